@@ -1,0 +1,100 @@
+"""The exception tree. Every user mistake raises from here; `assert` is for our own.
+
+AscenditError                 exit code
+  x UsageError                2    the call: flags, request values, wrong kind of file
+    + RequestError            2    a value no model of this kind can run
+  x CheckpointError           1    what is on disk is damaged, incomplete or of another class
+  x QualityError              1    the result is no good video: not finite, black, wrong length
+  x EnvironmentProblem        3    the machine: missing library, no right to write, no device
+    + OutOfMemory             4    needed and free memory, and the flag to change
+  x Cancelled                 130  stopped between two steps, nothing half-written
+
+Each error says what it got, what it needs and what to do, and has a code from `CODES`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+CODES: dict[str, str] = {
+    "E-USE-01": "bad value for an option",
+    "E-USE-02": "file or folder not found",
+    "E-USE-03": "output exists already",
+    "E-USE-04": "not an image",
+    "E-REQ-01": "number of frames is not 4n+1",
+    "E-REQ-02": "size off the multiple",
+    "E-REQ-03": "value out of range",
+    "E-REQ-04": "this model needs an image, or takes none",
+    "E-CKP-01": "no model recognised in this folder",
+    "E-CKP-02": "shard missing, truncated or not safetensors",
+    "E-CKP-03": "index names a missing file or one outside the folder",
+    "E-CKP-04": "tensors missing, left over, misshapen or of a wrong type",
+    "E-CKP-05": "config of another model class",
+    "E-CKP-06": "config missing or unreadable",
+    "E-HUB-01": "hub name, revision or file cannot be had",
+    "E-OUT-01": "video is not finite",
+    "E-OUT-02": "video is black or flat",
+    "E-OUT-03": "check below its limit",
+    "E-ENV-01": "library missing",
+    "E-ENV-02": "output folder cannot be written",
+    "E-ENV-03": "device not present",
+    "E-MEM-01": "out of memory",
+    "E-CAN-01": "cancelled",
+}
+
+
+class AscenditError(Exception):
+    """Base of all errors a user can cause or meet.
+
+    `got`: what was found. `needs`: the rule. `fix`: what to do now. `code`: a key of `CODES`.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, got: str, *, needs: str, fix: str, code: str) -> None:
+        assert code in CODES, code
+        super().__init__(got)
+        self.got, self.needs, self.fix, self.code = got, needs, fix, code
+
+    def __str__(self) -> str:
+        return f"[{self.code}] {self.got}\n  needs  {self.needs}\n  try    {self.fix}"
+
+    def as_dict(self) -> dict[str, str]:
+        """For `--json` and the server."""
+        return {"code": self.code, "got": self.got, "needs": self.needs, "try": self.fix}
+
+
+class UsageError(AscenditError):
+    """The call cannot be understood or done as written."""
+
+    exit_code = 2
+
+
+class RequestError(UsageError):
+    """A request value that this model cannot run."""
+
+
+class CheckpointError(AscenditError):
+    """The files of a model are damaged, incomplete or of another class."""
+
+
+class QualityError(AscenditError):
+    """The run ended, but what came out is no good video."""
+
+
+class EnvironmentProblem(AscenditError):
+    """The machine lacks something."""
+
+    exit_code = 3
+
+
+class OutOfMemory(EnvironmentProblem):
+    """More memory was needed than is free."""
+
+    exit_code = 4
+
+
+class Cancelled(AscenditError):
+    """The user stopped the run."""
+
+    exit_code = 130

@@ -1,0 +1,296 @@
+"""GenerateRequest: one video, every value named. Frozen, validated, JSON round trip.
+
+`Defaults` says what a model offers; `resolve` fills what the user left out; `replay_line` is the
+command that makes the same video again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import secrets
+import shlex
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from ascendit.errors import RequestError, UsageError
+from ascendit.spec import Task, WanSpec, nearest_frames, nearest_sizes
+
+Solver = Literal["unipc", "euler"]
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a loaded model runs with when the request does not say, and what it can run at all."""
+
+    model: str
+    """Name for messages and metadata."""
+    task: Task
+    num_experts: int
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    num_inference_steps: int
+    flow_shift: float
+    guidance_scale: float
+    guidance_scale_2: float | None
+    boundary_ratio: float | None
+    size_multiple: int
+    frame_stride: int = 4
+    max_sequence_length: int = 512
+    solver: Solver = "unipc"
+    sources: tuple[str, ...] = ()
+    """Where the values came from, for the log: a row of `spec.py`, the folder's own files."""
+    spec: WanSpec | None = None
+
+    def shift_for(self, width: int, height: int) -> float:
+        """`flow_shift` for this size; some models have one for each size."""
+        return self.spec.shift_for(width, height) if self.spec else self.flow_shift
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """One video. Nothing is left to be decided later: what runs is what is written here."""
+
+    prompt: str
+    negative_prompt: str = ""
+    image: str | None = None
+    """Path of the first frame, or `<array>` when it was given as pixels."""
+    width: int
+    height: int
+    num_frames: int
+    """4n+1."""
+    fps: int
+    num_inference_steps: int
+    timesteps: tuple[float, ...] | None = None
+    """Positions in the unshifted schedule, in (0, 1000], falling; `flow_shift` is applied to them.
+    `1000,750,500,250` is what four-step distilled Wan models use."""
+    guidance_scale: float
+    """For the only expert, or the high-noise one. 1 runs no unconditional pass."""
+    guidance_scale_2: float | None = None
+    """For the low-noise expert; None = `guidance_scale`."""
+    flow_shift: float
+    boundary_ratio: float | None = None
+    solver: Solver = "unipc"
+    seed: int
+    max_sequence_length: int = 512
+
+    def __post_init__(self) -> None:
+        checks = {
+            "prompt": (isinstance(self.prompt, str), "text"),
+            "num_inference_steps": (1 <= self.num_inference_steps <= 1000, "1 to 1000"),
+            "flow_shift": (math.isfinite(self.flow_shift) and self.flow_shift > 0, "a number above 0"),
+            "guidance_scale": (_guidance(self.guidance_scale), "a number of at least 0"),
+            "guidance_scale_2": (
+                self.guidance_scale_2 is None or _guidance(self.guidance_scale_2),
+                "a number of at least 0",
+            ),
+            "boundary_ratio": (
+                self.boundary_ratio is None or 0 < self.boundary_ratio < 1,
+                "a number between 0 and 1",
+            ),
+            "solver": (self.solver in get_args(Solver), " or ".join(get_args(Solver))),
+            "seed": (0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}"),
+            "fps": (1 <= self.fps <= 240, "1 to 240"),
+            "width": (self.width >= 1, "at least 1"),
+            "height": (self.height >= 1, "at least 1"),
+            "num_frames": (self.num_frames >= 1, "at least 1"),
+            "max_sequence_length": (1 <= self.max_sequence_length <= 512, "1 to 512"),
+            "timesteps": (
+                self.timesteps is None or _falling(self.timesteps),
+                "falling numbers above 0, at most 1000, for example 1000,750,500,250",
+            ),
+        }
+        for name, (good, needs) in checks.items():
+            if not good:
+                raise RequestError(
+                    f"{name} is {getattr(self, name)!r}",
+                    needs=f"{name}: {needs}",
+                    fix=f"give {name} a legal value, or leave it out for the model's own",
+                    code="E-REQ-03",
+                )
+        if self.timesteps is not None and len(self.timesteps) != self.num_inference_steps:
+            raise RequestError(
+                f"{len(self.timesteps)} timesteps and {self.num_inference_steps} steps",
+                needs="as many steps as timesteps",
+                fix="give only one of the two",
+                code="E-REQ-03",
+            )
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether any expert needs the unconditional pass."""
+        return self.guidance_for(high=True) != 1 or self.guidance_for(high=False) != 1
+
+    def guidance_for(self, *, high: bool) -> float:
+        """The guidance scale of one expert."""
+        if high or self.guidance_scale_2 is None:
+            return self.guidance_scale
+        return self.guidance_scale_2
+
+    def to_json(self) -> str:
+        """One JSON object with every field."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> GenerateRequest:
+        """The inverse of `to_json`. Unknown fields are refused with the list of known ones."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise UsageError(
+                f"request is no JSON: {e}", needs="one JSON object", fix="pass what to_json wrote", code="E-USE-01"
+            ) from e
+        known = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(data, dict) or set(data) - known:
+            unknown = sorted(set(data) - known) if isinstance(data, dict) else type(data).__name__
+            raise UsageError(
+                f"request has unknown fields: {unknown}",
+                needs=f"fields among {', '.join(sorted(known))}",
+                fix="remove or correct them",
+                code="E-USE-01",
+            )
+        if isinstance(data.get("timesteps"), list):
+            data["timesteps"] = tuple(float(t) for t in data["timesteps"])
+        try:
+            return cls(**data)
+        except TypeError as e:
+            raise UsageError(
+                f"request is incomplete or of a wrong type: {e}",
+                needs="every field without a default",
+                fix="pass what to_json wrote",
+                code="E-USE-01",
+            ) from e
+
+    def replay_line(self, model: str, output: str | None = None) -> str:
+        """The command that makes this video again."""
+        words = ["ascendit", "generate"]
+        words += ["--demo", self.prompt] if model == "demo" else [model, self.prompt]
+        words += ["--seed", str(self.seed), "--size", f"{self.width}x{self.height}"]
+        words += ["--frames", str(self.num_frames), "--fps", str(self.fps)]
+        if self.timesteps:
+            words += ["--timesteps", ",".join(f"{t:g}" for t in self.timesteps)]
+        else:
+            words += ["--steps", str(self.num_inference_steps)]
+        guidance = f"{self.guidance_scale:g}"
+        if self.guidance_scale_2 is not None:
+            guidance += f",{self.guidance_scale_2:g}"
+        words += ["--guidance", guidance, "--shift", f"{self.flow_shift:g}"]
+        if self.negative_prompt:
+            words += ["--negative", self.negative_prompt]
+        if self.image:
+            words += ["--image", self.image]
+        if self.boundary_ratio is not None:
+            words += ["--set", f"boundary_ratio={self.boundary_ratio:g}"]
+        if self.solver != "unipc":
+            words += ["--set", f"solver={self.solver}"]
+        if self.max_sequence_length != 512:
+            words += ["--set", f"max_sequence_length={self.max_sequence_length}"]
+        if output:
+            words += ["-o", output]
+        return shlex.join(words)
+
+
+def resolve(defaults: Defaults, prompt: str, **given: Any) -> GenerateRequest:
+    """Fill what `given` leaves out (or gives as None) from `defaults`, and check it against the model.
+
+    `given` takes the fields of `GenerateRequest`. Raises RequestError with the two nearest legal
+    values for frames and sizes; nothing is rounded in silence.
+    """
+    known = {f.name for f in dataclasses.fields(GenerateRequest)} - {"prompt"}
+    if unknown := sorted(set(given) - known):
+        raise UsageError(
+            f"unknown argument: {', '.join(unknown)}",
+            needs=f"arguments among {', '.join(sorted(known))}",
+            fix="correct the name",
+            code="E-USE-01",
+        )
+    values = {k: v for k, v in given.items() if v is not None}
+    width, height = values.get("width", defaults.width), values.get("height", defaults.height)
+    if values.get("timesteps") is not None:
+        values["timesteps"] = tuple(float(t) for t in values["timesteps"])
+        values.setdefault("num_inference_steps", len(values["timesteps"]))
+    if "guidance_scale" in values:  # one number is for both experts, as in Diffusers
+        values.setdefault("guidance_scale_2", values["guidance_scale"] if defaults.num_experts == 2 else None)
+    filled = {
+        "width": width,
+        "height": height,
+        "num_frames": defaults.num_frames,
+        "fps": defaults.fps,
+        "num_inference_steps": defaults.num_inference_steps,
+        "guidance_scale": defaults.guidance_scale,
+        "guidance_scale_2": defaults.guidance_scale_2,
+        "flow_shift": defaults.shift_for(width, height),
+        "boundary_ratio": defaults.boundary_ratio,
+        "solver": defaults.solver,
+        "max_sequence_length": defaults.max_sequence_length,
+    }
+    if "seed" not in values:
+        values["seed"] = secrets.randbelow(2**31)
+    request = GenerateRequest(prompt=prompt, **(filled | values))
+    check(request, defaults)
+    return request
+
+
+def check(request: GenerateRequest, defaults: Defaults) -> None:
+    """Raise RequestError where the model cannot run the request."""
+    stride, multiple = defaults.frame_stride, defaults.size_multiple
+    if (request.num_frames - 1) % stride:
+        low, high = nearest_frames(request.num_frames, stride)
+        raise RequestError(
+            f"{request.num_frames} frames",
+            needs=f"a number of frames of the form {stride}n+1 ({defaults.model})",
+            fix=f"--frames {low} or --frames {high}",
+            code="E-REQ-01",
+        )
+    if request.width % multiple or request.height % multiple:
+        choices = [
+            (p,) if p % multiple == 0 else nearest_sizes(p, multiple) for p in (request.width, request.height)
+        ]
+        low_size, high_size = (f"{w}x{h}" for w, h in ((choices[0][i], choices[1][i]) for i in (0, -1)))
+        raise RequestError(
+            f"size {request.width}x{request.height}",
+            needs=f"width and height that are multiples of {multiple} ({defaults.model})",
+            fix=f"--size {low_size} or --size {high_size}",
+            code="E-REQ-02",
+        )
+    if defaults.task == "i2v" and request.image is None:
+        raise RequestError(
+            "no image",
+            needs=f"{defaults.model} starts from an image",
+            fix="--image FILE, or a text-to-video model",
+            code="E-REQ-04",
+        )
+    if defaults.task == "t2v" and request.image is not None:
+        raise RequestError(
+            f"image {request.image}",
+            needs=f"{defaults.model} is text-to-video and takes no image",
+            fix="leave the image out, or use an I2V or TI2V model",
+            code="E-REQ-04",
+        )
+    if defaults.num_experts == 1 and (request.guidance_scale_2 is not None or request.boundary_ratio is not None):
+        raise RequestError(
+            "a second guidance scale or a boundary",
+            needs=f"{defaults.model} has one expert",
+            fix="give one guidance scale and no boundary",
+            code="E-REQ-03",
+        )
+    if defaults.num_experts == 2 and request.boundary_ratio is None:
+        raise RequestError(
+            "no boundary between the two experts",
+            needs="boundary_ratio between 0 and 1 (model_index.json of the folder has none)",
+            fix="--set boundary_ratio=0.875",
+            code="E-REQ-03",
+        )
+
+
+def _guidance(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+def _falling(timesteps: tuple[float, ...]) -> bool:
+    inside = all(0 < t <= 1000 for t in timesteps)
+    return bool(timesteps) and inside and all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))

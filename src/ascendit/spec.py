@@ -1,0 +1,224 @@
+"""Pure data: the Wan family. One row per model; wrong defaults are bugs.
+
+Sources: `wan/configs/*.py` and `generate.py` of Wan-Video/Wan2.2 and Wan-Video/Wan2.1. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Task = Literal["t2v", "i2v", "ti2v"]
+Size = tuple[int, int]
+"""(width, height) in pixels, as in `832x480`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanSpec:
+    """What one Wan model expects and how its authors run it."""
+
+    name: str
+    task: Task
+    """t2v: text only; i2v: image and text; ti2v: text, image optional."""
+    num_experts: int
+    dim: int
+    """Width of the transformer: heads x head size."""
+    num_layers: int
+    in_channels: int
+    out_channels: int
+    sizes: tuple[Size, ...]
+    """Published sizes; the first is the default."""
+    size_multiple: int
+    num_frames: int
+    fps: int
+    num_inference_steps: int
+    flow_shift: float
+    guidance_scale: float
+    """For the only expert, or the high-noise one."""
+    guidance_scale_2: float | None = None
+    """For the low-noise expert of a cascade."""
+    boundary_ratio: float | None = None
+    """Share of the 1000 training timesteps at which the low-noise expert takes over."""
+    image_cross_attention: bool = False
+    """Wan2.1 I2V: CLIP image tokens in the cross-attention."""
+    flow_shift_by_size: Mapping[Size, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert (self.num_experts == 2) == (self.boundary_ratio is not None), self.name
+        assert (self.num_experts == 2) == (self.guidance_scale_2 is not None), self.name
+        assert self.num_frames % 4 == 1, self.name
+        assert all(w % self.size_multiple == h % self.size_multiple == 0 for w, h in self.sizes), self.name
+
+    def shift_for(self, width: int, height: int) -> float:
+        """`flow_shift` for this size."""
+        return self.flow_shift_by_size.get((width, height), self.flow_shift)
+
+
+_P480: tuple[Size, ...] = ((832, 480), (480, 832))
+_P720: tuple[Size, ...] = ((1280, 720), (720, 1280))
+_14B: dict[str, Any] = {"dim": 5120, "num_layers": 40, "size_multiple": 16, "num_frames": 81, "fps": 16}
+_I2V_480_SHIFT = {size: 3.0 for size in _P480}
+
+SPECS: dict[str, WanSpec] = {
+    spec.name: spec
+    for spec in (
+        WanSpec(
+            name="Wan2.2-T2V-A14B",
+            task="t2v",
+            num_experts=2,
+            in_channels=16,
+            out_channels=16,
+            sizes=_P720 + _P480,
+            num_inference_steps=40,
+            flow_shift=12.0,
+            boundary_ratio=0.875,
+            guidance_scale=4.0,
+            guidance_scale_2=3.0,
+            **_14B,
+        ),
+        WanSpec(
+            name="Wan2.2-I2V-A14B",
+            task="i2v",
+            num_experts=2,
+            in_channels=36,
+            out_channels=16,
+            sizes=_P720 + _P480,
+            num_inference_steps=40,
+            flow_shift=5.0,
+            boundary_ratio=0.9,
+            guidance_scale=3.5,
+            guidance_scale_2=3.5,
+            **_14B,
+        ),
+        WanSpec(
+            name="Wan2.2-TI2V-5B",
+            task="ti2v",
+            num_experts=1,
+            dim=3072,
+            num_layers=30,
+            in_channels=48,
+            out_channels=48,
+            sizes=((1280, 704), (704, 1280)),
+            size_multiple=32,
+            num_frames=121,
+            fps=24,
+            num_inference_steps=50,
+            flow_shift=5.0,
+            guidance_scale=5.0,
+        ),
+        WanSpec(
+            name="Wan2.1-T2V-1.3B",
+            task="t2v",
+            num_experts=1,
+            dim=1536,
+            num_layers=30,
+            in_channels=16,
+            out_channels=16,
+            sizes=_P480,
+            size_multiple=16,
+            num_frames=81,
+            fps=16,
+            num_inference_steps=50,
+            flow_shift=5.0,
+            guidance_scale=5.0,
+        ),
+        WanSpec(
+            name="Wan2.1-T2V-14B",
+            task="t2v",
+            num_experts=1,
+            in_channels=16,
+            out_channels=16,
+            sizes=_P720 + _P480,
+            num_inference_steps=50,
+            flow_shift=5.0,
+            guidance_scale=5.0,
+            **_14B,
+        ),
+        # 480P and 720P have the same shape; the folder's name tells them apart, else the size does.
+        WanSpec(
+            name="Wan2.1-I2V-14B-480P",
+            task="i2v",
+            num_experts=1,
+            in_channels=36,
+            out_channels=16,
+            sizes=_P480,
+            num_inference_steps=40,
+            flow_shift=3.0,
+            guidance_scale=5.0,
+            image_cross_attention=True,
+            **_14B,
+        ),
+        WanSpec(
+            name="Wan2.1-I2V-14B-720P",
+            task="i2v",
+            num_experts=1,
+            in_channels=36,
+            out_channels=16,
+            sizes=_P720 + _P480,
+            num_inference_steps=40,
+            flow_shift=5.0,
+            flow_shift_by_size=_I2V_480_SHIFT,
+            guidance_scale=5.0,
+            image_cross_attention=True,
+            **_14B,
+        ),
+        WanSpec(
+            name="ascendit-demo",
+            task="t2v",
+            num_experts=2,
+            dim=192,
+            num_layers=8,
+            in_channels=8,
+            out_channels=8,
+            sizes=((64, 64),),
+            size_multiple=16,
+            num_frames=17,
+            fps=8,
+            num_inference_steps=16,
+            flow_shift=4.0,
+            boundary_ratio=0.875,
+            guidance_scale=4.0,
+            guidance_scale_2=2.5,
+        ),
+    )
+}
+
+
+def match(
+    *,
+    dim: int,
+    num_layers: int,
+    in_channels: int,
+    out_channels: int,
+    num_experts: int,
+    image_cross_attention: bool,
+    folder_name: str = "",
+) -> WanSpec | None:
+    """The row whose shape this is, or None. Of rows that share a shape, the one the folder's name holds.
+
+    The name never makes a match by itself: only dimensions, channels and experts do.
+    """
+    found = [
+        s
+        for s in SPECS.values()
+        if (s.dim, s.num_layers, s.in_channels, s.out_channels, s.num_experts, s.image_cross_attention)
+        == (dim, num_layers, in_channels, out_channels, num_experts, image_cross_attention)
+    ]
+    if len(found) > 1:
+        text = folder_name.lower()
+        named = [s for s in found if s.name.rsplit("-", 1)[-1].lower() in text]
+        found = named or found[-1:]
+    return found[0] if found else None
+
+
+def nearest_frames(num_frames: int, stride: int = 4) -> tuple[int, int]:
+    """The two legal frame counts (stride x n + 1) around an illegal one, smallest 1."""
+    low = max(1, (num_frames - 1) // stride * stride + 1)
+    return low, low + stride
+
+
+def nearest_sizes(pixels: int, multiple: int) -> tuple[int, int]:
+    """The two legal widths or heights around an illegal one, smallest `multiple`."""
+    low = max(multiple, pixels // multiple * multiple)
+    return low, low + multiple
