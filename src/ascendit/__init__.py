@@ -1,0 +1,53 @@
+"""ascendit: run Wan video diffusion on Ascend NPUs, CUDA or a plain CPU, with the same numbers.
+
+    import ascendit
+    pipe = ascendit.load("demo")
+    pipe.generate("a red circle moves right on a black background", seed=7).save("circle.mp4")
+
+Importing this package imports no torch; each name is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ascendit.errors import AscenditError
+    from ascendit.pipeline.generate import Pipeline, load
+    from ascendit.pipeline.inspect import inspect_folder
+    from ascendit.pipeline.request import GenerateRequest
+    from ascendit.pipeline.video import Video
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "AscenditError": "ascendit.errors",
+    "GenerateRequest": "ascendit.pipeline.request",
+    "Pipeline": "ascendit.pipeline.generate",
+    "Video": "ascendit.pipeline.video",
+    "inspect_folder": "ascendit.pipeline.inspect",
+    "load": "ascendit.pipeline.generate",
+}
+
+__all__ = [
+    "AscenditError",
+    "GenerateRequest",
+    "Pipeline",
+    "Video",
+    "__version__",
+    "inspect_folder",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'ascendit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

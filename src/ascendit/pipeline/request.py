@@ -19,6 +19,7 @@ from ascendit.spec import Task, WanSpec, nearest_frames, nearest_sizes
 
 Solver = Literal["unipc", "euler"]
 MAX_SEED = 2**63 - 1
+_FALLING = "falling numbers above 0, at most 1000, for example 1000,750,500,250"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class GenerateRequest:
     """Positions in the unshifted schedule, in (0, 1000], falling; `flow_shift` is applied to them.
     `1000,750,500,250` is what four-step distilled Wan models use."""
     guidance_scale: float
-    """For the only expert, or the high-noise one. 1 runs no unconditional pass."""
+    """For the only expert, or the high-noise one. Up to 1 there is no unconditional pass, as in Diffusers."""
     guidance_scale_2: float | None = None
     """For the low-noise expert; None = `guidance_scale`."""
     flow_shift: float
@@ -81,28 +82,27 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         checks = {
             "prompt": (isinstance(self.prompt, str), "text"),
-            "num_inference_steps": (1 <= self.num_inference_steps <= 1000, "1 to 1000"),
-            "flow_shift": (math.isfinite(self.flow_shift) and self.flow_shift > 0, "a number above 0"),
+            "negative_prompt": (isinstance(self.negative_prompt, str), "text"),
+            "image": (self.image is None or isinstance(self.image, str), "the path of an image"),
+            "timesteps": (self.timesteps is None or _falling(self.timesteps), _FALLING),
+            "num_inference_steps": (_whole(self.num_inference_steps, 1, 1000), "a whole number, 1 to 1000"),
+            "flow_shift": (_real(self.flow_shift) and self.flow_shift > 0, "a number above 0"),
             "guidance_scale": (_guidance(self.guidance_scale), "a number of at least 0"),
             "guidance_scale_2": (
                 self.guidance_scale_2 is None or _guidance(self.guidance_scale_2),
                 "a number of at least 0",
             ),
             "boundary_ratio": (
-                self.boundary_ratio is None or 0 < self.boundary_ratio < 1,
+                self.boundary_ratio is None or (_real(self.boundary_ratio) and 0 < self.boundary_ratio < 1),
                 "a number between 0 and 1",
             ),
             "solver": (self.solver in get_args(Solver), " or ".join(get_args(Solver))),
-            "seed": (0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}"),
-            "fps": (1 <= self.fps <= 240, "1 to 240"),
-            "width": (self.width >= 1, "at least 1"),
-            "height": (self.height >= 1, "at least 1"),
-            "num_frames": (self.num_frames >= 1, "at least 1"),
-            "max_sequence_length": (1 <= self.max_sequence_length <= 512, "1 to 512"),
-            "timesteps": (
-                self.timesteps is None or _falling(self.timesteps),
-                "falling numbers above 0, at most 1000, for example 1000,750,500,250",
-            ),
+            "seed": (_whole(self.seed, 0), f"a whole number, 0 to {MAX_SEED}"),
+            "fps": (_whole(self.fps, 1, 240), "a whole number, 1 to 240"),
+            "width": (_whole(self.width, 1), "a whole number, at least 1"),
+            "height": (_whole(self.height, 1), "a whole number, at least 1"),
+            "num_frames": (_whole(self.num_frames, 1), "a whole number, at least 1"),
+            "max_sequence_length": (_whole(self.max_sequence_length, 1, 512), "a whole number, 1 to 512"),
         }
         for name, (good, needs) in checks.items():
             if not good:
@@ -123,7 +123,7 @@ class GenerateRequest:
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether any expert needs the unconditional pass."""
-        return self.guidance_for(high=True) != 1 or self.guidance_for(high=False) != 1
+        return self.guidance_for(high=True) > 1 or self.guidance_for(high=False) > 1
 
     def guidance_for(self, *, high: bool) -> float:
         """The guidance scale of one expert."""
@@ -142,7 +142,10 @@ class GenerateRequest:
             data = json.loads(text)
         except json.JSONDecodeError as e:
             raise UsageError(
-                f"request is no JSON: {e}", needs="one JSON object", fix="pass what to_json wrote", code="E-USE-01"
+                f"request is no JSON: {e}",
+                needs="one JSON object",
+                fix="pass what to_json wrote",
+                code="E-USE-01",
             ) from e
         known = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(data, dict) or set(data) - known:
@@ -154,7 +157,7 @@ class GenerateRequest:
                 code="E-USE-01",
             )
         if isinstance(data.get("timesteps"), list):
-            data["timesteps"] = tuple(float(t) for t in data["timesteps"])
+            data["timesteps"] = _timesteps(data["timesteps"])
         try:
             return cls(**data)
         except TypeError as e:
@@ -168,29 +171,33 @@ class GenerateRequest:
     def replay_line(self, model: str, output: str | None = None) -> str:
         """The command that makes this video again."""
         words = ["ascendit", "generate"]
-        words += ["--demo", self.prompt] if model == "demo" else [model, self.prompt]
+        what = [self.prompt] if model == "demo" else [model, self.prompt]
+        dashed = any(w.startswith("-") for w in what)
+        words += ["--demo"] if model == "demo" else []
+        words += [] if dashed else what
         words += ["--seed", str(self.seed), "--size", f"{self.width}x{self.height}"]
         words += ["--frames", str(self.num_frames), "--fps", str(self.fps)]
         if self.timesteps:
-            words += ["--timesteps", ",".join(f"{t:g}" for t in self.timesteps)]
+            words += ["--timesteps", ",".join(map(_text, self.timesteps))]
         else:
             words += ["--steps", str(self.num_inference_steps)]
-        guidance = f"{self.guidance_scale:g}"
+        guidance = _text(self.guidance_scale)
         if self.guidance_scale_2 is not None:
-            guidance += f",{self.guidance_scale_2:g}"
-        words += ["--guidance", guidance, "--shift", f"{self.flow_shift:g}"]
+            guidance += f",{_text(self.guidance_scale_2)}"
+        words += ["--guidance", guidance, "--shift", _text(self.flow_shift)]
         if self.negative_prompt:
             words += ["--negative", self.negative_prompt]
         if self.image:
             words += ["--image", self.image]
         if self.boundary_ratio is not None:
-            words += ["--set", f"boundary_ratio={self.boundary_ratio:g}"]
+            words += ["--set", f"boundary_ratio={_text(self.boundary_ratio)}"]
         if self.solver != "unipc":
             words += ["--set", f"solver={self.solver}"]
         if self.max_sequence_length != 512:
             words += ["--set", f"max_sequence_length={self.max_sequence_length}"]
         if output:
             words += ["-o", output]
+        words += ["--", *what] if dashed else []
         return shlex.join(words)
 
 
@@ -208,10 +215,10 @@ def resolve(defaults: Defaults, prompt: str, **given: Any) -> GenerateRequest:
             fix="correct the name",
             code="E-USE-01",
         )
-    values = {k: v for k, v in given.items() if v is not None}
+    values = {k: _plain(v) for k, v in given.items() if v is not None}
     width, height = values.get("width", defaults.width), values.get("height", defaults.height)
     if values.get("timesteps") is not None:
-        values["timesteps"] = tuple(float(t) for t in values["timesteps"])
+        values["timesteps"] = _timesteps(values["timesteps"])
         values.setdefault("num_inference_steps", len(values["timesteps"]))
     if "guidance_scale" in values:  # one number is for both experts, as in Diffusers
         values.setdefault("guidance_scale_2", values["guidance_scale"] if defaults.num_experts == 2 else None)
@@ -271,7 +278,9 @@ def check(request: GenerateRequest, defaults: Defaults) -> None:
             fix="leave the image out, or use an I2V or TI2V model",
             code="E-REQ-04",
         )
-    if defaults.num_experts == 1 and (request.guidance_scale_2 is not None or request.boundary_ratio is not None):
+    if defaults.num_experts == 1 and (
+        request.guidance_scale_2 is not None or request.boundary_ratio is not None
+    ):
         raise RequestError(
             "a second guidance scale or a boundary",
             needs=f"{defaults.model} has one expert",
@@ -287,10 +296,43 @@ def check(request: GenerateRequest, defaults: Defaults) -> None:
         )
 
 
+def _text(value: float) -> str:
+    """A number as short as it can be and still read back as itself: 4, 2.5, 0.875."""
+    return repr(float(value)).removesuffix(".0")
+
+
+def _whole(value: object, low: int, high: int = MAX_SEED) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _guidance(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
+    return _real(value) and value >= 0
+
+
+def _plain(value: Any) -> Any:
+    """A numpy or torch scalar as a Python number, anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _timesteps(given: Any) -> tuple[float, ...]:
+    """`given` as floats; RequestError where it is no row of numbers."""
+    try:
+        return tuple(float(t) for t in given)
+    except (TypeError, ValueError) as e:
+        raise RequestError(
+            f"timesteps is {given!r}",
+            needs=f"timesteps: {_FALLING}",
+            fix="give numbers, or leave timesteps out",
+            code="E-REQ-03",
+        ) from e
 
 
 def _falling(timesteps: tuple[float, ...]) -> bool:
-    inside = all(0 < t <= 1000 for t in timesteps)
-    return bool(timesteps) and inside and all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+    if not isinstance(timesteps, tuple) or not timesteps:
+        return False
+    inside = all(_real(t) and 0 < t <= 1000 for t in timesteps)
+    return inside and all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))

@@ -1,0 +1,58 @@
+# Everything a newcomer needs. `make` alone lists it.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+FAST := not slow and not cuda and not npu
+DEMO := a red circle moves right on a black background
+VIDEO := outputs/demo.mp4
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo lint test test-all fix docs bench
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## make .venv with ascendit and the development tools
+
+# Runs again when one of these files is newer. The first Python of at least 3.11 is taken; a shim that
+# does not start counts as absent.
+$(STAMP): pyproject.toml constraints.txt
+	@set -e; found=; if [ ! -x $(BIN)/python ]; then \
+	  for python in python3 python3.13 python3.12 python3.11; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then echo "ascendit needs Python 3.11 or newer; none found on PATH" >&2; exit 3; fi; \
+	  echo "making $(VENV) with $$($$found --version)"; \
+	  $$found -m venv $(VENV) || { \
+	    echo "$$found cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv)" >&2; \
+	    rm -rf $(VENV); exit 3; }; \
+	fi
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
+	@echo "installing ascendit and its development tools into $(VENV)"
+	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: install  ## make a video with the embedded demo model
+	$(BIN)/ascendit generate --demo "$(DEMO)" -o $(VIDEO) --seed 42 --overwrite
+	@echo "The video is $(CURDIR)/$(VIDEO)"
+
+lint: install  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## style, types and every test that needs no accelerator
+	$(BIN)/pytest -m "$(FAST)"
+
+test-all: lint  ## all tests; those without their hardware are skipped with the reason
+	$(BIN)/pytest
+
+fix: install  ## let ruff correct and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: install  ## write the generated tables into README.md and docs/
+	$(BIN)/python tools/docs_tables.py
+
+bench: install  ## run every file in benchmarks/
+	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done

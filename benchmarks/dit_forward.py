@@ -1,0 +1,99 @@
+"""One denoiser forward against Diffusers' WanTransformer3DModel: same weights, same input, one run.
+
+    python benchmarks/dit_forward.py                # 1.3B width, 4 layers, 1536 video + 512 text tokens, BF16
+    python benchmarks/dit_forward.py --per-token    # TI2V: the first frame at timestep 0
+
+Interleaved, medians, threads pinned. `step` is a forward as it runs in the loop, text keys and values
+ready; `first` makes them too, which a run pays once for each prompt and expert. Diffusers makes them at
+each forward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import diffusers
+import torch
+from ascendit.model.wan import WanConfig, WanTransformer
+from ascendit.ops.bind import bind
+from diffusers import WanTransformer3DModel
+
+GRID = (6, 32, 32)  # latent frames, height, width -> 6 x 16 x 16 = 1536 tokens
+
+
+def build(layers: int, dtype: torch.dtype) -> tuple[WanTransformer, WanTransformer3DModel]:
+    """Ours and theirs with the same random weights; what Diffusers keeps in float32 is float32 in both."""
+    shape = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": layers}
+    torch.manual_seed(0)
+    theirs = WanTransformer3DModel(**shape).eval().requires_grad_(False)
+    ours = WanTransformer(WanConfig.from_dict(shape), bind("cpu")).eval().requires_grad_(False)
+    ours.load_state_dict(theirs.state_dict())
+    for model in (ours, theirs):
+        for name, p in model.named_parameters():
+            keep = any(k in name.split(".") for k in WanTransformer.KEEP_FP32)
+            p.data = p.data.to(torch.float32 if keep else dtype)
+    return ours, theirs
+
+
+def cases(layers: int, dtype: torch.dtype, per_token: bool) -> dict[str, Callable[[], torch.Tensor]]:
+    """Name -> one forward."""
+    ours, theirs = build(layers, dtype)
+    x, text = torch.randn(1, 16, *GRID).to(dtype), torch.randn(1, 512, 4096).to(dtype)
+    grid = ours.grid_of(x)
+    tokens, frame = grid[0] * grid[1] * grid[2], grid[1] * grid[2]
+    if per_token:
+        timestep, spans = (0.0, 700.0), (frame, tokens - frame)
+        t = torch.cat([torch.zeros(frame), torch.full((tokens - frame,), 700.0)])[None]
+    else:
+        timestep, spans, t = (700.0,), (tokens,), torch.tensor([700.0])
+    state = ours.prepare(grid, text)
+
+    def step() -> torch.Tensor:
+        state.shared.modulation.clear()  # each step has its own timestep
+        return ours(x, timestep, state, spans)
+
+    return {
+        "ascendit step": step,
+        "ascendit first": lambda: ours(x, timestep, ours.prepare(grid, text), spans),
+        f"diffusers {diffusers.__version__}": lambda: theirs(x, t, text, return_dict=False)[0],
+    }
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--reps", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--per-token", action="store_true")
+    parser.add_argument("--float32", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    dtype = torch.float32 if args.float32 else torch.bfloat16
+    runs = cases(args.layers, dtype, args.per_token)
+    outputs = {name: run().float() for name, run in runs.items()}  # warm-up
+    peer = list(runs)[-1]
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(args.reps):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    print(f"{time.strftime('%Y-%m-%d')} torch {torch.__version__} {platform.processor() or platform.machine()}")
+    print(f"{args.layers} layers, {dtype}, {args.threads} threads, load {os.getloadavg()[0]:.1f}, {args.reps} reps")
+    print(f"| forward{' (per-token timesteps)' if args.per_token else ''} | median ms | min ms | x as fast | rel. diff |")
+    print("|---|---|---|---|---|")
+    base = statistics.median(seconds[peer])
+    for name, s in seconds.items():
+        m, reference = statistics.median(s), outputs[peer]
+        diff = float((outputs[name] - reference).norm() / reference.norm())
+        print(f"| {name} | {m * 1e3:.0f} | {min(s) * 1e3:.0f} | {base / m:.2f} | {diff:.1e} |")
+
+
+if __name__ == "__main__":
+    main()

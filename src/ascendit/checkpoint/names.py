@@ -1,0 +1,135 @@
+"""Names and shapes of the tensors that a model class has, from its config alone. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from ascendit.errors import CheckpointError
+
+Shapes = dict[str, tuple[int, ...]]
+
+MAX_LAYERS = 10_000
+TOLERATED = ("norm_added_q",)
+"""Parts of names that Wan2.1 I2V folders may hold and the model does not have; Diffusers skips them too."""
+_DEFAULTS: dict[str, int | None] = {
+    "num_attention_heads": 40,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 13824,
+    "num_layers": 40,
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+}
+"""Those of Diffusers' WanTransformer3DModel."""
+_OPTIONAL = ("out_channels", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+"""May be null: as many channels out as in, or no such layer."""
+
+
+def transformer_dim(config: dict[str, Any]) -> int:
+    """Width of a WanTransformer3DModel: heads x head size."""
+    values = _dimensions(config)
+    return values["num_attention_heads"] * values["attention_head_dim"]
+
+
+def expected_tensors(config: dict[str, Any]) -> Shapes:
+    """Every tensor of a WanTransformer3DModel with this `config.json`, and its shape.
+
+    Keys that the config leaves out have Diffusers' defaults. Raises CheckpointError E-CKP-06 for a
+    value that is no dimension.
+    """
+    values = _dimensions(config)
+    dim = values["num_attention_heads"] * values["attention_head_dim"]
+    patch = _patch_size(config)
+    channels = values["in_channels"]
+    shapes: Shapes = {"scale_shift_table": (1, 2, dim)}
+    shapes["patch_embedding.weight"] = (dim, channels, *patch)
+    shapes["patch_embedding.bias"] = (dim,)
+    shapes |= _condition_embedder(values, dim)
+    for index in range(values["num_layers"]):
+        block = _block(values, dim, bool(config.get("cross_attn_norm", True)))
+        shapes |= {f"blocks.{index}.{name}": shape for name, shape in block}
+    shapes |= _linear("proj_out", dim, (values["out_channels"] or channels) * math.prod(patch))
+    return shapes
+
+
+def _condition_embedder(values: dict[str, int], dim: int) -> Shapes:
+    shapes = (
+        _linear("time_embedder.linear_1", values["freq_dim"], dim)
+        | _linear("time_embedder.linear_2", dim, dim)
+        | _linear("time_proj", dim, 6 * dim)
+        | _linear("text_embedder.linear_1", values["text_dim"], dim)
+        | _linear("text_embedder.linear_2", dim, dim)
+    )
+    if image := values["image_dim"]:
+        shapes |= _norm("image_embedder.norm1", image)
+        shapes |= _linear("image_embedder.ff.net.0.proj", image, image)
+        shapes |= _linear("image_embedder.ff.net.2", image, dim)
+        shapes |= _norm("image_embedder.norm2", dim)
+        if length := values["pos_embed_seq_len"]:
+            shapes["image_embedder.pos_embed"] = (1, length, image)
+    return {f"condition_embedder.{name}": shape for name, shape in shapes.items()}
+
+
+def _block(values: dict[str, int], dim: int, cross_attn_norm: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "scale_shift_table", (1, 6, dim)
+    for attention in ("attn1", "attn2"):
+        for layer in ("to_q", "to_k", "to_v", "to_out.0"):
+            yield from _linear(f"{attention}.{layer}", dim, dim).items()
+        yield f"{attention}.norm_q.weight", (dim,)
+        yield f"{attention}.norm_k.weight", (dim,)
+    if added := values["added_kv_proj_dim"]:
+        yield from _linear("attn2.add_k_proj", added, dim).items()
+        yield from _linear("attn2.add_v_proj", added, dim).items()
+        yield "attn2.norm_added_k.weight", (dim,)
+    if cross_attn_norm:
+        yield from _norm("norm2", dim).items()
+    yield from _linear("ffn.net.0.proj", dim, values["ffn_dim"]).items()
+    yield from _linear("ffn.net.2", values["ffn_dim"], dim).items()
+
+
+def _linear(name: str, fan_in: int, fan_out: int) -> Shapes:
+    return {f"{name}.weight": (fan_out, fan_in), f"{name}.bias": (fan_out,)}
+
+
+def _norm(name: str, dim: int) -> Shapes:
+    return {f"{name}.weight": (dim,), f"{name}.bias": (dim,)}
+
+
+def _dimensions(config: dict[str, Any]) -> dict[str, int]:
+    """The whole numbers of a config; 0 stands for null."""
+    values = {}
+    for key, default in _DEFAULTS.items():
+        value = config.get(key, default)
+        if value is None and key in _OPTIONAL:
+            value = 0
+        elif type(value) is not int or not 0 < value < 2**31:
+            raise _bad_value(key, value, "a whole number above 0")
+        values[key] = value
+    if values["num_layers"] > MAX_LAYERS:
+        raise _bad_value("num_layers", values["num_layers"], f"at most {MAX_LAYERS}")
+    return values
+
+
+def _patch_size(config: dict[str, Any]) -> tuple[int, int, int]:
+    value = config.get("patch_size", (1, 2, 2))
+    good = (
+        isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int and v > 0 for v in value)
+    )
+    if not good:
+        raise _bad_value("patch_size", value, "three whole numbers above 0")
+    return (value[0], value[1], value[2])
+
+
+def _bad_value(key: str, value: object, needs: str) -> CheckpointError:
+    return CheckpointError(
+        f"config.json of a transformer has {key} = {value!r}",
+        needs=f"{key}: {needs}",
+        fix="restore config.json from where the model came from",
+        code="E-CKP-06",
+    )

@@ -1,0 +1,174 @@
+"""What one `generate` call asks for: words, flags, `--set`, environment and `--config` in one place.
+
+Nothing here is heavy: a bad call ends before torch is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ascendit.cli import options
+from ascendit.errors import UsageError
+
+if TYPE_CHECKING:
+    from ascendit.checkpoint.layout import Layout
+    from ascendit.pipeline.request import Defaults, GenerateRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A call that was understood, before it met a model."""
+
+    model: str
+    """`demo`, a folder, or a hub name."""
+    prompt: str
+    fields: dict[str, Any]
+    """Fields of GenerateRequest that were given, without the prompt."""
+    seconds: float | None = None
+    device: str = "cpu"
+    text_on: str = "device"
+    dtype: str | None = None
+    ops: str | None = None
+    metadata: bool = True
+    notes: tuple[str, ...] = ()
+    """What the environment variables did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A call that fits its model: everything is checked that can be checked without weights."""
+
+    call: Call
+    layout: Layout
+    defaults: Defaults
+    request: GenerateRequest
+    output: Path
+
+    @property
+    def replay(self) -> str:
+        """The command that makes this video again."""
+        words = []
+        for flag, value, default in (("--device", self.call.device, "cpu"), ("--text-on", self.call.text_on, "device")):
+            words += [flag, value] if value != default else []
+        for key, setting in (("dtype", self.call.dtype), ("ops", self.call.ops)):
+            words += ["--set", f"{key}={setting}"] if setting else []
+        start, line = "ascendit generate", self.request.replay_line(self.call.model)
+        return line.replace(start, shlex.join([*start.split(), *words]), 1)
+
+    @property
+    def video_tokens(self) -> int:
+        """Tokens of the video in one pass of a transformer."""
+        vae = self.layout.part("vae").config
+        patch = self.layout.experts[0].config.get("patch_size", (1, 2, 2))
+        spatial, temporal = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+        r = self.request
+        frames = (r.num_frames - 1) // temporal + 1
+        pixels = (r.height // spatial // patch[1]) * (r.width // spatial // patch[2])
+        return int(frames // patch[0] * pixels)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--dry-run --json` prints."""
+        return {
+            "dry_run": True,
+            "model": self.call.model,
+            "folder": str(self.layout.root),
+            "output": str(self.output),
+            "request": dataclasses.asdict(self.request),
+            "given": sorted(self.call.fields),
+            "defaults_from": list(self.defaults.sources),
+            "video_tokens": self.video_tokens,
+            "text_tokens": self.request.max_sequence_length,
+            "device": self.call.device,
+            "text_on": self.call.text_on,
+            "replay": self.replay,
+        }
+
+
+def read_call(
+    words: list[str], *, demo: bool, flags: dict[str, Any], settings: list[str], config: Path | None
+) -> Call:
+    """Put all layers over each other. `flags`: known keys (see `options.known`), None where not given."""
+    from ascendit.device.environment import read_environment
+
+    environment = read_environment()
+    layers = [
+        options.read_config(config) if config else {},
+        {"text_on": environment.text_on} if environment.text_on else {},
+        options.parse_settings(settings),
+        options.typed_layer({k: v for k, v in flags.items() if v is not None}, where="flags"),
+    ]
+    values = {k: v for k, v in options.merge(*layers).items() if v is not None}
+    model, prompt = _model_and_prompt(words, demo, values.pop("model", None), values.pop("prompt", None))
+    extras = {k: values.pop(k) for k in options.EXTRAS if k in values}
+    return Call(model=model, prompt=prompt, fields=values, notes=environment.notes, **extras)
+
+
+def make_plan(call: Call, output: Path | None, *, overwrite: bool) -> Plan:
+    """Meet the model: its folder, its defaults, the request, the name of the output; no weights."""
+    from ascendit.checkpoint.layout import recognise
+    from ascendit.cli.models import model_folder
+    from ascendit.pipeline import video
+    from ascendit.pipeline.defaults import defaults_for
+    from ascendit.pipeline.request import resolve
+
+    if output is not None:
+        video.check_writable(output)
+    layout = recognise(model_folder(call.model))
+    defaults = defaults_for(layout)
+    fields = dict(call.fields)
+    if call.seconds is not None:
+        fields["num_frames"] = frames_for(
+            call.seconds, fields.get("fps") or defaults.fps, defaults.frame_stride
+        )
+    request = resolve(defaults, call.prompt, **fields)
+    if request.image is not None:
+        from ascendit.pipeline.condition import open_image
+
+        open_image(request.image)
+    if output is None:
+        output = video.default_name(request.prompt, request.seed, datetime.now())
+    shape = (request.num_frames, request.height, request.width)
+    sidecar = b"" if call.metadata else None
+    video.check_output(output, shape, request.fps, sidecar=sidecar, overwrite=overwrite)
+    return Plan(call=call, layout=layout, defaults=defaults, request=request, output=output)
+
+
+def frames_for(seconds: float, fps: int, stride: int = 4) -> int:
+    """The legal number of frames (stride x n + 1) nearest to `seconds` of video."""
+    if not 0 < seconds < 3600:
+        raise UsageError(
+            f"--seconds {seconds:g}",
+            needs="a length above 0 and below 3600 seconds",
+            fix="--seconds 5",
+            code="E-USE-01",
+        )
+    return stride * round(seconds * fps / stride) + 1
+
+
+def _model_and_prompt(words: list[str], demo: bool, model: str | None, prompt: str | None) -> tuple[str, str]:
+    """Read the positional words: MODEL PROMPT, less what `--demo` or a config names already."""
+    wanted = [
+        name
+        for name, known in (("MODEL", demo or model is not None), ("PROMPT", prompt is not None))
+        if not known
+    ]
+    given = "demo" if demo else model
+    if len(words) == len(wanted):
+        named = dict(zip(wanted, words, strict=True))
+    elif len(words) == 1 and not wanted:  # a prompt on the command line wins over the one in the config
+        named = {"PROMPT": words[0]}
+    elif len(words) == 2 and not demo:
+        named = {"MODEL": words[0], "PROMPT": words[1]}
+    else:
+        raise UsageError(
+            f"{len(words)} words: {shlex.join(words)}" if words else "no model and no prompt",
+            needs=" and ".join(wanted or ["at most PROMPT"]) + ", the prompt in quotes",
+            fix='ascendit generate --demo "a red circle moves right on a black background"',
+            code="E-USE-01",
+        )
+    return named.get("MODEL") or given or "", named.get("PROMPT", prompt) or ""

@@ -1,0 +1,206 @@
+"""`ascendit generate`: a prompt becomes a video file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ascendit.cli import options
+from ascendit.cli.render import Output, two_columns
+
+if TYPE_CHECKING:
+    from ascendit.cli.call import Call, Plan
+    from ascendit.cli.progress import ProgressView
+    from ascendit.pipeline.video import Video
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODEL] PROMPT",
+        hidden=True,  # the text above the options explains it
+    ),
+]
+Demo = Annotated[bool, typer.Option("--demo", help="Use the small model that comes with ascendit.")]
+OutputFile = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help=".mp4, .webm, .gif or .png frames; default outputs/<time>_<prompt>_s<seed>.mp4.",
+    ),
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Same seed, same video; default random, printed.")
+]
+Steps = Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps.")]
+Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, as 832x480 or 832*480.")]
+Frames = Annotated[int | None, typer.Option("--frames", metavar="N", help="Number of frames, 4n+1.")]
+Seconds = Annotated[float | None, typer.Option("--seconds", metavar="S", help="Length, instead of --frames.")]
+Fps = Annotated[int | None, typer.Option("--fps", metavar="N", help="Frames per second of the file.")]
+Guidance = Annotated[
+    str | None, typer.Option("--guidance", metavar="G[,G2]", help="One scale, or high-noise,low-noise.")
+]
+Shift = Annotated[float | None, typer.Option("--shift", metavar="X", help="Flow shift of the schedule.")]
+Timesteps = Annotated[
+    str | None,
+    typer.Option(
+        "--timesteps", metavar="T,T,..", help="Own schedule, as 1000,750,500,250 for distilled models."
+    ),
+]
+Negative = Annotated[
+    str | None, typer.Option("--negative", metavar="TEXT", help="What the video should not show.")
+]
+Image = Annotated[
+    str | None, typer.Option("--image", metavar="FILE", help="First frame, for models that take one.")
+]
+Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="cpu (default), cuda, cuda:1.")]
+TextOn = Annotated[
+    str | None,
+    typer.Option(
+        "--text-on", metavar="WHERE", help="Text encoder on cpu, on device (default), or drop it after use."
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Anything else, as solver=euler or metadata=false; repeatable."
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="TOML with keys as for --set, or the .json beside a video."
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run; load no weights.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+
+
+def generate(
+    ctx: typer.Context,
+    words: Words = None,
+    demo: Demo = False,
+    output: OutputFile = None,
+    seed: Seed = None,
+    steps: Steps = None,
+    size: Size = None,
+    frames: Frames = None,
+    seconds: Seconds = None,
+    fps: Fps = None,
+    guidance: Guidance = None,
+    shift: Shift = None,
+    timesteps: Timesteps = None,
+    negative: Negative = None,
+    image: Image = None,
+    device: Device = None,
+    text_on: TextOn = None,
+    settings: Set = None,
+    config: Config = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a video from PROMPT (in quotes) with MODEL: a folder, hf:org/name or ms:org/name.
+    What the flags leave out is the model's own default.
+
+    ascendit generate --demo "a red circle moves right on a black background"
+    """
+    from ascendit.cli.call import make_plan, read_call
+
+    if frames is not None and seconds is not None:
+        raise typer.BadParameter("give --frames or --seconds, not both", ctx=ctx)
+    flags: dict[str, Any] = {
+        "seed": seed,
+        "num_inference_steps": steps,
+        "num_frames": frames,
+        "seconds": seconds,
+        "fps": fps,
+        "flow_shift": shift,
+        "negative_prompt": negative,
+        "image": image,
+        "device": device,
+        "text_on": text_on,
+        **(options.parse_size(size) if size is not None else {}),
+        **(options.parse_guidance(guidance) if guidance is not None else {}),
+        **(options.parse_timesteps(timesteps) if timesteps is not None else {}),
+    }
+    out: Output = ctx.obj
+    call = read_call(words or [], demo=demo, flags=flags, settings=settings or [], config=config)
+    for note in call.notes:
+        out.note(note)
+    with out.work():
+        plan = make_plan(call, output, overwrite=overwrite)
+    if dry_run:
+        _print_plan(plan, out)
+    else:
+        _run(plan, out, overwrite=overwrite)
+
+
+def _run(plan: Plan, out: Output, *, overwrite: bool) -> None:
+    from ascendit.cli.progress import progress_view
+
+    start = time.perf_counter()
+    with out.work(), progress_view(silent=out.quiet or out.json) as view:
+        video = _make(plan, out, view)
+        path = video.save(plan.output, metadata=plan.call.metadata, overwrite=overwrite)
+    took = time.perf_counter() - start
+    _print_result(plan, out, video, path, took)
+
+
+def _make(plan: Plan, out: Output, view: ProgressView) -> Video:
+    """Load the model and run the request. Ctrl-C stops between steps; out of memory says in which stage."""
+    import ascendit
+    from ascendit.cli.interrupt import Interrupt
+    from ascendit.cli.memory import is_out_of_memory, out_of_memory
+
+    try:
+        pipe = ascendit.load(plan.call.model, on_progress=view, **_load_options(plan.call))
+        with Interrupt(silent=out.quiet or out.json) as interrupt:
+            video: Video = pipe.run(plan.request, on_progress=view, cancel=interrupt.event)
+            interrupt.check()
+        video.model = plan.call.model  # so that the file's own replay line loads what was loaded here
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error, view.meter.stage, plan.call.device) from error
+        raise
+    return video
+
+
+def _load_options(call: Call) -> dict[str, Any]:
+    given = {"device": call.device, "text_on": call.text_on, "dtype": call.dtype, "ops": call.ops}
+    return {k: v for k, v in given.items() if v is not None and v != "auto"}
+
+
+def _print_result(plan: Plan, out: Output, video: Video, path: Path, took: float) -> None:
+    n, height, width, _ = video.frames.shape
+    out.line(str(path))
+    out.detail(
+        f"  {width}x{height}, {n} frames, {video.fps} fps, {n / video.fps:.2f} s of video; "
+        f"took {took:.1f} s; seed {plan.request.seed}"
+    )
+    out.detail(f"  replay  {plan.replay}")
+    out.emit({"output": str(path), **video.describe(), "seconds": round(took, 3), "replay": plan.replay})
+
+
+def _print_plan(plan: Plan, out: Output) -> None:
+    told = plan.as_dict()
+    out.emit(told)
+    given = {*plan.call.fields, "prompt"} | ({"num_frames"} if plan.call.seconds is not None else set())
+    out.line(f"would run  {plan.defaults.model} in {told['folder']}")
+    out.line("request")
+    shown = [(k, v) for k, v in told["request"].items() if v is not None]
+    for line in two_columns((k, f"{v}" if k in given else f"{v}  (default)") for k, v in shown):
+        out.line(line)
+    out.line("defaults from")
+    for source in plan.defaults.sources:
+        out.line(f"  {source}")
+    passes = "two passes" if plan.request.do_classifier_free_guidance else "one pass"
+    tokens = f"{told['video_tokens']} video and {told['text_tokens']} text tokens"
+    out.line(f"work       {tokens}, {passes} for each step")
+    out.line(f"output     {plan.output}")
+    out.line(f"replay     {plan.replay}")

@@ -1,0 +1,30 @@
+"""`ascendit inspect`: what a model folder holds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ascendit.cli.render import Output
+
+
+def inspect(
+    ctx: typer.Context,
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="Model folder, demo, hf:org/name or ms:org/name.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Show parts, sizes, formats and limits of a model, and whether it is complete. Reads headers only."""
+    from ascendit.cli.models import model_folder
+    from ascendit.pipeline.inspect import inspect_folder
+
+    out: Output = ctx.obj
+    with out.work():
+        report = inspect_folder(model_folder(path))
+    out.emit(report.as_dict())
+    for line in report.lines():
+        out.line(line)
+    if not report.ok:
+        raise typer.Exit(1)

@@ -1,0 +1,134 @@
+"""What the commands print: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ascendit.errors import AscenditError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """How much is printed, and in which form."""
+
+    quiet: bool = False
+    verbose: bool = False
+    json: bool = False
+
+    def line(self, text: str = "") -> None:
+        """One line of the result."""
+        if not self.json:
+            print(text)
+
+    def detail(self, text: str) -> None:
+        """A line of the result that `--quiet` leaves out."""
+        if not self.quiet:
+            self.line(text)
+
+    def note(self, text: str) -> None:
+        """One line about what is going on, on stderr."""
+        if not self.quiet and not self.json:
+            print(f"note: {text}", file=sys.stderr)
+
+    def emit(self, data: dict[str, Any]) -> None:
+        """The one JSON object of a `--json` run."""
+        if self.json:
+            print(to_json(data))
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """Libraries at work: with `--json`, what they print goes to stderr, so that stdout stays pure."""
+        from contextlib import redirect_stdout
+
+        if self.json:
+            with redirect_stdout(sys.stderr):
+                yield
+        else:
+            yield
+
+
+def to_json(data: dict[str, Any]) -> str:
+    """Indented JSON; paths and other objects become text."""
+    import json
+
+    return json.dumps(data, indent=2, ensure_ascii=False, default=str)
+
+
+def print_error(error: dict[str, str]) -> None:
+    """Got / needs / try on stderr. `error`: as from `AscenditError.as_dict`."""
+    head, first = f"error[{error['code']}]", error["got"]
+    rest = f"  needs  {error['needs']}\n  try    {error['try']}"
+    if not sys.stderr.isatty():
+        print(f"{head}: {first}\n{rest}", file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    text = Text.assemble((head, "bold red"), f": {first}\n{rest}")
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+
+
+def report_error(error: AscenditError, output: Output) -> int:
+    """Print `error` as text or as JSON, and return its exit code."""
+    if output.json:
+        output.emit({"error": error.as_dict()})
+    else:
+        print_error(error.as_dict())
+    return error.exit_code
+
+
+def report_fault(error: BaseException, output: Output) -> int:
+    """An exception nobody expected: short on screen, the traceback in a log file. Returns exit code 1."""
+    import tempfile
+    import traceback
+
+    trace = "".join(traceback.format_exception(error))
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="ascendit-error-", suffix=".log", delete=False, encoding="utf-8"
+    ) as log:
+        log.write(f"ascendit {versions()}\n{sys.argv}\n{trace}")
+    if output.verbose:
+        print(trace, file=sys.stderr, end="")
+    told = {
+        "code": "internal",
+        "got": f"internal error, {type(error).__name__}: {str(error).strip() or 'no message'}",
+        "needs": "nothing from you: this is a fault in ascendit or in a library",
+        "try": f"report it with the log {log.name}; ascendit -v shows the traceback",
+    }
+    if output.json:
+        output.emit({"error": told | {"log": log.name}})
+    else:
+        print_error(told)
+    return 1
+
+
+def two_columns(rows: Iterable[tuple[str, object]], indent: str = "  ") -> list[str]:
+    """Lines with the names padded to one width."""
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"{indent}{name:<{width}}  {value}" for name, value in rows]
+
+
+def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Left-aligned columns with two spaces between them, the header first."""
+    cells = [header, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what makes a video, without importing any of it."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("ascendit", "torch", "diffusers", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,183 @@
+"""`ascendit verify`: does a model do what it is asked?"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ascendit.cli.render import Output, print_error, to_json
+from ascendit.errors import QualityError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ascendit.cli.progress import ProgressView
+    from ascendit.pipeline.verify import Adherence, Reading
+    from ascendit.pipeline.world import Scene
+
+LIMITS = {"overall": 0.90, "kept_back": 0.85}
+"""Least share of videos that are right in everything."""
+TITLES = {"overall": "all videos", "kept_back": "kept back"}
+
+
+def verify(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Folder of a model of the demo's world.")
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="Use the small model that comes with ascendit.")
+    ] = False,
+    adherence: Annotated[
+        bool, typer.Option("--adherence", help="Judge from the pixels whether videos follow their prompts.")
+    ] = False,
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Seeds for each prompt.")] = 2,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Take N of the 432 prompts, evenly spread.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Write the counts as JSON.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    swap_experts: Annotated[
+        bool, typer.Option("--swap-experts", help="Control: the experts in each other's place.")
+    ] = False,
+) -> None:
+    """Check a model against what it must show: PASS or FAIL, with the counts."""
+    out: Output = ctx.obj
+    name = _check_call(model, demo=demo, adherence=adherence, seeds=seeds, report=report)
+    start = time.perf_counter()
+    with out.work():
+        result = _measure(name, list(range(seeds)), limit, swap_experts, out)
+    shares = {key: (getattr(result, key).share(), getattr(result, key).total) for key in LIMITS}
+    failed = [key for key, (share, total) in shares.items() if total and share < LIMITS[key]]
+    told = result.as_dict() | {
+        "model": name,
+        "seeds": seeds,
+        "swapped_experts": swap_experts,
+        "limits": LIMITS,
+        "pass": not failed,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    error = _below([f"{TITLES[key]} {shares[key][0]:.1%}" for key in failed]).as_dict() if failed else None
+    if report is not None:
+        _write(report, told)
+    out.emit(told | ({"error": error} if error else {}))
+    out.line(result.table())
+    for key, (share, total) in shares.items():
+        word = "-" if not total else "FAIL" if key in failed else "PASS"
+        out.line(f"{word:<6}{TITLES[key]:<12}{share:7.1%}   at least {LIMITS[key]:.0%}")
+    if error and not out.json:
+        print_error(error)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _check_call(model: str | None, *, demo: bool, adherence: bool, seeds: int, report: Path | None) -> str:
+    """The model's name. Raises UsageError for a call that cannot be done, before anything runs."""
+    from ascendit.pipeline.video import check_writable
+
+    if not adherence:
+        raise UsageError(
+            "no check was asked for",
+            needs="the name of a check",
+            fix="ascendit verify --demo --adherence",
+            code="E-USE-01",
+        )
+    if demo == (model is not None):
+        raise UsageError(
+            "--demo and a MODEL" if demo else "no model",
+            needs="one of the two",
+            fix="--demo",
+            code="E-USE-01",
+        )
+    if seeds < 1:
+        raise UsageError(f"--seeds {seeds}", needs="at least 1 seed", fix="--seeds 2", code="E-USE-01")
+    if report is not None:
+        if report.exists():
+            raise UsageError(
+                f"--report {report} exists already",
+                needs="a free name",
+                fix="choose another name",
+                code="E-USE-03",
+            )
+        check_writable(report)
+    return model or "demo"
+
+
+def _measure(name: str, seeds: list[int], limit: int | None, swap: bool, out: Output) -> Adherence:
+    import numpy as np
+
+    import ascendit
+    from ascendit.cli.interrupt import Interrupt
+    from ascendit.cli.progress import progress_view
+    from ascendit.pipeline import world
+    from ascendit.pipeline.verify import measure_adherence, pick
+
+    scenes = pick(limit) if limit is not None else list(world.scenes())
+    pipe = ascendit.load(name)
+    if swap:
+        _swap_experts(pipe)
+    silent = out.quiet or out.json
+    with progress_view(silent=silent) as view, Interrupt(silent=silent) as interrupt:
+
+        def make(prompt: str, seed: int) -> NDArray[np.uint8]:
+            interrupt.check()
+            request = pipe.request(prompt, seed=seed)
+            try:
+                frames: NDArray[np.uint8] = pipe.run(request, cancel=interrupt.event).frames
+                return frames
+            except QualityError:  # a black video is a wrong answer, not the end of the check
+                return np.zeros((request.num_frames, request.height, request.width, 3), np.uint8)
+
+        return measure_adherence(make, scenes, seeds, _Tally(view, len(scenes) * len(seeds)))
+
+
+class _Tally:
+    """Shows how many videos are judged, and how many of them are right."""
+
+    def __init__(self, view: ProgressView, total: int) -> None:
+        self._view, self._total, self._done, self._right = view, total, 0, 0
+        self._start = time.perf_counter()
+
+    def __call__(self, scene: Scene, seed: int, reading: Reading) -> None:
+        from ascendit.cli.progress import clock
+        from ascendit.pipeline.progress import Progress
+
+        self._done += 1
+        self._right += all(reading.right(scene).values())
+        pace = (time.perf_counter() - self._start) / self._done
+        text = (
+            f"judged {self._done}/{self._total}  right {self._right / self._done:.1%}  "
+            f"{pace:.2g} s/video  eta {clock(pace * (self._total - self._done))}"
+        )
+        self._view.show(Progress(stage="denoise", step=self._done, total=self._total), text)
+
+
+def _swap_experts(pipe: Any) -> None:
+    if getattr(pipe, "transformer_2", None) is None:
+        raise UsageError(
+            "--swap-experts with one expert",
+            needs="a cascade of two experts",
+            fix="leave it out",
+            code="E-USE-01",
+        )
+    pipe.transformer, pipe.transformer_2 = pipe.transformer_2, pipe.transformer
+
+
+def _below(failed: list[str]) -> QualityError:
+    return QualityError(
+        f"prompt adherence is below its limit: {', '.join(failed)}",
+        needs=", ".join(f"{TITLES[key]} at least {limit:.0%}" for key, limit in LIMITS.items()),
+        fix="--report FILE lists each failure; check the weights with ascendit inspect",
+        code="E-OUT-03",
+    )
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_json(data) + "\n", encoding="utf-8")

@@ -1,0 +1,388 @@
+"""Is everything here that ascendit needs? One row per thing: found, needed, status, fix.
+
+Each probe is on its own: what goes wrong in one becomes a row, and the others go on. Libraries that can
+take the process down with them, or take seconds, are imported in a child process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from ascendit.device import environment
+
+Status = Literal["ok", "missing", "too old", "too little", "broken", "absent", "probe failed"]
+
+PYTHON = "3.11"
+LIBRARIES = {
+    "torch": "2.9",
+    "diffusers": "0.36",
+    "transformers": "4.57",
+    "safetensors": "0.4.5",
+    "huggingface-hub": "0.34",
+    "numpy": "1.26",
+    "pillow": "10.1",
+    "av": "13",
+}
+"""Oldest versions that ascendit runs with; the same as in `pyproject.toml`."""
+MEMORY_GIB = 2.0
+DISK_GIB = 1.0
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "i8mm")
+TOOLKIT = Path("/usr/local/Ascend/ascend-toolkit")
+GIB = 2**30
+PROBE_SECONDS = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the report."""
+
+    item: str
+    found: str
+    needed: str = "-"
+    status: Status = "ok"
+    fix: str = ""
+    required: bool = False
+    """Whether nothing runs on the CPU without it."""
+
+    @property
+    def good(self) -> bool:
+        """Whether this stands in nobody's way."""
+        return self.status == "ok" or not self.required
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is here that a run on the CPU needs."""
+        return all(row.good for row in self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`, which is what a bug report should hold."""
+        return {"ok": self.ok, "rows": [asdict(row) for row in self.rows]}
+
+
+Probe = Callable[[], list[Row]]
+
+
+def examine(probes: Sequence[Probe] | None = None) -> Report:
+    """Run every probe. Never raises: a probe that fails is a row."""
+    rows: list[Row] = []
+    for probe in PROBES if probes is None else probes:
+        try:
+            rows += probe()
+        except (Exception, SystemExit) as e:
+            name = probe.__name__.strip("_").replace("_", " ")
+            rows.append(
+                Row(item=name, found=f"{type(e).__name__}: {e}".splitlines()[0], status="probe failed")
+            )
+    return Report(tuple(rows))
+
+
+def at_least(found: str, needed: str) -> bool:
+    """Compare versions by their leading numbers: 2.13.0+cpu is at least 2.9."""
+    return _numbers(found) >= _numbers(needed)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    found = re.match(r"\d+(\.\d+)*", text)
+    return tuple(int(n) for n in found[0].split(".")) if found else ()
+
+
+# ---- the machine --------------------------------------------------------------------------------
+
+
+def _python() -> list[Row]:
+    found = platform.python_version()
+    good = at_least(found, PYTHON)
+    fix = f"install Python {PYTHON} or newer"
+    return [
+        Row(
+            item="Python",
+            found=found,
+            needed=f">= {PYTHON}",
+            status="ok" if good else "too old",
+            fix=fix,
+            required=True,
+        ),
+        Row(item="platform", found=f"{platform.system()} {platform.release()} {platform.machine()}"),
+    ]
+
+
+def _cpu() -> list[Row]:
+    text = _read(Path("/proc/cpuinfo"))
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.M)
+    useful = [name for name in CPU_FEATURES if flags and name in flags[1].split()]
+    model = re.search(r"^model name\s*:\s*(.*)$", text, re.M)
+    name = model[1] if model else platform.processor() or platform.machine()
+    return [Row(item="CPU", found=f"{os.cpu_count()} x {name}; {' '.join(useful) or 'features unknown'}")]
+
+
+def _memory() -> list[Row]:
+    sizes = {
+        k: int(v) * 1024 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", _read(Path("/proc/meminfo")), re.M)
+    }
+    total = sizes.get("MemTotal", 0) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
+    total = min(total, int(limit)) if limit.isdigit() else total
+    free = min(sizes.get("MemAvailable", total), total)
+    return [
+        Row(
+            item="memory",
+            found=f"{free / GIB:.1f} of {total / GIB:.1f} GiB free",
+            needed=f"{MEMORY_GIB:g} GiB for the demo",
+            status="ok" if free >= MEMORY_GIB * GIB else "too little",
+            fix="close other programs",
+        )
+    ]
+
+
+def _disk() -> list[Row]:
+    free = shutil.disk_usage(Path.cwd()).free
+    writable = os.access(Path.cwd(), os.W_OK)
+    found = f"{free / GIB:.1f} GiB free" + ("" if writable else ", not writable")
+    good = free >= DISK_GIB * GIB and writable
+    fix = "work in another folder, or write with -o elsewhere"
+    needed = f"{DISK_GIB:g} GiB, writable"
+    return [
+        Row(item="this folder", found=found, needed=needed, status="ok" if good else "too little", fix=fix)
+    ]
+
+
+def _compiler() -> list[Row]:
+    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    row = Row(
+        item="C++ compiler",
+        found=found or "none",
+        needed="optional, for native code",
+        fix="install g++ or clang++",
+    )
+    return [row if found else replace(row, status="absent")]
+
+
+# ---- libraries ----------------------------------------------------------------------------------
+
+
+def _ascendit() -> list[Row]:
+    import ascendit
+
+    folder = Path(ascendit.__file__).parent
+    demo = (folder / "demo" / "model_index.json").is_file()
+    return [
+        Row(item="ascendit", found=f"{_version('ascendit') or 'not installed, run from source'} in {folder}"),
+        Row(
+            item="demo model",
+            found="present" if demo else "none",
+            needed="for --demo",
+            status="ok" if demo else "missing",
+            fix="reinstall ascendit; a checkout needs its large files",
+        ),
+    ]
+
+
+def _libraries() -> list[Row]:
+    return [_library(name, needed) for name, needed in LIBRARIES.items()]
+
+
+def _library(name: str, needed: str) -> Row:
+    found = _version(name)
+    status: Status = "missing" if found is None else "ok" if at_least(found, needed) else "too old"
+    label = {"av": "PyAV"}.get(name, name)
+    fix = f'pip install "{name}>={needed}"'
+    return Row(
+        item=label, found=found or "none", needed=f">= {needed}", status=status, fix=fix, required=True
+    )
+
+
+def _torch_imports() -> list[Row]:
+    if find_spec("torch") is None:
+        return []  # the row of the libraries says it
+    row = Row(item="import torch", found="works", needed="works", required=True)
+    told = _torch()
+    if "error" in told:
+        return [_failed(row, told, fix="pip install --force-reinstall torch")]
+    row = replace(row, found=f"works, {told['threads']} threads, CPU kernels {told['capability']}")
+    if find_spec("torch_npu") is None:
+        return [row]
+    plain = _child("import json, torch; print(json.dumps({}))", plugins=True)
+    if "error" in plain:  # torch loads torch_npu by itself, and that needs CANN
+        fix = f"{_source_line()}, or export TORCH_DEVICE_BACKEND_AUTOLOAD=0 to run without the NPU"
+        row = _failed(row, {**plain, "error": f"with torch_npu: {plain['error']}"}, fix=fix)
+    return [row]
+
+
+def _video_codec() -> list[Row]:
+    row = Row(item="H.264 (libx264)", found="present", needed="to write .mp4", required=True)
+    fix = "pip install --force-reinstall av"
+    if find_spec("av") is None:
+        return [replace(row, found="no PyAV", status="missing", fix=fix)]
+    told = _child("import json, av; print(json.dumps({'x264': 'libx264' in av.codecs_available}))")
+    if "error" in told:
+        return [_failed(row, told, fix=fix)]
+    return [row if told["x264"] else replace(row, found="none", status="missing", fix=fix)]
+
+
+# ---- accelerators -------------------------------------------------------------------------------
+
+
+def _cuda() -> list[Row]:
+    row = Row(
+        item="CUDA device", found="none", needed="optional", status="absent", fix="not needed on the CPU"
+    )
+    told = _torch() if find_spec("torch") else {}
+    if not told.get("cuda"):
+        return [row]
+    names = ", ".join(f"{name} {size / GIB:.0f} GiB" for name, size in told["cuda"])
+    return [replace(row, found=names, status="ok", fix="")]
+
+
+def _npu() -> list[Row]:
+    """torch_npu, the CANN toolkit with its library, and the cards."""
+    cards = sorted(str(p) for p in Path("/dev").glob("davinci[0-9]*"))
+    here = bool(cards) or find_spec("torch_npu") is not None
+    absent: Status = "missing" if here else "absent"
+    return [_torch_npu(absent), _cann(absent), _cards(cards)]
+
+
+def _torch_npu(absent: Status) -> Row:
+    torch, needed = _version("torch") or "?", "the minor version of torch, for an Ascend card"
+    row = Row(item="torch_npu", found="none", needed=needed, status=absent, fix='pip install "ascendit[npu]"')
+    if (found := _version("torch_npu")) is None:
+        return row
+    same = _numbers(found)[:2] == _numbers(torch)[:2]
+    fix = f"install the torch_npu that belongs to torch {torch}"
+    return replace(row, found=found, status="ok" if same else "broken", fix="" if same else fix)
+
+
+def _cann(absent: Status) -> Row:
+    row = Row(
+        item="CANN toolkit", found="none", needed="for an Ascend card", status=absent, fix="install CANN"
+    )
+    folder = environment.toolkit_folder()
+    if folder is None:
+        if not TOOLKIT.exists():
+            return row
+        return replace(row, found=f"{TOOLKIT}, set_env.sh not sourced", status="broken", fix=_source_line())
+    if not folder.is_dir():
+        return replace(row, found=f"{folder}, which does not exist", status="broken", fix=_source_line())
+    places = (folder / "lib64", *environment.library_folders())
+    if not any((place / "libhccl.so").exists() for place in places):
+        return replace(row, found=f"{folder}, libhccl.so not found", status="broken", fix=_source_line())
+    info = _read(folder / "ascend_toolkit_install.info") + _read(folder / "version.cfg")
+    found = re.search(r"version\s*=\s*\[?([\w.:-]+)", info)
+    return replace(row, found=f"{found[1] if found else 'unknown version'} in {folder}", status="ok", fix="")
+
+
+def _cards(cards: list[str]) -> Row:
+    row = Row(
+        item="NPU device", found="none", needed="optional", status="absent", fix="not needed on the CPU"
+    )
+    if not cards:
+        return row
+    row = replace(
+        row, found=f"{len(cards)} x {cards[0]}", needed="usable", status="broken", fix=_source_line()
+    )
+    if find_spec("torch_npu") is None:
+        return row
+    told = _child(
+        "import json, torch, torch_npu; n = torch.npu.device_count();"
+        "print(json.dumps({'names': [torch.npu.get_device_name(i) for i in range(n)]}))"
+    )
+    if not told.get("names"):
+        return replace(row, found=f"{row.found}, {told.get('error', 'none usable')}")
+    return replace(row, found=", ".join(told["names"]), status="ok", fix="")
+
+
+def _source_line() -> str:
+    return f"source {TOOLKIT}/set_env.sh"
+
+
+# ---- helpers ------------------------------------------------------------------------------------
+
+_TORCH_CODE = """
+import json, torch
+count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+cards = [torch.cuda.get_device_properties(i) for i in range(count)]
+names = [(card.name, card.total_memory) for card in cards]
+capability = torch.backends.cpu.get_cpu_capability()
+print(json.dumps({"cuda": names, "capability": capability, "threads": torch.get_num_threads()}))
+"""
+
+
+@cache
+def _torch() -> dict[str, Any]:
+    return _child(_TORCH_CODE)
+
+
+def _child(code: str, *, plugins: bool = False) -> dict[str, Any]:
+    """The JSON that `code` prints last in a Python of its own, or `{"error": ...}`. Warnings are dropped."""
+    env = None if plugins else environment.without_device_plugins()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+            env=env,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer in {PROBE_SECONDS:g} s", "late": True}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
+        return {"error": lines[-1]}
+    told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return told
+
+
+def _failed(row: Row, told: dict[str, Any], *, fix: str) -> Row:
+    """The row for a child process that did not do what it should."""
+    if told.get("late"):
+        again = "run ascendit doctor again when the machine is less busy"
+        return replace(row, found=told["error"], status="probe failed", fix=again)
+    return replace(row, found=told["error"], status="broken", fix=fix)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+PROBES: tuple[Probe, ...] = (
+    _python,
+    _cpu,
+    _memory,
+    _disk,
+    _ascendit,
+    _libraries,
+    _torch_imports,
+    _video_codec,
+    _compiler,
+    _cuda,
+    _npu,
+)

@@ -1,0 +1,103 @@
+"""What a denoising run remembers, outside of the modules.
+
+One `DenoiseState` per request, expert and CFG branch. It holds everything that does not change from
+step to step (RoPE tables, text keys and values) and the modulation of the current step. It goes away
+with its request; modules keep none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int, int]
+"""(frames, height, width) in patches."""
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values [1, L, H, d]."""
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """Angles of every token of a grid: cos and sin [S, d/2] float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Rows of shift, scale and gate, one for each distinct timestep in the sequence.
+
+    `spans`: how many neighbouring tokens use each of the R rows; they add up to S.
+    `blocks`: [num_layers, 6, R, D] float32. `out`: [2, R, D] float32.
+    """
+
+    timesteps: tuple[float, ...]
+    spans: tuple[int, ...]
+    blocks: Tensor
+    out: Tensor
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the two CFG branches of one expert have in common; made once, used by both."""
+
+    grid: Grid
+    rope: RopeTable
+    modulation: dict[tuple[tuple[float, ...], tuple[int, ...]], Modulation] = field(default_factory=dict)
+
+    def modulation_for(
+        self, timesteps: tuple[float, ...], spans: tuple[int, ...], make: Callable[[], Modulation]
+    ) -> Modulation:
+        """The rows of this step; computed by the first branch that asks, then kept until the next step."""
+        key = (timesteps, spans)
+        if key not in self.modulation:
+            self.modulation.clear()
+            self.modulation[key] = make()
+        return self.modulation[key]
+
+
+@dataclass
+class DenoiseState:
+    """One request, one expert, one CFG branch."""
+
+    shared: Shared
+    text: list[KeyValue]
+    """Cross-attention keys and values of the prompt, one pair for each block."""
+    image: list[KeyValue] | None = None
+    """The same of the CLIP image tokens (Wan2.1 I2V)."""
+    step: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Length S of the video sequence."""
+        f, h, w = self.shared.grid
+        return f * h * w
+
+
+def rope_table(
+    grid: Grid, head_dim: int, theta: float = 10000.0, device: torch.device | str = "cpu"
+) -> RopeTable:
+    """Angles of 3-D rotary embedding: a third of the head each for frame, row and column.
+
+    Row and column get 2 * (head_dim // 6) channels each, the frame axis the rest, as Diffusers'
+    WanRotaryPosEmbed. Drawn up in float64 on the CPU (no NPU has it), kept in float32.
+    """
+    side = 2 * (head_dim // 6)
+    angles = []
+    for length, channels in zip(grid, (head_dim - 2 * side, side, side), strict=True):
+        power = torch.arange(0, channels, 2, dtype=torch.float64)[: channels // 2] / channels
+        angles.append(torch.outer(torch.arange(length, dtype=torch.float64), 1.0 / theta**power))
+    f, h, w = grid
+    table = torch.cat(
+        [
+            angles[0].view(f, 1, 1, -1).expand(f, h, w, -1),
+            angles[1].view(1, h, 1, -1).expand(f, h, w, -1),
+            angles[2].view(1, 1, w, -1).expand(f, h, w, -1),
+        ],
+        dim=-1,
+    ).reshape(f * h * w, -1)
+    return RopeTable(table.cos().float().to(device), table.sin().float().to(device))

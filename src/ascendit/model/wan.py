@@ -1,0 +1,313 @@
+"""The Wan transformer: Diffusers' parameter names, its own forward on the operators it is given.
+
+It knows no device and no precision. Covers T2V, I2V with concatenated channels, TI2V with one timestep
+for the first frame and another for the rest, and Wan2.1 I2V's image cross-attention.
+
+    state = model.prepare(grid, text)                 # once for each prompt: RoPE, text keys and values
+    for t in timesteps:
+        v = model(x, t, state)                        # 10 - 2 linears a block; text K/V are not redone
+
+Shapes: B = 1, S video tokens, L text tokens, D width, H heads, d head size, R distinct timesteps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ascendit.errors import CheckpointError
+from ascendit.model.state import DenoiseState, Grid, KeyValue, Modulation, Shared, rope_table
+from ascendit.ops.bind import Ops
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConfig:
+    """`config.json` of a Diffusers WanTransformer3DModel; names and defaults are Diffusers'."""
+
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    qk_norm: str = "rms_norm_across_heads"
+    eps: float = 1e-6
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    rope_max_seq_len: int = 1024
+    pos_embed_seq_len: int | None = None
+
+    @property
+    def dim(self) -> int:
+        """Width D."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> WanConfig:
+        """From the parsed JSON. Keys with an underscore are Diffusers' bookkeeping; others must be known."""
+        known = {f.name for f in fields(cls)}
+        given = {k: v for k, v in data.items() if not k.startswith("_") and k != "quantization_config"}
+        if unknown := sorted(set(given) - known):
+            raise CheckpointError(
+                f"config.json of the transformer has unknown keys: {', '.join(unknown)}",
+                needs=f"keys of WanTransformer3DModel: {', '.join(sorted(known))}",
+                fix="use a Wan2.1 or Wan2.2 text- or image-to-video checkpoint",
+                code="E-CKP-06",
+            )
+        if given.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
+            raise CheckpointError(
+                f"qk_norm {given['qk_norm']!r}",
+                needs="rms_norm_across_heads, the only one Wan models have",
+                fix="correct config.json",
+                code="E-CKP-06",
+            )
+        given["patch_size"] = tuple(given.get("patch_size", (1, 2, 2)))
+        given["out_channels"] = given.get("out_channels") or given.get("in_channels", 16)
+        return cls(**given)
+
+
+class Norm(nn.Module):
+    """Weight, and bias where there is one; the arithmetic is the operators'."""
+
+    def __init__(self, dim: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+
+class Attention(nn.Module):
+    """Parameters of one attention; `added_kv_proj_dim` adds keys and values for image tokens."""
+
+    def __init__(self, config: WanConfig, cross: bool) -> None:
+        super().__init__()
+        d = config.dim
+        self.to_q, self.to_k, self.to_v = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
+        self.to_out = nn.ModuleList([nn.Linear(d, d)])
+        self.norm_q, self.norm_k = Norm(d, bias=False), Norm(d, bias=False)
+        if cross and config.added_kv_proj_dim is not None:
+            self.add_k_proj = nn.Linear(config.added_kv_proj_dim, d)
+            self.add_v_proj = nn.Linear(config.added_kv_proj_dim, d)
+            self.norm_added_k = Norm(d, bias=False)
+
+
+class FeedForward(nn.Module):
+    """Two linears at `net.0.proj` and `net.2`, as Diffusers names them; the activation is the caller's."""
+
+    def __init__(self, dim: int, inner: int, out: int) -> None:
+        super().__init__()
+        first = nn.Module()
+        first.proj = nn.Linear(dim, inner)
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(inner, out)])
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.attn1 = Attention(config, cross=False)
+        self.attn2 = Attention(config, cross=True)
+        self.norm2 = Norm(config.dim, bias=True) if config.cross_attn_norm else None
+        self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim)
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, config.dim))
+
+
+class TwoLinears(nn.Module):
+    """`linear_1`, `linear_2`: the time and text embedders."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(dim, out), nn.Linear(out, out)
+
+
+class ImageEmbedder(nn.Module):
+    """CLIP tokens to width D: norm1, feed-forward, norm2 (Wan2.1 I2V)."""
+
+    def __init__(self, config: WanConfig, image_dim: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = Norm(image_dim, bias=True), Norm(config.dim, bias=True)
+        self.ff = FeedForward(image_dim, image_dim, config.dim)
+        if config.pos_embed_seq_len is not None:
+            self.pos_embed = nn.Parameter(torch.zeros(1, config.pos_embed_seq_len, image_dim))
+
+
+class ConditionEmbedder(nn.Module):
+    """Timestep, text and image to the width of the model."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        self.time_embedder = TwoLinears(config.freq_dim, config.dim)
+        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
+        self.text_embedder = TwoLinears(config.text_dim, config.dim)
+        if config.image_dim is not None:
+            self.image_embedder = ImageEmbedder(config, config.image_dim)
+
+
+class WanTransformer(nn.Module):
+    """Predicts the velocity of the latents. Build it on the meta device; `model/load.py` fills it."""
+
+    # Kept in float32 whatever the run's dtype, as Diffusers' `_keep_in_fp32_modules`.
+    KEEP_FP32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+
+    def __init__(self, config: WanConfig, ops: Ops) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        patch = config.patch_size
+        self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, patch, stride=patch)
+        self.condition_embedder = ConditionEmbedder(config)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(patch))
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, config.dim))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tokens."""
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.patch_embedding.weight.device
+
+    def grid_of(self, x: Tensor) -> Grid:
+        """Patches along frames, height and width of latents [1, C, F, H, W]."""
+        f, h, w = (n // p for n, p in zip(x.shape[2:], self.config.patch_size, strict=True))
+        return f, h, w
+
+    # ---- once for each prompt -------------------------------------------------------------------
+
+    def prepare(
+        self, grid: Grid, text: Tensor, image: Tensor | None = None, share: DenoiseState | None = None
+    ) -> DenoiseState:
+        """Everything a run needs that no step changes.
+
+        text [1, L, text_dim]; image [1, T, image_dim] CLIP tokens or None; `share`: the state of the
+        other CFG branch, whose RoPE tables and modulation are used again.
+        """
+        shared = share.shared if share else Shared(
+            grid, rope_table(grid, self.config.attention_head_dim, device=self.device)
+        )
+        text = self._embed_text(text.to(self.device, self.dtype))
+        embedded = None if image is None else self._embed_image(image.to(self.device, self.dtype))
+        pairs = [self._keys(b.attn2, text, b.attn2.to_k, b.attn2.to_v, b.attn2.norm_k) for b in self.blocks]
+        if embedded is None:
+            return DenoiseState(shared, pairs)
+        added = [
+            self._keys(a, embedded, a.add_k_proj, a.add_v_proj, a.norm_added_k)
+            for a in (b.attn2 for b in self.blocks)
+        ]
+        return DenoiseState(shared, pairs, added)
+
+    def _keys(self, attn: Attention, x: Tensor, to_k: nn.Module, to_v: nn.Module, norm: Norm) -> KeyValue:
+        k = self.ops.rms_norm(self._linear(to_k, x), norm.weight, self.config.eps)
+        return self._heads(k), self._heads(self._linear(to_v, x))
+
+    def _embed_text(self, text: Tensor) -> Tensor:
+        e = self.condition_embedder.text_embedder
+        return self._linear(e.linear_2, self.ops.gelu_tanh(self._linear(e.linear_1, text)))
+
+    def _embed_image(self, x: Tensor) -> Tensor:
+        e = self.condition_embedder.image_embedder
+        if self.config.pos_embed_seq_len is not None:
+            x = x.view(-1, 2 * x.shape[1], x.shape[2]) + e.pos_embed
+        x = self.ops.layer_norm(x, e.norm1.weight, e.norm1.bias, 1e-5)
+        x = nn.functional.gelu(self._linear(e.ff.net[0].proj, x))
+        return self.ops.layer_norm(self._linear(e.ff.net[2], x), e.norm2.weight, e.norm2.bias, 1e-5)
+
+    # ---- once for each step ---------------------------------------------------------------------
+
+    def modulation(self, timesteps: tuple[float, ...], spans: tuple[int, ...]) -> Modulation:
+        """Shift, scale and gate of every block for R distinct timesteps: R rows, not one for each token."""
+        e = self.condition_embedder
+        half = self.config.freq_dim // 2
+        power = torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / half)
+        angle = torch.tensor(timesteps, dtype=torch.float32)[:, None] * power.exp()[None, :]
+        sinusoid = torch.cat([angle.cos(), angle.sin()], -1).to(self.device)  # [R, freq_dim]
+        first, second = e.time_embedder.linear_1, e.time_embedder.linear_2
+        hidden = nn.functional.silu(self._linear(first, sinusoid.to(first.weight.dtype)))
+        temb = self._linear(second, hidden).to(self.dtype)  # [R, D]
+        rows = self._linear(e.time_proj, nn.functional.silu(temb)).float().view(len(timesteps), 6, -1)
+        tables = torch.cat([b.scale_shift_table for b in self.blocks]).float()  # [num_layers, 6, D]
+        blocks = tables[:, :, None, :] + rows.transpose(0, 1)
+        out = self.scale_shift_table[0].float()[:, None, :] + temb.float()
+        return Modulation(timesteps, spans, blocks, out)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: float | tuple[float, ...],
+        state: DenoiseState,
+        spans: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        """One denoising forward: latents [1, in_channels, F, H, W] -> velocity [1, out_channels, F, H, W].
+
+        `timestep`: one number, or R numbers with `spans`, the count of neighbouring tokens that each is
+        for (TI2V: the tokens of the given first frame are at 0).
+        """
+        timesteps = timestep if isinstance(timestep, tuple) else (float(timestep),)
+        spans = spans or (state.num_tokens,)
+        assert len(spans) == len(timesteps) and sum(spans) == state.num_tokens, (spans, timesteps)
+        mod = state.shared.modulation_for(timesteps, spans, lambda: self.modulation(timesteps, spans))
+        tokens = self._patchify(x)
+        for i, block in enumerate(self.blocks):
+            tokens = self.run_block(i, block, tokens, mod, state)
+        shift, scale = mod.out
+        tokens = self.ops.adaln(tokens, scale, shift, mod.spans, self.config.eps)
+        return self._unpatchify(self._linear(self.proj_out, tokens), state.shared.grid)
+
+    def run_block(self, i: int, block: Any, x: Tensor, mod: Modulation, state: DenoiseState) -> Tensor:
+        """Block `i` on tokens [1, S, D]."""
+        ops, eps, spans = self.ops, self.config.eps, mod.spans
+        shift, scale, gate, c_shift, c_scale, c_gate = mod.blocks[i]  # each [R, D]
+        y = ops.adaln(x, scale, shift, spans, eps)
+        x = ops.gated_residual(x, self._self_attention(block.attn1, y, state), gate, spans)
+        y = x if block.norm2 is None else ops.layer_norm(x, block.norm2.weight, block.norm2.bias, eps)
+        x = x + self._cross_attention(block.attn2, y, state, i)
+        y = ops.adaln(x, c_scale, c_shift, spans, eps)
+        y = self._linear(block.ffn.net[2], ops.gelu_tanh(self._linear(block.ffn.net[0].proj, y)))
+        return ops.gated_residual(x, y, c_gate, spans)
+
+    def _self_attention(self, attn: Any, x: Tensor, state: DenoiseState) -> Tensor:
+        ops, rope = self.ops, state.shared.rope
+        q = self._heads(ops.rms_norm(self._linear(attn.to_q, x), attn.norm_q.weight, self.config.eps))
+        k = self._heads(ops.rms_norm(self._linear(attn.to_k, x), attn.norm_k.weight, self.config.eps))
+        v = self._heads(self._linear(attn.to_v, x))
+        q, k = ops.rope(q, rope.cos, rope.sin), ops.rope(k, rope.cos, rope.sin)
+        return self._linear(attn.to_out[0], ops.attention(q, k, v).flatten(2))
+
+    def _cross_attention(self, attn: Any, x: Tensor, state: DenoiseState, i: int) -> Tensor:
+        q = self._heads(self.ops.rms_norm(self._linear(attn.to_q, x), attn.norm_q.weight, self.config.eps))
+        y = self.ops.attention(q, *state.text[i])
+        if state.image is not None:
+            y = y + self.ops.attention(q, *state.image[i])
+        return self._linear(attn.to_out[0], y.flatten(2))
+
+    # ---- shapes ---------------------------------------------------------------------------------
+
+    def _linear(self, m: Any, x: Tensor) -> Tensor:
+        return self.ops.linear(x, m.weight, m.bias)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.config.num_attention_heads, -1))  # [1, S, H, d]
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        """[1, C, F, H, W] -> [1, S, D]. A convolution whose stride is its kernel is one matmul."""
+        (pf, ph, pw), (f, h, w) = self.config.patch_size, self.grid_of(x)
+        x = x.to(self.dtype).view(1, -1, f, pf, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        m = self.patch_embedding
+        return self.ops.linear(x.reshape(1, f * h * w, -1), m.weight.flatten(1), m.bias)
+
+    def _unpatchify(self, x: Tensor, grid: Grid) -> Tensor:
+        """[1, S, pf * ph * pw * C] -> [1, C, F, H, W]."""
+        (pf, ph, pw), (f, h, w) = self.config.patch_size, grid
+        x = x.view(1, f, h, w, pf, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.reshape(1, -1, f * pf, h * ph, w * pw)

@@ -1,0 +1,118 @@
+"""What a first image adds to a run, for each of the three ways Wan models take one.
+
+I2V (36 channels): mask and image latents are joined to the latents as channels. Wan2.1 I2V: CLIP tokens
+too. TI2V: the clean image latents stand in the first latent frame, whose tokens are at timestep 0.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascendit.errors import UsageError
+from ascendit.model.state import Grid
+from ascendit.pipeline.encoders import ImageEncoder, VideoCoder
+from ascendit.pipeline.request import GenerateRequest
+from ascendit.spec import Task
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Nothing, for text-to-video; else the parts of one image."""
+
+    channels: Tensor | None = None
+    """[1, 4 + z, F, h, w] joined to the latents at each step."""
+    first: Tensor | None = None
+    """[1, z, 1, h, w] in the place of the first latent frame."""
+    tokens: Tensor | None = None
+    """[1, T, image_dim] for the image cross-attention."""
+
+    def model_input(self, latents: Tensor) -> Tensor:
+        """What the model sees in the place of `latents` [1, z, F, h, w]."""
+        if self.channels is not None:
+            return torch.cat([latents, self.channels], dim=1)
+        return self.finish(latents)
+
+    def finish(self, latents: Tensor) -> Tensor:
+        """Latents with the given first frame in its place."""
+        if self.first is None:
+            return latents
+        return torch.cat([self.first, latents[:, :, 1:]], dim=2)
+
+    def timesteps(self, t: float, grid: Grid) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """(timesteps, spans) of the tokens: one row, or one for the given frame and one for the rest."""
+        f, h, w = grid
+        if self.first is None or f == 1:
+            return ((t,) if self.first is None else (0.0,)), (f * h * w,)
+        return (0.0, t), (h * w, (f - 1) * h * w)
+
+
+def make_condition(
+    task: Task, image: Any, request: GenerateRequest, vae: VideoCoder, clip: ImageEncoder | None
+) -> Condition:
+    """Encode the first image (PIL, path, array or tensor) for a model of this kind; None where none is given."""
+    if image is None:
+        return Condition()
+    tokens = None if clip is None else clip.encode(open_image(image))
+    picture = to_picture(image, request.height, request.width)[:, :, None]  # [1, 3, 1, H, W]
+    if task == "ti2v":
+        return Condition(first=vae.encode(picture))
+    rest = picture.new_zeros(1, 3, request.num_frames - 1, request.height, request.width)
+    latents = vae.encode(torch.cat([picture, rest], dim=2))
+    mask = latents.new_zeros(1, vae.frame_stride, *latents.shape[2:])
+    mask[:, :, 0] = 1
+    return Condition(channels=torch.cat([mask, latents], dim=1), tokens=tokens)
+
+
+def open_image(image: Any) -> Any:
+    """A PIL image, RGB, from a path, a PIL image, an array [H, W, 3] uint8 or a float tensor [3, H, W] in [0, 1]."""
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(image, (str, Path)):
+        if not Path(image).is_file():
+            raise UsageError(
+                f"no file {image}", needs="the path of an image", fix="correct the path", code="E-USE-02"
+            )
+        try:
+            with warnings.catch_warnings():  # a warning of Pillow about a huge image is an error here too
+                warnings.simplefilter("error")
+                with Image.open(image) as file:
+                    return file.convert("RGB")
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as e:
+            raise _no_image(f"{image} is no image that can be read: {e}") from e
+    if isinstance(image, Tensor):
+        if image.ndim == 4 and image.shape[0] == 1:
+            image = image[0]
+        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+            raise _no_image(f"a tensor {list(image.shape)} {image.dtype}")
+        image = (image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise _no_image(f"an array {list(image.shape)} {image.dtype}")
+        return Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise _no_image(f"a {type(image).__name__}")
+    return image.convert("RGB")
+
+
+def to_picture(image: Any, height: int, width: int) -> Tensor:
+    """Scaled to `height` x `width` as Diffusers' VideoProcessor does: float32 [1, 3, H, W] in [-1, 1]."""
+    from diffusers.video_processor import VideoProcessor
+
+    picture: Tensor = VideoProcessor().preprocess(open_image(image), height=height, width=width)
+    return picture.float()
+
+
+def _no_image(got: str) -> UsageError:
+    return UsageError(
+        got,
+        needs="a PNG, JPEG or WebP file, a PIL image, uint8 [H, W, 3], or a float tensor [3, H, W] in [0, 1]",
+        fix="give the first frame in one of these forms",
+        code="E-USE-04",
+    )

@@ -1,0 +1,135 @@
+"""The parts around the denoiser: text encoder, image encoder and VAE, through transformers and Diffusers.
+
+Each wraps one library model and gives tensors as WanPipeline does, to the bit on the same device.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib
+import logging
+import re
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ascendit.checkpoint.layout import Layout, Part
+from ascendit.errors import UsageError
+from ascendit.model.load import load_library_part
+
+log = logging.getLogger("ascendit")
+
+TextOn = Literal["cpu", "device", "drop"]
+TEXT_ON: tuple[TextOn, ...] = ("cpu", "device", "drop")
+
+
+def clean_prompt(text: str) -> str:
+    """As the authors cleaned their training captions: broken Unicode mended, entities resolved, spaces folded."""
+    import ftfy
+
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+
+class TextEncoder:
+    """Prompts to embeddings [1, max_sequence_length, text_dim], zero behind the last token.
+
+    `text_on`: where UMT5 lives. `cpu`: stays in host memory (T5_LOAD_CPU=1); `device`: beside the
+    denoiser; `drop`: read when a prompt must be encoded, then let go.
+    """
+
+    def __init__(self, layout: Layout, *, device: str, text_on: TextOn, dtype: torch.dtype | None = None) -> None:
+        if text_on not in TEXT_ON:
+            raise UsageError(
+                f"text_on={text_on!r}", needs=" or ".join(TEXT_ON), fix="--text-on cpu", code="E-USE-01"
+            )
+        self.part, self.text_on, self.dtype = layout.part("text_encoder"), text_on, dtype
+        self.device = device if text_on != "cpu" else "cpu"
+        self.tokenizer = load_processor(layout.part("tokenizer"))
+        self.model = None if text_on == "drop" else self._load()
+        self._seen: dict[tuple[str, int], Tensor] = {}
+
+    def _load(self) -> Any:
+        return load_library_part(self.part, dtype=self.dtype).to(self.device)
+
+    @torch.inference_mode()
+    def encode(self, prompts: list[str], max_sequence_length: int) -> list[Tensor]:
+        """One embedding for each prompt, on this encoder's device. The last eight prompts are remembered."""
+        wanted = [(clean_prompt(p), max_sequence_length) for p in prompts]
+        new = [key for key in dict.fromkeys(wanted) if key not in self._seen]
+        if new:
+            model = self.model if self.model is not None else self._load()
+            for key in new:
+                self._seen[key] = self._encode_one(model, *key)
+        out = [self._seen[key] for key in wanted]
+        while len(self._seen) > 8:
+            self._seen.pop(next(iter(self._seen)))
+        return out
+
+    def _encode_one(self, model: Any, prompt: str, length: int) -> Tensor:
+        tokens = self.tokenizer(
+            [prompt],
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        mask = tokens.attention_mask
+        used = int(mask.sum())
+        if used == length:
+            log.warning("the prompt fills all %d tokens; what lies behind them is not used", length)
+        hidden = model(tokens.input_ids.to(self.device), mask.to(self.device)).last_hidden_state
+        hidden[:, used:] = 0
+        return hidden  # type: ignore[no-any-return]
+
+
+class ImageEncoder:
+    """CLIP tokens of an image (Wan2.1 I2V): the last hidden layer but one."""
+
+    def __init__(self, layout: Layout, *, device: str) -> None:
+        self.processor = load_processor(layout.part("image_processor"))
+        self.model, self.device = load_library_part(layout.part("image_encoder")).to(device), device
+
+    @torch.inference_mode()
+    def encode(self, image: Any) -> Tensor:
+        """PIL image -> [1, tokens, image_dim]."""
+        pixels = self.processor(images=image, return_tensors="pt").to(self.device)
+        return self.model(**pixels, output_hidden_states=True).hidden_states[-2]  # type: ignore[no-any-return]
+
+
+class VideoCoder:
+    """The VAE, with the statistics that its latents are normalised by."""
+
+    def __init__(self, layout: Layout, *, device: str, dtype: torch.dtype | None = torch.float32) -> None:
+        self.model, self.device = load_library_part(layout.part("vae"), dtype=dtype).to(device), device
+        c = self.model.config
+        self.z_dim, self.stride, self.frame_stride = c.z_dim, c.scale_factor_spatial, c.scale_factor_temporal
+        # Rounded to the VAE's dtype and used as a product, as WanPipeline does.
+        self.mean = torch.tensor(c.latents_mean, device=device).view(1, -1, 1, 1, 1)
+        self.inverse_std = 1.0 / torch.tensor(c.latents_std, device=device).view(1, -1, 1, 1, 1)
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
+        """[1, z_dim, F, H, W] of a video."""
+        frames = (num_frames - 1) // self.frame_stride + 1
+        return 1, self.z_dim, frames, height // self.stride, width // self.stride
+
+    @torch.inference_mode()
+    def encode(self, video: Tensor) -> Tensor:
+        """Video [1, 3, F, H, W] in [-1, 1] -> normalised latents, float32, no sampling."""
+        mode = self.model.encode(video.to(self.device, self.model.dtype)).latent_dist.mode()
+        return (mode.float() - self.mean) * self.inverse_std
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents -> video [1, 3, F, H, W], about [-1, 1]."""
+        dtype = self.model.dtype
+        z = latents.to(self.device, dtype) / self.inverse_std.to(dtype) + self.mean.to(dtype)
+        return self.model.decode(z, return_dict=False)[0]  # type: ignore[no-any-return]
+
+
+def load_processor(part: Part) -> Any:
+    """A tokenizer or image processor; configs only."""
+    cls = getattr(importlib.import_module(part.library), part.class_name)
+    return cls.from_pretrained(part.path, local_files_only=True)

@@ -1,0 +1,317 @@
+"""From a request to frames. `denoise` is the algorithm; read it first.
+
+    pipe = load("demo")
+    video = pipe.generate("a red circle moves right on a black background", seed=7)
+    video.save("circle.mp4")
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ascendit.checkpoint.hub import fetch
+from ascendit.checkpoint.layout import Layout, recognise
+from ascendit.errors import Cancelled, EnvironmentProblem, QualityError, UsageError
+from ascendit.model.load import load_transformer
+from ascendit.model.state import DenoiseState
+from ascendit.model.wan import WanTransformer
+from ascendit.ops.bind import Ops, bind
+from ascendit.pipeline.condition import make_condition, open_image
+from ascendit.pipeline.defaults import defaults_for
+from ascendit.pipeline.encoders import ImageEncoder, TextEncoder, TextOn, VideoCoder
+from ascendit.pipeline.progress import OnProgress, Progress
+from ascendit.pipeline.request import Defaults, GenerateRequest, check, resolve
+from ascendit.pipeline.solver import TRAIN_STEPS, make_solver
+from ascendit.pipeline.video import Video, check_not_flat, to_uint8
+
+log = logging.getLogger("ascendit")
+
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+
+
+class Stop(Protocol):
+    """Anything that can say "stop", for example threading.Event."""
+
+    def is_set(self) -> bool: ...
+
+
+@dataclass
+class Pipeline:
+    """A loaded Wan model: two experts or one, its encoders and VAE, on one device."""
+
+    layout: Layout
+    defaults: Defaults
+    ops: Ops
+    device: str
+    text: TextEncoder
+    vae: VideoCoder
+    transformer: WanTransformer
+    transformer_2: WanTransformer | None = None
+    clip: ImageEncoder | None = None
+
+    def request(self, prompt: str, **fields: Any) -> GenerateRequest:
+        """A full request: what is left out comes from the model. Raises RequestError."""
+        return resolve(self.defaults, prompt, **fields)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        image: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_scale_2: float | None = None,
+        flow_shift: float | None = None,
+        seed: int | None = None,
+        on_progress: OnProgress | None = None,
+        cancel: Stop | None = None,
+        **more: Any,
+    ) -> Video:
+        """One video. Names are Diffusers'; what is None comes from the model. `more`: other request fields.
+
+        `image`: path, PIL image, uint8 array [H, W, 3] or float tensor [3, H, W] in [0, 1].
+        """
+        request = self.request(
+            prompt,
+            negative_prompt=negative_prompt,
+            image=None if image is None else str(image) if isinstance(image, (str, Path)) else "<array>",
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_scale_2=guidance_scale_2,
+            flow_shift=flow_shift,
+            seed=seed,
+            **more,
+        )
+        return self.run(request, image=image, on_progress=on_progress, cancel=cancel)
+
+    def run(
+        self,
+        request: GenerateRequest,
+        *,
+        image: Any = None,
+        on_progress: OnProgress | None = None,
+        cancel: Stop | None = None,
+    ) -> Video:
+        """The video of a full request. `image` replaces `request.image` when it was given as pixels.
+
+        Raises Cancelled between two steps; QualityError when the frames are not finite, or black.
+        """
+        check(request, self.defaults)
+        start = time.perf_counter()
+        report = on_progress or (lambda event: None)
+        image = image if image is not None else request.image
+        latents = denoise(self, request, open_image(image) if image is not None else None, report, cancel)
+        stop_if(cancel)
+        report(Progress(stage="decode", total=1, memory_bytes=memory_bytes(self.device)))
+        frames = to_uint8(self.vae.decode(latents)[0])
+        check_not_flat(frames)
+        seconds = time.perf_counter() - start
+        report(Progress(stage="decode", step=1, total=1, memory_bytes=memory_bytes(self.device)))
+        return Video(frames=frames, fps=request.fps, request=request, model=self.defaults.model, seconds=seconds)
+
+    def warm_up(self, request: GenerateRequest | None = None) -> float:
+        """Run one step at the request's size, so that the first real one pays for nothing else. Seconds taken."""
+        request = request or self.request("", image="<array>" if self.defaults.task == "i2v" else None)
+        fields = {**vars(request), "num_inference_steps": 1, "timesteps": None}
+        one = GenerateRequest(**fields)
+        start = time.perf_counter()
+        image = torch.zeros(3, one.height, one.width) if one.image is not None else None
+        self.vae.decode(denoise(self, one, image, lambda event: None, None))
+        return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def denoise(pipe: Pipeline, request: GenerateRequest, image: Any, report: OnProgress, cancel: Stop | None) -> Tensor:
+    """Noise to clean latents [1, z, F, h, w], float32: encode, then one solver step for each timestep.
+
+    Every step, level, coefficient and the switch of experts is a Python number before the loop starts,
+    so that the loop never waits for the device.
+    """
+    # what the prompt and the image say
+    report(Progress(stage="encode", total=1, memory_bytes=memory_bytes(pipe.device)))
+    prompts = [request.prompt] + [request.negative_prompt] * request.do_classifier_free_guidance
+    texts = pipe.text.encode(prompts, request.max_sequence_length)
+    condition = make_condition(pipe.defaults.task, image, request, pipe.vae, pipe.clip)
+    report(Progress(stage="encode", step=1, total=1, memory_bytes=memory_bytes(pipe.device)))
+
+    # the same noise on every device: drawn on the CPU, then moved
+    shape = pipe.vae.latent_shape(request.num_frames, request.height, request.width)
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    latents = torch.randn(shape, generator=generator, dtype=torch.float32).to(pipe.device)
+
+    solver = make_solver(request)
+    boundary = TRAIN_STEPS * request.boundary_ratio if request.boundary_ratio is not None else None
+    name, states = "", []
+    for i, t in enumerate(solver.schedule.timesteps):
+        stop_if(cancel)
+        start = time.perf_counter()
+
+        # high noise: the first expert; low noise: the second, with its own guidance
+        high = boundary is None or t >= boundary
+        expert = pipe.transformer if high or pipe.transformer_2 is None else pipe.transformer_2
+        guidance = request.guidance_for(high=high)
+        if name != (name := "transformer" if high else "transformer_2"):
+            states = prepare(expert, latents, texts if guidance > 1 else texts[:1], condition.tokens)
+
+        # velocity with the prompt; without it too, where guidance asks for the difference
+        x = condition.model_input(latents)
+        timesteps, spans = condition.timesteps(t, states[0].shared.grid)
+        velocity = expert(x, timesteps, states[0], spans).float()
+        if guidance > 1:
+            plain = expert(x, timesteps, states[1], spans).float()
+            velocity = plain + guidance * (velocity - plain)
+        latents = solver.step(i, velocity, latents)
+        for state in states:
+            state.step = i + 1
+
+        seconds, memory = time.perf_counter() - start, memory_bytes(pipe.device)
+        total = len(solver.schedule.timesteps)
+        report(
+            Progress(
+                stage="denoise", step=i + 1, total=total, expert=name, timestep=t, seconds=seconds, memory_bytes=memory
+            )
+        )
+    return finite(condition.finish(latents))
+
+
+def prepare(
+    expert: WanTransformer, latents: Tensor, texts: list[Tensor], tokens: Tensor | None
+) -> list[DenoiseState]:
+    """The states of one expert: one for each CFG branch, sharing grid, RoPE tables and modulation."""
+    first = expert.prepare(expert.grid_of(latents), texts[0], tokens)
+    return [first] + [expert.prepare(first.shared.grid, text, tokens, share=first) for text in texts[1:]]
+
+
+def finite(latents: Tensor) -> Tensor:
+    """Refuse NaN and infinity before the VAE spends time on them."""
+    bad = int((~latents.isfinite()).sum())
+    if bad:
+        raise QualityError(
+            f"{bad} of {latents.numel()} latents are not finite",
+            needs="finite numbers: a NaN here is a broken or badly quantized weight",
+            fix="ascendit inspect the model; try --set dtype=float32 or --set ops=reference",
+            code="E-OUT-01",
+        )
+    return latents
+
+
+def stop_if(cancel: Stop | None) -> None:
+    """Raise Cancelled when the caller has asked to stop."""
+    if cancel is not None and cancel.is_set():
+        raise Cancelled(
+            "cancelled", needs="nothing: no file was written", fix="run the command again", code="E-CAN-01"
+        )
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    text_on: TextOn = "device",
+    ops: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Pipeline:
+    """Load a model: a folder, "demo", "hf:org/name" or "ms:org/name" (with "@revision").
+
+    `device`: "cpu", "cuda", "cuda:1". `dtype`: of the denoiser, None = as stored (bfloat16 off the CPU).
+    `text_on`: where UMT5 lives: "device", "cpu", or "drop" after each prompt. `ops`: "reference" or None.
+    """
+    layout = recognise(resolve_model(model))
+    defaults = defaults_for(layout)
+    device, number = check_device(device), to_dtype(dtype)
+    bound = bind(device, ops)
+    report = on_progress or (lambda event: None)
+    total = 3 + len(layout.experts)
+    report(Progress(stage="load", total=total, memory_bytes=memory_bytes(device)))
+
+    def done(step: int) -> None:
+        report(Progress(stage="load", step=step, total=total, memory_bytes=memory_bytes(device)))
+
+    text = TextEncoder(layout, device=device, text_on=text_on)
+    done(1)
+    vae = VideoCoder(layout, device=device)
+    done(2)
+    needs_clip = layout.experts[0].config.get("image_dim") is not None
+    clip = ImageEncoder(layout, device=device) if needs_clip else None
+    done(3)
+    experts = []
+    for part in layout.experts:
+        experts.append(load_transformer(part, bound, device=device, dtype=number))
+        done(3 + len(experts))
+    second = experts[1] if len(experts) == 2 else None
+    return Pipeline(layout, defaults, bound, device, text, vae, experts[0], second, clip)
+
+
+def resolve_model(model: str | Path) -> Path:
+    """The folder that a name means. Raises UsageError E-USE-02 when there is none."""
+    name = str(model)
+    if name == "demo":
+        return DEMO
+    if name.startswith(("hf:", "ms:")):
+        return fetch(name)
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UsageError(
+            f"no model at {name}",
+            needs='a folder, "demo", hf:org/name or ms:org/name',
+            fix="correct the path, or put hf: before a name on Hugging Face",
+            code="E-USE-02",
+        )
+    return path
+
+
+def check_device(device: str) -> str:
+    """`device` if this machine has it. Raises UsageError for an unknown kind, EnvironmentProblem for an absent one."""
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(
+            f"device {device!r}", needs="cpu, cuda or cuda:N in this version", fix="--device cpu", code="E-USE-01"
+        )
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentProblem(
+            f"device {device}: this PyTorch sees no CUDA device",
+            needs="a CUDA build of torch, a driver and a card",
+            fix="--device cpu, or ascendit doctor",
+            code="E-ENV-03",
+        )
+    return device
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def to_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A torch dtype from its name; None stays None."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UsageError(
+            f"dtype={dtype}", needs=" or ".join(DTYPES), fix="--set dtype=bfloat16", code="E-USE-01"
+        )
+    return DTYPES[dtype]
+
+
+def memory_bytes(device: str) -> int:
+    """Memory in use: on the device, or of this process on a CPU. 0 where the system does not say."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.memory_allocated(device))
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * 4096

@@ -1,0 +1,183 @@
+"""The two samplers of flow-matching Wan models, equal to Diffusers' to 1e-6.
+
+All coefficients are Python floats, worked out before the loop: no device ever solves a linear system
+(Diffusers' UniPC calls `torch.linalg.solve` at each step, which no NPU has) and nothing is read back.
+
+UniPC (Zhao et al. 2023, B(h) = e^h - 1, order 2, data prediction): with lambda = log(alpha / sigma),
+alpha = 1 - sigma and h the step in lambda, predictor and corrector are linear in the last sample, the
+last two predictions of the clean sample x0 and, for the corrector, the new one.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ascendit.pipeline.request import GenerateRequest
+
+TRAIN_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`timesteps` [n] as the model sees them; `sigmas` [n + 1], the last is 0."""
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+
+class Solver(Protocol):
+    """Steps from noise to video. One instance for each run."""
+
+    schedule: Schedule
+
+    def step(self, i: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """Latents after step `i` from the model's velocity and the latents before it, both float32."""
+
+
+def make_solver(request: GenerateRequest) -> Solver:
+    """The solver of a request, its schedule ready."""
+    if request.solver == "euler":
+        return Euler(euler_schedule(request.num_inference_steps, request.flow_shift, request.timesteps))
+    return UniPC(unipc_schedule(request.num_inference_steps, request.flow_shift, request.timesteps))
+
+
+def shifted(sigma: float, shift: float) -> float:
+    """Move a noise level towards 1: shift * s / (1 + (shift - 1) * s)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def float32(x: float) -> float:
+    """The nearest float32; schedules are kept in it, and 1 - sigma of the first step depends on it."""
+    return float(struct.unpack("f", struct.pack("f", x))[0])
+
+
+def unipc_schedule(steps: int, shift: float, timesteps: tuple[float, ...] | None = None) -> Schedule:
+    """As Diffusers' UniPCMultistepScheduler with use_flow_sigmas: timesteps are cut to whole numbers."""
+    if timesteps is None:
+        last = 1 / TRAIN_STEPS
+        levels = [1 + (last - 1) * i / steps for i in range(steps)]
+    else:
+        levels = [t / TRAIN_STEPS for t in timesteps]
+    sigmas = [shifted(s, shift) for s in levels]
+    if abs(sigmas[0] - 1) < 1e-6:  # log(1 - sigma) must exist
+        sigmas[0] -= 1e-6
+    whole = tuple(float(int(s * TRAIN_STEPS)) for s in sigmas)
+    return Schedule(whole, (*(float32(s) for s in sigmas), 0.0))
+
+
+def euler_schedule(steps: int, shift: float, timesteps: tuple[float, ...] | None = None) -> Schedule:
+    """As Diffusers' FlowMatchEulerDiscreteScheduler: its last level is shifted twice."""
+    if timesteps is None:
+        last = shifted(1 / TRAIN_STEPS, shift)
+        levels = [1 + (last - 1) * i / max(steps - 1, 1) for i in range(steps)]
+    else:
+        levels = [t / TRAIN_STEPS for t in timesteps]
+    sigmas = tuple(float32(shifted(s, shift)) for s in levels)
+    return Schedule(tuple(float32(s * TRAIN_STEPS) for s in sigmas), (*sigmas, 0.0))
+
+
+@dataclass
+class Euler:
+    """x + (sigma' - sigma) v."""
+
+    schedule: Schedule
+
+    def step(self, i: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """See `Solver.step`."""
+        s = self.schedule.sigmas
+        return torch.add(sample, velocity, alpha=s[i + 1] - s[i])
+
+
+@dataclass(frozen=True)
+class Update:
+    """x_new = sample * x + current * m0 + previous * m1 + new * m_new, each a clean-sample prediction."""
+
+    sample: float
+    current: float
+    previous: float = 0.0
+    new: float = 0.0
+
+
+@dataclass
+class UniPC:
+    """Order 2, with the corrector at each step but the first."""
+
+    schedule: Schedule
+    predict: list[Update] = field(default_factory=list)
+    correct: list[Update] = field(default_factory=list)
+    _clean: list[Tensor] = field(default_factory=list)
+    """Predictions of the clean sample, the newest last; at most two."""
+    _last: Tensor | None = None
+    """The corrected sample of the step before."""
+
+    def __post_init__(self) -> None:
+        sigmas = self.schedule.sigmas
+        steps = len(sigmas) - 1
+        for i in range(steps):
+            order = min(2, i + 1, steps - i)
+            older = sigmas[i - 1] if order == 2 else None
+            self.predict.append(predictor(sigmas[i], sigmas[i + 1], older))
+            if i + 1 < steps:
+                self.correct.append(corrector(sigmas[i], sigmas[i + 1], older))
+
+    def step(self, i: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """See `Solver.step`."""
+        clean = torch.add(sample, velocity, alpha=-self.schedule.sigmas[i])
+        if i > 0:
+            assert self._last is not None
+            sample = self._apply(self.correct[i - 1], self._last, clean)
+        self._clean = [*self._clean[-1:], clean]
+        self._last = sample
+        return self._apply(self.predict[i], sample, None)
+
+    def _apply(self, u: Update, x: Tensor, new: Tensor | None) -> Tensor:
+        out = torch.add(x * u.sample, self._clean[-1], alpha=u.current)
+        if u.previous:
+            out.add_(self._clean[-2], alpha=u.previous)
+        if new is not None:
+            out.add_(new, alpha=u.new)
+        return out
+
+
+def log_snr(sigma: float) -> float:
+    """lambda = log((1 - sigma) / sigma)."""
+    return math.log(1 - sigma) - math.log(sigma)
+
+
+def predictor(sigma: float, sigma_next: float, older: float | None) -> Update:
+    """UniP from `sigma` to `sigma_next`; `older` is the level before, None for order 1."""
+    if sigma_next == 0:  # lambda is infinite: the clean sample itself
+        return Update(0.0, 1.0)
+    h = log_snr(sigma_next) - log_snr(sigma)
+    phi = math.expm1(-h)
+    alpha = 1 - sigma_next
+    if older is None:
+        return Update(sigma_next / sigma, -alpha * phi)
+    ratio = (log_snr(older) - log_snr(sigma)) / h
+    lean = -alpha * phi * 0.5 / ratio  # rho of UniP-2 is 1/2
+    return Update(sigma_next / sigma, -alpha * phi - lean, lean)
+
+
+def corrector(sigma: float, sigma_next: float, older: float | None) -> Update:
+    """UniC for the step just taken, given the prediction at its end."""
+    h = log_snr(sigma_next) - log_snr(sigma)
+    phi = math.expm1(-h)
+    alpha = 1 - sigma_next
+    if older is None:
+        lean = -alpha * phi * 0.5  # rho of UniC-1 is 1/2
+        return Update(sigma_next / sigma, -alpha * phi - lean, new=lean)
+    ratio = (log_snr(older) - log_snr(sigma)) / h
+    # The 2x2 system [1 1; ratio 1] rho = b, in closed form.
+    g2 = phi / -h - 1
+    g3 = g2 / -h - 0.5
+    b1, b2 = g2 / phi, 2 * g3 / phi
+    rho1 = (b1 - b2) / (1 - ratio)
+    rho2 = b1 - rho1
+    back, ahead = -alpha * phi * rho1 / ratio, -alpha * phi * rho2
+    return Update(sigma_next / sigma, -alpha * phi - back - ahead, back, ahead)

@@ -1,0 +1,127 @@
+"""What the tests of the commands share: a model of configs alone, and a pipeline that only pretends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ascendit
+from ascendit.cli.main import main
+from ascendit.pipeline.progress import Progress
+from ascendit.pipeline.video import Video
+
+EXPERT = {
+    "_class_name": "WanTransformer3DModel",
+    "num_attention_heads": 3,
+    "attention_head_dim": 64,
+    "num_layers": 8,
+    "in_channels": 8,
+    "out_channels": 8,
+    "patch_size": [1, 2, 2],
+}
+CONFIGS: dict[str, Any] = {
+    "model_index.json": {
+        "_class_name": "WanPipeline",
+        "boundary_ratio": 0.875,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    },
+    "scheduler/scheduler_config.json": {
+        "_class_name": "UniPCMultistepScheduler",
+        "flow_shift": 4.0,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+    },
+    "transformer/config.json": EXPERT,
+    "transformer_2/config.json": EXPERT,
+    "vae/config.json": {
+        "_class_name": "AutoencoderKLWan",
+        "scale_factor_spatial": 8,
+        "scale_factor_temporal": 4,
+    },
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder with the shape of the demo model: configs, no weights."""
+    root = tmp_path / "model"
+    for name, config in CONFIGS.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(json.dumps(config))
+    return root
+
+
+@dataclass
+class FakePipeline:
+    """Runs no model; reports a cascade's progress and gives back a grey ramp."""
+
+    error: BaseException | None = None
+    loaded: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    requests: list[Any] = field(default_factory=list)
+
+    def load(self, model: str, **options: Any) -> FakePipeline:
+        self.loaded.append((str(model), options))
+        return self
+
+    def run(self, request: Any, *, on_progress: Callable[[Progress], None], cancel: Any) -> Video:
+        self.requests.append(request)
+        steps = request.num_inference_steps
+        print("a library prints on stdout")
+        on_progress(Progress(stage="encode", total=1))
+        on_progress(Progress(stage="encode", step=1, total=1))
+        for i in range(steps):
+            expert = "transformer" if i < steps // 4 else "transformer_2"
+            on_progress(
+                Progress(
+                    stage="denoise", step=i + 1, total=steps, expert=expert, seconds=2.0, memory_bytes=3 * 2**30
+                )
+            )
+            if self.error is not None:
+                raise self.error
+        shape = (request.num_frames, request.height, request.width, 3)
+        frames = np.broadcast_to(np.linspace(0, 255, request.width, dtype=np.uint8)[:, None], shape)
+        return Video(frames=np.ascontiguousarray(frames), fps=request.fps, request=request, model="ascendit-demo")
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
+    """`ascendit.load` gives this."""
+    pipeline = FakePipeline()
+    monkeypatch.setitem(vars(ascendit), "load", pipeline.load)
+    return pipeline
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """stdout, which must be one JSON object and nothing else."""
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """`run("generate", ...)`: the command in this process."""
+
+    def call(*words: str | Path) -> Ended:
+        capsys.readouterr()
+        code = main([str(w) for w in words])
+        out, err = capsys.readouterr()
+        return Ended(code, out, err)
+
+    return call

@@ -1,0 +1,191 @@
+"""The surface: commands, flags, how light `--help` is, and how a command ends when something goes wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import ascendit
+from ascendit.cli import main as cli
+from ascendit.errors import CheckpointError
+
+SOURCE = str(Path(ascendit.__file__).parents[1])
+ENVIRON = {**os.environ, "PYTHONPATH": SOURCE, "NO_COLOR": "1"}
+FLAGS = {
+    "generate": [
+        "--demo",
+        "-o/--output",
+        "--seed",
+        "--steps",
+        "--size",
+        "--frames",
+        "--seconds",
+        "--fps",
+        "--guidance",
+        "--shift",
+        "--timesteps",
+        "--negative",
+        "--image",
+        "--device",
+        "--text-on",
+        "--set",
+        "--config",
+        "--dry-run",
+        "--json",
+        "--overwrite",
+    ],
+    "inspect": ["--json"],
+    "verify": ["--demo", "--adherence", "--seeds", "--limit", "--report", "--json", "--swap-experts"],
+    "doctor": ["--json"],
+}
+
+
+def test_flags_are_pinned():
+    group = typer.main.get_command(cli.app)
+    found = {
+        name: ["/".join(p.opts) for p in command.params if p.param_type_name == "option"]
+        for name, command in group.commands.items()
+    }
+    assert found == FLAGS
+    assert all(len(flags) <= 20 for flags in FLAGS.values())
+    assert ["/".join(p.opts) for p in group.params] == ["-q/--quiet", "-v/--verbose", "--version"]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["verify", "--help"]])
+def test_help_imports_nothing_heavy(words):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "ascendit", *words], capture_output=True, text=True, env=ENVIRON
+    )
+    assert done.returncode == 0
+    assert "ascendit" in done.stdout
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "typer" in imported
+    assert not imported & {"torch", "numpy", "diffusers", "transformers", "av", "PIL", "rich", "safetensors"}
+
+
+def test_help_takes_under_300_ms():
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "ascendit", "--help"], capture_output=True, check=True, env=ENVIRON)
+        best = min(best, time.perf_counter() - start)
+    if best >= 0.3 and os.getloadavg()[0] > (os.cpu_count() or 1):
+        pytest.skip(f"the machine is busy (load {os.getloadavg()[0]:.1f}); best was {best:.2f} s")
+    assert best < 0.3
+
+
+def test_help_tells_every_flag(run):
+    text = run("generate", "--help").out
+    for flag in FLAGS["generate"]:
+        assert re.search(rf"(^|[\s,]){flag.split('/')[-1]}\b", text), flag
+    assert "PROMPT" in text and "MODEL" in text
+
+
+def test_version(run):
+    ended = run("--version")
+    assert ended.code == 0
+    assert ended.out == f"ascendit {ascendit.__version__}\n"
+
+
+def test_without_a_command(run):
+    ended = run()
+    assert ended.code == 2
+    assert "generate" in ended.out and "doctor" in ended.out
+
+
+def test_common_flags_may_stand_after_the_command():
+    words, output = cli.common_flags(["generate", "--demo", "-v", "a cat", "--json", "--", "-q"])
+    assert words == ["-v", "generate", "--demo", "a cat", "--json", "--", "-q"]
+    assert (output.verbose, output.quiet, output.json) == (True, False, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "got"),
+    [
+        (["generate", "--bogus"], "No such option: --bogus"),
+        (["generate", "--steps", "x", "m", "p"], "'--steps'"),
+        (["generat"], "Did you mean 'generate'?"),
+        (["inspect"], "Missing argument 'PATH'"),
+    ],
+)
+def test_usage_errors_have_three_parts_and_exit_2(run, words, got):
+    ended = run(*words)
+    assert ended.code == 2
+    assert ended.out == ""
+    first, needs, fix = ended.err.splitlines()
+    assert first.startswith("error[E-USE-01]: ") and got in first
+    assert needs.startswith("  needs  ascendit ")
+    assert fix.startswith("  try    ascendit ") and fix.endswith("--help")
+
+
+def test_usage_errors_as_json(run):
+    ended = run("inspect", "--json", "--bogus")
+    assert ended.code == 2
+    assert set(ended.json["error"]) == {"code", "got", "needs", "try"}
+    assert ended.err == ""
+
+
+def test_the_app_ends_like_the_console_script():
+    ended = CliRunner().invoke(cli.app, ["inspect", "/no/such/folder"])
+    assert ended.exit_code == 2
+    assert ended.stderr.startswith("error[E-USE-02]: no model at /no/such/folder\n  needs  ")
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def broken(path: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ascendit.pipeline.inspect.inspect_folder", broken)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "first"),
+    [
+        (CheckpointError("bad", needs="n", fix="f", code="E-CKP-02"), 1, "error[E-CKP-02]: bad"),
+        (MemoryError(), 4, "error[E-MEM-01]: out of memory on cpu"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 4, "error[E-MEM-01]: out of memory"),
+        (KeyboardInterrupt(), 130, "error[E-CAN-01]: cancelled"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 3, "error[E-ENV-01]: torch cannot be"),
+        (ZeroDivisionError("division by zero"), 1, "error[internal]: internal error, ZeroDivisionError: division"),
+    ],
+)
+def test_exit_codes(run, model, monkeypatch, error, code, first):
+    fail_with(monkeypatch, error)
+    ended = run("inspect", model)
+    assert ended.code == code
+    assert ended.err.startswith(first)
+    assert "Traceback" not in ended.err and ended.out == ""
+    ended = run("inspect", model, "--json")
+    assert ended.code == code
+    assert ended.json["error"]["got"] and ended.json["error"]["try"]
+
+
+def test_a_fault_leaves_a_log_and_shows_the_traceback_with_v(run, model, monkeypatch):
+    fail_with(monkeypatch, ZeroDivisionError("division by zero"))
+    log = Path(re.search(r"the log (\S+\.log)", run("inspect", model).err)[1])
+    text = log.read_text()
+    log.unlink()
+    assert "Traceback" in text and "ZeroDivisionError" in text and "torch" in text
+    ended = run("-v", "inspect", model)
+    assert ended.err.startswith("Traceback")
+    Path(re.search(r"the log (\S+\.log)", ended.err)[1]).unlink()
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_errors_are_red_on_a_terminal_unless_no_color(run, model, monkeypatch, no_color):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    err = run("inspect", "/no/such").err
+    assert "error[E-USE-02]" in err and "no model at /no/such" in err
+    assert ("\x1b[1;31m" in err) is not no_color

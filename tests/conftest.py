@@ -1,0 +1,58 @@
+"""What all tests share: two threads, fixed seeds, and each tiny model built once."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+# The same examples on every machine, and no time limits: a busy machine is no failure.
+settings.register_profile("ascendit", deadline=None, derandomize=True, database=None, max_examples=40)
+settings.load_profile("ascendit")
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> None:
+    """Fixed seeds and two threads. Tests of the light modules must not pay for importing torch."""
+    random.seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(2)
+        torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_folder(name)`: the folder of a builder in `tiny.BUILDERS`, built once; damage a copy."""
+    import tiny
+
+    built: dict[str, Path] = {}
+
+    def build(name: str) -> Path:
+        if name not in built:
+            built[name] = tiny.BUILDERS[name](tmp_path_factory.mktemp("tiny") / name)
+        return built[name]
+
+    return build
+
+
+def _fixture(name: str) -> Any:
+    @pytest.fixture(scope="session", name=f"tiny_{name}")
+    def folder(tiny_folder: Callable[[str], Path]) -> Path:
+        return tiny_folder(name)
+
+    return folder
+
+
+tiny_t2v_cascade = _fixture("t2v_cascade")
+tiny_t2v_single = _fixture("t2v_single")
+tiny_ti2v = _fixture("ti2v")
+tiny_ti2v_image = _fixture("ti2v_image")
+tiny_i2v_cascade = _fixture("i2v_cascade")
+tiny_i2v_21 = _fixture("i2v_21")

@@ -1,0 +1,205 @@
+"""The pages tell the truth: tables are those of the code, links lead somewhere, and the examples run.
+
+Every `bash` and `python` block is run, in page order, in one folder for each page. Two marks may stand
+on the line before a block: `<!-- no-test: reason -->`, and `<!-- exit: 2 E-REQ-01 -->` for one that must
+fail so. `make` lines are tried with `make -n`: their targets exist.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+DEMO = REPO / "src" / "ascendit" / "demo"
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+SECONDS = 300
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    language: str
+    code: str
+    no_test: str
+    """Why it is not run; empty for one that is."""
+    exit_code: int = 0
+    error: str = ""
+
+    @property
+    def needs_demo(self) -> bool:
+        return bool(re.search(r"demo\b", self.code)) and not self.code.startswith("make")
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for found in BLOCK.finditer(text):
+        mark = found["mark"] or ""
+        no_test = mark.removeprefix("no-test: ") if mark.startswith("no-test: ") else ""
+        code, _, error = (
+            mark.removeprefix("exit: ").partition(" ") if mark.startswith("exit: ") else ("0", "", "")
+        )
+        line = text.count("\n", 0, found.start("code"))
+        name = str(page.relative_to(REPO))
+        yield Block(name, line, found["language"], found["code"], no_test, int(code), error)
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page) if block.language in ("bash", "python")]
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_tables", REPO / "tools" / "docs_tables.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- tables and links ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_tables_are_those_of_the_code(page: Path, tables: ModuleType) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") == len(tables.PLACE.findall(text))
+    assert tables.rewrite(text) == text, "stale: run `make docs`"
+
+
+def test_every_table_is_shown_and_an_old_one_is_seen(tables: ModuleType) -> None:
+    shown = {name for page in PAGES for _, name, _ in tables.PLACE.findall(page.read_text(encoding="utf-8"))}
+    assert shown == set(tables.TABLES)
+    readme = (REPO / "README.md").read_text(encoding="utf-8")
+    assert "| Wan2.2-T2V-A14B | text | 1280x720 | 81 | 16 | 40 | 12 | 4 / 3 | 0.875 |" in readme
+    assert tables.rewrite(readme.replace("| 12 | 4 / 3 |", "| 5 | 5 |")) == readme
+
+
+def anchors(page: Path) -> set[str]:
+    """What `page.md#...` may lead to: headings as GitHub names them, and `<a id>`."""
+    text = page.read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    named = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+    return named | set(re.findall(r'<a id="([^"]+)">', text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    broken = []
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not DEMO.exists() and "images/" in path:
+            continue  # made from the demo model
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert broken == []
+
+
+def test_errors_in_the_pages_exist() -> None:
+    from ascendit.errors import CODES
+
+    for page in PAGES:
+        codes = set(re.findall(r"E-[A-Z]{3}-\d\d", page.read_text(encoding="utf-8")))
+        assert codes <= set(CODES), page.name
+
+
+def test_changelog_knows_this_version() -> None:
+    import ascendit
+
+    found = re.findall(r"^## \[([\d.]+)\]", (REPO / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert found[0] == ascendit.__version__
+
+
+# ---- examples -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `ascendit` and `python` of this interpreter, to stand first on PATH."""
+    folder = tmp_path_factory.mktemp("bin")
+    for name, start in (("python", ""), ("ascendit", "-m ascendit")):
+        file = folder / name
+        file.write_text(f'#!/bin/sh\nexec "{sys.executable}" {start} "$@"\n')
+        file.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """For each page the folder in which its blocks run."""
+    return {page: tmp_path_factory.mktemp("page") for page in {block.page for block in BLOCKS}}
+
+
+def run(block: Block, folder: Path, commands: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "NO_COLOR": "1"}
+    source = os.pathsep.join(filter(None, [str(REPO / "src"), os.environ.get("PYTHONPATH", "")]))
+    environment["PYTHONPATH"] = source
+    words = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
+    code = block.code
+    if code.startswith("make "):
+        folder, code = REPO, re.sub(r"^make ", "make -n ", code, flags=re.M)
+    return subprocess.run(
+        [*words, code],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: f"{b.page}:{b.line}")
+def test_the_example_runs(block: Block, folders: dict[str, Path], commands: Path) -> None:
+    if block.no_test:
+        pytest.skip(f"marked: {block.no_test}")
+    if block.needs_demo and not DEMO.exists():
+        pytest.skip("the demo model is not in src/ascendit/demo")
+    done = run(block, folders[block.page], commands)
+    assert done.returncode == block.exit_code, done.stdout + done.stderr
+    if block.error:
+        assert block.error in done.stderr
+
+
+def shown_errors() -> list[tuple[Block, str]]:
+    """Each block that must fail and has a `text` block after it, with that text."""
+    found = []
+    for page in PAGES:
+        every = list(blocks(page))
+        pairs = zip(every, every[1:], strict=False)
+        found += [(a, b.code) for a, b in pairs if a.exit_code and b.language == "text"]
+    return found
+
+
+@pytest.mark.parametrize(("block", "text"), shown_errors(), ids=lambda x: getattr(x, "page", ""))
+def test_the_error_shown_is_the_one_that_comes(
+    block: Block, text: str, tmp_path: Path, commands: Path
+) -> None:
+    if not DEMO.exists():
+        pytest.skip("the demo model is not in src/ascendit/demo")
+    assert run(block, tmp_path, commands).stderr.strip() == text.strip()
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_example_files_are_short_and_run(path: Path, tmp_path: Path, commands: Path) -> None:
+    code = path.read_text(encoding="utf-8")
+    assert len(code.splitlines()) <= 40
+    if not DEMO.exists():
+        pytest.skip("the demo model is not in src/ascendit/demo")
+    block = Block(path.name, 1, "bash", f'python "{path}" out.mp4', "")
+    done = run(block, tmp_path, commands)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out.mp4").stat().st_size > 0

@@ -1,0 +1,206 @@
+"""Our transformer against Diffusers' on the same weights, and what it costs in operators."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ascendit.checkpoint.layout import recognise
+from ascendit.model.load import load_transformer
+from ascendit.model.state import rope_table
+from ascendit.model.wan import WanConfig, WanTransformer
+from ascendit.ops.bind import bind
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+GRID = (3, 6, 4)  # latent frames, height, width
+TOKENS = 3 * 3 * 2
+
+
+def pair(folder: Path, name: str = "transformer", **kw: Any) -> tuple[WanTransformer, Any]:
+    ours = load_transformer(recognise(folder).parts[name], bind("cpu", kw.pop("ops", None)), **kw)
+    theirs = WanTransformer3DModel.from_pretrained(folder / name, torch_dtype=kw.get("dtype", torch.float32))
+    return ours, theirs.eval()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def inputs(ours: WanTransformer, length: int = 512) -> tuple[Tensor, Tensor]:
+    return torch.randn(1, ours.config.in_channels, *GRID), torch.randn(1, length, ours.config.text_dim)
+
+
+@pytest.mark.parametrize("ops", [None, "reference"])
+@pytest.mark.parametrize("name", ["t2v_cascade", "t2v_single", "i2v_cascade", "ti2v"])
+@torch.inference_mode()
+def test_equals_diffusers_in_float32(tiny_folder: Any, name: str, ops: str | None) -> None:
+    ours, theirs = pair(tiny_folder(name), ops=ops)
+    x, text = inputs(ours)
+    for t in (999.0, 431.0, 1.0):
+        state = ours.prepare(ours.grid_of(x), text)
+        wanted = theirs(x, torch.tensor([t]), text, return_dict=False)[0]
+        assert relative(ours(x, t, state), wanted) < 1e-5
+
+
+@torch.inference_mode()
+def test_second_expert_and_states_do_not_mix(tiny_t2v_cascade: Path) -> None:
+    first, _ = pair(tiny_t2v_cascade)
+    second, theirs = pair(tiny_t2v_cascade, "transformer_2")
+    x, text = inputs(first)
+    wanted = theirs(x, torch.tensor([500]), text, return_dict=False)[0]
+    assert relative(second(x, 500.0, second.prepare(second.grid_of(x), text)), wanted) < 1e-5
+    assert relative(first(x, 500.0, first.prepare(first.grid_of(x), text)), wanted) > 0.1
+
+
+@torch.inference_mode()
+def test_per_token_timesteps_equal_diffusers(tiny_ti2v: Path) -> None:
+    ours, theirs = pair(tiny_ti2v)
+    x, text = inputs(ours)
+    state = ours.prepare(ours.grid_of(x), text)
+    per_frame = TOKENS // GRID[0]
+    t = torch.cat([torch.zeros(per_frame), torch.full((TOKENS - per_frame,), 700.0)])[None]
+    wanted = theirs(x, t, text, return_dict=False)[0]
+    got = ours(x, (0.0, 700.0), state, (per_frame, TOKENS - per_frame))
+    assert relative(got, wanted) < 1e-5
+    assert state.shared.modulation_for((0.0, 700.0), (per_frame, TOKENS - per_frame), pytest.fail).blocks.shape[2] == 2
+
+
+@torch.inference_mode()
+def test_image_cross_attention_equals_diffusers(tiny_i2v_21: Path) -> None:
+    ours, theirs = pair(tiny_i2v_21)
+    x, text = inputs(ours)
+    image = torch.randn(1, 17, ours.config.image_dim or 0)
+    state = ours.prepare(ours.grid_of(x), text, image)
+    wanted = theirs(x, torch.tensor([800]), text, image, return_dict=False)[0]
+    assert relative(ours(x, 800.0, state), wanted) < 1e-5
+    without = ours(x, 800.0, ours.prepare(ours.grid_of(x), text))
+    assert relative(without, wanted) > 1e-3
+
+
+@torch.inference_mode()
+def test_first_and_last_frame_tokens_equal_diffusers() -> None:
+    shape: dict[str, Any] = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "in_channels": 36,
+        "out_channels": 16,
+        "text_dim": 32,
+        "freq_dim": 64,
+        "ffn_dim": 80,
+        "num_layers": 1,
+        "image_dim": 32,
+        "added_kv_proj_dim": 64,
+        "pos_embed_seq_len": 34,
+    }
+    theirs = WanTransformer3DModel(**shape).eval()
+    ours = WanTransformer(WanConfig.from_dict(shape), bind("cpu"))
+    ours.load_state_dict(theirs.state_dict())
+    x, text = inputs(ours)
+    image = torch.randn(2, 17, 32)  # first and last frame
+    wanted = theirs(x, torch.tensor([800]), text, image, return_dict=False)[0]
+    assert relative(ours(x, 800.0, ours.prepare(ours.grid_of(x), text, image)), wanted) < 1e-5
+
+
+@torch.inference_mode()
+def test_bfloat16_is_as_near_to_float32_as_diffusers_is(tiny_t2v_single: Path) -> None:
+    exact, _ = pair(tiny_t2v_single)
+    ours, theirs = pair(tiny_t2v_single, dtype=torch.bfloat16)
+    x, text = inputs(ours)
+    truth = exact(x, 500.0, exact.prepare(exact.grid_of(x), text))
+    low, text_low = x.bfloat16(), text.bfloat16()
+    got = ours(low, 500.0, ours.prepare(ours.grid_of(x), text_low))
+    peer = theirs(low, torch.tensor([500]), text_low, return_dict=False)[0]
+    assert got.dtype == torch.bfloat16
+    assert relative(got, truth) < 1.1 * relative(peer, truth) < 0.03
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_rope_table_equals_diffusers(head_dim: int) -> None:
+    from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+
+    cos, sin = WanRotaryPosEmbed(head_dim, (1, 2, 2), 1024)(torch.zeros(1, 16, *GRID))
+    table = rope_table((3, 3, 2), head_dim)
+    torch.testing.assert_close(table.cos, cos[0, :, 0, 0::2], rtol=0, atol=1e-6)
+    torch.testing.assert_close(table.sin, sin[0, :, 0, 1::2], rtol=0, atol=1e-6)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators; views cost nothing and are not counted."""
+
+    VIEWS = {"view", "_unsafe_view", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select"}
+    VIEWS |= {"split", "split_with_sizes", "unbind", "t", "detach", "alias", "as_strided", "view_as_complex"}
+    VIEWS |= {"view_as_real", "reshape", "_reshape_alias"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in self.VIEWS:
+            self.count[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "spans"), [("t2v_single", (TOKENS,)), ("ti2v", (6, TOKENS - 6))])
+@torch.no_grad()
+def test_operators_in_a_block(tiny_folder: Any, name: str, spans: tuple[int, ...], dtype: torch.dtype) -> None:
+    ours, theirs = pair(tiny_folder(name), dtype=dtype)
+    x, text = (t.to(dtype) for t in inputs(ours))
+    state = ours.prepare(ours.grid_of(x), text)
+    timesteps = (0.0, 500.0)[-len(spans) :]
+    mod = ours.modulation(timesteps, spans)
+    tokens = torch.randn(1, TOKENS, ours.config.dim).to(dtype)
+    with Launches() as ours_seen:
+        ours.run_block(0, ours.blocks[0], tokens, mod, state)
+    limit = 60 if len(spans) == 1 else 75
+    assert ours_seen.count.total() <= limit, ours_seen.count
+    rows = torch.zeros(1, 6, ours.config.dim)
+    with Launches() as theirs_seen:
+        theirs.blocks[0](tokens, text_to_dim(theirs, text), rows, theirs.rope(x))
+    assert ours_seen.count.total() < theirs_seen.count.total()
+
+
+def text_to_dim(theirs: Any, text: Tensor) -> Tensor:
+    embedded: Tensor = theirs.condition_embedder.text_embedder(text)
+    return embedded
+
+
+@torch.no_grad()
+def test_nothing_is_computed_twice(tiny_t2v_single: Path) -> None:
+    """A second step with the same state projects no text and makes no RoPE table; a branch shares both."""
+    ours, _ = pair(tiny_t2v_single)
+    x, text = inputs(ours)
+    first = ours.prepare(ours.grid_of(x), text)
+    second = ours.prepare(ours.grid_of(x), torch.zeros_like(text), share=first)
+    assert second.shared is first.shared
+    ours(x, 500.0, first)
+    made = first.shared.modulation_for((500.0,), (TOKENS,), pytest.fail)
+    with Launches() as seen:
+        ours(x, 500.0, second)
+    assert second.shared.modulation_for((500.0,), (TOKENS,), pytest.fail) is made
+    # 8 linears a block, patch embedding and proj_out; no text, no timestep embedder
+    assert seen.count["addmm"] + seen.count["linear"] == 8 * ours.config.num_layers + 2
+    assert not {"cos", "sin", "outer"} & set(seen.count)
+
+
+def test_modules_keep_no_state(tiny_t2v_single: Path) -> None:
+    ours, _ = pair(tiny_t2v_single)
+    before = {k: dict(vars(m)) for k, m in ours.named_modules()}
+    x, text = inputs(ours)
+    with torch.inference_mode():
+        ours(x, 500.0, ours.prepare(ours.grid_of(x), text))
+    assert {k: dict(vars(m)) for k, m in ours.named_modules()} == before
+
+
+def test_parameter_names_are_diffusers(tiny_folder: Any) -> None:
+    for name in ("t2v_single", "i2v_21", "ti2v"):
+        ours, theirs = pair(tiny_folder(name))
+        wanted = {k: v.shape for k, v in theirs.state_dict().items()}
+        assert {k: v.shape for k, v in ours.state_dict().items()} == wanted

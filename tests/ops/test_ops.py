@@ -1,0 +1,118 @@
+"""Fast operators against `reference`, and `reference` against PyTorch's own float64 arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ascendit.errors import UsageError
+from ascendit.ops import reference
+from ascendit.ops.bind import NAMES, Ops, bind
+from torch import Tensor
+
+B, S, H, D_HEAD = 1, 37, 3, 32
+D = H * D_HEAD
+# Largest relative error, by the norm: float32 rounding, and half a BF16 step (2^-9) for each rounding.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def arguments(name: str, dtype: torch.dtype, spans: tuple[int, ...]) -> list[Any]:
+    """Arguments of each operator, tokens in `dtype`, the rest as the model gives it."""
+    x, rows = draw(B, S, D, dtype=dtype), len(spans)
+    heads = [draw(B, n, H, D_HEAD, dtype=dtype) for n in (S, 21, 21)]
+    angle = torch.rand(S, D_HEAD // 2) * 6
+    table: dict[str, list[Any]] = {
+        "linear": [x, draw(40, D, dtype=dtype), draw(40, dtype=dtype)],
+        "rms_norm": [3 * x, draw(D), 1e-6],
+        "layer_norm": [3 * x + 1, draw(D), draw(D), 1e-6],
+        "adaln": [3 * x + 1, draw(rows, D), draw(rows, D), spans, 1e-6],
+        "gated_residual": [x, draw(B, S, D, dtype=dtype), draw(rows, D), spans],
+        "rope": [heads[0], angle.cos(), angle.sin()],
+        "gelu_tanh": [3 * x],
+        "attention": heads,
+    }
+    return table[name]
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("spans", [(S,), (5, S - 5)])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("name", NAMES)
+def test_cpu_form_gives_the_reference_numbers(name: str, dtype: torch.dtype, spans: tuple[int, ...]) -> None:
+    given = arguments(name, dtype, spans)
+    got, wanted = getattr(bind("cpu"), name)(*given), getattr(reference, name)(*given)
+    assert got.shape == wanted.shape and got.dtype == wanted.dtype == dtype
+    assert relative(got, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_against_float64(name: str) -> None:
+    given = arguments(name, torch.float32, (5, S - 5))
+    wide = [a.double() if isinstance(a, Tensor) else a for a in given]
+    x = wide[0]
+    norm = (D,)
+    oracle = {
+        "linear": lambda: x @ wide[1].T + wide[2],
+        "rms_norm": lambda: F.rms_norm(x, norm, wide[1], 1e-6),
+        "layer_norm": lambda: F.layer_norm(x, norm, wide[1], wide[2], 1e-6),
+        "adaln": lambda: F.layer_norm(x, norm, None, None, 1e-6) * (1 + per_token(wide[1])) + per_token(wide[2]),
+        "gated_residual": lambda: x + wide[1] * per_token(wide[2]),
+        "rope": lambda: turn(x, wide[1], wide[2]),
+        "gelu_tanh": lambda: F.gelu(x, approximate="tanh"),
+        "attention": lambda: F.scaled_dot_product_attention(*(w.transpose(1, 2) for w in wide)).transpose(1, 2),
+    }[name]()
+    assert relative(getattr(reference, name)(*given), oracle) < 1e-6
+
+
+def per_token(rows: Tensor) -> Tensor:
+    return rows.repeat_interleave(torch.tensor([5, S - 5]), dim=0)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotation of pairs as complex numbers."""
+    z = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(z * torch.complex(cos, sin)[:, None, :]).flatten(-2)
+
+
+def test_reference_attention_over_several_blocks_of_queries() -> None:
+    q, k, v = (torch.randn(1, 600, 2, 16) for _ in range(3))
+    wanted = F.scaled_dot_product_attention(*(t.double().transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    assert relative(reference.attention(q, k, v), wanted) < 1e-6
+
+
+def test_layer_norm_without_weights() -> None:
+    x = torch.randn(2, 9, 16)
+    wanted = F.layer_norm(x, (16,), None, None, 1e-5)
+    assert relative(reference.layer_norm(x, None, None, 1e-5), wanted) < 1e-6
+
+
+def test_reference_can_be_forced_and_choices_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="ascendit"):
+        forced, free = bind("cpu", "reference"), bind("cpu")
+    assert all(getattr(forced, name) is getattr(reference, name) for name in NAMES)
+    assert free.attention is not reference.attention
+    assert set(free.choices) == set(NAMES) and free.choices["linear"].startswith("reference")
+    assert "fused kernel" in free.choices["adaln"]
+    assert "--set ops=reference" in caplog.text
+
+
+def test_unknown_force_is_refused() -> None:
+    with pytest.raises(UsageError, match="ops=fastest") as e:
+        bind("cpu", "fastest")
+    assert e.value.code == "E-USE-01"
+
+
+def test_ops_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        bind("cpu").linear = reference.linear  # type: ignore[misc]
+    assert isinstance(bind("cuda"), Ops)

@@ -1,0 +1,257 @@
+"""Whole runs on tiny models: equal to Diffusers' pipelines, repeatable, cancellable, and honest about bad results."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import ascendit
+import numpy as np
+import pytest
+import tiny
+import torch
+from ascendit.errors import AscenditError, Cancelled, QualityError, RequestError, UsageError
+from ascendit.pipeline import generate
+from ascendit.pipeline.progress import Progress
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from PIL import Image
+
+SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 5}
+PROMPT = "a cat on a piano &amp; a dog"
+
+
+def picture() -> Image.Image:
+    rng = np.random.default_rng(3)
+    return Image.fromarray(rng.integers(0, 255, (70, 90, 3), dtype=np.uint8))
+
+
+def ours(folder: Path, image: Any = None, **fields: Any) -> torch.Tensor:
+    pipe = ascendit.load(folder)
+    request = pipe.request(PROMPT, image=None if image is None else "<array>", **fields)
+    return generate.denoise(pipe, request, image, lambda event: None, None)
+
+
+def theirs(cls: Any, folder: Path, seed: int, flow_shift: float | None = None, **fields: Any) -> torch.Tensor:
+    pipe = cls.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    if flow_shift is not None:
+        pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, flow_shift=flow_shift)
+    generator = torch.Generator().manual_seed(seed)
+    out: torch.Tensor = pipe(PROMPT, generator=generator, output_type="latent", **fields).frames
+    return out
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guidance_scale": 4.0, "guidance_scale_2": 3.0, "negative_prompt": "blurry"},
+        {"guidance_scale": 5.0},
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 4.0, "flow_shift": 12.0, "num_inference_steps": 8},
+        {"guidance_scale": 4.0, "max_sequence_length": 64},
+    ],
+)
+def test_cascade_equals_wan_pipeline(tiny_t2v_cascade: Path, fields: dict[str, Any]) -> None:
+    fields = SMALL | fields
+    wanted = theirs(WanPipeline, tiny_t2v_cascade, 7, **fields)
+    assert relative(ours(tiny_t2v_cascade, seed=7, **fields), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["t2v_single", "ti2v"])
+def test_one_expert_equals_wan_pipeline(tiny_folder: Any, name: str) -> None:
+    fields = SMALL | {"guidance_scale": 5.0, "height": 64, "width": 96}
+    wanted = theirs(WanPipeline, tiny_folder(name), 1, **fields)
+    assert relative(ours(tiny_folder(name), seed=1, **fields), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["i2v_cascade", "i2v_21", "ti2v_image"])
+def test_image_to_video_equals_diffusers(tiny_folder: Any, name: str) -> None:
+    fields = SMALL | {"guidance_scale": 3.5, "height": 64, "width": 96}
+    wanted = theirs(WanImageToVideoPipeline, tiny_folder(name), 5, image=picture(), **fields)
+    assert relative(ours(tiny_folder(name), picture(), seed=5, **fields), wanted) < 1e-4
+
+
+def test_frames_equal_wan_pipeline(tiny_t2v_cascade: Path) -> None:
+    fields = SMALL | {"guidance_scale": 4.0}
+    video = ascendit.load(tiny_t2v_cascade).generate(PROMPT, seed=7, **fields)
+    pipe = WanPipeline.from_pretrained(tiny_t2v_cascade)
+    pipe.set_progress_bar_config(disable=True)
+    wanted = pipe(PROMPT, generator=torch.Generator().manual_seed(7), output_type="np", **fields).frames[0]
+    assert video.frames.shape == (9, 32, 48, 3) and video.frames.dtype == np.uint8
+    assert np.abs(video.frames.astype(int) - (wanted * 255).round().astype(int)).max() <= 1
+
+
+def test_same_seed_same_bytes_and_another_seed_another_video(tiny_t2v_cascade: Path) -> None:
+    pipe = ascendit.load(tiny_t2v_cascade)
+    first, again, other = (pipe.generate(PROMPT, seed=s, **SMALL).frames for s in (3, 3, 4))
+    fresh = ascendit.load(tiny_t2v_cascade).generate(PROMPT, seed=3, **SMALL).frames
+    assert first.tobytes() == again.tobytes() == fresh.tobytes()
+    assert first.tobytes() != other.tobytes()
+
+
+def test_guidance_of_one_runs_no_unconditional_pass(tiny_t2v_cascade: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = ascendit.load(tiny_t2v_cascade)
+    calls = []
+    for name in ("transformer", "transformer_2"):
+        model = getattr(pipe, name)
+        run = model.forward
+
+        def forward(*args: Any, run: Any = run, name: str = name) -> Any:
+            calls.append(name)
+            return run(*args)
+
+        monkeypatch.setattr(model, "forward", forward)
+    pipe.generate(PROMPT, seed=1, guidance_scale=1, **SMALL)
+    assert len(calls) == 5 and set(calls) == {"transformer", "transformer_2"}
+    calls.clear()
+    pipe.generate(PROMPT, seed=1, guidance_scale=1, guidance_scale_2=3, **SMALL)
+    assert calls.count("transformer_2") % 2 == 0 and calls.count("transformer") + calls.count("transformer_2") // 2 == 5
+
+
+def test_progress_tells_stage_expert_and_step(tiny_t2v_cascade: Path) -> None:
+    events: list[Progress] = []
+    pipe = ascendit.load(tiny_t2v_cascade, on_progress=events.append)
+    assert [e.step for e in events] == list(range(6)) and {e.stage for e in events} == {"load"}
+    events.clear()
+    pipe.generate(PROMPT, seed=1, on_progress=events.append, **SMALL)
+    steps = [e for e in events if e.stage == "denoise"]
+    assert [e.step for e in steps] == [1, 2, 3, 4, 5] and steps[0].total == 5
+    assert steps[0].expert == "transformer" and steps[-1].expert == "transformer_2"
+    assert all(e.seconds > 0 and e.memory_bytes > 0 for e in steps)
+    assert events[0].stage == "encode" and events[-1].stage == "decode"
+
+
+def test_cancel_between_steps(tiny_t2v_cascade: Path) -> None:
+    pipe, stop, seen = ascendit.load(tiny_t2v_cascade), threading.Event(), []
+
+    def watch(event: Progress) -> None:
+        if event.stage == "denoise":
+            seen.append(event.step)
+            if event.step == 2:
+                stop.set()
+
+    with pytest.raises(Cancelled) as e:
+        pipe.generate(PROMPT, seed=1, on_progress=watch, cancel=stop, **SMALL)
+    assert seen == [1, 2] and e.value.exit_code == 130
+
+
+def test_nan_weights_are_refused_as_not_finite(tiny_t2v_cascade: Path, tmp_path: Path) -> None:
+    folder = tiny.damage(tiny.copy(tiny_t2v_cascade, tmp_path / "m"), "nan_weights")
+    with pytest.raises(QualityError, match="not finite") as e:
+        ascendit.load(folder).generate(PROMPT, seed=1, **SMALL)
+    assert e.value.code == "E-OUT-01" and e.value.exit_code == 1
+
+
+@pytest.mark.parametrize("text_on", ["cpu", "device", "drop"])
+def test_text_encoder_policies_give_the_same_video(tiny_t2v_cascade: Path, text_on: Any) -> None:
+    pipe = ascendit.load(tiny_t2v_cascade, text_on=text_on)
+    assert (pipe.text.model is None) == (text_on == "drop")
+    wanted = ascendit.load(tiny_t2v_cascade).generate(PROMPT, seed=2, **SMALL).frames
+    assert np.array_equal(pipe.generate(PROMPT, seed=2, **SMALL).frames, wanted)
+
+
+def test_reference_operators_give_nearly_the_same_video(tiny_t2v_cascade: Path) -> None:
+    fast = ascendit.load(tiny_t2v_cascade).generate(PROMPT, seed=2, **SMALL).frames
+    plain = ascendit.load(tiny_t2v_cascade, ops="reference").generate(PROMPT, seed=2, **SMALL).frames
+    assert np.abs(fast.astype(int) - plain.astype(int)).max() <= 1
+
+
+def test_bfloat16_run_is_near_float32(tiny_t2v_cascade: Path) -> None:
+    low = ascendit.load(tiny_t2v_cascade, dtype="bfloat16")
+    assert low.transformer.dtype == torch.bfloat16
+    exact = ascendit.load(tiny_t2v_cascade).generate(PROMPT, seed=2, **SMALL).frames
+    near = low.generate(PROMPT, seed=2, **SMALL).frames
+    assert 0 < np.abs(exact.astype(int) - near.astype(int)).mean() < 6
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "text"),
+    [
+        ({"num_frames": 10}, "E-REQ-01", "--frames 9 or --frames 13"),
+        ({"height": 40}, "E-REQ-02", "--size 48x32 or --size 48x48"),
+        ({"num_inference_steps": 0}, "E-REQ-03", "num_inference_steps"),
+        ({"image": "x.png"}, "E-REQ-04", "text-to-video"),
+    ],
+)
+def test_illegal_requests(tiny_t2v_cascade: Path, fields: dict[str, Any], code: str, text: str) -> None:
+    pipe = ascendit.load(tiny_t2v_cascade)
+    with pytest.raises(RequestError) as e:
+        pipe.generate(PROMPT, **(SMALL | fields))
+    assert e.value.code == code and text in str(e.value)
+
+
+def test_image_models_need_an_image_that_is_one(tiny_i2v_cascade: Path, tmp_path: Path) -> None:
+    pipe = ascendit.load(tiny_i2v_cascade)
+    with pytest.raises(RequestError, match="no image"):
+        pipe.generate(PROMPT, **SMALL)
+    bad = tmp_path / "photo.png"
+    bad.write_text("not a picture")
+    with pytest.raises(UsageError, match="no image that can be read") as e:
+        pipe.generate(PROMPT, image=bad, **SMALL)
+    assert e.value.code == "E-USE-04"
+    with pytest.raises(UsageError, match=r"an array \[4, 4\]"):
+        pipe.generate(PROMPT, image=np.zeros((4, 4), np.uint8), **SMALL)
+
+
+def test_image_forms_give_the_same_video(tiny_i2v_cascade: Path, tmp_path: Path) -> None:
+    pipe = ascendit.load(tiny_i2v_cascade)
+    image = picture()
+    path = tmp_path / "first.png"
+    image.save(path)
+    array = np.asarray(image)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
+    videos = [pipe.generate(PROMPT, image=i, seed=1, **SMALL) for i in (image, path, array, tensor)]
+    assert all(np.array_equal(v.frames, videos[0].frames) for v in videos)
+    assert videos[1].request and videos[1].request.image == str(path)
+    assert videos[0].request and videos[0].request.image == "<array>"
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        (lambda f: ascendit.load(f / "nowhere"), "E-USE-02"),
+        (lambda f: ascendit.load(f, device="tpu"), "E-USE-01"),
+        (lambda f: ascendit.load(f, dtype="int3"), "E-USE-01"),
+        (lambda f: ascendit.load(f, text_on="moon"), "E-USE-01"),
+        (lambda f: ascendit.load(f, ops="quick"), "E-USE-01"),
+        (lambda f: ascendit.load(f).generate("x", strength=2), "E-USE-01"),
+    ],
+)
+def test_illegal_calls(tiny_t2v_single: Path, call: Any, code: str) -> None:
+    with pytest.raises(AscenditError) as e:
+        call(tiny_t2v_single)
+    assert e.value.code == code
+
+
+def test_warm_up_runs_one_step_and_leaves_nothing_behind(tiny_t2v_cascade: Path) -> None:
+    pipe = ascendit.load(tiny_t2v_cascade)
+    request = pipe.request(PROMPT, seed=1, **SMALL)
+    assert pipe.warm_up(request) > 0
+    fresh = ascendit.load(tiny_t2v_cascade).run(request).frames
+    assert np.array_equal(pipe.run(request).frames, fresh)
+
+
+def test_loop_waits_for_nothing(tiny_t2v_cascade: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No value is read back from a tensor between the first and the last step."""
+    pipe = ascendit.load(tiny_t2v_cascade)
+    inside = False
+
+    def watch(event: Progress) -> None:
+        nonlocal inside
+        inside = event.stage == "denoise" and event.step < event.total
+
+    for name in ("item", "__bool__", "__float__", "__int__", "tolist", "numpy"):
+        real = getattr(torch.Tensor, name)
+
+        def spy(self: torch.Tensor, *args: Any, real: Any = real, name: str = name) -> Any:
+            assert not inside, f"Tensor.{name} inside the loop"
+            return real(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    pipe.generate(PROMPT, seed=1, on_progress=watch, **SMALL)

@@ -1,0 +1,315 @@
+"""GenerateRequest: filled from a model's defaults and checked against it. Writing and reading: test_request_replay."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from wan_defaults import CASCADE, I2V, I2V_21, SINGLE, TI2V, defaults_of
+
+from ascendit.errors import RequestError, UsageError
+from ascendit.pipeline.request import MAX_SEED, Defaults, GenerateRequest, resolve
+
+FIELDS = {f.name for f in dataclasses.fields(GenerateRequest)}
+
+
+def text_of(error: pytest.ExceptionInfo[UsageError]) -> tuple[str, str, str, str]:
+    e = error.value
+    return e.got, e.needs, e.fix, e.code
+
+
+# --- filling
+
+
+def test_defaults_fill_every_field() -> None:
+    request = resolve(CASCADE, "a cat", seed=3)
+    assert dataclasses.asdict(request) == {
+        "prompt": "a cat",
+        "negative_prompt": "",
+        "image": None,
+        "width": 1280,
+        "height": 720,
+        "num_frames": 81,
+        "fps": 16,
+        "num_inference_steps": 40,
+        "timesteps": None,
+        "guidance_scale": 4.0,
+        "guidance_scale_2": 3.0,
+        "flow_shift": 12.0,
+        "boundary_ratio": 0.875,
+        "solver": "unipc",
+        "seed": 3,
+        "max_sequence_length": 512,
+    }
+
+
+def test_given_values_win_and_none_means_not_given() -> None:
+    request = resolve(
+        CASCADE, "a", seed=1, width=832, height=480, num_frames=17, flow_shift=7.5, fps=None, solver="euler"
+    )
+    assert (request.width, request.height, request.num_frames) == (832, 480, 17)
+    assert (request.flow_shift, request.fps, request.solver) == (7.5, 16, "euler")
+
+
+def test_shift_follows_the_size() -> None:
+    assert resolve(I2V_21, "a", image="x.png").flow_shift == 5.0
+    assert resolve(I2V_21, "a", image="x.png", width=832, height=480).flow_shift == 3.0
+    assert resolve(I2V_21, "a", image="x.png", width=832, height=480, flow_shift=4.0).flow_shift == 4.0
+    unknown = defaults_of("Wan2.1-T2V-14B", spec=None, flow_shift=9.0)
+    assert resolve(unknown, "a", width=832, height=480).flow_shift == 9.0
+
+
+def test_a_seed_is_drawn_when_none_is_given() -> None:
+    seeds = {resolve(CASCADE, "a").seed for _ in range(8)}
+    assert len(seeds) > 1 and all(0 <= s < 2**31 for s in seeds)
+
+
+def test_numpy_numbers_become_python_numbers() -> None:
+    request = resolve(
+        CASCADE, "a", seed=np.int64(3), width=np.int32(832), height=480, flow_shift=np.float32(2.5)
+    )
+    assert request == resolve(CASCADE, "a", seed=3, width=832, height=480, flow_shift=2.5)
+    assert json.loads(request.to_json())["seed"] == 3
+
+
+def test_an_unknown_argument_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError) as error:
+        resolve(CASCADE, "a", steps=4, guidance=2)
+    got, needs, _, code = text_of(error)
+    assert got == "unknown argument: guidance, steps" and code == "E-USE-01"
+    assert needs == "arguments among " + ", ".join(sorted(FIELDS - {"prompt"}))
+
+
+def test_a_request_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        resolve(CASCADE, "a").seed = 4  # type: ignore[misc]
+
+
+# --- guidance
+
+
+def test_one_guidance_number_is_for_both_experts() -> None:
+    request = resolve(CASCADE, "a", guidance_scale=6.0)
+    assert (request.guidance_for(high=True), request.guidance_for(high=False)) == (6.0, 6.0)
+    request = resolve(CASCADE, "a", guidance_scale=6.0, guidance_scale_2=2.0)
+    assert (request.guidance_for(high=True), request.guidance_for(high=False)) == (6.0, 2.0)
+    request = resolve(CASCADE, "a", guidance_scale_2=2.0)
+    assert (request.guidance_for(high=True), request.guidance_for(high=False)) == (4.0, 2.0)
+
+
+def test_one_expert_has_one_guidance() -> None:
+    request = resolve(SINGLE, "a", guidance_scale=6.0)
+    assert request.guidance_scale_2 is None
+    assert request.guidance_for(high=True) == request.guidance_for(high=False) == 6.0
+
+
+@pytest.mark.parametrize(
+    ("scales", "unconditional"),
+    [((1, 1), False), ((1.0, 3), True), ((4, 1), True), ((4, 3), True), ((0, 0), True)],
+)
+def test_guidance_1_needs_no_unconditional_pass(scales: tuple[float, float], unconditional: bool) -> None:
+    request = resolve(CASCADE, "a", guidance_scale=scales[0], guidance_scale_2=scales[1])
+    assert request.do_classifier_free_guidance is unconditional
+    assert resolve(SINGLE, "a", guidance_scale=1).do_classifier_free_guidance is False
+
+
+# --- validation, field by field
+
+WHOLE = "a whole number, "
+NUMBER = "a number of at least 0"
+FALLING = "falling numbers above 0, at most 1000, for example 1000,750,500,250"
+BAD: list[tuple[str, Any, str]] = [
+    ("num_inference_steps", 0, WHOLE + "1 to 1000"),
+    ("num_inference_steps", 1001, WHOLE + "1 to 1000"),
+    ("num_inference_steps", 2.5, WHOLE + "1 to 1000"),
+    ("flow_shift", 0.0, "a number above 0"),
+    ("flow_shift", math.inf, "a number above 0"),
+    ("flow_shift", "5", "a number above 0"),
+    ("guidance_scale", -0.5, NUMBER),
+    ("guidance_scale", math.nan, NUMBER),
+    ("guidance_scale", True, NUMBER),
+    ("guidance_scale_2", -1, NUMBER),
+    ("guidance_scale_2", math.inf, NUMBER),
+    ("boundary_ratio", 0.0, "a number between 0 and 1"),
+    ("boundary_ratio", 1.0, "a number between 0 and 1"),
+    ("boundary_ratio", 875, "a number between 0 and 1"),
+    ("solver", "ddim", "unipc or euler"),
+    ("seed", -1, f"{WHOLE}0 to {MAX_SEED}"),
+    ("seed", MAX_SEED + 1, f"{WHOLE}0 to {MAX_SEED}"),
+    ("seed", 1.0, f"{WHOLE}0 to {MAX_SEED}"),
+    ("seed", "7", f"{WHOLE}0 to {MAX_SEED}"),
+    ("fps", 0, WHOLE + "1 to 240"),
+    ("fps", 241, WHOLE + "1 to 240"),
+    ("width", 0, WHOLE + "at least 1"),
+    ("width", 832.0, WHOLE + "at least 1"),
+    ("height", -480, WHOLE + "at least 1"),
+    ("num_frames", 0, WHOLE + "at least 1"),
+    ("num_frames", "81", WHOLE + "at least 1"),
+    ("max_sequence_length", 0, WHOLE + "1 to 512"),
+    ("max_sequence_length", 513, WHOLE + "1 to 512"),
+    ("negative_prompt", 3, "text"),
+    ("image", 3, "the path of an image"),
+    ("timesteps", (1000, 1000), FALLING),
+    ("timesteps", (500, 750), FALLING),
+    ("timesteps", (1001, 500), FALLING),
+    ("timesteps", (500, 0), FALLING),
+    ("timesteps", (math.nan,), FALLING),
+    ("timesteps", (), FALLING),
+    ("timesteps", "1000,500", FALLING),
+    ("timesteps", 500, FALLING),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "needs"), BAD, ids=[f"{n}={v}" for n, v, _ in BAD])
+def test_a_bad_value_is_named_with_its_rule(name: str, value: Any, needs: str) -> None:
+    with pytest.raises(RequestError) as error:
+        resolve(CASCADE, "a", **{name: value})
+    got, rule, fix, code = text_of(error)
+    assert (rule, code) == (f"{name}: {needs}", "E-REQ-03")
+    assert got.startswith(f"{name} is ") and name in fix
+    if name != "timesteps":
+        assert got == f"{name} is {value!r}"
+
+
+def test_every_field_with_a_rule_is_tried() -> None:
+    assert {name for name, _, _ in BAD} == FIELDS - {"prompt"}
+
+
+def test_the_prompt_is_text() -> None:
+    with pytest.raises(RequestError, match="prompt is 5"):
+        resolve(CASCADE, 5)  # type: ignore[arg-type]
+    assert resolve(CASCADE, "").prompt == ""
+
+
+@pytest.mark.parametrize(
+    "limit", [("num_inference_steps", 1000), ("seed", MAX_SEED), ("fps", 240), ("seed", 0)]
+)
+def test_limits_themselves_are_legal(limit: tuple[str, int]) -> None:
+    assert getattr(resolve(CASCADE, "a", **dict([limit])), limit[0]) == limit[1]
+
+
+# --- timesteps
+
+
+def test_timesteps_set_the_number_of_steps() -> None:
+    request = resolve(CASCADE, "a", timesteps=[1000, 750, 500, 250])
+    assert request.timesteps == (1000.0, 750.0, 500.0, 250.0)
+    assert request.num_inference_steps == 4
+    assert resolve(CASCADE, "a", timesteps=[700], num_inference_steps=1).num_inference_steps == 1
+
+
+def test_timesteps_and_another_number_of_steps_are_refused() -> None:
+    with pytest.raises(RequestError) as error:
+        resolve(CASCADE, "a", timesteps=[1000, 500], num_inference_steps=4)
+    got, needs, fix, code = text_of(error)
+    assert (got, needs) == ("2 timesteps and 4 steps", "as many steps as timesteps")
+    assert (fix, code) == ("give only one of the two", "E-REQ-03")
+
+
+# --- against the model
+
+
+@pytest.mark.parametrize(("frames", "low", "high"), [(80, 77, 81), (2, 1, 5), (120, 117, 121), (16, 13, 17)])
+def test_frames_off_the_rule_name_the_two_nearest(frames: int, low: int, high: int) -> None:
+    with pytest.raises(RequestError) as error:
+        resolve(CASCADE, "a", num_frames=frames)
+    assert text_of(error) == (
+        f"{frames} frames",
+        "a number of frames of the form 4n+1 (Wan2.2-T2V-A14B)",
+        f"--frames {low} or --frames {high}",
+        "E-REQ-01",
+    )
+
+
+@given(st.integers(2, 2000).filter(lambda n: n % 4 != 1))
+def test_both_frames_in_the_message_are_legal_and_nearest(frames: int) -> None:
+    with pytest.raises(RequestError) as error:
+        resolve(CASCADE, "a", num_frames=frames)
+    low, high = (int(w) for w in error.value.fix.split() if w.isdigit())
+    assert low < frames < high == low + 4
+    assert resolve(CASCADE, "a", num_frames=low).num_frames == low
+    assert resolve(CASCADE, "a", num_frames=high).num_frames == high
+
+
+@pytest.mark.parametrize(
+    ("defaults", "asked", "low", "high"),
+    [
+        (CASCADE, (850, 480), "848x480", "864x480"),
+        (CASCADE, (832, 490), "832x480", "832x496"),
+        (CASCADE, (850, 490), "848x480", "864x496"),
+        (TI2V, (1280, 720), "1280x704", "1280x736"),
+        (TI2V, (1270, 720), "1248x704", "1280x736"),
+        (CASCADE, (7, 480), "16x480", "32x480"),
+    ],
+)
+def test_sizes_off_the_multiple_name_the_two_nearest(
+    defaults: Defaults, asked: tuple[int, int], low: str, high: str
+) -> None:
+    with pytest.raises(RequestError) as error:
+        resolve(defaults, "a", width=asked[0], height=asked[1])
+    assert text_of(error) == (
+        f"size {asked[0]}x{asked[1]}",
+        f"width and height that are multiples of {defaults.size_multiple} ({defaults.model})",
+        f"--size {low} or --size {high}",
+        "E-REQ-02",
+    )
+
+
+@given(st.integers(1, 2000), st.integers(1, 2000), st.sampled_from([CASCADE, TI2V]))
+def test_both_sizes_in_the_message_are_legal(width: int, height: int, defaults: Defaults) -> None:
+    m = defaults.size_multiple
+    if width % m == height % m == 0:
+        return
+    with pytest.raises(RequestError) as error:
+        resolve(defaults, "a", width=width, height=height)
+    for word in error.value.fix.split():
+        if "x" in word:
+            w, h = map(int, word.split("x"))
+            assert resolve(defaults, "a", width=w, height=h).width == w
+            assert (abs(w - width) < m or w <= 2 * m) and (abs(h - height) < m or h <= 2 * m)
+
+
+def test_image_rules() -> None:
+    with pytest.raises(RequestError) as error:
+        resolve(I2V, "a")
+    assert text_of(error) == (
+        "no image",
+        "Wan2.2-I2V-A14B starts from an image",
+        "--image FILE, or a text-to-video model",
+        "E-REQ-04",
+    )
+    with pytest.raises(RequestError) as error:
+        resolve(CASCADE, "a", image="x.png")
+    assert text_of(error) == (
+        "image x.png",
+        "Wan2.2-T2V-A14B is text-to-video and takes no image",
+        "leave the image out, or use an I2V or TI2V model",
+        "E-REQ-04",
+    )
+    assert resolve(I2V, "a", image="x.png").image == "x.png"
+    assert resolve(TI2V, "a").image is None
+    assert resolve(TI2V, "a", image="x.png").image == "x.png"
+
+
+@pytest.mark.parametrize("extra", [{"guidance_scale_2": 3.0}, {"boundary_ratio": 0.9}])
+def test_one_expert_takes_nothing_for_a_second(extra: dict[str, float]) -> None:
+    with pytest.raises(RequestError) as error:
+        resolve(SINGLE, "a", **extra)
+    got, needs, fix, code = text_of(error)
+    assert (got, needs) == ("a second guidance scale or a boundary", "Wan2.1-T2V-14B has one expert")
+    assert (fix, code) == ("give one guidance scale and no boundary", "E-REQ-03")
+
+
+def test_two_experts_need_a_boundary() -> None:
+    bare = defaults_of("Wan2.2-T2V-A14B", boundary_ratio=None)
+    with pytest.raises(RequestError) as error:
+        resolve(bare, "a")
+    assert error.value.got == "no boundary between the two experts"
+    assert (error.value.fix, error.value.code) == ("--set boundary_ratio=0.875", "E-REQ-03")
+    assert resolve(bare, "a", boundary_ratio=0.9).boundary_ratio == 0.9

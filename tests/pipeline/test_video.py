@@ -1,0 +1,567 @@
+"""A video becomes a file, whole or not at all; what comes back is what went in."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from ascendit.errors import AscenditError, EnvironmentProblem, QualityError, UsageError
+from ascendit.pipeline import video as video_module
+from ascendit.pipeline import world
+from ascendit.pipeline.request import GenerateRequest
+from ascendit.pipeline.video import (
+    Frames,
+    Video,
+    check_frames,
+    check_not_flat,
+    check_output,
+    check_writable,
+    default_name,
+    installed_versions,
+    read_metadata,
+    to_uint8,
+)
+
+PROMPT = 'a red circle moves right, "quoted", 一只猫'
+STREAMS = (".mp4", ".webm", ".gif")
+# Largest mean error of a channel measured on flat patches: 3 of 255 (purple, green channel), from the
+# 8-bit limited range and crf 18. BT.601 in place of BT.709 gives 15 and more.
+COLOUR_TOLERANCE = 4.0
+
+
+def request(**changes: Any) -> GenerateRequest:
+    values: dict[str, Any] = {
+        "prompt": PROMPT,
+        "width": 64,
+        "height": 64,
+        "num_frames": 5,
+        "fps": 8,
+        "seed": 7,
+    }
+    values |= {"num_inference_steps": 4, "guidance_scale": 4.0, "flow_shift": 4.0}
+    return GenerateRequest(**(values | changes))
+
+
+def scene(frames: int = 5) -> Frames:
+    motion = world.Motion(radius=10, travel=20, centre=(32, 32))
+    return world.render(world.Scene("purple", "square", "right", "white"), motion, frames)
+
+
+def patches(frames: int = 5) -> Frames:
+    """Six stripes, 16 pixels wide, in the colours of the world."""
+    x = np.empty((frames, 64, 96, 3), np.uint8)
+    for i, colour in enumerate(world.COLOURS.values()):
+        x[:, :, 16 * i : 16 * (i + 1)] = colour
+    return x
+
+
+def make(frames: int = 5, fps: int = 8) -> Video:
+    return Video(scene(frames), fps, request(), "demo", seconds=1.25)
+
+
+def decode(path: Path, pix_fmt: str = "rgb24") -> tuple[np.ndarray[Any, Any], Any, float]:
+    """Decoded frames, the stream's codec context, duration in seconds."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = np.stack([f.to_ndarray(format=pix_fmt) for f in container.decode(stream)])
+        assert container.duration is not None
+        return frames, stream.codec_context, container.duration / 1e6
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+@contextmanager
+def refused(kind: type[AscenditError], code: str, *texts: str) -> Iterator[None]:
+    with pytest.raises(kind) as caught:
+        yield
+    assert caught.value.code == code
+    for text in texts:
+        assert text in str(caught.value)
+
+
+# ---- the class
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        np.zeros((2, 8, 8, 3), np.float32),
+        np.zeros((8, 8, 3), np.uint8),
+        np.zeros((2, 8, 8, 4), np.uint8),
+        np.zeros((0, 8, 8, 3), np.uint8),
+        [[1]],
+    ],
+)
+def test_frames_that_are_no_video_are_refused(bad: Any) -> None:
+    with refused(UsageError, "E-USE-01", "frames are", "uint8 [F, H, W, 3]", "to_uint8"):
+        Video(bad, 8)
+
+
+@pytest.mark.parametrize("fps", [0, -1, 7.5, True])
+def test_fps_is_a_whole_number(fps: Any) -> None:
+    with refused(UsageError, "E-USE-01", f"fps is {fps!r}"):
+        Video(scene(), fps)
+
+
+def test_repr_says_what_it_is_and_no_pixels() -> None:
+    assert repr(make()) == "Video(5 frames, 64x64, 8 fps, model='demo')"
+
+
+def test_versions_name_what_is_installed() -> None:
+    found = installed_versions()
+    assert found["av"] == av.__version__ and {"torch", "diffusers", "python"} <= set(found)
+    assert make().versions == found
+
+
+# ---- round trips
+
+
+@pytest.mark.parametrize("fps", [8, 16, 24])
+@pytest.mark.parametrize("frames", [1, 5, 17])
+@pytest.mark.parametrize("suffix", STREAMS)
+def test_frame_count_size_rate_and_duration(tmp_path: Path, suffix: str, frames: int, fps: int) -> None:
+    path = make(frames, fps).save(tmp_path / f"out{suffix}")
+    got, _, duration = decode(path)
+    assert path == tmp_path / f"out{suffix}" and got.shape == (frames, 64, 64, 3)
+    # webm counts in 1/1000 s, gif in 1/100 s; a gif of one frame rounds that one up
+    assert duration == pytest.approx(frames / fps, abs={".mp4": 1e-5, ".webm": 1e-3, ".gif": 1.01e-2}[suffix])
+    with av.open(str(path)) as container:
+        rate = container.streams.video[0].average_rate
+        assert suffix == ".gif" or rate == fps
+    if suffix != ".gif":
+        error = np.abs(got.astype(int) - scene(frames)).mean()
+        assert error < 1.5, error
+
+
+def test_mp4_is_h264_yuv420p_and_says_its_colours(tmp_path: Path) -> None:
+    path = make().save(tmp_path / "out.mp4")
+    with av.open(str(path)) as container:
+        c = container.streams.video[0].codec_context
+        assert (c.name, c.pix_fmt) == ("h264", "yuv420p")
+        assert (c.color_range, c.colorspace, c.color_primaries, c.color_trc) == (1, 1, 1, 1)
+    assert b"crf=18.0" in path.read_bytes()
+
+
+def test_webm_is_vp9_and_says_its_colours(tmp_path: Path) -> None:
+    with av.open(str(make().save(tmp_path / "out.webm"))) as container:
+        c = container.streams.video[0].codec_context
+        assert (c.name, c.pix_fmt) == ("vp9", "yuv420p")
+        assert (c.color_range, c.colorspace, c.color_primaries, c.color_trc) == (1, 1, 1, 1)
+
+
+def test_mp4_starts_fast(tmp_path: Path) -> None:
+    data, at, boxes = make().save(tmp_path / "out.mp4").read_bytes(), 0, []
+    while at < len(data):
+        size, name = struct.unpack_from(">I4s", data, at)
+        boxes.append(name)
+        at += size
+    assert boxes.index(b"moov") < boxes.index(b"mdat")
+    assert b"colrnclx" + struct.pack(">HHH", 1, 1, 1) in data
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_saturated_colours_survive(tmp_path: Path, suffix: str) -> None:
+    got, _, _ = decode(Video(patches(), 8).save(tmp_path / f"out{suffix}"))
+    for i, colour in enumerate(world.COLOURS.values()):
+        inner = got[:, :, 16 * i + 4 : 16 * i + 12].astype(float)  # away from the edges of the chroma blocks
+        assert np.abs(inner - colour).mean(axis=(0, 1, 2)).max() < COLOUR_TOLERANCE
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+def test_luma_is_bt709_in_limited_range(tmp_path: Path, suffix: str) -> None:
+    """Against the formula of the standard, not against the library that wrote the file."""
+    planes, _, _ = decode(Video(patches(), 8).save(tmp_path / f"out{suffix}"), "yuv420p")
+    for i, (r, g, b) in enumerate(world.COLOURS.values()):
+        y = 16 + 219 * (0.2126 * r + 0.7152 * g + 0.0722 * b) / 255
+        assert abs(planes[:, :64, 16 * i + 4 : 16 * i + 12].mean() - y) < 1.0
+
+
+@pytest.mark.parametrize("frames", [1, 17])
+def test_gif_has_one_palette_and_keeps_plain_colours(tmp_path: Path, frames: int) -> None:
+    path = Video(patches(frames), 8, request(), "demo").save(tmp_path / "out.gif")
+    with Image.open(path) as image:
+        assert getattr(image, "n_frames", 1) == frames and image.info["loop"] == 0
+        for i in range(frames):
+            image.seek(i)
+            assert np.abs(np.array(image.convert("RGB")).astype(int) - patches(1)[0]).max() <= 1
+
+
+def test_gif_keeps_frames_that_do_not_change_and_its_rate(tmp_path: Path) -> None:
+    x = scene(16)
+    x[6] = x[5]
+    with Image.open(Video(x, 24).save(tmp_path / "out.gif")) as image:
+        times = []
+        for i in range(getattr(image, "n_frames", 1)):
+            image.seek(i)
+            times.append(image.info["duration"])
+    assert len(times) == 16 and set(times) == {40, 50} and sum(times) == pytest.approx(16 / 24 * 1000, abs=10)
+
+
+@pytest.mark.parametrize("name", ["out.png", "out/"])
+def test_png_frames_are_exact_and_in_a_folder(tmp_path: Path, name: str) -> None:
+    path = make().save(f"{tmp_path}/{name}")
+    assert path == tmp_path / "out"
+    assert names(tmp_path) == ["out", "out.json", *(f"out/frame_000{i}.png" for i in range(5))]
+    for i, frame in enumerate(scene()):
+        with Image.open(path / f"frame_000{i}.png") as image:
+            assert np.array_equal(np.array(image), frame)
+
+
+def test_one_frame_png_is_a_file(tmp_path: Path) -> None:
+    path = make(1).save(tmp_path / "out.png")
+    assert names(tmp_path) == ["out.json", "out.png"]
+    with Image.open(path) as image:
+        assert np.array_equal(np.array(image), scene(1)[0])
+
+
+def test_a_view_that_is_not_contiguous_is_written_as_it_looks(tmp_path: Path) -> None:
+    turned = patches()[:, ::-1, ::-1]
+    with Image.open(Video(turned, 8).save(tmp_path / "out.gif")) as image:
+        assert np.abs(np.array(image.convert("RGB")).astype(int) - turned[0]).max() <= 1
+
+
+# ---- metadata
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif", "out.png", "out/"])
+def test_metadata_inside_and_beside(tmp_path: Path, name: str) -> None:
+    video = make()
+    path = video.save(f"{tmp_path}/{name}")
+    inside, beside = read_metadata(path), json.loads((tmp_path / "out.json").read_text("utf-8"))
+    assert inside == beside == video.describe()
+    assert (beside["prompt"], beside["seed"], beside["model"]) == (PROMPT, 7, "demo")
+    assert (beside["num_frames"], beside["width"], beside["height"], beside["fps"]) == (5, 64, 64, 8)
+    assert beside["versions"]["torch"] and beside["seconds"] == 1.25
+    assert beside["replay"] == request().replay_line("demo")
+    assert GenerateRequest.from_json(json.dumps(beside["request"])) == request()
+
+
+def test_a_prompt_that_is_no_valid_text_is_kept(tmp_path: Path) -> None:
+    odd = request(prompt="caf\udce9")
+    path = Video(scene(), 8, odd, "demo").save(tmp_path / "out.mp4")
+    assert (
+        read_metadata(path)["prompt"]
+        == json.loads((tmp_path / "out.json").read_text())["prompt"]
+        == "caf\udce9"
+    )
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif", "out.png"])
+def test_no_metadata_means_none(tmp_path: Path, name: str) -> None:
+    path = make().save(tmp_path / name, metadata=False)
+    assert read_metadata(path) == {} and not (tmp_path / "out.json").exists()
+    for file in [path] if path.is_file() else path.iterdir():
+        assert b"circle" not in file.read_bytes()
+
+
+def test_video_without_request(tmp_path: Path) -> None:
+    found = read_metadata(Video(scene(), 8).save(tmp_path / "out.mp4"))
+    assert (found["prompt"], found["seed"], found["request"], found["replay"]) == (None,) * 4
+
+
+def test_read_metadata_refuses_what_is_no_video(tmp_path: Path) -> None:
+    with refused(UsageError, "E-USE-02", "none.mp4 is not there"):
+        read_metadata(tmp_path / "none.mp4")
+    for name in ("bad.mp4", "bad.png"):
+        (tmp_path / name).write_text("hello")
+        with refused(UsageError, "E-USE-01", f"{name} cannot be opened"):
+            read_metadata(tmp_path / name)
+
+
+# ---- names, and what is refused
+
+
+def test_default_name() -> None:
+    when = datetime(2026, 11, 20, 19, 30, 12)
+    assert default_name("A calico cat, on the piano!", 42, when) == Path(
+        "outputs/20261120-193012_calico-cat-piano_s42.mp4"
+    )
+    assert default_name("Élan vital", 0, when).name == "20261120-193012_elan-vital_s0.mp4"
+    assert default_name("一只猫", 1, when).name == "20261120-193012_video_s1.mp4"
+    assert default_name("../../etc/passwd", 1, when).name == "20261120-193012_etc-passwd_s1.mp4"
+    long = default_name("red circle moving " * 9, 1, when).name
+    assert long == "20261120-193012_red-circle-moving-red-circle-moving-red_s1.mp4"
+    assert default_name("x" * 99, 1, when).name == f"20261120-193012_{'x' * 40}_s1.mp4"
+
+
+@pytest.mark.parametrize("name", ["out.avi", "out", "mp4"])
+def test_unknown_extension_lists_the_known_ones(tmp_path: Path, name: str) -> None:
+    with refused(UsageError, "E-USE-01", name, ".mp4, .webm, .gif, .png", ".mp4"):
+        make().save(tmp_path / name)
+    assert names(tmp_path) == []
+
+
+def test_extension_in_capitals(tmp_path: Path) -> None:
+    assert decode(make().save(tmp_path / "OUT.MP4"))[1].name == "h264"
+
+
+@pytest.mark.parametrize(("width", "height"), [(63, 64), (64, 63)])
+def test_odd_sizes_are_never_changed(tmp_path: Path, width: int, height: int) -> None:
+    video = Video(np.ascontiguousarray(scene()[:, :height, :width]), 8)
+    with refused(UsageError, "E-USE-01", f"{width}x{height}", "even width", "out.webm", "out.gif", "out.png"):
+        video.save(tmp_path / "out.mp4")
+    assert names(tmp_path) == []
+    for suffix in (".webm", ".gif"):
+        assert decode(video.save(tmp_path / f"out{suffix}"))[0].shape == (5, height, width, 3)
+
+
+def test_gif_cannot_be_faster_than_its_clock(tmp_path: Path) -> None:
+    with refused(UsageError, "E-USE-01", "60 fps in a gif", "out.mp4"):
+        make(fps=60).save(tmp_path / "out.gif")
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.png", "out/"])
+def test_nothing_is_clobbered(tmp_path: Path, name: str) -> None:
+    first = make()
+    path = first.save(f"{tmp_path}/{name}")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with refused(UsageError, "E-USE-03", str(path), "out-2"):
+        Video(patches(), 8).save(f"{tmp_path}/{name}")
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    other = Video(patches(3), 16)
+    assert other.save(f"{tmp_path}/{name}", overwrite=True) == path
+    assert read_metadata(path) == other.describe() == json.loads((tmp_path / "out.json").read_text())
+    assert not (tmp_path / "out/frame_0003.png").exists()
+
+
+def test_the_json_beside_is_not_clobbered_either(tmp_path: Path) -> None:
+    (tmp_path / "out.json").write_text("mine")
+    (tmp_path / "out-2.mp4").write_text("mine")
+    with refused(UsageError, "E-USE-03", "out.json", "out-3.mp4"):
+        make().save(tmp_path / "out.mp4")
+    assert (tmp_path / "out.json").read_text() == "mine"
+    make().save(tmp_path / "out.mp4", metadata=False)
+    assert names(tmp_path) == ["out-2.mp4", "out.json", "out.mp4"]
+
+
+def test_one_video_in_two_formats_shares_its_json(tmp_path: Path) -> None:
+    video = make()
+    video.save(tmp_path / "out.mp4")
+    video.save(tmp_path / "out.gif")
+    assert names(tmp_path) == ["out.gif", "out.json", "out.mp4"]
+
+
+def test_folders_with_other_files_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("mine")
+    (tmp_path / "dir.mp4").mkdir()
+    with refused(UsageError, "E-USE-03", "holds thesis.tex"):
+        make().save(f"{tmp_path}/out/", overwrite=True)
+    with refused(UsageError, "E-USE-03", "is a folder"):
+        make().save(tmp_path / "dir.mp4", overwrite=True)
+    (tmp_path / "empty").mkdir()
+    assert make().save(tmp_path / "empty") == tmp_path / "empty"
+
+
+def test_a_name_taken_during_the_run_is_not_clobbered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process writes the same name while this one encodes."""
+    path, real = tmp_path / "out.mp4", np.ascontiguousarray
+
+    def taken(x: Any) -> Any:
+        path.write_text("theirs")
+        return real(x)
+
+    monkeypatch.setattr(np, "ascontiguousarray", taken)
+    with refused(UsageError, "E-USE-03", "exists already"):
+        make().save(path)
+    assert path.read_text() == "theirs" and names(tmp_path) == ["out.mp4"]
+
+
+def test_missing_folders_are_made(tmp_path: Path) -> None:
+    assert make().save(tmp_path / "a/b/out.mp4").is_file()
+
+
+@pytest.mark.parametrize("folder", ["file", "file/deeper", "/proc", "/proc/none"])
+def test_a_place_that_cannot_be_written(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").write_text("a regular file")
+    path = tmp_path / folder / "out.mp4"
+    for call in (check_writable, make().save):
+        with refused(EnvironmentProblem, "E-ENV-02", "cannot write in", "-o FILE"):
+            call(path)
+    assert names(tmp_path) == ["file"]
+
+
+def test_check_output_refuses_before_the_run(tmp_path: Path) -> None:
+    shape = (5, 64, 64)
+    assert check_output(tmp_path / "new/out.mp4", shape, 8).path == tmp_path / "new/out.mp4"
+    assert names(tmp_path) == []
+    with refused(UsageError, "E-USE-01", "even width"):
+        check_output(tmp_path / "out.mp4", (5, 64, 63), 8)
+    with refused(EnvironmentProblem, "E-ENV-02"):
+        check_output("/proc/out.mp4", shape, 8)
+    (tmp_path / "out.json").write_text("mine")
+    with refused(UsageError, "E-USE-03"):
+        check_output(tmp_path / "out.mp4", shape, 8)
+    check_output(tmp_path / "out.mp4", shape, 8, sidecar=None)
+    check_output(tmp_path / "out.mp4", shape, 8, overwrite=True)
+
+
+@pytest.mark.parametrize(("module", "name"), [("av", "out.mp4"), ("PIL", "out.png")])
+def test_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with refused(EnvironmentProblem, "E-ENV-01", f"pip install {'av' if module == 'av' else 'pillow'}"):
+        make().save(tmp_path / name)
+
+
+def test_missing_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(video_module.CODECS, "mp4", ("libx264_absent", {}, {}))
+    with refused(EnvironmentProblem, "E-ENV-01", "no libx264_absent encoder", "pip install"):
+        make().save(tmp_path / "out.mp4")
+
+
+# ---- whole or not at all
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif", "out.png"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_failure_in_mid_encode_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, failure: type[BaseException], overwrite: bool
+) -> None:
+    if overwrite:
+        make().save(tmp_path / name)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    calls, owner, attribute = [], *((Image, "fromarray") if name == "out.png" else (np, "ascontiguousarray"))
+    real = getattr(owner, attribute)
+
+    def breaks(x: Any) -> Any:
+        calls.append(x)
+        if len(calls) == 4:
+            raise failure
+        return real(x)
+
+    monkeypatch.setattr(owner, attribute, breaks)
+    with pytest.raises(failure):
+        make().save(tmp_path / name, overwrite=overwrite)
+    assert len(calls) == 4 and before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif", "out.png"])
+def test_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    noise = Video(np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8), 8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with refused(EnvironmentProblem, "E-ENV-02", "cannot write in", "room on the disk"):
+            noise.save(tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == []
+
+
+def test_failure_of_the_last_rename_takes_the_json_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        make().save(tmp_path / "out.png")
+    assert names(tmp_path) == []
+
+
+# ---- success means a good video
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_to_uint8_rounds_as_diffusers(dtype: str) -> None:
+    import torch
+    from diffusers.video_processor import VideoProcessor
+
+    x = (torch.randn(3, 5, 16, 24, generator=torch.Generator().manual_seed(0)) * 0.7).to(
+        getattr(torch, dtype)
+    )
+    processor = VideoProcessor()
+    oracle = processor.numpy_to_pil(processor.postprocess_video(x[None], output_type="np")[0])
+    assert np.array_equal(to_uint8(x), np.stack([np.array(image) for image in oracle]))
+    assert np.array_equal(to_uint8(x.requires_grad_()), np.stack([np.array(image) for image in oracle]))
+
+
+def test_to_uint8_of_an_array() -> None:
+    x = np.array([-9, -1, 0, 1, 9], np.float32).reshape(1, 5, 1, 1).repeat(3, 0)
+    assert to_uint8(x)[:, 0, 0].tolist() == [[v] * 3 for v in (0, 0, 128, 255, 255)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite(bad: float) -> None:
+    x = np.zeros((3, 5, 8, 8), np.float32)
+    x[0, 1, 0, 0] = x[1, 4, 2, 2] = x[2, 4, 2, 2] = bad
+    with refused(QualityError, "E-OUT-01", "3 of 960 values", "in 2 of 5 frames (1, 4)", "ascendit inspect"):
+        to_uint8(x)
+
+
+def dot(shape: tuple[int, int, int], size: int, background: int, colour: int) -> Frames:
+    """A small square that moves on a plain background."""
+    x = np.full((*shape, 3), background, np.uint8)
+    for i in range(shape[0]):
+        x[i, 8 : 8 + size, 2 * i : 2 * i + size] = colour
+    return x
+
+
+def noise(level: int, spread: float) -> Frames:
+    x = np.random.default_rng(0).normal(level, spread, (5, 64, 64, 3))
+    return x.round().clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("frames", "text"),
+    [
+        (np.zeros((5, 64, 64, 3), np.uint8), "is black"),
+        (noise(4, 3), "is black"),
+        (np.full((5, 64, 64, 3), (127, 3, 200), np.uint8), "one colour, rgb(127, 3, 200)"),
+        (noise(128, 1), "one colour, rgb(128, 128, 128)"),
+        (np.full((1, 8, 8, 3), 255, np.uint8), "one colour"),
+    ],
+)
+def test_black_and_flat_videos_are_refused(frames: Frames, text: str) -> None:
+    with refused(QualityError, "E-OUT-02", text, f"all {len(frames)} frames", "--seed"):
+        check_not_flat(frames)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        scene(),
+        dot((5, 64, 64), 2, 0, 255),
+        dot((5, 64, 64), 2, 128, 170),
+        dot((3, 480, 832), 3, 0, 60),
+        noise(128, 4),  # fog: little contrast, but a picture
+        np.stack([np.full((64, 64, 3), v, np.uint8) for v in (0, 40, 0)]),  # a flash
+    ],
+)
+def test_plain_backgrounds_with_a_small_thing_pass(frames: Frames) -> None:
+    check_not_flat(frames)
+
+
+def test_every_plain_scene_of_the_world_passes() -> None:
+    motion = world.Motion(radius=9, travel=18, centre=(32, 32))
+    for each in world.scenes():
+        check_not_flat(world.render(each, motion, 17, only=range(0, 17, 8)))
+
+
+def test_check_frames_does_both() -> None:
+    x = np.random.default_rng(0).uniform(-1, 1, (3, 5, 8, 8))
+    assert np.array_equal(check_frames(x), to_uint8(x))
+    with refused(QualityError, "E-OUT-02"):
+        check_frames(x * 0 - 1)
+    with refused(QualityError, "E-OUT-01"):
+        check_frames(x * np.nan)

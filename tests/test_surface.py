@@ -1,0 +1,63 @@
+"""The public surface. A name that comes or goes changes this file in the same commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import ascendit
+
+REPO = Path(__file__).resolve().parents[1]
+
+PUBLIC = [
+    "AscenditError",
+    "GenerateRequest",
+    "Pipeline",
+    "Video",
+    "__version__",
+    "inspect_folder",
+    "load",
+]
+
+
+def test_public_names_are_these() -> None:
+    assert ascendit.__all__ == PUBLIC == sorted(PUBLIC)
+    assert sorted(dir(ascendit)) == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_name_resolves(name: str) -> None:
+    value = getattr(ascendit, name)
+    assert isinstance(value, str) or callable(value)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match=r"module 'ascendit' has no attribute 'nothing'"):
+        _ = ascendit.nothing
+
+
+def test_star_import_gives_the_public_names() -> None:
+    code = "from ascendit import *\nprint(*sorted(n for n in dir() if n[:2] != '__' or n == '__version__'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == PUBLIC, done.stderr
+
+
+def test_one_version() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert ascendit.__version__ == project["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", ascendit.__version__)
+    try:
+        installed = importlib.metadata.version("ascendit")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("ascendit is on the path, not installed")
+    assert installed == project["version"]
+
+
+def test_types_are_shipped_with_the_package() -> None:
+    assert (Path(ascendit.__file__).parent / "py.typed").is_file()
