@@ -19,9 +19,10 @@ from collections.abc import Callable
 
 import diffusers
 import torch
+from diffusers import WanTransformer3DModel
+
 from ascendit.model.wan import WanConfig, WanTransformer
 from ascendit.ops.bind import bind
-from diffusers import WanTransformer3DModel
 
 GRID = (6, 32, 32)  # latent frames, height, width -> 6 x 16 x 16 = 1536 tokens
 
@@ -84,9 +85,15 @@ def main() -> None:
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    print(f"{time.strftime('%Y-%m-%d')} torch {torch.__version__} {platform.processor() or platform.machine()}")
-    print(f"{args.layers} layers, {dtype}, {args.threads} threads, load {os.getloadavg()[0]:.1f}, {args.reps} reps")
-    print(f"| forward{' (per-token timesteps)' if args.per_token else ''} | median ms | min ms | x as fast | rel. diff |")
+    print(
+        f"{time.strftime('%Y-%m-%d')} torch {torch.__version__} {platform.processor() or platform.machine()}"
+    )
+    print(
+        f"{args.layers} layers, {dtype}, {args.threads} threads, load {os.getloadavg()[0]:.1f}, {args.reps} reps"
+    )
+    print(
+        f"| forward{' (per-token timesteps)' if args.per_token else ''} | median ms | min ms | x as fast | rel. diff |"
+    )
     print("|---|---|---|---|---|")
     base = statistics.median(seconds[peer])
     for name, s in seconds.items():

@@ -13,7 +13,7 @@ from ascendit import errors
 
 SOURCES = Path(errors.__file__).parent
 # Codes that stand in the table before the code that raises them.
-RESERVED = {"E-CAN-01", "E-ENV-03", "E-MEM-01", "E-OUT-03", "E-USE-04"}
+RESERVED: set[str] = set()
 
 TREE = {
     "AscenditError": ("Exception", 1),

@@ -146,7 +146,9 @@ def clip_batch(rng: np.random.Generator, n: int, frames: int) -> tuple[torch.Ten
 class Muon(torch.optim.Optimizer):
     """Momentum, then the nearest (semi-)orthogonal matrix by five Newton-Schulz steps (K. Jordan, 2024)."""
 
-    def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01):
+    def __init__(
+        self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
@@ -180,9 +182,7 @@ def orthogonalise(g: torch.Tensor) -> torch.Tensor:
     return (x.mT if tall else x).to(g.dtype)
 
 
-def optimisers(
-    modules: list[torch.nn.Module], lr_muon: float, lr_adam: float
-) -> list[torch.optim.Optimizer]:
+def optimisers(modules: list[torch.nn.Module], lr_muon: float, lr_adam: float) -> list[torch.optim.Optimizer]:
     matrices, rest = [], []
     for module in modules:
         for name, p in module.named_parameters():
@@ -274,7 +274,9 @@ class Run:
                 n = (step % log_every) + 1 if step + 1 == steps else log_every
                 per = (time.perf_counter() - clock) / n
                 text = " ".join(f"{k} {v / n:.4f}" for k, v in sums.items())
-                self.log(f"{stage} {step + 1}/{steps} {text} {per:.2f} s/step {on_log(step) if on_log else ''}")
+                self.log(
+                    f"{stage} {step + 1}/{steps} {text} {per:.2f} s/step {on_log(step) if on_log else ''}"
+                )
                 clock, sums = time.perf_counter(), {}
             if (step + 1) % 200 == 0:
                 torch.save(
@@ -430,7 +432,9 @@ class TrainWan(torch.nn.Module):
             o = torch.softmax(scores, -1) @ v
         return m.to_out[0](o.transpose(1, 2).flatten(2))
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
         """x [B, C, F, H, W]; t [B]; text [B, L + 1, 64], the last a pad; bias [B, 1, 1, L + 1]."""
         net = self.net
         b, c, f, h, w = x.shape
@@ -478,7 +482,9 @@ class Captions:
         return ids
 
 
-def encode_text(enc: UMT5EncoderModel, ids: torch.Tensor, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_text(
+    enc: UMT5EncoderModel, ids: torch.Tensor, total: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings [B, L + 1, 64] with zeros on pads, and the key bias that stands for `total` tokens."""
     mask = ids != 0
     h = enc(ids, attention_mask=mask.long()).last_hidden_state.float() * mask[..., None]
@@ -552,7 +558,9 @@ def train_denoisers(
         def joint(step: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
             return denoise_loss(run, model, enc, data, captions, batch, (0.0, 1.0), rng)
 
-        run.loop("joint", parts, optimisers([net, enc], 1.5e-3, 1e-3), JOINT_STEPS, joint, ema=0.998, floor=0.3)
+        run.loop(
+            "joint", parts, optimisers([net, enc], 1.2e-2, 1.5e-3), JOINT_STEPS, joint, ema=0.998, floor=0.2
+        )
     enc.eval().requires_grad_(False)
     experts = []
     for stage, span in (("high", (BOUNDARY - 0.02, 1.0)), ("low", (0.0, BOUNDARY + 0.02))):
@@ -564,19 +572,29 @@ def train_denoisers(
             def one(step: int, rng: np.random.Generator, model: Any = model, span: Any = span) -> dict:
                 return denoise_loss(run, model, enc, data, captions, batch, span, rng)
 
-            run.loop(stage, {"net": expert}, optimisers([expert], 1e-3, 7e-4), EXPERT_STEPS, one, ema=0.99, hold=0.2)
+            run.loop(
+                stage,
+                {"net": expert},
+                optimisers([expert], 5e-3, 7e-4),
+                EXPERT_STEPS,
+                one,
+                ema=0.99,
+                hold=0.2,
+            )
         experts.append(expert.eval())
     return experts[0], experts[1], enc
 
 
-JOINT_STEPS = 1500
-EXPERT_STEPS = 300
+JOINT_STEPS = 2500
+EXPERT_STEPS = 450
 
 
 # ---- export -------------------------------------------------------------------------------------
 
 
-def export(run: Run, folder: Path, net: AutoencoderKLWan, data: dict, tok: Any, high: Any, low: Any, enc: Any) -> None:
+def export(
+    run: Run, folder: Path, net: AutoencoderKLWan, data: dict, tok: Any, high: Any, low: Any, enc: Any
+) -> None:
     """Write the Diffusers folder that ships: BF16 transformers, float32 VAE statistics in its config."""
     net.register_to_config(latents_mean=data["shift"].tolist(), latents_std=data["scale"].tolist())
     pipe = WanPipeline(
@@ -584,7 +602,10 @@ def export(run: Run, folder: Path, net: AutoencoderKLWan, data: dict, tok: Any, 
         text_encoder=enc.to(torch.bfloat16),
         vae=net.to(torch.bfloat16),
         scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=SHIFT
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            num_train_timesteps=1000,
+            flow_shift=SHIFT,
         ),
         transformer=high.to(torch.bfloat16),
         transformer_2=low.to(torch.bfloat16),
@@ -598,7 +619,9 @@ def export(run: Run, folder: Path, net: AutoencoderKLWan, data: dict, tok: Any, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=REPO / "build/demo", help="working folder with checkpoints")
+    parser.add_argument(
+        "--out", type=Path, default=REPO / "build/demo", help="working folder with checkpoints"
+    )
     parser.add_argument("--export", type=Path, help="where the finished Diffusers folder goes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=1.0, help="factor on all step counts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,12 @@ CONFIGS: dict[str, Any] = {
 
 
 @pytest.fixture
+def environ() -> dict[str, str]:
+    """For a child process: finds ascendit, and asks for no colour."""
+    return {**os.environ, "PYTHONPATH": str(Path(ascendit.__file__).parents[1]), "NO_COLOR": "1"}
+
+
+@pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A folder with the shape of the demo model: configs, no weights."""
     root = tmp_path / "model"
@@ -82,14 +89,21 @@ class FakePipeline:
             expert = "transformer" if i < steps // 4 else "transformer_2"
             on_progress(
                 Progress(
-                    stage="denoise", step=i + 1, total=steps, expert=expert, seconds=2.0, memory_bytes=3 * 2**30
+                    stage="denoise",
+                    step=i + 1,
+                    total=steps,
+                    expert=expert,
+                    seconds=2.0,
+                    memory_bytes=3 * 2**30,
                 )
             )
             if self.error is not None:
                 raise self.error
         shape = (request.num_frames, request.height, request.width, 3)
         frames = np.broadcast_to(np.linspace(0, 255, request.width, dtype=np.uint8)[:, None], shape)
-        return Video(frames=np.ascontiguousarray(frames), fps=request.fps, request=request, model="ascendit-demo")
+        return Video(
+            frames=np.ascontiguousarray(frames), fps=request.fps, request=request, model="ascendit-demo"
+        )
 
 
 @pytest.fixture

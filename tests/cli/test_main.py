@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -17,8 +18,6 @@ import ascendit
 from ascendit.cli import main as cli
 from ascendit.errors import CheckpointError
 
-SOURCE = str(Path(ascendit.__file__).parents[1])
-ENVIRON = {**os.environ, "PYTHONPATH": SOURCE, "NO_COLOR": "1"}
 FLAGS = {
     "generate": [
         "--demo",
@@ -49,7 +48,7 @@ FLAGS = {
 
 
 def test_flags_are_pinned():
-    group = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(cli.app)
     found = {
         name: ["/".join(p.opts) for p in command.params if p.param_type_name == "option"]
         for name, command in group.commands.items()
@@ -60,9 +59,12 @@ def test_flags_are_pinned():
 
 
 @pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["verify", "--help"]])
-def test_help_imports_nothing_heavy(words):
+def test_help_imports_nothing_heavy(environ, words):
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "ascendit", *words], capture_output=True, text=True, env=ENVIRON
+        [sys.executable, "-X", "importtime", "-m", "ascendit", *words],
+        capture_output=True,
+        text=True,
+        env=environ,
     )
     assert done.returncode == 0
     assert "ascendit" in done.stdout
@@ -71,11 +73,13 @@ def test_help_imports_nothing_heavy(words):
     assert not imported & {"torch", "numpy", "diffusers", "transformers", "av", "PIL", "rich", "safetensors"}
 
 
-def test_help_takes_under_300_ms():
+def test_help_takes_under_300_ms(environ):
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "ascendit", "--help"], capture_output=True, check=True, env=ENVIRON)
+        subprocess.run(
+            [sys.executable, "-m", "ascendit", "--help"], capture_output=True, check=True, env=environ
+        )
         best = min(best, time.perf_counter() - start)
     if best >= 0.3 and os.getloadavg()[0] > (os.cpu_count() or 1):
         pytest.skip(f"the machine is busy (load {os.getloadavg()[0]:.1f}); best was {best:.2f} s")
@@ -151,10 +155,18 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     [
         (CheckpointError("bad", needs="n", fix="f", code="E-CKP-02"), 1, "error[E-CKP-02]: bad"),
         (MemoryError(), 4, "error[E-MEM-01]: out of memory on cpu"),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 4, "error[E-MEM-01]: out of memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried"),
+            4,
+            "error[E-MEM-01]: out of memory",
+        ),
         (KeyboardInterrupt(), 130, "error[E-CAN-01]: cancelled"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 3, "error[E-ENV-01]: torch cannot be"),
-        (ZeroDivisionError("division by zero"), 1, "error[internal]: internal error, ZeroDivisionError: division"),
+        (
+            ZeroDivisionError("division by zero"),
+            1,
+            "error[internal]: internal error, ZeroDivisionError: division",
+        ),
     ],
 )
 def test_exit_codes(run, model, monkeypatch, error, code, first):
@@ -168,15 +180,22 @@ def test_exit_codes(run, model, monkeypatch, error, code, first):
     assert ended.json["error"]["got"] and ended.json["error"]["try"]
 
 
+def take_log(err: str) -> str:
+    """The text of the log file that an error names; the file is removed."""
+    found = re.search(r"the log (\S+\.log)", err)
+    assert found, err
+    text = Path(found[1]).read_text()
+    Path(found[1]).unlink()
+    return text
+
+
 def test_a_fault_leaves_a_log_and_shows_the_traceback_with_v(run, model, monkeypatch):
     fail_with(monkeypatch, ZeroDivisionError("division by zero"))
-    log = Path(re.search(r"the log (\S+\.log)", run("inspect", model).err)[1])
-    text = log.read_text()
-    log.unlink()
+    text = take_log(run("inspect", model).err)
     assert "Traceback" in text and "ZeroDivisionError" in text and "torch" in text
     ended = run("-v", "inspect", model)
     assert ended.err.startswith("Traceback")
-    Path(re.search(r"the log (\S+\.log)", ended.err)[1]).unlink()
+    assert "Traceback" in take_log(ended.err)
 
 
 @pytest.mark.parametrize("no_color", [False, True])

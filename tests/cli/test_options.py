@@ -81,7 +81,9 @@ def test_an_unknown_key_lists_the_known_ones():
 
 def test_config_toml(tmp_path):
     file = tmp_path / "run.toml"
-    file.write_text('seed = 7\nguidance_scale = 4\ntimesteps = [1000, 500.0]\nsolver = "euler"\nmetadata = false\n')
+    file.write_text(
+        'seed = 7\nguidance_scale = 4\ntimesteps = [1000, 500.0]\nsolver = "euler"\nmetadata = false\n'
+    )
     assert options.read_config(file) == {
         "seed": 7,
         "guidance_scale": 4.0,
@@ -130,7 +132,13 @@ def test_higher_layers_win():
 
 
 def test_a_higher_value_takes_what_it_replaces_with_it():
-    low = {"guidance_scale": 4.0, "guidance_scale_2": 3.0, "num_inference_steps": 16, "timesteps": None, "num_frames": 17}
+    low = {
+        "guidance_scale": 4.0,
+        "guidance_scale_2": 3.0,
+        "num_inference_steps": 16,
+        "timesteps": None,
+        "num_frames": 17,
+    }
     assert options.merge(low, {"guidance_scale": 5.0}) == {
         "guidance_scale": 5.0,
         "num_inference_steps": 16,

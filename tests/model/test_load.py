@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
+
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.store import Shards
 from ascendit.errors import CheckpointError
 from ascendit.model.load import load_library_part, load_transformer
 from ascendit.ops.bind import bind
-from safetensors.torch import load_file, save_file
 
 
 def load(folder: Path, **kw: Any) -> Any:
@@ -35,7 +36,9 @@ def test_dtype_as_stored_or_asked_with_the_sensitive_parts_in_float32(tiny_t2v_c
     model = load(tiny_t2v_cascade, dtype=torch.bfloat16)
     kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
     assert kept == {
-        n for n, _ in model.named_parameters() if "time_embedder" in n or "scale_shift_table" in n or "norm2." in n
+        n
+        for n, _ in model.named_parameters()
+        if "time_embedder" in n or "scale_shift_table" in n or "norm2." in n
     }
     assert model.dtype == torch.bfloat16
 
@@ -77,7 +80,9 @@ def test_unknown_config_key_is_an_error(tiny_t2v_cascade: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(("part", "file"), [("vae", "diffusion_pytorch_model"), ("text_encoder", "model")])
 @pytest.mark.parametrize("how", ["missing", "extra", "shape"])
-def test_library_parts_are_strict_too(part: str, file: str, how: str, tiny_t2v_cascade: Path, tmp_path: Path) -> None:
+def test_library_parts_are_strict_too(
+    part: str, file: str, how: str, tiny_t2v_cascade: Path, tmp_path: Path
+) -> None:
     folder = tiny.copy(tiny_t2v_cascade, tmp_path / "m")
     path = folder / part / f"{file}.safetensors"
     weights = load_file(path)

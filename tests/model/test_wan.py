@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from ascendit.checkpoint.layout import recognise
 from ascendit.model.load import load_transformer
 from ascendit.model.state import rope_table
 from ascendit.model.wan import WanConfig, WanTransformer
 from ascendit.ops.bind import bind
-from diffusers import WanTransformer3DModel
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 GRID = (3, 6, 4)  # latent frames, height, width
 TOKENS = 3 * 3 * 2
@@ -67,7 +68,12 @@ def test_per_token_timesteps_equal_diffusers(tiny_ti2v: Path) -> None:
     wanted = theirs(x, t, text, return_dict=False)[0]
     got = ours(x, (0.0, 700.0), state, (per_frame, TOKENS - per_frame))
     assert relative(got, wanted) < 1e-5
-    assert state.shared.modulation_for((0.0, 700.0), (per_frame, TOKENS - per_frame), pytest.fail).blocks.shape[2] == 2
+    assert (
+        state.shared.modulation_for((0.0, 700.0), (per_frame, TOKENS - per_frame), pytest.fail).blocks.shape[
+            2
+        ]
+        == 2
+    )
 
 
 @torch.inference_mode()
@@ -132,7 +138,17 @@ def test_rope_table_equals_diffusers(head_dim: int) -> None:
 class Launches(TorchDispatchMode):
     """Counts operators; views cost nothing and are not counted."""
 
-    VIEWS = {"view", "_unsafe_view", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select"}
+    VIEWS = {
+        "view",
+        "_unsafe_view",
+        "transpose",
+        "permute",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "slice",
+        "select",
+    }
     VIEWS |= {"split", "split_with_sizes", "unbind", "t", "detach", "alias", "as_strided", "view_as_complex"}
     VIEWS |= {"view_as_real", "reshape", "_reshape_alias"}
 
@@ -150,7 +166,9 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "spans"), [("t2v_single", (TOKENS,)), ("ti2v", (6, TOKENS - 6))])
 @torch.no_grad()
-def test_operators_in_a_block(tiny_folder: Any, name: str, spans: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_operators_in_a_block(
+    tiny_folder: Any, name: str, spans: tuple[int, ...], dtype: torch.dtype
+) -> None:
     ours, theirs = pair(tiny_folder(name), dtype=dtype)
     x, text = (t.to(dtype) for t in inputs(ours))
     state = ours.prepare(ours.grid_of(x), text)

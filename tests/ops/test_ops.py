@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from ascendit.errors import UsageError
 from ascendit.ops import reference
 from ascendit.ops.bind import NAMES, Ops, bind
-from torch import Tensor
 
 B, S, H, D_HEAD = 1, 37, 3, 32
 D = H * D_HEAD
@@ -65,11 +66,15 @@ def test_reference_against_float64(name: str) -> None:
         "linear": lambda: x @ wide[1].T + wide[2],
         "rms_norm": lambda: F.rms_norm(x, norm, wide[1], 1e-6),
         "layer_norm": lambda: F.layer_norm(x, norm, wide[1], wide[2], 1e-6),
-        "adaln": lambda: F.layer_norm(x, norm, None, None, 1e-6) * (1 + per_token(wide[1])) + per_token(wide[2]),
+        "adaln": lambda: (
+            F.layer_norm(x, norm, None, None, 1e-6) * (1 + per_token(wide[1])) + per_token(wide[2])
+        ),
         "gated_residual": lambda: x + wide[1] * per_token(wide[2]),
         "rope": lambda: turn(x, wide[1], wide[2]),
         "gelu_tanh": lambda: F.gelu(x, approximate="tanh"),
-        "attention": lambda: F.scaled_dot_product_attention(*(w.transpose(1, 2) for w in wide)).transpose(1, 2),
+        "attention": lambda: F.scaled_dot_product_attention(*(w.transpose(1, 2) for w in wide)).transpose(
+            1, 2
+        ),
     }[name]()
     assert relative(getattr(reference, name)(*given), oracle) < 1e-6
 

@@ -6,16 +6,17 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import ascendit
 import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from PIL import Image
+
+import ascendit
 from ascendit.errors import AscenditError, Cancelled, QualityError, RequestError, UsageError
 from ascendit.pipeline import generate
 from ascendit.pipeline.progress import Progress
-from diffusers import WanImageToVideoPipeline, WanPipeline
-from PIL import Image
 
 SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 5}
 PROMPT = "a cat on a piano &amp; a dog"
@@ -38,7 +39,7 @@ def theirs(cls: Any, folder: Path, seed: int, flow_shift: float | None = None, *
     if flow_shift is not None:
         pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, flow_shift=flow_shift)
     generator = torch.Generator().manual_seed(seed)
-    out: torch.Tensor = pipe(PROMPT, generator=generator, output_type="latent", **fields).frames
+    out: torch.Tensor = pipe(prompt=PROMPT, generator=generator, output_type="latent", **fields).frames
     return out
 
 
@@ -82,7 +83,8 @@ def test_frames_equal_wan_pipeline(tiny_t2v_cascade: Path) -> None:
     video = ascendit.load(tiny_t2v_cascade).generate(PROMPT, seed=7, **fields)
     pipe = WanPipeline.from_pretrained(tiny_t2v_cascade)
     pipe.set_progress_bar_config(disable=True)
-    wanted = pipe(PROMPT, generator=torch.Generator().manual_seed(7), output_type="np", **fields).frames[0]
+    generator = torch.Generator().manual_seed(7)
+    wanted = pipe(PROMPT, generator=generator, output_type="np", **fields).frames[0]
     assert video.frames.shape == (9, 32, 48, 3) and video.frames.dtype == np.uint8
     assert np.abs(video.frames.astype(int) - (wanted * 255).round().astype(int)).max() <= 1
 
@@ -95,7 +97,9 @@ def test_same_seed_same_bytes_and_another_seed_another_video(tiny_t2v_cascade: P
     assert first.tobytes() != other.tobytes()
 
 
-def test_guidance_of_one_runs_no_unconditional_pass(tiny_t2v_cascade: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_of_one_runs_no_unconditional_pass(
+    tiny_t2v_cascade: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe = ascendit.load(tiny_t2v_cascade)
     calls = []
     for name in ("transformer", "transformer_2"):
@@ -111,7 +115,10 @@ def test_guidance_of_one_runs_no_unconditional_pass(tiny_t2v_cascade: Path, monk
     assert len(calls) == 5 and set(calls) == {"transformer", "transformer_2"}
     calls.clear()
     pipe.generate(PROMPT, seed=1, guidance_scale=1, guidance_scale_2=3, **SMALL)
-    assert calls.count("transformer_2") % 2 == 0 and calls.count("transformer") + calls.count("transformer_2") // 2 == 5
+    assert (
+        calls.count("transformer_2") % 2 == 0
+        and calls.count("transformer") + calls.count("transformer_2") // 2 == 5
+    )
 
 
 def test_progress_tells_stage_expert_and_step(tiny_t2v_cascade: Path) -> None:

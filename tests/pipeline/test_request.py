@@ -1,4 +1,4 @@
-"""GenerateRequest: filled from a model's defaults and checked against it. Writing and reading: test_request_replay."""
+"""GenerateRequest: filled from a model's defaults, and checked against it field by field."""
 
 from __future__ import annotations
 
@@ -111,9 +111,11 @@ def test_one_expert_has_one_guidance() -> None:
 
 @pytest.mark.parametrize(
     ("scales", "unconditional"),
-    [((1, 1), False), ((1.0, 3), True), ((4, 1), True), ((4, 3), True), ((0, 0), True)],
+    [((1, 1), False), ((1.0, 3), True), ((4, 1), True), ((4, 3), True), ((0.5, 0), False)],
 )
-def test_guidance_1_needs_no_unconditional_pass(scales: tuple[float, float], unconditional: bool) -> None:
+def test_guidance_up_to_1_needs_no_unconditional_pass(
+    scales: tuple[float, float], unconditional: bool
+) -> None:
     request = resolve(CASCADE, "a", guidance_scale=scales[0], guidance_scale_2=scales[1])
     assert request.do_classifier_free_guidance is unconditional
     assert resolve(SINGLE, "a", guidance_scale=1).do_classifier_free_guidance is False

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from ascendit.pipeline.request import GenerateRequest
-from ascendit.pipeline.solver import UniPC, euler_schedule, make_solver, unipc_schedule
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
+
+from ascendit.pipeline.request import GenerateRequest
+from ascendit.pipeline.solver import UniPC, euler_schedule, make_solver, unipc_schedule
 
 SHAPE = (1, 4, 3, 6, 5)
 

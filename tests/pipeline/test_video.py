@@ -527,14 +527,24 @@ def noise(level: int, spread: float) -> Frames:
     [
         (np.zeros((5, 64, 64, 3), np.uint8), "is black"),
         (noise(4, 3), "is black"),
+    ],
+)
+def test_black_videos_are_refused(frames: Frames, text: str) -> None:
+    with refused(QualityError, "E-OUT-02", text, f"all {len(frames)} frames", "--seed"):
+        check_not_flat(frames)
+
+
+@pytest.mark.parametrize(
+    ("frames", "text"),
+    [
         (np.full((5, 64, 64, 3), (127, 3, 200), np.uint8), "one colour, rgb(127, 3, 200)"),
         (noise(128, 1), "one colour, rgb(128, 128, 128)"),
         (np.full((1, 8, 8, 3), 255, np.uint8), "one colour"),
     ],
 )
-def test_black_and_flat_videos_are_refused(frames: Frames, text: str) -> None:
-    with refused(QualityError, "E-OUT-02", text, f"all {len(frames)} frames", "--seed"):
-        check_not_flat(frames)
+def test_one_colour_is_a_warning(frames: Frames, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    check_not_flat(frames)
+    assert text in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -548,14 +558,16 @@ def test_black_and_flat_videos_are_refused(frames: Frames, text: str) -> None:
         np.stack([np.full((64, 64, 3), v, np.uint8) for v in (0, 40, 0)]),  # a flash
     ],
 )
-def test_plain_backgrounds_with_a_small_thing_pass(frames: Frames) -> None:
+def test_plain_backgrounds_with_a_small_thing_pass(frames: Frames, caplog: pytest.LogCaptureFixture) -> None:
     check_not_flat(frames)
+    assert not caplog.records
 
 
-def test_every_plain_scene_of_the_world_passes() -> None:
+def test_every_plain_scene_of_the_world_passes(caplog: pytest.LogCaptureFixture) -> None:
     motion = world.Motion(radius=9, travel=18, centre=(32, 32))
     for each in world.scenes():
         check_not_flat(world.render(each, motion, 17, only=range(0, 17, 8)))
+    assert not caplog.records
 
 
 def test_check_frames_does_both() -> None:

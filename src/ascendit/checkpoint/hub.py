@@ -31,9 +31,8 @@ from ascendit.errors import EnvironmentProblem, UsageError
 logger = logging.getLogger("ascendit")
 
 MODELSCOPE = "https://modelscope.cn"
-SKIPPED = tuple(
-    f"*.{ending}" for ending in "msgpack h5 ckpt onnx bin png jpg jpeg gif webp svg mp4 mov webm".split()
-)
+_USELESS = "msgpack h5 ckpt onnx bin png jpg jpeg gif webp svg mp4 mov webm".split()
+SKIPPED = tuple(f"*.{e}" for ending in _USELESS for e in (ending, ending.upper()))
 """What no model folder needs: weights in formats that are not read, pictures, videos."""
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -203,7 +202,7 @@ def _listing(base: str, what: str, revision: str) -> tuple[list[_File], str | No
         if not stays_inside(file.path):
             problem = f"the hub names a file outside the folder: {file.path!r}"
             raise _trouble(what, problem, "do not use this model")
-    files = [f for f in files if not any(fnmatch.fnmatch(f.path.lower(), s) for s in SKIPPED)]
+    files = [f for f in files if not any(fnmatch.fnmatchcase(f.path, s) for s in SKIPPED)]
     commit = revision if _COMMIT.fullmatch(revision) else latest
     return files, commit if _COMMIT.fullmatch(commit) else None
 

@@ -53,7 +53,10 @@ class Plan:
     def replay(self) -> str:
         """The command that makes this video again."""
         words = []
-        for flag, value, default in (("--device", self.call.device, "cpu"), ("--text-on", self.call.text_on, "device")):
+        for flag, value, default in (
+            ("--device", self.call.device, "cpu"),
+            ("--text-on", self.call.text_on, "device"),
+        ):
             words += [flag, value] if value != default else []
         for key, setting in (("dtype", self.call.dtype), ("ops", self.call.ops)):
             words += ["--set", f"{key}={setting}"] if setting else []

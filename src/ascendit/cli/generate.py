@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ascendit.cli import options
-from ascendit.cli.render import Output, two_columns
+from ascendit.cli.render import Output, quiet_libraries, two_columns
 
 if TYPE_CHECKING:
     from ascendit.cli.call import Call, Plan
@@ -114,23 +114,10 @@ def generate(
 
     if frames is not None and seconds is not None:
         raise typer.BadParameter("give --frames or --seconds, not both", ctx=ctx)
-    flags: dict[str, Any] = {
-        "seed": seed,
-        "num_inference_steps": steps,
-        "num_frames": frames,
-        "seconds": seconds,
-        "fps": fps,
-        "flow_shift": shift,
-        "negative_prompt": negative,
-        "image": image,
-        "device": device,
-        "text_on": text_on,
-        **(options.parse_size(size) if size is not None else {}),
-        **(options.parse_guidance(guidance) if guidance is not None else {}),
-        **(options.parse_timesteps(timesteps) if timesteps is not None else {}),
-    }
     out: Output = ctx.obj
-    call = read_call(words or [], demo=demo, flags=flags, settings=settings or [], config=config)
+    call = read_call(
+        words or [], demo=demo, flags=flag_values(ctx.params), settings=settings or [], config=config
+    )
     for note in call.notes:
         out.note(note)
     with out.work():
@@ -139,6 +126,26 @@ def generate(
         _print_plan(plan, out)
     else:
         _run(plan, out, overwrite=overwrite)
+
+
+def flag_values(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of `generate` as a layer of options; None where a flag was not given."""
+    size, guidance, timesteps = params["size"], params["guidance"], params["timesteps"]
+    return {
+        "seed": params["seed"],
+        "num_inference_steps": params["steps"],
+        "num_frames": params["frames"],
+        "seconds": params["seconds"],
+        "fps": params["fps"],
+        "flow_shift": params["shift"],
+        "negative_prompt": params["negative"],
+        "image": params["image"],
+        "device": params["device"],
+        "text_on": params["text_on"],
+        **(options.parse_size(size) if size is not None else {}),
+        **(options.parse_guidance(guidance) if guidance is not None else {}),
+        **(options.parse_timesteps(timesteps) if timesteps is not None else {}),
+    }
 
 
 def _run(plan: Plan, out: Output, *, overwrite: bool) -> None:
@@ -158,6 +165,7 @@ def _make(plan: Plan, out: Output, view: ProgressView) -> Video:
     from ascendit.cli.interrupt import Interrupt
     from ascendit.cli.memory import is_out_of_memory, out_of_memory
 
+    quiet_libraries()
     try:
         pipe = ascendit.load(plan.call.model, on_progress=view, **_load_options(plan.call))
         with Interrupt(silent=out.quiet or out.json) as interrupt:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ascendit import __version__
 from ascendit.cli.doctor import doctor
 from ascendit.cli.generate import generate
 from ascendit.cli.inspect import inspect
@@ -67,9 +68,7 @@ def common(
 ) -> None:
     """Wan video diffusion on Ascend NPUs, CUDA or a plain CPU. Start with: ascendit doctor"""
     if version:
-        from ascendit.cli.render import versions
-
-        print(f"ascendit {versions()['ascendit']}")
+        print(f"ascendit {__version__}")
         raise typer.Exit()
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())

@@ -25,7 +25,7 @@ def out_of_memory(error: BaseException, stage: str = "", device: str = "cpu") ->
     if isinstance(error, OutOfMemory):
         return error
     text = str(error)
-    asked = re.search(r"tried to allocate ([\d.]+ ?[kKMGT]?i?[bB]\w*)", text)
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ ?[kKMGT]?i?[bB]\w*)", text)
     free = re.search(r"([\d.]+ [KMG]iB) is free", text)
     left = free[1] if free else (_host_memory() if device == "cpu" else "")
     return OutOfMemory(

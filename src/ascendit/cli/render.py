@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
+from ascendit import __version__
 from ascendit.errors import AscenditError
 
 
@@ -39,16 +40,18 @@ class Output:
         if self.json:
             print(to_json(data))
 
-    @contextmanager
-    def work(self) -> Iterator[None]:
-        """Libraries at work: with `--json`, what they print goes to stderr, so that stdout stays pure."""
-        from contextlib import redirect_stdout
+    def work(self) -> AbstractContextManager[object]:
+        """Libraries at work: what they print goes to stderr, so that stdout holds the result alone."""
+        return redirect_stdout(sys.stderr)
 
-        if self.json:
-            with redirect_stdout(sys.stderr):
-                yield
-        else:
-            yield
+
+def quiet_libraries() -> None:
+    """Turn off the bars that transformers draws while it loads: there is one of our own."""
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        return  # loading will say it better
+    logging.disable_progress_bar()
 
 
 def to_json(data: dict[str, Any]) -> str:
@@ -90,7 +93,7 @@ def report_fault(error: BaseException, output: Output) -> int:
     with tempfile.NamedTemporaryFile(
         "w", prefix="ascendit-error-", suffix=".log", delete=False, encoding="utf-8"
     ) as log:
-        log.write(f"ascendit {versions()}\n{sys.argv}\n{trace}")
+        log.write(f"{versions()}\n{sys.argv}\n{trace}")
     if output.verbose:
         print(trace, file=sys.stderr, end="")
     told = {
@@ -125,8 +128,8 @@ def versions() -> dict[str, str]:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version()}
-    for name in ("ascendit", "torch", "diffusers", "transformers"):
+    found = {"python": platform.python_version(), "ascendit": __version__}
+    for name in ("torch", "diffusers", "transformers"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

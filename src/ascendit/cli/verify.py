@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli.render import Output, print_error, to_json
+from ascendit.cli.render import Output, print_error, quiet_libraries, to_json
 from ascendit.errors import QualityError, UsageError
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ def _measure(name: str, seeds: list[int], limit: int | None, swap: bool, out: Ou
     from ascendit.pipeline.verify import measure_adherence, pick
 
     scenes = pick(limit) if limit is not None else list(world.scenes())
+    quiet_libraries()
     pipe = ascendit.load(name)
     if swap:
         _swap_experts(pipe)

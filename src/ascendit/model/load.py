@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ascendit.checkpoint.layout import Part
+from ascendit.checkpoint.names import TOLERATED
 from ascendit.checkpoint.store import TORCH_DTYPES, Shards, TensorInfo, listed
 from ascendit.errors import CheckpointError
 from ascendit.model.wan import WanConfig, WanTransformer
@@ -23,7 +26,6 @@ from ascendit.ops.bind import Ops
 log = logging.getLogger("ascendit")
 
 FLOATS = ("F32", "BF16", "F16")
-IGNORED = ("norm_added_q",)  # stored by some converters, used by no Wan model; Diffusers ignores it too
 
 
 def load_transformer(
@@ -52,13 +54,15 @@ def load_transformer(
 
 def compare(part: Part, wanted: dict[str, tuple[int, ...]], found: dict[str, TensorInfo]) -> None:
     """Raise E-CKP-04 unless `found` holds exactly `wanted`, in floating point."""
-    extra = [n for n in found if n not in wanted and not any(k in n for k in IGNORED)]
+    extra = [n for n in found if n not in wanted and not any(k in n for k in TOLERATED)]
     shared = [n for n in wanted if n in found]
     problems = {
         "missing": [n for n in wanted if n not in found],
         "left over": extra,
         "misshapen": [
-            f"{n} {list(found[n].shape)} instead of {list(wanted[n])}" for n in shared if found[n].shape != wanted[n]
+            f"{n} {list(found[n].shape)} instead of {list(wanted[n])}"
+            for n in shared
+            if found[n].shape != wanted[n]
         ],
         "of a wrong dtype": [f"{n} {found[n].dtype}" for n in shared if found[n].dtype not in FLOATS],
     }
@@ -95,6 +99,22 @@ def nbytes(model: nn.Module) -> int:
     return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars and reports of transformers; what is wrong is said by our own error."""
+    from transformers.utils import logging as chatter
+
+    level, bar = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    try:
+        yield
+    finally:
+        chatter.set_verbosity(level)
+        if bar:
+            chatter.enable_progress_bar()
+
+
 def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
     """A text encoder, image encoder or VAE through transformers or Diffusers, on the CPU, strict.
 
@@ -104,11 +124,14 @@ def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
     with Shards.open(part.path, part.stem) as shards:
         dtype = dtype or default_dtype(shards, "cpu")
     cls = getattr(importlib.import_module(part.library), part.class_name)
-    word = "dtype" if part.library == "transformers" else "torch_dtype"
+    options: dict[str, Any] = {"torch_dtype": dtype}
+    if part.library == "transformers":  # it names misshapen tensors only when told not to stop at them
+        options = {"dtype": dtype, "ignore_mismatched_sizes": True}
     try:
-        model, info = cls.from_pretrained(
-            part.path, output_loading_info=True, local_files_only=True, use_safetensors=True, **{word: dtype}
-        )
+        with quiet():
+            model, info = cls.from_pretrained(
+                part.path, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
+            )
     except (OSError, ValueError, RuntimeError) as e:
         raise CheckpointError(
             f"{part.path}: {str(e).splitlines()[0]}",
@@ -116,10 +139,13 @@ def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
             fix="download the part again",
             code="E-CKP-04",
         ) from e
-    problems = {k: [str(n) for n in info.get(k) or ()] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    problems = {
+        k: [str(n) for n in info.get(k) or ()] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
     if any(problems.values()):
         raise CheckpointError(
-            f"{part.path}: " + "; ".join(f"{k.replace('_', ' ')}: {listed(v)}" for k, v in problems.items() if v),
+            f"{part.path}: "
+            + "; ".join(f"{k.replace('_', ' ')}: {listed(v)}" for k, v in problems.items() if v),
             needs=f"exactly the tensors of this {part.class_name}",
             fix="download the part again, or check that config.json and the weights belong together",
             code="E-CKP-04",

@@ -193,8 +193,10 @@ class WanTransformer(nn.Module):
         text [1, L, text_dim]; image [1, T, image_dim] CLIP tokens or None; `share`: the state of the
         other CFG branch, whose RoPE tables and modulation are used again.
         """
-        shared = share.shared if share else Shared(
-            grid, rope_table(grid, self.config.attention_head_dim, device=self.device)
+        shared = (
+            share.shared
+            if share
+            else Shared(grid, rope_table(grid, self.config.attention_head_dim, device=self.device))
         )
         text = self._embed_text(text.to(self.device, self.dtype))
         embedded = None if image is None else self._embed_image(image.to(self.device, self.dtype))

@@ -84,7 +84,14 @@ def open_image(image: Any) -> Any:
                 warnings.simplefilter("error")
                 with Image.open(image) as file:
                     return file.convert("RGB")
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as e:
+        except (
+            UnidentifiedImageError,
+            OSError,
+            ValueError,
+            SyntaxError,
+            Warning,
+            Image.DecompressionBombError,
+        ) as e:
             raise _no_image(f"{image} is no image that can be read: {e}") from e
     if isinstance(image, Tensor):
         if image.ndim == 4 and image.shape[0] == 1:

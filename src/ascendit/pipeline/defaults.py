@@ -48,7 +48,10 @@ PLAIN_EULER = {
     "shift_terminal": None,
     "num_train_timesteps": 1000,
 }
-UNIPC_DEFAULTS = {"prediction_type": "epsilon", "use_flow_sigmas": False}  # of the class, where not in the file
+UNIPC_DEFAULTS = {
+    "prediction_type": "epsilon",
+    "use_flow_sigmas": False,
+}  # of the class, where not in the file
 
 
 def defaults_for(layout: Layout) -> Defaults:
@@ -147,7 +150,9 @@ def scheduler_of(layout: Layout) -> tuple[Solver, float, list[str]]:
     solver = SOLVERS[name]
     plain = PLAIN_UNIPC if solver == "unipc" else PLAIN_EULER
     given = {**(UNIPC_DEFAULTS if solver == "unipc" else {}), **part.config}
-    other = [f"{k}={given[k]!r}" for k, v in plain.items() if k in given and (given[k] or None) != (v or None)]
+    other = [
+        f"{k}={given[k]!r}" for k, v in plain.items() if k in given and (given[k] or None) != (v or None)
+    ]
     if other:
         raise CheckpointError(
             f"{part.path} asks for {', '.join(other)}",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ascendit.checkpoint.layout import Layout, Part
 from ascendit.errors import UsageError
-from ascendit.model.load import load_library_part
+from ascendit.model.load import load_library_part, quiet
 
 log = logging.getLogger("ascendit")
 
@@ -38,7 +38,9 @@ class TextEncoder:
     denoiser; `drop`: read when a prompt must be encoded, then let go.
     """
 
-    def __init__(self, layout: Layout, *, device: str, text_on: TextOn, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, layout: Layout, *, device: str, text_on: TextOn, dtype: torch.dtype | None = None
+    ) -> None:
         if text_on not in TEXT_ON:
             raise UsageError(
                 f"text_on={text_on!r}", needs=" or ".join(TEXT_ON), fix="--text-on cpu", code="E-USE-01"
@@ -132,4 +134,5 @@ class VideoCoder:
 def load_processor(part: Part) -> Any:
     """A tokenizer or image processor; configs only."""
     cls = getattr(importlib.import_module(part.library), part.class_name)
-    return cls.from_pretrained(part.path, local_files_only=True)
+    with quiet():
+        return cls.from_pretrained(part.path, local_files_only=True)

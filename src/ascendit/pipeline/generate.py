@@ -1,8 +1,8 @@
 """From a request to frames. `denoise` is the algorithm; read it first.
 
-    pipe = load("demo")
-    video = pipe.generate("a red circle moves right on a black background", seed=7)
-    video.save("circle.mp4")
+pipe = load("demo")
+video = pipe.generate("a red circle moves right on a black background", seed=7)
+video.save("circle.mp4")
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ class Pipeline:
         check_not_flat(frames)
         seconds = time.perf_counter() - start
         report(Progress(stage="decode", step=1, total=1, memory_bytes=memory_bytes(self.device)))
-        return Video(frames=frames, fps=request.fps, request=request, model=self.defaults.model, seconds=seconds)
+        return Video(
+            frames=frames, fps=request.fps, request=request, model=self.defaults.model, seconds=seconds
+        )
 
     def warm_up(self, request: GenerateRequest | None = None) -> float:
         """Run one step at the request's size, so that the first real one pays for nothing else. Seconds taken."""
@@ -135,7 +137,9 @@ class Pipeline:
 
 
 @torch.inference_mode()
-def denoise(pipe: Pipeline, request: GenerateRequest, image: Any, report: OnProgress, cancel: Stop | None) -> Tensor:
+def denoise(
+    pipe: Pipeline, request: GenerateRequest, image: Any, report: OnProgress, cancel: Stop | None
+) -> Tensor:
     """Noise to clean latents [1, z, F, h, w], float32: encode, then one solver step for each timestep.
 
     Every step, level, coefficient and the switch of experts is a Python number before the loop starts,
@@ -182,7 +186,13 @@ def denoise(pipe: Pipeline, request: GenerateRequest, image: Any, report: OnProg
         total = len(solver.schedule.timesteps)
         report(
             Progress(
-                stage="denoise", step=i + 1, total=total, expert=name, timestep=t, seconds=seconds, memory_bytes=memory
+                stage="denoise",
+                step=i + 1,
+                total=total,
+                expert=name,
+                timestep=t,
+                seconds=seconds,
+                memory_bytes=memory,
             )
         )
     return finite(condition.finish(latents))
@@ -280,7 +290,10 @@ def check_device(device: str) -> str:
     kind = device.split(":")[0]
     if kind not in ("cpu", "cuda"):
         raise UsageError(
-            f"device {device!r}", needs="cpu, cuda or cuda:N in this version", fix="--device cpu", code="E-USE-01"
+            f"device {device!r}",
+            needs="cpu, cuda or cuda:N in this version",
+            fix="--device cpu",
+            code="E-USE-01",
         )
     if kind == "cuda" and not torch.cuda.is_available():
         raise EnvironmentProblem(

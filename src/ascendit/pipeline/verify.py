@@ -172,13 +172,12 @@ def _find(smooth: Floats, ground: Floats) -> Mask | str:
     square_radius = columns @ x**2 / some - cx**2 + rows @ y**2 / some - cy**2
     rim = weight[:, (0, -1)].sum((1, 2)) + weight[:, :, (0, -1)].sum((1, 2))
     shown = (area > 0.3 * typical) & (area < 3 * typical)
-    whole = shown & (rim < 1)
     one = shown & (square_radius * np.pi / some < SPREAD_LIMIT)
     if shown.sum() < SEEN_LIMIT * n:
         return f"only {shown.sum()} of {n} frames show the thing"
     if one.sum() < SEEN_LIMIT * shown.sum():
         return f"more than one thing in {shown.sum() - one.sum()} of {shown.sum()} frames"
-    return Mask(weight[one], area[one], np.stack([cx, cy], 1)[one], np.flatnonzero(one), whole[one])
+    return Mask(weight[one], area[one], np.stack([cx, cy], 1)[one], np.flatnonzero(one), rim[one] < 1)
 
 
 def _direction(mask: Mask, frames: int, size: int) -> tuple[str | None, float, str]:
@@ -192,8 +191,7 @@ def _direction(mask: Mask, frames: int, size: int) -> tuple[str | None, float, s
     if travel < TRAVEL_LIMIT * min(1.0, size / 64):
         return None, travel, f"it does not move ({travel:.1f} px)"
     unit = speed / step
-    total = float((path**2).sum())
-    steady = 1 - float(((path - t[:, None] * speed) ** 2).sum()) / total
+    steady = 1 - float(((path - t[:, None] * speed) ** 2).sum() / (path**2).sum())
     sideways = math.sqrt(float(((path @ np.array([-unit[1], unit[0]])) ** 2).mean())) / travel
     if steady < STEADY_LIMIT or sideways > SIDEWAYS_LIMIT:
         return None, travel, f"its path is not straight (steady {steady:.2f}, sideways {sideways:.2f})"
@@ -235,8 +233,7 @@ UNIT_AREA = {"circle": math.pi, "square": 4 * 0.92**2, "triangle": 3 * math.sqrt
 def _shape(mask: Mask) -> tuple[str | None, dict[str, float], str]:
     """Shape of the aligned mean mask, if the first and the second half of the video agree on it."""
     mask = mask.clear(least=2)
-    typical = float(np.median(mask.area))
-    half = 4 * math.ceil((1.7 * math.sqrt(typical / math.pi) + 2) / 4)
+    half = 4 * math.ceil((1.7 * math.sqrt(np.median(mask.area) / math.pi) + 2) / 4)
     windows = _aligned(mask, half)
     scores = _shape_scores(windows.mean(0))
     second, best = sorted(scores, key=lambda s: scores[s])[-2:]
@@ -265,8 +262,7 @@ def _aligned(mask: Mask, half: int) -> Floats:
     whole = np.floor(mask.centre).astype(int)
     fx, fy = (mask.centre - whole).T.astype(np.float32)[:, :, None, None]
     n = 2 * half + 2
-    spots = zip(padded, whole + 1, strict=True)
-    crops = np.stack([frame[y : y + n, x : x + n] for frame, (x, y) in spots])
+    crops = np.stack([m[y : y + n, x : x + n] for m, (x, y) in zip(padded, whole + 1, strict=True)])
     crops = crops[:, :-1] * (1 - fy) + crops[:, 1:] * fy
     return np.asarray(crops[:, :, :-1] * (1 - fx) + crops[:, :, 1:] * fx, np.float32)
 

@@ -2,17 +2,12 @@
 
 `Video.save` writes mp4, webm, gif or png frames: whole or not at all, and never over another file.
 `check_output` makes the same refusals before an expensive run; `read_metadata` reads back what save
-wrote inside. `check_frames` (`to_uint8`, then `check_not_flat`) stands between the VAE and success.
-
-Pixels become BT.709 YUV in limited range and the stream says so, else players guess by size and
-saturated colours shift. Nothing is ever resized or cropped.
+wrote inside. The encoders are in `encode.py`, the checks of the pixels in `frames.py`.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -21,39 +16,38 @@ import secrets
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ascendit.errors import EnvironmentProblem, QualityError, UsageError
+from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.pipeline.encode import CODECS, WRITERS, library, read_tags
+from ascendit.pipeline.frames import Frames, check_frames, check_not_flat, to_uint8
 from ascendit.pipeline.request import GenerateRequest
 
-Frames = NDArray[np.uint8]
-"""[F, H, W, 3], RGB."""
+__all__ = [
+    "CODECS",
+    "Frames",
+    "Target",
+    "Video",
+    "check_frames",
+    "check_not_flat",
+    "check_output",
+    "check_writable",
+    "default_name",
+    "installed_versions",
+    "read_metadata",
+    "to_uint8",
+]
+
 AnyPath = str | os.PathLike[str]
 
-CODECS: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {  # encoder, its options, the container's
-    "mp4": ("libx264", {"crf": "18"}, {"movflags": "+faststart+use_metadata_tags"}),
-    "webm": ("libvpx-vp9", {"crf": "18", "b": "0", "cpu-used": "4", "row-mt": "1"}, {}),
-    "gif": ("gif", {}, {"loop": "0"}),
-}
 KNOWN = ".mp4, .webm, .gif, .png (one frame: a file, more: a folder of frames), or a folder with / at the end"
-BT709, LIMITED, FULL = 1, 1, 2  # FFmpeg's numbers; BT.709 is 1 as matrix, primaries and transfer
-
-BLACK_LEVEL = 20
-"""Black: at most `FLAT_SHARE` of all pixels have a channel above this level of 255."""
-FLAT_LEVELS, FLAT_STD = 20, 1.5
-"""Flat: each channel's standard deviation over the whole video is under `FLAT_STD` levels, and at most
-`FLAT_SHARE` of all pixels are more than `FLAT_LEVELS` away from the mean colour."""
-FLAT_SHARE = 1e-5
-"""4 pixels of an 832x480 frame: a small thing that moves on a plain background is a video."""
 
 
 class Target(NamedTuple):
@@ -141,7 +135,7 @@ class Video:
         # A lone surrogate, from a prompt that is no valid text, becomes the JSON escape for it.
         sidecar = text.encode("utf-8", "backslashreplace") if metadata else None
         target = check_output(path, self.frames.shape[:3], self.fps, sidecar=sidecar, overwrite=overwrite)
-        write, folder = _WRITERS[target.kind], target.path.parent
+        write, folder = WRITERS[target.kind], target.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _temporary(folder) as new, _temporary(folder) as new_sidecar:
@@ -234,11 +228,11 @@ def _check_format(target: Target, shape: tuple[int, ...], fps: int) -> None:
         rule = "at most 50 fps: gif counts in 1/100 s, and players slow down what is faster"
         raise _usage(f"{fps} fps in a gif", rule, f"-o {target.path.with_suffix('.mp4')}")
     if target.kind not in CODECS:
-        _library("PIL", "pillow")
+        library("PIL", "pillow")
         return
     codec = CODECS[target.kind][0]
     try:
-        _library("av", "av").Codec(codec, "w")
+        library("av", "av").Codec(codec, "w")
     except ValueError as e:
         raise EnvironmentProblem(
             f"this PyAV has no {codec} encoder",
@@ -284,18 +278,6 @@ def _not_writable(folder: Path, e: OSError) -> EnvironmentProblem:
         fix="choose another place with -o FILE",
         code="E-ENV-02",
     )
-
-
-def _library(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as e:
-        raise EnvironmentProblem(
-            f"{module} cannot be imported: {e}",
-            needs=f"{package}, to read and write videos",
-            fix=f"pip install {package}",
-            code="E-ENV-01",
-        ) from e
 
 
 # ---- how it is written
@@ -344,114 +326,6 @@ def _place(new: Path, path: Path, overwrite: bool) -> None:
     os.replace(new, path)
 
 
-def _pictures(av: Any, frames: Frames, fps: int) -> Iterator[Any]:
-    """av.VideoFrame rgb24, one for each frame, stamped."""
-    for i, frame in enumerate(frames):
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        picture.pts, picture.time_base = i, Fraction(1, fps)
-        yield picture
-
-
-@contextmanager
-def _stream(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> Iterator[Any]:
-    """`encode(picture)` into a new container; flushed and closed at the end."""
-    codec, options, container_options = CODECS[kind]
-    with _library("av", "av").open(str(new), "w", format=kind, options=container_options) as container:
-        if comment:
-            container.metadata["comment"] = comment
-        stream = container.add_stream(codec, rate=fps, options=dict(options))
-        _, stream.height, stream.width, _ = frames.shape
-        stream.pix_fmt = "pal8" if kind == "gif" else "yuv420p"
-        if kind != "gif":
-            c = stream.codec_context
-            c.color_range, c.colorspace, c.color_primaries, c.color_trc = LIMITED, BT709, BT709, BT709
-        yield lambda picture: container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
-
-
-def _write_stream(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> None:
-    colours = {"src_colorspace": BT709, "dst_colorspace": BT709}
-    colours |= {"src_color_range": FULL, "dst_color_range": LIMITED}
-    with _stream(frames, fps, new, kind, comment) as encode:
-        for picture in _pictures(_library("av", "av"), frames, fps):
-            encode(picture.reformat(format="yuv420p", **colours))
-
-
-def _write_gif(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> None:
-    """One palette for the whole video, so that still parts do not flicker; 255 colours fit, to one level."""
-    av = _library("av", "av")
-    _, height, width, _ = frames.shape
-    size = {"width": width, "height": height, "format": "rgb24", "time_base": Fraction(1, fps)}
-    graph = av.filter.Graph()
-    source, sink = graph.add_buffer(**size), graph.add("buffersink")
-    graph.link_nodes(source, graph.add("palettegen"), sink).configure()
-    for picture in _pictures(av, frames, fps):
-        source.push(picture)
-    source.push(None)
-    palette = sink.pull()
-    palette.pts, palette.time_base = 0, size["time_base"]
-
-    graph = av.filter.Graph()
-    source, sink = graph.add_buffer(**size), graph.add("buffersink")
-    use = graph.add("paletteuse", "dither=sierra2_4a")
-    colours = graph.add_buffer(**{**size, "width": 16, "height": 16, "format": palette.format.name})
-    source.link_to(use, 0, 0)
-    colours.link_to(use, 0, 1)
-    graph.link_nodes(use, sink).configure()
-    colours.push(palette)
-    colours.push(None)
-    with _stream(frames, fps, new, kind, "") as encode:
-        for picture in itertools.chain(_pictures(av, frames, fps), [None]):
-            source.push(picture)
-            for mapped in _drain(av, sink):
-                encode(mapped)
-    if comment:
-        _add_gif_comment(new, comment)
-
-
-def _drain(av: Any, sink: Any) -> Iterator[Any]:
-    """The pictures that are ready."""
-    while True:
-        try:
-            yield sink.pull()
-        except (av.error.BlockingIOError, av.error.EOFError):
-            return
-
-
-def _add_gif_comment(file: Path, comment: str) -> None:
-    """Put a comment block behind the header, the palette and the loop block: FFmpeg writes none."""
-    data = file.read_bytes()
-    at = 13 + ((6 << (data[10] & 7)) if data[10] & 0x80 else 0)
-    at += 19 if data[at : at + 2] == b"\x21\xff" else 0
-    text = comment.encode("ascii")
-    blocks = b"".join(bytes([len(b)]) + b for b in (text[i : i + 255] for i in range(0, len(text), 255)))
-    file.write_bytes(data[:at] + b"\x21\xfe" + blocks + b"\x00" + data[at:])
-
-
-def _write_folder(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> None:
-    new.mkdir()
-    for i in range(len(frames)):
-        _write_png(frames[i : i + 1], fps, new / f"frame_{i:04d}.png", kind, comment)
-
-
-def _write_png(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> None:
-    from PIL import Image, PngImagePlugin
-
-    info = PngImagePlugin.PngInfo()
-    if comment:
-        info.add_text("Comment", comment)
-    Image.fromarray(frames[0]).save(new, format="png", pnginfo=info)
-
-
-_WRITERS: dict[str, Callable[[Frames, int, Path, str, str], None]] = {
-    "mp4": _write_stream,
-    "webm": _write_stream,
-    "gif": _write_gif,
-    "png": _write_png,
-    "folder": _write_folder,
-}
-
-
 def read_metadata(path: AnyPath) -> dict[str, Any]:
     """What `save` wrote into an mp4, webm, gif, png or folder of frames; {} where there is nothing.
 
@@ -461,7 +335,7 @@ def read_metadata(path: AnyPath) -> dict[str, Any]:
     if not file.is_file():
         raise _usage(f"{file} is not there", "a video or picture", "check the path", "E-USE-02")
     try:
-        tags = _read_tags(file)
+        tags = read_tags(file)
     except (OSError, ValueError) as e:
         raise _usage(f"{file} cannot be opened: {e}", "a video or picture", "check the file") from e
     try:
@@ -469,80 +343,3 @@ def read_metadata(path: AnyPath) -> dict[str, Any]:
     except (StopIteration, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _read_tags(file: Path) -> dict[str, str]:
-    if file.suffix.lower() in (".png", ".gif"):
-        with _library("PIL.Image", "pillow").open(file) as image:
-            return {k: v.decode() if isinstance(v, bytes) else str(v) for k, v in image.info.items()}
-    with _library("av", "av").open(str(file)) as container:
-        return dict(container.metadata)
-
-
-# ---- success means a good video
-
-
-def check_frames(x: Any) -> Frames:
-    """`to_uint8`, then `check_not_flat`. Raises QualityError E-OUT-01 or E-OUT-02."""
-    frames = to_uint8(x)
-    check_not_flat(frames)
-    return frames
-
-
-def to_uint8(x: Any) -> Frames:
-    """Decoded values to pixels, rounded as Diffusers' VideoProcessor and numpy_to_pil do it.
-
-    `x`: torch tensor (any device and float type) or array, [3, F, H, W], in [-1, 1]; what lies outside
-    is clipped. Returns uint8 [F, H, W, 3]. Raises QualityError E-OUT-01 if any value is nan or infinite.
-    """
-    assert x.ndim == 4 and x.shape[0] == 3, f"[3, F, H, W] expected, got {tuple(x.shape)}"
-    frames = np.empty((*x.shape[1:], 3), np.uint8)
-    bad: dict[int, int] = {}
-    for i in range(len(frames)):  # one by one: a whole 720p video in float32 takes 1 GB
-        values = x[:, i] * 0.5 + 0.5  # in the type of x, as Diffusers
-        if hasattr(values, "detach"):
-            values = values.detach().float().cpu().numpy()
-        values = np.asarray(values, np.float32)
-        if count := int(values.size - np.isfinite(values).sum()):
-            bad[i] = count
-        else:
-            frames[i] = (values.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
-    if bad:
-        which = ", ".join(map(str, list(bad)[:8])) + (", ..." if len(bad) > 8 else "")
-        raise QualityError(
-            f"{sum(bad.values())} of {frames.size} values are nan or infinite, "
-            f"in {len(bad)} of {len(frames)} frames ({which})",
-            needs="finite values in every frame",
-            fix="look for damaged weights with: ascendit inspect MODEL; or load with dtype float32",
-            code="E-OUT-01",
-        )
-    return frames
-
-
-def check_not_flat(frames: Frames) -> None:
-    """Raise QualityError E-OUT-02 if the whole video is black or one colour: see `BLACK_LEVEL`, `FLAT_STD`.
-
-    `frames`: uint8 [F, H, W, 3]. A dark or plain background with a small thing on it passes.
-    """
-    counts = np.zeros((3, 256), np.int64)
-    for frame in frames:
-        for c in range(3):
-            counts[c] += np.bincount(frame[..., c].ravel(), minlength=256)
-    levels, total = np.arange(256), counts[0].sum()
-    mean = counts @ levels / total
-    away = np.abs(levels - mean[:, None])
-    std = np.sqrt((counts * away**2).sum(1) / total)
-    outside = (counts * (away > FLAT_LEVELS)).sum(1) / total
-    if (counts[:, BLACK_LEVEL + 1 :].sum(1) <= FLAT_SHARE * total).all():
-        got = f"the video is black: its mean level is {mean.mean():.1f} of 255"
-    elif (std < FLAT_STD).all() and (outside <= FLAT_SHARE).all():
-        r, g, b = mean.round().astype(int)
-        got = f"the video is one colour, rgb({r}, {g}, {b}), standard deviation {std.max():.2f} levels"
-    else:
-        return
-    raise QualityError(
-        f"{got}, in all {len(frames)} frames",
-        needs="a picture in at least one frame",
-        fix="another --seed or more --steps; if that does not help: ascendit inspect MODEL",
-        code="E-OUT-02",
-    )

@@ -1,0 +1,382 @@
+"""Downloads, against a stand-in on 127.0.0.1 that speaks as much of both hubs' APIs as is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+
+from ascendit.checkpoint import hub
+from ascendit.checkpoint.hub import fetch
+from ascendit.checkpoint.layout import recognise
+from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
+
+ONE, TWO = "1" * 40, "2" * 40
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+FILES: dict[str, bytes] = {
+    "model_index.json": json.dumps(
+        {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    ).encode(),
+    "transformer/config.json": b'{"_class_name": "WanTransformer3DModel"}',
+    WEIGHTS: bytes(range(256)) * 50,
+    "README.md": b"# card",
+    "assets/picture.PNG": b"png",
+    "transformer/old.bin": b"bin",
+}
+KEPT = {"model_index.json", "transformer/config.json", WEIGHTS, "README.md"}
+
+
+class StandIn(ThreadingHTTPServer):
+    """Serves `org/model` in every revision of `revisions` (branch or commit -> commit)."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self.revisions = {"main": ONE, "master": ONE, "v1.0": ONE, ONE: ONE}
+        self.files = dict(FILES)
+        self.sent: dict[str, bytes] = {}
+        """What is sent in place of the announced content."""
+        self.commits = True
+        """Whether the ModelScope side tells the commit of its listing."""
+        self.refuse: tuple[int, dict[str, str]] | None = None
+        self.break_off_at: int | None = None
+        self.requests: list[str] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: StandIn
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        query = {key: values[0] for key, values in parse_qs(url.query).items()}
+        part = self.headers.get("Range")
+        self.server.requests.append(f"{self.command} {unquote(self.path)}" + (f" {part}" if part else ""))
+        if self.server.refuse:
+            return self.answer(b"{}", status=self.server.refuse[0], **self.server.refuse[1])
+        words = unquote(url.path).strip("/").split("/")
+        if words[:4] == ["api", "models", "org", "model"]:
+            return self.huggingface_api(words[4], words[5])
+        if words[:3] == ["org", "model", "resolve"]:
+            name = "/".join(words[4:])
+            etag = hashlib.sha256(self.server.files[name]).hexdigest()
+            return self.send_file(name, ETag=f'"{etag}"', **{"X-Repo-Commit": words[3]})
+        if words[:6] == ["api", "v1", "models", "org", "model", "repo"]:
+            return self.modelscope_api(words[6:], query)
+        return self.answer(b"{}", status=404, **{"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def huggingface_api(self, verb: str, revision: str) -> None:
+        commit = self.server.revisions.get(revision)
+        if commit is None:
+            return self.answer(b"{}", status=404, **{"X-Error-Code": "RevisionNotFound"})
+        if verb == "revision":
+            return self.json({"id": "org/model", "sha": commit})
+        tree = []
+        for name, data in self.server.files.items():
+            digest = hashlib.sha256(data).hexdigest()
+            lfs = {"lfs": {"oid": digest, "size": len(data), "pointerSize": 130}} if name == WEIGHTS else {}
+            tree.append({"type": "file", "path": name, "oid": digest[:40], "size": len(data)} | lfs)
+        return self.json(tree)
+
+    def modelscope_api(self, rest: list[str], query: dict[str, str]) -> None:
+        commit = self.server.revisions.get(query["Revision"])
+        if commit is None:
+            return self.answer(b"{}", status=404)
+        if rest != ["files"]:
+            return self.send_file(query["FilePath"])
+        assert query["Recursive"] == "True"
+        entries: list[dict[str, Any]] = [{"Path": "transformer", "Type": "tree", "Size": 0, "Sha256": ""}]
+        for name, data in self.server.files.items():
+            digest = hashlib.sha256(data).hexdigest()
+            entries.append(
+                {"Path": name, "Type": "blob", "Size": len(data), "Sha256": digest, "Revision": commit}
+            )
+        latest = {"Id": commit} if self.server.commits else {"Id": "", "ShortId": commit[:7]}
+        return self.json(
+            {"Code": 200, "Success": True, "Data": {"Files": entries, "LatestCommitter": latest}}
+        )
+
+    def send_file(self, name: str, **headers: Any) -> None:
+        data = self.server.sent.get(name, self.server.files[name])
+        part = self.headers.get("Range")
+        if part:
+            start = int(part.removeprefix("bytes=").rstrip("-"))
+            return self.answer(data[start:], status=206, **headers)
+        return self.answer(data, **headers)
+
+    def json(self, data: object) -> None:
+        headers: dict[str, Any] = {"Content-Type": "application/json"}
+        self.answer(json.dumps(data).encode(), **headers)
+
+    def answer(self, data: bytes, status: int = 200, **headers: Any) -> None:
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        limit = self.server.break_off_at
+        if limit is not None and len(data) > limit:
+            self.server.break_off_at = None
+            self.wfile.write(data[:limit])
+            self.close_connection = True
+        else:
+            self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", True)
+    with StandIn() as stand_in:
+        thread = threading.Thread(target=stand_in.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield stand_in
+        stand_in.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def nobody() -> str:
+    """An endpoint where nothing listens."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as s:
+        return f"http://127.0.0.1:{s.server_port}"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(name: str, kind: type[AscenditError], cache: Path, endpoint: str, **more: Any) -> AscenditError:
+    with pytest.raises(kind) as e:
+        fetch(name, cache=cache, endpoint=endpoint, **more)
+    assert type(e.value) is kind
+    assert e.value.code == "E-HUB-01"
+    assert name.partition("@")[0] in e.value.got
+    return e.value
+
+
+both = pytest.mark.parametrize("name", ["hf:org/model", "ms:org/model"])
+
+
+@both
+def test_a_download_is_whole_pinned_and_logged_once(
+    name: str, tmp_path: Path, server: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="ascendit"):
+        folder = fetch(name, cache=tmp_path, endpoint=server.endpoint)
+    assert folder == tmp_path / "models--org--model" / "snapshots" / ONE
+    assert files_of(folder) == {n: d for n, d in FILES.items() if n in KEPT}
+    layout = recognise(folder)
+    assert (layout.name, layout.source) == ("model", f"org/model@{ONE}")
+    assert [r.getMessage() for r in caplog.records if r.name == "ascendit"] == [f"{name}@{ONE} in {folder}"]
+
+
+@both
+def test_the_second_time_no_file_is_downloaded(name: str, tmp_path: Path, server: StandIn) -> None:
+    folder = fetch(name, cache=tmp_path, endpoint=server.endpoint)
+    server.requests.clear()
+    assert fetch(name, cache=tmp_path, endpoint=server.endpoint) == folder
+    assert len(server.requests) == 1  # where does the branch stand?
+    server.requests.clear()
+    assert fetch(f"{name}@{ONE}", cache=tmp_path, endpoint=server.endpoint) == folder
+    assert server.requests == []  # a commit never changes
+
+
+@both
+def test_a_branch_that_moved(name: str, tmp_path: Path, server: StandIn) -> None:
+    old = fetch(name, cache=tmp_path, endpoint=server.endpoint)
+    server.revisions |= {"main": TWO, "master": TWO, TWO: TWO}
+    server.files["README.md"] = b"# new card"
+    new = fetch(name, cache=tmp_path, endpoint=server.endpoint)
+    assert (old.name, new.name) == (ONE, TWO)
+    assert [(f / "README.md").read_bytes() for f in (old, new)] == [b"# card", b"# new card"]
+
+
+@both
+@pytest.mark.parametrize("revision", ["v1.0", ONE])
+def test_a_revision_by_name_or_argument(name: str, revision: str, tmp_path: Path, server: StandIn) -> None:
+    server.revisions |= {"main": TWO, "master": TWO}
+    assert fetch(f"{name}@{revision}", cache=tmp_path, endpoint=server.endpoint).name == ONE
+    assert fetch(name, revision=revision, cache=tmp_path, endpoint=server.endpoint).name == ONE
+
+
+@both
+def test_without_network_the_cached_copy_serves(
+    name: str, tmp_path: Path, server: StandIn, nobody: str
+) -> None:
+    folder = fetch(name, cache=tmp_path, endpoint=server.endpoint)
+    assert fetch(name, cache=tmp_path, endpoint=nobody) == folder
+    assert fetch(name, revision=ONE, cache=tmp_path, endpoint=nobody) == folder
+    e = refused(name, EnvironmentProblem, tmp_path, nobody, revision="v1.0")
+    assert "or a complete copy in the cache" in e.needs
+
+
+@both
+def test_without_network_and_copy(name: str, tmp_path: Path, nobody: str) -> None:
+    assert "network" in refused(name, EnvironmentProblem, tmp_path, nobody).fix
+
+
+@pytest.mark.parametrize("name", ["hf:org/other", "ms:org/other"])
+def test_an_unknown_name(name: str, tmp_path: Path, server: StandIn) -> None:
+    e = refused(name, UsageError, tmp_path, server.endpoint)
+    assert "no such model" in e.got
+    assert "correct the name" in e.fix
+
+
+@both
+def test_an_unknown_revision(name: str, tmp_path: Path, server: StandIn) -> None:
+    e = refused(name, UsageError, tmp_path, server.endpoint, revision="v9")
+    assert f"{name}@v9" in e.got
+    assert "revision" in e.got
+
+
+def test_gated_and_private(tmp_path: Path, server: StandIn) -> None:
+    server.refuse = (403, {"X-Error-Code": "GatedRepo"})
+    assert "hf auth login" in refused("hf:org/model", EnvironmentProblem, tmp_path, server.endpoint).fix
+    server.refuse = (401, {"X-Error-Code": "RepoNotFound"})
+    assert "hf auth login" in refused("hf:org/model", UsageError, tmp_path, server.endpoint).fix
+    e = refused("ms:org/model", EnvironmentProblem, tmp_path, server.endpoint)
+    assert "access refused (HTTP 401)" in e.got
+    assert "logged in" in e.fix
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "org/model",
+            "hf:",
+            "hf:model",
+            "hf:a/b/c",
+            "hf:../x",
+            "hf:/etc/passwd",
+            "s3:org/model",
+            "ms:org/mo del",
+        ),
+        *("hf:org/model@../../x", "ms:org/model@/x", "ms:org/model@..", "ms:org/a--b", "hf:org/model?x=1"),
+    ],
+)
+def test_a_name_that_is_none(name: str, tmp_path: Path) -> None:
+    e = refused(name, UsageError, tmp_path, "http://127.0.0.1:1")
+    assert "hf:org/name or ms:org/name" in e.needs
+
+
+def test_two_revisions(tmp_path: Path) -> None:
+    e = refused("hf:org/model@a", UsageError, tmp_path, "http://127.0.0.1:1", revision="b")
+    assert "one revision at most" in e.needs
+
+
+@both
+def test_a_damaged_download_is_refused_and_fetched_anew(name: str, tmp_path: Path, server: StandIn) -> None:
+    server.sent[WEIGHTS] = FILES[WEIGHTS][:-1] + b"?"  # the right size
+    e = refused(name, EnvironmentProblem, tmp_path, server.endpoint)
+    assert f"{WEIGHTS} arrived damaged" in e.got
+    assert "sha256" in e.got
+    server.sent.clear()
+    server.requests.clear()
+    folder = fetch(name, cache=tmp_path, endpoint=server.endpoint)
+    assert files_of(folder)[WEIGHTS] == FILES[WEIGHTS]
+    assert not any("config.json" in r for r in server.requests)  # what was whole is kept
+
+
+@both
+@pytest.mark.parametrize("path", ["../../evil.json", "transformer/../../../evil.json", "/tmp/evil.json"])
+def test_a_file_outside_the_folder(name: str, path: str, tmp_path: Path, server: StandIn) -> None:
+    server.files[path] = b"evil"
+    server.files["evil.json"] = server.files["tmp/evil.json"] = (
+        b"evil"  # were the name cleaned, it would be sent
+    )
+    cache = tmp_path / "deep" / "cache"
+    before = Path("/tmp/evil.json").exists()
+    try:
+        folder = fetch(name, cache=cache, endpoint=server.endpoint)
+    except EnvironmentProblem as e:
+        assert e.code == "E-HUB-01"
+        assert "evil.json" in e.got
+    else:  # a library may take the leading slash off
+        assert (name, path) == ("hf:org/model", "/tmp/evil.json")
+        assert (folder / "tmp" / "evil.json").exists()
+    outside = [p for p in tmp_path.rglob("evil.json") if cache / "models--org--model" not in p.parents]
+    assert outside == []
+    assert Path("/tmp/evil.json").exists() == before
+
+
+def test_modelscope_takes_up_a_broken_download(tmp_path: Path, server: StandIn) -> None:
+    server.break_off_at = 5000
+    folder = fetch("ms:org/model", cache=tmp_path, endpoint=server.endpoint)
+    assert files_of(folder)[WEIGHTS] == FILES[WEIGHTS]
+    assert [r.rpartition(" ")[2] for r in server.requests if WEIGHTS in r][1:] == ["bytes=5000-"]
+    assert not list(tmp_path.rglob("*.incomplete"))
+
+
+def test_modelscope_gives_up_and_leaves_no_folder(
+    tmp_path: Path, server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.break_off_at = 5000
+    monkeypatch.setattr(hub, "_TRIES", 1)
+    e = refused("ms:org/model", EnvironmentProblem, tmp_path, server.endpoint)
+    assert "run it again" in e.fix
+    assert [p.name for p in (tmp_path / "models--org--model" / "snapshots").iterdir()] == [f"{ONE}.part"]
+    assert fetch("ms:org/model", cache=tmp_path, endpoint=server.endpoint).name == ONE
+    assert [r for r in server.requests if WEIGHTS in r][-1].endswith("bytes=5000-")
+
+
+def test_modelscope_without_a_commit_is_pinned_by_content(tmp_path: Path, server: StandIn) -> None:
+    server.commits = False
+    one = fetch("ms:org/model", cache=tmp_path / "a", endpoint=server.endpoint)
+    assert one.name != ONE
+    assert len(one.name) == 40
+    assert fetch("ms:org/model", cache=tmp_path / "b", endpoint=server.endpoint).name == one.name
+    server.files["README.md"] = b"# new"
+    assert fetch("ms:org/model", cache=tmp_path / "a", endpoint=server.endpoint).name != one.name
+
+
+def test_modelscope_size_is_checked(tmp_path: Path, server: StandIn) -> None:
+    server.sent["README.md"] = b"# card and more"
+    e = refused("ms:org/model", EnvironmentProblem, tmp_path, server.endpoint)
+    assert "README.md arrived damaged (15 bytes" in e.got
+
+
+@pytest.mark.parametrize("answer", [b"<html>", b"[]", b'{"Data": null}', b'{"Data": {"Files": [{}]}}'])
+def test_modelscope_answer_that_is_none(
+    answer: bytes, tmp_path: Path, server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handler, "json", lambda self, data: self.answer(answer))
+    assert "not understood" in refused("ms:org/model", EnvironmentProblem, tmp_path, server.endpoint).got
+
+
+def test_modelscope_says_no_in_its_own_way(
+    tmp_path: Path, server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = b'{"Code": 10010205001, "Success": false, "Message": "record not found", "Data": null}'
+    monkeypatch.setattr(Handler, "json", lambda self, data: self.answer(answer))
+    assert "record not found" in refused("ms:org/model", UsageError, tmp_path, server.endpoint).got
+
+
+def test_too_little_disk(tmp_path: Path, server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    e = refused("ms:org/model", EnvironmentProblem, tmp_path, server.endpoint)
+    assert "0.0 GiB free" in e.got
+    assert not any("FilePath" in r for r in server.requests)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, server: StandIn) -> None:
+    (tmp_path / "file").touch()
+    e = refused("ms:org/model", EnvironmentProblem, tmp_path / "file", server.endpoint)
+    assert "writable" in e.fix

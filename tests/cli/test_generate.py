@@ -1,0 +1,214 @@
+"""`ascendit generate` around a pipeline that only pretends: what is printed, saved and returned."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ascendit.errors import QualityError
+from ascendit.pipeline.video import read_metadata
+
+
+def test_it_saves_and_says_what_it_did(run, fake, model, tmp_path):
+    out = tmp_path / "cat.mp4"
+    ended = run("generate", model, "a cat", "--seed", "7", "--set", "dtype=float32", "-o", out)
+    assert ended.code == 0
+    path, facts, replay = ended.out.splitlines()
+    assert path == str(out) and out.is_file() and out.with_suffix(".json").is_file()
+    assert facts.startswith("  64x64, 17 frames, 8 fps, 2.12 s of video; took ") and facts.endswith(
+        "; seed 7"
+    )
+    assert replay.startswith(
+        f"  replay  ascendit generate --set dtype=float32 {model} 'a cat' --seed 7 --size 64x64"
+    )
+    assert fake.loaded[0][0] == str(model)
+    assert fake.loaded[0][1].keys() == {"device", "text_on", "dtype", "on_progress"}
+    assert fake.requests[0].seed == 7
+
+
+def test_the_json_beside_the_video_replays_it(run, fake, model, tmp_path):
+    run("generate", model, "a cat", "--frames", "5", "--guidance", "4,2", "-o", tmp_path / "a.mp4")
+    ended = run("generate", "--config", tmp_path / "a.json", "-o", tmp_path / "b.mp4")
+    assert ended.code == 0, ended.err
+    assert fake.requests[0] == fake.requests[1]
+    assert read_metadata(tmp_path / "a.mp4")["model"] == str(model)
+
+
+def test_progress_lines_when_stderr_is_no_terminal(run, fake, model, tmp_path):
+    ended = run("generate", model, "a cat", "--steps", "40", "-o", tmp_path / "a.mp4")
+    lines = [line for line in ended.err.splitlines() if line.startswith(("encode", "denoise"))]
+    assert lines[0] == "encode"
+    assert lines[1] == "denoise (high-noise expert) 1/40  2.0 s/step  eta 1:18  3.0 GiB"
+    assert "denoise (low-noise expert) 20/40  2.0 s/step  eta 0:40  3.0 GiB" in lines
+    assert lines[-1] == "denoise (low-noise expert) 40/40  2.0 s/step  eta 0:00  3.0 GiB"
+    assert 11 <= len(lines) <= 14
+    assert "\x1b" not in ended.err
+
+
+def test_quiet_prints_the_path_alone(run, fake, model, tmp_path):
+    ended = run("generate", model, "a cat", "-q", "-o", tmp_path / "a.mp4")
+    assert ended.out == f"{tmp_path / 'a.mp4'}\n"
+    assert ended.err == "a library prints on stdout\n"
+
+
+def test_json_is_one_object_and_no_progress(run, fake, model, tmp_path):
+    ended = run("generate", model, "a cat", "--seed", "7", "--json", "-o", tmp_path / "a.mp4")
+    told = ended.json
+    assert told["output"] == str(tmp_path / "a.mp4")
+    assert told["request"]["seed"] == 7 and told["request"]["prompt"] == "a cat"
+    assert told["versions"]["python"] and told["seconds"] > 0 and told["num_frames"] == 17
+    assert shlex.split(told["replay"])[:3] == ["ascendit", "generate", str(model)]
+    assert ended.err == "a library prints on stdout\n"
+
+
+def test_dry_run_loads_nothing(run, fake, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = run("generate", model, "a cat", "--seed", "7", "--frames", "5", "--dry-run")
+    assert ended.code == 0 and not fake.loaded
+    words = ended.out.split()
+    assert f"would run  ascendit-demo in {model}" in ended.out
+    assert "num_frames             5\n" in ended.out or "num_frames           5\n" in ended.out
+    assert "num_inference_steps  16  (default)" in ended.out
+    assert "spec.py" in ended.out and "32 video and 512 text tokens, two passes for each step" in ended.out
+    assert "replay" in words and "--seed" in words
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_dry_run_of_the_replay_line_gives_the_same_request(run, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = run("generate", model, "a cat", "--guidance", "3", "--shift", "2.5", "--dry-run", "--json").json
+    assert first["given"] == ["flow_shift", "guidance_scale"] and first["defaults_from"]
+    again = run(*shlex.split(first["replay"])[1:], "--dry-run", "--json").json
+    assert again["request"] == first["request"] and again["replay"] == first["replay"]
+
+
+def test_metadata_false(run, fake, model, tmp_path):
+    ended = run("generate", model, "a secret", "--set", "metadata=false", "-o", tmp_path / "a.mp4")
+    assert ended.code == 0
+    assert not (tmp_path / "a.json").exists()
+    assert b"secret" not in (tmp_path / "a.mp4").read_bytes()
+
+
+def test_nothing_is_overwritten_unasked(run, fake, model, tmp_path):
+    out = tmp_path / "a.mp4"
+    out.write_text("mine")
+    ended = run("generate", model, "a cat", "-o", out)
+    assert ended.code == 2 and ended.err.startswith("error[E-USE-03]: ")
+    assert out.read_text() == "mine" and not fake.loaded
+    assert run("generate", model, "a cat", "-o", out, "--overwrite").code == 0
+    assert out.read_bytes() != b"mine"
+
+
+def test_frames_and_seconds_together(run, model):
+    ended = run("generate", model, "a cat", "--frames", "5", "--seconds", "1")
+    assert ended.code == 2 and "give --frames or --seconds, not both" in ended.err
+
+
+def test_environment_variables_are_told(run, fake, model, monkeypatch, tmp_path):
+    monkeypatch.setenv("T5_LOAD_CPU", "1")
+    monkeypatch.setenv("ALGO", "1")
+    ended = run("generate", model, "a cat", "-o", tmp_path / "a.mp4")
+    assert "note: T5_LOAD_CPU=1: the text encoder runs on the CPU" in ended.err
+    assert "note: ALGO=1: not used by this version" in ended.err
+    assert fake.loaded[0][1]["text_on"] == "cpu"
+
+
+def test_a_failing_run_leaves_no_file(run, fake, model, tmp_path):
+    fake.error = QualityError(
+        "3 of 9 latents are not finite", needs="finite numbers", fix="f", code="E-OUT-01"
+    )
+    ended = run("generate", model, "a cat", "-o", tmp_path / "a.mp4")
+    assert ended.code == 1 and "error[E-OUT-01]: 3 of 9 latents" in ended.err
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_out_of_memory_names_stage_sizes_and_flag(run, fake, model, tmp_path):
+    fake.error = RuntimeError(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 68719476736 bytes."
+    )
+    ended = run("generate", model, "a cat", "-o", tmp_path / "a.mp4")
+    assert ended.code == 4
+    error = ended.err[ended.err.index("error[") :]
+    assert error.startswith(
+        "error[E-MEM-01]: out of memory on cpu in stage denoise\n  needs  64.0 GiB more; "
+    )
+    assert "is free" in error and "--size" in error and "--text-on drop" in error
+
+
+def test_ctrl_c_stops_between_steps(run, fake, model, tmp_path, monkeypatch):
+    """A real SIGINT sets the event of the run, and no file is written even if the run ends."""
+    seen = []
+
+    def press(request, *, on_progress, cancel):
+        os.kill(os.getpid(), signal.SIGINT)
+        seen.append(cancel.is_set())
+        return real(request, on_progress=on_progress, cancel=cancel)
+
+    real = fake.run
+    monkeypatch.setattr(fake, "run", press)
+    before = signal.getsignal(signal.SIGINT)
+    ended = run("generate", model, "a cat", "-o", tmp_path / "a.mp4")
+    assert seen == [True]
+    assert ended.code == 130 and "error[E-CAN-01]: cancelled" in ended.err
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_stops_at_once(run, fake, model, tmp_path, monkeypatch):
+    def press(request, **_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("still running")
+
+    monkeypatch.setattr(fake, "run", press)
+    ended = run("generate", model, "a cat", "--json", "-o", tmp_path / "a.mp4")
+    assert ended.code == 130 and ended.json["error"]["code"] == "E-CAN-01"
+
+
+def test_ctrl_c_in_a_real_run(tiny_t2v_cascade: Path, tmp_path, environ):
+    """The whole program on real weights: exit code 130 and nothing left behind."""
+    words = [str(tiny_t2v_cascade), "a cat", "--steps", "1000", "--frames", "1", "--size", "16x16"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ascendit", "generate", *words, "-o", str(tmp_path / "a.png")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environ,
+        # A shell may have started the tests with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("denoise"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130, "".join(lines) + err
+    assert "stopping after this step" in err and "error[E-CAN-01]: cancelled" in err
+    assert out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_no_model_in_the_folder(run, tmp_path):
+    ended = run("generate", tmp_path, "a cat", "--json")
+    assert ended.code == 1 and ended.json["error"]["code"] == "E-CKP-01"
+
+
+def test_the_config_of_a_video_made_elsewhere(run, fake, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"model": "gone", "request": {"prompt": "a cat"}}))
+    ended = run("generate", "--config", tmp_path / "a.json")
+    assert ended.code == 2 and ended.err.startswith("error[E-USE-02]: no model at gone")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_the_device_reaches_the_loader(run, fake, model, tmp_path, device):
+    run("generate", model, "a cat", "--device", device, "-o", tmp_path / "a.mp4")
+    assert fake.loaded[0][1]["device"] == device

@@ -1,0 +1,107 @@
+"""How a run is shown."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from ascendit.cli.progress import BarView, LineView, Meter, ProgressView, clock, memory, progress_view
+from ascendit.pipeline.progress import Progress
+
+
+def denoise(
+    step: int, total: int = 40, seconds: float = 4.13, expert: str | None = "transformer_2"
+) -> Progress:
+    return Progress(
+        stage="denoise",
+        step=step,
+        total=total,
+        expert=expert,
+        seconds=seconds,
+        memory_bytes=int(38.2 * 2**30),
+    )
+
+
+def test_the_line_of_a_step():
+    text = Meter().text(denoise(23))
+    assert text == "denoise (low-noise expert) 23/40  4.1 s/step  eta 1:10  38.2 GiB"
+    assert (
+        Meter()
+        .text(denoise(1, expert=None, seconds=0.053))
+        .startswith("denoise 1/40  0.053 s/step  eta 0:02")
+    )
+
+
+def test_the_pace_is_that_of_the_last_steps():
+    meter = Meter()
+    meter.text(denoise(1, seconds=100))
+    for step in range(2, 10):
+        text = meter.text(denoise(step, seconds=1))
+    assert "1.0 s/step  eta 0:31" in text
+
+
+def test_stages_without_steps():
+    assert Meter().text(Progress(stage="decode", total=1, memory_bytes=412 * 2**20)) == "decode  412 MiB"
+    assert Meter().text(Progress(stage="load", step=2, total=5)) == "load 2/5"
+
+
+def test_the_meter_knows_the_stage():
+    meter = Meter()
+    meter.text(denoise(1))
+    assert meter.stage == "denoise"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0:00"), (70, "1:10"), (3723, "1:02:03"), (59.7, "1:00")]
+)
+def test_clock(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_memory():
+    assert (memory(2**30), memory(2**20 * 3)) == ("1.0 GiB", "3 MiB")
+
+
+def test_lines_every_tenth():
+    file = io.StringIO()
+    with LineView(file) as view:
+        view(Progress(stage="load", total=5))
+        for step in range(1, 6):
+            view(Progress(stage="load", step=step, total=5))
+        view(Progress(stage="decode", total=1))
+        view(Progress(stage="decode", step=1, total=1))
+        for step in range(1, 101):
+            view(denoise(step, total=100, expert=None))
+    lines = file.getvalue().splitlines()
+    assert lines[:6] == ["load 1/5", "load 2/5", "load 3/5", "load 4/5", "load 5/5", "decode"]
+    steps = [line.split()[1] for line in lines[6:]]
+    assert steps == ["1/100", *(f"{n}/100" for n in range(10, 101, 10))]
+
+
+def test_a_bar_on_a_terminal():
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=120, color_system=None, legacy_windows=False)
+    with BarView(console) as view:
+        view(denoise(23))
+        view._bars.refresh()
+    shown = file.getvalue()
+    assert "denoise (low-noise expert) 23/40  4.1 s/step  eta 1:10  38.2 GiB" in shown
+    assert "━" in shown
+    assert shown.endswith("\x1b[2K")  # the line is gone at the end
+
+
+def test_the_view_fits_where_stderr_goes(monkeypatch):
+    assert type(progress_view(silent=True)) is ProgressView
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    assert type(progress_view(silent=False)) is LineView
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert type(progress_view(silent=False)) is BarView
+
+
+def test_nothing_is_shown_when_silent(capsys):
+    with progress_view(silent=True) as view:
+        view(denoise(1))
+    assert capsys.readouterr() == ("", "")
+    assert view.meter.stage == "denoise"

@@ -1,0 +1,119 @@
+"""`ascendit verify --adherence` with a pipeline that draws the truth, or not."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import ascendit
+from ascendit.errors import Cancelled, QualityError
+from ascendit.pipeline import world
+
+
+class Painter:
+    """Stands for a cascade: renders what the prompt says, unless its experts are swapped."""
+
+    def __init__(self) -> None:
+        self.transformer, self.transformer_2 = "high", "low"
+        self.wrong: set[tuple[str, str, str]] = set()
+        self.black = False
+        self.by_prompt = {scene.prompt(): scene for scene in world.scenes()}
+
+    def request(self, prompt, *, seed):
+        return SimpleNamespace(prompt=prompt, seed=seed, num_frames=17, height=64, width=64)
+
+    def run(self, request, *, cancel):
+        assert not cancel.is_set()
+        if self.black:
+            raise QualityError("black", needs="n", fix="f", code="E-OUT-02")
+        scene = self.by_prompt[request.prompt]
+        if scene.triple in self.wrong or self.transformer == "low":
+            scene = scene._replace(shape="square" if scene.shape != "square" else "circle")
+        motion = world.draw_motion(np.random.default_rng(request.seed), scene.direction)
+        return SimpleNamespace(frames=world.render(scene, motion))
+
+
+@pytest.fixture
+def painter(monkeypatch):
+    painter = Painter()
+    monkeypatch.setitem(vars(ascendit), "load", lambda name: painter)
+    return painter
+
+
+def test_pass(run, painter):
+    ended = run("verify", "--demo", "--adherence", "--limit", "20", "--seeds", "2")
+    assert ended.code == 0
+    assert "40/40" in ended.out and "kept back" in ended.out
+    assert "PASS  all videos   100.0%   at least 90%" in ended.out
+    assert "PASS  kept back    100.0%   at least 85%" in ended.out
+    assert "judged 40/40  right 100.0%" in ended.err
+    assert sum(line.startswith("judged") for line in ended.err.splitlines()) <= 11
+
+
+def test_fail_on_what_was_kept_back(run, painter, tmp_path):
+    painter.wrong = set(world.kept_back())
+    report = tmp_path / "new" / "report.json"
+    ended = run("verify", "--demo", "--adherence", "--limit", "40", "--seeds", "1", "--report", report)
+    assert ended.code == 1
+    assert "FAIL  kept back      0.0%   at least 85%" in ended.out
+    error = ended.err[ended.err.index("error[") :]
+    assert error.startswith(
+        "error[E-OUT-03]: prompt adherence is below its limit: all videos 85.0%, kept back 0.0%"
+    )
+    told = json.loads(report.read_text())
+    assert told["pass"] is False and told["kept_back"]["everything"] == 0 and told["kept_back"]["shape"] == 0
+    assert told["kept_back"]["colour"] == told["kept_back"]["total"] == 6
+    assert len(told["failures"]) == 6 and told["failures"][0]["prompt"]
+
+
+def test_swapped_experts_are_the_control(run, painter):
+    ended = run("verify", "--demo", "--adherence", "--limit", "5", "--seeds", "1", "--swap-experts", "--json")
+    told = ended.json
+    assert ended.code == 1 and told["swapped_experts"] is True
+    assert told["overall"]["everything"] == 0 and told["overall"]["direction"] == 5
+    assert told["error"]["code"] == "E-OUT-03" and ended.err == ""
+
+
+def test_a_black_video_is_a_wrong_answer(run, painter):
+    painter.black = True
+    told = run("verify", "--demo", "--adherence", "--limit", "3", "--seeds", "1", "--json").json
+    assert told["overall"]["everything"] == 0 and len(told["failures"]) == 3
+
+
+def test_a_group_without_videos_is_not_judged(run, painter):
+    ended = run("verify", "--demo", "--adherence", "--limit", "1", "--seeds", "1")
+    assert ended.code == 0
+    assert "-     kept back" in ended.out
+
+
+def test_cancelled(run, painter, monkeypatch):
+    def stop(request, *, cancel):
+        raise Cancelled("cancelled", needs="n", fix="f", code="E-CAN-01")
+
+    monkeypatch.setattr(painter, "run", stop)
+    assert run("verify", "--demo", "--adherence", "--limit", "1").code == 130
+
+
+@pytest.mark.parametrize(
+    ("words", "got"),
+    [
+        (["--demo"], "no check was asked for"),
+        (["--adherence"], "no model"),
+        (["dir", "--demo", "--adherence"], "--demo and a MODEL"),
+        (["--demo", "--adherence", "--seeds", "0"], "--seeds 0"),
+        (["--demo", "--adherence", "--limit", "0"], "0 scenes"),
+    ],
+)
+def test_bad_calls(run, painter, words, got):
+    ended = run("verify", *words)
+    assert ended.code == 2 and ended.err.startswith(f"error[E-USE-01]: {got}")
+
+
+def test_a_report_is_not_overwritten(run, painter, tmp_path):
+    (tmp_path / "r.json").write_text("mine")
+    ended = run("verify", "--demo", "--adherence", "--report", tmp_path / "r.json")
+    assert ended.code == 2 and ended.err.startswith("error[E-USE-03]: ")
+    assert (tmp_path / "r.json").read_text() == "mine"

@@ -1,0 +1,187 @@
+"""The probes: what they find on this machine, and on machines that are made up."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ascendit.device import doctor
+from ascendit.device.doctor import Row, at_least, examine
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def rows(probe: doctor.Probe) -> dict[str, Row]:
+    report = examine([probe])
+    assert not [r for r in report.rows if r.status == "probe failed"], report
+    return {r.item: r for r in report.rows}
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """What child processes tell, instead of starting them: by a word of their code, else `""`."""
+    told: dict[str, Any] = {"": {"cuda": [], "capability": "AVX2", "threads": 2}}
+
+    def answer(code: str, *, plugins: bool = False) -> dict[str, Any]:
+        if plugins and "plain" in told:
+            return dict(told["plain"])
+        return dict(next((v for k, v in told.items() if k and k in code), told[""]))
+
+    doctor._torch.cache_clear()
+    monkeypatch.setattr(doctor, "_child", answer)
+    yield told
+    doctor._torch.cache_clear()
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *, versions: dict[str, str | None], specs: set[str]) -> None:
+    real_version, real_spec = doctor._version, importlib.util.find_spec
+    monkeypatch.setattr(doctor, "_version", lambda n: versions[n] if n in versions else real_version(n))
+    monkeypatch.setattr(doctor, "find_spec", lambda n: True if n in specs else real_spec(n))
+
+
+def test_a_probe_that_fails_is_a_row_and_the_others_go_on():
+    def _broken_card() -> list[Row]:
+        raise RuntimeError("dcmi init failed\nsecond line")
+
+    def _leaving() -> list[Row]:
+        sys.exit("bye")
+
+    report = examine([_broken_card, _leaving, lambda: [Row(item="x", found="1", required=True)]])
+    assert [r.status for r in report.rows] == ["probe failed", "probe failed", "ok"]
+    assert report.rows[0].item == "broken card"
+    assert report.rows[0].found == "RuntimeError: dcmi init failed"
+    assert report.ok
+
+
+@pytest.mark.parametrize(
+    ("found", "needed", "answer"),
+    [
+        ("2.13.0+cpu", "2.9", True),
+        ("2.9", "2.9", True),
+        ("2.8.1", "2.9", False),
+        ("13", "13", True),
+        ("odd", "1", False),
+    ],
+)
+def test_at_least(found, needed, answer):
+    assert at_least(found, needed) is answer
+
+
+def test_this_machine():
+    found = (
+        rows(doctor._python)
+        | rows(doctor._cpu)
+        | rows(doctor._memory)
+        | rows(doctor._disk)
+        | rows(doctor._ascendit)
+    )
+    assert found["Python"].status == "ok" and found["Python"].found.startswith("3.")
+    assert "GiB free" in found["memory"].found and "GiB free" in found["this folder"].found
+    assert {"platform", "CPU", "ascendit", "demo model"} <= set(found)
+    libraries = rows(doctor._libraries)
+    assert {"torch", "diffusers", "transformers", "safetensors", "PyAV"} <= set(libraries)
+    assert all(r.status == "ok" and r.required for r in libraries.values())
+
+
+def test_the_oldest_versions_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = dict(d.split(">=") for d in project["dependencies"])
+    assert {name: bounds[name] for name in doctor.LIBRARIES} == doctor.LIBRARIES
+    assert project["requires-python"] == f">={doctor.PYTHON}"
+
+
+def test_a_missing_and_an_old_library(monkeypatch):
+    pretend(monkeypatch, versions={"diffusers": None, "torch": "2.8.0"}, specs=set())
+    found = rows(doctor._libraries)
+    assert (found["diffusers"].status, found["torch"].status) == ("missing", "too old")
+    assert found["torch"].fix == 'pip install "torch>=2.9"'
+    assert not examine([doctor._libraries]).ok
+
+
+def test_a_child_process_is_asked():
+    assert doctor._child("print('noise'); print('{\"a\": 1}')") == {"a": 1}
+    assert doctor._child(
+        "import os; print('{\"v\": \"' + os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] + '\"}')"
+    ) == {"v": "0"}
+    assert doctor._child("raise ValueError('bad')") == {"error": "ValueError: bad"}
+    assert doctor._child("import os; os.kill(os.getpid(), 11)")["error"] == "ended with code -11"
+
+
+def test_a_child_that_hangs(monkeypatch):
+    monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.2)
+    assert doctor._child("import time; time.sleep(60)") == {"error": "no answer in 0.2 s", "late": True}
+
+
+def test_torch_works(child):
+    row = rows(doctor._torch_imports)["import torch"]
+    assert row.status == "ok" and row.found == "works, 2 threads, CPU kernels AVX2"
+    assert rows(doctor._cuda)["CUDA device"].status == "absent"
+
+
+def test_torch_is_broken(child):
+    child[""] = {"error": "ImportError: libcudart.so.12"}
+    report = examine([doctor._torch_imports, doctor._cuda])
+    assert report.rows[0].status == "broken" and report.rows[0].found == "ImportError: libcudart.so.12"
+    assert not report.ok
+
+
+def test_torch_is_late(child):
+    child[""] = {"error": "no answer in 120 s", "late": True}
+    report = examine([doctor._torch_imports])
+    assert report.rows[0].status == "probe failed" and "less busy" in report.rows[0].fix
+    assert not report.ok
+
+
+def test_cuda(child):
+    child[""] = {"cuda": [["H200", 139 * 2**30]], "capability": "AVX512", "threads": 8}
+    row = rows(doctor._cuda)["CUDA device"]
+    assert row.status == "ok" and row.found == "H200 139 GiB"
+
+
+def test_codec(child):
+    child["x264"] = {"x264": False}
+    assert rows(doctor._video_codec)["H.264 (libx264)"].status == "missing"
+    child["x264"] = {"x264": True}
+    assert rows(doctor._video_codec)["H.264 (libx264)"].status == "ok"
+
+
+def test_no_npu_is_no_fault(child):
+    found = rows(doctor._npu)
+    assert set(found) == {"torch_npu", "CANN toolkit", "NPU device"}
+    assert all(r.status == "absent" and not r.required for r in found.values())
+
+
+def test_torch_npu_without_cann(child, monkeypatch, tmp_path):
+    """`import torch` itself fails then, since torch loads torch_npu."""
+    monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
+    monkeypatch.setattr(doctor, "TOOLKIT", tmp_path)
+    pretend(monkeypatch, versions={"torch_npu": "2.9.0", "torch": "2.13.0"}, specs={"torch_npu"})
+    child["plain"] = {"error": "ImportError: libhccl.so: cannot open shared object file"}
+    report = examine([doctor._torch_imports, doctor._npu])
+    found = {r.item: r for r in report.rows}
+    assert found["import torch"].status == "broken" and "libhccl.so" in found["import torch"].found
+    assert f"source {tmp_path}/set_env.sh" in found["import torch"].fix
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in found["import torch"].fix
+    assert not report.ok
+    assert found["torch_npu"].status == "broken" and found["torch_npu"].fix.endswith("torch 2.13.0")
+    assert (
+        found["CANN toolkit"].status == "broken" and "set_env.sh not sourced" in found["CANN toolkit"].found
+    )
+    assert found["CANN toolkit"].fix == f"source {tmp_path}/set_env.sh"
+
+
+def test_cann_is_sourced(child, monkeypatch, tmp_path):
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    monkeypatch.setenv("LD_LIBRARY_PATH", "")
+    assert "libhccl.so not found" in rows(doctor._npu)["CANN toolkit"].found
+    (tmp_path / "lib64").mkdir()
+    (tmp_path / "lib64" / "libhccl.so").touch()
+    (tmp_path / "version.cfg").write_text("runtime_running_version=[9.1.0:x]\n")
+    row = rows(doctor._npu)["CANN toolkit"]
+    assert row.status == "ok" and row.found == f"9.1.0:x in {tmp_path}"
