@@ -89,10 +89,10 @@ def main() -> None:
         f"{time.strftime('%Y-%m-%d')} torch {torch.__version__} {platform.processor() or platform.machine()}"
     )
     print(
-        f"{args.layers} layers, {dtype}, {args.threads} threads, load {os.getloadavg()[0]:.1f}, {args.reps} reps"
+        f"{args.layers} layers, {dtype}, {args.threads} threads, load {os.getloadavg()[0]:.1f}, n={args.reps}"
     )
     print(
-        f"| forward{' (per-token timesteps)' if args.per_token else ''} | median ms | min ms | x as fast | rel. diff |"
+        f"| forward{', per-token t' if args.per_token else ''} | median ms | min ms | x as fast | rel. diff |"
     )
     print("|---|---|---|---|---|")
     base = statistics.median(seconds[peer])

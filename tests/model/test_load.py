@@ -115,7 +115,8 @@ def test_memory_stays_at_the_model_and_one_tensor(tmp_path: Path) -> None:
         "from ascendit.model import load; from ascendit.checkpoint.layout import recognise\n"
         "from ascendit.ops.bind import bind\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "before = peak(); m = load.load_transformer(recognise(Path(sys.argv[1])).parts['transformer'], bind('cpu'))\n"
+        "before = peak(); part = recognise(Path(sys.argv[1])).parts['transformer']\n"
+        "m = load.load_transformer(part, bind('cpu'))\n"
         "print((peak() - before) / load.nbytes(m))\n"
     )
     out = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True)

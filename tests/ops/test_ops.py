@@ -79,6 +79,11 @@ def test_reference_against_float64(name: str) -> None:
     assert relative(getattr(reference, name)(*given), oracle) < 1e-6
 
 
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
 def per_token(rows: Tensor) -> Tensor:
     return rows.repeat_interleave(torch.tensor([5, S - 5]), dim=0)
 
@@ -91,7 +96,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def test_reference_attention_over_several_blocks_of_queries() -> None:
     q, k, v = (torch.randn(1, 600, 2, 16) for _ in range(3))
-    wanted = F.scaled_dot_product_attention(*(t.double().transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    wanted = sdpa(q.double(), k.double(), v.double())
     assert relative(reference.attention(q, k, v), wanted) < 1e-6
 
 

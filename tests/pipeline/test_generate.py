@@ -1,4 +1,4 @@
-"""Whole runs on tiny models: equal to Diffusers' pipelines, repeatable, cancellable, and honest about bad results."""
+"""Whole runs on tiny models: equal to Diffusers' pipelines, repeatable, cancellable, honest when bad."""
 
 from __future__ import annotations
 

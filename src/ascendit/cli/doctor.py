@@ -13,7 +13,7 @@ def doctor(
     ctx: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Check the machine and the libraries, and say how to fix what is wrong."""
+    """Check this machine and its libraries. Says how to fix what is wrong."""
     from ascendit.device.doctor import examine
 
     out: Output = ctx.obj

@@ -105,7 +105,9 @@ def generate(
     as_json: Json = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a video from PROMPT (in quotes) with MODEL: a folder, hf:org/name or ms:org/name.
+    """Make a video from a prompt.
+
+    MODEL is a folder, hf:org/name or ms:org/name; --demo needs none. PROMPT goes in quotes.
     What the flags leave out is the model's own default.
 
     ascendit generate --demo "a red circle moves right on a black background"

@@ -16,7 +16,7 @@ def inspect(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Show parts, sizes, formats and limits of a model, and whether it is complete. Reads headers only."""
+    """Show what a model folder holds. Parts, sizes, formats, limits, completeness; reads headers only."""
     from ascendit.cli.models import model_folder
     from ascendit.pipeline.inspect import inspect_folder
 

@@ -47,14 +47,13 @@ def verify(
         bool, typer.Option("--swap-experts", help="Control: the experts in each other's place.")
     ] = False,
 ) -> None:
-    """Check a model against what it must show: PASS or FAIL, with the counts."""
+    """Check that a model does what it is asked. Prints the counts, and PASS or FAIL."""
     out: Output = ctx.obj
     name = _check_call(model, demo=demo, adherence=adherence, seeds=seeds, report=report)
     start = time.perf_counter()
     with out.work():
         result = _measure(name, list(range(seeds)), limit, swap_experts, out)
-    shares = {key: (getattr(result, key).share(), getattr(result, key).total) for key in LIMITS}
-    failed = [key for key, (share, total) in shares.items() if total and share < LIMITS[key]]
+    failed, verdict = _judge(result)
     told = result.as_dict() | {
         "model": name,
         "seeds": seeds,
@@ -63,18 +62,30 @@ def verify(
         "pass": not failed,
         "seconds": round(time.perf_counter() - start, 1),
     }
-    error = _below([f"{TITLES[key]} {shares[key][0]:.1%}" for key in failed]).as_dict() if failed else None
+    error = _below(failed).as_dict() if failed else None
     if report is not None:
         _write(report, told)
     out.emit(told | ({"error": error} if error else {}))
     out.line(result.table())
-    for key, (share, total) in shares.items():
-        word = "-" if not total else "FAIL" if key in failed else "PASS"
-        out.line(f"{word:<6}{TITLES[key]:<12}{share:7.1%}   at least {LIMITS[key]:.0%}")
+    for line in verdict:
+        out.line(line)
     if error and not out.json:
         print_error(error)
     if failed:
         raise typer.Exit(1)
+
+
+def _judge(result: Adherence) -> tuple[list[str], list[str]]:
+    """(groups below their limit, a line for every group). A group without videos is not judged."""
+    failed, lines = [], []
+    for key, limit in LIMITS.items():
+        counts = getattr(result, key)
+        share, word = counts.share(), "PASS" if counts.total else "-"
+        if counts.total and share < limit:
+            failed.append(f"{TITLES[key]} {share:.1%}")
+            word = "FAIL"
+        lines.append(f"{word:<6}{TITLES[key]:<12}{share:7.1%}   at least {limit:.0%}")
+    return failed, lines
 
 
 def _check_call(model: str | None, *, demo: bool, adherence: bool, seeds: int, report: Path | None) -> str:

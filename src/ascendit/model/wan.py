@@ -164,7 +164,7 @@ class WanTransformer(nn.Module):
         patch = config.patch_size
         self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, patch, stride=patch)
         self.condition_embedder = ConditionEmbedder(config)
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.blocks: Any = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(patch))
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, config.dim))
 
@@ -299,7 +299,7 @@ class WanTransformer(nn.Module):
         return self.ops.linear(x, m.weight, m.bias)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.config.num_attention_heads, -1))  # [1, S, H, d]
+        return x.view(*x.shape[:2], self.config.num_attention_heads, -1)  # [1, S, H, d]
 
     def _patchify(self, x: Tensor) -> Tensor:
         """[1, C, F, H, W] -> [1, S, D]. A convolution whose stride is its kernel is one matmul."""

@@ -17,9 +17,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `reference.rms_norm`. Two passes over x; the rest is one number a token."""
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
     inverse = square.div_(x.shape[-1]).add_(eps).rsqrt_()
-    if x.dtype == torch.float32:
-        return (x * inverse).mul_(weight)
-    return (x * inverse).mul_(weight).to(x.dtype)
+    out: Tensor = (x * inverse).mul_(weight)
+    return out.to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -55,7 +55,7 @@ class Condition:
 def make_condition(
     task: Task, image: Any, request: GenerateRequest, vae: VideoCoder, clip: ImageEncoder | None
 ) -> Condition:
-    """Encode the first image (PIL, path, array or tensor) for a model of this kind; None where none is given."""
+    """Encode the first image, in any form `open_image` takes, for a model of this kind; None: nothing."""
     if image is None:
         return Condition()
     tokens = None if clip is None else clip.encode(open_image(image))
@@ -70,7 +70,7 @@ def make_condition(
 
 
 def open_image(image: Any) -> Any:
-    """A PIL image, RGB, from a path, a PIL image, an array [H, W, 3] uint8 or a float tensor [3, H, W] in [0, 1]."""
+    """A PIL image, RGB, from a path, a PIL image, uint8 [H, W, 3] or a float tensor [3, H, W] in [0, 1]."""
     import numpy as np
     from PIL import Image, UnidentifiedImageError
 

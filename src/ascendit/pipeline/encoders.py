@@ -25,7 +25,7 @@ TEXT_ON: tuple[TextOn, ...] = ("cpu", "device", "drop")
 
 
 def clean_prompt(text: str) -> str:
-    """As the authors cleaned their training captions: broken Unicode mended, entities resolved, spaces folded."""
+    """As the training captions were cleaned: broken Unicode mended, entities resolved, spaces folded."""
     import ftfy
 
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
@@ -121,7 +121,8 @@ class VideoCoder:
     def encode(self, video: Tensor) -> Tensor:
         """Video [1, 3, F, H, W] in [-1, 1] -> normalised latents, float32, no sampling."""
         mode = self.model.encode(video.to(self.device, self.model.dtype)).latent_dist.mode()
-        return (mode.float() - self.mean) * self.inverse_std
+        latents: Tensor = (mode.float() - self.mean) * self.inverse_std
+        return latents
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:

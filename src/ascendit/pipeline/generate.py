@@ -126,7 +126,7 @@ class Pipeline:
         )
 
     def warm_up(self, request: GenerateRequest | None = None) -> float:
-        """Run one step at the request's size, so that the first real one pays for nothing else. Seconds taken."""
+        """Run one step at the request's size, so that the first real one pays for nothing else; seconds."""
         request = request or self.request("", image="<array>" if self.defaults.task == "i2v" else None)
         fields = {**vars(request), "num_inference_steps": 1, "timesteps": None}
         one = GenerateRequest(**fields)
@@ -286,7 +286,7 @@ def resolve_model(model: str | Path) -> Path:
 
 
 def check_device(device: str) -> str:
-    """`device` if this machine has it. Raises UsageError for an unknown kind, EnvironmentProblem for an absent one."""
+    """`device`, if this machine has it: UsageError for an unknown kind, EnvironmentProblem when absent."""
     kind = device.split(":")[0]
     if kind not in ("cpu", "cuda"):
         raise UsageError(

@@ -191,8 +191,7 @@ class GenerateRequest:
             words += ["--image", self.image]
         if self.boundary_ratio is not None:
             words += ["--set", f"boundary_ratio={_text(self.boundary_ratio)}"]
-        if self.solver != "unipc":
-            words += ["--set", f"solver={self.solver}"]
+        words += ["--set", f"solver={self.solver}"]
         if self.max_sequence_length != 512:
             words += ["--set", f"max_sequence_length={self.max_sequence_length}"]
         if output:
