@@ -72,9 +72,7 @@ def test_reference_against_float64(name: str) -> None:
         "gated_residual": lambda: x + wide[1] * per_token(wide[2]),
         "rope": lambda: turn(x, wide[1], wide[2]),
         "gelu_tanh": lambda: F.gelu(x, approximate="tanh"),
-        "attention": lambda: F.scaled_dot_product_attention(*(w.transpose(1, 2) for w in wide)).transpose(
-            1, 2
-        ),
+        "attention": lambda: sdpa(*wide),
     }[name]()
     assert relative(getattr(reference, name)(*given), oracle) < 1e-6
 
