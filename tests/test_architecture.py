@@ -51,6 +51,7 @@ LIGHT = (
     "pipeline.progress",
     "pipeline.world",
     "pipeline.defaults",
+    "pipeline.folder",
     "cli.*",
 )
 

@@ -14,7 +14,8 @@ import torch
 
 import ascendit
 from ascendit.pipeline import verify, world
-from ascendit.pipeline.generate import DEMO, Pipeline
+from ascendit.pipeline.folder import DEMO
+from ascendit.pipeline.generate import Pipeline
 
 # Counted over all 864 videos: `ascendit verify --demo --adherence` (docs/demo-model.md). A subset of 48 has a
 # standard deviation of 4 points at 90 %.

@@ -108,9 +108,8 @@ class FakePipeline:
                 raise self.error
         shape = (request.num_frames, request.height, request.width, 3)
         frames = np.broadcast_to(np.linspace(0, 255, request.width, dtype=np.uint8)[:, None], shape)
-        return Video(
-            frames=np.ascontiguousarray(frames), fps=request.fps, request=request, model="ascendit-demo"
-        )
+        source = self.loaded[-1][0]
+        return Video(frames=np.ascontiguousarray(frames), fps=request.fps, request=request, model=source)
 
 
 @pytest.fixture

@@ -114,9 +114,9 @@ def read_call(
 def make_plan(call: Call, output: Path | None, *, overwrite: bool) -> Plan:
     """Meet the model: its folder, its defaults, the request, the name of the output; no weights."""
     from ascendit.checkpoint.layout import recognise
-    from ascendit.cli.models import model_folder
     from ascendit.pipeline import video
     from ascendit.pipeline.defaults import defaults_for
+    from ascendit.pipeline.folder import model_folder
     from ascendit.pipeline.request import resolve
 
     if output is not None:

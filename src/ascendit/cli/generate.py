@@ -173,7 +173,6 @@ def _make(plan: Plan, out: Output, view: ProgressView) -> Video:
         with Interrupt(silent=out.quiet or out.json) as interrupt:
             video: Video = pipe.run(plan.request, on_progress=view, cancel=interrupt.event)
             interrupt.check()
-        video.model = plan.call.model  # so that the file's own replay line loads what was loaded here
     except Exception as error:
         if is_out_of_memory(error):
             raise out_of_memory(error, view.meter.stage, plan.call.device) from error

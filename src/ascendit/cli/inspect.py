@@ -17,7 +17,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Show what a model folder holds. Parts, sizes, formats, limits, completeness; reads headers only."""
-    from ascendit.cli.models import model_folder
+    from ascendit.pipeline.folder import model_folder
     from ascendit.pipeline.inspect import inspect_folder
 
     out: Output = ctx.obj

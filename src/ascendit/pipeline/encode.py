@@ -51,7 +51,9 @@ def _pictures(av: Any, frames: Frames, fps: int) -> Iterator[Any]:
 def _stream(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> Iterator[Any]:
     """`encode(picture)` into a new container; flushed and closed at the end."""
     codec, options, container_options = CODECS[kind]
-    with library("av", "av").open(str(new), "w", format=kind, options=container_options) as container:
+    with library("av", "av").open(
+        str(new), "w", format=kind, options={**container_options, "fflags": "+bitexact"}
+    ) as container:
         if comment:
             container.metadata["comment"] = comment
         stream = container.add_stream(codec, rate=fps, options=dict(options))

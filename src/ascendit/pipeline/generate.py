@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ascendit.checkpoint.hub import fetch
 from ascendit.checkpoint.layout import Layout, recognise
 from ascendit.errors import Cancelled, EnvironmentProblem, QualityError, UsageError
 from ascendit.model.load import load_transformer
@@ -26,14 +25,13 @@ from ascendit.ops.bind import Ops, bind
 from ascendit.pipeline.condition import make_condition, open_image
 from ascendit.pipeline.defaults import defaults_for
 from ascendit.pipeline.encoders import ImageEncoder, TextEncoder, TextOn, VideoCoder
+from ascendit.pipeline.folder import model_folder
 from ascendit.pipeline.progress import OnProgress, Progress
 from ascendit.pipeline.request import Defaults, GenerateRequest, check, resolve
 from ascendit.pipeline.solver import TRAIN_STEPS, make_solver
 from ascendit.pipeline.video import Video, check_not_flat, to_uint8
 
 log = logging.getLogger("ascendit")
-
-DEMO = Path(__file__).resolve().parents[1] / "demo"
 
 
 class Stop(Protocol):
@@ -55,6 +53,8 @@ class Pipeline:
     transformer: WanTransformer
     transformer_2: WanTransformer | None = None
     clip: ImageEncoder | None = None
+    source: str = ""
+    """What was given to `load`; a video's replay line names it."""
 
     def request(self, prompt: str, **fields: Any) -> GenerateRequest:
         """A full request: what is left out comes from the model. Raises RequestError."""
@@ -241,7 +241,7 @@ def load(
     `device`: "cpu", "cuda", "cuda:1". `dtype`: of the denoiser, None = as stored (bfloat16 off the CPU).
     `text_on`: where UMT5 lives: "device", "cpu", or "drop" after each prompt. `ops`: "reference" or None.
     """
-    layout = recognise(resolve_model(model))
+    layout = recognise(model_folder(model))
     defaults = defaults_for(layout)
     device, number = check_device(device), to_dtype(dtype)
     bound = bind(device, ops)
@@ -264,25 +264,7 @@ def load(
         experts.append(load_transformer(part, bound, device=device, dtype=number))
         done(3 + len(experts))
     second = experts[1] if len(experts) == 2 else None
-    return Pipeline(layout, defaults, bound, device, text, vae, experts[0], second, clip)
-
-
-def resolve_model(model: str | Path) -> Path:
-    """The folder that a name means. Raises UsageError E-USE-02 when there is none."""
-    name = str(model)
-    if name == "demo":
-        return DEMO
-    if name.startswith(("hf:", "ms:")):
-        return fetch(name)
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise UsageError(
-            f"no model at {name}",
-            needs='a folder, "demo", hf:org/name or ms:org/name',
-            fix="correct the path, or put hf: before a name on Hugging Face",
-            code="E-USE-02",
-        )
-    return path
+    return Pipeline(layout, defaults, bound, device, text, vae, experts[0], second, clip, str(model))
 
 
 def check_device(device: str) -> str:

@@ -134,12 +134,14 @@ class Video:
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
         # A lone surrogate, from a prompt that is no valid text, becomes the JSON escape for it.
         sidecar = text.encode("utf-8", "backslashreplace") if metadata else None
+        # How long it took stays beside the file, so that the same frames make the same bytes.
+        inside = json.dumps({k: v for k, v in record.items() if k != "seconds"}) if record else ""
         target = check_output(path, self.frames.shape[:3], self.fps, sidecar=sidecar, overwrite=overwrite)
         write, folder = WRITERS[target.kind], target.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _temporary(folder) as new, _temporary(folder) as new_sidecar:
-                write(self.frames, self.fps, new, target.kind, json.dumps(record) if metadata else "")
+                write(self.frames, self.fps, new, target.kind, inside)
                 if sidecar is not None:
                     new_sidecar.write_bytes(sidecar)
                 _publish(target, new, new_sidecar, overwrite)
@@ -263,7 +265,7 @@ def _taken(target: Target, why: str) -> UsageError:
     while os.path.lexists(free) or os.path.lexists(free.with_suffix(".json")):
         n += 1
         free = path.with_name(f"{path.stem}-{n}{path.suffix}")
-    rule = "a free name: nothing is overwritten unasked (overwrite=True)"
+    rule = "a free name: nothing is overwritten unasked (--overwrite, overwrite=True)"
     return _usage(f"{path}{slash} {why}", rule, f"-o {free}{slash}", "E-USE-03")
 
 
