@@ -110,7 +110,7 @@ def test_reference_can_be_forced_and_choices_are_logged(caplog: pytest.LogCaptur
     assert all(getattr(forced, name) is getattr(reference, name) for name in NAMES)
     assert free.attention is not reference.attention
     assert set(free.choices) == set(NAMES) and free.choices["linear"].startswith("reference")
-    assert "fused kernel" in free.choices["adaln"]
+    assert "fused PyTorch kernel" in free.choices["adaln"]
     assert "--set ops=reference" in caplog.text
 
 

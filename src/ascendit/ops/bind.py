@@ -56,16 +56,33 @@ def bind(device: str, force: str | None = None) -> Ops:
             code="E-USE-01",
         )
     kind = device.split(":")[0]
-    fast: Any = importlib.import_module(BACKENDS[kind]) if force is None and kind in BACKENDS else None
-    functions, choices = {}, {}
+    found = {} if force else _fast_forms(kind)
+    functions: dict[str, Function] = {}
+    choices: dict[str, str] = {}
     for name in NAMES:
-        found = getattr(fast, name, None)
-        functions[name] = found or getattr(reference, name)
-        if found:
-            choices[name] = f"{kind}: fused kernel, same numbers"
-        else:
-            choices[name] = "reference: asked for" if force else f"reference: {kind} has no faster form"
+        plain = "asked for" if force else f"{kind} has no faster form"
+        functions[name], choices[name] = found.get(name, (getattr(reference, name), f"reference: {plain}"))
     for backend in sorted({c.split(":")[0] for c in choices.values()}):
         names = ", ".join(n for n, c in choices.items() if c.startswith(backend + ":"))
         log.info("operators on %s: %s -> %s (--set ops=reference for the plain ones)", device, names, backend)
     return Ops(**functions, choices=choices)
+
+
+def _fast_forms(kind: str) -> dict[str, tuple[Function, str]]:
+    """Operator -> (function, "backend: reason") of a device kind; the native ones before the fused ones."""
+    if kind not in BACKENDS:
+        return {}
+    module: Any = importlib.import_module(BACKENDS[kind])
+    forms: dict[str, tuple[Function, str]] = {
+        name: (getattr(module, name), f"{kind}: fused PyTorch kernel")
+        for name in NAMES
+        if hasattr(module, name)
+    }
+    if kind == "cpu":
+        from ascendit.ops import cpu_native
+
+        native = cpu_native.forms().items()
+        forms |= {
+            name: (function, f"native: {reason}, for BF16 tokens") for name, (function, reason) in native
+        }
+    return forms

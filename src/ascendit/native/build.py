@@ -1,0 +1,105 @@
+"""Compile the C++ sources of this folder on first use, into a cache. Nothing here may make an import fail.
+
+No compiler, a processor without the instructions, a cache that cannot be written: the reason is logged
+once, and the callers keep their PyTorch path. The sources need no header but the compiler's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger("ascendit")
+
+HERE = Path(__file__).parent
+CACHE = Path("~/.cache/ascendit/native")
+COMPILERS = ("g++", "clang++", "c++")
+FLAGS: tuple[str, ...] = (
+    *("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"),
+    *("-fno-math-errno", "-fno-trapping-math"),  # or roundings do not become vector instructions
+)
+NEEDS: dict[str, frozenset[str]] = {
+    "attention": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
+    "elementwise": frozenset(),
+}
+"""Source -> what the processor must have, as Linux spells it."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A loaded library, or why there is none."""
+
+    library: ctypes.CDLL | None
+    reason: str
+
+
+@functools.cache
+def native(name: str) -> Built:
+    """The compiled `<name>.cpp`. Never raises; the answer is remembered for the process."""
+    try:
+        built = Built(ctypes.CDLL(str(_compiled(name))), f"compiled from native/{name}.cpp")
+    except (OSError, subprocess.SubprocessError, _Unavailable) as e:
+        built = Built(None, str(e).strip() or type(e).__name__)
+        log.info("native/%s.cpp is not used: %s; the PyTorch path runs instead", name, built.reason)
+    return built
+
+
+class _Unavailable(Exception):
+    """Why there can be no native library here."""
+
+
+def _compiled(name: str) -> Path:
+    lacking = sorted(NEEDS[name] - processor_flags())
+    if lacking:
+        raise _Unavailable(f"this processor has no {', '.join(lacking)}")
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise _Unavailable(f"no C++ compiler ({', '.join(COMPILERS)}) on PATH")
+    source = HERE / f"{name}.cpp"
+    version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, timeout=30).stdout
+    key = hashlib.sha256(source.read_bytes() + version + " ".join(FLAGS).encode())
+    key.update(" ".join(sorted(processor_flags())).encode())
+    target = CACHE.expanduser() / f"{name}-{key.hexdigest()[:16]}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _compile(compiler, source, target)
+    return target
+
+
+def _compile(compiler: str, source: Path, target: Path) -> None:
+    """Under a name of its own, then renamed: two processes may do this at once."""
+    log.info("compiling %s once, with %s", source.name, compiler)
+    handle, new = tempfile.mkstemp(dir=target.parent, suffix=".so")
+    os.close(handle)
+    try:
+        command = [compiler, *FLAGS, str(source), "-o", new]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            raise _Unavailable(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['?'])[0]}")
+        os.chmod(new, 0o755)
+        os.replace(new, target)
+    finally:
+        Path(new).unlink(missing_ok=True)
+
+
+@functools.cache
+def processor_flags() -> frozenset[str]:
+    """Instruction sets as Linux lists them, and the architecture. Empty where the system does not say."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    for line in text.splitlines():
+        word, _, flags = line.partition(":")
+        if word.strip().lower() in ("flags", "features"):
+            return frozenset(flags.split()) | {platform.machine()}
+    return frozenset({platform.machine()})

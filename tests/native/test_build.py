@@ -1,0 +1,98 @@
+"""Compiling on first use: cached, shared by processes, and never the reason that something fails."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ascendit.native import build
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler on this machine"
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty cache, and nothing remembered."""
+    monkeypatch.setattr(build, "CACHE", tmp_path / "cache")
+    build.native.cache_clear()
+    yield
+    build.native.cache_clear()
+
+
+@needs_compiler
+def test_compiled_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build.native("elementwise")
+    assert isinstance(built.library, ctypes.CDLL) and built.reason == "compiled from native/elementwise.cpp"
+    files = list((tmp_path / "cache").iterdir())
+    assert len(files) == 1 and files[0].name.startswith("elementwise-")
+    build.native.cache_clear()
+    monkeypatch.setattr(build, "_compile", lambda *a: pytest.fail("compiled again"))
+    assert build.native("elementwise").library is not None
+
+
+@needs_compiler
+def test_another_source_is_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build.native("elementwise")
+    (tmp_path / "src").mkdir()
+    text = (build.HERE / "elementwise.cpp").read_text()
+    (tmp_path / "src/elementwise.cpp").write_text(text + "// changed\n")
+    monkeypatch.setattr(build, "HERE", tmp_path / "src")
+    build.native.cache_clear()
+    assert build.native("elementwise").library is not None
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    return "no C++ compiler"
+
+
+def old_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    monkeypatch.setattr(build, "processor_flags", lambda: frozenset({"sse2"}))
+    return "this processor has no avx512_bf16"
+
+
+def broken_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    (tmp_path / "attention.cpp").write_text("this is not C++")
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setattr(build, "processor_flags", lambda: build.NEEDS["attention"])
+    return "failed"
+
+
+def closed_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(build, "CACHE", tmp_path / "file" / "cache")
+    monkeypatch.setattr(build, "processor_flags", lambda: build.NEEDS["attention"])
+    return "Not a directory"
+
+
+@pytest.mark.parametrize("trouble", [no_compiler, old_processor, broken_source, closed_cache])
+def test_trouble_is_a_reason_and_no_error(
+    trouble: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if trouble in (broken_source, closed_cache) and not any(map(shutil.which, build.COMPILERS)):
+        pytest.skip("no C++ compiler on this machine")
+    text = trouble(monkeypatch, tmp_path)
+    if trouble is no_compiler:
+        monkeypatch.setattr(build, "processor_flags", lambda: build.NEEDS["attention"])
+    with caplog.at_level("INFO", logger="ascendit"):
+        built, again = build.native("attention"), build.native("attention")
+    assert built.library is None and text in built.reason and again is built
+    said = [r.getMessage() for r in caplog.records if "is not used" in r.getMessage()]
+    assert len(said) == 1 and "PyTorch path runs instead" in said[0]
+
+
+def test_without_a_library_the_pytorch_forms_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ascendit.ops import cpu
+    from ascendit.ops.bind import bind
+
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    ops = bind("cpu")
+    assert ops.attention is cpu.attention and ops.choices["attention"] == "cpu: fused PyTorch kernel"

@@ -1,0 +1,130 @@
+"""The C++ operators against `reference` in float32, over the shapes a block loop can go wrong at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ascendit.ops import cpu, cpu_native, reference
+
+FORMS = cpu_native.forms()
+HALF_STEP = 2.0**-8  # of the largest value: half a BF16 step is 2^-9, and the last bit may fall either way
+
+
+def form(name: str) -> Callable[..., Tensor]:
+    if name not in FORMS:
+        pytest.skip(f"native {name} is not available on this machine")
+    return FORMS[name][0]
+
+
+def bf16(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape) * scale).bfloat16()
+
+
+def worst(got: Tensor, wanted: Tensor) -> float:
+    """Largest error, relative to the largest value."""
+    assert got.dtype == torch.bfloat16 and got.shape == wanted.shape
+    return float((got.float() - wanted).abs().max() / wanted.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "d"),
+    [
+        (48, 256, 1, 64),
+        (1, 1, 1, 32),
+        (47, 31, 2, 32),
+        (49, 257, 3, 96),
+        (130, 600, 2, 128),
+        (96, 512, 1, 256),
+    ],
+)
+def test_attention(queries: int, keys: int, heads: int, d: int) -> None:
+    q, k, v = bf16(1, queries, heads, d), bf16(1, keys, heads, d), bf16(1, keys, heads, d)
+    got = form("attention")(q, k, v)
+    assert worst(got, reference.attention(q.float(), k.float(), v.float())) < 2 * HALF_STEP
+    peer = cpu.attention(q, k, v)
+    truth = reference.attention(q.float(), k.float(), v.float())
+    assert (got - truth).norm() <= 1.05 * (peer - truth).norm()
+
+
+def test_attention_with_large_scores() -> None:
+    """Scores of several thousand: the running maximum must keep every power finite."""
+    q, k, v = bf16(1, 60, 2, 64, scale=30), bf16(1, 900, 2, 64, scale=30), bf16(1, 900, 2, 64)
+    got = form("attention")(q, k, v)
+    assert got.isfinite().all()
+    assert worst(got, reference.attention(q.float(), k.float(), v.float())) < 2 * HALF_STEP
+
+
+def test_attention_reads_views_and_leaves_inputs_alone() -> None:
+    whole = bf16(1, 70, 3, 2, 64)
+    q, k, v = whole[:, :, :, 0], whole[:, :, :, 1], whole.flip(1)[:, :, :, 0]
+    before = whole.clone()
+    got = form("attention")(q, k, v)
+    assert worst(got, reference.attention(q.float(), k.float(), v.float())) < 2 * HALF_STEP
+    assert torch.equal(whole, before)
+
+
+def test_a_nan_is_not_lost() -> None:
+    q, k, v = bf16(1, 5, 1, 32), bf16(1, 40, 1, 32), bf16(1, 40, 1, 32)
+    q[0, 3, 0, 7] = torch.nan
+    got = form("attention")(q, k, v)
+    assert got[0, 3].isnan().all() and got[0, :3].isfinite().all()
+    x = bf16(1, 3, 64)
+    x[0, 1, 5] = torch.nan
+    assert form("gelu_tanh")(x)[0, 1, 5].isnan()
+    assert form("rms_norm")(x, torch.ones(64), 1e-6)[0, 1].isnan().all()
+
+
+def test_gelu_over_every_bf16_value() -> None:
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = x[x.isfinite()]
+    got, wanted = form("gelu_tanh")(x).double(), torch.nn.functional.gelu(x.double(), approximate="tanh")
+    small = wanted.abs() < 1e-30
+    assert (got[small].abs() < 1e-29).all()
+    error = ((got - wanted).abs() / wanted.abs())[~small]
+    assert float(error[x[~small] > -5].max()) < HALF_STEP  # left of it 1 + tanh cancels in float32
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize("d", [32, 96, 1536])
+def test_rms_norm(rows: int, d: int) -> None:
+    x, weight = bf16(1, rows, d, scale=3), torch.randn(d)
+    wanted = reference.rms_norm(x.float(), weight, 1e-6)
+    assert worst(form("rms_norm")(x, weight, 1e-6), wanted) < HALF_STEP
+    assert worst(form("rms_norm")(x, weight.bfloat16(), 1e-6), wanted) < 3 * HALF_STEP
+
+
+def test_rope() -> None:
+    x, angle = bf16(1, 33, 3, 96), torch.rand(33, 48) * 7
+    wanted = reference.rope(x.float(), angle.cos(), angle.sin())
+    assert worst(form("rope")(x, angle.cos(), angle.sin()), wanted) < HALF_STEP
+
+
+@pytest.mark.parametrize("spans", [(20,), (3, 17), (1, 1, 18)])
+def test_gated_residual(spans: tuple[int, ...]) -> None:
+    x, y, gate = bf16(1, 20, 48), bf16(1, 20, 48), torch.randn(len(spans), 48)
+    wanted = reference.gated_residual(x.float(), y.float(), gate, spans)
+    assert worst(form("gated_residual")(x, y, gate, spans), wanted) < HALF_STEP
+
+
+def test_float32_and_batches_go_to_pytorch() -> None:
+    q = torch.randn(1, 9, 2, 32)
+    assert torch.equal(form("attention")(q, q, q), cpu.attention(q, q, q))
+    two = bf16(2, 9, 2, 32)
+    assert torch.equal(form("attention")(two, two, two), cpu.attention(two, two, two))
+    odd = bf16(1, 9, 2, 20)
+    assert torch.equal(form("attention")(odd, odd, odd), cpu.attention(odd, odd, odd))
+
+
+def test_same_bytes_on_any_number_of_threads() -> None:
+    q, k, v = bf16(1, 200, 3, 64), bf16(1, 300, 3, 64), bf16(1, 300, 3, 64)
+    many = form("attention")(q, k, v)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(form("attention")(q, k, v), many)
+    finally:
+        torch.set_num_threads(threads)
