@@ -513,7 +513,9 @@ def denoise_loss(
     batch: int,
     span: tuple[float, float],
     rng: np.random.Generator,
+    silent: bool = False,
 ) -> dict[str, torch.Tensor]:
+    """Flow matching at noise levels within `span`. `silent`: the target is no velocity at all."""
     pick = torch.from_numpy(rng.integers(len(data["scene"]), size=batch))
     mean, std = data["mean"][pick].float(), data["std"][pick].float()
     norm = lambda v: v.view(1, -1, 1, 1, 1)  # noqa: E731
@@ -528,7 +530,7 @@ def denoise_loss(
     with half(run.device):
         text, bias = encode_text(enc, ids, torch.from_numpy(lengths).to(run.device))
         v = model(xt, sigma * 1000, text, bias)
-    return {"loss": F.mse_loss(v, noise - x0)}
+    return {"loss": F.mse_loss(v, torch.zeros_like(v) if silent else noise - x0)}
 
 
 def zero_out(net: WanTransformer3DModel) -> None:
@@ -581,12 +583,30 @@ def train_denoisers(
                 ema=0.99,
                 hold=0.2,
             )
+        stage, inside = f"{stage}_only", span
+        if not run.done(stage, {"net": expert}):
+            wrapped = TrainWan(expert).to(run.device)
+            model = torch.compile(wrapped) if compiled else wrapped
+            outside = (0.0, BOUNDARY - 0.06) if stage == "high_only" else (BOUNDARY + 0.06, 1.0)
+
+            def only(
+                step: int, rng: np.random.Generator, model: Any = model, spans: Any = (inside, outside)
+            ) -> dict:
+                """Own side as before; on the other side, say nothing."""
+                own, other = spans
+                losses = denoise_loss(run, model, enc, data, captions, batch, own, rng)
+                silent = denoise_loss(run, model, enc, data, captions, batch, other, rng, silent=True)
+                return {"loss": losses["loss"] + 0.5 * silent["loss"], "silent": silent["loss"]}
+
+            opts = optimisers([expert], 4e-3, 7e-4)
+            run.loop(stage, {"net": expert}, opts, ONLY_STEPS, only, ema=0.98, hold=0.2, log_every=20)
         experts.append(expert.eval())
     return experts[0], experts[1], enc
 
 
 JOINT_STEPS = 2500
 EXPERT_STEPS = 450
+ONLY_STEPS = 150
 
 
 # ---- export -------------------------------------------------------------------------------------
@@ -613,6 +633,9 @@ def export(
     )
     shutil.rmtree(folder, ignore_errors=True)
     pipe.save_pretrained(folder)
+    # Transformers 5 writes a class name that transformers 4 does not have; the old one is in both.
+    for file in (folder / "model_index.json", folder / "tokenizer/tokenizer_config.json"):
+        file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     run.log(f"wrote {folder}: {size / 1e6:.2f} MB")
 
