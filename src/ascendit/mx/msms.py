@@ -9,9 +9,9 @@ them. `msms:minmax_bf16` is the run without autocast (log2 rounded to bfloat16: 
 are one too large).
 
 Where msModelSlim has no sound result we define one: a block with an infinity or a NaN gets scale byte 255
-(upstream: undefined casts of NaN, and byte 252 with 6 for an infinity in MXFP4),
-a group of 512 zeros gets dual_scale 0 and codes 0 (upstream 0 / 0), and `fouroversix` keeps scales at or
-above 2^-127 (upstream's byte wraps round) and takes any K (upstream multiples of 32).
+(upstream: undefined casts of NaN, and byte 252 for an infinity in MXFP4), a group of 512 zeros gets
+dual_scale 0 and codes 0 (upstream 0 / 0), and `fouroversix` keeps scales at or above 2^-127 (upstream's byte
+wraps round) and takes any K (upstream multiples of 32).
 """
 
 from __future__ import annotations
