@@ -30,6 +30,8 @@ _WHERE = {
     "load": "ascendit.pipeline.generate",
 }
 
+_PACKAGES = ("mx",)  # reached by `ascendit.mx.encode` too, without importing them by name
+
 __all__ = [
     "AscenditError",
     "GenerateRequest",
@@ -42,6 +44,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"ascendit.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'ascendit' has no attribute {name!r}")
     value = getattr(importlib.import_module(_WHERE[name]), name)

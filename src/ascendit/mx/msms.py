@@ -1,0 +1,207 @@
+"""msModelSlim 26.1.0 to the bit: its scale rules, its rounding and the dtype of its every step.
+
+What it does differently from OCP: halves are rounded away from zero (`floor(|v| + 0.5)`); MXFP4 adds 9.6e-7
+before the logarithm, so no MXFP4 scale is under 2^-22 and |x| < 2^-24 becomes 0; some steps stay in the dtype
+of the weight. A real run holds bfloat16 weights under the NPU's autocast, which computes log2, pow and
+reciprocal in float32 and all else in bfloat16: that is what a bfloat16 input gives here. A float32 input
+gives the float32 arithmetic, with torch.log2, which rounds the number just under some powers of two up to
+them. `msms:minmax_bf16` is the run without autocast (log2 rounded to bfloat16: one or two of a hundred scales
+are one too large).
+
+Where msModelSlim has no sound result we define one: a block with an infinity or a NaN gets scale byte 255
+(upstream: undefined casts of NaN, and byte 252 for an infinity in MXFP4), a group of 512 zeros gets
+dual_scale 0 and codes 0 (upstream 0 / 0), and `fouroversix` keeps scales at or above 2^-127 (upstream's byte
+wraps round) and takes any K (upstream multiples of 32).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ascendit.mx.elements import assemble, to_values
+from ascendit.mx.formats import E2M1, E4M3, Element
+from ascendit.mx.scales import exponent_and_fraction, power_of_two, split_blocks
+
+EPSILON = {torch.float32: 9.6e-7, torch.bfloat16: 1.0078125 * 2.0**-20}
+"""9.6e-7 as PyTorch adds it: to a bfloat16 tensor it is itself rounded to bfloat16."""
+CEIL_X_CANDIDATES = tuple(6.0 + 0.25 * i for i in range(25))
+"""What `msms:ceil_x:search` tries, 6.00 to 12.00; the first of the best wins."""
+_INT8_MIN_SCALE = 2.0**-23
+
+
+def encode_blocks(blocks: Tensor, element: Element, rule: str) -> tuple[Tensor, Tensor]:
+    """bfloat16 or float32 [..., n, 32] -> (uint8 codes [..., n, 32], int32 exponents [..., n]).
+
+    `rule` without `msms:`: minmax and minmax_bf16 (e4m3, e2m1), mse_round (e4m3), ceil_x:<c>, ceil_x:search
+    and fouroversix (e2m1). Blocks that are not finite come out without meaning; the caller marks them.
+    """
+    amax = blocks.abs().amax(-1)
+    wide = blocks.to(torch.float32)
+    if rule == "mse_round":
+        exponents = _mse_round(wide, amax)
+    elif rule == "fouroversix":
+        exponents = _four_over_six(wide, amax)
+    elif rule.startswith("ceil_x:"):
+        text = rule.removeprefix("ceil_x:")
+        c = best_ceil_x(_ceil_x_errors(wide, amax)) if text == "search" else float(text)
+        exponents = _ceil_x(amax, c)
+    else:
+        exponents = _minmax(amax, element, coarse_log=rule == "minmax_bf16")
+    return _round(wide, exponents, element), exponents
+
+
+def encode_dual(rows: Tensor, coarse: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[..., K] -> (codes [..., n, block], exponents [..., n], dual_scale float32 [..., ceil(K / coarse)]).
+
+    dual_scale = max|w| / 6 over `coarse` values, then MXFP4 minmax in float32 on w / dual_scale.
+    """
+    groups = split_blocks(rows.to(torch.float32), coarse)
+    dual = groups.abs().amax(-1) / E2M1.max
+    scaled = torch.where((dual == 0).unsqueeze(-1), 0.0, groups / dual.unsqueeze(-1))
+    blocks = split_blocks(scaled.flatten(-2)[..., : rows.shape[-1]], block)
+    codes, exponents = encode_blocks(blocks, E2M1, "minmax")
+    return codes, exponents, dual
+
+
+def encode_int8(rows: Tensor, lowest: int) -> tuple[Tensor, Tensor]:
+    """[..., K] -> (int8 codes [..., K], float32 scale [..., 1]); all steps in the dtype of `rows`.
+
+    scale = max(max|w| / 127, 2^-23), codes = clamp(round_half_even(w / scale), lowest, 127). `lowest` is -128
+    in msModelSlim and -127 in its legacy calibrator; the scale is rounded to bfloat16, so -128 does occur.
+    """
+    dtype = rows.dtype
+    scale = (rows.abs().amax(-1, keepdim=True).to(torch.float32) / 127.0).to(dtype).to(torch.float32)
+    scale = scale.clamp(min=_INT8_MIN_SCALE)
+    steps = (rows.to(torch.float32) / scale).to(dtype).to(torch.float32)
+    return torch.round(steps).clamp(lowest, 127).to(torch.int8), scale
+
+
+def nearest_codes(values: Tensor) -> Tensor:
+    """float32 -> uint8 e2m1 codes as msModelSlim's packer takes them: the nearest number, the smaller of two.
+
+    What it packs are FP4 numbers already; the sign of zero is kept here, other than in rounding.
+    """
+    midpoints = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=values.device)
+    index = (values.abs().unsqueeze(-1) > midpoints).sum(-1)
+    return (index | (torch.signbit(values).to(index.dtype) << 3)).to(torch.uint8)
+
+
+def ceil_x_errors(rows: Tensor, block: int = 32) -> list[float]:
+    """[..., K] -> the mean squared error under each of CEIL_X_CANDIDATES, filling of the last block included.
+
+    For a weight that is read in blocks of rows: give `best_ceil_x` the average, weighted by rows.
+    """
+    blocks = split_blocks(rows, block)
+    return _ceil_x_errors(blocks.to(torch.float32), blocks.abs().amax(-1))
+
+
+def best_ceil_x(errors: list[float]) -> float:
+    """The candidate with the least error, the first of equals; 6.0 if no error is finite."""
+    comparable = [error if math.isfinite(error) else math.inf for error in errors]
+    return CEIL_X_CANDIDATES[comparable.index(min(comparable))]
+
+
+def _ceil_x_errors(wide: Tensor, amax: Tensor) -> list[float]:
+    return [
+        float((wide - _back(wide, _ceil_x(amax, c), E2M1)).square().mean().item()) for c in CEIL_X_CANDIDATES
+    ]
+
+
+# ---- exponents ----------------------------------------------------------------------------------
+
+
+def _minmax(amax: Tensor, element: Element, coarse_log: bool = False) -> Tensor:
+    if element is E4M3:
+        return (_floor_log2(amax, coarse_log) - E4M3.emax).clamp(-127, 127)
+    return (_floor_log2(_step(amax, 0.875), coarse_log) - E2M1.emax).clamp(-129, 125)
+
+
+def _ceil_x(amax: Tensor, c: float) -> Tensor:
+    """ceil(log2(amax / c + eps)); nothing is taken off for the element, whatever its comment says."""
+    return _ceil_log2(_step(amax, c)).clamp(-129, 125)
+
+
+def _mse_round(wide: Tensor, amax: Tensor) -> Tensor:
+    """The exponent above or below log2(amax) - 8, per block, whichever errs less; below if they tie."""
+    up = (_ceil_log2(amax) - E4M3.emax).clamp(-127, 127)
+    down = (_floor_log2(amax) - E4M3.emax).clamp(-127, 127)
+    errors_up = (wide - _back(wide, up, E4M3)).square().mean(-1)
+    errors_down = (wide - _back(wide, down, E4M3)).square().mean(-1)
+    take_up = errors_up.isfinite() & ((errors_up < errors_down) | ~errors_down.isfinite())
+    return torch.where(take_up, up, down)
+
+
+def _four_over_six(wide: Tensor, amax: Tensor) -> Tensor:
+    """Largest value to 6 or to 4, per block, whichever errs less; 6 if they tie."""
+    six, four = _nearest_log2(_divide(amax, 6.0)), _nearest_log2(_divide(amax, 4.0))
+    errors_six = (wide - _back(wide, six, E2M1)).square().mean(-1)
+    errors_four = (wide - _back(wide, four, E2M1)).square().mean(-1)
+    return torch.where(errors_six <= errors_four, six, four)
+
+
+# ---- steps --------------------------------------------------------------------------------------
+
+
+def _divide(amax: Tensor, by: float) -> Tensor:
+    """amax / by in the dtype of amax."""
+    return (amax.to(torch.float32) / by).to(amax.dtype)
+
+
+def _step(amax: Tensor, by: float) -> Tensor:
+    """amax / by + epsilon, each rounded to the dtype of amax."""
+    return (_divide(amax, by).to(torch.float32) + EPSILON[amax.dtype]).to(amax.dtype)
+
+
+def _floor_log2(x: Tensor, coarse_log: bool = False) -> Tensor:
+    """int32 floor(log2 x). Exact for bfloat16; as torch.log2 rounds for float32. Zero: -127 or less."""
+    if x.dtype == torch.float32:
+        return torch.floor(_log2(x)).to(torch.int32)
+    wide = x.to(torch.float32)
+    if coarse_log:
+        return torch.floor(_log2(wide).to(torch.bfloat16).to(torch.float32)).to(torch.int32)
+    return exponent_and_fraction(wide)[0]
+
+
+def _ceil_log2(x: Tensor) -> Tensor:
+    """int32 ceil(log2 x), as `_floor_log2`."""
+    if x.dtype == torch.float32:
+        return torch.ceil(_log2(x)).to(torch.int32)
+    exponent, fraction = exponent_and_fraction(x.to(torch.float32))
+    return exponent + (fraction > 0).to(torch.int32)
+
+
+def _log2(x: Tensor) -> Tensor:
+    """float32 log2, kept in [-150, 128] for zeros and infinities."""
+    return torch.log2(x).clamp(-150, 128)
+
+
+def _nearest_log2(x: Tensor) -> Tensor:
+    """int32 log2 x rounded to the nearest; within 1e-6 of a half: to the odd of the two. Zero: 0."""
+    log = _log2(torch.where(x == 0, 1.0, x.to(torch.float32)))
+    whole = torch.floor(log)
+    part = log - whole
+    tie = (part - 0.5).abs() <= 1e-6
+    up = torch.where(tie, whole % 2 == 0, part > 0.5 + 1e-6)
+    return (whole + up.to(whole.dtype)).to(torch.int32)
+
+
+def _round(wide: Tensor, exponents: Tensor, element: Element) -> Tensor:
+    """uint8 codes of wide / 2^exponent, halves away from zero.
+
+    A value that rounds to zero keeps its sign; -0 itself loses it, for e4m3 also one that scaling makes.
+    """
+    scaled = wide * power_of_two((-exponents).clamp(-127, 127)).unsqueeze(-1)
+    scaled = torch.where((exponents < -127).unsqueeze(-1), 0.0, scaled)
+    private = exponent_and_fraction(scaled)[0].clamp(element.emin, element.emax)
+    steps = torch.floor(scaled.abs() * power_of_two(element.mbits - private) + 0.5)
+    negative = scaled < 0 if element is E4M3 else wide < 0
+    return assemble(steps, private, negative, element)
+
+
+def _back(wide: Tensor, exponents: Tensor, element: Element) -> Tensor:
+    """What `wide` becomes under these exponents, float32."""
+    values = to_values(_round(wide, exponents, element), element)
+    return values * power_of_two(exponents.clamp(-127, 127)).unsqueeze(-1)

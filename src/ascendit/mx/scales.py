@@ -1,0 +1,98 @@
+"""E8M0 scales: from the largest magnitude of a block to a power of two, by integers on float32 bits.
+
+Every rule but msModelSlim's is two integers (`thresholds`): with amax = 1.frac x 2^E,
+
+    exponent = E - shift + (frac > threshold),   clamped to [-127, 127],   byte = exponent + 127
+
+| rule    | meaning                                 | same as                                         |
+|---------|-----------------------------------------|-------------------------------------------------|
+| floor   | floor(log2 amax) - emax                 | OCP MX v1.0 6.3, NPU scale_alg 0, torchao FLOOR |
+| ceil    | ceil(log2(amax / max))                  | NPU scale_alg 1, cuBLAS, torchao RCEIL          |
+| pow2    | ceil(log2 amax) - emax                  | torchao CEIL                                    |
+| even    | floor of amax rounded, halves up, to as | torchao EVEN; for e2m1 this is the 8/7 rule     |
+|         | many bits as the element's mantissa has |                                                 |
+| max:<m> | ceil(log2(amax / m)), e2m1              | NPU scale_alg 2 with dst_type_max m             |
+
+Zero and tiny blocks get byte 0 = 2^-127 and are divided by exactly that. A block with an infinity or a NaN
+gets byte 255, which is NaN (OCP MX v1.0 5.4.1; NPU, all algorithms), and its codes are NaN where the element
+has one, else 0. Known differences: the NPU's algorithms 0 and 2 also turn every block of byte 0 into zeros;
+torchao divides a block of byte 0 by 2^-126 (RCEIL: by 1), gives a block with an infinity a finite scale, and
+its RCEIL takes log2 in float32, which for float32 input may miss a quotient just above a power of two (a few
+blocks in a million).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ascendit.mx.formats import E2M1, Element
+
+BIAS = 127
+NAN_BYTE = 255
+_FRACTION = (1 << 23) - 1
+
+
+def split_blocks(rows: Tensor, block: int) -> Tensor:
+    """[..., K] -> [..., ceil(K / block), block], same dtype; the last block is filled up with zeros."""
+    short = -rows.shape[-1] % block
+    if short:
+        rows = torch.nn.functional.pad(rows, (0, short))
+    blocks: Tensor = rows.unflatten(-1, (-1, block))
+    return blocks
+
+
+def join_blocks(blocks: Tensor, length: int) -> Tensor:
+    """[..., n, block] -> [..., length]: the inverse of `split_blocks`, without the filling."""
+    return blocks.flatten(-2)[..., :length]
+
+
+def exponent_and_fraction(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 -> int32 (E, frac) with |x| = (1 + frac / 2^23) 2^E. Zeros and subnormals give E = -127."""
+    bits = x.contiguous().view(torch.int32) & 0x7FFFFFFF
+    return (bits >> 23) - BIAS, bits & _FRACTION
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """int32 in [-127, 127] -> float32 2^exponent, exact (2^-127 is a subnormal number)."""
+    bits = torch.where(exponent > -BIAS, (exponent + BIAS) << 23, 1 << 22)
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def thresholds(rule: str, element: Element) -> tuple[int, int]:
+    """(shift, threshold) of a rule, see above. `rule` is one of floor, ceil, pow2, even, max:<m>."""
+    if rule == "floor":
+        return element.emax, _FRACTION
+    if rule == "pow2":
+        return element.emax, 0
+    if rule == "even":
+        return element.emax, _FRACTION - (1 << (22 - element.mbits))
+    bound = element.max if rule == "ceil" else float(rule.removeprefix("max:"))
+    fraction, exponent = math.frexp(bound)
+    return exponent - 1, int((2 * fraction - 1) * (1 << 23))
+
+
+def shared_exponents(amax: Tensor, element: Element, rule: str) -> Tensor:
+    """float32 magnitudes -> int32 exponents in [-127, 127]; what comes out for inf and NaN has no meaning.
+
+    `max:6` and `max:7` look at amax cut to bfloat16, as the NPU does. Float32 input only is touched by this.
+    """
+    exponent, fraction = exponent_and_fraction(amax)
+    if element is E2M1 and rule.startswith("max:") and float(rule[4:]) in (6.0, 7.0):
+        fraction = fraction & ~0xFFFF
+    shift, threshold = thresholds(rule, element)
+    return (exponent - shift + (fraction > threshold).to(torch.int32)).clamp(-BIAS, BIAS)
+
+
+def to_bytes(exponents: Tensor, finite: Tensor) -> Tensor:
+    """int32 exponents, cut to [-127, 127] -> uint8 E8M0, 255 where not `finite`."""
+    return torch.where(finite, exponents.clamp(-BIAS, BIAS) + BIAS, NAN_BYTE).to(torch.uint8)
+
+
+def from_bytes(scale: Tensor) -> Tensor:
+    """uint8 E8M0 -> float32 powers of two, NaN for byte 255 (OCP MX v1.0 5.4.1)."""
+    exponents = scale.to(torch.int32) - BIAS
+    value = power_of_two(exponents.clamp(max=BIAS))
+    return torch.where(scale == NAN_BYTE, torch.nan, value)

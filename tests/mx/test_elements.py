@@ -1,0 +1,105 @@
+"""Element codes against ml_dtypes, over all values, and the packing of 4-bit codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mx.blocks import every_bf16
+from torch import Tensor
+
+from ascendit.mx import elements
+from ascendit.mx.formats import E2M1, E4M3, E5M2, Element
+
+DTYPES: list[tuple[Element, Any]] = [
+    (E4M3, ml_dtypes.float8_e4m3fn),
+    (E5M2, ml_dtypes.float8_e5m2),
+    (E2M1, ml_dtypes.float4_e2m1fn),
+]
+each = pytest.mark.parametrize(("element", "dtype"), DTYPES, ids=[e.name for e, _ in DTYPES])
+
+
+def grid(element: Element) -> Tensor:
+    """All numbers of the element from 0 up, float32."""
+    top = elements.to_codes(torch.tensor([element.max]), element, "rint").item()
+    return elements.to_values(torch.arange(int(top) + 1, dtype=torch.uint8), element)
+
+
+def hard_values(element: Element) -> Tensor:
+    """Every bfloat16 number, and in float32 every number and every midpoint with its four neighbours."""
+    points = grid(element)
+    points = torch.cat((points, (points[1:] + points[:-1]) / 2))
+    bits = points.view(torch.int32).unsqueeze(0) + torch.arange(-2, 3, dtype=torch.int32).unsqueeze(1)
+    near = bits.clamp(min=0).view(torch.float32).flatten()
+    every = every_bf16().float()
+    return torch.cat((every[every.isfinite()], near, -near))
+
+
+@each
+def test_every_code_means_what_ml_dtypes_says(element: Element, dtype: Any) -> None:
+    codes = np.arange(1 << element.bits, dtype=np.uint8)
+    found = elements.to_values(torch.from_numpy(codes), element).numpy()
+    wanted = codes.view(dtype).astype(np.float32)
+    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(np.signbit(found[wanted == 0]), np.signbit(wanted[wanted == 0]))
+
+
+@each
+def test_rint_is_the_cast_of_ml_dtypes_with_saturation(element: Element, dtype: Any) -> None:
+    values = hard_values(element)
+    wanted = values.clamp(-element.max, element.max).numpy().astype(dtype).view(np.uint8)
+    np.testing.assert_array_equal(elements.to_codes(values, element, "rint").numpy(), wanted)
+
+
+@each
+def test_the_other_roundings_pick_the_right_neighbour(element: Element, dtype: Any) -> None:
+    """By search in the sorted numbers, in float64."""
+    values = hard_values(element)
+    positive = grid(element).double().numpy()
+    numbers = np.concatenate((-positive[:0:-1], positive))
+    clipped = values.double().numpy().clip(-element.max, element.max)
+    below = numbers[np.searchsorted(numbers, clipped, side="right") - 1]
+    above = numbers[np.searchsorted(numbers, clipped, side="left")]
+    size = np.abs(clipped)
+    low, high = np.minimum(np.abs(below), np.abs(above)), np.maximum(np.abs(below), np.abs(above))
+    away = np.where(size - low >= high - size, high, low) * np.sign(clipped)
+    for rounding, wanted in (("floor", below), ("half_away", away)):
+        found = elements.to_values(elements.to_codes(values, element, rounding), element).double().numpy()
+        np.testing.assert_array_equal(found, wanted, err_msg=rounding)
+
+
+@each
+def test_signs_of_zero_are_kept(element: Element, dtype: Any) -> None:
+    tiny = torch.tensor([0.0, -0.0, 1e-30, -1e-30])
+    sign = 1 << (element.bits - 1)
+    assert elements.to_codes(tiny, element, "rint").tolist() == [0, sign, 0, sign]
+
+
+@each
+def test_infinity_saturates(element: Element, dtype: Any) -> None:
+    codes = elements.to_codes(torch.tensor([torch.inf, -torch.inf]), element, "rint")
+    assert elements.to_values(codes, element).tolist() == [element.max, -element.max]
+
+
+def test_the_even_index_is_in_the_low_nibble() -> None:
+    assert elements.pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8)).tolist() == [[0x21, 0x03]]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 15), min_size=7, max_size=7), min_size=1, max_size=4), st.integers(1, 7)
+)
+def test_pack_and_unpack_are_inverse(rows: list[list[int]], length: int) -> None:
+    codes = torch.tensor(rows, dtype=torch.uint8)[:, :length]
+    packed = elements.pack(codes)
+    assert packed.shape == (len(rows), (length + 1) // 2)
+    assert torch.equal(elements.unpack(packed, length), codes)
+
+
+def test_every_packed_byte_survives() -> None:
+    packed = torch.arange(256, dtype=torch.uint8).reshape(4, 64)
+    assert torch.equal(elements.pack(elements.unpack(packed, 128)), packed)

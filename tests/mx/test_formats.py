@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from ascendit.errors import UsageError
+from ascendit.mx.formats import E2M1, E4M3, E5M2, FORMATS, lookup, resolve_rounding, resolve_rule
+
+
+def test_the_table_holds_these_formats() -> None:
+    assert {name: (f.kind, f.block, f.coarse, f.default_rule) for name, f in FORMATS.items()} == {
+        "mxfp8": ("block", 32, 0, "ceil"),
+        "mxfp8_e5m2": ("block", 32, 0, "ceil"),
+        "mxfp4": ("block", 32, 0, "max:7"),
+        "mxfp4_dualscale": ("dual", 32, 512, "floor"),
+        "int8": ("row", 0, 0, "amax"),
+        "fp8": ("row", 0, 0, "amax"),
+        "fp8_128x128": ("tile", 128, 0, "amax"),
+    }
+
+
+def test_bits_per_value() -> None:
+    found = {name: f.bits_per_value for name, f in FORMATS.items()}
+    assert found == {
+        "mxfp8": 8.25,
+        "mxfp8_e5m2": 8.25,
+        "mxfp4": 4.25,
+        "mxfp4_dualscale": 4.3125,
+        "int8": 8,
+        "fp8": 8,
+        "fp8_128x128": 8,
+    }
+
+
+@pytest.mark.parametrize(("element", "emin"), [(E4M3, -6), (E5M2, -14), (E2M1, 0)])
+def test_smallest_exponents_are_those_of_ocp(element, emin) -> None:
+    assert element.emin == emin
+
+
+def test_the_table_is_read_without_torch() -> None:
+    code = "import sys, ascendit.mx.formats, ascendit.mx; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_an_unknown_format_names_the_known_ones() -> None:
+    with pytest.raises(
+        UsageError, match=r"E-USE-01\] number format 'mxfp6'\n  needs  one of mxfp8, mxfp8_e5m2"
+    ):
+        lookup("mxfp6")
+
+
+@pytest.mark.parametrize(
+    ("form", "rule"),
+    [
+        ("mxfp8", "floor"),
+        ("mxfp8", "msms:mse_round"),
+        ("mxfp4", "max:6"),
+        ("mxfp4", "max:7.25"),
+        ("mxfp4", "msms:ceil_x:7.25"),
+        ("mxfp4", "msms:ceil_x:search"),
+        ("mxfp4_dualscale", "msms:dualscale"),
+        ("int8", "msms:int8_legacy"),
+    ],
+)
+def test_rules_that_a_format_has(form: str, rule: str) -> None:
+    assert resolve_rule(FORMATS[form], rule) == rule
+
+
+@pytest.mark.parametrize(
+    ("form", "rule"),
+    [
+        ("mxfp8", "max:7"),
+        ("mxfp8", "rceil"),
+        ("mxfp8_e5m2", "msms:minmax"),
+        ("mxfp4", "max:"),
+        ("mxfp4", "max:13"),
+        ("mxfp4", "max:nan"),
+        ("mxfp4", "max:seven"),
+        ("mxfp4", "max:search"),
+        ("mxfp4", "msms:ceil_x"),
+        ("mxfp4", "msms:dualscale"),
+        ("mxfp4_dualscale", "max:7"),
+        ("int8", "ceil"),
+    ],
+)
+def test_rules_that_a_format_has_not(form: str, rule: str) -> None:
+    with pytest.raises(UsageError, match="scale rule") as caught:
+        resolve_rule(FORMATS[form], rule)
+    assert caught.value.code == "E-USE-01"
+    assert caught.value.needs.startswith("one of ")
+
+
+def test_msmodelslim_brings_its_own_rounding() -> None:
+    assert resolve_rounding(FORMATS["mxfp8"], "ceil", None) == "rint"
+    assert resolve_rounding(FORMATS["mxfp4"], "max:7", "floor") == "floor"
+    assert resolve_rounding(FORMATS["mxfp8"], "msms:minmax", None) == "half_away"
+    assert resolve_rounding(FORMATS["int8"], "msms:int8", None) == "rint"
+    with pytest.raises(UsageError, match=r"rounding 'rint' for mxfp8 with scale rule 'msms:minmax'"):
+        resolve_rounding(FORMATS["mxfp8"], "msms:minmax", "rint")
+    with pytest.raises(UsageError, match=r"needs  one of rint, half_away, floor"):
+        resolve_rounding(FORMATS["mxfp8"], "ceil", "stochastic")

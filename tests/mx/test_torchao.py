@@ -1,0 +1,84 @@
+"""torchao's `to_mx`: frozen results always, the library itself where it is installed.
+
+What differs, and is left out: blocks whose scale byte is 0 (torchao divides by 2^-126 or by 1) and blocks
+that are not finite. `mx.scales` says why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from mx.blocks import FIXTURES, blocks_of, every_finite_amax, random_blocks, raw
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ascendit.mx import encode
+
+SAME = {"floor": "FLOOR", "ceil": "RCEIL", "pow2": "CEIL", "even": "EVEN"}
+DTYPES = {
+    "mxfp8": torch.float8_e4m3fn,
+    "mxfp8_e5m2": torch.float8_e5m2,
+    "mxfp4": getattr(torch, "float4_e2m1fn_x2", torch.uint8),
+}
+
+
+def compare(x: Tensor, form: str, rule: str, scale: Tensor, codes: Tensor) -> None:
+    """Scales all equal; codes equal in every block with another byte than 0."""
+    encoded = encode(x, form, scale_rule=rule)
+    assert torch.equal(encoded.scale, scale)
+    bytes_per_block = codes.shape[-1] // scale.shape[-1]
+    differ = (raw(encoded.codes) != codes).unflatten(-1, (-1, bytes_per_block)).any(-1)
+    assert not (differ & (scale != 0)).any()
+    assert int((scale != 0).sum()) > 0.8 * scale.numel()
+
+
+@pytest.mark.parametrize("form", DTYPES)
+@pytest.mark.parametrize("rule", SAME)
+def test_frozen(form: str, rule: str) -> None:
+    vectors = load_file(FIXTURES / "torchao" / "to_mx.safetensors")
+    key = f"x.{form}.{SAME[rule]}"
+    compare(vectors["x"], form, rule, vectors[f"{key}.scale"], vectors[f"{key}.codes"])
+
+
+@pytest.fixture(scope="module")
+def torchao() -> Any:
+    """(to_mx, ScaleCalculationMode). Its import warns about things that are no business of ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = pytest.importorskip(
+            "torchao.prototype.mx_formats.mx_tensor", reason="torchao is not installed"
+        )
+        from torchao.prototype.mx_formats.config import ScaleCalculationMode
+    return module.to_mx, ScaleCalculationMode
+
+
+def compare_live(torchao: Any, x: Tensor, form: str, rule: str) -> None:
+    to_mx, modes = torchao
+    scale, codes = to_mx(x, DTYPES[form], 32, modes[SAME[rule]])
+    compare(x, form, rule, scale.view(torch.uint8), codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize("form", DTYPES)
+@pytest.mark.parametrize("rule", SAME)
+def test_a_third_of_all_bf16_amax(torchao: Any, form: str, rule: str) -> None:
+    compare_live(torchao, blocks_of(every_finite_amax()[::3], seed=0), form, rule)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", DTYPES)
+@pytest.mark.parametrize("rule", SAME)
+def test_a_million_blocks(torchao: Any, form: str, rule: str) -> None:
+    for seed in range(20):
+        compare_live(torchao, random_blocks(50_000, seed), form, rule)
+
+
+def test_cuda_tiles(torchao: Any) -> None:
+    from torchao.prototype.mx_formats.utils import to_blocked
+
+    from ascendit.mx.layouts import to_cuda_tiles
+
+    scale = torch.randint(0, 256, (300, 23), dtype=torch.uint8)
+    assert torch.equal(to_cuda_tiles(scale), to_blocked(scale))
