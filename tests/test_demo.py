@@ -17,9 +17,9 @@ from ascendit.pipeline import verify, world
 from ascendit.pipeline.folder import DEMO
 from ascendit.pipeline.generate import Pipeline
 
-# Counted over all 864 videos: `ascendit verify --demo --adherence` (docs/demo-model.md). A subset of 48 has a
-# standard deviation of 4 points at 90 %.
-SUBSET, LEAST_RIGHT = 48, 0.80
+# Counted over all 864 videos: `ascendit verify --demo --adherence` (docs/demo-model.md). 99.2 % are
+# right in everything.
+SUBSET, LEAST_RIGHT = 48, 0.90
 
 
 @pytest.fixture(scope="module")
