@@ -119,12 +119,12 @@ def test_a_replay_line_as_a_user_sees_it() -> None:
     request = resolve(CASCADE, "a cat's hat", seed=7, width=832, height=480)
     assert request.replay_line("demo") == (
         "ascendit generate --demo 'a cat'\"'\"'s hat' --seed 7 --size 832x480 --frames 81 --fps 16 "
-        "--steps 40 --guidance 4,3 --shift 12 --set boundary_ratio=0.875"
+        "--steps 40 --guidance 4,3 --shift 12 --set boundary_ratio=0.875 --set solver=unipc"
     )
     few = resolve(SINGLE, "-v is a flag", seed=7, timesteps=[1000, 750.5], guidance_scale=1)
     assert few.replay_line("models/wan", "a.mp4") == (
         "ascendit generate --seed 7 --size 1280x720 --frames 81 --fps 16 --timesteps 1000,750.5 "
-        "--guidance 1 --shift 5 -o a.mp4 -- models/wan '-v is a flag'"
+        "--guidance 1 --shift 5 --set solver=unipc -o a.mp4 -- models/wan '-v is a flag'"
     )
 
 
