@@ -178,8 +178,8 @@ SPECS: dict[str, WanSpec] = {
             num_inference_steps=16,
             flow_shift=4.0,
             boundary_ratio=0.875,
-            guidance_scale=4.0,
-            guidance_scale_2=2.5,
+            guidance_scale=2.0,
+            guidance_scale_2=1.5,
         ),
     )
 }

@@ -130,8 +130,8 @@ def test_a_whole_folder(demo: Path) -> None:
         "num_inference_steps": 16,
         "flow_shift": 4.0,
         "solver": "unipc",
-        "guidance_scale": 4.0,
-        "guidance_scale_2": 2.5,
+        "guidance_scale": 2.0,
+        "guidance_scale_2": 1.5,
         "boundary_ratio": 0.875,
         "max_sequence_length": 512,
     }
@@ -151,7 +151,7 @@ def test_the_screen(demo: Path) -> None:
         "bf16+fp32",
         "bits/weight",
         "frames 4n+1, size multiple of 16",
-        "64x64, 17 frames, 8 fps, 16 steps, guidance 4 (high noise) / 2.5 (low noise)",
+        "64x64, 17 frames, 8 fps, 16 steps, guidance 2 (high noise) / 1.5 (low noise)",
         "shift 4, unipc, boundary 0.875",
         f"{2 * count + 2} tensors in 4 files, 0 missing, 0 unexpected, 0 misshapen, 0 mistyped   ok",
     ):
