@@ -228,8 +228,6 @@ class Run:
         loss_fn: Callable[[int, np.random.Generator], dict[str, torch.Tensor]],
         *,
         ema: float | None = None,
-        on_log: Callable[[int], str] | None = None,
-        trainable: list[torch.nn.Module] | None = None,
         log_every: int = 50,
         hold: float = 0.5,
         floor: float = 0.0,
@@ -259,7 +257,7 @@ class Run:
                     g["lr"] = lr * rate(step, steps, hold=hold, floor=floor)
             losses = loss_fn(step, rng)
             losses["loss"].backward()
-            for m in trainable or modules.values():
+            for m in modules.values():
                 torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
             for o in opts:
                 o.step()
@@ -274,9 +272,7 @@ class Run:
                 n = (step % log_every) + 1 if step + 1 == steps else log_every
                 per = (time.perf_counter() - clock) / n
                 text = " ".join(f"{k} {v / n:.4f}" for k, v in sums.items())
-                self.log(
-                    f"{stage} {step + 1}/{steps} {text} {per:.2f} s/step {on_log(step) if on_log else ''}"
-                )
+                self.log(f"{stage} {step + 1}/{steps} {text} {per:.2f} s/step")
                 clock, sums = time.perf_counter(), {}
             if (step + 1) % 200 == 0:
                 torch.save(
