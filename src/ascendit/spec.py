@@ -1,4 +1,4 @@
-"""Pure data: the Wan family. One row per model; wrong defaults are bugs.
+"""Pure data: the Wan family, one row per model, and the schemes; wrong defaults are bugs.
 
 Sources: `wan/configs/*.py` and `generate.py` of Wan-Video/Wan2.2 and Wan-Video/Wan2.1. No torch here.
 """
@@ -222,3 +222,79 @@ def nearest_sizes(pixels: int, multiple: int) -> tuple[int, int]:
     """The two legal widths or heights around an illegal one, smallest `multiple`."""
     low = max(multiple, pixels // multiple * multiple)
     return low, low + multiple
+
+
+# ---- schemes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How a linear layer is stored and computes."""
+
+    name: str
+    manifest: str
+    """msModelSlim's word for it, the value in `quant_model_description.json`."""
+    format: str | None
+    """A row of `mx.formats.FORMATS`; None: floating point, as the source has it."""
+    roles: tuple[str, ...]
+    """The tensors of a layer, `bias` and the optional `mul_scale` left out, in the order they are written."""
+    weight_bits: int
+    activation_bits: int
+
+
+SCHEMES: dict[str, Scheme] = {
+    s.name: s
+    for s in (
+        Scheme(
+            name="bf16",
+            manifest="FLOAT",
+            format=None,
+            roles=("weight",),
+            weight_bits=16,
+            activation_bits=16,
+        ),
+        Scheme(
+            name="int8",
+            manifest="W8A8_DYNAMIC",
+            format="int8",
+            roles=("weight", "weight_scale", "weight_offset"),
+            weight_bits=8,
+            activation_bits=8,
+        ),
+        Scheme(
+            name="fp8",
+            manifest="WFP8AFP8_DYNAMIC",
+            format="fp8",
+            roles=("weight", "weight_scale"),
+            weight_bits=8,
+            activation_bits=8,
+        ),
+        Scheme(
+            name="mxfp8",
+            manifest="W8A8_MXFP8",
+            format="mxfp8",
+            roles=("weight", "weight_scale"),
+            weight_bits=8,
+            activation_bits=8,
+        ),
+        Scheme(
+            name="mxfp4",
+            manifest="W4A4_MXFP4",
+            format="mxfp4",
+            roles=("weight", "weight_scale"),
+            weight_bits=4,
+            activation_bits=4,
+        ),
+        Scheme(
+            name="mxfp4_dualscale",
+            manifest="W4A4_MXFP4_DUALSCALE",
+            format="mxfp4_dualscale",
+            roles=("weight", "weight_scale", "weight_dual_scale"),
+            weight_bits=4,
+            activation_bits=4,
+        ),
+    )
+}
+"""DESIGN section 4: what `quantize` and `repack` write. FP8 in 128 x 128 tiles is only read, see `checkpoint.expert`."""
+
+MANIFEST_SCHEMES = {s.manifest: s.name for s in SCHEMES.values()}
