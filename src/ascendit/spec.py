@@ -295,6 +295,6 @@ SCHEMES: dict[str, Scheme] = {
         ),
     )
 }
-"""DESIGN section 4: what `quantize` and `repack` write. FP8 in 128 x 128 tiles is only read, see `checkpoint.expert`."""
+"""What `quantize` and `repack` write. FP8 in 128 x 128 tiles is only read, see `checkpoint.expert`."""
 
 MANIFEST_SCHEMES = {s.manifest: s.name for s in SCHEMES.values()}
