@@ -114,23 +114,26 @@ def test_nothing_there(tmp_path: Path) -> None:
     ("files", "words"),
     [
         ({}, "it has no model_index.json"),
-        ({"config.json": CONFIGS["transformer/config.json"]}, "a bare WanTransformer3DModel folder"),
-        ({"config.json": {"_class_name": "WanModel"}}, "original Wan format"),
         ({"config.json": {"model_type": "llama"}}, "class None"),
+        ({"config.json": CONFIGS["vae/config.json"]}, "class AutoencoderKLWan"),
         ({"inner/model_index.json": INDEX}, "the folder below it has one: inner"),
+        ({"a.safetensors": {}, "b.safetensors": {}}, "a.safetensors, b.safetensors; give one of them"),
+        ({"note.txt": {}}, "it has no model_index.json"),
+        ({"diffusion_pytorch_model.safetensors.index.json": {"weight_map": {"a": "b"}}}, "it has no"),
     ],
 )
-def test_not_a_pipeline_folder(tmp_path: Path, files: dict[str, Any], words: str) -> None:
+def test_of_no_known_kind(tmp_path: Path, files: dict[str, Any], words: str) -> None:
     for name, data in files.items():
         write(tmp_path / name, data)
     e = refused(tmp_path, "E-CKP-01")
     assert words in e.got
-    assert "model_index.json" in e.needs
+    for known in ("model_index.json", "high_noise_model", "quant_model_description", ".safetensors"):
+        assert known in e.needs
 
 
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    assert "this is a file" in refused(tmp_path / "model.safetensors", "E-CKP-01").got
+def test_a_file_that_is_no_safetensors(tmp_path: Path) -> None:
+    (tmp_path / "model.pth").write_bytes(b"")
+    assert "does not end in .safetensors" in refused(tmp_path / "model.pth", "E-CKP-01").got
 
 
 @pytest.mark.parametrize("name", ["WanVACEPipeline", "FluxPipeline", None, 3])
@@ -236,3 +239,216 @@ def test_what_diffusers_itself_writes(tiny_folder: Callable[[str], Path], build:
     assert len(layout.experts) == (2 if build == "t2v_cascade" else 1)
     assert all(part.config for part in layout.parts.values())
     assert ("image_encoder" in layout.parts) == (build == "i2v_21")
+
+
+# ---- transformers that stand alone --------------------------------------------------------------
+
+WAN_CONFIG = {"_class_name": "WanModel", "dim": 64, "model_type": "t2v"}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+DESCRIPTION = "quant_model_description_w8a8_mxfp8.json"
+EXPORTED = "quant_model_weight_w8a8_mxfp8.safetensors"
+
+
+def touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+    return path
+
+
+def kinds(path: Path) -> tuple[str, list[tuple[str, str]]]:
+    layout = recognise(path)
+    assert (layout.index, layout.pipeline) == ({}, "")
+    return layout.kind, [(part.name, part.path.name) for part in layout.experts]
+
+
+def test_a_pipeline_that_lost_its_index(wan: Path) -> None:
+    (wan / "model_index.json").unlink()
+    assert kinds(wan) == (
+        "transformers-only",
+        [("transformer", "transformer"), ("transformer_2", "transformer_2")],
+    )
+    assert list(recognise(wan).parts) == ["transformer", "transformer_2"]
+    write(wan / "transformer_2" / "config.json", {"_class_name": "FluxTransformer2DModel"})
+    assert "FluxTransformer2DModel" in refused(wan, "E-CKP-05").got
+
+
+def test_a_bare_transformer(wan: Path) -> None:
+    assert kinds(wan / "transformer_2") == ("transformer", [("transformer", "transformer_2")])
+    touch(wan / "transformer_2" / WEIGHTS)
+    layout = recognise(wan / "transformer_2" / WEIGHTS)  # its only file: the config beside it counts
+    assert (layout.kind, layout.experts[0].config["num_layers"]) == ("transformer", 2)
+
+
+def test_an_original_folder(tmp_path: Path) -> None:
+    write(tmp_path / "config.json", WAN_CONFIG)
+    touch(tmp_path / WEIGHTS)
+    assert kinds(tmp_path) == ("wan", [("transformer", tmp_path.name)])
+    assert recognise(tmp_path).experts[0].config == WAN_CONFIG
+
+
+@pytest.mark.parametrize("prefix", ["", "t2v_", "i2v_"])
+def test_an_original_cascade(tmp_path: Path, prefix: str) -> None:
+    for noise in ("low", "high"):
+        write(tmp_path / f"{prefix}{noise}_noise_model" / "config.json", WAN_CONFIG)
+    experts = [
+        ("transformer", f"{prefix}high_noise_model"),
+        ("transformer_2", f"{prefix}low_noise_model"),
+    ]
+    assert kinds(tmp_path) == ("wan", experts)
+    alone = tmp_path / f"{prefix}low_noise_model"
+    assert kinds(alone) == ("wan", [("transformer", alone.name)])
+
+
+def test_half_a_cascade(tmp_path: Path) -> None:
+    write(tmp_path / "high_noise_model" / "config.json", WAN_CONFIG)
+    e = refused(tmp_path, "E-CKP-02")
+    assert "holds high_noise_model" in e.got
+    assert "use it alone" in e.fix
+    (tmp_path / "low_noise_model").mkdir()
+    assert "low_noise_model holds no weights" in refused(tmp_path, "E-CKP-02").got
+    write(tmp_path / "t2v_low_noise_model" / "config.json", WAN_CONFIG)
+    assert "low_noise_model, t2v_low_noise_model" in refused(tmp_path, "E-CKP-02").got
+
+
+def test_experts_of_two_kinds(tmp_path: Path) -> None:
+    write(tmp_path / "high_noise_model" / "config.json", WAN_CONFIG)
+    touch(tmp_path / "low_noise_model" / EXPORTED)
+    assert "different kinds: msmodelslim, wan" in refused(tmp_path, "E-CKP-07").got
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        [EXPORTED],
+        ["quant_model_weight-00001-of-00001.safetensors"],
+        ["quant_model_weights-00001-of-00002.safetensors", "quant_model_weights-00002-of-00002.safetensors"],
+        ["quant_model_weights.safetensors"],
+    ],
+)
+def test_an_export(tmp_path: Path, files: list[str]) -> None:
+    for file in files:
+        touch(tmp_path / file)
+    write(tmp_path / DESCRIPTION, {})
+    assert kinds(tmp_path) == ("msmodelslim", [("transformer", tmp_path.name)])
+    part = recognise(tmp_path).experts[0]
+    assert [file.name for file in part.files] == files
+    index = write_index(tmp_path, files)
+    part = recognise(tmp_path).experts[0]
+    assert (part.index, part.files) == (index, ())
+
+
+def write_index(folder: Path, files: list[str]) -> Path:
+    path = folder / "quant_model_weight.safetensors.index.json"
+    write(path, {"weight_map": {str(i): file for i, file in enumerate(files)}})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("files", "index"),
+    [
+        ([EXPORTED, "quant_model_weight_w4a4_mxfp4.safetensors"], None),
+        ([EXPORTED, "quant_model_weight-00001-of-00001.safetensors"], None),
+        (
+            [
+                "quant_model_weights-00001-of-00003.safetensors",
+                "quant_model_weights-00003-of-00003.safetensors",
+            ],
+            None,
+        ),
+        (["quant_model_weights-00001-of-00001.safetensors", EXPORTED], [EXPORTED]),
+    ],
+)
+def test_weights_of_two_exports_or_half_of_one(
+    tmp_path: Path, files: list[str], index: list[str] | None
+) -> None:
+    for file in files:
+        touch(tmp_path / file)
+    if index is not None:
+        write_index(tmp_path, index)
+    e = refused(tmp_path, "E-CKP-03")
+    assert all(file in e.got for file in files)
+
+
+def test_a_description_without_weights(tmp_path: Path) -> None:
+    write(tmp_path / DESCRIPTION, {})
+    assert DESCRIPTION in refused(tmp_path, "E-CKP-02").got
+    touch(tmp_path / WEIGHTS)  # a bare file with Diffusers' name is no export
+    assert recognise(tmp_path).kind == "file"
+
+
+def test_one_file(tmp_path: Path) -> None:
+    file = touch(tmp_path / "wan2.2_t2v_high_noise.safetensors")
+    for path in (file, tmp_path):
+        layout = recognise(path)
+        assert (layout.kind, layout.name) == ("file", path.name.removesuffix(".safetensors"))
+        part = layout.experts[0]
+        assert (part.name, part.path, part.files, part.config) == ("transformer", file, (file,), {})
+        assert part.folder == tmp_path
+    touch(tmp_path / "other.safetensors")
+    assert recognise(file).experts[0].path == file
+    assert "give one of them" in refused(tmp_path, "E-CKP-01").got
+
+
+def test_a_file_of_any_name_with_a_config(tmp_path: Path) -> None:
+    write(tmp_path / "config.json", WAN_CONFIG)
+    file = touch(tmp_path / "model.safetensors")
+    assert recognise(tmp_path).kind == "wan"
+    assert recognise(tmp_path).experts[0].files == (file,)
+
+
+def test_one_of_many_shards(tmp_path: Path) -> None:
+    file = touch(tmp_path / "diffusion_pytorch_model-00001-of-00006.safetensors")
+    e = refused(file, "E-CKP-01")
+    assert "one of 6 files" in e.got
+    assert str(tmp_path) in e.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("patch_embedding.weight", None), ("time_embedding.0.bias", "wan"), ("proj_out.bias", "transformer")],
+)
+def test_an_index_without_a_config(tmp_path: Path, name: str, kind: str | None) -> None:
+    write(tmp_path / f"{WEIGHTS}.index.json", {"weight_map": {name: WEIGHTS}})
+    assert recognise(tmp_path).kind == (kind or "transformer")
+
+
+@pytest.mark.parametrize(
+    "name", ["VaceWanModel", "WanModel_S2V", "WanAnimateModel", "WanVACETransformer3DModel"]
+)
+def test_relatives_of_wan_are_another_class(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "config.json", {"_class_name": name})
+    e = refused(tmp_path, "E-CKP-05")
+    assert name in e.got
+    assert "WanModel" in e.needs
+
+
+def test_only_a_pipeline_can_make_videos(wan: Path, tmp_path: Path) -> None:
+    recognise(wan).require_pipeline()
+    file = touch(tmp_path / "a" / "wan.safetensors")
+    for path, words in ((wan / "transformer", "bare Diffusers transformer"), (file, "single file")):
+        with pytest.raises(CheckpointError, match=words) as e:
+            recognise(path).require_pipeline()
+        assert e.value.code == "E-CKP-01"
+        assert f"ascendit repack {path} --base MODEL -o DST" in e.value.fix
+
+
+def test_symlink_loops_end(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    refused(tmp_path / "loop", "E-USE-02", UsageError)
+    (tmp_path / "model_index.json").symlink_to("model_index.json")
+    (tmp_path / "config.json").symlink_to("config.json")
+    (tmp_path / "high_noise_model").symlink_to(tmp_path)
+    refused(tmp_path, "E-CKP-02")
+
+
+def test_a_pipe_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    assert "no regular file" in refused(tmp_path, "E-CKP-06").got
+
+
+def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert "cannot be read: Permission denied" in refused(tmp_path, "E-CKP-01").got

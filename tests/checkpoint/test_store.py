@@ -393,3 +393,35 @@ def test_headers_need_no_torch() -> None:
 def test_listed() -> None:
     assert listed(["b", "a"]) == "a, b"
     assert listed("gfedcba") == "a, b, c, d, e and 2 more"
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / f"{STEM}.safetensors")
+    assert "no regular file" in cannot_open(tmp_path, "E-CKP-02").got
+
+
+def test_half_a_surrogate_pair_is_no_name(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(raw(b'{"\\ud800": %s}' % json.dumps(entry(0, 1)).encode(), b"x"))
+    assert "header is not JSON" in refused(tmp_path / "a.safetensors")
+
+
+def test_a_file_that_an_index_spells_twice_counts_once(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "x.safetensors")
+    where = {"a": "x.safetensors", "b": "./x.safetensors"}
+    (tmp_path / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    shards = Shards.open(tmp_path)
+    assert shards.files == (tmp_path / "x.safetensors",)
+    assert [info.name for _, infos in shards.by_file() for info in infos] == ["a", "b"]
+
+
+def test_files_without_an_index(tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for file in files:
+        save_file({file.stem: torch.zeros(2)}, file)
+    with Shards.of_files(files) as shards:
+        assert (set(shards.tensors), shards.files) == ({"a", "b"}, tuple(files))
+        assert shards.read("b").tolist() == [0, 0]
+    save_file({"a": torch.zeros(2)}, files[1])
+    with pytest.raises(CheckpointError, match="a stands in a.safetensors and again in b.safetensors") as e:
+        Shards.of_files(files)
+    assert e.value.code == "E-CKP-09"

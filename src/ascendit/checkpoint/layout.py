@@ -1,70 +1,50 @@
-"""What kind of model a folder holds. JSON only: no weights are opened and torch is not needed.
+"""What kind of model a folder or file holds. JSON and file names only: no weights are opened, no torch.
 
-`recognise` asks each recogniser in turn; the first that knows the folder returns a `Layout`.
-A new kind is one more function in `RECOGNISERS`.
+`recognise` asks first for a Diffusers pipeline folder, then for transformers that stand alone
+(`checkpoint.bare`): original Wan, msModelSlim exports, single files and what is left of a pipeline.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, Literal
 
+from ascendit.checkpoint import bare
+from ascendit.checkpoint.part import CONFIG_FILES, EXPERTS, PART_CLASSES, other_class
+from ascendit.checkpoint.part import Part as Part
+from ascendit.checkpoint.part import read_json as read_json
+from ascendit.checkpoint.part import stays_inside as stays_inside
+from ascendit.checkpoint.store import listed
 from ascendit.errors import CheckpointError, UsageError
 
+Kind = Literal["diffusers", "transformers-only", "transformer", "wan", "msmodelslim", "file"]
+WORDS: dict[Kind, str] = {
+    "diffusers": "a Diffusers pipeline folder",
+    "transformers-only": "the transformers of a Diffusers folder, without the other parts",
+    "transformer": "a bare Diffusers transformer, without the other parts of a model",
+    "wan": "a model in the original Wan format",
+    "msmodelslim": "an export of msModelSlim, which holds transformers only",
+    "file": "a single file, which holds a transformer only",
+}
+"""Each kind in words."""
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
-PART_CLASSES = {
-    "transformer": "WanTransformer3DModel",
-    "transformer_2": "WanTransformer3DModel",
-    "vae": "AutoencoderKLWan",
-}
-"""The parts that ascendit itself depends on, and the one class it knows for each."""
-EXPERTS = ("transformer", "transformer_2")
 INDEX_FILE = "model_index.json"
-_CONFIG_FILES = {
-    "scheduler": ("scheduler_config.json",),
-    "tokenizer": ("tokenizer_config.json",),
-    "image_processor": ("preprocessor_config.json", "processor_config.json"),
-}
 _SNAPSHOT = re.compile(r"^(?:models--)(?P<org>.+?)--(?P<name>.+)$")
 
 
 @dataclass(frozen=True)
-class Part:
-    """One component of a pipeline, in a folder of its own."""
-
-    name: str
-    path: Path
-    library: str
-    """`diffusers` or `transformers`, as `model_index.json` says."""
-    class_name: str
-    config: dict[str, Any]
-
-    @property
-    def stem(self) -> str:
-        """How its weight files begin, for `Shards.open`."""
-        return "model" if self.library == "transformers" else "diffusion_pytorch_model"
-
-    @property
-    def has_weights(self) -> bool:
-        """False for schedulers, tokenizers and image processors."""
-        return self.name not in _CONFIG_FILES
-
-
-@dataclass(frozen=True)
 class Layout:
-    """A folder whose kind is known, with the configs of its parts."""
+    """A folder or file whose kind is known, with the configs of its parts."""
 
-    kind: Literal["diffusers"]
+    kind: Kind
     root: Path
     name: str
     """The model's name: the repository's in a hub cache, else the folder's."""
     index: dict[str, Any]
-    """`model_index.json`."""
+    """`model_index.json`; empty where there is none."""
     parts: dict[str, Part]
 
     @property
@@ -74,8 +54,8 @@ class Layout:
 
     @property
     def pipeline(self) -> str:
-        """The pipeline class that `model_index.json` names."""
-        return str(self.index["_class_name"])
+        """The pipeline class that `model_index.json` names; empty where there is none."""
+        return str(self.index.get("_class_name", ""))
 
     @property
     def source(self) -> str | None:
@@ -94,60 +74,58 @@ class Layout:
             )
         return self.parts[name]
 
+    def require_pipeline(self) -> None:
+        """Raise CheckpointError E-CKP-01 unless this is a whole pipeline, which can make videos."""
+        if self.kind != "diffusers":
+            raise CheckpointError(
+                f"{self.root} is {WORDS[self.kind]}; no video can be made from it alone",
+                needs=f"a Diffusers folder with {INDEX_FILE}, text encoder and VAE",
+                fix=f"ascendit repack {self.root} --base MODEL -o DST, where MODEL is the Diffusers folder "
+                "of the same model, then use DST",
+                code="E-CKP-01",
+            )
+
 
 def recognise(path: Path | str) -> Layout:
-    """Say what the folder at `path` holds.
+    """Say what the folder or file at `path` holds.
 
-    Raises UsageError E-USE-02 when there is nothing at `path`; CheckpointError E-CKP-01 when no
-    recogniser knows it, E-CKP-05 for another model class, E-CKP-06 for a config that is missing or
-    unreadable, E-CKP-02 for a part whose folder is missing.
+    Raises UsageError E-USE-02 when there is nothing at `path`; CheckpointError E-CKP-01 when it is of
+    no known kind, E-CKP-05 for another model class, E-CKP-06 for a config that is missing or
+    unreadable, E-CKP-02 and E-CKP-03 for a part whose folder or weight files are missing, E-CKP-07 for
+    several exports in one folder.
     """
     root = Path(os.path.abspath(path))
-    if not root.exists():
-        raise UsageError(
-            f"no file or folder at {path}",
-            needs="the folder of a model",
-            fix="correct the path; names on a hub are written hf:org/name or ms:org/name",
-            code="E-USE-02",
-        )
-    for recogniser in RECOGNISERS:
-        if (layout := recogniser(root)) is not None:
-            return layout
-    raise CheckpointError(
-        f"no model recognised at {root}: {_guess(root)}",
-        needs=f"a Diffusers folder, which has {INDEX_FILE} at its top",
-        fix="give the folder that holds all parts (transformer, vae, text_encoder, ...)",
-        code="E-CKP-01",
-    )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises CheckpointError E-CKP-06 that names the file."""
     try:
-        data = json.loads(path.read_bytes())
+        if not root.exists():
+            raise UsageError(
+                f"no file or folder at {path}",
+                needs="a model folder, or a .safetensors file",
+                fix="correct the path; names on a hub are written hf:org/name or ms:org/name",
+                code="E-USE-02",
+            )
+        if (layout := _diffusers(root)) is not None:
+            return layout
+        if (found := bare.find(root)) is not None:
+            kind, parts = found
+            return Layout(kind, root, _model_name(root), {}, {part.name: part for part in parts})
+        raise _unknown(root)
     except OSError as e:
-        problem = "missing" if isinstance(e, FileNotFoundError) else f"unreadable ({e.strerror})"
-        raise _bad_json(path, problem) from e
-    except (ValueError, RecursionError) as e:
-        raise _bad_json(path, f"not JSON ({e})") from e
-    if not isinstance(data, dict):
-        raise _bad_json(path, f"a JSON {type(data).__name__}, not an object")
-    return data
+        raise CheckpointError(
+            f"{root} cannot be read: {e.strerror}",
+            needs="files and folders that this user may read",
+            fix="correct the path, or the rights on it",
+            code="E-CKP-01",
+        ) from e
 
 
-def stays_inside(name: str) -> bool:
-    """Whether a file name from an index or a hub is relative and never leaves its folder, on any system."""
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    leaves = windows.drive or windows.root or posix.is_absolute() or ".." in windows.parts or "\0" in name
-    return bool(posix.parts) and not leaves
-
-
-def _bad_json(path: Path, problem: str) -> CheckpointError:
+def _unknown(root: Path) -> CheckpointError:
     return CheckpointError(
-        f"{path} is {problem}",
-        needs=f"a JSON object in {path.name}",
-        fix="download the file again, or restore it from where the model came from",
-        code="E-CKP-06",
+        f"no model recognised at {root}: {_guess(root)}",
+        needs=f"a Diffusers folder, which has {INDEX_FILE} at its top; a folder of transformers alone; an "
+        "original Wan folder (config.json, or high_noise_model and low_noise_model); an msModelSlim "
+        "export (quant_model_description*.json); or one .safetensors file of a Wan transformer",
+        fix="give the folder that holds all parts, or the one file",
+        code="E-CKP-01",
     )
 
 
@@ -157,7 +135,7 @@ def _diffusers(root: Path) -> Layout | None:
         return None
     index = read_json(root / INDEX_FILE)
     if (found := index.get("_class_name")) not in PIPELINES:
-        raise _other_class(root / INDEX_FILE, found, PIPELINES)
+        raise other_class(root / INDEX_FILE, found, PIPELINES)
     parts: dict[str, Part] = {}
     for name, entry in index.items():
         if _names_a_part(name, entry):
@@ -170,10 +148,6 @@ def _diffusers(root: Path) -> Layout | None:
             code="E-CKP-02",
         )
     return Layout("diffusers", root, _model_name(root), index, parts)
-
-
-RECOGNISERS: tuple[Callable[[Path], Layout | None], ...] = (_diffusers,)
-"""Each returns None for a folder that is not of its kind, and raises for a damaged one that is."""
 
 
 def _names_a_part(name: str, entry: object) -> bool:
@@ -201,51 +175,39 @@ def _read_part(root: Path, name: str, *, library: str, class_name: str) -> Part:
         )
     wanted = PART_CLASSES.get(name)
     if wanted and class_name != wanted:
-        raise _other_class(root / INDEX_FILE, class_name, (wanted,), part=name)
+        raise other_class(root / INDEX_FILE, class_name, (wanted,), part=name)
     part = Part(name, folder, library, class_name, _read_config(folder, name))
     if wanted and (found := part.config.get("_class_name", wanted)) != wanted:
-        raise _other_class(folder / "config.json", found, (wanted,), part=name)
+        raise other_class(folder / "config.json", found, (wanted,), part=name)
     return part
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
     """The part's config. Model parts must have `config.json`; the others may come without."""
-    candidates = _CONFIG_FILES.get(name, ("config.json",))
+    candidates = CONFIG_FILES.get(name, ("config.json",))
     for file in candidates:
         if (folder / file).exists() or file == "config.json":
             return read_json(folder / file)
     return {}
 
 
-def _other_class(file: Path, found: object, supported: tuple[str, ...], part: str = "") -> CheckpointError:
-    what = f"{part} is" if part else "the pipeline is"
-    return CheckpointError(
-        f"{file}: {what} {found if isinstance(found, str) else 'of no named class'}",
-        needs=f"{' or '.join(supported)}: ascendit runs Wan text-to-video and image-to-video models",
-        fix="give the folder of a supported Wan model in Diffusers format",
-        code="E-CKP-05",
-    )
-
-
 def _guess(root: Path) -> str:
-    """One phrase about a folder that no recogniser knows."""
+    """One phrase about something that is of no known kind."""
     if root.is_file():
-        return "this is a file"
-    if (root / "config.json").exists():
-        class_name = read_json(root / "config.json").get("_class_name")
-        if class_name in PART_CLASSES.values():
-            return f"this is one part of a model, a bare {class_name} folder, without the others"
-        if class_name == "WanModel":
-            return "this is a folder in the original Wan format"
-        return f"config.json is there (class {class_name}), {INDEX_FILE} is not"
+        return "a file, and its name does not end in .safetensors"
     if below := sorted(p.parent.name for p in root.glob(f"*/{INDEX_FILE}")):
         return f"the folder below it has one: {', '.join(below[:3])}"
+    if (root / "config.json").exists():
+        class_name = read_json(root / "config.json").get("_class_name")
+        return f"config.json is there (class {class_name}), {INDEX_FILE} is not"
+    if files := bare.weights_in(root):
+        return f"it holds {len(files)} weight files that no index joins: {listed(files)}; give one of them"
     return f"it has no {INDEX_FILE}"
 
 
 def _model_name(root: Path) -> str:
     found = _snapshot(root)
-    return found[1] if found else root.name
+    return found[1] if found else root.name.removesuffix(".safetensors")
 
 
 def _snapshot(root: Path) -> tuple[str, str] | None:

@@ -1,8 +1,15 @@
-"""Names and shapes of the tensors that a model class has, from its config alone. No torch."""
+"""Names and shapes of the tensors of a Wan transformer: Diffusers' names, and the original ones. No torch.
+
+`expected_tensors` says from a config which tensors there must be. `to_diffusers` and `to_wan` translate
+one name, each the exact inverse of the other. The tables are those of Diffusers'
+`scripts/convert_wan_to_diffusers.py`; the names are matched as whole parts between dots, not replaced
+wherever they occur.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,3 +140,119 @@ def _bad_value(key: str, value: object, needs: str) -> CheckpointError:
         fix="restore config.json from where the model came from",
         code="E-CKP-06",
     )
+
+
+# ---- layers ---------------------------------------------------------------------------------------
+
+_BLOCK = re.compile(r"blocks\.(?:0|[1-9][0-9]{0,4})\.")
+_EMBEDDERS = tuple(
+    f"condition_embedder.{layer}"
+    for layer in (
+        *("time_embedder.linear_1", "time_embedder.linear_2", "time_proj"),
+        *("text_embedder.linear_1", "text_embedder.linear_2"),
+        *("image_embedder.ff.net.0.proj", "image_embedder.ff.net.2"),
+    )
+)
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_IN_BLOCK = (
+    *(f"attn1.{layer}" for layer in _ATTENTION),
+    *(f"attn2.{layer}" for layer in (*_ATTENTION, "add_k_proj", "add_v_proj")),
+    *("ffn.net.0.proj", "ffn.net.2"),
+)
+
+
+def is_linear(name: str, *, in_block: bool = False) -> bool:
+    """Whether a Wan transformer can have a linear layer of this name; `in_block`: inside a block."""
+    if found := _BLOCK.match(name):
+        return name[found.end() :] in _IN_BLOCK
+    return not in_block and (name in _EMBEDDERS or name == "proj_out")
+
+
+def block_linears(config: dict[str, Any]) -> tuple[str, ...]:
+    """The linear layers inside the blocks, which recipes quantize, in the order of the model."""
+    values = _dimensions(config)
+    inside = [layer for layer in _IN_BLOCK if values["added_kv_proj_dim"] or "add_" not in layer]
+    return tuple(f"blocks.{index}.{layer}" for index in range(values["num_layers"]) for layer in inside)
+
+
+def all_linears(config: dict[str, Any]) -> tuple[str, ...]:
+    """The embedders, the linear layers of the blocks, and `proj_out`, in the order of the model."""
+    image = _dimensions(config)["image_dim"]
+    before = tuple(layer for layer in _EMBEDDERS if image or "image_embedder" not in layer)
+    return (*before, *block_linears(config), "proj_out")
+
+
+# ---- original Wan names ---------------------------------------------------------------------------
+
+_OUTSIDE = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+}
+_SAME = (
+    "norm_q",
+    "norm_k",
+    "q_rot",
+    "k_rot",
+    "quant_type",
+    *(f"fa{n}_{x}" for n in ("", "3") for x in "qkv"),
+)
+_LAYERS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"} | {name: name for name in _SAME}
+_INSIDE = {
+    "modulation": "scale_shift_table",
+    "norm1": "norm1",
+    "norm3": "norm2",  # Wan numbers them by class, Diffusers by their order: norm1, cross-attention, ffn
+    "norm2": "norm3",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    **{f"self_attn.{old}": f"attn1.{new}" for old, new in _LAYERS.items()},
+    **{f"cross_attn.{old}": f"attn2.{new}" for old, new in _LAYERS.items()},
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "cross_attn.norm_k_img": "attn2.norm_added_k",
+}
+"""Within a block."""
+
+
+def to_diffusers(name: str) -> str | None:
+    """The Diffusers name of an original Wan tensor or module; None when Wan has no such module.
+
+    What follows the module (`.weight`, `.weight_scale`, `.linear.bias`, `.lora_A.weight`) is kept as it is.
+    """
+    return _translate(name, _OUTSIDE, _INSIDE)
+
+
+def to_wan(name: str) -> str | None:
+    """The inverse of `to_diffusers`: the original Wan name of a Diffusers tensor or module, or None."""
+    return _translate(name, _OUTSIDE_BACK, _INSIDE_BACK)
+
+
+def _inverse(table: dict[str, str]) -> dict[str, str]:
+    back = {new: old for old, new in table.items()}
+    assert len(back) == len(table)
+    return back
+
+
+_OUTSIDE_BACK, _INSIDE_BACK = _inverse(_OUTSIDE), _inverse(_INSIDE)
+
+
+def _translate(name: str, outside: dict[str, str], inside: dict[str, str]) -> str | None:
+    """Replace the module at the start of `name`, whole parts only."""
+    found = _BLOCK.match(name)
+    start, table = (found.end(), inside) if found else (0, outside)
+    end = len(name)
+    while end > start:
+        if (new := table.get(name[start:end])) is not None:
+            return name[:start] + new + name[end:]
+        end = name.rfind(".", start, end)
+    return None

@@ -7,17 +7,16 @@ part and reads exactly the bytes that are asked for. torch is imported by `Shard
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
-from ascendit.checkpoint.layout import read_json, stays_inside
+from ascendit.checkpoint.part import STEM, Part, is_plain, loads, read_json, stays_inside
 from ascendit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -83,6 +82,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     is no JSON object, sizes that disagree with shape and dtype, overlaps, gaps, a truncated file.
     """
     try:
+        if not is_plain(os.stat(path)):
+            raise _broken(path, "no regular file")
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             start, header = _read_raw(path, f.read(8), size, f.read)
@@ -113,19 +114,12 @@ def _read_raw(path: Path, prefix: bytes, size: int, read: Any) -> tuple[int, dic
     if 8 + length > size:
         raise _broken(path, f"truncated: header of {length} bytes in a file of {size}")
     try:
-        header = json.loads(read(length).decode(), object_pairs_hook=_unique)
+        header = loads(read(length).decode(), unique=True)
     except (ValueError, RecursionError) as e:
         raise _broken(path, f"header is not JSON ({e})") from e
     if not isinstance(header, dict):
         raise _broken(path, f"header is a JSON {type(header).__name__}, not an object")
     return 8 + length, header
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):
-        raise ValueError("a name stands there twice")
-    return data
 
 
 def _entry(path: Path, name: str, entry: object, offset: int) -> TensorInfo:
@@ -160,7 +154,7 @@ class Shards:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, folder: Path, stem: str = "diffusion_pytorch_model") -> Self:
+    def open(cls, folder: Path, stem: str = STEM) -> Self:
         """`<stem>.safetensors`, or `<stem>.safetensors.index.json` and the shards it names.
 
         Every header is read and checked. Raises CheckpointError: E-CKP-02 for a missing or damaged
@@ -173,18 +167,41 @@ class Shards:
             if not single.exists():
                 raise _no_weights(folder, stem)
             return cls(folder, read_header(single), (single,))
-        weight_map = _weight_map(index)
-        names = sorted(set(weight_map.values()))
-        if single.exists() and single.name not in names:
+        shards = cls.of_index(index)
+        if single.exists() and single not in shards.files:
             raise CheckpointError(
                 f"{folder} has both {single.name} and {index.name}",
                 needs="one of them; they can hold different weights",
                 fix="remove the one that is out of date",
                 code="E-CKP-03",
             )
-        files = tuple(_shard_path(index, name) for name in names)
+        return shards
+
+    @classmethod
+    def of_index(cls, index: Path) -> Self:
+        """The shards that an index file names; errors as in `open`."""
+        weight_map = _weight_map(index)
+        files = tuple(dict.fromkeys(_shard_path(index, name) for name in sorted(set(weight_map.values()))))
         _check_present(index, files)
-        return cls(folder, _join(index, weight_map, files), files)
+        return cls(index.parent, _join(index, weight_map, files), files)
+
+    @classmethod
+    def of_files(cls, files: Sequence[Path]) -> Self:
+        """These files of one folder, without an index. A tensor that lies in two of them is E-CKP-09."""
+        tensors: dict[str, TensorInfo] = {}
+        for path in files:
+            for name, info in read_header(path).items():
+                if name in tensors:
+                    raise _twice(name, tensors[name].file, path)
+                tensors[name] = info
+        return cls(files[0].parent, tensors, tuple(files))
+
+    @classmethod
+    def of_part(cls, part: Part) -> Self:
+        """The weight files of `part`, wherever its layout keeps them."""
+        if part.index is not None:
+            return cls.of_index(part.index)
+        return cls.of_files(part.files) if part.files else cls.open(part.path, part.stem)
 
     @property
     def nbytes(self) -> int:
@@ -248,7 +265,7 @@ class Shards:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(
             f"{index} has no weight_map",
@@ -304,6 +321,15 @@ def _join(index: Path, weight_map: dict[str, str], files: tuple[Path, ...]) -> d
         needs="an index that says exactly what the shards hold",
         fix="download the index and the shards again; they are from different versions",
         code="E-CKP-04",
+    )
+
+
+def _twice(name: str, first: Path, second: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{name} stands in {first.name} and again in {second.name}, in {first.parent}",
+        needs="each tensor once",
+        fix="remove the files that belong to another model or an older run",
+        code="E-CKP-09",
     )
 
 

@@ -1,0 +1,205 @@
+"""Which linear layers are stored as codes, by the dtypes and shapes of their tensors. Headers only.
+
+Real spellings of one format differ (`reference` of each: DESIGN section 4): FP4 lies two to a byte, or as
+numbers in e4m3 or BF16; int8 scales are float32 [N, 1], or BF16 [N, 1] or [1] from older tools.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ascendit.checkpoint.names import is_linear
+from ascendit.checkpoint.store import TensorInfo, listed
+from ascendit.errors import CheckpointError
+
+Container = Literal["plain", "packed", "e4m3", "bf16"]
+"""How codes lie: as the format says; FP4 two to a byte; FP4 numbers one to an element of a wider type."""
+
+FP8_TILES = "fp8_128x128"
+"""FP8 in 128 x 128 tiles: `weight_scale_inv` [ceil(N/128), ceil(K/128)] beside an e4m3 weight."""
+FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
+BYTE_SCALES = frozenset({"U8", "F8_E8M0"})
+"""One E8M0 byte to a block; both spellings are the same bytes."""
+SCALES = ("weight_scale", "weight_scale_inv", "weight_offset", "weight_dual_scale")
+ROLES = ("weight", *SCALES, "mul_scale", "bias")
+_FP4 = {"U8": "packed", "F8_E4M3": "e4m3", "BF16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer that is stored as codes and scales, or whose input is smoothed."""
+
+    name: str
+    """`blocks.0.attn1.to_q`."""
+    scheme: str
+    """A key of `spec.SCHEMES` (`bf16`: smoothed, not quantized), or `fp8_128x128`."""
+    shape: tuple[int, int]
+    """(N, K) of the decoded weight."""
+    container: Container
+    tensors: dict[str, TensorInfo]
+    """Role (`weight`, `weight_scale`, `mul_scale`, `bias`, ...) -> where it lies."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a manifest or config says about a layer."""
+
+    scheme: str
+    words: str
+    """`quant_model_description.json says W8A8_MXFP8`."""
+
+
+def read_layers(tensors: Mapping[str, TensorInfo], claims: Mapping[str, Claim]) -> dict[str, Layer]:
+    """The layers among `tensors` that are not plain floating point, in the order of `tensors`.
+
+    Raises CheckpointError E-CKP-08 for half of a pair, E-CKP-07 where a claim does not fit the dtypes,
+    E-CKP-04 for shapes that do not belong together.
+    """
+    groups = _groups(tensors)
+    if halves := [problem for name, roles in groups.items() for problem in _halves(name, roles)]:
+        raise _unpaired(halves)
+    layers: dict[str, Layer] = {}
+    missing: list[str] = []
+    disagree: list[str] = []
+    for name, roles in groups.items():
+        if "weight" not in roles:  # a bias alone: the weight is missed by whoever counts the tensors
+            continue
+        claim = claims.get(name)
+        options = possible(roles)
+        scheme = claim.scheme if claim else next(iter(options), "")
+        words = claim.words if claim else "nothing says how it is quantized"
+        if scheme == "mxfp4_dualscale" and "mxfp4" in options:
+            missing.append(f"{name}.weight_dual_scale is missing ({words})")
+        elif scheme not in options:
+            disagree.append(f"{name}: {words}, and its tensors are {_dtypes(roles)}")
+        elif scheme != "bf16" or "mul_scale" in roles:
+            container = options[scheme]
+            layers[name] = Layer(name, scheme, _decoded(roles, container), container, roles)
+    if missing:
+        raise _unpaired(missing)
+    if disagree:
+        raise disagreement(disagree)
+    if wrong := [problem for layer in layers.values() for problem in _misshapen(layer)]:
+        raise CheckpointError(
+            f"{len(wrong)} tensors of quantized layers are misshapen: {listed(wrong)}",
+            needs="scales and biases of the shape that their weight asks for",
+            fix="download or export the model again",
+            code="E-CKP-04",
+        )
+    return layers
+
+
+def possible(roles: Mapping[str, TensorInfo]) -> dict[str, Container]:
+    """Scheme -> container of all that the dtypes of one layer can be, the likeliest first."""
+    weight, scale = roles["weight"].dtype, roles.get("weight_scale")
+    if "weight_scale_inv" in roles:
+        return {FP8_TILES: "plain"} if weight == "F8_E4M3" and scale is None else {}
+    if scale is None:
+        return {"bf16": "plain"} if weight in FLOATS else {}
+    if scale.dtype in FLOATS:
+        found = {"I8": "int8", "F8_E4M3": "fp8"}.get(weight)
+        return {found: "plain"} if found and "weight_dual_scale" not in roles else {}
+    if scale.dtype not in BYTE_SCALES or weight not in _FP4:
+        return {}
+    container: Container = _FP4[weight]  # type: ignore[assignment]
+    if "weight_dual_scale" in roles:
+        return {"mxfp4_dualscale": container}
+    return {"mxfp8": "plain", "mxfp4": container} if weight == "F8_E4M3" else {"mxfp4": container}
+
+
+def _groups(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
+    """Layer -> role -> tensor, of the linear layers that are not plain weight and bias."""
+    groups: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        layer, _, role = name.rpartition(".")
+        if role in ROLES and is_linear(layer):
+            groups.setdefault(layer, {})[role] = info
+    return groups
+
+
+def _halves(name: str, roles: Mapping[str, TensorInfo]) -> list[str]:
+    """What lacks its other half, whatever the scheme."""
+    scales = [role for role in (*SCALES, "mul_scale") if role in roles]
+    if "weight" not in roles:
+        return [f"{name}.{role} has no weight" for role in scales]
+    weight = roles["weight"].dtype
+    if "weight_scale" in roles and "weight_scale_inv" in roles:
+        return [f"{name} has both weight_scale and weight_scale_inv"]
+    if not {"weight_scale", "weight_scale_inv"} & roles.keys():
+        lone = [role for role in ("weight_offset", "weight_dual_scale") if role in roles]
+        if lone:
+            return [f"{name}.{role} has no weight_scale" for role in lone]
+        if weight not in FLOATS:
+            return [f"{name}.weight ({weight}) has no scale"]
+    return []
+
+
+def _decoded(roles: Mapping[str, TensorInfo], container: Container) -> tuple[int, int]:
+    """(N, K); of a weight that is no matrix one that fits nothing. An odd K is known by `mul_scale` only."""
+    shape = roles["weight"].shape
+    rows, columns = shape if len(shape) == 2 else (0, 0)
+    if container == "packed":
+        columns *= 2
+        columns -= "mul_scale" in roles and roles["mul_scale"].shape == (columns - 1,)
+    return rows, columns
+
+
+def _misshapen(layer: Layer) -> Iterable[str]:
+    """The tensors of a layer whose shape or dtype does not follow from its weight."""
+    if len(layer.tensors["weight"].shape) != 2:
+        yield f"{layer.name}.weight is {list(layer.tensors['weight'].shape)}, not a matrix"
+        return
+    for role in [role for role in layer.tensors if role != "weight"]:
+        info = layer.tensors[role]
+        shapes, dtypes = _allowed(layer.scheme, role, *layer.shape)
+        if info.shape not in shapes or info.dtype not in dtypes:
+            wanted = f"{' or '.join(sorted(dtypes))} {list(shapes[0])}" if shapes else "of this scheme"
+            yield f"{layer.name}.{role} is {info.dtype} {list(info.shape)}, not {wanted}"
+
+
+def _allowed(scheme: str, role: str, rows: int, columns: int) -> tuple[list[tuple[int, ...]], frozenset[str]]:
+    """The shapes and dtypes that a tensor beside a weight [rows, columns] may have."""
+    per_row: list[tuple[int, ...]] = [(rows, 1), (rows,), (1,), (1, 1), ()]
+    mx = scheme.startswith("mx")
+    if role == "bias":
+        return [(rows,)], FLOATS
+    if role == "mul_scale":
+        return [(columns,)], FLOATS
+    if role == "weight_scale_inv":
+        return [(math.ceil(rows / 128), math.ceil(columns / 128))], FLOATS
+    if role == "weight_scale" and mx:
+        return [(rows, math.ceil(columns / 32))], BYTE_SCALES
+    if role == "weight_dual_scale":
+        blocks = math.ceil(columns / 512)
+        return [(rows, blocks, 1), (rows, blocks)], FLOATS
+    if role == "weight_offset" and scheme != "int8":
+        return [], FLOATS
+    return per_row, FLOATS | {"I8", "I32"} if role == "weight_offset" else FLOATS
+
+
+def _dtypes(roles: Mapping[str, TensorInfo]) -> str:
+    """`weight I8 [64, 64], weight_scale F32 [64, 1]`."""
+    shown = [role for role in ROLES if role in roles and role != "bias"]
+    return ", ".join(f"{role} {roles[role].dtype} {list(roles[role].shape)}" for role in shown)
+
+
+def disagreement(problems: list[str]) -> CheckpointError:
+    """E-CKP-07: two sources tell different things about a layer."""
+    return CheckpointError(
+        f"{len(problems)} layers are described in two ways: {listed(problems, 3)}",
+        needs="manifest, quantization_config and the dtypes of the tensors to say the same",
+        fix="put the JSON files and the weights of one export together, or export again",
+        code="E-CKP-07",
+    )
+
+
+def _unpaired(problems: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{len(problems)} weights and scales do not pair: {listed(problems)}",
+        needs="each quantized weight with its scales, and each scale with its weight",
+        fix="copy the missing files, or download or export the model again",
+        code="E-CKP-08",
+    )

@@ -1,0 +1,145 @@
+"""Wan transformers on disk with true headers and zero bytes, for tests of what only reads headers.
+
+`floats` lists the tensors of a config, `coded` stores some layers in a scheme, `write` makes the file
+(sparse: a 14B model takes no room), `folder` a transformer's folder with config and manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ascendit.checkpoint.expert import Expert, read_expert
+from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.names import all_linears, expected_tensors, to_wan
+from ascendit.checkpoint.store import DTYPE_BITS
+from ascendit.errors import CheckpointError
+from ascendit.spec import SCHEMES
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+"""Name -> (dtype in safetensors' spelling, shape)."""
+
+CONFIG: dict[str, Any] = {
+    "_class_name": "WanTransformer3DModel",
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 48,
+    "freq_dim": 16,
+    "ffn_dim": 80,
+    "num_layers": 2,
+}
+IMAGE = CONFIG | {"in_channels": 36, "image_dim": 40, "added_kv_proj_dim": 64, "pos_embed_seq_len": 6}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+MANIFEST = "quant_model_description.json"
+
+
+def floats(config: dict[str, Any] = CONFIG, dtype: str = "BF16") -> Tensors:
+    """The tensors of a model that is not quantized."""
+    return {name: (dtype, shape) for name, shape in expected_tensors(config).items()}
+
+
+def wan(tensors: Tensors) -> Tensors:
+    """The same under original names."""
+    return {to_wan(name) or name: tensor for name, tensor in tensors.items()}
+
+
+def roles(scheme: str, shape: tuple[int, int], container: str = "") -> Tensors:
+    """Role -> tensor of a layer in this scheme; `container` of FP4: packed, e4m3 or bf16."""
+    n, k = shape
+    blocks = ("U8", (n, math.ceil(k / 32)))
+    fp4 = {"e4m3": ("F8_E4M3", shape), "bf16": ("BF16", shape)}.get(container, ("U8", (n, math.ceil(k / 2))))
+    table: dict[str, Tensors] = {
+        "int8": {"weight": ("I8", shape), "weight_scale": ("F32", (n, 1)), "weight_offset": ("F32", (n, 1))},
+        "fp8": {"weight": ("F8_E4M3", shape), "weight_scale": ("F32", (n, 1))},
+        "mxfp8": {"weight": ("F8_E4M3", shape), "weight_scale": blocks},
+        "mxfp4": {"weight": fp4, "weight_scale": blocks},
+        "mxfp4_dualscale": {
+            "weight": fp4,
+            "weight_scale": blocks,
+            "weight_dual_scale": ("F32", (n, math.ceil(k / 512), 1)),
+        },
+        "fp8_128x128": {
+            "weight": ("F8_E4M3", shape),
+            "weight_scale_inv": ("F32", (math.ceil(n / 128), math.ceil(k / 128))),
+        },
+    }
+    return table[scheme]
+
+
+def coded(tensors: Tensors, layers: Iterable[str], scheme: str, container: str = "") -> Tensors:
+    """`tensors` with `layers` stored in `scheme`, their bias in float32."""
+    found = dict(tensors)
+    for layer in layers:
+        n, k = found.pop(f"{layer}.weight")[1]
+        found |= {f"{layer}.{role}": t for role, t in roles(scheme, (n, k), container).items()}
+        found[f"{layer}.bias"] = ("F32", (n,))
+    return found
+
+
+def types(tensors: Tensors, layers: dict[str, str], config: dict[str, Any] = CONFIG) -> dict[str, str]:
+    """A manifest: the word of each layer's scheme for its codes and scales, FLOAT for the rest."""
+    linears = set(all_linears(config))
+    found = {}
+    for name in tensors:
+        layer, _, role = name.rpartition(".")
+        is_code = layer in linears and layer in layers and role.startswith("weight")
+        found[name] = SCHEMES[layers[layer]].manifest if is_code else "FLOAT"
+    return found
+
+
+def write(path: Path, tensors: Tensors) -> Path:
+    """A safetensors file of these tensors, all zero."""
+    header, offset = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * DTYPE_BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        f.truncate(8 + len(text) + offset)
+    return path
+
+
+def write_json(path: Path, data: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=4))
+    return path
+
+
+def folder(
+    path: Path,
+    tensors: Tensors,
+    *,
+    config: dict[str, Any] | None = CONFIG,
+    manifest: dict[str, Any] | None = None,
+    weights: str = WEIGHTS,
+) -> Path:
+    """The folder of one transformer."""
+    write(path / weights, tensors)
+    if config is not None:
+        write_json(path / "config.json", config)
+    if manifest is not None:
+        write_json(path / MANIFEST, manifest)
+    return path
+
+
+def read(path: Path) -> Expert:
+    """The first expert of what lies at `path`."""
+    return read_expert(recognise(path).experts[0])
+
+
+def refused(path: Path, code: str) -> str:
+    """What is said of a transformer that must be refused with this code."""
+    with pytest.raises(CheckpointError) as e:
+        read(path)
+    assert e.value.code == code, str(e.value)
+    return e.value.got
