@@ -51,7 +51,7 @@ LIGHT = (
     "pipeline.progress",
     "pipeline.world",
     "pipeline.defaults",
-    "pipeline.folder",
+    "checkpoint.folder",
     "cli.*",
 )
 

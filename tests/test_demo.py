@@ -14,7 +14,7 @@ import torch
 
 import ascendit
 from ascendit.pipeline import verify, world
-from ascendit.pipeline.folder import DEMO
+from ascendit.checkpoint.folder import DEMO
 from ascendit.pipeline.generate import Pipeline
 
 # Counted over all 864 videos: `ascendit verify --demo --adherence` (docs/demo-model.md). 99.2 % are
@@ -53,7 +53,7 @@ def test_it_is_a_cascade_of_the_published_classes(demo: Pipeline) -> None:
     assert index["_class_name"] == "WanPipeline" and index["boundary_ratio"] == 0.875
     assert index["text_encoder"][1] == "UMT5EncoderModel" and index["vae"][1] == "AutoencoderKLWan"
     assert demo.defaults.spec and demo.defaults.spec.name == "ascendit-demo"
-    report = ascendit.inspect_folder(DEMO)
+    report = ascendit.inspect(DEMO)
     assert report.ok, report.problems
 
 

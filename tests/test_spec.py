@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ascendit.spec import SPECS, match, nearest_frames, nearest_sizes
+from ascendit.spec import (
+    CHIPS,
+    ENGINES,
+    SCHEMES,
+    SPECS,
+    chips_for,
+    engines_for,
+    match,
+    nearest_frames,
+    nearest_sizes,
+)
 
 P480 = {(832, 480), (480, 832)}
 P720 = {(1280, 720), (720, 1280)}
@@ -166,3 +176,60 @@ def test_examples_a_user_meets() -> None:
 def test_the_table_needs_no_torch() -> None:
     code = "import sys, ascendit.spec; assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- engines and chips --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schemes", "runs"),
+    [
+        (set(), {"vllm-omni", "sglang"}),
+        ({"bf16"}, {"vllm-omni", "sglang"}),
+        ({"int8"}, {"vllm-omni", "sglang", "mindie"}),
+        ({"mxfp8", "bf16"}, {"vllm-omni", "sglang", "mindie"}),
+        ({"mxfp4"}, {"vllm-omni", "sglang", "mindie"}),
+        ({"mxfp4_dualscale"}, {"vllm-omni", "mindie"}),
+        ({"mxfp8", "mxfp4"}, {"sglang", "mindie"}),
+        ({"mxfp4", "mxfp4_dualscale"}, {"mindie"}),
+        ({"fp8"}, set()),
+        ({"fp8_128x128"}, set()),
+    ],
+    ids=str,
+)
+def test_which_engine_runs_which_scheme(schemes: set[str], runs: set[str]) -> None:
+    found = engines_for(schemes)
+    assert found.keys() == ENGINES.keys() == {"vllm-omni", "sglang", "mindie"}
+    assert {name for name, why in found.items() if not why} == runs
+
+
+def test_kept_layers_and_smoothing() -> None:
+    assert engines_for({"mxfp8", "bf16"}, float_block_linears=True)["sglang"].startswith("it looks for kept")
+    assert engines_for({"bf16"}, float_block_linears=True)["sglang"] == "", "nothing is quantized"
+    for scheme in SCHEMES:
+        found = engines_for({scheme}, smoothed={scheme})
+        assert (found["vllm-omni"] == "") == (scheme in ("mxfp4", "mxfp4_dualscale")), scheme
+        assert (found["sglang"] == "") == (scheme == "mxfp4"), scheme
+    assert engines_for({"mxfp4", "bf16"}, smoothed={"bf16"})["vllm-omni"].startswith("it drops mul_scale")
+    assert engines_for({"mxfp4", "bf16"}, smoothed=True) == engines_for(
+        {"mxfp4", "bf16"}, smoothed=("bf16", "mxfp4")
+    )
+
+
+def test_versions_of_engines() -> None:
+    assert {name: e.version for name, e in ENGINES.items()} == {
+        "vllm-omni": "0.30.0",
+        "sglang": "0.5.23",
+        "mindie": "3.1.0",
+    }
+    for name, engine in ENGINES.items():
+        assert engine.name == name and all(engine.refuses.values())
+
+
+def test_chips() -> None:
+    assert all(known.keys() == SCHEMES.keys() for known in CHIPS.values())
+    assert chips_for({"int8", "bf16"}) == dict.fromkeys(("a2", "a3", "a5"), "native")
+    for scheme in ("mxfp8", "mxfp4", "mxfp4_dualscale", "fp8"):
+        assert chips_for({scheme}) == {"a2": "emulated", "a3": "emulated", "a5": "native"}
+    assert chips_for({"int8", "mxfp8"})["a2"] == "emulated"
+    assert chips_for({"fp8_128x128"})["a5"] == "emulated"

@@ -21,8 +21,10 @@ PUBLIC = [
     "Pipeline",
     "Video",
     "__version__",
-    "inspect_folder",
+    "inspect",
     "load",
+    "quantize",
+    "repack",
 ]
 
 

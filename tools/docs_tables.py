@@ -17,9 +17,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
+from ascendit.convert.canonical import ROLES
 from ascendit.errors import CODES, AscenditError
 from ascendit.pipeline import world
-from ascendit.spec import SPECS, Size, WanSpec
+from ascendit.spec import CHIPS, ENGINES, SCHEMES, SPECS, Size, WanSpec, engines_for
 
 REPO = Path(__file__).resolve().parents[1]
 PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -81,6 +82,126 @@ def shapes_table() -> str:
             for s in SPECS.values()
         ),
     )
+
+
+# ---- schemes, engines, chips, files -------------------------------------------------------------
+
+
+def schemes_table() -> str:
+    from ascendit.mx.formats import FORMATS
+    from ascendit.pipeline.expert_report import FORMATS as WORDS
+
+    def row(name: str) -> tuple[object, ...]:
+        scheme = SCHEMES[name]
+        form = FORMATS[scheme.format] if scheme.format else None
+        bits = f"{form.bits_per_value:g}" if form else "16"
+        words = WORDS[name] if form else "floats"
+        return f"`{name}`", words, f"{scheme.activation_bits}", bits, f"`{scheme.manifest}`"
+
+    head = ("scheme", "weights", "bits of activations", "bits of a weight", "msModelSlim's word")
+    return table(head, (row(name) for name in SCHEMES))
+
+
+def chips_table() -> str:
+    return table(("scheme", *CHIPS), ((f"`{s}`", *(CHIPS[c][s] for c in CHIPS)) for s in SCHEMES))
+
+
+def engines_table() -> str:
+    def cells(scheme: str) -> Iterator[str]:
+        for reason in engines_for([scheme]).values():
+            yield f"no: {reason}" if reason else "yes"
+
+    head = ("scheme", *(f"{e.name} {e.version}" for e in ENGINES.values()))
+    return table(head, ((f"`{s}`", *cells(s)) for s in SCHEMES))
+
+
+TRAITS = {
+    "mixed": "two schemes in one expert",
+    "split_qkv": "one of Q, K, V quantized and another not",
+    "unlike_qkv": "Q, K and V with unlike `mul_scale`",
+    "outside_blocks": "quantized layers outside the blocks",
+    "float_block_linears": "layers of blocks that stay BF16",
+    "added_kv": "cross-attention with image tokens (Wan2.1 I2V)",
+    "unquantized": "no quantized layer",
+}
+"""The traits of `spec.Engine.refuses` in words; `odd_blocks:` and `smoothed:` take a scheme."""
+
+
+def traits_table() -> str:
+    def words(trait: str) -> str:
+        kind, colon, scheme = trait.partition(":")
+        if not colon:
+            return TRAITS[trait]
+        odd = f"`{scheme}` where K / 32 is odd"
+        return {"odd_blocks": odd, "smoothed": f"`{scheme}` layers with a `mul_scale`"}[kind]
+
+    rows: list[tuple[str, str, str]] = []
+    for engine in ENGINES.values():
+        by_reason: dict[str, list[str]] = {}
+        for trait, why in engine.refuses.items():
+            if trait not in SCHEMES and trait != "fp8_128x128":
+                by_reason.setdefault(why, []).append(words(trait))
+        rows += [(engine.name, "; ".join(found), why) for why, found in by_reason.items()]
+    return table(("engine", "does not load", "because"), rows)
+
+
+def tensors_table() -> str:
+    """What a layer [N, K] has on disk, from the specs that the writers use; like schemes share a row."""
+    from ascendit.convert.canonical import layer_specs
+
+    symbols = {5: "N", 2048: "K", 1024: "K/2", 64: "ceil(K/32)", 4: "ceil(K/512)", 1: "1"}
+    schemes: dict[tuple[str, str, str], list[str]] = {}
+    for name in SCHEMES:
+        for spec in layer_specs("layer", name, (5, 2048), bias=True, mul_scale=name != "bf16"):
+            shape = ", ".join(symbols[size] for size in spec.shape)
+            dtype = "as in the source" if name == "bf16" else f"`{spec.dtype}`"
+            schemes.setdefault((spec.name, dtype, f"[{shape}]"), []).append(name)
+    order = [f"layer.{role}" for role in ROLES]
+    found = sorted(schemes.items(), key=lambda item: order.index(item[0][0]))
+    rows = (
+        (f"`{tensor.replace('layer', '<layer>')}`", shape, dtype, ", ".join(names))
+        for (tensor, dtype, shape), names in found
+    )
+    return table(("tensor", "shape", "dtype", "schemes"), rows)
+
+
+def rules_table() -> str:
+    """The table in the docstring of `mx/scales.py`, rows that go on joined."""
+    from ascendit.mx import scales
+
+    lines = [line for line in (scales.__doc__ or "").splitlines() if line.startswith("|")]
+    rows: list[list[str]] = []
+    for line in lines[2:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0]:
+            rows.append(cells)
+        else:
+            rows[-1] = [f"{a} {b}".strip() for a, b in zip(rows[-1], cells, strict=True)]
+    head = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    return table(head, ((f"`{rule}`", meaning, same) for rule, meaning, same in rows))
+
+
+def format_rules_table() -> str:
+    from ascendit.mx.formats import FORMATS
+
+    def rows() -> Iterator[tuple[str, str, str]]:
+        for form in FORMATS.values():
+            names = [f"`{rule}{'X' if rule.endswith(':') else ''}`" for rule in form.rules]
+            if names:
+                yield f"`{form.name}`", names[0], ", ".join(names[1:]) or "-"
+
+    return table(("format", "default", "others"), rows())
+
+
+def recipes_table() -> str:
+    from ascendit.convert.recipe import load_recipe, recipe_names
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for name in recipe_names():
+            recipe = load_recipe(name, "mxfp8" if name == "default" else None)
+            yield f"`{name}`", ", ".join(recipe.kinds) or "all", recipe.about, escape(recipe.source) or "-"
+
+    return table(("recipe", "made for", "what it does", "from"), rows())
 
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -187,11 +308,21 @@ def world_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "defaults": defaults_table,
     "shapes": shapes_table,
+    "schemes": schemes_table,
+    "chips": chips_table,
+    "engines": engines_table,
+    "engine-traits": traits_table,
+    "tensors": tensors_table,
+    "scale-rules": rules_table,
+    "format-rules": format_rules_table,
+    "recipes": recipes_table,
     "codes": codes_table,
     "exits": exits_table,
     "commands": commands_table,
     "flags": lambda: flags_table(""),
     "flags-generate": lambda: flags_table("generate"),
+    "flags-quantize": lambda: flags_table("quantize"),
+    "flags-repack": lambda: flags_table("repack"),
     "flags-inspect": lambda: flags_table("inspect"),
     "flags-verify": lambda: flags_table("verify"),
     "flags-doctor": lambda: flags_table("doctor"),

@@ -13,9 +13,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ascendit.convert.quantize import quantize
+    from ascendit.convert.repack import repack
     from ascendit.errors import AscenditError
     from ascendit.pipeline.generate import Pipeline, load
-    from ascendit.pipeline.inspect import inspect_folder
+    from ascendit.pipeline.inspect import inspect
     from ascendit.pipeline.request import GenerateRequest
     from ascendit.pipeline.video import Video
 
@@ -26,8 +28,10 @@ _WHERE = {
     "GenerateRequest": "ascendit.pipeline.request",
     "Pipeline": "ascendit.pipeline.generate",
     "Video": "ascendit.pipeline.video",
-    "inspect_folder": "ascendit.pipeline.inspect",
+    "inspect": "ascendit.pipeline.inspect",
     "load": "ascendit.pipeline.generate",
+    "quantize": "ascendit.convert.quantize",
+    "repack": "ascendit.convert.repack",
 }
 
 _PACKAGES = ("mx",)  # reached by `ascendit.mx.encode` too, without importing them by name
@@ -38,8 +42,10 @@ __all__ = [
     "Pipeline",
     "Video",
     "__version__",
-    "inspect_folder",
+    "inspect",
     "load",
+    "quantize",
+    "repack",
 ]
 
 

@@ -41,7 +41,33 @@ FLAGS = {
         "--json",
         "--overwrite",
     ],
-    "inspect": ["--json"],
+    "quantize": [
+        "-o/--output",
+        "--scheme",
+        "--recipe",
+        "--scale-rule",
+        "--keep",
+        "--lora",
+        "--for",
+        "--copy",
+        "--resume",
+        "--force",
+        "--report",
+        "--dry-run",
+        "--json",
+    ],
+    "repack": [
+        "-o/--output",
+        "--base",
+        "--to",
+        "--for",
+        "--check",
+        "--copy",
+        "--resume",
+        "--dry-run",
+        "--json",
+    ],
+    "inspect": ["--layers", "--diff", "--json"],
     "verify": ["--demo", "--adherence", "--seeds", "--limit", "--report", "--json", "--swap-experts"],
     "doctor": ["--json"],
 }
@@ -147,7 +173,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def broken(path: object) -> None:
         raise error
 
-    monkeypatch.setattr("ascendit.pipeline.inspect.inspect_folder", broken)
+    monkeypatch.setattr("ascendit.pipeline.inspect.inspect", broken)
 
 
 @pytest.mark.parametrize(

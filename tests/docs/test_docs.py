@@ -175,12 +175,12 @@ def test_the_example_runs(block: Block, folders: dict[str, Path], commands: Path
 
 
 def shown_errors() -> list[tuple[Block, str]]:
-    """Each block that must fail and has a `text` block after it, with that text."""
+    """Each block that must fail by an error and has a `text` block after it, with that text."""
     found = []
     for page in PAGES:
         every = list(blocks(page))
         pairs = zip(every, every[1:], strict=False)
-        found += [(a, b.code) for a, b in pairs if a.exit_code and b.language == "text"]
+        found += [(a, b.code) for a, b in pairs if a.error and b.language == "text"]
     return found
 
 

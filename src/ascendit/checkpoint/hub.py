@@ -34,6 +34,7 @@ MODELSCOPE = "https://modelscope.cn"
 _USELESS = "msgpack h5 ckpt onnx bin png jpg jpeg gif webp svg mp4 mov webm".split()
 SKIPPED = tuple(f"*.{e}" for ending in _USELESS for e in (ending, ending.upper()))
 """What no model folder needs: weights in formats that are not read, pictures, videos."""
+EXPERT_WEIGHTS = ("transformer/*.safetensors*", "transformer_2/*.safetensors*")
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -43,18 +44,25 @@ _BLOCK = 1 << 20
 
 
 def fetch(
-    name: str, *, revision: str | None = None, cache: Path | None = None, endpoint: str | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    cache: Path | None = None,
+    endpoint: str | None = None,
+    experts: bool = True,
 ) -> Path:
     """Download what is not in the cache yet, and return the folder. Its name is the revision it is pinned to.
 
     `revision`: branch, tag or commit; also as `@revision` in `name`. `cache`: folder; None = the one of
     `huggingface_hub`, or `~/.cache/ascendit/modelscope`. `endpoint`: another server that speaks the same API.
+    `experts`: False leaves the weights of the transformers out, from Hugging Face (ModelScope: all files).
     Without network a complete cached copy serves. Raises UsageError E-HUB-01 for a name or revision that
     is not there, EnvironmentProblem E-HUB-01 for network, access and damaged downloads.
     """
     hub, repo, revision = _parse(name, revision)
     if hub == "hf":
-        path = _huggingface(repo, revision, cache, endpoint)
+        skipped = (*SKIPPED, *(() if experts else EXPERT_WEIGHTS))
+        path = _huggingface(repo, revision, cache, endpoint, skipped)
     else:
         cache = cache or Path.home() / ".cache" / "ascendit" / "modelscope"
         path = _modelscope(repo, revision or "master", cache, endpoint or MODELSCOPE)
@@ -88,7 +96,9 @@ def _trouble(what: str, why: object, fix: str) -> EnvironmentProblem:
     return EnvironmentProblem(f"{what}: {why}", needs=needs, fix=fix, code="E-HUB-01")
 
 
-def _huggingface(repo: str, revision: str | None, cache: Path | None, endpoint: str | None) -> Path:
+def _huggingface(
+    repo: str, revision: str | None, cache: Path | None, endpoint: str | None, skipped: tuple[str, ...]
+) -> Path:
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError as e:
@@ -102,7 +112,7 @@ def _huggingface(repo: str, revision: str | None, cache: Path | None, endpoint: 
     begun = time.time()
     try:
         path = snapshot_download(
-            repo, revision=revision, cache_dir=cache, endpoint=endpoint, ignore_patterns=list(SKIPPED)
+            repo, revision=revision, cache_dir=cache, endpoint=endpoint, ignore_patterns=list(skipped)
         )
     except errors.GatedRepoError as e:
         fix = f"accept the licence on the page of {repo}, then `hf auth login`"

@@ -113,15 +113,16 @@ def read_call(
 
 def make_plan(call: Call, output: Path | None, *, overwrite: bool) -> Plan:
     """Meet the model: its folder, its defaults, the request, the name of the output; no weights."""
+    from ascendit.checkpoint.folder import model_folder
     from ascendit.checkpoint.layout import recognise
     from ascendit.pipeline import video
     from ascendit.pipeline.defaults import defaults_for
-    from ascendit.pipeline.folder import model_folder
     from ascendit.pipeline.request import resolve
 
     if output is not None:
         video.check_writable(output)
     layout = recognise(model_folder(call.model))
+    layout.require_pipeline()
     defaults = defaults_for(layout)
     fields = dict(call.fields)
     if call.seconds is not None:

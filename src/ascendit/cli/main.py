@@ -17,7 +17,9 @@ from ascendit import __version__
 from ascendit.cli.doctor import doctor
 from ascendit.cli.generate import generate
 from ascendit.cli.inspect import inspect
+from ascendit.cli.quantize import quantize
 from ascendit.cli.render import Output, report_error, report_fault
+from ascendit.cli.repack import repack
 from ascendit.cli.verify import verify
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
 
@@ -77,6 +79,8 @@ def common(
 
 
 app.command()(generate)
+app.command()(quantize)
+app.command()(repack)
 app.command()(inspect)
 app.command()(verify)
 app.command()(doctor)

@@ -53,7 +53,14 @@ def load_transformer(
 
 
 def compare(part: Part, wanted: dict[str, tuple[int, ...]], found: dict[str, TensorInfo]) -> None:
-    """Raise E-CKP-04 unless `found` holds exactly `wanted`, in floating point."""
+    """Raise E-CKP-04 unless `found` holds exactly `wanted`, in floating point; E-QNT-01 if quantized."""
+    if coded := [n for n in found if n.rpartition(".")[2] in ("weight_scale", "weight_scale_inv")]:
+        raise CheckpointError(
+            f"{part.path} is quantized: {len(coded)} layers have scales",
+            needs=f"weights in {', '.join(FLOATS)}: quantized folders are written so far, not run",
+            fix="generate with the BF16 model; ascendit inspect tells which engines run this folder",
+            code="E-QNT-01",
+        )
     extra = [n for n in found if n not in wanted and not any(k in n for k in TOLERATED)]
     shared = [n for n in wanted if n in found]
     problems = {

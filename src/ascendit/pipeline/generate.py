@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ascendit.checkpoint.folder import model_folder
 from ascendit.checkpoint.layout import Layout, recognise
 from ascendit.errors import Cancelled, EnvironmentProblem, QualityError, UsageError
 from ascendit.model.load import load_transformer
@@ -25,7 +26,6 @@ from ascendit.ops.bind import Ops, bind
 from ascendit.pipeline.condition import make_condition, open_image
 from ascendit.pipeline.defaults import defaults_for
 from ascendit.pipeline.encoders import ImageEncoder, TextEncoder, TextOn, VideoCoder
-from ascendit.pipeline.folder import model_folder
 from ascendit.pipeline.progress import OnProgress, Progress
 from ascendit.pipeline.request import Defaults, GenerateRequest, check, resolve
 from ascendit.pipeline.solver import TRAIN_STEPS, make_solver
@@ -242,6 +242,7 @@ def load(
     `text_on`: where UMT5 lives: "device", "cpu", or "drop" after each prompt. `ops`: "reference" or None.
     """
     layout = recognise(model_folder(model))
+    layout.require_pipeline()
     defaults = defaults_for(layout)
     device, number = check_device(device), to_dtype(dtype)
     bound = bind(device, ops)

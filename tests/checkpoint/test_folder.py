@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from ascendit.checkpoint import folder
+from ascendit.checkpoint.folder import model_folder
 from ascendit.errors import EnvironmentProblem, UsageError
-from ascendit.pipeline import folder
-from ascendit.pipeline.folder import model_folder
 
 
 def test_names(tmp_path, monkeypatch):
-    monkeypatch.setattr("ascendit.checkpoint.hub.fetch", lambda name: Path("/cache") / name)
+    monkeypatch.setattr("ascendit.checkpoint.hub.fetch", lambda name, experts=True: Path("/cache") / name)
     monkeypatch.setattr(folder, "DEMO", tmp_path / "demo")
     (tmp_path / "demo").mkdir()
     assert model_folder("demo") == tmp_path / "demo"

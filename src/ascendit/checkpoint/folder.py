@@ -10,9 +10,10 @@ DEMO = Path(__file__).resolve().parents[1] / "demo"
 """The model that comes with the package."""
 
 
-def model_folder(model: str | Path) -> Path:
+def model_folder(model: str | Path, *, experts: bool = True) -> Path:
     """The folder of "demo", a path, hf:org/name or ms:org/name (with "@revision").
 
+    `experts`: False when the weights of its transformers are not wanted, which need not be downloaded then.
     Raises UsageError E-USE-02 when there is none.
     """
     name = str(model)
@@ -28,12 +29,12 @@ def model_folder(model: str | Path) -> Path:
     if name.startswith(("hf:", "ms:")):
         from ascendit.checkpoint.hub import fetch
 
-        return fetch(name)
+        return fetch(name, experts=experts)
     path = Path(name).expanduser()
     if not path.exists():
         raise UsageError(
             f"no model at {name}",
-            needs="a folder, hf:org/name, ms:org/name, or --demo",
+            needs="a folder, hf:org/name, ms:org/name, or demo",
             fix="correct the path, or put hf: before a name on Hugging Face",
             code="E-USE-02",
         )

@@ -1,0 +1,312 @@
+"""One run of `quantize`: what is decided before the first byte, the writing, the words about it. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ascendit import __version__
+from ascendit.checkpoint.expert import read_expert
+from ascendit.checkpoint.layout import INDEX_FILE, Layout
+from ascendit.checkpoint.staging import Staging, link_or_copy
+from ascendit.checkpoint.write import ShardWriter
+from ascendit.convert import card, stream
+from ascendit.convert.dialects import Dialect, check_engine, model_kind, task_config
+from ascendit.convert.expert_plan import FP4, ExpertPlan, plan_expert, warnings_for
+from ascendit.convert.expert_writer import Advance, ExpertWriter
+from ascendit.convert.job import OnProgress, Progress
+from ascendit.convert.lora import Folds, LoraSource
+from ascendit.convert.recipe import Recipe
+from ascendit.convert.report import ExpertReport, QuantizeReport
+from ascendit.convert.rules import ModelKind
+from ascendit.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Smoothing = Mapping[str, Mapping[str, "torch.Tensor"]]
+"""Expert -> layer -> mul_scale, float32 [K]."""
+SMALL = 1 << 20
+"""Bytes; files at the top of a model that are larger than this are no part of it."""
+_NOT_COPIED = {card.CARD_FILE, card.RECORD_FILE, "quant_model_description.json"}
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".index.json")
+
+
+@dataclass
+class QuantizeJob:
+    """One run: everything that is decided before the first byte is written."""
+
+    layout: Layout
+    dst: Path
+    recipe: Recipe
+    keep: tuple[str, ...]
+    loras: tuple[LoraSource, ...]
+    dialect: Dialect
+    smoothing: Smoothing
+    max_shard_bytes: int | None
+    copy: bool
+    measure: bool
+    flags: list[tuple[str, object]]
+    plans: list[ExpertPlan] = field(init=False)
+    folds: list[Folds] = field(init=False)
+    kind: ModelKind = field(init=False)
+    sqnr: dict[str, dict[str, float]] = field(init=False, default_factory=dict)
+    files: dict[str, str] = field(init=False, default_factory=dict)
+    """Path in the folder -> sha256."""
+
+    def __post_init__(self) -> None:
+        experts = [read_expert(part) for part in self.layout.experts]
+        if unknown := sorted(set(self.smoothing) - {expert.name for expert in experts}):
+            raise UsageError(
+                f"smoothing for {', '.join(unknown)}",
+                needs=f"one of {', '.join(expert.name for expert in experts)}",
+                fix="name the experts as the model does",
+                code="E-USE-05",
+            )
+        self.kind = model_kind(experts[0].config)
+        self.plans = [
+            plan_expert(
+                expert,
+                self.recipe,
+                self.kind,
+                keep=self.keep,
+                smoothing=self.smoothing.get(expert.name),
+                dialect=self.dialect,
+            )
+            for expert in experts
+        ]
+        names = [expert.name for expert in experts]
+        self.folds = [
+            Folds.open(
+                self.loras, e.name, {name: info.shape for name, info in e.tensors.items()}, experts=names
+            )
+            for e in experts
+        ]
+
+    def check(self, force: bool) -> None:
+        """Refuse before any work what cannot come out well."""
+        used = {scheme for plan in self.plans for scheme in plan.schemes}
+        if not used - {"bf16"}:
+            raise UsageError(
+                f"recipe {self.recipe.name} with --keep {' '.join(self.keep)} quantizes no layer"
+                if self.keep
+                else f"recipe {self.recipe.name} quantizes no layer",
+                needs="at least one layer in another scheme than bf16",
+                fix="keep fewer layers; `ascendit repack` changes the layout of a model alone",
+                code="E-QNT-01",
+            )
+        if self.kind == "ti2v" and used & set(FP4) and not force:
+            raise UsageError(
+                f"{self.layout.name} is a TI2V-5B model, and {', '.join(sorted(used & set(FP4)))} is W4A4",
+                needs="--force: vLLM-Omni's documentation reports a visible loss of accuracy for this pair",
+                fix="--scheme mxfp8, or --force to do it all the same",
+                code="E-QNT-02",
+            )
+        for plan in self.plans:
+            check_engine(self.dialect.engine, plan.traits, f"{self.layout.name}/{plan.expert.name}")
+
+    # ---- writing --------------------------------------------------------------------------------
+
+    def run(self, resume: bool, on_progress: OnProgress | None) -> QuantizeReport:
+        """Write the folder."""
+        start = time.perf_counter()
+        sources = [self.layout.root, *(plan.expert.path for plan in self.plans)]
+        sources += [lora.path for lora in self.loras]
+        needed = sum(plan.bytes_after for plan in self.plans)
+        needed += sum(_size(path) for path, _ in self._others() if self.copy or path.is_file())
+        with Staging(
+            self.dst,
+            sources=list(dict.fromkeys(sources)),
+            fingerprint=self.fingerprint(),
+            resume=resume,
+            needs_bytes=needed,
+        ) as staging:
+            meter = Meter(self._total_bytes(), on_progress, start)
+            for plan, folds in zip(self.plans, self.folds, strict=True):
+                self._write_expert(staging, plan, folds, meter)
+            for source, name in self._others():
+                link_or_copy(source, staging.path / name, copy=self.copy or source.is_file())
+            card.write_made(staging.path, self.made(), self.dst.name)
+            staging.publish()
+        return self.report(time.perf_counter() - start)
+
+    def _write_expert(self, staging: Staging, plan: ExpertPlan, folds: Folds, meter: Meter) -> None:
+        quant_type = plan.manifest["model_quant_type"]
+        folder = staging.path / self.dialect.folder(plan.expert.name, len(self.plans))
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            reader = stack.enter_context(stream.RowReader())
+            writer = stack.enter_context(
+                ShardWriter(
+                    folder,
+                    plan.disk_specs,
+                    stem=self.dialect.stem(quant_type),
+                    max_shard_bytes=None if self.dialect.typed_names else self.max_shard_bytes,
+                    hash=True,
+                    journal=staging.journal,
+                )
+            )
+            work = ExpertWriter(
+                plan,
+                reader,
+                writer,
+                folds=folds,
+                measure=self.measure,
+                advance=meter.advance_in(plan.expert.name),
+            )
+            work.write()
+            digests = writer.close()
+        self.sqnr[plan.expert.name] = work.sqnr
+        where = folder.relative_to(staging.path)
+        manifest, config = folder / self.dialect.manifest_file(quant_type), folder / "config.json"
+        manifest.write_text(json.dumps(plan.manifest, indent=4) + "\n", encoding="utf-8")
+        card.write_json(config, plan.config)
+        written = [manifest, config]
+        if self.dialect.task_file:
+            written.append(folder / self.dialect.task_file)
+            card.write_json(written[-1], task_config(plan.expert.config))
+        digests |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in written}
+        self.files |= {(where / name).as_posix(): digest for name, digest in digests.items()}
+        if self.dialect.mode is not None:
+            for path in (manifest, *(shard.file for shard in writer.shards)):
+                path.chmod(self.dialect.mode)
+
+    def _others(self) -> list[tuple[Path, str]]:
+        """Components and small files that come along, as (where it lies, name in the folder)."""
+        if self.layout.kind != "diffusers" or self.dialect.naming != "diffusers":
+            return []
+        experts = {part.name for part in self.layout.experts}
+        found = [(part.path, part.name) for part in self.layout.parts.values() if part.name not in experts]
+        for path in sorted(self.layout.root.iterdir()):
+            if not path.is_file() or path.name.startswith(".") or path.name in _NOT_COPIED:
+                continue
+            if path.name == INDEX_FILE or (not path.name.endswith(_WEIGHTS) and path.stat().st_size <= SMALL):
+                found.append((path, path.name))
+        return found
+
+    def _total_bytes(self) -> int:
+        return sum(plan.bytes_before for plan in self.plans)
+
+    # ---- what is said about it ------------------------------------------------------------------
+
+    def fingerprint(self) -> str:
+        """The same for two runs that write the same bytes."""
+        infos = [info for plan in self.plans for info in plan.expert.tensors.values()]
+        files = sorted({info.file for info in infos} | {lora.path for lora in self.loras})
+        stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        what: list[Any] = [__version__, stamps, self.recipe.as_dict(), self.keep, self.dialect.engine]
+        what += [[(str(x.path), x.weight, x.expert) for x in self.loras], self.max_shard_bytes]
+        for expert, layers in self.smoothing.items():
+            what += [(expert, name, scale.tolist()) for name, scale in layers.items()]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    def made(self) -> card.Made:
+        """For the card and `ascendit.json`."""
+        report = self.report(0.0)
+        details: dict[str, Any] = {"keep": list(self.keep), "engine": self.dialect.engine}
+        if self.measure:
+            worst = {expert.name: dict(expert.worst) for expert in report.experts}
+            details["worst_sqnr_db"] = {k: {n: round(x, 2) for n, x in v.items()} for k, v in worst.items()}
+        return card.Made(
+            verb="quantize",
+            layout=self.layout,
+            model_kind=self.kind,
+            command=card.command_line("quantize", self.layout, self.dst, self.flags),
+            files=self.files,
+            schemes=report.schemes,
+            bits_per_weight=report.bits_per_weight,
+            recipe=self.recipe.as_dict(),
+            loras=report.loras,
+            details={key: value for key, value in details.items() if value},
+            notes=_notes(report),
+        )
+
+    def report(self, seconds: float, *, dry_run: bool = False) -> QuantizeReport:
+        """What happened, or would."""
+        experts = tuple(
+            ExpertReport(
+                name=plan.expert.name,
+                schemes=plan.schemes,
+                kept=plan.kept,
+                bytes_before=plan.bytes_before,
+                bytes_after=plan.bytes_after,
+                num_weights=plan.num_weights,
+                sqnr=self.sqnr.get(plan.expert.name, {}),
+            )
+            for plan in self.plans
+        )
+        loras = tuple(
+            {"file": lora.path.name, "weight": lora.weight, "expert": lora.expert or "all"}
+            for lora in self.loras
+        )
+        warnings = warnings_for(self.plans, self.recipe, self.kind)
+        if dry_run and os.path.lexists(self.dst):
+            warnings.append(f"{self.dst} exists already: a run would stop there")
+        return QuantizeReport(
+            path=self.dst,
+            source=card.source_name(self.layout),
+            recipe=f"{self.recipe.name}: {self.recipe.about}",
+            model_kind=self.kind,
+            experts=experts,
+            dry_run=dry_run,
+            seconds=seconds,
+            linked=tuple(name for _, name in self._others()),
+            loras=loras,
+            engine=self.dialect.engine,
+            warnings=tuple(warnings),
+        )
+
+
+class Meter:
+    """Counts bytes of the source and tells how far the run is."""
+
+    def __init__(self, total: int, on_progress: OnProgress | None, start: float) -> None:
+        self._total = total
+        self._done = self._skipped = 0
+        self._on_progress = on_progress
+        self._start = start
+
+    def advance_in(self, stage: str) -> Advance:
+        """`advance(tensor, bytes, skipped)` for one expert."""
+
+        def advance(name: str, count: int, skipped: bool = False) -> None:
+            self._done += count
+            self._skipped += count if skipped else 0
+            if self._on_progress is not None:
+                seconds = time.perf_counter() - self._start
+                event = Progress(stage, name, self._done, self._total, seconds, self._skipped)
+                self._on_progress(event)
+
+        return advance
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder, links followed."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(
+        os.stat(os.path.join(place, name)).st_size
+        for place, _, names in os.walk(path)
+        for name in names
+        if os.path.exists(os.path.join(place, name))
+    )
+
+
+def _notes(report: QuantizeReport) -> list[str]:
+    """Paragraphs of the card: what was kept, what was measured, what to know."""
+    notes = []
+    for expert in report.experts:
+        kept = [f"- {', '.join(f'`{name}`' for name in names)}: {why}" for why, names in expert.kept.items()]
+        notes.append("\n".join([f"Kept as they were in `{expert.name}`:", "", *kept]))
+        if expert.sqnr:
+            rows = [f"| `{layer}` | {value:.2f} |" for layer, value in expert.worst]
+            head = [f"Signal to quantization noise of `{expert.name}`, the worst layers in dB:", ""]
+            notes.append("\n".join([*head, "| layer | dB |", "|---|---|", *rows]))
+    return notes + [f"Note: {warning}" for warning in report.warnings]

@@ -1,0 +1,339 @@
+"""Checkpoint to checkpoint without a change of one number: other names, files, containers.
+
+    repack("wan22_w8a8_mxfp8_export", "wan22-mxfp8", base="hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+
+Bytes that stay as they are go from file to file inside the kernel. The others are written some rows at a
+time, see `rewrite`. What an engine cannot load is refused before anything is written. torch is imported for
+FP8 in tiles and for `check` only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ascendit import __version__
+from ascendit.checkpoint.expert import Expert, read_expert
+from ascendit.checkpoint.folder import model_folder
+from ascendit.checkpoint.layout import WORDS, Layout, read_json, recognise
+from ascendit.checkpoint.staging import Staging
+from ascendit.checkpoint.write import MAX_SHARD_BYTES, ShardWriter
+from ascendit.convert import base as bases
+from ascendit.convert import canonical, card
+from ascendit.convert.dialects import Dialect, check_engine, dialect_for, model_kind, task_config, traits_of
+from ascendit.convert.job import OnProgress, Progress
+from ascendit.convert.repack_report import ExpertReport, RepackReport
+from ascendit.convert.report import add_up
+from ascendit.convert.rewrite import Step, produce
+from ascendit.convert.steps import Steps, schemes_of, smoothed_layers, steps_for, unlike_qkv
+from ascendit.convert.stream import RowReader
+
+WAYS = {
+    "widen": "to float32",
+    "repeat": "to one scale for each row",
+    "recode": "FP4 in another container",
+    "untile": "FP8 tiles to BF16",
+    "fill": "added",
+}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One expert and its way."""
+
+    expert: Expert
+    config: dict[str, Any]
+    steps: Steps
+    dialect: Dialect
+    folder: str
+
+    @property
+    def layers(self) -> dict[str, str]:
+        return schemes_of(self.expert)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.steps.specs)
+
+    @property
+    def quant_type(self) -> str:
+        return canonical.model_quant_type(self.layers)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether a manifest is written: something is not plain floats."""
+        return bool(self.expert.attention) or any(s.name.endswith("_scale") for s in self.steps.written)
+
+
+def repack(
+    src: Path | str,
+    dst: Path | str,
+    *,
+    base: Path | str | None = None,
+    to: str | None = None,
+    engine: str | None = None,
+    check: bool = False,
+    copy: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    on_progress: OnProgress | None = None,
+) -> RepackReport:
+    """Write the checkpoint at `src` as the folder `dst`, with the same numbers.
+
+    `src`: a path in any layout that `checkpoint.layout` knows, or hf:/ms: and a name. `base`: the Diffusers
+    folder of the model, which gives the other parts and the configs. `to`: `diffusers` (default) or `wan`.
+    `engine`: a key of `spec.ENGINES`, for its dialect. `check`: decode both sides and compare. `copy`: copy
+    other parts instead of linking them. `resume`: go on where a killed run ended. `dry_run`: plan only.
+
+    Raises UsageError (E-ENG-01: what the engine cannot load; E-USE-01/02/03/06), CheckpointError (E-CKP-..),
+    EnvironmentProblem (E-ENV-02, E-ENV-04).
+    """
+    started = time.monotonic()
+    dst = Path(dst).expanduser()
+    dialect = dialect_for(engine, to)
+    source = recognise(model_folder(src))
+    parts_from = bases.read_base(base, source) if base is not None else _own_parts(source)
+    jobs = _plan(source, dialect, parts_from if base is not None else None)
+    checked: dict[str, dict[str, str]] = {}
+    placed: tuple[str, ...] = ()
+    if not dry_run:
+        sources = [source.root, *([parts_from.root] if parts_from else [])]
+        needed = sum(job.nbytes for job in jobs)
+        mark = _fingerprint(jobs, dialect, check=check, copy=copy)
+        with Staging(dst, sources=sources, fingerprint=mark, resume=resume, needs_bytes=needed) as staging:
+            files = _write(jobs, staging, check, _Meter(on_progress, "write", needed))
+            if parts_from and dialect.naming == "diffusers":
+                placed = bases.place_parts(parts_from, staging.path, copy=copy)
+            if check:
+                checked = _compare(jobs, staging.path, _Meter(on_progress, "check", 2 * needed))
+            made = _made(source, dst, jobs, files, checked, base=base, to=to, engine=engine, check=check)
+            card.write_made(staging.path, made, dst.name)
+            staging.publish()
+    elif parts_from and dialect.naming == "diffusers":
+        placed = tuple(name for name, part in parts_from.parts.items() if part not in parts_from.experts)
+    return RepackReport(
+        path=dst,
+        source=card.source_name(source),
+        layout=WORDS[source.kind],
+        to=dialect.naming,
+        engine=engine,
+        experts=tuple(_expert_report(job, checked.get(job.expert.name)) for job in jobs),
+        placed=placed,
+        warnings=_warnings(jobs, dialect, parts_from),
+        dry_run=dry_run,
+        seconds=time.monotonic() - started,
+    )
+
+
+# ---- planning -----------------------------------------------------------------------------------
+
+
+def _own_parts(source: Layout) -> Layout | None:
+    """A pipeline folder is its own base."""
+    return source if source.kind == "diffusers" else None
+
+
+def _plan(source: Layout, dialect: Dialect, base: Layout | None) -> list[_Job]:
+    """The way of every expert. What cannot be done is found here."""
+    jobs = []
+    for part in source.experts:
+        expert = read_expert(part)
+        config = bases.config_from(base, expert) if base else expert.config
+        _check_engine(expert, dialect)
+        folder = dialect.folder(expert.name, len(source.experts))
+        jobs.append(_Job(expert, config, steps_for(expert, dialect), dialect, folder))
+    return jobs
+
+
+def _check_engine(expert: Expert, dialect: Dialect) -> None:
+    if dialect.engine is None:
+        return
+    layers = schemes_of(expert)
+    shapes = {name: layer.shape for name, layer in expert.layers.items()}
+    smoothed = smoothed_layers(expert)
+    traits = traits_of(layers, shapes, smoothed, unlike_qkv=unlike_qkv(expert))
+    check_engine(dialect.engine, traits, expert.name)
+
+
+def _fingerprint(jobs: list[_Job], dialect: Dialect, **flags: bool) -> str:
+    """Changes with the source files and with everything that is written."""
+    digest = hashlib.sha256(repr((__version__, dialect, sorted(flags.items()))).encode())
+    for job in jobs:
+        for file in sorted({info.file for info in job.expert.tensors.values()}):
+            stat = file.stat()
+            digest.update(repr((str(file), stat.st_size, stat.st_mtime_ns)).encode())
+        digest.update(repr((job.folder, job.config, job.steps.specs)).encode())
+    return digest.hexdigest()
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+class _Meter:
+    """Tells the progress of one stage."""
+
+    def __init__(self, told: OnProgress | None, stage: str, total: int) -> None:
+        self._told, self._stage, self._total = told, stage, total
+        self._done = self._skipped = 0
+        self._started = time.monotonic()
+
+    def __call__(self, name: str, nbytes: int, skipped: bool = False) -> None:
+        self._done += nbytes
+        self._skipped += nbytes * skipped
+        if self._told:
+            seconds = time.monotonic() - self._started
+            told = Progress(self._stage, name, self._done, self._total, seconds, self._skipped)
+            self._told(told)
+
+
+def _write(jobs: list[_Job], staging: Staging, check: bool, meter: _Meter) -> dict[str, str]:
+    """Every expert: weights, manifest, config.json. Returns path in the folder -> sha256, with `check`."""
+    hashes: dict[str, str] = {}
+    for job in jobs:
+        folder = staging.path / job.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = ShardWriter(
+            folder,
+            job.steps.specs,
+            stem=job.dialect.stem(job.quant_type),
+            max_shard_bytes=None if job.dialect.typed_names else MAX_SHARD_BYTES,
+            hash=check,
+            journal=staging.journal,
+        )
+        with writer, RowReader() as reader:
+            for step in job.steps.written:
+                if not (done := writer.done(step.spec.name)):
+                    _write_one(step, writer, reader)
+                meter(f"{job.expert.name}.{step.name}", step.spec.nbytes, done)
+            for step in job.steps.dropped:
+                for _ in produce(step, reader):
+                    pass
+            digests = writer.close()
+        hashes |= {str(Path(job.folder) / name): digest for name, digest in digests.items()}
+        _write_json(job, folder)
+        if job.dialect.mode is not None:
+            for shard in writer.shards:
+                shard.file.chmod(job.dialect.mode)
+    return hashes
+
+
+def _write_one(step: Step, writer: ShardWriter, reader: RowReader) -> None:
+    if step.how == "move":
+        writer.move(step.sources[0], step.spec.name)
+        return
+    for data in produce(step, reader):
+        writer.append(step.spec.name, data)
+
+
+def _write_json(job: _Job, folder: Path) -> None:
+    """config.json, and the manifest where something is quantized."""
+    dialect, layers = job.dialect, job.layers
+    marker = canonical.marker_for(layers, job.steps.smoothed)
+    card.write_json(folder / "config.json", dialect.config(job.config, marker))
+    if dialect.task_file:
+        card.write_json(folder / dialect.task_file, task_config(job.config))
+    if not job.quantized:
+        return
+    lost = job.expert.tensors.keys() - set(job.steps.names)
+    found = {name: value for name, value in (job.expert.manifest or {}).items() if name not in lost}
+    manifest = dialect.manifest(layers, job.steps.names, job.expert.attention, found)
+    file = folder / dialect.manifest_file(job.quant_type)
+    file.write_text(json.dumps(manifest, indent=4) + "\n", encoding="utf-8")
+    if dialect.mode is not None:
+        file.chmod(dialect.mode)
+
+
+def _compare(jobs: list[_Job], folder: Path, meter: _Meter) -> dict[str, dict[str, str]]:
+    """Read what was written as anyone would, and compare all numbers with the source."""
+    from ascendit.convert.check import compare
+
+    written = recognise(folder)
+    return {
+        job.expert.name: compare(job.expert, read_expert(part), meter)
+        for job, part in zip(jobs, written.experts, strict=True)
+    }
+
+
+# ---- telling ------------------------------------------------------------------------------------
+
+
+def _made(
+    source: Layout,
+    dst: Path,
+    jobs: list[_Job],
+    files: dict[str, str],
+    checked: dict[str, dict[str, str]],
+    **flags: Any,
+) -> card.Made:
+    """For ascendit.json and the model card."""
+    words = {"base": "--base", "to": "--to", "engine": "--for", "check": "--check"}
+    options = [(words[name], value) for name, value in flags.items()]
+    details: dict[str, Any] = {"engine": flags["engine"]} if flags["engine"] else {}
+    if checked:
+        from ascendit.convert.check import combined
+
+        details["decoded_sha256"] = {name: combined(found) for name, found in checked.items()}
+    reports = [_expert_report(job, checked.get(job.expert.name)) for job in jobs]
+    recipe = _recipe_of(source)
+    written = sum(job.nbytes for job in jobs)
+    return card.Made(
+        verb="repack",
+        layout=source,
+        model_kind=model_kind(jobs[0].config),
+        command=card.command_line("repack", source, dst, options),
+        files=files,
+        schemes=add_up(report.schemes for report in reports),
+        bits_per_weight=8 * written / max(sum(report.num_weights for report in reports), 1),
+        recipe=recipe,
+        details=details,
+    )
+
+
+def _recipe_of(source: Layout) -> dict[str, Any]:
+    """The recipe in the record of a folder that ascendit wrote: it stays true."""
+    file = source.root / card.RECORD_FILE
+    found = read_json(file).get("recipe") if file.is_file() else None
+    known = isinstance(found, dict) and isinstance(found.get("name"), str)
+    return found if known and isinstance(found, dict) else {}
+
+
+def _expert_report(job: _Job, checked: dict[str, str] | None) -> ExpertReport:
+    steps = job.steps.written
+    names = {job.expert.tensors[step.name].name for step in steps if step.name in job.expert.tensors}
+    rewritten = [step for step in steps if step.rewritten]
+    digest = ""
+    if checked:
+        from ascendit.convert.check import combined
+
+        digest = combined(checked)
+    return ExpertReport(
+        name=job.expert.name,
+        folder=job.folder,
+        origin=job.expert.origin,
+        schemes=add_up([Counter(job.layers.values())]),
+        num_tensors=len(steps),
+        num_renamed=len(names - {step.spec.name for step in steps}),
+        moved_bytes=sum(step.spec.nbytes for step in steps if not step.rewritten),
+        rewritten_bytes=sum(step.spec.nbytes for step in rewritten),
+        num_weights=bases.num_weights(job.expert),
+        rewritten=Counter(WAYS[step.how] for step in rewritten),
+        decoded_sha256=digest,
+        num_checked=len(checked or {}),
+    )
+
+
+def _warnings(jobs: list[_Job], dialect: Dialect, parts: Layout | None) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    for job in jobs:
+        if job.config == job.expert.config and job.expert.config_problem:
+            found[job.expert.config_problem] = None
+    if dialect.engine == "mindie" and any("bf16" in job.layers.values() for job in jobs):
+        found["MindIE-SD takes what is not quantized from the float checkpoint: keep that at hand"] = None
+    if parts is None and dialect.naming == "diffusers":
+        found["only the transformers were written; --base MODEL adds the other parts"] = None
+    return tuple(found)

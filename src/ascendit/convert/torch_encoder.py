@@ -1,0 +1,52 @@
+"""`mx.rows.RowEncoder` with the face of `direct.DirectEncoder`. With torch."""
+
+from __future__ import annotations
+
+import torch
+
+from ascendit.convert import stream
+from ascendit.convert.direct import NAN_BYTE, Coded, decibels
+from ascendit.mx.rows import RowEncoder
+
+
+class TorchEncoder:
+    """Encodes rows [n <= max_rows, length]; every rule, every dtype, every machine."""
+
+    def __init__(
+        self,
+        format: str,
+        rule: str,
+        length: int,
+        dtype: torch.dtype,
+        max_rows: int,
+        *,
+        measure: bool = False,
+    ) -> None:
+        self._rows = RowEncoder(
+            format, length, dtype=dtype, max_rows=max_rows, scale_rule=rule, measure=measure
+        )
+        self._before = (0.0, 0.0)
+
+    def __call__(self, rows: torch.Tensor) -> Coded:
+        """The result is valid until the next call."""
+        encoded = self._rows(rows)
+        scale, dual = encoded.scale, encoded.dual_scale
+        bad = scale == NAN_BYTE if scale.dtype == torch.uint8 else scale.isnan()
+        bad_row = int(bad.any(-1).nonzero()[0]) if bool(bad.any()) else None
+        return Coded(
+            stream.as_bytes(encoded.codes),
+            stream.as_bytes(scale),
+            None if dual is None else stream.as_bytes(dual),
+            bad_row,
+            len(rows),
+        )
+
+    def restart(self) -> None:
+        """Forget what was measured."""
+        self._before = (self._rows.signal, self._rows.noise)
+
+    @property
+    def sqnr(self) -> float:
+        """Signal to quantization noise since the last `restart`, in dB."""
+        signal, noise = self._rows.signal - self._before[0], self._rows.noise - self._before[1]
+        return decibels(signal, noise)

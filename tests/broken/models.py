@@ -1,0 +1,264 @@
+"""Small whole models, written byte by byte: what `make` breaks. Neither torch nor the safetensors library.
+
+One transformer of width 64 with two blocks, in every layout and kind of quantization. The numbers are
+random, of ordinary size, and the same on every run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ascendit.checkpoint.names import block_linears, expected_tensors, to_wan
+
+Tensor = tuple[str, tuple[int, ...], bytes]
+"""dtype in safetensors' spelling, shape, bytes."""
+Tensors = dict[str, Tensor]
+
+CONFIG: dict[str, Any] = {
+    "_class_name": "WanTransformer3DModel",
+    "_diffusers_version": "0.42.1",
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 32,
+    "ffn_dim": 96,
+    "num_layers": 2,
+}
+WAN_CONFIG = {
+    "_class_name": "WanModel",
+    "dim": 64,
+    "num_heads": 2,
+    "ffn_dim": 96,
+    "freq_dim": 32,
+    "num_layers": 2,
+}
+WAN_CONFIG |= {"in_dim": 16, "out_dim": 16, "text_len": 512, "model_type": "t2v", "eps": 1e-6}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = WEIGHTS + ".index.json"
+MANIFEST = "quant_model_description.json"
+TYPES = {"mxfp8": "W8A8_MXFP8", "int8": "W8A8_DYNAMIC", "mxfp4_dualscale": "W4A4_MXFP4_DUALSCALE"}
+"""Scheme -> its word in a manifest."""
+Q = "blocks.0.attn1.to_q"
+"""The layer that is damaged."""
+NORM = "blocks.0.attn1.norm_q.weight"
+"""The plain tensor that is damaged."""
+
+
+# ---- files ----------------------------------------------------------------------------------------
+
+
+def header(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a safetensors file says before its bytes, the tensors in this order without gaps."""
+    entries, position = {}, 0
+    for name, (dtype, shape, data) in tensors.items():
+        entries[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, position + len(data)],
+        }
+        position += len(data)
+    return entries
+
+
+def raw(head: object, data: bytes = b"", length: int | None = None) -> bytes:
+    """A file with exactly this header, right or wrong; `length`: what it says of it."""
+    text = head if isinstance(head, bytes) else json.dumps(head).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a whole safetensors file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(raw(header(tensors), b"".join(data for _, _, data in tensors.values())))
+
+
+def load(path: Path) -> Tensors:
+    """The inverse, of a whole file."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    found = {}
+    for name, entry in json.loads(content[8:start]).items():
+        first, last = entry["data_offsets"]
+        found[name] = (entry["dtype"], tuple(entry["shape"]), content[start + first : start + last])
+    return found
+
+
+def write_json(path: Path, data: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2))
+
+
+# ---- tensors --------------------------------------------------------------------------------------
+
+
+def floats(rng: random.Random, shape: Sequence[int], dtype: str = "BF16") -> Tensor:
+    """Numbers between 2^-7 and 2 of either sign."""
+    count = math.prod(shape)
+    if dtype == "BF16":
+        data = b"".join(
+            bytes((rng.randrange(256), rng.choice(b"\x3c\x3d\x3e\x3f\xbc\xbe"))) for _ in range(count)
+        )
+    else:
+        data = struct.pack(f"<{count}f", *(rng.uniform(0.01, 2) for _ in range(count)))
+    return dtype, tuple(shape), data
+
+
+def small_bytes(rng: random.Random, shape: Sequence[int], dtype: str, low: int, high: int) -> Tensor:
+    """Bytes from `low` to `high`."""
+    return dtype, tuple(shape), bytes(rng.randint(low, high) for _ in range(math.prod(shape)))
+
+
+def float_model(seed: int = 0) -> Tensors:
+    """All tensors in BF16."""
+    rng = random.Random(seed)
+    return {name: floats(rng, shape) for name, shape in expected_tensors(CONFIG).items()}
+
+
+def coded_layer(rng: random.Random, scheme: str, rows: int, columns: int) -> dict[str, Tensor]:
+    """The tensors of one quantized layer by role, `mul_scale` with the dual-scale ones."""
+    if scheme == "int8":
+        return {
+            "weight": small_bytes(rng, (rows, columns), "I8", 0, 127),
+            "weight_scale": floats(rng, (rows, 1), "F32"),
+            "weight_offset": ("F32", (rows, 1), bytes(4 * rows)),
+        }
+    if scheme == "tiles":
+        return {
+            "weight": small_bytes(rng, (rows, columns), "F8_E4M3", 0, 0x70),
+            "weight_scale_inv": floats(rng, (math.ceil(rows / 128), math.ceil(columns / 128)), "F32"),
+        }
+    scale = small_bytes(rng, (rows, math.ceil(columns / 32)), "U8", 118, 124)
+    if scheme == "mxfp8":
+        return {"weight": small_bytes(rng, (rows, columns), "F8_E4M3", 0, 0x70), "weight_scale": scale}
+    return {
+        "weight": small_bytes(rng, (rows, columns // 2), "U8", 0, 255),
+        "weight_scale": scale,
+        "weight_dual_scale": floats(rng, (rows, math.ceil(columns / 512), 1), "F32"),
+        "mul_scale": floats(rng, (columns,), "F32"),
+    }
+
+
+def coded_model(scheme: str, seed: int = 0) -> Tensors:
+    """The block linears as codes, their biases in float32; the rest in BF16."""
+    rng = random.Random(seed)
+    tensors: Tensors = {}
+    linears = set(block_linears(CONFIG))
+    for name, tensor in float_model(seed).items():
+        layer, _, role = name.rpartition(".")
+        if layer not in linears:
+            tensors[name] = tensor
+        elif role == "weight":
+            rows, columns = tensor[1]
+            tensors |= {f"{layer}.{r}": t for r, t in coded_layer(rng, scheme, rows, columns).items()}
+        else:
+            tensors[name] = floats(rng, tensor[1], "F32")
+    return tensors
+
+
+def manifest(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, str]:
+    """What the tensors are, as msModelSlim writes it."""
+    linears = set(block_linears(CONFIG))
+    coded = {"weight", "weight_scale", "weight_offset", "weight_dual_scale"}
+    types = {}
+    for name in tensors:
+        layer, _, role = name.rpartition(".")
+        types[name] = TYPES[scheme] if layer in linears and role in coded else "FLOAT"
+    return types | {"model_quant_type": TYPES[scheme]}
+
+
+# ---- models ---------------------------------------------------------------------------------------
+
+
+def bare(folder: Path) -> None:
+    """A Diffusers transformer, nothing else."""
+    write_json(folder / "config.json", CONFIG)
+    save(folder / WEIGHTS, float_model())
+
+
+def sharded(folder: Path) -> None:
+    """The same in two files with an index."""
+    write_json(folder / "config.json", CONFIG)
+    tensors = float_model()
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(2):
+        file = f"diffusion_pytorch_model-{i + 1:05d}-of-00002.safetensors"
+        save(folder / file, {name: tensors[name] for name in names[i::2]})
+        weight_map |= dict.fromkeys(names[i::2], file)
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
+
+
+def coded(scheme: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        tensors = coded_model(scheme)
+        config: dict[str, Any] = dict(CONFIG)
+        if scheme == "tiles":
+            config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        else:
+            serialized = {f"is_checkpoint_{scheme}_serialized": True}
+            config["quantization_config"] = {"quant_method": scheme, **serialized}
+            write_json(folder / MANIFEST, manifest(tensors, scheme))
+        write_json(folder / "config.json", config)
+        save(folder / WEIGHTS, tensors)
+
+    return write
+
+
+def export(folder: Path) -> None:
+    """What msModelSlim writes, in original names."""
+    tensors = {to_wan(name) or name: tensor for name, tensor in coded_model("mxfp8").items()}
+    types = {to_wan(name) or name: kind for name, kind in manifest(coded_model("mxfp8"), "mxfp8").items()}
+    write_json(folder / "config.json", WAN_CONFIG)
+    write_json(folder / "quant_model_description_w8a8_mxfp8.json", types)
+    save(folder / "quant_model_weight_w8a8_mxfp8.safetensors", tensors)
+
+
+def cascade(folder: Path) -> None:
+    """Two experts in the original format."""
+    for seed, name in enumerate(("high_noise_model", "low_noise_model")):
+        write_json(folder / name / "config.json", WAN_CONFIG)
+        save(folder / name / WEIGHTS, {to_wan(n) or n: t for n, t in float_model(seed).items()})
+
+
+def pipeline(folder: Path) -> None:
+    """A Diffusers pipeline of two experts; the other parts are stubs."""
+    index: dict[str, Any] = {"_class_name": "WanPipeline", "boundary_ratio": 0.875}
+    for seed, name in enumerate(("transformer", "transformer_2")):
+        index[name] = ["diffusers", "WanTransformer3DModel"]
+        write_json(folder / name / "config.json", CONFIG)
+        save(folder / name / WEIGHTS, float_model(seed))
+    index |= {"vae": ["diffusers", "AutoencoderKLWan"], "scheduler": ["diffusers", "UniPCMultistepScheduler"]}
+    index |= {
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+    }
+    write_json(folder / "vae/config.json", {"_class_name": "AutoencoderKLWan"})
+    save(folder / "vae" / WEIGHTS, {"x": ("U8", (1,), b"x")})
+    write_json(folder / "text_encoder/config.json", {"architectures": ["UMT5EncoderModel"]})
+    save(folder / "text_encoder/model.safetensors", {"x": ("U8", (1,), b"x")})
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    write_json(folder / "scheduler/scheduler_config.json", flow)
+    write_json(folder / "tokenizer/tokenizer_config.json", {})
+    write_json(folder / "model_index.json", index)
+
+
+MODELS: dict[str, Callable[[Path], None]] = {
+    "bare": bare,
+    "sharded": sharded,
+    "mxfp8": coded("mxfp8"),
+    "int8": coded("int8"),
+    "dualscale": coded("mxfp4_dualscale"),
+    "tiles": coded("tiles"),
+    "export": export,
+    "cascade": cascade,
+    "pipeline": pipeline,
+}
+"""Name -> what writes it into a folder. Every one is whole: `test_broken` reads and repacks them all."""

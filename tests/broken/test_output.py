@@ -1,0 +1,262 @@
+"""Outputs that cannot be written: what is there stays there, and nothing is left beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from broken.models import MODELS, WEIGHTS, coded, save
+from broken.test_broken import VERBS, snapshot
+
+from ascendit.errors import AscenditError, EnvironmentProblem
+
+WRITERS = ("repack", "quantize")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A pipeline of two experts in a folder of its own."""
+    folder = tmp_path / "home" / "model"
+    folder.mkdir(parents=True)
+    MODELS["pipeline"](folder)
+    return folder
+
+
+def refused(verb: str, source: Path, dst: Path, code: str) -> AscenditError:
+    """The error; nothing below the folder of both may have changed."""
+    root = Path(os.path.commonpath([source.parent, os.path.abspath(dst)]))
+    before = snapshot(root)
+    with pytest.raises(AscenditError) as e:
+        VERBS[verb](source, dst)
+    assert e.value.code == code, e.value
+    assert snapshot(root) == before
+    return e.value
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def full_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "mine.txt").write_text("keep")
+
+
+def file(path: Path) -> None:
+    path.write_text("keep")
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+@pytest.mark.parametrize("what", [folder, full_folder, file, dangling])
+def test_the_output_exists(source: Path, verb: str, what: Callable[[Path], None]) -> None:
+    dst = source.parent / "out"
+    what(dst)
+    assert "exists already" in refused(verb, source, dst, "E-USE-03").got
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+@pytest.mark.parametrize(
+    "place", ["out", "transformer/out", "new/deep/out", "../model/out", "../link/out", "transformer/../out"]
+)
+def test_the_output_lies_in_the_input(source: Path, verb: str, place: str) -> None:
+    (source.parent / "link").symlink_to("model")
+    assert "lies in the source" in refused(verb, source, source / place, "E-USE-06").got
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+def test_the_output_is_the_input(source: Path, verb: str) -> None:
+    refused(verb, source, source, "E-USE-06")
+    refused(verb, source, source / "." / "..", "E-USE-06")
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+def test_the_input_lies_in_the_output(source: Path, verb: str) -> None:
+    refused(verb, source, source.parent, "E-USE-06")
+    refused(verb, source, source.parent.parent, "E-USE-06")
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+def test_the_input_is_a_link_into_the_output(source: Path, verb: str) -> None:
+    other = source.parent.parent / "other"
+    other.symlink_to(source)
+    refused(verb, other, source / "out", "E-USE-06")
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+def test_a_shard_in_the_output(source: Path, tmp_path: Path, verb: str) -> None:
+    """A hub cache: the weights are links to files elsewhere. The output must not take their place."""
+    blobs = tmp_path / "home" / "blobs"
+    blobs.mkdir()
+    weights = source / "transformer" / WEIGHTS
+    weights.rename(blobs / "b10b")
+    weights.symlink_to(blobs / "b10b")
+    refused(verb, source, blobs, "E-USE-03")
+    VERBS[verb](source, tmp_path / "home" / "out")
+    assert (blobs / "b10b").is_file()
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+def test_a_file_in_the_way_of_the_folders_above(source: Path, verb: str) -> None:
+    (source.parent / "file").write_text("keep")
+    refused(verb, source, source.parent / "file" / "out", "E-ENV-02")
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+def test_something_in_the_way_of_the_unfinished_output(source: Path, verb: str) -> None:
+    mine = source.parent / ".out.partial"
+    full_folder(mine)
+    refused(verb, source, source.parent / "out", "E-USE-03")
+    assert (mine / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+@pytest.mark.parametrize("name", ["", ".", "..", "/"])
+def test_no_name(source: Path, monkeypatch: pytest.MonkeyPatch, verb: str, name: str) -> None:
+    monkeypatch.chdir(source.parent)
+    with pytest.raises(AscenditError) as e:
+        VERBS[verb](source, Path(name))
+    assert e.value.code in ("E-USE-01", "E-USE-03", "E-USE-06")
+    assert [path.name for path in source.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+@pytest.mark.parametrize("target", ["vae", "tokenizer"])
+def test_a_part_with_a_link_to_nothing(source: Path, verb: str, target: str) -> None:
+    """Linked folders are taken as they are; copied ones are looked through."""
+    from ascendit.convert.quantize import quantize
+    from ascendit.convert.repack import repack
+
+    (source / target / "extra").symlink_to("nowhere")
+    (source / target / "again").symlink_to(".")
+    before = snapshot(source.parent)
+    with pytest.raises(AscenditError) as e:
+        if verb == "repack":
+            repack(source, source.parent / "out", copy=True)
+        else:
+            quantize(source, source.parent / "out", scheme="mxfp8", copy=True)
+    assert e.value.code == "E-CKP-03"
+    assert snapshot(source.parent) == before
+
+
+# ---- a full disk ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+def test_too_little_room(source: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    monkeypatch.setattr("ascendit.checkpoint.staging.room_for", lambda path: 1000)
+    error = refused(verb, source, source.parent / "out", "E-ENV-04")
+    assert isinstance(error, EnvironmentProblem)
+    assert "1,000" in error.got
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+@pytest.mark.parametrize("after", [0, 1, 2, 5])
+def test_a_disk_that_fills_up(source: Path, monkeypatch: pytest.MonkeyPatch, verb: str, after: int) -> None:
+    """The system refuses the write after so many; whichever call it is, the run ends in the same way."""
+    calls = 0
+
+    def filling(real: Callable[..., int]) -> Callable[..., int]:
+        def call(*arguments: object, **options: object) -> int:
+            nonlocal calls
+            calls += 1
+            if calls > after:
+                raise OSError(28, os.strerror(28))
+            return real(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr("ascendit.checkpoint.write.reserve", lambda fd, count: None)
+    for name in ("pwrite", "pwritev", "copy_file_range", "sendfile"):
+        if hasattr(os, name):
+            monkeypatch.setattr(os, name, filling(getattr(os, name)))
+    refused(verb, source, source.parent / "out", "E-ENV-04")
+    assert calls > after
+
+
+# ---- rights -------------------------------------------------------------------------------------------
+
+not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+
+
+@not_root
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", f"transformer/{WEIGHTS}"])
+def test_a_file_that_may_not_be_read(source: Path, tmp_path: Path, verb: str, name: str) -> None:
+    (source / name).chmod(0)
+    try:
+        with pytest.raises(AscenditError) as e:
+            VERBS[verb](source, tmp_path / "out")
+        assert e.value.code in ("E-CKP-02", "E-CKP-06")
+    finally:
+        (source / name).chmod(0o644)
+
+
+@not_root
+@pytest.mark.parametrize("verb", WRITERS)
+def test_a_folder_that_may_not_be_written(source: Path, verb: str) -> None:
+    source.parent.chmod(0o500)
+    try:
+        refused(verb, source, source.parent / "out", "E-ENV-02")
+    finally:
+        source.parent.chmod(0o700)
+
+
+# ---- while it runs ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+@pytest.mark.parametrize("how", ["truncated", "gone"])
+def test_a_source_that_changes_while_it_is_read(
+    source: Path, monkeypatch: pytest.MonkeyPatch, verb: str, how: str
+) -> None:
+    """After its header was read. The output is not there, and the error is ours."""
+    from ascendit.checkpoint import staging
+
+    weights = source / "transformer_2" / WEIGHTS
+    real = staging.Staging.__enter__
+
+    def enter(self: staging.Staging) -> staging.Staging:
+        if how == "gone":
+            weights.unlink()
+        else:
+            os.truncate(weights, weights.stat().st_size // 2)
+        return real(self)
+
+    monkeypatch.setattr(staging.Staging, "__enter__", enter)
+    with pytest.raises(AscenditError) as e:
+        VERBS[verb](source, source.parent / "out")
+    assert e.value.code == "E-CKP-02"
+    assert [path.name for path in source.parent.iterdir()] == ["model"]
+
+
+def test_a_lora_that_is_broken_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    from ascendit.convert.quantize import quantize
+
+    lora = tmp_path / "lora.safetensors"
+    save(lora, {"diffusion_model.blocks.0.self_attn.q.diff": ("F32", (64, 64), b"\xff" * 4 * 64 * 64)})
+    before = snapshot(tmp_path)
+    for extra in ((lora,), (lora, tmp_path / "none.safetensors")):
+        with pytest.raises(AscenditError) as e:
+            quantize(source, source.parent / "out", scheme="mxfp8", loras=[str(path) for path in extra])
+        assert e.value.code == ("E-LRA-01" if len(extra) == 1 else "E-USE-02")
+        assert snapshot(tmp_path) == before
+
+
+def test_a_base_of_another_model_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    from ascendit.convert.repack import repack
+
+    other = tmp_path / "other"
+    other.mkdir()
+    coded("mxfp8")(other)
+    before = snapshot(tmp_path)
+    for base, code in ((other, "E-USE-01"), (source, "E-CKP-04"), (tmp_path / "none", "E-USE-02")):
+        with pytest.raises(AscenditError) as e:
+            repack(other, tmp_path / "out", base=base)
+        assert e.value.code == code
+        assert snapshot(tmp_path) == before

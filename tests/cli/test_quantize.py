@@ -1,0 +1,194 @@
+"""`ascendit quantize`: flags, what is printed, and runs that are killed."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from convert.models import TI2V, read, write_model, write_transformer
+from kill import contents, run_and_kill
+
+from ascendit.checkpoint.layout import recognise
+from ascendit.cli.transfer import TransferBar, TransferLines, TransferView, transfer_view
+from ascendit.convert.job import Progress
+from ascendit.convert.quantize import quantize
+from ascendit.errors import UsageError
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model")
+
+
+def test_it_prints_the_report(run, model, tmp_path):
+    ended = run("quantize", model, "-o", tmp_path / "out", "--scheme", "mxfp8", "--keep", "blocks.0.*")
+    assert ended.code == 0, ended.err
+    assert "10 mxfp8, 16 bf16" in ended.out and "blocks.0  (--keep blocks.0.*)" in ended.out
+    assert recognise(tmp_path / "out").kind == "diffusers"
+    assert "transformer_2  100 %" in ended.err
+
+
+def test_json_is_one_object_and_stderr_is_silent(run, model, tmp_path):
+    ended = run("quantize", model, "-o", tmp_path / "out", "--scheme", "int8", "--report", "--json")
+    assert ended.code == 0 and ended.err == ""
+    assert ended.json["layers"] == {"int8": 40, "bf16": 12} and len(ended.json["experts"][0]["worst"]) == 10
+    assert ended.json["path"] == str(tmp_path / "out")
+
+
+def test_dry_run_writes_nothing(run, model, tmp_path):
+    ended = run("quantize", model, "-o", tmp_path / "out", "--recipe", "dualscale-bf16-5", "--dry-run")
+    assert ended.code == 2 and "quantizes no layer" in ended.err  # two blocks, and five are kept
+    ended = run("quantize", model, "-o", tmp_path / "out", "--scheme", "mxfp4", "--dry-run", "-q")
+    assert ended.code == 0 and "nothing written" in ended.out and ended.err == ""
+    assert {p.name for p in tmp_path.iterdir()} == {"model"}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ((), "E-USE-01", "mxfp4_dualscale"),
+        (("--scheme", "w8a8"), "E-USE-01", "scheme 'w8a8'"),
+        (("--scheme", "mxfp8", "--keep", "block.*"), "E-USE-05", "block.*"),
+        (("--recipe", "best"), "E-USE-02", "ascend-w8a8f8"),
+        (("--scheme", "mxfp8", "--for", "tgi"), "E-USE-01", "vllm-omni"),
+        (("--scheme", "mxfp8", "--scale-rule", "max:7"), "E-USE-01", "ceil"),
+        (("--scheme", "mxfp8", "--lora", "none.safetensors"), "E-USE-02", "none.safetensors"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_leaves_nothing(run, model, tmp_path, words, code, said):
+    ended = run("quantize", model, "-o", tmp_path / "out", *words)
+    assert ended.code == 2 and f"error[{code}]" in ended.err and said in ended.err
+    assert {p.name for p in tmp_path.iterdir()} == {"model"}
+
+
+def test_force(run, tmp_path):
+    folder = write_transformer(tmp_path / "model", **TI2V)
+    ended = run("quantize", folder, "-o", tmp_path / "out", "--scheme", "mxfp4")
+    assert ended.code == 2 and "error[E-QNT-02]" in ended.err and "--force" in ended.err
+    ended = run("quantize", folder, "-o", tmp_path / "out", "--scheme", "mxfp4", "--force")
+    assert ended.code == 0
+
+
+def test_an_existing_output_stays(run, model, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    ended = run("quantize", model, "-o", tmp_path / "out", "--scheme", "mxfp8")
+    assert ended.code == 2 and "error[E-USE-03]" in ended.err
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+
+
+def test_ctrl_c_tells_of_resume(run, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("ascendit.cli.transfer.TransferLines.__call__", lambda self, event: stop(event))
+    ended = run("quantize", model, "-o", tmp_path / "out", "--scheme", "mxfp8")
+    assert ended.code == 130 and "error[E-CAN-01]" in ended.err and "--resume" in ended.err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert run("quantize", model, "-o", tmp_path / "out", "--scheme", "mxfp8", "--resume").code == 0
+
+
+# ---- progress -----------------------------------------------------------------------------------
+
+EVENTS = [
+    Progress("transformer", "blocks.0", i * 2**30, 20 * 2**30, i / 2, 2**30 if i > 3 else 0)
+    for i in range(21)
+]
+
+
+def test_lines_come_every_tenth():
+    file = io.StringIO()
+    with TransferLines(file) as view:
+        for event in EVENTS:
+            view(event)
+    lines = file.getvalue().splitlines()
+    assert len(lines) == 11
+    assert lines[1] == "transformer  10 %  2.0 GiB of 20.0 GiB  2.00 GiB/s  eta 0:09"
+    assert lines[-1] == "transformer  100 %  20.0 GiB of 20.0 GiB  1.90 GiB/s"
+
+
+def test_the_bar_draws_and_goes():
+    from rich.console import Console
+
+    file = io.StringIO()
+    with TransferBar(Console(file=file, force_terminal=True, width=100)) as view:
+        for event in EVENTS:
+            view(event)
+    assert "GiB/s" in file.getvalue()
+
+
+def test_views_fit_the_place(monkeypatch):
+    assert type(transfer_view(silent=True)) is TransferView
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    assert type(transfer_view(silent=False)) is TransferLines
+
+
+# ---- killed -------------------------------------------------------------------------------------
+
+
+def quantize_argv(model: Path, dst: Path, *words: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "ascendit", "quantize", str(model), "-o", str(dst)),
+        *("--scheme", "mxfp8", "--scale-rule", "floor", "-q", *words),
+    ]
+
+
+def test_killed_at_ten_moments_and_taken_up_again(tmp_path, environ):
+    model = write_model(tmp_path / "model", num_attention_heads=16, ffn_dim=2048, num_layers=6)
+    reference, dst = tmp_path / "a" / "out", tmp_path / "b" / "out"
+    partial = dst.parent / ".out.partial"
+    start = time.perf_counter()
+    assert not run_and_kill(quantize_argv(model, reference), 60, env=environ)
+    whole = time.perf_counter() - start
+    wanted = contents(reference)
+    draw = random.Random(7)
+    killed = 0
+    for i in range(10):
+        words = ("--resume",) if i % 2 else ()
+        delay = draw.uniform(0, 0.3 * whole)
+        killed += run_and_kill(
+            quantize_argv(model, dst, *words), delay, until=lambda: partial.exists(), env=environ
+        )
+        if dst.exists():  # it was faster than the signal
+            assert contents(dst) == wanted
+            for path in sorted(dst.rglob("*"), reverse=True):
+                path.unlink() if path.is_file() or path.is_symlink() else path.rmdir()
+            dst.rmdir()
+    assert killed >= 3
+    assert not run_and_kill(quantize_argv(model, dst, "--resume"), 60, env=environ)
+    assert contents(dst) == wanted and not partial.exists()
+
+
+def stop(event: Progress) -> None:
+    if event.stage == "transformer_2":
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("report", [False, True])
+def test_a_run_that_resumes_writes_only_what_is_missing(model, tmp_path, report):
+    options = {"scheme": "mxfp8", "report": report}
+    quantize(model, tmp_path / "whole" / "out", **options)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, tmp_path / "out", **options, on_progress=stop)
+    assert not (tmp_path / "out").exists()
+    first = tmp_path / ".out.partial" / "out" / "transformer" / "diffusion_pytorch_model.safetensors"
+    stamp = os.stat(first).st_mtime_ns
+    events: list[Progress] = []
+    quantize(model, tmp_path / "out", **options, resume=True, on_progress=events.append)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+    assert (tmp_path / "out" / "transformer" / first.name).stat().st_mtime_ns == stamp
+    done_before = sum(tensor.nbytes for tensor in read(model / "transformer").values())
+    if report:  # its layers are measured once more
+        assert 0 < events[-1].skipped_bytes < done_before
+    else:
+        assert events[-1].skipped_bytes == done_before
+
+
+def test_resume_of_other_work_is_refused(model, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, tmp_path / "out", scheme="mxfp8", on_progress=stop)
+    with pytest.raises(UsageError, match="E-USE-01"):
+        quantize(model, tmp_path / "out", scheme="mxfp8", keep=["blocks.0.*"], resume=True)

@@ -1,0 +1,38 @@
+"""Speed and time to go of a conversion."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ascendit.convert.job import Progress
+
+
+def test_speed_and_time_to_go() -> None:
+    progress = Progress("transformer", "blocks.0.ffn.net.2.weight", 3 << 30, 12 << 30, 2.0)
+    assert progress.gib_per_s == 1.5
+    assert progress.eta == 6.0
+
+
+def test_nothing_is_known_at_the_start() -> None:
+    progress = Progress("transformer", "", 0, 1 << 30, 0.0)
+    assert progress.gib_per_s == 0.0
+    assert progress.eta is None
+
+
+def test_bytes_of_a_killed_run_are_not_counted_as_speed() -> None:
+    progress = Progress("transformer", "w", 9 << 30, 12 << 30, 2.0, skipped_bytes=5 << 30)
+    assert progress.gib_per_s == 2.0
+    assert progress.eta == 1.5
+    assert Progress("transformer", "w", 5 << 30, 12 << 30, 0.1, skipped_bytes=5 << 30).eta is None
+
+
+@pytest.mark.parametrize("total", [0, 7])
+def test_at_the_end_nothing_is_left(total: int) -> None:
+    assert Progress("check", "w", total, total, 1.0).eta == 0.0
+
+
+def test_it_is_light() -> None:
+    code = "import ascendit.convert.job, sys; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
