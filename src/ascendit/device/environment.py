@@ -74,6 +74,11 @@ def without_device_plugins(environ: Mapping[str, str] | None = None) -> dict[str
     return {**environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 
+def disable_device_plugins() -> None:
+    """From now on `import torch` loads no torch_npu by itself, in this process and in its children."""
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+
+
 def _is_on(environ: Mapping[str, str], name: str) -> bool:
     value = environ.get(name, "").strip().lower()
     if value in ("", "0", "false", "off", "no"):
