@@ -16,7 +16,7 @@ npu = torch.ops.npu
 E5M2, E4M3, E2M1, E1M2 = 291, 292, 296, 297
 
 
-# ---- an oracle that shares no code: magnitudes by code, one block at a time ----------------------------------
+# ---- an oracle that shares no code: magnitudes by code, one block at a time ---------------------
 
 
 def magnitudes(target: int) -> list[float]:
@@ -53,7 +53,9 @@ def biased(value: float) -> int:
     return max(math.frexp(value)[1] + 126, 0) if value else 0
 
 
-def oracle(block: list[float], target: int, algorithm: int, top: float, rounding: str) -> tuple[int, list[int]]:
+def oracle(
+    block: list[float], target: int, algorithm: int, top: float, rounding: str
+) -> tuple[int, list[int]]:
     """Scale byte and codes of one block of finite values."""
     amax = max(abs(v) for v in block)
     if algorithm == 0:
@@ -247,7 +249,7 @@ def test_the_values_come_back(target: int, form: str) -> None:
     assert torch.equal(back.t(), mx.decode(mx.encode(x, "mxfp8", scale_rule="floor")))
 
 
-# ---- two levels ---------------------------------------------------------------------------------------------
+# ---- two levels -----------------------------------------
 
 
 def test_dual_level_is_the_vendors_vector() -> None:
