@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import types
@@ -10,7 +11,15 @@ import pytest
 import torch
 
 import ascendit.twin
-from ascendit.device.backends import BACKENDS, Device, check_index, open_device, parse_device
+from ascendit.device.backends import (
+    BACKENDS,
+    Device,
+    check_index,
+    hide_torch_npu,
+    open_device,
+    parse_device,
+    show_torch_npu,
+)
 from ascendit.errors import EnvironmentProblem, UsageError
 
 
@@ -78,6 +87,24 @@ def test_the_twin_is_switched_on_and_again_after_another():
         assert ascendit.twin.chip() == "a2"
     finally:
         ascendit.twin.disable()
+
+
+@pytest.mark.parametrize(
+    ("name", "toolkit", "hidden"),
+    [("cpu", "", True), ("cpu", "/cann", False), ("twin:a5", "", True), ("twin:a5", "/cann", True)],
+)
+def test_libraries_see_no_torch_npu_that_may_not_be_loaded(monkeypatch, tmp_path, name, toolkit, hidden):
+    (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("ASCEND_HOME_PATH", toolkit)
+    monkeypatch.delenv("ASCEND_TOOLKIT_HOME", raising=False)
+    monkeypatch.setitem(sys.modules, "torch_npu", None)  # so that it is put back
+    show_torch_npu()
+    assert importlib.util.find_spec("torch_npu") is not None
+    hide_torch_npu(parse_device(name))
+    assert (importlib.util.find_spec("torch_npu") is None) is hidden
+    show_torch_npu()
+    assert importlib.util.find_spec("torch_npu") is not None
 
 
 def test_dtypes_of_the_denoiser():

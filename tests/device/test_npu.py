@@ -8,7 +8,9 @@ from ascendit.device.npu import CAPABILITIES, CHIPS, capability, chip_of
 from ascendit.twin import schemas
 
 
-@pytest.mark.parametrize(("number", "name"), [(220, "a2"), (225, "a2"), (250, "a3"), (255, "a3"), (260, "a5")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(220, "a2"), (225, "a2"), (250, "a3"), (255, "a3"), (260, "a5")]
+)
 def test_chips_by_soc_number(number: int, name: str) -> None:
     chip = chip_of(number)
     assert chip is not None and chip.name == name

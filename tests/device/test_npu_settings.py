@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import types
@@ -24,7 +25,8 @@ class FakeNpu(types.SimpleNamespace):
         super().__init__(
             config=off(allow_internal_format=None), matmul=off(allow_hf32=None), conv=off(allow_hf32=None)
         )
-        self.soc, self.count, self.told = soc, count, []
+        self.soc, self.count = soc, count
+        self.told: list[Any] = []
 
     def get_soc_version(self) -> int:
         return self.soc
@@ -130,7 +132,7 @@ def test_cann_is_absent(monkeypatch, error):
     def broken(name: str) -> Any:
         raise error
 
-    monkeypatch.setattr(npu_settings.importlib, "import_module", broken)
+    monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(EnvironmentProblem, match="torch_npu cannot be imported") as e:
         npu_settings.import_torch_npu()
     assert "source /usr/local/Ascend/ascend-toolkit/set_env.sh" in e.value.fix
@@ -143,7 +145,7 @@ def test_mindiesd_is_optional(monkeypatch, caplog):
         monkeypatch.setitem(sys.modules, "mindiesd", types.SimpleNamespace(__version__="3.1.0"))
         npu_settings.load_mindiesd()
         monkeypatch.delitem(sys.modules, "mindiesd")
-        monkeypatch.setattr(npu_settings.importlib, "import_module", _no_einops)
+        monkeypatch.setattr(importlib, "import_module", _no_einops)
         npu_settings.load_mindiesd()
     assert "MindIE-SD is not installed" in caplog.text and "MindIE-SD 3.1.0" in caplog.text
     assert "No module named 'einops'" in caplog.text

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,7 @@ def tokens_of(m: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return (torch.randn(2, m, k) * torch.logspace(-1, 0, m)[:, None]).to(dtype)
 
 
-def on_disk(encoded: Encoded, bias: Tensor | None) -> tuple[Any, ...]:
+def on_disk(encoded: Encoded, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The first four arguments of prepare_weight."""
     return encoded.codes, encoded.scale, encoded.dual_scale, bias
 

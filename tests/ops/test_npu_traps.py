@@ -135,7 +135,8 @@ def test_9_attention_gets_no_mask_and_its_scale(chip: str) -> None:
         out = ops.attention(q, k, v)
     (given,) = seen.named("npu_fusion_attention")
     assert given.get("atten_mask") is None and given["scale"] == pytest.approx(32**-0.5)
-    wanted = F.scaled_dot_product_attention(*(t.transpose(1, 2).float() for t in (q, k, v)))
+    a, b, c = (t.transpose(1, 2).float() for t in (q, k, v))
+    wanted = F.scaled_dot_product_attention(a, b, c)
     torch.testing.assert_close(out.float(), wanted.transpose(1, 2), rtol=1e-2, atol=1e-2)
 
 

@@ -37,6 +37,7 @@ def test_bfloat16_rounds_once(scheme):
     a = ops.quantize_activation(x, scheme)
     out = ops.quantized_linear(a, ops.prepare_weight(*on_disk(encoded, bias), scheme))
     assert out.dtype == torch.bfloat16
+    assert bias is not None
     wanted = decoded(a) @ mx.decode(encoded).t() + bias
     torch.testing.assert_close(out.flatten(0, 1), wanted.to(torch.bfloat16), rtol=0, atol=0)
 
@@ -60,9 +61,11 @@ def test_q_k_and_v_joined_are_their_outputs_side_by_side():
     a = ops.quantize_activation(tokens_of(3, 544), "mxfp4_dualscale")
     singles = [ops.quantized_linear(a, ops.prepare_weight(*on_disk(*p), "mxfp4_dualscale")) for p in parts]
     encoded = [p[0] for p in parts]
-    joined = [torch.cat([getattr(e, part) for e in encoded]) for part in ("codes", "scale", "dual_scale")]
+    codes, scale, dual = (
+        torch.cat([getattr(e, part) for e in encoded]) for part in ("codes", "scale", "dual_scale")
+    )
     bias = torch.cat([p[1] for p in parts if p[1] is not None])
-    whole = ops.quantized_linear(a, ops.prepare_weight(*joined, bias, "mxfp4_dualscale"))
+    whole = ops.quantized_linear(a, ops.prepare_weight(codes, scale, dual, bias, "mxfp4_dualscale"))
     assert torch.equal(whole, torch.cat(singles, -1))
 
 

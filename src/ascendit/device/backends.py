@@ -13,11 +13,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ascendit.device import environment
 from ascendit.device.npu import CHIPS
 from ascendit.errors import EnvironmentProblem, UsageError
 
@@ -173,12 +176,34 @@ def open_device(name: object) -> Device:
     device = name if isinstance(name, Device) else parse_device(name)
     if device.kind in _OPEN:
         device = _OPEN[device.kind](device)
+    else:
+        hide_torch_npu(device)
     device.activate()
     return device
 
 
+def hide_torch_npu(device: Device) -> None:
+    """Keep an installed torch_npu out of this process, if it may not or cannot be loaded beside `device`.
+
+    accelerate, Diffusers and transformers import it where they find it, and so fail without CANN. With CANN
+    it may be loaded beside a CPU, but not beside the twin.
+    """
+    if "torch_npu" in sys.modules or find_spec("torch_npu") is None:
+        return
+    if device.kind == "twin" or environment.toolkit_folder() is None:
+        sys.modules["torch_npu"] = None  # type: ignore[assignment]
+
+
+def show_torch_npu() -> None:
+    """Undo `hide_torch_npu`."""
+    if sys.modules.get("torch_npu", sys) is None:
+        del sys.modules["torch_npu"]
+
+
 def _open_cuda(device: Device) -> Device:
     import torch
+
+    hide_torch_npu(device)
 
     if not torch.cuda.is_available():
         raise EnvironmentProblem(

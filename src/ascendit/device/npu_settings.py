@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ascendit.device import environment
-from ascendit.device.backends import Device, check_index
+from ascendit.device.backends import Device, check_index, show_torch_npu
 from ascendit.device.npu import CHIPS, Chip, chip_of
 from ascendit.errors import AscenditError, EnvironmentProblem
 
@@ -107,6 +107,7 @@ def apply(npu: Any) -> None:
 
 def import_torch_npu() -> Any:
     """The module; `import torch` need not have loaded it, and with ascendit's commands does not."""
+    show_torch_npu()
     try:
         return importlib.import_module("torch_npu")
     except AscenditError:  # the twin's guard

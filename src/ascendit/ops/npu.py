@@ -93,7 +93,7 @@ def _mindiesd_adaln(
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
-    """As `reference.gated_residual` with the rows rounded to x's dtype; float32 rows were four kernels."""
+    """As `reference.gated_residual` with rows rounded to x's dtype; float32 ones would cost four kernels."""
     gate = gate.to(x.dtype)
     parts = y.split(spans, dim=1)
     return _by_span(lambda part, r: torch.addcmul(part, parts[r], gate[r]), x, spans)
