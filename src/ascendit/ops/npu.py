@@ -162,7 +162,7 @@ FORMS: tuple[Form, ...] = (
         "layer_norm",
         "mindiesd::layernorm",
         mindiesd_layer_norm,
-        "fast_layernorm was asked for; the precise mode",
+        "one kernel, its precise mode; only where fast_layernorm asked for it",
         asked=True,
     ),
     Form("layer_norm", "aten::layer_norm", layer_norm, "one kernel, float32 weights beside BF16 tokens"),
