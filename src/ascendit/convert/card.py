@@ -7,6 +7,7 @@ command, so equal inputs give equal folders.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,7 +74,7 @@ def model_card(made: Made, name: str) -> str:
     """README.md for a hub: YAML front matter, then what the folder is. `name`: of the folder."""
     base = made.layout.source
     front = {
-        "base_model": base.rsplit("@", 1)[0] if base else made.layout.name,
+        "base_model": base.rsplit("@", 1)[0] if base else printable(made.layout.name),
         "base_model_relation": "quantized",
         "library_name": "diffusers",
         "pipeline_tag": PIPELINE_TAGS[made.model_kind],
@@ -102,7 +103,7 @@ def model_card(made: Made, name: str) -> str:
 def write_made(folder: Path, made: Made, name: str) -> None:
     """Write both files into `folder`. `name`: what the folder will be called."""
     write_json(folder / RECORD_FILE, ascendit_json(made))
-    (folder / CARD_FILE).write_text(model_card(made, name), encoding="utf-8")
+    (folder / CARD_FILE).write_text(model_card(made, printable(name)), encoding="utf-8")
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -112,7 +113,12 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def source_name(layout: Layout) -> str:
     """`org/name@revision` from a hub, else the name of the folder."""
-    return layout.source or layout.name
+    return layout.source or printable(layout.name)
+
+
+def printable(name: str) -> str:
+    """A file name as text that can be written: bytes that are no UTF-8 as `\\xe9`."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str, object]]) -> str:
@@ -121,8 +127,8 @@ def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str
     A flag with None or False is left out, True stands without a value, a list repeats the flag.
     """
     hub = "ms" if "modelscope" in layout.root.parts else "hf"
-    source = f"{hub}:{layout.source}" if layout.source else layout.name
-    words = ["ascendit", verb, source, "-o", dst.name]
+    source = f"{hub}:{layout.source}" if layout.source else printable(layout.name)
+    words = ["ascendit", verb, source, "-o", printable(dst.name)]
     for flag, value in flags:
         values = value if isinstance(value, list | tuple) else [value]
         for one in values:

@@ -93,7 +93,7 @@ class DirectEncoder:
             element = INT8 if self._form.element is None else ELEMENTS[self._form.element.name]
             at = (self._codes.address, self._scale.address, self._dual.address if self._dual else 0)
             sums = ctypes.addressof(self._sums)
-            self._library.measure(source, self._type, *shape, element, self._form.block, *at, sums)
+            self._library.measure(source, self._type, *shape, element, self._form.kind == "row", *at, sums)
         scale = self._scale.rows(count)
         dual = self._dual.rows(count) if self._dual else None
         return Coded(self._codes.rows(count), scale, dual, self._bad_row(scale), count)
@@ -104,7 +104,7 @@ class DirectEncoder:
         if form.kind == "row":
             lib.encode_rows(source, self._type, *shape, int(form.element is not None), 0, codes, scale)
         elif self._dual:
-            lib.encode_dual(source, self._type, *shape, self._table, codes, scale, self._dual.address, 0)
+            lib.encode_dual(source, self._type, *shape, self._table, 0, codes, scale, self._dual.address)
         elif self._type == 0:
             assert form.element is not None
             element = ELEMENTS[form.element.name]
@@ -131,7 +131,9 @@ class DirectEncoder:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """10 log10(signal / noise): inf without noise, -inf without signal."""
+    """10 log10(signal / noise): inf without noise, -inf without signal, nan if either is not finite."""
+    if not (math.isfinite(signal) and math.isfinite(noise)):
+        return math.nan
     if noise <= 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

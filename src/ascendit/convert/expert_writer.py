@@ -15,12 +15,12 @@ from ascendit.convert.expert_plan import ROTATIONS, ExpertPlan
 from ascendit.convert.rewrite import recode
 from ascendit.convert.rules import LayerPlan
 from ascendit.convert.source_rows import TORCH, SourceRows
+from ascendit.convert.torch_encoder import TorchEncoder
 from ascendit.errors import CheckpointError
 from ascendit.spec import SCHEMES
 
 if TYPE_CHECKING:
     from ascendit.convert.lora import Folds
-    from ascendit.convert.torch_encoder import TorchEncoder
 
 Data = bytes | bytearray | memoryview
 
@@ -169,12 +169,7 @@ class ExpertWriter:
             direct = direct_encoder(form, rule, length, dtype, max_rows, measure=self._measure)
             if direct is not None:
                 return direct
-        import torch
-
-        from ascendit.convert.torch_encoder import TorchEncoder
-
-        kind: torch.dtype = getattr(torch, TORCH[dtype])
-        return TorchEncoder(form, rule, length, kind, max_rows, measure=self._measure)
+        return TorchEncoder(form, rule, length, TORCH[dtype], max_rows, measure=self._measure)
 
     def _codes(self, scheme: str, info: TensorInfo, coded: Coded) -> Data:
         if self.plan.dialect.container(scheme) != "e4m3":
