@@ -80,7 +80,9 @@ def test_positive_is_what_torch_says(bits: list[int]) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
 def test_scales_that_cannot_be(value: float) -> None:
     data = struct.pack("<4f", 0.0, -0.0, 1.5, value)
-    with pytest.raises(CheckpointError, match="a_scale has 1 scales that are negative or not finite, the") as e:
+    with pytest.raises(
+        CheckpointError, match="a_scale has 1 scales that are negative or not finite, the"
+    ) as e:
         check_scale(data, "F32", "a_scale")
     assert e.value.code == "E-CKP-08" and "element 3" in e.value.got
     check_scale(data[:12], "F32", "a_scale")

@@ -39,7 +39,7 @@ class Made:
     command: str
     """A line that makes the folder again, see `command_line`."""
     files: Mapping[str, str]
-    """Path in the folder -> sha256."""
+    """Path in the folder -> sha256, if they were computed."""
     schemes: Mapping[str, int]
     """Scheme -> number of linear layers, over all experts."""
     bits_per_weight: float
@@ -52,7 +52,7 @@ class Made:
 
 
 def ascendit_json(made: Made) -> dict[str, Any]:
-    """The record: where the folder comes from, what was done, and the sha256 of each file."""
+    """The record: where the folder comes from, what was done, and the sha256 of each file that was hashed."""
     data: dict[str, Any] = {
         "version": RECORD_VERSION,
         "made_by": f"ascendit {__version__} {made.verb}",
@@ -93,8 +93,9 @@ def model_card(made: Made, name: str) -> str:
     lines += ["```bash", made.command, "```", ""]
     for note in made.notes:
         lines += [note, ""]
+    hashes = " and the sha256 of each file" if made.files else ""
     lines += [
-        f"`{RECORD_FILE}` has the rules, the scale rules and the sha256 of each file;",
+        f"`{RECORD_FILE}` has the rules and their scale rules{hashes};",
         "`quant_model_description.json` beside the weights has the scheme of every tensor.",
     ]
     return "\n".join(lines) + "\n"
