@@ -1,18 +1,19 @@
-"""Quantize the demo model, look at the result, and write it as MindIE-SD wants it.
+"""Quantize the demo model, look at the result, and write it for MindIE-SD: python examples/02_quantize.py [OUTPUT]"""
 
-    python examples/02_quantize.py
-"""
-
-from __future__ import annotations
-
-import tempfile
+import sys
 from pathlib import Path
 
 import ascendit
 
-with tempfile.TemporaryDirectory() as folder:
-    quantized = Path(folder) / "demo-mxfp4"
-    report = ascendit.quantize("demo", quantized, scheme="mxfp4", keep=["blocks.0.*"], report=True)
-    print("\n".join(report.lines()))
-    print("\n".join(ascendit.inspect(quantized).lines()))
-    print("\n".join(ascendit.repack(quantized, Path(folder) / "mindie", engine="mindie").lines()))
+
+def main() -> None:
+    output = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/demo-mxfp4")
+    report = ascendit.quantize("demo", output, scheme="mxfp4", keep=["blocks.0.*"], report=True)
+    print(*report.lines(), "", sep="\n")
+    print(*ascendit.inspect(output).lines(), "", sep="\n")
+    dialect = output.with_name(f"{output.name}-mindie")
+    print(*ascendit.repack(output, dialect, engine="mindie", check=True).lines(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
