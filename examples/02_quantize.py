@@ -1,4 +1,4 @@
-"""Quantize the demo model, look at the result, and write it for MindIE-SD: python examples/02_quantize.py [OUTPUT]"""
+"""Quantize the demo model, look at it, write it for MindIE-SD: python examples/02_quantize.py [OUTPUT]"""
 
 import sys
 from pathlib import Path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,20 @@ def differing(a: Encoded, b: Encoded) -> dict[str, int]:
         if x is not None and y is not None
     }
     return {name: count for name, count in found.items() if count}
+
+
+@pytest.fixture
+def redone(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many units went back to the reference, call by call."""
+    counts: list[int] = []
+    redo = reference.encode_marked
+
+    def counted(rows: Tensor, out: reference.Parts, marks: Tensor, *rest: Any) -> None:
+        counts.append(int((marks != 0).sum()))
+        redo(rows, out, marks, *rest)
+
+    monkeypatch.setattr(reference, "encode_marked", counted)
+    return counts
 
 
 # ---- the bits -----------------------------------------------------------------------------------
@@ -255,31 +270,25 @@ def test_a_parameter_is_encoded_too() -> None:
 # ---- what the fast ways are made of -------------------------------------------------------------
 
 
-def test_doubts_are_settled_by_the_reference(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doubts_are_settled_by_the_reference(way: str, redone: list[int]) -> None:
     """Tiny blocks under msModelSlim's rules; in PyTorch all tiny and spoiled ones."""
     if way == "aarch64":
         pytest.skip("nothing that depends on the processor")
-    seen: list[int] = []
-    redo = reference.encode_marked
-    monkeypatch.setattr(
-        reference, "encode_marked", lambda *a: (seen.append(int((a[2] != 0).sum())), redo(*a))[1]
-    )
     x = torch.randn(5, 70).bfloat16()
     x[3, 32:] = bf16_from_bits(torch.arange(38))
     x[4, :3] = torch.inf
     rule = "ceil" if way == "pytorch" else "msms:mse_round"
     assert not differing(reference_encode(x, "mxfp8", scale_rule=rule), encode(x, "mxfp8", scale_rule=rule))
-    assert seen == [3 if way == "pytorch" else 2]
+    assert redone == [3 if way == "pytorch" else 2]
 
 
-def test_errors_that_float32_sums_cannot_tell_apart_are_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_that_float32_sums_cannot_tell_apart_are_left_to_them(
+    redone: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoders.take("native", monkeypatch)
-    marked: list[int] = []
-    redo = reference.encode_marked
-    monkeypatch.setattr(reference, "encode_marked", lambda *a: (marked.append(int(a[2].sum())), redo(*a))[1])
     x = (torch.randn(64, 5120) * 0.02).bfloat16()
     found = encode(x, "mxfp4", scale_rule="msms:fouroversix")
-    assert 0 < sum(marked) < 10  # of 10240 blocks
+    assert 0 < sum(redone) < 10  # of 10240 blocks
     assert not differing(reference_encode(x, "mxfp4", scale_rule="msms:fouroversix"), found)
 
 

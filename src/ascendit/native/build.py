@@ -87,7 +87,7 @@ def _compiled(name: str) -> Path:
     target = CACHE.expanduser() / f"{name}-{key.hexdigest()[:16]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, source, target)
+        _compile(compiler, source, target, OPTIONAL)
     return target
 
 
@@ -96,11 +96,9 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
-def _compile(
-    compiler: str, source: Path, target: Path, optional: tuple[tuple[str, ...], ...] = OPTIONAL
-) -> None:
-    """With the first of `optional` flags that works. Under a name of its own, then renamed: two processes may
-    do this at once."""
+def _compile(compiler: str, source: Path, target: Path, optional: tuple[tuple[str, ...], ...]) -> None:
+    """With the first of the `optional` flags that work. Under a name of its own, then renamed: two processes
+    may do this at once."""
     log.info("compiling %s once, with %s", source.name, compiler)
     handle, new = tempfile.mkstemp(dir=target.parent, suffix=".so")
     os.close(handle)
