@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import ascendit
-from ascendit.pipeline import verify, world
 from ascendit.checkpoint.folder import DEMO
+from ascendit.pipeline import verify, world
 from ascendit.pipeline.generate import Pipeline
 
 # Counted over all 864 videos: `ascendit verify --demo --adherence` (docs/demo-model.md). 99.2 % are

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from broken.damage import both, content, json_file, link
+from broken.damage import both, content, json_file, link, pipe
 from broken.models import INDEX, NORM, WEIGHTS
 from broken.registry import Damage, case
 
@@ -190,3 +190,12 @@ case(
     json_file("model_index.json", lambda i: i.update(transformer=["diffusers", "FluxTransformer2DModel"])),
     "E-CKP-05",
 )
+
+# ---- no files at all --------------------------------------------------------------------------------
+
+case("pipe_weights", "bare", "a named pipe in place of the weights", pipe(WEIGHTS), "E-CKP-02")
+case("pipe_shard", "sharded", "a named pipe in place of a shard", pipe(FIRST), "E-CKP-03")
+case("pipe_config", "bare", "a named pipe in place of config.json", pipe("config.json"), "E-CKP-06")
+case("pipe_index", "sharded", "a named pipe in place of the index", pipe(INDEX), "E-CKP-06")
+case("zeros_weights", "bare", "weights that are /dev/zero", link(WEIGHTS, "/dev/zero"), "E-CKP-02")
+case("zeros_config", "bare", "a config.json that is /dev/zero", link("config.json", "/dev/zero"), "E-CKP-06")

@@ -176,6 +176,29 @@ for _word, _text in {
         "E-CKP-06",
     )
 case(
+    "config_utf16",
+    "bare",
+    "config.json in UTF-16",
+    lambda f: content("config.json", (f / "config.json").read_text().encode("utf-16"))(f),
+    "E-CKP-06",
+)
+case(
+    "config_surrogate",
+    "bare",
+    "half a character in config.json",
+    json_file("config.json", lambda c: c.update(qk_norm="\ud800")),
+    "E-CKP-06",
+)
+case(
+    "config_twice",
+    "bare",
+    "a value that stands there twice",
+    lambda f: content("config.json", (f / "config.json").read_text().replace("{", '{"num_layers": 40, ', 1))(
+        f
+    ),
+    "E-CKP-06",
+)
+case(
     "config_other_class",
     "bare",
     "the config of another model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -114,6 +115,16 @@ def link(name: str, target: str) -> Damage:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         path.symlink_to(target)
+
+    return damage
+
+
+def pipe(name: str) -> Damage:
+    """A named pipe in place of a file: who opens it waits for ever."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
 
     return damage
 

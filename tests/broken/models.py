@@ -188,7 +188,7 @@ def sharded(folder: Path) -> None:
     write_json(folder / "config.json", CONFIG)
     tensors = float_model()
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(2):
         file = f"diffusion_pytorch_model-{i + 1:05d}-of-00002.safetensors"
         save(folder / file, {name: tensors[name] for name in names[i::2]})

@@ -181,6 +181,12 @@ def try_all(folder: Path) -> None:
         except AscenditError as e:
             assert str(e)
         assert not out.exists()
+    try:
+        with soon():
+            repack(folder, out, check=True)
+    except AscenditError:
+        assert not out.exists()
+    assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 

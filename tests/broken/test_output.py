@@ -144,6 +144,18 @@ def test_a_part_with_a_link_to_nothing(source: Path, verb: str, target: str) -> 
     assert snapshot(source.parent) == before
 
 
+@pytest.mark.parametrize("verb", WRITERS)
+@pytest.mark.parametrize("name", [b"caf\xe9", b"a\nb", b"[red]x", b"-rf", b" "])
+def test_names_that_are_unusual_and_legal(source: Path, verb: str, name: bytes) -> None:
+    """Not UTF-8, or what a shell or a console would take for something else."""
+    odd = source.parent / os.fsdecode(name)
+    source.rename(odd)
+    VERBS[verb](odd, source.parent / "out")
+    VERBS["inspect"](source.parent / "out", source)
+    (source.parent / "out").rename(source.parent / "out2")
+    VERBS[verb](odd, Path(f"{odd}-out"))
+
+
 # ---- a full disk ------------------------------------------------------------------------------------
 
 

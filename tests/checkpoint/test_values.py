@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ascendit.checkpoint.values import check_positive, check_scale_bytes, check_zero
+from ascendit.checkpoint.values import check_positive, check_scale, check_scale_bytes, check_zero
 from ascendit.errors import CheckpointError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -75,3 +75,15 @@ def test_positive_is_what_torch_says(bits: list[int]) -> None:
         check_positive(raw, "F32", "x")
     else:
         refused(check_positive, raw, "F32", "x")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
+def test_scales_that_cannot_be(value: float) -> None:
+    data = struct.pack("<4f", 0.0, -0.0, 1.5, value)
+    with pytest.raises(
+        CheckpointError, match="a_scale has 1 scales that are negative or not finite, the"
+    ) as e:
+        check_scale(data, "F32", "a_scale")
+    assert e.value.code == "E-CKP-08" and "element 3" in e.value.got
+    check_scale(data[:12], "F32", "a_scale")
+    check_scale(b"", "F32", "a_scale")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from ascendit.device import doctor
-from ascendit.device.doctor import Row
+from ascendit.device.report import Probe, Row
 
 
-def probes(*rows: Row) -> tuple[doctor.Probe, ...]:
+def probes(*rows: Row) -> tuple[Probe, ...]:
     def burning() -> list[Row]:
         raise OSError("no such device")
 

@@ -53,6 +53,7 @@ FLAGS = {
         "--resume",
         "--force",
         "--report",
+        "--hash",
         "--dry-run",
         "--json",
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import sys
@@ -38,6 +39,13 @@ def test_json_is_one_object_and_stderr_is_silent(run, model, tmp_path):
     assert ended.code == 0 and ended.err == ""
     assert ended.json["layers"] == {"int8": 40, "bf16": 12} and len(ended.json["experts"][0]["worst"]) == 10
     assert ended.json["path"] == str(tmp_path / "out")
+
+
+def test_hash_is_asked_for(run, model, tmp_path):
+    ended = run("quantize", model, "-o", tmp_path / "out", "--scheme", "int8", "--hash")
+    assert ended.code == 0
+    record = json.loads((tmp_path / "out" / "ascendit.json").read_text())
+    assert len(record["files"]) == 6 and record["command"].endswith("--hash")
 
 
 def test_dry_run_writes_nothing(run, model, tmp_path):
@@ -148,7 +156,7 @@ def test_killed_at_ten_moments_and_taken_up_again(tmp_path, environ):
     killed = 0
     for i in range(10):
         words = ("--resume",) if i % 2 else ()
-        delay = draw.uniform(0, 0.3 * whole)
+        delay = draw.uniform(0, (0.02 if i < 4 else 0.3) * whole)  # some early, some late
         killed += run_and_kill(
             quantize_argv(model, dst, *words), delay, until=lambda: partial.exists(), env=environ
         )

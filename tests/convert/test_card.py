@@ -95,6 +95,8 @@ def test_the_record_is_sorted_and_leaves_out_what_is_empty(made):
     assert list(data["files"]) == ["transformer/x.safetensors", "transformer_2/x.safetensors"]
     assert data["made_by"] == f"ascendit {__version__} quantize" and data["version"] == 1
     assert data["bits_per_weight"] == 8.331 and data["recipe"]["rules"] == [{"layers": ["*"]}]
+    assert "sha256" in card.model_card(made, "small")
+    assert "sha256" not in card.model_card(replace(made, files={}), "small")
     lean = card.ascendit_json(replace(made, recipe={}, loras=(), details={"checked": True}))
     assert "recipe" not in lean and "loras" not in lean and lean["checked"] is True
 

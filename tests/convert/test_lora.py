@@ -27,7 +27,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ascendit.checkpoint.names import expected_tensors
 from ascendit.convert.lora import TILE, Folds, LoraSource, parse_lora
+from ascendit.convert.quantize import quantize
 from ascendit.errors import UsageError
 
 WAN = block_layers(LAYERS)
@@ -148,8 +150,6 @@ def test_the_names_are_those_of_diffusers_own_conversion(tmp_path: Path, style: 
 def test_peft_fuses_to_the_same_weights(tmp_path: Path, style: str) -> None:
     pytest.importorskip("peft")
     from diffusers import WanPipeline, WanTransformer3DModel
-
-    from ascendit.checkpoint.names import expected_tensors
 
     key, down, up, alpha = STYLES[style]
     config = {"attention_head_dim": 12, "num_attention_heads": 2, "num_layers": 2, "ffn_dim": 40}
@@ -465,6 +465,36 @@ def test_a_file_for_one_expert_leaves_the_other_alone(tmp_path: Path) -> None:
     high = Folds.open([low], "transformer", shapes())
     assert not high.names
     assert high.summary() == {"files": 0, "tensors": 0, "alpha": 0}
+
+
+def test_quantize_folds_before_it_quantizes(tmp_path: Path) -> None:
+    """The same bytes as from weights that were merged by hand, in both experts."""
+    from convert.models import CONFIG, read, same, write_model
+    from safetensors.torch import load_file, save_file
+
+    shape = expected_tensors(CONFIG)
+    factors = {layer: (0.1 * a, 0.1 * b) for layer, (a, b) in matrices(shape, WAN).items()}
+    tensors = write(factors, comfyui, ".lora_down.weight", ".lora_up.weight", 2.0)
+    tensors["diffusion_model.blocks.0.diff_m"] = torch.randn(1, 6, 64)
+    tensors["diffusion_model.blocks.1.ffn.2.diff_b"] = torch.randn(64)
+    lora = save(tmp_path / "a.safetensors", tensors)
+    source, by_hand = write_model(tmp_path / "source"), write_model(tmp_path / "by_hand")
+    for file in by_hand.glob("transformer*/*.safetensors"):
+        weights = load_file(file)
+        for layer, (a, b) in factors.items():
+            weights[f"{layer}.weight"] = merged(weights[f"{layer}.weight"], (0.7 * 2 / 4, a, b))
+        for key, name in (("0.diff_m", "0.scale_shift_table"), ("1.ffn.2.diff_b", "1.ffn.net.2.bias")):
+            change = tensors[f"diffusion_model.blocks.{key}"].double()
+            weights[f"blocks.{name}"] = (weights[f"blocks.{name}"].double() + 0.7 * change).bfloat16()
+        save_file(weights, file)
+    quantize(source, tmp_path / "ours", scheme="mxfp8", loras=[f"{lora.path}:0.7"])
+    quantize(by_hand, tmp_path / "theirs", scheme="mxfp8")
+    for expert in ("transformer", "transformer_2"):
+        ours, theirs = read(tmp_path / "ours" / expert), read(tmp_path / "theirs" / expert)
+        assert [name for name in theirs if not same(ours[name], theirs[name])] == []
+        assert not same(
+            ours["blocks.0.attn1.to_q.weight"], read(source / expert)["blocks.0.attn1.to_q.weight"]
+        )
 
 
 # ---- the command line's words -----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -15,10 +16,11 @@ from safetensors.torch import save_file
 from ascendit import mx
 from ascendit.checkpoint.expert import read_expert
 from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.move import write_at
 from ascendit.convert import stream
 from ascendit.convert.job import Progress
 from ascendit.convert.quantize import quantize
-from ascendit.errors import AscenditError, CheckpointError, UsageError
+from ascendit.errors import AscenditError, CheckpointError, EnvironmentProblem, UsageError
 from ascendit.spec import SCHEMES
 
 LAYERS = 10  # in a block
@@ -112,19 +114,23 @@ def test_copies_stand_alone(model, dst):
     assert (dst / "vae" / "diffusion_pytorch_model.safetensors").read_text() == "weights of the VAE"
 
 
-def test_the_record_names_every_file_with_its_sha256(model, dst):
+def test_the_record(model, dst):
     quantize(model, dst, scheme="mxfp4", keep=["blocks.0.*"])
     record = json_of(dst / "ascendit.json")
-    assert set(record["files"]) == {
-        f"{expert}/{file}"
-        for expert in ("transformer", "transformer_2")
-        for file in ("config.json", "diffusion_pytorch_model.safetensors", "quant_model_description.json")
-    }
-    for name, digest in record["files"].items():
-        assert hashlib.sha256((dst / name).read_bytes()).hexdigest() == digest
     assert record["recipe"]["rules"] == [{"layers": ["*"], "scheme": "mxfp4", "scale_rule": "max:7"}]
     assert record["command"] == "ascendit quantize model -o out --scheme mxfp4 --keep 'blocks.0.*'"
     assert record["keep"] == ["blocks.0.*"] and record["layers"] == {"mxfp4": 20, "bf16": 32}
+    assert "files" not in record and "sha256" not in (dst / "README.md").read_text()
+
+
+def test_hashes_of_every_file(model, dst):
+    quantize(model, dst, scheme="mxfp8", hash=True, max_shard_bytes=60_000)
+    files = json_of(dst / "ascendit.json")["files"]
+    written = {p for name in ("transformer", "transformer_2") for p in (dst / name).iterdir()}
+    assert {dst / name for name in files} == written and len(files) > 6
+    for name, digest in files.items():
+        assert hashlib.sha256((dst / name).read_bytes()).hexdigest() == digest
+    assert "sha256" in (dst / "README.md").read_text()
 
 
 def test_shards_and_their_index(model, dst):
@@ -360,6 +366,17 @@ def test_bad_calls(model, dst):
     with pytest.raises(UsageError, match="E-USE-03"):
         quantize(model, dst, scheme="mxfp8")
     assert not any(dst.iterdir())
+
+
+def test_a_full_disk_leaves_nothing(model, dst, monkeypatch):
+    def full(fd: int, data: memoryview, offset: int) -> None:
+        if len(data) == 64 * 64 and offset > 100_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_at(fd, data, offset)
+
+    monkeypatch.setattr("ascendit.checkpoint.write.write_at", full)
+    error = refused("E-ENV-04", EnvironmentProblem, model, dst, scheme="mxfp8")
+    assert "No space left" in error.got
 
 
 def test_smoothing_must_fit(model, dst):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import sys
 import tomllib
@@ -11,13 +12,15 @@ from typing import Any
 
 import pytest
 
-from ascendit.device import doctor
-from ascendit.device.doctor import Row, at_least, examine
+from ascendit.device import doctor, kernels, report
+from ascendit.device.doctor import at_least, examine
+from ascendit.device.report import Row
+from ascendit.native.build import Built
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def rows(probe: doctor.Probe) -> dict[str, Row]:
+def rows(probe: report.Probe) -> dict[str, Row]:
     report = examine([probe])
     assert not [r for r in report.rows if r.status == "probe failed"], report
     return {r.item: r for r in report.rows}
@@ -185,3 +188,37 @@ def test_cann_is_sourced(child, monkeypatch, tmp_path):
     (tmp_path / "version.cfg").write_text("runtime_running_version=[9.1.0:x]\n")
     row = rows(doctor._npu)["CANN toolkit"]
     assert row.status == "ok" and row.found == f"9.1.0:x in {tmp_path}"
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+
+def test_which_kernels_are_compiled(monkeypatch):
+    reasons = {name: f"compiled from native/{name}.cpp" for name in kernels.KERNELS}
+    monkeypatch.setattr(kernels, "native", lambda name: Built(ctypes.CDLL(None), reasons[name]))
+    found = rows(kernels.compiled_kernels)
+    assert set(found) == {"kernel: encode", "kernel: attention", "kernel: elementwise"}
+    assert all(r.status == "ok" and not r.required for r in found.values())
+    assert found["kernel: encode"].found == "native, compiled from native/encode.cpp"
+
+
+def test_a_kernel_that_cannot_be_compiled_says_why_and_hinders_nothing(monkeypatch):
+    monkeypatch.setattr(kernels, "native", lambda name: Built(None, "no C++ compiler (g++) on PATH"))
+    told = examine([kernels.compiled_kernels])
+    assert told.ok and {r.status for r in told.rows} == {"absent"}
+    assert told.rows[0].found == "PyTorch instead: no C++ compiler (g++) on PATH"
+
+
+def test_the_report_shows_the_encoder_that_runs():
+    from ascendit.mx import fast
+
+    choice, reason = fast.choice()
+    found = rows(kernels.compiled_kernels)["kernel: encode"].found
+    assert found == (f"native, {reason}" if choice == "native" else f"PyTorch instead: {reason}")
+
+
+def test_every_source_has_a_row():
+    from ascendit.native import build
+
+    assert set(kernels.KERNELS) == set(build.NEEDS) == {p.stem for p in build.HERE.glob("*.cpp")}
+    assert kernels.compiled_kernels in doctor.PROBES

@@ -193,13 +193,18 @@ def test_the_error_shown_is_the_one_that_comes(
     assert run(block, tmp_path, commands).stderr.strip() == text.strip()
 
 
+EXAMPLE_OUTPUTS = {"01_generate.py": "out.mp4", "02_quantize.py": "out"}
+"""What each writes when it is given this argument."""
+
+
 @pytest.mark.parametrize("path", sorted((REPO / "examples").glob("*.py")), ids=lambda p: p.name)
 def test_example_files_are_short_and_run(path: Path, tmp_path: Path, commands: Path) -> None:
     code = path.read_text(encoding="utf-8")
     assert len(code.splitlines()) <= 40
     if not DEMO.exists():
         pytest.skip("the demo model is not in src/ascendit/demo")
-    block = Block(path.name, 1, "bash", f'python "{path}" out.mp4', "")
+    output = EXAMPLE_OUTPUTS[path.name]
+    block = Block(path.name, 1, "bash", f'python "{path}" {output}', "")
     done = run(block, tmp_path, commands)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "out.mp4").stat().st_size > 0
+    assert (tmp_path / output).stat().st_size > 0

@@ -123,7 +123,7 @@ def test_quantizers(rule: str, case: str, dtype: torch.dtype) -> None:
         assert_same(encoded.dual_scale, vectors[f"{key}.dual_scale"])
     if name == "ceil_x:search":
         best = vectors[f"{key}.c"].item()
-        assert msms.best_ceil_x(msms.ceil_x_errors(x)) == best
+        assert msms.best_ceil_x(msms.ceil_x_sums(x)) == best
         assert_same(encode(x, form, scale_rule=f"msms:ceil_x:{best:g}").codes, vectors[f"{key}.codes"])
 
 

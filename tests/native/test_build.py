@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import tomllib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -35,6 +36,40 @@ def test_compiled_once_and_found_again(tmp_path: Path, monkeypatch: pytest.Monke
     build.native.cache_clear()
     monkeypatch.setattr(build, "_compile", lambda *a: pytest.fail("compiled again"))
     assert build.native("elementwise").library is not None
+
+
+@needs_compiler
+def test_the_encoder_says_what_it_was_compiled_for() -> None:
+    words = ("AVX-512", "AVX2", "NEON", "plain C++")
+    assert build.native("encode").reason in [f"compiled from native/encode.cpp, {word}" for word in words]
+
+
+@needs_compiler
+def test_a_header_that_changed_is_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build.native("encode")
+    shutil.copytree(build.HERE, tmp_path / "src", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    header = tmp_path / "src" / "floats.h"
+    header.write_text(header.read_text() + "// changed\n")
+    monkeypatch.setattr(build, "HERE", tmp_path / "src")
+    build.native.cache_clear()
+    assert build.native("encode").library is not None
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@needs_compiler
+def test_flags_that_a_compiler_does_not_know_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as OpenMP: the library has one thread then, and the same answers."""
+    monkeypatch.setattr(build, "OPTIONAL", (("-fno-such-flag", "-fopenmp"), ("-march=native",)))
+    built = build.native("encode")
+    assert built.library is not None and not hasattr(built.library, "omp_get_max_threads")
+
+
+def test_sources_and_headers_are_in_the_package() -> None:
+    project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["ascendit"]
+    for path in build.HERE.iterdir():
+        if path.suffix not in (".py", "") and path.name != "__pycache__":
+            assert any(PurePath(f"native/{path.name}").match(pattern) for pattern in patterns), path.name
 
 
 @needs_compiler
@@ -73,11 +108,20 @@ def closed_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     return "Not a directory"
 
 
-@pytest.mark.parametrize("trouble", [no_compiler, old_processor, broken_source, closed_cache])
+def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    def expanduser(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", expanduser)
+    monkeypatch.setattr(build, "processor_flags", lambda: build.NEEDS["attention"])
+    return "home directory"
+
+
+@pytest.mark.parametrize("trouble", [no_compiler, old_processor, broken_source, closed_cache, no_home])
 def test_trouble_is_a_reason_and_no_error(
     trouble: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if trouble in (broken_source, closed_cache) and not any(map(shutil.which, build.COMPILERS)):
+    if trouble in (broken_source, closed_cache, no_home) and not any(map(shutil.which, build.COMPILERS)):
         pytest.skip("no C++ compiler on this machine")
     text = trouble(monkeypatch, tmp_path)
     if trouble is no_compiler:

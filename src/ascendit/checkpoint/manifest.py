@@ -112,7 +112,7 @@ def read_manifest(path: Path, naming: Naming) -> Manifest:
     attention: dict[str, str] = {}
     metadata: dict[str, str] = {}
     written: dict[str, str] = {}
-    for key, value in read_json(path, unique=True).items():
+    for key, value in read_json(path).items():
         name = canonical(key, naming)
         if "." not in key and to_wan(name) is None:
             metadata[key] = value if isinstance(value, str) else json.dumps(value)

@@ -60,16 +60,13 @@ class Part:
         return self.path.parent if self.files == (self.path,) else self.path
 
 
-def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
-    """The JSON object in `path`. Raises CheckpointError E-CKP-06 that names the file.
-
-    `unique`: a key that stands there twice is an error too.
-    """
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises CheckpointError E-CKP-06 that names the file, for a key twice too."""
     try:
         status = path.stat()
         if status.st_size > MAX_JSON or not is_plain(status):
             raise _bad_json(path, "no regular file, or too long")
-        data = loads(path.read_bytes().decode("utf-8-sig"), unique=unique)
+        data = loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as e:
         problem = "missing" if isinstance(e, FileNotFoundError) else f"unreadable ({e.strerror})"
         raise _bad_json(path, problem) from e
@@ -80,9 +77,9 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
     return data
 
 
-def loads(text: str, *, unique: bool) -> Any:
-    """Read JSON. Raises ValueError or RecursionError for what is none, and for half surrogate pairs."""
-    data = json.loads(text, object_pairs_hook=_once if unique else None)
+def loads(text: str) -> Any:
+    """Read JSON. ValueError or RecursionError for what is none, for a key twice and half surrogate pairs."""
+    data = json.loads(text, object_pairs_hook=_once)
     if "\\ud" in text.lower():
         json.dumps(data, ensure_ascii=False).encode()
     return data

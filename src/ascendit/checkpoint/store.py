@@ -114,7 +114,7 @@ def _read_raw(path: Path, prefix: bytes, size: int, read: Any) -> tuple[int, dic
     if 8 + length > size:
         raise _broken(path, f"truncated: header of {length} bytes in a file of {size}")
     try:
-        header = loads(read(length).decode(), unique=True)
+        header = loads(read(length).decode())
     except (ValueError, RecursionError) as e:
         raise _broken(path, f"header is not JSON ({e})") from e
     if not isinstance(header, dict):
@@ -265,7 +265,7 @@ class Shards:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index, unique=True).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(
             f"{index} has no weight_map",

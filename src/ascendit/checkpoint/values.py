@@ -65,6 +65,23 @@ def check_positive(data: Buffer, dtype: str, name: str) -> None:
     )
 
 
+def check_scale(data: Buffer, dtype: str, name: str) -> None:
+    """Floating-point scales of rows, groups or tiles: finite, and 0 at least, for a row of zeros.
+
+    `dtype`: BF16, F16, F32 or F64. Raises CheckpointError E-CKP-08.
+    """
+    limit, minus_zero = _INFINITY[dtype], 1 << (8 * _BYTES[dtype] - 1)
+    values = memoryview(data).cast("B").cast(_UNSIGNED[dtype])
+    if not values or max(values) < limit:
+        return
+    bad = [place for place, bits in enumerate(values) if bits >= limit and bits != minus_zero]
+    if bad:
+        raise _invalid(
+            f"{name} has {len(bad)} scales that are negative or not finite, the first at element {bad[0]}",
+            "finite scales; msModelSlim writes NaN for 512 zeros in a row, which no engine can run",
+        )
+
+
 def _invalid(got: str, needs: str) -> CheckpointError:
     return CheckpointError(
         got,

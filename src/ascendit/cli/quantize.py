@@ -52,6 +52,9 @@ Copy = Annotated[bool, typer.Option("--copy", help="Copy the other components in
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where the same command was killed.")]
 Force = Annotated[bool, typer.Option("--force", help="Also where accuracy is known to suffer.")]
 Report = Annotated[bool, typer.Option("--report", help="Measure every layer; list the ten worst.")]
+Hash = Annotated[
+    bool, typer.Option("--hash", help="Put the sha256 of every file into ascendit.json; takes as long again.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
@@ -70,6 +73,7 @@ def quantize(
     resume: Resume = False,
     force: Force = False,
     report: Report = False,
+    hash: Hash = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -95,6 +99,7 @@ def quantize(
             resume=resume,
             force=force,
             report=report,
+            hash=hash,
             dry_run=dry_run,
             on_progress=view,
         )

@@ -7,6 +7,7 @@ command, so equal inputs give equal folders.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +39,7 @@ class Made:
     command: str
     """A line that makes the folder again, see `command_line`."""
     files: Mapping[str, str]
-    """Path in the folder -> sha256."""
+    """Path in the folder -> sha256, if they were computed."""
     schemes: Mapping[str, int]
     """Scheme -> number of linear layers, over all experts."""
     bits_per_weight: float
@@ -51,7 +52,7 @@ class Made:
 
 
 def ascendit_json(made: Made) -> dict[str, Any]:
-    """The record: where the folder comes from, what was done, and the sha256 of each file."""
+    """The record: where the folder comes from, what was done, and the sha256 of each file that was hashed."""
     data: dict[str, Any] = {
         "version": RECORD_VERSION,
         "made_by": f"ascendit {__version__} {made.verb}",
@@ -73,7 +74,7 @@ def model_card(made: Made, name: str) -> str:
     """README.md for a hub: YAML front matter, then what the folder is. `name`: of the folder."""
     base = made.layout.source
     front = {
-        "base_model": base.rsplit("@", 1)[0] if base else made.layout.name,
+        "base_model": base.rsplit("@", 1)[0] if base else printable(made.layout.name),
         "base_model_relation": "quantized",
         "library_name": "diffusers",
         "pipeline_tag": PIPELINE_TAGS[made.model_kind],
@@ -92,8 +93,9 @@ def model_card(made: Made, name: str) -> str:
     lines += ["```bash", made.command, "```", ""]
     for note in made.notes:
         lines += [note, ""]
+    hashes = " and the sha256 of each file" if made.files else ""
     lines += [
-        f"`{RECORD_FILE}` has the rules, the scale rules and the sha256 of each file;",
+        f"`{RECORD_FILE}` has the rules and their scale rules{hashes};",
         "`quant_model_description.json` beside the weights has the scheme of every tensor.",
     ]
     return "\n".join(lines) + "\n"
@@ -102,7 +104,7 @@ def model_card(made: Made, name: str) -> str:
 def write_made(folder: Path, made: Made, name: str) -> None:
     """Write both files into `folder`. `name`: what the folder will be called."""
     write_json(folder / RECORD_FILE, ascendit_json(made))
-    (folder / CARD_FILE).write_text(model_card(made, name), encoding="utf-8")
+    (folder / CARD_FILE).write_text(model_card(made, printable(name)), encoding="utf-8")
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -112,7 +114,12 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def source_name(layout: Layout) -> str:
     """`org/name@revision` from a hub, else the name of the folder."""
-    return layout.source or layout.name
+    return layout.source or printable(layout.name)
+
+
+def printable(name: str) -> str:
+    """A file name as text that can be written: bytes that are no UTF-8 as `\\xe9`."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str, object]]) -> str:
@@ -121,8 +128,8 @@ def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str
     A flag with None or False is left out, True stands without a value, a list repeats the flag.
     """
     hub = "ms" if "modelscope" in layout.root.parts else "hf"
-    source = f"{hub}:{layout.source}" if layout.source else layout.name
-    words = ["ascendit", verb, source, "-o", dst.name]
+    source = f"{hub}:{layout.source}" if layout.source else printable(layout.name)
+    words = ["ascendit", verb, source, "-o", printable(dst.name)]
     for flag, value in flags:
         values = value if isinstance(value, list | tuple) else [value]
         for one in values:

@@ -23,6 +23,7 @@ BIAS, NAN_BYTE, INFINITY = 127, 255, 0x7F80
 FRACTION = (1 << 23) - 1
 MOST_THREADS = 4
 """More than these no disk can feed."""
+RING = 3
 _ARGUMENTS = {  # p: pointer, i: int64
     "encode_table": "piiiiipppp",
     "encode_rule": "piiiiiiiipp",
@@ -34,7 +35,7 @@ _ARGUMENTS = {  # p: pointer, i: int64
 
 @dataclass(frozen=True)
 class Coded:
-    """Some rows, valid until the next are encoded."""
+    """Some rows, valid until the next are encoded; the codes of a DirectEncoder until RING more have been."""
 
     codes: memoryview
     scale: memoryview
@@ -58,7 +59,7 @@ def direct_encoder(
 
 
 class DirectEncoder:
-    """Encodes blocks of rows into buffers of its own. `signal`, `noise`: sums of squares, if it measures."""
+    """Encodes blocks of rows into buffers of its own: RING for the codes, which take turns."""
 
     def __init__(
         self,
@@ -77,7 +78,8 @@ class DirectEncoder:
         codes = -(-length // 2) if form.packed else length
         scale = 4 if form.kind == "row" else -(-length // form.block)
         dual = 4 * -(-length // form.coarse) if form.coarse else 0
-        self._codes, self._scale = _Buffer(max_rows, codes), _Buffer(max_rows, scale)
+        self._ring = [_Buffer(max_rows, codes) for _ in range(RING)]
+        self._scale = _Buffer(max_rows, scale)
         self._dual = _Buffer(max_rows, dual) if dual else None
         self._table = rule_table(E2M1 if form.element is None else form.element, rule) if form.block else b""
         self._sums = (ctypes.c_double * 2)()
@@ -86,25 +88,25 @@ class DirectEncoder:
     def __call__(self, rows: memoryview) -> Coded:
         """`rows`: bytes of some rows, writable memory as `stream.RowReader` gives it."""
         count = len(rows) // self._row_bytes
+        self._ring.append(codes := self._ring.pop(0))
         source = ctypes.addressof(ctypes.c_char.from_buffer(rows))
         shape = (count, self._length, self._threads)
-        self._encode(source, shape)
+        self._encode(source, shape, codes.address)
         if self._measure:
             element = INT8 if self._form.element is None else ELEMENTS[self._form.element.name]
-            at = (self._codes.address, self._scale.address, self._dual.address if self._dual else 0)
+            at = (codes.address, self._scale.address, self._dual.address if self._dual else 0)
             sums = ctypes.addressof(self._sums)
-            self._library.measure(source, self._type, *shape, element, self._form.block, *at, sums)
+            self._library.measure(source, self._type, *shape, element, self._form.kind == "row", *at, sums)
         scale = self._scale.rows(count)
         dual = self._dual.rows(count) if self._dual else None
-        return Coded(self._codes.rows(count), scale, dual, self._bad_row(scale), count)
+        return Coded(codes.rows(count), scale, dual, self._bad_row(scale), count)
 
-    def _encode(self, source: int, shape: tuple[int, int, int]) -> None:
-        codes, scale = self._codes.address, self._scale.address
-        form, lib = self._form, self._library
+    def _encode(self, source: int, shape: tuple[int, int, int], codes: int) -> None:
+        form, lib, scale = self._form, self._library, self._scale.address
         if form.kind == "row":
             lib.encode_rows(source, self._type, *shape, int(form.element is not None), 0, codes, scale)
         elif self._dual:
-            lib.encode_dual(source, self._type, *shape, self._table, codes, scale, self._dual.address, 0)
+            lib.encode_dual(source, self._type, *shape, self._table, 0, codes, scale, self._dual.address)
         elif self._type == 0:
             assert form.element is not None
             element = ELEMENTS[form.element.name]
@@ -131,7 +133,9 @@ class DirectEncoder:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """10 log10(signal / noise): inf without noise, -inf without signal."""
+    """10 log10(signal / noise): inf without noise, -inf without signal, nan if either is not finite."""
+    if not (math.isfinite(signal) and math.isfinite(noise)):
+        return math.nan
     if noise <= 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
@@ -196,7 +200,8 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _threads(library: ctypes.CDLL) -> int:
-    """Half of what OpenMP would take (it hears OMP_NUM_THREADS): hashing and the disk need the others."""
+    """Half of what OpenMP would take (it hears OMP_NUM_THREADS): writing needs the others, and threads that
+    wait for each other spin."""
     try:
         count = int(library.omp_get_max_threads())
     except AttributeError:  # built without OpenMP

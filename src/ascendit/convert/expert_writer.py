@@ -8,21 +8,20 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from ascendit.checkpoint.store import TensorInfo
-from ascendit.checkpoint.write import ShardWriter, TensorSpec
+from ascendit.checkpoint.write import TensorSpec
 from ascendit.convert import stream
+from ascendit.convert.behind import Data, WriteBehind
 from ascendit.convert.direct import Coded, DirectEncoder, direct_encoder
 from ascendit.convert.expert_plan import ROTATIONS, ExpertPlan
 from ascendit.convert.rewrite import recode
 from ascendit.convert.rules import LayerPlan
 from ascendit.convert.source_rows import TORCH, SourceRows
+from ascendit.convert.torch_encoder import TorchEncoder
 from ascendit.errors import CheckpointError
 from ascendit.spec import SCHEMES
 
 if TYPE_CHECKING:
     from ascendit.convert.lora import Folds
-    from ascendit.convert.torch_encoder import TorchEncoder
-
-Data = bytes | bytearray | memoryview
 
 
 class Advance(Protocol):
@@ -49,7 +48,7 @@ class ExpertWriter:
         self,
         plan: ExpertPlan,
         reader: stream.RowReader,
-        writer: ShardWriter,
+        writer: WriteBehind,
         *,
         folds: Folds | None = None,
         measure: bool = False,
@@ -94,6 +93,7 @@ class ExpertWriter:
             elif self._rows.changed(spec.name, info):
                 for _, rows in self._rows.blocks(spec.name, info):
                     self._append(spec.name, stream.as_bytes(rows))
+                    self.writer.flush()
             else:
                 self.writer.move(info, self._disk_names[spec.name])
         if info is not None:
@@ -137,6 +137,8 @@ class ExpertWriter:
             if coded.bad_row is not None:
                 raise not_finite(self.plan.expert.name, name, start + coded.bad_row)
             self._append(name, self._codes(plan.scheme, info, coded))
+            if isinstance(self._encoder, TorchEncoder):  # it has one buffer, and writes into it next
+                self.writer.flush()
             scales["weight_scale"] += coded.scale
             scales["weight_dual_scale"] += coded.dual or b""
             self._advance(name, coded.rows * row_bytes)
@@ -169,12 +171,7 @@ class ExpertWriter:
             direct = direct_encoder(form, rule, length, dtype, max_rows, measure=self._measure)
             if direct is not None:
                 return direct
-        import torch
-
-        from ascendit.convert.torch_encoder import TorchEncoder
-
-        kind: torch.dtype = getattr(torch, TORCH[dtype])
-        return TorchEncoder(form, rule, length, kind, max_rows, measure=self._measure)
+        return TorchEncoder(form, rule, length, TORCH[dtype], max_rows, measure=self._measure)
 
     def _codes(self, scheme: str, info: TensorInfo, coded: Coded) -> Data:
         if self.plan.dialect.container(scheme) != "e4m3":

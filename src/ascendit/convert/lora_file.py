@@ -120,7 +120,9 @@ def _scalings(path: Path) -> dict[str | None, Scaling]:
             raise refused(path, 1, [Problem("lora_adapter_metadata", f"not JSON ({e})")]) from e
         prefixes = ("transformer", "transformer_2")
         parts = {p: _below(config, f"{p}.") for p in prefixes} if isinstance(config, dict) else {}
-        found = {prefix: _scaling(path, part) for prefix, part in parts.items() if part}
+        found: dict[str | None, Scaling] = {
+            prefix: _scaling(path, part) for prefix, part in parts.items() if part
+        }
         return {None: found.get("transformer", Scaling()), **found}
     beside = path.parent / "adapter_config.json"
     if path.name == "adapter_model.safetensors" and beside.exists():

@@ -38,6 +38,7 @@ def quantize(
     resume: bool = False,
     force: bool = False,
     report: bool = False,
+    hash: bool = False,
     dry_run: bool = False,
     max_shard_bytes: int | None = MAX_SHARD_BYTES,
     on_progress: OnProgress | None = None,
@@ -49,8 +50,9 @@ def quantize(
     `keep`: patterns of layers that stay as they are. `loras`: folded in before anything else, in this order.
     `smoothing`: weights are multiplied by 1 / mul_scale, which is stored. `engine`: write its dialect.
     `copy`: other components are copied, not linked. `resume`: go on where a killed run with the same
-    arguments stopped. `force`: quantize where accuracy is known to suffer. `report`: measure SQNR. `dry_run`:
-    plan only.
+    arguments stopped. `force`: quantize where accuracy is known to suffer. `report`: measure SQNR. `hash`:
+    the sha256 of every file goes into `ascendit.json`, which takes as long as all the rest. `dry_run`: plan
+    only.
 
     Raises UsageError: E-USE-01 for arguments that do not go together, E-USE-02 for a missing source or
     recipe, E-USE-03 and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 and E-QNT-02,
@@ -69,7 +71,8 @@ def quantize(
         max_shard_bytes=max_shard_bytes,
         copy=copy,
         measure=report,
-        flags=_flags(scheme, recipe, scale_rule, keep, loras, engine, copy, force, report),
+        hash=hash,
+        flags=_flags(scheme, recipe, scale_rule, keep, loras, engine, copy, force, report, hash),
     )
     job.check(force)
     if dry_run:
@@ -87,6 +90,7 @@ def _flags(
     copy: bool,
     force: bool,
     report: bool,
+    hash: bool,
 ) -> list[tuple[str, object]]:
     """The command line of this call, without what names no file of the model; files by their names alone."""
     name = None if recipe is None else Path(recipe).name if recipe.endswith(".toml") else recipe
@@ -102,4 +106,5 @@ def _flags(
         ("--copy", copy),
         ("--force", force),
         ("--report", report),
+        ("--hash", hash),
     ]

@@ -18,6 +18,7 @@ from ascendit.checkpoint.layout import INDEX_FILE, Layout
 from ascendit.checkpoint.staging import Staging, link_or_copy
 from ascendit.checkpoint.write import ShardWriter
 from ascendit.convert import card, stream
+from ascendit.convert.behind import WriteBehind
 from ascendit.convert.dialects import Dialect, check_engine, model_kind, task_config
 from ascendit.convert.expert_plan import FP4, ExpertPlan, plan_expert, warnings_for
 from ascendit.convert.expert_writer import Advance, ExpertWriter
@@ -53,13 +54,14 @@ class QuantizeJob:
     max_shard_bytes: int | None
     copy: bool
     measure: bool
+    hash: bool
     flags: list[tuple[str, object]]
     plans: list[ExpertPlan] = field(init=False)
     folds: list[Folds] = field(init=False)
     kind: ModelKind = field(init=False)
     sqnr: dict[str, dict[str, float]] = field(init=False, default_factory=dict)
     files: dict[str, str] = field(init=False, default_factory=dict)
-    """Path in the folder -> sha256."""
+    """Path in the folder -> sha256, if asked for."""
 
     def __post_init__(self) -> None:
         experts = [read_expert(part) for part in self.layout.experts]
@@ -149,19 +151,15 @@ class QuantizeJob:
                     plan.disk_specs,
                     stem=self.dialect.stem(quant_type),
                     max_shard_bytes=None if self.dialect.typed_names else self.max_shard_bytes,
-                    hash=True,
+                    hash=self.hash,
                     journal=staging.journal,
                 )
             )
-            work = ExpertWriter(
-                plan,
-                reader,
-                writer,
-                folds=folds,
-                measure=self.measure,
-                advance=meter.advance_in(plan.expert.name),
-            )
+            behind = stack.enter_context(WriteBehind(writer))
+            advance = meter.advance_in(plan.expert.name)
+            work = ExpertWriter(plan, reader, behind, folds=folds, measure=self.measure, advance=advance)
             work.write()
+            behind.flush()
             digests = writer.close()
         self.sqnr[plan.expert.name] = work.sqnr
         where = folder.relative_to(staging.path)
@@ -172,7 +170,9 @@ class QuantizeJob:
         if self.dialect.task_file:
             written.append(folder / self.dialect.task_file)
             card.write_json(written[-1], task_config(plan.expert.config))
-        digests |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in written}
+        if self.hash:
+            written += folder.glob("*.index.json")
+            digests |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in written}
         self.files |= {(where / name).as_posix(): digest for name, digest in digests.items()}
         if self.dialect.mode is not None:
             for path in (manifest, *(shard.file for shard in writer.shards)):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Table = np.ndarray[Any, Any]
 
 How = Literal["move", "copy", "widen", "repeat", "recode", "untile", "fill"]
-Check = Literal["", "scale_bytes", "zero", "positive"]
+Check = Literal["", "scale_bytes", "scale", "zero", "positive"]
 TILE = 128
 
 
@@ -118,6 +118,8 @@ def _fill(step: Step, reader: stream.RowReader) -> Iterator[Any]:
 def _examine(step: Step, info: TensorInfo, data: bytes | memoryview) -> None:
     if step.check == "scale_bytes":
         values.check_scale_bytes(data, info.name)
+    elif step.check == "scale":
+        values.check_scale(data, info.dtype, info.name)
     elif step.check == "zero":
         values.check_zero(data, info.dtype, info.name)
     elif step.check == "positive":
@@ -221,7 +223,9 @@ def _untile(step: Step, reader: stream.RowReader) -> Iterator[Any]:
     import torch
 
     weight, inverse = step.sources
-    rows = bytearray(to_float32(reader.whole(inverse), inverse.dtype, inverse.name))
+    found = reader.whole(inverse)
+    values.check_scale(found, inverse.dtype, inverse.name)
+    rows = bytearray(to_float32(found, inverse.dtype, inverse.name))
     scale = torch.frombuffer(rows, dtype=torch.float32).view(inverse.shape)
     for start, view in reader.blocks(weight, multiple=TILE):
         codes = stream.as_tensor(view, weight)

@@ -69,14 +69,17 @@ def matching(
 
 
 def wan_attention(name: str) -> str:
+    """The original name of an attention: `blocks.0.self_attn`."""
     return name.replace("attn1", "self_attn").replace("attn2", "cross_attn")
 
 
 def why_from(origin: str, pattern: str) -> str:
+    """The `why` of a plan. `origin`: the name of the recipe, or `--keep`."""
     return f"--keep {pattern}" if origin == "--keep" else f"{origin}: {pattern}"
 
 
 def no_layer(pattern: str, origin: str, names: Sequence[str]) -> UsageError:
+    """E-USE-05, with the three nearest of `names`."""
     plain = re.sub(r"[*?\[\]]+", "", pattern)
     near = difflib.get_close_matches(plain, names, n=3, cutoff=0.0)
     return UsageError(

@@ -68,7 +68,7 @@ class SourceRows:
 
     def _tiles(self, name: str) -> torch.Tensor | None:
         """`weight_scale_inv` of an FP8 weight in tiles, float32 [ceil(N / 128), ceil(K / 128)]."""
-        from ascendit.checkpoint.values import check_positive
+        from ascendit.checkpoint.values import check_scale
 
         info = self._plan.expert.tensors.get(f"{name}_scale_inv")
         if info is None:
@@ -76,6 +76,6 @@ class SourceRows:
         import torch
 
         data = self._reader.whole(info)
-        check_positive(data, info.dtype, info.name)
+        check_scale(data, info.dtype, info.name)
         flat = torch.frombuffer(bytearray(stream.float_bytes(data, info.dtype)), dtype=torch.float32)
         return flat.view(info.shape)

@@ -17,7 +17,12 @@ from ascendit.convert.stream import RowReader
 
 TILES = "fp8_128x128"
 _QKV = re.compile(r"(.*\.attn1)\.to_[qkv]")
-_CHECKS: dict[str, Check] = {"weight_offset": "zero", "mul_scale": "positive"}
+_CHECKS: dict[str, Check] = {
+    "weight_scale": "scale",
+    "weight_dual_scale": "scale",
+    "weight_offset": "zero",
+    "mul_scale": "positive",
+}
 
 
 def schemes_of(expert: Expert) -> dict[str, str]:

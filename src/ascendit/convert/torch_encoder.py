@@ -1,12 +1,14 @@
-"""`mx.rows.RowEncoder` with the face of `direct.DirectEncoder`. With torch."""
+"""`mx.rows.RowEncoder` with the face of `direct.DirectEncoder`. torch is imported when one is made."""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from ascendit.convert import stream
 from ascendit.convert.direct import NAN_BYTE, Coded, decibels
-from ascendit.mx.rows import RowEncoder
+
+if TYPE_CHECKING:
+    import torch
 
 
 class TorchEncoder:
@@ -17,13 +19,19 @@ class TorchEncoder:
         format: str,
         rule: str,
         length: int,
-        dtype: torch.dtype,
+        dtype: str,
         max_rows: int,
         *,
         measure: bool = False,
     ) -> None:
+        """`dtype`: name in torch, as `bfloat16`."""
+        import torch
+
+        from ascendit.mx.rows import RowEncoder
+
+        kind: torch.dtype = getattr(torch, dtype)
         self._rows = RowEncoder(
-            format, length, dtype=dtype, max_rows=max_rows, scale_rule=rule, measure=measure
+            format, length, dtype=kind, max_rows=max_rows, scale_rule=rule, measure=measure
         )
         self._before = (0.0, 0.0)
 
@@ -31,7 +39,7 @@ class TorchEncoder:
         """The result is valid until the next call."""
         encoded = self._rows(rows)
         scale, dual = encoded.scale, encoded.dual_scale
-        bad = scale == NAN_BYTE if scale.dtype == torch.uint8 else scale.isnan()
+        bad = scale.isnan() if scale.is_floating_point() else scale == NAN_BYTE
         bad_row = int(bad.any(-1).nonzero()[0]) if bool(bad.any()) else None
         return Coded(
             stream.as_bytes(encoded.codes),

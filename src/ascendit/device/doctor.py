@@ -13,17 +13,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ascendit.device import environment
-
-Status = Literal["ok", "missing", "too old", "too little", "broken", "absent", "probe failed"]
+from ascendit.device.kernels import compiled_kernels
+from ascendit.device.report import Probe, Report, Row, Status
 
 PYTHON = "3.11"
 LIBRARIES = {
@@ -43,43 +43,6 @@ CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "
 TOOLKIT = Path("/usr/local/Ascend/ascend-toolkit")
 GIB = 2**30
 PROBE_SECONDS = 120.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the report."""
-
-    item: str
-    found: str
-    needed: str = "-"
-    status: Status = "ok"
-    fix: str = ""
-    required: bool = False
-    """Whether nothing runs on the CPU without it."""
-
-    @property
-    def good(self) -> bool:
-        """Whether this stands in nobody's way."""
-        return self.status == "ok" or not self.required
-
-
-@dataclass(frozen=True)
-class Report:
-    """All rows."""
-
-    rows: tuple[Row, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether everything is here that a run on the CPU needs."""
-        return all(row.good for row in self.rows)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For `--json`, which is what a bug report should hold."""
-        return {"ok": self.ok, "rows": [asdict(row) for row in self.rows]}
-
-
-Probe = Callable[[], list[Row]]
 
 
 def examine(probes: Sequence[Probe] | None = None) -> Report:
@@ -383,6 +346,7 @@ PROBES: tuple[Probe, ...] = (
     _torch_imports,
     _video_codec,
     _compiler,
+    compiled_kernels,
     _cuda,
     _npu,
 )

@@ -27,11 +27,11 @@ def to_codes(values: Tensor, element: Element, rounding: str) -> Tensor:
 def assemble(steps: Tensor, exponent: Tensor, negative: Tensor, element: Element) -> Tensor:
     """Whole `steps` of 2^(exponent - mbits) -> uint8 codes, saturated. A carry goes into the exponent."""
     codes = steps.to(torch.int32) + ((exponent - element.emin) << element.mbits)
-    codes = codes.clamp(max=_largest(element)) | (negative.to(torch.int32) << (element.bits - 1))
+    codes = codes.clamp(max=largest(element)) | (negative.to(torch.int32) << (element.bits - 1))
     return codes.to(torch.uint8)
 
 
-def _largest(element: Element) -> int:
+def largest(element: Element) -> int:
     """The code of `element.max`."""
     exponent = element.emax - element.emin + 1
     return (exponent << element.mbits) + int((element.max / 2.0**element.emax - 1) * 2**element.mbits)
@@ -55,7 +55,7 @@ def to_values(codes: Tensor, element: Element) -> Tensor:
     value = steps.to(torch.float32) * scale
     if element.nan is not None:
         body = wide & 0x7F
-        value = torch.where(body > _largest(element), torch.nan, value)
+        value = torch.where(body > largest(element), torch.nan, value)
         if element.name == "e5m2":
             value = torch.where(body == 0x7C, torch.inf, value)
     return torch.where(wide >> (element.bits - 1) == 1, -value, value)

@@ -38,19 +38,31 @@ def encode_blocks(blocks: Tensor, element: Element, rule: str) -> tuple[Tensor, 
     `rule` without `msms:`: minmax and minmax_bf16 (e4m3, e2m1), mse_round (e4m3), ceil_x:<c>, ceil_x:search
     and fouroversix (e2m1). Blocks that are not finite come out without meaning; the caller marks them.
     """
-    amax = blocks.abs().amax(-1)
-    wide = blocks.to(torch.float32)
-    if rule == "mse_round":
-        exponents = _mse_round(wide, amax)
-    elif rule == "fouroversix":
-        exponents = _four_over_six(wide, amax)
-    elif rule.startswith("ceil_x:"):
-        text = rule.removeprefix("ceil_x:")
-        c = best_ceil_x(_ceil_x_errors(wide, amax)) if text == "search" else float(text)
-        exponents = _ceil_x(amax, c)
-    else:
-        exponents = _minmax(amax, element, coarse_log=rule == "minmax_bf16")
+    wide, amax = blocks.to(torch.float32), blocks.abs().amax(-1)
+    if rule == "ceil_x:search":
+        rule = f"ceil_x:{best_ceil_x(_ceil_x_sums(wide, amax))}"
+    exponents, *others = scale_candidates(amax, element, rule)
+    for other in others:
+        errors, errors_of_other = (
+            (wide - _back(wide, e, element)).square().mean(-1) for e in (exponents, other)
+        )
+        exponents = torch.where(errors_of_other < errors, other, exponents)
     return _round(wide, exponents, element), exponents
+
+
+def scale_candidates(amax: Tensor, element: Element, rule: str) -> tuple[Tensor, ...]:
+    """Largest magnitudes -> the int32 exponents that a rule chooses between, of the shape of `amax`.
+
+    The second is taken where its mean squared error over the block is less. `mse_round`: below and above
+    log2(amax) - 8. `fouroversix`: amax to 6, amax to 4. All other rules have but one.
+    """
+    if rule == "mse_round":
+        return tuple((log(amax) - E4M3.emax).clamp(-127, 127) for log in (_floor_log2, _ceil_log2))
+    if rule == "fouroversix":
+        return _nearest_log2(_divide(amax, 6.0)), _nearest_log2(_divide(amax, 4.0))
+    if rule.startswith("ceil_x:"):
+        return (_ceil_x(amax, float(rule.removeprefix("ceil_x:"))),)
+    return (_minmax(amax, element, coarse_log=rule == "minmax_bf16"),)
 
 
 def encode_dual(rows: Tensor, coarse: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,24 +101,31 @@ def nearest_codes(values: Tensor) -> Tensor:
     return (index | (torch.signbit(values).to(index.dtype) << 3)).to(torch.uint8)
 
 
-def ceil_x_errors(rows: Tensor, block: int = 32) -> list[float]:
-    """[..., K] -> the mean squared error under each of CEIL_X_CANDIDATES, filling of the last block included.
+def ceil_x_sums(rows: Tensor, block: int = 32) -> list[float]:
+    """[..., K] -> the sum of squared errors under each of CEIL_X_CANDIDATES. Blocks that are not finite: 0.
 
-    For a weight that is read in blocks of rows: give `best_ceil_x` the average, weighted by rows.
+    For a weight that is read in blocks of rows: give `best_ceil_x` the sums of these lists.
     """
     blocks = split_blocks(rows, block)
-    return _ceil_x_errors(blocks.to(torch.float32), blocks.abs().amax(-1))
+    blocks = blocks.where(blocks.isfinite().all(-1, keepdim=True), 0)
+    return _ceil_x_sums(blocks.to(torch.float32), blocks.abs().amax(-1))
 
 
 def best_ceil_x(errors: list[float]) -> float:
-    """The candidate with the least error, the first of equals; 6.0 if no error is finite."""
+    """The candidate with the least error, the first of equals; 6.0 if no error is finite.
+
+    Equal are errors that differ by no more than the order of their float64 sums may make.
+    """
     comparable = [error if math.isfinite(error) else math.inf for error in errors]
-    return CEIL_X_CANDIDATES[comparable.index(min(comparable))]
+    bound = min(comparable) * (1 + 1e-12)
+    return next(c for c, error in zip(CEIL_X_CANDIDATES, comparable, strict=True) if error <= bound)
 
 
-def _ceil_x_errors(wide: Tensor, amax: Tensor) -> list[float]:
+def _ceil_x_sums(wide: Tensor, amax: Tensor) -> list[float]:
+    """Squares in float32, as msModelSlim takes them; their sum in float64, so that no order of it matters."""
     return [
-        float((wide - _back(wide, _ceil_x(amax, c), E2M1)).square().mean().item()) for c in CEIL_X_CANDIDATES
+        float((wide - _back(wide, _ceil_x(amax, c), E2M1)).square().sum(dtype=torch.float64).item())
+        for c in CEIL_X_CANDIDATES
     ]
 
 
@@ -122,24 +141,6 @@ def _minmax(amax: Tensor, element: Element, coarse_log: bool = False) -> Tensor:
 def _ceil_x(amax: Tensor, c: float) -> Tensor:
     """ceil(log2(amax / c + eps)); nothing is taken off for the element, whatever its comment says."""
     return _ceil_log2(_step(amax, c)).clamp(-129, 125)
-
-
-def _mse_round(wide: Tensor, amax: Tensor) -> Tensor:
-    """The exponent above or below log2(amax) - 8, per block, whichever errs less; below if they tie."""
-    up = (_ceil_log2(amax) - E4M3.emax).clamp(-127, 127)
-    down = (_floor_log2(amax) - E4M3.emax).clamp(-127, 127)
-    errors_up = (wide - _back(wide, up, E4M3)).square().mean(-1)
-    errors_down = (wide - _back(wide, down, E4M3)).square().mean(-1)
-    take_up = errors_up.isfinite() & ((errors_up < errors_down) | ~errors_down.isfinite())
-    return torch.where(take_up, up, down)
-
-
-def _four_over_six(wide: Tensor, amax: Tensor) -> Tensor:
-    """Largest value to 6 or to 4, per block, whichever errs less; 6 if they tie."""
-    six, four = _nearest_log2(_divide(amax, 6.0)), _nearest_log2(_divide(amax, 4.0))
-    errors_six = (wide - _back(wide, six, E2M1)).square().mean(-1)
-    errors_four = (wide - _back(wide, four, E2M1)).square().mean(-1)
-    return torch.where(errors_six <= errors_four, six, four)
 
 
 # ---- steps --------------------------------------------------------------------------------------

@@ -74,16 +74,26 @@ def thresholds(rule: str, element: Element) -> tuple[int, int]:
     return exponent - 1, int((2 * fraction - 1) * (1 << 23))
 
 
-def shared_exponents(amax: Tensor, element: Element, rule: str) -> Tensor:
-    """float32 magnitudes -> int32 exponents in [-127, 127]; what comes out for inf and NaN has no meaning.
+def fraction_mask(rule: str, element: Element) -> int:
+    """The bits of `frac` that a rule looks at. `max:6` and `max:7` cut amax to bfloat16, as the NPU does.
 
-    `max:6` and `max:7` look at amax cut to bfloat16, as the NPU does. Float32 input only is touched by this.
+    Float32 input only is touched by this.
     """
+    cut = element is E2M1 and rule.startswith("max:") and float(rule[4:]) in (6.0, 7.0)
+    return _FRACTION & ~0xFFFF if cut else _FRACTION
+
+
+def shared_exponents(amax: Tensor, element: Element, rule: str) -> Tensor:
+    """float32 magnitudes -> int32 exponents in [-127, 127]; what comes out for inf and NaN has no meaning."""
     exponent, fraction = exponent_and_fraction(amax)
-    if element is E2M1 and rule.startswith("max:") and float(rule[4:]) in (6.0, 7.0):
-        fraction = fraction & ~0xFFFF
+    fraction = fraction & fraction_mask(rule, element)
     shift, threshold = thresholds(rule, element)
     return (exponent - shift + (fraction > threshold).to(torch.int32)).clamp(-BIAS, BIAS)
+
+
+def every_bf16_amax() -> Tensor:
+    """bfloat16 [32768]: every number that is not negative, by its bits; infinity and NaN at the end."""
+    return torch.arange(0x8000, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 
 
 def to_bytes(exponents: Tensor, finite: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Compile the C++ sources of this folder on first use, into a cache. Nothing here may make an import fail.
 
 No compiler, a processor without the instructions, a cache that cannot be written: the reason is logged
-once, and the callers keep their PyTorch path. The sources need no header but the compiler's own.
+once, and the callers keep their PyTorch path. They need the compiler's own headers only.
 """
 
 from __future__ import annotations
@@ -24,12 +24,17 @@ HERE = Path(__file__).parent
 CACHE = Path("~/.cache/ascendit/native")
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS: tuple[str, ...] = (
-    *("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"),
+    *("-O3", "-std=c++17", "-fPIC", "-shared", "-w"),
     *("-fno-math-errno", "-fno-trapping-math"),  # or roundings do not become vector instructions
 )
+EXTRA: dict[str, tuple[str, ...]] = {"encode": ("-ffp-contract=off",)}
+"""Source -> more flags. Off: a product and a sum round twice, as in PyTorch."""
+OPTIONAL: tuple[tuple[str, ...], ...] = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
+"""Tried one after the other, for compilers that lack one: without the second there is one thread only."""
 NEEDS: dict[str, frozenset[str]] = {
     "attention": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
     "elementwise": frozenset(),
+    "encode": frozenset(),
 }
 """Source -> what the processor must have, as Linux spells it."""
 
@@ -46,11 +51,20 @@ class Built:
 def native(name: str) -> Built:
     """The compiled `<name>.cpp`. Never raises; the answer is remembered for the process."""
     try:
-        built = Built(ctypes.CDLL(str(_compiled(name))), f"compiled from native/{name}.cpp")
-    except (OSError, subprocess.SubprocessError, _Unavailable) as e:
+        library = ctypes.CDLL(str(_compiled(name)))
+        built = Built(library, f"compiled from native/{name}.cpp{_instructions(library)}")
+    except (OSError, RuntimeError, subprocess.SubprocessError, _Unavailable) as e:
         built = Built(None, str(e).strip() or type(e).__name__)
         log.info("native/%s.cpp is not used: %s; the PyTorch path runs instead", name, built.reason)
     return built
+
+
+def _instructions(library: ctypes.CDLL) -> str:
+    """What a library says of itself, if it does: which instructions were chosen when it was compiled."""
+    if not hasattr(library, "instructions"):
+        return ""
+    library.instructions.restype = ctypes.c_char_p
+    return f", {library.instructions().decode()}"
 
 
 class _Unavailable(Exception):
@@ -61,32 +75,44 @@ def _compiled(name: str) -> Path:
     lacking = sorted(NEEDS[name] - processor_flags())
     if lacking:
         raise _Unavailable(f"this processor has no {', '.join(lacking)}")
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    compiler = find_compiler()
     if compiler is None:
         raise _Unavailable(f"no C++ compiler ({', '.join(COMPILERS)}) on PATH")
     source = HERE / f"{name}.cpp"
     version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, timeout=30).stdout
-    key = hashlib.sha256(source.read_bytes() + version + " ".join(FLAGS).encode())
+    key = hashlib.sha256(version + repr((FLAGS, EXTRA.get(name), OPTIONAL)).encode())
+    for path in (source, *sorted(HERE.glob("*.h"))):
+        key.update(path.read_bytes())
     key.update(" ".join(sorted(processor_flags())).encode())
     target = CACHE.expanduser() / f"{name}-{key.hexdigest()[:16]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, source, target)
+        _compile(compiler, source, target, OPTIONAL)
     return target
 
 
-def _compile(compiler: str, source: Path, target: Path) -> None:
-    """Under a name of its own, then renamed: two processes may do this at once."""
+def find_compiler() -> str | None:
+    """The first of COMPILERS that is on PATH."""
+    return next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
+def _compile(compiler: str, source: Path, target: Path, optional: tuple[tuple[str, ...], ...]) -> None:
+    """With the first of the `optional` flags that work. Under a name of its own, then renamed: two processes
+    may do this at once."""
     log.info("compiling %s once, with %s", source.name, compiler)
     handle, new = tempfile.mkstemp(dir=target.parent, suffix=".so")
     os.close(handle)
+    problem = "?"
     try:
-        command = [compiler, *FLAGS, str(source), "-o", new]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            raise _Unavailable(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['?'])[0]}")
-        os.chmod(new, 0o755)
-        os.replace(new, target)
+        for flags in optional:
+            command = [compiler, *FLAGS, *EXTRA.get(source.stem, ()), *flags, str(source), "-o", new]
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+            if done.returncode == 0:
+                os.chmod(new, 0o755)
+                os.replace(new, target)
+                return
+            problem = problem if problem != "?" else (done.stderr.strip().splitlines() or ["?"])[0]
+        raise _Unavailable(f"{compiler} failed: {problem}")
     finally:
         Path(new).unlink(missing_ok=True)
 

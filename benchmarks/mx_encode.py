@@ -1,0 +1,163 @@
+"""Encoding one weight: the compiled kernels and PyTorch without a compiler, against memcpy and torchao.
+
+    python benchmarks/mx_encode.py                          # [13824, 5120] BF16, 2 threads
+    PYTHONPATH=/where/torchao/is python benchmarks/mx_encode.py --reps 31
+
+All in one run, interleaved, medians. `kernel` writes into tensors that are there, as `quantize` does;
+`mx.encode` also makes them, and pays for the fresh memory. `memcpy` is the faster of torch's copy and an
+OpenMP memcpy. Slow rows are timed once in every `--peer-every` repetitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ascendit import mx
+from ascendit.mx import fast, fast_native, fast_torch
+from ascendit.mx.formats import lookup, resolve_rounding, resolve_rule
+from ascendit.mx.rows import RowEncoder, ScaleSearch
+
+FORMATS = ("mxfp8", "mxfp4", "mxfp4_dualscale", "int8")
+OTHERS = (("mxfp8_e5m2", None), ("fp8", None), ("mxfp8", "msms:mse_round"), ("mxfp4", "msms:ceil_x:7.25"))
+OTHERS += (("mxfp4_dualscale", "msms:dualscale"), ("int8", "msms:int8"))
+MEMCPY = ("memcpy, OpenMP", "memcpy, torch")
+
+
+@dataclass
+class Row:
+    run: Callable[[], object]
+    moved: int
+    """Bytes read and written."""
+    slow: bool = False
+    peer: str = ""
+    """The row of torchao that does the same work."""
+
+
+def moved_by(x: Tensor, form: str) -> int:
+    out = fast.empty_parts(lookup(form), *x.shape)
+    return x.nbytes + sum(p.nbytes for p in out if p is not None)
+
+
+def kernel(x: Tensor, form: str, rule: str | None = None, measure: bool = False) -> Row:
+    encoder = RowEncoder(
+        form, x.shape[1], max_rows=x.shape[0], scale_rule=rule, measure=measure, dtype=x.dtype
+    )
+    return Row(lambda: encoder(x), moved_by(x, form))
+
+
+def without_compiler(x: Tensor, form: str) -> Row | None:
+    found = lookup(form)
+    rule = resolve_rule(found, None)
+    encode = fast_torch.encoder(found, rule, resolve_rounding(found, rule, None), x.dtype)
+    out = fast.empty_parts(found, *x.shape)
+    return encode and Row(lambda: encode(x, out), moved_by(x, form), slow=True)
+
+
+def torchao_rows(x: Tensor) -> dict[str, Row] | str:
+    """Why there are none, else a row for each format and scale mode."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from torchao.prototype.mx_formats.config import ScaleCalculationMode as Mode
+            from torchao.prototype.mx_formats.mx_tensor import to_mx
+    except ImportError as e:
+        return f"torchao is not installed ({e})"
+    version = importlib.metadata.version("torchao")
+    fp4 = getattr(torch, "float4_e2m1fn_x2", torch.uint8)
+    cases = {"mxfp8": (torch.float8_e4m3fn, ("RCEIL", "FLOOR")), "mxfp4": (fp4, ("FLOOR",))}
+    return {
+        f"torchao {version}, {form}, {mode}": Row(
+            lambda d=dtype, m=Mode[mode]: to_mx(x, d, 32, m), moved_by(x, form), slow=True
+        )
+        for form, (dtype, modes) in cases.items()
+        for mode in modes
+    }
+
+
+def rows_of(x: Tensor) -> tuple[dict[str, Row], str]:
+    """Everything that is timed, and a remark on what is not."""
+    rows, remarks = {}, ""
+    to, lib = torch.empty_like(x), fast_native.library().library
+    if lib is not None:
+        at = x.data_ptr(), to.data_ptr(), x.nbytes, torch.get_num_threads()
+        rows[MEMCPY[0]] = Row(lambda: lib.copy_bytes(*at), 2 * x.nbytes)
+    rows[MEMCPY[1]] = Row(lambda: to.copy_(x), 2 * x.nbytes)
+    peers = torchao_rows(x)
+    if isinstance(peers, str):
+        remarks, peers = peers, {}
+    if lib is not None:
+        rows |= {f"kernel, {form}": kernel(x, form) for form in FORMATS}
+        rows |= {f"kernel, {form}, {rule or 'default'}": kernel(x, form, rule) for form, rule in OTHERS}
+        rows["kernel, mxfp8, measured"] = kernel(x, "mxfp8", measure=True)
+        rows["msms:ceil_x:search, errors of 25"] = Row(lambda: ScaleSearch().add(x), x.nbytes)
+    rows |= {f"mx.encode, {form}": Row(lambda f=form: mx.encode(x, f), moved_by(x, form)) for form in FORMATS}
+    for form in FORMATS:
+        if plain := without_compiler(x, form):
+            rows[f"no compiler, {form}"] = plain
+    for name, row in rows.items():
+        form = next((f for f in reversed(FORMATS) if f", {f}" in f", {name.split(', ', 1)[-1]}"), "")
+        row.peer = (
+            next((peer for peer in peers if f", {form}," in peer), "") if form in ("mxfp8", "mxfp4") else ""
+        )
+    return rows | peers, remarks
+
+
+def timed(rows: dict[str, Row], reps: int, peer_every: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    for row in rows.values():
+        row.run()  # warm-up
+    for rep in range(reps):
+        for name, row in rows.items():
+            if row.slow and rep % peer_every:
+                continue
+            start = time.perf_counter()
+            row.run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", type=int, nargs=2, default=(13824, 5120))
+    parser.add_argument("--reps", type=int, default=21)
+    parser.add_argument("--peer-every", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    x = (torch.randn(*args.shape) * 0.02).to(torch.bfloat16)
+    load = os.getloadavg()[0]
+    rows, remarks = rows_of(x)
+    seconds = timed(rows, args.reps, args.peer_every)
+    median = {name: statistics.median(s) for name, s in seconds.items()}
+    base = min(median[name] for name in MEMCPY if name in median)
+    print(
+        f"{time.strftime('%Y-%m-%d')} torch {torch.__version__} {platform.processor() or platform.machine()}; "
+        f"encoder: {', '.join(fast.choice())}\n{list(x.shape)} bfloat16, {args.threads} threads, n={args.reps}, "
+        f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after {'; ' + remarks if remarks else ''}\n"
+    )
+    print("| what | median ms | min ms | x memcpy | GB/s moved | % of memcpy's | x as fast as torchao |")
+    print("|---|---|---|---|---|---|---|")
+    stream = 2 * x.nbytes / base
+    for name, row in rows.items():
+        m = median[name]
+        peer = f"{median[row.peer] / m:.1f}" if row.peer else ""
+        print(
+            f"| {name} | {m * 1e3:.2f} | {min(seconds[name]) * 1e3:.2f} | {m / base:.2f} | "
+            f"{row.moved / m / 1e9:.1f} | {row.moved / m / stream * 100:.0f} | {peer} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

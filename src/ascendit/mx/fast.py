@@ -1,0 +1,89 @@
+"""Who encodes: the compiled kernels, else PyTorch in small pieces, else `mx.reference`. Always the same bits.
+
+An encoder takes rows [n, K], contiguous, on a CPU, and writes into tensors that are there. For each format,
+rule, rounding and dtype the first that can do it is taken.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ascendit.mx import fast_native, fast_torch, msms, reference
+from ascendit.mx.formats import Format
+from ascendit.mx.reference import Parts
+
+Encoder = Callable[[Tensor, Parts], None]
+SEARCH = "msms:ceil_x:search"
+PIECE = 1 << 18
+"""Values that the reference takes at a time here: its intermediate results stay in the cache."""
+
+
+def encode_rows(rows: Tensor, form: Format, rule: str, rounding: str) -> Parts:
+    """`reference.encode_rows`, but fast where it can be: on a CPU."""
+    if rows.device.type != "cpu" or type(rows) is not Tensor or not rows.numel():
+        return reference.encode_rows(rows, form, rule, rounding)
+    flat = rows.view(-1, rows.shape[-1])
+    out = empty_parts(form, *flat.shape)
+    encoder(form, rule, rounding, rows.dtype)(flat, out)
+    codes, scale, dual = (None if p is None else p.view(*rows.shape[:-1], -1) for p in out)
+    assert codes is not None and scale is not None
+    return Parts(codes, scale, dual)
+
+
+def empty_parts(form: Format, rows: int, length: int) -> Parts:
+    """The tensors that an encoder fills."""
+    codes = torch.empty(
+        rows, -(-length // 2) if form.packed else length, dtype=torch.uint8 if form.element else torch.int8
+    )
+    if form.kind == "row":
+        return Parts(codes, torch.empty(rows, 1), None)
+    scale = torch.empty(rows, -(-length // form.block), dtype=torch.uint8)
+    return Parts(codes, scale, torch.empty(rows, -(-length // form.coarse)) if form.coarse else None)
+
+
+@functools.cache
+def encoder(form: Format, rule: str, rounding: str, dtype: torch.dtype) -> Encoder:
+    """The best that there is here; remembered."""
+    if rule == SEARCH:
+        return functools.partial(_encode_after_search, form, rounding)
+    return (
+        fast_native.encoder(form, rule, rounding, dtype)
+        or fast_torch.encoder(form, rule, rounding, dtype)
+        or functools.partial(_encode_in_pieces, form, rule, rounding)
+    )
+
+
+def choice() -> tuple[str, str]:
+    """("native" or "pytorch", why)."""
+    built = fast_native.library()
+    return ("pytorch" if built.library is None else "native"), built.reason
+
+
+def add_ceil_x_sums(rows: Tensor, sums: Tensor) -> None:
+    """Adds `msms.ceil_x_sums(rows)` to `sums`, float64 [25]."""
+    if not fast_native.add_ceil_x_sums(rows, sums):
+        for piece in rows.split(max(1, PIECE // rows.shape[-1])):
+            sums += torch.tensor(msms.ceil_x_sums(piece), dtype=torch.float64)
+
+
+add_energies = fast_native.add_energies
+
+
+def _encode_after_search(form: Format, rounding: str, rows: Tensor, out: Parts) -> None:
+    sums = torch.zeros(len(msms.CEIL_X_CANDIDATES), dtype=torch.float64)
+    add_ceil_x_sums(rows, sums)
+    rule = f"msms:ceil_x:{msms.best_ceil_x(sums.tolist())}"
+    encoder(form, rule, rounding, rows.dtype)(rows, out)
+
+
+def _encode_in_pieces(form: Format, rule: str, rounding: str, rows: Tensor, out: Parts) -> None:
+    step = max(1, PIECE // rows.shape[-1])
+    for start in range(0, rows.shape[0], step):
+        piece = reference.encode_rows(rows[start : start + step], form, rule, rounding)
+        for to, part in zip(out, piece, strict=True):
+            if to is not None and part is not None:
+                to[start : start + step] = part

@@ -1,0 +1,136 @@
+"""Encoding in plain PyTorch, on any device: the definition that every faster path reproduces to the bit.
+
+Rows are along the last axis here, see `mx.codec`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ascendit.mx import elements, msms, scales
+from ascendit.mx.formats import E2M1, Format
+
+
+class Parts(NamedTuple):
+    """What encoding writes: the tensors of `Encoded` for rows [.., K].
+
+    `codes` int8 for int8, else uint8 (float8 as its bytes; packed formats packed). `dual` float32
+    [.., ceil(K / 512)] or None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    dual: Tensor | None
+
+
+def encode_rows(rows: Tensor, form: Format, rule: str, rounding: str) -> Parts:
+    """bfloat16, float16 or float32 [.., K] -> its parts. Rule and rounding are resolved (`mx.formats`)."""
+    dual = None
+    if form.kind == "block":
+        codes, scale = _encode_blocks(rows, form, rule, rounding)
+    elif form.kind == "dual":
+        codes, scale, dual = _encode_dual(rows, form, rule, rounding)
+    else:
+        codes, scale = _encode_scaled_rows(rows, form, rule, rounding)
+    return Parts(elements.pack(codes) if form.packed else codes, scale, dual)
+
+
+def encode_marked(rows: Tensor, out: Parts, marks: Tensor, form: Format, rule: str, rounding: str) -> None:
+    """Encode again, into `out`, those units of rows [n, K] that are not 0 in `marks` [n, units].
+
+    A unit is what is encoded without a look at anything else: a group, a block, or a row.
+    """
+    size = form.coarse or form.block or rows.shape[1]
+    row, unit = marks.nonzero(as_tuple=True)
+    row = row.unsqueeze(1)
+    columns = unit.unsqueeze(1) * size + torch.arange(size)
+    units = rows[row, columns.clamp(max=rows.shape[1] - 1)].where(columns < rows.shape[1], 0)
+    for to, part in zip(out, encode_rows(units, form, rule, rounding), strict=True):
+        if to is not None and part is not None:
+            columns = unit.unsqueeze(1) * part.shape[1] + torch.arange(part.shape[1])
+            inside = columns < to.shape[1]
+            to[row.expand_as(columns)[inside], columns[inside]] = part[inside]
+
+
+def _encode_blocks(rows: Tensor, form: Format, rule: str, rounding: str) -> tuple[Tensor, Tensor]:
+    """[.., K] -> uint8 codes [.., K] and E8M0 bytes [.., n]."""
+    assert form.element is not None
+    blocks = scales.split_blocks(rows, form.block)
+    finite = blocks.isfinite().all(-1)
+    blocks = blocks.where(finite.unsqueeze(-1), 0)
+    if rule.startswith("msms:"):
+        codes, exponents = msms.encode_blocks(blocks, form.element, rule.removeprefix("msms:"))
+    else:
+        wide = blocks.to(torch.float32)
+        exponents = scales.shared_exponents(wide.abs().amax(-1), form.element, rule)
+        scaled = wide * scales.power_of_two(-exponents).unsqueeze(-1)
+        codes = elements.to_codes(scaled, form.element, rounding)
+    return _finish(codes, exponents, finite, form, rows.shape[-1])
+
+
+def _finish(
+    codes: Tensor, exponents: Tensor, finite: Tensor, form: Format, length: int
+) -> tuple[Tensor, Tensor]:
+    """Codes of blocks that are not `finite` to NaN, blocks to rows, exponents to bytes."""
+    assert form.element is not None
+    codes = codes.where(finite.unsqueeze(-1), form.element.nan or 0)
+    return scales.join_blocks(codes, length), scales.to_bytes(exponents, finite)
+
+
+def _encode_dual(rows: Tensor, form: Format, rule: str, rounding: str) -> tuple[Tensor, Tensor, Tensor]:
+    """[.., K] -> uint8 codes [.., K], E8M0 bytes [.., n], float32 [.., ceil(K / 512)].
+
+    `floor` is npu_dynamic_dual_level_mx_quant: amax over the finite values of 512, times float32(1 / 6), 0 if
+    that is subnormal; values divided by it, rounded to the dtype of the input, 0 if it is 0; then
+    `floor` on blocks of 32. A block with an infinity or a NaN gets byte 255, its 15 neighbours do not see it.
+    """
+    length = rows.shape[-1]
+    finite = scales.split_blocks(rows, form.block).isfinite().all(-1)
+    if rule == "msms:dualscale":
+        clean = rows.where(rows.isfinite(), 0)
+        codes, exponents, dual = msms.encode_dual(clean, form.coarse, form.block)
+    else:
+        groups = scales.split_blocks(rows.where(rows.isfinite(), 0).to(torch.float32), form.coarse)
+        dual = groups.abs().amax(-1) * (1 / 6)
+        dual = torch.where(dual < 2.0**-126, 0.0, dual)
+        divided = groups / torch.where(dual == 0, torch.inf, dual).unsqueeze(-1)
+        wide = scales.join_blocks(divided, length).to(rows.dtype).to(torch.float32)
+        blocks = scales.split_blocks(wide, form.block)
+        exponents = scales.shared_exponents(blocks.abs().amax(-1), E2M1, rule)
+        scaled = blocks * scales.power_of_two(-exponents).unsqueeze(-1)
+        codes = elements.to_codes(scaled, E2M1, rounding)
+    return (*_finish(codes, exponents, finite, form, length), dual)
+
+
+def _encode_scaled_rows(rows: Tensor, form: Format, rule: str, rounding: str) -> tuple[Tensor, Tensor]:
+    """[.., K] -> int8 or uint8 codes [.., K] and float32 scale [.., 1].
+
+    `amax` is npu_dynamic_quant on A5: scale = amax x float32(1 / 127) or (1 / 448), code = round(x / scale).
+    On A2 and A3 one code in 6000 differs by 1. A row of zeros has scale 0, one that is not finite scale NaN.
+    """
+    finite = rows.isfinite().all(-1, keepdim=True)
+    rows = rows.where(finite, 0)
+    if rule.startswith("msms:"):
+        codes, scale = msms.encode_int8(rows, -127 if rule.endswith("legacy") else -128)
+        return codes, scale.where(finite, torch.nan)
+    wide = rows.to(torch.float32)
+    scale = wide.abs().amax(-1, keepdim=True) * (1 / (form.element.max if form.element else 127))
+    steps = wide / torch.where(scale == 0, torch.inf, scale)
+    if form.element is None:
+        codes = _round(steps, rounding).clamp(-128, 127).to(torch.int8)
+    else:
+        codes = elements.to_codes(steps, form.element, rounding).where(finite, form.element.nan or 0)
+    return codes, scale.where(finite, torch.nan)
+
+
+def _round(steps: Tensor, rounding: str) -> Tensor:
+    """float32 to whole numbers, see `formats.ROUNDINGS`."""
+    if rounding == "rint":
+        return torch.round(steps)
+    if rounding == "floor":
+        return torch.floor(steps)
+    whole = steps.trunc()
+    return whole + ((steps - whole).abs() >= 0.5).to(steps.dtype) * steps.sign()

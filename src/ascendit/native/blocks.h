@@ -1,0 +1,138 @@
+// A block of 32 values and its exponent to codes.
+#pragma once
+#include "floats.h"
+#include "lanes.h"
+
+namespace ascendit {
+
+// rint: ties to even, every sign kept. msms: ties away from zero, signs as `unsigned_up_to` says.
+enum class Rounding { rint, msms };
+
+constexpr int FIRST_BYTE = 32;  // from this scale byte on a subnormal bfloat16 becomes 0 in every element
+
+// msModelSlim drops the sign of zeros: in e2m1 of zero itself, in e4m3 of all that scaling by this byte brings
+// to zero in float32, which is 2^-150 and less. The largest such magnitude, in bfloat16 bits.
+template <class E>
+inline int unsigned_up_to(int byte) {
+    if (E::packed || byte < 144) return 0;
+    return byte <= 151 ? 1 << (byte - 144) : (byte - 150) << 7;
+}
+
+// 32 bfloat16 numbers under a scale byte from FIRST_BYTE to 254. Integers only: with t the bits of the scaled
+// number, its exponent counted from the subnormals of the element, a code is t without its last bits, rounded;
+// a subnormal code is the mantissa moved by the exponent. Both get 9 bits below the point before rounding.
+template <class E, Rounding R>
+inline Lanes codes_of(const Lanes& v, const Lanes& a, int byte) {
+    const uint16_t base = uint16_t((byte + E::emin - 1) << 7);
+    const int16_t no_sign = int16_t(R == Rounding::msms ? unsigned_up_to<E>(byte) : 0);
+    constexpr uint16_t most = E::largest << 9, sign = 1 << (E::bits - 1);
+    Lanes codes;
+    for (int p = 0; p < PARTS; ++p) {
+        const I16 t = (I16)(a.part[p] - base);
+        const U16 mantissa = (a.part[p] & uint16_t(0x7F)) | uint16_t(0x80);
+        const U16 small = shifted<1 + E::mbits>(mantissa, (t >> 7) + int16_t(1 + E::mbits));
+        U16 c = t >= int16_t(128) ? (U16)t << (2 + E::mbits) : small;
+        c = c < most ? c : U16{} + most;
+        U16 negative = (v.part[p] >> (16 - E::bits)) & sign;
+        if (R == Rounding::rint) {
+            c += uint16_t(255) + ((c >> 9) & uint16_t(1));
+        } else {
+            c += uint16_t(256);
+            negative &= (U16)((I16)a.part[p] > no_sign);
+        }
+        codes.part[p] = (c >> 9) | negative;
+    }
+    return codes;
+}
+
+template <class E>
+inline void store(const Lanes& codes, uint8_t* out) {
+    E::packed ? store_nibbles(codes, out) : store_bytes(codes, out);
+}
+
+// Any finite float32 -> its code. `scaled` is x times 2^-exponent, rounded to float32. These are the steps of
+// `mx.elements.to_codes` and, for msms, of `mx.msms`.
+template <class E, Rounding R>
+inline uint8_t code_of(float x, float scaled) {
+    const float magic = 12582912.0f;  // 1.5 x 2^23: adding it rounds to a whole number, ties to even
+    const uint32_t bits = to_bits(scaled) & 0x7FFFFFFF;
+    int e = int(bits >> 23) - BIAS;
+    e = e < E::emin ? E::emin : e;
+    e = e > E::emax ? E::emax : e;
+    float steps = from_bits(bits) * from_bits(uint32_t(E::mbits - e + BIAS) << 23);
+    steps = steps < 1024.0f ? steps : 1024.0f;
+    const bool negative = R == Rounding::rint ? to_bits(scaled) >> 31 : (E::packed ? x : scaled) < 0.0f;
+    int code = R == Rounding::rint ? int(to_bits(steps + magic)) - int(to_bits(magic)) : int(steps + 0.5f);
+    code += (e - E::emin) << E::mbits;
+    code = code < E::largest ? code : E::largest;
+    return uint8_t(code | int(negative) << (E::bits - 1));
+}
+
+// 32 finite float32 numbers under an exponent from -127 to 127.
+template <class E, Rounding R>
+__attribute__((noinline)) void store_codes(const float* x, int exponent, uint8_t* out) {
+    const float scale = power_of_two(-exponent);
+    uint8_t codes[BLOCK];
+    for (int i = 0; i < BLOCK; ++i) codes[i] = code_of<E, R>(x[i], x[i] * scale);
+    if (!E::packed) std::memcpy(out, codes, BLOCK);
+    for (int i = 0; E::packed && i < BLOCK / 2; ++i) out[i] = uint8_t(codes[2 * i] | codes[2 * i + 1] << 4);
+}
+
+template <class T>
+inline void widen(const T* x, float* out) {
+    for (int i = 0; i < BLOCK; ++i) out[i] = wide(x[i]);
+}
+
+template <class E>
+__attribute__((noinline)) void tiny_block(const bf16* x, int byte, uint8_t* out) {
+    float values[BLOCK];
+    widen(x, values);
+    store_codes<E, Rounding::rint>(values, byte - BIAS, out);
+}
+
+// A block that holds an infinity or a NaN.
+template <class E>
+inline void spoiled_block(uint8_t* out, uint8_t* scale) {
+    std::memset(out, E::nan, E::block_bytes);
+    *scale = NAN_BYTE;
+}
+
+// One bfloat16 block. `table` has the scale byte for the bits of each magnitude. Whether it must be done again
+// by `mx.reference`: msModelSlim's on the smallest numbers.
+template <class E, Rounding R>
+inline bool encode_block(const bf16* x, const uint8_t* table, uint8_t* out, uint8_t* scale) {
+    const Lanes v = load(x), a = magnitudes(v);
+    const uint32_t top = largest(a);
+    if (__builtin_expect(top >= Input<bf16>::infinity, 0)) return spoiled_block<E>(out, scale), false;
+    const int byte = *scale = table[top];
+    if (__builtin_expect(byte < FIRST_BYTE && top > 0, 0)) {
+        if (R == Rounding::rint) tiny_block<E>(x, byte, out);
+        return R != Rounding::rint;
+    }
+    store<E>(codes_of<E, R>(v, a, top ? byte : BIAS), out);
+    return false;
+}
+
+struct Rule {  // exponent = E - shift + ((frac & mask) > threshold), see mx/scales.py
+    int shift;
+    uint32_t threshold, mask;
+    int exponent(float amax) const {
+        const uint32_t bits = to_bits(amax);
+        const int e = int(bits >> 23) - BIAS - shift + int((bits & 0x7FFFFF & mask) > threshold);
+        return e < -BIAS ? -BIAS : e > BIAS ? BIAS : e;
+    }
+};
+
+// One block of any type.
+template <class E, class T>
+inline void encode_block(const T* x, const Rule& rule, uint8_t* out, uint8_t* scale) {
+    const uint32_t top = largest_of(x, BLOCK);
+    if (top >= Input<T>::infinity) return spoiled_block<E>(out, scale);
+    const int exponent = rule.exponent(Input<T>::widen(top));
+    float values[BLOCK];
+    widen(x, values);
+    store_codes<E, Rounding::rint>(values, exponent, out);
+    *scale = uint8_t(exponent + BIAS);
+}
+
+}  // namespace ascendit

@@ -1,0 +1,92 @@
+// msModelSlim's rules that try two scales for a block and look at the errors.
+#pragma once
+#include "blocks.h"
+
+namespace ascendit {
+
+struct Errors {  // of one block under two scales, squared
+    double first = 0.0, second = 0.0;
+    bool second_may_win = false;  // one of its 32 errors is smaller
+};
+
+// The codes of a block under a scale, and the 32 squared errors: float32, each step rounded as PyTorch does.
+template <class E>
+inline Lanes attempt(const Lanes& v, const Lanes& a, const float* magnitudes, int byte, float* squares) {
+    const Lanes codes = codes_of<E, Rounding::msms>(v, a, byte);
+    const float scale = power_of_two(byte - BIAS);
+    uint8_t bytes[BLOCK];
+    store_bytes(codes, bytes);
+    for (int i = 0; i < BLOCK; ++i) {
+        const float error = magnitudes[i] - value_of<E>(bytes[i] & ((1 << (E::bits - 1)) - 1)) * scale;
+        squares[i] = error * error;
+    }
+    return codes;
+}
+
+template <class E>
+inline Errors compare(const Lanes& v, const Lanes& a, int byte, int other, Lanes* codes) {
+    uint16_t bits[BLOCK];
+    float values[BLOCK], squares[2][BLOCK];
+    std::memcpy(bits, &a, sizeof bits);
+    widen(bits, values);
+    codes[0] = attempt<E>(v, a, values, byte, squares[0]);
+    codes[1] = attempt<E>(v, a, values, other, squares[1]);
+    Errors sum;
+    double first = 0.0, second = 0.0;
+    int smaller = 0;
+#pragma omp simd reduction(+ : first, second, smaller)
+    for (int i = 0; i < BLOCK; ++i) {
+        first += squares[0][i];
+        second += squares[1][i];
+        smaller += squares[1][i] < squares[0][i];
+    }
+    return {first, second, smaller > 0};
+}
+
+// One block: the second scale if its mean error is less, in float32. `tables`: two scale bytes for each magnitude.
+// If no single error is less no sum can be, in whatever order it is taken; if the sums are further apart than
+// float32 may be off, the exact ones decide; else the answer is "doubtful".
+template <class E>
+inline bool choose_block(const bf16* x, const uint8_t* tables, uint8_t* out, uint8_t* scale) {
+    const Lanes v = load(x), a = magnitudes(v);
+    const uint32_t top = largest(a);
+    if (top >= Input<bf16>::infinity) return spoiled_block<E>(out, scale), false;
+    const int byte = tables[top], other = tables[top + 0x8000];
+    if (byte == other || byte < FIRST_BYTE || other < FIRST_BYTE) {
+        encode_block<E, Rounding::msms>(x, tables, out, scale);
+        return top > 0 && (byte < FIRST_BYTE || other < FIRST_BYTE);
+    }
+    Lanes codes[2];
+    const Errors errors = compare<E>(v, a, byte, other, codes);
+    const double total = errors.first + errors.second, apart = errors.first - errors.second;
+    const bool second = errors.second_may_win && apart > 0.0;
+    store<E>(codes[second], out);
+    *scale = uint8_t(second ? other : byte);
+    const bool certain = total > 1e-30 && total < 1e30 && (apart < 0.0 ? -apart : apart) > total * 0x1p-18;
+    return errors.second_may_win && !certain;
+}
+
+constexpr int CANDIDATES = 25;
+
+// Sums of squared errors of e2m1 blocks whose scale depends on a constant c, one of CANDIDATES that ascend: the
+// byte is that of the first while c is below number `turn`, then that of the second. `tables`: first, second, turn.
+struct Search {
+    double first[CANDIDATES + 1] = {}, second[CANDIDATES + 1] = {};  // by turn
+
+    void add(const bf16* x, const uint8_t* tables) {
+        const Lanes v = load(x), a = magnitudes(v);
+        const uint32_t top = largest(a);
+        if (top >= Input<bf16>::infinity) return;  // stands for a block of zeros
+        Lanes codes[2];
+        const Errors errors = compare<E2M1>(v, a, tables[top], tables[top + 0x8000], codes);
+        const int turn = tables[top + 0x10000];
+        first[turn] += errors.first;
+        second[turn] += errors.second;
+    }
+    void add_to(double* sums) const {  // one for each candidate
+        for (int c = 0; c < CANDIDATES; ++c)
+            for (int turn = 0; turn <= CANDIDATES; ++turn) sums[c] += c < turn ? first[turn] : second[turn];
+    }
+};
+
+}  // namespace ascendit

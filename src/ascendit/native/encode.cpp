@@ -1,0 +1,182 @@
+// Encoding to MX formats, int8 and fp8: to the bit what `mx.reference` gives, at the speed of memory.
+//
+// Layout: x [rows, K] contiguous; codes [rows, K], of 4 bits [rows, ceil(K / 2)]; scale uint8 [rows, ceil(K / 32)]
+// or float32 [rows]; dual float32 [rows, ceil(K / 512)]. A short last block is filled up with zeros.
+// `table` has the scale byte for the bits of each bfloat16 magnitude: the rules stay in one place, in Python.
+// What cannot be decided here is marked in `doubtful`, a byte for each unit, and counted by the return value.
+// `type` of x: 0 bfloat16, 1 float16, 2 float32. `element`: 0 e4m3, 1 e5m2, 2 e2m1, 3 int8.
+#include "blocks.h"
+#include "choose.h"
+#include "energy.h"
+#include "rows.h"
+#include "spread.h"
+
+using namespace ascendit;
+
+namespace {
+
+// f(x) with x as what it is.
+template <class F>
+int64_t as(const void* x, int64_t type, F f) {
+    if (type == 0) return f((const bf16*)x);
+    if (type == 1) return f((const half*)x);
+    return f((const float*)x);
+}
+
+// f(e) with e of the type of the element.
+template <class F>
+int64_t with(int64_t element, F f) {
+    if (element == 0) return f(E4M3{});
+    if (element == 1) return f(E5M2{});
+    return f(E2M1{});
+}
+
+// one(x, codes, scale, unit) for each block; the units that it is not sure of are marked.
+template <class E, class T, class F>
+int64_t over_blocks(const T* x, Shape s, uint8_t* codes, uint8_t* scale, uint8_t* doubtful, F one) {
+    return spread(s, BLOCK, E::bits, [=](const Run& run) {
+        return each<BLOCK, E::bits>(run, x, codes, [=](const T* from, uint8_t* out, int64_t i, int64_t) {
+            const bool doubt = one(from, out, scale + run.unit + i);
+            if (doubtful) doubtful[run.unit + i] = doubt;
+            return doubt;
+        });
+    });
+}
+
+template <class Dual, class T>
+int64_t over_groups(const Dual& rule, const T* x, Shape s, uint8_t* codes, uint8_t* scale, float* dual) {
+    const int64_t blocks_per_row = (s.length + BLOCK - 1) / BLOCK;
+    return spread(s, GROUP, E2M1::bits, [=](const Run& run) {
+        uint8_t* first = scale + run.row * blocks_per_row + run.at * (GROUP / BLOCK);
+        return each<GROUP, E2M1::bits>(run, x, codes, [=](const T* from, uint8_t* out, int64_t i, int64_t values) {
+            const int count = int((values + BLOCK - 1) / BLOCK);
+            encode_group(rule, from, count, out, first + i * (GROUP / BLOCK), dual + run.unit + i);
+            return 0;
+        });
+    });
+}
+
+template <class Kind, class T>
+int64_t over_rows(const Kind& kind, const T* x, Shape s, uint8_t* codes, float* scale) {
+    return spread(s, s.length, 8, [=](const Run& run) {
+        for (int64_t i = run.unit; i < run.unit + run.full; ++i)
+            encode_row(kind, x + i * s.length, s.length, codes + i * s.length, scale + i);
+        return 0;
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* instructions() { return INSTRUCTIONS; }
+
+// memcpy on threads, for benchmarks to compare with.
+int64_t copy_bytes(const uint8_t* x, uint8_t* out, int64_t count, int64_t threads) {
+    return spread({1, count, threads}, 4096, 8, [=](const Run& run) {
+        std::memcpy(out + run.value, x + run.value, run.full * 4096 + run.tail);
+        return 0;
+    });
+}
+
+// A rule that is a table. msms: its rounding. Only msms has doubts.
+int64_t encode_table(const bf16* x, int64_t rows, int64_t length, int64_t threads, int64_t element, int64_t msms,
+                     const uint8_t* table, uint8_t* codes, uint8_t* scale, uint8_t* doubtful) {
+    const Shape s{rows, length, threads};
+    return with(element, [=](auto e) {
+        using E = decltype(e);
+        if (!msms)
+            return over_blocks<E>(x, s, codes, scale, nullptr, [=](const bf16* from, uint8_t* out, uint8_t* to) {
+                return encode_block<E, Rounding::rint>(from, table, out, to);
+            });
+        return over_blocks<E>(x, s, codes, scale, doubtful, [=](const bf16* from, uint8_t* out, uint8_t* to) {
+            return encode_block<E, Rounding::msms>(from, table, out, to);
+        });
+    });
+}
+
+// msModelSlim's mse_round and fouroversix; tables [2, 32768].
+int64_t encode_choice(const bf16* x, int64_t rows, int64_t length, int64_t threads, int64_t element,
+                      const uint8_t* tables, uint8_t* codes, uint8_t* scale, uint8_t* doubtful) {
+    return with(element, [=](auto e) {
+        using E = decltype(e);
+        return over_blocks<E>(x, {rows, length, threads}, codes, scale, doubtful,
+                              [=](const bf16* from, uint8_t* out, uint8_t* to) {
+                                  return choose_block<E>(from, tables, out, to);
+                              });
+    });
+}
+
+// A rule of two integers and a mask, see `Rule`, for every type of x.
+int64_t encode_rule(const void* x, int64_t type, int64_t rows, int64_t length, int64_t threads, int64_t element,
+                    int64_t shift, int64_t threshold, int64_t mask, uint8_t* codes, uint8_t* scale) {
+    const Rule rule{int(shift), uint32_t(threshold), uint32_t(mask)};
+    return with(element, [=](auto e) {
+        using E = decltype(e);
+        return as(x, type, [=](auto* values) {
+            return over_blocks<E>(values, {rows, length, threads}, codes, scale, nullptr,
+                                  [=](auto* from, uint8_t* out, uint8_t* to) {
+                                      encode_block<E>(from, rule, out, to);
+                                      return false;
+                                  });
+        });
+    });
+}
+
+// Dual scale of bfloat16 or float32: the NPU's with the table of `floor`, or msModelSlim's with that of log2.
+int64_t encode_dual(const void* x, int64_t type, int64_t rows, int64_t length, int64_t threads, const uint8_t* table,
+                    const int32_t* early, uint8_t* codes, uint8_t* scale, float* dual) {
+    const Shape s{rows, length, threads};
+    const auto run = [=](auto* values) {
+        if (table) return over_groups(NpuDual{table}, values, s, codes, scale, dual);
+        return over_groups(MsmsDual{early}, values, s, codes, scale, dual);
+    };
+    return type == 0 ? run((const bf16*)x) : run((const float*)x);
+}
+
+// One scale for a row. kind: 0 int8, 1 fp8, 2 msModelSlim's int8 with `lowest` -128 or -127.
+int64_t encode_rows(const void* x, int64_t type, int64_t rows, int64_t length, int64_t threads, int64_t kind,
+                    int64_t lowest, uint8_t* codes, float* scale) {
+    const Shape s{rows, length, threads};
+    return as(x, type, [=](auto* values) {
+        if (kind == 0) return over_rows(Int8{}, values, s, codes, scale);
+        if (kind == 1) return over_rows(Fp8{}, values, s, codes, scale);
+        if (type == 0) return over_rows(MsmsInt8<true>{float(lowest)}, values, s, codes, scale);
+        return over_rows(MsmsInt8<false>{float(lowest)}, values, s, codes, scale);
+    });
+}
+
+// Adds the squared errors under each of 25 constants to `sums`; tables [3, 32768], see `Search`.
+int64_t search(const bf16* x, int64_t rows, int64_t length, int64_t threads, const uint8_t* tables, double* sums) {
+    return spread({rows, length, threads}, BLOCK, 8, [=](const Run& run) {
+        Search found;
+        each<BLOCK, 8>(run, x, (uint8_t*)nullptr, [&](const bf16* from, uint8_t*, int64_t, int64_t) {
+            found.add(from, tables);
+            return 0;
+        });
+#pragma omp critical
+        found.add_to(sums);
+        return 0;
+    });
+}
+
+// Adds signal and noise to `sums`. scale: E8M0 bytes for blocks of 32, or for `by_row` a float32 for a row.
+int64_t measure(const void* x, int64_t type, int64_t rows, int64_t length, int64_t threads, int64_t element,
+             int64_t by_row, const uint8_t* codes, const void* scale, const float* dual, double* sums) {
+    const Written written{codes, by_row ? nullptr : (const uint8_t*)scale, (const float*)scale, dual};
+    return as(x, type, [=](auto* values) {
+        return spread({rows, length, threads}, length, 8, [=](const Run& run) {
+            Energy all;
+            for (int64_t row = run.unit; row < run.unit + run.full; ++row) {
+                if (element == 0) add_row<E4M3>(all, values, row, length, written);
+                if (element == 1) add_row<E5M2>(all, values, row, length, written);
+                if (element == 2) add_row<E2M1>(all, values, row, length, written);
+                if (element == 3) add_row<Whole>(all, values, row, length, written);
+            }
+#pragma omp critical
+            all.add_to(sums);
+            return 0;
+        });
+    });
+}
+}

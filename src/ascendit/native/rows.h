@@ -1,0 +1,149 @@
+// Formats with a float32 scale: groups of 512 over blocks of 32 (dual scale), and whole rows (int8, fp8).
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "blocks.h"
+
+namespace ascendit {
+
+constexpr int GROUP = 512;
+
+// x / by; 0 for by = 0.
+inline float divisor(float by) { return by == 0.0f ? INFINITY : by; }
+
+// A group with infinities or NaN: they count as 0, and their blocks are marked afterwards.
+template <class T>
+struct Cleaned {
+    T values[GROUP];
+    bool spoiled[GROUP / BLOCK];
+
+    explicit Cleaned(const T* x) {
+        for (int b = 0; b < GROUP / BLOCK; ++b) {
+            spoiled[b] = largest_of(x + b * BLOCK, BLOCK) >= Input<T>::infinity;
+            for (int i = b * BLOCK; i < (b + 1) * BLOCK; ++i)
+                values[i] = magnitude(x[i]) >= Input<T>::infinity ? T{} : x[i];
+        }
+    }
+    void mark(int blocks, uint8_t* out, uint8_t* scale) const {
+        for (int b = 0; b < blocks; ++b)
+            if (spoiled[b]) spoiled_block<E2M1>(out + b * E2M1::block_bytes, scale + b);
+    }
+};
+
+// npu_dynamic_dual_level_mx_quant: values over max / 6 are rounded to bfloat16, if they came so.
+struct NpuDual {
+    const uint8_t* table;  // of the rule `floor`
+
+    static float scale(float amax) {
+        const float dual = amax * float(1.0 / 6.0);
+        return dual < 0x1p-126f ? 0.0f : dual;
+    }
+    void blocks(const bf16* x, float dual, int count, uint8_t* out, uint8_t* scale) const {
+        const float by = divisor(dual);
+        bf16 divided[GROUP];
+        for (int i = 0; i < GROUP; ++i) divided[i] = narrow(wide(x[i]) / by);
+        for (int b = 0; b < count; ++b)
+            encode_block<E2M1, Rounding::rint>(divided + b * BLOCK, table, out + b * E2M1::block_bytes, scale + b);
+    }
+    void blocks(const float* x, float dual, int count, uint8_t* out, uint8_t* scale) const {
+        const float by = divisor(dual);
+        const Rule floor{E2M1::emax, 0x7FFFFF, 0x7FFFFF};
+        float divided[BLOCK];
+        for (int b = 0; b < count; ++b) {
+            for (int i = 0; i < BLOCK; ++i) divided[i] = x[b * BLOCK + i] / by;
+            encode_block<E2M1>(divided, floor, out + b * E2M1::block_bytes, scale + b);
+        }
+    }
+};
+
+// msModelSlim: all in float32.
+struct MsmsDual {
+    const int32_t* early;  // by biased exponent: how many floats below that power of two log2 rounds up to it
+
+    static float scale(float amax) { return amax / 6.0f; }
+
+    template <class T>
+    void blocks(const T* x, float dual, int count, uint8_t* out, uint8_t* scale) const {
+        const float by = divisor(dual);
+        float divided[GROUP];
+        for (int i = 0; i < GROUP; ++i) divided[i] = wide(x[i]) / by;
+        for (int b = 0; b < count; ++b) {
+            const float* values = divided + b * BLOCK;
+            const uint32_t bits = to_bits(from_bits(largest_of(values, BLOCK)) / 0.875f + 9.6e-7f);
+            const int exponent = int((bits + early[(bits >> 23) + 1]) >> 23) - BIAS - E2M1::emax;
+            store_codes<E2M1, Rounding::msms>(values, exponent, out + b * E2M1::block_bytes);
+            scale[b] = uint8_t(exponent + BIAS);
+        }
+    }
+};
+
+template <class Dual, class T>
+inline void encode_group(const Dual& rule, const T* x, int count, uint8_t* out, uint8_t* scale, float* dual) {
+    const uint32_t top = largest_of(x, GROUP);
+    if (top < Input<T>::infinity) {
+        *dual = rule.scale(Input<T>::widen(top));
+        rule.blocks(x, *dual, count, out, scale);
+        return;
+    }
+    const Cleaned<T> clean(x);
+    *dual = rule.scale(Input<T>::widen(largest_of(clean.values, GROUP)));
+    rule.blocks(clean.values, *dual, count, out, scale);
+    clean.mark(count, out, scale);
+}
+
+// ---- whole rows ---------------------------------------------------------------------------------
+
+// float32 in [-128, 127] to the nearest whole number, ties to even.
+inline uint8_t whole(float x) { return uint8_t(to_bits(x + 12582912.0f)); }
+
+inline float clamped(float x, float low, float high) {
+    x = x < low ? low : x;
+    return x > high ? high : x;
+}
+
+struct Int8 {  // npu_dynamic_quant
+    static constexpr int spoiled = 0;
+    static float scale(float amax) { return amax * float(1.0 / 127.0); }
+    template <class T>
+    uint8_t code(T x, float by) const {
+        return whole(clamped(wide(x) / by, -128.0f, 127.0f));
+    }
+};
+
+struct Fp8 {
+    static constexpr int spoiled = E4M3::nan;
+    static float scale(float amax) { return amax * float(1.0 / 448.0); }
+    template <class T>
+    uint8_t code(T x, float by) const {
+        const float steps = wide(x) / by;
+        return code_of<E4M3, Rounding::rint>(steps, steps);
+    }
+};
+
+template <bool ROUNDED>
+struct MsmsInt8 {  // steps in the type of the weight, rounded if that is bfloat16
+    static constexpr int spoiled = 0;
+    float lowest;
+    static float step(float x) { return ROUNDED ? wide(narrow(x)) : x; }
+    static float scale(float amax) { return std::max(step(amax / 127.0f), 0x1p-23f); }
+    template <class T>
+    uint8_t code(T x, float by) const {
+        return whole(clamped(step(wide(x) / by), lowest, 127.0f));
+    }
+};
+
+template <class Kind, class T>
+inline void encode_row(const Kind kind, const T* __restrict x, int64_t n, uint8_t* __restrict out, float* scale) {
+    const uint32_t top = largest_of(x, n);
+    const bool finite = top < Input<T>::infinity;
+    *scale = finite ? kind.scale(Input<T>::widen(top)) : NAN;
+    if (!finite) {
+        std::memset(out, kind.spoiled, n);
+        return;
+    }
+    const float by = divisor(*scale);
+    for (int64_t i = 0; i < n; ++i) out[i] = kind.code(x[i], by);
+}
+
+}  // namespace ascendit
