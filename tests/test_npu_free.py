@@ -1,4 +1,4 @@
-"""Only `device/`, `ops/` and `twin/` know that there are NPUs: elsewhere no branch asks, and nothing is imported."""
+"""Only `device/`, `ops/` and `twin/` know that there are NPUs: no branch elsewhere asks for them."""
 
 from __future__ import annotations
 
