@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -138,12 +137,22 @@ def test_the_twins_internal_format_is_set_back():
     assert not STATE.internal_format
 
 
+class WriteOnly:
+    """torch.npu.config: what is set is passed on, and cannot be read."""
+
+    def __init__(self, seen):
+        object.__setattr__(self, "_seen", seen)
+
+    def __setattr__(self, name, value):
+        self._seen.append((name, value))
+
+
 class FakeApi:
     """torch.npu as far as a Device needs it."""
 
     def __init__(self):
-        self.config = types.SimpleNamespace(allow_internal_format=False)
         self.seen: list[object] = []
+        self.config = WriteOnly(self.seen)
 
     def set_device(self, index):
         self.seen.append(("set_device", index))
@@ -170,9 +179,17 @@ def test_an_npu_goes_through_torch_npu(monkeypatch):
     device = Device("npu", 2, chip="a5")
     assert open_device(device) == device and device.memory_bytes() == 9
     device.synchronize()
-    with device.side_stream(), device.internal_format(True):
-        assert api.config.allow_internal_format
-    assert not api.config.allow_internal_format
+    with device.side_stream(), device.internal_format(True):  # which a5 ignores, with a warning
+        pass
     assert api.seen == [("set_device", 2), "synchronize", "a stream"]
     Device("npu", chip="a5").activate()  # without a number: the one that is current
     assert len(api.seen) == 3
+
+
+def test_the_internal_format_of_a_card_is_switched_off_again(monkeypatch):
+    api = FakeApi()
+    monkeypatch.setattr(torch, "npu", api, raising=False)
+    with pytest.raises(KeyError), Device("npu", 0, chip="a2").internal_format(True):
+        api.seen.append("cast")
+        raise KeyError
+    assert api.seen == [("allow_internal_format", True), "cast", ("allow_internal_format", False)]

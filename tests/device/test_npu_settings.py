@@ -68,6 +68,15 @@ def test_every_setting_is_applied_and_told(npu, caplog):
     assert "npu:1: Atlas 350 (Ascend 950), chip a5" in caplog.text
 
 
+def test_what_importing_mindiesd_changes_is_set_again(npu, monkeypatch):
+    def switch_on() -> None:
+        npu.config.allow_internal_format = True
+
+    monkeypatch.setattr(npu_settings, "load_mindiesd", switch_on)
+    open_device("npu")
+    assert npu.config.allow_internal_format is False
+
+
 def test_an_open_device_is_not_started_again(npu):
     device = open_device("npu")
     told = list(npu.told)

@@ -124,7 +124,7 @@ class Device:
 
     def internal_format(self, allowed: bool) -> contextlib.AbstractContextManager[Any]:
         """Whether npu_format_cast gives FRACTAL_NZ on a2 and a3, which keep ND without it; a5 always does."""
-        if self.operators != "npu":
+        if self.operators != "npu" or (self.kind == "npu" and self.chip == "a5"):
             return contextlib.nullcontext()
         return _internal_format(self, allowed)
 
@@ -250,10 +250,9 @@ def _internal_format(device: Device, allowed: bool) -> Any:
         finally:
             twin.allow_internal_format(before)
     else:
-        config = device._api().config
-        before = config.allow_internal_format
+        config = device._api().config  # it can be set and not be read; `npu_settings` switched it off
         config.allow_internal_format = allowed
         try:
             yield
         finally:
-            config.allow_internal_format = before
+            config.allow_internal_format = False

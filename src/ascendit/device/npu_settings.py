@@ -72,9 +72,9 @@ def start(device: Device) -> str:
     npu = import_torch_npu().npu
     check_index(device, npu.device_count())
     chip = find_chip(npu)
+    load_mindiesd()  # before the settings: importing it switches allow_internal_format on
     apply(npu)
     log.info("%s: %s, chip %s", device, chip.product, chip.name)
-    load_mindiesd()
     return chip.name
 
 
