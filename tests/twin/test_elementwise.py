@@ -85,21 +85,14 @@ def test_layer_norms(on: Callable[[str], None]) -> None:
     exact = layer_norm(x, 1e-5) * weight.double() + bias.double()
     y, mean, rstd = mindie.layernorm(x, [32], weight, bias)
     close(y, exact)
-    assert mean.shape == rstd.shape == (3, 4, 1)
-    assert torch.allclose(mean.double(), x.double().mean(-1, keepdim=True), atol=1e-6)
+    assert mean.shape == rstd.shape == (3, 4, 1) and mean.dtype == rstd.dtype == torch.float16
+    assert torch.allclose(mean.double(), x.double().mean(-1, keepdim=True), atol=5e-4)
     gamma = weight.half()
     y, _, rstd, total = npu.npu_add_layer_norm(x, x, gamma, gamma, additional_output=True)
     close(y, layer_norm(x.double() * 2, 1e-5) * gamma.double() + gamma.double())
     close(total, x.double() * 2)
     on("a3")
     close(npu.npu_layer_norm_eval(x, [32], weight, bias), exact)
-
-
-def test_mul_add_is_the_gated_residual() -> None:
-    x, y, gate = (torch.randn(s).bfloat16() for s in ((1, 7, 16), (1, 7, 16), (1, 1, 16)))
-    exact = x.double() + y.double() * gate.double()
-    close(mindie.mul_add(y, gate, x), exact)
-    assert torch.equal(mindie.mul_add(y, gate, x), reference.gated_residual(x, y, gate[0], (7,)))
 
 
 # ---- rotation -----------------------------------------

@@ -91,7 +91,7 @@ def layernorm(
     eps: float,
     impl_mode: int,
 ) -> Iterator[Any]:
-    """(out, mean, rstd). impl_mode 0 is precise; 1 (fast) and 2 (float16) are computed like 0."""
+    """(out, mean, rstd) in the dtype of the input. impl_mode 0 is precise; 1 (fast), 2 (float16) do as 0."""
     require(
         impl_mode in (0, 1, 2),
         f"impl_mode={impl_mode}",
@@ -100,23 +100,10 @@ def layernorm(
     )
     shape = tuple(normalized_shape)
     norms.check_layer(input, shape, weight, bias)
-    row = Out((*input.shape[: input.dim() - len(shape)], *[1] * len(shape)), torch.float32)
+    row = Out((*input.shape[: input.dim() - len(shape)], *[1] * len(shape)), input.dtype)
     yield Out(tuple(input.shape), input.dtype), row, row
     y, mean, rstd = norms.layer(input, len(shape), weight, bias, eps)
-    yield y.to(input.dtype), mean, rstd
-
-
-@operator("mindiesd::mul_add")
-def mul_add(a: Tensor, b: Tensor, c: Tensor) -> Iterator[Any]:
-    """a x b + c, for the gated residual: mul_add(y, gate, x)."""
-    require(
-        a.dtype == b.dtype == c.dtype,
-        f"{a.dtype}, {b.dtype}, {c.dtype}",
-        needs="one dtype",
-        fix="gate.to(x.dtype)",
-    )
-    yield Out(tuple(torch.broadcast_shapes(a.shape, b.shape, c.shape)), a.dtype)
-    yield (a.to(torch.float32) * b.to(torch.float32) + c.to(torch.float32)).to(a.dtype)
+    yield y.to(input.dtype), mean.to(input.dtype), rstd.to(input.dtype)
 
 
 @operator("mindiesd::la")
@@ -135,7 +122,7 @@ def la(
     next_tokens: int,
     is_highPrecision: bool,
 ) -> Iterator[Any]:
-    """(lse, out): laser attention of a2 and a3.
+    """(lse, out), float32: laser attention of a2 and a3.
 
     With sequences filled up to 256, `pre_tokens` below 256 says how many keys at the end are filling.
     """
@@ -159,7 +146,7 @@ def la(
         fix="pad with zeros, and cut the output",
     )
     core.check_scale("scale_value", scale_value, 1.0, z.d)
-    yield Out((z.b, z.n, z.s), query.dtype), Out(tuple(query.shape), query.dtype)
+    yield Out((z.b, z.n, z.s), torch.float32), Out(tuple(query.shape), torch.float32)
     filling = pre_tokens if pre_tokens < 256 else 0
     out, top, total = core.attend(query, key, value, scale_value, core.by_length(z, [z.keys - filling]))
-    yield (top + torch.log(total)).to(query.dtype), out.to(query.dtype)
+    yield (top + torch.log(total)).to(torch.float32), out.to(torch.float32)
