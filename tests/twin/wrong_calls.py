@@ -337,6 +337,12 @@ REST: list[Case] = [
         "customize_dtype=torch.int8",
         r"w.view\(torch.int8\)",
     ),
+    (
+        "transposed FRACTAL_NZ",
+        lambda: npu.npu_format_cast(npu.npu_format_cast(rand(32, 64), 29).t(), 2),
+        "does not support non-contiguous tensor with internal format FRACTAL_NZ",
+        "transpose it back",
+    ),
     ("other format", lambda: npu.npu_format_cast(rand(8, 8), 4), "acl_format=4", "leave them out"),
     (
         "odd cast",

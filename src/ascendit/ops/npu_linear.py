@@ -60,11 +60,11 @@ def prepare_weight(
 def stored(weight: PreparedWeight) -> Encoded:
     """The inverse of `prepare_weight`."""
     codes, scale = weight.codes, weight.scale
-    if int(torch.ops.npu.get_npu_format(codes)) == FRACTAL_NZ:
-        codes = torch.ops.npu.npu_format_cast(codes, ND)
     if weight.scheme != "mxfp4_dualscale":
         codes = codes.transpose(0, 1)
         scale = scale.transpose(0, 1) if scale.dim() == 3 else scale
+    if int(torch.ops.npu.get_npu_format(codes)) == FRACTAL_NZ:  # as it was cast: a5 refuses a transposed view
+        codes = torch.ops.npu.npu_format_cast(codes, ND)
     form = lookup(weight.scheme)
     codes = codes.contiguous().view(getattr(torch, form.codes_dtype))
     if form.kind == "row":

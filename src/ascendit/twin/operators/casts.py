@@ -85,6 +85,13 @@ def npu_format_cast(
             needs="29 (FRACTAL_NZ), or 2, 0, 30 for plain",
             fix="convolution formats are chosen by CANN itself; leave them out",
         )
+        require(
+            current_chip() != "a5" or nz.fractal(self) is None or self.is_contiguous(),
+            "npu_format_cast aclnn interface does not support non-contiguous tensor with internal format "
+            "FRACTAL_NZ.",
+            needs="the tensor as the cast to 29 gave it",
+            fix="transpose it back before this cast",
+        )
         yield Out(tuple(self.shape), self.dtype)
         yield nz.from_nz(self).clone() if nz.fractal(self) else self.clone()
         return
