@@ -1,0 +1,117 @@
+"""The dry run: ascendit's NPU path on the real torch_npu over the stub CANN. A process of its own:
+
+    FAKE_CANN_SOC=Ascend950PR_9589 LD_LIBRARY_PATH=.. PYTHONPATH=.. python -m npu.dry OUT.json
+
+Everything is real but the kernels: the import, the settings, the dispatcher, the adapters with their checks,
+the choice of the aclnn interface. No number that comes out means anything.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from npu import model
+from npu.calls import OURS, Call, calls, described
+from npu.trace import Stub, Trace
+from torch import Tensor
+
+import ascendit.twin
+from ascendit.device.backends import Device, open_device
+from ascendit.twin import registry, samples
+from ascendit.twin.samples import Sample
+from ascendit.twin.schemas import frozen
+
+
+def by_dispatcher(operator: str, *args: Any, **kwargs: Any) -> Any:
+    """One call of torch.ops.npu or torch.ops.mindiesd."""
+    namespace, _, name = operator.rpartition("::")
+    return getattr(getattr(torch.ops, namespace or "npu"), name)(*args, **kwargs)
+
+
+def run_sample(sample: Sample, stub: Stub, put: str) -> dict[str, Any]:
+    """`dry`: "same" as the twin's shapes and dtypes, or what is different."""
+    row: dict[str, Any] = {"name": sample.name, "operator": sample.operator, "launched": []}
+    wanted = tensors(sample.run(registry.call))
+    launched: list[str] = []
+
+    def caller(operator: str, *args: Any, **kwargs: Any) -> Any:
+        result, trace = stub.during(lambda: by_dispatcher(operator, *args, **kwargs))
+        launched.extend(trace.launched)
+        return result
+
+    def move(t: Tensor) -> Tensor:
+        moved = t.to(put)
+        assert moved.stride() == t.stride() or t.numel() < 2, (t.stride(), moved.stride())
+        return moved
+
+    try:
+        got = tensors(sample.run(caller, move))
+        dry = "same" if got == wanted else f"gives {got}, the twin {wanted}"
+    except Exception as e:
+        dry = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+    return row | {"dry": dry, "launched": launched}
+
+
+def tensors(result: Any) -> list[Any]:
+    """As `described`, without numbers: seeds and offsets of a random generator are no contract."""
+    return [one for one in described(result) if isinstance(one, list)]
+
+
+def run_calls(device: Device, stub: Stub) -> list[dict[str, Any]]:
+    """Every function of ascendit that calls operators, with the kernels it launched."""
+    rows = []
+    for call in calls(device):
+        try:
+            _, trace = stub.during(call.run)
+            rows.append(_row(call, trace, "same"))
+        except Exception as e:
+            rows.append(_row(call, Trace((), (), ()), f"{type(e).__name__}: {str(e).splitlines()[0]}"))
+    return rows
+
+
+def _row(call: Call, trace: Trace, dry: str) -> dict[str, Any]:
+    given = {"name": OURS + call.name, "scheme": call.scheme, "dry": dry}
+    return given | {"launched": list(trace.launched), "host": trace.host}
+
+
+def _mindiesd_schemas() -> dict[str, bool]:
+    """Operator of MindIE-SD -> whether the real one has the frozen schema."""
+    same = {}
+    for name, text in frozen("mindiesd").items():
+        real = getattr(getattr(torch.ops.mindiesd, name), "default", None)
+        same[name] = real is not None and str(real._schema) == str(torch._C.parse_schema(f"mindiesd::{text}"))
+    return same
+
+
+def main(out: Path) -> None:
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ascendit").setLevel(logging.INFO)
+    warnings.filterwarnings("error", message=".*fall back to run on the CPU.*")
+    torch.set_num_threads(1)
+    device = open_device("npu:0")
+    stub = Stub()
+    ascendit.twin.use(str(device.chip))  # the twin's functions beside torch_npu: it defines nothing
+    import torch_npu
+
+    with torch.no_grad():
+        found = {
+            "chip": device.chip,
+            "soc": torch.npu.get_device_name(0),
+            "torch_npu": torch_npu.__version__,
+            "samples": [run_sample(s, stub, device.torch_name) for s in samples.samples()],
+            "calls": run_calls(device, stub),
+            "model": model.forward(device, stub) | model.diffusers_forward(device, stub),
+            "mindiesd": _mindiesd_schemas(),
+        }
+    found["video"] = model.video(device, stub)
+    out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

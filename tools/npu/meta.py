@@ -1,0 +1,160 @@
+"""(b, c) Every right call against the Meta kernels in the torch_npu wheel. Run as a process of its own:
+
+    python -m npu.meta WHEEL OUT.json
+
+The calls are made on the twin first, where their arguments and results are kept. Then the twin goes, the
+wheel's own schemas are defined and its `_meta_registrations.py` is executed as it is, beside a module of a
+few lines that stands for torch_npu; and each call is made again, on tensors without storage.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import json
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from npu import schemas, wheels
+from npu.calls import OURS, Recorder, calls, described
+
+import ascendit.twin
+from ascendit.device.backends import open_device
+from ascendit.device.npu import CHIPS
+from ascendit.twin import dtypes, registry, samples
+from ascendit.twin.samples import Sample
+from ascendit.twin.schemas import UNDEFINABLE
+
+META = "torch_npu/op_plugin/meta/_meta_registrations.py"
+CANN = "9.1.0"
+"""Some Meta kernels ask for the version."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call on one chip, and what the twin gave for it."""
+
+    chip: str
+    name: str
+    sample: Sample
+    wanted: list[Any]
+
+
+class NoMeta(Exception):
+    """The wheel has no Meta kernel for this operator."""
+
+
+def cases(chip: str) -> Iterator[Case]:
+    """The samples of the twin, then what ascendit's operators call."""
+    device = open_device(f"twin:{chip}")
+    for sample in samples.samples():
+        yield Case(chip, sample.name, sample, described(sample.run(registry.call)))
+    for call in calls(device):
+        with torch.no_grad(), Recorder() as seen:
+            call.run()
+        for name, args, kwargs, result in seen.seen:
+            sample = Sample(call.name, name, args, kwargs)
+            yield Case(chip, f"{OURS}{call.name}", sample, described(result))
+
+
+def install(wheel: Path) -> dict[str, str]:
+    """Define the wheel's schemas and its Meta kernels. Returns a dict whose `chip` they are for."""
+    now = {"chip": "a5"}
+    library = torch.library.Library("npu", "FRAGMENT")
+    for name, schema in schemas.of_torch_npu(wheel).items():
+        if name not in UNDEFINABLE:
+            library.define(schema)
+    keep.append(library)
+
+    def module(name: str, **attributes: Any) -> None:
+        made = types.ModuleType(name)
+        made.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        vars(made).update(__path__=[], **attributes)
+        sys.modules[name] = made
+
+    codes = type("ErrCode", (), {"__getattr__": lambda self, name: name})()
+    module("torch_npu", **dtypes.NAMES)
+    module("torch_npu.utils")
+    module("torch_npu.utils._error_code", ErrCode=codes, ops_error=lambda code: "")
+    module("torch_npu.npu")
+    module("torch_npu.npu.utils", get_cann_version=lambda *given: CANN)
+    soc = {chip.name: chip.soc_versions[0] for chip in CHIPS.values()}
+    module("torch_npu.npu._backends", get_soc_version=lambda: soc[now["chip"]])
+    source = compile(wheels.member(wheel, META), META, "exec")
+    exec(source, {"__name__": "torch_npu.op_plugin.meta._meta_registrations"})
+    return now
+
+
+keep: list[torch.library.Library] = []
+"""A library that is collected takes its operators away."""
+
+
+def by_meta(operator: str, *args: Any, **kwargs: Any) -> Any:
+    """One call of a Meta kernel. A cast of an argument to NZ, which has none, changes no shape."""
+    if operator == "npu_format_cast":
+        return args[0]
+    if "::" in operator or not torch._C._dispatch_has_kernel_for_dispatch_key(f"npu::{operator}", "Meta"):
+        raise NoMeta(operator)
+    return getattr(torch.ops.npu, operator)(*args, **kwargs)
+
+
+def verdict(case: Case) -> dict[str, Any]:
+    """`meta`: "same", "none" (no such kernel), or what is different."""
+    try:
+        if case.sample.operator == "npu_format_cast":
+            raise NoMeta
+        got = described(case.sample.run(by_meta, lambda t: t.to("meta")))
+        meta = "same" if got == case.wanted else f"gives {got}, the twin {case.wanted}"
+    except NoMeta:
+        meta = "none"
+    except Exception as e:
+        meta = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+    return {"chip": case.chip, "name": case.name, "operator": case.sample.operator, "meta": meta}
+
+
+def controls() -> list[str]:
+    """Wrong calls, each with what the Meta kernel says of it: "accepted" would make the rest worth little."""
+    codes = torch.empty(6, 64, dtype=torch.float8_e4m3fn, device="meta")
+    scale = torch.empty(6, 1, 2, dtype=torch.uint8, device="meta")
+    right = {"pertoken_scale": scale, "scale_dtype": 293, "pertoken_scale_dtype": 293, "output_dtype": 15}
+    tokens = torch.empty(6, 64, dtype=torch.bfloat16, device="meta")
+    wrong = {
+        "MX matmul without group_sizes": lambda: matmul(**right),
+        "x1_dtype for native float8": lambda: matmul(**right, group_sizes=[1, 1, 32], x1_dtype=292),
+        "blocks of 33": lambda: by_meta("npu_dynamic_mx_quant", tokens, block_size=33),
+        "an unknown keyword": lambda: by_meta("npu_dynamic_mx_quant", tokens, dtype=292),
+    }
+
+    def matmul(**given: Any) -> Any:
+        return by_meta("npu_quant_matmul", codes, codes.t(), scale.transpose(0, 1), **given)
+
+    return [f"{name}: {_refusal(call)}" for name, call in wrong.items()]
+
+
+def _refusal(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (RuntimeError, ValueError, TypeError) as e:
+        return f"refused: {str(e).splitlines()[0]}"
+    return "accepted"
+
+
+def main(wheel: Path, out: Path) -> None:
+    warnings.simplefilter("ignore")
+    found = [case for chip in CHIPS for case in cases(chip)]
+    ascendit.twin.disable()
+    now = install(wheel)
+    rows = []
+    for case in found:
+        now["chip"] = case.chip
+        rows.append(verdict(case))
+    out.write_text(json.dumps({"calls": rows, "controls": controls()}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
