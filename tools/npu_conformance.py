@@ -28,6 +28,7 @@ from ascendit.device.npu import CHIPS
 TOOLS = Path(__file__).resolve().parent
 LIBRARIES = ("torch_npu/lib/*.so", "torch_npu/_C*.so", "mindiesd/plugin/torch213/*.so")
 FALLBACK = "fall back to run on the CPU"
+"""In the warning of torch_npu for an operator that has no kernel. The dry run ends with one, as a control."""
 
 
 class Failed(Exception):

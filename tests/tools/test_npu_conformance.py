@@ -126,7 +126,8 @@ def run_of_one_chip(**changes: Any) -> dict[str, Any]:
         "model": {"forward": well, "block": {**well, "launches": 26}, "diffusers": well},
         "video": {"steps": [first, {**well, "expert": "transformer"}], "decode": well},
         "mindiesd": {"adaln": True},
-        "fallbacks": [],
+        "fallbacks": ["'aten::special_bessel_j0.out' will fall back"],
+        "controls": {"item": ["D2H 4"]},
     } | changes
 
 
@@ -157,6 +158,7 @@ def test_a_report_without_problems(tool: Any) -> None:
         ({"meta": [{**META[0], "meta": "gives 1"}]}, "rope on a5: the Meta kernel gives 1"),
         ({"controls": ["a: accepted"]}, "the Meta kernels took a wrong call: a: accepted"),
         ({"fallbacks": ["aten::x"]}, "a5: aten::x"),
+        ({"fallbacks": []}, "a5: a fall-back or a wait goes unseen: [], {'item': ['D2H 4']}"),
         ({"mindiesd": {"adaln": False}}, "a5: schema of mindiesd::adaln"),
         (
             {"samples": [{"name": "r", "operator": "npu_gelu", "dry": "gives 2", "launched": []}]},

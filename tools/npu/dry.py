@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +79,13 @@ def _row(call: Call, trace: Trace, dry: str) -> dict[str, Any]:
     return given | {"launched": list(trace.launched), "host": trace.host}
 
 
+def controls(device: Device, stub: Stub) -> dict[str, list[str]]:
+    """A wait that must be in the trace, and an operator without a kernel, which stderr must tell."""
+    x = torch.ones(3, device=device.torch_name)
+    torch.special.bessel_j0(x)
+    return {"item": stub.during(x.sum().item)[1].host}
+
+
 def _mindiesd_schemas() -> dict[str, bool]:
     """Operator of MindIE-SD -> whether the real one has the frozen schema."""
     same = {}
@@ -92,7 +98,6 @@ def _mindiesd_schemas() -> dict[str, bool]:
 def main(out: Path) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ascendit").setLevel(logging.INFO)
-    warnings.filterwarnings("error", message=".*fall back to run on the CPU.*")
     torch.set_num_threads(1)
     device = open_device("npu:0")
     stub = Stub()
@@ -110,6 +115,7 @@ def main(out: Path) -> None:
             "mindiesd": _mindiesd_schemas(),
         }
     found["video"] = model.video(device, stub)
+    found["controls"] = controls(device, stub)
     out.write_text(json.dumps(found))
 
 
