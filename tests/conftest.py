@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +56,13 @@ tiny_ti2v = _fixture("ti2v")
 tiny_ti2v_image = _fixture("ti2v_image")
 tiny_i2v_cascade = _fixture("i2v_cascade")
 tiny_i2v_21 = _fixture("i2v_21")
+
+
+@pytest.fixture
+def twin() -> Iterator[None]:
+    """A test that opens a `twin:` device: afterwards there are no torch.ops.npu again."""
+    yield
+    import ascendit.twin
+
+    ascendit.twin.disable()
+    ascendit.twin.reset()

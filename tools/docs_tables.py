@@ -284,6 +284,46 @@ def value_text(hint: Any) -> str:
     return words[get_origin(kinds[0]) or kinds[0]]
 
 
+# ---- devices ------------------------------------------------------------------------------------
+
+
+def npu_operators_table() -> str:
+    from ascendit.device.npu import CHIPS as ASCEND
+    from ascendit.device.npu import capability
+    from ascendit.ops.npu import FORMS
+
+    def row(form: Any) -> tuple[object, ...]:
+        chips = ", ".join(c for c in ASCEND if capability(form.calls).on(c) == "yes")
+        return f"`{form.name}`", f"`{form.calls}`", chips, form.why
+
+    return table(("operator", "computed by", "chips", "why"), (row(f) for f in FORMS))
+
+
+def npu_settings_table() -> str:
+    from ascendit.device.npu_settings import SETTINGS, VARIABLES
+
+    rows = [(f"`{v.name}`", f"`{v.value}`", v.why) for v in VARIABLES]
+    rows += [(f"`torch.npu`: `{s.path}`", f"`{s.value}`", s.why) for s in SETTINGS]
+    return table(("setting", "value", "why"), rows)
+
+
+def linear_schemes_table() -> str:
+    from ascendit.device.npu import CHIPS as ASCEND
+    from ascendit.ops.quantized import SCHEMES as LINEAR
+    from ascendit.ops.quantized import native_on
+
+    head = ("scheme", "activation", "its scale rule", "weight", *ASCEND)
+    native = {chip: native_on(chip) for chip in ASCEND}
+    return table(
+        head,
+        (
+            (f"`{s.name}`", s.activation, f"`{s.rule}`", s.weight)
+            + tuple("native" if s.name in native[c] else "emulated" for c in ASCEND)
+            for s in LINEAR.values()
+        ),
+    )
+
+
 # ---- the demo's world ---------------------------------------------------------------------------
 
 
@@ -327,6 +367,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "flags-verify": lambda: flags_table("verify"),
     "flags-doctor": lambda: flags_table("doctor"),
     "settings": settings_table,
+    "npu-operators": npu_operators_table,
+    "npu-settings": npu_settings_table,
+    "linear-schemes": linear_schemes_table,
     "world": world_table,
 }
 

@@ -54,7 +54,8 @@ CONFIGS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _logs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logs of faults go where pytest clears up."""
+    """Logs of faults go where pytest clears up, and what a command does to the environment is undone."""
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("logs")))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,29 @@ def test_precision_needs_nothing():
     assert note == "PRECISION=1: nothing left to do, noise is always drawn on the CPU"
 
 
-@pytest.mark.parametrize("name", ["ALGO", "FAST_LAYERNORM", "USE_SUB_HEAD", "OVERLAP"])
+@pytest.mark.parametrize("name", ["ALGO", "USE_SUB_HEAD", "OVERLAP"])
 def test_the_others_say_that_they_do_nothing(name):
     (note,) = environment.read_environment({name: "1"}).notes
     assert note.startswith(f"{name}=1: not used by this version")
+
+
+def test_fast_layernorm():
+    found = environment.read_environment({"FAST_LAYERNORM": "1"})
+    assert found.fast_layernorm is True and "--set fast_layernorm=false" in "".join(found.notes)
+    assert environment.read_environment({"FAST_LAYERNORM": "0"}).fast_layernorm is None
+
+
+def test_variables_that_are_set_stay(monkeypatch):
+    monkeypatch.setenv("ONE_OF_THEM", "mine")
+    monkeypatch.setenv("ANOTHER", "")
+    assert environment.set_missing({"ONE_OF_THEM": "ours", "ANOTHER": "ours"}) == {"ONE_OF_THEM": "mine"}
+    assert os.environ["ONE_OF_THEM"] == "mine" and os.environ["ANOTHER"] == "ours"
+
+
+def test_device_plugins_are_switched_off(monkeypatch):
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
+    environment.disable_device_plugins()
+    assert os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
 
 
 def test_toolkit_and_libraries():

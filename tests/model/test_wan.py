@@ -68,12 +68,8 @@ def test_per_token_timesteps_equal_diffusers(tiny_ti2v: Path) -> None:
     wanted = theirs(x, t, text, return_dict=False)[0]
     got = ours(x, (0.0, 700.0), state, (per_frame, TOKENS - per_frame))
     assert relative(got, wanted) < 1e-5
-    assert (
-        state.shared.modulation_for((0.0, 700.0), (per_frame, TOKENS - per_frame), pytest.fail).blocks.shape[
-            2
-        ]
-        == 2
-    )
+    made = state.shared.modulation_for((0.0, 700.0), (per_frame, TOKENS - per_frame), pytest.fail)
+    assert made.norms.shape[3] == made.gates.shape[2] == 2
 
 
 @torch.inference_mode()
@@ -205,6 +201,17 @@ def test_nothing_is_computed_twice(tiny_t2v_single: Path) -> None:
     # 8 linears a block, patch embedding and proj_out; no text, no timestep embedder
     assert seen.count["addmm"] + seen.count["linear"] == 8 * ours.config.num_layers + 2
     assert not {"cos", "sin", "outer"} & set(seen.count)
+
+
+@torch.inference_mode()
+def test_timesteps_that_are_known_beforehand_change_nothing(tiny_ti2v: Path) -> None:
+    ours, _ = pair(tiny_ti2v)
+    x, text = inputs(ours)
+    for timesteps, spans in (((500.0,), None), ((0.0, 500.0), (6, TOKENS - 6))):
+        fresh = ours(x, timesteps, ours.prepare(ours.grid_of(x), text), spans)
+        known = ours.prepare(ours.grid_of(x), text, timesteps=(0.0, 250.0, 500.0))
+        assert set(known.shared.sinusoids) == {0.0, 250.0, 500.0}
+        assert torch.equal(ours(x, timesteps, known, spans), fresh)
 
 
 def test_modules_keep_no_state(tiny_t2v_single: Path) -> None:

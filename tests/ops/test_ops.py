@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
+from ops.given import D, S, arguments
 from torch import Tensor
 
 from ascendit.errors import UsageError
 from ascendit.ops import reference
 from ascendit.ops.bind import NAMES, Ops, bind
 
-B, S, H, D_HEAD = 1, 37, 3, 32
-D = H * D_HEAD
 # Largest relative error, by the norm: float32 rounding, and half a BF16 step (2^-9) for each rounding.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype)
-
-
-def arguments(name: str, dtype: torch.dtype, spans: tuple[int, ...]) -> list[Any]:
-    """Arguments of each operator, tokens in `dtype`, the rest as the model gives it."""
-    x, rows = draw(B, S, D, dtype=dtype), len(spans)
-    heads = [draw(B, n, H, D_HEAD, dtype=dtype) for n in (S, 21, 21)]
-    angle = torch.rand(S, D_HEAD // 2) * 6
-    table: dict[str, list[Any]] = {
-        "linear": [x, draw(40, D, dtype=dtype), draw(40, dtype=dtype)],
-        "rms_norm": [3 * x, draw(D), 1e-6],
-        "layer_norm": [3 * x + 1, draw(D), draw(D), 1e-6],
-        "adaln": [3 * x + 1, draw(rows, D), draw(rows, D), spans, 1e-6],
-        "gated_residual": [x, draw(B, S, D, dtype=dtype), draw(rows, D), spans],
-        "rope": [heads[0], angle.cos(), angle.sin()],
-        "gelu_tanh": [3 * x],
-        "attention": heads,
-    }
-    return table[name]
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -72,6 +47,7 @@ def test_reference_against_float64(name: str) -> None:
         "gated_residual": lambda: x + wide[1] * per_token(wide[2]),
         "rope": lambda: turn(x, wide[1], wide[2]),
         "gelu_tanh": lambda: F.gelu(x, approximate="tanh"),
+        "gelu": lambda: F.gelu(x),
         "attention": lambda: sdpa(*wide),
     }[name]()
     assert relative(getattr(reference, name)(*given), oracle) < 1e-6

@@ -34,6 +34,7 @@ class Call:
     text_on: str = "device"
     dtype: str | None = None
     ops: str | None = None
+    fast_layernorm: bool | None = None
     metadata: bool = True
     notes: tuple[str, ...] = ()
     """What the environment variables did."""
@@ -58,7 +59,8 @@ class Plan:
             ("--text-on", self.call.text_on, "device"),
         ):
             words += [flag, value] if value != default else []
-        for key, setting in (("dtype", self.call.dtype), ("ops", self.call.ops)):
+        fast = "true" if self.call.fast_layernorm else None
+        for key, setting in (("dtype", self.call.dtype), ("ops", self.call.ops), ("fast_layernorm", fast)):
             words += ["--set", f"{key}={setting}"] if setting else []
         start, line = "ascendit generate", self.request.replay_line(self.call.model)
         return line.replace(start, shlex.join([*start.split(), *words]), 1)
@@ -96,18 +98,21 @@ def read_call(
     words: list[str], *, demo: bool, flags: dict[str, Any], settings: list[str], config: Path | None
 ) -> Call:
     """Put all layers over each other. `flags`: known keys (see `options.known`), None where not given."""
+    from ascendit.device.backends import parse_device
     from ascendit.device.environment import read_environment
 
     environment = read_environment()
+    told = {"text_on": environment.text_on, "fast_layernorm": environment.fast_layernorm}
     layers = [
         options.read_config(config) if config else {},
-        {"text_on": environment.text_on} if environment.text_on else {},
+        {k: v for k, v in told.items() if v is not None},
         options.parse_settings(settings),
         options.typed_layer({k: v for k, v in flags.items() if v is not None}, where="flags"),
     ]
     values = {k: v for k, v in options.merge(*layers).items() if v is not None}
     model, prompt = _model_and_prompt(words, demo, values.pop("model", None), values.pop("prompt", None))
     extras = {k: values.pop(k) for k in options.EXTRAS if k in values}
+    parse_device(extras.get("device", "cpu"))
     return Call(model=model, prompt=prompt, fields=values, notes=environment.notes, **extras)
 
 

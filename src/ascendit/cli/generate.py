@@ -57,7 +57,12 @@ Negative = Annotated[
 Image = Annotated[
     str | None, typer.Option("--image", metavar="FILE", help="First frame, for models that take one.")
 ]
-Device = Annotated[str | None, typer.Option("--device", metavar="NAME", help="cpu (default), cuda, cuda:1.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="NAME", help="cpu (default), cuda:1, npu:0, or an NPU's twin on the CPU: twin:a5."
+    ),
+]
 TextOn = Annotated[
     str | None,
     typer.Option(
@@ -181,7 +186,8 @@ def _make(plan: Plan, out: Output, view: ProgressView) -> Video:
 
 
 def _load_options(call: Call) -> dict[str, Any]:
-    given = {"device": call.device, "text_on": call.text_on, "dtype": call.dtype, "ops": call.ops}
+    names = ("device", "text_on", "dtype", "ops", "fast_layernorm")
+    given = {name: getattr(call, name) for name in names}
     return {k: v for k, v in given.items() if v is not None and v != "auto"}
 
 

@@ -75,6 +75,10 @@ def common(
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
         raise typer.Exit(2)
+    if ctx.invoked_subcommand != "doctor":  # it looks at what `import torch` does by itself
+        from ascendit.device import environment
+
+        environment.disable_device_plugins()  # with torch_npu and no CANN, `import torch` would raise
     _set_up_log(ctx.obj)
 
 

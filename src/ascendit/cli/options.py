@@ -22,6 +22,7 @@ EXTRAS: dict[str, Any] = {
     "text_on": Literal["cpu", "device", "drop"],
     "dtype": Literal["float32", "bfloat16", "float16"],
     "ops": Literal["auto", "reference"],
+    "fast_layernorm": bool,
     "metadata": bool,
 }
 """Keys that are no fields of the request: what to load, where, and how to save."""

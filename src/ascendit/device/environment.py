@@ -19,7 +19,6 @@ TOOLKIT_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
 
 _NOT_USED = {
     "ALGO": "attention is chosen by ascendit itself",
-    "FAST_LAYERNORM": "operators are chosen by ascendit itself",
     "USE_SUB_HEAD": "attention is not split by heads",
     "OVERLAP": "there is nothing to overlap on one device",
 }
@@ -31,6 +30,8 @@ class EnvironmentOptions:
 
     text_on: str | None = None
     """`cpu` when T5_LOAD_CPU=1."""
+    fast_layernorm: bool | None = None
+    """True when FAST_LAYERNORM=1."""
     notes: tuple[str, ...] = ()
     """One line for each variable that was found: what it did, or that it did nothing."""
 
@@ -43,6 +44,12 @@ def read_environment(environ: Mapping[str, str] | None = None) -> EnvironmentOpt
     if _is_on(environ, "T5_LOAD_CPU"):
         text_on = "cpu"
         notes.append("T5_LOAD_CPU=1: the text encoder runs on the CPU (--text-on device overrides it)")
+    fast_layernorm = _is_on(environ, "FAST_LAYERNORM") or None
+    if fast_layernorm:
+        notes.append(
+            "FAST_LAYERNORM=1: layer norms by MindIE-SD where the device has it, the same numbers "
+            "(--set fast_layernorm=false overrides it)"
+        )
     if environ.get("PRECISION"):
         notes.append(
             f"PRECISION={environ['PRECISION']}: nothing left to do, noise is always drawn on the CPU"
@@ -50,7 +57,14 @@ def read_environment(environ: Mapping[str, str] | None = None) -> EnvironmentOpt
     for name, why in _NOT_USED.items():
         if environ.get(name):
             notes.append(f"{name}={environ[name]}: not used by this version, {why}")
-    return EnvironmentOptions(text_on=text_on, notes=tuple(notes))
+    return EnvironmentOptions(text_on=text_on, fast_layernorm=fast_layernorm, notes=tuple(notes))
+
+
+def set_missing(values: Mapping[str, str]) -> dict[str, str]:
+    """Set each variable that is not set; what the others were set to."""
+    kept = {name: os.environ[name] for name in values if os.environ.get(name)}
+    os.environ.update({name: value for name, value in values.items() if name not in kept})
+    return kept
 
 
 def toolkit_folder(environ: Mapping[str, str] | None = None) -> Path | None:
@@ -72,6 +86,11 @@ def without_device_plugins(environ: Mapping[str, str] | None = None) -> dict[str
     """The environment for a child process in which `import torch` loads no torch_npu by itself."""
     environ = os.environ if environ is None else environ
     return {**environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+
+def disable_device_plugins() -> None:
+    """From now on `import torch` loads no torch_npu by itself, in this process and in its children."""
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 
 
 def _is_on(environ: Mapping[str, str], name: str) -> bool:

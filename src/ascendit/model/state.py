@@ -21,7 +21,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class RopeTable:
-    """Angles of every token of a grid: cos and sin [S, d/2] float32."""
+    """Angles of every token of a grid: cos and sin [S, d/2] float32, or as `Ops.prepare` made of them."""
 
     cos: Tensor
     sin: Tensor
@@ -31,13 +31,15 @@ class RopeTable:
 class Modulation:
     """Rows of shift, scale and gate, one for each distinct timestep in the sequence.
 
-    `spans`: how many neighbouring tokens use each of the R rows; they add up to S.
-    `blocks`: [num_layers, 6, R, D] float32. `out`: [2, R, D] float32.
+    `spans`: how many neighbouring tokens use each of the R rows; they add up to S. `norms`: shift and scale
+    of a block's two norms, [num_layers, 2, 2, R, D]. `gates`: its two gates, [num_layers, 2, R, D].
+    `out`: shift and scale of the last norm, [2, R, D]. float32, or as `Ops.prepare` made of them.
     """
 
     timesteps: tuple[float, ...]
     spans: tuple[int, ...]
-    blocks: Tensor
+    norms: Tensor
+    gates: Tensor
     out: Tensor
 
 
@@ -47,6 +49,8 @@ class Shared:
 
     grid: Grid
     rope: RopeTable
+    sinusoids: dict[float, Tensor] = field(default_factory=dict)
+    """Timestep -> what the time embedder sees of it, [1, freq_dim]; of those that were known beforehand."""
     modulation: dict[tuple[tuple[float, ...], tuple[int, ...]], Modulation] = field(default_factory=dict)
 
     def modulation_for(

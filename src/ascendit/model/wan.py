@@ -13,7 +13,7 @@ Shapes: B = 1, S video tokens, L text tokens, D width, H heads, d head size, R d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ascendit.errors import CheckpointError
-from ascendit.model.state import DenoiseState, Grid, KeyValue, Modulation, Shared, rope_table
+from ascendit.model.state import DenoiseState, Grid, KeyValue, Modulation, RopeTable, Shared, rope_table
 from ascendit.ops.bind import Ops
 
 
@@ -186,18 +186,20 @@ class WanTransformer(nn.Module):
     # ---- once for each prompt -------------------------------------------------------------------
 
     def prepare(
-        self, grid: Grid, text: Tensor, image: Tensor | None = None, share: DenoiseState | None = None
+        self,
+        grid: Grid,
+        text: Tensor,
+        image: Tensor | None = None,
+        share: DenoiseState | None = None,
+        timesteps: Collection[float] = (),
     ) -> DenoiseState:
         """Everything a run needs that no step changes.
 
         text [1, L, text_dim]; image [1, T, image_dim] CLIP tokens or None; `share`: the state of the
-        other CFG branch, whose RoPE tables and modulation are used again.
+        other CFG branch, whose RoPE tables and modulation are used again; `timesteps`: those that will
+        come, so that no step has to wait for a copy to the device.
         """
-        shared = (
-            share.shared
-            if share
-            else Shared(grid, rope_table(grid, self.config.attention_head_dim, device=self.device))
-        )
+        shared = share.shared if share else self._shared(grid, tuple(timesteps))
         text = self._embed_text(text.to(self.device, self.dtype))
         embedded = None if image is None else self._embed_image(image.to(self.device, self.dtype))
         pairs = [self._keys(b.attn2, text, b.attn2.to_k, b.attn2.to_v, b.attn2.norm_k) for b in self.blocks]
@@ -208,6 +210,12 @@ class WanTransformer(nn.Module):
             for a in (b.attn2 for b in self.blocks)
         ]
         return DenoiseState(shared, pairs, added)
+
+    def _shared(self, grid: Grid, timesteps: tuple[float, ...]) -> Shared:
+        table = rope_table(grid, self.config.attention_head_dim, device=self.device)
+        rope = RopeTable(*self.ops.prepare("rope", table.cos, table.sin, dtype=self.dtype))
+        rows = self.sinusoids(timesteps).split(1) if timesteps else ()
+        return Shared(grid, rope, dict(zip(timesteps, rows, strict=True)))
 
     def _keys(self, attn: Attention, x: Tensor, to_k: nn.Module, to_v: nn.Module, norm: Norm) -> KeyValue:
         k = self.ops.rms_norm(self._linear(to_k, x), norm.weight, self.config.eps)
@@ -222,26 +230,40 @@ class WanTransformer(nn.Module):
         if self.config.pos_embed_seq_len is not None:
             x = x.view(-1, 2 * x.shape[1], x.shape[2]) + e.pos_embed
         x = self.ops.layer_norm(x, e.norm1.weight, e.norm1.bias, 1e-5)
-        x = nn.functional.gelu(self._linear(e.ff.net[0].proj, x))
+        x = self.ops.gelu(self._linear(e.ff.net[0].proj, x))
         return self.ops.layer_norm(self._linear(e.ff.net[2], x), e.norm2.weight, e.norm2.bias, 1e-5)
 
     # ---- once for each step ---------------------------------------------------------------------
 
-    def modulation(self, timesteps: tuple[float, ...], spans: tuple[int, ...]) -> Modulation:
-        """Shift, scale and gate of every block for R distinct timesteps: R rows, not one for each token."""
-        e = self.condition_embedder
+    def sinusoids(self, timesteps: tuple[float, ...]) -> Tensor:
+        """What the time embedder sees of R timesteps, [R, freq_dim] float32; drawn up on the CPU."""
         half = self.config.freq_dim // 2
         power = torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / half)
         angle = torch.tensor(timesteps, dtype=torch.float32)[:, None] * power.exp()[None, :]
-        sinusoid = torch.cat([angle.cos(), angle.sin()], -1).to(self.device)  # [R, freq_dim]
+        return torch.cat([angle.cos(), angle.sin()], -1).to(self.device)
+
+    def modulation(
+        self,
+        timesteps: tuple[float, ...],
+        spans: tuple[int, ...],
+        known: Mapping[float, Tensor] | None = None,
+    ) -> Modulation:
+        """Shift, scale and gate of every block for R distinct timesteps: R rows, not one for each token."""
+        e, ops = self.condition_embedder, self.ops
+        known = known or {}
+        rows = [known[t] for t in timesteps if t in known]
+        missing = len(rows) < len(timesteps)
+        sinusoid = self.sinusoids(timesteps) if missing else rows[0] if len(rows) == 1 else torch.cat(rows)
         first, second = e.time_embedder.linear_1, e.time_embedder.linear_2
         hidden = nn.functional.silu(self._linear(first, sinusoid.to(first.weight.dtype)))
         temb = self._linear(second, hidden).to(self.dtype)  # [R, D]
-        rows = self._linear(e.time_proj, nn.functional.silu(temb)).float().view(len(timesteps), 6, -1)
+        step = self._linear(e.time_proj, nn.functional.silu(temb)).float().view(len(timesteps), 6, -1)
         tables = torch.cat([b.scale_shift_table for b in self.blocks]).float()  # [num_layers, 6, D]
-        blocks = tables[:, :, None, :] + rows.transpose(0, 1)
+        blocks = (tables[:, :, None, :] + step.transpose(0, 1)).unflatten(1, (2, 3))  # shift, scale, gate
         out = self.scale_shift_table[0].float()[:, None, :] + temb.float()
-        return Modulation(timesteps, spans, blocks, out)
+        norms, out = ops.prepare("adaln", blocks[:, :, :2], out, dtype=self.dtype)
+        (gates,) = ops.prepare("gated_residual", blocks[:, :, 2], dtype=self.dtype)
+        return Modulation(timesteps, spans, norms, gates, out)
 
     def forward(
         self,
@@ -258,7 +280,9 @@ class WanTransformer(nn.Module):
         timesteps = timestep if isinstance(timestep, tuple) else (float(timestep),)
         spans = spans or (state.num_tokens,)
         assert len(spans) == len(timesteps) and sum(spans) == state.num_tokens, (spans, timesteps)
-        mod = state.shared.modulation_for(timesteps, spans, lambda: self.modulation(timesteps, spans))
+        mod = state.shared.modulation_for(
+            timesteps, spans, lambda: self.modulation(timesteps, spans, state.shared.sinusoids)
+        )
         tokens = self._patchify(x)
         for i, block in enumerate(self.blocks):
             tokens = self.run_block(i, block, tokens, mod, state)
@@ -269,7 +293,8 @@ class WanTransformer(nn.Module):
     def run_block(self, i: int, block: Any, x: Tensor, mod: Modulation, state: DenoiseState) -> Tensor:
         """Block `i` on tokens [1, S, D]."""
         ops, eps, spans = self.ops, self.config.eps, mod.spans
-        shift, scale, gate, c_shift, c_scale, c_gate = mod.blocks[i]  # each [R, D]
+        (shift, scale), (c_shift, c_scale) = mod.norms[i]  # each [R, D]
+        gate, c_gate = mod.gates[i]
         y = ops.adaln(x, scale, shift, spans, eps)
         x = ops.gated_residual(x, self._self_attention(block.attn1, y, state), gate, spans)
         y = x if block.norm2 is None else ops.layer_norm(x, block.norm2.weight, block.norm2.bias, eps)

@@ -1,6 +1,6 @@
 """Choose one implementation of each operator, once, for one device.
 
-`bind("cpu")` gives an `Ops`: a frozen set of functions that is handed to the model. There is no global
+`bind("twin:a5")` gives an `Ops`: a frozen set of functions that is handed to the model. There is no global
 choice and no look at `tensor.device`. Each choice is logged with its reason; `force="reference"` takes
 the plain PyTorch ones everywhere.
 """
@@ -12,19 +12,31 @@ import importlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ascendit.errors import UsageError
 from ascendit.ops import reference
+from ascendit.ops.quantized import LinearForm, Schemes
+
+if TYPE_CHECKING:
+    from ascendit.device.backends import Device
 
 log = logging.getLogger("ascendit")
 
 Function = Callable[..., Tensor]
+Prepare = Callable[..., tuple[Tensor, ...]]
 
-# Modules of fast paths, by device type. A module implements what its device has a faster kernel for.
-BACKENDS: Mapping[str, str] = {"cpu": "ascendit.ops.cpu", "cuda": "ascendit.ops.cuda"}
+
+@dataclass(frozen=True)
+class Choice:
+    """One operator as it was chosen. `reason` begins with the backend. `prepare`: see `Ops.prepare`."""
+
+    function: Function
+    reason: str
+    prepare: Prepare | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +50,34 @@ class Ops:
     gated_residual: Function
     rope: Function
     gelu_tanh: Function
+    gelu: Function
     attention: Function
+    quantized: Schemes
+    """Linear layers on codes: prepare_weight, quantize_activation, quantized_linear."""
+    prepared: Mapping[str, Prepare] = dataclasses.field(default_factory=dict)
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Operator -> `backend: reason`."""
 
+    def prepare(self, operator: str, *given: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What `operator` takes besides tokens of `dtype`, in the form in which it does least.
 
-NAMES = tuple(f.name for f in dataclasses.fields(Ops) if f.name != "choices")
+        For what is made once and used many times: cos and sin of `rope`, the rows of `adaln` and
+        `gated_residual`. The operators take these as they are too, and then do it on every call.
+        """
+        return self.prepared[operator](*given, dtype=dtype) if operator in self.prepared else given
 
 
-def bind(device: str, force: str | None = None) -> Ops:
-    """The operators for `device` ("cpu", "cuda", "cuda:1"). `force`: None or "reference"."""
+NAMES = tuple(f.name for f in dataclasses.fields(Ops) if f.type == "Function")
+
+
+def bind(
+    device: Device | str, force: str | None = None, *, fast_layernorm: bool = False, emulate: bool = False
+) -> Ops:
+    """The operators for `device` ("cpu", "cuda:1", "twin:a5"). `force`: None or "reference".
+
+    `fast_layernorm`: layer norms by MindIE-SD where the device has it. `emulate`: allow schemes that the
+    chip has no matmul for.
+    """
     if force not in (None, "reference"):
         raise UsageError(
             f"ops={force}",
@@ -55,34 +85,59 @@ def bind(device: str, force: str | None = None) -> Ops:
             fix="--set ops=reference",
             code="E-USE-01",
         )
-    kind = device.split(":")[0]
-    found = {} if force else _fast_forms(kind)
-    functions: dict[str, Function] = {}
-    choices: dict[str, str] = {}
-    for name in NAMES:
-        plain = "asked for" if force else f"{kind} has no faster form"
-        functions[name], choices[name] = found.get(name, (getattr(reference, name), f"reference: {plain}"))
-    for backend in sorted({c.split(":")[0] for c in choices.values()}):
-        names = ", ".join(n for n, c in choices.items() if c.startswith(backend + ":"))
-        log.info("operators on %s: %s -> %s (--set ops=reference for the plain ones)", device, names, backend)
-    return Ops(**functions, choices=choices)
+    found = _device(device)
+    chosen = {} if force else _fast_forms(found, fast_layernorm)
+    plain = "asked for" if force else f"{found.operators} has no faster form"
+    chosen = {n: chosen.get(n) or Choice(getattr(reference, n), f"reference: {plain}") for n in NAMES}
+    for reason in dict.fromkeys(c.reason for c in chosen.values()):
+        names = ", ".join(n for n, c in chosen.items() if c.reason == reason)
+        log.info("operators on %s: %s -> %s (--set ops=reference for the plain ones)", found, names, reason)
+    native = None if force else _native_linear(found)
+    return Ops(
+        **{n: c.function for n, c in chosen.items()},
+        quantized=Schemes(found, native, emulate=emulate or force is not None),
+        prepared={n: c.prepare for n, c in chosen.items() if c.prepare},
+        choices={n: c.reason for n, c in chosen.items()},
+    )
 
 
-def _fast_forms(kind: str) -> dict[str, tuple[Function, str]]:
-    """Operator -> (function, "backend: reason") of a device kind; the native ones before the fused ones."""
-    if kind not in BACKENDS:
-        return {}
-    module: Any = importlib.import_module(BACKENDS[kind])
-    forms: dict[str, tuple[Function, str]] = {
-        name: (getattr(module, name), f"{kind}: fused PyTorch kernel")
+def _device(device: Device | str) -> Device:
+    """Open, if its operators depend on the chip: an NPU tells its own only then."""
+    from ascendit.device.backends import open_device, parse_device
+
+    found = parse_device(device) if isinstance(device, str) else device
+    return open_device(found) if found.operators == "npu" else found
+
+
+def _native_linear(device: Device) -> LinearForm | None:
+    """The quantized linear layers that this kind of device computes on codes."""
+    if device.operators != "npu":
+        return None
+    from ascendit.ops import npu_linear
+
+    return npu_linear.FORM
+
+
+def _fast_forms(device: Device, fast_layernorm: bool) -> dict[str, Choice]:
+    """Operator -> what this device has for it; the native ones before the fused ones."""
+    if device.operators == "npu":
+        from ascendit.ops import npu
+
+        return npu.choose(str(device.chip), fast_layernorm=fast_layernorm)
+    if fast_layernorm:
+        log.warning("fast_layernorm: MindIE-SD has no operators on %s, layer norms stay as they are", device)
+    kind = device.operators
+    module: Any = importlib.import_module(f"ascendit.ops.{kind}")
+    forms = {
+        name: Choice(getattr(module, name), f"{kind}: fused PyTorch kernel")
         for name in NAMES
         if hasattr(module, name)
     }
     if kind == "cpu":
         from ascendit.ops import cpu_native
 
-        native = cpu_native.forms().items()
         forms |= {
-            name: (function, f"native: {reason}, for BF16 tokens") for name, (function, reason) in native
+            name: Choice(function, f"native: {reason}, for BF16 tokens")
+            for name, (function, reason) in cpu_native.forms().items()
         }
     return forms

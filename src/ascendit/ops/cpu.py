@@ -60,6 +60,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def gelu(x: Tensor) -> Tensor:
+    """As `reference.gelu`. One kernel."""
+    return F.gelu(x)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As `reference.attention`. PyTorch's blocked kernel: scores in float32, never stored."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))

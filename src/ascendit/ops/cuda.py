@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ascendit.ops.cpu import attention, gelu_tanh
+from ascendit.ops.cpu import attention, gelu, gelu_tanh
 
-__all__ = ["attention", "gelu_tanh"]
+__all__ = ["attention", "gelu", "gelu_tanh"]

@@ -69,6 +69,12 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return (0.5 * f * (1 + torch.tanh(0.7978845608028654 * (f + 0.044715 * f * f * f)))).to(x.dtype)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """0.5 x (1 + erf(x / sqrt(2))), any shape. `F.gelu` is something else on some NPUs: see `ops/npu.py`."""
+    f = x.float()
+    return (0.5 * f * (1 + torch.erf(f * 0.7071067811865476))).to(x.dtype)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v without a mask. q [B, S, H, d], k and v [B, L, H, d] -> [B, S, H, d].
 

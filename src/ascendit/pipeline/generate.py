@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ascendit.checkpoint.folder import model_folder
 from ascendit.checkpoint.layout import Layout, recognise
-from ascendit.errors import Cancelled, EnvironmentProblem, QualityError, UsageError
+from ascendit.device.backends import Device, open_device, parse_device
+from ascendit.errors import Cancelled, QualityError
 from ascendit.model.load import load_transformer
 from ascendit.model.state import DenoiseState
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.bind import Ops, bind
-from ascendit.pipeline.condition import make_condition, open_image
+from ascendit.pipeline.condition import Condition, make_condition, open_image
 from ascendit.pipeline.defaults import defaults_for
 from ascendit.pipeline.encoders import ImageEncoder, TextEncoder, TextOn, VideoCoder
 from ascendit.pipeline.progress import OnProgress, Progress
@@ -47,7 +48,7 @@ class Pipeline:
     layout: Layout
     defaults: Defaults
     ops: Ops
-    device: str
+    device: Device
     text: TextEncoder
     vae: VideoCoder
     transformer: WanTransformer
@@ -111,16 +112,17 @@ class Pipeline:
         Raises Cancelled between two steps; QualityError when the frames are not finite, or black.
         """
         check(request, self.defaults)
+        self.device.activate()
         start = time.perf_counter()
         report = on_progress or (lambda event: None)
         image = image if image is not None else request.image
         latents = denoise(self, request, open_image(image) if image is not None else None, report, cancel)
         stop_if(cancel)
-        report(Progress(stage="decode", total=1, memory_bytes=memory_bytes(self.device)))
+        report(Progress(stage="decode", total=1, memory_bytes=self.device.memory_bytes()))
         frames = to_uint8(self.vae.decode(latents)[0])
         check_not_flat(frames)
         seconds = time.perf_counter() - start
-        report(Progress(stage="decode", step=1, total=1, memory_bytes=memory_bytes(self.device)))
+        report(Progress(stage="decode", step=1, total=1, memory_bytes=self.device.memory_bytes()))
         return Video(
             frames=frames, fps=request.fps, request=request, model=self.defaults.model, seconds=seconds
         )
@@ -131,6 +133,7 @@ class Pipeline:
         fields = {**vars(request), "num_inference_steps": 1, "timesteps": None}
         one = GenerateRequest(**fields)
         start = time.perf_counter()
+        self.device.activate()
         image = torch.zeros(3, one.height, one.width) if one.image is not None else None
         self.vae.decode(denoise(self, one, image, lambda event: None, None))
         return time.perf_counter() - start
@@ -146,16 +149,16 @@ def denoise(
     so that the loop never waits for the device.
     """
     # what the prompt and the image say
-    report(Progress(stage="encode", total=1, memory_bytes=memory_bytes(pipe.device)))
+    report(Progress(stage="encode", total=1, memory_bytes=pipe.device.memory_bytes()))
     prompts = [request.prompt] + [request.negative_prompt] * request.do_classifier_free_guidance
     texts = pipe.text.encode(prompts, request.max_sequence_length)
     condition = make_condition(pipe.defaults.task, image, request, pipe.vae, pipe.clip)
-    report(Progress(stage="encode", step=1, total=1, memory_bytes=memory_bytes(pipe.device)))
+    report(Progress(stage="encode", step=1, total=1, memory_bytes=pipe.device.memory_bytes()))
 
     # the same noise on every device: drawn on the CPU, then moved
     shape = pipe.vae.latent_shape(request.num_frames, request.height, request.width)
     generator = torch.Generator("cpu").manual_seed(request.seed)
-    latents = torch.randn(shape, generator=generator, dtype=torch.float32).to(pipe.device)
+    latents = torch.randn(shape, generator=generator, dtype=torch.float32).to(pipe.device.torch_name)
 
     solver = make_solver(request)
     boundary = TRAIN_STEPS * request.boundary_ratio if request.boundary_ratio is not None else None
@@ -169,7 +172,8 @@ def denoise(
         expert = pipe.transformer if high or pipe.transformer_2 is None else pipe.transformer_2
         guidance = request.guidance_for(high=high)
         if name != (name := "transformer" if high else "transformer_2"):
-            states = prepare(expert, latents, texts if guidance > 1 else texts[:1], condition.tokens)
+            branches = texts if guidance > 1 else texts[:1]
+            states = prepare(expert, latents, branches, condition, solver.schedule.timesteps)
 
         # velocity with the prompt; without it too, where guidance asks for the difference
         x = condition.model_input(latents)
@@ -182,7 +186,7 @@ def denoise(
         for state in states:
             state.step = i + 1
 
-        seconds, memory = time.perf_counter() - start, memory_bytes(pipe.device)
+        seconds, memory = time.perf_counter() - start, pipe.device.memory_bytes()
         total = len(solver.schedule.timesteps)
         report(
             Progress(
@@ -199,11 +203,17 @@ def denoise(
 
 
 def prepare(
-    expert: WanTransformer, latents: Tensor, texts: list[Tensor], tokens: Tensor | None
+    expert: WanTransformer,
+    latents: Tensor,
+    texts: list[Tensor],
+    condition: Condition,
+    timesteps: tuple[float, ...],
 ) -> list[DenoiseState]:
     """The states of one expert: one for each CFG branch, sharing grid, RoPE tables and modulation."""
-    first = expert.prepare(expert.grid_of(latents), texts[0], tokens)
-    return [first] + [expert.prepare(first.shared.grid, text, tokens, share=first) for text in texts[1:]]
+    grid, tokens = expert.grid_of(latents), condition.tokens
+    distinct = dict.fromkeys(row for t in timesteps for row in condition.timesteps(t, grid)[0])
+    first = expert.prepare(grid, texts[0], tokens, timesteps=distinct)
+    return [first] + [expert.prepare(grid, text, tokens, share=first) for text in texts[1:]]
 
 
 def finite(latents: Tensor) -> Tensor:
@@ -234,80 +244,40 @@ def load(
     dtype: str | torch.dtype | None = None,
     text_on: TextOn = "device",
     ops: str | None = None,
+    fast_layernorm: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Pipeline:
     """Load a model: a folder, "demo", "hf:org/name" or "ms:org/name" (with "@revision").
 
-    `device`: "cpu", "cuda", "cuda:1". `dtype`: of the denoiser, None = as stored (bfloat16 off the CPU).
-    `text_on`: where UMT5 lives: "device", "cpu", or "drop" after each prompt. `ops`: "reference" or None.
+    `device`: "cpu", "cuda", "cuda:1", "npu", "npu:1", "twin:a2", "twin:a3", "twin:a5". `dtype`: of the
+    denoiser, None = as stored on a CPU, else bfloat16. `text_on`: where UMT5 lives: "device", "cpu", or
+    "drop" after each prompt. `ops`: "reference" or None. `fast_layernorm`: by MindIE-SD where there is one.
     """
     layout = recognise(model_folder(model))
     layout.require_pipeline()
     defaults = defaults_for(layout)
-    device, number = check_device(device), to_dtype(dtype)
-    bound = bind(device, ops)
+    place = parse_device(device)
+    number = place.to_dtype(dtype)
+    place = open_device(place)
+    bound = bind(place, ops, fast_layernorm=fast_layernorm)
+    put = place.torch_name
     report = on_progress or (lambda event: None)
     total = 3 + len(layout.experts)
-    report(Progress(stage="load", total=total, memory_bytes=memory_bytes(device)))
+    report(Progress(stage="load", total=total, memory_bytes=place.memory_bytes()))
 
     def done(step: int) -> None:
-        report(Progress(stage="load", step=step, total=total, memory_bytes=memory_bytes(device)))
+        report(Progress(stage="load", step=step, total=total, memory_bytes=place.memory_bytes()))
 
-    text = TextEncoder(layout, device=device, text_on=text_on)
+    text = TextEncoder(layout, device=put, text_on=text_on)
     done(1)
-    vae = VideoCoder(layout, device=device)
+    vae = VideoCoder(layout, device=put)
     done(2)
     needs_clip = layout.experts[0].config.get("image_dim") is not None
-    clip = ImageEncoder(layout, device=device) if needs_clip else None
+    clip = ImageEncoder(layout, device=put) if needs_clip else None
     done(3)
     experts = []
     for part in layout.experts:
-        experts.append(load_transformer(part, bound, device=device, dtype=number))
+        experts.append(load_transformer(part, bound, device=put, dtype=number))
         done(3 + len(experts))
     second = experts[1] if len(experts) == 2 else None
-    return Pipeline(layout, defaults, bound, device, text, vae, experts[0], second, clip, str(model))
-
-
-def check_device(device: str) -> str:
-    """`device`, if this machine has it: UsageError for an unknown kind, EnvironmentProblem when absent."""
-    kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise UsageError(
-            f"device {device!r}",
-            needs="cpu, cuda or cuda:N in this version",
-            fix="--device cpu",
-            code="E-USE-01",
-        )
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise EnvironmentProblem(
-            f"device {device}: this PyTorch sees no CUDA device",
-            needs="a CUDA build of torch, a driver and a card",
-            fix="--device cpu, or ascendit doctor",
-            code="E-ENV-03",
-        )
-    return device
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def to_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A torch dtype from its name; None stays None."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise UsageError(
-            f"dtype={dtype}", needs=" or ".join(DTYPES), fix="--set dtype=bfloat16", code="E-USE-01"
-        )
-    return DTYPES[dtype]
-
-
-def memory_bytes(device: str) -> int:
-    """Memory in use: on the device, or of this process on a CPU. 0 where the system does not say."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.memory_allocated(device))
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pages * 4096
+    return Pipeline(layout, defaults, bound, place, text, vae, experts[0], second, clip, str(model))

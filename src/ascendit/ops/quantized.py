@@ -1,0 +1,277 @@
+"""Linear layers on codes: quantize an activation once, then multiply it with each weight that shares it.
+
+    ops = bind("twin:a5").quantized
+    weight = ops.prepare_weight(codes, scale, None, bias, "mxfp8")     # once, when it is loaded
+    a = ops.quantize_activation(x, "mxfp8", mul_scale)                 # once for Q, K and V
+    y = ops.quantized_linear(a, weight)                                # x's dtype, x's leading axes
+
+| scheme          | activation               | weight          | bias    |
+|-----------------|--------------------------|-----------------|---------|
+| int8            | int8, one scale a token  | int8            | float32 |
+| fp8             | e4m3, one scale a token  | fp8             | float32 |
+| mxfp8           | mxfp8, rule ceil         | mxfp8           | float32 |
+| mxfp4           | mxfp4, rule floor        | mxfp4           | float32 |
+| mxfp4_dualscale | mxfp4_dualscale          | mxfp4_dualscale | float32 |
+| w4a8            | mxfp8, rule ceil         | mxfp4           | float32 |
+
+W4A8 is no scheme of a weight but of a step: an activation quantized for `w4a8` multiplies a weight that was
+prepared for `mxfp4`. The numbers are those of `decode`: values = codes x scales in float32, their products
+summed in float32, plus the float32 bias, rounded once to the dtype of the activation. Devices that have the
+matmul stay within the order of the sums of it; an NPU also rounds the bias of W4A8 to that dtype.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.mx.codec import decode, encode
+from ascendit.mx.encoded import Encoded
+from ascendit.mx.formats import lookup
+from ascendit.mx.smooth import smooth_input
+
+if TYPE_CHECKING:
+    from ascendit.device.backends import Device
+
+log = logging.getLogger("ascendit")
+
+
+@dataclass(frozen=True)
+class LinearScheme:
+    """How a linear layer computes. `rule`: the default scale rule of the activation."""
+
+    name: str
+    activation: str
+    weight: str
+    rule: str
+
+
+SCHEMES: Mapping[str, LinearScheme] = {
+    s.name: s
+    for s in (
+        LinearScheme("int8", "int8", "int8", "amax"),
+        LinearScheme("fp8", "fp8", "fp8", "amax"),
+        LinearScheme("mxfp8", "mxfp8", "mxfp8", "ceil"),
+        LinearScheme("mxfp4", "mxfp4", "mxfp4", "floor"),
+        LinearScheme("mxfp4_dualscale", "mxfp4_dualscale", "mxfp4_dualscale", "floor"),
+        LinearScheme("w4a8", "mxfp8", "mxfp4", "ceil"),
+    )
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """Tokens as codes, in the layout of the form that made them. For one or more `quantized_linear`."""
+
+    scheme: LinearScheme
+    lead: tuple[int, ...]
+    """The axes before the last one; the codes have them as one."""
+    width: int
+    """K, as numbers."""
+    dtype: torch.dtype
+    """Of the tokens, and so of what comes out."""
+    codes: Tensor
+    scale: Tensor
+    dual_scale: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedWeight:
+    """A weight in the layout of the form that prepared it; `stored` of that form gives the disk's back."""
+
+    scheme: str
+    """Of the weight: never w4a8."""
+    shape: tuple[int, int]
+    """N and K, as numbers."""
+    codes: Tensor
+    scale: Tensor
+    dual_scale: Tensor | None = None
+    bias: Tensor | None = None
+    """float32 [N]."""
+    row_bias: Tensor | None = None
+    """The bias as W4A8 on an NPU takes it, bfloat16 [1, N]."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its tensors."""
+        parts = (self.codes, self.scale, self.dual_scale, self.bias, self.row_bias)
+        return sum(t.nbytes for t in parts if t is not None)
+
+
+@dataclass(frozen=True)
+class LinearForm:
+    """One implementation. Arguments as in `Schemes`, which is what the model calls."""
+
+    name: str
+    prepare_weight: Callable[..., PreparedWeight]
+    quantize_activation: Callable[..., Activation]
+    quantized_linear: Callable[[Activation, PreparedWeight], Tensor]
+    stored: Callable[[PreparedWeight], Encoded]
+
+
+# ---- the reference ------------------------------------------------------------------------------
+
+
+def prepare_weight(
+    encoded: Encoded, bias: Tensor | None, device: Device, *, nz: bool = False
+) -> PreparedWeight:
+    """As on disk. `nz` is a wish that only an NPU can grant."""
+    put = device.torch_name
+    dual = None if encoded.dual_scale is None else encoded.dual_scale.to(put)
+    n, k = encoded.shape
+    wide = None if bias is None else bias.to(put, torch.float32)
+    return PreparedWeight(
+        encoded.format, (n, k), encoded.codes.to(put), encoded.scale.to(put), dual, bias=wide
+    )
+
+
+def stored(weight: PreparedWeight) -> Encoded:
+    """Codes and scales as on disk."""
+    return Encoded(weight.codes, weight.scale, weight.dual_scale, weight.scheme, -1, weight.shape)
+
+
+def quantize_activation(
+    x: Tensor, scheme: str, mul_scale: Tensor | None = None, rule: str | None = None
+) -> Activation:
+    """See `Schemes.quantize_activation`."""
+    row = scheme_of(scheme)
+    tokens = x.reshape(-1, x.shape[-1])
+    if mul_scale is not None:
+        tokens = smooth_input(tokens, mul_scale)
+    e = encode(tokens, row.activation, scale_rule=rule or row.rule)
+    return Activation(row, tuple(x.shape[:-1]), x.shape[-1], x.dtype, e.codes, e.scale, e.dual_scale)
+
+
+def quantized_linear(a: Activation, weight: PreparedWeight) -> Tensor:
+    """See `Schemes.quantized_linear`. The weight is decoded on every call, so it stays small in memory."""
+    shape = (a.codes.shape[0], a.width)
+    tokens = decode(Encoded(a.codes, a.scale, a.dual_scale, a.scheme.activation, -1, shape))
+    out = tokens @ decode(stored(weight)).t()
+    if weight.bias is not None:
+        out += weight.bias
+    return out.to(a.dtype).view(*a.lead, -1)
+
+
+REFERENCE = LinearForm("reference", prepare_weight, quantize_activation, quantized_linear, stored)
+
+
+# ---- what a device runs -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Schemes:
+    """The quantized linear layers of one device. A scheme is native, or decoded and multiplied.
+
+    Where a chip has no matmul for a scheme, decoding is only done with `emulate`: it is slower, and never
+    chosen in silence. Kinds of device without any such matmul decode all of them, and log it.
+    """
+
+    device: Device
+    native: LinearForm | None = None
+    emulate: bool = False
+    _told: set[str] = field(default_factory=set)
+
+    def form(self, scheme: str) -> LinearForm:
+        """Who computes `scheme`. UsageError: no such one. EnvironmentProblem E-ENV-03: not on this chip."""
+        scheme_of(scheme)
+        if self.native is not None and scheme in native_schemes(self.device):
+            return self._tell(scheme, self.native, "its own matmul")
+        if self.native is not None and not self.emulate:
+            raise self._not_here(scheme)
+        return self._tell(scheme, REFERENCE, "emulated: decoded and multiplied, the same numbers, slower")
+
+    def prepare_weight(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        dual_scale: Tensor | None,
+        bias: Tensor | None,
+        scheme: str,
+        *,
+        nz: bool = False,
+    ) -> PreparedWeight:
+        """Tensors as on disk (`mx.Encoded` for a weight [N, K]), moved to the device in its layout, once.
+
+        `codes` of Q, K and V may be joined along N first, their scales and biases likewise. `nz`: in
+        FRACTAL_NZ where the operator takes both layouts. UsageError when the tensors do not fit `scheme`.
+        """
+        weight = scheme_of(scheme).weight
+        shape = (codes.shape[0], codes.shape[1] * (2 if lookup(weight).packed else 1))
+        encoded = Encoded(codes, scale, dual_scale, weight, -1, shape)
+        return self.form(scheme).prepare_weight(encoded, bias, self.device, nz=nz)
+
+    def stored(self, weight: PreparedWeight) -> Encoded:
+        """The codes and scales that `weight` was prepared from, in the layout of the disk."""
+        return self.form(weight.scheme).stored(weight)
+
+    def quantize_activation(
+        self, x: Tensor, scheme: str, mul_scale: Tensor | None = None, rule: str | None = None
+    ) -> Activation:
+        """Tokens [.., K] in bfloat16 or float16 (float32 where it is emulated) to codes.
+
+        `mul_scale`: float32 [K] that multiplies them first. `rule`: a scale rule of the format, for the
+        default None.
+        """
+        return self.form(scheme).quantize_activation(x, scheme, mul_scale, rule)
+
+    def quantized_linear(self, a: Activation, weight: PreparedWeight) -> Tensor:
+        """[.., N] in the dtype of the tokens. UsageError if the two were not quantized for each other."""
+        if a.scheme.weight != weight.scheme or a.width != weight.shape[1]:
+            raise UsageError(
+                f"tokens of {a.width} for {a.scheme.name} with a weight {weight.shape} in {weight.scheme}",
+                needs=f"a weight [N, {a.width}] in {a.scheme.weight}",
+                fix=f"quantize the tokens for {weight.scheme}",
+                code="E-USE-01",
+            )
+        return self.form(a.scheme.name).quantized_linear(a, weight)
+
+    def _tell(self, scheme: str, form: LinearForm, why: str) -> LinearForm:
+        if scheme not in self._told:
+            self._told.add(scheme)
+            log.info("linear layers in %s on %s -> %s: %s", scheme, self.device, form.name, why)
+        return form
+
+    def _not_here(self, scheme: str) -> EnvironmentProblem:
+        from ascendit.device.npu import CHIPS
+
+        have = [c for c in CHIPS.values() if scheme in native_on(c.name)]
+        here = CHIPS[str(self.device.chip)]
+        return EnvironmentProblem(
+            f"scheme {scheme} on {self.device}, a {here.product}: it has no matmul for it",
+            needs=f"{' or '.join(f'{c.product}, {c.name}' for c in have)}; {here.name} has bf16 and "
+            + " and ".join(sorted(native_schemes(self.device))),
+            fix="quantize to int8; or emulate=True, the same numbers, slower",
+            code="E-ENV-03",
+        )
+
+
+def scheme_of(name: str) -> LinearScheme:
+    """The row of this name. UsageError E-USE-01 lists the names if there is none."""
+    if name not in SCHEMES:
+        raise UsageError(
+            f"scheme {name!r} for a linear layer on codes",
+            needs=", ".join(SCHEMES),
+            fix="check the spelling; bf16 layers are no codes",
+            code="E-USE-01",
+        )
+    return SCHEMES[name]
+
+
+def native_on(chip: str) -> frozenset[str]:
+    """The schemes whose every operator has a kernel on this chip."""
+    from ascendit.device.npu import CAPABILITIES
+
+    return frozenset(
+        s for s in SCHEMES if all(row.on(chip) == "yes" for row in CAPABILITIES if row.scheme == s)
+    )
+
+
+def native_schemes(device: Device) -> frozenset[str]:
+    """The same for a device; none where it has no chip of the table."""
+    return native_on(device.chip) if device.chip else frozenset()

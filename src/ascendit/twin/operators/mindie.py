@@ -1,0 +1,165 @@
+"""MindIE-SD's own operators: AdaLN, layer norm, residual, laser attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascendit.twin.faults import require
+from ascendit.twin.operators import attention as core
+from ascendit.twin.operators import norms
+from ascendit.twin.registry import Out, operator
+
+
+def _modulation(t: Tensor, x: Tensor) -> Tensor:
+    """[B, H] or [B, 1, H] -> [B, 1, H]."""
+    return t.unsqueeze(-2) if t.dim() == x.dim() - 1 else t
+
+
+def _check_adaln(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    require(2 <= x.dim() <= 8, f"x {tuple(x.shape)}", needs="[B, S, H]", fix="x.unsqueeze(0)")
+    lead, h = tuple(x.shape[:-2]), x.shape[-1]
+    for name, t in (("scale", scale), ("shift", shift)):
+        require(
+            tuple(t.shape) in ((*lead, h), (*lead, 1, h)),
+            f"{name} {tuple(t.shape)} for x {tuple(x.shape)}",
+            needs=f"{(*lead, h)} or {(*lead, 1, h)}: one row a sample, not one a token",
+            fix="split tokens of different timesteps, or view them as samples of one token",
+        )
+        require(
+            t.dtype == x.dtype,
+            f"{name} of {t.dtype} for x of {x.dtype}",
+            needs=f"{x.dtype}",
+            fix=f"{name}.to(x.dtype), once for each step",
+        )
+    norms.check_layer(x, (h,), weight, bias)
+
+
+def _adaln(x: Tensor, scale: Tensor, shift: Tensor, weight: Any, bias: Any, epsilon: float | None) -> Any:
+    y, mean, rstd = norms.layer(x, 1, weight, bias, 1e-5 if epsilon is None else epsilon)
+    wide = [_modulation(t, x).to(torch.float32) for t in (scale, shift)]
+    return (y * (1 + wide[0]) + wide[1]).to(x.dtype), mean.to(x.dtype), rstd.to(x.dtype)
+
+
+@operator("mindiesd::adaln")
+def adaln(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float | None,
+) -> Iterator[Any]:
+    """layer_norm(x) (1 + scale) + shift on a2 and a3; weight and bias in the dtype of x."""
+    _check_adaln(x, scale, shift, weight, bias)
+    for name, t in (("weight", weight), ("bias", bias)):
+        require(
+            t is None or t.dtype == x.dtype,
+            f"{name} of {t is not None and t.dtype} for x of {x.dtype}",
+            needs=f"{x.dtype}: only adaln_v2 takes float32",
+            fix=f"{name}.to(x.dtype)",
+        )
+    yield Out(tuple(x.shape), x.dtype)
+    yield _adaln(x, scale, shift, weight, bias, epsilon)[0]
+
+
+@operator("mindiesd::adaln_v2")
+def adaln_v2(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    epsilon: float | None,
+) -> Iterator[Any]:
+    """(out, mean, rstd) on a5; mean and rstd [B, S, 1] in the dtype of x."""
+    _check_adaln(x, scale, shift, weight, bias)
+    row = Out((*x.shape[:-1], 1), x.dtype)
+    yield Out(tuple(x.shape), x.dtype), row, row
+    yield _adaln(x, scale, shift, weight, bias, epsilon)
+
+
+@operator("mindiesd::layernorm")
+def layernorm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    impl_mode: int,
+) -> Iterator[Any]:
+    """(out, mean, rstd). impl_mode 0 is precise; 1 (fast) and 2 (float16) are computed like 0."""
+    require(
+        impl_mode in (0, 1, 2),
+        f"impl_mode={impl_mode}",
+        needs="0 precise, 1 fast, 2 float16",
+        fix="impl_mode=0",
+    )
+    shape = tuple(normalized_shape)
+    norms.check_layer(input, shape, weight, bias)
+    row = Out((*input.shape[: input.dim() - len(shape)], *[1] * len(shape)), torch.float32)
+    yield Out(tuple(input.shape), input.dtype), row, row
+    y, mean, rstd = norms.layer(input, len(shape), weight, bias, eps)
+    yield y.to(input.dtype), mean, rstd
+
+
+@operator("mindiesd::mul_add")
+def mul_add(a: Tensor, b: Tensor, c: Tensor) -> Iterator[Any]:
+    """a x b + c, for the gated residual: mul_add(y, gate, x)."""
+    require(
+        a.dtype == b.dtype == c.dtype,
+        f"{a.dtype}, {b.dtype}, {c.dtype}",
+        needs="one dtype",
+        fix="gate.to(x.dtype)",
+    )
+    yield Out(tuple(torch.broadcast_shapes(a.shape, b.shape, c.shape)), a.dtype)
+    yield (a.to(torch.float32) * b.to(torch.float32) + c.to(torch.float32)).to(a.dtype)
+
+
+@operator("mindiesd::la")
+def la(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    atten_mask: Tensor | None,
+    alibi_mask: Tensor | None,
+    drop_mask: Tensor | None,
+    scale_value: float,
+    head_num: int,
+    input_layout: str,
+    keep_prob: float,
+    pre_tokens: int,
+    next_tokens: int,
+    is_highPrecision: bool,
+) -> Iterator[Any]:
+    """(lse, out): laser attention of a2 and a3.
+
+    With sequences filled up to 256, `pre_tokens` below 256 says how many keys at the end are filling.
+    """
+    require(
+        atten_mask is alibi_mask is drop_mask is None and input_layout == "BNSD" and keep_prob == 1.0,
+        f"a mask, or input_layout={input_layout!r}",
+        needs="BNSD, no masks: MindIE-SD drops them in silence",
+        fix="use npu_fusion_attention with a mask",
+    )
+    require(
+        query.dtype == key.dtype == value.dtype == torch.float16,
+        f"query of {query.dtype}",
+        needs="float16",
+        fix="q.half()",
+    )
+    z = core.sizes(query, key, value, "BNSD", head_num, 0)
+    require(
+        z.s % 256 == 0 and z.keys % 256 == 0 and z.d == 128,
+        f"{z.s} queries, {z.keys} keys, heads of {z.d}",
+        needs="multiples of 256, heads of 128",
+        fix="pad with zeros, and cut the output",
+    )
+    core.check_scale("scale_value", scale_value, 1.0, z.d)
+    yield Out((z.b, z.n, z.s), query.dtype), Out(tuple(query.shape), query.dtype)
+    filling = pre_tokens if pre_tokens < 256 else 0
+    out, top, total = core.attend(query, key, value, scale_value, core.by_length(z, [z.keys - filling]))
+    yield (top + torch.log(total)).to(query.dtype), out.to(query.dtype)

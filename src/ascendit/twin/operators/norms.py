@@ -1,0 +1,200 @@
+"""Norms. float32 inside, rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascendit.twin.faults import require
+from ascendit.twin.operators import mx_quant
+from ascendit.twin.operators.mx_quant import FLOATS, Rule
+from ascendit.twin.registry import Out, operator
+
+
+def _rstd(x: Tensor, gamma: Tensor) -> Out:
+    """One number per row: the shape of x with ones where gamma reaches."""
+    lead = x.dim() - gamma.dim()
+    return Out((*x.shape[:lead], *[1] * gamma.dim()), torch.float32)
+
+
+def _check_gamma(x: Tensor, gamma: Tensor, wide: bool) -> None:
+    require(
+        x.dtype in FLOATS and 1 <= gamma.dim() <= x.dim(),
+        f"input {tuple(x.shape)} of {x.dtype}, gamma {tuple(gamma.shape)}",
+        needs="float16, bfloat16 or float32",
+        fix="gamma has the last axes of the input",
+    )
+    require(
+        tuple(gamma.shape) == tuple(x.shape[x.dim() - gamma.dim() :]),
+        f"gamma {tuple(gamma.shape)} for an input {tuple(x.shape)}",
+        needs=f"gamma {tuple(x.shape[x.dim() - gamma.dim() :])}",
+        fix="Wan normalizes over all heads: apply it before the heads are split",
+    )
+    require(
+        gamma.dtype == x.dtype or (wide and gamma.dtype == torch.float32),
+        f"gamma of {gamma.dtype} for an input of {x.dtype}",
+        needs=f"{x.dtype}" + (" or float32" if wide else ""),
+        fix="gamma.to(x.dtype)",
+    )
+
+
+def rms(x: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """float32 x / sqrt(mean(x^2) + epsilon) x gamma, and the reciprocal root."""
+    axes = tuple(range(-gamma.dim(), 0))
+    wide = x.to(torch.float32)
+    rstd = torch.rsqrt(wide.square().mean(axes, keepdim=True) + epsilon)
+    return wide * rstd * gamma.to(torch.float32), rstd
+
+
+@operator("npu_rms_norm")
+def npu_rms_norm(self: Tensor, gamma: Tensor, epsilon: float) -> Iterator[Any]:
+    """(y, rstd). gamma in the dtype of the input, or float32."""
+    _check_gamma(self, gamma, wide=True)
+    yield Out(tuple(self.shape), self.dtype), _rstd(self, gamma)
+    y, rstd = rms(self, gamma, epsilon)
+    yield y.to(self.dtype), rstd
+
+
+@operator("npu_add_rms_norm")
+def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float) -> Iterator[Any]:
+    """(y, rstd, x1 + x2): the norm of the sum as it is before it is rounded."""
+    _check_pair(x1, x2)
+    _check_gamma(x1, gamma, wide=False)
+    yield Out(tuple(x1.shape), x1.dtype), _rstd(x1, gamma), Out(tuple(x1.shape), x1.dtype)
+    total = x1.to(torch.float32) + x2.to(torch.float32)
+    y, rstd = rms(total, gamma, epsilon)
+    yield y.to(x1.dtype), rstd, total.to(x1.dtype)
+
+
+def _check_pair(x1: Tensor, x2: Tensor) -> None:
+    require(
+        x1.shape == x2.shape and x1.dtype == x2.dtype,
+        f"x1 {tuple(x1.shape)} of {x1.dtype}, x2 {tuple(x2.shape)} of {x2.dtype}",
+        needs="two tensors of one shape and dtype",
+        fix="x2.to(x1.dtype)",
+    )
+
+
+def _mx_rule(x: Tensor, gamma: Tensor, scale_alg: int, round_mode: str, dst_type: int) -> Any:
+    require(
+        x.dtype in FLOATS[:2],
+        f"input of {x.dtype}",
+        needs="float16 or bfloat16",
+        fix="cast the activation to bfloat16",
+    )
+    _check_gamma(x, gamma, wide=True)
+    target = mx_quant.target_of(dst_type)
+    axis = mx_quant.check_input(x, -1, target)
+    rule = Rule(scale_alg, round_mode)
+    mx_quant.check_rule(rule, target, x.dtype)
+    require(
+        scale_alg < 2,
+        f"scale_alg={scale_alg}",
+        needs="0, or 1 with FP8",
+        fix="npu_rms_norm and then npu_dynamic_mx_quant(scale_alg=2)",
+    )
+    return target, axis, rule
+
+
+@operator("npu_rms_norm_dynamic_mx_quant")
+def npu_rms_norm_dynamic_mx_quant(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    epsilon: float,
+    scale_alg: int,
+    round_mode: str,
+    dst_type: int,
+) -> Iterator[Any]:
+    """(codes, scales, rstd) of the norm rounded to the dtype of x."""
+    target, axis, rule = _mx_rule(x, gamma, scale_alg, round_mode, dst_type)
+    yield *mx_quant.outs(tuple(x.shape), axis, target, 32), _rstd(x, gamma)
+    y, rstd = rms(x, gamma, epsilon)
+    if beta is not None:
+        y = y + beta.to(torch.float32)
+    yield *mx_quant.quantize(y.to(x.dtype), axis, target, rule), rstd
+
+
+@operator("npu_add_rms_norm_dynamic_mx_quant")
+def npu_add_rms_norm_dynamic_mx_quant(
+    x1: Tensor,
+    x2: Tensor,
+    gamma: Tensor,
+    beta: Tensor | None,
+    epsilon: float,
+    scale_alg: int,
+    round_mode: str,
+    dst_type: int,
+) -> Iterator[Any]:
+    """(codes, x1 + x2, scales, rstd)."""
+    _check_pair(x1, x2)
+    target, axis, rule = _mx_rule(x1, gamma, scale_alg, round_mode, dst_type)
+    codes, scale = mx_quant.outs(tuple(x1.shape), axis, target, 32)
+    yield codes, Out(tuple(x1.shape), x1.dtype), scale, _rstd(x1, gamma)
+    total = x1.to(torch.float32) + x2.to(torch.float32)
+    y, rstd = rms(total, gamma, epsilon)
+    if beta is not None:
+        y = y + beta.to(torch.float32)
+    quantized, scales = mx_quant.quantize(y.to(x1.dtype), axis, target, rule)
+    yield quantized, total.to(x1.dtype), scales, rstd
+
+
+def layer(
+    x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 layer norm over the last `axes` axes, its mean and reciprocal deviation."""
+    dims = tuple(range(-axes, 0))
+    wide = x.to(torch.float32)
+    mean = wide.mean(dims, keepdim=True)
+    centred = wide - mean
+    rstd = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    out = centred * rstd
+    if weight is not None:
+        out = out * weight.to(torch.float32)
+    if bias is not None:
+        out = out + bias.to(torch.float32)
+    return out, mean, rstd
+
+
+def check_layer(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> None:
+    """The last axes of x are `shape`; weight and bias have them too."""
+    require(
+        x.dtype in FLOATS and 0 < len(shape) <= x.dim() and tuple(x.shape[-len(shape) :]) == shape,
+        f"normalized_shape {list(shape)} for an input {tuple(x.shape)} of {x.dtype}",
+        needs="the last axes of the input, in floating point",
+        fix="normalized_shape=[x.shape[-1]]",
+    )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        require(
+            tensor is None or (tuple(tensor.shape) == shape and tensor.dtype in (x.dtype, torch.float32)),
+            f"{name} {tensor is not None and (tuple(tensor.shape), tensor.dtype)}",
+            needs=f"{shape} of {x.dtype} or float32",
+            fix=f"{name}.to(x.dtype)",
+        )
+
+
+@operator("npu_layer_norm_eval")
+def npu_layer_norm_eval(
+    input: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Iterator[Any]:
+    check_layer(input, tuple(normalized_shape), weight, bias)
+    yield Out(tuple(input.shape), input.dtype)
+    yield layer(input, len(normalized_shape), weight, bias, eps)[0].to(input.dtype)
+
+
+@operator("npu_add_layer_norm")
+def npu_add_layer_norm(
+    x1: Tensor, x2: Tensor, gamma: Tensor, beta: Tensor, epsilon: float, additional_output: bool
+) -> Iterator[Any]:
+    """(y, mean, rstd, x1 + x2). The sum is only written with `additional_output`; zeros stand for it else."""
+    _check_pair(x1, x2)
+    check_layer(x1, tuple(gamma.shape), gamma, beta)
+    row = _rstd(x1, gamma)
+    yield Out(tuple(x1.shape), x1.dtype), row, row, Out(tuple(x1.shape), x1.dtype)
+    total = x1.to(torch.float32) + x2.to(torch.float32)
+    y, mean, rstd = layer(total, gamma.dim(), gamma, beta, epsilon)
+    added = total.to(x1.dtype) if additional_output else torch.zeros_like(x1)
+    yield y.to(x1.dtype), mean, rstd, added

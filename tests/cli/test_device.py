@@ -1,0 +1,116 @@
+"""`--device` as a user gives it: a twin, a name that is none, no NPU, a torch_npu without CANN."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ascendit.cli.call import read_call
+from ascendit.errors import UsageError
+
+SMALL = ["--size", "32x32", "--frames", "5", "--steps", "2", "--seed", "3"]
+
+
+@pytest.fixture
+def ascendit(tmp_path: Path, environ: dict[str, str]) -> Any:
+    """Run a command in its own process and an empty folder."""
+
+    def call(*words: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ascendit", *map(str, words)]
+        env = {**environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "1", **more}
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+
+    return call
+
+
+@pytest.fixture
+def half_installed(tmp_path: Path, environ: dict[str, str]) -> dict[str, str]:
+    """PYTHONPATH with a torch_npu that is installed but finds no CANN, as torch meets it."""
+    site = tmp_path / "site"
+    info = site / "torch_npu-2.13.0.dist-info"
+    info.mkdir(parents=True)
+    error = "libhccl.so: cannot open shared object file: No such file or directory"
+    (site / "torch_npu.py").write_text(f"raise ImportError({error!r})\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.13.0\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
+    return {"PYTHONPATH": os.pathsep.join([str(site), environ["PYTHONPATH"]])}
+
+
+def test_a_twin_makes_a_video_and_replays(ascendit: Any, tiny_t2v_single: Path, tmp_path: Path) -> None:
+    done = ascendit("generate", tiny_t2v_single, "a cat", *SMALL, "--device", "twin:a5", "-o", "a.gif", "-v")
+    assert done.returncode == 0, done.stderr
+    assert "operators on twin:a5: adaln -> npu: mindiesd::adaln_v2" in done.stderr
+    replay = next(line for line in (done.stderr + done.stdout).splitlines() if "replay" in line)
+    assert "--device twin:a5" in replay
+    again = ascendit(*shlex.split(replay.split("replay", 1)[1])[1:], "-o", "b.gif")
+    assert again.returncode == 0 and (tmp_path / "a.gif").read_bytes() == (tmp_path / "b.gif").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["twin:a9", "twin", "tpu", "cuda:one"])
+def test_a_wrong_name_is_told_before_anything_is_read(name: str) -> None:
+    with pytest.raises(UsageError) as e:
+        read_call(["no/such/folder", "a cat"], demo=False, flags={"device": name}, settings=[], config=None)
+    assert e.value.got == f"device {name!r}" and "twin:a5" in e.value.needs and "cuda:N" in e.value.needs
+
+
+@pytest.mark.skipif(find_spec("torch_npu") is not None, reason="torch_npu is installed")
+def test_no_npu_here(ascendit: Any, tiny_t2v_single: Path) -> None:
+    done = ascendit("generate", tiny_t2v_single, "a cat", *SMALL, "--device", "npu:0")
+    assert done.returncode == 3 and "error[E-ENV-03]: device npu: torch_npu is not installed" in done.stderr
+    assert "--device twin:a5" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_torch_npu_without_cann_stands_in_nobodys_way(
+    ascendit: Any, half_installed: dict[str, str], tiny_t2v_single: Path
+) -> None:
+    env = {**os.environ, **half_installed, "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
+    plain = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, text=True, env=env)
+    assert plain.returncode != 0 and "libhccl.so" in plain.stderr  # this is what it is about
+    for device in ("cpu", "twin:a5"):
+        done = ascendit(
+            "generate",
+            tiny_t2v_single,
+            "a",
+            *SMALL,
+            "--device",
+            device,
+            "-o",
+            "a.gif",
+            "--overwrite",
+            **half_installed,
+        )
+        assert done.returncode == 0, done.stderr
+    done = ascendit("generate", tiny_t2v_single, "a", *SMALL, "--device", "npu", **half_installed)
+    assert done.returncode == 3 and "torch_npu cannot be imported: libhccl.so" in done.stderr
+    assert "source /usr/local/Ascend/ascend-toolkit/set_env.sh" in done.stderr
+
+
+def test_fast_layernorm_from_the_environment_and_over_it(
+    run: Any, fake: Any, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FAST_LAYERNORM", "1")
+    ended = run("generate", model, "a cat", "-o", tmp_path / "a.gif")
+    assert "note: FAST_LAYERNORM=1: layer norms by MindIE-SD" in ended.err
+    assert fake.loaded[-1][1]["fast_layernorm"] is True
+    assert "--set fast_layernorm=true" in ended.out + ended.err
+    ended = run("generate", model, "a cat", "--set", "fast_layernorm=false", "-o", tmp_path / "b.gif")
+    assert fake.loaded[-1][1]["fast_layernorm"] is False
+
+
+def test_commands_switch_device_plugins_off_but_doctor_looks_at_them(
+    run: Any, fake: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ascendit.device import doctor
+
+    monkeypatch.setattr(doctor, "PROBES", ())
+    run("doctor")
+    assert os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "1"
+    run("generate", model, "a cat", "-o", tmp_path / "a.gif")
+    assert os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"

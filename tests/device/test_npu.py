@@ -1,0 +1,46 @@
+"""The capability table: chips, rows, and that they name what there is."""
+
+from __future__ import annotations
+
+import pytest
+
+from ascendit.device.npu import CAPABILITIES, CHIPS, capability, chip_of
+from ascendit.twin import schemas
+
+
+@pytest.mark.parametrize(
+    ("number", "name"), [(220, "a2"), (225, "a2"), (250, "a3"), (255, "a3"), (260, "a5")]
+)
+def test_chips_by_soc_number(number: int, name: str) -> None:
+    chip = chip_of(number)
+    assert chip is not None and chip.name == name
+
+
+@pytest.mark.parametrize("number", [-1, 103, 202, 226, 240])
+def test_other_socs_are_no_chip_of_ours(number: int) -> None:
+    assert chip_of(number) is None
+
+
+def test_every_row_names_an_operator_and_says_what_to_do_elsewhere() -> None:
+    for row in CAPABILITIES:
+        namespace, name = schemas.split(row.operator)
+        assert name in schemas.frozen(namespace), row.operator
+        answers = {row.on(chip) for chip in CHIPS}
+        assert row.chips and (answers == {"yes"} or row.instead), row
+        assert ("adapter" in answers) == bool(row.message), row
+    keys = [(row.operator, row.mode) for row in CAPABILITIES]
+    assert len(keys) == len(set(keys))
+
+
+def test_what_the_documents_say() -> None:
+    assert capability("npu_quant_matmul", "int8").chips == ("a2", "a3", "a5")
+    for mode in ("mxfp8", "mxfp4", "w4a8", "fp8"):
+        assert capability("npu_quant_matmul", mode).chips == ("a5",)
+    assert capability("npu_prompt_flash_attention").chips == ("a2", "a3")
+    assert capability("npu_block_sparse_attention").on("a5") == "unknown"
+    assert capability("npu_rms_norm").chips == tuple(CHIPS)  # not in the table: everywhere
+
+
+def test_each_quantized_scheme_has_its_matmul() -> None:
+    schemes = {row.scheme for row in CAPABILITIES if "matmul" in row.operator} - {""}
+    assert schemes == {"int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale", "w4a8"}

@@ -1,0 +1,97 @@
+"""Wrong calls are refused, each with a message that says what to do; no launch is counted for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from twin import wrong_calls as wrong
+from twin.wrong_calls import BF16, E4M3, rand
+from twin.wrong_matmuls import MATMUL
+
+import ascendit.twin
+from ascendit.twin.faults import TwinError
+
+npu = torch.ops.npu
+
+CASES = [("a5", *c) for c in (*wrong.MX_QUANT, *MATMUL, *wrong.REST, *wrong.A5)] + [
+    (chip, *c) for chip in ("a2", "a3") for c in wrong.A2
+]
+
+
+@pytest.mark.parametrize(
+    ("chip", "call", "got", "fix"),
+    [(c, *rest) for c, _, *rest in CASES],
+    ids=[f"{c}-{n}" for c, n, *_ in CASES],
+)
+def test_refused(on: Callable[[str], None], chip: str, call: Callable[[], Any], got: str, fix: str) -> None:
+    on(chip)
+    got = got.replace(" on a2", f" on {chip}") if chip == "a3" and "fp8 on" in got else got
+    with pytest.raises(TwinError) as caught:
+        call()
+    error = caught.value
+    assert isinstance(error, RuntimeError) and re.search(got, error.got), error.got
+    assert re.search(fix, error.fix), error.fix
+    assert error.needs and str(error).startswith(f"[{error.code}] {error.got}\n  needs  ")
+    refused = {"npu_quant_matmul", "npu_dual_level_quant_matmul", "npu_fusion_attention", "npu_rotary_mul"}
+    assert not refused & set(ascendit.twin.launches())
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(CASES) >= 40 and len({n for _, n, *_ in CASES}) >= 100
+
+
+def test_the_builders_themselves_are_right_calls() -> None:
+    """Else a refusal above might have another cause than the one it names."""
+    for name in (
+        "mx_quant",
+        "mxfp8",
+        "fp4",
+        "w4a8",
+        "int8",
+        "dual",
+        "turn",
+        "fusion",
+        "infer",
+        "adaln",
+        "sparse",
+    ):
+        getattr(wrong, name)()
+
+
+@pytest.mark.parametrize("mode", ["mxfp8", "mxfp4", "w4a8", "fp8"])
+def test_fp8_and_fp4_matmuls_on_a2_are_refused_with_both_ways_out(
+    on: Callable[[str], None], mode: str
+) -> None:
+    calls = {"mxfp8": wrong.mxfp8, "mxfp4": wrong.fp4, "w4a8": wrong.w4a8}
+    (q, s), (w, ws) = (npu.npu_dynamic_quant(rand(4, 64), dst_type=E4M3) for _ in range(2))
+
+    def fp8(change: Callable[[dict[str, Any]], Any]) -> Any:
+        arguments = {"x1": q, "x2": w.t(), "scale": ws, "pertoken_scale": s, "output_dtype": BF16}
+        change(arguments)
+        return npu.npu_quant_matmul(**arguments)
+
+    with pytest.raises(
+        TwinError, match=rf"aclnnQuantMatmulV5 failed.*{mode} on a2.*\n.*a5.*\n.*int8 is native.*--emul"
+    ):
+        calls.get(mode, fp8)(lambda arguments: on("a2"))
+
+
+def test_unknown_arguments_are_named() -> None:
+    x = rand(4, 96)
+    text = "Unknown keyword argument 'dtype' for operator 'npu::npu_dynamic_mx_quant'. Schema: "
+    with pytest.raises(RuntimeError, match=text):
+        npu.npu_dynamic_mx_quant(x, dtype=E4M3)
+    with pytest.raises(TwinError, match=text):
+        ascendit.twin.call("npu_dynamic_mx_quant", x, dtype=E4M3)
+    with pytest.raises(TwinError, match="pre_tokens.*npu_fusion_attention"):  # it is spelled tockens
+        ascendit.twin.call("npu_fusion_attention", x, x, x, 1, "BNSD", pre_tokens=5)
+    with pytest.raises(TwinError, match="is missing value for argument 'gamma'"):
+        ascendit.twin.call("npu_rms_norm", x)
+    with pytest.raises(TwinError, match="2 positional arguments for operator"):
+        ascendit.twin.call("npu_dynamic_mx_quant", x, -1)
+    with pytest.raises(TwinError, match="operator npu_nothing.*\n.*torch_npu 2.13.0.*\n.*check the spelling"):
+        ascendit.twin.call("npu_nothing", x)
