@@ -89,6 +89,14 @@ def test_half_of_a_pair(tmp_path: Path, layer: str, change: dict[str, Any], word
     assert words in refused(stored.write(tmp_path / "a.safetensors", tensors), "E-CKP-08")
 
 
+def test_a_smoothed_layer_without_its_mul_scale(tmp_path: Path) -> None:
+    """The wrapper tells that the weight is W s: alone it is not the layer."""
+    tensors = coded(floats(), [FIRST], "mxfp4_dualscale")
+    wrapped = {name.replace(f"{FIRST}.", f"{FIRST}.linear."): tensor for name, tensor in tensors.items()}
+    got = refused(stored.write(tmp_path / "a.safetensors", wrapped), "E-CKP-08")
+    assert f"{FIRST}.linear.weight is that of a smoothed layer, and {FIRST} has no mul_scale" in got
+
+
 @pytest.mark.parametrize(
     ("weight", "scale"), [("F8_E5M2", "U8"), ("I8", "U8"), ("U8", "F32"), ("F8_E4M3", "I32"), ("BF16", "F32")]
 )

@@ -277,6 +277,12 @@ def test_an_index_with_a_missing_file(tmp_path: Path) -> None:
     assert f"names 2 files, and 1 missing: {STEM}-00002-of-00002.safetensors" in e.got
 
 
+def test_an_index_with_a_name_too_long_for_a_file(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    write_index(tmp_path, weight_map(tmp_path) | {"blocks.0.weight": "a" * 5000})
+    assert "names 3 files, and 1 missing: aaa" in cannot_open(tmp_path, "E-CKP-03").got
+
+
 def test_an_index_that_promises_more(tmp_path: Path) -> None:
     sharded(tmp_path)
     more = {f"extra.{i}": f"{STEM}-00001-of-00002.safetensors" for i in range(7)}
@@ -323,6 +329,15 @@ def test_one_file_and_an_index(tmp_path: Path) -> None:
     assert "has both" in cannot_open(tmp_path, "E-CKP-03").got
     write_index(tmp_path, dict.fromkeys(tensors, f"{STEM}.safetensors"))
     assert len(Shards.open(tmp_path).files) == 1
+
+
+@pytest.mark.parametrize("target", [f"{STEM}.safetensors", "../blobs/gone"])
+def test_a_link_that_leads_nowhere(tmp_path: Path, target: str) -> None:
+    """To itself, and to a file that is not there."""
+    link = tmp_path / f"{STEM}.safetensors"
+    link.symlink_to(target)
+    e = cannot_open(tmp_path, "E-CKP-03")
+    assert e.got == f"{link} is a link to {target}, which leads to no file"
 
 
 def test_no_weights(tmp_path: Path) -> None:

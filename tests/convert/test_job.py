@@ -20,6 +20,13 @@ def test_nothing_is_known_at_the_start() -> None:
     assert progress.eta is None
 
 
+def test_the_first_percent_says_nothing_about_the_rest() -> None:
+    """Opening files and loading code takes longer than the first bytes."""
+    assert Progress("transformer", "w", 9 << 20, 1000 << 20, 0.3).eta is None
+    assert Progress("transformer", "w", 10 << 20, 1000 << 20, 0.3).eta == pytest.approx(29.7)
+    assert Progress("transformer", "w", 501 << 20, 1000 << 20, 0.3, skipped_bytes=500 << 20).eta is None
+
+
 def test_bytes_of_a_killed_run_are_not_counted_as_speed() -> None:
     progress = Progress("transformer", "w", 9 << 30, 12 << 30, 2.0, skipped_bytes=5 << 30)
     assert progress.gib_per_s == 2.0

@@ -12,6 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+import ascendit
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.store import Shards
 from ascendit.errors import CheckpointError
@@ -121,3 +122,11 @@ def test_memory_stays_at_the_model_and_one_tensor(tmp_path: Path) -> None:
     )
     out = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True)
     assert float(out.stdout) < 1.2
+
+
+def test_quantized_weights_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    ascendit.quantize("demo", tmp_path / "q", scheme="mxfp8")
+    seen: list[object] = []
+    with pytest.raises(CheckpointError, match="80 layers have scales") as e:
+        ascendit.load(tmp_path / "q", on_progress=seen.append)
+    assert e.value.code == "E-QNT-01" and not seen

@@ -103,3 +103,12 @@ def test_pack_and_unpack_are_inverse(rows: list[list[int]], length: int) -> None
 def test_every_packed_byte_survives() -> None:
     packed = torch.arange(256, dtype=torch.uint8).reshape(4, 64)
     assert torch.equal(elements.pack(elements.unpack(packed, 128)), packed)
+
+
+@pytest.mark.parametrize("element", [E4M3, E5M2, E2M1], ids=lambda e: e.name)
+def test_the_table_of_values_is_to_values(element: Element) -> None:
+    raw = torch.arange(256, dtype=torch.uint8).view(2, 128)
+    length = 128 if element.bits == 8 else 255
+    plain = raw if element.bits == 8 else elements.unpack(raw, length)
+    got = elements.values_of(raw, element, length)
+    assert torch.equal(got.view(torch.int32), elements.to_values(plain, element).view(torch.int32))

@@ -126,6 +126,8 @@ def _halves(name: str, roles: Mapping[str, TensorInfo]) -> list[str]:
     if "weight" not in roles:
         return [f"{name}.{role} has no weight" for role in scales]
     weight = roles["weight"].dtype
+    if "mul_scale" not in roles and roles["weight"].name.endswith(".linear.weight"):
+        return [f"{roles['weight'].name} is that of a smoothed layer, and {name} has no mul_scale"]
     if "weight_scale" in roles and "weight_scale_inv" in roles:
         return [f"{name} has both weight_scale and weight_scale_inv"]
     if not {"weight_scale", "weight_scale_inv"} & roles.keys():

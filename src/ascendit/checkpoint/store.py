@@ -165,7 +165,7 @@ class Shards:
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         if not index.exists():
             if not single.exists():
-                raise _no_weights(folder, stem)
+                raise _dangling(single) if single.is_symlink() else _no_weights(folder, stem)
             return cls(folder, read_header(single), (single,))
         shards = cls.of_index(index)
         if single.exists() and single not in shards.files:
@@ -289,7 +289,7 @@ def _shard_path(index: Path, name: str) -> Path:
 
 
 def _check_present(index: Path, files: tuple[Path, ...]) -> None:
-    if missing := [path.name for path in files if not path.is_file()]:
+    if missing := [path.name for path in files if not os.path.isfile(path)]:  # False for a name too long
         raise CheckpointError(
             f"{index} names {len(files)} files, and {len(missing)} missing: {listed(missing)}",
             needs="every shard that the index names, in the same folder",
@@ -351,6 +351,15 @@ def _no_weights(folder: Path, stem: str) -> CheckpointError:
         needs=f"{stem}.safetensors, or {stem}.safetensors.index.json and its shards",
         fix="download the weights of this part, in safetensors format",
         code="E-CKP-02",
+    )
+
+
+def _dangling(link: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{link} is a link to {os.readlink(link)}, which leads to no file",
+        needs="the weights themselves, or a link to them",
+        fix="copy the file that the link is meant for, or make the link anew",
+        code="E-CKP-03",
     )
 
 

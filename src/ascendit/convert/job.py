@@ -28,11 +28,13 @@ class Progress:
 
     @property
     def eta(self) -> float | None:
-        """Seconds to go at the speed so far; None before anything is known."""
+        """Seconds to go at the speed so far; None in the first percent, which is mostly the way to begin."""
         worked = self.done_bytes - self.skipped_bytes
         if self.done_bytes >= self.total_bytes:
             return 0.0
-        return self.seconds * (self.total_bytes - self.done_bytes) / worked if worked > 0 else None
+        if worked < (self.total_bytes - self.skipped_bytes) / 100:
+            return None
+        return self.seconds * (self.total_bytes - self.done_bytes) / worked
 
 
 OnProgress = Callable[[Progress], None]

@@ -52,15 +52,21 @@ def load_transformer(
     return model.eval()
 
 
-def compare(part: Part, wanted: dict[str, tuple[int, ...]], found: dict[str, TensorInfo]) -> None:
-    """Raise E-CKP-04 unless `found` holds exactly `wanted`, in floating point; E-QNT-01 if quantized."""
-    if coded := [n for n in found if n.rpartition(".")[2] in ("weight_scale", "weight_scale_inv")]:
+def refuse_quantized(part: Part) -> None:
+    """Raise E-QNT-01 for codes and scales, from the headers alone."""
+    with Shards.open(part.path, part.stem) as shards:
+        coded = [n for n in shards.tensors if n.rpartition(".")[2] in ("weight_scale", "weight_scale_inv")]
+    if coded:
         raise CheckpointError(
             f"{part.path} is quantized: {len(coded)} layers have scales",
             needs=f"weights in {', '.join(FLOATS)}: quantized folders are written so far, not run",
             fix="generate with the BF16 model; ascendit inspect tells which engines run this folder",
             code="E-QNT-01",
         )
+
+
+def compare(part: Part, wanted: dict[str, tuple[int, ...]], found: dict[str, TensorInfo]) -> None:
+    """Raise E-CKP-04 unless `found` holds exactly `wanted`, in floating point."""
     extra = [n for n in found if n not in wanted and not any(k in n for k in TOLERATED)]
     shared = [n for n in wanted if n in found]
     problems = {

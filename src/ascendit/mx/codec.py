@@ -87,7 +87,7 @@ def decode(encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
         values = codes.to(torch.float32)
     else:
         raw = codes.contiguous().view(torch.uint8)
-        values = elements.to_values(elements.unpack(raw, length) if form.packed else raw, form.element)
+        values = elements.values_of(raw, form.element, length)
     if form.kind == "row":
         values = values * scale
     else:
@@ -133,7 +133,7 @@ def _power(x: Tensor) -> float:
 def _decode_tiles(encoded: Encoded, form: Format) -> Tensor:
     """FP8 checkpoints with `weight_scale_inv`: code x scale of its tile; the last tiles may be short."""
     assert form.element is not None
-    values = elements.to_values(encoded.codes.view(torch.uint8), form.element)
+    values = elements.values_of(encoded.codes.view(torch.uint8), form.element, encoded.shape[-1])
     scale = encoded.scale
     for axis, length in enumerate(encoded.shape):
         scale = scale.repeat_interleave(form.block, axis).narrow(axis, 0, length)

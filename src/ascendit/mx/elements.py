@@ -8,11 +8,15 @@ steps are exact in float32 and int32, so they give the same bits on every device
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from ascendit.mx.formats import Element
+from ascendit.mx.formats import E2M1, E4M3, E5M2, Element
 from ascendit.mx.scales import exponent_and_fraction, power_of_two
+
+ELEMENTS = {e.name: e for e in (E4M3, E5M2, E2M1)}
 
 
 def to_codes(values: Tensor, element: Element, rounding: str) -> Tensor:
@@ -59,6 +63,25 @@ def to_values(codes: Tensor, element: Element) -> Tensor:
         if element.name == "e5m2":
             value = torch.where(body == 0x7C, torch.inf, value)
     return torch.where(wide >> (element.bits - 1) == 1, -value, value)
+
+
+def values_of(raw: Tensor, element: Element, length: int) -> Tensor:
+    """uint8 as stored [..., K], or [..., ceil(K / 2)] for 4 bits -> float32 [..., K]: `to_values`, but fast.
+
+    By a table of the 256 bytes: the same bits on every device.
+    """
+    table = _table(element.name).to(raw.device)
+    if element.bits == 8:
+        return table[raw.to(torch.int32)]
+    return table[raw.to(torch.int32)].flatten(-2)[..., :length]
+
+
+@functools.cache
+def _table(name: str) -> Tensor:
+    """float32 [256], or [256, 2] for the two codes of a byte."""
+    every = torch.arange(256, dtype=torch.uint8)
+    element = ELEMENTS[name]
+    return to_values(every if element.bits == 8 else unpack(every[:, None], 2), element)
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -6,7 +6,10 @@ rule, rounding and dtype the first that can do it is taken.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import mmap
+import sys
 from collections.abc import Callable
 
 import torch
@@ -18,6 +21,7 @@ from ascendit.mx.reference import Parts
 
 Encoder = Callable[[Tensor, Parts], None]
 SEARCH = "msms:ceil_x:search"
+HUGE = 8 << 20  # bytes
 PIECE = 1 << 18
 """Values that the reference takes at a time here: its intermediate results stay in the cache."""
 
@@ -39,10 +43,21 @@ def empty_parts(form: Format, rows: int, length: int) -> Parts:
     codes = torch.empty(
         rows, -(-length // 2) if form.packed else length, dtype=torch.uint8 if form.element else torch.int8
     )
+    _ask_for_huge_pages(codes)
     if form.kind == "row":
         return Parts(codes, torch.empty(rows, 1), None)
     scale = torch.empty(rows, -(-length // form.block), dtype=torch.uint8)
     return Parts(codes, scale, torch.empty(rows, -(-length // form.coarse)) if form.coarse else None)
+
+
+def _ask_for_huge_pages(tensor: Tensor) -> None:
+    """Fresh memory comes page by page, at 26 ms for 70 MB where encoding takes 5; in huge pages at 10."""
+    if sys.platform != "linux" or tensor.nbytes < HUGE:
+        return
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    advise = ctypes.CDLL(None).madvise
+    advise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)  # refused: as before
 
 
 @functools.cache

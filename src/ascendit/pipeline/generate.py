@@ -20,7 +20,7 @@ from ascendit.checkpoint.folder import model_folder
 from ascendit.checkpoint.layout import Layout, recognise
 from ascendit.device.backends import Device, open_device, parse_device
 from ascendit.errors import Cancelled, QualityError
-from ascendit.model.load import load_transformer
+from ascendit.model.load import load_transformer, refuse_quantized
 from ascendit.model.state import DenoiseState
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.bind import Ops, bind
@@ -255,6 +255,8 @@ def load(
     """
     layout = recognise(model_folder(model))
     layout.require_pipeline()
+    for part in layout.experts:
+        refuse_quantized(part)
     defaults = defaults_for(layout)
     place = parse_device(device)
     number = place.to_dtype(dtype)
