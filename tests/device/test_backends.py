@@ -140,6 +140,8 @@ def test_the_twins_internal_format_is_set_back():
 class WriteOnly:
     """torch.npu.config: what is set is passed on, and cannot be read."""
 
+    _seen: list[tuple[str, object]]
+
     def __init__(self, seen):
         object.__setattr__(self, "_seen", seen)
 
