@@ -31,6 +31,8 @@ from ascendit.mx.rows import RowEncoder, ScaleSearch
 FORMATS = ("mxfp8", "mxfp4", "mxfp4_dualscale", "int8")
 OTHERS = (("mxfp8_e5m2", None), ("fp8", None), ("mxfp8", "msms:mse_round"), ("mxfp4", "msms:ceil_x:7.25"))
 OTHERS += (("mxfp4_dualscale", "msms:dualscale"), ("int8", "msms:int8"))
+PEERS = ("mxfp8", "mxfp4")
+"""What torchao does too; ratios are to its first row of the format."""
 MEMCPY = ("memcpy, OpenMP", "memcpy, torch")
 
 
@@ -75,9 +77,9 @@ def torchao_rows(x: Tensor) -> dict[str, Row] | str:
         return f"torchao is not installed ({e})"
     version = importlib.metadata.version("torchao")
     fp4 = getattr(torch, "float4_e2m1fn_x2", torch.uint8)
-    cases = {"mxfp8": (torch.float8_e4m3fn, ("RCEIL", "FLOOR")), "mxfp4": (fp4, ("FLOOR",))}
+    cases = dict(zip(PEERS, ((torch.float8_e4m3fn, ("RCEIL", "FLOOR")), (fp4, ("FLOOR",))), strict=True))
     return {
-        f"torchao {version}, {form}, {mode}": Row(
+        f"torchao, {form}, {mode}, {version}": Row(
             lambda d=dtype, m=Mode[mode]: to_mx(x, d, 32, m), moved_by(x, form), slow=True
         )
         for form, (dtype, modes) in cases.items()
@@ -87,7 +89,7 @@ def torchao_rows(x: Tensor) -> dict[str, Row] | str:
 
 def rows_of(x: Tensor) -> tuple[dict[str, Row], str]:
     """Everything that is timed, and a remark on what is not."""
-    rows, remarks = {}, ""
+    rows, remarks = {}, "torchao is here"
     to, lib = torch.empty_like(x), fast_native.library().library
     if lib is not None:
         at = x.data_ptr(), to.data_ptr(), x.nbytes, torch.get_num_threads()
@@ -106,10 +108,8 @@ def rows_of(x: Tensor) -> tuple[dict[str, Row], str]:
         if plain := without_compiler(x, form):
             rows[f"no compiler, {form}"] = plain
     for name, row in rows.items():
-        form = next((f for f in reversed(FORMATS) if f", {f}" in f", {name.split(', ', 1)[-1]}"), "")
-        row.peer = (
-            next((peer for peer in peers if f", {form}," in peer), "") if form in ("mxfp8", "mxfp4") else ""
-        )
+        work = next((f"torchao, {form}," for form in PEERS if f", {form}," in f"{name},"), "none")
+        row.peer = next((peer for peer in peers if peer.startswith(work)), "")
     return rows | peers, remarks
 
 
@@ -142,11 +142,9 @@ def main() -> None:
     seconds = timed(rows, args.reps, args.peer_every)
     median = {name: statistics.median(s) for name, s in seconds.items()}
     base = min(median[name] for name in MEMCPY if name in median)
-    print(
-        f"{time.strftime('%Y-%m-%d')} torch {torch.__version__} {platform.processor() or platform.machine()}; "
-        f"encoder: {', '.join(fast.choice())}\n{list(x.shape)} bfloat16, {args.threads} threads, n={args.reps}, "
-        f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after {'; ' + remarks if remarks else ''}\n"
-    )
+    print(f"{time.strftime('%Y-%m-%d')} torch {torch.__version__} {platform.machine()}, {remarks}")
+    print(f"encoder: {', '.join(fast.choice())}; load {load:.1f} before, {os.getloadavg()[0]:.1f} after")
+    print(f"{list(x.shape)} bfloat16, {args.threads} threads, n={args.reps}\n")
     print("| what | median ms | min ms | x memcpy | GB/s moved | % of memcpy's | x as fast as torchao |")
     print("|---|---|---|---|---|---|---|")
     stream = 2 * x.nbytes / base

@@ -95,6 +95,9 @@ class Emulated:
     def __init__(self, command: list[str]) -> None:
         self.command = command
 
+    def prefer_large_pages(self, *arguments: int) -> None:
+        """Nothing to do."""
+
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: self.call(name, arguments)
 

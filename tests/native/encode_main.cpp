@@ -49,5 +49,6 @@ int main() {
     }
     const int64_t answer = call(function, arguments.data());
     std::fwrite(&answer, 8, 1, stdout);
-    for (const auto& m : memory) std::fwrite(m.data(), 1, m.size(), stdout);
+    for (const auto& m : memory)
+        if (!m.empty()) std::fwrite(m.data(), 1, m.size(), stdout);
 }

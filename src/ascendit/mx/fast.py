@@ -40,10 +40,9 @@ def encode_rows(rows: Tensor, form: Format, rule: str, rounding: str) -> Parts:
 
 def empty_parts(form: Format, rows: int, length: int) -> Parts:
     """The tensors that an encoder fills."""
-    codes = torch.empty(
-        rows, -(-length // 2) if form.packed else length, dtype=torch.uint8 if form.element else torch.int8
-    )
-    _ask_for_huge_pages(codes)
+    width = -(-length // 2) if form.packed else length
+    codes = torch.empty(rows, width, dtype=torch.uint8 if form.element else torch.int8)
+    codes = fast_native.prefer_large_pages(codes)
     if form.kind == "row":
         return Parts(codes, torch.empty(rows, 1), None)
     scale = torch.empty(rows, -(-length // form.block), dtype=torch.uint8)

@@ -18,13 +18,11 @@ inline int unsigned_up_to(int byte) {
     return byte <= 151 ? 1 << (byte - 144) : (byte - 150) << 7;
 }
 
-// 32 bfloat16 numbers under a scale byte from FIRST_BYTE to 254. Integers only: with t the bits of the scaled
+// 32 bfloat16 numbers under a scale byte from FIRST_BYTE to 254, which gives `base`. Integers only: with t the bits of the scaled
 // number, its exponent counted from the subnormals of the element, a code is t without its last bits, rounded;
 // a subnormal code is the mantissa moved by the exponent. Both get 9 bits below the point before rounding.
 template <class E, Rounding R>
-inline Lanes codes_of(const Lanes& v, const Lanes& a, int byte) {
-    const uint16_t base = uint16_t((byte + E::emin - 1) << 7);
-    const int16_t no_sign = int16_t(R == Rounding::msms ? unsigned_up_to<E>(byte) : 0);
+inline Lanes codes_of(const Lanes& v, const Lanes& a, uint16_t base, int16_t no_sign) {
     constexpr uint16_t most = E::largest << 9, sign = 1 << (E::bits - 1);
     Lanes codes;
     for (int p = 0; p < PARTS; ++p) {
@@ -32,7 +30,7 @@ inline Lanes codes_of(const Lanes& v, const Lanes& a, int byte) {
         const U16 mantissa = (a.part[p] & uint16_t(0x7F)) | uint16_t(0x80);
         const U16 small = shifted<1 + E::mbits>(mantissa, (t >> 7) + int16_t(1 + E::mbits));
         U16 c = t >= int16_t(128) ? (U16)t << (2 + E::mbits) : small;
-        c = c < most ? c : U16{} + most;
+        c = smaller(c, most);
         U16 negative = (v.part[p] >> (16 - E::bits)) & sign;
         if (R == Rounding::rint) {
             c += uint16_t(255) + ((c >> 9) & uint16_t(1));
@@ -43,6 +41,16 @@ inline Lanes codes_of(const Lanes& v, const Lanes& a, int byte) {
         codes.part[p] = (c >> 9) | negative;
     }
     return codes;
+}
+
+template <class E>
+inline uint16_t base_of(int byte) {
+    return uint16_t((byte + E::emin - 1) << 7);
+}
+
+template <class E, Rounding R>
+inline Lanes codes_of(const Lanes& v, const Lanes& a, int byte) {
+    return codes_of<E, R>(v, a, base_of<E>(byte), int16_t(R == Rounding::msms ? unsigned_up_to<E>(byte) : 0));
 }
 
 template <class E>
@@ -111,6 +119,36 @@ inline bool encode_block(const bf16* x, const uint8_t* table, uint8_t* out, uint
     }
     store<E>(codes_of<E, R>(v, a, top ? byte : BIAS), out);
     return false;
+}
+
+// BATCH bfloat16 blocks, as `encode_block` one after the other; how many must be done again. All scales first:
+// a processor overlaps better what does not wait for a scale.
+template <class E, Rounding R>
+inline int64_t encode_batch(const bf16* x, const uint8_t* table, uint8_t* out, uint8_t* scale, uint8_t* doubtful) {
+    constexpr int last = R == Rounding::msms && !E::packed ? 143 : 254;  // above that signs are not so simple
+    uint16_t tops[BATCH], bases[BATCH];
+    largest_of_batch(x, tops);
+    bool special = false;
+    for (int i = 0; i < BATCH; ++i) {
+        const uint8_t byte = table[tops[i]];
+        scale[i] = byte;
+        bases[i] = base_of<E>(byte);
+        special |= byte < FIRST_BYTE || byte > last;
+    }
+    for (int i = 0; i < BATCH; ++i) {
+        const Lanes v = load(x + i * BLOCK);
+        store<E>(codes_of<E, R>(v, magnitudes(v), bases[i], 0), out + i * E::block_bytes);
+    }
+    if (R == Rounding::msms) std::memset(doubtful, 0, BATCH);
+    if (__builtin_expect(!special, 1)) return 0;
+    int64_t sum = 0;
+    for (int i = 0; i < BATCH; ++i) {
+        if (scale[i] >= FIRST_BYTE && scale[i] <= last) continue;
+        const bool doubt = encode_block<E, R>(x + i * BLOCK, table, out + i * E::block_bytes, scale + i);
+        if (R == Rounding::msms) doubtful[i] = doubt;
+        sum += doubt;
+    }
+    return sum;
 }
 
 struct Rule {  // exponent = E - shift + ((frac & mask) > threshold), see mx/scales.py

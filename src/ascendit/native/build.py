@@ -30,7 +30,7 @@ FLAGS: tuple[str, ...] = (
 EXTRA: dict[str, tuple[str, ...]] = {"encode": ("-ffp-contract=off",)}
 """Source -> more flags. Off: a product and a sum round twice, as in PyTorch."""
 OPTIONAL: tuple[tuple[str, ...], ...] = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
-"""Tried one after the other, for compilers that lack one: without the second there is one thread only."""
+"""Tried one after the other, for compilers that lack one. Without OpenMP there is one thread only."""
 NEEDS: dict[str, frozenset[str]] = {
     "attention": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
     "elementwise": frozenset(),

@@ -31,7 +31,6 @@ inline Errors compare(const Lanes& v, const Lanes& a, int byte, int other, Lanes
     widen(bits, values);
     codes[0] = attempt<E>(v, a, values, byte, squares[0]);
     codes[1] = attempt<E>(v, a, values, other, squares[1]);
-    Errors sum;
     double first = 0.0, second = 0.0;
     int smaller = 0;
 #pragma omp simd reduction(+ : first, second, smaller)

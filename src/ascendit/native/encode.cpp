@@ -5,6 +5,13 @@
 // `table` has the scale byte for the bits of each bfloat16 magnitude: the rules stay in one place, in Python.
 // What cannot be decided here is marked in `doubtful`, a byte for each unit, and counted by the return value.
 // `type` of x: 0 bfloat16, 1 float16, 2 float32. `element`: 0 e4m3, 1 e5m2, 2 e2m1, 3 int8.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "blocks.h"
 #include "choose.h"
 #include "energy.h"
@@ -31,15 +38,34 @@ int64_t with(int64_t element, F f) {
     return f(E2M1{});
 }
 
-// one(x, codes, scale, unit) for each block; the units that it is not sure of are marked.
+// one(x, codes, scale) for each block of a run; the blocks that it is not sure of are marked.
+template <class E, class T, class F>
+int64_t blocks_of(const Run& run, const T* x, uint8_t* codes, uint8_t* scale, uint8_t* doubtful, F one) {
+    return each<BLOCK, E::bits>(run, x, codes, [=](const T* from, uint8_t* out, int64_t i, int64_t) {
+        const bool doubt = one(from, out, scale + run.unit + i);
+        if (doubtful) doubtful[run.unit + i] = doubt;
+        return doubt;
+    });
+}
+
 template <class E, class T, class F>
 int64_t over_blocks(const T* x, Shape s, uint8_t* codes, uint8_t* scale, uint8_t* doubtful, F one) {
-    return spread(s, BLOCK, E::bits, [=](const Run& run) {
-        return each<BLOCK, E::bits>(run, x, codes, [=](const T* from, uint8_t* out, int64_t i, int64_t) {
-            const bool doubt = one(from, out, scale + run.unit + i);
-            if (doubtful) doubtful[run.unit + i] = doubt;
-            return doubt;
-        });
+    return spread(s, BLOCK, E::bits,
+                  [=](const Run& run) { return blocks_of<E>(run, x, codes, scale, doubtful, one); });
+}
+
+// The same for bfloat16 under a rule that is a table, many at a time.
+template <class E, Rounding R>
+int64_t over_batches(const bf16* x, Shape s, const uint8_t* table, uint8_t* codes, uint8_t* scale,
+                     uint8_t* doubtful) {
+    const auto one = [=](const bf16* from, uint8_t* out, uint8_t* to) {
+        return encode_block<E, R>(from, table, out, to);
+    };
+    return spread(s, BLOCK, E::bits, [=](Run run) {
+        int64_t sum = 0;
+        for (; run.full >= BATCH; run.skip(BATCH, BATCH * BLOCK, BATCH * E::block_bytes))
+            sum += encode_batch<E, R>(x + run.value, table, codes + run.code, scale + run.unit, doubtful + run.unit);
+        return sum + blocks_of<E>(run, x, codes, scale, R == Rounding::msms ? doubtful : nullptr, one);
     });
 }
 
@@ -71,6 +97,26 @@ extern "C" {
 
 const char* instructions() { return INSTRUCTIONS; }
 
+// How many threads a caller without torch should ask for: OpenMP's number, which its users know how to set.
+int64_t most_threads() {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+// Fresh memory that is about to be written in large pages, where the system has them: their number is what costs.
+int64_t prefer_large_pages(void* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 1 << 21, first = ((uintptr_t)memory + page - 1) / page * page;
+    const uintptr_t last = ((uintptr_t)memory + bytes) / page * page;
+    return last > first ? madvise((void*)first, last - first, MADV_HUGEPAGE) : 0;
+#else
+    return 0;
+#endif
+}
+
 // memcpy on threads, for benchmarks to compare with.
 int64_t copy_bytes(const uint8_t* x, uint8_t* out, int64_t count, int64_t threads) {
     return spread({1, count, threads}, 4096, 8, [=](const Run& run) {
@@ -85,13 +131,8 @@ int64_t encode_table(const bf16* x, int64_t rows, int64_t length, int64_t thread
     const Shape s{rows, length, threads};
     return with(element, [=](auto e) {
         using E = decltype(e);
-        if (!msms)
-            return over_blocks<E>(x, s, codes, scale, nullptr, [=](const bf16* from, uint8_t* out, uint8_t* to) {
-                return encode_block<E, Rounding::rint>(from, table, out, to);
-            });
-        return over_blocks<E>(x, s, codes, scale, doubtful, [=](const bf16* from, uint8_t* out, uint8_t* to) {
-            return encode_block<E, Rounding::msms>(from, table, out, to);
-        });
+        if (msms) return over_batches<E, Rounding::msms>(x, s, table, codes, scale, doubtful);
+        return over_batches<E, Rounding::rint>(x, s, table, codes, scale, doubtful);
     });
 }
 

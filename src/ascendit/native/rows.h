@@ -43,6 +43,10 @@ struct NpuDual {
         const float by = divisor(dual);
         bf16 divided[GROUP];
         for (int i = 0; i < GROUP; ++i) divided[i] = narrow(wide(x[i]) / by);
+        if (count == BATCH) {
+            encode_batch<E2M1, Rounding::rint>(divided, table, out, scale, nullptr);
+            return;
+        }
         for (int b = 0; b < count; ++b)
             encode_block<E2M1, Rounding::rint>(divided + b * BLOCK, table, out + b * E2M1::block_bytes, scale + b);
     }

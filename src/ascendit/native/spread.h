@@ -3,9 +3,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace ascendit {
 
@@ -18,11 +15,16 @@ struct Run {  // neighbouring units of one row
     int64_t row, at;            // the row, and the unit counted in it
     int64_t full;               // units that have all their values
     int64_t tail;               // values of a last one that is short; 0: there is none
+
+    void skip(int64_t units, int64_t values, int64_t bytes) {
+        value += values, code += bytes, unit += units, at += units, full -= units;
+    }
 };
 
 constexpr int64_t WORTH_A_THREAD = 1 << 17;  // values; encoding fewer is quicker than waking a thread
+constexpr int64_t AT_A_TIME = 1 << 19;       // values, at most; a thread that other programs hold up takes fewer
 
-// f(run) for all units of `unit` values with codes of `bits`, each thread one stretch; the sum of what f returns.
+// f(run) for all units of `unit` values with codes of `bits`, as the threads get to them; the sum of what f returns.
 template <class F>
 int64_t spread(Shape s, int64_t unit, int bits, F f) {
     if (s.length % unit == 0) s = {1, s.length * s.rows, s.threads};  // rows lie end to end, in all tensors
@@ -42,12 +44,11 @@ int64_t spread(Shape s, int64_t unit, int bits, F f) {
 #ifdef _OPENMP
     const int threads = int(std::min(s.threads, 1 + s.rows * s.length / WORTH_A_THREAD));
     if (threads > 1) {
+        const int64_t values = std::min(AT_A_TIME, s.rows * s.length / (4 * threads));
+        const int64_t step = std::max<int64_t>(1, values / unit);
         int64_t sum = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : sum)
-        {
-            const int64_t t = omp_get_thread_num(), n = omp_get_num_threads();
-            sum += stretch(all * t / n, all * (t + 1) / n);
-        }
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : sum)
+        for (int64_t first = 0; first < all; first += step) sum += stretch(first, std::min(all, first + step));
         return sum;
     }
 #endif
