@@ -63,17 +63,14 @@ inline void store(const Lanes& codes, uint8_t* out) {
 template <class E, Rounding R>
 inline uint8_t code_of(float x, float scaled) {
     const float magic = 12582912.0f;  // 1.5 x 2^23: adding it rounds to a whole number, ties to even
-    const uint32_t bits = to_bits(scaled) & 0x7FFFFFFF;
+    uint32_t bits = to_bits(scaled) & 0x7FFFFFFF;
+    bits = bits < E::max_bits ? bits : E::max_bits;
     int e = int(bits >> 23) - BIAS;
     e = e < E::emin ? E::emin : e;
-    e = e > E::emax ? E::emax : e;
-    float steps = from_bits(bits) * from_bits(uint32_t(E::mbits - e + BIAS) << 23);
-    steps = steps < 1024.0f ? steps : 1024.0f;
+    const float steps = from_bits(bits) * from_bits(uint32_t(E::mbits - e + BIAS) << 23);
     const bool negative = R == Rounding::rint ? to_bits(scaled) >> 31 : (E::packed ? x : scaled) < 0.0f;
-    int code = R == Rounding::rint ? int(to_bits(steps + magic)) - int(to_bits(magic)) : int(steps + 0.5f);
-    code += (e - E::emin) << E::mbits;
-    code = code < E::largest ? code : E::largest;
-    return uint8_t(code | int(negative) << (E::bits - 1));
+    const int whole = R == Rounding::rint ? int(to_bits(steps + magic)) - int(to_bits(magic)) : int(steps + 0.5f);
+    return uint8_t((whole + ((e - E::emin) << E::mbits)) | int(negative) << (E::bits - 1));
 }
 
 // 32 finite float32 numbers under an exponent from -127 to 127.
@@ -121,35 +118,49 @@ inline bool encode_block(const bf16* x, const uint8_t* table, uint8_t* out, uint
     return false;
 }
 
-// BATCH bfloat16 blocks, as `encode_block` one after the other; how many must be done again. All scales first:
-// a processor overlaps better what does not wait for a scale.
+// BATCH bfloat16 blocks in two steps, so that the scales of the next ones can be found before the codes of these
+// are: then the processor has enough to do that waits for nothing.
 template <class E, Rounding R>
-inline int64_t encode_batch(const bf16* x, const uint8_t* table, uint8_t* out, uint8_t* scale, uint8_t* doubtful) {
-    constexpr int last = R == Rounding::msms && !E::packed ? 143 : 254;  // above that signs are not so simple
-    uint16_t tops[BATCH], bases[BATCH];
-    largest_of_batch(x, tops);
-    bool special = false;
-    for (int i = 0; i < BATCH; ++i) {
-        const uint8_t byte = table[tops[i]];
-        scale[i] = byte;
-        bases[i] = base_of<E>(byte);
-        special |= byte < FIRST_BYTE || byte > last;
+struct Batch {
+    static constexpr int last = R == Rounding::msms && !E::packed ? 143 : 254;  // above that signs are not so simple
+    const bf16* x;
+    uint8_t* scale;
+    uint16_t bases[BATCH];
+    bool special;
+
+    void find_scales(const bf16* from, const uint8_t* table, uint8_t* to) {
+        uint16_t tops[BATCH];
+        largest_of_batch(from, tops);
+        int outside = 0;  // negative if one byte is under FIRST_BYTE or above `last`
+        for (int i = 0; i < BATCH; ++i) {
+            hide(tops);
+            const int byte = table[tops[i]];
+            to[i] = uint8_t(byte);
+            bases[i] = base_of<E>(byte);
+            outside |= (byte - FIRST_BYTE) | (last - byte);
+        }
+        x = from, scale = to, special = outside < 0;
     }
-    for (int i = 0; i < BATCH; ++i) {
-        const Lanes v = load(x + i * BLOCK);
-        store<E>(codes_of<E, R>(v, magnitudes(v), bases[i], 0), out + i * E::block_bytes);
+    // How many must be done again.
+    int64_t encode(const uint8_t* table, uint8_t* out, uint8_t* doubtful) const {
+        for (int i = 0; i < BATCH; ++i) {
+            const Lanes v = load(x + i * BLOCK);
+            store<E>(codes_of<E, R>(v, magnitudes(v), bases[i], 0), out + i * E::block_bytes);
+        }
+        if (R == Rounding::msms) std::memset(doubtful, 0, BATCH);
+        return __builtin_expect(special, 0) ? encode_special(table, out, doubtful) : 0;
     }
-    if (R == Rounding::msms) std::memset(doubtful, 0, BATCH);
-    if (__builtin_expect(!special, 1)) return 0;
-    int64_t sum = 0;
-    for (int i = 0; i < BATCH; ++i) {
-        if (scale[i] >= FIRST_BYTE && scale[i] <= last) continue;
-        const bool doubt = encode_block<E, R>(x + i * BLOCK, table, out + i * E::block_bytes, scale + i);
-        if (R == Rounding::msms) doubtful[i] = doubt;
-        sum += doubt;
+    __attribute__((noinline)) int64_t encode_special(const uint8_t* table, uint8_t* out, uint8_t* doubtful) const {
+        int64_t sum = 0;
+        for (int i = 0; i < BATCH; ++i) {
+            if (scale[i] >= FIRST_BYTE && scale[i] <= last) continue;
+            const bool doubt = encode_block<E, R>(x + i * BLOCK, table, out + i * E::block_bytes, scale + i);
+            if (R == Rounding::msms) doubtful[i] = doubt;
+            sum += doubt;
+        }
+        return sum;
     }
-    return sum;
-}
+};
 
 struct Rule {  // exponent = E - shift + ((frac & mask) > threshold), see mx/scales.py
     int shift;

@@ -61,10 +61,22 @@ int64_t over_batches(const bf16* x, Shape s, const uint8_t* table, uint8_t* code
     const auto one = [=](const bf16* from, uint8_t* out, uint8_t* to) {
         return encode_block<E, R>(from, table, out, to);
     };
+    constexpr int64_t BYTES = BATCH * E::block_bytes;
+    const bool large = s.rows * s.length * E::bits / 8 >= LARGE;
     return spread(s, BLOCK, E::bits, [=](Run run) {
+        uint8_t near[BYTES];
+        Batch<E, R> batches[2];  // this and the next, in turn
         int64_t sum = 0;
-        for (; run.full >= BATCH; run.skip(BATCH, BATCH * BLOCK, BATCH * E::block_bytes))
-            sum += encode_batch<E, R>(x + run.value, table, codes + run.code, scale + run.unit, doubtful + run.unit);
+        if (run.full >= BATCH) batches[0].find_scales(x + run.value, table, scale + run.unit);
+        for (int turn = 0; run.full >= BATCH; run.skip(BATCH, BATCH * BLOCK, BYTES), turn ^= 1) {
+            const Batch<E, R>& batch = batches[turn];
+            prefetch_ahead(batch.x, BATCH * BLOCK * sizeof(bf16));
+            if (run.full >= 2 * BATCH)
+                batches[turn ^ 1].find_scales(batch.x + BATCH * BLOCK, table, batch.scale + BATCH);
+            uint8_t* out = codes + run.code;
+            sum += batch.encode(table, large ? near : out, doubtful + run.unit);
+            if (large) write_past_cache(out, near, BYTES);
+        }
         return sum + blocks_of<E>(run, x, codes, scale, R == Rounding::msms ? doubtful : nullptr, one);
     });
 }
@@ -72,11 +84,15 @@ int64_t over_batches(const bf16* x, Shape s, const uint8_t* table, uint8_t* code
 template <class Dual, class T>
 int64_t over_groups(const Dual& rule, const T* x, Shape s, uint8_t* codes, uint8_t* scale, float* dual) {
     const int64_t blocks_per_row = (s.length + BLOCK - 1) / BLOCK;
+    const bool large = s.rows * s.length / 2 >= LARGE;
     return spread(s, GROUP, E2M1::bits, [=](const Run& run) {
         uint8_t* first = scale + run.row * blocks_per_row + run.at * (GROUP / BLOCK);
         return each<GROUP, E2M1::bits>(run, x, codes, [=](const T* from, uint8_t* out, int64_t i, int64_t values) {
-            const int count = int((values + BLOCK - 1) / BLOCK);
-            encode_group(rule, from, count, out, first + i * (GROUP / BLOCK), dual + run.unit + i);
+            uint8_t near[GROUP / 2];
+            const bool past = large && values == GROUP;
+            encode_group(rule, from, int((values + BLOCK - 1) / BLOCK), past ? near : out,
+                         first + i * (GROUP / BLOCK), dual + run.unit + i);
+            if (past) write_past_cache(out, near, GROUP / 2);
             return 0;
         });
     });
@@ -84,9 +100,10 @@ int64_t over_groups(const Dual& rule, const T* x, Shape s, uint8_t* codes, uint8
 
 template <class Kind, class T>
 int64_t over_rows(const Kind& kind, const T* x, Shape s, uint8_t* codes, float* scale) {
+    const bool large = s.rows * s.length >= LARGE;
     return spread(s, s.length, 8, [=](const Run& run) {
         for (int64_t i = run.unit; i < run.unit + run.full; ++i)
-            encode_row(kind, x + i * s.length, s.length, codes + i * s.length, scale + i);
+            encode_row(kind, x + i * s.length, s.length, codes + i * s.length, scale + i, large);
         return 0;
     });
 }
@@ -182,8 +199,8 @@ int64_t encode_rows(const void* x, int64_t type, int64_t rows, int64_t length, i
     return as(x, type, [=](auto* values) {
         if (kind == 0) return over_rows(Int8{}, values, s, codes, scale);
         if (kind == 1) return over_rows(Fp8{}, values, s, codes, scale);
-        if (type == 0) return over_rows(MsmsInt8<true>{float(lowest)}, values, s, codes, scale);
-        return over_rows(MsmsInt8<false>{float(lowest)}, values, s, codes, scale);
+        if (type == 0) return over_rows(MsmsInt8<true>{int(lowest)}, values, s, codes, scale);
+        return over_rows(MsmsInt8<false>{int(lowest)}, values, s, codes, scale);
     });
 }
 

@@ -16,6 +16,7 @@ struct Element {
     static constexpr int bits = 1 + EBITS + MBITS, mbits = MBITS, emax = EMAX, emin = 2 - (1 << (EBITS - 1));
     static constexpr int largest = LARGEST, nan = NAN_CODE, block_bytes = 32 * bits / 8;
     static constexpr bool packed = bits == 4;
+    static constexpr uint32_t max_bits = (LARGEST << (23 - MBITS)) + (uint32_t(emin + 126) << 23);  // float32
 };
 using E4M3 = Element<4, 3, 8, 0x7E, 0x7F>;
 using E5M2 = Element<5, 2, 15, 0x7B, 0x7F>;

@@ -105,6 +105,12 @@ inline void largest_of_batch(const uint16_t* x, uint16_t* out) {
 #endif
 }
 
+// Compilers must not know what is in memory: they would keep 16 scalars in a register and pick them out of it.
+template <class T>
+inline void hide(T& memory) {
+    asm("" : "+m"(memory));
+}
+
 inline U16 smaller(U16 a, uint16_t b) {  // GCC makes two instructions of what the processor has
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
     return (U16)_mm512_min_epu16((__m512i)a, _mm512_set1_epi16(int16_t(b)));

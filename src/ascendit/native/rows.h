@@ -4,13 +4,13 @@
 #include <cmath>
 
 #include "blocks.h"
+#include "streams.h"
 
 namespace ascendit {
 
 constexpr int GROUP = 512;
 
-// x / by; 0 for by = 0.
-inline float divisor(float by) { return by == 0.0f ? INFINITY : by; }
+inline float not_zero(float by) { return by == 0.0f ? INFINITY : by; }
 
 // A group with infinities or NaN: they count as 0, and their blocks are marked afterwards.
 template <class T>
@@ -40,18 +40,20 @@ struct NpuDual {
         return dual < 0x1p-126f ? 0.0f : dual;
     }
     void blocks(const bf16* x, float dual, int count, uint8_t* out, uint8_t* scale) const {
-        const float by = divisor(dual);
+        const float by = not_zero(dual);
         bf16 divided[GROUP];
         for (int i = 0; i < GROUP; ++i) divided[i] = narrow(wide(x[i]) / by);
         if (count == BATCH) {
-            encode_batch<E2M1, Rounding::rint>(divided, table, out, scale, nullptr);
+            Batch<E2M1, Rounding::rint> batch;
+            batch.find_scales(divided, table, scale);
+            batch.encode(table, out, nullptr);
             return;
         }
         for (int b = 0; b < count; ++b)
             encode_block<E2M1, Rounding::rint>(divided + b * BLOCK, table, out + b * E2M1::block_bytes, scale + b);
     }
     void blocks(const float* x, float dual, int count, uint8_t* out, uint8_t* scale) const {
-        const float by = divisor(dual);
+        const float by = not_zero(dual);
         const Rule floor{E2M1::emax, 0x7FFFFF, 0x7FFFFF};
         float divided[BLOCK];
         for (int b = 0; b < count; ++b) {
@@ -69,7 +71,7 @@ struct MsmsDual {
 
     template <class T>
     void blocks(const T* x, float dual, int count, uint8_t* out, uint8_t* scale) const {
-        const float by = divisor(dual);
+        const float by = not_zero(dual);
         float divided[GROUP];
         for (int i = 0; i < GROUP; ++i) divided[i] = wide(x[i]) / by;
         for (int b = 0; b < count; ++b) {
@@ -84,6 +86,7 @@ struct MsmsDual {
 
 template <class Dual, class T>
 inline void encode_group(const Dual& rule, const T* x, int count, uint8_t* out, uint8_t* scale, float* dual) {
+    prefetch_ahead(x, GROUP * sizeof(T));
     const uint32_t top = largest_of(x, GROUP);
     if (top < Input<T>::infinity) {
         *dual = rule.scale(Input<T>::widen(top));
@@ -98,56 +101,57 @@ inline void encode_group(const Dual& rule, const T* x, int count, uint8_t* out, 
 
 // ---- whole rows ---------------------------------------------------------------------------------
 
-// float32 in [-128, 127] to the nearest whole number, ties to even.
-inline uint8_t whole(float x) { return uint8_t(to_bits(x + 12582912.0f)); }
-
-inline float clamped(float x, float low, float high) {
-    x = x < low ? low : x;
-    return x > high ? high : x;
+// float32 to the nearest whole number, ties to even, cut to [lowest, 127].
+inline uint8_t whole(float x, int lowest) {
+    const int n = int(to_bits(x + 12582912.0f)) - int(to_bits(12582912.0f));
+    return uint8_t(std::min(std::max(n, lowest), 127));
 }
 
+// A kind of row has its scale, and its code for a quotient by the scale.
 struct Int8 {  // npu_dynamic_quant
     static constexpr int spoiled = 0;
     static float scale(float amax) { return amax * float(1.0 / 127.0); }
-    template <class T>
-    uint8_t code(T x, float by) const {
-        return whole(clamped(wide(x) / by, -128.0f, 127.0f));
-    }
+    uint8_t code(float steps) const { return whole(steps, -128); }
 };
 
 struct Fp8 {
     static constexpr int spoiled = E4M3::nan;
     static float scale(float amax) { return amax * float(1.0 / 448.0); }
-    template <class T>
-    uint8_t code(T x, float by) const {
-        const float steps = wide(x) / by;
-        return code_of<E4M3, Rounding::rint>(steps, steps);
-    }
+    uint8_t code(float steps) const { return code_of<E4M3, Rounding::rint>(steps, steps); }
 };
 
 template <bool ROUNDED>
 struct MsmsInt8 {  // steps in the type of the weight, rounded if that is bfloat16
     static constexpr int spoiled = 0;
-    float lowest;
+    int lowest;
     static float step(float x) { return ROUNDED ? wide(narrow(x)) : x; }
     static float scale(float amax) { return std::max(step(amax / 127.0f), 0x1p-23f); }
-    template <class T>
-    uint8_t code(T x, float by) const {
-        return whole(clamped(step(wide(x) / by), lowest, 127.0f));
-    }
+    uint8_t code(float steps) const { return whole(step(steps), lowest); }
 };
 
 template <class Kind, class T>
-inline void encode_row(const Kind kind, const T* __restrict x, int64_t n, uint8_t* __restrict out, float* scale) {
+inline void codes_of_row(const Kind kind, const T* __restrict x, int64_t n, float by, uint8_t* __restrict out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = kind.code(wide(x[i]) / by);
+}
+
+template <class Kind, class T>
+inline void encode_row(const Kind kind, const T* x, int64_t n, uint8_t* out, float* scale, bool large) {
     const uint32_t top = largest_of(x, n);
-    const bool finite = top < Input<T>::infinity;
-    *scale = finite ? kind.scale(Input<T>::widen(top)) : NAN;
-    if (!finite) {
+    if (top >= Input<T>::infinity) {
+        *scale = NAN;
         std::memset(out, kind.spoiled, n);
         return;
     }
-    const float by = divisor(*scale);
-    for (int64_t i = 0; i < n; ++i) out[i] = kind.code(x[i], by);
+    *scale = kind.scale(Input<T>::widen(top));
+    const float by = not_zero(*scale);
+    int64_t at = 0;
+    for (constexpr int STEP = 512; large && at + STEP <= n; at += STEP) {
+        uint8_t near[STEP];
+        prefetch_ahead(x + at + n - AHEAD / sizeof(T), STEP * sizeof(T));  // of the next row
+        codes_of_row(kind, x + at, STEP, by, near);
+        write_past_cache(out + at, near, STEP);
+    }
+    codes_of_row(kind, x + at, n - at, by, out + at);
 }
 
 }  // namespace ascendit

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "streams.h"
+
 namespace ascendit {
 
 struct Shape {
@@ -48,11 +50,16 @@ int64_t spread(Shape s, int64_t unit, int bits, F f) {
         const int64_t step = std::max<int64_t>(1, values / unit);
         int64_t sum = 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : sum)
-        for (int64_t first = 0; first < all; first += step) sum += stretch(first, std::min(all, first + step));
+        for (int64_t first = 0; first < all; first += step) {
+            sum += stretch(first, std::min(all, first + step));
+            end_of_writes();
+        }
         return sum;
     }
 #endif
-    return stretch(0, all);
+    const int64_t sum = stretch(0, all);
+    end_of_writes();
+    return sum;
 }
 
 // one(x, out, unit of the run, values) for each unit of a run; the sum of what it returns. A short unit is filled
