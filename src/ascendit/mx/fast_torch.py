@@ -103,7 +103,7 @@ def _dual_step(form: Format, rule: str, n: int, length: int) -> _Step:
         values = _filled(rows, length)
         count = values.shape[0]
         top = codes_of.largest(values).view(count, -1, form.coarse // form.block).amax(-1)
-        dual = duals[top]
+        dual = duals[top.to(torch.int64)]
         assert out.dual is not None
         out.dual.copy_(dual)
         groups = wide[:count].copy_(values).view(count, -1, form.coarse)
@@ -154,31 +154,31 @@ class _Blocks:
         self.twelve = torch.tensor(12, dtype=torch.int32)
 
     def largest(self, rows: Tensor) -> Tensor:
-        """int32 [blocks], the bits of the largest magnitude; _INFINITY or more if one is not finite."""
+        """int16 [blocks], the bits of the largest magnitude; _INFINITY or more if one is not finite."""
         count = rows.numel() // 32
         magnitudes, wide = self.buffers[0][:count], self.wide[:count]
         torch.bitwise_and(rows.view(torch.int16).view(-1, 32), self.number[0x7FFF], out=magnitudes)
-        top = wide.copy_(magnitudes.view(torch.bfloat16)).amax(-1)
-        return (top.view(torch.int32) & 0x7FFFFFFF).bitwise_right_shift_(16)
+        top = wide.copy_(magnitudes.view(torch.bfloat16)).amax(-1).to(torch.bfloat16)
+        return top.view(torch.int16).bitwise_and_(self.number[0x7FFF])  # a NaN may have come out negative
 
     def __call__(self, rows: Tensor, out: Parts) -> Tensor:
         """Codes and scale into `out`; bool [n, blocks], the blocks to be done again."""
         top = self.largest(rows)
-        byte = ((top + self.round_up) >> 7).sub_(self.shift).clamp_(min=0)
+        byte = (top + self.round_up).bitwise_right_shift_(self.number[7]).sub_(self.shift).clamp_(min=0)
         again = top >= _INFINITY
         shape = rows.shape[0], -1
+        out.scale.copy_(byte.view(shape)[:, : out.scale.shape[1]])
         if self.element.bits == 8:
             scaled = self._scaled(rows, byte).view(shape)[:, : out.codes.shape[1]]
             out.codes.view(FLOAT8[self.element.name]).copy_(scaled)  # rounds as IEEE does
         else:
-            out.codes.copy_(self._packed(rows, byte).view(shape)[:, : out.codes.shape[1]])
             again |= (byte < FIRST_BYTE) & (top > 0)
-        out.scale.copy_(byte.view(shape)[:, : out.scale.shape[1]])
+            out.codes.copy_(self._packed(rows, byte).view(shape)[:, : out.codes.shape[1]])
         return again.view(shape)[:, : out.scale.shape[1]]
 
     def _scaled(self, rows: Tensor, byte: Tensor) -> Tensor:
         """bfloat16 within the range of the element."""
-        powers = (2 * scales.BIAS - byte).mul_(128).to(torch.int16).view(torch.bfloat16)
+        powers = byte.neg_().add_(2 * scales.BIAS).mul_(128).view(torch.bfloat16)
         scaled = self.buffers[0][: byte.numel()].view(torch.bfloat16)
         torch.mul(rows.view(-1, 32), powers.unsqueeze(1), out=scaled)
         return scaled.clamp_(-self.element.max, self.element.max) if self.saturates else scaled
@@ -192,7 +192,7 @@ class _Blocks:
         """
         mbits, number = self.element.mbits, self.number
         a, t, s = (b[: byte.numel()] for b in self.buffers)
-        base = (byte.clamp(min=FIRST_BYTE) + (self.element.emin - 1)).mul_(128).to(torch.int16)
+        base = byte.clamp_(min=FIRST_BYTE).add_(self.element.emin - 1).mul_(128)
         torch.sub(a, base.unsqueeze(1), out=t)
         t.clamp_(min=-2048)
         torch.clamp(t, max=127, out=s).bitwise_right_shift_(number[7]).add_(mbits)
