@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from ascendit.convert.quantize import quantize
     from ascendit.convert.repack import repack
     from ascendit.errors import AscenditError
-    from ascendit.pipeline.generate import Pipeline, load
+    from ascendit.pipeline.generate import Pipeline
     from ascendit.pipeline.inspect import inspect
+    from ascendit.pipeline.loading import load
     from ascendit.pipeline.request import GenerateRequest
     from ascendit.pipeline.video import Video
 
@@ -29,7 +30,7 @@ _WHERE = {
     "Pipeline": "ascendit.pipeline.generate",
     "Video": "ascendit.pipeline.video",
     "inspect": "ascendit.pipeline.inspect",
-    "load": "ascendit.pipeline.generate",
+    "load": "ascendit.pipeline.loading",
     "quantize": "ascendit.convert.quantize",
     "repack": "ascendit.convert.repack",
 }

@@ -39,6 +39,7 @@ CODES: dict[str, str] = {
     "E-CKP-10": "what was written is not what was read",
     "E-QNT-01": "layer or model cannot be quantized as asked",
     "E-QNT-02": "known to lose too much accuracy; needs --force",
+    "E-QNT-03": "quantized weights cannot be changed as asked",
     "E-ENG-01": "this engine cannot run such a checkpoint",
     "E-LRA-01": "LoRA key that fits nothing, or half of a pair",
     "E-HUB-01": "hub name, revision or file cannot be had",
@@ -49,6 +50,9 @@ CODES: dict[str, str] = {
     "E-ENV-02": "output folder cannot be written",
     "E-ENV-03": "device not present",
     "E-ENV-04": "disk full",
+    "E-CAP-01": "this chip has no such operator or scheme",
+    "E-TWN-01": "call that an NPU would refuse",
+    "E-TWN-02": "torch_npu and the twin in one process",
     "E-MEM-01": "out of memory",
     "E-CAN-01": "cancelled",
 }

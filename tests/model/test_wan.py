@@ -191,7 +191,7 @@ def test_nothing_is_computed_twice(tiny_t2v_single: Path) -> None:
     ours, _ = pair(tiny_t2v_single)
     x, text = inputs(ours)
     first = ours.prepare(ours.grid_of(x), text)
-    second = ours.prepare(ours.grid_of(x), torch.zeros_like(text), share=first)
+    second = ours.prepare(first.shared, torch.zeros_like(text))
     assert second.shared is first.shared
     ours(x, 500.0, first)
     made = first.shared.modulation_for((500.0,), (TOKENS,), pytest.fail)

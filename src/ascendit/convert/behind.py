@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from ascendit.checkpoint.store import TensorInfo
 from ascendit.checkpoint.write import ShardWriter
@@ -14,6 +14,18 @@ from ascendit.checkpoint.write import ShardWriter
 Data = bytes | bytearray | memoryview
 WAITING = 2
 """Pieces that wait or are being written, at most; a ring of buffers needs one more."""
+
+
+class Sink(Protocol):
+    """Where `ExpertWriter` puts tensors: a file, or memory."""
+
+    def done(self, name: str) -> bool: ...
+
+    def append(self, name: str, data: Data) -> None: ...
+
+    def move(self, info: TensorInfo, name: str) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 class WriteBehind:

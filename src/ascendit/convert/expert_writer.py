@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from ascendit.checkpoint.store import TensorInfo
 from ascendit.checkpoint.write import TensorSpec
 from ascendit.convert import stream
-from ascendit.convert.behind import Data, WriteBehind
+from ascendit.convert.behind import Data, Sink
 from ascendit.convert.direct import Coded, DirectEncoder, direct_encoder
 from ascendit.convert.expert_plan import ROTATIONS, ExpertPlan
 from ascendit.convert.rewrite import recode
@@ -48,7 +48,7 @@ class ExpertWriter:
         self,
         plan: ExpertPlan,
         reader: stream.RowReader,
-        writer: WriteBehind,
+        writer: Sink,
         *,
         folds: Folds | None = None,
         measure: bool = False,

@@ -64,6 +64,10 @@ class RowReader:
         self._fill(info, info.start, memoryview(data))
         return bytes(data)
 
+    def into(self, info: TensorInfo, view: memoryview) -> None:
+        """All bytes of a tensor into `view`."""
+        self._fill(info, info.start, view[: info.nbytes])
+
     def _fill(self, info: TensorInfo, offset: int, view: memoryview) -> None:
         handle = self._files.get(info.file)
         if handle is None:

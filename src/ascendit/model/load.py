@@ -1,7 +1,10 @@
-"""Fill a model from disk: built on the meta device, shard by shard, strict.
+"""Fill a model from disk: built on the meta device, tensor by tensor, strict.
 
-Names, shapes and dtypes are compared from the headers before a byte of a tensor is read. One tensor is
-in memory at a time beside the model itself.
+    model = load_transformer(part, bind("cpu"))      # floats, or codes by their manifest
+    model = load_transformer(part, bind("cpu"), online=Online.of("mxfp8", None))
+
+Names, shapes and dtypes are compared from the headers before a byte of a tensor is read. A quantized layer
+never exists as floats: beside the model itself there are some rows, or one tensor, at a time.
 """
 
 from __future__ import annotations
@@ -9,107 +12,152 @@ from __future__ import annotations
 import importlib
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ascendit.checkpoint.expert import Expert, read_expert
 from ascendit.checkpoint.layout import Part
-from ascendit.checkpoint.names import TOLERATED
 from ascendit.checkpoint.store import TORCH_DTYPES, Shards, TensorInfo, listed
+from ascendit.checkpoint.values import check_positive
+from ascendit.checkpoint.write import TensorSpec
+from ascendit.convert.expert_plan import ExpertPlan
+from ascendit.convert.feed import TensorSink, feed, stored_steps
+from ascendit.convert.rewrite import to_float32
+from ascendit.convert.source_rows import SourceRows
+from ascendit.convert.stream import RowReader
 from ascendit.errors import CheckpointError
+from ascendit.model.arrange import Arrangement, Coded
+from ascendit.model.arrange import nbytes as nbytes
+from ascendit.model.linear import QuantLinear
+from ascendit.model.online import Online
 from ascendit.model.wan import WanConfig, WanTransformer
 from ascendit.ops.bind import Ops
 
 log = logging.getLogger("ascendit")
 
-FLOATS = ("F32", "BF16", "F16")
-
 
 def load_transformer(
-    part: Part, ops: Ops, *, device: str = "cpu", dtype: torch.dtype | None = None
+    part: Part,
+    ops: Ops,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    online: Online | None = None,
 ) -> WanTransformer:
-    """The transformer in `part`, on `device`.
+    """The transformer in `part`, on `device`. `online`: a recipe for a float checkpoint.
 
-    `dtype`: of the tokens and linears; None = as stored, on a CPU, else bfloat16. What Diffusers keeps in
-    float32 is kept here too. Raises CheckpointError E-CKP-04 that lists missing, left over, misshapen
-    and wrong-dtype tensors.
+    Errors as `read_expert`, `Online.plan` and `load_expert`.
+    """
+    expert = read_expert(part)
+    return load_expert(expert, online.plan(expert) if online else None, ops, device=device, dtype=dtype)
+
+
+def load_expert(
+    expert: Expert,
+    plan: ExpertPlan | None,
+    ops: Ops,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    floats: bool = False,
+) -> WanTransformer:
+    """The transformer of `expert`, quantized by `plan`, or as it is stored.
+
+    `dtype`: of the tokens and of what is not quantized; None = as stored, on a CPU, else bfloat16. What
+    Diffusers keeps in float32 is kept here too. `floats`: BF16 weights are kept beside the codes.
+    Raises CheckpointError E-CKP-06 for a config that is no Wan transformer's, E-CKP-08 for scales that cannot
+    be; EnvironmentProblem E-CAP-01 for a scheme that this chip has no matmul for.
     """
     with torch.device("meta"):
-        model = WanTransformer(WanConfig.from_dict(part.config), ops)
-    with Shards.open(part.path, part.stem) as shards:
-        wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        compare(part, wanted, shards.tensors)
-        dtype = dtype or default_dtype(shards, device)
-        for _, infos in shards.by_file():
-            for info in infos:
-                if info.name in wanted:
-                    keep = any(k in info.name.split(".") for k in model.KEEP_FP32)
-                    place(model, info.name, shards.read(info.name), device, torch.float32 if keep else dtype)
-    log.info("%s: %s on %s, %.2f GiB", part.name, str(dtype)[6:], device, nbytes(model) / 2**30)
+        model = WanTransformer(WanConfig.from_dict(expert.config), ops)
+    specs = list(plan.specs) if plan else stored_steps(expert).specs
+    coded = planned_layers(plan) if plan else stored_layers(expert)
+    for scheme in {layer.scheme for layer in coded.values()} - {"bf16"}:
+        ops.quantized.form(scheme)
+    dtype = dtype or default_dtype((s for s in specs if s.name.rpartition(".")[0] not in coded), device)
+    put = Arrangement(model, specs, coded, ops.quantized, device=device, dtype=dtype, wide=model.KEEP_FP32)
+    feed(expert, plan, TensorSink(specs, put.room, put.arrived))
+    if floats and plan:
+        keep_floats(model, plan, device, dtype)
+    say_attention(expert)
+    used = ", ".join(f"{n} {s}" for s, n in Counter(x.scheme for x in coded.values()).items())
+    log.info(
+        "%s: %s%s on %s, %.2f GiB",
+        expert.name, str(dtype)[6:], f" and {used} layers" if used else "", device, nbytes(model) / 2**30,
+    )  # fmt: skip
     return model.eval()
 
 
-def refuse_quantized(part: Part) -> None:
-    """Raise E-QNT-01 for codes and scales, from the headers alone."""
-    with Shards.open(part.path, part.stem) as shards:
-        coded = [n for n in shards.tensors if n.rpartition(".")[2] in ("weight_scale", "weight_scale_inv")]
-    if coded:
-        raise CheckpointError(
-            f"{part.path} is quantized: {len(coded)} layers have scales",
-            needs=f"weights in {', '.join(FLOATS)}: quantized folders are written so far, not run",
-            fix="generate with the BF16 model; ascendit inspect tells which engines run this folder",
-            code="E-QNT-01",
-        )
-
-
-def compare(part: Part, wanted: dict[str, tuple[int, ...]], found: dict[str, TensorInfo]) -> None:
-    """Raise E-CKP-04 unless `found` holds exactly `wanted`, in floating point."""
-    extra = [n for n in found if n not in wanted and not any(k in n for k in TOLERATED)]
-    shared = [n for n in wanted if n in found]
-    problems = {
-        "missing": [n for n in wanted if n not in found],
-        "left over": extra,
-        "misshapen": [
-            f"{n} {list(found[n].shape)} instead of {list(wanted[n])}"
-            for n in shared
-            if found[n].shape != wanted[n]
-        ],
-        "of a wrong dtype": [f"{n} {found[n].dtype}" for n in shared if found[n].dtype not in FLOATS],
+def planned_layers(plan: ExpertPlan) -> dict[str, Coded]:
+    """The layers that a recipe quantizes."""
+    shapes = {name: plan.weight(name).shape for name in plan.coded}
+    return {
+        name: Coded(layer.scheme, (shapes[name][0], shapes[name][1])) for name, layer in plan.coded.items()
     }
-    bad = {kind: names for kind, names in problems.items() if names}
-    if bad:
-        raise CheckpointError(
-            f"{part.path}: " + "; ".join(f"{len(v)} tensors {k}: {listed(v)}" for k, v in bad.items()),
-            needs=f"the {len(wanted)} tensors of this {part.class_name}, in {', '.join(FLOATS)}",
-            fix="download the part again, or check that config.json and the weights belong together",
-            code="E-CKP-04",
-        )
 
 
-def default_dtype(shards: Shards, device: str) -> torch.dtype:
+def stored_layers(expert: Expert) -> dict[str, Coded]:
+    """The layers that are codes on disk, or smoothed, with their `mul_scale`."""
+    found = {}
+    with RowReader() as reader:
+        for name, layer in expert.layers.items():
+            scheme = "bf16" if layer.scheme == "fp8_128x128" else layer.scheme
+            smooth = layer.tensors.get("mul_scale")
+            if scheme != "bf16" or smooth is not None:
+                scale = None if smooth is None else _mul_scale(smooth, reader)
+                found[name] = Coded(scheme, layer.shape, scale)
+    return found
+
+
+def _mul_scale(info: TensorInfo, reader: RowReader) -> Tensor | None:
+    """float32 [K]; None for ones, which change nothing."""
+    data = reader.whole(info)
+    check_positive(data, info.dtype, info.name)
+    scale = torch.frombuffer(bytearray(to_float32(data, info.dtype, info.name)), dtype=torch.float32)
+    return None if bool((scale == 1).all()) else scale
+
+
+def keep_floats(model: nn.Module, plan: ExpertPlan, device: str, dtype: torch.dtype) -> None:
+    """Give every quantized layer its weight and bias as they were, for steps in BF16."""
+    with RowReader() as reader:
+        rows = SourceRows(plan, reader, None)
+
+        def whole(name: str) -> Tensor | None:
+            info = plan.expert.tensors.get(name)
+            if info is None:
+                return None
+            value = torch.empty(info.shape, dtype=dtype)
+            for start, part in rows.blocks(name, info):
+                value[start : start + part.shape[0]] = part
+            return value.to(device)
+
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear):
+                weight = whole(f"{name}.weight")
+                assert weight is not None, name
+                module.floats = (weight, whole(f"{name}.bias"))
+
+
+def say_attention(expert: Expert) -> None:
+    """Log once what the manifest asks of attentions and is not done."""
+    if found := Counter(expert.attention.values()):
+        asked = ", ".join(f"{word} for {n}" for word, n in found.items())
+        log.warning("%s: quantized attention (%s) runs in BF16 here", expert.name, asked)
+
+
+def default_dtype(specs: Iterator[TensorSpec] | Sequence[TensorSpec], device: str) -> torch.dtype:
     """The dtype most bytes are stored in, on a CPU; bfloat16 elsewhere."""
     if device != "cpu":
         return torch.bfloat16
     count: Counter[str] = Counter()
-    for info in shards.tensors.values():
-        count[info.dtype] += info.nbytes
+    for spec in specs:
+        count[spec.dtype] += spec.nbytes
     dtype: torch.dtype = getattr(torch, TORCH_DTYPES[count.most_common(1)[0][0]])
     return dtype
-
-
-def place(model: nn.Module, name: str, value: Tensor, device: str, dtype: torch.dtype) -> None:
-    """Put `value` where the meta parameter `name` is."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    module.register_parameter(leaf, nn.Parameter(value.to(device, dtype), requires_grad=False))
-
-
-def nbytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers."""
-    return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 
 
 @contextmanager
@@ -135,7 +183,8 @@ def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
     CheckpointError E-CKP-04.
     """
     with Shards.open(part.path, part.stem) as shards:
-        dtype = dtype or default_dtype(shards, "cpu")
+        specs = [TensorSpec(i.name, i.dtype, i.shape) for i in shards.tensors.values()]
+        dtype = dtype or default_dtype(specs, "cpu")
     cls = getattr(importlib.import_module(part.library), part.class_name)
     options: dict[str, Any] = {"torch_dtype": dtype}
     if part.library == "transformers":  # it names misshapen tensors only when told not to stop at them

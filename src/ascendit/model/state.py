@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ascendit.model.policy import Precision, StepPolicy
+
 Grid = tuple[int, int, int]
 """(frames, height, width) in patches."""
 KeyValue = tuple[Tensor, Tensor]
-"""Keys and values [1, L, H, d]."""
+"""Keys and values [B, L, H, d]."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,14 @@ class DenoiseState:
     """Cross-attention keys and values of the prompt, one pair for each block."""
     image: list[KeyValue] | None = None
     """The same of the CLIP image tokens (Wan2.1 I2V)."""
+    policy: StepPolicy = field(default_factory=StepPolicy)
+    """Which precision each step runs in, where the weights leave a choice."""
     step: int = 0
+
+    @property
+    def precision(self) -> Precision:
+        """Of the current step."""
+        return self.policy.at(self.step)
 
     @property
     def num_tokens(self) -> int:

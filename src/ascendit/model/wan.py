@@ -7,7 +7,7 @@ for the first frame and another for the rest, and Wan2.1 I2V's image cross-atten
     for t in timesteps:
         v = model(x, t, state)                        # 10 - 2 linears a block; text K/V are not redone
 
-Shapes: B = 1, S video tokens, L text tokens, D width, H heads, d head size, R distinct timesteps.
+Shapes: B videos, S video tokens, L text tokens, D width, H heads, d head size, R distinct timesteps.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ascendit.errors import CheckpointError
+from ascendit.model.linear import Tokens, dtype_of, linear
+from ascendit.model.policy import Precision, StepPolicy
 from ascendit.model.state import DenoiseState, Grid, KeyValue, Modulation, RopeTable, Shared, rope_table
 from ascendit.ops.bind import Ops
 
@@ -179,47 +181,54 @@ class WanTransformer(nn.Module):
         return self.patch_embedding.weight.device
 
     def grid_of(self, x: Tensor) -> Grid:
-        """Patches along frames, height and width of latents [1, C, F, H, W]."""
+        """Patches along frames, height and width of latents [B, C, F, H, W]."""
         f, h, w = (n // p for n, p in zip(x.shape[2:], self.config.patch_size, strict=True))
         return f, h, w
 
     # ---- once for each prompt -------------------------------------------------------------------
 
-    def prepare(
-        self,
-        grid: Grid,
-        text: Tensor,
-        image: Tensor | None = None,
-        share: DenoiseState | None = None,
-        timesteps: Collection[float] = (),
-    ) -> DenoiseState:
-        """Everything a run needs that no step changes.
+    def share(self, grid: Grid, timesteps: Collection[float] = ()) -> Shared:
+        """What the CFG branches have in common: RoPE tables, and the modulation of the current step.
 
-        text [1, L, text_dim]; image [1, T, image_dim] CLIP tokens or None; `share`: the state of the
-        other CFG branch, whose RoPE tables and modulation are used again; `timesteps`: those that will
-        come, so that no step has to wait for a copy to the device.
+        `timesteps`: those that will come, so that no step has to wait for a copy to the device.
         """
-        shared = share.shared if share else self._shared(grid, tuple(timesteps))
-        text = self._embed_text(text.to(self.device, self.dtype))
-        embedded = None if image is None else self._embed_image(image.to(self.device, self.dtype))
-        pairs = [self._keys(b.attn2, text, b.attn2.to_k, b.attn2.to_v, b.attn2.norm_k) for b in self.blocks]
-        if embedded is None:
-            return DenoiseState(shared, pairs)
-        added = [
-            self._keys(a, embedded, a.add_k_proj, a.add_v_proj, a.norm_added_k)
-            for a in (b.attn2 for b in self.blocks)
-        ]
-        return DenoiseState(shared, pairs, added)
-
-    def _shared(self, grid: Grid, timesteps: tuple[float, ...]) -> Shared:
         table = rope_table(grid, self.config.attention_head_dim, device=self.device)
         rope = RopeTable(*self.ops.prepare("rope", table.cos, table.sin, dtype=self.dtype))
-        rows = self.sinusoids(timesteps).split(1) if timesteps else ()
+        rows = self.sinusoids(tuple(timesteps)).split(1) if timesteps else ()
         return Shared(grid, rope, dict(zip(timesteps, rows, strict=True)))
 
-    def _keys(self, attn: Attention, x: Tensor, to_k: nn.Module, to_v: nn.Module, norm: Norm) -> KeyValue:
-        k = self.ops.rms_norm(self._linear(to_k, x), norm.weight, self.config.eps)
-        return self._heads(k), self._heads(self._linear(to_v, x))
+    def prepare(
+        self,
+        where: Grid | Shared,
+        text: Tensor,
+        image: Tensor | None = None,
+        *,
+        timesteps: Collection[float] = (),
+        policy: StepPolicy | None = None,
+        step: int = 0,
+    ) -> DenoiseState:
+        """Everything of one CFG branch that no step changes; text keys and values in the precision of `step`.
+
+        `where`: a grid, or what `share` made for it and another branch uses too. text [B, L, text_dim];
+        image [B, T, image_dim] CLIP tokens or None. `timesteps`: as for `share`.
+        """
+        shared = where if isinstance(where, Shared) else self.share(where, timesteps)
+        state = DenoiseState(shared, [], policy=policy or StepPolicy(), step=step)
+        now = state.precision
+        tokens = Tokens(self._embed_text(text.to(self.device, self.dtype)))
+        for b in self.blocks:
+            state.text.append(self._keys(tokens, b.attn2.to_k, b.attn2.to_v, b.attn2.norm_k, now))
+        if image is not None:
+            tokens = Tokens(self._embed_image(image.to(self.device, self.dtype)))
+            state.image = [
+                self._keys(tokens, a.add_k_proj, a.add_v_proj, a.norm_added_k, now)
+                for a in (b.attn2 for b in self.blocks)
+            ]
+        return state
+
+    def _keys(self, tokens: Tokens, to_k: nn.Module, to_v: nn.Module, norm: Norm, now: Precision) -> KeyValue:
+        k = self.ops.rms_norm(self._linear(to_k, tokens, now), norm.weight, self.config.eps)
+        return self._heads(k), self._heads(self._linear(to_v, tokens, now))
 
     def _embed_text(self, text: Tensor) -> Tensor:
         e = self.condition_embedder.text_embedder
@@ -255,7 +264,7 @@ class WanTransformer(nn.Module):
         missing = len(rows) < len(timesteps)
         sinusoid = self.sinusoids(timesteps) if missing else rows[0] if len(rows) == 1 else torch.cat(rows)
         first, second = e.time_embedder.linear_1, e.time_embedder.linear_2
-        hidden = nn.functional.silu(self._linear(first, sinusoid.to(first.weight.dtype)))
+        hidden = nn.functional.silu(self._linear(first, sinusoid.to(dtype_of(first))))
         temb = self._linear(second, hidden).to(self.dtype)  # [R, D]
         step = self._linear(e.time_proj, nn.functional.silu(temb)).float().view(len(timesteps), 6, -1)
         tables = torch.cat([b.scale_shift_table for b in self.blocks]).float()  # [num_layers, 6, D]
@@ -272,7 +281,7 @@ class WanTransformer(nn.Module):
         state: DenoiseState,
         spans: tuple[int, ...] | None = None,
     ) -> Tensor:
-        """One denoising forward: latents [1, in_channels, F, H, W] -> velocity [1, out_channels, F, H, W].
+        """One denoising forward: latents [B, in_channels, F, H, W] -> velocity [B, out_channels, F, H, W].
 
         `timestep`: one number, or R numbers with `spans`, the count of neighbouring tokens that each is
         for (TI2V: the tokens of the given first frame are at 0).
@@ -291,8 +300,8 @@ class WanTransformer(nn.Module):
         return self._unpatchify(self._linear(self.proj_out, tokens), state.shared.grid)
 
     def run_block(self, i: int, block: Any, x: Tensor, mod: Modulation, state: DenoiseState) -> Tensor:
-        """Block `i` on tokens [1, S, D]."""
-        ops, eps, spans = self.ops, self.config.eps, mod.spans
+        """Block `i` on tokens [B, S, D]."""
+        ops, eps, spans, now = self.ops, self.config.eps, mod.spans, state.precision
         (shift, scale), (c_shift, c_scale) = mod.norms[i]  # each [R, D]
         gate, c_gate = mod.gates[i]
         y = ops.adaln(x, scale, shift, spans, eps)
@@ -300,41 +309,45 @@ class WanTransformer(nn.Module):
         y = x if block.norm2 is None else ops.layer_norm(x, block.norm2.weight, block.norm2.bias, eps)
         x = x + self._cross_attention(block.attn2, y, state, i)
         y = ops.adaln(x, c_scale, c_shift, spans, eps)
-        y = self._linear(block.ffn.net[2], ops.gelu_tanh(self._linear(block.ffn.net[0].proj, y)))
-        return ops.gated_residual(x, y, c_gate, spans)
+        y = ops.gelu_tanh(self._linear(block.ffn.net[0].proj, y, now))
+        return ops.gated_residual(x, self._linear(block.ffn.net[2], y, now), c_gate, spans)
 
     def _self_attention(self, attn: Any, x: Tensor, state: DenoiseState) -> Tensor:
-        ops, rope = self.ops, state.shared.rope
-        q = self._heads(ops.rms_norm(self._linear(attn.to_q, x), attn.norm_q.weight, self.config.eps))
-        k = self._heads(ops.rms_norm(self._linear(attn.to_k, x), attn.norm_k.weight, self.config.eps))
-        v = self._heads(self._linear(attn.to_v, x))
+        ops, rope, now, eps = self.ops, state.shared.rope, state.precision, self.config.eps
+        tokens = Tokens(x)  # quantized once for the three of them
+        q = self._heads(ops.rms_norm(self._linear(attn.to_q, tokens, now), attn.norm_q.weight, eps))
+        k = self._heads(ops.rms_norm(self._linear(attn.to_k, tokens, now), attn.norm_k.weight, eps))
+        v = self._heads(self._linear(attn.to_v, tokens, now))
         q, k = ops.rope(q, rope.cos, rope.sin), ops.rope(k, rope.cos, rope.sin)
-        return self._linear(attn.to_out[0], ops.attention(q, k, v).flatten(2))
+        return self._linear(attn.to_out[0], ops.attention(q, k, v).flatten(2), now)
 
     def _cross_attention(self, attn: Any, x: Tensor, state: DenoiseState, i: int) -> Tensor:
-        q = self._heads(self.ops.rms_norm(self._linear(attn.to_q, x), attn.norm_q.weight, self.config.eps))
+        now = state.precision
+        q = self._heads(
+            self.ops.rms_norm(self._linear(attn.to_q, x, now), attn.norm_q.weight, self.config.eps)
+        )
         y = self.ops.attention(q, *state.text[i])
         if state.image is not None:
             y = y + self.ops.attention(q, *state.image[i])
-        return self._linear(attn.to_out[0], y.flatten(2))
+        return self._linear(attn.to_out[0], y.flatten(2), now)
 
     # ---- shapes ---------------------------------------------------------------------------------
 
-    def _linear(self, m: Any, x: Tensor) -> Tensor:
-        return self.ops.linear(x, m.weight, m.bias)
+    def _linear(self, m: Any, x: Tensor | Tokens, now: Precision = "stored") -> Tensor:
+        return linear(self.ops, m, x, now)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.config.num_attention_heads, -1)  # [1, S, H, d]
+        return x.view(*x.shape[:2], self.config.num_attention_heads, -1)  # [B, S, H, d]
 
     def _patchify(self, x: Tensor) -> Tensor:
-        """[1, C, F, H, W] -> [1, S, D]. A convolution whose stride is its kernel is one matmul."""
-        (pf, ph, pw), (f, h, w) = self.config.patch_size, self.grid_of(x)
-        x = x.to(self.dtype).view(1, -1, f, pf, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        """[B, C, F, H, W] -> [B, S, D]. A convolution whose stride is its kernel is one matmul."""
+        (pf, ph, pw), (f, h, w), b = self.config.patch_size, self.grid_of(x), x.shape[0]
+        x = x.to(self.dtype).view(b, -1, f, pf, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
         m = self.patch_embedding
-        return self.ops.linear(x.reshape(1, f * h * w, -1), m.weight.flatten(1), m.bias)
+        return self.ops.linear(x.reshape(b, f * h * w, -1), m.weight.flatten(1), m.bias)
 
     def _unpatchify(self, x: Tensor, grid: Grid) -> Tensor:
-        """[1, S, pf * ph * pw * C] -> [1, C, F, H, W]."""
-        (pf, ph, pw), (f, h, w) = self.config.patch_size, grid
-        x = x.view(1, f, h, w, pf, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
-        return x.reshape(1, -1, f * pf, h * ph, w * pw)
+        """[B, S, pf * ph * pw * C] -> [B, C, F, H, W]."""
+        (pf, ph, pw), (f, h, w), b = self.config.patch_size, grid, x.shape[0]
+        x = x.view(b, f, h, w, pf, ph, pw, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.reshape(b, -1, f * pf, h * ph, w * pw)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ascendit.errors import UsageError
 from ascendit.ops import reference
-from ascendit.ops.quantized import LinearForm, Schemes
+from ascendit.ops.quantized import Emulate, LinearChoice, Schemes, parse_rules, to_emulate
 
 if TYPE_CHECKING:
     from ascendit.device.backends import Device
@@ -71,12 +72,18 @@ NAMES = tuple(f.name for f in dataclasses.fields(Ops) if f.type == "Function")
 
 
 def bind(
-    device: Device | str, force: str | None = None, *, fast_layernorm: bool = False, emulate: bool = False
+    device: Device | str,
+    force: str | None = None,
+    *,
+    fast_layernorm: bool = False,
+    emulate: Emulate | bool | None = None,
+    activation_rule: str | None = None,
 ) -> Ops:
     """The operators for `device` ("cpu", "cuda:1", "twin:a5"). `force`: None or "reference".
 
-    `fast_layernorm`: layer norms by MindIE-SD where the device has it. `emulate`: allow schemes that the
-    chip has no matmul for.
+    `fast_layernorm`: layer norms by MindIE-SD where the device has it. `emulate`: schemes that the device has
+    no matmul for are decoded on each use, or once; a chip refuses them without it. `activation_rule`: scale
+    rules of the tokens, as `mxfp8=floor,mxfp4=max:7`, for schemes where it is not the default one.
     """
     if force not in (None, "reference"):
         raise UsageError(
@@ -92,10 +99,14 @@ def bind(
     for reason in dict.fromkeys(c.reason for c in chosen.values()):
         names = ", ".join(n for n, c in chosen.items() if c.reason == reason)
         log.info("operators on %s: %s -> %s (--set ops=reference for the plain ones)", found, names, reason)
-    native = None if force else _native_linear(found)
+    wish = to_emulate(emulate)
+    if force and wish is None:
+        wish = "decode-on-use"
     return Ops(
         **{n: c.function for n, c in chosen.items()},
-        quantized=Schemes(found, native, emulate=emulate or force is not None),
+        quantized=Schemes(
+            found, {} if force else _linear_forms(found, wish), wish, parse_rules(activation_rule)
+        ),
         prepared={n: c.prepare for n, c in chosen.items() if c.prepare},
         choices={n: c.reason for n, c in chosen.items()},
     )
@@ -109,13 +120,13 @@ def _device(device: Device | str) -> Device:
     return open_device(found) if found.operators == "npu" else found
 
 
-def _native_linear(device: Device) -> LinearForm | None:
-    """The quantized linear layers that this kind of device computes on codes."""
-    if device.operators != "npu":
-        return None
-    from ascendit.ops import npu_linear
-
-    return npu_linear.FORM
+def _linear_forms(device: Device, emulate: Emulate | None) -> Mapping[str, LinearChoice]:
+    """Scheme -> how this kind of device computes a linear layer on codes."""
+    if importlib.util.find_spec(f"ascendit.ops.{device.operators}_linear") is None:
+        return {}
+    family: Any = importlib.import_module(f"ascendit.ops.{device.operators}_linear")
+    found: Mapping[str, LinearChoice] = family.forms(device, emulate)
+    return found
 
 
 def _fast_forms(device: Device, fast_layernorm: bool) -> dict[str, Choice]:

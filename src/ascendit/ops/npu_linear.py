@@ -21,7 +21,15 @@ from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.mx import layouts
 from ascendit.mx.encoded import Encoded
 from ascendit.mx.formats import lookup
-from ascendit.ops.quantized import Activation, LinearForm, PreparedWeight, scheme_of
+from ascendit.ops.quantized import (
+    Activation,
+    Emulate,
+    LinearChoice,
+    LinearForm,
+    PreparedWeight,
+    native_schemes,
+    scheme_of,
+)
 
 if TYPE_CHECKING:
     from ascendit.device.backends import Device
@@ -236,3 +244,8 @@ MATMULS: Mapping[str, Callable[[Activation, PreparedWeight], Tensor]] = {
 }
 
 FORM = LinearForm("npu", prepare_weight, quantize_activation, quantized_linear, stored)
+
+
+def forms(device: Device, emulate: Emulate | None) -> Mapping[str, LinearChoice]:
+    """The schemes that this chip has a matmul for; the others are refused, or decoded where asked."""
+    return {scheme: LinearChoice(FORM, "native: its own matmul") for scheme in native_schemes(device)}

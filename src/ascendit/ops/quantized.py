@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,13 +33,17 @@ from torch import Tensor
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.mx.codec import decode, encode
 from ascendit.mx.encoded import Encoded
-from ascendit.mx.formats import lookup
+from ascendit.mx.formats import lookup, resolve_rule
 from ascendit.mx.smooth import smooth_input
 
 if TYPE_CHECKING:
     from ascendit.device.backends import Device
 
 log = logging.getLogger("ascendit")
+
+
+Emulate = Literal["decode-on-use", "decode-once"]
+"""Where there is no matmul for a scheme: codes are decoded on each call, or once, which takes memory."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,13 @@ class PreparedWeight:
     """float32 [N]."""
     row_bias: Tensor | None = None
     """The bias as W4A8 on an NPU takes it, bfloat16 [1, N]."""
+    decoded: Tensor | None = None
+    """[N, K], where the form decodes once; any dtype and layout it likes."""
 
     @property
     def nbytes(self) -> int:
         """Of all its tensors."""
-        parts = (self.codes, self.scale, self.dual_scale, self.bias, self.row_bias)
+        parts = (self.codes, self.scale, self.dual_scale, self.bias, self.row_bias, self.decoded)
         return sum(t.nbytes for t in parts if t is not None)
 
 
@@ -113,6 +119,14 @@ class LinearForm:
     quantize_activation: Callable[..., Activation]
     quantized_linear: Callable[[Activation, PreparedWeight], Tensor]
     stored: Callable[[PreparedWeight], Encoded]
+
+
+@dataclass(frozen=True)
+class LinearChoice:
+    """Who computes a scheme on a device. `reason` begins with `native: ` or `emulated: `."""
+
+    form: LinearForm
+    reason: str
 
 
 # ---- the reference ------------------------------------------------------------------------------
@@ -152,13 +166,22 @@ def quantized_linear(a: Activation, weight: PreparedWeight) -> Tensor:
     """See `Schemes.quantized_linear`. The weight is decoded on every call, so it stays small in memory."""
     shape = (a.codes.shape[0], a.width)
     tokens = decode(Encoded(a.codes, a.scale, a.dual_scale, a.scheme.activation, -1, shape))
-    out = tokens @ decode(stored(weight)).t()
+    out = tokens @ (decode(stored(weight)) if weight.decoded is None else weight.decoded).t()
     if weight.bias is not None:
         out += weight.bias
     return out.to(a.dtype).view(*a.lead, -1)
 
 
+def _prepare_decoded(
+    encoded: Encoded, bias: Tensor | None, device: Device, *, nz: bool = False
+) -> PreparedWeight:
+    weight = prepare_weight(encoded, bias, device)
+    return replace(weight, decoded=decode(stored(weight)))
+
+
 REFERENCE = LinearForm("reference", prepare_weight, quantize_activation, quantized_linear, stored)
+DECODED = LinearForm("reference", _prepare_decoded, quantize_activation, quantized_linear, stored)
+"""The same with the weight in float32 too: four to eight times the memory."""
 
 
 # ---- what a device runs -------------------------------------------------------------------------
@@ -168,23 +191,32 @@ REFERENCE = LinearForm("reference", prepare_weight, quantize_activation, quantiz
 class Schemes:
     """The quantized linear layers of one device. A scheme is native, or decoded and multiplied.
 
-    Where a chip has no matmul for a scheme, decoding is only done with `emulate`: it is slower, and never
-    chosen in silence. Kinds of device without any such matmul decode all of them, and log it.
+    Where a chip has no matmul for a scheme, decoding is only done when `emulate` asks for it: it is slower,
+    and never chosen in silence. Kinds of device without a chip of the table decode what they have no matmul
+    for, and log it.
     """
 
     device: Device
-    native: LinearForm | None = None
-    emulate: bool = False
+    forms: Mapping[str, LinearChoice] = field(default_factory=dict)
+    """Scheme -> who computes it; the plain one does what is left out."""
+    emulate: Emulate | None = None
+    rules: Mapping[str, str] = field(default_factory=dict)
+    """Scheme -> scale rule of its activation, where it is not the default."""
     _told: set[str] = field(default_factory=set)
 
     def form(self, scheme: str) -> LinearForm:
-        """Who computes `scheme`. UsageError: no such one. EnvironmentProblem E-ENV-03: not on this chip."""
+        """Who computes `scheme`. UsageError: no such one. EnvironmentProblem E-CAP-01: not on this chip."""
         scheme_of(scheme)
-        if self.native is not None and scheme in native_schemes(self.device):
-            return self._tell(scheme, self.native, "its own matmul")
-        if self.native is not None and not self.emulate:
-            raise self._not_here(scheme)
-        return self._tell(scheme, REFERENCE, "emulated: decoded and multiplied, the same numbers, slower")
+        if (choice := self.forms.get(scheme)) is None:
+            if self.device.chip and self.emulate is None:
+                raise self._not_here(scheme)
+            plain = DECODED if self.emulate == "decode-once" else REFERENCE
+            choice = LinearChoice(plain, "emulated: decoded and multiplied, the same numbers, slower")
+        if scheme not in self._told:
+            self._told.add(scheme)
+            form = choice.form.name
+            log.info("linear layers in %s on %s -> %s: %s", scheme, self.device, form, choice.reason)
+        return choice.form
 
     def prepare_weight(
         self,
@@ -194,15 +226,17 @@ class Schemes:
         bias: Tensor | None,
         scheme: str,
         *,
+        width: int | None = None,
         nz: bool = False,
     ) -> PreparedWeight:
         """Tensors as on disk (`mx.Encoded` for a weight [N, K]), moved to the device in its layout, once.
 
-        `codes` of Q, K and V may be joined along N first, their scales and biases likewise. `nz`: in
-        FRACTAL_NZ where the operator takes both layouts. UsageError when the tensors do not fit `scheme`.
+        `codes` of Q, K and V may be joined along N first, their scales and biases likewise. `width`: K, where
+        it is odd and two codes share a byte. `nz`: in FRACTAL_NZ where the operator takes both layouts.
+        UsageError when the tensors do not fit `scheme`.
         """
         weight = scheme_of(scheme).weight
-        shape = (codes.shape[0], codes.shape[1] * (2 if lookup(weight).packed else 1))
+        shape = (codes.shape[0], width or codes.shape[1] * (2 if lookup(weight).packed else 1))
         encoded = Encoded(codes, scale, dual_scale, weight, -1, shape)
         return self.form(scheme).prepare_weight(encoded, bias, self.device, nz=nz)
 
@@ -215,10 +249,10 @@ class Schemes:
     ) -> Activation:
         """Tokens [.., K] in bfloat16 or float16 (float32 where it is emulated) to codes.
 
-        `mul_scale`: float32 [K] that multiplies them first. `rule`: a scale rule of the format, for the
-        default None.
+        `mul_scale`: float32 [K] that multiplies them first. `rule`: a scale rule of the format; None: as
+        `rules` says, else the scheme's.
         """
-        return self.form(scheme).quantize_activation(x, scheme, mul_scale, rule)
+        return self.form(scheme).quantize_activation(x, scheme, mul_scale, rule or self.rules.get(scheme))
 
     def quantized_linear(self, a: Activation, weight: PreparedWeight) -> Tensor:
         """[.., N] in the dtype of the tokens. UsageError if the two were not quantized for each other."""
@@ -231,12 +265,6 @@ class Schemes:
             )
         return self.form(a.scheme.name).quantized_linear(a, weight)
 
-    def _tell(self, scheme: str, form: LinearForm, why: str) -> LinearForm:
-        if scheme not in self._told:
-            self._told.add(scheme)
-            log.info("linear layers in %s on %s -> %s: %s", scheme, self.device, form.name, why)
-        return form
-
     def _not_here(self, scheme: str) -> EnvironmentProblem:
         from ascendit.device.npu import CHIPS
 
@@ -246,9 +274,30 @@ class Schemes:
             f"scheme {scheme} on {self.device}, a {here.product}: it has no matmul for it",
             needs=f"{' or '.join(f'{c.product}, {c.name}' for c in have)}; {here.name} has bf16 and "
             + " and ".join(sorted(native_schemes(self.device))),
-            fix="quantize to int8; or emulate=True, the same numbers, slower",
-            code="E-ENV-03",
+            fix="quantize to int8; or --emulate decode-on-use: the same numbers, slower",
+            code="E-CAP-01",
         )
+
+
+def to_emulate(value: object) -> Emulate | None:
+    """True, False, None or a word as `Emulate`. UsageError E-USE-01 for another word."""
+    words = get_args(Emulate)
+    found: Emulate | None = words[0] if value is True else None if value is False else value  # type: ignore[assignment]
+    if found is not None and found not in words:
+        raise UsageError(
+            f"emulate={value}", needs=" or ".join(words), fix=f"--emulate {words[0]}", code="E-USE-01"
+        )
+    return found
+
+
+def parse_rules(text: str | None) -> dict[str, str]:
+    """`mxfp8=floor,mxfp4=max:7` as scheme -> scale rule of the activation. UsageError E-USE-01."""
+    found = {}
+    for word in text.split(",") if text else ():
+        scheme, _, rule = word.partition("=")
+        row = scheme_of(scheme.strip())
+        found[row.name] = resolve_rule(lookup(row.activation), rule.strip() or "?")
+    return found
 
 
 def scheme_of(name: str) -> LinearScheme:

@@ -1,6 +1,6 @@
 """From a request to frames. `denoise` is the algorithm; read it first.
 
-pipe = load("demo")
+pipe = ascendit.load("demo")
 video = pipe.generate("a red circle moves right on a black background", seed=7)
 video.save("circle.mp4")
 """
@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ascendit.checkpoint.folder import model_folder
-from ascendit.checkpoint.layout import Layout, recognise
-from ascendit.device.backends import Device, open_device, parse_device
+from ascendit.checkpoint.layout import Layout
+from ascendit.device.backends import Device
 from ascendit.errors import Cancelled, QualityError
-from ascendit.model.load import load_transformer, refuse_quantized
-from ascendit.model.state import DenoiseState
+from ascendit.model.policy import StepPolicy
+from ascendit.model.state import DenoiseState, Shared
 from ascendit.model.wan import WanTransformer
-from ascendit.ops.bind import Ops, bind
+from ascendit.ops.bind import Ops
 from ascendit.pipeline.condition import Condition, make_condition, open_image
-from ascendit.pipeline.defaults import defaults_for
-from ascendit.pipeline.encoders import ImageEncoder, TextEncoder, TextOn, VideoCoder
+from ascendit.pipeline.encoders import ImageEncoder, TextEncoder, VideoCoder
 from ascendit.pipeline.progress import OnProgress, Progress
 from ascendit.pipeline.request import Defaults, GenerateRequest, check, resolve
 from ascendit.pipeline.solver import TRAIN_STEPS, make_solver
@@ -56,6 +54,13 @@ class Pipeline:
     clip: ImageEncoder | None = None
     source: str = ""
     """What was given to `load`; a video's replay line names it."""
+    policy: StepPolicy = field(default_factory=StepPolicy)
+    """Which precision each step runs in."""
+
+    @property
+    def experts(self) -> tuple[WanTransformer, ...]:
+        """High noise first."""
+        return (self.transformer, *([] if self.transformer_2 is None else [self.transformer_2]))
 
     def request(self, prompt: str, **fields: Any) -> GenerateRequest:
         """A full request: what is left out comes from the model. Raises RequestError."""
@@ -112,6 +117,7 @@ class Pipeline:
         Raises Cancelled between two steps; QualityError when the frames are not finite, or black.
         """
         check(request, self.defaults)
+        self.policy.check_steps(request.num_inference_steps)
         self.device.activate()
         start = time.perf_counter()
         report = on_progress or (lambda event: None)
@@ -155,25 +161,26 @@ def denoise(
     condition = make_condition(pipe.defaults.task, image, request, pipe.vae, pipe.clip)
     report(Progress(stage="encode", step=1, total=1, memory_bytes=pipe.device.memory_bytes()))
 
-    # the same noise on every device: drawn on the CPU, then moved
-    shape = pipe.vae.latent_shape(request.num_frames, request.height, request.width)
-    generator = torch.Generator("cpu").manual_seed(request.seed)
-    latents = torch.randn(shape, generator=generator, dtype=torch.float32).to(pipe.device.torch_name)
-
+    latents = noise(pipe, request)
     solver = make_solver(request)
     boundary = TRAIN_STEPS * request.boundary_ratio if request.boundary_ratio is not None else None
-    name, states = "", []
+    # grids and tables of both experts now: the switch between them waits for nothing
+    shared = [share(expert, latents, condition, solver.schedule.timesteps) for expert in pipe.experts]
+
+    name = ""
+    states: list[DenoiseState] = []
     for i, t in enumerate(solver.schedule.timesteps):
         stop_if(cancel)
         start = time.perf_counter()
 
         # high noise: the first expert; low noise: the second, with its own guidance
         high = boundary is None or t >= boundary
-        expert = pipe.transformer if high or pipe.transformer_2 is None else pipe.transformer_2
+        which = 0 if high else -1
+        expert = pipe.experts[which]
         guidance = request.guidance_for(high=high)
         if name != (name := "transformer" if high else "transformer_2"):
             branches = texts if guidance > 1 else texts[:1]
-            states = prepare(expert, latents, branches, condition, solver.schedule.timesteps)
+            states = prepare(expert, shared[which], branches, condition.tokens, pipe.policy, i)
 
         # velocity with the prompt; without it too, where guidance asks for the difference
         x = condition.model_input(latents)
@@ -186,34 +193,39 @@ def denoise(
         for state in states:
             state.step = i + 1
 
+        event = Progress(stage="denoise", step=i + 1, total=len(solver.schedule.timesteps))
         seconds, memory = time.perf_counter() - start, pipe.device.memory_bytes()
-        total = len(solver.schedule.timesteps)
-        report(
-            Progress(
-                stage="denoise",
-                step=i + 1,
-                total=total,
-                expert=name,
-                timestep=t,
-                seconds=seconds,
-                memory_bytes=memory,
-            )
-        )
+        report(replace(event, expert=name, timestep=t, seconds=seconds, memory_bytes=memory))
     return finite(condition.finish(latents))
+
+
+def noise(pipe: Pipeline, request: GenerateRequest) -> Tensor:
+    """The same on every device: drawn on the CPU, then moved. float32 [1, z, F, h, w]."""
+    shape = pipe.vae.latent_shape(request.num_frames, request.height, request.width)
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32).to(pipe.device.torch_name)
 
 
 def prepare(
     expert: WanTransformer,
-    latents: Tensor,
+    shared: Shared,
     texts: list[Tensor],
-    condition: Condition,
-    timesteps: tuple[float, ...],
+    image: Tensor | None,
+    policy: StepPolicy,
+    step: int,
 ) -> list[DenoiseState]:
-    """The states of one expert: one for each CFG branch, sharing grid, RoPE tables and modulation."""
-    grid, tokens = expert.grid_of(latents), condition.tokens
-    distinct = dict.fromkeys(row for t in timesteps for row in condition.timesteps(t, grid)[0])
-    first = expert.prepare(grid, texts[0], tokens, timesteps=distinct)
-    return [first] + [expert.prepare(grid, text, tokens, share=first) for text in texts[1:]]
+    """The states of one expert, one for each CFG branch, from `step` on."""
+    return [expert.prepare(shared, text, image, policy=policy, step=step) for text in texts]
+
+
+def share(
+    expert: WanTransformer, latents: Tensor, condition: Condition, timesteps: tuple[float, ...]
+) -> Shared:
+    """What the CFG branches of one expert have in common, for all timesteps that will come."""
+    grid = expert.grid_of(latents)
+    return expert.share(
+        grid, dict.fromkeys(row for t in timesteps for row in condition.timesteps(t, grid)[0])
+    )
 
 
 def finite(latents: Tensor) -> Tensor:
@@ -235,51 +247,3 @@ def stop_if(cancel: Stop | None) -> None:
         raise Cancelled(
             "cancelled", needs="nothing: no file was written", fix="run the command again", code="E-CAN-01"
         )
-
-
-def load(
-    model: str | Path,
-    *,
-    device: str = "cpu",
-    dtype: str | torch.dtype | None = None,
-    text_on: TextOn = "device",
-    ops: str | None = None,
-    fast_layernorm: bool = False,
-    on_progress: OnProgress | None = None,
-) -> Pipeline:
-    """Load a model: a folder, "demo", "hf:org/name" or "ms:org/name" (with "@revision").
-
-    `device`: "cpu", "cuda", "cuda:1", "npu", "npu:1", "twin:a2", "twin:a3", "twin:a5". `dtype`: of the
-    denoiser, None = as stored on a CPU, else bfloat16. `text_on`: where UMT5 lives: "device", "cpu", or
-    "drop" after each prompt. `ops`: "reference" or None. `fast_layernorm`: by MindIE-SD where there is one.
-    """
-    layout = recognise(model_folder(model))
-    layout.require_pipeline()
-    for part in layout.experts:
-        refuse_quantized(part)
-    defaults = defaults_for(layout)
-    place = parse_device(device)
-    number = place.to_dtype(dtype)
-    place = open_device(place)
-    bound = bind(place, ops, fast_layernorm=fast_layernorm)
-    put = place.torch_name
-    report = on_progress or (lambda event: None)
-    total = 3 + len(layout.experts)
-    report(Progress(stage="load", total=total, memory_bytes=place.memory_bytes()))
-
-    def done(step: int) -> None:
-        report(Progress(stage="load", step=step, total=total, memory_bytes=place.memory_bytes()))
-
-    text = TextEncoder(layout, device=put, text_on=text_on)
-    done(1)
-    vae = VideoCoder(layout, device=put)
-    done(2)
-    needs_clip = layout.experts[0].config.get("image_dim") is not None
-    clip = ImageEncoder(layout, device=put) if needs_clip else None
-    done(3)
-    experts = []
-    for part in layout.experts:
-        experts.append(load_transformer(part, bound, device=put, dtype=number))
-        done(3 + len(experts))
-    second = experts[1] if len(experts) == 2 else None
-    return Pipeline(layout, defaults, bound, place, text, vae, experts[0], second, clip, str(model))

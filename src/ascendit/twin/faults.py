@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from ascendit.errors import AscenditError, EnvironmentProblem
 
-CONTRACT = CHIP = IMPORT = "E-ENV-03"
+CONTRACT, CHIP, IMPORT = "E-TWN-01", "E-CAP-01", "E-TWN-02"
 """Codes: a call against the contract; an operator this chip lacks; two torch_npu in one process."""
 
 

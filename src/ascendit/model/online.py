@@ -1,0 +1,63 @@
+"""A recipe that is applied while a model loads, with the same checks that `quantize` makes. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ascendit.checkpoint.expert import Expert, read_expert
+from ascendit.checkpoint.layout import Layout
+from ascendit.convert.dialects import Dialect, model_kind
+from ascendit.convert.expert_plan import FP4, ExpertPlan, plan_expert
+from ascendit.convert.recipe import Recipe, load_recipe
+from ascendit.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Online:
+    """What becomes of each layer of a float checkpoint on its way into memory."""
+
+    recipe: Recipe
+    keep: tuple[str, ...] = ()
+    force: bool = False
+
+    @classmethod
+    def of(
+        cls, scheme: str | None, recipe: str | None, keep: Sequence[str] = (), *, force: bool = False
+    ) -> Online | None:
+        """From what a user says; None where nothing is to be quantized. Errors as `load_recipe`."""
+        if recipe is None and scheme in (None, "bf16"):
+            if keep:
+                raise UsageError(
+                    f"keep {' '.join(keep)} without a scheme",
+                    needs="a scheme or a recipe: without one every layer stays as it is stored",
+                    fix="add --scheme mxfp8, or leave it out",
+                    code="E-USE-01",
+                )
+            return None
+        return cls(load_recipe(recipe or "default", scheme), tuple(keep), force)
+
+    def plan(self, expert: Expert) -> ExpertPlan:
+        """UsageError: E-QNT-01 for weights that are codes already, E-QNT-02 for FP4 on TI2V without force,
+        E-USE-05 for a pattern that fits no layer."""
+        kind = model_kind(expert.config)
+        plan = plan_expert(expert, self.recipe, kind, keep=self.keep, dialect=Dialect(offset=False))
+        check_kind(kind, set(plan.schemes), expert.path.parent.name, force=self.force)
+        return plan
+
+
+def check_kind(kind: str, schemes: set[str], name: str, *, force: bool) -> None:
+    """UsageError E-QNT-02 for W4A4 on a TI2V-5B model."""
+    if kind == "ti2v" and schemes & set(FP4) and not force:
+        raise UsageError(
+            f"{name} is a TI2V-5B model, and {', '.join(sorted(schemes & set(FP4)))} is W4A4",
+            needs="--force: vLLM-Omni's documentation reports a visible loss of accuracy for this pair",
+            fix="--scheme mxfp8, or --force to do it all the same",
+            code="E-QNT-02",
+        )
+
+
+def read_experts(layout: Layout, online: Online | None) -> list[tuple[Expert, ExpertPlan | None]]:
+    """Every expert and what becomes of it, from headers alone: mistakes are told before anything loads."""
+    experts = [read_expert(part) for part in layout.experts]
+    return [(expert, online.plan(expert) if online else None) for expert in experts]
