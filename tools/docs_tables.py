@@ -248,7 +248,7 @@ def flags_table(name: str) -> str:
         return escape(f"{names}{value}"), escape(f"{param.help}{default}")
 
     params = command(name).params
-    return table(("flag", "meaning"), (row(p) for p in params if p.param_type_name == "option"))
+    return table(("flag", "meaning"), (row(p) for p in params if p.param_type_name == "option" and not p.hidden))
 
 
 def commands_table() -> str:

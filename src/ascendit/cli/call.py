@@ -6,6 +6,7 @@ Nothing here is heavy: a bad call ends before torch is imported.
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,6 +33,14 @@ class Call:
     seconds: float | None = None
     device: str = "cpu"
     text_on: str = "device"
+    scheme: str | None = None
+    recipe: str | None = None
+    keep: str | None = None
+    """Patterns with spaces or semicolons between them."""
+    step_policy: str | None = None
+    emulate: str | None = None
+    activation_rule: str | None = None
+    force: bool = False
     dtype: str | None = None
     ops: str | None = None
     fast_layernorm: bool | None = None
@@ -51,16 +60,37 @@ class Plan:
     output: Path
 
     @property
+    def load_options(self) -> dict[str, Any]:
+        """For `ascendit.load`, without what was left open."""
+        names = (
+            "device",
+            "text_on",
+            "dtype",
+            "scheme",
+            "recipe",
+            "step_policy",
+            "emulate",
+            "activation_rule",
+        )
+        given = {name: getattr(self.call, name) for name in (*names, "ops", "fast_layernorm")}
+        given |= {"keep": patterns(self.call.keep), "force": self.call.force or None}
+        return {k: v for k, v in given.items() if v not in (None, (), "auto")}
+
+    @property
     def replay(self) -> str:
         """The command that makes this video again."""
         words = []
         for flag, value, default in (
             ("--device", self.call.device, "cpu"),
             ("--text-on", self.call.text_on, "device"),
+            ("--scheme", self.call.scheme, None),
+            ("--recipe", self.call.recipe, None),
+            ("--step-policy", self.call.step_policy, None),
+            ("--emulate", self.call.emulate, None),
         ):
-            words += [flag, value] if value != default else []
-        fast = "true" if self.call.fast_layernorm else None
-        for key, setting in (("dtype", self.call.dtype), ("ops", self.call.ops), ("fast_layernorm", fast)):
+            words += [flag, value] if value and value != default else []
+        for key in ("keep", "activation_rule", "dtype", "ops", "fast_layernorm", "force"):
+            setting = "true" if (given := getattr(self.call, key)) is True else given
             words += ["--set", f"{key}={setting}"] if setting else []
         start, line = "ascendit generate", self.request.replay_line(self.call.model)
         return line.replace(start, shlex.join([*start.split(), *words]), 1)
@@ -90,6 +120,10 @@ class Plan:
             "text_tokens": self.request.max_sequence_length,
             "device": self.call.device,
             "text_on": self.call.text_on,
+            "scheme": self.call.scheme,
+            "recipe": self.call.recipe,
+            "step_policy": self.call.step_policy,
+            "emulate": self.call.emulate,
             "replay": self.replay,
         }
 
@@ -135,6 +169,7 @@ def make_plan(call: Call, output: Path | None, *, overwrite: bool) -> Plan:
             call.seconds, fields.get("fps") or defaults.fps, defaults.frame_stride
         )
     request = resolve(defaults, call.prompt, **fields)
+    check_numbers(call, layout, request)
     if request.image is not None:
         from ascendit.pipeline.condition import open_image
 
@@ -145,6 +180,21 @@ def make_plan(call: Call, output: Path | None, *, overwrite: bool) -> Plan:
     sidecar = b"" if call.metadata else None
     video.check_output(output, shape, request.fps, sidecar=sidecar, overwrite=overwrite)
     return Plan(call=call, layout=layout, defaults=defaults, request=request, output=output)
+
+
+def patterns(text: str | None) -> tuple[str, ...]:
+    """The patterns in one setting."""
+    return tuple(re.split(r"[\s;,]+", text.strip())) if text and text.strip() else ()
+
+
+def check_numbers(call: Call, layout: Layout, request: GenerateRequest) -> None:
+    """Everything about schemes, recipes and step policies that headers tell, before weights are loaded."""
+    from ascendit.model.online import Online, read_experts
+    from ascendit.pipeline.loading import policy_for
+
+    online = Online.of(call.scheme, call.recipe, patterns(call.keep), force=call.force)
+    policy = policy_for(call.step_policy, online, layout, read_experts(layout, online))
+    policy.check_steps(request.num_inference_steps)
 
 
 def frames_for(seconds: float, fps: int, stride: int = 4) -> int:

@@ -12,7 +12,7 @@ from ascendit.cli import options
 from ascendit.cli.render import Output, quiet_libraries, two_columns
 
 if TYPE_CHECKING:
-    from ascendit.cli.call import Call, Plan
+    from ascendit.cli.call import Plan
     from ascendit.cli.progress import ProgressView
     from ascendit.pipeline.video import Video
 
@@ -40,15 +40,22 @@ Steps = Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoisi
 Size = Annotated[str | None, typer.Option("--size", metavar="WxH", help="Pixels, as 832x480 or 832*480.")]
 Frames = Annotated[int | None, typer.Option("--frames", metavar="N", help="Number of frames, 4n+1.")]
 Seconds = Annotated[float | None, typer.Option("--seconds", metavar="S", help="Length, instead of --frames.")]
-Fps = Annotated[int | None, typer.Option("--fps", metavar="N", help="Frames per second of the file.")]
+Fps = Annotated[
+    int | None, typer.Option("--fps", hidden=True, metavar="N", help="Frames per second of the file.")
+]
 Guidance = Annotated[
     str | None, typer.Option("--guidance", metavar="G[,G2]", help="One scale, or high-noise,low-noise.")
 ]
-Shift = Annotated[float | None, typer.Option("--shift", metavar="X", help="Flow shift of the schedule.")]
+Shift = Annotated[
+    float | None, typer.Option("--shift", hidden=True, metavar="X", help="Flow shift of the schedule.")
+]
 Timesteps = Annotated[
     str | None,
     typer.Option(
-        "--timesteps", metavar="T,T,..", help="Own schedule, as 1000,750,500,250 for distilled models."
+        "--timesteps",
+        hidden=True,
+        metavar="T,T,..",
+        help="Own schedule, as 1000,750,500,250 for distilled models.",
     ),
 ]
 Negative = Annotated[
@@ -63,10 +70,37 @@ Device = Annotated[
         "--device", metavar="NAME", help="cpu (default), cuda:1, npu:0, or an NPU's twin on the CPU: twin:a5."
     ),
 ]
+Scheme = Annotated[
+    str | None,
+    typer.Option(
+        "--scheme", metavar="NAME", help="Quantize a BF16 model while it loads: mxfp8, mxfp4, int8, ..."
+    ),
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="NAME", help="The same by a recipe, or a TOML file of your own."),
+]
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        "--step-policy", metavar="STEPS:HOW,..", help='Precision by step, as "0-1:w4a8,default:w4a4".'
+    ),
+]
+Emulation = Annotated[
+    str | None,
+    typer.Option(
+        "--emulate",
+        metavar="HOW",
+        help="Where a chip lacks the scheme: decode-on-use, or decode-once (faster).",
+    ),
+]
 TextOn = Annotated[
     str | None,
     typer.Option(
-        "--text-on", metavar="WHERE", help="Text encoder on cpu, on device (default), or drop it after use."
+        "--text-on",
+        hidden=True,
+        metavar="WHERE",
+        help="Text encoder on cpu, on device (default), or drop it after use.",
     ),
 ]
 Set = Annotated[
@@ -103,6 +137,10 @@ def generate(
     negative: Negative = None,
     image: Image = None,
     device: Device = None,
+    scheme: Scheme = None,
+    recipe: RecipeName = None,
+    step_policy: Policy = None,
+    emulate: Emulation = None,
     text_on: TextOn = None,
     settings: Set = None,
     config: Config = None,
@@ -148,6 +186,7 @@ def flag_values(params: dict[str, Any]) -> dict[str, Any]:
         "negative_prompt": params["negative"],
         "image": params["image"],
         "device": params["device"],
+        **{name: params[name] for name in ("scheme", "recipe", "step_policy", "emulate")},
         "text_on": params["text_on"],
         **(options.parse_size(size) if size is not None else {}),
         **(options.parse_guidance(guidance) if guidance is not None else {}),
@@ -174,7 +213,7 @@ def _make(plan: Plan, out: Output, view: ProgressView) -> Video:
 
     quiet_libraries()
     try:
-        pipe = ascendit.load(plan.call.model, on_progress=view, **_load_options(plan.call))
+        pipe = ascendit.load(plan.call.model, on_progress=view, **plan.load_options)
         with Interrupt(silent=out.quiet or out.json) as interrupt:
             video: Video = pipe.run(plan.request, on_progress=view, cancel=interrupt.event)
             interrupt.check()
@@ -183,12 +222,6 @@ def _make(plan: Plan, out: Output, view: ProgressView) -> Video:
             raise out_of_memory(error, view.meter.stage, plan.call.device) from error
         raise
     return video
-
-
-def _load_options(call: Call) -> dict[str, Any]:
-    names = ("device", "text_on", "dtype", "ops", "fast_layernorm")
-    given = {name: getattr(call, name) for name in names}
-    return {k: v for k, v in given.items() if v is not None and v != "auto"}
 
 
 def _print_result(plan: Plan, out: Output, video: Video, path: Path, took: float) -> None:

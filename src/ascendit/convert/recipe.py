@@ -5,6 +5,7 @@ A recipe is a TOML file. Those of ascendit lie in `recipes/`; a path to any othe
     about = "MXFP4 after five blocks of MXFP8"
     kinds = ["t2v"]                # optional: model kinds it is made for; on others it runs with a warning
     round_to = "bf16"              # optional: every tensor is rounded to this before anything else
+    step_policy = "0-1:w4a8"       # optional: denoising steps in another precision, see `step_policy`
 
     [[rules]]                      # the last rule that matches a layer wins
     layers = "*"                   # a pattern or a list of them; `*` crosses dots
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendit.checkpoint.names import all_linears, block_linears
+from ascendit.convert.omni_config import is_omni_config, read_omni_config
 from ascendit.convert.rules import (
     MODEL_KINDS,
     OUTSIDE,
@@ -48,6 +50,7 @@ from ascendit.convert.rules import (
     wan_attention,
     why_from,
 )
+from ascendit.convert.step_policy import StepPolicy
 from ascendit.errors import UsageError
 from ascendit.mx.formats import lookup, resolve_rule
 from ascendit.spec import SCHEMES
@@ -68,6 +71,7 @@ class Recipe:
     source: str = ""
     round_to: str = ""
     """`bf16`: as msModelSlim's `convert_model_dtype`, which its recipes have; "": as the source has it."""
+    step_policy: StepPolicy = StepPolicy()
 
     def plan(
         self, config: Mapping[str, Any], *, model_kind: ModelKind, keep: Sequence[str] = ()
@@ -114,7 +118,7 @@ class Recipe:
         rules = [_without_none(vars(rule)) for rule in self.rules]
         attention = [_without_none(vars(rule)) for rule in self.attention]
         head: dict[str, Any] = {"name": self.name, "about": self.about, "source": self.source}
-        head |= {"kinds": list(self.kinds), "round_to": self.round_to}
+        head |= {"kinds": list(self.kinds), "round_to": self.round_to, "step_policy": str(self.step_policy)}
         return {k: v for k, v in (head | {"rules": rules, "attention": attention}).items() if v}
 
 
@@ -125,12 +129,17 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name_or_path: str, scheme: str | None = None, scale_rule: str | None = None) -> Recipe:
-    """A recipe by name or by the path of its TOML file (ends in .toml, or has a slash).
+    """A recipe by name or by the path of its TOML file (ends in .toml, or has a slash), or from vLLM-Omni's
+    `quantization_config` as JSON.
 
     `scheme` and `scale_rule` go into the rules that name no scheme. Raises UsageError: E-USE-02 for a name
     or file that is not there, E-USE-01 for a file that is no recipe, a scheme that is missing or unknown, one
     that the recipe has no place for, and a scale rule that its scheme does not have.
     """
+    if is_omni_config(name_or_path):
+        rules, policy = read_omni_config(name_or_path)
+        _scheme_in_every_rule("quantization_config", scheme, scale_rule)
+        return Recipe("quantization_config", "as vLLM-Omni reads it", rules, step_policy=policy)
     path = Path(name_or_path)
     is_path = path.suffix == ".toml" or len(path.parts) > 1
     file = path if is_path else FOLDER / f"{name_or_path}.toml"
@@ -150,7 +159,7 @@ def load_recipe(name_or_path: str, scheme: str | None = None, scale_rule: str | 
 
 # ---- reading ------------------------------------------------------------------------------------
 
-_KEYS = {"about", "source", "kinds", "round_to", "rules", "attention"}
+_KEYS = {"about", "source", "kinds", "round_to", "step_policy", "rules", "attention"}
 _RULE_KEYS = {"layers", "scheme", "scale_rule", "kinds"}
 _ATTENTION_KEYS = {"layers", "quant_type", "rotate", "kinds"}
 
@@ -168,16 +177,30 @@ def _parse(data: dict[str, Any], name: str, file: Path, scheme: str | None, scal
     open_rules = [entry for entry in entries if "scheme" not in entry]
     if open_rules and scheme is None:
         raise no_scheme(f"recipe {name}")
-    if not open_rules and (scheme, scale_rule) != (None, None):
+    if not open_rules:
+        _scheme_in_every_rule(name, scheme, scale_rule)
+    rules = tuple(_rule(entry, file, scheme, scale_rule) for entry in entries)
+    attention = tuple(_attention_rule(entry, file) for entry in _tables(data, "attention", file))
+    policy = _step_policy(data.get("step_policy", ""), file)
+    return Recipe(
+        name, texts["about"], rules, attention, _kinds(data, file), texts["source"], round_to, policy
+    )
+
+
+def _step_policy(text: object, file: Path) -> StepPolicy:
+    if not isinstance(text, str):
+        raise _bad(file, f"step_policy {text!r} is no text")
+    return StepPolicy.parse(text) if text else StepPolicy()
+
+
+def _scheme_in_every_rule(name: str, scheme: str | None, scale_rule: str | None) -> None:
+    if (scheme, scale_rule) != (None, None):
         raise UsageError(
             f"scheme {scheme}{f' with scale rule {scale_rule}' if scale_rule else ''} for the recipe {name}",
             needs="a recipe that leaves the scheme open; this one has a scheme in every rule",
             fix="leave --scheme and --scale-rule out, or take the recipe default",
             code="E-USE-01",
         )
-    rules = tuple(_rule(entry, file, scheme, scale_rule) for entry in entries)
-    attention = tuple(_attention_rule(entry, file) for entry in _tables(data, "attention", file))
-    return Recipe(name, texts["about"], rules, attention, _kinds(data, file), texts["source"], round_to)
 
 
 def no_scheme(what: str) -> UsageError:

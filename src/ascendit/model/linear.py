@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ascendit.convert.step_policy import Precision
 from ascendit.errors import UsageError
-from ascendit.model.policy import Precision
 from ascendit.mx.codec import decode
 from ascendit.mx.encoded import Encoded
 from ascendit.mx.smooth import smooth_input

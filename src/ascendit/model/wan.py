@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ascendit.convert.step_policy import Precision, StepPolicy
 from ascendit.errors import CheckpointError
 from ascendit.model.linear import Tokens, dtype_of, linear
-from ascendit.model.policy import Precision, StepPolicy
 from ascendit.model.state import DenoiseState, Grid, KeyValue, Modulation, RopeTable, Shared, rope_table
 from ascendit.ops.bind import Ops
 

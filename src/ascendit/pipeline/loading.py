@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,19 +10,23 @@ import torch
 
 from ascendit.checkpoint.expert import Expert
 from ascendit.checkpoint.folder import model_folder
-from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.layout import Layout, recognise
+from ascendit.checkpoint.part import read_json
+from ascendit.convert.card import RECORD_FILE
 from ascendit.convert.expert_plan import ExpertPlan
+from ascendit.convert.step_policy import StepPolicy
 from ascendit.convert.steps import schemes_of
 from ascendit.device.backends import open_device, parse_device
 from ascendit.model.load import load_expert
 from ascendit.model.online import Online, read_experts
-from ascendit.model.policy import StepPolicy
 from ascendit.ops.bind import bind
 from ascendit.ops.quantized import Emulate
 from ascendit.pipeline.defaults import defaults_for
 from ascendit.pipeline.encoders import ImageEncoder, TextEncoder, TextOn, VideoCoder
 from ascendit.pipeline.generate import Pipeline
 from ascendit.pipeline.progress import OnProgress, Progress
+
+log = logging.getLogger("ascendit")
 
 
 def load(
@@ -54,9 +59,9 @@ def load(
     """
     layout = recognise(model_folder(model))
     layout.require_pipeline()
-    policy = StepPolicy.parse(step_policy) if isinstance(step_policy, str) else step_policy or StepPolicy()
-    found = read_experts(layout, Online.of(scheme, recipe, keep, force=force))
-    check_policy(policy, found)
+    online = Online.of(scheme, recipe, keep, force=force)
+    found = read_experts(layout, online)
+    policy = policy_for(step_policy, online, layout, found)
     defaults = defaults_for(layout)
     place = parse_device(device)
     number = place.to_dtype(dtype)
@@ -95,7 +100,26 @@ def schemes_in(found: Sequence[tuple[Expert, ExpertPlan | None]]) -> set[str]:
     }
 
 
-def check_policy(policy: StepPolicy, found: Sequence[tuple[Expert, ExpertPlan | None]]) -> None:
-    """UsageError E-USE-01 for a precision that no weight of the model has."""
+def policy_for(
+    asked: str | StepPolicy | None,
+    online: Online | None,
+    layout: Layout,
+    found: Sequence[tuple[Expert, ExpertPlan | None]],
+) -> StepPolicy:
+    """What was asked for, else the recipe's: of this load, or of the `quantize` that wrote the folder.
+
+    UsageError E-USE-01 for a precision that no weight of the model has.
+    """
+    if asked is not None:
+        policy = StepPolicy.parse(asked) if isinstance(asked, str) else asked
+    elif online is not None:
+        policy = online.recipe.step_policy
+    else:
+        record = layout.root / RECORD_FILE
+        recipe = read_json(record).get("recipe") if record.is_file() else None
+        text = recipe.get("step_policy") if isinstance(recipe, dict) else None
+        policy = StepPolicy.parse(text) if isinstance(text, str) and text else StepPolicy()
     if policy != StepPolicy():
         policy.check_schemes(schemes_in(found), floats=all(plan for _, plan in found))
+        log.info("step policy %s", policy)
+    return policy

@@ -1,0 +1,149 @@
+"""Layers on codes as modules: the two steps, what is shared, what a state dict holds, what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ascendit import mx
+from ascendit.errors import UsageError
+from ascendit.model.linear import Joint, QuantLinear, SmoothLinear, Tokens, linear
+from ascendit.mx.smooth import smooth_input
+from ascendit.ops.bind import bind
+from ascendit.ops.quantized import SCHEMES
+
+OPS = bind("cpu", "reference")
+STORED = sorted(s for s in SCHEMES if s != "w4a8")
+
+
+def weight_of(scheme: str, n: int = 24, k: int = 64, seed: int = 0) -> tuple[mx.Encoded, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return mx.encode(torch.randn(n, k, generator=generator).bfloat16(), scheme), torch.randn(
+        n, generator=generator
+    )
+
+
+def layer(scheme: str, **kw) -> QuantLinear:
+    encoded, bias = weight_of(scheme)
+    return QuantLinear.from_encoded(encoded, bias, schemes=OPS.quantized, **kw)
+
+
+def tokens(k: int = 64) -> torch.Tensor:
+    return torch.randn(2, 5, k, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+@pytest.mark.parametrize("scheme", STORED)
+def test_it_is_a_linear_whose_output_is_decoded_tokens_times_decoded_weight(scheme):
+    m, x = layer(scheme), tokens()
+    encoded, bias = weight_of(scheme)
+    a = mx.encode(x.flatten(0, 1), SCHEMES[scheme].activation, scale_rule=SCHEMES[scheme].rule)
+    wanted = mx.decode(a).double() @ mx.decode(encoded).double().t() + bias.double()
+    out = m(x)
+    assert isinstance(m, nn.Linear) and out.dtype == torch.bfloat16 and out.shape == (2, 5, 24)
+    assert torch.allclose(out.flatten(0, 1).double(), wanted, rtol=2**-8, atol=1e-4)
+    assert (m.in_features, m.out_features) == (64, 24) and f"64, 24, {scheme}" in repr(m)
+    assert torch.equal(m.weight, mx.decode(encoded).bfloat16()) and torch.equal(m.bias, bias)
+    assert m.weight.dtype == m.compute_dtype == torch.bfloat16 and not list(m.parameters())
+
+
+def joint_of(*seeds: int, scheme: str = "mxfp8") -> tuple[list[QuantLinear], list[mx.Encoded]]:
+    parts = [weight_of(scheme, n=8 * (i + 1), seed=seed) for i, seed in enumerate(seeds)]
+    codes, scale = (torch.cat([getattr(e, f) for e, _ in parts]) for f in ("codes", "scale"))
+    whole = OPS.quantized.prepare_weight(codes, scale, None, torch.cat([b for _, b in parts]), scheme)
+    joint = Joint(whole, [e.shape[0] for e, _ in parts], OPS.quantized)
+    return [QuantLinear(joint, i) for i in range(len(parts))], [e for e, _ in parts]
+
+
+def test_joined_layers_quantize_and_multiply_once(monkeypatch):
+    layers, parts = joint_of(1, 2, 3)
+    alone = [
+        QuantLinear.from_encoded(e, m.bias, schemes=OPS.quantized) for e, m in zip(parts, layers, strict=True)
+    ]
+    calls: list[str] = []
+    kind = type(OPS.quantized)
+    for name in ("quantize_activation", "quantized_linear"):
+        plain = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *a, _n=name, _f=plain, **k: calls.append(_n) or _f(*a, **k))
+    t = Tokens(tokens())
+    outs = [linear(OPS, m, t) for m in layers]
+    assert calls == ["quantize_activation", "quantized_linear"]
+    assert all(torch.equal(out, m(tokens())) for out, m in zip(outs, alone, strict=True))
+    assert torch.equal(linear(OPS, layers[0], t), outs[0])  # asked again, it is made again
+
+
+def test_layers_that_share_tokens_but_not_a_weight_share_the_codes_of_the_tokens(monkeypatch):
+    mul = torch.rand(64) + 0.5
+    layers = [layer("mxfp8"), layer("mxfp8"), layer("mxfp8", mul_scale=mul), layer("mxfp8", mul_scale=mul)]
+    seen = []
+    plain = type(OPS.quantized).quantize_activation
+    monkeypatch.setattr(type(OPS.quantized), "quantize_activation", lambda *a: seen.append(a[3]) or plain(*a))
+    t = Tokens(tokens())
+    outs = [linear(OPS, m, t) for m in layers]
+    assert len(seen) == 2 and seen[0] is None and seen[1] is mul
+    assert torch.equal(outs[2], layer("mxfp8")(smooth_input(tokens(), mul)))
+
+
+def test_precision_of_a_step():
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    m, x = layer("mxfp4"), tokens()
+    stored, w4a4, w4a8 = (linear(OPS, m, x, p) for p in ("stored", "w4a4", "w4a8"))
+    exact = x.double() @ m.weight.double().t() + m.bias.double()
+    error = [float((y.double() - exact).norm()) for y in (w4a4, w4a8)]
+    assert torch.equal(stored, w4a4) and error[1] < error[0] / 4
+    assert torch.equal(linear(OPS, layer("mxfp8"), x, "w4a8"), layer("mxfp8")(x))
+    m.floats = (weight, None)
+    assert torch.equal(linear(OPS, m, x, "bf16"), nn.functional.linear(x, weight))
+    assert torch.equal(linear(OPS, m, x, "stored"), stored)
+
+
+@pytest.mark.parametrize("scheme", STORED)
+def test_state_dict_is_the_disk_and_comes_back(scheme):
+    mul = torch.rand(64) + 0.5
+    m = nn.ModuleDict({"to_q": layer(scheme, mul_scale=mul)})
+    encoded, bias = weight_of(scheme)
+    state = m.state_dict()
+    wanted = {"weight": encoded.codes, "weight_scale": encoded.scale, "mul_scale": mul, "bias": bias}
+    wanted |= {"weight_offset": torch.zeros(24, 1)} if scheme == "int8" else {}
+    wanted |= {"weight_dual_scale": encoded.dual_scale} if encoded.dual_scale is not None else {}
+    assert {k.removeprefix("to_q.") for k in state} == set(wanted)
+    assert all(torch.equal(state[f"to_q.{k}"], v) for k, v in wanted.items())
+    other, b = weight_of(scheme, seed=9)
+    blank = nn.ModuleDict(
+        {"to_q": QuantLinear.from_encoded(other, b, schemes=OPS.quantized, mul_scale=mul * 2)}
+    )
+    blank.load_state_dict(state)
+    assert torch.equal(blank["to_q"](tokens()), m["to_q"](tokens()))
+    with pytest.raises(RuntimeError, match="codes of"):
+        blank.load_state_dict(state | {"to_q.weight": torch.zeros(24, 64)})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        blank.load_state_dict({k: v for k, v in state.items() if "scale" not in k})
+
+
+def test_one_member_of_a_joint_is_replaced_alone():
+    layers, _ = joint_of(1, 2, 3)
+    kept = [m(tokens()) for m in layers]
+    other, bias = weight_of("mxfp8", n=16, seed=7)
+    layers[1].load_state_dict({"weight": other.codes, "weight_scale": other.scale, "bias": bias})
+    assert torch.equal(layers[0](tokens()), kept[0]) and torch.equal(layers[2](tokens()), kept[2])
+    assert torch.equal(layers[1].weight, mx.decode(other).bfloat16())
+
+
+def test_casts_are_refused_and_moves_are_not():
+    m, x = layer("mxfp8"), tokens()
+    before = m(x)
+    for cast in (lambda: m.float(), lambda: m.half(), lambda: m.to(torch.float32), lambda: m.to("meta")):
+        with pytest.raises(UsageError) as e:
+            cast()
+        assert e.value.code == "E-QNT-03" and "mxfp8" in e.value.got
+    same = m.to(torch.bfloat16).to("cpu").cpu()
+    assert same is m and torch.equal(m(x), before) and torch.equal(copy.deepcopy(m)(x), before)
+
+
+def test_a_smoothed_float_layer():
+    w, b, mul = torch.randn(8, 16).bfloat16(), torch.randn(8).bfloat16(), torch.rand(16) + 0.5
+    m, x = SmoothLinear(w, b, mul), tokens(16)
+    assert torch.equal(m(x), nn.functional.linear(smooth_input(x, mul), w, b))
+    assert set(m.state_dict()) == {"weight", "bias", "mul_scale"}
