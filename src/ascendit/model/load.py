@@ -72,6 +72,13 @@ def load_expert(
     Raises CheckpointError E-CKP-06 for a config that is no Wan transformer's, E-CKP-08 for scales that cannot
     be; EnvironmentProblem E-CAP-01 for a scheme that this chip has no matmul for.
     """
+    if expert.config.get("num_attention_heads", 1) is None:
+        raise CheckpointError(
+            f"{expert.path}: {expert.config_problem or 'config.json does not tell the number of heads'}",
+            needs="the config.json of the model",
+            fix="ascendit repack it with --base MODEL, or put config.json beside the weights",
+            code="E-CKP-06",
+        )
     with torch.device("meta"):
         model = WanTransformer(WanConfig.from_dict(expert.config), ops)
     specs = list(plan.specs) if plan else stored_steps(expert).specs

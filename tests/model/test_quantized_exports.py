@@ -1,0 +1,147 @@
+"""Real exports of msModelSlim, as they lie and repacked: every layer computes what its stored numbers say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "convert"))
+import exports
+
+from ascendit.checkpoint.expert import Expert, read_expert
+from ascendit.checkpoint.layout import recognise
+from ascendit.convert.repack import repack
+from ascendit.convert.step_policy import StepPolicy
+from ascendit.errors import CheckpointError
+from ascendit.model.linear import QuantLinear, SmoothLinear
+from ascendit.model.load import load_expert, load_transformer
+from ascendit.mx.codec import decode, encode
+from ascendit.mx.encoded import Encoded
+from ascendit.ops.bind import bind
+from ascendit.ops.quantized import SCHEMES
+
+FORMATS = {
+    "W8A8_MXFP8": "mxfp8",
+    "W4A4_MXFP4": "mxfp4",
+    "W4A4_MXFP4_DUALSCALE": "mxfp4_dualscale",
+    "W8A8_DYNAMIC": "int8",
+}
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a canonical transformer folder."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as f:
+            found |= {name: f.get_tensor(name) for name in f.keys()}
+    return found
+
+
+def experts_of(folder: Path) -> list[Expert]:
+    """With the two heads that no file of the smaller exports tells."""
+    found = [read_expert(part) for part in recognise(folder).experts]
+    heads = {"num_attention_heads": 2, "attention_head_dim": 32}
+    unknown = [e.config["num_attention_heads"] is None for e in found]
+    return [replace(e, config=e.config | heads) if u else e for e, u in zip(found, unknown, strict=True)]
+
+
+def load(expert: Expert, **kw: Any) -> Any:
+    return load_expert(expert, None, bind("cpu"), **kw)
+
+
+def exact(tensors: dict[str, torch.Tensor], name: str, scheme: str, x: torch.Tensor) -> torch.Tensor:
+    """decode -> matmul in float64, from the tensors of the disk alone."""
+    n = tensors[f"{name}.weight"].shape[0]
+    if (mul := tensors.get(f"{name}.mul_scale")) is not None:
+        x = (x.float() * mul).to(x.dtype)
+    a = encode(x, SCHEMES[scheme].activation, scale_rule=SCHEMES[scheme].rule)
+    dual = tensors.get(f"{name}.weight_dual_scale")
+    w = Encoded(
+        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], dual, scheme, -1, (n, x.shape[-1])
+    )
+    y = decode(a, torch.float32).double() @ decode(w, torch.float32).double().t()
+    return y + tensors[f"{name}.bias"].double() if f"{name}.bias" in tensors else y
+
+
+@pytest.mark.parametrize("export", exports.ALL, ids=lambda p: p.name)
+@pytest.mark.parametrize("way", ["as it lies", "repacked"])
+def test_a_real_export_loads_and_each_layer_is_its_numbers(export, way, tmp_path):
+    repack(export, tmp_path / "m")
+    folder = tmp_path / "m" if way == "repacked" else export
+    for expert, canonical in zip(experts_of(folder), recognise(tmp_path / "m").experts, strict=True):
+        model = load(expert, dtype=torch.bfloat16)
+        tensors = stored(canonical.folder)
+        coded = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+        assert set(coded) == {n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")}
+        assert coded
+        for name, m in coded.items():
+            x = torch.randn(3, m.in_features, generator=torch.Generator().manual_seed(len(name))).bfloat16()
+            got, wanted = m(x[None])[0].double(), exact(tensors, name, m.scheme, x)
+            assert torch.allclose(got, wanted, rtol=2**-8, atol=2e-5 * float(wanted.abs().max())), name
+            back = m.stored()
+            assert all(
+                torch.equal(back[role], tensors[f"{name}.{role}"]) for role in ("weight", "weight_scale")
+            ), name
+        smooth = {n.removesuffix(".mul_scale") for n in tensors if n.endswith(".mul_scale")} - set(coded)
+        assert {n for n, m in model.named_modules() if isinstance(m, SmoothLinear)} == smooth
+
+
+@pytest.mark.parametrize("export", exports.ALL, ids=lambda p: p.name)
+def test_a_real_export_runs_a_forward(export, caplog):
+    expert = experts_of(export)[0]
+    with caplog.at_level("WARNING", logger="ascendit"):
+        model = load(expert, dtype=torch.bfloat16)
+    c = model.config
+    asked = [m for m in caplog.messages if "quantized attention" in m]
+    assert len(asked) == bool(expert.attention)
+    for grid in ((1, 2, 3), (2, 2, 2)):  # two resolutions, one after the other
+        shape = [n * p for n, p in zip(grid, c.patch_size, strict=True)]
+        x = torch.randn(1, c.in_channels, *shape).bfloat16()
+        text = torch.randn(1, 5, c.text_dim).bfloat16()
+        out = model(x, 500.0, model.prepare(grid, text))
+        assert out.shape == (1, c.out_channels, *shape) and bool(out.isfinite().all())
+
+
+def test_q_k_and_v_are_one_where_they_agree():
+    model = load(experts_of(exports.DUAL)[0])
+    sizes = {n: len(m.joint.sizes) for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert {count for n, count in sizes.items() if n.endswith(("attn1.to_q", "attn1.to_v"))} == {3}
+    assert {count for n, count in sizes.items() if n.endswith("attn2.to_k")} == {2}
+    assert {count for n, count in sizes.items() if n.endswith(("attn2.to_q", "ffn.net.2", "to_out.0"))} == {1}
+
+
+def test_a_step_in_w4a8_is_nearer_to_the_weights_than_one_in_w4a4():
+    model = load(experts_of(exports.MXFP4)[0], dtype=torch.bfloat16)
+    c, grid = model.config, (1, 2, 2)
+    x = torch.randn(1, c.in_channels, *(n * p for n, p in zip(grid, c.patch_size, strict=True))).bfloat16()
+    text = torch.randn(1, 5, c.text_dim).bfloat16()
+    policy = StepPolicy.parse("0:w4a8")
+    state = model.prepare(grid, text, policy=policy)
+    outs = []
+    for step in range(2):
+        state.step = step
+        outs.append(model(x, 500.0, state))
+    plain = model.prepare(grid, text)
+    assert state.precision == "stored" and plain.precision == "stored"
+    assert not torch.equal(*outs)
+    plain.text = state.text
+    assert torch.equal(model(x, 500.0, plain), outs[1])
+
+
+def test_heads_that_no_file_tells_are_asked_for(tmp_path):
+    with pytest.raises(CheckpointError, match="number of attention heads is unknown") as e:
+        load_transformer(recognise(exports.INT8).experts[0], bind("cpu"))
+    assert e.value.code == "E-CKP-06" and "--base" in e.value.fix
+    repack(exports.INT8, tmp_path / "m")
+    for config in (tmp_path / "m").glob("*/config.json"):
+        told = {"num_attention_heads": 2, "attention_head_dim": 32}
+        config.write_text(json.dumps(json.loads(config.read_text()) | told))
+    model = load_transformer(recognise(tmp_path / "m").experts[0], bind("cpu"))
+    assert model.config.num_attention_heads == 2
