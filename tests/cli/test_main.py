@@ -73,7 +73,7 @@ FLAGS = {
     ],
     "inspect": ["--layers", "--diff", "--json"],
     "verify": ["--demo", "--adherence", "--seeds", "--limit", "--report", "--json", "--swap-experts"],
-    "doctor": ["--json"],
+    "doctor": ["--self-check", "--device", "--out", "--json"],
 }
 
 

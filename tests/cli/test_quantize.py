@@ -82,6 +82,69 @@ def test_force(run, tmp_path):
     assert ended.code == 0
 
 
+def test_calibrate_smooths_and_tells(run, tmp_path):
+    words = ("--scheme", "mxfp4_dualscale", "--calibrate", "1", "--alpha", "0.5", "--report")
+    ended = run("quantize", "demo", "-o", tmp_path / "out", *words)
+    assert ended.code == 0, ended.err
+    assert "alpha 0.5, from 1 prompt of 16 steps at 64x64, 17 frames" in ended.out
+    assert "transformer_2: SQNR in dB of the outputs of 80 layers" in ended.out
+    assert "denoise (low-noise expert) 16/16" in ended.err and "outputs of transformer_2  100 %" in ended.err
+    assert ended.err.index("denoise") < ended.err.index("transformer  0 %")
+    record = json.loads((tmp_path / "out" / "ascendit.json").read_text())
+    assert record["command"].endswith("--report --calibrate 1 --alpha 0.5")
+    assert record["calibration"]["prompts"] == 1
+    assert read(tmp_path / "out" / "transformer")["blocks.0.ffn.net.2.mul_scale"].shape == (448,)
+
+
+def test_calibrate_is_planned_without_a_run(run, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n")
+    words = ("--scheme", "mxfp4", "--calibrate", prompts, "--dry-run", "--json")
+    ended = run("quantize", "demo", "-o", tmp_path / "out", *words)
+    assert ended.code == 0 and ended.err == ""
+    assert ended.json["calibration"]["prompts"] == 2 and ended.json["calibration"]["alpha"] == 0.9
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--alpha", "0.5"), "E-USE-01", "--alpha 0.5 without --calibrate"),
+        (("--device", "cpu"), "E-USE-01", "--device cpu without --calibrate"),
+        (("--calibrate", "4", "--alpha", "2"), "E-USE-01", "alpha 2"),
+        (("--calibrate", "4", "--device", "tpu"), "E-USE-01", "tpu"),
+        (("--calibrate", "0"), "E-USE-01", "0 prompts of the demo model"),
+        (("--calibrate", "none.txt"), "E-USE-02", "no file none.txt"),
+        (("--calibrate", "4", "--for", "sglang", "--scale-rule", "floor"), "E-ENG-01", "dual-scale"),
+    ],
+)
+def test_calibrations_that_cannot_be(run, tmp_path, words, code, said):
+    ended = run("quantize", "demo", "-o", tmp_path / "out", "--scheme", "mxfp4_dualscale", *words)
+    assert ended.code == 2 and f"error[{code}]" in ended.err and said in ended.err, ended.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_in_a_calibration_tells_of_resume(run, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    words = ("quantize", "demo", "-o", tmp_path / "out", "--scheme", "mxfp4", "--calibrate", "1")
+    monkeypatch.setattr("ascendit.pipeline.calibrate.denoise", interrupted)
+    ended = run(*words)
+    assert ended.code == 130 and "error[E-CAN-01]" in ended.err and "--resume" in ended.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_calibration_without_memory_says_so(run, tmp_path, monkeypatch):
+    def exhausted(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr("ascendit.pipeline.calibrate.denoise", exhausted)
+    ended = run("quantize", "demo", "-o", tmp_path / "out", "--scheme", "mxfp4", "--calibrate", "1")
+    assert ended.code == 4 and "error[E-MEM-01]" in ended.err and "without --calibrate" in ended.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_existing_output_stays(run, model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")

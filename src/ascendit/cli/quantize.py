@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from ascendit.cli.render import Output
+from ascendit.cli.render import Output, quiet_libraries
+from ascendit.errors import OutOfMemory, UsageError
+
+if TYPE_CHECKING:
+    from ascendit.pipeline.calibrate import Calibrator
 
 Source = Annotated[
     str,
@@ -44,6 +50,22 @@ Lora = Annotated[
         help="Fold it in first; transformer=FILE or transformer_2=FILE for one expert; repeatable.",
     ),
 ]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        "--calibrate",
+        metavar="PROMPTS",
+        help="Smooth the inputs by what these prompts show: a file, one on a line, or a number for demo.",
+    ),
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option("--alpha", metavar="X", help="With --calibrate, how much moves into the weights; 0.9."),
+]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="NAME", help="With --calibrate, where the model runs; cpu."),
+]
 Engine = Annotated[
     str | None,
     typer.Option("--for", metavar="ENGINE", help="Write what vllm-omni, sglang or mindie loads."),
@@ -68,6 +90,9 @@ def quantize(
     scale_rule: ScaleRule = None,
     keep: Keep = None,
     lora: Lora = None,
+    calibrate: Calibrate = None,
+    alpha: Alpha = None,
+    device: Device = None,
     engine: Engine = None,
     copy: Copy = False,
     resume: Resume = False,
@@ -81,11 +106,12 @@ def quantize(
 
     ascendit quantize hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers -o Wan2.2-T2V-A14B-mxfp8 --scheme mxfp8
     """
-    from ascendit.cli.transfer import resumable, transfer_view
+    from ascendit.cli.transfer import resumable
     from ascendit.convert.quantize import quantize as run
 
     out: Output = ctx.obj
-    with out.work(), resumable(), transfer_view(silent=out.quiet or out.json) as view:
+    with out.work(), resumable(), Screen(silent=out.quiet or out.json) as screen:
+        calibrator = _calibrator(calibrate, alpha, device, screen)
         done = run(
             source,
             output,
@@ -94,6 +120,7 @@ def quantize(
             scale_rule=scale_rule,
             keep=keep or (),
             loras=lora or (),
+            calibrate=calibrator,
             engine=engine,
             copy=copy,
             resume=resume,
@@ -101,8 +128,79 @@ def quantize(
             report=report,
             hash=hash,
             dry_run=dry_run,
-            on_progress=view,
+            on_progress=screen.conversion,
         )
     out.emit(done.as_dict())
     for line in done.lines():
         out.line(line)
+
+
+def _calibrator(
+    prompts: str | None, alpha: float | None, device: str | None, screen: Screen
+) -> Calibrator | None:
+    if prompts is None:
+        for flag, value in (("--alpha", alpha), ("--device", device)):
+            if value is not None:
+                raise UsageError(
+                    f"{flag} {value} without --calibrate",
+                    needs="--calibrate PROMPTS: the model is run for nothing else",
+                    fix=f"leave {flag} out, or add --calibrate",
+                    code="E-USE-01",
+                )
+        screen.show_conversion()
+        return None
+    from ascendit.pipeline.calibrate import Calibrator
+
+    quiet_libraries()
+    given: dict[str, Any] = {"alpha": alpha, "device": device}
+    given = {name: value for name, value in given.items() if value is not None}
+    return Calibrator(prompts=prompts, on_progress=screen.calibration, **given)
+
+
+class Screen:
+    """First the bar of the run that calibrates, if there is one, then that of the conversion."""
+
+    def __init__(self, *, silent: bool) -> None:
+        self._silent = silent
+        self._stack = ExitStack()
+        self._stage, self._view = "", None
+
+    def calibration(self, event: Any) -> None:
+        """A step of the model."""
+        from ascendit.cli.progress import progress_view
+
+        self._show("calibration", progress_view)(event)
+
+    def conversion(self, event: Any) -> None:
+        """Some bytes."""
+        self.show_conversion()(event)
+
+    def show_conversion(self) -> Any:
+        """Its bar, before the first event too."""
+        from ascendit.cli.transfer import transfer_view
+
+        return self._show("conversion", transfer_view)
+
+    def _show(self, stage: str, make: Any) -> Any:
+        if self._stage != stage:
+            self._stack.close()
+            self._stage, self._view = stage, self._stack.enter_context(make(silent=self._silent))
+        return self._view
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the screen as it was found. A run of the model that had too little memory says so."""
+        from ascendit.cli.memory import is_out_of_memory
+
+        self._stack.close()
+        if self._stage == "calibration" and error is not None and is_out_of_memory(error):
+            raise OutOfMemory(
+                "out of memory while the float model ran to calibrate",
+                needs="memory for the model as it is, with text encoder and VAE",
+                fix="--device with more memory; without --calibrate a small machine does it",
+                code="E-MEM-01",
+            ) from error

@@ -17,6 +17,7 @@ from typing import Any
 
 from ascendit import __version__
 from ascendit.checkpoint.layout import Layout
+from ascendit.convert.calibration import Outputs
 
 RECORD_FILE = "ascendit.json"
 CARD_FILE = "README.md"
@@ -138,6 +139,13 @@ def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str
             elif one is not None and one is not False:
                 words += [flag, str(one)]
     return shlex.join(words)
+
+
+def outputs_table(expert: str, outputs: Outputs) -> str:
+    """Signal to noise of what comes out, with and without smoothing, as Markdown."""
+    rows = [f"| {name} | {q.plain:.2f} | {q.smoothed:.2f} |" for name, q in outputs.rows(0)]
+    head = f"Signal to noise of the outputs of `{expert}` on captured tokens, in dB, mean over the blocks:"
+    return "\n".join([head, "", "| layers | without smoothing | smoothed |", "|---|---|---|", *rows])
 
 
 def _front_matter(entries: Mapping[str, object]) -> list[str]:

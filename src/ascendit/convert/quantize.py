@@ -15,12 +15,14 @@ from pathlib import Path
 from ascendit.checkpoint.folder import model_folder
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.write import MAX_SHARD_BYTES
+from ascendit.convert.calibration import Calibrate, check_alpha
 from ascendit.convert.dialects import dialect_for
 from ascendit.convert.job import OnProgress
 from ascendit.convert.lora import LoraSource, parse_lora
 from ascendit.convert.quantize_job import QuantizeJob, Smoothing
 from ascendit.convert.recipe import load_recipe, no_scheme
 from ascendit.convert.report import QuantizeReport
+from ascendit.errors import UsageError
 
 
 def quantize(
@@ -33,6 +35,7 @@ def quantize(
     keep: Sequence[str] = (),
     loras: Sequence[LoraSource | str] = (),
     smoothing: Smoothing | None = None,
+    calibrate: Calibrate | None = None,
     engine: str | None = None,
     copy: bool = False,
     resume: bool = False,
@@ -48,7 +51,8 @@ def quantize(
     `scheme`: mxfp8, mxfp4, mxfp4_dualscale, int8, fp8, for a recipe that leaves it open (`default` does).
     `recipe`: a name of `recipe_names()` or a TOML file. `scale_rule`: one of the scheme's in `mx.formats`.
     `keep`: patterns of layers that stay as they are. `loras`: folded in before anything else, in this order.
-    `smoothing`: weights are multiplied by 1 / mul_scale, which is stored. `engine`: write its dialect.
+    `smoothing`: weights are multiplied by 1 / mul_scale, which is stored. `calibrate`: a
+    `pipeline.calibrate.Calibrator`, which runs the model to find that smoothing. `engine`: write its dialect.
     `copy`: other components are copied, not linked. `resume`: go on where a killed run with the same
     arguments stopped. `force`: quantize where accuracy is known to suffer. `report`: measure SQNR. `hash`:
     the sha256 of every file goes into `ascendit.json`, which takes as long as all the rest. `dry_run`: plan
@@ -60,6 +64,15 @@ def quantize(
     """
     if scheme is None and recipe is None:
         raise no_scheme("quantize")
+    if calibrate is not None:
+        check_alpha(calibrate.alpha)
+        if smoothing:
+            raise UsageError(
+                "both smoothing and calibrate",
+                needs="one of them: a calibration makes the smoothing",
+                fix="leave one out",
+                code="E-USE-01",
+            )
     job = QuantizeJob(
         layout=recognise(model_folder(src)),
         dst=Path(os.path.abspath(Path(dst).expanduser())),
@@ -72,7 +85,9 @@ def quantize(
         copy=copy,
         measure=report,
         hash=hash,
-        flags=_flags(scheme, recipe, scale_rule, keep, loras, engine, copy, force, report, hash),
+        flags=_flags(scheme, recipe, scale_rule, keep, loras, engine, copy, force, report, hash)
+        + list(calibrate.flags if calibrate else ()),
+        calibrate=calibrate,
     )
     job.check(force)
     if dry_run:

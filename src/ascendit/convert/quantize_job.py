@@ -8,24 +8,36 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascendit import __version__
-from ascendit.checkpoint.expert import read_expert
+from ascendit.checkpoint.expert import Expert, read_expert
 from ascendit.checkpoint.layout import INDEX_FILE, Layout
 from ascendit.checkpoint.staging import Staging, link_or_copy
 from ascendit.checkpoint.write import ShardWriter
 from ascendit.convert import card, stream
 from ascendit.convert.behind import WriteBehind
+from ascendit.convert.calibration import (
+    ROWS,
+    STATISTICS,
+    Calibrate,
+    Found,
+    Outputs,
+    Save,
+    mul_scales,
+    placeholders,
+    smoothable,
+)
 from ascendit.convert.dialects import Dialect, check_engine, model_kind, task_config
 from ascendit.convert.expert_plan import FP4, ExpertPlan, plan_expert, warnings_for
 from ascendit.convert.expert_writer import Advance, ExpertWriter
 from ascendit.convert.job import OnProgress, Progress
 from ascendit.convert.lora import Folds, LoraSource
+from ascendit.convert.output_quality import output_quality
 from ascendit.convert.recipe import Recipe
-from ascendit.convert.report import ExpertReport, QuantizeReport
+from ascendit.convert.report import ExpertReport, QuantizeReport, calibration_words
 from ascendit.convert.rules import ModelKind
 from ascendit.errors import UsageError
 
@@ -56,12 +68,16 @@ class QuantizeJob:
     measure: bool
     hash: bool
     flags: list[tuple[str, object]]
+    calibrate: Calibrate | None = None
+    """Makes `smoothing`, once everything else is known to be right."""
     plans: list[ExpertPlan] = field(init=False)
     folds: list[Folds] = field(init=False)
     kind: ModelKind = field(init=False)
     sqnr: dict[str, dict[str, float]] = field(init=False, default_factory=dict)
+    outputs: dict[str, Outputs] = field(init=False, default_factory=dict)
     files: dict[str, str] = field(init=False, default_factory=dict)
     """Path in the folder -> sha256, if asked for."""
+    calibration: Mapping[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         experts = [read_expert(part) for part in self.layout.experts]
@@ -73,17 +89,10 @@ class QuantizeJob:
                 code="E-USE-05",
             )
         self.kind = model_kind(experts[0].config)
-        self.plans = [
-            plan_expert(
-                expert,
-                self.recipe,
-                self.kind,
-                keep=self.keep,
-                smoothing=self.smoothing.get(expert.name),
-                dialect=self.dialect,
-            )
-            for expert in experts
-        ]
+        self.plans = [self._plan(expert) for expert in experts]
+        if self.calibrate is not None:
+            self.smoothing = {plan.expert.name: placeholders(plan) for plan in self.plans}
+            self.plans = [self._plan(expert) for expert in experts]
         names = [expert.name for expert in experts]
         self.folds = [
             Folds.open(
@@ -91,6 +100,16 @@ class QuantizeJob:
             )
             for e in experts
         ]
+
+    def _plan(self, expert: Expert) -> ExpertPlan:
+        return plan_expert(
+            expert,
+            self.recipe,
+            self.kind,
+            keep=self.keep,
+            smoothing=self.smoothing.get(expert.name),
+            dialect=self.dialect,
+        )
 
     def check(self, force: bool) -> None:
         """Refuse before any work what cannot come out well."""
@@ -113,6 +132,8 @@ class QuantizeJob:
             )
         for plan in self.plans:
             check_engine(self.dialect.engine, plan.traits, f"{self.layout.name}/{plan.expert.name}")
+        if self.calibrate is not None:
+            self.calibration = self.calibrate.record(self.layout)
 
     # ---- writing --------------------------------------------------------------------------------
 
@@ -130,14 +151,40 @@ class QuantizeJob:
             resume=resume,
             needs_bytes=needed,
         ) as staging:
-            meter = Meter(self._total_bytes(), on_progress, start)
+            found = self._calibrate(staging, resume)
+            meter = Meter(self._total_bytes(), on_progress, time.perf_counter())
             for plan, folds in zip(self.plans, self.folds, strict=True):
                 self._write_expert(staging, plan, folds, meter)
+                if self.measure and found:
+                    self._measure_outputs(plan, folds, found, meter)
             for source, name in self._others():
                 link_or_copy(source, staging.path / name, copy=self.copy or source.is_file())
             card.write_made(staging.path, self.made(), self.dst.name)
+            (staging.path / STATISTICS).unlink(missing_ok=True)
             staging.publish()
         return self.report(time.perf_counter() - start)
+
+    def _calibrate(self, staging: Staging, resume: bool) -> Found:
+        """Run the model, or take what a killed run has found, and put the factors in their places."""
+        if self.calibrate is None:
+            return {}
+        file = staging.path / STATISTICS
+        save = Save(
+            file=file,
+            resume=resume and staging.journal.complete(file) is not None,
+            saved=lambda: staging.journal.add(file, file.stat().st_size),
+        )
+        found = self.calibrate(self.layout, self.loras, ROWS if self.measure else 0, save)
+        for i, plan in enumerate(self.plans):
+            made = mul_scales(plan, found.get(plan.expert.name, {}), self.calibrate.alpha)
+            self.plans[i] = replace(plan, smoothing=made)
+        return found
+
+    def _measure_outputs(self, plan: ExpertPlan, folds: Folds, found: Found, meter: Meter) -> None:
+        name = plan.expert.name
+        with stream.RowReader() as reader:
+            advance = meter.advance_in(f"outputs of {name}")
+            self.outputs[name] = output_quality(plan, found[name], reader, folds, advance)
 
     def _write_expert(self, staging: Staging, plan: ExpertPlan, folds: Folds, meter: Meter) -> None:
         quant_type = plan.manifest["model_quant_type"]
@@ -192,7 +239,10 @@ class QuantizeJob:
         return found
 
     def _total_bytes(self) -> int:
-        return sum(plan.bytes_before for plan in self.plans)
+        total = sum(plan.bytes_before for plan in self.plans)
+        if self.measure and self.calibrate is not None:  # each smoothed weight is read once more
+            total += sum(plan.weight(name).nbytes for plan in self.plans for name in smoothable(plan))
+        return total
 
     # ---- what is said about it ------------------------------------------------------------------
 
@@ -203,14 +253,18 @@ class QuantizeJob:
         stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         what: list[Any] = [__version__, stamps, self.recipe.as_dict(), self.keep, self.dialect.engine]
         what += [[(str(x.path), x.weight, x.expert) for x in self.loras], self.max_shard_bytes]
-        for expert, layers in self.smoothing.items():
-            what += [(expert, name, scale.tolist()) for name, scale in layers.items()]
+        if self.calibrate is not None:  # what it finds is kept, and a run that goes on takes it from there
+            what += [dict(self.calibration), self.measure]
+        else:
+            for expert, layers in self.smoothing.items():
+                what += [(expert, name, scale.tolist()) for name, scale in layers.items()]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     def made(self) -> card.Made:
         """For the card and `ascendit.json`."""
         report = self.report(0.0)
         details: dict[str, Any] = {"keep": list(self.keep), "engine": self.dialect.engine}
+        details["calibration"] = dict(self.calibration)
         if self.measure:
             worst = {expert.name: dict(expert.worst) for expert in report.experts}
             details["worst_sqnr_db"] = {k: {n: round(x, 2) for n, x in v.items()} for k, v in worst.items()}
@@ -239,6 +293,7 @@ class QuantizeJob:
                 bytes_after=plan.bytes_after,
                 num_weights=plan.num_weights,
                 sqnr=self.sqnr.get(plan.expert.name, {}),
+                outputs=self.outputs.get(plan.expert.name, Outputs()),
             )
             for plan in self.plans
         )
@@ -259,6 +314,7 @@ class QuantizeJob:
             seconds=seconds,
             linked=tuple(name for _, name in self._others()),
             loras=loras,
+            calibration=self.calibration,
             engine=self.dialect.engine,
             warnings=tuple(warnings),
         )
@@ -302,6 +358,8 @@ def _size(path: Path) -> int:
 def _notes(report: QuantizeReport) -> list[str]:
     """Paragraphs of the card: what was kept, what was measured, what to know."""
     notes = []
+    if report.calibration:
+        notes.append(f"Smoothed as msModelSlim does: {calibration_words(report.calibration)}.")
     for expert in report.experts:
         kept = [f"- {', '.join(f'`{name}`' for name in names)}: {why}" for why, names in expert.kept.items()]
         notes.append("\n".join([f"Kept as they were in `{expert.name}`:", "", *kept]))
@@ -309,4 +367,6 @@ def _notes(report: QuantizeReport) -> list[str]:
             rows = [f"| `{layer}` | {value:.2f} |" for layer, value in expert.worst]
             head = [f"Signal to quantization noise of `{expert.name}`, the worst layers in dB:", ""]
             notes.append("\n".join([*head, "| layer | dB |", "|---|---|", *rows]))
+        if expert.outputs.layers:
+            notes.append(card.outputs_table(expert.name, expert.outputs))
     return notes + [f"Note: {warning}" for warning in report.warnings]

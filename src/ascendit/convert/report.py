@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ascendit.convert.calibration import OutputQuality, Outputs
+
 WORST = 10
 
 
@@ -24,6 +26,8 @@ class ExpertReport:
     num_weights: int
     sqnr: Mapping[str, float] = field(default_factory=dict)
     """Layer -> signal to quantization noise in dB; empty without `report`."""
+    outputs: Outputs = field(default_factory=Outputs)
+    """The same of what comes out of smoothed layers, and would without smoothing; from a calibration."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -48,6 +52,9 @@ class ExpertReport:
         if self.sqnr:
             data["sqnr_db"] = {layer: round(value, 2) for layer, value in self.sqnr.items()}
             data["worst"] = [layer for layer, _ in self.worst]
+        if self.outputs.layers:
+            data["output_sqnr_db"] = {name: _rounded(q) for name, q in self.outputs.layers.items()}
+            data["output_sqnr_db_mean"] = _rounded(self.outputs.mean)
         return data
 
 
@@ -66,6 +73,8 @@ class QuantizeReport:
     linked: tuple[str, ...] = ()
     """Other components and files that were linked or copied."""
     loras: tuple[Mapping[str, Any], ...] = ()
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """How the inputs were captured that the smoothing is from: alpha, prompts, steps."""
     engine: str | None = None
     warnings: tuple[str, ...] = ()
 
@@ -112,6 +121,7 @@ class QuantizeReport:
             "experts": [expert.as_dict() for expert in self.experts],
             "linked": list(self.linked),
             "loras": [dict(lora) for lora in self.loras],
+            "calibration": dict(self.calibration),
             "warnings": list(self.warnings),
         }
 
@@ -121,6 +131,8 @@ class QuantizeReport:
         size = f"{human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}  ({ratio:.0%})"
         rows = [("Source", f"{self.source}  ({self.model_kind})"), ("Recipe", self.recipe)]
         rows += [("LoRA", f"{lora['file']} at {lora['weight']:g}") for lora in self.loras]
+        if self.calibration:
+            rows.append(("Smoothing", calibration_words(self.calibration)))
         for expert in self.experts:
             counts = ", ".join(f"{count} {scheme}" for scheme, count in expert.schemes.items())
             sizes = f"{human_bytes(expert.bytes_before)} -> {human_bytes(expert.bytes_after)}"
@@ -135,11 +147,14 @@ class QuantizeReport:
         if self.dry_run:
             rows.append(("Dry run", f"nothing written; it would be {self.path}"))
         else:
-            rows.append(("Time", f"{self.seconds:.1f} s, {self.gib_per_s:.2f} GiB/s"))
+            pace = "" if self.calibration else f", {self.gib_per_s:.2f} GiB/s"
+            rows.append(("Time", f"{self.seconds:.1f} s{pace}"))
         width = max(len(title) for title, _ in rows)
         lines = [f"{title:<{width}}  {text}" for title, text in rows]
         for expert in self.experts:
             lines += _worst_lines(expert)
+        for expert in self.experts:
+            lines += _output_lines(expert)
         return lines
 
 
@@ -168,3 +183,29 @@ def _worst_lines(expert: ExpertReport) -> list[str]:
     width = max(len(layer) for layer, _ in expert.worst)
     head = f"{expert.name}: the {len(expert.worst)} worst of {len(expert.sqnr)} layers, SQNR in dB"
     return ["", head, *(f"  {layer:<{width}}  {value:6.2f}" for layer, value in expert.worst)]
+
+
+def calibration_words(record: Mapping[str, Any]) -> str:
+    """`alpha 0.9, from 4 prompts of 16 steps at 64x64, 17 frames`."""
+    return (
+        f"alpha {record['alpha']:g}, from {record['prompts']} prompt{'s'[: record['prompts'] != 1]} of "
+        f"{record['steps']} steps at {record['size']}, {record['frames']} frames"
+    )
+
+
+def _output_lines(expert: ExpertReport) -> list[str]:
+    if not expert.outputs.layers:
+        return []
+    rows = expert.outputs.rows(WORST)
+    width = max(len(name) for name, _ in rows)
+    head = (
+        f"{expert.name}: SQNR in dB of the outputs of {len(expert.outputs.layers)} layers on captured tokens"
+    )
+    lines = ["", head, f"  {'':<{width}}  without  smoothed    gain"]
+    for name, q in rows:
+        lines.append(f"  {name:<{width}}  {q.plain:7.2f}  {q.smoothed:8.2f}  {q.smoothed - q.plain:+6.2f}")
+    return lines
+
+
+def _rounded(quality: OutputQuality) -> dict[str, float]:
+    return {"plain": round(quality.plain, 2), "smoothed": round(quality.smoothed, 2)}

@@ -1,0 +1,63 @@
+"""Peak memory of loading one expert: codes from disk, and a float checkpoint quantized on the way.
+
+    python tools/make_checkpoint.py big --layout diffusers --size 7.8GB
+    ascendit quantize big -o big-mxfp8 --scheme mxfp8
+    python benchmarks/load_memory.py big-mxfp8 --online big=mxfp8
+
+Each load is a process of its own; the peak is that of the process above the one it had after torch and
+ascendit were imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ONE = """
+import resource, sys, time
+import torch
+from pathlib import Path
+from ascendit.checkpoint.layout import recognise
+from ascendit.model.load import load_transformer, nbytes
+from ascendit.model.online import Online
+from ascendit.ops.bind import bind
+torch.set_num_threads(2)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+folder, scheme = sys.argv[1:]
+ops = bind("cpu")
+part = recognise(Path(folder)).experts[0]
+before, start = peak(), time.perf_counter()
+model = load_transformer(part, ops, dtype=torch.bfloat16, online=Online.of(scheme or None, None))
+print(nbytes(model), peak() - before, time.perf_counter() - start)
+"""
+
+
+def measured(folder: Path, scheme: str) -> tuple[float, float, float]:
+    """Bytes of the model, peak bytes above the start, seconds."""
+    words = [sys.executable, "-c", ONE, str(folder), scheme]
+    out = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    return float(out[0]), float(out[1]), float(out[2])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="*", type=Path, help="Quantized folders.")
+    parser.add_argument("--online", nargs="*", default=[], metavar="FOLDER=SCHEME")
+    args = parser.parse_args()
+    work = [(folder, "") for folder in args.folders]
+    work += [(Path(folder), scheme) for folder, _, scheme in (w.rpartition("=") for w in args.online)]
+    print("| expert | model GB | peak GB | peak / model | seconds |")
+    print("| --- | --- | --- | --- | --- |")
+    for folder, scheme in work:
+        size, peak, seconds = measured(folder, scheme)
+        name = f"{folder.name}{f' online {scheme}' if scheme else ''}"
+        print(
+            f"| {name} | {size / 1e9:.2f} | {peak / 1e9:.2f} | {peak / size:.3f} | {seconds:.1f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""What a calibration gives to `quantize`: maxima of the inputs of each layer, and `mul_scale` made of them.
+
+Layers that share one input share one s, as in msModelSlim's `iter_smooth` for Wan: Q, K and V of the
+self-attention, K and V of the cross-attention (and those of its image tokens); all others stand alone. Who
+runs the model is in `pipeline/calibrate.py`. No torch at module level.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ascendit.checkpoint.layout import Layout
+from ascendit.convert.canonical import block_linear
+from ascendit.convert.expert_plan import ExpertPlan
+from ascendit.convert.source_rows import TORCH
+from ascendit.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ascendit.convert.lora import LoraSource
+
+ALPHA = 0.9
+"""msModelSlim's, in the recipe that smooths Wan."""
+ROWS = 256
+"""Tokens of each input that are kept where outputs are measured."""
+STATISTICS = "calibration.safetensors"
+"""What has been found so far, in the unfinished output: `--resume` goes on with it."""
+_LEADERS = (
+    (re.compile(r"(.*\.attn1)\.to_[kv]"), r"\1.to_q"),
+    (re.compile(r"(.*\.attn2)\.to_v"), r"\1.to_k"),
+    (re.compile(r"(.*\.attn2)\.add_v_proj"), r"\1.add_k_proj"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """One input and the layers that share it, over all prompts, steps and branches."""
+
+    input_amax: torch.Tensor
+    """max|x|, float32 [K]."""
+    weight_amax: torch.Tensor
+    """max|w| over the rows of all its layers, float32 [K]."""
+    rows: torch.Tensor
+    """Some of its tokens, drawn evenly, [n, K] in the dtype of the run; n is 0 where none are wanted."""
+
+
+Found = Mapping[str, Mapping[str, Statistics]]
+"""Expert -> first layer of a group -> its statistics."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """Where `Calibrate` keeps what it has found so far."""
+
+    file: Path
+    resume: bool
+    """`file` is there, and whole."""
+    saved: Callable[[], None]
+    """To be called whenever `file` has been written anew."""
+
+
+class Calibrate(Protocol):
+    """Runs the model at a layout over some prompts."""
+
+    @property
+    def alpha(self) -> float: ...
+
+    @property
+    def flags(self) -> Sequence[tuple[str, object]]:
+        """For the command line in the model card."""
+
+    def record(self, layout: Layout) -> Mapping[str, Any]:
+        """What would be run, for `ascendit.json`. Raises what can be known before a weight is read."""
+
+    def __call__(self, layout: Layout, loras: Sequence[LoraSource], rows: int, save: Save) -> Found:
+        """Run it, with the LoRA files folded in; keep `rows` tokens of each input."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputQuality:
+    """Signal to noise in dB of a layer's output on captured tokens: weight and tokens quantized."""
+
+    plain: float
+    smoothed: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """`OutputQuality` of the layers of one expert."""
+
+    layers: Mapping[str, OutputQuality] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> OutputQuality:
+        """Over all layers, of the dB."""
+        return _mean(list(self.layers.values()))
+
+    @property
+    def kinds(self) -> dict[str, OutputQuality]:
+        """Place in a block (`attn1.to_q`) -> mean over all blocks."""
+        every = dict.fromkeys(kind_of(name) for name in self.layers)
+        return {k: _mean([q for n, q in self.layers.items() if kind_of(n) == k]) for k in every}
+
+    def rows(self, worst: int) -> list[tuple[str, OutputQuality]]:
+        """For a table: the `worst` smoothed layers, the mean of each kind, the mean of all."""
+        found = sorted(self.layers.items(), key=lambda item: item[1].smoothed)[:worst]
+        found += [(f"mean of {kind}", quality) for kind, quality in self.kinds.items()]
+        return [*found, ("mean", self.mean)]
+
+
+def leader_of(layer: str) -> str:
+    """The first of the layers that share the input of this one: `blocks.0.attn1.to_q` for its K and V."""
+    for pattern, leader in _LEADERS:
+        if found := pattern.fullmatch(layer):
+            return found.expand(leader)
+    return layer
+
+
+def kind_of(layer: str) -> str:
+    """`blocks.12.attn1.to_q` -> `attn1.to_q`."""
+    return re.sub(r"^blocks\.\d+\.", "", layer)
+
+
+def smoothable(plan: ExpertPlan) -> list[str]:
+    """The layers that a calibration smooths: linears of the blocks that are quantized."""
+    return [name for name in plan.coded if block_linear(name)]
+
+
+def placeholders(plan: ExpertPlan) -> dict[str, torch.Tensor]:
+    """A `mul_scale` of ones for each layer that will be smoothed: the plan before the model has run."""
+    import torch
+
+    return {name: torch.ones(plan.weight(name).shape[1]) for name in smoothable(plan)}
+
+
+def mul_scales(plan: ExpertPlan, found: Mapping[str, Statistics], alpha: float) -> dict[str, torch.Tensor]:
+    """Layer -> mul_scale, float32 [K]: msModelSlim's 1 / s, computed in the dtype that is quantized.
+
+    UsageError E-QNT-01 for an input that was never seen, or whose maxima are not finite.
+    """
+    import torch
+
+    from ascendit.mx.smooth import smoothing_factors, to_mul_scale
+
+    made: dict[str, torch.Tensor] = {}
+    for name in smoothable(plan):
+        stats = found.get(leader_of(name))
+        if stats is None or not bool(stats.input_amax.isfinite().all()):
+            raise _no_statistics(plan.expert.name, name, stats is None)
+        stored = TORCH[plan.dtype(plan.weight(name))]
+        # Float16 ends at 65504, and maxima of activations do not; the weight rounds s to its own dtype.
+        dtype = torch.float32 if stored == "float16" else getattr(torch, stored)
+        factors = smoothing_factors(stats.input_amax, stats.weight_amax, alpha, dtype=dtype)
+        made[name] = to_mul_scale(factors)
+    return made
+
+
+def check_alpha(alpha: float) -> None:
+    """UsageError E-USE-01 unless 0 <= alpha <= 1."""
+    if not 0 <= alpha <= 1:
+        raise UsageError(
+            f"alpha {alpha:g}",
+            needs="0 (all outliers stay in the input) to 1 (all of them move into the weight)",
+            fix=f"--alpha {ALPHA:g}, which is msModelSlim's",
+            code="E-USE-01",
+        )
+
+
+def _mean(every: Sequence[OutputQuality]) -> OutputQuality:
+    count = max(len(every), 1)
+    return OutputQuality(
+        plain=sum(q.plain for q in every) / count, smoothed=sum(q.smoothed for q in every) / count
+    )
+
+
+def _no_statistics(expert: str, layer: str, missing: bool) -> UsageError:
+    return UsageError(
+        f"{expert}: {layer} " + ("was never run" if missing else "has inputs that are not finite"),
+        needs="every quantized layer in a run of the float model, with finite numbers",
+        fix="see that ascendit generate makes a good video of the source; --keep leaves the layer as it is",
+        code="E-QNT-01",
+    )
