@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ascendit.checkpoint.layout import Layout
+from ascendit.convert.step_policy import StepPolicy
 from ascendit.device.backends import Device
 from ascendit.errors import Cancelled, QualityError
-from ascendit.model.policy import StepPolicy
 from ascendit.model.state import DenoiseState, Shared
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.bind import Ops
