@@ -212,3 +212,36 @@ def test_the_config_of_a_video_made_elsewhere(run, fake, tmp_path):
 def test_the_device_reaches_the_loader(run, fake, model, tmp_path, device):
     run("generate", model, "a cat", "--device", device, "-o", tmp_path / "a.mp4")
     assert fake.loaded[0][1]["device"] == device
+
+
+def test_scheme_recipe_policy_and_emulation_reach_the_loader_and_the_replay_line(run, fake, tmp_path):
+    words = ["generate", "--demo", "a cat", "--seed", "7", "-o", tmp_path / "a.mp4", "--device", "twin:a5"]
+    words += ["--scheme", "mxfp4", "--step-policy", "0-1:w4a8,default:w4a4", "--emulate", "decode-once"]
+    ended = run(*words, "--set", "keep=blocks.0.*;blocks.7.*", "--set", "activation_rule=mxfp4=max:7")
+    assert ended.code == 0, ended.err
+    given = fake.loaded[0][1]
+    assert given["scheme"] == "mxfp4" and given["keep"] == ("blocks.0.*", "blocks.7.*")
+    assert given["step_policy"] == "0-1:w4a8,default:w4a4" and given["emulate"] == "decode-once"
+    assert given["activation_rule"] == "mxfp4=max:7" and "recipe" not in given and "force" not in given
+    replay = shlex.split(ended.out.splitlines()[-1].removeprefix("  replay  "))
+    again = run(*replay[1:], "-o", tmp_path / "b.mp4")
+    assert again.code == 0, again.err
+    assert {**fake.loaded[1][1], "on_progress": 0} == {**given, "on_progress": 0}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["--scheme", "mxfp6"], "E-USE-01", "scheme=mxfp6"),
+        (["--recipe", "nope"], "E-USE-02", "nope"),
+        (["--scheme", "mxfp8", "--step-policy", "0:w4a8"], "E-USE-01", "no layer is in mxfp4"),
+        (["--scheme", "mxfp4", "--step-policy", "40:w4a8"], "E-REQ-03", "names step 40"),
+        (["--scheme", "mxfp4", "--step-policy", "x"], "E-USE-01", "no precision"),
+        (["--scheme", "mxfp4", "--emulate", "often"], "E-USE-01", "emulate=often"),
+        (["--set", "keep=blocks.0.*"], "E-USE-01", "without a scheme"),
+        (["--scheme", "mxfp8", "--set", "keep=blocks.99.*"], "E-USE-05", "blocks.99"),
+    ],
+)
+def test_wrong_numbers_end_before_anything_is_loaded(run, fake, words, code, text):
+    ended = run("generate", "--demo", "a cat", *words, "--dry-run")
+    assert ended.code == 2 and code in ended.err and text in ended.err and not fake.loaded

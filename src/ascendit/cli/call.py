@@ -189,10 +189,14 @@ def patterns(text: str | None) -> tuple[str, ...]:
 
 def check_numbers(call: Call, layout: Layout, request: GenerateRequest) -> None:
     """Everything about schemes, recipes and step policies that headers tell, before weights are loaded."""
-    from ascendit.model.online import Online, read_experts
-    from ascendit.pipeline.loading import policy_for
+    from ascendit.convert.step_policy import StepPolicy
+    from ascendit.model.online import Online, policy_for, read_experts
 
     online = Online.of(call.scheme, call.recipe, patterns(call.keep), force=call.force)
+    if online is None and call.step_policy is None:
+        return
+    if call.step_policy is not None:
+        StepPolicy.parse(call.step_policy).check_steps(request.num_inference_steps)
     policy = policy_for(call.step_policy, online, layout, read_experts(layout, online))
     policy.check_steps(request.num_inference_steps)
 

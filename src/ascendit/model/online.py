@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ascendit.checkpoint.expert import Expert, read_expert
 from ascendit.checkpoint.layout import Layout
+from ascendit.checkpoint.part import read_json
+from ascendit.convert.card import RECORD_FILE
 from ascendit.convert.dialects import Dialect, model_kind
 from ascendit.convert.expert_plan import FP4, ExpertPlan, plan_expert
 from ascendit.convert.recipe import Recipe, load_recipe
+from ascendit.convert.step_policy import StepPolicy
+from ascendit.convert.steps import schemes_of
 from ascendit.errors import UsageError
+
+log = logging.getLogger("ascendit")
 
 
 @dataclass(frozen=True)
@@ -61,3 +68,35 @@ def read_experts(layout: Layout, online: Online | None) -> list[tuple[Expert, Ex
     """Every expert and what becomes of it, from headers alone: mistakes are told before anything loads."""
     experts = [read_expert(part) for part in layout.experts]
     return [(expert, online.plan(expert) if online else None) for expert in experts]
+
+
+def schemes_in(found: Sequence[tuple[Expert, ExpertPlan | None]]) -> set[str]:
+    """Those of the layers on codes, planned or stored."""
+    return {
+        scheme for expert, plan in found for scheme in (plan.schemes if plan else schemes_of(expert).values())
+    }
+
+
+def policy_for(
+    asked: str | StepPolicy | None,
+    online: Online | None,
+    layout: Layout,
+    found: Sequence[tuple[Expert, ExpertPlan | None]],
+) -> StepPolicy:
+    """What was asked for, else the recipe's: of this load, or of the `quantize` that wrote the folder.
+
+    UsageError E-USE-01 for a precision that no weight of the model has.
+    """
+    if asked is not None:
+        policy = StepPolicy.parse(asked) if isinstance(asked, str) else asked
+    elif online is not None:
+        policy = online.recipe.step_policy
+    else:
+        record = layout.root / RECORD_FILE
+        recipe = read_json(record).get("recipe") if record.is_file() else None
+        text = recipe.get("step_policy") if isinstance(recipe, dict) else None
+        policy = StepPolicy.parse(text) if isinstance(text, str) and text else StepPolicy()
+    if policy != StepPolicy():
+        policy.check_schemes(schemes_in(found), floats=all(plan for _, plan in found))
+        log.info("step policy %s", policy)
+    return policy

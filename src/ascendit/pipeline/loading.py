@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from ascendit.checkpoint.expert import Expert
 from ascendit.checkpoint.folder import model_folder
-from ascendit.checkpoint.layout import Layout, recognise
-from ascendit.checkpoint.part import read_json
-from ascendit.convert.card import RECORD_FILE
-from ascendit.convert.expert_plan import ExpertPlan
+from ascendit.checkpoint.layout import recognise
 from ascendit.convert.step_policy import StepPolicy
-from ascendit.convert.steps import schemes_of
 from ascendit.device.backends import open_device, parse_device
 from ascendit.model.load import load_expert
-from ascendit.model.online import Online, read_experts
+from ascendit.model.online import Online, policy_for, read_experts, schemes_in
 from ascendit.ops.bind import bind
 from ascendit.ops.quantized import Emulate
 from ascendit.pipeline.defaults import defaults_for
 from ascendit.pipeline.encoders import ImageEncoder, TextEncoder, TextOn, VideoCoder
 from ascendit.pipeline.generate import Pipeline
 from ascendit.pipeline.progress import OnProgress, Progress
-
-log = logging.getLogger("ascendit")
 
 
 def load(
@@ -91,35 +83,3 @@ def load(
         done(3 + len(experts))
     second = experts[1] if len(experts) == 2 else None
     return Pipeline(layout, defaults, bound, place, text, vae, experts[0], second, clip, str(model), policy)
-
-
-def schemes_in(found: Sequence[tuple[Expert, ExpertPlan | None]]) -> set[str]:
-    """Those of the layers on codes, planned or stored."""
-    return {
-        scheme for expert, plan in found for scheme in (plan.schemes if plan else schemes_of(expert).values())
-    }
-
-
-def policy_for(
-    asked: str | StepPolicy | None,
-    online: Online | None,
-    layout: Layout,
-    found: Sequence[tuple[Expert, ExpertPlan | None]],
-) -> StepPolicy:
-    """What was asked for, else the recipe's: of this load, or of the `quantize` that wrote the folder.
-
-    UsageError E-USE-01 for a precision that no weight of the model has.
-    """
-    if asked is not None:
-        policy = StepPolicy.parse(asked) if isinstance(asked, str) else asked
-    elif online is not None:
-        policy = online.recipe.step_policy
-    else:
-        record = layout.root / RECORD_FILE
-        recipe = read_json(record).get("recipe") if record.is_file() else None
-        text = recipe.get("step_policy") if isinstance(recipe, dict) else None
-        policy = StepPolicy.parse(text) if isinstance(text, str) and text else StepPolicy()
-    if policy != StepPolicy():
-        policy.check_schemes(schemes_in(found), floats=all(plan for _, plan in found))
-        log.info("step policy %s", policy)
-    return policy
