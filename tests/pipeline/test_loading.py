@@ -179,3 +179,8 @@ def test_layouts_are_recognised_alike(tmp_path):
     assert np.array_equal(video(a), video(b)) and np.array_equal(
         video(a), video(ascendit.load("demo", scheme="mxfp4"))
     )
+
+
+def test_the_vae_in_bfloat16_is_near_the_one_in_float32():
+    wide, narrow = (video(ascendit.load("demo", vae_dtype=d)).astype(float) for d in (None, "bfloat16"))
+    assert 50 < 10 * np.log10(255**2 / np.square(wide - narrow).mean()) < 90

@@ -42,6 +42,7 @@ class Call:
     activation_rule: str | None = None
     force: bool = False
     dtype: str | None = None
+    vae_dtype: str | None = None
     ops: str | None = None
     fast_layernorm: bool | None = None
     metadata: bool = True
@@ -72,7 +73,7 @@ class Plan:
             "emulate",
             "activation_rule",
         )
-        given = {name: getattr(self.call, name) for name in (*names, "ops", "fast_layernorm")}
+        given = {name: getattr(self.call, name) for name in (*names, "vae_dtype", "ops", "fast_layernorm")}
         given |= {"keep": patterns(self.call.keep), "force": self.call.force or None}
         return {k: v for k, v in given.items() if v not in (None, (), "auto")}
 
@@ -89,7 +90,7 @@ class Plan:
             ("--emulate", self.call.emulate, None),
         ):
             words += [flag, value] if value and value != default else []
-        for key in ("keep", "activation_rule", "dtype", "ops", "fast_layernorm", "force"):
+        for key in ("keep", "activation_rule", "dtype", "vae_dtype", "ops", "fast_layernorm", "force"):
             setting = "true" if (given := getattr(self.call, key)) is True else given
             words += ["--set", f"{key}={setting}"] if setting else []
         start, line = "ascendit generate", self.request.replay_line(self.call.model)

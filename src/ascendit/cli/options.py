@@ -21,6 +21,7 @@ EXTRAS: dict[str, Any] = {
     "device": str,
     "text_on": Literal["cpu", "device", "drop"],
     "dtype": Literal["float32", "bfloat16", "float16"],
+    "vae_dtype": Literal["float32", "bfloat16"],
     "scheme": Literal["bf16", "int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"],
     "recipe": str,
     "keep": str,
