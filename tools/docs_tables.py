@@ -248,7 +248,9 @@ def flags_table(name: str) -> str:
         return escape(f"{names}{value}"), escape(f"{param.help}{default}")
 
     params = command(name).params
-    return table(("flag", "meaning"), (row(p) for p in params if p.param_type_name == "option" and not p.hidden))
+    return table(
+        ("flag", "meaning"), (row(p) for p in params if p.param_type_name == "option" and not p.hidden)
+    )
 
 
 def commands_table() -> str:
@@ -297,6 +299,43 @@ def npu_operators_table() -> str:
         return f"`{form.name}`", f"`{form.calls}`", chips, form.why
 
     return table(("operator", "computed by", "chips", "why"), (row(f) for f in FORMS))
+
+
+def npu_capabilities_table() -> str:
+    """What each chip has, from the table that the twin and `doctor` obey too."""
+    from ascendit.device.npu import CAPABILITIES
+    from ascendit.device.npu import CHIPS as ASCEND
+
+    words = {"yes": "yes", "cann": "no", "adapter": "no", "unknown": "not documented"}
+
+    def row(c: Any) -> tuple[object, ...]:
+        name = f"`{c.operator}`" + (f", {c.mode}" if c.mode else "")
+        return (
+            name,
+            c.used_for or "-",
+            *(words[c.on(chip)] for chip in ASCEND),
+            c.dtypes or "-",
+            c.layout or "-",
+        )
+
+    rows = (row(c) for c in sorted(CAPABILITIES, key=lambda c: not c.used_for))
+    return table(("operator", "ascendit calls it for", *ASCEND, "dtypes", "layout"), rows)
+
+
+def npu_versions_table() -> str:
+    from ascendit.device.versions import DRIVERS, MINDIESD, STACKS, begins
+
+    def beside(known: Any, cann: str | None) -> str:
+        found = [v for c, versions in known.items() if cann and begins(c, cann) for v in versions]
+        return ", ".join(dict.fromkeys(found)) or "?"
+
+    def row(s: Any) -> tuple[object, ...]:
+        tail = (beside(MINDIESD, s.cann), beside(DRIVERS, s.cann), f"[page]({s.source})")
+        return s.torch, s.torch_npu, s.cann or "?", *tail
+
+    return table(
+        ("torch", "torch_npu", "CANN", "MindIE-SD", "driver", "published on"), (row(s) for s in STACKS)
+    )
 
 
 def npu_settings_table() -> str:
@@ -369,6 +408,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings": settings_table,
     "npu-operators": npu_operators_table,
     "npu-settings": npu_settings_table,
+    "npu-capabilities": npu_capabilities_table,
+    "npu-versions": npu_versions_table,
     "linear-schemes": linear_schemes_table,
     "world": world_table,
 }

@@ -72,7 +72,18 @@ FLAGS = {
         "--json",
     ],
     "inspect": ["--layers", "--diff", "--json"],
-    "verify": ["--demo", "--adherence", "--seeds", "--limit", "--report", "--json", "--swap-experts"],
+    "verify": [
+        "--demo",
+        "--adherence",
+        "--quality",
+        "--case",
+        "--seeds",
+        "--limit",
+        "--jobs",
+        "--report",
+        "--json",
+        "--swap-experts",
+    ],
     "doctor": ["--self-check", "--device", "--out", "--json"],
 }
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from ascendit.device import doctor, kernels, report
-from ascendit.device.doctor import at_least, examine
+from ascendit.device import doctor, kernels, npu_probes, probing, report
+from ascendit.device.doctor import examine
+from ascendit.device.probing import at_least
 from ascendit.device.report import Row
 from ascendit.native.build import Built
 
@@ -37,14 +38,14 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         return dict(next((v for k, v in told.items() if k and k in code), told[""]))
 
     doctor._torch.cache_clear()
-    monkeypatch.setattr(doctor, "_child", answer)
+    monkeypatch.setattr(doctor, "child", answer)
     yield told
     doctor._torch.cache_clear()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, versions: dict[str, str | None], specs: set[str]) -> None:
-    real_version, real_spec = doctor._version, importlib.util.find_spec
-    monkeypatch.setattr(doctor, "_version", lambda n: versions[n] if n in versions else real_version(n))
+    real_version, real_spec = probing.installed, importlib.util.find_spec
+    monkeypatch.setattr(doctor, "installed", lambda n: versions[n] if n in versions else real_version(n))
     monkeypatch.setattr(doctor, "find_spec", lambda n: True if n in specs else real_spec(n))
 
 
@@ -108,17 +109,17 @@ def test_a_missing_and_an_old_library(monkeypatch):
 
 
 def test_a_child_process_is_asked():
-    assert doctor._child("print('noise'); print('{\"a\": 1}')") == {"a": 1}
-    assert doctor._child(
+    assert probing.child("print('noise'); print('{\"a\": 1}')") == {"a": 1}
+    assert probing.child(
         "import os; print('{\"v\": \"' + os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] + '\"}')"
     ) == {"v": "0"}
-    assert doctor._child("raise ValueError('bad')") == {"error": "ValueError: bad"}
-    assert doctor._child("import os; os.kill(os.getpid(), 11)")["error"] == "ended with code -11"
+    assert probing.child("raise ValueError('bad')") == {"error": "ValueError: bad"}
+    assert probing.child("import os; os.kill(os.getpid(), 11)")["error"] == "ended with code -11"
 
 
 def test_a_child_that_hangs(monkeypatch):
-    monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.2)
-    assert doctor._child("import time; time.sleep(60)") == {"error": "no answer in 0.2 s", "late": True}
+    monkeypatch.setattr(probing, "PROBE_SECONDS", 0.2)
+    assert probing.child("import time; time.sleep(60)") == {"error": "no answer in 0.2 s", "late": True}
 
 
 def test_torch_works(child):
@@ -154,40 +155,18 @@ def test_codec(child):
     assert rows(doctor._video_codec)["H.264 (libx264)"].status == "ok"
 
 
-def test_no_npu_is_no_fault(child):
-    found = rows(doctor._npu)
-    assert set(found) == {"torch_npu", "CANN toolkit", "NPU device"}
-    assert all(r.status == "absent" and not r.required for r in found.values())
-
-
-def test_torch_npu_without_cann(child, monkeypatch, tmp_path):
-    """`import torch` itself fails then, since torch loads torch_npu."""
-    monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
-    monkeypatch.setattr(doctor, "TOOLKIT", tmp_path)
-    pretend(monkeypatch, versions={"torch_npu": "2.9.0", "torch": "2.13.0"}, specs={"torch_npu"})
+def test_torch_npu_without_cann_breaks_torch_itself(child, monkeypatch):
+    """Since `import torch` loads an installed torch_npu."""
+    pretend(monkeypatch, versions={}, specs={"torch_npu"})
     child["plain"] = {"error": "ImportError: libhccl.so: cannot open shared object file"}
-    report = examine([doctor._torch_imports, doctor._npu])
-    found = {r.item: r for r in report.rows}
-    assert found["import torch"].status == "broken" and "libhccl.so" in found["import torch"].found
-    assert f"source {tmp_path}/set_env.sh" in found["import torch"].fix
-    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in found["import torch"].fix
-    assert not report.ok
-    assert found["torch_npu"].status == "broken" and found["torch_npu"].fix.endswith("torch 2.13.0")
-    assert (
-        found["CANN toolkit"].status == "broken" and "set_env.sh not sourced" in found["CANN toolkit"].found
-    )
-    assert found["CANN toolkit"].fix == f"source {tmp_path}/set_env.sh"
+    row = rows(doctor._torch_imports)["import torch"]
+    assert row.status == "broken" and "libhccl.so" in row.found
+    assert row.fix.startswith(npu_probes.source_line()) and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in row.fix
+    assert not examine([doctor._torch_imports]).ok
 
 
-def test_cann_is_sourced(child, monkeypatch, tmp_path):
-    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
-    monkeypatch.setenv("LD_LIBRARY_PATH", "")
-    assert "libhccl.so not found" in rows(doctor._npu)["CANN toolkit"].found
-    (tmp_path / "lib64").mkdir()
-    (tmp_path / "lib64" / "libhccl.so").touch()
-    (tmp_path / "version.cfg").write_text("runtime_running_version=[9.1.0:x]\n")
-    row = rows(doctor._npu)["CANN toolkit"]
-    assert row.status == "ok" and row.found == f"9.1.0:x in {tmp_path}"
+def test_the_probes_of_npus_are_each_on_their_own():
+    assert set(npu_probes.PROBES) < set(doctor.PROBES) and len(npu_probes.PROBES) == 9
 
 
 # ---- kernels ------------------------------------------------------------------------------------
@@ -197,7 +176,7 @@ def test_which_kernels_are_compiled(monkeypatch):
     reasons = {name: f"compiled from native/{name}.cpp" for name in kernels.KERNELS}
     monkeypatch.setattr(kernels, "native", lambda name: Built(ctypes.CDLL(None), reasons[name]))
     found = rows(kernels.compiled_kernels)
-    assert set(found) == {"kernel: encode", "kernel: attention", "kernel: elementwise"}
+    assert set(found) == {f"kernel: {name}" for name in ("encode", "attention", "linear", "elementwise")}
     assert all(r.status == "ok" and not r.required for r in found.values())
     assert found["kernel: encode"].found == "native, compiled from native/encode.cpp"
 

@@ -16,7 +16,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
-PAGES = ("inspect.md", "quantize.md", "repack.md")
+PAGES = ("doctor.md", "inspect.md", "quantize.md", "repack.md")
 
 
 def folded(text: str) -> str:

@@ -44,6 +44,8 @@ class Call:
     dtype: str | None = None
     vae_dtype: str | None = None
     ops: str | None = None
+    attention: str | None = None
+    nz: bool | None = None
     fast_layernorm: bool | None = None
     metadata: bool = True
     notes: tuple[str, ...] = ()
@@ -73,7 +75,10 @@ class Plan:
             "emulate",
             "activation_rule",
         )
-        given = {name: getattr(self.call, name) for name in (*names, "vae_dtype", "ops", "fast_layernorm")}
+        given = {
+            name: getattr(self.call, name)
+            for name in (*names, "vae_dtype", "ops", "attention", "nz", "fast_layernorm")
+        }
         given |= {"keep": patterns(self.call.keep), "force": self.call.force or None}
         return {k: v for k, v in given.items() if v not in (None, (), "auto")}
 
@@ -90,7 +95,17 @@ class Plan:
             ("--emulate", self.call.emulate, None),
         ):
             words += [flag, value] if value and value != default else []
-        for key in ("keep", "activation_rule", "dtype", "vae_dtype", "ops", "fast_layernorm", "force"):
+        for key in (
+            "keep",
+            "activation_rule",
+            "dtype",
+            "vae_dtype",
+            "ops",
+            "attention",
+            "nz",
+            "fast_layernorm",
+            "force",
+        ):
             setting = "true" if (given := getattr(self.call, key)) is True else given
             words += ["--set", f"{key}={setting}"] if setting else []
         start, line = "ascendit generate", self.request.replay_line(self.call.model)

@@ -30,6 +30,8 @@ EXTRAS: dict[str, Any] = {
     "activation_rule": str,
     "force": bool,
     "ops": Literal["auto", "reference"],
+    "attention": Literal["fusion", "fused_infer"],
+    "nz": bool,
     "fast_layernorm": bool,
     "metadata": bool,
 }

@@ -6,23 +6,20 @@ take the process down with them, or take seconds, are imported in a child proces
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ascendit.device import environment
+from ascendit.device import npu_probes
 from ascendit.device.kernels import compiled_kernels
+from ascendit.device.probing import at_least, child, failed, installed, read
 from ascendit.device.report import Probe, Report, Row, Status
 
 PYTHON = "3.11"
@@ -40,9 +37,7 @@ LIBRARIES = {
 MEMORY_GIB = 2.0
 DISK_GIB = 1.0
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "i8mm")
-TOOLKIT = Path("/usr/local/Ascend/ascend-toolkit")
 GIB = 2**30
-PROBE_SECONDS = 120.0
 
 
 def examine(probes: Sequence[Probe] | None = None) -> Report:
@@ -57,16 +52,6 @@ def examine(probes: Sequence[Probe] | None = None) -> Report:
                 Row(item=name, found=f"{type(e).__name__}: {e}".splitlines()[0], status="probe failed")
             )
     return Report(tuple(rows))
-
-
-def at_least(found: str, needed: str) -> bool:
-    """Compare versions by their leading numbers: 2.13.0+cpu is at least 2.9."""
-    return _numbers(found) >= _numbers(needed)
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    found = re.match(r"\d+(\.\d+)*", text)
-    return tuple(int(n) for n in found[0].split(".")) if found else ()
 
 
 # ---- the machine --------------------------------------------------------------------------------
@@ -90,7 +75,7 @@ def _python() -> list[Row]:
 
 
 def _cpu() -> list[Row]:
-    text = _read(Path("/proc/cpuinfo"))
+    text = read(Path("/proc/cpuinfo"))
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.M)
     useful = [name for name in CPU_FEATURES if flags and name in flags[1].split()]
     model = re.search(r"^model name\s*:\s*(.*)$", text, re.M)
@@ -100,10 +85,10 @@ def _cpu() -> list[Row]:
 
 def _memory() -> list[Row]:
     sizes = {
-        k: int(v) * 1024 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", _read(Path("/proc/meminfo")), re.M)
+        k: int(v) * 1024 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", read(Path("/proc/meminfo")), re.M)
     }
     total = sizes.get("MemTotal", 0) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
+    limit = read(Path("/sys/fs/cgroup/memory.max")).strip()
     total = min(total, int(limit)) if limit.isdigit() else total
     free = min(sizes.get("MemAvailable", total), total)
     return [
@@ -149,7 +134,9 @@ def _ascendit() -> list[Row]:
     folder = Path(ascendit.__file__).parent
     demo = (folder / "demo" / "model_index.json").is_file()
     return [
-        Row(item="ascendit", found=f"{_version('ascendit') or 'not installed, run from source'} in {folder}"),
+        Row(
+            item="ascendit", found=f"{installed('ascendit') or 'not installed, run from source'} in {folder}"
+        ),
         Row(
             item="demo model",
             found="present" if demo else "none",
@@ -165,7 +152,7 @@ def _libraries() -> list[Row]:
 
 
 def _library(name: str, needed: str) -> Row:
-    found = _version(name)
+    found = installed(name)
     status: Status = "missing" if found is None else "ok" if at_least(found, needed) else "too old"
     label = {"av": "PyAV"}.get(name, name)
     fix = f'pip install "{name}>={needed}"'
@@ -180,14 +167,14 @@ def _torch_imports() -> list[Row]:
     row = Row(item="import torch", found="works", needed="works", required=True)
     told = _torch()
     if "error" in told:
-        return [_failed(row, told, fix="pip install --force-reinstall torch")]
+        return [failed(row, told, fix="pip install --force-reinstall torch")]
     row = replace(row, found=f"works, {told['threads']} threads, CPU kernels {told['capability']}")
     if find_spec("torch_npu") is None:
         return [row]
-    plain = _child("import json, torch; print(json.dumps({}))", plugins=True)
+    plain = child("import json, torch; print(json.dumps({}))", plugins=True)
     if "error" in plain:  # torch loads torch_npu by itself, and that needs CANN
-        fix = f"{_source_line()}, or export TORCH_DEVICE_BACKEND_AUTOLOAD=0 to run without the NPU"
-        row = _failed(row, {**plain, "error": f"with torch_npu: {plain['error']}"}, fix=fix)
+        fix = f"{npu_probes.source_line()}, or export TORCH_DEVICE_BACKEND_AUTOLOAD=0 to run without the NPU"
+        row = failed(row, {**plain, "error": f"with torch_npu: {plain['error']}"}, fix=fix)
     return [row]
 
 
@@ -196,9 +183,9 @@ def _video_codec() -> list[Row]:
     fix = "pip install --force-reinstall av"
     if find_spec("av") is None:
         return [replace(row, found="no PyAV", status="missing", fix=fix)]
-    told = _child("import json, av; print(json.dumps({'x264': 'libx264' in av.codecs_available}))")
+    told = child("import json, av; print(json.dumps({'x264': 'libx264' in av.codecs_available}))")
     if "error" in told:
-        return [_failed(row, told, fix=fix)]
+        return [failed(row, told, fix=fix)]
     return [row if told["x264"] else replace(row, found="none", status="missing", fix=fix)]
 
 
@@ -216,67 +203,6 @@ def _cuda() -> list[Row]:
     return [replace(row, found=names, status="ok", fix="")]
 
 
-def _npu() -> list[Row]:
-    """torch_npu, the CANN toolkit with its library, and the cards."""
-    cards = sorted(str(p) for p in Path("/dev").glob("davinci[0-9]*"))
-    here = bool(cards) or find_spec("torch_npu") is not None
-    absent: Status = "missing" if here else "absent"
-    return [_torch_npu(absent), _cann(absent), _cards(cards)]
-
-
-def _torch_npu(absent: Status) -> Row:
-    torch, needed = _version("torch") or "?", "the minor version of torch, for an Ascend card"
-    row = Row(item="torch_npu", found="none", needed=needed, status=absent, fix='pip install "ascendit[npu]"')
-    if (found := _version("torch_npu")) is None:
-        return row
-    same = _numbers(found)[:2] == _numbers(torch)[:2]
-    fix = f"install the torch_npu that belongs to torch {torch}"
-    return replace(row, found=found, status="ok" if same else "broken", fix="" if same else fix)
-
-
-def _cann(absent: Status) -> Row:
-    row = Row(
-        item="CANN toolkit", found="none", needed="for an Ascend card", status=absent, fix="install CANN"
-    )
-    folder = environment.toolkit_folder()
-    if folder is None:
-        if not TOOLKIT.exists():
-            return row
-        return replace(row, found=f"{TOOLKIT}, set_env.sh not sourced", status="broken", fix=_source_line())
-    if not folder.is_dir():
-        return replace(row, found=f"{folder}, which does not exist", status="broken", fix=_source_line())
-    places = (folder / "lib64", *environment.library_folders())
-    if not any((place / "libhccl.so").exists() for place in places):
-        return replace(row, found=f"{folder}, libhccl.so not found", status="broken", fix=_source_line())
-    info = _read(folder / "ascend_toolkit_install.info") + _read(folder / "version.cfg")
-    found = re.search(r"version\s*=\s*\[?([\w.:-]+)", info)
-    return replace(row, found=f"{found[1] if found else 'unknown version'} in {folder}", status="ok", fix="")
-
-
-def _cards(cards: list[str]) -> Row:
-    row = Row(
-        item="NPU device", found="none", needed="optional", status="absent", fix="not needed on the CPU"
-    )
-    if not cards:
-        return row
-    row = replace(
-        row, found=f"{len(cards)} x {cards[0]}", needed="usable", status="broken", fix=_source_line()
-    )
-    if find_spec("torch_npu") is None:
-        return row
-    told = _child(
-        "import json, torch, torch_npu; n = torch.npu.device_count();"
-        "print(json.dumps({'names': [torch.npu.get_device_name(i) for i in range(n)]}))"
-    )
-    if not told.get("names"):
-        return replace(row, found=f"{row.found}, {told.get('error', 'none usable')}")
-    return replace(row, found=", ".join(told["names"]), status="ok", fix="")
-
-
-def _source_line() -> str:
-    return f"source {TOOLKIT}/set_env.sh"
-
-
 # ---- helpers ------------------------------------------------------------------------------------
 
 _TORCH_CODE = """
@@ -291,49 +217,7 @@ print(json.dumps({"cuda": names, "capability": capability, "threads": torch.get_
 
 @cache
 def _torch() -> dict[str, Any]:
-    return _child(_TORCH_CODE)
-
-
-def _child(code: str, *, plugins: bool = False) -> dict[str, Any]:
-    """The JSON that `code` prints last in a Python of its own, or `{"error": ...}`. Warnings are dropped."""
-    env = None if plugins else environment.without_device_plugins()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            capture_output=True,
-            text=True,
-            timeout=PROBE_SECONDS,
-            env=env,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"no answer in {PROBE_SECONDS:g} s", "late": True}
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
-        return {"error": lines[-1]}
-    told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return told
-
-
-def _failed(row: Row, told: dict[str, Any], *, fix: str) -> Row:
-    """The row for a child process that did not do what it should."""
-    if told.get("late"):
-        again = "run ascendit doctor again when the machine is less busy"
-        return replace(row, found=told["error"], status="probe failed", fix=again)
-    return replace(row, found=told["error"], status="broken", fix=fix)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    return child(_TORCH_CODE)
 
 
 PROBES: tuple[Probe, ...] = (
@@ -348,5 +232,5 @@ PROBES: tuple[Probe, ...] = (
     _compiler,
     compiled_kernels,
     _cuda,
-    _npu,
+    *npu_probes.PROBES,
 )

@@ -8,6 +8,7 @@ from ascendit.native.build import native
 KERNELS = {
     "encode": "quantizing weights",
     "attention": "attention on a CPU",
+    "linear": "linear layers on codes on a CPU",
     "elementwise": "norms, RoPE and GELU on a CPU",
 }
 """Source in `native/` -> what it is for."""

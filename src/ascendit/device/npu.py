@@ -60,6 +60,8 @@ class Capability:
     """What the adapter says where it refuses."""
     instead: str = ""
     """What to do where it does not run."""
+    used_for: str = ""
+    """What ascendit calls it for; empty if it does not."""
 
     def on(self, chip: str) -> Answer:
         answer: Answer = getattr(self, chip)
@@ -83,8 +85,17 @@ def _row(operator: str, mode: str = "", /, **rest: str) -> Capability:
 
 
 CAPABILITIES: tuple[Capability, ...] = (
+    _row("npu_rms_norm", used_for="rms_norm", aclnn="aclnnRmsNorm", dtypes="fp16 bf16 fp32"),
+    _row("npu_rotary_mul", used_for="rope", aclnn="aclnnRotaryPositionEmbeddingV2", dtypes="fp16 bf16 fp32"),
+    _row("npu_gelu", used_for="gelu", aclnn="aclnnGeluV2", dtypes="fp16 bf16 fp32"),
+    _row(_FUSED, used_for="attention", aclnn="aclnnFlashAttentionScoreV4", dtypes="fp16 bf16 fp32"),
+    _row(
+        "npu_format_cast", used_for="weights in FRACTAL_NZ", layout="a2, a3: with allow_internal_format only"
+    ),
+    _row("get_npu_format", used_for="weights in FRACTAL_NZ"),
     _row(
         "npu_dynamic_mx_quant",
+        used_for="tokens in mxfp8 and mxfp4",
         aclnn="aclnnDynamicMxQuantV3",
         dtypes="fp16 bf16 fp32 -> e4m3 e5m2 e2m1",
         **_MX,
@@ -92,14 +103,30 @@ CAPABILITIES: tuple[Capability, ...] = (
     _row("npu_anti_mx_quant", aclnn="aclnnAntiMxQuant", **_MX),
     _row(
         "npu_dynamic_dual_level_mx_quant",
+        used_for="tokens in mxfp4_dualscale",
         aclnn="aclnnDynamicDualLevelMxQuant",
         dtypes="fp16 bf16 -> e2m1",
         **_MX,
     ),
     _row("npu_rms_norm_dynamic_mx_quant", aclnn="aclnnRmsNormDynamicMxQuant", **_MX),
     _row("npu_add_rms_norm_dynamic_mx_quant", aclnn="aclnnAddRmsNormDynamicMxQuant", **_MX),
-    _row("npu_dynamic_quant", "int8", scheme="int8", aclnn="aclnnDynamicQuantV2", dtypes="fp16 bf16 -> int8"),
-    _row("npu_dynamic_quant", "fp8", scheme="fp8", aclnn="aclnnDynamicQuantV2", dtypes="-> e4m3 e5m2", **_MX),
+    _row(
+        "npu_dynamic_quant",
+        "int8",
+        used_for="tokens in int8",
+        scheme="int8",
+        aclnn="aclnnDynamicQuantV2",
+        dtypes="fp16 bf16 -> int8",
+    ),
+    _row(
+        "npu_dynamic_quant",
+        "fp8",
+        used_for="tokens in fp8",
+        scheme="fp8",
+        aclnn="aclnnDynamicQuantV2",
+        dtypes="-> e4m3 e5m2",
+        **_MX,
+    ),
     _row(
         "npu_dynamic_block_quant",
         "int8",
@@ -110,17 +137,25 @@ CAPABILITIES: tuple[Capability, ...] = (
     _row(
         "npu_quant_matmul",
         "int8",
+        used_for="linear in int8",
         scheme="int8",
         aclnn="aclnnQuantMatmulV5",
         dtypes="int8 x int8, fp32 per token, fp32 or bf16 per channel",
         layout="x2 [K, N], any; or FRACTAL_NZ",
     ),
     _row(
-        "npu_quant_matmul", "fp8", scheme="fp8", aclnn="aclnnQuantMatmulV5", dtypes="e4m3 x e4m3, fp32", **_MX
+        "npu_quant_matmul",
+        "fp8",
+        used_for="linear in fp8",
+        scheme="fp8",
+        aclnn="aclnnQuantMatmulV5",
+        dtypes="e4m3 x e4m3, fp32",
+        **_MX,
     ),
     _row(
         "npu_quant_matmul",
         "mxfp8",
+        used_for="linear in mxfp8",
         scheme="mxfp8",
         aclnn="aclnnQuantMatmulV5",
         dtypes="e4m3 e5m2, e8m0 scales",
@@ -130,6 +165,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     _row(
         "npu_quant_matmul",
         "mxfp4",
+        used_for="linear in mxfp4",
         scheme="mxfp4",
         aclnn="aclnnQuantMatmulV5",
         dtypes="e2m1 x e2m1, e8m0 scales",
@@ -139,6 +175,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     _row(
         "npu_quant_matmul",
         "w4a8",
+        used_for="linear in w4a8",
         scheme="w4a8",
         aclnn="aclnnQuantMatmulV5",
         dtypes="e4m3 x e2m1, e8m0 scales",
@@ -148,6 +185,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     _row("npu_quant_matmul", "block", aclnn="aclnnQuantMatmulV5", dtypes="e4m3, fp32 per 128 x 128", **_MX),
     _row(
         "npu_dual_level_quant_matmul",
+        used_for="linear in mxfp4_dualscale",
         scheme="mxfp4_dualscale",
         a2="adapter",
         a3="adapter",
@@ -160,6 +198,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     _row(
         "npu_format_cast",
         "customize_dtype",
+        used_for="packed FP4 weights in FRACTAL_NZ",
         a2="adapter",
         a3="adapter",
         layout="FRACTAL_NZ of packed e2m1",
@@ -211,9 +250,19 @@ CAPABILITIES: tuple[Capability, ...] = (
         layout="BNSD or TND, blocks of 128 keys",
         instead="mindiesd::block_sparse_attention on a5",
     ),
-    _row("mindiesd::adaln", a5="cann", aclnn="aclnnAdaLayerNorm", instead="mindiesd::adaln_v2 on a5"),
+    _row(
+        "mindiesd::layernorm", used_for="layer_norm, with fast_layernorm", aclnn="aclnnLayerNormWithImplMode"
+    ),
+    _row(
+        "mindiesd::adaln",
+        used_for="adaln",
+        a5="cann",
+        aclnn="aclnnAdaLayerNorm",
+        instead="mindiesd::adaln_v2 on a5",
+    ),
     _row(
         "mindiesd::adaln_v2",
+        used_for="adaln",
         a2="cann",
         a3="cann",
         aclnn="aclnnAdaLayerNormV2",

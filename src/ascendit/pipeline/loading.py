@@ -35,6 +35,8 @@ def load(
     text_on: TextOn = "device",
     vae_dtype: str | torch.dtype | None = None,
     ops: str | None = None,
+    attention: str | None = None,
+    nz: bool = False,
     fast_layernorm: bool = False,
     force: bool = False,
     on_progress: OnProgress | None = None,
@@ -48,8 +50,9 @@ def load(
     "decode-on-use" or "decode-once", for schemes that the device has no matmul for. `activation_rule`: scale
     rules of the tokens, as "mxfp4=max:7". `text_on`: where UMT5 lives: "device", "cpu", or "drop" after each
     prompt. `vae_dtype`: None = float32; bfloat16 takes two thirds of the time, about 50 dB from it. `ops`:
-    "reference" or None. `fast_layernorm`: by MindIE-SD where there is one. `force`: quantize where accuracy is
-    known to suffer.
+    "reference" or None. `attention`: an NPU's kernel, "fusion" or "fused_infer". `nz`: its weights in
+    FRACTAL_NZ where it takes both layouts. `fast_layernorm`: by MindIE-SD where there is one. `force`:
+    quantize where accuracy is known to suffer.
     """
     layout = recognise(model_folder(model))
     layout.require_pipeline()
@@ -61,7 +64,15 @@ def load(
     number = place.to_dtype(dtype)
     coder = place.to_dtype(vae_dtype or "float32")
     place = open_device(place)
-    bound = bind(place, ops, fast_layernorm=fast_layernorm, emulate=emulate, activation_rule=activation_rule)
+    bound = bind(
+        place,
+        ops,
+        fast_layernorm=fast_layernorm,
+        emulate=emulate,
+        activation_rule=activation_rule,
+        attention=attention,
+        nz=nz,
+    )
     for name in schemes_in(found) - {"bf16"}:
         bound.quantized.form(name)
     put = place.torch_name

@@ -1,0 +1,173 @@
+"""Cases of the self-check: operators of a card against the twin, bound functions against plain PyTorch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascendit.device.backends import Device
+from ascendit.device.check_card import Card
+from ascendit.device.check_result import ATTENTION_DECIBELS, Result, compare, described
+from ascendit.device.npu import CAPABILITIES
+
+ND = 2
+EPS = 1e-6
+TOKENS, TEXT, HEADS, HEAD, OUT = 48, 12, 4, 64, 96
+WIDTH = HEADS * HEAD
+BF16 = torch.bfloat16
+SMOOTHED, NZ = ", smoothed", ", FRACTAL_NZ"
+"""Variants of a quantized layer, behind its name."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to find out. `run` gives `base` with the verdict, and may raise anything."""
+
+    base: Result
+    run: Callable[[Card, Result], Result]
+
+
+# ---- operators ----------------------------------------------------------------------------------
+
+
+def operator_cases(device: Device) -> Iterator[Case]:
+    """Every sample of the twin, for the chip of this device. Nothing where it has none."""
+    if not device.chip:
+        return
+    from ascendit.twin import samples
+
+    used = {row.operator for row in CAPABILITIES if row.used_for}
+    for sample in samples.samples():
+        base = Result(
+            part="operator", name=sample.name, operator=sample.operator, used=sample.operator in used
+        )
+        yield Case(base, lambda card, base, s=sample: _operator(card, base, s))  # type: ignore[misc]
+
+
+def _operator(card: Card, base: Result, sample: Any) -> Result:
+    from ascendit import twin
+    from ascendit.ops.npu import missing
+
+    if missing(sample.operator, str(card.device.chip)):
+        return replace(base, verdict="not installed")
+    last: list[Any] = []
+
+    def called(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == sample.operator:
+            last[:] = [name, args, kwargs]
+        return card.call(name, *args, **kwargs)
+
+    with card.device.internal_format(True):
+        first = sample.run(called, card.put)
+    expected = sample.run(twin.call, lambda t: t.clone())
+    if sample.operator == "npu_format_cast":  # a copy to the CPU would hide the order of the bytes
+        first = card.call("npu_format_cast", first, ND)
+        expected = twin.call("npu_format_cast", expected, ND)
+    name, args, kwargs = last
+    given = (*map(described, args), *(f"{k}={described(v)}" for k, v in kwargs.items()))
+    base = replace(base, arguments=given)
+    actual = card.back(first)
+    limit = ATTENTION_DECIBELS if "attention" in name or name == "mindiesd::la" else None
+    found = compare(base, actual, expected, db=limit)
+    return replace(found, microseconds=card.seconds(lambda: card.call(name, *args, **kwargs)) * 1e6)
+
+
+# ---- functions ----------------------------------------------------------------------------------
+
+
+def function_cases(device: Device) -> Iterator[Case]:
+    """Every dense operator and quantized linear layer that is bound on this device, against the plain one."""
+    from ascendit.ops import reference
+    from ascendit.ops.bind import NAMES, bind
+    from ascendit.ops.quantized import SCHEMES, native_schemes
+
+    ops = bind(device)
+    inputs = _inputs()
+    assert set(inputs) == set(NAMES), "a new operator needs its inputs here"
+    for name, args in inputs.items():
+        base = Result(part="function", name=name, operator=name, how=ops.choices[name])
+        plain = getattr(reference, name)
+        yield Case(base, lambda card, base, n=name, p=plain, a=args: _dense(card, base, ops, n, p, a))  # type: ignore[misc]
+    for scheme in SCHEMES:
+        if device.chip and scheme not in native_schemes(device):
+            continue
+        for variant in ("", SMOOTHED, NZ) if device.operators == "npu" else ("", SMOOTHED):
+            base = Result(part="function", name=f"{scheme} linear{variant}", operator=f"linear in {scheme}")
+            yield Case(base, lambda card, base, s=scheme, v=variant: _linear(card, base, ops.quantized, s, v))  # type: ignore[misc]
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    """The same float32 numbers on every machine."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def _inputs() -> dict[str, tuple[Any, ...]]:
+    x, y, rows = rand(1, TOKENS, WIDTH).to(BF16), rand(1, TOKENS, WIDTH, seed=1).to(BF16), rand(2, WIDTH)
+    weight, bias, gamma = rand(OUT, WIDTH).to(BF16), rand(OUT).to(BF16), rand(WIDTH)
+    q, text = rand(1, TOKENS, HEADS, HEAD).to(BF16), rand(1, TEXT, HEADS, HEAD).to(BF16)
+    angle, spans = rand(TOKENS, HEAD // 2), (TEXT, TOKENS - TEXT)
+    return {
+        "linear": (x, weight, bias),
+        "rms_norm": (x, gamma, EPS),
+        "layer_norm": (x, gamma, gamma, EPS),
+        "adaln": (x, rows, rows, spans, EPS),
+        "gated_residual": (x, y, rows, spans),
+        "rope": (q, angle.cos(), angle.sin()),
+        "gelu_tanh": (x,),
+        "gelu": (x,),
+        "attention": (q, text, text),
+    }
+
+
+PREPARED = {"rope": slice(1, 3), "adaln": slice(1, 3), "gated_residual": slice(2, 3)}
+"""Operator -> its arguments that `Ops.prepare` may lay out once."""
+
+
+def _dense(card: Card, base: Result, ops: Any, name: str, plain: Callable[..., Tensor], args: Any) -> Result:
+    given = [card.put(a) if isinstance(a, Tensor) else a for a in args]
+    if (where := PREPARED.get(name)) is not None:
+        given[where] = ops.prepare(name, *given[where], dtype=BF16)
+    bound = getattr(ops, name)
+    base = replace(base, arguments=tuple(map(described, args)))
+    limit = ATTENTION_DECIBELS if name == "attention" else None
+    found = compare(base, card.back(bound(*given)), plain(*args), db=limit)
+    return replace(found, microseconds=card.seconds(lambda: bound(*given)) * 1e6)
+
+
+def _linear(card: Card, base: Result, schemes: Any, scheme: str, variant: str) -> Result:
+    """One layer [OUT, K]: the weight must come back as it was stored, the product be the plain one."""
+    from ascendit import mx
+    from ascendit.ops.quantized import REFERENCE, SCHEMES
+
+    k = 1024 if scheme == "mxfp4_dualscale" else WIDTH
+    stored, bias = mx.encode(rand(OUT, k), SCHEMES[scheme].weight), rand(OUT)
+    mul_scale = rand(k).abs() + 0.5 if variant == SMOOTHED else None
+    x = rand(1, TOKENS, k, seed=2).to(BF16)
+    given = (stored.codes, stored.scale, stored.dual_scale, bias, SCHEMES[scheme].weight)
+    weight = schemes.prepare_weight(*given, nz=variant == NZ)
+    tokens = schemes.quantize_activation(card.put(x), scheme, card.put(mul_scale))
+    form = schemes.form(scheme)
+    how = schemes.forms[scheme].reason if scheme in schemes.forms else "emulated: decoded and multiplied"
+    base = replace(base, how=how, arguments=(described(x), f"weight {SCHEMES[scheme].weight} {[OUT, k]}"))
+    again = schemes.stored(weight)
+    for part in ("codes", "scale", "dual_scale"):
+        here, there = getattr(stored, part), card.back(getattr(again, part))
+        if here is not None and not torch.equal(here.view(torch.uint8), there.view(torch.uint8)):
+            return replace(base, verdict="wrong", error=f"{part} of the weight do not come back as stored")
+    host = Device("cpu")
+    plain = REFERENCE.quantized_linear(
+        REFERENCE.quantize_activation(x, scheme, mul_scale), REFERENCE.prepare_weight(stored, bias, host)
+    )
+    found = compare(base, card.back(form.quantized_linear(tokens, weight)), plain)
+    return replace(found, microseconds=card.seconds(lambda: form.quantized_linear(tokens, weight)) * 1e6)
+
+
+def shorter(text: str, size: int = 300) -> str:
+    """The first line of an error, in a report of one page."""
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    return re.sub(r"\s+", " ", line)[:size]
