@@ -245,3 +245,14 @@ def test_scheme_recipe_policy_and_emulation_reach_the_loader_and_the_replay_line
 def test_wrong_numbers_end_before_anything_is_loaded(run, fake, words, code, text):
     ended = run("generate", "--demo", "a cat", *words, "--dry-run")
     assert ended.code == 2 and code in ended.err and text in ended.err and not fake.loaded
+
+
+def test_algo_of_the_environment_is_for_npus_alone(run, fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("ALGO", "3")
+    for i, words in enumerate((["--device", "twin:a5"], ["--device", "cpu"])):
+        assert run("generate", "--demo", "a cat", *words, "-o", tmp_path / f"{i}.mp4").code == 0
+    given = [options.get("attention") for _, options in fake.loaded]
+    assert given == ["fused_infer", None]
+    words = ["--device", "twin:a5", "--set", "attention=fusion", "-o", tmp_path / "c.mp4"]
+    assert run("generate", "--demo", "a cat", *words).code == 0
+    assert fake.loaded[2][1]["attention"] == "fusion"

@@ -37,7 +37,7 @@ def test_precision_needs_nothing():
     assert note == "PRECISION=1: nothing left to do, noise is always drawn on the CPU"
 
 
-@pytest.mark.parametrize("name", ["ALGO", "USE_SUB_HEAD", "OVERLAP"])
+@pytest.mark.parametrize("name", ["USE_SUB_HEAD", "OVERLAP"])
 def test_the_others_say_that_they_do_nothing(name):
     (note,) = environment.read_environment({name: "1"}).notes
     assert note.startswith(f"{name}=1: not used by this version")
@@ -83,3 +83,17 @@ def test_no_other_module_reads_the_environment():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb"):
                 raise AssertionError(f"{path}:{node.lineno} reads the environment")
+
+
+def test_algo_names_a_kernel_of_an_npu():
+    assert [environment.read_environment({"ALGO": n}).attention for n in ("0", "3", "1", "")] == [
+        "fusion",
+        "fused_infer",
+        None,
+        None,
+    ]
+    assert "attention=fused_infer on an NPU" in environment.read_environment({"ALGO": "3"}).notes[0]
+    assert (
+        "ALGO=1: not used by this version, it has 0, 3"
+        in environment.read_environment({"ALGO": "1"}).notes[0]
+    )

@@ -162,7 +162,9 @@ def read_call(
     values = {k: v for k, v in options.merge(*layers).items() if v is not None}
     model, prompt = _model_and_prompt(words, demo, values.pop("model", None), values.pop("prompt", None))
     extras = {k: values.pop(k) for k in options.EXTRAS if k in values}
-    parse_device(extras.get("device", "cpu"))
+    device = parse_device(extras.get("device", "cpu"))
+    if environment.attention and device.operators == "npu":
+        extras.setdefault("attention", environment.attention)
     return Call(model=model, prompt=prompt, fields=values, notes=environment.notes, **extras)
 
 

@@ -17,8 +17,9 @@ from ascendit.errors import UsageError
 TOOLKIT_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
 """Set by CANN's `set_env.sh`: the folder of the toolkit."""
 
+ATTENTION = {"0": "fusion", "3": "fused_infer"}
+"""Values of ALGO that name a kernel which is here."""
 _NOT_USED = {
-    "ALGO": "attention is chosen by ascendit itself",
     "USE_SUB_HEAD": "attention is not split by heads",
     "OVERLAP": "there is nothing to overlap on one device",
 }
@@ -32,6 +33,8 @@ class EnvironmentOptions:
     """`cpu` when T5_LOAD_CPU=1."""
     fast_layernorm: bool | None = None
     """True when FAST_LAYERNORM=1."""
+    attention: str | None = None
+    """An NPU's kernel, by ALGO=0 or ALGO=3; other devices have no such choice."""
     notes: tuple[str, ...] = ()
     """One line for each variable that was found: what it did, or that it did nothing."""
 
@@ -50,6 +53,11 @@ def read_environment(environ: Mapping[str, str] | None = None) -> EnvironmentOpt
             "FAST_LAYERNORM=1: layer norms by MindIE-SD where the device has it, the same numbers "
             "(--set fast_layernorm=false overrides it)"
         )
+    attention = ATTENTION.get(algo := environ.get("ALGO", "").strip())
+    if attention:
+        notes.append(f"ALGO={algo}: attention={attention} on an NPU (--set attention overrides it)")
+    elif algo:
+        notes.append(f"ALGO={algo}: not used by this version, it has {', '.join(ATTENTION)}")
     if environ.get("PRECISION"):
         notes.append(
             f"PRECISION={environ['PRECISION']}: nothing left to do, noise is always drawn on the CPU"
@@ -57,7 +65,9 @@ def read_environment(environ: Mapping[str, str] | None = None) -> EnvironmentOpt
     for name, why in _NOT_USED.items():
         if environ.get(name):
             notes.append(f"{name}={environ[name]}: not used by this version, {why}")
-    return EnvironmentOptions(text_on=text_on, fast_layernorm=fast_layernorm, notes=tuple(notes))
+    return EnvironmentOptions(
+        text_on=text_on, fast_layernorm=fast_layernorm, attention=attention, notes=tuple(notes)
+    )
 
 
 def set_missing(values: Mapping[str, str]) -> dict[str, str]:
