@@ -163,7 +163,7 @@ def read_call(
     model, prompt = _model_and_prompt(words, demo, values.pop("model", None), values.pop("prompt", None))
     extras = {k: values.pop(k) for k in options.EXTRAS if k in values}
     device = parse_device(extras.get("device", "cpu"))
-    if environment.attention and device.operators == "npu":
+    if environment.attention and device.has_attention_kernels:
         extras.setdefault("attention", environment.attention)
     return Call(model=model, prompt=prompt, fields=values, notes=environment.notes, **extras)
 

@@ -83,6 +83,11 @@ class Device:
         return self.backend.operators
 
     @property
+    def exact_gelu(self) -> bool:
+        """Whether F.gelu does what it is told; a2 and a3 compute the tanh form whatever that is."""
+        return self.chip not in ("a2", "a3")
+
+    @property
     def torch_name(self) -> str:
         """For `.to(...)`: `cuda:1`, `npu:0`, and `cpu` for the twin."""
         return self.backend.tensors if self.index is None else f"{self.backend.tensors}:{self.index}"
@@ -91,6 +96,11 @@ class Device:
     def collectives(self) -> str:
         """For torch.distributed.init_process_group."""
         return self.backend.collectives
+
+    @property
+    def has_attention_kernels(self) -> bool:
+        """Whether there are several dense attention kernels to choose from, by `attention=`."""
+        return self.operators == "npu"
 
     def activate(self) -> None:
         """Make it the one that operators run on; before each run, since another may have been used since."""
