@@ -24,6 +24,7 @@ PUBLIC = [
     "inspect",
     "load",
     "quantize",
+    "quantize_",
     "repack",
 ]
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ascendit.convert.quantize import quantize
     from ascendit.convert.repack import repack
     from ascendit.errors import AscenditError
+    from ascendit.model.quantize_module import quantize_
     from ascendit.pipeline.generate import Pipeline
     from ascendit.pipeline.inspect import inspect
     from ascendit.pipeline.loading import load
@@ -32,6 +33,7 @@ _WHERE = {
     "inspect": "ascendit.pipeline.inspect",
     "load": "ascendit.pipeline.loading",
     "quantize": "ascendit.convert.quantize",
+    "quantize_": "ascendit.model.quantize_module",
     "repack": "ascendit.convert.repack",
 }
 
@@ -46,6 +48,7 @@ __all__ = [
     "inspect",
     "load",
     "quantize",
+    "quantize_",
     "repack",
 ]
 

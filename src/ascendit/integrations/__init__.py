@@ -1,0 +1,1 @@
+"""ascendit inside other libraries. Each module registers itself when it is imported."""

@@ -1,0 +1,304 @@
+"""`quantize_`: which layers of a foreign model, how close to its floats, and what is checked before."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import other_models
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch import nn
+
+import ascendit
+from ascendit import mx
+from ascendit.convert.recipe import load_recipe
+from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
+from ascendit.model.arrange import nbytes
+from ascendit.model.linear import QuantLinear
+from ascendit.model.quantize_module import bind_
+
+SQNR = {"int8": 36.0, "fp8": 26.0, "mxfp8": 25.0, "mxfp4": 12.5, "mxfp4_dualscale": 11.5}
+"""dB of the whole model's output, two to four blocks deep; 1.5 dB below what it is."""
+
+
+def coded(module: nn.Module) -> dict[str, QuantLinear]:
+    return {name: m for name, m in module.named_modules() if isinstance(m, QuantLinear)}
+
+
+@pytest.mark.parametrize("scheme", SQNR)
+@pytest.mark.parametrize("name", other_models.BUILDERS)
+def test_output_is_close_to_the_floats(name: str, scheme: str) -> None:
+    model, call = other_models.build(name)
+    before = other_models.output(model, call)
+    report = ascendit.quantize_(model, scheme)
+    after = other_models.output(model, call)
+    assert SQNR[scheme] < mx.sqnr(before, after) < SQNR[scheme] + 14
+    assert len(coded(model)) == report.schemes[scheme] > 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", other_models.BUILDERS)
+def test_it_is_still_a_module(name: str, dtype: torch.dtype) -> None:
+    """Copies, moves, a state dict into another one, and what models and pipelines look up."""
+    model, call = other_models.build(name, dtype)
+    other = copy.deepcopy(model)
+    ascendit.quantize_(model, "mxfp8")
+    wanted = other_models.output(model, call)
+    assert wanted.dtype == dtype and (model.dtype, model.device.type) == (dtype, "cpu")
+    layer = next(iter(coded(model).values()))
+    assert layer.weight.dtype == layer.compute_dtype == dtype and layer.weight.device.type == "cpu"
+    assert torch.equal(other_models.output(copy.deepcopy(model).to("cpu"), call), wanted)
+    ascendit.quantize_(other, "mxfp8")
+    for parameter in other.parameters():
+        parameter.zero_()
+    state = {k: v.zero_() if v.dtype != torch.uint8 else v for k, v in other.state_dict().items()}
+    other.load_state_dict(state)
+    assert not torch.equal(other_models.output(other, call), wanted)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other_models.output(other, call), wanted)
+
+
+def test_flux_report_says_what_was_done() -> None:
+    model, _ = other_models.build("flux", torch.bfloat16)
+    report = ascendit.quantize_(model, "mxfp8", keep=["single_transformer_blocks.1.*"])
+    assert report.schemes == {"mxfp8": 29, "bf16": 19}
+    assert report.kept == {
+        "not a linear of the blocks": (
+            "time_text_embed.*",
+            "context_embedder",
+            "x_embedder",
+            "norm_out.linear",
+            "proj_out",
+        ),
+        "makes modulation, one row for a sample": (
+            "transformer_blocks.*.norm1.linear",
+            "transformer_blocks.*.norm1_context.linear",
+            "single_transformer_blocks.*.norm.linear",
+        ),
+        "--keep single_transformer_blocks.1.*": (
+            "single_transformer_blocks.1.proj_mlp",
+            "single_transformer_blocks.1.proj_out",
+            "single_transformer_blocks.1.attn.*",
+        ),
+    }
+    assert {n for n, scheme in report.layers.items() if scheme == "mxfp8"} == coded(model).keys()
+    saved = sum(m.weight.numel() * (2 - 33 / 32) - 2 * m.out_features for m in coded(model).values())
+    assert report.bytes_after == nbytes(model) == report.bytes_before - saved
+    assert report.lines()[0].startswith("FluxTransformer2DModel: 29 mxfp8, 19 bf16   0.9 MiB -> ")
+    assert report.as_dict()["layers"] == {"mxfp8": 29, "bf16": 19}
+
+
+def test_qwen_modulation_and_hunyuan_refiner_are_kept_until_they_are_named() -> None:
+    qwen, _ = other_models.build("qwen_image")
+    report = ascendit.quantize_(qwen, "int8")
+    assert not [name for name in coded(qwen) if "_mod." in name]
+    assert "transformer_blocks.*.img_mod.1" in report.kept["makes modulation, one row for a sample"]
+    hunyuan, _ = other_models.build("hunyuan_video")
+    assert not [name for name in coded(hunyuan) if "refiner" in name]
+
+
+def test_a_rule_that_names_other_layers_reaches_them(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        '[[rules]]\nlayers = "*"\nscheme = "mxfp4"\n'
+        '[[rules]]\nlayers = ["*.img_mod.1", "transformer_blocks.0.attn.*"]\nscheme = "mxfp8"\n'
+    )
+    model, call = other_models.build("qwen_image")
+    report = ascendit.quantize_(model, recipe)
+    assert report.schemes == {"mxfp8": 10, "mxfp4": 16, "bf16": 8}
+    assert report.layers["transformer_blocks.1.img_mod.1"] == "mxfp8"
+    assert other_models.output(model, call).isfinite().all()
+
+
+def test_a_pattern_that_fits_nothing_is_an_error() -> None:
+    model, _ = other_models.build("flux")
+    with pytest.raises(UsageError, match="single_transformer_blocks") as e:
+        ascendit.quantize_(model, "mxfp8", keep=["single_blocks.*"])
+    assert e.value.code == "E-USE-05" and "named_modules" in e.value.fix and not coded(model)
+
+
+# ---- modules of one's own -----------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self, k: int = 64, n: int = 64) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(k)
+        self.to_out = nn.ModuleList([nn.Linear(k, n), nn.Dropout()])
+        self.gate = nn.Linear(k, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.to_out[0](self.norm(x)) * self.gate(x).mean()
+        return y
+
+
+def test_layers_that_no_matmul_takes_are_kept_with_the_reason() -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Block(), Block(72, 64), Block(64, 72)])})
+    report = ascendit.quantize_(model, "mxfp8")
+    assert list(coded(model)) == ["blocks.0.to_out.0"]
+    assert report.kept == {
+        "smaller than 32": ("blocks.*.gate",),
+        "K is no multiple of 32": ("blocks.1.to_out.0",),
+        "N is no multiple of 16": ("blocks.2.to_out.0",),
+    }
+
+
+def test_a_block_or_a_module_without_blocks_is_quantized_whole() -> None:
+    block = Block()
+    assert ascendit.quantize_(block, "int8").schemes == {"int8": 1, "bf16": 1}
+    plain = nn.Sequential(nn.Linear(64, 128, bias=False), nn.GELU(), nn.Linear(128, 64))
+    x = torch.randn(3, 5, 64)
+    wanted = plain(x)
+    ascendit.quantize_(plain, load_recipe("default", "int8"))
+    assert list(coded(plain)) == ["0", "2"] and plain[0].bias is None
+    assert mx.sqnr(wanted, plain(x)) > 30
+    assert not plain(x).requires_grad
+
+
+def test_a_layer_is_called_with_no_gradient_and_old_weights_are_gone() -> None:
+    plain = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    old = [weakref.ref(m.weight) for m in plain]
+    ascendit.quantize_(plain, "mxfp4")
+    gc.collect()
+    assert [ref() for ref in old] == [None, None]
+
+
+def test_never_more_than_the_module_and_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a layer is encoded, all before it are codes already."""
+    from ascendit.model import quantize_module
+
+    plain, seen = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]), []
+    encode = quantize_module.encode_weight
+
+    def watch(*args: Any) -> Any:
+        seen.append(len(coded(plain)))
+        return encode(*args)
+
+    monkeypatch.setattr(quantize_module, "encode_weight", watch)
+    ascendit.quantize_(plain, "mxfp8")
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_layer_in_two_places_stays_one() -> None:
+    shared = nn.Linear(64, 64)
+    plain = nn.Sequential(shared, nn.GELU(), shared)
+    ascendit.quantize_(plain, "int8")
+    assert isinstance(plain[0], QuantLinear) and plain[0] is plain[2]
+    assert plain(torch.randn(2, 64)).isfinite().all()
+
+
+class Odd(nn.Linear):
+    """Does more than multiply."""
+
+
+def spoiled(how: str) -> nn.Module:
+    last = nn.Linear(64, 64)
+    plain = nn.Sequential(nn.Linear(64, 64), last)
+    if how == "nan":
+        last.weight.data[3, 4] = torch.nan
+    elif how == "meta":
+        last.to("meta")
+    elif how == "float8":
+        last.weight.data = last.weight.data.to(torch.float8_e4m3fn)
+    elif how == "small":
+        return nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8))
+    elif how == "none":
+        return nn.Sequential(nn.Conv1d(4, 4, 1))
+    elif how == "odd":
+        return nn.Sequential(Odd(64, 64))
+    elif how == "twice":
+        ascendit.quantize_(plain, "int8")
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("nan", "1.weight holds NaN"),
+        ("meta", "1.weight is on the meta device"),
+        ("float8", "1.weight is float8_e4m3fn"),
+        ("small", "smaller than 32: 0, 1"),
+        ("none", "no linear layer inside"),
+        ("odd", "a Odd, which does more than multiply"),
+        ("twice", "codes already, as 0"),
+    ],
+)
+def test_what_cannot_be_quantized_is_left_alone(how: str, text: str) -> None:
+    module = spoiled(how)
+    kinds = [type(m) for m in module.modules()]
+    with pytest.raises(UsageError, match=text) as e:
+        ascendit.quantize_(module, "mxfp8")
+    assert e.value.code == "E-QNT-01" and [type(m) for m in module.modules()] == kinds
+
+
+def test_unknown_scheme_or_recipe_is_named() -> None:
+    with pytest.raises(UsageError, match="mxfp6") as e:
+        ascendit.quantize_(nn.Sequential(nn.Linear(64, 64)), "mxfp6")
+    assert e.value.code == "E-USE-02"
+
+
+# ---- devices ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("twin")
+def test_a_chip_refuses_what_it_has_no_matmul_for_and_emulates_when_asked() -> None:
+    model, call = other_models.build("flux", torch.bfloat16)
+    with pytest.raises(EnvironmentProblem, match="mxfp8 on twin:a2") as e:
+        ascendit.quantize_(model, "mxfp8", device="twin:a2")
+    assert e.value.code == "E-CAP-01" and not coded(model)
+    ascendit.quantize_(model, "mxfp8", device="twin:a2", emulate=True)
+    wanted = other_models.output(model, call)
+    bind_(model, device="twin:a5")
+    layer = next(iter(coded(model).values()))
+    assert str(layer.joint.schemes.device) == "twin:a5"
+    assert mx.sqnr(wanted, other_models.output(model, call)) > 25
+    bind_(model, device="cpu", emulate="decode-once", activation_rule="mxfp8=floor")
+    assert layer.joint.schemes.emulate == "decode-once" and layer.joint.schemes.rules == {"mxfp8": "floor"}
+    assert mx.sqnr(wanted, other_models.output(model, call)) > 20
+
+
+def test_tokens_of_another_device_are_refused() -> None:
+    plain = nn.Sequential(nn.Linear(64, 64))
+    ascendit.quantize_(plain, "int8")
+    with pytest.raises(UsageError, match="tokens on meta for a layer in int8 on cpu") as e:
+        plain(torch.empty(2, 64, device="meta"))
+    assert e.value.code == "E-QNT-03" and "enable_model_cpu_offload" in e.value.fix
+
+
+# ---- Wan ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["int8", "mxfp4", "ascend-w4a4"])
+def test_wan_gets_the_layers_and_the_bits_of_quantize(
+    recipe: str, tiny_t2v_single: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from safetensors.torch import load_file
+
+    how = {"recipe": recipe} if recipe == "ascend-w4a4" else {"scheme": recipe}
+    ascendit.quantize(tiny_t2v_single, tmp_path / "q", **how)  # type: ignore[arg-type]
+    wanted = load_file(tmp_path / "q/transformer/diffusion_pytorch_model.safetensors")
+    model = WanTransformer3DModel.from_pretrained(tiny_t2v_single / "transformer")
+    report = ascendit.quantize_(model, recipe)
+    state = model.state_dict()
+    assert state.keys() == {name for name in wanted if not name.endswith("_rot")}
+    for name, tensor in state.items():
+        assert torch.equal(tensor.view(-1).view(torch.uint8), _bytes(wanted[name].to(tensor.dtype))), name
+    assert report.kept == {"not a linear of the blocks": ("condition_embedder.*", "proj_out")}
+    assert ("quantized attention (FP8_DYNAMIC for 1) runs in BF16" in caplog.text) == (recipe[0] == "a")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def test_fp4_on_ti2v_needs_force(tiny_ti2v: Path) -> None:
+    model = WanTransformer3DModel.from_pretrained(tiny_ti2v / "transformer")
+    with pytest.raises(AscenditError) as e:
+        ascendit.quantize_(model, "mxfp4")
+    assert e.value.code == "E-QNT-02" and not coded(model)
+    assert ascendit.quantize_(model, "mxfp4", force=True).schemes["mxfp4"] > 0
