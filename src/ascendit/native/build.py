@@ -35,6 +35,7 @@ NEEDS: dict[str, frozenset[str]] = {
     "attention": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
     "elementwise": frozenset(),
     "encode": frozenset(),
+    "linear": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512vbmi"}),
 }
 """Source -> what the processor must have, as Linux spells it."""
 

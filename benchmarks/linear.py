@@ -1,0 +1,123 @@
+"""Quantized linear layers against bf16 `F.linear`: tokens quantized on each call, bias and scales included.
+
+    python benchmarks/linear.py                    # 512 tokens, the linears of Wan 1.3B and 14B, 2 threads
+    python benchmarks/linear.py --tokens 1 --shape 5120 5120
+    python benchmarks/linear.py --plain            # as without a compiler
+
+All in one run, interleaved, medians. `once` keeps a decoded BF16 weight; without it codes are decoded on each
+call. The error is that of the output against a float64 product of the decoded numbers; BF16's own rounding is
+1.7e-3. Memory is that of the weight with its scales, against BF16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ascendit import mx
+from ascendit.device.backends import parse_device
+from ascendit.native.build import Built
+from ascendit.ops import cpu_linear
+from ascendit.ops.quantized import SCHEMES, Emulate, Schemes
+
+SHAPES = [(1536, 1536), (1536, 8960), (8960, 1536), (5120, 5120), (5120, 13824), (13824, 5120)]
+"""K, N."""
+ROWS = 8
+"""Tokens of which the error is measured."""
+
+
+@dataclass
+class Row:
+    run: Callable[[], Tensor]
+    truth: Tensor
+    memory: float = 1.0
+
+    def error(self) -> float:
+        return float((self.run()[:ROWS] - self.truth).norm() / self.truth.norm())
+
+
+def truth_of(x: Tensor, scheme: str, weight: Tensor, bias: Tensor) -> Tensor:
+    tokens = mx.decode(mx.encode(x[:ROWS], SCHEMES[scheme].activation, scale_rule=SCHEMES[scheme].rule))
+    coded = mx.decode(mx.encode(weight, SCHEMES[scheme].weight))
+    return torch.stack([(coded.double() @ t) for t in tokens.double()]) + bias.double()
+
+
+def rows_of(tokens: int, k: int, n: int, schemes: list[str], emulate: list[Emulate]) -> dict[str, Row]:
+    device = parse_device("cpu")
+    x = torch.randn(tokens, k).to(torch.bfloat16)
+    weight, bias = (torch.randn(n, k) * 0.02).to(torch.bfloat16), torch.randn(n)
+    short = bias.to(torch.bfloat16)
+    wide = x[:ROWS].double() @ weight.double().t() + short.double()
+    rows = {"bf16": Row(lambda: F.linear(x, weight, short), wide)}
+    for scheme in schemes:
+        encoded = mx.encode(weight, SCHEMES[scheme].weight)
+        truth = truth_of(x, scheme, weight, bias)
+        for how in emulate:
+            forms = cpu_linear.forms(device, how)
+            if how == "decode-once" and forms[scheme].reason.startswith("native"):
+                continue
+            ops = Schemes(device, forms, how)
+            ready = ops.prepare_weight(encoded.codes, encoded.scale, encoded.dual_scale, bias, scheme)
+
+            def run(s: str = scheme, o: Schemes = ops, w: object = ready) -> Tensor:
+                return o.quantized_linear(o.quantize_activation(x, s), w)  # type: ignore[arg-type]
+
+            name = f"{scheme}, once" if how == "decode-once" else scheme
+            rows[name] = Row(run, truth, ready.nbytes / weight.nbytes)
+    return rows
+
+
+def timed(rows: dict[str, Row], reps: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(reps):
+        for name, row in rows.items():
+            start = time.perf_counter()
+            row.run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--shape", type=int, nargs=2, action="append", help="K N")
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
+    parser.add_argument("--reps", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--plain", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    if args.plain:
+        cpu_linear.library = lambda: Built(None, "--plain")  # type: ignore[assignment]
+    load, shapes = os.getloadavg()[0], args.shape or SHAPES
+    cells: dict[str, list[str]] = {}
+    facts: dict[str, str] = {}
+    for k, n in shapes:
+        rows = rows_of(args.tokens, k, n, args.schemes, ["decode-on-use", "decode-once"])
+        facts |= {name: f"{row.memory:.2f} | {row.error():.1e}" for name, row in rows.items()}
+        seconds = timed(rows, args.reps)
+        base, least = statistics.median(seconds["bf16"]), min(seconds["bf16"])
+        for name, s in seconds.items():
+            ratio = f"{statistics.median(s) / base:.2f} ({min(s) / least:.2f})"
+            cells.setdefault(name, []).append(f"{base * 1e3:.1f} ms" if name == "bf16" else ratio)
+    print(f"{time.strftime('%Y-%m-%d')} torch {torch.__version__}, {cpu_linear.library().reason}")
+    print(f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after; {args.tokens} tokens,")
+    print(f"{args.threads} threads, n={args.reps}: median time / that of bf16 (best / best)\n")
+    print(f"| scheme | {' | '.join(f'{k} x {n}' for k, n in shapes)} | memory | error |")
+    print("|---|" + "---|" * (len(shapes) + 2))
+    for name, row in cells.items():
+        print(f"| {name} | {' | '.join(row)} | {facts[name]} |")
+
+
+if __name__ == "__main__":
+    main()

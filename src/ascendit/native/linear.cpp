@@ -1,0 +1,158 @@
+// out = tokens x weight^T + bias on codes: each weight is decoded tile by tile, into memory that stays in the
+// cache, as often as there are CHUNK tokens. Needs AVX-512 with BF16, VNNI and VBMI.
+//
+// Layout: as `mx.Encoded`: codes [rows, K], of 4 bits [rows, K / 2]; scale uint8 [rows, K / 32] or float32 [rows];
+// dual float32 [rows, ceil(K / 512)]; K a multiple of 32. bias float32 [N] or null. out [M, N].
+// mxfp8, fp8 and w4a8: numbers become bfloat16, exactly, and sums are float32; what is none under its scale is
+// counted by the return value, and `out` has no meaning then. int8: exact in int32. mxfp4 and its dual scale:
+// blocks exact in int32, sums of them in float32.
+#include "products.h"
+
+using namespace ascendit;
+
+namespace {
+
+constexpr int64_t WORTH_A_TASK = 96;  // tokens
+
+inline __mmask16 channels(int64_t left) { return left >= LANES ? 0xFFFF : left > 0 ? (1u << left) - 1 : 0; }
+
+// Scales of rows, bias, one rounding.
+void finish(const Call& c, int64_t m, int64_t n, const float* sums) {
+    const bool by_row = c.kind == INT8 || c.kind == FP8;
+    const __m512 token_scale = _mm512_set1_ps(by_row ? ((const float*)c.token_scale)[m] : 1.0f);
+    for (int j = 0; j < COLUMNS; j += LANES) {
+        const __mmask16 here = channels(c.N - n - j);
+        if (!here) return;
+        __m512 v = _mm512_load_ps(sums + j);
+        if (c.kind == INT8)
+            v = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)v, _mm512_set1_epi32(128 * c.token_sums[m])));
+        if (by_row) {
+            v = _mm512_mul_ps(v, token_scale);
+            v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(here, (const float*)c.weight_scale + n + j));
+        }
+        if (c.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(here, c.bias + n + j));
+        const int64_t at = m * c.N + n + j;
+        if (c.wide)
+            _mm512_mask_storeu_ps((float*)c.out + at, here, v);
+        else
+            _mm256_mask_storeu_epi16((bf16*)c.out + at, here, (__m256i)_mm512_cvtneps_pbh(v));
+    }
+}
+
+// The tokens [first, last) of the chunk that begins at `start`, COLUMNS channels from n.
+template <class Product>
+void panel(const Call& c, const Product& product, int64_t start, int64_t first, int64_t last, int64_t n,
+           const Memory& memory) {
+    const int64_t shares = (last - first + Product::together - 1) / Product::together;
+    for (int64_t k = 0; k < c.K; k += product.width) {
+        const Piece piece{n, k, std::min(c.K, k + product.width)};
+        Piece next{n, piece.end, std::min(c.K, piece.end + product.width)};
+        if (piece.end == c.K) next = {n + COLUMNS * c.threads, 0, std::min(c.K, product.width)};  // most likely
+        product.make_tile(piece, memory);
+        for (int64_t m = first; m < last; m += Product::together) {
+            float* sums = memory.sums + (m - first) * COLUMNS;
+            product.prefetch(next, (m - first) / Product::together, shares);
+            with_rows<Product::together>(last - m, [&](auto rows) {
+                product.template multiply_rows<decltype(rows)::value>(piece, m, m - start, memory, sums);
+            });
+        }
+    }
+    for (int64_t m = first; m < last; ++m) finish(c, m, n, memory.sums + (m - first) * COLUMNS);
+}
+
+// Prepares each chunk of tokens on all threads, then deals out the panels.
+template <class Product>
+int64_t run(const Call& c, const Product& product) {
+    int64_t doubtful = 0;
+    const int64_t chunk = c.chunk();
+    const int64_t wanted = (4 * c.threads + c.panels() - 1) / c.panels();
+    const int64_t pieces = std::max<int64_t>(1, std::min(wanted, chunk / WORTH_A_TASK));
+    const int64_t size = ((chunk + pieces - 1) / pieces + ROWS - 1) / ROWS * ROWS;
+#pragma omp parallel num_threads(int(c.threads))
+    {
+        const Memory memory(size);
+        for (int64_t start = 0; start < c.M; start += chunk) {
+            const int64_t stop = std::min(c.M, start + chunk);
+#pragma omp for schedule(static) reduction(+ : doubtful)
+            for (int64_t m = start; m < stop; ++m) doubtful += product.prepare(m, m - start);
+#pragma omp for schedule(dynamic) collapse(2)
+            for (int64_t first = start; first < stop; first += size)
+                for (int64_t p = 0; p < c.panels(); ++p)
+                    panel(c, product, start, first, std::min(stop, first + size), p * COLUMNS, memory);
+        }
+    }
+    return doubtful;
+}
+
+template <class Dot, class Rows, class PreparePart>
+int64_t run_steps(const Call& c, const Rows& rows, PreparePart prepare) {
+    return run(c, StepProduct<Dot, Rows, PreparePart>{c, rows, prepare});
+}
+
+// Tokens and weight to bfloat16.
+template <class Tokens, class Rows>
+int64_t run_bf16(const Call& c, const Tokens& tokens, const Rows& rows) {
+    return run_steps<Bf16Dot>(c, rows, [tokens](int64_t m, int64_t k, int64_t end, uint8_t* out) {
+        return to_steps(tokens, m, k, end, out);
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t linear(int64_t kind, int64_t M, int64_t N, int64_t K, int64_t threads, const uint8_t* tokens,
+               const uint8_t* token_scale, const float* token_dual, const uint8_t* weight, const uint8_t* weight_scale,
+               const float* weight_dual, const uint32_t* decoded, const float* bias, uint8_t* work, int32_t* token_sums,
+               void* out, int64_t wide) {
+    const Call c{kind,         M,           N,       K,    threads, tokens,     token_scale, token_dual, weight,
+                 weight_scale, weight_dual, decoded, bias, work,    token_sums, out,         wide};
+    switch (kind) {
+        case INT8:
+            return run_steps<Int8Dot>(c, ByteRows{weight, K}, [&c](int64_t m, int64_t k, int64_t end, uint8_t* out) {
+                if (k == 0) c.token_sums[m] = 0;
+                to_steps((const int8_t*)c.tokens + m * c.K, k, end, out, c.token_sums + m);
+                return 0;
+            });
+        case FP8: return run_bf16(c, Fp8Rows{tokens, K}, Fp8Rows{weight, K});
+        case MXFP8:
+            return run_bf16(c, BlockRows<E4M3>{tokens, token_scale, K}, BlockRows<E4M3>{weight, weight_scale, K});
+        case W4A8:
+            return run_bf16(c, BlockRows<E4M3>{tokens, token_scale, K}, BlockRows<E2M1>{weight, weight_scale, K});
+        default: return run(c, NibbleProduct{c, NibbleRows{weight, weight_scale, K}});
+    }
+}
+
+// Tokens times a number for each channel, rounded to bfloat16.
+void smooth(int64_t M, int64_t K, int64_t threads, const bf16* x, const float* by, bf16* out) {
+#pragma omp parallel for num_threads(int(threads))
+    for (int64_t m = 0; m < M; ++m)
+        for (int64_t k = 0; k < K; ++k) out[m * K + k] = narrow(wide(x[m * K + k]) * by[k]);
+}
+
+// How many blocks of a weight hold numbers that are no bfloat16, or NaN. bits: 8 for e4m3, 4 for e2m1.
+int64_t doubtful_blocks(int64_t bits, int64_t N, int64_t K, int64_t threads, const uint8_t* codes,
+                        const uint8_t* scale) {
+    int64_t sum = 0;
+#pragma omp parallel for num_threads(int(threads)) reduction(+ : sum)
+    for (int64_t n = 0; n < N; ++n)
+        sum += bits == 8 ? doubtful_of_row(BlockRows<E4M3>{codes, scale, K}, n)
+                         : doubtful_of_row(BlockRows<E2M1>{codes, scale, K}, n);
+    return sum;
+}
+
+// All tiles of a weight, one after the other; the last channels filled up to COLUMNS. Row scales are left out.
+void decode_tiles(int64_t kind, int64_t N, int64_t K, int64_t threads, const uint8_t* codes, const uint8_t* scale,
+                  uint32_t* tiles) {
+#pragma omp parallel for num_threads(int(threads)) schedule(dynamic)
+    for (int64_t n = 0; n < N; n += COLUMNS) {
+        uint32_t* tile = tiles + n * (K / 2);
+        if (kind == FP8)
+            fill(Fp8Rows{codes, K}, n, N, 0, K, tile);
+        else if (kind == MXFP8)
+            fill(BlockRows<E4M3>{codes, scale, K}, n, N, 0, K, tile);
+        else
+            fill(BlockRows<E2M1>{codes, scale, K}, n, N, 0, K, tile);
+    }
+}
+}
