@@ -10,7 +10,8 @@ import pytest
 
 import ascendit
 from ascendit.errors import Cancelled, QualityError
-from ascendit.pipeline import world
+from ascendit.pipeline import quality, world
+from ascendit.pipeline.quality_report import Quality, Row
 
 
 class Painter:
@@ -105,6 +106,11 @@ def test_cancelled(run, painter, monkeypatch):
         (["dir", "--demo", "--adherence"], "--demo and a MODEL"),
         (["--demo", "--adherence", "--seeds", "0"], "--seeds 0"),
         (["--demo", "--adherence", "--limit", "0"], "0 scenes"),
+        (["--demo", "--adherence", "--quality"], "two checks at a time"),
+        (["--demo", "--quality", "--limit", "0"], "0 scenes"),
+        (["--demo", "--quality", "--jobs", "0"], "--jobs 0"),
+        (["--demo", "--quality", "--case", "mxfp6"], "case 'mxfp6'"),
+        (["--demo", "--quality", "--swap-experts"], "--swap-experts with --quality"),
     ],
 )
 def test_bad_calls(run, painter, words, got):
@@ -117,3 +123,80 @@ def test_a_report_is_not_overwritten(run, painter, tmp_path):
     ended = run("verify", "--demo", "--adherence", "--report", tmp_path / "r.json")
     assert ended.code == 2 and ended.err.startswith("error[E-USE-03]: ")
     assert (tmp_path / "r.json").read_text() == "mine"
+
+
+# ---- --quality ----------------------------------------------------------------------------------
+
+
+class Measure:
+    """Stands for `measure_quality`: BF16 is always right, another case loses `lost` videos."""
+
+    def __init__(self) -> None:
+        self.lost = 0
+        self.calls: list[tuple] = []
+
+    def __call__(self, model, chosen, scenes, seeds, *, jobs, cancel, on_video, on_row):
+        self.calls.append((model, [c.name for c in chosen], len(scenes), list(seeds), jobs))
+        total, rows = len(scenes) * len(seeds), []
+        for case in (quality.BASE, *chosen):
+            lost = 0 if case is quality.BASE else self.lost
+            for i in range(total):
+                on_video(case.name, i >= lost)
+            rows.append(
+                Row(
+                    name=case.name,
+                    most_lost=case.most_lost,
+                    bits=16.0,
+                    right=tuple(i >= lost for i in range(total)),
+                    psnr=(40.0,) * total,
+                    ssim=(0.9,) * total,
+                    cosine=((1.0, 0.9),) * total,
+                    distance=((0.0, 0.1),) * total,
+                )
+            )
+            found = Quality(
+                model=model, device="cpu", prompts=len(scenes), seeds=tuple(seeds), rows=tuple(rows)
+            )
+            on_row(found)
+        return found
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    measure = Measure()
+    monkeypatch.setattr(quality, "measure_quality", measure)
+    return measure
+
+
+def test_quality_prints_a_table_and_passes(run, measure, tmp_path):
+    report = tmp_path / "new" / "q.json"
+    measure.lost = 2
+    ended = run("verify", "--demo", "--quality", "--case", "int8", "--case", "fp8", "--report", report)
+    assert ended.code == 0 and measure.calls == [("demo", ["int8", "fp8"], 192, [0], 1)]
+    assert "right of 192" in ended.out and "| int8 | 16.00 |" in ended.out
+    assert "PASS  int8                 2 lost   at most 2" in ended.out
+    assert "fp8: right 190/192   video 576/576" in ended.err
+    told = json.loads(report.read_text())
+    assert told["pass"] is True and [c["case"] for c in told["cases"]] == ["bf16", "int8", "fp8"]
+
+
+def test_quality_fails_below_a_limit(run, measure):
+    measure.lost = 3
+    ended = run("verify", "--demo", "--quality", "--seeds", "2", "--limit", "96", "--json", "--jobs", "2")
+    assert ended.code == 1 and ended.err == ""
+    assert ended.json["pass"] is False and ended.json["error"]["code"] == "E-OUT-03"
+    assert "int8 loses 3, at most 2; mxfp8 loses 3, at most 2" in ended.json["error"]["got"]
+    model, cases, scenes, seeds, jobs = measure.calls[0]
+    assert cases == [c.name for c in quality.cases()] and (scenes, seeds, jobs) == (96, [0, 1], 2)
+    assert {c["case"]: c["lost"] for c in ended.json["cases"]}["recommended-fp4"] == 3
+
+
+def test_quality_keeps_what_was_done_before_it_stopped(run, measure, monkeypatch, tmp_path):
+    def stop(*given, on_row, **named):
+        measure(*given, on_row=on_row, **named)
+        raise Cancelled("cancelled", needs="n", fix="f", code="E-CAN-01")
+
+    monkeypatch.setattr(quality, "measure_quality", stop)
+    ended = run("verify", "--demo", "--quality", "--limit", "4", "--report", tmp_path / "q.json")
+    assert ended.code == 130
+    assert len(json.loads((tmp_path / "q.json").read_text())["cases"]) == 1 + len(quality.cases())

@@ -30,7 +30,14 @@ def write(folder: Path, text: str) -> str:
 
 
 def test_the_recipes_that_come_with_ascendit():
-    names = ["default", "ascend-w4a4", "ascend-w4a4f4", "ascend-w8a8f8", "dualscale-bf16-5"]
+    names = [
+        "default",
+        "ascend-w4a4",
+        "ascend-w4a4f4",
+        "ascend-w8a8f8",
+        "dualscale-bf16-5",
+        "recommended-fp4",
+    ]
     assert recipe_names() == names
     for name in names:
         recipe = load_recipe(name, "mxfp8" if name == "default" else None)
@@ -97,6 +104,12 @@ def test_w4a4_is_mxfp8_in_five_blocks_and_rotates_all(name, first, rest):
 def test_blocks_of_two_digits_are_no_first_blocks():
     plan = schemes(load_recipe("ascend-w4a4"), T2V | {"num_layers": 42})
     assert Counter(plan[f"blocks.{i}.ffn.net.2"][0] for i in range(42)) == {"mxfp8": 5, "mxfp4": 37}
+
+
+def test_recommended_fp4_keeps_self_attention_in_mxfp8():
+    plan = schemes(load_recipe("recommended-fp4"))
+    assert plan["blocks.0.attn1.to_v"][0] == plan["blocks.6.attn1.to_out.0"][0] == "mxfp8"
+    assert plan["blocks.0.attn2.to_v"] == plan["blocks.6.ffn.net.2"] == ("mxfp4", "max:7")
 
 
 def test_dualscale_keeps_five_blocks():

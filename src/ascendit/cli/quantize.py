@@ -31,7 +31,7 @@ Recipe = Annotated[
     typer.Option(
         "--recipe",
         metavar="NAME",
-        help="default, ascend-w8a8f8, ascend-w4a4, ascend-w4a4f4, dualscale-bf16-5, or a TOML file.",
+        help="default, recommended-fp4, ascend-w8a8f8, ascend-w4a4, ascend-w4a4f4, ... or a TOML file.",
     ),
 ]
 ScaleRule = Annotated[

@@ -35,10 +35,29 @@ def verify(
     adherence: Annotated[
         bool, typer.Option("--adherence", help="Judge from the pixels whether videos follow their prompts.")
     ] = False,
-    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Seeds for each prompt.")] = 2,
-    limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", help="Take N of the 432 prompts, evenly spread.")
+    quality: Annotated[
+        bool,
+        typer.Option("--quality", help="Hold every scheme and recipe against BF16: a table in Markdown."),
+    ] = False,
+    cases: Annotated[
+        list[str] | None,
+        typer.Option("--case", metavar="NAME", help="With --quality: only this row, or a recipe's file."),
     ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option("--seeds", metavar="N", help="Seeds for each prompt; 2, with --quality 1."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            metavar="N",
+            help="Take N of the 432 prompts, evenly spread; all, with --quality 192.",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", metavar="N", help="With --quality: videos that are made at a time.")
+    ] = 1,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="Write the counts as JSON.")
     ] = None,
@@ -49,7 +68,14 @@ def verify(
 ) -> None:
     """Check that a model does what it is asked. Prints the counts, and PASS or FAIL."""
     out: Output = ctx.obj
-    name = _check_call(model, demo=demo, adherence=adherence, seeds=seeds, report=report)
+    seeds = seeds if seeds is not None else 1 if quality else 2
+    name = _check_call(model, demo=demo, checks=adherence + quality, seeds=seeds, report=report)
+    if quality:
+        from ascendit.cli.verify_quality import verify_quality
+
+        _check_swap(swap_experts)
+        verify_quality(out, name, cases or (), range(seeds), 192 if limit is None else limit, jobs, report)
+        return
     start = time.perf_counter()
     with out.work():
         result = _measure(name, list(range(seeds)), limit, swap_experts, out)
@@ -88,14 +114,14 @@ def _judge(result: Adherence) -> tuple[list[str], list[str]]:
     return failed, lines
 
 
-def _check_call(model: str | None, *, demo: bool, adherence: bool, seeds: int, report: Path | None) -> str:
+def _check_call(model: str | None, *, demo: bool, checks: int, seeds: int, report: Path | None) -> str:
     """The model's name. Raises UsageError for a call that cannot be done, before anything runs."""
     from ascendit.pipeline.video import check_writable
 
-    if not adherence:
+    if checks != 1:
         raise UsageError(
-            "no check was asked for",
-            needs="the name of a check",
+            "two checks at a time" if checks else "no check was asked for",
+            needs="the name of one check: --adherence or --quality",
             fix="ascendit verify --demo --adherence",
             code="E-USE-01",
         )
@@ -168,6 +194,16 @@ class _Tally:
             f"{pace:.2g} s/video  eta {clock(pace * (self._total - self._done))}"
         )
         self._view.show(Progress(stage="denoise", step=self._done, total=self._total), text)
+
+
+def _check_swap(swap: bool) -> None:
+    if swap:
+        raise UsageError(
+            "--swap-experts with --quality",
+            needs="--adherence, which it is the control of",
+            fix="leave it out",
+            code="E-USE-01",
+        )
 
 
 def _swap_experts(pipe: Any) -> None:

@@ -1,0 +1,143 @@
+"""The quality table: one row for each way to quantize, as Markdown and as JSON. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+BASIS = 192
+"""The number of videos that limits are for."""
+HEAD = (
+    ("case", "bits", "layers dB", "cosine", "relative L2", "PSNR dB", "SSIM", "right", "lost / won"),
+    ("", "per weight", "worst / median", "first / last / worst step", "first / last / worst step",
+     "median / least", "median / least", "", ""),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One case. Tuples have one entry for each video, in one order for all cases."""
+
+    name: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    most_lost: int | None = None
+    """Of `BASIS` videos; None: no limit."""
+    bits: float
+    """Per weight of the linears of the blocks, with scales."""
+    layers: Mapping[str, float] = field(default_factory=dict)
+    """Layer -> signal to noise of its output in dB; those in BF16 are left out."""
+    right: tuple[bool, ...]
+    psnr: tuple[float, ...]
+    ssim: tuple[float, ...]
+    cosine: tuple[tuple[float, ...], ...]
+    """Video -> step -> of the latents after it with those of BF16."""
+    distance: tuple[tuple[float, ...], ...]
+    """The same, |difference| / |latents of BF16|."""
+
+    @property
+    def per_step(self) -> dict[str, list[float]]:
+        """Medians over the videos, one number for each step."""
+        return {
+            "cosine": [median(step) for step in zip(*self.cosine, strict=True)],
+            "relative_l2": [median(step) for step in zip(*self.distance, strict=True)],
+        }
+
+    def lost(self, base: Row) -> int:
+        """Videos that are right in `base` and not here."""
+        return sum(a and not b for a, b in zip(base.right, self.right, strict=True))
+
+    def won(self, base: Row) -> int:
+        """Videos that are right here and not in `base`."""
+        return base.lost(self)
+
+    def allowed(self) -> int | None:
+        """The limit for as many videos as there are, rounded up."""
+        return None if self.most_lost is None else math.ceil(self.most_lost * len(self.right) / BASIS)
+
+    def as_dict(self, base: Row) -> dict[str, Any]:
+        """For JSON: medians and extremes, and every layer."""
+        steps = {key: [round(x, 6) for x in values] for key, values in self.per_step.items()}
+        worst = min(self.layers, key=lambda name: self.layers[name], default=None)
+        return {
+            "case": self.name,
+            "options": dict(self.options),
+            "bits_per_weight": round(self.bits, 3),
+            "layer_sqnr": {
+                "worst": round(self.layers[worst], 2) if worst else None,
+                "worst_layer": worst,
+                "median": round(median(self.layers.values()), 2) if self.layers else None,
+                "layers": {name: round(value, 2) for name, value in self.layers.items()},
+            },
+            "steps": steps
+            | {
+                "worst_cosine": round(min(map(min, self.cosine)), 6),
+                "worst_relative_l2": round(max(map(max, self.distance)), 6),
+            },
+            "psnr": {"median": round(median(self.psnr), 2), "least": round(min(self.psnr), 2)},
+            "ssim": {"median": round(median(self.ssim), 4), "least": round(min(self.ssim), 4)},
+            "right": sum(self.right),
+            "total": len(self.right),
+            "lost": self.lost(base),
+            "won": self.won(base),
+            "most_lost": self.allowed(),
+        }
+
+    def cells(self, base: Row) -> list[str]:
+        """One line of the table."""
+        steps, exact = self.per_step, self is base
+        cos, away = steps["cosine"], steps["relative_l2"]
+        values = self.layers.values()
+        return [
+            self.name,
+            f"{self.bits:.2f}",
+            f"{min(values):.1f} / {median(values):.1f}" if values else "-",
+            "-" if exact else f"{cos[0]:.4f} / {cos[-1]:.4f} / {min(map(min, self.cosine)):.4f}",
+            "-" if exact else f"{away[0]:.4f} / {away[-1]:.4f} / {max(map(max, self.distance)):.4f}",
+            "-" if exact else f"{median(self.psnr):.1f} / {min(self.psnr):.1f}",
+            "-" if exact else f"{median(self.ssim):.4f} / {min(self.ssim):.4f}",
+            f"{sum(self.right)}",
+            "-" if exact else f"{self.lost(base)} / {self.won(base)}",
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """All rows; the first is BF16, which the others are held against."""
+
+    model: str
+    device: str
+    prompts: int
+    seeds: tuple[int, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def base(self) -> Row:
+        """BF16."""
+        return self.rows[0]
+
+    def verdicts(self) -> Iterable[tuple[Row, bool]]:
+        """The rows that have a limit, and whether they keep it."""
+        for row in self.rows:
+            if (limit := row.allowed()) is not None:
+                yield row, row.lost(self.base) <= limit
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "model": self.model,
+            "device": self.device,
+            "prompts": self.prompts,
+            "seeds": list(self.seeds),
+            "videos": len(self.base.right),
+            "cases": [row.as_dict(self.base) for row in self.rows],
+        }
+
+    def table(self) -> str:
+        """Markdown."""
+        head = [f"{a}, {b}" if b else a for a, b in zip(*HEAD, strict=True)]
+        head[-2] = f"right of {len(self.base.right)}"
+        lines = [head, ["---"] * len(head), *(row.cells(self.base) for row in self.rows)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
