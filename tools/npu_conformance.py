@@ -2,6 +2,7 @@
 
     python tools/npu_conformance.py            # tables; exit code 1 on a difference
     python tools/npu_conformance.py --json
+    python tools/npu_conformance.py --docs docs/npu-conformance.md    # renews its tables
 
 (a) the frozen schemas of the twin are the wheels'; (b) every right call is accepted by the wheel's own Meta
 kernels; (c) with the twin's shapes and dtypes; and the dry run: the real packages over a stub CANN, on a2,
@@ -89,6 +90,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--docs", type=Path, help="renew the tables of this page")
     parser.add_argument("--cache", type=Path, default=wheels.CACHE, help="where wheels and the stub are kept")
     given = parser.parse_args()
     try:
@@ -99,6 +101,8 @@ def main() -> int:
     except Failed as e:
         print(f"failed: {e}", file=sys.stderr)
         return 1
+    if given.docs:
+        given.docs.write_text(report.renewed(given.docs.read_text(), found))
     print(json.dumps(found, indent=1) if given.json else report.text(found))
     return 1 if found["problems"] else 0
 

@@ -131,6 +131,9 @@ def test_the_file_and_json_hold_the_same(run, found, tmp_path: Path):
     told = run("doctor", "--self-check", "--device", "twin:a5", "--out", file, "--json").json
     assert json.loads(file.read_text()) == told
     assert told["device"] == "twin:a5" and told["operators"][0]["db"] == 93.2
+    refused = run("doctor", "--self-check", "--out", file)
+    assert refused.code == 2 and "E-USE-03" in refused.err and json.loads(file.read_text()) == told
+    file.unlink()
     ended = run("doctor", "--self-check", "--out", file)
     assert f"{file} holds all of it" in ended.err
 

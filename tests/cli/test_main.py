@@ -51,6 +51,7 @@ FLAGS = {
         "--calibrate",
         "--alpha",
         "--device",
+        "--set",
         "--for",
         "--copy",
         "--resume",

@@ -111,6 +111,8 @@ def test_calibrate_is_planned_without_a_run(run, tmp_path):
     [
         (("--alpha", "0.5"), "E-USE-01", "--alpha 0.5 without --calibrate"),
         (("--device", "cpu"), "E-USE-01", "--device cpu without --calibrate"),
+        (("--set", "height=32"), "E-USE-01", "--set height=32 without --calibrate"),
+        (("--calibrate", "4", "--set", "dtype=float32"), "E-USE-01", "--set dtype"),
         (("--calibrate", "4", "--alpha", "2"), "E-USE-01", "alpha 2"),
         (("--calibrate", "4", "--device", "tpu"), "E-USE-01", "tpu"),
         (("--calibrate", "0"), "E-USE-01", "0 prompts of the demo model"),

@@ -147,3 +147,48 @@ def test_a_smoothed_float_layer():
     m, x = SmoothLinear(w, b, mul), tokens(16)
     assert torch.equal(m(x), nn.functional.linear(smooth_input(x, mul), w, b))
     assert set(m.state_dict()) == {"weight", "bias", "mul_scale"}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"extra": torch.zeros(1)}, "Unexpected key"),
+        ({"mul_scale": torch.ones(64)}, "Unexpected key"),
+        ({"weight_offset": torch.ones(24, 1)}, "not zero"),
+        ({"weight_scale": torch.full((24, 1), float("nan"))}, "not finite"),
+        ({"bias": torch.full((24,), float("inf"))}, "not finite"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_is_refused(change, text):
+    m = nn.ModuleDict({"to_q": layer("int8")})
+    before = m["to_q"](tokens())
+    with pytest.raises(RuntimeError, match=text):
+        m.load_state_dict(m.state_dict() | {f"to_q.{k}": v for k, v in change.items()})
+    assert torch.equal(m["to_q"](tokens()), before)
+
+
+def test_scales_of_nan_and_kept_floats_refuse_a_state_dict():
+    m = nn.ModuleDict({"to_q": layer("mxfp8", mul_scale=torch.ones(64) * 2)})
+    state = m.state_dict()
+    for role, value in (
+        ("weight_scale", torch.full_like(state["to_q.weight_scale"], 255)),
+        ("mul_scale", -torch.ones(64)),
+    ):
+        with pytest.raises(RuntimeError, match="255|above zero"):
+            m.load_state_dict(state | {f"to_q.{role}": value})
+    m["to_q"].floats = (torch.zeros(24, 64), None)
+    with pytest.raises(RuntimeError, match="load the model anew"):
+        m.load_state_dict(state)
+
+
+def test_joined_layers_that_come_to_read_tokens_otherwise_stay_right():
+    layers, parts = joint_of(1, 2, 3)
+    layers[1].mul_scale = torch.rand(64) + 0.5
+    layers[2].rule = "floor"
+    t = Tokens(tokens())
+    for m in layers:
+        assert torch.equal(linear(OPS, m, t), m(tokens()))
+    alone = QuantLinear.from_encoded(
+        parts[1], layers[1].bias, schemes=OPS.quantized, mul_scale=layers[1].mul_scale
+    )
+    assert torch.equal(layers[1](tokens()), alone(tokens()))

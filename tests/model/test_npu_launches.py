@@ -1,22 +1,33 @@
 """How many kernels a denoiser's forward launches on an NPU, counted on its twin: aten's and the NPU's own.
 
-Views cost nothing. Diffusers' model of two layers launches 219 on the same stack.
+Views cost nothing. Diffusers' model of two layers launches 219 on the same stack. On codes: from the second
+step on 6 quantizations and 6 matmuls for each block, one matmul more in the first, and the text is quantized
+once for each `mul_scale`. `tools/npu_conformance.py` counts the same on the real dispatcher.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ops.layers import NATIVE
 from ops.recorder import SYNCHRONIZES, Recorder
+from safetensors.torch import load_file, save_file
 
+import ascendit
 import ascendit.twin
 from ascendit.checkpoint.layout import recognise
+from ascendit.convert.step_policy import StepPolicy
+from ascendit.model.linear import Joint, QuantLinear
 from ascendit.model.load import load_transformer
+from ascendit.model.online import Online
 from ascendit.model.wan import WanTransformer
+from ascendit.ops import bind as binding
 from ascendit.ops import npu
 from ascendit.ops.bind import bind
 
@@ -93,3 +104,169 @@ def test_nothing_waits_for_the_host_and_nothing_comes_from_it(
     assert not SYNCHRONIZES & set(seen.launched)
     assert not {"arange", "cos", "sin", "lift_fresh", "full"} & {called for called, _ in seen.calls}
     assert seen.dtypes == {torch.bfloat16, torch.float32}
+
+
+# ---- on codes -----------------------------------------------------------------------------------
+
+LAYERS = 2
+QUANTIZERS = {
+    "int8": "npu_dynamic_quant",
+    "fp8": "npu_dynamic_quant",
+    "mxfp8": "npu_dynamic_mx_quant",
+    "mxfp4": "npu_dynamic_mx_quant",
+    "mxfp4_dualscale": "npu_dynamic_dual_level_mx_quant",
+}
+ON_CHIPS = [(chip, scheme) for chip, known in NATIVE.items() for scheme in QUANTIZERS if scheme in known]
+ON_CODES = WITH_MINDIESD - 8 + 12
+"""Kernels of one block: its eight linear layers are six quantizations and six matmuls instead."""
+
+
+def matmul(scheme: str) -> str:
+    return "npu_dual_level_quant_matmul" if scheme == "mxfp4_dualscale" else "npu_quant_matmul"
+
+
+def on_codes(folder: Path, chip: str, online: Online | None = None, **kw: Any) -> WanTransformer:
+    """The tiny model in BF16, quantized while it loads, or as the folder has it."""
+    part, ops = recognise(folder).parts["transformer"], bind(f"twin:{chip}", **kw)
+    return load_transformer(part, ops, dtype=torch.bfloat16, online=online)
+
+
+def two_steps(model: WanTransformer, policy: str = "") -> list[Counter[str]]:
+    """What the first step launches, its text included, and what the second does."""
+    x, text = torch.randn(1, model.config.in_channels, 3, 6, 4), torch.randn(1, 32, model.config.text_dim)
+    with torch.no_grad():
+        shared = model.share(model.grid_of(x), (500.0, 400.0))
+        with Recorder() as first:
+            state = model.prepare(shared, text, policy=StepPolicy.parse(policy) if policy else None)
+            model(x, 500.0, state)
+        state.step = 1
+        with Recorder() as second:
+            model(x, 400.0, state)
+    assert not SYNCHRONIZES & (set(first.launched) | set(second.launched))
+    return [first.launched, second.launched]
+
+
+def coded(launched: Counter[str]) -> tuple[int, int]:
+    """Quantizations and matmuls on codes."""
+    quantizations = sum(n for name, n in launched.items() if name.startswith("npu_dynamic"))
+    return quantizations, sum(n for name, n in launched.items() if name.endswith("quant_matmul"))
+
+
+@pytest.mark.parametrize(("chip", "scheme"), ON_CHIPS)
+def test_every_scheme(chip: str, scheme: str, tiny_t2v_single: Path) -> None:
+    model = on_codes(tiny_t2v_single, chip, Online.of(scheme, None))
+    first, second = two_steps(model)
+    assert first[QUANTIZERS[scheme]] == 6 * LAYERS + 1 and first[matmul(scheme)] == 7 * LAYERS
+    assert second[QUANTIZERS[scheme]] == second[matmul(scheme)] == 6 * LAYERS
+    assert coded(first) == (13, 14) and coded(second) == (12, 12)
+    assert second.total() == LAYERS * ON_CODES + OUTSIDE
+    assert "npu_format_cast" not in first  # weights are as the matmul wants them since they were loaded
+
+
+def test_steps_in_w4a8_cost_the_same(tiny_t2v_single: Path) -> None:
+    model = on_codes(tiny_t2v_single, "a5", Online.of("mxfp4", None))
+    plain = two_steps(model)
+    assert two_steps(model, "0:w4a8,default:w4a4") == two_steps(model, "default:w4a8") == plain
+
+
+def test_a_mixed_recipe(tiny_t2v_single: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mixed.toml"
+    rules = {"*": "mxfp4", "*.attn*": "mxfp8", "blocks.1.attn2.*": "mxfp4_dualscale", "*.1.ffn.*": "int8"}
+    recipe.write_text("".join(f'[[rules]]\nlayers = "{n}"\nscheme = "{s}"\n\n' for n, s in rules.items()))
+    first, second = two_steps(on_codes(tiny_t2v_single, "a5", Online.of(None, str(recipe))))
+    assert coded(second) == (6 * LAYERS, 6 * LAYERS)
+    assert coded(first) == (6 * LAYERS + 2, 7 * LAYERS)  # the text in mxfp8 and in dual scale
+    assert second["npu_dynamic_quant"] == 2 and second["npu_dual_level_quant_matmul"] == 2
+
+
+def test_a_group_of_two_schemes_is_two_matmuls(tiny_t2v_single: Path) -> None:
+    online = Online.of("mxfp8", None, ["blocks.0.attn1.to_v"])
+    _, second = two_steps(on_codes(tiny_t2v_single, "a5", online))
+    assert coded(second) == (6 * LAYERS, 6 * LAYERS)  # Q and K in one, V in BF16 beside it
+    assert second.total() == LAYERS * ON_CODES + OUTSIDE + 1
+
+
+@pytest.fixture
+def smoothed(tiny_t2v_single: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A folder whose layers have `mul_scale`; all that read the text the same one if `alike`."""
+
+    def write(scheme: str, *, alike: bool) -> Path:
+        folder = tmp_path / f"{scheme}-{alike}"
+        ascendit.quantize(tiny_t2v_single, folder, scheme=scheme)
+        (file,) = (folder / "transformer").glob("*.safetensors")
+        tensors, manifest = load_file(file), folder / "transformer/quant_model_description.json"
+        told = json.loads(manifest.read_text())
+        for name in [n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")]:
+            owner, _, leaf = name.rpartition(".")
+            reads = f"{owner} text" if "attn2" in owner and leaf in ("to_k", "to_v") else owner
+            key = (
+                "text" if alike and reads.endswith("text") else f"{reads} {leaf if 'to_' not in leaf else ''}"
+            )
+            seed = torch.Generator().manual_seed(sum(key.encode()) + 1000 * len(key))
+            width = 80 if name.endswith("ffn.net.2") else 64
+            tensors[f"{name}.mul_scale"] = torch.rand(width, generator=seed) + 0.5
+            told[f"{name}.mul_scale"] = "FLOAT"
+        save_file(tensors, file, {"format": "pt"})
+        manifest.write_text(json.dumps(told))
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize(("scheme", "chip"), [("int8", "a2"), ("mxfp8", "a5"), ("mxfp4_dualscale", "a5")])
+def test_a_smoothed_checkpoint(scheme: str, chip: str, smoothed: Callable[..., Path]) -> None:
+    """The product with `mul_scale` is one kernel; the text is quantized once for each of them."""
+    alike, apart = (two_steps(on_codes(smoothed(scheme, alike=a), chip)) for a in (True, False))
+    assert coded(alike[0]) == (6 * LAYERS + 1, 7 * LAYERS)
+    assert coded(apart[0]) == (6 * LAYERS + LAYERS, 7 * LAYERS)
+    for _, second in (alike, apart):
+        assert coded(second) == (6 * LAYERS, 6 * LAYERS)
+        assert second.total() == LAYERS * (ON_CODES + 6) + OUTSIDE
+
+
+# ---- FRACTAL_NZ ---------------------------------------------------------------------------------
+
+
+def joints(model: WanTransformer) -> list[Joint]:
+    """Every weight on codes, once."""
+    found = {id(m.joint): m.joint for m in model.modules() if isinstance(m, QuantLinear)}
+    return list(found.values())
+
+
+def formats(model: WanTransformer) -> set[int]:
+    return {int(torch.ops.npu.get_npu_format(j.weight.codes)) for j in joints(model)}
+
+
+def velocity(model: WanTransformer) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x, text = (torch.randn(s, generator=generator) for s in ((1, 16, 3, 6, 4), (1, 32, 32)))
+    with torch.no_grad():
+        return model(x, 500.0, model.prepare(model.grid_of(x), text))
+
+
+@pytest.mark.parametrize(("chip", "scheme"), [("a2", "int8"), ("a5", "mxfp8"), ("a5", "mxfp4")])
+def test_fractal_nz_where_it_is_asked_for(chip: str, scheme: str, tiny_t2v_single: Path) -> None:
+    online = Online.of(scheme, None)
+    plain = on_codes(tiny_t2v_single, chip, online)
+    blocked = on_codes(tiny_t2v_single, chip, online, nz=True)
+    assert formats(plain) == {2} and formats(blocked) == {29}
+    assert torch.equal(velocity(plain), velocity(blocked))
+
+
+@pytest.mark.parametrize(("scheme", "nz"), [("mxfp4_dualscale", False), ("mxfp8", True), ("mxfp4", False)])
+def test_the_layout_is_made_again_after_a_way_to_the_host(
+    scheme: str, nz: bool, tiny_t2v_single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = "mxfp4=max:7" if scheme == "mxfp4" else None
+    model = on_codes(tiny_t2v_single, "a5", Online.of(scheme, None), nz=nz, activation_rule=rule)
+    before, layout = velocity(model), formats(model)
+    assert layout == ({29} if nz or "dual" in scheme else {2})
+    plain = binding._device
+    monkeypatch.setattr(binding, "_device", lambda d: plain("twin:a5" if d == "npu:0" else d))
+    for joint in joints(model):
+        joint.to("cpu")  # type: ignore[arg-type]
+        assert joint.schemes.device.kind == "cpu" and joint.schemes.rules == (
+            {"mxfp4": "max:7"} if rule else {}
+        )
+        joint.to("npu:0")  # type: ignore[arg-type]
+    assert formats(model) == layout and torch.equal(velocity(model), before)

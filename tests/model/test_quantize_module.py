@@ -302,3 +302,13 @@ def test_fp4_on_ti2v_needs_force(tiny_ti2v: Path) -> None:
         ascendit.quantize_(model, "mxfp4")
     assert e.value.code == "E-QNT-02" and not coded(model)
     assert ascendit.quantize_(model, "mxfp4", force=True).schemes["mxfp4"] > 0
+
+
+def test_forward_hooks_stay():
+    m = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    seen: list[str] = []
+    m[0].register_forward_hook(lambda *_: seen.append("after"))
+    m[0].register_forward_pre_hook(lambda *_: seen.append("before"))
+    ascendit.quantize_(m, "int8")
+    m(torch.randn(2, 64))
+    assert seen == ["before", "after"] and isinstance(m[0], QuantLinear)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ascendit import mx
 from ascendit.device import npu as table
+from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.ops import npu, reference
 from ascendit.ops.bind import NAMES, bind
-from ascendit.ops.npu_attention import fused_infer_attention
+from ascendit.ops.npu_attention import fused_infer_attention, fusion_attention
 from ascendit.twin.faults import TwinError
 
 pytestmark = pytest.mark.usefixtures("twin")
@@ -83,6 +84,40 @@ def test_the_other_attention_kernel(keys):
     q, k, v = (torch.randn(1, n, H, D_HEAD).to(torch.bfloat16) for n in (S, keys, keys))
     k = k.transpose(1, 2).contiguous().transpose(1, 2)  # it takes contiguous ones only
     assert db(reference.attention(q, k, v), fused_infer_attention(q, k, v)) > 52
+
+
+@pytest.mark.parametrize("chip", ["a2", "a3", "a5"])
+def test_attention_by_its_word(chip):
+    plain, fusion, infer = (bind(f"twin:{chip}", attention=w) for w in (None, "fusion", "fused_infer"))
+    assert plain.attention is fusion.attention is fusion_attention
+    assert infer.attention is fused_infer_attention
+    assert infer.choices["attention"].startswith("npu: npu_fused_infer_attention_score_v2: asked for")
+    q, k, v = arguments("attention", torch.bfloat16, (S,))
+    with torch.no_grad(), Recorder() as seen:
+        assert db(fusion.attention(q, k, v), infer.attention(q, k, v)) > 50
+    assert seen.launched["npu_fused_infer_attention_score_v2"] == seen.launched["npu_fusion_attention"] == 1
+
+
+def test_attention_that_cannot_be_had(monkeypatch):
+    with pytest.raises(UsageError, match="attention=laser") as e:
+        bind("twin:a2", attention="laser")
+    assert e.value.needs == "fusion or fused_infer" and e.value.code == "E-USE-01"
+    for device, force in (("cpu", None), ("twin:a5", "reference")):
+        with pytest.raises(UsageError, match=f"attention=fusion with {'ops=ref' if force else 'device cpu'}"):
+            bind(device, force, attention="fusion")
+    monkeypatch.setattr(npu, "missing", lambda call, chip: "not here" if "infer" in call else "")
+    with pytest.raises(EnvironmentProblem, match="attention=fused_infer: not here") as problem:
+        bind("twin:a5", attention="fused_infer")
+    assert problem.value.code == "E-CAP-01" and problem.value.needs == "npu_fused_infer_attention_score_v2"
+
+
+@pytest.mark.parametrize(("head", "dtype"), [(24, torch.bfloat16), (32, torch.float32), (528, torch.float16)])
+def test_heads_that_the_infer_kernel_does_not_take(head, dtype):
+    q = torch.randn(1, 3, 1, head).to(dtype)
+    with Recorder() as seen, pytest.raises(UsageError, match=f"heads of {head} in {str(dtype)[6:]}") as e:
+        bind("twin:a5", attention="fused_infer").attention(q, q, q)
+    assert e.value.fix == "--set attention=fusion, which takes them"
+    assert not {n for n in seen.launched if n.startswith("npu_")}
 
 
 # ---- choices ------------------------------------------------------------------------------------

@@ -74,6 +74,10 @@ def test_one_kernel_to_quantize_and_one_to_multiply():
                 ops.quantized_linear(a, weight)
         quantizers = sum(n for name, n in seen.launched.items() if "dynamic" in name)
         assert (quantizers, seen.launched.total()) == (1, 4), (scheme, seen.launched)
+        mul_scale = torch.rand(64) + 0.1
+        with torch.no_grad(), Recorder() as smoothed:
+            ops.quantize_activation(x, scheme, mul_scale)
+        assert smoothed.launched.total() == 2 and smoothed.launched["mul"] == 1
 
 
 def test_mul_scale():
@@ -116,6 +120,52 @@ def test_float32_tokens_are_refused():
     assert e.value.fix == "--set dtype=bfloat16"
 
 
+@pytest.mark.parametrize("scheme", ["mxfp4", "mxfp4_dualscale"])
+def test_shapes_that_no_fp4_matmul_takes(scheme):
+    ops = bind("twin:a5").quantized
+    with Recorder() as seen:
+        for n, k in ((16, 2), (1, 64)):
+            encoded, bias = weight_of(scheme, n, k)
+            with pytest.raises(UsageError, match=f"a weight of N = {n} and K = {k} in {scheme}") as e:
+                ops.prepare_weight(*on_disk(encoded, bias), scheme)
+            assert e.value.code == "E-QNT-01" and "an even K above 2" in e.value.needs
+    assert not any("npu" in name for name in seen.launched)
+    codes, scale = torch.zeros(16, 33, dtype=torch.uint8), torch.zeros(16, 3, dtype=torch.uint8)
+    dual = torch.ones(16, 1, 1) if "dual" in scheme else None
+    with pytest.raises(UsageError, match="N = 16 and K = 65"):
+        ops.prepare_weight(codes, scale, dual, None, scheme, width=65)
+    mxfp8, _ = weight_of("mxfp8", 16, 65)  # a short last block is fine
+    ops.prepare_weight(*on_disk(mxfp8, None), "mxfp8")
+
+
+def test_w4a8_wants_eights():
+    ops, x = bind("twin:a5").quantized, tokens_of(2, 68)
+    with Recorder() as seen, pytest.raises(UsageError, match="K = 68 in w4a8") as e:
+        ops.quantize_activation(x, "w4a8")
+    assert e.value.code == "E-QNT-01" and e.value.needs.startswith("a multiple of 8") and not seen.launched
+    ops.quantize_activation(x, "mxfp4")
+
+
+def test_tokens_and_weight_belong_together():
+    ops = bind("twin:a5").quantized
+    weight = ops.prepare_weight(*on_disk(*weight_of("mxfp8", 16, 64)), "mxfp8")
+    for scheme, k in (("mxfp4", 64), ("mxfp8", 96), ("w4a8", 64)):
+        with pytest.raises(
+            UsageError, match=rf"tokens of {k} for {scheme} with a weight \(16, 64\) in mxfp8"
+        ):
+            ops.quantized_linear(ops.quantize_activation(tokens_of(2, k), scheme), weight)
+
+
+def test_nz_is_for_schemes_that_leave_a_choice():
+    """Of fp8 no document says that FRACTAL_NZ is read; the dual-scale matmul reads nothing else."""
+    ops = bind("twin:a5", nz=True).quantized
+    for scheme, layout in (("int8", 29), ("fp8", 2), ("mxfp8", 29), ("mxfp4", 29), ("mxfp4_dualscale", 29)):
+        weight = ops.prepare_weight(*on_disk(*weight_of(scheme, 16, 64)), scheme)
+        assert int(torch.ops.npu.get_npu_format(weight.codes)) == layout
+    plain = bind("twin:a5").quantized.prepare_weight(*on_disk(*weight_of("int8", 16, 64)), "int8")
+    assert int(torch.ops.npu.get_npu_format(plain.codes)) == 2
+
+
 def test_a_cast_that_stays_nd_is_told(monkeypatch):
     ops = bind("twin:a2").quantized
     encoded, bias = weight_of("int8", 16, 64)
@@ -125,7 +175,7 @@ def test_a_cast_that_stays_nd_is_told(monkeypatch):
         pytest.raises(EnvironmentProblem, match="gave format 2") as e,
     ):
         ops.prepare_weight(*on_disk(encoded, bias), "int8", nz=True)
-    assert e.value.needs == "29 (FRACTAL_NZ)"
+    assert e.value.needs == "29 (FRACTAL_NZ)" and e.value.code == "E-CAP-01"
 
 
 def _nothing():

@@ -109,6 +109,10 @@ def test_experts_whose_recipes_differ(tmp_path):
         ({"keep": ["blocks.0.*"]}, UsageError, "E-USE-01", "without a scheme"),
         ({"scheme": "mxfp8", "step_policy": "0:w4a8"}, UsageError, "E-USE-01", "no layer is in mxfp4"),
         ({"step_policy": "0:w4a9"}, UsageError, "E-USE-01", "w4a9"),
+        ({"step_policy": 5}, UsageError, "E-USE-01", "a int, no text"),
+        ({"step_policy": "0:bf16"}, UsageError, "E-USE-01", "no layer is quantized"),
+        ({"scheme": "mxfp8", "activation_rule": 7}, UsageError, "E-USE-01", "activation_rule 7"),
+        ({"scheme": "mxfp8", "keep": "blocks.99.*"}, UsageError, "E-USE-05", "blocks.99"),
         ({"scheme": "mxfp8", "emulate": "sometimes"}, UsageError, "E-USE-01", "sometimes"),
         ({"scheme": "mxfp4", "activation_rule": "mxfp4=rceil"}, UsageError, "E-USE-01", "rceil"),
     ],
@@ -122,12 +126,13 @@ def test_mistakes_are_told_before_a_weight_is_read(options, error, code, text):
 
 def test_codes_are_not_quantized_again_and_fp4_on_ti2v_wants_force(tmp_path, tiny_folder):
     ascendit.quantize("demo", tmp_path / "q", scheme="mxfp8")
-    with pytest.raises(UsageError, match="quantized already") as e:
-        ascendit.load(tmp_path / "q", scheme="int8")
-    assert e.value.code == "E-QNT-01"
+    for scheme in ("int8", "bf16"):
+        with pytest.raises(UsageError, match="quantized already") as e:
+            ascendit.load(tmp_path / "q", scheme=scheme)
+        assert e.value.code == "E-QNT-01"
     with pytest.raises(UsageError, match="W4A4") as e:
         ascendit.load(tiny_folder("ti2v"), scheme="mxfp4")
-    assert e.value.code == "E-QNT-02" and "--force" in e.value.needs
+    assert e.value.code == "E-QNT-02" and "--set force=true" in e.value.fix
 
 
 def test_a_missing_scale_and_a_manifest_of_another_model_are_named(tmp_path):
@@ -184,3 +189,12 @@ def test_layouts_are_recognised_alike(tmp_path):
 def test_the_vae_in_bfloat16_is_near_the_one_in_float32():
     wide, narrow = (video(ascendit.load("demo", vae_dtype=d)).astype(float) for d in (None, "bfloat16"))
     assert 50 < 10 * np.log10(255**2 / np.square(wide - narrow).mean()) < 90
+
+
+def test_a_refused_cast_changes_nothing(mxfp4):
+    before = {n: (p.dtype, p.device) for n, p in mxfp4.transformer.named_parameters()}
+    for cast in (lambda m: m.half(), lambda m: m.to("meta"), lambda m: m.double()):
+        with pytest.raises(UsageError) as e:
+            cast(mxfp4.transformer)
+        assert e.value.code == "E-QNT-03"
+    assert {n: (p.dtype, p.device) for n, p in mxfp4.transformer.named_parameters()} == before

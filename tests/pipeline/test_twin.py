@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -9,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from PIL import Image
 
 import ascendit
 import ascendit.twin
@@ -75,6 +78,24 @@ def test_every_kind_of_model_runs(tiny_folder: Any) -> None:
             for d, ops in (("cpu", "reference"), ("twin:a2" if name == "i2v_21" else "twin:a5", None))
         ]
         assert psnr(*(video.frames for video in videos)) > MEDIAN_DB, name
+
+
+def test_the_image_encoders_gelu_is_exact_on_every_chip(tiny_i2v_21: Path, tmp_path: Path) -> None:
+    """F.gelu is the tanh form on a2 and a3, whatever it is told; Wan2.1's CLIP has the exact one."""
+    folder = tiny.copy(tiny_i2v_21, tmp_path / "m")
+    config = folder / "image_encoder/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_act": "gelu"}))
+    image = Image.fromarray(np.arange(48 * 32 * 3, dtype=np.uint8).reshape(48, 32, 3))
+    tokens = {}
+    for device in ("cpu", "twin:a2", "twin:a5"):
+        pipe = ascendit.load(folder, device=device, dtype="bfloat16")
+        assert pipe.clip is not None
+        ascendit.twin.reset()
+        tokens[device] = pipe.clip.encode(image)
+        layers = pipe.clip.model.config.num_hidden_layers
+        assert ascendit.twin.launches().get("npu_gelu", 0) == (layers if device == "twin:a2" else 0)
+    assert torch.equal(tokens["cpu"], tokens["twin:a5"])
+    torch.testing.assert_close(tokens["twin:a2"], tokens["cpu"], rtol=1e-5, atol=1e-5)
 
 
 def test_pipelines_on_two_chips_take_turns(tiny_t2v_single: Path) -> None:

@@ -116,15 +116,20 @@ TOKENS = "ops: int8: tokens"
 OURS = {"name": TOKENS, "scheme": "int8", "dry": "same", "launched": ["aclnnA"], "host": []}
 
 
+def a_way(*steps: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """What the loop did in one way."""
+    return {"quantized": False, "texts": 1, "nz": False, "layers": 1, "steps": list(steps)} | changes
+
+
 def run_of_one_chip(**changes: Any) -> dict[str, Any]:
     """A dry run in which all is well, with something changed."""
     well: dict[str, Any] = {"launches": 72, "kernels": {"aclnnAdd": 72}, "host": []}
-    first = {**well, "expert": "transformer", "host": ["H2D 4"]}
+    step = {**well, "expert": "transformer", "branches": 2, "strided": []}
     return {
         "samples": [{"name": "rope", "operator": "npu_rotary_mul", "dry": "same", "launched": []}],
         "calls": [OURS],
         "model": {"forward": well, "block": {**well, "launches": 26}, "diffusers": well},
-        "video": {"steps": [first, {**well, "expert": "transformer"}], "decode": well},
+        "video": {"ways": {"bf16": a_way(step, step)}, "decode": well},
         "mindiesd": {"adaln": True},
         "fallbacks": ["'aten::special_bessel_j0.out' will fall back"],
         "controls": {"item": ["D2H 4"]},
@@ -149,7 +154,7 @@ def test_a_report_without_problems(tool: Any) -> None:
     assert found["problems"] == [] and found["accepted"] == {"a2": 0, "a3": 0, "a5": 2}
     text = tool("npu.report").text(found)
     assert "| rope              | npu_rotary_mul    | a5   | a5      |" in text and "0 problems" in text
-    assert "| bf16: a forward of two layers          | 72          |" in text
+    assert "| bf16: a forward of two layers | 72          |" in text
 
 
 @pytest.mark.parametrize(
@@ -177,13 +182,63 @@ def test_what_is_wrong_is_told(tool: Any, changes: dict[str, Any], wanted: str) 
 def test_a_step_that_waits_or_launches_too_much_is_told(tool: Any) -> None:
     run = run_of_one_chip()
     run["model"]["forward"] = {**run["model"]["forward"], "launches": 101}
-    run["video"]["steps"][1].update(host=["aclrtSynchronizeStream"], kernels={"aclop:Conv2D": 1})
+    first, second = run["video"]["ways"]["bf16"]["steps"]
+    waits = {**second, "host": ["aclrtSynchronizeStream"], "kernels": {"aclop:Conv2D": 1}}
+    run["video"]["ways"]["bf16"]["steps"] = [first, waits]
     found = made(tool, model=run["model"], video=run["video"])["problems"]
     assert found == [
         "a5: forward: 101 launches, at most 100 are allowed",
-        "a5: step 2: the host waits or copies: aclrtSynchronizeStream",
-        "a5: step 2: aclop:Conv2D, an old kernel",
+        "a5: bf16, step 1: the host waits or copies: aclrtSynchronizeStream",
+        "a5: bf16, step 1: aclop:Conv2D, an old kernel",
     ]
+
+
+def quantized_step(expert: str, **changes: int) -> dict[str, Any]:
+    """A later step of one layer and two branches on codes, all of it right."""
+    kernels = {"aclnnDynamicMxQuantV3": 12, "aclnnQuantMatmulV5": 12} | changes
+    strided = [["aclnnRmsNorm", "s"]] * 4 + [["aclnnFlashAttentionScoreV4", "s"]] * 2
+    given = {"launches": 40, "kernels": kernels, "host": [], "strided": strided}
+    return given | {"expert": expert, "branches": 2}
+
+
+FIRST = {"aclnnDynamicMxQuantV3": 14, "aclnnQuantMatmulV5": 14}
+"""The text of each branch is quantized once, its keys and values are one matmul."""
+
+
+def test_the_loop_on_codes(tool: Any) -> None:
+    right = a_way(quantized_step("a", **FIRST), quantized_step("a"), quantized=True)
+    loop, decode = tool("npu.loop"), {"host": [], "kernels": {}}
+    assert list(loop.problems({"ways": {"x": right}, "decode": decode})) == []
+    copied = quantized_step("a")
+    copied["strided"] += [["aclnnFlashAttentionScoreV4", "s"], ["aclnnGeluV2", "s"]]
+    for steps, more, wanted in (
+        ([quantized_step("a")], {}, ["step 0: 12 matmuls on codes, not 14", "step 0: 12 quantizations, not"]),
+        ([quantized_step("a", **FIRST)], {"texts": 3}, ["step 0: 14 quantizations, not 12 and 6 of texts"]),
+        ([right["steps"][0], quantized_step("a", aclnnQuantMatmulV5=16)], {}, ["step 1: 16 matmuls"]),
+        ([right["steps"][0], copied], {}, ["step 1: 3 strided arguments of", "step 1: 1 strided arguments"]),
+        ([quantized_step("a", **FIRST, aclnnNpuFormatCast=1)], {}, ["step 0: aclnnNpuFormatCast in the"]),
+        ([], {"nz": True, "round_trip": [2]}, ["weights in format [2] after a way to the host and back"]),
+        (right["steps"][:1], {"nz": True, "round_trip": [29]}, ["step 0: 0 of 14 matmuls read FRACTAL_NZ"]),
+    ):
+        video = {"ways": {"x": right | {"steps": steps} | more}, "decode": decode}
+        found = list(loop.problems(video))
+        assert len(found) == len(wanted), found
+        assert all(f"x, {w}" in f or f"x: {w}" in f for w, f in zip(wanted, found, strict=True)), found
+
+
+def test_the_table_of_the_loop(tool: Any) -> None:
+    way = a_way(quantized_step("a", **FIRST), quantized_step("a"), quantized=True)
+    runs = {"a2": {"video": {"ways": {}}}, "a5": {"video": {"ways": {"mxfp8": way}}}}
+    head, rows = tool("npu.loop").rows(runs)
+    assert head[-2:] == ("launches, a2", "launches, a5")
+    assert rows == [("mxfp8", "1", "7", "6 + 6", "3", "0", "no matmul", "40")]
+
+
+def test_a_page_gets_new_tables(tool: Any) -> None:
+    page = "a\n<!-- dry run: loop -->\nold\n<!-- end of the table -->\nb\n"
+    new = tool("npu.report").renewed(page, {"dry": {"a5": run_of_one_chip()}, "calls": []})
+    assert new.startswith("a\n<!-- dry run: loop -->\n| linear layers |") and new.endswith("table -->\nb\n")
+    assert "old" not in new
 
 
 def test_only_a_result_is_excused_never_a_refusal(tool: Any) -> None:
@@ -235,8 +290,15 @@ def test_launches_on_the_real_dispatcher(whole: dict[str, Any], chip: str) -> No
     kernels = run["model"]["forward"]["kernels"]
     assert kernels["aclnnRmsNorm"] == 6 and kernels["aclnnRotaryPositionEmbeddingV2"] == 4
     assert kernels["aclnnAdaLayerNormV2" if chip == "a5" else "aclnnAdaLayerNorm"] == 5
-    later = [step for step in run["video"]["steps"] if not step["host"]]
-    assert len(later) == 2 and run["video"]["frames"] == [1, 3, 5, 64, 64]
+    assert len(run["video"]["ways"]) == (13 if chip == "a5" else 4)
+    assert all(len(way["steps"]) == 4 for way in run["video"]["ways"].values())
+    assert run["video"]["frames"] == [1, 3, 5, 64, 64]
+
+
+@pytest.mark.slow
+def test_the_page_has_the_tables_of_this_run(whole: dict[str, Any], tool: Any) -> None:
+    page = (REPO / "docs" / "npu-conformance.md").read_text()
+    assert tool("npu.report").renewed(page, whole) == page, "run tools/npu_conformance.py --docs"
 
 
 @pytest.mark.slow
@@ -251,8 +313,9 @@ def test_each_scheme_has_its_kernels(whole: dict[str, Any]) -> None:
         ("mxfp4_dualscale", "aclnnDynamicDualLevelMxQuant"),
         ("w4a8", "aclnnDynamicMxQuantV3"),
     ):
-        nd, nz = (dual, dual) if "dual" in scheme else ("aclnnQuantMatmulV5", "aclnnQuantMatmulWeightNz")
+        nd = dual if "dual" in scheme else "aclnnQuantMatmulV5"
         for chip in ("a2", "a3", "a5") if scheme == "int8" else ("a5",):
             assert seen[chip, f"ops: {scheme}: tokens"] == [quantizer]
             assert seen[chip, f"ops: {scheme}: matmul"] == [nd]
-            assert seen[chip, f"ops: {scheme}, NZ: matmul"] == [nz]
+            if scheme not in ("fp8", "mxfp4_dualscale"):  # the one has no NZ form, the other nothing else
+                assert seen[chip, f"ops: {scheme}, NZ: matmul"] == ["aclnnQuantMatmulWeightNz"]

@@ -6,6 +6,7 @@
        launch aclnnAdd        an aclnn kernel, or `launch aclop:TransData` by way of the old interface
        sync aclrtSynchronizeStream      the host waited
        copy D2H 4096          bytes that crossed between host and device (D2D copies are `launch memcpy:D2D`)
+       strided 18x64/192x1    an aclnn kernel is about to get a tensor of this shape with these strides
        stub aclrtDoSomething  a function that is not modelled here was called
 
    Structures and numbers are those of the headers in the torch_npu wheel (include/third_party/acl). */
@@ -211,9 +212,26 @@ typedef struct {
     int dtype, format;
 } Tensor;
 
+/* The tensor has gaps or another order: kernels that want it plain copy it first, inside of CANN. */
+static void record_strides(const int64_t *dims, const int64_t *strides, uint64_t count) {
+    char line[200] = "";
+    size_t used = 0;
+    int64_t step = 1;
+    int plain = 1;
+    for (uint64_t i = count; i-- > 0; step *= dims[i]) plain &= dims[i] == 1 || strides[i] == step;
+    for (uint64_t i = 0; !plain && i < 2 * count; i++) {
+        const char *before = i == count ? "/" : i ? "x" : "";
+        int64_t number = i < count ? dims[i] : strides[i - count];
+        int size = snprintf(line + used, sizeof line - used, "%s%lld", before, (long long)number);
+        if (size < 0 || (used += (size_t)size) >= sizeof line) return;
+    }
+    if (!plain) fake_cann_record("strided %s", line);
+}
+
 Tensor *aclCreateTensor(const int64_t *dims, uint64_t count, int dtype, const int64_t *strides, int64_t offset,
                         int format, const int64_t *storage, uint64_t storage_count, void *data) {
-    (void)strides, (void)offset, (void)storage, (void)storage_count, (void)data;
+    (void)offset, (void)storage, (void)storage_count, (void)data;
+    if (strides && count <= MAX_DIMS) record_strides(dims, strides, count);
     Tensor *tensor = calloc(1, sizeof *tensor);
     tensor->count = count < MAX_DIMS ? count : MAX_DIMS;
     memcpy(tensor->dims, dims, tensor->count * sizeof *dims);

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ascendit import mx
 from ascendit.device.backends import Device
 from ascendit.ops.bind import Ops, bind
-from ascendit.ops.npu_attention import fused_infer_attention
+from ascendit.ops.npu_linear import NZ_SCHEMES
 from ascendit.ops.quantized import SCHEMES, native_schemes
 
 S, TEXT, HEADS, HEAD = 20, 12, 2, 32
@@ -70,7 +70,8 @@ def _dense(ops: Ops, device: Device) -> Iterator[Call]:
     yield Call("gelu", lambda: ops.gelu(x))
     yield Call("attention", lambda: ops.attention(q, q, q))
     yield Call("attention to text", lambda: ops.attention(q, k, k))
-    yield Call("fused_infer_attention", lambda: fused_infer_attention(q, k, k))
+    infer = bind(device, attention="fused_infer")
+    yield Call("attention, fused_infer", lambda: infer.attention(q, k, k))
     for spans in ((S,), (5, S - 5)):
         rows = put(rand(len(spans), D).float())
         (scale,) = ops.prepare("adaln", rows, dtype=BF16)
@@ -81,14 +82,14 @@ def _dense(ops: Ops, device: Device) -> Iterator[Call]:
 
 
 def _quantized(ops: Ops, device: Device, scheme: str) -> Iterator[Call]:
-    """Prepare a weight, quantize tokens, multiply: plain and NZ, with and without smoothing and bias."""
+    """Prepare a weight, quantize tokens, multiply: in each layout, with and without smoothing and bias."""
     q = ops.quantized
     k, n = (1024 if scheme == "mxfp4_dualscale" else 128), 32
     form = SCHEMES[scheme].weight
     w = mx.encode(rand(n, k), form)
     x, smooth = rand(1, S, k).to(device.torch_name), rand(k).abs().float().to(device.torch_name)
     bias = rand(n).float()
-    for nz in (False, True):
+    for nz in (False, True) if form in NZ_SCHEMES else (False,):
         for b in (None, bias):
             given = (w.codes, w.scale, w.dual_scale, b, form)
             words = f"{scheme}{', NZ' * nz}{', bias' * (b is not None)}"

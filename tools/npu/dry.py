@@ -114,7 +114,7 @@ def main(out: Path) -> None:
             "model": model.forward(device, stub) | model.diffusers_forward(device, stub),
             "mindiesd": _mindiesd_schemas(),
         }
-    found["video"] = model.video(device, stub)
+    found["video"] = model.videos(device, stub)
     found["controls"] = controls(device, stub)
     out.write_text(json.dumps(found))
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
+from npu import ways
 from npu.trace import Stub, Trace
+from torch import nn
 
 import ascendit
 from ascendit.device.backends import Device
-from ascendit.model.load import place
+from ascendit.model.linear import QuantLinear
 from ascendit.model.wan import WanConfig, WanTransformer
 from ascendit.ops.bind import bind
+from ascendit.ops.quantized import Schemes
 from ascendit.pipeline import generate
+from ascendit.pipeline.generate import Pipeline
 
 STEPS, LAYERS = 4, 2
+"""Two steps for each expert."""
 CONFIG = WanConfig(
     num_attention_heads=2, attention_head_dim=32, text_dim=32, freq_dim=64, ffn_dim=128, num_layers=LAYERS
 )
@@ -24,7 +30,8 @@ LATENTS = (1, 16, 3, 6, 4)
 
 def counted(trace: Trace) -> dict[str, Any]:
     """For the report."""
-    return {"launches": len(trace.launched), "kernels": trace.counts, "host": trace.host}
+    found = {"launches": len(trace.launched), "kernels": trace.counts, "host": trace.host}
+    return found | {"strided": list(trace.strided)}
 
 
 def forward(device: Device, stub: Stub) -> dict[str, Any]:
@@ -33,8 +40,10 @@ def forward(device: Device, stub: Stub) -> dict[str, Any]:
         model = WanTransformer(CONFIG, bind(device))
     for name, p in list(model.named_parameters()):
         kept = any(k in name.split(".") for k in model.KEEP_FP32)
-        value = torch.full(p.shape, 0.01)
-        place(model, name, value, device.torch_name, torch.float32 if kept else torch.bfloat16)
+        value = torch.full(p.shape, 0.01, dtype=torch.float32 if kept else torch.bfloat16)
+        owner, _, leaf = name.rpartition(".")
+        put = nn.Parameter(value.to(device.torch_name), requires_grad=False)
+        model.get_submodule(owner).register_parameter(leaf, put)
     model.eval()
     x = torch.zeros(LATENTS, device=device.torch_name)
     text = torch.zeros(1, 8, CONFIG.text_dim, device=device.torch_name)
@@ -60,22 +69,52 @@ def diffusers_forward(device: Device, stub: Stub) -> dict[str, Any]:
     return {"diffusers": counted(trace)}
 
 
-def video(device: Device, stub: Stub) -> dict[str, Any]:
-    """The demo, both experts cut to two layers: each step of the loop by itself, then the decoding."""
+def videos(device: Device, stub: Stub) -> dict[str, Any]:
+    """The demo in every way of this chip, both experts cut to two layers, and its VAE once."""
     pipe = ascendit.load("demo", device=device.torch_name, dtype="bfloat16")
-    for expert in (pipe.transformer, pipe.transformer_2):
-        if expert is not None:
-            expert.blocks = expert.blocks[:LAYERS]
+    found: dict[str, Any] = {"ways": {}}
+    for way in ways.on(pipe.device):
+        first, second = ways.experts(pipe, way, LAYERS)
+        one = replace(pipe, transformer=first, transformer_2=second, policy=ways.policy(way))
+        latents, steps = denoise(one, stub)
+        of = {"quantized": bool(way.schemes), "texts": LAYERS if way.smooth else 1, "nz": way.in_nz}
+        found["ways"][way.name] = {**of, "layers": LAYERS, "steps": steps}
+        if way.in_nz:
+            found["ways"][way.name]["round_trip"] = round_trip(first, device)
+    with torch.no_grad():
+        frames, decoding = stub.during(lambda: pipe.vae.decode(latents))
+    return found | {"decode": counted(decoding), "frames": list(frames.shape)}
+
+
+def denoise(pipe: Pipeline, stub: Stub) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Each step of the loop by itself; what is before it, up to the tables of both experts, is left out."""
     request = pipe.request("a red circle", seed=1, num_inference_steps=STEPS, num_frames=5)
     steps: list[dict[str, Any]] = []
+    share = generate.share
+
+    def shared(*given: Any) -> Any:
+        made = share(*given)
+        stub.take()
+        return made
 
     def report(event: Any) -> None:
         trace = stub.take()
         if event.stage == "denoise":
-            steps.append({"expert": event.expert, **counted(trace)})
+            branches = 2 if request.guidance_for(high=event.expert == "transformer") > 1 else 1
+            steps.append({"expert": event.expert, "branches": branches, **counted(trace)})
 
-    with mock.patch.object(generate, "finite", lambda latents: latents):  # no number here means anything
+    refuse = AssertionError("a weight is prepared in the loop")
+    with (
+        mock.patch.object(generate, "share", shared),
+        mock.patch.object(generate, "finite", lambda latents: latents),  # no number here means anything
+        mock.patch.object(Schemes, "prepare_weight", side_effect=refuse),
+    ):
         latents = generate.denoise(pipe, request, None, report, None)
-    with torch.no_grad():
-        frames, decoding = stub.during(lambda: pipe.vae.decode(latents))
-    return {"steps": steps, "decode": counted(decoding), "frames": list(frames.shape)}
+    return latents, steps
+
+
+def round_trip(model: WanTransformer, device: Device) -> list[int]:
+    """The layouts of a block's weights after a way to the host and back."""
+    block = model.blocks[0].to("cpu").to(device.torch_name)
+    weights = [m.joint.weight.codes for m in block.modules() if isinstance(m, QuantLinear)]
+    return sorted({int(torch.ops.npu.get_npu_format(codes)) for codes in weights})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,15 @@ LIBRARY = "libascendcl.so"
 
 @dataclass(frozen=True)
 class Trace:
-    """`launched`: kernels in order. `copied`: `H2D 512` and such. `waited`: where the host stood still."""
+    """`launched`: kernels in order. `copied`: `H2D 512` and such. `waited`: where the host stood still.
+
+    `strided`: (kernel, `18x64/192x1`) for each argument that is not contiguous.
+    """
 
     launched: tuple[str, ...]
     copied: tuple[str, ...]
     waited: tuple[str, ...]
+    strided: tuple[tuple[str, str], ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -46,13 +50,24 @@ class Stub:
         taken = self._library.fake_cann_take()
         text = ctypes.string_at(taken).decode()
         self._library.fake_cann_free(taken)
-        lines = [line.partition(" ")[::2] for line in text.splitlines()]
+        lines = [(line.partition(" ")[0], line.partition(" ")[2]) for line in text.splitlines()]
         assert lines.pop() == ("sync", "aclrtSynchronizeDevice"), lines
         kinds = {kind: tuple(rest for k, rest in lines if k == kind) for kind in ("launch", "copy", "sync")}
-        return Trace(kinds["launch"], kinds["copy"], kinds["sync"])
+        return Trace(kinds["launch"], kinds["copy"], kinds["sync"], tuple(_strided(lines)))
 
     def during(self, run: Callable[[], Any]) -> tuple[Any, Trace]:
         """What `run` gives, and its trace."""
         self.take()
         result = run()
         return result, self.take()
+
+
+def _strided(lines: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Arguments are described before their kernel is launched."""
+    waiting: list[str] = []
+    for kind, rest in lines:
+        if kind == "strided":
+            waiting.append(rest)
+        elif kind == "launch":
+            yield from ((rest, shape) for shape in waiting)
+            waiting = []

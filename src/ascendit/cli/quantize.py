@@ -66,6 +66,14 @@ Device = Annotated[
     str | None,
     typer.Option("--device", metavar="NAME", help="With --calibrate, where the model runs; cpu."),
 ]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="With --calibrate, of its videos: num_inference_steps=20; repeatable.",
+    ),
+]
 Engine = Annotated[
     str | None,
     typer.Option("--for", metavar="ENGINE", help="Write what vllm-omni, sglang or mindie loads."),
@@ -93,6 +101,7 @@ def quantize(
     calibrate: Calibrate = None,
     alpha: Alpha = None,
     device: Device = None,
+    settings: Set = None,
     engine: Engine = None,
     copy: Copy = False,
     resume: Resume = False,
@@ -111,7 +120,7 @@ def quantize(
 
     out: Output = ctx.obj
     with out.work(), resumable(), Screen(silent=out.quiet or out.json) as screen:
-        calibrator = _calibrator(calibrate, alpha, device, screen)
+        calibrator = _calibrator(calibrate, alpha, device, settings or [], screen)
         done = run(
             source,
             output,
@@ -136,10 +145,10 @@ def quantize(
 
 
 def _calibrator(
-    prompts: str | None, alpha: float | None, device: str | None, screen: Screen
+    prompts: str | None, alpha: float | None, device: str | None, settings: list[str], screen: Screen
 ) -> Calibrator | None:
     if prompts is None:
-        for flag, value in (("--alpha", alpha), ("--device", device)):
+        for flag, value in (("--alpha", alpha), ("--device", device), ("--set", " ".join(settings) or None)):
             if value is not None:
                 raise UsageError(
                     f"{flag} {value} without --calibrate",
@@ -153,8 +162,24 @@ def _calibrator(
 
     quiet_libraries()
     given: dict[str, Any] = {"alpha": alpha, "device": device}
+    given |= {"fields": _fields(settings)}
     given = {name: value for name, value in given.items() if value is not None}
     return Calibrator(prompts=prompts, on_progress=screen.calibration, **given)
+
+
+def _fields(settings: list[str]) -> dict[str, Any]:
+    """Fields of the request that a calibration runs with."""
+    from ascendit.cli import options
+
+    layer = options.parse_settings(settings)
+    if wrong := sorted({*options.EXTRAS, "prompt", "image"} & set(layer)):
+        raise UsageError(
+            f"--set {wrong[0]} with --calibrate",
+            needs="a value of its videos, as num_inference_steps, height, width, num_frames",
+            fix="leave it out",
+            code="E-USE-01",
+        )
+    return layer
 
 
 class Screen:

@@ -51,6 +51,13 @@ def _can_write(file: Path) -> None:
             fix="--out self-check.json",
             code="E-USE-02",
         )
+    if file.exists():
+        raise UsageError(
+            f"--out {file} exists",
+            needs="a name that is free: reports are not written over",
+            fix="another name, or remove the file",
+            code="E-USE-03",
+        )
     try:
         file.open("a").close()
     except OSError as e:

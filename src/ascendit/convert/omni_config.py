@@ -73,7 +73,7 @@ def _scale_rule(config: Mapping[str, Any], method: str) -> str:
     if "mxfp4_scale_alg" not in config:
         return resolve_rule(form, None)
     alg = config["mxfp4_scale_alg"]
-    if method != "mxfp4" or alg not in _SCALE_ALG:
+    if method != "mxfp4" or type(alg) is not int or alg not in _SCALE_ALG:
         raise _bad(f"mxfp4_scale_alg {alg!r} for {method}; mxfp4 has {', '.join(map(str, _SCALE_ALG))}")
     return resolve_rule(form, _SCALE_ALG[alg])
 

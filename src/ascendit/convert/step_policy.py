@@ -36,6 +36,8 @@ class StepPolicy:
 
         UsageError E-USE-01 for anything else, and for a step that is named twice.
         """
+        if not isinstance(text, str):
+            raise _bad(str(text), f"a {type(text).__name__}, no text")
         steps: dict[int, Precision] = {}
         default: Precision | None = None
         waiting: list[str] = []
@@ -86,6 +88,13 @@ class StepPolicy:
         `schemes`: those of its layers. `floats`: BF16 weights are at hand for every layer.
         """
         found = set(schemes)
+        if found <= {"bf16"}:
+            raise UsageError(
+                f"step policy {self}, and no layer is quantized",
+                needs="a quantized model, or a BF16 one and a scheme",
+                fix="add --scheme mxfp4, or leave --step-policy out",
+                code="E-USE-01",
+            )
         if "bf16" in self.precisions and not floats:
             raise UsageError(
                 f"step policy {self} wants BF16 steps, and this model has codes only",

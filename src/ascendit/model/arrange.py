@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ascendit.checkpoint.write import TensorSpec
 from ascendit.convert.feed import torch_dtype
+from ascendit.errors import CheckpointError, UsageError
 from ascendit.model.linear import Joint, QuantLinear, SmoothLinear
 from ascendit.ops.quantized import Schemes
 
@@ -55,10 +56,19 @@ class Stack:
     def joint(self, schemes: Schemes) -> Joint:
         """The weight on its device; the host tensors are given away."""
         got, self.tensors = self.tensors, {}
-        codes, scale = got["weight"], got["weight_scale"]
-        weight = schemes.prepare_weight(
-            codes, scale, got.get("weight_dual_scale"), got.get("bias"), self.scheme, width=self.shapes[0][1]
-        )
+        if (bias := got.get("bias")) is not None and not bool(bias.isfinite().all()):
+            raise CheckpointError(
+                f"{', '.join(self.layers)}: a bias that is not finite",
+                needs="finite numbers",
+                fix="download or export the model again",
+                code="E-CKP-08",
+            )
+        given = (got["weight"], got["weight_scale"], got.get("weight_dual_scale"), got.get("bias"))
+        try:
+            weight = schemes.prepare_weight(*given, self.scheme, width=self.shapes[0][1])
+        except UsageError as e:
+            e.got = f"{', '.join(self.layers)}: {e.got}"
+            raise
         return Joint(weight, [n for n, _ in self.shapes], schemes)
 
 

@@ -12,7 +12,7 @@ others take their part. What was quantized and what is left of a product lives i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from ascendit.errors import UsageError
 from ascendit.mx.codec import decode
 from ascendit.mx.encoded import Encoded
 from ascendit.mx.smooth import smooth_input
-from ascendit.ops.bind import Ops
+from ascendit.ops.bind import Ops, schemes_on
 from ascendit.ops.quantized import Activation, PreparedWeight, Schemes
 
 Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -37,7 +37,7 @@ class Tokens:
     def __init__(self, x: Tensor) -> None:
         self.x = x
         self._made: dict[tuple[Any, ...], Any] = {}
-        self._products: dict[tuple[int, str], list[Tensor | None]] = {}
+        self._products: dict[tuple[Any, ...], list[Tensor | None]] = {}
 
     def activation(
         self, schemes: Schemes, scheme: str, mul_scale: Tensor | None, rule: str | None
@@ -57,12 +57,15 @@ class Tokens:
         found: Tensor = self._made[key]
         return found
 
-    def product(self, joint: Joint, scheme: str, member: int, a: Callable[[], Activation]) -> Tensor:
-        """The part of one member; computed for all of them at once, and given away once."""
-        key = (id(joint), scheme)
+    def product(
+        self, joint: Joint, scheme: str, member: int, mul_scale: Tensor | None, rule: str | None
+    ) -> Tensor:
+        """The part of one member; computed for all that read the tokens alike, and given away once."""
+        key = (id(joint), scheme, id(mul_scale), rule)
         parts = self._products.get(key)
         if parts is None or parts[member] is None:
-            whole = joint.schemes.quantized_linear(a(), joint.weight)
+            a = self.activation(joint.schemes, scheme, mul_scale, rule)
+            whole = joint.schemes.quantized_linear(a, joint.weight)
             parts = list(whole.split(joint.sizes, dim=-1)) if len(joint.sizes) > 1 else [whole]
             self._products[key] = parts
         out = parts[member]
@@ -79,6 +82,15 @@ class Joint:
     sizes: list[int]
     """N of each member."""
     schemes: Schemes
+    _moved: tuple[Tensor, Tensor] | None = None
+
+    def moved(self, mul_scale: Tensor, device: torch.device) -> Tensor:
+        """On `device`; members that shared it share it again."""
+        if mul_scale.device == device:
+            return mul_scale
+        if self._moved is None or self._moved[0] is not mul_scale or self._moved[1].device != device:
+            self._moved = (mul_scale, mul_scale.to(device))
+        return self._moved[1]
 
     def encoded(self, member: int) -> Encoded:
         """One member as it lies on disk."""
@@ -116,10 +128,8 @@ class Joint:
 
     def to(self, device: torch.device) -> None:
         """Onto another device, in its layout: from the codes as on disk, so that FRACTAL_NZ is made again."""
-        from ascendit.ops.bind import bind
-
         encoded, bias = self.schemes.stored(self.weight), self.weight.bias
-        self.schemes = bind(str(device), emulate=self.schemes.emulate).quantized
+        self.schemes = schemes_on(str(device), self.schemes)
         self.prepare(encoded, bias)
 
 
@@ -176,13 +186,7 @@ class QuantLinear(nn.Linear):
         if precision == "bf16" and self.floats is not None:
             return multiply(tokens.x, *self.floats)
         scheme = "w4a8" if precision == "w4a8" and self.scheme == "mxfp4" else self.scheme
-        schemes = self.joint.schemes
-        return tokens.product(
-            self.joint,
-            scheme,
-            self.member,
-            lambda: tokens.activation(schemes, scheme, self.mul_scale, _rule_for(self.rule, scheme)),
-        )
+        return tokens.product(self.joint, scheme, self.member, self.mul_scale, _rule_for(self.rule, scheme))
 
     # ---- what tools see -------------------------------------------------------------------------
 
@@ -214,8 +218,8 @@ class QuantLinear(nn.Linear):
 
     # ---- as a module ----------------------------------------------------------------------------
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """A move goes to every tensor; a cast of codes is UsageError E-QNT-03."""
+    def check_apply(self, fn: Callable[[Tensor], Tensor]) -> torch.device:
+        """Where `fn` would move it. UsageError E-QNT-03 for a cast, and for the meta device."""
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device))
         if probe.dtype != self.compute_dtype or probe.device.type == "meta":
             raise UsageError(
@@ -225,10 +229,15 @@ class QuantLinear(nn.Linear):
                 fix="move it without a dtype, and load it with the dtype that you want",
                 code="E-QNT-03",
             )
-        if probe.device != self.device:
-            self.joint.to(probe.device)
+        return probe.device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """A move goes to every tensor; a cast of codes is UsageError E-QNT-03."""
+        device = self.check_apply(fn)
+        if device != self.device:
+            self.joint.to(device)
         if self.mul_scale is not None:
-            self.mul_scale = self.mul_scale.to(probe.device)
+            self.mul_scale = self.joint.moved(self.mul_scale, device)
         if self.floats is not None:
             weight, bias = self.floats
             self.floats = fn(weight), None if bias is None else fn(bias)
@@ -251,22 +260,41 @@ class QuantLinear(nn.Linear):
         missing: list[str], unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
         wanted = self.stored()
-        missing += [f"{prefix}{role}" for role in wanted if f"{prefix}{role}" not in state_dict]
-        given = {role: state_dict[f"{prefix}{role}"] for role in wanted if f"{prefix}{role}" in state_dict}
-        for role, tensor in given.items():
-            if tensor.shape != wanted[role].shape or tensor.dtype != wanted[role].dtype:
-                errors.append(
-                    f"{prefix}{role}: {tensor.dtype} {list(tensor.shape)}, not {wanted[role].dtype}"
-                    f" {list(wanted[role].shape)}; codes of {self.scheme} are taken as they are"
-                )
-        if errors or len(given) < len(wanted):
+        here = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+        missing += [f"{prefix}{role}" for role in wanted if role not in here]
+        unexpected += [f"{prefix}{role}" for role in sorted(here - set(wanted))]
+        given = {role: state_dict[f"{prefix}{role}"] for role in wanted if role in here}
+        errors += [f"{prefix}{role}: {text}" for role, text in self._misfits(given, wanted)]
+        if errors or len(given) < len(wanted) or here - set(wanted):
             return
         shape = (self.out_features, self.in_features)
         dual = given.get("weight_dual_scale")
         encoded = Encoded(given["weight"], given["weight_scale"], dual, self.scheme, -1, shape)
         self.joint.replace(self.member, encoded, given.get("bias"))
-        if self.mul_scale is not None:
+        if self.mul_scale is not None and not torch.equal(self.mul_scale, given["mul_scale"].to(self.device)):
             self.mul_scale = given["mul_scale"].to(self.device).clone()
+
+    def _misfits(
+        self, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, str]]:
+        """What the tensors of a state dict cannot be: other shapes and dtypes, scales that are none."""
+        if self.floats is not None:
+            yield "weight", "BF16 weights are kept beside the codes; load the model anew"
+        for role, tensor in given.items():
+            if tensor.shape != wanted[role].shape or tensor.dtype != wanted[role].dtype:
+                yield (
+                    role,
+                    f"{tensor.dtype} {list(tensor.shape)}, not {wanted[role].dtype} "
+                    f"{list(wanted[role].shape)}; codes of {self.scheme} are taken as they are",
+                )
+            elif role == "weight_offset" and bool(tensor.any()):
+                yield role, "offsets that are not zero"
+            elif role == "weight_scale" and tensor.dtype == torch.uint8 and bool((tensor == 255).any()):
+                yield role, "scales of NaN (byte 255)"
+            elif tensor.dtype == torch.float32 and not bool(tensor.isfinite().all()):
+                yield role, "numbers that are not finite"
+            elif role == "mul_scale" and not bool((tensor > 0).all()):
+                yield role, "factors that are not above zero"
 
 
 class SmoothLinear(nn.Linear):

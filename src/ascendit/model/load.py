@@ -26,6 +26,7 @@ from ascendit.checkpoint.values import check_positive
 from ascendit.checkpoint.write import TensorSpec
 from ascendit.convert.expert_plan import ExpertPlan
 from ascendit.convert.feed import TensorSink, feed, stored_steps
+from ascendit.convert.recipe import QUANT_TYPES
 from ascendit.convert.rewrite import to_float32
 from ascendit.convert.source_rows import SourceRows
 from ascendit.convert.stream import RowReader
@@ -79,6 +80,7 @@ def load_expert(
             fix="ascendit repack it with --base MODEL, or put config.json beside the weights",
             code="E-CKP-06",
         )
+    say_attention(expert)
     with torch.device("meta"):
         model = WanTransformer(WanConfig.from_dict(expert.config), ops)
     specs = list(plan.specs) if plan else stored_steps(expert).specs
@@ -90,7 +92,6 @@ def load_expert(
     feed(expert, plan, TensorSink(specs, put.room, put.arrived))
     if floats and plan:
         keep_floats(model, plan, device, dtype)
-    say_attention(expert)
     used = ", ".join(f"{n} {s}" for s, n in Counter(x.scheme for x in coded.values()).items())
     log.info(
         "%s: %s%s on %s, %.2f GiB",
@@ -150,7 +151,14 @@ def keep_floats(model: nn.Module, plan: ExpertPlan, device: str, dtype: torch.dt
 
 
 def say_attention(expert: Expert) -> None:
-    """Log once what the manifest asks of attentions and is not done."""
+    """Log once what the manifest asks of attentions and is not done; E-CKP-07 for words nobody knows."""
+    if unknown := sorted(set(expert.attention.values()) - set(QUANT_TYPES)):
+        raise CheckpointError(
+            f"{expert.path}: attention of type {', '.join(unknown)} in the manifest",
+            needs=f"one of {', '.join(QUANT_TYPES)}",
+            fix="correct quant_model_description.json, or export the model again",
+            code="E-CKP-07",
+        )
     if found := Counter(expert.attention.values()):
         asked = ", ".join(f"{word} for {n}" for word, n in found.items())
         log.warning("%s: quantized attention (%s) runs in BF16 here", expert.name, asked)

@@ -11,7 +11,7 @@ from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.part import read_json
 from ascendit.convert.card import RECORD_FILE
 from ascendit.convert.dialects import Dialect, model_kind
-from ascendit.convert.expert_plan import FP4, ExpertPlan, plan_expert
+from ascendit.convert.expert_plan import FP4, ExpertPlan, check_source, plan_expert
 from ascendit.convert.recipe import Recipe, load_recipe
 from ascendit.convert.step_policy import StepPolicy
 from ascendit.convert.steps import schemes_of
@@ -24,15 +24,17 @@ log = logging.getLogger("ascendit")
 class Online:
     """What becomes of each layer of a float checkpoint on its way into memory."""
 
-    recipe: Recipe
+    recipe: Recipe | None
+    """None: every layer stays a float, which codes cannot."""
     keep: tuple[str, ...] = ()
     force: bool = False
 
     @classmethod
     def of(
-        cls, scheme: str | None, recipe: str | None, keep: Sequence[str] = (), *, force: bool = False
+        cls, scheme: str | None, recipe: str | None, keep: Sequence[str] | None = (), *, force: bool = False
     ) -> Online | None:
-        """From what a user says; None where nothing is to be quantized. Errors as `load_recipe`."""
+        """From what a user says; None where a model is taken as it is. Errors as `load_recipe`."""
+        keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
         if recipe is None and scheme in (None, "bf16"):
             if keep:
                 raise UsageError(
@@ -41,12 +43,15 @@ class Online:
                     fix="add --scheme mxfp8, or leave it out",
                     code="E-USE-01",
                 )
-            return None
-        return cls(load_recipe(recipe or "default", scheme), tuple(keep), force)
+            return None if scheme is None else cls(None)
+        return cls(load_recipe(recipe or "default", scheme), keep, force)
 
-    def plan(self, expert: Expert) -> ExpertPlan:
+    def plan(self, expert: Expert) -> ExpertPlan | None:
         """UsageError: E-QNT-01 for weights that are codes already, E-QNT-02 for FP4 on TI2V without force,
         E-USE-05 for a pattern that fits no layer."""
+        if self.recipe is None:
+            check_source(expert)
+            return None
         kind = model_kind(expert.config)
         plan = plan_expert(expert, self.recipe, kind, keep=self.keep, dialect=Dialect(offset=False))
         check_kind(kind, set(plan.schemes), expert.path.parent.name, force=self.force)
@@ -58,8 +63,8 @@ def check_kind(kind: str, schemes: set[str], name: str, *, force: bool) -> None:
     if kind == "ti2v" and schemes & set(FP4) and not force:
         raise UsageError(
             f"{name} is a TI2V-5B model, and {', '.join(sorted(schemes & set(FP4)))} is W4A4",
-            needs="--force: vLLM-Omni's documentation reports a visible loss of accuracy for this pair",
-            fix="--scheme mxfp8, or --force to do it all the same",
+            needs="force: vLLM-Omni's documentation reports a visible loss of accuracy for this pair",
+            fix="--scheme mxfp8, or --set force=true to do it all the same",
             code="E-QNT-02",
         )
 
@@ -88,9 +93,9 @@ def policy_for(
     UsageError E-USE-01 for a precision that no weight of the model has.
     """
     if asked is not None:
-        policy = StepPolicy.parse(asked) if isinstance(asked, str) else asked
+        policy = asked if isinstance(asked, StepPolicy) else StepPolicy.parse(asked)
     elif online is not None:
-        policy = online.recipe.step_policy
+        policy = online.recipe.step_policy if online.recipe else StepPolicy()
     else:
         record = layout.root / RECORD_FILE
         recipe = read_json(record).get("recipe") if record.is_file() else None

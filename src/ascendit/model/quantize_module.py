@@ -131,6 +131,7 @@ def quantize_(
         encoded = encode_weight(plan, layer, linear.weight)
         linear.weight = None  # type: ignore[assignment]
         made = PlacedLinear.from_encoded(encoded, bias, schemes=schemes, compute_dtype=compute_dtype)
+        keep_hooks(linear, made)
         for name in names[id(linear)]:
             module.set_submodule(name, made.train(linear.training))
     if device:
@@ -241,3 +242,15 @@ def say_attention_kept(module: nn.Module, plan: ModulePlan) -> None:
     if found := Counter(plan.attention.values()):
         asked = ", ".join(f"{word} for {n}" for word, n in found.items())
         log.warning("%s: quantized attention (%s) runs in BF16 here", type(module).__name__, asked)
+
+
+def keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    """The forward hooks of `old` go on seeing what the layer reads and gives."""
+    for name in (
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+    ):
+        getattr(new, name).update(getattr(old, name))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ascendit.convert.step_policy import Precision, StepPolicy
 from ascendit.errors import CheckpointError
-from ascendit.model.linear import Tokens, dtype_of, linear
+from ascendit.model.linear import QuantLinear, Tokens, dtype_of, linear
 from ascendit.model.state import DenoiseState, Grid, KeyValue, Modulation, RopeTable, Shared, rope_table
 from ascendit.ops.bind import Ops
 
@@ -180,6 +180,14 @@ class WanTransformer(nn.Module):
         """Where the parameters are."""
         return self.patch_embedding.weight.device
 
+    def _apply(self, fn: Any, recurse: bool = True) -> WanTransformer:
+        """A cast that a layer on codes refuses changes nothing at all."""
+        for module in self.modules():
+            if isinstance(module, QuantLinear):
+                module.check_apply(fn)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def grid_of(self, x: Tensor) -> Grid:
         """Patches along frames, height and width of latents [B, C, F, H, W]."""
         f, h, w = (n // p for n, p in zip(x.shape[2:], self.config.patch_size, strict=True))
@@ -228,7 +236,8 @@ class WanTransformer(nn.Module):
 
     def _keys(self, tokens: Tokens, to_k: nn.Module, to_v: nn.Module, norm: Norm, now: Precision) -> KeyValue:
         k = self.ops.rms_norm(self._linear(to_k, tokens, now), norm.weight, self.config.eps)
-        return self._heads(k), self._heads(self._linear(to_v, tokens, now))
+        v = self._linear(to_v, tokens, now)  # a part of a joint product: copied once, not on every step
+        return self._heads(k), self._heads(v.contiguous())
 
     def _embed_text(self, text: Tensor) -> Tensor:
         e = self.condition_embedder.text_embedder

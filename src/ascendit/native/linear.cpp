@@ -27,8 +27,8 @@ void finish(const Call& c, int64_t m, int64_t n, const float* sums) {
         if (c.kind == INT8)
             v = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)v, _mm512_set1_epi32(128 * c.token_sums[m])));
         if (by_row) {
-            v = _mm512_mul_ps(v, token_scale);
             v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(here, (const float*)c.weight_scale + n + j));
+            v = _mm512_mul_ps(v, token_scale);  // last: it may be huge, where the weight's is small
         }
         if (c.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(here, c.bias + n + j));
         const int64_t at = m * c.N + n + j;

@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,12 +78,16 @@ def bind(
     fast_layernorm: bool = False,
     emulate: Emulate | bool | None = None,
     activation_rule: str | None = None,
+    attention: str | None = None,
+    nz: bool = False,
 ) -> Ops:
     """The operators for `device` ("cpu", "cuda:1", "twin:a5"). `force`: None or "reference".
 
     `fast_layernorm`: layer norms by MindIE-SD where the device has it. `emulate`: schemes that the device has
     no matmul for are decoded on each use, or once; a chip refuses them without it. `activation_rule`: scale
     rules of the tokens, as `mxfp8=floor,mxfp4=max:7`, for schemes where it is not the default one.
+    `attention`: the kernel of an NPU by its word in `ops/npu_attention.py`; None: the best. `nz`: weights in
+    FRACTAL_NZ where an NPU takes both layouts. UsageError for an `attention` that the device does not have.
     """
     if force not in (None, "reference"):
         raise UsageError(
@@ -93,7 +97,14 @@ def bind(
             code="E-USE-01",
         )
     found = _device(device)
-    chosen = {} if force else _fast_forms(found, fast_layernorm)
+    if attention is not None and (force or found.operators != "npu"):
+        raise UsageError(
+            f"attention={attention} with {'ops=reference' if force else f'device {found}'}",
+            needs="an NPU or a twin: it names one of their kernels",
+            fix="leave attention out",
+            code="E-USE-01",
+        )
+    chosen = {} if force else _fast_forms(found, fast_layernorm, attention)
     plain = "asked for" if force else f"{found.operators} has no faster form"
     chosen = {n: chosen.get(n) or Choice(getattr(reference, n), f"reference: {plain}") for n in NAMES}
     for reason in dict.fromkeys(c.reason for c in chosen.values()):
@@ -105,11 +116,17 @@ def bind(
     return Ops(
         **{n: c.function for n, c in chosen.items()},
         quantized=Schemes(
-            found, {} if force else _linear_forms(found, wish), wish, parse_rules(activation_rule)
+            found, {} if force else _linear_forms(found, wish), wish, parse_rules(activation_rule), nz
         ),
         prepared={n: c.prepare for n, c in chosen.items() if c.prepare},
         choices={n: c.reason for n, c in chosen.items()},
     )
+
+
+def schemes_on(device: str, like: Schemes) -> Schemes:
+    """The quantized linear layers of another device, chosen as those of `like` were."""
+    found, plain = _device(device), not like.forms and bool(_linear_forms(like.device, like.emulate))
+    return replace(like, device=found, forms={} if plain else _linear_forms(found, like.emulate), _told=set())
 
 
 def _device(device: Device | str) -> Device:
@@ -129,12 +146,12 @@ def _linear_forms(device: Device, emulate: Emulate | None) -> Mapping[str, Linea
     return found
 
 
-def _fast_forms(device: Device, fast_layernorm: bool) -> dict[str, Choice]:
+def _fast_forms(device: Device, fast_layernorm: bool, attention: str | None) -> dict[str, Choice]:
     """Operator -> what this device has for it; the native ones before the fused ones."""
     if device.operators == "npu":
         from ascendit.ops import npu
 
-        return npu.choose(str(device.chip), fast_layernorm=fast_layernorm)
+        return npu.choose(str(device.chip), fast_layernorm=fast_layernorm, attention=attention)
     if fast_layernorm:
         log.warning("fast_layernorm: MindIE-SD has no operators on %s, layer norms stay as they are", device)
     kind = device.operators
@@ -144,6 +161,13 @@ def _fast_forms(device: Device, fast_layernorm: bool) -> dict[str, Choice]:
         for name in NAMES
         if hasattr(module, name)
     }
+    if kind == "cuda":
+        from ascendit.ops import cuda_dense
+
+        forms |= {
+            name: Choice(function, f"cuda: {reason}")
+            for name, (function, reason) in cuda_dense.forms(device).items()
+        }
     if kind == "cpu":
         from ascendit.ops import cpu_native
 

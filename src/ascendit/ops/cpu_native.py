@@ -44,7 +44,7 @@ def _bound(name: str, built: Built) -> Callable[..., Tensor]:
 
 
 def _ready(*tensors: Tensor) -> bool:
-    return all(t.dtype == torch.bfloat16 for t in tensors)
+    return all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)
 
 
 def _at(t: Tensor) -> ctypes.c_void_p:

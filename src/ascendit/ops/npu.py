@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ascendit.errors import EnvironmentProblem
+from ascendit.ops import npu_attention
 from ascendit.ops.bind import Choice, Prepare
-from ascendit.ops.npu_attention import fusion_attention
 from ascendit.ops.reference import Spans
 
 log = logging.getLogger("ascendit")
@@ -153,6 +154,8 @@ class Form:
     prepare: Prepare | None = None
     asked: bool = False
     """Taken only when it is asked for."""
+    word: str = ""
+    """What it is asked for by."""
 
 
 FORMS: tuple[Form, ...] = (
@@ -164,6 +167,7 @@ FORMS: tuple[Form, ...] = (
         mindiesd_layer_norm,
         "one kernel, its precise mode; only where fast_layernorm asked for it",
         asked=True,
+        word="fast_layernorm",
     ),
     Form("layer_norm", "aten::layer_norm", layer_norm, "one kernel, float32 weights beside BF16 tokens"),
     Form("adaln", "mindiesd::adaln_v2", mindiesd_adaln_v2, "one kernel for norm, scale and shift", in_dtype),
@@ -173,27 +177,49 @@ FORMS: tuple[Form, ...] = (
     Form("rope", "npu_rotary_mul", rope, "interleaved pairs, in float32", prepare_rope),
     Form("gelu_tanh", "npu_gelu", gelu_tanh, "the tanh form on every chip"),
     Form("gelu", "npu_gelu", gelu, "the exact form on every chip, where F.gelu is tanh on a2 and a3"),
-    Form(
-        "attention", "npu_fusion_attention", fusion_attention, "BSND as the model has it, nothing is copied"
+    *(
+        Form(
+            "attention", kernel.calls, kernel.function, kernel.why, asked=not kernel.default, word=kernel.word
+        )
+        for kernel in npu_attention.KERNELS
     ),
 )
 
 
-def choose(chip: str, *, fast_layernorm: bool = False) -> dict[str, Choice]:
-    """Operator -> the first of its forms that `chip` has. An absent form before it is part of the reason."""
+def choose(chip: str, *, fast_layernorm: bool = False, attention: str | None = None) -> dict[str, Choice]:
+    """Operator -> the first of its forms that `chip` has. An absent form before it is part of the reason.
+
+    `attention`: the word of a kernel. UsageError E-USE-01 for no such word, E-CAP-01 where it is not here.
+    """
+    asked = {"fast_layernorm"} if fast_layernorm else set()
+    if attention is not None:
+        asked.add(npu_attention.kernel(attention).word)
     chosen: dict[str, Choice] = {}
     passed: dict[str, list[str]] = {}
-    for form in FORMS:
-        if form.name in chosen or (form.asked and not fast_layernorm):
+    for form in sorted(FORMS, key=lambda f: f.word not in asked):
+        if form.name in chosen or (form.asked and form.word not in asked):
             continue
         if problem := missing(form.calls, chip):
             passed.setdefault(form.name, []).append(problem)
-            if form.asked:
-                log.warning("fast_layernorm: %s, layer norms stay as they are", problem)
+            if form.word in asked:
+                _not_here(form, problem)
             continue
         words = "".join(f"; {p}" for p in passed.get(form.name, ()))
         chosen[form.name] = Choice(form.function, f"npu: {form.calls}: {form.why}{words}", form.prepare)
     return chosen
+
+
+def _not_here(form: Form, problem: str) -> None:
+    """What was asked for by name and cannot be had: another attention is an error, another norm is not."""
+    if form.name != "attention":
+        log.warning("%s: %s, layer norms stay as they are", form.word, problem)
+        return
+    raise EnvironmentProblem(
+        f"attention={form.word}: {problem}",
+        needs=form.calls,
+        fix="leave attention out: the best kernel of the chip is taken",
+        code="E-CAP-01",
+    )
 
 
 def missing(call: str, chip: str) -> str:

@@ -38,6 +38,10 @@ E4M3, E8M0, E2M1 = 292, 293, 296
 """torch_npu.float8_e4m3fn, .float8_e8m0fnu, .float4_e2m1fn_x2: numbers, in every version of it."""
 FRACTAL_NZ, ND = 29, 2
 DTYPES = (torch.bfloat16, torch.float16)
+NZ_SCHEMES = ("int8", "mxfp8", "mxfp4")
+"""Where FRACTAL_NZ is a choice. mxfp4_dualscale has no other; of fp8 no document says that it has one."""
+W4A8_K = 8
+"""What K must be a multiple of."""
 
 
 # ---- weights ------------------------------------------------------------------------------------
@@ -46,13 +50,17 @@ DTYPES = (torch.bfloat16, torch.float16)
 def prepare_weight(
     encoded: Encoded, bias: Tensor | None, device: Device, *, nz: bool = False
 ) -> PreparedWeight:
-    """See `Schemes.prepare_weight`. Dual-scale weights are FRACTAL_NZ in any case, as their matmul wants."""
+    """See `Schemes.prepare_weight`. Dual-scale weights are FRACTAL_NZ in any case, as their matmul wants.
+
+    UsageError E-QNT-01 for a shape that the matmul does not take, before anything is moved.
+    """
     put, scheme = device.torch_name, encoded.format
+    _check_shape(scheme, *encoded.shape)
     codes = encoded.codes.to(put)
     codes = codes.view(getattr(torch, lookup(scheme).codes_dtype))
     scale, dual = _scales(encoded)
     scale = scale.to(put)
-    if nz or scheme == "mxfp4_dualscale":
+    if scheme == "mxfp4_dualscale" or (nz and scheme in NZ_SCHEMES):
         codes = _to_nz(codes, device)
     if scheme != "mxfp4_dualscale":
         codes = codes.transpose(0, 1)
@@ -90,6 +98,17 @@ def _scales(encoded: Encoded) -> tuple[Tensor, Tensor | None]:
     return layouts.to_pairs(encoded.scale), dual
 
 
+def _check_shape(scheme: str, n: int, k: int) -> None:
+    """FP4 matmuls read two codes from a byte along K; a short last block of 32 is fine in all of them."""
+    if lookup(scheme).packed and (k % 2 or k <= 2 or n < 2):
+        raise UsageError(
+            f"a weight of N = {n} and K = {k} in {scheme}",
+            needs="an even K above 2 and N above 1 for the FP4 matmuls of an NPU",
+            fix="keep this layer: --keep PATTERN, or a recipe that gives it mxfp8",
+            code="E-QNT-01",
+        )
+
+
 def _to_nz(codes: Tensor, device: Device) -> Tensor:
     """FRACTAL_NZ. Packed FP4 is cast as int8 bytes: a uint8 cast blocks it as 8-bit numbers."""
     given: dict[str, Any] = {}
@@ -101,8 +120,9 @@ def _to_nz(codes: Tensor, device: Device) -> Tensor:
         raise EnvironmentProblem(
             f"npu_format_cast of a weight {tuple(codes.shape)} gave format {found}",
             needs="29 (FRACTAL_NZ)",
-            fix="ascendit doctor: torch_npu and CANN may not belong together",
-            code="E-ENV-03",
+            fix="ascendit doctor: torch_npu and CANN may not belong together; without nz only"
+            " mxfp4_dualscale needs it",
+            code="E-CAP-01",
         )
     return cast
 
@@ -113,8 +133,15 @@ def _to_nz(codes: Tensor, device: Device) -> Tensor:
 def quantize_activation(
     x: Tensor, scheme: str, mul_scale: Tensor | None = None, rule: str | None = None
 ) -> Activation:
-    """See `Schemes.quantize_activation`. One kernel, and two more with a `mul_scale`."""
+    """See `Schemes.quantize_activation`. One kernel, and one more with a `mul_scale`."""
     row = scheme_of(scheme)
+    if scheme == "w4a8" and x.shape[-1] % W4A8_K:
+        raise UsageError(
+            f"K = {x.shape[-1]} in w4a8",
+            needs=f"a multiple of {W4A8_K} for the W4A8 matmul of an NPU",
+            fix="--step-policy default:w4a4, or keep this layer: --keep PATTERN",
+            code="E-QNT-01",
+        )
     if x.dtype not in DTYPES:
         raise UsageError(
             f"tokens of {x.dtype} for {scheme}",
@@ -124,7 +151,7 @@ def quantize_activation(
         )
     tokens = x.flatten(0, -2)
     if mul_scale is not None:
-        tokens = (tokens * mul_scale).to(x.dtype)
+        tokens = torch.mul(tokens, mul_scale, out=torch.empty_like(tokens))  # float32, rounded once
     given = QUANTIZERS[row.activation](tokens, rule or row.rule)
     return Activation(row, tuple(x.shape[:-1]), x.shape[-1], x.dtype, *given)
 

@@ -202,6 +202,8 @@ class Schemes:
     emulate: Emulate | None = None
     rules: Mapping[str, str] = field(default_factory=dict)
     """Scheme -> scale rule of its activation, where it is not the default."""
+    nz: bool = False
+    """Weights in FRACTAL_NZ where an NPU takes both layouts."""
     _told: set[str] = field(default_factory=set)
 
     def form(self, scheme: str) -> LinearForm:
@@ -232,13 +234,13 @@ class Schemes:
         """Tensors as on disk (`mx.Encoded` for a weight [N, K]), moved to the device in its layout, once.
 
         `codes` of Q, K and V may be joined along N first, their scales and biases likewise. `width`: K, where
-        it is odd and two codes share a byte. `nz`: in FRACTAL_NZ where the operator takes both layouts.
+        it is odd and two codes share a byte. `nz`: for this weight, as `Schemes.nz` for all of them.
         UsageError when the tensors do not fit `scheme`.
         """
         weight = scheme_of(scheme).weight
         shape = (codes.shape[0], width or codes.shape[1] * (2 if lookup(weight).packed else 1))
         encoded = Encoded(codes, scale, dual_scale, weight, -1, shape)
-        return self.form(scheme).prepare_weight(encoded, bias, self.device, nz=nz)
+        return self.form(scheme).prepare_weight(encoded, bias, self.device, nz=nz or self.nz)
 
     def stored(self, weight: PreparedWeight) -> Encoded:
         """The codes and scales that `weight` was prepared from, in the layout of the disk."""
@@ -293,6 +295,13 @@ def to_emulate(value: object) -> Emulate | None:
 def parse_rules(text: str | None) -> dict[str, str]:
     """`mxfp8=floor,mxfp4=max:7` as scheme -> scale rule of the activation. UsageError E-USE-01."""
     found = {}
+    if text is not None and not isinstance(text, str):
+        raise UsageError(
+            f"activation_rule {text!r}",
+            needs="text, as mxfp8=floor,mxfp4=max:7",
+            fix="leave it out for the defaults",
+            code="E-USE-01",
+        )
     for word in text.split(",") if text else ():
         scheme, _, rule = word.partition("=")
         row = scheme_of(scheme.strip())

@@ -55,7 +55,9 @@ class Calibrator:
             given if isinstance(given, int) else Path(given).name if isinstance(given, str | Path) else "-"
         )
         device = None if self.device == "cpu" else self.device
-        return [("--calibrate", str(shown)), ("--alpha", f"{self.alpha:g}"), ("--device", device)]
+        settings = [f"{name}={value}" for name, value in self.fields.items()]
+        words: list[tuple[str, object]] = [("--calibrate", str(shown)), ("--alpha", f"{self.alpha:g}")]
+        return [*words, ("--device", device), ("--set", settings)]
 
     def record(self, layout: Layout) -> dict[str, Any]:
         """What would be run. Raises UsageError and CheckpointError before a weight is read."""

@@ -9,10 +9,11 @@ import html
 import importlib
 import logging
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ascendit.checkpoint.layout import Layout, Part
 from ascendit.errors import UsageError
@@ -88,17 +89,44 @@ class TextEncoder:
 
 
 class ImageEncoder:
-    """CLIP tokens of an image (Wan2.1 I2V): the last hidden layer but one."""
+    """CLIP tokens of an image (Wan2.1 I2V): the last hidden layer but one.
 
-    def __init__(self, layout: Layout, *, device: str) -> None:
+    `gelu`: what computes the exact GELU where F.gelu does not; None: F.gelu.
+    """
+
+    def __init__(
+        self, layout: Layout, *, device: str, gelu: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         self.processor = load_processor(layout.part("image_processor"))
         self.model, self.device = load_library_part(layout.part("image_encoder")).to(device), device
+        if gelu is not None:
+            replace_gelu(self.model, gelu)
 
     @torch.inference_mode()
     def encode(self, image: Any) -> Tensor:
         """PIL image -> [1, tokens, image_dim]."""
         pixels = self.processor(images=image, return_tensors="pt").to(self.device)
         return self.model(**pixels, output_hidden_states=True).hidden_states[-2]  # type: ignore[no-any-return]
+
+
+class Gelu(nn.Module):
+    """An activation by a function of ours."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def replace_gelu(model: nn.Module, gelu: Callable[[Tensor], Tensor]) -> None:
+    """Every exact GELU of a transformers model by `gelu`; its other activations stay."""
+    from transformers.activations import GELUActivation
+
+    for name, module in list(model.named_modules()):
+        if type(module) is GELUActivation:
+            model.set_submodule(name, Gelu(gelu))
 
 
 class VideoCoder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -19,6 +20,7 @@ from ascendit.pipeline.defaults import defaults_for
 from ascendit.pipeline.encoders import ImageEncoder, TextEncoder, TextOn, VideoCoder
 from ascendit.pipeline.generate import Pipeline
 from ascendit.pipeline.progress import OnProgress, Progress
+from ascendit.pipeline.replay import load_record
 
 
 def load(
@@ -54,6 +56,7 @@ def load(
     FRACTAL_NZ where it takes both layouts. `fast_layernorm`: by MindIE-SD where there is one. `force`:
     quantize where accuracy is known to suffer.
     """
+    loaded = MappingProxyType(load_record(locals()))  # of the arguments: nothing else has a name yet
     layout = recognise(model_folder(model))
     layout.require_pipeline()
     online = Online.of(scheme, recipe, keep, force=force)
@@ -88,7 +91,8 @@ def load(
     vae = VideoCoder(layout, device=put, dtype=coder)
     done(2)
     needs_clip = layout.experts[0].config.get("image_dim") is not None
-    clip = ImageEncoder(layout, device=put) if needs_clip else None
+    gelu = None if place.exact_gelu else bound.gelu
+    clip = ImageEncoder(layout, device=put, gelu=gelu) if needs_clip else None
     done(3)
     experts = []
     for expert, plan in found:
@@ -96,4 +100,5 @@ def load(
         experts.append(load_expert(expert, plan, bound, device=put, dtype=number, floats=floats))
         done(3 + len(experts))
     second = experts[1] if len(experts) == 2 else None
-    return Pipeline(layout, defaults, bound, place, text, vae, experts[0], second, clip, str(model), policy)
+    parts = (text, vae, experts[0], second, clip)
+    return Pipeline(layout, defaults, bound, place, *parts, str(model), policy, loaded)

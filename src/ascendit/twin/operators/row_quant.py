@@ -40,7 +40,8 @@ def _mode(name: str, dst_type: int | None) -> str:
 
 
 def _encode(x: Tensor, steps: Tensor, dst_type: int | None) -> Tensor:
-    """Steps to the nearest codes, ties to even, saturated. NaN becomes 0, as the cast has it."""
+    """Steps to the nearest codes, ties to even, saturated. NaN becomes 0, as the cast has it. Contiguous."""
+    steps = steps.contiguous()
     clean = steps.where(steps.isfinite(), 0)
     if dst_type in _FP8:
         element, dtype = _FP8[dst_type]

@@ -1,0 +1,104 @@
+"""The ways in which the linear layers of a model compute: every scheme, and what combines them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ascendit.convert.step_policy import StepPolicy
+from ascendit.device.backends import Device
+from ascendit.model.linear import QuantLinear
+from ascendit.model.load import load_expert
+from ascendit.model.online import Online, read_experts
+from ascendit.model.wan import WanTransformer
+from ascendit.ops.bind import bind
+from ascendit.ops.quantized import native_schemes
+from ascendit.pipeline.generate import Pipeline
+
+MIXED = """
+[[rules]]
+layers = "*"
+scheme = "mxfp4"
+
+[[rules]]
+layers = "*.attn*"
+scheme = "mxfp8"
+"""
+
+
+@dataclass(frozen=True)
+class Way:
+    """`schemes`: what the chip must have. `smooth`: each joint weight has a `mul_scale` of its own."""
+
+    name: str
+    schemes: frozenset[str] = frozenset()
+    scheme: str | None = None
+    recipe: str = ""
+    policy: str = ""
+    smooth: bool = False
+    nz: bool = False
+
+    @property
+    def in_nz(self) -> bool:
+        """Its weights are FRACTAL_NZ."""
+        return self.nz or self.scheme == "mxfp4_dualscale"
+
+
+def _plain(scheme: str) -> Way:
+    return Way(scheme, frozenset({scheme}), scheme)
+
+
+WAYS = (
+    Way("bf16"),
+    _plain("int8"),
+    Way("int8, NZ", frozenset({"int8"}), "int8", nz=True),
+    Way("int8, smoothed", frozenset({"int8"}), "int8", smooth=True),
+    _plain("fp8"),
+    _plain("mxfp8"),
+    Way("mxfp8, NZ", frozenset({"mxfp8"}), "mxfp8", nz=True),
+    Way("mxfp8, smoothed", frozenset({"mxfp8"}), "mxfp8", smooth=True),
+    _plain("mxfp4"),
+    Way("mxfp4, NZ", frozenset({"mxfp4"}), "mxfp4", nz=True),
+    Way("mxfp4, step 0 in w4a8", frozenset({"mxfp4", "w4a8"}), "mxfp4", policy="0:w4a8,default:w4a4"),
+    _plain("mxfp4_dualscale"),
+    Way("mxfp4, attention in mxfp8", frozenset({"mxfp4", "mxfp8"}), recipe=MIXED),
+)
+
+
+def on(device: Device) -> Iterator[Way]:
+    """Those that this chip has every matmul for."""
+    yield from (way for way in WAYS if way.schemes <= native_schemes(device))
+
+
+def experts(pipe: Pipeline, way: Way, layers: int) -> list[WanTransformer]:
+    """Both experts of a float model, quantized while they load, cut to their first blocks."""
+    made = []
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.toml"
+        recipe.write_text(way.recipe)
+        online = Online.of(way.scheme, str(recipe) if way.recipe else None)
+        for expert, plan in read_experts(pipe.layout, online):
+            ops, put = bind(pipe.device, nz=way.nz), pipe.device.torch_name
+            model = load_expert(expert, plan, ops, device=put, dtype=torch.bfloat16)
+            model.blocks = model.blocks[:layers]
+            if way.smooth:
+                smooth(model)
+            made.append(model)
+    return made
+
+
+def smooth(model: torch.nn.Module) -> None:
+    """Give every joint weight its own `mul_scale`."""
+    known: dict[int, torch.Tensor] = {}
+    for m in model.modules():
+        if isinstance(m, QuantLinear):
+            ones = torch.ones(m.in_features, device=m.device)
+            m.mul_scale = known.setdefault(id(m.joint), ones)
+
+
+def policy(way: Way) -> StepPolicy:
+    return StepPolicy.parse(way.policy) if way.policy else StepPolicy()
