@@ -47,6 +47,7 @@ LIGHT = (
     "errors",
     "spec",
     "checkpoint.*",
+    "pipeline.replay",
     "pipeline.request",
     "pipeline.progress",
     "pipeline.world",

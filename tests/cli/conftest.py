@@ -16,6 +16,7 @@ import pytest
 import ascendit
 from ascendit.cli.main import main
 from ascendit.pipeline.progress import Progress
+from ascendit.pipeline.replay import load_record
 from ascendit.pipeline.video import Video
 
 EXPERT = {
@@ -109,8 +110,15 @@ class FakePipeline:
                 raise self.error
         shape = (request.num_frames, request.height, request.width, 3)
         frames = np.broadcast_to(np.linspace(0, 255, request.width, dtype=np.uint8)[:, None], shape)
-        source = self.loaded[-1][0]
-        return Video(frames=np.ascontiguousarray(frames), fps=request.fps, request=request, model=source)
+        source, options = self.loaded[-1]
+        return Video(
+            frames=np.ascontiguousarray(frames),
+            fps=request.fps,
+            request=request,
+            model=source,
+            source=source,
+            loaded=load_record(options),
+        )
 
 
 @pytest.fixture

@@ -179,12 +179,25 @@ def test_a_bad_call_ends_before_anything_heavy(run, fake, model, tmp_path, monke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
-def test_a_bad_call_imports_no_torch(model, environ):
+LIGHT = [
+    (["MODEL", "a cat", "--frames", "80"], 2, "E-REQ-01"),
+    (["--demo", "a cat", "--scheme", "mxfp8", "--device", "twin:a2", "--dry-run"], 3, "E-CAP-01"),
+    (["--config", "gone.json"], 2, "E-USE-02"),
+]
+
+
+@pytest.mark.parametrize(("words", "exit_code", "name"), LIGHT)
+def test_a_bad_call_imports_no_torch(model, environ, tmp_path, words, exit_code, name):
+    load = {"device": "cpu", "scheme": "mxfp8"}
+    beside = {"model": "x", "source": "moved/away", "load": load, "request": {"prompt": "a cat"}}
+    (tmp_path / "gone.json").write_text(json.dumps(beside))
+    words = [str(model) if word == "MODEL" else word for word in words]
     code = (
         "import sys; from ascendit.cli.main import main;"
-        f"code = main(['generate', {str(model)!r}, 'a cat', '--frames', '80', '--json']);"
+        f"code = main(['generate', *{words!r}, '--json']);"
         "print('torch' in sys.modules, 'diffusers' in sys.modules, code, file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
-    assert done.stderr == "False False 2\n"
-    assert json.loads(done.stdout)["error"]["code"] == "E-REQ-01"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=tmp_path)
+    assert done.stderr == f"False False {exit_code}\n"
+    assert json.loads(done.stdout)["error"]["code"] == name

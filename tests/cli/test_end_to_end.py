@@ -11,9 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import av
+import numpy as np
 import pytest
 import tiny
+
+from ascendit.convert.step_policy import StepPolicy
 
 SMALL = ["--size", "32x32", "--frames", "5", "--steps", "3"]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -50,6 +55,48 @@ def test_a_sentence_becomes_an_mp4(run: Run, tiny_t2v_cascade: Path, tmp_path: P
     again = run(*shlex.split(replay.split("replay", 1)[1])[1:], "-o", "again.mp4")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "work/again.mp4").read_bytes() == (tmp_path / "work/cat.mp4").read_bytes()
+
+
+def frames_of(path: Path) -> Any:
+    with av.open(str(path)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+def test_the_json_makes_a_quantized_video_again(run: Run, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    words = ["generate", "--demo", "a red circle moves right on a black background", "--seed", "1"]
+    words += ["--steps", "3", "--frames", "5"]
+    quantized = ["--scheme", "mxfp4", "--step-policy", "0:w4a8", "--set", "keep=blocks.0.*"]
+    assert run(*words, "-o", "plain.gif").returncode == 0
+    assert run(*words, *quantized, "-o", "first.gif").returncode == 0
+    assert (frames_of(work / "plain.gif") != frames_of(work / "first.gif")).any()
+    done = run("generate", "--config", "first.json", "-o", "again.gif")
+    assert done.returncode == 0, done.stderr
+    assert (work / "again.gif").read_bytes() == (work / "first.gif").read_bytes()
+
+
+def test_a_video_made_in_python_is_made_again_by_the_command(
+    run: Run, tiny_t2v_cascade: Path, tmp_path: Path
+) -> None:
+    import ascendit
+
+    policy = StepPolicy.parse("0:w4a8")
+    pipe = ascendit.load(
+        tiny_t2v_cascade, scheme="mxfp4", step_policy=policy, keep=["blocks.0.*"], emulate=True
+    )
+    size = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 3}
+    video = pipe.generate("a cat", seed=3, **size)
+    work = tmp_path / "work"
+    video.save(work / "first.gif")
+    told = json.loads((work / "first.json").read_text())
+    assert told["source"] == str(tiny_t2v_cascade) == pipe.source and told["load"] == dict(pipe.loaded)
+    for name, words in (
+        ("a", ["generate", "--config", "first.json"]),
+        ("b", shlex.split(told["replay"])[1:]),
+    ):
+        done = run(*words, "-o", f"{name}.gif")
+        assert done.returncode == 0, done.stderr
+        assert (work / f"{name}.gif").read_bytes() == (work / "first.gif").read_bytes()
 
 
 def test_json_says_everything(run: Run, tiny_t2v_cascade: Path) -> None:

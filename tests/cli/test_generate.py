@@ -205,7 +205,91 @@ def test_no_model_in_the_folder(run, tmp_path):
 def test_the_config_of_a_video_made_elsewhere(run, fake, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"model": "gone", "request": {"prompt": "a cat"}}))
     ended = run("generate", "--config", tmp_path / "a.json")
-    assert ended.code == 2 and ended.err.startswith("error[E-USE-02]: no model at gone")
+    assert ended.code == 2 and ended.err.startswith("error[E-USE-02]: no model at gone, which ")
+    assert "name MODEL on the command line: ascendit generate MODEL 'a cat' --config " in ended.err
+    ended = run("generate", "--config", tmp_path / "a.json", "missing", "a cat")
+    assert ended.code == 2 and "no model at missing\n" in ended.err
+    for words in (["--demo"], ["demo", "a cat"], ["--set", "model=demo"]):
+        ended = run(
+            "generate", *words, "--config", tmp_path / "a.json", "-o", tmp_path / "a.gif", "--overwrite"
+        )
+        assert ended.code == 0 and fake.loaded[-1][0] == "demo", ended.err
+
+
+EVERY_LOAD_OPTION = {
+    "device": "twin:a5",
+    "text_on": "cpu",
+    "scheme": "mxfp4",
+    "recipe": "default",
+    "keep": ("blocks.0.*", "blocks.7.*"),
+    "step_policy": "0:w4a8",
+    "emulate": "decode-once",
+    "activation_rule": "mxfp4=max:7",
+    "force": True,
+    "dtype": "bfloat16",
+    "vae_dtype": "bfloat16",
+    "ops": "reference",
+    "attention": "fusion",
+    "nz": True,
+    "fast_layernorm": True,
+}
+
+
+def test_every_load_option_comes_back_from_the_json_and_from_both_replay_lines(run, fake, tmp_path):
+    words = []
+    for key, value in EVERY_LOAD_OPTION.items():
+        text = ";".join(value) if isinstance(value, tuple) else "true" if value is True else value
+        words += ["--set", f"{key}={text}"]
+    first = run("generate", "--demo", "a cat", "--seed", "7", *words, "-o", tmp_path / "a.mp4")
+    assert first.code == 0, first.err
+    beside = json.loads((tmp_path / "a.json").read_text())
+    assert beside["source"] == "demo" and read_metadata(tmp_path / "a.mp4")["load"] == beside["load"]
+    assert beside["load"] == EVERY_LOAD_OPTION | {"keep": [*EVERY_LOAD_OPTION["keep"]]}
+    assert first.out.splitlines()[-1] == f"  replay  {beside['replay']}"
+    assert run("generate", "--config", tmp_path / "a.json", "-o", tmp_path / "b.mp4").code == 0
+    assert run(*shlex.split(beside["replay"])[1:], "-o", tmp_path / "c.mp4").code == 0
+    given = [(model, {**options, "on_progress": 0}) for model, options in fake.loaded]
+    assert given == [("demo", EVERY_LOAD_OPTION | {"on_progress": 0})] * 3
+    words = ["--config", tmp_path / "a.json", "--device", "cpu", "--set", "attention=none"]
+    assert run("generate", *words, "-o", tmp_path / "d.mp4").code == 0
+    assert fake.loaded[3][1]["device"] == "cpu" and "attention" not in fake.loaded[3][1]
+    assert (tmp_path / "b.json").read_text() == (tmp_path / "a.json").read_text()
+
+
+def test_every_option_of_load_that_shapes_a_video_is_in_its_record():
+    import inspect
+
+    from ascendit.pipeline import replay
+    from ascendit.pipeline.loading import load
+
+    names = set(inspect.signature(load).parameters) - {"model", "on_progress"}
+    assert names == {*replay.FLAGS, *replay.SETTINGS} == EVERY_LOAD_OPTION.keys()
+
+
+@pytest.mark.parametrize("chip", ["a2", "a3"])
+def test_a_dry_run_refuses_what_the_chip_of_a_twin_lacks(run, fake, chip):
+    from ascendit.device.backends import parse_device
+    from ascendit.errors import EnvironmentProblem
+    from ascendit.ops.quantized import Schemes
+
+    words = ["generate", "--demo", "a cat", "--dry-run", "--device", f"twin:{chip}", "--scheme"]
+    with pytest.raises(EnvironmentProblem) as real:
+        Schemes(parse_device(f"twin:{chip}")).form("mxfp8")
+    ended = run(*words, "mxfp8", "--json")
+    assert ended.code == 3 and not fake.loaded
+    told = ended.json["error"]
+    assert (told["code"], told["got"], told["needs"], told["try"]) == (
+        real.value.code,
+        real.value.got,
+        real.value.needs,
+        real.value.fix,
+    )
+    for more in (["--emulate", "decode-on-use"], ["--set", "ops=reference"]):
+        assert run(*words, "mxfp8", *more).code == 0
+    assert run(*words, "int8").code == 0 and run(*words, "bf16").code == 0
+    assert (
+        run("generate", "--demo", "a cat", "--dry-run", "--device", "twin:a5", "--scheme", "mxfp8").code == 0
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])

@@ -98,6 +98,18 @@ def test_config_json_of_a_video(tmp_path):
     request = {"prompt": "a cat", "seed": 7, "image": None, "timesteps": None}
     file.write_text(json.dumps({"model": "demo", "request": request, "versions": {"torch": "2"}}))
     assert options.read_config(file) == {"model": "demo", **request}
+    load = {"device": "twin:a5", "scheme": "mxfp4", "keep": ["blocks.0.*", "proj_out"], "nz": True}
+    file.write_text(
+        json.dumps({"model": "ascendit-demo", "source": "demo", "load": load, "request": request})
+    )
+    given = {**load, "keep": "blocks.0.*;proj_out"}
+    assert options.read_config(file) == {"model": "demo", **given, **request}
+
+
+def test_none_takes_a_load_option_of_a_config_away():
+    low = {"scheme": "mxfp4", "attention": "fusion", "keep": "blocks.0.*", "seed": 1}
+    undone = options.parse_settings([f"{key}=none" for key in low if key != "seed"])
+    assert {k: v for k, v in options.merge(low, undone).items() if v is not None} == {"seed": 1}
 
 
 @pytest.mark.parametrize(

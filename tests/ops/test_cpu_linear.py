@@ -119,7 +119,8 @@ def test_what_was_prepared_comes_back_and_takes_no_more_memory(way, scheme, emul
         left, right = getattr(back, part), getattr(encoded, part)
         assert left is right is None or torch.equal(left.view(torch.uint8), right.view(torch.uint8))
     small = sum(t.nbytes for t in on_disk(encoded, bias) if t is not None)
-    decoded = 2 * 128 * (1024 + 3) if emulate and scheme != "int8" else 0
+    wide = way == "plain" and scheme not in cpu_linear_plain.IN_BF16
+    decoded = (4 if wide else 2) * 128 * (1024 + 3) if emulate and scheme != "int8" else 0
     assert back.format == encoded.format and weight.nbytes <= small + decoded
     if emulate and scheme == "mxfp8":
         assert weight.nbytes > 2 * small
@@ -248,9 +249,25 @@ def test_each_scheme_says_how_it_is_computed(way):
         for scheme, choice in found.items():
             start = "native: " if scheme in in_bytes else "emulated: decoded"
             assert choice.reason.startswith(start), scheme
+            if way == "plain" and scheme in ("fp8", "mxfp4_dualscale"):
+                assert "float32" in choice.reason
         assert words in found["mxfp8"].reason
         wanted = "no C++ compiler" if way == "plain" else "compiled from native/linear.cpp"
         assert all(c.reason.endswith(wanted) for c in found.values())
+
+
+def test_without_bf16_products_float32_is_multiplied_and_decoded_once_if_asked(monkeypatch):
+    monkeypatch.setattr(cpu_linear, "library", lambda: Built(None, "no C++ compiler"))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    encoded, bias = weight_of("mxfp8", 24, 64)
+    x = tokens_of(5, 64)
+    for emulate in EMULATE:
+        ops = schemes(emulate)
+        assert "float32" in ops.forms["mxfp8"].reason
+        weight = ops.prepare_weight(*on_disk(encoded, bias), "mxfp8")
+        assert (weight.decoded is not None) == (emulate == "decode-once")
+        out = ops.quantized_linear(ops.quantize_activation(x, "mxfp8"), weight)
+        assert rounded_once(out, exact(x, "mxfp8", encoded, bias), terms_of(x, "mxfp8", encoded, bias))
 
 
 @pytest.mark.usefixtures("compiled")

@@ -6,14 +6,18 @@ import dataclasses
 import json
 import math
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from wan_defaults import CASCADE, I2V, SINGLE, TI2V
 
+from ascendit.convert.step_policy import StepPolicy
 from ascendit.errors import RequestError, UsageError
+from ascendit.pipeline.replay import load_record, replay_line
 from ascendit.pipeline.request import MAX_SEED, Defaults, GenerateRequest, resolve
 
 FIELDS = {f.name for f in dataclasses.fields(GenerateRequest)}
@@ -126,6 +130,48 @@ def test_a_replay_line_as_a_user_sees_it() -> None:
         "ascendit generate --seed 7 --size 1280x720 --frames 81 --fps 16 --timesteps 1000,750.5 "
         "--guidance 1 --shift 5 --set solver=unipc -o a.mp4 -- models/wan '-v is a flag'"
     )
+
+
+def test_the_load_options_of_a_python_call_are_words() -> None:
+    given = {
+        "device": "npu:1",
+        "model": "elsewhere",
+        "dtype": torch.bfloat16,
+        "vae_dtype": torch.float32,
+        "keep": ("blocks.0.*", "proj_out"),
+        "step_policy": StepPolicy.parse("0:w4a8,1:w4a8"),
+        "emulate": True,
+        "recipe": Path("my recipes/a.toml"),
+        "ops": "auto",
+        "nz": False,
+        "scheme": None,
+        "force": True,
+    }
+    record = load_record(given)
+    assert json.loads(json.dumps(record)) == record
+    assert record == {
+        "device": "npu:1",
+        "recipe": "my recipes/a.toml",
+        "step_policy": "0-1:w4a8",
+        "emulate": "decode-on-use",
+        "keep": ["blocks.0.*", "proj_out"],
+        "dtype": "bfloat16",
+        "vae_dtype": "float32",
+        "force": True,
+    }
+    line = replay_line(resolve(SINGLE, "a cat", seed=7), "models/wan", record)
+    assert line.startswith(
+        "ascendit generate --device npu:1 --recipe 'my recipes/a.toml' --step-policy 0-1:w4a8 "
+        "--emulate decode-on-use --set 'keep=blocks.0.*;proj_out' --set dtype=bfloat16 "
+        "--set vae_dtype=float32 --set force=true models/wan 'a cat' --seed 7 "
+    )
+
+
+def test_defaults_of_load_are_recorded_but_no_words_of_the_line() -> None:
+    record = load_record({"device": "cpu", "text_on": "device"})
+    request = resolve(SINGLE, "a cat", seed=7)
+    assert record == {"device": "cpu", "text_on": "device"}
+    assert replay_line(request, "demo", record) == request.replay_line("demo")
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,14 @@ def test_metadata_inside_and_beside(tmp_path: Path, name: str) -> None:
     assert GenerateRequest.from_json(json.dumps(beside["request"])) == request()
 
 
+def test_how_the_model_was_loaded_is_told() -> None:
+    loaded = {"device": "twin:a5", "scheme": "mxfp4", "keep": ["blocks.0.*"]}
+    found = Video(scene(), 8, request(), "ascendit-demo", source="demo", loaded=loaded).describe()
+    assert (found["model"], found["source"], found["load"]) == ("ascendit-demo", "demo", loaded)
+    flags = "--device twin:a5 --scheme mxfp4 --set 'keep=blocks.0.*' --demo "
+    assert found["replay"].startswith(f"ascendit generate {flags}")
+
+
 @pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif"])
 def test_same_frames_make_the_same_bytes(tmp_path: Path, name: str) -> None:
     files = [

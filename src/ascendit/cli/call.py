@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascendit.cli import options
-from ascendit.errors import UsageError
+from ascendit.errors import EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
     from ascendit.checkpoint.layout import Layout
+    from ascendit.device.backends import Device
     from ascendit.pipeline.request import Defaults, GenerateRequest
 
 
@@ -48,6 +49,8 @@ class Call:
     nz: bool | None = None
     fast_layernorm: bool | None = None
     metadata: bool = True
+    model_from: Path | None = None
+    """The file that names the model, None where the command line does."""
     notes: tuple[str, ...] = ()
     """What the environment variables did."""
 
@@ -65,51 +68,18 @@ class Plan:
     @property
     def load_options(self) -> dict[str, Any]:
         """For `ascendit.load`, without what was left open."""
-        names = (
-            "device",
-            "text_on",
-            "dtype",
-            "scheme",
-            "recipe",
-            "step_policy",
-            "emulate",
-            "activation_rule",
-        )
-        given = {
-            name: getattr(self.call, name)
-            for name in (*names, "vae_dtype", "ops", "attention", "nz", "fast_layernorm")
-        }
+        from ascendit.pipeline.replay import FLAGS, SETTINGS
+
+        given = {name: getattr(self.call, name) for name in (*FLAGS, *SETTINGS)}
         given |= {"keep": patterns(self.call.keep), "force": self.call.force or None}
         return {k: v for k, v in given.items() if v not in (None, (), "auto")}
 
     @property
     def replay(self) -> str:
-        """The command that makes this video again."""
-        words = []
-        for flag, value, default in (
-            ("--device", self.call.device, "cpu"),
-            ("--text-on", self.call.text_on, "device"),
-            ("--scheme", self.call.scheme, None),
-            ("--recipe", self.call.recipe, None),
-            ("--step-policy", self.call.step_policy, None),
-            ("--emulate", self.call.emulate, None),
-        ):
-            words += [flag, value] if value and value != default else []
-        for key in (
-            "keep",
-            "activation_rule",
-            "dtype",
-            "vae_dtype",
-            "ops",
-            "attention",
-            "nz",
-            "fast_layernorm",
-            "force",
-        ):
-            setting = "true" if (given := getattr(self.call, key)) is True else given
-            words += ["--set", f"{key}={setting}"] if setting else []
-        start, line = "ascendit generate", self.request.replay_line(self.call.model)
-        return line.replace(start, shlex.join([*start.split(), *words]), 1)
+        """The command that makes this video again; the JSON beside the video has the same."""
+        from ascendit.pipeline.replay import load_record, replay_line
+
+        return replay_line(self.request, self.call.model, load_record(self.load_options))
 
     @property
     def video_tokens(self) -> int:
@@ -161,16 +131,17 @@ def read_call(
     ]
     values = {k: v for k, v in options.merge(*layers).items() if v is not None}
     model, prompt = _model_and_prompt(words, demo, values.pop("model", None), values.pop("prompt", None))
-    extras = {k: values.pop(k) for k in options.EXTRAS if k in values}
+    extras: dict[str, Any] = {k: values.pop(k) for k in options.EXTRAS if k in values}
+    named = config if model == layers[0].get("model") and not demo else None
     device = parse_device(extras.get("device", "cpu"))
     if environment.attention and device.has_attention_kernels:
         extras.setdefault("attention", environment.attention)
-    return Call(model=model, prompt=prompt, fields=values, notes=environment.notes, **extras)
+    extras |= {"model_from": named, "notes": environment.notes}
+    return Call(model=model, prompt=prompt, fields=values, **extras)
 
 
 def make_plan(call: Call, output: Path | None, *, overwrite: bool) -> Plan:
     """Meet the model: its folder, its defaults, the request, the name of the output; no weights."""
-    from ascendit.checkpoint.folder import model_folder
     from ascendit.checkpoint.layout import recognise
     from ascendit.pipeline import video
     from ascendit.pipeline.defaults import defaults_for
@@ -178,7 +149,7 @@ def make_plan(call: Call, output: Path | None, *, overwrite: bool) -> Plan:
 
     if output is not None:
         video.check_writable(output)
-    layout = recognise(model_folder(call.model))
+    layout = recognise(find_model(call))
     layout.require_pipeline()
     defaults = defaults_for(layout)
     fields = dict(call.fields)
@@ -200,6 +171,24 @@ def make_plan(call: Call, output: Path | None, *, overwrite: bool) -> Plan:
     return Plan(call=call, layout=layout, defaults=defaults, request=request, output=output)
 
 
+def find_model(call: Call) -> Path:
+    """The folder of the model. UsageError E-USE-02 says which file named one that is not there."""
+    from ascendit.checkpoint.folder import model_folder
+
+    try:
+        return model_folder(call.model)
+    except UsageError as e:
+        if call.model_from is None or e.code != "E-USE-02":
+            raise
+        again = shlex.join([call.prompt, "--config", str(call.model_from)])
+        raise UsageError(
+            f"{e.got}, which {call.model_from} names",
+            needs=e.needs,
+            fix=f"name MODEL on the command line: ascendit generate MODEL {again}; or add --demo",
+            code=e.code,
+        ) from e
+
+
 def patterns(text: str | None) -> tuple[str, ...]:
     """The patterns in one setting."""
     return tuple(re.split(r"[\s;,]+", text.strip())) if text and text.strip() else ()
@@ -208,15 +197,42 @@ def patterns(text: str | None) -> tuple[str, ...]:
 def check_numbers(call: Call, layout: Layout, request: GenerateRequest) -> None:
     """Everything about schemes, recipes and step policies that headers tell, before weights are loaded."""
     from ascendit.convert.step_policy import StepPolicy
-    from ascendit.model.online import Online, policy_for, read_experts
+    from ascendit.device.backends import parse_device
+    from ascendit.model.online import Online, policy_for, read_experts, schemes_in
 
     online = Online.of(call.scheme, call.recipe, patterns(call.keep), force=call.force)
-    if online is None and call.step_policy is None:
+    device = parse_device(call.device)
+    gated = device.chip is not None and call.emulate is None and call.ops != "reference"
+    if online is None and call.step_policy is None and not gated:
         return
     if call.step_policy is not None:
         StepPolicy.parse(call.step_policy).check_steps(request.num_inference_steps)
-    policy = policy_for(call.step_policy, online, layout, read_experts(layout, online))
+    found = read_experts(layout, online)
+    policy = policy_for(call.step_policy, online, layout, found)
     policy.check_steps(request.num_inference_steps)
+    if gated:
+        check_chip(device, schemes_in(found))
+
+
+def check_chip(device: Device, schemes: set[str]) -> None:
+    """EnvironmentProblem E-CAP-01, as loading would raise it, where the device's name tells its chip: twins.
+
+    A scheme that is in no table is left to the loading.
+    """
+    from ascendit.device.npu import CHIPS as PRODUCTS
+    from ascendit.spec import CHIPS
+
+    known = CHIPS[str(device.chip)]
+    product = PRODUCTS[str(device.chip)].product
+    if lacking := sorted(s for s in schemes if known.get(s) == "emulated"):
+        have = [c for c in PRODUCTS.values() if CHIPS[c.name][lacking[0]] == "native"]
+        raise EnvironmentProblem(
+            f"scheme {lacking[0]} on {device}, a {product}: it has no matmul for it",
+            needs=f"{' or '.join(f'{c.product}, {c.name}' for c in have)}; {device.chip} has "
+            + " and ".join(s for s, support in known.items() if support == "native"),
+            fix="quantize to int8; or --emulate decode-on-use: the same numbers, slower",
+            code="E-CAP-01",
+        )
 
 
 def frames_for(seconds: float, fps: int, stride: int = 4) -> int:

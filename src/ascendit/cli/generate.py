@@ -232,7 +232,7 @@ def _print_result(plan: Plan, out: Output, video: Video, path: Path, took: float
         f"took {took:.1f} s; seed {plan.request.seed}"
     )
     out.detail(f"  replay  {plan.replay}")
-    out.emit({"output": str(path), **video.describe(), "seconds": round(took, 3), "replay": plan.replay})
+    out.emit({"output": str(path), **video.describe(), "seconds": round(took, 3)})
 
 
 def _print_plan(plan: Plan, out: Output) -> None:

@@ -20,22 +20,23 @@ EXTRAS: dict[str, Any] = {
     "seconds": float,
     "device": str,
     "text_on": Literal["cpu", "device", "drop"],
-    "dtype": Literal["float32", "bfloat16", "float16"],
-    "vae_dtype": Literal["float32", "bfloat16"],
-    "scheme": Literal["bf16", "int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"],
-    "recipe": str,
-    "keep": str,
-    "step_policy": str,
-    "emulate": Literal["decode-on-use", "decode-once"],
-    "activation_rule": str,
+    "dtype": Literal["float32", "bfloat16", "float16"] | None,
+    "vae_dtype": Literal["float32", "bfloat16"] | None,
+    "scheme": Literal["bf16", "int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"] | None,
+    "recipe": str | None,
+    "keep": str | None,
+    "step_policy": str | None,
+    "emulate": Literal["decode-on-use", "decode-once"] | None,
+    "activation_rule": str | None,
     "force": bool,
     "ops": Literal["auto", "reference"],
-    "attention": Literal["fusion", "fused_infer"],
+    "attention": Literal["fusion", "fused_infer"] | None,
     "nz": bool,
     "fast_layernorm": bool,
     "metadata": bool,
 }
-"""Keys that are no fields of the request: what to load, where, and how to save."""
+"""Keys that are no fields of the request: what to load, where, and how to save. `none` takes a value of a
+config away, where None is among the types."""
 
 # A value higher up makes these lower ones meaningless.
 _REPLACES = {
@@ -130,12 +131,24 @@ def read_config(path: Path) -> dict[str, Any]:
         ) from e
     if not isinstance(data, dict):
         raise _bad("--config", str(path), needs="one table of keys and values", fix="correct the file")
-    if isinstance(
-        data.get("request"), dict
-    ):  # written beside a video: the rest of it tells, and steers nothing
-        model = {"model": data["model"]} if isinstance(data.get("model"), str) else {}
-        data = model | data["request"]
-    return typed_layer(data, where=f"--config {path}")
+    return typed_layer(_of_video(data), where=f"--config {path}")
+
+
+def _of_video(data: dict[str, Any]) -> dict[str, Any]:
+    """Model, load options and request of what stands beside a video; the rest of it steers nothing.
+
+    Files of before `source` and `load` have the name of the model alone. Any other table stays as it is.
+    """
+    from ascendit.pipeline.replay import setting_text
+
+    if not isinstance(data.get("request"), dict):
+        return data
+    named, load = data.get("source") or data.get("model"), data.get("load")
+    model = {"model": named} if isinstance(named, str) and named else {}
+    options = dict(load) if isinstance(load, dict) else {}
+    if isinstance(options.get("keep"), list):
+        options["keep"] = setting_text([str(pattern) for pattern in options["keep"]])
+    return {**model, **options, **data["request"]}
 
 
 def typed_layer(layer: dict[str, Any], *, where: str) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def check_kind(kind: str, schemes: set[str], name: str, *, force: bool) -> None:
         raise UsageError(
             f"{name} is a TI2V-5B model, and {', '.join(sorted(schemes & set(FP4)))} is W4A4",
             needs="force: vLLM-Omni's documentation reports a visible loss of accuracy for this pair",
-            fix="--scheme mxfp8, or --set force=true to do it all the same",
+            fix="--scheme mxfp8; or all the same --set force=true, --force in quantize, force=True in Python",
             code="E-QNT-02",
         )
 

@@ -1,10 +1,10 @@
 """Linear layers on codes on a CPU in plain PyTorch: without a compiler, or what tiles cannot hold.
 
 - int8: `torch._int_mm` sums the products exactly.
-- MX and fp8 where oneDNN multiplies BF16: both sides decoded to BF16, which is exact. PyTorch rounds the sums
-  before it adds a bias; so the bias goes in as three more columns of the weight, whose BF16 numbers sum up to
-  it, times tokens of 1. Then there is one rounding, as with a float32 bias.
-- The rest (dual scales, tokens in other dtypes, numbers that BF16 does not have): decoded to float32.
+- mxfp8, mxfp4 and w4a8 where oneDNN multiplies BF16: both sides decoded to BF16, which is exact. PyTorch
+  rounds the sums before it adds a bias; so the bias goes in as three more columns of the weight, whose BF16
+  numbers sum up to it, times tokens of 1. Then there is one rounding, as with a float32 bias.
+- The rest (fp8, dual scales, tokens in other dtypes, numbers that BF16 does not have): decoded to float32.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ascendit.mx import elements, scales
 from ascendit.mx.encoded import Encoded
 from ascendit.mx.formats import lookup
 from ascendit.ops.quantized import (
+    DECODED,
     REFERENCE,
     SCHEMES,
     Activation,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 LARGEST_INT_WIDTH = 1 << 16
 """Above this K sums of int8 products might leave int32."""
+IN_BF16 = ("mxfp8", "mxfp4", "w4a8")
+"""Schemes whose numbers are BF16, scales and all."""
 MORE = 3
 """Columns for a float32 bias: 3 x 8 bits of mantissa."""
 
@@ -44,14 +47,15 @@ MORE = 3
 def forms(emulate: Emulate | None, why: str) -> Mapping[str, LinearChoice]:
     """All schemes; `why`: what the faster ones lack."""
     once = emulate == "decode-once"
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    how = f"emulated: decoded {'once' if once else 'on each use'} to"
+    wide = LinearChoice(DECODED if once else REFERENCE, f"{how} float32 by PyTorch, {why}")
     prepare = _prepare_decoded if once else REFERENCE.prepare_weight
-    decoding = LinearForm("cpu", prepare, quantize_activation, quantized_linear, REFERENCE.stored)
-    how = f"decoded {'once' if once else 'on each use'} to {'BF16' if fast else 'float32'} by PyTorch"
-    found = dict.fromkeys(SCHEMES, LinearChoice(decoding, f"emulated: {how}, {why}"))
-    integers = replace(decoding, prepare_weight=REFERENCE.prepare_weight)
-    found["int8"] = LinearChoice(integers, f"native: torch._int_mm, {why}")
-    return found
+    form = LinearForm("cpu", prepare, quantize_activation, quantized_linear, REFERENCE.stored)
+    bf16 = LinearChoice(form, f"{how} BF16 by PyTorch, {why}")
+    fast = IN_BF16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()
+    integers = replace(form, prepare_weight=REFERENCE.prepare_weight)
+    found = {scheme: bf16 if scheme in fast else wide for scheme in SCHEMES}
+    return found | {"int8": LinearChoice(integers, f"native: torch._int_mm, {why}")}
 
 
 def _prepare_decoded(

@@ -214,7 +214,7 @@ def _no_rule(rule: str, known: str) -> UsageError:
 
 def quantized_linear(a: Activation, weight: PreparedWeight) -> Tensor:
     """See `Schemes.quantized_linear`. One kernel."""
-    return MATMULS[a.scheme.name](a, weight).view(*a.lead, -1)
+    return MATMULS[a.scheme.name](a, weight).view(*a.lead, weight.shape[0])
 
 
 def _plain(a: Activation, w: PreparedWeight) -> Tensor:

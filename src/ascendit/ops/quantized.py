@@ -169,7 +169,7 @@ def quantized_linear(a: Activation, weight: PreparedWeight) -> Tensor:
     out = tokens @ (decode(stored(weight)) if weight.decoded is None else weight.decoded).t()
     if weight.bias is not None:
         out += weight.bias
-    return out.to(a.dtype).view(*a.lead, -1)
+    return out.to(a.dtype).view(*a.lead, weight.shape[0])
 
 
 def _prepare_decoded(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,6 +57,8 @@ class Pipeline:
     """What was given to `load`; a video's replay line names it."""
     policy: StepPolicy = field(default_factory=StepPolicy)
     """Which precision each step runs in."""
+    loaded: Mapping[str, Any] = field(default_factory=dict)
+    """The options that were given to `load`, as `replay.load_record` says them; a video keeps them."""
 
     @property
     def experts(self) -> tuple[WanTransformer, ...]:
@@ -130,7 +133,13 @@ class Pipeline:
         seconds = time.perf_counter() - start
         report(Progress(stage="decode", step=1, total=1, memory_bytes=self.device.memory_bytes()))
         return Video(
-            frames=frames, fps=request.fps, request=request, model=self.defaults.model, seconds=seconds
+            frames=frames,
+            fps=request.fps,
+            request=request,
+            model=self.defaults.model,
+            seconds=seconds,
+            source=self.source,
+            loaded=dict(self.loaded),
         )
 
     def warm_up(self, request: GenerateRequest | None = None) -> float:

@@ -16,7 +16,7 @@ import secrets
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -28,6 +28,7 @@ import numpy as np
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.pipeline.encode import CODECS, WRITERS, library, read_tags
 from ascendit.pipeline.frames import Frames, check_frames, check_not_flat, to_uint8
+from ascendit.pipeline.replay import replay_line
 from ascendit.pipeline.request import GenerateRequest
 
 __all__ = [
@@ -78,9 +79,14 @@ class Video:
     fps: int
     request: GenerateRequest | None = None
     model: str = ""
+    """Its name; `source` is what `load` was given."""
     versions: dict[str, str] = field(default_factory=installed_versions)
     seconds: float = 0.0
     """Time the run took."""
+    source: str = ""
+    """The model as `load` was given it: demo, a folder, a name on a hub. Empty where it was not `load`."""
+    loaded: Mapping[str, Any] = field(default_factory=dict)
+    """How it was loaded, as `replay.load_record` says it."""
 
     def __post_init__(self) -> None:
         x = self.frames
@@ -104,11 +110,13 @@ class Video:
     def describe(self) -> dict[str, Any]:
         """What made this video, ready for JSON: it goes into the file and beside it."""
         n, h, w, _ = self.frames.shape
-        r = self.request
+        r, again = self.request, self.source or self.model
         return {
             "prompt": r.prompt if r else None,
             "seed": r.seed if r else None,
             "model": self.model,
+            "source": self.source or None,
+            "load": dict(self.loaded),
             "num_frames": n,
             "width": w,
             "height": h,
@@ -116,7 +124,7 @@ class Video:
             "seconds": round(self.seconds, 3),
             "versions": self.versions,
             "request": json.loads(r.to_json()) if r else None,
-            "replay": r.replay_line(self.model) if r and self.model else None,
+            "replay": replay_line(r, again, self.loaded) if r and again else None,
         }
 
     def save(self, path: AnyPath, *, metadata: bool = True, overwrite: bool = False) -> Path:
