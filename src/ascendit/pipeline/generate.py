@@ -42,7 +42,11 @@ class Stop(Protocol):
 
 @dataclass
 class Pipeline:
-    """A loaded Wan model: two experts or one, its encoders and VAE, on one device."""
+    """A loaded Wan model: two experts or one, its encoders and VAE, on one device.
+
+    One video at a time: the VAE of Diffusers keeps a cache while it decodes. Two pipelines may run in two
+    threads, unless they are twins of two chips: a process is one chip at a time.
+    """
 
     layout: Layout
     defaults: Defaults
