@@ -84,7 +84,7 @@ def test_a_video_made_in_python_is_made_again_by_the_command(
     pipe = ascendit.load(
         tiny_t2v_cascade, scheme="mxfp4", step_policy=policy, keep=["blocks.0.*"], emulate=True
     )
-    size = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 3}
+    size: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 3}
     video = pipe.generate("a cat", seed=3, **size)
     work = tmp_path / "work"
     video.save(work / "first.gif")

@@ -216,12 +216,13 @@ def test_the_config_of_a_video_made_elsewhere(run, fake, tmp_path):
         assert ended.code == 0 and fake.loaded[-1][0] == "demo", ended.err
 
 
+KEPT = ("blocks.0.*", "blocks.7.*")
 EVERY_LOAD_OPTION = {
     "device": "twin:a5",
     "text_on": "cpu",
     "scheme": "mxfp4",
     "recipe": "default",
-    "keep": ("blocks.0.*", "blocks.7.*"),
+    "keep": KEPT,
     "step_policy": "0:w4a8",
     "emulate": "decode-once",
     "activation_rule": "mxfp4=max:7",
@@ -244,7 +245,7 @@ def test_every_load_option_comes_back_from_the_json_and_from_both_replay_lines(r
     assert first.code == 0, first.err
     beside = json.loads((tmp_path / "a.json").read_text())
     assert beside["source"] == "demo" and read_metadata(tmp_path / "a.mp4")["load"] == beside["load"]
-    assert beside["load"] == EVERY_LOAD_OPTION | {"keep": [*EVERY_LOAD_OPTION["keep"]]}
+    assert beside["load"] == EVERY_LOAD_OPTION | {"keep": list(KEPT)}
     assert first.out.splitlines()[-1] == f"  replay  {beside['replay']}"
     assert run("generate", "--config", tmp_path / "a.json", "-o", tmp_path / "b.mp4").code == 0
     assert run(*shlex.split(beside["replay"])[1:], "-o", tmp_path / "c.mp4").code == 0

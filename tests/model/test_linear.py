@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,7 @@ def tokens(k: int = 64) -> torch.Tensor:
 @pytest.mark.parametrize("scheme", STORED)
 def test_it_is_a_linear_whose_output_is_decoded_tokens_times_decoded_weight(scheme):
     m, x = layer(scheme), tokens()
+    assert m.bias is not None
     encoded, bias = weight_of(scheme)
     a = mx.encode(x.flatten(0, 1), SCHEMES[scheme].activation, scale_rule=SCHEMES[scheme].rule)
     wanted = mx.decode(a).double() @ mx.decode(encoded).double().t() + bias.double()
@@ -64,9 +66,16 @@ def test_joined_layers_quantize_and_multiply_once(monkeypatch):
     ]
     calls: list[str] = []
     kind = type(OPS.quantized)
+
+    def spy(name: str, plain: Any) -> Any:
+        def call(*given: Any) -> Any:
+            calls.append(name)
+            return plain(*given)
+
+        return call
+
     for name in ("quantize_activation", "quantized_linear"):
-        plain = getattr(kind, name)
-        monkeypatch.setattr(kind, name, lambda *a, _n=name, _f=plain, **k: calls.append(_n) or _f(*a, **k))
+        monkeypatch.setattr(kind, name, spy(name, getattr(kind, name)))
     t = Tokens(tokens())
     outs = [linear(OPS, m, t) for m in layers]
     assert calls == ["quantize_activation", "quantized_linear"]
@@ -77,9 +86,14 @@ def test_joined_layers_quantize_and_multiply_once(monkeypatch):
 def test_layers_that_share_tokens_but_not_a_weight_share_the_codes_of_the_tokens(monkeypatch):
     mul = torch.rand(64) + 0.5
     layers = [layer("mxfp8"), layer("mxfp8"), layer("mxfp8", mul_scale=mul), layer("mxfp8", mul_scale=mul)]
-    seen = []
+    seen: list[object] = []
     plain = type(OPS.quantized).quantize_activation
-    monkeypatch.setattr(type(OPS.quantized), "quantize_activation", lambda *a: seen.append(a[3]) or plain(*a))
+
+    def spy(*given: Any) -> Any:
+        seen.append(given[3])
+        return plain(*given)
+
+    monkeypatch.setattr(type(OPS.quantized), "quantize_activation", spy)
     t = Tokens(tokens())
     outs = [linear(OPS, m, t) for m in layers]
     assert len(seen) == 2 and seen[0] is None and seen[1] is mul
@@ -89,6 +103,7 @@ def test_layers_that_share_tokens_but_not_a_weight_share_the_codes_of_the_tokens
 def test_precision_of_a_step():
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     m, x = layer("mxfp4"), tokens()
+    assert m.bias is not None
     stored, w4a4, w4a8 = (linear(OPS, m, x, p) for p in ("stored", "w4a4", "w4a8"))
     exact = x.double() @ m.weight.double().t() + m.bias.double()
     error = [float((y.double() - exact).norm()) for y in (w4a4, w4a8)]
@@ -176,7 +191,8 @@ def test_scales_of_nan_and_kept_floats_refuse_a_state_dict():
     ):
         with pytest.raises(RuntimeError, match="255|above zero"):
             m.load_state_dict(state | {f"to_q.{role}": value})
-    m["to_q"].floats = (torch.zeros(24, 64), None)
+    kept: Any = m["to_q"]
+    kept.floats = (torch.zeros(24, 64), None)
     with pytest.raises(RuntimeError, match="load the model anew"):
         m.load_state_dict(state)
 

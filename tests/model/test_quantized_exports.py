@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from convert import exports
 from safetensors import safe_open
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "convert"))
-import exports
 
 from ascendit.checkpoint.expert import Expert, read_expert
 from ascendit.checkpoint.layout import recognise
@@ -37,7 +34,7 @@ FORMATS = {
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a canonical transformer folder."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as f:
             found |= {name: f.get_tensor(name) for name in f.keys()}

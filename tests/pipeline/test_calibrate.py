@@ -330,7 +330,7 @@ def test_a_lora_is_folded_in_before_the_run(bf16: Path, tmp_path: Path) -> None:
         weight = tensors[f"{layer}.weight"]
         tensors[f"{layer}.weight"] = (weight.double() + 0.5 * (up.double() @ down.double())).to(weight.dtype)
         save_file(tensors, baked / name / tiny.WEIGHTS, metadata={"format": "pt"})
-    made = {"scheme": "mxfp4", "calibrate": calibrator(PROMPTS[:1])}
+    made: dict[str, Any] = {"scheme": "mxfp4", "calibrate": calibrator(PROMPTS[:1])}
     quantize(bf16, tmp_path / "lora", **made, loras=[f"{tmp_path / 'lora.safetensors'}:0.5"])
     quantize(baked, tmp_path / "wanted", **made)
     quantize(bf16, tmp_path / "without", **made)

@@ -207,7 +207,8 @@ FIRST = {"aclnnDynamicMxQuantV3": 14, "aclnnQuantMatmulV5": 14}
 
 def test_the_loop_on_codes(tool: Any) -> None:
     right = a_way(quantized_step("a", **FIRST), quantized_step("a"), quantized=True)
-    loop, decode = tool("npu.loop"), {"host": [], "kernels": {}}
+    loop = tool("npu.loop")
+    decode: dict[str, Any] = {"host": [], "kernels": {}}
     assert list(loop.problems({"ways": {"x": right}, "decode": decode})) == []
     copied = quantized_step("a")
     copied["strided"] += [["aclnnFlashAttentionScoreV4", "s"], ["aclnnGeluV2", "s"]]
