@@ -24,7 +24,7 @@ case(
     "bare",
     "a linear weight of whole numbers, without scale",
     retype(f"{Q}.weight", "I16"),
-    "E-CKP-08",
+    "E-CKP-04",
 )
 case(
     "q_without_k_and_v",

@@ -49,7 +49,7 @@ def test_dtype_as_stored_or_asked_with_the_sensitive_parts_in_float32(tiny_t2v_c
         ("drop_tensor", "E-CKP-04", "1 missing (blocks"),
         ("extra_tensor", "E-CKP-04", "1 unexpected (blocks.9.extra.weight)"),
         ("wrong_shape", "E-CKP-04", "misshapen"),
-        ("wrong_dtype", "E-CKP-08", "I64"),
+        ("wrong_dtype", "E-CKP-04", "I64"),
         ("truncate_shard", "E-CKP-02", "truncated"),
         ("not_safetensors", "E-CKP-02", "safetensors"),
         ("no_weights", "E-CKP-02", "diffusion_pytorch_model"),

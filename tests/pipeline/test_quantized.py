@@ -94,7 +94,9 @@ def test_a_chip_without_the_matmul_says_so_or_emulates(scheme: str) -> None:
 
 @pytest.mark.parametrize(("scheme", "chip"), [("bf16", "a5"), ("int8", "a5"), ("int8", "a2"), ("bf16", "a2")])
 def test_cpu_and_twin_agree(scheme: str, chip: str) -> None:
-    found = psnr(*(frames(online(scheme, d), **SHORT) for d in ("cpu", f"twin:{chip}")))
+    found = psnr(
+        *(frames(online(scheme, d)) for d in ("cpu", f"twin:{chip}"))
+    )  # three steps settle too little
     assert found >= CLOSE_DB
 
 

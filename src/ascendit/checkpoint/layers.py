@@ -25,6 +25,8 @@ BYTE_SCALES = frozenset({"U8", "F8_E8M0"})
 """One E8M0 byte to a block; both spellings are the same bytes."""
 SCALES = ("weight_scale", "weight_scale_inv", "weight_offset", "weight_dual_scale")
 ROLES = ("weight", *SCALES, "mul_scale", "bias")
+_CODES = frozenset({"I8", "U8", "F8_E4M3", "F8_E5M2"})
+"""A weight of one of these wants a scale; any other type but a float is a damaged file."""
 _FP4 = {"U8": "packed", "F8_E4M3": "e4m3", "BF16": "bf16"}
 
 
@@ -67,6 +69,8 @@ def read_layers(tensors: Mapping[str, TensorInfo], claims: Mapping[str, Claim]) 
     for name, roles in groups.items():
         if "weight" not in roles:  # a bias alone: the weight is missed by whoever counts the tensors
             continue
+        if roles["weight"].dtype not in FLOATS | _CODES and not set(SCALES) & roles.keys():
+            continue  # told by whoever looks at the types
         claim = claims.get(name)
         options = possible(roles)
         scheme = claim.scheme if claim else next(iter(options), "")
@@ -134,7 +138,7 @@ def _halves(name: str, roles: Mapping[str, TensorInfo]) -> list[str]:
         lone = [role for role in ("weight_offset", "weight_dual_scale") if role in roles]
         if lone:
             return [f"{name}.{role} has no weight_scale" for role in lone]
-        if weight not in FLOATS:
+        if weight in _CODES:
             return [f"{name}.weight ({weight}) has no scale"]
     return []
 

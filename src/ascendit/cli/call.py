@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascendit.cli import options
-from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.errors import UsageError
 
 if TYPE_CHECKING:
     from ascendit.checkpoint.layout import Layout
-    from ascendit.device.backends import Device
     from ascendit.pipeline.request import Defaults, GenerateRequest
 
 
@@ -202,7 +201,7 @@ def check_numbers(call: Call, layout: Layout, request: GenerateRequest) -> None:
 
     online = Online.of(call.scheme, call.recipe, patterns(call.keep), force=call.force)
     device = parse_device(call.device)
-    gated = device.chip is not None and call.emulate is None and call.ops != "reference"
+    gated = device.names_its_chip and call.emulate is None and call.ops != "reference"
     if online is None and call.step_policy is None and not gated:
         return
     if call.step_policy is not None:
@@ -211,28 +210,7 @@ def check_numbers(call: Call, layout: Layout, request: GenerateRequest) -> None:
     policy = policy_for(call.step_policy, online, layout, found)
     policy.check_steps(request.num_inference_steps)
     if gated:
-        check_chip(device, schemes_in(found))
-
-
-def check_chip(device: Device, schemes: set[str]) -> None:
-    """EnvironmentProblem E-CAP-01, as loading would raise it, where the device's name tells its chip: twins.
-
-    A scheme that is in no table is left to the loading.
-    """
-    from ascendit.device.npu import CHIPS as PRODUCTS
-    from ascendit.spec import CHIPS
-
-    known = CHIPS[str(device.chip)]
-    product = PRODUCTS[str(device.chip)].product
-    if lacking := sorted(s for s in schemes if known.get(s) == "emulated"):
-        have = [c for c in PRODUCTS.values() if CHIPS[c.name][lacking[0]] == "native"]
-        raise EnvironmentProblem(
-            f"scheme {lacking[0]} on {device}, a {product}: it has no matmul for it",
-            needs=f"{' or '.join(f'{c.product}, {c.name}' for c in have)}; {device.chip} has "
-            + " and ".join(s for s, support in known.items() if support == "native"),
-            fix="quantize to int8; or --emulate decode-on-use: the same numbers, slower",
-            code="E-CAP-01",
-        )
+        device.check_schemes(schemes_in(found))
 
 
 def frames_for(seconds: float, fps: int, stride: int = 4) -> int:

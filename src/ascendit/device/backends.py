@@ -14,15 +14,16 @@ import contextlib
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascendit.device import environment
-from ascendit.device.npu import CHIPS
+from ascendit.device.npu import CHIPS, not_here
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.spec import CHIPS as SUPPORT
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +97,17 @@ class Device:
     def collectives(self) -> str:
         """For torch.distributed.init_process_group."""
         return self.backend.collectives
+
+    @property
+    def names_its_chip(self) -> bool:
+        """Whether its name tells which schemes it has: a twin, or an open NPU."""
+        return self.chip is not None
+
+    def check_schemes(self, schemes: Iterable[str]) -> None:
+        """EnvironmentProblem E-CAP-01 for a scheme that its chip has no matmul for, where its name tells."""
+        for scheme in sorted(schemes):
+            if self.chip is not None and SUPPORT[self.chip].get(scheme) == "emulated":
+                raise not_here(self, self.chip, scheme)
 
     @property
     def has_attention_kernels(self) -> bool:

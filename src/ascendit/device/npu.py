@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ascendit.errors import EnvironmentProblem
+from ascendit.spec import CHIPS as SUPPORT
+
 Answer = Literal["yes", "cann", "adapter", "unknown"]
 """yes: there is a kernel. cann: torch_npu takes the call, CANN refuses it. adapter: torch_npu refuses it.
 unknown: no public document says, so nothing here relies on it."""
@@ -300,3 +303,16 @@ def capability(operator: str, mode: str = "") -> Capability:
         if row.operator == operator and row.mode == mode:
             return row
     return Capability(operator=operator, mode=mode)
+
+
+def not_here(device: object, chip: str, scheme: str) -> EnvironmentProblem:
+    """E-CAP-01 for a scheme that `chip` has no matmul for; says who has it, and what this one has."""
+    stored = "mxfp4" if scheme == "w4a8" else scheme
+    have = [c for c in CHIPS.values() if SUPPORT[c.name][stored] == "native"]
+    return EnvironmentProblem(
+        f"scheme {scheme} on {device}, a {CHIPS[chip].product}: it has no matmul for it",
+        needs=f"{' or '.join(f'{c.product}, {c.name}' for c in have)}; {chip} has "
+        + " and ".join(s for s, support in SUPPORT[chip].items() if support == "native"),
+        fix="quantize to int8; or --emulate decode-on-use: the same numbers, slower",
+        code="E-CAP-01",
+    )

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.errors import UsageError
 from ascendit.mx.codec import decode, encode
 from ascendit.mx.encoded import Encoded
 from ascendit.mx.formats import lookup, resolve_rule
@@ -211,7 +211,9 @@ class Schemes:
         scheme_of(scheme)
         if (choice := self.forms.get(scheme)) is None:
             if self.device.chip and self.emulate is None:
-                raise self._not_here(scheme)
+                from ascendit.device.npu import not_here
+
+                raise not_here(self.device, self.device.chip, scheme)
             plain = DECODED if self.emulate == "decode-once" else REFERENCE
             choice = LinearChoice(plain, "emulated: decoded and multiplied, the same numbers, slower")
         if scheme not in self._told:
@@ -266,19 +268,6 @@ class Schemes:
                 code="E-USE-01",
             )
         return self.form(a.scheme.name).quantized_linear(a, weight)
-
-    def _not_here(self, scheme: str) -> EnvironmentProblem:
-        from ascendit.device.npu import CHIPS
-
-        have = [c for c in CHIPS.values() if scheme in native_on(c.name)]
-        here = CHIPS[str(self.device.chip)]
-        return EnvironmentProblem(
-            f"scheme {scheme} on {self.device}, a {here.product}: it has no matmul for it",
-            needs=f"{' or '.join(f'{c.product}, {c.name}' for c in have)}; {here.name} has bf16 and "
-            + " and ".join(sorted(native_schemes(self.device))),
-            fix="quantize to int8; or --emulate decode-on-use: the same numbers, slower",
-            code="E-CAP-01",
-        )
 
 
 def to_emulate(value: object) -> Emulate | None:
