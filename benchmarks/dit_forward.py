@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import diffusers
 import torch
+from _timing import interleaved
 from diffusers import WanTransformer3DModel
 
 from ascendit.model.wan import WanConfig, WanTransformer
@@ -79,12 +80,7 @@ def main() -> None:
     runs = cases(args.layers, dtype, args.per_token)
     outputs = {name: run().float() for name, run in runs.items()}  # warm-up
     peer = list(runs)[-1]
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(args.reps):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+    seconds = interleaved(runs, args.reps)
     print(
         f"{time.strftime('%Y-%m-%d')} torch {torch.__version__} {platform.processor() or platform.machine()}"
     )

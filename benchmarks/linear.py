@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from _timing import interleaved
 from torch import Tensor
 
 from ascendit import mx
@@ -75,16 +76,6 @@ def rows_of(tokens: int, k: int, n: int, schemes: list[str], emulate: list[Emula
     return rows
 
 
-def timed(rows: dict[str, Row], reps: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(reps):
-        for name, row in rows.items():
-            start = time.perf_counter()
-            row.run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -105,7 +96,7 @@ def main() -> None:
     for k, n in shapes:
         rows = rows_of(args.tokens, k, n, args.schemes, ["decode-on-use", "decode-once"])
         facts |= {name: f"{row.memory:.2f} | {row.error():.1e}" for name, row in rows.items()}
-        seconds = timed(rows, args.reps)
+        seconds = interleaved({name: row.run for name, row in rows.items()}, args.reps)
         base, least = statistics.median(seconds["bf16"]), min(seconds["bf16"])
         for name, s in seconds.items():
             ratio = f"{statistics.median(s) / base:.2f} ({min(s) / least:.2f})"

@@ -21,6 +21,7 @@ from typing import Any
 
 import diffusers
 import torch
+from _timing import interleaved
 from diffusers import WanTransformer3DModel
 
 from ascendit.checkpoint.layout import recognise
@@ -89,12 +90,7 @@ def main() -> None:
     runs, memory = cases(args.layers, args.schemes, args.emulate)
     outputs = {name: run().float() for name, run in runs.items()}  # warm-up
     peer, load = list(runs)[-1], os.getloadavg()[0]
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(args.reps):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+    seconds = interleaved(runs, args.reps)
     print(
         f"{time.strftime('%Y-%m-%d')} torch {torch.__version__}, {args.layers} layers, {args.threads} threads"
     )

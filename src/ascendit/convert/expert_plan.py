@@ -14,9 +14,8 @@ from ascendit.checkpoint.write import TensorSpec
 from ascendit.convert.canonical import block_linear, marker_for, sort_names
 from ascendit.convert.dialects import Dialect, Traits, traits_of
 from ascendit.convert.recipe import Recipe
-from ascendit.convert.rules import AttentionPlan, LayerPlan, ModelKind
+from ascendit.convert.rules import AttentionPlan, LayerPlan, ModelKind, PlannedLayers
 from ascendit.errors import UsageError
-from ascendit.spec import SCHEMES
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 TILED = "fp8_128x128"
@@ -25,7 +24,7 @@ ROTATIONS = ("q_rot", "k_rot")
 
 
 @dataclass(frozen=True)
-class ExpertPlan:
+class ExpertPlan(PlannedLayers):
     """One expert and its output. Names are Diffusers' unless something else is said."""
 
     expert: Expert
@@ -39,11 +38,6 @@ class ExpertPlan:
     """`BF16`, or "": as the source has it."""
     smoothing: Mapping[str, Any] = field(default_factory=dict)
     """Layer -> mul_scale, float32 [K]."""
-
-    @property
-    def coded(self) -> dict[str, LayerPlan]:
-        """The layers that are quantized."""
-        return {plan.layer: plan for plan in self.layers if plan.scheme != "bf16"}
 
     def weight(self, layer: str) -> TensorInfo:
         """Where the weight [N, K] of a layer lies in the source."""
@@ -121,13 +115,6 @@ class ExpertPlan:
         return sum(spec.nbytes for spec in self.specs)
 
     @property
-    def schemes(self) -> dict[str, int]:
-        """Scheme -> number of linear layers, in the order of `spec.SCHEMES`, bf16 last."""
-        every = [plan.scheme for plan in self.layers]
-        order = sorted(SCHEMES, key=lambda name: name == "bf16")
-        return {name: every.count(name) for name in order if name in every}
-
-    @property
     def kept(self) -> dict[str, tuple[str, ...]]:
         """Why -> layers that stay as they are, in few words."""
         names = [plan.layer for plan in self.layers]
@@ -179,6 +166,19 @@ def check_source(expert: Expert) -> None:
         fix="give the BF16 original; `ascendit repack` takes this one as it is into another layout",
         code="E-QNT-01",
     )
+
+
+def check_kind(
+    kind: str | None, schemes: Iterable[str], name: str, *, force: bool, way: str = "--force"
+) -> None:
+    """UsageError E-QNT-02 for W4A4 on a TI2V-5B model. `way`: how to ask for it all the same."""
+    if kind == "ti2v" and (found := sorted(set(schemes) & set(FP4))) and not force:
+        raise UsageError(
+            f"{name} is a TI2V-5B model, and {', '.join(found)} is W4A4",
+            needs=f"{way}: vLLM-Omni's documentation reports a visible loss of accuracy for this pair",
+            fix=f"--scheme mxfp8, or {way} to do it all the same",
+            code="E-QNT-02",
+        )
 
 
 def warnings_for(plans: Iterable[ExpertPlan], recipe: Recipe, kind: ModelKind) -> list[str]:

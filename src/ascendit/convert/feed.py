@@ -1,7 +1,7 @@
 """The canonical tensors of one expert, straight into memory: what `quantize` or `repack` would write.
 
-    feed(expert, plan, sink)      # a float checkpoint, quantized as it is read
-    feed(expert, None, sink)      # codes that are on disk already, in any layout
+    feed(plan, sink)                      # a float checkpoint, quantized as it is read
+    feed(stored_steps(expert), sink)      # codes that are on disk already, in any layout
 
 A tensor is read into the place that `room` gives for it, some rows at a time, and told of when it is whole.
 Online and offline are equal by construction: both are `ExpertWriter`, with another end.
@@ -97,24 +97,23 @@ class _Online:
         self._sink.read(info, name, self._reader)
 
 
-def feed(expert: Expert, plan: ExpertPlan | None, sink: TensorSink) -> None:
-    """Every tensor of the expert, quantized by `plan`, or as it is stored.
+def feed(source: ExpertPlan | Steps, sink: TensorSink) -> None:
+    """Every tensor of an expert, quantized by a plan, or as it is stored.
 
     Raises CheckpointError: E-CKP-08 for scales that cannot be, E-CKP-02 for files that shrink, E-QNT-01 for
     weights that are not finite.
     """
     with RowReader() as reader:
-        if plan is not None:
-            ExpertWriter(plan, reader, _Online(sink, reader)).write()
+        if isinstance(source, ExpertPlan):
+            ExpertWriter(source, reader, _Online(sink, reader)).write()
             return
-        steps = stored_steps(expert)
-        for step in steps.written:
+        for step in source.written:
             if step.how == "move":
                 sink.read(step.sources[0], step.spec.name, reader)
                 continue
             for data in produce(step, reader):
                 sink.append(step.spec.name, data)
-        for step in steps.dropped:
+        for step in source.dropped:
             for _ in produce(step, reader):
                 pass
 

@@ -31,7 +31,7 @@ from ascendit.convert.calibration import (
     smoothable,
 )
 from ascendit.convert.dialects import Dialect, check_engine, model_kind, task_config
-from ascendit.convert.expert_plan import FP4, ExpertPlan, plan_expert, warnings_for
+from ascendit.convert.expert_plan import ExpertPlan, check_kind, plan_expert, warnings_for
 from ascendit.convert.expert_writer import Advance, ExpertWriter
 from ascendit.convert.job import OnProgress, Progress
 from ascendit.convert.lora import Folds, LoraSource
@@ -123,13 +123,7 @@ class QuantizeJob:
                 fix="keep fewer layers; `ascendit repack` changes the layout of a model alone",
                 code="E-QNT-01",
             )
-        if self.kind == "ti2v" and used & set(FP4) and not force:
-            raise UsageError(
-                f"{self.layout.name} is a TI2V-5B model, and {', '.join(sorted(used & set(FP4)))} is W4A4",
-                needs="--force: vLLM-Omni's documentation reports a visible loss of accuracy for this pair",
-                fix="--scheme mxfp8, or --force to do it all the same",
-                code="E-QNT-02",
-            )
+        check_kind(self.kind, used, self.layout.name, force=force)
         for plan in self.plans:
             check_engine(self.dialect.engine, plan.traits, f"{self.layout.name}/{plan.expert.name}")
         if self.calibrate is not None:

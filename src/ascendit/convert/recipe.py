@@ -47,8 +47,8 @@ from ascendit.convert.rules import (
     Rule,
     matching,
     no_layer,
+    ruled,
     wan_attention,
-    why_from,
 )
 from ascendit.convert.step_policy import StepPolicy
 from ascendit.errors import UsageError
@@ -83,15 +83,12 @@ class Recipe:
         blocks, every = block_linears(_known(config)), all_linears(_known(config))
         inside = frozenset(blocks)
         plans = {n: LayerPlan(n, "bf16", None, "no rule names it" if n in inside else OUTSIDE) for n in every}
+        return tuple((plans | ruled(self.rules_for(model_kind, keep), blocks, every)).values())
+
+    def rules_for(self, model_kind: ModelKind | None, keep: Sequence[str] = ()) -> list[tuple[Rule, str]]:
+        """The rules for a kind of model, and `keep` as more of them, each with where it comes from."""
         rules = [(rule, self.name) for rule in self.rules if not rule.kinds or model_kind in rule.kinds]
-        rules += [(Rule((pattern,), "bf16", None), "--keep") for pattern in keep]
-        for rule, origin in rules:
-            for pattern in rule.layers:
-                for name in matching(pattern, blocks) or matching(pattern, every):
-                    plans[name] = LayerPlan(name, rule.scheme, rule.scale_rule, why_from(origin, pattern))
-                if not matching(pattern, every):
-                    raise no_layer(pattern, origin, every)
-        return tuple(plans.values())
+        return rules + [(Rule((pattern,), "bf16", None), "--keep") for pattern in keep]
 
     def attention_plan(
         self, config: Mapping[str, Any], *, model_kind: ModelKind

@@ -11,9 +11,11 @@ from typing import Literal
 
 from ascendit.checkpoint.names import to_wan
 from ascendit.errors import UsageError
+from ascendit.spec import SCHEMES
 
 MODEL_KINDS = ("t2v", "i2v", "ti2v")
 OUTSIDE = "not a linear of the blocks"
+LIST_LAYERS = "correct the pattern; `*` crosses dots, and `ascendit inspect SRC --layers` lists the names"
 ModelKind = Literal["t2v", "i2v", "ti2v"]
 
 
@@ -61,6 +63,42 @@ class AttentionRule:
     kinds: tuple[str, ...] = ()
 
 
+class PlannedLayers:
+    """What every plan tells of its `layers`."""
+
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def coded(self) -> dict[str, LayerPlan]:
+        """The layers that are quantized."""
+        return {plan.layer: plan for plan in self.layers if plan.scheme != "bf16"}
+
+    @property
+    def schemes(self) -> dict[str, int]:
+        """Scheme -> number of linear layers, in the order of `spec.SCHEMES`, bf16 last."""
+        every = [plan.scheme for plan in self.layers]
+        order = sorted(SCHEMES, key=lambda name: name == "bf16")
+        return {name: every.count(name) for name in order if name in every}
+
+
+def ruled(
+    rules: Iterable[tuple[Rule, str]], inside: Sequence[str], every: Sequence[str], *, fix: str = LIST_LAYERS
+) -> dict[str, LayerPlan]:
+    """What rules, each with its origin, say of layers; the last that matches wins.
+
+    A pattern means layers of `inside`; only one that matches none of these reaches the others of `every`.
+    UsageError E-USE-05, with `fix`, for one that matches nothing.
+    """
+    plans = {}
+    for rule, origin in rules:
+        for pattern in rule.layers:
+            if not (names := matching(pattern, inside) or matching(pattern, every)):
+                raise no_layer(pattern, origin, every, fix=fix)
+            for name in names:
+                plans[name] = LayerPlan(name, rule.scheme, rule.scale_rule, why_from(origin, pattern))
+    return plans
+
+
 def matching(
     pattern: str, names: Iterable[str], other: Callable[[str], str | None] = to_wan
 ) -> tuple[str, ...]:
@@ -78,13 +116,13 @@ def why_from(origin: str, pattern: str) -> str:
     return f"--keep {pattern}" if origin == "--keep" else f"{origin}: {pattern}"
 
 
-def no_layer(pattern: str, origin: str, names: Sequence[str]) -> UsageError:
+def no_layer(pattern: str, origin: str, names: Sequence[str], *, fix: str = LIST_LAYERS) -> UsageError:
     """E-USE-05, with the three nearest of `names`."""
     plain = re.sub(r"[*?\[\]]+", "", pattern)
     near = difflib.get_close_matches(plain, names, n=3, cutoff=0.0)
     return UsageError(
         f"pattern {pattern!r} of {origin} matches none of {len(names)} layers",
         needs=f"layers of this model, like {', '.join(near)}",
-        fix="correct the pattern; `*` crosses dots, and `ascendit inspect SRC --layers` lists the names",
+        fix=fix,
         code="E-USE-05",
     )

@@ -28,12 +28,12 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from ascendit.checkpoint.store import listed
+from ascendit.convert.expert_plan import check_kind
 from ascendit.convert.recipe import Recipe
 from ascendit.errors import CheckpointError, EnvironmentProblem, UsageError
 from ascendit.integrations.arriving import Awaited, FromCodes, FromFloats
 from ascendit.integrations.stored_layers import left_out, stored_layers
 from ascendit.model.module_plan import METHOD, as_recipe, linears_of, marker_of, plan_module, wan_config_of
-from ascendit.model.online import check_kind
 from ascendit.model.quantize_module import bind_ as bind_
 from ascendit.model.quantize_module import rounded, say_attention_kept
 from ascendit.ops.bind import bind
@@ -238,7 +238,9 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         assert recipe is not None
         plan = plan_module(model, recipe, self._config.keep)
         if plan.kind:
-            check_kind(plan.kind, set(plan.schemes), type(model).__name__, force=self._config.force)
+            check_kind(
+                plan.kind, plan.schemes, type(model).__name__, force=self._config.force, way="force=True"
+            )
         say_attention_kept(model, plan)
         self._layers = {p.layer: p.scheme for p in plan.layers}
         self._waiting = {x: FromFloats(plan, x, linears[x].bias is not None) for x in plan.coded}

@@ -15,17 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ascendit.checkpoint.write import TensorSpec
+from ascendit.convert.calibration import leader_of
 from ascendit.convert.feed import torch_dtype
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.model.linear import Joint, QuantLinear, SmoothLinear
 from ascendit.ops.quantized import Schemes
-
-FAMILIES = (
-    ("attn1", ("to_q", "to_k", "to_v")),
-    ("attn2", ("to_k", "to_v")),
-    ("attn2", ("add_k_proj", "add_v_proj")),
-)
-"""Attention -> layers that read the same tokens."""
 
 
 @dataclass
@@ -154,7 +148,7 @@ class Arrangement:
             if layer.scheme == "bf16":
                 continue
             bias = f"{name}.bias" in self._specs
-            key = (_family(name), layer.scheme, layer.shape[1], id(layer.mul_scale), bias)
+            key = (leader_of(name), layer.scheme, layer.shape[1], id(layer.mul_scale), bias)
             stack = stacks.setdefault(key, Stack([], layer.scheme, [], layer.mul_scale))
             stack.layers.append(name)
             stack.shapes.append(layer.shape)
@@ -181,15 +175,6 @@ class Arrangement:
             return
         module = self._model.get_submodule(owner)
         module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-
-
-def _family(name: str) -> str:
-    """The same word for layers that read the same tokens."""
-    owner, _, leaf = name.rpartition(".")
-    for attention, leaves in FAMILIES:
-        if owner.endswith(attention) and leaf in leaves:
-            return f"{owner}.{leaves[0]}"
-    return name
 
 
 def nbytes(model: nn.Module) -> int:

@@ -92,24 +92,24 @@ class Joint:
             self._moved = (mul_scale, mul_scale.to(device))
         return self._moved[1]
 
+    def rows(self, member: int) -> slice:
+        """Where one member lies along N."""
+        start = sum(self.sizes[:member])
+        return slice(start, start + self.sizes[member])
+
     def encoded(self, member: int) -> Encoded:
         """One member as it lies on disk."""
-        e = self.schemes.stored(self.weight)
-        start = sum(self.sizes[:member])
-        rows = slice(start, start + self.sizes[member])
+        e, rows = self.schemes.stored(self.weight), self.rows(member)
         dual = None if e.dual_scale is None else e.dual_scale[rows]
         return Encoded(e.codes[rows], e.scale[rows], dual, e.format, -1, (self.sizes[member], e.shape[1]))
 
     def bias(self, member: int) -> Tensor | None:
         """float32 [N] of one member."""
-        start = sum(self.sizes[:member])
-        return None if self.weight.bias is None else self.weight.bias[start : start + self.sizes[member]]
+        return None if self.weight.bias is None else self.weight.bias[self.rows(member)]
 
     def replace(self, member: int, encoded: Encoded, bias: Tensor | None) -> None:
         """Other numbers for one member."""
-        e = self.schemes.stored(self.weight)
-        start = sum(self.sizes[:member])
-        rows = slice(start, start + self.sizes[member])
+        e, rows = self.schemes.stored(self.weight), self.rows(member)
         dual = None if e.dual_scale is None else e.dual_scale.clone()
         whole = Encoded(e.codes.clone(), e.scale.clone(), dual, e.format, e.axis, e.shape)
         whole.codes[rows], whole.scale[rows] = encoded.codes, encoded.scale

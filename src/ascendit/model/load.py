@@ -83,13 +83,14 @@ def load_expert(
     say_attention(expert)
     with torch.device("meta"):
         model = WanTransformer(WanConfig.from_dict(expert.config), ops)
-    specs = list(plan.specs) if plan else stored_steps(expert).specs
+    source = plan or stored_steps(expert)
+    specs = list(source.specs)
     coded = planned_layers(plan) if plan else stored_layers(expert)
     for scheme in {layer.scheme for layer in coded.values()} - {"bf16"}:
         ops.quantized.form(scheme)
     dtype = dtype or default_dtype((s for s in specs if s.name.rpartition(".")[0] not in coded), device)
     put = Arrangement(model, specs, coded, ops.quantized, device=device, dtype=dtype, wide=model.KEEP_FP32)
-    feed(expert, plan, TensorSink(specs, put.room, put.arrived))
+    feed(source, TensorSink(specs, put.room, put.arrived))
     if floats and plan:
         keep_floats(model, plan, device, dtype)
     used = ", ".join(f"{n} {s}" for s, n in Counter(x.scheme for x in coded.values()).items())

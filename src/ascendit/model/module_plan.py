@@ -21,7 +21,7 @@ from ascendit.checkpoint.part import TRANSFORMER
 from ascendit.convert.canonical import CODES_DTYPE, block_linear, marker_for
 from ascendit.convert.dialects import model_kind
 from ascendit.convert.recipe import Recipe, load_recipe
-from ascendit.convert.rules import OUTSIDE, LayerPlan, Rule, matching, no_layer, why_from
+from ascendit.convert.rules import OUTSIDE, LayerPlan, PlannedLayers, ruled
 from ascendit.errors import UsageError
 from ascendit.model.linear import QuantLinear
 from ascendit.spec import SCHEMES
@@ -35,11 +35,12 @@ METHOD = "ascendit"
 """The `quant_method` of a config whose layers are told by their tensors alone."""
 _MODULATION = re.compile(r"norm|mod$|modulation|adaln|embed|time_|temb|router", re.IGNORECASE)
 """In a part of a name between dots."""
+NAMED_MODULES = "correct the pattern; `*` crosses dots, and the names are those of `module.named_modules()`"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
 
 
 @dataclass(frozen=True)
-class ModulePlan:
+class ModulePlan(PlannedLayers):
     """Every linear layer of a module, in its order."""
 
     layers: tuple[LayerPlan, ...]
@@ -49,18 +50,6 @@ class ModulePlan:
     """Attention -> the quantization that the recipe asks for, and that a model of Diffusers does not run."""
     kind: Literal["t2v", "i2v", "ti2v"] | None
     """Of a Wan transformer."""
-
-    @property
-    def coded(self) -> dict[str, LayerPlan]:
-        """The layers that are quantized."""
-        return {plan.layer: plan for plan in self.layers if plan.scheme != "bf16"}
-
-    @property
-    def schemes(self) -> dict[str, int]:
-        """Scheme -> number of layers, bf16 last."""
-        every = [plan.scheme for plan in self.layers]
-        order = sorted(SCHEMES, key=lambda name: name == "bf16")
-        return {name: every.count(name) for name in order if name in every}
 
     @property
     def kept(self) -> dict[str, tuple[str, ...]]:
@@ -102,9 +91,7 @@ def plan_module(module: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) -> 
     whys = dict.fromkeys(every, OUTSIDE) | dict.fromkeys(blocks, MODULATION)
     whys |= dict.fromkeys(inside, "no rule names it")
     plans = {name: LayerPlan(name, "bf16", None, whys[name]) for name in every}
-    rules = [(rule, recipe.name) for rule in recipe.rules if not rule.kinds or kind in rule.kinds]
-    rules += [(Rule((pattern,), "bf16", None), "--keep") for pattern in keep]
-    plans |= _ruled(rules, inside, every)
+    plans |= ruled(recipe.rules_for(kind, keep), inside, every, fix=NAMED_MODULES)
     for name, chosen in plans.items():
         if why := _unfit(linears[name], chosen.scheme, sizes=config is None):
             plans[name] = LayerPlan(name, "bf16", None, why)
@@ -134,20 +121,6 @@ def marker_of(layers: Mapping[str, str], *, smoothed: Sequence[str] = (), wan: b
 
 
 # ---- parts --------------------------------------------------------------------------------------
-
-
-def _ruled(
-    rules: Sequence[tuple[Rule, str]], inside: Sequence[str], every: Sequence[str]
-) -> dict[str, LayerPlan]:
-    """What the rules say, the last one that matches; as `Recipe.plan` does it."""
-    plans = {}
-    for rule, origin in rules:
-        for pattern in rule.layers:
-            if not (names := matching(pattern, inside) or matching(pattern, every)):
-                raise _no_layer(pattern, origin, every)
-            for name in names:
-                plans[name] = LayerPlan(name, rule.scheme, rule.scale_rule, why_from(origin, pattern))
-    return plans
 
 
 def _is_modulation(name: str) -> bool:
@@ -199,12 +172,6 @@ def _in_few_words(chosen: Sequence[str], among: Sequence[str]) -> tuple[str, ...
     if sum(word in words for word, _ in collapsed(among)) == len(chosen):
         return grouped(words, every)
     return grouped(chosen, among)
-
-
-def _no_layer(pattern: str, origin: str, names: Sequence[str]) -> UsageError:
-    e = no_layer(pattern, origin, names)
-    fix = "correct the pattern; `*` crosses dots, and the names are those of `module.named_modules()`"
-    return UsageError(e.got, needs=e.needs, fix=fix, code=e.code)
 
 
 def _refused(module: nn.Module, problem: str, fix: str) -> UsageError:

@@ -11,7 +11,7 @@ from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.part import read_json
 from ascendit.convert.card import RECORD_FILE
 from ascendit.convert.dialects import Dialect, model_kind
-from ascendit.convert.expert_plan import FP4, ExpertPlan, check_source, plan_expert
+from ascendit.convert.expert_plan import ExpertPlan, check_kind, check_source, plan_expert
 from ascendit.convert.recipe import Recipe, load_recipe
 from ascendit.convert.step_policy import StepPolicy
 from ascendit.convert.steps import schemes_of
@@ -54,19 +54,9 @@ class Online:
             return None
         kind = model_kind(expert.config)
         plan = plan_expert(expert, self.recipe, kind, keep=self.keep, dialect=Dialect(offset=False))
-        check_kind(kind, set(plan.schemes), expert.path.parent.name, force=self.force)
+        name, way = expert.path.parent.name, "--set force=true (in Python force=True)"
+        check_kind(kind, plan.schemes, name, force=self.force, way=way)
         return plan
-
-
-def check_kind(kind: str, schemes: set[str], name: str, *, force: bool) -> None:
-    """UsageError E-QNT-02 for W4A4 on a TI2V-5B model."""
-    if kind == "ti2v" and schemes & set(FP4) and not force:
-        raise UsageError(
-            f"{name} is a TI2V-5B model, and {', '.join(sorted(schemes & set(FP4)))} is W4A4",
-            needs="force: vLLM-Omni's documentation reports a visible loss of accuracy for this pair",
-            fix="--scheme mxfp8; or all the same --set force=true, --force in quantize, force=True in Python",
-            code="E-QNT-02",
-        )
 
 
 def read_experts(layout: Layout, online: Online | None) -> list[tuple[Expert, ExpertPlan | None]]:

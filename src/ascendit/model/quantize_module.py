@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ascendit.convert.expert_plan import check_kind
 from ascendit.convert.recipe import Recipe
 from ascendit.convert.report import ExpertReport
 from ascendit.errors import UsageError
 from ascendit.model.arrange import nbytes
 from ascendit.model.linear import QuantLinear
 from ascendit.model.module_plan import ModulePlan, as_recipe, linears_of, marker_of, plan_module
-from ascendit.model.online import check_kind
 from ascendit.mx.codec import INPUT_DTYPES, check_dtype, encode
 from ascendit.mx.encoded import Encoded
 from ascendit.mx.formats import Format, lookup, resolve_rule
@@ -112,7 +112,7 @@ def quantize_(
     """
     plan = plan_module(module, as_recipe(recipe_or_scheme), keep)
     if plan.kind:
-        check_kind(plan.kind, set(plan.schemes), type(module).__name__, force=force)
+        check_kind(plan.kind, plan.schemes, type(module).__name__, force=force, way="force=True")
     linears, names = linears_of(module), _names(module)
     for layer in plan.coded:
         check_weight(plan, layer, linears[layer].weight)
