@@ -218,8 +218,13 @@ def test_a_mistyped_tensor(demo: Path) -> None:
 
 
 def test_codes_without_a_scale(demo: Path) -> None:
+    change_weights(demo, lambda t: t.update({LAYER: ("I8", (16, 192))}))
+    broken(demo, "E-CKP-08", f"{LAYER} (I8) has no scale")
+
+
+def test_a_weight_of_a_type_that_no_scheme_has(demo: Path) -> None:
     change_weights(demo, lambda t: t.update({LAYER: ("I64", (16, 192))}))
-    broken(demo, "E-CKP-08", f"{LAYER} (I64) has no scale")
+    broken(demo, "E-CKP-04", f"1 mistyped ({LAYER} I64)")
 
 
 def test_what_diffusers_also_skips(demo: Path) -> None:
@@ -285,7 +290,7 @@ DAMAGES = {
     "drop_tensor": ("E-CKP-04", "1 missing"),
     "extra_tensor": ("E-CKP-04", "1 unexpected"),
     "wrong_shape": ("E-CKP-04", "1 misshapen"),
-    "wrong_dtype": ("E-CKP-08", "has no scale"),
+    "wrong_dtype": ("E-CKP-04", "1 mistyped"),
     "index_missing_file": ("E-CKP-03", "00009-of-00003"),
     "index_outside": ("E-CKP-03", "outside"),
 }
