@@ -58,7 +58,7 @@ def test_what_is_prepared_gives_the_same_numbers_in_fewer_kernels(name):
 
 def test_preparing_is_nothing_where_nothing_is_gained():
     rows = torch.randn(2, 3)
-    assert bind("cpu").prepare("adaln", rows, dtype=torch.bfloat16) == (rows,)
+    assert bind("cpu").prepare("rope", rows, dtype=torch.bfloat16) == (rows,)
     assert bind("twin:a5", "reference").prepare("rope", rows, dtype=torch.bfloat16) == (rows,)
 
 

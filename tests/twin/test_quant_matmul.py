@@ -12,7 +12,8 @@ from torch import Tensor
 import ascendit.twin
 from ascendit import mx
 from ascendit.mx import layouts
-from ascendit.twin.operators import dual_level, quant_matmul
+from ascendit.twin import arithmetic
+from ascendit.twin.operators import quant_matmul
 from ascendit.twin.operators.quant_matmul_call import Call
 
 npu = torch.ops.npu
@@ -195,8 +196,8 @@ def test_dual_level(m: int, n: int, k: int) -> None:
     y = npu.npu_dual_level_quant_matmul(q, weight, s0, w0.t().contiguous(), s1, w1, bias=bias)
     exact = a @ b.t() + bias
     assert y.dtype == torch.bfloat16 and ((y.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
-    left, right = (quant_matmul.mx_values(c, s, packed=True) for c, s in ((q, s1), (wq, w1)))
-    assert apart(dual_level.product(left, right, s0, w0.t()), a @ b.t()) < LIMIT
+    tokens, channels = (mx.encode(t, "mxfp4_dualscale", scale_rule="floor") for t in (x, w))
+    assert apart(arithmetic.linear(tokens, channels, None, torch.float32), a @ b.t()) < LIMIT
 
 
 def test_weight_only() -> None:

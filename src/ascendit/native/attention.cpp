@@ -16,6 +16,7 @@
 namespace {
 
 constexpr int QUERIES = 48, KEYS = 256, LANES = 16, ROWS = 6;
+constexpr float LOG2_E = 1.44269504089f;
 using bf16 = uint16_t;
 
 inline __m512 exp2_ps(__m512 x) {  // 2^x for x <= 0, relative error under 2e-7; 0 below 2^-126
@@ -97,14 +98,19 @@ void pack_values(const bf16* v, const Shape& s, int64_t h, bf16* out) {
         }
 }
 
-struct Work {  // one thread's memory
-    std::vector<bf16> q, p;
-    std::vector<float> scores, out, most, sum;
-    explicit Work(int64_t d)
-        : q(QUERIES * d), p(QUERIES * KEYS), scores(QUERIES * KEYS), out(QUERIES * d), most(QUERIES), sum(QUERIES) {}
+struct Sums {  // for each query [H, S], or null: the largest score, and the sum of exponentials below it
+    float *most, *sum;
 };
 
-// Scores of one row to probabilities: new maximum, rescaling of what was summed so far, BF16 weights.
+struct Work {  // one thread's memory
+    std::vector<bf16> q, p, rest;
+    std::vector<float> scores, out, most, sum;
+    explicit Work(int64_t d)
+        : q(QUERIES * d), p(QUERIES * KEYS), rest(QUERIES * KEYS), scores(QUERIES * KEYS), out(QUERIES * d), most(QUERIES), sum(QUERIES) {}
+};
+
+// Scores of one row to probabilities: new maximum, rescaling of what was summed so far, weights as two
+// BF16 numbers each, or their rounding would be as large as that of the output.
 void soften(Work& w, int row, int width, int valid, float scale, int64_t d) {
     float* s = w.scores.data() + row * KEYS;
     for (int j = valid; j < width; ++j) s[j] = -INFINITY;
@@ -118,7 +124,10 @@ void soften(Work& w, int row, int width, int valid, float scale, int64_t d) {
     for (int j = 0; j < width; j += LANES) {
         const __m512 e = exp2_ps(_mm512_fmadd_ps(_mm512_loadu_ps(s + j), factor, offset));
         total = _mm512_add_ps(total, e);
-        _mm256_storeu_si256((__m256i*)(w.p.data() + row * KEYS + j), (__m256i)_mm512_cvtneps_pbh(e));
+        const __m256i high = (__m256i)_mm512_cvtneps_pbh(e);
+        const __m512 rest = _mm512_sub_ps(e, _mm512_cvtpbh_ps((__m256bh)high));
+        _mm256_storeu_si256((__m256i*)(w.p.data() + row * KEYS + j), high);
+        _mm256_storeu_si256((__m256i*)(w.rest.data() + row * KEYS + j), (__m256i)_mm512_cvtneps_pbh(rest));
     }
     w.sum[row] = w.sum[row] * fade + _mm512_reduce_add_ps(total);
     if (fade != 1.0f) {
@@ -128,8 +137,8 @@ void soften(Work& w, int row, int width, int valid, float scale, int64_t d) {
     }
 }
 
-void one_block(const bf16* q, const bf16* keys, const bf16* values, bf16* out, const Shape& s, int64_t h,
-               int64_t first, float scale, Work& w) {
+void one_block(const bf16* q, const bf16* keys, const bf16* values, bf16* out, const Sums& sums, const Shape& s,
+               int64_t h, int64_t first, float scale, Work& w) {
     const int rows = int(std::min<int64_t>(QUERIES, s.S - first)), d = int(s.d);
     std::fill(w.q.begin(), w.q.end(), bf16(0));
     for (int r = 0; r < rows; ++r) std::memcpy(&w.q[r * d], q + ((first + r) * s.H + h) * d, d * sizeof(bf16));
@@ -142,6 +151,7 @@ void one_block(const bf16* q, const bf16* keys, const bf16* values, bf16* out, c
         multiply(w.q.data(), d, keys + start * d, width, d / 2, w.scores.data(), KEYS, width, false);
         for (int r = 0; r < QUERIES; ++r) soften(w, r, width, valid, scale, d);
         multiply(w.p.data(), KEYS, values + start * d, d, width / 2, w.out.data(), d, d, true);
+        multiply(w.rest.data(), KEYS, values + start * d, d, width / 2, w.out.data(), d, d, true);
     }
     for (int r = 0; r < rows; ++r) {
         const __m512 f = _mm512_set1_ps(1.0f / w.sum[r]);
@@ -150,15 +160,19 @@ void one_block(const bf16* q, const bf16* keys, const bf16* values, bf16* out, c
             const __m512 o = _mm512_mul_ps(_mm512_loadu_ps(&w.out[r * d + c]), f);
             _mm256_storeu_si256((__m256i*)(to + c), (__m256i)_mm512_cvtneps_pbh(o));
         }
+        if (!sums.most) continue;
+        sums.most[h * s.S + first + r] = w.most[r] / LOG2_E;
+        sums.sum[h * s.S + first + r] = w.sum[r];
     }
 }
 
 }  // namespace
 
-extern "C" void attention_bf16(const bf16* q, const bf16* k, const bf16* v, bf16* out, int64_t S, int64_t L, int64_t H,
-                               int64_t d) {
+extern "C" void attention_bf16(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* most, float* sum,
+                               int64_t S, int64_t L, int64_t H, int64_t d) {
     const Shape s{S, L, H, d, (L + 31) / 32 * 32};
-    const float scale = 1.44269504089f / std::sqrt(float(d));  // scores in powers of two
+    const Sums sums{most, sum};
+    const float scale = LOG2_E / std::sqrt(float(d));  // scores in powers of two
     std::vector<bf16> keys(s.padded * H * d), values(s.padded * H * d);
     const int64_t blocks = (S + QUERIES - 1) / QUERIES;
 #pragma omp parallel
@@ -172,7 +186,7 @@ extern "C" void attention_bf16(const bf16* q, const bf16* k, const bf16* v, bf16
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < H * blocks; ++i) {
             const int64_t h = i / blocks, at = h * s.padded * d;
-            one_block(q, &keys[at], &values[at], out, s, h, (i % blocks) * QUERIES, scale, work);
+            one_block(q, &keys[at], &values[at], out, sums, s, h, (i % blocks) * QUERIES, scale, work);
         }
     }
 }

@@ -27,7 +27,7 @@ FLAGS: tuple[str, ...] = (
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-w"),
     *("-fno-math-errno", "-fno-trapping-math"),  # or roundings do not become vector instructions
 )
-EXTRA: dict[str, tuple[str, ...]] = {"encode": ("-ffp-contract=off",)}
+EXTRA: dict[str, tuple[str, ...]] = dict.fromkeys(("elementwise", "encode"), ("-ffp-contract=off",))
 """Source -> more flags. Off: a product and a sum round twice, as in PyTorch."""
 OPTIONAL: tuple[tuple[str, ...], ...] = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 """Tried one after the other, for compilers that lack one. Without OpenMP there is one thread only."""

@@ -21,16 +21,24 @@ inline bf16 narrow(float f) {
     return f != f ? bf16(0x7FC0) : rounded;
 }
 
+inline float fused(float a, float b, float c) {  // a b + c; elsewhere products are rounded, as in PyTorch
+#ifdef __FMA__
+    return std::fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 inline float exp2f_fast(float x) {  // relative error under 2e-7 for |x| < 126
     const float whole = std::nearbyintf(x);
     const float f = x - whole;
     float p = 1.5403530e-4f;
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
+    p = fused(p, f, 1.3333558e-3f);
+    p = fused(p, f, 9.6181291e-3f);
+    p = fused(p, f, 5.5504109e-2f);
+    p = fused(p, f, 2.4022651e-1f);
+    p = fused(p, f, 6.9314718e-1f);
+    p = fused(p, f, 1.0f);
     const int32_t power = (int32_t(whole) + 127) << 23;
     float scale;
     std::memcpy(&scale, &power, 4);

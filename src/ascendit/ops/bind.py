@@ -40,6 +40,11 @@ class Choice:
     prepare: Prepare | None = None
 
 
+def in_dtype(*rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Prepares rows of a modulation: in the dtype of the tokens."""
+    return tuple(t.to(dtype) for t in rows)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ops:
     """The operators of the denoiser, by name. Contracts: `ascendit.ops.reference`."""
@@ -175,4 +180,5 @@ def _fast_forms(device: Device, fast_layernorm: bool, attention: str | None) -> 
             name: Choice(function, f"native: {reason}, for BF16 tokens")
             for name, (function, reason) in cpu_native.forms().items()
         }
+        forms |= {name: replace(forms[name], prepare=in_dtype) for name in module.ROUNDED_ROWS}
     return forms

@@ -2,6 +2,9 @@
 
 What makes them fast: PyTorch's CPU layer norm takes BF16 tokens with float32 weights in one kernel, and
 AdaLN is a layer norm whose weight is `1 + scale`; a rotation is one complex product.
+
+The twin computes with these too (`twin/arithmetic.py`), so what differs between a video made on a CPU and
+one made by the Ascend path is the path, never the arithmetic.
 """
 
 from __future__ import annotations
@@ -11,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ascendit.ops.reference import Spans
+
+ROUNDED_ROWS = ("adaln", "gated_residual")
+"""Operators whose rows come in the dtype of the tokens, because an NPU takes no others."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -28,7 +34,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 def adaln(x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, eps: float) -> Tensor:
     """As `reference.adaln`. One kernel for each span, and one row of D for `1 + scale`."""
-    weight, shape = scale + 1, x.shape[-1:]
+    weight, shift, shape = scale.float() + 1, shift.float(), x.shape[-1:]
     if len(spans) == 1:
         return F.layer_norm(x, shape, weight[0], shift[0], eps)
     return torch.cat(
@@ -37,7 +43,7 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, eps: float) -> 
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
-    """As `reference.gated_residual`. The sum is float32 (`gate` promotes it) and is rounded once."""
+    """As `reference.gated_residual`. The sum is float32 and is rounded once."""
     if len(spans) == 1:
         return torch.addcmul(x, y, gate[0]).to(x.dtype)
     out = torch.empty_like(x)

@@ -84,11 +84,12 @@ def _rms_norm(call: Any) -> Callable[..., Tensor]:
 def _rope(call: Any) -> Callable[..., Tensor]:
     def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """As `reference.rope`."""
-        if not _ready(x) or x.shape[0] != 1:
+        if not _ready(x):
             return cpu.rope(x, cos, sin)
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         out = torch.empty_like(x)
-        call(_at(x), _at(cos), _at(sin), _at(out), *map(_n, x.shape[1:]))
+        for sample, to in zip(x, out, strict=True):
+            call(_at(sample), _at(cos), _at(sin), _at(to), *map(_n, x.shape[1:]))
         return out
 
     return rope
@@ -97,29 +98,41 @@ def _rope(call: Any) -> Callable[..., Tensor]:
 def _gated_residual(call: Any) -> Callable[..., Tensor]:
     def gated_residual(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
         """As `reference.gated_residual`."""
-        if not _ready(x, y) or x.shape[0] != 1:
+        if not _ready(x, y):
             return cpu.gated_residual(x, y, gate, spans)
         x, y, gate = x.contiguous(), y.contiguous(), gate.float().contiguous()
-        out, d, start = torch.empty_like(x), x.shape[-1], 0
-        for r, length in enumerate(spans):
-            at = [ctypes.c_void_p(t.data_ptr() + 2 * start * d) for t in (x, y)]
-            row, to = gate.data_ptr() + 4 * r * d, out.data_ptr() + 2 * start * d
-            call(*at, ctypes.c_void_p(row), ctypes.c_void_p(to), _n(length), _n(d))
-            start += length
+        out, d = torch.empty_like(x), x.shape[-1]
+        for a, b, to in zip(x, y, out, strict=True):
+            start = 0
+            for row, length in zip(gate, spans, strict=True):
+                call(*(_at(t[start:]) for t in (a, b)), _at(row), _at(to[start:]), _n(length), _n(d))
+                start += length
         return out
 
     return gated_residual
 
 
 def _attention(call: Any) -> Callable[..., Tensor]:
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As `reference.attention`; weights are rounded to BF16 before they meet the values."""
-        b, s, h, d = q.shape
-        if not _ready(q, k, v) or b != 1 or d % 32 or d > LARGEST_HEAD or math.prod(k.shape) == 0:
+    def attention(q: Tensor, k: Tensor, v: Tensor, sums: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """As `reference.attention`, as exact as its rounding to BF16.
+
+        `sums`: float32 [B, H, S] each, to be filled where `fits_attention`: the largest score of each query,
+        and the sum of exponentials below it.
+        """
+        if not fits_attention(q, k, v):
             return cpu.attention(q, k, v)
+        (b, s, h, d), length = q.shape, k.shape[1]
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out = torch.empty_like(q)
-        call(_at(q), _at(k), _at(v), _at(out), _n(s), _n(k.shape[1]), _n(h), _n(d))
+        for i in range(b):
+            stats = (_at(t[i]) for t in sums) if sums else (None, None)
+            call(*(_at(t[i]) for t in (q, k, v, out)), *stats, _n(s), _n(length), _n(h), _n(d))
         return out
 
     return attention
+
+
+def fits_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the C++ attention takes these [B, S, H, d]."""
+    d = q.shape[3]
+    return _ready(q, k, v) and not d % 32 and d <= LARGEST_HEAD and math.prod(k.shape) > 0

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ascendit.errors import EnvironmentProblem
 from ascendit.ops import npu_attention
-from ascendit.ops.bind import Choice, Prepare
+from ascendit.ops.bind import Choice, Prepare, in_dtype
 from ascendit.ops.reference import Spans
 
 log = logging.getLogger("ascendit")
@@ -133,11 +133,6 @@ def _by_span(one: Callable[[Tensor, int], Tensor], x: Tensor, spans: Spans) -> T
 def prepare_rope(*tables: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """cos and sin [S, d/2] -> [1, S, 1, d], each number twice; float32 whatever the tokens are."""
     return tuple(torch.stack((t, t), -1).flatten(-2)[None, :, None, :].float() for t in tables)
-
-
-def in_dtype(*rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Rows in the dtype of the tokens."""
-    return tuple(t.to(dtype) for t in rows)
 
 
 # ---- which of them ------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ascendit.twin import arithmetic
 from ascendit.twin.faults import refuse, require
 
 NO_LIMIT = 2147483647
@@ -186,10 +187,13 @@ def pieces(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, out_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, N, S, D] -> float32 output, largest score and sum of exponentials per query [B, N, S].
+    """[B, N, S, D] -> output, largest score and sum of exponentials per query, float32 [B, N, S].
 
-    Runs over blocks of 256 queries. Fewer key heads than query heads: each serves its group.
+    Without a mask as a CPU attends, where it can, and the output in q's dtype; else in float32, over blocks of
+    256 queries. Fewer key heads than query heads: each serves its group.
     """
+    if out_mask is None and arithmetic.can_attend(q, k, v, scale):
+        return arithmetic.attend(q, k, v, scale)
     group = q.shape[1] // k.shape[1]
     keys, values = (t.to(torch.float32).repeat_interleave(group, 1) for t in (k, v))
     outs, tops, sums = [], [], []

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.twin import dtypes, nz
+from ascendit.mx import layouts
+from ascendit.mx.encoded import Encoded
+from ascendit.twin import arithmetic, dtypes, nz
 from ascendit.twin.faults import require
-from ascendit.twin.operators.quant_matmul import mx_values
 from ascendit.twin.registry import Out, operator
 
 
@@ -64,18 +65,16 @@ def npu_dual_level_quant_matmul(
     )
     dtype = dtypes.output_dtype(output_dtype, (torch.bfloat16, torch.float16), "dual-level FP4")
     yield Out((m, n), dtype)
-    a = mx_values(x1, x1_level1_scale, packed=True)
-    b = mx_values(nz.from_nz(x2), x2_level1_scale, packed=True)
-    out = product(a, b, x1_level0_scale, x2_level0_scale)
-    yield (out if bias is None else out + bias).to(dtype)
+    tokens = _encoded(x1, x1_level1_scale, x1_level0_scale.unsqueeze(-1))
+    weight = _encoded(nz.from_nz(x2), x2_level1_scale, layouts.from_npu_dual(x2_level0_scale))
+    yield arithmetic.linear(tokens, weight, bias, dtype)
 
 
-def product(a: Tensor, b: Tensor, coarse_a: Tensor, coarse_b: Tensor) -> Tensor:
-    """float32 a @ b^T of values [M, K], [N, K], each 512 columns times their coarse scales [M, G], [G, N]."""
-    out = torch.zeros(a.shape[0], b.shape[0])
-    for g, (left, right) in enumerate(zip(a.split(512, 1), b.split(512, 1), strict=True)):
-        out += (left @ right.t()) * coarse_a[:, g, None] * coarse_b[g]
-    return out
+def _encoded(codes: Tensor, pairs: Tensor, coarse: Tensor) -> Encoded:
+    """Packed codes [R, K / 2], pairs [R, K / 64, 2] and coarse scales [R, K / 512, 1]."""
+    k = 2 * codes.shape[1]
+    fine = layouts.from_pairs(pairs.view(torch.uint8), -(-k // 32))
+    return Encoded(codes.view(torch.uint8), fine, coarse, "mxfp4_dualscale", -1, (len(codes), k))
 
 
 def _check_matrices(x1: Tensor, x2: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ascendit.twin import arithmetic
 from ascendit.twin.faults import require
 from ascendit.twin.operators import attention as core
 from ascendit.twin.operators import norms
@@ -39,9 +40,14 @@ def _check_adaln(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None,
 
 
 def _adaln(x: Tensor, scale: Tensor, shift: Tensor, weight: Any, bias: Any, epsilon: float | None) -> Any:
-    y, mean, rstd = norms.layer(x, 1, weight, bias, 1e-5 if epsilon is None else epsilon)
-    wide = [_modulation(t, x).to(torch.float32) for t in (scale, shift)]
-    return (y * (1 + wide[0]) + wide[1]).to(x.dtype), mean.to(x.dtype), rstd.to(x.dtype)
+    eps = 1e-5 if epsilon is None else epsilon
+    y, mean, rstd = norms.layer(x, 1, weight, bias, eps)
+    rows = [_modulation(t, x) for t in (scale, shift)]
+    if weight is bias is None and x.dim() == 3:
+        out = arithmetic.adaln(x, *rows, eps)
+    else:
+        out = (y * (1 + rows[0].to(torch.float32)) + rows[1].to(torch.float32)).to(x.dtype)
+    return out, mean.to(x.dtype), rstd.to(x.dtype)
 
 
 @operator("mindiesd::adaln")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ascendit.twin import arithmetic
 from ascendit.twin.faults import require
 from ascendit.twin.operators import mx_quant
 from ascendit.twin.operators.mx_quant import FLOATS, Rule
@@ -55,7 +56,7 @@ def npu_rms_norm(self: Tensor, gamma: Tensor, epsilon: float) -> Iterator[Any]:
     _check_gamma(self, gamma, wide=True)
     yield Out(tuple(self.shape), self.dtype), _rstd(self, gamma)
     y, rstd = rms(self, gamma, epsilon)
-    yield y.to(self.dtype), rstd
+    yield arithmetic.rms_norm(self, gamma, epsilon) if gamma.dim() == 1 else y.to(self.dtype), rstd
 
 
 @operator("npu_add_rms_norm")

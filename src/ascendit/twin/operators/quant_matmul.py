@@ -8,12 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.mx import elements, scales
-from ascendit.mx.formats import E2M1
-from ascendit.twin import nz
+from ascendit.mx import elements, layouts
+from ascendit.mx import scales as e8m0
+from ascendit.mx.encoded import Encoded
+from ascendit.mx.formats import E2M1, lookup
+from ascendit.twin import arithmetic, nz
 from ascendit.twin.operators import quant_matmul_contract as contract
 from ascendit.twin.operators.quant_matmul_call import Call, is_transposed, mode_of
 from ascendit.twin.registry import Out, gate, operator
+
+
+FORMATS = {
+    "fp8": ("fp8", "fp8"),
+    "mxfp8": ("mxfp8", "mxfp8"),
+    "mxfp4": ("mxfp4", "mxfp4"),
+    "w4a8": ("mxfp8", "mxfp4"),
+}
+"""Mode -> formats of x1 and x2, where a CPU has the same product."""
 
 
 @operator("npu_quant_matmul")
@@ -25,7 +36,32 @@ def npu_quant_matmul(**arguments: Any) -> Iterator[Any]:
     shape, dtype = contract.CHECKS[mode](call)
     yield Out(shape, dtype)
     x2 = nz.from_nz(call.x2) if nz.fractal(call.x2) else call.x2
-    yield NUMBERS[mode](call, x2).to(dtype)
+    shared = _as_encoded(call, x2, mode)
+    if shared is not None:
+        yield arithmetic.linear(*shared, dtype).view(shape)
+    else:
+        yield NUMBERS[mode](call, x2).to(dtype)
+
+
+def _as_encoded(call: Call, x2: Tensor, mode: str) -> tuple[Encoded, Encoded, Tensor | None] | None:
+    """Tokens, weight [N, K] and bias, where a CPU has this product too; None for the layouts it lacks."""
+    e5m2 = torch.float8_e5m2 in (call.x1.dtype, x2.dtype)
+    if mode not in FORMATS or e5m2 or call.x1.dim() != 2 or not is_transposed(call.x2):
+        return None
+    if call.bias is not None and call.bias.numel() != x2.shape[-1]:
+        return None
+    assert call.pertoken_scale is not None
+    k = call.x1.shape[-1] * (2 if mode == "mxfp4" else 1)
+    sides = (call.x1, call.pertoken_scale), (x2.mT, call.scale if mode == "fp8" else call.scale.transpose(0, 1))
+    if mode == "fp8":
+        scales = [scale.view(-1, 1).expand(len(codes), 1) for codes, scale in sides]
+    else:
+        scales = [layouts.from_pairs(scale.view(torch.uint8), -(-k // 32)) for _, scale in sides]
+    both = [
+        Encoded(codes.view(getattr(torch, lookup(name).codes_dtype)), scale, None, name, -1, (len(codes), k))
+        for (codes, _), scale, name in zip(sides, scales, FORMATS[mode], strict=True)
+    ]
+    return *both, None if call.bias is None else call.bias.to(torch.float32).flatten()
 
 
 # ---- numbers: float32 before the output cast -------------------------------------------------------------
@@ -104,8 +140,8 @@ def mx_values(codes: Tensor, pairs: Tensor, packed: bool) -> Tensor:
 def mx_scaled(values: Tensor, pairs: Tensor) -> Tensor:
     """float32 [.., K] times its scales; those of blocks beyond K are filling."""
     length = values.shape[-1]
-    plain = scales.from_bytes(pairs.contiguous().view(torch.uint8)).flatten(-2)[..., : -(-length // 32)]
-    return scales.join_blocks(scales.split_blocks(values, 32) * plain.unsqueeze(-1), length)
+    plain = e8m0.from_bytes(pairs.contiguous().view(torch.uint8)).flatten(-2)[..., : -(-length // 32)]
+    return e8m0.join_blocks(e8m0.split_blocks(values, 32) * plain.unsqueeze(-1), length)
 
 
 def numbers(codes: Tensor, packed: bool) -> Tensor:

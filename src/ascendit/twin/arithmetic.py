@@ -1,0 +1,104 @@
+"""The arithmetic of the twin's dense operators: that of the CPU's own, `ops/cpu.py` and `ops/cpu_native.py`.
+
+Both round where the chips do, so a model makes the same bytes on a CPU and on a twin, and a difference
+between the two is a fault of the Ascend path. Each is tested against plain PyTorch under its own name.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ascendit.mx.encoded import Encoded
+
+if TYPE_CHECKING:
+    from ascendit.ops.quantized import LinearChoice
+
+_QUERIES = 256
+
+
+@functools.cache
+def _on_a_cpu(name: str) -> Callable[..., Any]:
+    from ascendit.ops import cpu, cpu_native
+
+    found = cpu_native.forms().get(name)
+    plain: Callable[..., Any] = getattr(cpu, name)
+    return found[0] if found else plain
+
+
+def rms_norm(x: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) gamma in x's dtype. gamma [D]."""
+    out: Tensor = _on_a_cpu("rms_norm")(x, gamma, epsilon)
+    return out
+
+
+def adaln(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
+    """layer_norm(x) (1 + scale) + shift in x's dtype. x [B, S, D]; scale, shift [B, 1, D]."""
+    call, length = _on_a_cpu("adaln"), (x.shape[1],)
+    return torch.cat([call(x[i : i + 1], scale[i], shift[i], length, epsilon) for i in range(len(x))])
+
+
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    """Exact (`none`) or tanh, in x's dtype."""
+    out: Tensor = _on_a_cpu("gelu_tanh" if approximate == "tanh" else "gelu")(x)
+    return out
+
+
+def can_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether `attend` takes these: plain softmax attention, which a CPU computes as exactly as it rounds."""
+    from ascendit.ops import cpu, cpu_native
+
+    same_heads = q.shape[1] == k.shape[1] and q.shape[3] == v.shape[3]
+    if not same_heads or not math.isclose(scale, q.shape[3] ** -0.5, rel_tol=1e-6):
+        return False
+    compiled = _on_a_cpu("attention") is not cpu.attention
+    return q.dtype == torch.float32 or (compiled and cpu_native.fits_attention(*_heads_last(q, k, v)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, N, S, D] -> output in q's dtype; largest score and sum of exponentials, float32 [B, N, S]."""
+    call, heads = _on_a_cpu("attention"), _heads_last(q, k, v)
+    if q.dtype == torch.float32:
+        return call(*heads).transpose(1, 2), *_sums(q, k, scale)
+    sums = torch.empty(q.shape[:3]), torch.empty(q.shape[:3])
+    return call(*heads, sums).transpose(1, 2), *sums
+
+
+def _heads_last(*tensors: Tensor) -> list[Tensor]:
+    return [t.transpose(1, 2) for t in tensors]
+
+
+def _sums(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    tops, totals = [], []
+    for part in q.to(torch.float32).split(_QUERIES, 2):
+        scores = (part @ k.to(torch.float32).mT) * scale
+        tops.append(scores.amax(-1))
+        totals.append(torch.exp(scores - tops[-1].unsqueeze(-1)).sum(-1))
+    return torch.cat(tops, 2), torch.cat(totals, 2)
+
+
+def linear(tokens: Encoded, weight: Encoded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """tokens [M, K] times weight [N, K] plus bias [N], with sums in float32, rounded once -> [M, N]."""
+    from ascendit.ops.quantized import SCHEMES, Activation
+
+    mixed = (tokens.format, weight.format) == ("mxfp8", "mxfp4")
+    scheme = SCHEMES["w4a8" if mixed else weight.format]
+    device, forms = _linear_on_a_cpu()
+    form = forms[scheme.name].form
+    m, k = tokens.shape
+    a = Activation(scheme, (m,), k, dtype, tokens.codes, tokens.scale, tokens.dual_scale)
+    return form.quantized_linear(a, form.prepare_weight(weight, bias, device))
+
+
+@functools.cache
+def _linear_on_a_cpu() -> tuple[Any, Mapping[str, LinearChoice]]:
+    from ascendit.device.backends import parse_device
+    from ascendit.ops import cpu_linear
+
+    device = parse_device("cpu")
+    return device, cpu_linear.forms(device, None)
