@@ -46,7 +46,9 @@ def test_attention(queries: int, keys: int, heads: int, d: int) -> None:
     got = form("attention")(q, k, v)
     truth = reference.attention(q.float(), k.float(), v.float())
     assert worst(got, truth) < HALF_STEP
-    assert (got - truth).norm() <= 1.01 * (truth.bfloat16() - truth).norm()  # nothing but the rounding at the end
+    assert (got - truth).norm() <= 1.01 * (
+        truth.bfloat16() - truth
+    ).norm()  # nothing but the rounding at the end
 
 
 def test_sums_of_attention_and_a_batch() -> None:

@@ -16,9 +16,9 @@ import ascendit
 from ascendit.convert.calibration import leader_of
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.model.linear import QuantLinear, Tokens
+from ascendit.ops import cpu_native
 from ascendit.pipeline.calibrate import experts_of
 from ascendit.pipeline.generate import Pipeline
-from ascendit.pipeline.quality import trace
 from ascendit.pipeline.quality_layers import layer_inputs
 from ascendit.pipeline.similarity import psnr, sqnr
 from ascendit.pipeline.verify import pick
@@ -29,7 +29,7 @@ SHORT: dict[str, Any] = {"num_inference_steps": 3, "num_frames": 5}
 MX = ("mxfp8", "mxfp4", "mxfp4_dualscale", "w4a8")
 SCHEMES = ("int8", "fp8", *MX)
 PLACES = [(s, d) for s in SCHEMES for d in ("cpu", "twin:a5")] + [("int8", "twin:a2"), ("int8", "twin:a3")]
-CLOSE_DB, LAYER_DB, CLOSER_DB = 45.0, 50.0, 6.0
+CLOSE_DB, LAYER_DB = 45.0, 50.0
 
 
 @pytest.fixture(autouse=True)
@@ -92,12 +92,32 @@ def test_a_chip_without_the_matmul_says_so_or_emulates(scheme: str) -> None:
 # ---- the CPU and the twin -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scheme", "chip"), [("bf16", "a5"), ("int8", "a5"), ("int8", "a2"), ("bf16", "a2")])
-def test_cpu_and_twin_agree(scheme: str, chip: str) -> None:
-    found = psnr(
-        *(frames(online(scheme, d)) for d in ("cpu", f"twin:{chip}"))
-    )  # three steps settle too little
-    assert found >= CLOSE_DB
+SAME = [*((s, "a5") for s in ("bf16", *SCHEMES)), ("bf16", "a2")]
+"""(scheme, chip) of the same bytes as on the CPU. On a2 and a3 the quantizer of int8 divides otherwise."""
+compiled = pytest.mark.skipif(
+    "attention" not in cpu_native.forms(), reason="without the C++ attention a CPU rounds its weights to BF16"
+)
+
+
+@compiled
+@pytest.mark.parametrize(("scheme", "chip"), SAME)
+def test_the_cpu_and_the_twin_make_the_same_bytes(scheme: str, chip: str) -> None:
+    """So whatever differs on a twin is a fault of the Ascend path, never of the arithmetic."""
+    cpu, twin = (frames(online(scheme, d), **SHORT) for d in ("cpu", f"twin:{chip}"))
+    assert np.array_equal(cpu, twin)
+
+
+def on_a2(prompts: int) -> float:
+    """Median PSNR of the CPU's videos in int8 and those of a2."""
+    texts = [scene.prompt() for scene in pick(prompts)]
+    cpu, twin = ([frames(online("int8", d), text) for text in texts] for d in ("cpu", "twin:a2"))
+    found = [psnr(a, b) for a, b in zip(cpu, twin, strict=True)]
+    print([round(x, 1) for x in found])
+    return median(found)
+
+
+def test_int8_on_the_cpu_and_on_a2_agree() -> None:
+    assert on_a2(3) >= CLOSE_DB
 
 
 def layers_between(scheme: str) -> dict[str, float]:
@@ -128,45 +148,18 @@ def test_layers_on_the_same_input_agree(scheme: str) -> None:
     assert found[worst] >= LAYER_DB, (worst, found[worst])
 
 
-def closer(scheme: str, prompts: list[str]) -> float:
-    """How much nearer the CPU's and the twin's video are to each other than either is to BF16, in dB.
-
-    The median over the videos. One code that flips makes another video, so single ones vary much.
-    """
-    cpu, twin, floats = (
-        [frames(pipe, p) for p in prompts]
-        for pipe in (online(scheme, "cpu"), online(scheme, "twin:a5"), online("bf16", "cpu"))
-    )
-    gains = [psnr(a, b) - max(psnr(a, c), psnr(b, c)) for a, b, c in zip(cpu, twin, floats, strict=True)]
-    print(scheme, [round(x, 1) for x in gains])
-    return median(gains)
-
-
-def test_a_step_in_w4a8_is_nearer_to_that_of_the_twin_than_to_bf16() -> None:
-    """The error of the weights is the same on both; in the other schemes that of the tokens is as large."""
-    pipes = online("w4a8", "cpu"), online("w4a8", "twin:a5"), online("bf16", "cpu")
-    requests = [pipe.request(PROMPT, seed=7, **SHORT | {"num_inference_steps": 1}) for pipe in pipes]
-    cpu, twin, floats = (trace(*pair).latents for pair in zip(pipes, requests, strict=True))
-    assert sqnr(twin, cpu) >= max(sqnr(cpu, floats), sqnr(twin, floats)) + CLOSER_DB
-
-
-# The aim is 6 dB for all. Dual-scale does not reach it: 4.9 measured (docs/quality.md has why).
+@compiled
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("scheme", "least"), [("mxfp8", 6.0), ("mxfp4", 6.0), ("mxfp4_dualscale", 4.0), ("w4a8", 6.0)]
-)
-def test_mx_videos_of_twelve_prompts(scheme: str, least: float) -> None:
-    assert closer(scheme, [scene.prompt() for scene in pick(12)]) >= least
+@pytest.mark.parametrize(("scheme", "chip"), SAME)
+def test_the_same_bytes_for_twelve_prompts(scheme: str, chip: str) -> None:
+    for scene in pick(12):
+        cpu, twin = (frames(online(scheme, d), scene.prompt()) for d in ("cpu", f"twin:{chip}"))
+        assert np.array_equal(cpu, twin)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "chip"), [("bf16", "a5"), ("bf16", "a2"), ("int8", "a5"), ("int8", "a2")])
-def test_twelve_prompts(scheme: str, chip: str) -> None:
-    prompts = [scene.prompt() for scene in pick(12)]
-    cpu, twin = ([frames(online(scheme, d), p) for p in prompts] for d in ("cpu", f"twin:{chip}"))
-    found = [psnr(a, b) for a, b in zip(cpu, twin, strict=True)]
-    print(scheme, chip, [round(x, 1) for x in found])
-    assert median(found) >= CLOSE_DB
+def test_twelve_prompts_in_int8_on_a2() -> None:
+    assert on_a2(12) >= CLOSE_DB
 
 
 # ---- steps --------------------------------------------------------------------------------------

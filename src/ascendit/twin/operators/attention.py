@@ -189,8 +189,8 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[B, N, S, D] -> output, largest score and sum of exponentials per query, float32 [B, N, S].
 
-    Without a mask as a CPU attends, where it can, and the output in q's dtype; else in float32, over blocks of
-    256 queries. Fewer key heads than query heads: each serves its group.
+    Without a mask as a CPU attends, where it can, and the output in q's dtype; else in float32, over blocks
+    of 256 queries. Fewer key heads than query heads: each serves its group.
     """
     if out_mask is None and arithmetic.can_attend(q, k, v, scale):
         return arithmetic.attend(q, k, v, scale)

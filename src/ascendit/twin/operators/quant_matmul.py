@@ -17,7 +17,6 @@ from ascendit.twin.operators import quant_matmul_contract as contract
 from ascendit.twin.operators.quant_matmul_call import Call, is_transposed, mode_of
 from ascendit.twin.registry import Out, gate, operator
 
-
 FORMATS = {
     "fp8": ("fp8", "fp8"),
     "mxfp8": ("mxfp8", "mxfp8"),
@@ -52,7 +51,10 @@ def _as_encoded(call: Call, x2: Tensor, mode: str) -> tuple[Encoded, Encoded, Te
         return None
     assert call.pertoken_scale is not None
     k = call.x1.shape[-1] * (2 if mode == "mxfp4" else 1)
-    sides = (call.x1, call.pertoken_scale), (x2.mT, call.scale if mode == "fp8" else call.scale.transpose(0, 1))
+    sides = (
+        (call.x1, call.pertoken_scale),
+        (x2.mT, call.scale if mode == "fp8" else call.scale.transpose(0, 1)),
+    )
     if mode == "fp8":
         scales = [scale.view(-1, 1).expand(len(codes), 1) for codes, scale in sides]
     else:
