@@ -174,7 +174,6 @@ def test_marker_of_smoothed_layers() -> None:
 @pytest.mark.parametrize(
     ("layers", "smoothed"),
     [
-        (all_in("bf16"), ()),
         (all_in("fp8"), ()),
         (all_in("mxfp8") | {"blocks.0.ffn.net.2": "mxfp4"}, ()),
         (all_in("int8") | {"condition_embedder.time_proj": "int8"}, ()),
@@ -182,10 +181,14 @@ def test_marker_of_smoothed_layers() -> None:
         (all_in("mxfp8"), ("blocks.0.ffn.net.2",)),
         (all_in("mxfp4", "blocks.0.ffn.net.2"), ("blocks.0.ffn.net.2",)),
     ],
-    ids=["float", "fp8", "mixed", "embedder", "half of qkv", "smoothed mxfp8", "smoothed and kept"],
+    ids=["fp8", "mixed", "embedder", "half of qkv", "smoothed mxfp8", "smoothed and kept"],
 )
 def test_what_the_marker_cannot_say(layers: dict[str, str], smoothed: tuple[str, ...]) -> None:
-    assert marker_for(layers, smoothed) is None
+    assert marker_for(layers, smoothed) == {"quant_method": "ascendit"}
+
+
+def test_floats_have_no_marker() -> None:
+    assert marker_for(all_in("bf16")) is None
 
 
 def test_fused_names() -> None:

@@ -28,7 +28,6 @@ from ascendit.ops.bind import bind
 from ascendit.pipeline import generate
 
 RECIPES = ["int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale", "mixed"]
-UNMARKED = ("fp8", "mixed")
 MIXED = """
 round_to = "bf16"
 
@@ -86,11 +85,6 @@ def settled(model: Any) -> Any:
     return model
 
 
-def given(recipe: str) -> AscenditConfig | None:
-    """What a user has to say for such a folder."""
-    return AscenditConfig() if recipe in UNMARKED else None
-
-
 def inputs(model: Any, seed: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(seed)
     return torch.randn(1, model.config.in_channels, 3, 6, 4), torch.randn(1, 64, model.config.text_dim)
@@ -122,7 +116,7 @@ def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_quantized_folder_computes_as_ours_does(recipe: str, folder: Any) -> None:
     path = folder(recipe)
-    stock = load(path / "transformer", given(recipe))
+    stock = load(path / "transformer")
     layers = [m for m in stock.modules() if isinstance(m, QuantLinear)]
     assert len(layers) == 20 + (recipe == "mixed") and not any(p.is_meta for p in stock.parameters())
     ours = load_transformer(recognise(path).parts["transformer"], bind("cpu"), dtype=torch.float32)
@@ -141,7 +135,7 @@ def test_online_is_offline_and_the_tensors_are_those_of_the_disk(
     recipe: str, folder: Any, named: Any, tiny_t2v_cascade: Path
 ) -> None:
     path = folder(recipe) / "transformer"
-    offline = load(path, given(recipe))
+    offline = load(path)
     online = load(tiny_t2v_cascade / "transformer", AscenditConfig(named(recipe)))
     stored = load_file(path / tiny.WEIGHTS)
     wide = {n: t.float() if t.dtype == torch.bfloat16 else t for n, t in stored.items() if "_rot" not in n}
@@ -155,7 +149,7 @@ def test_online_is_offline_and_the_tensors_are_those_of_the_disk(
 @pytest.mark.parametrize(("name", "recipe"), [("t2v_single", "int8"), ("i2v_21", "mxfp8"), ("ti2v", "fp8")])
 def test_other_kinds_of_wan_load(name: str, recipe: str, folder: Any) -> None:
     path = folder(recipe, name) / "transformer"
-    model = load(path, given(recipe), torch_dtype=torch.bfloat16)
+    model = load(path, torch_dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16 and model.scale_shift_table.dtype == torch.float32
     coded = {n for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert coded == {
@@ -186,7 +180,7 @@ def test_smoothed_layers(folder: Any, tiny_t2v_cascade: Path, tmp_path: Path) ->
     smoothing = {"transformer": scales, "transformer_2": scales}
     keep = ["blocks.1.attn2.to_q"]
     ascendit.quantize(tiny_t2v_cascade, tmp_path / "s", scheme="mxfp8", smoothing=smoothing, keep=keep)
-    stock = load(tmp_path / "s/transformer", AscenditConfig())
+    stock = load(tmp_path / "s/transformer")
     ours = load_transformer(recognise(tmp_path / "s").parts["transformer"], bind("cpu"))
     x, text = inputs(stock, 0)
     with torch.inference_mode():
@@ -246,15 +240,22 @@ def test_the_stock_pipeline_makes_our_video(folder: Any, tiny_t2v_cascade: Path,
 
 
 def test_a_mixed_recipe_in_a_pipeline(folder: Any, tmp_path: Path) -> None:
-    """No marker says it: the user does; what is saved says so by itself."""
-    config = PipelineQuantizationConfig(
-        quant_mapping={"transformer": AscenditConfig(), "transformer_2": AscenditConfig()}
-    )
-    pipe = WanPipeline.from_pretrained(folder("mixed"), quantization_config=config)
+    pipe = WanPipeline.from_pretrained(folder("mixed"))
     wanted = stock_latents(pipe)
     pipe.save_pretrained(tmp_path / "saved")
     assert relative(stock_latents(WanPipeline.from_pretrained(tmp_path / "saved")), wanted) < 0.1
     assert torch.equal(our_latents(tmp_path / "saved"), our_latents(folder("mixed")))
+
+
+def test_a_folder_without_a_marker(folder: Any, tmp_path: Path) -> None:
+    """As SGLang wants it: the user says that it holds codes."""
+    ascendit.repack(folder("int8"), tmp_path / "s", engine="sglang")
+    assert "quantization_config" not in json.loads((tmp_path / "s/transformer/config.json").read_text())
+    config = PipelineQuantizationConfig(
+        quant_mapping={"transformer": AscenditConfig(), "transformer_2": AscenditConfig()}
+    )
+    pipe = WanPipeline.from_pretrained(tmp_path / "s", quantization_config=config)
+    assert torch.equal(stock_latents(pipe), stock_latents(WanPipeline.from_pretrained(folder("int8"))))
 
 
 def test_model_offload(folder: Any) -> None:
@@ -376,7 +377,6 @@ def test_another_layout_is_sent_to_repack(folder: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "config", "code", "text"),
     [
-        ("fp8", {"scheme": "mxfp8"}, "E-QNT-01", "which holds codes"),
         ("", {}, "E-USE-01", "which holds no codes"),
         ("", {"scheme": "mxfp8", "keep": ["blocks.7.*"]}, "E-USE-05", "blocks.7"),
         ("", {"scheme": "mxfp8", "recipe": "ascend-w4a4"}, "E-USE-01", "2 of recipe and scheme"),
@@ -393,6 +393,13 @@ def test_calls_that_make_no_sense(
     with pytest.raises(AscenditError, match=text) as e:
         load(path / "transformer", AscenditConfig(**config))
     assert e.value.code == code
+
+
+def test_codes_are_not_quantized_again(folder: Any, tmp_path: Path) -> None:
+    ascendit.repack(folder("int8"), tmp_path / "s", engine="sglang")
+    with pytest.raises(UsageError, match="which holds codes") as e:
+        load(tmp_path / "s/transformer", AscenditConfig("mxfp8"))
+    assert e.value.code == "E-QNT-01"
 
 
 def test_offloading_device_maps_are_refused(folder: Any, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_mxfp8_in_one_folder_for_two_engines(tmp_path: Path) -> None:
 
 def test_what_says_it_is_quantized(tmp_path: Path) -> None:
     unmarked = pipeline(tmp_path / "a", "mxfp8", marker=False)
-    assert engine(unmarked, "vllm-omni").reason == "it wants a quantization_config in config.json"
+    assert engine(unmarked, "vllm-omni").reason == "it wants its own quantization_config in config.json"
     assert engine(unmarked, "sglang").verdict == "runs"
     undescribed = pipeline(tmp_path / "b", "mxfp8", described=False)
     assert engine(undescribed, "vllm-omni").verdict == "runs"

@@ -164,6 +164,8 @@ _LINEAR = re.compile(
 )
 _QKV = re.compile(r"(.*\.attn1)\.to_[qkv]")
 _RENAMED = ((".ffn.net.0.", ".ffn.net_0."), (".ffn.net.2", ".ffn.net_2"), (".to_out.0", ".to_out"))
+METHOD = "ascendit"
+"""The `quant_method` of a config whose layers are told by the manifest, or by their tensors."""
 _SERIALIZED = {
     "int8": "is_checkpoint_int8_serialized",
     "mxfp8": "is_checkpoint_mxfp8_serialized",
@@ -181,26 +183,28 @@ def block_linear(name: str) -> bool:
 
 
 def marker_for(layers: Mapping[str, str], smoothed: Collection[str] = ()) -> dict[str, Any] | None:
-    """`quantization_config` for config.json, in the keys that vLLM-Omni 0.30 knows and no other.
+    """`quantization_config` for config.json, in keys that vLLM-Omni 0.30 knows; None for floats.
 
     `layers`: every linear of the blocks (and others that are quantized) -> scheme, `bf16` for those that are
     kept; `smoothed`: those with a `mul_scale`. `ignored_layers` holds the kept ones, by the names of its
     modules: `attn1.to_qkv`, `to_out`, `ffn.net_0.proj`, `ffn.net_2`.
 
-    None where its schema cannot say how the layers lie, and the manifest rules alone: nothing quantized, two
-    schemes, FP8 by rows, a quantized layer outside the blocks, a Q without its K and V, smoothing in a scheme
-    or in a kept layer where it knows none.
+    Its schema cannot say two schemes, FP8 by rows, a quantized layer outside the blocks, a Q without its K
+    and V, smoothing in a scheme or in a kept layer where it knows none. Then the method is ascendit's own:
+    Diffusers asks ascendit, and vLLM-Omni stops instead of taking codes for weights.
     """
+    own = {"quant_method": METHOD}
     coded = {name: scheme for name, scheme in layers.items() if scheme in CODES_DTYPE}
-    schemes = set(coded.values())
-    if len(schemes) != 1 or not all(map(block_linear, coded)):
+    if not coded:
         return None
-    (method,) = schemes
-    if method not in _SERIALIZED or not set(smoothed) <= (set(coded) if method in _SMOOTHED else set()):
-        return None
+    method, *more = set(coded.values())
+    if more or method not in _SERIALIZED or not all(map(block_linear, coded)):
+        return own
+    if not set(smoothed) <= (set(coded) if method in _SMOOTHED else set()):
+        return own
     kept = [name for name in sort_names(layers) if name not in coded and block_linear(name)]
     if (ignored := fused_names(kept, coded)) is None:
-        return None
+        return own
     marker: dict[str, Any] = {"quant_method": method, _SERIALIZED[method]: True}
     if method == "mxfp4" and set(smoothed) == set(coded):
         marker["require_smooth_scale"] = True

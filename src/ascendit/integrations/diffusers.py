@@ -6,9 +6,9 @@
     config = AscenditConfig("mxfp8")                                 # quantizes any model as it loads
     model = FluxTransformer2DModel.from_pretrained(folder, quantization_config=config)
 
-Mixed recipes and fp8 have no marker, since no key of vLLM-Omni's can say them: for such a folder give
-`quantization_config=AscenditConfig()`, to a pipeline in a `PipelineQuantizationConfig(quant_mapping=..)`.
-Diffusers lets a marker win over a config that is given; how layers compute is changed later with `bind_`.
+A folder without a marker, as SGLang's are, needs `quantization_config=AscenditConfig()`, a pipeline in a
+`PipelineQuantizationConfig(quant_mapping=..)`. Diffusers lets a marker win over a config that is given; how
+layers compute is changed later with `bind_`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from ascendit.checkpoint.store import listed
+from ascendit.convert.canonical import METHOD
 from ascendit.convert.expert_plan import check_kind
 from ascendit.convert.recipe import Recipe
 from ascendit.errors import CheckpointError, EnvironmentProblem, UsageError
 from ascendit.integrations.arriving import Awaited, FromCodes, FromFloats
 from ascendit.integrations.stored_layers import left_out, stored_layers
-from ascendit.model.module_plan import METHOD, as_recipe, linears_of, marker_of, plan_module, wan_config_of
+from ascendit.model.module_plan import as_recipe, linears_of, marker_of, plan_module, wan_config_of
 from ascendit.model.quantize_module import bind_ as bind_
 from ascendit.model.quantize_module import rounded, say_attention_kept
 from ascendit.ops.bind import bind

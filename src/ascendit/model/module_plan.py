@@ -18,7 +18,7 @@ from torch import nn
 from ascendit.checkpoint.groups import grouped
 from ascendit.checkpoint.names import all_linears, block_linears
 from ascendit.checkpoint.part import TRANSFORMER
-from ascendit.convert.canonical import CODES_DTYPE, block_linear, marker_for
+from ascendit.convert.canonical import CODES_DTYPE, METHOD, block_linear, marker_for
 from ascendit.convert.dialects import model_kind
 from ascendit.convert.recipe import Recipe, load_recipe
 from ascendit.convert.rules import OUTSIDE, LayerPlan, PlannedLayers, ruled
@@ -31,8 +31,6 @@ MIN_SIZE = 32
 MULTIPLE = 16
 """Of N, and of K in int8 and fp8: what the matmuls of accelerators take."""
 MODULATION = "makes modulation, one row for a sample"
-METHOD = "ascendit"
-"""The `quant_method` of a config whose layers are told by their tensors alone."""
 _MODULATION = re.compile(r"norm|mod$|modulation|adaln|embed|time_|temb|router", re.IGNORECASE)
 """In a part of a name between dots."""
 NAMED_MODULES = "correct the pattern; `*` crosses dots, and the names are those of `module.named_modules()`"

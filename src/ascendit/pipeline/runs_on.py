@@ -17,6 +17,7 @@ from ascendit.checkpoint.expert import Expert, Layer
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.manifest import find_manifest
 from ascendit.checkpoint.part import read_json
+from ascendit.convert.canonical import METHOD
 from ascendit.convert.dialects import DIALECTS, Dialect, Traits, traits_of
 from ascendit.pipeline.expert_report import Summary
 from ascendit.spec import ENGINES, Support, chips_for
@@ -156,8 +157,9 @@ def _tensor_obstacles(dialect: Dialect, layer: Layer) -> Iterator[str]:
 def _description_obstacles(dialect: Dialect, experts: Sequence[Expert]) -> Iterator[str]:
     """vLLM-Omni goes by config.json alone, the others by the manifest."""
     if dialect.engine == "vllm-omni":
-        if any(e.marker is None for e in experts if e.layers):
-            yield "it wants a quantization_config in config.json"
+        markers = [e.marker for e in experts if e.layers]
+        if any(marker is None or marker.get("quant_method") == METHOD for marker in markers):
+            yield "it wants its own quantization_config in config.json"
     elif any(e.manifest is None for e in experts):
         yield "it wants quant_model_description.json"
     elif dialect.aliases and any(_lacks_aliases(e) for e in experts):
