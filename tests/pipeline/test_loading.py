@@ -115,6 +115,8 @@ def test_experts_whose_recipes_differ(tmp_path):
         ({"scheme": "mxfp8", "keep": "blocks.99.*"}, UsageError, "E-USE-05", "blocks.99"),
         ({"scheme": "mxfp8", "emulate": "sometimes"}, UsageError, "E-USE-01", "sometimes"),
         ({"scheme": "mxfp4", "activation_rule": "mxfp4=rceil"}, UsageError, "E-USE-01", "rceil"),
+        ({"scheme": "mxfp4", "activation_rule": "mxfp8=floor"}, UsageError, "E-USE-01", "for mxfp8, which"),
+        ({"activation_rule": "mxfp4=max:7"}, UsageError, "E-USE-01", "for mxfp4, which no layer"),
     ],
 )
 def test_mistakes_are_told_before_a_weight_is_read(options, error, code, text):

@@ -118,8 +118,7 @@ def quantize_(
         check_weight(plan, layer, linears[layer].weight)
     where = device or str(linears[next(iter(plan.coded))].weight.device)
     schemes = bind(where, emulate=emulate, activation_rule=activation_rule).quantized
-    for scheme in set(plan.schemes) - {"bf16"}:
-        schemes.form(scheme)
+    schemes.check(plan.schemes)
     before, weights = nbytes(module), sum(p.numel() for p in module.parameters())
     if plan.round_to:
         for parameter in module.parameters():

@@ -23,7 +23,7 @@ matmul stay within the order of the sums of it; an NPU also rounds the bias of W
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -221,6 +221,23 @@ class Schemes:
             form = choice.form.name
             log.info("linear layers in %s on %s -> %s: %s", scheme, self.device, form, choice.reason)
         return choice.form
+
+    def check(self, used: Iterable[str]) -> None:
+        """Before anything loads: `used` are the schemes that a model computes in, w4a8 among them.
+
+        EnvironmentProblem E-CAP-01 for one that is not on this chip; UsageError E-USE-01 for a scale rule
+        that nothing would follow.
+        """
+        found = set(used) - {"bf16"}
+        for scheme in sorted(found):
+            self.form(scheme)
+        if idle := sorted(self.rules.keys() - found):
+            raise UsageError(
+                f"activation_rule for {', '.join(idle)}, which no layer computes in",
+                needs=f"rules for {', '.join(sorted(found)) or 'a quantized model'}",
+                fix="leave it out, or name the scheme that is there",
+                code="E-USE-01",
+            )
 
     def prepare_weight(
         self,

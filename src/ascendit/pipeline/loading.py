@@ -76,8 +76,7 @@ def load(
         attention=attention,
         nz=nz,
     )
-    for name in schemes_in(found) - {"bf16"}:
-        bound.quantized.form(name)
+    bound.quantized.check(schemes_in(found) | ({"w4a8"} & policy.precisions))
     put = place.torch_name
     report = on_progress or (lambda event: None)
     total = 3 + len(found)
