@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ascendit import mx
 from ascendit.ops import cpu_native, npu, npu_attention
-from ascendit.ops.bind import Ops, bind
+from ascendit.ops.bind import Ops, bind, in_dtype
 from ascendit.ops.quantized import SCHEMES
 from ascendit.twin import arithmetic
 
@@ -97,5 +97,5 @@ def test_a_weight_in_fractal_nz_gives_the_same() -> None:
 def test_an_npu_takes_no_other_rows_than_a_cpu() -> None:
     from ascendit.ops import cpu
 
-    rounded = {f.name for f in npu.FORMS if f.prepare is npu.in_dtype}
+    rounded = {f.name for f in npu.FORMS if f.prepare is in_dtype}
     assert rounded == set(cpu.ROUNDED_ROWS)

@@ -42,11 +42,11 @@ def _check_adaln(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None,
 def _adaln(x: Tensor, scale: Tensor, shift: Tensor, weight: Any, bias: Any, epsilon: float | None) -> Any:
     eps = 1e-5 if epsilon is None else epsilon
     y, mean, rstd = norms.layer(x, 1, weight, bias, eps)
-    rows = [_modulation(t, x) for t in (scale, shift)]
+    scale, shift = _modulation(scale, x), _modulation(shift, x)
     if weight is bias is None and x.dim() == 3:
-        out = arithmetic.adaln(x, *rows, eps)
+        out = arithmetic.adaln(x, scale, shift, eps)
     else:
-        out = (y * (1 + rows[0].to(torch.float32)) + rows[1].to(torch.float32)).to(x.dtype)
+        out = (y * (1 + scale.to(torch.float32)) + shift.to(torch.float32)).to(x.dtype)
     return out, mean.to(x.dtype), rstd.to(x.dtype)
 
 

@@ -59,11 +59,11 @@ def _as_encoded(call: Call, x2: Tensor, mode: str) -> tuple[Encoded, Encoded, Te
         scales = [scale.view(-1, 1).expand(len(codes), 1) for codes, scale in sides]
     else:
         scales = [layouts.from_pairs(scale.view(torch.uint8), -(-k // 32)) for _, scale in sides]
-    both = [
+    tokens, weight = (
         Encoded(codes.view(getattr(torch, lookup(name).codes_dtype)), scale, None, name, -1, (len(codes), k))
         for (codes, _), scale, name in zip(sides, scales, FORMATS[mode], strict=True)
-    ]
-    return *both, None if call.bias is None else call.bias.to(torch.float32).flatten()
+    )
+    return tokens, weight, None if call.bias is None else call.bias.to(torch.float32).flatten()
 
 
 # ---- numbers: float32 before the output cast -------------------------------------------------------------
