@@ -200,7 +200,6 @@ def test_scales_of_nan_and_kept_floats_refuse_a_state_dict():
 def test_joined_layers_that_come_to_read_tokens_otherwise_stay_right():
     layers, parts = joint_of(1, 2, 3)
     layers[1].mul_scale = torch.rand(64) + 0.5
-    layers[2].rule = "floor"
     t = Tokens(tokens())
     for m in layers:
         assert torch.equal(linear(OPS, m, t), m(tokens()))

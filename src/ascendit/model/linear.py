@@ -39,13 +39,11 @@ class Tokens:
         self._made: dict[tuple[Any, ...], Any] = {}
         self._products: dict[tuple[Any, ...], list[Tensor | None]] = {}
 
-    def activation(
-        self, schemes: Schemes, scheme: str, mul_scale: Tensor | None, rule: str | None
-    ) -> Activation:
+    def activation(self, schemes: Schemes, scheme: str, mul_scale: Tensor | None) -> Activation:
         """As codes. Layers that are smoothed alike hold the same `mul_scale` object."""
-        key = (scheme, id(mul_scale), rule)
+        key = (scheme, id(mul_scale))
         if key not in self._made:
-            self._made[key] = schemes.quantize_activation(self.x, scheme, mul_scale, rule)
+            self._made[key] = schemes.quantize_activation(self.x, scheme, mul_scale)
         found: Activation = self._made[key]
         return found
 
@@ -57,14 +55,12 @@ class Tokens:
         found: Tensor = self._made[key]
         return found
 
-    def product(
-        self, joint: Joint, scheme: str, member: int, mul_scale: Tensor | None, rule: str | None
-    ) -> Tensor:
+    def product(self, joint: Joint, scheme: str, member: int, mul_scale: Tensor | None) -> Tensor:
         """The part of one member; computed for all that read the tokens alike, and given away once."""
-        key = (id(joint), scheme, id(mul_scale), rule)
+        key = (id(joint), scheme, id(mul_scale))
         parts = self._products.get(key)
         if parts is None or parts[member] is None:
-            a = self.activation(joint.schemes, scheme, mul_scale, rule)
+            a = self.activation(joint.schemes, scheme, mul_scale)
             whole = joint.schemes.quantized_linear(a, joint.weight)
             parts = list(whole.split(joint.sizes, dim=-1)) if len(joint.sizes) > 1 else [whole]
             self._products[key] = parts
@@ -146,14 +142,13 @@ class QuantLinear(nn.Linear):
         *,
         compute_dtype: torch.dtype = torch.bfloat16,
         mul_scale: Tensor | None = None,
-        rule: str | None = None,
         floats: tuple[Tensor, Tensor | None] | None = None,
     ) -> None:
-        """`mul_scale`: float32 [K] that multiplies the tokens. `rule`: scale rule of the tokens, None = the
-        scheme's. `floats`: weight and bias before quantization, for steps that a policy wants in BF16."""
+        """`mul_scale`: float32 [K] that multiplies the tokens. `floats`: weight and bias before quantization,
+        for steps that a policy wants in BF16."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = joint.weight.shape[1], joint.sizes[member]
-        self.scheme, self.rule, self.compute_dtype = joint.weight.scheme, rule, compute_dtype
+        self.scheme, self.compute_dtype = joint.weight.scheme, compute_dtype
         self.joint, self.member, self.floats = joint, member, floats
         self.mul_scale = mul_scale
 
@@ -166,14 +161,13 @@ class QuantLinear(nn.Linear):
         schemes: Schemes,
         compute_dtype: torch.dtype = torch.bfloat16,
         mul_scale: Tensor | None = None,
-        rule: str | None = None,
     ) -> QuantLinear:
         """One layer by itself. `encoded`: a weight [N, K], blocks along K, as `mx.encode` gives it."""
         weight = schemes.prepare_weight(
             encoded.codes, encoded.scale, encoded.dual_scale, bias, encoded.format
         )
         joint = Joint(weight, [encoded.shape[0]], schemes)
-        return cls(joint, compute_dtype=compute_dtype, mul_scale=mul_scale, rule=rule)
+        return cls(joint, compute_dtype=compute_dtype, mul_scale=mul_scale)
 
     # ---- computing ------------------------------------------------------------------------------
 
@@ -186,7 +180,7 @@ class QuantLinear(nn.Linear):
         if precision == "bf16" and self.floats is not None:
             return multiply(tokens.x, *self.floats)
         scheme = "w4a8" if precision == "w4a8" and self.scheme == "mxfp4" else self.scheme
-        return tokens.product(self.joint, scheme, self.member, self.mul_scale, _rule_for(self.rule, scheme))
+        return tokens.product(self.joint, scheme, self.member, self.mul_scale)
 
     # ---- what tools see -------------------------------------------------------------------------
 
@@ -328,7 +322,3 @@ def dtype_of(m: Any) -> torch.dtype:
     """Of the tokens that a layer takes."""
     found: torch.dtype = m.compute_dtype if isinstance(m, QuantLinear) else m.weight.dtype
     return found
-
-
-def _rule_for(rule: str | None, scheme: str) -> str | None:
-    return rule if scheme != "w4a8" else None

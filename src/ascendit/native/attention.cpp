@@ -106,7 +106,8 @@ struct Work {  // one thread's memory
     std::vector<bf16> q, p, rest;
     std::vector<float> scores, out, most, sum;
     explicit Work(int64_t d)
-        : q(QUERIES * d), p(QUERIES * KEYS), rest(QUERIES * KEYS), scores(QUERIES * KEYS), out(QUERIES * d), most(QUERIES), sum(QUERIES) {}
+        : q(QUERIES * d), p(QUERIES * KEYS), rest(QUERIES * KEYS), scores(QUERIES * KEYS), out(QUERIES * d),
+          most(QUERIES), sum(QUERIES) {}
 };
 
 // Scores of one row to probabilities: new maximum, rescaling of what was summed so far, weights as two

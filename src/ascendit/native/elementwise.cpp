@@ -22,7 +22,7 @@ inline bf16 narrow(float f) {
 }
 
 inline float fused(float a, float b, float c) {  // a b + c; elsewhere products are rounded, as in PyTorch
-#ifdef __FMA__
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     return std::fma(a, b, c);
 #else
     return a * b + c;
