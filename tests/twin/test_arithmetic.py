@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ascendit import mx
-from ascendit.ops import cpu_native, npu, npu_attention
+from ascendit.ops import cpu_native, npu, npu_attention, reference
 from ascendit.ops.bind import Ops, bind, in_dtype
 from ascendit.ops.quantized import SCHEMES
 from ascendit.twin import arithmetic
@@ -53,6 +53,25 @@ def test_norms_rotation_and_gelu(batch: int) -> None:
             norms = ops.rms_norm(tokens, weight, EPS), ops.layer_norm(tokens, weight, weight, 1e-5)
             made.append((*norms, turned, ops.gelu_tanh(tokens), ops.gelu(tokens)))
         assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+        assert torch.equal(npu.mindiesd_layer_norm(tokens, weight, weight, 1e-5), made[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_every_dtype_that_a_chip_takes(dtype: torch.dtype) -> None:
+    x, weight = bf16(2, 5, 64).to(dtype), torch.rand(64)
+    scale, shift = bf16(2, 2, 1, 64).to(dtype).unbind()
+    samples = [
+        reference.adaln(x[i : i + 1].float(), scale[i].float(), shift[i].float(), (5,), EPS) for i in (0, 1)
+    ]
+    for got, wanted in (
+        (arithmetic.adaln(x, scale, shift, EPS), torch.cat(samples)),
+        (arithmetic.rms_norm(x, weight, EPS), reference.rms_norm(x.float(), weight, EPS)),
+        (arithmetic.layer_norm(x, weight, None, EPS), reference.layer_norm(x.float(), weight, None, EPS)),
+        (arithmetic.gelu(x, "tanh"), reference.gelu_tanh(x.float())),
+        (arithmetic.gelu(x, "none"), reference.gelu(x.float())),
+    ):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), wanted, rtol=torch.finfo(dtype).eps, atol=2e-6)
 
 
 @compiled

@@ -37,6 +37,13 @@ def rms_norm(x: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
     return out
 
 
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+    """Over the last axis, in x's dtype. weight, bias [D] in x's dtype or float32."""
+    given = (t if t is None else t.to(torch.float32) for t in (weight, bias))
+    out: Tensor = _on_a_cpu("layer_norm")(x, *given, epsilon)
+    return out
+
+
 def adaln(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
     """layer_norm(x) (1 + scale) + shift in x's dtype. x [B, S, D]; scale, shift [B, 1, D]."""
     call, length = _on_a_cpu("adaln"), (x.shape[1],)

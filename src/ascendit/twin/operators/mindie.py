@@ -109,7 +109,8 @@ def layernorm(
     row = Out((*input.shape[: input.dim() - len(shape)], *[1] * len(shape)), input.dtype)
     yield Out(tuple(input.shape), input.dtype), row, row
     y, mean, rstd = norms.layer(input, len(shape), weight, bias, eps)
-    yield y.to(input.dtype), mean.to(input.dtype), rstd.to(input.dtype)
+    out = y.to(input.dtype) if len(shape) > 1 else arithmetic.layer_norm(input, weight, bias, eps)
+    yield out, mean.to(input.dtype), rstd.to(input.dtype)
 
 
 @operator("mindiesd::la")
