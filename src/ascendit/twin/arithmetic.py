@@ -1,6 +1,6 @@
 """The arithmetic of the twin's dense operators: that of the CPU's own, `ops/cpu.py` and `ops/cpu_native.py`.
 
-Both round where the chips do, so a model makes the same bytes on a CPU and on a twin, and a difference
+Both round where the chips do, so a model makes the same frames on a CPU and on a twin, and a difference
 between the two is a fault of the Ascend path. Each is tested against plain PyTorch under its own name.
 """
 
