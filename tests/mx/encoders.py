@@ -60,7 +60,7 @@ def _compiled(march: str) -> build.Built:
         return build.Built(None, f"no compiler, or no {march} processor")
     target = Path(mkdtemp()) / f"encode-{march}.so"
     build._compile(compiler, build.HERE / "encode.cpp", target, ((f"-march={march}", "-fopenmp"),))
-    return fast_native.declared(build.Built(ctypes.CDLL(str(target)), march))
+    return build.declared(build.Built(ctypes.CDLL(str(target)), march), fast_native.SIGNATURES)
 
 
 # ---- another processor --------------------------------------------------------------------------

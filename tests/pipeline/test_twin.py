@@ -18,6 +18,7 @@ import ascendit
 import ascendit.twin
 from ascendit.errors import UsageError
 from ascendit.pipeline.generate import Pipeline
+from ascendit.pipeline.similarity import psnr
 from ascendit.pipeline.verify import pick
 
 pytestmark = pytest.mark.usefixtures("twin")
@@ -35,11 +36,6 @@ def demo(device: str) -> Pipeline:
     return ascendit.load(
         "demo", device=device, dtype="bfloat16", ops="reference" if device == "cpu" else None
     )
-
-
-def psnr(a: Any, b: Any) -> float:
-    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return 99.0 if error == 0 else 10 * np.log10(255**2 / error)
 
 
 def against_the_reference(device: str, prompts: list[str], **fields: Any) -> list[float]:

@@ -16,13 +16,13 @@ from torch import Tensor
 from ascendit.mx import msms, reference, scales
 from ascendit.mx.formats import E2M1, Element, Format
 from ascendit.mx.reference import Parts
-from ascendit.native.build import Built, native
+from ascendit.native.build import Built, declared, native
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ELEMENTS = {"e4m3": 0, "e5m2": 1, "e2m1": 2}
 INT8 = 3
 LARGE = 1 << 22
-SIGNATURES = {  # p: pointer, i: int64; all return int64
+SIGNATURES = {
     "encode_table": "piiiiipppp",
     "encode_choice": "piiiipppp",
     "encode_rule": "piiiiiiiipp",
@@ -38,17 +38,7 @@ SIGNATURES = {  # p: pointer, i: int64; all return int64
 @functools.cache
 def library() -> Built:
     """The compiled kernels, or why there are none. Asking compiles them if that was never done."""
-    return declared(native("encode"))
-
-
-def declared(built: Built) -> Built:
-    """The same, with the types of its functions."""
-    if built.library is not None:
-        for name, kinds in SIGNATURES.items():
-            function = getattr(built.library, name)
-            function.argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in kinds]
-            function.restype = ctypes.c_int64
-    return built
+    return declared(native("encode"), SIGNATURES)
 
 
 def encoder(

@@ -15,8 +15,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger("ascendit")
 
@@ -38,6 +40,7 @@ NEEDS: dict[str, frozenset[str]] = {
     "linear": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512vbmi"}),
 }
 """Source -> what the processor must have, as Linux spells it."""
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,19 @@ def native(name: str) -> Built:
     except (OSError, RuntimeError, subprocess.SubprocessError, _Unavailable) as e:
         built = Built(None, str(e).strip() or type(e).__name__)
         log.info("native/%s.cpp is not used: %s; the PyTorch path runs instead", name, built.reason)
+    return built
+
+
+def declared(built: Built, signatures: Mapping[str, str], result: Any = ctypes.c_int64) -> Built:
+    """The same, with the types of its functions, which all return `result`.
+
+    `signatures`: function -> its arguments, a letter each: p pointer, i int64, f float32.
+    """
+    if built.library is not None:
+        for name, kinds in signatures.items():
+            function = getattr(built.library, name)
+            function.argtypes = [_TYPES[kind] for kind in kinds]
+            function.restype = result
     return built
 
 

@@ -40,6 +40,21 @@ class Choice:
     prepare: Prepare | None = None
 
 
+@dataclass(frozen=True)
+class Form:
+    """One way to compute the operator `name` on an NPU. `calls`: operators of torch.ops that it needs."""
+
+    name: str
+    calls: str
+    function: Function
+    why: str
+    prepare: Prepare | None = None
+    asked: bool = False
+    """Taken only when it is asked for."""
+    word: str = ""
+    """What it is asked for by."""
+
+
 def in_dtype(*rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Prepares rows of a modulation: in the dtype of the tokens."""
     return tuple(t.to(dtype) for t in rows)

@@ -15,7 +15,6 @@ processor or without a compiler take the plain way of `ops/cpu_linear_plain.py`.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import threading
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ascendit.mx.encoded import Encoded
-from ascendit.native.build import Built, native
+from ascendit.native.build import Built, declared, native
 from ascendit.ops import cpu_linear_plain as plain
 from ascendit.ops.quantized import (
     REFERENCE,
@@ -63,13 +62,7 @@ class PlainWeight(PreparedWeight):
 @functools.cache
 def library() -> Built:
     """The compiled kernels, or why there are none."""
-    built = native("linear")
-    if built.library is not None:
-        for name, kinds in SIGNATURES.items():
-            function = getattr(built.library, name)
-            function.argtypes = [ctypes.c_void_p if kind == "p" else ctypes.c_int64 for kind in kinds]
-            function.restype = ctypes.c_int64
-    return built
+    return declared(native("linear"), SIGNATURES)
 
 
 def forms(device: Device, emulate: Emulate | None) -> Mapping[str, LinearChoice]:

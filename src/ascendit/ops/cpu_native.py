@@ -7,7 +7,6 @@ here runs on the processor's BF16 products.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.native.build import Built, native
+from ascendit.native.build import Built, declared, native
 from ascendit.ops import cpu
 from ascendit.ops.reference import Spans
 
@@ -27,6 +26,14 @@ SOURCES = {
     "attention": "attention",
 }
 """Operator -> source file."""
+SIGNATURES = {
+    "rms_norm": "pppiif",
+    "gated_residual": "ppppii",
+    "rope": "ppppiii",
+    "gelu_tanh": "ppi",
+    "attention": "ppppppiiii",
+}
+"""Operator -> arguments of its `<operator>_bf16`, as `declared` takes them."""
 LARGEST_HEAD = 256
 
 
@@ -37,8 +44,8 @@ def forms() -> dict[str, tuple[Callable[..., Tensor], str]]:
 
 
 def _bound(name: str, built: Built) -> Callable[..., Tensor]:
-    call = getattr(built.library, f"{name}_bf16")
-    call.restype = None
+    symbol = f"{name}_bf16"
+    call = getattr(declared(built, {symbol: SIGNATURES[name]}, None).library, symbol)
     make: Callable[[Any], Callable[..., Tensor]] = globals()[f"_{name}"]
     return make(call)
 
@@ -47,12 +54,8 @@ def _ready(*tensors: Tensor) -> bool:
     return all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)
 
 
-def _at(t: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(t.data_ptr())
-
-
-def _n(value: int) -> ctypes.c_int64:
-    return ctypes.c_int64(value)
+def _at(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(t.data_ptr() for t in tensors)
 
 
 def _gelu_tanh(call: Any) -> Callable[..., Tensor]:
@@ -62,7 +65,7 @@ def _gelu_tanh(call: Any) -> Callable[..., Tensor]:
             return cpu.gelu_tanh(x)
         x = x.contiguous()
         out = torch.empty_like(x)
-        call(_at(x), _at(out), _n(x.numel()))
+        call(*_at(x, out), x.numel())
         return out
 
     return gelu_tanh
@@ -75,7 +78,7 @@ def _rms_norm(call: Any) -> Callable[..., Tensor]:
             return cpu.rms_norm(x, weight, eps)
         x, weight = x.contiguous(), weight.float().contiguous()
         out, d = torch.empty_like(x), x.shape[-1]
-        call(_at(x), _at(weight), _at(out), _n(x.numel() // d), _n(d), ctypes.c_float(eps))
+        call(*_at(x, weight, out), x.numel() // d, d, eps)
         return out
 
     return rms_norm
@@ -89,7 +92,7 @@ def _rope(call: Any) -> Callable[..., Tensor]:
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         out = torch.empty_like(x)
         for sample, to in zip(x, out, strict=True):
-            call(_at(sample), _at(cos), _at(sin), _at(to), *map(_n, x.shape[1:]))
+            call(*_at(sample, cos, sin, to), *x.shape[1:])
         return out
 
     return rope
@@ -105,7 +108,7 @@ def _gated_residual(call: Any) -> Callable[..., Tensor]:
         for a, b, to in zip(x, y, out, strict=True):
             start = 0
             for row, length in zip(gate, spans, strict=True):
-                call(*(_at(t[start:]) for t in (a, b)), _at(row), _at(to[start:]), _n(length), _n(d))
+                call(*_at(a[start:], b[start:], row, to[start:]), length, d)
                 start += length
         return out
 
@@ -125,8 +128,8 @@ def _attention(call: Any) -> Callable[..., Tensor]:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out = torch.empty_like(q)
         for i in range(b):
-            stats = (_at(t[i]) for t in sums) if sums else (None, None)
-            call(*(_at(t[i]) for t in (q, k, v, out)), *stats, _n(s), _n(length), _n(h), _n(d))
+            stats = _at(*(t[i] for t in sums)) if sums else (None, None)
+            call(*_at(q[i], k[i], v[i], out[i]), *stats, s, length, h, d)
         return out
 
     return attention

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from ascendit.errors import EnvironmentProblem
 from ascendit.ops import npu_attention
-from ascendit.ops.bind import Choice, Prepare, in_dtype
+from ascendit.ops.bind import Choice, Form, in_dtype
 from ascendit.ops.reference import Spans
 
 log = logging.getLogger("ascendit")
@@ -138,21 +137,6 @@ def prepare_rope(*tables: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 # ---- which of them ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Form:
-    """One way to compute the operator `name`. `calls`: operators of torch.ops that it needs."""
-
-    name: str
-    calls: str
-    function: Callable[..., Tensor]
-    why: str
-    prepare: Prepare | None = None
-    asked: bool = False
-    """Taken only when it is asked for."""
-    word: str = ""
-    """What it is asked for by."""
-
-
 FORMS: tuple[Form, ...] = (
     Form("linear", "aten::linear", linear, "one kernel on [tokens, K]"),
     Form("rms_norm", "npu_rms_norm", rms_norm, "one kernel over all heads instead of six"),
@@ -172,12 +156,7 @@ FORMS: tuple[Form, ...] = (
     Form("rope", "npu_rotary_mul", rope, "interleaved pairs, in float32", prepare_rope),
     Form("gelu_tanh", "npu_gelu", gelu_tanh, "the tanh form on every chip"),
     Form("gelu", "npu_gelu", gelu, "the exact form on every chip, where F.gelu is tanh on a2 and a3"),
-    *(
-        Form(
-            "attention", kernel.calls, kernel.function, kernel.why, asked=not kernel.default, word=kernel.word
-        )
-        for kernel in npu_attention.KERNELS
-    ),
+    *npu_attention.KERNELS,
 )
 
 

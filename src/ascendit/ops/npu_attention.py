@@ -7,13 +7,11 @@ kernels' own defaults, 1.0 and 0.0, are never what attention means.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ascendit.errors import UsageError
+from ascendit.ops.bind import Form
 
 INFER_HEADS = 512
 """The longest head of npu_fused_infer_attention_score_v2; a multiple of 16."""
@@ -55,35 +53,26 @@ def fused_infer_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One way to attend. `word`: what `attention=` calls it. `calls`: its operator of torch.ops.npu."""
-
-    word: str
-    calls: str
-    function: Callable[..., Tensor]
-    why: str
-    default: bool = False
-
-
 KERNELS = (
-    Kernel(
-        "fusion",
+    Form(
+        "attention",
         "npu_fusion_attention",
         fusion_attention,
         "BSND as the model has it, nothing is transposed",
-        default=True,
+        word="fusion",
     ),
-    Kernel(
-        "fused_infer",
+    Form(
+        "attention",
         "npu_fused_infer_attention_score_v2",
         fused_infer_attention,
         "asked for; can be captured in a graph, copies heads that are not contiguous",
+        asked=True,
+        word="fused_infer",
     ),
 )
 
 
-def kernel(word: str) -> Kernel:
+def kernel(word: str) -> Form:
     """The kernel of this word. UsageError E-USE-01 lists the words if there is none."""
     for found in KERNELS:
         if found.word == word:

@@ -41,11 +41,11 @@ def _check_adaln(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None,
 
 def _adaln(x: Tensor, scale: Tensor, shift: Tensor, weight: Any, bias: Any, epsilon: float | None) -> Any:
     eps = 1e-5 if epsilon is None else epsilon
-    y, mean, rstd = norms.layer(x, 1, weight, bias, eps)
     scale, shift = _modulation(scale, x), _modulation(shift, x)
     if weight is bias is None and x.dim() == 3:
-        out = arithmetic.adaln(x, scale, shift, eps)
+        out, (mean, rstd) = arithmetic.adaln(x, scale, shift, eps), norms.moments(x, 1, eps)
     else:
+        y, mean, rstd = norms.layer(x, 1, weight, bias, eps)
         out = (y * (1 + scale.to(torch.float32)) + shift.to(torch.float32)).to(x.dtype)
     return out, mean.to(x.dtype), rstd.to(x.dtype)
 
@@ -108,9 +108,11 @@ def layernorm(
     norms.check_layer(input, shape, weight, bias)
     row = Out((*input.shape[: input.dim() - len(shape)], *[1] * len(shape)), input.dtype)
     yield Out(tuple(input.shape), input.dtype), row, row
-    y, mean, rstd = norms.layer(input, len(shape), weight, bias, eps)
-    out = y.to(input.dtype) if len(shape) > 1 else arithmetic.layer_norm(input, weight, bias, eps)
-    yield out, mean.to(input.dtype), rstd.to(input.dtype)
+    if len(shape) == 1:
+        out, (mean, rstd) = arithmetic.layer_norm(input, weight, bias, eps), norms.moments(input, 1, eps)
+    else:
+        out, mean, rstd = norms.layer(input, len(shape), weight, bias, eps)
+    yield out.to(input.dtype), mean.to(input.dtype), rstd.to(input.dtype)
 
 
 @operator("mindiesd::la")

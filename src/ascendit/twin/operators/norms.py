@@ -44,10 +44,14 @@ def _check_gamma(x: Tensor, gamma: Tensor, wide: bool) -> None:
 
 def rms(x: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """float32 x / sqrt(mean(x^2) + epsilon) x gamma, and the reciprocal root."""
-    axes = tuple(range(-gamma.dim(), 0))
-    wide = x.to(torch.float32)
-    rstd = torch.rsqrt(wide.square().mean(axes, keepdim=True) + epsilon)
-    return wide * rstd * gamma.to(torch.float32), rstd
+    rstd = inverse_root(x, gamma.dim(), epsilon)
+    return x.to(torch.float32) * rstd * gamma.to(torch.float32), rstd
+
+
+def inverse_root(x: Tensor, axes: int, epsilon: float) -> Tensor:
+    """float32 1 / sqrt(mean(x^2) + epsilon) over the last `axes` axes."""
+    dims = tuple(range(-axes, 0))
+    return torch.rsqrt(x.to(torch.float32).square().mean(dims, keepdim=True) + epsilon)
 
 
 @operator("npu_rms_norm")
@@ -55,8 +59,11 @@ def npu_rms_norm(self: Tensor, gamma: Tensor, epsilon: float) -> Iterator[Any]:
     """(y, rstd). gamma in the dtype of the input, or float32."""
     _check_gamma(self, gamma, wide=True)
     yield Out(tuple(self.shape), self.dtype), _rstd(self, gamma)
-    y, rstd = rms(self, gamma, epsilon)
-    yield arithmetic.rms_norm(self, gamma, epsilon) if gamma.dim() == 1 else y.to(self.dtype), rstd
+    if gamma.dim() == 1:
+        yield arithmetic.rms_norm(self, gamma, epsilon), inverse_root(self, 1, epsilon)
+    else:
+        y, rstd = rms(self, gamma, epsilon)
+        yield y.to(self.dtype), rstd
 
 
 @operator("npu_add_rms_norm")
@@ -147,17 +154,21 @@ def layer(
     x: Tensor, axes: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """float32 layer norm over the last `axes` axes, its mean and reciprocal deviation."""
-    dims = tuple(range(-axes, 0))
-    wide = x.to(torch.float32)
-    mean = wide.mean(dims, keepdim=True)
-    centred = wide - mean
-    rstd = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
-    out = centred * rstd
+    mean, rstd = moments(x, axes, eps)
+    out = (x.to(torch.float32) - mean) * rstd
     if weight is not None:
         out = out * weight.to(torch.float32)
     if bias is not None:
         out = out + bias.to(torch.float32)
     return out, mean, rstd
+
+
+def moments(x: Tensor, axes: int, eps: float) -> tuple[Tensor, Tensor]:
+    """float32 mean and reciprocal deviation over the last `axes` axes."""
+    dims = tuple(range(-axes, 0))
+    wide = x.to(torch.float32)
+    mean = wide.mean(dims, keepdim=True)
+    return mean, inverse_root(wide - mean, axes, eps)
 
 
 def check_layer(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> None:
