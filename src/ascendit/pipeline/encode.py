@@ -20,7 +20,11 @@ from ascendit.errors import EnvironmentProblem
 from ascendit.pipeline.frames import Frames
 
 CODECS: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {  # encoder, its options, the container's
-    "mp4": ("libx264", {"crf": "18"}, {"movflags": "+faststart+use_metadata_tags"}),
+    "mp4": (  # with more threads x264 does not write the same file each time
+        "libx264",
+        {"crf": "18", "threads": "1"},
+        {"movflags": "+faststart+use_metadata_tags"},
+    ),
     "webm": ("libvpx-vp9", {"crf": "18", "b": "0", "cpu-used": "4", "row-mt": "1"}, {}),
     "gif": ("gif", {}, {"loop": "0"}),
 }
