@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ascendit.checkpoint.layout import Layout
+from ascendit.checkpoint.store import TORCH_DTYPES
 from ascendit.convert.canonical import block_linear
 from ascendit.convert.expert_plan import ExpertPlan
-from ascendit.convert.source_rows import TORCH
 from ascendit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def mul_scales(plan: ExpertPlan, found: Mapping[str, Statistics], alpha: float) 
         stats = found.get(leader_of(name))
         if stats is None or not bool(stats.input_amax.isfinite().all()):
             raise _no_statistics(plan.expert.name, name, stats is None)
-        stored = TORCH[plan.dtype(plan.weight(name))]
+        stored = TORCH_DTYPES[plan.dtype(plan.weight(name))]
         # Float16 ends at 65504, and maxima of activations do not; the weight rounds s to its own dtype.
         dtype = torch.float32 if stored == "float16" else getattr(torch, stored)
         factors = smoothing_factors(stats.input_amax, stats.weight_amax, alpha, dtype=dtype)

@@ -1,23 +1,25 @@
-"""Writes one expert as planned, some rows at a time. torch is imported by the calls that compute."""
+"""Writes one expert as planned, some rows at a time."""
 
 from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from ascendit.checkpoint.store import TensorInfo
+import torch
+
+from ascendit.checkpoint.store import TORCH_DTYPES, TensorInfo
 from ascendit.checkpoint.write import TensorSpec
 from ascendit.convert import stream
-from ascendit.convert.behind import Data, Sink
-from ascendit.convert.direct import Coded, DirectEncoder, direct_encoder
+from ascendit.convert.behind import WAITING, Data, Sink
 from ascendit.convert.expert_plan import ROTATIONS, ExpertPlan
 from ascendit.convert.rewrite import recode
 from ascendit.convert.rules import LayerPlan
-from ascendit.convert.source_rows import TORCH, SourceRows
-from ascendit.convert.torch_encoder import TorchEncoder
+from ascendit.convert.source_rows import SourceRows
 from ascendit.errors import CheckpointError
+from ascendit.mx.formats import SEARCH
+from ascendit.mx.rows import RowEncoder, ScaleSearch, first_bad_row
+from ascendit.mx.smooth import rotation
 from ascendit.spec import SCHEMES
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ def _no_news(name: str, count: int, skipped: bool = False) -> None:
     """Nobody wants to know."""
 
 
-SEARCH = "msms:ceil_x:search"
+MOST_THREADS = 4
+"""Of encoding: more than these no disk can feed. Half of PyTorch's, if that is less: the others write."""
 
 
 class ExpertWriter:
@@ -59,8 +62,8 @@ class ExpertWriter:
         self._rows = SourceRows(plan, reader, folds)
         self._measure = measure
         self._advance = advance
-        self._key: tuple[str, str, int, str, bool, int] | None = None
-        self._encoder: DirectEncoder | TorchEncoder
+        self._key: tuple[str, str, int, str, int] | None = None
+        self._encoder: RowEncoder | None = None
         self._disk_names = {s.name: d.name for s, d in zip(plan.specs, plan.disk_specs, strict=True)}
 
     def write(self) -> None:
@@ -86,7 +89,7 @@ class ExpertWriter:
         done = self.writer.done(self._disk_names[spec.name])
         if not done:
             if role in ROTATIONS and any(a.rotate and a.name == layer for a in self.plan.attention):
-                self._append(spec.name, _rotation(spec.shape[0]))
+                self._append(spec.name, stream.as_bytes(rotation(spec.shape[0])))
             elif info is None:
                 assert role == "mul_scale", spec.name
                 self._append(spec.name, self._mul_scale(spec))
@@ -133,55 +136,47 @@ class ExpertWriter:
         rule = self._search(name, info) if plan.scale_rule == SEARCH else plan.scale_rule
         scales = {"weight_scale": bytearray(), "weight_dual_scale": bytearray()}
         row_bytes = info.nbytes // info.shape[0]
-        for start, coded in self._coded(name, info, plan.scheme, rule):
-            if coded.bad_row is not None:
-                raise not_finite(self.plan.expert.name, name, start + coded.bad_row)
-            self._append(name, self._codes(plan.scheme, info, coded))
-            if isinstance(self._encoder, TorchEncoder):  # it has one buffer, and writes into it next
-                self.writer.flush()
-            scales["weight_scale"] += coded.scale
-            scales["weight_dual_scale"] += coded.dual or b""
-            self._advance(name, coded.rows * row_bytes)
+        encoder = self._encoder_of(plan.scheme, rule, name, info)
+        for start, rows in self._rows.blocks(name, info):
+            encoded = encoder(rows)
+            if (bad_row := first_bad_row(encoded)) is not None:
+                raise not_finite(self.plan.expert.name, name, start + bad_row)
+            self._append(name, self._codes(plan.scheme, info, stream.as_bytes(encoded.codes)))
+            scales["weight_scale"] += stream.as_bytes(encoded.scale)
+            if encoded.dual_scale is not None:
+                scales["weight_dual_scale"] += stream.as_bytes(encoded.dual_scale)
+            self._advance(name, len(rows) * row_bytes)
         if self._measure:
-            self.sqnr[plan.layer] = self._encoder.sqnr
+            self.sqnr[plan.layer] = encoder.sqnr
         return scales
 
-    def _coded(self, name: str, info: TensorInfo, scheme: str, rule: str) -> Iterator[tuple[int, Coded]]:
-        """(first row, codes and scales of some rows): without torch where that can be."""
-        changed = self._rows.changed(name, info)
-        most = self._rows.max_rows(info) if changed else min(stream.block_rows(info), info.shape[0])
-        key = (scheme, rule, info.shape[1], self.plan.dtype(info), changed, most)
-        if self._key != key:
+    def _encoder_of(self, scheme: str, rule: str, name: str, info: TensorInfo) -> RowEncoder:
+        """The last one again, if it fits. Codes must outlive WAITING pieces that are not written yet."""
+        format, max_rows = SCHEMES[scheme].format, self._rows.max_rows(name, info)
+        assert format is not None
+        key = (format, rule, info.shape[1], self.plan.dtype(info), max_rows)
+        if self._encoder is None or self._key != key:
             self._key = key
-            self._encoder = self._new_encoder(*key)
+            self._encoder = RowEncoder(
+                format,
+                info.shape[1],
+                dtype=getattr(torch, TORCH_DTYPES[self.plan.dtype(info)]),
+                max_rows=max_rows,
+                scale_rule=rule,
+                measure=self._measure,
+                buffers=WAITING + 1,
+                threads=min(max(torch.get_num_threads() // 2, 1), MOST_THREADS),
+            )
         self._encoder.restart()
-        if isinstance(self._encoder, DirectEncoder):
-            for start, view in self.reader.blocks(info):
-                yield start, self._encoder(view)
-        else:
-            for start, rows in self._rows.blocks(name, info):
-                yield start, self._encoder(rows)
+        return self._encoder
 
-    def _new_encoder(
-        self, scheme: str, rule: str, length: int, dtype: str, changed: bool, max_rows: int
-    ) -> DirectEncoder | TorchEncoder:
-        form = SCHEMES[scheme].format
-        assert form is not None
-        if not changed:
-            direct = direct_encoder(form, rule, length, dtype, max_rows, measure=self._measure)
-            if direct is not None:
-                return direct
-        return TorchEncoder(form, rule, length, TORCH[dtype], max_rows, measure=self._measure)
-
-    def _codes(self, scheme: str, info: TensorInfo, coded: Coded) -> Data:
+    def _codes(self, scheme: str, info: TensorInfo, codes: memoryview) -> Data:
         if self.plan.dialect.container(scheme) != "e4m3":
-            return coded.codes
-        return recode(coded.codes, info.shape[1], "packed", "e4m3")
+            return codes
+        return recode(codes, info.shape[1], "packed", "e4m3")
 
     def _search(self, name: str, info: TensorInfo) -> str:
         """The one constant of a tensor that errs least: a pass of its own."""
-        from ascendit.mx.rows import ScaleSearch
-
         search = ScaleSearch()
         for _, rows in self._rows.blocks(name, info):
             search.add(rows)
@@ -204,12 +199,6 @@ class ExpertWriter:
     def _append(self, name: str, data: Data) -> None:
         if not self.writer.done(self._disk_names[name]):
             self.writer.append(self._disk_names[name], data)
-
-
-def _rotation(size: int) -> memoryview:
-    from ascendit.mx.smooth import rotation
-
-    return stream.as_bytes(rotation(size))
 
 
 def not_finite(expert: str, name: str, row: int) -> CheckpointError:

@@ -1,7 +1,7 @@
 """How far a layer's output is from that of its float weight, with and without smoothing.
 
 On tokens that a calibration has captured: y = x W^T against the same product of decoded codes of both, summed
-in float32. torch is imported by the call.
+in float32.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from ascendit.convert import stream
 from ascendit.convert.calibration import OutputQuality, Outputs, Statistics, leader_of, smoothable
-from ascendit.convert.direct import decibels
 from ascendit.convert.expert_plan import ExpertPlan
-from ascendit.convert.expert_writer import SEARCH
 from ascendit.convert.rules import LayerPlan
 from ascendit.convert.source_rows import SourceRows
+from ascendit.mx.codec import decode, encode
+from ascendit.mx.decibels import decibels
+from ascendit.mx.formats import SEARCH
+from ascendit.mx.rows import ScaleSearch
+from ascendit.mx.smooth import smooth_input, smooth_weight
 from ascendit.spec import SCHEMES
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
     from ascendit.convert.lora import Folds
 
 ACTIVATION_RULES = {"mxfp4": "floor"}
@@ -37,7 +40,7 @@ def output_quality(
     advance: Callable[[str, int], None],
 ) -> Outputs:
     """Of every smoothed layer of `plan`. `advance` is told the bytes of each weight that is done."""
-    rows = SourceRows(replace(plan, smoothing={}), reader, folds)
+    rows = SourceRows(replace(plan, smoothing={}), reader, folds, small_blocks=True)
     layers = {}
     for name in smoothable(plan):
         tokens = found[leader_of(name)].rows
@@ -48,10 +51,6 @@ def output_quality(
 
 
 def _measure(plan: ExpertPlan, layer: LayerPlan, tokens: Tensor, rows: SourceRows) -> OutputQuality:
-    import torch
-
-    from ascendit.mx.smooth import smooth_input, smooth_weight
-
     name, scale = f"{layer.layer}.weight", plan.smoothing[layer.layer]
     info = plan.weight(layer.layer)
 
@@ -76,9 +75,7 @@ def _quantized_tokens(x: Tensor, scheme: str) -> Tensor:
     return _coded_and_back(x, scheme, ACTIVATION_RULES.get(scheme))
 
 
-def _coded_and_back(x: Tensor, scheme: str, rule: str | None) -> torch.Tensor:
-    from ascendit.mx.codec import decode, encode
-
+def _coded_and_back(x: Tensor, scheme: str, rule: str | None) -> Tensor:
     form = SCHEMES[scheme].format
     assert form is not None
     return decode(encode(x, form, scale_rule=rule))
@@ -88,8 +85,6 @@ def _rule(layer: LayerPlan, blocks: Iterable[Tensor]) -> str | None:
     """The scale rule; of one that is looked for the one that is found in these rows."""
     if layer.scale_rule != SEARCH:
         return layer.scale_rule
-    from ascendit.mx.rows import ScaleSearch
-
     search = ScaleSearch()
     for w in blocks:
         search.add(w)

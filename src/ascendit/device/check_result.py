@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
+
+from ascendit.mx.decibels import decibels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,7 +149,7 @@ def _floats(base: Result, actual: Tensor, expected: Tensor, limit: float) -> Res
         return replace(base, max_abs=0.0, max_rel=0.0)
     size = float(e.abs().max())
     noise, signal = float(gap.square().sum()), float(e.square().sum())
-    db = 10 * math.log10(signal / noise) if signal else 0.0
+    db = decibels(signal, noise) if signal else 0.0
     found = replace(base, max_abs=float(gap.max()), max_rel=float(gap.max()) / size if size else None, db=db)
     if db >= limit:
         return replace(found, verdict="close")

@@ -11,13 +11,13 @@ Rules that hold for every format:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ascendit.errors import UsageError
-from ascendit.mx import elements, fast, reference, scales
+from ascendit.mx import elements, fast, scales
+from ascendit.mx.decibels import decibels
 from ascendit.mx.encoded import Encoded, checked_axis
 from ascendit.mx.formats import Format, lookup, resolve_rounding, resolve_rule
 
@@ -34,24 +34,6 @@ def encode(
     Float16 is taken as it is, where the NPU makes it bfloat16 first (other ties of max:6 and max:7).
     UsageError E-USE-01 for a name, rule, rounding, dtype or axis that does not go together.
     """
-    return _encode(x, format, axis, scale_rule, rounding, fast.encode_rows)
-
-
-def reference_encode(
-    x: Tensor, format: str, *, axis: int = -1, scale_rule: str | None = None, rounding: str | None = None
-) -> Encoded:
-    """`encode` by `mx.reference` alone: the same bits, slowly."""
-    return _encode(x, format, axis, scale_rule, rounding, reference.encode_rows)
-
-
-def _encode(
-    x: Tensor,
-    format: str,
-    axis: int,
-    scale_rule: str | None,
-    rounding: str | None,
-    encode_rows: Callable[[Tensor, Format, str, str], reference.Parts],
-) -> Encoded:
     form = lookup(format)
     rule = resolve_rule(form, scale_rule)
     mode = resolve_rounding(form, rule, rounding)
@@ -64,7 +46,7 @@ def _encode(
             fix="leave empty tensors out",
             code="E-USE-01",
         )
-    parts = encode_rows(x.detach().movedim(last, -1).contiguous(), form, rule, mode)
+    parts = fast.encode_rows(x.detach().movedim(last, -1).contiguous(), form, rule, mode)
     codes, scale, dual = (None if p is None else p.movedim(-1, last).contiguous() for p in parts)
     assert codes is not None and scale is not None
     codes = codes.view(getattr(torch, form.codes_dtype))
@@ -116,18 +98,13 @@ def sqnr(a: Tensor, b: Tensor) -> float:
     noise = wide - other
     if not bool(noise.isfinite().all()):
         return math.nan
-    signal_power, noise_power = _power(wide), _power(noise)
-    if noise_power == -math.inf:
-        return math.inf
-    return signal_power - noise_power
+    return decibels(_energy(wide), _energy(noise))
 
 
-def _power(x: Tensor) -> float:
-    """10 log10(sum x^2), safe from overflow and underflow of the squares."""
+def _energy(x: Tensor) -> float:
+    """sum x^2 of float32 values, safe from overflow and underflow of the squares."""
     top = float(x.abs().max()) if x.numel() else 0.0
-    if top == 0.0:
-        return -math.inf
-    return 20 * math.log10(top) + 10 * math.log10(float((x / top).square().sum()))
+    return top**2 * float((x / top).square().sum()) if top else 0.0
 
 
 def _decode_tiles(encoded: Encoded, form: Format) -> Tensor:

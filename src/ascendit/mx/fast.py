@@ -6,24 +6,17 @@ rule, rounding and dtype the first that can do it is taken.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import mmap
-import sys
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ascendit.mx import fast_native, fast_torch, msms, reference
-from ascendit.mx.formats import Format
-from ascendit.mx.reference import Parts
+from ascendit.mx.formats import SEARCH, Format
+from ascendit.mx.reference import Encoder, Parts
 
-Encoder = Callable[[Tensor, Parts], None]
-SEARCH = "msms:ceil_x:search"
-HUGE = 8 << 20  # bytes
-PIECE = 1 << 18
-"""Values that the reference takes at a time here: its intermediate results stay in the cache."""
+REFERENCE_PIECE = 1 << 18
+"""Values that the reference takes at a time: its intermediate results stay in the cache."""
 
 
 def encode_rows(rows: Tensor, form: Format, rule: str, rounding: str) -> Parts:
@@ -49,25 +42,20 @@ def empty_parts(form: Format, rows: int, length: int) -> Parts:
     return Parts(codes, scale, torch.empty(rows, -(-length // form.coarse)) if form.coarse else None)
 
 
-def _ask_for_huge_pages(tensor: Tensor) -> None:
-    """Fresh memory comes page by page, at 26 ms for 70 MB where encoding takes 5; in huge pages at 10."""
-    if sys.platform != "linux" or tensor.nbytes < HUGE:
-        return
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (tensor.data_ptr() + tensor.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-    advise = ctypes.CDLL(None).madvise
-    advise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)  # refused: as before
-
-
 @functools.cache
-def encoder(form: Format, rule: str, rounding: str, dtype: torch.dtype) -> Encoder:
-    """The best that there is here; remembered."""
+def encoder(
+    form: Format, rule: str, rounding: str, dtype: torch.dtype, threads: int | None = None
+) -> Encoder:
+    """The best encoder for this machine; remembered.
+
+    `threads`: for the compiled kernels, by default those of PyTorch, which the other ways always take.
+    """
     if rule == SEARCH:
         return functools.partial(_encode_after_search, form, rounding)
     return (
-        fast_native.encoder(form, rule, rounding, dtype)
-        or fast_torch.encoder(form, rule, rounding, dtype)
-        or functools.partial(_encode_in_pieces, form, rule, rounding)
+        fast_native.encoder(form, rule, rounding, dtype, threads)
+        or fast_torch.piece_encoder(form, rule, rounding, dtype)
+        or functools.partial(_encode_by_reference, form, rule, rounding)
     )
 
 
@@ -80,11 +68,8 @@ def choice() -> tuple[str, str]:
 def add_ceil_x_sums(rows: Tensor, sums: Tensor) -> None:
     """Adds `msms.ceil_x_sums(rows)` to `sums`, float64 [25]."""
     if not fast_native.add_ceil_x_sums(rows, sums):
-        for piece in rows.split(max(1, PIECE // rows.shape[-1])):
+        for piece in rows.split(max(1, REFERENCE_PIECE // rows.shape[-1])):
             sums += torch.tensor(msms.ceil_x_sums(piece), dtype=torch.float64)
-
-
-add_energies = fast_native.add_energies
 
 
 def _encode_after_search(form: Format, rounding: str, rows: Tensor, out: Parts) -> None:
@@ -94,10 +79,10 @@ def _encode_after_search(form: Format, rounding: str, rows: Tensor, out: Parts) 
     encoder(form, rule, rounding, rows.dtype)(rows, out)
 
 
-def _encode_in_pieces(form: Format, rule: str, rounding: str, rows: Tensor, out: Parts) -> None:
-    step = max(1, PIECE // rows.shape[-1])
+def _encode_by_reference(form: Format, rule: str, rounding: str, rows: Tensor, out: Parts) -> None:
+    step = max(1, REFERENCE_PIECE // rows.shape[-1])
     for start in range(0, rows.shape[0], step):
         piece = reference.encode_rows(rows[start : start + step], form, rule, rounding)
-        for to, part in zip(out, piece, strict=True):
+        for to, part in zip(out.rows(start, start + step), piece, strict=True):
             if to is not None and part is not None:
-                to[start : start + step] = part
+                to.copy_(part)

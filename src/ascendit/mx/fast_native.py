@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ascendit.mx import msms, reference, scales
 from ascendit.mx.formats import E2M1, Element, Format
-from ascendit.mx.reference import Parts
+from ascendit.mx.reference import Encoder, Parts
 from ascendit.native.build import Built, declared, native
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -42,19 +41,19 @@ def library() -> Built:
 
 
 def encoder(
-    form: Format, rule: str, rounding: str, dtype: torch.dtype
-) -> Callable[[Tensor, Parts], None] | None:
-    """A compiled encoder for this, or None."""
+    form: Format, rule: str, rounding: str, dtype: torch.dtype, threads: int | None = None
+) -> Encoder | None:
+    """A compiled encoder for this, or None. `threads`: by default those of PyTorch."""
     lib = library().library
     if lib is None or not (rounding == "rint" or rule.startswith("msms:")):
         return None
     if form.kind == "row":
-        return _row_encoder(lib, form, rule)
+        return _row_encoder(lib, form, rule, threads)
     if form.kind == "dual":
-        return None if dtype == torch.float16 else _dual_encoder(lib, form, rule)
+        return None if dtype == torch.float16 else _dual_encoder(lib, form, rule, threads)
     if dtype == torch.bfloat16:
-        return _table_encoder(lib, form, rule)
-    return None if rule.startswith("msms:") else _rule_encoder(lib, form, rule)
+        return _table_encoder(lib, form, rule, threads)
+    return None if rule.startswith("msms:") else _rule_encoder(lib, form, rule, threads)
 
 
 def prefer_large_pages(fresh: Tensor) -> Tensor:
@@ -71,11 +70,11 @@ def add_ceil_x_sums(rows: Tensor, sums: Tensor) -> bool:
     if lib is None or rows.dtype != torch.bfloat16:
         return False
     tables = search_tables()
-    lib.search(rows.data_ptr(), *_shape(rows), tables.data_ptr(), sums.data_ptr())
+    lib.search(rows.data_ptr(), *_shape(rows, None), tables.data_ptr(), sums.data_ptr())
     return True
 
 
-def add_energies(rows: Tensor, parts: Parts, form: Format, sums: Tensor) -> bool:
+def add_energies(rows: Tensor, parts: Parts, form: Format, sums: Tensor, threads: int | None = None) -> bool:
     """Adds sum x^2 and sum (x - decoded)^2 to `sums`, float64 [2]; False if this cannot be done here."""
     lib = library().library
     if lib is None:
@@ -84,14 +83,14 @@ def add_energies(rows: Tensor, parts: Parts, form: Format, sums: Tensor) -> bool
     dual = 0 if parts.dual is None else parts.dual.data_ptr()
     at = parts.codes.data_ptr(), parts.scale.data_ptr(), dual, sums.data_ptr()
     by_row = form.kind == "row"
-    lib.measure(rows.data_ptr(), TYPES[rows.dtype], *_shape(rows), element, by_row, *at)
+    lib.measure(rows.data_ptr(), TYPES[rows.dtype], *_shape(rows, threads), element, by_row, *at)
     return True
 
 
 # ---- one encoder for each kind ------------------------------------------------------------------
 
 
-def _table_encoder(lib: ctypes.CDLL, form: Format, rule: str) -> Callable[[Tensor, Parts], None]:
+def _table_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None) -> Encoder:
     assert form.element is not None
     tables = rule_tables(form.element, rule)
     element, from_msms = ELEMENTS[form.element.name], rule.startswith("msms:")
@@ -100,28 +99,28 @@ def _table_encoder(lib: ctypes.CDLL, form: Format, rule: str) -> Callable[[Tenso
         marks = _marks(rows, form.block) if from_msms else None
         at = tables.data_ptr(), out.codes.data_ptr(), out.scale.data_ptr(), _at(marks)
         if len(tables) == 2:
-            doubtful = lib.encode_choice(rows.data_ptr(), *_shape(rows), element, *at)
+            doubtful = lib.encode_choice(rows.data_ptr(), *_shape(rows, threads), element, *at)
         else:
-            doubtful = lib.encode_table(rows.data_ptr(), *_shape(rows), element, from_msms, *at)
+            doubtful = lib.encode_table(rows.data_ptr(), *_shape(rows, threads), element, from_msms, *at)
         if doubtful and marks is not None:
             reference.encode_marked(rows, out, marks, form, rule, "half_away")
 
     return encode
 
 
-def _rule_encoder(lib: ctypes.CDLL, form: Format, rule: str) -> Callable[[Tensor, Parts], None]:
+def _rule_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None) -> Encoder:
     assert form.element is not None
     shift, threshold = scales.thresholds(rule, form.element)
     numbers = ELEMENTS[form.element.name], shift, threshold, scales.fraction_mask(rule, form.element)
 
     def encode(rows: Tensor, out: Parts) -> None:
         at = out.codes.data_ptr(), out.scale.data_ptr()
-        lib.encode_rule(rows.data_ptr(), TYPES[rows.dtype], *_shape(rows), *numbers, *at)
+        lib.encode_rule(rows.data_ptr(), TYPES[rows.dtype], *_shape(rows, threads), *numbers, *at)
 
     return encode
 
 
-def _dual_encoder(lib: ctypes.CDLL, form: Format, rule: str) -> Callable[[Tensor, Parts], None] | None:
+def _dual_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None) -> Encoder | None:
     table = rule_tables(E2M1, rule) if rule == "floor" else None
     early = early_powers() if table is None else None
     if table is None and early is None:
@@ -129,18 +128,18 @@ def _dual_encoder(lib: ctypes.CDLL, form: Format, rule: str) -> Callable[[Tensor
 
     def encode(rows: Tensor, out: Parts) -> None:
         at = _at(table), _at(early), out.codes.data_ptr(), out.scale.data_ptr(), _at(out.dual)
-        lib.encode_dual(rows.data_ptr(), TYPES[rows.dtype], *_shape(rows), *at)
+        lib.encode_dual(rows.data_ptr(), TYPES[rows.dtype], *_shape(rows, threads), *at)
 
     return encode
 
 
-def _row_encoder(lib: ctypes.CDLL, form: Format, rule: str) -> Callable[[Tensor, Parts], None]:
+def _row_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None) -> Encoder:
     kind = 2 if rule.startswith("msms:") else 1 if form.element else 0
     lowest = -127 if rule == "msms:int8_legacy" else -128
 
     def encode(rows: Tensor, out: Parts) -> None:
         at = out.codes.data_ptr(), out.scale.data_ptr()
-        lib.encode_rows(rows.data_ptr(), TYPES[rows.dtype], *_shape(rows), kind, lowest, *at)
+        lib.encode_rows(rows.data_ptr(), TYPES[rows.dtype], *_shape(rows, threads), kind, lowest, *at)
 
     return encode
 
@@ -189,9 +188,9 @@ def early_powers() -> Tensor | None:
 # ---- arguments ----------------------------------------------------------------------------------
 
 
-def _shape(rows: Tensor) -> tuple[int, int, int]:
+def _shape(rows: Tensor, threads: int | None) -> tuple[int, int, int]:
     """Rows, values of a row, threads."""
-    return rows.shape[0], rows.shape[1], torch.get_num_threads()
+    return rows.shape[0], rows.shape[1], threads or torch.get_num_threads()
 
 
 def _marks(rows: Tensor, unit: int) -> Tensor:

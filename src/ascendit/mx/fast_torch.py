@@ -16,7 +16,7 @@ from torch import Tensor
 from ascendit.mx import reference, scales
 from ascendit.mx.elements import largest
 from ascendit.mx.formats import E2M1, Element, Format
-from ascendit.mx.reference import Parts
+from ascendit.mx.reference import Encoder, Parts
 
 PIECE = 1 << 19
 """Values at a time: smaller ones cost more calls, larger ones leave the cache."""
@@ -30,9 +30,7 @@ _Prepare = Callable[[int, int], _Step]
 """Makes the step for pieces of so many rows, of a length filled up to whole units."""
 
 
-def encoder(
-    form: Format, rule: str, rounding: str, dtype: torch.dtype
-) -> Callable[[Tensor, Parts], None] | None:
+def piece_encoder(form: Format, rule: str, rounding: str, dtype: torch.dtype) -> Encoder | None:
     """An encoder for this, or None: rounding `rint`, no rule of msModelSlim; blocks of bfloat16 only."""
     if rounding != "rint" or rule.startswith("msms:"):
         return None
@@ -44,14 +42,14 @@ def encoder(
     return _in_pieces(lambda n, length: step(form, rule, n, length), form, rule)
 
 
-def _in_pieces(prepare: _Prepare, form: Format, rule: str) -> Callable[[Tensor, Parts], None]:
+def _in_pieces(prepare: _Prepare, form: Format, rule: str) -> Encoder:
     unit = form.coarse or form.block or 1
 
     def encode(rows: Tensor, out: Parts) -> None:
         size = max(1, min(rows.shape[0], PIECE // rows.shape[1]))
         step = prepare(size, -(-rows.shape[1] // unit) * unit)
         for start in range(0, rows.shape[0], size):
-            piece, part = rows[start : start + size], _some(out, start, start + size)
+            piece, part = rows[start : start + size], out.rows(start, start + size)
             marks = step(piece, part)
             if marks.any():
                 reference.encode_marked(piece, part, marks, form, rule, "rint")
@@ -59,7 +57,7 @@ def _in_pieces(prepare: _Prepare, form: Format, rule: str) -> Callable[[Tensor, 
     return lambda rows, out: _on_threads(encode, rows, out)
 
 
-def _on_threads(encode: Callable[[Tensor, Parts], None], rows: Tensor, out: Parts) -> None:
+def _on_threads(encode: Encoder, rows: Tensor, out: Parts) -> None:
     """Each thread some of the rows, alone with its operators.
 
     PyTorch would share every single operator among its threads, and on a machine with other work each of
@@ -72,18 +70,12 @@ def _on_threads(encode: Callable[[Tensor, Parts], None], rows: Tensor, out: Part
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             done = [
-                pool.submit(encode, rows[first:last], _some(out, first, last))
-                for first, last in pairwise(cuts)
+                pool.submit(encode, rows[first:last], out.rows(first, last)) for first, last in pairwise(cuts)
             ]
         for future in done:
             future.result()
     finally:
         torch.set_num_threads(torch.get_num_threads())  # threads of others start with this number again
-
-
-def _some(out: Parts, first: int, last: int) -> Parts:
-    codes, scale, dual = out
-    return Parts(codes[first:last], scale[first:last], None if dual is None else dual[first:last])
 
 
 def _block_step(form: Format, rule: str, n: int, length: int) -> _Step:

@@ -23,6 +23,8 @@ ROUNDINGS = ("rint", "half_away", "floor")
 
 CEIL_X_LIMITS = (6.0, 12.0)
 """Both for `max:<m>` (NPU `dst_type_max`) and for `msms:ceil_x:<c>`."""
+SEARCH = "msms:ceil_x:search"
+"""The `msms:ceil_x:<c>` that errs least on the whole weight."""
 
 
 @dataclass(frozen=True)

@@ -91,16 +91,6 @@ def encode_int8(rows: Tensor, lowest: int) -> tuple[Tensor, Tensor]:
     return torch.round(steps).clamp(lowest, 127).to(torch.int8), scale
 
 
-def nearest_codes(values: Tensor) -> Tensor:
-    """float32 -> uint8 e2m1 codes as msModelSlim's packer takes them: the nearest number, the smaller of two.
-
-    What it packs are FP4 numbers already; the sign of zero is kept here, other than in rounding.
-    """
-    midpoints = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=values.device)
-    index = (values.abs().unsqueeze(-1) > midpoints).sum(-1)
-    return (index | (torch.signbit(values).to(index.dtype) << 3)).to(torch.uint8)
-
-
 def ceil_x_sums(rows: Tensor, block: int = 32) -> list[float]:
     """[..., K] -> the sum of squared errors under each of CEIL_X_CANDIDATES. Blocks that are not finite: 0.
 

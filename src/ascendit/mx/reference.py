@@ -5,6 +5,7 @@ Rows are along the last axis here, see `mx.codec`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,15 @@ class Parts(NamedTuple):
     codes: Tensor
     scale: Tensor
     dual: Tensor | None
+
+    def rows(self, first: int, last: int) -> Parts:
+        """Views of these rows."""
+        codes, scale, dual = self
+        return Parts(codes[first:last], scale[first:last], None if dual is None else dual[first:last])
+
+
+Encoder = Callable[[Tensor, Parts], None]
+"""Writes the parts of rows [n, K], contiguous, on a CPU."""
 
 
 def encode_rows(rows: Tensor, form: Format, rule: str, rounding: str) -> Parts:

@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ascendit.mx.decibels import decibels
+
 EQUAL_DB = 99.0
 """What stands for infinity: no difference at all."""
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
@@ -21,7 +23,7 @@ Frames = NDArray[np.uint8]
 def psnr(a: Frames, b: Frames) -> float:
     """Peak signal to noise in dB, over all frames of a video."""
     error = np.subtract(a, b, dtype=np.float32)
-    return decibels(255.0**2, float(np.mean(np.square(error), dtype=np.float64)))
+    return decibels(255.0**2, float(np.mean(np.square(error), dtype=np.float64)), cap=EQUAL_DB)
 
 
 def ssim(a: Frames, b: Frames) -> float:
@@ -70,11 +72,5 @@ def relative_l2(a: Tensor, reference: Tensor) -> float:
 def sqnr(a: Tensor, reference: Tensor) -> float:
     """Signal to quantization noise in dB: |reference|^2 / |a - reference|^2."""
     reference = reference.double()
-    return decibels(float(reference.square().sum()), float((a.double() - reference).square().sum()))
-
-
-def decibels(signal: float, noise: float) -> float:
-    """10 log10(signal / noise), at most `EQUAL_DB`."""
-    if noise == 0:
-        return EQUAL_DB
-    return min(EQUAL_DB, 10 * math.log10(signal / noise)) if signal > 0 else -EQUAL_DB
+    noise = float((a.double() - reference).square().sum())
+    return decibels(float(reference.square().sum()), noise, cap=EQUAL_DB)
