@@ -61,7 +61,7 @@ def kernel(x: Tensor, form: str, rule: str | None = None, measure: bool = False)
 def without_compiler(x: Tensor, form: str) -> Row | None:
     found = lookup(form)
     rule = resolve_rule(found, None)
-    encode = fast_torch.encoder(found, rule, resolve_rounding(found, rule, None), x.dtype)
+    encode = fast_torch.piece_encoder(found, rule, resolve_rounding(found, rule, None), x.dtype)
     out = fast.empty_parts(found, *x.shape)
     return encode and Row(lambda: encode(x, out), moved_by(x, form), slow=True)
 

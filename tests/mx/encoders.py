@@ -12,10 +12,12 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
+from unittest import mock
 
 import pytest
+from torch import Tensor
 
-from ascendit.mx import fast, fast_native
+from ascendit.mx import Encoded, encode, fast, fast_native, reference
 from ascendit.native import build
 
 LEVELS = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}
@@ -23,6 +25,12 @@ LEVELS = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}
 HARNESS = Path(__file__).resolve().parents[1] / "native" / "encode_main.cpp"
 WAYS = ("native", *LEVELS, "aarch64", "pytorch")
 """native: compiled for this processor. aarch64: by a cross compiler and an emulator, if they are here."""
+
+
+def reference_encode(x: Tensor, format: str, **options: Any) -> Encoded:
+    """`encode` by `mx.reference` alone: the same bits, slowly."""
+    with mock.patch.object(fast, "encode_rows", reference.encode_rows):
+        return encode(x, format, **options)
 
 
 def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:

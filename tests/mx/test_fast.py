@@ -11,11 +11,11 @@ import pytest
 import torch
 from mx import encoders
 from mx.blocks import bf16_from_bits, blocks_of, every_bf16, every_finite_amax, random_blocks
+from mx.encoders import reference_encode
 from torch import Tensor
 
 from ascendit.mx import FORMATS, Encoded, encode, fast, fast_native, fast_torch, msms, reference
-from ascendit.mx.codec import reference_encode
-from ascendit.mx.formats import E2M1, lookup
+from ascendit.mx.formats import E2M1, SEARCH, lookup
 from ascendit.native import build
 
 VALUES = {"max:": ("6", "7", "7.25", "12"), "msms:ceil_x:": ("6", "7.25", "12", "search")}
@@ -228,7 +228,7 @@ def test_which_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     encoders.take("native", monkeypatch)
     assert fast.choice()[0] == "native" and "compiled from native/encode.cpp, " in fast.choice()[1]
     plain = {key for key, module in kinds().items() if module != "fast_native"}
-    assert {rule for _, rule, dtype in plain if dtype == torch.bfloat16} == {fast.SEARCH}
+    assert {rule for _, rule, dtype in plain if dtype == torch.bfloat16} == {SEARCH}
     assert {r for _, r, d in plain if d == torch.float32 and not r.startswith("msms:")} == set()
     assert {n for n, r, d in plain if d == torch.float16 and not r.startswith("msms:")} == {"mxfp4_dualscale"}
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from mx import encoders
 from mx.blocks import raw
+from mx.encoders import reference_encode
 from torch import Tensor
 
 from ascendit.errors import UsageError
 from ascendit.mx import FORMATS, Encoded, decode, encode, msms, sqnr
-from ascendit.mx.codec import reference_encode
-from ascendit.mx.rows import RowEncoder, ScaleSearch
+from ascendit.mx.rows import RowEncoder, ScaleSearch, first_bad_row
 
 WRITTEN = [name for name, form in FORMATS.items() if form.kind != "tile"]
 
@@ -24,6 +24,14 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     encoders.take(request.param, monkeypatch)
     yield request.param
     encoders.forget()
+
+
+RULES = [
+    (form.name, rule + ("7.25" if rule.endswith(":") else ""))
+    for form in FORMATS.values()
+    for rule in form.rules
+    if form.kind != "tile"
+]
 
 
 def weight(rows: int = 70, length: int = 1111, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -42,6 +50,47 @@ def test_pieces_are_the_whole(way: str, form: str) -> None:
     pieces = [tensors(encoder(piece)) for piece in x.split(32)]
     for found, expected in zip(zip(*pieces, strict=True), tensors(encode(x, form)), strict=True):
         assert torch.equal(torch.cat(found), expected)
+
+
+def uneven_weight(rows: int, length: int, dtype: torch.dtype) -> Tensor:
+    """Rows of very different size, a row and a block of zeros, subnormals."""
+    drawn = torch.randn(rows, length) * torch.exp2(torch.linspace(-20, 10, rows)).unsqueeze(1)
+    drawn[3] = 0
+    drawn[4, :32] = 0
+    drawn[5] *= 1e-30
+    return drawn.to(dtype)
+
+
+@pytest.mark.parametrize("length", [32, 100, 33, 1030])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("form", "rule"), RULES)
+def test_every_rule_is_that_of_encode(form: str, rule: str, dtype: torch.dtype, length: int) -> None:
+    if rule.startswith("msms:") and dtype == torch.float16:
+        pytest.skip("refused")
+    encoder = RowEncoder(
+        form, length, dtype=dtype, max_rows=64, scale_rule=rule, measure=True, buffers=3, threads=1
+    )
+    rows = uneven_weight(50, length, dtype)
+    for count in (50, 7):  # each buffer is used again
+        coded = [encoder(rows[:count]) for _ in range(4)][-1]
+        assert first_bad_row(coded) is None
+        for found, expected in zip(
+            tensors(coded), tensors(encode(rows[:count], form, scale_rule=rule)), strict=True
+        ):
+            assert torch.equal(found, expected)
+    encoder.restart()
+    encoder(rows)
+    decoded = decode(encode(rows, form, scale_rule=rule))
+    assert encoder.sqnr == pytest.approx(sqnr(rows, decoded), abs=1e-3)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("form", ["mxfp8", "mxfp4", "mxfp4_dualscale", "int8", "fp8"])
+def test_a_row_that_is_not_finite_is_found(way: str, form: str, value: float) -> None:
+    rows = uneven_weight(50, 100, torch.bfloat16)
+    rows[17, 99] = rows[30, 0] = value
+    encoded = RowEncoder(form, 100, max_rows=64)(rows)
+    assert first_bad_row(encoded) == 17
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -69,6 +118,26 @@ def test_signal_and_noise_of_what_is_not_usual(way: str) -> None:
     assert 0 < encoder.noise == pytest.approx(float(error.square().sum()), rel=1e-9)
     encoder(torch.full((1, 40), torch.nan, dtype=torch.bfloat16))
     assert math.isnan(encoder.sqnr)
+
+
+def test_measuring_starts_anew() -> None:
+    encoder = RowEncoder("mxfp8", 32, max_rows=8, measure=True)
+    encoder(uneven_weight(8, 32, torch.bfloat16))
+    assert encoder.noise > 0
+    encoder.restart()
+    encoder(torch.ones(8, 32, dtype=torch.bfloat16))
+    assert encoder.sqnr == torch.inf
+
+
+def test_results_stay_while_the_other_buffers_are_filled() -> None:
+    encoder = RowEncoder("mxfp4_dualscale", 1111, max_rows=32, buffers=3)
+    results = [encoder(weight(32)) for _ in range(3)]
+    kept = [tensors(result) for result in results]
+    assert len({result.codes.data_ptr() for result in results}) == 3
+    last = encoder(weight(32))
+    assert last.codes.data_ptr() == results[0].codes.data_ptr()
+    for result, before in zip(results[1:], kept[1:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tensors(result), before, strict=True))
 
 
 def test_buffers_are_used_again_and_nothing_is_written_behind_the_rows() -> None:

@@ -3,7 +3,7 @@
     report = quantize("Wan2.2-T2V-A14B-Diffusers", "Wan2.2-T2V-A14B-mxfp8", scheme="mxfp8")
 
 Weights go through in blocks of rows, so the memory in use does not hang on the size of the model. The folder
-is written beside its place and renamed at the end: it is whole or it is not there. No torch at module level.
+is written beside its place and renamed at the end: it is whole or it is not there.
 """
 
 from __future__ import annotations

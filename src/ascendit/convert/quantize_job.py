@@ -1,4 +1,4 @@
-"""One run of `quantize`: what is decided before the first byte, the writing, the words about it. No torch."""
+"""One run of `quantize`: what is decided before the first byte, the writing, the words about it."""
 
 from __future__ import annotations
 

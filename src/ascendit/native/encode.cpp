@@ -114,15 +114,6 @@ extern "C" {
 
 const char* instructions() { return INSTRUCTIONS; }
 
-// How many threads a caller without torch should ask for: OpenMP's number, which its users know how to set.
-int64_t most_threads() {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-
 // Fresh memory that is about to be written in large pages, where the system has them: their number is what costs.
 int64_t prefer_large_pages(void* memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
