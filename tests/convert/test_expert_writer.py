@@ -1,4 +1,4 @@
-"""What reaches the file is what `mx.encode` makes of the whole weight: every scheme and rule, in many pieces."""
+"""What reaches the file is what `mx.encode` makes of the whole weight, whatever the scheme and the rule."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from ascendit.convert.quantize import quantize
 from ascendit.mx.formats import lookup
 from ascendit.spec import SCHEMES
 
+VALUES = {"max:": ("7.25",), "msms:ceil_x:": ("7.25", "search")}
 RULES = [
     (scheme.name, rule + value)
     for scheme in SCHEMES.values()
     if scheme.format is not None
     for rule in lookup(scheme.format).rules
-    for value in (
-        ("7.25", "search") if rule == "msms:ceil_x:" else ("7.25",) if rule.endswith(":") else ("",)
-    )
+    for value in VALUES.get(rule, ("",))
 ]
 
 

@@ -11,7 +11,8 @@ from ascendit.mx.decibels import decibels
 
 def test_ten_times_the_logarithm() -> None:
     assert decibels(100.0, 1.0) == 20 and decibels(1.0, 1000.0) == pytest.approx(-30)
-    assert decibels(1e-300, 1e300) == pytest.approx(-6000)
+    assert decibels(1e-100, 1e100) == pytest.approx(-2000)
+    assert decibels(1e-300, 1e300) == -math.inf and decibels(1e300, 1e-300) == math.inf
 
 
 def test_without_noise_and_without_signal() -> None:

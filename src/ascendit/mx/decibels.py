@@ -14,6 +14,5 @@ def decibels(signal: float, noise: float, *, cap: float = math.inf) -> float:
         return math.nan
     if noise <= 0:
         return cap
-    if signal <= 0:
-        return -cap
-    return max(-cap, min(cap, 10 * math.log10(signal / noise)))
+    ratio = signal / noise
+    return max(-cap, min(cap, 10 * math.log10(ratio))) if ratio > 0 else -cap

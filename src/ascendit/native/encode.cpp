@@ -8,9 +8,6 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "blocks.h"
 #include "choose.h"
