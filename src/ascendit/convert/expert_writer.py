@@ -18,7 +18,7 @@ from ascendit.convert.rules import LayerPlan
 from ascendit.convert.source_rows import TORCH, SourceRows
 from ascendit.convert.torch_encoder import TorchEncoder
 from ascendit.errors import CheckpointError
-from ascendit.spec import SCHEMES
+from ascendit.quant.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from ascendit.convert.lora import Folds
@@ -165,8 +165,7 @@ class ExpertWriter:
     def _new_encoder(
         self, scheme: str, rule: str, length: int, dtype: str, changed: bool, max_rows: int
     ) -> DirectEncoder | TorchEncoder:
-        form = SCHEMES[scheme].format
-        assert form is not None
+        form = SCHEMES[scheme].weight
         if not changed:
             direct = direct_encoder(form, rule, length, dtype, max_rows, measure=self._measure)
             if direct is not None:

@@ -11,22 +11,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ascendit.convert import stream
-from ascendit.convert.calibration import OutputQuality, Outputs, Statistics, leader_of, smoothable
+from ascendit.convert.calibration import OutputQuality, Outputs, Statistics, smoothable
 from ascendit.convert.direct import decibels
 from ascendit.convert.expert_plan import ExpertPlan
 from ascendit.convert.expert_writer import SEARCH
 from ascendit.convert.rules import LayerPlan
 from ascendit.convert.source_rows import SourceRows
-from ascendit.spec import SCHEMES
+from ascendit.quant.fusion import leader_of
+from ascendit.quant.schemes import SCHEMES
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from ascendit.convert.lora import Folds
-
-ACTIVATION_RULES = {"mxfp4": "floor"}
-"""Scheme -> scale rule of its tokens at run time, where that is not the default one of its format."""
 
 
 def output_quality(
@@ -73,15 +71,13 @@ def _measure(plan: ExpertPlan, layer: LayerPlan, tokens: Tensor, rows: SourceRow
 
 
 def _quantized_tokens(x: Tensor, scheme: str) -> Tensor:
-    return _coded_and_back(x, scheme, ACTIVATION_RULES.get(scheme))
+    return _coded_and_back(x, scheme, SCHEMES[scheme].rule)
 
 
 def _coded_and_back(x: Tensor, scheme: str, rule: str | None) -> torch.Tensor:
     from ascendit.mx.codec import decode, encode
 
-    form = SCHEMES[scheme].format
-    assert form is not None
-    return decode(encode(x, form, scale_rule=rule))
+    return decode(encode(x, SCHEMES[scheme].weight, scale_rule=rule))
 
 
 def _rule(layer: LayerPlan, blocks: Iterable[Tensor]) -> str | None:
