@@ -1,4 +1,4 @@
-"""The schemes as one table: how a linear layer is stored and computes, and what other tools call it. No torch.
+"""The schemes as one table: how a linear layer is stored and computes, and what tools call it. No torch.
 
 A new scheme is a row here and a row of `mx.formats`; beside them only kernels need to know it.
 """
