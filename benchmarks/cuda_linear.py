@@ -25,7 +25,7 @@ from ascendit import mx
 from ascendit.device.backends import open_device
 from ascendit.ops import reference
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import SCHEMES
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
 Call = Callable[[], Any]
 HEADS = 128
@@ -62,7 +62,7 @@ def linear_calls(ops: Any, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[dic
     low = bias.to(x.dtype)
     calls: dict[str, Call] = {"bf16": lambda: F.linear(x, weight, low)}
     about: dict[str, Any] = {}
-    for name, row in SCHEMES.items():
+    for name, row in LINEAR_SCHEMES.items():
         e = mx.encode(weight, row.weight)
         ready = ops.prepare_weight(e.codes, e.scale, e.dual_scale, bias, row.weight)
         a = ops.quantize_activation(x, name)
@@ -140,7 +140,7 @@ def main() -> None:
             ops.quantized, clock, device.torch_name, given.tokens, [(d, d), (d, 3 * d), (d, ffn), (ffn, d)]
         )
         dense(ops, clock, device.torch_name, given.tokens, d)
-    for scheme in SCHEMES:
+    for scheme in LINEAR_SCHEMES:
         found = ops.quantized.forms.get(scheme)
         print(f"{scheme}: {found.reason if found else 'plain PyTorch'}")
 

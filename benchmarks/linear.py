@@ -27,7 +27,8 @@ from ascendit import mx
 from ascendit.device.backends import parse_device
 from ascendit.native.build import Built
 from ascendit.ops import cpu_linear
-from ascendit.ops.quantized import SCHEMES, Emulate, Schemes
+from ascendit.ops.quantized import Emulate, Schemes
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
 SHAPES = [(1536, 1536), (1536, 8960), (8960, 1536), (5120, 5120), (5120, 13824), (13824, 5120)]
 """K, N."""
@@ -46,8 +47,10 @@ class Row:
 
 
 def truth_of(x: Tensor, scheme: str, weight: Tensor, bias: Tensor) -> Tensor:
-    tokens = mx.decode(mx.encode(x[:ROWS], SCHEMES[scheme].activation, scale_rule=SCHEMES[scheme].rule))
-    coded = mx.decode(mx.encode(weight, SCHEMES[scheme].weight))
+    tokens = mx.decode(
+        mx.encode(x[:ROWS], LINEAR_SCHEMES[scheme].activation, scale_rule=LINEAR_SCHEMES[scheme].rule)
+    )
+    coded = mx.decode(mx.encode(weight, LINEAR_SCHEMES[scheme].weight))
     return torch.stack([(coded.double() @ t) for t in tokens.double()]) + bias.double()
 
 
@@ -59,7 +62,7 @@ def rows_of(tokens: int, k: int, n: int, schemes: list[str], emulate: list[Emula
     wide = x[:ROWS].double() @ weight.double().t() + short.double()
     rows = {"bf16": Row(lambda: F.linear(x, weight, short), wide)}
     for scheme in schemes:
-        encoded = mx.encode(weight, SCHEMES[scheme].weight)
+        encoded = mx.encode(weight, LINEAR_SCHEMES[scheme].weight)
         truth = truth_of(x, scheme, weight, bias)
         for how in emulate:
             forms = cpu_linear.forms(device, how)
@@ -81,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--shape", type=int, nargs=2, action="append", help="K N")
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
+    parser.add_argument("--schemes", nargs="+", default=list(LINEAR_SCHEMES), choices=list(LINEAR_SCHEMES))
     parser.add_argument("--reps", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--plain", action="store_true")

@@ -29,7 +29,7 @@ from ascendit.model.load import load_transformer, nbytes
 from ascendit.model.online import Online
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import SCHEMES
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
 GRID = (6, 32, 32)  # latent frames, height, width -> 6 x 16 x 16 = 1536 tokens
 Forward = Callable[[], torch.Tensor]
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--reps", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--schemes", nargs="+", default=[s for s in SCHEMES if s != "w4a8"])
+    parser.add_argument("--schemes", nargs="+", default=[s for s in LINEAR_SCHEMES if s != "w4a8"])
     parser.add_argument("--emulate", choices=["decode-on-use", "decode-once"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -24,8 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ascendit.checkpoint.names import all_linears, expected_tensors, to_wan
-from ascendit.convert.canonical import block_linear
+from ascendit.checkpoint.names import all_linears, expected_tensors, is_block_linear, to_wan
 
 CONFIG = {
     "num_attention_heads": 40,
@@ -63,7 +62,7 @@ save_file(renamed, os.path.join(target, "diffusion_pytorch_model.safetensors"))
 
 def tensors() -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
     """(Diffusers name, original name, dtype, shape) of every tensor of the export."""
-    linears = {name for name in all_linears(CONFIG) if block_linear(name)}
+    linears = {name for name in all_linears(CONFIG) if is_block_linear(name)}
     for name, shape in expected_tensors(CONFIG).items():
         layer, _, role = name.rpartition(".")
         dtype = "BF16"

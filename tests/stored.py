@@ -19,7 +19,7 @@ from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.names import all_linears, expected_tensors, to_wan
 from ascendit.checkpoint.store import DTYPE_BITS
 from ascendit.errors import CheckpointError
-from ascendit.spec import SCHEMES
+from ascendit.quant.schemes import SCHEMES
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 """Name -> (dtype in safetensors' spelling, shape)."""

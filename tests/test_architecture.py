@@ -26,8 +26,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("spec",),
     ("native",),
-    ("checkpoint",),
     ("mx",),
+    ("quant",),
+    ("checkpoint",),
     ("convert",),
     ("device", "ops", "twin"),
     ("attention",),
@@ -46,6 +47,7 @@ HEAVY = ("torch", "diffusers", "transformers", "av")
 LIGHT = (
     "errors",
     "spec",
+    "quant.*",
     "checkpoint.*",
     "pipeline.replay",
     "pipeline.request",

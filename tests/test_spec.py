@@ -10,17 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ascendit.spec import (
-    CHIPS,
-    ENGINES,
-    SCHEMES,
-    SPECS,
-    chips_for,
-    engines_for,
-    match,
-    nearest_frames,
-    nearest_sizes,
-)
+from ascendit.spec import SPECS, VaeConfig, WanConfig, match, nearest_frames, nearest_sizes
 
 P480 = {(832, 480), (480, 832)}
 P720 = {(1280, 720), (720, 1280)}
@@ -178,58 +168,31 @@ def test_the_table_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# ---- engines and chips --------------------------------------------------------------------------
+# ---- config.json --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("schemes", "runs"),
-    [
-        (set(), {"vllm-omni", "sglang"}),
-        ({"bf16"}, {"vllm-omni", "sglang"}),
-        ({"int8"}, {"vllm-omni", "sglang", "mindie"}),
-        ({"mxfp8", "bf16"}, {"vllm-omni", "sglang", "mindie"}),
-        ({"mxfp4"}, {"vllm-omni", "sglang", "mindie"}),
-        ({"mxfp4_dualscale"}, {"vllm-omni", "mindie"}),
-        ({"mxfp8", "mxfp4"}, {"sglang", "mindie"}),
-        ({"mxfp4", "mxfp4_dualscale"}, {"mindie"}),
-        ({"fp8"}, set()),
-        ({"fp8_128x128"}, set()),
-    ],
-    ids=str,
-)
-def test_which_engine_runs_which_scheme(schemes: set[str], runs: set[str]) -> None:
-    found = engines_for(schemes)
-    assert found.keys() == ENGINES.keys() == {"vllm-omni", "sglang", "mindie"}
-    assert {name for name, why in found.items() if not why} == runs
-
-
-def test_kept_layers_and_smoothing() -> None:
-    assert engines_for({"mxfp8", "bf16"}, float_block_linears=True)["sglang"].startswith("it looks for kept")
-    assert engines_for({"bf16"}, float_block_linears=True)["sglang"] == "", "nothing is quantized"
-    for scheme in SCHEMES:
-        found = engines_for({scheme}, smoothed={scheme})
-        assert (found["vllm-omni"] == "") == (scheme in ("mxfp4", "mxfp4_dualscale")), scheme
-        assert (found["sglang"] == "") == (scheme == "mxfp4"), scheme
-    assert engines_for({"mxfp4", "bf16"}, smoothed={"bf16"})["vllm-omni"].startswith("it drops mul_scale")
-    assert engines_for({"mxfp4", "bf16"}, smoothed=True) == engines_for(
-        {"mxfp4", "bf16"}, smoothed=("bf16", "mxfp4")
-    )
-
-
-def test_versions_of_engines() -> None:
-    assert {name: e.version for name, e in ENGINES.items()} == {
-        "vllm-omni": "0.30.0",
-        "sglang": "0.5.23",
-        "mindie": "3.1.0",
+def test_defaults_are_those_of_diffusers() -> None:
+    assert WanConfig().to_dict() == {
+        "patch_size": [1, 2, 2],
+        "num_attention_heads": 40,
+        "attention_head_dim": 128,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": 13824,
+        "num_layers": 40,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": None,
     }
-    for name, engine in ENGINES.items():
-        assert engine.name == name and all(engine.refuses.values())
+    assert VaeConfig.from_dict({"z_dim": 16}) == VaeConfig(scale_factor_spatial=8, scale_factor_temporal=4)
 
 
-def test_chips() -> None:
-    assert all(known.keys() == SCHEMES.keys() for known in CHIPS.values())
-    assert chips_for({"int8", "bf16"}) == dict.fromkeys(("a2", "a3", "a5"), "native")
-    for scheme in ("mxfp8", "mxfp4", "mxfp4_dualscale", "fp8"):
-        assert chips_for({scheme}) == {"a2": "emulated", "a3": "emulated", "a5": "native"}
-    assert chips_for({"int8", "mxfp8"})["a2"] == "emulated"
-    assert chips_for({"fp8_128x128"})["a5"] == "emulated"
+def test_a_config_without_channels_out_has_as_many_as_in() -> None:
+    assert WanConfig.from_dict({"in_channels": 48, "out_channels": None}).out_channels == 48
+    assert WanConfig.from_dict({"_class_name": "x", "patch_size": [1, 4, 4]}).patch_size == (1, 4, 4)

@@ -17,10 +17,13 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from ascendit.convert.canonical import ROLES
+from ascendit.checkpoint.names import ROLES
+from ascendit.device.npu import CHIPS, chips_for
 from ascendit.errors import CODES, AscenditError
 from ascendit.pipeline import world
-from ascendit.spec import CHIPS, ENGINES, SCHEMES, SPECS, Size, WanSpec, engines_for
+from ascendit.quant.engines import ENGINES, engines_for
+from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES
+from ascendit.spec import SPECS, Size, WanSpec
 
 REPO = Path(__file__).resolve().parents[1]
 PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -89,13 +92,12 @@ def shapes_table() -> str:
 
 def schemes_table() -> str:
     from ascendit.mx.formats import FORMATS
-    from ascendit.pipeline.expert_report import FORMATS as WORDS
 
     def row(name: str) -> tuple[object, ...]:
         scheme = SCHEMES[name]
-        form = FORMATS[scheme.format] if scheme.format else None
+        form = FORMATS.get(scheme.weight)
         bits = f"{form.bits_per_value:g}" if form else "16"
-        words = WORDS[name] if form else "floats"
+        words = scheme.text if form else "floats"
         return f"`{name}`", words, f"{scheme.activation_bits}", bits, f"`{scheme.manifest}`"
 
     head = ("scheme", "weights", "bits of activations", "bits of a weight", "msModelSlim's word")
@@ -103,7 +105,7 @@ def schemes_table() -> str:
 
 
 def chips_table() -> str:
-    return table(("scheme", *CHIPS), ((f"`{s}`", *(CHIPS[c][s] for c in CHIPS)) for s in SCHEMES))
+    return table(("scheme", *CHIPS), ((f"`{s}`", *chips_for({s}).values()) for s in SCHEMES))
 
 
 def engines_table() -> str:
@@ -290,12 +292,11 @@ def value_text(hint: Any) -> str:
 
 
 def npu_operators_table() -> str:
-    from ascendit.device.npu import CHIPS as ASCEND
     from ascendit.device.npu import capability
     from ascendit.ops.npu import FORMS
 
     def row(form: Any) -> tuple[object, ...]:
-        chips = ", ".join(c for c in ASCEND if capability(form.calls).on(c) == "yes")
+        chips = ", ".join(c for c in CHIPS if capability(form.calls).on(c) == "yes")
         return f"`{form.name}`", f"`{form.calls}`", chips, form.why
 
     return table(("operator", "computed by", "chips", "why"), (row(f) for f in FORMS))
@@ -304,7 +305,6 @@ def npu_operators_table() -> str:
 def npu_capabilities_table() -> str:
     """What each chip has, from the table that the twin and `doctor` obey too."""
     from ascendit.device.npu import CAPABILITIES
-    from ascendit.device.npu import CHIPS as ASCEND
 
     words = {"yes": "yes", "cann": "no", "adapter": "no", "unknown": "not documented"}
 
@@ -313,13 +313,13 @@ def npu_capabilities_table() -> str:
         return (
             name,
             c.used_for or "-",
-            *(words[c.on(chip)] for chip in ASCEND),
+            *(words[c.on(chip)] for chip in CHIPS),
             c.dtypes or "-",
             c.layout or "-",
         )
 
     rows = (row(c) for c in sorted(CAPABILITIES, key=lambda c: not c.used_for))
-    return table(("operator", "ascendit calls it for", *ASCEND, "dtypes", "layout"), rows)
+    return table(("operator", "ascendit calls it for", *CHIPS, "dtypes", "layout"), rows)
 
 
 def npu_versions_table() -> str:
@@ -347,18 +347,16 @@ def npu_settings_table() -> str:
 
 
 def linear_schemes_table() -> str:
-    from ascendit.device.npu import CHIPS as ASCEND
-    from ascendit.ops.quantized import SCHEMES as LINEAR
-    from ascendit.ops.quantized import native_on
+    from ascendit.device.npu import native_on
 
-    head = ("scheme", "activation", "its scale rule", "weight", *ASCEND)
-    native = {chip: native_on(chip) for chip in ASCEND}
+    head = ("scheme", "activation", "its scale rule", "weight", *CHIPS)
+    native = {chip: native_on(chip) for chip in CHIPS}
     return table(
         head,
         (
             (f"`{s.name}`", s.activation, f"`{s.rule}`", s.weight)
-            + tuple("native" if s.name in native[c] else "emulated" for c in ASCEND)
-            for s in LINEAR.values()
+            + tuple("native" if s.name in native[c] else "emulated" for c in CHIPS)
+            for s in LINEAR_SCHEMES.values()
         ),
     )
 

@@ -1,13 +1,16 @@
-"""Pure data: the Wan family, one row per model, and the schemes; wrong defaults are bugs.
+"""Pure data: the Wan family, one row per model, and the config of a transformer; wrong defaults are bugs.
 
-Sources: `wan/configs/*.py` and `generate.py` of Wan-Video/Wan2.2 and Wan-Video/Wan2.1. No torch here.
+Sources: `wan/configs/*.py` and `generate.py` of Wan-Video/Wan2.2 and Wan-Video/Wan2.1; Diffusers'
+WanTransformer3DModel. No torch here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
+
+from ascendit.errors import CheckpointError
 
 Task = Literal["t2v", "i2v", "ti2v"]
 Size = tuple[int, int]
@@ -224,176 +227,73 @@ def nearest_sizes(pixels: int, multiple: int) -> tuple[int, int]:
     return low, low + multiple
 
 
-# ---- schemes ------------------------------------------------------------------------------------
+# ---- config.json of transformer and VAE ---------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheme:
-    """How a linear layer is stored and computes."""
+class WanConfig:
+    """`config.json` of a Diffusers WanTransformer3DModel; names and defaults are Diffusers'."""
 
-    name: str
-    manifest: str
-    """msModelSlim's word for it, the value in `quant_model_description.json`."""
-    format: str | None
-    """A row of `mx.formats.FORMATS`; None: floating point, as the source has it."""
-    roles: tuple[str, ...]
-    """The tensors of a layer, `bias` and the optional `mul_scale` left out, in the order they are written."""
-    weight_bits: int
-    activation_bits: int
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    ffn_dim: int = 13824
+    num_layers: int = 40
+    cross_attn_norm: bool = True
+    qk_norm: str = "rms_norm_across_heads"
+    eps: float = 1e-6
+    image_dim: int | None = None
+    added_kv_proj_dim: int | None = None
+    rope_max_seq_len: int = 1024
+    pos_embed_seq_len: int | None = None
 
+    @property
+    def dim(self) -> int:
+        """Width D."""
+        return self.num_attention_heads * self.attention_head_dim
 
-SCHEMES: dict[str, Scheme] = {
-    s.name: s
-    for s in (
-        Scheme(
-            name="bf16",
-            manifest="FLOAT",
-            format=None,
-            roles=("weight",),
-            weight_bits=16,
-            activation_bits=16,
-        ),
-        Scheme(
-            name="int8",
-            manifest="W8A8_DYNAMIC",
-            format="int8",
-            roles=("weight", "weight_scale", "weight_offset"),
-            weight_bits=8,
-            activation_bits=8,
-        ),
-        Scheme(
-            name="fp8",
-            manifest="WFP8AFP8_DYNAMIC",
-            format="fp8",
-            roles=("weight", "weight_scale"),
-            weight_bits=8,
-            activation_bits=8,
-        ),
-        Scheme(
-            name="mxfp8",
-            manifest="W8A8_MXFP8",
-            format="mxfp8",
-            roles=("weight", "weight_scale"),
-            weight_bits=8,
-            activation_bits=8,
-        ),
-        Scheme(
-            name="mxfp4",
-            manifest="W4A4_MXFP4",
-            format="mxfp4",
-            roles=("weight", "weight_scale"),
-            weight_bits=4,
-            activation_bits=4,
-        ),
-        Scheme(
-            name="mxfp4_dualscale",
-            manifest="W4A4_MXFP4_DUALSCALE",
-            format="mxfp4_dualscale",
-            roles=("weight", "weight_scale", "weight_dual_scale"),
-            weight_bits=4,
-            activation_bits=4,
-        ),
-    )
-}
-"""What `quantize` and `repack` write. FP8 in 128 x 128 tiles is only read, see `checkpoint.expert`."""
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> WanConfig:
+        """From the parsed JSON. Keys with an underscore are Diffusers' bookkeeping; others must be known."""
+        known = {f.name for f in fields(cls)}
+        given = {k: v for k, v in data.items() if not k.startswith("_") and k != "quantization_config"}
+        if unknown := sorted(set(given) - known):
+            raise CheckpointError(
+                f"config.json of the transformer has unknown keys: {', '.join(unknown)}",
+                needs=f"keys of WanTransformer3DModel: {', '.join(sorted(known))}",
+                fix="use a Wan2.1 or Wan2.2 text- or image-to-video checkpoint",
+                code="E-CKP-06",
+            )
+        if given.get("qk_norm", cls.qk_norm) != cls.qk_norm:
+            raise CheckpointError(
+                f"qk_norm {given['qk_norm']!r}",
+                needs=f"{cls.qk_norm}, the only one Wan models have",
+                fix="correct config.json",
+                code="E-CKP-06",
+            )
+        given["patch_size"] = tuple(given.get("patch_size", cls.patch_size))
+        given["out_channels"] = given.get("out_channels") or given.get("in_channels", cls.in_channels)
+        return cls(**given)
 
-MANIFEST_SCHEMES = {s.manifest: s.name for s in SCHEMES.values()}
-
-
-# ---- engines and chips --------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        """As `config.json` has it: key -> value, lists in place of tuples."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
-    """A program for which `--for` writes, as its published wheel is."""
+class VaeConfig:
+    """What sizes need of `config.json` of an AutoencoderKLWan; names and defaults are Diffusers'."""
 
-    name: str
-    version: str
-    refuses: Mapping[str, str]
-    """What it cannot load or run -> why. A key is a scheme, or a trait that `engines_for` names."""
+    scale_factor_spatial: int = 8
+    """Pixels per latent, in height and in width."""
+    scale_factor_temporal: int = 4
+    """Frames per latent frame, after the first."""
 
-    def problem(self, traits: Collection[str]) -> str:
-        """The first reason against a checkpoint with these traits, "" when there is none."""
-        return next((why for trait, why in self.refuses.items() if trait in traits), "")
-
-
-_FP8 = dict.fromkeys(("fp8", "fp8_128x128"), "it does not read FP8 with float scales as it lies here")
-_OMNI_DROPS = "it drops mul_scale in layers that are not MXFP4, without an error"
-_SGLANG_DROPS = "it knows mul_scale in mxfp4 alone and drops it elsewhere, without an error"
-_ODD = "it pairs block scales, and a layer has an odd number of them (K / 32)"
-_PLAIN = "it builds {} as plain layers and would take the codes for weights"
-
-ENGINES: dict[str, Engine] = {
-    e.name: e
-    for e in (
-        Engine(
-            name="vllm-omni",
-            version="0.30.0",
-            refuses={
-                **_FP8,
-                "mixed": "its config.json names one scheme for all quantized layers",
-                "split_qkv": "it fuses Q, K and V of self-attention; one is kept and another quantized",
-                "unlike_qkv": "it fuses Q, K and V of self-attention; their mul_scale differ",
-                "outside_blocks": _PLAIN.format("embedders and proj_out"),
-                "odd_blocks:mxfp4_dualscale": _ODD,
-                **dict.fromkeys(("smoothed:int8", "smoothed:mxfp8", "smoothed:bf16"), _OMNI_DROPS),
-            },
-        ),
-        Engine(
-            name="sglang",
-            version="0.5.23",
-            refuses={
-                **_FP8,
-                "mxfp4_dualscale": "its loader of dual-scale layers fails, on an attribute it does not have",
-                "float_block_linears": "it looks for kept layers of a block by other names and stops there",
-                "outside_blocks": _PLAIN.format("embedders"),
-                "added_kv": "it does not name the layers of cross-attention with image tokens",
-                **{f"odd_blocks:{s}": _ODD for s in ("mxfp8", "mxfp4")},
-                **dict.fromkeys(("smoothed:int8", "smoothed:mxfp8", "smoothed:bf16"), _SGLANG_DROPS),
-            },
-        ),
-        Engine(
-            name="mindie",
-            version="3.1.0",
-            refuses={**_FP8, "unquantized": "it reads exports of quantized models only"},
-        ),
-    )
-}
-"""Read in the wheels of vLLM-Omni, SGLang and MindIE-SD; none was run on a card."""
-
-
-def engines_for(
-    schemes: Collection[str],
-    *,
-    float_block_linears: bool = False,
-    smoothed: bool | Collection[str] = False,
-    traits: Collection[str] = (),
-) -> dict[str, str]:
-    """Engine -> "" when it can run a checkpoint with layers of these schemes, else the reason it cannot.
-
-    `float_block_linears`: some linear of a block is kept, in a checkpoint that is quantized. `smoothed`: the
-    schemes (`bf16`: kept layers) of layers with a `mul_scale`; True: all. `traits`: what else is true of it,
-    the other keys of `Engine.refuses`, from `convert.dialects.traits_of`.
-    """
-    coded = {s for s in schemes if s != "bf16"}
-    smooth = set(schemes) if smoothed is True else set(smoothed or ())
-    found = {*coded, *traits, *(f"smoothed:{s}" for s in smooth)}
-    found |= {"mixed"} if len(coded) > 1 else set()
-    found |= {"unquantized"} if not coded else {"float_block_linears"} if float_block_linears else set()
-    return {name: engine.problem(found) for name, engine in ENGINES.items()}
-
-
-Support = Literal["native", "emulated"]
-CHIPS: dict[str, dict[str, Support]] = {
-    chip: {name: "native" if name in native else "emulated" for name in SCHEMES}
-    for chip, native in (("a2", ("bf16", "int8")), ("a3", ("bf16", "int8")), ("a5", tuple(SCHEMES)))
-}
-"""Whether a chip has the matmul of a scheme. MX and FP8 operators exist on the 950 only."""
-
-
-def chips_for(schemes: Collection[str]) -> dict[str, Support]:
-    """Chip -> `native` when it has the matmul of each of these schemes; others are decoded and multiplied."""
-    return {
-        chip: "native" if all(known.get(s) == "native" for s in schemes) else "emulated"
-        for chip, known in CHIPS.items()
-    }
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> VaeConfig:
+        """From the parsed JSON; other keys are left to Diffusers."""
+        return cls(**{f.name: int(data.get(f.name, f.default)) for f in fields(cls)})

@@ -17,6 +17,7 @@ from ascendit.checkpoint.names import (
     all_linears,
     block_linears,
     expected_tensors,
+    is_block_linear,
     is_linear,
     to_diffusers,
     to_wan,
@@ -93,7 +94,7 @@ def test_linear_layers_are_those_of_diffusers(variant: str) -> None:
     assert sorted(block_linears(config)) == sorted(name for name in linears if name.startswith("blocks."))
     modules = [name for name, _ in model.named_modules()]
     assert [name for name in modules if is_linear(name)] == linears
-    assert [n for n in modules if is_linear(n, in_block=True)] == [n for n in linears if "blocks" in n]
+    assert [n for n in modules if is_block_linear(n)] == [n for n in linears if "blocks" in n]
 
 
 def test_the_layers_of_a_block_come_in_the_order_of_the_model() -> None:

@@ -8,16 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ascendit.checkpoint.names import block_linears, expected_tensors
-from ascendit.convert import canonical
+from ascendit.checkpoint.names import ROLES, block_linears, expected_tensors, is_block_linear, sort_names
 from ascendit.convert.canonical import (
-    block_linear,
-    fused_names,
     layer_specs,
     manifest_for,
     marker_for,
     model_quant_type,
-    sort_names,
 )
 
 CONFIG = {
@@ -79,7 +75,7 @@ def test_order_is_that_of_the_model() -> None:
 @given(st.randoms(use_true_random=False))
 def test_order_hangs_on_the_names_alone(draw: random.Random) -> None:
     layer = "blocks.3.attn1.to_out.0"
-    roles = [f"{layer}.{role}" for role in canonical.ROLES]
+    roles = [f"{layer}.{role}" for role in ROLES]
     known = [*roles, "blocks.3.attn1.norm_q.weight", "blocks.3.attn1.q_rot", "blocks.3.attn1.k_rot"]
     wanted = [
         *known,
@@ -191,16 +187,6 @@ def test_floats_have_no_marker() -> None:
     assert marker_for(all_in("bf16")) is None
 
 
-def test_fused_names() -> None:
-    kept = [name for name in block_linears(CONFIG) if name.startswith("blocks.2.")]
-    assert fused_names(kept, ()) == [
-        *("blocks.2.attn1.to_qkv", "blocks.2.attn1.to_out"),
-        *(f"blocks.2.attn2.{x}" for x in ("to_q", "to_k", "to_v", "to_out", "add_k_proj", "add_v_proj")),
-        *("blocks.2.ffn.net_0.proj", "blocks.2.ffn.net_2"),
-    ]
-    assert fused_names(["blocks.2.attn1.to_q"], ["blocks.2.attn1.to_v"]) is None
-
-
 def test_block_linears_are_known_by_name() -> None:
     every = {name.removesuffix(".weight") for name in expected_tensors(CONFIG) if name.endswith(".weight")}
-    assert {name for name in every if block_linear(name)} == set(block_linears(CONFIG))
+    assert {name for name in every if is_block_linear(name)} == set(block_linears(CONFIG))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ascendit.convert.dialects import check_engine, dialect_for, model_kind, traits_of, wan_config
 from ascendit.convert.repack import repack
 from ascendit.errors import UsageError
-from ascendit.spec import ENGINES
+from ascendit.quant.engines import ENGINES
 
 REFUSED = {
     (exports.DUAL, "sglang"): "its loader of dual-scale layers fails",

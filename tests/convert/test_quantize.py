@@ -21,7 +21,7 @@ from ascendit.convert import stream
 from ascendit.convert.job import Progress
 from ascendit.convert.quantize import quantize
 from ascendit.errors import AscenditError, CheckpointError, EnvironmentProblem, UsageError
-from ascendit.spec import SCHEMES
+from ascendit.quant.schemes import QUANTIZED, SCHEMES
 
 LAYERS = 10  # in a block
 Q = "blocks.0.attn1.to_q"
@@ -52,7 +52,7 @@ def refused(code: str, kind: type[AscenditError], *args: Any, **options: Any) ->
 # ---- the folder ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", [s.name for s in SCHEMES.values() if s.format])
+@pytest.mark.parametrize("scheme", QUANTIZED)
 def test_every_layer_is_what_mx_makes_of_the_whole_weight(tmp_path, dst, scheme):
     model = write_model(tmp_path / "model", num_layers=1)
     quantize(model, dst, scheme=scheme)
@@ -63,7 +63,7 @@ def test_every_layer_is_what_mx_makes_of_the_whole_weight(tmp_path, dst, scheme)
             if not layer.startswith("blocks") or "norm" in layer:
                 assert same(found[f"{layer}.weight"], weight)
                 continue
-            encoded = mx.encode(weight, SCHEMES[scheme].format or "")
+            encoded = mx.encode(weight, SCHEMES[scheme].weight)
             wanted = {"weight": encoded.codes, "weight_scale": encoded.scale}
             wanted |= {"weight_dual_scale": encoded.dual_scale} if encoded.dual_scale is not None else {}
             wanted |= {"weight_offset": torch.zeros(len(weight), 1)} if scheme == "int8" else {}

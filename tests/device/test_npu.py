@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ascendit.device.npu import CAPABILITIES, CHIPS, capability, chip_of
+from ascendit.device.npu import CAPABILITIES, CHIPS, capability, chip_of, chips_for, not_here
 from ascendit.twin import schemas
 
 
@@ -44,3 +44,17 @@ def test_what_the_documents_say() -> None:
 def test_each_quantized_scheme_has_its_matmul() -> None:
     schemes = {row.scheme for row in CAPABILITIES if "matmul" in row.operator} - {""}
     assert schemes == {"int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale", "w4a8"}
+
+
+def test_chips_by_scheme() -> None:
+    assert chips_for({"int8", "bf16"}) == dict.fromkeys(("a2", "a3", "a5"), "native")
+    for scheme in ("mxfp8", "mxfp4", "mxfp4_dualscale", "fp8"):
+        assert chips_for({scheme}) == {"a2": "emulated", "a3": "emulated", "a5": "native"}
+    assert chips_for({"int8", "mxfp8"})["a2"] == "emulated"
+    assert chips_for({"fp8_128x128"})["a5"] == "emulated"
+
+
+def test_what_a_chip_has_no_matmul_for() -> None:
+    error = not_here("twin:a2", "a2", "w4a8")
+    assert error.code == "E-CAP-01" and "has no matmul for it" in str(error)
+    assert "needs  Atlas 350 (Ascend 950), a5; a2 has bf16 and int8" in str(error)

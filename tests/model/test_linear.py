@@ -14,10 +14,10 @@ from ascendit.errors import UsageError
 from ascendit.model.linear import Joint, QuantLinear, SmoothLinear, Tokens, linear
 from ascendit.mx.smooth import smooth_input
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import SCHEMES
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
 OPS = bind("cpu", "reference")
-STORED = sorted(s for s in SCHEMES if s != "w4a8")
+STORED = sorted(s for s in LINEAR_SCHEMES if s != "w4a8")
 
 
 def weight_of(scheme: str, n: int = 24, k: int = 64, seed: int = 0) -> tuple[mx.Encoded, torch.Tensor]:
@@ -41,7 +41,7 @@ def test_it_is_a_linear_whose_output_is_decoded_tokens_times_decoded_weight(sche
     m, x = layer(scheme), tokens()
     assert m.bias is not None
     encoded, bias = weight_of(scheme)
-    a = mx.encode(x.flatten(0, 1), SCHEMES[scheme].activation, scale_rule=SCHEMES[scheme].rule)
+    a = mx.encode(x.flatten(0, 1), LINEAR_SCHEMES[scheme].activation, scale_rule=LINEAR_SCHEMES[scheme].rule)
     wanted = mx.decode(a).double() @ mx.decode(encoded).double().t() + bias.double()
     out = m(x)
     assert isinstance(m, nn.Linear) and out.dtype == torch.bfloat16 and out.shape == (2, 5, 24)

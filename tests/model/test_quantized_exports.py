@@ -22,7 +22,7 @@ from ascendit.model.load import load_expert, load_transformer
 from ascendit.mx.codec import decode, encode
 from ascendit.mx.encoded import Encoded
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import SCHEMES
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
 FORMATS = {
     "W8A8_MXFP8": "mxfp8",
@@ -58,7 +58,7 @@ def exact(tensors: dict[str, torch.Tensor], name: str, scheme: str, x: torch.Ten
     n = tensors[f"{name}.weight"].shape[0]
     if (mul := tensors.get(f"{name}.mul_scale")) is not None:
         x = (x.float() * mul).to(x.dtype)
-    a = encode(x, SCHEMES[scheme].activation, scale_rule=SCHEMES[scheme].rule)
+    a = encode(x, LINEAR_SCHEMES[scheme].activation, scale_rule=LINEAR_SCHEMES[scheme].rule)
     dual = tensors.get(f"{name}.weight_dual_scale")
     w = Encoded(
         tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], dual, scheme, -1, (n, x.shape[-1])

@@ -21,7 +21,7 @@ from ascendit.mx.formats import lookup
 from ascendit.ops import cuda_dense, cuda_values, reference
 from ascendit.ops import cuda_launch as fast
 from ascendit.ops import cuda_steps as plain
-from ascendit.ops.quantized import SCHEMES
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RULES = {
@@ -140,7 +140,7 @@ def forms() -> None:
     """Whole layers whose steps are kernels, by each way that they can go."""
     steps, _ = fast.steps()
     assert steps is not None
-    for scheme in SCHEMES:
+    for scheme in LINEAR_SCHEMES:
         k = 544 if scheme == "mxfp4_dualscale" else 96
         encoded, bias = weight_of(scheme, 20, k)
         ways = [values_form(steps).form(), values_form(steps, once=True).form()]

@@ -7,15 +7,16 @@ from torch import Tensor
 
 from ascendit import mx
 from ascendit.mx.encoded import Encoded
-from ascendit.ops.quantized import SCHEMES, Activation
+from ascendit.ops.quantized import Activation
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
-NATIVE = {"a2": {"int8"}, "a3": {"int8"}, "a5": set(SCHEMES)}
+NATIVE = {"a2": {"int8"}, "a3": {"int8"}, "a5": set(LINEAR_SCHEMES)}
 
 
 def weight_of(scheme: str, n: int, k: int, *, bias: bool = True) -> tuple[Encoded, Tensor | None]:
     """Codes [N, K] with scales of different sizes, and a float32 bias that BF16 cannot hold."""
     rows = torch.randn(n, k) * torch.logspace(-1, 0, n)[:, None]
-    encoded = mx.encode(rows.to(torch.bfloat16), SCHEMES[scheme].weight)
+    encoded = mx.encode(rows.to(torch.bfloat16), LINEAR_SCHEMES[scheme].weight)
     return encoded, 3 + torch.randn(n) if bias else None
 
 
@@ -30,7 +31,7 @@ def on_disk(encoded: Encoded, bias: Tensor | None) -> tuple[Tensor, Tensor, Tens
 
 def exact(x: Tensor, scheme: str, encoded: Encoded, bias: Tensor | None, rule: str | None = None) -> Tensor:
     """float64: the decoded activation times the decoded weight, plus the bias. [.., N]"""
-    row = SCHEMES[scheme]
+    row = LINEAR_SCHEMES[scheme]
     activation = mx.encode(x.flatten(0, -2), row.activation, scale_rule=rule or row.rule)
     out = mx.decode(activation).double() @ mx.decode(encoded).double().t()
     out = out if bias is None else out + bias.double()

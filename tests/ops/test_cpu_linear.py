@@ -15,7 +15,8 @@ from ascendit.mx.smooth import smooth_input
 from ascendit.native.build import Built
 from ascendit.ops import cpu_linear, cpu_linear_plain
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import REFERENCE, SCHEMES, Emulate, PreparedWeight, Schemes
+from ascendit.ops.quantized import REFERENCE, Emulate, PreparedWeight, Schemes
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
 CPU = parse_device("cpu")
 EMULATE: tuple[Emulate | None, ...] = (None, "decode-once")
@@ -57,7 +58,7 @@ def rounded_once(out: Tensor, wanted: Tensor, terms: Tensor) -> bool:
 
 def terms_of(x: Tensor, scheme: str, encoded: Encoded, bias: Tensor | None) -> Tensor:
     """Sum of the magnitudes that a sum is made of."""
-    row = SCHEMES[scheme]
+    row = LINEAR_SCHEMES[scheme]
     tokens = mx.decode(mx.encode(x.flatten(0, -2), row.activation, scale_rule=row.rule))
     total = tokens.abs() @ mx.decode(encoded).abs().t()
     return (total if bias is None else total + bias.abs()).unflatten(0, x.shape[:-1])
@@ -65,7 +66,7 @@ def terms_of(x: Tensor, scheme: str, encoded: Encoded, bias: Tensor | None) -> T
 
 @pytest.mark.parametrize("emulate", EMULATE)
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_bfloat16_tokens_are_rounded_once(way, scheme, m, n, k, emulate):
     ops = schemes(emulate)
     x = tokens_of(m, k)
@@ -80,7 +81,7 @@ def test_bfloat16_tokens_are_rounded_once(way, scheme, m, n, k, emulate):
 
 @pytest.mark.parametrize("emulate", EMULATE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_wider_tokens_are_never_bfloat16(way, scheme, dtype, emulate):
     ops = schemes(emulate)
     encoded, bias = weight_of(scheme, 72, 1056)
@@ -93,14 +94,16 @@ def test_wider_tokens_are_never_bfloat16(way, scheme, dtype, emulate):
 
 
 @pytest.mark.parametrize("emulate", EMULATE)
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_with_mul_scale_and_another_rule(way, scheme, emulate):
     ops, plain = schemes(emulate), Schemes(CPU)
     encoded, bias = weight_of(scheme, 66, 96)
     x, mul_scale = tokens_of(3, 96), torch.rand(96) + 0.1
-    rule = "floor" if SCHEMES[scheme].activation.startswith("mx") else None
+    rule = "floor" if LINEAR_SCHEMES[scheme].activation.startswith("mx") else None
     a = ops.quantize_activation(x, scheme, mul_scale, rule)
-    wanted = mx.encode(smooth_input(x, mul_scale).flatten(0, 1), SCHEMES[scheme].activation, scale_rule=rule)
+    wanted = mx.encode(
+        smooth_input(x, mul_scale).flatten(0, 1), LINEAR_SCHEMES[scheme].activation, scale_rule=rule
+    )
     assert torch.equal(a.codes.view(torch.uint8), wanted.codes.view(torch.uint8))
     assert torch.equal(a.scale, wanted.scale)
     out = ops.quantized_linear(a, ops.prepare_weight(*on_disk(encoded, bias), scheme))
@@ -109,7 +112,7 @@ def test_with_mul_scale_and_another_rule(way, scheme, emulate):
 
 
 @pytest.mark.parametrize("emulate", EMULATE)
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_what_was_prepared_comes_back_and_takes_no_more_memory(way, scheme, emulate):
     ops = schemes(emulate)
     encoded, bias = weight_of(scheme, 128, 1024)
@@ -126,12 +129,12 @@ def test_what_was_prepared_comes_back_and_takes_no_more_memory(way, scheme, emul
         assert weight.nbytes > 2 * small
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_a_width_that_is_no_multiple_of_32(way, scheme):
     ops = schemes()
     for k in (33, 1, 100):
         rows = torch.randn(5, k).bfloat16()
-        encoded = mx.encode(rows, SCHEMES[scheme].weight)
+        encoded = mx.encode(rows, LINEAR_SCHEMES[scheme].weight)
         weight = ops.prepare_weight(*on_disk(encoded, None), scheme, width=k)
         x = tokens_of(3, k)
         out = ops.quantized_linear(ops.quantize_activation(x, scheme), weight)
@@ -157,7 +160,7 @@ def both(
     scheme: str, x: Tensor, rows: Tensor, bias: Tensor | None = None, emulate=None
 ) -> tuple[Tensor, Tensor]:
     """The output here and the reference's."""
-    encoded = mx.encode(rows, SCHEMES[scheme].weight)
+    encoded = mx.encode(rows, LINEAR_SCHEMES[scheme].weight)
     outs = []
     for ops in (schemes(emulate), Schemes(CPU)):
         weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
@@ -176,7 +179,7 @@ def test_the_smallest_and_the_largest_numbers(way, scheme, small, large, emulate
 
 
 @pytest.mark.parametrize("emulate", EMULATE)
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_a_nan_or_infinite_token_is_lost_and_no_other(way, scheme, emulate):
     x, rows = tokens_of(3, 1056)[0], torch.randn(66, 1056).bfloat16()
     x[0, 700], x[2, 5] = torch.nan, torch.inf
@@ -185,7 +188,7 @@ def test_a_nan_or_infinite_token_is_lost_and_no_other(way, scheme, emulate):
     assert torch.equal(out.isnan(), wanted.isnan())
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_zeros(way, scheme):
     x, rows, bias = torch.zeros(2, 64).bfloat16(), torch.randn(5, 64).bfloat16(), torch.randn(5)
     out, _ = both(scheme, x, rows, bias)
@@ -226,7 +229,7 @@ def test_leading_axes_and_views(way):
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_more_tokens_than_are_taken_at_a_time_on_any_number_of_threads(scheme):
     ops = schemes()
     encoded, bias = weight_of(scheme, 70, 96)
@@ -244,7 +247,7 @@ def test_each_scheme_says_how_it_is_computed(way):
     for emulate in EMULATE:
         words = "once" if emulate else "on each use"
         found = cpu_linear.forms(CPU, emulate)
-        assert list(found) == list(SCHEMES)
+        assert list(found) == list(LINEAR_SCHEMES)
         in_bytes = cpu_linear.IN_BYTES if way == "compiled" else ("int8",)
         for scheme, choice in found.items():
             start = "native: " if scheme in in_bytes else "emulated: decoded"
@@ -276,7 +279,7 @@ def test_they_are_bound_and_really_run(monkeypatch):
     for name in ("quantized_linear", "reference_linear"):
         monkeypatch.setattr(cpu_linear_plain, name, lambda *a: pytest.fail("the plain way"))
     ops = bind("cpu").quantized
-    for scheme in SCHEMES:
+    for scheme in LINEAR_SCHEMES:
         assert ops.form(scheme).name == "cpu"
         encoded, bias = weight_of(scheme, 40, 64)
         weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)

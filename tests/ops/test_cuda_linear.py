@@ -16,7 +16,8 @@ from ascendit.ops import cuda_codes, cuda_launch, cuda_linear, cuda_values
 from ascendit.ops.bind import bind
 from ascendit.ops.cuda_linear import Card, Chosen, candidates, problem
 from ascendit.ops.cuda_steps import PLAIN, in_parts, to_values, width_of
-from ascendit.ops.quantized import SCHEMES, LinearChoice, Schemes
+from ascendit.ops.quantized import LinearChoice, Schemes
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
 CPU = parse_device("cpu")
 FORMS = [
@@ -24,7 +25,7 @@ FORMS = [
         make(PLAIN, once=once), scheme, id=f"{make.__name__}-{scheme}-{'once' if once else 'on-use'}"
     )
     for make in (codes_form, values_form)
-    for scheme in SCHEMES
+    for scheme in LINEAR_SCHEMES
     for once in (False, True)
     if make is values_form or scheme != "mxfp4_dualscale"
 ]
@@ -32,7 +33,7 @@ FORMS = [
 
 def schemes_of(form) -> Schemes:
     choice = LinearChoice(form.form(), "native: by a stand-in")
-    return Schemes(CPU, dict.fromkeys(SCHEMES, choice))
+    return Schemes(CPU, dict.fromkeys(LINEAR_SCHEMES, choice))
 
 
 @pytest.mark.parametrize(("n", "k"), [(24, 544), (20, 96), (48, 64)])
@@ -176,7 +177,7 @@ def reasons(capability, emulate=None, *, triton=True, scaled_mm=True, hip=False)
 )
 def test_native_schemes_by_capability(capability, native):
     found = reasons(capability)
-    assert set(found) == {s.weight for s in SCHEMES.values()}
+    assert set(found) == {s.weight for s in LINEAR_SCHEMES.values()}
     assert {s for s, row in found.items() if row[0].startswith("native: ")} == native
     assert all(row[-1].startswith("emulated: ") for row in found.values())
 
@@ -220,7 +221,7 @@ def test_a_form_that_is_wrong_on_this_card_is_passed_over_and_named():
     assert nothing.get("mxfp4") is None
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_the_check_accepts_right_forms_and_sees_wrong_ones(scheme):
     good = values_form(PLAIN)
     before = torch.get_rng_state()
@@ -249,12 +250,12 @@ on_a_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @on_a_card
 @pytest.mark.cuda
 @pytest.mark.parametrize("emulate", [None, "decode-once"])
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_on_a_card_every_candidate_is_right(scheme, emulate):
     device, fast = parse_device("cuda"), cuda_launch.steps()
     card = Card.of(device)
     assert card is not None
-    row = candidates(card, emulate, *fast).get(SCHEMES[scheme].weight, ())
+    row = candidates(card, emulate, *fast).get(LINEAR_SCHEMES[scheme].weight, ())
     wrong = {c.reason: p for c in row if (p := problem(scheme, c.form, device))}
     assert wrong == {}
 
@@ -262,7 +263,7 @@ def test_on_a_card_every_candidate_is_right(scheme, emulate):
 @on_a_card
 @pytest.mark.cuda
 @pytest.mark.parametrize("tokens", [40, 1100])
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_on_a_card_the_model_gets_these_numbers(scheme, tokens, caplog):
     with caplog.at_level(logging.INFO, logger="ascendit"):
         ops = bind("cuda").quantized

@@ -12,7 +12,7 @@ from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.mx.smooth import smooth_input
 from ascendit.ops.bind import bind
 from ascendit.ops.npu_linear import scale_algorithm
-from ascendit.ops.quantized import SCHEMES
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
 pytestmark = pytest.mark.usefixtures("twin")
 PAIRS = [(chip, scheme) for chip, schemes in NATIVE.items() for scheme in sorted(schemes)]
@@ -64,7 +64,7 @@ def test_fractal_nz_gives_the_same_numbers(chip, scheme):
 
 def test_one_kernel_to_quantize_and_one_to_multiply():
     ops = bind("twin:a5").quantized
-    for scheme in SCHEMES:
+    for scheme in LINEAR_SCHEMES:
         encoded, bias = weight_of(scheme, 16, 64)
         weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
         x = tokens_of(4, 64)

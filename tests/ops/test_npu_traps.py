@@ -21,7 +21,8 @@ from ascendit.device.npu import CHIPS
 from ascendit.errors import EnvironmentProblem
 from ascendit.model.load import load_transformer
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import SCHEMES, PreparedWeight
+from ascendit.ops.quantized import PreparedWeight
+from ascendit.quant.schemes import LINEAR_SCHEMES
 from ascendit.twin.faults import TwinError
 
 pytestmark = pytest.mark.usefixtures("twin")
@@ -101,7 +102,7 @@ def test_6_fp4_is_asked_for_by_torch_npus_number() -> None:
         assert given.get("dst_type", 296) == number
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 @pytest.mark.parametrize(("dtype", "number"), [(torch.bfloat16, 15), (torch.float16, 5)])
 def test_7_the_output_dtype_is_said(scheme: str, dtype: torch.dtype, number: int) -> None:
     """None means int8."""

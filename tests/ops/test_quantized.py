@@ -8,16 +8,18 @@ from ops.layers import decoded, exact, on_disk, tokens_of, weight_of
 
 from ascendit import mx
 from ascendit.device.backends import parse_device
+from ascendit.device.npu import native_on
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.mx.smooth import smooth_input
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import SCHEMES, native_on, native_schemes
+from ascendit.ops.quantized import native_schemes
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
 K = 544  # 17 blocks of 32, one group of 512 and a short one
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_within_the_order_of_the_sums(scheme, bias):
     ops = bind("cpu").quantized
     encoded, b = weight_of(scheme, 24, K, bias=bias)
@@ -29,7 +31,7 @@ def test_within_the_order_of_the_sums(scheme, bias):
     assert float((out - wanted).norm() / wanted.norm()) < 2e-6
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_bfloat16_rounds_once(scheme):
     ops = bind("cpu").quantized
     encoded, bias = weight_of(scheme, 24, K)
@@ -88,7 +90,7 @@ def test_the_rule_of_the_activation_can_be_chosen():
         ops.quantize_activation(x, "mxfp4", rule="ceil_x")
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_what_was_prepared_comes_back(scheme):
     encoded, bias = weight_of(scheme, 8, 544)
     ops = bind("cpu").quantized
@@ -120,13 +122,13 @@ def test_misfits_are_named():
 
 def test_native_schemes_by_chip():
     assert native_on("a2") == native_on("a3") == {"int8"}
-    assert native_on("a5") == set(SCHEMES)
+    assert native_on("a5") == set(LINEAR_SCHEMES)
     assert native_schemes(parse_device("cpu")) == frozenset()
 
 
 @pytest.mark.usefixtures("twin")
 @pytest.mark.parametrize("chip", ["a2", "a3"])
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s != "int8"])
+@pytest.mark.parametrize("scheme", [s for s in LINEAR_SCHEMES if s != "int8"])
 def test_a_scheme_that_the_chip_lacks_says_who_has_it(chip, scheme):
     ops = bind(f"twin:{chip}").quantized
     encoded, bias = weight_of(scheme, 8, 64)
@@ -161,4 +163,4 @@ def test_emulation_is_the_reference_and_is_told(caplog):
 @pytest.mark.usefixtures("twin")
 def test_the_oracle_can_be_forced():
     ops = bind("twin:a5", "reference").quantized
-    assert {ops.form(s).name for s in SCHEMES} == {"reference"}
+    assert {ops.form(s).name for s in LINEAR_SCHEMES} == {"reference"}

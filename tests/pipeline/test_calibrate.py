@@ -22,17 +22,16 @@ from torch import Tensor, nn
 import ascendit
 from ascendit.checkpoint.expert import read_expert
 from ascendit.checkpoint.layout import recognise
-from ascendit.convert.calibration import STATISTICS, Save, leader_of
-from ascendit.convert.canonical import block_linear
-from ascendit.convert.output_quality import ACTIVATION_RULES
+from ascendit.checkpoint.names import is_block_linear
+from ascendit.convert.calibration import STATISTICS, Save
 from ascendit.convert.quantize import quantize
 from ascendit.errors import AscenditError, CheckpointError, UsageError
 from ascendit.mx.codec import decode, encode
 from ascendit.mx.encoded import Encoded
-from ascendit.mx.formats import lookup
-from ascendit.ops.quantized import SCHEMES
 from ascendit.pipeline import calibrate
 from ascendit.pipeline.calibrate import Calibrator, Input
+from ascendit.quant.fusion import leader_of
+from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES
 
 SMALL: dict[str, Any] = {
     "height": 32,
@@ -192,7 +191,7 @@ def test_mul_scale_and_weight_are_msmodelslims(bf16: Path, tmp_path: Path, alpha
     for expert in EXPERTS:
         source, written = read(bf16 / expert), read(tmp_path / "out" / expert)
         layers = [n.removesuffix(".mul_scale") for n in written if n.endswith(".mul_scale")]
-        assert len(layers) == 20 and all(map(block_linear, layers))
+        assert len(layers) == 20 and all(map(is_block_linear, layers))
         for layer in layers:
             group = [n for n in layers if leader_of(n) == leader_of(layer)]
             top = torch.stack([source[f"{n}.weight"].abs().amax(0) for n in group]).amax(0)
@@ -232,7 +231,7 @@ def test_outliers_cost_less_when_smoothed(bf16: Path, tmp_path: Path, scheme: st
     assert quality.smoothed > quality.plain + 4
     assert outputs.kinds["attn2.to_q"].smoothed > outputs.kinds["attn2.to_q"].plain + 4
 
-    rule = SCHEMES[scheme].rule
+    rule = LINEAR_SCHEMES[scheme].rule
     x, weight = rows.float(), source[f"{LAYER}.weight"]
     plain = decode(encode(rows, scheme, scale_rule=rule)) @ decode(encode(weight, scheme)).t()
     codes, scale = (written[f"{LAYER}.{role}"] for role in ("weight", "weight_scale"))
@@ -264,10 +263,10 @@ def test_the_table_has_both_columns(bf16: Path, tmp_path: Path) -> None:
 
 
 def test_tokens_are_quantized_as_at_run_time() -> None:
-    for name, scheme in SCHEMES.items():
+    for name, scheme in LINEAR_SCHEMES.items():
         if name == scheme.weight:
             assert scheme.activation == name
-            assert ACTIVATION_RULES.get(name, lookup(name).default_rule) == scheme.rule
+            assert SCHEMES[name] is scheme
 
 
 # ---- the folder ---------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from ascendit.pipeline.quality import BASE, Case, cases, choose, fingerprint, me
 from ascendit.pipeline.quality_layers import bits_per_weight, layer_inputs, layer_sqnr
 from ascendit.pipeline.quality_report import Quality, Row
 from ascendit.pipeline.verify import pick
-from ascendit.spec import SCHEMES
+from ascendit.quant.schemes import SCHEMES
 
 SHORT: dict[str, Any] = {"num_inference_steps": 3, "num_frames": 5}
 PROMPT = "a red circle moves right on a black background"

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import ascendit
-from ascendit.convert.calibration import leader_of
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.model.linear import QuantLinear, Tokens
 from ascendit.ops import cpu_native
@@ -22,6 +21,7 @@ from ascendit.pipeline.generate import Pipeline
 from ascendit.pipeline.quality_layers import layer_inputs
 from ascendit.pipeline.similarity import psnr, sqnr
 from ascendit.pipeline.verify import pick
+from ascendit.quant.fusion import leader_of
 
 pytestmark = pytest.mark.usefixtures("twin")
 PROMPT = "a red circle moves right on a black background"

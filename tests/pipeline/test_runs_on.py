@@ -26,7 +26,7 @@ from ascendit.errors import UsageError
 from ascendit.pipeline.expert_report import Summary
 from ascendit.pipeline.inspect import inspect
 from ascendit.pipeline.runs_on import EngineVerdict, RunsOn, runs_on
-from ascendit.spec import ENGINES
+from ascendit.quant.engines import ENGINES
 
 LINEARS = block_linears(CONFIG)
 

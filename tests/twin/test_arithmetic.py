@@ -11,7 +11,7 @@ from torch import Tensor
 from ascendit import mx
 from ascendit.ops import cpu_native, npu, npu_attention, reference
 from ascendit.ops.bind import Ops, bind, in_dtype
-from ascendit.ops.quantized import SCHEMES
+from ascendit.quant.schemes import LINEAR_SCHEMES
 from ascendit.twin import arithmetic
 
 compiled = pytest.mark.skipif(
@@ -92,11 +92,11 @@ def test_other_attention_is_computed_in_float32() -> None:
     assert arithmetic.can_attend(k.float(), k.float(), k.float(), 0.125)
 
 
-@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 @pytest.mark.parametrize("k", [192, 1024, 1056])
 def test_linear_layers_on_codes(scheme: str, k: int) -> None:
     x, w, bias = bf16(1, 50, k), bf16(100, k), torch.randn(100).bfloat16().float()
-    e = mx.encode(w, SCHEMES[scheme].weight)
+    e = mx.encode(w, LINEAR_SCHEMES[scheme].weight)
     made = []
     for ops in (o.quantized for o in both()):
         weight = ops.prepare_weight(e.codes, e.scale, e.dual_scale, bias, scheme)

@@ -18,7 +18,8 @@ from ascendit import mx
 from ascendit.device.backends import Device
 from ascendit.ops.bind import Ops, bind
 from ascendit.ops.npu_linear import NZ_SCHEMES
-from ascendit.ops.quantized import SCHEMES, native_schemes
+from ascendit.ops.quantized import native_schemes
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
 S, TEXT, HEADS, HEAD = 20, 12, 2, 32
 D = HEADS * HEAD
@@ -43,7 +44,7 @@ def calls(device: Device) -> Iterator[Call]:
     fast = bind(device, fast_layernorm=True)
     x, row = (t.to(device.torch_name) for t in (rand(1, S, D), rand(D).float()))
     yield Call("layer_norm, fast_layernorm", lambda: fast.layer_norm(x, row, row, 1e-6))
-    for scheme in SCHEMES:
+    for scheme in LINEAR_SCHEMES:
         if scheme in native_schemes(device):
             yield from _quantized(bind(device), device, scheme)
 
@@ -85,7 +86,7 @@ def _quantized(ops: Ops, device: Device, scheme: str) -> Iterator[Call]:
     """Prepare a weight, quantize tokens, multiply: in each layout, with and without smoothing and bias."""
     q = ops.quantized
     k, n = (1024 if scheme == "mxfp4_dualscale" else 128), 32
-    form = SCHEMES[scheme].weight
+    form = LINEAR_SCHEMES[scheme].weight
     w = mx.encode(rand(n, k), form)
     x, smooth = rand(1, S, k).to(device.torch_name), rand(k).abs().float().to(device.torch_name)
     bias = rand(n).float()

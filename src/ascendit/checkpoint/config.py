@@ -14,15 +14,12 @@ from ascendit.checkpoint.names import MAX_LAYERS
 from ascendit.checkpoint.part import TRANSFORMER
 from ascendit.checkpoint.store import listed
 from ascendit.errors import CheckpointError
+from ascendit.spec import WanConfig
 
-HEAD_DIM = 128
+HEAD_DIM = WanConfig.attention_head_dim
 """Of every published Wan model."""
-_FIXED: dict[str, Any] = {
-    "_class_name": TRANSFORMER,
-    "qk_norm": "rms_norm_across_heads",
-    "rope_max_seq_len": 1024,
-    **dict.fromkeys(("added_kv_proj_dim", "image_dim", "pos_embed_seq_len")),
-}
+_SAME = ("qk_norm", "rope_max_seq_len", "added_kv_proj_dim", "image_dim", "pos_embed_seq_len")
+_FIXED: dict[str, Any] = {"_class_name": TRANSFORMER, **{key: getattr(WanConfig, key) for key in _SAME}}
 """What every Wan model has, and null for layers that not every one has."""
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -76,7 +73,7 @@ def _from_shapes(shapes: Shapes) -> dict[str, Any]:
 
     embedder, block = "condition_embedder", "blocks.0"
     patch = shapes.get("patch_embedding.weight", ())
-    patch_size = list(patch[2:]) if len(patch) == 5 else [1, 2, 2]
+    patch_size = list(patch[2:]) if len(patch) == 5 else list(WanConfig.patch_size)
     out, volume = size("proj_out.weight", 0), math.prod(patch_size)
     numbers = [
         int(name.split(".", 2)[1]) for name in shapes if name.startswith("blocks.") and _numbered(name)
@@ -125,7 +122,7 @@ def _heads(
 
 
 def _eps(raw: Mapping[str, Any]) -> float:
-    value = raw.get("eps", 1e-6)
+    value = raw.get("eps", WanConfig.eps)
     if type(value) not in (int, float) or not 0 < value < 1:
         raise _bad_value("eps", value, "a small number above 0")
     return float(value)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ascendit.checkpoint.config import HEAD_DIM, diffusers_config
-from ascendit.checkpoint.layers import FLOATS, FP8_TILES, read_layers
+from ascendit.checkpoint.layers import FLOATS, read_layers
 from ascendit.checkpoint.layers import Container as Container
 from ascendit.checkpoint.layers import Layer as Layer
 from ascendit.checkpoint.manifest import Manifest, find_manifest, read_manifest
@@ -24,6 +24,7 @@ from ascendit.checkpoint.part import TRANSFORMER, Part
 from ascendit.checkpoint.spelling import Naming, canonical, naming_of, on_disk
 from ascendit.checkpoint.store import Shards, TensorInfo, listed
 from ascendit.errors import CheckpointError
+from ascendit.quant.schemes import FP8_TILES
 
 Origin = Literal["float", "msmodelslim", "vllm-omni", "sglang", "ascendit", "fp8-block"]
 ATTENTION_TENSOR = re.compile(r"(blocks\.[0-9]+\.attn[12]\.)(?:[qk]_rot|fa3?_[qkv]\.(?:scale|offset))")

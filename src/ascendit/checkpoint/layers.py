@@ -6,7 +6,6 @@ numbers in e4m3 or BF16; int8 scales are float32 [N, 1], or BF16 [N, 1] or [1] f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -14,12 +13,11 @@ from typing import Literal
 from ascendit.checkpoint.names import is_linear
 from ascendit.checkpoint.store import TensorInfo, listed
 from ascendit.errors import CheckpointError
+from ascendit.quant.schemes import STORED_SCHEMES
 
 Container = Literal["plain", "packed", "e4m3", "bf16"]
 """How codes lie: as the format says; FP4 two to a byte; FP4 numbers one to an element of a wider type."""
 
-FP8_TILES = "fp8_128x128"
-"""FP8 in 128 x 128 tiles: `weight_scale_inv` [ceil(N/128), ceil(K/128)] beside an e4m3 weight."""
 FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 BYTE_SCALES = frozenset({"U8", "F8_E8M0"})
 """One E8M0 byte to a block; both spellings are the same bytes."""
@@ -27,7 +25,7 @@ SCALES = ("weight_scale", "weight_scale_inv", "weight_offset", "weight_dual_scal
 ROLES = ("weight", *SCALES, "mul_scale", "bias")
 _CODES = frozenset({"I8", "U8", "F8_E4M3", "F8_E5M2"})
 """A weight of one of these wants a scale; any other type but a float is a damaged file."""
-_FP4 = {"U8": "packed", "F8_E4M3": "e4m3", "BF16": "bf16"}
+_FP4: dict[str, Container] = {"U8": "packed", "F8_E4M3": "e4m3", "BF16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Layer:
     name: str
     """`blocks.0.attn1.to_q`."""
     scheme: str
-    """A key of `spec.SCHEMES` (`bf16`: smoothed, not quantized), or `fp8_128x128`."""
+    """A key of `STORED_SCHEMES`; `bf16`: smoothed, not quantized."""
     shape: tuple[int, int]
     """(N, K) of the decoded weight."""
     container: Container
@@ -99,19 +97,25 @@ def read_layers(tensors: Mapping[str, TensorInfo], claims: Mapping[str, Claim]) 
 def possible(roles: Mapping[str, TensorInfo]) -> dict[str, Container]:
     """Scheme -> container of all that the dtypes of one layer can be, the likeliest first."""
     weight, scale = roles["weight"].dtype, roles.get("weight_scale")
-    if "weight_scale_inv" in roles:
-        return {FP8_TILES: "plain"} if weight == "F8_E4M3" and scale is None else {}
-    if scale is None:
+    scales = _scales(roles)
+    if not scales:
         return {"bf16": "plain"} if weight in FLOATS else {}
-    if scale.dtype in FLOATS:
-        found = {"I8": "int8", "F8_E4M3": "fp8"}.get(weight)
-        return {found: "plain"} if found and "weight_dual_scale" not in roles else {}
-    if scale.dtype not in BYTE_SCALES or weight not in _FP4:
-        return {}
-    container: Container = _FP4[weight]  # type: ignore[assignment]
-    if "weight_dual_scale" in roles:
-        return {"mxfp4_dualscale": container}
-    return {"mxfp8": "plain", "mxfp4": container} if weight == "F8_E4M3" else {"mxfp4": container}
+    found: dict[str, Container] = {}
+    for scheme in STORED_SCHEMES.values():
+        if _scales(scheme.roles) != scales:
+            continue
+        if scale is not None and scale.dtype not in (BYTE_SCALES if scheme.block else FLOATS):
+            continue
+        if scheme.packed and weight in _FP4:
+            found[scheme.name] = _FP4[weight]
+        elif weight == scheme.codes_dtype:
+            found[scheme.name] = "plain"
+    return found
+
+
+def _scales(roles: Iterable[str]) -> set[str]:
+    """Those that tell one scheme from another: the offset of int8 may be left out."""
+    return {"weight_scale", "weight_scale_inv", "weight_dual_scale"} & set(roles)
 
 
 def _groups(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
@@ -168,22 +172,22 @@ def _misshapen(layer: Layer) -> Iterable[str]:
 
 def _allowed(scheme: str, role: str, rows: int, columns: int) -> tuple[list[tuple[int, ...]], frozenset[str]]:
     """The shapes and dtypes that a tensor beside a weight [rows, columns] may have."""
-    per_row: list[tuple[int, ...]] = [(rows, 1), (rows,), (1,), (1, 1), ()]
-    mx = scheme.startswith("mx")
     if role == "bias":
         return [(rows,)], FLOATS
     if role == "mul_scale":
         return [(columns,)], FLOATS
-    if role == "weight_scale_inv":
-        return [(math.ceil(rows / 128), math.ceil(columns / 128))], FLOATS
-    if role == "weight_scale" and mx:
-        return [(rows, math.ceil(columns / 32))], BYTE_SCALES
-    if role == "weight_dual_scale":
-        blocks = math.ceil(columns / 512)
-        return [(rows, blocks, 1), (rows, blocks)], FLOATS
-    if role == "weight_offset" and scheme != "int8":
+    written = STORED_SCHEMES[scheme].tensors(rows, columns)
+    if role not in written:
         return [], FLOATS
-    return per_row, FLOATS | {"I8", "I32"} if role == "weight_offset" else FLOATS
+    dtype, shape = written[role]
+    if dtype == "U8":
+        return [shape], BYTE_SCALES
+    if role == "weight_dual_scale":
+        return [shape, shape[:2]], FLOATS
+    if shape == (rows, 1) and role != "weight_scale_inv":  # older tools drop the axis, or have one for all
+        dtypes = FLOATS | {"I8", "I32"} if role == "weight_offset" else FLOATS
+        return [shape, (rows,), (1,), (1, 1), ()], dtypes
+    return [shape], FLOATS
 
 
 def _dtypes(roles: Mapping[str, TensorInfo]) -> str:

@@ -13,21 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from ascendit.checkpoint.layers import Claim, Layer, disagreement
-from ascendit.checkpoint.names import to_wan
+from ascendit.checkpoint.names import CODED_ROLES, to_wan
 from ascendit.checkpoint.part import read_json
 from ascendit.checkpoint.spelling import Naming, canonical
 from ascendit.checkpoint.store import TensorInfo, listed
 from ascendit.errors import CheckpointError
-from ascendit.spec import MANIFEST_SCHEMES
+from ascendit.quant.schemes import MANIFEST_SCHEMES
 
 NAME = "quant_model_description.json"
 FLOAT = "FLOAT"
-SCHEMES = {**MANIFEST_SCHEMES, "W4A4_MXFP4_DYNAMIC": MANIFEST_SCHEMES["W4A4_MXFP4"]}
-"""Type in a manifest -> scheme; MindIE-SD has two words for one of them."""
 STATIC_ATTENTION = "FAQuant"
 """The type of `fa3_q.scale` and its like."""
 QUANT_TYPE = ".quant_type"
-_CODED = ("weight", "weight_scale", "weight_offset", "weight_dual_scale")
 
 
 @dataclass(frozen=True)
@@ -50,9 +47,9 @@ class Manifest:
         """What is said of each layer's weight."""
         suffix = ".weight"
         return {
-            name.removesuffix(suffix): Claim(SCHEMES[kind], f"{self.path.name} says {kind}")
+            name.removesuffix(suffix): Claim(MANIFEST_SCHEMES[kind], f"{self.path.name} says {kind}")
             for name, kind in self.tensors.items()
-            if name.endswith(suffix) and kind in SCHEMES
+            if name.endswith(suffix) and kind in MANIFEST_SCHEMES
         }
 
     def check(self, tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]) -> None:
@@ -83,10 +80,10 @@ class Manifest:
         owner, _, role = name.rpartition(".")
         layer = layers.get(owner)
         scheme = layer.scheme if layer else "bf16"
-        said = SCHEMES.get(kind, "bf16")
-        if said == scheme and (role in _CODED or said == "bf16"):
+        said = MANIFEST_SCHEMES.get(kind, "bf16")
+        if said == scheme and (role in CODED_ROLES or said == "bf16"):
             return ""
-        if role not in _CODED and said in ("bf16", scheme):  # AscendV1 gives some biases the layer's type
+        if role not in CODED_ROLES and said in ("bf16", scheme):  # AscendV1: biases with the layer's type
             return ""
         return f"{name}: {self.path.name} says {kind}, and the layer is {scheme}"
 
@@ -125,7 +122,7 @@ def read_manifest(path: Path, naming: Naming) -> Manifest:
         if first != key:
             raise _twice(path, first, key, name)
         (attention if name.endswith(QUANT_TYPE) else tensors)[name] = value
-    known = {FLOAT, STATIC_ATTENTION, *SCHEMES}
+    known = {STATIC_ATTENTION, *MANIFEST_SCHEMES}
     if strange := {written[name]: kind for name, kind in tensors.items() if kind not in known}:
         raise _unknown(path, strange)
     return Manifest(path, tensors, attention, metadata)
@@ -153,7 +150,7 @@ def _unknown(path: Path, strange: Mapping[str, str]) -> CheckpointError:
     return CheckpointError(
         f"{path} has {len(strange)} tensors of types unknown here: "
         + listed(f"{name} is {kind}" for name, kind in strange.items()),
-        needs=", ".join([FLOAT, *SCHEMES]),
+        needs=", ".join(MANIFEST_SCHEMES),
         fix="export the model with one of these types",
         code="E-CKP-04",
     )

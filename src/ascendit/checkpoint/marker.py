@@ -11,23 +11,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ascendit.checkpoint.layers import FP8_TILES, Claim, Layer, disagreement
-from ascendit.checkpoint.names import is_linear
+from ascendit.checkpoint.layers import Claim, Layer, disagreement
+from ascendit.checkpoint.names import is_block_linear
 from ascendit.checkpoint.store import listed
 from ascendit.errors import CheckpointError
-from ascendit.spec import SCHEMES
+from ascendit.quant.fusion import layers_of_module
+from ascendit.quant.schemes import FP8_TILES, QUANTIZED
 
 KEY = "quantization_config"
 _SERIALIZED = re.compile(r"is_checkpoint_(?:\w+_)?serialized")
-_FUSED = {
-    "attn1.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-    "attn1.to_out": ("attn1.to_out.0",),
-    "attn2.to_out": ("attn2.to_out.0",),
-    "ffn.net_0.proj": ("ffn.net.0.proj",),
-    "ffn.net_2": ("ffn.net.2",),
-}
-"""vLLM-Omni's layers inside a block -> Diffusers'."""
-_BLOCK = re.compile(r"blocks\.[0-9]+\.")
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,7 @@ class Marker:
             if layer in self.ignored
             else Claim(self.scheme, words)
             for name in tensors
-            if name.endswith(".weight") and is_linear(layer := name.removesuffix(".weight"), in_block=True)
+            if name.endswith(".weight") and is_block_linear(layer := name.removesuffix(".weight"))
         }
 
     def check(self, tensors: Iterable[str], layers: Mapping[str, Layer], others: Mapping[str, Claim]) -> None:
@@ -92,25 +84,18 @@ def read_marker(config: Mapping[str, Any], *, tolerant: bool) -> Marker | None:
     names = raw.get("ignored_layers", raw.get("modules_to_not_convert")) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise _damaged("ignored_layers is no list of names")
-    ignored = frozenset(layer for name in names for layer in unfused(name))
+    ignored = frozenset(layer for name in names for layer in layers_of_module(name))
     if method == "fp8" and (tiles := raw.get("weight_block_size")) is not None:
         if tiles != [128, 128]:
             raise _unknown(f"fp8 in tiles of {tiles!r:.40}")
         return Marker(FP8_TILES, "fp8 in tiles of 128 x 128", ignored)
     if not any(_SERIALIZED.fullmatch(key) and value is True for key, value in raw.items()):
         return None
-    if method not in SCHEMES or method == "bf16":
+    if method not in QUANTIZED:
         if tolerant:
             return None
         raise _unknown(method)
     return Marker(method, method, ignored)
-
-
-def unfused(name: str) -> tuple[str, ...]:
-    """The Diffusers layers of a name in `ignored_layers`; other names as they are."""
-    if found := _BLOCK.match(name):
-        return tuple(found[0] + layer for layer in _FUSED.get(name[found.end() :], (name[found.end() :],)))
-    return (name,)
 
 
 def _damaged(what: str) -> CheckpointError:
@@ -125,7 +110,7 @@ def _damaged(what: str) -> CheckpointError:
 def _unknown(method: str) -> CheckpointError:
     return CheckpointError(
         f"config.json says that the weights are quantized by {method:.60}",
-        needs=f"one of {', '.join(name for name in SCHEMES if name != 'bf16')}, or {FP8_TILES}",
+        needs=f"one of {', '.join(QUANTIZED)}, or {FP8_TILES}",
         fix="start from the BF16 weights of this model",
         code="E-CKP-04",
     )

@@ -1,39 +1,31 @@
-"""Names and shapes of the tensors of a Wan transformer: Diffusers' names, and the original ones. No torch.
+"""Names, order and shapes of the tensors of a Wan transformer: Diffusers' names and the original ones.
 
 `expected_tensors` says from a config which tensors there must be. `to_diffusers` and `to_wan` translate
 one name, each the exact inverse of the other. The tables are those of Diffusers'
 `scripts/convert_wan_to_diffusers.py`; the names are matched as whole parts between dots, not replaced
-wherever they occur.
+wherever they occur. No torch.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ascendit.errors import CheckpointError
+from ascendit.spec import WanConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
 MAX_LAYERS = 10_000
 TOLERATED = ("norm_added_q",)
 """Parts of names that Wan2.1 I2V folders may hold and the model does not have; Diffusers skips them too."""
-_DEFAULTS: dict[str, int | None] = {
-    "num_attention_heads": 40,
-    "attention_head_dim": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "ffn_dim": 13824,
-    "num_layers": 40,
-    "image_dim": None,
-    "added_kv_proj_dim": None,
-    "pos_embed_seq_len": None,
-}
-"""Those of Diffusers' WanTransformer3DModel."""
+_SIZES = (
+    *("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim"),
+    *("ffn_dim", "num_layers", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len"),
+)
+"""Keys of a config that are whole numbers and decide shapes."""
 _OPTIONAL = ("out_channels", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 """May be null: as many channels out as in, or no such layer."""
 
@@ -59,7 +51,7 @@ def expected_tensors(config: dict[str, Any]) -> Shapes:
     shapes["patch_embedding.bias"] = (dim,)
     shapes |= _condition_embedder(values, dim)
     for index in range(values["num_layers"]):
-        block = _block(values, dim, bool(config.get("cross_attn_norm", True)))
+        block = _block(values, dim, bool(config.get("cross_attn_norm", WanConfig.cross_attn_norm)))
         shapes |= {f"blocks.{index}.{name}": shape for name, shape in block}
     shapes |= _linear("proj_out", dim, (values["out_channels"] or channels) * math.prod(patch))
     return shapes
@@ -111,8 +103,8 @@ def _norm(name: str, dim: int) -> Shapes:
 def _dimensions(config: dict[str, Any]) -> dict[str, int]:
     """The whole numbers of a config; 0 stands for null."""
     values = {}
-    for key, default in _DEFAULTS.items():
-        value = config.get(key, default)
+    for key in _SIZES:
+        value = config.get(key, getattr(WanConfig, key))
         if value is None and key in _OPTIONAL:
             value = 0
         elif type(value) is not int or not 0 < value < 2**31:
@@ -124,7 +116,7 @@ def _dimensions(config: dict[str, Any]) -> dict[str, int]:
 
 
 def _patch_size(config: dict[str, Any]) -> tuple[int, int, int]:
-    value = config.get("patch_size", (1, 2, 2))
+    value = config.get("patch_size", WanConfig.patch_size)
     good = (
         isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int and v > 0 for v in value)
     )
@@ -144,42 +136,98 @@ def _bad_value(key: str, value: object, needs: str) -> CheckpointError:
 
 # ---- layers ---------------------------------------------------------------------------------------
 
-_BLOCK = re.compile(r"blocks\.(?:0|[1-9][0-9]{0,4})\.")
-_EMBEDDERS = tuple(
-    f"condition_embedder.{layer}"
-    for layer in (
-        *("time_embedder.linear_1", "time_embedder.linear_2", "time_proj"),
-        *("text_embedder.linear_1", "text_embedder.linear_2"),
-        *("image_embedder.ff.net.0.proj", "image_embedder.ff.net.2"),
-    )
+CODED_ROLES = ("weight", "weight_scale", "weight_offset", "weight_dual_scale")
+"""Codes and scales of a quantized linear layer: `<layer>.weight_scale`."""
+ROLES = (*CODED_ROLES, "mul_scale", "bias")
+"""Every tensor that a linear layer may have, in the order in which they are written."""
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k", "q_rot", "k_rot")
+_TOP = (
+    "scale_shift_table",
+    "patch_embedding",
+    "condition_embedder.time_embedder.linear_1",
+    "condition_embedder.time_embedder.linear_2",
+    "condition_embedder.time_proj",
+    "condition_embedder.text_embedder.linear_1",
+    "condition_embedder.text_embedder.linear_2",
+    "condition_embedder.image_embedder.norm1",
+    "condition_embedder.image_embedder.ff.net.0.proj",
+    "condition_embedder.image_embedder.ff.net.2",
+    "condition_embedder.image_embedder.norm2",
+    "condition_embedder.image_embedder.pos_embed",
+    "blocks",
+    "proj_out",
 )
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _IN_BLOCK = (
-    *(f"attn1.{layer}" for layer in _ATTENTION),
-    *(f"attn2.{layer}" for layer in (*_ATTENTION, "add_k_proj", "add_v_proj")),
-    *("ffn.net.0.proj", "ffn.net.2"),
+    "scale_shift_table",
+    *(f"attn1.{name}" for name in _ATTENTION),
+    *(f"attn2.{name}" for name in _ATTENTION),
+    *(f"attn2.{name}" for name in ("add_k_proj", "add_v_proj", "norm_added_k")),
+    "norm2",
+    "ffn.net.0.proj",
+    "ffn.net.2",
 )
+"""The order of the model."""
+_NOT_LINEAR = re.compile(r"(?:.*\.)?(?:scale_shift_table|patch_embedding|norm\w*|pos_embed|[qk]_rot|blocks)")
+_TOP_LINEARS = tuple(name for name in _TOP if not _NOT_LINEAR.fullmatch(name))
+_BLOCK_LINEARS = tuple(name for name in _IN_BLOCK if not _NOT_LINEAR.fullmatch(name))
+_BLOCK = re.compile(r"blocks\.(?:0|[1-9][0-9]{0,4})\.")
 
 
-def is_linear(name: str, *, in_block: bool = False) -> bool:
-    """Whether a Wan transformer can have a linear layer of this name; `in_block`: inside a block."""
-    if found := _BLOCK.match(name):
-        return name[found.end() :] in _IN_BLOCK
-    return not in_block and (name in _EMBEDDERS or name == "proj_out")
+def is_linear(name: str) -> bool:
+    """Whether a Wan transformer can have a linear layer of this name."""
+    return is_block_linear(name) or name in _TOP_LINEARS
+
+
+def is_block_linear(name: str) -> bool:
+    """Whether `name` is a linear layer of a block, one of those that recipes quantize."""
+    found = _BLOCK.match(name)
+    return found is not None and name[found.end() :] in _BLOCK_LINEARS
 
 
 def block_linears(config: dict[str, Any]) -> tuple[str, ...]:
     """The linear layers inside the blocks, which recipes quantize, in the order of the model."""
     values = _dimensions(config)
-    inside = [layer for layer in _IN_BLOCK if values["added_kv_proj_dim"] or "add_" not in layer]
+    inside = [layer for layer in _BLOCK_LINEARS if values["added_kv_proj_dim"] or "add_" not in layer]
     return tuple(f"blocks.{index}.{layer}" for index in range(values["num_layers"]) for layer in inside)
 
 
 def all_linears(config: dict[str, Any]) -> tuple[str, ...]:
     """The embedders, the linear layers of the blocks, and `proj_out`, in the order of the model."""
     image = _dimensions(config)["image_dim"]
-    before = tuple(layer for layer in _EMBEDDERS if image or "image_embedder" not in layer)
-    return (*before, *block_linears(config), "proj_out")
+    *before, last = (layer for layer in _TOP_LINEARS if image or "image_embedder" not in layer)
+    return (*before, *block_linears(config), last)
+
+
+# ---- order ----------------------------------------------------------------------------------------
+
+_TOP_RANK = {name: rank for rank, name in enumerate(_TOP)}
+_BLOCK_RANK = {name: rank for rank, name in enumerate(_IN_BLOCK)}
+_ROLE_RANK = {role: rank for rank, role in enumerate(ROLES)}
+_BLOCK_NAME = re.compile(r"blocks\.(\d+)\.(.+)", re.ASCII)
+
+
+def sort_names(names: Iterable[str]) -> list[str]:
+    """Tensor names in canonical order: as the model is built, blocks by number, roles as in `ROLES`.
+
+    Names that the model does not have come last, in their block if they name one, sorted. The order depends
+    on the names alone, so the same tensors give the same file wherever they come from.
+    """
+    return sorted(names, key=_sort_key)
+
+
+def _sort_key(name: str) -> tuple[int, int, int, int, str]:
+    found = _BLOCK_NAME.fullmatch(name)
+    inner = found[2] if found else name
+    ranks = _BLOCK_RANK if found else _TOP_RANK
+    stem, _, role = inner.rpartition(".")
+    if inner in ranks:
+        stem, role = inner, ""
+    place = ranks.get(stem, len(ranks))
+    role_place = _ROLE_RANK.get(role, len(ROLES))
+    if found:
+        return (_TOP_RANK["blocks"], int(found[1]), place, role_place, name)
+    return (place, 0, 0, role_place, name)
 
 
 # ---- original Wan names ---------------------------------------------------------------------------

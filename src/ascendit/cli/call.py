@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ascendit.cli import options
 from ascendit.errors import UsageError
+from ascendit.spec import VaeConfig, WanConfig
 
 if TYPE_CHECKING:
     from ascendit.checkpoint.layout import Layout
@@ -83,9 +84,9 @@ class Plan:
     @property
     def video_tokens(self) -> int:
         """Tokens of the video in one pass of a transformer."""
-        vae = self.layout.part("vae").config
-        patch = self.layout.experts[0].config.get("patch_size", (1, 2, 2))
-        spatial, temporal = vae.get("scale_factor_spatial", 8), vae.get("scale_factor_temporal", 4)
+        vae = VaeConfig.from_dict(self.layout.part("vae").config)
+        patch = self.layout.experts[0].config.get("patch_size", WanConfig.patch_size)
+        spatial, temporal = vae.scale_factor_spatial, vae.scale_factor_temporal
         r = self.request
         frames = (r.num_frames - 1) // temporal + 1
         pixels = (r.height // spatial // patch[1]) * (r.width // spatial // patch[2])

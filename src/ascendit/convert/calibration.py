@@ -1,8 +1,7 @@
 """What a calibration gives to `quantize`: maxima of the inputs of each layer, and `mul_scale` made of them.
 
-Layers that share one input share one s, as in msModelSlim's `iter_smooth` for Wan: Q, K and V of the
-self-attention, K and V of the cross-attention (and those of its image tokens); all others stand alone. Who
-runs the model is in `pipeline/calibrate.py`. No torch at module level.
+Layers that share one input share one s, see `quant.fusion`. Who runs the model is in `pipeline/calibrate.py`.
+No torch at module level.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ascendit.checkpoint.layout import Layout
+from ascendit.checkpoint.names import is_block_linear
 from ascendit.checkpoint.store import TORCH_DTYPES
-from ascendit.convert.canonical import block_linear
 from ascendit.convert.expert_plan import ExpertPlan
 from ascendit.errors import UsageError
+from ascendit.quant.fusion import leader_of
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +30,6 @@ ROWS = 256
 """Tokens of each input that are kept where outputs are measured."""
 STATISTICS = "calibration.safetensors"
 """What has been found so far, in the unfinished output: `--resume` goes on with it."""
-_LEADERS = (
-    (re.compile(r"(.*\.attn1)\.to_[kv]"), r"\1.to_q"),
-    (re.compile(r"(.*\.attn2)\.to_v"), r"\1.to_k"),
-    (re.compile(r"(.*\.attn2)\.add_v_proj"), r"\1.add_k_proj"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,14 +108,6 @@ class Outputs:
         return [*found, ("mean", self.mean)]
 
 
-def leader_of(layer: str) -> str:
-    """The first of the layers that share the input of this one: `blocks.0.attn1.to_q` for its K and V."""
-    for pattern, leader in _LEADERS:
-        if found := pattern.fullmatch(layer):
-            return found.expand(leader)
-    return layer
-
-
 def kind_of(layer: str) -> str:
     """`blocks.12.attn1.to_q` -> `attn1.to_q`."""
     return re.sub(r"^blocks\.\d+\.", "", layer)
@@ -128,7 +115,7 @@ def kind_of(layer: str) -> str:
 
 def smoothable(plan: ExpertPlan) -> list[str]:
     """The layers that a calibration smooths: linears of the blocks that are quantized."""
-    return [name for name in plan.coded if block_linear(name)]
+    return [name for name in plan.coded if is_block_linear(name)]
 
 
 def placeholders(plan: ExpertPlan) -> dict[str, torch.Tensor]:

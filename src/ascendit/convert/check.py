@@ -13,12 +13,14 @@ from ascendit.checkpoint.expert import Expert, Layer
 from ascendit.checkpoint.store import TensorInfo, listed
 from ascendit.convert import stream
 from ascendit.errors import CheckpointError
+from ascendit.mx.formats import FORMATS
+from ascendit.quant.schemes import FP8_TILES, SCHEMES, STORED_SCHEMES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _FLOATS = ("F32", "BF16", "F16", "F64")
-_TILE, _GROUP = 128, 512
+_TILE, _GROUP = FORMATS[FP8_TILES].block, SCHEMES["mxfp4_dualscale"].group
 Told = Callable[[str, int], None]
 
 
@@ -102,13 +104,13 @@ def decoded(layer: Layer, reader: stream.RowReader) -> Iterator[Tensor]:
         codes = stream.as_tensor(view, weight)
         shape = (codes.shape[0], layer.shape[1])
         rows = slice(start, start + codes.shape[0])
-        if layer.scheme == "fp8_128x128":
+        if layer.scheme == FP8_TILES:
             tiles = scales["weight_scale_inv"][start // _TILE : -(-rows.stop // _TILE)]
             encoded = mx.Encoded(codes, tiles, None, layer.scheme, -1, shape)
             yield mx.decode(encoded, torch.bfloat16).to(torch.float32)
             continue
         scale = scales["weight_scale"]
-        if layer.scheme in ("int8", "fp8"):
+        if not STORED_SCHEMES[layer.scheme].block:
             scale = scale.reshape(-1, 1).expand(layer.shape[0], 1)
         yield _values(codes, scale[rows], layer, shape, scales.get("weight_dual_scale"), rows)
 

@@ -13,26 +13,27 @@ mindie      Original Wan names, smoothed layers as `<layer>.linear.*` and `<laye
             named after `model_quant_type` like the manifest beside it; both refused if others than owner and
             group may read them (0o640), or if they are links. Kept layers come from the float checkpoint.
 
-`spec.ENGINES` has what none of this can help with. No torch.
+`quant.engines.ENGINES` has what none of this can help with. No torch.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ascendit.checkpoint.names import to_wan
+from ascendit.checkpoint.names import ROLES, is_block_linear, sort_names, to_wan
 from ascendit.checkpoint.write import TensorSpec
 from ascendit.convert import canonical
 from ascendit.errors import UsageError
-from ascendit.spec import ENGINES, engines_for
+from ascendit.quant.engines import ENGINES, engines_for
+from ascendit.quant.fusion import fused_with
+from ascendit.quant.schemes import SCHEMES, STORED_SCHEMES
+from ascendit.spec import WanConfig
 
 Naming = Literal["diffusers", "wan"]
 WAN_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
 STEM = "diffusion_pytorch_model"
-_QKV = re.compile(r"(blocks\.\d+\.attn1)\.to_[qkv]", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class Dialect:
 
     def container(self, scheme: str) -> str:
         """`packed` or `e4m3` for FP4, `plain` for all others."""
-        if scheme not in canonical.PACKED:
+        if not STORED_SCHEMES[scheme].packed:
             return "plain"
         return "e4m3" if self.unpacked else "packed"
 
@@ -111,7 +112,7 @@ class Dialect:
         if self.naming == "diffusers":
             return name
         layer, _, role = name.rpartition(".")
-        if self.wrapped and layer in smoothed and role in canonical.ROLES:
+        if self.wrapped and layer in smoothed and role in ROLES:
             return f"{to_wan(layer) or layer}.{'div' if role == 'mul_scale' else 'linear'}.{role}"
         return to_wan(name) or name
 
@@ -141,7 +142,7 @@ class Dialect:
 
 def names_of(layers: Collection[str]) -> list[str]:
     """Layers in canonical order."""
-    return canonical.sort_names(layers)
+    return sort_names(layers)
 
 
 DIALECTS: dict[str, Dialect] = {
@@ -186,7 +187,7 @@ def dialect_for(engine: str | None, to: str | None = None) -> Dialect:
 
 @dataclass(frozen=True)
 class Traits:
-    """What matters to an engine; the arguments of `spec.engines_for`."""
+    """What matters to an engine; the arguments of `engines_for`."""
 
     schemes: frozenset[str]
     float_block_linears: bool
@@ -216,17 +217,16 @@ def traits_of(
     Q, K and V are not equal.
     """
     coded = {name: scheme for name, scheme in layers.items() if scheme != "bf16"}
-    inside = {name for name in layers if canonical.block_linear(name)}
+    inside = {name for name in layers if is_block_linear(name)}
     others = {"unlike_qkv"} if unlike_qkv else set()
     if coded.keys() - inside:
         others.add("outside_blocks")
     if any(name.endswith((".add_k_proj", ".add_v_proj")) for name in layers):
         others.add("added_kv")
-    fused = {found[1] for name in inside if (found := _QKV.fullmatch(name))}
-    if any(len({layers.get(f"{stem}.to_{x}") for x in "qkv"}) > 1 for stem in fused):
+    if any(len({layers.get(other) for other in fused_with(name)}) > 1 for name in inside):
         others.add("split_qkv")
     for name, scheme in coded.items():
-        if scheme.startswith("mx") and -(-shapes[name][1] // canonical.BLOCK) % 2:
+        if (block := SCHEMES[scheme].block) and -(-shapes[name][1] // block) % 2:
             others.add(f"odd_blocks:{scheme}")
     kept = bool(inside - coded.keys())
     smooth = frozenset(layers.get(name, "bf16") for name in smoothed)
@@ -259,7 +259,7 @@ def wan_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "_class_name": "WanModel",
         "_diffusers_version": config.get("_diffusers_version"),
         "dim": heads * size if heads and size else None,
-        "eps": config.get("eps", 1e-6),
+        "eps": config.get("eps", WanConfig.eps),
         "ffn_dim": config.get("ffn_dim"),
         "freq_dim": config.get("freq_dim"),
         "in_dim": config.get("in_channels"),

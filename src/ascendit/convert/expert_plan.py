@@ -9,17 +9,18 @@ from typing import Any
 
 from ascendit.checkpoint.expert import Expert
 from ascendit.checkpoint.groups import grouped
+from ascendit.checkpoint.names import is_block_linear, sort_names
 from ascendit.checkpoint.store import TensorInfo
 from ascendit.checkpoint.write import TensorSpec
-from ascendit.convert.canonical import block_linear, marker_for, sort_names
+from ascendit.convert.canonical import marker_for
 from ascendit.convert.dialects import Dialect, Traits, traits_of
 from ascendit.convert.recipe import Recipe
 from ascendit.convert.rules import AttentionPlan, LayerPlan, ModelKind, PlannedLayers
 from ascendit.errors import UsageError
+from ascendit.quant.schemes import FP4, FP8_TILES, SCHEMES
+from ascendit.spec import WanConfig
 
 FLOATS = ("BF16", "F16", "F32", "F64")
-TILED = "fp8_128x128"
-FP4 = ("mxfp4", "mxfp4_dualscale")
 ROTATIONS = ("q_rot", "k_rot")
 
 
@@ -87,7 +88,7 @@ class ExpertPlan(PlannedLayers):
         return {
             plan.layer: plan.scheme
             for plan in self.layers
-            if block_linear(plan.layer) or plan.scheme != "bf16" or plan.layer in self.smoothing
+            if is_block_linear(plan.layer) or plan.scheme != "bf16" or plan.layer in self.smoothing
         }
 
     def _unlike_qkv(self) -> bool:
@@ -156,7 +157,7 @@ def plan_expert(
 
 def check_source(expert: Expert) -> None:
     """UsageError E-QNT-01 unless the weights are floats, or FP8 in tiles, which is read as BF16."""
-    found = {layer.scheme for layer in expert.layers.values()} - {TILED}
+    found = {layer.scheme for layer in expert.layers.values()} - {FP8_TILES}
     if not found:
         return
     schemes = ", ".join(sorted(found - {"bf16"})) or "smoothed weights"
@@ -228,7 +229,7 @@ def _specs(
 
 def _rotations(expert: Expert, attention: Sequence[AttentionPlan]) -> list[TensorSpec]:
     rotated = [plan.name for plan in attention if plan.rotate]
-    size = expert.config.get("attention_head_dim", 128)
+    size = expert.config.get("attention_head_dim", WanConfig.attention_head_dim)
     if rotated and (expert.config_problem or size & (size - 1)):
         raise UsageError(
             f"rotated attention in {expert.path}: "
@@ -273,15 +274,15 @@ def _check_smoothing(expert: Expert, smoothing: Mapping[str, Any], layers: set[s
 def _shape_trouble(plan: ExpertPlan) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, layer in plan.coded.items():
-        k = plan.weight(name).shape[1]
-        if layer.scheme in FP4 and k % 2:
+        k, scheme = plan.weight(name).shape[1], SCHEMES[layer.scheme]
+        if scheme.packed and k % 2:
             found.setdefault("odd K, which the NPU's FP4 operators do not take", []).append(name)
-        elif layer.scheme == "mxfp4_dualscale" and k % 512:
-            text = "K is no multiple of 512, so the last group is short: no tensor parallelism over K"
-            found.setdefault(text, []).append(name)
-        elif layer.scheme.startswith("mx") and k % 32:
-            text = "K is no multiple of 32, so the last block is short: other engines may refuse it"
-            found.setdefault(text, []).append(name)
+        elif scheme.group and k % scheme.group:
+            text = f"K is no multiple of {scheme.group}, so the last group is short"
+            found.setdefault(f"{text}: no tensor parallelism over K", []).append(name)
+        elif scheme.block and k % scheme.block:
+            text = f"K is no multiple of {scheme.block}, so the last block is short"
+            found.setdefault(f"{text}: other engines may refuse it", []).append(name)
     return found
 
 

@@ -20,7 +20,7 @@ from ascendit.errors import CheckpointError
 from ascendit.mx.formats import SEARCH
 from ascendit.mx.rows import RowEncoder, ScaleSearch, first_bad_row
 from ascendit.mx.smooth import rotation
-from ascendit.spec import SCHEMES
+from ascendit.quant.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from ascendit.convert.lora import Folds
@@ -152,8 +152,7 @@ class ExpertWriter:
 
     def _encoder_of(self, scheme: str, rule: str, name: str, info: TensorInfo) -> RowEncoder:
         """The last one again, if it fits. Codes must outlive WAITING pieces that are not written yet."""
-        format, max_rows = SCHEMES[scheme].format, self._rows.max_rows(name, info)
-        assert format is not None
+        format, max_rows = SCHEMES[scheme].weight, self._rows.max_rows(name, info)
         key = (format, rule, info.shape[1], self.plan.dtype(info), max_rows)
         if self._encoder is None or self._key != key:
             self._key = key

@@ -16,9 +16,10 @@ from ascendit.convert.rules import Rule
 from ascendit.convert.step_policy import StepPolicy
 from ascendit.errors import UsageError
 from ascendit.mx.formats import lookup, resolve_rule
-from ascendit.spec import SCHEMES
+from ascendit.quant.fusion import layers_of_module
+from ascendit.quant.schemes import SCHEMES
 
-METHODS = ("mxfp8", "mxfp4", "mxfp4_dualscale", "int8")
+METHODS = tuple(name for name, scheme in SCHEMES.items() if scheme.vllm_omni_key)
 _KEYS = {
     "method",
     "quant_method",
@@ -28,8 +29,6 @@ _KEYS = {
     "w4a8_fallback_steps",
     "mxfp4_scale_alg",
 }
-_FUSED = {"to_qkv": ("to_q", "to_k", "to_v")}
-_NAMES = ((".ffn.net_0.", ".ffn.net.0."), (".ffn.net_2", ".ffn.net.2"))
 _SCALE_ALG = {0: "floor", 2: "max:7"}
 LEADING = 5
 
@@ -58,18 +57,8 @@ def read_omni_config(text: str) -> tuple[tuple[Rule, ...], StepPolicy]:
     return tuple(rules), _policy(config, method)
 
 
-def diffusers_names(module: str) -> tuple[str, ...]:
-    """The layers that vLLM-Omni's module holds: `blocks.0.attn1.to_qkv` is three."""
-    for there, here in _NAMES:
-        module = module.replace(there, here)
-    owner, _, leaf = module.rpartition(".")
-    if leaf in _FUSED:
-        return tuple(f"{owner}.{part}" for part in _FUSED[leaf])
-    return (f"{module}.0",) if leaf == "to_out" else (module,)
-
-
 def _scale_rule(config: Mapping[str, Any], method: str) -> str:
-    form = lookup(SCHEMES[method].format or method)
+    form = lookup(SCHEMES[method].weight)
     if "mxfp4_scale_alg" not in config:
         return resolve_rule(form, None)
     alg = config["mxfp4_scale_alg"]
@@ -91,7 +80,7 @@ def _ignored(config: Mapping[str, Any]) -> tuple[str, ...]:
     names = config.get("ignored_layers", config.get("modules_to_not_convert")) or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise _bad(f"ignored_layers {names!r} is no list of names")
-    return tuple(layer for name in names for layer in diffusers_names(name))
+    return tuple(layer for name in names for layer in layers_of_module(name))
 
 
 def _policy(config: Mapping[str, Any], method: str) -> StepPolicy:

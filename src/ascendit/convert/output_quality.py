@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ascendit.convert import stream
-from ascendit.convert.calibration import OutputQuality, Outputs, Statistics, leader_of, smoothable
+from ascendit.convert.calibration import OutputQuality, Outputs, Statistics, smoothable
 from ascendit.convert.expert_plan import ExpertPlan
 from ascendit.convert.rules import LayerPlan
 from ascendit.convert.source_rows import SourceRows
@@ -23,13 +23,11 @@ from ascendit.mx.decibels import decibels
 from ascendit.mx.formats import SEARCH
 from ascendit.mx.rows import ScaleSearch
 from ascendit.mx.smooth import smooth_input, smooth_weight
-from ascendit.spec import SCHEMES
+from ascendit.quant.fusion import leader_of
+from ascendit.quant.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from ascendit.convert.lora import Folds
-
-ACTIVATION_RULES = {"mxfp4": "floor"}
-"""Scheme -> scale rule of its tokens at run time, where that is not the default one of its format."""
 
 
 def output_quality(
@@ -72,13 +70,11 @@ def _measure(plan: ExpertPlan, layer: LayerPlan, tokens: Tensor, rows: SourceRow
 
 
 def _quantized_tokens(x: Tensor, scheme: str) -> Tensor:
-    return _coded_and_back(x, scheme, ACTIVATION_RULES.get(scheme))
+    return _coded_and_back(x, scheme, SCHEMES[scheme].rule)
 
 
 def _coded_and_back(x: Tensor, scheme: str, rule: str | None) -> Tensor:
-    form = SCHEMES[scheme].format
-    assert form is not None
-    return decode(encode(x, form, scale_rule=rule))
+    return decode(encode(x, SCHEMES[scheme].weight, scale_rule=rule))
 
 
 def _rule(layer: LayerPlan, blocks: Iterable[Tensor]) -> str | None:

@@ -53,7 +53,7 @@ from ascendit.convert.rules import (
 from ascendit.convert.step_policy import StepPolicy
 from ascendit.errors import UsageError
 from ascendit.mx.formats import lookup, resolve_rule
-from ascendit.spec import SCHEMES
+from ascendit.quant.schemes import QUANTIZED, SCHEMES
 
 FOLDER = Path(__file__).parent / "recipes"
 QUANT_TYPES = ("FP8_DYNAMIC", "MXFP8_DYNAMIC", "MXFP4_DYNAMIC", "INT8_DYNAMIC")
@@ -204,15 +204,11 @@ def no_scheme(what: str) -> UsageError:
     """Neither scheme nor a recipe that has one."""
     return UsageError(
         f"{what} without a scheme",
-        needs=f"a scheme ({', '.join(_coded())}), or a recipe that says it"
+        needs=f"a scheme ({', '.join(QUANTIZED)}), or a recipe that says it"
         f" ({', '.join(name for name in recipe_names() if name != 'default')})",
         fix="add --scheme mxfp8",
         code="E-USE-01",
     )
-
-
-def _coded() -> list[str]:
-    return [scheme.name for scheme in SCHEMES.values() if scheme.format]
 
 
 def _rule(entry: dict[str, Any], file: Path, scheme: str | None, scale_rule: str | None) -> Rule:
@@ -226,12 +222,12 @@ def _rule(entry: dict[str, Any], file: Path, scheme: str | None, scale_rule: str
             code="E-USE-01",
         )
     given = entry.get("scale_rule", scale_rule if "scheme" not in entry else None)
-    form = SCHEMES[chosen].format
-    if form is None and given is not None:
+    form = SCHEMES[chosen].weight
+    if not form and given is not None:
         raise _bad(file, f"scale rule {given!r} for {chosen}, which has no scales")
     if given is not None and not isinstance(given, str):
         raise _bad(file, f"scale_rule {given!r} is no text")
-    rule = None if form is None else resolve_rule(lookup(form), given)
+    rule = resolve_rule(lookup(form), given) if form else None
     return Rule(_patterns(entry, file), chosen, rule, _kinds(entry, file))
 
 

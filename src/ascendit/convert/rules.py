@@ -11,7 +11,7 @@ from typing import Literal
 
 from ascendit.checkpoint.names import to_wan
 from ascendit.errors import UsageError
-from ascendit.spec import SCHEMES
+from ascendit.quant.schemes import SCHEMES
 
 MODEL_KINDS = ("t2v", "i2v", "ti2v")
 OUTSIDE = "not a linear of the blocks"
@@ -25,7 +25,7 @@ class LayerPlan:
 
     layer: str
     scheme: str
-    """A key of `spec.SCHEMES`; bf16: it stays as it is."""
+    """A key of `quant.schemes.SCHEMES`; bf16: it stays as it is."""
     scale_rule: str | None
     """None for bf16."""
     why: str
@@ -75,7 +75,7 @@ class PlannedLayers:
 
     @property
     def schemes(self) -> dict[str, int]:
-        """Scheme -> number of linear layers, in the order of `spec.SCHEMES`, bf16 last."""
+        """Scheme -> number of linear layers, in the order of `SCHEMES`, bf16 last."""
         every = [plan.scheme for plan in self.layers]
         order = sorted(SCHEMES, key=lambda name: name == "bf16")
         return {name: every.count(name) for name in order if name in every}

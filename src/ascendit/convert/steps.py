@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ascendit.checkpoint.expert import Expert, Layer
+from ascendit.checkpoint.names import is_block_linear, sort_names
 from ascendit.checkpoint.store import TensorInfo
 from ascendit.checkpoint.write import TensorSpec
-from ascendit.convert import canonical
 from ascendit.convert.dialects import Dialect
 from ascendit.convert.rewrite import Check, How, Step, to_float32
 from ascendit.convert.stream import RowReader
+from ascendit.quant.fusion import fused_with
+from ascendit.quant.schemes import FP8_TILES, scheme_after_reading
 
-TILES = "fp8_128x128"
-_QKV = re.compile(r"(.*\.attn1)\.to_[qkv]")
 _CHECKS: dict[str, Check] = {
     "weight_scale": "scale",
     "weight_dual_scale": "scale",
@@ -31,9 +30,9 @@ def schemes_of(expert: Expert) -> dict[str, str]:
     FP8 in tiles is `bf16` here: that is what becomes of it.
     """
     found = {name.removesuffix(".weight"): "bf16" for name in expert.tensors if name.endswith(".weight")}
-    layers = {name: scheme for name, scheme in found.items() if canonical.block_linear(name)}
-    layers |= {name: "bf16" if x.scheme == TILES else x.scheme for name, x in expert.layers.items()}
-    return {name: layers[name] for name in canonical.sort_names(layers)}
+    layers = {name: scheme for name, scheme in found.items() if is_block_linear(name)}
+    layers |= {name: scheme_after_reading(x.scheme) for name, x in expert.layers.items()}
+    return {name: layers[name] for name in sort_names(layers)}
 
 
 def smoothed_layers(expert: Expert) -> set[str]:
@@ -69,10 +68,10 @@ def unlike_qkv(expert: Expert) -> bool:
     """Whether the `mul_scale` of a Q, K and V of one self-attention differ, or are not on all three."""
     with RowReader() as reader:
         for name in smoothed_layers(expert):
-            if not (found := _QKV.fullmatch(name)):
+            group = [expert.layers.get(other) for other in fused_with(name)]
+            if len(group) == 1:
                 continue
-            three = [expert.layers.get(f"{found[1]}.to_{x}") for x in "qkv"]
-            scales = [layer.tensors.get("mul_scale") if layer else None for layer in three]
+            scales = [layer.tensors.get("mul_scale") if layer else None for layer in group]
             data = {None if x is None else to_float32(reader.whole(x), x.dtype, x.name) for x in scales}
             if len(data) > 1:
                 return True
@@ -88,7 +87,7 @@ def steps_for(expert: Expert, dialect: Dialect) -> Steps:
         if info not in used:
             assert name not in steps, name
             steps[name] = _moved(name, info)
-    ordered = Steps(tuple(steps[name] for name in canonical.sort_names(steps)), dropped)
+    ordered = Steps(tuple(steps[name] for name in sort_names(steps)), dropped)
     smoothed = ordered.smoothed
     written = tuple(
         replace(step, spec=replace(step.spec, name=dialect.on_disk(step.name, smoothed)))
@@ -116,7 +115,7 @@ def _offsets(expert: Expert) -> Iterator[Step]:
 
 def _layer(layer: Layer, dialect: Dialect) -> Iterator[Step]:
     """The tensors of one linear layer."""
-    scheme = "bf16" if layer.scheme == TILES else layer.scheme
+    scheme = scheme_after_reading(layer.scheme)
     weight, bias = layer.tensors["weight"], layer.tensors.get("bias")
     specs = dialect.layer_specs(
         layer.name,
@@ -140,7 +139,7 @@ def _layer(layer: Layer, dialect: Dialect) -> Iterator[Step]:
 
 
 def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, dialect: Dialect) -> Step:
-    if layer.scheme == TILES:
+    if layer.scheme == FP8_TILES:
         sources = (info, layer.tensors["weight_scale_inv"])
         return Step(spec=spec, name=spec.name, how="untile", sources=sources)
     target = dialect.container(layer.scheme)

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascendit.device import environment
-from ascendit.device.npu import CHIPS, not_here
+from ascendit.device.npu import CHIPS, native_on, not_here
 from ascendit.errors import EnvironmentProblem, UsageError
-from ascendit.spec import CHIPS as SUPPORT
+from ascendit.quant.schemes import QUANTIZED
 
 if TYPE_CHECKING:
     import torch
@@ -105,8 +105,8 @@ class Device:
 
     def check_schemes(self, schemes: Iterable[str]) -> None:
         """EnvironmentProblem E-CAP-01 for a scheme that its chip has no matmul for, where its name tells."""
-        for scheme in sorted(schemes):
-            if self.chip is not None and SUPPORT[self.chip].get(scheme) == "emulated":
+        for scheme in sorted(set(schemes) & set(QUANTIZED)):
+            if self.chip is not None and scheme not in native_on(self.chip):
                 raise not_here(self, self.chip, scheme)
 
     @property

@@ -84,7 +84,8 @@ def function_cases(device: Device) -> Iterator[Case]:
     """Every dense operator and quantized linear layer that is bound on this device, against the plain one."""
     from ascendit.ops import reference
     from ascendit.ops.bind import NAMES, bind
-    from ascendit.ops.quantized import SCHEMES, native_schemes
+    from ascendit.ops.quantized import native_schemes
+    from ascendit.quant.schemes import LINEAR_SCHEMES
 
     ops = bind(device)
     inputs = _inputs()
@@ -93,7 +94,7 @@ def function_cases(device: Device) -> Iterator[Case]:
         base = Result(part="function", name=name, operator=name, how=ops.choices[name])
         plain = getattr(reference, name)
         yield Case(base, lambda card, base, n=name, p=plain, a=args: _dense(card, base, ops, n, p, a))  # type: ignore[misc]
-    for scheme in SCHEMES:
+    for scheme in LINEAR_SCHEMES:
         if device.chip and scheme not in native_schemes(device):
             continue
         for variant in ("", SMOOTHED, NZ) if device.operators == "npu" else ("", SMOOTHED):
@@ -142,18 +143,21 @@ def _dense(card: Card, base: Result, ops: Any, name: str, plain: Callable[..., T
 def _linear(card: Card, base: Result, schemes: Any, scheme: str, variant: str) -> Result:
     """One layer [OUT, K]: the weight must come back as it was stored, the product be the plain one."""
     from ascendit import mx
-    from ascendit.ops.quantized import REFERENCE, SCHEMES
+    from ascendit.ops.quantized import REFERENCE
+    from ascendit.quant.schemes import LINEAR_SCHEMES
 
     k = 1024 if scheme == "mxfp4_dualscale" else WIDTH
-    stored, bias = mx.encode(rand(OUT, k), SCHEMES[scheme].weight), rand(OUT)
+    stored, bias = mx.encode(rand(OUT, k), LINEAR_SCHEMES[scheme].weight), rand(OUT)
     mul_scale = rand(k).abs() + 0.5 if variant == SMOOTHED else None
     x = rand(1, TOKENS, k, seed=2).to(BF16)
-    given = (stored.codes, stored.scale, stored.dual_scale, bias, SCHEMES[scheme].weight)
+    given = (stored.codes, stored.scale, stored.dual_scale, bias, LINEAR_SCHEMES[scheme].weight)
     weight = schemes.prepare_weight(*given, nz=variant == NZ)
     tokens = schemes.quantize_activation(card.put(x), scheme, card.put(mul_scale))
     form = schemes.form(scheme)
     how = schemes.forms[scheme].reason if scheme in schemes.forms else "emulated: decoded and multiplied"
-    base = replace(base, how=how, arguments=(described(x), f"weight {SCHEMES[scheme].weight} {[OUT, k]}"))
+    base = replace(
+        base, how=how, arguments=(described(x), f"weight {LINEAR_SCHEMES[scheme].weight} {[OUT, k]}")
+    )
     again = schemes.stored(weight)
     for part in ("codes", "scale", "dual_scale"):
         here, there = getattr(stored, part), card.back(getattr(again, part))

@@ -6,12 +6,14 @@ has the name of every operator on every chip, and many calls fail only inside CA
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 from ascendit.errors import EnvironmentProblem
-from ascendit.spec import CHIPS as SUPPORT
+from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES
 
+Support = Literal["native", "emulated"]
 Answer = Literal["yes", "cann", "adapter", "unknown"]
 """yes: there is a kernel. cann: torch_npu takes the call, CANN refuses it. adapter: torch_npu refuses it.
 unknown: no public document says, so nothing here relies on it."""
@@ -51,7 +53,7 @@ class Capability:
     mode: str = ""
     """What the twin calls it; empty for the whole operator."""
     scheme: str = ""
-    """The row of `spec.SCHEMES` it computes, if it does one."""
+    """The row of `quant.schemes.LINEAR_SCHEMES` it computes, if it does one."""
     a2: Answer = "yes"
     a3: Answer = "yes"
     a5: Answer = "yes"
@@ -305,14 +307,27 @@ def capability(operator: str, mode: str = "") -> Capability:
     return Capability(operator=operator, mode=mode)
 
 
+def native_on(chip: str) -> frozenset[str]:
+    """The quantized schemes, `w4a8` among them, whose every operator has a kernel on this chip."""
+    rows: dict[str, list[Answer]] = {}
+    for row in CAPABILITIES:
+        rows.setdefault(row.scheme, []).append(row.on(chip))
+    return frozenset(s for s in LINEAR_SCHEMES if s in rows and set(rows[s]) == {"yes"})
+
+
+def chips_for(schemes: Collection[str]) -> dict[str, Support]:
+    """Chip -> `native` when it has the matmul of each of these schemes; others are decoded and multiplied."""
+    wanted = set(schemes) - {"bf16"}
+    return {chip: "native" if wanted <= native_on(chip) else "emulated" for chip in CHIPS}
+
+
 def not_here(device: object, chip: str, scheme: str) -> EnvironmentProblem:
     """E-CAP-01 for a scheme that `chip` has no matmul for; says who has it, and what this one has."""
-    stored = "mxfp4" if scheme == "w4a8" else scheme
-    have = [c for c in CHIPS.values() if SUPPORT[c.name][stored] == "native"]
+    have = [c for c in CHIPS.values() if scheme in native_on(c.name)]
+    here = ["bf16", *(s for s in SCHEMES if s in native_on(chip))]
     return EnvironmentProblem(
         f"scheme {scheme} on {device}, a {CHIPS[chip].product}: it has no matmul for it",
-        needs=f"{' or '.join(f'{c.product}, {c.name}' for c in have)}; {chip} has "
-        + " and ".join(s for s, support in SUPPORT[chip].items() if support == "native"),
+        needs=f"{' or '.join(f'{c.product}, {c.name}' for c in have)}; {chip} has " + " and ".join(here),
         fix="quantize to int8; or --emulate decode-on-use: the same numbers, slower",
         code="E-CAP-01",
     )

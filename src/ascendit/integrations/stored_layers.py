@@ -12,12 +12,13 @@ from pathlib import Path
 from torch import nn
 
 from ascendit.checkpoint.expert import ATTENTION_TENSOR, Expert, Layer, read_expert
-from ascendit.checkpoint.layers import FP8_TILES, ROLES, possible
+from ascendit.checkpoint.layers import ROLES, possible
 from ascendit.checkpoint.part import TRANSFORMER, Part, read_json
 from ascendit.checkpoint.store import Shards, TensorInfo, listed
 from ascendit.convert.canonical import layer_specs
 from ascendit.errors import CheckpointError
 from ascendit.model.load import say_attention
+from ascendit.quant.schemes import FP8_TILES
 
 
 def stored_layers(model: nn.Module, files: Sequence[Path]) -> dict[str, Layer]:

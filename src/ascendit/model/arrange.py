@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ascendit.checkpoint.write import TensorSpec
-from ascendit.convert.calibration import leader_of
 from ascendit.convert.feed import torch_dtype
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.model.linear import Joint, QuantLinear, SmoothLinear
 from ascendit.ops.quantized import Schemes
+from ascendit.quant.fusion import leader_of
 
 
 @dataclass

@@ -27,6 +27,7 @@ from ascendit.mx.encoded import Encoded
 from ascendit.mx.smooth import smooth_input
 from ascendit.ops.bind import Ops, schemes_on
 from ascendit.ops.quantized import Activation, PreparedWeight, Schemes
+from ascendit.quant.schemes import SCHEMES
 
 Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -244,7 +245,7 @@ class QuantLinear(nn.Linear):
         """Role -> tensor, as in a canonical folder."""
         e = self.joint.encoded(self.member)
         found: dict[str, Tensor | None] = {"weight": e.codes, "weight_scale": e.scale}
-        if self.scheme == "int8":
+        if "weight_offset" in SCHEMES[self.scheme].roles:
             found["weight_offset"] = torch.zeros_like(e.scale)
         found |= {"weight_dual_scale": e.dual_scale, "mul_scale": self.mul_scale, "bias": self.bias}
         return {role: tensor for role, tensor in found.items() if tensor is not None}

@@ -35,8 +35,10 @@ from ascendit.model.arrange import Arrangement, Coded
 from ascendit.model.arrange import nbytes as nbytes
 from ascendit.model.linear import QuantLinear
 from ascendit.model.online import Online
-from ascendit.model.wan import WanConfig, WanTransformer
+from ascendit.model.wan import WanTransformer
 from ascendit.ops.bind import Ops
+from ascendit.quant.schemes import scheme_after_reading
+from ascendit.spec import WanConfig
 
 log = logging.getLogger("ascendit")
 
@@ -114,7 +116,7 @@ def stored_layers(expert: Expert) -> dict[str, Coded]:
     found = {}
     with RowReader() as reader:
         for name, layer in expert.layers.items():
-            scheme = "bf16" if layer.scheme == "fp8_128x128" else layer.scheme
+            scheme = scheme_after_reading(layer.scheme)
             smooth = layer.tensors.get("mul_scale")
             if scheme != "bf16" or smooth is not None:
                 scale = None if smooth is None else _mul_scale(smooth, reader)

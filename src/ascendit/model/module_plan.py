@@ -16,15 +16,15 @@ from typing import Any, Literal
 from torch import nn
 
 from ascendit.checkpoint.groups import grouped
-from ascendit.checkpoint.names import all_linears, block_linears
+from ascendit.checkpoint.names import all_linears, block_linears, is_block_linear
 from ascendit.checkpoint.part import TRANSFORMER
-from ascendit.convert.canonical import CODES_DTYPE, METHOD, block_linear, marker_for
+from ascendit.convert.canonical import METHOD, marker_for
 from ascendit.convert.dialects import model_kind
 from ascendit.convert.recipe import Recipe, load_recipe
 from ascendit.convert.rules import OUTSIDE, LayerPlan, PlannedLayers, ruled
 from ascendit.errors import UsageError
 from ascendit.model.linear import QuantLinear
-from ascendit.spec import SCHEMES
+from ascendit.quant.schemes import QUANTIZED, SCHEMES
 
 MIN_SIZE = 32
 """Smaller matrices gain nothing."""
@@ -114,7 +114,7 @@ def wan_config_of(module: nn.Module) -> dict[str, Any] | None:
 
 def marker_of(layers: Mapping[str, str], *, smoothed: Sequence[str] = (), wan: bool) -> dict[str, Any]:
     """`quantization_config` for Diffusers' config.json. `layers`: every linear layer -> scheme."""
-    inside = {name: s for name, s in layers.items() if s in CODES_DTYPE or block_linear(name)}
+    inside = {name: s for name, s in layers.items() if s in QUANTIZED or is_block_linear(name)}
     return (marker_for(inside, smoothed) if wan else None) or {"quant_method": METHOD}
 
 
@@ -151,7 +151,7 @@ def _unfit(m: nn.Linear, scheme: str, *, sizes: bool) -> str:
     if type(m) is not nn.Linear:
         return f"a {type(m).__name__}, which does more than multiply"
     n, k = m.out_features, m.in_features
-    step = 32 if scheme.startswith("mx") else MULTIPLE
+    step = SCHEMES[scheme].block or MULTIPLE
     if not sizes:
         return ""
     if min(n, k) < MIN_SIZE:

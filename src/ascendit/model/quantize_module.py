@@ -30,7 +30,7 @@ from ascendit.mx.encoded import Encoded
 from ascendit.mx.formats import Format, lookup, resolve_rule
 from ascendit.ops.bind import bind
 from ascendit.ops.quantized import Emulate, Schemes
-from ascendit.spec import SCHEMES
+from ascendit.quant.schemes import SCHEMES
 
 log = logging.getLogger("ascendit")
 
@@ -222,9 +222,7 @@ def _names(module: nn.Module) -> dict[int, list[str]]:
 
 def _form(plan: ModulePlan, layer: str) -> tuple[Format, str | None]:
     chosen = plan.coded[layer]
-    name = SCHEMES[chosen.scheme].format
-    assert name is not None
-    return lookup(name), chosen.scale_rule
+    return lookup(SCHEMES[chosen.scheme].weight), chosen.scale_rule
 
 
 def mark(module: nn.Module, plan: ModulePlan) -> None:

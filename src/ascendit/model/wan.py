@@ -14,67 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ascendit.convert.step_policy import Precision, StepPolicy
-from ascendit.errors import CheckpointError
 from ascendit.model.linear import QuantLinear, Tokens, dtype_of, linear
 from ascendit.model.state import DenoiseState, Grid, KeyValue, Modulation, RopeTable, Shared, rope_table
 from ascendit.ops.bind import Ops
-
-
-@dataclass(frozen=True, kw_only=True)
-class WanConfig:
-    """`config.json` of a Diffusers WanTransformer3DModel; names and defaults are Diffusers'."""
-
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    num_attention_heads: int = 40
-    attention_head_dim: int = 128
-    in_channels: int = 16
-    out_channels: int = 16
-    text_dim: int = 4096
-    freq_dim: int = 256
-    ffn_dim: int = 13824
-    num_layers: int = 40
-    cross_attn_norm: bool = True
-    qk_norm: str = "rms_norm_across_heads"
-    eps: float = 1e-6
-    image_dim: int | None = None
-    added_kv_proj_dim: int | None = None
-    rope_max_seq_len: int = 1024
-    pos_embed_seq_len: int | None = None
-
-    @property
-    def dim(self) -> int:
-        """Width D."""
-        return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> WanConfig:
-        """From the parsed JSON. Keys with an underscore are Diffusers' bookkeeping; others must be known."""
-        known = {f.name for f in fields(cls)}
-        given = {k: v for k, v in data.items() if not k.startswith("_") and k != "quantization_config"}
-        if unknown := sorted(set(given) - known):
-            raise CheckpointError(
-                f"config.json of the transformer has unknown keys: {', '.join(unknown)}",
-                needs=f"keys of WanTransformer3DModel: {', '.join(sorted(known))}",
-                fix="use a Wan2.1 or Wan2.2 text- or image-to-video checkpoint",
-                code="E-CKP-06",
-            )
-        if given.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
-            raise CheckpointError(
-                f"qk_norm {given['qk_norm']!r}",
-                needs="rms_norm_across_heads, the only one Wan models have",
-                fix="correct config.json",
-                code="E-CKP-06",
-            )
-        given["patch_size"] = tuple(given.get("patch_size", (1, 2, 2)))
-        given["out_channels"] = given.get("out_channels") or given.get("in_channels", 16)
-        return cls(**given)
+from ascendit.spec import WanConfig
 
 
 class Norm(nn.Module):

@@ -27,14 +27,7 @@ from torch import Tensor
 from ascendit.mx.encoded import Encoded
 from ascendit.native.build import Built, declared, native
 from ascendit.ops import cpu_linear_plain as plain
-from ascendit.ops.quantized import (
-    REFERENCE,
-    Activation,
-    Emulate,
-    LinearChoice,
-    LinearForm,
-    PreparedWeight,
-)
+from ascendit.ops.quantized import REFERENCE, Activation, Emulate, LinearChoice, LinearForm, PreparedWeight
 
 if TYPE_CHECKING:
     from ascendit.device.backends import Device

@@ -23,7 +23,6 @@ from ascendit.mx.formats import lookup
 from ascendit.ops.quantized import (
     DECODED,
     REFERENCE,
-    SCHEMES,
     Activation,
     Emulate,
     LinearChoice,
@@ -32,6 +31,7 @@ from ascendit.ops.quantized import (
     quantize_activation,
 )
 from ascendit.ops.quantized import quantized_linear as reference_linear
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
 if TYPE_CHECKING:
     from ascendit.device.backends import Device
@@ -54,7 +54,7 @@ def forms(emulate: Emulate | None, why: str) -> Mapping[str, LinearChoice]:
     bf16 = LinearChoice(form, f"{how} BF16 by PyTorch, {why}")
     fast = IN_BF16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()
     integers = replace(form, prepare_weight=REFERENCE.prepare_weight)
-    found = {scheme: bf16 if scheme in fast else wide for scheme in SCHEMES}
+    found = {scheme: bf16 if scheme in fast else wide for scheme in LINEAR_SCHEMES}
     return found | {"int8": LinearChoice(integers, f"native: torch._int_mm, {why}")}
 
 

@@ -34,7 +34,8 @@ from ascendit.ops import cuda_launch
 from ascendit.ops.cuda_codes import CodesForm
 from ascendit.ops.cuda_steps import PLAIN, Steps
 from ascendit.ops.cuda_values import FEW_TOKENS, ValuesForm
-from ascendit.ops.quantized import SCHEMES, Emulate, LinearChoice, LinearForm
+from ascendit.ops.quantized import Emulate, LinearChoice, LinearForm
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
 if TYPE_CHECKING:
     from ascendit.device.backends import Device
@@ -103,7 +104,7 @@ def candidates(
     how = "decoded once to BF16" if once else "decoded to BF16 on each use"
     triton = f"Triton {why}" if fast else f"PyTorch, {why}"
     found: dict[str, tuple[LinearChoice, ...]] = {}
-    for scheme in dict.fromkeys(s.weight for s in SCHEMES.values()):
+    for scheme in dict.fromkeys(s.weight for s in LINEAR_SCHEMES.values()):
         row: list[LinearChoice] = []
         for steps in (fast, PLAIN):
             if steps and (matmul := _native(scheme, card)):
@@ -134,7 +135,7 @@ class Chosen(Mapping[str, LinearChoice]):
     _found: dict[str, LinearChoice | None] = field(default_factory=dict)
 
     def __getitem__(self, scheme: str) -> LinearChoice:
-        weight = SCHEMES[scheme].weight
+        weight = LINEAR_SCHEMES[scheme].weight
         if weight not in self._found:
             self._found[weight] = self._first(weight)
         if (choice := self._found[weight]) is None:
@@ -142,7 +143,11 @@ class Chosen(Mapping[str, LinearChoice]):
         return choice
 
     def __iter__(self) -> Iterator[str]:
-        return (s for s in SCHEMES if SCHEMES[s].weight in self.candidates and self.get(s) is not None)
+        return (
+            s
+            for s in LINEAR_SCHEMES
+            if LINEAR_SCHEMES[s].weight in self.candidates and self.get(s) is not None
+        )
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -151,7 +156,10 @@ class Chosen(Mapping[str, LinearChoice]):
         passed: list[str] = []
         for choice in self.candidates.get(weight, ()):
             wrong = [
-                p for s in SCHEMES.values() if s.weight == weight if (p := self.problem(s.name, choice.form))
+                p
+                for s in LINEAR_SCHEMES.values()
+                if s.weight == weight
+                if (p := self.problem(s.name, choice.form))
             ]
             if not wrong:
                 return LinearChoice(choice.form, "; ".join([choice.reason, *passed]))
@@ -183,7 +191,7 @@ def problem(scheme: str, form: LinearForm, device: Device) -> str | None:
 def _sample(scheme: str, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Encoded, Tensor, Tensor]:
     """Tokens, an encoded weight, a bias, and their product in float64. The user's seed is not touched."""
     draw = torch.Generator().manual_seed(5)
-    row, n, k = SCHEMES[scheme], 72, 544
+    row, n, k = LINEAR_SCHEMES[scheme], 72, 544
     x = torch.randn(tokens, k, generator=draw).to(dtype)
     codes = encode(torch.randn(n, k, generator=draw), row.weight)
     bias = torch.randn(n, generator=draw)

@@ -35,6 +35,7 @@ from ascendit.mx.codec import decode, encode
 from ascendit.mx.encoded import Encoded
 from ascendit.mx.formats import lookup, resolve_rule
 from ascendit.mx.smooth import smooth_input
+from ascendit.quant.schemes import LINEAR_SCHEMES, Scheme
 
 if TYPE_CHECKING:
     from ascendit.device.backends import Device
@@ -46,34 +47,11 @@ Emulate = Literal["decode-on-use", "decode-once"]
 """Where there is no matmul for a scheme: codes are decoded on each call, or once, which takes memory."""
 
 
-@dataclass(frozen=True)
-class LinearScheme:
-    """How a linear layer computes. `rule`: the default scale rule of the activation."""
-
-    name: str
-    activation: str
-    weight: str
-    rule: str
-
-
-SCHEMES: Mapping[str, LinearScheme] = {
-    s.name: s
-    for s in (
-        LinearScheme("int8", "int8", "int8", "amax"),
-        LinearScheme("fp8", "fp8", "fp8", "amax"),
-        LinearScheme("mxfp8", "mxfp8", "mxfp8", "ceil"),
-        LinearScheme("mxfp4", "mxfp4", "mxfp4", "floor"),
-        LinearScheme("mxfp4_dualscale", "mxfp4_dualscale", "mxfp4_dualscale", "floor"),
-        LinearScheme("w4a8", "mxfp8", "mxfp4", "ceil"),
-    )
-}
-
-
 @dataclass(frozen=True, eq=False)
 class Activation:
     """Tokens as codes, in the layout of the form that made them. For one or more `quantized_linear`."""
 
-    scheme: LinearScheme
+    scheme: Scheme
     lead: tuple[int, ...]
     """The axes before the last one; the codes have them as one."""
     width: int
@@ -315,27 +293,20 @@ def parse_rules(text: str | None) -> dict[str, str]:
     return found
 
 
-def scheme_of(name: str) -> LinearScheme:
+def scheme_of(name: str) -> Scheme:
     """The row of this name. UsageError E-USE-01 lists the names if there is none."""
-    if name not in SCHEMES:
+    if name not in LINEAR_SCHEMES:
         raise UsageError(
             f"scheme {name!r} for a linear layer on codes",
-            needs=", ".join(SCHEMES),
+            needs=", ".join(LINEAR_SCHEMES),
             fix="check the spelling; bf16 layers are no codes",
             code="E-USE-01",
         )
-    return SCHEMES[name]
-
-
-def native_on(chip: str) -> frozenset[str]:
-    """The schemes whose every operator has a kernel on this chip."""
-    from ascendit.device.npu import CAPABILITIES
-
-    return frozenset(
-        s for s in SCHEMES if all(row.on(chip) == "yes" for row in CAPABILITIES if row.scheme == s)
-    )
+    return LINEAR_SCHEMES[name]
 
 
 def native_schemes(device: Device) -> frozenset[str]:
-    """The same for a device; none where it has no chip of the table."""
+    """The schemes that a device has a matmul for; none where it has no chip of the table."""
+    from ascendit.device.npu import native_on
+
     return native_on(device.chip) if device.chip else frozenset()

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ascendit.checkpoint.layout import Layout
-from ascendit.convert.calibration import ALPHA, Found, Save, Statistics, check_alpha, leader_of
-from ascendit.convert.canonical import block_linear
+from ascendit.checkpoint.names import is_block_linear
+from ascendit.convert.calibration import ALPHA, Found, Save, Statistics, check_alpha
 from ascendit.convert.lora import Folds, LoraSource
 from ascendit.device.backends import parse_device
 from ascendit.model.wan import WanTransformer
@@ -33,6 +33,7 @@ from ascendit.pipeline.generate import Pipeline, denoise
 from ascendit.pipeline.loading import load
 from ascendit.pipeline.progress import OnProgress, Progress
 from ascendit.pipeline.request import GenerateRequest
+from ascendit.quant.fusion import leader_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +193,7 @@ def inputs_of(expert: WanTransformer, limit: int) -> dict[str, Input]:
     """Every input of the linears of the blocks, by the first layer that reads it. Nothing is seen yet."""
     weights: dict[str, Tensor] = {}
     for name, module in expert.named_modules():
-        if isinstance(module, nn.Linear) and block_linear(name):
+        if isinstance(module, nn.Linear) and is_block_linear(name):
             top = module.weight.detach().abs().amax(0).to(torch.float32).cpu()
             leader = leader_of(name)
             weights[leader] = torch.maximum(weights[leader], top) if leader in weights else top

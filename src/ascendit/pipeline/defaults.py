@@ -12,7 +12,7 @@ from typing import Any
 from ascendit.checkpoint.layout import Layout
 from ascendit.errors import CheckpointError
 from ascendit.pipeline.request import Defaults, Solver
-from ascendit.spec import Task, WanSpec, match
+from ascendit.spec import Task, VaeConfig, WanConfig, WanSpec, match
 
 log = logging.getLogger("ascendit")
 
@@ -91,7 +91,7 @@ def defaults_for(layout: Layout) -> Defaults:
         task=task,
         num_experts=experts,
         size_multiple=multiple,
-        frame_stride=int(vae_config(layout).get("scale_factor_temporal", 4)),
+        frame_stride=vae_config(layout).scale_factor_temporal,
         solver=solver,
         sources=tuple(notes),
         spec=spec,
@@ -104,17 +104,19 @@ def task_of(layout: Layout) -> Task:
     if layout.index.get("expand_timesteps"):
         return "ti2v"
     config = layout.experts[0].config
-    return "i2v" if config.get("in_channels", 16) != (config.get("out_channels") or 16) else "t2v"
+    channels = config.get("in_channels", WanConfig.in_channels)
+    return "i2v" if channels != (config.get("out_channels") or WanConfig.out_channels) else "t2v"
 
 
 def spec_for(layout: Layout, task: Task) -> WanSpec | None:
     """The row of `spec.py` with this folder's dimensions, channels and number of experts."""
     config = layout.experts[0].config
     spec = match(
-        dim=config.get("num_attention_heads", 40) * config.get("attention_head_dim", 128),
-        num_layers=config.get("num_layers", 40),
-        in_channels=config.get("in_channels", 16),
-        out_channels=config.get("out_channels") or config.get("in_channels", 16),
+        dim=config.get("num_attention_heads", WanConfig.num_attention_heads)
+        * config.get("attention_head_dim", WanConfig.attention_head_dim),
+        num_layers=config.get("num_layers", WanConfig.num_layers),
+        in_channels=config.get("in_channels", WanConfig.in_channels),
+        out_channels=config.get("out_channels") or config.get("in_channels", WanConfig.in_channels),
         num_experts=len(layout.experts),
         image_cross_attention=config.get("image_dim") is not None,
         folder_name=layout.name,
@@ -122,15 +124,15 @@ def spec_for(layout: Layout, task: Task) -> WanSpec | None:
     return spec if spec and spec.task == task else None
 
 
-def vae_config(layout: Layout) -> dict[str, Any]:
-    """`config.json` of the VAE."""
-    return layout.part("vae").config
+def vae_config(layout: Layout) -> VaeConfig:
+    """The strides of the VAE."""
+    return VaeConfig.from_dict(layout.part("vae").config)
 
 
 def size_multiple(layout: Layout, config: dict[str, Any]) -> int:
     """Width and height must be multiples of this: VAE stride x patch, and 16 as in Diffusers' pipelines."""
-    stride = int(vae_config(layout).get("scale_factor_spatial", 8))
-    patches = config.get("patch_size", (1, 2, 2))[1:]
+    stride = vae_config(layout).scale_factor_spatial
+    patches = config.get("patch_size", WanConfig.patch_size)[1:]
     return math.lcm(16, *(stride * int(p) for p in patches))
 
 

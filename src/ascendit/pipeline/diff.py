@@ -17,26 +17,8 @@ from ascendit.pipeline.expert_report import CONTAINERS, Summary, spelled
 from ascendit.pipeline.inspect import inspect
 from ascendit.pipeline.inspect_report import Report
 from ascendit.pipeline.part_report import PartReport
+from ascendit.spec import WanConfig
 
-DEFAULTS: dict[str, Any] = {
-    "patch_size": [1, 2, 2],
-    "num_attention_heads": 40,
-    "attention_head_dim": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "ffn_dim": 13824,
-    "num_layers": 40,
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "eps": 1e-6,
-    "image_dim": None,
-    "added_kv_proj_dim": None,
-    "rope_max_seq_len": 1024,
-    "pos_embed_seq_len": None,
-}
-"""What Diffusers' WanTransformer3DModel takes where config.json says nothing."""
 HEADS = ("num_attention_heads", "attention_head_dim")
 VERSIONS = ("transformers_version", "torch_dtype", "dtype")
 """Keys of a config that say who wrote it and how; keys with a leading underscore do so too."""
@@ -159,7 +141,7 @@ def _configs(a: Report, b: Report, name: str) -> Iterator[dict[str, Any]]:
         if expert is None or None in experts:
             yield _without_versions(report.layout.parts[name].config)
             continue
-        config = {**DEFAULTS, **_without_versions(expert.config)}
+        config = {**WanConfig().to_dict(), **_without_versions(expert.config)}
         config |= {f"quantization_config.{key}": value for key, value in (expert.marker or {}).items()}
         unsure = any(e is not None and e.config_problem for e in experts)
         yield {key: value for key, value in config.items() if not (unsure and key in HEADS)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ascendit.checkpoint.groups import grouped
-from ascendit.convert.canonical import sort_names
+from ascendit.checkpoint.names import sort_names
 from ascendit.pipeline.inspect_report import Report, human_bytes
 
 Kind = Literal["part", "tensor", "scheme", "smoothing", "shape", "dtype", "attention", "config"]

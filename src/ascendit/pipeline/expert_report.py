@@ -11,19 +11,10 @@ from typing import Any
 from ascendit.checkpoint.expert import ATTENTION_TENSOR, Expert, Layer
 from ascendit.checkpoint.groups import grouped
 from ascendit.checkpoint.layers import ROLES
+from ascendit.checkpoint.names import sort_names
 from ascendit.checkpoint.store import TensorInfo
-from ascendit.convert.canonical import sort_names
-from ascendit.spec import SCHEMES
+from ascendit.quant.schemes import STORED_SCHEMES
 
-FORMATS = {
-    "int8": "int8 values, one float scale per row",
-    "fp8": "e4m3 values, one float scale per row",
-    "fp8_128x128": "e4m3 values, one float scale per 128 x 128 tile",
-    "mxfp8": "e4m3 values, E8M0 scale per 32 along K",
-    "mxfp4": "e2m1 values, E8M0 scale per 32 along K",
-    "mxfp4_dualscale": "e2m1 values, E8M0 scale per 32 and float scale per 512 along K",
-    "bf16": "float values of a smoothed layer (W*s)",
-}
 _ATTENTION = re.compile(r".*\.attn[12]")
 CONTAINERS = {
     "plain": "",
@@ -64,10 +55,10 @@ class SchemeCount:
     @property
     def manifest(self) -> str | None:
         """msModelSlim's word for the scheme."""
-        return SCHEMES[self.scheme].manifest if self.scheme in SCHEMES else None
+        return STORED_SCHEMES[self.scheme].manifest or None
 
     def text(self) -> str:
-        how = FORMATS.get(self.scheme, self.scheme)
+        how = STORED_SCHEMES[self.scheme].text
         if where := CONTAINERS[self.container]:
             how = how.replace(" values", f" values {where}", 1)
         name = f"   (msModelSlim: {self.manifest})" if self.manifest not in (None, "FLOAT") else ""

@@ -18,7 +18,7 @@ from ascendit.pipeline.inspect_report import Report
 from ascendit.pipeline.part_report import PartReport
 from ascendit.pipeline.request import Defaults
 from ascendit.pipeline.runs_on import runs_on
-from ascendit.spec import WanSpec, match
+from ascendit.spec import WanConfig, WanSpec, match
 
 NEEDED = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 NEEDED_FOR_IMAGE_TOKENS = ("image_encoder", "image_processor")
@@ -88,9 +88,9 @@ def _family(layout: Layout, experts: list[Summary]) -> WanSpec | None:
         return None
     return match(
         dim=heads * head_dim,
-        num_layers=config.get("num_layers", 40),
-        in_channels=config.get("in_channels", 16),
-        out_channels=config.get("out_channels") or config.get("in_channels", 16),
+        num_layers=config.get("num_layers", WanConfig.num_layers),
+        in_channels=config.get("in_channels", WanConfig.in_channels),
+        out_channels=config.get("out_channels") or config.get("in_channels", WanConfig.in_channels),
         num_experts=len(experts),
         image_cross_attention=config.get("image_dim") is not None,
         folder_name=layout.name,

@@ -35,6 +35,7 @@ from ascendit.pipeline.similarity import cosine, psnr, relative_l2, ssim
 from ascendit.pipeline.verify import judge
 from ascendit.pipeline.video import to_uint8
 from ascendit.pipeline.world import Scene
+from ascendit.quant.schemes import QUANTIZED
 
 Frames = NDArray[np.uint8]
 T = TypeVar("T")
@@ -62,8 +63,7 @@ _POLICIES = ("default:w4a8", "0-3:w4a8,default:w4a4")
 
 def cases() -> tuple[Case, ...]:
     """Every scheme, MXFP4 by step policies, and every recipe that is shipped."""
-    schemes = ("int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale")
-    found = [Case(name=s, options={"scheme": s}, most_lost=_LIMITS.get(s)) for s in schemes]
+    found = [Case(name=s, options={"scheme": s}, most_lost=_LIMITS.get(s)) for s in QUANTIZED]
     found += [Case(name=f"mxfp4, {p}", options={"scheme": "mxfp4", "step_policy": p}) for p in _POLICIES]
     recipes = [name for name in recipe_names() if name != "default"]
     found += [Case(name=r, options={"recipe": r}, most_lost=_LIMITS.get(r)) for r in recipes]

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ascendit.convert.calibration import leader_of
-from ascendit.convert.canonical import block_linear
+from ascendit.checkpoint.names import is_block_linear
 from ascendit.model.linear import QuantLinear, Tokens
 from ascendit.pipeline.calibrate import experts_of, inputs_of, recorded
 from ascendit.pipeline.generate import Pipeline, Stop, denoise
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.similarity import sqnr
+from ascendit.quant.fusion import leader_of
 
 LAYER_TOKENS = 512
 """How many tokens of each input a layer is measured on."""
@@ -61,7 +61,7 @@ def bits_per_weight(pipe: Pipeline) -> float:
     size = count = 0
     for expert in pipe.experts:
         for layer, module in expert.named_modules():
-            if not isinstance(module, nn.Linear) or not block_linear(layer):
+            if not isinstance(module, nn.Linear) or not is_block_linear(layer):
                 continue
             count += module.in_features * module.out_features
             if isinstance(module, QuantLinear):

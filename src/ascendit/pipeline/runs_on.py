@@ -1,6 +1,6 @@
 """Which engines and chips can run a checkpoint: as it lies, after a repack, or not. No torch.
 
-What an engine can run at all comes from `spec.ENGINES`, how it wants the files from `convert.dialects`.
+What an engine can run at all comes from `quant.engines`, how it wants the files from `convert.dialects`.
 Headers do not tell whether the `mul_scale` of Q, K and V are equal, which vLLM-Omni needs; `repack` does.
 """
 
@@ -19,12 +19,12 @@ from ascendit.checkpoint.manifest import find_manifest
 from ascendit.checkpoint.part import read_json
 from ascendit.convert.canonical import METHOD
 from ascendit.convert.dialects import DIALECTS, Dialect, Traits, traits_of
+from ascendit.device.npu import Support, chips_for
 from ascendit.pipeline.expert_report import Summary
-from ascendit.spec import ENGINES, Support, chips_for
+from ascendit.quant.engines import ENGINES
+from ascendit.quant.schemes import FP8_TILES, scheme_after_reading
 
 Verdict = Literal["runs", "repack", "no"]
-TILED = "fp8_128x128"
-"""Only read: `repack` writes these layers as BF16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def runs_on(layout: Layout, found: Sequence[Summary]) -> RunsOn:
 def traits(summary: Summary) -> Traits:
     """What matters to an engine, after tiled FP8 has become BF16."""
     expert = summary.expert
-    schemes = {n: "bf16" if layer.scheme == TILED else layer.scheme for n, layer in expert.layers.items()}
+    schemes = {n: scheme_after_reading(layer.scheme) for n, layer in expert.layers.items()}
     smoothed = [n for n, layer in expert.layers.items() if "mul_scale" in layer.tensors]
     blocks = [n for n in summary.linears if n.startswith("blocks.")]
     every = {n: schemes.get(n, "bf16") for n in (*blocks, *schemes)}
@@ -119,7 +119,7 @@ def _command(layout: Layout, engine: str, dialect: Dialect) -> str:
 def _obstacles(dialect: Dialect, layout: Layout, experts: Sequence[Expert]) -> Iterator[str]:
     """What must change before the engine reads the files, most important first."""
     layers = [layer for e in experts for layer in e.layers.values()]
-    if any(layer.scheme == TILED for layer in layers):
+    if any(layer.scheme == FP8_TILES for layer in layers):
         yield "FP8 in 128 x 128 tiles becomes BF16"
     if any(e.naming != dialect.naming for e in experts):
         yield f"it wants {'original Wan' if dialect.naming == 'wan' else 'Diffusers'} names"

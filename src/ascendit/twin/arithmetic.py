@@ -91,10 +91,11 @@ def _sums(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 def linear(tokens: Encoded, weight: Encoded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """tokens [M, K] times weight [N, K] plus bias [N], with sums in float32, rounded once -> [M, N]."""
-    from ascendit.ops.quantized import SCHEMES, Activation
+    from ascendit.ops.quantized import Activation
+    from ascendit.quant.schemes import LINEAR_SCHEMES
 
     mixed = (tokens.format, weight.format) == ("mxfp8", "mxfp4")
-    scheme = SCHEMES["w4a8" if mixed else weight.format]
+    scheme = LINEAR_SCHEMES["w4a8" if mixed else weight.format]
     device, forms = _linear_on_a_cpu()
     form = forms[scheme.name].form
     m, k = tokens.shape

@@ -1,0 +1,88 @@
+"""Which engine can load which scheme: its version and what it refuses, as data. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from ascendit.quant.schemes import FP8_TILES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """A program for which `--for` writes, as its published wheel is."""
+
+    name: str
+    version: str
+    refuses: Mapping[str, str]
+    """What it cannot load or run -> why. A key is a scheme, or a trait that `engines_for` names."""
+
+    def problem(self, traits: Collection[str]) -> str:
+        """The first reason against a checkpoint with these traits, "" when there is none."""
+        return next((why for trait, why in self.refuses.items() if trait in traits), "")
+
+
+_FP8 = dict.fromkeys(("fp8", FP8_TILES), "it does not read FP8 with float scales as it lies here")
+_OMNI_DROPS = "it drops mul_scale in layers that are not MXFP4, without an error"
+_SGLANG_DROPS = "it knows mul_scale in mxfp4 alone and drops it elsewhere, without an error"
+_ODD = "it pairs block scales, and a layer has an odd number of them (K / 32)"
+_PLAIN = "it builds {} as plain layers and would take the codes for weights"
+
+ENGINES: dict[str, Engine] = {
+    e.name: e
+    for e in (
+        Engine(
+            name="vllm-omni",
+            version="0.30.0",
+            refuses={
+                **_FP8,
+                "mixed": "its config.json names one scheme for all quantized layers",
+                "split_qkv": "it fuses Q, K and V of self-attention; one is kept and another quantized",
+                "unlike_qkv": "it fuses Q, K and V of self-attention; their mul_scale differ",
+                "outside_blocks": _PLAIN.format("embedders and proj_out"),
+                "odd_blocks:mxfp4_dualscale": _ODD,
+                **dict.fromkeys(("smoothed:int8", "smoothed:mxfp8", "smoothed:bf16"), _OMNI_DROPS),
+            },
+        ),
+        Engine(
+            name="sglang",
+            version="0.5.23",
+            refuses={
+                **_FP8,
+                "mxfp4_dualscale": "its loader of dual-scale layers fails, on an attribute it does not have",
+                "float_block_linears": "it looks for kept layers of a block by other names and stops there",
+                "outside_blocks": _PLAIN.format("embedders"),
+                "added_kv": "it does not name the layers of cross-attention with image tokens",
+                **{f"odd_blocks:{s}": _ODD for s in ("mxfp8", "mxfp4")},
+                **dict.fromkeys(("smoothed:int8", "smoothed:mxfp8", "smoothed:bf16"), _SGLANG_DROPS),
+            },
+        ),
+        Engine(
+            name="mindie",
+            version="3.1.0",
+            refuses={**_FP8, "unquantized": "it reads exports of quantized models only"},
+        ),
+    )
+}
+"""Read in the wheels of vLLM-Omni, SGLang and MindIE-SD; none was run on a card."""
+
+
+def engines_for(
+    schemes: Collection[str],
+    *,
+    float_block_linears: bool = False,
+    smoothed: bool | Collection[str] = False,
+    traits: Collection[str] = (),
+) -> dict[str, str]:
+    """Engine -> "" when it can run a checkpoint with layers of these schemes, else the reason it cannot.
+
+    `float_block_linears`: some linear of a block is kept, in a checkpoint that is quantized. `smoothed`: the
+    schemes (`bf16`: kept layers) of layers with a `mul_scale`; True: all. `traits`: what else is true of it,
+    the other keys of `Engine.refuses`, from `convert.dialects.traits_of`.
+    """
+    coded = {s for s in schemes if s != "bf16"}
+    smooth = set(schemes) if smoothed is True else set(smoothed or ())
+    found = {*coded, *traits, *(f"smoothed:{s}" for s in smooth)}
+    found |= {"mixed"} if len(coded) > 1 else set()
+    found |= {"unquantized"} if not coded else {"float_block_linears"} if float_block_linears else set()
+    return {name: engine.problem(found) for name, engine in ENGINES.items()}

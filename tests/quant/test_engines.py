@@ -1,0 +1,69 @@
+"""Which engine runs which scheme, once more as a literal table."""
+
+from __future__ import annotations
+
+import pytest
+
+from ascendit.quant.engines import ENGINES, engines_for
+from ascendit.quant.schemes import SCHEMES, STORED_SCHEMES
+
+
+@pytest.mark.parametrize(
+    ("schemes", "runs"),
+    [
+        (set(), {"vllm-omni", "sglang"}),
+        ({"bf16"}, {"vllm-omni", "sglang"}),
+        ({"int8"}, {"vllm-omni", "sglang", "mindie"}),
+        ({"mxfp8", "bf16"}, {"vllm-omni", "sglang", "mindie"}),
+        ({"mxfp4"}, {"vllm-omni", "sglang", "mindie"}),
+        ({"mxfp4_dualscale"}, {"vllm-omni", "mindie"}),
+        ({"mxfp8", "mxfp4"}, {"sglang", "mindie"}),
+        ({"mxfp4", "mxfp4_dualscale"}, {"mindie"}),
+        ({"fp8"}, set()),
+        ({"fp8_128x128"}, set()),
+    ],
+    ids=str,
+)
+def test_which_engine_runs_which_scheme(schemes: set[str], runs: set[str]) -> None:
+    found = engines_for(schemes)
+    assert found.keys() == ENGINES.keys() == {"vllm-omni", "sglang", "mindie"}
+    assert {name for name, why in found.items() if not why} == runs
+
+
+def test_kept_layers_and_smoothing() -> None:
+    assert engines_for({"mxfp8", "bf16"}, float_block_linears=True)["sglang"].startswith("it looks for kept")
+    assert engines_for({"bf16"}, float_block_linears=True)["sglang"] == "", "nothing is quantized"
+    for scheme in SCHEMES:
+        found = engines_for({scheme}, smoothed={scheme})
+        assert (found["vllm-omni"] == "") == (scheme in ("mxfp4", "mxfp4_dualscale")), scheme
+        assert (found["sglang"] == "") == (scheme == "mxfp4"), scheme
+    assert engines_for({"mxfp4", "bf16"}, smoothed={"bf16"})["vllm-omni"].startswith("it drops mul_scale")
+    assert engines_for({"mxfp4", "bf16"}, smoothed=True) == engines_for(
+        {"mxfp4", "bf16"}, smoothed=("bf16", "mxfp4")
+    )
+
+
+def test_versions_of_engines() -> None:
+    assert {name: e.version for name, e in ENGINES.items()} == {
+        "vllm-omni": "0.30.0",
+        "sglang": "0.5.23",
+        "mindie": "3.1.0",
+    }
+    for name, engine in ENGINES.items():
+        assert engine.name == name and all(engine.refuses.values())
+
+
+def test_an_engine_names_schemes_of_the_table() -> None:
+    traits = {
+        "mixed",
+        "split_qkv",
+        "unlike_qkv",
+        "outside_blocks",
+        "float_block_linears",
+        "added_kv",
+        "unquantized",
+    }
+    for engine in ENGINES.values():
+        for key in engine.refuses.keys() - traits:
+            trait, _, scheme = key.rpartition(":")
+            assert scheme in STORED_SCHEMES and trait in ("", "smoothed", "odd_blocks"), key
