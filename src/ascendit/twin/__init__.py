@@ -55,9 +55,9 @@ def chip() -> str | None:
 
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
     """One operator as a plain function: `call("npu_rms_norm", x, gamma)`, `call("mindiesd::adaln", ...)`."""
-    from ascendit.twin import install
+    from ascendit.twin import operators
 
-    return install.call(name, *args, **kwargs)
+    return operators.call(name, *args, **kwargs)
 
 
 def launches() -> dict[str, int]:

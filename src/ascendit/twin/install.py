@@ -1,7 +1,4 @@
-"""Put the operators under torch.ops, and keep torch_npu out of the process while they are there.
-
-`call` is the other way to them: one operator as a plain function, with nothing defined.
-"""
+"""Put the operators under torch.ops, and keep torch_npu out of the process while they are there."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ from typing import Any
 
 import torch
 
-from ascendit.twin import dtypes, fake_module, operators  # noqa: F401  (operators registers them all)
+from ascendit.twin import fake_module, operators  # noqa: F401  (operators registers them all)
 from ascendit.twin.faults import IMPORT, TwinImportError
-from ascendit.twin.registry import OPERATORS, current_chip, fake, not_here, run
-from ascendit.twin.schemas import VERSIONS, frozen, signature
+from ascendit.twin.registry import OPERATORS, fake, not_here, run
+from ascendit.twin.schemas import VERSIONS, frozen
 from ascendit.twin.state import STATE
 
 _LIBRARIES: list[torch.library.Library] = []
@@ -79,24 +76,6 @@ def uninstall() -> None:
     while _LIBRARIES:
         _LIBRARIES.pop()._destroy()
     STATE.chip = None
-
-
-def call(name: str, *args: Any, **kwargs: Any) -> Any:
-    """One operator as a plain function, through no dispatcher: `call("npu_rms_norm", x, gamma)`.
-
-    A torch.dtype may stand for an int argument, as in torch.ops.
-    """
-    current_chip()
-    known = signature(name)
-    named = dict(zip(known.names, args, strict=False)) | kwargs
-    numbers = {
-        key: dtypes.number_of(value)
-        for key, value in named.items()
-        if key in known.integers and isinstance(value, torch.dtype)
-    }
-    positional = [numbers.get(n, a) for n, a in zip(known.names, args, strict=False)]
-    positional += args[len(positional) :]
-    return run(name, positional, {k: numbers.get(k, v) for k, v in kwargs.items()})
 
 
 def _define(namespace: str) -> torch.library.Library:

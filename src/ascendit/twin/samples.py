@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ascendit.twin.dtypes import E2M1, E4M3, E8M0
-from ascendit.twin.install import call
+from ascendit.twin.operators import call
 from ascendit.twin.registry import current_chip
 
 BF16, FP32 = torch.bfloat16, torch.float32
