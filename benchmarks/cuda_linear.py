@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ascendit import mx
-from ascendit.device.backends import open_device
 from ascendit.ops import reference
 from ascendit.ops.bind import bind
+from ascendit.ops.runtime import open_device, synchronize
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 Call = Callable[[], Any]
@@ -39,11 +39,11 @@ class Clock:
 
     def once(self, call: Call) -> float:
         """Milliseconds of one of `inner` calls in a row."""
-        self.device.synchronize()
+        synchronize(self.device)
         start = time.perf_counter()
         for _ in range(self.inner):
             call()
-        self.device.synchronize()
+        synchronize(self.device)
         return (time.perf_counter() - start) * 1e3 / self.inner
 
     def medians(self, calls: dict[str, Call]) -> dict[str, float]:

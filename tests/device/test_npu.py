@@ -21,6 +21,31 @@ def test_other_socs_are_no_chip_of_ours(number: int) -> None:
     assert chip_of(number) is None
 
 
+def test_every_chip_has_its_figures() -> None:
+    variants = [v for chip in CHIPS.values() for v in chip.variants]
+    assert len({v.name for v in variants}) == len(variants)
+    for v in variants:
+        assert v.source and 16 <= v.memory_gib <= 256 and 200 <= v.bf16_tflops <= 1000, v.name
+        assert v.int8_tflops == pytest.approx(2 * v.bf16_tflops, rel=0.01), v.name
+        assert 500 <= v.memory_gbps <= 8000 and (v.link_gbps is None or v.link_gbps <= 2000), v.name
+    for chip in CHIPS.values():
+        assert chip.variants[0].name.startswith(chip.name)
+        mx = "mxfp8" in {row.scheme for row in CAPABILITIES if row.on(chip.name) == "yes"}
+        for v in chip.variants:
+            assert v.name.partition("-")[0] == chip.name
+            assert (v.fp8_tflops is not None) == (v.fp4_tflops is not None) == mx, v.name
+            if v.fp8_tflops and v.fp4_tflops:
+                assert v.fp8_tflops == v.int8_tflops and v.fp4_tflops == pytest.approx(2 * v.fp8_tflops, 0.01)
+
+
+def test_figures_are_ordered_as_the_chips_are() -> None:
+    a2, a3, a5 = (CHIPS[name].variants[0] for name in ("a2", "a3", "a5"))
+    assert a2.bf16_tflops < a3.bf16_tflops < a5.bf16_tflops
+    assert a2.memory_gib <= a3.memory_gib < a5.memory_gib
+    memory = {v.name: v.memory_gib for chip in CHIPS.values() for v in chip.variants}
+    assert (memory["a2-32g"], memory["a2-64g"], memory["a3"], memory["a5"]) == (32, 64, 64, 112)
+
+
 def test_every_row_names_an_operator_and_says_what_to_do_elsewhere() -> None:
     for row in CAPABILITIES:
         namespace, name = schemas.split(row.operator)

@@ -1,4 +1,4 @@
-"""Starting an NPU, on a torch_npu that only remembers what it was told."""
+"""What an NPU is started with, on a torch.npu that only remembers what it was told."""
 
 from __future__ import annotations
 
@@ -9,97 +9,24 @@ import types
 from typing import Any
 
 import pytest
-import torch
 
 from ascendit.device import npu_settings
-from ascendit.device.backends import Device, open_device
 from ascendit.device.npu import CHIPS
 from ascendit.errors import EnvironmentProblem
 
 
-class FakeNpu(types.SimpleNamespace):
-    """torch.npu of a machine with `count` cards of one SoC number."""
-
-    def __init__(self, soc: int = 260, count: int = 2):
-        off = types.SimpleNamespace
-        super().__init__(
-            config=off(allow_internal_format=None), matmul=off(allow_hf32=None), conv=off(allow_hf32=None)
-        )
-        self.soc, self.count = soc, count
-        self.told: list[Any] = []
-
-    def get_soc_version(self) -> int:
-        return self.soc
-
-    def device_count(self) -> int:
-        return self.count
-
-    def set_device(self, index: int) -> None:
-        self.told.append(f"set_device {index}")
-
-    def set_compile_mode(self, **given: Any) -> None:
-        self.told.append(given)
-
-
 @pytest.fixture
-def npu(monkeypatch):
-    """A fake torch_npu; variables and modules are put back."""
+def variables(monkeypatch):
+    """None of them is set, and what is set is put back."""
     for v in npu_settings.VARIABLES:
         monkeypatch.setenv(v.name, "")
-    fake = FakeNpu()
-    module = types.ModuleType("torch_npu")
-    vars(module)["npu"] = fake
-    monkeypatch.setitem(sys.modules, "torch_npu", module)
-    monkeypatch.setitem(sys.modules, "mindiesd", None)
-    monkeypatch.setattr(torch, "npu", fake, raising=False)
-    return fake
 
 
-def test_every_setting_is_applied_and_told(npu, caplog):
-    with caplog.at_level("INFO", logger="ascendit"):
-        device = open_device("npu:1")
-    assert device == Device("npu", 1, "a5")
-    assert npu.told == [{"jit_compile": False}, "set_device 1"]
-    assert npu.config.allow_internal_format is npu.matmul.allow_hf32 is npu.conv.allow_hf32 is False
-    for v in npu_settings.VARIABLES:
-        assert os.environ[v.name] == v.value and f"{v.name}={v.value}: {v.why}" in caplog.text
-    for s in npu_settings.SETTINGS:
-        assert f"torch.npu: {s.path}={s.value}: {s.why}" in caplog.text
-    assert "npu:1: Atlas 350 (Ascend 950), chip a5" in caplog.text
-
-
-def test_what_importing_mindiesd_changes_is_set_again(npu, monkeypatch):
-    def switch_on() -> None:
-        npu.config.allow_internal_format = True
-
-    monkeypatch.setattr(npu_settings, "load_mindiesd", switch_on)
-    open_device("npu")
-    assert npu.config.allow_internal_format is False
-
-
-def test_an_open_device_is_not_started_again(npu):
-    device = open_device("npu")
-    told = list(npu.told)
-    assert open_device(device) == device and npu.told == told
-
-
-def test_variables_of_the_user_stay(npu, monkeypatch, caplog):
+def test_variables_of_the_user_stay(variables, monkeypatch, caplog):
     monkeypatch.setenv("TASK_QUEUE_ENABLE", "0")
     with caplog.at_level("INFO", logger="ascendit"):
         npu_settings.set_variables()
     assert os.environ["TASK_QUEUE_ENABLE"] == "0" and "TASK_QUEUE_ENABLE=0: kept as it was set" in caplog.text
-
-
-def test_variables_are_set_before_torch_npu_is_imported(npu, monkeypatch):
-    seen = {}
-
-    def look() -> Any:
-        seen.update({v.name: os.environ[v.name] for v in npu_settings.VARIABLES})
-        return types.SimpleNamespace(npu=npu)
-
-    monkeypatch.setattr(npu_settings, "import_torch_npu", look)
-    npu_settings.start(Device("npu"))
-    assert seen == {v.name: v.value for v in npu_settings.VARIABLES}
 
 
 def test_a_torch_npu_without_a_setting_is_told(caplog):
@@ -108,29 +35,20 @@ def test_a_torch_npu_without_a_setting_is_told(caplog):
     assert "torch.npu.set_compile_mode" in caplog.text
 
 
+def soc_number(soc: int) -> Any:
+    """torch.npu as far as `find_chip` needs it."""
+    return types.SimpleNamespace(get_soc_version=lambda: soc)
+
+
 @pytest.mark.parametrize(("soc", "chip"), [(220, "a2"), (225, "a2"), (250, "a3"), (255, "a3"), (260, "a5")])
 def test_chips_by_their_number(soc, chip):
-    assert npu_settings.find_chip(FakeNpu(soc)) is CHIPS[chip]
+    assert npu_settings.find_chip(soc_number(soc)) is CHIPS[chip]
 
 
 def test_a_chip_that_wan_does_not_run_on():
     with pytest.raises(EnvironmentProblem) as e:
-        npu_settings.find_chip(FakeNpu(204))
+        npu_settings.find_chip(soc_number(204))
     assert e.value.got == "an NPU with SoC number 204" and "Ascend 950" in e.value.needs
-
-
-def test_no_such_card(npu):
-    with pytest.raises(EnvironmentProblem, match="npu:2: this machine has 2 of them"):
-        open_device("npu:2")
-
-
-def test_torch_npu_is_absent(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch_npu", None)
-    for v in npu_settings.VARIABLES:
-        monkeypatch.setenv(v.name, "x")
-    with pytest.raises(EnvironmentProblem, match="is not installed") as e:
-        open_device("npu")
-    assert e.value.code == "E-ENV-03" and "twin:a5" in e.value.fix
 
 
 @pytest.mark.parametrize(

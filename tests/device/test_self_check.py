@@ -11,13 +11,14 @@ import torch
 
 from ascendit import twin
 from ascendit.device import check_questions
-from ascendit.device.backends import open_device, parse_device
+from ascendit.device.backends import parse_device
 from ascendit.device.check_card import Card
 from ascendit.device.check_operators import PREPARED, function_cases, operator_cases
 from ascendit.device.check_result import Result
 from ascendit.device.npu import CAPABILITIES
 from ascendit.device.self_check import SelfCheck, self_check
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.ops.runtime import open_device
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from ops.recorder import Recorder
 from ascendit import mx
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.mx.smooth import smooth_input
+from ascendit.ops import npu_linear
 from ascendit.ops.bind import bind
 from ascendit.ops.npu_linear import scale_algorithm
 from ascendit.quant.schemes import LINEAR_SCHEMES
@@ -169,7 +170,7 @@ def test_nz_is_for_schemes_that_leave_a_choice():
 def test_a_cast_that_stays_nd_is_told(monkeypatch):
     ops = bind("twin:a2").quantized
     encoded, bias = weight_of("int8", 16, 64)
-    monkeypatch.setattr(type(ops.device), "internal_format", lambda self, allowed: _nothing())
+    monkeypatch.setattr(npu_linear, "internal_format", lambda device, allowed: _nothing())
     with (
         pytest.warns(UserWarning, match="returns ND"),
         pytest.raises(EnvironmentProblem, match="gave format 2") as e,

@@ -16,6 +16,7 @@ import ascendit
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.model.linear import QuantLinear, Tokens
 from ascendit.ops import cpu_native
+from ascendit.ops.runtime import activate
 from ascendit.pipeline.calibrate import experts_of
 from ascendit.pipeline.generate import Pipeline
 from ascendit.pipeline.quality_layers import layer_inputs
@@ -133,7 +134,7 @@ def layers_between(scheme: str) -> dict[str, float]:
                 x = tokens[leader_of(layer)][:128]
                 outs = []
                 for pipe, expert in zip(pipes, experts, strict=True):
-                    pipe.device.activate()
+                    activate(pipe.device)
                     made: Any = expert.get_submodule(layer)
                     outs.append(made.run(Tokens(x), pipe.policy.default).cpu())
                 found[f"{name}/{layer}"] = sqnr(outs[1], outs[0])

@@ -71,7 +71,7 @@ def test_right_calls_are_taken_and_fakes_agree(on: Callable[[str], None], chip: 
     on(chip)
     names, operators = set(), set()
     for sample in samples.samples():
-        plain, dispatched = sample.run(registry.call), sample.run(caller)
+        plain, dispatched = sample.run(ascendit.twin.call), sample.run(caller)
         meta = sample.run(caller, lambda t: t.to("meta"))
         assert told(plain) == told(dispatched) == told(meta), sample.name
         names.add(sample.name)

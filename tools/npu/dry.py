@@ -21,8 +21,9 @@ from npu.trace import Stub, Trace
 from torch import Tensor
 
 import ascendit.twin
-from ascendit.device.backends import Device, open_device
-from ascendit.twin import registry, samples
+from ascendit.device.backends import Device
+from ascendit.ops.runtime import open_device
+from ascendit.twin import samples
 from ascendit.twin.samples import Sample
 from ascendit.twin.schemas import frozen
 
@@ -36,7 +37,7 @@ def by_dispatcher(operator: str, *args: Any, **kwargs: Any) -> Any:
 def run_sample(sample: Sample, stub: Stub, put: str) -> dict[str, Any]:
     """`dry`: "same" as the twin's shapes and dtypes, or what is different."""
     row: dict[str, Any] = {"name": sample.name, "operator": sample.operator, "launched": []}
-    wanted = tensors(sample.run(registry.call))
+    wanted = tensors(sample.run(ascendit.twin.call))
     launched: list[str] = []
 
     def caller(operator: str, *args: Any, **kwargs: Any) -> Any:

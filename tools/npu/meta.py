@@ -24,9 +24,9 @@ from npu import schemas, wheels
 from npu.calls import OURS, Recorder, calls, described
 
 import ascendit.twin
-from ascendit.device.backends import open_device
 from ascendit.device.npu import CHIPS
-from ascendit.twin import dtypes, registry, samples
+from ascendit.ops.runtime import open_device
+from ascendit.twin import dtypes, samples
 from ascendit.twin.samples import Sample
 from ascendit.twin.schemas import UNDEFINABLE
 
@@ -53,7 +53,7 @@ def cases(chip: str) -> Iterator[Case]:
     """The samples of the twin, then what ascendit's operators call."""
     device = open_device(f"twin:{chip}")
     for sample in samples.samples():
-        yield Case(chip, sample.name, sample, described(sample.run(registry.call)))
+        yield Case(chip, sample.name, sample, described(sample.run(ascendit.twin.call)))
     for call in calls(device):
         with torch.no_grad(), Recorder() as seen:
             call.run()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ascendit.device.backends import Device
+from ascendit.ops.runtime import synchronize
 
 Caller = Callable[..., Any]
 """`call(name, *args, **kwargs)` with tensors on the CPU, results on the CPU."""
@@ -55,10 +56,10 @@ class Card:
         """Median of a few runs, each waited for; of one where there is no device to wait for."""
         times = []
         for _ in range(RUNS if self.real else 1):
-            self.device.synchronize()
+            synchronize(self.device)
             start = time.perf_counter()
             run()
-            self.device.synchronize()
+            synchronize(self.device)
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 

@@ -16,9 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import IO, Any
 
+from ascendit import twin
 from ascendit.device import environment
+from ascendit.device.backends import Device
+from ascendit.device.check_card import Card
+from ascendit.device.check_operators import Case, function_cases, operator_cases, run_case
+from ascendit.device.check_questions import question_cases
 from ascendit.device.check_result import Result
 from ascendit.errors import AscenditError, EnvironmentProblem
+from ascendit.ops.runtime import open_device
 
 MARK = "ascendit-self-check "
 START_SECONDS, CASE_SECONDS = 300.0, 120.0
@@ -26,6 +32,13 @@ START_SECONDS, CASE_SECONDS = 300.0, 120.0
 
 Command = Callable[[int], Sequence[str]]
 """The words of a child that begins with this case."""
+
+
+def cases(device: Device) -> list[Case]:
+    """Every case for an open device, in the order in which they are run."""
+    if device.kind == "npu":
+        twin.use(str(device.chip))  # its functions alone: the operators under torch.ops are the card's
+    return [*question_cases(device), *operator_cases(device), *function_cases(device)]
 
 
 def in_children(
@@ -125,10 +138,6 @@ def main(name: str, first: int) -> None:
 
     def tell(**line: Any) -> None:
         print(MARK + json.dumps(line), file=out, flush=True)
-
-    from ascendit.device.backends import open_device
-    from ascendit.device.check_card import Card
-    from ascendit.device.self_check import cases, run_case
 
     try:
         device = open_device(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -10,12 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ascendit import mx, twin
 from ascendit.device.backends import Device
 from ascendit.device.check_card import Card
 from ascendit.device.check_result import ATTENTION_DECIBELS, Result, compare, described
 from ascendit.device.npu import CAPABILITIES
+from ascendit.ops import npu, reference
+from ascendit.ops.bind import NAMES, bind
+from ascendit.ops.quantized import REFERENCE, native_schemes
+from ascendit.ops.runtime import internal_format
+from ascendit.quant.schemes import LINEAR_SCHEMES
+from ascendit.twin import samples
+from ascendit.twin.nz import ND
 
-ND = 2
+log = logging.getLogger("ascendit")
+
 EPS = 1e-6
 TOKENS, TEXT, HEADS, HEAD, OUT = 48, 12, 4, 64, 96
 WIDTH = HEADS * HEAD
@@ -32,6 +42,15 @@ class Case:
     run: Callable[[Card, Result], Result]
 
 
+def run_case(card: Card, case: Case) -> Result:
+    """The result of one case; what it raises is one too."""
+    try:
+        return case.run(card, case.base)
+    except Exception as e:
+        log.info("self-check: %s raised", case.base.name, exc_info=True)
+        return replace(case.base, verdict="error", error=shorter(f"{type(e).__name__}: {e}"))
+
+
 # ---- operators ----------------------------------------------------------------------------------
 
 
@@ -39,8 +58,6 @@ def operator_cases(device: Device) -> Iterator[Case]:
     """Every sample of the twin, for the chip of this device. Nothing where it has none."""
     if not device.chip:
         return
-    from ascendit.twin import samples
-
     used = {row.operator for row in CAPABILITIES if row.used_for}
     for sample in samples.samples():
         base = Result(
@@ -50,10 +67,7 @@ def operator_cases(device: Device) -> Iterator[Case]:
 
 
 def _operator(card: Card, base: Result, sample: Any) -> Result:
-    from ascendit import twin
-    from ascendit.ops.npu import missing
-
-    if missing(sample.operator, str(card.device.chip)):
+    if npu.missing(sample.operator, str(card.device.chip)):
         return replace(base, verdict="not installed")
     last: list[Any] = []
 
@@ -62,7 +76,7 @@ def _operator(card: Card, base: Result, sample: Any) -> Result:
             last[:] = [name, args, kwargs]
         return card.call(name, *args, **kwargs)
 
-    with card.device.internal_format(True):
+    with internal_format(card.device, True):
         first = sample.run(called, card.put)
     expected = sample.run(twin.call, lambda t: t.clone())
     if sample.operator == "npu_format_cast":  # a copy to the CPU would hide the order of the bytes
@@ -82,11 +96,6 @@ def _operator(card: Card, base: Result, sample: Any) -> Result:
 
 def function_cases(device: Device) -> Iterator[Case]:
     """Every dense operator and quantized linear layer that is bound on this device, against the plain one."""
-    from ascendit.ops import reference
-    from ascendit.ops.bind import NAMES, bind
-    from ascendit.ops.quantized import native_schemes
-    from ascendit.quant.schemes import LINEAR_SCHEMES
-
     ops = bind(device)
     inputs = _inputs()
     assert set(inputs) == set(NAMES), "a new operator needs its inputs here"
@@ -142,10 +151,6 @@ def _dense(card: Card, base: Result, ops: Any, name: str, plain: Callable[..., T
 
 def _linear(card: Card, base: Result, schemes: Any, scheme: str, variant: str) -> Result:
     """One layer [OUT, K]: the weight must come back as it was stored, the product be the plain one."""
-    from ascendit import mx
-    from ascendit.ops.quantized import REFERENCE
-    from ascendit.quant.schemes import LINEAR_SCHEMES
-
     k = 1024 if scheme == "mxfp4_dualscale" else WIDTH
     stored, bias = mx.encode(rand(OUT, k), LINEAR_SCHEMES[scheme].weight), rand(OUT)
     mul_scale = rand(k).abs() + 0.5 if variant == SMOOTHED else None

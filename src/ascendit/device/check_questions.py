@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ascendit import mx, twin
 from ascendit.device.backends import Device
 from ascendit.device.check_card import Caller, Card
 from ascendit.device.check_operators import Case, rand, shorter
 from ascendit.device.check_result import Result
+from ascendit.ops.bind import bind
+from ascendit.twin.dtypes import E2M1, E4M3, E8M0
 
-E4M3, E8M0, E2M1 = 292, 293, 296
 FP32, BF16 = torch.float32, torch.bfloat16
 ONE, NO_TWIN = 127, "only a card can tell"
 EVERY, A5 = ("a2", "a3", "a5"), ("a5",)
@@ -202,9 +204,6 @@ SIZES = (5120, (512, 4096, 32760))
 
 def _formats(card: Card) -> str:
     """MXFP8 matmuls with the weight as it is and in FRACTAL_NZ, and the quantizer over a whole weight."""
-    from ascendit import mx
-    from ascendit.ops.bind import bind
-
     ops, (size, lengths) = bind(card.device).quantized, SIZES
     weight = rand(size, size)
     e = mx.encode(weight, "mxfp8")
@@ -263,8 +262,6 @@ def question_cases(device: Device) -> Iterator[Case]:
 
 
 def _answered(card: Card, base: Result, q: Question) -> Result:
-    from ascendit import twin
-
     if q.ask is None:
         assert q.only is not None
         answer = q.only(card) if card.real else NO_TWIN

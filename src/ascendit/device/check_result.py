@@ -1,15 +1,15 @@
-"""What one case of the self-check came to, and how two results are compared. No torch at module level."""
+"""What one case of the self-check came to, and how two results are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from ascendit.mx.decibels import decibels
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Verdict = Literal["exact", "close", "wrong", "error", "crashed", "not installed", "answered", "differs"]
 """exact: bit for bit. close: within the limit. answered, differs: a question, as the twin tells it or not."""
@@ -92,8 +92,6 @@ def compare(base: Result, actual: Any, expected: Any, *, db: float | None = None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    import torch
-
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, list | tuple):
@@ -115,8 +113,6 @@ def _pair(base: Result, actual: Tensor, expected: Tensor, db: float | None) -> R
 
 def _codes(base: Result, actual: Tensor, expected: Tensor) -> Result:
     """Codes, scales as bytes and packed words: equal, or hardly different."""
-    import torch
-
     if expected.dtype.is_floating_point:
         actual, expected = actual.view(torch.uint8), expected.view(torch.uint8)
     step = (actual.to(torch.int64) - expected.to(torch.int64)).abs()
@@ -133,8 +129,6 @@ def _codes(base: Result, actual: Tensor, expected: Tensor) -> Result:
 
 
 def _floats(base: Result, actual: Tensor, expected: Tensor, limit: float) -> Result:
-    import torch
-
     a, e = actual.double(), expected.double()
     if torch.equal(a.isfinite(), e.isfinite()) and torch.equal(
         a[~e.isfinite()].isnan(), e[~e.isfinite()].isnan()
@@ -166,8 +160,6 @@ def _least(values: Iterator[float | None]) -> float | None:
 
 def described(value: Any) -> str:
     """`bfloat16 [5, 96]`, with its strides where it is not contiguous; other values as they are."""
-    import torch
-
     if not isinstance(value, torch.Tensor):
         return repr(value)
     name = str(value.dtype).removeprefix("torch.")

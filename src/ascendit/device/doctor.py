@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import ascendit
 from ascendit.device import npu_probes
 from ascendit.device.kernels import compiled_kernels
 from ascendit.device.probing import at_least, child, failed, installed, read
@@ -129,8 +130,6 @@ def _compiler() -> list[Row]:
 
 
 def _ascendit() -> list[Row]:
-    import ascendit
-
     folder = Path(ascendit.__file__).parent
     demo = (folder / "demo" / "model_index.json").is_file()
     return [

@@ -1,8 +1,8 @@
-"""Start a real NPU: torch_npu, its settings, the chip. The only place that changes any of them.
+"""What a real NPU is started with: torch_npu, its settings, the chip. Only this file changes any of them.
 
-Environment variables are set before torch_npu is imported, and only those that the user left out. Each
-setting is logged with its reason. `SETTINGS` is data; `apply` takes any object for `torch.npu`, so a test
-needs no card.
+`ascendit.ops.runtime` calls these in order. Environment variables are set before torch_npu is imported, and
+only those that the user left out. Each setting is logged with its reason. `SETTINGS` is data; `apply` takes
+any object for `torch.npu`, so a test needs no card.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ascendit.device import environment
-from ascendit.device.backends import Device, check_index, show_torch_npu
 from ascendit.device.npu import CHIPS, Chip, chip_of
 from ascendit.errors import AscenditError, EnvironmentProblem
 
@@ -63,21 +62,6 @@ SETTINGS = (
 )
 
 
-def start(device: Device) -> str:
-    """Import torch_npu, apply every setting, choose the card; the name of its chip.
-
-    EnvironmentProblem E-ENV-03 when torch_npu, CANN, the card or a chip that Wan runs on is missing.
-    """
-    set_variables()
-    npu = import_torch_npu().npu
-    check_index(device, npu.device_count())
-    chip = find_chip(npu)
-    load_mindiesd()  # before the settings: importing it switches allow_internal_format on
-    apply(npu)
-    log.info("%s: %s, chip %s", device, chip.product, chip.name)
-    return chip.name
-
-
 def set_variables() -> None:
     """Set what the user did not, and log each."""
     kept = environment.set_missing({v.name: v.value for v in VARIABLES})
@@ -107,7 +91,6 @@ def apply(npu: Any) -> None:
 
 def import_torch_npu() -> Any:
     """The module; `import torch` need not have loaded it, and with ascendit's commands does not."""
-    show_torch_npu()
     try:
         return importlib.import_module("torch_npu")
     except AscenditError:  # the twin's guard

@@ -7,21 +7,22 @@ A case that raises, crashes the process or hangs is a result like others, and th
 
 from __future__ import annotations
 
-import logging
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ascendit.device.backends import Device, open_device, parse_device
+from ascendit import __version__
+from ascendit.device.backends import Device, parse_device
+from ascendit.device.check_card import Card
+from ascendit.device.check_child import cases, in_children
+from ascendit.device.check_operators import run_case
 from ascendit.device.check_result import Result, worst
+from ascendit.device.npu_probes import found_versions
 from ascendit.device.probing import installed
+from ascendit.ops.runtime import open_device
 
-if TYPE_CHECKING:
-    from ascendit.device.check_operators import Case
-
-log = logging.getLogger("ascendit")
 FORMAT = 1
 """Of the JSON; goes up when the meaning of a key changes."""
 PARTS = ("question", "operator", "function")
@@ -68,8 +69,6 @@ def self_check(name: str, progress: Callable[[str], None] = lambda text: None) -
 
     UsageError for no such device, EnvironmentProblem E-ENV-03 for one that is not here. Nothing else raises.
     """
-    from ascendit.device.check_child import in_children
-
     wanted = parse_device(name)
     if wanted.backend.tensors == "cpu":
         device = open_device(wanted)
@@ -78,36 +77,11 @@ def self_check(name: str, progress: Callable[[str], None] = lambda text: None) -
     return SelfCheck(name, chip, tuple(results), _about())
 
 
-def cases(device: Device) -> list[Case]:
-    """Every case for an open device, in the order in which they are run."""
-    from ascendit.device.check_operators import function_cases, operator_cases
-    from ascendit.device.check_questions import question_cases
-
-    if device.kind == "npu":
-        from ascendit import twin
-
-        twin.use(str(device.chip))  # its functions alone: the operators under torch.ops are the card's
-    return [*question_cases(device), *operator_cases(device), *function_cases(device)]
-
-
 def _here(device: Device, progress: Callable[[str], None]) -> Iterator[Result]:
-    from ascendit.device.check_card import Card
-
     card = Card(device)
     for case in cases(device):
         progress(case.base.name)
         yield run_case(card, case)
-
-
-def run_case(card: Any, case: Case) -> Result:
-    """The result of one case; what it raises is one too."""
-    from ascendit.device.check_operators import shorter
-
-    try:
-        return case.run(card, case.base)
-    except Exception as e:
-        log.info("self-check: %s raised", case.base.name, exc_info=True)
-        return replace(case.base, verdict="error", error=shorter(f"{type(e).__name__}: {e}"))
 
 
 def summary(results: list[Result]) -> Result:
@@ -120,9 +94,6 @@ def summary(results: list[Result]) -> Result:
 
 
 def _about() -> dict[str, Any]:
-    from ascendit import __version__
-    from ascendit.device.npu_probes import found_versions
-
     found = found_versions()
     versions = {"ascendit": __version__, "python": platform.python_version(), **vars(found)}
     machine = f"{platform.system()} {platform.release()} {platform.machine()}"

@@ -13,17 +13,16 @@ import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ascendit.device.backends import Device, parse_device
 from ascendit.errors import UsageError
 from ascendit.ops import reference
 from ascendit.ops.quantized import Emulate, LinearChoice, Schemes, parse_rules, to_emulate
-
-if TYPE_CHECKING:
-    from ascendit.device.backends import Device
+from ascendit.ops.runtime import open_device
 
 log = logging.getLogger("ascendit")
 
@@ -151,8 +150,6 @@ def schemes_on(device: str, like: Schemes) -> Schemes:
 
 def _device(device: Device | str) -> Device:
     """Open, if its operators depend on the chip: an NPU tells its own only then."""
-    from ascendit.device.backends import open_device, parse_device
-
     found = parse_device(device) if isinstance(device, str) else device
     return open_device(found) if found.operators == "npu" else found
 

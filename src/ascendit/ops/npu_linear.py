@@ -30,12 +30,12 @@ from ascendit.ops.quantized import (
     native_schemes,
     scheme_of,
 )
+from ascendit.ops.runtime import internal_format
+from ascendit.twin.dtypes import E2M1, E4M3, E8M0
 
 if TYPE_CHECKING:
     from ascendit.device.backends import Device
 
-E4M3, E8M0, E2M1 = 292, 293, 296
-"""torch_npu.float8_e4m3fn, .float8_e8m0fnu, .float4_e2m1fn_x2: numbers, in every version of it."""
 FRACTAL_NZ, ND = 29, 2
 DTYPES = (torch.bfloat16, torch.float16)
 NZ_SCHEMES = ("int8", "mxfp8", "mxfp4")
@@ -114,7 +114,7 @@ def _to_nz(codes: Tensor, device: Device) -> Tensor:
     given: dict[str, Any] = {}
     if codes.dtype == torch.uint8:
         codes, given = codes.view(torch.int8), {"customize_dtype": torch.int8}
-    with device.internal_format(True):
+    with internal_format(device, True):
         cast: Tensor = torch.ops.npu.npu_format_cast(codes, FRACTAL_NZ, **given)
     if (found := int(torch.ops.npu.get_npu_format(cast))) != FRACTAL_NZ:
         raise EnvironmentProblem(

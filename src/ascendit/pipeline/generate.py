@@ -24,6 +24,7 @@ from ascendit.errors import Cancelled, QualityError
 from ascendit.model.state import DenoiseState, Shared
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.bind import Ops
+from ascendit.ops.runtime import activate, memory_bytes
 from ascendit.pipeline.condition import Condition, make_condition, open_image
 from ascendit.pipeline.encoders import ImageEncoder, TextEncoder, VideoCoder
 from ascendit.pipeline.progress import OnProgress, Progress
@@ -125,17 +126,17 @@ class Pipeline:
         """
         check(request, self.defaults)
         self.policy.check_steps(request.num_inference_steps)
-        self.device.activate()
+        activate(self.device)
         start = time.perf_counter()
         report = on_progress or (lambda event: None)
         image = image if image is not None else request.image
         latents = denoise(self, request, open_image(image) if image is not None else None, report, cancel)
         stop_if(cancel)
-        report(Progress(stage="decode", total=1, memory_bytes=self.device.memory_bytes()))
+        report(Progress(stage="decode", total=1, memory_bytes=memory_bytes(self.device)))
         frames = to_uint8(self.vae.decode(latents)[0])
         check_not_flat(frames)
         seconds = time.perf_counter() - start
-        report(Progress(stage="decode", step=1, total=1, memory_bytes=self.device.memory_bytes()))
+        report(Progress(stage="decode", step=1, total=1, memory_bytes=memory_bytes(self.device)))
         return Video(
             frames=frames,
             fps=request.fps,
@@ -152,7 +153,7 @@ class Pipeline:
         fields = {**vars(request), "num_inference_steps": 1, "timesteps": None}
         one = GenerateRequest(**fields)
         start = time.perf_counter()
-        self.device.activate()
+        activate(self.device)
         image = torch.zeros(3, one.height, one.width) if one.image is not None else None
         self.vae.decode(denoise(self, one, image, lambda event: None, None))
         return time.perf_counter() - start
@@ -168,11 +169,11 @@ def denoise(
     so that the loop never waits for the device.
     """
     # what the prompt and the image say
-    report(Progress(stage="encode", total=1, memory_bytes=pipe.device.memory_bytes()))
+    report(Progress(stage="encode", total=1, memory_bytes=memory_bytes(pipe.device)))
     prompts = [request.prompt] + [request.negative_prompt] * request.do_classifier_free_guidance
     texts = pipe.text.encode(prompts, request.max_sequence_length)
     condition = make_condition(pipe.defaults.task, image, request, pipe.vae, pipe.clip)
-    report(Progress(stage="encode", step=1, total=1, memory_bytes=pipe.device.memory_bytes()))
+    report(Progress(stage="encode", step=1, total=1, memory_bytes=memory_bytes(pipe.device)))
 
     latents = noise(pipe, request)
     solver = make_solver(request)
@@ -207,7 +208,7 @@ def denoise(
             state.step = i + 1
 
         event = Progress(stage="denoise", step=i + 1, total=len(solver.schedule.timesteps))
-        seconds, memory = time.perf_counter() - start, pipe.device.memory_bytes()
+        seconds, memory = time.perf_counter() - start, memory_bytes(pipe.device)
         report(replace(event, expert=name, timestep=t, seconds=seconds, memory_bytes=memory))
     return finite(condition.finish(latents))
 

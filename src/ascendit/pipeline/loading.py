@@ -11,11 +11,12 @@ import torch
 from ascendit.checkpoint.folder import model_folder
 from ascendit.checkpoint.layout import recognise
 from ascendit.convert.step_policy import StepPolicy
-from ascendit.device.backends import open_device, parse_device
+from ascendit.device.backends import parse_device
 from ascendit.model.load import load_expert
 from ascendit.model.online import Online, policy_for, read_experts, schemes_in
 from ascendit.ops.bind import bind
 from ascendit.ops.quantized import Emulate
+from ascendit.ops.runtime import memory_bytes, open_device, to_dtype
 from ascendit.pipeline.defaults import defaults_for
 from ascendit.pipeline.encoders import ImageEncoder, TextEncoder, TextOn, VideoCoder
 from ascendit.pipeline.generate import Pipeline
@@ -64,8 +65,8 @@ def load(
     policy = policy_for(step_policy, online, layout, found)
     defaults = defaults_for(layout)
     place = parse_device(device)
-    number = place.to_dtype(dtype)
-    coder = place.to_dtype(vae_dtype or "float32")
+    number = to_dtype(place, dtype)
+    coder = to_dtype(place, vae_dtype or "float32")
     place = open_device(place)
     bound = bind(
         place,
@@ -80,10 +81,10 @@ def load(
     put = place.torch_name
     report = on_progress or (lambda event: None)
     total = 3 + len(found)
-    report(Progress(stage="load", total=total, memory_bytes=place.memory_bytes()))
+    report(Progress(stage="load", total=total, memory_bytes=memory_bytes(place)))
 
     def done(step: int) -> None:
-        report(Progress(stage="load", step=step, total=total, memory_bytes=place.memory_bytes()))
+        report(Progress(stage="load", step=step, total=total, memory_bytes=memory_bytes(place)))
 
     text = TextEncoder(layout, device=put, text_on=text_on)
     done(1)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ascendit.convert.recipe import recipe_names
 from ascendit.errors import QualityError, UsageError
 from ascendit.model.linear import QuantLinear
+from ascendit.ops.runtime import activate
 from ascendit.pipeline.generate import Pipeline, Stop, denoise
 from ascendit.pipeline.loading import load
 from ascendit.pipeline.quality_layers import bits_per_weight, layer_inputs, layer_sqnr
@@ -228,7 +229,7 @@ def trace(pipe: Pipeline, request: GenerateRequest, cancel: Stop | None = None) 
     """Make a video and keep the latents of its steps. One that is not finite ends in zeros."""
     with watched(pipe) as seen:
         try:
-            pipe.device.activate()
+            activate(pipe.device)
             last = denoise(pipe, request, None, lambda event: None, cancel)
             frames = to_uint8(pipe.vae.decode(last)[0])
         except QualityError:

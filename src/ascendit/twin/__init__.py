@@ -15,7 +15,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from ascendit.device import environment
+from ascendit.device.npu import CHIPS
 from ascendit.errors import UsageError
+from ascendit.twin.state import STATE
 
 __all__ = ["allow_internal_format", "call", "chip", "disable", "enable", "launches", "reset", "use"]
 
@@ -36,54 +39,43 @@ def enable(chip: str, *, fake_module: bool = False) -> None:
 def use(chip: str) -> None:
     """Choose the chip for `call` alone. Nothing is defined, so this goes beside a loaded torch_npu."""
     _check(chip)
-    from ascendit.twin.registry import STATE
-
     STATE.chip = chip
 
 
 def disable() -> None:
     """Undo `enable`; for tests."""
-    if "ascendit.twin.install" in sys.modules:
-        from ascendit.twin import install
-
+    if install := sys.modules.get("ascendit.twin.install"):
         install.uninstall()
 
 
 def chip() -> str | None:
     """The chip that is switched on, None if the twin is off."""
-    registry = sys.modules.get("ascendit.twin.registry")
-    return registry.STATE.chip if registry else None
+    return STATE.chip
 
 
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
     """One operator as a plain function: `call("npu_rms_norm", x, gamma)`, `call("mindiesd::adaln", ...)`."""
-    from ascendit.twin import registry
+    from ascendit.twin import operators
 
-    return registry.call(name, *args, **kwargs)
+    return operators.call(name, *args, **kwargs)
 
 
 def launches() -> dict[str, int]:
     """Calls that were computed since `reset`, by operator."""
-    registry = sys.modules.get("ascendit.twin.registry")
-    return dict(registry.STATE.launches) if registry else {}
+    return dict(STATE.launches)
 
 
 def reset() -> None:
     """Set the counts of `launches` to nothing."""
-    if registry := sys.modules.get("ascendit.twin.registry"):
-        registry.STATE.launches.clear()
+    STATE.launches.clear()
 
 
 def allow_internal_format(value: bool) -> None:
     """torch.npu.config.allow_internal_format: without it a2 and a3 keep every weight in ND. a5 ignores it."""
-    from ascendit.twin.registry import STATE
-
     STATE.internal_format = value
 
 
 def _check(chip: str) -> None:
-    from ascendit.device.npu import CHIPS
-
     if chip not in CHIPS:
         raise UsageError(
             f"chip {chip!r}",
@@ -96,6 +88,4 @@ def _check(chip: str) -> None:
 def _keep_torch_npu_out() -> None:
     """`import torch` would load an installed torch_npu by itself."""
     if "torch" not in sys.modules:
-        from ascendit.device import environment
-
         environment.disable_device_plugins()

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
+from ascendit.device.npu import CHIPS
 from ascendit.twin.dtypes import NAMES
-from ascendit.twin.registry import STATE, current_chip
+from ascendit.twin.registry import current_chip
 from ascendit.twin.schemas import frozen
+from ascendit.twin.state import STATE
 
 VERSION = "2.13.0"
 _MARK = "ascendit_twin"
@@ -76,8 +78,6 @@ def _named(name: str, kind: type[types.ModuleType] = types.ModuleType) -> types.
 
 def _npu() -> types.ModuleType:
     """`torch.npu`."""
-    from ascendit.device.npu import CHIPS
-
     npu = _named("torch.npu")
 
     def soc_version() -> int:

@@ -14,8 +14,9 @@ import torch
 
 from ascendit.twin import fake_module, operators  # noqa: F401  (operators registers them all)
 from ascendit.twin.faults import IMPORT, TwinImportError
-from ascendit.twin.registry import OPERATORS, STATE, fake, not_here, run
+from ascendit.twin.registry import OPERATORS, fake, not_here, run
 from ascendit.twin.schemas import VERSIONS, frozen
+from ascendit.twin.state import STATE
 
 _LIBRARIES: list[torch.library.Library] = []
 

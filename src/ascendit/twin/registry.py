@@ -12,14 +12,16 @@ so a fake and the numbers cannot disagree: what part 3 gives is checked against 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ascendit.device.npu import CHIPS, capability
 from ascendit.twin.faults import CHIP, TwinError, refuse
 from ascendit.twin.schemas import signature, split
+from ascendit.twin.state import STATE
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,6 @@ Body = Callable[..., Iterator[Any]]
 
 OPERATORS: dict[str, Body] = {}
 """Operator name -> body: `npu_rms_norm`, `mindiesd::adaln`."""
-
-
-@dataclass
-class State:
-    """What is switched on in this process."""
-
-    chip: str | None = None
-    internal_format: bool = False
-    """`torch.npu.config.allow_internal_format`; a5 ignores it."""
-    launches: dict[str, int] = field(default_factory=dict)
-
-
-STATE = State()
 
 
 def operator(name: str) -> Callable[[Body], Body]:
@@ -72,8 +61,6 @@ def current_chip() -> str:
 
 def gate(name: str, mode: str = "") -> None:
     """Refuse what this chip has no kernel for, by `ascendit.device.npu.CAPABILITIES`."""
-    from ascendit.device.npu import CHIPS, capability
-
     chip = current_chip()
     row = capability(name, mode)
     answer = row.on(chip)
@@ -117,26 +104,6 @@ def fake(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return out if isinstance(out, int) else torch.empty(out.shape, dtype=out.dtype, device=device)
 
     return tuple(empty(o) for o in outs) if isinstance(outs, tuple) else empty(outs)
-
-
-def call(name: str, *args: Any, **kwargs: Any) -> Any:
-    """One operator as a plain function, through no dispatcher: `call("npu_rms_norm", x, gamma)`.
-
-    A torch.dtype may stand for an int argument, as in torch.ops.
-    """
-    from ascendit.twin import dtypes, operators  # noqa: F401  (registers the operators)
-
-    current_chip()
-    known = signature(name)
-    named = dict(zip(known.names, args, strict=False)) | kwargs
-    numbers = {
-        key: dtypes.number_of(value)
-        for key, value in named.items()
-        if key in known.integers and isinstance(value, torch.dtype)
-    }
-    positional = [numbers.get(n, a) for n, a in zip(known.names, args, strict=False)]
-    positional += args[len(positional) :]
-    return run(name, positional, {k: numbers.get(k, v) for k, v in kwargs.items()})
 
 
 def not_here(name: str) -> None:

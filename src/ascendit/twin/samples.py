@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.twin.registry import call, current_chip
+from ascendit.twin.dtypes import E2M1, E4M3, E8M0
+from ascendit.twin.operators import call
+from ascendit.twin.registry import current_chip
 
 BF16, FP32 = torch.bfloat16, torch.float32
-E4M3, E8M0, E2M1 = 292, 293, 296
 
 
 @dataclass(frozen=True)

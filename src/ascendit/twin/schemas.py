@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+import torch
+
 from ascendit.twin.faults import refuse
 
 VERSIONS: Mapping[str, str] = {"npu": "torch_npu_2.13.0", "mindiesd": "mindiesd_3.1.0"}
@@ -71,8 +73,6 @@ class Signature:
 @functools.cache
 def signature(name: str) -> Signature:
     """The signature of an operator by its name, `npu_rms_norm` or `mindiesd::adaln`."""
-    import torch
-
     namespace, rest = split(name)
     if namespace not in VERSIONS or rest not in frozen(namespace):
         refuse(

@@ -1,5 +1,15 @@
-"""The operators that the twin computes, by family. Importing this registers them all."""
+"""The operators that the twin computes, by family. Importing this registers them all.
 
+`call` is one of them as a plain function; `ascendit.twin.install` puts them under torch.ops.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ascendit.twin import dtypes
 from ascendit.twin.operators import (  # noqa: F401
     activations,
     block_sparse,
@@ -15,3 +25,23 @@ from ascendit.twin.operators import (  # noqa: F401
     row_quant,
     weight_only,
 )
+from ascendit.twin.registry import current_chip, run
+from ascendit.twin.schemas import signature
+
+
+def call(name: str, *args: Any, **kwargs: Any) -> Any:
+    """One operator as a plain function, through no dispatcher: `call("npu_rms_norm", x, gamma)`.
+
+    A torch.dtype may stand for an int argument, as in torch.ops.
+    """
+    current_chip()
+    known = signature(name)
+    named = dict(zip(known.names, args, strict=False)) | kwargs
+    numbers = {
+        key: dtypes.number_of(value)
+        for key, value in named.items()
+        if key in known.integers and isinstance(value, torch.dtype)
+    }
+    positional = [numbers.get(n, a) for n, a in zip(known.names, args, strict=False)]
+    positional += args[len(positional) :]
+    return run(name, positional, {k: numbers.get(k, v) for k, v in kwargs.items()})

@@ -13,7 +13,8 @@ from ascendit.mx import elements
 from ascendit.twin import dtypes, nz
 from ascendit.twin.faults import refuse, require
 from ascendit.twin.operators.mx_quant import TARGETS
-from ascendit.twin.registry import STATE, Out, current_chip, gate, operator
+from ascendit.twin.registry import Out, current_chip, gate, operator
+from ascendit.twin.state import STATE
 
 _FP4 = (dtypes.E2M1, dtypes.E1M2)
 

@@ -1,0 +1,249 @@
+"""Devices that run: opened, made current, waited for; an NPU on a torch_npu that only remembers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+
+import ascendit.twin
+from ascendit.device import npu_settings
+from ascendit.device.backends import Device, parse_device
+from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.ops.runtime import (
+    activate,
+    check_index,
+    hide_torch_npu,
+    internal_format,
+    memory_bytes,
+    open_device,
+    show_torch_npu,
+    synchronize,
+    to_dtype,
+)
+from ascendit.twin.state import STATE
+
+
+def test_no_cuda_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EnvironmentProblem, match="sees no CUDA device") as e:
+        open_device("cuda:1")
+    assert e.value.code == "E-ENV-03"
+
+
+def test_a_card_too_few():
+    check_index(Device("cuda", 1), 2)
+    with pytest.raises(EnvironmentProblem) as e:
+        check_index(Device("npu", 2), 2)
+    assert e.value.got == "device npu:2: this machine has 2 of them" and e.value.needs == "npu:0 to npu:1"
+    with pytest.raises(EnvironmentProblem, match="has 0 of them"):
+        check_index(Device("npu"), 0)
+
+
+def test_the_twin_is_switched_on_and_again_after_another():
+    try:
+        a5, a2 = open_device("twin:a5"), open_device("twin:a2")
+        assert ascendit.twin.chip() == "a2"
+        activate(a5)
+        assert ascendit.twin.chip() == "a5" and hasattr(torch.ops.npu, "npu_rms_norm")
+        activate(a2)
+        assert ascendit.twin.chip() == "a2"
+    finally:
+        ascendit.twin.disable()
+
+
+@pytest.mark.parametrize(
+    ("name", "toolkit", "hidden"),
+    [("cpu", "", True), ("cpu", "/cann", False), ("twin:a5", "", True), ("twin:a5", "/cann", True)],
+)
+def test_libraries_see_no_torch_npu_that_may_not_be_loaded(monkeypatch, tmp_path, name, toolkit, hidden):
+    (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("ASCEND_HOME_PATH", toolkit)
+    monkeypatch.delenv("ASCEND_TOOLKIT_HOME", raising=False)
+    monkeypatch.setitem(sys.modules, "torch_npu", None)  # so that it is put back
+    show_torch_npu()
+    assert importlib.util.find_spec("torch_npu") is not None
+    hide_torch_npu(parse_device(name))
+    assert (importlib.util.find_spec("torch_npu") is None) is hidden
+    show_torch_npu()
+    assert importlib.util.find_spec("torch_npu") is not None
+
+
+def test_dtypes_of_the_denoiser():
+    cpu, twin = parse_device("cpu"), parse_device("twin:a5")
+    assert to_dtype(cpu, None) is None and to_dtype(twin, None) == torch.bfloat16
+    assert to_dtype(parse_device("npu"), None) == to_dtype(parse_device("cuda"), None) == torch.bfloat16
+    assert to_dtype(cpu, "float16") == to_dtype(twin, torch.float16) == torch.float16
+    assert to_dtype(cpu, torch.float64) == torch.float64
+    for device, dtype in ((twin, torch.float64), (parse_device("npu"), "complex64"), (cpu, "int8")):
+        with pytest.raises(UsageError) as e:
+            to_dtype(device, dtype)
+        assert e.value.code == "E-USE-01" and "float32 or bfloat16 or float16" in e.value.needs
+
+
+def test_memory_of_this_process_and_formats_of_a_host():
+    device = parse_device("twin:a5")
+    assert memory_bytes(device) > 50e6
+    synchronize(device)
+    with internal_format(parse_device("cpu"), True):
+        pass
+
+
+def test_the_twins_internal_format_is_set_back():
+    device = parse_device("twin:a2")
+    with pytest.raises(KeyError), internal_format(device, True):
+        assert STATE.internal_format
+        raise KeyError
+    assert not STATE.internal_format
+
+
+class WriteOnly:
+    """torch.npu.config: what is set is passed on, and cannot be read."""
+
+    _seen: list[tuple[str, object]]
+
+    def __init__(self, seen):
+        object.__setattr__(self, "_seen", seen)
+
+    def __setattr__(self, name, value):
+        self._seen.append((name, value))
+
+
+class FakeApi:
+    """torch.npu as far as a Device needs it."""
+
+    def __init__(self):
+        self.seen: list[object] = []
+        self.config = WriteOnly(self.seen)
+
+    def set_device(self, index):
+        self.seen.append(("set_device", index))
+
+    def synchronize(self):
+        self.seen.append("synchronize")
+
+    def memory_allocated(self, index):
+        return 7 + (index or 0)
+
+
+def test_an_npu_goes_through_torch_npu(monkeypatch):
+    api = FakeApi()
+    monkeypatch.setattr(torch, "npu", api, raising=False)
+    device = Device("npu", 2, chip="a5")
+    assert open_device(device) == device and memory_bytes(device) == 9
+    synchronize(device)
+    with internal_format(device, True):  # which a5 ignores, with a warning
+        pass
+    assert api.seen == [("set_device", 2), "synchronize"]
+    activate(Device("npu", chip="a5"))  # without a number: the one that is current
+    assert len(api.seen) == 2
+
+
+def test_the_internal_format_of_a_card_is_switched_off_again(monkeypatch):
+    api = FakeApi()
+    monkeypatch.setattr(torch, "npu", api, raising=False)
+    with pytest.raises(KeyError), internal_format(Device("npu", 0, chip="a2"), True):
+        api.seen.append("cast")
+        raise KeyError
+    assert api.seen == [("allow_internal_format", True), "cast", ("allow_internal_format", False)]
+
+
+# ---- starting an NPU ----------------------------------------------------------------------------
+
+
+class FakeNpu(types.SimpleNamespace):
+    """torch.npu of a machine with `count` cards of one SoC number."""
+
+    def __init__(self, soc: int = 260, count: int = 2):
+        off = types.SimpleNamespace
+        super().__init__(
+            config=off(allow_internal_format=None), matmul=off(allow_hf32=None), conv=off(allow_hf32=None)
+        )
+        self.soc, self.count = soc, count
+        self.told: list[Any] = []
+
+    def get_soc_version(self) -> int:
+        return self.soc
+
+    def device_count(self) -> int:
+        return self.count
+
+    def set_device(self, index: int) -> None:
+        self.told.append(f"set_device {index}")
+
+    def set_compile_mode(self, **given: Any) -> None:
+        self.told.append(given)
+
+
+@pytest.fixture
+def npu(monkeypatch):
+    """A fake torch_npu; variables and modules are put back."""
+    for v in npu_settings.VARIABLES:
+        monkeypatch.setenv(v.name, "")
+    fake = FakeNpu()
+    module = types.ModuleType("torch_npu")
+    vars(module)["npu"] = fake
+    monkeypatch.setitem(sys.modules, "torch_npu", module)
+    monkeypatch.setitem(sys.modules, "mindiesd", None)
+    monkeypatch.setattr(torch, "npu", fake, raising=False)
+    return fake
+
+
+def test_every_setting_is_applied_and_told(npu, caplog):
+    with caplog.at_level("INFO", logger="ascendit"):
+        device = open_device("npu:1")
+    assert device == Device("npu", 1, "a5")
+    assert npu.told == [{"jit_compile": False}, "set_device 1"]
+    assert npu.config.allow_internal_format is npu.matmul.allow_hf32 is npu.conv.allow_hf32 is False
+    for v in npu_settings.VARIABLES:
+        assert os.environ[v.name] == v.value and f"{v.name}={v.value}: {v.why}" in caplog.text
+    for s in npu_settings.SETTINGS:
+        assert f"torch.npu: {s.path}={s.value}: {s.why}" in caplog.text
+    assert "npu:1: Atlas 350 (Ascend 950), chip a5" in caplog.text
+
+
+def test_what_importing_mindiesd_changes_is_set_again(npu, monkeypatch):
+    def switch_on() -> None:
+        npu.config.allow_internal_format = True
+
+    monkeypatch.setattr(npu_settings, "load_mindiesd", switch_on)
+    open_device("npu")
+    assert npu.config.allow_internal_format is False
+
+
+def test_an_open_device_is_not_started_again(npu):
+    device = open_device("npu")
+    told = list(npu.told)
+    assert open_device(device) == device and npu.told == told
+
+
+def test_variables_are_set_before_torch_npu_is_imported(npu, monkeypatch):
+    seen = {}
+
+    def look() -> Any:
+        seen.update({v.name: os.environ[v.name] for v in npu_settings.VARIABLES})
+        return types.SimpleNamespace(npu=npu)
+
+    monkeypatch.setattr(npu_settings, "import_torch_npu", look)
+    open_device("npu")
+    assert seen == {v.name: v.value for v in npu_settings.VARIABLES}
+
+
+def test_no_such_card(npu):
+    with pytest.raises(EnvironmentProblem, match="npu:2: this machine has 2 of them"):
+        open_device("npu:2")
+
+
+def test_torch_npu_is_absent(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_npu", None)
+    for v in npu_settings.VARIABLES:
+        monkeypatch.setenv(v.name, "x")
+    with pytest.raises(EnvironmentProblem, match="is not installed") as e:
+        open_device("npu")
+    assert e.value.code == "E-ENV-03" and "twin:a5" in e.value.fix
