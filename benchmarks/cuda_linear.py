@@ -23,9 +23,9 @@ from torch import Tensor
 
 from ascendit import mx
 from ascendit.device.backends import open_device
-from ascendit.ops import reference
+from ascendit.kernels import reference
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import SCHEMES
+from ascendit.ops.quant_linear import SCHEMES
 
 Call = Callable[[], Any]
 HEADS = 128

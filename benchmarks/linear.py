@@ -25,9 +25,9 @@ from torch import Tensor
 
 from ascendit import mx
 from ascendit.device.backends import parse_device
+from ascendit.kernels.cpu import linear as cpu_linear
 from ascendit.native.build import Built
-from ascendit.ops import cpu_linear
-from ascendit.ops.quantized import SCHEMES, Emulate, Schemes
+from ascendit.ops.quant_linear import SCHEMES, Emulate, Schemes
 
 SHAPES = [(1536, 1536), (1536, 8960), (8960, 1536), (5120, 5120), (5120, 13824), (13824, 5120)]
 """K, N."""

@@ -292,7 +292,7 @@ def value_text(hint: Any) -> str:
 def npu_operators_table() -> str:
     from ascendit.device.npu import CHIPS as ASCEND
     from ascendit.device.npu import capability
-    from ascendit.ops.npu import FORMS
+    from ascendit.ops.npu.dense import FORMS
 
     def row(form: Any) -> tuple[object, ...]:
         chips = ", ".join(c for c in ASCEND if capability(form.calls).on(c) == "yes")
@@ -348,8 +348,8 @@ def npu_settings_table() -> str:
 
 def linear_schemes_table() -> str:
     from ascendit.device.npu import CHIPS as ASCEND
-    from ascendit.ops.quantized import SCHEMES as LINEAR
-    from ascendit.ops.quantized import native_on
+    from ascendit.ops.quant_linear import SCHEMES as LINEAR
+    from ascendit.ops.quant_linear import native_on
 
     head = ("scheme", "activation", "its scale rule", "weight", *ASCEND)
     native = {chip: native_on(chip) for chip in ASCEND}

@@ -14,7 +14,7 @@ from ascendit.errors import UsageError
 from ascendit.model.linear import Joint, QuantLinear, SmoothLinear, Tokens, linear
 from ascendit.mx.smooth import smooth_input
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import SCHEMES
+from ascendit.ops.quant_linear import SCHEMES
 
 OPS = bind("cpu", "reference")
 STORED = sorted(s for s in SCHEMES if s != "w4a8")

@@ -22,7 +22,7 @@ from ascendit.model.load import load_expert, load_transformer
 from ascendit.mx.codec import decode, encode
 from ascendit.mx.encoded import Encoded
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import SCHEMES
+from ascendit.ops.quant_linear import SCHEMES
 
 FORMATS = {
     "W8A8_MXFP8": "mxfp8",

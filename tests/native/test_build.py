@@ -134,7 +134,7 @@ def test_trouble_is_a_reason_and_no_error(
 
 
 def test_without_a_library_the_pytorch_forms_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ascendit.ops import cpu
+    from ascendit.kernels.cpu import elementwise as cpu
     from ascendit.ops.bind import bind
 
     monkeypatch.setattr("shutil.which", lambda name: None)

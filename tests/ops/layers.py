@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ascendit import mx
 from ascendit.mx.encoded import Encoded
-from ascendit.ops.quantized import SCHEMES, Activation
+from ascendit.ops.quant_linear import SCHEMES, Activation
 
 NATIVE = {"a2": {"int8"}, "a3": {"int8"}, "a5": set(SCHEMES)}
 

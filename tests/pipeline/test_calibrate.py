@@ -30,7 +30,7 @@ from ascendit.errors import AscenditError, CheckpointError, UsageError
 from ascendit.mx.codec import decode, encode
 from ascendit.mx.encoded import Encoded
 from ascendit.mx.formats import lookup
-from ascendit.ops.quantized import SCHEMES
+from ascendit.ops.quant_linear import SCHEMES
 from ascendit.pipeline import calibrate
 from ascendit.pipeline.calibrate import Calibrator, Input
 

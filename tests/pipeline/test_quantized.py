@@ -15,8 +15,8 @@ import torch
 import ascendit
 from ascendit.convert.calibration import leader_of
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.kernels.cpu import attention as cpu_native
 from ascendit.model.linear import QuantLinear, Tokens
-from ascendit.ops import cpu_native
 from ascendit.pipeline.calibrate import experts_of
 from ascendit.pipeline.generate import Pipeline
 from ascendit.pipeline.quality_layers import layer_inputs

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from ascendit import mx
-from ascendit.ops import cpu_native, npu, npu_attention, reference
+from ascendit.kernels import reference
+from ascendit.kernels.cpu import attention as cpu_native
 from ascendit.ops.bind import Ops, bind, in_dtype
-from ascendit.ops.quantized import SCHEMES
+from ascendit.ops.npu import attention as npu_attention
+from ascendit.ops.npu import dense as npu
+from ascendit.ops.quant_linear import SCHEMES
 from ascendit.twin import arithmetic
 
 compiled = pytest.mark.skipif(
@@ -114,7 +117,7 @@ def test_a_weight_in_fractal_nz_gives_the_same() -> None:
 
 
 def test_an_npu_takes_no_other_rows_than_a_cpu() -> None:
-    from ascendit.ops import cpu
+    from ascendit.kernels.cpu import elementwise as cpu
 
     rounded = {f.name for f in npu.FORMS if f.prepare is in_dtype}
     assert rounded == set(cpu.ROUNDED_ROWS)

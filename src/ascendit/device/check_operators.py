@@ -51,7 +51,7 @@ def operator_cases(device: Device) -> Iterator[Case]:
 
 def _operator(card: Card, base: Result, sample: Any) -> Result:
     from ascendit import twin
-    from ascendit.ops.npu import missing
+    from ascendit.ops.npu.dense import missing
 
     if missing(sample.operator, str(card.device.chip)):
         return replace(base, verdict="not installed")
@@ -82,9 +82,9 @@ def _operator(card: Card, base: Result, sample: Any) -> Result:
 
 def function_cases(device: Device) -> Iterator[Case]:
     """Every dense operator and quantized linear layer that is bound on this device, against the plain one."""
-    from ascendit.ops import reference
+    from ascendit.kernels import reference
     from ascendit.ops.bind import NAMES, bind
-    from ascendit.ops.quantized import SCHEMES, native_schemes
+    from ascendit.ops.quant_linear import SCHEMES, native_schemes
 
     ops = bind(device)
     inputs = _inputs()
@@ -142,7 +142,7 @@ def _dense(card: Card, base: Result, ops: Any, name: str, plain: Callable[..., T
 def _linear(card: Card, base: Result, schemes: Any, scheme: str, variant: str) -> Result:
     """One layer [OUT, K]: the weight must come back as it was stored, the product be the plain one."""
     from ascendit import mx
-    from ascendit.ops.quantized import REFERENCE, SCHEMES
+    from ascendit.ops.quant_linear import REFERENCE, SCHEMES
 
     k = 1024 if scheme == "mxfp4_dualscale" else WIDTH
     stored, bias = mx.encode(rand(OUT, k), SCHEMES[scheme].weight), rand(OUT)

@@ -38,7 +38,7 @@ from ascendit.model.module_plan import as_recipe, linears_of, marker_of, plan_mo
 from ascendit.model.quantize_module import bind_ as bind_
 from ascendit.model.quantize_module import rounded, say_attention_kept
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import Emulate, Schemes
+from ascendit.ops.quant_linear import Emulate, Schemes
 
 log = logging.getLogger("ascendit")
 

@@ -19,7 +19,7 @@ from ascendit.convert.calibration import leader_of
 from ascendit.convert.feed import torch_dtype
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.model.linear import Joint, QuantLinear, SmoothLinear
-from ascendit.ops.quantized import Schemes
+from ascendit.ops.quant_linear import Schemes
 
 
 @dataclass

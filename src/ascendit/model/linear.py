@@ -26,7 +26,7 @@ from ascendit.mx.codec import decode
 from ascendit.mx.encoded import Encoded
 from ascendit.mx.smooth import smooth_input
 from ascendit.ops.bind import Ops, schemes_on
-from ascendit.ops.quantized import Activation, PreparedWeight, Schemes
+from ascendit.ops.quant_linear import Activation, PreparedWeight, Schemes
 
 Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

@@ -29,7 +29,7 @@ from ascendit.mx.codec import INPUT_DTYPES, check_dtype, encode
 from ascendit.mx.encoded import Encoded
 from ascendit.mx.formats import Format, lookup, resolve_rule
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import Emulate, Schemes
+from ascendit.ops.quant_linear import Emulate, Schemes
 from ascendit.spec import SCHEMES
 
 log = logging.getLogger("ascendit")

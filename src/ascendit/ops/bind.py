@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ascendit.errors import UsageError
-from ascendit.ops import reference
-from ascendit.ops.quantized import Emulate, LinearChoice, Schemes, parse_rules, to_emulate
+from ascendit.kernels import reference
+from ascendit.ops.quant_linear import Emulate, LinearChoice, Schemes, parse_rules, to_emulate
 
 if TYPE_CHECKING:
     from ascendit.device.backends import Device
@@ -62,7 +61,7 @@ def in_dtype(*rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """The operators of the denoiser, by name. Contracts: `ascendit.ops.reference`."""
+    """The operators of the denoiser, by name. Contracts: `ascendit.kernels.reference`."""
 
     linear: Function
     rms_norm: Function
@@ -106,7 +105,7 @@ def bind(
     `fast_layernorm`: layer norms by MindIE-SD where the device has it. `emulate`: schemes that the device has
     no matmul for are decoded on each use, or once; a chip refuses them without it. `activation_rule`: scale
     rules of the tokens, as `mxfp8=floor,mxfp4=max:7`, for schemes where it is not the default one.
-    `attention`: the kernel of an NPU by its word in `ops/npu_attention.py`; None: the best. `nz`: weights in
+    `attention`: the kernel of an NPU by its word in `ops/npu/attention.py`; None: the best. `nz`: weights in
     FRACTAL_NZ where an NPU takes both layouts. UsageError for an `attention` that the device does not have.
     """
     if force not in (None, "reference"):
@@ -149,6 +148,14 @@ def schemes_on(device: str, like: Schemes) -> Schemes:
     return replace(like, device=found, forms={} if plain else _linear_forms(found, like.emulate), _told=set())
 
 
+_LINEAR = {
+    "cpu": "ascendit.kernels.cpu.linear",
+    "cuda": "ascendit.ops.cuda.linear",
+    "npu": "ascendit.ops.npu.linear",
+}
+_FUSED = {"cpu": "ascendit.kernels.cpu.elementwise", "cuda": "ascendit.ops.cuda.fused"}
+
+
 def _device(device: Device | str) -> Device:
     """Open, if its operators depend on the chip: an NPU tells its own only then."""
     from ascendit.device.backends import open_device, parse_device
@@ -159,9 +166,7 @@ def _device(device: Device | str) -> Device:
 
 def _linear_forms(device: Device, emulate: Emulate | None) -> Mapping[str, LinearChoice]:
     """Scheme -> how this kind of device computes a linear layer on codes."""
-    if importlib.util.find_spec(f"ascendit.ops.{device.operators}_linear") is None:
-        return {}
-    family: Any = importlib.import_module(f"ascendit.ops.{device.operators}_linear")
+    family: Any = importlib.import_module(_LINEAR[device.operators])
     found: Mapping[str, LinearChoice] = family.forms(device, emulate)
     return found
 
@@ -169,27 +174,27 @@ def _linear_forms(device: Device, emulate: Emulate | None) -> Mapping[str, Linea
 def _fast_forms(device: Device, fast_layernorm: bool, attention: str | None) -> dict[str, Choice]:
     """Operator -> what this device has for it; the native ones before the fused ones."""
     if device.operators == "npu":
-        from ascendit.ops import npu
+        from ascendit.ops.npu import dense as npu
 
         return npu.choose(str(device.chip), fast_layernorm=fast_layernorm, attention=attention)
     if fast_layernorm:
         log.warning("fast_layernorm: MindIE-SD has no operators on %s, layer norms stay as they are", device)
     kind = device.operators
-    module: Any = importlib.import_module(f"ascendit.ops.{kind}")
+    module: Any = importlib.import_module(_FUSED[kind])
     forms = {
         name: Choice(getattr(module, name), f"{kind}: fused PyTorch kernel")
         for name in NAMES
         if hasattr(module, name)
     }
     if kind == "cuda":
-        from ascendit.ops import cuda_dense
+        from ascendit.ops.cuda import dense as cuda_dense
 
         forms |= {
             name: Choice(function, f"cuda: {reason}")
             for name, (function, reason) in cuda_dense.forms(device).items()
         }
     if kind == "cpu":
-        from ascendit.ops import cpu_native
+        from ascendit.kernels.cpu import attention as cpu_native
 
         forms |= {
             name: Choice(function, f"native: {reason}, for BF16 tokens")

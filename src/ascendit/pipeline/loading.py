@@ -15,7 +15,7 @@ from ascendit.device.backends import open_device, parse_device
 from ascendit.model.load import load_expert
 from ascendit.model.online import Online, policy_for, read_experts, schemes_in
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import Emulate
+from ascendit.ops.quant_linear import Emulate
 from ascendit.pipeline.defaults import defaults_for
 from ascendit.pipeline.encoders import ImageEncoder, TextEncoder, TextOn, VideoCoder
 from ascendit.pipeline.generate import Pipeline

@@ -1,4 +1,4 @@
-"""The arithmetic of the twin's dense operators: that of the CPU's own, `ops/cpu.py` and `ops/cpu_native.py`.
+"""The arithmetic of the twin's dense operators: that of the CPU's own, `kernels/cpu/elementwise.py` and `kernels/cpu/attention.py`.
 
 Both round where the chips do, so a model makes the same frames on a CPU and on a twin, and a difference
 between the two is a fault of the Ascend path. Each is tested against plain PyTorch under its own name.
@@ -17,14 +17,15 @@ from torch import Tensor
 from ascendit.mx.encoded import Encoded
 
 if TYPE_CHECKING:
-    from ascendit.ops.quantized import LinearChoice
+    from ascendit.ops.quant_linear import LinearChoice
 
 _QUERIES = 256
 
 
 @functools.cache
 def _on_a_cpu(name: str) -> Callable[..., Any]:
-    from ascendit.ops import cpu, cpu_native
+    from ascendit.kernels.cpu import attention as cpu_native
+    from ascendit.kernels.cpu import elementwise as cpu
 
     found = cpu_native.forms().get(name)
     plain: Callable[..., Any] = getattr(cpu, name)
@@ -58,7 +59,8 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
 
 def can_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     """Whether `attend` takes these: plain softmax attention, which a CPU computes as exactly as it rounds."""
-    from ascendit.ops import cpu, cpu_native
+    from ascendit.kernels.cpu import attention as cpu_native
+    from ascendit.kernels.cpu import elementwise as cpu
 
     same_heads = q.shape[1] == k.shape[1] and q.shape[3] == v.shape[3]
     if not same_heads or not math.isclose(scale, q.shape[3] ** -0.5, rel_tol=1e-6):
@@ -91,7 +93,7 @@ def _sums(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 def linear(tokens: Encoded, weight: Encoded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """tokens [M, K] times weight [N, K] plus bias [N], with sums in float32, rounded once -> [M, N]."""
-    from ascendit.ops.quantized import SCHEMES, Activation
+    from ascendit.ops.quant_linear import SCHEMES, Activation
 
     mixed = (tokens.format, weight.format) == ("mxfp8", "mxfp4")
     scheme = SCHEMES["w4a8" if mixed else weight.format]
@@ -105,7 +107,7 @@ def linear(tokens: Encoded, weight: Encoded, bias: Tensor | None, dtype: torch.d
 @functools.cache
 def _linear_on_a_cpu() -> tuple[Any, Mapping[str, LinearChoice]]:
     from ascendit.device.backends import parse_device
-    from ascendit.ops import cpu_linear
+    from ascendit.kernels.cpu import linear as cpu_linear
 
     device = parse_device("cpu")
     return device, cpu_linear.forms(device, None)
