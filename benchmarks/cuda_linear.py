@@ -24,8 +24,8 @@ from torch import Tensor
 from ascendit import mx
 from ascendit.device.backends import open_device
 from ascendit.kernels import reference
+from ascendit.kernels.schemes import SCHEMES
 from ascendit.ops.bind import bind
-from ascendit.ops.quant_linear import SCHEMES
 
 Call = Callable[[], Any]
 HEADS = 128
@@ -141,8 +141,7 @@ def main() -> None:
         )
         dense(ops, clock, device.torch_name, given.tokens, d)
     for scheme in SCHEMES:
-        found = ops.quantized.forms.get(scheme)
-        print(f"{scheme}: {found.reason if found else 'plain PyTorch'}")
+        print(f"{scheme}: {ops.quantized.kernel(scheme).reason}")
 
 
 if __name__ == "__main__":

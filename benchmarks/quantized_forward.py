@@ -25,11 +25,11 @@ from _timing import interleaved
 from diffusers import WanTransformer3DModel
 
 from ascendit.checkpoint.layout import recognise
+from ascendit.kernels.schemes import SCHEMES
 from ascendit.model.load import load_transformer, nbytes
 from ascendit.model.online import Online
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.bind import bind
-from ascendit.ops.quant_linear import SCHEMES
 
 GRID = (6, 32, 32)  # latent frames, height, width -> 6 x 16 x 16 = 1536 tokens
 Forward = Callable[[], torch.Tensor]

@@ -275,7 +275,7 @@ def test_a_dry_run_refuses_what_the_chip_of_a_twin_lacks(run, fake, chip):
 
     words = ["generate", "--demo", "a cat", "--dry-run", "--device", f"twin:{chip}", "--scheme"]
     with pytest.raises(EnvironmentProblem) as real:
-        Schemes(parse_device(f"twin:{chip}")).form("mxfp8")
+        Schemes(parse_device(f"twin:{chip}")).kernel("mxfp8")
     ended = run(*words, "mxfp8", "--json")
     assert ended.code == 3 and not fake.loaded
     told = ended.json["error"]

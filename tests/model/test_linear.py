@@ -11,10 +11,10 @@ from torch import nn
 
 from ascendit import mx
 from ascendit.errors import UsageError
+from ascendit.kernels.schemes import SCHEMES
 from ascendit.model.linear import Joint, QuantLinear, SmoothLinear, Tokens, linear
 from ascendit.mx.smooth import smooth_input
 from ascendit.ops.bind import bind
-from ascendit.ops.quant_linear import SCHEMES
 
 OPS = bind("cpu", "reference")
 STORED = sorted(s for s in SCHEMES if s != "w4a8")

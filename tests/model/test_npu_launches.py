@@ -29,7 +29,7 @@ from ascendit.model.online import Online
 from ascendit.model.wan import WanTransformer
 from ascendit.ops import bind as binding
 from ascendit.ops.bind import bind
-from ascendit.ops.npu import dense as npu
+from ascendit.ops.npu import kernels as npu
 
 pytestmark = pytest.mark.usefixtures("twin")
 TOKENS, ROW = 18, 6

@@ -17,12 +17,12 @@ from ascendit.checkpoint.layout import recognise
 from ascendit.convert.repack import repack
 from ascendit.convert.step_policy import StepPolicy
 from ascendit.errors import CheckpointError
+from ascendit.kernels.schemes import SCHEMES
 from ascendit.model.linear import QuantLinear, SmoothLinear
 from ascendit.model.load import load_expert, load_transformer
 from ascendit.mx.codec import decode, encode
 from ascendit.mx.encoded import Encoded
 from ascendit.ops.bind import bind
-from ascendit.ops.quant_linear import SCHEMES
 
 FORMATS = {
     "W8A8_MXFP8": "mxfp8",

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ascendit import mx
+from ascendit.kernels.kernel import Activation
+from ascendit.kernels.schemes import SCHEMES
 from ascendit.mx.encoded import Encoded
-from ascendit.ops.quant_linear import SCHEMES, Activation
 
 NATIVE = {"a2": {"int8"}, "a3": {"int8"}, "a5": set(SCHEMES)}
 

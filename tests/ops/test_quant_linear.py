@@ -9,9 +9,10 @@ from ops.layers import decoded, exact, on_disk, tokens_of, weight_of
 from ascendit import mx
 from ascendit.device.backends import parse_device
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.kernels.schemes import SCHEMES
 from ascendit.mx.smooth import smooth_input
 from ascendit.ops.bind import bind
-from ascendit.ops.quant_linear import SCHEMES, native_on, native_schemes
+from ascendit.ops.quant_linear import native_on, native_schemes
 
 K = 544  # 17 blocks of 32, one group of 512 and a short one
 
@@ -161,4 +162,4 @@ def test_emulation_is_the_reference_and_is_told(caplog):
 @pytest.mark.usefixtures("twin")
 def test_the_oracle_can_be_forced():
     ops = bind("twin:a5", "reference").quantized
-    assert {ops.form(s).name for s in SCHEMES} == {"reference"}
+    assert {ops.kernel(s).backend for s in SCHEMES} == {"reference"}

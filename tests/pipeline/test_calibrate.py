@@ -27,10 +27,10 @@ from ascendit.convert.canonical import block_linear
 from ascendit.convert.output_quality import ACTIVATION_RULES
 from ascendit.convert.quantize import quantize
 from ascendit.errors import AscenditError, CheckpointError, UsageError
+from ascendit.kernels.schemes import SCHEMES
 from ascendit.mx.codec import decode, encode
 from ascendit.mx.encoded import Encoded
 from ascendit.mx.formats import lookup
-from ascendit.ops.quant_linear import SCHEMES
 from ascendit.pipeline import calibrate
 from ascendit.pipeline.calibrate import Calibrator, Input
 

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ascendit import mx
 from ascendit.device.backends import Device
+from ascendit.kernels.schemes import SCHEMES
 from ascendit.ops.bind import Ops, bind
 from ascendit.ops.npu.linear import NZ_SCHEMES
-from ascendit.ops.quant_linear import SCHEMES, native_schemes
+from ascendit.ops.quant_linear import native_schemes
 
 S, TEXT, HEADS, HEAD = 20, 12, 2, 32
 D = HEADS * HEAD

@@ -51,7 +51,7 @@ def operator_cases(device: Device) -> Iterator[Case]:
 
 def _operator(card: Card, base: Result, sample: Any) -> Result:
     from ascendit import twin
-    from ascendit.ops.npu.dense import missing
+    from ascendit.ops.npu.kernels import missing
 
     if missing(sample.operator, str(card.device.chip)):
         return replace(base, verdict="not installed")
@@ -83,8 +83,9 @@ def _operator(card: Card, base: Result, sample: Any) -> Result:
 def function_cases(device: Device) -> Iterator[Case]:
     """Every dense operator and quantized linear layer that is bound on this device, against the plain one."""
     from ascendit.kernels import reference
+    from ascendit.kernels.schemes import SCHEMES
     from ascendit.ops.bind import NAMES, bind
-    from ascendit.ops.quant_linear import SCHEMES, native_schemes
+    from ascendit.ops.quant_linear import native_schemes
 
     ops = bind(device)
     inputs = _inputs()
@@ -142,7 +143,8 @@ def _dense(card: Card, base: Result, ops: Any, name: str, plain: Callable[..., T
 def _linear(card: Card, base: Result, schemes: Any, scheme: str, variant: str) -> Result:
     """One layer [OUT, K]: the weight must come back as it was stored, the product be the plain one."""
     from ascendit import mx
-    from ascendit.ops.quant_linear import REFERENCE, SCHEMES
+    from ascendit.kernels import reference
+    from ascendit.kernels.schemes import SCHEMES
 
     k = 1024 if scheme == "mxfp4_dualscale" else WIDTH
     stored, bias = mx.encode(rand(OUT, k), SCHEMES[scheme].weight), rand(OUT)
@@ -151,20 +153,21 @@ def _linear(card: Card, base: Result, schemes: Any, scheme: str, variant: str) -
     given = (stored.codes, stored.scale, stored.dual_scale, bias, SCHEMES[scheme].weight)
     weight = schemes.prepare_weight(*given, nz=variant == NZ)
     tokens = schemes.quantize_activation(card.put(x), scheme, card.put(mul_scale))
-    form = schemes.form(scheme)
-    how = schemes.forms[scheme].reason if scheme in schemes.forms else "emulated: decoded and multiplied"
-    base = replace(base, how=how, arguments=(described(x), f"weight {SCHEMES[scheme].weight} {[OUT, k]}"))
+    kernel = schemes.kernel(scheme)
+    base = replace(
+        base, how=kernel.reason, arguments=(described(x), f"weight {SCHEMES[scheme].weight} {[OUT, k]}")
+    )
     again = schemes.stored(weight)
     for part in ("codes", "scale", "dual_scale"):
         here, there = getattr(stored, part), card.back(getattr(again, part))
         if here is not None and not torch.equal(here.view(torch.uint8), there.view(torch.uint8)):
             return replace(base, verdict="wrong", error=f"{part} of the weight do not come back as stored")
-    host = Device("cpu")
-    plain = REFERENCE.quantized_linear(
-        REFERENCE.quantize_activation(x, scheme, mul_scale), REFERENCE.prepare_weight(stored, bias, host)
+    host = torch.device("cpu")
+    plain = reference.quantized_linear(
+        reference.quantize_activation(x, scheme, mul_scale), reference.prepare_weight(stored, bias, host)
     )
-    found = compare(base, card.back(form.quantized_linear(tokens, weight)), plain)
-    return replace(found, microseconds=card.seconds(lambda: form.quantized_linear(tokens, weight)) * 1e6)
+    found = compare(base, card.back(kernel.call(tokens, weight)), plain)
+    return replace(found, microseconds=card.seconds(lambda: kernel.call(tokens, weight)) * 1e6)
 
 
 def shorter(text: str, size: int = 300) -> str:

@@ -1,18 +1,30 @@
-"""The operators of the denoiser in plain PyTorch: the oracle, always selectable (`--set ops=reference`).
+"""Every operator in plain PyTorch: the oracle, always selectable (`--set ops=reference`).
 
-Each computes in float32 whatever it is given and rounds once, at the end, to the input's dtype. Every
-fast path, on every device, is tested against these. Shapes: B batch, S tokens, D width, H heads, d head
-size, R modulation rows.
+Each dense operator computes in float32 whatever it is given and rounds once, at the end, to the input's
+dtype. Every fast path, on every device, is tested against these. Shapes: B batch, S tokens, D width, H heads,
+d head size, R modulation rows.
 
 Spans: tokens that share a timestep lie side by side, so a modulation is R rows and R lengths that add up
 to S, never a tensor of S rows.
+
+A quantized linear layer has the numbers of `mx.decode`: values = codes x scales in float32, their products
+summed in float32, plus the float32 bias, rounded once to the dtype of the activation. Devices that have the
+matmul stay within the order of the sums of it; an NPU also rounds the bias of W4A8 to that dtype.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ascendit.kernels.kernel import Activation, Emulate, PreparedWeight, QuantLinearKernel
+from ascendit.kernels.schemes import scheme_of
+from ascendit.mx.codec import decode, encode
+from ascendit.mx.encoded import Encoded
+from ascendit.mx.smooth import smooth_input
 
 Spans = tuple[int, ...]
 
@@ -70,7 +82,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """0.5 x (1 + erf(x / sqrt(2))), any shape. `F.gelu` is something else on some NPUs: see `ops/npu/dense.py`."""
+    """0.5 x (1 + erf(x / sqrt(2))), any shape. `F.gelu` differs on some NPUs: see `ops/npu/dense.py`."""
     f = x.float()
     return (0.5 * f * (1 + torch.erf(f * 0.7071067811865476))).to(x.dtype)
 
@@ -86,3 +98,66 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = (part @ kt) * q.shape[-1] ** -0.5
         out.append(torch.softmax(scores, -1) @ vt)
     return torch.cat(out, 2).transpose(1, 2).to(q.dtype)
+
+
+# ---- quantized linear layers --------------------------------------------------------------------
+
+
+def prepare_weight(
+    encoded: Encoded, bias: Tensor | None, device: torch.device, *, nz: bool = False
+) -> PreparedWeight:
+    """A weight [N, K] as on disk, on `device`."""
+    dual = None if encoded.dual_scale is None else encoded.dual_scale.to(device)
+    n, k = encoded.shape
+    wide = None if bias is None else bias.to(device, torch.float32)
+    return PreparedWeight(
+        encoded.format, (n, k), encoded.codes.to(device), encoded.scale.to(device), dual, bias=wide
+    )
+
+
+def prepare_decoded(
+    encoded: Encoded, bias: Tensor | None, device: torch.device, *, nz: bool = False
+) -> PreparedWeight:
+    """The same with the weight in float32 too: four to eight times the memory."""
+    weight = prepare_weight(encoded, bias, device)
+    return replace(weight, decoded=decode(stored(weight)))
+
+
+def stored(weight: PreparedWeight) -> Encoded:
+    """Codes and scales as on disk."""
+    return Encoded(weight.codes, weight.scale, weight.dual_scale, weight.scheme, -1, weight.shape)
+
+
+def quantize_activation(
+    x: Tensor, scheme: str, mul_scale: Tensor | None = None, rule: str | None = None
+) -> Activation:
+    """See `Schemes.quantize_activation`."""
+    row = scheme_of(scheme)
+    tokens = x.reshape(-1, x.shape[-1])
+    if mul_scale is not None:
+        tokens = smooth_input(tokens, mul_scale)
+    e = encode(tokens, row.activation, scale_rule=rule or row.rule)
+    return Activation(row, tuple(x.shape[:-1]), x.shape[-1], x.dtype, e.codes, e.scale, e.dual_scale)
+
+
+def quantized_linear(a: Activation, weight: PreparedWeight) -> Tensor:
+    """See `Schemes.quantized_linear`. Without `decoded` the weight is decoded on every call."""
+    shape = (a.codes.shape[0], a.width)
+    tokens = decode(Encoded(a.codes, a.scale, a.dual_scale, a.scheme.activation, -1, shape))
+    out = tokens @ (decode(stored(weight)) if weight.decoded is None else weight.decoded).t()
+    if weight.bias is not None:
+        out += weight.bias
+    return out.to(a.dtype).view(*a.lead, weight.shape[0])
+
+
+def quant_linear_kernel(scheme: str, emulate: Emulate | None, reason: str) -> QuantLinearKernel:
+    """The plain kernel of a scheme."""
+    return QuantLinearKernel(
+        scheme,
+        "reference",
+        quantized_linear,
+        reason,
+        prepare=prepare_decoded if emulate == "decode-once" else prepare_weight,
+        quantize_activation=quantize_activation,
+        stored=stored,
+    )

@@ -10,13 +10,15 @@ from torch import Tensor
 from ascendit import mx
 from ascendit.device.backends import parse_device
 from ascendit.errors import UsageError
+from ascendit.kernels import reference
 from ascendit.kernels.cpu import linear as cpu_linear
-from ascendit.kernels.cpu import linear_plain as cpu_linear_plain
+from ascendit.kernels.kernel import Emulate, PreparedWeight, Wish
+from ascendit.kernels.schemes import SCHEMES
 from ascendit.mx.encoded import Encoded
 from ascendit.mx.smooth import smooth_input
 from ascendit.native.build import Built
 from ascendit.ops.bind import bind
-from ascendit.ops.quant_linear import REFERENCE, SCHEMES, Emulate, PreparedWeight, Schemes
+from ascendit.ops.quant_linear import Schemes
 
 CPU = parse_device("cpu")
 EMULATE: tuple[Emulate | None, ...] = (None, "decode-once")
@@ -47,7 +49,7 @@ def compiled() -> None:
 
 
 def schemes(emulate=None) -> Schemes:
-    return Schemes(CPU, cpu_linear.forms(CPU, emulate), emulate)
+    return Schemes(CPU, Wish(emulate=emulate))
 
 
 def rounded_once(out: Tensor, wanted: Tensor, terms: Tensor) -> bool:
@@ -96,7 +98,7 @@ def test_wider_tokens_are_never_bfloat16(way, scheme, dtype, emulate):
 @pytest.mark.parametrize("emulate", EMULATE)
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_with_mul_scale_and_another_rule(way, scheme, emulate):
-    ops, plain = schemes(emulate), Schemes(CPU)
+    ops, plain = schemes(emulate), Schemes(CPU, Wish(reference=True))
     encoded, bias = weight_of(scheme, 66, 96)
     x, mul_scale = tokens_of(3, 96), torch.rand(96) + 0.1
     rule = "floor" if SCHEMES[scheme].activation.startswith("mx") else None
@@ -120,7 +122,7 @@ def test_what_was_prepared_comes_back_and_takes_no_more_memory(way, scheme, emul
         left, right = getattr(back, part), getattr(encoded, part)
         assert left is right is None or torch.equal(left.view(torch.uint8), right.view(torch.uint8))
     small = sum(t.nbytes for t in on_disk(encoded, bias) if t is not None)
-    wide = way == "plain" and scheme not in cpu_linear_plain.IN_BF16
+    wide = way == "plain" and scheme not in cpu_linear.IN_BF16
     decoded = (4 if wide else 2) * 128 * (1024 + 3) if emulate and scheme != "int8" else 0
     assert back.format == encoded.format and weight.nbytes <= small + decoded
     if emulate and scheme == "mxfp8":
@@ -142,7 +144,7 @@ def test_a_width_that_is_no_multiple_of_32(way, scheme):
 def test_w4a8_and_w4a4_share_a_weight(way):
     for emulate in EMULATE:
         ops = schemes(emulate)
-        assert ops.form("w4a8").prepare_weight is ops.form("mxfp4").prepare_weight
+        assert ops.kernel("w4a8").prepare is ops.kernel("mxfp4").prepare
         encoded, bias = weight_of("mxfp4", 70, 160)
         weight = ops.prepare_weight(*on_disk(encoded, bias), "w4a8")
         x = tokens_of(9, 160)
@@ -160,7 +162,7 @@ def both(
     """The output here and the reference's."""
     encoded = mx.encode(rows, SCHEMES[scheme].weight)
     outs = []
-    for ops in (schemes(emulate), Schemes(CPU)):
+    for ops in (schemes(emulate), Schemes(CPU, Wish(reference=True))):
         weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
         outs.append(ops.quantized_linear(ops.quantize_activation(x, scheme), weight))
     return outs[0], outs[1]
@@ -244,17 +246,17 @@ def test_more_tokens_than_are_taken_at_a_time_on_any_number_of_threads(scheme):
 def test_each_scheme_says_how_it_is_computed(way):
     for emulate in EMULATE:
         words = "once" if emulate else "on each use"
-        found = cpu_linear.forms(CPU, emulate)
+        found = {k.operator: k for k in cpu_linear.kernels(emulate)}
         assert list(found) == list(SCHEMES)
         in_bytes = cpu_linear.IN_BYTES if way == "compiled" else ("int8",)
-        for scheme, choice in found.items():
+        for scheme, kernel in found.items():
             start = "native: " if scheme in in_bytes else "emulated: decoded"
-            assert choice.reason.startswith(start), scheme
+            assert kernel.reason.startswith(start), scheme
             if way == "plain" and scheme in ("fp8", "mxfp4_dualscale"):
-                assert "float32" in choice.reason
+                assert "float32" in kernel.reason
         assert words in found["mxfp8"].reason
         wanted = "no C++ compiler" if way == "plain" else "compiled from native/linear.cpp"
-        assert all(c.reason.endswith(wanted) for c in found.values())
+        assert all(k.reason.endswith(wanted) for k in found.values())
 
 
 def test_without_bf16_products_float32_is_multiplied_and_decoded_once_if_asked(monkeypatch):
@@ -264,7 +266,7 @@ def test_without_bf16_products_float32_is_multiplied_and_decoded_once_if_asked(m
     x = tokens_of(5, 64)
     for emulate in EMULATE:
         ops = schemes(emulate)
-        assert "float32" in ops.forms["mxfp8"].reason
+        assert "float32" in ops.kernel("mxfp8").reason
         weight = ops.prepare_weight(*on_disk(encoded, bias), "mxfp8")
         assert (weight.decoded is not None) == (emulate == "decode-once")
         out = ops.quantized_linear(ops.quantize_activation(x, "mxfp8"), weight)
@@ -274,17 +276,17 @@ def test_without_bf16_products_float32_is_multiplied_and_decoded_once_if_asked(m
 @pytest.mark.usefixtures("compiled")
 def test_they_are_bound_and_really_run(monkeypatch):
     """The plain way would answer as well, so it must not be asked."""
-    for name in ("quantized_linear", "reference_linear"):
-        monkeypatch.setattr(cpu_linear_plain, name, lambda *a: pytest.fail("the plain way"))
+    for module, name in ((cpu_linear, "torch_linear"), (reference, "quantized_linear")):
+        monkeypatch.setattr(module, name, lambda *a: pytest.fail("the plain way"))
     ops = bind("cpu").quantized
     for scheme in SCHEMES:
-        assert ops.form(scheme).name == "cpu"
+        assert ops.kernel(scheme).backend == "cpu"
         encoded, bias = weight_of(scheme, 40, 64)
         weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
         assert (
             ops.quantized_linear(ops.quantize_activation(tokens_of(2, 64), scheme), weight).isfinite().all()
         )
-    assert bind("cpu", "reference").quantized.form("mxfp8").name == "reference"
+    assert bind("cpu", "reference").quantized.kernel("mxfp8").backend == "reference"
 
 
 def test_a_weight_of_another_scheme_is_refused():
@@ -300,4 +302,4 @@ def test_the_reference_takes_the_same_weights():
     """A decoded weight in tiles is not mistaken for rows."""
     encoded, bias = weight_of("mxfp8", 24, 64)
     weight = schemes("decode-once").prepare_weight(*on_disk(encoded, bias), "mxfp8")
-    assert isinstance(weight, PreparedWeight) and REFERENCE.stored(weight).shape == (24, 64)
+    assert isinstance(weight, PreparedWeight) and reference.stored(weight).shape == (24, 64)

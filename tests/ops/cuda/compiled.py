@@ -11,7 +11,6 @@ from typing import Any
 
 from ascendit.mx import scales
 from ascendit.mx.formats import E2M1, E4M3
-from ascendit.ops.cuda import triton_dense as dense_kernels
 from ascendit.ops.cuda import triton_kernels as kernels
 from ascendit.ops.cuda import triton_linear as cuda_launch
 
@@ -73,7 +72,7 @@ def kinds(capability: int) -> dict[str, str]:
         return compiled(capability, kernels.matmul, given, {"num_warps": 8, "num_stages": 3}, **types)
 
     def dense(name: str, **given: Any) -> str:
-        kernel = getattr(dense_kernels, name)
+        kernel = getattr(kernels, name)
         return compiled(capability, kernel, {**given, "BLOCK": 8192}, {"num_warps": 8}, scale_ptr="*fp32")
 
     rows = {"STEP": 1 / 127, "FP8": False, "CODES": True, "SMOOTH": False, "BLOCK": 1024}

@@ -11,19 +11,18 @@ import sys
 from typing import Any
 
 import torch
-from ops.cuda.stand_ins import codes_form, values_form
+from ops.cuda.stand_ins import dequantized, scaled
 from ops.layers import exact, tokens_of, weight_of
 from torch import Tensor
 
 from ascendit import mx
-from ascendit.device.backends import parse_device
 from ascendit.kernels import reference
+from ascendit.kernels.schemes import SCHEMES
 from ascendit.mx.formats import lookup
 from ascendit.ops.cuda import dense as cuda_dense
 from ascendit.ops.cuda import dequantized_matmul as cuda_values
 from ascendit.ops.cuda import steps as plain
 from ascendit.ops.cuda import triton_linear as fast
-from ascendit.ops.quant_linear import SCHEMES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RULES = {
@@ -145,12 +144,12 @@ def forms() -> None:
     for scheme in SCHEMES:
         k = 544 if scheme == "mxfp4_dualscale" else 96
         encoded, bias = weight_of(scheme, 20, k)
-        ways = [values_form(steps).form(), values_form(steps, once=True).form()]
-        ways += [codes_form(steps).form()] if scheme != "mxfp4_dualscale" else []
-        for form, m in itertools.product(ways, (4, 20)):
+        ways: list[Any] = [dequantized(steps), dequantized(steps, once=True)]
+        ways += [scaled(steps)] if scheme != "mxfp4_dualscale" else []
+        for layer, m in itertools.product(ways, (4, 20)):
             x = tokens_of(m, k, torch.float32)
-            weight = form.prepare_weight(encoded, bias, parse_device("cpu"))
-            out = form.quantized_linear(form.quantize_activation(x, scheme), weight)
+            weight = layer.prepare_weight(encoded, bias, torch.device("cpu"))
+            out = layer.quantized_linear(layer.quantize_activation(x, scheme), weight)
             wanted = exact(x, scheme, encoded, bias)
             assert float((out - wanted).norm() / wanted.norm()) < 2e-6, scheme
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from ascendit import mx
 from ascendit.mx import layouts
 from ascendit.mx.encoded import Encoded
-from ascendit.ops.cuda.dequantized_matmul import ValuesForm
-from ascendit.ops.cuda.scaled_matmul import CodesForm, Products
+from ascendit.ops.cuda.dequantized_matmul import DequantizedMatmul
+from ascendit.ops.cuda.scaled_matmul import ScaledMatmul
 from ascendit.ops.cuda.steps import Steps
 
 
@@ -50,9 +50,9 @@ def wide(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float().t()
 
 
-def codes_form(steps: Steps, *, once: bool = False) -> CodesForm:
-    return CodesForm(steps, once, Products(int8, fp8, mxfp8))
+def scaled(steps: Steps, *, once: bool = False) -> ScaledMatmul:
+    return ScaledMatmul(steps, once, int8, fp8, mxfp8)
 
 
-def values_form(steps: Steps, *, once: bool = False) -> ValuesForm:
-    return ValuesForm(steps, once, wide, lambda a, b: wide(a, b).to(torch.bfloat16))
+def dequantized(steps: Steps, *, once: bool = False) -> DequantizedMatmul:
+    return DequantizedMatmul(steps, once, wide, lambda a, b: wide(a, b).to(torch.bfloat16))

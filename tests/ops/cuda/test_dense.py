@@ -5,17 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ascendit.device.backends import parse_device
 from ascendit.kernels import reference
 from ascendit.ops.cuda import dense as cuda_dense
 
-CUDA = parse_device("cuda")
 NAMES = ("rms_norm", "layer_norm", "adaln", "gated_residual", "rope")
 
 
 def test_without_a_card_there_are_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cuda_dense.forms(CUDA) == {}
+    assert cuda_dense.kernels("cuda") == ()
 
 
 def test_one_that_is_wrong_or_breaks_is_not_taken_and_named(monkeypatch, caplog):
@@ -40,4 +38,4 @@ def test_on_a_card_all_are_right():
     assert {name: cuda_dense.problem(getattr(cuda_dense, name), "cuda") for name in NAMES} == dict.fromkeys(
         NAMES
     )
-    assert set(cuda_dense.forms(CUDA)) == set(NAMES)
+    assert {k.operator for k in cuda_dense.kernels("cuda")} == set(NAMES)

@@ -6,41 +6,52 @@ import logging
 
 import pytest
 import torch
-from ops.cuda.stand_ins import codes_form, values_form
+from ops.cuda.stand_ins import dequantized, scaled
 from ops.layers import exact, on_disk, tokens_of, weight_of
 
 from ascendit import mx
 from ascendit.device.backends import parse_device
 from ascendit.errors import UsageError
+from ascendit.kernels.kernel import QuantLinearKernel, Wish
+from ascendit.kernels.schemes import SCHEMES
+from ascendit.ops import select as selection
 from ascendit.ops.bind import bind
 from ascendit.ops.cuda import dequantized_matmul as cuda_values
 from ascendit.ops.cuda import linear as cuda_linear
 from ascendit.ops.cuda import scaled_matmul as cuda_codes
 from ascendit.ops.cuda import triton_linear as cuda_launch
-from ascendit.ops.cuda.linear import Card, Chosen, candidates, problem
+from ascendit.ops.cuda.linear import Card, candidates, problem, with_trials
 from ascendit.ops.cuda.steps import PLAIN, in_parts, to_values, width_of
-from ascendit.ops.quant_linear import SCHEMES, LinearChoice, Schemes
+from ascendit.ops.quant_linear import Schemes
+from ascendit.ops.select import select
 
-CPU = parse_device("cpu")
+CPU, HOST = parse_device("cpu"), torch.device("cpu")
 FORMS = [
     pytest.param(
         make(PLAIN, once=once), scheme, id=f"{make.__name__}-{scheme}-{'once' if once else 'on-use'}"
     )
-    for make in (codes_form, values_form)
+    for make in (scaled, dequantized)
     for scheme in SCHEMES
     for once in (False, True)
-    if make is values_form or scheme != "mxfp4_dualscale"
+    if make is dequantized or scheme != "mxfp4_dualscale"
 ]
 
 
-def schemes_of(form) -> Schemes:
-    choice = LinearChoice(form.form(), "native: by a stand-in")
-    return Schemes(CPU, dict.fromkeys(SCHEMES, choice))
+@pytest.fixture
+def schemes_of(monkeypatch):
+    """`schemes_of(layer)`: the quantized linear layers of a device whose only kernels are these."""
+
+    def schemes(layer) -> Schemes:
+        listed = [layer.kernel(scheme, "native: by a stand-in") for scheme in SCHEMES]
+        monkeypatch.setattr(selection, "kernels_of", lambda device, wish: listed)
+        return Schemes(CPU)
+
+    return schemes
 
 
 @pytest.mark.parametrize(("n", "k"), [(24, 544), (20, 96), (48, 64)])
 @pytest.mark.parametrize(("form", "scheme"), FORMS)
-def test_float32_tokens_come_within_the_order_of_the_sums(form, scheme, n, k):
+def test_float32_tokens_come_within_the_order_of_the_sums(schemes_of, form, scheme, n, k):
     ops, (encoded, bias) = schemes_of(form), weight_of(scheme, n, k)
     x = tokens_of(5, k, torch.float32)
     weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
@@ -52,7 +63,7 @@ def test_float32_tokens_come_within_the_order_of_the_sums(form, scheme, n, k):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("form", "scheme"), FORMS)
-def test_sum_and_bias_are_rounded_once(form, scheme, dtype):
+def test_sum_and_bias_are_rounded_once(schemes_of, form, scheme, dtype):
     ops, (encoded, bias) = schemes_of(form), weight_of(scheme, 24, 544)
     x = tokens_of(40, 544, dtype)
     weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
@@ -64,7 +75,7 @@ def test_sum_and_bias_are_rounded_once(form, scheme, dtype):
 
 
 @pytest.mark.parametrize(("form", "scheme"), FORMS)
-def test_no_bias_mul_scale_and_another_rule(form, scheme):
+def test_no_bias_mul_scale_and_another_rule(schemes_of, form, scheme):
     ops, (encoded, _) = schemes_of(form), weight_of(scheme, 24, 96, bias=False)
     x, mul_scale = tokens_of(5, 96, torch.float32), torch.rand(96) + 0.1
     rule = {"mxfp8": "floor", "w4a8": "floor", "mxfp4": "max:7"}.get(scheme)
@@ -78,7 +89,7 @@ def test_no_bias_mul_scale_and_another_rule(form, scheme):
 
 @pytest.mark.parametrize(("n", "k"), [(24, 544), (20, 40)])
 @pytest.mark.parametrize(("form", "scheme"), FORMS)
-def test_what_was_prepared_comes_back_and_is_small(form, scheme, n, k):
+def test_what_was_prepared_comes_back_and_is_small(schemes_of, form, scheme, n, k):
     ops, (encoded, bias) = schemes_of(form), weight_of(scheme, n, k)
     weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
     back = ops.stored(weight)
@@ -89,8 +100,8 @@ def test_what_was_prepared_comes_back_and_is_small(form, scheme, n, k):
         assert (found is None) == (wanted is None)
         assert found is None or wanted is None or torch.equal(found, wanted)
     if form.once and weight.decoded is None:
-        assert isinstance(form, cuda_codes.CodesForm) and scheme in ("int8", "fp8", "mxfp8")
-    if not form.once and isinstance(form, cuda_values.ValuesForm):
+        assert isinstance(form, cuda_codes.ScaledMatmul) and scheme in ("int8", "fp8", "mxfp8")
+    if not form.once and isinstance(form, cuda_values.DequantizedMatmul):
         assert weight.decoded is None
         assert weight.nbytes == sum(t.nbytes for t in on_disk(encoded, bias) if t is not None)
 
@@ -98,7 +109,7 @@ def test_what_was_prepared_comes_back_and_is_small(form, scheme, n, k):
 def test_a_weight_for_the_matmul_of_a_card_is_as_small_as_its_codes():
     for scheme, bits in (("int8", 8), ("mxfp8", 8.25), ("mxfp4", 4.25)):
         encoded, _ = weight_of(scheme, 256, 1024, bias=False)
-        weight = codes_form(PLAIN).prepare_weight(encoded, None, CPU)
+        weight = scaled(PLAIN).prepare_weight(encoded, None, HOST)
         assert weight.nbytes <= 256 * 1024 * bits / 8 + 4 * 256
 
 
@@ -108,9 +119,9 @@ def test_long_inputs_go_through_memory_in_pieces(monkeypatch, scheme):
     assert list(cuda_values.pieces(300, 8)) == [slice(0, 256), slice(256, 300)]
     encoded, bias = weight_of(scheme, 24, 64)
     x = tokens_of(150, 64, torch.float32)
-    forms = [values_form(PLAIN).form(), codes_form(PLAIN).form()]
+    forms = [dequantized(PLAIN), scaled(PLAIN)]
     for form in forms[:1] if "dual" in scheme else forms:
-        weight = form.prepare_weight(encoded, bias, CPU)
+        weight = form.prepare_weight(encoded, bias, HOST)
         out = form.quantized_linear(form.quantize_activation(x, scheme), weight)
         wanted = exact(x, scheme, encoded, bias)
         assert float((out - wanted).norm() / wanted.norm()) < 2e-6
@@ -163,7 +174,10 @@ def reasons(capability, emulate=None, *, triton=True, scaled_mm=True, hip=False)
     found = candidates(
         card, emulate, PLAIN if triton else None, "3.9" if triton else "Triton is not installed"
     )
-    return {scheme: [c.reason for c in row] for scheme, row in found.items()}
+    listed: dict[str, list[str]] = {}
+    for kernel in found:
+        listed.setdefault(kernel.operator, []).append(kernel.reason)
+    return listed
 
 
 @pytest.mark.parametrize(
@@ -198,50 +212,57 @@ def test_reasons_name_how_and_by_what():
     assert reasons((9, 0))["int8"][0] == "native: torch._int_mm, the rest by Triton 3.9"
 
 
-def choice(reason: str) -> LinearChoice:
-    return LinearChoice(values_form(PLAIN).form(), reason)
+def kernel(reason: str) -> QuantLinearKernel:
+    return dequantized(PLAIN).kernel("mxfp4", reason)
 
 
-def test_a_form_that_is_wrong_on_this_card_is_passed_over_and_named():
-    row = (choice("native: scaled_mm"), choice("emulated: by Triton"), choice("emulated: by PyTorch"))
+def test_a_kernel_that_is_wrong_on_this_card_is_passed_over_and_named(monkeypatch):
+    row = (kernel("native: scaled_mm"), kernel("emulated: by Triton"), kernel("emulated: by PyTorch"))
     asked = []
 
-    def wrong(scheme, form):
+    def wrong(scheme, kernel):
         asked.append(scheme)
-        return {row[0].form: "RuntimeError: no such kernel", row[1].form: "its numbers are wrong"}.get(form)
+        return {row[0]: "RuntimeError: no such kernel", row[1]: "its numbers are wrong"}.get(kernel)
 
-    chosen = Chosen({"mxfp4": row}, wrong)
+    listed = with_trials(row, wrong)
+    monkeypatch.setattr(selection, "kernels_of", lambda device, wish: listed)
     assert asked == []  # nothing is tried before it is asked for
-    assert chosen["w4a8"] is chosen["mxfp4"] and chosen["mxfp4"].form is row[2].form
-    assert chosen["mxfp4"].reason == (
-        "emulated: by PyTorch; not scaled_mm: RuntimeError: no such kernel;"
-        " not by Triton: its numbers are wrong"
+    w4a8, mxfp4 = (select(scheme, CPU, Wish()) for scheme in ("w4a8", "mxfp4"))
+    assert w4a8.call == mxfp4.call == row[2].call and w4a8.prepare == mxfp4.prepare == row[2].prepare
+    assert (
+        w4a8.reason
+        == mxfp4.reason
+        == (
+            "emulated: by PyTorch; not scaled_mm: RuntimeError: no such kernel;"
+            " not by Triton: its numbers are wrong"
+        )
     )
     assert asked == ["mxfp4", "w4a8"] * 3
-    assert chosen.get("int8") is None and list(chosen) == ["mxfp4", "w4a8"] and len(chosen) == 2
-    nothing = Chosen({"mxfp4": row}, lambda scheme, form: "broken")
-    assert nothing.get("mxfp4") is None
+    assert select("int8", CPU, Wish()).backend == "reference"
+    assert [k.operator for k in listed] == ["mxfp4", "w4a8"] * 3
+    listed = with_trials(row, lambda scheme, kernel: "broken")
+    assert select("mxfp4", CPU, Wish()).backend == "reference"
 
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_the_check_accepts_right_forms_and_sees_wrong_ones(scheme):
-    good = values_form(PLAIN)
+    good = dequantized(PLAIN)
     before = torch.get_rng_state()
-    assert problem(scheme, good.form(), CPU) is None
+    assert problem(scheme, good.kernel(scheme, ""), HOST) is None
     assert torch.equal(torch.get_rng_state(), before)
-    shifted = cuda_values.ValuesForm(PLAIN, False, lambda a, b: good.wide(a, b) * 1.01, good.narrow)
-    assert "its numbers are wrong, by" in str(problem(scheme, shifted.form(), CPU))
+    shifted = cuda_values.DequantizedMatmul(PLAIN, False, lambda a, b: good.wide(a, b) * 1.01, good.narrow)
+    assert "its numbers are wrong, by" in str(problem(scheme, shifted.kernel(scheme, ""), HOST))
 
     def refuse(a, b):
         raise RuntimeError("no kernel for this card\nand more")
 
-    broken = cuda_values.ValuesForm(PLAIN, False, refuse, refuse)
-    assert problem(scheme, broken.form(), CPU) == "RuntimeError: no kernel for this card"
+    broken = cuda_values.DequantizedMatmul(PLAIN, False, refuse, refuse)
+    assert problem(scheme, broken.kernel(scheme, ""), HOST) == "RuntimeError: no kernel for this card"
 
 
-def test_without_a_card_there_are_no_forms(monkeypatch):
+def test_without_a_card_there_are_no_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cuda_linear.forms(parse_device("cuda"), None) == {}
+    assert cuda_linear.kernels(parse_device("cuda"), None) == ()
 
 
 # ---- on a card ----------------------------------------------------------------------------------
@@ -257,8 +278,8 @@ def test_on_a_card_every_candidate_is_right(scheme, emulate):
     device, fast = parse_device("cuda"), cuda_launch.steps()
     card = Card.of(device)
     assert card is not None
-    row = candidates(card, emulate, *fast).get(SCHEMES[scheme].weight, ())
-    wrong = {c.reason: p for c in row if (p := problem(scheme, c.form, device))}
+    row = [k for k in candidates(card, emulate, *fast) if k.operator == SCHEMES[scheme].weight]
+    wrong = {k.reason: p for k in row if (p := problem(scheme, k, torch.device(device.torch_name)))}
     assert wrong == {}
 
 

@@ -9,10 +9,10 @@ from ops.recorder import Recorder
 
 from ascendit import mx
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.kernels.schemes import SCHEMES
 from ascendit.mx.smooth import smooth_input
 from ascendit.ops.bind import bind
 from ascendit.ops.npu.linear import scale_algorithm
-from ascendit.ops.quant_linear import SCHEMES
 
 pytestmark = pytest.mark.usefixtures("twin")
 PAIRS = [(chip, scheme) for chip, schemes in NATIVE.items() for scheme in sorted(schemes)]

@@ -19,9 +19,10 @@ from ops.recorder import Recorder
 from ascendit.checkpoint.layout import recognise
 from ascendit.device.npu import CHIPS
 from ascendit.errors import EnvironmentProblem
+from ascendit.kernels.kernel import PreparedWeight
+from ascendit.kernels.schemes import SCHEMES
 from ascendit.model.load import load_transformer
 from ascendit.ops.bind import bind
-from ascendit.ops.quant_linear import SCHEMES, PreparedWeight
 from ascendit.twin.faults import TwinError
 
 pytestmark = pytest.mark.usefixtures("twin")

@@ -1,45 +1,41 @@
 """Dense operators on a CUDA card by Triton: what `reference` does in five to ten passes over memory, in one.
 
-Contracts: `kernels/reference.py`. PyTorch has no fused kernel for them there: its layer norm and RMS norm on CUDA
-want weights in the dtype of the tokens, and a weight of BF16 rounds 1 + scale.
+Contracts: `kernels/reference.py`. PyTorch has no fused kernel for them there: its layer norm and RMS norm on
+CUDA want weights in the dtype of the tokens, and a weight of BF16 rounds 1 + scale.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ascendit.kernels import reference
+from ascendit.kernels.kernel import Function, Kernel
 from ascendit.kernels.reference import Spans
-from ascendit.ops.cuda import triton_dense as kernels
+from ascendit.ops.cuda import triton_kernels
 from ascendit.ops.cuda.triton_linear import launch, steps
 
-if TYPE_CHECKING:
-    from ascendit.device.backends import Device
-
 log = logging.getLogger("ascendit")
-
-Function = Callable[..., Tensor]
 
 LIMIT = 4e-3
 """Largest relative error of an operator on bfloat16 tokens that is right."""
 
 
-def forms(device: Device) -> dict[str, tuple[Function, str]]:
-    """Operator -> its function here and why: those that give the numbers of `reference` on that very card."""
+def kernels(place: str) -> tuple[Kernel, ...]:
+    """Those that give the numbers of `reference` on that very card."""
     fast, version = steps()
     if fast is None or not torch.cuda.is_available():
-        return {}
-    return {
-        f.__name__: (f, f"one pass over memory by Triton {version}")
+        return ()
+    reason = f"cuda: one pass over memory by Triton {version}"
+    return tuple(
+        Kernel(f.__name__, "cuda", f, reason, "Triton")
         for f in (rms_norm, layer_norm, adaln, gated_residual, rope)
-        if problem(f, device.torch_name) is None
-    }
+        if problem(f, place) is None
+    )
 
 
 @functools.cache
@@ -81,8 +77,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows = _flat(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch(
-        kernels.rms_norm, (rows.shape[0],), rows, weight.contiguous(), out, d, rows.stride(0), eps, **_size(d)
-    )
+        triton_kernels.rms_norm, (rows.shape[0],), rows, weight.contiguous(), out, d, rows.stride(0), eps,
+        **_size(d),
+    )  # fmt: skip
     return out
 
 
@@ -110,7 +107,7 @@ def _normalize(
     x = _dense(x)
     batch, length, d = x.shape
     launch(
-        kernels.layer_norm, (length, batch), x, _or(scale, x), _or(shift, x), out, d, x.stride(0),
+        triton_kernels.layer_norm, (length, batch), x, _or(scale, x), _or(shift, x), out, d, x.stride(0),
         x.stride(1), out.stride(0), eps, SCALE=scale is not None, ONE=one, SHIFT=shift is not None,
         **_size(d),
     )  # fmt: skip
@@ -125,8 +122,8 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
     ):
         a, b = _dense(a), _dense(b)
         launch(
-            kernels.gated_residual, (a.shape[1], a.shape[0]), a, b, gate[r].contiguous(), to, d, a.stride(0),
-            a.stride(1), b.stride(0), b.stride(1), to.stride(0), **_size(d),
+            triton_kernels.gated_residual, (a.shape[1], a.shape[0]), a, b, gate[r].contiguous(), to, d,
+            a.stride(0), a.stride(1), b.stride(0), b.stride(1), to.stride(0), **_size(d),
         )  # fmt: skip
     return out
 
@@ -137,7 +134,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     tokens = _dense(x.flatten(2))
     pairs = tokens.shape[2] // 2
     launch(
-        kernels.rope, (x.shape[1], x.shape[0]), tokens, cos.contiguous(), sin.contiguous(), out, pairs,
+        triton_kernels.rope, (x.shape[1], x.shape[0]), tokens, cos.contiguous(), sin.contiguous(), out, pairs,
         cos.shape[1], tokens.stride(0), tokens.stride(1), out.stride(0), **_size(pairs),
     )  # fmt: skip
     return out

@@ -1,6 +1,6 @@
-"""Linear layers on codes that a CUDA card has no matmul for: decoded to bfloat16 and multiplied in it.
+"""Quantized linear layers that a CUDA card has no matmul for: decoded to bfloat16 and multiplied in it.
 
-The numbers are those of the contract in `ops/quant_linear.py`: decoding to bfloat16 is exact (`cuda_steps`), the
+The numbers are those of the contract in `kernels/reference.py`: decoding to bfloat16 is exact (`steps`), the
 card sums in float32, and what comes out is rounded once. In memory a weight stays codes and scales:
 
 - few tokens, or a dual scale: one kernel decodes tiles of the weight in registers and multiplies;
@@ -13,19 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ascendit.kernels import reference
+from ascendit.kernels.kernel import Activation, PreparedWeight, QuantLinearKernel
+from ascendit.kernels.schemes import scheme_of
 from ascendit.mx.encoded import Encoded
-from ascendit.ops import quant_linear as quantized
 from ascendit.ops.cuda.steps import GROUP, Steps, has_outer_scales, outer_scale
-from ascendit.ops.quant_linear import Activation, LinearForm, PreparedWeight, scheme_of
-
-if TYPE_CHECKING:
-    from ascendit.device.backends import Device
 
 FEW_TOKENS = 512
 PIECE_BYTES = 64 << 20
@@ -52,24 +49,33 @@ def narrow_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ValuesForm:
-    """The functions of a `LinearForm`. `once`: weights are decoded when they are prepared."""
+class DequantizedMatmul:
+    """The kernel of a scheme that the card has no matmul for.
+
+    `once`: weights are decoded when they are prepared. `wide` and `narrow`: the matmuls in bfloat16.
+    """
 
     steps: Steps
     once: bool = False
     wide: Product = wide_product
     narrow: Product = narrow_product
 
-    def form(self) -> LinearForm:
-        return LinearForm(
-            "cuda", self.prepare_weight, self.quantize_activation, self.quantized_linear, quantized.stored
+    def kernel(self, scheme: str, reason: str) -> QuantLinearKernel:
+        return QuantLinearKernel(
+            scheme,
+            "cuda",
+            self.quantized_linear,
+            reason,
+            prepare=self.prepare_weight,
+            quantize_activation=self.quantize_activation,
+            stored=reference.stored,
         )
 
     def prepare_weight(
-        self, encoded: Encoded, bias: Tensor | None, device: Device, *, nz: bool = False
+        self, encoded: Encoded, bias: Tensor | None, device: torch.device, *, nz: bool = False
     ) -> PreparedWeight:
         """Codes and scales as on disk; `decoded`: bfloat16 [N, width_of(K)]."""
-        weight = quantized.prepare_weight(encoded, bias, device)
+        weight = reference.prepare_weight(encoded, bias, device)
         return replace(weight, decoded=self._decode(weight)) if self.once else weight
 
     def quantize_activation(
@@ -88,7 +94,7 @@ class ValuesForm:
         elif has_outer_scales(weight.scheme):
             out = self._scaled(a, weight)
         elif self.steps.matmul and weight.decoded is None and a.codes.shape[0] <= FEW_TOKENS:
-            out = self.steps.matmul(a.codes, None, quantized.stored(weight), None, weight.bias, a.dtype)
+            out = self.steps.matmul(a.codes, None, reference.stored(weight), None, weight.bias, a.dtype)
         elif a.dtype == torch.bfloat16:
             out = self.narrow(a.codes, self._decode(weight))
         else:
@@ -98,7 +104,7 @@ class ValuesForm:
     def _decode(self, weight: PreparedWeight) -> Tensor:
         if weight.decoded is not None:
             return weight.decoded
-        return self.steps.decode_weight(quantized.stored(weight), weight.bias)
+        return self.steps.decode_weight(reference.stored(weight), weight.bias)
 
     def _scaled(self, a: Activation, weight: PreparedWeight) -> Tensor:
         """int8 and fp8: a scale for each token and channel multiplies the sums."""
@@ -111,7 +117,7 @@ class ValuesForm:
 
     def _grouped(self, a: Activation, weight: PreparedWeight) -> Tensor:
         """Dual scale: those of a token and of a channel for a group of 512 multiply the sum of the group."""
-        encoded = quantized.stored(weight)
+        encoded = reference.stored(weight)
         if self.steps.matmul:
             return self.steps.matmul(a.codes, a.scale, encoded, weight.decoded, weight.bias, a.dtype)
         decoded, k = self._decode(weight), weight.shape[1]

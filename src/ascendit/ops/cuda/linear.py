@@ -1,4 +1,4 @@
-"""Linear layers on codes on a CUDA card: which form computes which scheme, by what the card has.
+"""Quantized linear layers on a CUDA card: which kernel computes which scheme, by what the card has.
 
 | scheme             | native from | by                                                       |
 |--------------------|-------------|----------------------------------------------------------|
@@ -10,31 +10,33 @@
 Else a weight is decoded to bfloat16, which is exact, and multiplied with sums in float32. It stays codes in
 memory: that of one layer is decoded, on each use; or all of them once (`decode-once`).
 
-`cuda_codes` has the native forms, `cuda_values` the others, `cuda_steps` and `cuda_launch` what both are made
-of. Cards below sm80 take the plain form of `ops/quant_linear.py`.
+`scaled_matmul` has the native kernels, `dequantized_matmul` the others, `steps` and `triton_linear` what both
+are made of. Cards below sm80 take the plain kernel of `kernels/reference.py`.
 
-Before a form is taken, it must give the numbers of `mx` on that very card, on a few tokens: what a version of
-PyTorch, CUDA or Triton refuses or gets wrong is passed over, and the reason says so.
+Before a kernel is taken, it must give the numbers of `mx` on that very card, on a few tokens: what a version
+of PyTorch, CUDA or Triton refuses or gets wrong is passed over, and the reason says so.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ascendit.kernels.kernel import Emulate, QuantLinearKernel
+from ascendit.kernels.schemes import SCHEMES
 from ascendit.mx.codec import decode, encode
 from ascendit.mx.encoded import Encoded
-from ascendit.ops.cuda import triton_linear as cuda_launch
-from ascendit.ops.cuda.dequantized_matmul import FEW_TOKENS, ValuesForm
-from ascendit.ops.cuda.scaled_matmul import CodesForm
+from ascendit.ops.cuda import triton_linear
+from ascendit.ops.cuda.dequantized_matmul import FEW_TOKENS, DequantizedMatmul
+from ascendit.ops.cuda.scaled_matmul import ScaledMatmul
 from ascendit.ops.cuda.steps import PLAIN, Steps
-from ascendit.ops.quant_linear import SCHEMES, Emulate, LinearChoice, LinearForm
 
 if TYPE_CHECKING:
     from ascendit.device.backends import Device
@@ -51,7 +53,7 @@ NATIVE: Mapping[str, tuple[tuple[int, int], str]] = {
 }
 """Scheme of a weight -> compute capability from which its matmul is there, and its name."""
 LIMITS: Mapping[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 4e-3}
-"""Dtype of tokens -> largest relative error of a form that is right."""
+"""Dtype of tokens -> largest relative error of a kernel that is right."""
 
 
 @dataclass(frozen=True)
@@ -76,45 +78,38 @@ class Card:
         return cls(torch.cuda.get_device_name(where), capability, scaled_mm, torch.version.hip is not None)
 
 
-def forms(device: Device, emulate: Emulate | None) -> Mapping[str, LinearChoice]:
-    """Scheme -> who computes it on this card; looked at, and tried, when it is asked for."""
+def kernels(device: Device, emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:
+    """Best first; a kernel is tried when it is next in line, once for each card and process."""
     card = Card.of(device)
-    return {} if card is None else _forms(card, device, emulate)
+    return () if card is None else _kernels(card, torch.device(device.torch_name), emulate)
 
 
 @functools.cache
-def _forms(card: Card, device: Device, emulate: Emulate | None) -> Chosen:
-    """One for each card and process: a form is tried once."""
-    fast, version = cuda_launch.steps()
-    listed = candidates(card, emulate, fast, version)
-    return Chosen(listed, lambda scheme, form: problem(scheme, form, device))
+def _kernels(card: Card, device: torch.device, emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:
+    listed = candidates(card, emulate, *triton_linear.steps())
+    return with_trials(listed, lambda scheme, kernel: problem(scheme, kernel, device))
 
 
 def candidates(
     card: Card, emulate: Emulate | None, fast: Steps | None, why: str
-) -> Mapping[str, tuple[LinearChoice, ...]]:
-    """Scheme of a weight -> the forms that a card might have for it, the best first.
+) -> tuple[QuantLinearKernel, ...]:
+    """The kernels that a card might have, one operator for each scheme of a weight, the best first.
 
     `fast`: the steps in Triton; `why`: its version, or why there are none.
     """
     if card.capability < LEAST:
-        return {}
+        return ()
     once = emulate == "decode-once"
     how = "decoded once to BF16" if once else "decoded to BF16 on each use"
     triton = f"Triton {why}" if fast else f"PyTorch, {why}"
-    found: dict[str, tuple[LinearChoice, ...]] = {}
+    steps = [(s, triton if s is fast or fast is None else s.name) for s in (fast, PLAIN) if s]
+    found: list[QuantLinearKernel] = []
     for scheme in dict.fromkeys(s.weight for s in SCHEMES.values()):
-        row: list[LinearChoice] = []
-        for steps in (fast, PLAIN):
-            if steps and (matmul := _native(scheme, card)):
-                by = triton if steps is fast or fast is None else steps.name
-                row.append(LinearChoice(CodesForm(steps, once).form(), f"native: {matmul}, the rest by {by}"))
-        for steps in (fast, PLAIN):
-            if steps:
-                by = triton if steps is fast or fast is None else steps.name
-                row.append(LinearChoice(ValuesForm(steps, once).form(), f"emulated: {how} by {by}"))
-        found[scheme] = tuple(row)
-    return found
+        if matmul := _native(scheme, card):
+            reason = f"native: {matmul}, the rest by"
+            found += [ScaledMatmul(s, once).kernel(scheme, f"{reason} {by}") for s, by in steps]
+        found += [DequantizedMatmul(s, once).kernel(scheme, f"emulated: {how} by {by}") for s, by in steps]
+    return tuple(found)
 
 
 def _native(scheme: str, card: Card) -> str | None:
@@ -125,52 +120,44 @@ def _native(scheme: str, card: Card) -> str | None:
     return name
 
 
-@dataclass(frozen=True)
-class Chosen(Mapping[str, LinearChoice]):
-    """Scheme -> the first of its candidates without a `problem`; w4a8 is computed by what mxfp4 is."""
+def with_trials(
+    listed: Iterable[QuantLinearKernel], problem: Callable[[str, QuantLinearKernel], str | None]
+) -> tuple[QuantLinearKernel, ...]:
+    """A kernel for every scheme, which is missing if it has a `problem` in any scheme of its weight.
 
-    candidates: Mapping[str, tuple[LinearChoice, ...]]
-    problem: Callable[[str, LinearForm], str | None]
-    _found: dict[str, LinearChoice | None] = field(default_factory=dict)
-
-    def __getitem__(self, scheme: str) -> LinearChoice:
-        weight = SCHEMES[scheme].weight
-        if weight not in self._found:
-            self._found[weight] = self._first(weight)
-        if (choice := self._found[weight]) is None:
-            raise KeyError(scheme)
-        return choice
-
-    def __iter__(self) -> Iterator[str]:
-        return (s for s in SCHEMES if SCHEMES[s].weight in self.candidates and self.get(s) is not None)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def _first(self, weight: str) -> LinearChoice | None:
-        passed: list[str] = []
-        for choice in self.candidates.get(weight, ()):
-            wrong = [
-                p for s in SCHEMES.values() if s.weight == weight if (p := self.problem(s.name, choice.form))
-            ]
-            if not wrong:
-                return LinearChoice(choice.form, "; ".join([choice.reason, *passed]))
-            log.debug("%s is not taken for %s: %s", choice.reason, weight, "; ".join(wrong))
-            passed.append(f"not {choice.reason.partition(': ')[2]}: {wrong[0]}")
-        return None
+    w4a8 and mxfp4 share a weight, and so the kernel and its trial.
+    """
+    found: list[QuantLinearKernel] = []
+    for kernel in listed:
+        schemes = [s.name for s in SCHEMES.values() if s.weight == kernel.operator]
+        trial = functools.cache(partial(_trial, kernel, schemes, problem))
+        found += [replace(kernel, operator=s, missing=trial) for s in schemes]
+    return tuple(found)
 
 
-# ---- is a form right on this card? --------------------------------------------------------------
+def _trial(
+    kernel: QuantLinearKernel,
+    schemes: list[str],
+    problem: Callable[[str, QuantLinearKernel], str | None],
+) -> str:
+    """Why this kernel is passed over, "" if it is right."""
+    wrong = [p for s in schemes if (p := problem(s, kernel))]
+    if not wrong:
+        return ""
+    log.debug("%s is not taken for %s: %s", kernel.reason, kernel.operator, "; ".join(wrong))
+    return f"not {kernel.reason.partition(': ')[2]}: {wrong[0]}"
 
 
-def problem(scheme: str, form: LinearForm, device: Device) -> str | None:
-    """What is wrong with a form on a device, None if it gives the numbers of `mx`."""
-    torch_device = device.torch_name
+# ---- is a kernel right on this card? ------------------------------------------------------------
+
+
+def problem(scheme: str, kernel: QuantLinearKernel, device: torch.device) -> str | None:
+    """What is wrong with a kernel on a device, None if it gives the numbers of `mx`."""
     for tokens, dtype in ((24, torch.float32), (FEW_TOKENS + 24, torch.bfloat16)):
         x, codes, bias, wanted = _sample(scheme, tokens, dtype)
         try:
-            weight = form.prepare_weight(codes, bias, device)
-            out = form.quantized_linear(form.quantize_activation(x.to(torch_device), scheme), weight).cpu()
+            weight = kernel.prepare(codes, bias, device)
+            out = kernel.call(kernel.quantize_activation(x.to(device), scheme), weight).cpu()
         except Exception as e:  # a compiler, a driver or PyTorch: each has its own
             return f"{type(e).__name__}: {(str(e).strip() or 'no text').splitlines()[0][:120]}"
         error = float((out.double() - wanted).norm() / wanted.norm())

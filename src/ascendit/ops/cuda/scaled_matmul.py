@@ -1,8 +1,8 @@
-"""Linear layers on codes by the matmuls of a CUDA card: int8, fp8 and, on sm100, the MX formats.
+"""Quantized linear layers by the matmuls of a CUDA card: int8, fp8 and, on sm100, the MX formats.
 
 Each matmul gives its sums, int32 or float32, and one more step multiplies them with the scales, adds the
 float32 bias and rounds once. (The matmuls could add a bias themselves, but only one in bfloat16, and only to
-what they have rounded.) The sums go through memory in pieces of `cuda_values.PIECE_BYTES`.
+what they have rounded.) The sums go through memory in pieces of `dequantized_matmul.PIECE_BYTES`.
 
 FP4 has no matmul in PyTorch that gives float32 sums. Its numbers are e4m3 numbers too, so its codes are put
 into e4m3 for each product (a byte for each number of this one layer) and run at the speed of mxfp8.
@@ -13,34 +13,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ascendit.kernels.kernel import Activation, PreparedWeight, QuantLinearKernel
+from ascendit.kernels.schemes import scheme_of
 from ascendit.mx import layouts
 from ascendit.mx.encoded import Encoded
 from ascendit.mx.formats import lookup
 from ascendit.ops.cuda.dequantized_matmul import pieces
 from ascendit.ops.cuda.steps import Steps, has_outer_scales, padded
-from ascendit.ops.quant_linear import Activation, LinearForm, PreparedWeight, scheme_of
-
-if TYPE_CHECKING:
-    from ascendit.device.backends import Device
 
 LEAST_ROWS = 32
 """torch._int_mm refuses 16 rows and fewer."""
 TILE_ROWS, TILE_BYTES = 128, 512
-
-
-@dataclass(frozen=True)
-class Products:
-    """The matmuls of a card: [M, K] times a weight [N, K], both K-major, on codes -> sums [M, N]."""
-
-    int8: Callable[[Tensor, Tensor], Tensor]
-    fp8: Callable[[Tensor, Tensor], Tensor]
-    mxfp8: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
@@ -78,36 +67,45 @@ def mxfp8_product(a: Tensor, b: Tensor, a_tiles: Tensor, b_tiles: Tensor) -> Ten
     return out
 
 
-CUDA = Products(int8_product, fp8_product, mxfp8_product)
-
-
 @dataclass(frozen=True)
-class CodesForm:
-    """The functions of a `LinearForm`. `once`: FP4 codes are put into e4m3 when they are prepared."""
+class ScaledMatmul:
+    """The kernel of a scheme that the card has a matmul for.
+
+    `once`: FP4 codes are put into e4m3 when they are prepared. `int8`, `fp8` and `mxfp8`: the matmuls, codes
+    [M, K] times a weight [N, K], both K-major -> sums [M, N].
+    """
 
     steps: Steps
     once: bool = False
-    products: Products = CUDA
+    int8: Callable[[Tensor, Tensor], Tensor] = int8_product
+    fp8: Callable[[Tensor, Tensor], Tensor] = fp8_product
+    mxfp8: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = mxfp8_product
 
-    def form(self) -> LinearForm:
-        return LinearForm(
-            "cuda", self.prepare_weight, self.quantize_activation, self.quantized_linear, self.stored
+    def kernel(self, scheme: str, reason: str) -> QuantLinearKernel:
+        return QuantLinearKernel(
+            scheme,
+            "cuda",
+            self.quantized_linear,
+            reason,
+            prepare=self.prepare_weight,
+            quantize_activation=self.quantize_activation,
+            stored=self.stored,
         )
 
     def prepare_weight(
-        self, encoded: Encoded, bias: Tensor | None, device: Device, *, nz: bool = False
+        self, encoded: Encoded, bias: Tensor | None, device: torch.device, *, nz: bool = False
     ) -> PreparedWeight:
         """Codes [padded(N), padded(K)], FP4 two to a byte; scales float32 [N], or E8M0 in CUDA's tiles."""
-        put, (n, k) = device.torch_name, encoded.shape
-        form, scale = lookup(encoded.format), encoded.scale.to(put)
+        n, k = encoded.shape
+        form, scale = lookup(encoded.format), encoded.scale.to(device)
         filling = padded(k) // (2 if form.packed else 1) - encoded.codes.shape[1]
-        raw = F.pad(encoded.codes.to(put).view(torch.uint8), (0, filling, 0, padded(n) - n))
+        raw = F.pad(encoded.codes.to(device).view(torch.uint8), (0, filling, 0, padded(n) - n))
         codes = raw.view(getattr(torch, form.codes_dtype))
         if has_outer_scales(encoded.format):
             scale = scale.flatten()
         else:
             scale = layouts.to_cuda_tiles(F.pad(scale, (0, 0, 0, padded(n) - n)))
-        wide = None if bias is None else bias.to(put, torch.float32)
+        wide = None if bias is None else bias.to(device, torch.float32)
         weight = PreparedWeight(encoded.format, (n, k), codes, scale, bias=wide)
         return replace(weight, decoded=_e4m3(weight)) if self.once and form.packed else weight
 
@@ -147,12 +145,12 @@ class CodesForm:
 
     def _sums(self, a: Tensor, codes: Tensor, scale: Tensor, weight: PreparedWeight) -> Tensor:
         if weight.scheme == "fp8":
-            return self.products.fp8(a, codes)
+            return self.fp8(a, codes)
         if weight.scheme != "int8":
-            return self.products.mxfp8(a, codes, scale, weight.scale)
+            return self.mxfp8(a, codes, scale, weight.scale)
         rows = a.shape[0]
         a = F.pad(a, (0, 0, 0, LEAST_ROWS - rows)) if rows < LEAST_ROWS else a
-        return self.products.int8(a, codes)[:rows]
+        return self.int8(a, codes)[:rows]
 
 
 def _e4m3(weight: PreparedWeight) -> Tensor:

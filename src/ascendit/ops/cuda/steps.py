@@ -1,4 +1,4 @@
-"""What linear layers on codes are made of on a CUDA card. Here in plain PyTorch; `cuda_launch` has Triton's.
+"""The steps of a quantized linear layer on a CUDA card, here in plain PyTorch; `triton_linear` has Triton's.
 
 Tokens [M, K] become either codes, for a matmul that the card has, or values: the decoded numbers in bfloat16,
 [M, `width_of(K)`], for one in bfloat16. Both are exact: an e4m3 or e2m1 number times a power of two is a

@@ -1,4 +1,4 @@
-"""The steps of `ops/cuda/steps.py` by the kernels of `ops/cuda/triton_kernels.py`: one pass over memory each."""
+"""The steps of `steps.py` by the kernels of `triton_kernels.py`: one pass over memory each."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def steps() -> tuple[Steps | None, str]:
 
 
 def to_values(x: Tensor, format: str, rule: str, mul_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """See `cuda_steps.to_values`."""
+    """See `steps.to_values`."""
     form, m, k = lookup(format), *x.shape
     if not _has_kernel(format, rule):
         return PLAIN.to_values(x, format, rule, mul_scale)
@@ -51,7 +51,7 @@ def to_values(x: Tensor, format: str, rule: str, mul_scale: Tensor | None) -> tu
 
 
 def to_codes(x: Tensor, format: str, rule: str, mul_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See `cuda_steps.to_codes`."""
+    """See `steps.to_codes`."""
     m, k = x.shape
     if not _has_kernel(format, rule):
         return PLAIN.to_codes(x, format, rule, mul_scale)
@@ -104,7 +104,7 @@ def _quantize_rows(x: Tensor, format: str, mul: Tensor | None, out: Tensor, *, c
 
 
 def decode_weight(encoded: Encoded, bias: Tensor | None) -> Tensor:
-    """See `cuda_steps.decode_weight`."""
+    """See `steps.decode_weight`."""
     n, k = encoded.shape
     width, codes, outer = width_of(k), _raw(encoded), has_outer_scales(encoded.format)
     bias = None if outer else bias
@@ -119,7 +119,7 @@ def decode_weight(encoded: Encoded, bias: Tensor | None) -> Tensor:
 
 
 def finish(sums: Tensor, row: Tensor | None, column: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
-    """See `cuda_steps.finish`."""
+    """See `steps.finish`."""
     m, n = out.shape
     assert out.is_contiguous() and sums.stride(1) == 1
     launch(

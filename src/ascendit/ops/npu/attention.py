@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ascendit.errors import UsageError
-from ascendit.ops.bind import Form
 
 INFER_HEADS = 512
 """The longest head of npu_fused_infer_attention_score_v2; a multiple of 16."""
@@ -51,35 +50,3 @@ def fused_infer_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         softmax_scale=head**-0.5,
     )[0]
     return out
-
-
-KERNELS = (
-    Form(
-        "attention",
-        "npu_fusion_attention",
-        fusion_attention,
-        "BSND as the model has it, nothing is transposed",
-        word="fusion",
-    ),
-    Form(
-        "attention",
-        "npu_fused_infer_attention_score_v2",
-        fused_infer_attention,
-        "asked for; can be captured in a graph, copies heads that are not contiguous",
-        asked=True,
-        word="fused_infer",
-    ),
-)
-
-
-def kernel(word: str) -> Form:
-    """The kernel of this word. UsageError E-USE-01 lists the words if there is none."""
-    for found in KERNELS:
-        if found.word == word:
-            return found
-    raise UsageError(
-        f"attention={word}",
-        needs=" or ".join(k.word for k in KERNELS),
-        fix="--set attention=fusion, or leave it out",
-        code="E-USE-01",
-    )

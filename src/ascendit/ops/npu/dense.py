@@ -1,35 +1,23 @@
-"""The operators on an Ascend NPU and on its twin: every call is torch.ops.npu, torch.ops.mindiesd or aten.
-
-`FORMS` lists every way there is, best first; `choose` takes the first that the chip has (by the table in
-`device/npu.py`, never by hasattr alone: torch_npu has every name on every chip) and that is defined here.
-MindIE-SD's own RoPE and attention are not rows: on every chip they call the operators that are.
+"""The dense operators on an NPU and its twin: every call is torch.ops.npu, torch.ops.mindiesd or aten.
 
 What a card does differently from a CPU, so that none of it is met by accident:
 - F.gelu is the tanh form on a2 and a3 whatever it is told; npu_gelu listens. npu_fast_gelu is neither.
 - F.rms_norm is six kernels. npu_rms_norm takes a float32 gamma beside BF16 tokens.
 - npu_rotary_mul cuts its tables to the dtype of the tokens, so these go in as float32; cos and sin hold each
   number of a pair twice. a5 takes any `rotary_mode` without a word.
-- Masks mean the opposite of F.scaled_dot_product_attention's; the scale of attention is 1.0 unless given.
 - adaln takes its rows in the dtype of the tokens and nothing else; aten layer_norm takes float32 ones too.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ascendit.errors import EnvironmentProblem
 from ascendit.kernels.reference import Spans
-from ascendit.ops.bind import Choice, Form, in_dtype
-from ascendit.ops.npu import attention as npu_attention
-
-log = logging.getLogger("ascendit")
-
 
 # ---- the operators ------------------------------------------------------------------------------
 
@@ -132,84 +120,3 @@ def _by_span(one: Callable[[Tensor, int], Tensor], x: Tensor, spans: Spans) -> T
 def prepare_rope(*tables: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """cos and sin [S, d/2] -> [1, S, 1, d], each number twice; float32 whatever the tokens are."""
     return tuple(torch.stack((t, t), -1).flatten(-2)[None, :, None, :].float() for t in tables)
-
-
-# ---- which of them ------------------------------------------------------------------------------
-
-
-FORMS: tuple[Form, ...] = (
-    Form("linear", "aten::linear", linear, "one kernel on [tokens, K]"),
-    Form("rms_norm", "npu_rms_norm", rms_norm, "one kernel over all heads instead of six"),
-    Form(
-        "layer_norm",
-        "mindiesd::layernorm",
-        mindiesd_layer_norm,
-        "one kernel, its precise mode; only where fast_layernorm asked for it",
-        asked=True,
-        word="fast_layernorm",
-    ),
-    Form("layer_norm", "aten::layer_norm", layer_norm, "one kernel, float32 weights beside BF16 tokens"),
-    Form("adaln", "mindiesd::adaln_v2", mindiesd_adaln_v2, "one kernel for norm, scale and shift", in_dtype),
-    Form("adaln", "mindiesd::adaln", mindiesd_adaln, "one kernel for norm, scale and shift", in_dtype),
-    Form("adaln", "aten::layer_norm", layer_norm_adaln, "a layer norm whose weight is 1 + scale"),
-    Form("gated_residual", "aten::addcmul", gated_residual, "one kernel", in_dtype),
-    Form("rope", "npu_rotary_mul", rope, "interleaved pairs, in float32", prepare_rope),
-    Form("gelu_tanh", "npu_gelu", gelu_tanh, "the tanh form on every chip"),
-    Form("gelu", "npu_gelu", gelu, "the exact form on every chip, where F.gelu is tanh on a2 and a3"),
-    *npu_attention.KERNELS,
-)
-
-
-def choose(chip: str, *, fast_layernorm: bool = False, attention: str | None = None) -> dict[str, Choice]:
-    """Operator -> the first of its forms that `chip` has. An absent form before it is part of the reason.
-
-    `attention`: the word of a kernel. UsageError E-USE-01 for no such word, E-CAP-01 where it is not here.
-    """
-    asked = {"fast_layernorm"} if fast_layernorm else set()
-    if attention is not None:
-        asked.add(npu_attention.kernel(attention).word)
-    chosen: dict[str, Choice] = {}
-    passed: dict[str, list[str]] = {}
-    for form in sorted(FORMS, key=lambda f: f.word not in asked):
-        if form.name in chosen or (form.asked and form.word not in asked):
-            continue
-        if problem := missing(form.calls, chip):
-            passed.setdefault(form.name, []).append(problem)
-            if form.word in asked:
-                _not_here(form, problem)
-            continue
-        words = "".join(f"; {p}" for p in passed.get(form.name, ()))
-        chosen[form.name] = Choice(form.function, f"npu: {form.calls}: {form.why}{words}", form.prepare)
-    return chosen
-
-
-def _not_here(form: Form, problem: str) -> None:
-    """What was asked for by name and cannot be had: another attention is an error, another norm is not."""
-    if form.name != "attention":
-        log.warning("%s: %s, layer norms stay as they are", form.word, problem)
-        return
-    raise EnvironmentProblem(
-        f"attention={form.word}: {problem}",
-        needs=form.calls,
-        fix="leave attention out: the best kernel of the chip is taken",
-        code="E-CAP-01",
-    )
-
-
-def missing(call: str, chip: str) -> str:
-    """Why `call` cannot be made on `chip`, "" if it can."""
-    from ascendit.device.npu import capability
-
-    namespace, _, name = call.rpartition("::")
-    if namespace == "aten":
-        return ""
-    if capability(call).on(chip) != "yes":
-        return f"{call} does not run on {chip}"
-    if not hasattr(getattr(torch.ops, namespace or "npu"), name):
-        return f"{call} is not installed"
-    return ""
-
-
-def calls() -> Iterable[str]:
-    """Every operator of torch.ops.npu and torch.ops.mindiesd that this file may call."""
-    return (form.calls for form in FORMS if not form.calls.startswith("aten::"))

@@ -1,4 +1,4 @@
-"""Linear layers on codes with the matmuls of an Ascend NPU; `ops/quant_linear.py` has the contract.
+"""Quantized linear layers with the matmuls of an Ascend NPU; `kernels/reference.py` has the contract.
 
 Layouts are made once, in `prepare_weight`: a weight [N, K] and its scales in pairs [N, K / 64, 2] both as
 transposed views (a contiguous scale is refused), packed FP4 as uint8, level 0 of the dual scale as
@@ -12,24 +12,20 @@ allocate twice the length; and `x1_dtype` is for packed bytes only, never for fl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.kernels.kernel import Activation, PreparedWeight, QuantLinearKernel
+from ascendit.kernels.schemes import scheme_of
 from ascendit.mx import layouts
 from ascendit.mx.encoded import Encoded
 from ascendit.mx.formats import lookup
-from ascendit.ops.quant_linear import (
-    Activation,
-    Emulate,
-    LinearChoice,
-    LinearForm,
-    PreparedWeight,
-    native_schemes,
-    scheme_of,
-)
+from ascendit.ops.quant_linear import native_schemes
 
 if TYPE_CHECKING:
     from ascendit.device.backends import Device
@@ -48,28 +44,34 @@ W4A8_K = 8
 
 
 def prepare_weight(
-    encoded: Encoded, bias: Tensor | None, device: Device, *, nz: bool = False
+    encoded: Encoded,
+    bias: Tensor | None,
+    device: torch.device,
+    *,
+    nz: bool = False,
+    internal_format: Callable[[], AbstractContextManager[Any]],
 ) -> PreparedWeight:
     """See `Schemes.prepare_weight`. Dual-scale weights are FRACTAL_NZ in any case, as their matmul wants.
 
-    UsageError E-QNT-01 for a shape that the matmul does not take, before anything is moved.
+    `internal_format`: allows FRACTAL_NZ while a weight is cast. UsageError E-QNT-01 for a shape that the
+    matmul does not take, before anything is moved.
     """
-    put, scheme = device.torch_name, encoded.format
+    scheme = encoded.format
     _check_shape(scheme, *encoded.shape)
-    codes = encoded.codes.to(put)
+    codes = encoded.codes.to(device)
     codes = codes.view(getattr(torch, lookup(scheme).codes_dtype))
     scale, dual = _scales(encoded)
-    scale = scale.to(put)
+    scale = scale.to(device)
     if scheme == "mxfp4_dualscale" or (nz and scheme in NZ_SCHEMES):
-        codes = _to_nz(codes, device)
+        codes = _to_nz(codes, internal_format)
     if scheme != "mxfp4_dualscale":
         codes = codes.transpose(0, 1)
         scale = scale.transpose(0, 1) if scale.dim() == 3 else scale
-    wide = None if bias is None else bias.to(put, torch.float32)
+    wide = None if bias is None else bias.to(device, torch.float32)
     row = wide.to(torch.bfloat16).view(1, -1) if wide is not None and scheme == "mxfp4" else None
     n, k = encoded.shape
     return PreparedWeight(
-        scheme, (n, k), codes, scale, None if dual is None else dual.to(put), bias=wide, row_bias=row
+        scheme, (n, k), codes, scale, None if dual is None else dual.to(device), bias=wide, row_bias=row
     )
 
 
@@ -109,12 +111,12 @@ def _check_shape(scheme: str, n: int, k: int) -> None:
         )
 
 
-def _to_nz(codes: Tensor, device: Device) -> Tensor:
+def _to_nz(codes: Tensor, internal_format: Callable[[], AbstractContextManager[Any]]) -> Tensor:
     """FRACTAL_NZ. Packed FP4 is cast as int8 bytes: a uint8 cast blocks it as 8-bit numbers."""
     given: dict[str, Any] = {}
     if codes.dtype == torch.uint8:
         codes, given = codes.view(torch.int8), {"customize_dtype": torch.int8}
-    with device.internal_format(True):
+    with internal_format():
         cast: Tensor = torch.ops.npu.npu_format_cast(codes, FRACTAL_NZ, **given)
     if (found := int(torch.ops.npu.get_npu_format(cast))) != FRACTAL_NZ:
         raise EnvironmentProblem(
@@ -270,9 +272,19 @@ MATMULS: Mapping[str, Callable[[Activation, PreparedWeight], Tensor]] = {
     "w4a8": _w4a8,
 }
 
-FORM = LinearForm("npu", prepare_weight, quantize_activation, quantized_linear, stored)
 
-
-def forms(device: Device, emulate: Emulate | None) -> Mapping[str, LinearChoice]:
+def kernels(device: Device) -> tuple[QuantLinearKernel, ...]:
     """The schemes that this chip has a matmul for; the others are refused, or decoded where asked."""
-    return {scheme: LinearChoice(FORM, "native: its own matmul") for scheme in native_schemes(device)}
+    prepare = partial(prepare_weight, internal_format=lambda: device.internal_format(True))
+    return tuple(
+        QuantLinearKernel(
+            scheme,
+            "npu",
+            quantized_linear,
+            "native: its own matmul",
+            prepare=prepare,
+            quantize_activation=quantize_activation,
+            stored=stored,
+        )
+        for scheme in sorted(native_schemes(device))
+    )

@@ -1,0 +1,17 @@
+"""The kernels of a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ascendit.kernels.cpu import attention, elementwise, linear
+from ascendit.kernels.kernel import Kernel, Wish
+
+if TYPE_CHECKING:
+    from ascendit.device.backends import Device
+
+
+def kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
+    """The best of each operator first; one for each scheme. The C++ sources are compiled on first use."""
+    return (*elementwise.kernels(), *attention.kernels(), *linear.kernels(wish.emulate))
