@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ascendit import mx
-from ascendit.ops import reference
+from ascendit.kernels import reference
 from ascendit.ops.bind import bind
 from ascendit.ops.runtime import open_device, synchronize
 from ascendit.quant.schemes import LINEAR_SCHEMES
@@ -141,8 +141,7 @@ def main() -> None:
         )
         dense(ops, clock, device.torch_name, given.tokens, d)
     for scheme in LINEAR_SCHEMES:
-        found = ops.quantized.forms.get(scheme)
-        print(f"{scheme}: {found.reason if found else 'plain PyTorch'}")
+        print(f"{scheme}: {ops.quantized.kernel(scheme).reason}")
 
 
 if __name__ == "__main__":

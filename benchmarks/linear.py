@@ -25,9 +25,10 @@ from torch import Tensor
 
 from ascendit import mx
 from ascendit.device.backends import parse_device
+from ascendit.kernels.cpu import linear as cpu_linear
+from ascendit.kernels.kernel import Emulate, Wish
 from ascendit.native.build import Built
-from ascendit.ops import cpu_linear
-from ascendit.ops.quantized import Emulate, Schemes
+from ascendit.ops.quant_linear import Schemes
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 SHAPES = [(1536, 1536), (1536, 8960), (8960, 1536), (5120, 5120), (5120, 13824), (13824, 5120)]
@@ -65,10 +66,9 @@ def rows_of(tokens: int, k: int, n: int, schemes: list[str], emulate: list[Emula
         encoded = mx.encode(weight, LINEAR_SCHEMES[scheme].weight)
         truth = truth_of(x, scheme, weight, bias)
         for how in emulate:
-            forms = cpu_linear.forms(device, how)
-            if how == "decode-once" and forms[scheme].reason.startswith("native"):
+            ops = Schemes(device, Wish(emulate=how))
+            if how == "decode-once" and ops.kernel(scheme).reason.startswith("native"):
                 continue
-            ops = Schemes(device, forms, how)
             ready = ops.prepare_weight(encoded.codes, encoded.scale, encoded.dual_scale, bias, scheme)
 
             def run(s: str = scheme, o: Schemes = ops, w: object = ready) -> Tensor:

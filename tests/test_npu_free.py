@@ -14,7 +14,7 @@ import ascendit
 SRC = Path(ascendit.__file__).parent
 KNOW = ("device", "kernels", "twin", "ops", "doctor")
 NPU = re.compile(r"(^|[^a-z])(npu|twin|mindiesd|cann)([^a-z]|$)|torch_npu", re.I)
-MODULES = re.compile(r"torch_npu|mindiesd|ascendit\.(twin|ops\.npu\w*|device\.npu\w*)")
+MODULES = re.compile(r"torch_npu|mindiesd|ascendit\.(twin|ops\.npu|device\.npu\w*)")
 DEVICE = re.compile(r"(^|\.)(device|place)\.(kind|chip|operators|backend)$")
 
 
@@ -63,7 +63,7 @@ def test_the_check_sees_what_it_should() -> None:
     code = (
         'if device.startswith("npu"):\n    pass\n'
         "import torch_npu\n"
-        "from ascendit.ops.npu_linear import FORM\n"
+        "from ascendit.ops.npu.linear import kernels\n"
         "from ascendit.device import npu_settings\n"
         "torch.npu.synchronize()\n"
         "x = torch.ops.mindiesd.adaln(x)\n"

@@ -293,13 +293,13 @@ def value_text(hint: Any) -> str:
 
 def npu_operators_table() -> str:
     from ascendit.device.npu import capability
-    from ascendit.ops.npu import FORMS
+    from ascendit.ops.npu.kernels import KERNELS
 
-    def row(form: Any) -> tuple[object, ...]:
-        chips = ", ".join(c for c in CHIPS if capability(form.calls).on(c) == "yes")
-        return f"`{form.name}`", f"`{form.calls}`", chips, form.why
+    def row(k: Any) -> tuple[object, ...]:
+        chips = ", ".join(c for c in CHIPS if capability(k.needs).on(c) == "yes")
+        return f"`{k.operator}`", f"`{k.needs}`", chips, k.reason
 
-    return table(("operator", "computed by", "chips", "why"), (row(f) for f in FORMS))
+    return table(("operator", "computed by", "chips", "why"), (row(k) for k in KERNELS))
 
 
 def npu_capabilities_table() -> str:

@@ -271,11 +271,11 @@ def test_every_option_of_load_that_shapes_a_video_is_in_its_record():
 def test_a_dry_run_refuses_what_the_chip_of_a_twin_lacks(run, fake, chip):
     from ascendit.device.backends import parse_device
     from ascendit.errors import EnvironmentProblem
-    from ascendit.ops.quantized import Schemes
+    from ascendit.ops.quant_linear import Schemes
 
     words = ["generate", "--demo", "a cat", "--dry-run", "--device", f"twin:{chip}", "--scheme"]
     with pytest.raises(EnvironmentProblem) as real:
-        Schemes(parse_device(f"twin:{chip}")).form("mxfp8")
+        Schemes(parse_device(f"twin:{chip}")).kernel("mxfp8")
     ended = run(*words, "mxfp8", "--json")
     assert ended.code == 3 and not fake.loaded
     told = ended.json["error"]

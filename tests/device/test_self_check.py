@@ -125,7 +125,7 @@ def test_an_answer_other_than_the_twins(bent) -> None:
 
 
 def test_what_is_not_installed_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ascendit.ops import npu
+    from ascendit.ops.npu import kernels as npu
 
     real = npu.missing
     monkeypatch.setattr(npu, "missing", lambda call, chip: "gone" if "mindiesd" in call else real(call, chip))
@@ -207,10 +207,11 @@ def test_on_the_cpu_the_bound_functions_are_checked() -> None:
 
 
 def test_a_wrong_function_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ascendit.ops import cpu, cpu_native
+    from ascendit.kernels.cpu import elementwise
+    from ascendit.kernels.kernel import Kernel
 
-    monkeypatch.setattr(cpu, "rms_norm", lambda x, weight, eps: x)
-    monkeypatch.setattr(cpu_native, "forms", dict)
+    wrong = Kernel("rms_norm", "cpu", lambda x, weight, eps: x, "cpu: wrong")
+    monkeypatch.setattr(elementwise, "kernels", lambda: (wrong,))
     assert [r.name for r in self_check("cpu").failed] == ["rms_norm"]
 
 

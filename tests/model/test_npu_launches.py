@@ -28,8 +28,8 @@ from ascendit.model.load import load_transformer
 from ascendit.model.online import Online
 from ascendit.model.wan import WanTransformer
 from ascendit.ops import bind as binding
-from ascendit.ops import npu
 from ascendit.ops.bind import bind
+from ascendit.ops.npu import kernels as npu
 
 pytestmark = pytest.mark.usefixtures("twin")
 TOKENS, ROW = 18, 6

@@ -134,9 +134,9 @@ def test_trouble_is_a_reason_and_no_error(
 
 
 def test_without_a_library_the_pytorch_forms_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ascendit.ops import cpu
+    from ascendit.kernels.cpu import attention
     from ascendit.ops.bind import bind
 
     monkeypatch.setattr("shutil.which", lambda name: None)
     ops = bind("cpu")
-    assert ops.attention is cpu.attention and ops.choices["attention"] == "cpu: fused PyTorch kernel"
+    assert ops.attention is attention.attention and ops.choices["attention"] == "cpu: fused PyTorch kernel"

@@ -31,7 +31,7 @@ from ascendit.mx.encoded import Encoded
 from ascendit.pipeline import calibrate
 from ascendit.pipeline.calibrate import Calibrator, Input
 from ascendit.quant.fusion import leader_of
-from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
 SMALL: dict[str, Any] = {
     "height": 32,
@@ -266,7 +266,7 @@ def test_tokens_are_quantized_as_at_run_time() -> None:
     for name, scheme in LINEAR_SCHEMES.items():
         if name == scheme.weight:
             assert scheme.activation == name
-            assert SCHEMES[name] is scheme
+            assert LINEAR_SCHEMES[name] is scheme
 
 
 # ---- the folder ---------------------------------------------------------------------------------

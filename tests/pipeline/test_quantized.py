@@ -14,8 +14,8 @@ import torch
 
 import ascendit
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.kernels.cpu import attention
 from ascendit.model.linear import QuantLinear, Tokens
-from ascendit.ops import cpu_native
 from ascendit.ops.runtime import activate
 from ascendit.pipeline.calibrate import experts_of
 from ascendit.pipeline.generate import Pipeline
@@ -96,7 +96,7 @@ def test_a_chip_without_the_matmul_says_so_or_emulates(scheme: str) -> None:
 SAME = [*((s, "a5") for s in ("bf16", *SCHEMES)), ("bf16", "a2")]
 """(scheme, chip) of the same bytes as on the CPU. On a2 and a3 the quantizer of int8 divides otherwise."""
 compiled = pytest.mark.skipif(
-    "attention" not in cpu_native.forms(), reason="without the C++ attention a CPU rounds its weights to BF16"
+    not attention.kernels()[0].needs, reason="without the C++ attention a CPU rounds its weights to BF16"
 )
 
 

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from ascendit import mx
-from ascendit.ops import cpu_native, npu, npu_attention, reference
-from ascendit.ops.bind import Ops, bind, in_dtype
+from ascendit.kernels import reference
+from ascendit.kernels.cpu import attention, elementwise
+from ascendit.kernels.kernel import in_dtype
+from ascendit.ops.bind import Ops, bind
+from ascendit.ops.npu import dense as npu
+from ascendit.ops.npu.kernels import KERNELS
 from ascendit.quant.schemes import LINEAR_SCHEMES
 from ascendit.twin import arithmetic
 
-compiled = pytest.mark.skipif(
-    "attention" not in cpu_native.forms(), reason="the C++ attention is not built here"
-)
+compiled = pytest.mark.skipif(not attention.kernels()[0].needs, reason="the C++ attention is not built here")
 EPS = 1e-6
 
 
@@ -75,7 +77,7 @@ def test_every_dtype_that_a_chip_takes(dtype: torch.dtype) -> None:
 
 
 @compiled
-@pytest.mark.parametrize("kernel", [k.function for k in npu_attention.KERNELS])
+@pytest.mark.parametrize("kernel", [k.call for k in KERNELS if k.operator == "attention"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_attention(kernel: Any, batch: int) -> None:
     whole = bf16(batch, 90, 3, 4, 64)
@@ -114,7 +116,5 @@ def test_a_weight_in_fractal_nz_gives_the_same() -> None:
 
 
 def test_an_npu_takes_no_other_rows_than_a_cpu() -> None:
-    from ascendit.ops import cpu
-
-    rounded = {f.name for f in npu.FORMS if f.prepare is in_dtype}
-    assert rounded == set(cpu.ROUNDED_ROWS)
+    rounded = {k.operator for k in KERNELS if k.prepare is in_dtype}
+    assert rounded == {k.operator for k in elementwise.kernels() if k.prepare is in_dtype}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ascendit.ops import reference
+from ascendit.kernels import reference
 
 npu, mindie = torch.ops.npu, torch.ops.mindiesd
 STEP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 1e-5}

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ascendit.kernels import reference
 from ascendit.mx import elements
 from ascendit.mx.formats import E2M1 as FP4
-from ascendit.ops import reference
 
 npu, mindie = torch.ops.npu, torch.ops.mindiesd
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -16,7 +16,7 @@ from ascendit.device.backends import Device
 from ascendit.model.linear import QuantLinear
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import Schemes
+from ascendit.ops.quant_linear import Schemes
 from ascendit.pipeline import generate
 from ascendit.pipeline.generate import Pipeline
 from ascendit.spec import WanConfig

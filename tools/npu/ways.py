@@ -16,7 +16,7 @@ from ascendit.model.load import load_expert
 from ascendit.model.online import Online, read_experts
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import native_schemes
+from ascendit.ops.quant_linear import native_schemes
 from ascendit.pipeline.generate import Pipeline
 
 MIXED = """

@@ -16,9 +16,10 @@ from ascendit.device.backends import Device
 from ascendit.device.check_card import Card
 from ascendit.device.check_result import ATTENTION_DECIBELS, Result, compare, described
 from ascendit.device.npu import CAPABILITIES
-from ascendit.ops import npu, reference
+from ascendit.kernels import reference
 from ascendit.ops.bind import NAMES, bind
-from ascendit.ops.quantized import REFERENCE, native_schemes
+from ascendit.ops.npu.kernels import missing
+from ascendit.ops.quant_linear import native_schemes
 from ascendit.ops.runtime import internal_format
 from ascendit.quant.schemes import LINEAR_SCHEMES
 from ascendit.twin import samples
@@ -67,7 +68,7 @@ def operator_cases(device: Device) -> Iterator[Case]:
 
 
 def _operator(card: Card, base: Result, sample: Any) -> Result:
-    if npu.missing(sample.operator, str(card.device.chip)):
+    if missing(sample.operator, str(card.device.chip)):
         return replace(base, verdict="not installed")
     last: list[Any] = []
 
@@ -158,22 +159,23 @@ def _linear(card: Card, base: Result, schemes: Any, scheme: str, variant: str) -
     given = (stored.codes, stored.scale, stored.dual_scale, bias, LINEAR_SCHEMES[scheme].weight)
     weight = schemes.prepare_weight(*given, nz=variant == NZ)
     tokens = schemes.quantize_activation(card.put(x), scheme, card.put(mul_scale))
-    form = schemes.form(scheme)
-    how = schemes.forms[scheme].reason if scheme in schemes.forms else "emulated: decoded and multiplied"
+    kernel = schemes.kernel(scheme)
     base = replace(
-        base, how=how, arguments=(described(x), f"weight {LINEAR_SCHEMES[scheme].weight} {[OUT, k]}")
+        base,
+        how=kernel.reason,
+        arguments=(described(x), f"weight {LINEAR_SCHEMES[scheme].weight} {[OUT, k]}"),
     )
     again = schemes.stored(weight)
     for part in ("codes", "scale", "dual_scale"):
         here, there = getattr(stored, part), card.back(getattr(again, part))
         if here is not None and not torch.equal(here.view(torch.uint8), there.view(torch.uint8)):
             return replace(base, verdict="wrong", error=f"{part} of the weight do not come back as stored")
-    host = Device("cpu")
-    plain = REFERENCE.quantized_linear(
-        REFERENCE.quantize_activation(x, scheme, mul_scale), REFERENCE.prepare_weight(stored, bias, host)
+    host = torch.device("cpu")
+    plain = reference.quantized_linear(
+        reference.quantize_activation(x, scheme, mul_scale), reference.prepare_weight(stored, bias, host)
     )
-    found = compare(base, card.back(form.quantized_linear(tokens, weight)), plain)
-    return replace(found, microseconds=card.seconds(lambda: form.quantized_linear(tokens, weight)) * 1e6)
+    found = compare(base, card.back(kernel.call(tokens, weight)), plain)
+    return replace(found, microseconds=card.seconds(lambda: kernel.call(tokens, weight)) * 1e6)
 
 
 def shorter(text: str, size: int = 300) -> str:

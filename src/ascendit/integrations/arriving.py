@@ -16,7 +16,7 @@ from ascendit.model.linear import SmoothLinear
 from ascendit.model.module_plan import ModulePlan
 from ascendit.model.quantize_module import PlacedLinear, check_weight, encode_weight, rounded
 from ascendit.mx.encoded import Encoded
-from ascendit.ops.quantized import Schemes
+from ascendit.ops.quant_linear import Schemes
 
 
 class Awaited(nn.Module):

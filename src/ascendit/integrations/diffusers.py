@@ -34,11 +34,12 @@ from ascendit.convert.recipe import Recipe
 from ascendit.errors import CheckpointError, EnvironmentProblem, UsageError
 from ascendit.integrations.arriving import Awaited, FromCodes, FromFloats
 from ascendit.integrations.stored_layers import left_out, stored_layers
+from ascendit.kernels.kernel import Emulate
 from ascendit.model.module_plan import as_recipe, linears_of, marker_of, plan_module, wan_config_of
 from ascendit.model.quantize_module import bind_ as bind_
 from ascendit.model.quantize_module import rounded, say_attention_kept
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import Emulate, Schemes
+from ascendit.ops.quant_linear import Schemes
 
 log = logging.getLogger("ascendit")
 
@@ -163,7 +164,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         else:
             self._plan_floats(model, linears)
         for scheme in set(self._layers.values()) - {"bf16"}:
-            self._on(self._config.device or "cpu").form(scheme)
+            self._on(self._config.device or "cpu").kernel(scheme)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """CheckpointError E-CKP-04 where a quantized layer lacks a tensor."""

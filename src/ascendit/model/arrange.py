@@ -18,7 +18,7 @@ from ascendit.checkpoint.write import TensorSpec
 from ascendit.convert.feed import torch_dtype
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.model.linear import Joint, QuantLinear, SmoothLinear
-from ascendit.ops.quantized import Schemes
+from ascendit.ops.quant_linear import Schemes
 from ascendit.quant.fusion import leader_of
 
 

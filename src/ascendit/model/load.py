@@ -89,7 +89,7 @@ def load_expert(
     specs = list(source.specs)
     coded = planned_layers(plan) if plan else stored_layers(expert)
     for scheme in {layer.scheme for layer in coded.values()} - {"bf16"}:
-        ops.quantized.form(scheme)
+        ops.quantized.kernel(scheme)
     dtype = dtype or default_dtype((s for s in specs if s.name.rpartition(".")[0] not in coded), device)
     put = Arrangement(model, specs, coded, ops.quantized, device=device, dtype=dtype, wide=model.KEEP_FP32)
     feed(source, TensorSink(specs, put.room, put.arrived))

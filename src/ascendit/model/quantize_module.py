@@ -22,6 +22,7 @@ from ascendit.convert.expert_plan import check_kind
 from ascendit.convert.recipe import Recipe
 from ascendit.convert.report import ExpertReport
 from ascendit.errors import UsageError
+from ascendit.kernels.kernel import Emulate
 from ascendit.model.arrange import nbytes
 from ascendit.model.linear import QuantLinear
 from ascendit.model.module_plan import ModulePlan, as_recipe, linears_of, marker_of, plan_module
@@ -29,7 +30,7 @@ from ascendit.mx.codec import INPUT_DTYPES, check_dtype, encode
 from ascendit.mx.encoded import Encoded
 from ascendit.mx.formats import Format, lookup, resolve_rule
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import Emulate, Schemes
+from ascendit.ops.quant_linear import Schemes
 from ascendit.quant.schemes import SCHEMES
 
 log = logging.getLogger("ascendit")

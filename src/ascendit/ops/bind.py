@@ -1,4 +1,4 @@
-"""Choose one implementation of each operator, once, for one device.
+"""The operators of the denoiser, bound once for one device.
 
 `bind("twin:a5")` gives an `Ops`: a frozen set of functions that is handed to the model. There is no global
 choice and no look at `tensor.device`. Each choice is logged with its reason; `force="reference"` takes
@@ -8,60 +8,29 @@ the plain PyTorch ones everywhere.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ascendit.device.backends import Device, parse_device
 from ascendit.errors import UsageError
-from ascendit.ops import reference
-from ascendit.ops.quantized import Emulate, LinearChoice, Schemes, parse_rules, to_emulate
+from ascendit.kernels.kernel import Emulate, Function, Prepare, Wish
+from ascendit.ops.quant_linear import Schemes, parse_rules, to_emulate
 from ascendit.ops.runtime import open_device
+from ascendit.ops.select import kernels_of, select
 
 log = logging.getLogger("ascendit")
 
-Function = Callable[..., Tensor]
-Prepare = Callable[..., tuple[Tensor, ...]]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One operator as it was chosen. `reason` begins with the backend. `prepare`: see `Ops.prepare`."""
-
-    function: Function
-    reason: str
-    prepare: Prepare | None = None
-
-
-@dataclass(frozen=True)
-class Form:
-    """One way to compute the operator `name` on an NPU. `calls`: operators of torch.ops that it needs."""
-
-    name: str
-    calls: str
-    function: Function
-    why: str
-    prepare: Prepare | None = None
-    asked: bool = False
-    """Taken only when it is asked for."""
-    word: str = ""
-    """What it is asked for by."""
-
-
-def in_dtype(*rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Prepares rows of a modulation: in the dtype of the tokens."""
-    return tuple(t.to(dtype) for t in rows)
+FAST_LAYERNORM = "fast_layernorm"
+"""The kernel of MindIE-SD by its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """The operators of the denoiser, by name. Contracts: `ascendit.ops.reference`."""
+    """The operators of the denoiser, by name. Contracts: `ascendit.kernels.reference`."""
 
     linear: Function
     rms_norm: Function
@@ -73,7 +42,7 @@ class Ops:
     gelu: Function
     attention: Function
     quantized: Schemes
-    """Linear layers on codes: prepare_weight, quantize_activation, quantized_linear."""
+    """Quantized linear layers: prepare_weight, quantize_activation, quantized_linear."""
     prepared: Mapping[str, Prepare] = dataclasses.field(default_factory=dict)
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Operator -> `backend: reason`."""
@@ -84,7 +53,10 @@ class Ops:
         For what is made once and used many times: cos and sin of `rope`, the rows of `adaln` and
         `gated_residual`. The operators take these as they are too, and then do it on every call.
         """
-        return self.prepared[operator](*given, dtype=dtype) if operator in self.prepared else given
+        if operator not in self.prepared:
+            return given
+        ready: tuple[Tensor, ...] = self.prepared[operator](*given, dtype=dtype)
+        return ready
 
 
 NAMES = tuple(f.name for f in dataclasses.fields(Ops) if f.type == "Function")
@@ -105,7 +77,7 @@ def bind(
     `fast_layernorm`: layer norms by MindIE-SD where the device has it. `emulate`: schemes that the device has
     no matmul for are decoded on each use, or once; a chip refuses them without it. `activation_rule`: scale
     rules of the tokens, as `mxfp8=floor,mxfp4=max:7`, for schemes where it is not the default one.
-    `attention`: the kernel of an NPU by its word in `ops/npu_attention.py`; None: the best. `nz`: weights in
+    `attention`: a kernel of an NPU by its name in `ops/npu/kernels.py`; None: the best. `nz`: weights in
     FRACTAL_NZ where an NPU takes both layouts. UsageError for an `attention` that the device does not have.
     """
     if force not in (None, "reference"):
@@ -116,81 +88,49 @@ def bind(
             code="E-USE-01",
         )
     found = _device(device)
-    if attention is not None and (force or found.operators != "npu"):
+    if attention is not None and (force or not found.has_attention_kernels):
         raise UsageError(
             f"attention={attention} with {'ops=reference' if force else f'device {found}'}",
             needs="an NPU or a twin: it names one of their kernels",
             fix="leave attention out",
             code="E-USE-01",
         )
-    chosen = {} if force else _fast_forms(found, fast_layernorm, attention)
-    plain = "asked for" if force else f"{found.operators} has no faster form"
-    chosen = {n: chosen.get(n) or Choice(getattr(reference, n), f"reference: {plain}") for n in NAMES}
-    for reason in dict.fromkeys(c.reason for c in chosen.values()):
-        names = ", ".join(n for n, c in chosen.items() if c.reason == reason)
+    wish = _wish(found, force, to_emulate(emulate), fast_layernorm, attention)
+    chosen = {name: select(name, found, wish) for name in NAMES}
+    for reason in dict.fromkeys(k.reason for k in chosen.values()):
+        names = ", ".join(n for n, k in chosen.items() if k.reason == reason)
         log.info("operators on %s: %s -> %s (--set ops=reference for the plain ones)", found, names, reason)
-    wish = to_emulate(emulate)
-    if force and wish is None:
-        wish = "decode-on-use"
     return Ops(
-        **{n: c.function for n, c in chosen.items()},
-        quantized=Schemes(
-            found, {} if force else _linear_forms(found, wish), wish, parse_rules(activation_rule), nz
-        ),
-        prepared={n: c.prepare for n, c in chosen.items() if c.prepare},
-        choices={n: c.reason for n, c in chosen.items()},
+        **{n: k.call for n, k in chosen.items()},
+        quantized=Schemes(found, wish, parse_rules(activation_rule), nz),
+        prepared={n: k.prepare for n, k in chosen.items() if k.prepare},
+        choices={n: k.reason for n, k in chosen.items()},
     )
+
+
+def _wish(
+    device: Device, force: str | None, emulate: Emulate | None, fast_layernorm: bool, attention: str | None
+) -> Wish:
+    if force:
+        return Wish(reference=True, emulate=emulate or "decode-on-use")
+    wish, names = Wish(emulate=emulate), {}
+    if attention is not None:
+        names["attention"] = attention
+    if fast_layernorm and FAST_LAYERNORM in [k.name for k in kernels_of(device, wish)]:
+        names["layer_norm"] = FAST_LAYERNORM
+    elif fast_layernorm:
+        log.warning(
+            "%s: MindIE-SD has no operators on %s, layer norms stay as they are", FAST_LAYERNORM, device
+        )
+    return replace(wish, names=names)
 
 
 def schemes_on(device: str, like: Schemes) -> Schemes:
     """The quantized linear layers of another device, chosen as those of `like` were."""
-    found, plain = _device(device), not like.forms and bool(_linear_forms(like.device, like.emulate))
-    return replace(like, device=found, forms={} if plain else _linear_forms(found, like.emulate), _told=set())
+    return replace(like, device=_device(device))
 
 
 def _device(device: Device | str) -> Device:
     """Open, if its operators depend on the chip: an NPU tells its own only then."""
     found = parse_device(device) if isinstance(device, str) else device
     return open_device(found) if found.operators == "npu" else found
-
-
-def _linear_forms(device: Device, emulate: Emulate | None) -> Mapping[str, LinearChoice]:
-    """Scheme -> how this kind of device computes a linear layer on codes."""
-    if importlib.util.find_spec(f"ascendit.ops.{device.operators}_linear") is None:
-        return {}
-    family: Any = importlib.import_module(f"ascendit.ops.{device.operators}_linear")
-    found: Mapping[str, LinearChoice] = family.forms(device, emulate)
-    return found
-
-
-def _fast_forms(device: Device, fast_layernorm: bool, attention: str | None) -> dict[str, Choice]:
-    """Operator -> what this device has for it; the native ones before the fused ones."""
-    if device.operators == "npu":
-        from ascendit.ops import npu
-
-        return npu.choose(str(device.chip), fast_layernorm=fast_layernorm, attention=attention)
-    if fast_layernorm:
-        log.warning("fast_layernorm: MindIE-SD has no operators on %s, layer norms stay as they are", device)
-    kind = device.operators
-    module: Any = importlib.import_module(f"ascendit.ops.{kind}")
-    forms = {
-        name: Choice(getattr(module, name), f"{kind}: fused PyTorch kernel")
-        for name in NAMES
-        if hasattr(module, name)
-    }
-    if kind == "cuda":
-        from ascendit.ops import cuda_dense
-
-        forms |= {
-            name: Choice(function, f"cuda: {reason}")
-            for name, (function, reason) in cuda_dense.forms(device).items()
-        }
-    if kind == "cpu":
-        from ascendit.ops import cpu_native
-
-        forms |= {
-            name: Choice(function, f"native: {reason}, for BF16 tokens")
-            for name, (function, reason) in cpu_native.forms().items()
-        }
-        forms |= {name: replace(forms[name], prepare=in_dtype) for name in module.ROUNDED_ROWS}
-    return forms

@@ -12,10 +12,10 @@ from ascendit.checkpoint.folder import model_folder
 from ascendit.checkpoint.layout import recognise
 from ascendit.convert.step_policy import StepPolicy
 from ascendit.device.backends import parse_device
+from ascendit.kernels.kernel import Emulate
 from ascendit.model.load import load_expert
 from ascendit.model.online import Online, policy_for, read_experts, schemes_in
 from ascendit.ops.bind import bind
-from ascendit.ops.quantized import Emulate
 from ascendit.ops.runtime import memory_bytes, open_device, to_dtype
 from ascendit.pipeline.defaults import defaults_for
 from ascendit.pipeline.encoders import ImageEncoder, TextEncoder, TextOn, VideoCoder

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ascendit.errors import UsageError
 from ascendit.mx.formats import FORMATS
 
 FP8_TILES = "fp8_128x128"
@@ -175,3 +176,15 @@ MANIFEST_SCHEMES = {
 def scheme_after_reading(stored: str) -> str:
     """The scheme of a stored layer once it is loaded or repacked: FP8 in tiles becomes `bf16`."""
     return "bf16" if stored == FP8_TILES else stored
+
+
+def scheme_of(name: str) -> Scheme:
+    """How a quantized layer computes in this scheme. UsageError E-USE-01 lists the names if there is none."""
+    if name not in LINEAR_SCHEMES:
+        raise UsageError(
+            f"scheme {name!r} for a linear layer on codes",
+            needs=", ".join(LINEAR_SCHEMES),
+            fix="check the spelling; bf16 layers are no codes",
+            code="E-USE-01",
+        )
+    return LINEAR_SCHEMES[name]

@@ -1,4 +1,4 @@
-"""The arithmetic of the twin's dense operators: that of the CPU's own, `ops/cpu.py` and `ops/cpu_native.py`.
+"""The arithmetic of the twin's dense operators: that of a CPU, `kernels/cpu`.
 
 Both round where the chips do, so a model makes the same frames on a CPU and on a twin, and a difference
 between the two is a fault of the Ascend path. Each is tested against plain PyTorch under its own name.
@@ -8,27 +8,30 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from ascendit.kernels.cpu import attention, elementwise
+from ascendit.kernels.cpu import linear as cpu_linear
+from ascendit.kernels.kernel import Activation, Function, QuantLinearKernel
 from ascendit.mx.encoded import Encoded
-
-if TYPE_CHECKING:
-    from ascendit.ops.quantized import LinearChoice
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
 _QUERIES = 256
+_CPU = torch.device("cpu")
 
 
 @functools.cache
-def _on_a_cpu(name: str) -> Callable[..., Any]:
-    from ascendit.ops import cpu, cpu_native
+def _on_a_cpu(operator: str) -> Function:
+    listed = (*elementwise.kernels(), *attention.kernels())
+    return next(k.call for k in listed if k.operator == operator)
 
-    found = cpu_native.forms().get(name)
-    plain: Callable[..., Any] = getattr(cpu, name)
-    return found[0] if found else plain
+
+@functools.cache
+def _linears_on_a_cpu() -> Mapping[str, QuantLinearKernel]:
+    return {k.operator: k for k in cpu_linear.kernels(None)}
 
 
 def rms_norm(x: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
@@ -58,13 +61,11 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
 
 def can_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     """Whether `attend` takes these: plain softmax attention, which a CPU computes as exactly as it rounds."""
-    from ascendit.ops import cpu, cpu_native
-
     same_heads = q.shape[1] == k.shape[1] and q.shape[3] == v.shape[3]
     if not same_heads or not math.isclose(scale, q.shape[3] ** -0.5, rel_tol=1e-6):
         return False
-    compiled = _on_a_cpu("attention") is not cpu.attention
-    return q.dtype == torch.float32 or (compiled and cpu_native.fits_attention(*_heads_last(q, k, v)))
+    compiled = _on_a_cpu("attention") is not attention.attention
+    return q.dtype == torch.float32 or (compiled and attention.fits_attention(*_heads_last(q, k, v)))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,22 +92,9 @@ def _sums(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 def linear(tokens: Encoded, weight: Encoded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """tokens [M, K] times weight [N, K] plus bias [N], with sums in float32, rounded once -> [M, N]."""
-    from ascendit.ops.quantized import Activation
-    from ascendit.quant.schemes import LINEAR_SCHEMES
-
     mixed = (tokens.format, weight.format) == ("mxfp8", "mxfp4")
     scheme = LINEAR_SCHEMES["w4a8" if mixed else weight.format]
-    device, forms = _linear_on_a_cpu()
-    form = forms[scheme.name].form
+    kernel = _linears_on_a_cpu()[scheme.name]
     m, k = tokens.shape
     a = Activation(scheme, (m,), k, dtype, tokens.codes, tokens.scale, tokens.dual_scale)
-    return form.quantized_linear(a, form.prepare_weight(weight, bias, device))
-
-
-@functools.cache
-def _linear_on_a_cpu() -> tuple[Any, Mapping[str, LinearChoice]]:
-    from ascendit.device.backends import parse_device
-    from ascendit.ops import cpu_linear
-
-    device = parse_device("cpu")
-    return device, cpu_linear.forms(device, None)
+    return kernel.call(a, kernel.prepare(weight, bias, _CPU))

@@ -1,0 +1,182 @@
+"""Norms, modulation, RoPE and GELU on a CPU: the numbers of `reference`, in fewer passes over memory.
+
+In PyTorch: its CPU layer norm takes BF16 tokens with float32 weights in one kernel, and AdaLN is a layer norm
+whose weight is `1 + scale`; a rotation is one complex product. In C++ (`native/elementwise.cpp`), for BF16
+tokens: one pass over memory, float32 inside, rounded once; other dtypes go to the PyTorch form.
+
+The twin computes with these too (`twin/arithmetic.py`), so what differs between a video made on a CPU and
+one made by the Ascend path is the path, never the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ascendit.kernels.kernel import Function, Kernel, in_dtype
+from ascendit.kernels.reference import Spans
+from ascendit.native.build import declared, native
+
+SOURCE = "elementwise"
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """The best of each operator first. Rows of a modulation are rounded, because an NPU takes no others."""
+    reason = "cpu: fused PyTorch kernel"
+    fused = (Kernel(f.__name__, "cpu", f, reason, prepare=ROWS.get(f.__name__)) for f in FUSED)
+    return (*_compiled_kernels(), *fused)
+
+
+def _compiled_kernels() -> Iterator[Kernel]:
+    """None without a compiler."""
+    signatures = {f"{operator}_bf16": types for operator, (_, types) in COMPILED.items()}
+    built = declared(native(SOURCE), signatures, None)
+    if built.library is None:
+        return
+    reason = f"native: {built.reason}, for BF16 tokens"
+    for operator, (make, _) in COMPILED.items():
+        call = make(getattr(built.library, f"{operator}_bf16"))
+        yield Kernel(operator, "cpu", call, reason, f"native/{SOURCE}.cpp", ROWS.get(operator))
+
+
+# ---- in PyTorch ---------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `reference.rms_norm`. Two passes over x; the rest is one number a token."""
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+    inverse = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+    out: Tensor = (x * inverse).mul_(weight)
+    return out.to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """As `reference.layer_norm`. One kernel."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def adaln(x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, eps: float) -> Tensor:
+    """As `reference.adaln`. One kernel for each span, and one row of D for `1 + scale`."""
+    weight, shift, shape = scale.float() + 1, shift.float(), x.shape[-1:]
+    if len(spans) == 1:
+        return F.layer_norm(x, shape, weight[0], shift[0], eps)
+    return torch.cat(
+        [F.layer_norm(p, shape, weight[r], shift[r], eps) for r, p in enumerate(x.split(spans, dim=1))], 1
+    )
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
+    """As `reference.gated_residual`. The sum is float32 and is rounded once."""
+    if len(spans) == 1:
+        return torch.addcmul(x, y, gate[0]).to(x.dtype)
+    out = torch.empty_like(x)
+    for r, (o, a, b) in enumerate(
+        zip(out.split(spans, dim=1), x.split(spans, dim=1), y.split(spans, dim=1), strict=True)
+    ):
+        o.copy_(torch.addcmul(a, b, gate[r]))
+    return out
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `reference.rope`."""
+    turn = torch.complex(cos, sin)[:, None, :]  # [S, 1, d/2]
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """As `reference.gelu_tanh`. One kernel."""
+    return F.gelu(x, approximate="tanh")
+
+
+def gelu(x: Tensor) -> Tensor:
+    """As `reference.gelu`. One kernel."""
+    return F.gelu(x)
+
+
+FUSED: tuple[Function, ...] = (rms_norm, layer_norm, adaln, gated_residual, rope, gelu_tanh, gelu)
+ROWS = {"adaln": in_dtype, "gated_residual": in_dtype}
+"""Operator -> how its rows are prepared."""
+
+
+# ---- in C++ -------------------------------------------------------------------------------------
+
+
+def all_bf16(*tensors: Tensor) -> bool:
+    """Whether a compiled kernel for BF16 takes these."""
+    return all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)
+
+
+def pointers(*tensors: Tensor) -> tuple[int, ...]:
+    """Addresses of the first elements."""
+    return tuple(t.data_ptr() for t in tensors)
+
+
+def _compiled_gelu_tanh(call: Any) -> Function:
+    def compiled(x: Tensor) -> Tensor:
+        """As `reference.gelu_tanh`."""
+        if not all_bf16(x):
+            return gelu_tanh(x)
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        call(*pointers(x, out), x.numel())
+        return out
+
+    return compiled
+
+
+def _compiled_rms_norm(call: Any) -> Function:
+    def compiled(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """As `reference.rms_norm`."""
+        if not all_bf16(x):
+            return rms_norm(x, weight, eps)
+        x, weight = x.contiguous(), weight.float().contiguous()
+        out, d = torch.empty_like(x), x.shape[-1]
+        call(*pointers(x, weight, out), x.numel() // d, d, eps)
+        return out
+
+    return compiled
+
+
+def _compiled_rope(call: Any) -> Function:
+    def compiled(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """As `reference.rope`."""
+        if not all_bf16(x):
+            return rope(x, cos, sin)
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        out = torch.empty_like(x)
+        for sample, to in zip(x, out, strict=True):
+            call(*pointers(sample, cos, sin, to), *x.shape[1:])
+        return out
+
+    return compiled
+
+
+def _compiled_gated_residual(call: Any) -> Function:
+    def compiled(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
+        """As `reference.gated_residual`."""
+        if not all_bf16(x, y):
+            return gated_residual(x, y, gate, spans)
+        x, y, gate = x.contiguous(), y.contiguous(), gate.float().contiguous()
+        out, d = torch.empty_like(x), x.shape[-1]
+        for a, b, to in zip(x, y, out, strict=True):
+            start = 0
+            for row, length in zip(gate, spans, strict=True):
+                call(*pointers(a[start:], b[start:], row, to[start:]), length, d)
+                start += length
+        return out
+
+    return compiled
+
+
+COMPILED: dict[str, tuple[Callable[[Any], Function], str]] = {
+    "rms_norm": (_compiled_rms_norm, "pppiif"),
+    "gated_residual": (_compiled_gated_residual, "ppppii"),
+    "rope": (_compiled_rope, "ppppiii"),
+    "gelu_tanh": (_compiled_gelu_tanh, "ppi"),
+}
+"""Operator -> its function, and the arguments of `<operator>_bf16` as `declared` takes them."""

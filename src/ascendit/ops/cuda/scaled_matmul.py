@@ -1,0 +1,174 @@
+"""Quantized linear layers by the matmuls of a CUDA card: int8, fp8 and, on sm100, the MX formats.
+
+Each matmul gives its sums, int32 or float32, and one more step multiplies them with the scales, adds the
+float32 bias and rounds once. (The matmuls could add a bias themselves, but only one in bfloat16, and only to
+what they have rounded.) The sums go through memory in pieces of `dequantized_matmul.PIECE_BYTES`.
+
+FP4 has no matmul in PyTorch that gives float32 sums. Its numbers are e4m3 numbers too, so its codes are put
+into e4m3 for each product (a byte for each number of this one layer) and run at the speed of mxfp8.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ascendit.kernels.kernel import Activation, PreparedWeight, QuantLinearKernel
+from ascendit.mx import layouts
+from ascendit.mx.encoded import Encoded
+from ascendit.mx.formats import lookup
+from ascendit.ops.cuda.dequantized_matmul import pieces
+from ascendit.ops.cuda.steps import Steps, has_outer_scales, padded
+from ascendit.quant.schemes import scheme_of
+
+LEAST_ROWS = 32
+"""torch._int_mm refuses 16 rows and fewer."""
+TILE_ROWS, TILE_BYTES = 128, 512
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """int32, exact."""
+    return torch._int_mm(a, b.t())
+
+
+def fp8_product(a: Tensor, b: Tensor) -> Tensor:
+    """float32. Scales of rows come later: PyTorch's row-wise matmul would round before the bias."""
+    one = _one(a.device)
+    return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=False)
+
+
+@functools.cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
+
+
+def mxfp8_product(a: Tensor, b: Tensor, a_tiles: Tensor, b_tiles: Tensor) -> Tensor:
+    """float32. Scales as `mx.layouts.to_cuda_tiles`."""
+    functional: Any = F
+    blocks = functional.ScalingType.BlockWise1x32
+    swizzle = functional.SwizzleType.SWIZZLE_32_4_4
+    out: Tensor = functional.scaled_mm(
+        a,
+        b.t(),
+        a_tiles.view(torch.float8_e8m0fnu),
+        blocks,
+        b_tiles.view(torch.float8_e8m0fnu),
+        blocks,
+        swizzle_a=swizzle,
+        swizzle_b=swizzle,
+        output_dtype=torch.float32,
+    )
+    return out
+
+
+@dataclass(frozen=True)
+class ScaledMatmul:
+    """The kernel of a scheme that the card has a matmul for.
+
+    `once`: FP4 codes are put into e4m3 when they are prepared. `int8`, `fp8` and `mxfp8`: the matmuls, codes
+    [M, K] times a weight [N, K], both K-major -> sums [M, N].
+    """
+
+    steps: Steps
+    once: bool = False
+    int8: Callable[[Tensor, Tensor], Tensor] = int8_product
+    fp8: Callable[[Tensor, Tensor], Tensor] = fp8_product
+    mxfp8: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = mxfp8_product
+
+    def kernel(self, scheme: str, reason: str) -> QuantLinearKernel:
+        return QuantLinearKernel(
+            scheme,
+            "cuda",
+            self.quantized_linear,
+            reason,
+            prepare=self.prepare_weight,
+            quantize_activation=self.quantize_activation,
+            stored=self.stored,
+        )
+
+    def prepare_weight(
+        self, encoded: Encoded, bias: Tensor | None, device: torch.device, *, nz: bool = False
+    ) -> PreparedWeight:
+        """Codes [padded(N), padded(K)], FP4 two to a byte; scales float32 [N], or E8M0 in CUDA's tiles."""
+        n, k = encoded.shape
+        form, scale = lookup(encoded.format), encoded.scale.to(device)
+        filling = padded(k) // (2 if form.packed else 1) - encoded.codes.shape[1]
+        raw = F.pad(encoded.codes.to(device).view(torch.uint8), (0, filling, 0, padded(n) - n))
+        codes = raw.view(getattr(torch, form.codes_dtype))
+        if has_outer_scales(encoded.format):
+            scale = scale.flatten()
+        else:
+            scale = layouts.to_cuda_tiles(F.pad(scale, (0, 0, 0, padded(n) - n)))
+        wide = None if bias is None else bias.to(device, torch.float32)
+        weight = PreparedWeight(encoded.format, (n, k), codes, scale, bias=wide)
+        return replace(weight, decoded=_e4m3(weight)) if self.once and form.packed else weight
+
+    def stored(self, weight: PreparedWeight) -> Encoded:
+        """The inverse of `prepare_weight`."""
+        n, k = weight.shape
+        form, scale = lookup(weight.scheme), weight.scale
+        width = -(-k // 2) if form.packed else k
+        codes = weight.codes.view(torch.uint8)[:n, :width].contiguous().view(weight.codes.dtype)
+        if has_outer_scales(weight.scheme):
+            scale = scale.view(-1, 1)
+        else:
+            scale = layouts.from_cuda_tiles(scale, padded(n), -(-k // 32))[:n].contiguous()
+        return Encoded(codes, scale, None, weight.scheme, -1, weight.shape)
+
+    def quantize_activation(
+        self, x: Tensor, scheme: str, mul_scale: Tensor | None = None, rule: str | None = None
+    ) -> Activation:
+        """Codes [M, padded(K)]; scales float32 [M], or E8M0 in CUDA's tiles."""
+        row = scheme_of(scheme)
+        codes, scale = self.steps.to_codes(x.flatten(0, -2), row.activation, rule or row.rule, mul_scale)
+        if scale.dtype == torch.uint8:
+            scale = layouts.to_cuda_tiles(scale)
+        return Activation(row, tuple(x.shape[:-1]), x.shape[-1], x.dtype, codes, scale)
+
+    def quantized_linear(self, a: Activation, weight: PreparedWeight) -> Tensor:
+        """See `Schemes.quantized_linear`."""
+        outer = has_outer_scales(weight.scheme)
+        out = a.codes.new_empty(a.codes.shape[0], weight.shape[0], dtype=a.dtype)
+        codes = _e4m3(weight) if lookup(weight.scheme).packed else weight.codes
+        for rows in pieces(*out.shape):
+            scale = a.scale[rows] if outer else _tiles(a.scale, rows, codes.shape[1])
+            sums = self._sums(a.codes[rows], codes, scale, weight)
+            row, column = (scale, weight.scale) if outer else (None, None)
+            self.steps.finish(sums, row, column, weight.bias, out[rows])
+        return out.view(*a.lead, -1)
+
+    def _sums(self, a: Tensor, codes: Tensor, scale: Tensor, weight: PreparedWeight) -> Tensor:
+        if weight.scheme == "fp8":
+            return self.fp8(a, codes)
+        if weight.scheme != "int8":
+            return self.mxfp8(a, codes, scale, weight.scale)
+        rows = a.shape[0]
+        a = F.pad(a, (0, 0, 0, LEAST_ROWS - rows)) if rows < LEAST_ROWS else a
+        return self.int8(a, codes)[:rows]
+
+
+def _e4m3(weight: PreparedWeight) -> Tensor:
+    """The codes of FP4 as those of e4m3, [padded(N), padded(K)]."""
+    if weight.decoded is not None:
+        return weight.decoded
+    pairs = _pairs(weight.codes.device)[weight.codes.to(torch.int32)]
+    return pairs.view(torch.float8_e4m3fn)
+
+
+@functools.cache
+def _pairs(device: torch.device) -> Tensor:
+    """int16 [256]: what two codes of FP4 in a byte are in e4m3, the even one in the low byte."""
+    every = torch.arange(256, dtype=torch.uint8)[:, None]
+    return layouts.to_e4m3_container(every, 2).view(torch.int16).flatten().to(device)
+
+
+def _tiles(tiles: Tensor, rows: slice, k: int) -> Tensor:
+    """Those of some rows, which begin at a whole tile."""
+    across = -(-k // 32 // 4) * TILE_BYTES
+    return tiles[rows.start // TILE_ROWS * across : -(-rows.stop // TILE_ROWS) * across]

@@ -1,0 +1,101 @@
+"""Compile the Triton kernels for a card that need not be here: `python compiled.py 90` for sm90.
+
+Prints, for each of them, which instructions for tensor cores it came to. Triton brings NVIDIA's assembler."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from typing import Any
+
+from ascendit.mx import scales
+from ascendit.mx.formats import E2M1, E4M3
+from ascendit.ops.cuda import triton_kernels as kernels
+from ascendit.ops.cuda import triton_linear as cuda_launch
+
+compiler: Any = importlib.import_module("triton.compiler")
+target: Any = importlib.import_module("triton.backends.compiler")
+tl: Any = importlib.import_module("triton.language")
+
+POINTERS = {
+    "x_ptr": "*bf16", "mul_ptr": "*fp32", "out_ptr": "*bf16", "scale_ptr": "*u8", "codes_ptr": "*u8",
+    "dual_ptr": "*fp32", "dual_x_ptr": "*fp32", "dual_w_ptr": "*fp32", "bias_ptr": "*fp32",
+    "sums_ptr": "*i32", "row_ptr": "*fp32", "column_ptr": "*fp32", "weight_ptr": "*fp32",
+    "shift_ptr": "*fp32", "y_ptr": "*bf16", "gate_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32",
+    "eps": "fp32",
+}  # fmt: skip
+MULTIPLIERS = ("wgmma", "mma.sync", "tcgen05")
+
+
+def compiled(
+    capability: int, kernel: Any, constants: dict[str, Any], options: dict[str, Any], **types: str
+) -> str:
+    """PTX for tokens in bfloat16; pointers and lengths are multiples of 16."""
+    names = kernel.arg_names
+    given = {n: "constexpr" if n in constants else {**POINTERS, **types}.get(n, "i32") for n in names}
+    source = compiler.ASTSource(
+        fn=kernel,
+        signature=given,
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in {*constants, "eps"}},
+    )
+    options = {"enable_fp_fusion": False, **options}
+    built = compiler.compile(source, target=target.GPUTarget("cuda", capability, 32), options=options)
+    assert "cubin" in built.asm
+    return str(built.asm["ptx"])
+
+
+def kinds(capability: int) -> dict[str, str]:
+    """Name -> PTX."""
+
+    def blocks(element: Any, rule: str, **more: Any) -> str:
+        shift, threshold = scales.thresholds(rule, element)
+        given = {
+            "DUAL": False,
+            "CODES": False,
+            "ONES": 3,
+            "SMOOTH": True,
+            "GROUPS": cuda_launch.GROUPS,
+            **more,
+        }
+        given |= {"SHIFT": shift, "THRESHOLD": threshold, "MASK": scales.fraction_mask(rule, element)}
+        given |= cuda_launch._constants(element)
+        return compiled(
+            capability, kernels.quantize_blocks, given, {}, **({"out_ptr": "*u8"} if given["CODES"] else {})
+        )
+
+    def matmul(kind: str, group: int, tile: tuple[int, int, int]) -> str:
+        given = {"KIND": kind, "GROUP": group, "BIAS": True, "EVEN": True, "DOT": tl.bfloat16, "TALL": 8}
+        given |= dict(zip(("BM", "BN", "BK"), tile, strict=True))
+        types = {"codes_ptr": "*bf16"} if kind == "bf16" else {}
+        return compiled(capability, kernels.matmul, given, {"num_warps": 8, "num_stages": 3}, **types)
+
+    def dense(name: str, **given: Any) -> str:
+        kernel = getattr(kernels, name)
+        return compiled(capability, kernel, {**given, "BLOCK": 8192}, {"num_warps": 8}, scale_ptr="*fp32")
+
+    rows = {"STEP": 1 / 127, "FP8": False, "CODES": True, "SMOOTH": False, "BLOCK": 1024}
+    decode = {"KIND": "e2m1", "SCALED": True, "BIAS": True, "BLOCKS": 32}
+    ends = {"ROW": True, "COLUMN": True, "BIAS": True, "BLOCK": 1024}
+    return {
+        "quantize_blocks": blocks(E4M3, "ceil"),
+        "quantize_blocks dual": blocks(E2M1, "floor", DUAL=True),
+        "quantize_blocks codes": blocks(E2M1, "floor", CODES=True),
+        "quantize_rows": compiled(capability, kernels.quantize_rows, rows, {}, out_ptr="*i8"),
+        "decode_weight": compiled(capability, kernels.decode_weight, decode, {}),
+        "finish": compiled(capability, kernels.finish, ends, {}),
+        "rms_norm": dense("rms_norm"),
+        "layer_norm": dense("layer_norm", SCALE=True, ONE=1.0, SHIFT=True),
+        "gated_residual": dense("gated_residual"),
+        "rope": dense("rope"),
+        "matmul e4m3": matmul("e4m3", 0, cuda_launch.LARGE_TILE),
+        "matmul e2m1": matmul("e2m1", 0, cuda_launch.TILE),
+        "matmul e2m1 dual": matmul("e2m1", 512, cuda_launch.TILE),
+        "matmul bf16": matmul("bf16", 0, cuda_launch.LARGE_TILE),
+    }
+
+
+if __name__ == "__main__":
+    for name, ptx in kinds(int(sys.argv[1])).items():
+        print(f"{name}: {' '.join(i for i in MULTIPLIERS if re.search(re.escape(i), ptx))}")

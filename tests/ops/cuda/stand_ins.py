@@ -1,0 +1,58 @@
+"""The matmuls of a CUDA card on a CPU, with the rules that the card has for shapes and strides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ascendit import mx
+from ascendit.mx import layouts
+from ascendit.mx.encoded import Encoded
+from ascendit.ops.cuda.dequantized_matmul import DequantizedMatmul
+from ascendit.ops.cuda.scaled_matmul import ScaledMatmul
+from ascendit.ops.cuda.steps import Steps
+
+
+def _rows(a: Tensor, b: Tensor, multiple: int) -> None:
+    """Both K-major, K the same; K and N multiples (of 8 for _int_mm, of 16 for scaled_mm)."""
+    assert a.dim() == b.dim() == 2 and a.stride(1) == b.stride(1) == 1
+    assert a.shape[1] == b.shape[1] and a.shape[1] % multiple == 0 == b.shape[0] % multiple
+    assert a.stride(0) % multiple == 0 == b.stride(0) % multiple
+
+
+def int8(a: Tensor, b: Tensor) -> Tensor:
+    _rows(a, b, 8)
+    assert a.dtype == b.dtype == torch.int8 and a.shape[0] > 16, "self.size(0) needs to be greater than 16"
+    return (a.to(torch.int32) @ b.to(torch.int32).t()).to(torch.int32)
+
+
+def fp8(a: Tensor, b: Tensor) -> Tensor:
+    _rows(a, b, 16)
+    assert a.dtype == b.dtype == torch.float8_e4m3fn
+    return a.float() @ b.float().t()
+
+
+def mxfp8(a: Tensor, b: Tensor, a_tiles: Tensor, b_tiles: Tensor) -> Tensor:
+    _rows(a, b, 16)
+    assert a.dtype == b.dtype == torch.float8_e4m3fn and a.shape[1] % 32 == 0
+    values = []
+    for codes, tiles in ((a, a_tiles), (b, b_tiles)):
+        rows, blocks = codes.shape[0], codes.shape[1] // 32
+        assert tiles.dtype == torch.uint8 and tiles.is_contiguous()
+        assert tiles.numel() == -(-rows // 128) * 128 * -(-blocks // 4) * 4
+        scale = layouts.from_cuda_tiles(tiles, rows, blocks)
+        values.append(mx.decode(Encoded(codes.contiguous(), scale, None, "mxfp8", -1, tuple(codes.shape))))
+    return values[0] @ values[1].t()
+
+
+def wide(a: Tensor, b: Tensor) -> Tensor:
+    assert a.dtype == b.dtype == torch.bfloat16 and a.shape[1] == b.shape[1]
+    return a.float() @ b.float().t()
+
+
+def scaled(steps: Steps, *, once: bool = False) -> ScaledMatmul:
+    return ScaledMatmul(steps, once, int8, fp8, mxfp8)
+
+
+def dequantized(steps: Steps, *, once: bool = False) -> DequantizedMatmul:
+    return DequantizedMatmul(steps, once, wide, lambda a, b: wide(a, b).to(torch.bfloat16))

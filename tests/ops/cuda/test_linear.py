@@ -1,0 +1,299 @@
+"""Linear layers on codes for CUDA: on a CPU with stand-ins for the card's matmuls, and on a card."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from ops.cuda.stand_ins import dequantized, scaled
+from ops.layers import exact, on_disk, tokens_of, weight_of
+
+from ascendit import mx
+from ascendit.device.backends import parse_device
+from ascendit.errors import UsageError
+from ascendit.kernels.kernel import QuantLinearKernel, Wish
+from ascendit.ops import select as selection
+from ascendit.ops.bind import bind
+from ascendit.ops.cuda import dequantized_matmul as cuda_values
+from ascendit.ops.cuda import linear as cuda_linear
+from ascendit.ops.cuda import scaled_matmul as cuda_codes
+from ascendit.ops.cuda import triton_linear as cuda_launch
+from ascendit.ops.cuda.linear import Card, candidates, problem, with_trials
+from ascendit.ops.cuda.steps import PLAIN, in_parts, to_values, width_of
+from ascendit.ops.quant_linear import Schemes
+from ascendit.ops.select import select
+from ascendit.quant.schemes import LINEAR_SCHEMES
+
+CPU, HOST = parse_device("cpu"), torch.device("cpu")
+FORMS = [
+    pytest.param(
+        make(PLAIN, once=once), scheme, id=f"{make.__name__}-{scheme}-{'once' if once else 'on-use'}"
+    )
+    for make in (scaled, dequantized)
+    for scheme in LINEAR_SCHEMES
+    for once in (False, True)
+    if make is dequantized or scheme != "mxfp4_dualscale"
+]
+
+
+@pytest.fixture
+def schemes_of(monkeypatch):
+    """`schemes_of(layer)`: the quantized linear layers of a device whose only kernels are these."""
+
+    def schemes(layer) -> Schemes:
+        listed = [layer.kernel(scheme, "native: by a stand-in") for scheme in LINEAR_SCHEMES]
+        monkeypatch.setattr(selection, "kernels_of", lambda device, wish: listed)
+        return Schemes(CPU)
+
+    return schemes
+
+
+@pytest.mark.parametrize(("n", "k"), [(24, 544), (20, 96), (48, 64)])
+@pytest.mark.parametrize(("form", "scheme"), FORMS)
+def test_float32_tokens_come_within_the_order_of_the_sums(schemes_of, form, scheme, n, k):
+    ops, (encoded, bias) = schemes_of(form), weight_of(scheme, n, k)
+    x = tokens_of(5, k, torch.float32)
+    weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
+    out = ops.quantized_linear(ops.quantize_activation(x, scheme), weight)
+    wanted = exact(x, scheme, encoded, bias)
+    assert out.shape == (2, 5, n) and out.dtype == torch.float32
+    assert float((out - wanted).norm() / wanted.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("form", "scheme"), FORMS)
+def test_sum_and_bias_are_rounded_once(schemes_of, form, scheme, dtype):
+    ops, (encoded, bias) = schemes_of(form), weight_of(scheme, 24, 544)
+    x = tokens_of(40, 544, dtype)
+    weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
+    out = ops.quantized_linear(ops.quantize_activation(x, scheme), weight)
+    wanted = exact(x, scheme, encoded, bias).to(dtype)
+    assert out.dtype == dtype
+    assert float((out != wanted).float().mean()) < 5e-3  # sums near the middle of two numbers; twice: 0.1
+    torch.testing.assert_close(out, wanted, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize(("form", "scheme"), FORMS)
+def test_no_bias_mul_scale_and_another_rule(schemes_of, form, scheme):
+    ops, (encoded, _) = schemes_of(form), weight_of(scheme, 24, 96, bias=False)
+    x, mul_scale = tokens_of(5, 96, torch.float32), torch.rand(96) + 0.1
+    rule = {"mxfp8": "floor", "w4a8": "floor", "mxfp4": "max:7"}.get(scheme)
+    a = ops.quantize_activation(x, scheme, mul_scale, rule)
+    out = ops.quantized_linear(a, ops.prepare_weight(*on_disk(encoded, None), scheme))
+    wanted = exact(x * mul_scale, scheme, encoded, None, rule)
+    assert float((out - wanted).norm() / wanted.norm()) < 2e-6
+    with pytest.raises(UsageError, match="scale rule 'upward'"):
+        ops.quantize_activation(x, scheme, rule="upward")
+
+
+@pytest.mark.parametrize(("n", "k"), [(24, 544), (20, 40)])
+@pytest.mark.parametrize(("form", "scheme"), FORMS)
+def test_what_was_prepared_comes_back_and_is_small(schemes_of, form, scheme, n, k):
+    ops, (encoded, bias) = schemes_of(form), weight_of(scheme, n, k)
+    weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
+    back = ops.stored(weight)
+    assert back.codes.dtype == encoded.codes.dtype and back.shape == encoded.shape
+    assert torch.equal(back.codes.view(torch.uint8), encoded.codes.view(torch.uint8))
+    assert torch.equal(back.scale, encoded.scale)
+    for found, wanted in ((weight.bias, bias), (back.dual_scale, encoded.dual_scale)):
+        assert (found is None) == (wanted is None)
+        assert found is None or wanted is None or torch.equal(found, wanted)
+    if form.once and weight.decoded is None:
+        assert isinstance(form, cuda_codes.ScaledMatmul) and scheme in ("int8", "fp8", "mxfp8")
+    if not form.once and isinstance(form, cuda_values.DequantizedMatmul):
+        assert weight.decoded is None
+        assert weight.nbytes == sum(t.nbytes for t in on_disk(encoded, bias) if t is not None)
+
+
+def test_a_weight_for_the_matmul_of_a_card_is_as_small_as_its_codes():
+    for scheme, bits in (("int8", 8), ("mxfp8", 8.25), ("mxfp4", 4.25)):
+        encoded, _ = weight_of(scheme, 256, 1024, bias=False)
+        weight = scaled(PLAIN).prepare_weight(encoded, None, HOST)
+        assert weight.nbytes <= 256 * 1024 * bits / 8 + 4 * 256
+
+
+@pytest.mark.parametrize("scheme", ["int8", "mxfp8", "mxfp4", "mxfp4_dualscale"])
+def test_long_inputs_go_through_memory_in_pieces(monkeypatch, scheme):
+    monkeypatch.setattr(cuda_values, "PIECE_BYTES", 1)
+    assert list(cuda_values.pieces(300, 8)) == [slice(0, 256), slice(256, 300)]
+    encoded, bias = weight_of(scheme, 24, 64)
+    x = tokens_of(150, 64, torch.float32)
+    forms = [dequantized(PLAIN), scaled(PLAIN)]
+    for form in forms[:1] if "dual" in scheme else forms:
+        weight = form.prepare_weight(encoded, bias, HOST)
+        out = form.quantized_linear(form.quantize_activation(x, scheme), weight)
+        wanted = exact(x, scheme, encoded, bias)
+        assert float((out - wanted).norm() / wanted.norm()) < 2e-6
+
+
+def test_a_bias_in_three_parts_is_the_bias():
+    bias = torch.cat([torch.randn(100) * 10.0**e for e in (-6, 0, 6)])
+    parts = in_parts(bias)
+    assert parts.dtype == torch.bfloat16 and torch.equal(parts.double().sum(1).float(), bias)
+    values, outer = to_values(torch.ones(2, 100), "mxfp8", "ceil", None)
+    assert width_of(100) == 128 and outer is None
+    assert values[0].tolist() == [1.0] * 103 + [0.0] * 25
+
+
+def test_the_setting_for_bfloat16_sums_is_put_back():
+    cuda = torch.backends.cuda.matmul
+    before = cuda.allow_bf16_reduced_precision_reduction
+    a, b = torch.randn(4, 64).bfloat16(), torch.randn(8, 64).bfloat16()
+    torch.testing.assert_close(
+        cuda_values.narrow_product(a, b).float(), a.float() @ b.float().t(), rtol=0.01, atol=0.1
+    )
+    assert cuda.allow_bf16_reduced_precision_reduction == before
+
+
+def test_the_calls_for_a_card_are_those_that_pytorch_knows():
+    """On meta tensors: names, arguments and dtypes; nothing is computed."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    f8, tiles = torch.float8_e4m3fn, [meta(512, dtype=torch.uint8) for _ in range(2)]
+    found = {
+        "int8": cuda_codes.int8_product(meta(40, 64, dtype=torch.int8), meta(32, 64, dtype=torch.int8)),
+        "fp8": cuda_codes.fp8_product(meta(40, 64, dtype=f8), meta(32, 64, dtype=f8)),
+        "wide": cuda_values.wide_product(meta(40, 64), meta(32, 64)),
+        "narrow": cuda_values.narrow_product(meta(40, 64), meta(32, 64)),
+    }
+    if hasattr(torch.nn.functional, "scaled_mm"):
+        found["mxfp8"] = cuda_codes.mxfp8_product(meta(40, 64, dtype=f8), meta(32, 64, dtype=f8), *tiles)
+    assert {tuple(out.shape) for out in found.values()} == {(40, 32)}
+    dtypes = {"int8": torch.int32, "narrow": torch.bfloat16}
+    assert all(out.dtype == dtypes.get(name, torch.float32) for name, out in found.items())
+
+
+# ---- which card runs what -----------------------------------------------------------------------
+
+
+def reasons(capability, emulate=None, *, triton=True, scaled_mm=True, hip=False) -> dict[str, list[str]]:
+    card = Card("a card", capability, scaled_mm, hip)
+    found = candidates(
+        card, emulate, PLAIN if triton else None, "3.9" if triton else "Triton is not installed"
+    )
+    listed: dict[str, list[str]] = {}
+    for kernel in found:
+        listed.setdefault(kernel.operator, []).append(kernel.reason)
+    return listed
+
+
+@pytest.mark.parametrize(
+    ("capability", "native"),
+    [
+        ((8, 0), {"int8"}),
+        ((8, 6), {"int8"}),
+        ((8, 9), {"int8", "fp8"}),
+        ((9, 0), {"int8", "fp8"}),
+        ((10, 0), {"int8", "fp8", "mxfp8", "mxfp4"}),
+        ((12, 0), {"int8", "fp8", "mxfp8", "mxfp4"}),
+    ],
+)
+def test_native_schemes_by_capability(capability, native):
+    found = reasons(capability)
+    assert set(found) == {s.weight for s in LINEAR_SCHEMES.values()}
+    assert {s for s, row in found.items() if row[0].startswith("native: ")} == native
+    assert all(row[-1].startswith("emulated: ") for row in found.values())
+
+
+def test_older_pytorch_cards_of_amd_and_old_cards():
+    found = reasons((10, 0), scaled_mm=False)
+    assert {s for s, row in found.items() if row[0].startswith("native: ")} == {"int8", "fp8"}
+    assert all(row[0].startswith("emulated: ") for row in reasons((9, 4), hip=True).values())
+    assert reasons((7, 5)) == {}
+
+
+def test_reasons_name_how_and_by_what():
+    assert reasons((9, 0))["mxfp8"][0] == "emulated: decoded to BF16 on each use by Triton 3.9"
+    once = reasons((9, 0), "decode-once", triton=False)["mxfp8"]
+    assert once == ["emulated: decoded once to BF16 by PyTorch, Triton is not installed"]
+    assert reasons((9, 0))["int8"][0] == "native: torch._int_mm, the rest by Triton 3.9"
+
+
+def kernel(reason: str) -> QuantLinearKernel:
+    return dequantized(PLAIN).kernel("mxfp4", reason)
+
+
+def test_a_kernel_that_is_wrong_on_this_card_is_passed_over_and_named(monkeypatch):
+    row = (kernel("native: scaled_mm"), kernel("emulated: by Triton"), kernel("emulated: by PyTorch"))
+    asked = []
+
+    def wrong(scheme, kernel):
+        asked.append(scheme)
+        return {row[0]: "RuntimeError: no such kernel", row[1]: "its numbers are wrong"}.get(kernel)
+
+    listed = with_trials(row, wrong)
+    monkeypatch.setattr(selection, "kernels_of", lambda device, wish: listed)
+    assert asked == []  # nothing is tried before it is asked for
+    w4a8, mxfp4 = (select(scheme, CPU, Wish()) for scheme in ("w4a8", "mxfp4"))
+    assert w4a8.call == mxfp4.call == row[2].call and w4a8.prepare == mxfp4.prepare == row[2].prepare
+    assert (
+        w4a8.reason
+        == mxfp4.reason
+        == (
+            "emulated: by PyTorch; not scaled_mm: RuntimeError: no such kernel;"
+            " not by Triton: its numbers are wrong"
+        )
+    )
+    assert asked == ["mxfp4", "w4a8"] * 3
+    assert select("int8", CPU, Wish()).backend == "reference"
+    assert [k.operator for k in listed] == ["mxfp4", "w4a8"] * 3
+    listed = with_trials(row, lambda scheme, kernel: "broken")
+    assert select("mxfp4", CPU, Wish()).backend == "reference"
+
+
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
+def test_the_check_accepts_right_forms_and_sees_wrong_ones(scheme):
+    good = dequantized(PLAIN)
+    before = torch.get_rng_state()
+    assert problem(scheme, good.kernel(scheme, ""), HOST) is None
+    assert torch.equal(torch.get_rng_state(), before)
+    shifted = cuda_values.DequantizedMatmul(PLAIN, False, lambda a, b: good.wide(a, b) * 1.01, good.narrow)
+    assert "its numbers are wrong, by" in str(problem(scheme, shifted.kernel(scheme, ""), HOST))
+
+    def refuse(a, b):
+        raise RuntimeError("no kernel for this card\nand more")
+
+    broken = cuda_values.DequantizedMatmul(PLAIN, False, refuse, refuse)
+    assert problem(scheme, broken.kernel(scheme, ""), HOST) == "RuntimeError: no kernel for this card"
+
+
+def test_without_a_card_there_are_no_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda_linear.kernels(parse_device("cuda"), None) == ()
+
+
+# ---- on a card ----------------------------------------------------------------------------------
+
+on_a_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+
+
+@on_a_card
+@pytest.mark.cuda
+@pytest.mark.parametrize("emulate", [None, "decode-once"])
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
+def test_on_a_card_every_candidate_is_right(scheme, emulate):
+    device, fast = parse_device("cuda"), cuda_launch.steps()
+    card = Card.of(device)
+    assert card is not None
+    row = [k for k in candidates(card, emulate, *fast) if k.operator == LINEAR_SCHEMES[scheme].weight]
+    wrong = {k.reason: p for k in row if (p := problem(scheme, k, torch.device(device.torch_name)))}
+    assert wrong == {}
+
+
+@on_a_card
+@pytest.mark.cuda
+@pytest.mark.parametrize("tokens", [40, 1100])
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
+def test_on_a_card_the_model_gets_these_numbers(scheme, tokens, caplog):
+    with caplog.at_level(logging.INFO, logger="ascendit"):
+        ops = bind("cuda").quantized
+        encoded, bias = weight_of(scheme, 200, 1056)
+        x = tokens_of(tokens // 2, 1056)
+        weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
+        out = ops.quantized_linear(ops.quantize_activation(x.cuda(), scheme), weight)
+    assert mx.sqnr(exact(x, scheme, encoded, bias).float(), out.cpu()) > 50
+    assert f"linear layers in {scheme} on cuda -> cuda: " in caplog.text
+    assert torch.equal(ops.stored(weight).codes.cpu().view(torch.uint8), encoded.codes.view(torch.uint8))

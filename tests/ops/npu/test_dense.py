@@ -1,0 +1,188 @@
+"""The NPU's operators, on its twin: the reference's numbers, and the choice of each by what a chip has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ops.given import D_HEAD, D, H, S, arguments
+from ops.recorder import Recorder
+from torch import Tensor
+
+from ascendit import mx
+from ascendit.device import npu as table
+from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.kernels import reference
+from ascendit.ops.bind import NAMES, bind
+from ascendit.ops.npu import dense as npu
+from ascendit.ops.npu import kernels as listed
+from ascendit.ops.npu.attention import fused_infer_attention, fusion_attention
+from ascendit.twin.faults import TwinError
+
+pytestmark = pytest.mark.usefixtures("twin")
+LEAST_DB = 50.0
+
+
+def db(wanted: Tensor, got: Tensor) -> float:
+    assert got.shape == wanted.shape and got.dtype == wanted.dtype
+    return mx.sqnr(wanted, got)
+
+
+@pytest.mark.parametrize("chip", ["a2", "a3", "a5"])
+@pytest.mark.parametrize("spans", [(S,), (5, S - 5)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_numbers(name, dtype, spans, chip):
+    given = arguments(name, dtype, spans)
+    wanted = getattr(reference, name)(*given)
+    assert db(wanted, getattr(bind(f"twin:{chip}"), name)(*given)) > LEAST_DB
+    # The bound that a card must keep is 50 dB; what is computed in float32 is better than that in float32.
+    rounds_rows = name in ("adaln", "gated_residual")
+    if dtype == torch.float32 or not rounds_rows:
+        least = {torch.bfloat16: 52, torch.float16: 65, torch.float32: 110}[dtype]
+        assert db(wanted, getattr(bind(f"twin:{chip}"), name)(*given)) > least
+
+
+@pytest.mark.parametrize("name", ["rope", "adaln", "gated_residual"])
+def test_what_is_prepared_gives_the_same_numbers_in_fewer_kernels(name):
+    ops = bind("twin:a5")
+    given = arguments(name, torch.bfloat16, (S,))
+    at = {"rope": (1, 3), "adaln": (1, 3), "gated_residual": (2, 3)}[name]
+    ready = list(given)
+    ready[slice(*at)] = ops.prepare(name, *given[slice(*at)], dtype=torch.bfloat16)
+    with torch.no_grad(), Recorder() as plain:
+        wanted = getattr(ops, name)(*given)
+    with torch.no_grad(), Recorder() as prepared:
+        got = getattr(ops, name)(*ready)
+    assert torch.equal(got, wanted)
+    assert prepared.launched.total() == (3 if name == "rope" else 1) < plain.launched.total()
+
+
+def test_preparing_is_nothing_where_nothing_is_gained():
+    rows = torch.randn(2, 3)
+    assert bind("cpu").prepare("rope", rows, dtype=torch.bfloat16) == (rows,)
+    assert bind("twin:a5", "reference").prepare("rope", rows, dtype=torch.bfloat16) == (rows,)
+
+
+def test_samples_of_a_batch_share_their_rows():
+    x = torch.randn(2, 6, D)
+    scale, shift = torch.randn(2, 2, D).unbind()
+    wanted = reference.adaln(x, scale, shift, (2, 4), 1e-6)
+    for form in (npu.layer_norm_adaln, npu.mindiesd_adaln_v2):
+        bind("twin:a5")
+        assert db(wanted, form(x, scale, shift, (2, 4), 1e-6)) > 110
+
+
+def test_linear_sees_two_axes():
+    x, weight = torch.randn(2, 3, 8).to(torch.bfloat16), torch.randn(5, 8).to(torch.bfloat16)
+    with torch.no_grad(), Recorder() as seen:
+        out = npu.linear(x, weight, None)
+    assert torch.equal(out, F.linear(x, weight)) and seen.launched == {"mm": 1}
+
+
+@pytest.mark.parametrize("keys", [S, 21])
+def test_the_other_attention_kernel(keys):
+    bind("twin:a5")
+    q, k, v = (torch.randn(1, n, H, D_HEAD).to(torch.bfloat16) for n in (S, keys, keys))
+    k = k.transpose(1, 2).contiguous().transpose(1, 2)  # it takes contiguous ones only
+    assert db(reference.attention(q, k, v), fused_infer_attention(q, k, v)) > 52
+
+
+@pytest.mark.parametrize("chip", ["a2", "a3", "a5"])
+def test_attention_by_its_word(chip):
+    plain, fusion, infer = (bind(f"twin:{chip}", attention=w) for w in (None, "fusion", "fused_infer"))
+    assert plain.attention is fusion.attention is fusion_attention
+    assert infer.attention is fused_infer_attention
+    assert infer.choices["attention"].startswith("npu: npu_fused_infer_attention_score_v2: asked for")
+    q, k, v = arguments("attention", torch.bfloat16, (S,))
+    with torch.no_grad(), Recorder() as seen:
+        assert db(fusion.attention(q, k, v), infer.attention(q, k, v)) > 50
+    assert seen.launched["npu_fused_infer_attention_score_v2"] == seen.launched["npu_fusion_attention"] == 1
+
+
+def test_attention_that_cannot_be_had(monkeypatch):
+    with pytest.raises(UsageError, match="attention=laser") as e:
+        bind("twin:a2", attention="laser")
+    assert e.value.needs == "fusion or fused_infer" and e.value.code == "E-USE-01"
+    for device, force in (("cpu", None), ("twin:a5", "reference")):
+        with pytest.raises(UsageError, match=f"attention=fusion with {'ops=ref' if force else 'device cpu'}"):
+            bind(device, force, attention="fusion")
+    monkeypatch.setattr(listed, "missing", lambda call, chip: "not here" if "infer" in call else "")
+    with pytest.raises(EnvironmentProblem, match="attention=fused_infer: not here") as problem:
+        bind("twin:a5", attention="fused_infer")
+    assert problem.value.code == "E-CAP-01" and problem.value.needs == "npu_fused_infer_attention_score_v2"
+
+
+@pytest.mark.parametrize(("head", "dtype"), [(24, torch.bfloat16), (32, torch.float32), (528, torch.float16)])
+def test_heads_that_the_infer_kernel_does_not_take(head, dtype):
+    q = torch.randn(1, 3, 1, head).to(dtype)
+    with Recorder() as seen, pytest.raises(UsageError, match=f"heads of {head} in {str(dtype)[6:]}") as e:
+        bind("twin:a5", attention="fused_infer").attention(q, q, q)
+    assert e.value.fix == "--set attention=fusion, which takes them"
+    assert not {n for n in seen.launched if n.startswith("npu_")}
+
+
+# ---- choices ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("chip", "adaln"), [("a2", "adaln"), ("a3", "adaln"), ("a5", "adaln_v2")])
+def test_adaln_by_chip(chip, adaln, caplog):
+    with caplog.at_level("INFO", logger="ascendit"):
+        ops = bind(f"twin:{chip}")
+    assert ops.choices["adaln"].startswith(f"npu: mindiesd::{adaln}: one kernel")
+    assert f"operators on twin:{chip}: adaln -> npu: mindiesd::{adaln}" in caplog.text
+    assert "--set ops=reference" in caplog.text
+    skipped = "mindiesd::adaln_v2 does not run on"
+    assert (skipped in ops.choices["adaln"]) is (chip != "a5")
+
+
+def test_without_mindiesd(monkeypatch):
+    monkeypatch.setattr(listed, "missing", lambda call, chip: "not here" if "mindiesd" in call else "")
+    ops = bind("twin:a5")
+    assert ops.adaln is npu.layer_norm_adaln and "not here" in ops.choices["adaln"]
+    assert "adaln" not in ops.prepared  # its rows stay float32
+
+
+def test_an_operator_that_is_not_defined_is_not_chosen():
+    assert listed.missing("mindiesd::adaln_v2", "a2") == "mindiesd::adaln_v2 does not run on a2"
+    assert listed.missing("npu_rms_norm", "a5") == "npu_rms_norm is not installed"  # the twin is off here
+    assert listed.missing("aten::layer_norm", "a5") == ""
+
+
+def test_fast_layernorm_takes_mindiesds(caplog):
+    assert bind("twin:a5").layer_norm is npu.layer_norm
+    ops = bind("twin:a5", fast_layernorm=True)
+    assert ops.layer_norm is npu.mindiesd_layer_norm and "asked for it" in ops.choices["layer_norm"]
+    given = arguments("layer_norm", torch.bfloat16, (S,))
+    with torch.no_grad(), Recorder() as seen:
+        got = ops.layer_norm(*given)
+    assert db(reference.layer_norm(*given), got) > 52
+    assert seen.launched == {"mindiesd::layernorm": 1}
+    assert "layer norms stay" not in caplog.text
+    assert bind("cpu", fast_layernorm=True).layer_norm is bind("cpu").layer_norm
+    assert "MindIE-SD has no operators on cpu" in caplog.text
+
+
+def test_fast_layernorm_where_mindiesd_is_absent(monkeypatch, caplog):
+    monkeypatch.setattr(listed, "missing", lambda call, chip: "not here" if "mindiesd" in call else "")
+    assert bind("twin:a5", fast_layernorm=True).layer_norm is npu.layer_norm
+    assert "fast_layernorm: not here, layer norms stay as they are" in caplog.text
+
+
+def test_the_oracle_can_be_forced():
+    ops = bind("twin:a5", "reference")
+    assert all(getattr(ops, n) is getattr(reference, n) for n in NAMES) and not ops.prepared
+
+
+def test_every_operator_has_a_form_on_every_chip():
+    for chip in table.CHIPS:
+        assert set(bind(f"twin:{chip}").choices) == set(NAMES)
+    calls = [k.needs for k in listed.KERNELS if not k.needs.startswith("aten::")]
+    assert all(table.capability(c).on("a5") == "yes" or "adaln" in c for c in calls)
+
+
+def test_a_bound_operator_obeys_the_chip_that_is_active():
+    ops = bind("twin:a5")
+    bind("twin:a2")
+    with pytest.raises(TwinError, match="adaln_v2"):
+        ops.adaln(*arguments("adaln", torch.bfloat16, (S,)))
