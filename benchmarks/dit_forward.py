@@ -22,9 +22,9 @@ import torch
 from _timing import interleaved
 from diffusers import WanTransformer3DModel
 
+from ascendit.family import WanConfig
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.bind import bind
-from ascendit.spec import WanConfig
 
 GRID = (6, 32, 32)  # latent frames, height, width -> 6 x 16 x 16 = 1536 tokens
 

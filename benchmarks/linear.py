@@ -24,7 +24,7 @@ from _timing import interleaved
 from torch import Tensor
 
 from ascendit import mx
-from ascendit.device.backends import parse_device
+from ascendit.device.device import parse_device
 from ascendit.kernels.cpu import linear as cpu_linear
 from ascendit.kernels.kernel import Emulate, Wish
 from ascendit.native.build import Built

@@ -20,8 +20,8 @@ import resource, sys, time
 import torch
 from pathlib import Path
 from ascendit.checkpoint.layout import recognise
-from ascendit.model.load import load_transformer, nbytes
-from ascendit.model.online import Online
+from ascendit.model.loader import load_transformer, nbytes
+from ascendit.model.quantize_on_load import Online
 from ascendit.ops.bind import bind
 torch.set_num_threads(2)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

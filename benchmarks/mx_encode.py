@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from ascendit import mx
-from ascendit.mx import fast, fast_native, fast_torch
+from ascendit.mx import encoder as encoder_module
+from ascendit.mx import native_encoder, torch_encoder
 from ascendit.mx.formats import lookup, resolve_rounding, resolve_rule
-from ascendit.mx.rows import RowEncoder, ScaleSearch
+from ascendit.mx.row_encoder import RowEncoder, ScaleSearch
 
 FORMATS = ("mxfp8", "mxfp4", "mxfp4_dualscale", "int8")
 OTHERS = (("mxfp8_e5m2", None), ("fp8", None), ("mxfp8", "msms:mse_round"), ("mxfp4", "msms:ceil_x:7.25"))
@@ -47,7 +48,7 @@ class Row:
 
 
 def moved_by(x: Tensor, form: str) -> int:
-    out = fast.empty_parts(lookup(form), *x.shape)
+    out = encoder_module.empty_parts(lookup(form), *x.shape)
     return x.nbytes + sum(p.nbytes for p in out if p is not None)
 
 
@@ -61,8 +62,8 @@ def kernel(x: Tensor, form: str, rule: str | None = None, measure: bool = False)
 def without_compiler(x: Tensor, form: str) -> Row | None:
     found = lookup(form)
     rule = resolve_rule(found, None)
-    encode = fast_torch.piece_encoder(found, rule, resolve_rounding(found, rule, None), x.dtype)
-    out = fast.empty_parts(found, *x.shape)
+    encode = torch_encoder.piece_encoder(found, rule, resolve_rounding(found, rule, None), x.dtype)
+    out = encoder_module.empty_parts(found, *x.shape)
     return encode and Row(lambda: encode(x, out), moved_by(x, form), slow=True)
 
 
@@ -90,7 +91,7 @@ def torchao_rows(x: Tensor) -> dict[str, Row] | str:
 def rows_of(x: Tensor) -> tuple[dict[str, Row], str]:
     """Everything that is timed, and a remark on what is not."""
     rows, remarks = {}, "torchao is here"
-    to, lib = torch.empty_like(x), fast_native.library().library
+    to, lib = torch.empty_like(x), native_encoder.library().library
     if lib is not None:
         at = x.data_ptr(), to.data_ptr(), x.nbytes, torch.get_num_threads()
         rows[MEMCPY[0]] = Row(lambda: lib.copy_bytes(*at), 2 * x.nbytes)
@@ -143,7 +144,9 @@ def main() -> None:
     median = {name: statistics.median(s) for name, s in seconds.items()}
     base = min(median[name] for name in MEMCPY if name in median)
     print(f"{time.strftime('%Y-%m-%d')} torch {torch.__version__} {platform.machine()}, {remarks}")
-    print(f"encoder: {', '.join(fast.choice())}; load {load:.1f} before, {os.getloadavg()[0]:.1f} after")
+    print(
+        f"encoder: {', '.join(encoder_module.choice())}; load {load:.1f} before, {os.getloadavg()[0]:.1f} after"
+    )
     print(f"{list(x.shape)} bfloat16, {args.threads} threads, n={args.reps}\n")
     print("| what | median ms | min ms | x memcpy | GB/s moved | % of memcpy's | x as fast as torchao |")
     print("|---|---|---|---|---|---|---|")

@@ -25,9 +25,10 @@ from _timing import interleaved
 from diffusers import WanTransformer3DModel
 
 from ascendit.checkpoint.layout import recognise
-from ascendit.model.load import load_transformer, nbytes
-from ascendit.model.online import Online
+from ascendit.model.loader import load_transformer
+from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
+from ascendit.model.weight_loader import nbytes
 from ascendit.ops.bind import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
 

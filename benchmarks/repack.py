@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ascendit.checkpoint.names import all_linears, expected_tensors, is_block_linear, to_wan
+from ascendit.names import all_linears, expected_tensors, is_block_linear, to_wan
 
 CONFIG = {
     "num_attention_heads": 40,

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from ascendit.checkpoint.expert import Expert, read_expert
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.names import all_linears, expected_tensors, to_wan
-from ascendit.checkpoint.store import DTYPE_BITS
+from ascendit.checkpoint.reader import DTYPE_BITS
+from ascendit.checkpoint.transformer import Expert, read_expert
 from ascendit.errors import CheckpointError
+from ascendit.names import all_linears, expected_tensors, to_wan
 from ascendit.quant.schemes import SCHEMES
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]

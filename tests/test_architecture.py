@@ -153,7 +153,7 @@ def test_the_order_check_sees_violations() -> None:
         "    import ascendit\n    return ascendit.load(ascendit.__version__)\n"
     )
     assert order_violations("ops", imports(tree, "ascendit.ops")) == [
-        "2: ops may import ascendit.twin.schemas only inside a function",
+        "2: ops may import ascendit.twin.registry only inside a function",
         "3: ops may import ascendit.model.wan not at all: it stands later",
         "4: ops may import ascendit.load not at all: it stands later",
         "7: ops may import ascendit.cli not at all: it stands later",
@@ -216,7 +216,7 @@ def test_environment_is_read_in_one_place() -> None:
                 taken.append((ast.unparse(node), node.lineno))
         uses = {line for name, line in taken if name.removeprefix("os.") in names and name.startswith("os.")}
         found += [f"{place(path)}:{line}" for line in sorted(uses) if path != ENVIRONMENT]
-    assert found == [], "environment variables belong to device/environment.py"
+    assert found == [], "environment variables belong to environment.py"
 
 
 # ---- light imports ------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import ascendit
-from ascendit.checkpoint.folder import DEMO
-from ascendit.pipeline import verify, world
+from ascendit.checkpoint.hub import DEMO
+from ascendit.demo import adherence, world
 from ascendit.pipeline.generate import Pipeline
 
 # Counted over all 864 videos: `ascendit verify --demo --adherence` (docs/demo-model.md). 99.2 % are
@@ -78,25 +78,25 @@ def frames_of(demo: Pipeline) -> Any:
 
 
 def test_it_follows_prompts(demo: Pipeline) -> None:
-    result = verify.measure_adherence(frames_of(demo), verify.pick(SUBSET), [11])
+    result = adherence.measure_adherence(frames_of(demo), adherence.pick(SUBSET), [11])
     assert result.overall.share() >= LEAST_RIGHT, result.table()
 
 
 def test_swapped_experts_do_not(demo: Pipeline) -> None:
-    scenes = verify.pick(16)
-    good = verify.measure_adherence(frames_of(demo), scenes, [11]).overall.share()
+    scenes = adherence.pick(16)
+    good = adherence.measure_adherence(frames_of(demo), scenes, [11]).overall.share()
     swapped = ascendit.load("demo")
     swapped.transformer, swapped.transformer_2 = swapped.transformer_2, swapped.transformer  # type: ignore
-    bad = verify.measure_adherence(frames_of(swapped), scenes, [11]).overall.share()
+    bad = adherence.measure_adherence(frames_of(swapped), scenes, [11]).overall.share()
     assert bad <= good - 0.2, (good, bad)
 
 
 def test_other_wordings_say_the_same(demo: Pipeline) -> None:
-    scenes = [s for s in verify.pick(40, rng_seed=1) if s.triple not in world.kept_back()][:16]
+    scenes = [s for s in adherence.pick(40, rng_seed=1) if s.triple not in world.kept_back()][:16]
     right = 0
     for i, scene in enumerate(scenes):
         frames = demo.generate(scene.prompt(1 + i % 7, i % 3), seed=5).frames
-        right += all(verify.judge(frames).right(scene).values())
+        right += all(adherence.judge(frames).right(scene).values())
     assert right >= 0.7 * len(scenes), right
 
 
@@ -119,14 +119,14 @@ def test_stock_wan_pipeline_runs_it_with_its_own_defaults() -> None:
             output_type="np",
             generator=torch.Generator().manual_seed(3),
         )
-        reading = verify.judge((out.frames[0] * 255).round().astype(np.uint8))
+        reading = adherence.judge((out.frames[0] * 255).round().astype(np.uint8))
         right += reading.colour == scene.colour and reading.background == scene.background
     assert right == 2
 
 
 @pytest.mark.slow
 def test_adherence_over_all_combinations(demo: Pipeline) -> None:
-    result = verify.measure_adherence(frames_of(demo), list(world.scenes()), [0, 1])
+    result = adherence.measure_adherence(frames_of(demo), list(world.scenes()), [0, 1])
     assert result.overall.share() >= 0.90, result.table()
     assert result.kept_back.share() >= 0.85, result.table()
 

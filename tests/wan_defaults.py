@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ascendit.family import SPECS
 from ascendit.pipeline.request import Defaults
-from ascendit.spec import SPECS
 
 
 def defaults_of(name: str, **changed: Any) -> Defaults:

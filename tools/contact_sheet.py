@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ascendit.pipeline import world
-from ascendit.pipeline.verify import pick
+from ascendit.demo import world
+from ascendit.demo.adherence import pick
 
 MARGIN, GAP, SCALE = 22, 4, 2  # pixels, except the enlargement
 TEXT, OUTLINE, PAPER = "#24292f", "#d0d7de", "#ffffff"

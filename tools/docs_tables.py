@@ -17,13 +17,13 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from ascendit.checkpoint.names import ROLES
-from ascendit.device.npu import CHIPS, chips_for
+from ascendit.demo import world
+from ascendit.device.chip import CHIPS, chips_for
 from ascendit.errors import CODES, AscenditError
-from ascendit.pipeline import world
+from ascendit.family import SPECS, Size, WanSpec
+from ascendit.names import ROLES
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES
-from ascendit.spec import SPECS, Size, WanSpec
 
 REPO = Path(__file__).resolve().parents[1]
 PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -149,7 +149,7 @@ def traits_table() -> str:
 
 def tensors_table() -> str:
     """What a layer [N, K] has on disk, from the specs that the writers use; like schemes share a row."""
-    from ascendit.convert.canonical import layer_specs
+    from ascendit.weights.canonical_tensors import layer_specs
 
     symbols = {5: "N", 2048: "K", 1024: "K/2", 64: "ceil(K/32)", 4: "ceil(K/512)", 1: "1"}
     schemes: dict[tuple[str, str, str], list[str]] = {}
@@ -196,7 +196,7 @@ def format_rules_table() -> str:
 
 
 def recipes_table() -> str:
-    from ascendit.convert.recipe import load_recipe, recipe_names
+    from ascendit.quant.recipe import load_recipe, recipe_names
 
     def rows() -> Iterator[tuple[str, ...]]:
         for name in recipe_names():
@@ -272,7 +272,7 @@ def escape(text: str) -> str:
 
 def settings_table() -> str:
     """What `--set` and `--config` know."""
-    from ascendit.cli.options import known
+    from ascendit.cli.generate_options import known
 
     return table(("key", "value"), ((f"`{key}`", value_text(hint)) for key, hint in known().items()))
 
@@ -292,7 +292,7 @@ def value_text(hint: Any) -> str:
 
 
 def npu_operators_table() -> str:
-    from ascendit.device.npu import capability
+    from ascendit.device.chip import capability
     from ascendit.ops.npu.kernels import KERNELS
 
     def row(k: Any) -> tuple[object, ...]:
@@ -304,7 +304,7 @@ def npu_operators_table() -> str:
 
 def npu_capabilities_table() -> str:
     """What each chip has, from the table that the twin and `doctor` obey too."""
-    from ascendit.device.npu import CAPABILITIES
+    from ascendit.device.chip import CAPABILITIES
 
     words = {"yes": "yes", "cann": "no", "adapter": "no", "unknown": "not documented"}
 
@@ -323,7 +323,7 @@ def npu_capabilities_table() -> str:
 
 
 def npu_versions_table() -> str:
-    from ascendit.device.versions import DRIVERS, MINDIESD, STACKS, begins
+    from ascendit.doctor.versions import DRIVERS, MINDIESD, STACKS, begins
 
     def beside(known: Any, cann: str | None) -> str:
         found = [v for c, versions in known.items() if cann and begins(c, cann) for v in versions]
@@ -339,7 +339,7 @@ def npu_versions_table() -> str:
 
 
 def npu_settings_table() -> str:
-    from ascendit.device.npu_settings import SETTINGS, VARIABLES
+    from ascendit.device.npu_runtime import SETTINGS, VARIABLES
 
     rows = [(f"`{v.name}`", f"`{v.value}`", v.why) for v in VARIABLES]
     rows += [(f"`torch.npu`: `{s.path}`", f"`{s.value}`", s.why) for s in SETTINGS]
@@ -347,7 +347,7 @@ def npu_settings_table() -> str:
 
 
 def linear_schemes_table() -> str:
-    from ascendit.device.npu import native_on
+    from ascendit.device.chip import native_on
 
     head = ("scheme", "activation", "its scale rule", "weight", *CHIPS)
     native = {chip: native_on(chip) for chip in CHIPS}

@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ascendit.checkpoint.folder import DEMO
-from ascendit.checkpoint.names import expected_tensors, to_wan
-from ascendit.checkpoint.staging import Staging, link_or_copy
-from ascendit.checkpoint.write import MAX_SHARD_BYTES, ShardWriter, TensorSpec
+from ascendit.checkpoint.hub import DEMO
+from ascendit.checkpoint.output_folder import Staging, link_or_copy
+from ascendit.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec
+from ascendit.names import expected_tensors, to_wan
 
 LAYOUTS = ("transformers", "diffusers", "wan", "file")
 EXPERTS = ("transformer", "transformer_2")

@@ -24,7 +24,7 @@ from fake_cann.build import NoCompiler, build
 from npu import report, schemas, wheels
 
 import ascendit
-from ascendit.device.npu import CHIPS
+from ascendit.device.chip import CHIPS
 
 TOOLS = Path(__file__).resolve().parent
 LIBRARIES = ("torch_npu/lib/*.so", "torch_npu/_C*.so", "mindiesd/plugin/torch213/*.so")

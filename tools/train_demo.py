@@ -28,7 +28,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from ascendit.pipeline import world
+from ascendit.demo import world
 
 REPO = Path(__file__).resolve().parents[1]
 LATENT = (8, 5, 16, 16)  # channels, frames, height, width of a 17 x 64 x 64 video

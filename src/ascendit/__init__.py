@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from ascendit.convert.quantize import quantize
     from ascendit.convert.repack import repack
     from ascendit.errors import AscenditError
+    from ascendit.inspect.checkpoint import inspect
     from ascendit.model.quantize_module import quantize_
     from ascendit.pipeline.generate import Pipeline
-    from ascendit.pipeline.inspect import inspect
-    from ascendit.pipeline.loading import load
+    from ascendit.pipeline.load import load
     from ascendit.pipeline.request import GenerateRequest
     from ascendit.pipeline.video import Video
 
@@ -30,8 +30,8 @@ _WHERE = {
     "GenerateRequest": "ascendit.pipeline.request",
     "Pipeline": "ascendit.pipeline.generate",
     "Video": "ascendit.pipeline.video",
-    "inspect": "ascendit.pipeline.inspect",
-    "load": "ascendit.pipeline.loading",
+    "inspect": "ascendit.inspect.checkpoint",
+    "load": "ascendit.pipeline.load",
     "quantize": "ascendit.convert.quantize",
     "quantize_": "ascendit.model.quantize_module",
     "repack": "ascendit.convert.repack",

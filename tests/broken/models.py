@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ascendit.checkpoint.names import block_linears, expected_tensors, to_wan
+from ascendit.names import block_linears, expected_tensors, to_wan
 
 Tensor = tuple[str, tuple[int, ...], bytes]
 """dtype in safetensors' spelling, shape, bytes."""

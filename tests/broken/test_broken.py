@@ -16,7 +16,7 @@ from broken.registry import CASES
 from ascendit.convert.quantize import quantize
 from ascendit.convert.repack import repack
 from ascendit.errors import AscenditError, UsageError
-from ascendit.pipeline.inspect import inspect
+from ascendit.inspect.checkpoint import inspect
 
 Build = Callable[[str], tuple[Path, dict[str, str]]]
 

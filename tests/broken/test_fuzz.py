@@ -16,15 +16,15 @@ from broken.models import CONFIG, INDEX, MANIFEST, MODELS, WEIGHTS, header, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ascendit.checkpoint.expert import read_expert
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.names import expected_tensors
-from ascendit.checkpoint.store import read_header
-from ascendit.convert.lora import Folds, LoraSource
+from ascendit.checkpoint.reader import read_header
+from ascendit.checkpoint.transformer import read_expert
 from ascendit.convert.quantize import quantize
 from ascendit.convert.repack import repack
 from ascendit.errors import AscenditError, CheckpointError
-from ascendit.pipeline.inspect import inspect
+from ascendit.inspect.checkpoint import inspect
+from ascendit.names import expected_tensors
+from ascendit.weights.lora.fold import Folds, LoraSource
 
 SECONDS = 10.0
 """For one broken model; each takes some milliseconds, and a loop without end takes all."""

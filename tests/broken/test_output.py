@@ -161,7 +161,7 @@ def test_names_that_are_unusual_and_legal(source: Path, verb: str, name: bytes) 
 
 @pytest.mark.parametrize("verb", WRITERS)
 def test_too_little_room(source: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
-    monkeypatch.setattr("ascendit.checkpoint.staging.room_for", lambda path: 1000)
+    monkeypatch.setattr("ascendit.checkpoint.output_folder.room_for", lambda path: 1000)
     error = refused(verb, source, source.parent / "out", "E-ENV-04")
     assert isinstance(error, EnvironmentProblem)
     assert "1,000" in error.got
@@ -183,7 +183,7 @@ def test_a_disk_that_fills_up(source: Path, monkeypatch: pytest.MonkeyPatch, ver
 
         return call
 
-    monkeypatch.setattr("ascendit.checkpoint.write.reserve", lambda fd, count: None)
+    monkeypatch.setattr("ascendit.checkpoint.writer.reserve", lambda fd, count: None)
     for name in ("pwrite", "pwritev", "copy_file_range", "sendfile"):
         if hasattr(os, name):
             monkeypatch.setattr(os, name, filling(getattr(os, name)))
@@ -228,19 +228,19 @@ def test_a_source_that_changes_while_it_is_read(
     source: Path, monkeypatch: pytest.MonkeyPatch, verb: str, how: str
 ) -> None:
     """After its header was read. The output is not there, and the error is ours."""
-    from ascendit.checkpoint import staging
+    from ascendit.checkpoint import output_folder
 
     weights = source / "transformer_2" / WEIGHTS
-    real = staging.Staging.__enter__
+    real = output_folder.Staging.__enter__
 
-    def enter(self: staging.Staging) -> staging.Staging:
+    def enter(self: output_folder.Staging) -> output_folder.Staging:
         if how == "gone":
             weights.unlink()
         else:
             os.truncate(weights, weights.stat().st_size // 2)
         return real(self)
 
-    monkeypatch.setattr(staging.Staging, "__enter__", enter)
+    monkeypatch.setattr(output_folder.Staging, "__enter__", enter)
     with pytest.raises(AscenditError) as e:
         VERBS[verb](source, source.parent / "out")
     assert e.value.code == "E-CKP-02"

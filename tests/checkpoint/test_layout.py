@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from ascendit.checkpoint.layout import read_json, recognise, stays_inside
+from ascendit.checkpoint.component import read_json, stays_inside
+from ascendit.checkpoint.layout import recognise
 from ascendit.errors import AscenditError, CheckpointError, UsageError
 
 INDEX: dict[str, Any] = {

@@ -15,9 +15,9 @@ import pytest
 
 import ascendit
 from ascendit.cli.main import main
-from ascendit.pipeline.progress import Progress
-from ascendit.pipeline.replay import load_record
+from ascendit.pipeline.request import load_record
 from ascendit.pipeline.video import Video
+from ascendit.progress import Progress
 
 EXPERT = {
     "_class_name": "WanTransformer3DModel",

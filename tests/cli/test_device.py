@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ascendit.cli.call import read_call
+from ascendit.cli.generate_options import read_call
 from ascendit.errors import UsageError
 
 SMALL = ["--size", "32x32", "--frames", "5", "--steps", "2", "--seed", "3"]
@@ -107,9 +107,9 @@ def test_fast_layernorm_from_the_environment_and_over_it(
 def test_commands_switch_device_plugins_off_but_doctor_looks_at_them(
     run: Any, fake: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ascendit.device import doctor
+    from ascendit.doctor import machine
 
-    monkeypatch.setattr(doctor, "PROBES", ())
+    monkeypatch.setattr(machine, "PROBES", ())
     run("doctor")
     assert os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "1"
     run("generate", model, "a cat", "-o", tmp_path / "a.gif")

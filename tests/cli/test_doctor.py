@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from ascendit.device import doctor, self_check
-from ascendit.device.check_result import Result
-from ascendit.device.report import Probe, Row
-from ascendit.device.self_check import SelfCheck
+from ascendit.doctor import machine, self_check
+from ascendit.doctor.comparison import Result
+from ascendit.doctor.report import Probe, Row
+from ascendit.doctor.self_check import SelfCheck
 
 
 def probes(*rows: Row) -> tuple[Probe, ...]:
@@ -34,7 +34,7 @@ def test_the_table(run, monkeypatch, ready):
         ),
         Row(item="NPU device", found="none", status="absent", fix="not shown"),
     )
-    monkeypatch.setattr(doctor, "PROBES", probes(*rows))
+    monkeypatch.setattr(machine, "PROBES", probes(*rows))
     ended = run("doctor")
     assert ended.code == (0 if ready else 3)
     header, torch, npu, burning, _, verdict = ended.out.splitlines()
@@ -46,7 +46,7 @@ def test_the_table(run, monkeypatch, ready):
 
 
 def test_json(run, monkeypatch):
-    monkeypatch.setattr(doctor, "PROBES", probes(Row(item="torch", found="2.13.0")))
+    monkeypatch.setattr(machine, "PROBES", probes(Row(item="torch", found="2.13.0")))
     told = run("doctor", "--json").json
     assert told["ok"] is True
     assert [row["item"] for row in told["rows"]] == ["torch", "burning"]
@@ -58,7 +58,7 @@ def test_json(run, monkeypatch):
 )
 def test_an_npu_has_a_verdict_of_its_own(run, monkeypatch, status, words):
     rows = (Row(item="CANN toolkit", found="9.1.0", status=status, fix="source set_env.sh", part="npu"),)
-    monkeypatch.setattr(doctor, "PROBES", probes(*rows))
+    monkeypatch.setattr(machine, "PROBES", probes(*rows))
     ended = run("doctor")
     assert ended.code == 0  # the CPU does
     assert ended.out.splitlines()[-1].startswith(words)

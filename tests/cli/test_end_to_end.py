@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ascendit.convert.step_policy import StepPolicy
+from ascendit.schedule import StepPolicy
 
 SMALL = ["--size", "32x32", "--frames", "5", "--steps", "3"]
 Run = Callable[..., subprocess.CompletedProcess[str]]

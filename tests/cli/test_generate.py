@@ -20,12 +20,12 @@ def test_it_saves_and_says_what_it_did(run, fake, model, tmp_path):
     out = tmp_path / "cat.mp4"
     ended = run("generate", model, "a cat", "--seed", "7", "--set", "dtype=float32", "-o", out)
     assert ended.code == 0
-    path, facts, replay = ended.out.splitlines()
+    path, facts, request_module = ended.out.splitlines()
     assert path == str(out) and out.is_file() and out.with_suffix(".json").is_file()
     assert facts.startswith("  64x64, 17 frames, 8 fps, 2.12 s of video; took ") and facts.endswith(
         "; seed 7"
     )
-    assert replay.startswith(
+    assert request_module.startswith(
         f"  replay  ascendit generate --set dtype=float32 {model} 'a cat' --seed 7 --size 64x64"
     )
     assert fake.loaded[0][0] == str(model)
@@ -260,16 +260,16 @@ def test_every_load_option_comes_back_from_the_json_and_from_both_replay_lines(r
 def test_every_option_of_load_that_shapes_a_video_is_in_its_record():
     import inspect
 
-    from ascendit.pipeline import replay
-    from ascendit.pipeline.loading import load
+    from ascendit.pipeline import request as request_module
+    from ascendit.pipeline.load import load
 
     names = set(inspect.signature(load).parameters) - {"model", "on_progress"}
-    assert names == {*replay.FLAGS, *replay.SETTINGS} == EVERY_LOAD_OPTION.keys()
+    assert names == {*request_module.FLAGS, *request_module.SETTINGS} == EVERY_LOAD_OPTION.keys()
 
 
 @pytest.mark.parametrize("chip", ["a2", "a3"])
 def test_a_dry_run_refuses_what_the_chip_of_a_twin_lacks(run, fake, chip):
-    from ascendit.device.backends import parse_device
+    from ascendit.device.device import parse_device
     from ascendit.errors import EnvironmentProblem
     from ascendit.ops.quant_linear import Schemes
 
@@ -308,8 +308,8 @@ def test_scheme_recipe_policy_and_emulation_reach_the_loader_and_the_replay_line
     assert given["scheme"] == "mxfp4" and given["keep"] == ("blocks.0.*", "blocks.7.*")
     assert given["step_policy"] == "0-1:w4a8,default:w4a4" and given["emulate"] == "decode-once"
     assert given["activation_rule"] == "mxfp4=max:7" and "recipe" not in given and "force" not in given
-    replay = shlex.split(ended.out.splitlines()[-1].removeprefix("  replay  "))
-    again = run(*replay[1:], "-o", tmp_path / "b.mp4")
+    request_module = shlex.split(ended.out.splitlines()[-1].removeprefix("  replay  "))
+    again = run(*request_module[1:], "-o", tmp_path / "b.mp4")
     assert again.code == 0, again.err
     assert {**fake.loaded[1][1], "on_progress": 0} == {**given, "on_progress": 0}
 

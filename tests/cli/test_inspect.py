@@ -25,7 +25,7 @@ class FakeReport:
 
 @pytest.mark.parametrize("ok", [True, False])
 def test_it_prints_the_report(run, model, monkeypatch, ok):
-    monkeypatch.setattr("ascendit.pipeline.inspect.inspect", lambda path: FakeReport(ok))
+    monkeypatch.setattr("ascendit.inspect.checkpoint.inspect", lambda path: FakeReport(ok))
     ended = run("inspect", model)
     assert ended.out == "Model  x\nChecks  1 missing\n" and ended.err == ""
     assert ended.code == (0 if ok else 1)

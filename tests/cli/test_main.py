@@ -193,7 +193,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def broken(path: object) -> None:
         raise error
 
-    monkeypatch.setattr("ascendit.pipeline.inspect.inspect", broken)
+    monkeypatch.setattr("ascendit.inspect.checkpoint.inspect", broken)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from ascendit.cli.progress import BarView, LineView, Meter, ProgressView, clock, memory, progress_view
-from ascendit.pipeline.progress import Progress
+from ascendit.progress import Progress
 
 
 def denoise(

@@ -15,10 +15,10 @@ from convert.models import TI2V, read, write_model, write_transformer
 from kill import contents, run_and_kill
 
 from ascendit.checkpoint.layout import recognise
-from ascendit.cli.transfer import TransferBar, TransferLines, TransferView, transfer_view
-from ascendit.convert.job import Progress
+from ascendit.cli.progress import TransferBar, TransferLines, TransferView, transfer_view
 from ascendit.convert.quantize import quantize
 from ascendit.errors import UsageError
+from ascendit.progress import Progress
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_an_existing_output_stays(run, model, tmp_path):
 
 
 def test_ctrl_c_tells_of_resume(run, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("ascendit.cli.transfer.TransferLines.__call__", lambda self, event: stop(event))
+    monkeypatch.setattr("ascendit.cli.progress.TransferLines.__call__", lambda self, event: stop(event))
     ended = run("quantize", model, "-o", tmp_path / "out", "--scheme", "mxfp8")
     assert ended.code == 130 and "error[E-CAN-01]" in ended.err and "--resume" in ended.err
     assert not (tmp_path / "out").exists()

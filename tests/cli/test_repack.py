@@ -10,7 +10,7 @@ import typer
 from convert import exports
 from typer.testing import CliRunner
 
-from ascendit.cli.render import Output
+from ascendit.cli.output import Output
 from ascendit.cli.repack import repack
 from ascendit.errors import UsageError
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import ascendit
+from ascendit.demo import world
 from ascendit.errors import Cancelled, QualityError
-from ascendit.pipeline import quality, world
-from ascendit.pipeline.quality_report import Quality, Row
+from ascendit.verify import quality
+from ascendit.verify.quality_table import Quality, Row
 
 
 class Painter:

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ascendit.checkpoint.names import Shapes, expected_tensors
-from ascendit.convert.lora import Folds, LoraSource
+from ascendit.names import Shapes, expected_tensors
+from ascendit.weights.lora.fold import Folds, LoraSource
 
 CONFIG: dict[str, Any] = {
     "num_attention_heads": 2,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ascendit.checkpoint.names import expected_tensors
+from ascendit.names import expected_tensors
 
 CONFIG: dict[str, Any] = {
     "_class_name": "WanTransformer3DModel",

@@ -14,13 +14,13 @@ from convert.models import CONFIG, I2V, TI2V, read, same, tensors, write_model, 
 from safetensors.torch import save_file
 
 from ascendit import mx
-from ascendit.checkpoint.expert import read_expert
+from ascendit.checkpoint import reader
+from ascendit.checkpoint.file_copy import write_at
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.move import write_at
-from ascendit.convert import stream
-from ascendit.convert.job import Progress
+from ascendit.checkpoint.transformer import read_expert
 from ascendit.convert.quantize import quantize
 from ascendit.errors import AscenditError, CheckpointError, EnvironmentProblem, UsageError
+from ascendit.progress import ConversionProgress
 from ascendit.quant.schemes import QUANTIZED, SCHEMES
 
 LAYERS = 10  # in a block
@@ -149,7 +149,7 @@ def test_shards_and_their_index(model, dst):
 def test_blocks_of_rows_give_the_same_bytes(tmp_path, dst, monkeypatch, rule):
     folder = write_transformer(tmp_path / "model", num_layers=1)
     quantize(folder, dst, scheme="mxfp4", scale_rule=rule)
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 20 * 2 * 64)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 20 * 2 * 64)
     quantize(folder, tmp_path / "other", scheme="mxfp4", scale_rule=rule)
     one, other = read(dst / "transformer"), read(tmp_path / "other" / "transformer")
     assert one.keys() == other.keys()
@@ -218,7 +218,7 @@ def tiled(folder: Path) -> dict[str, torch.Tensor]:
 def test_fp8_in_tiles_is_decoded_to_bf16_first(tmp_path, dst, monkeypatch):
     folder = write_transformer(tmp_path / "model", num_attention_heads=6, num_layers=1, ffn_dim=320)
     decoded = tiled(folder)
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 150 * 192)  # blocks of 128 rows
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 150 * 192)  # blocks of 128 rows
     quantize(folder, dst, scheme="mxfp8", keep=["*.ffn.net.2"])
     found = read(dst / "transformer")
     for name, weight in decoded.items():
@@ -337,7 +337,7 @@ def test_nan_names_the_layer_and_the_row(tmp_path, dst, monkeypatch):
         values[f"{Q}.weight"][37, 3] = torch.inf
 
     folder = write_transformer(tmp_path / "model", edit=spoil)
-    monkeypatch.setattr(stream, "BLOCK_BYTES", 10 * 128)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 10 * 128)
     for scheme in ("mxfp8", "int8", "mxfp4_dualscale"):
         error = refused("E-QNT-01", CheckpointError, folder, dst, scheme=scheme)
         assert f"{Q}.weight holds NaN or infinity in row 37" in error.got and f"--keep {Q}" in error.fix
@@ -374,7 +374,7 @@ def test_a_full_disk_leaves_nothing(model, dst, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         write_at(fd, data, offset)
 
-    monkeypatch.setattr("ascendit.checkpoint.write.write_at", full)
+    monkeypatch.setattr("ascendit.checkpoint.writer.write_at", full)
     error = refused("E-ENV-04", EnvironmentProblem, model, dst, scheme="mxfp8")
     assert "No space left" in error.got
 
@@ -453,7 +453,7 @@ def test_a_dry_run_writes_nothing(model, dst):
 
 
 def test_progress_counts_every_byte_of_the_source(model, dst):
-    events: list[Progress] = []
+    events: list[ConversionProgress] = []
     report = quantize(model, dst, scheme="mxfp8", on_progress=events.append)
     done = [event.done_bytes for event in events]
     assert done == sorted(done) and done[-1] == events[-1].total_bytes == report.bytes_before

@@ -12,7 +12,7 @@ from torch import nn
 from ascendit import mx
 from ascendit.errors import UsageError
 from ascendit.model.linear import Joint, QuantLinear, SmoothLinear, Tokens, linear
-from ascendit.mx.smooth import smooth_input
+from ascendit.mx.smoothing import smooth_input
 from ascendit.ops.bind import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
 

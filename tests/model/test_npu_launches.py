@@ -22,14 +22,14 @@ from safetensors.torch import load_file, save_file
 import ascendit
 import ascendit.twin
 from ascendit.checkpoint.layout import recognise
-from ascendit.convert.step_policy import StepPolicy
 from ascendit.model.linear import Joint, QuantLinear
-from ascendit.model.load import load_transformer
-from ascendit.model.online import Online
+from ascendit.model.loader import load_transformer
+from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
 from ascendit.ops import bind as binding
 from ascendit.ops.bind import bind
 from ascendit.ops.npu import kernels as npu
+from ascendit.schedule import StepPolicy
 
 pytestmark = pytest.mark.usefixtures("twin")
 TOKENS, ROW = 18, 6

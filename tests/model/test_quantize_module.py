@@ -16,11 +16,11 @@ from torch import nn
 
 import ascendit
 from ascendit import mx
-from ascendit.convert.recipe import load_recipe
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
-from ascendit.model.arrange import nbytes
 from ascendit.model.linear import QuantLinear
 from ascendit.model.quantize_module import bind_
+from ascendit.model.weight_loader import nbytes
+from ascendit.quant.recipe import load_recipe
 
 SQNR = {"int8": 36.0, "fp8": 26.0, "mxfp8": 25.0, "mxfp4": 12.5, "mxfp4_dualscale": 11.5}
 """dB of the whole model's output, two to four blocks deep; 1.5 dB below what it is."""

@@ -12,17 +12,16 @@ import torch
 from convert import exports
 from safetensors import safe_open
 
-from ascendit.checkpoint.expert import Expert, read_expert
 from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.transformer import Expert, read_expert
 from ascendit.convert.repack import repack
-from ascendit.convert.step_policy import StepPolicy
 from ascendit.errors import CheckpointError
 from ascendit.model.linear import QuantLinear, SmoothLinear
-from ascendit.model.load import load_expert, load_transformer
-from ascendit.mx.codec import decode, encode
-from ascendit.mx.encoded import Encoded
+from ascendit.model.loader import load_expert, load_transformer
+from ascendit.mx.codec import Encoded, decode, encode
 from ascendit.ops.bind import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
+from ascendit.schedule import StepPolicy
 
 FORMATS = {
     "W8A8_MXFP8": "mxfp8",

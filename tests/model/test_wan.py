@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ascendit.checkpoint.layout import recognise
-from ascendit.model.load import load_transformer
+from ascendit.family import WanConfig
+from ascendit.model.loader import load_transformer
 from ascendit.model.state import rope_table
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.bind import bind
-from ascendit.spec import WanConfig
 
 GRID = (3, 6, 4)  # latent frames, height, width
 TOKENS = 3 * 3 * 2

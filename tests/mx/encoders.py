@@ -17,7 +17,8 @@ from unittest import mock
 import pytest
 from torch import Tensor
 
-from ascendit.mx import Encoded, encode, fast, fast_native, reference
+from ascendit.mx import encoder, native_encoder, reference
+from ascendit.mx.codec import Encoded, encode
 from ascendit.native import build
 
 LEVELS = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}
@@ -29,28 +30,28 @@ WAYS = ("native", *LEVELS, "aarch64", "pytorch")
 
 def reference_encode(x: Tensor, format: str, **options: Any) -> Encoded:
     """`encode` by `mx.reference` alone: the same bits, slowly."""
-    with mock.patch.object(fast, "encode_rows", reference.encode_rows):
+    with mock.patch.object(encoder, "encode_rows", reference.encode_rows):
         return encode(x, format, **options)
 
 
 def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `mx.encode` go this way, or skip the test. `forget` afterwards."""
-    fast.encoder.cache_clear()
+    encoder.encoder.cache_clear()
     if way == "native":
         if build.native("encode").library is None:
             pytest.skip(build.native("encode").reason)
         return
     monkeypatch.setattr(
-        fast_native, "library", {"pytorch": _none, "aarch64": _emulated}.get(way, _level(way))
+        native_encoder, "library", {"pytorch": _none, "aarch64": _emulated}.get(way, _level(way))
     )
     if way == "x86-64-v4" and "AVX-512" in build.native("encode").reason:
         pytest.skip("native is that")
-    if way != "pytorch" and fast_native.library().library is None:
-        pytest.skip(fast_native.library().reason)
+    if way != "pytorch" and native_encoder.library().library is None:
+        pytest.skip(native_encoder.library().reason)
 
 
 def forget() -> None:
-    fast.encoder.cache_clear()
+    encoder.encoder.cache_clear()
 
 
 def _none() -> build.Built:
@@ -68,7 +69,7 @@ def _compiled(march: str) -> build.Built:
         return build.Built(None, f"no compiler, or no {march} processor")
     target = Path(mkdtemp()) / f"encode-{march}.so"
     build._compile(compiler, build.HERE / "encode.cpp", target, ((f"-march={march}", "-fopenmp"),))
-    return build.declared(build.Built(ctypes.CDLL(str(target)), march), fast_native.SIGNATURES)
+    return build.declared(build.Built(ctypes.CDLL(str(target)), march), native_encoder.SIGNATURES)
 
 
 # ---- another processor --------------------------------------------------------------------------
@@ -110,7 +111,7 @@ class Emulated:
         return lambda *arguments: self.call(name, arguments)
 
     def call(self, name: str, arguments: tuple[int, ...]) -> int:
-        kinds = fast_native.SIGNATURES[name]
+        kinds = native_encoder.SIGNATURES[name]
         sizes = _sizes(name, arguments)
         sent = [struct.pack("<qq", self.NAMES.index(name), len(kinds))]
         for kind, value, size in zip(kinds, arguments, sizes, strict=True):

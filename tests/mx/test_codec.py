@@ -15,7 +15,8 @@ from mx.blocks import MX_FORMATS, bf16_from_bits, random_blocks, raw
 from torch import Tensor
 
 from ascendit.errors import UsageError
-from ascendit.mx import FORMATS, Encoded, decode, encode, sqnr
+from ascendit.mx.codec import Encoded, decode, encode, sqnr
+from ascendit.mx.formats import FORMATS
 
 WRITTEN = [name for name, f in FORMATS.items() if f.kind != "tile"]
 RULES = [

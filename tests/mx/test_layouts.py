@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ascendit.errors import UsageError
-from ascendit.mx import elements, encode, layouts
+from ascendit.mx import elements, layouts
+from ascendit.mx.codec import encode
 from ascendit.mx.formats import E2M1
 
 sizes = st.integers(1, 9)

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mx.blocks import every_finite_amax
 
-from ascendit.mx import encode, scales
+from ascendit.mx import scales
+from ascendit.mx.codec import encode
 from ascendit.mx.formats import E2M1, E4M3, E5M2, Element
 
 ELEMENTS = (E4M3, E5M2, E2M1)

@@ -15,7 +15,7 @@ from mx.blocks import FIXTURES, blocks_of, every_finite_amax, random_blocks, raw
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ascendit.mx import encode
+from ascendit.mx.codec import encode
 
 SAME = {"floor": "FLOOR", "ceil": "RCEIL", "pow2": "CEIL", "even": "EVEN"}
 DTYPES = {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ascendit import mx
 from ascendit.kernels.kernel import Activation
-from ascendit.mx.encoded import Encoded
+from ascendit.mx.codec import Encoded
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 NATIVE = {"a2": {"int8"}, "a3": {"int8"}, "a5": set(LINEAR_SCHEMES)}

@@ -7,10 +7,10 @@ import torch
 from ops.layers import decoded, exact, on_disk, tokens_of, weight_of
 
 from ascendit import mx
-from ascendit.device.backends import parse_device
-from ascendit.device.npu import native_on
+from ascendit.device.chip import native_on
+from ascendit.device.device import parse_device
 from ascendit.errors import EnvironmentProblem, UsageError
-from ascendit.mx.smooth import smooth_input
+from ascendit.mx.smoothing import smooth_input
 from ascendit.ops.bind import bind
 from ascendit.ops.quant_linear import native_schemes
 from ascendit.quant.schemes import LINEAR_SCHEMES

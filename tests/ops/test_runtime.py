@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import ascendit.twin
-from ascendit.device import npu_settings
-from ascendit.device.backends import Device, parse_device
+from ascendit.device import npu_runtime
+from ascendit.device.device import Device, parse_device
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.ops.runtime import (
     activate,
@@ -184,7 +184,7 @@ class FakeNpu(types.SimpleNamespace):
 @pytest.fixture
 def npu(monkeypatch):
     """A fake torch_npu; variables and modules are put back."""
-    for v in npu_settings.VARIABLES:
+    for v in npu_runtime.VARIABLES:
         monkeypatch.setenv(v.name, "")
     fake = FakeNpu()
     module = types.ModuleType("torch_npu")
@@ -201,9 +201,9 @@ def test_every_setting_is_applied_and_told(npu, caplog):
     assert device == Device("npu", 1, "a5")
     assert npu.told == [{"jit_compile": False}, "set_device 1"]
     assert npu.config.allow_internal_format is npu.matmul.allow_hf32 is npu.conv.allow_hf32 is False
-    for v in npu_settings.VARIABLES:
+    for v in npu_runtime.VARIABLES:
         assert os.environ[v.name] == v.value and f"{v.name}={v.value}: {v.why}" in caplog.text
-    for s in npu_settings.SETTINGS:
+    for s in npu_runtime.SETTINGS:
         assert f"torch.npu: {s.path}={s.value}: {s.why}" in caplog.text
     assert "npu:1: Atlas 350 (Ascend 950), chip a5" in caplog.text
 
@@ -212,7 +212,7 @@ def test_what_importing_mindiesd_changes_is_set_again(npu, monkeypatch):
     def switch_on() -> None:
         npu.config.allow_internal_format = True
 
-    monkeypatch.setattr(npu_settings, "load_mindiesd", switch_on)
+    monkeypatch.setattr(npu_runtime, "load_mindiesd", switch_on)
     open_device("npu")
     assert npu.config.allow_internal_format is False
 
@@ -227,12 +227,12 @@ def test_variables_are_set_before_torch_npu_is_imported(npu, monkeypatch):
     seen = {}
 
     def look() -> Any:
-        seen.update({v.name: os.environ[v.name] for v in npu_settings.VARIABLES})
+        seen.update({v.name: os.environ[v.name] for v in npu_runtime.VARIABLES})
         return types.SimpleNamespace(npu=npu)
 
-    monkeypatch.setattr(npu_settings, "import_torch_npu", look)
+    monkeypatch.setattr(npu_runtime, "import_torch_npu", look)
     open_device("npu")
-    assert seen == {v.name: v.value for v in npu_settings.VARIABLES}
+    assert seen == {v.name: v.value for v in npu_runtime.VARIABLES}
 
 
 def test_no_such_card(npu):
@@ -242,7 +242,7 @@ def test_no_such_card(npu):
 
 def test_torch_npu_is_absent(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_npu", None)
-    for v in npu_settings.VARIABLES:
+    for v in npu_runtime.VARIABLES:
         monkeypatch.setenv(v.name, "x")
     with pytest.raises(EnvironmentProblem, match="is not installed") as e:
         open_device("npu")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ascendit.checkpoint.names import expected_tensors, to_wan
+from ascendit.names import expected_tensors, to_wan
 from ascendit.quant.schemes import SCHEMES
 
 BYTES = {"F32": 4, "BF16": 2, "I64": 8, "U8": 1, "I8": 1, "F8_E4M3": 1}

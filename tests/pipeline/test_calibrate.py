@@ -20,14 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ascendit
-from ascendit.checkpoint.expert import read_expert
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.names import is_block_linear
+from ascendit.checkpoint.transformer import read_expert
 from ascendit.convert.calibration import STATISTICS, Save
 from ascendit.convert.quantize import quantize
 from ascendit.errors import AscenditError, CheckpointError, UsageError
-from ascendit.mx.codec import decode, encode
-from ascendit.mx.encoded import Encoded
+from ascendit.mx.codec import Encoded, decode, encode
+from ascendit.names import is_block_linear
 from ascendit.pipeline import calibrate
 from ascendit.pipeline.calibrate import Calibrator, Input
 from ascendit.quant.fusion import leader_of

@@ -16,7 +16,7 @@ from PIL import Image
 import ascendit
 from ascendit.errors import AscenditError, Cancelled, QualityError, RequestError, UsageError
 from ascendit.pipeline import generate
-from ascendit.pipeline.progress import Progress
+from ascendit.progress import Progress
 
 SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 5}
 PROMPT = "a cat on a piano &amp; a dog"

@@ -13,16 +13,16 @@ import pytest
 import torch
 
 import ascendit
+from ascendit.demo.adherence import pick
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels.cpu import attention
 from ascendit.model.linear import QuantLinear, Tokens
 from ascendit.ops.runtime import activate
 from ascendit.pipeline.calibrate import experts_of
 from ascendit.pipeline.generate import Pipeline
-from ascendit.pipeline.quality_layers import layer_inputs
-from ascendit.pipeline.similarity import psnr, sqnr
-from ascendit.pipeline.verify import pick
 from ascendit.quant.fusion import leader_of
+from ascendit.verify.metrics import psnr, sqnr
+from ascendit.verify.quality import layer_inputs
 
 pytestmark = pytest.mark.usefixtures("twin")
 PROMPT = "a red circle moves right on a black background"

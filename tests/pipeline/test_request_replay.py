@@ -15,10 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wan_defaults import CASCADE, I2V, SINGLE, TI2V
 
-from ascendit.convert.step_policy import StepPolicy
 from ascendit.errors import RequestError, UsageError
-from ascendit.pipeline.replay import load_record, replay_line
-from ascendit.pipeline.request import MAX_SEED, Defaults, GenerateRequest, resolve
+from ascendit.pipeline.request import MAX_SEED, Defaults, GenerateRequest, load_record, replay_line, resolve
+from ascendit.schedule import StepPolicy
 
 FIELDS = {f.name for f in dataclasses.fields(GenerateRequest)}
 

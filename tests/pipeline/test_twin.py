@@ -16,10 +16,10 @@ from PIL import Image
 
 import ascendit
 import ascendit.twin
+from ascendit.demo.adherence import pick
 from ascendit.errors import UsageError
 from ascendit.pipeline.generate import Pipeline
-from ascendit.pipeline.similarity import psnr
-from ascendit.pipeline.verify import pick
+from ascendit.verify.metrics import psnr
 
 pytestmark = pytest.mark.usefixtures("twin")
 MEDIAN_DB, LEAST_DB = 45.0, 35.0

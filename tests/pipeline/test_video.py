@@ -18,21 +18,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ascendit.demo import world
 from ascendit.errors import AscenditError, EnvironmentProblem, QualityError, UsageError
 from ascendit.pipeline import video as video_module
-from ascendit.pipeline import world
+from ascendit.pipeline.frame_checks import Frames, check_frames, check_not_flat, to_uint8
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video import (
-    Frames,
     Video,
-    check_frames,
-    check_not_flat,
     check_output,
     check_writable,
     default_name,
     installed_versions,
     read_metadata,
-    to_uint8,
 )
 
 PROMPT = 'a red circle moves right, "quoted", 一只猫'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ascendit.checkpoint.names import block_linears, is_block_linear
+from ascendit.names import block_linears, is_block_linear
 from ascendit.quant.fusion import (
     GROUPS,
     VLLM_OMNI,

@@ -10,9 +10,9 @@ from typing import Any, get_args
 
 import pytest
 
-from ascendit.checkpoint.layers import Container
-from ascendit.checkpoint.names import CODED_ROLES
+from ascendit.checkpoint.layer_format import Container
 from ascendit.mx.formats import FORMATS, resolve_rule
+from ascendit.names import CODED_ROLES
 from ascendit.quant.schemes import (
     FP4,
     FP8_TILES,
@@ -119,7 +119,7 @@ def test_the_table_needs_no_torch() -> None:
 NAMES = {*STORED_SCHEMES, *LINEAR_SCHEMES}
 KERNELS = ("ops", "kernels", "twin")
 """They say which function computes a scheme."""
-SPELLED = {"integrations/diffusers.py", "cli/options.py"}
+SPELLED = {"integrations/diffusers/quantizer.py", "cli/generate_options.py"}
 """Types that a checker reads; held to the table below."""
 
 
@@ -157,8 +157,8 @@ def test_the_tiles_have_one_name() -> None:
 
 
 def test_types_that_spell_the_schemes_agree_with_the_table() -> None:
-    from ascendit.cli.options import EXTRAS
-    from ascendit.integrations.diffusers import AscenditMethod
+    from ascendit.cli.generate_options import EXTRAS
+    from ascendit.integrations.diffusers.quantizer import AscenditMethod
 
     literal, _ = get_args(EXTRAS["scheme"])
     assert get_args(literal) == tuple(SCHEMES)

@@ -14,10 +14,10 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
-from ascendit.checkpoint.expert import read_expert
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.names import expected_tensors, to_wan
-from ascendit.checkpoint.store import Shards
+from ascendit.checkpoint.reader import Shards
+from ascendit.checkpoint.transformer import read_expert
+from ascendit.names import expected_tensors, to_wan
 
 REPO = Path(__file__).resolve().parents[2]
 SHAPE = {"blocks": 2, "dim": 256, "ffn": 320}

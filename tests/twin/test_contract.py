@@ -13,7 +13,7 @@ from twin.wrong_calls import BF16, E4M3, rand
 from twin.wrong_matmuls import MATMUL
 
 import ascendit.twin
-from ascendit.twin.faults import TwinError
+from ascendit.twin.contract import TwinError
 
 npu = torch.ops.npu
 

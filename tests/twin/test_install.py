@@ -14,8 +14,8 @@ from torch import Tensor
 
 import ascendit.twin
 from ascendit.errors import UsageError
-from ascendit.twin import registry, samples, schemas
-from ascendit.twin.faults import TwinError
+from ascendit.twin import example_calls, registry
+from ascendit.twin.contract import TwinError
 
 SRC = Path(ascendit.twin.__file__).parents[2]
 
@@ -36,9 +36,9 @@ def told(result: Any) -> list[Any]:
 
 
 def test_every_frozen_schema_is_defined_and_spelled_as_it_is_frozen() -> None:
-    assert len(schemas.frozen("npu")) == 424 and len(schemas.frozen("mindiesd")) == 16
+    assert len(registry.frozen("npu")) == 424 and len(registry.frozen("mindiesd")) == 16
     for namespace in ("npu", "mindiesd"):
-        for name, text in schemas.frozen(namespace).items():
+        for name, text in registry.frozen(namespace).items():
             packet, _, overload = name.partition(".")
             defined = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
             wanted = torch._C.parse_schema(f"{namespace}::{text}")
@@ -47,7 +47,7 @@ def test_every_frozen_schema_is_defined_and_spelled_as_it_is_frozen() -> None:
 
 def test_every_operator_that_is_computed_has_a_schema_and_its_arguments() -> None:
     for name in registry.OPERATORS:
-        known = schemas.signature(name)
+        known = registry.signature(name)
         code = registry.OPERATORS[name].__code__
         own = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         assert set(own) <= set(known.names), name
@@ -70,7 +70,7 @@ def test_what_is_not_computed_says_so_by_name() -> None:
 def test_right_calls_are_taken_and_fakes_agree(on: Callable[[str], None], chip: str) -> None:
     on(chip)
     names, operators = set(), set()
-    for sample in samples.samples():
+    for sample in example_calls.samples():
         plain, dispatched = sample.run(ascendit.twin.call), sample.run(caller)
         meta = sample.run(caller, lambda t: t.to("meta"))
         assert told(plain) == told(dispatched) == told(meta), sample.name
@@ -85,7 +85,7 @@ def test_every_operator_has_a_sample() -> None:
     taken = set()
     for chip in ("a2", "a5"):
         ascendit.twin.use(chip)
-        taken |= {sample.operator for sample in samples.samples()}
+        taken |= {sample.operator for sample in example_calls.samples()}
     others = {"_npu_dtype_cast", "fast_gelu", "npu_interleave_rope", "npu_ring_attention_update"}
     assert set(registry.OPERATORS) - taken == others | {"npu_trans_quant_param"}
 
@@ -94,7 +94,7 @@ def test_every_operator_has_a_sample() -> None:
     "name", ["mxfp8", "dual level", "rope", "rms_norm", "attention", "adaln", "mxfp4 matmul"]
 )
 def test_opcheck(name: str) -> None:
-    sample = next(s for s in samples.samples() if s.name == name)
+    sample = next(s for s in example_calls.samples() if s.name == name)
     operator = caller_of(sample.operator)
     utilities = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(operator, sample.args, dict(sample.kwargs), test_utils=utilities)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ascendit.twin import nz
-from ascendit.twin.faults import TwinError
+from ascendit.twin.contract import TwinError
 
 npu = torch.ops.npu
 

@@ -12,9 +12,9 @@ from torch import Tensor
 import ascendit.twin
 from ascendit import mx
 from ascendit.mx import layouts
-from ascendit.twin import arithmetic
+from ascendit.twin import cpu_kernels
 from ascendit.twin.operators import quant_matmul
-from ascendit.twin.operators.quant_matmul_call import Call
+from ascendit.twin.operators.quant_matmul_contract import Call
 
 npu = torch.ops.npu
 E8M0, E2M1, E4M3 = 293, 296, 292
@@ -116,7 +116,7 @@ def test_float32_before_the_output_cast() -> None:
     x, w, bias = operands(16, 32, 4096)
     q, s = npu.npu_dynamic_quant(x)
     wq, ws = npu.npu_dynamic_quant(w)
-    names = ascendit.twin.schemas.signature("npu_quant_matmul").names
+    names = ascendit.twin.registry.signature("npu_quant_matmul").names
     arguments: dict[str, Any] = dict.fromkeys(names) | {
         "x1": q,
         "x2": wq.t(),
@@ -197,7 +197,7 @@ def test_dual_level(m: int, n: int, k: int) -> None:
     exact = a @ b.t() + bias
     assert y.dtype == torch.bfloat16 and ((y.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
     tokens, channels = (mx.encode(t, "mxfp4_dualscale", scale_rule="floor") for t in (x, w))
-    assert apart(arithmetic.linear(tokens, channels, None, torch.float32), a @ b.t()) < LIMIT
+    assert apart(cpu_kernels.linear(tokens, channels, None, torch.float32), a @ b.t()) < LIMIT
 
 
 def test_weight_only() -> None:

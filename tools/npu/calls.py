@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ascendit import mx
-from ascendit.device.backends import Device
+from ascendit.device.device import Device
 from ascendit.ops.bind import Ops, bind
 from ascendit.ops.npu.linear import NZ_SCHEMES
 from ascendit.ops.quant_linear import native_schemes

@@ -21,11 +21,11 @@ from npu.trace import Stub, Trace
 from torch import Tensor
 
 import ascendit.twin
-from ascendit.device.backends import Device
+from ascendit.device.device import Device
 from ascendit.ops.runtime import open_device
-from ascendit.twin import samples
-from ascendit.twin.samples import Sample
-from ascendit.twin.schemas import frozen
+from ascendit.twin import example_calls
+from ascendit.twin.example_calls import Sample
+from ascendit.twin.registry import frozen
 
 
 def by_dispatcher(operator: str, *args: Any, **kwargs: Any) -> Any:
@@ -110,7 +110,7 @@ def main(out: Path) -> None:
             "chip": device.chip,
             "soc": torch.npu.get_device_name(0),
             "torch_npu": torch_npu.__version__,
-            "samples": [run_sample(s, stub, device.torch_name) for s in samples.samples()],
+            "samples": [run_sample(s, stub, device.torch_name) for s in example_calls.samples()],
             "calls": run_calls(device, stub),
             "model": model.forward(device, stub) | model.diffusers_forward(device, stub),
             "mindiesd": _mindiesd_schemas(),

@@ -24,11 +24,11 @@ from npu import schemas, wheels
 from npu.calls import OURS, Recorder, calls, described
 
 import ascendit.twin
-from ascendit.device.npu import CHIPS
+from ascendit.device.chip import CHIPS
 from ascendit.ops.runtime import open_device
-from ascendit.twin import dtypes, samples
-from ascendit.twin.samples import Sample
-from ascendit.twin.schemas import UNDEFINABLE
+from ascendit.twin import contract, example_calls
+from ascendit.twin.example_calls import Sample
+from ascendit.twin.registry import UNDEFINABLE
 
 META = "torch_npu/op_plugin/meta/_meta_registrations.py"
 CANN = "9.1.0"
@@ -52,7 +52,7 @@ class NoMeta(Exception):
 def cases(chip: str) -> Iterator[Case]:
     """The samples of the twin, then what ascendit's operators call."""
     device = open_device(f"twin:{chip}")
-    for sample in samples.samples():
+    for sample in example_calls.samples():
         yield Case(chip, sample.name, sample, described(sample.run(ascendit.twin.call)))
     for call in calls(device):
         with torch.no_grad(), Recorder() as seen:
@@ -78,7 +78,7 @@ def install(wheel: Path) -> dict[str, str]:
         sys.modules[name] = made
 
     codes = type("ErrCode", (), {"__getattr__": lambda self, name: name})()
-    module("torch_npu", **dtypes.NAMES)
+    module("torch_npu", **contract.NAMES)
     module("torch_npu.utils")
     module("torch_npu.utils._error_code", ErrCode=codes, ops_error=lambda code: "")
     module("torch_npu.npu")

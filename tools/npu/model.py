@@ -12,14 +12,14 @@ from npu.trace import Stub, Trace
 from torch import nn
 
 import ascendit
-from ascendit.device.backends import Device
+from ascendit.device.device import Device
+from ascendit.family import WanConfig
 from ascendit.model.linear import QuantLinear
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.bind import bind
 from ascendit.ops.quant_linear import Schemes
 from ascendit.pipeline import generate
 from ascendit.pipeline.generate import Pipeline
-from ascendit.spec import WanConfig
 
 STEPS, LAYERS = 4, 2
 """Two steps for each expert."""

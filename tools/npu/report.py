@@ -9,7 +9,7 @@ from typing import Any
 from npu import loop
 from npu.calls import OURS
 
-from ascendit.device.npu import CHIPS
+from ascendit.device.chip import CHIPS
 
 FORWARD, BLOCK = 100, 26
 """At most so many launches: a forward of two layers in BF16, a block with MindIE-SD's operators."""

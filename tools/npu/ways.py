@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from ascendit.convert.step_policy import StepPolicy
-from ascendit.device.backends import Device
+from ascendit.device.device import Device
 from ascendit.model.linear import QuantLinear
-from ascendit.model.load import load_expert
-from ascendit.model.online import Online, read_experts
+from ascendit.model.loader import load_expert
+from ascendit.model.quantize_on_load import Online, read_experts
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.bind import bind
 from ascendit.ops.quant_linear import native_schemes
 from ascendit.pipeline.generate import Pipeline
+from ascendit.schedule import StepPolicy
 
 MIXED = """
 [[rules]]

@@ -1,16 +1,151 @@
-"""`ascendit doctor`: does this machine have what is needed, and does its device compute what it should?"""
+"""`ascendit doctor`: does this machine have what is needed, and does its device compute what it should?
+
+The page that `ascendit doctor --self-check` prints, and the file it writes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli.render import Output, table
+from ascendit.cli.output import Output, table, to_json
+from ascendit.errors import EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
-    from ascendit.device.report import Report
+    from ascendit.doctor.comparison import Result
+    from ascendit.doctor.report import Report
+    from ascendit.doctor.self_check import SelfCheck
+
+DEFAULT = "npu"
+"""The device that is checked where none is named: what a self-check is for."""
+SHOWN = ("torch", "torch_npu", "cann", "mindiesd", "driver")
+
+
+def checked(device: str | None, file: Path | None, out: Output) -> int:
+    """Run the self-check, print its page, write its file. The exit code: 0 passed, 1 not."""
+    from ascendit.device.device import parse_device
+    from ascendit.environment import disable_device_plugins
+
+    name = str(parse_device(device or DEFAULT))
+    if file is not None:
+        _can_write(file)
+    disable_device_plugins()  # a card's own torch_npu is imported by name
+    from ascendit.doctor.self_check import self_check
+
+    with out.work():
+        check = self_check(name)
+    told = check.as_dict()
+    if file is not None:
+        file.write_text(to_json(told) + "\n", encoding="utf-8")
+    out.emit(told)
+    for line in page(check):
+        out.line(line)
+    if file is not None:
+        out.note(f"{file} holds all of it: attach it to a report")
+    return 0 if check.ok else 1
+
+
+def _can_write(file: Path) -> None:
+    """Before the work, not after it: time on a card is scarce."""
+    if file.is_dir() or not file.parent.is_dir():
+        raise UsageError(
+            f"--out {file}",
+            needs="a file in a folder that exists",
+            fix="--out self-check.json",
+            code="E-USE-02",
+        )
+    if file.exists():
+        raise UsageError(
+            f"--out {file} exists",
+            needs="a name that is free: reports are not written over",
+            fix="another name, or remove the file",
+            code="E-USE-03",
+        )
+    try:
+        file.open("a").close()
+    except OSError as e:
+        raise EnvironmentProblem(
+            f"--out {file}: {e.strerror}",
+            needs="the right to write there",
+            fix="another folder",
+            code="E-ENV-02",
+        ) from e
+
+
+def page(check: SelfCheck) -> Iterator[str]:
+    """One page: questions, operators, functions, verdict."""
+    versions = check.about["versions"]
+    known = "   ".join(f"{name} {versions[name]}" for name in SHOWN if versions[name])
+    yield f"Self-check of {check.device}{f', chip {check.chip}' if check.chip else ''}   {known}"
+    if questions := check.part("question"):
+        yield "\nWhat no document answers"
+        for r in questions:
+            yield f"  {r.name}\n    {r.answer or r.error}"
+            if r.verdict == "differs":
+                yield f"    the twin thinks: {r.expected}"
+    if check.part("operator"):
+        yield "\nOperators against the twin's numbers"
+        yield from _rows("operator", _operators(check))
+    yield "\nOperators and layers as they are bound, against plain PyTorch"
+    yield from _rows(
+        "function", ((r.name, "1", *_numbers(r), r.error or r.how) for r in check.part("function"))
+    )
+    yield f"\n{_verdict(check)}"
+
+
+def _rows(first: str, rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    for line in table((first, "cases", "verdict", "dB", "us", "remark"), rows):
+        yield f"  {line}"
+
+
+def _operators(check: SelfCheck) -> Iterator[tuple[str, ...]]:
+    """A row for each that ascendit calls, and for others that are not as expected; the rest in one."""
+    from ascendit.doctor.self_check import summary
+
+    fine = []
+    for name, results in check.by_operator().items():
+        found = summary(results)
+        if not found.used and found.verdict in ("exact", "close"):
+            fine.append(name)
+            continue
+        remark = f"{found.name}: {found.error}" if found.error else ""
+        remark += "" if found.used else " (not called by ascendit)"
+        yield name, str(len(results)), *_numbers(found), remark.strip()
+    if fine:
+        yield f"{len(fine)} others", str(len(fine)), "fine", "-", "-", "not called by ascendit"
+
+
+def _numbers(r: Result) -> tuple[str, str, str]:
+    return (
+        r.verdict,
+        "-" if r.db is None else f"{r.db:.0f}",
+        "-" if r.microseconds is None else f"{r.microseconds:.0f}",
+    )
+
+
+def _verdict(check: SelfCheck) -> str:
+    differ = sum(r.verdict == "differs" for r in check.results)
+    tail = f"; {differ} answers differ from the twin's" if differ else ""
+    if check.ok:
+        return f"passed: {len(check.results)} checks{tail}"
+    names = ", ".join(dict.fromkeys(r.operator for r in check.failed)) or "nothing was checked"
+    return f"failed: {names}{tail}"
+
+
+def no_check(given: dict[str, Any]) -> UsageError:
+    """`--device` or `--out` without `--self-check`."""
+    return UsageError(
+        f"{' and '.join(given)} without --self-check",
+        needs="--self-check, which these belong to",
+        fix=f"ascendit doctor --self-check {' '.join(f'{k} {v}' for k, v in given.items())}",
+        code="E-USE-01",
+    )
+
+
+# ---- `ascendit doctor`: does this machine have what is needed, and does its device compute what -
 
 
 def doctor(
@@ -31,7 +166,6 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Check this machine and its libraries. Says how to fix what is wrong."""
-    from ascendit.cli.self_check import checked, no_check
 
     out: Output = ctx.obj
     if self_check:
@@ -45,8 +179,8 @@ def doctor(
 
 
 def _examined(out: Output) -> Report:
-    from ascendit.device.doctor import examine
-    from ascendit.device.report import NO_FIX
+    from ascendit.doctor.machine import examine
+    from ascendit.doctor.report import NO_FIX
 
     with out.work():
         report = examine()

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli import options
-from ascendit.cli.render import Output, quiet_libraries, two_columns
+from ascendit.cli import generate_options
+from ascendit.cli.output import Output, quiet_libraries, two_columns
 
 if TYPE_CHECKING:
-    from ascendit.cli.call import Plan
+    from ascendit.cli.generate_options import Plan
     from ascendit.cli.progress import ProgressView
     from ascendit.pipeline.video import Video
 
@@ -155,7 +155,7 @@ def generate(
 
     ascendit generate --demo "a red circle moves right on a black background"
     """
-    from ascendit.cli.call import make_plan, read_call
+    from ascendit.cli.generate_options import make_plan, read_call
 
     if frames is not None and seconds is not None:
         raise typer.BadParameter("give --frames or --seconds, not both", ctx=ctx)
@@ -188,9 +188,9 @@ def flag_values(params: dict[str, Any]) -> dict[str, Any]:
         "device": params["device"],
         **{name: params[name] for name in ("scheme", "recipe", "step_policy", "emulate")},
         "text_on": params["text_on"],
-        **(options.parse_size(size) if size is not None else {}),
-        **(options.parse_guidance(guidance) if guidance is not None else {}),
-        **(options.parse_timesteps(timesteps) if timesteps is not None else {}),
+        **(generate_options.parse_size(size) if size is not None else {}),
+        **(generate_options.parse_guidance(guidance) if guidance is not None else {}),
+        **(generate_options.parse_timesteps(timesteps) if timesteps is not None else {}),
     }
 
 
@@ -208,8 +208,7 @@ def _run(plan: Plan, out: Output, *, overwrite: bool) -> None:
 def _make(plan: Plan, out: Output, view: ProgressView) -> Video:
     """Load the model and run the request. Ctrl-C stops between steps; out of memory says in which stage."""
     import ascendit
-    from ascendit.cli.interrupt import Interrupt
-    from ascendit.cli.memory import is_out_of_memory, out_of_memory
+    from ascendit.cli.interruptions import Interrupt, is_out_of_memory, out_of_memory
 
     quiet_libraries()
     try:

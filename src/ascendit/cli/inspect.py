@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ascendit.cli.render import Output
+from ascendit.cli.output import Output
 
 
 def inspect(
@@ -35,7 +35,7 @@ def inspect(
 
 
 def _inspect(out: Output, path: str, layers: bool) -> bool:
-    from ascendit.pipeline.inspect import inspect as look
+    from ascendit.inspect.checkpoint import inspect as look
 
     with out.work():
         report = look(path)
@@ -49,7 +49,7 @@ def _inspect(out: Output, path: str, layers: bool) -> bool:
 
 def _diff(out: Output, path: str, other: str, layers: bool) -> bool:
     from ascendit.errors import UsageError
-    from ascendit.pipeline.diff import diff
+    from ascendit.inspect.diff import diff
 
     if layers:
         raise UsageError(

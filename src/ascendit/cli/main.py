@@ -17,8 +17,8 @@ from ascendit import __version__
 from ascendit.cli.doctor import doctor
 from ascendit.cli.generate import generate
 from ascendit.cli.inspect import inspect
+from ascendit.cli.output import Output, report_error, report_fault
 from ascendit.cli.quantize import quantize
-from ascendit.cli.render import Output, report_error, report_fault
 from ascendit.cli.repack import repack
 from ascendit.cli.verify import verify
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
@@ -76,7 +76,7 @@ def common(
         print(ctx.get_help())
         raise typer.Exit(2)
     if ctx.invoked_subcommand != "doctor":  # it looks at what `import torch` does by itself
-        from ascendit.device import environment
+        from ascendit import environment
 
         environment.disable_device_plugins()  # with torch_npu and no CANN, `import torch` would raise
     _set_up_log(ctx.obj)
@@ -111,8 +111,7 @@ def common_flags(words: list[str]) -> tuple[list[str], Output]:
 
 def end(error: BaseException, output: Output) -> int:
     """Tell what went wrong and return the exit code."""
-    from ascendit.cli.interrupt import cancelled
-    from ascendit.cli.memory import is_out_of_memory, out_of_memory
+    from ascendit.cli.interruptions import cancelled, is_out_of_memory, out_of_memory
 
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         error = cancelled()

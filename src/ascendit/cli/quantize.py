@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from ascendit.cli.render import Output, quiet_libraries
+from ascendit.cli.output import Output, quiet_libraries
 from ascendit.errors import OutOfMemory, UsageError
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def quantize(
 
     ascendit quantize hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers -o Wan2.2-T2V-A14B-mxfp8 --scheme mxfp8
     """
-    from ascendit.cli.transfer import resumable
+    from ascendit.cli.progress import resumable
     from ascendit.convert.quantize import quantize as run
 
     out: Output = ctx.obj
@@ -169,10 +169,10 @@ def _calibrator(
 
 def _fields(settings: list[str]) -> dict[str, Any]:
     """Fields of the request that a calibration runs with."""
-    from ascendit.cli import options
+    from ascendit.cli import generate_options
 
-    layer = options.parse_settings(settings)
-    if wrong := sorted({*options.EXTRAS, "prompt", "image"} & set(layer)):
+    layer = generate_options.parse_settings(settings)
+    if wrong := sorted({*generate_options.EXTRAS, "prompt", "image"} & set(layer)):
         raise UsageError(
             f"--set {wrong[0]} with --calibrate",
             needs="a value of its videos, as num_inference_steps, height, width, num_frames",
@@ -202,7 +202,7 @@ class Screen:
 
     def show_conversion(self) -> Any:
         """Its bar, before the first event too."""
-        from ascendit.cli.transfer import transfer_view
+        from ascendit.cli.progress import transfer_view
 
         return self._show("conversion", transfer_view)
 
@@ -219,7 +219,7 @@ class Screen:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the screen as it was found. A run of the model that had too little memory says so."""
-        from ascendit.cli.memory import is_out_of_memory
+        from ascendit.cli.interruptions import is_out_of_memory
 
         self._stack.close()
         if self._stage == "calibration" and error is not None and is_out_of_memory(error):

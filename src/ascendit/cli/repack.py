@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ascendit.cli.render import Output
+from ascendit.cli.output import Output
 
 Source = Annotated[
     str,
@@ -56,7 +56,7 @@ def repack(
 
     ascendit repack msmodelslim-export -o Wan2.2-T2V-A14B-mxfp8 --base hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers
     """
-    from ascendit.cli.transfer import transfer_view
+    from ascendit.cli.progress import transfer_view
     from ascendit.convert.repack import repack as run
 
     out: Output = ctx.obj

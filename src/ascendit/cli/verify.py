@@ -1,14 +1,18 @@
-"""`ascendit verify`: does a model do what it is asked?"""
+"""`ascendit verify`: does a model do what it is asked?
+
+`ascendit verify --quality`: the table of what each scheme and recipe costs.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli.render import Output, print_error, quiet_libraries, to_json
+from ascendit.cli.output import Output, print_error, quiet_libraries, to_json
 from ascendit.errors import QualityError, UsageError
 
 if TYPE_CHECKING:
@@ -16,8 +20,113 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ascendit.cli.progress import ProgressView
-    from ascendit.pipeline.verify import Adherence, Reading
-    from ascendit.pipeline.world import Scene
+    from ascendit.demo.adherence import Adherence, Reading
+    from ascendit.demo.world import Scene
+    from ascendit.verify.quality import OnRow
+    from ascendit.verify.quality_table import Quality, Row
+
+
+def verify_quality(
+    out: Output,
+    model: str,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    limit: int,
+    jobs: int,
+    report: Path | None,
+) -> None:
+    """Measure, print the table and the verdicts. Exits with 1 when a case is below its limit.
+
+    `report` is written anew after each row: it takes long, and what is done is not lost.
+    """
+    if jobs < 1:
+        raise UsageError(f"--jobs {jobs}", needs="at least 1", fix="--jobs 1", code="E-USE-01")
+    start = time.perf_counter()
+
+    def told(quality: Quality) -> dict[str, Any]:
+        good = all(kept for _, kept in quality.verdicts())
+        return quality.as_dict() | {"pass": good, "seconds": round(time.perf_counter() - start, 1)}
+
+    def on_row(quality: Quality) -> None:
+        if report is not None:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(to_json(told(quality)) + "\n", encoding="utf-8")
+
+    with out.work():
+        quality = _measure_quality(out, model, names, seeds, limit, jobs, on_row)
+    failed = [row for row, kept in quality.verdicts() if not kept]
+    error = _below_limits(quality, failed).as_dict() if failed else None
+    out.emit(told(quality) | ({"error": error} if error else {}))
+    out.line(quality.table())
+    for row, kept in quality.verdicts():
+        word = "PASS" if kept else "FAIL"
+        out.line(f"{word:<6}{row.name:<18}{row.lost(quality.base):>4} lost   at most {row.allowed()}")
+    if error and not out.json:
+        print_error(error)
+    if error:
+        raise typer.Exit(1)
+
+
+def _measure_quality(
+    out: Output,
+    model: str,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    limit: int,
+    jobs: int,
+    on_row: OnRow,
+) -> Quality:
+    from ascendit.cli.interruptions import Interrupt
+    from ascendit.cli.progress import progress_view
+    from ascendit.demo.adherence import pick
+    from ascendit.verify.quality import cases, choose, measure_quality
+
+    scenes, chosen = pick(limit), choose(names) if names else cases()
+    quiet_libraries()
+    silent = out.quiet or out.json
+    with progress_view(silent=silent) as view, Interrupt(silent=silent) as interrupt:
+        tally = _QualityTally(view, len(scenes) * len(seeds) * (1 + len(chosen)))
+        return measure_quality(
+            model, chosen, scenes, seeds, jobs=jobs, cancel=interrupt.event, on_video=tally, on_row=on_row
+        )
+
+
+class _QualityTally:
+    """Shows how many videos are made, and how many of the current case are right."""
+
+    def __init__(self, view: ProgressView, total: int) -> None:
+        self._view, self._total, self._done = view, total, 0
+        self._case, self._made, self._right = "", 0, 0
+        self._start = time.perf_counter()
+
+    def __call__(self, case: str, right: bool) -> None:
+        from ascendit.cli.progress import clock
+        from ascendit.progress import Progress
+
+        if case != self._case:
+            self._case, self._made, self._right = case, 0, 0
+        self._done += 1
+        self._made += 1
+        self._right += right
+        pace = (time.perf_counter() - self._start) / self._done
+        text = (
+            f"{case}: right {self._right}/{self._made}   video {self._done}/{self._total}  "
+            f"{pace:.2g} s/video  eta {clock(pace * (self._total - self._done))}"
+        )
+        self._view.show(Progress(stage="denoise", step=self._done, total=self._total), text)
+
+
+def _below_limits(quality: Quality, failed: Sequence[Row]) -> QualityError:
+    words = (f"{row.name} loses {row.lost(quality.base)}, at most {row.allowed()}" for row in failed)
+    return QualityError(
+        f"of {len(quality.base.right)} videos too many are wrong that BF16 gets right: {'; '.join(words)}",
+        needs="no more than the limit of each case",
+        fix="look at the layers in --report FILE; another scale rule, or a recipe that keeps more layers",
+        code="E-OUT-03",
+    )
+
+
+# ---- `ascendit verify`: does a model do what it is asked? ---------------------------------------
 
 LIMITS = {"overall": 0.90, "kept_back": 0.85}
 """Least share of videos that are right in everything."""
@@ -71,8 +180,6 @@ def verify(
     seeds = seeds if seeds is not None else 1 if quality else 2
     name = _check_call(model, demo=demo, checks=adherence + quality, seeds=seeds, report=report)
     if quality:
-        from ascendit.cli.verify_quality import verify_quality
-
         _check_swap(swap_experts)
         verify_quality(out, name, cases or (), range(seeds), 192 if limit is None else limit, jobs, report)
         return
@@ -150,10 +257,10 @@ def _measure(name: str, seeds: list[int], limit: int | None, swap: bool, out: Ou
     import numpy as np
 
     import ascendit
-    from ascendit.cli.interrupt import Interrupt
+    from ascendit.cli.interruptions import Interrupt
     from ascendit.cli.progress import progress_view
-    from ascendit.pipeline import world
-    from ascendit.pipeline.verify import measure_adherence, pick
+    from ascendit.demo import world
+    from ascendit.demo.adherence import measure_adherence, pick
 
     scenes = pick(limit) if limit is not None else list(world.scenes())
     quiet_libraries()
@@ -184,7 +291,7 @@ class _Tally:
 
     def __call__(self, scene: Scene, seed: int, reading: Reading) -> None:
         from ascendit.cli.progress import clock
-        from ascendit.pipeline.progress import Progress
+        from ascendit.progress import Progress
 
         self._done += 1
         self._right += all(reading.right(scene).values())

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ascendit.checkpoint.layout import Layout
-from ascendit.checkpoint.names import is_block_linear
-from ascendit.checkpoint.store import TORCH_DTYPES
-from ascendit.convert.expert_plan import ExpertPlan
+from ascendit.checkpoint.reader import TORCH_DTYPES
 from ascendit.errors import UsageError
+from ascendit.names import is_block_linear
 from ascendit.quant.fusion import leader_of
+from ascendit.weights.quantize_plan import ExpertPlan
 
 if TYPE_CHECKING:
     import torch
 
-    from ascendit.convert.lora import LoraSource
+    from ascendit.weights.lora.fold import LoraSource
 
 ALPHA = 0.9
 """msModelSlim's, in the recipe that smooths Wan."""
@@ -132,7 +132,7 @@ def mul_scales(plan: ExpertPlan, found: Mapping[str, Statistics], alpha: float) 
     """
     import torch
 
-    from ascendit.mx.smooth import smoothing_factors, to_mul_scale
+    from ascendit.mx.smoothing import smoothing_factors, to_mul_scale
 
     made: dict[str, torch.Tensor] = {}
     for name in smoothable(plan):

@@ -18,20 +18,35 @@ from pathlib import Path
 from typing import Any
 
 from ascendit import __version__
-from ascendit.checkpoint.expert import Expert, read_expert
-from ascendit.checkpoint.folder import model_folder
-from ascendit.checkpoint.layout import WORDS, Layout, read_json, recognise
-from ascendit.checkpoint.staging import Staging
-from ascendit.checkpoint.write import MAX_SHARD_BYTES, ShardWriter
-from ascendit.convert import base as bases
-from ascendit.convert import canonical, card
-from ascendit.convert.dialects import Dialect, check_engine, dialect_for, model_kind, task_config, traits_of
-from ascendit.convert.job import OnProgress, Progress
-from ascendit.convert.repack_report import ExpertReport, RepackReport
-from ascendit.convert.report import add_up
-from ascendit.convert.rewrite import Step, produce
-from ascendit.convert.steps import Steps, schemes_of, smoothed_layers, steps_for, unlike_qkv
-from ascendit.convert.stream import RowReader
+from ascendit.checkpoint.component import read_json
+from ascendit.checkpoint.hub import model_folder
+from ascendit.checkpoint.layout import WORDS, Layout, recognise
+from ascendit.checkpoint.output_folder import Staging
+from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.transformer import Expert, read_expert
+from ascendit.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter
+from ascendit.convert import provenance
+from ascendit.convert import provenance as bases
+from ascendit.convert.engine_formats import (
+    Dialect,
+    check_engine,
+    dialect_for,
+    model_kind,
+    task_config,
+    traits_of,
+)
+from ascendit.convert.report import RepackedExpert, RepackReport, add_up
+from ascendit.progress import ConversionProgress, OnConversionProgress
+from ascendit.weights import canonical_tensors
+from ascendit.weights.tensor_steps import (
+    Step,
+    Steps,
+    produce,
+    schemes_of,
+    smoothed_layers,
+    steps_for,
+    unlike_qkv,
+)
 
 WAYS = {
     "widen": "to float32",
@@ -62,7 +77,7 @@ class _Job:
 
     @property
     def quant_type(self) -> str:
-        return canonical.model_quant_type(self.layers)
+        return canonical_tensors.model_quant_type(self.layers)
 
     @property
     def quantized(self) -> bool:
@@ -81,7 +96,7 @@ def repack(
     copy: bool = False,
     resume: bool = False,
     dry_run: bool = False,
-    on_progress: OnProgress | None = None,
+    on_progress: OnConversionProgress | None = None,
 ) -> RepackReport:
     """Write the checkpoint at `src` as the folder `dst`, with the same numbers.
 
@@ -112,13 +127,13 @@ def repack(
             if check:
                 checked = _compare(jobs, staging.path, _Meter(on_progress, "check", 2 * needed))
             made = _made(source, dst, jobs, files, checked, base=base, to=to, engine=engine, check=check)
-            card.write_made(staging.path, made, dst.name)
+            provenance.write_made(staging.path, made, dst.name)
             staging.publish()
     elif parts_from and dialect.naming == "diffusers":
         placed = tuple(name for name, part in parts_from.parts.items() if part not in parts_from.experts)
     return RepackReport(
         path=dst,
-        source=card.source_name(source),
+        source=provenance.source_name(source),
         layout=WORDS[source.kind],
         to=dialect.naming,
         engine=engine,
@@ -177,7 +192,7 @@ def _fingerprint(jobs: list[_Job], dialect: Dialect, **flags: bool) -> str:
 class _Meter:
     """Tells the progress of one stage."""
 
-    def __init__(self, told: OnProgress | None, stage: str, total: int) -> None:
+    def __init__(self, told: OnConversionProgress | None, stage: str, total: int) -> None:
         self._told, self._stage, self._total = told, stage, total
         self._done = self._skipped = 0
         self._started = time.monotonic()
@@ -187,7 +202,7 @@ class _Meter:
         self._skipped += nbytes * skipped
         if self._told:
             seconds = time.monotonic() - self._started
-            told = Progress(self._stage, name, self._done, self._total, seconds, self._skipped)
+            told = ConversionProgress(self._stage, name, self._done, self._total, seconds, self._skipped)
             self._told(told)
 
 
@@ -233,10 +248,10 @@ def _write_one(step: Step, writer: ShardWriter, reader: RowReader) -> None:
 def _write_json(job: _Job, folder: Path) -> None:
     """config.json, and the manifest where something is quantized."""
     dialect, layers = job.dialect, job.layers
-    marker = canonical.marker_for(layers, job.steps.smoothed)
-    card.write_json(folder / "config.json", dialect.config(job.config, marker))
+    marker = canonical_tensors.marker_for(layers, job.steps.smoothed)
+    provenance.write_json(folder / "config.json", dialect.config(job.config, marker))
     if dialect.task_file:
-        card.write_json(folder / dialect.task_file, task_config(job.config))
+        provenance.write_json(folder / dialect.task_file, task_config(job.config))
     if not job.quantized:
         return
     lost = job.expert.tensors.keys() - set(job.steps.names)
@@ -250,7 +265,7 @@ def _write_json(job: _Job, folder: Path) -> None:
 
 def _compare(jobs: list[_Job], folder: Path, meter: _Meter) -> dict[str, dict[str, str]]:
     """Read what was written as anyone would, and compare all numbers with the source."""
-    from ascendit.convert.check import compare
+    from ascendit.convert.compare import compare
 
     written = recognise(folder)
     return {
@@ -269,23 +284,23 @@ def _made(
     files: dict[str, str],
     checked: dict[str, dict[str, str]],
     **flags: Any,
-) -> card.Made:
+) -> provenance.Made:
     """For ascendit.json and the model card."""
     words = {"base": "--base", "to": "--to", "engine": "--for", "check": "--check"}
     options = [(words[name], value) for name, value in flags.items()]
     details: dict[str, Any] = {"engine": flags["engine"]} if flags["engine"] else {}
     if checked:
-        from ascendit.convert.check import combined
+        from ascendit.convert.compare import combined
 
         details["decoded_sha256"] = {name: combined(found) for name, found in checked.items()}
     reports = [_expert_report(job, checked.get(job.expert.name)) for job in jobs]
     recipe = _recipe_of(source)
     written = sum(job.nbytes for job in jobs)
-    return card.Made(
+    return provenance.Made(
         verb="repack",
         layout=source,
         model_kind=model_kind(jobs[0].config),
-        command=card.command_line("repack", source, dst, options),
+        command=provenance.command_line("repack", source, dst, options),
         files=files,
         schemes=add_up(report.schemes for report in reports),
         bits_per_weight=8 * written / max(sum(report.num_weights for report in reports), 1),
@@ -296,22 +311,22 @@ def _made(
 
 def _recipe_of(source: Layout) -> dict[str, Any]:
     """The recipe in the record of a folder that ascendit wrote: it stays true."""
-    file = source.root / card.RECORD_FILE
+    file = source.root / provenance.RECORD_FILE
     found = read_json(file).get("recipe") if file.is_file() else None
     known = isinstance(found, dict) and isinstance(found.get("name"), str)
     return found if known and isinstance(found, dict) else {}
 
 
-def _expert_report(job: _Job, checked: dict[str, str] | None) -> ExpertReport:
+def _expert_report(job: _Job, checked: dict[str, str] | None) -> RepackedExpert:
     steps = job.steps.written
     names = {job.expert.tensors[step.name].name for step in steps if step.name in job.expert.tensors}
     rewritten = [step for step in steps if step.rewritten]
     digest = ""
     if checked:
-        from ascendit.convert.check import combined
+        from ascendit.convert.compare import combined
 
         digest = combined(checked)
-    return ExpertReport(
+    return RepackedExpert(
         name=job.expert.name,
         folder=job.folder,
         origin=job.expert.origin,

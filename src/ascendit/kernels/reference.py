@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ascendit.kernels.kernel import Activation, Emulate, PreparedWeight, QuantLinearKernel
-from ascendit.mx.codec import decode, encode
-from ascendit.mx.encoded import Encoded
-from ascendit.mx.smooth import smooth_input
+from ascendit.mx.codec import Encoded, decode, encode
+from ascendit.mx.smoothing import smooth_input
 from ascendit.quant.schemes import scheme_of
 
 Spans = tuple[int, ...]

@@ -20,15 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ascendit.convert.step_policy import Precision
 from ascendit.errors import UsageError
 from ascendit.kernels.kernel import Activation, PreparedWeight
-from ascendit.mx.codec import decode
-from ascendit.mx.encoded import Encoded
-from ascendit.mx.smooth import smooth_input
+from ascendit.mx.codec import Encoded, decode
+from ascendit.mx.smoothing import smooth_input
 from ascendit.ops.bind import Ops, schemes_on
 from ascendit.ops.quant_linear import Schemes
 from ascendit.quant.schemes import SCHEMES
+from ascendit.schedule import Precision
 
 Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

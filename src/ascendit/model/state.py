@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ascendit.convert.step_policy import Precision, StepPolicy
+from ascendit.schedule import Precision, StepPolicy
 
 Grid = tuple[int, int, int]
 """(frames, height, width) in patches."""

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ascendit.convert.step_policy import Precision, StepPolicy
+from ascendit.family import WanConfig
 from ascendit.model.linear import QuantLinear, Tokens, dtype_of, linear
 from ascendit.model.state import DenoiseState, Grid, KeyValue, Modulation, RopeTable, Shared, rope_table
 from ascendit.ops.bind import Ops
-from ascendit.spec import WanConfig
+from ascendit.schedule import Precision, StepPolicy
 
 
 class Norm(nn.Module):
@@ -104,7 +104,7 @@ class ConditionEmbedder(nn.Module):
 
 
 class WanTransformer(nn.Module):
-    """Predicts the velocity of the latents. Build it on the meta device; `model/load.py` fills it."""
+    """Predicts the velocity of the latents. Build it on the meta device; `model/loader.py` fills it."""
 
     # Kept in float32 whatever the run's dtype, as Diffusers' `_keep_in_fp32_modules`.
     KEEP_FP32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")

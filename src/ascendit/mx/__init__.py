@@ -13,14 +13,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ascendit.mx.codec import decode, encode, sqnr
-    from ascendit.mx.encoded import Encoded
+    from ascendit.mx.codec import Encoded, decode, encode, sqnr
     from ascendit.mx.formats import FORMATS, Format
 
 _WHERE = {
     "FORMATS": "ascendit.mx.formats",
     "Format": "ascendit.mx.formats",
-    "Encoded": "ascendit.mx.encoded",
+    "Encoded": "ascendit.mx.codec",
     "decode": "ascendit.mx.codec",
     "encode": "ascendit.mx.codec",
     "sqnr": "ascendit.mx.codec",

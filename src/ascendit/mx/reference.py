@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ascendit.mx import elements, msms, scales
+from ascendit.mx import elements, msmodelslim, scales
 from ascendit.mx.formats import E2M1, Format
 
 
@@ -72,7 +72,7 @@ def _encode_blocks(rows: Tensor, form: Format, rule: str, rounding: str) -> tupl
     finite = blocks.isfinite().all(-1)
     blocks = blocks.where(finite.unsqueeze(-1), 0)
     if rule.startswith("msms:"):
-        codes, exponents = msms.encode_blocks(blocks, form.element, rule.removeprefix("msms:"))
+        codes, exponents = msmodelslim.encode_blocks(blocks, form.element, rule.removeprefix("msms:"))
     else:
         wide = blocks.to(torch.float32)
         exponents = scales.shared_exponents(wide.abs().amax(-1), form.element, rule)
@@ -101,7 +101,7 @@ def _encode_dual(rows: Tensor, form: Format, rule: str, rounding: str) -> tuple[
     finite = scales.split_blocks(rows, form.block).isfinite().all(-1)
     if rule == "msms:dualscale":
         clean = rows.where(rows.isfinite(), 0)
-        codes, exponents, dual = msms.encode_dual(clean, form.coarse, form.block)
+        codes, exponents, dual = msmodelslim.encode_dual(clean, form.coarse, form.block)
     else:
         groups = scales.split_blocks(rows.where(rows.isfinite(), 0).to(torch.float32), form.coarse)
         dual = groups.abs().amax(-1) * (1 / 6)
@@ -124,7 +124,7 @@ def _encode_scaled_rows(rows: Tensor, form: Format, rule: str, rounding: str) ->
     finite = rows.isfinite().all(-1, keepdim=True)
     rows = rows.where(finite, 0)
     if rule.startswith("msms:"):
-        codes, scale = msms.encode_int8(rows, -127 if rule.endswith("legacy") else -128)
+        codes, scale = msmodelslim.encode_int8(rows, -127 if rule.endswith("legacy") else -128)
         return codes, scale.where(finite, torch.nan)
     wide = rows.to(torch.float32)
     scale = wide.abs().amax(-1, keepdim=True) * (1 / (form.element.max if form.element else 127))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ascendit.device.backends import Device, parse_device
+from ascendit.device.device import Device, parse_device
 from ascendit.errors import UsageError
 from ascendit.kernels.kernel import Emulate, Function, Prepare, Wish
 from ascendit.ops.quant_linear import Schemes, parse_rules, to_emulate

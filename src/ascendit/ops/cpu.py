@@ -9,7 +9,7 @@ from ascendit.kernels.cpu import attention, elementwise, linear
 from ascendit.kernels.kernel import Kernel, Wish
 
 if TYPE_CHECKING:
-    from ascendit.device.backends import Device
+    from ascendit.device.device import Device
 
 
 def kernels(device: Device, wish: Wish) -> Sequence[Kernel]:

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, cast, get_args
 import torch
 from torch import Tensor
 
-from ascendit.device.npu import native_on
+from ascendit.device.chip import native_on
 from ascendit.errors import UsageError
 from ascendit.kernels.kernel import Activation, Emulate, PreparedWeight, QuantLinearKernel, Wish
-from ascendit.mx.encoded import Encoded
+from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import lookup, resolve_rule
 from ascendit.ops.select import select
 from ascendit.quant.schemes import scheme_of
 
 if TYPE_CHECKING:
-    from ascendit.device.backends import Device
+    from ascendit.device.device import Device
 
 log = logging.getLogger("ascendit")
 

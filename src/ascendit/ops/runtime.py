@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from ascendit import twin
-from ascendit.device import environment, npu_settings
-from ascendit.device.backends import Device, parse_device
+from ascendit import environment, twin
+from ascendit.device import npu_runtime
+from ascendit.device.device import Device, parse_device
 from ascendit.errors import EnvironmentProblem
 from ascendit.twin.state import STATE
 
@@ -146,13 +146,13 @@ def _start_npu(device: Device) -> Device:
 
     EnvironmentProblem E-ENV-03 when torch_npu, CANN, the card or a chip that Wan runs on is missing.
     """
-    npu_settings.set_variables()
+    npu_runtime.set_variables()
     show_torch_npu()
-    npu = npu_settings.import_torch_npu().npu
+    npu = npu_runtime.import_torch_npu().npu
     check_index(device, npu.device_count())
-    chip = npu_settings.find_chip(npu)
-    npu_settings.load_mindiesd()  # before the settings: importing it switches allow_internal_format on
-    npu_settings.apply(npu)
+    chip = npu_runtime.find_chip(npu)
+    npu_runtime.load_mindiesd()  # before the settings: importing it switches allow_internal_format on
+    npu_runtime.apply(npu)
     log.info("%s: %s, chip %s", device, chip.product, chip.name)
     return replace(device, chip=chip.name)
 

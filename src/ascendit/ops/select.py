@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ascendit.device.npu import not_here
+from ascendit.device.chip import not_here
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels import reference
 from ascendit.kernels.kernel import Kernel, Wish
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 if TYPE_CHECKING:
-    from ascendit.device.backends import Device
+    from ascendit.device.device import Device
 
 log = logging.getLogger("ascendit")
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ascendit.errors import UsageError
+from ascendit.family import Task
 from ascendit.model.state import Grid
 from ascendit.pipeline.encoders import ImageEncoder, VideoCoder
 from ascendit.pipeline.request import GenerateRequest
-from ascendit.spec import Task
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 from ascendit.checkpoint.layout import Layout
 from ascendit.errors import CheckpointError
+from ascendit.family import Task, VaeConfig, WanConfig, WanSpec, match
 from ascendit.pipeline.request import Defaults, Solver
-from ascendit.spec import Task, VaeConfig, WanConfig, WanSpec, match
 
 log = logging.getLogger("ascendit")
 

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ascendit.checkpoint.layout import Layout, Part
+from ascendit.checkpoint.component import Part
+from ascendit.checkpoint.layout import Layout
 from ascendit.errors import UsageError
-from ascendit.model.load import load_library_part, quiet
+from ascendit.model.loader import load_library_part, quiet
 
 log = logging.getLogger("ascendit")
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from ascendit.checkpoint.layout import Layout
-from ascendit.convert.step_policy import StepPolicy
-from ascendit.device.backends import Device
+from ascendit.device.device import Device
 from ascendit.errors import Cancelled, QualityError
 from ascendit.model.state import DenoiseState, Shared
 from ascendit.model.wan import WanTransformer
@@ -27,10 +26,12 @@ from ascendit.ops.bind import Ops
 from ascendit.ops.runtime import activate, memory_bytes
 from ascendit.pipeline.condition import Condition, make_condition, open_image
 from ascendit.pipeline.encoders import ImageEncoder, TextEncoder, VideoCoder
-from ascendit.pipeline.progress import OnProgress, Progress
+from ascendit.pipeline.frame_checks import check_not_flat, to_uint8
 from ascendit.pipeline.request import Defaults, GenerateRequest, check, resolve
 from ascendit.pipeline.solver import TRAIN_STEPS, make_solver
-from ascendit.pipeline.video import Video, check_not_flat, to_uint8
+from ascendit.pipeline.video import Video
+from ascendit.progress import OnProgress, Progress
+from ascendit.schedule import StepPolicy
 
 log = logging.getLogger("ascendit")
 

@@ -26,10 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ascendit.errors import EnvironmentProblem, UsageError
-from ascendit.pipeline.encode import CODECS, WRITERS, library, read_tags
-from ascendit.pipeline.frames import Frames, check_frames, check_not_flat, to_uint8
-from ascendit.pipeline.replay import replay_line
-from ascendit.pipeline.request import GenerateRequest
+from ascendit.pipeline.frame_checks import Frames, check_frames, check_not_flat, to_uint8
+from ascendit.pipeline.request import GenerateRequest, replay_line
+from ascendit.pipeline.video_codecs import CODECS, WRITERS, library, read_tags
 
 __all__ = [
     "CODECS",

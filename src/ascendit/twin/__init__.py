@@ -15,8 +15,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ascendit.device import environment
-from ascendit.device.npu import CHIPS
+from ascendit import environment
+from ascendit.device.chip import CHIPS
 from ascendit.errors import UsageError
 from ascendit.twin.state import STATE
 
@@ -27,7 +27,7 @@ def enable(chip: str, *, fake_module: bool = False) -> None:
     """Define the operators under torch.ops for `chip`: a2, a3 or a5. Again with another chip changes it.
 
     `fake_module`: also provide a minimal `torch_npu`, so that other code written for NPUs runs; see
-    `ascendit.twin.fake_module`. TwinImportError if torch_npu is loaded, which from now on cannot be.
+    `ascendit.twin.torch_npu_module`. TwinImportError if torch_npu is loaded, which from now on cannot be.
     """
     _check(chip)
     _keep_torch_npu_out()

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from ascendit.twin import fake_module, operators  # noqa: F401  (operators registers them all)
-from ascendit.twin.faults import IMPORT, TwinImportError
-from ascendit.twin.registry import OPERATORS, fake, not_here, run
-from ascendit.twin.schemas import VERSIONS, frozen
+from ascendit.twin import (
+    torch_npu_module,
+)
+from ascendit.twin.contract import IMPORT, TwinImportError
+from ascendit.twin.registry import OPERATORS, VERSIONS, fake, frozen, not_here, run
 from ascendit.twin.state import STATE
 
 _LIBRARIES: list[torch.library.Library] = []
@@ -52,7 +53,7 @@ def installed() -> bool:
 def install(chip: str, *, with_module: bool) -> None:
     """Define every frozen schema, computed or refused by name. A second call changes the chip."""
     real = sys.modules.get("torch_npu")
-    if real is not None and not fake_module.is_ours(real):
+    if real is not None and not torch_npu_module.is_ours(real):
         raise TwinImportError(
             "torch_npu is loaded in this process",
             needs="a process without it: the twin defines the same operators",
@@ -65,12 +66,12 @@ def install(chip: str, *, with_module: bool) -> None:
         sys.meta_path.insert(0, _GUARD)
     STATE.chip = chip
     if with_module:
-        fake_module.install()
+        torch_npu_module.install()
 
 
 def uninstall() -> None:
     """Undo `install`."""
-    fake_module.uninstall()
+    torch_npu_module.uninstall()
     if _GUARD in sys.meta_path:
         sys.meta_path.remove(_GUARD)
     while _LIBRARIES:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ascendit.twin.faults import require
+from ascendit.twin.contract import require
 
 ND, NCHW, NCDHW, FRACTAL_NZ = 2, 0, 30, 29
 _ROWS, _BYTES = 16, 32

@@ -8,13 +8,13 @@ from ops.layers import exact, on_disk, tokens_of, weight_of
 from torch import Tensor
 
 from ascendit import mx
-from ascendit.device.backends import parse_device
+from ascendit.device.device import parse_device
 from ascendit.errors import UsageError
 from ascendit.kernels import reference
 from ascendit.kernels.cpu import linear as cpu_linear
 from ascendit.kernels.kernel import Emulate, PreparedWeight, Wish
-from ascendit.mx.encoded import Encoded
-from ascendit.mx.smooth import smooth_input
+from ascendit.mx.codec import Encoded
+from ascendit.mx.smoothing import smooth_input
 from ascendit.native.build import Built
 from ascendit.ops.bind import bind
 from ascendit.ops.quant_linear import Schemes

@@ -10,7 +10,7 @@ from ops.cuda.stand_ins import dequantized, scaled
 from ops.layers import exact, on_disk, tokens_of, weight_of
 
 from ascendit import mx
-from ascendit.device.backends import parse_device
+from ascendit.device.device import parse_device
 from ascendit.errors import UsageError
 from ascendit.kernels.kernel import QuantLinearKernel, Wish
 from ascendit.ops import select as selection

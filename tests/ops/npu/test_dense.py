@@ -10,14 +10,14 @@ from ops.recorder import Recorder
 from torch import Tensor
 
 from ascendit import mx
-from ascendit.device import npu as table
+from ascendit.device import chip as table
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels import reference
 from ascendit.ops.bind import NAMES, bind
 from ascendit.ops.npu import dense as npu
 from ascendit.ops.npu import kernels as listed
 from ascendit.ops.npu.attention import fused_infer_attention, fusion_attention
-from ascendit.twin.faults import TwinError
+from ascendit.twin.contract import TwinError
 
 pytestmark = pytest.mark.usefixtures("twin")
 LEAST_DB = 50.0

@@ -9,7 +9,7 @@ from ops.recorder import Recorder
 
 from ascendit import mx
 from ascendit.errors import EnvironmentProblem, UsageError
-from ascendit.mx.smooth import smooth_input
+from ascendit.mx.smoothing import smooth_input
 from ascendit.ops import npu_linear
 from ascendit.ops.bind import bind
 from ascendit.ops.npu.linear import scale_algorithm

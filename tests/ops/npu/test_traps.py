@@ -17,13 +17,13 @@ from ops.layers import on_disk, tokens_of, weight_of
 from ops.recorder import Recorder
 
 from ascendit.checkpoint.layout import recognise
-from ascendit.device.npu import CHIPS
+from ascendit.device.chip import CHIPS
 from ascendit.errors import EnvironmentProblem
 from ascendit.kernels.kernel import PreparedWeight
-from ascendit.model.load import load_transformer
+from ascendit.model.loader import load_transformer
 from ascendit.ops.bind import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
-from ascendit.twin.faults import TwinError
+from ascendit.twin.contract import TwinError
 
 pytestmark = pytest.mark.usefixtures("twin")
 MX = ("mxfp8", "mxfp4", "w4a8")

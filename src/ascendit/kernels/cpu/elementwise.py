@@ -4,7 +4,7 @@ In PyTorch: its CPU layer norm takes BF16 tokens with float32 weights in one ker
 whose weight is `1 + scale`; a rotation is one complex product. In C++ (`native/elementwise.cpp`), for BF16
 tokens: one pass over memory, float32 inside, rounded once; other dtypes go to the PyTorch form.
 
-The twin computes with these too (`twin/arithmetic.py`), so what differs between a video made on a CPU and
+The twin computes with these too (`twin/cpu_kernels.py`), so what differs between a video made on a CPU and
 one made by the Ascend path is the path, never the arithmetic.
 """
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from ascendit.kernels import reference
 from ascendit.kernels.kernel import Activation, Emulate, PreparedWeight, QuantLinearKernel
 from ascendit.mx import elements, scales
-from ascendit.mx.encoded import Encoded
+from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import lookup
 from ascendit.native.build import Built, declared, native
 from ascendit.quant.schemes import LINEAR_SCHEMES

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ascendit.kernels import reference
 from ascendit.kernels.kernel import Activation, PreparedWeight, QuantLinearKernel
-from ascendit.mx.encoded import Encoded
+from ascendit.mx.codec import Encoded
 from ascendit.ops.cuda.steps import GROUP, Steps, has_outer_scales, outer_scale
 from ascendit.quant.schemes import scheme_of
 

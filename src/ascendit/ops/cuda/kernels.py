@@ -11,7 +11,7 @@ from ascendit.kernels.kernel import Kernel, Wish
 from ascendit.ops.cuda import dense, linear
 
 if TYPE_CHECKING:
-    from ascendit.device.backends import Device
+    from ascendit.device.device import Device
 
 PYTORCH = tuple(
     Kernel(f.__name__, "cuda", f, "cuda: fused PyTorch kernel") for f in (gelu_tanh, gelu, attention)

@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 
 from ascendit.kernels.kernel import Emulate, QuantLinearKernel
-from ascendit.mx.codec import decode, encode
-from ascendit.mx.encoded import Encoded
+from ascendit.mx.codec import Encoded, decode, encode
 from ascendit.ops.cuda import triton_linear
 from ascendit.ops.cuda.dequantized_matmul import FEW_TOKENS, DequantizedMatmul
 from ascendit.ops.cuda.scaled_matmul import ScaledMatmul
@@ -39,7 +38,7 @@ from ascendit.ops.cuda.steps import PLAIN, Steps
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 if TYPE_CHECKING:
-    from ascendit.device.backends import Device
+    from ascendit.device.device import Device
 
 log = logging.getLogger("ascendit")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ascendit.kernels.kernel import Activation, PreparedWeight, QuantLinearKernel
 from ascendit.mx import layouts
-from ascendit.mx.encoded import Encoded
+from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import lookup
 from ascendit.ops.cuda.dequantized_matmul import pieces
 from ascendit.ops.cuda.steps import Steps, has_outer_scales, padded

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from ascendit.mx import layouts
-from ascendit.mx.codec import decode, encode
-from ascendit.mx.encoded import Encoded
+from ascendit.mx.codec import Encoded, decode, encode
 from ascendit.mx.formats import lookup
-from ascendit.mx.smooth import smooth_input
+from ascendit.mx.smoothing import smooth_input
 
 BIAS_PARTS = 3
 """bfloat16 numbers of 8 bits each, for the 24 of a float32."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ascendit.mx import scales
-from ascendit.mx.encoded import Encoded
+from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import E2M1, Element, lookup, resolve_rule
 from ascendit.ops.cuda import steps as plain
 from ascendit.ops.cuda import triton_kernels as kernels

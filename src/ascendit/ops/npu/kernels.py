@@ -1,6 +1,6 @@
 """The kernels of an Ascend NPU and its twin, best first; a chip takes the first that it has.
 
-What a chip has is in the table of `device/npu.py`; `hasattr` alone does not tell, since torch_npu has every
+What a chip has is in the table of `device/chip.py`; `hasattr` alone does not tell, since torch_npu has every
 name on every chip. MindIE-SD's own RoPE and attention are not rows: on every chip they call the operators
 that are.
 """
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ascendit.device.npu import capability
+from ascendit.device.chip import capability
 from ascendit.kernels.kernel import Function, Kernel, Prepare, Wish, in_dtype
 from ascendit.ops.npu import attention, dense, linear
 
 if TYPE_CHECKING:
-    from ascendit.device.backends import Device
+    from ascendit.device.device import Device
 
 
 def _kernel(operator: str, needs: str, call: Function, reason: str, prepare: Prepare | None = None) -> Kernel:

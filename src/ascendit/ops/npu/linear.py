@@ -22,15 +22,15 @@ from torch import Tensor
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels.kernel import Activation, PreparedWeight, QuantLinearKernel
 from ascendit.mx import layouts
-from ascendit.mx.encoded import Encoded
+from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import lookup
 from ascendit.ops.quant_linear import native_schemes
 from ascendit.ops.runtime import internal_format
 from ascendit.quant.schemes import scheme_of
-from ascendit.twin.dtypes import E2M1, E4M3, E8M0
+from ascendit.twin.contract import E2M1, E4M3, E8M0
 
 if TYPE_CHECKING:
-    from ascendit.device.backends import Device
+    from ascendit.device.device import Device
 
 FRACTAL_NZ, ND = 29, 2
 DTYPES = (torch.bfloat16, torch.float16)

@@ -9,24 +9,22 @@ from typing import Any
 
 import torch
 
-from ascendit.twin import dtypes
+from ascendit.twin import contract
 from ascendit.twin.operators import (  # noqa: F401
     activations,
-    block_sparse,
+    block_sparse_attention,
     casts,
-    dual_level,
-    fused_infer,
+    dual_level_matmul,
+    fused_infer_attention,
     fusion_attention,
     mindie,
-    mx_quant,
+    mx_quantize,
     norms,
     quant_matmul,
     rotary,
-    row_quant,
-    weight_only,
+    row_quantize,
 )
-from ascendit.twin.registry import current_chip, run
-from ascendit.twin.schemas import signature
+from ascendit.twin.registry import current_chip, run, signature
 
 
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
@@ -38,7 +36,7 @@ def call(name: str, *args: Any, **kwargs: Any) -> Any:
     known = signature(name)
     named = dict(zip(known.names, args, strict=False)) | kwargs
     numbers = {
-        key: dtypes.number_of(value)
+        key: contract.number_of(value)
         for key, value in named.items()
         if key in known.integers and isinstance(value, torch.dtype)
     }

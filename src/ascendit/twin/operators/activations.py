@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ascendit.twin import arithmetic
-from ascendit.twin.faults import require
-from ascendit.twin.operators.mx_quant import FLOATS
+from ascendit.twin import cpu_kernels
+from ascendit.twin.contract import require
+from ascendit.twin.operators.mx_quantize import FLOATS
 from ascendit.twin.registry import Out, operator
 
 
@@ -35,7 +35,7 @@ def npu_gelu(self: Tensor, approximate: str) -> Iterator[Any]:
         fix='approximate="tanh" for Wan',
     )
     yield Out(tuple(self.shape), self.dtype)
-    yield arithmetic.gelu(self, approximate)
+    yield cpu_kernels.gelu(self, approximate)
 
 
 def _fast_gelu(self: Tensor) -> Iterator[Any]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.twin.faults import require
-from ascendit.twin.operators import attention as core
-from ascendit.twin.operators.mx_quant import FLOATS
+from ascendit.twin.contract import require
+from ascendit.twin.operators import attention_inputs as core
+from ascendit.twin.operators.mx_quantize import FLOATS
 from ascendit.twin.registry import Out, operator
 
 _MASKS = (torch.bool, torch.uint8)

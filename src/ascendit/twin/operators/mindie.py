@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.twin import arithmetic
-from ascendit.twin.faults import require
-from ascendit.twin.operators import attention as core
+from ascendit.twin import cpu_kernels
+from ascendit.twin.contract import require
+from ascendit.twin.operators import attention_inputs as core
 from ascendit.twin.operators import norms
 from ascendit.twin.registry import Out, operator
 
@@ -43,7 +43,7 @@ def _adaln(x: Tensor, scale: Tensor, shift: Tensor, weight: Any, bias: Any, epsi
     eps = 1e-5 if epsilon is None else epsilon
     scale, shift = _modulation(scale, x), _modulation(shift, x)
     if weight is bias is None and x.dim() == 3:
-        out, (mean, rstd) = arithmetic.adaln(x, scale, shift, eps), norms.moments(x, 1, eps)
+        out, (mean, rstd) = cpu_kernels.adaln(x, scale, shift, eps), norms.moments(x, 1, eps)
     else:
         y, mean, rstd = norms.layer(x, 1, weight, bias, eps)
         out = (y * (1 + scale.to(torch.float32)) + shift.to(torch.float32)).to(x.dtype)
@@ -109,7 +109,7 @@ def layernorm(
     row = Out((*input.shape[: input.dim() - len(shape)], *[1] * len(shape)), input.dtype)
     yield Out(tuple(input.shape), input.dtype), row, row
     if len(shape) == 1:
-        out, (mean, rstd) = arithmetic.layer_norm(input, weight, bias, eps), norms.moments(input, 1, eps)
+        out, (mean, rstd) = cpu_kernels.layer_norm(input, weight, bias, eps), norms.moments(input, 1, eps)
     else:
         out, mean, rstd = norms.layer(input, len(shape), weight, bias, eps)
     yield out.to(input.dtype), mean.to(input.dtype), rstd.to(input.dtype)

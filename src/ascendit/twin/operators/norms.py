@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.twin import arithmetic
-from ascendit.twin.faults import require
-from ascendit.twin.operators import mx_quant
-from ascendit.twin.operators.mx_quant import FLOATS, Rule
+from ascendit.twin import cpu_kernels
+from ascendit.twin.contract import require
+from ascendit.twin.operators import mx_quantize
+from ascendit.twin.operators.mx_quantize import FLOATS, Rule
 from ascendit.twin.registry import Out, operator
 
 
@@ -60,7 +60,7 @@ def npu_rms_norm(self: Tensor, gamma: Tensor, epsilon: float) -> Iterator[Any]:
     _check_gamma(self, gamma, wide=True)
     yield Out(tuple(self.shape), self.dtype), _rstd(self, gamma)
     if gamma.dim() == 1:
-        yield arithmetic.rms_norm(self, gamma, epsilon), inverse_root(self, 1, epsilon)
+        yield cpu_kernels.rms_norm(self, gamma, epsilon), inverse_root(self, 1, epsilon)
     else:
         y, rstd = rms(self, gamma, epsilon)
         yield y.to(self.dtype), rstd
@@ -94,10 +94,10 @@ def _mx_rule(x: Tensor, gamma: Tensor, scale_alg: int, round_mode: str, dst_type
         fix="cast the activation to bfloat16",
     )
     _check_gamma(x, gamma, wide=True)
-    target = mx_quant.target_of(dst_type)
-    axis = mx_quant.check_input(x, -1, target)
+    target = mx_quantize.target_of(dst_type)
+    axis = mx_quantize.check_input(x, -1, target)
     rule = Rule(scale_alg, round_mode)
-    mx_quant.check_rule(rule, target, x.dtype)
+    mx_quantize.check_rule(rule, target, x.dtype)
     require(
         scale_alg < 2,
         f"scale_alg={scale_alg}",
@@ -119,11 +119,11 @@ def npu_rms_norm_dynamic_mx_quant(
 ) -> Iterator[Any]:
     """(codes, scales, rstd) of the norm rounded to the dtype of x."""
     target, axis, rule = _mx_rule(x, gamma, scale_alg, round_mode, dst_type)
-    yield *mx_quant.outs(tuple(x.shape), axis, target, 32), _rstd(x, gamma)
+    yield *mx_quantize.outs(tuple(x.shape), axis, target, 32), _rstd(x, gamma)
     y, rstd = rms(x, gamma, epsilon)
     if beta is not None:
         y = y + beta.to(torch.float32)
-    yield *mx_quant.quantize(y.to(x.dtype), axis, target, rule), rstd
+    yield *mx_quantize.quantize(y.to(x.dtype), axis, target, rule), rstd
 
 
 @operator("npu_add_rms_norm_dynamic_mx_quant")
@@ -140,13 +140,13 @@ def npu_add_rms_norm_dynamic_mx_quant(
     """(codes, x1 + x2, scales, rstd)."""
     _check_pair(x1, x2)
     target, axis, rule = _mx_rule(x1, gamma, scale_alg, round_mode, dst_type)
-    codes, scale = mx_quant.outs(tuple(x1.shape), axis, target, 32)
+    codes, scale = mx_quantize.outs(tuple(x1.shape), axis, target, 32)
     yield codes, Out(tuple(x1.shape), x1.dtype), scale, _rstd(x1, gamma)
     total = x1.to(torch.float32) + x2.to(torch.float32)
     y, rstd = rms(total, gamma, epsilon)
     if beta is not None:
         y = y + beta.to(torch.float32)
-    quantized, scales = mx_quant.quantize(y.to(x1.dtype), axis, target, rule)
+    quantized, scales = mx_quantize.quantize(y.to(x1.dtype), axis, target, rule)
     yield quantized, total.to(x1.dtype), scales, rstd
 
 

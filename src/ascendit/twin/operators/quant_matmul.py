@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ascendit.mx import elements, layouts
 from ascendit.mx import scales as e8m0
-from ascendit.mx.encoded import Encoded
+from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import E2M1, lookup
-from ascendit.twin import arithmetic, nz
+from ascendit.twin import cpu_kernels, nz
 from ascendit.twin.operators import quant_matmul_contract as contract
-from ascendit.twin.operators.quant_matmul_call import Call, is_transposed, mode_of
+from ascendit.twin.operators.quant_matmul_contract import Call, is_transposed, mode_of
 from ascendit.twin.registry import Out, gate, operator
 
 FORMATS = {
@@ -37,7 +37,7 @@ def npu_quant_matmul(**arguments: Any) -> Iterator[Any]:
     x2 = nz.from_nz(call.x2) if nz.fractal(call.x2) else call.x2
     shared = _as_encoded(call, x2, mode)
     if shared is not None:
-        yield arithmetic.linear(*shared, dtype).view(shape)
+        yield cpu_kernels.linear(*shared, dtype).view(shape)
     else:
         yield NUMBERS[mode](call, x2).to(dtype)
 

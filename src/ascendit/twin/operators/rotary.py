@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.twin.faults import refuse, require
-from ascendit.twin.operators.mx_quant import FLOATS
+from ascendit.twin.contract import refuse, require
+from ascendit.twin.operators.mx_quantize import FLOATS
 from ascendit.twin.registry import Out, gate, operator
 
 _LAYOUTS = "BNSD with [1, 1, S, D], BSND with [1, S, 1, D], SBND with [S, 1, 1, D], TND with [T, 1, D]"

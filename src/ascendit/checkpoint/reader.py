@@ -1,0 +1,504 @@
+"""Tensors on disk: strict safetensors headers, and shards read one tensor at a time.
+
+`read_header` checks a file without reading a byte of its tensors. `Shards` joins the files of one
+part and reads exactly the bytes that are asked for. torch is imported by `Shards.read` only.
+
+Tensors read some rows at a time into one buffer that is used again. No torch at module level.
+
+No mmap of files: the pages of one would count as memory of this process, and a shrinking file would kill it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeGuard
+
+from ascendit.checkpoint.component import STEM, Part, is_plain, loads, read_json, stays_inside
+from ascendit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK_BYTES = 4 << 20
+
+
+def rows_of(info: TensorInfo) -> tuple[int, int]:
+    """(number of rows, bytes of one): rows lie along the first axis; a scalar is one row."""
+    count = info.shape[0] if info.shape else 1
+    return count, info.nbytes // max(count, 1)
+
+
+def block_rows(info: TensorInfo, *, multiple: int = 1, block_bytes: int | None = None) -> int:
+    """Rows read at once: at most `block_bytes`, by default BLOCK_BYTES, but `multiple`; whole multiples."""
+    rows = (block_bytes or BLOCK_BYTES) // max(rows_of(info)[1], 1) // multiple * multiple
+    return max(rows, multiple)
+
+
+class RowReader:
+    """Reads tensors in blocks of rows. What it gives is valid until the next block is read."""
+
+    def __init__(self) -> None:
+        self._buffer = mmap.mmap(-1, BLOCK_BYTES)
+        self._files: dict[Path, int] = {}
+
+    def blocks(
+        self, info: TensorInfo, *, multiple: int = 1, block_bytes: int | None = None
+    ) -> Iterator[tuple[int, memoryview]]:
+        """(index of the first row, bytes of the rows), from the first row to the last.
+
+        Raises CheckpointError E-CKP-02 if the file has shrunk since its header was read.
+        """
+        count, row_bytes = rows_of(info)
+        step = block_rows(info, multiple=multiple, block_bytes=block_bytes)
+        if step * row_bytes > len(self._buffer):
+            self._buffer = mmap.mmap(-1, step * row_bytes)
+        for start in range(0, count, step):
+            rows = min(step, count - start)
+            view = memoryview(self._buffer)[: rows * row_bytes]
+            self._fill(info, info.start + start * row_bytes, view)
+            yield start, view
+
+    def whole(self, info: TensorInfo) -> bytes:
+        """All bytes of a small tensor, in memory of their own."""
+        data = bytearray(info.nbytes)
+        self._fill(info, info.start, memoryview(data))
+        return bytes(data)
+
+    def into(self, info: TensorInfo, view: memoryview) -> None:
+        """All bytes of a tensor into `view`."""
+        self._fill(info, info.start, view[: info.nbytes])
+
+    def _fill(self, info: TensorInfo, offset: int, view: memoryview) -> None:
+        handle = self._files.get(info.file)
+        if handle is None:
+            handle = self._files[info.file] = os.open(info.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        done = 0
+        while done < len(view):
+            count = os.preadv(handle, [view[done:]], offset + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{info.file}: truncated while it was read, in {info.name}",
+                    needs="files that nobody changes during the run",
+                    fix="download the file again, then run this again",
+                    code="E-CKP-02",
+                )
+            done += count
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def as_tensor(view: memoryview, info: TensorInfo) -> torch.Tensor:
+    """The rows in `view` as a tensor [rows, ...] of the dtype of `info`. It shares the memory."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[info.dtype])
+    flat = torch.frombuffer(view, dtype=dtype)
+    rest = info.shape[1:]
+    return flat.view(-1, *rest) if math.prod(rest) else flat
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, which must outlive the view."""
+    import torch
+
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def tile_values(codes: torch.Tensor, scale: torch.Tensor, start: int, tile: int = 128) -> torch.Tensor:
+    """FP8 rows [n, K] beginning at row `start` (a multiple of `tile`) -> float32 code x scale of its tile.
+
+    `scale`: float32 [ceil(N / tile), ceil(K / tile)], the `weight_scale_inv` of the whole weight. Equal to
+    `mx.decode` of fp8_128x128 on those rows, in a third of the memory.
+    """
+    import torch
+
+    values = codes.to(torch.float32)
+    for row in range(0, values.shape[0], tile):
+        factors = scale[(start + row) // tile].repeat_interleave(tile)[: values.shape[1]]
+        values[row : row + tile] *= factors
+    return values
+
+
+def float_bytes(data: bytes | bytearray | memoryview, dtype: str) -> bytes:
+    """BF16, F16 or F32 numbers as F32, exact."""
+    if dtype == "F32":
+        return bytes(data)
+    if dtype == "BF16":  # the upper half of a float32
+        wide = bytearray(2 * len(data))
+        wide[2::4], wide[3::4] = data[0::2], data[1::2]
+        return bytes(wide)
+    import numpy as np
+
+    assert dtype == "F16", dtype
+    return np.frombuffer(data, np.float16).astype(np.float32).tobytes()
+
+
+# ---- Tensors on disk: strict safetensors headers, and shards read one tensor at a time ----------
+
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_CHUNK = 1 << 30  # bytes; no system reads 2 GiB in one call
+DTYPE_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    "F4": 4,
+}
+"""safetensors spelling -> bits of one element."""
+TORCH_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F4": "float4_e2m1fn_x2",
+}
+"""safetensors spelling -> name in torch. F4 holds two elements in a byte, so its last axis is halved."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies. `start` and `end` are byte offsets in `file`."""
+
+    name: str
+    dtype: str
+    """In safetensors' spelling: `BF16`, `F32`, `F8_E4M3`, ..."""
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a safetensors file, by name, in the order of the bytes.
+
+    Raises CheckpointError E-CKP-02 that says what is wrong: a length that cannot be, a header that
+    is no JSON object, sizes that disagree with shape and dtype, overlaps, gaps, a truncated file.
+    """
+    try:
+        if not is_plain(os.stat(path)):
+            raise _broken(path, "no regular file")
+        with open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            start, header = _read_raw(path, f.read(8), size, f.read)
+    except OSError as e:
+        raise _broken(path, "missing" if isinstance(e, FileNotFoundError) else str(e.strerror)) from e
+    infos = [_entry(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"]
+    infos.sort(key=lambda info: (info.start, info.end))
+    position = start
+    for info in infos:
+        if info.end > size:
+            raise _broken(path, f"truncated: {info.name} ends at byte {info.end}, the file at {size}")
+        if info.start != position:
+            what = "overlaps the tensor before it" if info.start < position else "leaves a gap before it"
+            raise _broken(path, f"{info.name} {what} (starts at byte {info.start}, not {position})")
+        position = info.end
+    if position != size:
+        raise _broken(path, f"{size - position} bytes follow the last tensor")
+    return {info.name: info for info in infos}
+
+
+def _read_raw(path: Path, prefix: bytes, size: int, read: Any) -> tuple[int, dict[str, Any]]:
+    """(offset of the first tensor byte, header object). `read` reads on after the 8-byte `prefix`."""
+    if len(prefix) < 8:
+        raise _broken(path, f"{size} bytes long, too short for a header" if size else "empty")
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER:
+        raise _broken(path, f"no safetensors file (header of {length} bytes)")
+    if 8 + length > size:
+        raise _broken(path, f"truncated: header of {length} bytes in a file of {size}")
+    try:
+        header = loads(read(length).decode())
+    except (ValueError, RecursionError) as e:
+        raise _broken(path, f"header is not JSON ({e})") from e
+    if not isinstance(header, dict):
+        raise _broken(path, f"header is a JSON {type(header).__name__}, not an object")
+    return 8 + length, header
+
+
+def _entry(path: Path, name: str, entry: object, offset: int) -> TensorInfo:
+    """Check one entry of the header: dtype known, shape legal, bytes = shape x dtype."""
+    if not isinstance(entry, dict):
+        raise _broken(path, f"entry of {name} is no object")
+    dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise _broken(path, f"{name} has the unknown dtype {dtype!r}")
+    if not _naturals(shape):
+        raise _broken(path, f"{name} has the shape {shape!r}")
+    if not _naturals(span) or len(span) != 2 or span[0] > span[1]:
+        raise _broken(path, f"{name} has the offsets {span!r}")
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits != 8 * (span[1] - span[0]):
+        raise _broken(path, f"{name} has {span[1] - span[0]} bytes; {dtype} {shape} takes {bits / 8:g}")
+    return TensorInfo(name, dtype, tuple(shape), path, offset + span[0], offset + span[1])
+
+
+def _naturals(values: object) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+class Shards:
+    """The weight files of one part, seen as one set of tensors. Nothing is read until `read`."""
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo], files: tuple[Path, ...]) -> None:
+        self.folder = folder
+        self.tensors = tensors
+        self.files = files
+        self._handles: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, folder: Path, stem: str = STEM) -> Self:
+        """`<stem>.safetensors`, or `<stem>.safetensors.index.json` and the shards it names.
+
+        Every header is read and checked. Raises CheckpointError: E-CKP-02 for a missing or damaged
+        file, E-CKP-03 for an index that names a missing file or one outside the folder, E-CKP-04 for
+        an index that disagrees with the shards, E-CKP-06 for an index that is no JSON.
+        """
+        folder = Path(folder)
+        single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if not index.exists():
+            if not single.exists():
+                raise _dangling(single) if single.is_symlink() else _no_weights(folder, stem)
+            return cls(folder, read_header(single), (single,))
+        shards = cls.of_index(index)
+        if single.exists() and single not in shards.files:
+            raise CheckpointError(
+                f"{folder} has both {single.name} and {index.name}",
+                needs="one of them; they can hold different weights",
+                fix="remove the one that is out of date",
+                code="E-CKP-03",
+            )
+        return shards
+
+    @classmethod
+    def of_index(cls, index: Path) -> Self:
+        """The shards that an index file names; errors as in `open`."""
+        weight_map = _weight_map(index)
+        files = tuple(dict.fromkeys(_shard_path(index, name) for name in sorted(set(weight_map.values()))))
+        _check_present(index, files)
+        return cls(index.parent, _join(index, weight_map, files), files)
+
+    @classmethod
+    def of_files(cls, files: Sequence[Path]) -> Self:
+        """These files of one folder, without an index. A tensor that lies in two of them is E-CKP-09."""
+        tensors: dict[str, TensorInfo] = {}
+        for path in files:
+            for name, info in read_header(path).items():
+                if name in tensors:
+                    raise _twice(name, tensors[name].file, path)
+                tensors[name] = info
+        return cls(files[0].parent, tensors, tuple(files))
+
+    @classmethod
+    def of_part(cls, part: Part) -> Self:
+        """The weight files of `part`, wherever its layout keeps them."""
+        if part.index is not None:
+            return cls.of_index(part.index)
+        return cls.of_files(part.files) if part.files else cls.open(part.path, part.stem)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def by_file(self) -> Iterator[tuple[Path, list[TensorInfo]]]:
+        """Each file with its tensors, in the order of the bytes on disk."""
+        for path in self.files:
+            infos = [info for info in self.tensors.values() if info.file == path]
+            yield path, sorted(infos, key=lambda info: (info.start, info.end))
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, on the CPU, in memory of its own; no other tensor is read.
+
+        KeyError when there is none of this name; CheckpointError E-CKP-02 when the file has shrunk
+        since it was opened.
+        """
+        import torch
+
+        info = self.tensors[name]
+        dtype: torch.dtype = getattr(torch, TORCH_DTYPES[info.dtype])
+        shape = (*info.shape[:-1], info.shape[-1] // 2) if info.dtype == "F4" else info.shape
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        if info.nbytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        self._read_into(info, memoryview(raw.numpy().data))
+        return raw.view(dtype).reshape(shape)
+
+    def _read_into(self, info: TensorInfo, buffer: memoryview) -> None:
+        handle = self._handle(info.file)
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(handle, [buffer[done : done + _CHUNK]], info.start + done)
+            if count == 0:
+                raise _broken(info.file, f"truncated while it was read, in {info.name}")
+            done += count
+
+    def _handle(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._handles:
+                try:
+                    self._handles[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                except OSError as e:
+                    raise _broken(path, str(e.strerror)) from e
+            return self._handles[path]
+
+    def close(self) -> None:
+        """Close the files. Tensors that were read stay valid; a later `read` opens its file again."""
+        with self._lock:
+            while self._handles:
+                os.close(self._handles.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(
+            f"{index} has no weight_map",
+            needs="an object that maps each tensor to the file that holds it",
+            fix="download the file again",
+            code="E-CKP-06",
+        )
+    return weight_map
+
+
+def _shard_path(index: Path, name: str) -> Path:
+    """The file an index names. Links inside the folder may point elsewhere (hub caches); names may not."""
+    if not stays_inside(name):
+        raise CheckpointError(
+            f"{index} names {name!r}, which is not inside the folder",
+            needs="names of files beside the index",
+            fix="get the model from a source you trust",
+            code="E-CKP-03",
+        )
+    return index.parent / name
+
+
+def _check_present(index: Path, files: tuple[Path, ...]) -> None:
+    if missing := [path.name for path in files if not os.path.isfile(path)]:  # False for a name too long
+        raise CheckpointError(
+            f"{index} names {len(files)} files, and {len(missing)} missing: {listed(missing)}",
+            needs="every shard that the index names, in the same folder",
+            fix="download the missing files",
+            code="E-CKP-03",
+        )
+
+
+def _join(index: Path, weight_map: dict[str, str], files: tuple[Path, ...]) -> dict[str, TensorInfo]:
+    """The tensors of all shards; each must be where `weight_map` says, and nowhere else."""
+    tensors: dict[str, TensorInfo] = {}
+    unmapped: list[str] = []
+    for path in files:
+        for name, info in read_header(path).items():
+            if name in weight_map and index.parent / weight_map[name] == path:
+                tensors[name] = info
+            else:
+                unmapped.append(f"{name} in {path.name}")
+    absent = [f"{name} in {weight_map[name]}" for name in weight_map if name not in tensors]
+    if not absent and not unmapped:
+        return tensors
+    problems = []
+    if absent:
+        problems.append(f"{len(absent)} not where the index says: {listed(absent)}")
+    if unmapped:
+        problems.append(f"{len(unmapped)} in a shard and not in the index: {listed(unmapped)}")
+    raise CheckpointError(
+        f"{index} disagrees with its shards: {'; '.join(problems)}",
+        needs="an index that says exactly what the shards hold",
+        fix="download the index and the shards again; they are from different versions",
+        code="E-CKP-04",
+    )
+
+
+def _twice(name: str, first: Path, second: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{name} stands in {first.name} and again in {second.name}, in {first.parent}",
+        needs="each tensor once",
+        fix="remove the files that belong to another model or an older run",
+        code="E-CKP-09",
+    )
+
+
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """The first names, sorted, and how many more there are."""
+    ordered = sorted(names)
+    more = len(ordered) - limit
+    return ", ".join(itertools.islice(ordered, limit)) + (f" and {more} more" if more > 0 else "")
+
+
+def _no_weights(folder: Path, stem: str) -> CheckpointError:
+    if not folder.is_dir():
+        found = f"no folder {folder}"
+    else:
+        others = [p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt")]
+        found = f"no {stem}.safetensors in {folder}" + (f" (there is {listed(others)})" if others else "")
+    return CheckpointError(
+        found,
+        needs=f"{stem}.safetensors, or {stem}.safetensors.index.json and its shards",
+        fix="download the weights of this part, in safetensors format",
+        code="E-CKP-02",
+    )
+
+
+def _dangling(link: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{link} is a link to {os.readlink(link)}, which leads to no file",
+        needs="the weights themselves, or a link to them",
+        fix="copy the file that the link is meant for, or make the link anew",
+        code="E-CKP-03",
+    )
+
+
+def _broken(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {problem}",
+        needs="a whole safetensors file",
+        fix="download the file again and compare its size and sha256 with the source",
+        code="E-CKP-02",
+    )

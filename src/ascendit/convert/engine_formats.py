@@ -1,0 +1,288 @@
+"""How a folder lies for each reader: ours (`--to diffusers`, `--to wan`), and what each engine looks for.
+
+Read in the wheels of vLLM-Omni 0.30.0, SGLang 0.5.23 and MindIE-SD 3.1.0; none was run on a card:
+
+vllm-omni   Diffusers names, Q, K and V apart. FP4 as numbers, each an e4m3 element: its parameter is [N, K].
+            int8 without `weight_offset`. Dual-scale layers must have a `mul_scale`: it creates one without a
+            value and stops when the file has none, so that ones are written. What it does is said by
+            `quantization_config` in each expert's config.json, nothing else.
+sglang      Diffusers names, `quant_model_description.json` by the same names. FP4 packed. int8 with
+            `weight_offset`. It loads `mul_scale` only if the manifest names `<layer>.div.mul_scale` too. That
+            file rules over config.json, which is left without `quantization_config`.
+mindie      Original Wan names, smoothed layers as `<layer>.linear.*` and `<layer>.div.mul_scale`. One file,
+            named after `model_quant_type` like the manifest beside it; both refused if others than owner and
+            group may read them (0o640), or if they are links. Kept layers come from the float checkpoint.
+
+`quant.engines.ENGINES` has what none of this can help with. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ascendit.checkpoint.writer import TensorSpec
+from ascendit.errors import UsageError
+from ascendit.family import WanConfig
+from ascendit.names import ROLES, is_block_linear, sort_names, to_wan
+from ascendit.quant.engines import ENGINES, engines_for
+from ascendit.quant.fusion import fused_with
+from ascendit.quant.schemes import SCHEMES, STORED_SCHEMES
+from ascendit.weights import canonical_tensors
+
+Naming = Literal["diffusers", "wan"]
+WAN_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
+STEM = "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """One way to lay out experts. All methods take and give Diffusers names unless they say otherwise."""
+
+    naming: Naming = "diffusers"
+    engine: str | None = None
+    unpacked: bool = False
+    """FP4 as one e4m3 number to an element."""
+    offset: bool = True
+    """int8 layers have a `weight_offset`."""
+    ones: tuple[str, ...] = ()
+    """Schemes whose layers get a `mul_scale` of ones where there is none."""
+    wrapped: bool = False
+    """Smoothed layers as `.linear.` and `.div.`."""
+    aliases: bool = False
+    """The manifest names `<layer>.div.mul_scale` too."""
+    marker: bool = True
+    """config.json has a `quantization_config`."""
+    typed_names: bool = False
+    """One file of weights, named after `model_quant_type`, as the manifest is."""
+    task_file: str = ""
+    """A file that names the task, as ModelScope's models and their exports have it."""
+    mode: int | None = None
+    """Rights of weights and manifest."""
+
+    def folder(self, expert: str, experts: int) -> str:
+        """Where expert `transformer` or `transformer_2` goes, `.` for the folder itself."""
+        if self.naming == "diffusers":
+            return expert
+        return WAN_FOLDERS[expert] if experts > 1 else "."
+
+    def stem(self, quant_type: str) -> str:
+        """How files of weights begin."""
+        return f"quant_model_weight_{quant_type.lower()}" if self.typed_names else STEM
+
+    def manifest_file(self, quant_type: str) -> str:
+        """The name of the manifest."""
+        suffix = f"_{quant_type.lower()}" if self.typed_names else ""
+        return canonical_tensors.MANIFEST.replace(".json", f"{suffix}.json")
+
+    def container(self, scheme: str) -> str:
+        """`packed` or `e4m3` for FP4, `plain` for all others."""
+        if not STORED_SCHEMES[scheme].packed:
+            return "plain"
+        return "e4m3" if self.unpacked else "packed"
+
+    def layer_specs(
+        self,
+        name: str,
+        scheme: str,
+        shape: tuple[int, int],
+        *,
+        bias: bool,
+        mul_scale: bool = False,
+        float_dtype: str = "BF16",
+    ) -> list[TensorSpec]:
+        """As `canonical.layer_specs`, as this reader wants them."""
+        specs = canonical_tensors.layer_specs(
+            name,
+            scheme,
+            shape,
+            bias=bias,
+            mul_scale=mul_scale or scheme in self.ones,
+            float_dtype=float_dtype,
+        )
+        if not self.offset:
+            specs = [spec for spec in specs if not spec.name.endswith(".weight_offset")]
+        if self.container(scheme) == "e4m3":
+            specs[0] = TensorSpec(specs[0].name, "F8_E4M3", shape)
+        return specs
+
+    def on_disk(self, name: str, smoothed: Collection[str]) -> str:
+        """The name in the file; one that Wan does not have is kept. `smoothed`: layers with a `mul_scale`."""
+        if self.naming == "diffusers":
+            return name
+        layer, _, role = name.rpartition(".")
+        if self.wrapped and layer in smoothed and role in ROLES:
+            return f"{to_wan(layer) or layer}.{'div' if role == 'mul_scale' else 'linear'}.{role}"
+        return to_wan(name) or name
+
+    def manifest(
+        self,
+        layers: Mapping[str, str],
+        names: Sequence[str],
+        attention: Mapping[str, str],
+        found: Mapping[str, str],
+    ) -> dict[str, str]:
+        """The manifest with the names on disk; arguments as for `canonical.manifest_for`."""
+        smoothed = {name.removesuffix(".mul_scale") for name in names if name.endswith(".mul_scale")}
+        plain = canonical_tensors.manifest_for(layers, names, attention, found)
+        quant_type = plain.pop("model_quant_type")
+        manifest = {self.on_disk(name, smoothed): value for name, value in plain.items()}
+        if self.aliases:
+            manifest |= {f"{name}.div.mul_scale": "FLOAT" for name in names_of(smoothed)}
+        return manifest | {"model_quant_type": quant_type}
+
+    def config(self, config: Mapping[str, Any], marker: Mapping[str, Any] | None) -> dict[str, Any]:
+        """config.json: that of a WanTransformer3DModel, or of the original WanModel."""
+        written = {key: value for key, value in config.items() if key != "quantization_config"}
+        if self.naming == "wan":
+            return wan_config(written)
+        return written | ({"quantization_config": dict(marker)} if marker and self.marker else {})
+
+
+def names_of(layers: Collection[str]) -> list[str]:
+    """Layers in canonical order."""
+    return sort_names(layers)
+
+
+DIALECTS: dict[str, Dialect] = {
+    "vllm-omni": Dialect(engine="vllm-omni", unpacked=True, offset=False, ones=("mxfp4_dualscale",)),
+    "sglang": Dialect(engine="sglang", aliases=True, marker=False),
+    "mindie": Dialect(
+        engine="mindie",
+        naming="wan",
+        wrapped=True,
+        typed_names=True,
+        task_file="configuration.json",
+        mode=0o640,
+    ),
+}
+
+
+def dialect_for(engine: str | None, to: str | None = None) -> Dialect:
+    """The dialect of `--for` and `--to`. UsageError E-USE-01 if there is none, or they do not go together."""
+    wanted = {None: ("diffusers", "wan"), "mindie": ("wan",)}.get(engine, ("diffusers",))
+    if engine is not None and engine not in DIALECTS:
+        raise UsageError(
+            f"--for {engine}",
+            needs=f"one of {', '.join(DIALECTS)}",
+            fix="leave it out for the folder that ascendit itself runs",
+            code="E-USE-01",
+        )
+    if to is not None and to not in wanted:
+        reader = f"{engine} {ENGINES[engine].version} reads" if engine else "ascendit writes"
+        raise UsageError(
+            f"--to {to}" + (f" with --for {engine}" if engine else ""),
+            needs=f"{' or '.join(wanted)}: {reader} these names",
+            fix=f"--to {wanted[0]}, or leave --to out",
+            code="E-USE-01",
+        )
+    if engine is not None:
+        return DIALECTS[engine]
+    return Dialect(naming="wan" if to == "wan" else "diffusers")
+
+
+# ---- what an engine cannot load -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What matters to an engine; the arguments of `engines_for`."""
+
+    schemes: frozenset[str]
+    float_block_linears: bool
+    smoothed: frozenset[str]
+    others: frozenset[str]
+
+    def verdicts(self) -> dict[str, str]:
+        """Engine -> "" or why it cannot run this."""
+        return engines_for(
+            self.schemes,
+            float_block_linears=self.float_block_linears,
+            smoothed=self.smoothed,
+            traits=self.others,
+        )
+
+
+def traits_of(
+    layers: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, int]],
+    smoothed: Collection[str] = (),
+    *,
+    unlike_qkv: bool = False,
+) -> Traits:
+    """`layers`: every linear of the blocks, and others that are quantized or smoothed -> scheme.
+
+    `shapes`: (N, K) of the quantized ones. `smoothed`: those with a `mul_scale`. `unlike_qkv`: those of some
+    Q, K and V are not equal.
+    """
+    coded = {name: scheme for name, scheme in layers.items() if scheme != "bf16"}
+    inside = {name for name in layers if is_block_linear(name)}
+    others = {"unlike_qkv"} if unlike_qkv else set()
+    if coded.keys() - inside:
+        others.add("outside_blocks")
+    if any(name.endswith((".add_k_proj", ".add_v_proj")) for name in layers):
+        others.add("added_kv")
+    if any(len({layers.get(other) for other in fused_with(name)}) > 1 for name in inside):
+        others.add("split_qkv")
+    for name, scheme in coded.items():
+        if (block := SCHEMES[scheme].block) and -(-shapes[name][1] // block) % 2:
+            others.add(f"odd_blocks:{scheme}")
+    kept = bool(inside - coded.keys())
+    smooth = frozenset(layers.get(name, "bf16") for name in smoothed)
+    return Traits(frozenset(layers.values()), kept, smooth, frozenset(others))
+
+
+def check_engine(engine: str | None, traits: Traits, where: str = "") -> None:
+    """UsageError E-ENG-01 if `engine` cannot run a checkpoint with these traits. `where`: the expert."""
+    if engine is None or not (why := traits.verdicts()[engine]):
+        return
+    others = ", ".join(name for name, reason in traits.verdicts().items() if not reason)
+    schemes = ", ".join(sorted(traits.schemes - {"bf16"})) or "no quantized layer"
+    program = f"{engine} {ENGINES[engine].version}"
+    raise UsageError(
+        f"{program} cannot run {where or 'this checkpoint'} ({schemes}): {why}",
+        needs=f"layers that {program} loads",
+        fix="leave --for out, for the folder that ascendit runs"
+        + (f"; {others} can run it" if others else ""),
+        code="E-ENG-01",
+    )
+
+
+# ---- config.json of the original ----------------------------------------------------------------
+
+
+def wan_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a WanModel. Patch size and text width are not in it: the shapes tell them."""
+    heads, size = config.get("num_attention_heads"), config.get("attention_head_dim")
+    written = {
+        "_class_name": "WanModel",
+        "_diffusers_version": config.get("_diffusers_version"),
+        "dim": heads * size if heads and size else None,
+        "eps": config.get("eps", WanConfig.eps),
+        "ffn_dim": config.get("ffn_dim"),
+        "freq_dim": config.get("freq_dim"),
+        "in_dim": config.get("in_channels"),
+        "model_type": model_kind(config),
+        "num_heads": heads,
+        "num_layers": config.get("num_layers"),
+        "out_dim": config.get("out_channels"),
+        "text_len": 512,
+    }
+    return {key: value for key, value in written.items() if value is not None}
+
+
+def task_config(config: Mapping[str, Any]) -> dict[str, str]:
+    """configuration.json as it lies beside the originals."""
+    task = "image-to-video" if model_kind(config) == "i2v" else "text-to-video-synthesis"
+    return {"framework": "Pytorch", "task": task}
+
+
+def model_kind(config: Mapping[str, Any]) -> Literal["t2v", "i2v", "ti2v"]:
+    """Of the original's `model_type`: by image layers, and by channels that hold more than the noise."""
+    if config.get("image_dim") or config.get("added_kv_proj_dim"):
+        return "i2v"
+    channels, out = config.get("in_channels"), config.get("out_channels")
+    if channels and out and channels > out:
+        return "i2v"
+    return "ti2v" if channels == 48 else "t2v"

@@ -1,0 +1,278 @@
+"""What no public document answers about a card, as questions that the card answers itself.
+
+`ask` gets a function that calls operators on inputs on the CPU, and says in words what came out. The card and
+the twin are both asked, so a report shows at once where the twin guessed wrong. Words are coarse on purpose:
+only a difference that means something should show. `only` questions have an answer on a card alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascendit import mx, twin
+from ascendit.device.device import Device
+from ascendit.doctor.comparison import Result
+from ascendit.doctor.operator_cases import Caller, Card, Case, rand, shorter
+from ascendit.ops.bind import bind
+from ascendit.twin.contract import E2M1, E4M3, E8M0
+
+FP32, BF16 = torch.float32, torch.bfloat16
+ONE, NO_TWIN = 127, "only a card can tell"
+EVERY, A5 = ("a2", "a3", "a5"), ("a5",)
+
+
+@dataclass(frozen=True)
+class Question:
+    """`operator`: what it is about. `only`: asked of the card alone, with the card itself."""
+
+    text: str
+    operator: str
+    ask: Callable[[Caller], str] | None = None
+    only: Callable[[Card], str] | None = None
+    chips: tuple[str, ...] = A5
+
+
+# ---- matmuls ------------------------------------------------------------------------------------
+
+
+def _mx_matmul(call: Caller, q: Tensor, s1: Tensor, w: Tensor, s2: Tensor) -> Tensor:
+    """q [M, K] x w [N, K] in e4m3, scales as [.., K / 64, 2] bytes; float32 [M, N]."""
+    out: Tensor = call(
+        "npu_quant_matmul",
+        q,
+        w.transpose(0, 1),
+        s2.transpose(0, 1),
+        pertoken_scale=s1,
+        output_dtype=6,
+        scale_dtype=E8M0,
+        pertoken_scale_dtype=E8M0,
+        group_sizes=[1, 1, 32],
+    )
+    return out
+
+
+def _ones(rows: int, k: int) -> tuple[Tensor, Tensor]:
+    return torch.ones(rows, k).to(torch.float8_e4m3fn), torch.full((rows, k // 64, 2), ONE, dtype=torch.uint8)
+
+
+def _order_of_sums(call: Caller) -> str:
+    """One large block, many small ones, the large one taken away again: what is left tells the sums."""
+    (q, s1), (w, s2) = _ones(16, 4096), _ones(16, 4096)
+    s1[:, 0, 0] = s1[:, -1, 1] = ONE + 25  # 32 x 2^25, beside which 32 is less than half a step of float32
+    signs = torch.ones(16, 4096)
+    signs[:, -32:] = -1
+    left = float(_mx_matmul(call, (q.float() * signs).to(torch.float8_e4m3fn), s1, w, s2)[0, 0])
+    if left == 126 * 32.0:
+        return "exactly: wider than float32, or small blocks apart from large ones"
+    return "in float32, " + ("in the order of K" if left == 0 else "in another order")
+
+
+def _odd_scales(call: Caller) -> str:
+    """Rows of the activation with scale byte 255, and with bytes 0."""
+    (q, s1), (w, s2) = _ones(16, 64), _ones(16, 64)
+    s1[0, 0, 0] = 255
+    s1[1] = 0
+    out = _mx_matmul(call, q, s1, w, s2)
+    tiny = {0.0: "0", 2.0**-121: "2^-127"}.get(float(out[1, 0]), f"{float(out[1, 0]):g} of 64 x 2^-127")
+    rest = "as they were" if out[2, 0] == 64 else "changed too"
+    return f"255 gives {float(out[0, 0]):g}; 0 is {tiny}; other rows {rest}"
+
+
+def _odd_rows(call: Caller) -> str:
+    """Zeros, an infinity and a NaN into the int8 quantizer."""
+    x = torch.ones(3, 64, dtype=BF16)
+    x[0], x[1, 5], x[2, 5] = 0, float("inf"), float("nan")
+    codes, scale = call("npu_dynamic_quant", x)
+    rows = (f"scale {float(s):g}, codes {sorted(set(c.tolist()))}" for c, s in zip(codes, scale, strict=True))
+    return "; ".join(f"{name}: {row}" for name, row in zip(("zeros", "inf", "nan"), rows, strict=True))
+
+
+# ---- quantizers ---------------------------------------------------------------------------------
+
+RISES: dict[tuple[int, ...], str] = {
+    (1, 1, 1): "6 (up from 1.5)",
+    (0, 1, 1): "7 (up from 1.75)",
+    (0, 0, 1): "7.25",
+    (0, 0, 0): "scale_alg=0",
+}
+"""Which of the blocks with 1.6, 1.79 and 1.9 as their largest value get the next higher scale."""
+
+
+def _dst_type_max(call: Caller) -> str:
+    x = torch.tensor([1.6, 1.79, 1.9]).to(BF16).repeat_interleave(64).view(3, 64)
+    words = []
+    for wish in (0.0, 6.0, 7.0, 7.25):
+        try:
+            scale = call("npu_dynamic_mx_quant", x, dst_type=E2M1, scale_alg=2, dst_type_max=wish)[1]
+        except RuntimeError as e:
+            words.append(f"{wish:g} refused ({shorter(str(e), 60)})")
+            continue
+        plain = call("npu_dynamic_mx_quant", x, dst_type=E2M1)[1]
+        rise = tuple(int(a) - int(b) for a, b in zip(scale[:, 0, 0], plain[:, 0, 0], strict=True))
+        words.append(f"{wish:g} acts as {RISES.get(rise, rise)}")
+    return "; ".join(words)
+
+
+def _smooth_scale(call: Caller) -> str:
+    """Which of three readings the quantizer follows; told by its codes and both of its scales."""
+    name, x, smooth = (
+        "npu_dynamic_dual_level_mx_quant",
+        rand(8, 1024).to(BF16),
+        rand(1024).abs().to(BF16) + 0.25,
+    )
+    found = call(name, x, smooth_scale=smooth)
+    readings = {
+        "multiplied in the dtype of the tokens": x * smooth,
+        "divided in the dtype of the tokens": x / smooth,
+        "ignored": x,
+    }
+    for words, given in readings.items():
+        if all(torch.equal(a, b) for a, b in zip(found, call(name, given), strict=True)):
+            return words
+    return "multiplied in float32, or something else: no reading gives the same codes"
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
+def _fp8_attention(call: Caller) -> str:
+    """Modes 7, 7, 7 of npu_fused_infer_attention_score_v2: what sizes it takes, and if it is right."""
+    return "; ".join(f"B={b} S={s}: {_fp8_once(call, b, s)}" for b, s in ((1, 256), (1, 300), (2, 256)))
+
+
+def _fp8_once(call: Caller, batch: int, tokens: int) -> str:
+    floats = [rand(batch, 2, tokens, 128, seed=seed).to(BF16) for seed in (1, 2, 3)]
+    given: dict[str, Any] = {f"{n}_quant_mode": 7 for n in ("query", "key", "value")}
+    codes = []
+    try:
+        for name, t, rows in zip(("query", "key", "value"), floats, (128, 256, 256), strict=True):
+            size = {"dst_type": E4M3, "row_block_size": rows, "col_block_size": 128}
+            c, s = call("npu_dynamic_block_quant", t.flatten(0, 1), **size)
+            codes.append(c.view(t.shape))
+            given[f"dequant_scale_{name}"] = s.view(batch, 2, *s.shape[1:])
+        named = {"num_query_heads": 2, "softmax_scale": 128**-0.5, "input_layout": "BNSD", "out_dtype": BF16}
+        out = call("npu_fused_infer_attention_score_v2", *codes, **given, **named)[0]
+    except RuntimeError as e:
+        return f"refused ({shorter(str(e), 80)})"
+    q, k, v = (t.float() for t in floats)
+    right = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    noise = (out.float() - right).square().mean() / right.square().mean()
+    return "right" if float(noise) < 10**-2.0 else "wrong numbers"
+
+
+def _graphs(card: Card) -> str:
+    """Capture in a graph, replay, compare; for the kernels without a Meta kernel or with seeds."""
+    heads = card.put(rand(1, 64, 4, 64).to(BF16))
+    ways: dict[str, Callable[[], Any]] = {
+        "npu_fusion_attention": lambda: card.call(
+            "npu_fusion_attention", heads, heads, heads, 4, "BSND", scale=0.125
+        ),
+        "npu_dynamic_quant": lambda: card.call("npu_dynamic_quant", heads.flatten(2)),
+    }
+    if card.device.chip == "a5":
+        ways["npu_dynamic_mx_quant"] = lambda: card.call(
+            "npu_dynamic_mx_quant", heads.flatten(2), dst_type=E4M3
+        )
+    return "; ".join(f"{name} {_captured(card, run)}" for name, run in ways.items())
+
+
+def _captured(card: Card, run: Callable[[], Any]) -> str:
+    try:
+        api: Any = getattr(torch, card.device.backend.tensors)
+        right = card.back(run())[0]
+        graph = api.NPUGraph()
+        with api.graph(graph):
+            out = run()
+        graph.replay()
+        return "captured" if torch.equal(card.back(out)[0], right) else "captured, but replays other numbers"
+    except (RuntimeError, AttributeError, NotImplementedError) as e:
+        return f"refused ({shorter(str(e), 160)})"
+
+
+# ---- speed and cards ----------------------------------------------------------------------------
+
+
+SIZES = (5120, (512, 4096, 32760))
+"""K = N of a Wan layer, and tokens of it."""
+
+
+def _formats(card: Card) -> str:
+    """MXFP8 matmuls with the weight as it is and in FRACTAL_NZ, and the quantizer over a whole weight."""
+    ops, (size, lengths) = bind(card.device).quantized, SIZES
+    weight = rand(size, size)
+    e = mx.encode(weight, "mxfp8")
+    both = [ops.prepare_weight(e.codes, e.scale, e.dual_scale, None, "mxfp8", nz=nz) for nz in (False, True)]
+    words = []
+    for tokens in lengths:
+        a = ops.quantize_activation(card.put(rand(tokens, size).to(BF16)), "mxfp8")
+        plain, nz = (card.seconds(lambda a=a, w=w: ops.quantized_linear(a, w)) for w in both)  # type: ignore[misc]
+        flops = 2 * tokens * size**2 / plain / 1e12
+        words.append(f"{tokens} tokens: ND {plain * 1e6:.0f} us ({flops:.0f} TFLOPS), NZ {nz * 1e6:.0f} us")
+    wide = card.put(weight.to(BF16))
+    seconds = card.seconds(lambda: card.call("npu_dynamic_mx_quant", wide, dst_type=E4M3))
+    return "; ".join((*words, f"quantizing {size} x {size}: {size**2 * 3 / seconds / 1e9:.0f} GB/s"))
+
+
+def _cards(card: Card) -> str:
+    api: Any = getattr(torch, card.device.backend.tensors)
+    names = [api.get_device_name(i) for i in range(api.device_count())]
+    memory = api.mem_get_info(card.device.index or 0)[1] / 2**30
+    kinds = ", ".join(sorted(set(names)))
+    return f"{len(names)} devices: {kinds}; SoC {api.get_soc_version()}; {memory:.1f} GiB"
+
+
+QUESTIONS: tuple[Question, ...] = (
+    Question("In which order does the MX matmul sum, and how wide?", "npu_quant_matmul", _order_of_sums),
+    Question("What are the scale bytes 255 and 0 in the MX matmul?", "npu_quant_matmul", _odd_scales),
+    Question(
+        "What does the int8 quantizer make of zeros, inf and nan?",
+        "npu_dynamic_quant",
+        _odd_rows,
+        chips=EVERY,
+    ),
+    Question("Is scale_alg=2 there, and is dst_type_max heeded?", "npu_dynamic_mx_quant", _dst_type_max),
+    Question(
+        "What does smooth_scale of the dual-level quantizer do?",
+        "npu_dynamic_dual_level_mx_quant",
+        _smooth_scale,
+    ),
+    Question(
+        "Which batches and lengths does FP8 attention (mode 7) take?",
+        "npu_fused_infer_attention_score_v2",
+        _fp8_attention,
+    ),
+    Question("Can a graph capture these?", "npu_fusion_attention", only=_graphs, chips=EVERY),
+    Question("From how many tokens on is FRACTAL_NZ faster for MXFP8?", "npu_quant_matmul", only=_formats),
+    Question("How many devices does a card show, and which?", "get_npu_format", only=_cards, chips=EVERY),
+)
+
+
+def question_cases(device: Device) -> Iterator[Case]:
+    """The questions for the chip of this device; none where it has no chip."""
+    for q in QUESTIONS:
+        if device.chip in q.chips:
+            base = Result(part="question", name=q.text, operator=q.operator, used=False)
+            yield Case(base, lambda card, base, q=q: _answered(card, base, q))  # type: ignore[misc]
+
+
+def _answered(card: Card, base: Result, q: Question) -> Result:
+    if q.ask is None:
+        assert q.only is not None
+        answer = q.only(card) if card.real else NO_TWIN
+        return replace(base, verdict="answered", answer=answer)
+    answer, expected = _asked(q.ask, card.on_cpu), _asked(q.ask, twin.call)
+    return replace(
+        base, verdict="answered" if answer == expected else "differs", answer=answer, expected=expected
+    )
+
+
+def _asked(ask: Callable[[Caller], str], call: Caller) -> str:
+    try:
+        return ask(call)
+    except RuntimeError as e:
+        return f"refused ({shorter(str(e), 120)})"

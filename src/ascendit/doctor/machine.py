@@ -1,0 +1,244 @@
+"""Is everything here that ascendit needs? One row per thing: found, needed, status, fix.
+
+Each probe is on its own: what goes wrong in one becomes a row, and the others go on. Libraries that can
+take the process down with them, or take seconds, are imported in a child process.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import ascendit
+from ascendit.doctor import npu
+from ascendit.doctor.report import (
+    Probe,
+    Report,
+    Row,
+    Status,
+    at_least,
+    child,
+    compiled_kernels,
+    failed,
+    installed,
+    read,
+)
+
+PYTHON = "3.11"
+LIBRARIES = {
+    "torch": "2.9",
+    "diffusers": "0.36",
+    "transformers": "4.57",
+    "safetensors": "0.4.5",
+    "huggingface-hub": "0.34",
+    "numpy": "1.26",
+    "pillow": "10.1",
+    "av": "13",
+}
+"""Oldest versions that ascendit runs with; the same as in `pyproject.toml`."""
+MEMORY_GIB = 2.0
+DISK_GIB = 1.0
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "i8mm")
+GIB = 2**30
+
+
+def examine(probes: Sequence[Probe] | None = None) -> Report:
+    """Run every probe. Never raises: a probe that fails is a row."""
+    rows: list[Row] = []
+    for probe in PROBES if probes is None else probes:
+        try:
+            rows += probe()
+        except (Exception, SystemExit) as e:
+            name = probe.__name__.strip("_").replace("_", " ")
+            rows.append(
+                Row(item=name, found=f"{type(e).__name__}: {e}".splitlines()[0], status="probe failed")
+            )
+    return Report(tuple(rows))
+
+
+# ---- the machine --------------------------------------------------------------------------------
+
+
+def _python() -> list[Row]:
+    found = platform.python_version()
+    good = at_least(found, PYTHON)
+    fix = f"install Python {PYTHON} or newer"
+    return [
+        Row(
+            item="Python",
+            found=found,
+            needed=f">= {PYTHON}",
+            status="ok" if good else "too old",
+            fix=fix,
+            required=True,
+        ),
+        Row(item="platform", found=f"{platform.system()} {platform.release()} {platform.machine()}"),
+    ]
+
+
+def _cpu() -> list[Row]:
+    text = read(Path("/proc/cpuinfo"))
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.M)
+    useful = [name for name in CPU_FEATURES if flags and name in flags[1].split()]
+    model = re.search(r"^model name\s*:\s*(.*)$", text, re.M)
+    name = model[1] if model else platform.processor() or platform.machine()
+    return [Row(item="CPU", found=f"{os.cpu_count()} x {name}; {' '.join(useful) or 'features unknown'}")]
+
+
+def _memory() -> list[Row]:
+    sizes = {
+        k: int(v) * 1024 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", read(Path("/proc/meminfo")), re.M)
+    }
+    total = sizes.get("MemTotal", 0) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = read(Path("/sys/fs/cgroup/memory.max")).strip()
+    total = min(total, int(limit)) if limit.isdigit() else total
+    free = min(sizes.get("MemAvailable", total), total)
+    return [
+        Row(
+            item="memory",
+            found=f"{free / GIB:.1f} of {total / GIB:.1f} GiB free",
+            needed=f"{MEMORY_GIB:g} GiB for the demo",
+            status="ok" if free >= MEMORY_GIB * GIB else "too little",
+            fix="close other programs",
+        )
+    ]
+
+
+def _disk() -> list[Row]:
+    free = shutil.disk_usage(Path.cwd()).free
+    writable = os.access(Path.cwd(), os.W_OK)
+    found = f"{free / GIB:.1f} GiB free" + ("" if writable else ", not writable")
+    good = free >= DISK_GIB * GIB and writable
+    fix = "work in another folder, or write with -o elsewhere"
+    needed = f"{DISK_GIB:g} GiB, writable"
+    return [
+        Row(item="this folder", found=found, needed=needed, status="ok" if good else "too little", fix=fix)
+    ]
+
+
+def _compiler() -> list[Row]:
+    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    row = Row(
+        item="C++ compiler",
+        found=found or "none",
+        needed="optional, for native code",
+        fix="install g++ or clang++",
+    )
+    return [row if found else replace(row, status="absent")]
+
+
+# ---- libraries ----------------------------------------------------------------------------------
+
+
+def _ascendit() -> list[Row]:
+    folder = Path(ascendit.__file__).parent
+    demo = (folder / "demo" / "model_index.json").is_file()
+    return [
+        Row(
+            item="ascendit", found=f"{installed('ascendit') or 'not installed, run from source'} in {folder}"
+        ),
+        Row(
+            item="demo model",
+            found="present" if demo else "none",
+            needed="for --demo",
+            status="ok" if demo else "missing",
+            fix="reinstall ascendit; a checkout needs its large files",
+        ),
+    ]
+
+
+def _libraries() -> list[Row]:
+    return [_library(name, needed) for name, needed in LIBRARIES.items()]
+
+
+def _library(name: str, needed: str) -> Row:
+    found = installed(name)
+    status: Status = "missing" if found is None else "ok" if at_least(found, needed) else "too old"
+    label = {"av": "PyAV"}.get(name, name)
+    fix = f'pip install "{name}>={needed}"'
+    return Row(
+        item=label, found=found or "none", needed=f">= {needed}", status=status, fix=fix, required=True
+    )
+
+
+def _torch_imports() -> list[Row]:
+    if find_spec("torch") is None:
+        return []  # the row of the libraries says it
+    row = Row(item="import torch", found="works", needed="works", required=True)
+    told = _torch()
+    if "error" in told:
+        return [failed(row, told, fix="pip install --force-reinstall torch")]
+    row = replace(row, found=f"works, {told['threads']} threads, CPU kernels {told['capability']}")
+    if find_spec("torch_npu") is None:
+        return [row]
+    plain = child("import json, torch; print(json.dumps({}))", plugins=True)
+    if "error" in plain:  # torch loads torch_npu by itself, and that needs CANN
+        fix = f"{npu.source_line()}, or export TORCH_DEVICE_BACKEND_AUTOLOAD=0 to run without the NPU"
+        row = failed(row, {**plain, "error": f"with torch_npu: {plain['error']}"}, fix=fix)
+    return [row]
+
+
+def _video_codec() -> list[Row]:
+    row = Row(item="H.264 (libx264)", found="present", needed="to write .mp4", required=True)
+    fix = "pip install --force-reinstall av"
+    if find_spec("av") is None:
+        return [replace(row, found="no PyAV", status="missing", fix=fix)]
+    told = child("import json, av; print(json.dumps({'x264': 'libx264' in av.codecs_available}))")
+    if "error" in told:
+        return [failed(row, told, fix=fix)]
+    return [row if told["x264"] else replace(row, found="none", status="missing", fix=fix)]
+
+
+# ---- accelerators -------------------------------------------------------------------------------
+
+
+def _cuda() -> list[Row]:
+    row = Row(
+        item="CUDA device", found="none", needed="optional", status="absent", fix="not needed on the CPU"
+    )
+    told = _torch() if find_spec("torch") else {}
+    if not told.get("cuda"):
+        return [row]
+    names = ", ".join(f"{name} {size / GIB:.0f} GiB" for name, size in told["cuda"])
+    return [replace(row, found=names, status="ok", fix="")]
+
+
+# ---- helpers ------------------------------------------------------------------------------------
+
+_TORCH_CODE = """
+import json, torch
+count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+cards = [torch.cuda.get_device_properties(i) for i in range(count)]
+names = [(card.name, card.total_memory) for card in cards]
+capability = torch.backends.cpu.get_cpu_capability()
+print(json.dumps({"cuda": names, "capability": capability, "threads": torch.get_num_threads()}))
+"""
+
+
+@cache
+def _torch() -> dict[str, Any]:
+    return child(_TORCH_CODE)
+
+
+PROBES: tuple[Probe, ...] = (
+    _python,
+    _cpu,
+    _memory,
+    _disk,
+    _ascendit,
+    _libraries,
+    _torch_imports,
+    _video_codec,
+    _compiler,
+    compiled_kernels,
+    _cuda,
+    *npu.PROBES,
+)

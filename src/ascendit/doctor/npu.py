@@ -1,0 +1,324 @@
+"""What an Ascend card needs, piece by piece: driver, device files, CANN, torch_npu, MindIE-SD, operators.
+
+`import torch` fails where torch_npu is installed and CANN is not, so nothing here imports either; a child
+process with a time limit does.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import platform
+import re
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ascendit import environment
+from ascendit.device.chip import CAPABILITIES, CHIPS, chip_of
+from ascendit.doctor import report, versions
+from ascendit.doctor.report import Probe, Row, Status
+
+ASCEND = Path("/usr/local/Ascend")
+DEV = Path("/dev")
+SHARED_NODES = ("davinci_manager", "devmm_svm", "hisi_hdc")
+"""Device files that every card needs beside its own davinciN."""
+LIBRARIES = (
+    "libascendcl.so",
+    "libhccl.so",
+    "libge_runner.so",
+    "libgraph.so",
+    "libnnopbase.so",
+    "libopapi.so",
+)
+"""Of CANN: what torch_npu is linked against or opens by name."""
+VERSION_FILES = ("ascend_toolkit_install.info", "{arch}-linux/ascend_toolkit_install.info", "version.cfg")
+
+
+# ---- the machine --------------------------------------------------------------------------------
+
+
+def cards() -> list[str]:
+    """The device files of cards, in order."""
+    found = [p.name for p in DEV.glob("davinci[0-9]*")]
+    return [str(DEV / name) for name in sorted(found, key=lambda n: int(re.sub(r"\D", "", n) or 0))]
+
+
+def toolkits() -> list[Path]:
+    """Toolkits on this disk, in the folders that CANN installs to: for all users, then for this one."""
+    roots = (ASCEND, Path.home() / "Ascend")
+    folders = (root / name for root in roots for name in ("cann", "ascend-toolkit"))
+    return [folder for folder in folders if (folder / "set_env.sh").exists()]
+
+
+def source_line() -> str:
+    """The command that puts CANN into the environment."""
+    return f"source {next(iter(toolkits()), ASCEND / 'ascend-toolkit')}/set_env.sh"
+
+
+def here() -> bool:
+    """Whether anything of an Ascend card is on this machine."""
+    return bool(cards() or find_spec("torch_npu") or environment.toolkit_folder() or toolkits())
+
+
+def nodes() -> list[Row]:
+    """The device files, and whether this user may use them."""
+    row = Row(item="NPU device files", found="none", needed="read and write", part="npu", status="absent")
+    if not (found := cards()):
+        fix = "install the driver; in a container: --device /dev/davinci0 --device /dev/davinci_manager ..."
+        return [replace(row, status="missing" if here() else "absent", fix=fix)]
+    shared = [str(DEV / name) for name in SHARED_NODES]
+    lacking = [p for p in shared if not Path(p).exists()]
+    closed = [p for p in (*found, *shared) if Path(p).exists() and not os.access(p, os.R_OK | os.W_OK)]
+    row = replace(row, found=f"{len(found)} x {found[0]}", status="ok", data={"cards": found})
+    if lacking:
+        row = replace(row, found=f"{row.found}; no {', '.join(lacking)}", status="broken")
+        return [replace(row, fix=f"in a container: --device {' --device '.join(lacking)}")]
+    if closed:
+        fix = f"sudo usermod -aG {_group(closed[0])} $USER, then log in again"
+        return [
+            replace(row, found=f"{row.found}; no access to {', '.join(closed)}", status="broken", fix=fix)
+        ]
+    return [row]
+
+
+def _group(path: str) -> str:
+    try:
+        return grp.getgrgid(os.stat(path).st_gid).gr_name
+    except (OSError, KeyError):
+        return "HwHiAiUser"
+
+
+def driver_version() -> str | None:
+    """From the driver's own file, else from npu-smi; containers often have only one of them."""
+    found = re.search(
+        r"^Version\s*=\s*([\w.]+)", report.read(ASCEND / "driver" / "version.info"), re.M | re.I
+    )
+    if found is None and cards():
+        found = re.search(r"Version:\s*([\w.]+)", report.command(("npu-smi", "info")))
+    return found[1] if found else None
+
+
+def driver() -> list[Row]:
+    """The kernel driver of the cards."""
+    if not cards():
+        return []
+    found = driver_version()
+    row = Row(item="Ascend driver", found=found or "unknown", needed="see the row of versions", part="npu")
+    fix = f"mount {ASCEND}/driver into the container, or install the driver"
+    return [row if found else replace(row, status="unlisted", fix=fix)]
+
+
+# ---- CANN ---------------------------------------------------------------------------------------
+
+
+def cann_version(folder: Path) -> str | None:
+    """9.1.0. `version.cfg` has it behind its own number: [7.6.0.1.220:8.2.RC1]."""
+    for name in VERSION_FILES:
+        text = report.read(folder / name.format(arch=platform.machine()))
+        if found := re.search(r"version\s*=\s*\[?([^\s\]]+)", text, re.I):
+            parts = [part for part in found[1].split(":") if part[:1].isdigit()]
+            return parts[-1] if parts else found[1]
+    return None
+
+
+def cann() -> list[Row]:
+    """The toolkit: sourced, there, and of which version."""
+    row = Row(item="CANN toolkit", found="none", needed="for an Ascend card", part="npu")
+    folder = environment.toolkit_folder()
+    if folder is None:
+        if not (found := toolkits()):
+            return [replace(row, status="missing" if here() else "absent", fix="install CANN")]
+        return [replace(row, found=f"{found[0]}, set_env.sh not sourced", status="broken", fix=source_line())]
+    if not folder.is_dir():
+        return [replace(row, found=f"{folder}, which does not exist", status="broken", fix=source_line())]
+    known = cann_version(folder)
+    found_text = f"{known or 'unknown version'} in {folder}"
+    return [replace(row, found=found_text, data={"version": known})]
+
+
+def libraries() -> list[Row]:
+    """What torch_npu loads from CANN."""
+    folder = environment.toolkit_folder()
+    if folder is None or not folder.is_dir():
+        return []
+    arch = f"{platform.machine()}-linux"
+    places = (folder / "lib64", folder / arch / "lib64", *environment.library_folders())
+    lacking = [name for name in LIBRARIES if not any((place / name).exists() for place in places)]
+    count = len(LIBRARIES) - len(lacking)
+    row = Row(item="CANN libraries", found=f"{count} of {len(LIBRARIES)}", needed="all", part="npu")
+    if not lacking:
+        return [row]
+    found = f"{row.found}: {', '.join(lacking)} not found"
+    fix = f"{source_line()}; with CANN 8.5 or newer also install its ops package"
+    return [replace(row, found=found, status="broken", fix=fix, data={"missing": lacking})]
+
+
+# ---- torch_npu and MindIE-SD --------------------------------------------------------------------
+
+
+def found_versions() -> versions.Found:
+    """What this machine has of a stack."""
+    folder = environment.toolkit_folder() or next(iter(toolkits()), None)
+    return versions.Found(
+        torch=report.installed("torch"),
+        torch_npu=report.installed("torch_npu"),
+        cann=cann_version(folder) if folder else None,
+        mindiesd=report.installed("mindiesd"),
+        driver=driver_version(),
+    )
+
+
+def torch_npu() -> list[Row]:
+    """The package, and whether it is that of the torch here."""
+    torch, needed = report.installed("torch") or "?", "the minor version of torch, for an Ascend card"
+    absent: Status = "missing" if here() else "absent"
+    row = Row(item="torch_npu", found="none", needed=needed, status=absent, part="npu")
+    if (found := report.installed("torch_npu")) is None:
+        stack = versions.advise(found_versions())
+        return [replace(row, fix=f"pip install torch=={stack.torch} torch_npu=={stack.torch_npu}")]
+    same = report.numbers(found)[:2] == report.numbers(torch)[:2]
+    fix = f"install the torch_npu that belongs to torch {torch}"
+    return [replace(row, found=found, status="ok" if same else "broken", fix="" if same else fix)]
+
+
+def stack() -> list[Row]:
+    """Do torch, torch_npu, CANN, MindIE-SD and the driver belong together?"""
+    found = found_versions()
+    if found.torch_npu is None:
+        return []
+    told = versions.match(found)
+    row = Row(item="versions together", found=str(told.stack or "no published row"), part="npu")
+    data = {"machine": vars(found), "row": vars(told.stack) if told.stack else None}
+    row = replace(
+        row, needed="one published row", data=data | {"wrong": told.wrong, "unlisted": told.unlisted}
+    )
+    words = "; ".join((*told.wrong, *told.unlisted))
+    fix = f"install a published row: {versions.advise(found)}"
+    if told.wrong:
+        return [replace(row, found=words, status="broken", fix=fix)]
+    if told.unlisted:
+        return [replace(row, found=words, status="unlisted", fix=f"if it does not run, {fix}")]
+    return [row]
+
+
+def devices() -> list[Row]:
+    """The cards as torch_npu sees them."""
+    row = Row(item="NPU device", found="none", needed="optional", status="absent", part="npu")
+    if not (found := cards()):
+        return [replace(row, fix="not needed on the CPU")]
+    row = replace(
+        row, found=f"{len(found)} x {found[0]}", needed="usable", status="broken", fix=source_line()
+    )
+    if find_spec("torch_npu") is None:
+        return [row]
+    told = npu_in_a_child()
+    if not told.get("cards"):
+        return [replace(row, found=f"{row.found}, {told.get('error', 'none usable')}")]
+    return [_usable(row, told)]
+
+
+def _usable(row: Row, told: dict[str, Any]) -> Row:
+    """How many of which, their memory, and which chip of ours that is."""
+    chip = chip_of(int(told["soc"]))
+    memory = sorted({f"{c['memory'] / 2**30:.0f} GiB" for c in told["cards"] if c["memory"]})
+    names = sorted({c["name"] for c in told["cards"]})
+    words = f"{len(told['cards'])} x {', '.join(names)}" + (f", {', '.join(memory)}" if memory else "")
+    row = replace(row, data={**told, "chip": chip.name if chip else None})
+    if chip is None:
+        known = ", ".join(c.product for c in CHIPS.values())
+        found = f"{words}, SoC number {told['soc']}"
+        return replace(row, found=found, needed=known, fix="--device cpu, or another card")
+    return replace(row, found=f"{words}, {chip.product}: {chip.name}", status="ok", fix="")
+
+
+def mindiesd() -> list[Row]:
+    """Optional: one kernel where torch_npu needs two."""
+    if find_spec("torch_npu") is None:
+        return []
+    row = Row(item="MindIE-SD", found="none", needed="optional, for fewer kernels", status="absent")
+    if (found := report.installed("mindiesd")) is None:
+        return [row]
+    told = npu_in_a_child()
+    if "error" in told:  # the row of the device says it
+        return [replace(row, found=found, status="not checked", fix=source_line())]
+    if told["mindiesd"]:
+        fix = (
+            "pip install einops, which it needs and does not ask for" if "einops" in told["mindiesd"] else ""
+        )
+        return [
+            replace(row, found=f"{found}, {told['mindiesd']}", status="broken", fix=fix or "reinstall it")
+        ]
+    return [replace(row, found=found, status="ok")]
+
+
+def operators() -> list[Row]:
+    """The operators that ascendit calls, looked up by name in torch.ops."""
+    if find_spec("torch_npu") is None:
+        return []
+    told = npu_in_a_child()
+    needed = used_operators(_chip(told))
+    row = Row(item="NPU operators", found="not looked at", needed=f"{len(needed)} by name", part="npu")
+    if "error" in told:
+        return [replace(row, status="not checked", fix=source_line())]
+    rows = []
+    for package, part, names in (
+        ("torch_npu", "npu", [n for n in needed if "::" not in n]),
+        ("MindIE-SD", "", [n for n in needed if n.startswith("mindiesd::")]),
+    ):
+        absent = [n for n in names if n not in told["operators"]]
+        if package == "MindIE-SD" and (told["mindiesd"] or report.installed("mindiesd") is None):
+            continue  # its own row says it
+        row = Row(item=f"{package} operators", found=f"{len(names) - len(absent)} of {len(names)}", part=part)
+        row = replace(row, needed="what ascendit calls", data={"needed": names, "missing": absent})
+        if absent:
+            fix = f"install a published row: {versions.advise(found_versions())}"
+            row = replace(row, found=f"{row.found}: no {', '.join(absent)}", status="broken", fix=fix)
+        rows.append(row)
+    return rows
+
+
+def used_operators(chip: str | None) -> list[str]:
+    """The operators that ascendit calls, all of them or those that `chip` has; from the capability table."""
+    rows = [r for r in CAPABILITIES if r.used_for and (chip is None or r.on(chip) == "yes")]
+    return list(dict.fromkeys(r.operator for r in rows))
+
+
+def _chip(told: dict[str, Any]) -> str | None:
+    chip = chip_of(int(told.get("soc", -1)))
+    return chip.name if chip else None
+
+
+_CODE = """
+import json, torch, torch_npu
+def memory(i):
+    try:
+        return torch.npu.mem_get_info(i)[1]
+    except Exception:
+        return None
+count = torch.npu.device_count()
+cards = [{"name": torch.npu.get_device_name(i), "memory": memory(i)} for i in range(count)]
+soc = torch_npu.npu.get_soc_version() if count else -1
+problem = "not installed"
+try:
+    import mindiesd
+    problem = ""
+except Exception as e:
+    problem = problem if getattr(e, "name", "") == "mindiesd" else f"{type(e).__name__}: {e}".splitlines()[0]
+spaces = [(n.rpartition("::")[0] or "npu", n.rpartition("::")[2], n) for n in NAMES]
+have = [n for space, name, n in spaces if hasattr(getattr(torch.ops, space), name)]
+print(json.dumps({"cards": cards, "soc": soc, "mindiesd": problem, "operators": have}))
+"""
+
+
+@cache
+def npu_in_a_child() -> dict[str, Any]:
+    """Cards, SoC number, operators, and why MindIE-SD cannot be imported; or `{"error": ...}`."""
+    return report.child(f"NAMES = {used_operators(None)!r}\n{_CODE}")
+
+
+PROBES: tuple[Probe, ...] = (
+    torch_npu, cann, libraries, stack, driver, nodes, devices, mindiesd, operators
+)  # fmt: skip

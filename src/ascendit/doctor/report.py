@@ -1,0 +1,191 @@
+"""Rows of `doctor`: which compiled kernels run here, and why not where PyTorch does their work.
+
+What `doctor` tells: rows, and a report of them.
+
+What the probes of `doctor` share: versions, files that may be absent, and a Python of its own.
+
+A library that can take the process down with it, or hang, is imported in a child process with a time limit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from ascendit import environment
+from ascendit.native.build import native
+
+Status = Literal[
+    "ok", "missing", "too old", "too little", "broken", "unlisted", "absent", "not checked", "probe failed"
+]
+"""`unlisted`: works or does not, no public table says. `absent`: not here, and nothing asks for it."""
+NO_FIX = ("ok", "absent")
+"""Nothing to do about these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the report."""
+
+    item: str
+    found: str
+    needed: str = "-"
+    status: Status = "ok"
+    fix: str = ""
+    required: bool = False
+    """Whether nothing runs on the CPU without it."""
+    part: str = ""
+    """`npu` for what a run on an Ascend card needs."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What `found` says, for programs."""
+
+    @property
+    def good(self) -> bool:
+        """Whether this stands in nobody's way."""
+        return self.status == "ok" or not self.required
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is here that a run on the CPU needs."""
+        return all(row.good for row in self.rows)
+
+    @property
+    def npu(self) -> bool | None:
+        """Whether an Ascend card can be used; None where there is nothing of one."""
+        states = {row.status for row in self.rows if row.part == "npu"}
+        if states <= {"absent"}:
+            return None
+        return self.ok and states <= {"ok", "unlisted"}
+
+    def verdicts(self) -> list[str]:
+        """A line for the CPU, and one for an Ascend card if there is anything of one."""
+        lines = ["ready to run on the CPU" if self.ok else "not ready: see the rows with a fix"]
+        if self.npu is not None:
+            ready = "ready to run on the NPU: ascendit doctor --self-check tries it"
+            lines.append(ready if self.npu else "not ready to run on an NPU: see the rows with a fix")
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`, which is what a bug report should hold."""
+        ready = {"cpu": self.ok, "npu": self.npu}
+        return {"ok": self.ok, "ready": ready, "rows": [asdict(row) for row in self.rows]}
+
+
+Probe = Callable[[], list[Row]]
+
+
+# ---- What the probes of `doctor` share: versions, files that may be absent, and a Python of its -
+
+PROBE_SECONDS = 120.0
+COMMAND_SECONDS = 20.0
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version: (2, 13, 0) for 2.13.0+cpu."""
+    found = re.match(r"\d+(\.\d+)*", text)
+    return tuple(int(n) for n in found[0].split(".")) if found else ()
+
+
+def at_least(found: str, needed: str) -> bool:
+    """Compare versions by their leading numbers: 2.13.0+cpu is at least 2.9."""
+    return numbers(found) >= numbers(needed)
+
+
+def installed(name: str) -> str | None:
+    """The version of a distribution, None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def read(path: Path) -> str:
+    """The text of a file, "" where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def command(words: Sequence[str]) -> str:
+    """What a command prints, "" where it is absent, fails or takes too long."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def child(code: str, *, plugins: bool = False) -> dict[str, Any]:
+    """The JSON that `code` prints last in a Python of its own, or `{"error": ...}`. Warnings are dropped.
+
+    `plugins`: let `import torch` load torch_npu by itself, as it does where nothing forbids it.
+    """
+    env = None if plugins else environment.without_device_plugins()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+            env=env,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer in {PROBE_SECONDS:g} s", "late": True}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
+        return {"error": lines[-1]}
+    told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return told
+
+
+def failed(row: Row, told: dict[str, Any], *, fix: str) -> Row:
+    """The row for a child process that did not do what it should."""
+    if told.get("late"):
+        again = "run ascendit doctor again when the machine is less busy"
+        return replace(row, found=told["error"], status="probe failed", fix=again)
+    return replace(row, found=told["error"], status="broken", fix=fix)
+
+
+# ---- Rows of `doctor`: which compiled kernels run here, and why not where PyTorch does their wo -
+
+KERNELS = {
+    "encode": "quantizing weights",
+    "attention": "attention on a CPU",
+    "linear": "linear layers on codes on a CPU",
+    "elementwise": "norms, RoPE and GELU on a CPU",
+}
+"""Source in `native/` -> what it is for."""
+
+
+def compiled_kernels() -> list[Row]:
+    """One row for each source. What was never compiled is compiled now, which takes seconds."""
+    return [_kernel(name, use) for name, use in KERNELS.items()]
+
+
+def _kernel(name: str, use: str) -> Row:
+    built = native(name)
+    row = Row(item=f"kernel: {name}", found=f"native, {built.reason}", needed=f"optional, for {use}")
+    if built.library is not None:
+        return row
+    return Row(
+        item=row.item,
+        found=f"PyTorch instead: {built.reason}",
+        needed=row.needed,
+        status="absent",
+        fix="not needed: it is slower",
+    )

@@ -1,0 +1,116 @@
+"""What a checkpoint holds, whatever its layout, and whether it is whole. Headers and JSON only, no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ascendit.checkpoint.component import EXPERTS, Part, read_json
+from ascendit.checkpoint.hub import model_folder
+from ascendit.checkpoint.layout import Layout, recognise
+from ascendit.checkpoint.reader import Shards
+from ascendit.checkpoint.transformer import Misfit, read_expert
+from ascendit.convert.provenance import RECORD_FILE
+from ascendit.errors import AscenditError, CheckpointError
+from ascendit.family import WanConfig, WanSpec, match
+from ascendit.inspect.engines import runs_on
+from ascendit.inspect.report import PartReport, Report
+from ascendit.inspect.transformer_report import Summary
+from ascendit.pipeline.defaults import defaults_for
+from ascendit.pipeline.request import Defaults
+
+NEEDED = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+NEEDED_FOR_IMAGE_TOKENS = ("image_encoder", "image_processor")
+
+
+def inspect(path: Path | str) -> Report:
+    """Read the configs and headers of a checkpoint: a folder, a file, "demo", hf:org/name or ms:org/name.
+
+    What is wrong inside a recognised model stands in the report; one that is not recognised raises, as in
+    `recognise`. A layout that holds transformers alone is whole without the other parts of a pipeline.
+    """
+    layout = recognise(model_folder(path))
+    problems = _missing_parts(layout) if layout.kind == "diffusers" else []
+    parts = tuple(_inspect_part(part) for part in layout.parts.values())
+    problems += [p.problem for p in parts if p.problem is not None]
+    defaults: Defaults | None = None
+    try:
+        defaults = defaults_for(layout) if layout.kind == "diffusers" and "vae" in layout.parts else None
+    except (AscenditError, TypeError, ValueError, LookupError, AttributeError) as e:
+        problems.append(e if isinstance(e, AscenditError) else _bad_config(layout, e))
+    experts = [p.summary for p in parts if p.summary is not None]
+    understood = len(experts) == len(layout.experts)
+    return Report(
+        layout=layout,
+        family=defaults.spec if defaults else _family(layout, experts) if understood else None,
+        defaults=defaults,
+        parts=parts,
+        problems=tuple(problems),
+        runs_on=runs_on(layout, experts) if understood and not problems else None,
+        record=_record(layout),
+    )
+
+
+def _missing_parts(layout: Layout) -> list[AscenditError]:
+    image_tokens = layout.experts[0].config.get("image_dim") is not None
+    problems: list[AscenditError] = []
+    for name in NEEDED + (NEEDED_FOR_IMAGE_TOKENS if image_tokens else ()):
+        try:
+            layout.part(name)
+        except CheckpointError as e:
+            problems.append(e)
+    return problems
+
+
+def _inspect_part(part: Part) -> PartReport:
+    named: dict[str, Any] = {"name": part.name, "library": part.library, "class_name": part.class_name}
+    if not part.has_weights:
+        return PartReport(**named)
+    try:
+        with Shards.of_part(part) as shards:
+            named["tensors"] = tuple(info for _, infos in shards.by_file() for info in infos)
+            named["files"] = len(shards.files)
+        if part.name in EXPERTS:
+            named["expert"] = read_expert(part)
+    except Misfit as e:
+        return PartReport(**(named | dict(e.checks)), problem=e)
+    except AscenditError as e:
+        return PartReport(**named, problem=e)
+    return PartReport(**named)
+
+
+def _family(layout: Layout, experts: list[Summary]) -> WanSpec | None:
+    """The row of the Wan family with these dimensions, where there is no pipeline to ask."""
+    config = experts[0].expert.config
+    heads, head_dim = config.get("num_attention_heads"), config.get("attention_head_dim")
+    if heads is None or head_dim is None:
+        return None
+    return match(
+        dim=heads * head_dim,
+        num_layers=config.get("num_layers", WanConfig.num_layers),
+        in_channels=config.get("in_channels", WanConfig.in_channels),
+        out_channels=config.get("out_channels") or config.get("in_channels", WanConfig.in_channels),
+        num_experts=len(experts),
+        image_cross_attention=config.get("image_dim") is not None,
+        folder_name=layout.name,
+    )
+
+
+def _record(layout: Layout) -> dict[str, Any] | None:
+    """`ascendit.json` at the top of the model; a damaged one is as good as none."""
+    folder = layout.root if layout.root.is_dir() else layout.root.parent
+    if layout.kind == "file" or not (folder / RECORD_FILE).is_file():
+        return None
+    try:
+        return read_json(folder / RECORD_FILE)
+    except CheckpointError:
+        return None
+
+
+def _bad_config(layout: Layout, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"a config of {layout.root} holds a value of the wrong kind: {error}",
+        needs="configs as the model's authors wrote them",
+        fix="download the JSON files again",
+        code="E-CKP-06",
+    )

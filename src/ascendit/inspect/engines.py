@@ -1,0 +1,193 @@
+"""Which engines and chips can run a checkpoint: as it lies, after a repack, or not. No torch.
+
+What an engine can run at all comes from `quant.engines`, how it wants the files from `convert.dialects`.
+Headers do not tell whether the `mul_scale` of Q, K and V are equal, which vLLM-Omni needs; `repack` does.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ascendit.checkpoint.component import read_json
+from ascendit.checkpoint.layer_format import Layer
+from ascendit.checkpoint.layout import Layout
+from ascendit.checkpoint.quant_metadata import find_manifest
+from ascendit.checkpoint.transformer import Expert
+from ascendit.convert.engine_formats import DIALECTS, Dialect, Traits, traits_of
+from ascendit.device.chip import Support, chips_for
+from ascendit.inspect.transformer_report import Summary
+from ascendit.quant.engines import ENGINES
+from ascendit.quant.schemes import FP8_TILES, scheme_after_reading
+from ascendit.weights.canonical_tensors import METHOD
+
+Verdict = Literal["runs", "repack", "no"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineVerdict:
+    """What one engine can do with the checkpoint."""
+
+    engine: str
+    version: str
+    verdict: Verdict
+    """`runs`: as it is; `repack`: after `command`; `no`: not at all."""
+    reason: str = ""
+    command: str = ""
+
+    @property
+    def flags(self) -> str:
+        """The command without its folders: `repack --for mindie`."""
+        words = self.command.split(" -o DST ")
+        return f"repack {words[-1]}"
+
+    def text(self) -> str:
+        if self.verdict == "runs":
+            return "as it is"
+        if self.verdict == "no":
+            return f"no: {self.reason}"
+        return f"after {self.flags}   ({self.reason})"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("engine", "version", "verdict", "reason", "command")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsOn:
+    """Engines, and chips by whether they have the matmul of every scheme in it."""
+
+    engines: tuple[EngineVerdict, ...]
+    chips: dict[str, Support]
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        names = [f"{e.engine} {e.version}" for e in self.engines]
+        width = max(map(len, (*names, "chips")))
+        lines = [f"{n:<{width}}  {e.text()}" for n, e in zip(names, self.engines, strict=True)]
+        by_support: dict[str, list[str]] = {}
+        for chip, support in sorted(self.chips.items(), key=lambda item: item[1] != "native"):
+            by_support.setdefault(support, []).append(chip)
+        chips = "; ".join(f"{support} on {', '.join(found)}" for support, found in by_support.items())
+        return [*lines, f"{'chips':<{width}}  {chips}"]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"engines": [e.as_dict() for e in self.engines], "chips": dict(self.chips)}
+
+
+def runs_on(layout: Layout, found: Sequence[Summary]) -> RunsOn:
+    """Judge the experts of a model together: an engine runs all of them or none."""
+    experts = [summary.expert for summary in found]
+    needs = [traits(summary).verdicts() for summary in found]
+    schemes = {layer.scheme for e in experts for layer in e.layers.values()} | {"bf16"}
+    engines = []
+    for name, engine in ENGINES.items():
+        if why := next(filter(None, (verdicts[name] for verdicts in needs)), ""):
+            verdict = EngineVerdict(engine=name, version=engine.version, verdict="no", reason=why)
+        elif obstacle := next(_obstacles(DIALECTS[name], layout, experts), ""):
+            verdict = EngineVerdict(
+                engine=name,
+                version=engine.version,
+                verdict="repack",
+                reason=obstacle,
+                command=_command(layout, name, DIALECTS[name]),
+            )
+        else:
+            verdict = EngineVerdict(engine=name, version=engine.version, verdict="runs")
+        engines.append(verdict)
+    return RunsOn(engines=tuple(engines), chips=chips_for(schemes))
+
+
+def traits(summary: Summary) -> Traits:
+    """What matters to an engine, after tiled FP8 has become BF16."""
+    expert = summary.expert
+    schemes = {n: scheme_after_reading(layer.scheme) for n, layer in expert.layers.items()}
+    smoothed = [n for n, layer in expert.layers.items() if "mul_scale" in layer.tensors]
+    blocks = [n for n in summary.linears if n.startswith("blocks.")]
+    every = {n: schemes.get(n, "bf16") for n in (*blocks, *schemes)}
+    return traits_of(every, {n: layer.shape for n, layer in expert.layers.items()}, smoothed)
+
+
+def _command(layout: Layout, engine: str, dialect: Dialect) -> str:
+    """The line that makes what the engine wants; `--base` where the other parts are missing."""
+    base = " --base MODEL" if layout.kind != "diffusers" and dialect.naming == "diffusers" else ""
+    return f"ascendit repack {shlex.quote(str(layout.root))} -o DST --for {engine}{base}"
+
+
+def _obstacles(dialect: Dialect, layout: Layout, experts: Sequence[Expert]) -> Iterator[str]:
+    """What must change before the engine reads the files, most important first."""
+    layers = [layer for e in experts for layer in e.layers.values()]
+    if any(layer.scheme == FP8_TILES for layer in layers):
+        yield "FP8 in 128 x 128 tiles becomes BF16"
+    if any(e.naming != dialect.naming for e in experts):
+        yield f"it wants {'original Wan' if dialect.naming == 'wan' else 'Diffusers'} names"
+    if dialect.naming == "diffusers" and layout.kind != "diffusers":
+        yield "it wants a whole pipeline folder"
+    for layer in layers:
+        if dialect.container(layer.scheme) != layer.container and not _as_numbers(dialect, layer):
+            yield f"it wants FP4 {'one to an element' if dialect.unpacked else 'two to a byte'}"
+        yield from _tensor_obstacles(dialect, layer)
+    quantized = any(layer.scheme != "bf16" for layer in layers)
+    if quantized:
+        yield from _description_obstacles(dialect, experts)
+    if dialect.typed_names:
+        yield from _file_obstacles(experts)
+
+
+def _as_numbers(dialect: Dialect, layer: Layer) -> bool:
+    """A BF16 container holds numbers too, and they fit into E4M3."""
+    return dialect.unpacked and layer.container == "bf16"
+
+
+def _tensor_obstacles(dialect: Dialect, layer: Layer) -> Iterator[str]:
+    has = layer.tensors.keys()
+    if layer.scheme == "int8" and ("weight_offset" in has) != dialect.offset:
+        yield f"it wants int8 {'with' if dialect.offset else 'without'} weight_offset"
+    if layer.scheme in dialect.ones and "mul_scale" not in has:
+        yield f"it wants a mul_scale in every {layer.scheme} layer"
+    if "mul_scale" not in has:
+        return
+    wrapped = layer.tensors["mul_scale"].name.endswith(".div.mul_scale")
+    if wrapped != dialect.wrapped:
+        yield f"it wants smoothed layers {'with' if dialect.wrapped else 'without'} .linear. and .div."
+
+
+def _description_obstacles(dialect: Dialect, experts: Sequence[Expert]) -> Iterator[str]:
+    """vLLM-Omni goes by config.json alone, the others by the manifest."""
+    if dialect.engine == "vllm-omni":
+        markers = [e.marker for e in experts if e.layers]
+        if any(marker is None or marker.get("quant_method") == METHOD for marker in markers):
+            yield "it wants its own quantization_config in config.json"
+    elif any(e.manifest is None for e in experts):
+        yield "it wants quant_model_description.json"
+    elif dialect.aliases and any(_lacks_aliases(e) for e in experts):
+        yield "it wants <layer>.div.mul_scale in the manifest"
+
+
+def _lacks_aliases(expert: Expert) -> bool:
+    """Whether a smoothed layer is not named in the way that makes SGLang load its `mul_scale`."""
+    smoothed = [n for n, layer in expert.layers.items() if "mul_scale" in layer.tensors]
+    path = find_manifest(expert.path) if smoothed and expert.path.is_dir() else None
+    written = read_json(path) if path else {}
+    return any(f"{name}.div.mul_scale" not in written for name in smoothed)
+
+
+def _file_obstacles(experts: Sequence[Expert]) -> Iterator[str]:
+    """MindIE-SD: one file of weights in each folder, by its type, for nobody else to read, and no link."""
+    for expert in experts:
+        files = sorted({info.file for info in expert.tensors.values()})
+        kind = (expert.manifest or {}).get("model_quant_type", "").lower()
+        if [f.name for f in files] != [f"quant_model_weight_{kind}.safetensors"]:
+            yield f"it wants one file quant_model_weight_{kind or '<type>'}.safetensors in each folder"
+        beside = files[0].parent / f"quant_model_description_{kind}.json"
+        if not beside.is_file():
+            yield f"it wants {beside.name}"
+        if any(_refused(f) for f in (*files, beside) if f.exists()):
+            yield "it refuses links, and files that anyone may read; else chmod 640"
+
+
+def _refused(file: Path) -> bool:
+    return file.is_symlink() or (os.name == "posix" and bool(file.stat().st_mode & 0o007))

@@ -1,0 +1,231 @@
+"""Fill a model from disk: built on the meta device, tensor by tensor, strict.
+
+    model = load_transformer(part, bind("cpu"))      # floats, or codes by their manifest
+    model = load_transformer(part, bind("cpu"), online=Online.of("mxfp8", None))
+
+Names, shapes and dtypes are compared from the headers before a byte of a tensor is read. A quantized layer
+never exists as floats: beside the model itself there are some rows, or one tensor, at a time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ascendit.checkpoint.component import Part
+from ascendit.checkpoint.layer_format import check_positive
+from ascendit.checkpoint.reader import TORCH_DTYPES, RowReader, Shards, TensorInfo, listed
+from ascendit.checkpoint.transformer import Expert, read_expert
+from ascendit.checkpoint.writer import TensorSpec
+from ascendit.errors import CheckpointError
+from ascendit.family import WanConfig
+from ascendit.model.linear import QuantLinear
+from ascendit.model.quantize_on_load import Online
+from ascendit.model.wan import WanTransformer
+from ascendit.model.weight_loader import Arrangement, Coded, nbytes
+from ascendit.ops.bind import Ops
+from ascendit.quant.recipe import QUANT_TYPES
+from ascendit.quant.schemes import scheme_after_reading
+from ascendit.weights.quantize_plan import ExpertPlan
+from ascendit.weights.quantize_writer import SourceRows
+from ascendit.weights.tensor_steps import to_float32
+from ascendit.weights.tensor_stream import TensorSink, feed, stored_steps
+
+log = logging.getLogger("ascendit")
+
+
+def load_transformer(
+    part: Part,
+    ops: Ops,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    online: Online | None = None,
+) -> WanTransformer:
+    """The transformer in `part`, on `device`. `online`: a recipe for a float checkpoint.
+
+    Errors as `read_expert`, `Online.plan` and `load_expert`.
+    """
+    expert = read_expert(part)
+    return load_expert(expert, online.plan(expert) if online else None, ops, device=device, dtype=dtype)
+
+
+def load_expert(
+    expert: Expert,
+    plan: ExpertPlan | None,
+    ops: Ops,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    floats: bool = False,
+) -> WanTransformer:
+    """The transformer of `expert`, quantized by `plan`, or as it is stored.
+
+    `dtype`: of the tokens and of what is not quantized; None = as stored, on a CPU, else bfloat16. What
+    Diffusers keeps in float32 is kept here too. `floats`: BF16 weights are kept beside the codes.
+    Raises CheckpointError E-CKP-06 for a config that is no Wan transformer's, E-CKP-08 for scales that cannot
+    be; EnvironmentProblem E-CAP-01 for a scheme that this chip has no matmul for.
+    """
+    if expert.config.get("num_attention_heads", 1) is None:
+        raise CheckpointError(
+            f"{expert.path}: {expert.config_problem or 'config.json does not tell the number of heads'}",
+            needs="the config.json of the model",
+            fix="ascendit repack it with --base MODEL, or put config.json beside the weights",
+            code="E-CKP-06",
+        )
+    say_attention(expert)
+    with torch.device("meta"):
+        model = WanTransformer(WanConfig.from_dict(expert.config), ops)
+    source = plan or stored_steps(expert)
+    specs = list(source.specs)
+    coded = planned_layers(plan) if plan else stored_layers(expert)
+    for scheme in {layer.scheme for layer in coded.values()} - {"bf16"}:
+        ops.quantized.kernel(scheme)
+    dtype = dtype or default_dtype((s for s in specs if s.name.rpartition(".")[0] not in coded), device)
+    put = Arrangement(model, specs, coded, ops.quantized, device=device, dtype=dtype, wide=model.KEEP_FP32)
+    feed(source, TensorSink(specs, put.room, put.arrived))
+    if floats and plan:
+        keep_floats(model, plan, device, dtype)
+    used = ", ".join(f"{n} {s}" for s, n in Counter(x.scheme for x in coded.values()).items())
+    log.info(
+        "%s: %s%s on %s, %.2f GiB",
+        expert.name, str(dtype)[6:], f" and {used} layers" if used else "", device, nbytes(model) / 2**30,
+    )  # fmt: skip
+    return model.eval()
+
+
+def planned_layers(plan: ExpertPlan) -> dict[str, Coded]:
+    """The layers that a recipe quantizes."""
+    shapes = {name: plan.weight(name).shape for name in plan.coded}
+    return {
+        name: Coded(layer.scheme, (shapes[name][0], shapes[name][1])) for name, layer in plan.coded.items()
+    }
+
+
+def stored_layers(expert: Expert) -> dict[str, Coded]:
+    """The layers that are codes on disk, or smoothed, with their `mul_scale`."""
+    found = {}
+    with RowReader() as reader:
+        for name, layer in expert.layers.items():
+            scheme = scheme_after_reading(layer.scheme)
+            smooth = layer.tensors.get("mul_scale")
+            if scheme != "bf16" or smooth is not None:
+                scale = None if smooth is None else _mul_scale(smooth, reader)
+                found[name] = Coded(scheme, layer.shape, scale)
+    return found
+
+
+def _mul_scale(info: TensorInfo, reader: RowReader) -> Tensor | None:
+    """float32 [K]; None for ones, which change nothing."""
+    data = reader.whole(info)
+    check_positive(data, info.dtype, info.name)
+    scale = torch.frombuffer(bytearray(to_float32(data, info.dtype, info.name)), dtype=torch.float32)
+    return None if bool((scale == 1).all()) else scale
+
+
+def keep_floats(model: nn.Module, plan: ExpertPlan, device: str, dtype: torch.dtype) -> None:
+    """Give every quantized layer its weight and bias as they were, for steps in BF16."""
+    with RowReader() as reader:
+        rows = SourceRows(plan, reader, None)
+
+        def whole(name: str) -> Tensor | None:
+            info = plan.expert.tensors.get(name)
+            if info is None:
+                return None
+            value = torch.empty(info.shape, dtype=dtype)
+            for start, part in rows.blocks(name, info):
+                value[start : start + part.shape[0]] = part
+            return value.to(device)
+
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear):
+                weight = whole(f"{name}.weight")
+                assert weight is not None, name
+                module.floats = (weight, whole(f"{name}.bias"))
+
+
+def say_attention(expert: Expert) -> None:
+    """Log once what the manifest asks of attentions and is not done; E-CKP-07 for words nobody knows."""
+    if unknown := sorted(set(expert.attention.values()) - set(QUANT_TYPES)):
+        raise CheckpointError(
+            f"{expert.path}: attention of type {', '.join(unknown)} in the manifest",
+            needs=f"one of {', '.join(QUANT_TYPES)}",
+            fix="correct quant_model_description.json, or export the model again",
+            code="E-CKP-07",
+        )
+    if found := Counter(expert.attention.values()):
+        asked = ", ".join(f"{word} for {n}" for word, n in found.items())
+        log.warning("%s: quantized attention (%s) runs in BF16 here", expert.name, asked)
+
+
+def default_dtype(specs: Iterator[TensorSpec] | Sequence[TensorSpec], device: str) -> torch.dtype:
+    """The dtype most bytes are stored in, on a CPU; bfloat16 elsewhere."""
+    if device != "cpu":
+        return torch.bfloat16
+    count: Counter[str] = Counter()
+    for spec in specs:
+        count[spec.dtype] += spec.nbytes
+    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[count.most_common(1)[0][0]])
+    return dtype
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars and reports of transformers; what is wrong is said by our own error."""
+    from transformers.utils import logging as chatter
+
+    level, bar = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    try:
+        yield
+    finally:
+        chatter.set_verbosity(level)
+        if bar:
+            chatter.enable_progress_bar()
+
+
+def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
+    """A text encoder, image encoder or VAE through transformers or Diffusers, on the CPU, strict.
+
+    `dtype` None = as stored. The libraries fill gaps with random weights and only log it; here a gap is
+    CheckpointError E-CKP-04.
+    """
+    with Shards.open(part.path, part.stem) as shards:
+        specs = [TensorSpec(i.name, i.dtype, i.shape) for i in shards.tensors.values()]
+        dtype = dtype or default_dtype(specs, "cpu")
+    cls = getattr(importlib.import_module(part.library), part.class_name)
+    options: dict[str, Any] = {"torch_dtype": dtype}
+    if part.library == "transformers":  # it names misshapen tensors only when told not to stop at them
+        options = {"dtype": dtype, "ignore_mismatched_sizes": True}
+    try:
+        with quiet():
+            model, info = cls.from_pretrained(
+                part.path, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
+            )
+    except (OSError, ValueError, RuntimeError) as e:
+        raise CheckpointError(
+            f"{part.path}: {str(e).splitlines()[0]}",
+            needs=f"a folder that {part.library} loads as {part.class_name}",
+            fix="download the part again",
+            code="E-CKP-04",
+        ) from e
+    problems = {
+        k: [str(n) for n in info.get(k) or ()] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    if any(problems.values()):
+        raise CheckpointError(
+            f"{part.path}: "
+            + "; ".join(f"{k.replace('_', ' ')}: {listed(v)}" for k, v in problems.items() if v),
+            needs=f"exactly the tensors of this {part.class_name}",
+            fix="download the part again, or check that config.json and the weights belong together",
+            code="E-CKP-04",
+        )
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,97 @@
+"""A recipe that is applied while a model loads, with the same checks that `quantize` makes. No torch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ascendit.checkpoint.component import read_json
+from ascendit.checkpoint.layout import Layout
+from ascendit.checkpoint.transformer import Expert, read_expert
+from ascendit.convert.engine_formats import Dialect, model_kind
+from ascendit.convert.provenance import RECORD_FILE
+from ascendit.errors import UsageError
+from ascendit.quant.recipe import Recipe, load_recipe
+from ascendit.schedule import StepPolicy
+from ascendit.weights.quantize_plan import ExpertPlan, check_kind, check_source, plan_expert
+from ascendit.weights.tensor_steps import schemes_of
+
+log = logging.getLogger("ascendit")
+
+
+@dataclass(frozen=True)
+class Online:
+    """What becomes of each layer of a float checkpoint on its way into memory."""
+
+    recipe: Recipe | None
+    """None: every layer stays a float, which codes cannot."""
+    keep: tuple[str, ...] = ()
+    force: bool = False
+
+    @classmethod
+    def of(
+        cls, scheme: str | None, recipe: str | None, keep: Sequence[str] | None = (), *, force: bool = False
+    ) -> Online | None:
+        """From what a user says; None where a model is taken as it is. Errors as `load_recipe`."""
+        keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
+        if recipe is None and scheme in (None, "bf16"):
+            if keep:
+                raise UsageError(
+                    f"keep {' '.join(keep)} without a scheme",
+                    needs="a scheme or a recipe: without one every layer stays as it is stored",
+                    fix="add --scheme mxfp8, or leave it out",
+                    code="E-USE-01",
+                )
+            return None if scheme is None else cls(None)
+        return cls(load_recipe(recipe or "default", scheme), keep, force)
+
+    def plan(self, expert: Expert) -> ExpertPlan | None:
+        """UsageError: E-QNT-01 for weights that are codes already, E-QNT-02 for FP4 on TI2V without force,
+        E-USE-05 for a pattern that fits no layer."""
+        if self.recipe is None:
+            check_source(expert)
+            return None
+        kind = model_kind(expert.config)
+        plan = plan_expert(expert, self.recipe, kind, keep=self.keep, dialect=Dialect(offset=False))
+        name, way = expert.path.parent.name, "--set force=true (in Python force=True)"
+        check_kind(kind, plan.schemes, name, force=self.force, way=way)
+        return plan
+
+
+def read_experts(layout: Layout, online: Online | None) -> list[tuple[Expert, ExpertPlan | None]]:
+    """Every expert and what becomes of it, from headers alone: mistakes are told before anything loads."""
+    experts = [read_expert(part) for part in layout.experts]
+    return [(expert, online.plan(expert) if online else None) for expert in experts]
+
+
+def schemes_in(found: Sequence[tuple[Expert, ExpertPlan | None]]) -> set[str]:
+    """Those of the layers on codes, planned or stored."""
+    return {
+        scheme for expert, plan in found for scheme in (plan.schemes if plan else schemes_of(expert).values())
+    }
+
+
+def policy_for(
+    asked: str | StepPolicy | None,
+    online: Online | None,
+    layout: Layout,
+    found: Sequence[tuple[Expert, ExpertPlan | None]],
+) -> StepPolicy:
+    """What was asked for, else the recipe's: of this load, or of the `quantize` that wrote the folder.
+
+    UsageError E-USE-01 for a precision that no weight of the model has.
+    """
+    if asked is not None:
+        policy = asked if isinstance(asked, StepPolicy) else StepPolicy.parse(asked)
+    elif online is not None:
+        policy = online.recipe.step_policy if online.recipe else StepPolicy()
+    else:
+        record = layout.root / RECORD_FILE
+        recipe = read_json(record).get("recipe") if record.is_file() else None
+        text = recipe.get("step_policy") if isinstance(recipe, dict) else None
+        policy = StepPolicy.parse(text) if isinstance(text, str) and text else StepPolicy()
+    if policy != StepPolicy():
+        policy.check_schemes(schemes_in(found), floats=all(plan for _, plan in found))
+        log.info("step policy %s", policy)
+    return policy

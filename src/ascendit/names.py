@@ -1,0 +1,441 @@
+"""Many layer names in few words: `blocks.0-4, blocks.7.attn1.*, condition_embedder.*`.
+
+Names, order and shapes of the tensors of a Wan transformer: Diffusers' names and the original ones.
+
+`expected_tensors` says from a config which tensors there must be. `to_diffusers` and `to_wan` translate
+one name, each the exact inverse of the other. The tables are those of Diffusers'
+`scripts/convert_wan_to_diffusers.py`; the names are matched as whole parts between dots, not replaced
+wherever they occur. No torch.
+
+How one and the same tensor is spelled by different tools, and its Diffusers name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, Literal
+
+from ascendit.errors import CheckpointError
+from ascendit.family import WanConfig
+
+Shapes = dict[str, tuple[int, ...]]
+
+MAX_LAYERS = 10_000
+TOLERATED = ("norm_added_q",)
+"""Parts of names that Wan2.1 I2V folders may hold and the model does not have; Diffusers skips them too."""
+_SIZES = (
+    *("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim"),
+    *("ffn_dim", "num_layers", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len"),
+)
+"""Keys of a config that are whole numbers and decide shapes."""
+_OPTIONAL = ("out_channels", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+"""May be null: as many channels out as in, or no such layer."""
+
+
+def transformer_dim(config: dict[str, Any]) -> int:
+    """Width of a WanTransformer3DModel: heads x head size."""
+    values = _dimensions(config)
+    return values["num_attention_heads"] * values["attention_head_dim"]
+
+
+def expected_tensors(config: dict[str, Any]) -> Shapes:
+    """Every tensor of a WanTransformer3DModel with this `config.json`, and its shape.
+
+    Keys that the config leaves out have Diffusers' defaults. Raises CheckpointError E-CKP-06 for a
+    value that is no dimension.
+    """
+    values = _dimensions(config)
+    dim = values["num_attention_heads"] * values["attention_head_dim"]
+    patch = _patch_size(config)
+    channels = values["in_channels"]
+    shapes: Shapes = {"scale_shift_table": (1, 2, dim)}
+    shapes["patch_embedding.weight"] = (dim, channels, *patch)
+    shapes["patch_embedding.bias"] = (dim,)
+    shapes |= _condition_embedder(values, dim)
+    for index in range(values["num_layers"]):
+        block = _block(values, dim, bool(config.get("cross_attn_norm", WanConfig.cross_attn_norm)))
+        shapes |= {f"blocks.{index}.{name}": shape for name, shape in block}
+    shapes |= _linear("proj_out", dim, (values["out_channels"] or channels) * math.prod(patch))
+    return shapes
+
+
+def _condition_embedder(values: dict[str, int], dim: int) -> Shapes:
+    shapes = (
+        _linear("time_embedder.linear_1", values["freq_dim"], dim)
+        | _linear("time_embedder.linear_2", dim, dim)
+        | _linear("time_proj", dim, 6 * dim)
+        | _linear("text_embedder.linear_1", values["text_dim"], dim)
+        | _linear("text_embedder.linear_2", dim, dim)
+    )
+    if image := values["image_dim"]:
+        shapes |= _norm("image_embedder.norm1", image)
+        shapes |= _linear("image_embedder.ff.net.0.proj", image, image)
+        shapes |= _linear("image_embedder.ff.net.2", image, dim)
+        shapes |= _norm("image_embedder.norm2", dim)
+        if length := values["pos_embed_seq_len"]:
+            shapes["image_embedder.pos_embed"] = (1, length, image)
+    return {f"condition_embedder.{name}": shape for name, shape in shapes.items()}
+
+
+def _block(values: dict[str, int], dim: int, cross_attn_norm: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "scale_shift_table", (1, 6, dim)
+    for attention in ("attn1", "attn2"):
+        for layer in ("to_q", "to_k", "to_v", "to_out.0"):
+            yield from _linear(f"{attention}.{layer}", dim, dim).items()
+        yield f"{attention}.norm_q.weight", (dim,)
+        yield f"{attention}.norm_k.weight", (dim,)
+    if added := values["added_kv_proj_dim"]:
+        yield from _linear("attn2.add_k_proj", added, dim).items()
+        yield from _linear("attn2.add_v_proj", added, dim).items()
+        yield "attn2.norm_added_k.weight", (dim,)
+    if cross_attn_norm:
+        yield from _norm("norm2", dim).items()
+    yield from _linear("ffn.net.0.proj", dim, values["ffn_dim"]).items()
+    yield from _linear("ffn.net.2", values["ffn_dim"], dim).items()
+
+
+def _linear(name: str, fan_in: int, fan_out: int) -> Shapes:
+    return {f"{name}.weight": (fan_out, fan_in), f"{name}.bias": (fan_out,)}
+
+
+def _norm(name: str, dim: int) -> Shapes:
+    return {f"{name}.weight": (dim,), f"{name}.bias": (dim,)}
+
+
+def _dimensions(config: dict[str, Any]) -> dict[str, int]:
+    """The whole numbers of a config; 0 stands for null."""
+    values = {}
+    for key in _SIZES:
+        value = config.get(key, getattr(WanConfig, key))
+        if value is None and key in _OPTIONAL:
+            value = 0
+        elif type(value) is not int or not 0 < value < 2**31:
+            raise _bad_value(key, value, "a whole number above 0")
+        values[key] = value
+    if values["num_layers"] > MAX_LAYERS:
+        raise _bad_value("num_layers", values["num_layers"], f"at most {MAX_LAYERS}")
+    return values
+
+
+def _patch_size(config: dict[str, Any]) -> tuple[int, int, int]:
+    value = config.get("patch_size", WanConfig.patch_size)
+    good = (
+        isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int and v > 0 for v in value)
+    )
+    if not good:
+        raise _bad_value("patch_size", value, "three whole numbers above 0")
+    return (value[0], value[1], value[2])
+
+
+def _bad_value(key: str, value: object, needs: str) -> CheckpointError:
+    return CheckpointError(
+        f"config.json of a transformer has {key} = {value!r}",
+        needs=f"{key}: {needs}",
+        fix="restore config.json from where the model came from",
+        code="E-CKP-06",
+    )
+
+
+# ---- layers ---------------------------------------------------------------------------------------
+
+CODED_ROLES = ("weight", "weight_scale", "weight_offset", "weight_dual_scale")
+"""Codes and scales of a quantized linear layer: `<layer>.weight_scale`."""
+ROLES = (*CODED_ROLES, "mul_scale", "bias")
+"""Every tensor that a linear layer may have, in the order in which they are written."""
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k", "q_rot", "k_rot")
+_TOP = (
+    "scale_shift_table",
+    "patch_embedding",
+    "condition_embedder.time_embedder.linear_1",
+    "condition_embedder.time_embedder.linear_2",
+    "condition_embedder.time_proj",
+    "condition_embedder.text_embedder.linear_1",
+    "condition_embedder.text_embedder.linear_2",
+    "condition_embedder.image_embedder.norm1",
+    "condition_embedder.image_embedder.ff.net.0.proj",
+    "condition_embedder.image_embedder.ff.net.2",
+    "condition_embedder.image_embedder.norm2",
+    "condition_embedder.image_embedder.pos_embed",
+    "blocks",
+    "proj_out",
+)
+_IN_BLOCK = (
+    "scale_shift_table",
+    *(f"attn1.{name}" for name in _ATTENTION),
+    *(f"attn2.{name}" for name in _ATTENTION),
+    *(f"attn2.{name}" for name in ("add_k_proj", "add_v_proj", "norm_added_k")),
+    "norm2",
+    "ffn.net.0.proj",
+    "ffn.net.2",
+)
+"""The order of the model."""
+_NOT_LINEAR = re.compile(r"(?:.*\.)?(?:scale_shift_table|patch_embedding|norm\w*|pos_embed|[qk]_rot|blocks)")
+_TOP_LINEARS = tuple(name for name in _TOP if not _NOT_LINEAR.fullmatch(name))
+_BLOCK_LINEARS = tuple(name for name in _IN_BLOCK if not _NOT_LINEAR.fullmatch(name))
+_BLOCK = re.compile(r"blocks\.(?:0|[1-9][0-9]{0,4})\.")
+
+
+def is_linear(name: str) -> bool:
+    """Whether a Wan transformer can have a linear layer of this name."""
+    return is_block_linear(name) or name in _TOP_LINEARS
+
+
+def is_block_linear(name: str) -> bool:
+    """Whether `name` is a linear layer of a block, one of those that recipes quantize."""
+    found = _BLOCK.match(name)
+    return found is not None and name[found.end() :] in _BLOCK_LINEARS
+
+
+def block_linears(config: dict[str, Any]) -> tuple[str, ...]:
+    """The linear layers inside the blocks, which recipes quantize, in the order of the model."""
+    values = _dimensions(config)
+    inside = [layer for layer in _BLOCK_LINEARS if values["added_kv_proj_dim"] or "add_" not in layer]
+    return tuple(f"blocks.{index}.{layer}" for index in range(values["num_layers"]) for layer in inside)
+
+
+def all_linears(config: dict[str, Any]) -> tuple[str, ...]:
+    """The embedders, the linear layers of the blocks, and `proj_out`, in the order of the model."""
+    image = _dimensions(config)["image_dim"]
+    *before, last = (layer for layer in _TOP_LINEARS if image or "image_embedder" not in layer)
+    return (*before, *block_linears(config), last)
+
+
+# ---- order ----------------------------------------------------------------------------------------
+
+_TOP_RANK = {name: rank for rank, name in enumerate(_TOP)}
+_BLOCK_RANK = {name: rank for rank, name in enumerate(_IN_BLOCK)}
+_ROLE_RANK = {role: rank for rank, role in enumerate(ROLES)}
+_BLOCK_NAME = re.compile(r"blocks\.(\d+)\.(.+)", re.ASCII)
+
+
+def sort_names(names: Iterable[str]) -> list[str]:
+    """Tensor names in canonical order: as the model is built, blocks by number, roles as in `ROLES`.
+
+    Names that the model does not have come last, in their block if they name one, sorted. The order depends
+    on the names alone, so the same tensors give the same file wherever they come from.
+    """
+    return sorted(names, key=_sort_key)
+
+
+def _sort_key(name: str) -> tuple[int, int, int, int, str]:
+    found = _BLOCK_NAME.fullmatch(name)
+    inner = found[2] if found else name
+    ranks = _BLOCK_RANK if found else _TOP_RANK
+    stem, _, role = inner.rpartition(".")
+    if inner in ranks:
+        stem, role = inner, ""
+    place = ranks.get(stem, len(ranks))
+    role_place = _ROLE_RANK.get(role, len(ROLES))
+    if found:
+        return (_TOP_RANK["blocks"], int(found[1]), place, role_place, name)
+    return (place, 0, 0, role_place, name)
+
+
+# ---- original Wan names ---------------------------------------------------------------------------
+
+_OUTSIDE = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+}
+_SAME = (
+    "norm_q",
+    "norm_k",
+    "q_rot",
+    "k_rot",
+    "quant_type",
+    *(f"fa{n}_{x}" for n in ("", "3") for x in "qkv"),
+)
+_LAYERS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"} | {name: name for name in _SAME}
+_INSIDE = {
+    "modulation": "scale_shift_table",
+    "norm1": "norm1",
+    "norm3": "norm2",  # Wan numbers them by class, Diffusers by their order: norm1, cross-attention, ffn
+    "norm2": "norm3",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    **{f"self_attn.{old}": f"attn1.{new}" for old, new in _LAYERS.items()},
+    **{f"cross_attn.{old}": f"attn2.{new}" for old, new in _LAYERS.items()},
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "cross_attn.norm_k_img": "attn2.norm_added_k",
+}
+"""Within a block."""
+
+
+def to_diffusers(name: str) -> str | None:
+    """The Diffusers name of an original Wan tensor or module; None when Wan has no such module.
+
+    What follows the module (`.weight`, `.weight_scale`, `.linear.bias`, `.lora_A.weight`) is kept as it is.
+    """
+    return _translate(name, _OUTSIDE, _INSIDE)
+
+
+def to_wan(name: str) -> str | None:
+    """The inverse of `to_diffusers`: the original Wan name of a Diffusers tensor or module, or None."""
+    return _translate(name, _OUTSIDE_BACK, _INSIDE_BACK)
+
+
+def _inverse(table: dict[str, str]) -> dict[str, str]:
+    back = {new: old for old, new in table.items()}
+    assert len(back) == len(table)
+    return back
+
+
+_OUTSIDE_BACK, _INSIDE_BACK = _inverse(_OUTSIDE), _inverse(_INSIDE)
+
+
+def _translate(name: str, outside: dict[str, str], inside: dict[str, str]) -> str | None:
+    """Replace the module at the start of `name`, whole parts only."""
+    found = _BLOCK.match(name)
+    start, table = (found.end(), inside) if found else (0, outside)
+    end = len(name)
+    while end > start:
+        if (new := table.get(name[start:end])) is not None:
+            return name[:start] + new + name[end:]
+        end = name.rfind(".", start, end)
+    return None
+
+
+# ---- How one and the same tensor is spelled by different tools, and its Diffusers name ----------
+
+Naming = Literal["diffusers", "wan"]
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+"""What ComfyUI and others put before every name of a transformer."""
+_WRAPPED = re.compile(r"\.linear(\.(?:weight(?:_\w+)?|bias))$|\.div(\.mul_scale)$")
+"""msModelSlim moves a smoothed layer X to `X.linear` and puts `X.div.mul_scale` before it."""
+_LEFTOVER = re.compile(r"(\.attn[12]\.)to_((?:[qk]_rot|quant_type))$")
+"""SGLang and vLLM-Omni replace `self_attn.q` wherever it stands, in `self_attn.q_rot` too."""
+
+
+def naming_of(names: Iterable[str]) -> Naming | None:
+    """Whose names these are; None when no name is one of a Wan transformer."""
+    votes = {"diffusers": 0, "wan": 0}
+    known = False
+    for name in names:
+        bare = unwrapped(name)
+        wan, diffusers = to_diffusers(bare) is not None, to_wan(bare) is not None
+        known |= wan or diffusers
+        votes["wan"] += wan and not diffusers
+        votes["diffusers"] += diffusers and not wan
+    if not known:
+        return None
+    return "wan" if votes["wan"] > votes["diffusers"] else "diffusers"
+
+
+def canonical(name: str, naming: Naming) -> str:
+    """The Diffusers name of a tensor or manifest entry, without prefix and wrapper.
+
+    `naming` decides where both tell different things by one name, as `norm2` does. A name that nobody
+    knows comes back without its prefix.
+    """
+    bare = unwrapped(name)
+    if naming == "diffusers" and to_wan(bare) is not None:
+        return bare
+    return to_diffusers(bare) or _LEFTOVER.sub(r"\1\2", bare)
+
+
+def unwrapped(name: str) -> str:
+    """Without the prefix of a whole model and the wrapper of a smoothed layer."""
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            name = name[len(prefix) :]
+            break
+    return _WRAPPED.sub(lambda found: found[1] or found[2], name)
+
+
+def on_disk(name: str, naming: Naming) -> str:
+    """A Diffusers name as the files spell it, for messages."""
+    return (to_wan(name) or name) if naming == "wan" else name
+
+
+# ---- Many layer names in few words: `blocks.0-4, blocks.7.attn1.*, condition_embedder.*` --------
+
+
+def grouped(chosen: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
+    """The names of `chosen`, a subset of `among`, in as few words as are exact.
+
+    A part of the name tree that is chosen whole is one word: `condition_embedder.*`; blocks that are
+    chosen alike share one: `blocks.0-4` whole, `blocks.5,7-9.ffn.*` in part. In the order of `among`.
+    """
+    wanted = set(chosen)
+    every = list(among)
+    sizes, hits = _counts(every), _counts(name for name in every if name in wanted)
+    words: dict[tuple[str, str, str], list[int]] = {}
+    for name in every:
+        if name in wanted:
+            node = _whole(name, sizes, hits)
+            head, number, rest = _split(node)
+            numbers = words.setdefault((head, "#" if number is not None else "", rest), [])
+            if number is not None and number not in numbers[-1:]:
+                numbers.append(number)
+    blocks = {int(n) for _, n, _ in map(_split, every) if n is not None}
+    return tuple(_word(head, numbers, rest, blocks) for (head, _, rest), numbers in words.items())
+
+
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    """How many names lie below each node of the name tree, the names themselves included."""
+    counts: dict[str, int] = defaultdict(int)
+    for name in names:
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            counts[".".join(parts[:depth])] += 1
+    return counts
+
+
+def _whole(name: str, sizes: dict[str, int], hits: dict[str, int]) -> str:
+    """The highest node above `name` of which everything is chosen, with `.*` if it is more than the name.
+
+    `blocks` itself is none: its children are blocks, and are counted.
+    """
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        node = ".".join(parts[:depth])
+        if node == "blocks" or sizes[node] == 1:
+            continue
+        if sizes[node] == hits[node]:
+            return f"{node}.*"
+    return name
+
+
+def _split(node: str) -> tuple[str, int | None, str]:
+    """`blocks.3.ffn.*` -> ("blocks", 3, ".ffn.*"); a whole block has the rest ""."""
+    head, _, tail = node.partition(".")
+    number, _, rest = tail.partition(".")
+    if head != "blocks" or not number.isdecimal():
+        return node, None, ""
+    return head, int(number), f".{rest}" if rest not in ("", "*") else ""
+
+
+def _word(head: str, numbers: list[int], rest: str, blocks: Collection[int]) -> str:
+    if not numbers:
+        return head
+    if set(numbers) == blocks and not rest:
+        return f"{head}.*"
+    return f"{head}.{ranges(numbers)}{rest}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """`0-4,7`."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)

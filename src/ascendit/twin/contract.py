@@ -1,0 +1,108 @@
+"""Numbers that stand for dtypes in `int` arguments: torch's own and torch_npu's.
+
+What the twin says when a call is wrong. RuntimeErrors, as torch_npu raises them, with what to do.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+
+from ascendit.errors import AscenditError, EnvironmentProblem
+
+CONTRACT, CHIP, IMPORT = "E-TWN-01", "E-CAP-01", "E-TWN-02"
+"""Codes: a call against the contract; an operator this chip lacks; two torch_npu in one process."""
+
+
+class TwinError(AscenditError, RuntimeError):
+    """A call that the card refuses, or misreads in silence. `got` is the vendor's text where it is known."""
+
+
+class TwinImportError(EnvironmentProblem, ImportError):
+    """torch_npu and the twin exclude each other in one process."""
+
+
+def refuse(got: str, *, needs: str, fix: str) -> NoReturn:
+    """Raise TwinError for a call against the contract."""
+    raise TwinError(got, needs=needs, fix=fix, code=CONTRACT)
+
+
+def require(holds: bool, got: str, *, needs: str, fix: str) -> None:
+    """`refuse` unless `holds`."""
+    if not holds:
+        refuse(got, needs=needs, fix=fix)
+
+
+# ---- Numbers that stand for dtypes in `int` arguments: torch's own and torch_npu's --------------
+
+INT4, HIFLOAT8, E5M2, E4M3, E8M0, E3M2, E2M3, E2M1, E1M2 = 285, *range(290, 298)
+
+NAMES: dict[str, int] = {
+    "int4": INT4,
+    "hifloat8": HIFLOAT8,
+    "float8_e5m2": E5M2,
+    "float8_e4m3fn": E4M3,
+    "float8_e8m0fnu": E8M0,
+    "float6_e3m2": E3M2,
+    "float6_e2m3": E2M3,
+    "float4_e2m1fn_x2": E2M1,
+    "float4_e1m2fn_x2": E1M2,
+}
+"""Attributes of torch_npu that are numbers, not torch dtypes."""
+
+TORCH: dict[int, torch.dtype] = {
+    0: torch.uint8,
+    1: torch.int8,
+    2: torch.int16,
+    3: torch.int32,
+    4: torch.int64,
+    5: torch.float16,
+    6: torch.float32,
+    7: torch.float64,
+    11: torch.bool,
+    12: torch.qint8,
+    13: torch.quint8,
+    14: torch.qint32,
+    15: torch.bfloat16,
+    16: torch.quint4x2,
+    23: torch.float8_e5m2,
+    24: torch.float8_e4m3fn,
+    44: torch.float8_e8m0fnu,
+    45: torch.float4_e2m1fn_x2,
+    256: torch.float32,
+    257: torch.float16,
+    283: torch.bfloat16,
+    E5M2: torch.float8_e5m2,
+    E4M3: torch.float8_e4m3fn,
+}
+"""Number -> torch dtype, for those torch has a dtype for. 256 on are torch_npu's."""
+
+_NUMBERS = {dtype: number for number, dtype in reversed(TORCH.items())}
+
+
+def number_of(dtype: torch.dtype) -> int:
+    """The number that torch's binding passes for a torch.dtype."""
+    return _NUMBERS[dtype]
+
+
+def spelled(number: int | None) -> str:
+    """A number as a user writes it."""
+    for name, value in NAMES.items():
+        if value == number:
+            return f"torch_npu.{name} ({number})"
+    return f"{TORCH[number]} ({number})" if number in TORCH else str(number)
+
+
+def output_dtype(number: int | None, allowed: tuple[torch.dtype, ...], what: str) -> torch.dtype:
+    """The torch dtype of an `output_dtype`. Refuses None, which means int8, and dtypes not `allowed`."""
+    dtype = None if number is None else TORCH.get(number)
+    if dtype not in allowed:
+        got = "output_dtype=None, which means int8" if number is None else f"output_dtype={spelled(number)}"
+        refuse(
+            f"Not supported output dtype is {got} for {what}",
+            needs="output_dtype " + ", ".join(str(d) for d in allowed),
+            fix="pass output_dtype=x.dtype",
+        )
+    assert dtype is not None
+    return dtype

@@ -1,0 +1,100 @@
+"""The arithmetic of the twin's dense operators: that of a CPU, `kernels/cpu`.
+
+Both round where the chips do, so a model makes the same frames on a CPU and on a twin, and a difference
+between the two is a fault of the Ascend path. Each is tested against plain PyTorch under its own name.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ascendit.kernels.cpu import attention, elementwise
+from ascendit.kernels.cpu import linear as cpu_linear
+from ascendit.kernels.kernel import Activation, Function, QuantLinearKernel
+from ascendit.mx.codec import Encoded
+from ascendit.quant.schemes import LINEAR_SCHEMES
+
+_QUERIES = 256
+_CPU = torch.device("cpu")
+
+
+@functools.cache
+def _on_a_cpu(operator: str) -> Function:
+    listed = (*elementwise.kernels(), *attention.kernels())
+    return next(k.call for k in listed if k.operator == operator)
+
+
+@functools.cache
+def _linears_on_a_cpu() -> Mapping[str, QuantLinearKernel]:
+    return {k.operator: k for k in cpu_linear.kernels(None)}
+
+
+def rms_norm(x: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) gamma in x's dtype. gamma [D]."""
+    out: Tensor = _on_a_cpu("rms_norm")(x, gamma, epsilon)
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
+    """Over the last axis, in x's dtype. weight, bias [D] in x's dtype or float32."""
+    given = (t if t is None else t.to(torch.float32) for t in (weight, bias))
+    out: Tensor = _on_a_cpu("layer_norm")(x, *given, epsilon)
+    return out
+
+
+def adaln(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
+    """layer_norm(x) (1 + scale) + shift in x's dtype. x [B, S, D]; scale, shift [B, 1, D]."""
+    call, length = _on_a_cpu("adaln"), (x.shape[1],)
+    return torch.cat([call(x[i : i + 1], scale[i], shift[i], length, epsilon) for i in range(len(x))])
+
+
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    """Exact (`none`) or tanh, in x's dtype."""
+    out: Tensor = _on_a_cpu("gelu_tanh" if approximate == "tanh" else "gelu")(x)
+    return out
+
+
+def can_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether `attend` takes these: plain softmax attention, which a CPU computes as exactly as it rounds."""
+    same_heads = q.shape[1] == k.shape[1] and q.shape[3] == v.shape[3]
+    if not same_heads or not math.isclose(scale, q.shape[3] ** -0.5, rel_tol=1e-6):
+        return False
+    compiled = _on_a_cpu("attention") is not attention.attention
+    return q.dtype == torch.float32 or (compiled and attention.fits_attention(*_heads_last(q, k, v)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, N, S, D] -> output in q's dtype; largest score and sum of exponentials, float32 [B, N, S]."""
+    call, heads = _on_a_cpu("attention"), _heads_last(q, k, v)
+    if q.dtype == torch.float32:
+        return call(*heads).transpose(1, 2), *_sums(q, k, scale)
+    sums = torch.empty(q.shape[:3]), torch.empty(q.shape[:3])
+    return call(*heads, sums).transpose(1, 2), *sums
+
+
+def _heads_last(*tensors: Tensor) -> list[Tensor]:
+    return [t.transpose(1, 2) for t in tensors]
+
+
+def _sums(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    tops, totals = [], []
+    for part in q.to(torch.float32).split(_QUERIES, 2):
+        scores = (part @ k.to(torch.float32).mT) * scale
+        tops.append(scores.amax(-1))
+        totals.append(torch.exp(scores - tops[-1].unsqueeze(-1)).sum(-1))
+    return torch.cat(tops, 2), torch.cat(totals, 2)
+
+
+def linear(tokens: Encoded, weight: Encoded, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """tokens [M, K] times weight [N, K] plus bias [N], with sums in float32, rounded once -> [M, N]."""
+    mixed = (tokens.format, weight.format) == ("mxfp8", "mxfp4")
+    scheme = LINEAR_SCHEMES["w4a8" if mixed else weight.format]
+    kernel = _linears_on_a_cpu()[scheme.name]
+    m, k = tokens.shape
+    a = Activation(scheme, (m,), k, dtype, tokens.codes, tokens.scale, tokens.dual_scale)
+    return kernel.call(a, kernel.prepare(weight, bias, _CPU))

@@ -1,0 +1,273 @@
+"""Right calls, one or more of each operator that the twin computes: for tests, and for the first card.
+
+`samples("a5")` makes its inputs on the CPU with the twin itself; weights that must be FRACTAL_NZ are cast in
+`run`, so that on a card the card casts them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascendit.twin.contract import E2M1, E4M3, E8M0
+from ascendit.twin.operators import call
+from ascendit.twin.registry import current_chip
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call. `nz`: the argument that is cast to FRACTAL_NZ first, `packed` if it is FP4."""
+
+    name: str
+    operator: str
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    nz: int | None = None
+    packed: bool = False
+
+    def run(self, caller: Callable[..., Any], move: Callable[[Tensor], Tensor] = lambda t: t) -> Any:
+        """`caller(operator, *args, **kwargs)` on inputs that `move` put where they belong."""
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, list):
+                return [moved(v) for v in value]
+            return move(value) if isinstance(value, Tensor) else value
+
+        args, kwargs = moved(list(self.args)), {k: moved(v) for k, v in self.kwargs.items()}
+        if self.nz is not None:
+            weight = args[self.nz]
+            if self.packed:
+                weight = weight.view(torch.int8)
+                cast = caller("npu_format_cast", weight, 29, customize_dtype=1)
+            else:
+                cast = caller("npu_format_cast", weight, 29)
+            args[self.nz] = cast if self.operator == "npu_dual_level_quant_matmul" else cast.transpose(0, 1)
+        return caller(self.operator, *args, **kwargs)
+
+
+def samples() -> Iterator[Sample]:
+    """The calls of the current chip."""
+    a5 = current_chip() == "a5"
+    yield from _norms()
+    yield from _attention()
+    yield from _rows(a5)
+    yield from _casts(a5)
+    if a5:
+        yield from _quantizers()
+        yield from _mx_matmuls()
+        yield from _only_a5()
+    else:
+        yield from _only_a2_a3()
+
+
+def rand(*shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
+    """The same numbers on every machine."""
+    generator = torch.Generator().manual_seed(seed + math.prod(shape))
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def _norms() -> Iterator[Sample]:
+    x, gamma = rand(2, 6, 64), rand(64, seed=1)
+    yield Sample("rms_norm", "npu_rms_norm", (x, gamma), {"epsilon": 1e-6})
+    yield Sample("rms_norm, float32 gamma", "npu_rms_norm", (x, gamma.float()))
+    yield Sample("rms_norm, two axes", "npu_rms_norm", (x.float(), rand(6, 64, dtype=FP32)))
+    yield Sample("add_rms_norm", "npu_add_rms_norm", (x, rand(2, 6, 64, seed=2), gamma))
+    yield Sample("add_layer_norm", "npu_add_layer_norm", (x, x, gamma, gamma), {"additional_output": True})
+    yield Sample("gelu", "npu_gelu", (x,), {"approximate": "tanh"})
+    yield Sample("exact gelu", "npu_gelu", (x,))
+    yield Sample("fast gelu", "npu_fast_gelu", (x,))
+    yield Sample("swiglu", "npu_swiglu", (x,))
+    yield Sample("geglu", "npu_geglu", (x,))
+    heads, angle = rand(1, 5, 2, 32), rand(1, 5, 1, 16, dtype=FP32)
+    cos, sin = (t.repeat_interleave(2, -1) for t in (angle.cos(), angle.sin()))
+    yield Sample("rope", "npu_rotary_mul", (heads.float(), cos, sin), {"rotary_mode": "interleave"})
+    yield Sample("rope in bf16", "npu_rotary_mul", (heads, cos, sin, "interleave"))
+    yield Sample("rope by halves", "npu_rotary_mul", (heads, cos, sin))
+    norm = ("mindiesd::layernorm", (x, [64], gamma, gamma, 1e-6))
+    yield Sample("layernorm", *norm)
+
+
+def _attention() -> Iterator[Sample]:
+    q, k, v = (rand(1, 2, n, 32, seed=n) for n in (7, 9, 9))
+    scale = {"scale": 32**-0.5}
+    fusion = "npu_fusion_attention"
+    yield Sample("attention", fusion, (q, k, v, 2, "BNSD"), scale)
+    keep = torch.arange(9).expand(7, 9) < 6
+    yield Sample("attention with a mask", fusion, (q, k, v, 2, "BNSD"), {**scale, "atten_mask": ~keep})
+    yield Sample("attention BSND", fusion, (*(t.mT.permute(0, 3, 1, 2) for t in (q, k, v)), 2, "BSND"), scale)
+    flat = [t.transpose(1, 2).flatten(2) for t in (q, k, v)]
+    yield Sample("attention BSH", fusion, (*flat, 2, "BSH"), scale)
+    packed = [t[0].transpose(0, 1) for t in (q, k, v)]
+    ends = {"actual_seq_qlen": [3, 7], "actual_seq_kvlen": [4, 9]}
+    yield Sample("attention TND", fusion, (*packed, 2, "TND"), {**scale, **ends})
+    first, second = "npu_fused_infer_attention_score", "npu_fused_infer_attention_score_v2"
+    yield Sample("infer", first, (q, k, v), {**scale, "num_heads": 2, "input_layout": "BNSD"})
+    named = {"num_query_heads": 2, "softmax_scale": 32**-0.5}
+    yield Sample("infer v2", second, (q, k, v), {**named, "input_layout": "BNSD", "return_softmax_lse": True})
+    yield Sample("infer v2 to BSND", second, (q, k, v), {**named, "input_layout": "BNSD_BSND"})
+    contiguous = [t.contiguous() for t in packed]
+    yield Sample("infer v2 TND", second, tuple(contiguous), {**named, **ends, "input_layout": "TND"})
+    update = [rand(6, dtype=FP32, seed=s) for s in (1, 2)], [rand(6, 32, seed=s) for s in (1, 2)]
+    yield Sample("attention_update", "npu_attention_update", (*update, 1))
+
+
+def _rows(a5: bool) -> Iterator[Sample]:
+    x, w = rand(5, 96), rand(16, 96, seed=1)
+    codes, scale = call("npu_dynamic_quant", x)
+    weight, weight_scale = call("npu_dynamic_quant", w)
+    yield Sample("int8", "npu_dynamic_quant", (x,))
+    yield Sample("int8, smoothed", "npu_dynamic_quant", (x,), {"smooth_scales": rand(96).abs()})
+    yield Sample("int8, per tensor", "npu_dynamic_quant", (x,), {"quant_mode": "pertensor"})
+    yield Sample("static int8", "npu_quantize", (x, rand(96).abs() + 1, None, torch.qint8, -1))
+    matmul, rest = "npu_quant_matmul", {"pertoken_scale": scale, "output_dtype": 15}
+    yield Sample(
+        "int8 matmul", matmul, (codes, weight.t(), weight_scale.to(BF16)), {**rest, "bias": rand(16)}
+    )
+    wide = {**rest, "bias": rand(16, dtype=FP32)}
+    yield Sample("int8 matmul, float32", matmul, (codes, weight.t(), weight_scale), wide)
+    yield Sample(
+        "int8 matmul to fp16", matmul, (codes, weight.t(), weight_scale), {**rest, "output_dtype": 5}
+    )
+    yield Sample("static int8 matmul", matmul, (codes, weight.t(), weight_scale), {"output_dtype": 5})
+    param = call("npu_trans_quant_param", weight_scale)
+    yield Sample("static int8 matmul, packed scale", matmul, (codes, weight.t(), param), {"output_dtype": 5})
+    if a5:
+        yield Sample("int8 matmul, NZ", matmul, (codes, weight, weight_scale), rest, nz=1)
+    only = ("npu_weight_quant_batchmatmul", (x, weight.t(), weight_scale.to(BF16)))
+    yield Sample("int8 weight", *only)
+
+
+def _casts(a5: bool) -> Iterator[Sample]:
+    x = rand(4, 64)
+    yield Sample("cast", "npu_dtype_cast", (x, torch.float16))
+    yield Sample("cast to FP4", "npu_dtype_cast", (x, E2M1))
+    yield Sample("format", "get_npu_format", (x,))
+    yield Sample("to ND", "npu_format_cast", (x, 2))
+    ints = torch.arange(64, dtype=torch.int32).view(4, 16) % 16 - 8
+    yield Sample("int4", "npu_convert_weight_to_int4pack", (ints,))
+    if a5:
+        yield Sample("to NZ", "npu_format_cast", (x, 29))
+
+
+def _quantizers() -> Iterator[Sample]:
+    x, mx = rand(5, 96), "npu_dynamic_mx_quant"
+    yield Sample("mxfp8", mx, (x,), {"dst_type": E4M3})
+    yield Sample("mxfp8, algorithm 1", mx, (x,), {"dst_type": E4M3, "scale_alg": 1})
+    yield Sample("mxfp8 e5m2", mx, (x,), {"dst_type": 291})
+    yield Sample("mxfp8 of a torch dtype", mx, (x.float(),), {"dst_type": torch.float8_e4m3fn})
+    yield Sample("mxfp4", mx, (x,))
+    yield Sample("mxfp4, algorithm 2", mx, (x,), {"dst_type": E2M1, "scale_alg": 2})
+    yield Sample("mxfp4, 7.25", mx, (x,), {"dst_type": E2M1, "scale_alg": 2, "dst_type_max": 7.25})
+    yield Sample("mxfp4 along tokens", mx, (rand(70, 96),), {"axis": 0})
+    yield Sample("mxfp4 e1m2", mx, (x.half(),), {"dst_type": 297, "round_mode": "floor"})
+    yield Sample("dual level", "npu_dynamic_dual_level_mx_quant", (rand(3, 640),))
+    smooth = {"smooth_scale": rand(640).abs()}
+    yield Sample("dual level, smoothed", "npu_dynamic_dual_level_mx_quant", (rand(3, 640),), smooth)
+    codes, scale = call(mx, x, dst_type=E4M3)
+    yield Sample("values again", "npu_anti_mx_quant", (codes, scale))
+    yield Sample("fp8", "npu_dynamic_quant", (x,), {"dst_type": torch.float8_e4m3fn})
+    block = {"dst_type": E4M3, "row_block_size": 128, "col_block_size": 128}
+    yield Sample("fp8 in blocks", "npu_dynamic_block_quant", (rand(2, 200, 128),), block)
+    gamma = rand(96, dtype=FP32)
+    yield Sample("rms_norm, mxfp8", "npu_rms_norm_dynamic_mx_quant", (x, gamma), {"dst_type": E4M3})
+    yield Sample("add_rms_norm, mxfp4", "npu_add_rms_norm_dynamic_mx_quant", (x, x, gamma))
+
+
+def _mx_matmuls() -> Iterator[Sample]:
+    x, w, matmul = rand(6, 160), rand(32, 160, seed=1), "npu_quant_matmul"
+    q8, s8 = call("npu_dynamic_mx_quant", x, dst_type=E4M3)
+    w8, ws8 = call("npu_dynamic_mx_quant", w, dst_type=E4M3)
+    q4, s4 = call("npu_dynamic_mx_quant", x)
+    w4, ws4 = call("npu_dynamic_mx_quant", w, scale_alg=2, dst_type_max=7.0)
+    bias = rand(32, dtype=FP32)
+    rest = {
+        "scale_dtype": E8M0,
+        "pertoken_scale_dtype": E8M0,
+        "output_dtype": BF16,
+        "group_sizes": [1, 1, 32],
+        "bias": bias,
+    }
+    mx8, fp4 = (
+        {**rest, "pertoken_scale": s8},
+        {**rest, "pertoken_scale": s4, "x1_dtype": E2M1, "x2_dtype": E2M1},
+    )
+    yield Sample("mxfp8 matmul", matmul, (q8, w8.t(), ws8.transpose(0, 1)), mx8)
+    deep = {**mx8, "pertoken_scale": s8[None], "bias": None, "output_dtype": FP32}
+    yield Sample("mxfp8 matmul of 3 axes", matmul, (q8[None], w8.t(), ws8.transpose(0, 1)), deep)
+    yield Sample("mxfp8 matmul, NZ", matmul, (q8, w8, ws8.transpose(0, 1)), mx8, nz=1)
+    yield Sample("mxfp4 matmul", matmul, (q4, w4.t(), ws4.transpose(0, 1)), fp4)
+    yield Sample("mxfp4 matmul, NZ", matmul, (q4, w4, ws4.transpose(0, 1)), fp4, nz=1, packed=True)
+    w4a8 = {**mx8, "x2_dtype": E2M1, "bias": bias.to(BF16)[None], "group_sizes": [0, 0, 32]}
+    yield Sample("w4a8 matmul", matmul, (q8, w4.t(), ws4.transpose(0, 1)), w4a8)
+    same = {**w4a8, "group_sizes": [1, 1, 32]}
+    yield Sample("w4a8 matmul, NZ", matmul, (q8, w4, ws4.transpose(0, 1)), same, nz=1, packed=True)
+    f8, fs = call("npu_dynamic_quant", x, dst_type=E4M3)
+    g8, gs = call("npu_dynamic_quant", w, dst_type=E4M3)
+    row = {"pertoken_scale": fs, "output_dtype": BF16, "bias": bias}
+    yield Sample("fp8 matmul", matmul, (f8, g8.t(), gs), row)
+    tiles = {
+        "pertoken_scale": rand(6, 2, dtype=FP32).abs(),
+        "output_dtype": BF16,
+        "group_sizes": [1, 128, 128],
+    }
+    yield Sample("fp8 matmul in blocks", matmul, (f8, g8.t(), rand(1, 2, dtype=FP32).abs().t()), tiles)
+    dual = "npu_dynamic_dual_level_mx_quant"
+    q, s0, s1 = call(dual, rand(6, 640))
+    wd, w0, w1 = call(dual, rand(32, 640, seed=1))
+    args = (q, wd, s0, w0.t().contiguous(), s1, w1)
+    yield Sample("dual matmul", "npu_dual_level_quant_matmul", args, {"bias": bias}, nz=1, packed=True)
+
+
+def _only_a5() -> Iterator[Sample]:
+    x, rows = rand(2, 6, 64), rand(2, 64)
+    yield Sample("adaln", "mindiesd::adaln_v2", (x, rows, rows, None, None, 1e-6))
+    heads = rand(1, 5, 2, 32)
+    cos = rand(1, 5, 1, 32)
+    both = {"rotary_mode": "interleave"}
+    yield Sample("rope of both", "npu_apply_rotary_pos_emb", (heads.clone(), heads.clone(), cos, cos), both)
+    fp8 = [_blocks(rand(2, 300, 128, seed=s), rows) for s, rows in ((1, 128), (2, 256), (3, 256))]
+    modes = {f"{n}_quant_mode": 7 for n in ("query", "key", "value")}
+    given = dict(zip(("query", "key", "value"), (s for _, s in fp8), strict=True))
+    scaled = {f"dequant_scale_{n}": s for n, s in given.items()}
+    named = {"num_query_heads": 2, "softmax_scale": 128**-0.5, "input_layout": "BNSD", "out_dtype": BF16}
+    infer = "fused_infer_attention_score_v2"
+    for name in (f"npu_{infer}", f"mindiesd::{infer}"):
+        yield Sample(f"{name}, fp8", name, tuple(t for t, _ in fp8), {**modes, **scaled, **named})
+    q = rand(1, 2, 300, 64)
+    mask = torch.ones(1, 2, 3, 3, dtype=torch.int8).triu()
+    sparse = {"block_sparse_mask": mask, "num_key_value_heads": 2, "scale_value": 0.125, "inner_precise": 4}
+    yield Sample("sparse attention", "mindiesd::block_sparse_attention", (q, q, q), sparse)
+
+
+def _blocks(t: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    size = {"row_block_size": rows, "col_block_size": 128}
+    codes, scale = call("npu_dynamic_block_quant", t, dst_type=E4M3, **size)
+    return codes[None], scale[None]
+
+
+def _only_a2_a3() -> Iterator[Sample]:
+    x, rows = rand(2, 6, 64), rand(2, 1, 64)
+    yield Sample("adaln", "mindiesd::adaln", (x, rows, rows, None, None, 1e-6))
+    yield Sample("layer_norm_eval", "npu_layer_norm_eval", (x, [64]))
+    yield Sample("silu", "npu_silu", (x,))
+    q = rand(1, 2, 300, 64)
+    named = {"num_heads": 2, "scale_value": 0.125, "input_layout": "BNSD"}
+    yield Sample("prompt attention", "npu_prompt_flash_attention", (q, q, q), named)
+    mask = torch.ones(1, 2, 3, 3, dtype=torch.int8).triu()
+    sparse = {"q_input_layout": "BNSD", "kv_input_layout": "BNSD", "num_key_value_heads": 2}
+    rest = {**sparse, "scale_value": 0.125, "inner_precise": 0}
+    yield Sample("sparse attention", "npu_block_sparse_attention", (q, q, q, mask, [128, 128]), rest)
+    laser = rand(1, 2, 256, 128, dtype=torch.float16)
+    more = {"scale_value": 128**-0.5, "head_num": 2}
+    yield Sample("laser attention", "mindiesd::la", (laser, laser, laser), more)
+    packed = rand(300, 2, 64)
+    index = torch.arange(3).expand(3, 2, 3).contiguous()
+    rain = (packed, packed, packed, index, torch.full((3, 2), 2), [128, 128])
+    yield Sample("rain fusion", "mindiesd::rainfusionattention", rain, {"head_num": 2, "scale": 0.125})

@@ -1,0 +1,228 @@
+"""What the attention operators share: layouts, masks, lengths, and softmax attention in float32.
+
+A mask is True, or 1, where a key is masked OUT; F.scaled_dot_product_attention means the opposite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ascendit.twin import cpu_kernels
+from ascendit.twin.contract import refuse, require
+
+NO_LIMIT = 2147483647
+_CHUNK = 256
+_AXES = {"BSH": "BSH", "SBH": "SBH", "BSND": "BSND", "BNSD": "BNSD", "NSD": "NSD", "TND": "TND", "NTD": "NTD"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Batch, query heads, key heads, tokens, keys, head size, head size of the values. Packed: batch 1."""
+
+    b: int
+    n: int
+    kv: int
+    s: int
+    keys: int
+    d: int
+    dv: int
+
+
+def _axis(t: Tensor, layout: str, name: str) -> int | None:
+    at = _AXES[layout].find(name)
+    return int(t.shape[at]) if at >= 0 else None
+
+
+def sizes(q: Tensor, k: Tensor, v: Tensor, layout: str, heads: int, kv_heads: int) -> Sizes:
+    """Refuses shapes that do not fit the layout and the numbers of heads."""
+    if layout not in _AXES:
+        refuse(f"Layout {layout} is not supported!", needs=", ".join(_AXES), fix='"BNSD"')
+    require(heads > 0, f"numHeads should be greater than 0, but got {heads}", needs="heads", fix="q.shape[1]")
+    kv = kv_heads or heads
+    for name, t in (("query", q), ("key", k), ("value", v)):
+        require(
+            t.dim() == len(layout),
+            f"Layout {layout}, {name}Dims({t.dim()}) must be {len(layout)}!",
+            needs=f"{name} {layout}",
+            fix="name the layout that the tensors have",
+        )
+    per_head = "H" not in layout
+    found = _axis(q, layout, "N") if per_head else heads
+    found_kv = _axis(k, layout, "N") if per_head else kv
+    require(
+        found == heads
+        and heads % kv == 0
+        and (found_kv == kv or not kv_heads)
+        and heads % (found_kv or 1) == 0,
+        f"head_num={heads} (keys {kv}) for query {tuple(q.shape)}, key {tuple(k.shape)} in {layout}",
+        needs="head_num = the N axis of the query, a multiple of that of the keys",
+        fix="pass the number of heads, not the head size",
+    )
+    kv = found_kv or kv
+    tokens = "T" if "T" in layout else "S"
+    s, keys, values = (_axis(t, layout, tokens) or 0 for t in (q, k, v))
+    d, dk, dv = (_axis(t, layout, "D") or t.shape[-1] // h for t, h in ((q, heads), (k, kv), (v, kv)))
+    b = _axis(q, layout, "B") or 1
+    require(
+        d == dk >= dv and keys == values and (_axis(k, layout, "B") or 1) == b,
+        f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)} in {layout}",
+        needs="one batch, keys as many as values, head sizes of query and key equal",
+        fix="check the layout",
+    )
+    return Sizes(b, heads, kv, s, keys, d, dv)
+
+
+def to_bnsd(t: Tensor, layout: str, heads: int) -> Tensor:
+    """Any layout -> [B, N, S, D]; a packed one has batch 1."""
+    if layout in ("BSH", "SBH"):
+        t, layout = t.unflatten(-1, (heads, -1)), layout.replace("H", "ND")
+    if layout in ("NSD", "TND", "NTD"):
+        t, layout = t.unsqueeze(0), "B" + layout.replace("T", "S")
+    return t.permute([layout.index(a) for a in "BNSD"])
+
+
+def from_bnsd(t: Tensor, layout: str) -> Tensor:
+    """The inverse, contiguous."""
+    if layout in ("BSH", "SBH"):
+        return t.permute(["BNSD".index(a) for a in layout.replace("H", "ND")]).flatten(-2).contiguous()
+    if layout in ("NSD", "TND", "NTD"):
+        return t[0].permute(["NSD".index(a) for a in layout.replace("T", "S")]).contiguous()
+    return t.permute(["BNSD".index(a) for a in layout]).contiguous()
+
+
+def shape_of(z: Sizes, layout: str) -> tuple[int, ...]:
+    """The shape of an output in this layout."""
+    named = {"B": z.b, "N": z.n, "S": z.s, "T": z.s, "D": z.dv, "H": z.n * z.dv}
+    return tuple(named[a] for a in layout)
+
+
+def check_scale(name: str, value: float, default: float, d: int) -> None:
+    """The default of these operators is never what attention means."""
+    require(
+        value != default or d == 1,
+        f"{name}={value:g}, which is its default",
+        needs=f"the softmax scale, {d}^-0.5 = {d**-0.5:.6g} for heads of {d}",
+        fix=f"{name}=q.shape[-1] ** -0.5; if the query is scaled already, undo that and pass the scale",
+    )
+
+
+def check_mask(mask: Tensor | None, z: Sizes, dtypes: tuple[torch.dtype, ...]) -> None:
+    """dtype and shape. An additive mask is refused: this one says which keys to leave out."""
+    if mask is None:
+        return
+    require(
+        mask.dtype in dtypes,
+        f"atten_mask of {mask.dtype}",
+        needs=" or ".join(map(str, dtypes)) + ", True = masked out",
+        fix="atten_mask=~keep for a mask as F.scaled_dot_product_attention has it, True where keys are kept",
+    )
+    shapes = [(z.s, z.keys), *((b, n, z.s, z.keys) for b in (1, z.b) for n in (1, z.n)), (z.b, z.s, z.keys)]
+    require(
+        tuple(mask.shape) in shapes,
+        f"atten_mask {tuple(mask.shape)} for {z.s} queries and {z.keys} keys",
+        needs=f"{(z.s, z.keys)}, or with [B, 1] or [B, N] before it",
+        fix="keep[:, None, None, :].expand(B, 1, Sq, Skv) for a mask of keys; it has no axis to broadcast",
+    )
+
+
+def masked_out(mask: Tensor | None, z: Sizes) -> Tensor | None:
+    """bool, broadcast to [B, N, S, keys]. Refuses a row with no key left: its result has no meaning."""
+    if mask is None:
+        return None
+    out = mask.to(torch.bool)
+    out = out.unsqueeze(1) if out.dim() == 3 else out
+    require(
+        not bool(out.all(-1).any()),
+        "atten_mask leaves no key for some query",
+        needs="True where a key is masked OUT: the opposite of F.scaled_dot_product_attention",
+        fix="atten_mask=~keep",
+    )
+    return out
+
+
+def by_length(z: Sizes, lengths: Sequence[int] | None) -> Tensor | None:
+    """A mask of the keys beyond each sample's length, [B, 1, 1, keys]."""
+    if lengths is None:
+        return None
+    require(
+        len(lengths) in (1, z.b) and all(0 < n <= z.keys for n in lengths),
+        f"actual sequence lengths {list(lengths)} for a batch of {z.b} with {z.keys} keys",
+        needs="one length for each sample",
+        fix="[k.shape[2]] * batch",
+    )
+    each = torch.tensor(list(lengths)).expand(z.b)
+    return torch.arange(z.keys) >= each[:, None, None, None]
+
+
+def pieces(
+    z: Sizes, ends_q: Sequence[int] | None, ends_kv: Sequence[int] | None
+) -> list[tuple[slice, slice]]:
+    """The sequences of a packed batch, from cumulative lengths without a leading zero."""
+    require(
+        bool(ends_q) and bool(ends_kv) and len(ends_q or ()) == len(ends_kv or ()),
+        "the size of actual_seq_qlen and actual_seq_kvlen must be the same and cannot be empty.",
+        needs="cumulative lengths of queries and keys, without a leading 0",
+        fix="actual_seq_qlen=cu_seqlens_q[1:].tolist()",
+    )
+    assert ends_q is not None and ends_kv is not None
+    for name, ends, total in (("q", ends_q, z.s), ("kv", ends_kv, z.keys)):
+        steps = [b - a for a, b in zip([0, *ends], ends, strict=False)]
+        require(
+            min(steps) >= (0 if name == "kv" else 1) and ends[-1] == total,
+            f"actual_seq_{name}len={list(ends)} for {total} tokens",
+            needs=f"rising numbers that end at {total}, without a leading 0",
+            fix="cu_seqlens[1:], not cu_seqlens and not the single lengths",
+        )
+    starts_q, starts_kv = [0, *ends_q], [0, *ends_kv]
+    return [
+        (slice(a, b), slice(c, e)) for a, b, c, e in zip(starts_q, ends_q, starts_kv, ends_kv, strict=False)
+    ]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, out_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, N, S, D] -> output, largest score and sum of exponentials per query, float32 [B, N, S].
+
+    Without a mask as a CPU attends, where it can, and the output in q's dtype; else in float32, over blocks
+    of 256 queries. Fewer key heads than query heads: each serves its group.
+    """
+    if out_mask is None and cpu_kernels.can_attend(q, k, v, scale):
+        return cpu_kernels.attend(q, k, v, scale)
+    group = q.shape[1] // k.shape[1]
+    keys, values = (t.to(torch.float32).repeat_interleave(group, 1) for t in (k, v))
+    outs, tops, sums = [], [], []
+    for start in range(0, q.shape[2], _CHUNK):
+        scores = (q[:, :, start : start + _CHUNK].to(torch.float32) @ keys.mT) * scale
+        if out_mask is not None:
+            rows = out_mask[..., start : start + _CHUNK, :] if out_mask.shape[-2] > 1 else out_mask
+            scores = scores.masked_fill(rows, -math.inf)
+        top = scores.amax(-1)
+        weights = torch.exp(scores - top.unsqueeze(-1))
+        total = weights.sum(-1)
+        outs.append((weights @ values) / total.unsqueeze(-1))
+        tops.append(top)
+        sums.append(total)
+    return torch.cat(outs, 2), torch.cat(tops, 2), torch.cat(sums, 2)
+
+
+def band(z: Sizes, before: int, after: int) -> Tensor | None:
+    """Keys more than `before` back or `after` ahead of a query, masked out, [S, keys]."""
+    if before >= max(z.s, z.keys) and after >= max(z.s, z.keys):
+        return None
+    step = torch.arange(z.keys)[None, :] - torch.arange(z.s)[:, None]
+    return (step > after) | (step < -before)
+
+
+def either(*masks: Tensor | None) -> Tensor | None:
+    """Masked out by any of them."""
+    out = None
+    for mask in masks:
+        if mask is not None:
+            out = mask if out is None else out | mask
+    return out

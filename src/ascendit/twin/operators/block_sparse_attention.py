@@ -1,0 +1,196 @@
+"""Attention that computes only some blocks of keys for each block of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascendit.twin.contract import require
+from ascendit.twin.operators import attention_inputs as core
+from ascendit.twin.operators.fused_infer_attention import tiled
+from ascendit.twin.operators.mx_quantize import FLOATS
+from ascendit.twin.registry import Out, current_chip, operator
+
+
+def _spread(mask: Tensor, z: core.Sizes, rows: int, columns: int) -> Tensor:
+    """int8 [B, N, blocks, blocks], 1 = compute -> bool [B, N, S, keys], True = masked out."""
+    full = mask.to(torch.bool).repeat_interleave(rows, 2)[:, :, : z.s]
+    return ~full.repeat_interleave(columns, 3)[..., : z.keys]
+
+
+def _check_blocks(mask: Tensor | None, z: core.Sizes, block_shape: list[int]) -> None:
+    require(
+        len(block_shape) >= 2 and block_shape[1] % 128 == 0 and block_shape[0] > 0,
+        f"block_shape[1] (blockShapeY) must be a multiple of 128, got {list(block_shape)}",
+        needs="block_shape=[128, 128]",
+        fix="block_shape=[128, 128]",
+    )
+    wanted = (z.b, z.n, -(-z.s // block_shape[0]), -(-z.keys // block_shape[1]))
+    require(
+        mask is None or (tuple(mask.shape) == wanted and mask.dtype == torch.int8),
+        f"block_sparse_mask {mask is not None and (tuple(mask.shape), mask.dtype)}",
+        needs=f"{wanted} of int8, 1 = compute",
+        fix="the last block may be short, but it is a block",
+    )
+    require(
+        z.d in (64, 128),
+        f"head size {z.d}",
+        needs="64 or 128",
+        fix="use npu_fusion_attention for other heads",
+    )
+
+
+def _sparse(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, z: core.Sizes, block_shape: list[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """float32 output [B, N, S, D] and lse [B, N, S, 1]."""
+    hidden = None if mask is None else _spread(mask, z, block_shape[0], block_shape[1])
+    require(
+        hidden is None or not bool(hidden.all(-1).any()),
+        "block_sparse_mask has a row of zeros",
+        needs="at least one block of keys for each block of queries",
+        fix="keep the diagonal and the first frame",
+    )
+    out, top, total = core.attend(q, k, v, scale, hidden)
+    return out, (top + torch.log(total)).unsqueeze(-1)
+
+
+def _lengths(a: dict[str, Any]) -> None:
+    require(
+        a["q_input_layout"] == a["kv_input_layout"] == "BNSD",
+        f"layouts {a['q_input_layout']}, {a['kv_input_layout']}",
+        needs="BNSD for both: the twin has no packed sparse attention; the default is TND",
+        fix='q_input_layout="BNSD", kv_input_layout="BNSD"',
+    )
+    given = [a["actual_seq_lengths"], a["actual_seq_lengths_kv"]]
+    require(
+        all(n is None for n in given),
+        "actual_seq_lengths given",
+        needs="none with BNSD",
+        fix="leave them out",
+    )
+
+
+@operator("npu_block_sparse_attention")
+def npu_block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_sparse_mask: Tensor,
+    block_shape: list[int],
+    num_key_value_heads: int,
+    scale_value: float,
+    inner_precise: int,
+    **rest: Any,
+) -> Iterator[Any]:
+    """(out, lse [B, N, S, 1]) of a2 and a3."""
+    _lengths(rest)
+    z = core.sizes(query, key, value, "BNSD", query.shape[1], num_key_value_heads)
+    _check_blocks(block_sparse_mask, z, block_shape)
+    require(
+        query.dtype in FLOATS[:2] and (query.dtype != torch.bfloat16 or inner_precise == 0),
+        f"when query/key/value are bfloat16, inner_precise must be 0, got {inner_precise} ({query.dtype})",
+        needs="inner_precise=0 with bfloat16; the default is 1",
+        fix="inner_precise=0",
+    )
+    core.check_scale("scale_value", scale_value, 0.0, z.d)
+    yield Out(core.shape_of(z, "BNSD"), query.dtype), Out((z.b, z.n, z.s, 1), torch.float32)
+    out, lse = _sparse(query, key, value, block_sparse_mask, z, block_shape, scale_value)
+    yield out.to(query.dtype), lse
+
+
+@operator("mindiesd::block_sparse_attention")
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_sparse_mask: Tensor | None,
+    block_shape: list[int],
+    num_key_value_heads: int,
+    scale_value: float,
+    inner_precise: int,
+    q_dequant_scale: Tensor | None,
+    k_dequant_scale: Tensor | None,
+    v_dequant_scale: Tensor | None,
+    **rest: Any,
+) -> Iterator[Any]:
+    """(out, lse [B, N, S, 1]) of a5; FP8 with block scales gives bfloat16."""
+    _lengths(rest)
+    z = core.sizes(query, key, value, "BNSD", query.shape[1], num_key_value_heads)
+    _check_blocks(block_sparse_mask, z, block_shape)
+    fp8 = query.dtype == torch.float8_e4m3fn
+    given = [q_dequant_scale, k_dequant_scale, v_dequant_scale]
+    require(
+        inner_precise == 4,
+        f"inner_precise={inner_precise} on {current_chip()}",
+        needs="4, the only one on a5; the default is 0",
+        fix="inner_precise=4",
+    )
+    require(
+        (fp8 and all(s is not None for s in given) and block_shape[1] % 256 == 0)
+        or (query.dtype in FLOATS[:2] and all(s is None for s in given)),
+        f"query of {query.dtype}, block_shape {list(block_shape)}, scales {[s is not None for s in given]}",
+        needs="bfloat16 without scales, or FP8 with three block scales and blocks of 256 keys",
+        fix="block_shape=[128, 256] with FP8",
+    )
+    core.check_scale("scale_value", scale_value, 1.0, z.d)
+    dtype = torch.bfloat16 if fp8 else query.dtype
+    yield Out(core.shape_of(z, "BNSD"), dtype), Out((z.b, z.n, z.s, 1), torch.float32)
+    wide = [t if s is None else tiled(t, s) for t, s in zip((query, key, value), given, strict=True)]
+    out, lse = _sparse(wide[0], wide[1], wide[2], block_sparse_mask, z, block_shape, scale_value)
+    yield out.to(dtype), lse
+
+
+@operator("mindiesd::rainfusionattention")
+def rainfusionattention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    select_idx: Tensor,
+    select_num_idx: Tensor,
+    blockshape: list[int],
+    q_input_layout: str,
+    kv_input_layout: str,
+    head_num: int,
+    scale: float,
+    actual_seq_qlen: list[int] | None,
+    actual_seq_kvlen: list[int] | None,
+    **rest: Any,
+) -> Iterator[Any]:
+    """(out, lse [T, N, 1]) of a2 and a3, TND, one sequence.
+
+    select_idx [query blocks, N, key blocks] holds numbers of key blocks; the first select_num_idx
+    [query blocks, N] of each row count.
+    """
+    require(
+        q_input_layout == kv_input_layout == "TND" and rest["attn_mask"] is None,
+        f"layouts {q_input_layout}, {kv_input_layout}, attn_mask {rest['attn_mask'] is not None}",
+        needs="TND without a mask",
+        fix="q.flatten(0, 1) for [1, S, N, D]",
+    )
+    z = core.sizes(query, key, value, "TND", head_num, 0)
+    require(
+        [list(n or [z.s]) for n in (actual_seq_qlen, actual_seq_kvlen)] == [[z.s], [z.keys]] or z.s != z.keys,
+        f"actual_seq_qlen={actual_seq_qlen}",
+        needs="one sequence",
+        fix="call it once for each sample",
+    )
+    blocks = (-(-z.s // blockshape[0]), z.n, -(-z.keys // blockshape[1]))
+    require(
+        tuple(select_idx.shape) == blocks and tuple(select_num_idx.shape) == blocks[:2],
+        f"select_idx {tuple(select_idx.shape)}, select_num_idx {tuple(select_num_idx.shape)}",
+        needs=f"{blocks} and {blocks[:2]}",
+        fix="indices per block of queries and head",
+    )
+    core.check_scale("scale", scale, 1.0, z.d)
+    yield Out(tuple(query.shape), query.dtype), Out((z.s, z.n, 1), torch.float32)
+    taken = torch.arange(blocks[2]) < select_num_idx.unsqueeze(-1)
+    mask = torch.zeros(*blocks[:2], blocks[2] + 1, dtype=torch.int8)
+    mask.scatter_(2, torch.where(taken, select_idx, blocks[2]).to(torch.int64), 1)
+    chosen = mask[..., : blocks[2]].transpose(0, 1).unsqueeze(0)
+    q, k, v = (core.to_bnsd(t, "TND", z.n) for t in (query, key, value))
+    out, lse = _sparse(q, k, v, chosen, z, blockshape, scale)
+    yield core.from_bnsd(out, "TND").to(query.dtype), lse[0].transpose(0, 1).contiguous()

@@ -1,0 +1,299 @@
+"""MX quantizers of the Ascend 950: codes and E8M0 scales, bit for bit as the kernels give them.
+
+The codes are `mx`'s; three things are the NPU's own: a block whose scale is byte 0 is multiplied by 0 under
+the algorithms 0 and 2, float16 becomes bfloat16 before algorithm 2 looks for the largest value, and a block
+with an infinity or a NaN gets byte 255 and codes 0 (the cast saturates and makes NaN zero).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascendit.mx import elements, layouts, scales
+from ascendit.mx.formats import E2M1, E4M3, E5M2, Element
+from ascendit.twin import contract
+from ascendit.twin.contract import require
+from ascendit.twin.registry import Out, operator
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+ROUNDINGS = {"rint": "rint", "floor": "floor", "round": "half_away"}
+_BIAS = scales.BIAS
+
+
+@dataclass(frozen=True)
+class _Uniform(Element):
+    """e1m2: its two binades have one step, 0.25."""
+
+    @property
+    def emin(self) -> int:
+        return 0
+
+
+E1M2 = _Uniform("e1m2", ebits=1, mbits=2, emax=0, max=1.75, nan=None)
+
+
+@dataclass(frozen=True)
+class Target:
+    """An element with the torch dtype of its codes and the scale algorithms it has."""
+
+    element: Element
+    dtype: torch.dtype
+    algorithms: tuple[int, ...]
+
+    @property
+    def packed(self) -> bool:
+        return self.element.bits == 4
+
+
+TARGETS: dict[int, Target] = {
+    contract.E5M2: Target(E5M2, torch.float8_e5m2, (0, 1)),
+    23: Target(E5M2, torch.float8_e5m2, (0, 1)),
+    contract.E4M3: Target(E4M3, torch.float8_e4m3fn, (0, 1)),
+    24: Target(E4M3, torch.float8_e4m3fn, (0, 1)),
+    contract.E2M1: Target(E2M1, torch.uint8, (0, 2)),
+    contract.E1M2: Target(E1M2, torch.uint8, (0,)),
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How npu_dynamic_mx_quant finds a scale."""
+
+    algorithm: int = 0
+    rounding: str = "rint"
+    dst_type_max: float = 0.0
+    max_low_bound: float = 0.0
+    block: int = 32
+
+
+def target_of(dst_type: int) -> Target:
+    """Refuses what is no MX element, torch.float4_e2m1fn_x2 among them."""
+    require(
+        dst_type in TARGETS,
+        f"dst_type={contract.spelled(dst_type)}",
+        needs="292 float8_e4m3fn, 291 float8_e5m2, 296 float4_e2m1fn_x2 or 297 float4_e1m2fn_x2",
+        fix="pass the number 296 for FP4: torch.float4_e2m1fn_x2 makes the adapter allocate twice the length",
+    )
+    return TARGETS[dst_type]
+
+
+def check_rule(rule: Rule, target: Target, dtype: torch.dtype) -> None:
+    """The combinations that aclnnDynamicMxQuantV3 has."""
+    name = target.element.name
+    modes = tuple(ROUNDINGS) if target.packed else ("rint",)
+    require(
+        rule.rounding in modes,
+        f"round_mode={rule.rounding!r} for {name}",
+        needs=f"one of {', '.join(modes)}",
+        fix='round_mode="rint"',
+    )
+    require(
+        0 < rule.block <= 1024 and rule.block % 32 == 0,
+        "Parameter block_size must be divisible by 32 and no greater than 1024, greater than 0",
+        needs="block_size 32, the only one that npu_quant_matmul takes",
+        fix="leave block_size out",
+    )
+    require(
+        rule.algorithm in target.algorithms,
+        f"Invalid scale_alg value: {rule.algorithm} for {name}",
+        needs=f"scale_alg {' or '.join(map(str, target.algorithms))}",
+        fix="0 (OCP) goes with every element; 1 is for FP8, 2 for float4_e2m1fn_x2",
+    )
+    require(
+        rule.dst_type_max == 0
+        or (6 <= rule.dst_type_max <= 12 and target.element is E2M1 and rule.block == 32),
+        f"dst_type_max={rule.dst_type_max:g} for {name} in blocks of {rule.block}",
+        needs="0.0, or 6.0 to 12.0 with float4_e2m1fn_x2 and block_size 32",
+        fix="leave dst_type_max out",
+    )
+    require(
+        rule.max_low_bound == 0 or (rule.max_low_bound > 0 and rule.algorithm == 1),
+        f"max_low_bound={rule.max_low_bound:g} with scale_alg={rule.algorithm}",
+        needs="0.0, or a number above it with scale_alg=1",
+        fix="leave max_low_bound out",
+    )
+    require(
+        rule.block == 32 or (rule.algorithm != 2 and dtype != torch.float32),
+        f"block_size={rule.block} for {dtype} with scale_alg={rule.algorithm}",
+        needs="block_size 32 for float32 input and for scale_alg=2",
+        fix="leave block_size out",
+    )
+
+
+def check_input(x: Tensor, axis: int, target: Target) -> int:
+    """`axis` from the front. Refuses dtypes, shapes and axes the kernel does not take."""
+    require(
+        x.dtype in FLOATS and 1 <= x.dim() <= 7,
+        f"input {tuple(x.shape)} of {x.dtype}",
+        needs="float16, bfloat16 or float32, 1 to 7 axes",
+        fix="cast the activation to bfloat16",
+    )
+    require(
+        -x.dim() <= axis < x.dim(),
+        f"Parameter axis is out of input dimension range [{-x.dim()}, {x.dim() - 1}]",
+        needs="an axis of the input",
+        fix="axis=-1 for an activation [tokens, K]",
+    )
+    require(
+        not target.packed or x.shape[-1] % 2 == 0,
+        "If output dtype is float4_e2m1 or float4_e1m2, the last dim of input must be divisible by 2",
+        needs="an even last axis",
+        fix="keep this layer in another format",
+    )
+    require(
+        x.dtype != torch.float32 or x.shape[axis] >= 32,
+        f"float32 input with {x.shape[axis]} values along axis {axis}",
+        needs="at least 32 of them, or bfloat16",
+        fix="cast to bfloat16",
+    )
+    return axis % x.dim()
+
+
+def outs(shape: tuple[int, ...], axis: int, target: Target, block: int) -> tuple[Out, Out]:
+    """Codes, and scales in pairs with a last axis of 2."""
+    codes = (*shape[:-1], shape[-1] // 2) if target.packed else shape
+    pairs = math.ceil(math.ceil(shape[axis] / block) / 2)
+    return Out(codes, target.dtype), Out((*shape[:axis], pairs, *shape[axis + 1 :], 2), torch.uint8)
+
+
+def quantize(x: Tensor, axis: int, target: Target, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Codes and paired scales of `x`, as `outs` describes them."""
+    length = x.shape[axis]
+    blocks = scales.split_blocks(x.movedim(axis, -1), rule.block)
+    codes, scale = quantize_blocks(blocks, target.element, rule)
+    codes = scales.join_blocks(codes, length).movedim(-1, axis)
+    if target.packed:
+        codes = elements.pack(codes)
+    return codes.contiguous().view(target.dtype), layouts.to_pairs(scale.movedim(-1, axis), axis)
+
+
+def quantize_blocks(blocks: Tensor, element: Element, rule: Rule) -> tuple[Tensor, Tensor]:
+    """[.., n, block] -> uint8 codes of the same shape, E8M0 bytes [.., n]."""
+    finite = blocks.isfinite().all(-1)
+    wide = blocks.where(finite.unsqueeze(-1), 0).to(torch.float32)
+    amax = wide.abs().amax(-1)
+    if rule.algorithm == 2 and rule.dst_type_max in (0, 6, 7):
+        if blocks.dtype == torch.float16:
+            amax = amax.to(torch.bfloat16).to(torch.float32)
+        byte = scales.shared_exponents(amax, element, f"max:{rule.dst_type_max or 6:g}") + _BIAS
+        multiplies = byte > 0
+    elif rule.algorithm == 0:
+        byte = scales.shared_exponents(amax, element, "floor") + _BIAS
+        multiplies = byte > 0
+    else:
+        byte, multiplies = _cublas(amax, rule.dst_type_max or element.max, rule), amax > 0
+    reciprocal = torch.where(multiplies, scales.power_of_two((_BIAS - byte).to(torch.int32)), 0.0)
+    codes = elements.to_codes(wide * reciprocal.unsqueeze(-1), element, ROUNDINGS[rule.rounding])
+    return codes.where(finite.unsqueeze(-1), 0), byte.where(finite, scales.NAN_BYTE).to(torch.uint8)
+
+
+def _cublas(amax: Tensor, largest: float, rule: Rule) -> Tensor:
+    """int32 bytes of algorithm 1, and of 2 with another dst_type_max: amax / largest, up to a power of two.
+
+    The division is a product with float32(1 / largest); subnormal quotients round up under algorithm 1 only.
+    """
+    inverse = torch.tensor(1.0) / torch.tensor(largest)
+    exponent, fraction = scales.exponent_and_fraction(amax.clamp(min=rule.max_low_bound) * inverse)
+    biased = exponent + _BIAS
+    up = (biased > 0) & (biased < 254) & (fraction > 0)
+    if rule.algorithm == 1:
+        up |= (biased == 0) & (fraction > 1 << 22)
+    return torch.where(amax > 0, biased + up.to(torch.int32), 0)
+
+
+def dequantize(codes: Tensor, scale: Tensor, axis: int, element: Element) -> Tensor:
+    """float32 values of codes (packed if 4 bits) with paired scales along `axis`."""
+    raw = codes.view(torch.uint8)
+    if element.bits == 4:
+        raw = elements.unpack(raw, raw.shape[-1] * 2)
+    values = elements.to_values(raw, element).movedim(axis, -1)
+    count = -(-values.shape[-1] // 32)
+    plain = scales.from_bytes(layouts.from_pairs(scale, count, axis).movedim(axis, -1))
+    blocks = scales.split_blocks(values, 32) * plain.unsqueeze(-1)
+    return scales.join_blocks(blocks, values.shape[-1]).movedim(-1, axis)
+
+
+@operator("npu_dynamic_mx_quant")
+def npu_dynamic_mx_quant(
+    input: Tensor,
+    axis: int,
+    round_mode: str,
+    dst_type: int,
+    block_size: int,
+    scale_alg: int | None,
+    dst_type_max: float,
+    max_low_bound: float,
+) -> Iterator[Any]:
+    """Codes along `axis` and their scales in pairs (aclnnDynamicMxQuantV3)."""
+    target = target_of(dst_type)
+    axis = check_input(input, axis, target)
+    rule = Rule(scale_alg or 0, round_mode, dst_type_max, max_low_bound, block_size)
+    check_rule(rule, target, input.dtype)
+    yield outs(tuple(input.shape), axis, target, block_size)
+    yield quantize(input, axis, target, rule)
+
+
+@operator("npu_anti_mx_quant")
+def npu_anti_mx_quant(
+    x: Tensor, mxscale: Tensor, axis: int | None, dst_type: int | None, src_type: int | None
+) -> Iterator[Any]:
+    """The values again (aclnnAntiMxQuant); an FP4 input doubles its last axis."""
+    target = target_of(contract.E4M3 if src_type is None else src_type)
+    require(
+        x.element_size() == 1 and (x.dtype == target.dtype or target.packed),
+        f"x of {x.dtype} with src_type={contract.spelled(src_type)}",
+        needs=f"codes of {target.dtype}",
+        fix="give src_type=296 for packed FP4",
+    )
+    at = (-1 if axis is None else axis) % x.dim()
+    dtype = contract.output_dtype(15 if dst_type is None else dst_type, FLOATS, "npu_anti_mx_quant")
+    shape = (*x.shape[:-1], x.shape[-1] * 2) if target.packed else tuple(x.shape)
+    wanted = outs(shape, at, target, 32)[1].shape
+    require(
+        tuple(mxscale.shape) == wanted and mxscale.element_size() == 1,
+        f"mxscale {tuple(mxscale.shape)} of {mxscale.dtype}",
+        needs=f"{wanted} of uint8",
+        fix="pass the scale as npu_dynamic_mx_quant returned it",
+    )
+    yield Out(shape, dtype)
+    yield dequantize(x.contiguous(), mxscale.view(torch.uint8), at, target.element).to(dtype).contiguous()
+
+
+@operator("npu_dynamic_dual_level_mx_quant")
+def npu_dynamic_dual_level_mx_quant(
+    input: Tensor, smooth_scale: Tensor | None, round_mode: str
+) -> Iterator[Any]:
+    """FP4 codes, a float32 scale per 512 values and an E8M0 scale per 32 (aclnnDynamicDualLevelMxQuant)."""
+    target = TARGETS[contract.E2M1]
+    require(
+        input.dtype in FLOATS[:2],
+        f"input of {input.dtype}",
+        needs="float16 or bfloat16",
+        fix="cast the activation to bfloat16",
+    )
+    axis = check_input(input, -1, target)
+    check_rule(Rule(rounding=round_mode), target, input.dtype)
+    length = input.shape[-1]
+    require(
+        smooth_scale is None
+        or (tuple(smooth_scale.shape) == (length,) and smooth_scale.dtype == input.dtype),
+        f"smooth_scale {smooth_scale is not None and (tuple(smooth_scale.shape), smooth_scale.dtype)}",
+        needs=f"{(length,)} of {input.dtype}",
+        fix="multiply the activation before the call: the document calls smooth_scale unsupported",
+    )
+    codes, level1 = outs(tuple(input.shape), axis, target, 32)
+    yield codes, Out((*input.shape[:-1], math.ceil(length / 512)), torch.float32), level1
+    x = input if smooth_scale is None else input * smooth_scale
+    groups = scales.split_blocks(x, 512)
+    level0 = groups.where(groups.isfinite(), 0).abs().amax(-1).to(torch.float32) * (1 / 6)
+    level0 = torch.where(level0 < 2.0**-126, 0.0, level0)
+    divided = (groups.to(torch.float32) / level0.unsqueeze(-1)).to(x.dtype)
+    divided = scales.join_blocks(torch.where(groups == 0, groups, divided), length)
+    y, scale = quantize(divided, axis, target, Rule(rounding=round_mode))
+    yield y, level0, scale

@@ -1,0 +1,201 @@
+"""Quantizers with float32 scales: per token, per tile, and with scales that are given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascendit.mx import elements
+from ascendit.mx.formats import E4M3, E5M2, Element
+from ascendit.twin import contract
+from ascendit.twin.contract import require
+from ascendit.twin.registry import Out, current_chip, gate, operator
+
+_FP8: dict[int, tuple[Element, torch.dtype]] = {
+    23: (E5M2, torch.float8_e5m2),
+    contract.E5M2: (E5M2, torch.float8_e5m2),
+    24: (E4M3, torch.float8_e4m3fn),
+    contract.E4M3: (E4M3, torch.float8_e4m3fn),
+}
+_INT8 = (1, 12)
+"""torch.int8 and torch.qint8."""
+
+
+def _mode(name: str, dst_type: int | None) -> str:
+    """`int8` or `fp8`, after the chip was asked."""
+    dst_type = 1 if dst_type is None else dst_type
+    mode = "int8" if dst_type in _INT8 else "fp8"
+    require(
+        mode == "int8" or dst_type in _FP8,
+        f"dst_type={contract.spelled(dst_type)} for {name}",
+        needs="torch.int8 (or nothing), torch.float8_e4m3fn, torch.float8_e5m2",
+        fix="the twin computes no int4 and no hifloat8",
+    )
+    gate(name, mode)
+    return mode
+
+
+def _encode(x: Tensor, steps: Tensor, dst_type: int | None) -> Tensor:
+    """Steps to the nearest codes, ties to even, saturated. NaN becomes 0, as the cast has it. Contiguous."""
+    steps = steps.contiguous()
+    clean = steps.where(steps.isfinite(), 0)
+    if dst_type in _FP8:
+        element, dtype = _FP8[dst_type]
+        infinite = torch.where(steps.isinf(), steps.sign() * element.max, clean)
+        return elements.to_codes(infinite, element, "rint").view(dtype)
+    return torch.round(clean).clamp(-128, 127).to(torch.int8)
+
+
+def _largest(dst_type: int | None) -> float:
+    return _FP8[dst_type][0].max if dst_type in _FP8 else 127.0
+
+
+@operator("npu_dynamic_quant")
+def npu_dynamic_quant(
+    input: Tensor,
+    smooth_scales: Tensor | None,
+    group_index: Tensor | None,
+    dst_type: int | None,
+    quant_mode: str,
+    dst_type_max: float,
+) -> Iterator[Any]:
+    """Codes and float32 scale per token (aclnnDynamicQuantV2), per tensor or per channel."""
+    _mode("npu_dynamic_quant", dst_type)
+    require(
+        input.dim() > 1,
+        "Input shape dim should be greater than 1",
+        needs="[.., tokens, K]",
+        fix="x.unsqueeze(0)",
+    )
+    require(
+        input.dtype in (torch.float16, torch.bfloat16),
+        f"input of {input.dtype}",
+        needs="float16 or bfloat16",
+        fix="cast the activation to bfloat16",
+    )
+    require(
+        quant_mode in ("pertoken", "pertensor", "perchannel") and group_index is None and dst_type_max == 0,
+        f"quant_mode={quant_mode!r}, group_index={group_index is not None}, dst_type_max={dst_type_max:g}",
+        needs="pertoken, pertensor or perchannel; no groups; dst_type_max is hifloat8's",
+        fix='quant_mode="pertoken"',
+    )
+    along = -2 if quant_mode == "perchannel" else -1
+    require(
+        smooth_scales is None
+        or (tuple(smooth_scales.shape) == (input.shape[-1],) and smooth_scales.dtype == input.dtype),
+        f"smooth_scales {smooth_scales is not None and (tuple(smooth_scales.shape), smooth_scales.dtype)}",
+        needs=f"{(input.shape[-1],)} of {input.dtype}",
+        fix="store mul_scale once in the dtype of the activation",
+    )
+    kept = {
+        "pertoken": input.shape[:-1],
+        "pertensor": (1,),
+        "perchannel": (*input.shape[:-2], input.shape[-1]),
+    }[quant_mode]
+    codes = _FP8[dst_type][1] if dst_type in _FP8 else torch.int8
+    yield Out(tuple(input.shape), codes), Out(tuple(kept), torch.float32)
+    x = input.to(torch.float32)
+    if smooth_scales is not None:
+        x = x * smooth_scales.to(torch.float32)
+    amax = x.abs().amax() if quant_mode == "pertensor" else x.abs().amax(along, keepdim=True)
+    steps, scale = _steps(x, amax, _largest(dst_type))
+    yield _encode(x, steps, dst_type), scale.reshape(kept)
+
+
+def _steps(x: Tensor, amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """x in units of the scale, and the scale.
+
+    a5 divides by amax x (1 / 127), a2 and a3 multiply by 127 / amax.
+
+    One code in 6000 differs between the two. A row of zeros has scale 0 and codes 0 on both.
+    """
+    if current_chip() == "a5":
+        scale = amax * (1 / largest)
+        return x / scale, scale
+    factor = torch.tensor(largest) / amax
+    return x * factor, 1 / factor
+
+
+@operator("npu_dynamic_block_quant")
+def npu_dynamic_block_quant(
+    x: Tensor,
+    min_scale: float,
+    round_mode: str,
+    dst_type: int,
+    row_block_size: int,
+    col_block_size: int,
+    dst_type_max: float,
+) -> Iterator[Any]:
+    """Codes, and the float32 scale that gives values back, per tile (aclnnDynamicBlockQuantV2).
+
+    The scale is amax / largest; the formula in torch_npu's document is its inverse and wrong.
+    """
+    mode = _mode("npu_dynamic_block_quant", dst_type)
+    a5 = current_chip() == "a5"
+    rows, columns = ((1, 64, 128, 256, 512), (64, 128, 192, 256)) if a5 else ((1,), (1, 128))
+    floats = (torch.float16, torch.bfloat16) + ((torch.float32,) if a5 else ())
+    require(
+        x.dim() in (2, 3) and x.dtype in floats,
+        f"Expected x to have 2 or 3 dimensions, but got {x.dim()}, of {x.dtype}",
+        needs=f"[M, K] or [B, M, K] of {', '.join(map(str, floats))}",
+        fix="squeeze the batch: q.squeeze(0) for [1, N, S, D]",
+    )
+    require(
+        row_block_size in rows and col_block_size in columns,
+        f"row_block_size={row_block_size}, col_block_size={col_block_size} on {current_chip()}",
+        needs=f"rows of {rows}, columns of {columns}",
+        fix="128 x 128 for queries, 256 x 128 for keys and values, on a5",
+    )
+    require(
+        round_mode == "rint" and dst_type_max == 0 and min_scale >= 0,
+        f"round_mode={round_mode!r}, dst_type_max={dst_type_max:g}, min_scale={min_scale:g}",
+        needs='"rint", 0, and a scale of at least 0: the others are hifloat8\'s',
+        fix="leave them out",
+    )
+    high, wide = math.ceil(x.shape[-2] / row_block_size), math.ceil(x.shape[-1] / col_block_size)
+    codes = torch.int8 if mode == "int8" else _FP8[dst_type][1]
+    yield Out(tuple(x.shape), codes), Out((*x.shape[:-2], high, wide), torch.float32)
+    padding = (0, -x.shape[-1] % col_block_size, 0, -x.shape[-2] % row_block_size)
+    padded = torch.nn.functional.pad(x.to(torch.float32), padding)
+    tiles = padded.unflatten(-1, (wide, -1)).unflatten(-3, (high, -1))  # [.., high, row, wide, col]
+    amax = tiles.where(tiles.isfinite(), 0).abs().amax((-3, -1))
+    scale = amax / _largest(dst_type)
+    if min_scale > 0:
+        scale = scale.clamp(max=1 / min_scale)
+    steps = (tiles / scale[..., None, :, None]).flatten(-4, -3).flatten(-2)
+    steps = steps[..., : x.shape[-2], : x.shape[-1]]
+    yield _encode(x, steps, dst_type), scale
+
+
+@operator("npu_quantize")
+def npu_quantize(
+    self: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: int, axis: int, div_mode: bool
+) -> Iterator[Any]:
+    """int8 codes with scales and zero points that are given, for static W8A8 (aclnnQuantize)."""
+    require(
+        dtype in _INT8,
+        f"dtype={contract.spelled(dtype)}",
+        needs="torch.qint8",
+        fix="the twin computes int8 only",
+    )
+    length = self.shape[axis]
+    require(
+        scales.dim() == 1 and scales.shape[0] in (1, length),
+        f"scales {tuple(scales.shape)} for axis {axis} of {tuple(self.shape)}",
+        needs=f"[{length}] or [1]",
+        fix="axis=-1 for an activation [tokens, K]; the default is 1",
+    )
+    yield Out(tuple(self.shape), torch.int8)
+
+    def aligned(t: Tensor) -> Tensor:
+        return t.to(torch.float32).view(-1, *[1] * (self.dim() - 1 - axis % self.dim()))
+
+    x, scale = self.to(torch.float32), aligned(scales)
+    steps = x / scale if div_mode else x * scale
+    if zero_points is not None:
+        steps = steps + aligned(zero_points)
+    yield torch.round(steps).clamp(-128, 127).to(torch.int8)

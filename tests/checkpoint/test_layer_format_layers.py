@@ -1,0 +1,106 @@
+"""Formats told by the dtypes and shapes of a layer's tensors, whatever tool stored them."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stored
+from stored import CONFIG, coded, floats, read, refused, types, wan
+
+from ascendit.checkpoint.transformer import Expert
+from ascendit.names import block_linears
+
+LINEARS = block_linears(CONFIG)
+SCHEMES = ("int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale")
+FIRST = "blocks.0.attn1.to_q"
+
+
+def schemes(expert: Expert) -> dict[tuple[str, str], int]:
+    return dict(Counter((layer.scheme, layer.container) for layer in expert.layers.values()))
+
+
+@pytest.mark.parametrize("container", ["packed", "e4m3", "bf16"])
+@pytest.mark.parametrize("scheme", ["mxfp4", "mxfp4_dualscale"])
+@pytest.mark.parametrize("by", ["manifest", "marker"])
+def test_containers_of_fp4(tmp_path: Path, container: str, scheme: str, by: str) -> None:
+    tensors = coded(floats(), LINEARS, scheme, container)
+    marker = {"quant_method": scheme, "is_checkpoint_serialized": True}
+    manifest = types(tensors, dict.fromkeys(LINEARS, scheme)) if by == "manifest" else None
+    config = CONFIG | ({"quantization_config": marker} if by == "marker" else {})
+    expert = read(stored.folder(tmp_path, tensors, config=config, manifest=manifest))
+    assert schemes(expert) == {(scheme, container): len(LINEARS)}
+    assert expert.layers["blocks.1.ffn.net.2"].shape == (64, 80)
+    assert expert.config == CONFIG
+    assert (expert.marker, expert.origin) == ((marker, "vllm-omni") if by == "marker" else (None, "sglang"))
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, "fp8_128x128"])
+def test_dtypes_alone(tmp_path: Path, scheme: str) -> None:
+    expert = read(stored.write(tmp_path / "a.safetensors", wan(coded(floats(), LINEARS, scheme))))
+    container = "packed" if "mxfp4" in scheme else "plain"
+    assert schemes(expert) == {(scheme, container): len(LINEARS)}
+    assert expert.origin == ("fp8-block" if scheme == "fp8_128x128" else "msmodelslim")
+
+
+def test_older_and_other_spellings_of_scales(tmp_path: Path) -> None:
+    tensors = coded(coded(floats(), LINEARS[:3], "int8"), LINEARS[3:], "mxfp4_dualscale")
+    tensors[f"{LINEARS[0]}.weight_scale"] = tensors[f"{LINEARS[0]}.weight_offset"] = ("BF16", (1,))
+    tensors[f"{LINEARS[0]}.bias"] = ("BF16", (64,))
+    del tensors[f"{LINEARS[1]}.weight_offset"]
+    tensors[f"{LINEARS[3]}.weight_scale"] = ("F8_E8M0", (64, 2))
+    tensors[f"{LINEARS[3]}.weight_dual_scale"] = ("F32", (64, 1))
+    tensors[f"{LINEARS[3]}.mul_scale"] = ("BF16", (64,))
+    manifest = types(
+        tensors, dict.fromkeys(LINEARS[:3], "int8") | dict.fromkeys(LINEARS[3:], "mxfp4_dualscale")
+    )
+    manifest[f"{LINEARS[3]}.bias"] = "W4A4_MXFP4_DUALSCALE"  # as the AscendV1 saver does
+    expert = read(stored.folder(tmp_path, tensors, manifest=manifest))
+    assert len(expert.layers) == len(LINEARS)
+
+
+def test_an_odd_width_of_packed_fp4(tmp_path: Path) -> None:
+    config = CONFIG | {"ffn_dim": 81}
+    tensors = coded(floats(config), ["blocks.0.ffn.net.2", "blocks.1.ffn.net.2"], "mxfp4")
+    tensors["blocks.1.ffn.net.2.mul_scale"] = ("F32", (81,))
+    layers = read(stored.folder(tmp_path, tensors, config=config)).layers
+    assert [layer.shape for layer in layers.values()] == [(64, 81)] * 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "change", "words"),
+    [
+        ("int8", {"weight_scale": None, "weight_offset": None}, "weight (I8) has no scale"),
+        ("int8", {"weight": None}, "weight_offset has no weight"),
+        ("fp8_128x128", {"weight_scale_inv": None}, "weight (F8_E4M3) has no scale"),
+        ("fp8_128x128", {"weight": None}, "weight_scale_inv has no weight"),
+        ("fp8_128x128", {"weight_scale": ("F32", (64, 1))}, "both weight_scale and weight_scale_inv"),
+        (
+            "mxfp8",
+            {"weight": None, "weight_scale": None, "mul_scale": ("F32", (64,))},
+            "mul_scale has no weight",
+        ),
+    ],
+)
+def test_half_of_a_pair(tmp_path: Path, layer: str, change: dict[str, Any], words: str) -> None:
+    tensors: dict[str, Any] = coded(floats(), [FIRST], layer)
+    tensors |= {f"{FIRST}.{role}": tensor for role, tensor in change.items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    assert words in refused(stored.write(tmp_path / "a.safetensors", tensors), "E-CKP-08")
+
+
+def test_a_smoothed_layer_without_its_mul_scale(tmp_path: Path) -> None:
+    """The wrapper tells that the weight is W s: alone it is not the layer."""
+    tensors = coded(floats(), [FIRST], "mxfp4_dualscale")
+    wrapped = {name.replace(f"{FIRST}.", f"{FIRST}.linear."): tensor for name, tensor in tensors.items()}
+    got = refused(stored.write(tmp_path / "a.safetensors", wrapped), "E-CKP-08")
+    assert f"{FIRST}.linear.weight is that of a smoothed layer, and {FIRST} has no mul_scale" in got
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale"), [("F8_E5M2", "U8"), ("I8", "U8"), ("U8", "F32"), ("F8_E4M3", "I32"), ("BF16", "F32")]
+)
+def test_dtypes_of_no_known_format(tmp_path: Path, weight: str, scale: str) -> None:
+    tensors = floats() | {f"{FIRST}.weight": (weight, (64, 64)), f"{FIRST}.weight_scale": (scale, (64, 2))}
+    got = refused(stored.folder(tmp_path, tensors), "E-CKP-07")
+    assert f"{FIRST}: nothing says how it is quantized, and its tensors are weight {weight} [64, 64]" in got

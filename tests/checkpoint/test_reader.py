@@ -1,0 +1,442 @@
+"""Headers and bytes. The oracle of whole files is the safetensors library; broken ones are made by hand."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from ascendit.checkpoint.reader import DTYPE_BITS, TORCH_DTYPES, Shards, TensorInfo, listed, read_header
+from ascendit.errors import CheckpointError
+
+STEM = "diffusion_pytorch_model"
+DTYPES = {spelling: getattr(torch, name) for spelling, name in TORCH_DTYPES.items() if spelling != "F4"}
+
+
+def raw(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file with exactly this header, right or wrong."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(start: int, end: int, shape: list[int] | None = None, dtype: str = "U8") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": [end - start] if shape is None else shape, "data_offsets": [start, end]}
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(CheckpointError) as e:
+        read_header(path)
+    assert e.value.code == "E-CKP-02"
+    assert str(path) in e.value.got
+    return e.value.got
+
+
+def random_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Every bit pattern is allowed but for bool: NaN payloads must come back as they are."""
+    if dtype == torch.bool:
+        return torch.randint(0, 2, shape).to(torch.bool)
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.randint(0, 256, (count * dtype.itemsize,), dtype=torch.uint8).view(dtype).reshape(shape)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return a.numel() == 0 or torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
+contents = st.dictionaries(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
+        lambda name: name != "__metadata__"
+    ),
+    st.tuples(st.sampled_from(sorted(DTYPES)), shapes),
+    max_size=6,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(contents=contents, metadata=st.booleans())
+def test_what_safetensors_writes_comes_back(
+    tmp_path: Path, contents: dict[str, tuple[str, tuple[int, ...]]], metadata: bool
+) -> None:
+    tensors = {name: random_bytes(shape, DTYPES[dtype]) for name, (dtype, shape) in contents.items()}
+    file = tmp_path / f"{STEM}.safetensors"
+    save_file(tensors, file, metadata={"format": "pt"} if metadata else None)
+    header = read_header(file)
+    assert {name: (info.dtype, info.shape) for name, info in header.items()} == contents
+    with Shards.open(tmp_path) as shards:
+        assert shards.tensors == header
+        assert shards.nbytes == sum(t.nbytes for t in tensors.values())
+        assert all(same(shards.read(name), tensors[name]) for name in tensors)
+
+
+def test_every_dtype(tmp_path: Path) -> None:
+    tensors = {name: random_bytes((3, 4), dtype) for name, dtype in DTYPES.items()}
+    save_file(tensors, tmp_path / f"{STEM}.safetensors")
+    with Shards.open(tmp_path) as shards:
+        for name, tensor in tensors.items():
+            info = shards.tensors[name]
+            assert (info.dtype, info.nbytes) == (name, 12 * DTYPE_BITS[name] // 8)
+            assert same(shards.read(name), tensor), name
+
+
+def test_packed_four_bit(tmp_path: Path) -> None:
+    packed = torch.arange(6, dtype=torch.uint8).reshape(2, 3).view(torch.float4_e2m1fn_x2)
+    save_file({"x": packed}, tmp_path / f"{STEM}.safetensors")
+    with Shards.open(tmp_path) as shards:
+        assert (shards.tensors["x"].dtype, shards.tensors["x"].shape) == ("F4", (2, 6))
+        assert same(shards.read("x"), packed)
+
+
+def test_scalars_and_empty_tensors(tmp_path: Path) -> None:
+    tensors = {"scalar": torch.tensor(2.5), "none": torch.empty(0, 3), "last": torch.ones(2)}
+    save_file(tensors, tmp_path / f"{STEM}.safetensors")
+    with Shards.open(tmp_path) as shards:
+        assert shards.read("scalar").shape == ()
+        assert all(same(shards.read(name), tensor) for name, tensor in tensors.items())
+        with pytest.raises(KeyError):
+            shards.read("other")
+
+
+def test_offsets_are_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(raw({"b": entry(2, 5), "a": entry(0, 2), "__metadata__": {"x": "y"}}, b"AABBB"))
+    header = read_header(file)
+    assert list(header) == ["a", "b"]
+    info = header["b"]
+    assert info == TensorInfo("b", "U8", (3,), file, info.start, info.start + 3)
+    assert file.read_bytes()[info.start : info.end] == b"BBB"
+
+
+BROKEN: dict[str, tuple[bytes, str]] = {
+    "zero bytes": (b"", "empty"),
+    "seven bytes": (b"\x01" * 7, "too short for a header"),
+    "header beyond the file": (raw({}, length=5000), "truncated: header of 5000 bytes"),
+    "header longer than can be": (raw({}, length=2**60), "no safetensors file"),
+    "web page": (b"<html>not found</html>", "no safetensors file"),
+    "garbage": (raw(b"{garbage"), "header is not JSON"),
+    "not utf-8": (raw(b"\xff\xff"), "header is not JSON"),
+    "nested too deep": (raw(b"[" * 100_000), "header is not JSON"),
+    "list": (raw([]), "a JSON list, not an object"),
+    "same name twice": (raw(b'{"a": {}, "a": {}}'), "a name stands there twice"),
+    "entry is no object": (raw({"a": 3}), "entry of a is no object"),
+    "unknown dtype": (raw({"a": entry(0, 1, dtype="F7")}, b"x"), "unknown dtype 'F7'"),
+    "dtype is a list": (raw({"a": {**entry(0, 1), "dtype": ["U8"]}}, b"x"), "unknown dtype"),
+    "negative shape": (raw({"a": entry(0, 1, shape=[-1])}, b"x"), "has the shape"),
+    "boolean shape": (raw({"a": {**entry(0, 1), "shape": [True]}}, b"x"), "has the shape"),
+    "no shape": (raw({"a": {"dtype": "U8", "data_offsets": [0, 1]}}, b"x"), "has the shape None"),
+    "offsets turned round": (raw({"a": entry(1, 0, shape=[1])}, b"x"), "has the offsets"),
+    "three offsets": (raw({"a": {**entry(0, 1), "data_offsets": [0, 1, 2]}}, b"x"), "has the offsets"),
+    "wrong byte count": (
+        raw({"a": entry(0, 6, shape=[2], dtype="F32")}, b"x" * 6),
+        "has 6 bytes; F32 [2] takes 8",
+    ),
+    "huge shape": (raw({"a": entry(0, 1, shape=[2**62, 2**62])}, b"x"), "has 1 bytes"),
+    "truncated": (raw({"a": entry(0, 9)}, b"xxxx"), "truncated: a ends at byte"),
+    "overlap": (raw({"a": entry(0, 4), "b": entry(2, 6)}, b"x" * 6), "b overlaps"),
+    "twice the same bytes": (raw({"a": entry(0, 4), "b": entry(0, 4)}, b"x" * 4), "b overlaps"),
+    "gap": (raw({"a": entry(0, 2), "b": entry(4, 6)}, b"x" * 6), "b leaves a gap"),
+    "gap at the start": (raw({"a": entry(1, 2)}, b"x" * 2), "a leaves a gap"),
+    "bytes at the end": (raw({"a": entry(0, 2)}, b"x" * 6), "4 bytes follow the last tensor"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_broken_headers_say_what_is_wrong(tmp_path: Path, how: str) -> None:
+    content, words = BROKEN[how]
+    (tmp_path / "a.safetensors").write_bytes(content)
+    assert words in refused(tmp_path / "a.safetensors")
+
+
+def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
+    assert "missing" in refused(tmp_path / "none.safetensors")
+    assert "directory" in refused(tmp_path)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.integers(0, 500), flip=st.integers(0, 499), to=st.integers(0, 255))
+def test_damage_is_an_error_or_harmless(tmp_path: Path, cut: int, flip: int, to: int) -> None:
+    """A cut file is always refused; a changed byte gives our error or a header that still fits the file."""
+    file = tmp_path / "a.safetensors"
+    save_file({"a": torch.arange(20.0), "b": torch.ones(3, 4, dtype=torch.int8)}, file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: min(cut, len(whole) - 1)])
+    refused(file)
+    damaged = bytearray(whole)
+    damaged[flip % len(whole)] = to
+    file.write_bytes(damaged)
+    try:
+        header = read_header(file)
+    except CheckpointError as e:
+        assert e.code == "E-CKP-02"
+    else:
+        assert max(info.end for info in header.values()) == len(whole)
+
+
+def sharded(folder: Path) -> dict[str, torch.Tensor]:
+    """Two shards and an index."""
+    folder.mkdir(exist_ok=True)
+    tensors = {f"blocks.{i}.weight": torch.full((2, 2), float(i)) for i in range(4)}
+    weight_map = {name: f"{STEM}-0000{1 + i // 2}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, folder / file)
+    write_index(folder, weight_map)
+    return tensors
+
+
+def write_index(folder: Path, weight_map: object) -> None:
+    text = json.dumps({"metadata": {"total_size": 64}, "weight_map": weight_map})
+    (folder / f"{STEM}.safetensors.index.json").write_text(text)
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    data: dict[str, dict[str, str]] = json.loads((folder / f"{STEM}.safetensors.index.json").read_text())
+    return data["weight_map"]
+
+
+def cannot_open(folder: Path, code: str) -> CheckpointError:
+    with pytest.raises(CheckpointError) as e:
+        Shards.open(folder)
+    assert e.value.code == code, str(e.value)
+    return e.value
+
+
+def test_shards_are_one_set(tmp_path: Path) -> None:
+    tensors = sharded(tmp_path)
+    with Shards.open(tmp_path) as shards:
+        assert set(shards.tensors) == set(tensors)
+        assert shards.nbytes == 64
+        assert all(same(shards.read(name), tensor) for name, tensor in tensors.items())
+        order = [(path.name, [info.name for info in infos]) for path, infos in shards.by_file()]
+    assert order == [
+        (f"{STEM}-00001-of-00002.safetensors", ["blocks.0.weight", "blocks.1.weight"]),
+        (f"{STEM}-00002-of-00002.safetensors", ["blocks.2.weight", "blocks.3.weight"]),
+    ]
+
+
+def test_by_file_follows_the_bytes(tmp_path: Path) -> None:
+    header = {"a": entry(4, 6), "b": entry(0, 4), "none": entry(4, 4, shape=[0])}
+    (tmp_path / f"{STEM}.safetensors").write_bytes(raw(header, b"bbbbaa"))
+    [(path, infos)] = Shards.open(tmp_path).by_file()
+    assert path == tmp_path / f"{STEM}.safetensors"
+    assert [info.name for info in infos] == ["b", "none", "a"]
+
+
+def test_another_stem(tmp_path: Path) -> None:
+    save_file({"shared.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert list(Shards.open(tmp_path, "model").tensors) == ["shared.weight"]
+    e = cannot_open(tmp_path, "E-CKP-02")
+    assert "there is model.safetensors" in e.got
+    assert f"{STEM}.safetensors.index.json" in e.needs
+
+
+def test_links_into_a_hub_cache_are_followed(tmp_path: Path) -> None:
+    tensors = sharded(tmp_path / "part")
+    (tmp_path / "blobs").mkdir()
+    for file in (tmp_path / "part").glob("*"):
+        blob = tmp_path / "blobs" / file.name.replace(".", "_")
+        file.rename(blob)
+        file.symlink_to(os.path.relpath(blob, file.parent))
+    with Shards.open(tmp_path / "part") as shards:
+        assert all(same(shards.read(name), tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "a/../../outside.safetensors", "C:\\x", "", "a\0b"]
+)
+def test_an_index_that_leaves_the_folder(tmp_path: Path, name: str) -> None:
+    sharded(tmp_path / "part")
+    save_file({"blocks.0.weight": torch.ones(2, 2)}, tmp_path / "outside.safetensors")
+    write_index(tmp_path / "part", weight_map(tmp_path / "part") | {"blocks.0.weight": name})
+    e = cannot_open(tmp_path / "part", "E-CKP-03")
+    assert f"{name!r}, which is not inside the folder" in e.got
+
+
+def test_an_index_with_an_absolute_name(tmp_path: Path) -> None:
+    sharded(tmp_path / "part")
+    name = str(tmp_path / "part" / f"{STEM}-00001-of-00002.safetensors")
+    write_index(tmp_path / "part", weight_map(tmp_path / "part") | {"blocks.0.weight": name})
+    assert "not inside the folder" in cannot_open(tmp_path / "part", "E-CKP-03").got
+
+
+def test_an_index_with_a_missing_file(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    (tmp_path / f"{STEM}-00002-of-00002.safetensors").unlink()
+    e = cannot_open(tmp_path, "E-CKP-03")
+    assert f"names 2 files, and 1 missing: {STEM}-00002-of-00002.safetensors" in e.got
+
+
+def test_an_index_with_a_name_too_long_for_a_file(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    write_index(tmp_path, weight_map(tmp_path) | {"blocks.0.weight": "a" * 5000})
+    assert "names 3 files, and 1 missing: aaa" in cannot_open(tmp_path, "E-CKP-03").got
+
+
+def test_an_index_that_promises_more(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    more = {f"extra.{i}": f"{STEM}-00001-of-00002.safetensors" for i in range(7)}
+    write_index(tmp_path, weight_map(tmp_path) | more)
+    e = cannot_open(tmp_path, "E-CKP-04")
+    assert "7 not where the index says: extra.0 in " in e.got
+    assert "extra.4" in e.got
+    assert "extra.5" not in e.got
+    assert "and 2 more" in e.got
+
+
+def test_a_shard_that_holds_more(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    entries = weight_map(tmp_path)
+    del entries["blocks.3.weight"]
+    write_index(tmp_path, entries)
+    assert "1 in a shard and not in the index: blocks.3.weight in" in cannot_open(tmp_path, "E-CKP-04").got
+
+
+def test_a_tensor_in_another_shard(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    write_index(tmp_path, weight_map(tmp_path) | {"blocks.0.weight": f"{STEM}-00002-of-00002.safetensors"})
+    e = cannot_open(tmp_path, "E-CKP-04")
+    assert f"blocks.0.weight in {STEM}-00002" in e.got
+    assert f"blocks.0.weight in {STEM}-00001" in e.got
+
+
+@pytest.mark.parametrize("content", [None, [], {"a": 3}])
+def test_an_index_without_a_map(tmp_path: Path, content: object) -> None:
+    sharded(tmp_path)
+    write_index(tmp_path, content)
+    assert "has no weight_map" in cannot_open(tmp_path, "E-CKP-06").got
+
+
+def test_an_index_that_is_no_json(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    (tmp_path / f"{STEM}.safetensors.index.json").write_text("{")
+    assert "index.json is not JSON" in cannot_open(tmp_path, "E-CKP-06").got
+
+
+def test_one_file_and_an_index(tmp_path: Path) -> None:
+    tensors = sharded(tmp_path)
+    save_file(tensors, tmp_path / f"{STEM}.safetensors")
+    assert "has both" in cannot_open(tmp_path, "E-CKP-03").got
+    write_index(tmp_path, dict.fromkeys(tensors, f"{STEM}.safetensors"))
+    assert len(Shards.open(tmp_path).files) == 1
+
+
+@pytest.mark.parametrize("target", [f"{STEM}.safetensors", "../blobs/gone"])
+def test_a_link_that_leads_nowhere(tmp_path: Path, target: str) -> None:
+    """To itself, and to a file that is not there."""
+    link = tmp_path / f"{STEM}.safetensors"
+    link.symlink_to(target)
+    e = cannot_open(tmp_path, "E-CKP-03")
+    assert e.got == f"{link} is a link to {target}, which leads to no file"
+
+
+def test_no_weights(tmp_path: Path) -> None:
+    (tmp_path / f"{STEM}.bin").touch()
+    assert f"there is {STEM}.bin" in cannot_open(tmp_path, "E-CKP-02").got
+    assert "no folder" in cannot_open(tmp_path / "none", "E-CKP-02").got
+
+
+def test_a_broken_shard(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    file = tmp_path / f"{STEM}-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    e = cannot_open(tmp_path, "E-CKP-02")
+    assert file.name in e.got
+    assert "truncated" in e.got
+
+
+def test_a_file_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(8), "b": torch.ones(8)}, tmp_path / f"{STEM}.safetensors")
+    with Shards.open(tmp_path) as shards:
+        os.truncate(tmp_path / f"{STEM}.safetensors", shards.tensors["b"].end - 4)
+        assert same(shards.read("a"), torch.ones(8))
+        with pytest.raises(CheckpointError, match="truncated while it was read, in b") as e:
+            shards.read("b")
+        assert e.value.code == "E-CKP-02"
+
+
+def test_a_tensor_outlives_its_file_and_stands_alone(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(4.0), "b": torch.ones(1000)}, tmp_path / f"{STEM}.safetensors")
+    with Shards.open(tmp_path) as shards:
+        a, again = shards.read("a"), shards.read("a")
+    assert not shards._handles
+    a += 1
+    assert again.tolist() == [0, 1, 2, 3]
+    assert a.untyped_storage().nbytes() == 16  # no other tensor is kept alive with it
+    assert shards.read("a").tolist() == [0, 1, 2, 3]  # opens its file again
+    shards.close()
+
+
+def test_reading_one_tensor_reads_only_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"a": torch.ones(4), "b": torch.ones(1000)}, tmp_path / f"{STEM}.safetensors")
+    spans: list[tuple[int, int]] = []
+    preadv = os.preadv
+
+    def counted(handle: int, buffers: list[memoryview], offset: int) -> int:
+        spans.append((offset, offset + sum(map(len, buffers))))
+        return preadv(handle, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    with Shards.open(tmp_path) as shards:
+        assert spans == []
+        shards.read("b")
+    assert spans == [(shards.tensors["b"].start, shards.tensors["b"].end)]
+
+
+def test_a_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"a": torch.arange(100)}, tmp_path / f"{STEM}.safetensors")
+    monkeypatch.setattr("ascendit.checkpoint.reader._CHUNK", 7)
+    with Shards.open(tmp_path) as shards:
+        assert same(shards.read("a"), torch.arange(100))
+
+
+def test_headers_need_no_torch() -> None:
+    code = "import sys, ascendit.checkpoint.reader, ascendit.checkpoint.hub; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_listed() -> None:
+    assert listed(["b", "a"]) == "a, b"
+    assert listed("gfedcba") == "a, b, c, d, e and 2 more"
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / f"{STEM}.safetensors")
+    assert "no regular file" in cannot_open(tmp_path, "E-CKP-02").got
+
+
+def test_half_a_surrogate_pair_is_no_name(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(raw(b'{"\\ud800": %s}' % json.dumps(entry(0, 1)).encode(), b"x"))
+    assert "header is not JSON" in refused(tmp_path / "a.safetensors")
+
+
+def test_a_file_that_an_index_spells_twice_counts_once(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "x.safetensors")
+    where = {"a": "x.safetensors", "b": "./x.safetensors"}
+    (tmp_path / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    shards = Shards.open(tmp_path)
+    assert shards.files == (tmp_path / "x.safetensors",)
+    assert [info.name for _, infos in shards.by_file() for info in infos] == ["a", "b"]
+
+
+def test_files_without_an_index(tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for file in files:
+        save_file({file.stem: torch.zeros(2)}, file)
+    with Shards.of_files(files) as shards:
+        assert (set(shards.tensors), shards.files) == ({"a", "b"}, tuple(files))
+        assert shards.read("b").tolist() == [0, 0]
+    save_file({"a": torch.zeros(2)}, files[1])
+    with pytest.raises(CheckpointError, match="a stands in a.safetensors and again in b.safetensors") as e:
+        Shards.of_files(files)
+    assert e.value.code == "E-CKP-09"

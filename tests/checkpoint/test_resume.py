@@ -1,0 +1,69 @@
+"""What is complete, on disk at every moment in full."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from ascendit.checkpoint.resume import Done, Journal
+
+
+def journal_in(tmp_path: Path) -> Journal:
+    (tmp_path / "out" / "transformer").mkdir(parents=True)
+    (tmp_path / "out" / "transformer" / "a").write_bytes(bytes(5))
+    return Journal(tmp_path / "journal.json", tmp_path / "out", "do this")
+
+
+def test_what_is_added_is_read_again(tmp_path: Path) -> None:
+    journal, file = journal_in(tmp_path), tmp_path / "out" / "transformer" / "a"
+    assert (journal.count, journal.complete(file)) == (0, None)
+    journal.add(file, 5, "ab" * 32)
+    again = Journal.read(tmp_path / "journal.json", tmp_path / "out")
+    assert again is not None and again.usable
+    assert (again.count, again.fingerprint) == (1, "do this")
+    assert again.complete(file) == Done(5, "ab" * 32)
+    assert again.complete(tmp_path / "out" / "transformer" / "b") is None
+
+
+@pytest.mark.parametrize("size", [0, 4, 6, None])
+def test_a_file_of_another_size_is_not_complete(tmp_path: Path, size: int | None) -> None:
+    journal, file = journal_in(tmp_path), tmp_path / "out" / "transformer" / "a"
+    journal.add(file, 5)
+    file.unlink()
+    if size is not None:
+        file.write_bytes(bytes(size))
+    assert journal.complete(file) is None
+
+
+def test_a_write_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = journal_in(tmp_path)
+    journal.add(tmp_path / "out" / "x", 1)
+    before = journal.path.read_bytes()
+
+    def fail(*names: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        journal.add(tmp_path / "out" / "y", 1)
+    assert journal.path.read_bytes() == before
+
+
+def test_after_a_restart_of_the_machine_it_is_not_usable(tmp_path: Path) -> None:
+    journal = journal_in(tmp_path)
+    journal.write()
+    data = json.loads(journal.path.read_text())
+    journal.path.write_text(json.dumps(data | {"boot": "long ago"}))
+    again = Journal.read(journal.path, journal.root)
+    assert again is not None and not again.usable
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"version": 2}', '{"version": 1, "fingerprint": "", "boot": "", "files": 3}'],
+)
+def test_what_cannot_be_understood_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "journal.json").write_text(text)
+    assert Journal.read(tmp_path / "journal.json", tmp_path) is None
+    assert Journal.read(tmp_path / "nothing.json", tmp_path) is None

@@ -1,0 +1,441 @@
+"""One description of a transformer, whatever wrote it: real msModelSlim exports, and headers made by hand."""
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stored
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from stored import CONFIG, IMAGE, MANIFEST, coded, floats, read, refused, types, wan, write_json
+
+from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.transformer import Expert, read_expert
+from ascendit.errors import AscenditError
+from ascendit.names import all_linears, block_linears, expected_tensors, to_wan
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "msmodelslim"
+EXPORTS = sorted(path for path in (FIXTURES / "exports").glob("*/*") if path.is_dir())
+LINEARS = block_linears(CONFIG)
+SCHEMES = ("int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale")
+FIRST = "blocks.0.attn1.to_q"
+
+
+def schemes(expert: Expert) -> dict[tuple[str, str], int]:
+    return dict(Counter((layer.scheme, layer.container) for layer in expert.layers.values()))
+
+
+# ---- real exports and their sources -------------------------------------------------------------
+
+PACKED = ("mxfp4_dualscale", "packed")
+REAL = {
+    "ti2v_d128_l1__minmax": {("mxfp4", "packed"): 10},
+    "t2v_d64_l6__dualscale_bf16fallback": {PACKED: 49},
+    "t2v_d64_l6__dualscale_smooth_bf16fallback": {PACKED: 49, ("bf16", "plain"): 11},
+    "t2v_d64_l6__int8": {("int8", "plain"): 60},
+    "t2v_d64_l6__legacy_calibrator": {("int8", "plain"): 65},
+    "ti2v_d128_l1__int8_part_file_size1": {("int8", "plain"): 10},
+    "ti2v_d128_l1__official_w8a8f8": {("mxfp8", "plain"): 10},
+}
+
+
+@pytest.mark.parametrize("path", EXPORTS, ids=lambda path: path.name)
+def test_real_exports(path: Path) -> None:
+    layout = recognise(path)
+    source = recognise(FIXTURES / "source_models" / path.name.partition("__")[0])
+    assert layout.kind == "msmodelslim"
+    assert [part.name for part in layout.experts] == [part.name for part in source.experts]
+    for part, origin in zip(layout.experts, source.experts, strict=True):
+        expert, before = read_expert(part), read_expert(origin)
+        assert (expert.origin, expert.naming, before.origin) == ("msmodelslim", "wan", "float")
+        assert schemes(expert) == REAL[path.name]
+        known = {key for key, value in expert.config.items() if value is not None}
+        assert {key: before.config[key] for key in known} == {key: expert.config[key] for key in known}
+        shapes = {f"{layer.name}.weight": layer.shape for layer in expert.layers.values()}
+        decoded = {n: shapes.get(n, i.shape) for n, i in expert.tensors.items() if n in before.tensors}
+        assert decoded == {name: info.shape for name, info in before.tensors.items()}
+        for layer in expert.layers.values():
+            for role, info in layer.tensors.items():
+                assert expert.tensors[f"{layer.name}.{role}"] is info
+        assert expert.manifest is not None
+        assert set(expert.tensors) < set(expert.manifest)
+        for info in expert.tensors.values():
+            with safe_open(info.file, "pt") as file:
+                assert tuple(file.get_slice(info.name).get_shape()) == info.shape
+
+
+def test_every_export_is_tested() -> None:
+    assert {path.name for path in EXPORTS} == set(REAL)
+
+
+def test_what_is_told_of_a_rotated_attention() -> None:
+    expert = read(FIXTURES / "exports" / "W8A8_MXFP8" / "ti2v_d128_l1__official_w8a8f8")
+    assert expert.attention == {"blocks.0.attn1.quant_type": "FP8_DYNAMIC"}
+    assert expert.tensors["blocks.0.attn1.k_rot"].shape == (32, 32)
+    assert expert.config["num_attention_heads"] == 4
+
+
+def test_smoothed_but_not_quantized() -> None:
+    path = FIXTURES / "exports" / "W4A4_MXFP4_DUALSCALE" / "t2v_d64_l6__dualscale_smooth_bf16fallback"
+    layer = read(path).layers["blocks.3.attn2.to_out.0"]
+    assert (layer.scheme, layer.container, layer.shape) == ("bf16", "plain", (64, 64))
+    assert layer.tensors["weight"].name == "blocks.3.cross_attn.o.linear.weight"
+    assert layer.tensors["mul_scale"].name == "blocks.3.cross_attn.o.div.mul_scale"
+
+
+# ---- layouts and spellings ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [CONFIG, IMAGE], ids=["t2v", "image"])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+@pytest.mark.parametrize("naming", ["wan", "diffusers"])
+def test_a_single_file(tmp_path: Path, config: dict[str, Any], prefix: str, naming: str) -> None:
+    tensors = wan(floats(config)) if naming == "wan" else floats(config)
+    path = stored.write(tmp_path / "wan.safetensors", {prefix + n: t for n, t in tensors.items()})
+    expert = read(path)
+    assert (expert.naming, expert.origin, expert.layers, expert.manifest) == (naming, "float", {}, None)
+    assert {n: i.shape for n, i in expert.tensors.items()} == expected_tensors(config)
+    assert expert.tensors["proj_out.bias"].name == prefix + (
+        "head.head.bias" if naming == "wan" else "proj_out.bias"
+    )
+    told = {key: value for key, value in config.items() if "head" not in key}
+    assert {key: expert.config[key] for key in told} == told
+    assert expert.config["image_dim"] == config.get("image_dim")
+
+
+def test_a_mixed_recipe(tmp_path: Path) -> None:
+    plan = {name: "mxfp8" if ".0." in name[:9] else "mxfp4" for name in LINEARS}
+    plan |= {"blocks.1.ffn.net.2": "bf16", "blocks.1.attn1.to_q": "bf16"}
+    tensors = floats()
+    for scheme in ("mxfp8", "mxfp4"):
+        tensors = coded(tensors, [name for name in LINEARS if plan[name] == scheme], scheme)
+    manifest = types(tensors, plan) | {"model_quant_type": "W4A4_MXFP4"}
+    expert = read(stored.folder(tmp_path, tensors, manifest=manifest))
+    assert {name: layer.scheme for name, layer in expert.layers.items()} == {
+        name: scheme for name, scheme in plan.items() if scheme != "bf16"
+    }
+    assert expert.manifest is not None and expert.manifest["model_quant_type"] == "W4A4_MXFP4"
+
+
+@pytest.mark.parametrize("saver", ["one file", "numbered", "index"])
+def test_what_ascendv1_writes(tmp_path: Path, saver: str) -> None:
+    tensors = wan(coded(floats(), LINEARS, "mxfp8"))
+    names = list(tensors)
+    manifest = {
+        "version": "1.0.0",
+        "group_size": 32,
+        "metadata": {},
+        **types(coded(floats(), LINEARS, "mxfp8"), {}),
+    }
+    manifest = {to_wan(key) or key: value for key, value in manifest.items()}
+    manifest |= {n: "W8A8_MXFP8" for n in names if tensors[n][0] in ("F8_E4M3", "U8")}
+    parts = [names] if saver == "one file" else [names[:60], names[60:]]
+    files = [f"quant_model_weights-0000{i + 1}-of-0000{len(parts)}.safetensors" for i in range(len(parts))]
+    for file, part in zip(files, parts, strict=True):
+        stored.write(tmp_path / file, {name: tensors[name] for name in part})
+    if saver == "index":
+        where = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        write_json(tmp_path / "quant_model_weights.safetensors.index.json", {"weight_map": where})
+    write_json(tmp_path / MANIFEST, manifest)
+    expert = read(tmp_path)
+    assert schemes(expert) == {("mxfp8", "plain"): len(LINEARS)}
+    assert {info.file.name for info in expert.tensors.values()} == set(files)
+    assert expert.manifest is not None and expert.manifest["group_size"] == "32"
+
+
+def test_what_a_merge_leaves_behind(tmp_path: Path) -> None:
+    """SGLang's merge: replaced substrings, and keys of no tensor that keep their original names."""
+    tensors = coded(floats(), LINEARS, "mxfp8")
+    manifest: dict[str, str] = types(tensors, dict.fromkeys(LINEARS, "mxfp8"))
+    extra: stored.Tensors = {
+        "blocks.0.attn1.to_q_rot": ("BF16", (32, 32)),
+        "blocks.0.attn1.to_k_rot": ("BF16", (32, 32)),
+    }
+    extra |= {
+        "blocks.1.self_attn.fa3_q.scale": ("F32", (2, 1)),
+        "blocks.1.self_attn.fa3_q.offset": ("I8", (2, 1)),
+    }
+    manifest |= dict.fromkeys(extra, "FLOAT") | {"blocks.0.self_attn.quant_type": "FP8_DYNAMIC"}
+    manifest["blocks.1.self_attn.fa3_q.scale"] = "FAQuant"
+    expert = read(stored.folder(tmp_path, tensors | extra, manifest=manifest))
+    assert list(expert.tensors)[-4:] == [
+        *("blocks.0.attn1.q_rot", "blocks.0.attn1.k_rot"),
+        *("blocks.1.attn1.fa3_q.scale", "blocks.1.attn1.fa3_q.offset"),
+    ]
+    assert expert.attention == {"blocks.0.attn1.quant_type": "FP8_DYNAMIC"}
+    assert expert.tensors["blocks.0.attn1.q_rot"].name == "blocks.0.attn1.to_q_rot"
+
+
+def test_ascendit_leaves_its_mark(tmp_path: Path) -> None:
+    tensors = coded(floats(), LINEARS, "mxfp8")
+    stored.folder(tmp_path / "transformer", tensors)
+    write_json(tmp_path / "ascendit.json", {})
+    assert read(tmp_path).origin == "ascendit"
+
+
+def test_tensors_that_diffusers_skips_are_left_out(tmp_path: Path) -> None:
+    tensors = floats(IMAGE) | {"blocks.0.attn2.norm_added_q.weight": ("BF16", (64,))}
+    assert set(read(stored.folder(tmp_path, tensors, config=IMAGE)).tensors) == set(floats(IMAGE))
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+Change = Callable[[stored.Tensors], object]
+CODED = coded(floats(), LINEARS, "mxfp4_dualscale")
+TYPES = types(CODED, dict.fromkeys(LINEARS, "mxfp4_dualscale"))
+Q = f"{FIRST}.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        (
+            lambda t: t.pop(f"{FIRST}.weight_scale"),
+            "E-CKP-08",
+            f"{FIRST}.weight_dual_scale has no weight_scale",
+        ),
+        (
+            lambda t: t.pop(f"{FIRST}.weight_dual_scale"),
+            "E-CKP-08",
+            "weight_dual_scale is missing (quant_model_desc",
+        ),
+        (lambda t: t.pop(Q), "E-CKP-08", f"{FIRST}.weight_scale has no weight"),
+        (
+            lambda t: t.update({Q: ("I8", (64, 64))}),
+            "E-CKP-07",
+            "says W4A4_MXFP4_DUALSCALE, and its tensors are weight I8",
+        ),
+        (lambda t: t.update({Q: ("U8", (64, 16))}), "E-CKP-04", f"{FIRST}.weight_scale is U8 [64, 2], not"),
+        (lambda t: t.update({Q: ("U8", (64, 64))}), "E-CKP-04", f"{FIRST}.weight_scale is U8 [64, 2], not"),
+        (lambda t: t.update({Q: ("U8", (4096,))}), "E-CKP-04", f"{FIRST}.weight is [4096], not a matrix"),
+        (lambda t: t.update({f"{FIRST}.weight_scale": ("U8", (2, 64))}), "E-CKP-04", "misshapen"),
+        (
+            lambda t: t.update({f"{FIRST}.bias": ("F32", (65,))}),
+            "E-CKP-04",
+            "not BF16 or F16 or F32 or F64 [64]",
+        ),
+        (lambda t: t.update({f"{FIRST}.bias": ("I8", (64,))}), "E-CKP-04", f"{FIRST}.bias is I8"),
+        (
+            lambda t: t.update({f"{FIRST}.mul_scale": ("F32", (32,))}),
+            "E-CKP-04",
+            f"{FIRST}.mul_scale is F32 [32]",
+        ),
+        (lambda t: t.update({f"{FIRST}.weight_offset": ("F32", (64, 1))}), "E-CKP-04", "not of this scheme"),
+        (lambda t: t.pop("blocks.1.attn2.to_k.bias"), "E-CKP-04", "1 missing (blocks.1.attn2.to_k.bias)"),
+        (lambda t: t.update({"extra": ("F32", ())}), "E-CKP-04", "1 unexpected (extra)"),
+        (lambda t: t.update({f"{FIRST}.input_scale": ("F32", ())}), "E-CKP-04", "1 unexpected"),
+        (lambda t: t.update({"blocks.0.norm2.weight_scale": ("U8", ())}), "E-CKP-04", "1 unexpected"),
+        (
+            lambda t: t.update({"proj_out.bias": ("F32", (3,))}),
+            "E-CKP-04",
+            "1 misshapen (proj_out.bias [3], not [64])",
+        ),
+        (lambda t: t.update({"proj_out.bias": ("I8", (64,))}), "E-CKP-04", "1 mistyped (proj_out.bias I8)"),
+        (
+            lambda t: t.update({"diffusion_model.proj_out.bias": ("F32", (64,))}),
+            "E-CKP-09",
+            "are both proj_out.bias",
+        ),
+        (lambda t: t.update({"head.head.bias": ("F32", (64,))}), "E-CKP-09", "are both proj_out.bias"),
+        (lambda t: t.update({f"{FIRST}.linear.weight": ("U8", (64, 32))}), "E-CKP-09", f"are both {Q}"),
+        (
+            lambda t: t.update({"blocks.0.attn1.q_rot": ("BF16", (32, 32))}),
+            "E-CKP-04",
+            "q_rot without its k_rot",
+        ),
+        (
+            lambda t: t.update({f"blocks.0.attn1.{x}_rot": ("BF16", (64, 64)) for x in "qk"}),
+            "E-CKP-04",
+            "[64, 64], not [32, 32]",
+        ),
+        (
+            lambda t: t.update({f"blocks.9.attn1.{x}_rot": ("BF16", (32, 32)) for x in "qk"}),
+            "E-CKP-04",
+            "2 unexpected (blocks.9",
+        ),
+        (
+            lambda t: t.update({f"blocks.0.attn1.{x}_rot": ("I8", (32, 32)) for x in "qk"}),
+            "E-CKP-04",
+            "2 mistyped",
+        ),
+        (lambda t: t.clear(), "E-CKP-01", "holds no Wan transformer; it has 0 tensors"),
+    ],
+)
+def test_damaged_tensors(tmp_path: Path, change: Change, code: str, words: str) -> None:
+    tensors = dict(CODED)
+    change(tensors)
+    manifest = {name: kind for name, kind in TYPES.items() if name in tensors}
+    manifest |= {name: "FLOAT" for name in tensors if name not in TYPES}
+    got = refused(stored.folder(tmp_path, tensors, manifest=manifest if "both" not in words else None), code)
+    assert words in got
+
+
+def test_a_layer_of_which_only_the_bias_is_left(tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in floats().items() if name != Q}
+    assert f"1 missing ({Q})" in refused(stored.folder(tmp_path, tensors), "E-CKP-04")
+
+
+def test_an_attention_without_k_and_v(tmp_path: Path) -> None:
+    tensors = {
+        name: t
+        for name, t in CODED.items()
+        if "blocks.0.attn1.to_k" not in name and ".1.attn2.to_v" not in name
+    }
+    got = refused(stored.folder(tmp_path, tensors), "E-CKP-04")
+    assert "4 missing (blocks.0.attn1.to_k.bias, blocks.0.attn1.to_k.weight, blocks.1.attn2.to_v.bias" in got
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({Q: "W8A8_DYNAMIC"}, "E-CKP-07", "says W8A8_DYNAMIC, and its tensors are weight U8 [64, 32]"),
+        ({Q: "FLOAT"}, "E-CKP-07", "says FLOAT, and its tensors are weight U8"),
+        ({Q: "W4A4_MXFP4"}, "E-CKP-07", "says W4A4_MXFP4, and its tensors are"),
+        ({f"{FIRST}.weight_scale": "W8A8_MXFP8"}, "E-CKP-07", "W8A8_MXFP8, and the layer is mxfp4_dualscale"),
+        ({f"{FIRST}.weight_scale": "FLOAT"}, "E-CKP-07", "FLOAT, and the layer is mxfp4_dualscale"),
+        ({f"{FIRST}.bias": "W8A8_MXFP8"}, "E-CKP-07", "W8A8_MXFP8, and the layer is mxfp4_dualscale"),
+        ({"proj_out.bias": "W8A8_MXFP8"}, "E-CKP-07", "W8A8_MXFP8, and the layer is bf16"),
+        ({"proj_out.weight": "W8A8_MXFP8"}, "E-CKP-07", "says W8A8_MXFP8, and its tensors are weight BF16"),
+        (
+            {"blocks.9.attn1.to_q.weight": "FLOAT"},
+            "E-CKP-04",
+            "1 names of no tensor: blocks.9.attn1.to_q.weight",
+        ),
+        (
+            {"blocks.9.attn1.quant_type": "FP8_DYNAMIC"},
+            "E-CKP-04",
+            "1 names of no tensor: blocks.9.attn1.quant",
+        ),
+        ({Q: "W8A8"}, "E-CKP-04", f"{Q} is W8A8"),
+        ({"head.head.bias": "FLOAT"}, "E-CKP-09", "which are both proj_out.bias"),
+    ],
+)
+def test_a_manifest_that_does_not_fit(tmp_path: Path, change: dict[str, str], code: str, words: str) -> None:
+    got = refused(stored.folder(tmp_path, CODED, manifest=TYPES | change), code)
+    assert words in got
+
+
+def test_a_tensor_that_the_manifest_does_not_name(tmp_path: Path) -> None:
+    path = stored.folder(tmp_path, CODED, manifest={n: k for n, k in TYPES.items() if n != "proj_out.bias"})
+    assert "1 tensors that it does not name: proj_out.bias" in refused(path, "E-CKP-04")
+
+
+def test_a_tensor_in_two_files(tmp_path: Path) -> None:
+    names = list(wan(floats()))
+    for i, part in enumerate((names[:40], names[39:])):
+        tensors = {name: t for name, t in wan(floats()).items() if name in part}
+        stored.write(tmp_path / f"quant_model_weights-0000{i + 1}-of-00002.safetensors", tensors)
+    got = refused(tmp_path, "E-CKP-09")
+    assert "stands in quant_model_weights-00001-of-00002.safetensors and again in" in got
+
+
+def test_two_manifests(tmp_path: Path) -> None:
+    path = stored.folder(tmp_path, CODED, manifest=TYPES)
+    write_json(tmp_path / "quant_model_description_w8a8_mxfp8.json", {})
+    assert "holds 2 manifests" in refused(path, "E-CKP-07")
+
+
+def test_an_index_with_path_tricks(tmp_path: Path) -> None:
+    where = dict.fromkeys(wan(floats()), "../outside.safetensors")
+    write_json(tmp_path / "a" / "quant_model_weight.safetensors.index.json", {"weight_map": where})
+    stored.write(tmp_path / "outside.safetensors", wan(floats()))
+    write_json(tmp_path / "a" / MANIFEST, {})
+    refused(tmp_path / "a", "E-CKP-02")  # no weights beside it
+    (tmp_path / "a" / "quant_model_weight-00001-of-00001.safetensors").write_bytes(b"")
+    refused(tmp_path / "a", "E-CKP-03")
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 200)
+    | st.floats()
+    | st.text(max_size=3)
+    | st.sampled_from(["fp8", "mxfp4"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=3,
+)
+CONFIG_KEYS = st.sampled_from(
+    [*CONFIG, "dim", "num_heads", "eps", "quantization_config", "patch_size", "image_dim"]
+)
+MARKERS = st.dictionaries(
+    st.sampled_from(["quant_method", "is_checkpoint_serialized", "ignored_layers", "weight_block_size"]), JSON
+)
+NAMES = st.sampled_from([*CODED, *wan(CODED), "diffusion_model.proj_out.bias", "blocks.0.attn1.q_rot", "x"])
+TENSORS = st.tuples(
+    st.sampled_from(["BF16", "F32", "U8", "I8", "F8_E4M3", "BOOL"]), st.lists(st.integers(0, 99), max_size=3)
+)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    config=st.dictionaries(CONFIG_KEYS, JSON | MARKERS, max_size=3),
+    tensors=st.dictionaries(NAMES, TENSORS, max_size=3),
+    manifest=st.none() | st.dictionaries(NAMES | st.text(max_size=2), JSON, max_size=3),
+    class_name=st.sampled_from(["WanModel", "WanTransformer3DModel", None]),
+    original=st.booleans(),
+    dropped=st.sets(NAMES, max_size=4),
+)
+def test_nothing_malformed_breaks_the_reader(
+    tmp_path: Path, config: Any, tensors: Any, manifest: Any, class_name: Any, original: bool, dropped: Any
+) -> None:
+    changed = (wan(CODED) if original else CODED) | {
+        name: (d, tuple(shape)) for name, (d, shape) in tensors.items()
+    }
+    changed = {name: tensor for name, tensor in changed.items() if name not in dropped}
+    whole = None if class_name is None else CONFIG | {"_class_name": class_name} | config
+    for old in tmp_path.iterdir():
+        old.unlink()
+    stored.folder(tmp_path, changed, config=whole, manifest=None if manifest is None else TYPES | manifest)
+    try:
+        expert = read(tmp_path)
+    except AscenditError:
+        return
+    assert expert.layers
+
+
+# ---- cost ---------------------------------------------------------------------------------------
+
+LARGE = {"_class_name": "WanTransformer3DModel", "num_layers": 40}
+
+
+def test_forty_blocks_take_milliseconds(tmp_path: Path) -> None:
+    """14B parameters in sparse files. The bound is ten times what it takes, for busy machines."""
+    linears = block_linears(LARGE)
+    tensors = coded(floats(LARGE), linears, "mxfp4_dualscale")
+    manifest = types(tensors, dict.fromkeys(linears, "mxfp4_dualscale"), LARGE)
+    path = stored.folder(tmp_path, tensors, config=LARGE, manifest=manifest)
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        assert len(read(path).layers) == 400
+        times.append(time.process_time() - start)
+    assert min(times) < 0.25, times
+
+
+def test_no_torch_is_imported(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.transformer import read_expert
+from ascendit.checkpoint import values
+for part in recognise({str(EXPORTS[0])!r}).experts:
+    assert read_expert(part).layers
+print([name for name in ("torch", "numpy", "diffusers", "safetensors") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+
+
+def test_all_linears_may_be_quantized(tmp_path: Path) -> None:
+    linears = all_linears(IMAGE)
+    expert = read(stored.folder(tmp_path, coded(floats(IMAGE), linears, "int8"), config=IMAGE))
+    assert set(expert.layers) == set(linears)
+    read(stored.folder(tmp_path / "b", wan(coded(floats(IMAGE), linears, "mxfp4")), config=None))

@@ -1,0 +1,203 @@
+"""From words and layers to a plan; nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ascendit.cli import main
+from ascendit.cli.generate import flag_values
+from ascendit.cli.generate_options import frames_for, make_plan, read_call
+from ascendit.errors import UsageError
+
+
+def call(words, *, demo=False, flags=None, settings=(), config=None):
+    return read_call(words, demo=demo, flags=flags or {}, settings=list(settings), config=config)
+
+
+def test_model_and_prompt():
+    assert (call(["dir", "a cat"]).model, call(["dir", "a cat"]).prompt) == ("dir", "a cat")
+    assert (call(["a cat"], demo=True).model, call(["a cat"], demo=True).prompt) == ("demo", "a cat")
+
+
+@pytest.mark.parametrize(
+    ("words", "demo"),
+    [([], False), ([], True), (["a cat"], False), (["a", "red", "cat"], True), (["dir", "a", "cat"], False)],
+)
+def test_a_wrong_number_of_words(words, demo):
+    with pytest.raises(UsageError) as e:
+        call(words, demo=demo)
+    assert e.value.code == "E-USE-01"
+    assert "PROMPT" in e.value.needs and "in quotes" in e.value.needs
+
+
+def test_a_config_may_name_model_and_prompt(tmp_path):
+    config = tmp_path / "run.toml"
+    config.write_text('model = "dir"\nprompt = "a cat"\n')
+    for words, wanted in (
+        ([], ("dir", "a cat")),
+        (["a dog"], ("dir", "a dog")),
+        (["d", "a dog"], ("d", "a dog")),
+    ):
+        found = call(words, config=config)
+        assert (found.model, found.prompt) == wanted
+    assert call([], config=config, demo=True).model == "demo"
+
+
+def test_flags_win_over_set_over_environment_over_config(tmp_path, monkeypatch):
+    config = tmp_path / "run.toml"
+    config.write_text('seed = 1\nfps = 8\nflow_shift = 3\ntext_on = "drop"\n')
+    found = call(["d", "p"], flags={"seed": 3}, settings=["seed=2", "fps=9"], config=config)
+    assert found.fields == {"seed": 3, "fps": 9, "flow_shift": 3.0}
+    assert found.text_on == "drop"
+    monkeypatch.setenv("T5_LOAD_CPU", "1")
+    assert call(["d", "p"], config=config).text_on == "cpu"
+    assert call(["d", "p"], settings=["text_on=device"]).text_on == "device"
+    assert call(["d", "p"], flags={"text_on": "drop"}, settings=["text_on=device"]).text_on == "drop"
+
+
+def test_a_bad_flag_value_names_the_flag():
+    with pytest.raises(UsageError) as e:
+        call(["d", "p"], flags={"text_on": "gpu"})
+    assert "text_on=gpu" in e.value.got and e.value.needs == "text_on: cpu or device or drop"
+
+
+@given(st.floats(0.01, 60), st.integers(1, 60))
+def test_frames_for_is_the_nearest_legal_length(seconds, fps):
+    frames = frames_for(seconds, fps)
+    assert frames % 4 == 1 and frames >= 1
+    assert abs((frames - 1) - seconds * fps) <= 2
+
+
+def test_frames_for():
+    assert frames_for(5, 16) == 81 and frames_for(5, 24) == 121
+    with pytest.raises(UsageError, match="--seconds 0"):
+        frames_for(0, 16)
+
+
+def test_a_plan_fills_what_is_left_out(model, tmp_path):
+    plan = make_plan(
+        call([str(model), "a cat"], flags={"seed": 3, "seconds": 1.0}), tmp_path / "a.mp4", overwrite=False
+    )
+    r = plan.request
+    assert (r.width, r.height, r.num_frames, r.fps, r.num_inference_steps) == (64, 64, 9, 8, 16)
+    assert plan.video_tokens == 3 * 4 * 4
+    assert plan.output == tmp_path / "a.mp4" and not plan.output.exists()
+
+
+def test_the_default_output_tells_time_prompt_and_seed(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan(call([str(model), "A calico cat"], flags={"seed": 42}), None, overwrite=False)
+    assert plan.output.parent == Path("outputs")
+    assert plan.output.name.endswith("_calico-cat_s42.mp4")
+
+
+FLAGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "seed": st.integers(0, 2**63 - 1),
+        "num_inference_steps": st.integers(1, 1000),
+        "num_frames": st.integers(0, 30).map(lambda n: 4 * n + 1),
+        "fps": st.integers(1, 240),
+        "width": st.integers(1, 40).map(lambda n: 16 * n),
+        "guidance_scale": st.floats(0, 20),
+        "guidance_scale_2": st.floats(0, 20),
+        "flow_shift": st.floats(0.01, 20),
+        "boundary_ratio": st.floats(0.01, 0.99),
+        "solver": st.sampled_from(["unipc", "euler"]),
+        "negative_prompt": st.text("ab -'\"=,ü", max_size=9),
+        "timesteps": st.lists(st.floats(1, 1000), min_size=1, max_size=5, unique=True).map(
+            lambda ts: tuple(sorted(ts, reverse=True))
+        ),
+        "dtype": st.just("float32"),
+        "device": st.sampled_from(["cpu", "cuda:1"]),
+        "text_on": st.sampled_from(["device", "drop"]),
+    },
+)
+
+
+@given(FLAGS, st.text("ab -'\"=,ü$\n", max_size=12))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_replay_line_asks_for_the_same(model, tmp_path, flags, prompt):
+    if flags.keys() >= {"timesteps", "num_inference_steps"}:
+        del flags["num_inference_steps"]
+    if "guidance_scale" not in flags:
+        flags.pop("guidance_scale_2", None)
+    plan = make_plan(call([str(model), prompt], flags=flags), tmp_path / "a.mp4", overwrite=False)
+    words = shlex.split(plan.replay)
+    assert words[:2] == ["ascendit", "generate"]
+    again = parse(words[2:])
+    assert again.prompt == prompt and again.model == str(model)
+    assert (again.dtype, again.device, again.text_on) == (
+        plan.call.dtype,
+        plan.call.device,
+        plan.call.text_on,
+    )
+    assert make_plan(again, tmp_path / "b.mp4", overwrite=False).request == plan.request
+
+
+def parse(words):
+    """What the command would understand, up to the plan."""
+    group: Any = typer.main.get_command(main.app)
+    ctx = group.commands["generate"].make_context("generate", list(words), obj=None)
+    p = dict(ctx.params)
+    return call(
+        p["words"],
+        demo=p["demo"],
+        flags=flag_values(p),
+        settings=p["settings"] or [],
+        config=p["config"],
+    )
+
+
+BAD = [
+    (["--frames", "80"], "E-REQ-01", "--frames 77 or --frames 81"),
+    (["--size", "70x64"], "E-REQ-02", "--size 64x64 or --size 80x64"),
+    (["--steps", "0"], "E-REQ-03", ""),
+    (["--image", "cat.png"], "E-REQ-04", ""),
+    (["-o", "/proc/nothing/out.mp4"], "E-ENV-02", ""),
+    (["-o", "out.avi"], "E-USE-01", "-o out.mp4"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "fix"), BAD)
+def test_a_bad_call_ends_before_anything_heavy(run, fake, model, tmp_path, monkeypatch, words, code, fix):
+    monkeypatch.chdir(tmp_path)
+    ended = run("generate", model, "a cat", *words)
+    assert ended.code == (3 if code == "E-ENV-02" else 2)
+    assert ended.err.startswith(f"error[{code}]: ") and fix in ended.err
+    assert not fake.loaded and ended.out == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+LIGHT = [
+    (["MODEL", "a cat", "--frames", "80"], 2, "E-REQ-01"),
+    (["--demo", "a cat", "--scheme", "mxfp8", "--device", "twin:a2", "--dry-run"], 3, "E-CAP-01"),
+    (["--config", "gone.json"], 2, "E-USE-02"),
+]
+
+
+@pytest.mark.parametrize(("words", "exit_code", "name"), LIGHT)
+def test_a_bad_call_imports_no_torch(model, environ, tmp_path, words, exit_code, name):
+    load = {"device": "cpu", "scheme": "mxfp8"}
+    beside = {"model": "x", "source": "moved/away", "load": load, "request": {"prompt": "a cat"}}
+    (tmp_path / "gone.json").write_text(json.dumps(beside))
+    words = [str(model) if word == "MODEL" else word for word in words]
+    code = (
+        "import sys; from ascendit.cli.main import main;"
+        f"code = main(['generate', *{words!r}, '--json']);"
+        "print('torch' in sys.modules, 'diffusers' in sys.modules, code, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=tmp_path)
+    assert done.stderr == f"False False {exit_code}\n"
+    assert json.loads(done.stdout)["error"]["code"] == name

@@ -1,0 +1,94 @@
+"""The comparison of decoded numbers: blind to containers and spellings, and to nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from convert import exports
+from torch import Tensor
+
+from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.transformer import Expert, read_expert
+from ascendit.convert.compare import combined, compare, digests
+from ascendit.convert.repack import repack
+from ascendit.errors import CheckpointError
+from ascendit.weights import tensor_steps
+
+
+def read(folder: Path) -> Expert:
+    return read_expert(recognise(folder).experts[0])
+
+
+@pytest.mark.parametrize("source", exports.ALL, ids=lambda folder: folder.name)
+def test_digests_are_those_of_the_decoded_numbers(source: Path) -> None:
+    found = digests(read(source))
+    named = {
+        exports.diffusers_name(n): x
+        for n, x in exports.tensors(exports.experts(source)["transformer"]).items()
+    }
+    layers = exports.by_layer(named)
+    inside = {
+        f"{name}.{role}" for name, roles in layers.items() for role in roles if role.startswith("weight_")
+    }
+    assert found.keys() == named.keys() - inside
+    for name, digest in found.items():
+        layer = layers.get(name.removesuffix(".weight"), {})
+        values = exports.decoded(layer) if name.endswith(".weight") and layer else named[name]
+        assert digest == hashlib.sha256(values.float().numpy().tobytes()).hexdigest(), name
+
+
+def test_one_digest_for_a_model() -> None:
+    assert combined({"b": "2", "a": "1"}) == hashlib.sha256(b"a 1\nb 2\n").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("export", "name"),
+    [
+        (exports.MXFP8, "blocks.0.ffn.0.weight"),
+        (exports.MXFP4, "blocks.0.ffn.0.weight_scale"),
+        (exports.DUAL, "blocks.1.ffn.0.weight_dual_scale"),
+        (exports.INT8, "blocks.0.ffn.0.weight_scale"),
+        (exports.LEGACY, "text_embedding.0.bias"),
+        (exports.SMOOTH, "blocks.1.ffn.0.div.mul_scale"),
+        (exports.MXFP8, "head.head.weight"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.parent.name,
+)
+def test_one_changed_byte_is_found(export: Path, name: str, tmp_path: Path) -> None:
+    def change(found: dict[str, Tensor], told: dict[str, Any]) -> None:
+        raw = found[name].flatten().view(torch.uint8)
+        raw[-1] += 1 if raw[-1] < 120 else -1
+
+    other = exports.changed(export, tmp_path / "other", change)
+    with pytest.raises(CheckpointError, match=r"1 of \d+ tensors .* came out otherwise: ") as e:
+        compare(read(export), read(other))
+    assert e.value.code == "E-CKP-10"
+    assert exports.diffusers_name(name).rpartition(".")[0] in e.value.got
+    assert compare(read(export), read(export)) == digests(read(export))
+
+
+def test_a_wrong_rewrite_does_not_get_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the nibbles were swapped: the run fails, and there is no output."""
+    good = tensor_steps.recode
+
+    def swapped(*args: Any) -> bytes:
+        codes = np.frombuffer(good(*args), np.uint8)
+        return bytes((codes >> 4 | codes << 4).tobytes())
+
+    def widen(found: dict[str, Tensor], told: dict[str, Any]) -> None:
+        for name, tensor in found.items():
+            if tensor.dtype == torch.uint8 and name.endswith("weight"):
+                found[name] = exports.unpacked(tensor).to(torch.float8_e4m3fn)
+
+    wide = exports.changed(exports.MXFP4, tmp_path / "wide", widen)
+    monkeypatch.setattr(tensor_steps, "recode", swapped)
+    with pytest.raises(CheckpointError, match="10 of .* came out otherwise") as e:
+        repack(wide, tmp_path / "out", check=True)
+    assert e.value.code == "E-CKP-10" and not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    repack(wide, tmp_path / "out", check=True)

@@ -1,0 +1,262 @@
+"""Each engine's dialect against the loaders of `engines.py`, and what each engine cannot load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from convert import engines, exports
+from torch import Tensor
+
+from ascendit.convert.engine_formats import check_engine, dialect_for, model_kind, traits_of, wan_config
+from ascendit.convert.repack import repack
+from ascendit.errors import UsageError
+from ascendit.quant.engines import ENGINES
+
+REFUSED = {
+    (exports.DUAL, "sglang"): "its loader of dual-scale layers fails",
+    (exports.SMOOTH, "vllm-omni"): "it drops mul_scale",
+    (exports.SMOOTH, "sglang"): "its loader of dual-scale layers fails",
+    (exports.LEGACY, "vllm-omni"): "embedders and proj_out as plain layers",
+    (exports.LEGACY, "sglang"): "embedders as plain layers",
+}
+
+
+def problems(folder: Path, engine: str, blocks: int = 6) -> list[str]:
+    """What `engine` would stumble over."""
+    if engine == "mindie":
+        return [
+            p for place in exports.experts(folder).values() for p in engines.mindie_problems(place, blocks)
+        ]
+    look = engines.omni_problems if engine == "vllm-omni" else engines.sglang_problems
+    return [p for place in sorted(folder.glob("transformer*")) for p in look(place)]
+
+
+@pytest.mark.parametrize("canonical_first", [True, False], ids=["canonical", "export"])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("source", exports.ALL, ids=lambda folder: folder.name)
+def test_real_exports(source: Path, engine: str, canonical_first: bool, tmp_path: Path) -> None:
+    if canonical_first:
+        repack(source, tmp_path / "canonical")
+    start = tmp_path / "canonical" if canonical_first else source
+    if why := REFUSED.get((source, engine)):
+        with pytest.raises(UsageError, match=why) as e:
+            repack(start, tmp_path / "out", engine=engine)
+        assert e.value.code == "E-ENG-01"
+        assert f"{engine} {ENGINES[engine].version} cannot run transformer" in e.value.got
+        assert "mindie can run it" in e.value.fix or "vllm-omni, mindie can run it" in e.value.fix
+        assert not (tmp_path / "out").exists()
+        return
+    repack(start, tmp_path / "out", engine=engine, check=True)
+    assert problems(tmp_path / "out", engine, 6 if exports.CASCADE in source.name else 1) == []
+
+
+def test_the_loaders_see_what_is_wrong(tmp_path: Path) -> None:
+    """The canonical folder is none of the dialects, and each loader says so."""
+    repack(exports.DUAL, tmp_path / "dual")
+    repack(exports.INT8, tmp_path / "int8")
+    repack(exports.MXFP4, tmp_path / "fp4")
+    found = problems(tmp_path / "dual", "vllm-omni")
+    assert "blocks.1.attn1.to_qkv/q.weight is [64, 32], not [64, 64]" in found
+    assert "blocks.1.ffn.net_2.mul_scale is missing" in found
+    assert "blocks.0.ffn.net_2.weight_offset is not read" in problems(tmp_path / "int8", "vllm-omni")
+    assert any("no scheme was found for blocks.0" in p for p in problems(tmp_path / "dual", "sglang"))
+    repack(exports.MXFP4, tmp_path / "mindie", engine="mindie")
+    for file in (tmp_path / "mindie").glob("quant_*"):
+        file.chmod(0o644)
+    assert [p.rpartition(" has ")[2] for p in problems(tmp_path / "mindie", "mindie", 1)] == [
+        "too many rights"
+    ] * 2
+
+
+# ---- recipes that no real export has ------------------------------------------------------------
+
+Change = Callable[[dict[str, Tensor], dict[str, Any]], None]
+
+
+def keep(*names: str) -> Change:
+    """Layers as BF16, as if they had been excluded."""
+
+    def change(found: dict[str, Tensor], told: dict[str, Any]) -> None:
+        for name in names:
+            roles = {r: found.pop(f"{name}.{r}") for r in ("weight", "weight_scale")}
+            found[f"{name}.weight"] = exports.decoded(roles).bfloat16()
+            found[f"{name}.bias"] = found[f"{name}.bias"].bfloat16()
+            told[f"{name}.weight"] = "FLOAT"
+            del told[f"{name}.weight_scale"]
+
+    return change
+
+
+def smooth(*, alike: bool = True, only: str = "") -> Change:
+    """Wrap every quantized layer as iter_smooth does; `alike`: Q, K and V share their factors."""
+
+    def change(found: dict[str, Tensor], told: dict[str, Any]) -> None:
+        layers = [n.removesuffix(".weight_scale") for n in found if n.endswith(".weight_scale") and only in n]
+        for index, layer in enumerate(sorted(layers)):
+            columns = 256 if layer.endswith("ffn.2") else 128
+            torch.manual_seed(0 if alike and "self_attn" in layer else index)
+            for name in [n for n in found if n.startswith(f"{layer}.")]:
+                new = name.replace(layer, f"{layer}.linear")
+                found[new], told[new] = found.pop(name), told.pop(name)
+            found[f"{layer}.div.mul_scale"] = torch.rand(columns) + 0.5
+            told[f"{layer}.div.mul_scale"] = "FLOAT"
+
+    return change
+
+
+def test_kept_layers_for_vllm_omni(tmp_path: Path) -> None:
+    kept = [f"blocks.0.self_attn.{x}" for x in "qkvo"] + [
+        "blocks.0.cross_attn.k",
+        "blocks.0.ffn.0",
+        "blocks.0.ffn.2",
+    ]
+    source = exports.changed(exports.MXFP8, tmp_path / "source", keep(*kept))
+    repack(source, tmp_path / "out", engine="vllm-omni", check=True)
+    assert problems(tmp_path / "out", "vllm-omni") == []
+    config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_bytes())
+    assert config["quantization_config"] == {
+        "quant_method": "mxfp8",
+        "is_checkpoint_mxfp8_serialized": True,
+        "ignored_layers": [
+            "blocks.0.attn1.to_qkv",
+            "blocks.0.attn1.to_out",
+            "blocks.0.attn2.to_k",
+            "blocks.0.ffn.net_0.proj",
+            "blocks.0.ffn.net_2",
+        ],
+    }
+
+
+@pytest.mark.parametrize("engine", ["vllm-omni", "mindie"])
+def test_smoothed_layers(engine: str, tmp_path: Path) -> None:
+    source = exports.changed(exports.MXFP4, tmp_path / "source", smooth())
+    repack(source, tmp_path / "out", engine=engine, check=True)
+    assert problems(tmp_path / "out", engine, 1) == []
+    if engine == "vllm-omni":
+        config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_bytes())
+        assert config["quantization_config"]["require_smooth_scale"] is True
+    repack(tmp_path / "out", tmp_path / "again")
+    repack(source, tmp_path / "first")
+    assert (tmp_path / "again" / "transformer" / "quant_model_description.json").read_bytes() == (
+        tmp_path / "first" / "transformer" / "quant_model_description.json"
+    ).read_bytes()
+
+
+def test_smoothed_layers_for_sglang(tmp_path: Path) -> None:
+    """It reads `mul_scale` only where the manifest has the name before its own renaming as well."""
+    source = exports.changed(exports.MXFP4, tmp_path / "source", smooth())
+    repack(source, tmp_path / "out", engine="sglang")
+    assert problems(tmp_path / "out", "sglang") == []
+    told = exports.manifest(tmp_path / "out" / "transformer")
+    assert told["blocks.0.ffn.net.2.mul_scale"] == told["blocks.0.ffn.net.2.div.mul_scale"] == "FLOAT"
+    assert list(told)[-1] == "model_quant_type"
+    repack(tmp_path / "out", tmp_path / "again", check=True)
+
+
+@pytest.mark.parametrize(
+    ("export", "change", "engine", "why"),
+    [
+        (exports.MXFP8, keep("blocks.0.ffn.0"), "sglang", "kept layers of a block by other names"),
+        (exports.MXFP8, keep("blocks.0.self_attn.q"), "vllm-omni", "one is kept and another quantized"),
+        (exports.MXFP8, smooth(), "vllm-omni", "it drops mul_scale in layers that are not MXFP4"),
+        (exports.MXFP8, smooth(), "sglang", "it knows mul_scale in mxfp4 alone"),
+        (exports.SHARDED, smooth(), "vllm-omni", "it drops mul_scale in layers that are not MXFP4"),
+        (exports.SHARDED, smooth(only="ffn"), "sglang", "it knows mul_scale in mxfp4 alone"),
+        (
+            exports.MXFP4,
+            smooth(alike=False),
+            "vllm-omni",
+            "Q, K and V of self-attention; their mul_scale differ",
+        ),
+        (
+            exports.MXFP4,
+            smooth(only="attn.q"),
+            "vllm-omni",
+            "Q, K and V of self-attention; their mul_scale differ",
+        ),
+    ],
+)
+def test_recipes_that_an_engine_cannot_load(
+    export: Path, change: Change, engine: str, why: str, tmp_path: Path
+) -> None:
+    source = exports.changed(export, tmp_path / "source", change)
+    with pytest.raises(UsageError, match=why) as e:
+        repack(source, tmp_path / "out", engine=engine)
+    assert e.value.code == "E-ENG-01" and not (tmp_path / "out").exists()
+
+
+def test_two_schemes_in_one_model(tmp_path: Path) -> None:
+    """As the vendor's W4A4 recipes: vLLM-Omni has one method for a file, the others go layer by layer."""
+
+    def mix(found: dict[str, Tensor], told: dict[str, Any]) -> None:
+        other, others = exports.tensors(exports.MXFP8), exports.manifest(exports.MXFP8)
+        for role in ("weight", "weight_scale", "bias"):
+            name = f"blocks.0.ffn.0.{role}"
+            found[name], told[name] = other[name], others[name]
+
+    source = exports.changed(exports.MXFP4, tmp_path / "source", mix)
+    repack(source, tmp_path / "canonical", check=True)
+    config = json.loads((tmp_path / "canonical" / "transformer" / "config.json").read_bytes())
+    assert config["quantization_config"] == {"quant_method": "ascendit"}
+    for engine in ("sglang", "mindie"):
+        repack(source, tmp_path / engine, engine=engine, check=True)
+        assert problems(tmp_path / engine, engine, 1) == []
+    with pytest.raises(UsageError, match="names one scheme for all quantized layers") as e:
+        repack(source, tmp_path / "out", engine="vllm-omni")
+    assert "(mxfp4, mxfp8)" in e.value.got
+
+
+def test_nothing_quantized_is_nothing_for_mindie(tmp_path: Path) -> None:
+    source = exports.EXPORTS.parent / "source_models" / exports.SINGLE
+    with pytest.raises(UsageError, match=r"\(no quantized layer\): it reads exports of quantized models"):
+        repack(source, tmp_path / "out", engine="mindie")
+    repack(source, tmp_path / "out", engine="vllm-omni")
+    assert problems(tmp_path / "out", "vllm-omni") == []
+
+
+@pytest.mark.parametrize(
+    ("layers", "trait"),
+    [
+        ({"blocks.0.attn1.to_q": "mxfp8", "blocks.0.attn1.to_k": "bf16"}, "split_qkv"),
+        ({"blocks.0.attn2.add_k_proj": "mxfp8"}, "added_kv"),
+        ({"proj_out": "mxfp8"}, "outside_blocks"),
+        ({"blocks.0.ffn.net.2": "mxfp4"}, "odd_blocks:mxfp4"),
+    ],
+)
+def test_traits(layers: dict[str, str], trait: str) -> None:
+    found = traits_of(layers, dict.fromkeys(layers, (64, 96 if "odd" in trait else 128)))
+    assert found.others == {trait}
+    plain = traits_of({"blocks.0.ffn.net.2": "mxfp8"}, {"blocks.0.ffn.net.2": (64, 128)})
+    assert plain.others == frozenset() and not plain.float_block_linears
+    check_engine("sglang", plain)
+
+
+def test_names_of_dialects() -> None:
+    assert dialect_for(None) == dialect_for(None, "diffusers") and dialect_for(None).naming == "diffusers"
+    assert dialect_for(None, "wan").naming == dialect_for("mindie").naming == "wan"
+    with pytest.raises(UsageError, match="--for tensorrt") as e:
+        dialect_for("tensorrt")
+    assert e.value.code == "E-USE-01" and "vllm-omni, sglang, mindie" in e.value.needs
+    with pytest.raises(UsageError, match="--to wan with --for sglang") as e:
+        dialect_for("sglang", "wan")
+    assert "sglang 0.5.23 reads these names" in e.value.needs
+    with pytest.raises(UsageError, match="--to comfy"):
+        dialect_for(None, "comfy")
+
+
+def test_kind_and_config_of_the_original() -> None:
+    common = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
+    config = {**common, "in_channels": 36, "out_channels": 16, "freq_dim": 256, "image_dim": None}
+    assert model_kind(config) == "i2v"
+    assert model_kind(config | {"in_channels": 16}) == "t2v"
+    assert model_kind(config | {"in_channels": 48, "out_channels": 48}) == "ti2v"
+    assert model_kind(config | {"in_channels": 16, "image_dim": 1280}) == "i2v"
+    wan = wan_config(config)
+    assert (wan["dim"], wan["num_heads"], wan["in_dim"], wan["out_dim"]) == (5120, 40, 36, 16)
+    assert (wan["_class_name"], wan["model_type"], wan["text_len"]) == ("WanModel", "i2v", 512)
+    assert "dim" not in wan_config(config | {"num_attention_heads": None})

@@ -1,0 +1,126 @@
+"""The model card, `ascendit.json`, and the command line they show."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ascendit import __version__
+from ascendit.checkpoint.layout import Layout
+from ascendit.convert import provenance
+from ascendit.convert.provenance import Made
+
+
+def layout(root: Path, name: str = "Wan2.2-T2V-A14B") -> Layout:
+    return Layout("diffusers", root, name, {}, {})
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    return Made(
+        verb="quantize",
+        layout=layout(tmp_path),
+        model_kind="t2v",
+        command="ascendit quantize Wan2.2-T2V-A14B -o small --scheme mxfp8",
+        files={"transformer_2/x.safetensors": "b" * 64, "transformer/x.safetensors": "a" * 64},
+        schemes={"mxfp8": 800, "bf16": 12},
+        bits_per_weight=8.3312,
+        recipe={"name": "default", "about": "every linear | of the blocks", "rules": [{"layers": ["*"]}]},
+        loras=({"file": "style.safetensors", "weight": 0.5, "expert": "all"},),
+        notes=("A paragraph.",),
+    )
+
+
+def front_matter(text: str) -> dict[str, object]:
+    """Enough YAML for what we write: scalars, JSON strings, lists of scalars."""
+    start, head, _ = text.split("---\n", 2)
+    assert start == ""
+    found: dict[str, object] = {}
+    for line in head.splitlines():
+        if line.startswith("- "):
+            values = found[list(found)[-1]]
+            assert isinstance(values, list)
+            values.append(line[2:])
+        else:
+            key, _, value = line.partition(": ")
+            key = key.removesuffix(":")
+            found[key] = json.loads(value) if value.startswith('"') else value or []
+    return found
+
+
+def test_front_matter_is_what_hubs_read(made):
+    assert front_matter(provenance.model_card(made, "small")) == {
+        "base_model": "Wan2.2-T2V-A14B",
+        "base_model_relation": "quantized",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-video",
+        "tags": ["ascendit", "mxfp8"],
+    }
+
+
+def test_a_hub_snapshot_is_named_as_on_the_hub(made, tmp_path):
+    root = tmp_path / "models--Wan-AI--Wan2.2-I2V-A14B" / "snapshots" / ("c0ffee" * 7)[:40]
+    root.mkdir(parents=True)
+    made = replace(made, layout=layout(root), model_kind="i2v")
+    front = front_matter(provenance.model_card(made, "small"))
+    assert front["base_model"] == "Wan-AI/Wan2.2-I2V-A14B" and front["pipeline_tag"] == "image-to-video"
+    assert provenance.ascendit_json(made)["source"]["name"] == f"Wan-AI/Wan2.2-I2V-A14B@{root.name}"
+    line = provenance.command_line("quantize", made.layout, Path("/somewhere/small"), [])
+    assert line == f"ascendit quantize hf:Wan-AI/Wan2.2-I2V-A14B@{root.name} -o small"
+
+
+def test_the_licence_of_the_source_comes_along(made, tmp_path):
+    text = "---\nlicense: other\nlicense_name: 'wan: licence'\nlanguage: en\n---\n# Wan\nlicense: mit\n"
+    (tmp_path / "README.md").write_text(text)
+    front = front_matter(provenance.model_card(made, "small"))
+    assert front["license"] == "other" and front["license_name"] == "wan: licence"
+    assert "language" not in front
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe no text")
+    assert "license" not in front_matter(provenance.model_card(made, "small"))
+
+
+def test_the_body_has_recipe_size_lora_and_command(made):
+    text = provenance.model_card(made, "small")
+    assert "# small\n" in text and "| Recipe | default: every linear \\| of the blocks |" in text
+    assert "| Linear layers | 800 mxfp8, 12 bf16 |" in text and "8.33 (transformers" in text
+    assert "| LoRA | style.safetensors at 0.5 |" in text and "\nA paragraph.\n" in text
+    assert f"```bash\n{made.command}\n```" in text and f"| ascendit | {__version__} |" in text
+
+
+def test_the_record_is_sorted_and_leaves_out_what_is_empty(made):
+    data = provenance.ascendit_json(made)
+    assert list(data["files"]) == ["transformer/x.safetensors", "transformer_2/x.safetensors"]
+    assert data["made_by"] == f"ascendit {__version__} quantize" and data["version"] == 1
+    assert data["bits_per_weight"] == 8.331 and data["recipe"]["rules"] == [{"layers": ["*"]}]
+    assert "sha256" in provenance.model_card(made, "small")
+    assert "sha256" not in provenance.model_card(replace(made, files={}), "small")
+    lean = provenance.ascendit_json(replace(made, recipe={}, loras=(), details={"checked": True}))
+    assert "recipe" not in lean and "loras" not in lean and lean["checked"] is True
+
+
+def test_neither_tells_where_on_this_machine(made, tmp_path):
+    text = provenance.model_card(made, "small") + json.dumps(provenance.ascendit_json(made))
+    assert str(tmp_path) not in text and str(Path.home()) not in text
+
+
+def test_command_line_quotes_repeats_and_leaves_out(tmp_path):
+    flags = [
+        ("--scheme", "mxfp8"),
+        ("--recipe", None),
+        ("--keep", ["blocks.0.*", "a b"]),
+        ("--copy", True),
+        ("--force", False),
+    ]
+    line = provenance.command_line("quantize", layout(tmp_path, "My model"), tmp_path / "x y", flags)
+    assert line == (
+        "ascendit quantize 'My model' -o 'x y' --scheme mxfp8 --keep 'blocks.0.*' --keep 'a b' --copy"
+    )
+
+
+def test_both_files_are_written(made, tmp_path):
+    provenance.write_made(tmp_path, made, "small")
+    assert (tmp_path / "README.md").read_text() == provenance.model_card(made, "small")
+    assert json.loads((tmp_path / "ascendit.json").read_text()) == provenance.ascendit_json(made)

@@ -1,0 +1,101 @@
+"""Verdicts of the self-check: what is exact, close and wrong, for codes and for floats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ascendit.doctor.comparison import Result, compare, described, worst
+
+BASE = Result(part="operator", name="a case", operator="npu_some")
+
+
+def ramp(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.linspace(1, 2, torch.Size(shape).numel()).view(shape).to(dtype)
+
+
+def test_equal_bit_for_bit() -> None:
+    found = compare(BASE, ramp(3, 4), ramp(3, 4))
+    assert (found.verdict, found.max_abs, found.db, found.failed) == ("exact", 0.0, None, False)
+    odd = torch.tensor([float("nan"), float("inf"), 1.0])
+    assert compare(BASE, odd, odd.clone()).verdict == "exact"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "step", "verdict"),
+    [
+        (torch.bfloat16, 2**-7, "close"),
+        (torch.bfloat16, 2**-5, "wrong"),
+        (torch.float32, 2**-15, "close"),
+        (torch.float32, 2**-8, "wrong"),
+    ],
+)
+def test_floats_by_decibels(dtype: torch.dtype, step: float, verdict: str) -> None:
+    expected = ramp(16, 16, dtype=dtype)
+    actual = expected.clone()
+    actual[0] += step
+    found = compare(BASE, actual, expected)
+    assert found.verdict == verdict and found.db is not None and found.max_abs == pytest.approx(step, rel=0.1)
+    assert ("at least" in found.error) == (verdict == "wrong") == found.failed
+
+
+def test_a_limit_of_its_own() -> None:
+    expected = ramp(16, 16)
+    actual = expected * 1.0065  # some 44 dB
+    assert compare(BASE, actual, expected).verdict == "wrong"
+    assert compare(BASE, actual, expected, db=40.0).verdict == "close"
+
+
+def test_infinity_where_there_is_none() -> None:
+    actual = ramp(4)
+    actual[2] = float("inf")
+    assert "NaN or infinity" in compare(BASE, actual, ramp(4)).error
+
+
+@pytest.mark.parametrize(
+    ("dtype", "count", "verdict"),
+    [
+        (torch.int8, 5, "close"),
+        (torch.int8, 20, "wrong"),
+        (torch.uint8, 1, "close"),
+        (torch.uint8, 5, "wrong"),
+        (torch.float8_e4m3fn, 5, "wrong"),
+        (torch.int32, 1, "wrong"),
+    ],
+)
+def test_codes_by_their_share(dtype: torch.dtype, count: int, verdict: str) -> None:
+    expected = torch.arange(1000).remainder(100).to(dtype)
+    actual = expected.clone()
+    bytes_ = actual.view(torch.uint8) if dtype.is_floating_point else actual
+    bytes_[:count] += 1
+    found = compare(BASE, actual, expected)
+    assert found.verdict == verdict and found.different == count / 1000
+    assert ("the first at [0]" in found.error) == (verdict == "wrong")
+
+
+def test_int8_codes_that_are_two_steps_off() -> None:
+    expected = torch.zeros(10_000, dtype=torch.int8)
+    actual = expected.clone()
+    actual[:50] = 2
+    assert compare(BASE, actual, expected).verdict == "wrong"
+
+
+def test_shape_dtype_and_several_results() -> None:
+    found = compare(BASE, ramp(3, 4), ramp(4, 3))
+    assert found.error == "bfloat16 [3, 4] came, not bfloat16 [4, 3]"
+    empty, seed = torch.empty(0), 7
+    found = compare(BASE, (ramp(2), ramp(3) + 1, empty, seed), (ramp(2), ramp(3), empty, 9))
+    assert found.verdict == "wrong" and found.db is not None
+    assert compare(BASE, 29, 29).verdict == "exact"
+    assert compare(BASE, 2, 29).error == "2, not 29"
+
+
+def test_what_is_not_called_cannot_fail() -> None:
+    unused = Result(part="operator", name="x", operator="npu_other", used=False, verdict="wrong")
+    assert not unused.failed
+    assert worst(["exact", "close", "error", "wrong"]) == "error" and worst([]) == "exact"
+
+
+def test_arguments_in_words() -> None:
+    assert described(ramp(2, 3).t()) == "bfloat16 [3, 2] strides [1, 3]"
+    assert described([1, 1, 32]) == "[1, 1, 32]" and described("BSND") == "'BSND'"

@@ -1,0 +1,203 @@
+"""The probes: what they find on this machine, and on machines that are made up."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ascendit.doctor import machine, npu, report
+from ascendit.doctor import report as report_module
+from ascendit.doctor.machine import examine
+from ascendit.doctor.report import Row, at_least
+from ascendit.native.build import Built
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def rows(probe: report.Probe) -> dict[str, Row]:
+    report = examine([probe])
+    assert not [r for r in report.rows if r.status == "probe failed"], report
+    return {r.item: r for r in report.rows}
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """What child processes tell, instead of starting them: by a word of their code, else `""`."""
+    told: dict[str, Any] = {"": {"cuda": [], "capability": "AVX2", "threads": 2}}
+
+    def answer(code: str, *, plugins: bool = False) -> dict[str, Any]:
+        if plugins and "plain" in told:
+            return dict(told["plain"])
+        return dict(next((v for k, v in told.items() if k and k in code), told[""]))
+
+    machine._torch.cache_clear()
+    monkeypatch.setattr(machine, "child", answer)
+    yield told
+    machine._torch.cache_clear()
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *, versions: dict[str, str | None], specs: set[str]) -> None:
+    real_version, real_spec = report_module.installed, importlib.util.find_spec
+    monkeypatch.setattr(machine, "installed", lambda n: versions[n] if n in versions else real_version(n))
+    monkeypatch.setattr(machine, "find_spec", lambda n: True if n in specs else real_spec(n))
+
+
+def test_a_probe_that_fails_is_a_row_and_the_others_go_on():
+    def _broken_card() -> list[Row]:
+        raise RuntimeError("dcmi init failed\nsecond line")
+
+    def _leaving() -> list[Row]:
+        sys.exit("bye")
+
+    report = examine([_broken_card, _leaving, lambda: [Row(item="x", found="1", required=True)]])
+    assert [r.status for r in report.rows] == ["probe failed", "probe failed", "ok"]
+    assert report.rows[0].item == "broken card"
+    assert report.rows[0].found == "RuntimeError: dcmi init failed"
+    assert report.ok
+
+
+@pytest.mark.parametrize(
+    ("found", "needed", "answer"),
+    [
+        ("2.13.0+cpu", "2.9", True),
+        ("2.9", "2.9", True),
+        ("2.8.1", "2.9", False),
+        ("13", "13", True),
+        ("odd", "1", False),
+    ],
+)
+def test_at_least(found, needed, answer):
+    assert at_least(found, needed) is answer
+
+
+def test_this_machine():
+    found = (
+        rows(machine._python)
+        | rows(machine._cpu)
+        | rows(machine._memory)
+        | rows(machine._disk)
+        | rows(machine._ascendit)
+    )
+    assert found["Python"].status == "ok" and found["Python"].found.startswith("3.")
+    assert "GiB free" in found["memory"].found and "GiB free" in found["this folder"].found
+    assert {"platform", "CPU", "ascendit", "demo model"} <= set(found)
+    libraries = rows(machine._libraries)
+    assert {"torch", "diffusers", "transformers", "safetensors", "PyAV"} <= set(libraries)
+    assert all(r.status == "ok" and r.required for r in libraries.values())
+
+
+def test_the_oldest_versions_are_those_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = dict(d.split(">=") for d in project["dependencies"])
+    assert {name: bounds[name] for name in machine.LIBRARIES} == machine.LIBRARIES
+    assert project["requires-python"] == f">={machine.PYTHON}"
+
+
+def test_a_missing_and_an_old_library(monkeypatch):
+    pretend(monkeypatch, versions={"diffusers": None, "torch": "2.8.0"}, specs=set())
+    found = rows(machine._libraries)
+    assert (found["diffusers"].status, found["torch"].status) == ("missing", "too old")
+    assert found["torch"].fix == 'pip install "torch>=2.9"'
+    assert not examine([machine._libraries]).ok
+
+
+def test_a_child_process_is_asked():
+    assert report_module.child("print('noise'); print('{\"a\": 1}')") == {"a": 1}
+    assert report_module.child(
+        "import os; print('{\"v\": \"' + os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] + '\"}')"
+    ) == {"v": "0"}
+    assert report_module.child("raise ValueError('bad')") == {"error": "ValueError: bad"}
+    assert report_module.child("import os; os.kill(os.getpid(), 11)")["error"] == "ended with code -11"
+
+
+def test_a_child_that_hangs(monkeypatch):
+    monkeypatch.setattr(report_module, "PROBE_SECONDS", 0.2)
+    assert report_module.child("import time; time.sleep(60)") == {"error": "no answer in 0.2 s", "late": True}
+
+
+def test_torch_works(child):
+    row = rows(machine._torch_imports)["import torch"]
+    assert row.status == "ok" and row.found == "works, 2 threads, CPU kernels AVX2"
+    assert rows(machine._cuda)["CUDA device"].status == "absent"
+
+
+def test_torch_is_broken(child):
+    child[""] = {"error": "ImportError: libcudart.so.12"}
+    report = examine([machine._torch_imports, machine._cuda])
+    assert report.rows[0].status == "broken" and report.rows[0].found == "ImportError: libcudart.so.12"
+    assert not report.ok
+
+
+def test_torch_is_late(child):
+    child[""] = {"error": "no answer in 120 s", "late": True}
+    report = examine([machine._torch_imports])
+    assert report.rows[0].status == "probe failed" and "less busy" in report.rows[0].fix
+    assert not report.ok
+
+
+def test_cuda(child):
+    child[""] = {"cuda": [["H200", 139 * 2**30]], "capability": "AVX512", "threads": 8}
+    row = rows(machine._cuda)["CUDA device"]
+    assert row.status == "ok" and row.found == "H200 139 GiB"
+
+
+def test_codec(child):
+    child["x264"] = {"x264": False}
+    assert rows(machine._video_codec)["H.264 (libx264)"].status == "missing"
+    child["x264"] = {"x264": True}
+    assert rows(machine._video_codec)["H.264 (libx264)"].status == "ok"
+
+
+def test_torch_npu_without_cann_breaks_torch_itself(child, monkeypatch):
+    """Since `import torch` loads an installed torch_npu."""
+    pretend(monkeypatch, versions={}, specs={"torch_npu"})
+    child["plain"] = {"error": "ImportError: libhccl.so: cannot open shared object file"}
+    row = rows(machine._torch_imports)["import torch"]
+    assert row.status == "broken" and "libhccl.so" in row.found
+    assert row.fix.startswith(npu.source_line()) and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in row.fix
+    assert not examine([machine._torch_imports]).ok
+
+
+def test_the_probes_of_npus_are_each_on_their_own():
+    assert set(npu.PROBES) < set(machine.PROBES) and len(npu.PROBES) == 9
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+
+def test_which_kernels_are_compiled(monkeypatch):
+    reasons = {name: f"compiled from native/{name}.cpp" for name in report_module.KERNELS}
+    monkeypatch.setattr(report_module, "native", lambda name: Built(ctypes.CDLL(None), reasons[name]))
+    found = rows(report_module.compiled_kernels)
+    assert set(found) == {f"kernel: {name}" for name in ("encode", "attention", "linear", "elementwise")}
+    assert all(r.status == "ok" and not r.required for r in found.values())
+    assert found["kernel: encode"].found == "native, compiled from native/encode.cpp"
+
+
+def test_a_kernel_that_cannot_be_compiled_says_why_and_hinders_nothing(monkeypatch):
+    monkeypatch.setattr(report_module, "native", lambda name: Built(None, "no C++ compiler (g++) on PATH"))
+    told = examine([report_module.compiled_kernels])
+    assert told.ok and {r.status for r in told.rows} == {"absent"}
+    assert told.rows[0].found == "PyTorch instead: no C++ compiler (g++) on PATH"
+
+
+def test_the_report_shows_the_encoder_that_runs():
+    from ascendit.mx import encoder
+
+    choice, reason = encoder.choice()
+    found = rows(report_module.compiled_kernels)["kernel: encode"].found
+    assert found == (f"native, {reason}" if choice == "native" else f"PyTorch instead: {reason}")
+
+
+def test_every_source_has_a_row():
+    from ascendit.native import build
+
+    assert set(report_module.KERNELS) == set(build.NEEDS) == {p.stem for p in build.HERE.glob("*.cpp")}
+    assert report_module.compiled_kernels in machine.PROBES

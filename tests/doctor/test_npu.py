@@ -1,0 +1,281 @@
+"""What doctor finds of an Ascend card, on machines that are made up: files in a folder, a child's answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ascendit.doctor import npu
+from ascendit.doctor import report as report_module
+from ascendit.doctor.machine import examine
+from ascendit.doctor.report import Row
+
+A5 = {"name": "Ascend950PR", "memory": 112 * 2**30}
+
+
+class Machine:
+    """Its files, its packages, and what torch_npu tells in a child process."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root, self.set = root, monkeypatch.setenv
+        self.packages: dict[str, str] = {"torch": "2.10.0"}
+        self.told: dict[str, Any] = {"cards": [A5], "soc": 260, "mindiesd": "", "operators": []}
+        for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "LD_LIBRARY_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(npu, "ASCEND", root / "Ascend")
+        monkeypatch.setattr(npu, "DEV", root / "dev")
+        monkeypatch.setattr(Path, "home", lambda: root / "home")
+        monkeypatch.setattr(npu, "find_spec", lambda name: name if name in self.packages else None)
+        monkeypatch.setattr(report_module, "installed", self.packages.get)
+        monkeypatch.setattr(report_module, "command", lambda words: "")
+        monkeypatch.setattr(npu, "npu_in_a_child", lambda: self.told)
+
+    def write(self, path: str, text: str = "") -> Path:
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return file
+
+    def plug_in(self, *numbers: int) -> None:
+        for name in (*(f"davinci{n}" for n in numbers), *npu.SHARED_NODES):
+            self.write(f"dev/{name}")
+
+    def install_cann(self, version: str = "9.1.0", *, sourced: bool = True) -> Path:
+        folder = self.write("Ascend/cann/set_env.sh").parent
+        self.write("Ascend/cann/version.cfg", f"runtime_running_version=[7.9.0.1.220:{version}]\n")
+        for name in npu.LIBRARIES:
+            self.write(f"Ascend/cann/lib64/{name}")
+        if sourced:
+            self.set("ASCEND_HOME_PATH", str(folder))
+        return folder
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def whole(machine: Machine) -> Machine:
+    """Everything of one published row, with eight cards."""
+    machine.plug_in(*range(8))
+    machine.install_cann()
+    machine.write("Ascend/driver/version.info", "Version=25.7.RC1\npackage_version=25.7\n")
+    machine.packages |= {"torch_npu": "2.10.0.post4", "mindiesd": "3.1.0"}
+    machine.told |= {"cards": [A5] * 8, "operators": npu.used_operators(None)}
+    return machine
+
+
+def rows() -> dict[str, Row]:
+    report = examine(npu.PROBES)
+    assert not [r for r in report.rows if r.status == "probe failed"], report
+    return {r.item: r for r in report.rows}
+
+
+def test_a_machine_without_any_of_it(machine: Machine) -> None:
+    found = rows()
+    assert set(found) == {"torch_npu", "CANN toolkit", "NPU device files", "NPU device"}
+    assert all(r.status == "absent" and not r.required for r in found.values())
+    assert examine(npu.PROBES).npu is None
+
+
+def test_a_whole_machine(whole: Machine) -> None:
+    found = rows()
+    assert {r.status for r in found.values()} == {"ok"}, found
+    assert found["CANN toolkit"].found == f"9.1.0 in {whole.root}/Ascend/cann"
+    assert found["CANN libraries"].found == "6 of 6"
+    assert found["Ascend driver"].found == "25.7.RC1"
+    assert found["NPU device files"].found == f"8 x {whole.root}/dev/davinci0"
+    assert found["NPU device"].found == "8 x Ascend950PR, 112 GiB, Atlas 350 (Ascend 950): a5"
+    assert found["NPU device"].data["chip"] == "a5"
+    assert found["versions together"].found == "torch 2.10.0, torch_npu 2.10.0.post4, CANN 9.1.0"
+    assert found["torch_npu operators"].found == "11 of 11"
+    assert found["MindIE-SD operators"].data["needed"] == ["mindiesd::layernorm", "mindiesd::adaln_v2"]
+    report = examine(npu.PROBES)
+    assert report.npu is True
+    assert report.as_dict()["ready"] == {"cpu": True, "npu": True}
+
+
+def test_cann_that_is_not_sourced(whole: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ASCEND_HOME_PATH")
+    whole.told = {"error": "ImportError: libhccl.so: cannot open shared object file"}
+    found = rows()
+    line = f"source {whole.root}/Ascend/cann/set_env.sh"
+    assert found["CANN toolkit"].status == "broken" and found["CANN toolkit"].fix == line
+    assert found["CANN toolkit"].found.endswith("set_env.sh not sourced")
+    assert found["NPU device"].fix == line and "libhccl.so" in found["NPU device"].found
+    assert found["NPU operators"].status == "not checked"
+    assert found["versions together"].status == "ok"  # the version is read from the disk all the same
+    assert examine(npu.PROBES).npu is False
+
+
+def test_torch_npu_without_cann(machine: Machine) -> None:
+    machine.packages["torch_npu"] = "2.10.0.post4"
+    machine.told = {"error": "ImportError: libhccl.so: cannot open shared object file"}
+    found = rows()
+    assert found["CANN toolkit"].status == "missing" and found["CANN toolkit"].fix == "install CANN"
+    assert found["torch_npu"].status == "ok"
+
+
+def test_a_sourced_folder_that_is_gone_and_libraries_that_are(machine: Machine) -> None:
+    machine.set("ASCEND_HOME_PATH", str(machine.root / "gone"))
+    assert rows()["CANN toolkit"].found.endswith("gone, which does not exist")
+    folder = machine.install_cann()
+    (folder / "lib64" / "libopapi.so").unlink()
+    (folder / "lib64" / "libhccl.so").unlink()
+    row = rows()["CANN libraries"]
+    assert row.status == "broken" and row.data == {"missing": ["libhccl.so", "libopapi.so"]}
+    assert row.found == "4 of 6: libhccl.so, libopapi.so not found" and "ops package" in row.fix
+    machine.write("elsewhere/libopapi.so")
+    machine.write("elsewhere/libhccl.so")
+    machine.set("LD_LIBRARY_PATH", str(machine.root / "elsewhere"))
+    assert rows()["CANN libraries"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "version"),
+    [
+        ("ascend_toolkit_install.info", "package_name=Ascend-cann-toolkit\nversion=8.5.0\n", "8.5.0"),
+        ("version.cfg", "# version: 1.0\n", None),
+        ("version.cfg", "runtime_running_version=[7.6.0.1.220:8.2.RC1]\n", "8.2.RC1"),
+        ("version.cfg", "nothing of it\n", None),
+    ],
+)
+def test_where_the_version_of_cann_stands(
+    machine: Machine, file: str, text: str, version: str | None
+) -> None:
+    assert npu.cann_version(machine.write(f"cann/{file}", text).parent) == version
+
+
+def test_torch_npu_of_another_torch(whole: Machine) -> None:
+    whole.packages["torch"] = "2.12.0+cpu"
+    found = rows()
+    assert found["torch_npu"].status == "broken" and found["torch_npu"].fix.endswith("torch 2.12.0+cpu")
+    row = found["versions together"]
+    assert row.status == "broken" and row.data["row"]["torch"] == "2.10.0"
+    assert row.found == "torch 2.12.0+cpu is not the 2.10.0 of torch_npu 2.10.0.post4"
+    assert row.fix == "install a published row: torch 2.12.0, torch_npu 2.12.0.post2, CANN 9.1"
+    assert examine(npu.PROBES).npu is False
+
+
+def test_torch_npu_missing_beside_cann(machine: Machine) -> None:
+    machine.install_cann("8.5.0")
+    row = rows()["torch_npu"]
+    assert row.status == "missing" and row.fix == "pip install torch==2.9.0 torch_npu==2.9.0"
+
+
+def test_a_version_in_no_table_hinders_nothing(whole: Machine) -> None:
+    whole.packages |= {"torch_npu": "2.10.0.post9"}
+    row = rows()["versions together"]
+    assert row.status == "unlisted" and "torch_npu 2.10.0.post9 is in no published table" in row.found
+    assert row.fix.startswith("if it does not run, install a published row: torch 2.10.0")
+    assert examine(npu.PROBES).npu is True
+
+
+def test_device_files_of_a_container(whole: Machine) -> None:
+    (whole.root / "dev" / "devmm_svm").unlink()
+    row = rows()["NPU device files"]
+    assert row.status == "broken" and row.fix == f"in a container: --device {whole.root}/dev/devmm_svm"
+
+
+def test_no_right_to_the_cards(whole: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("davinci3"))
+    row = rows()["NPU device files"]
+    assert row.status == "broken" and f"no access to {whole.root}/dev/davinci3" in row.found
+    assert row.fix.startswith("sudo usermod -aG ") and row.fix.endswith("$USER, then log in again")
+
+
+def test_cards_are_counted_as_numbers(machine: Machine) -> None:
+    machine.plug_in(10, 2, 0)
+    assert [Path(p).name for p in npu.cards()] == ["davinci0", "davinci2", "davinci10"]
+
+
+def test_the_driver_by_npu_smi_or_not_at_all(whole: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    (whole.root / "Ascend" / "driver" / "version.info").unlink()
+    assert rows()["Ascend driver"].status == "unlisted"
+    text = "+----+\n| npu-smi 25.5.1                   Version: 25.5.1                |\n"
+    monkeypatch.setattr(report_module, "command", lambda words: text if words == ("npu-smi", "info") else "")
+    found = rows()
+    assert found["Ascend driver"].found == "25.5.1"
+    assert "driver 25.5.1 is not among those published for CANN 9.1.0" in found["versions together"].found
+
+
+def test_operators_that_this_torch_npu_lacks(whole: Machine) -> None:
+    whole.told["operators"] = [n for n in whole.told["operators"] if "dual_level" not in n]
+    row = rows()["torch_npu operators"]
+    assert row.status == "broken" and row.found.startswith("9 of 11: no npu_dynamic_dual_level_mx_quant")
+    assert len(row.data["missing"]) == 2
+    whole.told["soc"] = 220  # a2 is asked for none of them
+    assert rows()["torch_npu operators"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("problem", "status", "fix"),
+    [
+        ("ModuleNotFoundError: No module named 'einops'", "broken", "pip install einops"),
+        ("OSError: libmindiesd.so", "broken", "reinstall it"),
+    ],
+)
+def test_mindiesd_that_cannot_be_imported(whole: Machine, problem: str, status: str, fix: str) -> None:
+    whole.told["mindiesd"] = problem
+    found = rows()
+    assert found["MindIE-SD"].status == status and found["MindIE-SD"].fix.startswith(fix)
+    assert "MindIE-SD operators" not in found and found["torch_npu operators"].status == "ok"
+    assert examine(npu.PROBES).npu is True  # it is optional
+
+
+def test_a_chip_that_wan_does_not_run_on(whole: Machine) -> None:
+    whole.told["soc"] = 103
+    row = rows()["NPU device"]
+    assert row.status == "broken" and "SoC number 103" in row.found and "Atlas A2" in row.needed
+
+
+def test_one_probe_that_raises_leaves_the_others(whole: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def burning() -> dict[str, Any]:
+        raise OSError("dcmi init failed")
+
+    monkeypatch.setattr(npu, "npu_in_a_child", burning)
+    report = examine(npu.PROBES)
+    states = {r.item: r.status for r in report.rows}
+    assert states["devices"] == states["operators"] == states["mindiesd"] == "probe failed"
+    assert states["CANN toolkit"] == states["versions together"] == states["NPU device files"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("body", "error"), [("import os; os.abort()", "code -6"), ("raise OSError('x')", "OSError")]
+)
+def test_a_torch_npu_that_takes_the_process_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, error: str
+) -> None:
+    """The child itself, with a torch_npu of our own that dies while it is imported."""
+    (tmp_path / "torch_npu.py").write_text(body)
+    (tmp_path / "torch.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    npu.npu_in_a_child.cache_clear()
+    assert error in npu.npu_in_a_child()["error"]
+    npu.npu_in_a_child.cache_clear()
+
+
+def test_what_the_child_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cards, one operator of each package, and no way to ask for memory."""
+    (tmp_path / "torch_npu.py").write_text("class npu:\n    get_soc_version = staticmethod(lambda: 220)\n")
+    (tmp_path / "mindiesd.py").write_text("print('banner')\n")
+    (tmp_path / "torch.py").write_text(
+        "class npu:\n    device_count = staticmethod(lambda: 2)\n"
+        "    get_device_name = staticmethod('910B{}'.format)\n"
+        "class ops:\n    class npu:\n        npu_gelu = 1\n    class mindiesd:\n        adaln = 1\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    npu.npu_in_a_child.cache_clear()
+    told: Callable[[], dict[str, Any]] = npu.npu_in_a_child
+    assert told() == {
+        "cards": [{"name": "910B0", "memory": None}, {"name": "910B1", "memory": None}],
+        "soc": 220,
+        "mindiesd": "",
+        "operators": ["npu_gelu", "mindiesd::adaln"],
+    }
+    npu.npu_in_a_child.cache_clear()

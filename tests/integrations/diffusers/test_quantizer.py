@@ -1,0 +1,408 @@
+"""Stock Diffusers on folders that ascendit wrote, and on BF16 ones that are quantized as they load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import other_models
+import pytest
+import tiny
+import torch
+from diffusers import PipelineQuantizationConfig, WanPipeline, WanTransformer3DModel
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import ascendit
+from ascendit.checkpoint.layout import recognise
+from ascendit.errors import AscenditError, CheckpointError, EnvironmentProblem, UsageError
+from ascendit.integrations.diffusers.quantizer import AscenditConfig, register
+from ascendit.model.linear import QuantLinear
+from ascendit.model.loader import load_transformer
+from ascendit.ops.bind import bind
+from ascendit.pipeline import generate
+
+RECIPES = ["int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale", "mixed"]
+MIXED = """
+round_to = "bf16"
+
+[[rules]]
+layers = "*"
+scheme = "mxfp4"
+scale_rule = "msms:ceil_x:search"
+
+[[rules]]
+layers = ["blocks.0.*", "proj_out"]
+scheme = "mxfp8"
+
+[[attention]]
+layers = "*.attn1"
+quant_type = "FP8_DYNAMIC"
+rotate = true
+"""
+SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 4}
+
+
+@pytest.fixture(scope="session")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`named(recipe)`: the scheme, or the file of the recipe."""
+    file = tmp_path_factory.mktemp("recipes") / "mixed.toml"
+    file.write_text(MIXED)
+    return lambda recipe: str(file) if recipe == "mixed" else recipe
+
+
+@pytest.fixture(scope="session")
+def folder(named: Any, tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`folder(recipe, model)`: the quantized folder of a tiny model, made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(recipe: str, model: str = "t2v_cascade") -> Path:
+        if (recipe, model) not in made:
+            dst = tmp_path_factory.mktemp("quantized") / recipe
+            how = {"recipe" if recipe == "mixed" else "scheme": named(recipe)}
+            ascendit.quantize(tiny_folder(model), dst, **how)
+            made[recipe, model] = dst
+        return made[recipe, model]
+
+    return make
+
+
+def load(path: Path, config: AscenditConfig | None = None, **options: Any) -> Any:
+    if config is not None:
+        options["quantization_config"] = config
+    return settled(WanTransformer3DModel.from_pretrained(path, **options))
+
+
+def settled(model: Any) -> Any:
+    """With parameters in memory of their own: float sums hang a little on places in a mapped file."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def inputs(model: Any, seed: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    return torch.randn(1, model.config.in_channels, 3, 6, 4), torch.randn(1, 64, model.config.text_dim)
+
+
+def output(model: Any, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    x, text = (t.to(dtype) for t in inputs(model, seed))
+    with torch.inference_mode():
+        out: Tensor = model(x, torch.tensor([431.0]), text, return_dict=False)[0]
+    return out
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    def raw(t: Tensor) -> Tensor:
+        return t.contiguous().view(-1).view(torch.uint8)
+
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and torch.equal(raw(a[n]), raw(b[n])) for n in a
+    )
+
+
+# ---- transformers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_quantized_folder_computes_as_ours_does(recipe: str, folder: Any) -> None:
+    path = folder(recipe)
+    stock = load(path / "transformer")
+    layers = [m for m in stock.modules() if isinstance(m, QuantLinear)]
+    assert len(layers) == 20 + (recipe == "mixed") and not any(p.is_meta for p in stock.parameters())
+    ours = load_transformer(recognise(path).parts["transformer"], bind("cpu"), dtype=torch.float32)
+    differences = []
+    for seed in range(3):
+        x, text = inputs(stock, seed)
+        with torch.inference_mode():
+            wanted = ours(x, 431.0, ours.prepare(ours.grid_of(x), text))
+        differences.append(relative(output(stock, seed), wanted))
+    # Sums in another order move a value over the edge between two codes now and then: so the median.
+    assert sorted(differences)[1] < 1e-5 and max(differences) < 2e-2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_online_is_offline_and_the_tensors_are_those_of_the_disk(
+    recipe: str, folder: Any, named: Any, tiny_t2v_cascade: Path
+) -> None:
+    path = folder(recipe) / "transformer"
+    offline = load(path)
+    online = load(tiny_t2v_cascade / "transformer", AscenditConfig(named(recipe)))
+    stored = load_file(path / tiny.WEIGHTS)
+    wide = {n: t.float() if t.dtype == torch.bfloat16 else t for n, t in stored.items() if "_rot" not in n}
+    assert same_tensors(offline.state_dict(), wide) and same_tensors(online.state_dict(), wide)
+    assert torch.equal(output(online), output(offline))
+    config = json.loads((path / "config.json").read_text()).get("quantization_config")
+    for model in (online, offline):
+        assert model.config.quantization_config.to_dict() == (config or {"quant_method": "ascendit"})
+
+
+@pytest.mark.parametrize(("name", "recipe"), [("t2v_single", "int8"), ("i2v_21", "mxfp8"), ("ti2v", "fp8")])
+def test_other_kinds_of_wan_load(name: str, recipe: str, folder: Any) -> None:
+    path = folder(recipe, name) / "transformer"
+    model = load(path, torch_dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and model.scale_shift_table.dtype == torch.float32
+    coded = {n for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert coded == {
+        n[: -len(".weight_scale")] for n in load_file(path / tiny.WEIGHTS) if "weight_scale" in n
+    }
+
+
+def test_several_shards_and_a_device_map(folder: Any, tmp_path: Path) -> None:
+    model = load(folder("mxfp8") / "transformer")
+    model.save_pretrained(tmp_path / "m", max_shard_size="40KB")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 4
+    for options in ({}, {"device_map": "cpu"}, {"device_map": {"": torch.device("cpu")}}):
+        assert torch.equal(output(load(tmp_path / "m", **options)), output(model))
+
+
+def test_a_single_file_is_quantized_as_it_loads(tiny_t2v_cascade: Path) -> None:
+    path = tiny_t2v_cascade / "transformer"
+    model = WanTransformer3DModel.from_single_file(
+        str(path / tiny.WEIGHTS), config=str(path), quantization_config=AscenditConfig("ascend-w4a4")
+    )
+    assert torch.equal(output(settled(model)), output(load(path, AscenditConfig(recipe="ascend-w4a4"))))
+
+
+def test_smoothed_layers(folder: Any, tiny_t2v_cascade: Path, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    names = ["blocks.0.attn1.to_q", "blocks.0.attn1.to_k", "blocks.0.attn1.to_v", "blocks.1.attn2.to_q"]
+    scales = {name: torch.rand(tiny.WIDTH) + 0.5 for name in names}
+    smoothing = {"transformer": scales, "transformer_2": scales}
+    keep = ["blocks.1.attn2.to_q"]
+    ascendit.quantize(tiny_t2v_cascade, tmp_path / "s", scheme="mxfp8", smoothing=smoothing, keep=keep)
+    stock = load(tmp_path / "s/transformer")
+    ours = load_transformer(recognise(tmp_path / "s").parts["transformer"], bind("cpu"))
+    x, text = inputs(stock, 0)
+    with torch.inference_mode():
+        wanted = ours(x, 431.0, ours.prepare(ours.grid_of(x), text))
+    assert relative(output(stock), wanted) < 1e-5
+    stock.save_pretrained(tmp_path / "again")
+    assert torch.equal(output(load(tmp_path / "again")), output(stock))
+
+
+@pytest.mark.parametrize("name", other_models.BUILDERS)
+def test_other_models_are_quantized_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model, call = other_models.build(name)
+    model.save_pretrained(tmp_path / "float", max_shard_size="500KB")
+    ascendit.quantize_(model, "mxfp4", keep=["*.to_out.0"])
+    wanted = other_models.output(settled(model), call)
+    config = AscenditConfig("mxfp4", keep=["*.to_out.0"])
+    online = type(model).from_pretrained(tmp_path / "float", quantization_config=config)
+    assert torch.equal(other_models.output(settled(online), call), wanted)
+    for path, one in ((tmp_path / "a", model), (tmp_path / "b", online)):
+        one.save_pretrained(path, max_shard_size="200KB")
+        assert torch.equal(other_models.output(settled(type(model).from_pretrained(path)), call), wanted)
+
+
+# ---- pipelines ----------------------------------------------------------------------------------
+
+
+def stock_latents(pipe: Any, prompt: str | list[str] = "a cat", **fields: Any) -> Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(7) for _ in ([prompt] if isinstance(prompt, str) else prompt)]
+    out: Tensor = pipe(prompt, generator=generator, output_type="latent", **SMALL, **fields).frames
+    return out
+
+
+def our_latents(path: Path, **fields: Any) -> Tensor:
+    pipe = ascendit.load(path, dtype=torch.float32)
+    request = pipe.request("a cat", seed=7, **SMALL, **fields)
+    return generate.denoise(pipe, request, None, lambda event: None, None)
+
+
+def test_the_stock_pipeline_makes_our_video(folder: Any, tiny_t2v_cascade: Path, tmp_path: Path) -> None:
+    """Guided, with both experts; one prompt and two; and again from what the pipeline saves."""
+    pipe = WanPipeline.from_pretrained(folder("mxfp8"))
+    one = stock_latents(pipe, guidance_scale=4.0)
+    wanted = our_latents(folder("mxfp8"), guidance_scale=4.0)
+    lost = relative(our_latents(tiny_t2v_cascade, guidance_scale=4.0), wanted)
+    assert relative(one, wanted) < 0.3 * lost < 0.03
+    two = stock_latents(pipe, ["a cat", "a dog"], guidance_scale=4.0)
+    assert relative(two[:1], one) < 0.5 * relative(two[1:], one)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert torch.equal(our_latents(tmp_path / "saved", guidance_scale=4.0), wanted)
+    marks = [
+        json.loads((p / "transformer/config.json").read_text()) for p in (folder("mxfp8"), tmp_path / "saved")
+    ]
+    assert marks[0]["quantization_config"] == marks[1]["quantization_config"]
+    report = "\n".join(ascendit.inspect(tmp_path / "saved").lines())
+    assert "mxfp8   20 layers" in report and "0 missing, 0 unexpected, 0 misshapen, 0 mistyped   ok" in report
+
+
+def test_a_mixed_recipe_in_a_pipeline(folder: Any, tmp_path: Path) -> None:
+    pipe = WanPipeline.from_pretrained(folder("mixed"))
+    wanted = stock_latents(pipe)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert relative(stock_latents(WanPipeline.from_pretrained(tmp_path / "saved")), wanted) < 0.1
+    assert torch.equal(our_latents(tmp_path / "saved"), our_latents(folder("mixed")))
+
+
+def test_a_folder_without_a_marker(folder: Any, tmp_path: Path) -> None:
+    """As SGLang wants it: the user says that it holds codes."""
+    ascendit.repack(folder("int8"), tmp_path / "s", engine="sglang")
+    assert "quantization_config" not in json.loads((tmp_path / "s/transformer/config.json").read_text())
+    config = PipelineQuantizationConfig(
+        quant_mapping={"transformer": AscenditConfig(), "transformer_2": AscenditConfig()}
+    )
+    pipe = WanPipeline.from_pretrained(tmp_path / "s", quantization_config=config)
+    assert torch.equal(stock_latents(pipe), stock_latents(WanPipeline.from_pretrained(folder("int8"))))
+
+
+def test_model_offload(folder: Any) -> None:
+    pipe = WanPipeline.from_pretrained(folder("mxfp8"))
+    wanted = stock_latents(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert relative(stock_latents(pipe), wanted) < 2e-2
+    model = load(folder("mxfp8") / "transformer")
+    wanted = output(model)
+    _, hook = accelerate.cpu_offload_with_hook(model, execution_device="cpu")
+    assert torch.equal(output(model), wanted)
+    hook.offload()
+    accelerate.hooks.remove_hook_from_module(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(output(model), wanted)
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+
+def test_without_our_import_diffusers_refuses(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "mxfp8")
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "mxfp8")
+    with pytest.raises(ValueError, match="Unknown quantization type, got mxfp8"):
+        load(folder("mxfp8") / "transformer")
+
+
+def test_a_method_of_another_library_stays_theirs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "mxfp8", object)
+    register()
+    assert auto.AUTO_QUANTIZER_MAPPING["mxfp8"] is object and "quant_method mxfp8" in caplog.text
+
+
+def test_an_older_diffusers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(DiffusersQuantizer, "maybe_update_loaded_keys")
+    with pytest.raises(EnvironmentProblem, match=r"0\.39 or newer") as e:
+        register()
+    assert e.value.code == "E-ENV-01"
+
+
+def test_casts_are_refused_before_anything_is_cast(folder: Any) -> None:
+    model = load(folder("mxfp8") / "transformer")
+    wanted = output(model)
+    for cast in (lambda: model.to(torch.bfloat16), model.half, model.float):
+        with pytest.raises(ValueError, match="quantized"):
+            cast()
+    assert torch.equal(output(model), wanted)
+    with pytest.raises(UsageError, match="mxfp8 to torch.float8_e4m3fn"):
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def test_fusing_into_codes_is_refused(folder: Any) -> None:
+    """It would be lost, or make floats of them; looking at a weight is no harm."""
+    model = load(folder("mxfp8") / "transformer")
+    wanted, layer = output(model), model.blocks[0].attn1.to_q
+    for fuse in (model.fuse_qkv_projections, lambda: layer.weight.data.add_(1)):
+        with pytest.raises(UsageError, match="layer on codes") as e:
+            fuse()
+        assert e.value.code == "E-QNT-03" and "fuse first" in e.value.fix
+    assert torch.equal(output(model), wanted)
+    x = torch.randn(3, layer.in_features)
+    made = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    assert type(made) is Tensor and relative(layer(x), made) < 0.05
+
+
+def edit(path: Path, how: str) -> None:
+    """Damage one transformer folder."""
+    tensors = load_file(path / tiny.WEIGHTS)
+    name = "blocks.1.ffn.net.0.proj"
+    if how == "nan":
+        tensors[f"{name}.weight_scale"][0, 0] = 255
+    elif how == "lost":
+        del tensors[f"{name}.bias"]
+    elif how == "half":
+        del tensors[f"{name}.weight_scale"]
+    elif how == "manifest":
+        file = path / "quant_model_description.json"
+        file.write_text(file.read_text().replace("W8A8_MXFP8", "W4A4_MXFP4", 1))
+        return
+    save_file(tensors, path / tiny.WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "text"),
+    [
+        ("nan", "E-CKP-08", "blocks.1.ffn.net.0.proj.weight_scale has 1 scales of NaN"),
+        ("lost", "E-CKP-04", "blocks.1.ffn.net.0.proj.bias"),
+        ("half", "E-CKP-08", "blocks.1.ffn.net.0.proj"),
+        ("manifest", "E-CKP-07", "blocks.0.attn1.to_q"),
+    ],
+)
+def test_damage_is_named(how: str, code: str, text: str, folder: Any, tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    shutil.copytree(folder("mxfp8") / "transformer", path)
+    edit(path, how)
+    with pytest.raises(CheckpointError, match=text) as e:
+        load(path)
+    assert e.value.code == code
+
+
+def test_a_float_folder_without_a_tensor_is_named(tiny_t2v_cascade: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    shutil.copytree(tiny_t2v_cascade / "transformer", path)
+    edit(path, "lost")
+    with pytest.raises(CheckpointError, match="blocks.1.ffn.net.0.proj.bias") as e:
+        load(path, AscenditConfig("mxfp8"))
+    assert e.value.code == "E-CKP-04"
+
+
+def test_another_layout_is_sent_to_repack(folder: Any, tmp_path: Path) -> None:
+    ascendit.repack(folder("mxfp4"), tmp_path / "omni", engine="vllm-omni")
+    with pytest.raises(CheckpointError, match="F8_E4M3") as e:
+        load(tmp_path / "omni/transformer")
+    assert e.value.code == "E-CKP-04" and "ascendit repack" in e.value.fix
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config", "code", "text"),
+    [
+        ("", {}, "E-USE-01", "which holds no codes"),
+        ("", {"scheme": "mxfp8", "keep": ["blocks.7.*"]}, "E-USE-05", "blocks.7"),
+        ("", {"scheme": "mxfp8", "recipe": "ascend-w4a4"}, "E-USE-01", "2 of recipe and scheme"),
+        ("", {"scheme": "mxfp8", "keeps": ["*"]}, "E-USE-01", "keeps="),
+        ("", {"scheme": "mxfp7"}, "E-USE-02", "mxfp7"),
+        ("", {"scheme": "mxfp8", "device": "twin:a2"}, "E-CAP-01", "mxfp8 on twin:a2"),
+    ],
+)
+@pytest.mark.usefixtures("twin")
+def test_calls_that_make_no_sense(
+    recipe: str, config: dict[str, Any], code: str, text: str, folder: Any, tiny_t2v_cascade: Path
+) -> None:
+    path = folder(recipe) if recipe else tiny_t2v_cascade
+    with pytest.raises(AscenditError, match=text) as e:
+        load(path / "transformer", AscenditConfig(**config))
+    assert e.value.code == code
+
+
+def test_codes_are_not_quantized_again(folder: Any, tmp_path: Path) -> None:
+    ascendit.repack(folder("int8"), tmp_path / "s", engine="sglang")
+    with pytest.raises(UsageError, match="which holds codes") as e:
+        load(tmp_path / "s/transformer", AscenditConfig("mxfp8"))
+    assert e.value.code == "E-QNT-01"
+
+
+def test_offloading_device_maps_are_refused(folder: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="disk") as e:
+        load(folder("mxfp8") / "transformer", device_map={"": "disk"}, offload_folder=tmp_path)
+    assert "enable_model_cpu_offload" in e.value.fix

@@ -1,0 +1,72 @@
+"""vLLM-Omni's own JSON as a recipe."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ascendit.errors import UsageError
+from ascendit.quant.fusion import layers_of_module
+from ascendit.quant.recipe import load_recipe
+
+CONFIG = {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "num_layers": 8, "text_dim": 64}
+
+
+def schemes(config, **keys):
+    recipe = load_recipe(json.dumps(config))
+    return {p.layer: p.scheme for p in recipe.plan(CONFIG, model_kind="t2v")}, recipe
+
+
+def test_five_leading_blocks_stay_floats_in_dual_scale_by_default():
+    found, _ = schemes({"method": "mxfp4_dualscale"})
+    assert {found[f"blocks.{n}.attn1.to_q"] for n in range(5)} == {"bf16"}
+    assert {found[f"blocks.{n}.ffn.net.2"] for n in range(5, 8)} == {"mxfp4_dualscale"}
+    found, _ = schemes({"quant_method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0})
+    assert found["blocks.0.attn1.to_q"] == "mxfp4_dualscale" and found["proj_out"] == "bf16"
+
+
+def test_names_are_those_of_its_modules():
+    assert layers_of_module("blocks.0.attn1.to_qkv") == tuple(f"blocks.0.attn1.to_{x}" for x in "qkv")
+    assert layers_of_module("blocks.0.attn2.to_out") == ("blocks.0.attn2.to_out.0",)
+    assert layers_of_module("blocks.3.ffn.net_0.proj") == ("blocks.3.ffn.net.0.proj",)
+    assert layers_of_module("blocks.3.ffn.net_2") == ("blocks.3.ffn.net.2",)
+    ignored = ["blocks.7.attn1.to_qkv", "blocks.6.ffn.net_2", "blocks.5.attn2.to_q"]
+    found, _ = schemes({"method": "mxfp8", "ignored_layers": ignored})
+    kept = {name for name, scheme in found.items() if scheme == "bf16" and name.startswith("blocks")}
+    assert kept == {*(f"blocks.7.attn1.to_{x}" for x in "qkv"), "blocks.6.ffn.net.2", "blocks.5.attn2.to_q"}
+
+
+def test_steps_and_scale_rule():
+    _, recipe = schemes({"method": "mxfp4", "w4a8_fallback_steps": [1, 0], "mxfp4_scale_alg": 2})
+    assert str(recipe.step_policy) == "0-1:w4a8" and recipe.rules[0].scale_rule == "max:7"
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"method": "mxfp8", "ignored_layer": []}, "it has ignored_layer"),
+        ({"method": "awq"}, "method 'awq' is not one of"),
+        ({"method": "mxfp8", "num_bf16_fallback_layers": 5}, "belongs to mxfp4_dualscale"),
+        ({"method": "mxfp4_dualscale", "num_bf16_fallback_layers": -1}, "no number of blocks"),
+        ({"method": "mxfp4_dualscale", "w4a8_fallback_steps": [0]}, "belongs to mxfp4"),
+        ({"method": "mxfp4", "w4a8_fallback_steps": "0-1"}, "no list of steps"),
+        ({"method": "mxfp4", "mxfp4_scale_alg": 1}, "mxfp4_scale_alg 1"),
+        ({"method": "mxfp4", "ignored_layers": "x"}, "no list of names"),
+    ],
+)
+def test_what_it_cannot_mean_is_told(config, problem):
+    with pytest.raises(UsageError) as e:
+        load_recipe(json.dumps(config))
+    assert problem in e.value.got and e.value.code == "E-USE-01"
+
+
+def test_a_name_that_fits_no_layer_is_an_error_where_vllm_omni_passes_it_over():
+    for name in ("blocks.9.attn1.to_qkv", "blocks.0.attn1.to_qvk"):
+        with pytest.raises(UsageError) as e:
+            schemes({"method": "mxfp8", "ignored_layers": [name]})
+        assert e.value.code == "E-USE-05"
+    with pytest.raises(UsageError, match="not JSON"):
+        load_recipe("{method: mxfp8}")
+    with pytest.raises(UsageError, match="scheme in every rule"):
+        load_recipe('{"method": "mxfp8"}', "int8")

@@ -1,0 +1,99 @@
+"""The environment variables that Ascend users know."""
+
+from __future__ import annotations
+
+import ast
+import os
+from pathlib import Path
+
+import pytest
+
+import ascendit
+from ascendit import environment
+from ascendit.errors import UsageError
+
+
+def test_nothing_set():
+    assert environment.read_environment({}) == environment.EnvironmentOptions(text_on=None, notes=())
+
+
+@pytest.mark.parametrize(
+    ("value", "text_on"), [("1", "cpu"), ("true", "cpu"), ("0", None), ("", None), ("False", None)]
+)
+def test_t5_load_cpu(value, text_on):
+    found = environment.read_environment({"T5_LOAD_CPU": value})
+    assert found.text_on == text_on
+    assert ("--text-on device overrides it" in "".join(found.notes)) is (text_on is not None)
+
+
+def test_a_bad_value():
+    with pytest.raises(UsageError) as e:
+        environment.read_environment({"T5_LOAD_CPU": "maybe"})
+    assert e.value.code == "E-USE-01" and "T5_LOAD_CPU='maybe'" in e.value.got and "0 or 1" in e.value.needs
+
+
+def test_precision_needs_nothing():
+    (note,) = environment.read_environment({"PRECISION": "1"}).notes
+    assert note == "PRECISION=1: nothing left to do, noise is always drawn on the CPU"
+
+
+@pytest.mark.parametrize("name", ["USE_SUB_HEAD", "OVERLAP"])
+def test_the_others_say_that_they_do_nothing(name):
+    (note,) = environment.read_environment({name: "1"}).notes
+    assert note.startswith(f"{name}=1: not used by this version")
+
+
+def test_fast_layernorm():
+    found = environment.read_environment({"FAST_LAYERNORM": "1"})
+    assert found.fast_layernorm is True and "--set fast_layernorm=false" in "".join(found.notes)
+    assert environment.read_environment({"FAST_LAYERNORM": "0"}).fast_layernorm is None
+
+
+def test_variables_that_are_set_stay(monkeypatch):
+    monkeypatch.setenv("ONE_OF_THEM", "mine")
+    monkeypatch.setenv("ANOTHER", "")
+    assert environment.set_missing({"ONE_OF_THEM": "ours", "ANOTHER": "ours"}) == {"ONE_OF_THEM": "mine"}
+    assert os.environ["ONE_OF_THEM"] == "mine" and os.environ["ANOTHER"] == "ours"
+
+
+def test_device_plugins_are_switched_off(monkeypatch):
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
+    environment.disable_device_plugins()
+    assert os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
+
+
+def test_toolkit_and_libraries():
+    assert environment.toolkit_folder({}) is None
+    assert environment.toolkit_folder({"ASCEND_TOOLKIT_HOME": "/a"}) == Path("/a")
+    assert environment.toolkit_folder({"ASCEND_TOOLKIT_HOME": "/a", "ASCEND_HOME_PATH": "/b"}) == Path("/b")
+    assert environment.library_folders({"LD_LIBRARY_PATH": "/a::/b"}) == (Path("/a"), Path("/b"))
+
+
+def test_a_child_without_device_plugins(monkeypatch):
+    monkeypatch.setenv("SOMETHING", "x")
+    env = environment.without_device_plugins()
+    assert env["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0" and env["SOMETHING"] == "x"
+
+
+def test_no_other_module_reads_the_environment():
+    root = Path(ascendit.__file__).parent
+    for path in root.rglob("*.py"):
+        if path.name == "environment.py" and path.parent.name == "device":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb"):
+                raise AssertionError(f"{path}:{node.lineno} reads the environment")
+
+
+def test_algo_names_a_kernel_of_an_npu():
+    assert [environment.read_environment({"ALGO": n}).attention for n in ("0", "3", "1", "")] == [
+        "fusion",
+        "fused_infer",
+        None,
+        None,
+    ]
+    assert "attention=fused_infer on an NPU" in environment.read_environment({"ALGO": "3"}).notes[0]
+    assert (
+        "ALGO=1: not used by this version, it has 0, 3"
+        in environment.read_environment({"ALGO": "1"}).notes[0]
+    )

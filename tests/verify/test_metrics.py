@@ -1,0 +1,76 @@
+"""Similarity against definitions written out, and against figures of scikit-image."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ascendit.verify.metrics import EQUAL_DB, cosine, psnr, relative_l2, sqnr, ssim
+
+SKIMAGE = 0.4645397297984152
+"""scikit-image 0.26: structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)."""
+
+
+def videos(seed: int = 0, shape: tuple[int, ...] = (2, 20, 24, 3)) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[: shape[1], : shape[2]]
+    a = np.broadcast_to((x * 7 + y * 3)[None, :, :, None] % 256, shape).astype(np.uint8)
+    return a, np.clip(a + rng.normal(0, 20, shape), 0, 255).astype(np.uint8)
+
+
+def ssim_by_definition(a: np.ndarray, b: np.ndarray) -> float:
+    """Wang et al. 2004, window by window, weighted sums as they stand there."""
+    at = np.arange(-5, 6)
+    w = np.exp(-(at[:, None] ** 2 + at[None] ** 2) / (2 * 1.5**2))
+    w /= w.sum()
+    c1, c2, found = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
+    for x, y in zip(a.astype(float), b.astype(float), strict=True):
+        for i in range(x.shape[0] - 10):
+            for j in range(x.shape[1] - 10):
+                for c in range(3):
+                    p, q = x[i : i + 11, j : j + 11, c], y[i : i + 11, j : j + 11, c]
+                    mp, mq = (w * p).sum(), (w * q).sum()
+                    vp, vq = (w * (p - mp) ** 2).sum(), (w * (q - mq) ** 2).sum()
+                    both = (w * (p - mp) * (q - mq)).sum()
+                    found.append(
+                        (2 * mp * mq + c1) * (2 * both + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2))
+                    )
+    return float(np.mean(found))
+
+
+def test_ssim_is_that_of_the_paper() -> None:
+    a, b = videos()
+    assert ssim(a, b) == pytest.approx(ssim_by_definition(a, b), abs=1e-9)
+    assert ssim(a, b) == pytest.approx(SKIMAGE, abs=1e-6)
+    assert ssim(a, a) == 1 and ssim(a, 255 - a) < 0
+
+
+def test_ssim_of_frames_smaller_than_a_window() -> None:
+    a, b = videos(shape=(1, 8, 6, 3))
+    assert 0 < ssim(a, b) < 1 and ssim(a, a) == 1
+
+
+def test_psnr() -> None:
+    a, b = videos()
+    error = np.mean((a.astype(float) - b.astype(float)) ** 2)
+    assert psnr(a, b) == pytest.approx(10 * math.log10(255**2 / error), abs=1e-4)
+    assert psnr(a, a) == EQUAL_DB
+    assert psnr(np.zeros_like(a), np.full_like(a, 255)) == 0  # no wrap-around of bytes
+
+
+def test_tensors() -> None:
+    a, b = torch.tensor([3.0, 4.0]), torch.tensor([4.0, 3.0])
+    assert cosine(a, b) == pytest.approx(24 / 25)
+    assert relative_l2(a, b) == pytest.approx(math.sqrt(2) / 5)
+    assert sqnr(a, b) == pytest.approx(10 * math.log10(25 / 2))
+    assert sqnr(a, a) == EQUAL_DB and relative_l2(a, a) == 0 and cosine(a, a) == pytest.approx(1)
+
+
+def test_zeros_are_no_division() -> None:
+    zero, one = torch.zeros(2), torch.ones(2)
+    assert cosine(zero, zero) == 1 and cosine(zero, one) == 0
+    assert relative_l2(zero, zero) == 0 and relative_l2(one, zero) == math.inf
+    assert sqnr(one, zero) == -EQUAL_DB

@@ -1,0 +1,275 @@
+"""The quality table on short runs of the demo: what it measures, and that it would see a loss."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ascendit
+from ascendit.demo.adherence import pick
+from ascendit.errors import Cancelled, UsageError
+from ascendit.mx.codec import decode, encode
+from ascendit.pipeline import generate, solver
+from ascendit.pipeline.generate import Pipeline
+from ascendit.quant.recipe import recipe_names
+from ascendit.quant.schemes import SCHEMES
+from ascendit.verify.quality import (
+    BASE,
+    Case,
+    bits_per_weight,
+    cases,
+    choose,
+    fingerprint,
+    layer_inputs,
+    layer_sqnr,
+    measure_quality,
+    trace,
+)
+from ascendit.verify.quality_table import Quality, Row
+
+SHORT: dict[str, Any] = {"num_inference_steps": 3, "num_frames": 5}
+PROMPT = "a red circle moves right on a black background"
+LAYER = "blocks.3.ffn.net.0.proj"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_repeatable: None) -> None:
+    torch.set_num_threads(1)
+
+
+@cache
+def demo(scheme: str | None = None) -> Pipeline:
+    return ascendit.load("demo", dtype="bfloat16", scheme=scheme)
+
+
+@cache
+def short_quality(jobs: int = 1) -> Quality:
+    chosen = choose(["mxfp8", "mxfp4"])
+    return measure_quality("demo", chosen, pick(2), [0], jobs=jobs, **SHORT)
+
+
+# ---- the rows -----------------------------------------------------------------------------------
+
+
+def test_every_scheme_and_every_recipe_has_a_row() -> None:
+    given = [case.options for case in cases()]
+    assert {o["scheme"] for o in given if "scheme" in o} == set(SCHEMES) - {"bf16"}
+    assert {o["recipe"] for o in given if "recipe" in o} == set(recipe_names()) - {"default"}
+    assert sum("step_policy" in o for o in given) >= 2
+    assert {c.name: c.most_lost for c in cases() if c.most_lost is not None} == {
+        "int8": 2,
+        "mxfp8": 2,
+        "recommended-fp4": 6,
+    }
+
+
+def test_choose() -> None:
+    assert [c.name for c in choose(["mxfp8", "own/mine.toml"])] == ["mxfp8", "own/mine.toml"]
+    assert choose(["own/mine.toml"])[0].options == {"recipe": "own/mine.toml"}
+    with pytest.raises(UsageError, match="case 'mxfp6'") as e:
+        choose(["mxfp6"])
+    assert e.value.code == "E-USE-01" and "mxfp4_dualscale" in e.value.needs
+
+
+# ---- a short measurement ------------------------------------------------------------------------
+
+
+def test_more_bits_are_nearer() -> None:
+    base, mxfp8, mxfp4 = short_quality().rows
+    assert [base.name, mxfp8.name, mxfp4.name] == ["bf16", "mxfp8", "mxfp4"]
+    assert (base.bits, mxfp8.bits, mxfp4.bits) == (16, 8.25, 4.25)
+    assert base.layers == {} and set(base.psnr) == {99.0} and set(base.ssim) == {1.0}
+    assert set(sum(base.distance, ())) == {0.0}
+    assert len(mxfp8.layers) == len(mxfp4.layers) == 2 * 80
+    worst8, worst4 = (min(row.layers.values()) for row in (mxfp8, mxfp4))
+    assert worst8 > 24 and 10 < worst4 < worst8 - 8
+    for a, b in zip(mxfp8.psnr, mxfp4.psnr, strict=True):
+        assert 99 > a > b
+    for row in (mxfp8, mxfp4):
+        assert all(len(video) == SHORT["num_inference_steps"] for video in row.cosine)
+        assert 0 < row.per_step["relative_l2"][0] < row.per_step["relative_l2"][-1] < 1
+        assert 0.5 < row.per_step["cosine"][-1] < row.per_step["cosine"][0] <= 1
+
+
+def test_two_threads_find_what_one_finds() -> None:
+    assert short_quality(jobs=2) == short_quality()
+
+
+def test_table_and_json() -> None:
+    quality = short_quality()
+    lines = quality.table().splitlines()
+    assert len(lines) == 2 + 3 and len({line.count("|") for line in lines}) == 1
+    assert "right of 2" in lines[0] and lines[3].startswith("| mxfp8 | 8.25 |")
+    told = json.loads(json.dumps(quality.as_dict()))
+    found = told["cases"][1]
+    assert found["layer_sqnr"]["layers"][found["layer_sqnr"]["worst_layer"]] == found["layer_sqnr"]["worst"]
+    assert told["videos"] == 2 and len(found["steps"]["cosine"]) == 3
+    assert found["steps"]["worst_cosine"] <= min(found["steps"]["cosine"])
+
+
+def test_the_same_weights_are_run_once() -> None:
+    """The two recipes differ in the attention alone, which is in BF16 here."""
+    told: list[str] = []
+    same = choose(["ascend-w4a4", "ascend-w4a4f4"])
+    fields = {**SHORT, "num_inference_steps": 1}
+    quality = measure_quality("demo", same, pick(1), [0], on_video=lambda c, _: told.append(c), **fields)
+    assert told == ["bf16", "ascend-w4a4"]
+    assert [row.name for row in quality.rows] == ["bf16", "ascend-w4a4", "ascend-w4a4f4"]
+    assert quality.rows[2] == replace(quality.rows[1], name="ascend-w4a4f4", options=same[1].options)
+
+
+def test_a_policy_or_a_weight_makes_another_mark() -> None:
+    one = fingerprint(demo("mxfp4"))
+    assert one == fingerprint(ascendit.load("demo", dtype="bfloat16", scheme="mxfp4"))
+    other = ascendit.load("demo", dtype="bfloat16", scheme="mxfp4", step_policy="0:w4a8")
+    kept = ascendit.load("demo", dtype="bfloat16", scheme="mxfp4", keep=["blocks.7.ffn.net.2"])
+    assert len({one, fingerprint(other), fingerprint(kept), fingerprint(demo())}) == 4
+
+
+def test_every_video_is_told_and_a_stop_is_heard() -> None:
+    told: list[tuple[str, bool]] = []
+    stop = threading.Event()
+
+    def on_video(case: str, right: bool) -> None:
+        told.append((case, right))
+        stop.set()
+
+    with pytest.raises(Cancelled):
+        measure_quality("demo", choose(["int8"]), pick(2), [0], cancel=stop, on_video=on_video, **SHORT)
+    assert [case for case, _ in told] == ["bf16"]
+
+
+def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
+    ascendit.quantize("demo", tmp_path / "q", scheme="int8")
+    with pytest.raises(UsageError, match="q is quantized") as e:
+        measure_quality(str(tmp_path / "q"), [], pick(1), [0], **SHORT)
+    assert e.value.code == "E-USE-01" and "quantized from" in e.value.fix
+
+
+# ---- one video ----------------------------------------------------------------------------------
+
+
+def test_trace_has_what_each_step_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[torch.Tensor] = []
+    make = solver.make_solver
+
+    def spied(request: Any) -> Any:
+        made = make(request)
+        step = made.step
+
+        def stepped(*given: Any) -> torch.Tensor:
+            left.append(step(*given))
+            return left[-1]
+
+        made.step = stepped  # type: ignore[assignment]
+        return made
+
+    monkeypatch.setattr(generate, "make_solver", spied)
+    request = demo().request(PROMPT, seed=3, **SHORT)
+    found = trace(demo(), request)
+    assert torch.equal(found.latents, torch.cat(left))
+    assert np.array_equal(found.frames, demo().run(request).frames)
+    assert not any(expert._forward_pre_hooks for expert in demo().experts)
+
+
+def test_numbers_that_are_not_finite_are_a_wrong_video() -> None:
+    pipe = ascendit.load("demo", dtype="bfloat16")
+    pipe.transformer.proj_out.weight.data.fill_(float("nan"))
+    found = trace(pipe, pipe.request(PROMPT, seed=3, **SHORT))
+    assert found.latents.shape[0] == 3 and bool(found.latents.isfinite().all())
+    assert not found.frames.any()
+
+
+# ---- layers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scheme", "rule"), [("int8", "amax"), ("mxfp8", "ceil"), ("mxfp4", "floor")])
+def test_a_layer_is_measured_as_written(scheme: str, rule: str) -> None:
+    plain, pipe = demo(), demo(scheme)
+    inputs = layer_inputs(plain, plain.request(PROMPT, seed=3, **SHORT))
+    found = layer_sqnr(plain, pipe, inputs)
+    x, w = inputs["transformer"][LAYER], plain.transformer.get_submodule(LAYER).weight
+    y = x.double() @ w.double().t()  # type: ignore[operator]
+    coded = decode(encode(w, scheme)).double()  # type: ignore[arg-type]
+    tokens = decode(encode(x, scheme, scale_rule=rule)).double()
+    noise = (tokens @ coded.t() - y).square().sum()
+    assert found[f"transformer/{LAYER}"] == pytest.approx(
+        float(10 * torch.log10(y.square().sum() / noise)), abs=0.15
+    )
+    assert x.shape == (512, 192) and float(x.float().std()) > 0.1
+
+
+def test_inputs_are_those_of_the_run() -> None:
+    """Each kept token of the first layer is one that the layer was given."""
+    request = demo().request(PROMPT, seed=3, **SHORT)
+    seen: list[torch.Tensor] = []
+    plain, weight = demo().transformer.ops, demo().transformer.get_submodule(LAYER).weight
+
+    def linear(x: torch.Tensor, w: Any, b: Any = None) -> torch.Tensor:
+        if w is weight:
+            seen.append(x.flatten(0, -2))
+        return plain.linear(x, w, b)
+
+    demo().transformer.ops = replace(plain, linear=linear)
+    try:
+        demo().run(request)
+    finally:
+        demo().transformer.ops = plain
+    kept = layer_inputs(demo(), request)["transformer"][LAYER]
+    given = {tuple(token) for token in torch.cat(seen).tolist()}
+    assert len(kept) == 512 and all(tuple(token) in given for token in kept.tolist())
+
+
+def test_bits_count_what_is_stored() -> None:
+    weights = 8 * 192**2 + 2 * 192 * 448  # of one block
+    scales = 8 * 192 + 448 + 192  # int8: one float32 for each row
+    assert bits_per_weight(demo("int8")) == pytest.approx(8 + 32 * scales / weights)
+    assert bits_per_weight(demo()) == 16
+
+
+# ---- the report ---------------------------------------------------------------------------------
+
+
+def row(name: str, right: str, most_lost: int | None = None) -> Row:
+    n = len(right)
+    return Row(
+        name=name,
+        most_lost=most_lost,
+        bits=8.25,
+        layers={"a": 30.0, "b": 28.0, "c": 31.0},
+        right=tuple(letter == "y" for letter in right),
+        psnr=tuple(40.0 + i for i in range(n)),
+        ssim=(0.99,) * n,
+        cosine=((1.0, 0.98),) * (n - 1) + ((0.9, 0.7),),
+        distance=((0.01, 0.1),) * (n - 1) + ((0.3, 0.6),),
+    )
+
+
+def test_lost_won_and_the_limit() -> None:
+    base, good, bad = row("bf16", "yyyyyn"), row("x", "yyyyny", 2), row("y", "nnyyyn", 2)
+    quality = Quality(model="m", device="cpu", prompts=6, seeds=(0,), rows=(base, good, bad))
+    assert (good.lost(base), good.won(base), bad.lost(base), bad.won(base)) == (1, 1, 2, 0)
+    assert good.allowed() == 1 and base.allowed() is None  # 2 of 192: of 6, rounded up
+    assert [(r.name, kept) for r, kept in quality.verdicts()] == [("x", True), ("y", False)]
+    assert good.cells(base)[1:] == [
+        "8.25",
+        "28.0 / 30.0",
+        "1.0000 / 0.9800 / 0.7000",
+        "0.0100 / 0.1000 / 0.6000",
+        "42.5 / 40.0",
+        "0.9900 / 0.9900",
+        "5",
+        "1 / 1",
+    ]
+
+
+def test_the_base_is_plain() -> None:
+    assert BASE.options == {} and isinstance(BASE, Case)

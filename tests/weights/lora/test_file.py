@@ -1,0 +1,109 @@
+"""What is no LoRA file, and settings of PEFT that cannot be followed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from convert.loras import save, shapes
+
+from ascendit.errors import AscenditError, CheckpointError, UsageError
+from ascendit.weights.lora.fold import Folds, LoraSource
+
+KEY = "transformer.blocks.0.attn1.to_q"
+PAIR = {f"{KEY}.lora_A.weight": torch.ones(2, 24), f"{KEY}.lora_B.weight": torch.ones(24, 2)}
+
+
+def error(path: Path, code: str) -> AscenditError:
+    with pytest.raises(AscenditError) as e:
+        Folds.open([LoraSource(path)], "transformer", shapes())
+    assert e.value.code == code
+    assert str(path) in e.value.got
+    return e.value
+
+
+def test_no_file(tmp_path: Path) -> None:
+    found = error(tmp_path / "hihg=a.safetensors", "E-USE-02")
+    assert "transformer_2=FILE" in found.needs
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin"])
+def test_a_pickle_is_refused_unread(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(b"cos\nsystem\n")
+    found = error(path, "E-USE-01")
+    assert isinstance(found, UsageError)
+    assert "a pickle can run any code" in found.got
+    assert "safetensors.torch.save_file" in found.fix
+
+
+def test_a_folder_is_refused_and_its_files_named(tmp_path: Path) -> None:
+    save(tmp_path / "pytorch_lora_weights.safetensors", PAIR)
+    assert "is a folder, which holds pytorch_lora_weights.safetensors" in error(tmp_path, "E-USE-01").got
+
+
+def test_another_ending(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    assert "is no .safetensors file" in error(tmp_path / "a.gguf", "E-USE-01").got
+
+
+def test_a_damaged_file(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.safetensors", PAIR).path
+    path.write_bytes(path.read_bytes()[:-4])
+    assert isinstance(error(path, "E-CKP-02"), CheckpointError)
+
+
+def test_no_tensors(tmp_path: Path) -> None:
+    assert "holds no tensors" in error(save(tmp_path / "a.safetensors", {}).path, "E-LRA-01").got
+
+
+SETTINGS = {
+    "not JSON": ("{", "not JSON"),
+    "nested too deep": ("[" * 100_000, "not JSON"),
+    "dora": ({"transformer.use_dora": True}, "DoRA is not folded"),
+    "lokr": ({"transformer.peft_type": "LOKR"}, "PEFT's LOKR is not folded"),
+    "alpha is a word": ({"transformer.lora_alpha": "8"}, "lora_alpha = '8'"),
+    "alpha is nan": ('{"transformer.lora_alpha": NaN}', "lora_alpha = nan"),
+    "alpha is zero": ({"transformer.lora_alpha": 0}, "lora_alpha = 0"),
+    "pattern is a list": (
+        {"transformer.lora_alpha": 1, "transformer.alpha_pattern": [1]},
+        "alpha_pattern = [1]",
+    ),
+    "pattern is an expression": (
+        {"transformer.lora_alpha": 1, "transformer.alpha_pattern": {r".*\d": 1}},
+        "which is no layer's name",
+    ),
+    "pattern without a number": (
+        {"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"to_q": None}},
+        "'to_q'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_cannot_be_followed(tmp_path: Path, case: str) -> None:
+    settings, words = SETTINGS[case]
+    text = settings if isinstance(settings, str) else json.dumps(settings)
+    source = save(tmp_path / "a.safetensors", PAIR, {"lora_adapter_metadata": text})
+    assert words in error(source.path, "E-LRA-01").got
+
+
+def test_settings_beside_the_file(tmp_path: Path) -> None:
+    source = save(tmp_path / "adapter_model.safetensors", PAIR)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true}')
+    assert "DoRA is not folded" in error(source.path, "E-LRA-01").got
+    (tmp_path / "adapter_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="not an object"):
+        Folds.open([source], "transformer", shapes())
+
+
+@pytest.mark.parametrize(
+    "settings", ["{}", "[]", "3", '{"text_encoder.lora_alpha": 7}', '{"transformer.r": 2}']
+)
+def test_settings_that_say_nothing(tmp_path: Path, settings: str) -> None:
+    source = save(tmp_path / "a.safetensors", PAIR, {"lora_adapter_metadata": settings})
+    folds = Folds.open([source], "transformer", shapes())
+    after = folds.fold("blocks.0.attn1.to_q.weight", torch.zeros(24, 24), 0)
+    assert torch.equal(after, torch.full((24, 24), 2.0))

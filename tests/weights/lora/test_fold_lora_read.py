@@ -1,0 +1,221 @@
+"""Every key is used, or E-LRA-01 names it and says why."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from convert.loras import IMAGE, IMAGE_LAYERS, LAYERS, block_layers, matrices, save, shapes, write
+from torch import Tensor
+
+from ascendit.errors import CheckpointError, UsageError
+from ascendit.weights.lora.fold import Folds, LoraSource
+
+Q = "diffusion_model.blocks.0.self_attn.q"
+DOWN, UP = torch.ones(2, 24), torch.ones(24, 2)
+PAIR = {f"{Q}.lora_down.weight": DOWN, f"{Q}.lora_up.weight": UP}
+
+
+def refused(tmp_path: Path, tensors: dict[str, Tensor], **extra: Any) -> CheckpointError:
+    source = save(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(CheckpointError) as e:
+        Folds.open([source], "transformer", shapes(**extra))
+    assert e.value.code == "E-LRA-01"
+    assert str(source.path) in e.value.got
+    assert "every key" in e.value.needs
+    return e.value
+
+
+BAD: dict[str, tuple[dict[str, Tensor], str]] = {
+    "misspelt": (
+        {f"{Q}x.diff": DOWN},
+        f"1 of 1 keys cannot be used: {Q}x.diff: no such layer; near: blocks.0.self_attn.q",
+    ),
+    "misspelt, kohya": (
+        {"lora_unet_blocks_0_self_attn_qq.diff": DOWN},
+        "lora_unet_blocks_0_self_attn_qq.diff: no such layer; near: blocks_0_self_attn_q",
+    ),
+    "nothing alike": ({"foo.diff": DOWN}, "foo.diff: no such layer"),
+    "another model": ({"double_blocks.0.img_attn.qkv.lora_A.weight": DOWN}, "no such layer"),
+    "block too high": ({"transformer.blocks.2.attn1.to_q.lora_A.weight": DOWN}, "the model has 2 blocks"),
+    "text encoder": ({"lora_te1_encoder_q.lora_down.weight": DOWN}, "a text encoder's LoRA is not folded"),
+    "text encoder of diffusers": ({"text_encoder.q.lora_A.weight": DOWN}, "a text encoder's LoRA"),
+    "no suffix": ({"diffusion_model.blocks": DOWN}, "no known kind of LoRA has such a key"),
+    "whole tensor": ({f"{Q}.weight": DOWN}, "a whole tensor, not a change"),
+    "dora of kohya": (PAIR | {f"{Q}.dora_scale": DOWN}, "q.dora_scale: DoRA is not folded"),
+    "dora of peft": (PAIR | {f"{Q}.lora_magnitude_vector": DOWN}, "DoRA is not folded"),
+    "dora of peft, newer": (PAIR | {f"{Q}.lora_magnitude_vector.weight": DOWN}, "DoRA is not folded"),
+    "set": ({f"{Q}.set_weight": DOWN}, "it replaces the weight"),
+    "reshape": (PAIR | {f"{Q}.reshape_weight": torch.tensor([24, 24])}, "changes the shape"),
+    "tucker": (PAIR | {f"{Q}.lora_mid.weight": DOWN}, "Tucker"),
+    "tucker loha": ({f"{Q}.hada_t1": DOWN}, "Tucker"),
+    "glora": ({f"{Q}.a1.weight": DOWN}, "GLoRA is not folded"),
+    "oft": ({f"{Q}.oft_blocks": DOWN}, "OFT is not folded"),
+    "up missing": (
+        {f"{Q}.lora_down.weight": DOWN},
+        "q.lora_down.weight: half of a pair: up of this layer is missing",
+    ),
+    "down missing": ({f"{Q}.lora_B.weight": UP}, "half of a pair: down of this layer is missing"),
+    "a quarter of loha": ({f"{Q}.hada_w1_a": UP, f"{Q}.hada_w1_b": DOWN}, "hada_w2_a and hada_w2_b of this"),
+    "half of lokr": ({f"{Q}.lokr_w1": UP}, "lokr_w2 of this layer is missing"),
+    "half of a lokr factor": (
+        {f"{Q}.lokr_w1": UP, f"{Q}.lokr_w2_a": UP},
+        "lokr_w2_b of this layer is missing",
+    ),
+    "too much lokr": (
+        {f"{Q}.lokr_w1": UP, f"{Q}.lokr_w1_a": UP, f"{Q}.lokr_w1_b": UP, f"{Q}.lokr_w2": UP},
+        "either lokr_w1 or its halves",
+    ),
+    "alpha alone": ({f"{Q}.alpha": torch.tensor(1.0)}, "q.alpha: no factors of this layer to scale"),
+    "alpha of a difference": (
+        {f"{Q}.diff": torch.ones(24, 24), f"{Q}.alpha": torch.tensor(1.0)},
+        "q.alpha: no factors of this layer to scale",
+    ),
+    "bias of no up": ({f"{Q}.lora_B.bias": torch.ones(24)}, "the factors of this layer are missing"),
+    "alpha of two": (PAIR | {f"{Q}.alpha": torch.ones(2)}, "q.alpha: F32 [2] holds no number"),
+    "alpha zero": (PAIR | {f"{Q}.alpha": torch.zeros(1)}, "holds no number to scale by"),
+    "alpha nan": (PAIR | {f"{Q}.alpha": torch.tensor(torch.nan)}, "holds no number to scale by"),
+    "alpha is bool": (PAIR | {f"{Q}.alpha": torch.tensor(True)}, "BOOL [] holds no number"),
+    "whole numbers": (
+        {f"{Q}.lora_A.weight": DOWN.to(torch.int8), f"{Q}.lora_B.weight": UP},
+        "q.lora_A.weight: I8 [2, 24] holds no floating-point rows",
+    ),
+    "no axes": ({f"{Q}.diff": torch.tensor(1.0)}, "F32 [] holds no floating-point rows"),
+    "ranks differ": (
+        {f"{Q}.lora_A.weight": DOWN, f"{Q}.lora_B.weight": torch.ones(24, 3)},
+        "ranks differ (up [24, 3], down [2, 24])",
+    ),
+    "rank nothing": ({f"{Q}.lora_A.weight": DOWN[:0], f"{Q}.lora_B.weight": UP[:, :0]}, "ranks differ"),
+    "another width": (
+        {f"{Q}.lora_A.weight": torch.ones(2, 5120), f"{Q}.lora_B.weight": torch.ones(5120, 2)},
+        "makes [5120, 5120], which is no change of the [24, 24] of blocks.0.attn1.to_q.weight",
+    ),
+    "another width, difference": (
+        {f"{Q}.diff_b": torch.ones(25)},
+        "q.diff_b: [25] is no change of the [24] of blocks.0.attn1.to_q.bias",
+    ),
+    "difference turned round": (
+        {"diffusion_model.blocks.0.ffn.0.diff": torch.ones(24, 200)},
+        "[24, 200] is no change of the [200, 24]",
+    ),
+    "two widths of loha": (
+        {
+            f"{Q}.hada_w1_a": UP,
+            f"{Q}.hada_w1_b": DOWN,
+            f"{Q}.hada_w2_a": UP,
+            f"{Q}.hada_w2_b": torch.ones(2, 25),
+        },
+        "no change of the [24, 24]",
+    ),
+    "another size of lokr": (
+        {f"{Q}.lokr_w1": UP, f"{Q}.lokr_w2": DOWN},
+        "makes [48, 48], which is no change",
+    ),
+    "another kernel": (
+        {
+            "diffusion_model.patch_embedding.lora_down.weight": torch.ones(2, 8, 2, 2, 1),
+            "diffusion_model.patch_embedding.lora_up.weight": torch.ones(24, 2, 1, 1, 1),
+        },
+        "down [2, 8, 2, 2, 1] has another kernel than the [24, 8, 1, 2, 2]",
+    ),
+    "more channels in": (
+        {"diffusion_model.patch_embedding.diff": torch.ones(24, 36, 1, 2, 2)},
+        "[24, 36, 1, 2, 2] is no change of the [24, 8, 1, 2, 2] of patch_embedding.weight",
+    ),
+    "bias of another width": (PAIR | {f"{Q}.lora_B.bias": torch.ones(2)}, "F32 [2] is no change of"),
+    "no bias there": (
+        {"diffusion_model.blocks.0.self_attn.norm_q.diff_b": torch.ones(24)},
+        "this layer has no bias",
+    ),
+    "two names for one": (
+        PAIR | {"transformer.blocks.0.attn1.to_q.lora_A.weight": DOWN},
+        f"means the same as {Q}.lora_down.weight",
+    ),
+    "two adapters": (
+        {f"{Q}.lora_A.one.weight": DOWN, f"{Q}.lora_A.two.weight": DOWN, f"{Q}.lora_B.one.weight": UP},
+        "lora_A.two.weight: means the same as",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_key_that_cannot_be_used_is_named(tmp_path: Path, case: str) -> None:
+    tensors, words = BAD[case]
+    assert words in refused(tmp_path, tensors).got
+
+
+@pytest.mark.parametrize("name", IMAGE_LAYERS.values())
+def test_image_layers_on_a_model_that_takes_no_image(tmp_path: Path, name: str) -> None:
+    key = f"diffusion_model.blocks.1.{name}"
+    tensors = {f"{key}.lora_down.weight": DOWN, f"{key}.lora_up.weight": UP}
+    error = refused(tmp_path, tensors)
+    assert "2 of 2 keys" in error.got
+    assert "takes no CLIP image tokens; this LoRA is for a Wan2.1 image-to-video model" in error.got
+    assert "use a LoRA made for this model" in error.fix
+    source = LoraSource(tmp_path / "a.safetensors")
+    assert len(Folds.open([source], "transformer", shapes(**IMAGE)).names) == 1
+
+
+def test_five_keys_are_named_and_the_rest_counted(tmp_path: Path) -> None:
+    tensors = {f"diffusion_model.blocks.{i}.self_attn.q.diff": torch.ones(24, 24) for i in range(2, 10)}
+    error = refused(tmp_path, tensors | PAIR)
+    assert "8 of 10 keys" in error.got
+    assert error.got.endswith("blocks.6.self_attn.q.diff: the model has 2 blocks; and 3 more")
+
+
+def test_a_lora_for_another_width_says_so(tmp_path: Path) -> None:
+    wide = shapes(num_attention_heads=4)
+    layers = block_layers(LAYERS)
+    factors = matrices(wide, layers)
+    tensors = write(factors, "transformer.{}".format, ".lora_A.weight", ".lora_B.weight")
+    error = refused(tmp_path, tensors)
+    assert "makes [48, 48], which is no change of the [24, 24]" in error.got
+    assert error.fix == "use a LoRA made for a model of this width and kind"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("role", ["down", "diff"])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float, role: str) -> None:
+    tensors = {name: tensor.clone() for name, tensor in PAIR.items()}
+    tensors[f"{Q}.diff"] = torch.ones(24, 24)
+    tensors[f"{Q}.diff" if role == "diff" else f"{Q}.lora_down.weight"][1, 3] = value
+    folds = Folds.open([save(tmp_path / "a.safetensors", tensors)], "transformer", shapes())
+    with pytest.raises(CheckpointError, match="values that are not finite") as e:
+        folds.fold("blocks.0.attn1.to_q.weight", torch.zeros(24, 24), 0)
+    assert e.value.code == "E-LRA-01"
+    assert role in e.value.got
+
+
+# ---- experts ----------------------------------------------------------------------------------------
+
+KEY = "blocks.0.attn1.to_q.diff"
+
+
+def two_experts(tmp_path: Path) -> Path:
+    tensors = {f"{name}.{KEY}": torch.ones(24, 24) for name in ("transformer", "transformer_2")}
+    return save(tmp_path / "a.safetensors", tensors).path
+
+
+@pytest.mark.parametrize("expert", ["transformer", "transformer_2"])
+def test_keys_for_the_other_expert_than_the_file_is_given_for(tmp_path: Path, expert: str) -> None:
+    other = {"transformer": "transformer_2", "transformer_2": "transformer"}[expert]
+    with pytest.raises(CheckpointError) as e:
+        Folds.open([LoraSource(two_experts(tmp_path), 1.0, expert)], expert, shapes())
+    assert f"{other}.{KEY}: for {other}, and the file is given for {expert}" in e.value.got
+    assert e.value.fix == f"give the file without {expert}= before it"
+
+
+def test_keys_for_an_expert_that_the_model_lacks(tmp_path: Path) -> None:
+    path = two_experts(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"transformer_2.{KEY}: for transformer_2, which this")
+    ):
+        Folds.open([LoraSource(path)], "transformer", shapes(), experts=("transformer",))
+    with pytest.raises(UsageError, match="is for transformer_2") as e:
+        Folds.open(
+            [LoraSource(path, 1.0, "transformer_2")], "transformer", shapes(), experts=("transformer",)
+        )
+    assert (e.value.code, e.value.exit_code) == ("E-USE-01", 2)

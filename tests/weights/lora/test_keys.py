@@ -1,0 +1,150 @@
+"""Prefixes, suffixes and paths of LoRA keys, for models of the published sizes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from ascendit.names import Shapes, expected_tensors, to_wan
+from ascendit.weights.lora.keys import (
+    FLAT_PREFIXES,
+    REFUSED,
+    SUFFIXES,
+    WRAPPERS,
+    Targets,
+    refusal,
+    split_key,
+)
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "14B": {},
+    "1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "2.1 I2V": {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120, "pos_embed_seq_len": 514},
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def shapes(request: pytest.FixtureRequest) -> Shapes:
+    return expected_tensors(CONFIGS[request.param])
+
+
+@pytest.fixture(scope="module")
+def targets(shapes: Shapes) -> Targets:
+    return Targets(shapes)
+
+
+def role_of(name: str) -> str:
+    return "diff_b" if name.endswith(".bias") else "diff"
+
+
+def test_every_tensor_is_found_under_every_name(shapes: Shapes, targets: Targets) -> None:
+    for name in shapes:
+        wan = to_wan(name)
+        assert wan is not None, name
+        for alias in (name, wan):
+            path = re.sub(r"\.(weight|bias)$", "", alias)
+            for prefix in (
+                "",
+                *WRAPPERS,
+                "transformer.base_model.model.",
+                "base_model.model.diffusion_model.",
+            ):
+                key = split_key(f"{prefix}{path}.{role_of(name)}")
+                assert targets.find(key) == name, key
+            for prefix in FLAT_PREFIXES:
+                key = split_key(f"{prefix}{path.replace('.', '_')}.{role_of(name)}")
+                assert targets.find(key) == name, key
+
+
+def test_no_two_tensors_have_one_flat_name(shapes: Shapes) -> None:
+    flat: dict[tuple[str, str], str] = {}
+    for name in shapes:
+        for alias in {name, to_wan(name) or name}:
+            path = re.sub(r"\.(weight|bias)$", "", alias).replace(".", "_")
+            assert flat.setdefault((path, role_of(name)), name) == name
+
+
+FLAT = {
+    "lora_unet_blocks_0_cross_attn_k.lora_down.weight": "blocks.0.attn2.to_k.weight",
+    "lora_unet_blocks_11_self_attn_o.alpha": "blocks.11.attn1.to_out.0.weight",
+    "lora_unet__blocks_1_ffn_0.lora_up.weight": "blocks.1.ffn.net.0.proj.weight",
+    "lora_unet_blocks_1_ffn_2.hada_w1_a": "blocks.1.ffn.net.2.weight",
+    "lora_unet_head_head.lora_down.weight": "proj_out.weight",
+    "lora_unet_text_embedding_2.lora_down.weight": "condition_embedder.text_embedder.linear_2.weight",
+    "lora_unet_time_embedding_0.lora_down.weight": "condition_embedder.time_embedder.linear_1.weight",
+    "lora_unet_time_projection_1.lora_down.weight": "condition_embedder.time_proj.weight",
+    "lora_unet_patch_embedding.lokr_w1": "patch_embedding.weight",
+    "lora_unet_blocks_3.diff_m": "blocks.3.scale_shift_table",
+    "lycoris_blocks_3_attn1_to_out_0.lokr_w2_b": "blocks.3.attn1.to_out.0.weight",
+    "lora_unet_head.diff_m": "scale_shift_table",
+    "diffusion_model.head.diff_m": "scale_shift_table",
+    "transformer.blocks.3.diff_m": "blocks.3.scale_shift_table",
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_known_names(name: str) -> None:
+    assert Targets(expected_tensors({})).find(split_key(name)) == FLAT[name]
+
+
+def test_image_layers_of_kohya() -> None:
+    targets = Targets(expected_tensors(CONFIGS["2.1 I2V"]))
+    assert (
+        targets.find(split_key("lora_unet_blocks_9_cross_attn_k_img.alpha"))
+        == "blocks.9.attn2.add_k_proj.weight"
+    )
+    key = split_key("lora_unet_img_emb_proj_3.lora_down.weight")
+    assert targets.find(key) == "condition_embedder.image_embedder.ff.net.2.weight"
+
+
+def test_only_these_prefixes_name_an_expert() -> None:
+    named = {prefix: split_key(f"{prefix}blocks.0.diff_m").expert for prefix in WRAPPERS}
+    assert named["transformer."] == "transformer"
+    assert named["transformer_2."] == "transformer_2"
+    assert split_key("transformer_2.base_model.model.blocks.0.diff_m").expert == "transformer_2"
+    assert {named[p] for p in WRAPPERS if not p.startswith("transformer")} == {None}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_suffixes(suffix: str) -> None:
+    key = split_key(f"diffusion_model.blocks.0.self_attn.q{suffix}")
+    assert (key.path, key.role, key.flat) == ("blocks.0.self_attn.q", SUFFIXES[suffix], False)
+    flat = split_key(f"lora_unet_blocks_0_self_attn_q{suffix}")
+    assert (flat.path, flat.role, flat.flat) == ("blocks_0_self_attn_q", SUFFIXES[suffix], True)
+
+
+def test_adapter_names_are_left_out() -> None:
+    key = split_key("transformer.blocks.0.attn1.to_q.lora_A.my-style_2.weight")
+    assert (key.path, key.role) == ("blocks.0.attn1.to_q", "down")
+    assert split_key("transformer.proj_out.lora_B.default.bias").role == "up_bias"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("x.dora_scale", "DoRA"),
+        ("x.lora_magnitude_vector.default.weight", "DoRA"),
+        ("x.set_weight", "replaces"),
+        ("x.lokr_t2", "Tucker"),
+        ("x.b2.weight", "GLoRA"),
+        ("x.oft_R.default.weight", "OFT"),
+        ("x.weight", "whole tensor"),
+    ],
+)
+def test_kinds_that_are_not_folded(name: str, words: str) -> None:
+    assert words in str(refusal(name))
+    assert split_key(name).role is None
+
+
+def test_no_suffix_is_refused_and_used() -> None:
+    assert [s for s in SUFFIXES for pattern, _ in REFUSED[:-1] if re.search(pattern, f"x{s}")] == []
+
+
+def test_the_nearest_name_is_of_the_same_block() -> None:
+    targets = Targets(expected_tensors({}))
+    assert targets.why_not(split_key("blocks.7.attn1.to_w.lora_A.weight")).endswith(
+        "near: blocks.7.attn1.to_v"
+    )
+    assert targets.why_not(split_key("blocks.40.attn1.to_q.lora_A.weight")) == "the model has 40 blocks"

@@ -1,0 +1,65 @@
+"""What reaches the file is what `mx.encode` makes of the whole weight, whatever the scheme and the rule."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from convert.models import CONFIG, read, same, tensors, write_transformer
+from mx import encoders
+
+from ascendit import mx
+from ascendit.checkpoint import reader
+from ascendit.checkpoint.writer import ShardWriter
+from ascendit.convert import quantize as quantize_module
+from ascendit.convert.quantize import quantize
+from ascendit.family import SCHEMES
+from ascendit.mx.formats import lookup
+
+VALUES = {"max:": ("7.25",), "msms:ceil_x:": ("7.25", "search")}
+RULES = [
+    (scheme.name, rule + value)
+    for scheme in SCHEMES.values()
+    if scheme.format is not None
+    for rule in lookup(scheme.format).rules
+    for value in VALUES.get(rule, ("",))
+]
+
+
+class Late(ShardWriter):
+    """Takes its time, so that codes wait while the next rows are encoded."""
+
+    def append(self, name, data):
+        time.sleep(0.0005)
+        super().append(name, data)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("scheme", "rule"), RULES)
+def test_every_rule(tmp_path, monkeypatch, scheme, rule, dtype):
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 10 * 4 * 64)
+    monkeypatch.setattr(quantize_module, "ShardWriter", Late)
+    folder = write_transformer(tmp_path / "model", dtype=dtype, num_layers=1)
+    quantize(folder, tmp_path / "out", scheme=scheme, scale_rule=rule)
+    found, compared = read(tmp_path / "out" / "transformer"), 0
+    for name, weight in tensors(CONFIG | {"num_layers": 1}, dtype=dtype).items():
+        if f"{name}_scale" in found:
+            encoded = mx.encode(weight, SCHEMES[scheme].format or "", scale_rule=rule)
+            assert same(found[name], encoded.codes) and same(found[f"{name}_scale"], encoded.scale)
+            if encoded.dual_scale is not None:
+                assert same(found[f"{name}_dual_scale"], encoded.dual_scale)
+            compared += 1
+    assert compared == 10
+
+
+@pytest.mark.parametrize("scheme", ["mxfp8", "mxfp4", "mxfp4_dualscale", "int8"])
+def test_without_a_compiler_the_folder_is_the_same(tmp_path: Path, monkeypatch, scheme: str) -> None:
+    folder = write_transformer(tmp_path / "model")
+    quantize(folder, tmp_path / "a", scheme=scheme)
+    encoders.take("pytorch", monkeypatch)
+    quantize(folder, tmp_path / "b", scheme=scheme, report=True)
+    encoders.forget()
+    ours, theirs = read(tmp_path / "a" / "transformer"), read(tmp_path / "b" / "transformer")
+    assert ours.keys() == theirs.keys() and all(same(ours[name], theirs[name]) for name in ours)

@@ -1,0 +1,143 @@
+"""Spellings that real exports do not have: other types, single files, FP8 by rows, tiles in a pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from convert import exports
+from kill import contents
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.transformer import read_expert
+from ascendit.convert.engine_formats import Dialect, dialect_for
+from ascendit.convert.repack import repack
+from ascendit.errors import UsageError
+from ascendit.weights.tensor_steps import schemes_of, smoothed_layers, steps_for, unlike_qkv
+
+
+def test_each_tensor_has_one_step() -> None:
+    for source in exports.ALL:
+        for part in recognise(source).experts:
+            expert = read_expert(part)
+            for dialect in (Dialect(), dialect_for("vllm-omni"), dialect_for("mindie")):
+                steps = steps_for(expert, dialect)
+                used = [info for step in (*steps.written, *steps.dropped) for info in step.sources]
+                assert sorted(x.name for x in used) == sorted(x.name for x in expert.tensors.values())
+                assert steps.names == [step.name for step in steps.written]
+
+
+def test_schemes_and_smoothing_of_an_expert() -> None:
+    expert = read_expert(recognise(exports.SMOOTH).experts[0])
+    schemes = schemes_of(expert)
+    assert len(schemes) == 60 and list(schemes)[:2] == ["blocks.0.attn1.to_q", "blocks.0.attn1.to_k"]
+    assert sorted(n for n, s in schemes.items() if s == "bf16" and ".0." not in n.removesuffix(".0")) == [
+        "blocks.3.attn2.to_out.0"
+    ]
+    assert smoothed_layers(expert) == set(schemes)
+    assert not unlike_qkv(expert)
+    legacy = schemes_of(read_expert(recognise(exports.LEGACY).experts[0]))
+    assert len(legacy) == 65 and legacy["condition_embedder.time_proj"] == "int8"
+
+
+def test_scales_in_the_e8m0_type(tmp_path: Path) -> None:
+    def retype(found: dict[str, Tensor], told: dict[str, Any]) -> None:
+        for name in [n for n in found if n.endswith("weight_scale")]:
+            found[name] = found[name].view(torch.float8_e8m0fnu)
+
+    source = exports.changed(exports.MXFP8, tmp_path / "source", retype)
+    report = repack(source, tmp_path / "out", check=True)
+    repack(exports.MXFP8, tmp_path / "plain")
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    files = [exports.without_padding(contents(tmp_path / x))[name] for x in ("out", "plain")]
+    assert files[0] == files[1] and report.experts[0].rewritten_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_scales_and_biases_of_other_types(dtype: torch.dtype, tmp_path: Path) -> None:
+    def retype(found: dict[str, Tensor], told: dict[str, Any]) -> None:
+        for name in [n for n in found if n.startswith("blocks.0.ffn.2.") and not n.endswith("weight")]:
+            found[name] = found[name].to(dtype)
+
+    source = exports.changed(exports.LEGACY, tmp_path / "source", retype)
+    repack(source, tmp_path / "out", check=True)
+    found, wanted = (
+        exports.tensors(tmp_path / "out" / "transformer"),
+        exports.tensors(source / "high_noise_model"),
+    )
+    for role in ("weight_scale", "weight_offset", "bias"):
+        tensor = found[f"blocks.0.ffn.net.2.{role}"]
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor.double(), wanted[f"blocks.0.ffn.2.{role}"].double())
+
+
+def test_fp8_by_rows(tmp_path: Path) -> None:
+    def rows(found: dict[str, Tensor], told: dict[str, Any]) -> None:
+        for name in [n.removesuffix(".weight_scale") for n in found if n.endswith("weight_scale")]:
+            n = found[f"{name}.weight"].shape[0]
+            found[f"{name}.weight_scale"] = torch.rand(n, 1).bfloat16()
+            told |= dict.fromkeys((f"{name}.weight", f"{name}.weight_scale"), "WFP8AFP8_DYNAMIC")
+        told["model_quant_type"] = "WFP8AFP8_DYNAMIC"
+
+    source = exports.changed(exports.MXFP8, tmp_path / "source", rows)
+    report = repack(source, tmp_path / "out", check=True)
+    assert report.schemes == {"fp8": 10} and report.experts[0].rewritten == {"to float32": 10}
+    found = exports.tensors(tmp_path / "out" / "transformer")["blocks.0.ffn.net.2.weight_scale"]
+    assert found.dtype == torch.float32 and found.shape == (128, 1)
+    repack(tmp_path / "out", tmp_path / "wan", to="wan")
+    repack(tmp_path / "wan", tmp_path / "again")
+    assert contents(tmp_path / "again" / "transformer") == contents(tmp_path / "out" / "transformer")
+    for engine in ("vllm-omni", "sglang", "mindie"):
+        with pytest.raises(UsageError, match="does not read FP8 with float scales"):
+            repack(tmp_path / "out", tmp_path / engine, engine=engine)
+
+
+def test_a_single_float_file_of_comfyui(tmp_path: Path) -> None:
+    source = exports.tensors(exports.EXPORTS.parent / "source_models" / exports.SINGLE)
+    file = tmp_path / "wan.safetensors"
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in source.items()}, file)
+    report = repack(file, tmp_path / "out", check=True)
+    found = exports.tensors(tmp_path / "out" / "transformer")
+    assert found.keys() == {exports.diffusers_name(name) for name in source}
+    for name, tensor in source.items():
+        assert torch.equal(found[exports.diffusers_name(name)], tensor)
+    assert report.experts[0].rewritten_bytes == 0 and report.experts[0].origin == "float"
+    assert not list((tmp_path / "out" / "transformer").glob("quant*"))
+
+
+def test_tiles_in_a_pipeline_folder_keep_its_parts(tmp_path: Path) -> None:
+    """As FP8 checkpoints are published: a Diffusers folder whose transformer has `weight_scale_inv`."""
+    repack(exports.EXPORTS.parent / "source_models" / exports.SINGLE, tmp_path / "float")
+    config = json.loads((tmp_path / "float" / "transformer" / "config.json").read_bytes())
+    marker = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    source = exports.pipeline(tmp_path / "source", {"transformer": config | {"quantization_config": marker}})
+    found = exports.tensors(tmp_path / "float" / "transformer")
+    linears = [n for n in found if n.startswith("blocks.") and n.endswith(".weight") and found[n].ndim == 2]
+    for name in linears:
+        n, k = found[name].shape
+        found[name] = found[name].float().mul(100).to(torch.float8_e4m3fn)
+        found[f"{name}_scale_inv"] = torch.full((-(-n // 128), -(-k // 128)), 0.01)
+    save_file(found, source / "transformer" / "diffusion_pytorch_model.safetensors")
+    report = repack(source, tmp_path / "out", check=True)
+    assert report.experts[0].rewritten == {"FP8 tiles to BF16": len(linears)} and report.warnings == ()
+    assert (tmp_path / "out" / "vae").resolve() == (source / "vae").resolve()
+    written = json.loads((tmp_path / "out" / "transformer" / "config.json").read_bytes())
+    assert written == config
+    name = "blocks.0.ffn.net.2.weight"
+    again = exports.tensors(tmp_path / "out" / "transformer")[name]
+    assert torch.equal(again, (found[name].float() * 0.01).bfloat16())
+
+
+def test_the_recipe_of_a_folder_stays_in_its_record(tmp_path: Path) -> None:
+    repack(exports.MXFP8, tmp_path / "first")
+    file = tmp_path / "first" / "ascendit.json"
+    recipe = {"name": "default", "about": "all alike", "rules": [{"layers": "*"}]}
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"recipe": recipe}))
+    repack(tmp_path / "first", tmp_path / "second")
+    assert json.loads((tmp_path / "second" / "ascendit.json").read_bytes())["recipe"] == recipe
+    assert "default: all alike" in (tmp_path / "second" / "README.md").read_text()
