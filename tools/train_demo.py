@@ -1,7 +1,7 @@
 """Train the demo model from nothing: VAE, text encoder and the two experts, on the synthetic world.
 
     python tools/train_demo.py --out build/demo            # about 100 minutes on two CPU cores
-    python tools/train_demo.py --out build/demo --export src/ascendit/demo
+    python tools/train_demo.py --out build/demo --export src/ascendit/demo/models/demo
 
 Stages run in order, each saves its state and is skipped when its file is there (`--from STAGE`
 repeats from one). A killed stage goes on from its last checkpoint. Everything is drawn from

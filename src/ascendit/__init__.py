@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ascendit.version import __version__
+
 if TYPE_CHECKING:
     from ascendit.convert.quantize import quantize
     from ascendit.convert.repack import repack
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from ascendit.pipeline.load import load
     from ascendit.pipeline.request import GenerateRequest
     from ascendit.pipeline.video import Video
-
-__version__ = "0.1.0"
 
 _WHERE = {
     "AscenditError": "ascendit.errors",
@@ -38,6 +38,10 @@ _WHERE = {
 }
 
 _PACKAGES = ("mx",)  # reached by `ascendit.mx.encode` too, without importing them by name
+
+for _folder in ("inspect",):  # named like a function: imported first, no later import can hide the function
+    importlib.import_module(f"ascendit.{_folder}")
+    del globals()[_folder]
 
 __all__ = [
     "AscenditError",

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ascendit.checkpoint.hub import DEMO
 from ascendit.demo import world
 from ascendit.demo.world import Motion, Scene
 
@@ -194,3 +195,10 @@ def test_a_direction_word_holds_its_directions() -> None:
         for word in words:
             for end, marks in ends.items():
                 assert any(m in word for m in marks) == (end in direction.split(" and ")), word
+
+
+def test_the_calibration_prompts_are_those_of_the_training_set() -> None:
+    """All of them, in all wordings, in an order in which neighbours differ (157 shares no factor with 366)."""
+    shown = [scene for scene in world.scenes() if scene.triple not in world.kept_back()]
+    lines = (DEMO.parent / "calibration_prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == [shown[i * 157 % len(shown)].prompt(i, i) for i in range(len(shown))]

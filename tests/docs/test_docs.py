@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
-DEMO = REPO / "src" / "ascendit" / "demo"
+DEMO = REPO / "src" / "ascendit" / "demo" / "models" / "demo"
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -167,7 +167,7 @@ def test_the_example_runs(block: Block, folders: dict[str, Path], commands: Path
     if block.no_test:
         pytest.skip(f"marked: {block.no_test}")
     if block.needs_demo and not DEMO.exists():
-        pytest.skip("the demo model is not in src/ascendit/demo")
+        pytest.skip("the demo model is not in src/ascendit/demo/models")
     done = run(block, folders[block.page], commands)
     assert done.returncode == block.exit_code, done.stdout + done.stderr
     if block.error:
@@ -189,7 +189,7 @@ def test_the_error_shown_is_the_one_that_comes(
     block: Block, text: str, tmp_path: Path, commands: Path
 ) -> None:
     if not DEMO.exists():
-        pytest.skip("the demo model is not in src/ascendit/demo")
+        pytest.skip("the demo model is not in src/ascendit/demo/models")
     assert run(block, tmp_path, commands).stderr.strip() == text.strip()
 
 
@@ -202,7 +202,7 @@ def test_example_files_are_short_and_run(path: Path, tmp_path: Path, commands: P
     code = path.read_text(encoding="utf-8")
     assert len(code.splitlines()) <= 40
     if not DEMO.exists():
-        pytest.skip("the demo model is not in src/ascendit/demo")
+        pytest.skip("the demo model is not in src/ascendit/demo/models")
     output = EXAMPLE_OUTPUTS[path.name]
     block = Block(path.name, 1, "bash", f'python "{path}" {output}', "")
     done = run(block, tmp_path, commands)

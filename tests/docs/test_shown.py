@@ -33,8 +33,8 @@ def pattern(shown: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_what_the_page_shows_is_what_comes(page: str, tmp_path: Path) -> None:
-    if not (REPO / "src" / "ascendit" / "demo").is_dir():
-        pytest.skip("the demo model is not in src/ascendit/demo")
+    if not (REPO / "src" / "ascendit" / "demo" / "models").is_dir():
+        pytest.skip("the demo model is not in src/ascendit/demo/models")
     ascendit = tmp_path / "bin" / "ascendit"
     ascendit.parent.mkdir()
     ascendit.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ascendit "$@"\n')

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from ascendit.checkpoint.layout import recognise
 from ascendit.errors import CheckpointError
-from ascendit.model.loader import load_library_part, load_transformer
+from ascendit.model.library_component import load_library_part
+from ascendit.model.loader import load_transformer
 from ascendit.ops.bind import bind
 from ascendit.weights.tensor_stream import TensorSink
 

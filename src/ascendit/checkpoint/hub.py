@@ -30,7 +30,7 @@ from urllib.request import Request, urlopen
 from ascendit.checkpoint.component import stays_inside
 from ascendit.errors import EnvironmentProblem, UsageError
 
-DEMO = Path(__file__).resolve().parents[1] / "demo"
+DEMO = Path(__file__).resolve().parents[1] / "demo" / "models" / "demo"
 """The model that comes with the package."""
 
 
@@ -46,7 +46,7 @@ def model_folder(model: str | Path, *, experts: bool = True) -> Path:
             raise EnvironmentProblem(
                 f"the demo model is not in this installation ({DEMO})",
                 needs="the weights that come with the package",
-                fix="install ascendit again, or: python tools/train_demo.py --export src/ascendit/demo",
+                fix="install ascendit again, or: python tools/train_demo.py --export src/ascendit/demo/models/demo",
                 code="E-ENV-01",
             )
         return DEMO

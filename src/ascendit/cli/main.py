@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ascendit import __version__
 from ascendit.cli.doctor import doctor
 from ascendit.cli.generate import generate
 from ascendit.cli.inspect import inspect
@@ -22,6 +21,7 @@ from ascendit.cli.quantize import quantize
 from ascendit.cli.repack import repack
 from ascendit.cli.verify import verify
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
+from ascendit.version import __version__
 
 COMMON = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose"}
 

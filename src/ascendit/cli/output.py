@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
-from ascendit import __version__
 from ascendit.errors import AscenditError
+from ascendit.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ascendit import __version__
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import INDEX_FILE, WORDS, Layout, recognise
 from ascendit.checkpoint.output_folder import link_or_copy
@@ -28,6 +27,7 @@ from ascendit.checkpoint.transformer import Expert
 from ascendit.convert.calibration import Outputs
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.names import TOLERATED, expected_tensors
+from ascendit.version import __version__
 
 _LICENCE = re.compile(r"(?:LICEN[CS]E|NOTICE)\b", re.IGNORECASE)
 

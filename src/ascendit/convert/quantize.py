@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascendit import __version__
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import INDEX_FILE, Layout, recognise
 from ascendit.checkpoint.output_folder import Staging, link_or_copy
@@ -47,6 +46,7 @@ from ascendit.errors import UsageError
 from ascendit.progress import ConversionProgress, OnConversionProgress
 from ascendit.quant.layer_rules import ModelKind
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
+from ascendit.version import __version__
 from ascendit.weights.lora.fold import Folds, LoraSource, parse_lora
 from ascendit.weights.quantize_plan import ExpertPlan, check_kind, plan_expert, warnings_for
 from ascendit.weights.quantize_writer import Advance, ExpertWriter, WriteBehind

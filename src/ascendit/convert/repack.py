@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascendit import __version__
 from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import WORDS, Layout, recognise
@@ -37,6 +36,7 @@ from ascendit.convert.engine_formats import (
 )
 from ascendit.convert.report import RepackedExpert, RepackReport, add_up
 from ascendit.progress import ConversionProgress, OnConversionProgress
+from ascendit.version import __version__
 from ascendit.weights import canonical_tensors
 from ascendit.weights.tensor_steps import (
     Step,

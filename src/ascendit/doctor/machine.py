@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ascendit
+from ascendit.checkpoint.hub import DEMO
 from ascendit.doctor import npu
 from ascendit.doctor.report import (
     Probe,
@@ -140,7 +141,7 @@ def _compiler() -> list[Row]:
 
 def _ascendit() -> list[Row]:
     folder = Path(ascendit.__file__).parent
-    demo = (folder / "demo" / "model_index.json").is_file()
+    demo = (DEMO / "model_index.json").is_file()
     return [
         Row(
             item="ascendit", found=f"{installed('ascendit') or 'not installed, run from source'} in {folder}"

@@ -27,9 +27,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ascendit.checkpoint.hub import DEMO
 from ascendit.checkpoint.layout import Layout
 from ascendit.convert.calibration import ALPHA, Found, Save, Statistics, check_alpha
-from ascendit.demo import world
 from ascendit.device.device import parse_device
 from ascendit.errors import UsageError
 from ascendit.model.wan import WanTransformer
@@ -45,8 +45,6 @@ from ascendit.weights.lora.fold import Folds, LoraSource
 
 DEMO_PROMPTS = 8
 """As many for `demo`."""
-_STRIDE = 157
-"""Shares no factor with the number of scenes: neighbours in the list differ in everything."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +109,13 @@ def defaults_of(layout: Layout) -> Defaults:
 
 
 def _of_the_demo(count: int, defaults: Defaults) -> list[Prompt]:
-    """Scenes that it was trained on, in all its wordings."""
+    """Prompts of its training set: neighbours in the file differ in everything."""
     if defaults.spec is None or defaults.spec.name != "ascendit-demo":
         _refuse(f"prompts of the demo model for {defaults.model}")
-    back = world.kept_back()
-    shown = [scene for scene in world.scenes() if scene.triple not in back]
-    if not 1 <= count <= len(shown):
-        _refuse(f"{count} prompts of the demo model, which has {len(shown)}")
-    chosen = [shown[i * _STRIDE % len(shown)] for i in range(count)]
-    return [Prompt(scene.prompt(i, i)) for i, scene in enumerate(chosen)]
+    lines = (DEMO.parent / "calibration_prompts.txt").read_text(encoding="utf-8").splitlines()
+    if not 1 <= count <= len(lines):
+        _refuse(f"{count} prompts of the demo model, which has {len(lines)}")
+    return [Prompt(line) for line in lines[:count]]
 
 
 def _from_file(path: Path) -> list[Prompt]:

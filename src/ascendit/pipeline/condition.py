@@ -17,8 +17,9 @@ from torch import Tensor
 from ascendit.errors import UsageError
 from ascendit.family import Task
 from ascendit.model.state import Grid
-from ascendit.pipeline.encoders import ImageEncoder, VideoCoder
 from ascendit.pipeline.request import GenerateRequest
+from ascendit.text.encoders import ImageEncoder
+from ascendit.vae.autoencoder import VideoCoder
 
 
 @dataclass(frozen=True)

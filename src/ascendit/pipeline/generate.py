@@ -25,13 +25,14 @@ from ascendit.model.wan import WanTransformer
 from ascendit.ops.bind import Ops
 from ascendit.ops.runtime import activate, memory_bytes
 from ascendit.pipeline.condition import Condition, make_condition, open_image
-from ascendit.pipeline.encoders import ImageEncoder, TextEncoder, VideoCoder
 from ascendit.pipeline.frame_checks import check_not_flat, to_uint8
 from ascendit.pipeline.request import Defaults, GenerateRequest, check, resolve
 from ascendit.pipeline.solver import TRAIN_STEPS, make_solver
 from ascendit.pipeline.video import Video
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepPolicy
+from ascendit.text.encoders import ImageEncoder, TextEncoder
+from ascendit.vae.autoencoder import VideoCoder
 
 log = logging.getLogger("ascendit")
 

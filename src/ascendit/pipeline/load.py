@@ -17,11 +17,12 @@ from ascendit.model.quantize_on_load import Online, policy_for, read_experts, sc
 from ascendit.ops.bind import bind
 from ascendit.ops.runtime import memory_bytes, open_device, to_dtype
 from ascendit.pipeline.defaults import defaults_for
-from ascendit.pipeline.encoders import ImageEncoder, TextEncoder, TextOn, VideoCoder
 from ascendit.pipeline.generate import Pipeline
 from ascendit.pipeline.request import load_record
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepPolicy
+from ascendit.text.encoders import ImageEncoder, TextEncoder, TextOn
+from ascendit.vae.autoencoder import VideoCoder
 
 
 def load(
