@@ -7,10 +7,8 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from ascendit.family import SPECS, VaeConfig, WanConfig, match, nearest_frames, nearest_sizes
+from ascendit.family import SPECS, VaeConfig, WanConfig, match
 
 P480 = {(832, 480), (480, 832)}
 P720 = {(1280, 720), (720, 1280)}
@@ -135,32 +133,6 @@ def test_match_is_none_when_one_figure_is_off(name: str, field: str, value: int)
 def test_match_needs_image_cross_attention_to_agree() -> None:
     assert match(**{**I2V_21, "image_cross_attention": False}, folder_name="Wan2.1-I2V-14B-480P") is None
     assert match(**{**SHAPES["Wan2.1-T2V-14B"], "image_cross_attention": True}) is None
-
-
-@given(st.integers(1, 5000), st.integers(1, 8))
-def test_nearest_frames_enclose_what_was_asked(frames: int, stride: int) -> None:
-    low, high = nearest_frames(frames, stride)
-    assert low <= frames < high == low + stride
-    assert low % stride == high % stride == 1 % stride
-
-
-@given(st.integers(-50, 0))
-def test_nearest_frames_are_never_below_one(frames: int) -> None:
-    assert nearest_frames(frames) == (1, 5)
-
-
-@given(st.integers(1, 5000), st.sampled_from([8, 16, 32]))
-def test_nearest_sizes_enclose_what_was_asked(pixels: int, multiple: int) -> None:
-    low, high = nearest_sizes(pixels, multiple)
-    assert high == low + multiple and low % multiple == 0 and low >= multiple
-    assert low <= pixels < high or (pixels < multiple == low)
-
-
-def test_examples_a_user_meets() -> None:
-    assert nearest_frames(80) == (77, 81)
-    assert nearest_frames(120) == (117, 121)
-    assert nearest_sizes(720, 32) == (704, 736)
-    assert nearest_sizes(850, 16) == (848, 864)
 
 
 def test_the_table_needs_no_torch() -> None:

@@ -215,18 +215,6 @@ def match(
     return found[0] if found else None
 
 
-def nearest_frames(num_frames: int, stride: int = 4) -> tuple[int, int]:
-    """The two legal frame counts (stride x n + 1) around an illegal one, smallest 1."""
-    low = max(1, (num_frames - 1) // stride * stride + 1)
-    return low, low + stride
-
-
-def nearest_sizes(pixels: int, multiple: int) -> tuple[int, int]:
-    """The two legal widths or heights around an illegal one, smallest `multiple`."""
-    low = max(multiple, pixels // multiple * multiple)
-    return low, low + multiple
-
-
 # ---- config.json of transformer and VAE ---------------------------------------------------------------
 
 

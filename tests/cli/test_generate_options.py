@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ascendit.cli import main
 from ascendit.cli.generate import flag_values
-from ascendit.cli.generate_options import frames_for, make_plan, read_call
+from ascendit.cli.generate_options import make_plan, read_call
 from ascendit.errors import UsageError
 
 
@@ -69,19 +69,6 @@ def test_a_bad_flag_value_names_the_flag():
     with pytest.raises(UsageError) as e:
         call(["d", "p"], flags={"text_on": "gpu"})
     assert "text_on=gpu" in e.value.got and e.value.needs == "text_on: cpu or device or drop"
-
-
-@given(st.floats(0.01, 60), st.integers(1, 60))
-def test_frames_for_is_the_nearest_legal_length(seconds, fps):
-    frames = frames_for(seconds, fps)
-    assert frames % 4 == 1 and frames >= 1
-    assert abs((frames - 1) - seconds * fps) <= 2
-
-
-def test_frames_for():
-    assert frames_for(5, 16) == 81 and frames_for(5, 24) == 121
-    with pytest.raises(UsageError, match="--seconds 0"):
-        frames_for(0, 16)
 
 
 def test_a_plan_fills_what_is_left_out(model, tmp_path):

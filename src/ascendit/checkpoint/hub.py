@@ -46,7 +46,8 @@ def model_folder(model: str | Path, *, experts: bool = True) -> Path:
             raise EnvironmentProblem(
                 f"the demo model is not in this installation ({DEMO})",
                 needs="the weights that come with the package",
-                fix="install ascendit again, or: python tools/train_demo.py --export src/ascendit/demo/models/demo",
+                fix="install ascendit again, or: python tools/train_demo.py "
+                "--export src/ascendit/demo/models/demo",
                 code="E-ENV-01",
             )
         return DEMO

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+from ascendit import geometry
 from ascendit.errors import UsageError
 from ascendit.family import VaeConfig, WanConfig
 
@@ -328,12 +329,15 @@ class Plan:
     def video_tokens(self) -> int:
         """Tokens of the video in one pass of a transformer."""
         vae = VaeConfig.from_dict(self.layout.part("vae").config)
-        patch = self.layout.experts[0].config.get("patch_size", WanConfig.patch_size)
-        spatial, temporal = vae.scale_factor_spatial, vae.scale_factor_temporal
-        r = self.request
-        frames = (r.num_frames - 1) // temporal + 1
-        pixels = (r.height // spatial // patch[1]) * (r.width // spatial // patch[2])
-        return int(frames // patch[0] * pixels)
+        patch_size = self.layout.experts[0].config.get("patch_size", WanConfig.patch_size)
+        latents = geometry.latent_grid(
+            self.request.num_frames,
+            self.request.height,
+            self.request.width,
+            frame_stride=vae.scale_factor_temporal,
+            stride=vae.scale_factor_spatial,
+        )
+        return geometry.num_tokens(geometry.patch_grid(latents, patch_size))
 
     def as_dict(self) -> dict[str, Any]:
         """What `--dry-run --json` prints."""
@@ -397,7 +401,7 @@ def make_plan(call: Call, output: Path | None, *, overwrite: bool) -> Plan:
     defaults = defaults_for(layout)
     fields = dict(call.fields)
     if call.seconds is not None:
-        fields["num_frames"] = frames_for(
+        fields["num_frames"] = geometry.frames_for(
             call.seconds, fields.get("fps") or defaults.fps, defaults.frame_stride
         )
     request = resolve(defaults, call.prompt, **fields)
@@ -455,18 +459,6 @@ def check_numbers(call: Call, layout: Layout, request: GenerateRequest) -> None:
     policy.check_steps(request.num_inference_steps)
     if gated:
         device.check_schemes(schemes_in(found))
-
-
-def frames_for(seconds: float, fps: int, stride: int = 4) -> int:
-    """The legal number of frames (stride x n + 1) nearest to `seconds` of video."""
-    if not 0 < seconds < 3600:
-        raise UsageError(
-            f"--seconds {seconds:g}",
-            needs="a length above 0 and below 3600 seconds",
-            fix="--seconds 5",
-            code="E-USE-01",
-        )
-    return stride * round(seconds * fps / stride) + 1
 
 
 def _model_and_prompt(words: list[str], demo: bool, model: str | None, prompt: str | None) -> tuple[str, str]:

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import IO, Any
 
+from ascendit import environment, twin
 from ascendit.device.device import Device, parse_device
 from ascendit.doctor.comparison import Result, worst
 from ascendit.doctor.hardware_questions import question_cases
@@ -32,7 +33,7 @@ from ascendit.doctor.operator_cases import Card, Case, function_cases, operator_
 from ascendit.doctor.report import installed
 from ascendit.errors import AscenditError, EnvironmentProblem
 from ascendit.ops.runtime import open_device
-from ascendit.version import __version__, environment, twin
+from ascendit.version import __version__
 
 FORMAT = 1
 """Of the JSON; goes up when the meaning of a key changes."""

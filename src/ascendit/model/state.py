@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ascendit.geometry import Grid, num_tokens
 from ascendit.schedule import Precision, StepPolicy
 
-Grid = tuple[int, int, int]
-"""(frames, height, width) in patches."""
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values [B, L, H, d]."""
 
@@ -87,8 +86,7 @@ class DenoiseState:
     @property
     def num_tokens(self) -> int:
         """Length S of the video sequence."""
-        f, h, w = self.shared.grid
-        return f * h * w
+        return num_tokens(self.shared.grid)
 
 
 def rope_table(

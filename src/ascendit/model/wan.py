@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ascendit.family import WanConfig
+from ascendit.geometry import Grid, patch_grid
 from ascendit.model.linear import QuantLinear, Tokens, dtype_of, linear
-from ascendit.model.state import DenoiseState, Grid, KeyValue, Modulation, RopeTable, Shared, rope_table
+from ascendit.model.state import DenoiseState, KeyValue, Modulation, RopeTable, Shared, rope_table
 from ascendit.ops.bind import Ops
 from ascendit.schedule import Precision, StepPolicy
 
@@ -139,8 +140,7 @@ class WanTransformer(nn.Module):
 
     def grid_of(self, x: Tensor) -> Grid:
         """Patches along frames, height and width of latents [B, C, F, H, W]."""
-        f, h, w = (n // p for n, p in zip(x.shape[2:], self.config.patch_size, strict=True))
-        return f, h, w
+        return patch_grid(x.shape[2:], self.config.patch_size)
 
     # ---- once for each prompt -------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ascendit.errors import UsageError
 from ascendit.family import Task
-from ascendit.model.state import Grid
+from ascendit.geometry import Grid
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.text.encoders import ImageEncoder
 from ascendit.vae.autoencoder import VideoCoder

@@ -6,9 +6,9 @@ Configs only: no weights are opened, and torch is not imported.
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
+from ascendit import geometry
 from ascendit.checkpoint.layout import Layout
 from ascendit.errors import CheckpointError
 from ascendit.family import Task, VaeConfig, WanConfig, WanSpec, match
@@ -81,7 +81,8 @@ def defaults_for(layout: Layout) -> Defaults:
         second = GENERIC["guidance_scale"] if experts == 2 else None
         values = {**GENERIC, "fps": 16, "flow_shift": folder_shift, "guidance_scale_2": second}
         values["boundary_ratio"] = boundary if experts == 2 else None
-    multiple = size_multiple(layout, config)
+    stride = vae_config(layout).scale_factor_spatial
+    multiple = geometry.size_multiple(stride, config.get("patch_size", WanConfig.patch_size))
     if spec is None:  # the generic size, moved onto this model's grid
         values["width"], values["height"] = (max(1, v // multiple) * multiple for v in (832, 480))
     for note in notes:
@@ -127,13 +128,6 @@ def spec_for(layout: Layout, task: Task) -> WanSpec | None:
 def vae_config(layout: Layout) -> VaeConfig:
     """The strides of the VAE."""
     return VaeConfig.from_dict(layout.part("vae").config)
-
-
-def size_multiple(layout: Layout, config: dict[str, Any]) -> int:
-    """Width and height must be multiples of this: VAE stride x patch, and 16 as in Diffusers' pipelines."""
-    stride = vae_config(layout).scale_factor_spatial
-    patches = config.get("patch_size", WanConfig.patch_size)[1:]
-    return math.lcm(16, *(stride * int(p) for p in patches))
 
 
 def scheduler_of(layout: Layout) -> tuple[Solver, float, list[str]]:

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from ascendit.errors import RequestError, UsageError
-from ascendit.family import Task, WanSpec, nearest_frames, nearest_sizes
+from ascendit.family import Task, WanSpec
+from ascendit.geometry import nearest_frames, nearest_sizes
 
 DEFAULTS: Mapping[str, str] = {"device": "cpu", "text_on": "device"}
 """What `load` does where nothing is said; a replay line leaves these out."""

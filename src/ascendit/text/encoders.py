@@ -1,4 +1,4 @@
-"""The encoders of prompt and first image, through transformers: tensors as WanPipeline has them, to the bit."""
+"""Encoders of prompt and first image, through transformers: tensors as WanPipeline has them, to the bit."""
 
 from __future__ import annotations
 

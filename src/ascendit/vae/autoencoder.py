@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ascendit.checkpoint.layout import Layout
+from ascendit.geometry import latent_grid
 from ascendit.model.library_component import load_library_part
 
 
@@ -22,8 +23,8 @@ class VideoCoder:
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
         """[1, z_dim, F, H, W] of a video."""
-        frames = (num_frames - 1) // self.frame_stride + 1
-        return 1, self.z_dim, frames, height // self.stride, width // self.stride
+        strides = {"frame_stride": self.frame_stride, "stride": self.stride}
+        return 1, self.z_dim, *latent_grid(num_frames, height, width, **strides)
 
     @torch.inference_mode()
     def encode(self, video: Tensor) -> Tensor:
