@@ -26,6 +26,7 @@ ORDER = (
     "version",
     "errors",
     "environment",
+    "progress",
     "family",
     "names",
     "native",
@@ -64,13 +65,20 @@ SUBPACKAGES = frozenset(RANK) - {
     "version",
     "errors",
     "environment",
+    "progress",
     "family",
     "names",
     "schedule",
     "geometry",
 }
 
-# Imports of our own modules inside a function, `cli` aside: importer, what it imports, and why not at the top.
+SAME_NAME = {
+    "ops": {"attention"},
+    "kernels": {"attention"},
+    "inspect": {"inspect"},
+    "cli": {"inspect", "doctor", "verify"},
+}
+# Imports of our own modules inside a function, `cli` aside: (importer, imported) -> why not at the top.
 LATE: dict[tuple[str, str], str] = {}
 
 HEAVY = ("torch", "diffusers", "transformers", "av")
@@ -89,8 +97,6 @@ LIGHT = (
     "convert.repack",
     "model.quantize_on_load",
     "pipeline.request",
-    "pipeline.replay",
-    "pipeline.progress",
     "pipeline.defaults",
     "demo.world",
     "inspect.*",
@@ -437,12 +443,8 @@ def test_no_public_function_bears_a_subpackages_name() -> None:
     found = []
     for path in importable():
         name = module_name(path)
-        # An operator bears the operator's name: `attention` is torch's word for it. A command that of its folder.
-        allowed = {"ops": {"attention"}, "kernels": {"attention"}, "inspect": {"inspect"}}.get(
-            folder_of(name), set()
-        )
-        if folder_of(name) == "cli":
-            continue
+        # An operator bears the operator's name: `attention` is torch's word for it; a command that of its folder.
+        allowed = SAME_NAME.get(folder_of(name), set())
         clashes = own_callables(importlib.import_module(name)) & SUBPACKAGES - allowed
         found += [f"{name}.{key}" for key in sorted(clashes)]
     assert found == []
