@@ -63,7 +63,7 @@ def test_the_check_sees_what_it_should() -> None:
     code = (
         'if device.startswith("npu"):\n    pass\n'
         "import torch_npu\n"
-        "from ascendit.ops.npu.linear import kernels\n"
+        "from ascendit.ops.npu.linear import list_kernels\n"
         "from ascendit.device import npu_settings\n"
         "torch.npu.synchronize()\n"
         "x = torch.ops.mindiesd.adaln(x)\n"

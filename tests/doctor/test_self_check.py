@@ -210,7 +210,7 @@ def test_a_wrong_function_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from ascendit.kernels.kernel import Kernel
 
     wrong = Kernel("rms_norm", "cpu", lambda x, weight, eps: x, "cpu: wrong")
-    monkeypatch.setattr(elementwise, "kernels", lambda: (wrong,))
+    monkeypatch.setattr(elementwise, "list_kernels", lambda: (wrong,))
     assert [r.name for r in self_check("cpu").failed] == ["rms_norm"]
 
 

@@ -96,7 +96,7 @@ def test_a_chip_without_the_matmul_says_so_or_emulates(scheme: str) -> None:
 SAME = [*((s, "a5") for s in ("bf16", *SCHEMES)), ("bf16", "a2")]
 """(scheme, chip) of the same bytes as on the CPU. On a2 and a3 the quantizer of int8 divides otherwise."""
 compiled = pytest.mark.skipif(
-    not attention.kernels()[0].needs, reason="without the C++ attention a CPU rounds its weights to BF16"
+    not attention.list_kernels()[0].needs, reason="without the C++ attention a CPU rounds its weights to BF16"
 )
 
 

@@ -18,7 +18,9 @@ from ascendit.ops.npu.kernels import KERNELS
 from ascendit.quant.schemes import LINEAR_SCHEMES
 from ascendit.twin import cpu_kernels
 
-compiled = pytest.mark.skipif(not attention.kernels()[0].needs, reason="the C++ attention is not built here")
+compiled = pytest.mark.skipif(
+    not attention.list_kernels()[0].needs, reason="the C++ attention is not built here"
+)
 EPS = 1e-6
 
 
@@ -117,4 +119,4 @@ def test_a_weight_in_fractal_nz_gives_the_same() -> None:
 
 def test_an_npu_takes_no_other_rows_than_a_cpu() -> None:
     rounded = {k.operator for k in KERNELS if k.prepare is in_dtype}
-    assert rounded == {k.operator for k in elementwise.kernels() if k.prepare is in_dtype}
+    assert rounded == {k.operator for k in elementwise.list_kernels() if k.prepare is in_dtype}

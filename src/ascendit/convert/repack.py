@@ -102,7 +102,7 @@ def repack(
 
     `src`: a path in any layout that `checkpoint.layout` knows, or hf:/ms: and a name. `base`: the Diffusers
     folder of the model, which gives the other parts and the configs. `to`: `diffusers` (default) or `wan`.
-    `engine`: a key of `spec.ENGINES`, for its dialect. `check`: decode both sides and compare. `copy`: copy
+    `engine`: a key of `ENGINES`, for its dialect. `check`: decode both sides and compare. `copy`: copy
     other parts instead of linking them. `resume`: go on where a killed run ended. `dry_run`: plan only.
 
     Raises UsageError (E-ENG-01: what the engine cannot load; E-USE-01/02/03/06), CheckpointError (E-CKP-..),

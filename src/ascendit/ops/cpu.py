@@ -12,6 +12,6 @@ if TYPE_CHECKING:
     from ascendit.device.device import Device
 
 
-def kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
+def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
     """The best of each operator first; one for each scheme. The C++ sources are compiled on first use."""
-    return (*elementwise.kernels(), *attention.kernels(), *linear.kernels(wish.emulate))
+    return (*elementwise.list_kernels(), *attention.list_kernels(), *linear.list_kernels(wish.emulate))

@@ -1,8 +1,8 @@
 """Choose a kernel: `select(operator, device, wish)` takes the first one that the device has.
 
-Each backend has one module with `kernels(device, wish)`: its kernels for every operator and every scheme of
-quantized linear layers, the best first. The module is imported when a device of that backend is first used,
-so a CPU never loads Triton or the NPU's calls.
+Each backend has one module with `list_kernels(device, wish)`: its kernels for every operator and every
+scheme of quantized linear layers, the best first. The module is imported when a device of that backend is
+first used, so a CPU never loads Triton or the NPU's calls.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BACKENDS = {"cpu": "ascendit.ops.cpu", "cuda": "ascendit.ops.cuda.kernels", "npu
 def kernels_of(device: Device, wish: Wish) -> Sequence[Kernel]:
     """Every kernel that this device may have, the best of each operator first."""
     backend: Any = importlib.import_module(BACKENDS[device.operators])
-    found: Sequence[Kernel] = backend.kernels(device, wish)
+    found: Sequence[Kernel] = backend.list_kernels(device, wish)
     return found
 
 

@@ -25,13 +25,13 @@ _CPU = torch.device("cpu")
 
 @functools.cache
 def _on_a_cpu(operator: str) -> Function:
-    listed = (*elementwise.kernels(), *attention.kernels())
+    listed = (*elementwise.list_kernels(), *attention.list_kernels())
     return next(k.call for k in listed if k.operator == operator)
 
 
 @functools.cache
 def _linears_on_a_cpu() -> Mapping[str, QuantLinearKernel]:
-    return {k.operator: k for k in cpu_linear.kernels(None)}
+    return {k.operator: k for k in cpu_linear.list_kernels(None)}
 
 
 def rms_norm(x: Tensor, gamma: Tensor, epsilon: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ascendit.kernels import reference
 from ascendit.kernels.cpu import attention, elementwise
 
-COMPILED = {k.operator: k.call for k in (*attention.kernels(), *elementwise.kernels()) if k.needs}
+COMPILED = {k.operator: k.call for k in (*attention.list_kernels(), *elementwise.list_kernels()) if k.needs}
 HALF_STEP = 2.0**-8  # of the largest value: half a BF16 step is 2^-9, and the last bit may fall either way
 
 

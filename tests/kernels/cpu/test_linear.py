@@ -248,7 +248,7 @@ def test_more_tokens_than_are_taken_at_a_time_on_any_number_of_threads(scheme):
 def test_each_scheme_says_how_it_is_computed(way):
     for emulate in EMULATE:
         words = "once" if emulate else "on each use"
-        found = {k.operator: k for k in cpu_linear.kernels(emulate)}
+        found = {k.operator: k for k in cpu_linear.list_kernels(emulate)}
         assert list(found) == list(LINEAR_SCHEMES)
         in_bytes = cpu_linear.IN_BYTES if way == "compiled" else ("int8",)
         for scheme, kernel in found.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_long_inputs_go_through_memory_in_pieces(monkeypatch, scheme):
     assert list(cuda_values.pieces(300, 8)) == [slice(0, 256), slice(256, 300)]
     encoded, bias = weight_of(scheme, 24, 64)
     x = tokens_of(150, 64, torch.float32)
-    forms = [dequantized(PLAIN), scaled(PLAIN)]
+    forms: list[Any] = [dequantized(PLAIN), scaled(PLAIN)]
     for form in forms[:1] if "dual" in scheme else forms:
         weight = form.prepare_weight(encoded, bias, HOST)
         out = form.quantized_linear(form.quantize_activation(x, scheme), weight)
@@ -262,7 +263,7 @@ def test_the_check_accepts_right_forms_and_sees_wrong_ones(scheme):
 
 def test_without_a_card_there_are_no_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cuda_linear.kernels(parse_device("cuda"), None) == ()
+    assert cuda_linear.list_kernels(parse_device("cuda"), None) == ()
 
 
 # ---- on a card ----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ascendit.native.build import declared, native
 LARGEST_HEAD = 256
 
 
-def kernels() -> tuple[Kernel, ...]:
+def list_kernels() -> tuple[Kernel, ...]:
     """The best first."""
     fused = Kernel("attention", "cpu", attention, "cpu: fused PyTorch kernel")
     built = declared(native("attention"), {"attention_bf16": "ppppppiiii"}, None)

@@ -24,7 +24,7 @@ from ascendit.native.build import declared, native
 SOURCE = "elementwise"
 
 
-def kernels() -> tuple[Kernel, ...]:
+def list_kernels() -> tuple[Kernel, ...]:
     """The best of each operator first. Rows of a modulation are rounded, because an NPU takes no others."""
     reason = "cpu: fused PyTorch kernel"
     fused = (Kernel(f.__name__, "cpu", f, reason, prepare=ROWS.get(f.__name__)) for f in FUSED)

@@ -64,7 +64,7 @@ def library() -> Built:
     return declared(native("linear"), SIGNATURES)
 
 
-def kernels(emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:
+def list_kernels(emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:
     """One for each scheme. Emulated are those that are decoded to another format first."""
     built, once = library(), emulate == "decode-once"
     if built.library is None:

@@ -25,7 +25,7 @@ LIMIT = 4e-3
 """Largest relative error of an operator on bfloat16 tokens that is right."""
 
 
-def kernels(place: str) -> tuple[Kernel, ...]:
+def list_kernels(place: str) -> tuple[Kernel, ...]:
     """Those that give the numbers of `reference` on that very card."""
     fast, version = steps()
     if fast is None or not torch.cuda.is_available():

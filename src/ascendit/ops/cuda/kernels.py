@@ -19,6 +19,6 @@ PYTORCH = tuple(
 """PyTorch has a fused kernel for these, called as on a CPU."""
 
 
-def kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
+def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
     """The best of each operator first."""
-    return (*dense.kernels(device.torch_name), *PYTORCH, *linear.kernels(device, wish.emulate))
+    return (*dense.list_kernels(device.torch_name), *PYTORCH, *linear.list_kernels(device, wish.emulate))

@@ -77,7 +77,7 @@ class Card:
         return cls(torch.cuda.get_device_name(where), capability, scaled_mm, torch.version.hip is not None)
 
 
-def kernels(device: Device, emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:
+def list_kernels(device: Device, emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:
     """Best first; a kernel is tried when it is next in line, once for each card and process."""
     card = Card.of(device)
     return () if card is None else _kernels(card, torch.device(device.torch_name), emulate)

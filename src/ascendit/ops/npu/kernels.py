@@ -72,10 +72,10 @@ KERNELS: tuple[Kernel, ...] = (
 """The dense operators. `needs`: the operator of torch.ops that is called."""
 
 
-def kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
+def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
     """Those of `KERNELS`, and the schemes that this chip has a matmul for."""
     chip = str(device.chip)
-    return (*(_on(chip, k) for k in KERNELS), *linear.kernels(device))
+    return (*(_on(chip, k) for k in KERNELS), *linear.list_kernels(device))
 
 
 def _on(chip: str, kernel: Kernel) -> Kernel:

@@ -273,7 +273,7 @@ MATMULS: Mapping[str, Callable[[Activation, PreparedWeight], Tensor]] = {
 }
 
 
-def kernels(device: Device) -> tuple[QuantLinearKernel, ...]:
+def list_kernels(device: Device) -> tuple[QuantLinearKernel, ...]:
     """The schemes that this chip has a matmul for; the others are refused, or decoded where asked."""
     prepare = partial(prepare_weight, internal_format=lambda: internal_format(device, True))
     return tuple(
