@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ascendit import mx
 from ascendit.kernels import reference
-from ascendit.ops.bind import bind
+from ascendit.ops.operators import bind
 from ascendit.ops.runtime import open_device, synchronize
 from ascendit.quant.schemes import LINEAR_SCHEMES
 

@@ -24,7 +24,7 @@ from diffusers import WanTransformer3DModel
 
 from ascendit.family import WanConfig
 from ascendit.model.wan import WanTransformer
-from ascendit.ops.bind import bind
+from ascendit.ops.operators import bind
 
 GRID = (6, 32, 32)  # latent frames, height, width -> 6 x 16 x 16 = 1536 tokens
 

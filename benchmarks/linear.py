@@ -28,7 +28,7 @@ from ascendit.device.device import parse_device
 from ascendit.kernels.cpu import linear as cpu_linear
 from ascendit.kernels.kernel import Emulate, Wish
 from ascendit.native.build import Built
-from ascendit.ops.quant_linear import Schemes
+from ascendit.ops.operators import Schemes
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 SHAPES = [(1536, 1536), (1536, 8960), (8960, 1536), (5120, 5120), (5120, 13824), (13824, 5120)]

@@ -22,7 +22,7 @@ from pathlib import Path
 from ascendit.checkpoint.layout import recognise
 from ascendit.model.loader import load_transformer, nbytes
 from ascendit.model.quantize_on_load import Online
-from ascendit.ops.bind import bind
+from ascendit.ops.operators import bind
 torch.set_num_threads(2)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 folder, scheme = sys.argv[1:]

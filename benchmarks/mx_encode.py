@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ascendit import mx
 from ascendit.mx import encoder as encoder_module
-from ascendit.mx import native_encoder, torch_encoder
+from ascendit.mx import native_encoder
 from ascendit.mx.formats import lookup, resolve_rounding, resolve_rule
 from ascendit.mx.row_encoder import RowEncoder, ScaleSearch
 
@@ -62,7 +62,7 @@ def kernel(x: Tensor, form: str, rule: str | None = None, measure: bool = False)
 def without_compiler(x: Tensor, form: str) -> Row | None:
     found = lookup(form)
     rule = resolve_rule(found, None)
-    encode = torch_encoder.piece_encoder(found, rule, resolve_rounding(found, rule, None), x.dtype)
+    encode = encoder_module.piece_encoder(found, rule, resolve_rounding(found, rule, None), x.dtype)
     out = encoder_module.empty_parts(found, *x.shape)
     return encode and Row(lambda: encode(x, out), moved_by(x, form), slow=True)
 

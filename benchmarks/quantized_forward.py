@@ -29,7 +29,7 @@ from ascendit.model.loader import load_transformer
 from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
 from ascendit.model.weight_loader import nbytes
-from ascendit.ops.bind import bind
+from ascendit.ops.operators import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 GRID = (6, 32, 32)  # latent frames, height, width -> 6 x 16 x 16 = 1536 tokens

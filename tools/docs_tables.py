@@ -323,7 +323,7 @@ def npu_capabilities_table() -> str:
 
 
 def npu_versions_table() -> str:
-    from ascendit.doctor.versions import DRIVERS, MINDIESD, STACKS, begins
+    from ascendit.doctor.npu import DRIVERS, MINDIESD, STACKS, begins
 
     def beside(known: Any, cann: str | None) -> str:
         found = [v for c, versions in known.items() if cann and begins(c, cann) for v in versions]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ascendit.doctor import machine, self_check
-from ascendit.doctor.comparison import Result
+from ascendit.doctor.operator_cases import Result
 from ascendit.doctor.report import Probe, Row
 from ascendit.doctor.self_check import SelfCheck
 

@@ -271,7 +271,7 @@ def test_every_option_of_load_that_shapes_a_video_is_in_its_record():
 def test_a_dry_run_refuses_what_the_chip_of_a_twin_lacks(run, fake, chip):
     from ascendit.device.device import parse_device
     from ascendit.errors import EnvironmentProblem
-    from ascendit.ops.quant_linear import Schemes
+    from ascendit.ops.operators import Schemes
 
     words = ["generate", "--demo", "a cat", "--dry-run", "--device", f"twin:{chip}", "--scheme"]
     with pytest.raises(EnvironmentProblem) as real:

@@ -13,8 +13,7 @@ from ascendit import twin
 from ascendit.device.chip import CAPABILITIES
 from ascendit.device.device import parse_device
 from ascendit.doctor import hardware_questions
-from ascendit.doctor.comparison import Result
-from ascendit.doctor.operator_cases import PREPARED, Card, function_cases, operator_cases
+from ascendit.doctor.operator_cases import PREPARED, Card, Result, function_cases, operator_cases
 from ascendit.doctor.self_check import SelfCheck, self_check
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.ops.runtime import open_device

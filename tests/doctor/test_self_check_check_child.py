@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ascendit.doctor import self_check
-from ascendit.doctor.comparison import Result
+from ascendit.doctor.operator_cases import Result
 from ascendit.doctor.self_check import MARK, in_children
 from ascendit.errors import EnvironmentProblem
 

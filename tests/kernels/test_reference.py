@@ -9,7 +9,7 @@ from ops.given import D, S, arguments
 from torch import Tensor
 
 from ascendit.kernels import reference
-from ascendit.ops.bind import NAMES
+from ascendit.ops.operators import NAMES
 
 
 def relative(a: Tensor, b: Tensor) -> float:

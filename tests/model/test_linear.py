@@ -13,7 +13,7 @@ from ascendit import mx
 from ascendit.errors import UsageError
 from ascendit.model.linear import Joint, QuantLinear, SmoothLinear, Tokens, linear
 from ascendit.mx.smoothing import smooth_input
-from ascendit.ops.bind import bind
+from ascendit.ops.operators import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 OPS = bind("cpu", "reference")

@@ -16,7 +16,7 @@ from ascendit.checkpoint.layout import recognise
 from ascendit.errors import CheckpointError
 from ascendit.model.library_component import load_library_part
 from ascendit.model.loader import load_transformer
-from ascendit.ops.bind import bind
+from ascendit.ops.operators import bind
 from ascendit.weights.tensor_stream import TensorSink
 
 
@@ -114,7 +114,7 @@ def test_memory_stays_at_the_model_and_one_tensor(tmp_path: Path) -> None:
     code = (
         "import resource, sys, torch; from pathlib import Path\n"
         "from ascendit.model import load; from ascendit.checkpoint.layout import recognise\n"
-        "from ascendit.ops.bind import bind\n"
+        "from ascendit.ops.operators import bind\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak(); part = recognise(Path(sys.argv[1])).parts['transformer']\n"
         "m = load.load_transformer(part, bind('cpu'))\n"

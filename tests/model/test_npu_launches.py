@@ -26,9 +26,9 @@ from ascendit.model.linear import Joint, QuantLinear
 from ascendit.model.loader import load_transformer
 from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
-from ascendit.ops import bind as binding
-from ascendit.ops.bind import bind
+from ascendit.ops import operators as binding
 from ascendit.ops.npu import kernels as npu
+from ascendit.ops.operators import bind
 from ascendit.schedule import StepPolicy
 
 pytestmark = pytest.mark.usefixtures("twin")

@@ -19,7 +19,7 @@ from ascendit.errors import CheckpointError
 from ascendit.model.linear import QuantLinear, SmoothLinear
 from ascendit.model.loader import load_expert, load_transformer
 from ascendit.mx.codec import Encoded, decode, encode
-from ascendit.ops.bind import bind
+from ascendit.ops.operators import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
 from ascendit.schedule import StepPolicy
 

@@ -17,7 +17,7 @@ from ascendit.family import WanConfig
 from ascendit.model.loader import load_transformer
 from ascendit.model.state import rope_table
 from ascendit.model.wan import WanTransformer
-from ascendit.ops.bind import bind
+from ascendit.ops.operators import bind
 
 GRID = (3, 6, 4)  # latent frames, height, width
 TOKENS = 3 * 3 * 2

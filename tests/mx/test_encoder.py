@@ -15,7 +15,7 @@ from mx.encoders import reference_encode
 from torch import Tensor
 
 from ascendit.mx import encoder as encoder_module
-from ascendit.mx import msmodelslim, native_encoder, reference, torch_encoder
+from ascendit.mx import msmodelslim, native_encoder, reference
 from ascendit.mx.codec import Encoded, encode
 from ascendit.mx.formats import E2M1, FORMATS, SEARCH, lookup
 from ascendit.native import build
@@ -318,7 +318,7 @@ def test_early_powers_are_those_of_torch_log2() -> None:
 
 
 @pytest.mark.parametrize("form", ["mxfp8", "mxfp4", "mxfp4_dualscale", "int8"])
-@pytest.mark.parametrize("shape", [(5, torch_encoder.PIECE + 40), (700, 1544)])
+@pytest.mark.parametrize("shape", [(5, encoder_module.PIECE + 40), (700, 1544)])
 def test_pytorch_on_threads_and_in_pieces(
     form: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,7 +135,7 @@ def test_trouble_is_a_reason_and_no_error(
 
 def test_without_a_library_the_pytorch_forms_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     from ascendit.kernels.cpu import attention
-    from ascendit.ops.bind import bind
+    from ascendit.ops.operators import bind
 
     monkeypatch.setattr("shutil.which", lambda name: None)
     ops = bind("cpu")

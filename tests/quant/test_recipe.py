@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ascendit.convert.engine_formats import model_kind
 from ascendit.errors import UsageError
 from ascendit.quant.recipe import Recipe, load_recipe, recipe_names
+from ascendit.weights.engine_formats import model_kind
 
 T2V = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 7, "ffn_dim": 128}
 I2V = T2V | {"in_channels": 36, "out_channels": 16}

@@ -12,9 +12,9 @@ from ascendit import mx
 from ascendit.kernels import reference
 from ascendit.kernels.cpu import attention, elementwise
 from ascendit.kernels.kernel import in_dtype
-from ascendit.ops.bind import Ops, bind
-from ascendit.ops.npu import dense as npu
+from ascendit.ops.npu import kernels as npu
 from ascendit.ops.npu.kernels import KERNELS
+from ascendit.ops.operators import Ops, bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
 from ascendit.twin import cpu_kernels
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.transformer import read_expert
-from ascendit.convert.engine_formats import Dialect, dialect_for
 from ascendit.convert.repack import repack
 from ascendit.errors import UsageError
+from ascendit.weights.engine_formats import Dialect, dialect_for
 from ascendit.weights.tensor_steps import schemes_of, smoothed_layers, steps_for, unlike_qkv
 
 

@@ -1,4 +1,4 @@
-"""Every way in which ascendit calls an operator of an NPU: `ops/npu/dense.py`, then `ops/npu/linear.py`.
+"""Every way in which ascendit calls an operator of an NPU: `ops/npu/kernels.py`, then `ops/npu/linear.py`.
 
 They are calls of ascendit's own functions, so the same list runs on the twin, where what they pass on is
 recorded, and on the real dispatcher.
@@ -16,9 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ascendit import mx
 from ascendit.device.device import Device
-from ascendit.ops.bind import Ops, bind
 from ascendit.ops.npu.linear import NZ_SCHEMES
-from ascendit.ops.quant_linear import native_schemes
+from ascendit.ops.operators import Ops, bind, native_schemes
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 S, TEXT, HEADS, HEAD = 20, 12, 2, 32

@@ -16,8 +16,7 @@ from ascendit.device.device import Device
 from ascendit.family import WanConfig
 from ascendit.model.linear import QuantLinear
 from ascendit.model.wan import WanTransformer
-from ascendit.ops.bind import bind
-from ascendit.ops.quant_linear import Schemes
+from ascendit.ops.operators import Schemes, bind
 from ascendit.pipeline import generate
 from ascendit.pipeline.generate import Pipeline
 

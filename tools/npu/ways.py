@@ -14,8 +14,7 @@ from ascendit.model.linear import QuantLinear
 from ascendit.model.loader import load_expert
 from ascendit.model.quantize_on_load import Online, read_experts
 from ascendit.model.wan import WanTransformer
-from ascendit.ops.bind import bind
-from ascendit.ops.quant_linear import native_schemes
+from ascendit.ops.operators import bind, native_schemes
 from ascendit.pipeline.generate import Pipeline
 from ascendit.schedule import StepPolicy
 

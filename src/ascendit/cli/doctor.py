@@ -15,7 +15,7 @@ from ascendit.cli.output import Output, table, to_json
 from ascendit.errors import EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
-    from ascendit.doctor.comparison import Result
+    from ascendit.doctor.operator_cases import Result
     from ascendit.doctor.report import Report
     from ascendit.doctor.self_check import SelfCheck
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ascendit.checkpoint.reader import RowReader
 from ascendit.convert.calibration import OutputQuality, Outputs, Statistics, smoothable
-from ascendit.mx.codec import decode, encode
-from ascendit.mx.decibels import decibels
+from ascendit.mx.codec import decibels, decode, encode
 from ascendit.mx.formats import SEARCH
 from ascendit.mx.row_encoder import ScaleSearch
 from ascendit.mx.smoothing import smooth_input, smooth_weight

@@ -39,7 +39,6 @@ from ascendit.convert.calibration import (
     placeholders,
     smoothable,
 )
-from ascendit.convert.engine_formats import Dialect, check_engine, dialect_for, model_kind, task_config
 from ascendit.convert.output_error import output_quality
 from ascendit.convert.report import ExpertReport, QuantizeReport, calibration_words
 from ascendit.errors import UsageError
@@ -47,6 +46,7 @@ from ascendit.progress import ConversionProgress, OnConversionProgress
 from ascendit.quant.layer_rules import ModelKind
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
 from ascendit.version import __version__
+from ascendit.weights.engine_formats import Dialect, check_engine, dialect_for, model_kind, task_config
 from ascendit.weights.lora.fold import Folds, LoraSource, parse_lora
 from ascendit.weights.quantize_plan import ExpertPlan, check_kind, plan_expert, warnings_for
 from ascendit.weights.quantize_writer import Advance, ExpertWriter, WriteBehind

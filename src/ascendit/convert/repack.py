@@ -5,6 +5,10 @@
 Bytes that stay as they are go from file to file inside the kernel. The others are written some rows at a
 time, see `rewrite`. What an engine cannot load is refused before anything is written. torch is imported for
 FP8 in tiles and for `check` only.
+
+Whether two experts hold the same numbers: both are decoded, rows at a time, and hashed. Imports torch.
+
+It shares no code with `rewrite`: containers are undone by value, scales are read as they lie.
 """
 
 from __future__ import annotations
@@ -13,20 +17,29 @@ import hashlib
 import json
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.hub import model_folder
+from ascendit.checkpoint.layer_format import Layer
 from ascendit.checkpoint.layout import WORDS, Layout, recognise
 from ascendit.checkpoint.output_folder import Staging
-from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes, as_tensor, listed
 from ascendit.checkpoint.transformer import Expert, read_expert
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter
 from ascendit.convert import provenance
 from ascendit.convert import provenance as bases
-from ascendit.convert.engine_formats import (
+from ascendit.convert.report import RepackedExpert, RepackReport, add_up
+from ascendit.errors import CheckpointError
+from ascendit.mx.formats import FORMATS
+from ascendit.progress import ConversionProgress, OnConversionProgress
+from ascendit.quant.schemes import FP8_TILES, SCHEMES, STORED_SCHEMES
+from ascendit.version import __version__
+from ascendit.weights import canonical_tensors
+from ascendit.weights.engine_formats import (
     Dialect,
     check_engine,
     dialect_for,
@@ -34,10 +47,6 @@ from ascendit.convert.engine_formats import (
     task_config,
     traits_of,
 )
-from ascendit.convert.report import RepackedExpert, RepackReport, add_up
-from ascendit.progress import ConversionProgress, OnConversionProgress
-from ascendit.version import __version__
-from ascendit.weights import canonical_tensors
 from ascendit.weights.tensor_steps import (
     Step,
     Steps,
@@ -47,6 +56,133 @@ from ascendit.weights.tensor_steps import (
     steps_for,
     unlike_qkv,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FLOATS = ("F32", "BF16", "F16", "F64")
+_TILE, _GROUP = FORMATS[FP8_TILES].block, SCHEMES["mxfp4_dualscale"].group
+Told = Callable[[str, int], None]
+
+
+def digests(expert: Expert, told: Told | None = None) -> dict[str, str]:
+    """Name -> sha256 of the numbers, as float32, little-endian, by rows.
+
+    A quantized layer has one entry for its decoded weight; its scales are in it, zero offsets in none. A
+    `mul_scale` of ones, which changes nothing, has none either. `told(name, bytes read)` after each.
+    """
+    found: dict[str, str] = {}
+    inside = set()
+    with RowReader() as reader:
+        for name, layer in expert.layers.items():
+            parts = [info for role, info in layer.tensors.items() if role not in ("bias", "mul_scale")]
+            inside |= set(parts)
+            found[f"{name}.weight"] = _sha256(decoded(layer, reader))
+            if told:
+                told(name, sum(info.nbytes for info in parts))
+        for name, info in expert.tensors.items():
+            if info not in inside and not (name.endswith(".mul_scale") and _is_ones(info, reader)):
+                found[name] = _sha256(_plain(info, reader))
+                if told:
+                    told(name, info.nbytes)
+    return found
+
+
+def combined(digests_by_name: dict[str, str]) -> str:
+    """One sha256 over all names and digests, in the order of the names."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests_by_name.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def compare(source: Expert, written: Expert, told: Told | None = None) -> dict[str, str]:
+    """The digests of both, if they agree. CheckpointError E-CKP-10, which names the tensors, if not."""
+    before, after = digests(source, told), digests(written, told)
+    wrong = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} of {len(before)} tensors of {source.path} came out otherwise: {listed(wrong)}",
+            needs="the same numbers before and after",
+            fix="run it again; if it happens again, check disk and memory, and report it with this message",
+            code="E-CKP-10",
+        )
+    return before
+
+
+def _sha256(rows: Iterator[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for block in rows:
+        digest.update(as_bytes(block))
+    return digest.hexdigest()
+
+
+def _plain(info: TensorInfo, reader: RowReader) -> Iterator[Tensor]:
+    import torch
+
+    for _, view in reader.blocks(info):
+        rows = as_tensor(view, info)
+        yield rows.to(torch.float32) if info.dtype in _FLOATS else rows
+
+
+def _is_ones(info: TensorInfo, reader: RowReader) -> bool:
+    return all(bool((rows == 1).all()) for rows in _plain(info, reader))
+
+
+# ---- decoding -----------------------------------------------------------------------------------
+
+
+def decoded(layer: Layer, reader: RowReader) -> Iterator[Tensor]:
+    """The weight of a layer as float32 rows [n, K]; FP8 in tiles is rounded to bfloat16 on the way."""
+    import torch
+
+    from ascendit import mx
+
+    if layer.scheme == "bf16":
+        yield from _plain(layer.tensors["weight"], reader)
+        return
+    weight = layer.tensors["weight"]
+    scales = {role: _whole(info, reader) for role, info in layer.tensors.items() if "scale" in role}
+    for start, view in reader.blocks(weight, multiple=_TILE):
+        codes = as_tensor(view, weight)
+        shape = (codes.shape[0], layer.shape[1])
+        rows = slice(start, start + codes.shape[0])
+        if layer.scheme == FP8_TILES:
+            tiles = scales["weight_scale_inv"][start // _TILE : -(-rows.stop // _TILE)]
+            encoded = mx.Encoded(codes, tiles, None, layer.scheme, -1, shape)
+            yield mx.decode(encoded, torch.bfloat16).to(torch.float32)
+            continue
+        scale = scales["weight_scale"]
+        if not STORED_SCHEMES[layer.scheme].block:
+            scale = scale.reshape(-1, 1).expand(layer.shape[0], 1)
+        yield _values(codes, scale[rows], layer, shape, scales.get("weight_dual_scale"), rows)
+
+
+def _values(
+    codes: Tensor, scale: Tensor, layer: Layer, shape: tuple[int, int], dual: Tensor | None, rows: slice
+) -> Tensor:
+    import torch
+
+    from ascendit import mx
+
+    dual_rows = None if dual is None else dual.reshape(layer.shape[0], -1, 1)[rows]
+    if layer.container in ("plain", "packed"):
+        return mx.decode(mx.Encoded(codes, scale, dual_rows, layer.scheme, -1, shape), torch.float32)
+    numbers = mx.Encoded(codes.to(torch.float8_e4m3fn), scale, None, "mxfp8", -1, shape)
+    values = mx.decode(numbers, torch.float32)
+    if dual_rows is None:
+        return values
+    return values * dual_rows.squeeze(-1).repeat_interleave(_GROUP, -1)[:, : shape[1]]
+
+
+def _whole(info: TensorInfo, reader: RowReader) -> Tensor:
+    """A scale in memory: E8M0 as uint8, others as float32."""
+    import torch
+
+    data = bytearray(reader.whole(info))
+    values = as_tensor(memoryview(data), info).reshape(info.shape)
+    return values.to(torch.float32) if info.dtype in _FLOATS else values.view(torch.uint8)
+
+
+# ---- Checkpoint to checkpoint without a change of one number: other names, files, containers ----
 
 WAYS = {
     "widen": "to float32",
@@ -265,7 +401,6 @@ def _write_json(job: _Job, folder: Path) -> None:
 
 def _compare(jobs: list[_Job], folder: Path, meter: _Meter) -> dict[str, dict[str, str]]:
     """Read what was written as anyone would, and compare all numbers with the source."""
-    from ascendit.convert.compare import compare
 
     written = recognise(folder)
     return {
@@ -290,8 +425,6 @@ def _made(
     options = [(words[name], value) for name, value in flags.items()]
     details: dict[str, Any] = {"engine": flags["engine"]} if flags["engine"] else {}
     if checked:
-        from ascendit.convert.compare import combined
-
         details["decoded_sha256"] = {name: combined(found) for name, found in checked.items()}
     reports = [_expert_report(job, checked.get(job.expert.name)) for job in jobs]
     recipe = _recipe_of(source)
@@ -323,8 +456,6 @@ def _expert_report(job: _Job, checked: dict[str, str] | None) -> RepackedExpert:
     rewritten = [step for step in steps if step.rewritten]
     digest = ""
     if checked:
-        from ascendit.convert.compare import combined
-
         digest = combined(checked)
     return RepackedExpert(
         name=job.expert.name,

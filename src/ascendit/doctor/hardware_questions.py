@@ -16,9 +16,8 @@ from torch import Tensor
 
 from ascendit import mx, twin
 from ascendit.device.device import Device
-from ascendit.doctor.comparison import Result
-from ascendit.doctor.operator_cases import Caller, Card, Case, rand, shorter
-from ascendit.ops.bind import bind
+from ascendit.doctor.operator_cases import Caller, Card, Case, Result, rand, shorter
+from ascendit.ops.operators import bind
 from ascendit.twin.contract import E2M1, E4M3, E8M0
 
 FP32, BF16 = torch.float32, torch.bfloat16

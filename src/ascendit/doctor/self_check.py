@@ -26,10 +26,9 @@ from typing import IO, Any
 
 from ascendit import environment, twin
 from ascendit.device.device import Device, parse_device
-from ascendit.doctor.comparison import Result, worst
 from ascendit.doctor.hardware_questions import question_cases
 from ascendit.doctor.npu import found_versions
-from ascendit.doctor.operator_cases import Card, Case, function_cases, operator_cases, run_case
+from ascendit.doctor.operator_cases import Card, Case, Result, function_cases, operator_cases, run_case, worst
 from ascendit.doctor.report import installed
 from ascendit.errors import AscenditError, EnvironmentProblem
 from ascendit.ops.runtime import open_device

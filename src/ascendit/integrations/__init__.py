@@ -1,1 +1,0 @@
-"""ascendit inside other libraries. Each module registers itself when it is imported."""

@@ -24,8 +24,7 @@ from ascendit.errors import UsageError
 from ascendit.kernels.kernel import Activation, PreparedWeight
 from ascendit.mx.codec import Encoded, decode
 from ascendit.mx.smoothing import smooth_input
-from ascendit.ops.bind import Ops, schemes_on
-from ascendit.ops.quant_linear import Schemes
+from ascendit.ops.operators import Ops, Schemes, schemes_on
 from ascendit.quant.schemes import SCHEMES
 from ascendit.schedule import Precision
 

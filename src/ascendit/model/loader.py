@@ -26,7 +26,7 @@ from ascendit.model.linear import QuantLinear
 from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
 from ascendit.model.weight_loader import Arrangement, Coded, nbytes
-from ascendit.ops.bind import Ops
+from ascendit.ops.operators import Ops
 from ascendit.quant.recipe import QUANT_TYPES
 from ascendit.quant.schemes import scheme_after_reading
 from ascendit.weights.quantize_plan import ExpertPlan

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from ascendit.checkpoint.component import TRANSFORMER
-from ascendit.convert.engine_formats import model_kind
 from ascendit.convert.report import ExpertReport
 from ascendit.errors import UsageError
 from ascendit.kernels.kernel import Emulate
@@ -36,12 +35,12 @@ from ascendit.model.weight_loader import nbytes
 from ascendit.mx.codec import INPUT_DTYPES, Encoded, check_dtype, encode
 from ascendit.mx.formats import Format, lookup, resolve_rule
 from ascendit.names import all_linears, block_linears, grouped, is_block_linear
-from ascendit.ops.bind import bind
-from ascendit.ops.quant_linear import Schemes
+from ascendit.ops.operators import Schemes, bind
 from ascendit.quant.layer_rules import OUTSIDE, LayerPlan, PlannedLayers, ruled
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.quant.schemes import QUANTIZED, SCHEMES
 from ascendit.weights.canonical_tensors import METHOD, marker_for
+from ascendit.weights.engine_formats import model_kind
 from ascendit.weights.quantize_plan import check_kind
 
 MIN_SIZE = 32

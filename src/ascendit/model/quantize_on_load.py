@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.transformer import Expert, read_expert
-from ascendit.convert.engine_formats import Dialect, model_kind
 from ascendit.convert.provenance import RECORD_FILE
 from ascendit.errors import UsageError
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.schedule import StepPolicy
+from ascendit.weights.engine_formats import Dialect, model_kind
 from ascendit.weights.quantize_plan import ExpertPlan, check_kind, check_source, plan_expert
 from ascendit.weights.tensor_steps import schemes_of
 

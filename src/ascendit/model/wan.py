@@ -23,7 +23,7 @@ from ascendit.family import WanConfig
 from ascendit.geometry import Grid, patch_grid
 from ascendit.model.linear import QuantLinear, Tokens, dtype_of, linear
 from ascendit.model.state import DenoiseState, KeyValue, Modulation, RopeTable, Shared, rope_table
-from ascendit.ops.bind import Ops
+from ascendit.ops.operators import Ops
 from ascendit.schedule import Precision, StepPolicy
 
 

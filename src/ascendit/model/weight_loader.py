@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.model.linear import Joint, QuantLinear, SmoothLinear
-from ascendit.ops.quant_linear import Schemes
+from ascendit.ops.operators import Schemes
 from ascendit.quant.fusion import leader_of
 from ascendit.weights.tensor_stream import torch_dtype
 

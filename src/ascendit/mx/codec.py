@@ -8,6 +8,8 @@ Rules that hold for every format:
 - Numbers beyond the largest element saturate. A code that was rounded up to 2^128 decodes to infinity.
 
 What encoding gives and decoding takes: codes and scales that fit together.
+
+Signal to noise in decibels, for every error that is measured here. No torch.
 """
 
 from __future__ import annotations
@@ -20,8 +22,23 @@ from torch import Tensor
 
 from ascendit.errors import UsageError
 from ascendit.mx import elements, encoder, scales
-from ascendit.mx.decibels import decibels
 from ascendit.mx.formats import Format, lookup, resolve_rounding, resolve_rule
+
+
+def decibels(signal: float, noise: float, *, cap: float = math.inf) -> float:
+    """10 log10(signal / noise) of two powers, within [-cap, cap]; NaN if one of them is not finite.
+
+    No noise gives `cap`, even without a signal; noise without a signal gives -cap.
+    """
+    if not (math.isfinite(signal) and math.isfinite(noise)):
+        return math.nan
+    if noise <= 0:
+        return cap
+    ratio = signal / noise
+    return max(-cap, min(cap, 10 * math.log10(ratio))) if ratio > 0 else -cap
+
+
+# ---- encode and decode. `formats` says what there is, `reference` defines the codes, `fast` mak -
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ascendit.errors import UsageError
 from ascendit.mx import encoder, msmodelslim, native_encoder
-from ascendit.mx.codec import Encoded, check_dtype, decode
-from ascendit.mx.decibels import decibels
+from ascendit.mx.codec import Encoded, check_dtype, decibels, decode
 from ascendit.mx.formats import SEARCH, lookup, resolve_rounding, resolve_rule
 from ascendit.mx.reference import Parts
 from ascendit.mx.scales import NAN_BYTE

@@ -27,7 +27,7 @@ def enable(chip: str, *, fake_module: bool = False) -> None:
     """Define the operators under torch.ops for `chip`: a2, a3 or a5. Again with another chip changes it.
 
     `fake_module`: also provide a minimal `torch_npu`, so that other code written for NPUs runs; see
-    `ascendit.twin.torch_npu_module`. TwinImportError if torch_npu is loaded, which from now on cannot be.
+    `ascendit.twin.install`. TwinImportError if torch_npu is loaded, which from now on cannot be.
     """
     _check(chip)
     _keep_torch_npu_out()

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ascendit.mx.decibels import decibels
+from ascendit.mx.codec import decibels
 
 EQUAL_DB = 99.0
 """What stands for infinity: no difference at all."""

@@ -10,7 +10,6 @@ from typing import Any
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import TensorSpec
-from ascendit.convert.engine_formats import Dialect, Traits, traits_of
 from ascendit.errors import UsageError
 from ascendit.family import WanConfig
 from ascendit.names import grouped, is_block_linear, sort_names
@@ -18,6 +17,7 @@ from ascendit.quant.layer_rules import AttentionPlan, LayerPlan, ModelKind, Plan
 from ascendit.quant.recipe import Recipe
 from ascendit.quant.schemes import FP4, FP8_TILES, SCHEMES
 from ascendit.weights.canonical_tensors import marker_for
+from ascendit.weights.engine_formats import Dialect, Traits, traits_of
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 ROTATIONS = ("q_rot", "k_rot")

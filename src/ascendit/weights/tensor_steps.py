@@ -27,11 +27,11 @@ from ascendit.checkpoint.reader import (
 )
 from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import TensorSpec
-from ascendit.convert.engine_formats import Dialect
 from ascendit.errors import CheckpointError
 from ascendit.names import is_block_linear, sort_names
 from ascendit.quant.fusion import fused_with
 from ascendit.quant.schemes import FP8_TILES, scheme_after_reading
+from ascendit.weights.engine_formats import Dialect
 
 if TYPE_CHECKING:
     import numpy as np

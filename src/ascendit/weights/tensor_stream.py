@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ascendit.checkpoint.reader import TORCH_DTYPES, RowReader, TensorInfo, as_bytes
 from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import TensorSpec
-from ascendit.convert.engine_formats import Dialect
+from ascendit.weights.engine_formats import Dialect
 from ascendit.weights.quantize_plan import ExpertPlan
 from ascendit.weights.quantize_writer import Data, ExpertWriter
 from ascendit.weights.tensor_steps import Steps, produce, steps_for

@@ -24,7 +24,7 @@ from ascendit.errors import AscenditError, CheckpointError, EnvironmentProblem, 
 from ascendit.integrations.diffusers.quantizer import AscenditConfig, register
 from ascendit.model.linear import QuantLinear
 from ascendit.model.loader import load_transformer
-from ascendit.ops.bind import bind
+from ascendit.ops.operators import bind
 from ascendit.pipeline import generate
 
 RECIPES = ["int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale", "mixed"]

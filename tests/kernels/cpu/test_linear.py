@@ -16,8 +16,7 @@ from ascendit.kernels.kernel import Emulate, PreparedWeight, Wish
 from ascendit.mx.codec import Encoded
 from ascendit.mx.smoothing import smooth_input
 from ascendit.native.build import Built
-from ascendit.ops.bind import bind
-from ascendit.ops.quant_linear import Schemes
+from ascendit.ops.operators import Schemes, bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 CPU = parse_device("cpu")

@@ -18,8 +18,8 @@ from torch import Tensor
 from ascendit import mx
 from ascendit.kernels import reference
 from ascendit.mx.formats import lookup
-from ascendit.ops.cuda import dense as cuda_dense
-from ascendit.ops.cuda import dequantized_matmul as cuda_values
+from ascendit.ops.cuda import kernels as cuda_dense
+from ascendit.ops.cuda import matmul as cuda_values
 from ascendit.ops.cuda import steps as plain
 from ascendit.ops.cuda import triton_linear as fast
 from ascendit.quant.schemes import LINEAR_SCHEMES

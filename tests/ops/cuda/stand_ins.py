@@ -8,8 +8,7 @@ from torch import Tensor
 from ascendit import mx
 from ascendit.mx import layouts
 from ascendit.mx.codec import Encoded
-from ascendit.ops.cuda.dequantized_matmul import DequantizedMatmul
-from ascendit.ops.cuda.scaled_matmul import ScaledMatmul
+from ascendit.ops.cuda.matmul import DequantizedMatmul, ScaledMatmul
 from ascendit.ops.cuda.steps import Steps
 
 

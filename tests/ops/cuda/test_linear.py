@@ -15,14 +15,13 @@ from ascendit.device.device import parse_device
 from ascendit.errors import UsageError
 from ascendit.kernels.kernel import QuantLinearKernel, Wish
 from ascendit.ops import select as selection
-from ascendit.ops.bind import bind
-from ascendit.ops.cuda import dequantized_matmul as cuda_values
 from ascendit.ops.cuda import linear as cuda_linear
-from ascendit.ops.cuda import scaled_matmul as cuda_codes
+from ascendit.ops.cuda import matmul as cuda_codes
+from ascendit.ops.cuda import matmul as cuda_values
 from ascendit.ops.cuda import triton_linear as cuda_launch
 from ascendit.ops.cuda.linear import Card, candidates, problem, with_trials
 from ascendit.ops.cuda.steps import PLAIN, in_parts, to_values, width_of
-from ascendit.ops.quant_linear import Schemes
+from ascendit.ops.operators import Schemes, bind
 from ascendit.ops.select import select
 from ascendit.quant.schemes import LINEAR_SCHEMES
 

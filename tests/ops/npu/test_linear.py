@@ -11,8 +11,8 @@ from ascendit import mx
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.mx.smoothing import smooth_input
 from ascendit.ops import npu_linear
-from ascendit.ops.bind import bind
 from ascendit.ops.npu.linear import scale_algorithm
+from ascendit.ops.operators import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 pytestmark = pytest.mark.usefixtures("twin")

@@ -21,7 +21,7 @@ from ascendit.device.chip import CHIPS
 from ascendit.errors import EnvironmentProblem
 from ascendit.kernels.kernel import PreparedWeight
 from ascendit.model.loader import load_transformer
-from ascendit.ops.bind import bind
+from ascendit.ops.operators import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
 from ascendit.twin.contract import TwinError
 

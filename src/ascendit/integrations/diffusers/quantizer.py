@@ -46,8 +46,7 @@ from ascendit.model.quantize_module import (
     say_attention_kept,
     wan_config_of,
 )
-from ascendit.ops.bind import bind
-from ascendit.ops.quant_linear import Schemes
+from ascendit.ops.operators import Schemes, bind
 from ascendit.quant.recipe import Recipe
 from ascendit.weights.canonical_tensors import METHOD
 from ascendit.weights.quantize_plan import check_kind

@@ -32,7 +32,7 @@ from ascendit.model.linear import SmoothLinear
 from ascendit.model.loader import say_attention
 from ascendit.model.quantize_module import ModulePlan, PlacedLinear, check_weight, encode_weight, rounded
 from ascendit.mx.codec import Encoded
-from ascendit.ops.quant_linear import Schemes
+from ascendit.ops.operators import Schemes
 from ascendit.quant.schemes import FP8_TILES
 from ascendit.weights.canonical_tensors import layer_specs
 

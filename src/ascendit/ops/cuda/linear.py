@@ -32,8 +32,7 @@ from torch import Tensor
 from ascendit.kernels.kernel import Emulate, QuantLinearKernel
 from ascendit.mx.codec import Encoded, decode, encode
 from ascendit.ops.cuda import triton_linear
-from ascendit.ops.cuda.dequantized_matmul import FEW_TOKENS, DequantizedMatmul
-from ascendit.ops.cuda.scaled_matmul import ScaledMatmul
+from ascendit.ops.cuda.matmul import FEW_TOKENS, DequantizedMatmul, ScaledMatmul
 from ascendit.ops.cuda.steps import PLAIN, Steps
 from ascendit.quant.schemes import LINEAR_SCHEMES
 

@@ -24,7 +24,7 @@ from ascendit.kernels.kernel import Activation, PreparedWeight, QuantLinearKerne
 from ascendit.mx import layouts
 from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import lookup
-from ascendit.ops.quant_linear import native_schemes
+from ascendit.ops.operators import native_schemes
 from ascendit.ops.runtime import internal_format
 from ascendit.quant.schemes import scheme_of
 from ascendit.twin.contract import E2M1, E4M3, E8M0

@@ -11,15 +11,14 @@ import torch
 
 from ascendit.twin import contract
 from ascendit.twin.operators import (  # noqa: F401
-    activations,
     block_sparse_attention,
     casts,
     dual_level_matmul,
+    elementwise,
     fused_infer_attention,
     fusion_attention,
     mindie,
     mx_quantize,
-    norms,
     quant_matmul,
     rotary,
     row_quantize,

@@ -11,7 +11,7 @@ from torch import Tensor
 from ascendit.twin import cpu_kernels
 from ascendit.twin.contract import require
 from ascendit.twin.operators import attention_inputs as core
-from ascendit.twin.operators import norms
+from ascendit.twin.operators import elementwise
 from ascendit.twin.registry import Out, operator
 
 
@@ -36,16 +36,16 @@ def _check_adaln(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None,
             needs=f"{x.dtype}",
             fix=f"{name}.to(x.dtype), once for each step",
         )
-    norms.check_layer(x, (h,), weight, bias)
+    elementwise.check_layer(x, (h,), weight, bias)
 
 
 def _adaln(x: Tensor, scale: Tensor, shift: Tensor, weight: Any, bias: Any, epsilon: float | None) -> Any:
     eps = 1e-5 if epsilon is None else epsilon
     scale, shift = _modulation(scale, x), _modulation(shift, x)
     if weight is bias is None and x.dim() == 3:
-        out, (mean, rstd) = cpu_kernels.adaln(x, scale, shift, eps), norms.moments(x, 1, eps)
+        out, (mean, rstd) = cpu_kernels.adaln(x, scale, shift, eps), elementwise.moments(x, 1, eps)
     else:
-        y, mean, rstd = norms.layer(x, 1, weight, bias, eps)
+        y, mean, rstd = elementwise.layer(x, 1, weight, bias, eps)
         out = (y * (1 + scale.to(torch.float32)) + shift.to(torch.float32)).to(x.dtype)
     return out, mean.to(x.dtype), rstd.to(x.dtype)
 
@@ -105,13 +105,16 @@ def layernorm(
         fix="impl_mode=0",
     )
     shape = tuple(normalized_shape)
-    norms.check_layer(input, shape, weight, bias)
+    elementwise.check_layer(input, shape, weight, bias)
     row = Out((*input.shape[: input.dim() - len(shape)], *[1] * len(shape)), input.dtype)
     yield Out(tuple(input.shape), input.dtype), row, row
     if len(shape) == 1:
-        out, (mean, rstd) = cpu_kernels.layer_norm(input, weight, bias, eps), norms.moments(input, 1, eps)
+        out, (mean, rstd) = (
+            cpu_kernels.layer_norm(input, weight, bias, eps),
+            elementwise.moments(input, 1, eps),
+        )
     else:
-        out, mean, rstd = norms.layer(input, len(shape), weight, bias, eps)
+        out, mean, rstd = elementwise.layer(input, len(shape), weight, bias, eps)
     yield out.to(input.dtype), mean.to(input.dtype), rstd.to(input.dtype)
 
 

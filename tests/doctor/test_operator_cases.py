@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ascendit.doctor.comparison import Result, compare, described, worst
+from ascendit.doctor.operator_cases import Result, compare, described, worst
 
 BASE = Result(part="operator", name="a case", operator="npu_some")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ascendit.doctor import machine as machine_module
+from ascendit.doctor.npu import DRIVERS, MINDIESD, STACKS, Found, advise, begins, match
 from ascendit.doctor.report import at_least
-from ascendit.doctor.versions import DRIVERS, MINDIESD, STACKS, Found, advise, begins, match
 
 
 def test_the_table_is_sound() -> None:

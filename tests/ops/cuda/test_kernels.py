@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ascendit.kernels import reference
-from ascendit.ops.cuda import dense as cuda_dense
+from ascendit.ops.cuda import kernels as cuda_dense
 
 NAMES = ("rms_norm", "layer_norm", "adaln", "gated_residual", "rope")
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ascendit.mx.decibels import decibels
+from ascendit.mx.codec import decibels
 
 
 def test_ten_times_the_logarithm() -> None:

@@ -11,8 +11,7 @@ from ascendit.device.chip import native_on
 from ascendit.device.device import parse_device
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.mx.smoothing import smooth_input
-from ascendit.ops.bind import bind
-from ascendit.ops.quant_linear import native_schemes
+from ascendit.ops.operators import bind, native_schemes
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 K = 544  # 17 blocks of 32, one group of 512 and a short one

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ascendit.errors import UsageError
 from ascendit.kernels import reference
-from ascendit.ops.bind import NAMES, Ops, bind
+from ascendit.ops.operators import NAMES, Ops, bind
 
 # Largest relative error, by the norm: float32 rounding, and half a BF16 step (2^-9) for each rounding.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}

@@ -12,10 +12,10 @@ import torch
 from convert import engines, exports
 from torch import Tensor
 
-from ascendit.convert.engine_formats import check_engine, dialect_for, model_kind, traits_of, wan_config
 from ascendit.convert.repack import repack
 from ascendit.errors import UsageError
 from ascendit.quant.engines import ENGINES
+from ascendit.weights.engine_formats import check_engine, dialect_for, model_kind, traits_of, wan_config
 
 REFUSED = {
     (exports.DUAL, "sglang"): "its loader of dual-scale layers fails",

@@ -13,10 +13,10 @@ from ascendit import mx
 from ascendit.device import chip as table
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels import reference
-from ascendit.ops.bind import NAMES, bind
-from ascendit.ops.npu import dense as npu
 from ascendit.ops.npu import kernels as listed
+from ascendit.ops.npu import kernels as npu
 from ascendit.ops.npu.attention import fused_infer_attention, fusion_attention
+from ascendit.ops.operators import NAMES, bind
 from ascendit.twin.contract import TwinError
 
 pytestmark = pytest.mark.usefixtures("twin")
