@@ -176,7 +176,7 @@ class TransferLines(TransferView):
         news = (event.stage, 10 * event.done_bytes // max(event.total_bytes, 1))
         if news != self._last:
             self._last = news
-            print(text(event), file=self._file or sys.stderr, flush=True)
+            print(line_of(event), file=self._file or sys.stderr, flush=True)
 
 
 class TransferBar(TransferView):
@@ -200,7 +200,10 @@ class TransferBar(TransferView):
 
         self._drawn = now
         self._bars.update(
-            self._task, description=escape(text(event)), completed=event.done_bytes, total=event.total_bytes
+            self._task,
+            description=escape(line_of(event)),
+            completed=event.done_bytes,
+            total=event.total_bytes,
         )
 
     def __enter__(self) -> Self:
@@ -234,7 +237,7 @@ def resumable() -> Iterator[None]:
         ) from e
 
 
-def text(event: ConversionProgress) -> str:
+def line_of(event: ConversionProgress) -> str:
     """`transformer_2  61 %  34.1/56.2 GiB  2.81 GiB/s  eta 0:08`."""
     share = 100 * event.done_bytes // max(event.total_bytes, 1)
     done, total = memory(event.done_bytes), memory(event.total_bytes)

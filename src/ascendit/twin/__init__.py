@@ -12,6 +12,7 @@ computed, the others say so by name. A call that the card refuses, or reads wron
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Any
 
@@ -31,9 +32,7 @@ def enable(chip: str, *, fake_module: bool = False) -> None:
     """
     _check(chip)
     _keep_torch_npu_out()
-    from ascendit.twin import install
-
-    install.install(chip, with_module=fake_module)
+    _module("install").install(chip, with_module=fake_module)
 
 
 def use(chip: str) -> None:
@@ -55,9 +54,7 @@ def chip() -> str | None:
 
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
     """One operator as a plain function: `call("npu_rms_norm", x, gamma)`, `call("mindiesd::adaln", ...)`."""
-    from ascendit.twin import operators
-
-    return operators.call(name, *args, **kwargs)
+    return _module("operators").call(name, *args, **kwargs)
 
 
 def launches() -> dict[str, int]:
@@ -73,6 +70,11 @@ def reset() -> None:
 def allow_internal_format(value: bool) -> None:
     """torch.npu.config.allow_internal_format: without it a2 and a3 keep every weight in ND. a5 ignores it."""
     STATE.internal_format = value
+
+
+def _module(name: str) -> Any:
+    """A module of the twin, and so torch and every operator: loaded at the first use."""
+    return importlib.import_module(f"ascendit.twin.{name}")
 
 
 def _check(chip: str) -> None:

@@ -13,7 +13,7 @@ NAMES = ("rms_norm", "layer_norm", "adaln", "gated_residual", "rope")
 
 def test_without_a_card_there_are_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cuda_dense.list_kernels("cuda") == ()
+    assert cuda_dense.triton_kernels_on("cuda") == ()
 
 
 def test_one_that_is_wrong_or_breaks_is_not_taken_and_named(monkeypatch, caplog):
@@ -38,4 +38,4 @@ def test_on_a_card_all_are_right():
     assert {name: cuda_dense.problem(getattr(cuda_dense, name), "cuda") for name in NAMES} == dict.fromkeys(
         NAMES
     )
-    assert {k.operator for k in cuda_dense.list_kernels("cuda")} == set(NAMES)
+    assert {k.operator for k in cuda_dense.triton_kernels_on("cuda")} == set(NAMES)
