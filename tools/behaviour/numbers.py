@@ -178,10 +178,9 @@ def layers(place: Place) -> Records:
                 case = f"layers/{scheme} {str(dtype)[6:]} {device}"
                 inputs = 20 * x.to(dtype), t, 20 * text.to(dtype)
                 yield from outcome(f"{case} wan", computed, ascendit, wan, scheme, device, inputs)
-                yield from outcome(f"{case} wan cast", lambda model=wan: model.half() and "cast")
-                yield from outcome(
-                    f"{case} mlp", computed, ascendit, plain, scheme, device, (hard_numbers(9, 96, dtype),)
-                )
+                given = (hard_numbers(9, 96, dtype),)
+                yield from outcome(f"{case} mlp", computed, ascendit, plain, scheme, device, given)
+                yield from outcome(f"{case} mlp cast", lambda model=plain: model.half() and "cast")
 
 
 def computed(ascendit: Any, module: Any, scheme: str, device: str | None, inputs: Any) -> dict[str, Any]:

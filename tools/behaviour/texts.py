@@ -129,11 +129,9 @@ def errors(place: Place) -> Records:
         yield from told(f"errors/{case}", place, *words)
     for broken in sorted(place.sources.glob("damaged_*")):
         yield from told(f"errors/inspect {broken.name}", place, "inspect", broken)
-        words = (
-            ("-o", "new", "--scheme", "mxfp8") if "export" not in broken.name else ("-o", "new", "--check")
-        )
-        command = "quantize" if "--scheme" in words else "repack"
-        yield from told(f"errors/{command} {broken.name}", place, command, broken, *words)
+        exported = broken.name.startswith("damaged_export")
+        command, *words = ("repack", "--check") if exported else ("quantize", "--scheme", "mxfp8")
+        yield from told(f"errors/{command} {broken.name}", place, command, broken, "-o", "new", *words)
     nan = ("generate", place.sources / "damaged_nan_weights", PROMPT, "--size", "32x32", "--steps", 1)
     yield from told("errors/not finite", place, *nan, "--frames", 5)
 
