@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,28 +45,30 @@ FAILED = ":failed"
 
 @dataclass(frozen=True)
 class Area:
-    """`kernels`: recorded with native kernels and without; else once."""
+    """`kernels`: recorded with native kernels and without; else once. `sources`: works on those made here."""
 
     run: Callable[[Place], Records]
     kernels: bool = True
+    sources: bool = True
 
 
 AREAS = {
-    "names": Area(texts.names, kernels=False),
-    "flags": Area(texts.flags, kernels=False),
-    "codes": Area(texts.codes, kernels=False),
+    "sources": Area(make_sources, kernels=False),
+    "names": Area(texts.names, kernels=False, sources=False),
+    "flags": Area(texts.flags, kernels=False, sources=False),
+    "codes": Area(texts.codes, kernels=False, sources=False),
     "errors": Area(texts.errors, kernels=False),
     "inspect": Area(texts.reports, kernels=False),
     "dry-run": Area(texts.dry_runs, kernels=False),
-    "doctor": Area(numbers.doctor),
-    "formats": Area(numbers.formats),
-    "twin": Area(twin.twin),
-    "layers": Area(numbers.layers),
+    "doctor": Area(numbers.doctor, sources=False),
+    "formats": Area(numbers.formats, sources=False),
+    "twin": Area(twin.twin, sources=False),
+    "layers": Area(numbers.layers, sources=False),
     "quantize": Area(checkpoints.quantize),
     "lora": Area(checkpoints.lora),
     "repack": Area(checkpoints.repack),
     "frames": Area(numbers.frames),
-    "files": Area(numbers.files),
+    "files": Area(numbers.files, sources=False),
 }
 STEERING = ("ALGO", "FAST_LAYERNORM", "USE_SUB_HEAD", "T5_LOAD_CPU", "PRECISION", "OVERLAP", "PYTHONHOME")
 """Variables that ascendit or Python reads; a recording is made without them."""
@@ -85,8 +87,7 @@ def child(args: argparse.Namespace) -> None:
     """Run one area and write what it yields."""
     place = Place(**json.loads(args.place, object_hook=paths))
     records: dict[str, str] = {}
-    run = make_sources if args.area == "sources" else AREAS[args.area].run
-    for key, value in run(place):
+    for key, value in AREAS[args.area].run(place):
         key = place.text(key)
         assert key not in records, key
         records[key] = place.text(value)
@@ -108,7 +109,7 @@ def run_area(area: str, mode: str, package: Path, place: Place) -> dict[str, str
     if done.returncode:
         print(f"{area}, native {mode}, failed:\n{done.stderr[-4000:]}", file=sys.stderr)
         return {f"{area}/{FAILED}": done.stderr[-4000:]}
-    return json.loads(part.read_bytes())
+    return dict(json.loads(part.read_bytes()))
 
 
 def demo_folder(package: Path, work: Path) -> Path:
@@ -130,31 +131,39 @@ def check_mode(records: Mapping[str, str], mode: str) -> None:
         raise RuntimeError(f"native kernels should be {mode}; doctor found {found or 'none'}")
 
 
+def steps(only: Iterable[str], modes: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(mode, area) in order: `sources` if any area needs them, and once what does not depend on kernels."""
+    chosen = [name for name in AREAS if name in only]
+    if any(AREAS[name].sources for name in chosen):
+        chosen = list(dict.fromkeys(["sources", *chosen]))
+    yield from (("any", name) for name in chosen if not AREAS[name].kernels)
+    yield from ((mode, name) for mode in modes for name in chosen if AREAS[name].kernels)
+
+
 def record(args: argparse.Namespace) -> int:
     """Record the areas that were asked for; 1 if one of them could not be."""
     package, modes = args.package.resolve(), ("on", "off") if args.native == "both" else (args.native,)
     if not args.out.parent.is_dir() or not (package / "ascendit").is_dir():
         raise SystemExit(f"{args.out.parent} or {package}/ascendit is no folder")
-    started, found = time.perf_counter(), {}
+    started = time.perf_counter()
+    found: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="record") as temporary:
         work = Path(temporary).resolve()
         demo = demo_folder(package, work)
         named = {str(work): "<work>", str(demo): "<demo>", str(package): "<src>", str(Path.home()): "<home>"}
         (work / "sources").mkdir()
         shutil.copyfile(demo / "transformer" / "config.json", work / "sources" / "demo_config.json")
-        for i, mode in enumerate(modes):
-            chosen = [a for a, area in AREAS.items() if a in args.only and (area.kernels or i == 0)]
-            for area in ["sources", *chosen] if i == 0 else chosen:
-                begun = time.perf_counter()
-                place = Place(work / mode / area, work / "sources", args.tests.resolve(), demo, named)
-                records = run_area(area, mode, package, place)
-                shutil.rmtree(place.work)
-                if "doctor/machine/json" in records:
-                    check_mode(records, mode)
-                prefix = mode if area in AREAS and AREAS[area].kernels else "any"
-                found |= {f"{prefix}/{key}": value for key, value in records.items()}
-                seconds = time.perf_counter() - begun
-                print(f"{prefix:<4}{area:<10}{len(records):>7} keys {seconds:7.1f} s", flush=True)
+        for mode, area in steps(args.only, modes):
+            begun = time.perf_counter()
+            place = Place(work / mode / area, work / "sources", args.tests.resolve(), demo, named)
+            records = run_area(area, modes[0] if mode == "any" else mode, package, place)
+            shutil.rmtree(place.work)
+            if "doctor/machine/json" in records:
+                check_mode(records, mode)
+            found |= {f"{mode}/{key}": value for key, value in records.items()}
+            print(
+                f"{mode:<4}{area:<10}{len(records):>7} keys {time.perf_counter() - begun:7.1f} s", flush=True
+            )
     args.out.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
     print(f"{args.out}: {len(found)} keys in {time.perf_counter() - started:.0f} s")
     return 1 if any(key.endswith(FAILED) for key in found) else 0
@@ -199,7 +208,8 @@ def compare(args: argparse.Namespace) -> int:
     """Print what differs, `--limit` keys of each area; 1 if anything does."""
     a, b = (json.loads(path.read_bytes()) for path in (args.a, args.b))
     found = differences(a, b, args.ignore)
-    counts, shown = Counter(area_of(f"{key}/")[:2] for key in found), Counter()
+    counts = Counter(area_of(f"{key}/") for key in found)
+    shown: Counter[tuple[str, str]] = Counter()
     for key, what in found.items():
         shown[area_of(f"{key}/")] += 1
         if shown[area_of(f"{key}/")] <= args.limit:

@@ -67,9 +67,9 @@ def frames(place: Place) -> Records:
     for scheme, target in stored.items():
         ascendit.quantize("demo", target, scheme=scheme)
     for device in ("cpu", "twin:a2", "twin:a3", "twin:a5"):
-        for scheme in (None, *SCHEMES):
-            if device != "twin:a3" or scheme in (None, "int8"):
-                yield from drawn(f"frames/{device} {scheme}", 4, "demo", device=device, scheme=scheme)
+        for online in (None, *SCHEMES):
+            if device != "twin:a3" or online in (None, "int8"):
+                yield from drawn(f"frames/{device} {online}", 4, "demo", device=device, scheme=online)
         for recipe in RECIPES if device in ("cpu", "twin:a5") else ():
             yield from drawn(f"frames/{device} {recipe}", 2, "demo", device=device, recipe=recipe)
         for scheme, target in stored.items() if device in ("cpu", "twin:a5") else ():
@@ -79,11 +79,11 @@ def frames(place: Place) -> Records:
     image = str(place.sources / "image.png")
     for name in (*TINY, "ti2v with an image"):
         model = place.sources / name.partition(" ")[0]
-        fields = {"height": 64, "width": 64, "num_frames": 5}
+        fields: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 5}
         fields |= {"image": image} if "i2v_" in name or "image" in name else {}
-        for options in ({}, {"device": "twin:a2"}, {"scheme": "int8", "device": "twin:a5"}):
-            case = " ".join([f"frames/{name}", *options.values()])
-            yield from drawn(case, 2, model, fields, **options)
+        for given in ({}, {"device": "twin:a2"}, {"scheme": "int8", "device": "twin:a5"}):
+            case = " ".join([f"frames/{name}", *given.values()])
+            yield from drawn(case, 2, model, fields, **given)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

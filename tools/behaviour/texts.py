@@ -54,7 +54,7 @@ def flags(place: Place) -> Records:
 
 def codes(place: Place) -> Records:
     """Error codes and what they mean; classes with their bases and exit codes."""
-    errors = importlib.import_module("ascendit.errors")
+    errors: Any = importlib.import_module("ascendit.errors")
     for code, meaning in errors.CODES.items():
         yield f"codes/{code}/meaning", meaning
     for name, value in vars(errors).items():
@@ -130,8 +130,8 @@ def errors(place: Place) -> Records:
     for broken in sorted(place.sources.glob("damaged_*")):
         yield from told(f"errors/inspect {broken.name}", place, "inspect", broken)
         exported = broken.name.startswith("damaged_export")
-        command, *words = ("repack", "--check") if exported else ("quantize", "--scheme", "mxfp8")
-        yield from told(f"errors/{command} {broken.name}", place, command, broken, "-o", "new", *words)
+        command, *rest = ("repack", "--check") if exported else ("quantize", "--scheme", "mxfp8")
+        yield from told(f"errors/{command} {broken.name}", place, command, broken, "-o", "new", *rest)
     nan = ("generate", place.sources / "damaged_nan_weights", PROMPT, "--size", "32x32", "--steps", 1)
     yield from told("errors/not finite", place, *nan, "--frames", 5)
 
@@ -147,7 +147,8 @@ def reports(place: Place) -> Records:
     found = [s / name for name in (*TINY, "bare.safetensors")] + sorted(
         [*s.glob("wan_*"), *s.glob("export_*")]
     )
-    for model in ("demo", "mxfp8", "mxfp4", "mindie", *found):
+    models: list[Any] = ["demo", "mxfp8", "mxfp4", "mindie", *found]
+    for model in models:
         case = f"inspect/{getattr(model, 'name', model)}"
         yield from told(case, place, "inspect", model)
         yield from items(f"{case}/text", "\n".join(ascendit.inspect(model).lines()))

@@ -9,6 +9,10 @@ from typing import Any
 from behaviour.sources import draw
 from behaviour.values import Place, Records, items, outcome, sha
 
+Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+"""Operator, arguments, options."""
+MX, E4M3, E8M0, E2M1 = "npu_dynamic_mx_quant", 292, 293, 296
+
 
 def twin(place: Place) -> Records:
     """The twin of each chip: its schemas, right calls and refused ones, and a fresh count of launches."""
@@ -38,25 +42,33 @@ def launched(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     return getattr(getattr(torch.ops, space or "npu"), short)(*values, **given)
 
 
-def twin_calls() -> dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]]:
-    """Case -> operator, arguments, options. Some are refused by some chips, which is recorded as well."""
+def rand(*shape: int, seed: int = 0) -> Any:
+    """BF16 around one."""
+    return (20 * draw(seed + 9, *shape)).bfloat16()
+
+
+def part(index: int, name: str, *args: Any, **options: Any) -> Callable[[], Any]:
+    """One of the results of an operator, computed when the twin is on."""
+    return lambda: launched(name, args, options)[index]
+
+
+def turned(value: Callable[[], Any]) -> Callable[[], Any]:
+    """The same with its first two axes exchanged."""
+    return lambda: value().transpose(0, 1)
+
+
+def twin_calls() -> dict[str, Call]:
+    """Right and wrong calls. Some are refused by some chips, which is recorded as well."""
+    return elementwise() | attention() | quantizers() | matmuls()
+
+
+def elementwise() -> dict[str, Call]:
+    """Norms, activations, rotations, casts."""
     import torch
 
-    def rand(*shape: int, seed: int = 0) -> Any:
-        return (20 * draw(seed + 9, *shape)).bfloat16()
-
-    def part(index: int, name: str, *args: Any, **options: Any) -> Callable[[], Any]:
-        return lambda: launched(name, args, options)[index]
-
-    def turned(value: Callable[[], Any]) -> Callable[[], Any]:
-        return lambda: value().transpose(0, 1)
-
-    x, w, gamma, deep = rand(6, 160), rand(32, 160, seed=1), rand(160, seed=2), rand(3, 640)
-    heads, rows = rand(1, 5, 2, 32), rand(2, 64)
-    q, k, v = (rand(1, 2, n, 64, seed=n) for n in (7, 9, 9))
-    angle = rand(1, 5, 1, 32, seed=4)
-    mx, e4m3, e8m0, e2m1 = "npu_dynamic_mx_quant", 292, 293, 296
-    calls: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
+    x, gamma, heads, rows = rand(6, 160), rand(160, seed=2), rand(1, 5, 2, 32), rand(2, 64)
+    angle, interleave = rand(1, 5, 1, 32, seed=4), {"rotary_mode": "interleave"}
+    return {
         "rms norm": ("npu_rms_norm", (x, gamma), {"epsilon": 1e-6}),
         "rms norm of float64": ("npu_rms_norm", (x.double(), gamma.double()), {}),
         "rms norm of another width": ("npu_rms_norm", (x, gamma[:32]), {}),
@@ -68,59 +80,65 @@ def twin_calls() -> dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]]:
         "adaln v2": ("mindiesd.adaln_v2", (rand(2, 6, 64), rows, rows, None, None, 1e-6), {}),
         **{name: (f"npu_{name}", (x,), {}) for name in ("gelu", "fast_gelu", "swiglu", "geglu", "silu")},
         "gelu tanh": ("npu_gelu", (x,), {"approximate": "tanh"}),
-        "rope": (
-            "npu_rotary_mul",
-            (heads.float(), angle.float(), angle.float()),
-            {"rotary_mode": "interleave"},
-        ),
+        "rope": ("npu_rotary_mul", (heads.float(), angle.float(), angle.float()), interleave),
         "rope by halves": ("npu_rotary_mul", (heads, angle, angle), {}),
-        "attention": ("npu_fusion_attention", (q, k, v, 2, "BNSD"), {"scale": 0.125}),
-        "attention of 3 heads": ("npu_fusion_attention", (q, k, v, 3, "BNSD"), {"scale": 0.125}),
-        "infer": (
-            "npu_fused_infer_attention_score_v2",
-            (q, k, v),
-            {
-                "num_query_heads": 2,
-                "softmax_scale": 0.125,
-                "input_layout": "BNSD",
-                "return_softmax_lse": True,
-            },
-        ),
-        "prompt": (
-            "npu_prompt_flash_attention",
-            (q, k, v),
-            {"num_heads": 2, "scale_value": 0.125, "input_layout": "BNSD"},
-        ),
-        "int8": ("npu_dynamic_quant", (x,), {}),
-        "int8 per tensor": ("npu_dynamic_quant", (x,), {"quant_mode": "pertensor"}),
-        "int8 smoothed": ("npu_dynamic_quant", (x,), {"smooth_scales": gamma.abs()}),
-        "fp8": ("npu_dynamic_quant", (x,), {"dst_type": torch.float8_e4m3fn}),
-        "mxfp8": (mx, (x,), {"dst_type": e4m3}),
-        "mxfp8 ceil": (mx, (x,), {"dst_type": e4m3, "scale_alg": 1}),
-        "mxfp8 e5m2": (mx, (x,), {"dst_type": 291}),
-        "mxfp4": (mx, (x,), {"dst_type": e2m1}),
-        "mxfp4 max": (mx, (x,), {"dst_type": e2m1, "scale_alg": 2, "dst_type_max": 7.25}),
-        "mxfp4 of one axis": (mx, (gamma.double(),), {}),
-        "dual level": ("npu_dynamic_dual_level_mx_quant", (deep,), {}),
-        "blocks": (
-            "npu_dynamic_block_quant",
-            (rand(2, 200, 128),),
-            {"dst_type": e4m3, "row_block_size": 128, "col_block_size": 128},
-        ),
         "cast": ("npu_dtype_cast", (x, torch.float16), {}),
         "format": ("npu_format_cast", (x, 29), {}),
         "nothing of it": ("npu_sort_v2", (x,), {}),
     }
-    int8 = turned(part(0, "npu_dynamic_quant", w)), part(1, "npu_dynamic_quant", w)
-    token = {"pertoken_scale": part(1, "npu_dynamic_quant", x), "output_dtype": 15}
-    matmul, codes = "npu_quant_matmul", part(0, "npu_dynamic_quant", x)
-    bias = rand(32, seed=3).float()
-    calls["int8 matmul"] = matmul, (codes, *int8), {**token, "bias": bias}
-    calls["int8 matmul turned"] = matmul, (codes, part(0, "npu_dynamic_quant", w), int8[1]), token
-    blocks = {"scale_dtype": e8m0, "pertoken_scale_dtype": e8m0, "group_sizes": [1, 1, 32], "bias": bias}
+
+
+def attention() -> dict[str, Call]:
+    """Dense attention."""
+    qkv = tuple(rand(1, 2, n, 64, seed=n) for n in (7, 9, 9))
+    layout = {"input_layout": "BNSD"}
+    infer = {"num_query_heads": 2, "softmax_scale": 0.125, "return_softmax_lse": True}
+    return {
+        "attention": ("npu_fusion_attention", (*qkv, 2, "BNSD"), {"scale": 0.125}),
+        "attention of 3 heads": ("npu_fusion_attention", (*qkv, 3, "BNSD"), {"scale": 0.125}),
+        "infer": ("npu_fused_infer_attention_score_v2", qkv, infer | layout),
+        "prompt": ("npu_prompt_flash_attention", qkv, {"num_heads": 2, "scale_value": 0.125} | layout),
+    }
+
+
+def quantizers() -> dict[str, Call]:
+    """Tokens to codes."""
+    import torch
+
+    x, smooth = rand(6, 160), rand(160, seed=2).abs()
+    tiles = {"dst_type": E4M3, "row_block_size": 128, "col_block_size": 128}
+    return {
+        "int8": ("npu_dynamic_quant", (x,), {}),
+        "int8 per tensor": ("npu_dynamic_quant", (x,), {"quant_mode": "pertensor"}),
+        "int8 smoothed": ("npu_dynamic_quant", (x,), {"smooth_scales": smooth}),
+        "fp8": ("npu_dynamic_quant", (x,), {"dst_type": torch.float8_e4m3fn}),
+        "mxfp8": (MX, (x,), {"dst_type": E4M3}),
+        "mxfp8 ceil": (MX, (x,), {"dst_type": E4M3, "scale_alg": 1}),
+        "mxfp8 e5m2": (MX, (x,), {"dst_type": 291}),
+        "mxfp4": (MX, (x,), {"dst_type": E2M1}),
+        "mxfp4 max": (MX, (x,), {"dst_type": E2M1, "scale_alg": 2, "dst_type_max": 7.25}),
+        "mxfp4 of float64": (MX, (smooth.double(),), {}),
+        "dual level": ("npu_dynamic_dual_level_mx_quant", (rand(3, 640),), {}),
+        "blocks": ("npu_dynamic_block_quant", (rand(2, 200, 128),), tiles),
+    }
+
+
+def matmuls() -> dict[str, Call]:
+    """Codes times codes."""
+    import torch
+
+    x, w, bias = rand(6, 160), rand(32, 160, seed=1), rand(32, seed=3).float()
+    row, matmul = "npu_dynamic_quant", "npu_quant_matmul"
+    codes, weight, scale = part(0, row, x), part(0, row, w), part(1, row, w)
+    token = {"pertoken_scale": part(1, row, x), "output_dtype": 15}
+    calls: dict[str, Call] = {
+        "int8 matmul": (matmul, (codes, turned(weight), scale), {**token, "bias": bias}),
+        "int8 matmul, not turned": (matmul, (codes, weight, scale), token),
+    }
+    blocks = {"scale_dtype": E8M0, "pertoken_scale_dtype": E8M0, "group_sizes": [1, 1, 32], "bias": bias}
     blocks["output_dtype"] = torch.bfloat16
-    for case, kind, more in (("mxfp8", e4m3, {}), ("mxfp4", e2m1, {"x1_dtype": e2m1, "x2_dtype": e2m1})):
-        weight = [turned(part(i, mx, w, dst_type=kind)) for i in (0, 1)]
-        given = {**blocks, **more, "pertoken_scale": part(1, mx, x, dst_type=kind)}
-        calls[f"{case} matmul"] = matmul, (part(0, mx, x, dst_type=kind), *weight), given
+    for case, kind, more in (("mxfp8", E4M3, {}), ("mxfp4", E2M1, {"x1_dtype": E2M1, "x2_dtype": E2M1})):
+        args = part(0, MX, x, dst_type=kind), *(turned(part(i, MX, w, dst_type=kind)) for i in (0, 1))
+        given = {**blocks, **more, "pertoken_scale": part(1, MX, x, dst_type=kind)}
+        calls[f"{case} matmul"] = matmul, args, given
     return calls
