@@ -3,6 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FAST := not slow and not cuda and not npu
+# A worker for each processor. The tests of a file stay on one, as they share what their fixtures make.
+WORKERS := auto
+PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile
 DEMO := a red circle moves right on a black background
 VIDEO := outputs/demo.mp4
 
@@ -42,7 +45,7 @@ lint: install  ## style and types
 	$(BIN)/mypy
 
 test: lint  ## style, types and every test that needs no accelerator
-	$(BIN)/pytest -m "$(FAST)"
+	$(BIN)/pytest -m "$(FAST)" $(PARALLEL)
 
 test-all: lint  ## all tests; those without their hardware are skipped with the reason
 	$(BIN)/pytest

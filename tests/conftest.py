@@ -1,10 +1,12 @@
-"""What all tests share: two threads, fixed seeds, and each tiny model built once."""
+"""What all tests share: few threads, fixed seeds, and each tiny model built once."""
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,30 @@ from hypothesis import settings
 settings.register_profile("ascendit", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("ascendit")
 
+THREADS = 2
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The other processors have workers of their own. Child processes hear it from the variable.
+    THREADS = 1
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before there are workers: compile what all of them use, so that none does it twice."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        from ascendit.native import build
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(build.native, build.NEEDS))
+
 
 @pytest.fixture(autouse=True)
 def _repeatable() -> None:
-    """Fixed seeds and two threads. Tests of the light modules must not pay for importing torch."""
+    """Fixed seeds and threads. Tests of the light modules must not pay for importing torch."""
     random.seed(0)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(0)
     if torch := sys.modules.get("torch"):
-        torch.set_num_threads(2)
+        torch.set_num_threads(THREADS)
         torch.manual_seed(0)
 
 

@@ -323,6 +323,7 @@ def test_pytorch_on_threads_and_in_pieces(
     form: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoders.take("pytorch", monkeypatch)
+    torch.set_num_threads(2)
     x = spoiled(torch.randn(shape)).bfloat16()
     found = encode(x, form)
     encoders.forget()
@@ -332,6 +333,7 @@ def test_pytorch_on_threads_and_in_pieces(
 
 def test_many_callers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     encoders.take("native", monkeypatch)
+    torch.set_num_threads(2)
     inputs = [torch.randn(200, 5120).bfloat16() for _ in range(4)]
     expected = [reference_encode(x, "mxfp8") for x in inputs]
     with ThreadPoolExecutor(4) as pool:

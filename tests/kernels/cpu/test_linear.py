@@ -236,6 +236,7 @@ def test_more_tokens_than_are_taken_at_a_time_on_any_number_of_threads(scheme):
     encoded, bias = weight_of(scheme, 70, 96)
     weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
     x = tokens_of(cpu_linear.CHUNK // 2 + 50, 96).flatten(0, 1)
+    torch.set_num_threads(2)
     whole = ops.quantized_linear(ops.quantize_activation(x, scheme), weight)
     torch.set_num_threads(1)
     pieces = [ops.quantized_linear(ops.quantize_activation(p, scheme), weight) for p in x.split(500)]
