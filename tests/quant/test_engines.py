@@ -22,7 +22,7 @@ from ascendit.quant.schemes import SCHEMES, STORED_SCHEMES
         ({"fp8"}, set()),
         ({"fp8_128x128"}, set()),
     ],
-    ids=str,
+    ids=lambda names: "+".join(sorted(names)) or "none",  # the own order of a set differs by process
 )
 def test_which_engine_runs_which_scheme(schemes: set[str], runs: set[str]) -> None:
     found = engines_for(schemes)
