@@ -18,7 +18,7 @@ from ascendit.checkpoint.layout import recognise
 from ascendit.cli.progress import TransferBar, TransferLines, TransferView, transfer_view
 from ascendit.convert.quantize import quantize
 from ascendit.errors import UsageError
-from ascendit.progress import Progress
+from ascendit.progress import ConversionProgress
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_ctrl_c_tells_of_resume(run, model, tmp_path, monkeypatch):
 # ---- progress -----------------------------------------------------------------------------------
 
 EVENTS = [
-    Progress("transformer", "blocks.0", i * 2**30, 20 * 2**30, i / 2, 2**30 if i > 3 else 0)
+    ConversionProgress("transformer", "blocks.0", i * 2**30, 20 * 2**30, i / 2, 2**30 if i > 3 else 0)
     for i in range(21)
 ]
 
@@ -235,7 +235,7 @@ def test_killed_at_ten_moments_and_taken_up_again(tmp_path, environ):
     assert contents(dst) == wanted and not partial.exists()
 
 
-def stop(event: Progress) -> None:
+def stop(event: ConversionProgress) -> None:
     if event.stage == "transformer_2":
         raise KeyboardInterrupt
 
@@ -249,7 +249,7 @@ def test_a_run_that_resumes_writes_only_what_is_missing(model, tmp_path, report)
     assert not (tmp_path / "out").exists()
     first = tmp_path / ".out.partial" / "out" / "transformer" / "diffusion_pytorch_model.safetensors"
     stamp = os.stat(first).st_mtime_ns
-    events: list[Progress] = []
+    events: list[ConversionProgress] = []
     quantize(model, tmp_path / "out", **options, resume=True, on_progress=events.append)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
     assert (tmp_path / "out" / "transformer" / first.name).stat().st_mtime_ns == stamp

@@ -15,15 +15,15 @@ from ascendit.checkpoint import reader
 from ascendit.checkpoint.writer import ShardWriter
 from ascendit.convert import quantize as quantize_module
 from ascendit.convert.quantize import quantize
-from ascendit.family import SCHEMES
 from ascendit.mx.formats import lookup
+from ascendit.quant.schemes import SCHEMES
 
 VALUES = {"max:": ("7.25",), "msms:ceil_x:": ("7.25", "search")}
 RULES = [
     (scheme.name, rule + value)
     for scheme in SCHEMES.values()
-    if scheme.format is not None
-    for rule in lookup(scheme.format).rules
+    if scheme.weight
+    for rule in lookup(scheme.weight).rules
     for value in VALUES.get(rule, ("",))
 ]
 
@@ -46,7 +46,7 @@ def test_every_rule(tmp_path, monkeypatch, scheme, rule, dtype):
     found, compared = read(tmp_path / "out" / "transformer"), 0
     for name, weight in tensors(CONFIG | {"num_layers": 1}, dtype=dtype).items():
         if f"{name}_scale" in found:
-            encoded = mx.encode(weight, SCHEMES[scheme].format or "", scale_rule=rule)
+            encoded = mx.encode(weight, SCHEMES[scheme].weight, scale_rule=rule)
             assert same(found[name], encoded.codes) and same(found[f"{name}_scale"], encoded.scale)
             if encoded.dual_scale is not None:
                 assert same(found[f"{name}_dual_scale"], encoded.dual_scale)

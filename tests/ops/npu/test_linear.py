@@ -10,7 +10,7 @@ from ops.recorder import Recorder
 from ascendit import mx
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.mx.smoothing import smooth_input
-from ascendit.ops import npu_linear
+from ascendit.ops.npu import linear as npu_linear
 from ascendit.ops.npu.linear import scale_algorithm
 from ascendit.ops.operators import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
