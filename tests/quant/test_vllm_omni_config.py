@@ -27,6 +27,8 @@ def test_five_leading_blocks_stay_floats_in_dual_scale_by_default():
 
 
 def test_names_are_those_of_its_modules():
+    assert layers_of_module("*.to_out") == ("*.to_out.0",)
+    assert layers_of_module("blocks.*.ffn.net_2") == ("blocks.*.ffn.net.2",)
     assert layers_of_module("blocks.0.attn1.to_qkv") == tuple(f"blocks.0.attn1.to_{x}" for x in "qkv")
     assert layers_of_module("blocks.0.attn2.to_out") == ("blocks.0.attn2.to_out.0",)
     assert layers_of_module("blocks.3.ffn.net_0.proj") == ("blocks.3.ffn.net.0.proj",)

@@ -25,6 +25,8 @@ VLLM_OMNI = {
 
 _LEADERS = {layer: group[0] for group in GROUPS for layer in group}
 _MODULES = {layer: module for module, layers in VLLM_OMNI.items() for layer in layers}
+_LEAVES = {"to_qkv": ("to_q", "to_k", "to_v"), "to_out": ("to_out.0",)}
+_FEED_FORWARD = ((".ffn.net_0.", ".ffn.net.0."), (".ffn.net_2", ".ffn.net.2"))
 
 
 def leader_of(layer: str) -> str:
@@ -40,9 +42,11 @@ def vllm_omni_module(layer: str) -> str:
 
 
 def layers_of_module(module: str) -> tuple[str, ...]:
-    """The layers that a module of vLLM-Omni holds: `blocks.0.attn1.to_qkv` is three."""
-    owner, inner = _split(module, VLLM_OMNI)
-    return tuple(owner + layer for layer in VLLM_OMNI.get(inner, (inner,)))
+    """The layers that a module of vLLM-Omni holds: `blocks.0.attn1.to_qkv` is three. Patterns too: `*.to_out`."""
+    for theirs, ours in _FEED_FORWARD:
+        module = module.replace(theirs, ours)
+    owner, dot, leaf = module.rpartition(".")
+    return tuple(f"{owner}{dot}{layer}" for layer in _LEAVES.get(leaf, (leaf,)))
 
 
 def fused_with(layer: str) -> tuple[str, ...]:
