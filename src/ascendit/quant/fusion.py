@@ -42,7 +42,7 @@ def vllm_omni_module(layer: str) -> str:
 
 
 def layers_of_module(module: str) -> tuple[str, ...]:
-    """The layers that a module of vLLM-Omni holds: `blocks.0.attn1.to_qkv` is three. Patterns too: `*.to_out`."""
+    """The layers that a module of vLLM-Omni holds, or a pattern: `blocks.0.attn1.to_qkv` is three."""
     for theirs, ours in _FEED_FORWARD:
         module = module.replace(theirs, ours)
     owner, dot, leaf = module.rpartition(".")
