@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ascendit.device.chip import CHIPS
+from ascendit.twin import operators  # noqa: F401  (it registers them all)
 from ascendit.twin.contract import IMPORT, NAMES, TwinImportError
 from ascendit.twin.registry import OPERATORS, VERSIONS, current_chip, fake, frozen, not_here, run
 from ascendit.twin.state import STATE
