@@ -111,15 +111,15 @@ def test_a_single_file(tmp_path: Path, config: dict[str, Any], prefix: str, nami
 
 
 def test_a_mixed_recipe(tmp_path: Path) -> None:
-    plan = {name: "mxfp8" if ".0." in name[:9] else "mxfp4" for name in LINEARS}
-    plan |= {"blocks.1.ffn.net.2": "bf16", "blocks.1.attn1.to_q": "bf16"}
+    layers = {name: "mxfp8" if ".0." in name[:9] else "mxfp4" for name in LINEARS}
+    layers |= {"blocks.1.ffn.net.2": "bf16", "blocks.1.attn1.to_q": "bf16"}
     tensors = floats()
     for scheme in ("mxfp8", "mxfp4"):
-        tensors = coded(tensors, [name for name in LINEARS if plan[name] == scheme], scheme)
-    manifest = types(tensors, plan) | {"model_quant_type": "W4A4_MXFP4"}
+        tensors = coded(tensors, [name for name in LINEARS if layers[name] == scheme], scheme)
+    manifest = types(tensors, layers) | {"model_quant_type": "W4A4_MXFP4"}
     expert = read(stored.folder(tmp_path, tensors, manifest=manifest))
     assert {name: layer.scheme for name, layer in expert.layers.items()} == {
-        name: scheme for name, scheme in plan.items() if scheme != "bf16"
+        name: scheme for name, scheme in layers.items() if scheme != "bf16"
     }
     assert expert.manifest is not None and expert.manifest["model_quant_type"] == "W4A4_MXFP4"
 
@@ -425,7 +425,7 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
 import sys
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.transformer import read_expert
-from ascendit.checkpoint import values
+from ascendit.checkpoint import layer_format
 for part in recognise({str(EXPORTS[0])!r}).experts:
     assert read_expert(part).layers
 print([name for name in ("torch", "numpy", "diffusers", "safetensors") if name in sys.modules])

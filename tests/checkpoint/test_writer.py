@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from ascendit.checkpoint.file_copy import move_bytes
 from ascendit.checkpoint.reader import TORCH_DTYPES, Shards, TensorInfo, read_header
 from ascendit.checkpoint.resume import Journal
-from ascendit.checkpoint.writer import ShardWriter, TensorSpec, plan_shards
+from ascendit.checkpoint.writer import ShardWriter, TensorSpec, lay_out_shards
 from ascendit.errors import CheckpointError, EnvironmentProblem
 
 SPELLING = {getattr(torch, name): spelling for spelling, name in TORCH_DTYPES.items() if spelling != "F4"}
@@ -95,9 +95,9 @@ def test_one_file_is_what_was_given(tmp_path: Path) -> None:
 
 def test_the_first_tensor_begins_at_a_multiple_of_8(tmp_path: Path) -> None:
     for length in range(1, 10):
-        plan = plan_shards(tmp_path, [TensorSpec("n" * length, "U8", (3,))])[0]
-        assert len(plan.header) % 8 == 0
-        assert int.from_bytes(plan.header[:8], "little") == len(plan.header) - 8
+        shard = lay_out_shards(tmp_path, [TensorSpec("n" * length, "U8", (3,))])[0]
+        assert len(shard.header) % 8 == 0
+        assert int.from_bytes(shard.header[:8], "little") == len(shard.header) - 8
 
 
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
@@ -124,21 +124,21 @@ def test_shards_and_index_are_those_of_diffusers(tmp_path: Path) -> None:
     limit = 700
     write_all(tmp_path, tensors, max_shard_bytes=limit)
     pattern = "diffusion_pytorch_model{suffix}.safetensors"
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=limit, filename_pattern=pattern)
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=limit, filename_pattern=pattern)
     index = json.loads((tmp_path / SAFE_WEIGHTS_INDEX_NAME).read_text())
-    assert index["weight_map"] == plan.tensor_to_filename
-    assert index["metadata"]["total_size"] == plan.metadata["total_size"]
-    assert sorted(os.listdir(tmp_path)) == sorted([*plan.filename_to_tensors, SAFE_WEIGHTS_INDEX_NAME])
+    assert index["weight_map"] == split.tensor_to_filename
+    assert index["metadata"]["total_size"] == split.metadata["total_size"]
+    assert sorted(os.listdir(tmp_path)) == sorted([*split.filename_to_tensors, SAFE_WEIGHTS_INDEX_NAME])
     assert_same(tmp_path, tensors)
 
 
 def test_a_tensor_is_never_split_and_none_means_one_file(tmp_path: Path) -> None:
     specs = [TensorSpec("a", "U8", (10,)), TensorSpec("b", "U8", (100,)), TensorSpec("c", "U8", (5,))]
-    names = [[s.name for s in plan.specs] for plan in plan_shards(tmp_path, specs, max_shard_bytes=20)]
+    names = [[s.name for s in shard.specs] for shard in lay_out_shards(tmp_path, specs, max_shard_bytes=20)]
     assert names == [["a"], ["b"], ["c"]]
-    exact = plan_shards(tmp_path, specs, max_shard_bytes=110)
-    assert [len(plan.specs) for plan in exact] == [2, 1], "just the limit still fits"
-    assert len(plan_shards(tmp_path, specs, max_shard_bytes=None)) == 1
+    exact = lay_out_shards(tmp_path, specs, max_shard_bytes=110)
+    assert [len(shard.specs) for shard in exact] == [2, 1], "just the limit still fits"
+    assert len(lay_out_shards(tmp_path, specs, max_shard_bytes=None)) == 1
 
 
 def test_stem_and_metadata(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_moved_bytes_lie_alike_on_the_pages(tmp_path: Path) -> None:
 
 def test_the_page_of_most_bytes_wins(tmp_path: Path) -> None:
     specs = [TensorSpec("a", "U8", (16,), 8), TensorSpec("b", "U8", (1000,), 4096 + 160)]
-    header = plan_shards(tmp_path, specs)[0].header
+    header = lay_out_shards(tmp_path, specs)[0].header
     assert (len(header) + 16) % 4096 == 160
 
 

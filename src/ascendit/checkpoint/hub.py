@@ -163,11 +163,11 @@ def _huggingface(
     except Exception as e:  # httpx, OSError, checks of the library: all are trouble with this download
         fix = "check network, HF_ENDPOINT and free disk space, then run it again: finished files are kept"
         raise _trouble(what, _first_line(e), fix) from e
-    _verify_blobs(Path(path), begun, what)
+    _check_blobs(Path(path), begun, what)
     return Path(path)
 
 
-def _verify_blobs(snapshot: Path, begun: float, what: str) -> None:
+def _check_blobs(snapshot: Path, begun: float, what: str) -> None:
     """Hash the large files that came since `begun`: their cache name is their sha256, and the library
     compares sizes only. Two seconds are for file systems with coarse clocks."""
     for link in snapshot.rglob("*"):

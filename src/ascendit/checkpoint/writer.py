@@ -109,7 +109,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class ShardPlan:
+class ShardLayout:
     """One file to be written."""
 
     file: Path
@@ -123,14 +123,14 @@ class ShardPlan:
         return len(self.header) + sum(spec.nbytes for spec in self.specs)
 
 
-def plan_shards(
+def lay_out_shards(
     folder: Path,
     specs: Sequence[TensorSpec],
     *,
     stem: str = STEM,
     max_shard_bytes: int | None = MAX_SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
-) -> tuple[ShardPlan, ...]:
+) -> tuple[ShardLayout, ...]:
     """Files for `specs`, in their order. A new one begins where `max_shard_bytes` of tensors would be passed;
     None: one file. No tensor is split. `metadata` is `{"format": "pt"}` unless given."""
     assert specs and len({spec.name for spec in specs}) == len(specs), "no tensor, or a name twice"
@@ -147,7 +147,7 @@ def plan_shards(
         names = [f"{stem}.safetensors"]
     metadata = {"format": "pt"} if metadata is None else metadata
     return tuple(
-        ShardPlan(folder / name, tuple(group), _header(group, metadata))
+        ShardLayout(folder / name, tuple(group), _header(group, metadata))
         for name, group in zip(names, groups, strict=True)
     )
 
@@ -198,7 +198,7 @@ class ShardWriter:
         journal: Journal | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.shards = plan_shards(
+        self.shards = lay_out_shards(
             self.folder, specs, stem=stem, max_shard_bytes=max_shard_bytes, metadata=metadata
         )
         self._stem = stem
@@ -283,7 +283,7 @@ class ShardWriter:
 
     # ---- what is written where
 
-    def _found_complete(self, shard: ShardPlan, hash: bool) -> bool:
+    def _found_complete(self, shard: ShardLayout, hash: bool) -> bool:
         """Whether the journal knows this file, with just this header, and its sha256 if that is wanted."""
         done = self._journal.complete(shard.file) if self._journal else None
         if not done or done.nbytes != shard.nbytes or (hash and not done.sha256):
@@ -421,7 +421,7 @@ class ShardWriter:
             self._hasher = None
 
 
-def _begin(shard: ShardPlan) -> None:
+def _begin(shard: ShardLayout) -> None:
     """A file with its header and room for the rest."""
     fd = os.open(shard.file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:

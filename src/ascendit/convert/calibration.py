@@ -17,7 +17,7 @@ from ascendit.checkpoint.reader import TORCH_DTYPES
 from ascendit.errors import UsageError
 from ascendit.names import is_block_linear
 from ascendit.quant.fusion import leader_of
-from ascendit.weights.quantize_plan import ExpertPlan
+from ascendit.weights.applied_recipe import AppliedRecipe
 
 if TYPE_CHECKING:
     import torch
@@ -113,19 +113,21 @@ def kind_of(layer: str) -> str:
     return re.sub(r"^blocks\.\d+\.", "", layer)
 
 
-def smoothable(plan: ExpertPlan) -> list[str]:
+def smoothable(applied: AppliedRecipe) -> list[str]:
     """The layers that a calibration smooths: linears of the blocks that are quantized."""
-    return [name for name in plan.coded if is_block_linear(name)]
+    return [name for name in applied.coded if is_block_linear(name)]
 
 
-def placeholders(plan: ExpertPlan) -> dict[str, torch.Tensor]:
-    """A `mul_scale` of ones for each layer that will be smoothed: the plan before the model has run."""
+def placeholders(applied: AppliedRecipe) -> dict[str, torch.Tensor]:
+    """A `mul_scale` of ones for each layer that will be smoothed, until the model has run."""
     import torch
 
-    return {name: torch.ones(plan.weight(name).shape[1]) for name in smoothable(plan)}
+    return {name: torch.ones(applied.weight(name).shape[1]) for name in smoothable(applied)}
 
 
-def mul_scales(plan: ExpertPlan, found: Mapping[str, Statistics], alpha: float) -> dict[str, torch.Tensor]:
+def mul_scales(
+    applied: AppliedRecipe, found: Mapping[str, Statistics], alpha: float
+) -> dict[str, torch.Tensor]:
     """Layer -> mul_scale, float32 [K]: msModelSlim's 1 / s, computed in the dtype that is quantized.
 
     UsageError E-QNT-01 for an input that was never seen, or whose maxima are not finite.
@@ -135,11 +137,11 @@ def mul_scales(plan: ExpertPlan, found: Mapping[str, Statistics], alpha: float) 
     from ascendit.mx.smoothing import smoothing_factors, to_mul_scale
 
     made: dict[str, torch.Tensor] = {}
-    for name in smoothable(plan):
+    for name in smoothable(applied):
         stats = found.get(leader_of(name))
         if stats is None or not bool(stats.input_amax.isfinite().all()):
-            raise _no_statistics(plan.expert.name, name, stats is None)
-        stored = TORCH_DTYPES[plan.dtype(plan.weight(name))]
+            raise _no_statistics(applied.expert.name, name, stats is None)
+        stored = TORCH_DTYPES[applied.dtype(applied.weight(name))]
         # Float16 ends at 65504, and maxima of activations do not; the weight rounds s to its own dtype.
         dtype = torch.float32 if stored == "float16" else getattr(torch, stored)
         factors = smoothing_factors(stats.input_amax, stats.weight_amax, alpha, dtype=dtype)

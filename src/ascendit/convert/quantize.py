@@ -46,9 +46,9 @@ from ascendit.progress import ConversionProgress, OnConversionProgress
 from ascendit.quant.layer_rules import ModelKind
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
 from ascendit.version import __version__
+from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, warnings_for
 from ascendit.weights.engine_formats import Dialect, check_engine, dialect_for, model_kind, task_config
 from ascendit.weights.lora.fold import Folds, LoraSource, parse_lora
-from ascendit.weights.quantize_plan import ExpertPlan, check_kind, plan_expert, warnings_for
 from ascendit.weights.quantize_writer import Advance, ExpertWriter, WriteBehind
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class QuantizeJob:
     flags: list[tuple[str, object]]
     calibrate: Calibrate | None = None
     """Makes `smoothing`, once everything else is known to be right."""
-    plans: list[ExpertPlan] = field(init=False)
+    applied: list[AppliedRecipe] = field(init=False)
     folds: list[Folds] = field(init=False)
     kind: ModelKind = field(init=False)
     sqnr: dict[str, dict[str, float]] = field(init=False, default_factory=dict)
@@ -99,10 +99,10 @@ class QuantizeJob:
                 code="E-USE-05",
             )
         self.kind = model_kind(experts[0].config)
-        self.plans = [self._plan(expert) for expert in experts]
+        self.applied = [self._apply(expert) for expert in experts]
         if self.calibrate is not None:
-            self.smoothing = {plan.expert.name: placeholders(plan) for plan in self.plans}
-            self.plans = [self._plan(expert) for expert in experts]
+            self.smoothing = {applied.expert.name: placeholders(applied) for applied in self.applied}
+            self.applied = [self._apply(expert) for expert in experts]
         names = [expert.name for expert in experts]
         self.folds = [
             Folds.open(
@@ -111,8 +111,8 @@ class QuantizeJob:
             for e in experts
         ]
 
-    def _plan(self, expert: Expert) -> ExpertPlan:
-        return plan_expert(
+    def _apply(self, expert: Expert) -> AppliedRecipe:
+        return apply_recipe(
             expert,
             self.recipe,
             self.kind,
@@ -123,7 +123,7 @@ class QuantizeJob:
 
     def check(self, force: bool) -> None:
         """Refuse before any work what cannot come out well."""
-        used = {scheme for plan in self.plans for scheme in plan.schemes}
+        used = {scheme for applied in self.applied for scheme in applied.schemes}
         if not used - {"bf16"}:
             raise UsageError(
                 f"recipe {self.recipe.name} with --keep {' '.join(self.keep)} quantizes no layer"
@@ -134,8 +134,8 @@ class QuantizeJob:
                 code="E-QNT-01",
             )
         check_kind(self.kind, used, self.layout.name, force=force)
-        for plan in self.plans:
-            check_engine(self.dialect.engine, plan.traits, f"{self.layout.name}/{plan.expert.name}")
+        for applied in self.applied:
+            check_engine(self.dialect.engine, applied.traits, f"{self.layout.name}/{applied.expert.name}")
         if self.calibrate is not None:
             self.calibration = self.calibrate.record(self.layout)
 
@@ -144,9 +144,9 @@ class QuantizeJob:
     def run(self, resume: bool, on_progress: OnConversionProgress | None) -> QuantizeReport:
         """Write the folder."""
         start = time.perf_counter()
-        sources = [self.layout.root, *(plan.expert.path for plan in self.plans)]
+        sources = [self.layout.root, *(applied.expert.path for applied in self.applied)]
         sources += [lora.path for lora in self.loras]
-        needed = sum(plan.bytes_after for plan in self.plans)
+        needed = sum(applied.bytes_after for applied in self.applied)
         needed += sum(_size(path) for path, _ in self._others() if self.copy or path.is_file())
         with Staging(
             self.dst,
@@ -157,10 +157,10 @@ class QuantizeJob:
         ) as staging:
             found = self._calibrate(staging, resume)
             meter = Meter(self._total_bytes(), on_progress, time.perf_counter())
-            for plan, folds in zip(self.plans, self.folds, strict=True):
-                self._write_expert(staging, plan, folds, meter)
+            for applied, folds in zip(self.applied, self.folds, strict=True):
+                self._write_expert(staging, applied, folds, meter)
                 if self.measure and found:
-                    self._measure_outputs(plan, folds, found, meter)
+                    self._measure_outputs(applied, folds, found, meter)
             for source, name in self._others():
                 link_or_copy(source, staging.path / name, copy=self.copy or source.is_file())
             provenance.write_made(staging.path, self.made(), self.dst.name)
@@ -179,27 +179,27 @@ class QuantizeJob:
             saved=lambda: staging.journal.add(file, file.stat().st_size),
         )
         found = self.calibrate(self.layout, self.loras, ROWS if self.measure else 0, save)
-        for i, plan in enumerate(self.plans):
-            made = mul_scales(plan, found.get(plan.expert.name, {}), self.calibrate.alpha)
-            self.plans[i] = replace(plan, smoothing=made)
+        for i, applied in enumerate(self.applied):
+            made = mul_scales(applied, found.get(applied.expert.name, {}), self.calibrate.alpha)
+            self.applied[i] = replace(applied, smoothing=made)
         return found
 
-    def _measure_outputs(self, plan: ExpertPlan, folds: Folds, found: Found, meter: Meter) -> None:
-        name = plan.expert.name
+    def _measure_outputs(self, applied: AppliedRecipe, folds: Folds, found: Found, meter: Meter) -> None:
+        name = applied.expert.name
         with RowReader() as reader:
             advance = meter.advance_in(f"outputs of {name}")
-            self.outputs[name] = output_quality(plan, found[name], reader, folds, advance)
+            self.outputs[name] = output_quality(applied, found[name], reader, folds, advance)
 
-    def _write_expert(self, staging: Staging, plan: ExpertPlan, folds: Folds, meter: Meter) -> None:
-        quant_type = plan.manifest["model_quant_type"]
-        folder = staging.path / self.dialect.folder(plan.expert.name, len(self.plans))
+    def _write_expert(self, staging: Staging, applied: AppliedRecipe, folds: Folds, meter: Meter) -> None:
+        quant_type = applied.manifest["model_quant_type"]
+        folder = staging.path / self.dialect.folder(applied.expert.name, len(self.applied))
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             reader = stack.enter_context(RowReader())
             writer = stack.enter_context(
                 ShardWriter(
                     folder,
-                    plan.disk_specs,
+                    applied.disk_specs,
                     stem=self.dialect.stem(quant_type),
                     max_shard_bytes=None if self.dialect.typed_names else self.max_shard_bytes,
                     hash=self.hash,
@@ -207,20 +207,20 @@ class QuantizeJob:
                 )
             )
             behind = stack.enter_context(WriteBehind(writer))
-            advance = meter.advance_in(plan.expert.name)
-            work = ExpertWriter(plan, reader, behind, folds=folds, measure=self.measure, advance=advance)
+            advance = meter.advance_in(applied.expert.name)
+            work = ExpertWriter(applied, reader, behind, folds=folds, measure=self.measure, advance=advance)
             work.write()
             behind.flush()
             digests = writer.close()
-        self.sqnr[plan.expert.name] = work.sqnr
+        self.sqnr[applied.expert.name] = work.sqnr
         where = folder.relative_to(staging.path)
         manifest, config = folder / self.dialect.manifest_file(quant_type), folder / "config.json"
-        manifest.write_text(json.dumps(plan.manifest, indent=4) + "\n", encoding="utf-8")
-        provenance.write_json(config, plan.config)
+        manifest.write_text(json.dumps(applied.manifest, indent=4) + "\n", encoding="utf-8")
+        provenance.write_json(config, applied.config)
         written = [manifest, config]
         if self.dialect.task_file:
             written.append(folder / self.dialect.task_file)
-            provenance.write_json(written[-1], task_config(plan.expert.config))
+            provenance.write_json(written[-1], task_config(applied.expert.config))
         if self.hash:
             written += folder.glob("*.index.json")
             digests |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in written}
@@ -243,16 +243,18 @@ class QuantizeJob:
         return found
 
     def _total_bytes(self) -> int:
-        total = sum(plan.bytes_before for plan in self.plans)
+        total = sum(applied.bytes_before for applied in self.applied)
         if self.measure and self.calibrate is not None:  # each smoothed weight is read once more
-            total += sum(plan.weight(name).nbytes for plan in self.plans for name in smoothable(plan))
+            total += sum(
+                applied.weight(name).nbytes for applied in self.applied for name in smoothable(applied)
+            )
         return total
 
     # ---- what is said about it ------------------------------------------------------------------
 
     def fingerprint(self) -> str:
         """The same for two runs that write the same bytes."""
-        infos = [info for plan in self.plans for info in plan.expert.tensors.values()]
+        infos = [info for applied in self.applied for info in applied.expert.tensors.values()]
         files = sorted({info.file for info in infos} | {lora.path for lora in self.loras})
         stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         what: list[Any] = [__version__, stamps, self.recipe.as_dict(), self.keep, self.dialect.engine]
@@ -290,22 +292,22 @@ class QuantizeJob:
         """What happened, or would."""
         experts = tuple(
             ExpertReport(
-                name=plan.expert.name,
-                schemes=plan.schemes,
-                kept=plan.kept,
-                bytes_before=plan.bytes_before,
-                bytes_after=plan.bytes_after,
-                num_weights=plan.num_weights,
-                sqnr=self.sqnr.get(plan.expert.name, {}),
-                outputs=self.outputs.get(plan.expert.name, Outputs()),
+                name=applied.expert.name,
+                schemes=applied.schemes,
+                kept=applied.kept,
+                bytes_before=applied.bytes_before,
+                bytes_after=applied.bytes_after,
+                num_weights=applied.num_weights,
+                sqnr=self.sqnr.get(applied.expert.name, {}),
+                outputs=self.outputs.get(applied.expert.name, Outputs()),
             )
-            for plan in self.plans
+            for applied in self.applied
         )
         loras = tuple(
             {"file": lora.path.name, "weight": lora.weight, "expert": lora.expert or "all"}
             for lora in self.loras
         )
-        warnings = warnings_for(self.plans, self.recipe, self.kind)
+        warnings = warnings_for(self.applied, self.recipe, self.kind)
         if dry_run and os.path.lexists(self.dst):
             warnings.append(f"{self.dst} exists already: a run would stop there")
         return QuantizeReport(
@@ -409,7 +411,7 @@ def quantize(
     `pipeline.calibrate.Calibrator`, which runs the model to find that smoothing. `engine`: write its dialect.
     `copy`: other components are copied, not linked. `resume`: go on where a killed run with the same
     arguments stopped. `force`: quantize where accuracy is known to suffer. `report`: measure SQNR. `hash`:
-    the sha256 of every file goes into `ascendit.json`, which takes as long as all the rest. `dry_run`: plan
+    the sha256 of every file goes into `ascendit.json`, which takes as long as all the rest. `dry_run`: check
     only.
 
     Raises UsageError: E-USE-01 for arguments that do not go together, E-USE-02 for a missing source or

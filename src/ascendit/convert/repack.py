@@ -239,7 +239,7 @@ def repack(
     `src`: a path in any layout that `checkpoint.layout` knows, or hf:/ms: and a name. `base`: the Diffusers
     folder of the model, which gives the other parts and the configs. `to`: `diffusers` (default) or `wan`.
     `engine`: a key of `ENGINES`, for its dialect. `check`: decode both sides and compare. `copy`: copy
-    other parts instead of linking them. `resume`: go on where a killed run ended. `dry_run`: plan only.
+    other parts instead of linking them. `resume`: go on where a killed run ended. `dry_run`: only report.
 
     Raises UsageError (E-ENG-01: what the engine cannot load; E-USE-01/02/03/06), CheckpointError (E-CKP-..),
     EnvironmentProblem (E-ENV-02, E-ENV-04).
@@ -249,7 +249,7 @@ def repack(
     dialect = dialect_for(engine, to)
     source = recognise(model_folder(src))
     parts_from = bases.read_base(base, source) if base is not None else _own_parts(source)
-    jobs = _plan(source, dialect, parts_from if base is not None else None)
+    jobs = _jobs_for(source, dialect, parts_from if base is not None else None)
     checked: dict[str, dict[str, str]] = {}
     placed: tuple[str, ...] = ()
     if not dry_run:
@@ -289,7 +289,7 @@ def _own_parts(source: Layout) -> Layout | None:
     return source if source.kind == "diffusers" else None
 
 
-def _plan(source: Layout, dialect: Dialect, base: Layout | None) -> list[_Job]:
+def _jobs_for(source: Layout, dialect: Dialect, base: Layout | None) -> list[_Job]:
     """The way of every expert. What cannot be done is found here."""
     jobs = []
     for part in source.experts:

@@ -41,9 +41,9 @@ from ascendit.names import all_linears, block_linears
 from ascendit.quant.layer_rules import (
     MODEL_KINDS,
     OUTSIDE,
-    AttentionPlan,
     AttentionRule,
-    LayerPlan,
+    AttentionScheme,
+    LayerScheme,
     ModelKind,
     Rule,
     matching,
@@ -73,30 +73,32 @@ class Recipe:
     """`bf16`: as msModelSlim's `convert_model_dtype`, which its recipes have; "": as the source has it."""
     step_policy: StepPolicy = StepPolicy()
 
-    def plan(
+    def layer_schemes(
         self, config: Mapping[str, Any], *, model_kind: ModelKind, keep: Sequence[str] = ()
-    ) -> tuple[LayerPlan, ...]:
+    ) -> tuple[LayerScheme, ...]:
         """Every linear layer of the model, in its order. `keep`: patterns of layers that stay BF16.
 
         UsageError E-USE-05 for a pattern that matches no layer.
         """
         blocks, every = block_linears(_known(config)), all_linears(_known(config))
         inside = frozenset(blocks)
-        plans = {n: LayerPlan(n, "bf16", None, "no rule names it" if n in inside else OUTSIDE) for n in every}
-        return tuple((plans | ruled(self.rules_for(model_kind, keep), blocks, every)).values())
+        layers = {
+            n: LayerScheme(n, "bf16", None, "no rule names it" if n in inside else OUTSIDE) for n in every
+        }
+        return tuple((layers | ruled(self.rules_for(model_kind, keep), blocks, every)).values())
 
     def rules_for(self, model_kind: ModelKind | None, keep: Sequence[str] = ()) -> list[tuple[Rule, str]]:
         """The rules for a kind of model, and `keep` as more of them, each with where it comes from."""
         rules = [(rule, self.name) for rule in self.rules if not rule.kinds or model_kind in rule.kinds]
         return rules + [(Rule((pattern,), "bf16", None), "--keep") for pattern in keep]
 
-    def attention_plan(
+    def attention_schemes(
         self, config: Mapping[str, Any], *, model_kind: ModelKind
-    ) -> tuple[AttentionPlan, ...]:
-        """The attentions that get an entry or rotations. UsageError E-USE-05 as in `plan`."""
+    ) -> tuple[AttentionScheme, ...]:
+        """The attentions that get an entry or rotations. UsageError E-USE-05 as in `layer_schemes`."""
         linears = block_linears(_known(config))
         every = tuple(dict.fromkeys(n.rsplit(".to_q", 1)[0] for n in linears if n.endswith(".to_q")))
-        plans = {name: AttentionPlan(name, "", False) for name in every}
+        found = {name: AttentionScheme(name, "", False) for name in every}
         for rule in self.attention:
             if rule.kinds and model_kind not in rule.kinds:
                 continue
@@ -104,11 +106,11 @@ class Recipe:
                 if not (names := matching(pattern, every, wan_attention)):
                     raise no_layer(pattern, self.name, every)
                 for name in names:
-                    old = plans[name]
+                    old = found[name]
                     quant_type = old.quant_type if rule.quant_type is None else rule.quant_type
                     rotate = old.rotate if rule.rotate is None else rule.rotate
-                    plans[name] = AttentionPlan(name, quant_type, rotate)
-        return tuple(plan for plan in plans.values() if plan.quant_type or plan.rotate)
+                    found[name] = AttentionScheme(name, quant_type, rotate)
+        return tuple(a for a in found.values() if a.quant_type or a.rotate)
 
     def as_dict(self) -> dict[str, Any]:
         """For `ascendit.json`: enough to write the same TOML again."""

@@ -34,9 +34,9 @@ from ascendit.errors import CheckpointError
 from ascendit.mx.formats import SEARCH
 from ascendit.mx.row_encoder import RowEncoder, ScaleSearch, first_bad_row
 from ascendit.mx.smoothing import rotation, smooth_weight
-from ascendit.quant.layer_rules import LayerPlan
+from ascendit.quant.layer_rules import LayerScheme
 from ascendit.quant.schemes import SCHEMES
-from ascendit.weights.quantize_plan import ROTATIONS, ExpertPlan
+from ascendit.weights.applied_recipe import ROTATIONS, AppliedRecipe
 from ascendit.weights.tensor_steps import recode
 
 if TYPE_CHECKING:
@@ -132,16 +132,16 @@ SMALLER = 4
 
 
 class SourceRows:
-    """Reads tensors of one expert and does to them what the plan says, in this order:
+    """Reads tensors of one expert and does to them what the recipe asks for, in this order:
 
     FP8 in tiles is decoded to BF16; LoRA files are folded in; what the recipe rounds is rounded; smoothed
     weights are multiplied. `small_blocks`: for a caller who copies rows in float32.
     """
 
     def __init__(
-        self, plan: ExpertPlan, reader: RowReader, folds: Folds | None, *, small_blocks: bool = False
+        self, applied: AppliedRecipe, reader: RowReader, folds: Folds | None, *, small_blocks: bool = False
     ) -> None:
-        self._plan = plan
+        self._applied = applied
         self._small_blocks = small_blocks
         self._reader = reader
         self._folds = folds if folds is not None and folds.names else None
@@ -149,8 +149,8 @@ class SourceRows:
     def changed(self, name: str, info: TensorInfo) -> bool:
         """Whether the values differ from those in the file."""
         folded = self._folds is not None and name in self._folds.names
-        smoothed = name.endswith(".weight") and name.removesuffix(".weight") in self._plan.smoothing
-        return folded or smoothed or self._plan.dtype(info) != info.dtype
+        smoothed = name.endswith(".weight") and name.removesuffix(".weight") in self._applied.smoothing
+        return folded or smoothed or self._applied.dtype(info) != info.dtype
 
     def max_rows(self, name: str, info: TensorInfo) -> int:
         """The most rows that `blocks` gives at once."""
@@ -160,8 +160,8 @@ class SourceRows:
     def blocks(self, name: str, info: TensorInfo) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, rows); the rows are valid until the next come."""
         tiles = self._tiles(name)
-        smoothing = self._plan.smoothing.get(name.removesuffix(".weight"))
-        dtype = getattr(torch, TORCH_DTYPES[self._plan.dtype(info)])
+        smoothing = self._applied.smoothing.get(name.removesuffix(".weight"))
+        dtype = getattr(torch, TORCH_DTYPES[self._applied.dtype(info)])
         multiple, block_bytes = self._cut(name, info)
         for start, view in self._reader.blocks(info, multiple=multiple, block_bytes=block_bytes):
             rows = as_tensor(view, info)
@@ -180,7 +180,7 @@ class SourceRows:
 
     def _tiles(self, name: str) -> torch.Tensor | None:
         """`weight_scale_inv` of an FP8 weight in tiles, float32 [ceil(N / 128), ceil(K / 128)]."""
-        info = self._plan.expert.tensors.get(f"{name}_scale_inv")
+        info = self._applied.expert.tensors.get(f"{name}_scale_inv")
         if info is None:
             return None
         data = self._reader.whole(info)
@@ -207,7 +207,7 @@ MOST_THREADS = 4
 
 
 class ExpertWriter:
-    """The tensors of one expert, in the order of the plan, from a reader to a writer.
+    """The tensors of one expert, in canonical order, from a reader to a writer.
 
     `advance` is told how many bytes of the source are done and to which tensor they belong. `measure`: the
     SQNR of each quantized layer, for which layers are encoded too that an earlier run has written.
@@ -215,7 +215,7 @@ class ExpertWriter:
 
     def __init__(
         self,
-        plan: ExpertPlan,
+        applied: AppliedRecipe,
         reader: RowReader,
         writer: Sink,
         *,
@@ -223,24 +223,24 @@ class ExpertWriter:
         measure: bool = False,
         advance: Advance = _no_news,
     ) -> None:
-        self.plan, self.reader, self.writer = plan, reader, writer
+        self.applied, self.reader, self.writer = applied, reader, writer
         self.sqnr: dict[str, float] = {}
-        self._rows = SourceRows(plan, reader, folds)
+        self._rows = SourceRows(applied, reader, folds)
         self._measure = measure
         self._advance = advance
         self._key: tuple[str, str, int, str, int] | None = None
         self._encoder: RowEncoder | None = None
-        self._disk_names = {s.name: d.name for s, d in zip(plan.specs, plan.disk_specs, strict=True)}
+        self._disk_names = {s.name: d.name for s, d in zip(applied.specs, applied.disk_specs, strict=True)}
 
     def write(self) -> None:
         """Everything. Raises UsageError and CheckpointError for weights that cannot be encoded or read."""
-        coded = self.plan.coded
+        coded = self.applied.coded
 
         def layer_of(spec: TensorSpec) -> str:
             layer = spec.name.rpartition(".")[0]
             return layer if layer in coded else ""
 
-        for layer, specs in itertools.groupby(self.plan.specs, key=layer_of):
+        for layer, specs in itertools.groupby(self.applied.specs, key=layer_of):
             if layer:
                 self._layer(coded[layer], list(specs))
             else:
@@ -251,10 +251,10 @@ class ExpertWriter:
 
     def _tensor(self, spec: TensorSpec) -> None:
         layer, _, role = spec.name.rpartition(".")
-        info = self.plan.expert.tensors.get(spec.name)
+        info = self.applied.expert.tensors.get(spec.name)
         done = self.writer.done(self._disk_names[spec.name])
         if not done:
-            if role in ROTATIONS and any(a.rotate and a.name == layer for a in self.plan.attention):
+            if role in ROTATIONS and any(a.rotate and a.name == layer for a in self.applied.attention):
                 self._append(spec.name, as_bytes(rotation(spec.shape[0])))
             elif info is None:
                 assert role == "mul_scale", spec.name
@@ -270,20 +270,20 @@ class ExpertWriter:
 
     def _mul_scale(self, spec: TensorSpec) -> Data:
         """As given, or ones where the reader of the result wants a factor and there is none."""
-        scale = self.plan.smoothing.get(spec.name.removesuffix(".mul_scale"))
+        scale = self.applied.smoothing.get(spec.name.removesuffix(".mul_scale"))
         if scale is None:
             return struct.pack("<f", 1.0) * spec.shape[0]
         return as_bytes(scale.float())
 
     # ---- quantized layers -----------------------------------------------------------------------
 
-    def _layer(self, plan: LayerPlan, specs: list[TensorSpec]) -> None:
+    def _layer(self, layer: LayerScheme, specs: list[TensorSpec]) -> None:
         done = all(self.writer.done(self._disk_names[spec.name]) for spec in specs)
-        info = self.plan.weight(plan.layer)
+        info = self.applied.weight(layer.name)
         if done and not self._measure:
-            self._advance(plan.layer, self._source_bytes(plan.layer), True)
+            self._advance(layer.name, self._source_bytes(layer.name), True)
             return
-        scales = self._encode(plan, info)
+        scales = self._encode(layer, info)
         for spec in specs[1:]:
             role = spec.name.rpartition(".")[2]
             if role == "bias":
@@ -293,39 +293,39 @@ class ExpertWriter:
             else:  # an offset is zeros
                 data = scales.get(role) or bytes(spec.nbytes)
             self._append(spec.name, data)
-        self._advance(plan.layer, self._source_bytes(plan.layer) - info.nbytes)
+        self._advance(layer.name, self._source_bytes(layer.name) - info.nbytes)
 
-    def _encode(self, plan: LayerPlan, info: TensorInfo) -> dict[str, bytearray]:
+    def _encode(self, layer: LayerScheme, info: TensorInfo) -> dict[str, bytearray]:
         """Write the codes, return the scales by role."""
-        assert plan.scale_rule is not None
-        name = f"{plan.layer}.weight"
-        rule = self._search(name, info) if plan.scale_rule == SEARCH else plan.scale_rule
+        assert layer.scale_rule is not None
+        name = f"{layer.name}.weight"
+        rule = self._search(name, info) if layer.scale_rule == SEARCH else layer.scale_rule
         scales = {"weight_scale": bytearray(), "weight_dual_scale": bytearray()}
         row_bytes = info.nbytes // info.shape[0]
-        encoder = self._encoder_of(plan.scheme, rule, name, info)
+        encoder = self._encoder_of(layer.scheme, rule, name, info)
         for start, rows in self._rows.blocks(name, info):
             encoded = encoder(rows)
             if (bad_row := first_bad_row(encoded)) is not None:
-                raise not_finite(self.plan.expert.name, name, start + bad_row)
-            self._append(name, self._codes(plan.scheme, info, as_bytes(encoded.codes)))
+                raise not_finite(self.applied.expert.name, name, start + bad_row)
+            self._append(name, self._codes(layer.scheme, info, as_bytes(encoded.codes)))
             scales["weight_scale"] += as_bytes(encoded.scale)
             if encoded.dual_scale is not None:
                 scales["weight_dual_scale"] += as_bytes(encoded.dual_scale)
             self._advance(name, len(rows) * row_bytes)
         if self._measure:
-            self.sqnr[plan.layer] = encoder.sqnr
+            self.sqnr[layer.name] = encoder.sqnr
         return scales
 
     def _encoder_of(self, scheme: str, rule: str, name: str, info: TensorInfo) -> RowEncoder:
         """The last one again, if it fits. Codes must outlive WAITING pieces that are not written yet."""
         format, max_rows = SCHEMES[scheme].weight, self._rows.max_rows(name, info)
-        key = (format, rule, info.shape[1], self.plan.dtype(info), max_rows)
+        key = (format, rule, info.shape[1], self.applied.dtype(info), max_rows)
         if self._encoder is None or self._key != key:
             self._key = key
             self._encoder = RowEncoder(
                 format,
                 info.shape[1],
-                dtype=getattr(torch, TORCH_DTYPES[self.plan.dtype(info)]),
+                dtype=getattr(torch, TORCH_DTYPES[self.applied.dtype(info)]),
                 max_rows=max_rows,
                 scale_rule=rule,
                 measure=self._measure,
@@ -336,7 +336,7 @@ class ExpertWriter:
         return self._encoder
 
     def _codes(self, scheme: str, info: TensorInfo, codes: memoryview) -> Data:
-        if self.plan.dialect.container(scheme) != "e4m3":
+        if self.applied.dialect.container(scheme) != "e4m3":
             return codes
         return recode(codes, info.shape[1], "packed", "e4m3")
 
@@ -349,15 +349,15 @@ class ExpertWriter:
 
     def _bias(self, name: str) -> bytes:
         """As float32: folded and rounded in the dtype of the source, then widened, which is exact."""
-        info = self.plan.expert.tensors[name]
+        info = self.applied.expert.tensors[name]
         if not self._rows.changed(name, info):
             return float_bytes(self.reader.whole(info), info.dtype)
-        dtype = self.plan.dtype(info)
+        dtype = self.applied.dtype(info)
         return b"".join(float_bytes(as_bytes(rows), dtype) for _, rows in self._rows.blocks(name, info))
 
     def _source_bytes(self, layer: str) -> int:
         names = (f"{layer}.{role}" for role in ("weight", "bias"))
-        return sum(i.nbytes for n in names if (i := self.plan.expert.tensors.get(n)) is not None)
+        return sum(i.nbytes for n in names if (i := self.applied.expert.tensors.get(n)) is not None)
 
     def _append(self, name: str, data: Data) -> None:
         if not self.writer.done(self._disk_names[name]):

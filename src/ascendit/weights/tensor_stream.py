@@ -1,6 +1,6 @@
 """The canonical tensors of one expert, straight into memory: what `quantize` or `repack` would write.
 
-    feed(plan, sink)                      # a float checkpoint, quantized as it is read
+    feed(applied, sink)                   # a float checkpoint, quantized as it is read
     feed(stored_steps(expert), sink)      # codes that are on disk already, in any layout
 
 A tensor is read into the place that `room` gives for it, some rows at a time, and told of when it is whole.
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from ascendit.checkpoint.reader import TORCH_DTYPES, RowReader, TensorInfo, as_bytes
 from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import TensorSpec
+from ascendit.weights.applied_recipe import AppliedRecipe
 from ascendit.weights.engine_formats import Dialect
-from ascendit.weights.quantize_plan import ExpertPlan
 from ascendit.weights.quantize_writer import Data, ExpertWriter
 from ascendit.weights.tensor_steps import Steps, produce, steps_for
 
@@ -94,14 +94,14 @@ class _Online:
         self._sink.read(info, name, self._reader)
 
 
-def feed(source: ExpertPlan | Steps, sink: TensorSink) -> None:
-    """Every tensor of an expert, quantized by a plan, or as it is stored.
+def feed(source: AppliedRecipe | Steps, sink: TensorSink) -> None:
+    """Every tensor of an expert, quantized by a recipe, or as it is stored.
 
     Raises CheckpointError: E-CKP-08 for scales that cannot be, E-CKP-02 for files that shrink, E-QNT-01 for
     weights that are not finite.
     """
     with RowReader() as reader:
-        if isinstance(source, ExpertPlan):
+        if isinstance(source, AppliedRecipe):
             ExpertWriter(source, reader, _Online(sink, reader)).write()
             return
         for step in source.written:

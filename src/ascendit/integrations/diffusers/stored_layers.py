@@ -30,7 +30,7 @@ from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert, read_exper
 from ascendit.errors import CheckpointError
 from ascendit.model.linear import SmoothLinear
 from ascendit.model.loader import say_attention
-from ascendit.model.quantize_module import ModulePlan, PlacedLinear, check_weight, encode_weight, rounded
+from ascendit.model.quantize_module import ModuleSchemes, PlacedLinear, check_weight, encode_weight, rounded
 from ascendit.mx.codec import Encoded
 from ascendit.ops.operators import Schemes
 from ascendit.quant.schemes import FP8_TILES
@@ -82,7 +82,7 @@ class FromCodes:
 class FromFloats:
     """A layer that lies on disk as floats: its weight becomes codes when it comes."""
 
-    plan: ModulePlan
+    chosen: ModuleSchemes
     name: str
     has_bias: bool
     _encoded: Encoded | None = None
@@ -91,10 +91,10 @@ class FromFloats:
     def take(self, role: str, tensor: Tensor) -> bool:
         """Encode the weight, keep the bias; True when both are there. UsageError E-QNT-01."""
         if role == "weight":
-            check_weight(self.plan, self.name, tensor)
-            self._encoded = encode_weight(self.plan, self.name, tensor)
+            check_weight(self.chosen, self.name, tensor)
+            self._encoded = encode_weight(self.chosen, self.name, tensor)
         else:
-            self._bias = (rounded(tensor) if self.plan.round_to else tensor).to(torch.float32, copy=True)
+            self._bias = (rounded(tensor) if self.chosen.round_to else tensor).to(torch.float32, copy=True)
         return self._encoded is not None and (self._bias is not None) == self.has_bias
 
     def finish(self, schemes: Schemes, dtype: torch.dtype) -> nn.Module:
