@@ -188,7 +188,7 @@ SPECS: dict[str, WanSpec] = {
 }
 
 
-def match(
+def match_spec(
     *,
     dim: int,
     num_layers: int,

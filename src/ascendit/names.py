@@ -12,6 +12,7 @@ How one and the same tensor is spelled by different tools, and its Diffusers nam
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -439,3 +440,10 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             spans.append([number, number])
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """The first names, sorted, and how many more there are."""
+    ordered = sorted(names)
+    more = len(ordered) - limit
+    return ", ".join(itertools.islice(ordered, limit)) + (f" and {more} more" if more > 0 else "")

@@ -1,9 +1,14 @@
 """Shards written as a stream. The oracles are the safetensors library and Diffusers' own way to split."""
 
+from __future__ import annotations
+
+import hashlib
 import json
 import os
 import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +23,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ascendit.checkpoint import writer
 from ascendit.checkpoint.file_copy import move_bytes
 from ascendit.checkpoint.reader import TORCH_DTYPES, Shards, TensorInfo, read_header
 from ascendit.checkpoint.resume import Journal
-from ascendit.checkpoint.writer import ShardWriter, TensorSpec, lay_out_shards
+from ascendit.checkpoint.writer import CHUNK, Hasher, ShardWriter, TensorSpec, lay_out_shards
 from ascendit.errors import CheckpointError, EnvironmentProblem
 
 SPELLING = {getattr(torch, name): spelling for spelling, name in TORCH_DTYPES.items() if spelling != "F4"}
@@ -453,3 +459,57 @@ print(int(peak[0]) // 1024, "torch" in sys.modules, "numpy" in sys.modules)
     assert int(megabytes) < 60
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert load_file(tmp_path / "c.safetensors").keys() == {"w0", "w1", "w2", "w3"}
+
+
+# ---- sha256 in a thread --------------------------------------------------------------------------
+
+
+def test_one_file_after_the_other() -> None:
+    hasher = Hasher()
+    for size in (0, 1, CHUNK - 1, CHUNK, 3 * CHUNK + 5, 0):
+        data = os.urandom(size)
+        for start in range(0, size, 700_001):
+            hasher.feed(memoryview(data)[start : start + 700_001])
+        assert hasher.finish() == hashlib.sha256(data).hexdigest()
+    hasher.close()
+
+
+def test_close_ends_the_thread() -> None:
+    before = threading.active_count()
+    hasher = Hasher()
+    assert threading.active_count() == before + 1
+    hasher.feed(memoryview(b"x"))
+    hasher.close()
+    assert threading.active_count() == before
+
+
+def test_it_waits_when_it_is_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that memory stays bounded when the disk is faster than the hash."""
+    go = threading.Event()
+
+    class Slow:
+        def update(self, data: memoryview) -> None:
+            go.wait(10)
+
+        def hexdigest(self) -> str:
+            return "end"
+
+    monkeypatch.setattr(writer.hashlib, "sha256", Slow)  # type: ignore[attr-defined]
+    hasher = Hasher()
+    fed: list[int] = []
+
+    def feed() -> None:
+        for i in range(20):
+            hasher.feed(memoryview(bytes(CHUNK)))
+            fed.append(i)
+
+    thread = threading.Thread(target=feed)
+    thread.start()
+    while len(fed) < 8:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert len(fed) == 8, "8 MiB and no more"
+    go.set()
+    thread.join()
+    assert hasher.finish() == "end"
+    hasher.close()

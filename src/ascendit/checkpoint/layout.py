@@ -28,15 +28,14 @@ from ascendit.checkpoint.component import (
     read_json,
     stays_inside,
 )
-from ascendit.checkpoint.reader import listed
+from ascendit.checkpoint.quant_metadata import MANIFEST_GLOB
 from ascendit.errors import CheckpointError, UsageError
-from ascendit.names import naming_of
+from ascendit.names import listed, naming_of
 
 BareKind = Literal["transformers-only", "transformer", "wan", "msmodelslim", "file"]
-Found = tuple[BareKind, list[Part]]
+Recognised = tuple[BareKind, list[Part]]
 
 WAN = "WanModel"
-DESCRIPTION = "quant_model_description*.json"
 _EXPORTED = re.compile(r"quant_model_weight.*\.safetensors")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _CASCADES: dict[BareKind, BareKind] = {
@@ -50,7 +49,7 @@ _NOISE = re.compile(r"(?:\w+_)?(?P<noise>high|low)_noise_model")
 """`high_noise_model`; msModelSlim before June 2026: `t2v_high_noise_model`."""
 
 
-def find(root: Path) -> Found | None:
+def recognise_bare(root: Path) -> Recognised | None:
     """What stands at `root`, a folder or file without `model_index.json`; None when nothing is known."""
     if root.is_file():
         return _file(root)
@@ -64,12 +63,12 @@ def weights_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.glob("*.safetensors") if p.is_file())
 
 
-def _one(folder: Path, name: str = EXPERTS[0]) -> Found | None:
+def _one(folder: Path, name: str = EXPERTS[0]) -> Recognised | None:
     """One transformer in a folder of its own."""
     return _export(folder, name) or _by_config(folder, name) or _by_weights(folder, name)
 
 
-def _cascade(root: Path) -> Found | None:
+def _cascade(root: Path) -> Recognised | None:
     """A folder for the high-noise and one for the low-noise expert, both of one kind."""
     folders: dict[str, list[Path]] = {"high": [], "low": []}
     for folder in sorted(p for p in root.iterdir() if p.is_dir()):
@@ -101,11 +100,11 @@ def _cascade(root: Path) -> Found | None:
     return kinds.pop(), [part for one in found if one for part in one[1]]
 
 
-def _export(folder: Path, name: str) -> Found | None:
+def _export(folder: Path, name: str) -> Recognised | None:
     """What msModelSlim wrote: `quant_model_weight*` and, by another check, one description beside it."""
     files = [file for file in weights_in(folder) if _EXPORTED.fullmatch(file)]
     other = [file for file in weights_in(folder) if file.startswith(STEM)]
-    described = any(folder.glob(DESCRIPTION))
+    described = any(folder.glob(MANIFEST_GLOB))
     if not files and (other or not described):
         return None
     if not files:
@@ -151,7 +150,7 @@ def _up_to(count: str) -> list[int]:
     return list(range(1, int(count) + 1))
 
 
-def _by_config(folder: Path, name: str) -> Found | None:
+def _by_config(folder: Path, name: str) -> Recognised | None:
     """A folder with the config.json of a Wan transformer, Diffusers' or the original."""
     if not (folder / "config.json").exists():
         return None
@@ -176,7 +175,7 @@ def _with_weights(folder: Path, name: str, config: dict[str, Any]) -> Part:
     return _part(name, folder, config, files=only)
 
 
-def _by_weights(folder: Path, name: str) -> Found | None:
+def _by_weights(folder: Path, name: str) -> Recognised | None:
     """A folder without a config: `diffusion_pytorch_model` with an index, or just one file."""
     index = folder / f"{STEM}.safetensors.index.json"
     if index.exists():
@@ -191,7 +190,7 @@ def _by_weights(folder: Path, name: str) -> Found | None:
     return "file", [_file_part(folder / files[0], name)]
 
 
-def _transformers_only(root: Path) -> Found | None:
+def _transformers_only(root: Path) -> Recognised | None:
     """`transformer`, and perhaps `transformer_2`, without `model_index.json`."""
     parts = []
     for name in EXPERTS:
@@ -204,7 +203,7 @@ def _transformers_only(root: Path) -> Found | None:
     return ("transformers-only", parts) if parts else None
 
 
-def _file(path: Path) -> Found | None:
+def _file(path: Path) -> Recognised | None:
     """One file: alone, the only one of its folder, or a shard, which is refused."""
     if path.suffix != ".safetensors":
         return None
@@ -243,8 +242,8 @@ def _no_weights(folder: Path) -> CheckpointError:
 
 # ---- What kind of model a folder or file holds. JSON and file names only: no weights are opened -
 
-Kind = Literal["diffusers", "transformers-only", "transformer", "wan", "msmodelslim", "file"]
-WORDS: dict[Kind, str] = {
+LayoutKind = Literal["diffusers", "transformers-only", "transformer", "wan", "msmodelslim", "file"]
+WORDS: dict[LayoutKind, str] = {
     "diffusers": "a Diffusers pipeline folder",
     "transformers-only": "the transformers of a Diffusers folder, without the other parts",
     "transformer": "a bare Diffusers transformer, without the other parts of a model",
@@ -262,7 +261,7 @@ _SNAPSHOT = re.compile(r"^(?:models--)(?P<org>.+?)--(?P<name>.+)$")
 class Layout:
     """A folder or file whose kind is known, with the configs of its parts."""
 
-    kind: Kind
+    kind: LayoutKind
     root: Path
     name: str
     """The model's name: the repository's in a hub cache, else the folder's."""
@@ -328,7 +327,7 @@ def recognise(path: Path | str) -> Layout:
             )
         if (layout := _diffusers(root)) is not None:
             return layout
-        if (found := find(root)) is not None:
+        if (found := recognise_bare(root)) is not None:
             kind, parts = found
             return Layout(kind, root, _model_name(root), {}, {part.name: part for part in parts})
         raise _unknown(root)

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ascendit.checkpoint.file_copy import FULL, copy_file, disk_full, problem, rename_new, room_for
+from ascendit.checkpoint.file_copy import FULL, copy_file, disk_full, rename_new, room_for, write_error
 from ascendit.checkpoint.resume import Journal
 from ascendit.errors import Cancelled, CheckpointError, UsageError
 
@@ -127,7 +127,7 @@ class Staging:
             self.journal = self._take_over(fingerprint, resume)
             self._check_room()
         except OSError as e:
-            told = problem(self._folder, e, needs_bytes)
+            told = write_error(self._folder, e, needs_bytes)
             self._release()
             raise told from e
         except BaseException:
@@ -176,7 +176,7 @@ class Staging:
                 code="E-USE-03",
             ) from e
         except OSError as e:
-            raise problem(self._folder, e, self._needs) from e
+            raise write_error(self._folder, e, self._needs) from e
         self._made = []
         self._clear()
         self._release()
@@ -190,7 +190,7 @@ class Staging:
         if self._lock < 0:  # published
             return
         full = isinstance(error, OSError) and error.errno in FULL
-        told = problem(self._folder, error, self._needs) if full and isinstance(error, OSError) else None
+        told = write_error(self._folder, error, self._needs) if full and isinstance(error, OSError) else None
         stopped = isinstance(error, KeyboardInterrupt | Cancelled) and self.journal.count > 0
         if self.keep or stopped:
             logger.info("kept %s: resume goes on with it", self._folder)

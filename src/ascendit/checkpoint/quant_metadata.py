@@ -20,13 +20,13 @@ from typing import Any
 
 from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.layer_format import Claim, Layer, disagreement
-from ascendit.checkpoint.reader import TensorInfo, listed
+from ascendit.checkpoint.reader import TensorInfo
 from ascendit.errors import CheckpointError
-from ascendit.names import CODED_ROLES, Naming, canonical, is_block_linear, to_wan
+from ascendit.names import CODED_ROLES, Naming, canonical, is_block_linear, listed, to_wan
 from ascendit.quant.fusion import layers_of_module
 from ascendit.quant.schemes import FP8_TILES, MANIFEST_SCHEMES, QUANTIZED
 
-KEY = "quantization_config"
+CONFIG_KEY = "quantization_config"
 _SERIALIZED = re.compile(r"is_checkpoint_(?:\w+_)?serialized")
 
 
@@ -81,41 +81,42 @@ def read_marker(config: Mapping[str, Any], *, tolerant: bool) -> Marker | None:
     `tolerant`: a manifest is there, so that a method which ascendit does not know may be passed over.
     Raises CheckpointError E-CKP-06 for one that is damaged, E-CKP-04 for an unknown method.
     """
-    raw = config.get(KEY)
+    raw = config.get(CONFIG_KEY)
     if raw is None:
         return None
     if not isinstance(raw, dict):
-        raise _damaged(f"{KEY} is a JSON {type(raw).__name__}, not an object")
+        raise _damaged(f"{CONFIG_KEY} is a JSON {type(raw).__name__}, not an object")
     method = raw.get("quant_method", raw.get("method"))
     if not isinstance(method, str):
-        raise _damaged(f"{KEY} names no quant_method")
+        raise _damaged(f"{CONFIG_KEY} names no quant_method")
     names = raw.get("ignored_layers", raw.get("modules_to_not_convert")) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise _damaged("ignored_layers is no list of names")
     ignored = frozenset(layer for name in names for layer in layers_of_module(name))
     if method == "fp8" and (tiles := raw.get("weight_block_size")) is not None:
         if tiles != [128, 128]:
-            raise _unknown(f"fp8 in tiles of {tiles!r:.40}")
+            raise _unknown_method(f"fp8 in tiles of {tiles!r:.40}")
         return Marker(FP8_TILES, "fp8 in tiles of 128 x 128", ignored)
     if not any(_SERIALIZED.fullmatch(key) and value is True for key, value in raw.items()):
         return None
     if method not in QUANTIZED:
         if tolerant:
             return None
-        raise _unknown(method)
+        raise _unknown_method(method)
     return Marker(method, method, ignored)
 
 
 def _damaged(what: str) -> CheckpointError:
     return CheckpointError(
         f"config.json of a transformer: {what}",
-        needs=f'{KEY} such as {{"quant_method": "mxfp8", "is_checkpoint_mxfp8_serialized": true}}, or none',
+        needs=f'{CONFIG_KEY} such as {{"quant_method": "mxfp8", "is_checkpoint_mxfp8_serialized": true}}'
+        ", or none",
         fix="restore config.json from where the model came from",
         code="E-CKP-06",
     )
 
 
-def _unknown(method: str) -> CheckpointError:
+def _unknown_method(method: str) -> CheckpointError:
     return CheckpointError(
         f"config.json says that the weights are quantized by {method:.60}",
         needs=f"one of {', '.join(QUANTIZED)}, or {FP8_TILES}",
@@ -126,7 +127,9 @@ def _unknown(method: str) -> CheckpointError:
 
 # ---- The manifest of a quantized transformer: `quant_model_description*.json`, the type of ever -
 
-NAME = "quant_model_description.json"
+MANIFEST_FILE = "quant_model_description.json"
+MANIFEST_GLOB = "quant_model_description*.json"
+"""msModelSlim adds the type: `quant_model_description_w8a8_mxfp8.json`."""
 FLOAT = "FLOAT"
 STATIC_ATTENTION = "FAQuant"
 """The type of `fa3_q.scale` and its like."""
@@ -196,7 +199,7 @@ class Manifest:
 
 def find_manifest(folder: Path) -> Path | None:
     """The one manifest in `folder`. Several are E-CKP-07: nothing says which one is meant."""
-    found = sorted(p for p in folder.glob("quant_model_description*.json") if p.is_file())
+    found = sorted(p for p in folder.glob(MANIFEST_GLOB) if p.is_file())
     if len(found) > 1:
         raise CheckpointError(
             f"{folder} holds {len(found)} manifests: {', '.join(p.name for p in found)}",
@@ -230,7 +233,7 @@ def read_manifest(path: Path, naming: Naming) -> Manifest:
         (attention if name.endswith(QUANT_TYPE) else tensors)[name] = value
     known = {STATIC_ATTENTION, *MANIFEST_SCHEMES}
     if strange := {written[name]: kind for name, kind in tensors.items() if kind not in known}:
-        raise _unknown_manifest(path, strange)
+        raise _unknown_types(path, strange)
     return Manifest(path, tensors, attention, metadata)
 
 
@@ -252,7 +255,7 @@ def _twice(path: Path, first: str, second: str, name: str) -> CheckpointError:
     )
 
 
-def _unknown_manifest(path: Path, strange: Mapping[str, str]) -> CheckpointError:
+def _unknown_types(path: Path, strange: Mapping[str, str]) -> CheckpointError:
     return CheckpointError(
         f"{path} has {len(strange)} tensors of types unknown here: "
         + listed(f"{name} is {kind}" for name, kind in strange.items()),

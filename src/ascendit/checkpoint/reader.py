@@ -10,12 +10,11 @@ No mmap of files: the pages of one would count as memory of this process, and a 
 
 from __future__ import annotations
 
-import itertools
 import math
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 from ascendit.checkpoint.component import STEM, Part, is_plain, loads, read_json, stays_inside
 from ascendit.errors import CheckpointError
+from ascendit.names import listed
 
 if TYPE_CHECKING:
     import torch
@@ -121,21 +121,6 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-def tile_values(codes: torch.Tensor, scale: torch.Tensor, start: int, tile: int = 128) -> torch.Tensor:
-    """FP8 rows [n, K] beginning at row `start` (a multiple of `tile`) -> float32 code x scale of its tile.
-
-    `scale`: float32 [ceil(N / tile), ceil(K / tile)], the `weight_scale_inv` of the whole weight. Equal to
-    `mx.decode` of fp8_128x128 on those rows, in a third of the memory.
-    """
-    import torch
-
-    values = codes.to(torch.float32)
-    for row in range(0, values.shape[0], tile):
-        factors = scale[(start + row) // tile].repeat_interleave(tile)[: values.shape[1]]
-        values[row : row + tile] *= factors
-    return values
 
 
 def float_bytes(data: bytes | bytearray | memoryview, dtype: str) -> bytes:
@@ -463,13 +448,6 @@ def _twice(name: str, first: Path, second: Path) -> CheckpointError:
         fix="remove the files that belong to another model or an older run",
         code="E-CKP-09",
     )
-
-
-def listed(names: Iterable[str], limit: int = 5) -> str:
-    """The first names, sorted, and how many more there are."""
-    ordered = sorted(names)
-    more = len(ordered) - limit
-    return ", ".join(itertools.islice(ordered, limit)) + (f" and {more} more" if more > 0 else "")
 
 
 def _no_weights(folder: Path, stem: str) -> CheckpointError:

@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ascendit.checkpoint.component import TRANSFORMER, Part
-from ascendit.checkpoint.layer_format import FLOATS, Layer, read_layers
+from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer, read_layers
 from ascendit.checkpoint.quant_metadata import (
-    KEY,
+    CONFIG_KEY,
     Manifest,
     Marker,
     find_manifest,
     read_manifest,
     read_marker,
 )
-from ascendit.checkpoint.reader import Shards, TensorInfo, listed
+from ascendit.checkpoint.reader import Shards, TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.family import WanConfig
 from ascendit.names import (
@@ -39,6 +39,7 @@ from ascendit.names import (
     Shapes,
     canonical,
     expected_tensors,
+    listed,
     naming_of,
     on_disk,
 )
@@ -243,7 +244,7 @@ def read_expert(part: Part) -> Expert:
         layers=layers,
         manifest=manifest.entries() if manifest else None,
         attention=manifest.attention if manifest else {},
-        marker=part.config.get(KEY),
+        marker=part.config.get(CONFIG_KEY),
         origin=_origin(part, naming, layers, manifest, marker),
     )
 
@@ -280,7 +281,7 @@ def _config(
     """A Diffusers config, and what it lacks. One that is there is taken as it is."""
     original = not part.config or part.config.get("_class_name", TRANSFORMER) != TRANSFORMER
     if not original:
-        return {key: value for key, value in part.config.items() if key != KEY}, None
+        return {key: value for key, value in part.config.items() if key != CONFIG_KEY}, None
     return diffusers_config(part.config, _decoded_shapes(tensors, layers))
 
 
@@ -318,7 +319,7 @@ def _check_tensors(
         "mistyped": [
             f"{tensors[name].name} {tensors[name].dtype}"
             for name in (*both, *(n for n in rotations if n.endswith("_rot")))
-            if name not in own and tensors[name].dtype not in FLOATS
+            if name not in own and tensors[name].dtype not in FLOAT_DTYPES
         ],
     }
     if wrong := [f"{len(names)} {kind} ({listed(names)})" for kind, names in problems.items() if names]:
@@ -395,3 +396,20 @@ def _no_transformer(part: Part, stored: Mapping[str, TensorInfo]) -> CheckpointE
         fix="give the file or folder of the diffusion transformer",
         code="E-CKP-01",
     )
+
+
+def shapes_of(expert: Expert) -> dict[str, tuple[int, ...]]:
+    """Every weight, bias and table by its Diffusers name, weights as they are when decoded."""
+    coded = {
+        info.name
+        for layer in expert.layers.values()
+        for role, info in layer.tensors.items()
+        if role not in ("weight", "bias")
+    }
+    shapes = {name: info.shape for name, info in expert.tensors.items() if info.name not in coded}
+    return shapes | {f"{name}.weight": layer.shape for name, layer in expert.layers.items()}
+
+
+def num_weights(expert: Expert) -> int:
+    """Numbers of the model, scales not counted."""
+    return sum(math.prod(shape) for shape in shapes_of(expert).values())

@@ -30,6 +30,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
+from ascendit.checkpoint.component import STEM
 from ascendit.checkpoint.file_copy import PAGE, move_bytes, reserve, truncated, write_at, writing
 from ascendit.checkpoint.reader import DTYPE_BITS, TensorInfo
 from ascendit.checkpoint.resume import Journal
@@ -87,7 +88,6 @@ class Hasher:
 
 # ---- What goes into which file, at which byte: headers and sizes of the shards, before anything -
 
-STEM = "diffusion_pytorch_model"
 MAX_SHARD_BYTES = 5_000_000_000
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ALPHA = 0.9
 """msModelSlim's, in the recipe that smooths Wan."""
-ROWS = 256
+SAMPLED_ROWS = 256
 """Tokens of each input that are kept where outputs are measured."""
 STATISTICS = "calibration.safetensors"
 """What has been found so far, in the unfinished output: `--resume` goes on with it."""
@@ -44,7 +44,7 @@ class Statistics:
     """Some of its tokens, drawn evenly, [n, K] in the dtype of the run; n is 0 where none are wanted."""
 
 
-Found = Mapping[str, Mapping[str, Statistics]]
+ExpertStatistics = Mapping[str, Mapping[str, Statistics]]
 """Expert -> first layer of a group -> its statistics."""
 
 
@@ -72,7 +72,9 @@ class Calibrate(Protocol):
     def record(self, layout: Layout) -> Mapping[str, Any]:
         """What would be run, for `ascendit.json`. Raises what can be known before a weight is read."""
 
-    def __call__(self, layout: Layout, loras: Sequence[LoraSource], rows: int, save: Save) -> Found:
+    def __call__(
+        self, layout: Layout, loras: Sequence[LoraSource], rows: int, save: Save
+    ) -> ExpertStatistics:
         """Run it, with the LoRA files folded in; keep `rows` tokens of each input."""
 
 

@@ -9,7 +9,6 @@ The model that a repacked transformer belongs to: where its other parts come fro
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shlex
@@ -22,11 +21,10 @@ from typing import Any
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import INDEX_FILE, WORDS, Layout, recognise
 from ascendit.checkpoint.output_folder import link_or_copy
-from ascendit.checkpoint.reader import listed
-from ascendit.checkpoint.transformer import Expert
+from ascendit.checkpoint.transformer import Expert, shapes_of
 from ascendit.convert.calibration import Outputs
 from ascendit.errors import CheckpointError, UsageError
-from ascendit.names import TOLERATED, expected_tensors
+from ascendit.names import TOLERATED, expected_tensors, listed
 from ascendit.version import __version__
 
 _LICENCE = re.compile(r"(?:LICEN[CS]E|NOTICE)\b", re.IGNORECASE)
@@ -51,23 +49,6 @@ def read_base(base: Path | str, source: Layout) -> Layout:
 
 def _experts(layout: Layout) -> str:
     return "two experts" if len(layout.experts) > 1 else "one transformer"
-
-
-def shapes_of(expert: Expert) -> dict[str, tuple[int, ...]]:
-    """Every weight, bias and table by its Diffusers name, weights as they are when decoded."""
-    coded = {
-        info.name
-        for layer in expert.layers.values()
-        for role, info in layer.tensors.items()
-        if role not in ("weight", "bias")
-    }
-    shapes = {name: info.shape for name, info in expert.tensors.items() if info.name not in coded}
-    return shapes | {f"{name}.weight": layer.shape for name, layer in expert.layers.items()}
-
-
-def num_weights(expert: Expert) -> int:
-    """Numbers of the model, scales not counted."""
-    return sum(math.prod(shape) for shape in shapes_of(expert).values())
 
 
 def config_from(base: Layout, expert: Expert) -> dict[str, Any]:

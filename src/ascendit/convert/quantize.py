@@ -23,15 +23,16 @@ from typing import TYPE_CHECKING, Any
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import INDEX_FILE, Layout, recognise
 from ascendit.checkpoint.output_folder import Staging, link_or_copy
+from ascendit.checkpoint.quant_metadata import MANIFEST_FILE
 from ascendit.checkpoint.reader import RowReader
 from ascendit.checkpoint.transformer import Expert, read_expert
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter
 from ascendit.convert import provenance
 from ascendit.convert.calibration import (
-    ROWS,
+    SAMPLED_ROWS,
     STATISTICS,
     Calibrate,
-    Found,
+    ExpertStatistics,
     Outputs,
     Save,
     check_alpha,
@@ -40,16 +41,16 @@ from ascendit.convert.calibration import (
     smoothable,
 )
 from ascendit.convert.output_error import output_quality
-from ascendit.convert.report import ExpertReport, QuantizeReport, calibration_words
+from ascendit.convert.report import QuantizedExpert, QuantizeReport, calibration_words
 from ascendit.errors import UsageError
-from ascendit.progress import ConversionProgress, OnConversionProgress
+from ascendit.progress import ConversionMeter, OnConversionProgress
 from ascendit.quant.layer_rules import ModelKind
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
 from ascendit.version import __version__
 from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, warnings_for
 from ascendit.weights.engine_formats import Dialect, check_engine, dialect_for, model_kind, task_config
 from ascendit.weights.lora.fold import Folds, LoraSource, parse_lora
-from ascendit.weights.quantize_writer import Advance, ExpertWriter, WriteBehind
+from ascendit.weights.quantize_writer import ExpertWriter, WriteBehind
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,7 @@ Smoothing = Mapping[str, Mapping[str, "torch.Tensor"]]
 """Expert -> layer -> mul_scale, float32 [K]."""
 SMALL = 1 << 20
 """Bytes; files at the top of a model that are larger than this are no part of it."""
-_NOT_COPIED = {provenance.CARD_FILE, provenance.RECORD_FILE, "quant_model_description.json"}
+_NOT_COPIED = {provenance.CARD_FILE, provenance.RECORD_FILE, MANIFEST_FILE}
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".index.json")
 
 
@@ -156,7 +157,7 @@ class QuantizeJob:
             needs_bytes=needed,
         ) as staging:
             found = self._calibrate(staging, resume)
-            meter = Meter(self._total_bytes(), on_progress, time.perf_counter())
+            meter = ConversionMeter(self._total_bytes(), on_progress)
             for applied, folds in zip(self.applied, self.folds, strict=True):
                 self._write_expert(staging, applied, folds, meter)
                 if self.measure and found:
@@ -168,7 +169,7 @@ class QuantizeJob:
             staging.publish()
         return self.report(time.perf_counter() - start)
 
-    def _calibrate(self, staging: Staging, resume: bool) -> Found:
+    def _calibrate(self, staging: Staging, resume: bool) -> ExpertStatistics:
         """Run the model, or take what a killed run has found, and put the factors in their places."""
         if self.calibrate is None:
             return {}
@@ -178,19 +179,23 @@ class QuantizeJob:
             resume=resume and staging.journal.complete(file) is not None,
             saved=lambda: staging.journal.add(file, file.stat().st_size),
         )
-        found = self.calibrate(self.layout, self.loras, ROWS if self.measure else 0, save)
+        found = self.calibrate(self.layout, self.loras, SAMPLED_ROWS if self.measure else 0, save)
         for i, applied in enumerate(self.applied):
             made = mul_scales(applied, found.get(applied.expert.name, {}), self.calibrate.alpha)
             self.applied[i] = replace(applied, smoothing=made)
         return found
 
-    def _measure_outputs(self, applied: AppliedRecipe, folds: Folds, found: Found, meter: Meter) -> None:
+    def _measure_outputs(
+        self, applied: AppliedRecipe, folds: Folds, found: ExpertStatistics, meter: ConversionMeter
+    ) -> None:
         name = applied.expert.name
         with RowReader() as reader:
             advance = meter.advance_in(f"outputs of {name}")
             self.outputs[name] = output_quality(applied, found[name], reader, folds, advance)
 
-    def _write_expert(self, staging: Staging, applied: AppliedRecipe, folds: Folds, meter: Meter) -> None:
+    def _write_expert(
+        self, staging: Staging, applied: AppliedRecipe, folds: Folds, meter: ConversionMeter
+    ) -> None:
         quant_type = applied.manifest["model_quant_type"]
         folder = staging.path / self.dialect.folder(applied.expert.name, len(self.applied))
         folder.mkdir(parents=True, exist_ok=True)
@@ -291,7 +296,7 @@ class QuantizeJob:
     def report(self, seconds: float, *, dry_run: bool = False) -> QuantizeReport:
         """What happened, or would."""
         experts = tuple(
-            ExpertReport(
+            QuantizedExpert(
                 name=applied.expert.name,
                 schemes=applied.schemes,
                 kept=applied.kept,
@@ -324,29 +329,6 @@ class QuantizeJob:
             engine=self.dialect.engine,
             warnings=tuple(warnings),
         )
-
-
-class Meter:
-    """Counts bytes of the source and tells how far the run is."""
-
-    def __init__(self, total: int, on_progress: OnConversionProgress | None, start: float) -> None:
-        self._total = total
-        self._done = self._skipped = 0
-        self._on_progress = on_progress
-        self._start = start
-
-    def advance_in(self, stage: str) -> Advance:
-        """`advance(tensor, bytes, skipped)` for one expert."""
-
-        def advance(name: str, count: int, skipped: bool = False) -> None:
-            self._done += count
-            self._skipped += count if skipped else 0
-            if self._on_progress is not None:
-                seconds = time.perf_counter() - self._start
-                event = ConversionProgress(stage, name, self._done, self._total, seconds, self._skipped)
-                self._on_progress(event)
-
-        return advance
 
 
 def _size(path: Path) -> int:

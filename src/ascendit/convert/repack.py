@@ -24,18 +24,18 @@ from typing import TYPE_CHECKING, Any
 
 from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.hub import model_folder
-from ascendit.checkpoint.layer_format import Layer
+from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer
 from ascendit.checkpoint.layout import WORDS, Layout, recognise
 from ascendit.checkpoint.output_folder import Staging
-from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes, as_tensor, listed
-from ascendit.checkpoint.transformer import Expert, read_expert
+from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes, as_tensor
+from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter
 from ascendit.convert import provenance
-from ascendit.convert import provenance as bases
 from ascendit.convert.report import RepackedExpert, RepackReport, add_up
 from ascendit.errors import CheckpointError
 from ascendit.mx.formats import FORMATS
-from ascendit.progress import ConversionProgress, OnConversionProgress
+from ascendit.names import listed
+from ascendit.progress import Advance, ConversionMeter, OnConversionProgress
 from ascendit.quant.schemes import FP8_TILES, SCHEMES, STORED_SCHEMES
 from ascendit.version import __version__
 from ascendit.weights import canonical_tensors
@@ -48,8 +48,8 @@ from ascendit.weights.engine_formats import (
     traits_of,
 )
 from ascendit.weights.tensor_steps import (
-    Step,
-    Steps,
+    TensorStep,
+    TensorSteps,
     produce,
     schemes_of,
     smoothed_layers,
@@ -60,7 +60,6 @@ from ascendit.weights.tensor_steps import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FLOATS = ("F32", "BF16", "F16", "F64")
 _TILE, _GROUP = FORMATS[FP8_TILES].block, SCHEMES["mxfp4_dualscale"].group
 Told = Callable[[str, int], None]
 
@@ -94,7 +93,7 @@ def combined(digests_by_name: dict[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def compare(source: Expert, written: Expert, told: Told | None = None) -> dict[str, str]:
+def compare_numbers(source: Expert, written: Expert, told: Told | None = None) -> dict[str, str]:
     """The digests of both, if they agree. CheckpointError E-CKP-10, which names the tensors, if not."""
     before, after = digests(source, told), digests(written, told)
     wrong = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
@@ -120,7 +119,7 @@ def _plain(info: TensorInfo, reader: RowReader) -> Iterator[Tensor]:
 
     for _, view in reader.blocks(info):
         rows = as_tensor(view, info)
-        yield rows.to(torch.float32) if info.dtype in _FLOATS else rows
+        yield rows.to(torch.float32) if info.dtype in FLOAT_DTYPES else rows
 
 
 def _is_ones(info: TensorInfo, reader: RowReader) -> bool:
@@ -179,7 +178,7 @@ def _whole(info: TensorInfo, reader: RowReader) -> Tensor:
 
     data = bytearray(reader.whole(info))
     values = as_tensor(memoryview(data), info).reshape(info.shape)
-    return values.to(torch.float32) if info.dtype in _FLOATS else values.view(torch.uint8)
+    return values.to(torch.float32) if info.dtype in FLOAT_DTYPES else values.view(torch.uint8)
 
 
 # ---- Checkpoint to checkpoint without a change of one number: other names, files, containers ----
@@ -199,7 +198,7 @@ class _Job:
 
     expert: Expert
     config: dict[str, Any]
-    steps: Steps
+    steps: TensorSteps
     dialect: Dialect
     folder: str
 
@@ -248,7 +247,7 @@ def repack(
     dst = Path(dst).expanduser()
     dialect = dialect_for(engine, to)
     source = recognise(model_folder(src))
-    parts_from = bases.read_base(base, source) if base is not None else _own_parts(source)
+    parts_from = provenance.read_base(base, source) if base is not None else _own_parts(source)
     jobs = _jobs_for(source, dialect, parts_from if base is not None else None)
     checked: dict[str, dict[str, str]] = {}
     placed: tuple[str, ...] = ()
@@ -257,11 +256,12 @@ def repack(
         needed = sum(job.nbytes for job in jobs)
         mark = _fingerprint(jobs, dialect, check=check, copy=copy)
         with Staging(dst, sources=sources, fingerprint=mark, resume=resume, needs_bytes=needed) as staging:
-            files = _write(jobs, staging, check, _Meter(on_progress, "write", needed))
+            files = _write(jobs, staging, check, ConversionMeter(needed, on_progress).advance_in("write"))
             if parts_from and dialect.naming == "diffusers":
-                placed = bases.place_parts(parts_from, staging.path, copy=copy)
+                placed = provenance.place_parts(parts_from, staging.path, copy=copy)
             if check:
-                checked = _compare(jobs, staging.path, _Meter(on_progress, "check", 2 * needed))
+                meter = ConversionMeter(2 * needed, on_progress)
+                checked = _compare(jobs, staging.path, meter.advance_in("check"))
             made = _made(source, dst, jobs, files, checked, base=base, to=to, engine=engine, check=check)
             provenance.write_made(staging.path, made, dst.name)
             staging.publish()
@@ -281,7 +281,7 @@ def repack(
     )
 
 
-# ---- planning -----------------------------------------------------------------------------------
+# ---- what is decided first -----------------------------------------------------------------------
 
 
 def _own_parts(source: Layout) -> Layout | None:
@@ -294,7 +294,7 @@ def _jobs_for(source: Layout, dialect: Dialect, base: Layout | None) -> list[_Jo
     jobs = []
     for part in source.experts:
         expert = read_expert(part)
-        config = bases.config_from(base, expert) if base else expert.config
+        config = provenance.config_from(base, expert) if base else expert.config
         _check_engine(expert, dialect)
         folder = dialect.folder(expert.name, len(source.experts))
         jobs.append(_Job(expert, config, steps_for(expert, dialect), dialect, folder))
@@ -325,24 +325,7 @@ def _fingerprint(jobs: list[_Job], dialect: Dialect, **flags: bool) -> str:
 # ---- writing ------------------------------------------------------------------------------------
 
 
-class _Meter:
-    """Tells the progress of one stage."""
-
-    def __init__(self, told: OnConversionProgress | None, stage: str, total: int) -> None:
-        self._told, self._stage, self._total = told, stage, total
-        self._done = self._skipped = 0
-        self._started = time.monotonic()
-
-    def __call__(self, name: str, nbytes: int, skipped: bool = False) -> None:
-        self._done += nbytes
-        self._skipped += nbytes * skipped
-        if self._told:
-            seconds = time.monotonic() - self._started
-            told = ConversionProgress(self._stage, name, self._done, self._total, seconds, self._skipped)
-            self._told(told)
-
-
-def _write(jobs: list[_Job], staging: Staging, check: bool, meter: _Meter) -> dict[str, str]:
+def _write(jobs: list[_Job], staging: Staging, check: bool, advance: Advance) -> dict[str, str]:
     """Every expert: weights, manifest, config.json. Returns path in the folder -> sha256, with `check`."""
     hashes: dict[str, str] = {}
     for job in jobs:
@@ -360,7 +343,7 @@ def _write(jobs: list[_Job], staging: Staging, check: bool, meter: _Meter) -> di
             for step in job.steps.written:
                 if not (done := writer.done(step.spec.name)):
                     _write_one(step, writer, reader)
-                meter(f"{job.expert.name}.{step.name}", step.spec.nbytes, done)
+                advance(f"{job.expert.name}.{step.name}", step.spec.nbytes, done)
             for step in job.steps.dropped:
                 for _ in produce(step, reader):
                     pass
@@ -373,7 +356,7 @@ def _write(jobs: list[_Job], staging: Staging, check: bool, meter: _Meter) -> di
     return hashes
 
 
-def _write_one(step: Step, writer: ShardWriter, reader: RowReader) -> None:
+def _write_one(step: TensorStep, writer: ShardWriter, reader: RowReader) -> None:
     if step.how == "move":
         writer.move(step.sources[0], step.spec.name)
         return
@@ -399,17 +382,17 @@ def _write_json(job: _Job, folder: Path) -> None:
         file.chmod(dialect.mode)
 
 
-def _compare(jobs: list[_Job], folder: Path, meter: _Meter) -> dict[str, dict[str, str]]:
+def _compare(jobs: list[_Job], folder: Path, advance: Advance) -> dict[str, dict[str, str]]:
     """Read what was written as anyone would, and compare all numbers with the source."""
 
     written = recognise(folder)
     return {
-        job.expert.name: compare(job.expert, read_expert(part), meter)
+        job.expert.name: compare_numbers(job.expert, read_expert(part), advance)
         for job, part in zip(jobs, written.experts, strict=True)
     }
 
 
-# ---- telling ------------------------------------------------------------------------------------
+# ---- the report ------------------------------------------------------------------------------------
 
 
 def _made(
@@ -466,7 +449,7 @@ def _expert_report(job: _Job, checked: dict[str, str] | None) -> RepackedExpert:
         num_renamed=len(names - {step.spec.name for step in steps}),
         moved_bytes=sum(step.spec.nbytes for step in steps if not step.rewritten),
         rewritten_bytes=sum(step.spec.nbytes for step in rewritten),
-        num_weights=bases.num_weights(job.expert),
+        num_weights=num_weights(job.expert),
         rewritten=Counter(WAYS[step.how] for step in rewritten),
         decoded_sha256=digest,
         num_checked=len(checked or {}),

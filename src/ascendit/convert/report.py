@@ -157,7 +157,7 @@ WORST = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertReport:
+class QuantizedExpert:
     """One transformer."""
 
     name: str
@@ -211,7 +211,7 @@ class QuantizeReport:
     source: str
     recipe: str
     model_kind: str
-    experts: tuple[ExpertReport, ...]
+    experts: tuple[QuantizedExpert, ...]
     dry_run: bool
     seconds: float
     linked: tuple[str, ...] = ()
@@ -239,7 +239,7 @@ class QuantizeReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """As in ExpertReport, over all experts."""
+        """As in QuantizedExpert, over all experts."""
         return 8 * self.bytes_after / max(sum(expert.num_weights for expert in self.experts), 1)
 
     @property
@@ -321,7 +321,7 @@ def human_bytes(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
-def _worst_lines(expert: ExpertReport) -> list[str]:
+def _worst_lines(expert: QuantizedExpert) -> list[str]:
     if not expert.sqnr:
         return []
     width = max(len(layer) for layer, _ in expert.worst)
@@ -337,7 +337,7 @@ def calibration_words(record: Mapping[str, Any]) -> str:
     )
 
 
-def _output_lines(expert: ExpertReport) -> list[str]:
+def _output_lines(expert: QuantizedExpert) -> list[str]:
     if not expert.outputs.layers:
         return []
     rows = expert.outputs.rows(WORST)

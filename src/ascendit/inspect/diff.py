@@ -18,15 +18,15 @@ from ascendit.checkpoint.transformer import Expert
 from ascendit.convert.report import human_bytes
 from ascendit.family import WanConfig
 from ascendit.inspect.checkpoint import inspect
-from ascendit.inspect.report import PartReport, Report
-from ascendit.inspect.transformer_report import CONTAINERS, Summary, spelled
+from ascendit.inspect.report import ModelReport, PartReport
+from ascendit.inspect.transformer_report import CONTAINERS, ExpertSummary, dtype_name
 from ascendit.names import grouped, sort_names
 
-Kind = Literal["part", "tensor", "scheme", "smoothing", "shape", "dtype", "attention", "config"]
+ChangeKind = Literal["part", "tensor", "scheme", "smoothing", "shape", "dtype", "attention", "config"]
 LAYER_KINDS = ("scheme", "smoothing", "attention")
 """Changes of these kinds have the name of a layer, the others that of a tensor."""
-SHOWN = 12  # lines for one kind of difference on a screen; --json has all
-WIDTH = 100
+MAX_LINES = 12  # lines for one kind of difference on a screen; --json has all
+MAX_WIDTH = 100
 NOT_COMPARED = "not compared: headers only (both need the sha256 of the same files in ascendit.json)"
 SAME_HEADERS = "the same headers and configs, other numbers"
 
@@ -36,7 +36,7 @@ class Change:
     """One thing that differs. `a`, `b`: plain values; None where that side has no such thing."""
 
     part: str
-    kind: Kind
+    kind: ChangeKind
     name: str
     a: Any
     b: Any
@@ -49,8 +49,8 @@ class Change:
 class Diff:
     """What differs between the checkpoints `a` and `b`."""
 
-    a: Report
-    b: Report
+    a: ModelReport
+    b: ModelReport
     changes: tuple[Change, ...]
     hashes: str
     """`same`, `different`, or why they say nothing."""
@@ -97,7 +97,7 @@ class Diff:
         return [*lines, f"{'Result':<9}  {verdict}"]
 
 
-def _side(report: Report) -> dict[str, Any]:
+def _side(report: ModelReport) -> dict[str, Any]:
     formats = dict.fromkeys(part.format for part in report.experts)
     return {
         "name": report.layout.name,
@@ -176,8 +176,8 @@ def _by_role(names: Iterable[str]) -> dict[str, dict[str, None]]:
 
 
 def _limited(title: str, texts: list[str]) -> Iterator[str]:
-    more = len(texts) - SHOWN
-    shown = texts[:SHOWN] + ([f"and {more} more; --json has all"] if more > 0 else [])
+    more = len(texts) - MAX_LINES
+    shown = texts[:MAX_LINES] + ([f"and {more} more; --json has all"] if more > 0 else [])
     for index, text in enumerate(shown):
         yield f"  {'' if index else title:<9}  {text}"
 
@@ -198,27 +198,27 @@ def _every_name(change: Change, found: Diff) -> list[str]:
 
 def _text(value: object) -> str:
     text = "-" if value is None else str(value)
-    return text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."
+    return text if len(text) <= MAX_WIDTH else f"{text[: MAX_WIDTH - 3]}..."
 
 
 # ---- Two checkpoints side by side, whatever layouts they lie in: names are compared as Diffuser -
 
-HEADS = ("num_attention_heads", "attention_head_dim")
-VERSIONS = ("transformers_version", "torch_dtype", "dtype")
+HEAD_KEYS = ("num_attention_heads", "attention_head_dim")
+VERSION_KEYS = ("transformers_version", "torch_dtype", "dtype")
 """Keys of a config that say who wrote it and how; keys with a leading underscore do so too."""
 
 
-def diff(a: Path | str | Report, b: Path | str | Report) -> Diff:
+def diff(a: Path | str | ModelReport, b: Path | str | ModelReport) -> Diff:
     """Compare two checkpoints of any layout; paths as for `inspect`, or what it returned.
 
     Raises what `inspect` raises. An expert that could not be understood is compared by the names on disk.
     """
-    a = a if isinstance(a, Report) else inspect(a)
-    b = b if isinstance(b, Report) else inspect(b)
+    a = a if isinstance(a, ModelReport) else inspect(a)
+    b = b if isinstance(b, ModelReport) else inspect(b)
     return Diff(a=a, b=b, changes=tuple(_changes(a, b)), hashes=_hashes(a, b))
 
 
-def _changes(a: Report, b: Report) -> Iterator[Change]:
+def _changes(a: ModelReport, b: ModelReport) -> Iterator[Change]:
     left, right = ({p.name: p for p in report.parts} for report in (a, b))
     for name in dict.fromkeys([*left, *right]):
         if name not in left or name not in right:
@@ -239,10 +239,10 @@ def _changes(a: Report, b: Report) -> Iterator[Change]:
             yield Change(part="model_index.json", kind="config", name=key, a=x, b=y)
 
 
-_Found = Iterator[tuple[Kind, str, Any, Any]]
+_Found = Iterator[tuple[ChangeKind, str, Any, Any]]
 
 
-def _expert_changes(one: Summary, other: Summary) -> _Found:
+def _expert_changes(one: ExpertSummary, other: ExpertSummary) -> _Found:
     left, right = dict.fromkeys(one.linears), dict.fromkeys(other.linears)
     a, b = one.expert, other.expert
     alike: set[str] = set()
@@ -284,14 +284,14 @@ def _tensor_changes(a: Mapping[str, TensorInfo], b: Mapping[str, TensorInfo]) ->
         if x.shape != y.shape:
             yield "shape", name, list(x.shape), list(y.shape)
         if x.dtype != y.dtype:
-            yield "dtype", name, spelled(x.dtype), spelled(y.dtype)
+            yield "dtype", name, dtype_name(x.dtype), dtype_name(y.dtype)
 
 
 def _word(expert: Expert, layer: str) -> str:
     """`mxfp4`, `mxfp4 in an FP8 container`, `bf16`, `fp32`."""
     found = expert.layers.get(layer)
     if found is None or found.scheme == "bf16":
-        return spelled(expert.tensors[f"{layer}.weight"].dtype)
+        return dtype_name(expert.tensors[f"{layer}.weight"].dtype)
     where = CONTAINERS[found.container].partition(",")[0] if found.container in ("e4m3", "bf16") else ""
     return f"{found.scheme} {where}".rstrip()
 
@@ -307,14 +307,14 @@ def _shape(expert: Expert, layer: str) -> list[int]:
 
 
 def _stored(info: TensorInfo | None) -> str | None:
-    return None if info is None else f"{spelled(info.dtype)} {list(info.shape)}"
+    return None if info is None else f"{dtype_name(info.dtype)} {list(info.shape)}"
 
 
 def _class(parts: Mapping[str, PartReport], name: str) -> str | None:
     return parts[name].class_name if name in parts else None
 
 
-def _configs(a: Report, b: Report, name: str) -> Iterator[dict[str, Any]]:
+def _configs(a: ModelReport, b: ModelReport, name: str) -> Iterator[dict[str, Any]]:
     """The configs of a part in both, without what only says who wrote them.
 
     Those of transformers as they are understood: with Diffusers' defaults, `quantization_config` key by key,
@@ -328,11 +328,11 @@ def _configs(a: Report, b: Report, name: str) -> Iterator[dict[str, Any]]:
         config = {**WanConfig().to_dict(), **_without_versions(expert.config)}
         config |= {f"quantization_config.{key}": value for key, value in (expert.marker or {}).items()}
         unsure = any(e is not None and e.config_problem for e in experts)
-        yield {key: value for key, value in config.items() if not (unsure and key in HEADS)}
+        yield {key: value for key, value in config.items() if not (unsure and key in HEAD_KEYS)}
 
 
 def _without_versions(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if not k.startswith("_") and k not in VERSIONS}
+    return {k: v for k, v in config.items() if not k.startswith("_") and k not in VERSION_KEYS}
 
 
 def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -342,7 +342,7 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str
             yield key, x, y
 
 
-def _hashes(a: Report, b: Report) -> str:
+def _hashes(a: ModelReport, b: ModelReport) -> str:
     """Compare the sha256 of the weight files, where both sides have them for files of the same names."""
     left, right = _file_hashes(a), _file_hashes(b)
     if not left or set(left) != set(right):
@@ -350,7 +350,7 @@ def _hashes(a: Report, b: Report) -> str:
     return "same" if left == right else "different"
 
 
-def _file_hashes(report: Report) -> dict[str, Any]:
+def _file_hashes(report: ModelReport) -> dict[str, Any]:
     """Weight file -> sha256, as it was when ascendit wrote it."""
     files = (report.record or {}).get("files")
     found = files.items() if isinstance(files, dict) else ()

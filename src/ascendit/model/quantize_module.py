@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ascendit.checkpoint.component import TRANSFORMER
-from ascendit.convert.report import ExpertReport
+from ascendit.convert.report import QuantizedExpert
 from ascendit.errors import UsageError
 from ascendit.kernels.kernel import Emulate
 from ascendit.model.linear import QuantLinear
@@ -204,7 +204,7 @@ log = logging.getLogger("ascendit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModuleReport(ExpertReport):
+class ModuleReport(QuantizedExpert):
     """What `quantize_` did. `kept` says why a layer was left as it is."""
 
     layers: Mapping[str, str]

@@ -44,7 +44,7 @@ class AttentionScheme:
 
 
 @dataclass(frozen=True)
-class Rule:
+class LayerRule:
     """`layers` get `scheme`. `kinds` empty: for every model kind."""
 
     layers: tuple[str, ...]
@@ -82,7 +82,11 @@ class LayerSchemes:
 
 
 def ruled(
-    rules: Iterable[tuple[Rule, str]], inside: Sequence[str], every: Sequence[str], *, fix: str = LIST_LAYERS
+    rules: Iterable[tuple[LayerRule, str]],
+    inside: Sequence[str],
+    every: Sequence[str],
+    *,
+    fix: str = LIST_LAYERS,
 ) -> dict[str, LayerScheme]:
     """What rules, each with its origin, say of layers; the last that matches wins.
 

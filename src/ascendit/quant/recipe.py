@@ -43,9 +43,9 @@ from ascendit.quant.layer_rules import (
     OUTSIDE,
     AttentionRule,
     AttentionScheme,
+    LayerRule,
     LayerScheme,
     ModelKind,
-    Rule,
     matching,
     no_layer,
     ruled,
@@ -65,7 +65,7 @@ class Recipe:
 
     name: str
     about: str
-    rules: tuple[Rule, ...]
+    rules: tuple[LayerRule, ...]
     attention: tuple[AttentionRule, ...] = ()
     kinds: tuple[str, ...] = ()
     source: str = ""
@@ -87,10 +87,12 @@ class Recipe:
         }
         return tuple((layers | ruled(self.rules_for(model_kind, keep), blocks, every)).values())
 
-    def rules_for(self, model_kind: ModelKind | None, keep: Sequence[str] = ()) -> list[tuple[Rule, str]]:
+    def rules_for(
+        self, model_kind: ModelKind | None, keep: Sequence[str] = ()
+    ) -> list[tuple[LayerRule, str]]:
         """The rules for a kind of model, and `keep` as more of them, each with where it comes from."""
         rules = [(rule, self.name) for rule in self.rules if not rule.kinds or model_kind in rule.kinds]
-        return rules + [(Rule((pattern,), "bf16", None), "--keep") for pattern in keep]
+        return rules + [(LayerRule((pattern,), "bf16", None), "--keep") for pattern in keep]
 
     def attention_schemes(
         self, config: Mapping[str, Any], *, model_kind: ModelKind
@@ -213,7 +215,7 @@ def no_scheme(what: str) -> UsageError:
     )
 
 
-def _rule(entry: dict[str, Any], file: Path, scheme: str | None, scale_rule: str | None) -> Rule:
+def _rule(entry: dict[str, Any], file: Path, scheme: str | None, scale_rule: str | None) -> LayerRule:
     _check_keys(entry, _RULE_KEYS, file, "a rule")
     chosen = entry.get("scheme", scheme)
     if chosen not in SCHEMES:
@@ -230,7 +232,7 @@ def _rule(entry: dict[str, Any], file: Path, scheme: str | None, scale_rule: str
     if given is not None and not isinstance(given, str):
         raise _bad(file, f"scale_rule {given!r} is no text")
     rule = resolve_rule(lookup(form), given) if form else None
-    return Rule(_patterns(entry, file), chosen, rule, _kinds(entry, file))
+    return LayerRule(_patterns(entry, file), chosen, rule, _kinds(entry, file))
 
 
 def _attention_rule(entry: dict[str, Any], file: Path) -> AttentionRule:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ascendit.checkpoint.layer_format import FLOAT_DTYPES
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import TensorSpec
@@ -19,7 +20,6 @@ from ascendit.quant.schemes import FP4, FP8_TILES, SCHEMES
 from ascendit.weights.canonical_tensors import marker_for
 from ascendit.weights.engine_formats import Dialect, Traits, traits_of
 
-FLOATS = ("BF16", "F16", "F32", "F64")
 ROTATIONS = ("q_rot", "k_rot")
 
 
@@ -45,7 +45,7 @@ class AppliedRecipe(LayerSchemes):
 
     def dtype(self, info: TensorInfo) -> str:
         """What a weight is when it is encoded: BF16 from tiles, and where the recipe rounds."""
-        return self.round_to or (info.dtype if info.dtype in FLOATS else "BF16")
+        return self.round_to or (info.dtype if info.dtype in FLOAT_DTYPES else "BF16")
 
     def on_disk(self, name: str) -> str:
         """The name of a tensor in the file."""
@@ -214,7 +214,7 @@ def _specs(
         if layer in coded or _is_inverse(name):
             continue
         tiled = layer in expert.layers and role == "weight"
-        dtype = (round_to or info.dtype) if info.dtype in FLOATS else "BF16" if tiled else info.dtype
+        dtype = (round_to or info.dtype) if info.dtype in FLOAT_DTYPES else "BF16" if tiled else info.dtype
         specs[name] = TensorSpec(name, dtype, info.shape)
     for name, layer_scheme in coded.items():
         n, k = expert.tensors[f"{name}.weight"].shape

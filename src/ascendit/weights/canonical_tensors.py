@@ -19,8 +19,6 @@ from ascendit.names import CODED_ROLES, ROLES, is_block_linear, sort_names
 from ascendit.quant.fusion import vllm_omni_modules
 from ascendit.quant.schemes import QUANTIZED, SCHEMES
 
-MANIFEST = "quant_model_description.json"
-
 # ---- tensors ------------------------------------------------------------------------------------
 
 

@@ -22,18 +22,18 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ascendit.checkpoint.component import STEM
+from ascendit.checkpoint.quant_metadata import MANIFEST_FILE
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import UsageError
 from ascendit.family import WanConfig
-from ascendit.names import ROLES, is_block_linear, sort_names, to_wan
+from ascendit.names import ROLES, Naming, is_block_linear, sort_names, to_wan
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.fusion import fused_with
 from ascendit.quant.schemes import SCHEMES, STORED_SCHEMES
 from ascendit.weights import canonical_tensors
 
-Naming = Literal["diffusers", "wan"]
 WAN_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
-STEM = "diffusion_pytorch_model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Dialect:
     def manifest_file(self, quant_type: str) -> str:
         """The name of the manifest."""
         suffix = f"_{quant_type.lower()}" if self.typed_names else ""
-        return canonical_tensors.MANIFEST.replace(".json", f"{suffix}.json")
+        return MANIFEST_FILE.replace(".json", f"{suffix}.json")
 
     def container(self, scheme: str) -> str:
         """`packed` or `e4m3` for FP4, `plain` for all others."""
@@ -129,7 +129,7 @@ class Dialect:
         quant_type = plain.pop("model_quant_type")
         manifest = {self.on_disk(name, smoothed): value for name, value in plain.items()}
         if self.aliases:
-            manifest |= {f"{name}.div.mul_scale": "FLOAT" for name in names_of(smoothed)}
+            manifest |= {f"{name}.div.mul_scale": "FLOAT" for name in sort_names(smoothed)}
         return manifest | {"model_quant_type": quant_type}
 
     def config(self, config: Mapping[str, Any], marker: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -138,11 +138,6 @@ class Dialect:
         if self.naming == "wan":
             return wan_config(written)
         return written | ({"quantization_config": dict(marker)} if marker and self.marker else {})
-
-
-def names_of(layers: Collection[str]) -> list[str]:
-    """Layers in canonical order."""
-    return sort_names(layers)
 
 
 DIALECTS: dict[str, Dialect] = {

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 
-from ascendit.checkpoint.layer_format import check_scale
+from ascendit.checkpoint.layer_format import check_float_scale
 from ascendit.checkpoint.reader import (
     BLOCK_BYTES,
     TORCH_DTYPES,
@@ -27,22 +27,21 @@ from ascendit.checkpoint.reader import (
     as_tensor,
     block_rows,
     float_bytes,
-    tile_values,
 )
-from ascendit.checkpoint.writer import ShardWriter, TensorSpec
+from ascendit.checkpoint.writer import Data, ShardWriter, TensorSpec
 from ascendit.errors import CheckpointError
 from ascendit.mx.formats import SEARCH
 from ascendit.mx.row_encoder import RowEncoder, ScaleSearch, first_bad_row
 from ascendit.mx.smoothing import rotation, smooth_weight
+from ascendit.progress import Advance
 from ascendit.quant.layer_rules import LayerScheme
 from ascendit.quant.schemes import SCHEMES
 from ascendit.weights.applied_recipe import ROTATIONS, AppliedRecipe
-from ascendit.weights.tensor_steps import recode
+from ascendit.weights.tensor_steps import FP8_TILE, recode, tile_values
 
 if TYPE_CHECKING:
     from ascendit.weights.lora.fold import Folds
 
-Data = bytes | bytearray | memoryview
 WAITING = 2
 """Pieces that wait or are being written, at most; a ring of buffers needs one more."""
 
@@ -126,7 +125,6 @@ class WriteBehind:
 
 # ---- The rows of a float checkpoint as they are encoded or kept: untiled, folded, rounded, smoo -
 
-TILE = 128
 SMALLER = 4
 """Blocks of rows that are worked on are so many times smaller: each has copies in float32."""
 
@@ -176,7 +174,7 @@ class SourceRows:
         """(rows that stay together, bytes of a block)."""
         small = self._small_blocks or self.changed(name, info)
         block_bytes = max(BLOCK_BYTES // SMALLER, 1) if small else BLOCK_BYTES
-        return TILE if info.dtype == "F8_E4M3" else 1, block_bytes
+        return FP8_TILE if info.dtype == "F8_E4M3" else 1, block_bytes
 
     def _tiles(self, name: str) -> torch.Tensor | None:
         """`weight_scale_inv` of an FP8 weight in tiles, float32 [ceil(N / 128), ceil(K / 128)]."""
@@ -184,7 +182,7 @@ class SourceRows:
         if info is None:
             return None
         data = self._reader.whole(info)
-        check_scale(data, info.dtype, info.name)
+        check_float_scale(data, info.dtype, info.name)
         flat = torch.frombuffer(bytearray(float_bytes(data, info.dtype)), dtype=torch.float32)
         return flat.view(info.shape)
 
@@ -192,14 +190,8 @@ class SourceRows:
 # ---- Writes one expert as planned, some rows at a time ------------------------------------------
 
 
-class Advance(Protocol):
-    """Told how many bytes of the source are dealt with; `skipped`: an earlier run had done it."""
-
-    def __call__(self, name: str, count: int, skipped: bool = False) -> None: ...
-
-
 def _no_news(name: str, count: int, skipped: bool = False) -> None:
-    """Nobody wants to know."""
+    """No progress is reported."""
 
 
 MOST_THREADS = 4

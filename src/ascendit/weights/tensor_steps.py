@@ -16,18 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ascendit.checkpoint import layer_format
 from ascendit.checkpoint.layer_format import Layer
-from ascendit.checkpoint.reader import (
-    DTYPE_BITS,
-    RowReader,
-    TensorInfo,
-    as_bytes,
-    as_tensor,
-    float_bytes,
-    tile_values,
-)
+from ascendit.checkpoint.reader import DTYPE_BITS, RowReader, TensorInfo, as_bytes, as_tensor, float_bytes
 from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import CheckpointError
+from ascendit.mx.formats import FORMATS
 from ascendit.names import is_block_linear, sort_names
 from ascendit.quant.fusion import fused_with
 from ascendit.quant.schemes import FP8_TILES, scheme_after_reading
@@ -35,16 +28,18 @@ from ascendit.weights.engine_formats import Dialect
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     Table = np.ndarray[Any, Any]
 
 How = Literal["move", "copy", "widen", "repeat", "recode", "untile", "fill"]
-Check = Literal["", "scale_bytes", "scale", "zero", "positive"]
-TILE = 128
+ScaleCheck = Literal["", "scale_bytes", "scale", "zero", "positive"]
+FP8_TILE = FORMATS[FP8_TILES].block
+"""Rows and columns of a tile: 128."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class TensorStep:
     """One tensor of the output: what it is, and the way from the source to it."""
 
     spec: TensorSpec
@@ -55,7 +50,7 @@ class Step:
     """move: by the kernel; copy: as it is, but seen; widen: to float32; repeat: one number for all rows;
     recode: FP4 in another container; untile: FP8 in tiles to bfloat16; fill: a constant without a source."""
     sources: tuple[TensorInfo, ...] = ()
-    check: Check = ""
+    check: ScaleCheck = ""
     containers: tuple[str, str] = ("", "")
     """Of `recode`: from, to."""
     value: float = 0.0
@@ -67,7 +62,7 @@ class Step:
         return self.how not in ("move", "copy")
 
 
-def produce(step: Step, reader: RowReader) -> Iterator[Any]:
+def produce(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     """The bytes of the tensor, in order. Each buffer is valid until the next is asked for.
 
     Raises CheckpointError E-CKP-08 for a scale, offset or smoothing factor that cannot be, E-CKP-04 for a
@@ -76,28 +71,28 @@ def produce(step: Step, reader: RowReader) -> Iterator[Any]:
     return _WAYS[step.how](step, reader)
 
 
-def _copy(step: Step, reader: RowReader) -> Iterator[Any]:
+def _copy(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     (info,) = step.sources
     for _, view in reader.blocks(info):
         _examine(step, info, view)
         yield view
 
 
-def _widen(step: Step, reader: RowReader) -> Iterator[Any]:
+def _widen(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     (info,) = step.sources
     for _, view in reader.blocks(info):
         _examine(step, info, view)
         yield _floats(step, info, view)
 
 
-def _repeat(step: Step, reader: RowReader) -> Iterator[Any]:
+def _repeat(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     (info,) = step.sources
     data = reader.whole(info)
     _examine(step, info, data)
     yield _floats(step, info, data) * math.prod(step.spec.shape)
 
 
-def _floats(step: Step, info: TensorInfo, data: bytes | memoryview) -> bytes:
+def _floats(step: TensorStep, info: TensorInfo, data: bytes | memoryview) -> bytes:
     """The numbers as float32. Offsets, which are zeros by now, may be of any type."""
     if step.check == "zero":
         return bytes(4 * len(data) * 8 // DTYPE_BITS[info.dtype])
@@ -123,18 +118,18 @@ def to_float32(data: bytes | memoryview, dtype: str, name: str) -> bytes:
     return narrow.tobytes()
 
 
-def _fill(step: Step, reader: RowReader) -> Iterator[Any]:
+def _fill(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     import struct
 
     assert step.spec.dtype == "F32"
     yield struct.pack("<f", step.value) * (step.spec.nbytes // 4)
 
 
-def _examine(step: Step, info: TensorInfo, data: bytes | memoryview) -> None:
+def _examine(step: TensorStep, info: TensorInfo, data: bytes | memoryview) -> None:
     if step.check == "scale_bytes":
         layer_format.check_scale_bytes(data, info.name)
     elif step.check == "scale":
-        layer_format.check_scale(data, info.dtype, info.name)
+        layer_format.check_float_scale(data, info.dtype, info.name)
     elif step.check == "zero":
         layer_format.check_zero(data, info.dtype, info.name)
     elif step.check == "positive":
@@ -149,7 +144,7 @@ _BF16 = (0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)
 _NO_CODE, _NO_BYTE = 0xFF, 0xFFFF
 
 
-def _recode(step: Step, reader: RowReader) -> Iterator[Any]:
+def _recode(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     (info,) = step.sources
     source, target = step.containers
     length = (step.spec if source == "packed" else info).shape[-1]
@@ -233,21 +228,21 @@ def _not_fp4(name: str, count: int) -> CheckpointError:
 # ---- FP8 in tiles -------------------------------------------------------------------------------
 
 
-def _untile(step: Step, reader: RowReader) -> Iterator[Any]:
+def _untile(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     """Code x scale of its tile in float32, rounded once to bfloat16."""
     import torch
 
     weight, inverse = step.sources
     found = reader.whole(inverse)
-    layer_format.check_scale(found, inverse.dtype, inverse.name)
+    layer_format.check_float_scale(found, inverse.dtype, inverse.name)
     rows = bytearray(to_float32(found, inverse.dtype, inverse.name))
     scale = torch.frombuffer(rows, dtype=torch.float32).view(inverse.shape)
-    for start, view in reader.blocks(weight, multiple=TILE):
+    for start, view in reader.blocks(weight, multiple=FP8_TILE):
         codes = as_tensor(view, weight)
         yield as_bytes(tile_values(codes, scale, start).to(torch.bfloat16))
 
 
-_WAYS: dict[str, Callable[[Step, RowReader], Iterator[Any]]] = {
+_WAYS: dict[str, Callable[[TensorStep, RowReader], Iterator[Any]]] = {
     "copy": _copy,
     "widen": _widen,
     "repeat": _repeat,
@@ -259,7 +254,7 @@ _WAYS: dict[str, Callable[[Step, RowReader], Iterator[Any]]] = {
 
 # ---- From an expert as it lies to an expert as it will lie: one step for each tensor of the out -
 
-_CHECKS: dict[str, Check] = {
+_CHECKS: dict[str, ScaleCheck] = {
     "weight_scale": "scale",
     "weight_dual_scale": "scale",
     "weight_offset": "zero",
@@ -284,12 +279,12 @@ def smoothed_layers(expert: Expert) -> set[str]:
 
 
 @dataclass(frozen=True)
-class Steps:
+class TensorSteps:
     """The way of one expert."""
 
-    written: tuple[Step, ...]
+    written: tuple[TensorStep, ...]
     """One for each tensor of the output, in the order it is written."""
-    dropped: tuple[Step, ...]
+    dropped: tuple[TensorStep, ...]
     """Zeros that the reader does without; they are checked, and not written."""
 
     @property
@@ -321,7 +316,7 @@ def unlike_qkv(expert: Expert) -> bool:
     return False
 
 
-def steps_for(expert: Expert, dialect: Dialect) -> Steps:
+def steps_for(expert: Expert, dialect: Dialect) -> TensorSteps:
     """Every tensor of the source has its place in one step; names were checked when it was read."""
     steps = {step.name: step for layer in expert.layers.values() for step in _layer(layer, dialect)}
     dropped = () if dialect.offset else tuple(_offsets(expert))
@@ -330,33 +325,33 @@ def steps_for(expert: Expert, dialect: Dialect) -> Steps:
         if info not in used:
             assert name not in steps, name
             steps[name] = _moved(name, info)
-    ordered = Steps(tuple(steps[name] for name in sort_names(steps)), dropped)
+    ordered = TensorSteps(tuple(steps[name] for name in sort_names(steps)), dropped)
     smoothed = ordered.smoothed
     written = tuple(
         replace(step, spec=replace(step.spec, name=dialect.on_disk(step.name, smoothed)))
         for step in ordered.written
     )
-    return Steps(written, dropped)
+    return TensorSteps(written, dropped)
 
 
 def _is_smoothing(name: str) -> bool:
     return name.endswith(".mul_scale")
 
 
-def _moved(name: str, info: TensorInfo) -> Step:
+def _moved(name: str, info: TensorInfo) -> TensorStep:
     spec = TensorSpec(name, info.dtype, info.shape, info.start)
-    return Step(spec=spec, name=name, how="move", sources=(info,))
+    return TensorStep(spec=spec, name=name, how="move", sources=(info,))
 
 
-def _offsets(expert: Expert) -> Iterator[Step]:
+def _offsets(expert: Expert) -> Iterator[TensorStep]:
     for layer in expert.layers.values():
         if (info := layer.tensors.get("weight_offset")) is not None:
             name = f"{layer.name}.weight_offset"
             spec = TensorSpec(name, info.dtype, info.shape)
-            yield Step(spec=spec, name=name, how="copy", sources=(info,), check="zero")
+            yield TensorStep(spec=spec, name=name, how="copy", sources=(info,), check="zero")
 
 
-def _layer(layer: Layer, dialect: Dialect) -> Iterator[Step]:
+def _layer(layer: Layer, dialect: Dialect) -> Iterator[TensorStep]:
     """The tensors of one linear layer."""
     scheme = scheme_after_reading(layer.scheme)
     weight, bias = layer.tensors["weight"], layer.tensors.get("bias")
@@ -374,32 +369,49 @@ def _layer(layer: Layer, dialect: Dialect) -> Iterator[Step]:
         if role == "weight":
             yield _weight(layer, spec, weight, dialect)
         elif info is None:
-            yield Step(spec=spec, name=spec.name, how="fill", value=1.0 if role == "mul_scale" else 0.0)
+            yield TensorStep(spec=spec, name=spec.name, how="fill", value=1.0 if role == "mul_scale" else 0.0)
         elif role == "bias" and scheme == "bf16":
             yield _moved(spec.name, info)
         else:
             yield _scale(spec, info, role)
 
 
-def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, dialect: Dialect) -> Step:
+def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, dialect: Dialect) -> TensorStep:
     if layer.scheme == FP8_TILES:
         sources = (info, layer.tensors["weight_scale_inv"])
-        return Step(spec=spec, name=spec.name, how="untile", sources=sources)
+        return TensorStep(spec=spec, name=spec.name, how="untile", sources=sources)
     target = dialect.container(layer.scheme)
     if layer.container == target:
-        return Step(spec=replace(spec, source_start=info.start), name=spec.name, how="move", sources=(info,))
-    return Step(
+        return TensorStep(
+            spec=replace(spec, source_start=info.start), name=spec.name, how="move", sources=(info,)
+        )
+    return TensorStep(
         spec=spec, name=spec.name, how="recode", sources=(info,), containers=(layer.container, target)
     )
 
 
-def _scale(spec: TensorSpec, info: TensorInfo, role: str) -> Step:
+def _scale(spec: TensorSpec, info: TensorInfo, role: str) -> TensorStep:
     """A scale, offset, smoothing factor, or the bias of a quantized layer."""
     check = _CHECKS.get(role, "")
     if spec.dtype == "U8":
-        return Step(spec=spec, name=spec.name, how="copy", sources=(info,), check="scale_bytes")
+        return TensorStep(spec=spec, name=spec.name, how="copy", sources=(info,), check="scale_bytes")
     if math.prod(info.shape) == 1 != math.prod(spec.shape):
-        return Step(spec=spec, name=spec.name, how="repeat", sources=(info,), check=check)
+        return TensorStep(spec=spec, name=spec.name, how="repeat", sources=(info,), check=check)
     assert math.prod(info.shape) == math.prod(spec.shape), info
     how: How = "widen" if info.dtype != spec.dtype else "copy" if check else "move"
-    return Step(spec=spec, name=spec.name, how=how, sources=(info,), check=check)
+    return TensorStep(spec=spec, name=spec.name, how=how, sources=(info,), check=check)
+
+
+def tile_values(codes: torch.Tensor, scale: torch.Tensor, start: int, tile: int = FP8_TILE) -> torch.Tensor:
+    """FP8 rows [n, K] beginning at row `start` (a multiple of `tile`) -> float32 code x scale of its tile.
+
+    `scale`: float32 [ceil(N / tile), ceil(K / tile)], the `weight_scale_inv` of the whole weight. Equal to
+    `mx.decode` of fp8_128x128 on those rows, in a third of the memory.
+    """
+    import torch
+
+    values = codes.to(torch.float32)
+    for row in range(0, values.shape[0], tile):
+        factors = scale[(start + row) // tile].repeat_interleave(tile)[: values.shape[1]]
+        values[row : row + tile] *= factors
+    return values

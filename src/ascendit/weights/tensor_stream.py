@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from ascendit.checkpoint.reader import TORCH_DTYPES, RowReader, TensorInfo, as_bytes
 from ascendit.checkpoint.transformer import Expert
-from ascendit.checkpoint.writer import TensorSpec
+from ascendit.checkpoint.writer import Data, TensorSpec
 from ascendit.weights.applied_recipe import AppliedRecipe
 from ascendit.weights.engine_formats import Dialect
-from ascendit.weights.quantize_writer import Data, ExpertWriter
-from ascendit.weights.tensor_steps import Steps, produce, steps_for
+from ascendit.weights.quantize_writer import ExpertWriter
+from ascendit.weights.tensor_steps import TensorSteps, produce, steps_for
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ class _Online:
         self._sink.read(info, name, self._reader)
 
 
-def feed(source: AppliedRecipe | Steps, sink: TensorSink) -> None:
+def feed(source: AppliedRecipe | TensorSteps, sink: TensorSink) -> None:
     """Every tensor of an expert, quantized by a recipe, or as it is stored.
 
     Raises CheckpointError: E-CKP-08 for scales that cannot be, E-CKP-02 for files that shrink, E-QNT-01 for
@@ -115,7 +115,7 @@ def feed(source: AppliedRecipe | Steps, sink: TensorSink) -> None:
                 pass
 
 
-def stored_steps(expert: Expert) -> Steps:
+def stored_steps(expert: Expert) -> TensorSteps:
     """From the expert as it lies to its canonical tensors, without the offsets, which are zeros."""
     return steps_for(expert, Dialect(offset=False))
 

@@ -27,7 +27,6 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from ascendit.checkpoint.reader import listed
 from ascendit.errors import CheckpointError, EnvironmentProblem, UsageError
 from ascendit.integrations.diffusers.stored_layers import (
     Awaited,
@@ -46,6 +45,7 @@ from ascendit.model.quantize_module import (
     say_attention_kept,
     wan_config_of,
 )
+from ascendit.names import listed
 from ascendit.ops.operators import Schemes, bind
 from ascendit.quant.recipe import Recipe
 from ascendit.weights.applied_recipe import check_kind

@@ -17,21 +17,22 @@ from torch import Tensor, nn
 
 from ascendit.checkpoint.component import TRANSFORMER, Part, read_json
 from ascendit.checkpoint.layer_format import (
-    ROLES,
+    STORED_ROLES,
     Layer,
+    check_float_scale,
     check_positive,
-    check_scale,
     check_scale_bytes,
     check_zero,
     possible,
 )
-from ascendit.checkpoint.reader import TORCH_DTYPES, Shards, TensorInfo, as_bytes, listed
+from ascendit.checkpoint.reader import TORCH_DTYPES, Shards, TensorInfo, as_bytes
 from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert, read_expert
 from ascendit.errors import CheckpointError
 from ascendit.model.linear import SmoothLinear
 from ascendit.model.loader import say_attention
 from ascendit.model.quantize_module import ModuleSchemes, PlacedLinear, check_weight, encode_weight, rounded
 from ascendit.mx.codec import Encoded
+from ascendit.names import listed
 from ascendit.ops.operators import Schemes
 from ascendit.quant.schemes import FP8_TILES
 from ascendit.weights.canonical_tensors import layer_specs
@@ -116,7 +117,7 @@ def _check_values(name: str, tensor: Tensor) -> None:
     elif role == "mul_scale":
         check_positive(data, "F32", name)
     else:
-        check_scale(data, "F32", name)
+        check_float_scale(data, "F32", name)
 
 
 # ---- Which layers of a Diffusers folder are codes. Headers and JSON only ------------------------
@@ -164,7 +165,7 @@ def _by_dtype(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[str, 
     marks = [name.rpartition(".") for name in tensors if name.endswith((".weight_scale", ".mul_scale"))]
     found: dict[str, Layer] = {}
     for name in dict.fromkeys(name for name, _, _ in marks):
-        roles = {role: info for role in ROLES if (info := tensors.get(f"{name}.{role}")) is not None}
+        roles = {role: info for role in STORED_ROLES if (info := tensors.get(f"{name}.{role}")) is not None}
         options = possible(roles) if "weight" in roles else {}
         if name not in linears or not options:
             raise _foreign(name, "which is no linear layer of the model, or of no scheme that is known")

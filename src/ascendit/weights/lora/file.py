@@ -40,7 +40,7 @@ FAMILIES = {
     "diff": ("diff",),
 }
 """Kind -> the roles that make it up, without `alpha` and `up_bias`."""
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+FACTOR_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """What factors and deltas may be stored as."""
 Rows = Callable[[int, int], "torch.Tensor"]
 """(start, stop) -> what is added to these rows, [stop - start, K] float64."""
@@ -204,7 +204,7 @@ def _text(shape: tuple[int, ...]) -> str:
 
 # ---- One LoRA file: its header, its keys, and the settings that PEFT keeps outside the tensors --
 
-SHOWN = 5
+MAX_SHOWN_KEYS = 5
 """How many keys an error names."""
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 
@@ -289,8 +289,8 @@ def _not_safetensors(path: Path) -> UsageError:
 def refused(path: Path, total: int, problems: list[Problem]) -> CheckpointError:
     """E-LRA-01: the first keys that cannot be used, and how many more there are."""
     problems = sorted(problems, key=lambda problem: problem.key)
-    shown = "; ".join(f"{p.key}: {p.why}" for p in problems[:SHOWN])
-    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    shown = "; ".join(f"{p.key}: {p.why}" for p in problems[:MAX_SHOWN_KEYS])
+    more = f"; and {len(problems) - MAX_SHOWN_KEYS} more" if len(problems) > MAX_SHOWN_KEYS else ""
     return CheckpointError(
         f"{path}: {len(problems)} of {total} keys cannot be used: {shown}{more}",
         needs="every key of a LoRA to change a tensor of this model; none is left out in silence",

@@ -27,8 +27,8 @@ from ascendit.checkpoint.reader import TensorInfo
 from ascendit.errors import UsageError
 from ascendit.names import Shapes
 from ascendit.weights.lora.file import (
+    FACTOR_DTYPES,
     FAMILIES,
-    FLOATS,
     Delta,
     LoraFile,
     Problem,
@@ -49,7 +49,7 @@ _INTEGERS = ("I64", "I32", "I16", "I8", "U8")
 _OTHER_MODEL = "use a LoRA made for a model of this width and kind"
 
 
-class Reader:
+class DeltaReader:
     """Collects `deltas` and `problems` of a file; `ranks` and `num_alphas` are for the report."""
 
     def __init__(self, file: LoraFile, targets: Targets, weight: float) -> None:
@@ -111,7 +111,7 @@ class Reader:
                     key, f"half of a pair: {missing} of this layer is missing", "get the whole file again"
                 )
             return None
-        bad = [role for role, info in infos.items() if info.dtype not in FLOATS or not info.shape]
+        bad = [role for role, info in infos.items() if info.dtype not in FACTOR_DTYPES or not info.shape]
         for role in bad:
             self.problem(
                 keys[role], f"{infos[role].dtype} {list(infos[role].shape)} holds no floating-point rows"
@@ -141,7 +141,7 @@ class Reader:
     def _alpha(self, key: Key) -> float:
         info = self.file.infos[key.name]
         value = 0.0
-        if math.prod(info.shape) == 1 and info.dtype in FLOATS + _INTEGERS:
+        if math.prod(info.shape) == 1 and info.dtype in FACTOR_DTYPES + _INTEGERS:
             value = read_number(info)
         if not math.isfinite(value) or value == 0:
             self.problem(key, f"{info.dtype} {list(info.shape)} holds no number to scale by")
@@ -151,7 +151,7 @@ class Reader:
         """PEFT's `lora_B.bias`: part of what `up` gives, so it is scaled like it."""
         bias = weight.removesuffix(".weight") + ".bias"
         info = self.file.infos[key.name]
-        if info.shape != self.targets.shapes.get(bias) or info.dtype not in FLOATS:
+        if info.shape != self.targets.shapes.get(bias) or info.dtype not in FACTOR_DTYPES:
             self.problem(key, f"{info.dtype} {list(info.shape)} is no change of {bias}", _OTHER_MODEL)
         else:
             self.deltas.append(Delta("diff_b", bias, {"diff": info}, scale))
@@ -170,7 +170,7 @@ def _label(kind: str, target: str) -> str:
 
 # ---- Fold LoRA files into float weights, some rows at a time, before they are quantized ---------
 
-TILE = 64
+PRODUCT_ROWS = 64
 """Rows of one matrix product, at multiples of it and always whole, whatever rows are asked for: how a product
 is summed depends on its size too. Small, so that its float64 stays in the cache."""
 EXPERT_WORDS = {"transformer": "transformer", "transformer_2": "transformer_2"} | dict(
@@ -285,8 +285,8 @@ class Folds:
         assert rows.shape[1:] == self._shapes[name][1:], (name, rows.shape)
         result = torch.empty(rows.shape, dtype=rows.dtype)
         deltas, stop = self._open(name), start + len(rows)
-        for first in range(start // TILE * TILE, stop, TILE):
-            last = min(first + TILE, self._shapes[name][0])
+        for first in range(start // PRODUCT_ROWS * PRODUCT_ROWS, stop, PRODUCT_ROWS):
+            last = min(first + PRODUCT_ROWS, self._shapes[name][0])
             begin, end = max(first, start), min(last, stop)
             part = rows[begin - start : end - start]
             total = part.to(torch.float64).reshape(len(part), -1)
@@ -304,7 +304,7 @@ class Folds:
             return self._opened[1]
 
 
-def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection[str]) -> Reader:
+def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection[str]) -> DeltaReader:
     """The keys of one file that are for `expert`. Raises E-LRA-01 for all that cannot be used."""
     if source.expert is not None and source.expert not in experts:
         raise _bad_source(
@@ -312,7 +312,7 @@ def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection
             f"one of {', '.join(experts)}: the model has no other",
         )
     file = open_file(source.path)
-    reader = Reader(file, targets, source.weight)
+    reader = DeltaReader(file, targets, source.weight)
     if source.expert not in (None, expert):
         return reader
     mine = []
