@@ -140,7 +140,7 @@ def truncated(source: Path | str, position: int) -> CheckpointError:
     )
 
 
-# ---- room on the disk
+# ---- room on the disk ---------------------------------------------------------------------------
 
 
 def reserve(fd: int, count: int) -> None:
@@ -203,7 +203,7 @@ def room_for(folder: Path) -> int:
         return taken
 
 
-# ---- renaming
+# ---- renaming -----------------------------------------------------------------------------------
 
 
 def rename_new(src: Path, dst: Path) -> None:

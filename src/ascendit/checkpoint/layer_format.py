@@ -1,12 +1,8 @@
-"""Checks of scales by their bytes, for whoever streams them. Neither torch nor numpy is needed.
+"""Which linear layers are quantized, by the dtypes and shapes of their tensors; and whether scales are valid.
 
-The headers say that a scale has the right shape; only its bytes say whether it is one. Each check takes
-the bytes of a tensor or of some rows of it, little-endian as on disk.
-
-Which linear layers are stored as codes, by the dtypes and shapes of their tensors. Headers only.
-
-Real spellings of one format differ (`reference` of each: DESIGN section 4): FP4 lies two to a byte, or as
-numbers in e4m3 or BF16; int8 scales are float32 [N, 1], or BF16 [N, 1] or [1] from older tools.
+Tools store one format in different ways: FP4 two to a byte, or as numbers in e4m3 or BF16; int8 scales as
+float32 [N, 1], or as BF16 [N, 1] or [1] from older tools. The headers say that a scale has the right shape;
+only its bytes say whether it is one. Neither torch nor numpy is needed.
 """
 
 from __future__ import annotations
@@ -221,7 +217,8 @@ def _unpaired(problems: list[str]) -> CheckpointError:
     )
 
 
-# ---- Checks of scales by their bytes, for whoever streams them. Neither torch nor numpy is need -
+# ---- the bytes of scales ------------------------------------------------------------------------
+
 
 Buffer = bytes | bytearray | memoryview
 

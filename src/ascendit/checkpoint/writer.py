@@ -7,10 +7,6 @@
 
 Names of files, index and metadata are those that Diffusers writes. No torch. Like `cp`, nothing is forced
 to the disk: a killed process loses nothing that was written, a power failure may.
-
-sha256 of a stream, in a thread of its own.
-
-What goes into which file, at which byte: headers and sizes of the shards, before anything is written.
 """
 
 from __future__ import annotations
@@ -36,59 +32,15 @@ from ascendit.checkpoint.reader import DTYPE_BITS, TensorInfo
 from ascendit.checkpoint.resume import Journal
 from ascendit.errors import CheckpointError
 
-CHUNK = 1 << 20  # bytes
-_CHUNKS = 8  # that wait at most
-
-
-class Hasher:
-    """Hashes files one after the other while the caller goes on: `feed`, ..., `finish`, `feed`, ...
-
-    `feed` copies, into buffers that are used again, so the caller's buffer is free when it returns. It waits
-    when 8 MiB are ahead of the hash (about 2 GiB/s where the processor knows SHA).
-    """
-
-    def __init__(self) -> None:
-        self._free: SimpleQueue[bytearray] = SimpleQueue()
-        self._work: SimpleQueue[tuple[bytearray, int] | None] = SimpleQueue()
-        self._digests: SimpleQueue[str] = SimpleQueue()
-        for _ in range(_CHUNKS):
-            self._free.put(bytearray(CHUNK))
-        self._thread = threading.Thread(target=self._run, name="ascendit-sha256", daemon=True)
-        self._thread.start()
-
-    def feed(self, data: memoryview) -> None:
-        """`data`: bytes."""
-        for start in range(0, len(data), CHUNK):
-            piece = data[start : start + CHUNK]
-            buffer = self._free.get()
-            buffer[: len(piece)] = piece
-            self._work.put((buffer, len(piece)))
-
-    def finish(self) -> str:
-        """The digest of what was fed since the last one, in hex."""
-        self._work.put((bytearray(), 0))
-        return self._digests.get()
-
-    def close(self) -> None:
-        """End the thread."""
-        self._work.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        digest = hashlib.sha256()
-        while (item := self._work.get()) is not None:
-            buffer, count = item
-            if not count:
-                self._digests.put(digest.hexdigest())
-                digest = hashlib.sha256()
-                continue
-            digest.update(memoryview(buffer)[:count])
-            self._free.put(buffer)
-
-
-# ---- What goes into which file, at which byte: headers and sizes of the shards, before anything -
-
 MAX_SHARD_BYTES = 5_000_000_000
+
+Data = bytes | bytearray | memoryview | mmap.mmap
+"""Of a NumPy array it is `array.data`."""
+_RUN = 256 << 20  # bytes moved in one call, so that progress is told and Ctrl-C heard
+_BUFFER = 1 << 20
+
+
+# ---- what goes into which file, at which byte ---------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -171,12 +123,7 @@ def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-# ---- Safetensors shards written as a stream: every header is known beforehand, the bytes follow -
-
-Data = bytes | bytearray | memoryview | mmap.mmap
-"""Of a NumPy array it is `array.data`."""
-_RUN = 256 << 20  # bytes moved in one call, so that progress is told and Ctrl-C heard
-_BUFFER = 1 << 20
+# ---- writing ------------------------------------------------------------------------------------
 
 
 class ShardWriter:
@@ -429,3 +376,56 @@ def _begin(shard: ShardLayout) -> None:
         write_at(fd, memoryview(shard.header), 0)
     finally:
         os.close(fd)
+
+
+# ---- sha256 in a thread -------------------------------------------------------------------------
+
+
+CHUNK = 1 << 20  # bytes
+_CHUNKS = 8  # that wait at most
+
+
+class Hasher:
+    """Hashes files one after the other while the caller goes on: `feed`, ..., `finish`, `feed`, ...
+
+    `feed` copies, into buffers that are used again, so the caller's buffer is free when it returns. It waits
+    when 8 MiB are ahead of the hash (about 2 GiB/s where the processor knows SHA).
+    """
+
+    def __init__(self) -> None:
+        self._free: SimpleQueue[bytearray] = SimpleQueue()
+        self._work: SimpleQueue[tuple[bytearray, int] | None] = SimpleQueue()
+        self._digests: SimpleQueue[str] = SimpleQueue()
+        for _ in range(_CHUNKS):
+            self._free.put(bytearray(CHUNK))
+        self._thread = threading.Thread(target=self._run, name="ascendit-sha256", daemon=True)
+        self._thread.start()
+
+    def feed(self, data: memoryview) -> None:
+        """`data`: bytes."""
+        for start in range(0, len(data), CHUNK):
+            piece = data[start : start + CHUNK]
+            buffer = self._free.get()
+            buffer[: len(piece)] = piece
+            self._work.put((buffer, len(piece)))
+
+    def finish(self) -> str:
+        """The digest of what was fed since the last one, in hex."""
+        self._work.put((bytearray(), 0))
+        return self._digests.get()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._work.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        digest = hashlib.sha256()
+        while (item := self._work.get()) is not None:
+            buffer, count = item
+            if not count:
+                self._digests.put(digest.hexdigest())
+                digest = hashlib.sha256()
+                continue
+            digest.update(memoryview(buffer)[:count])
+            self._free.put(buffer)

@@ -1,6 +1,6 @@
 """What a calibration gives to `quantize`: maxima of the inputs of each layer, and `mul_scale` made of them.
 
-Layers that share one input share one s, see `quant.fusion`. Who runs the model is in `pipeline/calibrate.py`.
+Layers that share one input share one s, see `quant.fusion`. `pipeline/calibrate.py` runs the model.
 No torch at module level.
 """
 
@@ -18,11 +18,10 @@ from ascendit.errors import UsageError
 from ascendit.names import is_block_linear
 from ascendit.quant.fusion import leader_of
 from ascendit.weights.applied_recipe import AppliedRecipe
+from ascendit.weights.lora.fold import LoraSource
 
 if TYPE_CHECKING:
     import torch
-
-    from ascendit.weights.lora.fold import LoraSource
 
 ALPHA = 0.9
 """msModelSlim's, in the recipe that smooths Wan."""

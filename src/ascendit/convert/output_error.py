@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,10 +22,8 @@ from ascendit.quant.fusion import leader_of
 from ascendit.quant.layer_rules import LayerScheme
 from ascendit.quant.schemes import SCHEMES
 from ascendit.weights.applied_recipe import AppliedRecipe
+from ascendit.weights.lora.fold import Folds
 from ascendit.weights.quantize_writer import SourceRows
-
-if TYPE_CHECKING:
-    from ascendit.weights.lora.fold import Folds
 
 
 def output_quality(

@@ -1,9 +1,7 @@
-"""Two checkpoints side by side, whatever layouts they lie in: names are compared as Diffusers has them.
+"""Two checkpoints side by side, whatever their layouts: names are compared as Diffusers has them.
 
 Headers and configs only. Equal headers do not make equal numbers: `Diff.hashes` says whether those could be
 compared, which takes the sha256 that ascendit leaves in `ascendit.json`. torch is not imported.
-
-What differs between two checkpoints: plain data, as lines for a terminal and as a dict for `--json`.
 """
 
 from __future__ import annotations
@@ -29,6 +27,12 @@ MAX_LINES = 12  # lines for one kind of difference on a screen; --json has all
 MAX_WIDTH = 100
 NOT_COMPARED = "not compared: headers only (both need the sha256 of the same files in ascendit.json)"
 SAME_HEADERS = "the same headers and configs, other numbers"
+
+HEAD_KEYS = ("num_attention_heads", "attention_head_dim")
+VERSION_KEYS = ("transformers_version", "torch_dtype", "dtype")
+"""Keys of a config that say who wrote it and how; keys with a leading underscore do so too."""
+
+_Found = Iterator[tuple[ChangeKind, str, Any, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,117 +101,6 @@ class Diff:
         return [*lines, f"{'Result':<9}  {verdict}"]
 
 
-def _side(report: ModelReport) -> dict[str, Any]:
-    formats = dict.fromkeys(part.format for part in report.experts)
-    return {
-        "name": report.layout.name,
-        "path": str(report.layout.root),
-        "kind": report.layout.kind,
-        "ok": report.ok,
-        "format": " / ".join(formats),
-        "nbytes": sum(part.nbytes for part in report.experts),
-    }
-
-
-def _by_part(changes: Iterable[Change]) -> Iterator[tuple[str, list[Change]]]:
-    """The changes of each part; parts that differ in the same way stand together."""
-    parts: dict[str, list[Change]] = {}
-    for c in changes:
-        parts.setdefault(c.part, []).append(c)
-    alike: dict[str, list[str]] = {}
-    for part, found in parts.items():
-        alike.setdefault(repr([(c.kind, c.name, c.a, c.b) for c in found]), []).append(part)
-    for names in alike.values():
-        yield ", ".join(names), parts[names[0]]
-
-
-def _part_lines(changes: list[Change], found: Diff) -> list[str]:
-    """Equal changes of many layers share a line; those of a config have one each."""
-    alike: dict[tuple[str, ...], list[Change]] = {}
-    for c in changes:
-        alike.setdefault(_what(c), []).append(c)
-    texts: dict[str, list[str]] = {}
-    for what, members in alike.items():
-        texts.setdefault(what[0], []).append(_alike_text(members, found))
-    return [line for title, lines in texts.items() for line in _limited(title, lines)]
-
-
-def _what(change: Change) -> tuple[str, ...]:
-    """Title first; changes that have all of it in common are alike."""
-    if change.kind in ("tensor", "part"):
-        return (f"only in {'A' if change.b is None else 'B'}",)
-    alone = (change.name,) if change.kind == "config" else ()
-    return (change.kind, _text(change.a), _text(change.b), *alone)
-
-
-def _alike_text(members: list[Change], found: Diff) -> str:
-    first = members[0]
-    step = f"{_text(first.a)} -> {_text(first.b)}"
-    if first.kind == "config":
-        return f"{first.name}  {step}"
-    names = [c.name for c in members]
-    words = ", ".join(_words(first, names, found))
-    many = f"   ({len(names)})" if len(names) > 1 else ""
-    return f"{words}{many}" if first.kind in ("tensor", "part") else f"{step}   {words}{many}"
-
-
-def _words(change: Change, names: list[str], found: Diff) -> Iterator[str]:
-    """`blocks.0-4` for layers, `bias of blocks.0-4` for tensors."""
-    if change.kind == "part":
-        yield from names
-        return
-    every = _every_name(change, found) + names
-    if change.kind in LAYER_KINDS:
-        yield from grouped(names, dict.fromkeys(every))
-        return
-    owners = _by_role(every)
-    for role, chosen in _by_role(names).items():
-        words = ", ".join(grouped(chosen, owners[role]))
-        yield f"{role} of {words}" if words else role
-
-
-def _by_role(names: Iterable[str]) -> dict[str, dict[str, None]]:
-    """Last part of a name -> what stands before it, in order."""
-    owners: dict[str, dict[str, None]] = {}
-    for name in names:
-        owner, _, role = name.rpartition(".")
-        owners.setdefault(role, {}).update({owner: None} if owner else {})
-    return owners
-
-
-def _limited(title: str, texts: list[str]) -> Iterator[str]:
-    more = len(texts) - MAX_LINES
-    shown = texts[:MAX_LINES] + ([f"and {more} more; --json has all"] if more > 0 else [])
-    for index, text in enumerate(shown):
-        yield f"  {'' if index else title:<9}  {text}"
-
-
-def _every_name(change: Change, found: Diff) -> list[str]:
-    """The names of that sort on both sides, so that a group says no more than it means."""
-    every: dict[str, None] = {}
-    for part in (p for report in (found.a, found.b) for p in report.parts if p.name == change.part):
-        if part.summary is None:
-            every |= dict.fromkeys(t.name for t in part.tensors)
-        elif change.kind == "attention":
-            every |= dict.fromkeys(part.summary.attentions)
-        else:
-            layers = change.kind in LAYER_KINDS
-            every |= dict.fromkeys(part.summary.linears if layers else part.summary.expert.tensors)
-    return sort_names(every)
-
-
-def _text(value: object) -> str:
-    text = "-" if value is None else str(value)
-    return text if len(text) <= MAX_WIDTH else f"{text[: MAX_WIDTH - 3]}..."
-
-
-# ---- Two checkpoints side by side, whatever layouts they lie in: names are compared as Diffuser -
-
-HEAD_KEYS = ("num_attention_heads", "attention_head_dim")
-VERSION_KEYS = ("transformers_version", "torch_dtype", "dtype")
-"""Keys of a config that say who wrote it and how; keys with a leading underscore do so too."""
-
-
 def diff(a: Path | str | ModelReport, b: Path | str | ModelReport) -> Diff:
     """Compare two checkpoints of any layout; paths as for `inspect`, or what it returned.
 
@@ -216,6 +109,9 @@ def diff(a: Path | str | ModelReport, b: Path | str | ModelReport) -> Diff:
     a = a if isinstance(a, ModelReport) else inspect(a)
     b = b if isinstance(b, ModelReport) else inspect(b)
     return Diff(a=a, b=b, changes=tuple(_changes(a, b)), hashes=_hashes(a, b))
+
+
+# ---- what differs -------------------------------------------------------------------------------
 
 
 def _changes(a: ModelReport, b: ModelReport) -> Iterator[Change]:
@@ -237,9 +133,6 @@ def _changes(a: ModelReport, b: ModelReport) -> Iterator[Change]:
         plain = [{k: v for k, v in r.layout.index.items() if not isinstance(v, list)} for r in (a, b)]
         for key, x, y in _differing(*map(_without_versions, plain)):
             yield Change(part="model_index.json", kind="config", name=key, a=x, b=y)
-
-
-_Found = Iterator[tuple[ChangeKind, str, Any, Any]]
 
 
 def _expert_changes(one: ExpertSummary, other: ExpertSummary) -> _Found:
@@ -355,3 +248,110 @@ def _file_hashes(report: ModelReport) -> dict[str, Any]:
     files = (report.record or {}).get("files")
     found = files.items() if isinstance(files, dict) else ()
     return {name: value for name, value in found if name.endswith(".safetensors")}
+
+
+# ---- the words for it ---------------------------------------------------------------------------
+
+
+def _side(report: ModelReport) -> dict[str, Any]:
+    formats = dict.fromkeys(part.format for part in report.experts)
+    return {
+        "name": report.layout.name,
+        "path": str(report.layout.root),
+        "kind": report.layout.kind,
+        "ok": report.ok,
+        "format": " / ".join(formats),
+        "nbytes": sum(part.nbytes for part in report.experts),
+    }
+
+
+def _by_part(changes: Iterable[Change]) -> Iterator[tuple[str, list[Change]]]:
+    """The changes of each part; parts that differ in the same way stand together."""
+    parts: dict[str, list[Change]] = {}
+    for c in changes:
+        parts.setdefault(c.part, []).append(c)
+    alike: dict[str, list[str]] = {}
+    for part, found in parts.items():
+        alike.setdefault(repr([(c.kind, c.name, c.a, c.b) for c in found]), []).append(part)
+    for names in alike.values():
+        yield ", ".join(names), parts[names[0]]
+
+
+def _part_lines(changes: list[Change], found: Diff) -> list[str]:
+    """Equal changes of many layers share a line; those of a config have one each."""
+    alike: dict[tuple[str, ...], list[Change]] = {}
+    for c in changes:
+        alike.setdefault(_what(c), []).append(c)
+    texts: dict[str, list[str]] = {}
+    for what, members in alike.items():
+        texts.setdefault(what[0], []).append(_alike_text(members, found))
+    return [line for title, lines in texts.items() for line in _limited(title, lines)]
+
+
+def _what(change: Change) -> tuple[str, ...]:
+    """Title first; changes that have all of it in common are alike."""
+    if change.kind in ("tensor", "part"):
+        return (f"only in {'A' if change.b is None else 'B'}",)
+    alone = (change.name,) if change.kind == "config" else ()
+    return (change.kind, _text(change.a), _text(change.b), *alone)
+
+
+def _alike_text(members: list[Change], found: Diff) -> str:
+    first = members[0]
+    step = f"{_text(first.a)} -> {_text(first.b)}"
+    if first.kind == "config":
+        return f"{first.name}  {step}"
+    names = [c.name for c in members]
+    words = ", ".join(_words(first, names, found))
+    many = f"   ({len(names)})" if len(names) > 1 else ""
+    return f"{words}{many}" if first.kind in ("tensor", "part") else f"{step}   {words}{many}"
+
+
+def _words(change: Change, names: list[str], found: Diff) -> Iterator[str]:
+    """`blocks.0-4` for layers, `bias of blocks.0-4` for tensors."""
+    if change.kind == "part":
+        yield from names
+        return
+    every = _every_name(change, found) + names
+    if change.kind in LAYER_KINDS:
+        yield from grouped(names, dict.fromkeys(every))
+        return
+    owners = _by_role(every)
+    for role, chosen in _by_role(names).items():
+        words = ", ".join(grouped(chosen, owners[role]))
+        yield f"{role} of {words}" if words else role
+
+
+def _by_role(names: Iterable[str]) -> dict[str, dict[str, None]]:
+    """Last part of a name -> what stands before it, in order."""
+    owners: dict[str, dict[str, None]] = {}
+    for name in names:
+        owner, _, role = name.rpartition(".")
+        owners.setdefault(role, {}).update({owner: None} if owner else {})
+    return owners
+
+
+def _limited(title: str, texts: list[str]) -> Iterator[str]:
+    more = len(texts) - MAX_LINES
+    shown = texts[:MAX_LINES] + ([f"and {more} more; --json has all"] if more > 0 else [])
+    for index, text in enumerate(shown):
+        yield f"  {'' if index else title:<9}  {text}"
+
+
+def _every_name(change: Change, found: Diff) -> list[str]:
+    """The names of that sort on both sides, so that a group says no more than it means."""
+    every: dict[str, None] = {}
+    for part in (p for report in (found.a, found.b) for p in report.parts if p.name == change.part):
+        if part.summary is None:
+            every |= dict.fromkeys(t.name for t in part.tensors)
+        elif change.kind == "attention":
+            every |= dict.fromkeys(part.summary.attentions)
+        else:
+            layers = change.kind in LAYER_KINDS
+            every |= dict.fromkeys(part.summary.linears if layers else part.summary.expert.tensors)
+    return sort_names(every)
+
+
+def _text(value: object) -> str:
+    text = "-" if value is None else str(value)
+    return text if len(text) <= MAX_WIDTH else f"{text[: MAX_WIDTH - 3]}..."

@@ -1,6 +1,6 @@
-"""Which engines and chips can run a checkpoint: as it lies, after a repack, or not. No torch.
+"""Which engines and chips can run a checkpoint: as it is, after a repack, or not. No torch.
 
-What an engine can run at all comes from `quant.engines`, how it wants the files from `convert.dialects`.
+What an engine can run comes from `quant.engines`, how it wants the files from `weights.engine_formats`.
 Headers do not tell whether the `mul_scale` of Q, K and V are equal, which vLLM-Omni needs; `repack` does.
 """
 

@@ -1,7 +1,4 @@
-"""What `inspect` found in one part of a model, and how an expert is told in words. No torch.
-
-What `inspect` found: plain data, as lines for a terminal and as a dict for `--json`. No torch.
-"""
+"""What `inspect` found: plain data, as lines for a terminal and as a dict for `--json`. No torch."""
 
 from __future__ import annotations
 
@@ -20,6 +17,16 @@ from ascendit.family import WanSpec
 from ascendit.inspect.engines import RunsOn
 from ascendit.inspect.transformer_report import ExpertSummary, StoredRow, dtype_name, tensor_row
 from ascendit.pipeline.request import Defaults
+
+TENSOR_CHECKS = ("missing", "unexpected", "misshapen", "mistyped")
+ORIGINS = {
+    "msmodelslim": "msModelSlim",
+    "vllm-omni": "the merge tool of vLLM-Omni",
+    "sglang": "the repack tool of SGLang",
+    "ascendit": "ascendit",
+    "fp8-block": "FP8 in 128 x 128 tiles",
+    "float": "",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,17 +229,7 @@ def _dtypes(parts: Iterable[PartReport]) -> str:
     return "+".join(dtype_name(d) for d in sorted(totals, key=lambda d: -totals[d]))
 
 
-# ---- What `inspect` found in one part of a model, and how an expert is told in words. No torch --
-
-TENSOR_CHECKS = ("missing", "unexpected", "misshapen", "mistyped")
-ORIGINS = {
-    "msmodelslim": "msModelSlim",
-    "vllm-omni": "the merge tool of vLLM-Omni",
-    "sglang": "the repack tool of SGLang",
-    "ascendit": "ascendit",
-    "fp8-block": "FP8 in 128 x 128 tiles",
-    "float": "",
-}
+# ---- one part of a model ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

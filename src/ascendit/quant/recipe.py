@@ -1,11 +1,11 @@
 """Which layer gets which scheme: ordered rules over real layer names, as data. No torch.
 
-A recipe is a TOML file. Those of ascendit lie in `recipes/`; a path to any other one is as good.
+A recipe is a TOML file. Those of ascendit are in `recipes/`; a path names any other.
 
     about = "MXFP4 after five blocks of MXFP8"
     kinds = ["t2v"]                # optional: model kinds it is made for; on others it runs with a warning
     round_to = "bf16"              # optional: every tensor is rounded to this before anything else
-    step_policy = "0-1:w4a8"       # optional: denoising steps in another precision, see `step_policy`
+    step_policy = "0-1:w4a8"       # optional: denoising steps in another precision, see `schedule`
 
     [[rules]]                      # the last rule that matches a layer wins
     layers = "*"                   # a pattern or a list of them; `*` crosses dots
@@ -158,7 +158,7 @@ def load_recipe(name_or_path: str, scheme: str | None = None, scale_rule: str | 
     return _parse(data, path.stem, file, scheme, scale_rule)
 
 
-# ---- reading ------------------------------------------------------------------------------------
+# ---- reading a TOML file ------------------------------------------------------------------------
 
 _KEYS = {"about", "source", "kinds", "round_to", "step_policy", "rules", "attention"}
 _RULE_KEYS = {"layers", "scheme", "scale_rule", "kinds"}
@@ -282,7 +282,7 @@ def _bad(file: Path, problem: str) -> UsageError:
 
 
 def _known(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what the files did not tell, such as the number of heads; layers do not hang on it."""
+    """Without what the files did not tell, such as the number of heads; layers do not depend on it."""
     return {key: value for key, value in config.items() if value is not None}
 
 

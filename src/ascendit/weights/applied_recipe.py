@@ -1,4 +1,4 @@
-"""What becomes of one expert: scheme of each layer, every tensor that is written. Headers only, no torch."""
+"""A recipe applied to one expert: schemes of its layers, tensors that are written. Headers only, no torch."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def warnings_for(experts: Iterable[AppliedRecipe], recipe: Recipe, kind: ModelKi
     return list(found)
 
 
-# ---- parts --------------------------------------------------------------------------------------
+# ---- the tensors that are written, and checks ---------------------------------------------------
 
 
 def _specs(

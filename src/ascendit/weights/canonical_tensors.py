@@ -87,7 +87,7 @@ def model_quant_type(layers: Mapping[str, str]) -> str:
     return SCHEMES[layers[last[0]]].manifest if last else "FLOAT"
 
 
-# ---- config marker ------------------------------------------------------------------------------
+# ---- quantization_config ------------------------------------------------------------------------
 
 METHOD = "ascendit"
 """The `quant_method` of a config whose layers are told by the manifest, or by their tensors."""

@@ -1,4 +1,4 @@
-"""How a folder lies for each reader: ours (`--to diffusers`, `--to wan`), and what each engine looks for.
+"""The folder that each reader wants: ours (`--to diffusers`, `--to wan`), and what each engine looks for.
 
 Read in the wheels of vLLM-Omni 0.30.0, SGLang 0.5.23 and MindIE-SD 3.1.0; none was run on a card:
 
@@ -92,7 +92,7 @@ class Dialect:
         mul_scale: bool = False,
         float_dtype: str = "BF16",
     ) -> list[TensorSpec]:
-        """As `canonical.layer_specs`, as this reader wants them."""
+        """As `canonical_tensors.layer_specs`, as this reader wants them."""
         specs = canonical_tensors.layer_specs(
             name,
             scheme,
@@ -123,7 +123,7 @@ class Dialect:
         attention: Mapping[str, str],
         found: Mapping[str, str],
     ) -> dict[str, str]:
-        """The manifest with the names on disk; arguments as for `canonical.manifest_for`."""
+        """The manifest with the names on disk; arguments as for `canonical_tensors.manifest_for`."""
         smoothed = {name.removesuffix(".mul_scale") for name in names if name.endswith(".mul_scale")}
         plain = canonical_tensors.manifest_for(layers, names, attention, found)
         quant_type = plain.pop("model_quant_type")

@@ -1,8 +1,8 @@
-"""Writes one expert as planned, some rows at a time.
+"""A float expert, quantized some rows at a time, into a file or into memory.
 
-A ShardWriter in a thread of its own: the next rows are encoded while these are written.
-
-The rows of a float checkpoint as they are encoded or kept: untiled, folded, rounded, smoothed.
+`SourceRows` reads rows as the recipe wants them, `ExpertWriter` encodes them and puts them into a `Sink`.
+`WriteBehind` is the sink of a folder: a ShardWriter in a thread of its own, so that the next rows are encoded
+while these are written.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 
@@ -37,13 +37,8 @@ from ascendit.progress import Advance
 from ascendit.quant.layer_rules import LayerScheme
 from ascendit.quant.schemes import SCHEMES
 from ascendit.weights.applied_recipe import ROTATIONS, AppliedRecipe
+from ascendit.weights.lora.fold import Folds
 from ascendit.weights.tensor_steps import FP8_TILE, recode, tile_values
-
-if TYPE_CHECKING:
-    from ascendit.weights.lora.fold import Folds
-
-WAITING = 2
-"""Pieces that wait or are being written, at most; a ring of buffers needs one more."""
 
 
 class Sink(Protocol):
@@ -56,138 +51,6 @@ class Sink(Protocol):
     def move(self, info: TensorInfo, name: str) -> None: ...
 
     def flush(self) -> None: ...
-
-
-class WriteBehind:
-    """Calls `append` and `move` of a writer in their order, a little later.
-
-    Data that is given must stay as it is until two more pieces have been taken, or until `flush` returns.
-    What goes wrong there is raised by the next call here. As a context manager it ends the thread; the
-    writer is the caller's to close.
-    """
-
-    def __init__(self, writer: ShardWriter) -> None:
-        self._writer = writer
-        self._room = threading.Semaphore(WAITING)
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="ascendit-write", daemon=True)
-        self._thread.start()
-
-    def done(self, name: str) -> bool:
-        """As of the writer: known from the beginning."""
-        return self._writer.done(name)
-
-    def append(self, name: str, data: Data) -> None:
-        """The next bytes of a tensor. Waits while as many pieces as may are on their way."""
-        self._put(lambda: self._writer.append(name, data))
-
-    def move(self, info: TensorInfo, name: str) -> None:
-        """A whole tensor from another file."""
-        self._put(lambda: self._writer.move(info, name))
-
-    def flush(self) -> None:
-        """Wait until all is written."""
-        for _ in range(WAITING):
-            self._room.acquire()
-        self._room.release(WAITING)
-        self._raise()
-
-    def _put(self, call: Callable[[], None]) -> None:
-        self._room.acquire()
-        self._raise()
-        self._work.put(call)
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while (call := self._work.get()) is not None:
-            try:
-                if self._error is None:
-                    call()
-            except BaseException as e:  # raised where the caller can see it
-                self._error = e
-            self._room.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._work.put(None)
-        self._thread.join()
-        if error is None:
-            self._raise()
-
-
-# ---- The rows of a float checkpoint as they are encoded or kept: untiled, folded, rounded, smoo -
-
-SMALLER = 4
-"""Blocks of rows that are worked on are so many times smaller: each has copies in float32."""
-
-
-class SourceRows:
-    """Reads tensors of one expert and does to them what the recipe asks for, in this order:
-
-    FP8 in tiles is decoded to BF16; LoRA files are folded in; what the recipe rounds is rounded; smoothed
-    weights are multiplied. `small_blocks`: for a caller who copies rows in float32.
-    """
-
-    def __init__(
-        self, applied: AppliedRecipe, reader: RowReader, folds: Folds | None, *, small_blocks: bool = False
-    ) -> None:
-        self._applied = applied
-        self._small_blocks = small_blocks
-        self._reader = reader
-        self._folds = folds if folds is not None and folds.names else None
-
-    def changed(self, name: str, info: TensorInfo) -> bool:
-        """Whether the values differ from those in the file."""
-        folded = self._folds is not None and name in self._folds.names
-        smoothed = name.endswith(".weight") and name.removesuffix(".weight") in self._applied.smoothing
-        return folded or smoothed or self._applied.dtype(info) != info.dtype
-
-    def max_rows(self, name: str, info: TensorInfo) -> int:
-        """The most rows that `blocks` gives at once."""
-        multiple, block_bytes = self._cut(name, info)
-        return block_rows(info, multiple=multiple, block_bytes=block_bytes)
-
-    def blocks(self, name: str, info: TensorInfo) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows); the rows are valid until the next come."""
-        tiles = self._tiles(name)
-        smoothing = self._applied.smoothing.get(name.removesuffix(".weight"))
-        dtype = getattr(torch, TORCH_DTYPES[self._applied.dtype(info)])
-        multiple, block_bytes = self._cut(name, info)
-        for start, view in self._reader.blocks(info, multiple=multiple, block_bytes=block_bytes):
-            rows = as_tensor(view, info)
-            if tiles is not None:
-                rows = tile_values(rows, tiles, start).to(torch.bfloat16)
-            if self._folds is not None:
-                rows = self._folds.fold(name, rows, start)
-            rows = rows.to(dtype)
-            yield start, rows if smoothing is None else smooth_weight(rows, smoothing)
-
-    def _cut(self, name: str, info: TensorInfo) -> tuple[int, int]:
-        """(rows that stay together, bytes of a block)."""
-        small = self._small_blocks or self.changed(name, info)
-        block_bytes = max(BLOCK_BYTES // SMALLER, 1) if small else BLOCK_BYTES
-        return FP8_TILE if info.dtype == "F8_E4M3" else 1, block_bytes
-
-    def _tiles(self, name: str) -> torch.Tensor | None:
-        """`weight_scale_inv` of an FP8 weight in tiles, float32 [ceil(N / 128), ceil(K / 128)]."""
-        info = self._applied.expert.tensors.get(f"{name}_scale_inv")
-        if info is None:
-            return None
-        data = self._reader.whole(info)
-        check_float_scale(data, info.dtype, info.name)
-        flat = torch.frombuffer(bytearray(float_bytes(data, info.dtype)), dtype=torch.float32)
-        return flat.view(info.shape)
-
-
-# ---- Writes one expert as planned, some rows at a time ------------------------------------------
 
 
 def _no_news(name: str, count: int, skipped: bool = False) -> None:
@@ -364,3 +227,140 @@ def not_finite(expert: str, name: str, row: int) -> CheckpointError:
         fix=f"download the model again, or keep the layer: --keep {name.removesuffix('.weight')}",
         code="E-QNT-01",
     )
+
+
+# ---- rows as they are encoded or kept -----------------------------------------------------------
+
+
+SMALLER = 4
+"""Blocks of rows that are worked on are so many times smaller: each has copies in float32."""
+
+
+class SourceRows:
+    """Reads tensors of one expert and does to them what the recipe asks for, in this order:
+
+    FP8 in tiles is decoded to BF16; LoRA files are folded in; what the recipe rounds is rounded; smoothed
+    weights are multiplied. `small_blocks`: for a caller who copies rows in float32.
+    """
+
+    def __init__(
+        self, applied: AppliedRecipe, reader: RowReader, folds: Folds | None, *, small_blocks: bool = False
+    ) -> None:
+        self._applied = applied
+        self._small_blocks = small_blocks
+        self._reader = reader
+        self._folds = folds if folds is not None and folds.names else None
+
+    def changed(self, name: str, info: TensorInfo) -> bool:
+        """Whether the values differ from those in the file."""
+        folded = self._folds is not None and name in self._folds.names
+        smoothed = name.endswith(".weight") and name.removesuffix(".weight") in self._applied.smoothing
+        return folded or smoothed or self._applied.dtype(info) != info.dtype
+
+    def max_rows(self, name: str, info: TensorInfo) -> int:
+        """The most rows that `blocks` gives at once."""
+        multiple, block_bytes = self._cut(name, info)
+        return block_rows(info, multiple=multiple, block_bytes=block_bytes)
+
+    def blocks(self, name: str, info: TensorInfo) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, rows); the rows are valid until the next come."""
+        tiles = self._tiles(name)
+        smoothing = self._applied.smoothing.get(name.removesuffix(".weight"))
+        dtype = getattr(torch, TORCH_DTYPES[self._applied.dtype(info)])
+        multiple, block_bytes = self._cut(name, info)
+        for start, view in self._reader.blocks(info, multiple=multiple, block_bytes=block_bytes):
+            rows = as_tensor(view, info)
+            if tiles is not None:
+                rows = tile_values(rows, tiles, start).to(torch.bfloat16)
+            if self._folds is not None:
+                rows = self._folds.fold(name, rows, start)
+            rows = rows.to(dtype)
+            yield start, rows if smoothing is None else smooth_weight(rows, smoothing)
+
+    def _cut(self, name: str, info: TensorInfo) -> tuple[int, int]:
+        """(rows that stay together, bytes of a block)."""
+        small = self._small_blocks or self.changed(name, info)
+        block_bytes = max(BLOCK_BYTES // SMALLER, 1) if small else BLOCK_BYTES
+        return FP8_TILE if info.dtype == "F8_E4M3" else 1, block_bytes
+
+    def _tiles(self, name: str) -> torch.Tensor | None:
+        """`weight_scale_inv` of an FP8 weight in tiles, float32 [ceil(N / 128), ceil(K / 128)]."""
+        info = self._applied.expert.tensors.get(f"{name}_scale_inv")
+        if info is None:
+            return None
+        data = self._reader.whole(info)
+        check_float_scale(data, info.dtype, info.name)
+        flat = torch.frombuffer(bytearray(float_bytes(data, info.dtype)), dtype=torch.float32)
+        return flat.view(info.shape)
+
+
+# ---- writing in a thread ------------------------------------------------------------------------
+
+
+WAITING = 2
+"""Pieces that wait or are being written, at most; a ring of buffers needs one more."""
+
+
+class WriteBehind:
+    """Calls `append` and `move` of a writer in their order, a little later.
+
+    Data that is given must stay as it is until two more pieces have been taken, or until `flush` returns.
+    What goes wrong there is raised by the next call here. As a context manager it ends the thread; the
+    writer is the caller's to close.
+    """
+
+    def __init__(self, writer: ShardWriter) -> None:
+        self._writer = writer
+        self._room = threading.Semaphore(WAITING)
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="ascendit-write", daemon=True)
+        self._thread.start()
+
+    def done(self, name: str) -> bool:
+        """As of the writer: known from the beginning."""
+        return self._writer.done(name)
+
+    def append(self, name: str, data: Data) -> None:
+        """The next bytes of a tensor. Waits while as many pieces as may are on their way."""
+        self._put(lambda: self._writer.append(name, data))
+
+    def move(self, info: TensorInfo, name: str) -> None:
+        """A whole tensor from another file."""
+        self._put(lambda: self._writer.move(info, name))
+
+    def flush(self) -> None:
+        """Wait until all is written."""
+        for _ in range(WAITING):
+            self._room.acquire()
+        self._room.release(WAITING)
+        self._raise()
+
+    def _put(self, call: Callable[[], None]) -> None:
+        self._room.acquire()
+        self._raise()
+        self._work.put(call)
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while (call := self._work.get()) is not None:
+            try:
+                if self._error is None:
+                    call()
+            except BaseException as e:  # raised where the caller can see it
+                self._error = e
+            self._room.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._work.put(None)
+        self._thread.join()
+        if error is None:
+            self._raise()

@@ -1,9 +1,8 @@
-"""From an expert as it lies to an expert as it will lie: one step for each tensor of the output. No torch.
+"""From a stored expert to the tensors of a repacked one: one step for each tensor of the output.
 
-Tensors that change on the way: other containers, wider floats, one row made many. Values never change.
-
-Each way is a generator of bytes, some rows at a time, so that no tensor is ever whole in memory. numpy is
-imported by the call; torch only for FP8 in tiles.
+Tensors that change on the way get another container, wider floats, or one row made many. Values never change.
+Each way is a generator of bytes, some rows at a time, so that no tensor is ever complete in memory. No torch
+at import: numpy is imported by the calls, torch only for FP8 in tiles.
 """
 
 from __future__ import annotations
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 
 How = Literal["move", "copy", "widen", "repeat", "recode", "untile", "fill"]
 ScaleCheck = Literal["", "scale_bytes", "scale", "zero", "positive"]
-FP8_TILE = FORMATS[FP8_TILES].block
-"""Rows and columns of a tile: 128."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +57,160 @@ class TensorStep:
     def rewritten(self) -> bool:
         """Whether the bytes of the output are others than those of the source."""
         return self.how not in ("move", "copy")
+
+
+@dataclass(frozen=True)
+class TensorSteps:
+    """The way of one expert."""
+
+    written: tuple[TensorStep, ...]
+    """One for each tensor of the output, in the order it is written."""
+    dropped: tuple[TensorStep, ...]
+    """Zeros that the reader does without; they are checked, and not written."""
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        return [step.spec for step in self.written]
+
+    @property
+    def smoothed(self) -> set[str]:
+        """Layers that have a `mul_scale` in the output."""
+        return {step.name.removesuffix(".mul_scale") for step in self.written if _is_smoothing(step.name)}
+
+    @property
+    def names(self) -> list[str]:
+        """Diffusers names, in the order they are written."""
+        return [step.name for step in self.written]
+
+
+# ---- the steps of an expert ---------------------------------------------------------------------
+
+
+_CHECKS: dict[str, ScaleCheck] = {
+    "weight_scale": "scale",
+    "weight_dual_scale": "scale",
+    "weight_offset": "zero",
+    "mul_scale": "positive",
+}
+
+
+def steps_for(expert: Expert, dialect: Dialect) -> TensorSteps:
+    """Every tensor of the source has its place in one step; names were checked when it was read."""
+    steps = {step.name: step for layer in expert.layers.values() for step in _layer(layer, dialect)}
+    dropped = () if dialect.offset else tuple(_offsets(expert))
+    used = {info for step in (*steps.values(), *dropped) for info in step.sources}
+    for name, info in expert.tensors.items():
+        if info not in used:
+            assert name not in steps, name
+            steps[name] = _moved(name, info)
+    ordered = TensorSteps(tuple(steps[name] for name in sort_names(steps)), dropped)
+    smoothed = ordered.smoothed
+    written = tuple(
+        replace(step, spec=replace(step.spec, name=dialect.on_disk(step.name, smoothed)))
+        for step in ordered.written
+    )
+    return TensorSteps(written, dropped)
+
+
+def _is_smoothing(name: str) -> bool:
+    return name.endswith(".mul_scale")
+
+
+def _moved(name: str, info: TensorInfo) -> TensorStep:
+    spec = TensorSpec(name, info.dtype, info.shape, info.start)
+    return TensorStep(spec=spec, name=name, how="move", sources=(info,))
+
+
+def _offsets(expert: Expert) -> Iterator[TensorStep]:
+    for layer in expert.layers.values():
+        if (info := layer.tensors.get("weight_offset")) is not None:
+            name = f"{layer.name}.weight_offset"
+            spec = TensorSpec(name, info.dtype, info.shape)
+            yield TensorStep(spec=spec, name=name, how="copy", sources=(info,), check="zero")
+
+
+def _layer(layer: Layer, dialect: Dialect) -> Iterator[TensorStep]:
+    """The tensors of one linear layer."""
+    scheme = scheme_after_reading(layer.scheme)
+    weight, bias = layer.tensors["weight"], layer.tensors.get("bias")
+    specs = dialect.layer_specs(
+        layer.name,
+        scheme,
+        layer.shape,
+        bias=bias is not None,
+        mul_scale="mul_scale" in layer.tensors,
+        float_dtype=weight.dtype if layer.scheme == "bf16" else "BF16",
+    )
+    for spec in specs:
+        role = spec.name.rpartition(".")[2]
+        info = layer.tensors.get(role)
+        if role == "weight":
+            yield _weight(layer, spec, weight, dialect)
+        elif info is None:
+            yield TensorStep(spec=spec, name=spec.name, how="fill", value=1.0 if role == "mul_scale" else 0.0)
+        elif role == "bias" and scheme == "bf16":
+            yield _moved(spec.name, info)
+        else:
+            yield _scale(spec, info, role)
+
+
+def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, dialect: Dialect) -> TensorStep:
+    if layer.scheme == FP8_TILES:
+        sources = (info, layer.tensors["weight_scale_inv"])
+        return TensorStep(spec=spec, name=spec.name, how="untile", sources=sources)
+    target = dialect.container(layer.scheme)
+    if layer.container == target:
+        return TensorStep(
+            spec=replace(spec, source_start=info.start), name=spec.name, how="move", sources=(info,)
+        )
+    return TensorStep(
+        spec=spec, name=spec.name, how="recode", sources=(info,), containers=(layer.container, target)
+    )
+
+
+def _scale(spec: TensorSpec, info: TensorInfo, role: str) -> TensorStep:
+    """A scale, offset, smoothing factor, or the bias of a quantized layer."""
+    check = _CHECKS.get(role, "")
+    if spec.dtype == "U8":
+        return TensorStep(spec=spec, name=spec.name, how="copy", sources=(info,), check="scale_bytes")
+    if math.prod(info.shape) == 1 != math.prod(spec.shape):
+        return TensorStep(spec=spec, name=spec.name, how="repeat", sources=(info,), check=check)
+    assert math.prod(info.shape) == math.prod(spec.shape), info
+    how: How = "widen" if info.dtype != spec.dtype else "copy" if check else "move"
+    return TensorStep(spec=spec, name=spec.name, how=how, sources=(info,), check=check)
+
+
+def schemes_of(expert: Expert) -> dict[str, str]:
+    """Every linear of the blocks, and every other layer that is quantized or smoothed -> scheme, in order.
+
+    FP8 in tiles is `bf16` here: that is what becomes of it.
+    """
+    found = {name.removesuffix(".weight"): "bf16" for name in expert.tensors if name.endswith(".weight")}
+    layers = {name: scheme for name, scheme in found.items() if is_block_linear(name)}
+    layers |= {name: scheme_after_reading(x.scheme) for name, x in expert.layers.items()}
+    return {name: layers[name] for name in sort_names(layers)}
+
+
+def smoothed_layers(expert: Expert) -> set[str]:
+    """Layers with a `mul_scale`."""
+    return {name for name, layer in expert.layers.items() if "mul_scale" in layer.tensors}
+
+
+def unlike_qkv(expert: Expert) -> bool:
+    """Whether the `mul_scale` of a Q, K and V of one self-attention differ, or are not on all three."""
+    with RowReader() as reader:
+        for name in smoothed_layers(expert):
+            group = [expert.layers.get(other) for other in fused_with(name)]
+            if len(group) == 1:
+                continue
+            scales = [layer.tensors.get("mul_scale") if layer else None for layer in group]
+            data = {None if x is None else to_float32(reader.whole(x), x.dtype, x.name) for x in scales}
+            if len(data) > 1:
+                return True
+    return False
+
+
+# ---- the bytes of a step ------------------------------------------------------------------------
 
 
 def produce(step: TensorStep, reader: RowReader) -> Iterator[Any]:
@@ -137,6 +288,7 @@ def _examine(step: TensorStep, info: TensorInfo, data: bytes | memoryview) -> No
 
 
 # ---- FP4 ----------------------------------------------------------------------------------------
+
 
 _E4M3 = (0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C)
 _BF16 = (0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)
@@ -228,6 +380,10 @@ def _not_fp4(name: str, count: int) -> CheckpointError:
 # ---- FP8 in tiles -------------------------------------------------------------------------------
 
 
+FP8_TILE = FORMATS[FP8_TILES].block
+"""Rows and columns of a tile: 128."""
+
+
 def _untile(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     """Code x scale of its tile in float32, rounded once to bfloat16."""
     import torch
@@ -240,166 +396,6 @@ def _untile(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     for start, view in reader.blocks(weight, multiple=FP8_TILE):
         codes = as_tensor(view, weight)
         yield as_bytes(tile_values(codes, scale, start).to(torch.bfloat16))
-
-
-_WAYS: dict[str, Callable[[TensorStep, RowReader], Iterator[Any]]] = {
-    "copy": _copy,
-    "widen": _widen,
-    "repeat": _repeat,
-    "recode": _recode,
-    "untile": _untile,
-    "fill": _fill,
-}
-
-
-# ---- From an expert as it lies to an expert as it will lie: one step for each tensor of the out -
-
-_CHECKS: dict[str, ScaleCheck] = {
-    "weight_scale": "scale",
-    "weight_dual_scale": "scale",
-    "weight_offset": "zero",
-    "mul_scale": "positive",
-}
-
-
-def schemes_of(expert: Expert) -> dict[str, str]:
-    """Every linear of the blocks, and every other layer that is quantized or smoothed -> scheme, in order.
-
-    FP8 in tiles is `bf16` here: that is what becomes of it.
-    """
-    found = {name.removesuffix(".weight"): "bf16" for name in expert.tensors if name.endswith(".weight")}
-    layers = {name: scheme for name, scheme in found.items() if is_block_linear(name)}
-    layers |= {name: scheme_after_reading(x.scheme) for name, x in expert.layers.items()}
-    return {name: layers[name] for name in sort_names(layers)}
-
-
-def smoothed_layers(expert: Expert) -> set[str]:
-    """Layers with a `mul_scale`."""
-    return {name for name, layer in expert.layers.items() if "mul_scale" in layer.tensors}
-
-
-@dataclass(frozen=True)
-class TensorSteps:
-    """The way of one expert."""
-
-    written: tuple[TensorStep, ...]
-    """One for each tensor of the output, in the order it is written."""
-    dropped: tuple[TensorStep, ...]
-    """Zeros that the reader does without; they are checked, and not written."""
-
-    @property
-    def specs(self) -> list[TensorSpec]:
-        return [step.spec for step in self.written]
-
-    @property
-    def smoothed(self) -> set[str]:
-        """Layers that have a `mul_scale` in the output."""
-        return {step.name.removesuffix(".mul_scale") for step in self.written if _is_smoothing(step.name)}
-
-    @property
-    def names(self) -> list[str]:
-        """Diffusers names, in the order they are written."""
-        return [step.name for step in self.written]
-
-
-def unlike_qkv(expert: Expert) -> bool:
-    """Whether the `mul_scale` of a Q, K and V of one self-attention differ, or are not on all three."""
-    with RowReader() as reader:
-        for name in smoothed_layers(expert):
-            group = [expert.layers.get(other) for other in fused_with(name)]
-            if len(group) == 1:
-                continue
-            scales = [layer.tensors.get("mul_scale") if layer else None for layer in group]
-            data = {None if x is None else to_float32(reader.whole(x), x.dtype, x.name) for x in scales}
-            if len(data) > 1:
-                return True
-    return False
-
-
-def steps_for(expert: Expert, dialect: Dialect) -> TensorSteps:
-    """Every tensor of the source has its place in one step; names were checked when it was read."""
-    steps = {step.name: step for layer in expert.layers.values() for step in _layer(layer, dialect)}
-    dropped = () if dialect.offset else tuple(_offsets(expert))
-    used = {info for step in (*steps.values(), *dropped) for info in step.sources}
-    for name, info in expert.tensors.items():
-        if info not in used:
-            assert name not in steps, name
-            steps[name] = _moved(name, info)
-    ordered = TensorSteps(tuple(steps[name] for name in sort_names(steps)), dropped)
-    smoothed = ordered.smoothed
-    written = tuple(
-        replace(step, spec=replace(step.spec, name=dialect.on_disk(step.name, smoothed)))
-        for step in ordered.written
-    )
-    return TensorSteps(written, dropped)
-
-
-def _is_smoothing(name: str) -> bool:
-    return name.endswith(".mul_scale")
-
-
-def _moved(name: str, info: TensorInfo) -> TensorStep:
-    spec = TensorSpec(name, info.dtype, info.shape, info.start)
-    return TensorStep(spec=spec, name=name, how="move", sources=(info,))
-
-
-def _offsets(expert: Expert) -> Iterator[TensorStep]:
-    for layer in expert.layers.values():
-        if (info := layer.tensors.get("weight_offset")) is not None:
-            name = f"{layer.name}.weight_offset"
-            spec = TensorSpec(name, info.dtype, info.shape)
-            yield TensorStep(spec=spec, name=name, how="copy", sources=(info,), check="zero")
-
-
-def _layer(layer: Layer, dialect: Dialect) -> Iterator[TensorStep]:
-    """The tensors of one linear layer."""
-    scheme = scheme_after_reading(layer.scheme)
-    weight, bias = layer.tensors["weight"], layer.tensors.get("bias")
-    specs = dialect.layer_specs(
-        layer.name,
-        scheme,
-        layer.shape,
-        bias=bias is not None,
-        mul_scale="mul_scale" in layer.tensors,
-        float_dtype=weight.dtype if layer.scheme == "bf16" else "BF16",
-    )
-    for spec in specs:
-        role = spec.name.rpartition(".")[2]
-        info = layer.tensors.get(role)
-        if role == "weight":
-            yield _weight(layer, spec, weight, dialect)
-        elif info is None:
-            yield TensorStep(spec=spec, name=spec.name, how="fill", value=1.0 if role == "mul_scale" else 0.0)
-        elif role == "bias" and scheme == "bf16":
-            yield _moved(spec.name, info)
-        else:
-            yield _scale(spec, info, role)
-
-
-def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, dialect: Dialect) -> TensorStep:
-    if layer.scheme == FP8_TILES:
-        sources = (info, layer.tensors["weight_scale_inv"])
-        return TensorStep(spec=spec, name=spec.name, how="untile", sources=sources)
-    target = dialect.container(layer.scheme)
-    if layer.container == target:
-        return TensorStep(
-            spec=replace(spec, source_start=info.start), name=spec.name, how="move", sources=(info,)
-        )
-    return TensorStep(
-        spec=spec, name=spec.name, how="recode", sources=(info,), containers=(layer.container, target)
-    )
-
-
-def _scale(spec: TensorSpec, info: TensorInfo, role: str) -> TensorStep:
-    """A scale, offset, smoothing factor, or the bias of a quantized layer."""
-    check = _CHECKS.get(role, "")
-    if spec.dtype == "U8":
-        return TensorStep(spec=spec, name=spec.name, how="copy", sources=(info,), check="scale_bytes")
-    if math.prod(info.shape) == 1 != math.prod(spec.shape):
-        return TensorStep(spec=spec, name=spec.name, how="repeat", sources=(info,), check=check)
-    assert math.prod(info.shape) == math.prod(spec.shape), info
-    how: How = "widen" if info.dtype != spec.dtype else "copy" if check else "move"
-    return TensorStep(spec=spec, name=spec.name, how=how, sources=(info,), check=check)
 
 
 def tile_values(codes: torch.Tensor, scale: torch.Tensor, start: int, tile: int = FP8_TILE) -> torch.Tensor:
@@ -415,3 +411,13 @@ def tile_values(codes: torch.Tensor, scale: torch.Tensor, start: int, tile: int 
         factors = scale[(start + row) // tile].repeat_interleave(tile)[: values.shape[1]]
         values[row : row + tile] *= factors
     return values
+
+
+_WAYS: dict[str, Callable[[TensorStep, RowReader], Iterator[Any]]] = {
+    "copy": _copy,
+    "widen": _widen,
+    "repeat": _repeat,
+    "recode": _recode,
+    "untile": _untile,
+    "fill": _fill,
+}

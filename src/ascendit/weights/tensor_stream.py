@@ -3,14 +3,15 @@
     feed(applied, sink)                   # a float checkpoint, quantized as it is read
     feed(stored_steps(expert), sink)      # codes that are on disk already, in any layout
 
-A tensor is read into the place that `room` gives for it, some rows at a time, and told of when it is whole.
-Online and offline are equal by construction: both are `ExpertWriter`, with another end.
+A tensor is read some rows at a time into the memory that `room` gives for it; `arrived` is called when it is
+complete. Online and offline quantization are equal by construction: both are `ExpertWriter`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from ascendit.checkpoint.reader import TORCH_DTYPES, RowReader, TensorInfo, as_bytes
 from ascendit.checkpoint.transformer import Expert
@@ -19,9 +20,6 @@ from ascendit.weights.applied_recipe import AppliedRecipe
 from ascendit.weights.engine_formats import Dialect
 from ascendit.weights.quantize_writer import ExpertWriter
 from ascendit.weights.tensor_steps import TensorSteps, produce, steps_for
-
-if TYPE_CHECKING:
-    import torch
 
 
 class TensorSink:
@@ -82,8 +80,8 @@ class TensorSink:
             self._arrived(name)
 
 
-class _Online:
-    """`TensorSink` with the face that `ExpertWriter` writes to."""
+class _WriterSink:
+    """A `TensorSink` with the interface that `ExpertWriter` writes to."""
 
     def __init__(self, sink: TensorSink, reader: RowReader) -> None:
         self._sink, self._reader = sink, reader
@@ -102,7 +100,7 @@ def feed(source: AppliedRecipe | TensorSteps, sink: TensorSink) -> None:
     """
     with RowReader() as reader:
         if isinstance(source, AppliedRecipe):
-            ExpertWriter(source, reader, _Online(sink, reader)).write()
+            ExpertWriter(source, reader, _WriterSink(sink, reader)).write()
             return
         for step in source.written:
             if step.how == "move":
@@ -122,7 +120,5 @@ def stored_steps(expert: Expert) -> TensorSteps:
 
 def torch_dtype(spec: TensorSpec) -> torch.dtype:
     """Of a tensor that is to hold `spec`."""
-    import torch
-
     found: torch.dtype = getattr(torch, TORCH_DTYPES[spec.dtype])
     return found

@@ -1,6 +1,4 @@
-"""One LoRA file: its header, its keys, and the settings that PEFT keeps outside the tensors.
-
-What one module of a LoRA file adds to one tensor, some rows at a time, in float64.
+"""One LoRA file: its header, the settings that PEFT keeps elsewhere, and what a module adds to a tensor.
 
 Shapes: the tensor is [N, ...]; its other axes are flattened to K. r is the rank.
 
@@ -11,7 +9,6 @@ Shapes: the tensor is [N, ...]; its other axes are flattened to K. r is the rank
 | loha | hada_w1_a, hada_w2_a [N, r], hada_w1_b, hada_w2_b [r, K] | (w1_a @ w1_b) * (w2_a @ w2_b) |
 | lokr | lokr_w1 [a, b], lokr_w2 [c, d], each whole or as _a @ _b; N = ac, K = bd | kron(w1, w2) |
 
-The factors of one tensor are read when it is folded and forgotten after it; `diff` is read row by row.
 Sources of the formulas: `comfy/weight_adapter/{lora,loha,lokr}.py` of ComfyUI, which follow LyCORIS.
 """
 
@@ -33,176 +30,9 @@ from ascendit.weights.lora.keys import IGNORED, Key, split_key
 if TYPE_CHECKING:
     import torch
 
-FAMILIES = {
-    "lora": ("down", "up"),
-    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
-    "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
-    "diff": ("diff",),
-}
-"""Kind -> the roles that make it up, without `alpha` and `up_bias`."""
-FACTOR_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-"""What factors and deltas may be stored as."""
-Rows = Callable[[int, int], "torch.Tensor"]
-"""(start, stop) -> what is added to these rows, [stop - start, K] float64."""
 
+# ---- the file -----------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Delta:
-    """One module of one file and the tensor that it changes."""
-
-    kind: str
-    """A key of `OPENERS`."""
-    target: str
-    tensors: Mapping[str, TensorInfo]
-    """Role -> where it lies."""
-    scale: float
-    """WEIGHT x alpha / rank."""
-
-    def open(self) -> Rows:
-        """Read the factors. Raises CheckpointError E-LRA-01 for a value that is not finite."""
-        rows = OPENERS[self.kind](self.tensors)
-        return lambda start, stop: rows(start, stop).mul_(self.scale)
-
-
-def read_rows(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-    """Rows of a stored tensor, [stop - start, K] float64, in memory of their own."""
-    import torch
-
-    stride = info.nbytes // info.shape[0]
-    begin = info.start + start * stride
-    part = replace(
-        info, shape=(stop - start, *info.shape[1:]), start=begin, end=begin + (stop - start) * stride
-    )
-    with Shards(info.file.parent, {info.name: part}, (info.file,)) as shards:
-        rows = shards.read(info.name).to(torch.float64).reshape(stop - start, -1)
-    if not torch.isfinite(rows).all():
-        raise CheckpointError(
-            f"{info.file}: {info.name} holds values that are not finite",
-            needs="numbers in every tensor of a LoRA",
-            fix="get the LoRA again, or another checkpoint of its training",
-            code="E-LRA-01",
-        )
-    return rows
-
-
-def read_number(info: TensorInfo) -> float:
-    """The one number of a tensor with one element, such as `alpha`."""
-    with Shards(info.file.parent, {info.name: info}, (info.file,)) as shards:
-        return float(shards.read(info.name).item())
-
-
-def _whole(info: TensorInfo) -> torch.Tensor:
-    return read_rows(info, 0, info.shape[0])
-
-
-def _lora(tensors: Mapping[str, TensorInfo]) -> Rows:
-    down, up = _whole(tensors["down"]), _whole(tensors["up"])
-    return lambda start, stop: up[start:stop] @ down
-
-
-def _diff(tensors: Mapping[str, TensorInfo]) -> Rows:
-    info = tensors["diff"]
-    return lambda start, stop: read_rows(info, start, stop)
-
-
-def _loha(tensors: Mapping[str, TensorInfo]) -> Rows:
-    w1_a, w1_b, w2_a, w2_b = (_whole(tensors[f"hada_w{i}_{ab}"]) for i in "12" for ab in "ab")
-    return lambda start, stop: (w1_a[start:stop] @ w1_b).mul_(w2_a[start:stop] @ w2_b)
-
-
-def _lokr(tensors: Mapping[str, TensorInfo]) -> Rows:
-    import torch
-
-    def factor(name: str) -> torch.Tensor:
-        if name in tensors:
-            return _whole(tensors[name])
-        return _whole(tensors[f"{name}_a"]) @ _whole(tensors[f"{name}_b"])
-
-    w1, w2 = factor("lokr_w1"), factor("lokr_w2")
-
-    def rows(start: int, stop: int) -> torch.Tensor:
-        """Row n of kron(w1, w2) is row n // c of w1 times row n % c of w2, all pairs."""
-        n = torch.arange(start, stop)
-        left, right = w1[n // len(w2)], w2[n % len(w2)]
-        return (left[:, :, None] * right[:, None, :]).reshape(stop - start, -1)
-
-    return rows
-
-
-OPENERS: dict[str, Callable[[Mapping[str, TensorInfo]], Rows]] = {
-    "lora": _lora,
-    "loha": _loha,
-    "lokr": _lokr,
-    **dict.fromkeys(("diff", "diff_b", "diff_m", "norm"), _diff),
-}
-"""Kind -> what reads its factors. The kinds of differences are told apart for the report only."""
-
-
-def gaps(kind: str, found: Collection[str]) -> str:
-    """The roles that `found` lacks to be a whole module, as words; empty when it is whole."""
-    if kind != "lokr":
-        return " and ".join(role for role in FAMILIES[kind] if role not in found)
-    missing = []
-    for name in ("lokr_w1", "lokr_w2"):
-        halves = [f"{name}{half}" for half in ("_a", "_b") if f"{name}{half}" in found]
-        if len(halves) == 1:
-            missing.append(f"{name}{'_b' if halves[0].endswith('_a') else '_a'}")
-        elif (name in found) == bool(halves):
-            missing.append(f"either {name} or its halves" if halves else name)
-    return " and ".join(missing)
-
-
-def misfit(kind: str, tensors: Mapping[str, TensorInfo], shape: tuple[int, ...]) -> str | None:
-    """Why the tensors of a whole module do not make a change of a tensor of this shape; None: they do."""
-    flat = {role: (info.shape[0], math.prod(info.shape[1:])) for role, info in tensors.items()}
-    need = (shape[0], math.prod(shape[1:]))
-    if kind == "diff":
-        found = tensors["diff"].shape
-        return None if _core(found) == _core(shape) else f"{_text(found)} is no change of the {_text(shape)}"
-    for left, right in _PRODUCTS[kind]:
-        if left in flat and flat[left][1] != flat[right][0] or right in flat and not flat[right][0]:
-            return (
-                f"ranks differ ({left} {_text(tensors[left].shape)}, {right} {_text(tensors[right].shape)})"
-            )
-    made = _made(kind, flat)
-    if any(size != need for size in made):
-        return f"makes {_text(made[0])}, which is no change of the {_text(shape)}"
-    if kind == "lora" and len(down := tensors["down"].shape) == len(shape) and down[1:] != shape[1:]:
-        return f"down {_text(down)} has another kernel than the {_text(shape)}"
-    return None
-
-
-def rank_of(kind: str, tensors: Mapping[str, TensorInfo]) -> int | None:
-    """The rank that `alpha` is divided by; None: there is none, and `alpha` means nothing (as in LyCORIS)."""
-    return next((tensors[role].shape[0] for role in _RANKED[kind] if role in tensors), None)
-
-
-_PRODUCTS = {
-    "lora": (("up", "down"),),
-    "loha": (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")),
-    "lokr": (("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")),
-}
-_RANKED = {"lora": ("down",), "loha": ("hada_w1_b",), "lokr": ("lokr_w2_b", "lokr_w1_b"), "diff": ()}
-
-
-def _made(kind: str, flat: Mapping[str, tuple[int, int]]) -> list[tuple[int, int]]:
-    """[N, K] that the factors make; of LoHa, both products."""
-    if kind != "lokr":
-        return [(flat[left][0], flat[right][1]) for left, right in _PRODUCTS[kind]]
-    sizes = [flat[n] if n in flat else (flat[f"{n}_a"][0], flat[f"{n}_b"][1]) for n in ("lokr_w1", "lokr_w2")]
-    return [(sizes[0][0] * sizes[1][0], sizes[0][1] * sizes[1][1])]
-
-
-def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without the leading axes of size 1, which modulation tables have or have not."""
-    return shape if not shape or shape[0] != 1 else _core(shape[1:])
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"
-
-
-# ---- One LoRA file: its header, its keys, and the settings that PEFT keeps outside the tensors --
 
 MAX_SHOWN_KEYS = 5
 """How many keys an error names."""
@@ -354,3 +184,178 @@ def _scaling(path: Path, config: dict[str, Any]) -> Scaling:
 def _number(value: object) -> bool:
     """Something to scale by."""
     return isinstance(value, int | float) and math.isfinite(value) and bool(value) and value is not True
+
+
+# ---- what a module adds, in float64 -------------------------------------------------------------
+
+
+FAMILIES = {
+    "lora": ("down", "up"),
+    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+    "diff": ("diff",),
+}
+"""Kind -> the roles that make it up, without `alpha` and `up_bias`."""
+FACTOR_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+"""What factors and deltas may be stored as."""
+Rows = Callable[[int, int], "torch.Tensor"]
+"""(start, stop) -> what is added to these rows, [stop - start, K] float64."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One module of one file and the tensor that it changes."""
+
+    kind: str
+    """A key of `OPENERS`."""
+    target: str
+    tensors: Mapping[str, TensorInfo]
+    """Role -> where it lies."""
+    scale: float
+    """WEIGHT x alpha / rank."""
+
+    def open(self) -> Rows:
+        """Read the factors. Raises CheckpointError E-LRA-01 for a value that is not finite."""
+        rows = OPENERS[self.kind](self.tensors)
+        return lambda start, stop: rows(start, stop).mul_(self.scale)
+
+
+def read_rows(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+    """Rows of a stored tensor, [stop - start, K] float64, in memory of their own."""
+    import torch
+
+    stride = info.nbytes // info.shape[0]
+    begin = info.start + start * stride
+    part = replace(
+        info, shape=(stop - start, *info.shape[1:]), start=begin, end=begin + (stop - start) * stride
+    )
+    with Shards(info.file.parent, {info.name: part}, (info.file,)) as shards:
+        rows = shards.read(info.name).to(torch.float64).reshape(stop - start, -1)
+    if not torch.isfinite(rows).all():
+        raise CheckpointError(
+            f"{info.file}: {info.name} holds values that are not finite",
+            needs="numbers in every tensor of a LoRA",
+            fix="get the LoRA again, or another checkpoint of its training",
+            code="E-LRA-01",
+        )
+    return rows
+
+
+def read_number(info: TensorInfo) -> float:
+    """The one number of a tensor with one element, such as `alpha`."""
+    with Shards(info.file.parent, {info.name: info}, (info.file,)) as shards:
+        return float(shards.read(info.name).item())
+
+
+def _whole(info: TensorInfo) -> torch.Tensor:
+    return read_rows(info, 0, info.shape[0])
+
+
+def _lora(tensors: Mapping[str, TensorInfo]) -> Rows:
+    down, up = _whole(tensors["down"]), _whole(tensors["up"])
+    return lambda start, stop: up[start:stop] @ down
+
+
+def _diff(tensors: Mapping[str, TensorInfo]) -> Rows:
+    info = tensors["diff"]
+    return lambda start, stop: read_rows(info, start, stop)
+
+
+def _loha(tensors: Mapping[str, TensorInfo]) -> Rows:
+    w1_a, w1_b, w2_a, w2_b = (_whole(tensors[f"hada_w{i}_{ab}"]) for i in "12" for ab in "ab")
+    return lambda start, stop: (w1_a[start:stop] @ w1_b).mul_(w2_a[start:stop] @ w2_b)
+
+
+def _lokr(tensors: Mapping[str, TensorInfo]) -> Rows:
+    import torch
+
+    def factor(name: str) -> torch.Tensor:
+        if name in tensors:
+            return _whole(tensors[name])
+        return _whole(tensors[f"{name}_a"]) @ _whole(tensors[f"{name}_b"])
+
+    w1, w2 = factor("lokr_w1"), factor("lokr_w2")
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        """Row n of kron(w1, w2) is row n // c of w1 times row n % c of w2, all pairs."""
+        n = torch.arange(start, stop)
+        left, right = w1[n // len(w2)], w2[n % len(w2)]
+        return (left[:, :, None] * right[:, None, :]).reshape(stop - start, -1)
+
+    return rows
+
+
+OPENERS: dict[str, Callable[[Mapping[str, TensorInfo]], Rows]] = {
+    "lora": _lora,
+    "loha": _loha,
+    "lokr": _lokr,
+    **dict.fromkeys(("diff", "diff_b", "diff_m", "norm"), _diff),
+}
+"""Kind -> what reads its factors. The kinds of differences are told apart for the report only."""
+
+
+# ---- whether the tensors of a module fit together -----------------------------------------------
+
+
+_PRODUCTS = {
+    "lora": (("up", "down"),),
+    "loha": (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")),
+    "lokr": (("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")),
+}
+_RANKED = {"lora": ("down",), "loha": ("hada_w1_b",), "lokr": ("lokr_w2_b", "lokr_w1_b"), "diff": ()}
+
+
+def gaps(kind: str, found: Collection[str]) -> str:
+    """The roles that `found` lacks to be a whole module, as words; empty when it is whole."""
+    if kind != "lokr":
+        return " and ".join(role for role in FAMILIES[kind] if role not in found)
+    missing = []
+    for name in ("lokr_w1", "lokr_w2"):
+        halves = [f"{name}{half}" for half in ("_a", "_b") if f"{name}{half}" in found]
+        if len(halves) == 1:
+            missing.append(f"{name}{'_b' if halves[0].endswith('_a') else '_a'}")
+        elif (name in found) == bool(halves):
+            missing.append(f"either {name} or its halves" if halves else name)
+    return " and ".join(missing)
+
+
+def misfit(kind: str, tensors: Mapping[str, TensorInfo], shape: tuple[int, ...]) -> str | None:
+    """Why the tensors of a whole module do not make a change of a tensor of this shape; None: they do."""
+    flat = {role: (info.shape[0], math.prod(info.shape[1:])) for role, info in tensors.items()}
+    need = (shape[0], math.prod(shape[1:]))
+    if kind == "diff":
+        found = tensors["diff"].shape
+        return None if _core(found) == _core(shape) else f"{_text(found)} is no change of the {_text(shape)}"
+    for left, right in _PRODUCTS[kind]:
+        if left in flat and flat[left][1] != flat[right][0] or right in flat and not flat[right][0]:
+            return (
+                f"ranks differ ({left} {_text(tensors[left].shape)}, {right} {_text(tensors[right].shape)})"
+            )
+    made = _made(kind, flat)
+    if any(size != need for size in made):
+        return f"makes {_text(made[0])}, which is no change of the {_text(shape)}"
+    if kind == "lora" and len(down := tensors["down"].shape) == len(shape) and down[1:] != shape[1:]:
+        return f"down {_text(down)} has another kernel than the {_text(shape)}"
+    return None
+
+
+def rank_of(kind: str, tensors: Mapping[str, TensorInfo]) -> int | None:
+    """The rank that `alpha` is divided by; None: there is none, and `alpha` means nothing (as in LyCORIS)."""
+    return next((tensors[role].shape[0] for role in _RANKED[kind] if role in tensors), None)
+
+
+def _made(kind: str, flat: Mapping[str, tuple[int, int]]) -> list[tuple[int, int]]:
+    """[N, K] that the factors make; of LoHa, both products."""
+    if kind != "lokr":
+        return [(flat[left][0], flat[right][1]) for left, right in _PRODUCTS[kind]]
+    sizes = [flat[n] if n in flat else (flat[f"{n}_a"][0], flat[f"{n}_b"][1]) for n in ("lokr_w1", "lokr_w2")]
+    return [(sizes[0][0] * sizes[1][0], sizes[0][1] * sizes[1][1])]
+
+
+def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the leading axes of size 1, which modulation tables have or have not."""
+    return shape if not shape or shape[0] != 1 else _core(shape[1:])
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
