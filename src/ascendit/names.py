@@ -27,7 +27,6 @@ TOLERATED = ("norm_added_q",)
 
 # ---- the tensors of a model ---------------------------------------------------------------------
 
-
 _SIZES = (
     *("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim"),
     *("ffn_dim", "num_layers", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len"),
@@ -143,7 +142,6 @@ def _bad_value(key: str, value: object, needs: str) -> CheckpointError:
 
 # ---- layers -------------------------------------------------------------------------------------
 
-
 CODED_ROLES = ("weight", "weight_scale", "weight_offset", "weight_dual_scale")
 """Codes and scales of a quantized linear layer: `<layer>.weight_scale`."""
 ROLES = (*CODED_ROLES, "mul_scale", "bias")
@@ -209,7 +207,6 @@ def all_linears(config: dict[str, Any]) -> tuple[str, ...]:
 
 # ---- order --------------------------------------------------------------------------------------
 
-
 _TOP_RANK = {name: rank for rank, name in enumerate(_TOP)}
 _BLOCK_RANK = {name: rank for rank, name in enumerate(_IN_BLOCK)}
 _ROLE_RANK = {role: rank for rank, role in enumerate(ROLES)}
@@ -240,7 +237,6 @@ def _sort_key(name: str) -> tuple[int, int, int, int, str]:
 
 
 # ---- original Wan names -------------------------------------------------------------------------
-
 
 _OUTSIDE = {
     "patch_embedding": "patch_embedding",
@@ -317,7 +313,6 @@ def _translate(name: str, outside: dict[str, str], inside: dict[str, str]) -> st
 
 
 # ---- names as tools spell them ------------------------------------------------------------------
-
 
 Naming = Literal["diffusers", "wan"]
 

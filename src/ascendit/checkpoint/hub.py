@@ -128,7 +128,6 @@ def _trouble(what: str, why: object, fix: str) -> EnvironmentProblem:
 
 # ---- Hugging Face -------------------------------------------------------------------------------
 
-
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -189,7 +188,6 @@ def _first_line(error: BaseException) -> str:
 
 
 # ---- ModelScope ---------------------------------------------------------------------------------
-
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT = 30  # seconds without a byte

@@ -219,7 +219,6 @@ def _unpaired(problems: list[str]) -> CheckpointError:
 
 # ---- the bytes of scales ------------------------------------------------------------------------
 
-
 Buffer = bytes | bytearray | memoryview
 
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}

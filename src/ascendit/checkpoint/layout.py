@@ -231,7 +231,6 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
 
 # ---- transformers without the other parts -------------------------------------------------------
 
-
 BareKind = Literal["transformers-only", "transformer", "wan", "msmodelslim", "file"]
 Recognised = tuple[BareKind, list[Part]]
 

@@ -265,7 +265,6 @@ def _other_work(folder: Path) -> UsageError:
 
 # ---- parts of a model that are taken over as they are -------------------------------------------
 
-
 MAX_FILES = 100_000
 """In one folder that is copied; more come from a maze of links."""
 

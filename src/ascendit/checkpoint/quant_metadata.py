@@ -28,7 +28,6 @@ from ascendit.quant.schemes import FP8_TILES, MANIFEST_SCHEMES, QUANTIZED
 
 # ---- the manifest -------------------------------------------------------------------------------
 
-
 MANIFEST_FILE = "quant_model_description.json"
 MANIFEST_GLOB = "quant_model_description*.json"
 """msModelSlim adds the type: `quant_model_description_w8a8_mxfp8.json`."""
@@ -168,7 +167,6 @@ def _unknown_types(path: Path, strange: Mapping[str, str]) -> CheckpointError:
 
 
 # ---- quantization_config ------------------------------------------------------------------------
-
 
 CONFIG_KEY = "quantization_config"
 _SERIALIZED = re.compile(r"is_checkpoint_(?:\w+_)?serialized")

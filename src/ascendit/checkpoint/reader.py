@@ -63,7 +63,6 @@ TORCH_DTYPES = {
 
 # ---- headers ------------------------------------------------------------------------------------
 
-
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
@@ -162,7 +161,6 @@ def _broken(path: Path, problem: str) -> CheckpointError:
 
 
 # ---- the files of one part ----------------------------------------------------------------------
-
 
 _CHUNK = 1 << 30  # bytes; no system reads 2 GiB in one call
 
@@ -381,7 +379,6 @@ def _dangling(link: Path) -> CheckpointError:
 
 
 # ---- blocks of rows -----------------------------------------------------------------------------
-
 
 BLOCK_BYTES = 4 << 20
 

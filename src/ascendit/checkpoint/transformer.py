@@ -300,7 +300,6 @@ def num_weights(expert: Expert) -> int:
 
 # ---- a Diffusers config from an original one, and from shapes -----------------------------------
 
-
 _SAME = ("qk_norm", "rope_max_seq_len", "added_kv_proj_dim", "image_dim", "pos_embed_seq_len")
 _FIXED: dict[str, Any] = {"_class_name": TRANSFORMER, **{key: getattr(WanConfig, key) for key in _SAME}}
 """What every Wan model has, and null for layers that not every one has."""

@@ -380,7 +380,6 @@ def _begin(shard: ShardLayout) -> None:
 
 # ---- sha256 in a thread -------------------------------------------------------------------------
 
-
 CHUNK = 1 << 20  # bytes
 _CHUNKS = 8  # that wait at most
 

@@ -205,7 +205,6 @@ def _versions() -> dict[str, str]:
 
 # ---- the base -----------------------------------------------------------------------------------
 
-
 _LICENCE = re.compile(r"(?:LICEN[CS]E|NOTICE)\b", re.IGNORECASE)
 
 

@@ -16,7 +16,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -346,14 +346,12 @@ def _warnings(jobs: list[_Job], dialect: Dialect, parts: Layout | None) -> tuple
 
 # ---- the numbers of two experts -----------------------------------------------------------------
 
-
 _TILE, _GROUP = FORMATS[FP8_TILES].block, SCHEMES["mxfp4_dualscale"].group
-Told = Callable[[str, int], None]
 
 
-def compare_numbers(source: Expert, written: Expert, told: Told | None = None) -> dict[str, str]:
+def compare_numbers(source: Expert, written: Expert, advance: Advance | None = None) -> dict[str, str]:
     """The digests of both, if they agree. CheckpointError E-CKP-10, which names the tensors, if not."""
-    before, after = digests(source, told), digests(written, told)
+    before, after = digests(source, advance), digests(written, advance)
     wrong = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if wrong:
         raise CheckpointError(
@@ -365,11 +363,11 @@ def compare_numbers(source: Expert, written: Expert, told: Told | None = None) -
     return before
 
 
-def digests(expert: Expert, told: Told | None = None) -> dict[str, str]:
+def digests(expert: Expert, advance: Advance | None = None) -> dict[str, str]:
     """Name -> sha256 of the numbers, as float32, little-endian, by rows.
 
     A quantized layer has one entry for its decoded weight; its scales are in it, zero offsets in none. A
-    `mul_scale` of ones, which changes nothing, has none either. `told(name, bytes read)` after each.
+    `mul_scale` of ones, which changes nothing, has none either. `advance(name, bytes read)` after each.
     """
     found: dict[str, str] = {}
     inside = set()
@@ -378,13 +376,13 @@ def digests(expert: Expert, told: Told | None = None) -> dict[str, str]:
             parts = [info for role, info in layer.tensors.items() if role not in ("bias", "mul_scale")]
             inside |= set(parts)
             found[f"{name}.weight"] = _sha256(decoded(layer, reader))
-            if told:
-                told(name, sum(info.nbytes for info in parts))
+            if advance:
+                advance(name, sum(info.nbytes for info in parts))
         for name, info in expert.tensors.items():
             if info not in inside and not (name.endswith(".mul_scale") and _is_ones(info, reader)):
                 found[name] = _sha256(_plain(info, reader))
-                if told:
-                    told(name, info.nbytes)
+                if advance:
+                    advance(name, info.nbytes)
     return found
 
 

@@ -11,7 +11,6 @@ from ascendit.convert.calibration import OutputQuality, Outputs
 
 # ---- quantize -----------------------------------------------------------------------------------
 
-
 WORST = 10
 
 

@@ -53,7 +53,7 @@ class Sink(Protocol):
     def flush(self) -> None: ...
 
 
-def _no_news(name: str, count: int, skipped: bool = False) -> None:
+def _no_progress(name: str, count: int, skipped: bool = False) -> None:
     """No progress is reported."""
 
 
@@ -76,7 +76,7 @@ class ExpertWriter:
         *,
         folds: Folds | None = None,
         measure: bool = False,
-        advance: Advance = _no_news,
+        advance: Advance = _no_progress,
     ) -> None:
         self.applied, self.reader, self.writer = applied, reader, writer
         self.sqnr: dict[str, float] = {}
@@ -231,7 +231,6 @@ def not_finite(expert: str, name: str, row: int) -> CheckpointError:
 
 # ---- rows as they are encoded or kept -----------------------------------------------------------
 
-
 SMALLER = 4
 """Blocks of rows that are worked on are so many times smaller: each has copies in float32."""
 
@@ -295,7 +294,6 @@ class SourceRows:
 
 
 # ---- writing in a thread ------------------------------------------------------------------------
-
 
 WAITING = 2
 """Pieces that wait or are being written, at most; a ring of buffers needs one more."""

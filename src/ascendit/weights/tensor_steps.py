@@ -85,7 +85,6 @@ class TensorSteps:
 
 # ---- the steps of an expert ---------------------------------------------------------------------
 
-
 _CHECKS: dict[str, ScaleCheck] = {
     "weight_scale": "scale",
     "weight_dual_scale": "scale",
@@ -289,7 +288,6 @@ def _examine(step: TensorStep, info: TensorInfo, data: bytes | memoryview) -> No
 
 # ---- FP4 ----------------------------------------------------------------------------------------
 
-
 _E4M3 = (0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C)
 _BF16 = (0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)
 """0, 0.5, 1, 1.5, 2, 3, 4, 6: the numbers of E2M1 in the order of their codes."""
@@ -378,7 +376,6 @@ def _not_fp4(name: str, count: int) -> CheckpointError:
 
 
 # ---- FP8 in tiles -------------------------------------------------------------------------------
-
 
 FP8_TILE = FORMATS[FP8_TILES].block
 """Rows and columns of a tile: 128."""

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 # ---- the file -----------------------------------------------------------------------------------
 
-
 MAX_SHOWN_KEYS = 5
 """How many keys an error names."""
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
@@ -188,7 +187,6 @@ def _number(value: object) -> bool:
 
 # ---- what a module adds, in float64 -------------------------------------------------------------
 
-
 FAMILIES = {
     "lora": ("down", "up"),
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
@@ -295,7 +293,6 @@ OPENERS: dict[str, Callable[[Mapping[str, TensorInfo]], Rows]] = {
 
 
 # ---- whether the tensors of a module fit together -----------------------------------------------
-
 
 _PRODUCTS = {
     "lora": (("up", "down"),),

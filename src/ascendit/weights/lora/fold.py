@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 # ---- which files, and for which expert ----------------------------------------------------------
 
-
 EXPERT_WORDS = {"transformer": "transformer", "transformer_2": "transformer_2"} | dict(
     zip(("high", "low"), EXPERTS, strict=True)
 )
@@ -99,7 +98,6 @@ def _bad_source(got: str, needs: str) -> UsageError:
 
 
 # ---- folding ------------------------------------------------------------------------------------
-
 
 PRODUCT_ROWS = 64
 """Rows of one matrix product, at multiples of it and always whole, whatever rows are asked for: how a product
@@ -216,7 +214,6 @@ def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection
 
 
 # ---- from the keys of a file to changes ---------------------------------------------------------
-
 
 _INTEGERS = ("I64", "I32", "I16", "I8", "U8")
 _OTHER_MODEL = "use a LoRA made for a model of this width and kind"
