@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ascendit.family import SPECS, VaeConfig, WanConfig, match
+from ascendit.family import SPECS, VaeConfig, WanConfig, match_spec
 
 P480 = {(832, 480), (480, 832)}
 P720 = {(1280, 720), (720, 1280)}
@@ -101,7 +101,7 @@ def test_shift_depends_on_the_size_where_the_authors_say_so() -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_match_finds_the_row_of_a_published_folder(name: str) -> None:
     for folder in ("", f"{name}-Diffusers", "my-model"):
-        found = match(**SHAPES[name], folder_name=folder)
+        found = match_spec(**SHAPES[name], folder_name=folder)
         assert found is not None and found.name == name
 
 
@@ -116,7 +116,7 @@ def test_match_finds_the_row_of_a_published_folder(name: str) -> None:
     ],
 )
 def test_match_tells_480p_from_720p_by_the_folder(folder: str, name: str) -> None:
-    found = match(**I2V_21, folder_name=folder)
+    found = match_spec(**I2V_21, folder_name=folder)
     assert found is not None and found.name == name
 
 
@@ -127,12 +127,12 @@ def test_match_tells_480p_from_720p_by_the_folder(folder: str, name: str) -> Non
 )
 def test_match_is_none_when_one_figure_is_off(name: str, field: str, value: int) -> None:
     shape = {**SHAPES.get(name, I2V_21), field: value}
-    assert match(**shape, folder_name=name) is None
+    assert match_spec(**shape, folder_name=name) is None
 
 
 def test_match_needs_image_cross_attention_to_agree() -> None:
-    assert match(**{**I2V_21, "image_cross_attention": False}, folder_name="Wan2.1-I2V-14B-480P") is None
-    assert match(**{**SHAPES["Wan2.1-T2V-14B"], "image_cross_attention": True}) is None
+    assert match_spec(**{**I2V_21, "image_cross_attention": False}, folder_name="Wan2.1-I2V-14B-480P") is None
+    assert match_spec(**{**SHAPES["Wan2.1-T2V-14B"], "image_cross_attention": True}) is None
 
 
 def test_the_table_needs_no_torch() -> None:

@@ -1,5 +1,9 @@
-"""The oracles are Diffusers' own model, built without memory, and its own conversion of original names."""
+"""Names, their order and spellings. The oracles are Diffusers' own model, built without memory, and its own
+conversion of original names."""
 
+from __future__ import annotations
+
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +22,18 @@ from ascendit.family import SPECS, WanSpec
 from ascendit.names import (
     all_linears,
     block_linears,
+    canonical,
     expected_tensors,
+    grouped,
     is_block_linear,
     is_linear,
+    naming_of,
+    on_disk,
+    ranges,
     to_diffusers,
     to_wan,
     transformer_dim,
+    unwrapped,
 )
 
 SOURCES = Path(__file__).parent / "fixtures" / "msmodelslim" / "source_models"
@@ -214,3 +224,118 @@ def test_a_real_original_model_loads_into_diffusers(model: str) -> None:
     network.load_state_dict(weights, strict=True, assign=True)
     assert network.blocks[0].norm2.weight is not None
     assert torch.equal(network.blocks[0].norm2.weight, stored["blocks.0.norm3.weight"])
+
+
+# ---- spellings of other tools --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "naming", "expected"),
+    [
+        ("blocks.0.self_attn.q.linear.weight", "wan", "blocks.0.attn1.to_q.weight"),
+        ("blocks.0.self_attn.q.linear.weight_dual_scale", "wan", "blocks.0.attn1.to_q.weight_dual_scale"),
+        ("blocks.0.ffn.2.div.mul_scale", "wan", "blocks.0.ffn.net.2.mul_scale"),
+        ("blocks.0.attn1.to_q.linear.bias", "diffusers", "blocks.0.attn1.to_q.bias"),
+        ("model.diffusion_model.head.modulation", "wan", "scale_shift_table"),
+        ("diffusion_model.blocks.0.norm3.bias", "wan", "blocks.0.norm2.bias"),
+        ("blocks.0.norm3.bias", "diffusers", "blocks.0.norm3.bias"),
+        ("blocks.0.norm2.bias", "diffusers", "blocks.0.norm2.bias"),
+        ("blocks.0.attn1.to_k_rot", "diffusers", "blocks.0.attn1.k_rot"),
+        ("blocks.0.self_attn.quant_type", "diffusers", "blocks.0.attn1.quant_type"),
+        ("condition_embedder.time_proj.weight", "wan", "condition_embedder.time_proj.weight"),
+        ("condition_embedder.time_proj.weight", "diffusers", "condition_embedder.time_proj.weight"),
+        ("who.knows", "wan", "who.knows"),
+        ("blocks.0.linear.weighty", "wan", "blocks.0.linear.weighty"),
+        ("", "wan", ""),
+    ],
+)
+def test_the_diffusers_name(name: str, naming: object, expected: str) -> None:
+    assert canonical(name, naming) == expected  # type: ignore[arg-type]
+
+
+def test_only_whole_wrappers_come_off() -> None:
+    assert unwrapped("x.linear.weight") == "x.weight"
+    assert unwrapped("x.div.mul_scale") == "x.mul_scale"
+    for name in ("x.linear.y.weight", "x.div.weight", "x.linear_1.weight", "linear", "x.linear"):
+        assert unwrapped(name) == name
+
+
+@pytest.mark.parametrize(
+    ("names", "naming"),
+    [
+        (["patch_embedding.weight", "head.head.weight"], "wan"),
+        (["patch_embedding.weight", "proj_out.weight"], "diffusers"),
+        (["patch_embedding.weight"], "diffusers"),
+        (["proj_out.weight", "blocks.0.attn1.to_k.weight", "blocks.0.self_attn.fa3_q.scale"], "diffusers"),
+        (["model.diffusion_model.blocks.0.ffn.0.linear.weight"], "wan"),
+        (["encoder.conv_in.weight", "decoder.x"], None),
+        ([], None),
+    ],
+)
+def test_whose_names_they_are(names: list[str], naming: str | None) -> None:
+    assert naming_of(names) == naming
+
+
+def test_on_disk() -> None:
+    assert on_disk("proj_out.bias", "wan") == "head.head.bias"
+    assert on_disk("proj_out.bias", "diffusers") == "proj_out.bias"
+    assert on_disk("strange", "wan") == "strange"
+
+
+# ---- many names in few words ---------------------------------------------------------------------
+
+EVERY = all_linears({"num_layers": 8})
+BLOCK = [name.removeprefix("blocks.0.") for name in EVERY if name.startswith("blocks.0.")]
+
+
+def of_block(*numbers: int) -> list[str]:
+    return [f"blocks.{n}.{layer}" for n in numbers for layer in BLOCK]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ([], ()),
+        (EVERY, ("condition_embedder.*", "blocks.*", "proj_out")),
+        (of_block(0, 1, 2, 3, 4), ("blocks.0-4",)),
+        (of_block(0, 2, 3, 7), ("blocks.0,2-3,7",)),
+        (["blocks.3.attn2.to_out.0"], ("blocks.3.attn2.to_out.0",)),
+        ([f"blocks.{n}.ffn.net.2" for n in range(8)], ("blocks.0-7.ffn.net.2",)),
+        (of_block(0) + ["blocks.3.attn2.to_out.0"], ("blocks.0", "blocks.3.attn2.to_out.0")),
+        ([n for n in EVERY if ".attn1." in n], ("blocks.0-7.attn1.*",)),
+        (["condition_embedder.time_proj"], ("condition_embedder.time_proj",)),
+        (
+            ["condition_embedder.text_embedder.linear_1", "condition_embedder.text_embedder.linear_2"],
+            ("condition_embedder.text_embedder.*",),
+        ),
+    ],
+)
+def test_groups(chosen: list[str], words: tuple[str, ...]) -> None:
+    assert grouped(chosen, EVERY) == words
+
+
+def test_ranges() -> None:
+    assert ranges([7, 0, 1, 2, 4]) == "0-2,4,7"
+
+
+def matches(word: str, name: str) -> bool:
+    """What a reader takes a word to mean."""
+    found = re.fullmatch(r"blocks\.([\d,-]+)(.*)", word)
+    if found is None:
+        return name == word or (word.endswith(".*") and name.startswith(word[:-1]))
+    numbers = set()
+    for span in found[1].split(","):
+        first, _, last = span.partition("-")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    rest = found[2] or ".*"
+    return any(
+        name == f"blocks.{n}{rest}" or (rest.endswith(".*") and name.startswith(f"blocks.{n}{rest[:-1]}"))
+        for n in numbers
+    )
+
+
+@given(st.sets(st.sampled_from(EVERY)))
+def test_the_words_mean_exactly_the_chosen(chosen: set[str]) -> None:
+    words = grouped(chosen, EVERY)
+    assert {name for name in EVERY if any(matches(w, name) for w in words)} == chosen
+    assert len(words) == len(set(words))

@@ -313,8 +313,8 @@ def half(device: str) -> torch.autocast:
 def train_vae(run: Run) -> AutoencoderKLWan:
     net = vae().to(run.device)
     parts = {"vae": net}
-    plan = [("vae_images", 1, 32, 320, 2e-2), ("vae_9", 9, 8, 300, 1.2e-2), ("vae_17", 17, 6, 170, 1e-2)]
-    for stage, frames, batch, steps, lr in plan:
+    stages = [("vae_images", 1, 32, 320, 2e-2), ("vae_9", 9, 8, 300, 1.2e-2), ("vae_17", 17, 6, 170, 1e-2)]
+    for stage, frames, batch, steps, lr in stages:
         if run.done(stage, parts):
             continue
 

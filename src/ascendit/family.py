@@ -1,4 +1,4 @@
-"""Pure data: the Wan family, one row per model, and the config of a transformer; wrong defaults are bugs.
+"""Pure data: the Wan family, one row per model, and the configs of transformer and VAE.
 
 Sources: `wan/configs/*.py` and `generate.py` of Wan-Video/Wan2.2 and Wan-Video/Wan2.1; Diffusers'
 WanTransformer3DModel. No torch here.
@@ -188,7 +188,7 @@ SPECS: dict[str, WanSpec] = {
 }
 
 
-def match(
+def match_spec(
     *,
     dim: int,
     num_layers: int,
@@ -215,7 +215,7 @@ def match(
     return found[0] if found else None
 
 
-# ---- config.json of transformer and VAE ---------------------------------------------------------------
+# ---- config.json of transformer and VAE ---------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

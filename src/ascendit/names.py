@@ -1,17 +1,14 @@
-"""Many layer names in few words: `blocks.0-4, blocks.7.attn1.*, condition_embedder.*`.
+"""Names, order and shapes of the tensors of a Wan transformer, as Diffusers and others spell them. No torch.
 
-Names, order and shapes of the tensors of a Wan transformer: Diffusers' names and the original ones.
-
-`expected_tensors` says from a config which tensors there must be. `to_diffusers` and `to_wan` translate
-one name, each the exact inverse of the other. The tables are those of Diffusers'
-`scripts/convert_wan_to_diffusers.py`; the names are matched as whole parts between dots, not replaced
-wherever they occur. No torch.
-
-How one and the same tensor is spelled by different tools, and its Diffusers name.
+`expected_tensors` says from a config which tensors there must be. `to_diffusers` and `to_wan` translate one
+name, each the exact inverse of the other. Their tables are those of Diffusers'
+`scripts/convert_wan_to_diffusers.py`; names are matched as whole parts between dots, not replaced wherever
+they occur. `canonical` takes what tools put around a name off first.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -26,6 +23,10 @@ Shapes = dict[str, tuple[int, ...]]
 MAX_LAYERS = 10_000
 TOLERATED = ("norm_added_q",)
 """Parts of names that Wan2.1 I2V folders may hold and the model does not have; Diffusers skips them too."""
+
+
+# ---- the tensors of a model ---------------------------------------------------------------------
+
 _SIZES = (
     *("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim"),
     *("ffn_dim", "num_layers", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len"),
@@ -139,7 +140,7 @@ def _bad_value(key: str, value: object, needs: str) -> CheckpointError:
     )
 
 
-# ---- layers ---------------------------------------------------------------------------------------
+# ---- layers -------------------------------------------------------------------------------------
 
 CODED_ROLES = ("weight", "weight_scale", "weight_offset", "weight_dual_scale")
 """Codes and scales of a quantized linear layer: `<layer>.weight_scale`."""
@@ -204,7 +205,7 @@ def all_linears(config: dict[str, Any]) -> tuple[str, ...]:
     return (*before, *block_linears(config), last)
 
 
-# ---- order ----------------------------------------------------------------------------------------
+# ---- order --------------------------------------------------------------------------------------
 
 _TOP_RANK = {name: rank for rank, name in enumerate(_TOP)}
 _BLOCK_RANK = {name: rank for rank, name in enumerate(_IN_BLOCK)}
@@ -235,7 +236,7 @@ def _sort_key(name: str) -> tuple[int, int, int, int, str]:
     return (place, 0, 0, role_place, name)
 
 
-# ---- original Wan names ---------------------------------------------------------------------------
+# ---- original Wan names -------------------------------------------------------------------------
 
 _OUTSIDE = {
     "patch_embedding": "patch_embedding",
@@ -311,7 +312,7 @@ def _translate(name: str, outside: dict[str, str], inside: dict[str, str]) -> st
     return None
 
 
-# ---- How one and the same tensor is spelled by different tools, and its Diffusers name ----------
+# ---- names as tools spell them ------------------------------------------------------------------
 
 Naming = Literal["diffusers", "wan"]
 
@@ -364,7 +365,7 @@ def on_disk(name: str, naming: Naming) -> str:
     return (to_wan(name) or name) if naming == "wan" else name
 
 
-# ---- Many layer names in few words: `blocks.0-4, blocks.7.attn1.*, condition_embedder.*` --------
+# ---- many names in few words --------------------------------------------------------------------
 
 
 def grouped(chosen: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
@@ -439,3 +440,10 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             spans.append([number, number])
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """The first names, sorted, and how many more there are."""
+    ordered = sorted(names)
+    more = len(ordered) - limit
+    return ", ".join(itertools.islice(ordered, limit)) + (f" and {more} more" if more > 0 else "")

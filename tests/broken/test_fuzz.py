@@ -162,7 +162,7 @@ def test_flipped_bits_and_cut_ends(flips: list[tuple[int, int]], cut: int) -> No
 
 
 def try_all(folder: Path) -> None:
-    """Every reader, and both writers as far as their plan. Only our errors may come out."""
+    """Every reader, and both writers as far as what they would write. Only our errors may come out."""
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     out = folder.parent / "out"
     calls: list[Any] = [

@@ -16,10 +16,10 @@ from ascendit.checkpoint.file_copy import (
     copy_file,
     disk_full,
     move_bytes,
-    problem,
     rename_new,
     reserve,
     room_for,
+    write_error,
 )
 from ascendit.errors import CheckpointError
 
@@ -220,10 +220,10 @@ def test_problems_of_the_disk_in_words(tmp_path: Path) -> None:
         " size of one file",
         "  try    free disk space, or choose another disk with -o",
     ]
-    quota = problem(tmp_path, OSError(errno.EDQUOT, "Disk quota exceeded"), 10)
+    quota = write_error(tmp_path, OSError(errno.EDQUOT, "Disk quota exceeded"), 10)
     assert quota.code == "E-ENV-04" and quota.got.endswith("(Disk quota exceeded)")
     assert quota.needs.startswith("room for the whole output, within the quota")
-    other = problem(tmp_path, OSError(errno.EROFS, "Read-only file system"))
+    other = write_error(tmp_path, OSError(errno.EROFS, "Read-only file system"))
     assert (other.code, other.got) == ("E-ENV-02", f"cannot write in {tmp_path}: Read-only file system")
 
 

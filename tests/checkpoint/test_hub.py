@@ -1,4 +1,4 @@
-"""Downloads, against a stand-in on 127.0.0.1 that speaks as much of both hubs' APIs as is asked for."""
+"""From a name to a folder, and downloads: against a stand-in on 127.0.0.1 with the API of both hubs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 from ascendit.checkpoint import hub
-from ascendit.checkpoint.hub import fetch
+from ascendit.checkpoint.hub import fetch, model_folder
 from ascendit.checkpoint.layout import recognise
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
 
@@ -380,3 +380,25 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, server: StandIn) -> None
     (tmp_path / "file").touch()
     e = refused("ms:org/model", EnvironmentProblem, tmp_path / "file", server.endpoint)
     assert "writable" in e.fix
+
+
+# ---- from a name to a folder ---------------------------------------------------------------------
+
+
+def test_names(tmp_path, monkeypatch):
+    monkeypatch.setattr("ascendit.checkpoint.hub.fetch", lambda name, experts=True: Path("/cache") / name)
+    monkeypatch.setattr(hub, "DEMO", tmp_path / "demo")
+    (tmp_path / "demo").mkdir()
+    assert model_folder("demo") == tmp_path / "demo"
+    assert model_folder(tmp_path) == model_folder(str(tmp_path)) == tmp_path
+    for name in ("hf:org/name", "ms:org/name@v1"):
+        assert model_folder(name) == Path("/cache") / name
+
+
+def test_absent(tmp_path, monkeypatch):
+    with pytest.raises(UsageError) as e:
+        model_folder("Wan-AI/Wan2.2")
+    assert e.value.code == "E-USE-02" and "hf:" in e.value.fix
+    monkeypatch.setattr(hub, "DEMO", tmp_path / "demo")
+    with pytest.raises(EnvironmentProblem, match="install ascendit again"):
+        model_folder("demo")

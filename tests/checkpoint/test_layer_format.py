@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ascendit.checkpoint.layer_format import check_positive, check_scale, check_scale_bytes, check_zero
+from ascendit.checkpoint.layer_format import check_float_scale, check_positive, check_scale_bytes, check_zero
 from ascendit.errors import CheckpointError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -83,7 +83,7 @@ def test_scales_that_cannot_be(value: float) -> None:
     with pytest.raises(
         CheckpointError, match="a_scale has 1 scales that are negative or not finite, the"
     ) as e:
-        check_scale(data, "F32", "a_scale")
+        check_float_scale(data, "F32", "a_scale")
     assert e.value.code == "E-CKP-08" and "element 3" in e.value.got
-    check_scale(data[:12], "F32", "a_scale")
-    check_scale(b"", "F32", "a_scale")
+    check_float_scale(data[:12], "F32", "a_scale")
+    check_float_scale(b"", "F32", "a_scale")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ascendit.checkpoint.resume import Done, Journal
+from ascendit.checkpoint.resume import CompleteFile, Journal
 
 
 def journal_in(tmp_path: Path) -> Journal:
@@ -22,7 +22,7 @@ def test_what_is_added_is_read_again(tmp_path: Path) -> None:
     again = Journal.read(tmp_path / "journal.json", tmp_path / "out")
     assert again is not None and again.usable
     assert (again.count, again.fingerprint) == (1, "do this")
-    assert again.complete(file) == Done(5, "ab" * 32)
+    assert again.complete(file) == CompleteFile(5, "ab" * 32)
     assert again.complete(tmp_path / "out" / "transformer" / "b") is None
 
 

@@ -1,5 +1,7 @@
 """One description of a transformer, whatever wrote it: real msModelSlim exports, and headers made by hand."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
@@ -111,15 +113,15 @@ def test_a_single_file(tmp_path: Path, config: dict[str, Any], prefix: str, nami
 
 
 def test_a_mixed_recipe(tmp_path: Path) -> None:
-    plan = {name: "mxfp8" if ".0." in name[:9] else "mxfp4" for name in LINEARS}
-    plan |= {"blocks.1.ffn.net.2": "bf16", "blocks.1.attn1.to_q": "bf16"}
+    layers = {name: "mxfp8" if ".0." in name[:9] else "mxfp4" for name in LINEARS}
+    layers |= {"blocks.1.ffn.net.2": "bf16", "blocks.1.attn1.to_q": "bf16"}
     tensors = floats()
     for scheme in ("mxfp8", "mxfp4"):
-        tensors = coded(tensors, [name for name in LINEARS if plan[name] == scheme], scheme)
-    manifest = types(tensors, plan) | {"model_quant_type": "W4A4_MXFP4"}
+        tensors = coded(tensors, [name for name in LINEARS if layers[name] == scheme], scheme)
+    manifest = types(tensors, layers) | {"model_quant_type": "W4A4_MXFP4"}
     expert = read(stored.folder(tmp_path, tensors, manifest=manifest))
     assert {name: layer.scheme for name, layer in expert.layers.items()} == {
-        name: scheme for name, scheme in plan.items() if scheme != "bf16"
+        name: scheme for name, scheme in layers.items() if scheme != "bf16"
     }
     assert expert.manifest is not None and expert.manifest["model_quant_type"] == "W4A4_MXFP4"
 
@@ -439,3 +441,36 @@ def test_all_linears_may_be_quantized(tmp_path: Path) -> None:
     expert = read(stored.folder(tmp_path, coded(floats(IMAGE), linears, "int8"), config=IMAGE))
     assert set(expert.layers) == set(linears)
     read(stored.folder(tmp_path / "b", wan(coded(floats(IMAGE), linears, "mxfp4")), config=None))
+
+
+# ---- a config from shapes ------------------------------------------------------------------------
+
+
+def test_the_number_of_heads_is_told_where_it_can_be(tmp_path: Path) -> None:
+    cascade = read(FIXTURES / "exports" / "W8A8_DYNAMIC" / "t2v_d64_l6__int8")
+    assert cascade.config["num_attention_heads"] is None is cascade.config["attention_head_dim"]
+    assert cascade.config_problem is not None
+    assert "number of attention heads is unknown" in cascade.config_problem
+    wide = CONFIG | {"num_attention_heads": 2, "attention_head_dim": 128}
+    expert = read(stored.folder(tmp_path / "a", wan(floats(wide)), config=None))
+    assert (expert.config["num_attention_heads"], expert.config_problem) == (2, None)
+    rotated = floats() | {f"blocks.0.attn1.{x}_rot": ("BF16", (32, 32)) for x in "qk"}
+    assert read(stored.folder(tmp_path / "b", rotated, config=None)).config["num_attention_heads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "code", "words"),
+    [
+        ({"dim": 128}, "E-CKP-04", "dim = 128 in config.json, 64 by the shapes"),
+        ({"num_layers": 3}, "E-CKP-04", "num_layers = 3 in config.json, 2 by the shapes"),
+        ({"in_dim": 36}, "E-CKP-04", "in_channels = 36 in config.json, 16 by the shapes"),
+        ({"num_heads": 3}, "E-CKP-06", "num_heads = 3"),
+        ({"num_heads": "2"}, "E-CKP-06", "num_heads = '2'"),
+        ({"eps": "small"}, "E-CKP-06", "eps = 'small'"),
+    ],
+)
+def test_an_original_config_that_does_not_fit(
+    tmp_path: Path, config: dict[str, Any], code: str, words: str
+) -> None:
+    path = stored.folder(tmp_path, wan(floats()), config={"_class_name": "WanModel", "num_heads": 2} | config)
+    assert words in refused(path, code)

@@ -1,9 +1,14 @@
 """Shards written as a stream. The oracles are the safetensors library and Diffusers' own way to split."""
 
+from __future__ import annotations
+
+import hashlib
 import json
 import os
 import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +23,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ascendit.checkpoint import writer
 from ascendit.checkpoint.file_copy import move_bytes
 from ascendit.checkpoint.reader import TORCH_DTYPES, Shards, TensorInfo, read_header
 from ascendit.checkpoint.resume import Journal
-from ascendit.checkpoint.writer import ShardWriter, TensorSpec, plan_shards
+from ascendit.checkpoint.writer import CHUNK, Hasher, ShardWriter, TensorSpec, lay_out_shards
 from ascendit.errors import CheckpointError, EnvironmentProblem
 
 SPELLING = {getattr(torch, name): spelling for spelling, name in TORCH_DTYPES.items() if spelling != "F4"}
@@ -95,9 +101,9 @@ def test_one_file_is_what_was_given(tmp_path: Path) -> None:
 
 def test_the_first_tensor_begins_at_a_multiple_of_8(tmp_path: Path) -> None:
     for length in range(1, 10):
-        plan = plan_shards(tmp_path, [TensorSpec("n" * length, "U8", (3,))])[0]
-        assert len(plan.header) % 8 == 0
-        assert int.from_bytes(plan.header[:8], "little") == len(plan.header) - 8
+        shard = lay_out_shards(tmp_path, [TensorSpec("n" * length, "U8", (3,))])[0]
+        assert len(shard.header) % 8 == 0
+        assert int.from_bytes(shard.header[:8], "little") == len(shard.header) - 8
 
 
 shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
@@ -124,21 +130,21 @@ def test_shards_and_index_are_those_of_diffusers(tmp_path: Path) -> None:
     limit = 700
     write_all(tmp_path, tensors, max_shard_bytes=limit)
     pattern = "diffusion_pytorch_model{suffix}.safetensors"
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=limit, filename_pattern=pattern)
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=limit, filename_pattern=pattern)
     index = json.loads((tmp_path / SAFE_WEIGHTS_INDEX_NAME).read_text())
-    assert index["weight_map"] == plan.tensor_to_filename
-    assert index["metadata"]["total_size"] == plan.metadata["total_size"]
-    assert sorted(os.listdir(tmp_path)) == sorted([*plan.filename_to_tensors, SAFE_WEIGHTS_INDEX_NAME])
+    assert index["weight_map"] == split.tensor_to_filename
+    assert index["metadata"]["total_size"] == split.metadata["total_size"]
+    assert sorted(os.listdir(tmp_path)) == sorted([*split.filename_to_tensors, SAFE_WEIGHTS_INDEX_NAME])
     assert_same(tmp_path, tensors)
 
 
 def test_a_tensor_is_never_split_and_none_means_one_file(tmp_path: Path) -> None:
     specs = [TensorSpec("a", "U8", (10,)), TensorSpec("b", "U8", (100,)), TensorSpec("c", "U8", (5,))]
-    names = [[s.name for s in plan.specs] for plan in plan_shards(tmp_path, specs, max_shard_bytes=20)]
+    names = [[s.name for s in shard.specs] for shard in lay_out_shards(tmp_path, specs, max_shard_bytes=20)]
     assert names == [["a"], ["b"], ["c"]]
-    exact = plan_shards(tmp_path, specs, max_shard_bytes=110)
-    assert [len(plan.specs) for plan in exact] == [2, 1], "just the limit still fits"
-    assert len(plan_shards(tmp_path, specs, max_shard_bytes=None)) == 1
+    exact = lay_out_shards(tmp_path, specs, max_shard_bytes=110)
+    assert [len(shard.specs) for shard in exact] == [2, 1], "just the limit still fits"
+    assert len(lay_out_shards(tmp_path, specs, max_shard_bytes=None)) == 1
 
 
 def test_stem_and_metadata(tmp_path: Path) -> None:
@@ -281,7 +287,7 @@ def test_moved_bytes_lie_alike_on_the_pages(tmp_path: Path) -> None:
 
 def test_the_page_of_most_bytes_wins(tmp_path: Path) -> None:
     specs = [TensorSpec("a", "U8", (16,), 8), TensorSpec("b", "U8", (1000,), 4096 + 160)]
-    header = plan_shards(tmp_path, specs)[0].header
+    header = lay_out_shards(tmp_path, specs)[0].header
     assert (len(header) + 16) % 4096 == 160
 
 
@@ -453,3 +459,57 @@ print(int(peak[0]) // 1024, "torch" in sys.modules, "numpy" in sys.modules)
     assert int(megabytes) < 60
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert load_file(tmp_path / "c.safetensors").keys() == {"w0", "w1", "w2", "w3"}
+
+
+# ---- sha256 in a thread --------------------------------------------------------------------------
+
+
+def test_one_file_after_the_other() -> None:
+    hasher = Hasher()
+    for size in (0, 1, CHUNK - 1, CHUNK, 3 * CHUNK + 5, 0):
+        data = os.urandom(size)
+        for start in range(0, size, 700_001):
+            hasher.feed(memoryview(data)[start : start + 700_001])
+        assert hasher.finish() == hashlib.sha256(data).hexdigest()
+    hasher.close()
+
+
+def test_close_ends_the_thread() -> None:
+    before = threading.active_count()
+    hasher = Hasher()
+    assert threading.active_count() == before + 1
+    hasher.feed(memoryview(b"x"))
+    hasher.close()
+    assert threading.active_count() == before
+
+
+def test_it_waits_when_it_is_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that memory stays bounded when the disk is faster than the hash."""
+    go = threading.Event()
+
+    class Slow:
+        def update(self, data: memoryview) -> None:
+            go.wait(10)
+
+        def hexdigest(self) -> str:
+            return "end"
+
+    monkeypatch.setattr(writer.hashlib, "sha256", Slow)  # type: ignore[attr-defined]
+    hasher = Hasher()
+    fed: list[int] = []
+
+    def feed() -> None:
+        for i in range(20):
+            hasher.feed(memoryview(bytes(CHUNK)))
+            fed.append(i)
+
+    thread = threading.Thread(target=feed)
+    thread.start()
+    while len(fed) < 8:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert len(fed) == 8, "8 MiB and no more"
+    go.set()
+    thread.join()
+    assert hasher.finish() == "end"
+    hasher.close()

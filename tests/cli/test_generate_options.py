@@ -1,4 +1,4 @@
-"""From words and layers to a plan; nothing is loaded."""
+"""From the command line and configuration layers to a prepared call; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ascendit.cli import main
 from ascendit.cli.generate import flag_values
-from ascendit.cli.generate_options import make_plan, read_call
+from ascendit.cli.generate_options import prepare, read_call
 from ascendit.errors import UsageError
 
 
@@ -72,20 +72,20 @@ def test_a_bad_flag_value_names_the_flag():
 
 
 def test_a_plan_fills_what_is_left_out(model, tmp_path):
-    plan = make_plan(
+    prepared = prepare(
         call([str(model), "a cat"], flags={"seed": 3, "seconds": 1.0}), tmp_path / "a.mp4", overwrite=False
     )
-    r = plan.request
+    r = prepared.request
     assert (r.width, r.height, r.num_frames, r.fps, r.num_inference_steps) == (64, 64, 9, 8, 16)
-    assert plan.video_tokens == 3 * 4 * 4
-    assert plan.output == tmp_path / "a.mp4" and not plan.output.exists()
+    assert prepared.video_tokens == 3 * 4 * 4
+    assert prepared.output == tmp_path / "a.mp4" and not prepared.output.exists()
 
 
 def test_the_default_output_tells_time_prompt_and_seed(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plan = make_plan(call([str(model), "A calico cat"], flags={"seed": 42}), None, overwrite=False)
-    assert plan.output.parent == Path("outputs")
-    assert plan.output.name.endswith("_calico-cat_s42.mp4")
+    prepared = prepare(call([str(model), "A calico cat"], flags={"seed": 42}), None, overwrite=False)
+    assert prepared.output.parent == Path("outputs")
+    assert prepared.output.name.endswith("_calico-cat_s42.mp4")
 
 
 FLAGS = st.fixed_dictionaries(
@@ -119,21 +119,21 @@ def test_the_replay_line_asks_for_the_same(model, tmp_path, flags, prompt):
         del flags["num_inference_steps"]
     if "guidance_scale" not in flags:
         flags.pop("guidance_scale_2", None)
-    plan = make_plan(call([str(model), prompt], flags=flags), tmp_path / "a.mp4", overwrite=False)
-    words = shlex.split(plan.replay)
+    prepared = prepare(call([str(model), prompt], flags=flags), tmp_path / "a.mp4", overwrite=False)
+    words = shlex.split(prepared.replay)
     assert words[:2] == ["ascendit", "generate"]
     again = parse(words[2:])
     assert again.prompt == prompt and again.model == str(model)
     assert (again.dtype, again.device, again.text_on) == (
-        plan.call.dtype,
-        plan.call.device,
-        plan.call.text_on,
+        prepared.call.dtype,
+        prepared.call.device,
+        prepared.call.text_on,
     )
-    assert make_plan(again, tmp_path / "b.mp4", overwrite=False).request == plan.request
+    assert prepare(again, tmp_path / "b.mp4", overwrite=False).request == prepared.request
 
 
 def parse(words):
-    """What the command would understand, up to the plan."""
+    """What the command would understand, up to the prepared call."""
     group: Any = typer.main.get_command(main.app)
     ctx = group.commands["generate"].make_context("generate", list(words), obj=None)
     p = dict(ctx.params)

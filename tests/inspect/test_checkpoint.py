@@ -24,7 +24,7 @@ from pipeline.headers import (
 from ascendit.convert.report import human_bytes
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.inspect.checkpoint import inspect
-from ascendit.inspect.report import Report
+from ascendit.inspect.report import ModelReport
 from ascendit.names import expected_tensors
 
 DEMO: dict[str, Any] = {  # the shape of the row `ascendit-demo`
@@ -57,7 +57,7 @@ def demo(tmp_path: Path) -> Path:
     return root
 
 
-def broken(root: Path, code: str, *words: str) -> Report:
+def broken(root: Path, code: str, *words: str) -> ModelReport:
     """The report on a folder with exactly one problem."""
     report = inspect(root)
     assert not report.ok

@@ -24,7 +24,7 @@ from ascendit.checkpoint.transformer import read_expert
 from ascendit.errors import UsageError
 from ascendit.inspect.checkpoint import inspect
 from ascendit.inspect.engines import EngineVerdict, RunsOn, runs_on
-from ascendit.inspect.transformer_report import Summary
+from ascendit.inspect.transformer_report import ExpertSummary
 from ascendit.names import block_linears
 from ascendit.quant.engines import ENGINES
 
@@ -235,5 +235,5 @@ def test_what_is_written_for_an_engine_runs_there(tmp_path: Path, engine_name: s
 def runs_on_of(path: Path, name: str) -> EngineVerdict:
     """The verdict for a folder whose other parts are words in files."""
     layout = recognise(path)
-    found = runs_on(layout, [Summary(read_expert(part)) for part in layout.experts])
+    found = runs_on(layout, [ExpertSummary(read_expert(part)) for part in layout.experts])
     return next(e for e in found.engines if e.engine == name)

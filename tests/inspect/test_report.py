@@ -24,7 +24,7 @@ from pipeline.headers import (
 )
 
 from ascendit.inspect.checkpoint import inspect
-from ascendit.inspect.report import Report
+from ascendit.inspect.report import ModelReport
 from ascendit.names import block_linears, to_wan
 
 EXPORTS = Path(__file__).resolve().parents[1] / "fixtures" / "msmodelslim" / "exports"
@@ -34,7 +34,7 @@ SHAPES = {
 }
 
 
-def only(report: Report) -> Any:
+def only(report: ModelReport) -> Any:
     """The summary of the only expert of a report that is whole."""
     assert report.ok, report.problems
     [part] = report.experts
@@ -43,7 +43,7 @@ def only(report: Report) -> Any:
     return part.summary
 
 
-def row(report: Report, title: str) -> list[str]:
+def row(report: ModelReport, title: str) -> list[str]:
     """The lines under one title."""
     found: dict[str, list[str]] = {}
     current = ""

@@ -17,7 +17,9 @@ TI2V = T2V | {"in_channels": 48, "out_channels": 48}
 
 
 def schemes(recipe: Recipe, config=T2V, kind="t2v", keep=()) -> dict[str, tuple[str, str | None]]:
-    return {p.layer: (p.scheme, p.scale_rule) for p in recipe.plan(config, model_kind=kind, keep=keep)}
+    return {
+        p.name: (p.scheme, p.scale_rule) for p in recipe.layer_schemes(config, model_kind=kind, keep=keep)
+    }
 
 
 def write(folder: Path, text: str) -> str:
@@ -42,7 +44,7 @@ def test_the_recipes_that_come_with_ascendit():
     for name in names:
         recipe = load_recipe(name, "mxfp8" if name == "default" else None)
         assert recipe.name == name and recipe.about
-        assert recipe.plan(T2V, model_kind="t2v")
+        assert recipe.layer_schemes(T2V, model_kind="t2v")
 
 
 @pytest.mark.parametrize(
@@ -56,19 +58,19 @@ def test_the_recipes_that_come_with_ascendit():
     ],
 )
 def test_default_takes_the_linears_of_the_blocks_and_nothing_else(scheme, rule):
-    plan = schemes(load_recipe("default", scheme))
-    inside = {n: p for n, p in plan.items() if n.startswith("blocks.")}
+    found = schemes(load_recipe("default", scheme))
+    inside = {n: p for n, p in found.items() if n.startswith("blocks.")}
     assert len(inside) == 70 and set(inside.values()) == {(scheme, rule)}
-    outside = {n: p for n, p in plan.items() if not n.startswith("blocks.")}
+    outside = {n: p for n, p in found.items() if not n.startswith("blocks.")}
     assert "proj_out" in outside and "condition_embedder.time_proj" in outside
     assert set(outside.values()) == {("bf16", None)}
 
 
 def test_default_in_a_model_with_image_tokens():
     config = I2V | {"added_kv_proj_dim": 64, "image_dim": 32}
-    plan = schemes(load_recipe("default", "int8"), config, "i2v")
-    assert plan["blocks.3.attn2.add_k_proj"] == ("int8", "amax")
-    assert plan["condition_embedder.image_embedder.ff.net.2"] == ("bf16", None)
+    found = schemes(load_recipe("default", "int8"), config, "i2v")
+    assert found["blocks.3.attn2.add_k_proj"] == ("int8", "amax")
+    assert found["condition_embedder.image_embedder.ff.net.2"] == ("bf16", None)
 
 
 def test_w8a8f8_rounds_by_the_kind_of_model():
@@ -80,11 +82,11 @@ def test_w8a8f8_rounds_by_the_kind_of_model():
 
 def test_w8a8f8_attention():
     recipe = load_recipe("ascend-w8a8f8")
-    plans = recipe.attention_plan(T2V, model_kind="t2v")
-    assert [p.name for p in plans] == [f"blocks.{i}.attn1" for i in range(1, 7)]
-    assert {(p.quant_type, p.rotate) for p in plans} == {("FP8_DYNAMIC", True)}
+    found = recipe.attention_schemes(T2V, model_kind="t2v")
+    assert [p.name for p in found] == [f"blocks.{i}.attn1" for i in range(1, 7)]
+    assert {(p.quant_type, p.rotate) for p in found} == {("FP8_DYNAMIC", True)}
     for kind in ("i2v", "ti2v"):
-        assert len(recipe.attention_plan(T2V, model_kind=kind)) == 7
+        assert len(recipe.attention_schemes(T2V, model_kind=kind)) == 7
 
 
 @pytest.mark.parametrize(
@@ -93,29 +95,29 @@ def test_w8a8f8_attention():
 )
 def test_w4a4_is_mxfp8_in_five_blocks_and_rotates_all(name, first, rest):
     recipe = load_recipe(name)
-    plan = schemes(recipe)
-    assert plan["blocks.4.ffn.net.2"] == ("mxfp8", "msms:mse_round")
-    assert plan["blocks.5.ffn.net.2"] == ("mxfp4", "msms:ceil_x:search")
-    attention = recipe.attention_plan(T2V, model_kind="t2v")
+    found = schemes(recipe)
+    assert found["blocks.4.ffn.net.2"] == ("mxfp8", "msms:mse_round")
+    assert found["blocks.5.ffn.net.2"] == ("mxfp4", "msms:ceil_x:search")
+    attention = recipe.attention_schemes(T2V, model_kind="t2v")
     assert [p.quant_type for p in attention] == [first] + [rest] * 6
     assert all(p.rotate for p in attention) and recipe.kinds == ("t2v",)
 
 
 def test_blocks_of_two_digits_are_no_first_blocks():
-    plan = schemes(load_recipe("ascend-w4a4"), T2V | {"num_layers": 42})
-    assert Counter(plan[f"blocks.{i}.ffn.net.2"][0] for i in range(42)) == {"mxfp8": 5, "mxfp4": 37}
+    found = schemes(load_recipe("ascend-w4a4"), T2V | {"num_layers": 42})
+    assert Counter(found[f"blocks.{i}.ffn.net.2"][0] for i in range(42)) == {"mxfp8": 5, "mxfp4": 37}
 
 
 def test_recommended_fp4_keeps_self_attention_in_mxfp8():
-    plan = schemes(load_recipe("recommended-fp4"))
-    assert plan["blocks.0.attn1.to_v"][0] == plan["blocks.6.attn1.to_out.0"][0] == "mxfp8"
-    assert plan["blocks.0.attn2.to_v"] == plan["blocks.6.ffn.net.2"] == ("mxfp4", "max:7")
+    found = schemes(load_recipe("recommended-fp4"))
+    assert found["blocks.0.attn1.to_v"][0] == found["blocks.6.attn1.to_out.0"][0] == "mxfp8"
+    assert found["blocks.0.attn2.to_v"] == found["blocks.6.ffn.net.2"] == ("mxfp4", "max:7")
 
 
 def test_dualscale_keeps_five_blocks():
-    plan = schemes(load_recipe("dualscale-bf16-5"))
-    assert plan["blocks.4.attn2.to_out.0"] == ("bf16", None)
-    assert plan["blocks.5.attn2.to_out.0"] == ("mxfp4_dualscale", "floor")
+    found = schemes(load_recipe("dualscale-bf16-5"))
+    assert found["blocks.4.attn2.to_out.0"] == ("bf16", None)
+    assert found["blocks.5.attn2.to_out.0"] == ("mxfp4_dualscale", "floor")
 
 
 # ---- patterns -----------------------------------------------------------------------------------
@@ -123,17 +125,19 @@ def test_dualscale_keeps_five_blocks():
 
 def test_keep_wins_over_every_rule_and_says_so():
     recipe = load_recipe("default", "mxfp8")
-    plans = {p.layer: p for p in recipe.plan(T2V, model_kind="t2v", keep=["blocks.0.*", "*.ffn.net.2"])}
-    assert plans["blocks.0.attn1.to_q"].why == "--keep blocks.0.*"
-    assert plans["blocks.6.ffn.net.2"].scheme == "bf16"
-    assert plans["blocks.1.attn1.to_q"].why == "default: *"
-    assert plans["proj_out"].why == "not a linear of the blocks"
+    found = {
+        p.name: p for p in recipe.layer_schemes(T2V, model_kind="t2v", keep=["blocks.0.*", "*.ffn.net.2"])
+    }
+    assert found["blocks.0.attn1.to_q"].why == "--keep blocks.0.*"
+    assert found["blocks.6.ffn.net.2"].scheme == "bf16"
+    assert found["blocks.1.attn1.to_q"].why == "default: *"
+    assert found["proj_out"].why == "not a linear of the blocks"
 
 
 def test_keep_takes_original_names_and_layers_that_are_kept_anyhow():
     recipe = load_recipe("default", "mxfp8")
-    plan = schemes(recipe, keep=["blocks.3.cross_attn.o", "proj_out"])
-    assert [n for n, p in plan.items() if p[0] == "bf16" and n.startswith("blocks")] == [
+    found = schemes(recipe, keep=["blocks.3.cross_attn.o", "proj_out"])
+    assert [n for n, p in found.items() if p[0] == "bf16" and n.startswith("blocks")] == [
         "blocks.3.attn2.to_out.0"
     ]
 
@@ -141,18 +145,18 @@ def test_keep_takes_original_names_and_layers_that_are_kept_anyhow():
 def test_a_pattern_that_matches_nothing_names_the_nearest():
     recipe = load_recipe("default", "mxfp8")
     with pytest.raises(UsageError) as e:
-        recipe.plan(T2V, model_kind="t2v", keep=["blocks.0.attn1.to_qq"])
+        recipe.layer_schemes(T2V, model_kind="t2v", keep=["blocks.0.attn1.to_qq"])
     assert e.value.code == "E-USE-05" and "blocks.0.attn1.to_qq" in e.value.got and "--keep" in e.value.got
     assert "blocks.0.attn1.to_q," in e.value.needs
     with pytest.raises(UsageError, match="E-USE-05"):
-        recipe.plan(T2V, model_kind="t2v", keep=["blocks.7.*"])
+        recipe.layer_schemes(T2V, model_kind="t2v", keep=["blocks.7.*"])
 
 
 def test_an_attention_pattern_that_matches_nothing(tmp_path):
     text = '[[rules]]\nlayers="*"\nscheme="int8"\n[[attention]]\nlayers="*.attn3"\nrotate=true\n'
     recipe = load_recipe(write(tmp_path, text))
     with pytest.raises(UsageError) as e:
-        recipe.attention_plan(T2V, model_kind="t2v")
+        recipe.attention_schemes(T2V, model_kind="t2v")
     assert e.value.code == "E-USE-05" and "attn3" in e.value.got and "attn1" in e.value.needs
 
 
@@ -173,19 +177,19 @@ layers = "blocks.2.*"
 scheme = "bf16"
 kinds = ["i2v"]
 """
-    plan = schemes(load_recipe(write(tmp_path, text)))
-    assert plan["blocks.0.ffn.net.0.proj"] == ("int8", "msms:int8")
-    assert plan["blocks.1.attn1.to_k"] == ("int8", "msms:int8")
-    assert plan["blocks.2.attn1.to_k"] == ("mxfp8", "ceil")
-    assert plan["condition_embedder.time_embedder.linear_1"] == ("int8", "amax")
-    assert plan["proj_out"] == ("bf16", None)
+    found = schemes(load_recipe(write(tmp_path, text)))
+    assert found["blocks.0.ffn.net.0.proj"] == ("int8", "msms:int8")
+    assert found["blocks.1.attn1.to_k"] == ("int8", "msms:int8")
+    assert found["blocks.2.attn1.to_k"] == ("mxfp8", "ceil")
+    assert found["condition_embedder.time_embedder.linear_1"] == ("int8", "amax")
+    assert found["proj_out"] == ("bf16", None)
 
 
 def test_layers_that_no_rule_names_stay(tmp_path):
     recipe = load_recipe(write(tmp_path, '[[rules]]\nlayers = "*.ffn.*"\nscheme = "fp8"\n'))
-    plans = {p.layer: p for p in recipe.plan(T2V, model_kind="t2v")}
-    assert plans["blocks.0.attn1.to_q"].scheme == "bf16"
-    assert plans["blocks.0.attn1.to_q"].why == "no rule names it"
+    found = {p.name: p for p in recipe.layer_schemes(T2V, model_kind="t2v")}
+    assert found["blocks.0.attn1.to_q"].scheme == "bf16"
+    assert found["blocks.0.attn1.to_q"].why == "no rule names it"
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -197,9 +201,9 @@ def test_scheme_and_scale_rule_fill_open_rules(tmp_path):
         "msms:minmax",
     )
     path = write(tmp_path, '[[rules]]\nlayers="*"\n[[rules]]\nlayers="blocks.0.*"\nscheme="int8"\n')
-    plan = schemes(load_recipe(path, "mxfp8", "floor"))
-    assert plan["blocks.0.attn1.to_q"] == ("int8", "amax")
-    assert plan["blocks.1.attn1.to_q"] == ("mxfp8", "floor")
+    found = schemes(load_recipe(path, "mxfp8", "floor"))
+    assert found["blocks.0.attn1.to_q"] == ("int8", "amax")
+    assert found["blocks.1.attn1.to_q"] == ("mxfp8", "floor")
 
 
 def refused(code: str, *args) -> str:

@@ -15,7 +15,7 @@ CONFIG = {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "n
 
 def schemes(config, **keys):
     recipe = load_recipe(json.dumps(config))
-    return {p.layer: p.scheme for p in recipe.plan(CONFIG, model_kind="t2v")}, recipe
+    return {p.name: p.scheme for p in recipe.layer_schemes(CONFIG, model_kind="t2v")}, recipe
 
 
 def test_five_leading_blocks_stay_floats_in_dual_scale_by_default():

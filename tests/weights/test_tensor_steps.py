@@ -1,4 +1,5 @@
-"""Spellings that real exports do not have: other types, single files, FP8 by rows, tiles in a pipeline."""
+"""Spellings that real exports do not have (other types, single files, FP8 by rows, tiles in a pipeline), and
+containers of FP4. Oracle of numbers: ml_dtypes."""
 
 from __future__ import annotations
 
@@ -6,19 +7,33 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 import torch
 from convert import exports
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kill import contents
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ascendit import mx
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.transformer import read_expert
 from ascendit.convert.repack import repack
-from ascendit.errors import UsageError
+from ascendit.errors import CheckpointError, UsageError
+from ascendit.mx.codec import Encoded
 from ascendit.weights.engine_formats import Dialect, dialect_for
-from ascendit.weights.tensor_steps import schemes_of, smoothed_layers, steps_for, unlike_qkv
+from ascendit.weights.tensor_steps import (
+    recode,
+    schemes_of,
+    smoothed_layers,
+    steps_for,
+    tile_values,
+    to_float32,
+    unlike_qkv,
+)
 
 
 def test_each_tensor_has_one_step() -> None:
@@ -141,3 +156,63 @@ def test_the_recipe_of_a_folder_stays_in_its_record(tmp_path: Path) -> None:
     repack(tmp_path / "first", tmp_path / "second")
     assert json.loads((tmp_path / "second" / "ascendit.json").read_bytes())["recipe"] == recipe
     assert "default: all alike" in (tmp_path / "second" / "README.md").read_text()
+
+
+# ---- containers of FP4 and wider floats ----------------------------------------------------------
+
+NUMBERS = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**32))
+def test_every_container_holds_the_same_numbers(rows: int, length: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 16, (rows, length)).astype(np.uint8)
+    values = NUMBERS[codes]
+    e4m3 = values.astype(ml_dtypes.float8_e4m3fn).tobytes()
+    bf16 = values.astype(ml_dtypes.bfloat16).tobytes()
+    padded = np.pad(codes, ((0, 0), (0, length % 2)))
+    packed = (padded[:, ::2] | padded[:, 1::2] << 4).tobytes()
+    assert recode(e4m3, length, "e4m3", "packed") == packed == recode(bf16, length, "bf16", "packed")
+    assert recode(packed, length, "packed", "e4m3") == e4m3 == recode(bf16, length, "bf16", "e4m3")
+
+
+@pytest.mark.parametrize(
+    ("container", "dtype"), [("e4m3", ml_dtypes.float8_e4m3fn), ("bf16", ml_dtypes.bfloat16)]
+)
+def test_all_other_numbers_are_refused(container: str, dtype: type) -> None:
+    bits = np.arange(256, dtype=np.uint8) if container == "e4m3" else np.arange(65536, dtype=np.uint16)
+    values = bits.view(dtype).astype(np.float32)
+    bad = ~np.isin(values, NUMBERS)
+    for pattern in np.flatnonzero(bad)[:: 1 if container == "e4m3" else 997]:
+        with pytest.raises(CheckpointError, match="x holds 1 numbers that are not in FP4") as e:
+            recode(bits[[pattern, 0]].tobytes(), 2, container, "packed", "x")
+        assert e.value.code == "E-CKP-04"
+    good = bits[~bad]
+    assert len(good) == 16 and len(recode(good.tobytes(), 16, container, "packed")) == 8
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
+def test_floats_are_widened_exactly(dtype: str) -> None:
+    kinds = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+    bits = np.arange(65536, dtype=np.uint16)
+    values = bits.view(np.float16 if dtype == "F16" else ml_dtypes.bfloat16)
+    values = values[np.isfinite(values.astype(np.float32))].astype(kinds[dtype])
+    found = np.frombuffer(to_float32(values.tobytes(), dtype, "x"), np.float32)
+    assert np.array_equal(found, values.astype(np.float32))
+    assert np.array_equal(np.signbit(found), np.signbit(values))
+
+
+@pytest.mark.parametrize("value", [0.1, 1e300, 1e-60])
+def test_float64_that_does_not_fit(value: float) -> None:
+    with pytest.raises(CheckpointError, match="scale holds float64 numbers that float32 cannot hold") as e:
+        to_float32(np.array([1.0, value]).tobytes(), "F64", "scale")
+    assert e.value.code == "E-CKP-04"
+
+
+@pytest.mark.parametrize("shape", [(300, 70), (128, 128), (256, 300), (5, 129)])
+def test_tiles_are_what_mx_decodes(shape):
+    codes = torch.randn(shape).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-shape[0] // 128), -(-shape[1] // 128))
+    whole = mx.decode(Encoded(codes, scale, None, "fp8_128x128", -1, shape), torch.float32)
+    blocks = [tile_values(codes[i : i + 256], scale, i) for i in range(0, shape[0], 256)]
+    assert torch.equal(torch.cat(blocks), whole)

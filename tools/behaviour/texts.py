@@ -1,4 +1,4 @@
-"""What does not depend on kernels: names, flags, error codes, reports and plans."""
+"""What does not depend on kernels: names, flags, error codes, reports and dry runs."""
 
 from __future__ import annotations
 

@@ -80,9 +80,9 @@ def experts(pipe: Pipeline, way: Way, layers: int) -> list[WanTransformer]:
         recipe = Path(folder) / "recipe.toml"
         recipe.write_text(way.recipe)
         online = Online.of(way.scheme, str(recipe) if way.recipe else None)
-        for expert, plan in read_experts(pipe.layout, online):
+        for expert, applied in read_experts(pipe.layout, online):
             ops, put = bind(pipe.device, nz=way.nz), pipe.device.torch_name
-            model = load_expert(expert, plan, ops, device=put, dtype=torch.bfloat16)
+            model = load_expert(expert, applied, ops, device=put, dtype=torch.bfloat16)
             model.blocks = model.blocks[:layers]
             if way.smooth:
                 smooth(model)

@@ -140,7 +140,7 @@ def truncated(source: Path | str, position: int) -> CheckpointError:
     )
 
 
-# ---- room on the disk
+# ---- room on the disk ---------------------------------------------------------------------------
 
 
 def reserve(fd: int, count: int) -> None:
@@ -161,10 +161,10 @@ def writing(folder: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise problem(folder, e, needed) from e
+        raise write_error(folder, e, needed) from e
 
 
-def problem(folder: Path, error: OSError, needed: int = 0) -> EnvironmentProblem:
+def write_error(folder: Path, error: OSError, needed: int = 0) -> EnvironmentProblem:
     """E-ENV-04 for a full disk, with the bytes needed and free; E-ENV-02 for all else."""
     if error.errno in FULL:
         return disk_full(folder, needed, room_for(folder), error.strerror or "")
@@ -203,7 +203,7 @@ def room_for(folder: Path) -> int:
         return taken
 
 
-# ---- renaming
+# ---- renaming -----------------------------------------------------------------------------------
 
 
 def rename_new(src: Path, dst: Path) -> None:

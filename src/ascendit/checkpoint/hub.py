@@ -1,10 +1,10 @@
-"""Models from a hub: `hf:org/name[@revision]`, `ms:org/name[@revision]`, always pinned.
+"""From the name of a model to its folder: a path, "demo", or a download pinned to a revision. No torch.
 
-Hugging Face goes through `huggingface_hub` (which reads HF_ENDPOINT, HF_HOME and the token itself),
-ModelScope through its plain HTTP API. Both caches have the same shape, so that a folder tells its own
-source: `<cache>/models--org--name/snapshots/<revision>/`. No environment variable is read here.
+    hf:org/name[@revision]      through `huggingface_hub`, which reads HF_ENDPOINT, HF_HOME and the token
+    ms:org/name[@revision]      through the plain HTTP API of ModelScope
 
-From the name of a model to its folder, without importing torch: a bad call ends at once.
+Both caches have the same shape, so that a folder tells its own source:
+`<cache>/models--org--name/snapshots/<revision>/`. No environment variable is read here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,17 @@ from urllib.request import Request, urlopen
 from ascendit.checkpoint.component import stays_inside
 from ascendit.errors import EnvironmentProblem, UsageError
 
+logger = logging.getLogger("ascendit")
+
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "models" / "demo"
 """The model that comes with the package."""
+
+MODELSCOPE = "https://modelscope.cn"
+_USELESS = "msgpack h5 ckpt onnx bin png jpg jpeg gif webp svg mp4 mov webm".split()
+SKIPPED = tuple(f"*.{e}" for ending in _USELESS for e in (ending, ending.upper()))
+"""What no model folder needs: weights in formats that are not read, pictures, videos."""
+EXPERT_WEIGHTS = ("transformer/*.safetensors*", "transformer_2/*.safetensors*")
+_REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def model_folder(model: str | Path, *, experts: bool = True) -> Path:
@@ -62,23 +71,6 @@ def model_folder(model: str | Path, *, experts: bool = True) -> Path:
             code="E-USE-02",
         )
     return path
-
-
-# ---- Models from a hub: `hf:org/name[@revision]`, `ms:org/name[@revision]`, always pinned -------
-
-logger = logging.getLogger("ascendit")
-
-MODELSCOPE = "https://modelscope.cn"
-_USELESS = "msgpack h5 ckpt onnx bin png jpg jpeg gif webp svg mp4 mov webm".split()
-SKIPPED = tuple(f"*.{e}" for ending in _USELESS for e in (ending, ending.upper()))
-"""What no model folder needs: weights in formats that are not read, pictures, videos."""
-EXPERT_WEIGHTS = ("transformer/*.safetensors*", "transformer_2/*.safetensors*")
-_REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_TIMEOUT = 30  # seconds without a byte
-_TRIES = 3
-_BLOCK = 1 << 20
 
 
 def fetch(
@@ -134,6 +126,11 @@ def _trouble(what: str, why: object, fix: str) -> EnvironmentProblem:
     return EnvironmentProblem(f"{what}: {why}", needs=needs, fix=fix, code="E-HUB-01")
 
 
+# ---- Hugging Face -------------------------------------------------------------------------------
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
 def _huggingface(
     repo: str, revision: str | None, cache: Path | None, endpoint: str | None, skipped: tuple[str, ...]
 ) -> Path:
@@ -163,11 +160,11 @@ def _huggingface(
     except Exception as e:  # httpx, OSError, checks of the library: all are trouble with this download
         fix = "check network, HF_ENDPOINT and free disk space, then run it again: finished files are kept"
         raise _trouble(what, _first_line(e), fix) from e
-    _verify_blobs(Path(path), begun, what)
+    _check_blobs(Path(path), begun, what)
     return Path(path)
 
 
-def _verify_blobs(snapshot: Path, begun: float, what: str) -> None:
+def _check_blobs(snapshot: Path, begun: float, what: str) -> None:
     """Hash the large files that came since `begun`: their cache name is their sha256, and the library
     compares sizes only. Two seconds are for file systems with coarse clocks."""
     for link in snapshot.rglob("*"):
@@ -188,6 +185,14 @@ def _verify_blobs(snapshot: Path, begun: float, what: str) -> None:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+# ---- ModelScope ---------------------------------------------------------------------------------
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_TIMEOUT = 30  # seconds without a byte
+_TRIES = 3
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)

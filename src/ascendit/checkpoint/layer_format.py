@@ -1,12 +1,8 @@
-"""Checks of scales by their bytes, for whoever streams them. Neither torch nor numpy is needed.
+"""Which linear layers are quantized, by the dtypes and shapes of their tensors; and whether scales are valid.
 
-The headers say that a scale has the right shape; only its bytes say whether it is one. Each check takes
-the bytes of a tensor or of some rows of it, little-endian as on disk.
-
-Which linear layers are stored as codes, by the dtypes and shapes of their tensors. Headers only.
-
-Real spellings of one format differ (`reference` of each: DESIGN section 4): FP4 lies two to a byte, or as
-numbers in e4m3 or BF16; int8 scales are float32 [N, 1], or BF16 [N, 1] or [1] from older tools.
+Tools store one format in different ways: FP4 two to a byte, or as numbers in e4m3 or BF16; int8 scales as
+float32 [N, 1], or as BF16 [N, 1] or [1] from older tools. The headers say that a scale has the right shape;
+only its bytes say whether it is one. Neither torch nor numpy is needed.
 """
 
 from __future__ import annotations
@@ -16,19 +12,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendit.checkpoint.reader import TensorInfo, listed
+from ascendit.checkpoint.reader import TensorInfo
 from ascendit.errors import CheckpointError
-from ascendit.names import is_linear
+from ascendit.names import is_linear, listed
 from ascendit.quant.schemes import STORED_SCHEMES
 
 Container = Literal["plain", "packed", "e4m3", "bf16"]
 """How codes lie: as the format says; FP4 two to a byte; FP4 numbers one to an element of a wider type."""
 
-FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
+FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 BYTE_SCALES = frozenset({"U8", "F8_E8M0"})
 """One E8M0 byte to a block; both spellings are the same bytes."""
-SCALES = ("weight_scale", "weight_scale_inv", "weight_offset", "weight_dual_scale")
-ROLES = ("weight", *SCALES, "mul_scale", "bias")
+SCALE_ROLES = ("weight_scale", "weight_scale_inv", "weight_offset", "weight_dual_scale")
+STORED_ROLES = ("weight", *SCALE_ROLES, "mul_scale", "bias")
 _CODES = frozenset({"I8", "U8", "F8_E4M3", "F8_E5M2"})
 """A weight of one of these wants a scale; any other type but a float is a damaged file."""
 _FP4: dict[str, Container] = {"U8": "packed", "F8_E4M3": "e4m3", "BF16": "bf16"}
@@ -73,7 +69,7 @@ def read_layers(tensors: Mapping[str, TensorInfo], claims: Mapping[str, Claim]) 
     for name, roles in groups.items():
         if "weight" not in roles:  # a bias alone: the weight is missed by whoever counts the tensors
             continue
-        if roles["weight"].dtype not in FLOATS | _CODES and not set(SCALES) & roles.keys():
+        if roles["weight"].dtype not in FLOAT_DTYPES | _CODES and not set(SCALE_ROLES) & roles.keys():
             continue  # told by whoever looks at the types
         claim = claims.get(name)
         options = possible(roles)
@@ -105,12 +101,12 @@ def possible(roles: Mapping[str, TensorInfo]) -> dict[str, Container]:
     weight, scale = roles["weight"].dtype, roles.get("weight_scale")
     scales = _scales(roles)
     if not scales:
-        return {"bf16": "plain"} if weight in FLOATS else {}
+        return {"bf16": "plain"} if weight in FLOAT_DTYPES else {}
     found: dict[str, Container] = {}
     for scheme in STORED_SCHEMES.values():
         if _scales(scheme.roles) != scales:
             continue
-        if scale is not None and scale.dtype not in (BYTE_SCALES if scheme.block else FLOATS):
+        if scale is not None and scale.dtype not in (BYTE_SCALES if scheme.block else FLOAT_DTYPES):
             continue
         if scheme.packed and weight in _FP4:
             found[scheme.name] = _FP4[weight]
@@ -129,14 +125,14 @@ def _groups(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo
     groups: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
         layer, _, role = name.rpartition(".")
-        if role in ROLES and is_linear(layer):
+        if role in STORED_ROLES and is_linear(layer):
             groups.setdefault(layer, {})[role] = info
     return groups
 
 
 def _halves(name: str, roles: Mapping[str, TensorInfo]) -> list[str]:
     """What lacks its other half, whatever the scheme."""
-    scales = [role for role in (*SCALES, "mul_scale") if role in roles]
+    scales = [role for role in (*SCALE_ROLES, "mul_scale") if role in roles]
     if "weight" not in roles:
         return [f"{name}.{role} has no weight" for role in scales]
     weight = roles["weight"].dtype
@@ -179,26 +175,26 @@ def _misshapen(layer: Layer) -> Iterable[str]:
 def _allowed(scheme: str, role: str, rows: int, columns: int) -> tuple[list[tuple[int, ...]], frozenset[str]]:
     """The shapes and dtypes that a tensor beside a weight [rows, columns] may have."""
     if role == "bias":
-        return [(rows,)], FLOATS
+        return [(rows,)], FLOAT_DTYPES
     if role == "mul_scale":
-        return [(columns,)], FLOATS
+        return [(columns,)], FLOAT_DTYPES
     written = STORED_SCHEMES[scheme].tensors(rows, columns)
     if role not in written:
-        return [], FLOATS
+        return [], FLOAT_DTYPES
     dtype, shape = written[role]
     if dtype == "U8":
         return [shape], BYTE_SCALES
     if role == "weight_dual_scale":
-        return [shape, shape[:2]], FLOATS
+        return [shape, shape[:2]], FLOAT_DTYPES
     if shape == (rows, 1) and role != "weight_scale_inv":  # older tools drop the axis, or have one for all
-        dtypes = FLOATS | {"I8", "I32"} if role == "weight_offset" else FLOATS
+        dtypes = FLOAT_DTYPES | {"I8", "I32"} if role == "weight_offset" else FLOAT_DTYPES
         return [shape, (rows,), (1,), (1, 1), ()], dtypes
-    return [shape], FLOATS
+    return [shape], FLOAT_DTYPES
 
 
 def _dtypes(roles: Mapping[str, TensorInfo]) -> str:
     """`weight I8 [64, 64], weight_scale F32 [64, 1]`."""
-    shown = [role for role in ROLES if role in roles and role != "bias"]
+    shown = [role for role in STORED_ROLES if role in roles and role != "bias"]
     return ", ".join(f"{role} {roles[role].dtype} {list(roles[role].shape)}" for role in shown)
 
 
@@ -221,7 +217,7 @@ def _unpaired(problems: list[str]) -> CheckpointError:
     )
 
 
-# ---- Checks of scales by their bytes, for whoever streams them. Neither torch nor numpy is need -
+# ---- the bytes of scales ------------------------------------------------------------------------
 
 Buffer = bytes | bytearray | memoryview
 
@@ -277,7 +273,7 @@ def check_positive(data: Buffer, dtype: str, name: str) -> None:
     )
 
 
-def check_scale(data: Buffer, dtype: str, name: str) -> None:
+def check_float_scale(data: Buffer, dtype: str, name: str) -> None:
     """Floating-point scales of rows, groups or tiles: finite, and 0 at least, for a row of zeros.
 
     `dtype`: BF16, F16, F32 or F64. Raises CheckpointError E-CKP-08.

@@ -2,8 +2,6 @@
 
 A run that writes DST works in `<parent>/.<name>.partial/<name>`, with `journal.json` beside that. The folder
 `.partial` is locked while the run lives; the system ends the lock when the process dies, however it dies.
-
-Parts of a model that are taken over as they are: linked, or copied by the kernel.
 """
 
 from __future__ import annotations
@@ -20,70 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ascendit.checkpoint.file_copy import FULL, copy_file, disk_full, problem, rename_new, room_for
+from ascendit.checkpoint.file_copy import FULL, copy_file, disk_full, rename_new, room_for, write_error
 from ascendit.checkpoint.resume import Journal
 from ascendit.errors import Cancelled, CheckpointError, UsageError
-
-MAX_FILES = 100_000
-"""In one folder that is copied; more come from a maze of links."""
-
-
-def link_or_copy(src: Path, dst: Path, *, copy: bool) -> None:
-    """Make `dst` a link to the real place of the file or folder `src`, or a copy of it.
-
-    In a copy every link is followed (hub caches link to their blobs), so that it stands alone; a file that
-    is there in full already, from a killed run, is left. Raises CheckpointError E-CKP-03 for links in a
-    circle or to nothing, and for what is neither file nor folder; OSError when `dst` cannot be written.
-    """
-    real = _real(src)
-    if copy:
-        _copy(real, dst, (), [0])
-        return
-    if dst.is_symlink() or dst.is_file():
-        dst.unlink()
-    elif dst.is_dir():
-        shutil.rmtree(dst)
-    os.symlink(real, dst)
-
-
-def _copy(real: Path, dst: Path, above: tuple[tuple[int, int], ...], count: list[int]) -> None:
-    """`above`: device and inode of the folders that lead here."""
-    state = real.stat()
-    count[0] += 1
-    if count[0] > MAX_FILES:
-        raise _bad_link(real, f"more than {MAX_FILES} files and folders, links followed")
-    if dst.is_symlink():
-        dst.unlink()
-    if stat.S_ISREG(state.st_mode):
-        if not dst.is_file() or dst.stat().st_size != state.st_size:
-            copy_file(real, dst)
-    elif not stat.S_ISDIR(state.st_mode):
-        raise _bad_link(real, "neither a file nor a folder")
-    elif (own := (state.st_dev, state.st_ino)) in above:
-        raise _bad_link(real, "a link leads back to a folder that it lies in")
-    else:
-        dst.mkdir(exist_ok=True)
-        for name in sorted(os.listdir(real)):
-            _copy(_real(real / name), dst / name, (*above, own), count)
-
-
-def _real(path: Path) -> Path:
-    try:
-        return Path(os.path.realpath(path, strict=True))
-    except OSError as e:
-        raise _bad_link(path, e.strerror or str(e)) from e
-
-
-def _bad_link(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: {why}",
-        needs="files and folders, or links that end at one",
-        fix="download this part of the model again",
-        code="E-CKP-03",
-    )
-
-
-# ---- A folder that appears in full, by one rename, or not at all; and what is linked or copied  -
 
 logger = logging.getLogger("ascendit")
 
@@ -127,7 +64,7 @@ class Staging:
             self.journal = self._take_over(fingerprint, resume)
             self._check_room()
         except OSError as e:
-            told = problem(self._folder, e, needs_bytes)
+            told = write_error(self._folder, e, needs_bytes)
             self._release()
             raise told from e
         except BaseException:
@@ -176,7 +113,7 @@ class Staging:
                 code="E-USE-03",
             ) from e
         except OSError as e:
-            raise problem(self._folder, e, self._needs) from e
+            raise write_error(self._folder, e, self._needs) from e
         self._made = []
         self._clear()
         self._release()
@@ -190,7 +127,7 @@ class Staging:
         if self._lock < 0:  # published
             return
         full = isinstance(error, OSError) and error.errno in FULL
-        told = problem(self._folder, error, self._needs) if full and isinstance(error, OSError) else None
+        told = write_error(self._folder, error, self._needs) if full and isinstance(error, OSError) else None
         stopped = isinstance(error, KeyboardInterrupt | Cancelled) and self.journal.count > 0
         if self.keep or stopped:
             logger.info("kept %s: resume goes on with it", self._folder)
@@ -323,4 +260,65 @@ def _other_work(folder: Path) -> UsageError:
         needs="the same source, options and version as the run that is taken up again",
         fix="run it without --resume, which starts anew, or with the options of that run",
         code="E-USE-01",
+    )
+
+
+# ---- parts of a model that are taken over as they are -------------------------------------------
+
+MAX_FILES = 100_000
+"""In one folder that is copied; more come from a maze of links."""
+
+
+def link_or_copy(src: Path, dst: Path, *, copy: bool) -> None:
+    """Make `dst` a link to the real place of the file or folder `src`, or a copy of it.
+
+    In a copy every link is followed (hub caches link to their blobs), so that it stands alone; a file that
+    is there in full already, from a killed run, is left. Raises CheckpointError E-CKP-03 for links in a
+    circle or to nothing, and for what is neither file nor folder; OSError when `dst` cannot be written.
+    """
+    real = _real(src)
+    if copy:
+        _copy(real, dst, (), [0])
+        return
+    if dst.is_symlink() or dst.is_file():
+        dst.unlink()
+    elif dst.is_dir():
+        shutil.rmtree(dst)
+    os.symlink(real, dst)
+
+
+def _copy(real: Path, dst: Path, above: tuple[tuple[int, int], ...], count: list[int]) -> None:
+    """`above`: device and inode of the folders that lead here."""
+    state = real.stat()
+    count[0] += 1
+    if count[0] > MAX_FILES:
+        raise _bad_link(real, f"more than {MAX_FILES} files and folders, links followed")
+    if dst.is_symlink():
+        dst.unlink()
+    if stat.S_ISREG(state.st_mode):
+        if not dst.is_file() or dst.stat().st_size != state.st_size:
+            copy_file(real, dst)
+    elif not stat.S_ISDIR(state.st_mode):
+        raise _bad_link(real, "neither a file nor a folder")
+    elif (own := (state.st_dev, state.st_ino)) in above:
+        raise _bad_link(real, "a link leads back to a folder that it lies in")
+    else:
+        dst.mkdir(exist_ok=True)
+        for name in sorted(os.listdir(real)):
+            _copy(_real(real / name), dst / name, (*above, own), count)
+
+
+def _real(path: Path) -> Path:
+    try:
+        return Path(os.path.realpath(path, strict=True))
+    except OSError as e:
+        raise _bad_link(path, e.strerror or str(e)) from e
+
+
+def _bad_link(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {why}",
+        needs="files and folders, or links that end at one",
+        fix="download this part of the model again",
+        code="E-CKP-03",
     )

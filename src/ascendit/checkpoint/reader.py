@@ -1,21 +1,20 @@
-"""Tensors on disk: strict safetensors headers, and shards read one tensor at a time.
+"""Tensors on disk: strict safetensors headers, shards read tensor by tensor, tensors read in blocks of rows.
 
-`read_header` checks a file without reading a byte of its tensors. `Shards` joins the files of one
-part and reads exactly the bytes that are asked for. torch is imported by `Shards.read` only.
+`read_header` checks a file without reading a byte of its tensors. `Shards` joins the files of one part and
+reads exactly the bytes that are asked for. `RowReader` reads blocks of rows into one buffer, again and again.
+torch and numpy are imported by the calls that need them.
 
-Tensors read some rows at a time into one buffer that is used again. No torch at module level.
-
-No mmap of files: the pages of one would count as memory of this process, and a shrinking file would kill it.
+Files are not mapped: the pages of one would count as memory of this process, and a shrinking file would kill
+it.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,139 +22,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 from ascendit.checkpoint.component import STEM, Part, is_plain, loads, read_json, stays_inside
 from ascendit.errors import CheckpointError
+from ascendit.names import listed
 
 if TYPE_CHECKING:
     import torch
 
-BLOCK_BYTES = 4 << 20
-
-
-def rows_of(info: TensorInfo) -> tuple[int, int]:
-    """(number of rows, bytes of one): rows lie along the first axis; a scalar is one row."""
-    count = info.shape[0] if info.shape else 1
-    return count, info.nbytes // max(count, 1)
-
-
-def block_rows(info: TensorInfo, *, multiple: int = 1, block_bytes: int | None = None) -> int:
-    """Rows read at once: at most `block_bytes`, by default BLOCK_BYTES, but `multiple`; whole multiples."""
-    rows = (block_bytes or BLOCK_BYTES) // max(rows_of(info)[1], 1) // multiple * multiple
-    return max(rows, multiple)
-
-
-class RowReader:
-    """Reads tensors in blocks of rows. What it gives is valid until the next block is read."""
-
-    def __init__(self) -> None:
-        self._buffer = mmap.mmap(-1, BLOCK_BYTES)
-        self._files: dict[Path, int] = {}
-
-    def blocks(
-        self, info: TensorInfo, *, multiple: int = 1, block_bytes: int | None = None
-    ) -> Iterator[tuple[int, memoryview]]:
-        """(index of the first row, bytes of the rows), from the first row to the last.
-
-        Raises CheckpointError E-CKP-02 if the file has shrunk since its header was read.
-        """
-        count, row_bytes = rows_of(info)
-        step = block_rows(info, multiple=multiple, block_bytes=block_bytes)
-        if step * row_bytes > len(self._buffer):
-            self._buffer = mmap.mmap(-1, step * row_bytes)
-        for start in range(0, count, step):
-            rows = min(step, count - start)
-            view = memoryview(self._buffer)[: rows * row_bytes]
-            self._fill(info, info.start + start * row_bytes, view)
-            yield start, view
-
-    def whole(self, info: TensorInfo) -> bytes:
-        """All bytes of a small tensor, in memory of their own."""
-        data = bytearray(info.nbytes)
-        self._fill(info, info.start, memoryview(data))
-        return bytes(data)
-
-    def into(self, info: TensorInfo, view: memoryview) -> None:
-        """All bytes of a tensor into `view`."""
-        self._fill(info, info.start, view[: info.nbytes])
-
-    def _fill(self, info: TensorInfo, offset: int, view: memoryview) -> None:
-        handle = self._files.get(info.file)
-        if handle is None:
-            handle = self._files[info.file] = os.open(info.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        done = 0
-        while done < len(view):
-            count = os.preadv(handle, [view[done:]], offset + done)
-            if count == 0:
-                raise CheckpointError(
-                    f"{info.file}: truncated while it was read, in {info.name}",
-                    needs="files that nobody changes during the run",
-                    fix="download the file again, then run this again",
-                    code="E-CKP-02",
-                )
-            done += count
-
-    def close(self) -> None:
-        """Close the files."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def as_tensor(view: memoryview, info: TensorInfo) -> torch.Tensor:
-    """The rows in `view` as a tensor [rows, ...] of the dtype of `info`. It shares the memory."""
-    import torch
-
-    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[info.dtype])
-    flat = torch.frombuffer(view, dtype=dtype)
-    rest = info.shape[1:]
-    return flat.view(-1, *rest) if math.prod(rest) else flat
-
-
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, which must outlive the view."""
-    import torch
-
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-def tile_values(codes: torch.Tensor, scale: torch.Tensor, start: int, tile: int = 128) -> torch.Tensor:
-    """FP8 rows [n, K] beginning at row `start` (a multiple of `tile`) -> float32 code x scale of its tile.
-
-    `scale`: float32 [ceil(N / tile), ceil(K / tile)], the `weight_scale_inv` of the whole weight. Equal to
-    `mx.decode` of fp8_128x128 on those rows, in a third of the memory.
-    """
-    import torch
-
-    values = codes.to(torch.float32)
-    for row in range(0, values.shape[0], tile):
-        factors = scale[(start + row) // tile].repeat_interleave(tile)[: values.shape[1]]
-        values[row : row + tile] *= factors
-    return values
-
-
-def float_bytes(data: bytes | bytearray | memoryview, dtype: str) -> bytes:
-    """BF16, F16 or F32 numbers as F32, exact."""
-    if dtype == "F32":
-        return bytes(data)
-    if dtype == "BF16":  # the upper half of a float32
-        wide = bytearray(2 * len(data))
-        wide[2::4], wide[3::4] = data[0::2], data[1::2]
-        return bytes(wide)
-    import numpy as np
-
-    assert dtype == "F16", dtype
-    return np.frombuffer(data, np.float16).astype(np.float32).tobytes()
-
-
-# ---- Tensors on disk: strict safetensors headers, and shards read one tensor at a time ----------
-
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-_CHUNK = 1 << 30  # bytes; no system reads 2 GiB in one call
 DTYPE_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -188,6 +59,11 @@ TORCH_DTYPES = {
     "F4": "float4_e2m1fn_x2",
 }
 """safetensors spelling -> name in torch. F4 holds two elements in a byte, so its last axis is halved."""
+
+
+# ---- headers ------------------------------------------------------------------------------------
+
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 @dataclass(frozen=True)
@@ -273,6 +149,20 @@ def _entry(path: Path, name: str, entry: object, offset: int) -> TensorInfo:
 
 def _naturals(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+def _broken(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {problem}",
+        needs="a whole safetensors file",
+        fix="download the file again and compare its size and sha256 with the source",
+        code="E-CKP-02",
+    )
+
+
+# ---- the files of one part ----------------------------------------------------------------------
+
+_CHUNK = 1 << 30  # bytes; no system reads 2 GiB in one call
 
 
 class Shards:
@@ -465,13 +355,6 @@ def _twice(name: str, first: Path, second: Path) -> CheckpointError:
     )
 
 
-def listed(names: Iterable[str], limit: int = 5) -> str:
-    """The first names, sorted, and how many more there are."""
-    ordered = sorted(names)
-    more = len(ordered) - limit
-    return ", ".join(itertools.islice(ordered, limit)) + (f" and {more} more" if more > 0 else "")
-
-
 def _no_weights(folder: Path, stem: str) -> CheckpointError:
     if not folder.is_dir():
         found = f"no folder {folder}"
@@ -495,10 +378,116 @@ def _dangling(link: Path) -> CheckpointError:
     )
 
 
-def _broken(path: Path, problem: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: {problem}",
-        needs="a whole safetensors file",
-        fix="download the file again and compare its size and sha256 with the source",
-        code="E-CKP-02",
-    )
+# ---- blocks of rows -----------------------------------------------------------------------------
+
+BLOCK_BYTES = 4 << 20
+
+
+class RowReader:
+    """Reads tensors in blocks of rows. What it gives is valid until the next block is read."""
+
+    def __init__(self) -> None:
+        self._buffer = mmap.mmap(-1, BLOCK_BYTES)
+        self._files: dict[Path, int] = {}
+
+    def blocks(
+        self, info: TensorInfo, *, multiple: int = 1, block_bytes: int | None = None
+    ) -> Iterator[tuple[int, memoryview]]:
+        """(index of the first row, bytes of the rows), from the first row to the last.
+
+        Raises CheckpointError E-CKP-02 if the file has shrunk since its header was read.
+        """
+        count, row_bytes = rows_of(info)
+        step = block_rows(info, multiple=multiple, block_bytes=block_bytes)
+        if step * row_bytes > len(self._buffer):
+            self._buffer = mmap.mmap(-1, step * row_bytes)
+        for start in range(0, count, step):
+            rows = min(step, count - start)
+            view = memoryview(self._buffer)[: rows * row_bytes]
+            self._fill(info, info.start + start * row_bytes, view)
+            yield start, view
+
+    def whole(self, info: TensorInfo) -> bytes:
+        """All bytes of a small tensor, in memory of their own."""
+        data = bytearray(info.nbytes)
+        self._fill(info, info.start, memoryview(data))
+        return bytes(data)
+
+    def into(self, info: TensorInfo, view: memoryview) -> None:
+        """All bytes of a tensor into `view`."""
+        self._fill(info, info.start, view[: info.nbytes])
+
+    def _fill(self, info: TensorInfo, offset: int, view: memoryview) -> None:
+        handle = self._files.get(info.file)
+        if handle is None:
+            handle = self._files[info.file] = os.open(info.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        done = 0
+        while done < len(view):
+            count = os.preadv(handle, [view[done:]], offset + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{info.file}: truncated while it was read, in {info.name}",
+                    needs="files that nobody changes during the run",
+                    fix="download the file again, then run this again",
+                    code="E-CKP-02",
+                )
+            done += count
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def rows_of(info: TensorInfo) -> tuple[int, int]:
+    """(number of rows, bytes of one): rows lie along the first axis; a scalar is one row."""
+    count = info.shape[0] if info.shape else 1
+    return count, info.nbytes // max(count, 1)
+
+
+def block_rows(info: TensorInfo, *, multiple: int = 1, block_bytes: int | None = None) -> int:
+    """Rows read at once: at most `block_bytes`, by default BLOCK_BYTES, but `multiple`; whole multiples."""
+    rows = (block_bytes or BLOCK_BYTES) // max(rows_of(info)[1], 1) // multiple * multiple
+    return max(rows, multiple)
+
+
+# ---- bytes and tensors --------------------------------------------------------------------------
+
+
+def as_tensor(view: memoryview, info: TensorInfo) -> torch.Tensor:
+    """The rows in `view` as a tensor [rows, ...] of the dtype of `info`. It shares the memory."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[info.dtype])
+    flat = torch.frombuffer(view, dtype=dtype)
+    rest = info.shape[1:]
+    return flat.view(-1, *rest) if math.prod(rest) else flat
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, which must outlive the view."""
+    import torch
+
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def float_bytes(data: bytes | bytearray | memoryview, dtype: str) -> bytes:
+    """BF16, F16 or F32 numbers as F32, exact."""
+    if dtype == "F32":
+        return bytes(data)
+    if dtype == "BF16":  # the upper half of a float32
+        wide = bytearray(2 * len(data))
+        wide[2::4], wide[3::4] = data[0::2], data[1::2]
+        return bytes(wide)
+    import numpy as np
+
+    assert dtype == "F16", dtype
+    return np.frombuffer(data, np.float16).astype(np.float32).tobytes()

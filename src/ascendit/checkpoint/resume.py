@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-VERSION = 1
+JOURNAL_VERSION = 1
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
-class Done:
+class CompleteFile:
     """One complete file."""
 
     nbytes: int
@@ -33,18 +33,18 @@ class Journal:
         self.root = root
         self.fingerprint = fingerprint
         self.boot = _boot()
-        self._done: dict[str, Done] = {}
+        self._done: dict[str, CompleteFile] = {}
 
     @classmethod
     def read(cls, path: Path, root: Path) -> Self | None:
         """What a run has left; None when there is nothing that can be understood."""
         try:
             data = json.loads(path.read_bytes())
-            if data["version"] != VERSION:
+            if data["version"] != JOURNAL_VERSION:
                 return None
             journal = cls(path, root, str(data["fingerprint"]))
             journal.boot = str(data["boot"])
-            journal._done = {name: Done(**entry) for name, entry in data["files"].items()}
+            journal._done = {name: CompleteFile(**entry) for name, entry in data["files"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return journal
@@ -59,7 +59,7 @@ class Journal:
         """How many files are complete."""
         return len(self._done)
 
-    def complete(self, file: Path) -> Done | None:
+    def complete(self, file: Path) -> CompleteFile | None:
         """What is known of `file` when it is complete; its size on disk is compared."""
         done = self._done.get(self._key(file))
         try:
@@ -69,12 +69,16 @@ class Journal:
 
     def add(self, file: Path, nbytes: int, sha256: str | None = None) -> None:
         """`file` is complete: its last byte is written. Raises OSError."""
-        self._done[self._key(file)] = Done(nbytes, sha256)
+        self._done[self._key(file)] = CompleteFile(nbytes, sha256)
         self.write()
 
     def write(self) -> None:
         """Replace the file. Raises OSError."""
-        data: dict[str, Any] = {"version": VERSION, "fingerprint": self.fingerprint, "boot": self.boot}
+        data: dict[str, Any] = {
+            "version": JOURNAL_VERSION,
+            "fingerprint": self.fingerprint,
+            "boot": self.boot,
+        }
         data["files"] = {name: asdict(done) for name, done in self._done.items()}
         new = self.path.with_name(f"{self.path.name}.new")
         new.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,13 +1,12 @@
-"""One transformer under Diffusers names, whatever layout it lies in. Headers and JSON only, no torch.
+"""One transformer under Diffusers names, whatever layout it is stored in. Headers and JSON only, no torch.
 
 `read_expert` takes what several tools write for the same thing and ends with one description of it, or
-with an error. Authority: the manifest, else the marker in config.json, else the dtypes of the tensors;
-two that disagree are an error that names both.
+with an error. Authority: the manifest, else `quantization_config` in config.json, else the dtypes of the
+tensors; two that disagree are an error that names both.
 
-The Diffusers config of a transformer that came without one: from an original config, and from shapes.
-
-Original Wan configs lack `text_dim`, `patch_size` and the image layers; msModelSlim writes none for a
-cascade; single files have none. All of it stands in the shapes, but for the number of heads.
+A transformer that came without a Diffusers config gets one from its shapes: original configs lack `text_dim`,
+`patch_size` and the image layers, msModelSlim writes none for a cascade, single files have none. The shapes
+say all of it but the number of heads.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ascendit.checkpoint.component import TRANSFORMER, Part
-from ascendit.checkpoint.layer_format import FLOATS, Layer, read_layers
+from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer, read_layers
 from ascendit.checkpoint.quant_metadata import (
-    KEY,
+    CONFIG_KEY,
     Manifest,
     Marker,
     find_manifest,
     read_manifest,
     read_marker,
 )
-from ascendit.checkpoint.reader import Shards, TensorInfo, listed
+from ascendit.checkpoint.reader import Shards, TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.family import WanConfig
 from ascendit.names import (
@@ -39,13 +38,268 @@ from ascendit.names import (
     Shapes,
     canonical,
     expected_tensors,
+    listed,
     naming_of,
     on_disk,
 )
 from ascendit.quant.schemes import FP8_TILES
 
+Origin = Literal["float", "msmodelslim", "vllm-omni", "sglang", "ascendit", "fp8-block"]
+ATTENTION_TENSOR = re.compile(r"(blocks\.[0-9]+\.attn[12]\.)(?:[qk]_rot|fa3?_[qkv]\.(?:scale|offset))")
+"""Tensors of a quantized attention that no config foretells: rotations, and static scales."""
+
 HEAD_DIM = WanConfig.attention_head_dim
 """Of every published Wan model."""
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One transformer. `tensors` and `layers` go by Diffusers names; `TensorInfo.name` is that on disk."""
+
+    name: str
+    """`transformer` or `transformer_2`."""
+    path: Path
+    """Its folder, or its one file."""
+    config: dict[str, Any]
+    """Of a WanTransformer3DModel, without `quantization_config`."""
+    config_problem: str | None
+    """What the files do not tell, such as the number of heads, which is then null in `config`."""
+    naming: Naming
+    tensors: dict[str, TensorInfo]
+    """All of them, in the order of the files; those that Diffusers passes over are left out."""
+    layers: dict[str, Layer]
+    """Those that are quantized or smoothed; the other linear layers are plain floating point."""
+    manifest: dict[str, str] | None
+    """Tensors, attentions and what is said about the whole file, in this order."""
+    attention: dict[str, str]
+    """`<attn>.quant_type` -> its value."""
+    marker: dict[str, Any] | None
+    """`quantization_config` of config.json, as it stands there."""
+    origin: Origin
+
+
+class Misfit(CheckpointError):
+    """E-CKP-04: not the tensors of the model that the config describes. `checks` has all their names."""
+
+    def __init__(self, got: str, *, needs: str, checks: Mapping[str, tuple[str, ...]]) -> None:
+        fix = "download the weights and config.json again, both from the same revision"
+        super().__init__(got, needs=needs, fix=fix, code="E-CKP-04")
+        self.checks = checks
+        """missing, unexpected, misshapen, mistyped -> names as the files have them."""
+
+
+def read_expert(part: Part) -> Expert:
+    """Read the headers and JSON files of one transformer, and check that they fit together.
+
+    Raises CheckpointError: E-CKP-02, -03, -04, -06 for damaged files as `Shards.open` does; E-CKP-01 for
+    tensors of another model; E-CKP-09 when two tensors come to one name; E-CKP-08 for weights and scales
+    that do not pair; E-CKP-07 when manifest, marker and dtypes disagree; E-CKP-04 for tensors that are
+    missing, left over, misshapen or mistyped, or that the manifest does not name.
+    """
+    with Shards.of_part(part) as shards:
+        stored = shards.tensors
+    naming = naming_of(stored)
+    if naming is None:
+        raise _no_transformer(part, stored)
+    tensors = _canonical(stored, naming)
+    manifest = _manifest(part, naming)
+    marker = read_marker(part.config, tolerant=manifest is not None)
+    told = manifest.claims() if manifest else {}
+    layers = read_layers(tensors, (marker.claims(tensors) if marker else {}) | told)
+    config, problem = _config(part, tensors, layers)
+    expected = expected_tensors(_countable(config, tensors))
+    layers = {name: _narrowed(layer, expected) for name, layer in layers.items()}
+    _check_tensors(part, config, expected, naming, tensors, layers)
+    if manifest:
+        manifest.check(tensors, layers)
+    if marker:
+        marker.check(tensors, layers, told)
+    return Expert(
+        name=part.name,
+        path=part.path,
+        config=config,
+        config_problem=problem,
+        naming=naming,
+        tensors=tensors,
+        layers=layers,
+        manifest=manifest.entries() if manifest else None,
+        attention=manifest.attention if manifest else {},
+        marker=part.config.get(CONFIG_KEY),
+        origin=_origin(part, naming, layers, manifest, marker),
+    )
+
+
+def _canonical(stored: Mapping[str, TensorInfo], naming: Naming) -> dict[str, TensorInfo]:
+    """The tensors by Diffusers name, without those that the model does not have and Diffusers skips."""
+    tensors: dict[str, TensorInfo] = {}
+    for name, info in stored.items():
+        new = canonical(name, naming)
+        if any(f".{word}." in new for word in TOLERATED):
+            continue
+        if new in tensors:
+            raise CheckpointError(
+                f"{tensors[new].name} and {name} are both {new}",
+                needs="each tensor once, under one name",
+                fix="remove one of the two; they come from different tools or versions",
+                code="E-CKP-09",
+            )
+        tensors[new] = info
+    return tensors
+
+
+def _manifest(part: Part, naming: Naming) -> Manifest | None:
+    """The manifest in the part's folder. A lone file has none: what lies beside it may be another's."""
+    if part.files == (part.path,):
+        return None
+    path = find_manifest(part.folder)
+    return read_manifest(path, naming) if path else None
+
+
+def _config(
+    part: Part, tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]
+) -> tuple[dict[str, Any], str | None]:
+    """A Diffusers config, and what it lacks. One that is there is taken as it is."""
+    original = not part.config or part.config.get("_class_name", TRANSFORMER) != TRANSFORMER
+    if not original:
+        return {key: value for key, value in part.config.items() if key != CONFIG_KEY}, None
+    return diffusers_config(part.config, _decoded_shapes(tensors, layers))
+
+
+def _decoded_shapes(
+    tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]
+) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {name: info.shape for name, info in tensors.items()}
+    return shapes | {f"{layer.name}.weight": layer.shape for layer in layers.values()}
+
+
+def _check_tensors(
+    part: Part,
+    config: Mapping[str, Any],
+    expected: Shapes,
+    naming: Naming,
+    tensors: Mapping[str, TensorInfo],
+    layers: Mapping[str, Layer],
+) -> None:
+    """Raise E-CKP-04 unless these are, decoded, the tensors that are expected."""
+    shapes = _decoded_shapes(tensors, layers)
+    head_dim = config.get("attention_head_dim")
+    own = {f"{layer.name}.{role}" for layer in layers.values() for role in layer.tensors}
+    extra = [name for name in tensors if name not in expected and name not in own]
+    rotations = {name: tensors[name] for name in extra if _of_attention(name, expected)}
+    both = [name for name in tensors if name in expected]
+    problems = {
+        "missing": [on_disk(name, naming) for name in expected if name not in tensors],
+        "unexpected": [tensors[name].name for name in extra if name not in rotations],
+        "misshapen": [
+            f"{tensors[name].name} {list(shapes[name])}, not {list(expected[name])}"
+            for name in both
+            if shapes[name] != expected[name]
+        ]
+        + _odd_rotations(rotations, head_dim),
+        "mistyped": [
+            f"{tensors[name].name} {tensors[name].dtype}"
+            for name in (*both, *(n for n in rotations if n.endswith("_rot")))
+            if name not in own and tensors[name].dtype not in FLOAT_DTYPES
+        ],
+    }
+    if wrong := [f"{len(names)} {kind} ({listed(names)})" for kind, names in problems.items() if names]:
+        raise Misfit(
+            f"{part.path} is no whole {TRANSFORMER} of its config: {'; '.join(wrong)}",
+            needs=f"exactly the {len(expected)} tensors of this {TRANSFORMER}, floating point or quantized",
+            checks={kind: tuple(names) for kind, names in problems.items()},
+        )
+
+
+def _of_attention(name: str, expected: Shapes) -> bool:
+    """Whether `name` belongs to the quantization of an attention that the model has."""
+    found = ATTENTION_TENSOR.fullmatch(name)
+    return found is not None and f"{found[1]}to_q.weight" in expected
+
+
+def _narrowed(layer: Layer, expected: Shapes) -> Layer:
+    """With an odd K where the model has one: half a byte of each packed row is then empty."""
+    rows, columns = layer.shape
+    if layer.container == "packed" and expected.get(f"{layer.name}.weight") == (rows, columns - 1):
+        return replace(layer, shape=(rows, columns - 1))
+    return layer
+
+
+def _countable(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """`config` for counting tensors: one head as wide as the model where the number of heads is unknown."""
+    if config.get("num_attention_heads", 1) is not None:
+        return dict(config)
+    patch = tensors.get("patch_embedding.weight")
+    width = (*(patch.shape if patch else ()), HEAD_DIM)[0]
+    return {**config, "num_attention_heads": 1, "attention_head_dim": width}
+
+
+def _odd_rotations(rotations: Mapping[str, TensorInfo], head_dim: object) -> list[str]:
+    """Rotation matrices that are not [D, D], D the size of a head, or of which one lacks the other."""
+    wrong = []
+    for name, info in rotations.items():
+        if not name.endswith("_rot"):
+            continue
+        size = head_dim if isinstance(head_dim, int) else (info.shape[0] if info.shape else 0)
+        if info.shape != (size, size):
+            wrong.append(f"{info.name} {list(info.shape)}, not {[size, size]}")
+        other = name[: -len("q_rot")] + ("k_rot" if name.endswith("q_rot") else "q_rot")
+        if other not in rotations:
+            wrong.append(f"{info.name} without its {other.rpartition('.')[2]}")
+    return wrong
+
+
+def _origin(
+    part: Part,
+    naming: Naming,
+    layers: Mapping[str, Layer],
+    manifest: Manifest | None,
+    marker: Marker | None,
+) -> Origin:
+    """Which tool wrote this."""
+    if not layers and manifest is None:
+        return "float"
+    if part.files != (part.path,) and any(
+        (folder / "ascendit.json").is_file() for folder in (part.folder, part.folder.parent)
+    ):
+        return "ascendit"
+    if any(layer.scheme == FP8_TILES for layer in layers.values()):
+        return "fp8-block"
+    if marker:
+        return "vllm-omni"
+    return "sglang" if naming == "diffusers" and manifest else "msmodelslim"
+
+
+def _no_transformer(part: Part, stored: Mapping[str, TensorInfo]) -> CheckpointError:
+    return CheckpointError(
+        f"{part.path} holds no Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
+        needs="tensors such as patch_embedding.weight and blocks.0.self_attn.q.weight",
+        fix="give the file or folder of the diffusion transformer",
+        code="E-CKP-01",
+    )
+
+
+# ---- what an expert holds -----------------------------------------------------------------------
+
+
+def shapes_of(expert: Expert) -> dict[str, tuple[int, ...]]:
+    """Every weight, bias and table by its Diffusers name, weights as they are when decoded."""
+    coded = {
+        info.name
+        for layer in expert.layers.values()
+        for role, info in layer.tensors.items()
+        if role not in ("weight", "bias")
+    }
+    shapes = {name: info.shape for name, info in expert.tensors.items() if info.name not in coded}
+    return shapes | {f"{name}.weight": layer.shape for name, layer in expert.layers.items()}
+
+
+def num_weights(expert: Expert) -> int:
+    """Numbers of the model, scales not counted."""
+    return sum(math.prod(shape) for shape in shapes_of(expert).values())
+
+
+# ---- a Diffusers config from an original one, and from shapes -----------------------------------
+
 _SAME = ("qk_norm", "rope_max_seq_len", "added_kv_proj_dim", "image_dim", "pos_embed_seq_len")
 _FIXED: dict[str, Any] = {"_class_name": TRANSFORMER, **{key: getattr(WanConfig, key) for key in _SAME}}
 """What every Wan model has, and null for layers that not every one has."""
@@ -161,237 +415,4 @@ def _bad_value(key: str, value: object, needs: str) -> CheckpointError:
         needs=f"{key}: {needs}",
         fix="restore config.json from where the model came from",
         code="E-CKP-06",
-    )
-
-
-# ---- One transformer under Diffusers names, whatever layout it lies in. Headers and JSON only,  -
-
-Origin = Literal["float", "msmodelslim", "vllm-omni", "sglang", "ascendit", "fp8-block"]
-ATTENTION_TENSOR = re.compile(r"(blocks\.[0-9]+\.attn[12]\.)(?:[qk]_rot|fa3?_[qkv]\.(?:scale|offset))")
-"""Tensors of a quantized attention that no config foretells: rotations, and static scales."""
-
-
-@dataclass(frozen=True)
-class Expert:
-    """One transformer. `tensors` and `layers` go by Diffusers names; `TensorInfo.name` is that on disk."""
-
-    name: str
-    """`transformer` or `transformer_2`."""
-    path: Path
-    """Its folder, or its one file."""
-    config: dict[str, Any]
-    """Of a WanTransformer3DModel, without `quantization_config`."""
-    config_problem: str | None
-    """What the files do not tell, such as the number of heads, which is then null in `config`."""
-    naming: Naming
-    tensors: dict[str, TensorInfo]
-    """All of them, in the order of the files; those that Diffusers passes over are left out."""
-    layers: dict[str, Layer]
-    """Those that are quantized or smoothed; the other linear layers are plain floating point."""
-    manifest: dict[str, str] | None
-    """Tensors, attentions and what is said about the whole file, in this order."""
-    attention: dict[str, str]
-    """`<attn>.quant_type` -> its value."""
-    marker: dict[str, Any] | None
-    """`quantization_config` of config.json, as it stands there."""
-    origin: Origin
-
-
-class Misfit(CheckpointError):
-    """E-CKP-04: not the tensors of the model that the config describes. `checks` has all their names."""
-
-    def __init__(self, got: str, *, needs: str, checks: Mapping[str, tuple[str, ...]]) -> None:
-        fix = "download the weights and config.json again, both from the same revision"
-        super().__init__(got, needs=needs, fix=fix, code="E-CKP-04")
-        self.checks = checks
-        """missing, unexpected, misshapen, mistyped -> names as the files have them."""
-
-
-def read_expert(part: Part) -> Expert:
-    """Read the headers and JSON files of one transformer, and check that they fit together.
-
-    Raises CheckpointError: E-CKP-02, -03, -04, -06 for damaged files as `Shards.open` does; E-CKP-01 for
-    tensors of another model; E-CKP-09 when two tensors come to one name; E-CKP-08 for weights and scales
-    that do not pair; E-CKP-07 when manifest, marker and dtypes disagree; E-CKP-04 for tensors that are
-    missing, left over, misshapen or mistyped, or that the manifest does not name.
-    """
-    with Shards.of_part(part) as shards:
-        stored = shards.tensors
-    naming = naming_of(stored)
-    if naming is None:
-        raise _no_transformer(part, stored)
-    tensors = _canonical(stored, naming)
-    manifest = _manifest(part, naming)
-    marker = read_marker(part.config, tolerant=manifest is not None)
-    told = manifest.claims() if manifest else {}
-    layers = read_layers(tensors, (marker.claims(tensors) if marker else {}) | told)
-    config, problem = _config(part, tensors, layers)
-    expected = expected_tensors(_countable(config, tensors))
-    layers = {name: _narrowed(layer, expected) for name, layer in layers.items()}
-    _check_tensors(part, config, expected, naming, tensors, layers)
-    if manifest:
-        manifest.check(tensors, layers)
-    if marker:
-        marker.check(tensors, layers, told)
-    return Expert(
-        name=part.name,
-        path=part.path,
-        config=config,
-        config_problem=problem,
-        naming=naming,
-        tensors=tensors,
-        layers=layers,
-        manifest=manifest.entries() if manifest else None,
-        attention=manifest.attention if manifest else {},
-        marker=part.config.get(KEY),
-        origin=_origin(part, naming, layers, manifest, marker),
-    )
-
-
-def _canonical(stored: Mapping[str, TensorInfo], naming: Naming) -> dict[str, TensorInfo]:
-    """The tensors by Diffusers name, without those that the model does not have and Diffusers skips."""
-    tensors: dict[str, TensorInfo] = {}
-    for name, info in stored.items():
-        new = canonical(name, naming)
-        if any(f".{word}." in new for word in TOLERATED):
-            continue
-        if new in tensors:
-            raise CheckpointError(
-                f"{tensors[new].name} and {name} are both {new}",
-                needs="each tensor once, under one name",
-                fix="remove one of the two; they come from different tools or versions",
-                code="E-CKP-09",
-            )
-        tensors[new] = info
-    return tensors
-
-
-def _manifest(part: Part, naming: Naming) -> Manifest | None:
-    """The manifest in the part's folder. A lone file has none: what lies beside it may be another's."""
-    if part.files == (part.path,):
-        return None
-    path = find_manifest(part.folder)
-    return read_manifest(path, naming) if path else None
-
-
-def _config(
-    part: Part, tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]
-) -> tuple[dict[str, Any], str | None]:
-    """A Diffusers config, and what it lacks. One that is there is taken as it is."""
-    original = not part.config or part.config.get("_class_name", TRANSFORMER) != TRANSFORMER
-    if not original:
-        return {key: value for key, value in part.config.items() if key != KEY}, None
-    return diffusers_config(part.config, _decoded_shapes(tensors, layers))
-
-
-def _decoded_shapes(
-    tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]
-) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {name: info.shape for name, info in tensors.items()}
-    return shapes | {f"{layer.name}.weight": layer.shape for layer in layers.values()}
-
-
-def _check_tensors(
-    part: Part,
-    config: Mapping[str, Any],
-    expected: Shapes,
-    naming: Naming,
-    tensors: Mapping[str, TensorInfo],
-    layers: Mapping[str, Layer],
-) -> None:
-    """Raise E-CKP-04 unless these are, decoded, the tensors that are expected."""
-    shapes = _decoded_shapes(tensors, layers)
-    head_dim = config.get("attention_head_dim")
-    own = {f"{layer.name}.{role}" for layer in layers.values() for role in layer.tensors}
-    extra = [name for name in tensors if name not in expected and name not in own]
-    rotations = {name: tensors[name] for name in extra if _of_attention(name, expected)}
-    both = [name for name in tensors if name in expected]
-    problems = {
-        "missing": [on_disk(name, naming) for name in expected if name not in tensors],
-        "unexpected": [tensors[name].name for name in extra if name not in rotations],
-        "misshapen": [
-            f"{tensors[name].name} {list(shapes[name])}, not {list(expected[name])}"
-            for name in both
-            if shapes[name] != expected[name]
-        ]
-        + _odd_rotations(rotations, head_dim),
-        "mistyped": [
-            f"{tensors[name].name} {tensors[name].dtype}"
-            for name in (*both, *(n for n in rotations if n.endswith("_rot")))
-            if name not in own and tensors[name].dtype not in FLOATS
-        ],
-    }
-    if wrong := [f"{len(names)} {kind} ({listed(names)})" for kind, names in problems.items() if names]:
-        raise Misfit(
-            f"{part.path} is no whole {TRANSFORMER} of its config: {'; '.join(wrong)}",
-            needs=f"exactly the {len(expected)} tensors of this {TRANSFORMER}, floating point or quantized",
-            checks={kind: tuple(names) for kind, names in problems.items()},
-        )
-
-
-def _of_attention(name: str, expected: Shapes) -> bool:
-    """Whether `name` belongs to the quantization of an attention that the model has."""
-    found = ATTENTION_TENSOR.fullmatch(name)
-    return found is not None and f"{found[1]}to_q.weight" in expected
-
-
-def _narrowed(layer: Layer, expected: Shapes) -> Layer:
-    """With an odd K where the model has one: half a byte of each packed row is then empty."""
-    rows, columns = layer.shape
-    if layer.container == "packed" and expected.get(f"{layer.name}.weight") == (rows, columns - 1):
-        return replace(layer, shape=(rows, columns - 1))
-    return layer
-
-
-def _countable(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """`config` for counting tensors: one head as wide as the model where the number of heads is unknown."""
-    if config.get("num_attention_heads", 1) is not None:
-        return dict(config)
-    patch = tensors.get("patch_embedding.weight")
-    width = (*(patch.shape if patch else ()), HEAD_DIM)[0]
-    return {**config, "num_attention_heads": 1, "attention_head_dim": width}
-
-
-def _odd_rotations(rotations: Mapping[str, TensorInfo], head_dim: object) -> list[str]:
-    """Rotation matrices that are not [D, D], D the size of a head, or of which one lacks the other."""
-    wrong = []
-    for name, info in rotations.items():
-        if not name.endswith("_rot"):
-            continue
-        size = head_dim if isinstance(head_dim, int) else (info.shape[0] if info.shape else 0)
-        if info.shape != (size, size):
-            wrong.append(f"{info.name} {list(info.shape)}, not {[size, size]}")
-        other = name[: -len("q_rot")] + ("k_rot" if name.endswith("q_rot") else "q_rot")
-        if other not in rotations:
-            wrong.append(f"{info.name} without its {other.rpartition('.')[2]}")
-    return wrong
-
-
-def _origin(
-    part: Part,
-    naming: Naming,
-    layers: Mapping[str, Layer],
-    manifest: Manifest | None,
-    marker: Marker | None,
-) -> Origin:
-    """Which tool wrote this."""
-    if not layers and manifest is None:
-        return "float"
-    if part.files != (part.path,) and any(
-        (folder / "ascendit.json").is_file() for folder in (part.folder, part.folder.parent)
-    ):
-        return "ascendit"
-    if any(layer.scheme == FP8_TILES for layer in layers.values()):
-        return "fp8-block"
-    if marker:
-        return "vllm-omni"
-    return "sglang" if naming == "diffusers" and manifest else "msmodelslim"
-
-
-def _no_transformer(part: Part, stored: Mapping[str, TensorInfo]) -> CheckpointError:
-    return CheckpointError(
-        f"{part.path} holds no Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
-        needs="tensors such as patch_embedding.weight and blocks.0.self_attn.q.weight",
-        fix="give the file or folder of the diffusion transformer",
-        code="E-CKP-01",
     )

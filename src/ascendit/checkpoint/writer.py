@@ -7,10 +7,6 @@
 
 Names of files, index and metadata are those that Diffusers writes. No torch. Like `cp`, nothing is forced
 to the disk: a killed process loses nothing that was written, a power failure may.
-
-sha256 of a stream, in a thread of its own.
-
-What goes into which file, at which byte: headers and sizes of the shards, before anything is written.
 """
 
 from __future__ import annotations
@@ -30,65 +26,21 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
+from ascendit.checkpoint.component import STEM
 from ascendit.checkpoint.file_copy import PAGE, move_bytes, reserve, truncated, write_at, writing
 from ascendit.checkpoint.reader import DTYPE_BITS, TensorInfo
 from ascendit.checkpoint.resume import Journal
 from ascendit.errors import CheckpointError
 
-CHUNK = 1 << 20  # bytes
-_CHUNKS = 8  # that wait at most
-
-
-class Hasher:
-    """Hashes files one after the other while the caller goes on: `feed`, ..., `finish`, `feed`, ...
-
-    `feed` copies, into buffers that are used again, so the caller's buffer is free when it returns. It waits
-    when 8 MiB are ahead of the hash (about 2 GiB/s where the processor knows SHA).
-    """
-
-    def __init__(self) -> None:
-        self._free: SimpleQueue[bytearray] = SimpleQueue()
-        self._work: SimpleQueue[tuple[bytearray, int] | None] = SimpleQueue()
-        self._digests: SimpleQueue[str] = SimpleQueue()
-        for _ in range(_CHUNKS):
-            self._free.put(bytearray(CHUNK))
-        self._thread = threading.Thread(target=self._run, name="ascendit-sha256", daemon=True)
-        self._thread.start()
-
-    def feed(self, data: memoryview) -> None:
-        """`data`: bytes."""
-        for start in range(0, len(data), CHUNK):
-            piece = data[start : start + CHUNK]
-            buffer = self._free.get()
-            buffer[: len(piece)] = piece
-            self._work.put((buffer, len(piece)))
-
-    def finish(self) -> str:
-        """The digest of what was fed since the last one, in hex."""
-        self._work.put((bytearray(), 0))
-        return self._digests.get()
-
-    def close(self) -> None:
-        """End the thread."""
-        self._work.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        digest = hashlib.sha256()
-        while (item := self._work.get()) is not None:
-            buffer, count = item
-            if not count:
-                self._digests.put(digest.hexdigest())
-                digest = hashlib.sha256()
-                continue
-            digest.update(memoryview(buffer)[:count])
-            self._free.put(buffer)
-
-
-# ---- What goes into which file, at which byte: headers and sizes of the shards, before anything -
-
-STEM = "diffusion_pytorch_model"
 MAX_SHARD_BYTES = 5_000_000_000
+
+Data = bytes | bytearray | memoryview | mmap.mmap
+"""Of a NumPy array it is `array.data`."""
+_RUN = 256 << 20  # bytes moved in one call, so that progress is told and Ctrl-C heard
+_BUFFER = 1 << 20
+
+
+# ---- what goes into which file, at which byte ---------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -109,7 +61,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class ShardPlan:
+class ShardLayout:
     """One file to be written."""
 
     file: Path
@@ -123,14 +75,14 @@ class ShardPlan:
         return len(self.header) + sum(spec.nbytes for spec in self.specs)
 
 
-def plan_shards(
+def lay_out_shards(
     folder: Path,
     specs: Sequence[TensorSpec],
     *,
     stem: str = STEM,
     max_shard_bytes: int | None = MAX_SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
-) -> tuple[ShardPlan, ...]:
+) -> tuple[ShardLayout, ...]:
     """Files for `specs`, in their order. A new one begins where `max_shard_bytes` of tensors would be passed;
     None: one file. No tensor is split. `metadata` is `{"format": "pt"}` unless given."""
     assert specs and len({spec.name for spec in specs}) == len(specs), "no tensor, or a name twice"
@@ -147,7 +99,7 @@ def plan_shards(
         names = [f"{stem}.safetensors"]
     metadata = {"format": "pt"} if metadata is None else metadata
     return tuple(
-        ShardPlan(folder / name, tuple(group), _header(group, metadata))
+        ShardLayout(folder / name, tuple(group), _header(group, metadata))
         for name, group in zip(names, groups, strict=True)
     )
 
@@ -171,12 +123,7 @@ def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-# ---- Safetensors shards written as a stream: every header is known beforehand, the bytes follow -
-
-Data = bytes | bytearray | memoryview | mmap.mmap
-"""Of a NumPy array it is `array.data`."""
-_RUN = 256 << 20  # bytes moved in one call, so that progress is told and Ctrl-C heard
-_BUFFER = 1 << 20
+# ---- writing ------------------------------------------------------------------------------------
 
 
 class ShardWriter:
@@ -198,7 +145,7 @@ class ShardWriter:
         journal: Journal | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.shards = plan_shards(
+        self.shards = lay_out_shards(
             self.folder, specs, stem=stem, max_shard_bytes=max_shard_bytes, metadata=metadata
         )
         self._stem = stem
@@ -283,7 +230,7 @@ class ShardWriter:
 
     # ---- what is written where
 
-    def _found_complete(self, shard: ShardPlan, hash: bool) -> bool:
+    def _found_complete(self, shard: ShardLayout, hash: bool) -> bool:
         """Whether the journal knows this file, with just this header, and its sha256 if that is wanted."""
         done = self._journal.complete(shard.file) if self._journal else None
         if not done or done.nbytes != shard.nbytes or (hash and not done.sha256):
@@ -421,7 +368,7 @@ class ShardWriter:
             self._hasher = None
 
 
-def _begin(shard: ShardPlan) -> None:
+def _begin(shard: ShardLayout) -> None:
     """A file with its header and room for the rest."""
     fd = os.open(shard.file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
@@ -429,3 +376,55 @@ def _begin(shard: ShardPlan) -> None:
         write_at(fd, memoryview(shard.header), 0)
     finally:
         os.close(fd)
+
+
+# ---- sha256 in a thread -------------------------------------------------------------------------
+
+CHUNK = 1 << 20  # bytes
+_CHUNKS = 8  # that wait at most
+
+
+class Hasher:
+    """Hashes files one after the other while the caller goes on: `feed`, ..., `finish`, `feed`, ...
+
+    `feed` copies, into buffers that are used again, so the caller's buffer is free when it returns. It waits
+    when 8 MiB are ahead of the hash (about 2 GiB/s where the processor knows SHA).
+    """
+
+    def __init__(self) -> None:
+        self._free: SimpleQueue[bytearray] = SimpleQueue()
+        self._work: SimpleQueue[tuple[bytearray, int] | None] = SimpleQueue()
+        self._digests: SimpleQueue[str] = SimpleQueue()
+        for _ in range(_CHUNKS):
+            self._free.put(bytearray(CHUNK))
+        self._thread = threading.Thread(target=self._run, name="ascendit-sha256", daemon=True)
+        self._thread.start()
+
+    def feed(self, data: memoryview) -> None:
+        """`data`: bytes."""
+        for start in range(0, len(data), CHUNK):
+            piece = data[start : start + CHUNK]
+            buffer = self._free.get()
+            buffer[: len(piece)] = piece
+            self._work.put((buffer, len(piece)))
+
+    def finish(self) -> str:
+        """The digest of what was fed since the last one, in hex."""
+        self._work.put((bytearray(), 0))
+        return self._digests.get()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._work.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        digest = hashlib.sha256()
+        while (item := self._work.get()) is not None:
+            buffer, count = item
+            if not count:
+                self._digests.put(digest.hexdigest())
+                digest = hashlib.sha256()
+                continue
+            digest.update(memoryview(buffer)[:count])
+            self._free.put(buffer)

@@ -12,7 +12,7 @@ from ascendit.cli import generate_options
 from ascendit.cli.output import Output, quiet_libraries, two_columns
 
 if TYPE_CHECKING:
-    from ascendit.cli.generate_options import Plan
+    from ascendit.cli.generate_options import Prepared
     from ascendit.cli.progress import ProgressView
     from ascendit.pipeline.video import Video
 
@@ -155,7 +155,7 @@ def generate(
 
     ascendit generate --demo "a red circle moves right on a black background"
     """
-    from ascendit.cli.generate_options import make_plan, read_call
+    from ascendit.cli.generate_options import prepare, read_call
 
     if frames is not None and seconds is not None:
         raise typer.BadParameter("give --frames or --seconds, not both", ctx=ctx)
@@ -166,11 +166,11 @@ def generate(
     for note in call.notes:
         out.note(note)
     with out.work():
-        plan = make_plan(call, output, overwrite=overwrite)
+        prepared = prepare(call, output, overwrite=overwrite)
     if dry_run:
-        _print_plan(plan, out)
+        _print_dry_run(prepared, out)
     else:
-        _run(plan, out, overwrite=overwrite)
+        _run(prepared, out, overwrite=overwrite)
 
 
 def flag_values(params: dict[str, Any]) -> dict[str, Any]:
@@ -194,60 +194,62 @@ def flag_values(params: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _run(plan: Plan, out: Output, *, overwrite: bool) -> None:
+def _run(prepared: Prepared, out: Output, *, overwrite: bool) -> None:
     from ascendit.cli.progress import progress_view
 
     start = time.perf_counter()
     with out.work(), progress_view(silent=out.quiet or out.json) as view:
-        video = _make(plan, out, view)
-        path = video.save(plan.output, metadata=plan.call.metadata, overwrite=overwrite)
+        video = _make(prepared, out, view)
+        path = video.save(prepared.output, metadata=prepared.call.metadata, overwrite=overwrite)
     took = time.perf_counter() - start
-    _print_result(plan, out, video, path, took)
+    _print_result(prepared, out, video, path, took)
 
 
-def _make(plan: Plan, out: Output, view: ProgressView) -> Video:
+def _make(prepared: Prepared, out: Output, view: ProgressView) -> Video:
     """Load the model and run the request. Ctrl-C stops between steps; out of memory says in which stage."""
     import ascendit
     from ascendit.cli.interruptions import Interrupt, is_out_of_memory, out_of_memory
 
     quiet_libraries()
     try:
-        pipe = ascendit.load(plan.call.model, on_progress=view, **plan.load_options)
+        pipe = ascendit.load(prepared.call.model, on_progress=view, **prepared.load_options)
         with Interrupt(silent=out.quiet or out.json) as interrupt:
-            video: Video = pipe.run(plan.request, on_progress=view, cancel=interrupt.event)
+            video: Video = pipe.run(prepared.request, on_progress=view, cancel=interrupt.event)
             interrupt.check()
     except Exception as error:
         if is_out_of_memory(error):
-            raise out_of_memory(error, view.meter.stage, plan.call.device) from error
+            raise out_of_memory(error, view.meter.stage, prepared.call.device) from error
         raise
     return video
 
 
-def _print_result(plan: Plan, out: Output, video: Video, path: Path, took: float) -> None:
+def _print_result(prepared: Prepared, out: Output, video: Video, path: Path, took: float) -> None:
     n, height, width, _ = video.frames.shape
     out.line(str(path))
     out.detail(
         f"  {width}x{height}, {n} frames, {video.fps} fps, {n / video.fps:.2f} s of video; "
-        f"took {took:.1f} s; seed {plan.request.seed}"
+        f"took {took:.1f} s; seed {prepared.request.seed}"
     )
-    out.detail(f"  replay  {plan.replay}")
+    out.detail(f"  replay  {prepared.replay}")
     out.emit({"output": str(path), **video.describe(), "seconds": round(took, 3)})
 
 
-def _print_plan(plan: Plan, out: Output) -> None:
-    told = plan.as_dict()
+def _print_dry_run(prepared: Prepared, out: Output) -> None:
+    told = prepared.as_dict()
     out.emit(told)
-    given = {*plan.call.fields, "prompt"} | ({"num_frames"} if plan.call.seconds is not None else set())
-    out.line(f"would run  {plan.defaults.model} in {told['folder']}")
+    given = {*prepared.call.fields, "prompt"} | (
+        {"num_frames"} if prepared.call.seconds is not None else set()
+    )
+    out.line(f"would run  {prepared.defaults.model} in {told['folder']}")
     out.line("request")
     shown = [(k, v) for k, v in told["request"].items() if v is not None]
     for line in two_columns((k, f"{v}" if k in given else f"{v}  (default)") for k, v in shown):
         out.line(line)
     out.line("defaults from")
-    for source in plan.defaults.sources:
+    for source in prepared.defaults.sources:
         out.line(f"  {source}")
-    passes = "two passes" if plan.request.do_classifier_free_guidance else "one pass"
+    passes = "two passes" if prepared.request.do_classifier_free_guidance else "one pass"
     tokens = f"{told['video_tokens']} video and {told['text_tokens']} text tokens"
     out.line(f"work       {tokens}, {passes} for each step")
-    out.line(f"output     {plan.output}")
-    out.line(f"replay     {plan.replay}")
+    out.line(f"output     {prepared.output}")
+    out.line(f"replay     {prepared.replay}")

@@ -300,7 +300,7 @@ class Call:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Prepared:
     """A call that fits its model: everything is checked that can be checked without weights."""
 
     call: Call
@@ -387,7 +387,7 @@ def read_call(
     return Call(model=model, prompt=prompt, fields=values, **extras)
 
 
-def make_plan(call: Call, output: Path | None, *, overwrite: bool) -> Plan:
+def prepare(call: Call, output: Path | None, *, overwrite: bool) -> Prepared:
     """Meet the model: its folder, its defaults, the request, the name of the output; no weights."""
     from ascendit.checkpoint.layout import recognise
     from ascendit.pipeline import video
@@ -415,7 +415,7 @@ def make_plan(call: Call, output: Path | None, *, overwrite: bool) -> Plan:
     shape = (request.num_frames, request.height, request.width)
     sidecar = b"" if call.metadata else None
     video.check_output(output, shape, request.fps, sidecar=sidecar, overwrite=overwrite)
-    return Plan(call=call, layout=layout, defaults=defaults, request=request, output=output)
+    return Prepared(call=call, layout=layout, defaults=defaults, request=request, output=output)
 
 
 def find_model(call: Call) -> Path:

@@ -1,6 +1,6 @@
 """What a calibration gives to `quantize`: maxima of the inputs of each layer, and `mul_scale` made of them.
 
-Layers that share one input share one s, see `quant.fusion`. Who runs the model is in `pipeline/calibrate.py`.
+Layers that share one input share one s, see `quant.fusion`. `pipeline/calibrate.py` runs the model.
 No torch at module level.
 """
 
@@ -17,16 +17,15 @@ from ascendit.checkpoint.reader import TORCH_DTYPES
 from ascendit.errors import UsageError
 from ascendit.names import is_block_linear
 from ascendit.quant.fusion import leader_of
-from ascendit.weights.quantize_plan import ExpertPlan
+from ascendit.weights.applied_recipe import AppliedRecipe
+from ascendit.weights.lora.fold import LoraSource
 
 if TYPE_CHECKING:
     import torch
 
-    from ascendit.weights.lora.fold import LoraSource
-
 ALPHA = 0.9
 """msModelSlim's, in the recipe that smooths Wan."""
-ROWS = 256
+SAMPLED_ROWS = 256
 """Tokens of each input that are kept where outputs are measured."""
 STATISTICS = "calibration.safetensors"
 """What has been found so far, in the unfinished output: `--resume` goes on with it."""
@@ -44,7 +43,7 @@ class Statistics:
     """Some of its tokens, drawn evenly, [n, K] in the dtype of the run; n is 0 where none are wanted."""
 
 
-Found = Mapping[str, Mapping[str, Statistics]]
+ExpertStatistics = Mapping[str, Mapping[str, Statistics]]
 """Expert -> first layer of a group -> its statistics."""
 
 
@@ -72,7 +71,9 @@ class Calibrate(Protocol):
     def record(self, layout: Layout) -> Mapping[str, Any]:
         """What would be run, for `ascendit.json`. Raises what can be known before a weight is read."""
 
-    def __call__(self, layout: Layout, loras: Sequence[LoraSource], rows: int, save: Save) -> Found:
+    def __call__(
+        self, layout: Layout, loras: Sequence[LoraSource], rows: int, save: Save
+    ) -> ExpertStatistics:
         """Run it, with the LoRA files folded in; keep `rows` tokens of each input."""
 
 
@@ -113,19 +114,21 @@ def kind_of(layer: str) -> str:
     return re.sub(r"^blocks\.\d+\.", "", layer)
 
 
-def smoothable(plan: ExpertPlan) -> list[str]:
+def smoothable(applied: AppliedRecipe) -> list[str]:
     """The layers that a calibration smooths: linears of the blocks that are quantized."""
-    return [name for name in plan.coded if is_block_linear(name)]
+    return [name for name in applied.coded if is_block_linear(name)]
 
 
-def placeholders(plan: ExpertPlan) -> dict[str, torch.Tensor]:
-    """A `mul_scale` of ones for each layer that will be smoothed: the plan before the model has run."""
+def placeholders(applied: AppliedRecipe) -> dict[str, torch.Tensor]:
+    """A `mul_scale` of ones for each layer that will be smoothed, until the model has run."""
     import torch
 
-    return {name: torch.ones(plan.weight(name).shape[1]) for name in smoothable(plan)}
+    return {name: torch.ones(applied.weight(name).shape[1]) for name in smoothable(applied)}
 
 
-def mul_scales(plan: ExpertPlan, found: Mapping[str, Statistics], alpha: float) -> dict[str, torch.Tensor]:
+def mul_scales(
+    applied: AppliedRecipe, found: Mapping[str, Statistics], alpha: float
+) -> dict[str, torch.Tensor]:
     """Layer -> mul_scale, float32 [K]: msModelSlim's 1 / s, computed in the dtype that is quantized.
 
     UsageError E-QNT-01 for an input that was never seen, or whose maxima are not finite.
@@ -135,11 +138,11 @@ def mul_scales(plan: ExpertPlan, found: Mapping[str, Statistics], alpha: float) 
     from ascendit.mx.smoothing import smoothing_factors, to_mul_scale
 
     made: dict[str, torch.Tensor] = {}
-    for name in smoothable(plan):
+    for name in smoothable(applied):
         stats = found.get(leader_of(name))
         if stats is None or not bool(stats.input_amax.isfinite().all()):
-            raise _no_statistics(plan.expert.name, name, stats is None)
-        stored = TORCH_DTYPES[plan.dtype(plan.weight(name))]
+            raise _no_statistics(applied.expert.name, name, stats is None)
+        stored = TORCH_DTYPES[applied.dtype(applied.weight(name))]
         # Float16 ends at 65504, and maxima of activations do not; the weight rounds s to its own dtype.
         dtype = torch.float32 if stored == "float16" else getattr(torch, stored)
         factors = smoothing_factors(stats.input_amax, stats.weight_amax, alpha, dtype=dtype)

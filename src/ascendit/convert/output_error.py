@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,36 +19,34 @@ from ascendit.mx.formats import SEARCH
 from ascendit.mx.row_encoder import ScaleSearch
 from ascendit.mx.smoothing import smooth_input, smooth_weight
 from ascendit.quant.fusion import leader_of
-from ascendit.quant.layer_rules import LayerPlan
+from ascendit.quant.layer_rules import LayerScheme
 from ascendit.quant.schemes import SCHEMES
-from ascendit.weights.quantize_plan import ExpertPlan
+from ascendit.weights.applied_recipe import AppliedRecipe
+from ascendit.weights.lora.fold import Folds
 from ascendit.weights.quantize_writer import SourceRows
-
-if TYPE_CHECKING:
-    from ascendit.weights.lora.fold import Folds
 
 
 def output_quality(
-    plan: ExpertPlan,
+    applied: AppliedRecipe,
     found: Mapping[str, Statistics],
     reader: RowReader,
     folds: Folds | None,
     advance: Callable[[str, int], None],
 ) -> Outputs:
-    """Of every smoothed layer of `plan`. `advance` is told the bytes of each weight that is done."""
-    rows = SourceRows(replace(plan, smoothing={}), reader, folds, small_blocks=True)
+    """Of every smoothed layer of `applied`. `advance` is told the bytes of each weight that is done."""
+    rows = SourceRows(replace(applied, smoothing={}), reader, folds, small_blocks=True)
     layers = {}
-    for name in smoothable(plan):
+    for name in smoothable(applied):
         tokens = found[leader_of(name)].rows
         if len(tokens):
-            layers[name] = _measure(plan, plan.coded[name], tokens, rows)
-        advance(name, plan.weight(name).nbytes)
+            layers[name] = _measure(applied, applied.coded[name], tokens, rows)
+        advance(name, applied.weight(name).nbytes)
     return Outputs(layers=layers)
 
 
-def _measure(plan: ExpertPlan, layer: LayerPlan, tokens: Tensor, rows: SourceRows) -> OutputQuality:
-    name, scale = f"{layer.layer}.weight", plan.smoothing[layer.layer]
-    info = plan.weight(layer.layer)
+def _measure(applied: AppliedRecipe, layer: LayerScheme, tokens: Tensor, rows: SourceRows) -> OutputQuality:
+    name, scale = f"{layer.name}.weight", applied.smoothing[layer.name]
+    info = applied.weight(layer.name)
 
     def smoothed(w: Tensor) -> Tensor:
         return smooth_weight(w, scale)
@@ -76,7 +73,7 @@ def _coded_and_back(x: Tensor, scheme: str, rule: str | None) -> Tensor:
     return decode(encode(x, SCHEMES[scheme].weight, scale_rule=rule))
 
 
-def _rule(layer: LayerPlan, blocks: Iterable[Tensor]) -> str | None:
+def _rule(layer: LayerScheme, blocks: Iterable[Tensor]) -> str | None:
     """The scale rule; of one that is looked for the one that is found in these rows."""
     if layer.scale_rule != SEARCH:
         return layer.scale_rule

@@ -2,13 +2,12 @@
 
     repack("wan22_w8a8_mxfp8_export", "wan22-mxfp8", base="hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers")
 
-Bytes that stay as they are go from file to file inside the kernel. The others are written some rows at a
-time, see `rewrite`. What an engine cannot load is refused before anything is written. torch is imported for
-FP8 in tiles and for `check` only.
+Bytes that stay as they are go from file to file inside the kernel; the others are written some rows at a time
+by `weights.tensor_steps`. What an engine cannot load is refused before anything is written. torch is imported
+for FP8 in tiles and for `check` only.
 
-Whether two experts hold the same numbers: both are decoded, rows at a time, and hashed. Imports torch.
-
-It shares no code with `rewrite`: containers are undone by value, scales are read as they lie.
+`check` decodes both sides, rows at a time, and hashes them. It shares no code with `tensor_steps`: containers
+are undone by value, scales are read as they are stored.
 """
 
 from __future__ import annotations
@@ -17,25 +16,25 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.hub import model_folder
-from ascendit.checkpoint.layer_format import Layer
+from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer
 from ascendit.checkpoint.layout import WORDS, Layout, recognise
 from ascendit.checkpoint.output_folder import Staging
-from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes, as_tensor, listed
-from ascendit.checkpoint.transformer import Expert, read_expert
+from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes, as_tensor
+from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter
 from ascendit.convert import provenance
-from ascendit.convert import provenance as bases
 from ascendit.convert.report import RepackedExpert, RepackReport, add_up
 from ascendit.errors import CheckpointError
 from ascendit.mx.formats import FORMATS
-from ascendit.progress import ConversionProgress, OnConversionProgress
+from ascendit.names import listed
+from ascendit.progress import Advance, ConversionMeter, OnConversionProgress
 from ascendit.quant.schemes import FP8_TILES, SCHEMES, STORED_SCHEMES
 from ascendit.version import __version__
 from ascendit.weights import canonical_tensors
@@ -48,8 +47,8 @@ from ascendit.weights.engine_formats import (
     traits_of,
 )
 from ascendit.weights.tensor_steps import (
-    Step,
-    Steps,
+    TensorStep,
+    TensorSteps,
     produce,
     schemes_of,
     smoothed_layers,
@@ -59,130 +58,6 @@ from ascendit.weights.tensor_steps import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_FLOATS = ("F32", "BF16", "F16", "F64")
-_TILE, _GROUP = FORMATS[FP8_TILES].block, SCHEMES["mxfp4_dualscale"].group
-Told = Callable[[str, int], None]
-
-
-def digests(expert: Expert, told: Told | None = None) -> dict[str, str]:
-    """Name -> sha256 of the numbers, as float32, little-endian, by rows.
-
-    A quantized layer has one entry for its decoded weight; its scales are in it, zero offsets in none. A
-    `mul_scale` of ones, which changes nothing, has none either. `told(name, bytes read)` after each.
-    """
-    found: dict[str, str] = {}
-    inside = set()
-    with RowReader() as reader:
-        for name, layer in expert.layers.items():
-            parts = [info for role, info in layer.tensors.items() if role not in ("bias", "mul_scale")]
-            inside |= set(parts)
-            found[f"{name}.weight"] = _sha256(decoded(layer, reader))
-            if told:
-                told(name, sum(info.nbytes for info in parts))
-        for name, info in expert.tensors.items():
-            if info not in inside and not (name.endswith(".mul_scale") and _is_ones(info, reader)):
-                found[name] = _sha256(_plain(info, reader))
-                if told:
-                    told(name, info.nbytes)
-    return found
-
-
-def combined(digests_by_name: dict[str, str]) -> str:
-    """One sha256 over all names and digests, in the order of the names."""
-    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests_by_name.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def compare(source: Expert, written: Expert, told: Told | None = None) -> dict[str, str]:
-    """The digests of both, if they agree. CheckpointError E-CKP-10, which names the tensors, if not."""
-    before, after = digests(source, told), digests(written, told)
-    wrong = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if wrong:
-        raise CheckpointError(
-            f"{len(wrong)} of {len(before)} tensors of {source.path} came out otherwise: {listed(wrong)}",
-            needs="the same numbers before and after",
-            fix="run it again; if it happens again, check disk and memory, and report it with this message",
-            code="E-CKP-10",
-        )
-    return before
-
-
-def _sha256(rows: Iterator[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for block in rows:
-        digest.update(as_bytes(block))
-    return digest.hexdigest()
-
-
-def _plain(info: TensorInfo, reader: RowReader) -> Iterator[Tensor]:
-    import torch
-
-    for _, view in reader.blocks(info):
-        rows = as_tensor(view, info)
-        yield rows.to(torch.float32) if info.dtype in _FLOATS else rows
-
-
-def _is_ones(info: TensorInfo, reader: RowReader) -> bool:
-    return all(bool((rows == 1).all()) for rows in _plain(info, reader))
-
-
-# ---- decoding -----------------------------------------------------------------------------------
-
-
-def decoded(layer: Layer, reader: RowReader) -> Iterator[Tensor]:
-    """The weight of a layer as float32 rows [n, K]; FP8 in tiles is rounded to bfloat16 on the way."""
-    import torch
-
-    from ascendit import mx
-
-    if layer.scheme == "bf16":
-        yield from _plain(layer.tensors["weight"], reader)
-        return
-    weight = layer.tensors["weight"]
-    scales = {role: _whole(info, reader) for role, info in layer.tensors.items() if "scale" in role}
-    for start, view in reader.blocks(weight, multiple=_TILE):
-        codes = as_tensor(view, weight)
-        shape = (codes.shape[0], layer.shape[1])
-        rows = slice(start, start + codes.shape[0])
-        if layer.scheme == FP8_TILES:
-            tiles = scales["weight_scale_inv"][start // _TILE : -(-rows.stop // _TILE)]
-            encoded = mx.Encoded(codes, tiles, None, layer.scheme, -1, shape)
-            yield mx.decode(encoded, torch.bfloat16).to(torch.float32)
-            continue
-        scale = scales["weight_scale"]
-        if not STORED_SCHEMES[layer.scheme].block:
-            scale = scale.reshape(-1, 1).expand(layer.shape[0], 1)
-        yield _values(codes, scale[rows], layer, shape, scales.get("weight_dual_scale"), rows)
-
-
-def _values(
-    codes: Tensor, scale: Tensor, layer: Layer, shape: tuple[int, int], dual: Tensor | None, rows: slice
-) -> Tensor:
-    import torch
-
-    from ascendit import mx
-
-    dual_rows = None if dual is None else dual.reshape(layer.shape[0], -1, 1)[rows]
-    if layer.container in ("plain", "packed"):
-        return mx.decode(mx.Encoded(codes, scale, dual_rows, layer.scheme, -1, shape), torch.float32)
-    numbers = mx.Encoded(codes.to(torch.float8_e4m3fn), scale, None, "mxfp8", -1, shape)
-    values = mx.decode(numbers, torch.float32)
-    if dual_rows is None:
-        return values
-    return values * dual_rows.squeeze(-1).repeat_interleave(_GROUP, -1)[:, : shape[1]]
-
-
-def _whole(info: TensorInfo, reader: RowReader) -> Tensor:
-    """A scale in memory: E8M0 as uint8, others as float32."""
-    import torch
-
-    data = bytearray(reader.whole(info))
-    values = as_tensor(memoryview(data), info).reshape(info.shape)
-    return values.to(torch.float32) if info.dtype in _FLOATS else values.view(torch.uint8)
-
-
-# ---- Checkpoint to checkpoint without a change of one number: other names, files, containers ----
 
 WAYS = {
     "widen": "to float32",
@@ -199,7 +74,7 @@ class _Job:
 
     expert: Expert
     config: dict[str, Any]
-    steps: Steps
+    steps: TensorSteps
     dialect: Dialect
     folder: str
 
@@ -239,7 +114,7 @@ def repack(
     `src`: a path in any layout that `checkpoint.layout` knows, or hf:/ms: and a name. `base`: the Diffusers
     folder of the model, which gives the other parts and the configs. `to`: `diffusers` (default) or `wan`.
     `engine`: a key of `ENGINES`, for its dialect. `check`: decode both sides and compare. `copy`: copy
-    other parts instead of linking them. `resume`: go on where a killed run ended. `dry_run`: plan only.
+    other parts instead of linking them. `resume`: go on where a killed run ended. `dry_run`: only report.
 
     Raises UsageError (E-ENG-01: what the engine cannot load; E-USE-01/02/03/06), CheckpointError (E-CKP-..),
     EnvironmentProblem (E-ENV-02, E-ENV-04).
@@ -248,8 +123,8 @@ def repack(
     dst = Path(dst).expanduser()
     dialect = dialect_for(engine, to)
     source = recognise(model_folder(src))
-    parts_from = bases.read_base(base, source) if base is not None else _own_parts(source)
-    jobs = _plan(source, dialect, parts_from if base is not None else None)
+    parts_from = provenance.read_base(base, source) if base is not None else _own_parts(source)
+    jobs = _jobs_for(source, dialect, parts_from if base is not None else None)
     checked: dict[str, dict[str, str]] = {}
     placed: tuple[str, ...] = ()
     if not dry_run:
@@ -257,11 +132,12 @@ def repack(
         needed = sum(job.nbytes for job in jobs)
         mark = _fingerprint(jobs, dialect, check=check, copy=copy)
         with Staging(dst, sources=sources, fingerprint=mark, resume=resume, needs_bytes=needed) as staging:
-            files = _write(jobs, staging, check, _Meter(on_progress, "write", needed))
+            files = _write(jobs, staging, check, ConversionMeter(needed, on_progress).advance_in("write"))
             if parts_from and dialect.naming == "diffusers":
-                placed = bases.place_parts(parts_from, staging.path, copy=copy)
+                placed = provenance.place_parts(parts_from, staging.path, copy=copy)
             if check:
-                checked = _compare(jobs, staging.path, _Meter(on_progress, "check", 2 * needed))
+                meter = ConversionMeter(2 * needed, on_progress)
+                checked = _compare(jobs, staging.path, meter.advance_in("check"))
             made = _made(source, dst, jobs, files, checked, base=base, to=to, engine=engine, check=check)
             provenance.write_made(staging.path, made, dst.name)
             staging.publish()
@@ -281,7 +157,7 @@ def repack(
     )
 
 
-# ---- planning -----------------------------------------------------------------------------------
+# ---- what is decided first ----------------------------------------------------------------------
 
 
 def _own_parts(source: Layout) -> Layout | None:
@@ -289,12 +165,12 @@ def _own_parts(source: Layout) -> Layout | None:
     return source if source.kind == "diffusers" else None
 
 
-def _plan(source: Layout, dialect: Dialect, base: Layout | None) -> list[_Job]:
+def _jobs_for(source: Layout, dialect: Dialect, base: Layout | None) -> list[_Job]:
     """The way of every expert. What cannot be done is found here."""
     jobs = []
     for part in source.experts:
         expert = read_expert(part)
-        config = bases.config_from(base, expert) if base else expert.config
+        config = provenance.config_from(base, expert) if base else expert.config
         _check_engine(expert, dialect)
         folder = dialect.folder(expert.name, len(source.experts))
         jobs.append(_Job(expert, config, steps_for(expert, dialect), dialect, folder))
@@ -325,24 +201,7 @@ def _fingerprint(jobs: list[_Job], dialect: Dialect, **flags: bool) -> str:
 # ---- writing ------------------------------------------------------------------------------------
 
 
-class _Meter:
-    """Tells the progress of one stage."""
-
-    def __init__(self, told: OnConversionProgress | None, stage: str, total: int) -> None:
-        self._told, self._stage, self._total = told, stage, total
-        self._done = self._skipped = 0
-        self._started = time.monotonic()
-
-    def __call__(self, name: str, nbytes: int, skipped: bool = False) -> None:
-        self._done += nbytes
-        self._skipped += nbytes * skipped
-        if self._told:
-            seconds = time.monotonic() - self._started
-            told = ConversionProgress(self._stage, name, self._done, self._total, seconds, self._skipped)
-            self._told(told)
-
-
-def _write(jobs: list[_Job], staging: Staging, check: bool, meter: _Meter) -> dict[str, str]:
+def _write(jobs: list[_Job], staging: Staging, check: bool, advance: Advance) -> dict[str, str]:
     """Every expert: weights, manifest, config.json. Returns path in the folder -> sha256, with `check`."""
     hashes: dict[str, str] = {}
     for job in jobs:
@@ -360,7 +219,7 @@ def _write(jobs: list[_Job], staging: Staging, check: bool, meter: _Meter) -> di
             for step in job.steps.written:
                 if not (done := writer.done(step.spec.name)):
                     _write_one(step, writer, reader)
-                meter(f"{job.expert.name}.{step.name}", step.spec.nbytes, done)
+                advance(f"{job.expert.name}.{step.name}", step.spec.nbytes, done)
             for step in job.steps.dropped:
                 for _ in produce(step, reader):
                     pass
@@ -373,7 +232,7 @@ def _write(jobs: list[_Job], staging: Staging, check: bool, meter: _Meter) -> di
     return hashes
 
 
-def _write_one(step: Step, writer: ShardWriter, reader: RowReader) -> None:
+def _write_one(step: TensorStep, writer: ShardWriter, reader: RowReader) -> None:
     if step.how == "move":
         writer.move(step.sources[0], step.spec.name)
         return
@@ -399,17 +258,17 @@ def _write_json(job: _Job, folder: Path) -> None:
         file.chmod(dialect.mode)
 
 
-def _compare(jobs: list[_Job], folder: Path, meter: _Meter) -> dict[str, dict[str, str]]:
+def _compare(jobs: list[_Job], folder: Path, advance: Advance) -> dict[str, dict[str, str]]:
     """Read what was written as anyone would, and compare all numbers with the source."""
 
     written = recognise(folder)
     return {
-        job.expert.name: compare(job.expert, read_expert(part), meter)
+        job.expert.name: compare_numbers(job.expert, read_expert(part), advance)
         for job, part in zip(jobs, written.experts, strict=True)
     }
 
 
-# ---- telling ------------------------------------------------------------------------------------
+# ---- the report ---------------------------------------------------------------------------------
 
 
 def _made(
@@ -466,7 +325,7 @@ def _expert_report(job: _Job, checked: dict[str, str] | None) -> RepackedExpert:
         num_renamed=len(names - {step.spec.name for step in steps}),
         moved_bytes=sum(step.spec.nbytes for step in steps if not step.rewritten),
         rewritten_bytes=sum(step.spec.nbytes for step in rewritten),
-        num_weights=bases.num_weights(job.expert),
+        num_weights=num_weights(job.expert),
         rewritten=Counter(WAYS[step.how] for step in rewritten),
         decoded_sha256=digest,
         num_checked=len(checked or {}),
@@ -483,3 +342,122 @@ def _warnings(jobs: list[_Job], dialect: Dialect, parts: Layout | None) -> tuple
     if parts is None and dialect.naming == "diffusers":
         found["only the transformers were written; --base MODEL adds the other parts"] = None
     return tuple(found)
+
+
+# ---- the numbers of two experts -----------------------------------------------------------------
+
+_TILE, _GROUP = FORMATS[FP8_TILES].block, SCHEMES["mxfp4_dualscale"].group
+
+
+def compare_numbers(source: Expert, written: Expert, advance: Advance | None = None) -> dict[str, str]:
+    """The digests of both, if they agree. CheckpointError E-CKP-10, which names the tensors, if not."""
+    before, after = digests(source, advance), digests(written, advance)
+    wrong = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} of {len(before)} tensors of {source.path} came out otherwise: {listed(wrong)}",
+            needs="the same numbers before and after",
+            fix="run it again; if it happens again, check disk and memory, and report it with this message",
+            code="E-CKP-10",
+        )
+    return before
+
+
+def digests(expert: Expert, advance: Advance | None = None) -> dict[str, str]:
+    """Name -> sha256 of the numbers, as float32, little-endian, by rows.
+
+    A quantized layer has one entry for its decoded weight; its scales are in it, zero offsets in none. A
+    `mul_scale` of ones, which changes nothing, has none either. `advance(name, bytes read)` after each.
+    """
+    found: dict[str, str] = {}
+    inside = set()
+    with RowReader() as reader:
+        for name, layer in expert.layers.items():
+            parts = [info for role, info in layer.tensors.items() if role not in ("bias", "mul_scale")]
+            inside |= set(parts)
+            found[f"{name}.weight"] = _sha256(decoded(layer, reader))
+            if advance:
+                advance(name, sum(info.nbytes for info in parts))
+        for name, info in expert.tensors.items():
+            if info not in inside and not (name.endswith(".mul_scale") and _is_ones(info, reader)):
+                found[name] = _sha256(_plain(info, reader))
+                if advance:
+                    advance(name, info.nbytes)
+    return found
+
+
+def combined(digests_by_name: dict[str, str]) -> str:
+    """One sha256 over all names and digests, in the order of the names."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests_by_name.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _sha256(rows: Iterator[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for block in rows:
+        digest.update(as_bytes(block))
+    return digest.hexdigest()
+
+
+def _plain(info: TensorInfo, reader: RowReader) -> Iterator[Tensor]:
+    import torch
+
+    for _, view in reader.blocks(info):
+        rows = as_tensor(view, info)
+        yield rows.to(torch.float32) if info.dtype in FLOAT_DTYPES else rows
+
+
+def _is_ones(info: TensorInfo, reader: RowReader) -> bool:
+    return all(bool((rows == 1).all()) for rows in _plain(info, reader))
+
+
+def decoded(layer: Layer, reader: RowReader) -> Iterator[Tensor]:
+    """The weight of a layer as float32 rows [n, K]; FP8 in tiles is rounded to bfloat16 on the way."""
+    import torch
+
+    from ascendit import mx
+
+    if layer.scheme == "bf16":
+        yield from _plain(layer.tensors["weight"], reader)
+        return
+    weight = layer.tensors["weight"]
+    scales = {role: _whole(info, reader) for role, info in layer.tensors.items() if "scale" in role}
+    for start, view in reader.blocks(weight, multiple=_TILE):
+        codes = as_tensor(view, weight)
+        shape = (codes.shape[0], layer.shape[1])
+        rows = slice(start, start + codes.shape[0])
+        if layer.scheme == FP8_TILES:
+            tiles = scales["weight_scale_inv"][start // _TILE : -(-rows.stop // _TILE)]
+            encoded = mx.Encoded(codes, tiles, None, layer.scheme, -1, shape)
+            yield mx.decode(encoded, torch.bfloat16).to(torch.float32)
+            continue
+        scale = scales["weight_scale"]
+        if not STORED_SCHEMES[layer.scheme].block:
+            scale = scale.reshape(-1, 1).expand(layer.shape[0], 1)
+        yield _values(codes, scale[rows], layer, shape, scales.get("weight_dual_scale"), rows)
+
+
+def _values(
+    codes: Tensor, scale: Tensor, layer: Layer, shape: tuple[int, int], dual: Tensor | None, rows: slice
+) -> Tensor:
+    import torch
+
+    from ascendit import mx
+
+    dual_rows = None if dual is None else dual.reshape(layer.shape[0], -1, 1)[rows]
+    if layer.container in ("plain", "packed"):
+        return mx.decode(mx.Encoded(codes, scale, dual_rows, layer.scheme, -1, shape), torch.float32)
+    numbers = mx.Encoded(codes.to(torch.float8_e4m3fn), scale, None, "mxfp8", -1, shape)
+    values = mx.decode(numbers, torch.float32)
+    if dual_rows is None:
+        return values
+    return values * dual_rows.squeeze(-1).repeat_interleave(_GROUP, -1)[:, : shape[1]]
+
+
+def _whole(info: TensorInfo, reader: RowReader) -> Tensor:
+    """A scale in memory: E8M0 as uint8, others as float32."""
+    import torch
+
+    data = bytearray(reader.whole(info))
+    values = as_tensor(memoryview(data), info).reshape(info.shape)
+    return values.to(torch.float32) if info.dtype in FLOAT_DTYPES else values.view(torch.uint8)

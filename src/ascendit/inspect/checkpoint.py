@@ -12,10 +12,10 @@ from ascendit.checkpoint.reader import Shards
 from ascendit.checkpoint.transformer import Misfit, read_expert
 from ascendit.convert.provenance import RECORD_FILE
 from ascendit.errors import AscenditError, CheckpointError
-from ascendit.family import WanConfig, WanSpec, match
+from ascendit.family import WanConfig, WanSpec, match_spec
 from ascendit.inspect.engines import runs_on
-from ascendit.inspect.report import PartReport, Report
-from ascendit.inspect.transformer_report import Summary
+from ascendit.inspect.report import ModelReport, PartReport
+from ascendit.inspect.transformer_report import ExpertSummary
 from ascendit.pipeline.defaults import defaults_for
 from ascendit.pipeline.request import Defaults
 
@@ -23,7 +23,7 @@ NEEDED = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 NEEDED_FOR_IMAGE_TOKENS = ("image_encoder", "image_processor")
 
 
-def inspect(path: Path | str) -> Report:
+def inspect(path: Path | str) -> ModelReport:
     """Read the configs and headers of a checkpoint: a folder, a file, "demo", hf:org/name or ms:org/name.
 
     What is wrong inside a recognised model stands in the report; one that is not recognised raises, as in
@@ -40,7 +40,7 @@ def inspect(path: Path | str) -> Report:
         problems.append(e if isinstance(e, AscenditError) else _bad_config(layout, e))
     experts = [p.summary for p in parts if p.summary is not None]
     understood = len(experts) == len(layout.experts)
-    return Report(
+    return ModelReport(
         layout=layout,
         family=defaults.spec if defaults else _family(layout, experts) if understood else None,
         defaults=defaults,
@@ -79,13 +79,13 @@ def _inspect_part(part: Part) -> PartReport:
     return PartReport(**named)
 
 
-def _family(layout: Layout, experts: list[Summary]) -> WanSpec | None:
+def _family(layout: Layout, experts: list[ExpertSummary]) -> WanSpec | None:
     """The row of the Wan family with these dimensions, where there is no pipeline to ask."""
     config = experts[0].expert.config
     heads, head_dim = config.get("num_attention_heads"), config.get("attention_head_dim")
     if heads is None or head_dim is None:
         return None
-    return match(
+    return match_spec(
         dim=heads * head_dim,
         num_layers=config.get("num_layers", WanConfig.num_layers),
         in_channels=config.get("in_channels", WanConfig.in_channels),

@@ -1,6 +1,6 @@
-"""Which engines and chips can run a checkpoint: as it lies, after a repack, or not. No torch.
+"""Which engines and chips can run a checkpoint: as it is, after a repack, or not. No torch.
 
-What an engine can run at all comes from `quant.engines`, how it wants the files from `convert.dialects`.
+What an engine can run comes from `quant.engines`, how it wants the files from `weights.engine_formats`.
 Headers do not tell whether the `mul_scale` of Q, K and V are equal, which vLLM-Omni needs; `repack` does.
 """
 
@@ -19,13 +19,13 @@ from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.quant_metadata import find_manifest
 from ascendit.checkpoint.transformer import Expert
 from ascendit.device.chip import Support, chips_for
-from ascendit.inspect.transformer_report import Summary
+from ascendit.inspect.transformer_report import ExpertSummary
 from ascendit.quant.engines import ENGINES
 from ascendit.quant.schemes import FP8_TILES, scheme_after_reading
 from ascendit.weights.canonical_tensors import METHOD
 from ascendit.weights.engine_formats import DIALECTS, Dialect, Traits, traits_of
 
-Verdict = Literal["runs", "repack", "no"]
+VerdictWord = Literal["runs", "repack", "no"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class EngineVerdict:
 
     engine: str
     version: str
-    verdict: Verdict
+    verdict: VerdictWord
     """`runs`: as it is; `repack`: after `command`; `no`: not at all."""
     reason: str = ""
     command: str = ""
@@ -78,7 +78,7 @@ class RunsOn:
         return {"engines": [e.as_dict() for e in self.engines], "chips": dict(self.chips)}
 
 
-def runs_on(layout: Layout, found: Sequence[Summary]) -> RunsOn:
+def runs_on(layout: Layout, found: Sequence[ExpertSummary]) -> RunsOn:
     """Judge the experts of a model together: an engine runs all of them or none."""
     experts = [summary.expert for summary in found]
     needs = [traits(summary).verdicts() for summary in found]
@@ -101,7 +101,7 @@ def runs_on(layout: Layout, found: Sequence[Summary]) -> RunsOn:
     return RunsOn(engines=tuple(engines), chips=chips_for(schemes))
 
 
-def traits(summary: Summary) -> Traits:
+def traits(summary: ExpertSummary) -> Traits:
     """What matters to an engine, after tiled FP8 has become BF16."""
     expert = summary.expert
     schemes = {n: scheme_after_reading(layer.scheme) for n, layer in expert.layers.items()}

@@ -1,7 +1,4 @@
-"""What `inspect` found in one part of a model, and how an expert is told in words. No torch.
-
-What `inspect` found: plain data, as lines for a terminal and as a dict for `--json`. No torch.
-"""
+"""What `inspect` found: plain data, as lines for a terminal and as a dict for `--json`. No torch."""
 
 from __future__ import annotations
 
@@ -18,12 +15,22 @@ from ascendit.convert.report import human_bytes
 from ascendit.errors import AscenditError
 from ascendit.family import WanSpec
 from ascendit.inspect.engines import RunsOn
-from ascendit.inspect.transformer_report import Row, Summary, spelled, tensor_row
+from ascendit.inspect.transformer_report import ExpertSummary, StoredRow, dtype_name, tensor_row
 from ascendit.pipeline.request import Defaults
+
+TENSOR_CHECKS = ("missing", "unexpected", "misshapen", "mistyped")
+ORIGINS = {
+    "msmodelslim": "msModelSlim",
+    "vllm-omni": "the merge tool of vLLM-Omni",
+    "sglang": "the repack tool of SGLang",
+    "ascendit": "ascendit",
+    "fp8-block": "FP8 in 128 x 128 tiles",
+    "float": "",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class ModelReport:
     """A model on disk. `ok` says that nothing was found that would stop its weights from being used."""
 
     layout: Layout
@@ -158,7 +165,7 @@ class Report:
 
     def _checks(self) -> list[str]:
         counts = [_counts(self.parts)]
-        counts += [f"{sum(len(getattr(p, check)) for p in self.parts)} {check}" for check in CHECKS]
+        counts += [f"{sum(len(getattr(p, check)) for p in self.parts)} {check}" for check in TENSOR_CHECKS]
         texts = [", ".join(counts) + ("   ok" if self.ok else "   NOT OK")]
         if self.ok and not self.is_pipeline:
             texts.append("not a complete pipeline: repack with --base MODEL to run it")
@@ -219,20 +226,10 @@ def _dtypes(parts: Iterable[PartReport]) -> str:
     for part in parts:
         for dtype, nbytes in part.dtypes.items():
             totals[dtype] = totals.get(dtype, 0) + nbytes
-    return "+".join(spelled(d) for d in sorted(totals, key=lambda d: -totals[d]))
+    return "+".join(dtype_name(d) for d in sorted(totals, key=lambda d: -totals[d]))
 
 
-# ---- What `inspect` found in one part of a model, and how an expert is told in words. No torch --
-
-CHECKS = ("missing", "unexpected", "misshapen", "mistyped")
-ORIGINS = {
-    "msmodelslim": "msModelSlim",
-    "vllm-omni": "the merge tool of vLLM-Omni",
-    "sglang": "the repack tool of SGLang",
-    "ascendit": "ascendit",
-    "fp8-block": "FP8 in 128 x 128 tiles",
-    "float": "",
-}
+# ---- one part of a model ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,8 +258,8 @@ class PartReport:
         return sum(t.nbytes for t in self.tensors)
 
     @cached_property
-    def summary(self) -> Summary | None:
-        return Summary(self.expert) if self.expert is not None else None
+    def summary(self) -> ExpertSummary | None:
+        return ExpertSummary(self.expert) if self.expert is not None else None
 
     @property
     def values(self) -> int:
@@ -280,7 +277,7 @@ class PartReport:
         return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[StoredRow, ...]:
         """One for each layer of codes and each other tensor."""
         if self.summary is not None:
             return self.summary.rows
@@ -291,7 +288,7 @@ class PartReport:
         """`mxfp8+bf16`, `bf16+fp32`: schemes and float dtypes, those with most bytes first."""
         totals: dict[str, int] = {}
         for row in self.rows:
-            word = spelled(row.tensors[0][1].dtype) if row.scheme in ("float", "bf16") else row.scheme
+            word = dtype_name(row.tensors[0][1].dtype) if row.scheme in ("float", "bf16") else row.scheme
             totals[word] = totals.get(word, 0) + row.nbytes
         return "+".join(sorted(totals, key=lambda word: -totals[word]))
 
@@ -300,7 +297,7 @@ class PartReport:
         return {
             **{name: getattr(self, name) for name in names},
             "tensors": len(self.tensors),
-            **{name: list(getattr(self, name)) for name in CHECKS},
+            **{name: list(getattr(self, name)) for name in TENSOR_CHECKS},
             "problem": self.problem.as_dict() if self.problem else None,
             "expert": self.summary.as_dict() if self.summary else None,
         }

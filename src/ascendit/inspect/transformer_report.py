@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ascendit.checkpoint.layer_format import ROLES, Layer
+from ascendit.checkpoint.layer_format import STORED_ROLES, Layer
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert
 from ascendit.names import grouped, sort_names
@@ -70,7 +70,7 @@ class SchemeCount:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class StoredRow:
     """One tensor, or one layer with its scales."""
 
     name: str
@@ -90,7 +90,7 @@ class Row:
         """`e4m3, weight_scale uint8 [5120, 160]`."""
         words = []
         for role, info in self.tensors:
-            dtype = spelled(info.dtype)
+            dtype = dtype_name(info.dtype)
             words.append(dtype if role in ("", "weight") else f"{role} {dtype} {list(info.shape)}")
         return ", ".join(words)
 
@@ -108,18 +108,18 @@ class Row:
         }
 
 
-def spelled(dtype: str) -> str:
+def dtype_name(dtype: str) -> str:
     """safetensors' spelling of a dtype -> ours: `BF16` is bf16."""
     return SPELLING.get(dtype, dtype.lower())
 
 
-def tensor_row(name: str, info: TensorInfo) -> Row:
+def tensor_row(name: str, info: TensorInfo) -> StoredRow:
     """A tensor that stands for itself."""
-    return Row(name=name, scheme="float", container="plain", shape=info.shape, tensors=(("", info),))
+    return StoredRow(name=name, scheme="float", container="plain", shape=info.shape, tensors=(("", info),))
 
 
 @dataclass(frozen=True)
-class Summary:
+class ExpertSummary:
     """An expert, counted and told in few words. Everything is worked out once, when it is asked for."""
 
     expert: Expert
@@ -141,21 +141,23 @@ class Summary:
         return tuple(sort_names(names))
 
     @cached_property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[StoredRow, ...]:
         """Every layer of codes with its scales, and every other tensor, in the order of the model."""
-        found: dict[str, Row] = {}
+        found: dict[str, StoredRow] = {}
         for name in sort_names(self.expert.tensors):
             info = self.expert.tensors[name]
             layer = self.of_layer.get(info.name)
             if layer is None:
                 found[name] = tensor_row(name, info)
             elif layer.name not in found:
-                found[layer.name] = Row(
+                found[layer.name] = StoredRow(
                     name=layer.name,
                     scheme=layer.scheme,
                     container=layer.container,
                     shape=layer.shape,
-                    tensors=tuple((role, layer.tensors[role]) for role in ROLES if role in layer.tensors),
+                    tensors=tuple(
+                        (role, layer.tensors[role]) for role in STORED_ROLES if role in layer.tensors
+                    ),
                 )
         return tuple(found.values())
 
@@ -210,7 +212,7 @@ class Summary:
     @property
     def kept_dtypes(self) -> tuple[str, ...]:
         """What they are stored in."""
-        return tuple(sorted({spelled(self.expert.tensors[f"{n}.weight"].dtype) for n in self.kept_layers}))
+        return tuple(sorted({dtype_name(self.expert.tensors[f"{n}.weight"].dtype) for n in self.kept_layers}))
 
     @cached_property
     def smoothed(self) -> tuple[str, ...]:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from ascendit.checkpoint.component import Part
-from ascendit.checkpoint.reader import TORCH_DTYPES, Shards, listed
+from ascendit.checkpoint.reader import TORCH_DTYPES, Shards
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import CheckpointError
+from ascendit.names import listed
 
 
 def default_dtype(specs: Iterator[TensorSpec] | Sequence[TensorSpec], device: str) -> torch.dtype:

@@ -29,7 +29,7 @@ from ascendit.model.weight_loader import Arrangement, Coded, nbytes
 from ascendit.ops.operators import Ops
 from ascendit.quant.recipe import QUANT_TYPES
 from ascendit.quant.schemes import scheme_after_reading
-from ascendit.weights.quantize_plan import ExpertPlan
+from ascendit.weights.applied_recipe import AppliedRecipe
 from ascendit.weights.quantize_writer import SourceRows
 from ascendit.weights.tensor_steps import to_float32
 from ascendit.weights.tensor_stream import TensorSink, feed, stored_steps
@@ -47,22 +47,22 @@ def load_transformer(
 ) -> WanTransformer:
     """The transformer in `part`, on `device`. `online`: a recipe for a float checkpoint.
 
-    Errors as `read_expert`, `Online.plan` and `load_expert`.
+    Errors as `read_expert`, `Online.apply` and `load_expert`.
     """
     expert = read_expert(part)
-    return load_expert(expert, online.plan(expert) if online else None, ops, device=device, dtype=dtype)
+    return load_expert(expert, online.apply(expert) if online else None, ops, device=device, dtype=dtype)
 
 
 def load_expert(
     expert: Expert,
-    plan: ExpertPlan | None,
+    applied: AppliedRecipe | None,
     ops: Ops,
     *,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     floats: bool = False,
 ) -> WanTransformer:
-    """The transformer of `expert`, quantized by `plan`, or as it is stored.
+    """The transformer of `expert`, quantized by `applied`, or as it is stored.
 
     `dtype`: of the tokens and of what is not quantized; None = as stored, on a CPU, else bfloat16. What
     Diffusers keeps in float32 is kept here too. `floats`: BF16 weights are kept beside the codes.
@@ -79,16 +79,16 @@ def load_expert(
     say_attention(expert)
     with torch.device("meta"):
         model = WanTransformer(WanConfig.from_dict(expert.config), ops)
-    source = plan or stored_steps(expert)
+    source = applied or stored_steps(expert)
     specs = list(source.specs)
-    coded = planned_layers(plan) if plan else stored_layers(expert)
+    coded = applied_layers(applied) if applied else stored_layers(expert)
     for scheme in {layer.scheme for layer in coded.values()} - {"bf16"}:
         ops.quantized.kernel(scheme)
     dtype = dtype or default_dtype((s for s in specs if s.name.rpartition(".")[0] not in coded), device)
     put = Arrangement(model, specs, coded, ops.quantized, device=device, dtype=dtype, wide=model.KEEP_FP32)
     feed(source, TensorSink(specs, put.room, put.arrived))
-    if floats and plan:
-        keep_floats(model, plan, device, dtype)
+    if floats and applied:
+        keep_floats(model, applied, device, dtype)
     used = ", ".join(f"{n} {s}" for s, n in Counter(x.scheme for x in coded.values()).items())
     log.info(
         "%s: %s%s on %s, %.2f GiB",
@@ -97,11 +97,11 @@ def load_expert(
     return model.eval()
 
 
-def planned_layers(plan: ExpertPlan) -> dict[str, Coded]:
+def applied_layers(applied: AppliedRecipe) -> dict[str, Coded]:
     """The layers that a recipe quantizes."""
-    shapes = {name: plan.weight(name).shape for name in plan.coded}
+    shapes = {name: applied.weight(name).shape for name in applied.coded}
     return {
-        name: Coded(layer.scheme, (shapes[name][0], shapes[name][1])) for name, layer in plan.coded.items()
+        name: Coded(layer.scheme, (shapes[name][0], shapes[name][1])) for name, layer in applied.coded.items()
     }
 
 
@@ -126,13 +126,13 @@ def _mul_scale(info: TensorInfo, reader: RowReader) -> Tensor | None:
     return None if bool((scale == 1).all()) else scale
 
 
-def keep_floats(model: nn.Module, plan: ExpertPlan, device: str, dtype: torch.dtype) -> None:
+def keep_floats(model: nn.Module, applied: AppliedRecipe, device: str, dtype: torch.dtype) -> None:
     """Give every quantized layer its weight and bias as they were, for steps in BF16."""
     with RowReader() as reader:
-        rows = SourceRows(plan, reader, None)
+        rows = SourceRows(applied, reader, None)
 
         def whole(name: str) -> Tensor | None:
-            info = plan.expert.tensors.get(name)
+            info = applied.expert.tensors.get(name)
             if info is None:
                 return None
             value = torch.empty(info.shape, dtype=dtype)

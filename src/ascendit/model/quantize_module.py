@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ascendit.checkpoint.component import TRANSFORMER
-from ascendit.convert.report import ExpertReport
+from ascendit.convert.report import QuantizedExpert
 from ascendit.errors import UsageError
 from ascendit.kernels.kernel import Emulate
 from ascendit.model.linear import QuantLinear
@@ -36,12 +36,12 @@ from ascendit.mx.codec import INPUT_DTYPES, Encoded, check_dtype, encode
 from ascendit.mx.formats import Format, lookup, resolve_rule
 from ascendit.names import all_linears, block_linears, grouped, is_block_linear
 from ascendit.ops.operators import Schemes, bind
-from ascendit.quant.layer_rules import OUTSIDE, LayerPlan, PlannedLayers, ruled
+from ascendit.quant.layer_rules import OUTSIDE, LayerScheme, LayerSchemes, ruled
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.quant.schemes import QUANTIZED, SCHEMES
+from ascendit.weights.applied_recipe import check_kind
 from ascendit.weights.canonical_tensors import METHOD, marker_for
 from ascendit.weights.engine_formats import model_kind
-from ascendit.weights.quantize_plan import check_kind
 
 MIN_SIZE = 32
 """Smaller matrices gain nothing."""
@@ -55,10 +55,10 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
 
 
 @dataclass(frozen=True)
-class ModulePlan(PlannedLayers):
+class ModuleSchemes(LayerSchemes):
     """Every linear layer of a module, in its order."""
 
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerScheme, ...]
     round_to: str
     """`bf16`: everything is rounded first; "": as it is."""
     attention: Mapping[str, str]
@@ -69,11 +69,11 @@ class ModulePlan(PlannedLayers):
     @property
     def kept(self) -> dict[str, tuple[str, ...]]:
         """Why -> layers that stay as they are, in few words: `*` for the number of a block."""
-        names = [plan.layer for plan in self.layers]
+        names = [layer.name for layer in self.layers]
         kept: dict[str, list[str]] = {}
-        for plan in self.layers:
-            if plan.scheme == "bf16":
-                kept.setdefault(plan.why, []).append(plan.layer)
+        for layer in self.layers:
+            if layer.scheme == "bf16":
+                kept.setdefault(layer.why, []).append(layer.name)
         return {why: _in_few_words(found, names) for why, found in kept.items()}
 
 
@@ -85,7 +85,7 @@ def as_recipe(recipe_or_scheme: str | Path | Recipe) -> Recipe:
     return load_recipe("default", name) if name in SCHEMES else load_recipe(name)
 
 
-def plan_module(module: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) -> ModulePlan:
+def module_schemes(module: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) -> ModuleSchemes:
     """What `recipe` makes of `module`. `keep`: patterns of layers that stay as they are.
 
     UsageError: E-QNT-01 if it is quantized already or nothing is left to quantize, E-USE-05 for a pattern
@@ -105,18 +105,18 @@ def plan_module(module: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) -> 
     inside = block_linears(config) if config else tuple(n for n in blocks if not _is_modulation(n))
     whys = dict.fromkeys(every, OUTSIDE) | dict.fromkeys(blocks, MODULATION)
     whys |= dict.fromkeys(inside, "no rule names it")
-    plans = {name: LayerPlan(name, "bf16", None, whys[name]) for name in every}
-    plans |= ruled(recipe.rules_for(kind, keep), inside, every, fix=NAMED_MODULES)
-    for name, chosen in plans.items():
-        if why := _unfit(linears[name], chosen.scheme, sizes=config is None):
-            plans[name] = LayerPlan(name, "bf16", None, why)
-    asked = recipe.attention_plan(config, model_kind=kind) if config and kind else ()
+    layers = {name: LayerScheme(name, "bf16", None, whys[name]) for name in every}
+    layers |= ruled(recipe.rules_for(kind, keep), inside, every, fix=NAMED_MODULES)
+    for name, layer in layers.items():
+        if why := _unfit(linears[name], layer.scheme, sizes=config is None):
+            layers[name] = LayerScheme(name, "bf16", None, why)
+    asked = recipe.attention_schemes(config, model_kind=kind) if config and kind else ()
     attention = {a.name: a.quant_type for a in asked if a.quant_type}
-    plan = ModulePlan(tuple(plans.values()), recipe.round_to, attention, kind)
-    if not plan.coded:
-        kept = "; ".join(f"{why}: {', '.join(words[:3])}" for why, words in plan.kept.items())
+    chosen = ModuleSchemes(tuple(layers.values()), recipe.round_to, attention, kind)
+    if not chosen.coded:
+        kept = "; ".join(f"{why}: {', '.join(words[:3])}" for why, words in chosen.kept.items())
         raise _refused(module, f"no layer is left ({kept})", "take another recipe")
-    return plan
+    return chosen
 
 
 def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
@@ -204,7 +204,7 @@ log = logging.getLogger("ascendit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModuleReport(ExpertReport):
+class ModuleReport(QuantizedExpert):
     """What `quantize_` did. `kept` says why a layer was left as it is."""
 
     layers: Mapping[str, str]
@@ -278,24 +278,24 @@ def quantize_(
     for patterns that match nothing, E-QNT-01 for a module that cannot be quantized, E-QNT-02 for FP4 on
     TI2V-5B; EnvironmentProblem E-CAP-01 for a scheme that the device has no matmul for.
     """
-    plan = plan_module(module, as_recipe(recipe_or_scheme), keep)
-    if plan.kind:
-        check_kind(plan.kind, plan.schemes, type(module).__name__, force=force, way="force=True")
+    chosen = module_schemes(module, as_recipe(recipe_or_scheme), keep)
+    if chosen.kind:
+        check_kind(chosen.kind, chosen.schemes, type(module).__name__, force=force, way="force=True")
     linears, names = linears_of(module), _names(module)
-    for layer in plan.coded:
-        check_weight(plan, layer, linears[layer].weight)
-    where = device or str(linears[next(iter(plan.coded))].weight.device)
+    for layer in chosen.coded:
+        check_weight(chosen, layer, linears[layer].weight)
+    where = device or str(linears[next(iter(chosen.coded))].weight.device)
     schemes = bind(where, emulate=emulate, activation_rule=activation_rule).quantized
-    schemes.check(plan.schemes)
+    schemes.check(chosen.schemes)
     before, weights = nbytes(module), sum(p.numel() for p in module.parameters())
-    if plan.round_to:
+    if chosen.round_to:
         for parameter in module.parameters():
             parameter.data = rounded(parameter.data)
-    for layer in plan.coded:
+    for layer in chosen.coded:
         linear = linears.pop(layer)
         compute_dtype = linear.weight.dtype
         bias = None if linear.bias is None else linear.bias.detach()
-        encoded = encode_weight(plan, layer, linear.weight)
+        encoded = encode_weight(chosen, layer, linear.weight)
         linear.weight = None  # type: ignore[assignment]
         made = PlacedLinear.from_encoded(encoded, bias, schemes=schemes, compute_dtype=compute_dtype)
         keep_hooks(linear, made)
@@ -303,12 +303,12 @@ def quantize_(
             module.set_submodule(name, made.train(linear.training))
     if device:
         module.to(schemes.device.torch_name)
-    mark(module, plan)
-    layers = {p.layer: p.scheme for p in plan.layers}
+    mark(module, chosen)
+    layers = {s.name: s.scheme for s in chosen.layers}
     report = ModuleReport(
         name=type(module).__name__,
-        schemes=plan.schemes,
-        kept=plan.kept,
+        schemes=chosen.schemes,
+        kept=chosen.kept,
         bytes_before=before,
         bytes_after=nbytes(module),
         num_weights=weights,
@@ -345,7 +345,7 @@ def bind_(
 # ---- parts, for the integrations too ------------------------------------------------------------
 
 
-def check_weight(plan: ModulePlan, layer: str, weight: Tensor) -> None:
+def check_weight(chosen: ModuleSchemes, layer: str, weight: Tensor) -> None:
     """UsageError E-QNT-01 for a weight that has no codes: no float, not there, or not finite.
 
     E-USE-01 for a dtype that the scale rule does not take.
@@ -364,14 +364,14 @@ def check_weight(plan: ModulePlan, layer: str, weight: Tensor) -> None:
             fix=f"quantize before offloading or casting, from whole weights; or keep={layer}",
             code="E-QNT-01",
         )
-    form, rule = _form(plan, layer)
-    check_dtype(torch.bfloat16 if plan.round_to else weight.dtype, form, resolve_rule(form, rule))
+    form, rule = _form(chosen, layer)
+    check_dtype(torch.bfloat16 if chosen.round_to else weight.dtype, form, resolve_rule(form, rule))
 
 
-def encode_weight(plan: ModulePlan, layer: str, weight: Tensor) -> Encoded:
+def encode_weight(chosen: ModuleSchemes, layer: str, weight: Tensor) -> Encoded:
     """The codes of a weight [N, K], as `quantize` writes them."""
-    form, rule = _form(plan, layer)
-    source = weight.detach().to(torch.bfloat16) if plan.round_to else weight.detach()
+    form, rule = _form(chosen, layer)
+    source = weight.detach().to(torch.bfloat16) if chosen.round_to else weight.detach()
     return encode(source, form.name, scale_rule=rule)
 
 
@@ -388,23 +388,23 @@ def _names(module: nn.Module) -> dict[int, list[str]]:
     return found
 
 
-def _form(plan: ModulePlan, layer: str) -> tuple[Format, str | None]:
-    chosen = plan.coded[layer]
-    return lookup(SCHEMES[chosen.scheme].weight), chosen.scale_rule
+def _form(chosen: ModuleSchemes, layer: str) -> tuple[Format, str | None]:
+    rule = chosen.coded[layer]
+    return lookup(SCHEMES[rule.scheme].weight), rule.scale_rule
 
 
-def mark(module: nn.Module, plan: ModulePlan) -> None:
+def mark(module: nn.Module, chosen: ModuleSchemes) -> None:
     """Tell Diffusers that a model of it is quantized, so that it refuses casts and saves what it needs."""
-    say_attention_kept(module, plan)
+    say_attention_kept(module, chosen)
     if register := getattr(module, "register_to_config", None):
-        layers = {p.layer: p.scheme for p in plan.layers}
-        register(quantization_config=marker_of(layers, wan=plan.kind is not None))
+        layers = {s.name: s.scheme for s in chosen.layers}
+        register(quantization_config=marker_of(layers, wan=chosen.kind is not None))
         module.is_quantized = True  # type: ignore[assignment]
 
 
-def say_attention_kept(module: nn.Module, plan: ModulePlan) -> None:
+def say_attention_kept(module: nn.Module, chosen: ModuleSchemes) -> None:
     """Log what the recipe asks of attentions and is not done."""
-    if found := Counter(plan.attention.values()):
+    if found := Counter(chosen.attention.values()):
         asked = ", ".join(f"{word} for {n}" for word, n in found.items())
         log.warning("%s: quantized attention (%s) runs in BF16 here", type(module).__name__, asked)
 

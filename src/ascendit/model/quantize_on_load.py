@@ -13,8 +13,8 @@ from ascendit.convert.provenance import RECORD_FILE
 from ascendit.errors import UsageError
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.schedule import StepPolicy
+from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, check_source
 from ascendit.weights.engine_formats import Dialect, model_kind
-from ascendit.weights.quantize_plan import ExpertPlan, check_kind, check_source, plan_expert
 from ascendit.weights.tensor_steps import schemes_of
 
 log = logging.getLogger("ascendit")
@@ -46,29 +46,31 @@ class Online:
             return None if scheme is None else cls(None)
         return cls(load_recipe(recipe or "default", scheme), keep, force)
 
-    def plan(self, expert: Expert) -> ExpertPlan | None:
+    def apply(self, expert: Expert) -> AppliedRecipe | None:
         """UsageError: E-QNT-01 for weights that are codes already, E-QNT-02 for FP4 on TI2V without force,
         E-USE-05 for a pattern that fits no layer."""
         if self.recipe is None:
             check_source(expert)
             return None
         kind = model_kind(expert.config)
-        plan = plan_expert(expert, self.recipe, kind, keep=self.keep, dialect=Dialect(offset=False))
+        applied = apply_recipe(expert, self.recipe, kind, keep=self.keep, dialect=Dialect(offset=False))
         name, way = expert.path.parent.name, "--set force=true (in Python force=True)"
-        check_kind(kind, plan.schemes, name, force=self.force, way=way)
-        return plan
+        check_kind(kind, applied.schemes, name, force=self.force, way=way)
+        return applied
 
 
-def read_experts(layout: Layout, online: Online | None) -> list[tuple[Expert, ExpertPlan | None]]:
+def read_experts(layout: Layout, online: Online | None) -> list[tuple[Expert, AppliedRecipe | None]]:
     """Every expert and what becomes of it, from headers alone: mistakes are told before anything loads."""
     experts = [read_expert(part) for part in layout.experts]
-    return [(expert, online.plan(expert) if online else None) for expert in experts]
+    return [(expert, online.apply(expert) if online else None) for expert in experts]
 
 
-def schemes_in(found: Sequence[tuple[Expert, ExpertPlan | None]]) -> set[str]:
+def schemes_in(found: Sequence[tuple[Expert, AppliedRecipe | None]]) -> set[str]:
     """Those of the layers on codes, planned or stored."""
     return {
-        scheme for expert, plan in found for scheme in (plan.schemes if plan else schemes_of(expert).values())
+        scheme
+        for expert, applied in found
+        for scheme in (applied.schemes if applied else schemes_of(expert).values())
     }
 
 
@@ -76,7 +78,7 @@ def policy_for(
     asked: str | StepPolicy | None,
     online: Online | None,
     layout: Layout,
-    found: Sequence[tuple[Expert, ExpertPlan | None]],
+    found: Sequence[tuple[Expert, AppliedRecipe | None]],
 ) -> StepPolicy:
     """What was asked for, else the recipe's: of this load, or of the `quantize` that wrote the folder.
 
@@ -92,6 +94,6 @@ def policy_for(
         text = recipe.get("step_policy") if isinstance(recipe, dict) else None
         policy = StepPolicy.parse(text) if isinstance(text, str) and text else StepPolicy()
     if policy != StepPolicy():
-        policy.check_schemes(schemes_in(found), floats=all(plan for _, plan in found))
+        policy.check_schemes(schemes_in(found), floats=all(applied for _, applied in found))
         log.info("step policy %s", policy)
     return policy

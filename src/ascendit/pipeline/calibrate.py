@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ascendit.checkpoint.hub import DEMO
 from ascendit.checkpoint.layout import Layout
-from ascendit.convert.calibration import ALPHA, Found, Save, Statistics, check_alpha
+from ascendit.convert.calibration import ALPHA, ExpertStatistics, Save, Statistics, check_alpha
 from ascendit.device.device import parse_device
 from ascendit.errors import UsageError
 from ascendit.model.wan import WanTransformer
@@ -199,7 +199,9 @@ class Calibrator:
         }
         return told | ({"settings": dict(self.fields)} if self.fields else {})
 
-    def __call__(self, layout: Layout, loras: Sequence[LoraSource], rows: int, save: Save) -> Found:
+    def __call__(
+        self, layout: Layout, loras: Sequence[LoraSource], rows: int, save: Save
+    ) -> ExpertStatistics:
         """Run all prompts, or those that a killed run has left; keep `rows` tokens of each input."""
         defaults = defaults_of(layout)
         requests = requests_for(read_prompts(self.prompts, defaults), defaults, dict(self.fields))

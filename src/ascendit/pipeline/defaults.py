@@ -11,7 +11,7 @@ from typing import Any
 from ascendit import geometry
 from ascendit.checkpoint.layout import Layout
 from ascendit.errors import CheckpointError
-from ascendit.family import Task, VaeConfig, WanConfig, WanSpec, match
+from ascendit.family import Task, VaeConfig, WanConfig, WanSpec, match_spec
 from ascendit.pipeline.request import Defaults, Solver
 
 log = logging.getLogger("ascendit")
@@ -112,7 +112,7 @@ def task_of(layout: Layout) -> Task:
 def spec_for(layout: Layout, task: Task) -> WanSpec | None:
     """The row of `family.py` with this folder's dimensions, channels and number of experts."""
     config = layout.experts[0].config
-    spec = match(
+    spec = match_spec(
         dim=config.get("num_attention_heads", WanConfig.num_attention_heads)
         * config.get("attention_head_dim", WanConfig.attention_head_dim),
         num_layers=config.get("num_layers", WanConfig.num_layers),

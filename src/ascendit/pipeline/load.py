@@ -96,9 +96,9 @@ def load(
     clip = ImageEncoder(layout, device=put, gelu=gelu) if needs_clip else None
     done(3)
     experts = []
-    for expert, plan in found:
+    for expert, applied in found:
         floats = "bf16" in policy.precisions
-        experts.append(load_expert(expert, plan, bound, device=put, dtype=number, floats=floats))
+        experts.append(load_expert(expert, applied, bound, device=put, dtype=number, floats=floats))
         done(3 + len(experts))
     second = experts[1] if len(experts) == 2 else None
     parts = (text, vae, experts[0], second, clip)

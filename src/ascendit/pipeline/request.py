@@ -280,7 +280,7 @@ def resolve(defaults: Defaults, prompt: str, **given: Any) -> GenerateRequest:
             fix="correct the name",
             code="E-USE-01",
         )
-    values = {k: _plain_request(v) for k, v in given.items() if v is not None}
+    values = {k: _python_number(v) for k, v in given.items() if v is not None}
     width, height = values.get("width", defaults.width), values.get("height", defaults.height)
     if values.get("timesteps") is not None:
         values["timesteps"] = _timesteps(values["timesteps"])
@@ -378,7 +378,7 @@ def _guidance(value: float) -> bool:
     return _real(value) and value >= 0
 
 
-def _plain_request(value: Any) -> Any:
+def _python_number(value: Any) -> Any:
     """A numpy or torch scalar as a Python number, anything else as it is."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 

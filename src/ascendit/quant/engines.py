@@ -78,7 +78,7 @@ def engines_for(
 
     `float_block_linears`: some linear of a block is kept, in a checkpoint that is quantized. `smoothed`: the
     schemes (`bf16`: kept layers) of layers with a `mul_scale`; True: all. `traits`: what else is true of it,
-    the other keys of `Engine.refuses`, from `convert.dialects.traits_of`.
+    the other keys of `Engine.refuses`, from `weights.engine_formats.traits_of`.
     """
     coded = {s for s in schemes if s != "bf16"}
     smooth = set(schemes) if smoothed is True else set(smoothed or ())

@@ -20,10 +20,10 @@ ModelKind = Literal["t2v", "i2v", "ti2v"]
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """What becomes of one linear layer."""
+class LayerScheme:
+    """The scheme of one linear layer, and why."""
 
-    layer: str
+    name: str
     scheme: str
     """A key of `quant.schemes.SCHEMES`; bf16: it stays as it is."""
     scale_rule: str | None
@@ -33,7 +33,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
+class AttentionScheme:
     """What is stored for one attention."""
 
     name: str
@@ -44,7 +44,7 @@ class AttentionPlan:
 
 
 @dataclass(frozen=True)
-class Rule:
+class LayerRule:
     """`layers` get `scheme`. `kinds` empty: for every model kind."""
 
     layers: tuple[str, ...]
@@ -63,40 +63,44 @@ class AttentionRule:
     kinds: tuple[str, ...] = ()
 
 
-class PlannedLayers:
-    """What every plan tells of its `layers`."""
+class LayerSchemes:
+    """The linear layers of a model or module and their schemes."""
 
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerScheme, ...]
 
     @property
-    def coded(self) -> dict[str, LayerPlan]:
+    def coded(self) -> dict[str, LayerScheme]:
         """The layers that are quantized."""
-        return {plan.layer: plan for plan in self.layers if plan.scheme != "bf16"}
+        return {layer.name: layer for layer in self.layers if layer.scheme != "bf16"}
 
     @property
     def schemes(self) -> dict[str, int]:
         """Scheme -> number of linear layers, in the order of `SCHEMES`, bf16 last."""
-        every = [plan.scheme for plan in self.layers]
+        every = [layer.scheme for layer in self.layers]
         order = sorted(SCHEMES, key=lambda name: name == "bf16")
         return {name: every.count(name) for name in order if name in every}
 
 
 def ruled(
-    rules: Iterable[tuple[Rule, str]], inside: Sequence[str], every: Sequence[str], *, fix: str = LIST_LAYERS
-) -> dict[str, LayerPlan]:
+    rules: Iterable[tuple[LayerRule, str]],
+    inside: Sequence[str],
+    every: Sequence[str],
+    *,
+    fix: str = LIST_LAYERS,
+) -> dict[str, LayerScheme]:
     """What rules, each with its origin, say of layers; the last that matches wins.
 
     A pattern means layers of `inside`; only one that matches none of these reaches the others of `every`.
     UsageError E-USE-05, with `fix`, for one that matches nothing.
     """
-    plans = {}
+    found = {}
     for rule, origin in rules:
         for pattern in rule.layers:
             if not (names := matching(pattern, inside) or matching(pattern, every)):
                 raise no_layer(pattern, origin, every, fix=fix)
             for name in names:
-                plans[name] = LayerPlan(name, rule.scheme, rule.scale_rule, why_from(origin, pattern))
-    return plans
+                found[name] = LayerScheme(name, rule.scheme, rule.scale_rule, why_from(origin, pattern))
+    return found
 
 
 def matching(
@@ -112,7 +116,7 @@ def wan_attention(name: str) -> str:
 
 
 def why_from(origin: str, pattern: str) -> str:
-    """The `why` of a plan. `origin`: the name of the recipe, or `--keep`."""
+    """The `why` of a `LayerScheme`. `origin`: the name of the recipe, or `--keep`."""
     return f"--keep {pattern}" if origin == "--keep" else f"{origin}: {pattern}"
 
 

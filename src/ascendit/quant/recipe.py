@@ -1,11 +1,11 @@
 """Which layer gets which scheme: ordered rules over real layer names, as data. No torch.
 
-A recipe is a TOML file. Those of ascendit lie in `recipes/`; a path to any other one is as good.
+A recipe is a TOML file. Those of ascendit are in `recipes/`; a path names any other.
 
     about = "MXFP4 after five blocks of MXFP8"
     kinds = ["t2v"]                # optional: model kinds it is made for; on others it runs with a warning
     round_to = "bf16"              # optional: every tensor is rounded to this before anything else
-    step_policy = "0-1:w4a8"       # optional: denoising steps in another precision, see `step_policy`
+    step_policy = "0-1:w4a8"       # optional: denoising steps in another precision, see `schedule`
 
     [[rules]]                      # the last rule that matches a layer wins
     layers = "*"                   # a pattern or a list of them; `*` crosses dots
@@ -41,11 +41,11 @@ from ascendit.names import all_linears, block_linears
 from ascendit.quant.layer_rules import (
     MODEL_KINDS,
     OUTSIDE,
-    AttentionPlan,
     AttentionRule,
-    LayerPlan,
+    AttentionScheme,
+    LayerRule,
+    LayerScheme,
     ModelKind,
-    Rule,
     matching,
     no_layer,
     ruled,
@@ -65,7 +65,7 @@ class Recipe:
 
     name: str
     about: str
-    rules: tuple[Rule, ...]
+    rules: tuple[LayerRule, ...]
     attention: tuple[AttentionRule, ...] = ()
     kinds: tuple[str, ...] = ()
     source: str = ""
@@ -73,30 +73,34 @@ class Recipe:
     """`bf16`: as msModelSlim's `convert_model_dtype`, which its recipes have; "": as the source has it."""
     step_policy: StepPolicy = StepPolicy()
 
-    def plan(
+    def layer_schemes(
         self, config: Mapping[str, Any], *, model_kind: ModelKind, keep: Sequence[str] = ()
-    ) -> tuple[LayerPlan, ...]:
+    ) -> tuple[LayerScheme, ...]:
         """Every linear layer of the model, in its order. `keep`: patterns of layers that stay BF16.
 
         UsageError E-USE-05 for a pattern that matches no layer.
         """
         blocks, every = block_linears(_known(config)), all_linears(_known(config))
         inside = frozenset(blocks)
-        plans = {n: LayerPlan(n, "bf16", None, "no rule names it" if n in inside else OUTSIDE) for n in every}
-        return tuple((plans | ruled(self.rules_for(model_kind, keep), blocks, every)).values())
+        layers = {
+            n: LayerScheme(n, "bf16", None, "no rule names it" if n in inside else OUTSIDE) for n in every
+        }
+        return tuple((layers | ruled(self.rules_for(model_kind, keep), blocks, every)).values())
 
-    def rules_for(self, model_kind: ModelKind | None, keep: Sequence[str] = ()) -> list[tuple[Rule, str]]:
+    def rules_for(
+        self, model_kind: ModelKind | None, keep: Sequence[str] = ()
+    ) -> list[tuple[LayerRule, str]]:
         """The rules for a kind of model, and `keep` as more of them, each with where it comes from."""
         rules = [(rule, self.name) for rule in self.rules if not rule.kinds or model_kind in rule.kinds]
-        return rules + [(Rule((pattern,), "bf16", None), "--keep") for pattern in keep]
+        return rules + [(LayerRule((pattern,), "bf16", None), "--keep") for pattern in keep]
 
-    def attention_plan(
+    def attention_schemes(
         self, config: Mapping[str, Any], *, model_kind: ModelKind
-    ) -> tuple[AttentionPlan, ...]:
-        """The attentions that get an entry or rotations. UsageError E-USE-05 as in `plan`."""
+    ) -> tuple[AttentionScheme, ...]:
+        """The attentions that get an entry or rotations. UsageError E-USE-05 as in `layer_schemes`."""
         linears = block_linears(_known(config))
         every = tuple(dict.fromkeys(n.rsplit(".to_q", 1)[0] for n in linears if n.endswith(".to_q")))
-        plans = {name: AttentionPlan(name, "", False) for name in every}
+        found = {name: AttentionScheme(name, "", False) for name in every}
         for rule in self.attention:
             if rule.kinds and model_kind not in rule.kinds:
                 continue
@@ -104,11 +108,11 @@ class Recipe:
                 if not (names := matching(pattern, every, wan_attention)):
                     raise no_layer(pattern, self.name, every)
                 for name in names:
-                    old = plans[name]
+                    old = found[name]
                     quant_type = old.quant_type if rule.quant_type is None else rule.quant_type
                     rotate = old.rotate if rule.rotate is None else rule.rotate
-                    plans[name] = AttentionPlan(name, quant_type, rotate)
-        return tuple(plan for plan in plans.values() if plan.quant_type or plan.rotate)
+                    found[name] = AttentionScheme(name, quant_type, rotate)
+        return tuple(a for a in found.values() if a.quant_type or a.rotate)
 
     def as_dict(self) -> dict[str, Any]:
         """For `ascendit.json`: enough to write the same TOML again."""
@@ -154,7 +158,7 @@ def load_recipe(name_or_path: str, scheme: str | None = None, scale_rule: str | 
     return _parse(data, path.stem, file, scheme, scale_rule)
 
 
-# ---- reading ------------------------------------------------------------------------------------
+# ---- reading a TOML file ------------------------------------------------------------------------
 
 _KEYS = {"about", "source", "kinds", "round_to", "step_policy", "rules", "attention"}
 _RULE_KEYS = {"layers", "scheme", "scale_rule", "kinds"}
@@ -211,7 +215,7 @@ def no_scheme(what: str) -> UsageError:
     )
 
 
-def _rule(entry: dict[str, Any], file: Path, scheme: str | None, scale_rule: str | None) -> Rule:
+def _rule(entry: dict[str, Any], file: Path, scheme: str | None, scale_rule: str | None) -> LayerRule:
     _check_keys(entry, _RULE_KEYS, file, "a rule")
     chosen = entry.get("scheme", scheme)
     if chosen not in SCHEMES:
@@ -228,7 +232,7 @@ def _rule(entry: dict[str, Any], file: Path, scheme: str | None, scale_rule: str
     if given is not None and not isinstance(given, str):
         raise _bad(file, f"scale_rule {given!r} is no text")
     rule = resolve_rule(lookup(form), given) if form else None
-    return Rule(_patterns(entry, file), chosen, rule, _kinds(entry, file))
+    return LayerRule(_patterns(entry, file), chosen, rule, _kinds(entry, file))
 
 
 def _attention_rule(entry: dict[str, Any], file: Path) -> AttentionRule:
@@ -278,7 +282,7 @@ def _bad(file: Path, problem: str) -> UsageError:
 
 
 def _known(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what the files did not tell, such as the number of heads; layers do not hang on it."""
+    """Without what the files did not tell, such as the number of heads; layers do not depend on it."""
     return {key: value for key, value in config.items() if value is not None}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from ascendit.errors import UsageError
 from ascendit.mx.formats import lookup, resolve_rule
 from ascendit.quant.fusion import layers_of_module
-from ascendit.quant.layer_rules import Rule
+from ascendit.quant.layer_rules import LayerRule
 from ascendit.quant.schemes import SCHEMES
 from ascendit.schedule import StepPolicy
 
@@ -38,7 +38,7 @@ def is_omni_config(text: str) -> bool:
     return text.lstrip().startswith("{")
 
 
-def read_omni_config(text: str) -> tuple[tuple[Rule, ...], StepPolicy]:
+def read_omni_config(text: str) -> tuple[tuple[LayerRule, ...], StepPolicy]:
     """The rules and the step policy of the JSON. UsageError E-USE-01 for what it cannot mean."""
     try:
         config: Any = json.loads(text)
@@ -49,11 +49,11 @@ def read_omni_config(text: str) -> tuple[tuple[Rule, ...], StepPolicy]:
     method = config.get("method", config.get("quant_method"))
     if method not in METHODS:
         raise _bad(f"method {method!r} is not one of {', '.join(METHODS)}")
-    rules = [Rule(("*",), method, _scale_rule(config, method))]
+    rules = [LayerRule(("*",), method, _scale_rule(config, method))]
     if leading := _leading(config, method):
-        rules.append(Rule(tuple(f"blocks.{n}.*" for n in range(leading)), "bf16", None))
+        rules.append(LayerRule(tuple(f"blocks.{n}.*" for n in range(leading)), "bf16", None))
     if ignored := _ignored(config):
-        rules.append(Rule(ignored, "bf16", None))
+        rules.append(LayerRule(ignored, "bf16", None))
     return tuple(rules), _policy(config, method)
 
 

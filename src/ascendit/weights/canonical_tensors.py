@@ -19,8 +19,6 @@ from ascendit.names import CODED_ROLES, ROLES, is_block_linear, sort_names
 from ascendit.quant.fusion import vllm_omni_modules
 from ascendit.quant.schemes import QUANTIZED, SCHEMES
 
-MANIFEST = "quant_model_description.json"
-
 # ---- tensors ------------------------------------------------------------------------------------
 
 
@@ -89,7 +87,7 @@ def model_quant_type(layers: Mapping[str, str]) -> str:
     return SCHEMES[layers[last[0]]].manifest if last else "FLOAT"
 
 
-# ---- config marker ------------------------------------------------------------------------------
+# ---- quantization_config ------------------------------------------------------------------------
 
 METHOD = "ascendit"
 """The `quant_method` of a config whose layers are told by the manifest, or by their tensors."""

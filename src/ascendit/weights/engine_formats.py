@@ -1,4 +1,4 @@
-"""How a folder lies for each reader: ours (`--to diffusers`, `--to wan`), and what each engine looks for.
+"""The folder that each reader wants: ours (`--to diffusers`, `--to wan`), and what each engine looks for.
 
 Read in the wheels of vLLM-Omni 0.30.0, SGLang 0.5.23 and MindIE-SD 3.1.0; none was run on a card:
 
@@ -22,18 +22,18 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ascendit.checkpoint.component import STEM
+from ascendit.checkpoint.quant_metadata import MANIFEST_FILE
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import UsageError
 from ascendit.family import WanConfig
-from ascendit.names import ROLES, is_block_linear, sort_names, to_wan
+from ascendit.names import ROLES, Naming, is_block_linear, sort_names, to_wan
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.fusion import fused_with
 from ascendit.quant.schemes import SCHEMES, STORED_SCHEMES
 from ascendit.weights import canonical_tensors
 
-Naming = Literal["diffusers", "wan"]
 WAN_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
-STEM = "diffusion_pytorch_model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Dialect:
     def manifest_file(self, quant_type: str) -> str:
         """The name of the manifest."""
         suffix = f"_{quant_type.lower()}" if self.typed_names else ""
-        return canonical_tensors.MANIFEST.replace(".json", f"{suffix}.json")
+        return MANIFEST_FILE.replace(".json", f"{suffix}.json")
 
     def container(self, scheme: str) -> str:
         """`packed` or `e4m3` for FP4, `plain` for all others."""
@@ -92,7 +92,7 @@ class Dialect:
         mul_scale: bool = False,
         float_dtype: str = "BF16",
     ) -> list[TensorSpec]:
-        """As `canonical.layer_specs`, as this reader wants them."""
+        """As `canonical_tensors.layer_specs`, as this reader wants them."""
         specs = canonical_tensors.layer_specs(
             name,
             scheme,
@@ -123,13 +123,13 @@ class Dialect:
         attention: Mapping[str, str],
         found: Mapping[str, str],
     ) -> dict[str, str]:
-        """The manifest with the names on disk; arguments as for `canonical.manifest_for`."""
+        """The manifest with the names on disk; arguments as for `canonical_tensors.manifest_for`."""
         smoothed = {name.removesuffix(".mul_scale") for name in names if name.endswith(".mul_scale")}
         plain = canonical_tensors.manifest_for(layers, names, attention, found)
         quant_type = plain.pop("model_quant_type")
         manifest = {self.on_disk(name, smoothed): value for name, value in plain.items()}
         if self.aliases:
-            manifest |= {f"{name}.div.mul_scale": "FLOAT" for name in names_of(smoothed)}
+            manifest |= {f"{name}.div.mul_scale": "FLOAT" for name in sort_names(smoothed)}
         return manifest | {"model_quant_type": quant_type}
 
     def config(self, config: Mapping[str, Any], marker: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -138,11 +138,6 @@ class Dialect:
         if self.naming == "wan":
             return wan_config(written)
         return written | ({"quantization_config": dict(marker)} if marker and self.marker else {})
-
-
-def names_of(layers: Collection[str]) -> list[str]:
-    """Layers in canonical order."""
-    return sort_names(layers)
 
 
 DIALECTS: dict[str, Dialect] = {

@@ -1,9 +1,8 @@
-"""From an expert as it lies to an expert as it will lie: one step for each tensor of the output. No torch.
+"""From a stored expert to the tensors of a repacked one: one step for each tensor of the output.
 
-Tensors that change on the way: other containers, wider floats, one row made many. Values never change.
-
-Each way is a generator of bytes, some rows at a time, so that no tensor is ever whole in memory. numpy is
-imported by the call; torch only for FP8 in tiles.
+Tensors that change on the way get another container, wider floats, or one row made many. Values never change.
+Each way is a generator of bytes, some rows at a time, so that no tensor is ever complete in memory. No torch
+at import: numpy is imported by the calls, torch only for FP8 in tiles.
 """
 
 from __future__ import annotations
@@ -16,18 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ascendit.checkpoint import layer_format
 from ascendit.checkpoint.layer_format import Layer
-from ascendit.checkpoint.reader import (
-    DTYPE_BITS,
-    RowReader,
-    TensorInfo,
-    as_bytes,
-    as_tensor,
-    float_bytes,
-    tile_values,
-)
+from ascendit.checkpoint.reader import DTYPE_BITS, RowReader, TensorInfo, as_bytes, as_tensor, float_bytes
 from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import CheckpointError
+from ascendit.mx.formats import FORMATS
 from ascendit.names import is_block_linear, sort_names
 from ascendit.quant.fusion import fused_with
 from ascendit.quant.schemes import FP8_TILES, scheme_after_reading
@@ -35,16 +27,16 @@ from ascendit.weights.engine_formats import Dialect
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     Table = np.ndarray[Any, Any]
 
 How = Literal["move", "copy", "widen", "repeat", "recode", "untile", "fill"]
-Check = Literal["", "scale_bytes", "scale", "zero", "positive"]
-TILE = 128
+ScaleCheck = Literal["", "scale_bytes", "scale", "zero", "positive"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class TensorStep:
     """One tensor of the output: what it is, and the way from the source to it."""
 
     spec: TensorSpec
@@ -55,7 +47,7 @@ class Step:
     """move: by the kernel; copy: as it is, but seen; widen: to float32; repeat: one number for all rows;
     recode: FP4 in another container; untile: FP8 in tiles to bfloat16; fill: a constant without a source."""
     sources: tuple[TensorInfo, ...] = ()
-    check: Check = ""
+    check: ScaleCheck = ""
     containers: tuple[str, str] = ("", "")
     """Of `recode`: from, to."""
     value: float = 0.0
@@ -67,7 +59,160 @@ class Step:
         return self.how not in ("move", "copy")
 
 
-def produce(step: Step, reader: RowReader) -> Iterator[Any]:
+@dataclass(frozen=True)
+class TensorSteps:
+    """The way of one expert."""
+
+    written: tuple[TensorStep, ...]
+    """One for each tensor of the output, in the order it is written."""
+    dropped: tuple[TensorStep, ...]
+    """Zeros that the reader does without; they are checked, and not written."""
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        return [step.spec for step in self.written]
+
+    @property
+    def smoothed(self) -> set[str]:
+        """Layers that have a `mul_scale` in the output."""
+        return {step.name.removesuffix(".mul_scale") for step in self.written if _is_smoothing(step.name)}
+
+    @property
+    def names(self) -> list[str]:
+        """Diffusers names, in the order they are written."""
+        return [step.name for step in self.written]
+
+
+# ---- the steps of an expert ---------------------------------------------------------------------
+
+_CHECKS: dict[str, ScaleCheck] = {
+    "weight_scale": "scale",
+    "weight_dual_scale": "scale",
+    "weight_offset": "zero",
+    "mul_scale": "positive",
+}
+
+
+def steps_for(expert: Expert, dialect: Dialect) -> TensorSteps:
+    """Every tensor of the source has its place in one step; names were checked when it was read."""
+    steps = {step.name: step for layer in expert.layers.values() for step in _layer(layer, dialect)}
+    dropped = () if dialect.offset else tuple(_offsets(expert))
+    used = {info for step in (*steps.values(), *dropped) for info in step.sources}
+    for name, info in expert.tensors.items():
+        if info not in used:
+            assert name not in steps, name
+            steps[name] = _moved(name, info)
+    ordered = TensorSteps(tuple(steps[name] for name in sort_names(steps)), dropped)
+    smoothed = ordered.smoothed
+    written = tuple(
+        replace(step, spec=replace(step.spec, name=dialect.on_disk(step.name, smoothed)))
+        for step in ordered.written
+    )
+    return TensorSteps(written, dropped)
+
+
+def _is_smoothing(name: str) -> bool:
+    return name.endswith(".mul_scale")
+
+
+def _moved(name: str, info: TensorInfo) -> TensorStep:
+    spec = TensorSpec(name, info.dtype, info.shape, info.start)
+    return TensorStep(spec=spec, name=name, how="move", sources=(info,))
+
+
+def _offsets(expert: Expert) -> Iterator[TensorStep]:
+    for layer in expert.layers.values():
+        if (info := layer.tensors.get("weight_offset")) is not None:
+            name = f"{layer.name}.weight_offset"
+            spec = TensorSpec(name, info.dtype, info.shape)
+            yield TensorStep(spec=spec, name=name, how="copy", sources=(info,), check="zero")
+
+
+def _layer(layer: Layer, dialect: Dialect) -> Iterator[TensorStep]:
+    """The tensors of one linear layer."""
+    scheme = scheme_after_reading(layer.scheme)
+    weight, bias = layer.tensors["weight"], layer.tensors.get("bias")
+    specs = dialect.layer_specs(
+        layer.name,
+        scheme,
+        layer.shape,
+        bias=bias is not None,
+        mul_scale="mul_scale" in layer.tensors,
+        float_dtype=weight.dtype if layer.scheme == "bf16" else "BF16",
+    )
+    for spec in specs:
+        role = spec.name.rpartition(".")[2]
+        info = layer.tensors.get(role)
+        if role == "weight":
+            yield _weight(layer, spec, weight, dialect)
+        elif info is None:
+            yield TensorStep(spec=spec, name=spec.name, how="fill", value=1.0 if role == "mul_scale" else 0.0)
+        elif role == "bias" and scheme == "bf16":
+            yield _moved(spec.name, info)
+        else:
+            yield _scale(spec, info, role)
+
+
+def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, dialect: Dialect) -> TensorStep:
+    if layer.scheme == FP8_TILES:
+        sources = (info, layer.tensors["weight_scale_inv"])
+        return TensorStep(spec=spec, name=spec.name, how="untile", sources=sources)
+    target = dialect.container(layer.scheme)
+    if layer.container == target:
+        return TensorStep(
+            spec=replace(spec, source_start=info.start), name=spec.name, how="move", sources=(info,)
+        )
+    return TensorStep(
+        spec=spec, name=spec.name, how="recode", sources=(info,), containers=(layer.container, target)
+    )
+
+
+def _scale(spec: TensorSpec, info: TensorInfo, role: str) -> TensorStep:
+    """A scale, offset, smoothing factor, or the bias of a quantized layer."""
+    check = _CHECKS.get(role, "")
+    if spec.dtype == "U8":
+        return TensorStep(spec=spec, name=spec.name, how="copy", sources=(info,), check="scale_bytes")
+    if math.prod(info.shape) == 1 != math.prod(spec.shape):
+        return TensorStep(spec=spec, name=spec.name, how="repeat", sources=(info,), check=check)
+    assert math.prod(info.shape) == math.prod(spec.shape), info
+    how: How = "widen" if info.dtype != spec.dtype else "copy" if check else "move"
+    return TensorStep(spec=spec, name=spec.name, how=how, sources=(info,), check=check)
+
+
+def schemes_of(expert: Expert) -> dict[str, str]:
+    """Every linear of the blocks, and every other layer that is quantized or smoothed -> scheme, in order.
+
+    FP8 in tiles is `bf16` here: that is what becomes of it.
+    """
+    found = {name.removesuffix(".weight"): "bf16" for name in expert.tensors if name.endswith(".weight")}
+    layers = {name: scheme for name, scheme in found.items() if is_block_linear(name)}
+    layers |= {name: scheme_after_reading(x.scheme) for name, x in expert.layers.items()}
+    return {name: layers[name] for name in sort_names(layers)}
+
+
+def smoothed_layers(expert: Expert) -> set[str]:
+    """Layers with a `mul_scale`."""
+    return {name for name, layer in expert.layers.items() if "mul_scale" in layer.tensors}
+
+
+def unlike_qkv(expert: Expert) -> bool:
+    """Whether the `mul_scale` of a Q, K and V of one self-attention differ, or are not on all three."""
+    with RowReader() as reader:
+        for name in smoothed_layers(expert):
+            group = [expert.layers.get(other) for other in fused_with(name)]
+            if len(group) == 1:
+                continue
+            scales = [layer.tensors.get("mul_scale") if layer else None for layer in group]
+            data = {None if x is None else to_float32(reader.whole(x), x.dtype, x.name) for x in scales}
+            if len(data) > 1:
+                return True
+    return False
+
+
+# ---- the bytes of a step ------------------------------------------------------------------------
+
+
+def produce(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     """The bytes of the tensor, in order. Each buffer is valid until the next is asked for.
 
     Raises CheckpointError E-CKP-08 for a scale, offset or smoothing factor that cannot be, E-CKP-04 for a
@@ -76,28 +221,28 @@ def produce(step: Step, reader: RowReader) -> Iterator[Any]:
     return _WAYS[step.how](step, reader)
 
 
-def _copy(step: Step, reader: RowReader) -> Iterator[Any]:
+def _copy(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     (info,) = step.sources
     for _, view in reader.blocks(info):
         _examine(step, info, view)
         yield view
 
 
-def _widen(step: Step, reader: RowReader) -> Iterator[Any]:
+def _widen(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     (info,) = step.sources
     for _, view in reader.blocks(info):
         _examine(step, info, view)
         yield _floats(step, info, view)
 
 
-def _repeat(step: Step, reader: RowReader) -> Iterator[Any]:
+def _repeat(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     (info,) = step.sources
     data = reader.whole(info)
     _examine(step, info, data)
     yield _floats(step, info, data) * math.prod(step.spec.shape)
 
 
-def _floats(step: Step, info: TensorInfo, data: bytes | memoryview) -> bytes:
+def _floats(step: TensorStep, info: TensorInfo, data: bytes | memoryview) -> bytes:
     """The numbers as float32. Offsets, which are zeros by now, may be of any type."""
     if step.check == "zero":
         return bytes(4 * len(data) * 8 // DTYPE_BITS[info.dtype])
@@ -123,18 +268,18 @@ def to_float32(data: bytes | memoryview, dtype: str, name: str) -> bytes:
     return narrow.tobytes()
 
 
-def _fill(step: Step, reader: RowReader) -> Iterator[Any]:
+def _fill(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     import struct
 
     assert step.spec.dtype == "F32"
     yield struct.pack("<f", step.value) * (step.spec.nbytes // 4)
 
 
-def _examine(step: Step, info: TensorInfo, data: bytes | memoryview) -> None:
+def _examine(step: TensorStep, info: TensorInfo, data: bytes | memoryview) -> None:
     if step.check == "scale_bytes":
         layer_format.check_scale_bytes(data, info.name)
     elif step.check == "scale":
-        layer_format.check_scale(data, info.dtype, info.name)
+        layer_format.check_float_scale(data, info.dtype, info.name)
     elif step.check == "zero":
         layer_format.check_zero(data, info.dtype, info.name)
     elif step.check == "positive":
@@ -149,7 +294,7 @@ _BF16 = (0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)
 _NO_CODE, _NO_BYTE = 0xFF, 0xFFFF
 
 
-def _recode(step: Step, reader: RowReader) -> Iterator[Any]:
+def _recode(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     (info,) = step.sources
     source, target = step.containers
     length = (step.spec if source == "packed" else info).shape[-1]
@@ -232,22 +377,40 @@ def _not_fp4(name: str, count: int) -> CheckpointError:
 
 # ---- FP8 in tiles -------------------------------------------------------------------------------
 
+FP8_TILE = FORMATS[FP8_TILES].block
+"""Rows and columns of a tile: 128."""
 
-def _untile(step: Step, reader: RowReader) -> Iterator[Any]:
+
+def _untile(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     """Code x scale of its tile in float32, rounded once to bfloat16."""
     import torch
 
     weight, inverse = step.sources
     found = reader.whole(inverse)
-    layer_format.check_scale(found, inverse.dtype, inverse.name)
+    layer_format.check_float_scale(found, inverse.dtype, inverse.name)
     rows = bytearray(to_float32(found, inverse.dtype, inverse.name))
     scale = torch.frombuffer(rows, dtype=torch.float32).view(inverse.shape)
-    for start, view in reader.blocks(weight, multiple=TILE):
+    for start, view in reader.blocks(weight, multiple=FP8_TILE):
         codes = as_tensor(view, weight)
         yield as_bytes(tile_values(codes, scale, start).to(torch.bfloat16))
 
 
-_WAYS: dict[str, Callable[[Step, RowReader], Iterator[Any]]] = {
+def tile_values(codes: torch.Tensor, scale: torch.Tensor, start: int, tile: int = FP8_TILE) -> torch.Tensor:
+    """FP8 rows [n, K] beginning at row `start` (a multiple of `tile`) -> float32 code x scale of its tile.
+
+    `scale`: float32 [ceil(N / tile), ceil(K / tile)], the `weight_scale_inv` of the whole weight. Equal to
+    `mx.decode` of fp8_128x128 on those rows, in a third of the memory.
+    """
+    import torch
+
+    values = codes.to(torch.float32)
+    for row in range(0, values.shape[0], tile):
+        factors = scale[(start + row) // tile].repeat_interleave(tile)[: values.shape[1]]
+        values[row : row + tile] *= factors
+    return values
+
+
+_WAYS: dict[str, Callable[[TensorStep, RowReader], Iterator[Any]]] = {
     "copy": _copy,
     "widen": _widen,
     "repeat": _repeat,
@@ -255,151 +418,3 @@ _WAYS: dict[str, Callable[[Step, RowReader], Iterator[Any]]] = {
     "untile": _untile,
     "fill": _fill,
 }
-
-
-# ---- From an expert as it lies to an expert as it will lie: one step for each tensor of the out -
-
-_CHECKS: dict[str, Check] = {
-    "weight_scale": "scale",
-    "weight_dual_scale": "scale",
-    "weight_offset": "zero",
-    "mul_scale": "positive",
-}
-
-
-def schemes_of(expert: Expert) -> dict[str, str]:
-    """Every linear of the blocks, and every other layer that is quantized or smoothed -> scheme, in order.
-
-    FP8 in tiles is `bf16` here: that is what becomes of it.
-    """
-    found = {name.removesuffix(".weight"): "bf16" for name in expert.tensors if name.endswith(".weight")}
-    layers = {name: scheme for name, scheme in found.items() if is_block_linear(name)}
-    layers |= {name: scheme_after_reading(x.scheme) for name, x in expert.layers.items()}
-    return {name: layers[name] for name in sort_names(layers)}
-
-
-def smoothed_layers(expert: Expert) -> set[str]:
-    """Layers with a `mul_scale`."""
-    return {name for name, layer in expert.layers.items() if "mul_scale" in layer.tensors}
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The way of one expert."""
-
-    written: tuple[Step, ...]
-    """One for each tensor of the output, in the order it is written."""
-    dropped: tuple[Step, ...]
-    """Zeros that the reader does without; they are checked, and not written."""
-
-    @property
-    def specs(self) -> list[TensorSpec]:
-        return [step.spec for step in self.written]
-
-    @property
-    def smoothed(self) -> set[str]:
-        """Layers that have a `mul_scale` in the output."""
-        return {step.name.removesuffix(".mul_scale") for step in self.written if _is_smoothing(step.name)}
-
-    @property
-    def names(self) -> list[str]:
-        """Diffusers names, in the order they are written."""
-        return [step.name for step in self.written]
-
-
-def unlike_qkv(expert: Expert) -> bool:
-    """Whether the `mul_scale` of a Q, K and V of one self-attention differ, or are not on all three."""
-    with RowReader() as reader:
-        for name in smoothed_layers(expert):
-            group = [expert.layers.get(other) for other in fused_with(name)]
-            if len(group) == 1:
-                continue
-            scales = [layer.tensors.get("mul_scale") if layer else None for layer in group]
-            data = {None if x is None else to_float32(reader.whole(x), x.dtype, x.name) for x in scales}
-            if len(data) > 1:
-                return True
-    return False
-
-
-def steps_for(expert: Expert, dialect: Dialect) -> Steps:
-    """Every tensor of the source has its place in one step; names were checked when it was read."""
-    steps = {step.name: step for layer in expert.layers.values() for step in _layer(layer, dialect)}
-    dropped = () if dialect.offset else tuple(_offsets(expert))
-    used = {info for step in (*steps.values(), *dropped) for info in step.sources}
-    for name, info in expert.tensors.items():
-        if info not in used:
-            assert name not in steps, name
-            steps[name] = _moved(name, info)
-    ordered = Steps(tuple(steps[name] for name in sort_names(steps)), dropped)
-    smoothed = ordered.smoothed
-    written = tuple(
-        replace(step, spec=replace(step.spec, name=dialect.on_disk(step.name, smoothed)))
-        for step in ordered.written
-    )
-    return Steps(written, dropped)
-
-
-def _is_smoothing(name: str) -> bool:
-    return name.endswith(".mul_scale")
-
-
-def _moved(name: str, info: TensorInfo) -> Step:
-    spec = TensorSpec(name, info.dtype, info.shape, info.start)
-    return Step(spec=spec, name=name, how="move", sources=(info,))
-
-
-def _offsets(expert: Expert) -> Iterator[Step]:
-    for layer in expert.layers.values():
-        if (info := layer.tensors.get("weight_offset")) is not None:
-            name = f"{layer.name}.weight_offset"
-            spec = TensorSpec(name, info.dtype, info.shape)
-            yield Step(spec=spec, name=name, how="copy", sources=(info,), check="zero")
-
-
-def _layer(layer: Layer, dialect: Dialect) -> Iterator[Step]:
-    """The tensors of one linear layer."""
-    scheme = scheme_after_reading(layer.scheme)
-    weight, bias = layer.tensors["weight"], layer.tensors.get("bias")
-    specs = dialect.layer_specs(
-        layer.name,
-        scheme,
-        layer.shape,
-        bias=bias is not None,
-        mul_scale="mul_scale" in layer.tensors,
-        float_dtype=weight.dtype if layer.scheme == "bf16" else "BF16",
-    )
-    for spec in specs:
-        role = spec.name.rpartition(".")[2]
-        info = layer.tensors.get(role)
-        if role == "weight":
-            yield _weight(layer, spec, weight, dialect)
-        elif info is None:
-            yield Step(spec=spec, name=spec.name, how="fill", value=1.0 if role == "mul_scale" else 0.0)
-        elif role == "bias" and scheme == "bf16":
-            yield _moved(spec.name, info)
-        else:
-            yield _scale(spec, info, role)
-
-
-def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, dialect: Dialect) -> Step:
-    if layer.scheme == FP8_TILES:
-        sources = (info, layer.tensors["weight_scale_inv"])
-        return Step(spec=spec, name=spec.name, how="untile", sources=sources)
-    target = dialect.container(layer.scheme)
-    if layer.container == target:
-        return Step(spec=replace(spec, source_start=info.start), name=spec.name, how="move", sources=(info,))
-    return Step(
-        spec=spec, name=spec.name, how="recode", sources=(info,), containers=(layer.container, target)
-    )
-
-
-def _scale(spec: TensorSpec, info: TensorInfo, role: str) -> Step:
-    """A scale, offset, smoothing factor, or the bias of a quantized layer."""
-    check = _CHECKS.get(role, "")
-    if spec.dtype == "U8":
-        return Step(spec=spec, name=spec.name, how="copy", sources=(info,), check="scale_bytes")
-    if math.prod(info.shape) == 1 != math.prod(spec.shape):
-        return Step(spec=spec, name=spec.name, how="repeat", sources=(info,), check=check)
-    assert math.prod(info.shape) == math.prod(spec.shape), info
-    how: How = "widen" if info.dtype != spec.dtype else "copy" if check else "move"
-    return Step(spec=spec, name=spec.name, how=how, sources=(info,), check=check)

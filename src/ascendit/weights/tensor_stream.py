@@ -1,27 +1,25 @@
 """The canonical tensors of one expert, straight into memory: what `quantize` or `repack` would write.
 
-    feed(plan, sink)                      # a float checkpoint, quantized as it is read
+    feed(applied, sink)                   # a float checkpoint, quantized as it is read
     feed(stored_steps(expert), sink)      # codes that are on disk already, in any layout
 
-A tensor is read into the place that `room` gives for it, some rows at a time, and told of when it is whole.
-Online and offline are equal by construction: both are `ExpertWriter`, with another end.
+A tensor is read some rows at a time into the memory that `room` gives for it; `arrived` is called when it is
+complete. Online and offline quantization are equal by construction: both are `ExpertWriter`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from ascendit.checkpoint.reader import TORCH_DTYPES, RowReader, TensorInfo, as_bytes
 from ascendit.checkpoint.transformer import Expert
-from ascendit.checkpoint.writer import TensorSpec
+from ascendit.checkpoint.writer import Data, TensorSpec
+from ascendit.weights.applied_recipe import AppliedRecipe
 from ascendit.weights.engine_formats import Dialect
-from ascendit.weights.quantize_plan import ExpertPlan
-from ascendit.weights.quantize_writer import Data, ExpertWriter
-from ascendit.weights.tensor_steps import Steps, produce, steps_for
-
-if TYPE_CHECKING:
-    import torch
+from ascendit.weights.quantize_writer import ExpertWriter
+from ascendit.weights.tensor_steps import TensorSteps, produce, steps_for
 
 
 class TensorSink:
@@ -82,8 +80,8 @@ class TensorSink:
             self._arrived(name)
 
 
-class _Online:
-    """`TensorSink` with the face that `ExpertWriter` writes to."""
+class _WriterSink:
+    """A `TensorSink` with the interface that `ExpertWriter` writes to."""
 
     def __init__(self, sink: TensorSink, reader: RowReader) -> None:
         self._sink, self._reader = sink, reader
@@ -94,15 +92,15 @@ class _Online:
         self._sink.read(info, name, self._reader)
 
 
-def feed(source: ExpertPlan | Steps, sink: TensorSink) -> None:
-    """Every tensor of an expert, quantized by a plan, or as it is stored.
+def feed(source: AppliedRecipe | TensorSteps, sink: TensorSink) -> None:
+    """Every tensor of an expert, quantized by a recipe, or as it is stored.
 
     Raises CheckpointError: E-CKP-08 for scales that cannot be, E-CKP-02 for files that shrink, E-QNT-01 for
     weights that are not finite.
     """
     with RowReader() as reader:
-        if isinstance(source, ExpertPlan):
-            ExpertWriter(source, reader, _Online(sink, reader)).write()
+        if isinstance(source, AppliedRecipe):
+            ExpertWriter(source, reader, _WriterSink(sink, reader)).write()
             return
         for step in source.written:
             if step.how == "move":
@@ -115,14 +113,12 @@ def feed(source: ExpertPlan | Steps, sink: TensorSink) -> None:
                 pass
 
 
-def stored_steps(expert: Expert) -> Steps:
+def stored_steps(expert: Expert) -> TensorSteps:
     """From the expert as it lies to its canonical tensors, without the offsets, which are zeros."""
     return steps_for(expert, Dialect(offset=False))
 
 
 def torch_dtype(spec: TensorSpec) -> torch.dtype:
     """Of a tensor that is to hold `spec`."""
-    import torch
-
     found: torch.dtype = getattr(torch, TORCH_DTYPES[spec.dtype])
     return found

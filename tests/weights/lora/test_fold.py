@@ -30,7 +30,7 @@ from torch import Tensor
 from ascendit.convert.quantize import quantize
 from ascendit.errors import UsageError
 from ascendit.names import expected_tensors
-from ascendit.weights.lora.fold import TILE, Folds, LoraSource, parse_lora
+from ascendit.weights.lora.fold import PRODUCT_ROWS, Folds, LoraSource, parse_lora
 
 WAN = block_layers(LAYERS)
 
@@ -335,7 +335,7 @@ def test_bf16_weights_are_the_nearest_to_the_exact_sum(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folds, Tensor, Tensor]:
     """A tall tensor with a LoRA, a LoHa, a LoKr and a difference on it; the weight, and the whole folded."""
-    rank, rows, columns = 24, 5 * TILE + 7, 333
+    rank, rows, columns = 24, 5 * PRODUCT_ROWS + 7, 333
     name = "blocks.0.ffn.net.0.proj.weight"
     key = f"transformer.{name.removesuffix('.weight')}"
     torch.manual_seed(3)

@@ -27,7 +27,6 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from ascendit.checkpoint.reader import listed
 from ascendit.errors import CheckpointError, EnvironmentProblem, UsageError
 from ascendit.integrations.diffusers.stored_layers import (
     Awaited,
@@ -42,15 +41,16 @@ from ascendit.model.quantize_module import (
     bind_,
     linears_of,
     marker_of,
-    plan_module,
+    module_schemes,
     rounded,
     say_attention_kept,
     wan_config_of,
 )
+from ascendit.names import listed
 from ascendit.ops.operators import Schemes, bind
 from ascendit.quant.recipe import Recipe
+from ascendit.weights.applied_recipe import check_kind
 from ascendit.weights.canonical_tensors import METHOD
-from ascendit.weights.quantize_plan import check_kind
 
 __all__ = ["AscenditConfig", "AscenditMethod", "AscenditQuantizer", "bind_", "register"]
 
@@ -163,7 +163,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return [key for key in loaded_keys if key not in drop]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        """Plan what is awaited. Errors as `stored_layers` and `plan_module`."""
+        """Decide which tensors are awaited. Errors as `stored_layers` and `module_schemes`."""
         stored = stored_layers(model, self._files)
         self._check_asked(bool(stored))
         linears = linears_of(model)
@@ -251,14 +251,14 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def _plan_floats(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
         recipe = self._config.recipe
         assert recipe is not None
-        plan = plan_module(model, recipe, self._config.keep)
-        if plan.kind:
+        chosen = module_schemes(model, recipe, self._config.keep)
+        if chosen.kind:
             check_kind(
-                plan.kind, plan.schemes, type(model).__name__, force=self._config.force, way="force=True"
+                chosen.kind, chosen.schemes, type(model).__name__, force=self._config.force, way="force=True"
             )
-        say_attention_kept(model, plan)
-        self._layers = {p.layer: p.scheme for p in plan.layers}
-        self._waiting = {x: FromFloats(plan, x, linears[x].bias is not None) for x in plan.coded}
+        say_attention_kept(model, chosen)
+        self._layers = {s.name: s.scheme for s in chosen.layers}
+        self._waiting = {x: FromFloats(chosen, x, linears[x].bias is not None) for x in chosen.coded}
 
     def _check_asked(self, stored: bool) -> None:
         """UsageError: a recipe for codes, or none for floats."""

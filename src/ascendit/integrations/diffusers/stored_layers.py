@@ -17,21 +17,22 @@ from torch import Tensor, nn
 
 from ascendit.checkpoint.component import TRANSFORMER, Part, read_json
 from ascendit.checkpoint.layer_format import (
-    ROLES,
+    STORED_ROLES,
     Layer,
+    check_float_scale,
     check_positive,
-    check_scale,
     check_scale_bytes,
     check_zero,
     possible,
 )
-from ascendit.checkpoint.reader import TORCH_DTYPES, Shards, TensorInfo, as_bytes, listed
+from ascendit.checkpoint.reader import TORCH_DTYPES, Shards, TensorInfo, as_bytes
 from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert, read_expert
 from ascendit.errors import CheckpointError
 from ascendit.model.linear import SmoothLinear
 from ascendit.model.loader import say_attention
-from ascendit.model.quantize_module import ModulePlan, PlacedLinear, check_weight, encode_weight, rounded
+from ascendit.model.quantize_module import ModuleSchemes, PlacedLinear, check_weight, encode_weight, rounded
 from ascendit.mx.codec import Encoded
+from ascendit.names import listed
 from ascendit.ops.operators import Schemes
 from ascendit.quant.schemes import FP8_TILES
 from ascendit.weights.canonical_tensors import layer_specs
@@ -82,7 +83,7 @@ class FromCodes:
 class FromFloats:
     """A layer that lies on disk as floats: its weight becomes codes when it comes."""
 
-    plan: ModulePlan
+    chosen: ModuleSchemes
     name: str
     has_bias: bool
     _encoded: Encoded | None = None
@@ -91,10 +92,10 @@ class FromFloats:
     def take(self, role: str, tensor: Tensor) -> bool:
         """Encode the weight, keep the bias; True when both are there. UsageError E-QNT-01."""
         if role == "weight":
-            check_weight(self.plan, self.name, tensor)
-            self._encoded = encode_weight(self.plan, self.name, tensor)
+            check_weight(self.chosen, self.name, tensor)
+            self._encoded = encode_weight(self.chosen, self.name, tensor)
         else:
-            self._bias = (rounded(tensor) if self.plan.round_to else tensor).to(torch.float32, copy=True)
+            self._bias = (rounded(tensor) if self.chosen.round_to else tensor).to(torch.float32, copy=True)
         return self._encoded is not None and (self._bias is not None) == self.has_bias
 
     def finish(self, schemes: Schemes, dtype: torch.dtype) -> nn.Module:
@@ -116,7 +117,7 @@ def _check_values(name: str, tensor: Tensor) -> None:
     elif role == "mul_scale":
         check_positive(data, "F32", name)
     else:
-        check_scale(data, "F32", name)
+        check_float_scale(data, "F32", name)
 
 
 # ---- Which layers of a Diffusers folder are codes. Headers and JSON only ------------------------
@@ -164,7 +165,7 @@ def _by_dtype(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[str, 
     marks = [name.rpartition(".") for name in tensors if name.endswith((".weight_scale", ".mul_scale"))]
     found: dict[str, Layer] = {}
     for name in dict.fromkeys(name for name, _, _ in marks):
-        roles = {role: info for role in ROLES if (info := tensors.get(f"{name}.{role}")) is not None}
+        roles = {role: info for role in STORED_ROLES if (info := tensors.get(f"{name}.{role}")) is not None}
         options = possible(roles) if "weight" in roles else {}
         if name not in linears or not options:
             raise _foreign(name, "which is no linear layer of the model, or of no scheme that is known")
@@ -175,7 +176,7 @@ def _by_dtype(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[str, 
 
 
 def _check_canonical(layer: Layer) -> None:
-    """E-CKP-04 unless every tensor lies as `canonical.layer_specs` says."""
+    """E-CKP-04 unless every tensor lies as `canonical_tensors.layer_specs` says."""
     if layer.scheme == FP8_TILES:
         raise _foreign(layer.name, "FP8 in tiles of 128 x 128")
     have = {role: (info.dtype, info.shape) for role, info in layer.tensors.items()}

@@ -1,15 +1,12 @@
 """Fold LoRA files into float weights, some rows at a time, before they are quantized.
 
 `Folds.open` reads the headers of all files and says which tensors of an expert change; `fold` adds, in the
-order of the files, and rounds once. Every key is used or the run stops and names it.
+order of the files, and rounds once. Every key is used or the run stops and names it. Factors are read when
+their tensor is folded and forgotten after it.
 
 It adds in float64: the same weight must get the same bits in blocks of any size, on one thread or many. In
 float32 it would not. Libraries sum a product in an order that depends on the threads, and up to one element
 in a hundred differs in its last bit. In float64 a sum of products of 16-bit factors is as good as exact.
-
-The keys of one LoRA file -> the changes they make to one expert. A key that is not used is a problem.
-
-Headers and the one-element `alpha` tensors are read here; factors are read when a tensor is folded.
 """
 
 from __future__ import annotations
@@ -27,8 +24,8 @@ from ascendit.checkpoint.reader import TensorInfo
 from ascendit.errors import UsageError
 from ascendit.names import Shapes
 from ascendit.weights.lora.file import (
+    FACTOR_DTYPES,
     FAMILIES,
-    FLOATS,
     Delta,
     LoraFile,
     Problem,
@@ -45,134 +42,9 @@ from ascendit.weights.lora.keys import Key, Targets, refusal
 if TYPE_CHECKING:
     import torch
 
-_INTEGERS = ("I64", "I32", "I16", "I8", "U8")
-_OTHER_MODEL = "use a LoRA made for a model of this width and kind"
 
+# ---- which files, and for which expert ----------------------------------------------------------
 
-class Reader:
-    """Collects `deltas` and `problems` of a file; `ranks` and `num_alphas` are for the report."""
-
-    def __init__(self, file: LoraFile, targets: Targets, weight: float) -> None:
-        self.file = file
-        self.targets = targets
-        self.weight = weight
-        self.problems: list[Problem] = []
-        self.deltas: list[Delta] = []
-        self.ranks: list[int] = []
-        self.num_alphas = 0
-
-    def read(self, keys: Iterable[Key]) -> None:
-        """Add what `keys` change."""
-        for target, group in self._groups(keys).items():
-            self._read_group(target, group)
-
-    def problem(self, key: Key, why: str, fix: str = Problem.fix) -> None:
-        """Note that `key` cannot be used."""
-        self.problems.append(Problem(key.name, why, fix))
-
-    def _groups(self, keys: Iterable[Key]) -> dict[str, dict[str, Key]]:
-        """Target -> role -> key. `diff_b` and `diff_m` are the `diff` of another tensor of the layer."""
-        groups: dict[str, dict[str, Key]] = {}
-        for key in keys:
-            if key.role is None:
-                self.problem(key, refusal(key.name) or "no known kind of LoRA has such a key")
-            elif (target := self.targets.find(key)) is None:
-                self.problem(key, self.targets.why_not(key))
-            else:
-                role = "diff" if key.role in ("diff_b", "diff_m") else key.role
-                first = groups.setdefault(target, {}).setdefault(role, key)
-                if first is not key:
-                    self.problem(key, f"means the same as {first.name}")
-        return groups
-
-    def _read_group(self, target: str, group: dict[str, Key]) -> None:
-        """One tensor: factors with `alpha`, a whole difference, or both."""
-        alpha, up_bias = group.get("alpha"), group.get("up_bias")
-        found = {
-            kind: {role: group[role] for role in roles if role in group} for kind, roles in FAMILIES.items()
-        }
-        if alpha and not any(keys for kind, keys in found.items() if kind != "diff"):
-            self.problem(alpha, "no factors of this layer to scale")
-        if up_bias and not found["lora"]:
-            self.problem(up_bias, "the factors of this layer are missing")
-        for kind, keys in found.items():
-            if keys and (infos := self._checked(kind, keys, target)) is not None:
-                scale = self.weight * self._scale(kind, keys, infos, alpha)
-                self.deltas.append(Delta(_label(kind, target), target, infos, scale))
-                if kind == "lora" and up_bias:
-                    self._add_bias(target, up_bias, scale)
-
-    def _checked(self, kind: str, keys: dict[str, Key], target: str) -> dict[str, TensorInfo] | None:
-        """Where the tensors of a module lie; None, and problems, when one is missing or does not fit."""
-        infos = {role: self.file.infos[key.name] for role, key in keys.items()}
-        if missing := gaps(kind, keys):
-            for key in keys.values():
-                self.problem(
-                    key, f"half of a pair: {missing} of this layer is missing", "get the whole file again"
-                )
-            return None
-        bad = [role for role, info in infos.items() if info.dtype not in FLOATS or not info.shape]
-        for role in bad:
-            self.problem(
-                keys[role], f"{infos[role].dtype} {list(infos[role].shape)} holds no floating-point rows"
-            )
-        shape = self.targets.shapes[target]
-        if bad:
-            return None
-        if why := misfit(kind, infos, shape):
-            self.problem(next(iter(keys.values())), f"{why} of {target}", _OTHER_MODEL)
-            return None
-        # A modulation table may lack the first axis of size 1: rows are counted as in the model.
-        return {"diff": replace(infos["diff"], shape=shape)} if kind == "diff" else infos
-
-    def _scale(
-        self, kind: str, keys: dict[str, Key], infos: dict[str, TensorInfo], alpha: Key | None
-    ) -> float:
-        """alpha / rank, or 1. Differences and a LoKr of two whole factors have no rank and are not scaled."""
-        if (rank := rank_of(kind, infos)) is None:
-            return 1.0
-        self.ranks.append(rank)
-        if alpha is not None:
-            self.num_alphas += 1
-            return self._alpha(alpha) / rank
-        key = next(iter(keys.values()))
-        return self.file.scaling(key).of(key.path, rank) if kind == "lora" else 1.0
-
-    def _alpha(self, key: Key) -> float:
-        info = self.file.infos[key.name]
-        value = 0.0
-        if math.prod(info.shape) == 1 and info.dtype in FLOATS + _INTEGERS:
-            value = read_number(info)
-        if not math.isfinite(value) or value == 0:
-            self.problem(key, f"{info.dtype} {list(info.shape)} holds no number to scale by")
-        return value
-
-    def _add_bias(self, weight: str, key: Key, scale: float) -> None:
-        """PEFT's `lora_B.bias`: part of what `up` gives, so it is scaled like it."""
-        bias = weight.removesuffix(".weight") + ".bias"
-        info = self.file.infos[key.name]
-        if info.shape != self.targets.shapes.get(bias) or info.dtype not in FLOATS:
-            self.problem(key, f"{info.dtype} {list(info.shape)} is no change of {bias}", _OTHER_MODEL)
-        else:
-            self.deltas.append(Delta("diff_b", bias, {"diff": info}, scale))
-
-
-def _label(kind: str, target: str) -> str:
-    """The kind, for the summary. Other tools drop norms and modulation, so these are counted apart."""
-    if kind != "diff":
-        return kind
-    if "norm" in target:
-        return "norm"
-    if target.endswith("scale_shift_table"):
-        return "diff_m"
-    return "diff_b" if target.endswith(".bias") else "diff"
-
-
-# ---- Fold LoRA files into float weights, some rows at a time, before they are quantized ---------
-
-TILE = 64
-"""Rows of one matrix product, at multiples of it and always whole, whatever rows are asked for: how a product
-is summed depends on its size too. Small, so that its float64 stays in the cache."""
 EXPERT_WORDS = {"transformer": "transformer", "transformer_2": "transformer_2"} | dict(
     zip(("high", "low"), EXPERTS, strict=True)
 )
@@ -223,6 +95,13 @@ def _number(text: str) -> float | None:
 
 def _bad_source(got: str, needs: str) -> UsageError:
     return UsageError(got, needs=needs, fix=f"write {_FORM}", code="E-USE-01")
+
+
+# ---- folding ------------------------------------------------------------------------------------
+
+PRODUCT_ROWS = 64
+"""Rows of one matrix product, at multiples of it and always whole, whatever rows are asked for: how a product
+is summed depends on its size too. Small, so that its float64 stays in the cache."""
 
 
 class Folds:
@@ -285,8 +164,8 @@ class Folds:
         assert rows.shape[1:] == self._shapes[name][1:], (name, rows.shape)
         result = torch.empty(rows.shape, dtype=rows.dtype)
         deltas, stop = self._open(name), start + len(rows)
-        for first in range(start // TILE * TILE, stop, TILE):
-            last = min(first + TILE, self._shapes[name][0])
+        for first in range(start // PRODUCT_ROWS * PRODUCT_ROWS, stop, PRODUCT_ROWS):
+            last = min(first + PRODUCT_ROWS, self._shapes[name][0])
             begin, end = max(first, start), min(last, stop)
             part = rows[begin - start : end - start]
             total = part.to(torch.float64).reshape(len(part), -1)
@@ -304,7 +183,7 @@ class Folds:
             return self._opened[1]
 
 
-def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection[str]) -> Reader:
+def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection[str]) -> DeltaReader:
     """The keys of one file that are for `expert`. Raises E-LRA-01 for all that cannot be used."""
     if source.expert is not None and source.expert not in experts:
         raise _bad_source(
@@ -312,7 +191,7 @@ def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection
             f"one of {', '.join(experts)}: the model has no other",
         )
     file = open_file(source.path)
-    reader = Reader(file, targets, source.weight)
+    reader = DeltaReader(file, targets, source.weight)
     if source.expert not in (None, expert):
         return reader
     mine = []
@@ -332,3 +211,128 @@ def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection
     if reader.problems:
         raise refused(source.path, len(file.keys), reader.problems)
     return reader
+
+
+# ---- from the keys of a file to changes ---------------------------------------------------------
+
+_INTEGERS = ("I64", "I32", "I16", "I8", "U8")
+_OTHER_MODEL = "use a LoRA made for a model of this width and kind"
+
+
+class DeltaReader:
+    """Collects `deltas` and `problems` of a file; `ranks` and `num_alphas` are for the report."""
+
+    def __init__(self, file: LoraFile, targets: Targets, weight: float) -> None:
+        self.file = file
+        self.targets = targets
+        self.weight = weight
+        self.problems: list[Problem] = []
+        self.deltas: list[Delta] = []
+        self.ranks: list[int] = []
+        self.num_alphas = 0
+
+    def read(self, keys: Iterable[Key]) -> None:
+        """Add what `keys` change."""
+        for target, group in self._groups(keys).items():
+            self._read_group(target, group)
+
+    def problem(self, key: Key, why: str, fix: str = Problem.fix) -> None:
+        """Note that `key` cannot be used."""
+        self.problems.append(Problem(key.name, why, fix))
+
+    def _groups(self, keys: Iterable[Key]) -> dict[str, dict[str, Key]]:
+        """Target -> role -> key. `diff_b` and `diff_m` are the `diff` of another tensor of the layer."""
+        groups: dict[str, dict[str, Key]] = {}
+        for key in keys:
+            if key.role is None:
+                self.problem(key, refusal(key.name) or "no known kind of LoRA has such a key")
+            elif (target := self.targets.find(key)) is None:
+                self.problem(key, self.targets.why_not(key))
+            else:
+                role = "diff" if key.role in ("diff_b", "diff_m") else key.role
+                first = groups.setdefault(target, {}).setdefault(role, key)
+                if first is not key:
+                    self.problem(key, f"means the same as {first.name}")
+        return groups
+
+    def _read_group(self, target: str, group: dict[str, Key]) -> None:
+        """One tensor: factors with `alpha`, a whole difference, or both."""
+        alpha, up_bias = group.get("alpha"), group.get("up_bias")
+        found = {
+            kind: {role: group[role] for role in roles if role in group} for kind, roles in FAMILIES.items()
+        }
+        if alpha and not any(keys for kind, keys in found.items() if kind != "diff"):
+            self.problem(alpha, "no factors of this layer to scale")
+        if up_bias and not found["lora"]:
+            self.problem(up_bias, "the factors of this layer are missing")
+        for kind, keys in found.items():
+            if keys and (infos := self._checked(kind, keys, target)) is not None:
+                scale = self.weight * self._scale(kind, keys, infos, alpha)
+                self.deltas.append(Delta(_label(kind, target), target, infos, scale))
+                if kind == "lora" and up_bias:
+                    self._add_bias(target, up_bias, scale)
+
+    def _checked(self, kind: str, keys: dict[str, Key], target: str) -> dict[str, TensorInfo] | None:
+        """Where the tensors of a module lie; None, and problems, when one is missing or does not fit."""
+        infos = {role: self.file.infos[key.name] for role, key in keys.items()}
+        if missing := gaps(kind, keys):
+            for key in keys.values():
+                self.problem(
+                    key, f"half of a pair: {missing} of this layer is missing", "get the whole file again"
+                )
+            return None
+        bad = [role for role, info in infos.items() if info.dtype not in FACTOR_DTYPES or not info.shape]
+        for role in bad:
+            self.problem(
+                keys[role], f"{infos[role].dtype} {list(infos[role].shape)} holds no floating-point rows"
+            )
+        shape = self.targets.shapes[target]
+        if bad:
+            return None
+        if why := misfit(kind, infos, shape):
+            self.problem(next(iter(keys.values())), f"{why} of {target}", _OTHER_MODEL)
+            return None
+        # A modulation table may lack the first axis of size 1: rows are counted as in the model.
+        return {"diff": replace(infos["diff"], shape=shape)} if kind == "diff" else infos
+
+    def _scale(
+        self, kind: str, keys: dict[str, Key], infos: dict[str, TensorInfo], alpha: Key | None
+    ) -> float:
+        """alpha / rank, or 1. Differences and a LoKr of two whole factors have no rank and are not scaled."""
+        if (rank := rank_of(kind, infos)) is None:
+            return 1.0
+        self.ranks.append(rank)
+        if alpha is not None:
+            self.num_alphas += 1
+            return self._alpha(alpha) / rank
+        key = next(iter(keys.values()))
+        return self.file.scaling(key).of(key.path, rank) if kind == "lora" else 1.0
+
+    def _alpha(self, key: Key) -> float:
+        info = self.file.infos[key.name]
+        value = 0.0
+        if math.prod(info.shape) == 1 and info.dtype in FACTOR_DTYPES + _INTEGERS:
+            value = read_number(info)
+        if not math.isfinite(value) or value == 0:
+            self.problem(key, f"{info.dtype} {list(info.shape)} holds no number to scale by")
+        return value
+
+    def _add_bias(self, weight: str, key: Key, scale: float) -> None:
+        """PEFT's `lora_B.bias`: part of what `up` gives, so it is scaled like it."""
+        bias = weight.removesuffix(".weight") + ".bias"
+        info = self.file.infos[key.name]
+        if info.shape != self.targets.shapes.get(bias) or info.dtype not in FACTOR_DTYPES:
+            self.problem(key, f"{info.dtype} {list(info.shape)} is no change of {bias}", _OTHER_MODEL)
+        else:
+            self.deltas.append(Delta("diff_b", bias, {"diff": info}, scale))
+
+
+def _label(kind: str, target: str) -> str:
+    """The kind, for the summary. Other tools drop norms and modulation, so these are counted apart."""
+    if kind != "diff":
+        return kind
+    if "norm" in target:
+        return "norm"
+    if target.endswith("scale_shift_table"):
+        return "diff_m"
+    return "diff_b" if target.endswith(".bias") else "diff"

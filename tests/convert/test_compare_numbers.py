@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.transformer import Expert, read_expert
-from ascendit.convert.repack import combined, compare, digests, repack
+from ascendit.convert.repack import combined, compare_numbers, digests, repack
 from ascendit.errors import CheckpointError
 from ascendit.weights import tensor_steps
 
@@ -65,10 +65,10 @@ def test_one_changed_byte_is_found(export: Path, name: str, tmp_path: Path) -> N
 
     other = exports.changed(export, tmp_path / "other", change)
     with pytest.raises(CheckpointError, match=r"1 of \d+ tensors .* came out otherwise: ") as e:
-        compare(read(export), read(other))
+        compare_numbers(read(export), read(other))
     assert e.value.code == "E-CKP-10"
     assert exports.diffusers_name(name).rpartition(".")[0] in e.value.got
-    assert compare(read(export), read(export)) == digests(read(export))
+    assert compare_numbers(read(export), read(export)) == digests(read(export))
 
 
 def test_a_wrong_rewrite_does_not_get_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of one expert: scheme of each layer, every tensor that is written. Headers only, no torch."""
+"""A recipe applied to one expert: schemes of its layers, tensors that are written. Headers only, no torch."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ascendit.checkpoint.layer_format import FLOAT_DTYPES
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import UsageError
 from ascendit.family import WanConfig
 from ascendit.names import grouped, is_block_linear, sort_names
-from ascendit.quant.layer_rules import AttentionPlan, LayerPlan, ModelKind, PlannedLayers
+from ascendit.quant.layer_rules import AttentionScheme, LayerScheme, LayerSchemes, ModelKind
 from ascendit.quant.recipe import Recipe
 from ascendit.quant.schemes import FP4, FP8_TILES, SCHEMES
 from ascendit.weights.canonical_tensors import marker_for
 from ascendit.weights.engine_formats import Dialect, Traits, traits_of
 
-FLOATS = ("BF16", "F16", "F32", "F64")
 ROTATIONS = ("q_rot", "k_rot")
 
 
 @dataclass(frozen=True)
-class ExpertPlan(PlannedLayers):
+class AppliedRecipe(LayerSchemes):
     """One expert and its output. Names are Diffusers' unless something else is said."""
 
     expert: Expert
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerScheme, ...]
     """Every linear layer, in the order of the model."""
-    attention: tuple[AttentionPlan, ...]
+    attention: tuple[AttentionScheme, ...]
     specs: tuple[TensorSpec, ...]
     """Every tensor that is written, in the order in which it is."""
     dialect: Dialect
@@ -45,7 +45,7 @@ class ExpertPlan(PlannedLayers):
 
     def dtype(self, info: TensorInfo) -> str:
         """What a weight is when it is encoded: BF16 from tiles, and where the recipe rounds."""
-        return self.round_to or (info.dtype if info.dtype in FLOATS else "BF16")
+        return self.round_to or (info.dtype if info.dtype in FLOAT_DTYPES else "BF16")
 
     def on_disk(self, name: str) -> str:
         """The name of a tensor in the file."""
@@ -64,7 +64,7 @@ class ExpertPlan(PlannedLayers):
     @property
     def manifest(self) -> dict[str, str]:
         """`quant_model_description.json`, names as in the file."""
-        layers = {plan.layer: plan.scheme for plan in self.layers}
+        layers = {layer.name: layer.scheme for layer in self.layers}
         entries = {f"{a.name}.quant_type": a.quant_type for a in self.attention if a.quant_type}
         names = [spec.name for spec in self.specs]
         return self.dialect.manifest(layers, names, self.expert.attention | entries, {})
@@ -85,9 +85,9 @@ class ExpertPlan(PlannedLayers):
     def _inside(self) -> dict[str, str]:
         """Linears of the blocks, and others that are quantized or smoothed -> scheme."""
         return {
-            plan.layer: plan.scheme
-            for plan in self.layers
-            if is_block_linear(plan.layer) or plan.scheme != "bf16" or plan.layer in self.smoothing
+            layer.name: layer.scheme
+            for layer in self.layers
+            if is_block_linear(layer.name) or layer.scheme != "bf16" or layer.name in self.smoothing
         }
 
     def _unlike_qkv(self) -> bool:
@@ -117,13 +117,13 @@ class ExpertPlan(PlannedLayers):
     @property
     def kept(self) -> dict[str, tuple[str, ...]]:
         """Why -> layers that stay as they are, in few words."""
-        names = [plan.layer for plan in self.layers]
-        kept = [plan for plan in self.layers if plan.scheme == "bf16"]
-        reasons = dict.fromkeys(plan.why for plan in kept)
-        return {why: grouped((p.layer for p in kept if p.why == why), names) for why in reasons}
+        names = [layer.name for layer in self.layers]
+        kept = [layer for layer in self.layers if layer.scheme == "bf16"]
+        reasons = dict.fromkeys(layer.why for layer in kept)
+        return {why: grouped((x.name for x in kept if x.why == why), names) for why in reasons}
 
 
-def plan_expert(
+def apply_recipe(
     expert: Expert,
     recipe: Recipe,
     kind: ModelKind,
@@ -131,8 +131,8 @@ def plan_expert(
     keep: Sequence[str] = (),
     smoothing: Mapping[str, Any] | None = None,
     dialect: Dialect | None = None,
-) -> ExpertPlan:
-    """Plan the output of `recipe` for `expert`. `smoothing`: layer -> mul_scale.
+) -> AppliedRecipe:
+    """What `recipe` makes of `expert`. `smoothing`: layer -> mul_scale.
 
     UsageError: E-QNT-01 for a source that is quantized already, one whose heads are unknown where rotations
     are asked for, a layer that its scale rule cannot take; E-USE-05 for patterns and smoothing that fit no
@@ -140,18 +140,18 @@ def plan_expert(
     """
     check_source(expert)
     dialect = dialect or Dialect()
-    layers = recipe.plan(expert.config, model_kind=kind, keep=keep)
-    attention = recipe.attention_plan(expert.config, model_kind=kind)
+    layers = recipe.layer_schemes(expert.config, model_kind=kind, keep=keep)
+    attention = recipe.attention_schemes(expert.config, model_kind=kind)
     smoothing = dict(smoothing or {})
-    _check_smoothing(expert, smoothing, {plan.layer for plan in layers})
+    _check_smoothing(expert, smoothing, {layer.name for layer in layers})
     round_to = recipe.round_to.upper()
     specs = _specs(expert, layers, smoothing, round_to, dialect)
     specs |= {spec.name: spec for spec in _rotations(expert, attention)}
     written = tuple(specs[name] for name in sort_names(specs))
-    plan = ExpertPlan(expert, layers, attention, written, dialect, round_to, smoothing)
-    for layer in plan.coded.values():
-        _check_layer(plan, layer)
-    return plan
+    applied = AppliedRecipe(expert, layers, attention, written, dialect, round_to, smoothing)
+    for layer in applied.coded.values():
+        _check_layer(applied, layer)
+    return applied
 
 
 def check_source(expert: Expert) -> None:
@@ -181,7 +181,7 @@ def check_kind(
         )
 
 
-def warnings_for(plans: Iterable[ExpertPlan], recipe: Recipe, kind: ModelKind) -> list[str]:
+def warnings_for(experts: Iterable[AppliedRecipe], recipe: Recipe, kind: ModelKind) -> list[str]:
     """What a user should know before using the result: shapes, kinds, gaps."""
     found: dict[str, None] = {}
     if recipe.kinds and kind not in recipe.kinds:
@@ -189,45 +189,45 @@ def warnings_for(plans: Iterable[ExpertPlan], recipe: Recipe, kind: ModelKind) -
         found[f"{recipe.name} is published for {published}; its rules were taken for this {kind} model"] = (
             None
         )
-    for plan in plans:
-        if plan.expert.config_problem:
-            found[plan.expert.config_problem] = None
-        for text, names in _shape_trouble(plan).items():
-            found[f"{text}: {', '.join(grouped(names, (p.layer for p in plan.layers)))}"] = None
+    for applied in experts:
+        if applied.expert.config_problem:
+            found[applied.expert.config_problem] = None
+        for text, names in _shape_trouble(applied).items():
+            found[f"{text}: {', '.join(grouped(names, (layer.name for layer in applied.layers)))}"] = None
     return list(found)
 
 
-# ---- parts --------------------------------------------------------------------------------------
+# ---- the tensors that are written, and checks ---------------------------------------------------
 
 
 def _specs(
     expert: Expert,
-    layers: Sequence[LayerPlan],
+    layers: Sequence[LayerScheme],
     smoothing: Mapping[str, Any],
     round_to: str,
     dialect: Dialect,
 ) -> dict[str, TensorSpec]:
-    coded = {plan.layer: plan for plan in layers if plan.scheme != "bf16"}
+    coded = {layer.name: layer for layer in layers if layer.scheme != "bf16"}
     specs: dict[str, TensorSpec] = {}
     for name, info in expert.tensors.items():
         layer, _, role = name.rpartition(".")
         if layer in coded or _is_inverse(name):
             continue
         tiled = layer in expert.layers and role == "weight"
-        dtype = (round_to or info.dtype) if info.dtype in FLOATS else "BF16" if tiled else info.dtype
+        dtype = (round_to or info.dtype) if info.dtype in FLOAT_DTYPES else "BF16" if tiled else info.dtype
         specs[name] = TensorSpec(name, dtype, info.shape)
-    for name, plan in coded.items():
+    for name, layer_scheme in coded.items():
         n, k = expert.tensors[f"{name}.weight"].shape
         bias, smooth = f"{name}.bias" in expert.tensors, name in smoothing
-        found = dialect.layer_specs(name, plan.scheme, (n, k), bias=bias, mul_scale=smooth)
+        found = dialect.layer_specs(name, layer_scheme.scheme, (n, k), bias=bias, mul_scale=smooth)
         specs |= {spec.name: spec for spec in found}
     for name, scale in smoothing.items():
         specs.setdefault(f"{name}.mul_scale", TensorSpec(f"{name}.mul_scale", "F32", tuple(scale.shape)))
     return specs
 
 
-def _rotations(expert: Expert, attention: Sequence[AttentionPlan]) -> list[TensorSpec]:
-    rotated = [plan.name for plan in attention if plan.rotate]
+def _rotations(expert: Expert, attention: Sequence[AttentionScheme]) -> list[TensorSpec]:
+    rotated = [a.name for a in attention if a.rotate]
     size = expert.config.get("attention_head_dim", WanConfig.attention_head_dim)
     if rotated and (expert.config_problem or size & (size - 1)):
         raise UsageError(
@@ -240,18 +240,18 @@ def _rotations(expert: Expert, attention: Sequence[AttentionPlan]) -> list[Tenso
     return [TensorSpec(f"{name}.{rot}", "BF16", (size, size)) for name in rotated for rot in ROTATIONS]
 
 
-def _check_layer(plan: ExpertPlan, layer: LayerPlan) -> None:
-    dtype = plan.dtype(plan.weight(layer.layer))
+def _check_layer(applied: AppliedRecipe, layer: LayerScheme) -> None:
+    dtype = applied.dtype(applied.weight(layer.name))
     if dtype == "F64":
         raise UsageError(
-            f"{layer.layer} is float64",
+            f"{layer.name} is float64",
             needs="weights in BF16, float16 or float32",
             fix='add round_to = "bf16" to the recipe',
             code="E-QNT-01",
         )
     if (layer.scale_rule or "").startswith("msms:") and dtype == "F16":
         raise UsageError(
-            f"{layer.layer} is float16, and scale rule {layer.scale_rule} is msModelSlim's",
+            f"{layer.name} is float16, and scale rule {layer.scale_rule} is msModelSlim's",
             needs="BF16 or float32 weights: msModelSlim's arithmetic has no float16",
             fix='add round_to = "bf16" to the recipe, or leave the scale rule out',
             code="E-QNT-01",
@@ -270,10 +270,10 @@ def _check_smoothing(expert: Expert, smoothing: Mapping[str, Any], layers: set[s
             )
 
 
-def _shape_trouble(plan: ExpertPlan) -> dict[str, list[str]]:
+def _shape_trouble(applied: AppliedRecipe) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for name, layer in plan.coded.items():
-        k, scheme = plan.weight(name).shape[1], SCHEMES[layer.scheme]
+    for name, layer in applied.coded.items():
+        k, scheme = applied.weight(name).shape[1], SCHEMES[layer.scheme]
         if scheme.packed and k % 2:
             found.setdefault("odd K, which the NPU's FP4 operators do not take", []).append(name)
         elif scheme.group and k % scheme.group:
