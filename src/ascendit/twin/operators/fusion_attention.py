@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.twin.contract import require
+from ascendit.twin.contract import FLOAT_DTYPES, HALF_DTYPES, require
 from ascendit.twin.operators import attention_inputs as core
-from ascendit.twin.operators.mx_quantize import FLOATS
 from ascendit.twin.registry import Out, operator
 
 _MASKS = (torch.bool, torch.uint8)
@@ -68,7 +67,7 @@ def npu_fusion_attention(
         fix='"BNSD"',
     )
     require(
-        query.dtype == key.dtype == value.dtype and query.dtype in FLOATS,
+        query.dtype == key.dtype == value.dtype and query.dtype in FLOAT_DTYPES,
         f"query of {query.dtype}, key of {key.dtype}, value of {value.dtype}",
         needs="one dtype, float16, bfloat16 or float32",
         fix="k.to(q.dtype)",
@@ -117,7 +116,7 @@ def npu_prompt_flash_attention(
     _inference(1.0, sparse_mode, rest)
     layout, _, layout_out = input_layout.partition("_")
     require(
-        query.dtype == key.dtype == value.dtype and query.dtype in FLOATS[:2],
+        query.dtype == key.dtype == value.dtype and query.dtype in HALF_DTYPES,
         f"query of {query.dtype}, key of {key.dtype}, value of {value.dtype}",
         needs="one dtype, float16 or bfloat16",
         fix="q.to(torch.bfloat16)",

@@ -23,7 +23,7 @@ from ascendit import environment, twin
 from ascendit.device import npu_runtime
 from ascendit.device.device import Device, parse_device
 from ascendit.errors import EnvironmentProblem
-from ascendit.twin.state import STATE
+from ascendit.twin import STATE
 
 log = logging.getLogger("ascendit")
 
