@@ -69,7 +69,7 @@ def relative_l2(a: Tensor, reference: Tensor) -> float:
     return away / size if size else math.inf if away else 0.0
 
 
-def sqnr(a: Tensor, reference: Tensor) -> float:
+def output_sqnr(a: Tensor, reference: Tensor) -> float:
     """Signal to quantization noise in dB: |reference|^2 / |a - reference|^2."""
     reference = reference.double()
     noise = float((a.double() - reference).square().sum())
