@@ -7,7 +7,15 @@ import io
 import pytest
 from rich.console import Console
 
-from ascendit.cli.progress import BarView, LineView, ProgressMeter, ProgressView, clock, memory, progress_view
+from ascendit.cli.progress import (
+    BarView,
+    LineView,
+    ProgressMeter,
+    ProgressView,
+    progress_view,
+    show_bytes,
+    show_seconds,
+)
 from ascendit.progress import Progress
 
 
@@ -59,11 +67,11 @@ def test_the_meter_knows_the_stage():
     ("seconds", "text"), [(0.4, "0:00"), (70, "1:10"), (3723, "1:02:03"), (59.7, "1:00")]
 )
 def test_clock(seconds, text):
-    assert clock(seconds) == text
+    assert show_seconds(seconds) == text
 
 
 def test_memory():
-    assert (memory(2**30), memory(2**20 * 3)) == ("1.0 GiB", "3 MiB")
+    assert (show_bytes(2**30), show_bytes(2**20 * 3)) == ("1.0 GiB", "3 MiB")
 
 
 def test_lines_every_tenth():

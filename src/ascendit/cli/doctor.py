@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from ascendit.doctor.probe import DoctorReport
     from ascendit.doctor.self_check import SelfCheck
 
-DEFAULT = "npu"
+DEFAULT_DEVICE = "npu"
 """The device that is checked where none is named: what a self-check is for."""
-SHOWN = ("torch", "torch_npu", "cann", "mindiesd", "driver")
+SHOWN_VERSIONS = ("torch", "torch_npu", "cann", "mindiesd", "driver")
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def checked(device: str | None, file: Path | None, out: Output) -> int:
     from ascendit.device.device import parse_device
     from ascendit.environment import disable_device_plugins
 
-    name = str(parse_device(device or DEFAULT))
+    name = str(parse_device(device or DEFAULT_DEVICE))
     if file is not None:
         _can_write(file)
     disable_device_plugins()  # a card's own torch_npu is imported by name
@@ -140,7 +140,7 @@ def _can_write(file: Path) -> None:
 def page(check: SelfCheck) -> Iterator[str]:
     """One page: questions, operators, functions, verdict."""
     versions = check.about["versions"]
-    known = "   ".join(f"{name} {versions[name]}" for name in SHOWN if versions[name])
+    known = "   ".join(f"{name} {versions[name]}" for name in SHOWN_VERSIONS if versions[name])
     yield f"Self-check of {check.device}{f', chip {check.chip}' if check.chip else ''}   {known}"
     if questions := check.part("question"):
         yield "\nWhat no document answers"

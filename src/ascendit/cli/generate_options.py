@@ -160,7 +160,7 @@ class Plan:
 def read_call(
     words: list[str], *, demo: bool, flags: dict[str, Any], settings: list[str], config: Path | None
 ) -> Call:
-    """Put all layers over each other. `flags`: known keys (see `options.known`), None where not given."""
+    """Put all layers over each other. `flags`: known keys (see `known`), None where not given."""
     from ascendit.device.device import parse_device
     from ascendit.environment import read_environment
 

@@ -16,7 +16,7 @@ from ascendit.progress import ConversionProgress, Progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-EXPERTS = {"transformer": "high-noise expert", "transformer_2": "low-noise expert"}
+EXPERT_TITLES = {"transformer": "high-noise expert", "transformer_2": "low-noise expert"}
 RECENT_STEPS = 8
 
 REDRAW = 0.1  # seconds; events come for every few MiB
@@ -51,9 +51,9 @@ class ProgressMeter:
         if event.stage == "denoise" and event.step and event.seconds > 0:
             self._seconds.append(event.seconds)
             pace = sum(self._seconds) / len(self._seconds)
-            words += [f"{_short(pace)} s/step", f"eta {clock(pace * (event.total - event.step))}"]
+            words += [f"{_short(pace)} s/step", f"eta {show_seconds(pace * (event.total - event.step))}"]
         if event.memory_bytes:
-            words.append(memory(event.memory_bytes))
+            words.append(show_bytes(event.memory_bytes))
         return "  ".join(words)
 
 
@@ -128,7 +128,7 @@ class BarView(ProgressView):
 def _label(event: Progress) -> str:
     if event.expert is None:
         return event.stage
-    return f"{event.stage} ({EXPERTS.get(event.expert, event.expert)})"
+    return f"{event.stage} ({EXPERT_TITLES.get(event.expert, event.expert)})"
 
 
 # ---- a conversion --------------------------------------------------------------------------------
@@ -210,12 +210,12 @@ class TransferBar(TransferView):
 def line_of(event: ConversionProgress) -> str:
     """`transformer_2  61 %  34.1/56.2 GiB  2.81 GiB/s  eta 0:08`."""
     share = 100 * event.done_bytes // max(event.total_bytes, 1)
-    done, total = memory(event.done_bytes), memory(event.total_bytes)
+    done, total = show_bytes(event.done_bytes), show_bytes(event.total_bytes)
     words = [event.stage, f"{share} %", f"{done} of {total}"]
     if event.gib_per_s:
         words.append(f"{event.gib_per_s:.2f} GiB/s")
     if event.eta:
-        words.append(f"eta {clock(event.eta)}")
+        words.append(f"eta {show_seconds(event.eta)}")
     return "  ".join(words)
 
 
@@ -236,14 +236,14 @@ def resumable() -> Iterator[None]:
 # ---- words ---------------------------------------------------------------------------------------
 
 
-def clock(seconds: float) -> str:
+def show_seconds(seconds: float) -> str:
     """`0:07`, `1:10`, `1:02:03`."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
-def memory(size: int) -> str:
+def show_bytes(size: int) -> str:
     """`38.2 GiB`, or `412 MiB` below one GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 

@@ -190,7 +190,7 @@ class _AdherenceTally:
         self._start = time.perf_counter()
 
     def __call__(self, scene: Scene, seed: int, reading: Reading) -> None:
-        from ascendit.cli.progress import clock
+        from ascendit.cli.progress import show_seconds
         from ascendit.progress import Progress
 
         self._done += 1
@@ -198,7 +198,7 @@ class _AdherenceTally:
         pace = (time.perf_counter() - self._start) / self._done
         text = (
             f"judged {self._done}/{self._total}  right {self._right / self._done:.1%}  "
-            f"{pace:.2g} s/video  eta {clock(pace * (self._total - self._done))}"
+            f"{pace:.2g} s/video  eta {show_seconds(pace * (self._total - self._done))}"
         )
         self._view.show(Progress(stage="denoise", step=self._done, total=self._total), text)
 
@@ -315,7 +315,7 @@ class _QualityTally:
         self._start = time.perf_counter()
 
     def __call__(self, case: str, right: bool) -> None:
-        from ascendit.cli.progress import clock
+        from ascendit.cli.progress import show_seconds
         from ascendit.progress import Progress
 
         if case != self._case:
@@ -326,7 +326,7 @@ class _QualityTally:
         pace = (time.perf_counter() - self._start) / self._done
         text = (
             f"{case}: right {self._right}/{self._made}   video {self._done}/{self._total}  "
-            f"{pace:.2g} s/video  eta {clock(pace * (self._total - self._done))}"
+            f"{pace:.2g} s/video  eta {show_seconds(pace * (self._total - self._done))}"
         )
         self._view.show(Progress(stage="denoise", step=self._done, total=self._total), text)
 

@@ -87,7 +87,7 @@ def choice() -> tuple[str, str]:
 
 
 def add_ceil_x_sums(rows: Tensor, sums: Tensor) -> None:
-    """Adds `msms.ceil_x_sums(rows)` to `sums`, float64 [25]."""
+    """Adds `msmodelslim.ceil_x_sums(rows)` to `sums`, float64 [25]."""
     if not native_encoder.add_ceil_x_sums(rows, sums):
         for piece in rows.split(max(1, REFERENCE_PIECE // rows.shape[-1])):
             sums += torch.tensor(msmodelslim.ceil_x_sums(piece), dtype=torch.float64)

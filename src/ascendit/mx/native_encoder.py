@@ -21,7 +21,7 @@ DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ELEMENT_NUMBERS = {"e4m3": 0, "e5m2": 1, "e2m1": 2}
 INT8 = 3
 LARGE = 1 << 22
-SIGNATURES = {
+ENCODER_SIGNATURES = {
     "encode_table": "piiiiipppp",
     "encode_choice": "piiiipppp",
     "encode_rule": "piiiiiiiipp",
@@ -37,7 +37,7 @@ SIGNATURES = {
 @functools.cache
 def library() -> Built:
     """The compiled kernels, or why there are none. Asking compiles them if that was never done."""
-    return declared(native("encode"), SIGNATURES)
+    return declared(native("encode"), ENCODER_SIGNATURES)
 
 
 def encoder(
@@ -65,7 +65,7 @@ def prefer_large_pages(fresh: Tensor) -> Tensor:
 
 
 def add_ceil_x_sums(rows: Tensor, sums: Tensor) -> bool:
-    """As `fast.add_ceil_x_sums`; False if this cannot be done here."""
+    """As `encoder.add_ceil_x_sums`; False if this cannot be done here."""
     lib = library().library
     if lib is None or rows.dtype != torch.bfloat16:
         return False

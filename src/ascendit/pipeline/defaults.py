@@ -1,4 +1,4 @@
-"""What a folder runs with when the request does not say: a row of `spec.py`, then the folder's own files.
+"""What a folder runs with when the request does not say: a row of `family.py`, then the folder's own files.
 
 Configs only: no weights are opened, and torch is not imported.
 """
@@ -110,7 +110,7 @@ def task_of(layout: Layout) -> Task:
 
 
 def spec_for(layout: Layout, task: Task) -> WanSpec | None:
-    """The row of `spec.py` with this folder's dimensions, channels and number of experts."""
+    """The row of `family.py` with this folder's dimensions, channels and number of experts."""
     config = layout.experts[0].config
     spec = match(
         dim=config.get("num_attention_heads", WanConfig.num_attention_heads)

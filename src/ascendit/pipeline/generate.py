@@ -65,7 +65,7 @@ class Pipeline:
     policy: StepPolicy = field(default_factory=StepPolicy)
     """Which precision each step runs in."""
     loaded: Mapping[str, Any] = field(default_factory=dict)
-    """The options that were given to `load`, as `replay.load_record` says them; a video keeps them."""
+    """The options that were given to `load`, as `request.load_record` says them; a video keeps them."""
 
     @property
     def experts(self) -> tuple[WanTransformer, ...]:

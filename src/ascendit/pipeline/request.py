@@ -50,7 +50,7 @@ class Defaults:
     max_sequence_length: int = 512
     solver: Solver = "unipc"
     sources: tuple[str, ...] = ()
-    """Where the values came from, for the log: a row of `spec.py`, the folder's own files."""
+    """Where the values came from, for the log: a row of `family.py`, the folder's own files."""
     spec: WanSpec | None = None
 
     def shift_for(self, width: int, height: int) -> float:

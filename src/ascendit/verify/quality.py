@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ascendit.demo.adherence import judge
@@ -30,7 +29,7 @@ from ascendit.model.linear import QuantLinear, Tokens
 from ascendit.names import is_block_linear
 from ascendit.ops.open_device import activate
 from ascendit.pipeline.calibrate import experts_of, inputs_of, recorded
-from ascendit.pipeline.frame_checks import to_uint8
+from ascendit.pipeline.frame_checks import Frames, to_uint8
 from ascendit.pipeline.generate import Pipeline, Stop, denoise
 from ascendit.pipeline.load import load
 from ascendit.pipeline.request import GenerateRequest
@@ -43,7 +42,6 @@ from ascendit.verify.quality_table import Quality, QualityRow
 LAYER_TOKENS = 512
 """How many tokens of each input a layer is measured on."""
 
-Frames = NDArray[np.uint8]
 T = TypeVar("T")
 OnVideo = Callable[[str, bool], None]
 """Called with the case and whether its video is right; by any thread, one at a time."""

@@ -88,7 +88,7 @@ def _by_dtype(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[str, 
 
 
 def _check_canonical(layer: Layer) -> None:
-    """E-CKP-04 unless every tensor lies as `canonical.layer_specs` says."""
+    """E-CKP-04 unless every tensor lies as `canonical_tensors.layer_specs` says."""
     if layer.scheme == FP8_TILES:
         raise _foreign(layer.name, "FP8 in tiles of 128 x 128")
     have = {role: (info.dtype, info.shape) for role, info in layer.tensors.items()}

@@ -95,7 +95,7 @@ def npu_block_sparse_attention(
         needs="inner_precise=0 with bfloat16; the default is 1",
         fix="inner_precise=0",
     )
-    core.check_scale("scale_value", scale_value, 0.0, z.d)
+    core.check_attention_scale("scale_value", scale_value, 0.0, z.d)
     yield Out(core.shape_of(z, "BNSD"), query.dtype), Out((z.b, z.n, z.s, 1), torch.float32)
     out, lse = _sparse(query, key, value, block_sparse_mask, z, block_shape, scale_value)
     yield out.to(query.dtype), lse
@@ -135,7 +135,7 @@ def block_sparse_attention(
         needs="bfloat16 without scales, or FP8 with three block scales and blocks of 256 keys",
         fix="block_shape=[128, 256] with FP8",
     )
-    core.check_scale("scale_value", scale_value, 1.0, z.d)
+    core.check_attention_scale("scale_value", scale_value, 1.0, z.d)
     dtype = torch.bfloat16 if fp8 else query.dtype
     yield Out(core.shape_of(z, "BNSD"), dtype), Out((z.b, z.n, z.s, 1), torch.float32)
     wide = [
@@ -186,7 +186,7 @@ def rainfusionattention(
         needs=f"{blocks} and {blocks[:2]}",
         fix="indices per block of queries and head",
     )
-    core.check_scale("scale", scale, 1.0, z.d)
+    core.check_attention_scale("scale", scale, 1.0, z.d)
     yield Out(tuple(query.shape), query.dtype), Out((z.s, z.n, 1), torch.float32)
     taken = torch.arange(blocks[2]) < select_num_idx.unsqueeze(-1)
     mask = torch.zeros(*blocks[:2], blocks[2] + 1, dtype=torch.int8)

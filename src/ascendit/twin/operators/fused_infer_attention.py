@@ -52,7 +52,7 @@ def _attention(
         needs="heads of at most 512, a multiple of 16; at most 256 heads",
         fix="pad the heads to 16",
     )
-    core.check_scale(scale_name, scale, 1.0, z.d)
+    core.check_attention_scale(scale_name, scale, 1.0, z.d)
     core.check_mask(mask, z, _MASKS)
     packed = "T" in layout
     runs = core.pieces(z, *ends) if packed else None

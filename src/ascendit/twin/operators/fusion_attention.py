@@ -74,7 +74,7 @@ def npu_fusion_attention(
     )
     z = core.sizes(query, key, value, layout, head_num, 0)
     require(z.d <= 768, f"head size {z.d}", needs="at most 768", fix="split the heads")
-    core.check_scale("scale", scale, 1.0, z.d)
+    core.check_attention_scale("scale", scale, 1.0, z.d)
     core.check_mask(atten_mask, z, _MASKS)
     runs = core.pieces(z, actual_seq_qlen, actual_seq_kvlen) if layout == "TND" else None
     stats = (z.s, z.n, 8) if runs else (z.b, z.n, z.s, 8)
@@ -122,7 +122,7 @@ def npu_prompt_flash_attention(
         fix="q.to(torch.bfloat16)",
     )
     z = core.sizes(query, key, value, layout, num_heads, num_key_value_heads)
-    core.check_scale("scale_value", scale_value, 1.0, z.d)
+    core.check_attention_scale("scale_value", scale_value, 1.0, z.d)
     core.check_mask(atten_mask, z, (torch.bool, torch.uint8, torch.int8))
     require(
         actual_seq_lengths is None and layout != "TND",

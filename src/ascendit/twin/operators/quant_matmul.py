@@ -20,7 +20,7 @@ from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import E2M1, lookup
 from ascendit.twin import contract, cpu_kernels, nz
 from ascendit.twin.contract import require
-from ascendit.twin.operators.quant_matmul_contract import CHECKS, QuantMatmulCall, is_transposed, mode_of
+from ascendit.twin.operators.quant_matmul_contract import MODE_CHECKS, QuantMatmulCall, is_transposed, mode_of
 from ascendit.twin.registry import Out, gate, operator
 
 OPERAND_FORMATS = {
@@ -41,7 +41,7 @@ def npu_quant_matmul(**arguments: Any) -> Iterator[Any]:
     call = QuantMatmulCall(**arguments)
     mode = mode_of(call)
     gate("npu_quant_matmul", mode)
-    shape, dtype = CHECKS[mode](call)
+    shape, dtype = MODE_CHECKS[mode](call)
     yield Out(shape, dtype)
     x2 = nz.from_nz(call.x2) if nz.fractal(call.x2) else call.x2
     shared = _operands(call, x2, mode)

@@ -491,7 +491,7 @@ def k_of_both(c: QuantMatmulCall) -> tuple[int, int]:
 
 # ---- all modes -----------------------------------------------------------------------------------
 
-CHECKS: dict[str, Callable[[QuantMatmulCall], Checked]] = {
+MODE_CHECKS: dict[str, Callable[[QuantMatmulCall], Checked]] = {
     "int8": check_int8,
     "static": check_static,
     "fp8": check_fp8,
