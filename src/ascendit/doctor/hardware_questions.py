@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ascendit import mx, twin
 from ascendit.device.device import Device
-from ascendit.doctor.operator_cases import Caller, CheckCase, CheckedDevice, Result, noise, shorter
+from ascendit.doctor.operator_cases import Caller, CheckCase, CheckedDevice, Result, seeded, shorter
 from ascendit.ops.operators import bind
 from ascendit.twin.contract import FP4_E2M1, FP8_E4M3, SCALE_E8M0
 
@@ -121,8 +121,8 @@ def _smooth_scale(call: Caller) -> str:
     """Which of three readings the quantizer follows; told by its codes and both of its scales."""
     name, x, smooth = (
         "npu_dynamic_dual_level_mx_quant",
-        noise(8, 1024).to(BF16),
-        noise(1024).abs().to(BF16) + 0.25,
+        seeded(8, 1024).to(BF16),
+        seeded(1024).abs().to(BF16) + 0.25,
     )
     found = call(name, x, smooth_scale=smooth)
     readings = {
@@ -145,7 +145,7 @@ def _fp8_attention(call: Caller) -> str:
 
 
 def _fp8_once(call: Caller, batch: int, tokens: int) -> str:
-    floats = [noise(batch, 2, tokens, 128, seed=seed).to(BF16) for seed in (1, 2, 3)]
+    floats = [seeded(batch, 2, tokens, 128, seed=seed).to(BF16) for seed in (1, 2, 3)]
     given: dict[str, Any] = {f"{n}_quant_mode": 7 for n in ("query", "key", "value")}
     codes = []
     try:
@@ -166,7 +166,7 @@ def _fp8_once(call: Caller, batch: int, tokens: int) -> str:
 
 def _graphs(card: CheckedDevice) -> str:
     """Capture in a graph, replay, compare; for the kernels without a Meta kernel or with seeds."""
-    heads = card.put(noise(1, 64, 4, 64).to(BF16))
+    heads = card.put(seeded(1, 64, 4, 64).to(BF16))
     ways: dict[str, Callable[[], Any]] = {
         "npu_fusion_attention": lambda: card.call(
             "npu_fusion_attention", heads, heads, heads, 4, "BSND", scale=0.125
@@ -203,12 +203,12 @@ SIZES = (5120, (512, 4096, 32760))
 def _formats(card: CheckedDevice) -> str:
     """MXFP8 matmuls with the weight as it is and in FRACTAL_NZ, and the quantizer over a whole weight."""
     ops, (size, lengths) = bind(card.device).quantized, SIZES
-    weight = noise(size, size)
+    weight = seeded(size, size)
     e = mx.encode(weight, "mxfp8")
     both = [ops.prepare_weight(e.codes, e.scale, e.dual_scale, None, "mxfp8", nz=nz) for nz in (False, True)]
     words = []
     for tokens in lengths:
-        a = ops.quantize_activation(card.put(noise(tokens, size).to(BF16)), "mxfp8")
+        a = ops.quantize_activation(card.put(seeded(tokens, size).to(BF16)), "mxfp8")
         plain, nz = (card.seconds(lambda a=a, w=w: ops.quantized_linear(a, w)) for w in both)  # type: ignore[misc]
         flops = 2 * tokens * size**2 / plain / 1e12
         words.append(f"{tokens} tokens: ND {plain * 1e6:.0f} us ({flops:.0f} TFLOPS), NZ {nz * 1e6:.0f} us")

@@ -22,7 +22,7 @@ from ascendit.device.device import Device
 from ascendit.device.operator_support import CAPABILITIES
 from ascendit.kernels import reference
 from ascendit.mx.codec import decibels
-from ascendit.ops.npu.kernels import missing
+from ascendit.ops.npu import kernels
 from ascendit.ops.open_device import internal_format, synchronize
 from ascendit.ops.operators import OPERATOR_NAMES, bind, native_schemes
 from ascendit.quant.schemes import LINEAR_SCHEMES
@@ -292,7 +292,7 @@ def operator_cases(device: Device) -> Iterator[CheckCase]:
 
 
 def _operator(card: CheckedDevice, base: Result, sample: Any) -> Result:
-    if missing(sample.operator, str(card.device.chip)):
+    if kernels.missing(sample.operator, str(card.device.chip)):
         return replace(base, verdict="not installed")
     last: list[Any] = []
 
@@ -346,24 +346,24 @@ def function_cases(device: Device) -> Iterator[CheckCase]:
             yield CheckCase(base, partial(_linear, schemes=ops.quantized, scheme=scheme, variant=variant))
 
 
-def noise(*shape: int, seed: int = 0) -> Tensor:
+def seeded(*shape: int, seed: int = 0) -> Tensor:
     """The same float32 numbers on every machine."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
 def _inputs() -> dict[str, tuple[Any, ...]]:
     x, y, rows = (
-        noise(1, TOKENS, WIDTH).to(BF16),
-        noise(1, TOKENS, WIDTH, seed=1).to(BF16),
-        noise(2, WIDTH),
+        seeded(1, TOKENS, WIDTH).to(BF16),
+        seeded(1, TOKENS, WIDTH, seed=1).to(BF16),
+        seeded(2, WIDTH),
     )
     weight, bias, gamma = (
-        noise(OUT, WIDTH).to(BF16),
-        noise(OUT).to(BF16),
-        noise(WIDTH),
+        seeded(OUT, WIDTH).to(BF16),
+        seeded(OUT).to(BF16),
+        seeded(WIDTH),
     )
-    q, text = noise(1, TOKENS, HEADS, HEAD).to(BF16), noise(1, TEXT, HEADS, HEAD).to(BF16)
-    angle, spans = noise(TOKENS, HEAD // 2), (TEXT, TOKENS - TEXT)
+    q, text = seeded(1, TOKENS, HEADS, HEAD).to(BF16), seeded(1, TEXT, HEADS, HEAD).to(BF16)
+    angle, spans = seeded(TOKENS, HEAD // 2), (TEXT, TOKENS - TEXT)
     return {
         "linear": (x, weight, bias),
         "rms_norm": (x, gamma, EPS),
@@ -393,9 +393,9 @@ def _dense(
 def _linear(card: CheckedDevice, base: Result, schemes: Any, scheme: str, variant: str) -> Result:
     """One layer [OUT, K]: the weight must come back as it was stored, the product be the plain one."""
     k = 1024 if scheme == "mxfp4_dualscale" else WIDTH
-    stored, bias = mx.encode(noise(OUT, k), LINEAR_SCHEMES[scheme].weight), noise(OUT)
-    mul_scale = noise(k).abs() + 0.5 if variant == SMOOTHED else None
-    x = noise(1, TOKENS, k, seed=2).to(BF16)
+    stored, bias = mx.encode(seeded(OUT, k), LINEAR_SCHEMES[scheme].weight), seeded(OUT)
+    mul_scale = seeded(k).abs() + 0.5 if variant == SMOOTHED else None
+    x = seeded(1, TOKENS, k, seed=2).to(BF16)
     given = (stored.codes, stored.scale, stored.dual_scale, bias, LINEAR_SCHEMES[scheme].weight)
     weight = schemes.prepare_weight(*given, nz=variant == NZ)
     tokens = schemes.quantize_activation(card.put(x), scheme, card.put(mul_scale))
