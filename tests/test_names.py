@@ -26,7 +26,7 @@ from ascendit.names import (
     transformer_dim,
 )
 
-SOURCES = Path(__file__).parents[1] / "fixtures" / "msmodelslim" / "source_models"
+SOURCES = Path(__file__).parent / "fixtures" / "msmodelslim" / "source_models"
 SMALL = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,

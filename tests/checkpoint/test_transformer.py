@@ -425,7 +425,7 @@ def test_no_torch_is_imported(tmp_path: Path) -> None:
 import sys
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.transformer import read_expert
-from ascendit.checkpoint import values
+from ascendit.checkpoint import layer_format
 for part in recognise({str(EXPORTS[0])!r}).experts:
     assert read_expert(part).layers
 print([name for name in ("torch", "numpy", "diffusers", "safetensors") if name in sys.modules])

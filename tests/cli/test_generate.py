@@ -76,7 +76,7 @@ def test_dry_run_loads_nothing(run, fake, model, tmp_path, monkeypatch):
     assert f"would run  ascendit-demo in {model}" in ended.out
     assert "num_frames             5\n" in ended.out or "num_frames           5\n" in ended.out
     assert "num_inference_steps  16  (default)" in ended.out
-    assert "spec.py" in ended.out and "32 video and 512 text tokens, two passes for each step" in ended.out
+    assert "family.py" in ended.out and "32 video and 512 text tokens, two passes for each step" in ended.out
     assert "replay" in words and "--seed" in words
     assert not (tmp_path / "outputs").exists()
 

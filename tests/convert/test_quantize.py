@@ -20,6 +20,7 @@ from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.transformer import read_expert
 from ascendit.convert.quantize import quantize
 from ascendit.errors import AscenditError, CheckpointError, EnvironmentProblem, UsageError
+from ascendit.mx import smoothing
 from ascendit.progress import ConversionProgress
 from ascendit.quant.schemes import QUANTIZED, SCHEMES
 
@@ -253,8 +254,8 @@ def test_rotated_attention(tmp_path, dst):
     quantize(write_transformer(tmp_path / "model"), dst, recipe="ascend-w8a8f8")
     found = read(dst / "transformer")
     manifest = json_of(dst / "transformer" / "quant_model_description.json")
-    assert same(found["blocks.1.attn1.q_rot"], mx.smooth.rotation(32))
-    assert same(found["blocks.1.attn1.k_rot"], mx.smooth.rotation(32))
+    assert same(found["blocks.1.attn1.q_rot"], smoothing.rotation(32))
+    assert same(found["blocks.1.attn1.k_rot"], smoothing.rotation(32))
     assert {n for n in manifest if n.endswith("quant_type")} == {
         "blocks.1.attn1.quant_type",
         "model_quant_type",

@@ -133,7 +133,7 @@ def test_adherence_over_all_combinations(demo: Pipeline) -> None:
 
 def test_training_script_is_the_one_that_made_it() -> None:
     """The shape in `tools/train_demo.py` and the shape on disk agree."""
-    text = (Path(__file__).parents[1] / "tools/train_demo.py").read_text()
+    text = (Path(__file__).parents[2] / "tools/train_demo.py").read_text()
     c = config("transformer")
     for key in ("num_layers", "ffn_dim", "num_attention_heads", "freq_dim"):
         assert f"{key}={c[key]}," in text

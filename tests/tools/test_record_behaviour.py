@@ -42,7 +42,7 @@ def test_findings_of_doctor_lose_versions_and_free_memory(values: ModuleType) ->
 
 
 def test_texts_lose_paths_files_of_the_package_and_versions(tool: ModuleType, tmp_path: Path) -> None:
-    text = "steps: demo (spec.py) in /tmp/a/new\n| torch | 2.13.0+cpu |\n"
+    text = "steps: demo (family.py) in /tmp/a/new\n| torch | 2.13.0+cpu |\n"
     assert place(tool, tmp_path).text(text) == "steps: demo (<file>) in <work>/new\n| torch | - |\n"
 
 

@@ -63,7 +63,7 @@ def defaults_for(layout: Layout) -> Defaults:
     solver, folder_shift, notes = scheduler_of(layout)
     if spec is not None:
         width, height = spec.sizes[0]
-        notes = [f"steps, shift, guidance, size, frames, fps: {spec.name} (spec.py)"]
+        notes = [f"steps, shift, guidance, size, frames, fps: {spec.name} (family.py)"]
         values: dict[str, Any] = {
             "width": width,
             "height": height,

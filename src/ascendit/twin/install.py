@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ascendit.device.chip import CHIPS
-from ascendit.twin import STATE
+from ascendit.twin import STATE, operators  # noqa: F401  (importing operators registers them all)
 from ascendit.twin.contract import DTYPE_NUMBERS, IMPORT, TwinImportError
 from ascendit.twin.registry import OPERATORS, VERSIONS, current_chip, fake, frozen, refuse_uncomputed, run
 

@@ -21,7 +21,7 @@ from torch import Tensor
 import ascendit
 from ascendit.checkpoint.layout import recognise
 from ascendit.errors import AscenditError, CheckpointError, EnvironmentProblem, UsageError
-from ascendit.integrations.diffusers.quantizer import AscenditConfig, register
+from ascendit.integrations.diffusers import AscenditConfig, register
 from ascendit.model.linear import QuantLinear
 from ascendit.model.loader import load_transformer
 from ascendit.ops.operators import bind

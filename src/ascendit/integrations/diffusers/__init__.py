@@ -1,0 +1,321 @@
+"""Diffusers loads folders that ascendit wrote, and quantizes others while it loads them.
+
+    import ascendit.integrations.diffusers                           # registers the quantizer
+    pipe = WanPipeline.from_pretrained("Wan2.2-T2V-A14B-mxfp8")      # a folder with a marker in config.json
+
+    config = AscenditConfig("mxfp8")                                 # quantizes any model as it loads
+    model = FluxTransformer2DModel.from_pretrained(folder, quantization_config=config)
+
+A folder without a marker, as SGLang's are, needs `quantization_config=AscenditConfig()`, a pipeline in a
+`PipelineQuantizationConfig(quant_mapping=..)`. Diffusers lets a marker win over a config that is given; how
+layers compute is changed later with `bind_`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+from ascendit.checkpoint.reader import listed
+from ascendit.errors import CheckpointError, EnvironmentProblem, UsageError
+from ascendit.integrations.diffusers.stored_layers import (
+    Awaited,
+    FromCodes,
+    FromFloats,
+    left_out,
+    stored_layers,
+)
+from ascendit.kernels.kernel import Emulate
+from ascendit.model.quantize_module import (
+    as_recipe,
+    bind_,
+    linears_of,
+    marker_of,
+    plan_module,
+    rounded,
+    say_attention_kept,
+    wan_config_of,
+)
+from ascendit.ops.operators import Schemes, bind
+from ascendit.quant.recipe import Recipe
+from ascendit.weights.canonical_tensors import METHOD
+from ascendit.weights.quantize_plan import check_kind
+
+__all__ = ["AscenditConfig", "AscenditMethod", "AscenditQuantizer", "bind_", "register"]
+
+log = logging.getLogger("ascendit")
+
+
+class AscenditMethod(StrEnum):
+    """The `quant_method` in config.json: the scheme in a marker, else `ascendit`."""
+
+    ASCENDIT = METHOD
+    INT8 = "int8"
+    MXFP8 = "mxfp8"
+    MXFP4 = "mxfp4"
+    MXFP4_DUALSCALE = "mxfp4_dualscale"
+
+
+class AscenditConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """For `quantization_config=`. Nothing given: the folder holds codes. A scheme or recipe: quantize it.
+
+    The arguments are those of `ascendit.quantize_`.
+    """
+
+    def __init__(
+        self,
+        recipe_or_scheme: str | Path | Recipe | None = None,
+        *,
+        scheme: str | None = None,
+        recipe: str | Path | Recipe | None = None,
+        keep: Sequence[str] = (),
+        device: str | None = None,
+        emulate: Emulate | bool | None = None,
+        activation_rule: str | None = None,
+        force: bool = False,
+        quant_method: str = METHOD,
+        **marker: Any,
+    ) -> None:
+        """`quant_method` and `marker` come from config.json."""
+        given = [x for x in (recipe_or_scheme, scheme, recipe) if x is not None]
+        if len(given) > 1:
+            raise UsageError(
+                f"{len(given)} of recipe and scheme: {', '.join(map(str, given))}",
+                needs="one of them",
+                fix="AscenditConfig(scheme=...), or AscenditConfig(recipe=...)",
+                code="E-USE-01",
+            )
+        if marker and quant_method == METHOD:
+            raise UsageError(
+                f"AscenditConfig({', '.join(f'{key}=' for key in marker)})",
+                needs="recipe_or_scheme, keep, device, emulate, activation_rule or force",
+                fix="check the spelling",
+                code="E-USE-01",
+            )
+        self.quant_method = AscenditMethod(quant_method)
+        self.recipe = as_recipe(given[0]) if given else None
+        self.keep, self.device, self.emulate = tuple(keep), device, emulate
+        self.activation_rule, self.force = activation_rule, force
+        self.marker = {"quant_method": self.quant_method.value, **marker}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json gets: no more than the marker, so that other engines read it too."""
+        return dict(self.marker)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same; Diffusers asks for it when it prints a config."""
+        return self.to_dict()
+
+
+class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+    """Builds each quantized layer when the last of its tensors has come; Diffusers streams them.
+
+    The layers take their places when all are built: before that Diffusers looks at the names on disk.
+    """
+
+    use_keep_in_fp32_modules = True
+
+    def __init__(self, quantization_config: AscenditConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._config = quantization_config
+        self._dtype = torch.float32
+        self._files: list[Path] = []
+        self._layers: dict[str, str] = {}
+        """Every linear layer -> scheme."""
+        self._smoothed: list[str] = []
+        self._waiting: dict[str, FromCodes | FromFloats] = {}
+        self._made: dict[str, nn.Module] = {}
+        self._schemes: dict[str, Schemes] = {}
+
+    # ---- what Diffusers calls, in this order ----------------------------------------------------
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """UsageError for a device map that offloads: accelerate would not find the codes."""
+        places = {str(x) for x in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise UsageError(
+                f"a device map with {', '.join(sorted(places))}",
+                needs="every quantized layer on a device that computes",
+                fix="leave device_map out and call pipe.enable_model_cpu_offload()",
+                code="E-USE-01",
+            )
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        """As asked; where nothing is, Diffusers takes float32."""
+        self._dtype = torch_dtype or torch.float32
+        return torch_dtype
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
+        """Take note of the files; leave out what no model of Diffusers has."""
+        self._files = [Path(file) for file in checkpoint_files]
+        drop = left_out(loaded_keys)
+        return [key for key in loaded_keys if key not in drop]
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        """Plan what is awaited. Errors as `stored_layers` and `plan_module`."""
+        stored = stored_layers(model, self._files)
+        self._check_asked(bool(stored))
+        linears = linears_of(model)
+        self._layers = dict.fromkeys(linears, "bf16")
+        if stored:
+            for name, layer in stored.items():
+                self._layers[name] = layer.scheme
+                self._waiting[name] = FromCodes(layer)
+                model.set_submodule(name, Awaited(layer.tensors))
+            self._smoothed = [name for name, layer in stored.items() if "mul_scale" in layer.tensors]
+        else:
+            self._plan_floats(model, linears)
+        for scheme in set(self._layers.values()) - {"bf16"}:
+            self._on(self._config.device or "cpu").kernel(scheme)
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        """CheckpointError E-CKP-04 where a quantized layer lacks a tensor."""
+        if lost := sorted(key for key in missing_keys if self._awaits(key)):
+            raise _incomplete(lost)
+        return missing_keys
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rounded first where the recipe says so."""
+        if self._config.recipe and self._config.recipe.round_to:
+            return {name: rounded(tensor) for name, tensor in state_dict.items()}
+        return state_dict
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Any, **kwargs: Any
+    ) -> bool:
+        """Whether this tensor belongs to a quantized layer."""
+        return self._awaits(param_name)
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: dict[str, Tensor],
+        unexpected_keys: list[str],
+        **kwargs: Any,
+    ) -> None:
+        """Take a tensor as it is on disk: `param_value` was cast, scales and biases too."""
+        layer, _, role = param_name.rpartition(".")
+        waiting = self._waiting[layer]
+        if not waiting.take(role, state_dict[param_name]):
+            return
+        where = self._config.device or str(torch.device(target_device))
+        self._made[layer] = waiting.finish(self._on(where), self._dtype)
+        if len(self._made) == len(self._waiting):
+            for name, module in self._made.items():
+                model.set_submodule(name, module)
+            self._waiting, self._made = {}, {}
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """Say in the config what the model has become; each model gets a config of its own."""
+        if self._waiting:
+            raise _incomplete(sorted(self._waiting.keys() - self._made.keys()))
+        wan = wan_config_of(model) is not None
+        config = copy.copy(self._config)
+        config.marker = marker_of(self._layers, smoothed=self._smoothed, wan=wan)
+        self.quantization_config = self._config = config
+        register: Any = model.register_to_config
+        register(quantization_config=config)
+        return model
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """Layers are put together from several files."""
+        return False
+
+    @property
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the tensors of the disk again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradients."""
+        return False
+
+    # ---- parts ----------------------------------------------------------------------------------
+
+    def _plan_floats(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
+        recipe = self._config.recipe
+        assert recipe is not None
+        plan = plan_module(model, recipe, self._config.keep)
+        if plan.kind:
+            check_kind(
+                plan.kind, plan.schemes, type(model).__name__, force=self._config.force, way="force=True"
+            )
+        say_attention_kept(model, plan)
+        self._layers = {p.layer: p.scheme for p in plan.layers}
+        self._waiting = {x: FromFloats(plan, x, linears[x].bias is not None) for x in plan.coded}
+
+    def _check_asked(self, stored: bool) -> None:
+        """UsageError: a recipe for codes, or none for floats."""
+        recipe = self._config.recipe
+        what = str(self._files[0].parent) if self._files else "this file"
+        if stored and recipe:
+            raise UsageError(
+                f"recipe {recipe.name} for {what}, which holds codes",
+                needs="weights in floating point, or a config without a recipe",
+                fix="AscenditConfig() loads it as it is",
+                code="E-QNT-01",
+            )
+        if not stored and not recipe:
+            raise UsageError(
+                f"no scheme for {what}, which holds no codes",
+                needs="a folder that ascendit wrote, or a scheme to quantize with",
+                fix='AscenditConfig("mxfp8")',
+                code="E-USE-01",
+            )
+
+    def _awaits(self, tensor: str) -> bool:
+        return tensor.rpartition(".")[0] in self._waiting
+
+    def _on(self, device: str) -> Schemes:
+        if device not in self._schemes:
+            c = self._config
+            ops = bind(device, emulate=c.emulate, activation_rule=c.activation_rule)
+            self._schemes[device] = ops.quantized
+        return self._schemes[device]
+
+
+def _incomplete(names: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{len(names)} tensors of quantized layers are missing: {listed(names)}",
+        needs="weight and bias of every layer that is to be quantized",
+        fix="download the model again",
+        code="E-CKP-04",
+    )
+
+
+def register() -> None:
+    """Make Diffusers know the methods. One that another library has registered stays theirs; it is logged.
+
+    EnvironmentProblem E-ENV-01 for a Diffusers that does not tell a quantizer which files it reads.
+    """
+    if not hasattr(DiffusersQuantizer, "maybe_update_loaded_keys"):
+        raise EnvironmentProblem(
+            f"Diffusers {diffusers.__version__}",
+            needs="0.39 or newer, to load codes; ascendit.quantize_ works with older ones too",
+            fix="pip install -U diffusers",
+            code="E-ENV-01",
+        )
+    for method in AscenditMethod:
+        known = auto.AUTO_QUANTIZER_MAPPING.setdefault(method.value, AscenditQuantizer)
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(method.value, AscenditConfig)
+        if known is not AscenditQuantizer:
+            log.warning("quant_method %s of Diffusers is that of %s, not ascendit's", method.value, known)
+
+
+register()

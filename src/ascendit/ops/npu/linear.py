@@ -273,7 +273,7 @@ MATMULS: Mapping[str, Callable[[Activation, PreparedWeight], Tensor]] = {
 
 def list_kernels(device: Device) -> tuple[QuantLinearKernel, ...]:
     """The schemes that this chip has a matmul for; the others are refused, or decoded where asked."""
-    prepare = partial(prepare_weight, internal_format=lambda: internal_format(device, True))
+    prepare = partial(prepare_weight, internal_format=partial(internal_format, device, True))
     return tuple(
         QuantLinearKernel(
             scheme,
