@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ascendit import mx
 from ascendit.kernels import reference
+from ascendit.ops.open_device import open_device, synchronize
 from ascendit.ops.operators import bind
-from ascendit.ops.runtime import open_device, synchronize
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 Call = Callable[[], Any]

@@ -18,7 +18,8 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from ascendit.demo import world
-from ascendit.device.chip import CHIPS, chips_for
+from ascendit.device.chip import CHIPS
+from ascendit.device.operator_support import chips_for
 from ascendit.errors import CODES, AscenditError
 from ascendit.family import SPECS, Size, WanSpec
 from ascendit.names import ROLES
@@ -292,7 +293,7 @@ def value_text(hint: Any) -> str:
 
 
 def npu_operators_table() -> str:
-    from ascendit.device.chip import capability
+    from ascendit.device.operator_support import capability
     from ascendit.ops.npu.kernels import KERNELS
 
     def row(k: Any) -> tuple[object, ...]:
@@ -304,7 +305,7 @@ def npu_operators_table() -> str:
 
 def npu_capabilities_table() -> str:
     """What each chip has, from the table that the twin and `doctor` obey too."""
-    from ascendit.device.chip import CAPABILITIES
+    from ascendit.device.operator_support import CAPABILITIES
 
     words = {"yes": "yes", "cann": "no", "adapter": "no", "unknown": "not documented"}
 
@@ -323,7 +324,7 @@ def npu_capabilities_table() -> str:
 
 
 def npu_versions_table() -> str:
-    from ascendit.doctor.npu import DRIVERS, MINDIESD, STACKS, begins
+    from ascendit.doctor.npu import DRIVERS, MINDIESD, VERSION_SETS, begins
 
     def beside(known: Any, cann: str | None) -> str:
         found = [v for c, versions in known.items() if cann and begins(c, cann) for v in versions]
@@ -334,7 +335,7 @@ def npu_versions_table() -> str:
         return s.torch, s.torch_npu, s.cann or "?", *tail
 
     return table(
-        ("torch", "torch_npu", "CANN", "MindIE-SD", "driver", "published on"), (row(s) for s in STACKS)
+        ("torch", "torch_npu", "CANN", "MindIE-SD", "driver", "published on"), (row(s) for s in VERSION_SETS)
     )
 
 
@@ -347,7 +348,7 @@ def npu_settings_table() -> str:
 
 
 def linear_schemes_table() -> str:
-    from ascendit.device.chip import native_on
+    from ascendit.device.operator_support import native_on
 
     head = ("scheme", "activation", "its scale rule", "weight", *CHIPS)
     native = {chip: native_on(chip) for chip in CHIPS}

@@ -10,12 +10,12 @@ import pytest
 
 from ascendit.doctor import machine, self_check
 from ascendit.doctor.operator_cases import Result
-from ascendit.doctor.report import Probe, Row
+from ascendit.doctor.probe import Probe, ProbeRow
 from ascendit.doctor.self_check import SelfCheck
 
 
-def probes(*rows: Row) -> tuple[Probe, ...]:
-    def burning() -> list[Row]:
+def probes(*rows: ProbeRow) -> tuple[Probe, ...]:
+    def burning() -> list[ProbeRow]:
         raise OSError("no such device")
 
     return (lambda: list(rows), burning)
@@ -24,7 +24,7 @@ def probes(*rows: Row) -> tuple[Probe, ...]:
 @pytest.mark.parametrize("ready", [True, False])
 def test_the_table(run, monkeypatch, ready):
     rows = (
-        Row(
+        ProbeRow(
             item="torch",
             found="2.13.0",
             needed=">= 2.9",
@@ -32,7 +32,7 @@ def test_the_table(run, monkeypatch, ready):
             fix="pip",
             required=True,
         ),
-        Row(item="NPU device", found="none", status="absent", fix="not shown"),
+        ProbeRow(item="NPU device", found="none", status="absent", fix="not shown"),
     )
     monkeypatch.setattr(machine, "PROBES", probes(*rows))
     ended = run("doctor")
@@ -46,7 +46,7 @@ def test_the_table(run, monkeypatch, ready):
 
 
 def test_json(run, monkeypatch):
-    monkeypatch.setattr(machine, "PROBES", probes(Row(item="torch", found="2.13.0")))
+    monkeypatch.setattr(machine, "PROBES", probes(ProbeRow(item="torch", found="2.13.0")))
     told = run("doctor", "--json").json
     assert told["ok"] is True
     assert [row["item"] for row in told["rows"]] == ["torch", "burning"]
@@ -57,7 +57,7 @@ def test_json(run, monkeypatch):
     ("status", "words"), [("ok", "ready to run on the NPU"), ("broken", "not ready to run on")]
 )
 def test_an_npu_has_a_verdict_of_its_own(run, monkeypatch, status, words):
-    rows = (Row(item="CANN toolkit", found="9.1.0", status=status, fix="source set_env.sh", part="npu"),)
+    rows = (ProbeRow(item="CANN toolkit", found="9.1.0", status=status, fix="source set_env.sh", part="npu"),)
     monkeypatch.setattr(machine, "PROBES", probes(*rows))
     ended = run("doctor")
     assert ended.code == 0  # the CPU does

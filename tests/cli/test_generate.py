@@ -264,7 +264,7 @@ def test_every_option_of_load_that_shapes_a_video_is_in_its_record():
     from ascendit.pipeline.load import load
 
     names = set(inspect.signature(load).parameters) - {"model", "on_progress"}
-    assert names == {*request_module.FLAGS, *request_module.SETTINGS} == EVERY_LOAD_OPTION.keys()
+    assert names == {*request_module.LOAD_FLAGS, *request_module.LOAD_SETTINGS} == EVERY_LOAD_OPTION.keys()
 
 
 @pytest.mark.parametrize("chip", ["a2", "a3"])

@@ -7,7 +7,15 @@ import io
 import pytest
 from rich.console import Console
 
-from ascendit.cli.progress import BarView, LineView, Meter, ProgressView, clock, memory, progress_view
+from ascendit.cli.progress import (
+    BarView,
+    LineView,
+    ProgressMeter,
+    ProgressView,
+    progress_view,
+    show_bytes,
+    show_seconds,
+)
 from ascendit.progress import Progress
 
 
@@ -25,17 +33,17 @@ def denoise(
 
 
 def test_the_line_of_a_step():
-    text = Meter().text(denoise(23))
+    text = ProgressMeter().text(denoise(23))
     assert text == "denoise (low-noise expert) 23/40  4.1 s/step  eta 1:10  38.2 GiB"
     assert (
-        Meter()
+        ProgressMeter()
         .text(denoise(1, expert=None, seconds=0.053))
         .startswith("denoise 1/40  0.053 s/step  eta 0:02")
     )
 
 
 def test_the_pace_is_that_of_the_last_steps():
-    meter = Meter()
+    meter = ProgressMeter()
     meter.text(denoise(1, seconds=100))
     for step in range(2, 10):
         text = meter.text(denoise(step, seconds=1))
@@ -43,12 +51,14 @@ def test_the_pace_is_that_of_the_last_steps():
 
 
 def test_stages_without_steps():
-    assert Meter().text(Progress(stage="decode", total=1, memory_bytes=412 * 2**20)) == "decode  412 MiB"
-    assert Meter().text(Progress(stage="load", step=2, total=5)) == "load 2/5"
+    assert (
+        ProgressMeter().text(Progress(stage="decode", total=1, memory_bytes=412 * 2**20)) == "decode  412 MiB"
+    )
+    assert ProgressMeter().text(Progress(stage="load", step=2, total=5)) == "load 2/5"
 
 
 def test_the_meter_knows_the_stage():
-    meter = Meter()
+    meter = ProgressMeter()
     meter.text(denoise(1))
     assert meter.stage == "denoise"
 
@@ -57,11 +67,11 @@ def test_the_meter_knows_the_stage():
     ("seconds", "text"), [(0.4, "0:00"), (70, "1:10"), (3723, "1:02:03"), (59.7, "1:00")]
 )
 def test_clock(seconds, text):
-    assert clock(seconds) == text
+    assert show_seconds(seconds) == text
 
 
 def test_memory():
-    assert (memory(2**30), memory(2**20 * 3)) == ("1.0 GiB", "3 MiB")
+    assert (show_bytes(2**30), show_bytes(2**20 * 3)) == ("1.0 GiB", "3 MiB")
 
 
 def test_lines_every_tenth():

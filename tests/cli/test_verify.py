@@ -12,7 +12,7 @@ import ascendit
 from ascendit.demo import world
 from ascendit.errors import Cancelled, QualityError
 from ascendit.verify import quality
-from ascendit.verify.quality_table import Quality, Row
+from ascendit.verify.quality_table import Quality, QualityRow
 
 
 class Painter:
@@ -144,7 +144,7 @@ class Measure:
             for i in range(total):
                 on_video(case.name, i >= lost)
             rows.append(
-                Row(
+                QualityRow(
                     name=case.name,
                     most_lost=case.most_lost,
                     bits=16.0,
@@ -188,7 +188,7 @@ def test_quality_fails_below_a_limit(run, measure):
     assert ended.json["pass"] is False and ended.json["error"]["code"] == "E-OUT-03"
     assert "int8 loses 3, at most 2; mxfp8 loses 3, at most 2" in ended.json["error"]["got"]
     model, cases, scenes, seeds, jobs = measure.calls[0]
-    assert cases == [c.name for c in quality.cases()] and (scenes, seeds, jobs) == (96, [0, 1], 2)
+    assert cases == [c.name for c in quality.default_cases()] and (scenes, seeds, jobs) == (96, [0, 1], 2)
     assert {c["case"]: c["lost"] for c in ended.json["cases"]}["recommended-fp4"] == 3
 
 
@@ -200,4 +200,4 @@ def test_quality_keeps_what_was_done_before_it_stopped(run, measure, monkeypatch
     monkeypatch.setattr(quality, "measure_quality", stop)
     ended = run("verify", "--demo", "--quality", "--limit", "4", "--report", tmp_path / "q.json")
     assert ended.code == 130
-    assert len(json.loads((tmp_path / "q.json").read_text())["cases"]) == 1 + len(quality.cases())
+    assert len(json.loads((tmp_path / "q.json").read_text())["cases"]) == 1 + len(quality.default_cases())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ascendit.device.chip import CAPABILITIES, CHIPS, capability, chip_of, chips_for, not_here
+from ascendit.device.chip import CHIPS, chip_of
+from ascendit.device.operator_support import CAPABILITIES, capability, chips_for, no_matmul_for
 from ascendit.twin import registry
 
 
@@ -80,6 +81,6 @@ def test_chips_by_scheme() -> None:
 
 
 def test_what_a_chip_has_no_matmul_for() -> None:
-    error = not_here("twin:a2", "a2", "w4a8")
+    error = no_matmul_for("twin:a2", "a2", "w4a8")
     assert error.code == "E-CAP-01" and "has no matmul for it" in str(error)
     assert "needs  Atlas 350 (Ascend 950), a5; a2 has bf16 and int8" in str(error)

@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 
-from ascendit.doctor import machine, npu, report
-from ascendit.doctor import report as report_module
+from ascendit.doctor import machine, npu, probe
 from ascendit.doctor.machine import examine
-from ascendit.doctor.report import Row, at_least
+from ascendit.doctor.probe import Probe, ProbeRow, at_least
 from ascendit.native.build import Built
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def rows(probe: report.Probe) -> dict[str, Row]:
+def rows(probe: Probe) -> dict[str, ProbeRow]:
     report = examine([probe])
     assert not [r for r in report.rows if r.status == "probe failed"], report
     return {r.item: r for r in report.rows}
@@ -44,19 +43,21 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, versions: dict[str, str | None], specs: set[str]) -> None:
-    real_version, real_spec = report_module.installed, importlib.util.find_spec
-    monkeypatch.setattr(machine, "installed", lambda n: versions[n] if n in versions else real_version(n))
+    real_version, real_spec = probe.installed_version, importlib.util.find_spec
+    monkeypatch.setattr(
+        machine, "installed_version", lambda n: versions[n] if n in versions else real_version(n)
+    )
     monkeypatch.setattr(machine, "find_spec", lambda n: True if n in specs else real_spec(n))
 
 
 def test_a_probe_that_fails_is_a_row_and_the_others_go_on():
-    def _broken_card() -> list[Row]:
+    def _broken_card() -> list[ProbeRow]:
         raise RuntimeError("dcmi init failed\nsecond line")
 
-    def _leaving() -> list[Row]:
+    def _leaving() -> list[ProbeRow]:
         sys.exit("bye")
 
-    report = examine([_broken_card, _leaving, lambda: [Row(item="x", found="1", required=True)]])
+    report = examine([_broken_card, _leaving, lambda: [ProbeRow(item="x", found="1", required=True)]])
     assert [r.status for r in report.rows] == ["probe failed", "probe failed", "ok"]
     assert report.rows[0].item == "broken card"
     assert report.rows[0].found == "RuntimeError: dcmi init failed"
@@ -96,7 +97,7 @@ def test_this_machine():
 def test_the_oldest_versions_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     bounds = dict(d.split(">=") for d in project["dependencies"])
-    assert {name: bounds[name] for name in machine.LIBRARIES} == machine.LIBRARIES
+    assert {name: bounds[name] for name in machine.PYTHON_LIBRARIES} == machine.PYTHON_LIBRARIES
     assert project["requires-python"] == f">={machine.PYTHON}"
 
 
@@ -109,17 +110,17 @@ def test_a_missing_and_an_old_library(monkeypatch):
 
 
 def test_a_child_process_is_asked():
-    assert report_module.child("print('noise'); print('{\"a\": 1}')") == {"a": 1}
-    assert report_module.child(
+    assert probe.child("print('noise'); print('{\"a\": 1}')") == {"a": 1}
+    assert probe.child(
         "import os; print('{\"v\": \"' + os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] + '\"}')"
     ) == {"v": "0"}
-    assert report_module.child("raise ValueError('bad')") == {"error": "ValueError: bad"}
-    assert report_module.child("import os; os.kill(os.getpid(), 11)")["error"] == "ended with code -11"
+    assert probe.child("raise ValueError('bad')") == {"error": "ValueError: bad"}
+    assert probe.child("import os; os.kill(os.getpid(), 11)")["error"] == "ended with code -11"
 
 
 def test_a_child_that_hangs(monkeypatch):
-    monkeypatch.setattr(report_module, "PROBE_SECONDS", 0.2)
-    assert report_module.child("import time; time.sleep(60)") == {"error": "no answer in 0.2 s", "late": True}
+    monkeypatch.setattr(probe, "PROBE_SECONDS", 0.2)
+    assert probe.child("import time; time.sleep(60)") == {"error": "no answer in 0.2 s", "late": True}
 
 
 def test_torch_works(child):
@@ -166,24 +167,24 @@ def test_torch_npu_without_cann_breaks_torch_itself(child, monkeypatch):
 
 
 def test_the_probes_of_npus_are_each_on_their_own():
-    assert set(npu.PROBES) < set(machine.PROBES) and len(npu.PROBES) == 9
+    assert set(npu.NPU_PROBES) < set(machine.PROBES) and len(npu.NPU_PROBES) == 9
 
 
 # ---- kernels ------------------------------------------------------------------------------------
 
 
 def test_which_kernels_are_compiled(monkeypatch):
-    reasons = {name: f"compiled from native/{name}.cpp" for name in report_module.KERNELS}
-    monkeypatch.setattr(report_module, "native", lambda name: Built(ctypes.CDLL(None), reasons[name]))
-    found = rows(report_module.compiled_kernels)
+    reasons = {name: f"compiled from native/{name}.cpp" for name in machine.NATIVE_SOURCES}
+    monkeypatch.setattr(machine, "native", lambda name: Built(ctypes.CDLL(None), reasons[name]))
+    found = rows(machine.compiled_kernels)
     assert set(found) == {f"kernel: {name}" for name in ("encode", "attention", "linear", "elementwise")}
     assert all(r.status == "ok" and not r.required for r in found.values())
     assert found["kernel: encode"].found == "native, compiled from native/encode.cpp"
 
 
 def test_a_kernel_that_cannot_be_compiled_says_why_and_hinders_nothing(monkeypatch):
-    monkeypatch.setattr(report_module, "native", lambda name: Built(None, "no C++ compiler (g++) on PATH"))
-    told = examine([report_module.compiled_kernels])
+    monkeypatch.setattr(machine, "native", lambda name: Built(None, "no C++ compiler (g++) on PATH"))
+    told = examine([machine.compiled_kernels])
     assert told.ok and {r.status for r in told.rows} == {"absent"}
     assert told.rows[0].found == "PyTorch instead: no C++ compiler (g++) on PATH"
 
@@ -192,12 +193,12 @@ def test_the_report_shows_the_encoder_that_runs():
     from ascendit.mx import encoder
 
     choice, reason = encoder.choice()
-    found = rows(report_module.compiled_kernels)["kernel: encode"].found
+    found = rows(machine.compiled_kernels)["kernel: encode"].found
     assert found == (f"native, {reason}" if choice == "native" else f"PyTorch instead: {reason}")
 
 
 def test_every_source_has_a_row():
     from ascendit.native import build
 
-    assert set(report_module.KERNELS) == set(build.NEEDS) == {p.stem for p in build.HERE.glob("*.cpp")}
-    assert report_module.compiled_kernels in machine.PROBES
+    assert set(machine.NATIVE_SOURCES) == set(build.NEEDS) == {p.stem for p in build.HERE.glob("*.cpp")}
+    assert machine.compiled_kernels in machine.PROBES

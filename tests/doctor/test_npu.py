@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from ascendit.doctor import npu
-from ascendit.doctor import report as report_module
-from ascendit.doctor.machine import examine
-from ascendit.doctor.report import Row
+from ascendit.doctor import npu, probe
+from ascendit.doctor.machine import PYTHON_LIBRARIES, examine
+from ascendit.doctor.npu import DRIVERS, MINDIESD, VERSION_SETS, FoundVersions, advise, begins, match_versions
+from ascendit.doctor.probe import ProbeRow, at_least
 
 A5 = {"name": "Ascend950PR", "memory": 112 * 2**30}
 
@@ -30,8 +30,8 @@ class Machine:
         monkeypatch.setattr(npu, "DEV", root / "dev")
         monkeypatch.setattr(Path, "home", lambda: root / "home")
         monkeypatch.setattr(npu, "find_spec", lambda name: name if name in self.packages else None)
-        monkeypatch.setattr(report_module, "installed", self.packages.get)
-        monkeypatch.setattr(report_module, "command", lambda words: "")
+        monkeypatch.setattr(probe, "installed_version", self.packages.get)
+        monkeypatch.setattr(probe, "command", lambda words: "")
         monkeypatch.setattr(npu, "npu_in_a_child", lambda: self.told)
 
     def write(self, path: str, text: str = "") -> Path:
@@ -47,7 +47,7 @@ class Machine:
     def install_cann(self, version: str = "9.1.0", *, sourced: bool = True) -> Path:
         folder = self.write("Ascend/cann/set_env.sh").parent
         self.write("Ascend/cann/version.cfg", f"runtime_running_version=[7.9.0.1.220:{version}]\n")
-        for name in npu.LIBRARIES:
+        for name in npu.CANN_LIBRARIES:
             self.write(f"Ascend/cann/lib64/{name}")
         if sourced:
             self.set("ASCEND_HOME_PATH", str(folder))
@@ -70,8 +70,8 @@ def whole(machine: Machine) -> Machine:
     return machine
 
 
-def rows() -> dict[str, Row]:
-    report = examine(npu.PROBES)
+def rows() -> dict[str, ProbeRow]:
+    report = examine(npu.NPU_PROBES)
     assert not [r for r in report.rows if r.status == "probe failed"], report
     return {r.item: r for r in report.rows}
 
@@ -80,7 +80,7 @@ def test_a_machine_without_any_of_it(machine: Machine) -> None:
     found = rows()
     assert set(found) == {"torch_npu", "CANN toolkit", "NPU device files", "NPU device"}
     assert all(r.status == "absent" and not r.required for r in found.values())
-    assert examine(npu.PROBES).npu is None
+    assert examine(npu.NPU_PROBES).npu is None
 
 
 def test_a_whole_machine(whole: Machine) -> None:
@@ -95,7 +95,7 @@ def test_a_whole_machine(whole: Machine) -> None:
     assert found["versions together"].found == "torch 2.10.0, torch_npu 2.10.0.post4, CANN 9.1.0"
     assert found["torch_npu operators"].found == "11 of 11"
     assert found["MindIE-SD operators"].data["needed"] == ["mindiesd::layernorm", "mindiesd::adaln_v2"]
-    report = examine(npu.PROBES)
+    report = examine(npu.NPU_PROBES)
     assert report.npu is True
     assert report.as_dict()["ready"] == {"cpu": True, "npu": True}
 
@@ -110,7 +110,7 @@ def test_cann_that_is_not_sourced(whole: Machine, monkeypatch: pytest.MonkeyPatc
     assert found["NPU device"].fix == line and "libhccl.so" in found["NPU device"].found
     assert found["NPU operators"].status == "not checked"
     assert found["versions together"].status == "ok"  # the version is read from the disk all the same
-    assert examine(npu.PROBES).npu is False
+    assert examine(npu.NPU_PROBES).npu is False
 
 
 def test_torch_npu_without_cann(machine: Machine) -> None:
@@ -159,7 +159,7 @@ def test_torch_npu_of_another_torch(whole: Machine) -> None:
     assert row.status == "broken" and row.data["row"]["torch"] == "2.10.0"
     assert row.found == "torch 2.12.0+cpu is not the 2.10.0 of torch_npu 2.10.0.post4"
     assert row.fix == "install a published row: torch 2.12.0, torch_npu 2.12.0.post2, CANN 9.1"
-    assert examine(npu.PROBES).npu is False
+    assert examine(npu.NPU_PROBES).npu is False
 
 
 def test_torch_npu_missing_beside_cann(machine: Machine) -> None:
@@ -173,7 +173,7 @@ def test_a_version_in_no_table_hinders_nothing(whole: Machine) -> None:
     row = rows()["versions together"]
     assert row.status == "unlisted" and "torch_npu 2.10.0.post9 is in no published table" in row.found
     assert row.fix.startswith("if it does not run, install a published row: torch 2.10.0")
-    assert examine(npu.PROBES).npu is True
+    assert examine(npu.NPU_PROBES).npu is True
 
 
 def test_device_files_of_a_container(whole: Machine) -> None:
@@ -198,7 +198,7 @@ def test_the_driver_by_npu_smi_or_not_at_all(whole: Machine, monkeypatch: pytest
     (whole.root / "Ascend" / "driver" / "version.info").unlink()
     assert rows()["Ascend driver"].status == "unlisted"
     text = "+----+\n| npu-smi 25.5.1                   Version: 25.5.1                |\n"
-    monkeypatch.setattr(report_module, "command", lambda words: text if words == ("npu-smi", "info") else "")
+    monkeypatch.setattr(probe, "command", lambda words: text if words == ("npu-smi", "info") else "")
     found = rows()
     assert found["Ascend driver"].found == "25.5.1"
     assert "driver 25.5.1 is not among those published for CANN 9.1.0" in found["versions together"].found
@@ -225,7 +225,7 @@ def test_mindiesd_that_cannot_be_imported(whole: Machine, problem: str, status: 
     found = rows()
     assert found["MindIE-SD"].status == status and found["MindIE-SD"].fix.startswith(fix)
     assert "MindIE-SD operators" not in found and found["torch_npu operators"].status == "ok"
-    assert examine(npu.PROBES).npu is True  # it is optional
+    assert examine(npu.NPU_PROBES).npu is True  # it is optional
 
 
 def test_a_chip_that_wan_does_not_run_on(whole: Machine) -> None:
@@ -239,7 +239,7 @@ def test_one_probe_that_raises_leaves_the_others(whole: Machine, monkeypatch: py
         raise OSError("dcmi init failed")
 
     monkeypatch.setattr(npu, "npu_in_a_child", burning)
-    report = examine(npu.PROBES)
+    report = examine(npu.NPU_PROBES)
     states = {r.item: r.status for r in report.rows}
     assert states["devices"] == states["operators"] == states["mindiesd"] == "probe failed"
     assert states["CANN toolkit"] == states["versions together"] == states["NPU device files"] == "ok"
@@ -279,3 +279,84 @@ def test_what_the_child_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "operators": ["npu_gelu", "mindiesd::adaln"],
     }
     npu.npu_in_a_child.cache_clear()
+
+
+# ---- versions that belong together ---------------------------------------------------------------
+
+
+def test_the_table_is_sound() -> None:
+    assert len({s.torch_npu for s in VERSION_SETS}) == len(VERSION_SETS)
+    for s in VERSION_SETS:
+        assert at_least(s.torch, PYTHON_LIBRARIES["torch"]), s  # what ascendit does not run with is left out
+        assert s.torch_npu.partition(".post")[0] == s.torch and s.source.startswith("https://")
+        assert (s.cann is None) == (s.release is None)
+    cann = {s.cann for s in VERSION_SETS if s.cann}
+    assert set(DRIVERS) <= set(MINDIESD) and all(any(begins(m, c) for m in MINDIESD) for c in cann)
+
+
+def test_the_first_row_is_the_torch_npu_whose_schemas_are_frozen() -> None:
+    from ascendit.twin.registry import VERSIONS
+
+    assert VERSIONS["npu"] == f"torch_npu_{VERSION_SETS[0].torch_npu}"
+
+
+@pytest.mark.parametrize("stack", [s for s in VERSION_SETS if s.cann], ids=str)
+def test_each_row_matches_itself(stack) -> None:
+    found = match_versions(
+        FoundVersions(torch=f"{stack.torch}+cpu", torch_npu=stack.torch_npu, cann=stack.cann)
+    )
+    assert found.stack == stack and not found.wrong and not found.unlisted
+
+
+def test_another_cann_and_another_torch() -> None:
+    found = match_versions(FoundVersions(torch="2.11.0", torch_npu="2.10.0", cann="8.5.0"))
+    assert found.wrong == (
+        "torch 2.11.0 is not the 2.10.0 of torch_npu 2.10.0",
+        "CANN 8.5.0 is not the 9.0.0 of torch_npu 2.10.0",
+    )
+
+
+def test_what_no_page_tells() -> None:
+    found = match_versions(FoundVersions(torch="2.13.0", torch_npu="2.13.0", cann="9.1.0"))
+    assert found.unlisted == ("no CANN is published for torch_npu 2.13.0",) and not found.wrong
+    assert match_versions(FoundVersions(torch_npu="2.14.0")).unlisted == (
+        "torch_npu 2.14.0 is in no published table",
+    )
+
+
+def test_mindiesd_and_driver_beside_cann() -> None:
+    machine = FoundVersions(
+        torch="2.9.0", torch_npu="2.9.0", cann="8.5.0", mindiesd="3.1.0", driver="24.1.rc3"
+    )
+    words = match_versions(machine).unlisted
+    assert words[0] == "MindIE-SD 3.1.0 is not among those published for CANN 8.5.0: 3.0.0, 2.3.0"
+    assert words[1].startswith("driver 24.1.rc3 is not among those published for CANN 8.5.0: 25.5")
+    assert not match_versions(
+        FoundVersions(torch_npu="2.9.0", cann="8.5.0", mindiesd="2.3.0", driver="25.3.2")
+    ).unlisted
+
+
+@pytest.mark.parametrize(
+    ("found", "torch_npu"),
+    [
+        (FoundVersions(torch="2.11.0", cann="9.1.0"), "2.11.0.post2"),
+        (FoundVersions(torch="2.15.0", cann="8.5.0"), "2.9.0"),
+        (FoundVersions(torch="2.10.0"), "2.10.0.post6"),
+        (FoundVersions(), "2.12.0.post2"),
+    ],
+)
+def test_which_row_to_install(found, torch_npu) -> None:
+    assert advise(found).torch_npu == torch_npu
+
+
+@pytest.mark.parametrize(
+    ("version", "start", "answer"),
+    [
+        ("9.1.0", "9.1", True),
+        ("9.10.0", "9.1", False),
+        ("25.7.RC1", "25.7.rc1", True),
+        ("9.1", "9.1.0", False),
+    ],
+)
+def test_begins(version: str, start: str, answer: bool) -> None:
+    assert begins(version, start) is answer

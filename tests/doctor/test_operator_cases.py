@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ascendit.doctor.operator_cases import Result, compare, described, worst
+from ascendit.doctor.operator_cases import Result, compare_results, described, worst
 
 BASE = Result(part="operator", name="a case", operator="npu_some")
 
@@ -15,10 +15,10 @@ def ramp(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def test_equal_bit_for_bit() -> None:
-    found = compare(BASE, ramp(3, 4), ramp(3, 4))
+    found = compare_results(BASE, ramp(3, 4), ramp(3, 4))
     assert (found.verdict, found.max_abs, found.db, found.failed) == ("exact", 0.0, None, False)
     odd = torch.tensor([float("nan"), float("inf"), 1.0])
-    assert compare(BASE, odd, odd.clone()).verdict == "exact"
+    assert compare_results(BASE, odd, odd.clone()).verdict == "exact"
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_floats_by_decibels(dtype: torch.dtype, step: float, verdict: str) -> No
     expected = ramp(16, 16, dtype=dtype)
     actual = expected.clone()
     actual[0] += step
-    found = compare(BASE, actual, expected)
+    found = compare_results(BASE, actual, expected)
     assert found.verdict == verdict and found.db is not None and found.max_abs == pytest.approx(step, rel=0.1)
     assert ("at least" in found.error) == (verdict == "wrong") == found.failed
 
@@ -42,14 +42,14 @@ def test_floats_by_decibels(dtype: torch.dtype, step: float, verdict: str) -> No
 def test_a_limit_of_its_own() -> None:
     expected = ramp(16, 16)
     actual = expected * 1.0065  # some 44 dB
-    assert compare(BASE, actual, expected).verdict == "wrong"
-    assert compare(BASE, actual, expected, db=40.0).verdict == "close"
+    assert compare_results(BASE, actual, expected).verdict == "wrong"
+    assert compare_results(BASE, actual, expected, db=40.0).verdict == "close"
 
 
 def test_infinity_where_there_is_none() -> None:
     actual = ramp(4)
     actual[2] = float("inf")
-    assert "NaN or infinity" in compare(BASE, actual, ramp(4)).error
+    assert "NaN or infinity" in compare_results(BASE, actual, ramp(4)).error
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_codes_by_their_share(dtype: torch.dtype, count: int, verdict: str) -> N
     actual = expected.clone()
     bytes_ = actual.view(torch.uint8) if dtype.is_floating_point else actual
     bytes_[:count] += 1
-    found = compare(BASE, actual, expected)
+    found = compare_results(BASE, actual, expected)
     assert found.verdict == verdict and found.different == count / 1000
     assert ("the first at [0]" in found.error) == (verdict == "wrong")
 
@@ -77,17 +77,17 @@ def test_int8_codes_that_are_two_steps_off() -> None:
     expected = torch.zeros(10_000, dtype=torch.int8)
     actual = expected.clone()
     actual[:50] = 2
-    assert compare(BASE, actual, expected).verdict == "wrong"
+    assert compare_results(BASE, actual, expected).verdict == "wrong"
 
 
 def test_shape_dtype_and_several_results() -> None:
-    found = compare(BASE, ramp(3, 4), ramp(4, 3))
+    found = compare_results(BASE, ramp(3, 4), ramp(4, 3))
     assert found.error == "bfloat16 [3, 4] came, not bfloat16 [4, 3]"
     empty, seed = torch.empty(0), 7
-    found = compare(BASE, (ramp(2), ramp(3) + 1, empty, seed), (ramp(2), ramp(3), empty, 9))
+    found = compare_results(BASE, (ramp(2), ramp(3) + 1, empty, seed), (ramp(2), ramp(3), empty, 9))
     assert found.verdict == "wrong" and found.db is not None
-    assert compare(BASE, 29, 29).verdict == "exact"
-    assert compare(BASE, 2, 29).error == "2, not 29"
+    assert compare_results(BASE, 29, 29).verdict == "exact"
+    assert compare_results(BASE, 2, 29).error == "2, not 29"
 
 
 def test_what_is_not_called_cannot_fail() -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ascendit import twin
-from ascendit.device.chip import CAPABILITIES
 from ascendit.device.device import parse_device
+from ascendit.device.operator_support import CAPABILITIES
 from ascendit.doctor import hardware_questions
-from ascendit.doctor.operator_cases import PREPARED, Card, Result, function_cases, operator_cases
-from ascendit.doctor.self_check import SelfCheck, self_check
+from ascendit.doctor.operator_cases import PREPARED, CheckedDevice, Result, function_cases, operator_cases
+from ascendit.doctor.self_check import MARK, SelfCheck, in_children, main, self_check
 from ascendit.errors import EnvironmentProblem, UsageError
-from ascendit.ops.runtime import open_device
+from ascendit.ops.open_device import open_device
 
 
 @pytest.fixture(autouse=True)
@@ -59,12 +62,12 @@ def test_every_twin_passes(chip: str) -> None:
 
 @pytest.mark.parametrize("chip", ["a2", "a5"])
 def test_it_covers_what_ascendit_calls_and_the_table_says_so(chip: str) -> None:
-    """The rows of `device/chip.py` with `used_for` are the operators that are really launched."""
+    """The rows of `device/operator_support.py` with `used_for` are the operators that are really launched."""
     asked = {r.operator for r in CAPABILITIES if r.used_for and r.on(chip) == "yes"}
     device = open_device(f"twin:{chip}")
     assert asked == {c.base.operator for c in operator_cases(device) if c.base.used}
     twin.reset()
-    card = Card(device)
+    card = CheckedDevice(device)
     for case in function_cases(device):
         case.run(card, case.base)
     assert asked - set(twin.launches()) == {"mindiesd::layernorm"}  # only with fast_layernorm
@@ -123,10 +126,12 @@ def test_an_answer_other_than_the_twins(bent) -> None:
 
 
 def test_what_is_not_installed_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ascendit.ops.npu import kernels as npu
+    from ascendit.ops.npu import kernels
 
-    real = npu.missing
-    monkeypatch.setattr(npu, "missing", lambda call, chip: "gone" if "mindiesd" in call else real(call, chip))
+    real = kernels.missing
+    monkeypatch.setattr(
+        kernels, "missing", lambda call, chip: "gone" if "mindiesd" in call else real(call, chip)
+    )
     check = self_check("twin:a5")
     assert check.ok and named(check)["operator: adaln"].verdict == "not installed"
     assert "aten::layer_norm" in named(check)["function: adaln"].how
@@ -179,7 +184,7 @@ def test_questions_for_a_card_alone_say_so_on_a_twin() -> None:
 def test_the_speed_of_formats_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a card alone; here its steps run once, small."""
     monkeypatch.setattr(hardware_questions, "SIZES", (64, (8, 16)))
-    words = hardware_questions._formats(Card(open_device("twin:a5")))
+    words = hardware_questions._formats(CheckedDevice(open_device("twin:a5")))
     assert words.startswith("8 tokens: ND ") and "NZ" in words and words.endswith("GB/s")
 
 
@@ -187,7 +192,7 @@ def test_the_speed_of_formats_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_inputs_keep_their_strides_and_are_copies() -> None:
-    card = Card(parse_device("cpu"))
+    card = CheckedDevice(parse_device("cpu"))
     for t in (torch.rand(4, 6).t(), torch.rand(2, 3, 4).permute(2, 0, 1), torch.rand(3).expand(2, 3)):
         copy = card.put(t)
         assert torch.equal(copy, t) and copy.data_ptr() != t.data_ptr()
@@ -229,3 +234,93 @@ def test_devices_that_are_none_or_not_here() -> None:
     with pytest.raises(EnvironmentProblem) as e:
         self_check("npu:0")
     assert e.value.code == "E-ENV-03" and "torch_npu is not installed" in e.value.got
+
+
+# ---- child processes -----------------------------------------------------------------------------
+
+NAMES = ("first", "second", "third")
+
+SCRIPT = """
+import json, os, sys, time
+first, names, results, trouble = json.loads(sys.argv[1])
+def tell(**line):
+    print({mark!r} + json.dumps(line), flush=True)
+print("a banner of a library")
+if trouble.get("start"):
+    exec(trouble["start"])
+tell(chip="a5")
+for i in range(first, len(names)):
+    tell(begins=results[i])
+    exec(trouble.get(names[i], ""))
+    tell(result=results[i])
+tell(end="done")
+"""
+
+
+@pytest.fixture
+def children(tmp_path: Path) -> Callable[..., Any]:
+    """`children(trouble)`: the check with made-up cases, where `trouble` is code that runs inside some."""
+    script = tmp_path / "child.py"
+    script.write_text(SCRIPT.format(mark=MARK))
+    results = [
+        asdict(Result(part="operator", name=n, operator=f"npu_{n}", arguments=("int8 [1]",))) for n in NAMES
+    ]
+    seen: list[str] = []
+
+    def run(**trouble: str) -> tuple[str | None, list[Result], list[str]]:
+        def command(first: int) -> list[str]:
+            return [sys.executable, str(script), json.dumps([first, NAMES, results, trouble])]
+
+        chip, found = in_children("npu:0", seen.append, command)
+        return chip, found, seen
+
+    return run
+
+
+def test_all_goes_well(children) -> None:
+    chip, found, seen = children()
+    assert chip == "a5" and seen == list(NAMES)
+    assert [r.name for r in found] == list(NAMES) and found[0].arguments == ("int8 [1]",)
+
+
+def test_a_case_that_takes_the_process_along(children) -> None:
+    _, found, _ = children(second="os.abort()")
+    assert [r.verdict for r in found] == ["exact", "crashed", "exact"]
+    assert found[1].error == "the process ended with code -6" and found[1].failed
+
+
+def test_a_case_that_hangs(children, monkeypatch) -> None:
+    monkeypatch.setattr("ascendit.doctor.self_check.CASE_SECONDS", 0.5)
+    _, found, _ = children(third="time.sleep(60)")
+    assert [r.verdict for r in found] == ["exact", "exact", "crashed"]
+    assert found[2].error == "no answer in 0.5 s"
+
+
+def test_a_card_that_answers_nothing_more(children) -> None:
+    """The child ends itself after a result; another one goes on."""
+    dead = "tell(result=results[i]); tell(end='the device answers nothing'); sys.exit()"
+    _, found, seen = children(first=dead)
+    assert [r.verdict for r in found] == ["exact", "exact", "exact"] and seen == list(NAMES)
+
+
+def test_a_device_that_is_refused(children) -> None:
+    refusal = {"got": "no card", "needs": "a card", "try": "--device cpu", "code": "E-ENV-03"}
+    with pytest.raises(EnvironmentProblem, match="no card"):
+        children(start=f"tell(refused={refusal!r}); sys.exit()")
+
+
+def test_a_child_that_never_starts(children) -> None:
+    with pytest.raises(EnvironmentProblem) as e:
+        children(start="sys.exit(3)")
+    assert "ended with code 3 before its first check" in e.value.got and e.value.fix == "ascendit doctor"
+
+
+def test_the_real_child(capsys: pytest.CaptureFixture[str]) -> None:
+    """From the last but one case on, on the CPU; and on a device that this machine lacks."""
+    main("cpu", 19)
+    lines = [json.loads(t.removeprefix(MARK)) for t in capsys.readouterr().out.splitlines()]
+    assert [next(iter(line)) for line in lines] == ["chip", "begins", "result", "begins", "result", "end"]
+    assert lines[2]["result"]["name"] == "w4a8 linear" and lines[2]["result"]["verdict"] in ("exact", "close")
+    main("npu", 0)
+    told = json.loads(capsys.readouterr().out.removeprefix(MARK))
+    assert told["refused"]["code"] == "E-ENV-03"

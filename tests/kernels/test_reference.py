@@ -9,7 +9,7 @@ from ops.given import D, S, arguments
 from torch import Tensor
 
 from ascendit.kernels import reference
-from ascendit.ops.operators import NAMES
+from ascendit.ops.operators import OPERATOR_NAMES
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -17,7 +17,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPERATOR_NAMES)
 def test_reference_against_float64(name: str) -> None:
     given = arguments(name, torch.float32, (5, S - 5))
     wide = [a.double() if isinstance(a, Tensor) else a for a in given]

@@ -26,8 +26,8 @@ from ascendit.model.linear import Joint, QuantLinear
 from ascendit.model.loader import load_transformer
 from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
-from ascendit.ops import operators as binding
-from ascendit.ops.npu import kernels as npu
+from ascendit.ops import operators
+from ascendit.ops.npu import kernels
 from ascendit.ops.operators import bind
 from ascendit.schedule import StepPolicy
 
@@ -81,8 +81,8 @@ def test_a_forward_of_two_layers(chip: str, tiny_t2v_single: Path) -> None:
 def test_a_block(chip: str, tiny_t2v_single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = block(tiny(tiny_t2v_single, chip))
     assert seen.launched.total() == WITH_MINDIESD, seen.launched
-    real = npu.missing
-    monkeypatch.setattr(npu, "missing", lambda c, chip: "none" if "mindiesd" in c else real(c, chip))
+    real = kernels.missing
+    monkeypatch.setattr(kernels, "missing", lambda c, chip: "none" if "mindiesd" in c else real(c, chip))
     assert block(tiny(tiny_t2v_single, chip)).launched.total() == WITHOUT
 
 
@@ -261,8 +261,8 @@ def test_the_layout_is_made_again_after_a_way_to_the_host(
     model = on_codes(tiny_t2v_single, "a5", Online.of(scheme, None), nz=nz, activation_rule=rule)
     before, layout = velocity(model), formats(model)
     assert layout == ({29} if nz or "dual" in scheme else {2})
-    plain = binding._device
-    monkeypatch.setattr(binding, "_device", lambda d: plain("twin:a5" if d == "npu:0" else d))
+    plain = operators._device
+    monkeypatch.setattr(operators, "_device", lambda d: plain("twin:a5" if d == "npu:0" else d))
     for joint in joints(model):
         joint.to("cpu")  # type: ignore[arg-type]
         assert joint.schemes.device.kind == "cpu" and joint.schemes.rules == (

@@ -69,7 +69,7 @@ def _compiled(march: str) -> build.Built:
         return build.Built(None, f"no compiler, or no {march} processor")
     target = Path(mkdtemp()) / f"encode-{march}.so"
     build._compile(compiler, build.HERE / "encode.cpp", target, ((f"-march={march}", "-fopenmp"),))
-    return build.declared(build.Built(ctypes.CDLL(str(target)), march), native_encoder.SIGNATURES)
+    return build.declared(build.Built(ctypes.CDLL(str(target)), march), native_encoder.ENCODER_SIGNATURES)
 
 
 # ---- another processor --------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class Emulated:
         return lambda *arguments: self.call(name, arguments)
 
     def call(self, name: str, arguments: tuple[int, ...]) -> int:
-        kinds = native_encoder.SIGNATURES[name]
+        kinds = native_encoder.ENCODER_SIGNATURES[name]
         sizes = _sizes(name, arguments)
         sent = [struct.pack("<qq", self.NAMES.index(name), len(kinds))]
         for kind, value, size in zip(kinds, arguments, sizes, strict=True):

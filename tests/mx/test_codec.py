@@ -15,7 +15,7 @@ from mx.blocks import MX_FORMATS, bf16_from_bits, random_blocks, raw
 from torch import Tensor
 
 from ascendit.errors import UsageError
-from ascendit.mx.codec import Encoded, decode, encode, sqnr
+from ascendit.mx.codec import Encoded, decibels, decode, encode, sqnr
 from ascendit.mx.formats import FORMATS
 
 WRITTEN = [name for name, f in FORMATS.items() if f.kind != "tile"]
@@ -355,3 +355,28 @@ def test_float8_codes_may_come_as_bytes() -> None:
     good = encode(torch.randn(4, 64).to(torch.bfloat16), "mxfp8")
     bytes_ = Encoded(good.codes.view(torch.uint8), good.scale, None, "mxfp8", -1, (4, 64))
     assert torch.equal(decode(bytes_), decode(good))
+
+
+# ---- decibels ------------------------------------------------------------------------------------
+
+
+def test_ten_times_the_logarithm() -> None:
+    assert decibels(100.0, 1.0) == 20 and decibels(1.0, 1000.0) == pytest.approx(-30)
+    assert decibels(1e-100, 1e100) == pytest.approx(-2000)
+    assert decibels(1e-300, 1e300) == -math.inf and decibels(1e300, 1e-300) == math.inf
+
+
+def test_without_noise_and_without_signal() -> None:
+    assert decibels(1.0, 0.0) == decibels(0.0, 0.0) == math.inf
+    assert decibels(0.0, 1.0) == -math.inf
+
+
+def test_the_cap_stands_for_infinity() -> None:
+    assert decibels(1.0, 0.0, cap=99.0) == decibels(0.0, 0.0, cap=99.0) == decibels(1e20, 1.0, cap=99.0) == 99
+    assert decibels(0.0, 1.0, cap=99.0) == decibels(1e-20, 1.0, cap=99.0) == -99
+    assert decibels(100.0, 1.0, cap=99.0) == 20
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_has_no_ratio(bad: float) -> None:
+    assert math.isnan(decibels(bad, 1.0)) and math.isnan(decibels(1.0, bad, cap=99.0))

@@ -14,8 +14,7 @@ from mx.blocks import bf16_from_bits, blocks_of, every_bf16, every_finite_amax, 
 from mx.encoders import reference_encode
 from torch import Tensor
 
-from ascendit.mx import encoder as encoder_module
-from ascendit.mx import msmodelslim, native_encoder, reference
+from ascendit.mx import encoder, msmodelslim, native_encoder, reference
 from ascendit.mx.codec import Encoded, encode
 from ascendit.mx.formats import E2M1, FORMATS, SEARCH, lookup
 from ascendit.native import build
@@ -220,18 +219,15 @@ def kinds() -> dict[tuple[str, str, torch.dtype], str]:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             form = lookup(name)
             rounding = "half_away" if rule.startswith("msms:") and form.block else "rint"
-            encoder = encoder_module.encoder(form, rule, rounding, dtype)
-            found[name, rule, dtype] = getattr(encoder, "func", encoder).__module__.rpartition(".")[2]
+            encode_with = encoder.encoder(form, rule, rounding, dtype)
+            found[name, rule, dtype] = getattr(encode_with, "func", encode_with).__module__.rpartition(".")[2]
     return found
 
 
 def test_which_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that msModelSlim or an NPU does with bfloat16; the search ends in one of them."""
     encoders.take("native", monkeypatch)
-    assert (
-        encoder_module.choice()[0] == "native"
-        and "compiled from native/encode.cpp, " in encoder_module.choice()[1]
-    )
+    assert encoder.choice()[0] == "native" and "compiled from native/encode.cpp, " in encoder.choice()[1]
     plain = {key for key, module in kinds().items() if module != "fast_native"}
     assert {rule for _, rule, dtype in plain if dtype == torch.bfloat16} == {SEARCH}
     assert {r for _, r, d in plain if d == torch.float32 and not r.startswith("msms:")} == set()
@@ -240,7 +236,7 @@ def test_which_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_which_are_quick_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     encoders.take("pytorch", monkeypatch)
-    assert encoder_module.choice() == ("pytorch", "no compiler wanted")
+    assert encoder.choice() == ("pytorch", "no compiler wanted")
     found = kinds()
     encoders.forget()
     for name, rule in RULES:
@@ -250,20 +246,20 @@ def test_which_are_quick_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_no_compiler_is_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    for cached in (build.native, native_encoder.library, encoder_module.encoder):
+    for cached in (build.native, native_encoder.library, encoder.encoder):
         cached.cache_clear()
     x = torch.randn(4, 64).bfloat16()
     try:
-        encoded, choice = encode(x, "mxfp8"), encoder_module.choice()
+        encoded, choice = encode(x, "mxfp8"), encoder.choice()
     finally:
-        for cached in (build.native, native_encoder.library, encoder_module.encoder):
+        for cached in (build.native, native_encoder.library, encoder.encoder):
             cached.cache_clear()
     assert choice == ("pytorch", "no C++ compiler (g++, clang++, c++) on PATH")
     assert not differing(encoded, reference_encode(x, "mxfp8"))
 
 
 def test_what_is_no_plain_cpu_tensor_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder_module, "encoder", lambda *a: pytest.fail("an encoder was looked for"))
+    monkeypatch.setattr(encoder, "encoder", lambda *a: pytest.fail("an encoder was looked for"))
     meta = encode(torch.empty(4, 64, dtype=torch.bfloat16, device="meta"), "mxfp8")
     assert meta.codes.device.type == "meta" and meta.scale.shape == (4, 2)
 
@@ -318,7 +314,7 @@ def test_early_powers_are_those_of_torch_log2() -> None:
 
 
 @pytest.mark.parametrize("form", ["mxfp8", "mxfp4", "mxfp4_dualscale", "int8"])
-@pytest.mark.parametrize("shape", [(5, encoder_module.PIECE + 40), (700, 1544)])
+@pytest.mark.parametrize("shape", [(5, encoder.PIECE + 40), (700, 1544)])
 def test_pytorch_on_threads_and_in_pieces(
     form: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,7 +58,7 @@ def test_a_header_that_changed_is_another_file(tmp_path: Path, monkeypatch: pyte
 
 @needs_compiler
 def test_flags_that_a_compiler_does_not_know_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as OpenMP. What it computes is the same, see `tests/mx/test_fast.py`."""
+    """Such as OpenMP. What it computes is the same, see `tests/mx/test_encoder.py`."""
     monkeypatch.setattr(build, "OPTIONAL", (("-fno-such-flag", "-fopenmp"), ("-march=native",)))
     built = build.native("encode")
     assert built.library is not None and not hasattr(built.library, "omp_get_max_threads")

@@ -5,11 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from ops.given import S, arguments
+from ops.layers import decoded, exact, on_disk, tokens_of, weight_of
 from torch import Tensor
 
-from ascendit.errors import UsageError
+from ascendit import mx
+from ascendit.device.device import parse_device
+from ascendit.device.operator_support import native_on
+from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels import reference
-from ascendit.ops.operators import NAMES, Ops, bind
+from ascendit.mx.smoothing import smooth_input
+from ascendit.ops.operators import OPERATOR_NAMES, Ops, bind, native_schemes
+from ascendit.quant.schemes import LINEAR_SCHEMES
 
 # Largest relative error, by the norm: float32 rounding, and half a BF16 step (2^-9) for each rounding.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
@@ -22,7 +28,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("spans", [(S,), (5, S - 5)])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPERATOR_NAMES)
 def test_cpu_form_gives_the_reference_numbers(name: str, dtype: torch.dtype, spans: tuple[int, ...]) -> None:
     given = arguments(name, dtype, spans)
     got, wanted = getattr(bind("cpu"), name)(*given), getattr(reference, name)(*given)
@@ -33,9 +39,9 @@ def test_cpu_form_gives_the_reference_numbers(name: str, dtype: torch.dtype, spa
 def test_reference_can_be_forced_and_choices_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="ascendit"):
         forced, free = bind("cpu", "reference"), bind("cpu")
-    assert all(getattr(forced, name) is getattr(reference, name) for name in NAMES)
+    assert all(getattr(forced, name) is getattr(reference, name) for name in OPERATOR_NAMES)
     assert free.attention is not reference.attention
-    assert set(free.choices) == set(NAMES) and free.choices["linear"].startswith("reference")
+    assert set(free.choices) == set(OPERATOR_NAMES) and free.choices["linear"].startswith("reference")
     assert "fused PyTorch kernel" in free.choices["adaln"]
     assert "--set ops=reference" in caplog.text
 
@@ -50,3 +56,156 @@ def test_ops_are_frozen() -> None:
     with pytest.raises(AttributeError):
         bind("cpu").linear = reference.linear  # type: ignore[misc]
     assert isinstance(bind("cuda"), Ops)
+
+
+# ---- quantized linear layers ---------------------------------------------------------------------
+
+K = 544  # 17 blocks of 32, one group of 512 and a short one
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
+def test_within_the_order_of_the_sums(scheme, bias):
+    ops = bind("cpu").quantized
+    encoded, b = weight_of(scheme, 24, K, bias=bias)
+    x = tokens_of(5, K, torch.float32)
+    weight = ops.prepare_weight(*on_disk(encoded, b), scheme)
+    out = ops.quantized_linear(ops.quantize_activation(x, scheme), weight)
+    wanted = exact(x, scheme, encoded, b)
+    assert out.dtype == torch.float32 and out.shape == (2, 5, 24)
+    assert float((out - wanted).norm() / wanted.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
+def test_bfloat16_rounds_once(scheme):
+    ops = bind("cpu").quantized
+    encoded, bias = weight_of(scheme, 24, K)
+    x = tokens_of(5, K)
+    a = ops.quantize_activation(x, scheme)
+    out = ops.quantized_linear(a, ops.prepare_weight(*on_disk(encoded, bias), scheme))
+    assert out.dtype == torch.bfloat16
+    assert bias is not None
+    wanted = decoded(a) @ mx.decode(encoded).t() + bias
+    torch.testing.assert_close(out.flatten(0, 1), wanted.to(torch.bfloat16), rtol=0, atol=0)
+
+
+def test_one_activation_serves_several_weights_and_w4a8_shares_the_weight_of_mxfp4():
+    ops = bind("cpu").quantized
+    x = tokens_of(4, 64)
+    weights = [weight_of("mxfp4", 24, 64) for _ in range(3)]
+    ready = [ops.prepare_weight(*on_disk(*w), "mxfp4") for w in weights]
+    w4a4, w4a8 = ops.quantize_activation(x, "mxfp4"), ops.quantize_activation(x, "w4a8")
+    for (encoded, bias), weight in zip(weights, ready, strict=True):
+        for scheme, a in (("mxfp4", w4a4), ("w4a8", w4a8)):
+            wanted = exact(x, scheme, encoded, bias)
+            assert mx.sqnr(wanted, ops.quantized_linear(a, weight)) > 50
+    assert ops.prepare_weight(*on_disk(*weights[0]), "w4a8").scheme == "mxfp4"
+
+
+def test_q_k_and_v_joined_are_their_outputs_side_by_side():
+    ops = bind("cpu").quantized
+    parts = [weight_of("mxfp4_dualscale", n, 544) for n in (8, 8, 4)]
+    a = ops.quantize_activation(tokens_of(3, 544), "mxfp4_dualscale")
+    singles = [ops.quantized_linear(a, ops.prepare_weight(*on_disk(*p), "mxfp4_dualscale")) for p in parts]
+    encoded = [p[0] for p in parts]
+    codes, scale, dual = (
+        torch.cat([getattr(e, part) for e in encoded]) for part in ("codes", "scale", "dual_scale")
+    )
+    bias = torch.cat([p[1] for p in parts if p[1] is not None])
+    whole = ops.quantized_linear(a, ops.prepare_weight(codes, scale, dual, bias, "mxfp4_dualscale"))
+    assert torch.equal(whole, torch.cat(singles, -1))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "mxfp4"])
+def test_mul_scale_multiplies_the_tokens_first(scheme):
+    ops = bind("cpu").quantized
+    x, mul_scale = tokens_of(3, 64), torch.rand(64) + 0.1
+    a = ops.quantize_activation(x, scheme, mul_scale)
+    assert torch.equal(decoded(a), decoded(ops.quantize_activation(smooth_input(x, mul_scale), scheme)))
+    assert not torch.equal(decoded(a), decoded(ops.quantize_activation(x, scheme)))
+
+
+def test_the_rule_of_the_activation_can_be_chosen():
+    ops = bind("cpu").quantized
+    x = tokens_of(3, 64)
+    for rule in ("floor", "max:7"):
+        wanted = mx.encode(x.flatten(0, 1), "mxfp4", scale_rule=rule)
+        assert torch.equal(ops.quantize_activation(x, "mxfp4", rule=rule).codes, wanted.codes)
+    with pytest.raises(UsageError, match="scale rule 'ceil_x'"):
+        ops.quantize_activation(x, "mxfp4", rule="ceil_x")
+
+
+@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
+def test_what_was_prepared_comes_back(scheme):
+    encoded, bias = weight_of(scheme, 8, 544)
+    ops = bind("cpu").quantized
+    weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
+    back = ops.stored(weight)
+    assert torch.equal(back.codes.view(torch.uint8), encoded.codes.view(torch.uint8))
+    assert torch.equal(back.scale, encoded.scale) and weight.shape == (8, 544)
+    assert weight.nbytes < 8 * 544 * 1.2 + 8 * 20  # codes, not numbers
+
+
+def test_misfits_are_named():
+    ops = bind("cpu").quantized
+    encoded, bias = weight_of("mxfp8", 8, 64)
+    weight = ops.prepare_weight(*on_disk(encoded, bias), "mxfp8")
+    x = tokens_of(3, 64)
+    for scheme, width in (("mxfp4", 64), ("mxfp8", 32)):
+        with pytest.raises(UsageError) as e:
+            ops.quantized_linear(ops.quantize_activation(x[..., :width], scheme), weight)
+        assert f"tokens of {width} for {scheme}" in e.value.got and "mxfp8" in e.value.fix
+    with pytest.raises(UsageError, match="scale"):
+        ops.prepare_weight(encoded.codes, encoded.scale[:4], None, bias, "mxfp8")
+    with pytest.raises(UsageError) as e:
+        ops.quantize_activation(x, "bf16")
+    assert e.value.code == "E-USE-01" and "w4a8" in e.value.needs
+
+
+# ---- which device runs what ---------------------------------------------------------------------
+
+
+def test_native_schemes_by_chip():
+    assert native_on("a2") == native_on("a3") == {"int8"}
+    assert native_on("a5") == set(LINEAR_SCHEMES)
+    assert native_schemes(parse_device("cpu")) == frozenset()
+
+
+@pytest.mark.usefixtures("twin")
+@pytest.mark.parametrize("chip", ["a2", "a3"])
+@pytest.mark.parametrize("scheme", [s for s in LINEAR_SCHEMES if s != "int8"])
+def test_a_scheme_that_the_chip_lacks_says_who_has_it(chip, scheme):
+    ops = bind(f"twin:{chip}").quantized
+    encoded, bias = weight_of(scheme, 8, 64)
+    for call in (
+        lambda: ops.prepare_weight(*on_disk(encoded, bias), scheme),
+        lambda: ops.quantize_activation(tokens_of(2, 64), scheme),
+    ):
+        with pytest.raises(EnvironmentProblem) as e:
+            call()
+        assert e.value.code == "E-CAP-01" and f"scheme {scheme} on twin:{chip}" in e.value.got
+        assert "Ascend 950" in e.value.needs and f"{chip} has bf16 and int8" in e.value.needs
+        assert "--emulate" in e.value.fix and "int8" in e.value.fix
+
+
+@pytest.mark.usefixtures("twin")
+def test_emulation_is_the_reference_and_is_told(caplog):
+    with caplog.at_level("INFO", logger="ascendit"):
+        free, forced = bind("twin:a2", emulate=True).quantized, bind("cpu").quantized
+        encoded, bias = weight_of("mxfp8", 8, 64)
+        x = tokens_of(3, 64)
+        outs = []
+        for ops in (free, forced):
+            weight = ops.prepare_weight(*on_disk(encoded, bias), "mxfp8")
+            outs.append(ops.quantized_linear(ops.quantize_activation(x, "mxfp8"), weight))
+        free.quantize_activation(x, "int8")
+    assert torch.equal(*outs)
+    assert caplog.text.count("linear layers in mxfp8 on twin:a2 -> reference: emulated") == 1
+    assert "linear layers in mxfp8 on cpu -> " in caplog.text
+    assert "linear layers in int8 on twin:a2 -> npu: native: its own matmul" in caplog.text
+
+
+@pytest.mark.usefixtures("twin")
+def test_the_oracle_can_be_forced():
+    ops = bind("twin:a5", "reference").quantized
+    assert {ops.kernel(s).backend for s in LINEAR_SCHEMES} == {"reference"}

@@ -17,11 +17,11 @@ from ascendit.demo.adherence import pick
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels.cpu import attention
 from ascendit.model.linear import QuantLinear, Tokens
-from ascendit.ops.runtime import activate
+from ascendit.ops.open_device import activate
 from ascendit.pipeline.calibrate import experts_of
 from ascendit.pipeline.generate import Pipeline
 from ascendit.quant.fusion import leader_of
-from ascendit.verify.metrics import psnr, sqnr
+from ascendit.verify.metrics import output_sqnr, psnr
 from ascendit.verify.quality import layer_inputs
 
 pytestmark = pytest.mark.usefixtures("twin")
@@ -137,7 +137,7 @@ def layers_between(scheme: str) -> dict[str, float]:
                     activate(pipe.device)
                     made: Any = expert.get_submodule(layer)
                     outs.append(made.run(Tokens(x), pipe.policy.default).cpu())
-                found[f"{name}/{layer}"] = sqnr(outs[1], outs[0])
+                found[f"{name}/{layer}"] = output_sqnr(outs[1], outs[0])
     assert len(found) == 160
     return found
 

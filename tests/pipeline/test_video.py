@@ -20,7 +20,7 @@ from PIL import Image
 
 from ascendit.demo import world
 from ascendit.errors import AscenditError, EnvironmentProblem, QualityError, UsageError
-from ascendit.pipeline import video as video_module
+from ascendit.pipeline import video_codecs
 from ascendit.pipeline.frame_checks import Frames, check_frames, check_not_flat, to_uint8
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video import (
@@ -438,7 +438,7 @@ def test_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module
 
 
 def test_missing_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(video_module.CODECS, "mp4", ("libx264_absent", {}, {}))
+    monkeypatch.setitem(video_codecs.CODECS, "mp4", ("libx264_absent", {}, {}))
     with refused(EnvironmentProblem, "E-ENV-01", "no libx264_absent encoder", "pip install"):
         make().save(tmp_path / "out.mp4")
 

@@ -23,17 +23,17 @@ from ascendit.quant.recipe import recipe_names
 from ascendit.quant.schemes import SCHEMES
 from ascendit.verify.quality import (
     BASE,
-    Case,
+    QualityCase,
     bits_per_weight,
-    cases,
     choose,
+    default_cases,
     fingerprint,
     layer_inputs,
     layer_sqnr,
     measure_quality,
     trace,
 )
-from ascendit.verify.quality_table import Quality, Row
+from ascendit.verify.quality_table import Quality, QualityRow
 
 SHORT: dict[str, Any] = {"num_inference_steps": 3, "num_frames": 5}
 PROMPT = "a red circle moves right on a black background"
@@ -60,11 +60,11 @@ def short_quality(jobs: int = 1) -> Quality:
 
 
 def test_every_scheme_and_every_recipe_has_a_row() -> None:
-    given = [case.options for case in cases()]
+    given = [case.options for case in default_cases()]
     assert {o["scheme"] for o in given if "scheme" in o} == set(SCHEMES) - {"bf16"}
     assert {o["recipe"] for o in given if "recipe" in o} == set(recipe_names()) - {"default"}
     assert sum("step_policy" in o for o in given) >= 2
-    assert {c.name: c.most_lost for c in cases() if c.most_lost is not None} == {
+    assert {c.name: c.most_lost for c in default_cases() if c.most_lost is not None} == {
         "int8": 2,
         "mxfp8": 2,
         "recommended-fp4": 6,
@@ -238,9 +238,9 @@ def test_bits_count_what_is_stored() -> None:
 # ---- the report ---------------------------------------------------------------------------------
 
 
-def row(name: str, right: str, most_lost: int | None = None) -> Row:
+def row(name: str, right: str, most_lost: int | None = None) -> QualityRow:
     n = len(right)
-    return Row(
+    return QualityRow(
         name=name,
         most_lost=most_lost,
         bits=8.25,
@@ -272,4 +272,4 @@ def test_lost_won_and_the_limit() -> None:
 
 
 def test_the_base_is_plain() -> None:
-    assert BASE.options == {} and isinstance(BASE, Case)
+    assert BASE.options == {} and isinstance(BASE, QualityCase)

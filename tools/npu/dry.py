@@ -22,7 +22,7 @@ from torch import Tensor
 
 import ascendit.twin
 from ascendit.device.device import Device
-from ascendit.ops.runtime import open_device
+from ascendit.ops.open_device import open_device
 from ascendit.twin import example_calls
 from ascendit.twin.example_calls import Sample
 from ascendit.twin.registry import frozen

@@ -25,7 +25,7 @@ from npu.calls import OURS, Recorder, calls, described
 
 import ascendit.twin
 from ascendit.device.chip import CHIPS
-from ascendit.ops.runtime import open_device
+from ascendit.ops.open_device import open_device
 from ascendit.twin import contract, example_calls
 from ascendit.twin.example_calls import Sample
 from ascendit.twin.registry import UNDEFINABLE
@@ -78,7 +78,7 @@ def install(wheel: Path) -> dict[str, str]:
         sys.modules[name] = made
 
     codes = type("ErrCode", (), {"__getattr__": lambda self, name: name})()
-    module("torch_npu", **contract.NAMES)
+    module("torch_npu", **contract.DTYPE_NUMBERS)
     module("torch_npu.utils")
     module("torch_npu.utils._error_code", ErrCode=codes, ops_error=lambda code: "")
     module("torch_npu.npu")

@@ -1,7 +1,4 @@
-"""`ascendit doctor`: does this machine have what is needed, and does its device compute what it should?
-
-The page that `ascendit doctor --self-check` prints, and the file it writes.
-"""
+"""`ascendit doctor`: does this machine have what is needed, and does its device compute what it should?"""
 
 from __future__ import annotations
 
@@ -16,12 +13,74 @@ from ascendit.errors import EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
     from ascendit.doctor.operator_cases import Result
-    from ascendit.doctor.report import Report
+    from ascendit.doctor.probe import DoctorReport
     from ascendit.doctor.self_check import SelfCheck
 
-DEFAULT = "npu"
+DEFAULT_DEVICE = "npu"
 """The device that is checked where none is named: what a self-check is for."""
-SHOWN = ("torch", "torch_npu", "cann", "mindiesd", "driver")
+SHOWN_VERSIONS = ("torch", "torch_npu", "cann", "mindiesd", "driver")
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def doctor(
+    ctx: typer.Context,
+    self_check: Annotated[
+        bool, typer.Option("--self-check", help="Run every operator of a device and compare its numbers.")
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", metavar="NAME", help="To self-check: npu (default), npu:1, twin:a5, cuda, cpu."
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE.json", help="Write what the self-check found, to send in."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Check this machine and its libraries. Says how to fix what is wrong."""
+
+    out: Output = ctx.obj
+    if self_check:
+        if code := checked(device, file, out):
+            raise typer.Exit(code)
+        return
+    if given := {name: value for name, value in (("--device", device), ("--out", file)) if value is not None}:
+        raise no_check(given)
+    if not _examined(out).ok:
+        raise typer.Exit(3)
+
+
+def _examined(out: Output) -> DoctorReport:
+    from ascendit.doctor.machine import examine
+    from ascendit.doctor.probe import NO_FIX
+
+    with out.work():
+        report = examine()
+    out.emit(report.as_dict())
+    cells = [(r.item, r.found, r.needed, r.status, "" if r.status in NO_FIX else r.fix) for r in report.rows]
+    for line in table(("item", "found", "needed", "status", "fix"), cells):
+        out.line(line)
+    out.line()
+    for line in report.verdicts():
+        out.line(line)
+    return report
+
+
+def no_check(given: dict[str, Any]) -> UsageError:
+    """`--device` or `--out` without `--self-check`."""
+    return UsageError(
+        f"{' and '.join(given)} without --self-check",
+        needs="--self-check, which these belong to",
+        fix=f"ascendit doctor --self-check {' '.join(f'{k} {v}' for k, v in given.items())}",
+        code="E-USE-01",
+    )
+
+
+# ---- --self-check --------------------------------------------------------------------------------
 
 
 def checked(device: str | None, file: Path | None, out: Output) -> int:
@@ -29,7 +88,7 @@ def checked(device: str | None, file: Path | None, out: Output) -> int:
     from ascendit.device.device import parse_device
     from ascendit.environment import disable_device_plugins
 
-    name = str(parse_device(device or DEFAULT))
+    name = str(parse_device(device or DEFAULT_DEVICE))
     if file is not None:
         _can_write(file)
     disable_device_plugins()  # a card's own torch_npu is imported by name
@@ -75,10 +134,13 @@ def _can_write(file: Path) -> None:
         ) from e
 
 
+# ---- its page ------------------------------------------------------------------------------------
+
+
 def page(check: SelfCheck) -> Iterator[str]:
     """One page: questions, operators, functions, verdict."""
     versions = check.about["versions"]
-    known = "   ".join(f"{name} {versions[name]}" for name in SHOWN if versions[name])
+    known = "   ".join(f"{name} {versions[name]}" for name in SHOWN_VERSIONS if versions[name])
     yield f"Self-check of {check.device}{f', chip {check.chip}' if check.chip else ''}   {known}"
     if questions := check.part("question"):
         yield "\nWhat no document answers"
@@ -133,62 +195,3 @@ def _verdict(check: SelfCheck) -> str:
         return f"passed: {len(check.results)} checks{tail}"
     names = ", ".join(dict.fromkeys(r.operator for r in check.failed)) or "nothing was checked"
     return f"failed: {names}{tail}"
-
-
-def no_check(given: dict[str, Any]) -> UsageError:
-    """`--device` or `--out` without `--self-check`."""
-    return UsageError(
-        f"{' and '.join(given)} without --self-check",
-        needs="--self-check, which these belong to",
-        fix=f"ascendit doctor --self-check {' '.join(f'{k} {v}' for k, v in given.items())}",
-        code="E-USE-01",
-    )
-
-
-# ---- `ascendit doctor`: does this machine have what is needed, and does its device compute what -
-
-
-def doctor(
-    ctx: typer.Context,
-    self_check: Annotated[
-        bool, typer.Option("--self-check", help="Run every operator of a device and compare its numbers.")
-    ] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--device", metavar="NAME", help="To self-check: npu (default), npu:1, twin:a5, cuda, cpu."
-        ),
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FILE.json", help="Write what the self-check found, to send in."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-) -> None:
-    """Check this machine and its libraries. Says how to fix what is wrong."""
-
-    out: Output = ctx.obj
-    if self_check:
-        if code := checked(device, file, out):
-            raise typer.Exit(code)
-        return
-    if given := {name: value for name, value in (("--device", device), ("--out", file)) if value is not None}:
-        raise no_check(given)
-    if not _examined(out).ok:
-        raise typer.Exit(3)
-
-
-def _examined(out: Output) -> Report:
-    from ascendit.doctor.machine import examine
-    from ascendit.doctor.report import NO_FIX
-
-    with out.work():
-        report = examine()
-    out.emit(report.as_dict())
-    cells = [(r.item, r.found, r.needed, r.status, "" if r.status in NO_FIX else r.fix) for r in report.rows]
-    for line in table(("item", "found", "needed", "status", "fix"), cells):
-        out.line(line)
-    out.line()
-    for line in report.verdicts():
-        out.line(line)
-    return report

@@ -1,7 +1,4 @@
-"""How a conversion is shown: a bar on a terminal, a plain line every 10 % elsewhere, or nothing.
-
-How a run is shown: a bar on a terminal, a plain line every 10 % elsewhere, or nothing.
-"""
+"""How a run or a conversion is shown: a bar on a terminal, a plain line every 10 % elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -19,11 +16,23 @@ from ascendit.progress import ConversionProgress, Progress
 if TYPE_CHECKING:
     from rich.console import Console
 
-EXPERTS = {"transformer": "high-noise expert", "transformer_2": "low-noise expert"}
+EXPERT_TITLES = {"transformer": "high-noise expert", "transformer_2": "low-noise expert"}
 RECENT_STEPS = 8
 
+REDRAW = 0.1  # seconds; events come for every few MiB
 
-class Meter:
+
+# ---- a run ---------------------------------------------------------------------------------------
+
+
+def progress_view(*, silent: bool) -> ProgressView:
+    """The view that fits where stderr goes."""
+    if silent:
+        return ProgressView()
+    return BarView() if sys.stderr.isatty() else LineView()
+
+
+class ProgressMeter:
     """Turns events into text. Remembers the last steps for the pace and the time left."""
 
     def __init__(self) -> None:
@@ -42,9 +51,9 @@ class Meter:
         if event.stage == "denoise" and event.step and event.seconds > 0:
             self._seconds.append(event.seconds)
             pace = sum(self._seconds) / len(self._seconds)
-            words += [f"{_short(pace)} s/step", f"eta {clock(pace * (event.total - event.step))}"]
+            words += [f"{_short(pace)} s/step", f"eta {show_seconds(pace * (event.total - event.step))}"]
         if event.memory_bytes:
-            words.append(memory(event.memory_bytes))
+            words.append(show_bytes(event.memory_bytes))
         return "  ".join(words)
 
 
@@ -52,7 +61,7 @@ class ProgressView:
     """Shows nothing; the base of the other two. Use it as a context manager and call it with each event."""
 
     def __init__(self) -> None:
-        self.meter = Meter()
+        self.meter = ProgressMeter()
 
     def __call__(self, event: Progress) -> None:
         self.show(event, self.meter.text(event))
@@ -116,38 +125,20 @@ class BarView(ProgressView):
         self._bars.stop()
 
 
-def progress_view(*, silent: bool) -> ProgressView:
-    """The view that fits where stderr goes."""
-    if silent:
-        return ProgressView()
-    return BarView() if sys.stderr.isatty() else LineView()
-
-
-def clock(seconds: float) -> str:
-    """`0:07`, `1:10`, `1:02:03`."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
-
-
-def memory(size: int) -> str:
-    """`38.2 GiB`, or `412 MiB` below one GiB."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
-def _short(seconds: float) -> str:
-    return f"{seconds:.1f}" if seconds >= 1 else f"{seconds:.2g}"
-
-
 def _label(event: Progress) -> str:
     if event.expert is None:
         return event.stage
-    return f"{event.stage} ({EXPERTS.get(event.expert, event.expert)})"
+    return f"{event.stage} ({EXPERT_TITLES.get(event.expert, event.expert)})"
 
 
-# ---- How a conversion is shown: a bar on a terminal, a plain line every 10 % elsewhere, or noth -
+# ---- a conversion --------------------------------------------------------------------------------
 
-REDRAW = 0.1  # seconds; events come for every few MiB
+
+def transfer_view(*, silent: bool) -> TransferView:
+    """The view that fits where stderr goes."""
+    if silent:
+        return TransferView()
+    return TransferBar() if sys.stderr.isatty() else TransferLines()
 
 
 class TransferView:
@@ -216,11 +207,16 @@ class TransferBar(TransferView):
         self._bars.stop()
 
 
-def transfer_view(*, silent: bool) -> TransferView:
-    """The view that fits where stderr goes."""
-    if silent:
-        return TransferView()
-    return TransferBar() if sys.stderr.isatty() else TransferLines()
+def line_of(event: ConversionProgress) -> str:
+    """`transformer_2  61 %  34.1/56.2 GiB  2.81 GiB/s  eta 0:08`."""
+    share = 100 * event.done_bytes // max(event.total_bytes, 1)
+    done, total = show_bytes(event.done_bytes), show_bytes(event.total_bytes)
+    words = [event.stage, f"{share} %", f"{done} of {total}"]
+    if event.gib_per_s:
+        words.append(f"{event.gib_per_s:.2f} GiB/s")
+    if event.eta:
+        words.append(f"eta {show_seconds(event.eta)}")
+    return "  ".join(words)
 
 
 @contextmanager
@@ -237,13 +233,20 @@ def resumable() -> Iterator[None]:
         ) from e
 
 
-def line_of(event: ConversionProgress) -> str:
-    """`transformer_2  61 %  34.1/56.2 GiB  2.81 GiB/s  eta 0:08`."""
-    share = 100 * event.done_bytes // max(event.total_bytes, 1)
-    done, total = memory(event.done_bytes), memory(event.total_bytes)
-    words = [event.stage, f"{share} %", f"{done} of {total}"]
-    if event.gib_per_s:
-        words.append(f"{event.gib_per_s:.2f} GiB/s")
-    if event.eta:
-        words.append(f"eta {clock(event.eta)}")
-    return "  ".join(words)
+# ---- words ---------------------------------------------------------------------------------------
+
+
+def show_seconds(seconds: float) -> str:
+    """`0:07`, `1:10`, `1:02:03`."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def show_bytes(size: int) -> str:
+    """`38.2 GiB`, or `412 MiB` below one GiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.1f}" if seconds >= 1 else f"{seconds:.2g}"

@@ -1,7 +1,4 @@
-"""`ascendit verify`: does a model do what it is asked?
-
-`ascendit verify --quality`: the table of what each scheme and recipe costs.
-"""
+"""`ascendit verify`: does a model do what it is asked? `--quality`: the table of what quantization costs."""
 
 from __future__ import annotations
 
@@ -23,114 +20,14 @@ if TYPE_CHECKING:
     from ascendit.demo.adherence import Adherence, Reading
     from ascendit.demo.world import Scene
     from ascendit.verify.quality import OnRow
-    from ascendit.verify.quality_table import Quality, Row
-
-
-def verify_quality(
-    out: Output,
-    model: str,
-    names: Sequence[str],
-    seeds: Sequence[int],
-    limit: int,
-    jobs: int,
-    report: Path | None,
-) -> None:
-    """Measure, print the table and the verdicts. Exits with 1 when a case is below its limit.
-
-    `report` is written anew after each row: it takes long, and what is done is not lost.
-    """
-    if jobs < 1:
-        raise UsageError(f"--jobs {jobs}", needs="at least 1", fix="--jobs 1", code="E-USE-01")
-    start = time.perf_counter()
-
-    def told(quality: Quality) -> dict[str, Any]:
-        good = all(kept for _, kept in quality.verdicts())
-        return quality.as_dict() | {"pass": good, "seconds": round(time.perf_counter() - start, 1)}
-
-    def on_row(quality: Quality) -> None:
-        if report is not None:
-            report.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text(to_json(told(quality)) + "\n", encoding="utf-8")
-
-    with out.work():
-        quality = _measure_quality(out, model, names, seeds, limit, jobs, on_row)
-    failed = [row for row, kept in quality.verdicts() if not kept]
-    error = _below_limits(quality, failed).as_dict() if failed else None
-    out.emit(told(quality) | ({"error": error} if error else {}))
-    out.line(quality.table())
-    for row, kept in quality.verdicts():
-        word = "PASS" if kept else "FAIL"
-        out.line(f"{word:<6}{row.name:<18}{row.lost(quality.base):>4} lost   at most {row.allowed()}")
-    if error and not out.json:
-        print_error(error)
-    if error:
-        raise typer.Exit(1)
-
-
-def _measure_quality(
-    out: Output,
-    model: str,
-    names: Sequence[str],
-    seeds: Sequence[int],
-    limit: int,
-    jobs: int,
-    on_row: OnRow,
-) -> Quality:
-    from ascendit.cli.interruptions import Interrupt
-    from ascendit.cli.progress import progress_view
-    from ascendit.demo.adherence import pick
-    from ascendit.verify.quality import cases, choose, measure_quality
-
-    scenes, chosen = pick(limit), choose(names) if names else cases()
-    quiet_libraries()
-    silent = out.quiet or out.json
-    with progress_view(silent=silent) as view, Interrupt(silent=silent) as interrupt:
-        tally = _QualityTally(view, len(scenes) * len(seeds) * (1 + len(chosen)))
-        return measure_quality(
-            model, chosen, scenes, seeds, jobs=jobs, cancel=interrupt.event, on_video=tally, on_row=on_row
-        )
-
-
-class _QualityTally:
-    """Shows how many videos are made, and how many of the current case are right."""
-
-    def __init__(self, view: ProgressView, total: int) -> None:
-        self._view, self._total, self._done = view, total, 0
-        self._case, self._made, self._right = "", 0, 0
-        self._start = time.perf_counter()
-
-    def __call__(self, case: str, right: bool) -> None:
-        from ascendit.cli.progress import clock
-        from ascendit.progress import Progress
-
-        if case != self._case:
-            self._case, self._made, self._right = case, 0, 0
-        self._done += 1
-        self._made += 1
-        self._right += right
-        pace = (time.perf_counter() - self._start) / self._done
-        text = (
-            f"{case}: right {self._right}/{self._made}   video {self._done}/{self._total}  "
-            f"{pace:.2g} s/video  eta {clock(pace * (self._total - self._done))}"
-        )
-        self._view.show(Progress(stage="denoise", step=self._done, total=self._total), text)
-
-
-def _below_limits(quality: Quality, failed: Sequence[Row]) -> QualityError:
-    words = (f"{row.name} loses {row.lost(quality.base)}, at most {row.allowed()}" for row in failed)
-    return QualityError(
-        f"of {len(quality.base.right)} videos too many are wrong that BF16 gets right: {'; '.join(words)}",
-        needs="no more than the limit of each case",
-        fix="look at the layers in --report FILE; another scale rule, or a recipe that keeps more layers",
-        code="E-OUT-03",
-    )
-
-
-# ---- `ascendit verify`: does a model do what it is asked? ---------------------------------------
+    from ascendit.verify.quality_table import Quality, QualityRow
 
 LIMITS = {"overall": 0.90, "kept_back": 0.85}
 """Least share of videos that are right in everything."""
 TITLES = {"overall": "all videos", "kept_back": "kept back"}
+
+
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def verify(
@@ -208,19 +105,6 @@ def verify(
         raise typer.Exit(1)
 
 
-def _judge(result: Adherence) -> tuple[list[str], list[str]]:
-    """(groups below their limit, a line for every group). A group without videos is not judged."""
-    failed, lines = [], []
-    for key, limit in LIMITS.items():
-        counts = getattr(result, key)
-        share, word = counts.share(), "PASS" if counts.total else "-"
-        if counts.total and share < limit:
-            failed.append(f"{TITLES[key]} {share:.1%}")
-            word = "FAIL"
-        lines.append(f"{word:<6}{TITLES[key]:<12}{share:7.1%}   at least {limit:.0%}")
-    return failed, lines
-
-
 def _check_call(model: str | None, *, demo: bool, checks: int, seeds: int, report: Path | None) -> str:
     """The model's name. Raises UsageError for a call that cannot be done, before anything runs."""
     from ascendit.pipeline.video import check_writable
@@ -253,6 +137,22 @@ def _check_call(model: str | None, *, demo: bool, checks: int, seeds: int, repor
     return model or "demo"
 
 
+# ---- adherence -----------------------------------------------------------------------------------
+
+
+def _judge(result: Adherence) -> tuple[list[str], list[str]]:
+    """(groups below their limit, a line for every group). A group without videos is not judged."""
+    failed, lines = [], []
+    for key, limit in LIMITS.items():
+        counts = getattr(result, key)
+        share, word = counts.share(), "PASS" if counts.total else "-"
+        if counts.total and share < limit:
+            failed.append(f"{TITLES[key]} {share:.1%}")
+            word = "FAIL"
+        lines.append(f"{word:<6}{TITLES[key]:<12}{share:7.1%}   at least {limit:.0%}")
+    return failed, lines
+
+
 def _measure(name: str, seeds: list[int], limit: int | None, swap: bool, out: Output) -> Adherence:
     import numpy as np
 
@@ -279,10 +179,10 @@ def _measure(name: str, seeds: list[int], limit: int | None, swap: bool, out: Ou
             except QualityError:  # a black video is a wrong answer, not the end of the check
                 return np.zeros((request.num_frames, request.height, request.width, 3), np.uint8)
 
-        return measure_adherence(make, scenes, seeds, _Tally(view, len(scenes) * len(seeds)))
+        return measure_adherence(make, scenes, seeds, _AdherenceTally(view, len(scenes) * len(seeds)))
 
 
-class _Tally:
+class _AdherenceTally:
     """Shows how many videos are judged, and how many of them are right."""
 
     def __init__(self, view: ProgressView, total: int) -> None:
@@ -290,7 +190,7 @@ class _Tally:
         self._start = time.perf_counter()
 
     def __call__(self, scene: Scene, seed: int, reading: Reading) -> None:
-        from ascendit.cli.progress import clock
+        from ascendit.cli.progress import show_seconds
         from ascendit.progress import Progress
 
         self._done += 1
@@ -298,7 +198,7 @@ class _Tally:
         pace = (time.perf_counter() - self._start) / self._done
         text = (
             f"judged {self._done}/{self._total}  right {self._right / self._done:.1%}  "
-            f"{pace:.2g} s/video  eta {clock(pace * (self._total - self._done))}"
+            f"{pace:.2g} s/video  eta {show_seconds(pace * (self._total - self._done))}"
         )
         self._view.show(Progress(stage="denoise", step=self._done, total=self._total), text)
 
@@ -336,3 +236,106 @@ def _below(failed: list[str]) -> QualityError:
 def _write(path: Path, data: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_json(data) + "\n", encoding="utf-8")
+
+
+# ---- --quality -----------------------------------------------------------------------------------
+
+
+def verify_quality(
+    out: Output,
+    model: str,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    limit: int,
+    jobs: int,
+    report: Path | None,
+) -> None:
+    """Measure, print the table and the verdicts. Exits with 1 when a case is below its limit.
+
+    `report` is written anew after each row: it takes long, and what is done is not lost.
+    """
+    if jobs < 1:
+        raise UsageError(f"--jobs {jobs}", needs="at least 1", fix="--jobs 1", code="E-USE-01")
+    start = time.perf_counter()
+
+    def told(quality: Quality) -> dict[str, Any]:
+        good = all(kept for _, kept in quality.verdicts())
+        return quality.as_dict() | {"pass": good, "seconds": round(time.perf_counter() - start, 1)}
+
+    def on_row(quality: Quality) -> None:
+        if report is not None:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(to_json(told(quality)) + "\n", encoding="utf-8")
+
+    with out.work():
+        quality = _measure_quality(out, model, names, seeds, limit, jobs, on_row)
+    failed = [row for row, kept in quality.verdicts() if not kept]
+    error = _below_limits(quality, failed).as_dict() if failed else None
+    out.emit(told(quality) | ({"error": error} if error else {}))
+    out.line(quality.table())
+    for row, kept in quality.verdicts():
+        word = "PASS" if kept else "FAIL"
+        out.line(f"{word:<6}{row.name:<18}{row.lost(quality.base):>4} lost   at most {row.allowed()}")
+    if error and not out.json:
+        print_error(error)
+    if error:
+        raise typer.Exit(1)
+
+
+def _measure_quality(
+    out: Output,
+    model: str,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    limit: int,
+    jobs: int,
+    on_row: OnRow,
+) -> Quality:
+    from ascendit.cli.interruptions import Interrupt
+    from ascendit.cli.progress import progress_view
+    from ascendit.demo.adherence import pick
+    from ascendit.verify.quality import choose, default_cases, measure_quality
+
+    scenes, chosen = pick(limit), choose(names) if names else default_cases()
+    quiet_libraries()
+    silent = out.quiet or out.json
+    with progress_view(silent=silent) as view, Interrupt(silent=silent) as interrupt:
+        tally = _QualityTally(view, len(scenes) * len(seeds) * (1 + len(chosen)))
+        return measure_quality(
+            model, chosen, scenes, seeds, jobs=jobs, cancel=interrupt.event, on_video=tally, on_row=on_row
+        )
+
+
+class _QualityTally:
+    """Shows how many videos are made, and how many of the current case are right."""
+
+    def __init__(self, view: ProgressView, total: int) -> None:
+        self._view, self._total, self._done = view, total, 0
+        self._case, self._made, self._right = "", 0, 0
+        self._start = time.perf_counter()
+
+    def __call__(self, case: str, right: bool) -> None:
+        from ascendit.cli.progress import show_seconds
+        from ascendit.progress import Progress
+
+        if case != self._case:
+            self._case, self._made, self._right = case, 0, 0
+        self._done += 1
+        self._made += 1
+        self._right += right
+        pace = (time.perf_counter() - self._start) / self._done
+        text = (
+            f"{case}: right {self._right}/{self._made}   video {self._done}/{self._total}  "
+            f"{pace:.2g} s/video  eta {show_seconds(pace * (self._total - self._done))}"
+        )
+        self._view.show(Progress(stage="denoise", step=self._done, total=self._total), text)
+
+
+def _below_limits(quality: Quality, failed: Sequence[QualityRow]) -> QualityError:
+    words = (f"{row.name} loses {row.lost(quality.base)}, at most {row.allowed()}" for row in failed)
+    return QualityError(
+        f"of {len(quality.base.right)} videos too many are wrong that BF16 gets right: {'; '.join(words)}",
+        needs="no more than the limit of each case",
+        fix="look at the layers in --report FILE; another scale rule, or a recipe that keeps more layers",
+        code="E-OUT-03",
+    )

@@ -4,7 +4,7 @@
     device.torch_name                   # "cpu": where its tensors are
     device.operators                    # "npu": which family of operators computes on it
 
-Pure data: what kinds of device differ in is one table, `BACKENDS`, and `ascendit.ops.runtime` opens a device.
+Pure data: kinds of device and what they differ in are one table, `BACKENDS`. `ops/open_device.py` opens one.
 Importing this imports no torch, so a wrong name is reported before torch is loaded.
 """
 
@@ -14,11 +14,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ascendit.device.chip import CHIPS, native_on, not_here
+from ascendit.device.chip import CHIPS
+from ascendit.device.operator_support import native_on, no_matmul_for
 from ascendit.errors import UsageError
 from ascendit.quant.schemes import QUANTIZED
 
-DTYPES = ("float32", "bfloat16", "float16")
+DENOISER_DTYPES = ("float32", "bfloat16", "float16")
 """What the denoiser may be told to run in."""
 
 
@@ -42,7 +43,7 @@ BACKENDS: Mapping[str, Backend] = {
     "npu": Backend(operators="npu", tensors="npu", dtype="bfloat16", wide=False),
     "twin": Backend(operators="npu", tensors="cpu", dtype="bfloat16", wide=False),
 }
-NAMES = "cpu, cuda, cuda:N, npu, npu:N, " + ", ".join(f"twin:{chip}" for chip in CHIPS)
+DEVICE_NAMES = "cpu, cuda, cuda:N, npu, npu:N, " + ", ".join(f"twin:{chip}" for chip in CHIPS)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Device:
         """EnvironmentProblem E-CAP-01 for a scheme that its chip has no matmul for, where its name tells."""
         for scheme in sorted(set(schemes) & set(QUANTIZED)):
             if self.chip is not None and scheme not in native_on(self.chip):
-                raise not_here(self, self.chip, scheme)
+                raise no_matmul_for(self, self.chip, scheme)
 
     @property
     def has_attention_kernels(self) -> bool:
@@ -105,10 +106,10 @@ class Device:
             found = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
         if found == "float64" and self.backend.wide:
             return found  # for tests that need an oracle; no flag gives it
-        if found is not None and found not in DTYPES:
+        if found is not None and found not in DENOISER_DTYPES:
             raise UsageError(
                 f"dtype={found} on {self}",
-                needs=" or ".join(DTYPES),
+                needs=" or ".join(DENOISER_DTYPES),
                 fix="--set dtype=bfloat16",
                 code="E-USE-01",
             )
@@ -124,4 +125,4 @@ def parse_device(name: object) -> Device:
     kind, _, chip = text.partition(":")
     if text == "cpu" or (kind == "twin" and chip in CHIPS):
         return Device(kind, chip=chip or None)
-    raise UsageError(f"device {text!r}", needs=NAMES, fix="--device cpu", code="E-USE-01")
+    raise UsageError(f"device {text!r}", needs=DEVICE_NAMES, fix="--device cpu", code="E-USE-01")

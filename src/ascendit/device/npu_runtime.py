@@ -1,6 +1,6 @@
 """What a real NPU is started with: torch_npu, its settings, the chip. Only this file changes any of them.
 
-`ascendit.ops.runtime` calls these in order. Environment variables are set before torch_npu is imported, and
+`ops/open_device.py` calls these in order. Environment variables are set before torch_npu is imported, and
 only those that the user left out. Each setting is logged with its reason. `SETTINGS` is data; `apply` takes
 any object for `torch.npu`, so a test needs no card.
 """

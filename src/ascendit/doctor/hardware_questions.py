@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ascendit import mx, twin
 from ascendit.device.device import Device
-from ascendit.doctor.operator_cases import Caller, Card, Case, Result, rand, shorter
+from ascendit.doctor.operator_cases import Caller, CheckCase, CheckedDevice, Result, seeded, shorter
 from ascendit.ops.operators import bind
-from ascendit.twin.contract import E2M1, E4M3, E8M0
+from ascendit.twin.contract import FP4_E2M1, FP8_E4M3, SCALE_E8M0
 
 FP32, BF16 = torch.float32, torch.bfloat16
 ONE, NO_TWIN = 127, "only a card can tell"
@@ -32,7 +32,7 @@ class Question:
     text: str
     operator: str
     ask: Callable[[Caller], str] | None = None
-    only: Callable[[Card], str] | None = None
+    only: Callable[[CheckedDevice], str] | None = None
     chips: tuple[str, ...] = A5
 
 
@@ -48,8 +48,8 @@ def _mx_matmul(call: Caller, q: Tensor, s1: Tensor, w: Tensor, s2: Tensor) -> Te
         s2.transpose(0, 1),
         pertoken_scale=s1,
         output_dtype=6,
-        scale_dtype=E8M0,
-        pertoken_scale_dtype=E8M0,
+        scale_dtype=SCALE_E8M0,
+        pertoken_scale_dtype=SCALE_E8M0,
         group_sizes=[1, 1, 32],
     )
     return out
@@ -107,11 +107,11 @@ def _dst_type_max(call: Caller) -> str:
     words = []
     for wish in (0.0, 6.0, 7.0, 7.25):
         try:
-            scale = call("npu_dynamic_mx_quant", x, dst_type=E2M1, scale_alg=2, dst_type_max=wish)[1]
+            scale = call("npu_dynamic_mx_quant", x, dst_type=FP4_E2M1, scale_alg=2, dst_type_max=wish)[1]
         except RuntimeError as e:
             words.append(f"{wish:g} refused ({shorter(str(e), 60)})")
             continue
-        plain = call("npu_dynamic_mx_quant", x, dst_type=E2M1)[1]
+        plain = call("npu_dynamic_mx_quant", x, dst_type=FP4_E2M1)[1]
         rise = tuple(int(a) - int(b) for a, b in zip(scale[:, 0, 0], plain[:, 0, 0], strict=True))
         words.append(f"{wish:g} acts as {RISES.get(rise, rise)}")
     return "; ".join(words)
@@ -121,8 +121,8 @@ def _smooth_scale(call: Caller) -> str:
     """Which of three readings the quantizer follows; told by its codes and both of its scales."""
     name, x, smooth = (
         "npu_dynamic_dual_level_mx_quant",
-        rand(8, 1024).to(BF16),
-        rand(1024).abs().to(BF16) + 0.25,
+        seeded(8, 1024).to(BF16),
+        seeded(1024).abs().to(BF16) + 0.25,
     )
     found = call(name, x, smooth_scale=smooth)
     readings = {
@@ -145,12 +145,12 @@ def _fp8_attention(call: Caller) -> str:
 
 
 def _fp8_once(call: Caller, batch: int, tokens: int) -> str:
-    floats = [rand(batch, 2, tokens, 128, seed=seed).to(BF16) for seed in (1, 2, 3)]
+    floats = [seeded(batch, 2, tokens, 128, seed=seed).to(BF16) for seed in (1, 2, 3)]
     given: dict[str, Any] = {f"{n}_quant_mode": 7 for n in ("query", "key", "value")}
     codes = []
     try:
         for name, t, rows in zip(("query", "key", "value"), floats, (128, 256, 256), strict=True):
-            size = {"dst_type": E4M3, "row_block_size": rows, "col_block_size": 128}
+            size = {"dst_type": FP8_E4M3, "row_block_size": rows, "col_block_size": 128}
             c, s = call("npu_dynamic_block_quant", t.flatten(0, 1), **size)
             codes.append(c.view(t.shape))
             given[f"dequant_scale_{name}"] = s.view(batch, 2, *s.shape[1:])
@@ -164,9 +164,9 @@ def _fp8_once(call: Caller, batch: int, tokens: int) -> str:
     return "right" if float(noise) < 10**-2.0 else "wrong numbers"
 
 
-def _graphs(card: Card) -> str:
+def _graphs(card: CheckedDevice) -> str:
     """Capture in a graph, replay, compare; for the kernels without a Meta kernel or with seeds."""
-    heads = card.put(rand(1, 64, 4, 64).to(BF16))
+    heads = card.put(seeded(1, 64, 4, 64).to(BF16))
     ways: dict[str, Callable[[], Any]] = {
         "npu_fusion_attention": lambda: card.call(
             "npu_fusion_attention", heads, heads, heads, 4, "BSND", scale=0.125
@@ -175,12 +175,12 @@ def _graphs(card: Card) -> str:
     }
     if card.device.chip == "a5":
         ways["npu_dynamic_mx_quant"] = lambda: card.call(
-            "npu_dynamic_mx_quant", heads.flatten(2), dst_type=E4M3
+            "npu_dynamic_mx_quant", heads.flatten(2), dst_type=FP8_E4M3
         )
     return "; ".join(f"{name} {_captured(card, run)}" for name, run in ways.items())
 
 
-def _captured(card: Card, run: Callable[[], Any]) -> str:
+def _captured(card: CheckedDevice, run: Callable[[], Any]) -> str:
     try:
         api: Any = getattr(torch, card.device.backend.tensors)
         right = card.back(run())[0]
@@ -200,24 +200,24 @@ SIZES = (5120, (512, 4096, 32760))
 """K = N of a Wan layer, and tokens of it."""
 
 
-def _formats(card: Card) -> str:
+def _formats(card: CheckedDevice) -> str:
     """MXFP8 matmuls with the weight as it is and in FRACTAL_NZ, and the quantizer over a whole weight."""
     ops, (size, lengths) = bind(card.device).quantized, SIZES
-    weight = rand(size, size)
+    weight = seeded(size, size)
     e = mx.encode(weight, "mxfp8")
     both = [ops.prepare_weight(e.codes, e.scale, e.dual_scale, None, "mxfp8", nz=nz) for nz in (False, True)]
     words = []
     for tokens in lengths:
-        a = ops.quantize_activation(card.put(rand(tokens, size).to(BF16)), "mxfp8")
+        a = ops.quantize_activation(card.put(seeded(tokens, size).to(BF16)), "mxfp8")
         plain, nz = (card.seconds(lambda a=a, w=w: ops.quantized_linear(a, w)) for w in both)  # type: ignore[misc]
         flops = 2 * tokens * size**2 / plain / 1e12
         words.append(f"{tokens} tokens: ND {plain * 1e6:.0f} us ({flops:.0f} TFLOPS), NZ {nz * 1e6:.0f} us")
     wide = card.put(weight.to(BF16))
-    seconds = card.seconds(lambda: card.call("npu_dynamic_mx_quant", wide, dst_type=E4M3))
+    seconds = card.seconds(lambda: card.call("npu_dynamic_mx_quant", wide, dst_type=FP8_E4M3))
     return "; ".join((*words, f"quantizing {size} x {size}: {size**2 * 3 / seconds / 1e9:.0f} GB/s"))
 
 
-def _cards(card: Card) -> str:
+def _cards(card: CheckedDevice) -> str:
     api: Any = getattr(torch, card.device.backend.tensors)
     names = [api.get_device_name(i) for i in range(api.device_count())]
     memory = api.mem_get_info(card.device.index or 0)[1] / 2**30
@@ -251,15 +251,15 @@ QUESTIONS: tuple[Question, ...] = (
 )
 
 
-def question_cases(device: Device) -> Iterator[Case]:
+def question_cases(device: Device) -> Iterator[CheckCase]:
     """The questions for the chip of this device; none where it has no chip."""
     for q in QUESTIONS:
         if device.chip in q.chips:
             base = Result(part="question", name=q.text, operator=q.operator, used=False)
-            yield Case(base, lambda card, base, q=q: _answered(card, base, q))  # type: ignore[misc]
+            yield CheckCase(base, lambda card, base, q=q: _answered(card, base, q))  # type: ignore[misc]
 
 
-def _answered(card: Card, base: Result, q: Question) -> Result:
+def _answered(card: CheckedDevice, base: Result, q: Question) -> Result:
     if q.ask is None:
         assert q.only is not None
         answer = q.only(card) if card.real else NO_TWIN

@@ -20,21 +20,21 @@ from typing import Any
 import ascendit
 from ascendit.checkpoint.hub import DEMO
 from ascendit.doctor import npu
-from ascendit.doctor.report import (
+from ascendit.doctor.probe import (
+    DoctorReport,
     Probe,
-    Report,
-    Row,
+    ProbeRow,
     Status,
     at_least,
     child,
-    compiled_kernels,
     failed,
-    installed,
+    installed_version,
     read,
 )
+from ascendit.native.build import native
 
 PYTHON = "3.11"
-LIBRARIES = {
+PYTHON_LIBRARIES = {
     "torch": "2.9",
     "diffusers": "0.36",
     "transformers": "4.57",
@@ -51,29 +51,29 @@ CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "
 GIB = 2**30
 
 
-def examine(probes: Sequence[Probe] | None = None) -> Report:
+def examine(probes: Sequence[Probe] | None = None) -> DoctorReport:
     """Run every probe. Never raises: a probe that fails is a row."""
-    rows: list[Row] = []
+    rows: list[ProbeRow] = []
     for probe in PROBES if probes is None else probes:
         try:
             rows += probe()
         except (Exception, SystemExit) as e:
             name = probe.__name__.strip("_").replace("_", " ")
             rows.append(
-                Row(item=name, found=f"{type(e).__name__}: {e}".splitlines()[0], status="probe failed")
+                ProbeRow(item=name, found=f"{type(e).__name__}: {e}".splitlines()[0], status="probe failed")
             )
-    return Report(tuple(rows))
+    return DoctorReport(tuple(rows))
 
 
 # ---- the machine --------------------------------------------------------------------------------
 
 
-def _python() -> list[Row]:
+def _python() -> list[ProbeRow]:
     found = platform.python_version()
     good = at_least(found, PYTHON)
     fix = f"install Python {PYTHON} or newer"
     return [
-        Row(
+        ProbeRow(
             item="Python",
             found=found,
             needed=f">= {PYTHON}",
@@ -81,20 +81,22 @@ def _python() -> list[Row]:
             fix=fix,
             required=True,
         ),
-        Row(item="platform", found=f"{platform.system()} {platform.release()} {platform.machine()}"),
+        ProbeRow(item="platform", found=f"{platform.system()} {platform.release()} {platform.machine()}"),
     ]
 
 
-def _cpu() -> list[Row]:
+def _cpu() -> list[ProbeRow]:
     text = read(Path("/proc/cpuinfo"))
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.M)
     useful = [name for name in CPU_FEATURES if flags and name in flags[1].split()]
     model = re.search(r"^model name\s*:\s*(.*)$", text, re.M)
     name = model[1] if model else platform.processor() or platform.machine()
-    return [Row(item="CPU", found=f"{os.cpu_count()} x {name}; {' '.join(useful) or 'features unknown'}")]
+    return [
+        ProbeRow(item="CPU", found=f"{os.cpu_count()} x {name}; {' '.join(useful) or 'features unknown'}")
+    ]
 
 
-def _memory() -> list[Row]:
+def _memory() -> list[ProbeRow]:
     sizes = {
         k: int(v) * 1024 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", read(Path("/proc/meminfo")), re.M)
     }
@@ -103,7 +105,7 @@ def _memory() -> list[Row]:
     total = min(total, int(limit)) if limit.isdigit() else total
     free = min(sizes.get("MemAvailable", total), total)
     return [
-        Row(
+        ProbeRow(
             item="memory",
             found=f"{free / GIB:.1f} of {total / GIB:.1f} GiB free",
             needed=f"{MEMORY_GIB:g} GiB for the demo",
@@ -113,7 +115,7 @@ def _memory() -> list[Row]:
     ]
 
 
-def _disk() -> list[Row]:
+def _disk() -> list[ProbeRow]:
     free = shutil.disk_usage(Path.cwd()).free
     writable = os.access(Path.cwd(), os.W_OK)
     found = f"{free / GIB:.1f} GiB free" + ("" if writable else ", not writable")
@@ -121,13 +123,15 @@ def _disk() -> list[Row]:
     fix = "work in another folder, or write with -o elsewhere"
     needed = f"{DISK_GIB:g} GiB, writable"
     return [
-        Row(item="this folder", found=found, needed=needed, status="ok" if good else "too little", fix=fix)
+        ProbeRow(
+            item="this folder", found=found, needed=needed, status="ok" if good else "too little", fix=fix
+        )
     ]
 
 
-def _compiler() -> list[Row]:
+def _compiler() -> list[ProbeRow]:
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    row = Row(
+    row = ProbeRow(
         item="C++ compiler",
         found=found or "none",
         needed="optional, for native code",
@@ -139,14 +143,15 @@ def _compiler() -> list[Row]:
 # ---- libraries ----------------------------------------------------------------------------------
 
 
-def _ascendit() -> list[Row]:
+def _ascendit() -> list[ProbeRow]:
     folder = Path(ascendit.__file__).parent
     demo = (DEMO / "model_index.json").is_file()
     return [
-        Row(
-            item="ascendit", found=f"{installed('ascendit') or 'not installed, run from source'} in {folder}"
+        ProbeRow(
+            item="ascendit",
+            found=f"{installed_version('ascendit') or 'not installed, run from source'} in {folder}",
         ),
-        Row(
+        ProbeRow(
             item="demo model",
             found="present" if demo else "none",
             needed="for --demo",
@@ -156,24 +161,24 @@ def _ascendit() -> list[Row]:
     ]
 
 
-def _libraries() -> list[Row]:
-    return [_library(name, needed) for name, needed in LIBRARIES.items()]
+def _libraries() -> list[ProbeRow]:
+    return [_library(name, needed) for name, needed in PYTHON_LIBRARIES.items()]
 
 
-def _library(name: str, needed: str) -> Row:
-    found = installed(name)
+def _library(name: str, needed: str) -> ProbeRow:
+    found = installed_version(name)
     status: Status = "missing" if found is None else "ok" if at_least(found, needed) else "too old"
     label = {"av": "PyAV"}.get(name, name)
     fix = f'pip install "{name}>={needed}"'
-    return Row(
+    return ProbeRow(
         item=label, found=found or "none", needed=f">= {needed}", status=status, fix=fix, required=True
     )
 
 
-def _torch_imports() -> list[Row]:
+def _torch_imports() -> list[ProbeRow]:
     if find_spec("torch") is None:
         return []  # the row of the libraries says it
-    row = Row(item="import torch", found="works", needed="works", required=True)
+    row = ProbeRow(item="import torch", found="works", needed="works", required=True)
     told = _torch()
     if "error" in told:
         return [failed(row, told, fix="pip install --force-reinstall torch")]
@@ -187,8 +192,8 @@ def _torch_imports() -> list[Row]:
     return [row]
 
 
-def _video_codec() -> list[Row]:
-    row = Row(item="H.264 (libx264)", found="present", needed="to write .mp4", required=True)
+def _video_codec() -> list[ProbeRow]:
+    row = ProbeRow(item="H.264 (libx264)", found="present", needed="to write .mp4", required=True)
     fix = "pip install --force-reinstall av"
     if find_spec("av") is None:
         return [replace(row, found="no PyAV", status="missing", fix=fix)]
@@ -201,8 +206,8 @@ def _video_codec() -> list[Row]:
 # ---- accelerators -------------------------------------------------------------------------------
 
 
-def _cuda() -> list[Row]:
-    row = Row(
+def _cuda() -> list[ProbeRow]:
+    row = ProbeRow(
         item="CUDA device", found="none", needed="optional", status="absent", fix="not needed on the CPU"
     )
     told = _torch() if find_spec("torch") else {}
@@ -212,7 +217,37 @@ def _cuda() -> list[Row]:
     return [replace(row, found=names, status="ok", fix="")]
 
 
-# ---- helpers ------------------------------------------------------------------------------------
+# ---- compiled kernels ----------------------------------------------------------------------------
+
+NATIVE_SOURCES = {
+    "encode": "quantizing weights",
+    "attention": "attention on a CPU",
+    "linear": "linear layers on codes on a CPU",
+    "elementwise": "norms, RoPE and GELU on a CPU",
+}
+"""Source in `native/` -> what it is for."""
+
+
+def compiled_kernels() -> list[ProbeRow]:
+    """One row for each source. What was never compiled is compiled now, which takes seconds."""
+    return [_kernel(name, use) for name, use in NATIVE_SOURCES.items()]
+
+
+def _kernel(name: str, use: str) -> ProbeRow:
+    built = native(name)
+    row = ProbeRow(item=f"kernel: {name}", found=f"native, {built.reason}", needed=f"optional, for {use}")
+    if built.library is not None:
+        return row
+    return ProbeRow(
+        item=row.item,
+        found=f"PyTorch instead: {built.reason}",
+        needed=row.needed,
+        status="absent",
+        fix="not needed: it is slower",
+    )
+
+
+# ---- torch, asked once ---------------------------------------------------------------------------
 
 _TORCH_CODE = """
 import json, torch
@@ -241,5 +276,5 @@ PROBES: tuple[Probe, ...] = (
     _compiler,
     compiled_kernels,
     _cuda,
-    *npu.PROBES,
+    *npu.NPU_PROBES,
 )

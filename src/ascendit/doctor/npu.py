@@ -1,12 +1,9 @@
 """What an Ascend card needs, piece by piece: driver, device files, CANN, torch_npu, MindIE-SD, operators.
 
 `import torch` fails where torch_npu is installed and CANN is not, so nothing here imports either; a child
-process with a time limit does.
-
-Versions that belong together on an Ascend machine, as tables; and which row of them a machine is.
-
-Only what the vendor has published, each with where. None, or no entry: no public page says. Rows older than
-the oldest torch that ascendit runs with are left out.
+process with a time limit does. Versions that belong together are tables of what the vendor has published,
+each with where; None, or no entry: no public page says. Rows older than the oldest torch that ascendit runs
+with are left out.
 """
 
 from __future__ import annotations
@@ -23,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from ascendit import environment
-from ascendit.device.chip import CAPABILITIES, CHIPS, chip_of
-from ascendit.doctor import report
-from ascendit.doctor.report import Probe, Row, Status, numbers
+from ascendit.device.chip import CHIPS, chip_of
+from ascendit.device.operator_support import CAPABILITIES
+from ascendit.doctor import probe
+from ascendit.doctor.probe import Probe, ProbeRow, Status, version_numbers
 
 TORCH_NPU_PAGE = "https://gitcode.com/Ascend/pytorch/blob/master/COMPATIBILITY.md"
 MINDIE_PAGE = "https://www.hiascend.com/document/detail/en/mindie/310/releasenote/docs/en/release_note.md"
@@ -33,9 +31,27 @@ CANN_PAGE = "https://www.hiascend.com/document/detail/en/canncommercial/850/rele
 CLUSTER_PAGE = "https://www.hiascend.com/document/detail/en/mindcluster/2610/patchnote/mxreleasenote_006.html"
 WHEEL_PAGE = "https://pypi.org/project/torch-npu/2.13.0/"
 
+ASCEND = Path("/usr/local/Ascend")
+DEV = Path("/dev")
+SHARED_NODES = ("davinci_manager", "devmm_svm", "hisi_hdc")
+"""Device files that every card needs beside its own davinciN."""
+CANN_LIBRARIES = (
+    "libascendcl.so",
+    "libhccl.so",
+    "libge_runner.so",
+    "libgraph.so",
+    "libnnopbase.so",
+    "libopapi.so",
+)
+"""Of CANN: what torch_npu is linked against or opens by name."""
+VERSION_FILES = ("ascend_toolkit_install.info", "{arch}-linux/ascend_toolkit_install.info", "version.cfg")
+
+
+# ---- versions that belong together ---------------------------------------------------------------
+
 
 @dataclass(frozen=True)
-class Stack:
+class VersionSet:
     """One row. `cann`: 9.1 stands for every 9.1.x. `release`: the vendor's name of the torch_npu release."""
 
     torch_npu: str
@@ -48,22 +64,21 @@ class Stack:
         return f"torch {self.torch}, torch_npu {self.torch_npu}, CANN {self.cann or 'not published'}"
 
 
-STACKS: tuple[Stack, ...] = (
-    Stack("2.13.0", "2.13.0", None, None, WHEEL_PAGE),
-    Stack("2.12.0.post2", "2.12.0", "9.1", "26.1.1"),
-    Stack("2.11.0.post2", "2.11.0", "9.1", "26.1.1"),
-    Stack("2.10.0.post6", "2.10.0", "9.1", "26.1.1"),
-    Stack("2.9.0.post8", "2.9.0", "9.1", "26.1.1"),
-    Stack("2.12.0", "2.12.0", "9.1.0", "26.1.0"),
-    Stack("2.11.0", "2.11.0", "9.1.0", "26.1.0"),
-    Stack("2.10.0.post4", "2.10.0", "9.1.0", "26.1.0"),
-    Stack("2.9.0.post6", "2.9.0", "9.1.0", "26.1.0"),
-    Stack("2.10.0", "2.10.0", "9.0.0", "26.0.0"),
-    Stack("2.9.0.post2", "2.9.0", "9.0.0", "26.0.0"),
-    Stack("2.9.0", "2.9.0", "8.5.0", "7.3.0"),
+VERSION_SETS: tuple[VersionSet, ...] = (
+    VersionSet("2.13.0", "2.13.0", None, None, WHEEL_PAGE),
+    VersionSet("2.12.0.post2", "2.12.0", "9.1", "26.1.1"),
+    VersionSet("2.11.0.post2", "2.11.0", "9.1", "26.1.1"),
+    VersionSet("2.10.0.post6", "2.10.0", "9.1", "26.1.1"),
+    VersionSet("2.9.0.post8", "2.9.0", "9.1", "26.1.1"),
+    VersionSet("2.12.0", "2.12.0", "9.1.0", "26.1.0"),
+    VersionSet("2.11.0", "2.11.0", "9.1.0", "26.1.0"),
+    VersionSet("2.10.0.post4", "2.10.0", "9.1.0", "26.1.0"),
+    VersionSet("2.9.0.post6", "2.9.0", "9.1.0", "26.1.0"),
+    VersionSet("2.10.0", "2.10.0", "9.0.0", "26.0.0"),
+    VersionSet("2.9.0.post2", "2.9.0", "9.0.0", "26.0.0"),
+    VersionSet("2.9.0", "2.9.0", "8.5.0", "7.3.0"),
 )
 """Newest first. ascendit's schemas are those of the first row; its CANN is not published."""
-
 MINDIESD: Mapping[str, tuple[str, ...]] = {
     "9.1.0": ("3.1.0",),
     "9.0.1": ("3.1.0",),
@@ -80,7 +95,7 @@ DRIVERS: Mapping[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class FoundVersions:
     """What a machine has; None for what it lacks."""
 
     torch: str | None = None
@@ -91,17 +106,17 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Match:
+class VersionMatch:
     """`stack`: the row of this torch_npu. `wrong`: of another row. `unlisted`: what no page tells."""
 
-    stack: Stack | None
+    stack: VersionSet | None
     wrong: tuple[str, ...] = ()
     unlisted: tuple[str, ...] = ()
 
 
-def match(found: Found) -> Match:
+def match_versions(found: FoundVersions) -> VersionMatch:
     """The row that the machine's torch_npu is, and what beside it is not of that row."""
-    stack = next((s for s in STACKS if s.torch_npu == _public(found.torch_npu)), None)
+    stack = next((s for s in VERSION_SETS if s.torch_npu == _public(found.torch_npu)), None)
     wrong, unlisted = [], []
     if stack is None:
         unlisted.append(f"torch_npu {found.torch_npu or 'none'} is in no published table")
@@ -114,18 +129,20 @@ def match(found: Found) -> Match:
             wrong.append(f"CANN {found.cann} is not the {stack.cann} of torch_npu {stack.torch_npu}")
     unlisted += _beside("MindIE-SD", found.mindiesd, found.cann, MINDIESD)
     unlisted += _beside("driver", found.driver, found.cann, DRIVERS)
-    return Match(stack, tuple(wrong), tuple(unlisted))
+    return VersionMatch(stack, tuple(wrong), tuple(unlisted))
 
 
-def advise(found: Found) -> Stack:
+def advise(found: FoundVersions) -> VersionSet:
     """The whole row that asks for the fewest changes: same CANN, then same torch, then the newest."""
 
-    def score(stack: Stack) -> tuple[bool, bool, bool]:
+    def score(stack: VersionSet) -> tuple[bool, bool, bool]:
         cann = found.cann is not None and stack.cann is not None and begins(found.cann, stack.cann)
-        torch = found.torch is not None and numbers(found.torch)[:2] == numbers(stack.torch)[:2]
+        torch = (
+            found.torch is not None and version_numbers(found.torch)[:2] == version_numbers(stack.torch)[:2]
+        )
         return cann, stack.cann is not None, torch
 
-    return max(STACKS, key=score)  # the first of equals
+    return max(VERSION_SETS, key=score)  # the first of equals
 
 
 def begins(version: str, start: str) -> bool:
@@ -149,25 +166,7 @@ def _public(version: str | None) -> str | None:
     return None if version is None else version.partition("+")[0]
 
 
-# ---- What an Ascend card needs, piece by piece: driver, device files, CANN, torch_npu, MindIE-S -
-
-ASCEND = Path("/usr/local/Ascend")
-DEV = Path("/dev")
-SHARED_NODES = ("davinci_manager", "devmm_svm", "hisi_hdc")
-"""Device files that every card needs beside its own davinciN."""
-LIBRARIES = (
-    "libascendcl.so",
-    "libhccl.so",
-    "libge_runner.so",
-    "libgraph.so",
-    "libnnopbase.so",
-    "libopapi.so",
-)
-"""Of CANN: what torch_npu is linked against or opens by name."""
-VERSION_FILES = ("ascend_toolkit_install.info", "{arch}-linux/ascend_toolkit_install.info", "version.cfg")
-
-
-# ---- the machine --------------------------------------------------------------------------------
+# ---- the machine ---------------------------------------------------------------------------------
 
 
 def cards() -> list[str]:
@@ -193,9 +192,11 @@ def here() -> bool:
     return bool(cards() or find_spec("torch_npu") or environment.toolkit_folder() or toolkits())
 
 
-def nodes() -> list[Row]:
+def nodes() -> list[ProbeRow]:
     """The device files, and whether this user may use them."""
-    row = Row(item="NPU device files", found="none", needed="read and write", part="npu", status="absent")
+    row = ProbeRow(
+        item="NPU device files", found="none", needed="read and write", part="npu", status="absent"
+    )
     if not (found := cards()):
         fix = "install the driver; in a container: --device /dev/davinci0 --device /dev/davinci_manager ..."
         return [replace(row, status="missing" if here() else "absent", fix=fix)]
@@ -223,40 +224,40 @@ def _group(path: str) -> str:
 
 def driver_version() -> str | None:
     """From the driver's own file, else from npu-smi; containers often have only one of them."""
-    found = re.search(
-        r"^Version\s*=\s*([\w.]+)", report.read(ASCEND / "driver" / "version.info"), re.M | re.I
-    )
+    found = re.search(r"^Version\s*=\s*([\w.]+)", probe.read(ASCEND / "driver" / "version.info"), re.M | re.I)
     if found is None and cards():
-        found = re.search(r"Version:\s*([\w.]+)", report.command(("npu-smi", "info")))
+        found = re.search(r"Version:\s*([\w.]+)", probe.command(("npu-smi", "info")))
     return found[1] if found else None
 
 
-def driver() -> list[Row]:
+def driver() -> list[ProbeRow]:
     """The kernel driver of the cards."""
     if not cards():
         return []
     found = driver_version()
-    row = Row(item="Ascend driver", found=found or "unknown", needed="see the row of versions", part="npu")
+    row = ProbeRow(
+        item="Ascend driver", found=found or "unknown", needed="see the row of versions", part="npu"
+    )
     fix = f"mount {ASCEND}/driver into the container, or install the driver"
     return [row if found else replace(row, status="unlisted", fix=fix)]
 
 
-# ---- CANN ---------------------------------------------------------------------------------------
+# ---- CANN ----------------------------------------------------------------------------------------
 
 
 def cann_version(folder: Path) -> str | None:
     """9.1.0. `version.cfg` has it behind its own number: [7.6.0.1.220:8.2.RC1]."""
     for name in VERSION_FILES:
-        text = report.read(folder / name.format(arch=platform.machine()))
+        text = probe.read(folder / name.format(arch=platform.machine()))
         if found := re.search(r"version\s*=\s*\[?([^\s\]]+)", text, re.I):
             parts = [part for part in found[1].split(":") if part[:1].isdigit()]
             return parts[-1] if parts else found[1]
     return None
 
 
-def cann() -> list[Row]:
+def cann() -> list[ProbeRow]:
     """The toolkit: sourced, there, and of which version."""
-    row = Row(item="CANN toolkit", found="none", needed="for an Ascend card", part="npu")
+    row = ProbeRow(item="CANN toolkit", found="none", needed="for an Ascend card", part="npu")
     folder = environment.toolkit_folder()
     if folder is None:
         if not (found := toolkits()):
@@ -269,16 +270,16 @@ def cann() -> list[Row]:
     return [replace(row, found=found_text, data={"version": known})]
 
 
-def libraries() -> list[Row]:
+def libraries() -> list[ProbeRow]:
     """What torch_npu loads from CANN."""
     folder = environment.toolkit_folder()
     if folder is None or not folder.is_dir():
         return []
     arch = f"{platform.machine()}-linux"
     places = (folder / "lib64", folder / arch / "lib64", *environment.library_folders())
-    lacking = [name for name in LIBRARIES if not any((place / name).exists() for place in places)]
-    count = len(LIBRARIES) - len(lacking)
-    row = Row(item="CANN libraries", found=f"{count} of {len(LIBRARIES)}", needed="all", part="npu")
+    lacking = [name for name in CANN_LIBRARIES if not any((place / name).exists() for place in places)]
+    count = len(CANN_LIBRARIES) - len(lacking)
+    row = ProbeRow(item="CANN libraries", found=f"{count} of {len(CANN_LIBRARIES)}", needed="all", part="npu")
     if not lacking:
         return [row]
     found = f"{row.found}: {', '.join(lacking)} not found"
@@ -286,41 +287,41 @@ def libraries() -> list[Row]:
     return [replace(row, found=found, status="broken", fix=fix, data={"missing": lacking})]
 
 
-# ---- torch_npu and MindIE-SD --------------------------------------------------------------------
+# ---- torch_npu and MindIE-SD ---------------------------------------------------------------------
 
 
-def found_versions() -> Found:
+def found_versions() -> FoundVersions:
     """What this machine has of a stack."""
     folder = environment.toolkit_folder() or next(iter(toolkits()), None)
-    return Found(
-        torch=report.installed("torch"),
-        torch_npu=report.installed("torch_npu"),
+    return FoundVersions(
+        torch=probe.installed_version("torch"),
+        torch_npu=probe.installed_version("torch_npu"),
         cann=cann_version(folder) if folder else None,
-        mindiesd=report.installed("mindiesd"),
+        mindiesd=probe.installed_version("mindiesd"),
         driver=driver_version(),
     )
 
 
-def torch_npu() -> list[Row]:
+def torch_npu() -> list[ProbeRow]:
     """The package, and whether it is that of the torch here."""
-    torch, needed = report.installed("torch") or "?", "the minor version of torch, for an Ascend card"
+    torch, needed = probe.installed_version("torch") or "?", "the minor version of torch, for an Ascend card"
     absent: Status = "missing" if here() else "absent"
-    row = Row(item="torch_npu", found="none", needed=needed, status=absent, part="npu")
-    if (found := report.installed("torch_npu")) is None:
+    row = ProbeRow(item="torch_npu", found="none", needed=needed, status=absent, part="npu")
+    if (found := probe.installed_version("torch_npu")) is None:
         stack = advise(found_versions())
         return [replace(row, fix=f"pip install torch=={stack.torch} torch_npu=={stack.torch_npu}")]
-    same = report.numbers(found)[:2] == report.numbers(torch)[:2]
+    same = probe.version_numbers(found)[:2] == probe.version_numbers(torch)[:2]
     fix = f"install the torch_npu that belongs to torch {torch}"
     return [replace(row, found=found, status="ok" if same else "broken", fix="" if same else fix)]
 
 
-def stack() -> list[Row]:
+def stack() -> list[ProbeRow]:
     """Do torch, torch_npu, CANN, MindIE-SD and the driver belong together?"""
     found = found_versions()
     if found.torch_npu is None:
         return []
-    told = match(found)
-    row = Row(item="versions together", found=str(told.stack or "no published row"), part="npu")
+    told = match_versions(found)
+    row = ProbeRow(item="versions together", found=str(told.stack or "no published row"), part="npu")
     data = {"machine": vars(found), "row": vars(told.stack) if told.stack else None}
     row = replace(
         row, needed="one published row", data=data | {"wrong": told.wrong, "unlisted": told.unlisted}
@@ -334,9 +335,9 @@ def stack() -> list[Row]:
     return [row]
 
 
-def devices() -> list[Row]:
+def devices() -> list[ProbeRow]:
     """The cards as torch_npu sees them."""
-    row = Row(item="NPU device", found="none", needed="optional", status="absent", part="npu")
+    row = ProbeRow(item="NPU device", found="none", needed="optional", status="absent", part="npu")
     if not (found := cards()):
         return [replace(row, fix="not needed on the CPU")]
     row = replace(
@@ -350,7 +351,7 @@ def devices() -> list[Row]:
     return [_usable(row, told)]
 
 
-def _usable(row: Row, told: dict[str, Any]) -> Row:
+def _usable(row: ProbeRow, told: dict[str, Any]) -> ProbeRow:
     """How many of which, their memory, and which chip of ours that is."""
     chip = chip_of(int(told["soc"]))
     memory = sorted({f"{c['memory'] / 2**30:.0f} GiB" for c in told["cards"] if c["memory"]})
@@ -364,12 +365,12 @@ def _usable(row: Row, told: dict[str, Any]) -> Row:
     return replace(row, found=f"{words}, {chip.product}: {chip.name}", status="ok", fix="")
 
 
-def mindiesd() -> list[Row]:
+def mindiesd() -> list[ProbeRow]:
     """Optional: one kernel where torch_npu needs two."""
     if find_spec("torch_npu") is None:
         return []
-    row = Row(item="MindIE-SD", found="none", needed="optional, for fewer kernels", status="absent")
-    if (found := report.installed("mindiesd")) is None:
+    row = ProbeRow(item="MindIE-SD", found="none", needed="optional, for fewer kernels", status="absent")
+    if (found := probe.installed_version("mindiesd")) is None:
         return [row]
     told = npu_in_a_child()
     if "error" in told:  # the row of the device says it
@@ -384,13 +385,13 @@ def mindiesd() -> list[Row]:
     return [replace(row, found=found, status="ok")]
 
 
-def operators() -> list[Row]:
+def operators() -> list[ProbeRow]:
     """The operators that ascendit calls, looked up by name in torch.ops."""
     if find_spec("torch_npu") is None:
         return []
     told = npu_in_a_child()
     needed = used_operators(_chip(told))
-    row = Row(item="NPU operators", found="not looked at", needed=f"{len(needed)} by name", part="npu")
+    row = ProbeRow(item="NPU operators", found="not looked at", needed=f"{len(needed)} by name", part="npu")
     if "error" in told:
         return [replace(row, status="not checked", fix=source_line())]
     rows = []
@@ -399,9 +400,11 @@ def operators() -> list[Row]:
         ("MindIE-SD", "", [n for n in needed if n.startswith("mindiesd::")]),
     ):
         absent = [n for n in names if n not in told["operators"]]
-        if package == "MindIE-SD" and (told["mindiesd"] or report.installed("mindiesd") is None):
+        if package == "MindIE-SD" and (told["mindiesd"] or probe.installed_version("mindiesd") is None):
             continue  # its own row says it
-        row = Row(item=f"{package} operators", found=f"{len(names) - len(absent)} of {len(names)}", part=part)
+        row = ProbeRow(
+            item=f"{package} operators", found=f"{len(names) - len(absent)} of {len(names)}", part=part
+        )
         row = replace(row, needed="what ascendit calls", data={"needed": names, "missing": absent})
         if absent:
             fix = f"install a published row: {advise(found_versions())}"
@@ -446,9 +449,9 @@ print(json.dumps({"cards": cards, "soc": soc, "mindiesd": problem, "operators": 
 @cache
 def npu_in_a_child() -> dict[str, Any]:
     """Cards, SoC number, operators, and why MindIE-SD cannot be imported; or `{"error": ...}`."""
-    return report.child(f"NAMES = {used_operators(None)!r}\n{_CODE}")
+    return probe.child(f"NAMES = {used_operators(None)!r}\n{_CODE}")
 
 
-PROBES: tuple[Probe, ...] = (
+NPU_PROBES: tuple[Probe, ...] = (
     torch_npu, cann, libraries, stack, driver, nodes, devices, mindiesd, operators
 )  # fmt: skip

@@ -1,8 +1,6 @@
 """Cases of the self-check: operators of a card against the twin, bound functions against plain PyTorch.
 
-The operators of one device for the self-check: called by name on inputs that lie on the CPU, and timed.
-
-What one case of the self-check came to, and how two results are compared.
+Operators are called by name on inputs made on the CPU, and timed. What a case raises is a result too.
 """
 
 from __future__ import annotations
@@ -13,22 +11,32 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ascendit import mx, twin
-from ascendit.device.chip import CAPABILITIES
 from ascendit.device.device import Device
+from ascendit.device.operator_support import CAPABILITIES
 from ascendit.kernels import reference
 from ascendit.mx.codec import decibels
-from ascendit.ops.npu.kernels import missing
-from ascendit.ops.operators import NAMES, bind, native_schemes
-from ascendit.ops.runtime import internal_format, synchronize
+from ascendit.ops.npu import kernels
+from ascendit.ops.open_device import internal_format, synchronize
+from ascendit.ops.operators import OPERATOR_NAMES, bind, native_schemes
 from ascendit.quant.schemes import LINEAR_SCHEMES
 from ascendit.twin import example_calls
 from ascendit.twin.nz import ND
+
+log = logging.getLogger("ascendit")
+
+Caller = Callable[..., Any]
+"""`call(name, *args, **kwargs)` with tensors on the CPU, results on the CPU."""
+RUNS = 5
+
+
+# ---- a result, and the comparison that gives it --------------------------------------------------
 
 Verdict = Literal["exact", "close", "wrong", "error", "crashed", "not installed", "answered", "differs"]
 """exact: bit for bit. close: within the limit. answered, differs: a question, as the twin tells it or not."""
@@ -37,7 +45,6 @@ ORDER: tuple[Verdict, ...] = (
     "crashed", "error", "wrong", "differs", "not installed", "close", "answered", "exact"
 )  # fmt: skip
 """Worst first."""
-
 DECIBELS = {"bfloat16": 50.0, "float16": 60.0, "float32": 80.0}
 """What a result in this dtype must reach: power of the expected one over that of the difference."""
 ATTENTION_DECIBELS = 40.0
@@ -82,7 +89,7 @@ def worst(verdicts: Iterator[Verdict] | list[Verdict]) -> Verdict:
     return next((v for v in ORDER if v in found), "exact")
 
 
-def compare(base: Result, actual: Any, expected: Any, *, db: float | None = None) -> Result:
+def compare_results(base: Result, actual: Any, expected: Any, *, db: float | None = None) -> Result:
     """`base` with the verdict of two results: tensors, tuples of them, or whole numbers. All on the CPU.
 
     `db`: the limit for floats instead of that of their dtype. Only an operator whose whole result is a number
@@ -186,14 +193,10 @@ def described(value: Any) -> str:
     return f"{name} {list(value.shape)}{strides}"
 
 
-# ---- Cases of the self-check: operators of a card against the twin, bound functions against pla -
-
-Caller = Callable[..., Any]
-"""`call(name, *args, **kwargs)` with tensors on the CPU, results on the CPU."""
-RUNS = 5
+# ---- the device under test -----------------------------------------------------------------------
 
 
-class Card:
+class CheckedDevice:
     """One open device. `real`: it has a speed of its own, and so repeats are timed."""
 
     def __init__(self, device: Device) -> None:
@@ -247,27 +250,18 @@ class Card:
         return True
 
 
-# ---- Cases of the self-check: operators of a card against the twin, bound functions against pla -
-
-log = logging.getLogger("ascendit")
-
-EPS = 1e-6
-TOKENS, TEXT, HEADS, HEAD, OUT = 48, 12, 4, 64, 96
-WIDTH = HEADS * HEAD
-BF16 = torch.bfloat16
-SMOOTHED, NZ = ", smoothed", ", FRACTAL_NZ"
-"""Variants of a quantized layer, behind its name."""
+# ---- one case ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Case:
+class CheckCase:
     """One thing to find out. `run` gives `base` with the verdict, and may raise anything."""
 
     base: Result
-    run: Callable[[Card, Result], Result]
+    run: Callable[[CheckedDevice, Result], Result]
 
 
-def run_case(card: Card, case: Case) -> Result:
+def run_case(card: CheckedDevice, case: CheckCase) -> Result:
     """The result of one case; what it raises is one too."""
     try:
         return case.run(card, case.base)
@@ -276,10 +270,16 @@ def run_case(card: Card, case: Case) -> Result:
         return replace(case.base, verdict="error", error=shorter(f"{type(e).__name__}: {e}"))
 
 
-# ---- operators ----------------------------------------------------------------------------------
+def shorter(text: str, size: int = 300) -> str:
+    """The first line of an error, in a report of one page."""
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    return re.sub(r"\s+", " ", line)[:size]
 
 
-def operator_cases(device: Device) -> Iterator[Case]:
+# ---- operators against the twin ------------------------------------------------------------------
+
+
+def operator_cases(device: Device) -> Iterator[CheckCase]:
     """Every sample of the twin, for the chip of this device. Nothing where it has none."""
     if not device.chip:
         return
@@ -288,11 +288,11 @@ def operator_cases(device: Device) -> Iterator[Case]:
         base = Result(
             part="operator", name=sample.name, operator=sample.operator, used=sample.operator in used
         )
-        yield Case(base, lambda card, base, s=sample: _operator(card, base, s))  # type: ignore[misc]
+        yield CheckCase(base, partial(_operator, sample=sample))
 
 
-def _operator(card: Card, base: Result, sample: Any) -> Result:
-    if missing(sample.operator, str(card.device.chip)):
+def _operator(card: CheckedDevice, base: Result, sample: Any) -> Result:
+    if kernels.missing(sample.operator, str(card.device.chip)):
         return replace(base, verdict="not installed")
     last: list[Any] = []
 
@@ -312,40 +312,58 @@ def _operator(card: Card, base: Result, sample: Any) -> Result:
     base = replace(base, arguments=given)
     actual = card.back(first)
     limit = ATTENTION_DECIBELS if "attention" in name or name == "mindiesd::la" else None
-    found = compare(base, actual, expected, db=limit)
+    found = compare_results(base, actual, expected, db=limit)
     return replace(found, microseconds=card.seconds(lambda: card.call(name, *args, **kwargs)) * 1e6)
 
 
-# ---- functions ----------------------------------------------------------------------------------
+# ---- bound functions against plain PyTorch -------------------------------------------------------
+
+EPS = 1e-6
+TOKENS, TEXT, HEADS, HEAD, OUT = 48, 12, 4, 64, 96
+WIDTH = HEADS * HEAD
+BF16 = torch.bfloat16
+SMOOTHED, NZ = ", smoothed", ", FRACTAL_NZ"
+"""Variants of a quantized layer, behind its name."""
+
+PREPARED = {"rope": slice(1, 3), "adaln": slice(1, 3), "gated_residual": slice(2, 3)}
+"""Operator -> its arguments that `Ops.prepare` may lay out once."""
 
 
-def function_cases(device: Device) -> Iterator[Case]:
+def function_cases(device: Device) -> Iterator[CheckCase]:
     """Every dense operator and quantized linear layer that is bound on this device, against the plain one."""
     ops = bind(device)
     inputs = _inputs()
-    assert set(inputs) == set(NAMES), "a new operator needs its inputs here"
+    assert set(inputs) == set(OPERATOR_NAMES), "a new operator needs its inputs here"
     for name, args in inputs.items():
         base = Result(part="function", name=name, operator=name, how=ops.choices[name])
         plain = getattr(reference, name)
-        yield Case(base, lambda card, base, n=name, p=plain, a=args: _dense(card, base, ops, n, p, a))  # type: ignore[misc]
+        yield CheckCase(base, partial(_dense, ops=ops, name=name, plain=plain, args=args))
     for scheme in LINEAR_SCHEMES:
         if device.chip and scheme not in native_schemes(device):
             continue
         for variant in ("", SMOOTHED, NZ) if device.operators == "npu" else ("", SMOOTHED):
             base = Result(part="function", name=f"{scheme} linear{variant}", operator=f"linear in {scheme}")
-            yield Case(base, lambda card, base, s=scheme, v=variant: _linear(card, base, ops.quantized, s, v))  # type: ignore[misc]
+            yield CheckCase(base, partial(_linear, schemes=ops.quantized, scheme=scheme, variant=variant))
 
 
-def rand(*shape: int, seed: int = 0) -> Tensor:
+def seeded(*shape: int, seed: int = 0) -> Tensor:
     """The same float32 numbers on every machine."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
 def _inputs() -> dict[str, tuple[Any, ...]]:
-    x, y, rows = rand(1, TOKENS, WIDTH).to(BF16), rand(1, TOKENS, WIDTH, seed=1).to(BF16), rand(2, WIDTH)
-    weight, bias, gamma = rand(OUT, WIDTH).to(BF16), rand(OUT).to(BF16), rand(WIDTH)
-    q, text = rand(1, TOKENS, HEADS, HEAD).to(BF16), rand(1, TEXT, HEADS, HEAD).to(BF16)
-    angle, spans = rand(TOKENS, HEAD // 2), (TEXT, TOKENS - TEXT)
+    x, y, rows = (
+        seeded(1, TOKENS, WIDTH).to(BF16),
+        seeded(1, TOKENS, WIDTH, seed=1).to(BF16),
+        seeded(2, WIDTH),
+    )
+    weight, bias, gamma = (
+        seeded(OUT, WIDTH).to(BF16),
+        seeded(OUT).to(BF16),
+        seeded(WIDTH),
+    )
+    q, text = seeded(1, TOKENS, HEADS, HEAD).to(BF16), seeded(1, TEXT, HEADS, HEAD).to(BF16)
+    angle, spans = seeded(TOKENS, HEAD // 2), (TEXT, TOKENS - TEXT)
     return {
         "linear": (x, weight, bias),
         "rms_norm": (x, gamma, EPS),
@@ -359,27 +377,25 @@ def _inputs() -> dict[str, tuple[Any, ...]]:
     }
 
 
-PREPARED = {"rope": slice(1, 3), "adaln": slice(1, 3), "gated_residual": slice(2, 3)}
-"""Operator -> its arguments that `Ops.prepare` may lay out once."""
-
-
-def _dense(card: Card, base: Result, ops: Any, name: str, plain: Callable[..., Tensor], args: Any) -> Result:
+def _dense(
+    card: CheckedDevice, base: Result, ops: Any, name: str, plain: Callable[..., Tensor], args: Any
+) -> Result:
     given = [card.put(a) if isinstance(a, Tensor) else a for a in args]
     if (where := PREPARED.get(name)) is not None:
         given[where] = ops.prepare(name, *given[where], dtype=BF16)
     bound = getattr(ops, name)
     base = replace(base, arguments=tuple(map(described, args)))
     limit = ATTENTION_DECIBELS if name == "attention" else None
-    found = compare(base, card.back(bound(*given)), plain(*args), db=limit)
+    found = compare_results(base, card.back(bound(*given)), plain(*args), db=limit)
     return replace(found, microseconds=card.seconds(lambda: bound(*given)) * 1e6)
 
 
-def _linear(card: Card, base: Result, schemes: Any, scheme: str, variant: str) -> Result:
+def _linear(card: CheckedDevice, base: Result, schemes: Any, scheme: str, variant: str) -> Result:
     """One layer [OUT, K]: the weight must come back as it was stored, the product be the plain one."""
     k = 1024 if scheme == "mxfp4_dualscale" else WIDTH
-    stored, bias = mx.encode(rand(OUT, k), LINEAR_SCHEMES[scheme].weight), rand(OUT)
-    mul_scale = rand(k).abs() + 0.5 if variant == SMOOTHED else None
-    x = rand(1, TOKENS, k, seed=2).to(BF16)
+    stored, bias = mx.encode(seeded(OUT, k), LINEAR_SCHEMES[scheme].weight), seeded(OUT)
+    mul_scale = seeded(k).abs() + 0.5 if variant == SMOOTHED else None
+    x = seeded(1, TOKENS, k, seed=2).to(BF16)
     given = (stored.codes, stored.scale, stored.dual_scale, bias, LINEAR_SCHEMES[scheme].weight)
     weight = schemes.prepare_weight(*given, nz=variant == NZ)
     tokens = schemes.quantize_activation(card.put(x), scheme, card.put(mul_scale))
@@ -398,11 +414,5 @@ def _linear(card: Card, base: Result, schemes: Any, scheme: str, variant: str) -
     plain = reference.quantized_linear(
         reference.quantize_activation(x, scheme, mul_scale), reference.prepare_weight(stored, bias, host)
     )
-    found = compare(base, card.back(kernel.call(tokens, weight)), plain)
+    found = compare_results(base, card.back(kernel.call(tokens, weight)), plain)
     return replace(found, microseconds=card.seconds(lambda: kernel.call(tokens, weight)) * 1e6)
-
-
-def shorter(text: str, size: int = 300) -> str:
-    """The first line of an error, in a report of one page."""
-    line = next((line for line in text.splitlines() if line.strip()), "")
-    return re.sub(r"\s+", " ", line)[:size]

@@ -1,14 +1,12 @@
-"""The self-check of a real card, in its own process: a kernel that crashes or hangs takes only that along.
-
-The child prints one line of JSON before and one after each case, behind a mark, since libraries print too.
-When it dies or is silent for too long, the case that was running has crashed and a new child goes on with the
-next one; so it does when the card answers nothing more after a fault.
-
-`doctor --self-check`: what a device computes, against what it should.
+"""`doctor --self-check`: what a device computes, against what it should.
 
 On an NPU or a twin: the questions that no document answers, every operator against the twin's numbers, and
 the operators and quantized layers as they are bound against plain PyTorch. On a CPU or a CUDA card the last.
-A case that raises, crashes the process or hangs is a result like others, and the next one goes on.
+
+A real card is checked in a child process: a kernel that crashes or hangs takes only that along. The child
+prints one line of JSON before and one after each case, behind a mark, since libraries print too. When it
+dies, is silent for too long, or its card answers nothing more after a fault, the running case has crashed and
+a new child goes on with the next one.
 """
 
 from __future__ import annotations
@@ -28,10 +26,18 @@ from ascendit import environment, twin
 from ascendit.device.device import Device, parse_device
 from ascendit.doctor.hardware_questions import question_cases
 from ascendit.doctor.npu import found_versions
-from ascendit.doctor.operator_cases import Card, Case, Result, function_cases, operator_cases, run_case, worst
-from ascendit.doctor.report import installed
+from ascendit.doctor.operator_cases import (
+    CheckCase,
+    CheckedDevice,
+    Result,
+    function_cases,
+    operator_cases,
+    run_case,
+    worst,
+)
+from ascendit.doctor.probe import installed_version
 from ascendit.errors import AscenditError, EnvironmentProblem
-from ascendit.ops.runtime import open_device
+from ascendit.ops.open_device import open_device
 from ascendit.version import __version__
 
 FORMAT = 1
@@ -88,9 +94,16 @@ def self_check(name: str, progress: Callable[[str], None] = lambda text: None) -
     return SelfCheck(name, chip, tuple(results), _about())
 
 
+def all_cases(device: Device) -> list[CheckCase]:
+    """Every case for an open device, in the order in which they are run."""
+    if device.kind == "npu":
+        twin.use(str(device.chip))  # its functions alone: the operators under torch.ops are the card's
+    return [*question_cases(device), *operator_cases(device), *function_cases(device)]
+
+
 def _here(device: Device, progress: Callable[[str], None]) -> Iterator[Result]:
-    card = Card(device)
-    for case in cases(device):
+    card = CheckedDevice(device)
+    for case in all_cases(device):
         progress(case.base.name)
         yield run_case(card, case)
 
@@ -109,10 +122,10 @@ def _about() -> dict[str, Any]:
     versions = {"ascendit": __version__, "python": platform.python_version(), **vars(found)}
     machine = f"{platform.system()} {platform.release()} {platform.machine()}"
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"made": now, "machine": machine, "versions": {**versions, "numpy": installed("numpy")}}
+    return {"made": now, "machine": machine, "versions": {**versions, "numpy": installed_version("numpy")}}
 
 
-# ---- The self-check of a real card, in its own process: a kernel that crashes or hangs takes on -
+# ---- child processes -----------------------------------------------------------------------------
 
 MARK = "ascendit-self-check "
 START_SECONDS, CASE_SECONDS = 300.0, 120.0
@@ -120,13 +133,6 @@ START_SECONDS, CASE_SECONDS = 300.0, 120.0
 
 Command = Callable[[int], Sequence[str]]
 """The words of a child that begins with this case."""
-
-
-def cases(device: Device) -> list[Case]:
-    """Every case for an open device, in the order in which they are run."""
-    if device.kind == "npu":
-        twin.use(str(device.chip))  # its functions alone: the operators under torch.ops are the card's
-    return [*question_cases(device), *operator_cases(device), *function_cases(device)]
 
 
 def in_children(
@@ -217,7 +223,7 @@ def _silent(name: str, end: str) -> EnvironmentProblem:
     )
 
 
-# ---- the child ----------------------------------------------------------------------------------
+# ---- the child -----------------------------------------------------------------------------------
 
 
 def main(name: str, first: int) -> None:
@@ -233,8 +239,8 @@ def main(name: str, first: int) -> None:
         tell(refused=e.as_dict())
         return
     tell(chip=device.chip)
-    card = Card(device)
-    for case in cases(device)[first:]:
+    card = CheckedDevice(device)
+    for case in all_cases(device)[first:]:
         tell(begins=asdict(case.base))
         result = run_case(card, case)
         tell(result=asdict(result))

@@ -18,7 +18,7 @@ from ascendit.checkpoint.layer_format import Layer
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.quant_metadata import find_manifest
 from ascendit.checkpoint.transformer import Expert
-from ascendit.device.chip import Support, chips_for
+from ascendit.device.operator_support import Support, chips_for
 from ascendit.inspect.transformer_report import ExpertSummary
 from ascendit.quant.engines import ENGINES
 from ascendit.quant.schemes import FP8_TILES, scheme_after_reading

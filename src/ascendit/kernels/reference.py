@@ -81,7 +81,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """0.5 x (1 + erf(x / sqrt(2))), any shape. `F.gelu` differs on some NPUs: see `ops/npu/kernels.py`."""
+    """0.5 x (1 + erf(x / sqrt(2))), any shape. `F.gelu` differs on some NPUs: `ops/npu/elementwise.py`."""
     f = x.float()
     return (0.5 * f * (1 + torch.erf(f * 0.7071067811865476))).to(x.dtype)
 

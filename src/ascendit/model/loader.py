@@ -81,7 +81,7 @@ def load_expert(
         model = WanTransformer(WanConfig.from_dict(expert.config), ops)
     source = applied or stored_steps(expert)
     specs = list(source.specs)
-    coded = applied_layers(applied) if applied else stored_layers(expert)
+    coded = applied_layers(applied) if applied else coded_layers(expert)
     for scheme in {layer.scheme for layer in coded.values()} - {"bf16"}:
         ops.quantized.kernel(scheme)
     dtype = dtype or default_dtype((s for s in specs if s.name.rpartition(".")[0] not in coded), device)
@@ -105,7 +105,7 @@ def applied_layers(applied: AppliedRecipe) -> dict[str, Coded]:
     }
 
 
-def stored_layers(expert: Expert) -> dict[str, Coded]:
+def coded_layers(expert: Expert) -> dict[str, Coded]:
     """The layers that are codes on disk, or smoothed, with their `mul_scale`."""
     found = {}
     with RowReader() as reader:

@@ -3,14 +3,10 @@
     report = ascendit.quantize_(pipe.transformer, "mxfp8")
     print(*report.lines(), sep="\n")
 
-Layer by layer; the float weight is given up as soon as there are codes, so there is never more in memory
-than the module and one layer.
-
-What a recipe makes of the linear layers of any module. Shapes and names only, nothing is computed.
-
-A Wan transformer of Diffusers gets the layers that `ascendit.quantize` gives it. Of any other module these
-are the linear layers in its repeated blocks, without those that make modulation from a time step, and
-without those that no matmul on codes takes: too small, or K no multiple of a block.
+Layer by layer; each float weight is freed once it is quantized, so there is never more in memory than the
+module and one layer. A Wan transformer of Diffusers gets the layers that `ascendit.quantize` gives it. Of any
+other module these are the linear layers in its repeated blocks, without those that make modulation from a
+time step, and without those that no quantized matmul takes: too small, or K no multiple of a block.
 """
 
 from __future__ import annotations
@@ -43,6 +39,7 @@ from ascendit.weights.applied_recipe import check_kind
 from ascendit.weights.canonical_tensors import METHOD, marker_for
 from ascendit.weights.engine_formats import model_kind
 
+log = logging.getLogger("ascendit")
 MIN_SIZE = 32
 """Smaller matrices gain nothing."""
 MULTIPLE = 16
@@ -52,6 +49,9 @@ _MODULATION = re.compile(r"norm|mod$|modulation|adaln|embed|time_|temb|router", 
 """In a part of a name between dots."""
 NAMED_MODULES = "correct the pattern; `*` crosses dots, and the names are those of `module.named_modules()`"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
+
+
+# ---- what a recipe makes of each layer: shapes and names only ------------------------------------
 
 
 @dataclass(frozen=True)
@@ -129,15 +129,6 @@ def wan_config_of(module: nn.Module) -> dict[str, Any] | None:
     return dict(module.config) if type(module).__name__ == TRANSFORMER else None  # type: ignore[arg-type]
 
 
-def marker_of(layers: Mapping[str, str], *, smoothed: Sequence[str] = (), wan: bool) -> dict[str, Any]:
-    """`quantization_config` for Diffusers' config.json. `layers`: every linear layer -> scheme."""
-    inside = {name: s for name, s in layers.items() if s in QUANTIZED or is_block_linear(name)}
-    return (marker_for(inside, smoothed) if wan else None) or {"quant_method": METHOD}
-
-
-# ---- parts --------------------------------------------------------------------------------------
-
-
 def _is_modulation(name: str) -> bool:
     return any(_MODULATION.search(part) for part in name.split("."))
 
@@ -198,9 +189,7 @@ def _refused(module: nn.Module, problem: str, fix: str) -> UsageError:
     )
 
 
-# ---- Quantize the linear layers of any module in place: a transformer of Diffusers, or one of y -
-
-log = logging.getLogger("ascendit")
+# ---- in place ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,7 +331,15 @@ def bind_(
         module.to(found[device].device.torch_name)
 
 
-# ---- parts, for the integrations too ------------------------------------------------------------
+def _names(module: nn.Module) -> dict[int, list[str]]:
+    """`id` of each part -> all its names: a layer may stand in two places."""
+    found: dict[int, list[str]] = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        found.setdefault(id(part), []).append(name)
+    return found
+
+
+# ---- one layer, for the integrations too ---------------------------------------------------------
 
 
 def check_weight(chosen: ModuleSchemes, layer: str, weight: Tensor) -> None:
@@ -375,38 +372,14 @@ def encode_weight(chosen: ModuleSchemes, layer: str, weight: Tensor) -> Encoded:
     return encode(source, form.name, scale_rule=rule)
 
 
-def rounded(t: Tensor) -> Tensor:
-    """What bfloat16 can hold of a float, in its own dtype; other tensors as they are."""
-    return t.to(torch.bfloat16).to(t.dtype) if t.is_floating_point() else t
-
-
-def _names(module: nn.Module) -> dict[int, list[str]]:
-    """`id` of each part -> all its names: a layer may stand in two places."""
-    found: dict[int, list[str]] = {}
-    for name, part in module.named_modules(remove_duplicate=False):
-        found.setdefault(id(part), []).append(name)
-    return found
-
-
 def _form(chosen: ModuleSchemes, layer: str) -> tuple[Format, str | None]:
     rule = chosen.coded[layer]
     return lookup(SCHEMES[rule.scheme].weight), rule.scale_rule
 
 
-def mark(module: nn.Module, chosen: ModuleSchemes) -> None:
-    """Tell Diffusers that a model of it is quantized, so that it refuses casts and saves what it needs."""
-    say_attention_kept(module, chosen)
-    if register := getattr(module, "register_to_config", None):
-        layers = {s.name: s.scheme for s in chosen.layers}
-        register(quantization_config=marker_of(layers, wan=chosen.kind is not None))
-        module.is_quantized = True  # type: ignore[assignment]
-
-
-def say_attention_kept(module: nn.Module, chosen: ModuleSchemes) -> None:
-    """Log what the recipe asks of attentions and is not done."""
-    if found := Counter(chosen.attention.values()):
-        asked = ", ".join(f"{word} for {n}" for word, n in found.items())
-        log.warning("%s: quantized attention (%s) runs in BF16 here", type(module).__name__, asked)
+def rounded(t: Tensor) -> Tensor:
+    """What bfloat16 can hold of a float, in its own dtype; other tensors as they are."""
+    return t.to(torch.bfloat16).to(t.dtype) if t.is_floating_point() else t
 
 
 def keep_hooks(old: nn.Module, new: nn.Module) -> None:
@@ -419,3 +392,43 @@ def keep_hooks(old: nn.Module, new: nn.Module) -> None:
         "_forward_pre_hooks_with_kwargs",
     ):
         getattr(new, name).update(getattr(old, name))
+
+
+# ---- what Diffusers is told ----------------------------------------------------------------------
+
+
+def keep_hooks(old: nn.Module, new: nn.Module) -> None:
+    """The forward hooks of `old` go on seeing what the layer reads and gives."""
+    for name in (
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+    ):
+        getattr(new, name).update(getattr(old, name))
+
+
+# ---- what Diffusers is told ----------------------------------------------------------------------
+
+
+def mark(module: nn.Module, plan: ModuleSchemes) -> None:
+    """Tell Diffusers that a model of it is quantized, so that it refuses casts and saves what it needs."""
+    say_attention_kept(module, plan)
+    if register := getattr(module, "register_to_config", None):
+        layers = {p.layer: p.scheme for p in plan.layers}
+        register(quantization_config=marker_of(layers, wan=plan.kind is not None))
+        module.is_quantized = True  # type: ignore[assignment]
+
+
+def marker_of(layers: Mapping[str, str], *, smoothed: Sequence[str] = (), wan: bool) -> dict[str, Any]:
+    """`quantization_config` for Diffusers' config.json. `layers`: every linear layer -> scheme."""
+    inside = {name: s for name, s in layers.items() if s in QUANTIZED or is_block_linear(name)}
+    return (marker_for(inside, smoothed) if wan else None) or {"quant_method": METHOD}
+
+
+def say_attention_kept(module: nn.Module, plan: ModuleSchemes) -> None:
+    """Log what the recipe asks of attentions and is not done."""
+    if found := Counter(plan.attention.values()):
+        asked = ", ".join(f"{word} for {n}" for word, n in found.items())
+        log.warning("%s: quantized attention (%s) runs in BF16 here", type(module).__name__, asked)

@@ -1,15 +1,11 @@
-"""encode and decode. `formats` says what there is, `reference` defines the codes, `fast` makes them.
+"""Encode a tensor into codes and scales, decode it, and measure the error.
 
-Rules that hold for every format:
+`formats` is the table of formats, `reference` defines their codes, `encoder` makes them fast. Everywhere:
 
-- Blocks lie along `axis`; a last block or group that is short is filled up with zeros, which are not stored.
+- Blocks run along `axis`; a short last block or group is padded with zeros, which are not stored.
 - Codes are packed along `axis` too: `encode(x, f, axis=a)` is `encode(x.movedim(a, -1), f)` moved back.
 - A block, row or group of zeros decodes to zeros. A block or row with an infinity or a NaN decodes to NaN.
 - Numbers beyond the largest element saturate. A code that was rounded up to 2^128 decodes to infinity.
-
-What encoding gives and decoding takes: codes and scales that fit together.
-
-Signal to noise in decibels, for every error that is measured here. No torch.
 """
 
 from __future__ import annotations
@@ -24,21 +20,7 @@ from ascendit.errors import UsageError
 from ascendit.mx import elements, encoder, scales
 from ascendit.mx.formats import Format, lookup, resolve_rounding, resolve_rule
 
-
-def decibels(signal: float, noise: float, *, cap: float = math.inf) -> float:
-    """10 log10(signal / noise) of two powers, within [-cap, cap]; NaN if one of them is not finite.
-
-    No noise gives `cap`, even without a signal; noise without a signal gives -cap.
-    """
-    if not (math.isfinite(signal) and math.isfinite(noise)):
-        return math.nan
-    if noise <= 0:
-        return cap
-    ratio = signal / noise
-    return max(-cap, min(cap, 10 * math.log10(ratio))) if ratio > 0 else -cap
-
-
-# ---- encode and decode. `formats` says what there is, `reference` defines the codes, `fast` mak -
+INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,9 +92,7 @@ def _scale_shape(form: Format, shape: tuple[int, ...], axis: int) -> tuple[int, 
     return _with(shape, axis, 1 if form.kind == "row" else -(-shape[axis] // form.block))
 
 
-# ---- encode and decode. `formats` says what there is, `reference` defines the codes, `fast` mak -
-
-INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# ---- encode and decode ---------------------------------------------------------------------------
 
 
 def encode(
@@ -144,6 +124,25 @@ def encode(
     return Encoded(codes, scale, None if dual is None else dual.unsqueeze(-1), format, axis, tuple(x.shape))
 
 
+def check_dtype(dtype: torch.dtype, form: Format, rule: str) -> None:
+    """UsageError E-USE-01 if a tensor of this dtype cannot be encoded so."""
+    allowed = (torch.bfloat16, torch.float32) if rule.startswith("msms:") else INPUT_DTYPES
+    if form.kind == "tile":
+        raise UsageError(
+            f"encode to {form.name}",
+            needs="a format that is written: this one is only read",
+            fix="use fp8 (one scale per row) or mxfp8",
+            code="E-USE-01",
+        )
+    if dtype not in allowed:
+        raise UsageError(
+            f"a tensor of {dtype} for {form.name} with scale rule {rule!r}",
+            needs=f"one of {', '.join(str(d).removeprefix('torch.') for d in allowed)}",
+            fix="convert it first, so that the rounding is yours",
+            code="E-USE-01",
+        )
+
+
 def decode(encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values, computed in float32 and rounded once to `dtype`: code x scale, and then x dual_scale.
 
@@ -173,6 +172,19 @@ def decode(encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
     return values.to(dtype).movedim(-1, last).contiguous()
 
 
+def _decode_tiles(encoded: Encoded, form: Format) -> Tensor:
+    """FP8 checkpoints with `weight_scale_inv`: code x scale of its tile; the last tiles may be short."""
+    assert form.element is not None
+    values = elements.values_of(encoded.codes.view(torch.uint8), form.element, encoded.shape[-1])
+    scale = encoded.scale
+    for axis, length in enumerate(encoded.shape):
+        scale = scale.repeat_interleave(form.block, axis).narrow(axis, 0, length)
+    return values * scale
+
+
+# ---- error in decibels ---------------------------------------------------------------------------
+
+
 def sqnr(a: Tensor, b: Tensor) -> float:
     """Signal to quantization noise in dB, `a` being the signal: 10 log10(sum a^2 / sum (a - b)^2).
 
@@ -198,30 +210,14 @@ def _energy(x: Tensor) -> float:
     return top**2 * float((x / top).square().sum()) if top else 0.0
 
 
-def _decode_tiles(encoded: Encoded, form: Format) -> Tensor:
-    """FP8 checkpoints with `weight_scale_inv`: code x scale of its tile; the last tiles may be short."""
-    assert form.element is not None
-    values = elements.values_of(encoded.codes.view(torch.uint8), form.element, encoded.shape[-1])
-    scale = encoded.scale
-    for axis, length in enumerate(encoded.shape):
-        scale = scale.repeat_interleave(form.block, axis).narrow(axis, 0, length)
-    return values * scale
+def decibels(signal: float, noise: float, *, cap: float = math.inf) -> float:
+    """10 log10(signal / noise) of two powers, within [-cap, cap]; NaN if one of them is not finite.
 
-
-def check_dtype(dtype: torch.dtype, form: Format, rule: str) -> None:
-    """UsageError E-USE-01 if a tensor of this dtype cannot be encoded so."""
-    allowed = (torch.bfloat16, torch.float32) if rule.startswith("msms:") else INPUT_DTYPES
-    if form.kind == "tile":
-        raise UsageError(
-            f"encode to {form.name}",
-            needs="a format that is written: this one is only read",
-            fix="use fp8 (one scale per row) or mxfp8",
-            code="E-USE-01",
-        )
-    if dtype not in allowed:
-        raise UsageError(
-            f"a tensor of {dtype} for {form.name} with scale rule {rule!r}",
-            needs=f"one of {', '.join(str(d).removeprefix('torch.') for d in allowed)}",
-            fix="convert it first, so that the rounding is yours",
-            code="E-USE-01",
-        )
+    No noise gives `cap`, even without a signal; noise without a signal gives -cap.
+    """
+    if not (math.isfinite(signal) and math.isfinite(noise)):
+        return math.nan
+    if noise <= 0:
+        return cap
+    ratio = signal / noise
+    return max(-cap, min(cap, 10 * math.log10(ratio))) if ratio > 0 else -cap

@@ -17,11 +17,11 @@ from ascendit.mx.formats import E2M1, Element, Format
 from ascendit.mx.reference import Encoder, Parts
 from ascendit.native.build import Built, declared, native
 
-TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-ELEMENTS = {"e4m3": 0, "e5m2": 1, "e2m1": 2}
+DTYPE_NUMBERS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+ELEMENT_NUMBERS = {"e4m3": 0, "e5m2": 1, "e2m1": 2}
 INT8 = 3
 LARGE = 1 << 22
-SIGNATURES = {
+ENCODER_SIGNATURES = {
     "encode_table": "piiiiipppp",
     "encode_choice": "piiiipppp",
     "encode_rule": "piiiiiiiipp",
@@ -37,7 +37,7 @@ SIGNATURES = {
 @functools.cache
 def library() -> Built:
     """The compiled kernels, or why there are none. Asking compiles them if that was never done."""
-    return declared(native("encode"), SIGNATURES)
+    return declared(native("encode"), ENCODER_SIGNATURES)
 
 
 def encoder(
@@ -65,7 +65,7 @@ def prefer_large_pages(fresh: Tensor) -> Tensor:
 
 
 def add_ceil_x_sums(rows: Tensor, sums: Tensor) -> bool:
-    """As `fast.add_ceil_x_sums`; False if this cannot be done here."""
+    """As `encoder.add_ceil_x_sums`; False if this cannot be done here."""
     lib = library().library
     if lib is None or rows.dtype != torch.bfloat16:
         return False
@@ -79,11 +79,11 @@ def add_energies(rows: Tensor, parts: Parts, form: Format, sums: Tensor, threads
     lib = library().library
     if lib is None:
         return False
-    element = ELEMENTS[form.element.name] if form.element else INT8
+    element = ELEMENT_NUMBERS[form.element.name] if form.element else INT8
     dual = 0 if parts.dual is None else parts.dual.data_ptr()
     at = parts.codes.data_ptr(), parts.scale.data_ptr(), dual, sums.data_ptr()
     by_row = form.kind == "row"
-    lib.measure(rows.data_ptr(), TYPES[rows.dtype], *_shape(rows, threads), element, by_row, *at)
+    lib.measure(rows.data_ptr(), DTYPE_NUMBERS[rows.dtype], *_shape(rows, threads), element, by_row, *at)
     return True
 
 
@@ -93,7 +93,7 @@ def add_energies(rows: Tensor, parts: Parts, form: Format, sums: Tensor, threads
 def _table_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None) -> Encoder:
     assert form.element is not None
     tables = rule_tables(form.element, rule)
-    element, from_msms = ELEMENTS[form.element.name], rule.startswith("msms:")
+    element, from_msms = ELEMENT_NUMBERS[form.element.name], rule.startswith("msms:")
 
     def encode(rows: Tensor, out: Parts) -> None:
         marks = _marks(rows, form.block) if from_msms else None
@@ -111,11 +111,11 @@ def _table_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | Non
 def _rule_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None) -> Encoder:
     assert form.element is not None
     shift, threshold = scales.thresholds(rule, form.element)
-    numbers = ELEMENTS[form.element.name], shift, threshold, scales.fraction_mask(rule, form.element)
+    numbers = ELEMENT_NUMBERS[form.element.name], shift, threshold, scales.fraction_mask(rule, form.element)
 
     def encode(rows: Tensor, out: Parts) -> None:
         at = out.codes.data_ptr(), out.scale.data_ptr()
-        lib.encode_rule(rows.data_ptr(), TYPES[rows.dtype], *_shape(rows, threads), *numbers, *at)
+        lib.encode_rule(rows.data_ptr(), DTYPE_NUMBERS[rows.dtype], *_shape(rows, threads), *numbers, *at)
 
     return encode
 
@@ -128,7 +128,7 @@ def _dual_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None
 
     def encode(rows: Tensor, out: Parts) -> None:
         at = _at(table), _at(early), out.codes.data_ptr(), out.scale.data_ptr(), _at(out.dual)
-        lib.encode_dual(rows.data_ptr(), TYPES[rows.dtype], *_shape(rows, threads), *at)
+        lib.encode_dual(rows.data_ptr(), DTYPE_NUMBERS[rows.dtype], *_shape(rows, threads), *at)
 
     return encode
 
@@ -139,7 +139,7 @@ def _row_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None)
 
     def encode(rows: Tensor, out: Parts) -> None:
         at = out.codes.data_ptr(), out.scale.data_ptr()
-        lib.encode_rows(rows.data_ptr(), TYPES[rows.dtype], *_shape(rows, threads), kind, lowest, *at)
+        lib.encode_rows(rows.data_ptr(), DTYPE_NUMBERS[rows.dtype], *_shape(rows, threads), kind, lowest, *at)
 
     return encode
 

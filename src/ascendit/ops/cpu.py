@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from ascendit.device.device import Device
 from ascendit.kernels.cpu import attention, elementwise, linear
 from ascendit.kernels.kernel import Kernel, Wish
-
-if TYPE_CHECKING:
-    from ascendit.device.device import Device
 
 
 def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:

@@ -1,17 +1,14 @@
-"""The operators of the denoiser, bound once for one device.
+"""The operators of the denoiser, and its quantized linear layers, bound once for one device.
 
 `bind("twin:a5")` gives an `Ops`: a frozen set of functions that is handed to the model. There is no global
-choice and no look at `tensor.device`. Each choice is logged with its reason; `force="reference"` takes
-the plain PyTorch ones everywhere.
-
-Quantized linear layers: quantize an activation once, then multiply it with each weight that shares it.
+choice and no look at `tensor.device`. `select` chooses; each choice is logged with its reason.
+`force="reference"` takes plain PyTorch everywhere. In `Ops.quantized` an activation is quantized once and
+multiplied with each weight that shares it:
 
     ops = bind("twin:a5").quantized
     weight = ops.prepare_weight(codes, scale, None, bias, "mxfp8")     # once, when it is loaded
     a = ops.quantize_activation(x, "mxfp8", mul_scale)                 # once for Q, K and V
     y = ops.quantized_linear(a, weight)                                # x's dtype, x's leading axes
-
-The schemes are those of `quant/schemes.py`, the numbers those of `kernels/reference.py`.
 """
 
 from __future__ import annotations
@@ -20,13 +17,13 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast, get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
-from ascendit.device.chip import native_on
 from ascendit.device.device import Device, parse_device
+from ascendit.device.operator_support import native_on
 from ascendit.errors import UsageError
 from ascendit.kernels.kernel import (
     Activation,
@@ -39,14 +36,17 @@ from ascendit.kernels.kernel import (
 )
 from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import lookup, resolve_rule
-from ascendit.ops.runtime import open_device
+from ascendit.ops.open_device import open_device
 from ascendit.ops.select import kernels_of, select
 from ascendit.quant.schemes import scheme_of
 
-if TYPE_CHECKING:
-    from ascendit.device.device import Device
-
 log = logging.getLogger("ascendit")
+
+FAST_LAYERNORM = "fast_layernorm"
+"""The kernel of MindIE-SD by its name."""
+
+
+# ---- quantized linear layers ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +144,16 @@ class Schemes:
         return self.kernel(a.scheme.name).call(a, weight)
 
 
+def native_schemes(device: Device) -> frozenset[str]:
+    """The schemes that a device has a matmul for; none where it has no chip of the table."""
+    return native_on(device.chip) if device.chip else frozenset()
+
+
+def schemes_on(device: str, like: Schemes) -> Schemes:
+    """The quantized linear layers of another device, chosen as those of `like` were."""
+    return replace(like, device=_device(device))
+
+
 def to_emulate(value: object) -> Emulate | None:
     """True, False, None or a word as `Emulate`. UsageError E-USE-01 for another word."""
     words = get_args(Emulate)
@@ -172,19 +182,7 @@ def parse_rules(text: str | None) -> dict[str, str]:
     return found
 
 
-# ---- which chip has a matmul for which scheme ---------------------------------------------------
-
-
-def native_schemes(device: Device) -> frozenset[str]:
-    """The schemes that a device has a matmul for; none where it has no chip of the table."""
-    return native_on(device.chip) if device.chip else frozenset()
-
-
-# ---- The operators of the denoiser, bound once for one device -----------------------------------
-
-
-FAST_LAYERNORM = "fast_layernorm"
-"""The kernel of MindIE-SD by its name."""
+# ---- all operators -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +216,7 @@ class Ops:
         return ready
 
 
-NAMES = tuple(f.name for f in dataclasses.fields(Ops) if f.type == "Function")
+OPERATOR_NAMES = tuple(f.name for f in dataclasses.fields(Ops) if f.type == "Function")
 
 
 def bind(
@@ -255,7 +253,7 @@ def bind(
             code="E-USE-01",
         )
     wish = _wish(found, force, to_emulate(emulate), fast_layernorm, attention)
-    chosen = {name: select(name, found, wish) for name in NAMES}
+    chosen = {name: select(name, found, wish) for name in OPERATOR_NAMES}
     for reason in dict.fromkeys(k.reason for k in chosen.values()):
         names = ", ".join(n for n, k in chosen.items() if k.reason == reason)
         log.info("operators on %s: %s -> %s (--set ops=reference for the plain ones)", found, names, reason)
@@ -282,11 +280,6 @@ def _wish(
             "%s: MindIE-SD has no operators on %s, layer norms stay as they are", FAST_LAYERNORM, device
         )
     return replace(wish, names=names)
-
-
-def schemes_on(device: str, like: Schemes) -> Schemes:
-    """The quantized linear layers of another device, chosen as those of `like` were."""
-    return replace(like, device=_device(device))
 
 
 def _device(device: Device | str) -> Device:

@@ -11,26 +11,28 @@ import importlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ascendit.device.chip import not_here
+from ascendit.device.device import Device
+from ascendit.device.operator_support import no_matmul_for
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels import reference
 from ascendit.kernels.kernel import Kernel, Wish
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
-if TYPE_CHECKING:
-    from ascendit.device.device import Device
-
 log = logging.getLogger("ascendit")
 
-BACKENDS = {"cpu": "ascendit.ops.cpu", "cuda": "ascendit.ops.cuda.kernels", "npu": "ascendit.ops.npu.kernels"}
+KERNEL_LISTS = {
+    "cpu": "ascendit.ops.cpu",
+    "cuda": "ascendit.ops.cuda.kernels",
+    "npu": "ascendit.ops.npu.kernels",
+}
 """Backend -> the module that lists its kernels."""
 
 
 def kernels_of(device: Device, wish: Wish) -> Sequence[Kernel]:
     """Every kernel that this device may have, the best of each operator first."""
-    backend: Any = importlib.import_module(BACKENDS[device.operators])
+    backend: Any = importlib.import_module(KERNEL_LISTS[device.operators])
     found: Sequence[Kernel] = backend.list_kernels(device, wish)
     return found
 
@@ -64,7 +66,7 @@ def _plain(operator: str, device: Device, wish: Wish) -> Kernel:
         why = "asked for" if wish.reference else f"{device.operators} has no faster form"
         return Kernel(operator, "reference", getattr(reference, operator), f"reference: {why}")
     if device.chip and wish.emulate is None:
-        raise not_here(device, device.chip, operator)
+        raise no_matmul_for(device, device.chip, operator)
     reason = "emulated: decoded and multiplied, the same numbers, slower"
     return reference.quant_linear_kernel(operator, wish.emulate, reason)
 

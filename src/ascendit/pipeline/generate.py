@@ -22,8 +22,8 @@ from ascendit.device.device import Device
 from ascendit.errors import Cancelled, QualityError
 from ascendit.model.state import DenoiseState, Shared
 from ascendit.model.wan import WanTransformer
+from ascendit.ops.open_device import activate, memory_bytes
 from ascendit.ops.operators import Ops
-from ascendit.ops.runtime import activate, memory_bytes
 from ascendit.pipeline.condition import Condition, make_condition, open_image
 from ascendit.pipeline.frame_checks import check_not_flat, to_uint8
 from ascendit.pipeline.request import Defaults, GenerateRequest, check, resolve
@@ -65,7 +65,7 @@ class Pipeline:
     policy: StepPolicy = field(default_factory=StepPolicy)
     """Which precision each step runs in."""
     loaded: Mapping[str, Any] = field(default_factory=dict)
-    """The options that were given to `load`, as `replay.load_record` says them; a video keeps them."""
+    """The options that were given to `load`, as `request.load_record` says them; a video keeps them."""
 
     @property
     def experts(self) -> tuple[WanTransformer, ...]:

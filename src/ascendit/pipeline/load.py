@@ -14,8 +14,8 @@ from ascendit.device.device import parse_device
 from ascendit.kernels.kernel import Emulate
 from ascendit.model.loader import load_expert
 from ascendit.model.quantize_on_load import Online, policy_for, read_experts, schemes_in
+from ascendit.ops.open_device import memory_bytes, open_device, to_dtype
 from ascendit.ops.operators import bind
-from ascendit.ops.runtime import memory_bytes, open_device, to_dtype
 from ascendit.pipeline.defaults import defaults_for
 from ascendit.pipeline.generate import Pipeline
 from ascendit.pipeline.request import load_record

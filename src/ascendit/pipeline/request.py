@@ -1,12 +1,8 @@
-"""GenerateRequest: one video, every value named. Frozen, validated, JSON round trip.
+"""GenerateRequest: one video, every value named. Frozen, validated, JSON round trip. No torch.
 
-`Defaults` says what a model offers; `resolve` fills what the user left out; `replay_line` is the
-command that makes the same video again.
-
-How a model was loaded, as it stands beside a video, and the command that makes the video again. No torch.
-
-`load_record` is what `load` keeps of its arguments; `replay_line` turns it back into flags, for the line that
-`generate` prints and for the JSON beside a video; `--config` reads the record itself.
+`Defaults` says what a model offers; `resolve` fills what the user left out and checks it against the model.
+`replay_line` is the command that makes a video again: the request, and `load_record`, what `load` keeps of
+its arguments. It is printed by `generate` and stored beside a video; `--config` reads the record itself.
 """
 
 from __future__ import annotations
@@ -24,68 +20,12 @@ from ascendit.errors import RequestError, UsageError
 from ascendit.family import Task, WanSpec
 from ascendit.geometry import nearest_frames, nearest_sizes
 
-DEFAULTS: Mapping[str, str] = {"device": "cpu", "text_on": "device"}
-"""What `load` does where nothing is said; a replay line leaves these out."""
-FLAGS = ("device", "text_on", "scheme", "recipe", "step_policy", "emulate")
-SETTINGS = (
-    "keep",
-    "activation_rule",
-    "dtype",
-    "vae_dtype",
-    "ops",
-    "attention",
-    "nz",
-    "fast_layernorm",
-    "force",
-)
-"""These have no flag of their own: `--set KEY=VALUE`."""
-
-
-def load_record(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `load` that shape a video, ready for JSON: what was left open is left out.
-
-    `given`: by name, other names too. Words where `load` takes an object, `keep` as a list.
-    """
-    found = {name: _plain(name, given.get(name)) for name in (*FLAGS, *SETTINGS)}
-    return {name: value for name, value in found.items() if value not in (None, False, "", [])}
-
-
-def replay_line(request: GenerateRequest, model: str, loaded: Mapping[str, Any]) -> str:
-    """The command that makes this video again. `model`: as it was given to `load`. `loaded`: a record."""
-    words = []
-    for name in FLAGS:
-        if (value := loaded.get(name)) and value != DEFAULTS.get(name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    for name in SETTINGS:
-        if value := loaded.get(name):
-            words += ["--set", f"{name}={setting_text(value)}"]
-    start = "ascendit generate"
-    return request.replay_line(model).replace(start, shlex.join([*start.split(), *words]), 1)
-
-
-def setting_text(value: Any) -> str:
-    """A value of a record as `--set` takes it."""
-    if isinstance(value, (list, tuple)):
-        return ";".join(value)
-    return "true" if value is True else str(value)
-
-
-def _plain(name: str, value: Any) -> Any:
-    if name == "keep":
-        return [str(pattern) for pattern in value or ()]
-    if name == "emulate" and value is True:
-        return "decode-on-use"
-    if value is None or isinstance(value, bool) or (name == "ops" and value == "auto"):
-        return value if isinstance(value, bool) else None
-    text = str(value)  # of a StepPolicy, a path, a torch.dtype
-    return text.removeprefix("torch.") if name.endswith("dtype") else text
-
-
-# ---- GenerateRequest: one video, every value named. Frozen, validated, JSON round trip ----------
-
 Solver = Literal["unipc", "euler"]
 MAX_SEED = 2**63 - 1
 _FALLING = "falling numbers above 0, at most 1000, for example 1000,750,500,250"
+
+
+# ---- the request ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +206,9 @@ class GenerateRequest:
         return shlex.join(words)
 
 
+# ---- from what a user gives ----------------------------------------------------------------------
+
+
 def resolve(defaults: Defaults, prompt: str, **given: Any) -> GenerateRequest:
     """Fill what `given` leaves out (or gives as None) from `defaults`, and check it against the model.
 
@@ -280,7 +223,7 @@ def resolve(defaults: Defaults, prompt: str, **given: Any) -> GenerateRequest:
             fix="correct the name",
             code="E-USE-01",
         )
-    values = {k: _python_number(v) for k, v in given.items() if v is not None}
+    values = {k: _plain_number(v) for k, v in given.items() if v is not None}
     width, height = values.get("width", defaults.width), values.get("height", defaults.height)
     if values.get("timesteps") is not None:
         values["timesteps"] = _timesteps(values["timesteps"])
@@ -378,7 +321,7 @@ def _guidance(value: float) -> bool:
     return _real(value) and value >= 0
 
 
-def _python_number(value: Any) -> Any:
+def _plain_number(value: Any) -> Any:
     """A numpy or torch scalar as a Python number, anything else as it is."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
@@ -401,3 +344,62 @@ def _falling(timesteps: tuple[float, ...]) -> bool:
         return False
     inside = all(_real(t) and 0 < t <= 1000 for t in timesteps)
     return inside and all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+
+
+# ---- how the model was loaded, and the command that makes the video again ------------------------
+
+LOAD_DEFAULTS: Mapping[str, str] = {"device": "cpu", "text_on": "device"}
+"""What `load` does where nothing is said; a replay line leaves these out."""
+LOAD_FLAGS = ("device", "text_on", "scheme", "recipe", "step_policy", "emulate")
+LOAD_SETTINGS = (
+    "keep",
+    "activation_rule",
+    "dtype",
+    "vae_dtype",
+    "ops",
+    "attention",
+    "nz",
+    "fast_layernorm",
+    "force",
+)
+"""These have no flag of their own: `--set KEY=VALUE`."""
+
+
+def load_record(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `load` that shape a video, ready for JSON: what was left open is left out.
+
+    `given`: by name, other names too. Words where `load` takes an object, `keep` as a list.
+    """
+    found = {name: _plain_option(name, given.get(name)) for name in (*LOAD_FLAGS, *LOAD_SETTINGS)}
+    return {name: value for name, value in found.items() if value not in (None, False, "", [])}
+
+
+def replay_line(request: GenerateRequest, model: str, loaded: Mapping[str, Any]) -> str:
+    """The command that makes this video again. `model`: as it was given to `load`. `loaded`: a record."""
+    words = []
+    for name in LOAD_FLAGS:
+        if (value := loaded.get(name)) and value != LOAD_DEFAULTS.get(name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    for name in LOAD_SETTINGS:
+        if value := loaded.get(name):
+            words += ["--set", f"{name}={setting_text(value)}"]
+    start = "ascendit generate"
+    return request.replay_line(model).replace(start, shlex.join([*start.split(), *words]), 1)
+
+
+def setting_text(value: Any) -> str:
+    """A value of a record as `--set` takes it."""
+    if isinstance(value, (list, tuple)):
+        return ";".join(value)
+    return "true" if value is True else str(value)
+
+
+def _plain_option(name: str, value: Any) -> Any:
+    if name == "keep":
+        return [str(pattern) for pattern in value or ()]
+    if name == "emulate" and value is True:
+        return "decode-on-use"
+    if value is None or isinstance(value, bool) or (name == "ops" and value == "auto"):
+        return value if isinstance(value, bool) else None
+    text = str(value)  # of a StepPolicy, a path, a torch.dtype
+    return text.removeprefix("torch.") if name.endswith("dtype") else text

@@ -1,8 +1,8 @@
 """Video: frames in memory, and how they become a file.
 
 `Video.save` writes mp4, webm, gif or png frames: whole or not at all, and never over another file.
-`check_output` makes the same refusals before an expensive run; `read_metadata` reads back what save
-wrote inside. The encoders are in `encode.py`, the checks of the pixels in `frames.py`.
+`check_output` makes the same refusals before an expensive run; `read_metadata` reads back what save wrote
+inside. The encoders are in `video_codecs.py`, the checks of the pixels in `frame_checks.py`.
 """
 
 from __future__ import annotations
@@ -26,24 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ascendit.errors import EnvironmentProblem, UsageError
-from ascendit.pipeline.frame_checks import Frames, check_frames, check_not_flat, to_uint8
+from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest, replay_line
-from ascendit.pipeline.video_codecs import CODECS, WRITERS, library, read_tags
-
-__all__ = [
-    "CODECS",
-    "Frames",
-    "Target",
-    "Video",
-    "check_frames",
-    "check_not_flat",
-    "check_output",
-    "check_writable",
-    "default_name",
-    "installed_versions",
-    "read_metadata",
-    "to_uint8",
-]
+from ascendit.pipeline.video_codecs import CODECS, WRITERS, import_library, read_tags
 
 AnyPath = str | os.PathLike[str]
 
@@ -85,7 +70,7 @@ class Video:
     source: str = ""
     """The model as `load` was given it: demo, a folder, a name on a hub. Empty where it was not `load`."""
     loaded: Mapping[str, Any] = field(default_factory=dict)
-    """How it was loaded, as `replay.load_record` says it."""
+    """How it was loaded, as `request.load_record` says it."""
 
     def __post_init__(self) -> None:
         x = self.frames
@@ -159,7 +144,7 @@ class Video:
         return target.path
 
 
-# ---- where it goes
+# ---- where it goes -------------------------------------------------------------------------------
 
 
 def default_name(prompt: str, seed: int, when: datetime) -> Path:
@@ -237,11 +222,11 @@ def _check_format(target: Target, shape: tuple[int, ...], fps: int) -> None:
         rule = "at most 50 fps: gif counts in 1/100 s, and players slow down what is faster"
         raise _usage(f"{fps} fps in a gif", rule, f"-o {target.path.with_suffix('.mp4')}")
     if target.kind not in CODECS:
-        library("PIL", "pillow")
+        import_library("PIL", "pillow")
         return
     codec = CODECS[target.kind][0]
     try:
-        library("av", "av").Codec(codec, "w")
+        import_library("av", "av").Codec(codec, "w")
     except ValueError as e:
         raise EnvironmentProblem(
             f"this PyAV has no {codec} encoder",
@@ -289,7 +274,7 @@ def _not_writable(folder: Path, e: OSError) -> EnvironmentProblem:
     )
 
 
-# ---- how it is written
+# ---- how it is written ---------------------------------------------------------------------------
 
 
 @contextmanager

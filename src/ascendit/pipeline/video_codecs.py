@@ -31,7 +31,7 @@ CODECS: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {  # encoder, it
 BT709, LIMITED, FULL = 1, 1, 2  # FFmpeg's numbers; BT.709 is 1 as matrix, primaries and transfer
 
 
-def library(module: str, package: str) -> Any:
+def import_library(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
@@ -55,7 +55,7 @@ def _pictures(av: Any, frames: Frames, fps: int) -> Iterator[Any]:
 def _stream(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> Iterator[Any]:
     """`encode(picture)` into a new container; flushed and closed at the end."""
     codec, options, container_options = CODECS[kind]
-    with library("av", "av").open(
+    with import_library("av", "av").open(
         str(new), "w", format=kind, options={**container_options, "fflags": "+bitexact"}
     ) as container:
         if comment:
@@ -74,13 +74,13 @@ def _write_stream(frames: Frames, fps: int, new: Path, kind: str, comment: str) 
     colours = {"src_colorspace": BT709, "dst_colorspace": BT709}
     colours |= {"src_color_range": FULL, "dst_color_range": LIMITED}
     with _stream(frames, fps, new, kind, comment) as encode:
-        for picture in _pictures(library("av", "av"), frames, fps):
+        for picture in _pictures(import_library("av", "av"), frames, fps):
             encode(picture.reformat(format="yuv420p", **colours))
 
 
 def _write_gif(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> None:
     """One palette for the whole video, so that still parts do not flicker; 255 colours fit, to one level."""
-    av = library("av", "av")
+    av = import_library("av", "av")
     _, height, width, _ = frames.shape
     size = {"width": width, "height": height, "format": "rgb24", "time_base": Fraction(1, fps)}
     graph = av.filter.Graph()
@@ -155,7 +155,7 @@ WRITERS: dict[str, Callable[[Frames, int, Path, str, str], None]] = {
 
 def read_tags(file: Path) -> dict[str, str]:
     if file.suffix.lower() in (".png", ".gif"):
-        with library("PIL.Image", "pillow").open(file) as image:
+        with import_library("PIL.Image", "pillow").open(file) as image:
             return {k: v.decode() if isinstance(v, bytes) else str(v) for k, v in image.info.items()}
-    with library("av", "av").open(str(file)) as container:
+    with import_library("av", "av").open(str(file)) as container:
         return dict(container.metadata)

@@ -14,14 +14,29 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import dataclass, field
 from typing import Any
 
 from ascendit import environment
 from ascendit.device.chip import CHIPS
 from ascendit.errors import UsageError
-from ascendit.twin.state import STATE
 
 __all__ = ["allow_internal_format", "call", "chip", "disable", "enable", "launches", "reset", "use"]
+
+
+@dataclass
+class State:
+    """One for the whole process, as the operators under torch.ops are."""
+
+    chip: str | None = None
+    """a2, a3 or a5; None while the twin is off."""
+    internal_format: bool = False
+    """`torch.npu.config.allow_internal_format`; a5 ignores it."""
+    launches: dict[str, int] = field(default_factory=dict)
+    """Operator -> calls that were computed."""
+
+
+STATE = State()
 
 
 def enable(chip: str, *, fake_module: bool = False) -> None:

@@ -1,6 +1,7 @@
-"""Numbers that stand for dtypes in `int` arguments: torch's own and torch_npu's.
+"""What every operator's contract is written with: the errors, and the numbers that stand for dtypes.
 
-What the twin says when a call is wrong. RuntimeErrors, as torch_npu raises them, with what to do.
+Errors are RuntimeErrors, as torch_npu raises them, with what to do. An `int` argument of an operator takes a
+dtype's number: torch's own, or one of torch_npu's.
 """
 
 from __future__ import annotations
@@ -34,24 +35,24 @@ def require(holds: bool, got: str, *, needs: str, fix: str) -> None:
         refuse(got, needs=needs, fix=fix)
 
 
-# ---- Numbers that stand for dtypes in `int` arguments: torch's own and torch_npu's --------------
+# ---- numbers of dtypes ---------------------------------------------------------------------------
 
-INT4, HIFLOAT8, E5M2, E4M3, E8M0, E3M2, E2M3, E2M1, E1M2 = 285, *range(290, 298)
+INT4, HIFLOAT8, FP8_E5M2, FP8_E4M3, SCALE_E8M0, FP6_E3M2, FP6_E2M3, FP4_E2M1, FP4_E1M2 = 285, *range(290, 298)
 
-NAMES: dict[str, int] = {
+DTYPE_NUMBERS: dict[str, int] = {
     "int4": INT4,
     "hifloat8": HIFLOAT8,
-    "float8_e5m2": E5M2,
-    "float8_e4m3fn": E4M3,
-    "float8_e8m0fnu": E8M0,
-    "float6_e3m2": E3M2,
-    "float6_e2m3": E2M3,
-    "float4_e2m1fn_x2": E2M1,
-    "float4_e1m2fn_x2": E1M2,
+    "float8_e5m2": FP8_E5M2,
+    "float8_e4m3fn": FP8_E4M3,
+    "float8_e8m0fnu": SCALE_E8M0,
+    "float6_e3m2": FP6_E3M2,
+    "float6_e2m3": FP6_E2M3,
+    "float4_e2m1fn_x2": FP4_E2M1,
+    "float4_e1m2fn_x2": FP4_E1M2,
 }
 """Attributes of torch_npu that are numbers, not torch dtypes."""
 
-TORCH: dict[int, torch.dtype] = {
+DTYPE_OF_NUMBER: dict[int, torch.dtype] = {
     0: torch.uint8,
     1: torch.int8,
     2: torch.int16,
@@ -73,32 +74,38 @@ TORCH: dict[int, torch.dtype] = {
     256: torch.float32,
     257: torch.float16,
     283: torch.bfloat16,
-    E5M2: torch.float8_e5m2,
-    E4M3: torch.float8_e4m3fn,
+    FP8_E5M2: torch.float8_e5m2,
+    FP8_E4M3: torch.float8_e4m3fn,
 }
 """Number -> torch dtype, for those torch has a dtype for. 256 on are torch_npu's."""
 
-_NUMBERS = {dtype: number for number, dtype in reversed(TORCH.items())}
+_NUMBER_OF_DTYPE = {dtype: number for number, dtype in reversed(DTYPE_OF_NUMBER.items())}
+
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HALF_DTYPES = FLOAT_DTYPES[:2]
 
 
 def number_of(dtype: torch.dtype) -> int:
     """The number that torch's binding passes for a torch.dtype."""
-    return _NUMBERS[dtype]
+    return _NUMBER_OF_DTYPE[dtype]
 
 
-def spelled(number: int | None) -> str:
+def spell_dtype(number: int | None) -> str:
     """A number as a user writes it."""
-    for name, value in NAMES.items():
+    for name, value in DTYPE_NUMBERS.items():
         if value == number:
             return f"torch_npu.{name} ({number})"
-    return f"{TORCH[number]} ({number})" if number in TORCH else str(number)
+    return f"{DTYPE_OF_NUMBER[number]} ({number})" if number in DTYPE_OF_NUMBER else str(number)
 
 
 def output_dtype(number: int | None, allowed: tuple[torch.dtype, ...], what: str) -> torch.dtype:
     """The torch dtype of an `output_dtype`. Refuses None, which means int8, and dtypes not `allowed`."""
-    dtype = None if number is None else TORCH.get(number)
+    dtype = None if number is None else DTYPE_OF_NUMBER.get(number)
     if dtype not in allowed:
-        got = "output_dtype=None, which means int8" if number is None else f"output_dtype={spelled(number)}"
+        got = (
+            "output_dtype=None, which means int8" if number is None else f"output_dtype={spell_dtype(number)}"
+        )
         refuse(
             f"Not supported output dtype is {got} for {what}",
             needs="output_dtype " + ", ".join(str(d) for d in allowed),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.twin.contract import E2M1, E4M3, E8M0
+from ascendit.twin.contract import FP4_E2M1, FP8_E4M3, SCALE_E8M0
 from ascendit.twin.operators import call
 from ascendit.twin.registry import current_chip
 
@@ -147,7 +147,7 @@ def _rows(a5: bool) -> Iterator[Sample]:
 def _casts(a5: bool) -> Iterator[Sample]:
     x = rand(4, 64)
     yield Sample("cast", "npu_dtype_cast", (x, torch.float16))
-    yield Sample("cast to FP4", "npu_dtype_cast", (x, E2M1))
+    yield Sample("cast to FP4", "npu_dtype_cast", (x, FP4_E2M1))
     yield Sample("format", "get_npu_format", (x,))
     yield Sample("to ND", "npu_format_cast", (x, 2))
     ints = torch.arange(64, dtype=torch.int32).view(4, 16) % 16 - 8
@@ -158,45 +158,45 @@ def _casts(a5: bool) -> Iterator[Sample]:
 
 def _quantizers() -> Iterator[Sample]:
     x, mx = rand(5, 96), "npu_dynamic_mx_quant"
-    yield Sample("mxfp8", mx, (x,), {"dst_type": E4M3})
-    yield Sample("mxfp8, algorithm 1", mx, (x,), {"dst_type": E4M3, "scale_alg": 1})
+    yield Sample("mxfp8", mx, (x,), {"dst_type": FP8_E4M3})
+    yield Sample("mxfp8, algorithm 1", mx, (x,), {"dst_type": FP8_E4M3, "scale_alg": 1})
     yield Sample("mxfp8 e5m2", mx, (x,), {"dst_type": 291})
     yield Sample("mxfp8 of a torch dtype", mx, (x.float(),), {"dst_type": torch.float8_e4m3fn})
     yield Sample("mxfp4", mx, (x,))
-    yield Sample("mxfp4, algorithm 2", mx, (x,), {"dst_type": E2M1, "scale_alg": 2})
-    yield Sample("mxfp4, 7.25", mx, (x,), {"dst_type": E2M1, "scale_alg": 2, "dst_type_max": 7.25})
+    yield Sample("mxfp4, algorithm 2", mx, (x,), {"dst_type": FP4_E2M1, "scale_alg": 2})
+    yield Sample("mxfp4, 7.25", mx, (x,), {"dst_type": FP4_E2M1, "scale_alg": 2, "dst_type_max": 7.25})
     yield Sample("mxfp4 along tokens", mx, (rand(70, 96),), {"axis": 0})
     yield Sample("mxfp4 e1m2", mx, (x.half(),), {"dst_type": 297, "round_mode": "floor"})
     yield Sample("dual level", "npu_dynamic_dual_level_mx_quant", (rand(3, 640),))
     smooth = {"smooth_scale": rand(640).abs()}
     yield Sample("dual level, smoothed", "npu_dynamic_dual_level_mx_quant", (rand(3, 640),), smooth)
-    codes, scale = call(mx, x, dst_type=E4M3)
+    codes, scale = call(mx, x, dst_type=FP8_E4M3)
     yield Sample("values again", "npu_anti_mx_quant", (codes, scale))
     yield Sample("fp8", "npu_dynamic_quant", (x,), {"dst_type": torch.float8_e4m3fn})
-    block = {"dst_type": E4M3, "row_block_size": 128, "col_block_size": 128}
+    block = {"dst_type": FP8_E4M3, "row_block_size": 128, "col_block_size": 128}
     yield Sample("fp8 in blocks", "npu_dynamic_block_quant", (rand(2, 200, 128),), block)
     gamma = rand(96, dtype=FP32)
-    yield Sample("rms_norm, mxfp8", "npu_rms_norm_dynamic_mx_quant", (x, gamma), {"dst_type": E4M3})
+    yield Sample("rms_norm, mxfp8", "npu_rms_norm_dynamic_mx_quant", (x, gamma), {"dst_type": FP8_E4M3})
     yield Sample("add_rms_norm, mxfp4", "npu_add_rms_norm_dynamic_mx_quant", (x, x, gamma))
 
 
 def _mx_matmuls() -> Iterator[Sample]:
     x, w, matmul = rand(6, 160), rand(32, 160, seed=1), "npu_quant_matmul"
-    q8, s8 = call("npu_dynamic_mx_quant", x, dst_type=E4M3)
-    w8, ws8 = call("npu_dynamic_mx_quant", w, dst_type=E4M3)
+    q8, s8 = call("npu_dynamic_mx_quant", x, dst_type=FP8_E4M3)
+    w8, ws8 = call("npu_dynamic_mx_quant", w, dst_type=FP8_E4M3)
     q4, s4 = call("npu_dynamic_mx_quant", x)
     w4, ws4 = call("npu_dynamic_mx_quant", w, scale_alg=2, dst_type_max=7.0)
     bias = rand(32, dtype=FP32)
     rest = {
-        "scale_dtype": E8M0,
-        "pertoken_scale_dtype": E8M0,
+        "scale_dtype": SCALE_E8M0,
+        "pertoken_scale_dtype": SCALE_E8M0,
         "output_dtype": BF16,
         "group_sizes": [1, 1, 32],
         "bias": bias,
     }
     mx8, fp4 = (
         {**rest, "pertoken_scale": s8},
-        {**rest, "pertoken_scale": s4, "x1_dtype": E2M1, "x2_dtype": E2M1},
+        {**rest, "pertoken_scale": s4, "x1_dtype": FP4_E2M1, "x2_dtype": FP4_E2M1},
     )
     yield Sample("mxfp8 matmul", matmul, (q8, w8.t(), ws8.transpose(0, 1)), mx8)
     deep = {**mx8, "pertoken_scale": s8[None], "bias": None, "output_dtype": FP32}
@@ -204,12 +204,12 @@ def _mx_matmuls() -> Iterator[Sample]:
     yield Sample("mxfp8 matmul, NZ", matmul, (q8, w8, ws8.transpose(0, 1)), mx8, nz=1)
     yield Sample("mxfp4 matmul", matmul, (q4, w4.t(), ws4.transpose(0, 1)), fp4)
     yield Sample("mxfp4 matmul, NZ", matmul, (q4, w4, ws4.transpose(0, 1)), fp4, nz=1, packed=True)
-    w4a8 = {**mx8, "x2_dtype": E2M1, "bias": bias.to(BF16)[None], "group_sizes": [0, 0, 32]}
+    w4a8 = {**mx8, "x2_dtype": FP4_E2M1, "bias": bias.to(BF16)[None], "group_sizes": [0, 0, 32]}
     yield Sample("w4a8 matmul", matmul, (q8, w4.t(), ws4.transpose(0, 1)), w4a8)
     same = {**w4a8, "group_sizes": [1, 1, 32]}
     yield Sample("w4a8 matmul, NZ", matmul, (q8, w4, ws4.transpose(0, 1)), same, nz=1, packed=True)
-    f8, fs = call("npu_dynamic_quant", x, dst_type=E4M3)
-    g8, gs = call("npu_dynamic_quant", w, dst_type=E4M3)
+    f8, fs = call("npu_dynamic_quant", x, dst_type=FP8_E4M3)
+    g8, gs = call("npu_dynamic_quant", w, dst_type=FP8_E4M3)
     row = {"pertoken_scale": fs, "output_dtype": BF16, "bias": bias}
     yield Sample("fp8 matmul", matmul, (f8, g8.t(), gs), row)
     tiles = {
@@ -248,7 +248,7 @@ def _only_a5() -> Iterator[Sample]:
 
 def _blocks(t: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     size = {"row_block_size": rows, "col_block_size": 128}
-    codes, scale = call("npu_dynamic_block_quant", t, dst_type=E4M3, **size)
+    codes, scale = call("npu_dynamic_block_quant", t, dst_type=FP8_E4M3, **size)
     return codes[None], scale[None]
 
 

@@ -1,11 +1,10 @@
-"""Put the operators under torch.ops, and keep torch_npu out of the process while they are there.
+"""Define the operators under torch.ops, and keep torch_npu out of the process while they are there.
 
-A minimal `torch_npu` for code that imports it: `ascendit.twin.enable("a5", fake_module=True)`.
-
+`ascendit.twin.enable("a5", fake_module=True)` also provides a minimal `torch_npu` for code that imports it.
 It offers what can be true on a CPU: every npu_* operator, the numbers of torch_npu's own dtypes, and a
 `torch.npu` whose `is_available()` is False and whose `synchronize`, `empty_cache`, .. do nothing. There is no
-device "npu": tensors stay where they are, on the CPU. It has a ModuleSpec, without which importing accelerate
-and Diffusers fails. Anything else is an AttributeError, as on an older torch_npu.
+device "npu": tensors stay on the CPU. It has a ModuleSpec, without which importing accelerate and Diffusers
+fails. Anything else is an AttributeError, as on an older torch_npu.
 """
 
 from __future__ import annotations
@@ -22,121 +21,16 @@ from typing import Any
 import torch
 
 from ascendit.device.chip import CHIPS
-from ascendit.twin import operators  # noqa: F401  (it registers them all)
-from ascendit.twin.contract import IMPORT, NAMES, TwinImportError
-from ascendit.twin.registry import OPERATORS, VERSIONS, current_chip, fake, frozen, not_here, run
-from ascendit.twin.state import STATE
+from ascendit.twin import STATE, operators  # noqa: F401  (importing operators registers them all)
+from ascendit.twin.contract import DTYPE_NUMBERS, IMPORT, TwinImportError
+from ascendit.twin.registry import OPERATORS, VERSIONS, current_chip, fake, frozen, refuse_uncomputed, run
 
-VERSION = "2.13.0"
-_MARK = "ascendit_twin"
-
-
-class _Module(types.ModuleType):
-    """`torch_npu`: operators by name."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in {n.partition(".")[0] for n in frozen("npu")}:
-            return getattr(torch.ops.npu, name)
-        raise AttributeError(f"module 'torch_npu' has no attribute {name!r}: this is ascendit's twin of it")
-
-
-class _Config:
-    """`torch.npu.config`; a5 ignores the flag, as the card does."""
-
-    @property
-    def allow_internal_format(self) -> bool:
-        return STATE.internal_format
-
-    @allow_internal_format.setter
-    def allow_internal_format(self, value: bool) -> None:
-        STATE.internal_format = bool(value)
-
-
-def is_ours(module: Any) -> bool:
-    """Whether this `torch_npu` is the one made here."""
-    return getattr(module, "__dict__", {}).get(_MARK) is True
-
-
-def install_module() -> None:
-    """Put `torch_npu`, `torch_npu.npu` and `torch.npu` in place; a second call does nothing."""
-    if is_ours(sys.modules.get("torch_npu")):
-        return
-    npu = _npu()
-    module = _named("torch_npu", _Module)
-    vars(module).update({_MARK: True, "__version__": VERSION, "npu": npu, "__path__": [], **NAMES})
-    sys.modules.update({"torch_npu": module, "torch_npu.npu": npu, "torch.npu": npu})
-    vars(torch)["npu"] = npu
-
-
-def uninstall_module() -> None:
-    """Take them away again."""
-    if is_ours(sys.modules.get("torch_npu")):
-        for name in ("torch_npu", "torch_npu.npu", "torch.npu"):
-            sys.modules.pop(name, None)
-        vars(torch).pop("npu", None)
-
-
-def _named(name: str, kind: type[types.ModuleType] = types.ModuleType) -> types.ModuleType:
-    module = kind(name, __doc__)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-    return module
-
-
-def _npu() -> types.ModuleType:
-    """`torch.npu`."""
-    npu = _named("torch.npu")
-
-    def soc_version() -> int:
-        return CHIPS[current_chip()].soc_versions[0]
-
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
-
-    vars(npu).update(
-        is_available=lambda: False,
-        device_count=lambda: 0,
-        current_device=lambda: 0,
-        get_device_name=lambda device=None: CHIPS[current_chip()].soc_name,
-        get_soc_version=soc_version,
-        config=_Config(),
-        **{
-            n: nothing
-            for n in ("synchronize", "empty_cache", "set_device", "set_compile_mode", "manual_seed")
-        },
-    )
-    vars(npu)["utils"] = types.SimpleNamespace(get_soc_version=soc_version)
-    return npu
-
-
-# ---- Put the operators under torch.ops, and keep torch_npu out of the process while they are th -
+# ---- operators under torch.ops -------------------------------------------------------------------
 
 _LIBRARIES: list[torch.library.Library] = []
 
 
-class Guard(importlib.abc.MetaPathFinder):
-    """Refuses `import torch_npu`. Who only asks if it is there (find_spec) gets the usual answer."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != "torch_npu":
-            return None
-        # A question comes from importlib.util; Diffusers and accelerate ask while they are imported. Frames:
-        # 0 here, 1 _find_spec, 2 who wants to know.
-        if sys._getframe(2).f_globals.get("__name__") == "importlib.util":
-            return None
-        raise TwinImportError(
-            f"import torch_npu while the twin of {STATE.chip} is enabled in this process",
-            needs="torch_npu or the twin, never both: they define the same operators",
-            fix="use another process, or enable(chip, fake_module=True) for code that imports torch_npu",
-            code=IMPORT,
-        )
-
-
-_GUARD = Guard()
-
-
-def installed() -> bool:
+def is_installed() -> bool:
     """Whether the operators are defined."""
     return bool(_LIBRARIES)
 
@@ -157,12 +51,12 @@ def install(chip: str, *, with_module: bool) -> None:
         sys.meta_path.insert(0, _GUARD)
     STATE.chip = chip
     if with_module:
-        install_module()
+        add_module()
 
 
 def uninstall() -> None:
     """Undo `install`."""
-    uninstall_module()
+    remove_module()
     if _GUARD in sys.meta_path:
         sys.meta_path.remove(_GUARD)
     while _LIBRARIES:
@@ -211,4 +105,115 @@ def _missing(name: str) -> Any:
 
 
 def _not_here(name: str, *args: Any, **kwargs: Any) -> None:
-    not_here(name)
+    refuse_uncomputed(name)
+
+
+# ---- torch_npu is refused ------------------------------------------------------------------------
+
+
+class Guard(importlib.abc.MetaPathFinder):
+    """Refuses `import torch_npu`. Who only asks if it is there (find_spec) gets the usual answer."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "torch_npu":
+            return None
+        # A question comes from importlib.util; Diffusers and accelerate ask while they are imported. Frames:
+        # 0 here, 1 _find_spec, 2 who wants to know.
+        if sys._getframe(2).f_globals.get("__name__") == "importlib.util":
+            return None
+        raise TwinImportError(
+            f"import torch_npu while the twin of {STATE.chip} is enabled in this process",
+            needs="torch_npu or the twin, never both: they define the same operators",
+            fix="use another process, or enable(chip, fake_module=True) for code that imports torch_npu",
+            code=IMPORT,
+        )
+
+
+_GUARD = Guard()
+
+
+# ---- a minimal torch_npu -------------------------------------------------------------------------
+
+MODULE_VERSION = "2.13.0"
+_MARK = "ascendit_twin"
+
+
+def is_ours(module: Any) -> bool:
+    """Whether this `torch_npu` is the one made here."""
+    return getattr(module, "__dict__", {}).get(_MARK) is True
+
+
+def add_module() -> None:
+    """Put `torch_npu`, `torch_npu.npu` and `torch.npu` in place; a second call does nothing."""
+    if is_ours(sys.modules.get("torch_npu")):
+        return
+    npu = _torch_npu_npu()
+    module = _new_module("torch_npu", _TorchNpu)
+    vars(module).update(
+        {_MARK: True, "__version__": MODULE_VERSION, "npu": npu, "__path__": [], **DTYPE_NUMBERS}
+    )
+    sys.modules.update({"torch_npu": module, "torch_npu.npu": npu, "torch.npu": npu})
+    vars(torch)["npu"] = npu
+
+
+def remove_module() -> None:
+    """Take them away again."""
+    if is_ours(sys.modules.get("torch_npu")):
+        for name in ("torch_npu", "torch_npu.npu", "torch.npu"):
+            sys.modules.pop(name, None)
+        vars(torch).pop("npu", None)
+
+
+class _TorchNpu(types.ModuleType):
+    """`torch_npu`: operators by name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in {n.partition(".")[0] for n in frozen("npu")}:
+            return getattr(torch.ops.npu, name)
+        raise AttributeError(f"module 'torch_npu' has no attribute {name!r}: this is ascendit's twin of it")
+
+
+class _Config:
+    """`torch.npu.config`; a5 ignores the flag, as the card does."""
+
+    @property
+    def allow_internal_format(self) -> bool:
+        return STATE.internal_format
+
+    @allow_internal_format.setter
+    def allow_internal_format(self, value: bool) -> None:
+        STATE.internal_format = bool(value)
+
+
+def _new_module(name: str, kind: type[types.ModuleType] = types.ModuleType) -> types.ModuleType:
+    module = kind(name, __doc__)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    return module
+
+
+def _torch_npu_npu() -> types.ModuleType:
+    """`torch.npu`."""
+    npu = _new_module("torch.npu")
+
+    def soc_version() -> int:
+        return CHIPS[current_chip()].soc_versions[0]
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    vars(npu).update(
+        is_available=lambda: False,
+        device_count=lambda: 0,
+        current_device=lambda: 0,
+        get_device_name=lambda device=None: CHIPS[current_chip()].soc_name,
+        get_soc_version=soc_version,
+        config=_Config(),
+        **{
+            n: nothing
+            for n in ("synchronize", "empty_cache", "set_device", "set_compile_mode", "manual_seed")
+        },
+    )
+    vars(npu)["utils"] = types.SimpleNamespace(get_soc_version=soc_version)
+    return npu

@@ -1,4 +1,4 @@
-"""The operators by name: a dict and a decorator. Each is one generator, in three parts:
+"""The operators by name: their frozen schemas, and a decorator that registers a body for one.
 
     @operator("npu_silu")
     def npu_silu(self):                                  # every argument of the schema, by name
@@ -6,9 +6,8 @@
         yield Out(tuple(self.shape), self.dtype)         # 2. what comes out; a fake stops here
         yield torch.nn.functional.silu(self)             # 3. the numbers
 
-so a fake and the numbers cannot disagree: what part 3 gives is checked against part 2 on every call.
-
-The operators' schemas, frozen from torch_npu 2.13.0 and MindIE-SD 3.1.0, and how arguments meet them.
+so a fake and the numbers cannot disagree: what part 3 gives is checked against part 2 on every call. Schemas
+are those of torch_npu 2.13.0 and MindIE-SD 3.1.0.
 """
 
 from __future__ import annotations
@@ -23,9 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.device.chip import CHIPS, capability
+from ascendit.device.chip import CHIPS
+from ascendit.device.operator_support import capability
+from ascendit.twin import STATE
 from ascendit.twin.contract import CHIP, TwinError, refuse
-from ascendit.twin.state import STATE
+
+# ---- schemas -------------------------------------------------------------------------------------
 
 VERSIONS: Mapping[str, str] = {"npu": "torch_npu_2.13.0", "mindiesd": "mindiesd_3.1.0"}
 """Namespace of torch.ops -> file in `twin/data`."""
@@ -106,7 +108,7 @@ def signature(name: str) -> Signature:
     )
 
 
-# ---- The operators by name: a dict and a decorator. Each is one generator, in three parts: ------
+# ---- operators -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def current_chip() -> str:
 
 
 def gate(name: str, mode: str = "") -> None:
-    """Refuse what this chip has no kernel for, by `ascendit.device.chip.CAPABILITIES`."""
+    """Refuse what this chip has no kernel for, by `ascendit.device.operator_support.CAPABILITIES`."""
     chip = current_chip()
     row = capability(name, mode)
     answer = row.on(chip)
@@ -166,7 +168,7 @@ def run(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Check the call and compute it. Counts one launch."""
     bound = signature(name).bind(args, kwargs)
     if name not in OPERATORS:
-        not_here(name)
+        refuse_uncomputed(name)
     gate(name)
     with torch.no_grad():
         steps = OPERATORS[name](**bound)
@@ -191,7 +193,7 @@ def fake(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return tuple(empty(o) for o in outs) if isinstance(outs, tuple) else empty(outs)
 
 
-def not_here(name: str) -> None:
+def refuse_uncomputed(name: str) -> None:
     """An operator of the frozen schemas that the twin does not compute."""
     namespace, rest = split(name)
     refuse(

@@ -10,14 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ascendit.mx.codec import decibels
+from ascendit.pipeline.frame_checks import Frames
 
 EQUAL_DB = 99.0
 """What stands for infinity: no difference at all."""
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 """Of SSIM (Wang et al. 2004): side and standard deviation of the Gaussian window, and two constants."""
-
-Frames = NDArray[np.uint8]
-"""[F, H, W, 3]."""
 
 
 def psnr(a: Frames, b: Frames) -> float:
@@ -69,7 +67,7 @@ def relative_l2(a: Tensor, reference: Tensor) -> float:
     return away / size if size else math.inf if away else 0.0
 
 
-def sqnr(a: Tensor, reference: Tensor) -> float:
+def output_sqnr(a: Tensor, reference: Tensor) -> float:
     """Signal to quantization noise in dB: |reference|^2 / |a - reference|^2."""
     reference = reference.double()
     noise = float((a.double() - reference).square().sum())

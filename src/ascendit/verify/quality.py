@@ -1,13 +1,11 @@
 """What quantization costs: every scheme and recipe against BF16, same prompts, same seeds, no neural judge.
 
-    quality = measure_quality("demo", cases(), pick(192), [0], jobs=2)
+    quality = measure_quality("demo", default_cases(), pick(192), [0], jobs=2)
     print(quality.table())
 
-For each case: the signal to noise of every layer's output on tokens of a BF16 run; how far the latents are
-after each step; PSNR and SSIM of the frames; and which videos still show what was asked (`verify.judge`).
+For each case: the signal to noise of every layer's output on rows of a BF16 run; how far the latents are
+after each step; PSNR and SSIM of the frames; and which videos still show what was asked (`adherence.judge`).
 The pipeline is the one that `ascendit.load` gives; it is watched from outside.
-
-What is lost in each layer: its output on codes against that of the floats, on tokens of a real run.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ascendit.demo.adherence import judge
@@ -30,87 +27,33 @@ from ascendit.demo.world import Scene
 from ascendit.errors import QualityError, UsageError
 from ascendit.model.linear import QuantLinear, Tokens
 from ascendit.names import is_block_linear
-from ascendit.ops.runtime import activate
+from ascendit.ops.open_device import activate
 from ascendit.pipeline.calibrate import experts_of, inputs_of, recorded
-from ascendit.pipeline.frame_checks import to_uint8
+from ascendit.pipeline.frame_checks import Frames, to_uint8
 from ascendit.pipeline.generate import Pipeline, Stop, denoise
 from ascendit.pipeline.load import load
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.quant.fusion import leader_of
 from ascendit.quant.recipe import recipe_names
 from ascendit.quant.schemes import QUANTIZED
-from ascendit.verify.metrics import cosine, psnr, relative_l2, sqnr, ssim
-from ascendit.verify.quality_table import Quality, Row
+from ascendit.verify.metrics import cosine, output_sqnr, psnr, relative_l2, ssim
+from ascendit.verify.quality_table import Quality, QualityRow
 
 LAYER_TOKENS = 512
 """How many tokens of each input a layer is measured on."""
 
-
-def layer_inputs(
-    pipe: Pipeline, request: GenerateRequest, cancel: Stop | None = None
-) -> dict[str, dict[str, Tensor]]:
-    """Expert -> first of the layers that share an input -> some of its tokens [n, K], over all steps."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = {name: inputs_of(expert, LAYER_TOKENS) for name, expert in experts_of(pipe).items()}
-    with ExitStack() as stack:
-        for name, expert in experts_of(pipe).items():
-            stack.enter_context(recorded(expert, inputs[name], generator))
-        denoise(pipe, request, None, lambda event: None, cancel)
-    return {name: {layer: seen.rows for layer, seen in found.items()} for name, found in inputs.items()}
-
-
-@torch.inference_mode()
-def layer_sqnr(
-    plain: Pipeline, pipe: Pipeline, inputs: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, float]:
-    """`expert/layer` -> dB: what a layer on codes makes of the tokens, against x W^T of the floats.
-
-    In the precision that the step policy has for most steps. The bias is in neither.
-    """
-    found = {}
-    floats = experts_of(plain)
-    for name, expert in experts_of(pipe).items():
-        for layer, module in expert.named_modules():
-            if not isinstance(module, QuantLinear) or leader_of(layer) not in inputs[name]:
-                continue
-            x = inputs[name][leader_of(layer)]
-            weight: Any = floats[name].get_submodule(layer).weight
-            y = module.run(Tokens(x.to(module.device)), pipe.policy.default).float().cpu()
-            bias = 0 if module.bias is None else module.bias.cpu()
-            found[f"{name}/{layer}"] = sqnr(y - bias, x.float() @ weight.float().cpu().t())
-    return found
-
-
-def bits_per_weight(pipe: Pipeline) -> float:
-    """Of the linears of the blocks, scales included, biases left out."""
-    size = count = 0
-    for expert in pipe.experts:
-        for layer, module in expert.named_modules():
-            if not isinstance(module, nn.Linear) or not is_block_linear(layer):
-                continue
-            count += module.in_features * module.out_features
-            if isinstance(module, QuantLinear):
-                e = module.joint.encoded(module.member)
-                parts = [t for t in (e.codes, e.scale, e.dual_scale) if t is not None]
-                size += sum(t.nbytes for t in parts)
-            else:
-                size += module.weight.nbytes
-    return 8 * size / max(count, 1)
-
-
-# ---- What quantization costs: every scheme and recipe against BF16, same prompts, same seeds, n -
-
-Frames = NDArray[np.uint8]
 T = TypeVar("T")
 OnVideo = Callable[[str, bool], None]
 """Called with the case and whether its video is right; by any thread, one at a time."""
-
 OnRow = Callable[[Quality], None]
 """Called with all rows so far whenever one is done."""
 
 
+# ---- cases ---------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class QualityCase:
     """One way to quantize. `options` are what `ascendit.load` takes besides model and device."""
 
     name: str
@@ -119,23 +62,29 @@ class Case:
     """How many of 192 videos it may get wrong that BF16 gets right."""
 
 
-BASE = Case(name="bf16")
+BASE = QualityCase(name="bf16")
+
+
 _LIMITS = {"int8": 2, "mxfp8": 2, "recommended-fp4": 6}
+
+
 _POLICIES = ("default:w4a8", "0-3:w4a8,default:w4a4")
 
 
-def cases() -> tuple[Case, ...]:
+def default_cases() -> tuple[QualityCase, ...]:
     """Every scheme, MXFP4 by step policies, and every recipe that is shipped."""
-    found = [Case(name=s, options={"scheme": s}, most_lost=_LIMITS.get(s)) for s in QUANTIZED]
-    found += [Case(name=f"mxfp4, {p}", options={"scheme": "mxfp4", "step_policy": p}) for p in _POLICIES]
+    found = [QualityCase(name=s, options={"scheme": s}, most_lost=_LIMITS.get(s)) for s in QUANTIZED]
+    found += [
+        QualityCase(name=f"mxfp4, {p}", options={"scheme": "mxfp4", "step_policy": p}) for p in _POLICIES
+    ]
     recipes = [name for name in recipe_names() if name != "default"]
-    found += [Case(name=r, options={"recipe": r}, most_lost=_LIMITS.get(r)) for r in recipes]
+    found += [QualityCase(name=r, options={"recipe": r}, most_lost=_LIMITS.get(r)) for r in recipes]
     return tuple(found)
 
 
-def choose(names: Sequence[str]) -> tuple[Case, ...]:
+def choose(names: Sequence[str]) -> tuple[QualityCase, ...]:
     """The cases of these names; a recipe's file or a scheme is one too. UsageError E-USE-01."""
-    known = {case.name: case for case in cases()}
+    known = {case.name: case for case in default_cases()}
     found = []
     for name in names:
         if name not in known and not name.endswith(".toml"):
@@ -145,24 +94,16 @@ def choose(names: Sequence[str]) -> tuple[Case, ...]:
                 fix="check the spelling",
                 code="E-USE-01",
             )
-        found.append(known.get(name) or Case(name=name, options={"recipe": name}))
+        found.append(known.get(name) or QualityCase(name=name, options={"recipe": name}))
     return tuple(found)
 
 
-@dataclass(frozen=True, eq=False)
-class Trace:
-    """One video as it was made."""
-
-    latents: Tensor
-    """After each step, float32 [steps, C, F, H, W]; zeros after numbers that were not finite."""
-    frames: Frames
-    right: bool = False
-    """Everything in it is as asked."""
+# ---- the measurement -----------------------------------------------------------------------------
 
 
 def measure_quality(
     model: str,
-    chosen: Sequence[Case],
+    chosen: Sequence[QualityCase],
     scenes: Sequence[Scene],
     seeds: Sequence[int],
     *,
@@ -179,9 +120,9 @@ def measure_quality(
     Raises what `load` raises, UsageError for a model that is quantized already, and Cancelled.
     """
     asked = [(scene, seed) for seed in seeds for scene in scenes]
-    rows: list[Row] = []
+    rows: list[QualityRow] = []
     base: list[Trace] = []
-    known: dict[bytes, Row] = {}
+    known: dict[bytes, QualityRow] = {}
     with Crew(jobs) as crew:
         for case in (BASE, *chosen):
             pipes = [
@@ -195,7 +136,7 @@ def measure_quality(
             if mark not in known:
                 made = make_videos(crew, pipes, requests, asked, case, cancel, on_video)
                 base = base or made
-                known[mark] = compare(
+                known[mark] = compare_traces(
                     made, base, bits_per_weight(pipes[0]), layer_sqnr(plain, pipes[0], inputs)
                 )
             rows.append(
@@ -207,6 +148,17 @@ def measure_quality(
             if on_row:
                 on_row(quality)
     return quality
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One video as it was made."""
+
+    latents: Tensor
+    """After each step, float32 [steps, C, F, H, W]; zeros after numbers that were not finite."""
+    frames: Frames
+    right: bool = False
+    """Everything in it is as asked."""
 
 
 class Crew:
@@ -240,7 +192,7 @@ def make_videos(
     pipes: Sequence[Pipeline],
     requests: Sequence[GenerateRequest],
     asked: Sequence[tuple[Scene, int]],
-    case: Case,
+    case: QualityCase,
     cancel: Stop | None,
     tell: OnVideo | None,
 ) -> list[Trace]:
@@ -268,11 +220,13 @@ def fingerprint(pipe: Pipeline) -> bytes:
     return found.digest()
 
 
-def compare(made: Sequence[Trace], base: Sequence[Trace], bits: float, layers: Mapping[str, float]) -> Row:
+def compare_traces(
+    made: Sequence[Trace], base: Sequence[Trace], bits: float, layers: Mapping[str, float]
+) -> QualityRow:
     """Each video beside the one that BF16 made of the same request."""
     pairs = list(zip(made, base, strict=True))
     steps = [list(zip(a.latents, b.latents, strict=True)) for a, b in pairs]
-    return Row(
+    return QualityRow(
         name="",
         bits=bits,
         layers=layers,
@@ -284,7 +238,19 @@ def compare(made: Sequence[Trace], base: Sequence[Trace], bits: float, layers: M
     )
 
 
-# ---- one video ----------------------------------------------------------------------------------
+def check_float(pipe: Pipeline, model: str) -> Pipeline:
+    """The pipeline. UsageError E-USE-01 if it has codes already."""
+    if any(isinstance(m, QuantLinear) for expert in pipe.experts for m in expert.modules()):
+        raise UsageError(
+            f"{model} is quantized",
+            needs="the float model: each case is quantized while it loads, and held against BF16",
+            fix="give the folder that it was quantized from",
+            code="E-USE-01",
+        )
+    return pipe
+
+
+# ---- one video -----------------------------------------------------------------------------------
 
 
 def trace(pipe: Pipeline, request: GenerateRequest, cancel: Stop | None = None) -> Trace:
@@ -320,13 +286,56 @@ def watched(pipe: Pipeline) -> Iterator[dict[Any, Tensor]]:
             handle.remove()
 
 
-def check_float(pipe: Pipeline, model: str) -> Pipeline:
-    """The pipeline. UsageError E-USE-01 if it has codes already."""
-    if any(isinstance(m, QuantLinear) for expert in pipe.experts for m in expert.modules()):
-        raise UsageError(
-            f"{model} is quantized",
-            needs="the float model: each case is quantized while it loads, and held against BF16",
-            fix="give the folder that it was quantized from",
-            code="E-USE-01",
-        )
-    return pipe
+# ---- the layers ----------------------------------------------------------------------------------
+
+
+def layer_inputs(
+    pipe: Pipeline, request: GenerateRequest, cancel: Stop | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """Expert -> first of the layers that share an input -> some of its tokens [n, K], over all steps."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: inputs_of(expert, LAYER_TOKENS) for name, expert in experts_of(pipe).items()}
+    with ExitStack() as stack:
+        for name, expert in experts_of(pipe).items():
+            stack.enter_context(recorded(expert, inputs[name], generator))
+        denoise(pipe, request, None, lambda event: None, cancel)
+    return {name: {layer: seen.rows for layer, seen in found.items()} for name, found in inputs.items()}
+
+
+@torch.inference_mode()
+def layer_sqnr(
+    plain: Pipeline, pipe: Pipeline, inputs: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, float]:
+    """`expert/layer` -> dB: what a layer on codes makes of the tokens, against x W^T of the floats.
+
+    In the precision that the step policy has for most steps. The bias is in neither.
+    """
+    found = {}
+    floats = experts_of(plain)
+    for name, expert in experts_of(pipe).items():
+        for layer, module in expert.named_modules():
+            if not isinstance(module, QuantLinear) or leader_of(layer) not in inputs[name]:
+                continue
+            x = inputs[name][leader_of(layer)]
+            weight: Any = floats[name].get_submodule(layer).weight
+            y = module.run(Tokens(x.to(module.device)), pipe.policy.default).float().cpu()
+            bias = 0 if module.bias is None else module.bias.cpu()
+            found[f"{name}/{layer}"] = output_sqnr(y - bias, x.float() @ weight.float().cpu().t())
+    return found
+
+
+def bits_per_weight(pipe: Pipeline) -> float:
+    """Of the linears of the blocks, scales included, biases left out."""
+    size = count = 0
+    for expert in pipe.experts:
+        for layer, module in expert.named_modules():
+            if not isinstance(module, nn.Linear) or not is_block_linear(layer):
+                continue
+            count += module.in_features * module.out_features
+            if isinstance(module, QuantLinear):
+                e = module.joint.encoded(module.member)
+                parts = [t for t in (e.codes, e.scale, e.dual_scale) if t is not None]
+                size += sum(t.nbytes for t in parts)
+            else:
+                size += module.weight.nbytes
+    return 8 * size / max(count, 1)

@@ -18,7 +18,7 @@ HEAD = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class QualityRow:
     """One case. Tuples have one entry for each video, in one order for all cases."""
 
     name: str
@@ -45,11 +45,11 @@ class Row:
             "relative_l2": [median(step) for step in zip(*self.distance, strict=True)],
         }
 
-    def lost(self, base: Row) -> int:
+    def lost(self, base: QualityRow) -> int:
         """Videos that are right in `base` and not here."""
         return sum(a and not b for a, b in zip(base.right, self.right, strict=True))
 
-    def won(self, base: Row) -> int:
+    def won(self, base: QualityRow) -> int:
         """Videos that are right here and not in `base`."""
         return base.lost(self)
 
@@ -57,7 +57,7 @@ class Row:
         """The limit for as many videos as there are, rounded up."""
         return None if self.most_lost is None else math.ceil(self.most_lost * len(self.right) / BASIS)
 
-    def as_dict(self, base: Row) -> dict[str, Any]:
+    def as_dict(self, base: QualityRow) -> dict[str, Any]:
         """For JSON: medians and extremes, and every layer."""
         steps = {key: [round(x, 6) for x in values] for key, values in self.per_step.items()}
         worst = min(self.layers, key=lambda name: self.layers[name], default=None)
@@ -85,7 +85,7 @@ class Row:
             "most_lost": self.allowed(),
         }
 
-    def cells(self, base: Row) -> list[str]:
+    def cells(self, base: QualityRow) -> list[str]:
         """One line of the table."""
         steps, exact = self.per_step, self is base
         cos, away = steps["cosine"], steps["relative_l2"]
@@ -111,14 +111,14 @@ class Quality:
     device: str
     prompts: int
     seeds: tuple[int, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[QualityRow, ...]
 
     @property
-    def base(self) -> Row:
+    def base(self) -> QualityRow:
         """BF16."""
         return self.rows[0]
 
-    def verdicts(self) -> Iterable[tuple[Row, bool]]:
+    def verdicts(self) -> Iterable[tuple[QualityRow, bool]]:
         """The rows that have a limit, and whether they keep it."""
         for row in self.rows:
             if (limit := row.allowed()) is not None:

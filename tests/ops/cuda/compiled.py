@@ -11,8 +11,7 @@ from typing import Any
 
 from ascendit.mx import scales
 from ascendit.mx.formats import E2M1, E4M3
-from ascendit.ops.cuda import triton_kernels as kernels
-from ascendit.ops.cuda import triton_linear as cuda_launch
+from ascendit.ops.cuda import triton_kernels, triton_linear
 
 compiler: Any = importlib.import_module("triton.compiler")
 target: Any = importlib.import_module("triton.backends.compiler")
@@ -56,23 +55,27 @@ def kinds(capability: int) -> dict[str, str]:
             "CODES": False,
             "ONES": 3,
             "SMOOTH": True,
-            "GROUPS": cuda_launch.GROUPS,
+            "GROUPS": triton_linear.GROUPS_PER_PROGRAM,
             **more,
         }
         given |= {"SHIFT": shift, "THRESHOLD": threshold, "MASK": scales.fraction_mask(rule, element)}
-        given |= cuda_launch._constants(element)
+        given |= triton_linear._constants(element)
         return compiled(
-            capability, kernels.quantize_blocks, given, {}, **({"out_ptr": "*u8"} if given["CODES"] else {})
+            capability,
+            triton_kernels.quantize_blocks,
+            given,
+            {},
+            **({"out_ptr": "*u8"} if given["CODES"] else {}),
         )
 
     def matmul(kind: str, group: int, tile: tuple[int, int, int]) -> str:
         given = {"KIND": kind, "GROUP": group, "BIAS": True, "EVEN": True, "DOT": tl.bfloat16, "TALL": 8}
         given |= dict(zip(("BM", "BN", "BK"), tile, strict=True))
         types = {"codes_ptr": "*bf16"} if kind == "bf16" else {}
-        return compiled(capability, kernels.matmul, given, {"num_warps": 8, "num_stages": 3}, **types)
+        return compiled(capability, triton_kernels.matmul, given, {"num_warps": 8, "num_stages": 3}, **types)
 
     def dense(name: str, **given: Any) -> str:
-        kernel = getattr(kernels, name)
+        kernel = getattr(triton_kernels, name)
         return compiled(capability, kernel, {**given, "BLOCK": 8192}, {"num_warps": 8}, scale_ptr="*fp32")
 
     rows = {"STEP": 1 / 127, "FP8": False, "CODES": True, "SMOOTH": False, "BLOCK": 1024}
@@ -82,17 +85,17 @@ def kinds(capability: int) -> dict[str, str]:
         "quantize_blocks": blocks(E4M3, "ceil"),
         "quantize_blocks dual": blocks(E2M1, "floor", DUAL=True),
         "quantize_blocks codes": blocks(E2M1, "floor", CODES=True),
-        "quantize_rows": compiled(capability, kernels.quantize_rows, rows, {}, out_ptr="*i8"),
-        "decode_weight": compiled(capability, kernels.decode_weight, decode, {}),
-        "finish": compiled(capability, kernels.finish, ends, {}),
+        "quantize_rows": compiled(capability, triton_kernels.quantize_rows, rows, {}, out_ptr="*i8"),
+        "decode_weight": compiled(capability, triton_kernels.decode_weight, decode, {}),
+        "finish": compiled(capability, triton_kernels.finish, ends, {}),
         "rms_norm": dense("rms_norm"),
         "layer_norm": dense("layer_norm", SCALE=True, ONE=1.0, SHIFT=True),
         "gated_residual": dense("gated_residual"),
         "rope": dense("rope"),
-        "matmul e4m3": matmul("e4m3", 0, cuda_launch.LARGE_TILE),
-        "matmul e2m1": matmul("e2m1", 0, cuda_launch.TILE),
-        "matmul e2m1 dual": matmul("e2m1", 512, cuda_launch.TILE),
-        "matmul bf16": matmul("bf16", 0, cuda_launch.LARGE_TILE),
+        "matmul e4m3": matmul("e4m3", 0, triton_linear.LARGE_MATMUL_TILE),
+        "matmul e2m1": matmul("e2m1", 0, triton_linear.MATMUL_TILE),
+        "matmul e2m1 dual": matmul("e2m1", 512, triton_linear.MATMUL_TILE),
+        "matmul bf16": matmul("bf16", 0, triton_linear.LARGE_MATMUL_TILE),
     }
 
 

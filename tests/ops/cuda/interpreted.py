@@ -18,10 +18,7 @@ from torch import Tensor
 from ascendit import mx
 from ascendit.kernels import reference
 from ascendit.mx.formats import lookup
-from ascendit.ops.cuda import kernels as cuda_dense
-from ascendit.ops.cuda import matmul as cuda_values
-from ascendit.ops.cuda import steps as plain
-from ascendit.ops.cuda import triton_linear as fast
+from ascendit.ops.cuda import kernels, matmul, steps, triton_linear
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -72,15 +69,15 @@ def tokens() -> None:
             for format, rules in RULES.items():
                 for rule in rules if dtype == torch.bfloat16 else rules[:1]:
                     for found, wanted in zip(
-                        fast.to_values(x, format, rule, mul_scale),
-                        plain.to_values(x, format, rule, mul_scale),
+                        triton_linear.to_values(x, format, rule, mul_scale),
+                        steps.to_values(x, format, rule, mul_scale),
                         strict=True,
                     ):
                         same(found, wanted)
                     if format != "mxfp4_dualscale":
-                        codes = fast.to_codes(x, format, rule, mul_scale)
+                        codes = triton_linear.to_codes(x, format, rule, mul_scale)
                         for found, wanted in zip(
-                            codes, plain.to_codes(x, format, rule, mul_scale), strict=True
+                            codes, steps.to_codes(x, format, rule, mul_scale), strict=True
                         ):
                             same(found, wanted)
 
@@ -91,7 +88,10 @@ def strided() -> None:
     for format in ("mxfp8", "int8"):
         rule = lookup(format).default_rule
         for view in (x[:, 64:160], x[:, :96].t().contiguous().t(), x[:0, :64]):
-            same(fast.to_values(view, format, rule, None)[0], plain.to_values(view, format, rule, None)[0])
+            same(
+                triton_linear.to_values(view, format, rule, None)[0],
+                steps.to_values(view, format, rule, None)[0],
+            )
 
 
 def weights() -> None:
@@ -101,11 +101,11 @@ def weights() -> None:
         for k in (544, 33, 64):
             w = (torch.randn(20, k) * torch.logspace(-30, 30, 20)[:, None]).bfloat16()
             encoded = mx.encode(w, format)
-            same(fast.decode_weight(encoded, bias), plain.decode_weight(encoded, bias))
+            same(triton_linear.decode_weight(encoded, bias), steps.decode_weight(encoded, bias))
     every = torch.arange(256, dtype=torch.uint8).view(1, 256)
     scale = torch.full((1, 8), 127, dtype=torch.uint8)
     encoded = mx.Encoded(every.view(torch.float8_e4m3fn), scale, None, "mxfp8", -1, (1, 256))
-    same(fast.decode_weight(encoded, None), plain.decode_weight(encoded, None))
+    same(triton_linear.decode_weight(encoded, None), steps.decode_weight(encoded, None))
 
 
 def products() -> None:
@@ -114,14 +114,14 @@ def products() -> None:
         for m, n, k in ((19, 20, 1088), (16, 16, 64), (40, 33, 96)):
             encoded = mx.encode(torch.randn(n, k), format)
             x, bias = torch.randn(m, k), torch.randn(n) if m != 16 else None
-            values, outer = plain.to_values(x, format, lookup(format).default_rule, None)
+            values, outer = steps.to_values(x, format, lookup(format).default_rule, None)
             wanted = mx.decode(mx.encode(x, format)).double() @ mx.decode(encoded).double().t()
             wanted = wanted if bias is None else wanted + bias
-            for decoded in (None, plain.decode_weight(encoded, bias)):
-                out = fast.matmul(values, outer, encoded, decoded, bias, torch.float32)
+            for decoded in (None, steps.decode_weight(encoded, bias)):
+                out = triton_linear.matmul(values, outer, encoded, decoded, bias, torch.float32)
                 assert out.shape == (m, n)
                 assert float((out - wanted).norm() / wanted.norm()) < 2e-6, (format, m, n, k)
-                narrow = fast.matmul(values, outer, encoded, decoded, bias, torch.bfloat16)
+                narrow = triton_linear.matmul(values, outer, encoded, decoded, bias, torch.bfloat16)
                 same(narrow, out.to(torch.bfloat16))
 
 
@@ -132,14 +132,14 @@ def ends() -> None:
         for r, c, b in ((row, column, bias), (row, column, None), (None, None, bias), (None, None, None)):
             for dtype in DTYPES:
                 found, wanted = (torch.empty(5, 30, dtype=dtype) for _ in range(2))
-                fast.finish(sums, r, c, b, found)
-                plain.finish(sums, r, c, b, wanted)
+                triton_linear.finish(sums, r, c, b, found)
+                steps.finish(sums, r, c, b, wanted)
                 same(found, wanted)
 
 
 def forms() -> None:
     """Whole layers whose steps are kernels, by each way that they can go."""
-    steps, _ = fast.steps()
+    steps, _ = triton_linear.triton_steps()
     assert steps is not None
     for scheme in LINEAR_SCHEMES:
         k = 544 if scheme == "mxfp4_dualscale" else 96
@@ -170,12 +170,12 @@ def dense() -> None:
                 "rope": (heads.unflatten(-1, (6, 32)), angle.cos(), angle.sin()),
             }
             for name, arguments in given.items():
-                found, wanted = getattr(cuda_dense, name)(*arguments), getattr(reference, name)(*arguments)
+                found, wanted = getattr(kernels, name)(*arguments), getattr(reference, name)(*arguments)
                 assert found.dtype == dtype and found.shape == wanted.shape and found.is_contiguous()
                 assert float((found.double() - wanted.double()).norm() / wanted.double().norm()) < limit, name
-            plain = cuda_dense.layer_norm(x, None, None, 1e-6)
+            plain = kernels.layer_norm(x, None, None, 1e-6)
             torch.testing.assert_close(plain, reference.layer_norm(x, None, None, 1e-6), rtol=0.01, atol=1e-5)
-    assert all(cuda_dense.problem(getattr(cuda_dense, name), "cpu") is None for name in given)
+    assert all(kernels.problem_of_operator(getattr(kernels, name), "cpu") is None for name in given)
 
 
 CHECKS = {c.__name__: c for c in (tokens, strided, weights, products, ends, forms, dense)}
@@ -183,6 +183,11 @@ CHECKS = {c.__name__: c for c in (tokens, strided, weights, products, ends, form
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    fast.DOT, fast.TILE, fast.LARGE_TILE, fast.MANY = "float32", (16, 16, 64), (32, 16, 32), 32
-    cuda_values.FEW_TOKENS = 16
+    triton_linear.DOT, triton_linear.MATMUL_TILE, triton_linear.LARGE_MATMUL_TILE, triton_linear.MANY = (
+        "float32",
+        (16, 16, 64),
+        (32, 16, 32),
+        32,
+    )
+    matmul.FEW_TOKENS = 16
     CHECKS[sys.argv[1]]()

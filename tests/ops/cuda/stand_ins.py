@@ -9,7 +9,7 @@ from ascendit import mx
 from ascendit.mx import layouts
 from ascendit.mx.codec import Encoded
 from ascendit.ops.cuda.matmul import DequantizedMatmul, ScaledMatmul
-from ascendit.ops.cuda.steps import Steps
+from ascendit.ops.cuda.steps import LinearSteps
 
 
 def _rows(a: Tensor, b: Tensor, multiple: int) -> None:
@@ -49,9 +49,9 @@ def wide(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float().t()
 
 
-def scaled(steps: Steps, *, once: bool = False) -> ScaledMatmul:
+def scaled(steps: LinearSteps, *, once: bool = False) -> ScaledMatmul:
     return ScaledMatmul(steps, once, int8, fp8, mxfp8)
 
 
-def dequantized(steps: Steps, *, once: bool = False) -> DequantizedMatmul:
+def dequantized(steps: LinearSteps, *, once: bool = False) -> DequantizedMatmul:
     return DequantizedMatmul(steps, once, wide, lambda a, b: wide(a, b).to(torch.bfloat16))

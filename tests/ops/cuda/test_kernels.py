@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from ascendit.kernels import reference
-from ascendit.ops.cuda import kernels as cuda_dense
+from ascendit.ops.cuda import kernels
 
 NAMES = ("rms_norm", "layer_norm", "adaln", "gated_residual", "rope")
 
 
 def test_without_a_card_there_are_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cuda_dense.triton_kernels_on("cuda") == ()
+    assert kernels.triton_kernels_on("cuda") == ()
 
 
 def test_one_that_is_wrong_or_breaks_is_not_taken_and_named(monkeypatch, caplog):
@@ -24,18 +24,18 @@ def test_one_that_is_wrong_or_breaks_is_not_taken_and_named(monkeypatch, caplog)
         raise RuntimeError("no compiler\nand more")
 
     with caplog.at_level("INFO", logger="ascendit"):
-        assert "its numbers are wrong, by" in str(cuda_dense.problem(adaln, "cpu"))
-        assert cuda_dense.problem(rope, "cpu") == "RuntimeError: no compiler"
+        assert "its numbers are wrong, by" in str(kernels.problem_of_operator(adaln, "cpu"))
+        assert kernels.problem_of_operator(rope, "cpu") == "RuntimeError: no compiler"
     assert "rope on cpu is not computed by Triton: RuntimeError: no compiler" in caplog.text
     before = torch.get_rng_state()
-    assert [cuda_dense.problem(getattr(reference, name), "cpu") for name in NAMES] == [None] * 5
+    assert [kernels.problem_of_operator(getattr(reference, name), "cpu") for name in NAMES] == [None] * 5
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 def test_on_a_card_all_are_right():
-    assert {name: cuda_dense.problem(getattr(cuda_dense, name), "cuda") for name in NAMES} == dict.fromkeys(
-        NAMES
-    )
-    assert {k.operator for k in cuda_dense.triton_kernels_on("cuda")} == set(NAMES)
+    assert {
+        name: kernels.problem_of_operator(getattr(kernels, name), "cuda") for name in NAMES
+    } == dict.fromkeys(NAMES)
+    assert {k.operator for k in kernels.triton_kernels_on("cuda")} == set(NAMES)

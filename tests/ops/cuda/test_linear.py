@@ -15,11 +15,8 @@ from ascendit.device.device import parse_device
 from ascendit.errors import UsageError
 from ascendit.kernels.kernel import QuantLinearKernel, Wish
 from ascendit.ops import select as selection
-from ascendit.ops.cuda import linear as cuda_linear
-from ascendit.ops.cuda import matmul as cuda_codes
-from ascendit.ops.cuda import matmul as cuda_values
-from ascendit.ops.cuda import triton_linear as cuda_launch
-from ascendit.ops.cuda.linear import Card, candidates, problem, with_trials
+from ascendit.ops.cuda import linear, matmul, triton_linear
+from ascendit.ops.cuda.linear import CudaCard, candidates, problem_of_kernel, with_trials
 from ascendit.ops.cuda.steps import PLAIN, in_parts, to_values, width_of
 from ascendit.ops.operators import Schemes, bind
 from ascendit.ops.select import select
@@ -100,8 +97,8 @@ def test_what_was_prepared_comes_back_and_is_small(schemes_of, form, scheme, n, 
         assert (found is None) == (wanted is None)
         assert found is None or wanted is None or torch.equal(found, wanted)
     if form.once and weight.decoded is None:
-        assert isinstance(form, cuda_codes.ScaledMatmul) and scheme in ("int8", "fp8", "mxfp8")
-    if not form.once and isinstance(form, cuda_values.DequantizedMatmul):
+        assert isinstance(form, matmul.ScaledMatmul) and scheme in ("int8", "fp8", "mxfp8")
+    if not form.once and isinstance(form, matmul.DequantizedMatmul):
         assert weight.decoded is None
         assert weight.nbytes == sum(t.nbytes for t in on_disk(encoded, bias) if t is not None)
 
@@ -115,8 +112,8 @@ def test_a_weight_for_the_matmul_of_a_card_is_as_small_as_its_codes():
 
 @pytest.mark.parametrize("scheme", ["int8", "mxfp8", "mxfp4", "mxfp4_dualscale"])
 def test_long_inputs_go_through_memory_in_pieces(monkeypatch, scheme):
-    monkeypatch.setattr(cuda_values, "PIECE_BYTES", 1)
-    assert list(cuda_values.pieces(300, 8)) == [slice(0, 256), slice(256, 300)]
+    monkeypatch.setattr(matmul, "PIECE_BYTES", 1)
+    assert list(matmul.row_pieces(300, 8)) == [slice(0, 256), slice(256, 300)]
     encoded, bias = weight_of(scheme, 24, 64)
     x = tokens_of(150, 64, torch.float32)
     forms: list[Any] = [dequantized(PLAIN), scaled(PLAIN)]
@@ -141,7 +138,7 @@ def test_the_setting_for_bfloat16_sums_is_put_back():
     before = cuda.allow_bf16_reduced_precision_reduction
     a, b = torch.randn(4, 64).bfloat16(), torch.randn(8, 64).bfloat16()
     torch.testing.assert_close(
-        cuda_values.narrow_product(a, b).float(), a.float() @ b.float().t(), rtol=0.01, atol=0.1
+        matmul.narrow_product(a, b).float(), a.float() @ b.float().t(), rtol=0.01, atol=0.1
     )
     assert cuda.allow_bf16_reduced_precision_reduction == before
 
@@ -154,13 +151,13 @@ def test_the_calls_for_a_card_are_those_that_pytorch_knows():
 
     f8, tiles = torch.float8_e4m3fn, [meta(512, dtype=torch.uint8) for _ in range(2)]
     found = {
-        "int8": cuda_codes.int8_product(meta(40, 64, dtype=torch.int8), meta(32, 64, dtype=torch.int8)),
-        "fp8": cuda_codes.fp8_product(meta(40, 64, dtype=f8), meta(32, 64, dtype=f8)),
-        "wide": cuda_values.wide_product(meta(40, 64), meta(32, 64)),
-        "narrow": cuda_values.narrow_product(meta(40, 64), meta(32, 64)),
+        "int8": matmul.int8_product(meta(40, 64, dtype=torch.int8), meta(32, 64, dtype=torch.int8)),
+        "fp8": matmul.fp8_product(meta(40, 64, dtype=f8), meta(32, 64, dtype=f8)),
+        "wide": matmul.wide_product(meta(40, 64), meta(32, 64)),
+        "narrow": matmul.narrow_product(meta(40, 64), meta(32, 64)),
     }
     if hasattr(torch.nn.functional, "scaled_mm"):
-        found["mxfp8"] = cuda_codes.mxfp8_product(meta(40, 64, dtype=f8), meta(32, 64, dtype=f8), *tiles)
+        found["mxfp8"] = matmul.mxfp8_product(meta(40, 64, dtype=f8), meta(32, 64, dtype=f8), *tiles)
     assert {tuple(out.shape) for out in found.values()} == {(40, 32)}
     dtypes = {"int8": torch.int32, "narrow": torch.bfloat16}
     assert all(out.dtype == dtypes.get(name, torch.float32) for name, out in found.items())
@@ -170,7 +167,7 @@ def test_the_calls_for_a_card_are_those_that_pytorch_knows():
 
 
 def reasons(capability, emulate=None, *, triton=True, scaled_mm=True, hip=False) -> dict[str, list[str]]:
-    card = Card("a card", capability, scaled_mm, hip)
+    card = CudaCard("a card", capability, scaled_mm, hip)
     found = candidates(
         card, emulate, PLAIN if triton else None, "3.9" if triton else "Triton is not installed"
     )
@@ -248,21 +245,23 @@ def test_a_kernel_that_is_wrong_on_this_card_is_passed_over_and_named(monkeypatc
 def test_the_check_accepts_right_forms_and_sees_wrong_ones(scheme):
     good = dequantized(PLAIN)
     before = torch.get_rng_state()
-    assert problem(scheme, good.kernel(scheme, ""), HOST) is None
+    assert problem_of_kernel(scheme, good.kernel(scheme, ""), HOST) is None
     assert torch.equal(torch.get_rng_state(), before)
-    shifted = cuda_values.DequantizedMatmul(PLAIN, False, lambda a, b: good.wide(a, b) * 1.01, good.narrow)
-    assert "its numbers are wrong, by" in str(problem(scheme, shifted.kernel(scheme, ""), HOST))
+    shifted = matmul.DequantizedMatmul(PLAIN, False, lambda a, b: good.wide(a, b) * 1.01, good.narrow)
+    assert "its numbers are wrong, by" in str(problem_of_kernel(scheme, shifted.kernel(scheme, ""), HOST))
 
     def refuse(a, b):
         raise RuntimeError("no kernel for this card\nand more")
 
-    broken = cuda_values.DequantizedMatmul(PLAIN, False, refuse, refuse)
-    assert problem(scheme, broken.kernel(scheme, ""), HOST) == "RuntimeError: no kernel for this card"
+    broken = matmul.DequantizedMatmul(PLAIN, False, refuse, refuse)
+    assert (
+        problem_of_kernel(scheme, broken.kernel(scheme, ""), HOST) == "RuntimeError: no kernel for this card"
+    )
 
 
 def test_without_a_card_there_are_no_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cuda_linear.list_kernels(parse_device("cuda"), None) == ()
+    assert linear.list_kernels(parse_device("cuda"), None) == ()
 
 
 # ---- on a card ----------------------------------------------------------------------------------
@@ -275,11 +274,11 @@ on_a_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.mark.parametrize("emulate", [None, "decode-once"])
 @pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_on_a_card_every_candidate_is_right(scheme, emulate):
-    device, fast = parse_device("cuda"), cuda_launch.steps()
-    card = Card.of(device)
+    device, fast = parse_device("cuda"), triton_linear.triton_steps()
+    card = CudaCard.of(device)
     assert card is not None
     row = [k for k in candidates(card, emulate, *fast) if k.operator == LINEAR_SCHEMES[scheme].weight]
-    wrong = {k.reason: p for k in row if (p := problem(scheme, k, torch.device(device.torch_name)))}
+    wrong = {k.reason: p for k in row if (p := problem_of_kernel(scheme, k, torch.device(device.torch_name)))}
     assert wrong == {}
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ascendit.ops.cuda import triton_kernels as cuda_triton
-from ascendit.ops.cuda import triton_linear as cuda_launch
+from ascendit.ops.cuda import triton_kernels, triton_linear
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
@@ -54,7 +53,7 @@ def test_the_kernels_compile_and_multiply_on_tensor_cores(capability):
 
 
 def test_without_triton_there_is_a_reason(monkeypatch):
-    monkeypatch.setattr(cuda_triton, "triton", None)
-    cuda_launch.steps.cache_clear()
-    assert cuda_launch.steps() == (None, "Triton is not installed")
-    cuda_launch.steps.cache_clear()
+    monkeypatch.setattr(triton_kernels, "triton", None)
+    triton_linear.triton_steps.cache_clear()
+    assert triton_linear.triton_steps() == (None, "Triton is not installed")
+    triton_linear.triton_steps.cache_clear()

@@ -10,13 +10,13 @@ from ops.recorder import Recorder
 from torch import Tensor
 
 from ascendit import mx
-from ascendit.device import chip as table
+from ascendit.device.chip import CHIPS
+from ascendit.device.operator_support import capability
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels import reference
-from ascendit.ops.npu import kernels as listed
-from ascendit.ops.npu import kernels as npu
+from ascendit.ops.npu import elementwise, kernels
 from ascendit.ops.npu.attention import fused_infer_attention, fusion_attention
-from ascendit.ops.operators import NAMES, bind
+from ascendit.ops.operators import OPERATOR_NAMES, bind
 from ascendit.twin.contract import TwinError
 
 pytestmark = pytest.mark.usefixtures("twin")
@@ -31,7 +31,7 @@ def db(wanted: Tensor, got: Tensor) -> float:
 @pytest.mark.parametrize("chip", ["a2", "a3", "a5"])
 @pytest.mark.parametrize("spans", [(S,), (5, S - 5)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OPERATOR_NAMES)
 def test_reference_numbers(name, dtype, spans, chip):
     given = arguments(name, dtype, spans)
     wanted = getattr(reference, name)(*given)
@@ -68,7 +68,7 @@ def test_samples_of_a_batch_share_their_rows():
     x = torch.randn(2, 6, D)
     scale, shift = torch.randn(2, 2, D).unbind()
     wanted = reference.adaln(x, scale, shift, (2, 4), 1e-6)
-    for form in (npu.layer_norm_adaln, npu.mindiesd_adaln_v2):
+    for form in (elementwise.layer_norm_adaln, elementwise.mindiesd_adaln_v2):
         bind("twin:a5")
         assert db(wanted, form(x, scale, shift, (2, 4), 1e-6)) > 110
 
@@ -76,7 +76,7 @@ def test_samples_of_a_batch_share_their_rows():
 def test_linear_sees_two_axes():
     x, weight = torch.randn(2, 3, 8).to(torch.bfloat16), torch.randn(5, 8).to(torch.bfloat16)
     with torch.no_grad(), Recorder() as seen:
-        out = npu.linear(x, weight, None)
+        out = elementwise.linear(x, weight, None)
     assert torch.equal(out, F.linear(x, weight)) and seen.launched == {"mm": 1}
 
 
@@ -107,7 +107,7 @@ def test_attention_that_cannot_be_had(monkeypatch):
     for device, force in (("cpu", None), ("twin:a5", "reference")):
         with pytest.raises(UsageError, match=f"attention=fusion with {'ops=ref' if force else 'device cpu'}"):
             bind(device, force, attention="fusion")
-    monkeypatch.setattr(listed, "missing", lambda call, chip: "not here" if "infer" in call else "")
+    monkeypatch.setattr(kernels, "missing", lambda call, chip: "not here" if "infer" in call else "")
     with pytest.raises(EnvironmentProblem, match="attention=fused_infer: not here") as problem:
         bind("twin:a5", attention="fused_infer")
     assert problem.value.code == "E-CAP-01" and problem.value.needs == "npu_fused_infer_attention_score_v2"
@@ -137,22 +137,22 @@ def test_adaln_by_chip(chip, adaln, caplog):
 
 
 def test_without_mindiesd(monkeypatch):
-    monkeypatch.setattr(listed, "missing", lambda call, chip: "not here" if "mindiesd" in call else "")
+    monkeypatch.setattr(kernels, "missing", lambda call, chip: "not here" if "mindiesd" in call else "")
     ops = bind("twin:a5")
-    assert ops.adaln is npu.layer_norm_adaln and "not here" in ops.choices["adaln"]
+    assert ops.adaln is elementwise.layer_norm_adaln and "not here" in ops.choices["adaln"]
     assert "adaln" not in ops.prepared  # its rows stay float32
 
 
 def test_an_operator_that_is_not_defined_is_not_chosen():
-    assert listed.missing("mindiesd::adaln_v2", "a2") == "mindiesd::adaln_v2 does not run on a2"
-    assert listed.missing("npu_rms_norm", "a5") == "npu_rms_norm is not installed"  # the twin is off here
-    assert listed.missing("aten::layer_norm", "a5") == ""
+    assert kernels.missing("mindiesd::adaln_v2", "a2") == "mindiesd::adaln_v2 does not run on a2"
+    assert kernels.missing("npu_rms_norm", "a5") == "npu_rms_norm is not installed"  # the twin is off here
+    assert kernels.missing("aten::layer_norm", "a5") == ""
 
 
 def test_fast_layernorm_takes_mindiesds(caplog):
-    assert bind("twin:a5").layer_norm is npu.layer_norm
+    assert bind("twin:a5").layer_norm is elementwise.layer_norm
     ops = bind("twin:a5", fast_layernorm=True)
-    assert ops.layer_norm is npu.mindiesd_layer_norm and "asked for it" in ops.choices["layer_norm"]
+    assert ops.layer_norm is elementwise.mindiesd_layer_norm and "asked for it" in ops.choices["layer_norm"]
     given = arguments("layer_norm", torch.bfloat16, (S,))
     with torch.no_grad(), Recorder() as seen:
         got = ops.layer_norm(*given)
@@ -164,21 +164,21 @@ def test_fast_layernorm_takes_mindiesds(caplog):
 
 
 def test_fast_layernorm_where_mindiesd_is_absent(monkeypatch, caplog):
-    monkeypatch.setattr(listed, "missing", lambda call, chip: "not here" if "mindiesd" in call else "")
-    assert bind("twin:a5", fast_layernorm=True).layer_norm is npu.layer_norm
+    monkeypatch.setattr(kernels, "missing", lambda call, chip: "not here" if "mindiesd" in call else "")
+    assert bind("twin:a5", fast_layernorm=True).layer_norm is elementwise.layer_norm
     assert "fast_layernorm: not here, layer norms stay as they are" in caplog.text
 
 
 def test_the_oracle_can_be_forced():
     ops = bind("twin:a5", "reference")
-    assert all(getattr(ops, n) is getattr(reference, n) for n in NAMES) and not ops.prepared
+    assert all(getattr(ops, n) is getattr(reference, n) for n in OPERATOR_NAMES) and not ops.prepared
 
 
 def test_every_operator_has_a_form_on_every_chip():
-    for chip in table.CHIPS:
-        assert set(bind(f"twin:{chip}").choices) == set(NAMES)
-    calls = [k.needs for k in listed.KERNELS if not k.needs.startswith("aten::")]
-    assert all(table.capability(c).on("a5") == "yes" or "adaln" in c for c in calls)
+    for chip in CHIPS:
+        assert set(bind(f"twin:{chip}").choices) == set(OPERATOR_NAMES)
+    calls = [k.needs for k in kernels.KERNELS if not k.needs.startswith("aten::")]
+    assert all(capability(c).on("a5") == "yes" or "adaln" in c for c in calls)
 
 
 def test_a_bound_operator_obeys_the_chip_that_is_active():

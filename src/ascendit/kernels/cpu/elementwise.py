@@ -27,7 +27,7 @@ SOURCE = "elementwise"
 def list_kernels() -> tuple[Kernel, ...]:
     """The best of each operator first. Rows of a modulation are rounded, because an NPU takes no others."""
     reason = "cpu: fused PyTorch kernel"
-    fused = (Kernel(f.__name__, "cpu", f, reason, prepare=ROWS.get(f.__name__)) for f in FUSED)
+    fused = (Kernel(f.__name__, "cpu", f, reason, prepare=PREPARED_ROWS.get(f.__name__)) for f in FUSED)
     return (*_compiled_kernels(), *fused)
 
 
@@ -40,7 +40,7 @@ def _compiled_kernels() -> Iterator[Kernel]:
     reason = f"native: {built.reason}, for BF16 tokens"
     for operator, (make, _) in COMPILED.items():
         call = make(getattr(built.library, f"{operator}_bf16"))
-        yield Kernel(operator, "cpu", call, reason, f"native/{SOURCE}.cpp", ROWS.get(operator))
+        yield Kernel(operator, "cpu", call, reason, f"native/{SOURCE}.cpp", PREPARED_ROWS.get(operator))
 
 
 # ---- in PyTorch ---------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 FUSED: tuple[Function, ...] = (rms_norm, layer_norm, adaln, gated_residual, rope, gelu_tanh, gelu)
-ROWS = {"adaln": in_dtype, "gated_residual": in_dtype}
+PREPARED_ROWS = {"adaln": in_dtype, "gated_residual": in_dtype}
 """Operator -> how its rows are prepared."""
 
 

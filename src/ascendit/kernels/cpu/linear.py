@@ -44,7 +44,7 @@ IN_BYTES = ("int8", "mxfp4", "mxfp4_dualscale")
 BLOCK, COLUMNS, STRETCH, CHUNK = 32, 64, 512, 1024
 """Values of an MX block; channels and values of a tile; tokens that linear.cpp takes at a time."""
 _kept = threading.local()
-SIGNATURES = {
+LINEAR_SIGNATURES = {
     "linear": "iiiii" + "p" * 11 + "i",
     "doubtful_blocks": "iiiipp",
     "decode_tiles": "iiiippp",
@@ -61,7 +61,7 @@ BIAS_COLUMNS = 3
 @functools.cache
 def library() -> Built:
     """The compiled kernels, or why there are none."""
-    return declared(native("linear"), SIGNATURES)
+    return declared(native("linear"), LINEAR_SIGNATURES)
 
 
 def list_kernels(emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:

@@ -1,9 +1,8 @@
-"""The kernels of a CUDA card: PyTorch's own, and those of Triton where they are right on that card.
+"""The kernels of a CUDA card: PyTorch's own, and dense operators by Triton where they are right on that card.
 
-Dense operators on a CUDA card by Triton: what `reference` does in five to ten passes over memory, in one.
-
-Contracts: `kernels/reference.py`. PyTorch has no fused kernel for them there: its layer norm and RMS norm on
-CUDA want weights in the dtype of the tokens, and a weight of BF16 rounds 1 + scale.
+Contracts: `kernels/reference.py`. What it does in five to ten passes over memory, Triton does in one. PyTorch
+has no fused kernel for these: its layer norm and RMS norm on CUDA want weights in the dtype of the hidden
+states, and a weight of BF16 rounds 1 + scale.
 """
 
 from __future__ import annotations
@@ -11,49 +10,59 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ascendit.device.device import Device
 from ascendit.kernels import reference
 from ascendit.kernels.cpu.attention import attention
 from ascendit.kernels.cpu.elementwise import gelu, gelu_tanh
 from ascendit.kernels.kernel import Function, Kernel, Wish
 from ascendit.kernels.reference import Spans
 from ascendit.ops.cuda import linear, triton_kernels
-from ascendit.ops.cuda.triton_linear import launch, steps
-
-if TYPE_CHECKING:
-    from ascendit.device.device import Device
+from ascendit.ops.cuda.triton_linear import launch, triton_steps
 
 log = logging.getLogger("ascendit")
-
-LIMIT = 4e-3
+ERROR_LIMIT = 4e-3
 """Largest relative error of an operator on bfloat16 tokens that is right."""
+
+PYTORCH = tuple(
+    Kernel(f.__name__, "cuda", f, "cuda: fused PyTorch kernel") for f in (gelu_tanh, gelu, attention)
+)
+"""PyTorch has a fused kernel for these, called as on a CPU."""
+
+
+def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
+    """The best of each operator first."""
+    return (*triton_kernels_on(device.torch_name), *PYTORCH, *linear.list_kernels(device, wish.emulate))
+
+
+# ---- are Triton's operators right on this card? --------------------------------------------------
 
 
 def triton_kernels_on(place: str) -> tuple[Kernel, ...]:
     """Those that give the numbers of `reference` on that very card."""
-    fast, version = steps()
+    fast, version = triton_steps()
     if fast is None or not torch.cuda.is_available():
         return ()
     reason = f"cuda: one pass over memory by Triton {version}"
     return tuple(
         Kernel(f.__name__, "cuda", f, reason, "Triton")
         for f in (rms_norm, layer_norm, adaln, gated_residual, rope)
-        if problem(f, place) is None
+        if problem_of_operator(f, place) is None
     )
 
 
 @functools.cache
-def problem(function: Function, place: str) -> str | None:
+def problem_of_operator(function: Function, place: str) -> str | None:
     """What is wrong with an operator on a device, None if it gives the numbers of `reference`. Logged."""
     given = _sample(place)[function.__name__]
     wanted = getattr(reference, function.__name__)(*given).float()
     try:
         error = float((function(*given).float() - wanted).norm() / wanted.norm())
-        found = None if error < LIMIT else f"its numbers are wrong, by {error:.1e} of them"
+        found = None if error < ERROR_LIMIT else f"its numbers are wrong, by {error:.1e} of them"
     except Exception as e:  # a compiler or a driver: each has its own
         found = f"{type(e).__name__}: {(str(e).strip() or 'no text').splitlines()[0][:120]}"
     if found:
@@ -77,6 +86,9 @@ def _sample(place: str) -> dict[str, tuple[Any, ...]]:
         "gated_residual": (x, y, rows[2], spans),
         "rope": (heads.unflatten(2, (6, 32)), numbers(9, 16), numbers(9, 16)),
     }
+
+
+# ---- operators by Triton -------------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -167,16 +179,3 @@ def _size(numbers: int) -> dict[str, Any]:
     """Numbers of one program, and warps: 16 to 32 of them for each thread."""
     block = 1 << (numbers - 1).bit_length()
     return {"BLOCK": block, "num_warps": max(1, min(16, block // 1024))}
-
-
-# ---- what a card has ----------------------------------------------------------------------------
-
-PYTORCH = tuple(
-    Kernel(f.__name__, "cuda", f, "cuda: fused PyTorch kernel") for f in (gelu_tanh, gelu, attention)
-)
-"""PyTorch has a fused kernel for these, called as on a CPU."""
-
-
-def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
-    """The best of each operator first."""
-    return (*triton_kernels_on(device.torch_name), *PYTORCH, *linear.list_kernels(device, wish.emulate))

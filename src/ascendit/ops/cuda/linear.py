@@ -10,8 +10,8 @@
 Else a weight is decoded to bfloat16, which is exact, and multiplied with sums in float32. It stays codes in
 memory: that of one layer is decoded, on each use; or all of them once (`decode-once`).
 
-`scaled_matmul` has the native kernels, `dequantized_matmul` the others, `steps` and `triton_linear` what both
-are made of. Cards below sm80 take the plain kernel of `kernels/reference.py`.
+`matmul` has the kernels, `steps` and `triton_linear` what they are made of. Cards below sm80 take the plain
+kernel of `kernels/reference.py`.
 
 Before a kernel is taken, it must give the numbers of `mx` on that very card, on a few tokens: what a version
 of PyTorch, CUDA or Triton refuses or gets wrong is passed over, and the reason says so.
@@ -24,20 +24,17 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ascendit.device.device import Device
 from ascendit.kernels.kernel import Emulate, QuantLinearKernel
 from ascendit.mx.codec import Encoded, decode, encode
 from ascendit.ops.cuda import triton_linear
 from ascendit.ops.cuda.matmul import FEW_TOKENS, DequantizedMatmul, ScaledMatmul
-from ascendit.ops.cuda.steps import PLAIN, Steps
+from ascendit.ops.cuda.steps import PLAIN, LinearSteps
 from ascendit.quant.schemes import LINEAR_SCHEMES
-
-if TYPE_CHECKING:
-    from ascendit.device.device import Device
 
 log = logging.getLogger("ascendit")
 
@@ -50,12 +47,12 @@ NATIVE: Mapping[str, tuple[tuple[int, int], str]] = {
     "mxfp4": ((10, 0), "scaled_mm with blocks of 32, FP4 put into e4m3"),
 }
 """Scheme of a weight -> compute capability from which its matmul is there, and its name."""
-LIMITS: Mapping[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 4e-3}
+ERROR_LIMITS: Mapping[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 4e-3}
 """Dtype of tokens -> largest relative error of a kernel that is right."""
 
 
 @dataclass(frozen=True)
-class Card:
+class CudaCard:
     """What is asked of a card."""
 
     name: str
@@ -66,7 +63,7 @@ class Card:
     """An AMD card: its numbers of capability mean something else."""
 
     @classmethod
-    def of(cls, device: Device) -> Card | None:
+    def of(cls, device: Device) -> CudaCard | None:
         """That of a `cuda` device; None where there is none."""
         if not torch.cuda.is_available():
             return None
@@ -78,18 +75,18 @@ class Card:
 
 def list_kernels(device: Device, emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:
     """Best first; a kernel is tried when it is next in line, once for each card and process."""
-    card = Card.of(device)
+    card = CudaCard.of(device)
     return () if card is None else _kernels(card, torch.device(device.torch_name), emulate)
 
 
 @functools.cache
-def _kernels(card: Card, device: torch.device, emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:
-    listed = candidates(card, emulate, *triton_linear.steps())
-    return with_trials(listed, lambda scheme, kernel: problem(scheme, kernel, device))
+def _kernels(card: CudaCard, device: torch.device, emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:
+    listed = candidates(card, emulate, *triton_linear.triton_steps())
+    return with_trials(listed, lambda scheme, kernel: problem_of_kernel(scheme, kernel, device))
 
 
 def candidates(
-    card: Card, emulate: Emulate | None, fast: Steps | None, why: str
+    card: CudaCard, emulate: Emulate | None, fast: LinearSteps | None, why: str
 ) -> tuple[QuantLinearKernel, ...]:
     """The kernels that a card might have, one operator for each scheme of a weight, the best first.
 
@@ -110,7 +107,7 @@ def candidates(
     return tuple(found)
 
 
-def _native(scheme: str, card: Card) -> str | None:
+def _native(scheme: str, card: CudaCard) -> str | None:
     """The name of the matmul that this card has, if it has one."""
     least, name = NATIVE.get(scheme, ((99, 0), ""))
     if card.hip or card.capability < least or (scheme.startswith("mx") and not card.scaled_mm):
@@ -149,7 +146,7 @@ def _trial(
 # ---- is a kernel right on this card? ------------------------------------------------------------
 
 
-def problem(scheme: str, kernel: QuantLinearKernel, device: torch.device) -> str | None:
+def problem_of_kernel(scheme: str, kernel: QuantLinearKernel, device: torch.device) -> str | None:
     """What is wrong with a kernel on a device, None if it gives the numbers of `mx`."""
     for tokens, dtype in ((24, torch.float32), (FEW_TOKENS + 24, torch.bfloat16)):
         x, codes, bias, wanted = _sample(scheme, tokens, dtype)
@@ -159,7 +156,7 @@ def problem(scheme: str, kernel: QuantLinearKernel, device: torch.device) -> str
         except Exception as e:  # a compiler, a driver or PyTorch: each has its own
             return f"{type(e).__name__}: {(str(e).strip() or 'no text').splitlines()[0][:120]}"
         error = float((out.double() - wanted).norm() / wanted.norm())
-        if not error < LIMITS[dtype]:
+        if not error < ERROR_LIMITS[dtype]:
             return f"its numbers are wrong, by {error:.1e} of them"
     return None
 

@@ -1,21 +1,10 @@
-"""Quantized linear layers by the matmuls of a CUDA card: int8, fp8 and, on sm100, the MX formats.
+"""Quantized linear layers on a CUDA card: by its own matmuls, or decoded to bfloat16 and multiplied.
 
-Each matmul gives its sums, int32 or float32, and one more step multiplies them with the scales, adds the
-float32 bias and rounds once. (The matmuls could add a bias themselves, but only one in bfloat16, and only to
-what they have rounded.) The sums go through memory in pieces of `dequantized_matmul.PIECE_BYTES`.
-
-FP4 has no matmul in PyTorch that gives float32 sums. Its numbers are e4m3 numbers too, so its codes are put
-into e4m3 for each product (a byte for each number of this one layer) and run at the speed of mxfp8.
-
-Quantized linear layers that a CUDA card has no matmul for: decoded to bfloat16 and multiplied in it.
-
-The numbers are those of the contract in `kernels/reference.py`: decoding to bfloat16 is exact (`steps`), the
-card sums in float32, and what comes out is rounded once. In memory a weight stays codes and scales:
-
-- few tokens, or a dual scale: one kernel decodes tiles of the weight in registers and multiplies;
-- many tokens: the weight of this one layer is decoded into scratch memory and cuBLAS multiplies. Decoding
-  moves 3 bytes for each number of a weight; the product takes longer than that from some 500 tokens on;
-- decode-once: the decoded weight is kept beside the codes.
+The numbers are those of the contract in `kernels/reference.py`. Each matmul gives float32 or int32 sums, and
+one more step multiplies them with the scales, adds the float32 bias and rounds once. (The matmuls could add a
+bias themselves, but only one in bfloat16, and only to what they have rounded.) Sums go through memory in
+pieces of `PIECE_BYTES`. A weight stays codes and scales in memory; the classes say what becomes of it in a
+product.
 """
 
 from __future__ import annotations
@@ -34,7 +23,7 @@ from ascendit.kernels.kernel import Activation, PreparedWeight, QuantLinearKerne
 from ascendit.mx import layouts
 from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import lookup
-from ascendit.ops.cuda.steps import GROUP, Steps, has_outer_scales, outer_scale, padded
+from ascendit.ops.cuda.steps import GROUP, LinearSteps, has_outer_scales, outer_scale, padded
 from ascendit.quant.schemes import scheme_of
 
 FEW_TOKENS = 512
@@ -42,7 +31,13 @@ PIECE_BYTES = 64 << 20
 """Of float32 sums that are in memory at a time: about what the cache of a card holds."""
 PIECE_ROWS = 256
 
+LEAST_ROWS = 32
+"""torch._int_mm refuses 16 rows and fewer."""
+TILE_ROWS, TILE_BYTES = 128, 512
 Product = Callable[[Tensor, Tensor], Tensor]
+
+
+# ---- dequantized to bfloat16 ---------------------------------------------------------------------
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -63,12 +58,17 @@ def narrow_product(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DequantizedMatmul:
-    """The kernel of a scheme that the card has no matmul for.
+    """The kernel of a scheme that the card has no matmul for. Decoding to bfloat16 is exact (`steps`).
+
+    - few tokens, or a dual scale: one kernel decodes tiles of the weight in registers and multiplies;
+    - many tokens: the weight of this one layer is decoded into scratch memory and cuBLAS multiplies. Decoding
+      moves 3 bytes for each number of a weight; the product takes longer than that from some 500 tokens on;
+    - decode-once: the decoded weight is kept beside the codes.
 
     `once`: weights are decoded when they are prepared. `wide` and `narrow`: the matmuls in bfloat16.
     """
 
-    steps: Steps
+    steps: LinearSteps
     once: bool = False
     wide: Product = wide_product
     narrow: Product = narrow_product
@@ -123,7 +123,7 @@ class DequantizedMatmul:
         """int8 and fp8: a scale for each token and channel multiplies the sums."""
         decoded, column = self._decode(weight), weight.scale.flatten()
         out = a.codes.new_empty(a.codes.shape[0], weight.shape[0], dtype=a.dtype)
-        for rows in pieces(*out.shape):
+        for rows in row_pieces(*out.shape):
             sums = self.wide(a.codes[rows], decoded)
             self.steps.finish(sums, a.scale[rows], column, weight.bias, out[rows])
         return out
@@ -137,7 +137,7 @@ class DequantizedMatmul:
         dual = outer_scale(encoded)
         assert dual is not None
         out = a.codes.new_empty(a.codes.shape[0], weight.shape[0], dtype=a.dtype)
-        for rows in pieces(*out.shape):
+        for rows in row_pieces(*out.shape):
             total = torch.zeros(out[rows].shape, device=out.device)
             for g in range(dual.shape[1]):
                 columns = slice(g * GROUP, min((g + 1) * GROUP, k))
@@ -147,18 +147,7 @@ class DequantizedMatmul:
         return out
 
 
-def pieces(rows: int, columns: int) -> Iterator[slice]:
-    """Rows at a time, so that float32 sums of them are PIECE_BYTES at most; multiples of PIECE_ROWS."""
-    step = max(PIECE_ROWS, PIECE_BYTES // (4 * columns) // PIECE_ROWS * PIECE_ROWS)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-# ---- Quantized linear layers by the matmuls of a CUDA card: int8, fp8 and, on sm100, the MX for -
-
-LEAST_ROWS = 32
-"""torch._int_mm refuses 16 rows and fewer."""
-TILE_ROWS, TILE_BYTES = 128, 512
+# ---- by the matmuls of the card ------------------------------------------------------------------
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
@@ -198,13 +187,16 @@ def mxfp8_product(a: Tensor, b: Tensor, a_tiles: Tensor, b_tiles: Tensor) -> Ten
 
 @dataclass(frozen=True)
 class ScaledMatmul:
-    """The kernel of a scheme that the card has a matmul for.
+    """The kernel of a scheme that the card has a matmul for: int8, fp8 and, on sm100, the MX formats.
+
+    FP4 has no matmul in PyTorch that gives float32 sums. Its numbers are e4m3 numbers too, so its codes are
+    put into e4m3 for each product (a byte for each number of this one layer) and run at the speed of mxfp8.
 
     `once`: FP4 codes are put into e4m3 when they are prepared. `int8`, `fp8` and `mxfp8`: the matmuls, codes
     [M, K] times a weight [N, K], both K-major -> sums [M, N].
     """
 
-    steps: Steps
+    steps: LinearSteps
     once: bool = False
     int8: Callable[[Tensor, Tensor], Tensor] = int8_product
     fp8: Callable[[Tensor, Tensor], Tensor] = fp8_product
@@ -265,7 +257,7 @@ class ScaledMatmul:
         outer = has_outer_scales(weight.scheme)
         out = a.codes.new_empty(a.codes.shape[0], weight.shape[0], dtype=a.dtype)
         codes = _e4m3(weight) if lookup(weight.scheme).packed else weight.codes
-        for rows in pieces(*out.shape):
+        for rows in row_pieces(*out.shape):
             scale = a.scale[rows] if outer else _tiles(a.scale, rows, codes.shape[1])
             sums = self._sums(a.codes[rows], codes, scale, weight)
             row, column = (scale, weight.scale) if outer else (None, None)
@@ -301,3 +293,13 @@ def _tiles(tiles: Tensor, rows: slice, k: int) -> Tensor:
     """Those of some rows, which begin at a whole tile."""
     across = -(-k // 32 // 4) * TILE_BYTES
     return tiles[rows.start // TILE_ROWS * across : -(-rows.stop // TILE_ROWS) * across]
+
+
+# ---- sums in pieces ------------------------------------------------------------------------------
+
+
+def row_pieces(rows: int, columns: int) -> Iterator[slice]:
+    """Rows at a time, so that float32 sums of them are PIECE_BYTES at most; multiples of PIECE_ROWS."""
+    step = max(PIECE_ROWS, PIECE_BYTES // (4 * columns) // PIECE_ROWS * PIECE_ROWS)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))

@@ -33,7 +33,7 @@ GROUP = 512
 
 
 @dataclass(frozen=True)
-class Steps:
+class LinearSteps:
     """One implementation of the steps. Arguments as in the functions below."""
 
     name: str
@@ -111,7 +111,7 @@ def finish(sums: Tensor, row: Tensor | None, column: Tensor | None, bias: Tensor
     out.copy_(f if bias is None else f + bias)
 
 
-PLAIN = Steps("PyTorch", to_values, to_codes, decode_weight, finish, None)
+PLAIN = LinearSteps("PyTorch", to_values, to_codes, decode_weight, finish, None)
 
 
 # ---- parts of an encoded tensor -----------------------------------------------------------------

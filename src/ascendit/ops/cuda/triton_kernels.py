@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""The kernels of `triton_linear.py` and `dense.py`, in Triton's language, which only looks like Python.
+"""The kernels of `triton_linear.py` and `kernels.py`, in Triton's language, which only looks like Python.
 
 Numbers are taken apart as bits, so that codes and scales are those of `mx.reference` to the bit, subnormal
 numbers too. They compile for a card, and run under TRITON_INTERPRET=1 on a CPU, which is how they are tested;

@@ -12,14 +12,13 @@ from torch import Tensor
 from ascendit.mx import scales
 from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import E2M1, Element, lookup, resolve_rule
-from ascendit.ops.cuda import steps as plain
-from ascendit.ops.cuda import triton_kernels as kernels
-from ascendit.ops.cuda.steps import BIAS_PARTS, GROUP, PLAIN, Steps, has_outer_scales, padded, width_of
+from ascendit.ops.cuda import steps, triton_kernels
+from ascendit.ops.cuda.steps import BIAS_PARTS, GROUP, PLAIN, LinearSteps, has_outer_scales, padded, width_of
 
-GROUPS = 2
+GROUPS_PER_PROGRAM = 2
 """Groups of 512 numbers that one program encodes or decodes."""
 ROW_BLOCK = 1024
-TILE, LARGE_TILE = (128, 128, 64), (256, 128, 64)
+MATMUL_TILE, LARGE_MATMUL_TILE = (128, 128, 64), (256, 128, 64)
 """Tokens, channels and numbers of K that one program of `matmul` takes at a time. The large one is for more
 than MANY tokens; with a dual scale, and so two sums for each pair, the registers cannot hold it."""
 MANY = 1024
@@ -30,11 +29,13 @@ DOT = "bfloat16"
 
 
 @functools.cache
-def steps() -> tuple[Steps | None, str]:
+def triton_steps() -> tuple[LinearSteps | None, str]:
     """The steps in Triton, or None, and why."""
-    if kernels.triton is None:
+    if triton_kernels.triton is None:
         return None, "Triton is not installed"
-    return Steps("Triton", to_values, to_codes, decode_weight, finish, matmul), kernels.triton.__version__
+    return LinearSteps(
+        "Triton", to_values, to_codes, decode_weight, finish, matmul
+    ), triton_kernels.triton.__version__
 
 
 def to_values(x: Tensor, format: str, rule: str, mul_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -81,14 +82,14 @@ def _quantize_blocks(
     element = lookup(format).element
     assert element is not None
     width, groups = out.shape[1], -(-x.shape[1] // GROUP)
-    programs = -(-width // (GROUP * GROUPS))
+    programs = -(-width // (GROUP * GROUPS_PER_PROGRAM))
     shift, threshold = scales.thresholds(rule, element)
     launch(
-        kernels.quantize_blocks, (x.shape[0], programs), _rows(x), _or(mul, x), out, _or(scale, x),
+        triton_kernels.quantize_blocks, (x.shape[0], programs), _rows(x), _or(mul, x), out, _or(scale, x),
         _or(dual, x), x.shape[1], width, _rows(x).stride(0), -(-x.shape[1] // 32), groups,
         SHIFT=shift, THRESHOLD=threshold, MASK=scales.fraction_mask(rule, element), **_constants(element),
         SMOOTH=mul is not None, DUAL=dual is not None, CODES=scale is not None,
-        ONES=0 if has_outer_scales(format) else BIAS_PARTS, GROUPS=GROUPS,
+        ONES=0 if has_outer_scales(format) else BIAS_PARTS, GROUPS=GROUPS_PER_PROGRAM,
     )  # fmt: skip
 
 
@@ -96,9 +97,9 @@ def _quantize_rows(x: Tensor, format: str, mul: Tensor | None, out: Tensor, *, c
     scale = torch.empty(x.shape[0], device=x.device)
     element = lookup(format).element
     launch(
-        kernels.quantize_rows, (x.shape[0],), _rows(x), _or(mul, x), out, scale, x.shape[1], out.shape[1],
-        _rows(x).stride(0), STEP=1 / (element.max if element else 127), FP8=element is not None, CODES=codes,
-        SMOOTH=mul is not None, BLOCK=ROW_BLOCK,
+        triton_kernels.quantize_rows, (x.shape[0],), _rows(x), _or(mul, x), out, scale, x.shape[1],
+        out.shape[1], _rows(x).stride(0), STEP=1 / (element.max if element else 127), FP8=element is not None,
+        CODES=codes, SMOOTH=mul is not None, BLOCK=ROW_BLOCK,
     )  # fmt: skip
     return scale
 
@@ -111,9 +112,9 @@ def decode_weight(encoded: Encoded, bias: Tensor | None) -> Tensor:
     values = torch.empty(n, width, dtype=torch.bfloat16, device=codes.device)
     scaled = lookup(encoded.format).kind != "row"
     launch(
-        kernels.decode_weight, (n, -(-width // (GROUP * GROUPS))), codes, encoded.scale, _or(bias, codes),
-        values, k, width, codes.stride(0), encoded.scale.shape[1], KIND=_kind(encoded), SCALED=scaled,
-        BIAS=bias is not None, BLOCKS=GROUP * GROUPS // 32,
+        triton_kernels.decode_weight, (n, -(-width // (GROUP * GROUPS_PER_PROGRAM))), codes, encoded.scale,
+        _or(bias, codes), values, k, width, codes.stride(0), encoded.scale.shape[1], KIND=_kind(encoded),
+        SCALED=scaled, BIAS=bias is not None, BLOCKS=GROUP * GROUPS_PER_PROGRAM // 32,
     )  # fmt: skip
     return values
 
@@ -123,9 +124,9 @@ def finish(sums: Tensor, row: Tensor | None, column: Tensor | None, bias: Tensor
     m, n = out.shape
     assert out.is_contiguous() and sums.stride(1) == 1
     launch(
-        kernels.finish, (m, -(-n // ROW_BLOCK)), sums, _or(row, sums), _or(column, sums), _or(bias, sums),
-        out, n, sums.stride(0), ROW=row is not None, COLUMN=column is not None, BIAS=bias is not None,
-        BLOCK=ROW_BLOCK,
+        triton_kernels.finish, (m, -(-n // ROW_BLOCK)), sums, _or(row, sums), _or(column, sums),
+        _or(bias, sums), out, n, sums.stride(0), ROW=row is not None, COLUMN=column is not None,
+        BIAS=bias is not None, BLOCK=ROW_BLOCK,
     )  # fmt: skip
 
 
@@ -144,14 +145,14 @@ def matmul(
     m, (n, k) = values.shape[0], encoded.shape
     out = torch.empty(m, n, dtype=dtype, device=values.device)
     weight = _raw(encoded) if decoded is None else decoded
-    dual = plain.outer_scale(encoded)
-    tokens, channels, depth = LARGE_TILE if outer is None and m > MANY else TILE
+    dual = steps.outer_scale(encoded)
+    tokens, channels, depth = LARGE_MATMUL_TILE if outer is None and m > MANY else MATMUL_TILE
     launch(
-        kernels.matmul, (-(-m // tokens) * -(-n // channels),), values, weight, encoded.scale,
+        triton_kernels.matmul, (-(-m // tokens) * -(-n // channels),), values, weight, encoded.scale,
         _or(outer, values), _or(dual, values), _or(bias, values), out, m, n, k, values.stride(0),
         weight.stride(0), encoded.scale.shape[1], -(-k // GROUP),
         KIND=_kind(encoded) if decoded is None else "bf16", GROUP=0 if outer is None else GROUP,
-        BIAS=bias is not None, EVEN=k % depth == 0, DOT=getattr(kernels.tl, DOT),
+        BIAS=bias is not None, EVEN=k % depth == 0, DOT=getattr(triton_kernels.tl, DOT),
         BM=tokens, BN=channels, BK=depth, TALL=TALL, num_warps=8, num_stages=3,
     )  # fmt: skip
     return out

@@ -14,26 +14,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ascendit.device.device import Device
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels.kernel import Activation, PreparedWeight, QuantLinearKernel
 from ascendit.mx import layouts
 from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import lookup
+from ascendit.ops.open_device import internal_format
 from ascendit.ops.operators import native_schemes
-from ascendit.ops.runtime import internal_format
 from ascendit.quant.schemes import scheme_of
-from ascendit.twin.contract import E2M1, E4M3, E8M0
-
-if TYPE_CHECKING:
-    from ascendit.device.device import Device
+from ascendit.twin.contract import FP4_E2M1, FP8_E4M3, SCALE_E8M0
 
 FRACTAL_NZ, ND = 29, 2
-DTYPES = (torch.bfloat16, torch.float16)
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 NZ_SCHEMES = ("int8", "mxfp8", "mxfp4")
 """Where FRACTAL_NZ is a choice. mxfp4_dualscale has no other; of fp8 no document says that it has one."""
 W4A8_K = 8
@@ -144,7 +142,7 @@ def quantize_activation(
             fix="--step-policy default:w4a4, or keep this layer: --keep PATTERN",
             code="E-QNT-01",
         )
-    if x.dtype not in DTYPES:
+    if x.dtype not in ACTIVATION_DTYPES:
         raise UsageError(
             f"tokens of {x.dtype} for {scheme}",
             needs="bfloat16 or float16, which the quantizers of an NPU take",
@@ -180,8 +178,8 @@ def _dual(tokens: Tensor, rule: str) -> tuple[Tensor, ...]:
 QUANTIZERS: Mapping[str, Callable[[Tensor, str], tuple[Tensor, ...]]] = {
     "int8": _per_token,
     "fp8": lambda t, rule: _per_token(t, rule, dst_type=torch.float8_e4m3fn),
-    "mxfp8": lambda t, rule: _mx(t, rule, E4M3),
-    "mxfp4": lambda t, rule: _mx(t, rule, E2M1),
+    "mxfp8": lambda t, rule: _mx(t, rule, FP8_E4M3),
+    "mxfp4": lambda t, rule: _mx(t, rule, FP4_E2M1),
     "mxfp4_dualscale": _dual,
 }
 
@@ -190,11 +188,11 @@ def scale_algorithm(rule: str, dst_type: int) -> dict[str, Any]:
     """A scale rule of `mx.formats` as arguments of npu_dynamic_mx_quant. UsageError for others."""
     if rule == "floor":
         return {"scale_alg": 0}
-    if rule == "ceil" and dst_type == E4M3:
+    if rule == "ceil" and dst_type == FP8_E4M3:
         return {"scale_alg": 1}
-    if rule.startswith("max:") and dst_type == E2M1:
+    if rule.startswith("max:") and dst_type == FP4_E2M1:
         return {"scale_alg": 2, "dst_type_max": float(rule.removeprefix("max:"))}
-    raise _no_rule(rule, "floor, ceil" if dst_type == E4M3 else "floor, max:<6 to 12>")
+    raise _no_rule(rule, "floor, ceil" if dst_type == FP8_E4M3 else "floor, max:<6 to 12>")
 
 
 def _only(known: str, rule: str) -> None:
@@ -235,8 +233,8 @@ def _block_scaled(a: Activation, w: PreparedWeight, bias: Tensor | None, **given
         pertoken_scale=a.scale,
         bias=bias,
         output_dtype=a.dtype,
-        scale_dtype=E8M0,
-        pertoken_scale_dtype=E8M0,
+        scale_dtype=SCALE_E8M0,
+        pertoken_scale_dtype=SCALE_E8M0,
         **given,
     )
     return out
@@ -247,13 +245,13 @@ def _mxfp8(a: Activation, w: PreparedWeight) -> Tensor:
 
 
 def _mxfp4(a: Activation, w: PreparedWeight) -> Tensor:
-    return _block_scaled(a, w, w.bias, group_sizes=[1, 1, 32], x1_dtype=E2M1, x2_dtype=E2M1)
+    return _block_scaled(a, w, w.bias, group_sizes=[1, 1, 32], x1_dtype=FP4_E2M1, x2_dtype=FP4_E2M1)
 
 
 def _w4a8(a: Activation, w: PreparedWeight) -> Tensor:
     """The bias [1, N] has the dtype of the output here; bfloat16 was prepared."""
     bias = None if w.row_bias is None else w.row_bias.to(a.dtype)
-    return _block_scaled(a, w, bias, group_sizes=[0, 0, 32], x2_dtype=E2M1)
+    return _block_scaled(a, w, bias, group_sizes=[0, 0, 32], x2_dtype=FP4_E2M1)
 
 
 def _dual_level(a: Activation, w: PreparedWeight) -> Tensor:

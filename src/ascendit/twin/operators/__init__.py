@@ -13,7 +13,6 @@ from ascendit.twin import contract
 from ascendit.twin.operators import (  # noqa: F401
     block_sparse_attention,
     casts,
-    dual_level_matmul,
     elementwise,
     fused_infer_attention,
     fusion_attention,

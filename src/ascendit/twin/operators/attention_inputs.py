@@ -101,7 +101,7 @@ def shape_of(z: Sizes, layout: str) -> tuple[int, ...]:
     return tuple(named[a] for a in layout)
 
 
-def check_scale(name: str, value: float, default: float, d: int) -> None:
+def check_attention_scale(name: str, value: float, default: float, d: int) -> None:
     """The default of these operators is never what attention means."""
     require(
         value != default or d == 1,

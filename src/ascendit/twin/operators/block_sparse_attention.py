@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.twin.contract import require
+from ascendit.twin.contract import HALF_DTYPES, require
 from ascendit.twin.operators import attention_inputs as core
-from ascendit.twin.operators.fused_infer_attention import tiled
-from ascendit.twin.operators.mx_quantize import FLOATS
+from ascendit.twin.operators.fused_infer_attention import times_block_scales
 from ascendit.twin.registry import Out, current_chip, operator
 
 
@@ -91,12 +90,12 @@ def npu_block_sparse_attention(
     z = core.sizes(query, key, value, "BNSD", query.shape[1], num_key_value_heads)
     _check_blocks(block_sparse_mask, z, block_shape)
     require(
-        query.dtype in FLOATS[:2] and (query.dtype != torch.bfloat16 or inner_precise == 0),
+        query.dtype in HALF_DTYPES and (query.dtype != torch.bfloat16 or inner_precise == 0),
         f"when query/key/value are bfloat16, inner_precise must be 0, got {inner_precise} ({query.dtype})",
         needs="inner_precise=0 with bfloat16; the default is 1",
         fix="inner_precise=0",
     )
-    core.check_scale("scale_value", scale_value, 0.0, z.d)
+    core.check_attention_scale("scale_value", scale_value, 0.0, z.d)
     yield Out(core.shape_of(z, "BNSD"), query.dtype), Out((z.b, z.n, z.s, 1), torch.float32)
     out, lse = _sparse(query, key, value, block_sparse_mask, z, block_shape, scale_value)
     yield out.to(query.dtype), lse
@@ -131,15 +130,17 @@ def block_sparse_attention(
     )
     require(
         (fp8 and all(s is not None for s in given) and block_shape[1] % 256 == 0)
-        or (query.dtype in FLOATS[:2] and all(s is None for s in given)),
+        or (query.dtype in HALF_DTYPES and all(s is None for s in given)),
         f"query of {query.dtype}, block_shape {list(block_shape)}, scales {[s is not None for s in given]}",
         needs="bfloat16 without scales, or FP8 with three block scales and blocks of 256 keys",
         fix="block_shape=[128, 256] with FP8",
     )
-    core.check_scale("scale_value", scale_value, 1.0, z.d)
+    core.check_attention_scale("scale_value", scale_value, 1.0, z.d)
     dtype = torch.bfloat16 if fp8 else query.dtype
     yield Out(core.shape_of(z, "BNSD"), dtype), Out((z.b, z.n, z.s, 1), torch.float32)
-    wide = [t if s is None else tiled(t, s) for t, s in zip((query, key, value), given, strict=True)]
+    wide = [
+        t if s is None else times_block_scales(t, s) for t, s in zip((query, key, value), given, strict=True)
+    ]
     out, lse = _sparse(wide[0], wide[1], wide[2], block_sparse_mask, z, block_shape, scale_value)
     yield out.to(dtype), lse
 
@@ -185,7 +186,7 @@ def rainfusionattention(
         needs=f"{blocks} and {blocks[:2]}",
         fix="indices per block of queries and head",
     )
-    core.check_scale("scale", scale, 1.0, z.d)
+    core.check_attention_scale("scale", scale, 1.0, z.d)
     yield Out(tuple(query.shape), query.dtype), Out((z.s, z.n, 1), torch.float32)
     taken = torch.arange(blocks[2]) < select_num_idx.unsqueeze(-1)
     mask = torch.zeros(*blocks[:2], blocks[2] + 1, dtype=torch.int8)

@@ -1,7 +1,4 @@
-"""Activations. float32 inside, rounded once.
-
-Norms. float32 inside, rounded once.
-"""
+"""Norms, also with a quantizer behind them, and activations. float32 inside, rounded once."""
 
 from __future__ import annotations
 
@@ -13,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ascendit.twin import cpu_kernels
-from ascendit.twin.contract import require
+from ascendit.twin.contract import FLOAT_DTYPES, HALF_DTYPES, require
 from ascendit.twin.operators import mx_quantize
-from ascendit.twin.operators.mx_quantize import FLOATS, Rule
+from ascendit.twin.operators.mx_quantize import ScaleRule
 from ascendit.twin.registry import Out, operator
 
 
@@ -27,7 +24,7 @@ def _rstd(x: Tensor, gamma: Tensor) -> Out:
 
 def _check_gamma(x: Tensor, gamma: Tensor, wide: bool) -> None:
     require(
-        x.dtype in FLOATS and 1 <= gamma.dim() <= x.dim(),
+        x.dtype in FLOAT_DTYPES and 1 <= gamma.dim() <= x.dim(),
         f"input {tuple(x.shape)} of {x.dtype}, gamma {tuple(gamma.shape)}",
         needs="float16, bfloat16 or float32",
         fix="gamma has the last axes of the input",
@@ -92,7 +89,7 @@ def _check_pair(x1: Tensor, x2: Tensor) -> None:
 
 def _mx_rule(x: Tensor, gamma: Tensor, scale_alg: int, round_mode: str, dst_type: int) -> Any:
     require(
-        x.dtype in FLOATS[:2],
+        x.dtype in HALF_DTYPES,
         f"input of {x.dtype}",
         needs="float16 or bfloat16",
         fix="cast the activation to bfloat16",
@@ -100,7 +97,7 @@ def _mx_rule(x: Tensor, gamma: Tensor, scale_alg: int, round_mode: str, dst_type
     _check_gamma(x, gamma, wide=True)
     target = mx_quantize.target_of(dst_type)
     axis = mx_quantize.check_input(x, -1, target)
-    rule = Rule(scale_alg, round_mode)
+    rule = ScaleRule(scale_alg, round_mode)
     mx_quantize.check_rule(rule, target, x.dtype)
     require(
         scale_alg < 2,
@@ -127,7 +124,7 @@ def npu_rms_norm_dynamic_mx_quant(
     y, rstd = rms(x, gamma, epsilon)
     if beta is not None:
         y = y + beta.to(torch.float32)
-    yield *mx_quantize.quantize(y.to(x.dtype), axis, target, rule), rstd
+    yield *mx_quantize.to_mx(y.to(x.dtype), axis, target, rule), rstd
 
 
 @operator("npu_add_rms_norm_dynamic_mx_quant")
@@ -150,7 +147,7 @@ def npu_add_rms_norm_dynamic_mx_quant(
     y, rstd = rms(total, gamma, epsilon)
     if beta is not None:
         y = y + beta.to(torch.float32)
-    quantized, scales = mx_quantize.quantize(y.to(x1.dtype), axis, target, rule)
+    quantized, scales = mx_quantize.to_mx(y.to(x1.dtype), axis, target, rule)
     yield quantized, total.to(x1.dtype), scales, rstd
 
 
@@ -178,7 +175,7 @@ def moments(x: Tensor, axes: int, eps: float) -> tuple[Tensor, Tensor]:
 def check_layer(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> None:
     """The last axes of x are `shape`; weight and bias have them too."""
     require(
-        x.dtype in FLOATS and 0 < len(shape) <= x.dim() and tuple(x.shape[-len(shape) :]) == shape,
+        x.dtype in FLOAT_DTYPES and 0 < len(shape) <= x.dim() and tuple(x.shape[-len(shape) :]) == shape,
         f"normalized_shape {list(shape)} for an input {tuple(x.shape)} of {x.dtype}",
         needs="the last axes of the input, in floating point",
         fix="normalized_shape=[x.shape[-1]]",
@@ -216,12 +213,12 @@ def npu_add_layer_norm(
     yield y.to(x1.dtype), mean, rstd, added
 
 
-# ---- Activations. float32 inside, rounded once --------------------------------------------------
+# ---- activations ---------------------------------------------------------------------------------
 
 
 def _float(x: Tensor) -> None:
     require(
-        x.dtype in FLOATS,
+        x.dtype in FLOAT_DTYPES,
         f"input of {x.dtype}",
         needs="floating point",
         fix="cast the activation to bfloat16",

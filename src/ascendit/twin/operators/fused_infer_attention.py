@@ -52,7 +52,7 @@ def _attention(
         needs="heads of at most 512, a multiple of 16; at most 256 heads",
         fix="pad the heads to 16",
     )
-    core.check_scale(scale_name, scale, 1.0, z.d)
+    core.check_attention_scale(scale_name, scale, 1.0, z.d)
     core.check_mask(mask, z, _MASKS)
     packed = "T" in layout
     runs = core.pieces(z, *ends) if packed else None
@@ -189,18 +189,18 @@ def _decoder(modes: tuple[int, ...], given: list[Any], a: dict[str, Any]) -> Any
             needs="BNSD with a batch of 1, scales [1, N, blocks, D / 128]",
             fix="npu_dynamic_block_quant(q.squeeze(0), ...), then unsqueeze(0)",
         )
-        return lambda *qkv: [tiled(t, s) for t, s in zip(qkv, given, strict=True)]
+        return lambda *qkv: [times_block_scales(t, s) for t, s in zip(qkv, given, strict=True)]
     require(
         a["input_layout"] == "TND"
         and all(
-            a[f"{n}_dtype"] == contract.E8M0
+            a[f"{n}_dtype"] == contract.SCALE_E8M0
             for n in ("dequant_scale_query", "dequant_scale_key", "dequant_scale_value")
         ),
         f"MX scales in {a['input_layout']}",
         needs="TND, and dequant_scale_*_dtype=torch_npu.float8_e8m0fnu",
         fix="pass the dtype of the scales: they are uint8",
     )
-    element = mx_quantize.TARGETS[contract.E4M3].element
+    element = mx_quantize.TARGETS[contract.FP8_E4M3].element
     return lambda q, k, v: [
         mx_quantize.dequantize(q, given[0], -1, element),
         mx_quantize.dequantize(k, given[1], -1, element),
@@ -208,7 +208,7 @@ def _decoder(modes: tuple[int, ...], given: list[Any], a: dict[str, Any]) -> Any
     ]
 
 
-def tiled(t: Tensor, scale: Tensor) -> Tensor:
+def times_block_scales(t: Tensor, scale: Tensor) -> Tensor:
     """float32 of codes [.., S, D] with one scale per tile, [.., blocks of S, blocks of D].
 
     The tile is found from the sizes: 128, 256 or 512 rows, 64 or 128 columns.

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.twin.contract import require
+from ascendit.twin.contract import FLOAT_DTYPES, HALF_DTYPES, require
 from ascendit.twin.operators import attention_inputs as core
-from ascendit.twin.operators.mx_quantize import FLOATS
 from ascendit.twin.registry import Out, operator
 
 _MASKS = (torch.bool, torch.uint8)
@@ -68,14 +67,14 @@ def npu_fusion_attention(
         fix='"BNSD"',
     )
     require(
-        query.dtype == key.dtype == value.dtype and query.dtype in FLOATS,
+        query.dtype == key.dtype == value.dtype and query.dtype in FLOAT_DTYPES,
         f"query of {query.dtype}, key of {key.dtype}, value of {value.dtype}",
         needs="one dtype, float16, bfloat16 or float32",
         fix="k.to(q.dtype)",
     )
     z = core.sizes(query, key, value, layout, head_num, 0)
     require(z.d <= 768, f"head size {z.d}", needs="at most 768", fix="split the heads")
-    core.check_scale("scale", scale, 1.0, z.d)
+    core.check_attention_scale("scale", scale, 1.0, z.d)
     core.check_mask(atten_mask, z, _MASKS)
     runs = core.pieces(z, actual_seq_qlen, actual_seq_kvlen) if layout == "TND" else None
     stats = (z.s, z.n, 8) if runs else (z.b, z.n, z.s, 8)
@@ -117,13 +116,13 @@ def npu_prompt_flash_attention(
     _inference(1.0, sparse_mode, rest)
     layout, _, layout_out = input_layout.partition("_")
     require(
-        query.dtype == key.dtype == value.dtype and query.dtype in FLOATS[:2],
+        query.dtype == key.dtype == value.dtype and query.dtype in HALF_DTYPES,
         f"query of {query.dtype}, key of {key.dtype}, value of {value.dtype}",
         needs="one dtype, float16 or bfloat16",
         fix="q.to(torch.bfloat16)",
     )
     z = core.sizes(query, key, value, layout, num_heads, num_key_value_heads)
-    core.check_scale("scale_value", scale_value, 1.0, z.d)
+    core.check_attention_scale("scale_value", scale_value, 1.0, z.d)
     core.check_mask(atten_mask, z, (torch.bool, torch.uint8, torch.int8))
     require(
         actual_seq_lengths is None and layout != "TND",

@@ -157,7 +157,7 @@ def la(
         needs="multiples of 256, heads of 128",
         fix="pad with zeros, and cut the output",
     )
-    core.check_scale("scale_value", scale_value, 1.0, z.d)
+    core.check_attention_scale("scale_value", scale_value, 1.0, z.d)
     yield Out((z.b, z.n, z.s), torch.float32), Out(tuple(query.shape), torch.float32)
     filling = pre_tokens if pre_tokens < 256 else 0
     out, top, total = core.attend(query, key, value, scale_value, core.by_length(z, [z.keys - filling]))

@@ -18,11 +18,10 @@ from torch import Tensor
 from ascendit.mx import elements, layouts, scales
 from ascendit.mx.formats import E2M1, E4M3, E5M2, Element
 from ascendit.twin import contract
-from ascendit.twin.contract import require
+from ascendit.twin.contract import FLOAT_DTYPES, HALF_DTYPES, require
 from ascendit.twin.registry import Out, operator
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-ROUNDINGS = {"rint": "rint", "floor": "floor", "round": "half_away"}
+ROUND_MODES = {"rint": "rint", "floor": "floor", "round": "half_away"}
 _BIAS = scales.BIAS
 
 
@@ -39,7 +38,7 @@ E1M2 = _Uniform("e1m2", ebits=1, mbits=2, emax=0, max=1.75, nan=None)
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetFormat:
     """An element with the torch dtype of its codes and the scale algorithms it has."""
 
     element: Element
@@ -51,18 +50,18 @@ class Target:
         return self.element.bits == 4
 
 
-TARGETS: dict[int, Target] = {
-    contract.E5M2: Target(E5M2, torch.float8_e5m2, (0, 1)),
-    23: Target(E5M2, torch.float8_e5m2, (0, 1)),
-    contract.E4M3: Target(E4M3, torch.float8_e4m3fn, (0, 1)),
-    24: Target(E4M3, torch.float8_e4m3fn, (0, 1)),
-    contract.E2M1: Target(E2M1, torch.uint8, (0, 2)),
-    contract.E1M2: Target(E1M2, torch.uint8, (0,)),
+TARGETS: dict[int, TargetFormat] = {
+    contract.FP8_E5M2: TargetFormat(E5M2, torch.float8_e5m2, (0, 1)),
+    23: TargetFormat(E5M2, torch.float8_e5m2, (0, 1)),
+    contract.FP8_E4M3: TargetFormat(E4M3, torch.float8_e4m3fn, (0, 1)),
+    24: TargetFormat(E4M3, torch.float8_e4m3fn, (0, 1)),
+    contract.FP4_E2M1: TargetFormat(E2M1, torch.uint8, (0, 2)),
+    contract.FP4_E1M2: TargetFormat(E1M2, torch.uint8, (0,)),
 }
 
 
 @dataclass(frozen=True)
-class Rule:
+class ScaleRule:
     """How npu_dynamic_mx_quant finds a scale."""
 
     algorithm: int = 0
@@ -72,21 +71,21 @@ class Rule:
     block: int = 32
 
 
-def target_of(dst_type: int) -> Target:
+def target_of(dst_type: int) -> TargetFormat:
     """Refuses what is no MX element, torch.float4_e2m1fn_x2 among them."""
     require(
         dst_type in TARGETS,
-        f"dst_type={contract.spelled(dst_type)}",
+        f"dst_type={contract.spell_dtype(dst_type)}",
         needs="292 float8_e4m3fn, 291 float8_e5m2, 296 float4_e2m1fn_x2 or 297 float4_e1m2fn_x2",
         fix="pass the number 296 for FP4: torch.float4_e2m1fn_x2 makes the adapter allocate twice the length",
     )
     return TARGETS[dst_type]
 
 
-def check_rule(rule: Rule, target: Target, dtype: torch.dtype) -> None:
+def check_rule(rule: ScaleRule, target: TargetFormat, dtype: torch.dtype) -> None:
     """The combinations that aclnnDynamicMxQuantV3 has."""
     name = target.element.name
-    modes = tuple(ROUNDINGS) if target.packed else ("rint",)
+    modes = tuple(ROUND_MODES) if target.packed else ("rint",)
     require(
         rule.rounding in modes,
         f"round_mode={rule.rounding!r} for {name}",
@@ -126,10 +125,10 @@ def check_rule(rule: Rule, target: Target, dtype: torch.dtype) -> None:
     )
 
 
-def check_input(x: Tensor, axis: int, target: Target) -> int:
+def check_input(x: Tensor, axis: int, target: TargetFormat) -> int:
     """`axis` from the front. Refuses dtypes, shapes and axes the kernel does not take."""
     require(
-        x.dtype in FLOATS and 1 <= x.dim() <= 7,
+        x.dtype in FLOAT_DTYPES and 1 <= x.dim() <= 7,
         f"input {tuple(x.shape)} of {x.dtype}",
         needs="float16, bfloat16 or float32, 1 to 7 axes",
         fix="cast the activation to bfloat16",
@@ -155,25 +154,25 @@ def check_input(x: Tensor, axis: int, target: Target) -> int:
     return axis % x.dim()
 
 
-def outs(shape: tuple[int, ...], axis: int, target: Target, block: int) -> tuple[Out, Out]:
+def outs(shape: tuple[int, ...], axis: int, target: TargetFormat, block: int) -> tuple[Out, Out]:
     """Codes, and scales in pairs with a last axis of 2."""
     codes = (*shape[:-1], shape[-1] // 2) if target.packed else shape
     pairs = math.ceil(math.ceil(shape[axis] / block) / 2)
     return Out(codes, target.dtype), Out((*shape[:axis], pairs, *shape[axis + 1 :], 2), torch.uint8)
 
 
-def quantize(x: Tensor, axis: int, target: Target, rule: Rule) -> tuple[Tensor, Tensor]:
+def to_mx(x: Tensor, axis: int, target: TargetFormat, rule: ScaleRule) -> tuple[Tensor, Tensor]:
     """Codes and paired scales of `x`, as `outs` describes them."""
     length = x.shape[axis]
     blocks = scales.split_blocks(x.movedim(axis, -1), rule.block)
-    codes, scale = quantize_blocks(blocks, target.element, rule)
+    codes, scale = encode_blocks(blocks, target.element, rule)
     codes = scales.join_blocks(codes, length).movedim(-1, axis)
     if target.packed:
         codes = elements.pack(codes)
     return codes.contiguous().view(target.dtype), layouts.to_pairs(scale.movedim(-1, axis), axis)
 
 
-def quantize_blocks(blocks: Tensor, element: Element, rule: Rule) -> tuple[Tensor, Tensor]:
+def encode_blocks(blocks: Tensor, element: Element, rule: ScaleRule) -> tuple[Tensor, Tensor]:
     """[.., n, block] -> uint8 codes of the same shape, E8M0 bytes [.., n]."""
     finite = blocks.isfinite().all(-1)
     wide = blocks.where(finite.unsqueeze(-1), 0).to(torch.float32)
@@ -189,11 +188,11 @@ def quantize_blocks(blocks: Tensor, element: Element, rule: Rule) -> tuple[Tenso
     else:
         byte, multiplies = _cublas(amax, rule.dst_type_max or element.max, rule), amax > 0
     reciprocal = torch.where(multiplies, scales.power_of_two((_BIAS - byte).to(torch.int32)), 0.0)
-    codes = elements.to_codes(wide * reciprocal.unsqueeze(-1), element, ROUNDINGS[rule.rounding])
+    codes = elements.to_codes(wide * reciprocal.unsqueeze(-1), element, ROUND_MODES[rule.rounding])
     return codes.where(finite.unsqueeze(-1), 0), byte.where(finite, scales.NAN_BYTE).to(torch.uint8)
 
 
-def _cublas(amax: Tensor, largest: float, rule: Rule) -> Tensor:
+def _cublas(amax: Tensor, largest: float, rule: ScaleRule) -> Tensor:
     """int32 bytes of algorithm 1, and of 2 with another dst_type_max: amax / largest, up to a power of two.
 
     The division is a product with float32(1 / largest); subnormal quotients round up under algorithm 1 only.
@@ -233,10 +232,10 @@ def npu_dynamic_mx_quant(
     """Codes along `axis` and their scales in pairs (aclnnDynamicMxQuantV3)."""
     target = target_of(dst_type)
     axis = check_input(input, axis, target)
-    rule = Rule(scale_alg or 0, round_mode, dst_type_max, max_low_bound, block_size)
+    rule = ScaleRule(scale_alg or 0, round_mode, dst_type_max, max_low_bound, block_size)
     check_rule(rule, target, input.dtype)
     yield outs(tuple(input.shape), axis, target, block_size)
-    yield quantize(input, axis, target, rule)
+    yield to_mx(input, axis, target, rule)
 
 
 @operator("npu_anti_mx_quant")
@@ -244,15 +243,15 @@ def npu_anti_mx_quant(
     x: Tensor, mxscale: Tensor, axis: int | None, dst_type: int | None, src_type: int | None
 ) -> Iterator[Any]:
     """The values again (aclnnAntiMxQuant); an FP4 input doubles its last axis."""
-    target = target_of(contract.E4M3 if src_type is None else src_type)
+    target = target_of(contract.FP8_E4M3 if src_type is None else src_type)
     require(
         x.element_size() == 1 and (x.dtype == target.dtype or target.packed),
-        f"x of {x.dtype} with src_type={contract.spelled(src_type)}",
+        f"x of {x.dtype} with src_type={contract.spell_dtype(src_type)}",
         needs=f"codes of {target.dtype}",
         fix="give src_type=296 for packed FP4",
     )
     at = (-1 if axis is None else axis) % x.dim()
-    dtype = contract.output_dtype(15 if dst_type is None else dst_type, FLOATS, "npu_anti_mx_quant")
+    dtype = contract.output_dtype(15 if dst_type is None else dst_type, FLOAT_DTYPES, "npu_anti_mx_quant")
     shape = (*x.shape[:-1], x.shape[-1] * 2) if target.packed else tuple(x.shape)
     wanted = outs(shape, at, target, 32)[1].shape
     require(
@@ -270,15 +269,15 @@ def npu_dynamic_dual_level_mx_quant(
     input: Tensor, smooth_scale: Tensor | None, round_mode: str
 ) -> Iterator[Any]:
     """FP4 codes, a float32 scale per 512 values and an E8M0 scale per 32 (aclnnDynamicDualLevelMxQuant)."""
-    target = TARGETS[contract.E2M1]
+    target = TARGETS[contract.FP4_E2M1]
     require(
-        input.dtype in FLOATS[:2],
+        input.dtype in HALF_DTYPES,
         f"input of {input.dtype}",
         needs="float16 or bfloat16",
         fix="cast the activation to bfloat16",
     )
     axis = check_input(input, -1, target)
-    check_rule(Rule(rounding=round_mode), target, input.dtype)
+    check_rule(ScaleRule(rounding=round_mode), target, input.dtype)
     length = input.shape[-1]
     require(
         smooth_scale is None
@@ -295,5 +294,5 @@ def npu_dynamic_dual_level_mx_quant(
     level0 = torch.where(level0 < 2.0**-126, 0.0, level0)
     divided = (groups.to(torch.float32) / level0.unsqueeze(-1)).to(x.dtype)
     divided = scales.join_blocks(torch.where(groups == 0, groups, divided), length)
-    y, scale = quantize(divided, axis, target, Rule(rounding=round_mode))
+    y, scale = to_mx(divided, axis, target, ScaleRule(rounding=round_mode))
     yield y, level0, scale

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.twin.contract import refuse, require
-from ascendit.twin.operators.mx_quantize import FLOATS
+from ascendit.twin.contract import FLOAT_DTYPES, refuse, require
 from ascendit.twin.registry import Out, gate, operator
 
 _LAYOUTS = "BNSD with [1, 1, S, D], BSND with [1, S, 1, D], SBND with [S, 1, 1, D], TND with [T, 1, D]"
@@ -43,7 +42,9 @@ def npu_rotary_mul(
         )
     require(rotate is None, "rotate is given", needs="none", fix="leave rotate out")
     require(
-        all(t.dtype in FLOATS for t in (self, r1, r2)) and self.dim() in (3, 4) and r1.shape == r2.shape,
+        all(t.dtype in FLOAT_DTYPES for t in (self, r1, r2))
+        and self.dim() in (3, 4)
+        and r1.shape == r2.shape,
         f"self {tuple(self.shape)} of {self.dtype}, cos {tuple(r1.shape)}, sin {tuple(r2.shape)}",
         needs=f"floating point; {_LAYOUTS}",
         fix="x.unflatten(-1, (heads, -1)) before the rotation",

@@ -17,9 +17,9 @@ from ascendit.twin.registry import Out, current_chip, gate, operator
 
 _FP8: dict[int, tuple[Element, torch.dtype]] = {
     23: (E5M2, torch.float8_e5m2),
-    contract.E5M2: (E5M2, torch.float8_e5m2),
+    contract.FP8_E5M2: (E5M2, torch.float8_e5m2),
     24: (E4M3, torch.float8_e4m3fn),
-    contract.E4M3: (E4M3, torch.float8_e4m3fn),
+    contract.FP8_E4M3: (E4M3, torch.float8_e4m3fn),
 }
 _INT8 = (1, 12)
 """torch.int8 and torch.qint8."""
@@ -31,7 +31,7 @@ def _mode(name: str, dst_type: int | None) -> str:
     mode = "int8" if dst_type in _INT8 else "fp8"
     require(
         mode == "int8" or dst_type in _FP8,
-        f"dst_type={contract.spelled(dst_type)} for {name}",
+        f"dst_type={contract.spell_dtype(dst_type)} for {name}",
         needs="torch.int8 (or nothing), torch.float8_e4m3fn, torch.float8_e5m2",
         fix="the twin computes no int4 and no hifloat8",
     )
@@ -178,7 +178,7 @@ def npu_quantize(
     """int8 codes with scales and zero points that are given, for static W8A8 (aclnnQuantize)."""
     require(
         dtype in _INT8,
-        f"dtype={contract.spelled(dtype)}",
+        f"dtype={contract.spell_dtype(dtype)}",
         needs="torch.qint8",
         fix="the twin computes int8 only",
     )

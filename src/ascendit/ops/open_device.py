@@ -23,7 +23,7 @@ from ascendit import environment, twin
 from ascendit.device import npu_runtime
 from ascendit.device.device import Device, parse_device
 from ascendit.errors import EnvironmentProblem
-from ascendit.twin.state import STATE
+from ascendit.twin import STATE
 
 log = logging.getLogger("ascendit")
 
@@ -91,7 +91,7 @@ def internal_format(device: Device, allowed: bool) -> Iterator[None]:
         finally:
             STATE.internal_format = before
     elif device.kind == "npu" and device.chip != "a5":
-        config = _api(device).config  # it can be set and not be read; `npu_settings` switched it off
+        config = _api(device).config  # it can be set and not be read; `npu_runtime` switched it off
         config.allow_internal_format = allowed
         try:
             yield

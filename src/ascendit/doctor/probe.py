@@ -1,10 +1,7 @@
-"""Rows of `doctor`: which compiled kernels run here, and why not where PyTorch does their work.
+"""What the probes of `doctor` share: the row that each gives, the report of all rows, and how they look.
 
-What `doctor` tells: rows, and a report of them.
-
-What the probes of `doctor` share: versions, files that may be absent, and a Python of its own.
-
-A library that can take the process down with it, or hang, is imported in a child process with a time limit.
+They look at versions, at files that may be absent, and into a Python of their own: a library that can take
+the process down with it, or hang, is imported in a child process with a time limit.
 """
 
 from __future__ import annotations
@@ -20,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ascendit import environment
-from ascendit.native.build import native
+
+# ---- rows and the report -------------------------------------------------------------------------
 
 Status = Literal[
     "ok", "missing", "too old", "too little", "broken", "unlisted", "absent", "not checked", "probe failed"
@@ -31,7 +29,7 @@ NO_FIX = ("ok", "absent")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class ProbeRow:
     """One line of the report."""
 
     item: str
@@ -53,10 +51,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class DoctorReport:
     """All rows."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ProbeRow, ...]
 
     @property
     def ok(self) -> bool:
@@ -85,16 +83,15 @@ class Report:
         return {"ok": self.ok, "ready": ready, "rows": [asdict(row) for row in self.rows]}
 
 
-Probe = Callable[[], list[Row]]
+Probe = Callable[[], list[ProbeRow]]
 
 
-# ---- What the probes of `doctor` share: versions, files that may be absent, and a Python of its -
+# ---- versions, files, commands -------------------------------------------------------------------
 
-PROBE_SECONDS = 120.0
 COMMAND_SECONDS = 20.0
 
 
-def numbers(text: str) -> tuple[int, ...]:
+def version_numbers(text: str) -> tuple[int, ...]:
     """The leading numbers of a version: (2, 13, 0) for 2.13.0+cpu."""
     found = re.match(r"\d+(\.\d+)*", text)
     return tuple(int(n) for n in found[0].split(".")) if found else ()
@@ -102,10 +99,10 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def at_least(found: str, needed: str) -> bool:
     """Compare versions by their leading numbers: 2.13.0+cpu is at least 2.9."""
-    return numbers(found) >= numbers(needed)
+    return version_numbers(found) >= version_numbers(needed)
 
 
-def installed(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     """The version of a distribution, None where it is not installed."""
     try:
         return version(name)
@@ -128,6 +125,11 @@ def command(words: Sequence[str]) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""
+
+
+# ---- a Python of its own -------------------------------------------------------------------------
+
+PROBE_SECONDS = 120.0
 
 
 def child(code: str, *, plugins: bool = False) -> dict[str, Any]:
@@ -153,39 +155,9 @@ def child(code: str, *, plugins: bool = False) -> dict[str, Any]:
     return told
 
 
-def failed(row: Row, told: dict[str, Any], *, fix: str) -> Row:
+def failed(row: ProbeRow, told: dict[str, Any], *, fix: str) -> ProbeRow:
     """The row for a child process that did not do what it should."""
     if told.get("late"):
         again = "run ascendit doctor again when the machine is less busy"
         return replace(row, found=told["error"], status="probe failed", fix=again)
     return replace(row, found=told["error"], status="broken", fix=fix)
-
-
-# ---- Rows of `doctor`: which compiled kernels run here, and why not where PyTorch does their wo -
-
-KERNELS = {
-    "encode": "quantizing weights",
-    "attention": "attention on a CPU",
-    "linear": "linear layers on codes on a CPU",
-    "elementwise": "norms, RoPE and GELU on a CPU",
-}
-"""Source in `native/` -> what it is for."""
-
-
-def compiled_kernels() -> list[Row]:
-    """One row for each source. What was never compiled is compiled now, which takes seconds."""
-    return [_kernel(name, use) for name, use in KERNELS.items()]
-
-
-def _kernel(name: str, use: str) -> Row:
-    built = native(name)
-    row = Row(item=f"kernel: {name}", found=f"native, {built.reason}", needed=f"optional, for {use}")
-    if built.library is not None:
-        return row
-    return Row(
-        item=row.item,
-        found=f"PyTorch instead: {built.reason}",
-        needed=row.needed,
-        status="absent",
-        fix="not needed: it is slower",
-    )

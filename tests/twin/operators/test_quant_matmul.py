@@ -14,7 +14,7 @@ from ascendit import mx
 from ascendit.mx import layouts
 from ascendit.twin import cpu_kernels
 from ascendit.twin.operators import quant_matmul
-from ascendit.twin.operators.quant_matmul_contract import Call
+from ascendit.twin.operators.quant_matmul_contract import QuantMatmulCall
 
 npu = torch.ops.npu
 E8M0, E2M1, E4M3 = 293, 296, 292
@@ -123,9 +123,9 @@ def test_float32_before_the_output_cast() -> None:
         "scale": ws,
         "output_dtype": 15,
     }
-    call = Call(**arguments | {"pertoken_scale": s, "bias": bias})
+    call = QuantMatmulCall(**arguments | {"pertoken_scale": s, "bias": bias})
     exact = (q.double() @ wq.double().t()) * ws.double() * s.double()[:, None] + bias
-    assert apart(quant_matmul.NUMBERS["int8"](call, wq.t()), exact) < LIMIT
+    assert apart(quant_matmul.MODES["int8"](call, wq.t()), exact) < LIMIT
 
 
 def test_static_int8_keeps_19_bits_of_the_scale() -> None:

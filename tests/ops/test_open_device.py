@@ -15,7 +15,7 @@ import ascendit.twin
 from ascendit.device import npu_runtime
 from ascendit.device.device import Device, parse_device
 from ascendit.errors import EnvironmentProblem, UsageError
-from ascendit.ops.runtime import (
+from ascendit.ops.open_device import (
     activate,
     check_index,
     hide_torch_npu,
@@ -26,7 +26,7 @@ from ascendit.ops.runtime import (
     synchronize,
     to_dtype,
 )
-from ascendit.twin.state import STATE
+from ascendit.twin import STATE
 
 
 def test_no_cuda_here(monkeypatch):

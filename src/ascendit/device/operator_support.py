@@ -1,0 +1,319 @@
+"""Which chips have which operator, as one table, and so which schemes a chip has a matmul for. No torch here.
+
+The twin's gates, the documentation and `doctor` read this table. Gate on it, never on `hasattr`: torch_npu
+has the name of every operator on every chip, and many calls fail only inside CANN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from ascendit.device.chip import CHIPS
+from ascendit.errors import EnvironmentProblem
+from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES
+
+Support = Literal["native", "emulated"]
+
+Answer = Literal["yes", "cann", "adapter", "unknown"]
+"""yes: there is a kernel. cann: torch_npu takes the call, CANN refuses it. adapter: torch_npu refuses it.
+unknown: no public document says, so nothing here relies on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capability:
+    """One operator, or one mode of it, on three chips. An operator that is not in the table runs on all."""
+
+    operator: str
+    """A name of `torch.ops.npu`, or `mindiesd::` and a name."""
+    mode: str = ""
+    """What the twin calls it; empty for the whole operator."""
+    scheme: str = ""
+    """The row of `quant.schemes.LINEAR_SCHEMES` it computes, if it does one."""
+    a2: Answer = "yes"
+    a3: Answer = "yes"
+    a5: Answer = "yes"
+    aclnn: str = ""
+    """The CANN interface that is asked."""
+    dtypes: str = ""
+    layout: str = ""
+    message: str = ""
+    """What the adapter says where it refuses."""
+    instead: str = ""
+    """What to do where it does not run."""
+    used_for: str = ""
+    """What ascendit calls it for; empty if it does not."""
+
+    def on(self, chip: str) -> Answer:
+        answer: Answer = getattr(self, chip)
+        return answer
+
+    @property
+    def chips(self) -> tuple[str, ...]:
+        """Where it runs."""
+        return tuple(c for c in CHIPS if self.on(c) == "yes")
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+_INT8 = "on a2 and a3 int8 is native; other schemes run with --emulate, same numbers, slower"
+
+_MX = {"a2": "cann", "a3": "cann", "instead": _INT8}
+
+_A2_A3 = {"a5": "adapter"}
+
+_T_VIEW = "x2 [K, N] a transposed view of [N, K], scale likewise; or FRACTAL_NZ"
+
+_FUSED = "npu_fusion_attention"
+
+
+def _row(operator: str, mode: str = "", /, **rest: str) -> Capability:
+    return Capability(operator=operator, mode=mode, **rest)  # type: ignore[arg-type]
+
+
+CAPABILITIES: tuple[Capability, ...] = (
+    _row("npu_rms_norm", used_for="rms_norm", aclnn="aclnnRmsNorm", dtypes="fp16 bf16 fp32"),
+    _row("npu_rotary_mul", used_for="rope", aclnn="aclnnRotaryPositionEmbeddingV2", dtypes="fp16 bf16 fp32"),
+    _row("npu_gelu", used_for="gelu", aclnn="aclnnGeluV2", dtypes="fp16 bf16 fp32"),
+    _row(_FUSED, used_for="attention", aclnn="aclnnFlashAttentionScoreV4", dtypes="fp16 bf16 fp32"),
+    _row(
+        "npu_format_cast", used_for="weights in FRACTAL_NZ", layout="a2, a3: with allow_internal_format only"
+    ),
+    _row("get_npu_format", used_for="weights in FRACTAL_NZ"),
+    _row(
+        "npu_dynamic_mx_quant",
+        used_for="tokens in mxfp8 and mxfp4",
+        aclnn="aclnnDynamicMxQuantV3",
+        dtypes="fp16 bf16 fp32 -> e4m3 e5m2 e2m1",
+        **_MX,
+    ),
+    _row("npu_anti_mx_quant", aclnn="aclnnAntiMxQuant", **_MX),
+    _row(
+        "npu_dynamic_dual_level_mx_quant",
+        used_for="tokens in mxfp4_dualscale",
+        aclnn="aclnnDynamicDualLevelMxQuant",
+        dtypes="fp16 bf16 -> e2m1",
+        **_MX,
+    ),
+    _row("npu_rms_norm_dynamic_mx_quant", aclnn="aclnnRmsNormDynamicMxQuant", **_MX),
+    _row("npu_add_rms_norm_dynamic_mx_quant", aclnn="aclnnAddRmsNormDynamicMxQuant", **_MX),
+    _row(
+        "npu_dynamic_quant",
+        "int8",
+        used_for="tokens in int8",
+        scheme="int8",
+        aclnn="aclnnDynamicQuantV2",
+        dtypes="fp16 bf16 -> int8",
+    ),
+    _row(
+        "npu_dynamic_quant",
+        "fp8",
+        used_for="tokens in fp8",
+        scheme="fp8",
+        aclnn="aclnnDynamicQuantV2",
+        dtypes="-> e4m3 e5m2",
+        **_MX,
+    ),
+    _row(
+        "npu_dynamic_block_quant",
+        "int8",
+        aclnn="aclnnDynamicBlockQuantV2",
+        layout="a2, a3: row 1, col 1 or 128",
+    ),
+    _row("npu_dynamic_block_quant", "fp8", aclnn="aclnnDynamicBlockQuantV2", **_MX),
+    _row(
+        "npu_quant_matmul",
+        "int8",
+        used_for="linear in int8",
+        scheme="int8",
+        aclnn="aclnnQuantMatmulV5",
+        dtypes="int8 x int8, fp32 per token, fp32 or bf16 per channel",
+        layout="x2 [K, N], any; or FRACTAL_NZ",
+    ),
+    _row(
+        "npu_quant_matmul",
+        "fp8",
+        used_for="linear in fp8",
+        scheme="fp8",
+        aclnn="aclnnQuantMatmulV5",
+        dtypes="e4m3 x e4m3, fp32",
+        **_MX,
+    ),
+    _row(
+        "npu_quant_matmul",
+        "mxfp8",
+        used_for="linear in mxfp8",
+        scheme="mxfp8",
+        aclnn="aclnnQuantMatmulV5",
+        dtypes="e4m3 e5m2, e8m0 scales",
+        layout=_T_VIEW,
+        **_MX,
+    ),
+    _row(
+        "npu_quant_matmul",
+        "mxfp4",
+        used_for="linear in mxfp4",
+        scheme="mxfp4",
+        aclnn="aclnnQuantMatmulV5",
+        dtypes="e2m1 x e2m1, e8m0 scales",
+        layout=_T_VIEW,
+        **_MX,
+    ),
+    _row(
+        "npu_quant_matmul",
+        "w4a8",
+        used_for="linear in w4a8",
+        scheme="w4a8",
+        aclnn="aclnnQuantMatmulV5",
+        dtypes="e4m3 x e2m1, e8m0 scales",
+        layout=_T_VIEW,
+        **_MX,
+    ),
+    _row("npu_quant_matmul", "block", aclnn="aclnnQuantMatmulV5", dtypes="e4m3, fp32 per 128 x 128", **_MX),
+    _row(
+        "npu_dual_level_quant_matmul",
+        used_for="linear in mxfp4_dualscale",
+        scheme="mxfp4_dualscale",
+        a2="adapter",
+        a3="adapter",
+        aclnn="aclnnDualLevelQuantMatmulWeightNz",
+        dtypes="e2m1 x e2m1, e8m0 and fp32 scales",
+        layout="x2 FRACTAL_NZ",
+        message="This interface is supported only on the Ascend950 platform and after.",
+        instead=_INT8,
+    ),
+    _row(
+        "npu_format_cast",
+        "customize_dtype",
+        used_for="packed FP4 weights in FRACTAL_NZ",
+        a2="adapter",
+        a3="adapter",
+        layout="FRACTAL_NZ of packed e2m1",
+        message="customize_dtype is not supported by the current soc version.",
+        instead="CANN 9.1.0 has it on a2 and a3; without it cast plain int8 weights only",
+    ),
+    _row(
+        "npu_layer_norm_eval",
+        message="Current device only support aclnn operator, but current operator npu_layer_norm_eval "
+        "do not have aclnn implementation",
+        instead="torch.nn.functional.layer_norm, which every chip has",
+        **_A2_A3,
+    ),
+    _row(
+        "npu_silu",
+        message="Current device only support aclnn operator, but current operator npu_silu "
+        "do not have aclnn implementation",
+        instead="torch.nn.functional.silu, which every chip has",
+        **_A2_A3,
+    ),
+    _row(
+        "npu_prompt_flash_attention",
+        aclnn="aclnnPromptFlashAttentionV3",
+        message="Interface npu_prompt_flash_attention is no longer supported on Ascend950.",
+        instead=f"npu_fused_infer_attention_score_v2 or {_FUSED}",
+        **_A2_A3,
+    ),
+    _row(
+        "npu_fused_infer_attention_score_v2",
+        "quantized",
+        aclnn="aclnnFusedInferAttentionScoreV5",
+        dtypes="e4m3, modes 7 7 7 and 6 6 8",
+        a2="cann",
+        a3="cann",
+        instead="bf16 attention, which every chip has",
+    ),
+    _row(
+        "npu_apply_rotary_pos_emb",
+        "interleave",
+        aclnn="aclnnApplyRotaryPosEmbV2",
+        a2="cann",
+        a3="cann",
+        instead='npu_rotary_mul(..., rotary_mode="interleave"), which every chip has',
+    ),
+    _row(
+        "npu_block_sparse_attention",
+        a5="unknown",
+        aclnn="aclnnBlockSparseAttention",
+        layout="BNSD or TND, blocks of 128 keys",
+        instead="mindiesd::block_sparse_attention on a5",
+    ),
+    _row(
+        "mindiesd::layernorm", used_for="layer_norm, with fast_layernorm", aclnn="aclnnLayerNormWithImplMode"
+    ),
+    _row(
+        "mindiesd::adaln",
+        used_for="adaln",
+        a5="cann",
+        aclnn="aclnnAdaLayerNorm",
+        instead="mindiesd::adaln_v2 on a5",
+    ),
+    _row(
+        "mindiesd::adaln_v2",
+        used_for="adaln",
+        a2="cann",
+        a3="cann",
+        aclnn="aclnnAdaLayerNormV2",
+        instead="mindiesd::adaln on a2 and a3",
+    ),
+    _row(
+        "mindiesd::fused_infer_attention_score_v2",
+        "quantized",
+        a2="cann",
+        a3="cann",
+        aclnn="aclnnEagleFusedInferAttentionScore",
+        dtypes="e4m3, mode 7 7 7",
+        instead="bf16 attention, which every chip has",
+    ),
+    _row(
+        "mindiesd::block_sparse_attention",
+        a2="cann",
+        a3="cann",
+        aclnn="aclnnBlockSparseAttentionV2",
+        instead="npu_block_sparse_attention on a2 and a3",
+    ),
+    _row("mindiesd::la", a5="cann", aclnn="aclnnLaserAttention", instead=f"{_FUSED} on a5"),
+    _row(
+        "mindiesd::rainfusionattention",
+        a5="cann",
+        aclnn="aclnnRainFusionAttention",
+        instead="mindiesd::block_sparse_attention on a5",
+    ),
+)
+
+
+# ---- questions to it -----------------------------------------------------------------------------
+
+
+def capability(operator: str, mode: str = "") -> Capability:
+    """The row of an operator and mode. Without one of its own it runs on every chip."""
+    for row in CAPABILITIES:
+        if row.operator == operator and row.mode == mode:
+            return row
+    return Capability(operator=operator, mode=mode)
+
+
+def native_on(chip: str) -> frozenset[str]:
+    """The quantized schemes, `w4a8` among them, whose every operator has a kernel on this chip."""
+    rows: dict[str, list[Answer]] = {}
+    for row in CAPABILITIES:
+        rows.setdefault(row.scheme, []).append(row.on(chip))
+    return frozenset(s for s in LINEAR_SCHEMES if s in rows and set(rows[s]) == {"yes"})
+
+
+def chips_for(schemes: Collection[str]) -> dict[str, Support]:
+    """Chip -> `native` when it has the matmul of each of these schemes; others are decoded and multiplied."""
+    wanted = set(schemes) - {"bf16"}
+    return {chip: "native" if wanted <= native_on(chip) else "emulated" for chip in CHIPS}
+
+
+def no_matmul_for(device: object, chip: str, scheme: str) -> EnvironmentProblem:
+    """E-CAP-01 for a scheme that `chip` has no matmul for; says who has it, and what this one has."""
+    have = [c for c in CHIPS.values() if scheme in native_on(c.name)]
+    here = ["bf16", *(s for s in SCHEMES if s in native_on(chip))]
+    return EnvironmentProblem(
+        f"scheme {scheme} on {device}, a {CHIPS[chip].product}: it has no matmul for it",
+        needs=f"{' or '.join(f'{c.product}, {c.name}' for c in have)}; {chip} has " + " and ".join(here),
+        fix="quantize to int8; or --emulate decode-on-use: the same numbers, slower",
+        code="E-CAP-01",
+    )

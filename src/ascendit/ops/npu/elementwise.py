@@ -1,0 +1,117 @@
+"""Linear, norms, AdaLN, RoPE and GELU on an Ascend NPU, by torch.ops.npu, torch.ops.mindiesd and aten.
+
+What a card does differently from a CPU:
+- F.gelu is the tanh form on a2 and a3 whatever it is told; npu_gelu listens. npu_fast_gelu is neither.
+- F.rms_norm is six kernels. npu_rms_norm takes a float32 gamma beside BF16 hidden states.
+- npu_rotary_mul cuts its tables to the dtype of its input, so that goes in as float32; cos and sin hold each
+  number of a pair twice. a5 silently accepts any `rotary_mode`.
+- adaln takes its rows in the dtype of the hidden states only; aten layer_norm takes float32 ones too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ascendit.kernels.reference import Spans
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `reference.linear`. The kernel sees [tokens, K]."""
+    return F.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `reference.rms_norm`."""
+    out: Tensor = torch.ops.npu.npu_rms_norm(x, weight, epsilon=eps)[0]
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """As `reference.layer_norm`. Weight and bias in one dtype: that of x, or float32."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def mindiesd_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """As `reference.layer_norm`; impl_mode 0 is the precise one."""
+    out: Tensor = torch.ops.mindiesd.layernorm(x, x.shape[-1:], weight, bias, eps, 0)[0]
+    return out
+
+
+def layer_norm_adaln(x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, eps: float) -> Tensor:
+    """As `reference.adaln`: a layer norm with the weight 1 + scale, in float32."""
+
+    def one(part: Tensor, r: int) -> Tensor:
+        return F.layer_norm(part, part.shape[-1:], scale[r].float() + 1, shift[r].float(), eps)
+
+    return _by_span(one, x, spans)
+
+
+def mindiesd_adaln(x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, eps: float) -> Tensor:
+    """As `reference.adaln` with the rows rounded to x's dtype; for a2 and a3."""
+    return _mindiesd_adaln(torch.ops.mindiesd.adaln, x, scale, shift, spans, eps)
+
+
+def mindiesd_adaln_v2(x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, eps: float) -> Tensor:
+    """As `reference.adaln` with the rows rounded to x's dtype; for a5."""
+
+    def first(*given: Any) -> Tensor:
+        out: Tensor = torch.ops.mindiesd.adaln_v2(*given)[0]
+        return out
+
+    return _mindiesd_adaln(first, x, scale, shift, spans, eps)
+
+
+def _mindiesd_adaln(
+    call: Callable[..., Tensor], x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, eps: float
+) -> Tensor:
+    scale, shift = scale.to(x.dtype), shift.to(x.dtype)
+
+    def one(part: Tensor, r: int) -> Tensor:
+        rows = (t[r].expand(part.shape[0], -1) for t in (scale, shift))  # one row for each sample
+        return call(part, *rows, None, None, eps)
+
+    return _by_span(one, x, spans)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
+    """As `reference.gated_residual` with rows rounded to x's dtype; float32 ones would cost four kernels."""
+    gate = gate.to(x.dtype)
+    parts = y.split(spans, dim=1)
+    return _by_span(lambda part, r: torch.addcmul(part, parts[r], gate[r]), x, spans)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `reference.rope`, and with tables from `prepare_rope`. Rotates in float32."""
+    if cos.dim() == 2:
+        cos, sin = prepare_rope(cos, sin, dtype=x.dtype)
+    out: Tensor = torch.ops.npu.npu_rotary_mul(x.float(), cos, sin, rotary_mode="interleave")
+    return out.to(x.dtype)
+
+
+def prepare_rope(*tables: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """cos and sin [S, d/2] -> [1, S, 1, d], each number twice; float32 whatever the tokens are."""
+    return tuple(torch.stack((t, t), -1).flatten(-2)[None, :, None, :].float() for t in tables)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """As `reference.gelu_tanh`."""
+    out: Tensor = torch.ops.npu.npu_gelu(x, approximate="tanh")
+    return out
+
+
+def gelu(x: Tensor) -> Tensor:
+    """As `reference.gelu`, on every chip."""
+    out: Tensor = torch.ops.npu.npu_gelu(x, approximate="none")
+    return out
+
+
+def _by_span(one: Callable[[Tensor, int], Tensor], x: Tensor, spans: Spans) -> Tensor:
+    """`one(tokens, row)` for each span, side by side."""
+    if len(spans) == 1:
+        return one(x, 0)
+    return torch.cat([one(part, r) for r, part in enumerate(x.split(spans, dim=1))], 1)
