@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 FAST := not slow and not cuda and not npu
 # A worker for each processor. The tests of a file stay on one, as they share what their fixtures make.
 WORKERS := auto
-PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile
+PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 DEMO := a red circle moves right on a black background
 VIDEO := outputs/demo.mp4
 

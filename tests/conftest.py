@@ -33,6 +33,16 @@ def pytest_configure(config: pytest.Config) -> None:
             list(pool.map(build.native, build.NEEDS))
 
 
+LONG = ("cli", "demo", "docs")
+"""The folders whose files take longest: they come first, so that no worker is left with one at the end."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path.parent.name not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def _repeatable() -> None:
     """Fixed seeds and threads. Tests of the light modules must not pay for importing torch."""

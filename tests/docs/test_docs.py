@@ -1,8 +1,9 @@
 """The pages tell the truth: tables are those of the code, links lead somewhere, and the examples run.
 
-Every `bash` and `python` block is run, in page order, in one folder for each page. Two marks may stand
+Every `bash` and `python` block is run once, in page order, in one folder for each page. Two marks may stand
 on the line before a block: `<!-- no-test: reason -->`, and `<!-- exit: 2 E-REQ-01 -->` for one that must
-fail so. `make` lines are tried with `make -n`: their targets exist.
+fail so. `make` lines are tried with `make -n`: their targets exist. A `text` block after a command is the
+screen that it shows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -23,6 +25,8 @@ REPO = Path(__file__).resolve().parents[2]
 DEMO = REPO / "src" / "ascendit" / "demo" / "models" / "demo"
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+SHOWN = ("doctor.md", "inspect.md", "quantize.md", "repack.md")
+"""The pages whose screens are compared."""
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 SECONDS = 300
 
@@ -55,6 +59,7 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(name, line, found["language"], found["code"], no_test, int(code), error)
 
 
+Done = subprocess.CompletedProcess[str]
 BLOCKS = [block for page in PAGES for block in blocks(page) if block.language in ("bash", "python")]
 
 
@@ -143,7 +148,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {page: tmp_path_factory.mktemp("page") for page in {block.page for block in BLOCKS}}
 
 
-def run(block: Block, folder: Path, commands: Path) -> subprocess.CompletedProcess[str]:
+def run(block: Block, folder: Path, commands: Path) -> Done:
     environment = {**os.environ, "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "NO_COLOR": "1"}
     source = os.pathsep.join(filter(None, [str(REPO / "src"), os.environ.get("PYTHONPATH", "")]))
     environment["PYTHONPATH"] = source
@@ -162,13 +167,19 @@ def run(block: Block, folder: Path, commands: Path) -> subprocess.CompletedProce
     )
 
 
+@pytest.fixture(scope="module")
+def ran(folders: dict[str, Path], commands: Path) -> Callable[[Block], Done]:
+    """How a block ends in the folder of its page; it is run when that is first asked."""
+    return cache(lambda block: run(block, folders[block.page], commands))
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda b: f"{b.page}:{b.line}")
-def test_the_example_runs(block: Block, folders: dict[str, Path], commands: Path) -> None:
+def test_the_example_runs(block: Block, ran: Callable[[Block], Done]) -> None:
     if block.no_test:
         pytest.skip(f"marked: {block.no_test}")
     if block.needs_demo and not DEMO.exists():
         pytest.skip("the demo model is not in src/ascendit/demo/models")
-    done = run(block, folders[block.page], commands)
+    done = ran(block)
     assert done.returncode == block.exit_code, done.stdout + done.stderr
     if block.error:
         assert block.error in done.stderr
@@ -185,12 +196,49 @@ def shown_errors() -> list[tuple[Block, str]]:
 
 
 @pytest.mark.parametrize(("block", "text"), shown_errors(), ids=lambda x: getattr(x, "page", ""))
-def test_the_error_shown_is_the_one_that_comes(
-    block: Block, text: str, tmp_path: Path, commands: Path
-) -> None:
+def test_the_error_shown_is_the_one_that_comes(block: Block, text: str, ran: Callable[[Block], Done]) -> None:
     if not DEMO.exists():
         pytest.skip("the demo model is not in src/ascendit/demo/models")
-    assert run(block, tmp_path, commands).stderr.strip() == text.strip()
+    assert ran(block).stderr.strip() == text.strip()
+
+
+def folded(text: str) -> str:
+    """Columns may be wider than a page."""
+    return "".join(" ".join(line.split()) + "\n" for line in text.strip().splitlines())
+
+
+def pattern(shown: str) -> str:
+    """`...` stands for anything, on a line of its own for any number of lines."""
+    lines = []
+    for line in folded(shown).splitlines():
+        exact = re.escape(line).replace(re.escape("..."), ".*")
+        lines.append(r"(?:.*\n)*" if line == "..." else f"{exact}\n")
+    return "".join(lines)
+
+
+@pytest.mark.parametrize("page", SHOWN)
+def test_what_the_page_shows_is_what_comes(page: str, ran: Callable[[Block], Done]) -> None:
+    if not DEMO.exists():
+        pytest.skip("the demo model is not in src/ascendit/demo/models")
+    compared = 0
+    every = list(blocks(REPO / "docs" / page))
+    for block, after in zip(every, [*every[1:], None], strict=True):
+        if block.language != "bash" or block.no_test:
+            continue
+        done = ran(block)
+        if after is None or after.language != "text":
+            continue
+        came = done.stderr if block.exit_code == 2 else done.stdout
+        assert re.fullmatch(pattern(after.code), folded(came)), done.stdout + done.stderr
+        compared += 1
+    assert compared > 0
+
+
+def test_the_report_on_a_new_model_is_the_one_that_comes(ran: Callable[[Block], Done]) -> None:
+    every = list(blocks(REPO / "docs" / "new-models.md"))
+    code, shown = (next(b for b in every if b.language == kind) for kind in ("python", "text"))
+    done = ran(code)
+    assert done.stdout == shown.code, done.stderr
 
 
 EXAMPLE_OUTPUTS = {"01_generate.py": "out.mp4", "02_quantize.py": "out"}

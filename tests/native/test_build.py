@@ -27,6 +27,13 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     build.native.cache_clear()
 
 
+@pytest.fixture
+def unoptimized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder takes seconds to compile, most of them for its speed, which does not matter here."""
+    assert "-O3" in build.FLAGS
+    monkeypatch.setattr(build, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in build.FLAGS))
+
+
 @needs_compiler
 def test_compiled_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = build.native("elementwise")
@@ -39,12 +46,14 @@ def test_compiled_once_and_found_again(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @needs_compiler
+@pytest.mark.usefixtures("unoptimized")
 def test_the_encoder_says_what_it_was_compiled_for() -> None:
     words = ("AVX-512", "AVX2", "NEON", "plain C++")
     assert build.native("encode").reason in [f"compiled from native/encode.cpp, {word}" for word in words]
 
 
 @needs_compiler
+@pytest.mark.usefixtures("unoptimized")
 def test_a_header_that_changed_is_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build.native("encode")
     shutil.copytree(build.HERE, tmp_path / "src", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
@@ -57,6 +66,7 @@ def test_a_header_that_changed_is_another_file(tmp_path: Path, monkeypatch: pyte
 
 
 @needs_compiler
+@pytest.mark.usefixtures("unoptimized")
 def test_flags_that_a_compiler_does_not_know_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as OpenMP. What it computes is the same, see `tests/mx/test_encoder.py`."""
     monkeypatch.setattr(build, "OPTIONAL", (("-fno-such-flag", "-fopenmp"), ("-march=native",)))

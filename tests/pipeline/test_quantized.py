@@ -69,6 +69,12 @@ def frames(pipe: Pipeline, prompt: str = PROMPT, **fields: Any) -> Any:
     return pipe.generate(prompt, seed=7, **fields).frames
 
 
+@cache
+def short(scheme: str, device: str) -> Any:
+    """The frames of `online`, for a few steps; each made once."""
+    return frames(online(scheme, device), **SHORT)
+
+
 # ---- online and offline -------------------------------------------------------------------------
 
 
@@ -76,9 +82,9 @@ def frames(pipe: Pipeline, prompt: str = PROMPT, **fields: Any) -> Any:
 def test_online_and_offline_are_one(scheme: str, device: str, folders: Any) -> None:
     """From a folder on codes and from floats: the same video, byte for byte."""
     offline = ascendit.load(folders(scheme), device=device, dtype="bfloat16", step_policy=policy_of(scheme))
-    a, b = frames(offline, **SHORT), frames(online(scheme, device), **SHORT)
+    a, b = frames(offline, **SHORT), short(scheme, device)
     assert np.array_equal(a, b)
-    assert not np.array_equal(a, frames(online("bf16", device), **SHORT))
+    assert not np.array_equal(a, short("bf16", device))
 
 
 @pytest.mark.parametrize("scheme", ["mxfp8", "mxfp4"])
@@ -87,7 +93,7 @@ def test_a_chip_without_the_matmul_says_so_or_emulates(scheme: str) -> None:
         ascendit.load("demo", device="twin:a2", scheme=scheme)
     assert e.value.code == "E-CAP-01" and "--emulate" in e.value.fix
     emulated = ascendit.load("demo", device="twin:a2", scheme=scheme, emulate="decode-on-use")
-    assert psnr(frames(emulated, **SHORT), frames(online(scheme, "twin:a5"), **SHORT)) > CLOSE_DB
+    assert psnr(frames(emulated, **SHORT), short(scheme, "twin:a5")) > CLOSE_DB
 
 
 # ---- the CPU and the twin -----------------------------------------------------------------------
@@ -104,7 +110,7 @@ compiled = pytest.mark.skipif(
 @pytest.mark.parametrize(("scheme", "chip"), SAME)
 def test_the_cpu_and_the_twin_make_the_same_bytes(scheme: str, chip: str) -> None:
     """So whatever differs on a twin is a fault of the Ascend path, never of the arithmetic."""
-    cpu, twin = (frames(online(scheme, d), **SHORT) for d in ("cpu", f"twin:{chip}"))
+    cpu, twin = (short(scheme, d) for d in ("cpu", f"twin:{chip}"))
     assert np.array_equal(cpu, twin)
 
 
@@ -178,7 +184,7 @@ def test_a_step_policy_changes_the_steps_that_it_names() -> None:
 
 def test_steps_in_bf16_are_those_of_the_floats() -> None:
     pipe = ascendit.load("demo", dtype="bfloat16", scheme="mxfp4", step_policy="0-2:bf16")
-    assert np.array_equal(frames(pipe, **SHORT), frames(online("bf16", "cpu"), **SHORT))
+    assert np.array_equal(frames(pipe, **SHORT), short("bf16", "cpu"))
 
 
 def test_a_policy_beyond_the_last_step_or_without_its_weights() -> None:
