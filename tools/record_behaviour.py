@@ -2,7 +2,7 @@
 
     python tools/record_behaviour.py record before.json                     # takes some minutes
     python tools/record_behaviour.py record after.json --package ../other/src --only quantize repack
-    python tools/record_behaviour.py compare before.json after.json --ignore messages
+    python tools/record_behaviour.py compare before.json after.json --common --ignore messages
 
 A recording is one flat JSON object, `mode/area/case/item` -> a sha256 of a tensor, or a short text. `mode` is
 `on` or `off`, with the native kernels and without, or `any` where they cannot matter. Each area runs in a
@@ -172,13 +172,15 @@ def record(args: argparse.Namespace) -> int:
 # ---- comparing --------------------------------------------------------------------------------------------
 
 
-def differences(a: Mapping[str, str], b: Mapping[str, str], ignore: Iterable[str] = ()) -> dict[str, str]:
-    """Key -> what differs, in words. Areas that one recording lacks altogether are one line each."""
+def differences(
+    a: Mapping[str, str], b: Mapping[str, str], ignore: Iterable[str] = (), *, common: bool = False
+) -> dict[str, str]:
+    """Key -> what differs, in words. An area that one recording lacks is one line, with `common` none."""
     left, right = ({k: v for k, v in x.items() if area_of(k)[1] not in set(ignore)} for x in (a, b))
-    areas = [{area_of(key) for key in x} for x in (left, right)]
-    found = {"/".join(area): "only in one recording" for area in sorted(areas[0] ^ areas[1])}
+    lacking = {origin_of(key) for key in left} ^ {origin_of(key) for key in right}
+    found = {} if common else {"/".join(area): "only in one recording" for area in sorted(lacking)}
     for key in sorted(left.keys() | right.keys()):
-        if area_of(key) in areas[0] ^ areas[1] or left.get(key) == right.get(key):
+        if origin_of(key) in lacking or left.get(key) == right.get(key):
             continue
         if key not in right:
             found[key] = "is gone"
@@ -190,9 +192,15 @@ def differences(a: Mapping[str, str], b: Mapping[str, str], ignore: Iterable[str
 
 
 def area_of(key: str) -> tuple[str, str]:
-    """(mode, area)."""
+    """(mode, area) of a key; `messages` is an area."""
     mode, area, *_ = key.split("/")
     return mode, area
+
+
+def origin_of(key: str) -> tuple[str, str]:
+    """(mode, area) that yielded a key: for a message the area in which it was met."""
+    mode, area, *rest = key.split("/")
+    return mode, rest[0] if area == "messages" else area
 
 
 def change(before: str, after: str) -> str:
@@ -207,16 +215,17 @@ def change(before: str, after: str) -> str:
 def compare(args: argparse.Namespace) -> int:
     """Print what differs, `--limit` keys of each area; 1 if anything does."""
     a, b = (json.loads(path.read_bytes()) for path in (args.a, args.b))
-    found = differences(a, b, args.ignore)
+    found = differences(a, b, args.ignore, common=args.common)
     counts = Counter(area_of(f"{key}/") for key in found)
     shown: Counter[tuple[str, str]] = Counter()
     for key, what in found.items():
         shown[area_of(f"{key}/")] += 1
         if shown[area_of(f"{key}/")] <= args.limit:
             print(f"{key}: {what}")
+    total = Counter(area_of(key) for key in a.keys() | b.keys())
     for (mode, area), count in sorted(counts.items()):
-        print(f"{mode}/{area}: {count} of {sum(area_of(key) == (mode, area) for key in a)} keys differ")
-    print(f"{len(found)} differences in {len(a.keys() | b.keys())} keys")
+        print(f"{mode}/{area}: {count} of {total[mode, area]} keys differ")
+    print(f"{len(found)} differences in {total.total()} keys")
     return 1 if found else 0
 
 
@@ -239,6 +248,7 @@ def main(words: list[str] | None = None) -> int:
     two.add_argument("a", type=Path)
     two.add_argument("b", type=Path)
     two.add_argument("--ignore", nargs="+", default=[], metavar="AREA", help="As messages.")
+    two.add_argument("--common", action="store_true", help="Leave out areas that one recording lacks.")
     two.add_argument("--limit", type=int, default=20, help="Keys of each area that are printed; 20.")
     two.set_defaults(run=compare)
     three = commands.add_parser("area")

@@ -81,6 +81,8 @@ def test_differences_name_gone_new_and_changed_keys(tool: ModuleType) -> None:
         "on/x/gone": "is gone",
         "on/x/new": "is new",
     }
+    assert "off/y" not in tool.differences(a, b, common=True)
+    assert tool.differences(a, b)["on/messages/m"] == "old  ->  new"
     assert tool.change("a\nb\nc", "a\nB\nc").split() == ["-b", "+B"]
 
 
