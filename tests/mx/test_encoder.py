@@ -213,14 +213,16 @@ def test_threads_do_not_matter(form: str, rule: str, length: int) -> None:
 
 
 def kinds() -> dict[tuple[str, str, torch.dtype], str]:
-    """(format, rule, dtype) -> the module of its encoder."""
+    """(format, rule, dtype) -> the module and the function that made its encoder: `encoder._in_pieces`."""
     found = {}
     for name, rule in RULES:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             form = lookup(name)
             rounding = "half_away" if rule.startswith("msms:") and form.block else "rint"
             encode_with = encoder.encoder(form, rule, rounding, dtype)
-            found[name, rule, dtype] = getattr(encode_with, "func", encode_with).__module__.rpartition(".")[2]
+            function = getattr(encode_with, "func", encode_with)
+            module = function.__module__.rpartition(".")[2]
+            found[name, rule, dtype] = f"{module}.{function.__qualname__.partition('.')[0]}"
     return found
 
 
@@ -228,7 +230,7 @@ def test_which_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that msModelSlim or an NPU does with bfloat16; the search ends in one of them."""
     encoders.take("native", monkeypatch)
     assert encoder.choice()[0] == "native" and "compiled from native/encode.cpp, " in encoder.choice()[1]
-    plain = {key for key, module in kinds().items() if module != "fast_native"}
+    plain = {key for key, made_by in kinds().items() if not made_by.startswith("native_encoder.")}
     assert {rule for _, rule, dtype in plain if dtype == torch.bfloat16} == {SEARCH}
     assert {r for _, r, d in plain if d == torch.float32 and not r.startswith("msms:")} == set()
     assert {n for n, r, d in plain if d == torch.float16 and not r.startswith("msms:")} == {"mxfp4_dualscale"}
@@ -240,8 +242,8 @@ def test_which_are_quick_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> 
     found = kinds()
     encoders.forget()
     for name, rule in RULES:
-        module = "fast" if rule.startswith("msms:") else "fast_torch"
-        assert found[name, rule, torch.bfloat16] == module
+        in_pieces = found[name, rule, torch.bfloat16] == "encoder._in_pieces"
+        assert in_pieces != rule.startswith("msms:")
 
 
 def test_no_compiler_is_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -397,27 +397,12 @@ def keep_hooks(old: nn.Module, new: nn.Module) -> None:
 # ---- what Diffusers is told ----------------------------------------------------------------------
 
 
-def keep_hooks(old: nn.Module, new: nn.Module) -> None:
-    """The forward hooks of `old` go on seeing what the layer reads and gives."""
-    for name in (
-        "_forward_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-    ):
-        getattr(new, name).update(getattr(old, name))
-
-
-# ---- what Diffusers is told ----------------------------------------------------------------------
-
-
-def mark(module: nn.Module, plan: ModuleSchemes) -> None:
+def mark(module: nn.Module, chosen: ModuleSchemes) -> None:
     """Tell Diffusers that a model of it is quantized, so that it refuses casts and saves what it needs."""
-    say_attention_kept(module, plan)
+    say_attention_kept(module, chosen)
     if register := getattr(module, "register_to_config", None):
-        layers = {p.layer: p.scheme for p in plan.layers}
-        register(quantization_config=marker_of(layers, wan=plan.kind is not None))
+        layers = {s.name: s.scheme for s in chosen.layers}
+        register(quantization_config=marker_of(layers, wan=chosen.kind is not None))
         module.is_quantized = True  # type: ignore[assignment]
 
 
@@ -427,8 +412,8 @@ def marker_of(layers: Mapping[str, str], *, smoothed: Sequence[str] = (), wan: b
     return (marker_for(inside, smoothed) if wan else None) or {"quant_method": METHOD}
 
 
-def say_attention_kept(module: nn.Module, plan: ModuleSchemes) -> None:
+def say_attention_kept(module: nn.Module, chosen: ModuleSchemes) -> None:
     """Log what the recipe asks of attentions and is not done."""
-    if found := Counter(plan.attention.values()):
+    if found := Counter(chosen.attention.values()):
         asked = ", ".join(f"{word} for {n}" for word, n in found.items())
         log.warning("%s: quantized attention (%s) runs in BF16 here", type(module).__name__, asked)

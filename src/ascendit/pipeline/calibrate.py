@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ascendit.checkpoint.hub import DEMO
 from ascendit.checkpoint.layout import Layout
-from ascendit.convert.calibration import ALPHA, Save, Statistics, check_alpha
+from ascendit.convert.calibration import ALPHA, ExpertStatistics, Save, Statistics, check_alpha
 from ascendit.device.device import parse_device
 from ascendit.errors import UsageError
 from ascendit.model.wan import WanTransformer

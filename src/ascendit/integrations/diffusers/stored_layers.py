@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ascendit.checkpoint.component import TRANSFORMER, Part, read_json
 from ascendit.checkpoint.layer_format import (
+    STORED_ROLES,
     Layer,
     check_float_scale,
     check_positive,
