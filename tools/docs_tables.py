@@ -150,7 +150,7 @@ def traits_table() -> str:
 
 def tensors_table() -> str:
     """What a layer [N, K] has on disk, from the specs that the writers use; like schemes share a row."""
-    from ascendit.weights.canonical_tensors import layer_specs
+    from ascendit.weights.engine_formats import layer_specs
 
     symbols = {5: "N", 2048: "K", 1024: "K/2", 64: "ceil(K/32)", 4: "ceil(K/512)", 1: "1"}
     schemes: dict[tuple[str, str, str], list[str]] = {}

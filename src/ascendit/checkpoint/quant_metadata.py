@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.layer_format import Claim, Layer, disagreement
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.errors import CheckpointError
-from ascendit.names import CODED_ROLES, Naming, canonical, is_block_linear, listed, to_wan
+from ascendit.names import CODED_ROLES, ROLES, Naming, canonical, is_block_linear, listed, sort_names, to_wan
 from ascendit.quant.fusion import layers_of_module
-from ascendit.quant.schemes import FP8_TILES, MANIFEST_SCHEMES, QUANTIZED
+from ascendit.quant.schemes import FP8_TILES, MANIFEST_SCHEMES, QUANTIZED, SCHEMES
 
 # ---- the manifest -------------------------------------------------------------------------------
 
@@ -164,6 +164,42 @@ def _unknown_types(path: Path, strange: Mapping[str, str]) -> CheckpointError:
         fix="export the model with one of these types",
         code="E-CKP-04",
     )
+
+
+def manifest_for(
+    layers: Mapping[str, str],
+    names: Sequence[str],
+    attention: Mapping[str, str],
+    found: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """`quant_model_description.json`: one entry for each of `names`, in their order, the write order.
+
+    `layers`: layer -> scheme. Codes and their scales have msModelSlim's word for the scheme, every other
+    tensor is FLOAT, its bias and `mul_scale` too. Then come `attention` (`<attn>.quant_type` -> value), and
+    last `model_quant_type`: the word of the last quantized linear of the blocks, as msModelSlim writes it
+    (mixed recipes go by their last block), or FLOAT. `found`: values of other tensors, and of keys that name
+    no tensor, as the source has them (`fa_quant_type`, FAQuant).
+    """
+    found = dict(found or {})
+    manifest = {}
+    for name in names:
+        layer, _, role = name.rpartition(".")
+        if layer in layers and role in ROLES:
+            manifest[name] = SCHEMES[layers[layer]].manifest if role in CODED_ROLES else "FLOAT"
+        else:
+            manifest[name] = found.get(name, "FLOAT")
+    manifest |= attention
+    manifest |= {key: value for key, value in found.items() if key not in manifest}
+    manifest.pop("model_quant_type", None)
+    manifest["model_quant_type"] = model_quant_type(layers)
+    return manifest
+
+
+def model_quant_type(layers: Mapping[str, str]) -> str:
+    """The word of the last quantized linear: of the blocks, else (nothing there is quantized) of any."""
+    coded = [name for name, scheme in layers.items() if scheme in QUANTIZED]
+    last = sort_names([name for name in coded if is_block_linear(name)] or coded)[-1:]
+    return SCHEMES[layers[last[0]]].manifest if last else "FLOAT"
 
 
 # ---- quantization_config ------------------------------------------------------------------------

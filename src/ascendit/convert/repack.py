@@ -26,6 +26,7 @@ from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer
 from ascendit.checkpoint.layout import WORDS, Layout, recognise
 from ascendit.checkpoint.output_folder import Staging
+from ascendit.checkpoint.quant_metadata import model_quant_type
 from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes, as_tensor
 from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter
@@ -36,8 +37,8 @@ from ascendit.mx.formats import FORMATS
 from ascendit.names import listed
 from ascendit.progress import Advance, ConversionMeter, OnConversionProgress
 from ascendit.quant.schemes import FP8_TILES, SCHEMES, STORED_SCHEMES
+from ascendit.quant.vllm_omni_config import marker_for
 from ascendit.version import __version__
-from ascendit.weights import canonical_tensors
 from ascendit.weights.engine_formats import (
     Dialect,
     check_engine,
@@ -88,7 +89,7 @@ class _Job:
 
     @property
     def quant_type(self) -> str:
-        return canonical_tensors.model_quant_type(self.layers)
+        return model_quant_type(self.layers)
 
     @property
     def quantized(self) -> bool:
@@ -243,7 +244,7 @@ def _write_one(step: TensorStep, writer: ShardWriter, reader: RowReader) -> None
 def _write_json(job: _Job, folder: Path) -> None:
     """config.json, and the manifest where something is quantized."""
     dialect, layers = job.dialect, job.layers
-    marker = canonical_tensors.marker_for(layers, job.steps.smoothed)
+    marker = marker_for(layers, job.steps.smoothed)
     provenance.write_json(folder / "config.json", dialect.config(job.config, marker))
     if dialect.task_file:
         provenance.write_json(folder / dialect.task_file, task_config(job.config))

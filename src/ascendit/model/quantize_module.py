@@ -35,8 +35,8 @@ from ascendit.ops.operators import Schemes, bind
 from ascendit.quant.layer_rules import OUTSIDE, LayerScheme, LayerSchemes, ruled
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.quant.schemes import QUANTIZED, SCHEMES
+from ascendit.quant.vllm_omni_config import METHOD, marker_for
 from ascendit.weights.applied_recipe import check_kind
-from ascendit.weights.canonical_tensors import METHOD, marker_for
 from ascendit.weights.engine_formats import model_kind
 
 log = logging.getLogger("ascendit")

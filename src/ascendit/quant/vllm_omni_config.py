@@ -1,22 +1,24 @@
-"""vLLM-Omni's `quantization_config` for a float model as a recipe, in the words of vLLM-Omni. No torch.
+"""vLLM-Omni's `quantization_config`: read as a recipe for a float model, and written for a quantized one. No torch.
 
     {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 5, "ignored_layers": ["blocks.7.ffn.net_2"]}
 
-`num_bf16_fallback_layers` are leading blocks, 5 by default and for mxfp4_dualscale alone; `ignored_layers`
-names modules, the fused `to_qkv` too. There a name that fits nothing is passed over; here it is an error.
+Reading: `num_bf16_fallback_layers` are leading blocks, 5 by default and for mxfp4_dualscale alone;
+`ignored_layers` names modules, the fused `to_qkv` too. There a name that fits nothing is passed over; here it
+is an error. Writing: `marker_for`, for config.json of a transformer.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ascendit.errors import UsageError
 from ascendit.mx.formats import lookup, resolve_rule
-from ascendit.quant.fusion import layers_of_module
+from ascendit.names import is_block_linear, sort_names
+from ascendit.quant.fusion import layers_of_module, vllm_omni_modules
 from ascendit.quant.layer_rules import LayerRule
-from ascendit.quant.schemes import SCHEMES
+from ascendit.quant.schemes import QUANTIZED, SCHEMES
 from ascendit.schedule import StepPolicy
 
 METHODS = tuple(name for name, scheme in SCHEMES.items() if scheme.vllm_omni_key)
@@ -99,3 +101,39 @@ def _bad(problem: str) -> UsageError:
         fix='{"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 5, "ignored_layers": []}',
         code="E-USE-01",
     )
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+METHOD = "ascendit"
+"""The `quant_method` of a config whose layers are told by the manifest, or by their tensors."""
+
+
+def marker_for(layers: Mapping[str, str], smoothed: Collection[str] = ()) -> dict[str, Any] | None:
+    """`quantization_config` for config.json, in keys that vLLM-Omni 0.30 knows; None for floats.
+
+    `layers`: every linear of the blocks (and others that are quantized) -> scheme, `bf16` for those that are
+    kept; `smoothed`: those with a `mul_scale`. `ignored_layers` holds the kept ones, by the names of its
+    modules: `attn1.to_qkv`, `to_out`, `ffn.net_0.proj`, `ffn.net_2`.
+
+    Its schema cannot say two schemes, FP8 by rows, a quantized layer outside the blocks, a Q without its K
+    and V, smoothing in a scheme or in a kept layer where it knows none. Then the method is ascendit's own:
+    Diffusers asks ascendit, and vLLM-Omni stops instead of taking codes for weights.
+    """
+    own = {"quant_method": METHOD}
+    coded = {name: scheme for name, scheme in layers.items() if scheme in QUANTIZED}
+    if not coded:
+        return None
+    method, *more = set(coded.values())
+    scheme = SCHEMES[method]
+    if more or not scheme.vllm_omni_key or not all(map(is_block_linear, coded)):
+        return own
+    if not set(smoothed) <= (set(coded) if scheme.vllm_omni_smooth else set()):
+        return own
+    kept = [name for name in sort_names(layers) if name not in coded and is_block_linear(name)]
+    if (ignored := vllm_omni_modules(kept, coded)) is None:
+        return own
+    marker: dict[str, Any] = {"quant_method": method, scheme.vllm_omni_key: True}
+    if method == "mxfp4" and set(smoothed) == set(coded):
+        marker["require_smooth_scale"] = True
+    return marker | {"ignored_layers": ignored}

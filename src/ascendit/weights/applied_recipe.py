@@ -17,7 +17,7 @@ from ascendit.names import grouped, is_block_linear, sort_names
 from ascendit.quant.layer_rules import AttentionScheme, LayerScheme, LayerSchemes, ModelKind
 from ascendit.quant.recipe import Recipe
 from ascendit.quant.schemes import FP4, FP8_TILES, SCHEMES
-from ascendit.weights.canonical_tensors import marker_for
+from ascendit.quant.vllm_omni_config import marker_for
 from ascendit.weights.engine_formats import Dialect, Traits, traits_of
 
 ROTATIONS = ("q_rot", "k_rot")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ascendit.checkpoint.component import STEM
-from ascendit.checkpoint.quant_metadata import MANIFEST_FILE
+from ascendit.checkpoint.quant_metadata import MANIFEST_FILE, manifest_for
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import UsageError
 from ascendit.family import WanConfig
@@ -31,9 +31,34 @@ from ascendit.names import ROLES, Naming, is_block_linear, sort_names, to_wan
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.fusion import fused_with
 from ascendit.quant.schemes import SCHEMES, STORED_SCHEMES
-from ascendit.weights import canonical_tensors
 
 WAN_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
+
+
+def layer_specs(
+    name: str,
+    scheme: str,
+    shape: tuple[int, int],
+    *,
+    bias: bool,
+    mul_scale: bool = False,
+    float_dtype: str = "BF16",
+) -> list[TensorSpec]:
+    """The tensors of the linear layer `name`, in the order they are written.
+
+    `shape`: (N, K) of the decoded weight. `scheme`: a key of `quant.schemes.SCHEMES`. `float_dtype`: how
+    weight and bias lie in a layer that is not quantized; the bias of one that is, is always float32.
+    """
+    n, k = shape
+    row = SCHEMES[scheme]
+    found: dict[str, tuple[str, tuple[int, ...]]] = {
+        "weight": (float_dtype, shape),
+        "mul_scale": ("F32", (k,)),
+        "bias": ("F32" if row.weight else float_dtype, (n,)),
+    }
+    found |= row.tensors(n, k)
+    roles = [*row.roles, *(["mul_scale"] * mul_scale), *(["bias"] * bias)]
+    return [TensorSpec(f"{name}.{role}", *found[role]) for role in roles]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +117,8 @@ class Dialect:
         mul_scale: bool = False,
         float_dtype: str = "BF16",
     ) -> list[TensorSpec]:
-        """As `canonical_tensors.layer_specs`, as this reader wants them."""
-        specs = canonical_tensors.layer_specs(
+        """As `layer_specs`, as this reader wants them."""
+        specs = layer_specs(
             name,
             scheme,
             shape,
@@ -123,9 +148,9 @@ class Dialect:
         attention: Mapping[str, str],
         found: Mapping[str, str],
     ) -> dict[str, str]:
-        """The manifest with the names on disk; arguments as for `canonical_tensors.manifest_for`."""
+        """The manifest with the names on disk; arguments as for `checkpoint.quant_metadata.manifest_for`."""
         smoothed = {name.removesuffix(".mul_scale") for name in names if name.endswith(".mul_scale")}
-        plain = canonical_tensors.manifest_for(layers, names, attention, found)
+        plain = manifest_for(layers, names, attention, found)
         quant_type = plain.pop("model_quant_type")
         manifest = {self.on_disk(name, smoothed): value for name, value in plain.items()}
         if self.aliases:

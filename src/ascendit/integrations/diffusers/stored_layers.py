@@ -34,7 +34,7 @@ from ascendit.mx.codec import Encoded
 from ascendit.names import listed
 from ascendit.ops.operators import Schemes
 from ascendit.quant.schemes import FP8_TILES
-from ascendit.weights.canonical_tensors import layer_specs
+from ascendit.weights.engine_formats import layer_specs
 
 # ---- which layers are quantized: headers and JSON only -------------------------------------------
 
@@ -89,7 +89,7 @@ def _by_dtype(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[str, 
 
 
 def _check_canonical(layer: Layer) -> None:
-    """E-CKP-04 unless every tensor lies as `canonical_tensors.layer_specs` says."""
+    """E-CKP-04 unless every tensor lies as `engine_formats.layer_specs` says."""
     if layer.scheme == FP8_TILES:
         raise _foreign(layer.name, "FP8 in tiles of 128 x 128")
     have = {role: (info.dtype, info.shape) for role, info in layer.tensors.items()}

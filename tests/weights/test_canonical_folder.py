@@ -8,13 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ascendit.checkpoint.quant_metadata import manifest_for, model_quant_type
 from ascendit.names import ROLES, block_linears, expected_tensors, is_block_linear, sort_names
-from ascendit.weights.canonical_tensors import (
-    layer_specs,
-    manifest_for,
-    marker_for,
-    model_quant_type,
-)
+from ascendit.quant.vllm_omni_config import marker_for
+from ascendit.weights.engine_formats import layer_specs
 
 CONFIG = {
     "num_attention_heads": 2,
