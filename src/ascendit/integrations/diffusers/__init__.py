@@ -33,7 +33,7 @@ from ascendit.integrations.diffusers.stored_layers import (
     FromCodes,
     FromFloats,
     left_out,
-    stored_layers,
+    read_stored_layers,
 )
 from ascendit.kernels.kernel import Emulate
 from ascendit.model.quantize_module import (
@@ -163,8 +163,8 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return [key for key in loaded_keys if key not in drop]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        """Decide which tensors are awaited. Errors as `stored_layers` and `module_schemes`."""
-        stored = stored_layers(model, self._files)
+        """Decide which tensors are awaited. Errors as `read_stored_layers` and `module_schemes`."""
+        stored = read_stored_layers(model, self._files)
         self._check_asked(bool(stored))
         linears = linears_of(model)
         self._layers = dict.fromkeys(linears, "bf16")

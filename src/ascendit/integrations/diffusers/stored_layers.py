@@ -39,7 +39,7 @@ from ascendit.weights.engine_formats import layer_specs
 # ---- which layers are quantized: headers and JSON only -------------------------------------------
 
 
-def stored_layers(model: nn.Module, files: Sequence[Path]) -> dict[str, Layer]:
+def read_stored_layers(model: nn.Module, files: Sequence[Path]) -> dict[str, Layer]:
     """Layer -> what lies on disk, of those that are codes or smoothed; {} where all are plain floats.
 
     Headers and JSON only. CheckpointError: as `read_expert` for a Wan transformer; E-CKP-04 for layers that
