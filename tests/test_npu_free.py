@@ -64,7 +64,7 @@ def test_the_check_sees_what_it_should() -> None:
         'if device.startswith("npu"):\n    pass\n'
         "import torch_npu\n"
         "from ascendit.ops.npu.linear import list_kernels\n"
-        "from ascendit.device import npu_settings\n"
+        "from ascendit.device import npu_runtime\n"
         "torch.npu.synchronize()\n"
         "x = torch.ops.mindiesd.adaln(x)\n"
         'y = 1 if kind == "twin" else 2\n'

@@ -3,7 +3,7 @@
     python tools/contact_sheet.py docs/contact-sheet.png                  # 12 prompts, the demo model
     python tools/contact_sheet.py OUT.png --model FOLDER --seed 7
 
-The prompts are drawn by `verify.pick`, so they are spread over every colour, shape, direction and
+The prompts are drawn by `demo.adherence.pick`, so they are spread over every colour, shape, direction and
 background, and one seed serves all: nothing is chosen by hand. Two of the twelve name a combination
 that training never showed; their captions say so.
 """

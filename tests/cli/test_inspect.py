@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from pipeline.headers import floats, write_expert
 
+from ascendit.inspect import checkpoint
+
 
 class FakeReport:
     def __init__(self, ok: bool) -> None:
@@ -25,7 +27,7 @@ class FakeReport:
 
 @pytest.mark.parametrize("ok", [True, False])
 def test_it_prints_the_report(run, model, monkeypatch, ok):
-    monkeypatch.setattr("ascendit.inspect.checkpoint.inspect", lambda path: FakeReport(ok))
+    monkeypatch.setattr(checkpoint, "inspect", lambda path: FakeReport(ok))
     ended = run("inspect", model)
     assert ended.out == "Model  x\nChecks  1 missing\n" and ended.err == ""
     assert ended.code == (0 if ok else 1)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import ascendit
 from ascendit.cli import main as cli
 from ascendit.errors import CheckpointError
+from ascendit.inspect import checkpoint
 
 FLAGS = {
     "generate": [
@@ -193,7 +194,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def broken(path: object) -> None:
         raise error
 
-    monkeypatch.setattr("ascendit.inspect.checkpoint.inspect", broken)
+    monkeypatch.setattr(checkpoint, "inspect", broken)
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_the_best_of_nothing() -> None:
 
 
 def test_the_search_is_no_rule_for_rows() -> None:
-    with pytest.raises(UsageError, match="mx.rows.ScaleSearch") as caught:
+    with pytest.raises(UsageError, match="mx.row_encoder.ScaleSearch") as caught:
         RowEncoder("mxfp4", 64, max_rows=2, scale_rule="msms:ceil_x:search")
     assert caught.value.code == "E-USE-01"
 

@@ -1,7 +1,7 @@
 """The synthetic world of the demo model: what its prompts can say, and the true picture of each.
 
 One moving thing on a plain background. The training script renders it, the adherence check
-(`verify.py`) reads it back from pixels, and the tests hold the two against each other.
+(`adherence.py`) reads it back from pixels, and the tests hold the two against each other.
 """
 
 from __future__ import annotations

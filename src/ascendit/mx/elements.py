@@ -2,7 +2,7 @@
 
 A code is sign, exponent, mantissa in the low bits of a uint8, as OCP MX v1.0 5.3 lays them out. Values beyond
 the largest saturate (OCP leaves this open; the NPU's casts and torchao saturate). The sign of zero is kept,
-and a negative value that rounds to zero gives minus zero (IEEE; msModelSlim differs, see `mx.msms`). All
+and a negative value that rounds to zero gives minus zero (IEEE; not so in `mx.msmodelslim`). All
 steps are exact in float32 and int32, so they give the same bits on every device.
 """
 

@@ -43,7 +43,7 @@ class RowEncoder:
             raise UsageError(
                 f"scale rule {rule!r} for some rows of a weight",
                 needs="one constant for the whole weight",
-                fix="look for it with mx.rows.ScaleSearch, and give its rule",
+                fix="look for it with mx.row_encoder.ScaleSearch, and give its rule",
                 code="E-USE-01",
             )
         self._form, self._length, self._dtype, self._max_rows = form, length, dtype, max_rows

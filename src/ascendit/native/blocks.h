@@ -59,7 +59,7 @@ inline void store(const Lanes& codes, uint8_t* out) {
 }
 
 // Any finite float32 -> its code. `scaled` is x times 2^-exponent, rounded to float32. These are the steps of
-// `mx.elements.to_codes` and, for msms, of `mx.msms`.
+// `mx.elements.to_codes` and, for msms, of `mx.msmodelslim`.
 template <class E, Rounding R>
 inline uint8_t code_of(float x, float scaled) {
     const float magic = 12582912.0f;  // 1.5 x 2^23: adding it rounds to a whole number, ties to even

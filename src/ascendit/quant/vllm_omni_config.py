@@ -1,4 +1,4 @@
-"""vLLM-Omni's `quantization_config`: read as a recipe for a float model, and written for a quantized one. No torch.
+"""vLLM-Omni's `quantization_config`: read as a recipe for floats, written for quantized weights. No torch.
 
     {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 5, "ignored_layers": ["blocks.7.ffn.net_2"]}
 
