@@ -14,7 +14,7 @@ from ascendit.device.operator_support import native_on
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels import reference
 from ascendit.mx.smoothing import smooth_input
-from ascendit.ops.operators import OPERATOR_NAMES, Ops, bind, native_schemes
+from ascendit.ops.operators import OPERATOR_NAMES, Ops, bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 # Largest relative error, by the norm: float32 rounding, and half a BF16 step (2^-9) for each rounding.
@@ -168,7 +168,8 @@ def test_misfits_are_named():
 def test_native_schemes_by_chip():
     assert native_on("a2") == native_on("a3") == {"int8"}
     assert native_on("a5") == set(LINEAR_SCHEMES)
-    assert native_schemes(parse_device("cpu")) == frozenset()
+    assert parse_device("twin:a5").native_schemes == native_on("a5")
+    assert parse_device("cpu").native_schemes == frozenset()
 
 
 @pytest.mark.usefixtures("twin")

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ascendit import mx
 from ascendit.device.device import Device
 from ascendit.ops.npu.linear import NZ_SCHEMES
-from ascendit.ops.operators import Ops, bind, native_schemes
+from ascendit.ops.operators import Ops, bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 S, TEXT, HEADS, HEAD = 20, 12, 2, 32
@@ -44,7 +44,7 @@ def calls(device: Device) -> Iterator[Call]:
     x, row = (t.to(device.torch_name) for t in (rand(1, S, D), rand(D).float()))
     yield Call("layer_norm, fast_layernorm", lambda: fast.layer_norm(x, row, row, 1e-6))
     for scheme in LINEAR_SCHEMES:
-        if scheme in native_schemes(device):
+        if scheme in device.native_schemes:
             yield from _quantized(bind(device), device, scheme)
 
 

@@ -14,7 +14,7 @@ from ascendit.model.linear import QuantLinear
 from ascendit.model.loader import load_expert
 from ascendit.model.quantize_on_load import Online, read_experts
 from ascendit.model.wan import WanTransformer
-from ascendit.ops.operators import bind, native_schemes
+from ascendit.ops.operators import bind
 from ascendit.pipeline.generate import Pipeline
 from ascendit.schedule import StepPolicy
 
@@ -70,7 +70,7 @@ WAYS = (
 
 def on(device: Device) -> Iterator[Way]:
     """Those that this chip has every matmul for."""
-    yield from (way for way in WAYS if way.schemes <= native_schemes(device))
+    yield from (way for way in WAYS if way.schemes <= device.native_schemes)
 
 
 def experts(pipe: Pipeline, way: Way, layers: int) -> list[WanTransformer]:

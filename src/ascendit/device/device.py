@@ -83,10 +83,15 @@ class Device:
         """Whether its name tells which schemes it has: a twin, or an open NPU."""
         return self.chip is not None
 
+    @property
+    def native_schemes(self) -> frozenset[str]:
+        """The quantized schemes that its chip has a matmul for; none where it has no chip of the table."""
+        return native_on(self.chip) if self.chip else frozenset()
+
     def check_schemes(self, schemes: Iterable[str]) -> None:
         """EnvironmentProblem E-CAP-01 for a scheme that its chip has no matmul for, where its name tells."""
         for scheme in sorted(set(schemes) & set(QUANTIZED)):
-            if self.chip is not None and scheme not in native_on(self.chip):
+            if self.chip is not None and scheme not in self.native_schemes:
                 raise no_matmul_for(self, self.chip, scheme)
 
     @property

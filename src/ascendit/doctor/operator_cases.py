@@ -24,7 +24,7 @@ from ascendit.kernels import reference
 from ascendit.mx.codec import decibels
 from ascendit.ops.npu import kernels
 from ascendit.ops.open_device import internal_format, synchronize
-from ascendit.ops.operators import OPERATOR_NAMES, bind, native_schemes
+from ascendit.ops.operators import OPERATOR_NAMES, bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
 from ascendit.twin import example_calls
 from ascendit.twin.nz import ND
@@ -126,11 +126,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _pair(base: Result, actual: Tensor, expected: Tensor, db: float | None) -> Result:
-    def words(t: Tensor) -> str:
-        return described(t)
-
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return replace(base, verdict="wrong", error=f"{words(actual)} came, not {words(expected)}")
+        return replace(base, verdict="wrong", error=f"{described(actual)} came, not {described(expected)}")
     name = str(expected.dtype).removeprefix("torch.")
     if name not in DECIBELS:
         return _codes(base, actual, expected)
@@ -339,7 +336,7 @@ def function_cases(device: Device) -> Iterator[CheckCase]:
         plain = getattr(reference, name)
         yield CheckCase(base, partial(_dense, ops=ops, name=name, plain=plain, args=args))
     for scheme in LINEAR_SCHEMES:
-        if device.chip and scheme not in native_schemes(device):
+        if device.chip and scheme not in device.native_schemes:
             continue
         for variant in ("", SMOOTHED, NZ) if device.operators == "npu" else ("", SMOOTHED):
             base = Result(part="function", name=f"{scheme} linear{variant}", operator=f"linear in {scheme}")

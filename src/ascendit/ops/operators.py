@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ascendit.device.device import Device, parse_device
-from ascendit.device.operator_support import native_on
 from ascendit.errors import UsageError
 from ascendit.kernels.kernel import (
     Activation,
@@ -142,11 +141,6 @@ class Schemes:
                 code="E-USE-01",
             )
         return self.kernel(a.scheme.name).call(a, weight)
-
-
-def native_schemes(device: Device) -> frozenset[str]:
-    """The schemes that a device has a matmul for; none where it has no chip of the table."""
-    return native_on(device.chip) if device.chip else frozenset()
 
 
 def schemes_on(device: str, like: Schemes) -> Schemes:

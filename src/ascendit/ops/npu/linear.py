@@ -26,11 +26,10 @@ from ascendit.mx import layouts
 from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import lookup
 from ascendit.ops.open_device import internal_format
-from ascendit.ops.operators import native_schemes
 from ascendit.quant.schemes import scheme_of
 from ascendit.twin.contract import FP4_E2M1, FP8_E4M3, SCALE_E8M0
+from ascendit.twin.nz import FRACTAL_NZ, ND
 
-FRACTAL_NZ, ND = 29, 2
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 NZ_SCHEMES = ("int8", "mxfp8", "mxfp4")
 """Where FRACTAL_NZ is a choice. mxfp4_dualscale has no other; of fp8 no document says that it has one."""
@@ -284,5 +283,5 @@ def list_kernels(device: Device) -> tuple[QuantLinearKernel, ...]:
             quantize_activation=quantize_activation,
             stored=stored,
         )
-        for scheme in sorted(native_schemes(device))
+        for scheme in sorted(device.native_schemes)
     )
