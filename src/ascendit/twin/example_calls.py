@@ -1,6 +1,6 @@
 """Right calls, one or more of each operator that the twin computes: for tests, and for the first card.
 
-`samples("a5")` makes its inputs on the CPU with the twin itself; weights that must be FRACTAL_NZ are cast in
+`samples()` makes its inputs on the CPU with the twin itself; weights that must be FRACTAL_NZ are cast in
 `run`, so that on a card the card casts them.
 """
 

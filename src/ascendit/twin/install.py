@@ -30,11 +30,6 @@ from ascendit.twin.registry import OPERATORS, VERSIONS, current_chip, fake, froz
 _LIBRARIES: list[torch.library.Library] = []
 
 
-def is_installed() -> bool:
-    """Whether the operators are defined."""
-    return bool(_LIBRARIES)
-
-
 def install(chip: str, *, with_module: bool) -> None:
     """Define every frozen schema, computed or refused by name. A second call changes the chip."""
     real = sys.modules.get("torch_npu")

@@ -175,7 +175,7 @@ def dense() -> None:
                 assert float((found.double() - wanted.double()).norm() / wanted.double().norm()) < limit, name
             plain = kernels.layer_norm(x, None, None, 1e-6)
             torch.testing.assert_close(plain, reference.layer_norm(x, None, None, 1e-6), rtol=0.01, atol=1e-5)
-    assert all(kernels.problem_of_operator(getattr(kernels, name), "cpu") is None for name in given)
+    assert not any(kernels.problem_of_operator(getattr(kernels, name), "cpu") for name in given)
 
 
 CHECKS = {c.__name__: c for c in (tokens, strided, weights, products, ends, forms, dense)}

@@ -24,18 +24,15 @@ def test_one_that_is_wrong_or_breaks_is_not_taken_and_named(monkeypatch, caplog)
         raise RuntimeError("no compiler\nand more")
 
     with caplog.at_level("INFO", logger="ascendit"):
-        assert "its numbers are wrong, by" in str(kernels.problem_of_operator(adaln, "cpu"))
+        assert "its numbers are wrong, by" in kernels.problem_of_operator(adaln, "cpu")
         assert kernels.problem_of_operator(rope, "cpu") == "RuntimeError: no compiler"
     assert "rope on cpu is not computed by Triton: RuntimeError: no compiler" in caplog.text
     before = torch.get_rng_state()
-    assert [kernels.problem_of_operator(getattr(reference, name), "cpu") for name in NAMES] == [None] * 5
+    assert [kernels.problem_of_operator(getattr(reference, name), "cpu") for name in NAMES] == [""] * 5
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 def test_on_a_card_all_are_right():
-    assert {
-        name: kernels.problem_of_operator(getattr(kernels, name), "cuda") for name in NAMES
-    } == dict.fromkeys(NAMES)
-    assert {k.operator for k in kernels.triton_kernels_on("cuda")} == set(NAMES)
+    assert {k.operator: k.missing() for k in kernels.triton_kernels_on("cuda")} == dict.fromkeys(NAMES, "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ascendit.kernels.cpu.elementwise import gelu, gelu_tanh
 from ascendit.kernels.kernel import Function, Kernel, Wish
 from ascendit.kernels.reference import Spans
 from ascendit.ops.cuda import linear, triton_kernels
-from ascendit.ops.cuda.triton_linear import launch, triton_steps
+from ascendit.ops.cuda.triton_linear import dense_rows, launch, triton_steps
 
 log = logging.getLogger("ascendit")
 ERROR_LIMIT = 4e-3
@@ -43,26 +44,25 @@ def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
 
 
 def triton_kernels_on(place: str) -> tuple[Kernel, ...]:
-    """Those that give the numbers of `reference` on that very card."""
+    """Each is tried when it is chosen: it must give the numbers of `reference` on that very card."""
     fast, version = triton_steps()
     if fast is None or not torch.cuda.is_available():
         return ()
     reason = f"cuda: one pass over memory by Triton {version}"
     return tuple(
-        Kernel(f.__name__, "cuda", f, reason, "Triton")
+        Kernel(f.__name__, "cuda", f, reason, "Triton", missing=partial(problem_of_operator, f, place))
         for f in (rms_norm, layer_norm, adaln, gated_residual, rope)
-        if problem_of_operator(f, place) is None
     )
 
 
 @functools.cache
-def problem_of_operator(function: Function, place: str) -> str | None:
-    """What is wrong with an operator on a device, None if it gives the numbers of `reference`. Logged."""
+def problem_of_operator(function: Function, place: str) -> str:
+    """What is wrong with an operator on a device, "" if it gives the numbers of `reference`. Logged."""
     given = _sample(place)[function.__name__]
     wanted = getattr(reference, function.__name__)(*given).float()
     try:
         error = float((function(*given).float() - wanted).norm() / wanted.norm())
-        found = None if error < ERROR_LIMIT else f"its numbers are wrong, by {error:.1e} of them"
+        found = "" if error < ERROR_LIMIT else f"its numbers are wrong, by {error:.1e} of them"
     except Exception as e:  # a compiler or a driver: each has its own
         found = f"{type(e).__name__}: {(str(e).strip() or 'no text').splitlines()[0][:120]}"
     if found:
@@ -124,7 +124,7 @@ def _normalize(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, one: float, eps: float, out: Tensor
 ) -> None:
     """x [B, S, D] into out [B, S, D], whose tokens lie side by side."""
-    x = _dense(x)
+    x = dense_rows(x)
     batch, length, d = x.shape
     launch(
         triton_kernels.layer_norm, (length, batch), x, _or(scale, x), _or(shift, x), out, d, x.stride(0),
@@ -140,7 +140,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
     for r, (a, b, to) in enumerate(
         zip(x.split(spans, dim=1), y.split(spans, dim=1), out.split(spans, dim=1), strict=True)
     ):
-        a, b = _dense(a), _dense(b)
+        a, b = dense_rows(a), dense_rows(b)
         launch(
             triton_kernels.gated_residual, (a.shape[1], a.shape[0]), a, b, gate[r].contiguous(), to, d,
             a.stride(0), a.stride(1), b.stride(0), b.stride(1), to.stride(0), **_size(d),
@@ -151,7 +151,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `reference.rope`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tokens = _dense(x.flatten(2))
+    tokens = dense_rows(x.flatten(2))
     pairs = tokens.shape[2] // 2
     launch(
         triton_kernels.rope, (x.shape[1], x.shape[0]), tokens, cos.contiguous(), sin.contiguous(), out, pairs,
@@ -162,12 +162,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _flat(x: Tensor) -> Tensor:
     """[rows, D], a view where the strides allow it."""
-    return _dense(x.reshape(-1, x.shape[-1]))
-
-
-def _dense(x: Tensor) -> Tensor:
-    """With the D numbers of a token side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return dense_rows(x.reshape(-1, x.shape[-1]))
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

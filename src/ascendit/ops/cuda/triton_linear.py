@@ -81,12 +81,13 @@ def _quantize_blocks(
 ) -> None:
     element = lookup(format).element
     assert element is not None
+    x = dense_rows(x)
     width, groups = out.shape[1], -(-x.shape[1] // GROUP)
     programs = -(-width // (GROUP * GROUPS_PER_PROGRAM))
     shift, threshold = scales.thresholds(rule, element)
     launch(
-        triton_kernels.quantize_blocks, (x.shape[0], programs), _rows(x), _or(mul, x), out, _or(scale, x),
-        _or(dual, x), x.shape[1], width, _rows(x).stride(0), -(-x.shape[1] // 32), groups,
+        triton_kernels.quantize_blocks, (x.shape[0], programs), x, _or(mul, x), out, _or(scale, x),
+        _or(dual, x), x.shape[1], width, x.stride(0), -(-x.shape[1] // 32), groups,
         SHIFT=shift, THRESHOLD=threshold, MASK=scales.fraction_mask(rule, element), **_constants(element),
         SMOOTH=mul is not None, DUAL=dual is not None, CODES=scale is not None,
         ONES=0 if has_outer_scales(format) else BIAS_PARTS, GROUPS=GROUPS_PER_PROGRAM,
@@ -94,11 +95,11 @@ def _quantize_blocks(
 
 
 def _quantize_rows(x: Tensor, format: str, mul: Tensor | None, out: Tensor, *, codes: bool) -> Tensor:
-    scale = torch.empty(x.shape[0], device=x.device)
+    x, scale = dense_rows(x), torch.empty(x.shape[0], device=x.device)
     element = lookup(format).element
     launch(
-        triton_kernels.quantize_rows, (x.shape[0],), _rows(x), _or(mul, x), out, scale, x.shape[1],
-        out.shape[1], _rows(x).stride(0), STEP=1 / (element.max if element else 127), FP8=element is not None,
+        triton_kernels.quantize_rows, (x.shape[0],), x, _or(mul, x), out, scale, x.shape[1],
+        out.shape[1], x.stride(0), STEP=1 / (element.max if element else 127), FP8=element is not None,
         CODES=codes, SMOOTH=mul is not None, BLOCK=ROW_BLOCK,
     )  # fmt: skip
     return scale
@@ -168,8 +169,9 @@ def _raw(encoded: Encoded) -> Tensor:
     return encoded.codes if encoded.codes.dtype == torch.int8 else encoded.codes.view(torch.uint8)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
+def dense_rows(x: Tensor) -> Tensor:
+    """With the numbers of a row side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

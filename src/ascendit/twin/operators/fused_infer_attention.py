@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ascendit.twin import contract
-from ascendit.twin.contract import require
+from ascendit.twin.contract import HALF_DTYPES, require
 from ascendit.twin.operators import attention_inputs as core
 from ascendit.twin.operators import mx_quantize
 from ascendit.twin.registry import Out, gate, operator
@@ -83,7 +83,7 @@ def _unused(given: dict[str, Any], allowed: tuple[str, ...] = ()) -> None:
 
 def _same_dtype(q: Tensor, k: Tensor, v: Tensor) -> None:
     require(
-        q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16),
+        q.dtype == k.dtype == v.dtype and q.dtype in HALF_DTYPES,
         f"query of {q.dtype}, key of {k.dtype}, value of {v.dtype}",
         needs="one dtype, float16 or bfloat16; FP8 with its quant modes and scales",
         fix="q.to(torch.bfloat16)",

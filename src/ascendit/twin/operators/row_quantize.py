@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from ascendit.mx import elements
-from ascendit.mx.formats import E4M3, E5M2, Element
+from ascendit.mx.formats import Element
 from ascendit.twin import contract
-from ascendit.twin.contract import require
+from ascendit.twin.contract import HALF_DTYPES, require
+from ascendit.twin.operators.mx_quantize import TARGETS
 from ascendit.twin.registry import Out, current_chip, gate, operator
 
 _FP8: dict[int, tuple[Element, torch.dtype]] = {
-    23: (E5M2, torch.float8_e5m2),
-    contract.FP8_E5M2: (E5M2, torch.float8_e5m2),
-    24: (E4M3, torch.float8_e4m3fn),
-    contract.FP8_E4M3: (E4M3, torch.float8_e4m3fn),
+    number: (target.element, target.dtype) for number, target in TARGETS.items() if not target.packed
 }
 _INT8 = (1, 12)
 """torch.int8 and torch.qint8."""
@@ -39,7 +37,7 @@ def _mode(name: str, dst_type: int | None) -> str:
     return mode
 
 
-def _encode(x: Tensor, steps: Tensor, dst_type: int | None) -> Tensor:
+def _encode(steps: Tensor, dst_type: int | None) -> Tensor:
     """Steps to the nearest codes, ties to even, saturated. NaN becomes 0, as the cast has it. Contiguous."""
     steps = steps.contiguous()
     clean = steps.where(steps.isfinite(), 0)
@@ -72,7 +70,7 @@ def npu_dynamic_quant(
         fix="x.unsqueeze(0)",
     )
     require(
-        input.dtype in (torch.float16, torch.bfloat16),
+        input.dtype in HALF_DTYPES,
         f"input of {input.dtype}",
         needs="float16 or bfloat16",
         fix="cast the activation to bfloat16",
@@ -103,15 +101,14 @@ def npu_dynamic_quant(
         x = x * smooth_scales.to(torch.float32)
     amax = x.abs().amax() if quant_mode == "pertensor" else x.abs().amax(along, keepdim=True)
     steps, scale = _steps(x, amax, _largest(dst_type))
-    yield _encode(x, steps, dst_type), scale.reshape(kept)
+    yield _encode(steps, dst_type), scale.reshape(kept)
 
 
 def _steps(x: Tensor, amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     """x in units of the scale, and the scale.
 
-    a5 divides by amax x (1 / 127), a2 and a3 multiply by 127 / amax.
-
-    One code in 6000 differs between the two. A row of zeros has scale 0 and codes 0 on both.
+    a5 divides by amax x (1 / 127), a2 and a3 multiply by 127 / amax: one code in 6000 differs between the
+    two. A row of zeros has scale 0 and codes 0 on both.
     """
     if current_chip() == "a5":
         scale = amax * (1 / largest)
@@ -137,7 +134,7 @@ def npu_dynamic_block_quant(
     mode = _mode("npu_dynamic_block_quant", dst_type)
     a5 = current_chip() == "a5"
     rows, columns = ((1, 64, 128, 256, 512), (64, 128, 192, 256)) if a5 else ((1,), (1, 128))
-    floats = (torch.float16, torch.bfloat16) + ((torch.float32,) if a5 else ())
+    floats = HALF_DTYPES + ((torch.float32,) if a5 else ())
     require(
         x.dim() in (2, 3) and x.dtype in floats,
         f"Expected x to have 2 or 3 dimensions, but got {x.dim()}, of {x.dtype}",
@@ -168,7 +165,7 @@ def npu_dynamic_block_quant(
         scale = scale.clamp(max=1 / min_scale)
     steps = (tiles / scale[..., None, :, None]).flatten(-4, -3).flatten(-2)
     steps = steps[..., : x.shape[-2], : x.shape[-1]]
-    yield _encode(x, steps, dst_type), scale
+    yield _encode(steps, dst_type), scale
 
 
 @operator("npu_quantize")
