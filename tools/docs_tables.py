@@ -24,7 +24,7 @@ from ascendit.errors import CODES, AscenditError
 from ascendit.family import SPECS, Size, WanSpec
 from ascendit.names import ROLES
 from ascendit.quant.engines import ENGINES, engines_for
-from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES
+from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES, STORED_SCHEMES
 
 REPO = Path(__file__).resolve().parents[1]
 PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -127,7 +127,7 @@ TRAITS = {
     "added_kv": "cross-attention with image tokens (Wan2.1 I2V)",
     "unquantized": "no quantized layer",
 }
-"""The traits of `spec.Engine.refuses` in words; `odd_blocks:` and `smoothed:` take a scheme."""
+"""The traits of `quant.engines.Engine.refuses` in words; `odd_blocks:` and `smoothed:` take a scheme."""
 
 
 def traits_table() -> str:
@@ -142,7 +142,7 @@ def traits_table() -> str:
     for engine in ENGINES.values():
         by_reason: dict[str, list[str]] = {}
         for trait, why in engine.refuses.items():
-            if trait not in SCHEMES and trait != "fp8_128x128":
+            if trait not in STORED_SCHEMES:
                 by_reason.setdefault(why, []).append(words(trait))
         rows += [(engine.name, "; ".join(found), why) for why, found in by_reason.items()]
     return table(("engine", "does not load", "because"), rows)

@@ -37,7 +37,7 @@ from behaviour.values import Place, Records
 
 REPO = Path(__file__).resolve().parents[1]
 
-# ---- recording: each area in a process of its own ---------------------------------------------------------
+# ---- recording: each area in a process of its own -----------------------------------------------
 
 FAILED = ":failed"
 """The case of an area that ended with an error of its own."""
@@ -169,7 +169,7 @@ def record(args: argparse.Namespace) -> int:
     return 1 if any(key.endswith(FAILED) for key in found) else 0
 
 
-# ---- comparing --------------------------------------------------------------------------------------------
+# ---- comparing ----------------------------------------------------------------------------------
 
 
 def differences(

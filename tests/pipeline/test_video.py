@@ -21,7 +21,7 @@ from PIL import Image
 from ascendit.demo import world
 from ascendit.errors import AscenditError, EnvironmentProblem, QualityError, UsageError
 from ascendit.pipeline import video_codecs
-from ascendit.pipeline.frame_checks import Frames, check_frames, check_not_flat, to_uint8
+from ascendit.pipeline.frame_checks import Frames, check_not_flat, to_uint8
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video import (
     Video,
@@ -585,12 +585,3 @@ def test_every_plain_scene_of_the_world_passes(caplog: pytest.LogCaptureFixture)
     for each in world.scenes():
         check_not_flat(world.render(each, motion, 17, only=range(0, 17, 8)))
     assert not caplog.records
-
-
-def test_check_frames_does_both() -> None:
-    x = np.random.default_rng(0).uniform(-1, 1, (3, 5, 8, 8))
-    assert np.array_equal(check_frames(x), to_uint8(x))
-    with refused(QualityError, "E-OUT-02"):
-        check_frames(x * 0 - 1)
-    with refused(QualityError, "E-OUT-01"):
-        check_frames(x * np.nan)

@@ -88,7 +88,7 @@ def _step_problems(way: Mapping[str, Any], step: Step) -> Iterator[str]:
                 yield f"{count} strided arguments of {kernel}, at most {most.get(kernel, 0)} are known"
 
 
-# ---- as a table -----------------------------------------------------------------------------------
+# ---- as a table ---------------------------------------------------------------------------------
 
 
 HEAD = ("linear layers", "texts quantized", "matmuls, first", "quantized + matmuls", "copied", "waits")

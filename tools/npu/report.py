@@ -103,7 +103,7 @@ def _run_problems(one: Mapping[str, Any]) -> Iterator[str]:
     yield from loop.problems(one["video"])
 
 
-# ---- as text --------------------------------------------------------------------------------------
+# ---- as text ------------------------------------------------------------------------------------
 
 
 def text(found: Mapping[str, Any]) -> str:

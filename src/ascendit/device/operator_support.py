@@ -55,7 +55,7 @@ class Capability:
         return tuple(c for c in CHIPS if self.on(c) == "yes")
 
 
-# ---- the table -----------------------------------------------------------------------------------
+# ---- the table ----------------------------------------------------------------------------------
 
 _INT8 = "on a2 and a3 int8 is native; other schemes run with --emulate, same numbers, slower"
 
@@ -282,7 +282,7 @@ CAPABILITIES: tuple[Capability, ...] = (
 )
 
 
-# ---- questions to it -----------------------------------------------------------------------------
+# ---- questions to it ----------------------------------------------------------------------------
 
 
 def capability(operator: str, mode: str = "") -> Capability:

@@ -217,7 +217,7 @@ def _cuda() -> list[ProbeRow]:
     return [replace(row, found=names, status="ok", fix="")]
 
 
-# ---- compiled kernels ----------------------------------------------------------------------------
+# ---- compiled kernels ---------------------------------------------------------------------------
 
 NATIVE_SOURCES = {
     "encode": "quantizing weights",
@@ -247,7 +247,7 @@ def _kernel(name: str, use: str) -> ProbeRow:
     )
 
 
-# ---- torch, asked once ---------------------------------------------------------------------------
+# ---- torch, asked once --------------------------------------------------------------------------
 
 _TORCH_CODE = """
 import json, torch

@@ -47,7 +47,7 @@ CANN_LIBRARIES = (
 VERSION_FILES = ("ascend_toolkit_install.info", "{arch}-linux/ascend_toolkit_install.info", "version.cfg")
 
 
-# ---- versions that belong together ---------------------------------------------------------------
+# ---- versions that belong together --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _public(version: str | None) -> str | None:
     return None if version is None else version.partition("+")[0]
 
 
-# ---- the machine ---------------------------------------------------------------------------------
+# ---- the machine --------------------------------------------------------------------------------
 
 
 def cards() -> list[str]:
@@ -242,7 +242,7 @@ def driver() -> list[ProbeRow]:
     return [row if found else replace(row, status="unlisted", fix=fix)]
 
 
-# ---- CANN ----------------------------------------------------------------------------------------
+# ---- CANN ---------------------------------------------------------------------------------------
 
 
 def cann_version(folder: Path) -> str | None:
@@ -287,7 +287,7 @@ def libraries() -> list[ProbeRow]:
     return [replace(row, found=found, status="broken", fix=fix, data={"missing": lacking})]
 
 
-# ---- torch_npu and MindIE-SD ---------------------------------------------------------------------
+# ---- torch_npu and MindIE-SD --------------------------------------------------------------------
 
 
 def found_versions() -> FoundVersions:

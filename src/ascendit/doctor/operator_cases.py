@@ -36,7 +36,7 @@ Caller = Callable[..., Any]
 RUNS = 5
 
 
-# ---- a result, and the comparison that gives it --------------------------------------------------
+# ---- a result, and the comparison that gives it -------------------------------------------------
 
 Verdict = Literal["exact", "close", "wrong", "error", "crashed", "not installed", "answered", "differs"]
 """exact: bit for bit. close: within the limit. answered, differs: a question, as the twin tells it or not."""
@@ -190,7 +190,7 @@ def described(value: Any) -> str:
     return f"{name} {list(value.shape)}{strides}"
 
 
-# ---- the device under test -----------------------------------------------------------------------
+# ---- the device under test ----------------------------------------------------------------------
 
 
 class CheckedDevice:
@@ -247,7 +247,7 @@ class CheckedDevice:
         return True
 
 
-# ---- one case ------------------------------------------------------------------------------------
+# ---- one case -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def shorter(text: str, size: int = 300) -> str:
     return re.sub(r"\s+", " ", line)[:size]
 
 
-# ---- operators against the twin ------------------------------------------------------------------
+# ---- operators against the twin -----------------------------------------------------------------
 
 
 def operator_cases(device: Device) -> Iterator[CheckCase]:
@@ -313,7 +313,7 @@ def _operator(card: CheckedDevice, base: Result, sample: Any) -> Result:
     return replace(found, microseconds=card.seconds(lambda: card.call(name, *args, **kwargs)) * 1e6)
 
 
-# ---- bound functions against plain PyTorch -------------------------------------------------------
+# ---- bound functions against plain PyTorch ------------------------------------------------------
 
 EPS = 1e-6
 TOKENS, TEXT, HEADS, HEAD, OUT = 48, 12, 4, 64, 96

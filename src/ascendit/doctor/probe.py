@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from ascendit import environment
 
-# ---- rows and the report -------------------------------------------------------------------------
+# ---- rows and the report ------------------------------------------------------------------------
 
 Status = Literal[
     "ok", "missing", "too old", "too little", "broken", "unlisted", "absent", "not checked", "probe failed"
@@ -86,7 +86,7 @@ class DoctorReport:
 Probe = Callable[[], list[ProbeRow]]
 
 
-# ---- versions, files, commands -------------------------------------------------------------------
+# ---- versions, files, commands ------------------------------------------------------------------
 
 COMMAND_SECONDS = 20.0
 
@@ -127,7 +127,7 @@ def command(words: Sequence[str]) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-# ---- a Python of its own -------------------------------------------------------------------------
+# ---- a Python of its own ------------------------------------------------------------------------
 
 PROBE_SECONDS = 120.0
 

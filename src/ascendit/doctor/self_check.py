@@ -125,7 +125,7 @@ def _about() -> dict[str, Any]:
     return {"made": now, "machine": machine, "versions": {**versions, "numpy": installed_version("numpy")}}
 
 
-# ---- child processes -----------------------------------------------------------------------------
+# ---- child processes ----------------------------------------------------------------------------
 
 MARK = "ascendit-self-check "
 START_SECONDS, CASE_SECONDS = 300.0, 120.0
@@ -223,7 +223,7 @@ def _silent(name: str, end: str) -> EnvironmentProblem:
     )
 
 
-# ---- the child -----------------------------------------------------------------------------------
+# ---- the child ----------------------------------------------------------------------------------
 
 
 def main(name: str, first: int) -> None:

@@ -1,7 +1,7 @@
 """Quantize the linear layers of any module in place: a transformer of Diffusers, or one of your own.
 
     report = ascendit.quantize_(pipe.transformer, "mxfp8")
-    print(*report.lines(), sep="\n")
+    print(*report.lines(), sep="\\n")
 
 Layer by layer; each float weight is freed once it is quantized, so there is never more in memory than the
 module and one layer. A Wan transformer of Diffusers gets the layers that `ascendit.quantize` gives it. Of any
@@ -51,7 +51,7 @@ NAMED_MODULES = "correct the pattern; `*` crosses dots, and the names are those 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
 
 
-# ---- what a recipe makes of each layer: shapes and names only ------------------------------------
+# ---- what a recipe makes of each layer: shapes and names only -----------------------------------
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _refused(module: nn.Module, problem: str, fix: str) -> UsageError:
     )
 
 
-# ---- in place ------------------------------------------------------------------------------------
+# ---- in place -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,7 +339,7 @@ def _names(module: nn.Module) -> dict[int, list[str]]:
     return found
 
 
-# ---- one layer, for the integrations too ---------------------------------------------------------
+# ---- one layer, for the integrations too --------------------------------------------------------
 
 
 def check_weight(chosen: ModuleSchemes, layer: str, weight: Tensor) -> None:
@@ -394,7 +394,7 @@ def keep_hooks(old: nn.Module, new: nn.Module) -> None:
         getattr(new, name).update(getattr(old, name))
 
 
-# ---- what Diffusers is told ----------------------------------------------------------------------
+# ---- what Diffusers is told ---------------------------------------------------------------------
 
 
 def mark(module: nn.Module, chosen: ModuleSchemes) -> None:

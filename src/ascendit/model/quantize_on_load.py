@@ -60,13 +60,13 @@ class Online:
 
 
 def read_experts(layout: Layout, online: Online | None) -> list[tuple[Expert, AppliedRecipe | None]]:
-    """Every expert and what becomes of it, from headers alone: mistakes are told before anything loads."""
+    """Every expert and what becomes of it, from headers alone: mistakes are reported before anything loads."""
     experts = [read_expert(part) for part in layout.experts]
     return [(expert, online.apply(expert) if online else None) for expert in experts]
 
 
 def schemes_in(found: Sequence[tuple[Expert, AppliedRecipe | None]]) -> set[str]:
-    """Those of the layers on codes, planned or stored."""
+    """Those of the quantized layers: by the recipe that is applied, or as stored."""
     return {
         scheme
         for expert, applied in found

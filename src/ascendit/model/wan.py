@@ -1,11 +1,12 @@
 """The Wan transformer: Diffusers' parameter names, its own forward on the operators it is given.
 
-It knows no device and no precision. Covers T2V, I2V with concatenated channels, TI2V with one timestep
-for the first frame and another for the rest, and Wan2.1 I2V's image cross-attention.
+It branches on no device and no precision: the operators know the device, and each layer gets the precision
+of its step. Covers T2V, I2V with concatenated channels, TI2V with one timestep for the first frame and
+another for the rest, and Wan2.1 I2V's image cross-attention.
 
     state = model.prepare(grid, text)                 # once for each prompt: RoPE, text keys and values
     for t in timesteps:
-        v = model(x, t, state)                        # 10 - 2 linears a block; text K/V are not redone
+        v = model(x, t, state)                        # 8 of the 10 linears of a block: text K/V are kept
 
 Shapes: B videos, S video tokens, L text tokens, D width, H heads, d head size, R distinct timesteps.
 """

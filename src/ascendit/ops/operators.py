@@ -45,7 +45,7 @@ FAST_LAYERNORM = "fast_layernorm"
 """The kernel of MindIE-SD by its name."""
 
 
-# ---- quantized linear layers ---------------------------------------------------------------------
+# ---- quantized linear layers --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +176,7 @@ def parse_rules(text: str | None) -> dict[str, str]:
     return found
 
 
-# ---- all operators -------------------------------------------------------------------------------
+# ---- all operators ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

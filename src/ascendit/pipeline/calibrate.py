@@ -45,7 +45,7 @@ DEMO_PROMPTS = 8
 """As many for `demo`."""
 
 
-# ---- the run -------------------------------------------------------------------------------------
+# ---- the run ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ def fold_loras(
         parameters[n].copy_(folds.fold(n, parameters[n].cpu(), 0))
 
 
-# ---- inputs of the layers ------------------------------------------------------------------------
+# ---- inputs of the layers -----------------------------------------------------------------------
 
 
 class Input:
@@ -235,7 +235,7 @@ def inputs_of(expert: WanTransformer, limit: int) -> dict[str, Input]:
     return {leader: Input(top, limit) for leader, top in weights.items()}
 
 
-# ---- between two runs ----------------------------------------------------------------------------
+# ---- between two runs ---------------------------------------------------------------------------
 
 
 def _write(file: Path, done: int, inputs: Mapping[str, Input]) -> None:
@@ -261,7 +261,7 @@ def _read(file: Path, limit: int) -> tuple[int, dict[str, Input]]:
         return int(f.metadata()["prompts"]), inputs
 
 
-# ---- prompts -------------------------------------------------------------------------------------
+# ---- prompts ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

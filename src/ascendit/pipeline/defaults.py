@@ -84,7 +84,9 @@ def defaults_for(layout: Layout) -> Defaults:
     stride = vae_config(layout).scale_factor_spatial
     multiple = geometry.size_multiple(stride, config.get("patch_size", WanConfig.patch_size))
     if spec is None:  # the generic size, moved onto this model's grid
-        values["width"], values["height"] = (max(1, v // multiple) * multiple for v in (832, 480))
+        values["width"], values["height"] = (
+            max(1, int(GENERIC[side]) // multiple) * multiple for side in ("width", "height")
+        )
     for note in notes:
         log.info("defaults of %s: %s", layout.name, note)
     return Defaults(

@@ -24,13 +24,6 @@ FLAT_SHARE = 1e-5
 """4 pixels of an 832x480 frame: a small thing that moves on a plain background is a video."""
 
 
-def check_frames(x: Any) -> Frames:
-    """`to_uint8`, then `check_not_flat`. Raises QualityError E-OUT-01 or E-OUT-02."""
-    frames = to_uint8(x)
-    check_not_flat(frames)
-    return frames
-
-
 def to_uint8(x: Any) -> Frames:
     """Decoded values to pixels, rounded as Diffusers' VideoProcessor and numpy_to_pil do it.
 

@@ -25,7 +25,7 @@ MAX_SEED = 2**63 - 1
 _FALLING = "falling numbers above 0, at most 1000, for example 1000,750,500,250"
 
 
-# ---- the request ---------------------------------------------------------------------------------
+# ---- the request --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,7 @@ class GenerateRequest:
         return shlex.join(words)
 
 
-# ---- from what a user gives ----------------------------------------------------------------------
+# ---- from what a user gives ---------------------------------------------------------------------
 
 
 def resolve(defaults: Defaults, prompt: str, **given: Any) -> GenerateRequest:
@@ -346,7 +346,7 @@ def _falling(timesteps: tuple[float, ...]) -> bool:
     return inside and all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
 
 
-# ---- how the model was loaded, and the command that makes the video again ------------------------
+# ---- how the model was loaded, and the command that makes the video again -----------------------
 
 LOAD_DEFAULTS: Mapping[str, str] = {"device": "cpu", "text_on": "device"}
 """What `load` does where nothing is said; a replay line leaves these out."""

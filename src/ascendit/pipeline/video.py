@@ -144,7 +144,7 @@ class Video:
         return target.path
 
 
-# ---- where it goes -------------------------------------------------------------------------------
+# ---- where it goes ------------------------------------------------------------------------------
 
 
 def default_name(prompt: str, seed: int, when: datetime) -> Path:
@@ -274,7 +274,7 @@ def _not_writable(folder: Path, e: OSError) -> EnvironmentProblem:
     )
 
 
-# ---- how it is written ---------------------------------------------------------------------------
+# ---- how it is written --------------------------------------------------------------------------
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from ascendit.twin import STATE, operators  # noqa: F401  (importing operators r
 from ascendit.twin.contract import DTYPE_NUMBERS, IMPORT, TwinImportError
 from ascendit.twin.registry import OPERATORS, VERSIONS, current_chip, fake, frozen, refuse_uncomputed, run
 
-# ---- operators under torch.ops -------------------------------------------------------------------
+# ---- operators under torch.ops ------------------------------------------------------------------
 
 _LIBRARIES: list[torch.library.Library] = []
 
@@ -103,7 +103,7 @@ def _not_here(name: str, *args: Any, **kwargs: Any) -> None:
     refuse_uncomputed(name)
 
 
-# ---- torch_npu is refused ------------------------------------------------------------------------
+# ---- torch_npu is refused -----------------------------------------------------------------------
 
 
 class Guard(importlib.abc.MetaPathFinder):
@@ -129,7 +129,7 @@ class Guard(importlib.abc.MetaPathFinder):
 _GUARD = Guard()
 
 
-# ---- a minimal torch_npu -------------------------------------------------------------------------
+# ---- a minimal torch_npu ------------------------------------------------------------------------
 
 MODULE_VERSION = "2.13.0"
 _MARK = "ascendit_twin"

@@ -27,7 +27,7 @@ from ascendit.device.operator_support import capability
 from ascendit.twin import STATE
 from ascendit.twin.contract import CHIP, TwinError, refuse
 
-# ---- schemas -------------------------------------------------------------------------------------
+# ---- schemas ------------------------------------------------------------------------------------
 
 VERSIONS: Mapping[str, str] = {"npu": "torch_npu_2.13.0", "mindiesd": "mindiesd_3.1.0"}
 """Namespace of torch.ops -> file in `twin/data`."""
@@ -108,7 +108,7 @@ def signature(name: str) -> Signature:
     )
 
 
-# ---- operators -----------------------------------------------------------------------------------
+# ---- operators ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

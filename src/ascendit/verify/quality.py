@@ -49,7 +49,7 @@ OnRow = Callable[[Quality], None]
 """Called with all rows so far whenever one is done."""
 
 
-# ---- cases ---------------------------------------------------------------------------------------
+# ---- cases --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +63,7 @@ class QualityCase:
 
 
 BASE = QualityCase(name="bf16")
-
-
 _LIMITS = {"int8": 2, "mxfp8": 2, "recommended-fp4": 6}
-
-
 _POLICIES = ("default:w4a8", "0-3:w4a8,default:w4a4")
 
 
@@ -98,7 +94,7 @@ def choose(names: Sequence[str]) -> tuple[QualityCase, ...]:
     return tuple(found)
 
 
-# ---- the measurement -----------------------------------------------------------------------------
+# ---- the measurement ----------------------------------------------------------------------------
 
 
 def measure_quality(
@@ -250,7 +246,7 @@ def check_float(pipe: Pipeline, model: str) -> Pipeline:
     return pipe
 
 
-# ---- one video -----------------------------------------------------------------------------------
+# ---- one video ----------------------------------------------------------------------------------
 
 
 def trace(pipe: Pipeline, request: GenerateRequest, cancel: Stop | None = None) -> Trace:
@@ -286,7 +282,7 @@ def watched(pipe: Pipeline) -> Iterator[dict[Any, Tensor]]:
             handle.remove()
 
 
-# ---- the layers ----------------------------------------------------------------------------------
+# ---- the layers ---------------------------------------------------------------------------------
 
 
 def layer_inputs(

@@ -175,7 +175,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 model.set_submodule(name, Awaited(layer.tensors))
             self._smoothed = [name for name, layer in stored.items() if "mul_scale" in layer.tensors]
         else:
-            self._plan_floats(model, linears)
+            self._choose_layers(model, linears)
         for scheme in set(self._layers.values()) - {"bf16"}:
             self._on(self._config.device or "cpu").kernel(scheme)
 
@@ -248,7 +248,8 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     # ---- parts ----------------------------------------------------------------------------------
 
-    def _plan_floats(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
+    def _choose_layers(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
+        """The layers of a float model that the recipe quantizes."""
         recipe = self._config.recipe
         assert recipe is not None
         chosen = module_schemes(model, recipe, self._config.keep)

@@ -36,7 +36,7 @@ from ascendit.ops.operators import Schemes
 from ascendit.quant.schemes import FP8_TILES
 from ascendit.weights.engine_formats import layer_specs
 
-# ---- which layers are quantized: headers and JSON only -------------------------------------------
+# ---- which layers are quantized: headers and JSON only ------------------------------------------
 
 
 def read_stored_layers(model: nn.Module, files: Sequence[Path]) -> dict[str, Layer]:
@@ -120,7 +120,7 @@ def _foreign(name: str, what: str) -> CheckpointError:
     )
 
 
-# ---- a layer while its tensors arrive ------------------------------------------------------------
+# ---- a layer while its tensors arrive -----------------------------------------------------------
 
 
 class Awaited(nn.Module):

@@ -40,7 +40,7 @@ def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
     return (*triton_kernels_on(device.torch_name), *PYTORCH, *linear.list_kernels(device, wish.emulate))
 
 
-# ---- are Triton's operators right on this card? --------------------------------------------------
+# ---- are Triton's operators right on this card? -------------------------------------------------
 
 
 def triton_kernels_on(place: str) -> tuple[Kernel, ...]:
@@ -88,7 +88,7 @@ def _sample(place: str) -> dict[str, tuple[Any, ...]]:
     }
 
 
-# ---- operators by Triton -------------------------------------------------------------------------
+# ---- operators by Triton ------------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

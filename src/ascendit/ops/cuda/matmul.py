@@ -37,7 +37,7 @@ TILE_ROWS, TILE_BYTES = 128, 512
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-# ---- dequantized to bfloat16 ---------------------------------------------------------------------
+# ---- dequantized to bfloat16 --------------------------------------------------------------------
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class DequantizedMatmul:
         return out
 
 
-# ---- by the matmuls of the card ------------------------------------------------------------------
+# ---- by the matmuls of the card -----------------------------------------------------------------
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ def _tiles(tiles: Tensor, rows: slice, k: int) -> Tensor:
     return tiles[rows.start // TILE_ROWS * across : -(-rows.stop // TILE_ROWS) * across]
 
 
-# ---- sums in pieces ------------------------------------------------------------------------------
+# ---- sums in pieces -----------------------------------------------------------------------------
 
 
 def row_pieces(rows: int, columns: int) -> Iterator[slice]:

@@ -331,7 +331,7 @@ def finish(
     tl.store(out_ptr + row * N + n, _rounded(f, out_ptr.dtype.element_ty), mask=inside)
 
 
-# ---- dense operators: one program for a token, whose D numbers are in registers ------------------
+# ---- dense operators: one program for a token, whose D numbers are in registers -----------------
 
 
 @jit

@@ -32,7 +32,7 @@ OPERAND_FORMATS = {
 """Mode -> formats of x1 and x2, where a CPU has the same product."""
 
 
-# ---- npu_quant_matmul ----------------------------------------------------------------------------
+# ---- npu_quant_matmul ---------------------------------------------------------------------------
 
 
 @operator("npu_quant_matmul")
@@ -75,7 +75,7 @@ def _operands(call: QuantMatmulCall, x2: Tensor, mode: str) -> tuple[Encoded, En
     return tokens, weight, None if call.bias is None else call.bias.to(torch.float32).flatten()
 
 
-# ---- its modes: float32 before the output cast ---------------------------------------------------
+# ---- its modes: float32 before the output cast --------------------------------------------------
 
 
 def _int8(call: QuantMatmulCall, x2: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ MODES = {
 """Mode -> its product before the output cast."""
 
 
-# ---- npu_dual_level_quant_matmul -----------------------------------------------------------------
+# ---- npu_dual_level_quant_matmul ----------------------------------------------------------------
 
 
 @operator("npu_dual_level_quant_matmul")
@@ -302,7 +302,7 @@ def _bytes(t: Tensor) -> torch.dtype | None:
     return torch.uint8 if t.dtype in (torch.uint8, torch.float8_e8m0fnu) else None
 
 
-# ---- npu_weight_quant_batchmatmul and what prepares its weights ----------------------------------
+# ---- npu_weight_quant_batchmatmul and what prepares its weights ---------------------------------
 
 
 @operator("npu_weight_quant_batchmatmul")

@@ -46,7 +46,7 @@ class QuantMatmulCall:
         return dataclasses.replace(self, scale=scale)
 
 
-# ---- modes ---------------------------------------------------------------------------------------
+# ---- modes --------------------------------------------------------------------------------------
 
 
 def mode_of(c: QuantMatmulCall) -> str:
@@ -102,7 +102,7 @@ def is_transposed(t: Tensor) -> bool:
     return t.stride(-2) == 1 and t.stride(-1) == t.shape[-2]
 
 
-# ---- int8, fp8 and 128 x 128 blocks --------------------------------------------------------------
+# ---- int8, fp8 and 128 x 128 blocks -------------------------------------------------------------
 
 
 def check_int8(c: QuantMatmulCall) -> Checked:
@@ -190,7 +190,7 @@ def check_block(c: QuantMatmulCall) -> Checked:
     return (*c.x1.shape[:-1], n), out
 
 
-# ---- MXFP8, MXFP4 and W4A8 -----------------------------------------------------------------------
+# ---- MXFP8, MXFP4 and W4A8 ----------------------------------------------------------------------
 
 _EXAMPLE = (
     "npu_quant_matmul(q, w.transpose(0, 1), ws.transpose(0, 1), pertoken_scale=s, bias=bias_fp32, "
@@ -365,7 +365,7 @@ def _nz_weight(c: QuantMatmulCall, mode: str, n: int, k: int) -> None:
     )
 
 
-# ---- checks that modes share ---------------------------------------------------------------------
+# ---- checks that modes share --------------------------------------------------------------------
 
 
 def check_matrices(c: QuantMatmulCall, k1: int, k2: int, fix: str) -> None:
@@ -489,7 +489,7 @@ def k_of_both(c: QuantMatmulCall) -> tuple[int, int]:
     return c.x1.shape[-1], c.x2.shape[-2]
 
 
-# ---- all modes -----------------------------------------------------------------------------------
+# ---- all modes ----------------------------------------------------------------------------------
 
 MODE_CHECKS: dict[str, Callable[[QuantMatmulCall], Checked]] = {
     "int8": check_int8,
