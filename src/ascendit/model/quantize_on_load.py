@@ -60,7 +60,7 @@ class Online:
 
 
 def read_experts(layout: Layout, online: Online | None) -> list[tuple[Expert, AppliedRecipe | None]]:
-    """Every expert and what becomes of it, from headers alone: mistakes are reported before anything loads."""
+    """Every expert and what becomes of it, by headers alone: mistakes are reported before anything loads."""
     experts = [read_expert(part) for part in layout.experts]
     return [(expert, online.apply(expert) if online else None) for expert in experts]
 
