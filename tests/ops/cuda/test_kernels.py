@@ -16,6 +16,21 @@ def test_without_a_card_there_are_none(monkeypatch):
     assert kernels.triton_kernels_on("cuda") == ()
 
 
+def test_none_is_tried_before_it_is_chosen(monkeypatch):
+    tried: list[str] = []
+
+    def problem(function, place):
+        tried.append(function.__name__)
+        return "wrong"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "triton_steps", lambda: (object(), "3.9"))
+    monkeypatch.setattr(kernels, "problem_of_operator", problem)
+    listed = {k.operator: k for k in kernels.triton_kernels_on("cuda")}
+    assert set(listed) == set(NAMES) and tried == []
+    assert listed["rope"].missing() == "wrong" and tried == ["rope"]
+
+
 def test_one_that_is_wrong_or_breaks_is_not_taken_and_named(monkeypatch, caplog):
     def adaln(x, scale, shift, spans, eps):
         return reference.adaln(x, scale, shift + 1, spans, eps)
