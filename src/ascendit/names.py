@@ -36,12 +36,6 @@ _OPTIONAL = ("out_channels", "image_dim", "added_kv_proj_dim", "pos_embed_seq_le
 """May be null: as many channels out as in, or no such layer."""
 
 
-def transformer_dim(config: dict[str, Any]) -> int:
-    """Width of a WanTransformer3DModel: heads x head size."""
-    values = _dimensions(config)
-    return values["num_attention_heads"] * values["attention_head_dim"]
-
-
 def expected_tensors(config: dict[str, Any]) -> Shapes:
     """Every tensor of a WanTransformer3DModel with this `config.json`, and its shape.
 
