@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendit.checkpoint.reader import TensorInfo
+from ascendit.checkpoint.reader import DTYPE_BITS, TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.names import is_linear, listed
 from ascendit.quant.schemes import STORED_SCHEMES
@@ -224,7 +224,7 @@ Buffer = bytes | bytearray | memoryview
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}
 """Bits of +inf. Positive finite numbers are the patterns 1 to this - 1, read as unsigned."""
 _UNSIGNED: dict[str, Literal["H", "I", "Q"]] = {"BF16": "H", "F16": "H", "F32": "I", "F64": "Q"}
-_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+_BYTES = {dtype: DTYPE_BITS[dtype] // 8 for dtype in FLOAT_DTYPES}
 _NAN_SCALE = re.compile(rb"\xff")
 _NOT_ZERO = re.compile(rb"[^\x00]")
 

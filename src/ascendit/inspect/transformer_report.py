@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ascendit.checkpoint.layer_format import STORED_ROLES, Layer
+from ascendit.checkpoint.quant_metadata import FLOAT
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert
 from ascendit.names import grouped, sort_names
@@ -60,7 +61,7 @@ class SchemeCount:
         how = STORED_SCHEMES[self.scheme].text
         if where := CONTAINERS[self.container]:
             how = how.replace(" values", f" values {where}", 1)
-        name = f"   (msModelSlim: {self.manifest})" if self.manifest not in (None, "FLOAT") else ""
+        name = f"   (msModelSlim: {self.manifest})" if self.manifest not in (None, FLOAT) else ""
         layers = f"{self.layers} layer{'' if self.layers == 1 else 's'}"
         return f"{self.scheme}   {layers}   {how}   {self.bits:.2f} bits{name}"
 

@@ -25,8 +25,14 @@ VLLM_OMNI = {
 
 _LEADERS = {layer: group[0] for group in GROUPS for layer in group}
 _MODULES = {layer: module for module, layers in VLLM_OMNI.items() for layer in layers}
-_LEAVES = {"to_qkv": ("to_q", "to_k", "to_v"), "to_out": ("to_out.0",)}
+_LEAVES = {
+    module.partition(".")[2]: tuple(layer.partition(".")[2] for layer in layers)
+    for module, layers in VLLM_OMNI.items()
+    if module.startswith("attn")
+}
+"""Module inside an attention -> layers: `to_qkv` -> `to_q`, `to_k`, `to_v`."""
 _FEED_FORWARD = ((".ffn.net_0.", ".ffn.net.0."), (".ffn.net_2", ".ffn.net.2"))
+"""What to replace in a name, or in a pattern such as `*.ffn.net_0.*`."""
 
 
 def leader_of(layer: str) -> str:

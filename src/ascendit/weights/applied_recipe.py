@@ -12,9 +12,10 @@ from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import UsageError
-from ascendit.family import WanConfig
+from ascendit.family import Task, WanConfig
 from ascendit.names import grouped, is_block_linear, sort_names
-from ascendit.quant.layer_rules import AttentionScheme, LayerScheme, LayerSchemes, ModelKind
+from ascendit.quant.fusion import fused_with
+from ascendit.quant.layer_rules import AttentionScheme, LayerScheme, LayerSchemes
 from ascendit.quant.recipe import Recipe
 from ascendit.quant.schemes import FP4, FP8_TILES, SCHEMES
 from ascendit.quant.vllm_omni_config import marker_for
@@ -92,10 +93,10 @@ class AppliedRecipe(LayerSchemes):
 
     def _unlike_qkv(self) -> bool:
         for name, scale in self.smoothing.items():
-            if name.endswith("attn1.to_q"):
-                others = [self.smoothing.get(f"{name[:-1]}{x}") for x in "kv"]
-                if any(other is None or not bool((other == scale).all()) for other in others):
-                    return True
+            first, *others = fused_with(name)
+            scales = [self.smoothing.get(other) for other in others]
+            if name == first and any(x is None or not bool((x == scale).all()) for x in scales):
+                return True
         return False
 
     @property
@@ -126,7 +127,7 @@ class AppliedRecipe(LayerSchemes):
 def apply_recipe(
     expert: Expert,
     recipe: Recipe,
-    kind: ModelKind,
+    kind: Task,
     *,
     keep: Sequence[str] = (),
     smoothing: Mapping[str, Any] | None = None,
@@ -181,7 +182,7 @@ def check_kind(
         )
 
 
-def warnings_for(experts: Iterable[AppliedRecipe], recipe: Recipe, kind: ModelKind) -> list[str]:
+def warnings_for(experts: Iterable[AppliedRecipe], recipe: Recipe, kind: Task) -> list[str]:
     """What a user should know before using the result: shapes, kinds, gaps."""
     found: dict[str, None] = {}
     if recipe.kinds and kind not in recipe.kinds:

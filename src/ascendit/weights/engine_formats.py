@@ -20,13 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ascendit.checkpoint.component import STEM
-from ascendit.checkpoint.quant_metadata import MANIFEST_FILE, manifest_for
+from ascendit.checkpoint.quant_metadata import CONFIG_KEY, FLOAT, MANIFEST_FILE, manifest_for
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import UsageError
-from ascendit.family import WanConfig
+from ascendit.family import Task, WanConfig
 from ascendit.names import ROLES, Naming, is_block_linear, sort_names, to_wan
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.fusion import fused_with
@@ -154,15 +154,15 @@ class Dialect:
         quant_type = plain.pop("model_quant_type")
         manifest = {self.on_disk(name, smoothed): value for name, value in plain.items()}
         if self.aliases:
-            manifest |= {f"{name}.div.mul_scale": "FLOAT" for name in sort_names(smoothed)}
+            manifest |= {f"{name}.div.mul_scale": FLOAT for name in sort_names(smoothed)}
         return manifest | {"model_quant_type": quant_type}
 
     def config(self, config: Mapping[str, Any], marker: Mapping[str, Any] | None) -> dict[str, Any]:
         """config.json: that of a WanTransformer3DModel, or of the original WanModel."""
-        written = {key: value for key, value in config.items() if key != "quantization_config"}
+        written = {key: value for key, value in config.items() if key != CONFIG_KEY}
         if self.naming == "wan":
             return wan_config(written)
-        return written | ({"quantization_config": dict(marker)} if marker and self.marker else {})
+        return written | ({CONFIG_KEY: dict(marker)} if marker and self.marker else {})
 
 
 DIALECTS: dict[str, Dialect] = {
@@ -298,7 +298,7 @@ def task_config(config: Mapping[str, Any]) -> dict[str, str]:
     return {"framework": "Pytorch", "task": task}
 
 
-def model_kind(config: Mapping[str, Any]) -> Literal["t2v", "i2v", "ti2v"]:
+def model_kind(config: Mapping[str, Any]) -> Task:
     """Of the original's `model_type`: by image layers, and by channels that hold more than the noise."""
     if config.get("image_dim") or config.get("added_kv_proj_dim"):
         return "i2v"
