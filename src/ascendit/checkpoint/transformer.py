@@ -77,6 +77,11 @@ class Expert:
     """`quantization_config` of config.json, as it stands there."""
     origin: Origin
 
+    @property
+    def smoothed(self) -> tuple[str, ...]:
+        """The layers with a `mul_scale`."""
+        return tuple(name for name, layer in self.layers.items() if "mul_scale" in layer.tensors)
+
 
 class Misfit(CheckpointError):
     """E-CKP-04: not the tensors of the model that the config describes. `checks` has all their names."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -338,7 +338,7 @@ def _bytes(expert: RepackedExpert) -> str:
 # ---- both ---------------------------------------------------------------------------------------
 
 
-def add_up(counts: Sequence[Mapping[str, int]] | Any) -> dict[str, int]:
+def add_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """Sums by key, in the order in which keys come; bf16 last."""
     total: dict[str, int] = {}
     for count in counts:

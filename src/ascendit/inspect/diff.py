@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ascendit.checkpoint.quant_metadata import QUANT_TYPE
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.convert.report import human_bytes
@@ -150,7 +151,7 @@ def _expert_changes(one: ExpertSummary, other: ExpertSummary) -> _Found:
             yield "shape", f"{name}.weight", left_shape, right_shape
     yield from _tensor_changes(_others(a, left, right, alike), _others(b, left, right, alike))
     for key, x, y in _differing(a.attention, b.attention):
-        yield "attention", key.removesuffix(".quant_type"), x, y
+        yield "attention", key.removesuffix(QUANT_TYPE), x, y
 
 
 def _others(

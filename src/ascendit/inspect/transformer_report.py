@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ascendit.checkpoint.layer_format import STORED_ROLES, Layer
-from ascendit.checkpoint.quant_metadata import FLOAT
+from ascendit.checkpoint.quant_metadata import FLOAT, QUANT_TYPE
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert
 from ascendit.names import grouped, sort_names
@@ -218,8 +218,7 @@ class ExpertSummary:
     @cached_property
     def smoothed(self) -> tuple[str, ...]:
         """The layers whose input is multiplied by a stored `mul_scale`."""
-        found = [n for n, layer in self.expert.layers.items() if "mul_scale" in layer.tensors]
-        return grouped(found, self.linears)
+        return grouped(self.expert.smoothed, self.linears)
 
     @cached_property
     def attentions(self) -> tuple[str, ...]:
@@ -232,7 +231,7 @@ class ExpertSummary:
         """How attention is quantized: value of `quant_type` -> the attentions that have it."""
         by_value: dict[str, list[str]] = {}
         for key, value in self.expert.attention.items():
-            by_value.setdefault(value, []).append(key.removesuffix(".quant_type"))
+            by_value.setdefault(value, []).append(key.removesuffix(QUANT_TYPE))
         return {value: grouped(names, self.attentions) for value, names in by_value.items()}
 
     @cached_property

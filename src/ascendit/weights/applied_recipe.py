@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES
+from ascendit.checkpoint.quant_metadata import QUANT_TYPE
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import TensorSpec
@@ -66,7 +67,7 @@ class AppliedRecipe(LayerSchemes):
     def manifest(self) -> dict[str, str]:
         """`quant_model_description.json`, names as in the file."""
         layers = {layer.name: layer.scheme for layer in self.layers}
-        entries = {f"{a.name}.quant_type": a.quant_type for a in self.attention if a.quant_type}
+        entries = {f"{a.name}{QUANT_TYPE}": a.quant_type for a in self.attention if a.quant_type}
         names = [spec.name for spec in self.specs]
         return self.dialect.manifest(layers, names, self.expert.attention | entries, {})
 
