@@ -92,7 +92,7 @@ def _scale_shape(form: Format, shape: tuple[int, ...], axis: int) -> tuple[int, 
     return _with(shape, axis, 1 if form.kind == "row" else -(-shape[axis] // form.block))
 
 
-# ---- encode and decode ---------------------------------------------------------------------------
+# ---- encode and decode --------------------------------------------------------------------------
 
 
 def encode(
@@ -182,7 +182,7 @@ def _decode_tiles(encoded: Encoded, form: Format) -> Tensor:
     return values * scale
 
 
-# ---- error in decibels ---------------------------------------------------------------------------
+# ---- error in decibels --------------------------------------------------------------------------
 
 
 def sqnr(a: Tensor, b: Tensor) -> float:
