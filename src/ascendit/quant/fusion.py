@@ -48,7 +48,13 @@ def vllm_omni_module(layer: str) -> str:
 
 
 def layers_of_module(module: str) -> tuple[str, ...]:
-    """The layers that a module of vLLM-Omni holds, or a pattern: `blocks.0.attn1.to_qkv` is three."""
+    """The layers that a module of vLLM-Omni holds: `blocks.0.attn1.to_qkv` is three. Others as they are."""
+    owner, inner = _split(module, VLLM_OMNI)
+    return tuple(owner + layer for layer in VLLM_OMNI[inner]) if owner else (module,)
+
+
+def patterns_of_module(module: str) -> tuple[str, ...]:
+    """As `layers_of_module`, for patterns of vLLM-Omni's names too: `*.to_out`, `blocks.*.ffn.net_2`."""
     for theirs, ours in _FEED_FORWARD:
         module = module.replace(theirs, ours)
     owner, dot, leaf = module.rpartition(".")
