@@ -36,7 +36,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 Data = bytes | bytearray | memoryview | mmap.mmap
 """Of a NumPy array it is `array.data`."""
-_RUN = 256 << 20  # bytes moved in one call, so that progress is told and Ctrl-C heard
+_RUN = 256 << 20  # bytes moved in one call, so that progress is reported and Ctrl-C noticed
 _BUFFER = 1 << 20
 
 

@@ -372,9 +372,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _of_video(data: dict[str, Any]) -> dict[str, Any]:
-    """Model, load options and request of what stands beside a video; the rest of it steers nothing.
+    """Model, load options and request of the JSON beside a video; the rest of it has no effect.
 
-    Files of before `source` and `load` have the name of the model alone. Any other table stays as it is.
+    Older files, without `source` and `load`, name the model alone. Any other table stays as it is.
     """
     from ascendit.pipeline.request import setting_text
 

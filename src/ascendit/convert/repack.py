@@ -71,7 +71,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class _Job:
-    """One expert and its way."""
+    """One expert and the steps that repack it."""
 
     expert: Expert
     config: dict[str, Any]
@@ -167,7 +167,7 @@ def _own_parts(source: Layout) -> Layout | None:
 
 
 def _jobs_for(source: Layout, dialect: Dialect, base: Layout | None) -> list[_Job]:
-    """The way of every expert. What cannot be done is found here."""
+    """One job for each expert. Raises what can be known before anything is written."""
     jobs = []
     for part in source.experts:
         expert = read_expert(part)

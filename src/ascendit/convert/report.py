@@ -242,7 +242,7 @@ class RepackedExpert:
 
 @dataclass(frozen=True, kw_only=True)
 class RepackReport:
-    """The whole run. Nothing is ever left over: what cannot be placed is an error."""
+    """The whole run. Every tensor of the source is in it: one that cannot be placed is an error."""
 
     path: Path
     """The folder that was written, or would be."""

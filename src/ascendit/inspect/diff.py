@@ -212,7 +212,7 @@ def _configs(a: ModelReport, b: ModelReport, name: str) -> Iterator[dict[str, An
     """The configs of a part in both, without what only says who wrote them.
 
     Those of transformers as they are understood: with Diffusers' defaults, `quantization_config` key by key,
-    and without the number of heads where one side does not tell it.
+    and without the number of heads if one side does not know it.
     """
     experts = [next(p for p in report.parts if p.name == name).expert for report in (a, b)]
     for report, expert in zip((a, b), experts, strict=True):
@@ -324,7 +324,7 @@ def _words(change: Change, names: list[str], found: Diff) -> Iterator[str]:
 
 
 def _by_role(names: Iterable[str]) -> dict[str, dict[str, None]]:
-    """Last part of a name -> what stands before it, in order."""
+    """Last part of a name -> what comes before it, in order."""
     owners: dict[str, dict[str, None]] = {}
     for name in names:
         owner, _, role = name.rpartition(".")

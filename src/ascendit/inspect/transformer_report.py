@@ -37,7 +37,7 @@ SPELLING = {
 
 @dataclass(frozen=True, kw_only=True)
 class SchemeCount:
-    """The layers of one scheme that lie in one kind of container."""
+    """The layers of one scheme in one kind of container."""
 
     scheme: str
     container: str
@@ -81,7 +81,7 @@ class StoredRow:
     shape: tuple[int, ...]
     """Decoded."""
     tensors: tuple[tuple[str, TensorInfo], ...]
-    """(role, where it lies); the role of a tensor on its own is ``."""
+    """(role, where it is stored); the role of a tensor on its own is ""."""
 
     @property
     def nbytes(self) -> int:
@@ -115,13 +115,13 @@ def dtype_name(dtype: str) -> str:
 
 
 def tensor_row(name: str, info: TensorInfo) -> StoredRow:
-    """A tensor that stands for itself."""
+    """The row of a tensor that belongs to no layer."""
     return StoredRow(name=name, scheme="float", container="plain", shape=info.shape, tensors=(("", info),))
 
 
 @dataclass(frozen=True)
 class ExpertSummary:
-    """An expert, counted and told in few words. Everything is worked out once, when it is asked for."""
+    """An expert in counts and grouped names. Everything is computed once, when it is first asked for."""
 
     expert: Expert
 
@@ -207,7 +207,7 @@ class ExpertSummary:
 
     @cached_property
     def kept(self) -> tuple[str, ...]:
-        """They, in few words."""
+        """The same, grouped."""
         return grouped(self.kept_layers, self.linears)
 
     @property

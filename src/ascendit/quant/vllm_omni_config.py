@@ -36,7 +36,7 @@ LEADING = 5
 
 
 def is_omni_config(text: str) -> bool:
-    """Whether the name of a recipe is such a config."""
+    """Whether what was given as a recipe is this JSON."""
     return text.lstrip().startswith("{")
 
 
@@ -106,7 +106,7 @@ def _bad(problem: str) -> UsageError:
 # ---- writing ------------------------------------------------------------------------------------
 
 METHOD = "ascendit"
-"""The `quant_method` of a config whose layers are told by the manifest, or by their tensors."""
+"""The `quant_method` of a config that leaves the schemes to the manifest, or to the tensors."""
 
 
 def marker_for(layers: Mapping[str, str], smoothed: Collection[str] = ()) -> dict[str, Any] | None:

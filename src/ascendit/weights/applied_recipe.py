@@ -42,11 +42,11 @@ class AppliedRecipe(LayerSchemes):
     """Layer -> mul_scale, float32 [K]."""
 
     def weight(self, layer: str) -> TensorInfo:
-        """Where the weight [N, K] of a layer lies in the source."""
+        """Where the weight [N, K] of a layer is stored in the source."""
         return self.expert.tensors[f"{layer}.weight"]
 
     def dtype(self, info: TensorInfo) -> str:
-        """What a weight is when it is encoded: BF16 from tiles, and where the recipe rounds."""
+        """The dtype in which a weight is encoded: BF16 from tiles, and where the recipe rounds."""
         return self.round_to or (info.dtype if info.dtype in FLOAT_DTYPES else "BF16")
 
     def on_disk(self, name: str) -> str:
@@ -118,7 +118,7 @@ class AppliedRecipe(LayerSchemes):
 
     @property
     def kept(self) -> dict[str, tuple[str, ...]]:
-        """Why -> layers that stay as they are, in few words."""
+        """Why -> layers that stay as they are, grouped."""
         names = [layer.name for layer in self.layers]
         kept = [layer for layer in self.layers if layer.scheme == "bf16"]
         reasons = dict.fromkeys(layer.why for layer in kept)

@@ -47,7 +47,7 @@ def layer_specs(
     """The tensors of the linear layer `name`, in the order they are written.
 
     `shape`: (N, K) of the decoded weight. `scheme`: a key of `quant.schemes.SCHEMES`. `float_dtype`: how
-    weight and bias lie in a layer that is not quantized; the bias of one that is, is always float32.
+    weight and bias are stored in a layer that is not quantized; the bias of one that is, is always float32.
     """
     n, k = shape
     row = SCHEMES[scheme]
@@ -72,7 +72,7 @@ class Dialect:
     offset: bool = True
     """int8 layers have a `weight_offset`."""
     ones: tuple[str, ...] = ()
-    """Schemes whose layers get a `mul_scale` of ones where there is none."""
+    """Schemes whose layers get a `mul_scale` of ones if they have none."""
     wrapped: bool = False
     """Smoothed layers as `.linear.` and `.div.`."""
     aliases: bool = False
@@ -293,7 +293,7 @@ def wan_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def task_config(config: Mapping[str, Any]) -> dict[str, str]:
-    """configuration.json as it lies beside the originals."""
+    """configuration.json, as the original models have it."""
     task = "image-to-video" if model_kind(config) == "i2v" else "text-to-video-synthesis"
     return {"framework": "Pytorch", "task": task}
 

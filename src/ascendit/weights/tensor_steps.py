@@ -67,7 +67,7 @@ class TensorStep:
 
 @dataclass(frozen=True)
 class TensorSteps:
-    """The way of one expert."""
+    """All steps of one expert."""
 
     written: tuple[TensorStep, ...]
     """One for each tensor of the output, in the order it is written."""

@@ -1,4 +1,4 @@
-"""One LoRA file: its header, the settings that PEFT keeps elsewhere, and what a module adds to a tensor.
+"""One LoRA file: its header, the settings that PEFT stores elsewhere, and what a module adds to a tensor.
 
 Shapes: the tensor is [N, ...]; its other axes are flattened to K. r is the rank.
 
@@ -49,7 +49,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Scaling:
-    """What PEFT keeps outside the tensors: `lora_alpha`, exceptions from it, and what it is divided by."""
+    """What PEFT stores outside the tensors: `lora_alpha`, exceptions from it, and what it is divided by."""
 
     alpha: float | None = None
     exceptions: Mapping[str, float] = field(default_factory=dict)
@@ -208,7 +208,7 @@ class Delta:
     """A key of `OPENERS`."""
     target: str
     tensors: Mapping[str, TensorInfo]
-    """Role -> where it lies."""
+    """Role -> where it is stored."""
     scale: float
     """WEIGHT x alpha / rank."""
 
@@ -289,7 +289,7 @@ OPENERS: dict[str, Callable[[Mapping[str, TensorInfo]], Rows]] = {
     "lokr": _lokr,
     **dict.fromkeys(("diff", "diff_b", "diff_m", "norm"), _diff),
 }
-"""Kind -> what reads its factors. The kinds of differences are told apart for the report only."""
+"""Kind -> what reads its factors. The four kinds of differences differ in `Folds.summary` only."""
 
 
 # ---- whether the tensors of a module fit together -----------------------------------------------
