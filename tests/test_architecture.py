@@ -82,7 +82,6 @@ SAME_NAME = {
 LATE = {
     ("convert.calibration", "mx.smoothing.smoothing_factors"): "reports import this; repack needs no torch",
     ("convert.calibration", "mx.smoothing.to_mul_scale"): "reports import this; repack needs no torch",
-    ("convert.repack", "mx"): "only --check computes; repack needs no torch",
 }
 
 HEAVY = ("torch", "diffusers", "transformers", "av")
@@ -275,7 +274,7 @@ def test_imports_inside_functions_are_on_the_list() -> None:
 
 
 def test_no_reexports() -> None:
-    """`from x import Y as Y`, and names in `__all__` that another module defines."""
+    """No `from x import Y as Y`."""
     found = [
         f"{place(path)}:{node.lineno}"
         for path in sources()
@@ -420,8 +419,6 @@ def test_functions_stay_short() -> None:
 
 def test_the_generation_loop_can_be_read_at_one_glance() -> None:
     path = SRC / "pipeline" / "generate.py"
-    if not path.exists():
-        pytest.skip("pipeline/generate.py is not there yet")
     assert [x for x in functions(path) if x[1] > MAX_LOOP] == []
 
 

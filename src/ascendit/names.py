@@ -3,7 +3,8 @@
 `expected_tensors` says from a config which tensors there must be. `to_diffusers` and `to_wan` translate one
 name, each the exact inverse of the other. Their tables are those of Diffusers'
 `scripts/convert_wan_to_diffusers.py`; names are matched as whole parts between dots, not replaced wherever
-they occur. `canonical` takes what tools put around a name off first.
+they occur. `canonical` first takes off what tools put around a name. `grouped`, `ranges` and `listed` shorten
+lists of names for people.
 """
 
 from __future__ import annotations
@@ -34,12 +35,6 @@ _SIZES = (
 """Keys of a config that are whole numbers and decide shapes."""
 _OPTIONAL = ("out_channels", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 """May be null: as many channels out as in, or no such layer."""
-
-
-def transformer_dim(config: dict[str, Any]) -> int:
-    """Width of a WanTransformer3DModel: heads x head size."""
-    values = _dimensions(config)
-    return values["num_attention_heads"] * values["attention_head_dim"]
 
 
 def expected_tensors(config: dict[str, Any]) -> Shapes:
@@ -352,7 +347,7 @@ def canonical(name: str, naming: Naming) -> str:
 
 
 def unwrapped(name: str) -> str:
-    """Without the prefix of a whole model and the wrapper of a smoothed layer."""
+    """`name` without the prefix of a model and the wrapper of a smoothed layer."""
     for prefix in PREFIXES:
         if name.startswith(prefix):
             name = name[len(prefix) :]
@@ -365,7 +360,7 @@ def on_disk(name: str, naming: Naming) -> str:
     return (to_wan(name) or name) if naming == "wan" else name
 
 
-# ---- many names in few words --------------------------------------------------------------------
+# ---- lists of names, shortened ------------------------------------------------------------------
 
 
 def grouped(chosen: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
@@ -402,7 +397,7 @@ def _counts(names: Iterable[str]) -> dict[str, int]:
 def _whole(name: str, sizes: dict[str, int], hits: dict[str, int]) -> str:
     """The highest node above `name` of which everything is chosen, with `.*` if it is more than the name.
 
-    `blocks` itself is none: its children are blocks, and are counted.
+    Never `blocks` itself: its children are blocks, and are counted.
     """
     parts = name.split(".")
     for depth in range(1, len(parts)):

@@ -11,6 +11,7 @@ from ascendit.quant.fusion import (
     fused_with,
     layers_of_module,
     leader_of,
+    patterns_of_module,
     vllm_omni_module,
     vllm_omni_modules,
 )
@@ -53,4 +54,10 @@ def test_modules_of_vllm_omni() -> None:
 
 def test_a_module_and_its_layers_are_inverse() -> None:
     for name in (*block_linears(CONFIG), "condition_embedder.time_proj"):
-        assert name in layers_of_module(vllm_omni_module(name)) == fused_with(name)
+        module = vllm_omni_module(name)
+        assert name in layers_of_module(module) == fused_with(name) == patterns_of_module(module)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn2.to_qkv", "*.to_out", "blocks.0.ffn.net_2.x", "to_qkv"])
+def test_a_name_that_is_no_module_stays_as_it_is(name: str) -> None:
+    assert layers_of_module(name) == (name,)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ascendit.errors import UsageError
-from ascendit.quant.fusion import layers_of_module
+from ascendit.quant.fusion import patterns_of_module
 from ascendit.quant.recipe import load_recipe
 
 CONFIG = {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "num_layers": 8, "text_dim": 64}
@@ -27,12 +27,12 @@ def test_five_leading_blocks_stay_floats_in_dual_scale_by_default():
 
 
 def test_names_are_those_of_its_modules():
-    assert layers_of_module("*.to_out") == ("*.to_out.0",)
-    assert layers_of_module("blocks.*.ffn.net_2") == ("blocks.*.ffn.net.2",)
-    assert layers_of_module("blocks.0.attn1.to_qkv") == tuple(f"blocks.0.attn1.to_{x}" for x in "qkv")
-    assert layers_of_module("blocks.0.attn2.to_out") == ("blocks.0.attn2.to_out.0",)
-    assert layers_of_module("blocks.3.ffn.net_0.proj") == ("blocks.3.ffn.net.0.proj",)
-    assert layers_of_module("blocks.3.ffn.net_2") == ("blocks.3.ffn.net.2",)
+    assert patterns_of_module("*.to_out") == ("*.to_out.0",)
+    assert patterns_of_module("blocks.*.ffn.net_2") == ("blocks.*.ffn.net.2",)
+    assert patterns_of_module("blocks.0.attn1.to_qkv") == tuple(f"blocks.0.attn1.to_{x}" for x in "qkv")
+    assert patterns_of_module("blocks.0.attn2.to_out") == ("blocks.0.attn2.to_out.0",)
+    assert patterns_of_module("blocks.3.ffn.net_0.proj") == ("blocks.3.ffn.net.0.proj",)
+    assert patterns_of_module("blocks.3.ffn.net_2") == ("blocks.3.ffn.net.2",)
     ignored = ["blocks.7.attn1.to_qkv", "blocks.6.ffn.net_2", "blocks.5.attn2.to_q"]
     found, _ = schemes({"method": "mxfp8", "ignored_layers": ignored})
     kept = {name for name, scheme in found.items() if scheme == "bf16" and name.startswith("blocks")}

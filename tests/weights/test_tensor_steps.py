@@ -28,7 +28,6 @@ from ascendit.weights.engine_formats import Dialect, dialect_for
 from ascendit.weights.tensor_steps import (
     recode,
     schemes_of,
-    smoothed_layers,
     steps_for,
     tile_values,
     to_float32,
@@ -54,7 +53,7 @@ def test_schemes_and_smoothing_of_an_expert() -> None:
     assert sorted(n for n, s in schemes.items() if s == "bf16" and ".0." not in n.removesuffix(".0")) == [
         "blocks.3.attn2.to_out.0"
     ]
-    assert smoothed_layers(expert) == set(schemes)
+    assert set(expert.smoothed) == set(schemes)
     assert not unlike_qkv(expert)
     legacy = schemes_of(read_expert(recognise(exports.LEGACY).experts[0]))
     assert len(legacy) == 65 and legacy["condition_embedder.time_proj"] == "int8"

@@ -23,7 +23,7 @@ CONFIG_FILES = {
     "tokenizer": ("tokenizer_config.json",),
     "image_processor": ("preprocessor_config.json", "processor_config.json"),
 }
-"""Parts without weights, and where their config may stand."""
+"""Parts without weights, and the file names that their config may have."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Part:
     """`diffusers` or `transformers`."""
     class_name: str
     config: dict[str, Any]
-    """As it stands on disk: an original Wan config, `{}` where there is none."""
+    """As stored: Diffusers' or the original Wan config; `{}` if absent."""
     files: tuple[Path, ...] = ()
     """The weight files where their names do not follow from `stem`."""
     index: Path | None = None
@@ -56,7 +56,7 @@ class Part:
 
     @property
     def folder(self) -> Path:
-        """Where the JSON files that belong to it stand."""
+        """The folder of its JSON files."""
         return self.path.parent if self.files == (self.path,) else self.path
 
 
@@ -78,7 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def loads(text: str) -> Any:
-    """Read JSON. ValueError or RecursionError for what is none, for a key twice and half surrogate pairs."""
+    """Parse JSON. ValueError or RecursionError for invalid JSON, duplicate keys and lone surrogates."""
     data = json.loads(text, object_pairs_hook=_once)
     if "\\ud" in text.lower():
         json.dumps(data, ensure_ascii=False).encode()

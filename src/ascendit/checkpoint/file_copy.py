@@ -29,7 +29,7 @@ _UNABLE = (
     errno.EBADF,
     errno.ENOTSOCK,
 )
-"""What a system call answers that cannot do this for these two files. EPERM: containers that know it not."""
+"""Errors of a system call that cannot do this for these two files. EPERM: containers that forbid the call."""
 _LARGE = 1 << 30  # bytes in one call; no call moves 2 GiB
 _BUFFER = 1 << 20  # bytes; stays in the processor's cache
 _PIPE = 1 << 16  # bytes that the kernel moves at once; 1.6 x as fast when they begin at a multiple of it
@@ -52,7 +52,7 @@ def move_bytes(
     `source`, when that file ends too early; OSError when the target cannot be written.
     """
     moved = 0
-    if src_offset % PAGE == dst_offset % PAGE:  # a head of its own, so that the rest lies on pipes and blocks
+    if src_offset % PAGE == dst_offset % PAGE:  # the head apart: the rest is aligned to pipes, blocks
         moved = min(-dst_offset % _PIPE, count)
         _by_buffer(src_fd, src_offset, dst_fd, dst_offset, moved, source)
     for way in (_by_copy_file_range, _by_sendfile):

@@ -47,7 +47,7 @@ def model_folder(model: str | Path, *, experts: bool = True) -> Path:
     """The folder of "demo", a path, hf:org/name or ms:org/name (with "@revision").
 
     `experts`: False when the weights of its transformers are not wanted, which need not be downloaded then.
-    Raises UsageError E-USE-02 when there is none.
+    Raises UsageError E-USE-02 if there is no such folder.
     """
     name = str(model)
     if name == "demo":
@@ -271,7 +271,7 @@ def _file(entry: dict[str, Any]) -> _File:
 
 
 def _digest(files: list[_File]) -> str:
-    """Stands for a commit that the hub does not tell: the same 40 digits for the same content."""
+    """In place of a commit that the hub does not name: the same 40 digits for the same content."""
     content = sorted((f.path, f.size, f.sha256 or f.commit) for f in files)
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40]
 

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendit.checkpoint.reader import TensorInfo
+from ascendit.checkpoint.reader import DTYPE_BITS, TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.names import is_linear, listed
 from ascendit.quant.schemes import STORED_SCHEMES
 
 Container = Literal["plain", "packed", "e4m3", "bf16"]
-"""How codes lie: as the format says; FP4 two to a byte; FP4 numbers one to an element of a wider type."""
+"""How codes are stored: as the format says; FP4 two to a byte; FP4 numbers, each in a wider element."""
 
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 BYTE_SCALES = frozenset({"U8", "F8_E8M0"})
@@ -42,7 +42,7 @@ class Layer:
     """(N, K) of the decoded weight."""
     container: Container
     tensors: dict[str, TensorInfo]
-    """Role (`weight`, `weight_scale`, `mul_scale`, `bias`, ...) -> where it lies."""
+    """Role (`weight`, `weight_scale`, `mul_scale`, `bias`, ...) -> where it is stored."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def read_layers(tensors: Mapping[str, TensorInfo], claims: Mapping[str, Claim]) 
     missing: list[str] = []
     disagree: list[str] = []
     for name, roles in groups.items():
-        if "weight" not in roles:  # a bias alone: the weight is missed by whoever counts the tensors
+        if "weight" not in roles:  # a bias alone: `read_expert` reports the missing weight
             continue
         if roles["weight"].dtype not in FLOAT_DTYPES | _CODES and not set(SCALE_ROLES) & roles.keys():
-            continue  # told by whoever looks at the types
+            continue  # `read_expert` reports the type
         claim = claims.get(name)
         options = possible(roles)
         scheme = claim.scheme if claim else next(iter(options), "")
@@ -199,7 +199,7 @@ def _dtypes(roles: Mapping[str, TensorInfo]) -> str:
 
 
 def disagreement(problems: list[str]) -> CheckpointError:
-    """E-CKP-07: two sources tell different things about a layer."""
+    """E-CKP-07: two sources contradict each other about a layer."""
     return CheckpointError(
         f"{len(problems)} layers are described in two ways: {listed(problems, 3)}",
         needs="manifest, quantization_config and the dtypes of the tensors to say the same",
@@ -224,7 +224,7 @@ Buffer = bytes | bytearray | memoryview
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}
 """Bits of +inf. Positive finite numbers are the patterns 1 to this - 1, read as unsigned."""
 _UNSIGNED: dict[str, Literal["H", "I", "Q"]] = {"BF16": "H", "F16": "H", "F32": "I", "F64": "Q"}
-_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+_BYTES = {dtype: DTYPE_BITS[dtype] // 8 for dtype in FLOAT_DTYPES}
 _NAN_SCALE = re.compile(rb"\xff")
 _NOT_ZERO = re.compile(rb"[^\x00]")
 

@@ -249,7 +249,7 @@ _NOISE = re.compile(r"(?:\w+_)?(?P<noise>high|low)_noise_model")
 
 
 def recognise_bare(root: Path) -> Recognised | None:
-    """What stands at `root`, a folder or file without `model_index.json`; None when nothing is known."""
+    """What `root` holds, a folder or file without `model_index.json`; None if it is of no known kind."""
     if root.is_file():
         return _file(root)
     if not root.is_dir():

@@ -157,7 +157,7 @@ class Staging:
 
 
 def _absolute(dst: Path) -> Path:
-    """With the real folder it lies in; its own name is not followed."""
+    """Absolute, links of its parent resolved; its own name is not followed."""
     if "\0" in str(dst) or (dst.name in ("", "..") and not os.path.lexists(dst)):
         raise UsageError(
             f"the output {str(dst)!r} has no name",
@@ -272,8 +272,8 @@ MAX_FILES = 100_000
 def link_or_copy(src: Path, dst: Path, *, copy: bool) -> None:
     """Make `dst` a link to the real place of the file or folder `src`, or a copy of it.
 
-    In a copy every link is followed (hub caches link to their blobs), so that it stands alone; a file that
-    is there in full already, from a killed run, is left. Raises CheckpointError E-CKP-03 for links in a
+    In a copy every link is followed (hub caches link to their blobs), so that it depends on nothing; a file
+    that is there in full already, from a killed run, is left. Raises CheckpointError E-CKP-03 for links in a
     circle or to nothing, and for what is neither file nor folder; OSError when `dst` cannot be written.
     """
     real = _real(src)

@@ -31,7 +31,7 @@ from ascendit.quant.schemes import FP8_TILES, MANIFEST_SCHEMES, QUANTIZED, SCHEM
 MANIFEST_FILE = "quant_model_description.json"
 MANIFEST_GLOB = "quant_model_description*.json"
 """msModelSlim adds the type: `quant_model_description_w8a8_mxfp8.json`."""
-FLOAT = "FLOAT"
+FLOAT = SCHEMES["bf16"].manifest
 STATIC_ATTENTION = "FAQuant"
 """The type of `fa3_q.scale` and its like."""
 QUANT_TYPE = ".quant_type"
@@ -66,7 +66,7 @@ class Manifest:
         """Raise unless this names exactly `tensors` (E-CKP-04), each by the type of its layer (E-CKP-07)."""
         unnamed = [name for name in tensors if name not in self.tensors]
         absent = [name for name in self.tensors if name not in tensors]
-        parents = {name[:i] for name in tensors for i, char in enumerate(name) if char == "."}
+        parents = _parents(tensors)
         absent += [name for name in self.attention if name.removesuffix(QUANT_TYPE) not in parents]
         problems = []
         if unnamed:
@@ -96,6 +96,11 @@ class Manifest:
         if role not in CODED_ROLES and said in ("bf16", scheme):  # AscendV1: biases with the layer's type
             return ""
         return f"{name}: {self.path.name} says {kind}, and the layer is {scheme}"
+
+
+def _parents(tensors: Iterable[str]) -> set[str]:
+    """Every module that a tensor is in: `blocks`, `blocks.0`, `blocks.0.attn1`, ..."""
+    return {name[:i] for name in tensors for i, char in enumerate(name) if char == "."}
 
 
 def find_manifest(folder: Path) -> Path | None:
@@ -185,9 +190,9 @@ def manifest_for(
     for name in names:
         layer, _, role = name.rpartition(".")
         if layer in layers and role in ROLES:
-            manifest[name] = SCHEMES[layers[layer]].manifest if role in CODED_ROLES else "FLOAT"
+            manifest[name] = SCHEMES[layers[layer]].manifest if role in CODED_ROLES else FLOAT
         else:
-            manifest[name] = found.get(name, "FLOAT")
+            manifest[name] = found.get(name, FLOAT)
     manifest |= attention
     manifest |= {key: value for key, value in found.items() if key not in manifest}
     manifest.pop("model_quant_type", None)
@@ -199,7 +204,7 @@ def model_quant_type(layers: Mapping[str, str]) -> str:
     """The word of the last quantized linear: of the blocks, else (nothing there is quantized) of any."""
     coded = [name for name, scheme in layers.items() if scheme in QUANTIZED]
     last = sort_names([name for name in coded if is_block_linear(name)] or coded)[-1:]
-    return SCHEMES[layers[last[0]]].manifest if last else "FLOAT"
+    return SCHEMES[layers[last[0]]].manifest if last else FLOAT
 
 
 # ---- quantization_config ------------------------------------------------------------------------
@@ -242,7 +247,7 @@ class Marker:
                 wrong.append(f"{name}: {claim.words}, and {said}")
         if wrong:
             raise disagreement(wrong)
-        parents = {name[:i] for name in tensors for i, char in enumerate(name) if char == "."}
+        parents = _parents(tensors)
         if strange := [name for name in self.ignored if name not in parents]:
             raise CheckpointError(
                 f"ignored_layers of config.json names {len(strange)} layers that do not exist: "

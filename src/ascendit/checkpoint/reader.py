@@ -68,7 +68,7 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies. `start` and `end` are byte offsets in `file`."""
+    """Where one tensor is stored. `start` and `end` are byte offsets in `file`."""
 
     name: str
     dtype: str
@@ -86,7 +86,7 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of a safetensors file, by name, in the order of the bytes.
 
-    Raises CheckpointError E-CKP-02 that says what is wrong: a length that cannot be, a header that
+    Raises CheckpointError E-CKP-02 that says what is wrong: an impossible length, a header that
     is no JSON object, sizes that disagree with shape and dtype, overlaps, gaps, a truncated file.
     """
     try:

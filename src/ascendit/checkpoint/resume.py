@@ -24,8 +24,8 @@ class Journal:
     """A JSON file that is replaced in one step whenever a file under `root` is complete.
 
     `fingerprint` says what the run does: source, scheme, recipe, versions. A run takes up only what a run
-    with the same one has left, and only while the machine has not been started anew: what a killed process
-    has written is in the hands of the system, which a power failure ends.
+    with the same one has left, and only until the machine restarts: what a killed process has written may
+    still be in the system's cache, which a power failure loses.
     """
 
     def __init__(self, path: Path, root: Path, fingerprint: str) -> None:
@@ -89,7 +89,7 @@ class Journal:
 
 
 def _boot() -> str:
-    """A name for the time since the machine was started; the same everywhere where there is none."""
+    """The system's id of this boot; "" if it has none."""
     try:
         return _BOOT.read_text(encoding="ascii").strip()
     except OSError:

@@ -74,8 +74,13 @@ class Expert:
     attention: dict[str, str]
     """`<attn>.quant_type` -> its value."""
     marker: dict[str, Any] | None
-    """`quantization_config` of config.json, as it stands there."""
+    """`quantization_config` of config.json, as stored."""
     origin: Origin
+
+    @property
+    def smoothed(self) -> tuple[str, ...]:
+        """The layers with a `mul_scale`."""
+        return tuple(name for name, layer in self.layers.items() if "mul_scale" in layer.tensors)
 
 
 class Misfit(CheckpointError):
@@ -148,7 +153,7 @@ def _canonical(stored: Mapping[str, TensorInfo], naming: Naming) -> dict[str, Te
 
 
 def _manifest(part: Part, naming: Naming) -> Manifest | None:
-    """The manifest in the part's folder. A lone file has none: what lies beside it may be another's."""
+    """The manifest in the part's folder. A lone file has none: one beside it may belong to other weights."""
     if part.files == (part.path,):
         return None
     path = find_manifest(part.folder)
@@ -306,7 +311,7 @@ _FIXED: dict[str, Any] = {"_class_name": TRANSFORMER, **{key: getattr(WanConfig,
 
 
 def diffusers_config(raw: Mapping[str, Any], shapes: Shapes) -> tuple[dict[str, Any], str | None]:
-    """(config of a WanTransformer3DModel, what could not be told).
+    """(config of a WanTransformer3DModel, what could not be determined).
 
     `raw`: an original Wan config, or empty. `shapes`: decoded shapes by Diffusers name. Raises
     CheckpointError E-CKP-04 when the two contradict each other, E-CKP-06 for a value that is no number.

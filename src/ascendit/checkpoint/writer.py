@@ -36,7 +36,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 Data = bytes | bytearray | memoryview | mmap.mmap
 """Of a NumPy array it is `array.data`."""
-_RUN = 256 << 20  # bytes moved in one call, so that progress is told and Ctrl-C heard
+_RUN = 256 << 20  # bytes moved in one call, so that progress is reported and Ctrl-C noticed
 _BUFFER = 1 << 20
 
 
@@ -228,7 +228,7 @@ class ShardWriter:
             self.close()
         self._release()
 
-    # ---- what is written where
+    # ---- what is written where ------------------------------------------------------------------
 
     def _found_complete(self, shard: ShardLayout, hash: bool) -> bool:
         """Whether the journal knows this file, with just this header, and its sha256 if that is wanted."""
@@ -298,7 +298,7 @@ class ShardWriter:
         file = self.folder / f"{self._stem}.safetensors.index.json"
         file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    # ---- moving
+    # ---- moving ---------------------------------------------------------------------------------
 
     def _joins(self, info: TensorInfo) -> bool:
         assert self._run
@@ -345,7 +345,7 @@ class ShardWriter:
             write_at(self._fd, view[:done], target + moved)
             moved += done
 
-    # ---- the end
+    # ---- the end --------------------------------------------------------------------------------
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:

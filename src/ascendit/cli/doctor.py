@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ascendit.cli.output import Output, table, to_json
+from ascendit.environment import disable_device_plugins
 from ascendit.errors import EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ DEFAULT_DEVICE = "npu"
 SHOWN_VERSIONS = ("torch", "torch_npu", "cann", "mindiesd", "driver")
 
 
-# ---- the command ---------------------------------------------------------------------------------
+# ---- the command --------------------------------------------------------------------------------
 
 
 def doctor(
@@ -42,7 +43,6 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Check this machine and its libraries. Says how to fix what is wrong."""
-
     out: Output = ctx.obj
     if self_check:
         if code := checked(device, file, out):
@@ -80,13 +80,12 @@ def no_check(given: dict[str, Any]) -> UsageError:
     )
 
 
-# ---- --self-check --------------------------------------------------------------------------------
+# ---- --self-check -------------------------------------------------------------------------------
 
 
 def checked(device: str | None, file: Path | None, out: Output) -> int:
     """Run the self-check, print its page, write its file. The exit code: 0 passed, 1 not."""
     from ascendit.device.device import parse_device
-    from ascendit.environment import disable_device_plugins
 
     name = str(parse_device(device or DEFAULT_DEVICE))
     if file is not None:
@@ -134,7 +133,7 @@ def _can_write(file: Path) -> None:
         ) from e
 
 
-# ---- its page ------------------------------------------------------------------------------------
+# ---- its page -----------------------------------------------------------------------------------
 
 
 def page(check: SelfCheck) -> Iterator[str]:

@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli import generate_options
+from ascendit.cli.generate_options import (
+    Prepared,
+    parse_guidance,
+    parse_size,
+    parse_timesteps,
+    prepare,
+    read_call,
+)
 from ascendit.cli.output import Output, quiet_libraries, two_columns
 
 if TYPE_CHECKING:
-    from ascendit.cli.generate_options import Prepared
     from ascendit.cli.progress import ProgressView
     from ascendit.pipeline.video import Video
 
@@ -155,8 +161,6 @@ def generate(
 
     ascendit generate --demo "a red circle moves right on a black background"
     """
-    from ascendit.cli.generate_options import prepare, read_call
-
     if frames is not None and seconds is not None:
         raise typer.BadParameter("give --frames or --seconds, not both", ctx=ctx)
     out: Output = ctx.obj
@@ -188,9 +192,9 @@ def flag_values(params: dict[str, Any]) -> dict[str, Any]:
         "device": params["device"],
         **{name: params[name] for name in ("scheme", "recipe", "step_policy", "emulate")},
         "text_on": params["text_on"],
-        **(generate_options.parse_size(size) if size is not None else {}),
-        **(generate_options.parse_guidance(guidance) if guidance is not None else {}),
-        **(generate_options.parse_timesteps(timesteps) if timesteps is not None else {}),
+        **(parse_size(size) if size is not None else {}),
+        **(parse_guidance(guidance) if guidance is not None else {}),
+        **(parse_timesteps(timesteps) if timesteps is not None else {}),
     }
 
 

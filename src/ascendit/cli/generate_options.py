@@ -19,8 +19,10 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from ascendit import geometry
+from ascendit.environment import read_environment
 from ascendit.errors import UsageError
 from ascendit.family import VaeConfig, WanConfig
+from ascendit.quant.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from ascendit.checkpoint.layout import Layout
@@ -33,7 +35,7 @@ EXTRAS: dict[str, Any] = {
     "text_on": Literal["cpu", "device", "drop"],
     "dtype": Literal["float32", "bfloat16", "float16"] | None,
     "vae_dtype": Literal["float32", "bfloat16"] | None,
-    "scheme": Literal["bf16", "int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"] | None,
+    "scheme": Literal[*SCHEMES] | None,
     "recipe": str | None,
     "keep": str | None,
     "step_policy": str | None,
@@ -59,7 +61,7 @@ _REPLACES = {
 }
 
 
-# ---- the call, and what becomes of it with its model ---------------------------------------------
+# ---- the call, and what becomes of it with its model --------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,6 @@ def read_call(
 ) -> Call:
     """Put all layers over each other. `flags`: known keys (see `known`), None where not given."""
     from ascendit.device.device import parse_device
-    from ascendit.environment import read_environment
 
     environment = read_environment()
     told = {"text_on": environment.text_on, "fast_layernorm": environment.fast_layernorm}
@@ -281,7 +282,7 @@ def check_numbers(call: Call, layout: Layout, request: GenerateRequest) -> None:
         device.check_schemes(schemes_in(found))
 
 
-# ---- layers --------------------------------------------------------------------------------------
+# ---- layers -------------------------------------------------------------------------------------
 
 
 @cache
@@ -371,9 +372,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _of_video(data: dict[str, Any]) -> dict[str, Any]:
-    """Model, load options and request of what stands beside a video; the rest of it steers nothing.
+    """Model, load options and request of the JSON beside a video; the rest of it has no effect.
 
-    Files of before `source` and `load` have the name of the model alone. Any other table stays as it is.
+    Older files, without `source` and `load`, name the model alone. Any other table stays as it is.
     """
     from ascendit.pipeline.request import setting_text
 
@@ -387,7 +388,7 @@ def _of_video(data: dict[str, Any]) -> dict[str, Any]:
     return {**model, **options, **data["request"]}
 
 
-# ---- values in their types -----------------------------------------------------------------------
+# ---- values in their types ----------------------------------------------------------------------
 
 
 def typed_layer(layer: dict[str, Any], *, where: str) -> dict[str, Any]:

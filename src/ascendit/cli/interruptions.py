@@ -16,7 +16,7 @@ PHRASES = ("not enough memory", "can't allocate memory", "out of memory", "canno
 MEMINFO = Path("/proc/meminfo")
 
 
-# ---- Ctrl-C --------------------------------------------------------------------------------------
+# ---- Ctrl-C -------------------------------------------------------------------------------------
 
 
 def cancelled() -> Cancelled:
@@ -66,7 +66,7 @@ class Interrupt:
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
 
-# ---- out of memory -------------------------------------------------------------------------------
+# ---- out of memory ------------------------------------------------------------------------------
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -20,6 +20,7 @@ from ascendit.cli.output import Output, report_error, report_fault
 from ascendit.cli.quantize import quantize
 from ascendit.cli.repack import repack
 from ascendit.cli.verify import verify
+from ascendit.environment import disable_device_plugins
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
 from ascendit.version import __version__
 
@@ -76,9 +77,7 @@ def common(
         print(ctx.get_help())
         raise typer.Exit(2)
     if ctx.invoked_subcommand != "doctor":  # it looks at what `import torch` does by itself
-        from ascendit import environment
-
-        environment.disable_device_plugins()  # with torch_npu and no CANN, `import torch` would raise
+        disable_device_plugins()  # with torch_npu and no CANN, `import torch` would raise
     _set_up_log(ctx.obj)
 
 

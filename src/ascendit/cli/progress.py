@@ -22,7 +22,7 @@ RECENT_STEPS = 8
 REDRAW = 0.1  # seconds; events come for every few MiB
 
 
-# ---- a run ---------------------------------------------------------------------------------------
+# ---- a run --------------------------------------------------------------------------------------
 
 
 def progress_view(*, silent: bool) -> ProgressView:
@@ -131,7 +131,7 @@ def _label(event: Progress) -> str:
     return f"{event.stage} ({EXPERT_TITLES.get(event.expert, event.expert)})"
 
 
-# ---- a conversion --------------------------------------------------------------------------------
+# ---- a conversion -------------------------------------------------------------------------------
 
 
 def transfer_view(*, silent: bool) -> TransferView:
@@ -233,7 +233,7 @@ def resumable() -> Iterator[None]:
         ) from e
 
 
-# ---- words ---------------------------------------------------------------------------------------
+# ---- words --------------------------------------------------------------------------------------
 
 
 def show_seconds(seconds: float) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
+from ascendit.cli.generate_options import EXTRAS, parse_settings
 from ascendit.cli.output import Output, quiet_libraries
 from ascendit.errors import OutOfMemory, UsageError
 
@@ -169,10 +170,8 @@ def _calibrator(
 
 def _fields(settings: list[str]) -> dict[str, Any]:
     """Fields of the request that a calibration runs with."""
-    from ascendit.cli import generate_options
-
-    layer = generate_options.parse_settings(settings)
-    if wrong := sorted({*generate_options.EXTRAS, "prompt", "image"} & set(layer)):
+    layer = parse_settings(settings)
+    if wrong := sorted({*EXTRAS, "prompt", "image"} & set(layer)):
         raise UsageError(
             f"--set {wrong[0]} with --calibrate",
             needs="a value of its videos, as num_inference_steps, height, width, num_frames",

@@ -27,7 +27,7 @@ LIMITS = {"overall": 0.90, "kept_back": 0.85}
 TITLES = {"overall": "all videos", "kept_back": "kept back"}
 
 
-# ---- the command ---------------------------------------------------------------------------------
+# ---- the command --------------------------------------------------------------------------------
 
 
 def verify(
@@ -137,7 +137,7 @@ def _check_call(model: str | None, *, demo: bool, checks: int, seeds: int, repor
     return model or "demo"
 
 
-# ---- adherence -----------------------------------------------------------------------------------
+# ---- adherence ----------------------------------------------------------------------------------
 
 
 def _judge(result: Adherence) -> tuple[list[str], list[str]]:
@@ -238,7 +238,7 @@ def _write(path: Path, data: dict[str, Any]) -> None:
     path.write_text(to_json(data) + "\n", encoding="utf-8")
 
 
-# ---- --quality -----------------------------------------------------------------------------------
+# ---- --quality ----------------------------------------------------------------------------------
 
 
 def verify_quality(
@@ -264,8 +264,7 @@ def verify_quality(
 
     def on_row(quality: Quality) -> None:
         if report is not None:
-            report.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text(to_json(told(quality)) + "\n", encoding="utf-8")
+            _write(report, told(quality))
 
     with out.work():
         quality = _measure_quality(out, model, names, seeds, limit, jobs, on_row)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ALPHA = 0.9
 """msModelSlim's, in the recipe that smooths Wan."""
 SAMPLED_ROWS = 256
-"""Tokens of each input that are kept where outputs are measured."""
+"""Rows of each input that are kept if outputs are measured."""
 STATISTICS = "calibration.safetensors"
 """What has been found so far, in the unfinished output: `--resume` goes on with it."""
 
@@ -53,7 +53,7 @@ class Save:
 
     file: Path
     resume: bool
-    """`file` is there, and whole."""
+    """`file` exists and is complete."""
     saved: Callable[[], None]
     """To be called whenever `file` has been written anew."""
 

@@ -20,6 +20,7 @@ from typing import Any
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import INDEX_FILE, WORDS, Layout, recognise
 from ascendit.checkpoint.output_folder import link_or_copy
+from ascendit.checkpoint.quant_metadata import CONFIG_KEY
 from ascendit.checkpoint.transformer import Expert, shapes_of
 from ascendit.convert.calibration import Outputs
 from ascendit.errors import CheckpointError, UsageError
@@ -245,7 +246,7 @@ def config_from(base: Layout, expert: Expert) -> dict[str, Any]:
     problems += [f"{len(extra)} that the base lacks: {listed(extra, 2)}"] if extra else []
     if problems:
         raise _other_model(f"{expert.path} does not fit --base {base.root}: {'; '.join(problems)}")
-    return {key: value for key, value in config.items() if key != "quantization_config"}
+    return {key: value for key, value in config.items() if key != CONFIG_KEY}
 
 
 def _other_model(got: str) -> CheckpointError:

@@ -1,4 +1,4 @@
-"""BF16 -> quantized: any float checkpoint that `layout` knows becomes a complete folder, streamed.
+"""BF16 -> quantized: any float checkpoint that `checkpoint.layout` knows becomes a complete folder, streamed.
 
     report = quantize("Wan2.2-T2V-A14B-Diffusers", "Wan2.2-T2V-A14B-mxfp8", scheme="mxfp8")
 
@@ -43,8 +43,8 @@ from ascendit.convert.calibration import (
 from ascendit.convert.output_error import output_quality
 from ascendit.convert.report import QuantizedExpert, QuantizeReport, calibration_words
 from ascendit.errors import UsageError
+from ascendit.family import Task
 from ascendit.progress import ConversionMeter, OnConversionProgress
-from ascendit.quant.layer_rules import ModelKind
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
 from ascendit.version import __version__
 from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, warnings_for
@@ -183,7 +183,7 @@ class QuantizeJob:
     """Makes `smoothing`, once everything else is known to be right."""
     applied: list[AppliedRecipe] = field(init=False)
     folds: list[Folds] = field(init=False)
-    kind: ModelKind = field(init=False)
+    kind: Task = field(init=False)
     sqnr: dict[str, dict[str, float]] = field(init=False, default_factory=dict)
     outputs: dict[str, Outputs] = field(init=False, default_factory=dict)
     files: dict[str, str] = field(init=False, default_factory=dict)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ascendit import mx
 from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer
@@ -52,7 +53,6 @@ from ascendit.weights.tensor_steps import (
     TensorSteps,
     produce,
     schemes_of,
-    smoothed_layers,
     steps_for,
     unlike_qkv,
 )
@@ -71,7 +71,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class _Job:
-    """One expert and its way."""
+    """One expert and the steps that repack it."""
 
     expert: Expert
     config: dict[str, Any]
@@ -167,7 +167,7 @@ def _own_parts(source: Layout) -> Layout | None:
 
 
 def _jobs_for(source: Layout, dialect: Dialect, base: Layout | None) -> list[_Job]:
-    """The way of every expert. What cannot be done is found here."""
+    """One job for each expert. Raises what can be known before anything is written."""
     jobs = []
     for part in source.experts:
         expert = read_expert(part)
@@ -183,8 +183,7 @@ def _check_engine(expert: Expert, dialect: Dialect) -> None:
         return
     layers = schemes_of(expert)
     shapes = {name: layer.shape for name, layer in expert.layers.items()}
-    smoothed = smoothed_layers(expert)
-    traits = traits_of(layers, shapes, smoothed, unlike_qkv=unlike_qkv(expert))
+    traits = traits_of(layers, shapes, expert.smoothed, unlike_qkv=unlike_qkv(expert))
     check_engine(dialect.engine, traits, expert.name)
 
 
@@ -261,7 +260,6 @@ def _write_json(job: _Job, folder: Path) -> None:
 
 def _compare(jobs: list[_Job], folder: Path, advance: Advance) -> dict[str, dict[str, str]]:
     """Read what was written as anyone would, and compare all numbers with the source."""
-
     written = recognise(folder)
     return {
         job.expert.name: compare_numbers(job.expert, read_expert(part), advance)
@@ -314,9 +312,6 @@ def _expert_report(job: _Job, checked: dict[str, str] | None) -> RepackedExpert:
     steps = job.steps.written
     names = {job.expert.tensors[step.name].name for step in steps if step.name in job.expert.tensors}
     rewritten = [step for step in steps if step.rewritten]
-    digest = ""
-    if checked:
-        digest = combined(checked)
     return RepackedExpert(
         name=job.expert.name,
         folder=job.folder,
@@ -328,7 +323,7 @@ def _expert_report(job: _Job, checked: dict[str, str] | None) -> RepackedExpert:
         rewritten_bytes=sum(step.spec.nbytes for step in rewritten),
         num_weights=num_weights(job.expert),
         rewritten=Counter(WAYS[step.how] for step in rewritten),
-        decoded_sha256=digest,
+        decoded_sha256=combined(checked) if checked else "",
         num_checked=len(checked or {}),
     )
 
@@ -416,8 +411,6 @@ def decoded(layer: Layer, reader: RowReader) -> Iterator[Tensor]:
     """The weight of a layer as float32 rows [n, K]; FP8 in tiles is rounded to bfloat16 on the way."""
     import torch
 
-    from ascendit import mx
-
     if layer.scheme == "bf16":
         yield from _plain(layer.tensors["weight"], reader)
         return
@@ -442,8 +435,6 @@ def _values(
     codes: Tensor, scale: Tensor, layer: Layer, shape: tuple[int, int], dual: Tensor | None, rows: slice
 ) -> Tensor:
     import torch
-
-    from ascendit import mx
 
     dual_rows = None if dual is None else dual.reshape(layer.shape[0], -1, 1)[rows]
     if layer.container in ("plain", "packed"):

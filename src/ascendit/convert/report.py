@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -242,7 +242,7 @@ class RepackedExpert:
 
 @dataclass(frozen=True, kw_only=True)
 class RepackReport:
-    """The whole run. Nothing is ever left over: what cannot be placed is an error."""
+    """The whole run. Every tensor of the source is in it: one that cannot be placed is an error."""
 
     path: Path
     """The folder that was written, or would be."""
@@ -338,7 +338,7 @@ def _bytes(expert: RepackedExpert) -> str:
 # ---- both ---------------------------------------------------------------------------------------
 
 
-def add_up(counts: Sequence[Mapping[str, int]] | Any) -> dict[str, int]:
+def add_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """Sums by key, in the order in which keys come; bf16 last."""
     total: dict[str, int] = {}
     for count in counts:

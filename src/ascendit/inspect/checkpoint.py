@@ -1,4 +1,4 @@
-"""What a checkpoint holds, whatever its layout, and whether it is whole. Headers and JSON only, no torch."""
+"""What a checkpoint of any layout holds, and whether it is complete. Headers and JSON only, no torch."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ NEEDED_FOR_IMAGE_TOKENS = ("image_encoder", "image_processor")
 def inspect(path: Path | str) -> ModelReport:
     """Read the configs and headers of a checkpoint: a folder, a file, "demo", hf:org/name or ms:org/name.
 
-    What is wrong inside a recognised model stands in the report; one that is not recognised raises, as in
-    `recognise`. A layout that holds transformers alone is whole without the other parts of a pipeline.
+    Problems inside a recognised model are in the report; for others it raises what `recognise` raises. A
+    layout that holds transformers alone is complete without the other parts of a pipeline.
     """
     layout = recognise(model_folder(path))
     problems = _missing_parts(layout) if layout.kind == "diffusers" else []

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ascendit.checkpoint.quant_metadata import QUANT_TYPE
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.convert.report import human_bytes
@@ -150,7 +151,7 @@ def _expert_changes(one: ExpertSummary, other: ExpertSummary) -> _Found:
             yield "shape", f"{name}.weight", left_shape, right_shape
     yield from _tensor_changes(_others(a, left, right, alike), _others(b, left, right, alike))
     for key, x, y in _differing(a.attention, b.attention):
-        yield "attention", key.removesuffix(".quant_type"), x, y
+        yield "attention", key.removesuffix(QUANT_TYPE), x, y
 
 
 def _others(
@@ -211,7 +212,7 @@ def _configs(a: ModelReport, b: ModelReport, name: str) -> Iterator[dict[str, An
     """The configs of a part in both, without what only says who wrote them.
 
     Those of transformers as they are understood: with Diffusers' defaults, `quantization_config` key by key,
-    and without the number of heads where one side does not tell it.
+    and without the number of heads if one side does not know it.
     """
     experts = [next(p for p in report.parts if p.name == name).expert for report in (a, b)]
     for report, expert in zip((a, b), experts, strict=True):
@@ -323,7 +324,7 @@ def _words(change: Change, names: list[str], found: Diff) -> Iterator[str]:
 
 
 def _by_role(names: Iterable[str]) -> dict[str, dict[str, None]]:
-    """Last part of a name -> what stands before it, in order."""
+    """Last part of a name -> what comes before it, in order."""
     owners: dict[str, dict[str, None]] = {}
     for name in names:
         owner, _, role = name.rpartition(".")

@@ -105,10 +105,9 @@ def traits(summary: ExpertSummary) -> Traits:
     """What matters to an engine, after tiled FP8 has become BF16."""
     expert = summary.expert
     schemes = {n: scheme_after_reading(layer.scheme) for n, layer in expert.layers.items()}
-    smoothed = [n for n, layer in expert.layers.items() if "mul_scale" in layer.tensors]
     blocks = [n for n in summary.linears if n.startswith("blocks.")]
     every = {n: schemes.get(n, "bf16") for n in (*blocks, *schemes)}
-    return traits_of(every, {n: layer.shape for n, layer in expert.layers.items()}, smoothed)
+    return traits_of(every, {n: layer.shape for n, layer in expert.layers.items()}, expert.smoothed)
 
 
 def _command(layout: Layout, engine: str, dialect: Dialect) -> str:
@@ -169,10 +168,9 @@ def _description_obstacles(dialect: Dialect, experts: Sequence[Expert]) -> Itera
 
 def _lacks_aliases(expert: Expert) -> bool:
     """Whether a smoothed layer is not named in the way that makes SGLang load its `mul_scale`."""
-    smoothed = [n for n, layer in expert.layers.items() if "mul_scale" in layer.tensors]
-    path = find_manifest(expert.path) if smoothed and expert.path.is_dir() else None
+    path = find_manifest(expert.path) if expert.smoothed and expert.path.is_dir() else None
     written = read_json(path) if path else {}
-    return any(f"{name}.div.mul_scale" not in written for name in smoothed)
+    return any(f"{name}.div.mul_scale" not in written for name in expert.smoothed)
 
 
 def _file_obstacles(experts: Sequence[Expert]) -> Iterator[str]:

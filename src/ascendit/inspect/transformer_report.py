@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from ascendit.checkpoint.layer_format import STORED_ROLES, Layer
+from ascendit.checkpoint.quant_metadata import FLOAT, QUANT_TYPE
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert
 from ascendit.names import grouped, sort_names
@@ -36,7 +37,7 @@ SPELLING = {
 
 @dataclass(frozen=True, kw_only=True)
 class SchemeCount:
-    """The layers of one scheme that lie in one kind of container."""
+    """The layers of one scheme in one kind of container."""
 
     scheme: str
     container: str
@@ -60,7 +61,7 @@ class SchemeCount:
         how = STORED_SCHEMES[self.scheme].text
         if where := CONTAINERS[self.container]:
             how = how.replace(" values", f" values {where}", 1)
-        name = f"   (msModelSlim: {self.manifest})" if self.manifest not in (None, "FLOAT") else ""
+        name = f"   (msModelSlim: {self.manifest})" if self.manifest not in (None, FLOAT) else ""
         layers = f"{self.layers} layer{'' if self.layers == 1 else 's'}"
         return f"{self.scheme}   {layers}   {how}   {self.bits:.2f} bits{name}"
 
@@ -80,7 +81,7 @@ class StoredRow:
     shape: tuple[int, ...]
     """Decoded."""
     tensors: tuple[tuple[str, TensorInfo], ...]
-    """(role, where it lies); the role of a tensor on its own is ``."""
+    """(role, where it is stored); the role of a tensor on its own is ""."""
 
     @property
     def nbytes(self) -> int:
@@ -114,13 +115,13 @@ def dtype_name(dtype: str) -> str:
 
 
 def tensor_row(name: str, info: TensorInfo) -> StoredRow:
-    """A tensor that stands for itself."""
+    """The row of a tensor that belongs to no layer."""
     return StoredRow(name=name, scheme="float", container="plain", shape=info.shape, tensors=(("", info),))
 
 
 @dataclass(frozen=True)
 class ExpertSummary:
-    """An expert, counted and told in few words. Everything is worked out once, when it is asked for."""
+    """An expert in counts and grouped names. Everything is computed once, when it is first asked for."""
 
     expert: Expert
 
@@ -206,7 +207,7 @@ class ExpertSummary:
 
     @cached_property
     def kept(self) -> tuple[str, ...]:
-        """They, in few words."""
+        """The same, grouped."""
         return grouped(self.kept_layers, self.linears)
 
     @property
@@ -217,8 +218,7 @@ class ExpertSummary:
     @cached_property
     def smoothed(self) -> tuple[str, ...]:
         """The layers whose input is multiplied by a stored `mul_scale`."""
-        found = [n for n, layer in self.expert.layers.items() if "mul_scale" in layer.tensors]
-        return grouped(found, self.linears)
+        return grouped(self.expert.smoothed, self.linears)
 
     @cached_property
     def attentions(self) -> tuple[str, ...]:
@@ -231,7 +231,7 @@ class ExpertSummary:
         """How attention is quantized: value of `quant_type` -> the attentions that have it."""
         by_value: dict[str, list[str]] = {}
         for key, value in self.expert.attention.items():
-            by_value.setdefault(value, []).append(key.removesuffix(".quant_type"))
+            by_value.setdefault(value, []).append(key.removesuffix(QUANT_TYPE))
         return {value: grouped(names, self.attentions) for value, names in by_value.items()}
 
     @cached_property

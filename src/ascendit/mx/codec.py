@@ -32,7 +32,7 @@ class Encoded:
     `scale`: E8M0 uint8 [.., ceil(K / 32)]; int8 and fp8: float32 [.., 1]; fp8_128x128: float32
     [ceil(N / 128), ceil(K / 128)].
     `dual_scale`: float32 [.., ceil(K / 512), 1] for mxfp4_dualscale, else None.
-    `shape` is that of the decoded tensor, `axis` the one along which blocks lie; K stands there.
+    `shape` is that of the decoded tensor, `axis` the one along which blocks run, of length K.
     UsageError E-USE-01 if shapes or dtypes disagree.
     """
 
@@ -92,7 +92,7 @@ def _scale_shape(form: Format, shape: tuple[int, ...], axis: int) -> tuple[int, 
     return _with(shape, axis, 1 if form.kind == "row" else -(-shape[axis] // form.block))
 
 
-# ---- encode and decode ---------------------------------------------------------------------------
+# ---- encode and decode --------------------------------------------------------------------------
 
 
 def encode(
@@ -182,7 +182,7 @@ def _decode_tiles(encoded: Encoded, form: Format) -> Tensor:
     return values * scale
 
 
-# ---- error in decibels ---------------------------------------------------------------------------
+# ---- error in decibels --------------------------------------------------------------------------
 
 
 def sqnr(a: Tensor, b: Tensor) -> float:

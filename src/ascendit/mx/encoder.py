@@ -37,7 +37,7 @@ _Prepare = Callable[[int, int], _Step]
 """Makes the step for pieces of so many rows, of a length filled up to whole units."""
 
 
-# ---- choice of an encoder ------------------------------------------------------------------------
+# ---- choice of an encoder -----------------------------------------------------------------------
 
 
 def encode_rows(rows: Tensor, form: Format, rule: str, rounding: str) -> Parts:
@@ -109,7 +109,7 @@ def _encode_by_reference(form: Format, rule: str, rounding: str, rows: Tensor, o
                 to.copy_(part)
 
 
-# ---- PyTorch in small pieces ---------------------------------------------------------------------
+# ---- PyTorch in small pieces --------------------------------------------------------------------
 
 
 def piece_encoder(form: Format, rule: str, rounding: str, dtype: torch.dtype) -> Encoder | None:

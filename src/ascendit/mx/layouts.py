@@ -1,4 +1,4 @@
-"""Physical layouts of scales and codes, and the way back. A checkpoint holds the plain ones.
+"""Physical layouts of scales and codes, and for scales the way back. A checkpoint holds the plain ones.
 
 | layout         | for                                       | shape                                   |
 |----------------|-------------------------------------------|-----------------------------------------|
@@ -88,30 +88,8 @@ def to_e4m3_container(packed: Tensor, length: int) -> Tensor:
     return table[codes.to(torch.int64)].view(torch.float8_e4m3fn)
 
 
-def from_e4m3_container(values: Tensor) -> Tensor:
-    """float8_e4m3fn [.., K] of FP4 numbers -> packed uint8 [.., ceil(K / 2)].
-
-    UsageError E-USE-01 if one of them is no FP4 number: then this is a real FP8 tensor.
-    """
-    raw = values.contiguous().view(torch.uint8)
-    codes = elements.to_codes(_finite(elements.to_values(raw, E4M3)), E2M1, "rint")
-    packed = elements.pack(codes)
-    if not torch.equal(to_e4m3_container(packed, values.shape[-1]).view(torch.uint8), raw):
-        raise UsageError(
-            f"float8_e4m3fn tensor {tuple(values.shape)} with other numbers than 0, 0.5, 1, 1.5, 2, 3, 4, 6",
-            needs="FP4 numbers in an e4m3 container",
-            fix="this is an FP8 weight: read it as mxfp8 or fp8",
-            code="E-USE-01",
-        )
-    return packed
-
-
 def _nibbles(like: Tensor) -> Tensor:
     return torch.arange(16, dtype=torch.uint8, device=like.device)
-
-
-def _finite(values: Tensor) -> Tensor:
-    return values.where(values.isfinite(), 0)
 
 
 def _misshapen(what: str, tensor: Tensor, needs: str) -> UsageError:

@@ -75,11 +75,6 @@ def rotation(size: int, *, dtype: torch.dtype = torch.bfloat16, seed: int = ROTA
     return (signs.unsqueeze(1) * matrix / torch.tensor(float(size)).sqrt()).to(dtype)
 
 
-def rotate(x: Tensor, matrix: Tensor) -> Tensor:
-    """x [.., D] @ matrix [D, D], in the dtype of x."""
-    return x @ matrix.to(x.dtype)
-
-
 def _check_mul_scale(mul_scale: Tensor, channels: int) -> None:
     if tuple(mul_scale.shape) != (channels,) or not bool(((mul_scale > 0) & mul_scale.isfinite()).all()):
         raise UsageError(

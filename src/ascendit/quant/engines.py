@@ -10,7 +10,7 @@ from ascendit.quant.schemes import FP8_TILES
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A program for which `--for` writes, as its published wheel is."""
+    """A program that `--for` writes for, at the version whose wheel was read."""
 
     name: str
     version: str

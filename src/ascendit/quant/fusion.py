@@ -25,8 +25,14 @@ VLLM_OMNI = {
 
 _LEADERS = {layer: group[0] for group in GROUPS for layer in group}
 _MODULES = {layer: module for module, layers in VLLM_OMNI.items() for layer in layers}
-_LEAVES = {"to_qkv": ("to_q", "to_k", "to_v"), "to_out": ("to_out.0",)}
+_LEAVES = {
+    module.partition(".")[2]: tuple(layer.partition(".")[2] for layer in layers)
+    for module, layers in VLLM_OMNI.items()
+    if module.startswith("attn")
+}
+"""Module inside an attention -> layers: `to_qkv` -> `to_q`, `to_k`, `to_v`."""
 _FEED_FORWARD = ((".ffn.net_0.", ".ffn.net.0."), (".ffn.net_2", ".ffn.net.2"))
+"""What to replace in a name, or in a pattern such as `*.ffn.net_0.*`."""
 
 
 def leader_of(layer: str) -> str:
@@ -42,7 +48,13 @@ def vllm_omni_module(layer: str) -> str:
 
 
 def layers_of_module(module: str) -> tuple[str, ...]:
-    """The layers that a module of vLLM-Omni holds, or a pattern: `blocks.0.attn1.to_qkv` is three."""
+    """The layers that a module of vLLM-Omni holds: `blocks.0.attn1.to_qkv` is three. Others as they are."""
+    owner, inner = _split(module, VLLM_OMNI)
+    return tuple(owner + layer for layer in VLLM_OMNI[inner]) if owner else (module,)
+
+
+def patterns_of_module(module: str) -> tuple[str, ...]:
+    """As `layers_of_module`, for patterns of vLLM-Omni's names too: `*.to_out`, `blocks.*.ffn.net_2`."""
     for theirs, ours in _FEED_FORWARD:
         module = module.replace(theirs, ours)
     owner, dot, leaf = module.rpartition(".")

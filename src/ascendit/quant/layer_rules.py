@@ -7,16 +7,16 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import get_args
 
 from ascendit.errors import UsageError
+from ascendit.family import Task
 from ascendit.names import to_wan
 from ascendit.quant.schemes import SCHEMES
 
-MODEL_KINDS = ("t2v", "i2v", "ti2v")
+MODEL_KINDS = get_args(Task)
 OUTSIDE = "not a linear of the blocks"
 LIST_LAYERS = "correct the pattern; `*` crosses dots, and `ascendit inspect SRC --layers` lists the names"
-ModelKind = Literal["t2v", "i2v", "ti2v"]
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendit.errors import UsageError
+from ascendit.family import Task
 from ascendit.mx.formats import lookup, resolve_rule
 from ascendit.names import all_linears, block_linears
 from ascendit.quant.layer_rules import (
@@ -45,7 +46,6 @@ from ascendit.quant.layer_rules import (
     AttentionScheme,
     LayerRule,
     LayerScheme,
-    ModelKind,
     matching,
     no_layer,
     ruled,
@@ -74,7 +74,7 @@ class Recipe:
     step_policy: StepPolicy = StepPolicy()
 
     def layer_schemes(
-        self, config: Mapping[str, Any], *, model_kind: ModelKind, keep: Sequence[str] = ()
+        self, config: Mapping[str, Any], *, model_kind: Task, keep: Sequence[str] = ()
     ) -> tuple[LayerScheme, ...]:
         """Every linear layer of the model, in its order. `keep`: patterns of layers that stay BF16.
 
@@ -87,15 +87,13 @@ class Recipe:
         }
         return tuple((layers | ruled(self.rules_for(model_kind, keep), blocks, every)).values())
 
-    def rules_for(
-        self, model_kind: ModelKind | None, keep: Sequence[str] = ()
-    ) -> list[tuple[LayerRule, str]]:
+    def rules_for(self, model_kind: Task | None, keep: Sequence[str] = ()) -> list[tuple[LayerRule, str]]:
         """The rules for a kind of model, and `keep` as more of them, each with where it comes from."""
         rules = [(rule, self.name) for rule in self.rules if not rule.kinds or model_kind in rule.kinds]
         return rules + [(LayerRule((pattern,), "bf16", None), "--keep") for pattern in keep]
 
     def attention_schemes(
-        self, config: Mapping[str, Any], *, model_kind: ModelKind
+        self, config: Mapping[str, Any], *, model_kind: Task
     ) -> tuple[AttentionScheme, ...]:
         """The attentions that get an entry or rotations. UsageError E-USE-05 as in `layer_schemes`."""
         linears = block_linears(_known(config))

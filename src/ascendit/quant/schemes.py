@@ -11,7 +11,7 @@ from ascendit.errors import UsageError
 from ascendit.mx.formats import FORMATS
 
 FP8_TILES = "fp8_128x128"
-"""FP8 in 128 x 128 tiles, as some published models have it. Read and never written: it becomes BF16."""
+"""FP8 in 128 x 128 tiles, as some published models have it. Only read: loading and repacking make it BF16."""
 _SAFETENSORS = {"int8": "I8", "uint8": "U8", "float8_e4m3fn": "F8_E4M3"}
 """Name of a dtype in torch -> in a safetensors header."""
 

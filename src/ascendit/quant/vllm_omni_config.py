@@ -16,7 +16,7 @@ from typing import Any
 from ascendit.errors import UsageError
 from ascendit.mx.formats import lookup, resolve_rule
 from ascendit.names import is_block_linear, sort_names
-from ascendit.quant.fusion import layers_of_module, vllm_omni_modules
+from ascendit.quant.fusion import patterns_of_module, vllm_omni_modules
 from ascendit.quant.layer_rules import LayerRule
 from ascendit.quant.schemes import QUANTIZED, SCHEMES
 from ascendit.schedule import StepPolicy
@@ -36,7 +36,7 @@ LEADING = 5
 
 
 def is_omni_config(text: str) -> bool:
-    """Whether the name of a recipe is such a config."""
+    """Whether what was given as a recipe is this JSON."""
     return text.lstrip().startswith("{")
 
 
@@ -82,7 +82,7 @@ def _ignored(config: Mapping[str, Any]) -> tuple[str, ...]:
     names = config.get("ignored_layers", config.get("modules_to_not_convert")) or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise _bad(f"ignored_layers {names!r} is no list of names")
-    return tuple(layer for name in names for layer in layers_of_module(name))
+    return tuple(layer for name in names for layer in patterns_of_module(name))
 
 
 def _policy(config: Mapping[str, Any], method: str) -> StepPolicy:
@@ -106,7 +106,7 @@ def _bad(problem: str) -> UsageError:
 # ---- writing ------------------------------------------------------------------------------------
 
 METHOD = "ascendit"
-"""The `quant_method` of a config whose layers are told by the manifest, or by their tensors."""
+"""The `quant_method` of a config that leaves the schemes to the manifest, or to the tensors."""
 
 
 def marker_for(layers: Mapping[str, str], smoothed: Collection[str] = ()) -> dict[str, Any] | None:

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES
+from ascendit.checkpoint.quant_metadata import QUANT_TYPE
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import UsageError
-from ascendit.family import WanConfig
+from ascendit.family import Task, WanConfig
 from ascendit.names import grouped, is_block_linear, sort_names
-from ascendit.quant.layer_rules import AttentionScheme, LayerScheme, LayerSchemes, ModelKind
+from ascendit.quant.fusion import fused_with
+from ascendit.quant.layer_rules import AttentionScheme, LayerScheme, LayerSchemes
 from ascendit.quant.recipe import Recipe
 from ascendit.quant.schemes import FP4, FP8_TILES, SCHEMES
 from ascendit.quant.vllm_omni_config import marker_for
@@ -40,11 +42,11 @@ class AppliedRecipe(LayerSchemes):
     """Layer -> mul_scale, float32 [K]."""
 
     def weight(self, layer: str) -> TensorInfo:
-        """Where the weight [N, K] of a layer lies in the source."""
+        """Where the weight [N, K] of a layer is stored in the source."""
         return self.expert.tensors[f"{layer}.weight"]
 
     def dtype(self, info: TensorInfo) -> str:
-        """What a weight is when it is encoded: BF16 from tiles, and where the recipe rounds."""
+        """The dtype in which a weight is encoded: BF16 from tiles, and where the recipe rounds."""
         return self.round_to or (info.dtype if info.dtype in FLOAT_DTYPES else "BF16")
 
     def on_disk(self, name: str) -> str:
@@ -65,7 +67,7 @@ class AppliedRecipe(LayerSchemes):
     def manifest(self) -> dict[str, str]:
         """`quant_model_description.json`, names as in the file."""
         layers = {layer.name: layer.scheme for layer in self.layers}
-        entries = {f"{a.name}.quant_type": a.quant_type for a in self.attention if a.quant_type}
+        entries = {f"{a.name}{QUANT_TYPE}": a.quant_type for a in self.attention if a.quant_type}
         names = [spec.name for spec in self.specs]
         return self.dialect.manifest(layers, names, self.expert.attention | entries, {})
 
@@ -92,10 +94,10 @@ class AppliedRecipe(LayerSchemes):
 
     def _unlike_qkv(self) -> bool:
         for name, scale in self.smoothing.items():
-            if name.endswith("attn1.to_q"):
-                others = [self.smoothing.get(f"{name[:-1]}{x}") for x in "kv"]
-                if any(other is None or not bool((other == scale).all()) for other in others):
-                    return True
+            first, *others = fused_with(name)
+            scales = [self.smoothing.get(other) for other in others]
+            if name == first and any(x is None or not bool((x == scale).all()) for x in scales):
+                return True
         return False
 
     @property
@@ -116,7 +118,7 @@ class AppliedRecipe(LayerSchemes):
 
     @property
     def kept(self) -> dict[str, tuple[str, ...]]:
-        """Why -> layers that stay as they are, in few words."""
+        """Why -> layers that stay as they are, grouped."""
         names = [layer.name for layer in self.layers]
         kept = [layer for layer in self.layers if layer.scheme == "bf16"]
         reasons = dict.fromkeys(layer.why for layer in kept)
@@ -126,7 +128,7 @@ class AppliedRecipe(LayerSchemes):
 def apply_recipe(
     expert: Expert,
     recipe: Recipe,
-    kind: ModelKind,
+    kind: Task,
     *,
     keep: Sequence[str] = (),
     smoothing: Mapping[str, Any] | None = None,
@@ -181,7 +183,7 @@ def check_kind(
         )
 
 
-def warnings_for(experts: Iterable[AppliedRecipe], recipe: Recipe, kind: ModelKind) -> list[str]:
+def warnings_for(experts: Iterable[AppliedRecipe], recipe: Recipe, kind: Task) -> list[str]:
     """What a user should know before using the result: shapes, kinds, gaps."""
     found: dict[str, None] = {}
     if recipe.kinds and kind not in recipe.kinds:

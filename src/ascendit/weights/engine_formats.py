@@ -20,13 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from ascendit.checkpoint.component import STEM
-from ascendit.checkpoint.quant_metadata import MANIFEST_FILE, manifest_for
+from ascendit.checkpoint.quant_metadata import CONFIG_KEY, FLOAT, MANIFEST_FILE, manifest_for
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import UsageError
-from ascendit.family import WanConfig
+from ascendit.family import Task, WanConfig
 from ascendit.names import ROLES, Naming, is_block_linear, sort_names, to_wan
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.fusion import fused_with
@@ -47,7 +47,7 @@ def layer_specs(
     """The tensors of the linear layer `name`, in the order they are written.
 
     `shape`: (N, K) of the decoded weight. `scheme`: a key of `quant.schemes.SCHEMES`. `float_dtype`: how
-    weight and bias lie in a layer that is not quantized; the bias of one that is, is always float32.
+    weight and bias are stored in a layer that is not quantized; the bias of one that is, is always float32.
     """
     n, k = shape
     row = SCHEMES[scheme]
@@ -72,7 +72,7 @@ class Dialect:
     offset: bool = True
     """int8 layers have a `weight_offset`."""
     ones: tuple[str, ...] = ()
-    """Schemes whose layers get a `mul_scale` of ones where there is none."""
+    """Schemes whose layers get a `mul_scale` of ones if they have none."""
     wrapped: bool = False
     """Smoothed layers as `.linear.` and `.div.`."""
     aliases: bool = False
@@ -154,15 +154,15 @@ class Dialect:
         quant_type = plain.pop("model_quant_type")
         manifest = {self.on_disk(name, smoothed): value for name, value in plain.items()}
         if self.aliases:
-            manifest |= {f"{name}.div.mul_scale": "FLOAT" for name in sort_names(smoothed)}
+            manifest |= {f"{name}.div.mul_scale": FLOAT for name in sort_names(smoothed)}
         return manifest | {"model_quant_type": quant_type}
 
     def config(self, config: Mapping[str, Any], marker: Mapping[str, Any] | None) -> dict[str, Any]:
         """config.json: that of a WanTransformer3DModel, or of the original WanModel."""
-        written = {key: value for key, value in config.items() if key != "quantization_config"}
+        written = {key: value for key, value in config.items() if key != CONFIG_KEY}
         if self.naming == "wan":
             return wan_config(written)
-        return written | ({"quantization_config": dict(marker)} if marker and self.marker else {})
+        return written | ({CONFIG_KEY: dict(marker)} if marker and self.marker else {})
 
 
 DIALECTS: dict[str, Dialect] = {
@@ -293,12 +293,12 @@ def wan_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def task_config(config: Mapping[str, Any]) -> dict[str, str]:
-    """configuration.json as it lies beside the originals."""
+    """configuration.json, as the original models have it."""
     task = "image-to-video" if model_kind(config) == "i2v" else "text-to-video-synthesis"
     return {"framework": "Pytorch", "task": task}
 
 
-def model_kind(config: Mapping[str, Any]) -> Literal["t2v", "i2v", "ti2v"]:
+def model_kind(config: Mapping[str, Any]) -> Task:
     """Of the original's `model_type`: by image layers, and by channels that hold more than the noise."""
     if config.get("image_dim") or config.get("added_kv_proj_dim"):
         return "i2v"

@@ -58,13 +58,13 @@ def _no_progress(name: str, count: int, skipped: bool = False) -> None:
 
 
 MOST_THREADS = 4
-"""Of encoding: more than these no disk can feed. Half of PyTorch's, if that is less: the others write."""
+"""Threads that encode: no disk can feed more. Half of PyTorch's, if that is less: the others write."""
 
 
 class ExpertWriter:
     """The tensors of one expert, in canonical order, from a reader to a writer.
 
-    `advance` is told how many bytes of the source are done and to which tensor they belong. `measure`: the
+    `advance` is called with the bytes of the source that are done and their tensor. `measure`: the
     SQNR of each quantized layer, for which layers are encoded too that an earlier run has written.
     """
 
@@ -88,7 +88,7 @@ class ExpertWriter:
         self._disk_names = {s.name: d.name for s, d in zip(applied.specs, applied.disk_specs, strict=True)}
 
     def write(self) -> None:
-        """Everything. Raises UsageError and CheckpointError for weights that cannot be encoded or read."""
+        """Write every tensor. UsageError and CheckpointError for weights that cannot be encoded or read."""
         coded = self.applied.coded
 
         def layer_of(spec: TensorSpec) -> str:
@@ -124,7 +124,7 @@ class ExpertWriter:
             self._advance(spec.name, info.nbytes, done)
 
     def _mul_scale(self, spec: TensorSpec) -> Data:
-        """As given, or ones where the reader of the result wants a factor and there is none."""
+        """As given, or ones if the engine that reads the result requires a factor."""
         scale = self.applied.smoothing.get(spec.name.removesuffix(".mul_scale"))
         if scale is None:
             return struct.pack("<f", 1.0) * spec.shape[0]

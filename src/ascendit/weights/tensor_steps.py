@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from ascendit.checkpoint import layer_format
-from ascendit.checkpoint.layer_format import Layer
+from ascendit.checkpoint.layer_format import (
+    Layer,
+    check_float_scale,
+    check_positive,
+    check_scale_bytes,
+    check_zero,
+)
 from ascendit.checkpoint.reader import DTYPE_BITS, RowReader, TensorInfo, as_bytes, as_tensor, float_bytes
 from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import TensorSpec
@@ -61,7 +67,7 @@ class TensorStep:
 
 @dataclass(frozen=True)
 class TensorSteps:
-    """The way of one expert."""
+    """All steps of one expert."""
 
     written: tuple[TensorStep, ...]
     """One for each tensor of the output, in the order it is written."""
@@ -190,15 +196,10 @@ def schemes_of(expert: Expert) -> dict[str, str]:
     return {name: layers[name] for name in sort_names(layers)}
 
 
-def smoothed_layers(expert: Expert) -> set[str]:
-    """Layers with a `mul_scale`."""
-    return {name for name, layer in expert.layers.items() if "mul_scale" in layer.tensors}
-
-
 def unlike_qkv(expert: Expert) -> bool:
     """Whether the `mul_scale` of a Q, K and V of one self-attention differ, or are not on all three."""
     with RowReader() as reader:
-        for name in smoothed_layers(expert):
+        for name in expert.smoothed:
             group = [expert.layers.get(other) for other in fused_with(name)]
             if len(group) == 1:
                 continue
@@ -215,7 +216,7 @@ def unlike_qkv(expert: Expert) -> bool:
 def produce(step: TensorStep, reader: RowReader) -> Iterator[Any]:
     """The bytes of the tensor, in order. Each buffer is valid until the next is asked for.
 
-    Raises CheckpointError E-CKP-08 for a scale, offset or smoothing factor that cannot be, E-CKP-04 for a
+    Raises CheckpointError E-CKP-08 for an invalid scale, offset or smoothing factor, E-CKP-04 for a
     number in a wide container that is no FP4 number.
     """
     return _WAYS[step.how](step, reader)
@@ -269,21 +270,19 @@ def to_float32(data: bytes | memoryview, dtype: str, name: str) -> bytes:
 
 
 def _fill(step: TensorStep, reader: RowReader) -> Iterator[Any]:
-    import struct
-
     assert step.spec.dtype == "F32"
     yield struct.pack("<f", step.value) * (step.spec.nbytes // 4)
 
 
 def _examine(step: TensorStep, info: TensorInfo, data: bytes | memoryview) -> None:
     if step.check == "scale_bytes":
-        layer_format.check_scale_bytes(data, info.name)
+        check_scale_bytes(data, info.name)
     elif step.check == "scale":
-        layer_format.check_float_scale(data, info.dtype, info.name)
+        check_float_scale(data, info.dtype, info.name)
     elif step.check == "zero":
-        layer_format.check_zero(data, info.dtype, info.name)
+        check_zero(data, info.dtype, info.name)
     elif step.check == "positive":
-        layer_format.check_positive(data, info.dtype, info.name)
+        check_positive(data, info.dtype, info.name)
 
 
 # ---- FP4 ----------------------------------------------------------------------------------------
@@ -387,7 +386,7 @@ def _untile(step: TensorStep, reader: RowReader) -> Iterator[Any]:
 
     weight, inverse = step.sources
     found = reader.whole(inverse)
-    layer_format.check_float_scale(found, inverse.dtype, inverse.name)
+    check_float_scale(found, inverse.dtype, inverse.name)
     rows = bytearray(to_float32(found, inverse.dtype, inverse.name))
     scale = torch.frombuffer(rows, dtype=torch.float32).view(inverse.shape)
     for start, view in reader.blocks(weight, multiple=FP8_TILE):

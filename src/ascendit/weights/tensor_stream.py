@@ -1,7 +1,7 @@
 """The canonical tensors of one expert, straight into memory: what `quantize` or `repack` would write.
 
     feed(applied, sink)                   # a float checkpoint, quantized as it is read
-    feed(stored_steps(expert), sink)      # codes that are on disk already, in any layout
+    feed(stored_steps(expert), sink)      # a quantized checkpoint, in any layout
 
 A tensor is read some rows at a time into the memory that `room` gives for it; `arrived` is called when it is
 complete. Online and offline quantization are equal by construction: both are `ExpertWriter`.
@@ -57,7 +57,7 @@ class TensorSink:
         self._advance(len(piece))
 
     def read(self, info: TensorInfo, name: str, reader: RowReader) -> None:
-        """A whole tensor from a file, as it lies."""
+        """A whole tensor from a file, as it is stored."""
         self._open(name)
         if self._view is not None:
             reader.into(info, self._view)
@@ -95,7 +95,7 @@ class _WriterSink:
 def feed(source: AppliedRecipe | TensorSteps, sink: TensorSink) -> None:
     """Every tensor of an expert, quantized by a recipe, or as it is stored.
 
-    Raises CheckpointError: E-CKP-08 for scales that cannot be, E-CKP-02 for files that shrink, E-QNT-01 for
+    Raises CheckpointError: E-CKP-08 for invalid scales, E-CKP-02 for files that shrink, E-QNT-01 for
     weights that are not finite.
     """
     with RowReader() as reader:
@@ -114,7 +114,7 @@ def feed(source: AppliedRecipe | TensorSteps, sink: TensorSink) -> None:
 
 
 def stored_steps(expert: Expert) -> TensorSteps:
-    """From the expert as it lies to its canonical tensors, without the offsets, which are zeros."""
+    """From the expert as stored to its canonical tensors, without the offsets, which are zeros."""
     return steps_for(expert, Dialect(offset=False))
 
 

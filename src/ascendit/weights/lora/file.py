@@ -1,4 +1,4 @@
-"""One LoRA file: its header, the settings that PEFT keeps elsewhere, and what a module adds to a tensor.
+"""One LoRA file: its header, the settings that PEFT stores elsewhere, and what a module adds to a tensor.
 
 Shapes: the tensor is [N, ...]; its other axes are flattened to K. r is the rank.
 
@@ -49,7 +49,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Scaling:
-    """What PEFT keeps outside the tensors: `lora_alpha`, exceptions from it, and what it is divided by."""
+    """What PEFT stores outside the tensors: `lora_alpha`, exceptions from it, and what it is divided by."""
 
     alpha: float | None = None
     exceptions: Mapping[str, float] = field(default_factory=dict)
@@ -208,7 +208,7 @@ class Delta:
     """A key of `OPENERS`."""
     target: str
     tensors: Mapping[str, TensorInfo]
-    """Role -> where it lies."""
+    """Role -> where it is stored."""
     scale: float
     """WEIGHT x alpha / rank."""
 
@@ -289,7 +289,7 @@ OPENERS: dict[str, Callable[[Mapping[str, TensorInfo]], Rows]] = {
     "lokr": _lokr,
     **dict.fromkeys(("diff", "diff_b", "diff_m", "norm"), _diff),
 }
-"""Kind -> what reads its factors. The kinds of differences are told apart for the report only."""
+"""Kind -> what reads its factors. The four kinds of differences differ in `Folds.summary` only."""
 
 
 # ---- whether the tensors of a module fit together -----------------------------------------------
@@ -322,17 +322,15 @@ def misfit(kind: str, tensors: Mapping[str, TensorInfo], shape: tuple[int, ...])
     need = (shape[0], math.prod(shape[1:]))
     if kind == "diff":
         found = tensors["diff"].shape
-        return None if _core(found) == _core(shape) else f"{_text(found)} is no change of the {_text(shape)}"
+        return None if _core(found) == _core(shape) else f"{list(found)} is no change of the {list(shape)}"
     for left, right in _PRODUCTS[kind]:
         if left in flat and flat[left][1] != flat[right][0] or right in flat and not flat[right][0]:
-            return (
-                f"ranks differ ({left} {_text(tensors[left].shape)}, {right} {_text(tensors[right].shape)})"
-            )
+            return f"ranks differ ({left} {list(tensors[left].shape)}, {right} {list(tensors[right].shape)})"
     made = _made(kind, flat)
     if any(size != need for size in made):
-        return f"makes {_text(made[0])}, which is no change of the {_text(shape)}"
+        return f"makes {list(made[0])}, which is no change of the {list(shape)}"
     if kind == "lora" and len(down := tensors["down"].shape) == len(shape) and down[1:] != shape[1:]:
-        return f"down {_text(down)} has another kernel than the {_text(shape)}"
+        return f"down {list(down)} has another kernel than the {list(shape)}"
     return None
 
 
@@ -352,7 +350,3 @@ def _made(kind: str, flat: Mapping[str, tuple[int, int]]) -> list[tuple[int, int
 def _core(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Without the leading axes of size 1, which modulation tables have or have not."""
     return shape if not shape or shape[0] != 1 else _core(shape[1:])
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"

@@ -144,7 +144,7 @@ class Folds:
         return cls(shapes, deltas, dict(counts))
 
     def summary(self) -> dict[str, int]:
-        """Counts for the report.
+        """Counts of what was read.
 
         `files` that change something, `tensors` that change, modules of each kind there is (`lora`, `loha`,
         `lokr`, `diff`, `diff_b`, `diff_m`, `norm`), modules with an `alpha`, `rank_min` and `rank_max`.
@@ -220,7 +220,7 @@ _OTHER_MODEL = "use a LoRA made for a model of this width and kind"
 
 
 class DeltaReader:
-    """Collects `deltas` and `problems` of a file; `ranks` and `num_alphas` are for the report."""
+    """Collects `deltas` and `problems` of a file; `ranks` and `num_alphas` are for `Folds.summary`."""
 
     def __init__(self, file: LoraFile, targets: Targets, weight: float) -> None:
         self.file = file
