@@ -6,11 +6,14 @@ FAST := not slow and not cuda and not npu
 # A worker for each processor. The tests of a file stay on one, as they share what their fixtures make.
 WORKERS := auto
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# What `make check` tests: these folders without these files, which take seconds for each test or start processes.
+QUICK := tests/test_*.py $(addprefix tests/,checkpoint device inspect kernels model mx ops quant twin weights)
+NOT_QUICK := mx/test_encoder.py mx/test_row_encoder.py twin/test_install.py weights/lora/test_fold.py
 DEMO := a red circle moves right on a black background
 VIDEO := outputs/demo.mp4
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo lint test test-all fix docs bench
+.PHONY: help install demo lint check test test-all fix docs bench
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +46,9 @@ lint: install  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint  ## style, types and the quick tests, in about a minute
+	$(BIN)/pytest -m "$(FAST)" $(PARALLEL) $(QUICK) $(addprefix --ignore=tests/,$(NOT_QUICK))
 
 test: lint  ## style, types and every test that needs no accelerator
 	$(BIN)/pytest -m "$(FAST)" $(PARALLEL)
