@@ -17,7 +17,7 @@ from ascendit.twin.contract import refuse, require
 
 NO_LIMIT = 2147483647
 _CHUNK = 256
-_AXES = {"BSH": "BSH", "SBH": "SBH", "BSND": "BSND", "BNSD": "BNSD", "NSD": "NSD", "TND": "TND", "NTD": "NTD"}
+_LAYOUTS = ("BSH", "SBH", "BSND", "BNSD", "NSD", "TND", "NTD")
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Sizes:
 
 
 def _axis(t: Tensor, layout: str, name: str) -> int | None:
-    at = _AXES[layout].find(name)
+    at = layout.find(name)
     return int(t.shape[at]) if at >= 0 else None
 
 
 def sizes(q: Tensor, k: Tensor, v: Tensor, layout: str, heads: int, kv_heads: int) -> Sizes:
     """Refuses shapes that do not fit the layout and the numbers of heads."""
-    if layout not in _AXES:
-        refuse(f"Layout {layout} is not supported!", needs=", ".join(_AXES), fix='"BNSD"')
+    if layout not in _LAYOUTS:
+        refuse(f"Layout {layout} is not supported!", needs=", ".join(_LAYOUTS), fix='"BNSD"')
     require(heads > 0, f"numHeads should be greater than 0, but got {heads}", needs="heads", fix="q.shape[1]")
     kv = kv_heads or heads
     for name, t in (("query", q), ("key", k), ("value", v)):
