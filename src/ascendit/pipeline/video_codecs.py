@@ -20,9 +20,9 @@ from ascendit.errors import EnvironmentProblem
 from ascendit.pipeline.frame_checks import Frames
 
 CODECS: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {  # encoder, its options, the container's
-    "mp4": (  # with more threads x264 does not write the same file each time
+    "mp4": (  # x264 writes the same file each time with one thread and without code that depends on alignment
         "libx264",
-        {"crf": "18", "threads": "1"},
+        {"crf": "18", "threads": "1", "x264-params": "cpu-independent=1"},
         {"movflags": "+faststart+use_metadata_tags"},
     ),
     "webm": ("libvpx-vp9", {"crf": "18", "b": "0", "cpu-used": "4", "row-mt": "1"}, {}),
