@@ -113,12 +113,14 @@ def test_memory_stays_at_the_model_and_one_tensor(tmp_path: Path) -> None:
     (root / "transformer" / tiny.WEIGHTS).unlink(missing_ok=True)
     code = (
         "import resource, sys, torch; from pathlib import Path\n"
-        "from ascendit.model import load; from ascendit.checkpoint.layout import recognise\n"
+        "from ascendit.model.loader import load_transformer\n"
+        "from ascendit.model.weight_loader import nbytes\n"
+        "from ascendit.checkpoint.layout import recognise\n"
         "from ascendit.ops.operators import bind\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak(); part = recognise(Path(sys.argv[1])).parts['transformer']\n"
-        "m = load.load_transformer(part, bind('cpu'))\n"
-        "print((peak() - before) / load.nbytes(m))\n"
+        "m = load_transformer(part, bind('cpu'))\n"
+        "print((peak() - before) / nbytes(m))\n"
     )
     out = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True)
     assert float(out.stdout) < 1.2
