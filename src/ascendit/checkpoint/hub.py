@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import http.client
 import json
 import logging
 import os
@@ -22,13 +21,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.error import HTTPError, URLError
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
-from urllib.request import Request, urlopen
 
 from ascendit.checkpoint.component import stays_inside
 from ascendit.errors import EnvironmentProblem, UsageError
+
+if TYPE_CHECKING:
+    from urllib.error import HTTPError
 
 logger = logging.getLogger("ascendit")
 
@@ -333,6 +333,10 @@ def _append(url: str, partial: Path, file: _File, what: str) -> None:
 @contextmanager
 def _get(url: str, what: str, start: int = 0) -> Iterator[Any]:
     """An open response. A refusal becomes an error for the user; everything else is _Unreachable."""
+    import http.client
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
     headers = {"User-Agent": "ascendit"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
         with urlopen(Request(url, headers=headers), timeout=_TIMEOUT) as response:

@@ -40,6 +40,8 @@ WORDS: dict[LayoutKind, str] = {
 """Each kind in words."""
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 INDEX_FILE = "model_index.json"
+RECORD_FILE = "ascendit.json"
+"""How `quantize` or `repack` made the folder: see `convert.provenance`."""
 _SNAPSHOT = re.compile(r"^(?:models--)(?P<org>.+?)--(?P<name>.+)$")
 
 

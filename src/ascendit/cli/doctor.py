@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ascendit.cli.output import Output, table, to_json
-from ascendit.environment import disable_device_plugins
 from ascendit.errors import EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
@@ -86,6 +85,7 @@ def no_check(given: dict[str, Any]) -> UsageError:
 def checked(device: str | None, file: Path | None, out: Output) -> int:
     """Run the self-check, print its page, write its file. The exit code: 0 passed, 1 not."""
     from ascendit.device.device import parse_device
+    from ascendit.environment import disable_device_plugins
 
     name = str(parse_device(device or DEFAULT_DEVICE))
     if file is not None:

@@ -1,8 +1,8 @@
 """What one `generate` call asks for: words, flags, `--set`, environment and `--config` in one place.
 
 One layer is a dict of known keys, whose values are checked and brought onto the fields of GenerateRequest.
-`merge` puts layers over each other: flags > --set > environment > --config. Nothing here is heavy: a bad call
-ends before torch is imported.
+`merge` puts layers over each other: flags > --set > environment > --config. Every command imports this, so
+nothing here is heavy: a bad call ends before torch is imported.
 """
 
 from __future__ import annotations
@@ -18,11 +18,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from ascendit import geometry
-from ascendit.environment import read_environment
 from ascendit.errors import UsageError
-from ascendit.family import VaeConfig, WanConfig
-from ascendit.quant.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from ascendit.checkpoint.layout import Layout
@@ -35,7 +31,7 @@ EXTRAS: dict[str, Any] = {
     "text_on": Literal["cpu", "device", "drop"],
     "dtype": Literal["float32", "bfloat16", "float16"] | None,
     "vae_dtype": Literal["float32", "bfloat16"] | None,
-    "scheme": Literal[*SCHEMES] | None,
+    "scheme": Literal["bf16", "int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"] | None,
     "recipe": str | None,
     "keep": str | None,
     "step_policy": str | None,
@@ -126,6 +122,9 @@ class Prepared:
     @property
     def video_tokens(self) -> int:
         """Tokens of the video in one pass of a transformer."""
+        from ascendit import geometry
+        from ascendit.family import VaeConfig, WanConfig
+
         vae = VaeConfig.from_dict(self.layout.part("vae").config)
         patch_size = self.layout.experts[0].config.get("patch_size", WanConfig.patch_size)
         latents = geometry.latent_grid(
@@ -164,6 +163,7 @@ def read_call(
 ) -> Call:
     """Put all layers over each other. `flags`: known keys (see `known`), None where not given."""
     from ascendit.device.device import parse_device
+    from ascendit.environment import read_environment
 
     environment = read_environment()
     told = {"text_on": environment.text_on, "fast_layernorm": environment.fast_layernorm}
@@ -210,6 +210,7 @@ def _model_and_prompt(words: list[str], demo: bool, model: str | None, prompt: s
 
 def prepare(call: Call, output: Path | None, *, overwrite: bool) -> Prepared:
     """Meet the model: its folder, its defaults, the request, the name of the output; no weights."""
+    from ascendit import geometry
     from ascendit.checkpoint.layout import recognise
     from ascendit.pipeline import video
     from ascendit.pipeline.defaults import defaults_for

@@ -6,9 +6,8 @@ No torch at module level.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,10 +17,11 @@ from ascendit.errors import UsageError
 from ascendit.names import is_block_linear
 from ascendit.quant.fusion import leader_of
 from ascendit.weights.applied_recipe import AppliedRecipe
-from ascendit.weights.lora.fold import LoraSource
 
 if TYPE_CHECKING:
     import torch
+
+    from ascendit.weights.lora.fold import LoraSource
 
 ALPHA = 0.9
 """msModelSlim's, in the recipe that smooths Wan."""
@@ -77,43 +77,6 @@ class Calibrate(Protocol):
         """Run it, with the LoRA files folded in; keep `rows` tokens of each input."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class OutputQuality:
-    """Signal to noise in dB of a layer's output on captured tokens: weight and tokens quantized."""
-
-    plain: float
-    smoothed: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outputs:
-    """`OutputQuality` of the layers of one expert."""
-
-    layers: Mapping[str, OutputQuality] = field(default_factory=dict)
-
-    @property
-    def mean(self) -> OutputQuality:
-        """Over all layers, of the dB."""
-        return _mean(list(self.layers.values()))
-
-    @property
-    def kinds(self) -> dict[str, OutputQuality]:
-        """Place in a block (`attn1.to_q`) -> mean over all blocks."""
-        every = dict.fromkeys(kind_of(name) for name in self.layers)
-        return {k: _mean([q for n, q in self.layers.items() if kind_of(n) == k]) for k in every}
-
-    def rows(self, worst: int) -> list[tuple[str, OutputQuality]]:
-        """For a table: the `worst` smoothed layers, the mean of each kind, the mean of all."""
-        found = sorted(self.layers.items(), key=lambda item: item[1].smoothed)[:worst]
-        found += [(f"mean of {kind}", quality) for kind, quality in self.kinds.items()]
-        return [*found, ("mean", self.mean)]
-
-
-def kind_of(layer: str) -> str:
-    """`blocks.12.attn1.to_q` -> `attn1.to_q`."""
-    return re.sub(r"^blocks\.\d+\.", "", layer)
-
-
 def smoothable(applied: AppliedRecipe) -> list[str]:
     """The layers that a calibration smooths: linears of the blocks that are quantized."""
     return [name for name in applied.coded if is_block_linear(name)]
@@ -159,13 +122,6 @@ def check_alpha(alpha: float) -> None:
             fix=f"--alpha {ALPHA:g}, which is msModelSlim's",
             code="E-USE-01",
         )
-
-
-def _mean(every: Sequence[OutputQuality]) -> OutputQuality:
-    count = max(len(every), 1)
-    return OutputQuality(
-        plain=sum(q.plain for q in every) / count, smoothed=sum(q.smoothed for q in every) / count
-    )
 
 
 def _no_statistics(expert: str, layer: str, missing: bool) -> UsageError:

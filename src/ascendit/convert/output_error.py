@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ascendit.checkpoint.reader import RowReader
-from ascendit.convert.calibration import OutputQuality, Outputs, Statistics, smoothable
+from ascendit.convert.calibration import Statistics, smoothable
+from ascendit.convert.report import OutputQuality, Outputs
 from ascendit.mx.codec import decibels, decode, encode
 from ascendit.mx.formats import SEARCH
 from ascendit.mx.row_encoder import ScaleSearch

@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from ascendit.checkpoint.hub import model_folder
-from ascendit.checkpoint.layout import INDEX_FILE, WORDS, Layout, recognise
+from ascendit.checkpoint.layout import INDEX_FILE, RECORD_FILE, WORDS, Layout, recognise
 from ascendit.checkpoint.output_folder import link_or_copy
 from ascendit.checkpoint.quant_metadata import CONFIG_KEY
 from ascendit.checkpoint.transformer import Expert, shapes_of
-from ascendit.convert.calibration import Outputs
+from ascendit.convert.report import Outputs
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.names import TOLERATED, expected_tensors, listed
 from ascendit.version import __version__
 
-RECORD_FILE = "ascendit.json"
 CARD_FILE = "README.md"
 RECORD_VERSION = 1
 PIPELINE_TAGS = {"t2v": "text-to-video", "i2v": "image-to-video", "ti2v": "text-to-video"}

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ascendit.checkpoint.hub import model_folder
-from ascendit.checkpoint.layout import INDEX_FILE, Layout, recognise
+from ascendit.checkpoint.layout import INDEX_FILE, RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.output_folder import Staging, link_or_copy
 from ascendit.checkpoint.quant_metadata import MANIFEST_FILE
 from ascendit.checkpoint.reader import RowReader
@@ -33,7 +33,6 @@ from ascendit.convert.calibration import (
     STATISTICS,
     Calibrate,
     ExpertStatistics,
-    Outputs,
     Save,
     check_alpha,
     mul_scales,
@@ -41,7 +40,7 @@ from ascendit.convert.calibration import (
     smoothable,
 )
 from ascendit.convert.output_error import output_quality
-from ascendit.convert.report import QuantizedExpert, QuantizeReport, calibration_words
+from ascendit.convert.report import Outputs, QuantizedExpert, QuantizeReport, calibration_words
 from ascendit.errors import UsageError
 from ascendit.family import Task
 from ascendit.progress import ConversionMeter, OnConversionProgress
@@ -56,7 +55,7 @@ Smoothing = Mapping[str, Mapping[str, torch.Tensor]]
 """Expert -> layer -> mul_scale, float32 [K]."""
 SMALL = 1 << 20
 """Bytes; files at the top of a model that are larger than this are no part of it."""
-_NOT_COPIED = {provenance.CARD_FILE, provenance.RECORD_FILE, MANIFEST_FILE}
+_NOT_COPIED = {provenance.CARD_FILE, RECORD_FILE, MANIFEST_FILE}
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".index.json")
 
 

@@ -25,7 +25,7 @@ from ascendit import mx
 from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer
-from ascendit.checkpoint.layout import WORDS, Layout, recognise
+from ascendit.checkpoint.layout import RECORD_FILE, WORDS, Layout, recognise
 from ascendit.checkpoint.output_folder import Staging
 from ascendit.checkpoint.quant_metadata import model_quant_type
 from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes, as_tensor
@@ -302,7 +302,7 @@ def _made(
 
 def _recipe_of(source: Layout) -> dict[str, Any]:
     """The recipe in the record of a folder that ascendit wrote: it stays true."""
-    file = source.root / provenance.RECORD_FILE
+    file = source.root / RECORD_FILE
     found = read_json(file).get("recipe") if file.is_file() else None
     known = isinstance(found, dict) and isinstance(found.get("name"), str)
     return found if known and isinstance(found, dict) else {}

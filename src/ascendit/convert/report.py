@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ascendit.convert.calibration import OutputQuality, Outputs
-
 # ---- quantize -----------------------------------------------------------------------------------
 
 WORST = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputQuality:
+    """Signal to noise in dB of a layer's output on captured tokens: weight and tokens quantized."""
+
+    plain: float
+    smoothed: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """`OutputQuality` of the layers of one expert."""
+
+    layers: Mapping[str, OutputQuality] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> OutputQuality:
+        """Over all layers, of the dB."""
+        return _mean(list(self.layers.values()))
+
+    @property
+    def kinds(self) -> dict[str, OutputQuality]:
+        """Place in a block (`attn1.to_q`) -> mean over all blocks."""
+        every = dict.fromkeys(kind_of(name) for name in self.layers)
+        return {k: _mean([q for n, q in self.layers.items() if kind_of(n) == k]) for k in every}
+
+    def rows(self, worst: int) -> list[tuple[str, OutputQuality]]:
+        """For a table: the `worst` smoothed layers, the mean of each kind, the mean of all."""
+        found = sorted(self.layers.items(), key=lambda item: item[1].smoothed)[:worst]
+        found += [(f"mean of {kind}", quality) for kind, quality in self.kinds.items()]
+        return [*found, ("mean", self.mean)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,3 +386,15 @@ def human_bytes(nbytes: int) -> str:
         if nbytes >= 1 << exponent:
             return f"{nbytes / (1 << exponent):.1f} {unit}"
     return f"{nbytes} B"
+
+
+def kind_of(layer: str) -> str:
+    """`blocks.12.attn1.to_q` -> `attn1.to_q`."""
+    return re.sub(r"^blocks\.\d+\.", "", layer)
+
+
+def _mean(every: Sequence[OutputQuality]) -> OutputQuality:
+    count = max(len(every), 1)
+    return OutputQuality(
+        plain=sum(q.plain for q in every) / count, smoothed=sum(q.smoothed for q in every) / count
+    )

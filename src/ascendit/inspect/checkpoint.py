@@ -7,10 +7,9 @@ from typing import Any
 
 from ascendit.checkpoint.component import EXPERTS, Part, read_json
 from ascendit.checkpoint.hub import model_folder
-from ascendit.checkpoint.layout import Layout, recognise
+from ascendit.checkpoint.layout import RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.reader import Shards
 from ascendit.checkpoint.transformer import Misfit, read_expert
-from ascendit.convert.provenance import RECORD_FILE
 from ascendit.errors import AscenditError, CheckpointError
 from ascendit.family import WanConfig, WanSpec, match_spec
 from ascendit.inspect.engines import runs_on

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ascendit.checkpoint.component import read_json
-from ascendit.checkpoint.layout import Layout
+from ascendit.checkpoint.layout import RECORD_FILE, Layout
 from ascendit.checkpoint.transformer import Expert, read_expert
-from ascendit.convert.provenance import RECORD_FILE
 from ascendit.errors import UsageError
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.schedule import StepPolicy
