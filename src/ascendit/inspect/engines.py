@@ -21,8 +21,7 @@ from ascendit.checkpoint.transformer import Expert
 from ascendit.device.operator_support import Support, chips_for
 from ascendit.inspect.transformer_report import ExpertSummary
 from ascendit.quant.engines import ENGINES
-from ascendit.quant.schemes import FP8_TILES, scheme_after_reading
-from ascendit.quant.vllm_omni_config import METHOD
+from ascendit.quant.schemes import FP8_TILES, METHOD, scheme_after_reading
 from ascendit.weights.engine_formats import DIALECTS, Dialect, Traits, traits_of
 
 VerdictWord = Literal["runs", "repack", "no"]

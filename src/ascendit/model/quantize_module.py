@@ -34,8 +34,8 @@ from ascendit.names import all_linears, block_linears, grouped, is_block_linear
 from ascendit.ops.operators import Schemes, bind
 from ascendit.quant.layer_rules import OUTSIDE, LayerScheme, LayerSchemes, ruled
 from ascendit.quant.recipe import Recipe, load_recipe
-from ascendit.quant.schemes import QUANTIZED, SCHEMES
-from ascendit.quant.vllm_omni_config import METHOD, marker_for
+from ascendit.quant.schemes import METHOD, QUANTIZED, SCHEMES
+from ascendit.quant.vllm_omni_config import marker_for
 from ascendit.weights.applied_recipe import check_kind
 from ascendit.weights.engine_formats import model_kind
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from ascendit.errors import UsageError
 from ascendit.mx.formats import FORMATS
 
+METHOD = "ascendit"
+"""The `quant_method` of a config that leaves the schemes to the manifest, or to the tensors."""
 FP8_TILES = "fp8_128x128"
 """FP8 in 128 x 128 tiles, as some published models have it. Only read: loading and repacking make it BF16."""
 _SAFETENSORS = {"int8": "I8", "uint8": "U8", "float8_e4m3fn": "F8_E4M3"}

@@ -18,7 +18,7 @@ from ascendit.mx.formats import lookup, resolve_rule
 from ascendit.names import is_block_linear, sort_names
 from ascendit.quant.fusion import patterns_of_module, vllm_omni_modules
 from ascendit.quant.layer_rules import LayerRule
-from ascendit.quant.schemes import QUANTIZED, SCHEMES
+from ascendit.quant.schemes import METHOD, QUANTIZED, SCHEMES
 from ascendit.schedule import StepPolicy
 
 METHODS = tuple(name for name, scheme in SCHEMES.items() if scheme.vllm_omni_key)
@@ -104,9 +104,6 @@ def _bad(problem: str) -> UsageError:
 
 
 # ---- writing ------------------------------------------------------------------------------------
-
-METHOD = "ascendit"
-"""The `quant_method` of a config that leaves the schemes to the manifest, or to the tensors."""
 
 
 def marker_for(layers: Mapping[str, str], smoothed: Collection[str] = ()) -> dict[str, Any] | None:

@@ -49,7 +49,7 @@ from ascendit.model.quantize_module import (
 from ascendit.names import listed
 from ascendit.ops.operators import Schemes, bind
 from ascendit.quant.recipe import Recipe
-from ascendit.quant.vllm_omni_config import METHOD
+from ascendit.quant.schemes import METHOD
 from ascendit.weights.applied_recipe import check_kind
 
 __all__ = ["AscenditConfig", "AscenditMethod", "AscenditQuantizer", "bind_", "register"]
