@@ -79,10 +79,7 @@ SAME_NAME = {
     "cli": {"inspect", "doctor", "verify"},
 }
 # Imports of our own modules inside a function, `cli` aside: (importer, imported) -> why not at the top.
-LATE = {
-    ("convert.calibration", "mx.smoothing.smoothing_factors"): "reports import this; repack needs no torch",
-    ("convert.calibration", "mx.smoothing.to_mul_scale"): "reports import this; repack needs no torch",
-}
+LATE: dict[tuple[str, str], str] = {}
 
 HEAVY = ("torch", "diffusers", "transformers", "av")
 LIGHT = (

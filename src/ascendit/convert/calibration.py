@@ -1,7 +1,6 @@
 """What a calibration gives to `quantize`: maxima of the inputs of each layer, and `mul_scale` made of them.
 
 Layers that share one input share one s, see `quant.fusion`. `pipeline/calibrate.py` runs the model.
-No torch at module level.
 """
 
 from __future__ import annotations
@@ -9,19 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import torch
 
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.reader import TORCH_DTYPES
 from ascendit.errors import UsageError
+from ascendit.mx.smoothing import smoothing_factors, to_mul_scale
 from ascendit.names import is_block_linear
 from ascendit.quant.fusion import leader_of
 from ascendit.weights.applied_recipe import AppliedRecipe
-
-if TYPE_CHECKING:
-    import torch
-
-    from ascendit.weights.lora.fold import LoraSource
+from ascendit.weights.lora.fold import LoraSource
 
 ALPHA = 0.9
 """msModelSlim's, in the recipe that smooths Wan."""
@@ -84,8 +82,6 @@ def smoothable(applied: AppliedRecipe) -> list[str]:
 
 def placeholders(applied: AppliedRecipe) -> dict[str, torch.Tensor]:
     """A `mul_scale` of ones for each layer that will be smoothed, until the model has run."""
-    import torch
-
     return {name: torch.ones(applied.weight(name).shape[1]) for name in smoothable(applied)}
 
 
@@ -96,10 +92,6 @@ def mul_scales(
 
     UsageError E-QNT-01 for an input that was never seen, or whose maxima are not finite.
     """
-    import torch
-
-    from ascendit.mx.smoothing import smoothing_factors, to_mul_scale
-
     made: dict[str, torch.Tensor] = {}
     for name in smoothable(applied):
         stats = found.get(leader_of(name))
