@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ascendit.errors import RequestError, UsageError
-from ascendit.schedule import PRECISIONS, StepPolicy
+from ascendit.schedule import PRECISIONS, StepSchedule
 
 
 def test_spans_single_steps_and_default():
-    policy = StepPolicy.parse("0-1:w4a8,default:w4a4")
+    policy = StepSchedule.parse("0-1:w4a8,default:w4a4")
     assert [policy.at(i) for i in range(4)] == ["w4a8", "w4a8", "w4a4", "w4a4"]
-    policy = StepPolicy.parse("0,47-49:bf16, 3:w4a8")
+    policy = StepSchedule.parse("0,47-49:bf16, 3:w4a8")
     assert [i for i in range(60) if policy.at(i) == "bf16"] == [0, 47, 48, 49]
     assert policy.at(3) == "w4a8" and policy.at(4) == "stored"
     assert policy.precisions == {"bf16", "w4a8", "stored"}
@@ -24,8 +24,8 @@ def test_spans_single_steps_and_default():
     st.sampled_from((*PRECISIONS, "stored")),
 )
 def test_text_and_back(steps, default):
-    policy = StepPolicy(tuple(sorted(steps.items())), default)
-    assert StepPolicy.parse(str(policy)) == policy
+    policy = StepSchedule(tuple(sorted(steps.items())), default)
+    assert StepSchedule.parse(str(policy)) == policy
 
 
 @pytest.mark.parametrize(
@@ -44,22 +44,22 @@ def test_text_and_back(steps, default):
 )
 def test_nonsense_is_told(text, problem):
     with pytest.raises(UsageError) as e:
-        StepPolicy.parse(text)
+        StepSchedule.parse(text)
     assert problem in e.value.got and e.value.code == "E-USE-01" and "--step-policy" in e.value.fix
 
 
 def test_steps_beyond_the_last_are_refused():
-    StepPolicy.parse("0-5:w4a8").check_steps(6)
+    StepSchedule.parse("0-5:w4a8").check_steps(6)
     with pytest.raises(RequestError, match="names step 6, and there are 6 steps") as e:
-        StepPolicy.parse("0-9:w4a8").check_steps(6)
+        StepSchedule.parse("0-9:w4a8").check_steps(6)
     assert e.value.code == "E-REQ-03" and "0 to 5" in e.value.needs
 
 
 def test_a_precision_needs_its_weights():
-    policy = StepPolicy.parse("0:w4a8")
+    policy = StepSchedule.parse("0:w4a8")
     policy.check_schemes({"mxfp4", "bf16"}, floats=False)
     with pytest.raises(UsageError, match="no layer is in mxfp4; there are bf16, mxfp8"):
         policy.check_schemes({"mxfp8", "bf16"}, floats=True)
     with pytest.raises(UsageError, match="this model has codes only"):
-        StepPolicy.parse("0:bf16").check_schemes({"mxfp4"}, floats=False)
-    StepPolicy.parse("0:bf16").check_schemes({"int8"}, floats=True)
+        StepSchedule.parse("0:bf16").check_schemes({"mxfp4"}, floats=False)
+    StepSchedule.parse("0:bf16").check_schemes({"int8"}, floats=True)

@@ -1,7 +1,7 @@
 """Which precision a denoising step runs in, where the weights leave a choice.
 
-    StepPolicy.parse("0-1:w4a8,default:w4a4")      # the first two steps with 8-bit activations
-    StepPolicy.parse("0,47-49:bf16")               # these in BF16, for which BF16 weights are kept too
+    StepSchedule.parse("0-1:w4a8,default:w4a4")      # the first two steps with 8-bit activations
+    StepSchedule.parse("0,47-49:bf16")               # these in BF16, for which BF16 weights are kept too
 
 W4A8 and W4A4 share one MXFP4 weight; layers in another scheme run as they are stored. A policy belongs to a
 request's state and is never written onto a layer. No torch.
@@ -23,7 +23,7 @@ _SPAN = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 
 
 @dataclass(frozen=True)
-class StepPolicy:
+class StepSchedule:
     """Step -> precision; the first step is 0."""
 
     steps: tuple[tuple[int, Precision], ...] = ()
@@ -31,7 +31,7 @@ class StepPolicy:
     default: Precision = "stored"
 
     @classmethod
-    def parse(cls, text: str) -> StepPolicy:
+    def parse(cls, text: str) -> StepSchedule:
         """`STEPS:PRECISION` with commas between them; STEPS is `default`, `3`, `0-4`, or more of them.
 
         UsageError E-USE-01 for anything else, and for a step that is named twice.

@@ -23,7 +23,7 @@ import pytest
 import tiny
 
 from ascendit.cli.main import main
-from ascendit.schedule import StepPolicy
+from ascendit.schedule import StepSchedule
 
 SMALL = ["--size", "32x32", "--frames", "5", "--steps", "3"]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -99,7 +99,7 @@ def test_a_video_made_in_python_is_made_again_by_the_command(
 ) -> None:
     import ascendit
 
-    policy = StepPolicy.parse("0:w4a8")
+    policy = StepSchedule.parse("0:w4a8")
     pipe = ascendit.load(
         tiny_t2v_cascade, scheme="mxfp4", step_policy=policy, keep=["blocks.0.*"], emulate=True
     )

@@ -29,7 +29,7 @@ from ascendit.model.wan import WanTransformer
 from ascendit.ops import operators
 from ascendit.ops.npu import kernels
 from ascendit.ops.operators import bind
-from ascendit.schedule import StepPolicy
+from ascendit.schedule import StepSchedule
 
 pytestmark = pytest.mark.usefixtures("twin")
 TOKENS, ROW = 18, 6
@@ -137,7 +137,7 @@ def two_steps(model: WanTransformer, policy: str = "") -> list[Counter[str]]:
     with torch.no_grad():
         shared = model.share(model.grid_of(x), (500.0, 400.0))
         with Recorder() as first:
-            state = model.prepare(shared, text, policy=StepPolicy.parse(policy) if policy else None)
+            state = model.prepare(shared, text, policy=StepSchedule.parse(policy) if policy else None)
             model(x, 500.0, state)
         state.step = 1
         with Recorder() as second:

@@ -21,7 +21,7 @@ from ascendit.model.loader import load_expert, load_transformer
 from ascendit.mx.codec import Encoded, decode, encode
 from ascendit.ops.operators import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
-from ascendit.schedule import StepPolicy
+from ascendit.schedule import StepSchedule
 
 FORMATS = {
     "W8A8_MXFP8": "mxfp8",
@@ -118,7 +118,7 @@ def test_a_step_in_w4a8_is_nearer_to_the_weights_than_one_in_w4a4():
     c, grid = model.config, (1, 2, 2)
     x = torch.randn(1, c.in_channels, *(n * p for n, p in zip(grid, c.patch_size, strict=True))).bfloat16()
     text = torch.randn(1, 5, c.text_dim).bfloat16()
-    policy = StepPolicy.parse("0:w4a8")
+    policy = StepSchedule.parse("0:w4a8")
     state = model.prepare(grid, text, policy=policy)
     outs = []
     for step in range(2):

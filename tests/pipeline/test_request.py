@@ -18,7 +18,7 @@ from wan_defaults import CASCADE, I2V, I2V_21, SINGLE, TI2V, defaults_of
 
 from ascendit.errors import RequestError, UsageError
 from ascendit.pipeline.request import MAX_SEED, Defaults, GenerateRequest, load_record, replay_line, resolve
-from ascendit.schedule import StepPolicy
+from ascendit.schedule import StepSchedule
 
 FIELDS = {f.name for f in dataclasses.fields(GenerateRequest)}
 
@@ -440,7 +440,7 @@ def test_the_load_options_of_a_python_call_are_words() -> None:
         "dtype": torch.bfloat16,
         "vae_dtype": torch.float32,
         "keep": ("blocks.0.*", "proj_out"),
-        "step_policy": StepPolicy.parse("0:w4a8,1:w4a8"),
+        "step_policy": StepSchedule.parse("0:w4a8,1:w4a8"),
         "emulate": True,
         "recipe": Path("my recipes/a.toml"),
         "ops": "auto",

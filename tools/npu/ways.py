@@ -16,7 +16,7 @@ from ascendit.model.quantize_on_load import Online, read_experts
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.operators import bind
 from ascendit.pipeline.generate import Pipeline
-from ascendit.schedule import StepPolicy
+from ascendit.schedule import StepSchedule
 
 MIXED = """
 [[rules]]
@@ -99,5 +99,5 @@ def smooth(model: torch.nn.Module) -> None:
             m.mul_scale = known.setdefault(id(m.joint), ones)
 
 
-def policy(way: Way) -> StepPolicy:
-    return StepPolicy.parse(way.policy) if way.policy else StepPolicy()
+def policy(way: Way) -> StepSchedule:
+    return StepSchedule.parse(way.policy) if way.policy else StepSchedule()

@@ -383,6 +383,30 @@ def _dangling(link: Path) -> CheckpointError:
 BLOCK_BYTES = 4 << 20
 
 
+@dataclass(frozen=True)
+class ShardSpec:
+    """One rank's part of a tensor: `count` rows (axis 0) or columns (axis 1) from `start`; whole by default.
+
+    Counted in elements of the tensor as it is stored.
+    """
+
+    axis: int = 0
+    start: int = 0
+    count: int | None = None
+    """None: to the end."""
+
+    def of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the part."""
+        if self == WHOLE:
+            return shape
+        count = shape[self.axis] - self.start if self.count is None else self.count
+        assert 0 <= self.start and 0 < count and self.start + count <= shape[self.axis], (self, shape)
+        return (*shape[: self.axis], count, *shape[self.axis + 1 :])
+
+
+WHOLE = ShardSpec()
+
+
 class RowReader:
     """Reads tensors in blocks of rows. What it gives is valid until the next block is read."""
 
@@ -391,31 +415,50 @@ class RowReader:
         self._files: dict[Path, int] = {}
 
     def blocks(
-        self, info: TensorInfo, *, multiple: int = 1, block_bytes: int | None = None
+        self,
+        info: TensorInfo,
+        *,
+        shard: ShardSpec = WHOLE,
+        multiple: int = 1,
+        block_bytes: int | None = None,
     ) -> Iterator[tuple[int, memoryview]]:
-        """(index of the first row, bytes of the rows), from the first row to the last.
+        """(index of the row in the tensor, bytes of the rows), from the first row of the part to its last.
 
         Raises CheckpointError E-CKP-02 if the file has shrunk since its header was read.
         """
-        count, row_bytes = rows_of(info)
-        step = block_rows(info, multiple=multiple, block_bytes=block_bytes)
+        first, count, row_bytes = _part(info, shard)
+        step = max((block_bytes or BLOCK_BYTES) // max(row_bytes, 1) // multiple * multiple, multiple)
         if step * row_bytes > len(self._buffer):
             self._buffer = mmap.mmap(-1, step * row_bytes)
-        for start in range(0, count, step):
-            rows = min(step, count - start)
+        for start in range(first, first + count, step):
+            rows = min(step, first + count - start)
             view = memoryview(self._buffer)[: rows * row_bytes]
-            self._fill(info, info.start + start * row_bytes, view)
+            self._rows(info, shard, start, rows, view)
             yield start, view
 
-    def whole(self, info: TensorInfo) -> bytes:
-        """All bytes of a small tensor, in memory of their own."""
-        data = bytearray(info.nbytes)
-        self._fill(info, info.start, memoryview(data))
+    def whole(self, info: TensorInfo, shard: ShardSpec = WHOLE) -> bytes:
+        """All bytes of a small tensor, or of a part of it, in memory of their own."""
+        first, count, row_bytes = _part(info, shard)
+        data = bytearray(count * row_bytes)
+        self._rows(info, shard, first, count, memoryview(data))
         return bytes(data)
 
-    def into(self, info: TensorInfo, view: memoryview) -> None:
-        """All bytes of a tensor into `view`."""
-        self._fill(info, info.start, view[: info.nbytes])
+    def into(self, info: TensorInfo, view: memoryview, shard: ShardSpec = WHOLE) -> None:
+        """All bytes of a tensor, or of a part of it, into `view`."""
+        first, count, row_bytes = _part(info, shard)
+        self._rows(info, shard, first, count, view[: count * row_bytes])
+
+    def _rows(self, info: TensorInfo, shard: ShardSpec, start: int, rows: int, view: memoryview) -> None:
+        """Rows of the part from row `start` of the tensor on. Columns are read row by row."""
+        stride = rows_of(info)[1]
+        if shard.axis == 0:
+            self._fill(info, info.start + start * stride, view)
+            return
+        width = len(view) // max(rows, 1)
+        offset = shard.start * (stride // info.shape[1])
+        for row in range(rows):
+            at = info.start + (start + row) * stride + offset
+            self._fill(info, at, view[row * width : (row + 1) * width])
 
     def _fill(self, info: TensorInfo, offset: int, view: memoryview) -> None:
         handle = self._files.get(info.file)
@@ -445,6 +488,17 @@ class RowReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _part(info: TensorInfo, shard: ShardSpec) -> tuple[int, int, int]:
+    """(first row, number of rows, bytes of one row) of a part."""
+    count, row_bytes = rows_of(info)
+    if shard == WHOLE:
+        return 0, count, row_bytes
+    shape = shard.of(info.shape)
+    if shard.axis == 0:
+        return shard.start, shape[0], row_bytes
+    return 0, count, row_bytes // info.shape[1] * shape[1]
 
 
 def rows_of(info: TensorInfo) -> tuple[int, int]:

@@ -267,7 +267,7 @@ def check_numbers(call: Call, layout: Layout, request: GenerateRequest) -> None:
     """Everything about schemes, recipes and step policies that headers tell, before weights are loaded."""
     from ascendit.device.device import parse_device
     from ascendit.model.quantize_on_load import Online, policy_for, read_experts, schemes_in
-    from ascendit.schedule import StepPolicy
+    from ascendit.schedule import StepSchedule
 
     online = Online.of(call.scheme, call.recipe, patterns(call.keep), force=call.force)
     device = parse_device(call.device)
@@ -275,7 +275,7 @@ def check_numbers(call: Call, layout: Layout, request: GenerateRequest) -> None:
     if online is None and call.step_policy is None and not gated:
         return
     if call.step_policy is not None:
-        StepPolicy.parse(call.step_policy).check_steps(request.num_inference_steps)
+        StepSchedule.parse(call.step_policy).check_steps(request.num_inference_steps)
     found = read_experts(layout, online)
     policy = policy_for(call.step_policy, online, layout, found)
     policy.check_steps(request.num_inference_steps)

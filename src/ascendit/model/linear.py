@@ -12,7 +12,7 @@ others take their part. What was quantized and what is left of a product lives i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -289,6 +289,35 @@ class QuantLinear(nn.Linear):
                 yield role, "numbers that are not finite"
             elif role == "mul_scale" and not bool((tensor > 0).all()):
                 yield role, "factors that are not above zero"
+
+
+def fused_linears(
+    tensors: Mapping[str, Tensor],
+    sizes: Sequence[int],
+    scheme: str,
+    schemes: Schemes,
+    *,
+    width: int,
+    compute_dtype: torch.dtype,
+    mul_scale: Tensor | None = None,
+) -> list[QuantLinear]:
+    """Layers that read one activation and share one matmul, on the device of `schemes`.
+
+    `tensors`: role -> the rows of all members one after another, as stored: weight, weight_scale and, where
+    the scheme has them, weight_dual_scale and bias. `sizes`: N of each member. `width`: K. `mul_scale`:
+    float32 [K] on the device. UsageError when the tensors do not fit `scheme`.
+    """
+    given = (
+        tensors["weight"],
+        tensors["weight_scale"],
+        tensors.get("weight_dual_scale"),
+        tensors.get("bias"),
+    )
+    joint = Joint(schemes.prepare_weight(*given, scheme, width=width), list(sizes), schemes)
+    return [
+        QuantLinear(joint, member, compute_dtype=compute_dtype, mul_scale=mul_scale)
+        for member in range(len(sizes))
+    ]
 
 
 class SmoothLinear(nn.Linear):

@@ -11,7 +11,7 @@ from ascendit.checkpoint.layout import RECORD_FILE, Layout
 from ascendit.checkpoint.transformer import Expert, read_expert
 from ascendit.errors import UsageError
 from ascendit.quant.recipe import Recipe, load_recipe
-from ascendit.schedule import StepPolicy
+from ascendit.schedule import StepSchedule
 from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, check_source
 from ascendit.weights.engine_formats import Dialect, model_kind
 from ascendit.weights.tensor_steps import schemes_of
@@ -74,25 +74,25 @@ def schemes_in(found: Sequence[tuple[Expert, AppliedRecipe | None]]) -> set[str]
 
 
 def policy_for(
-    asked: str | StepPolicy | None,
+    asked: str | StepSchedule | None,
     online: Online | None,
     layout: Layout,
     found: Sequence[tuple[Expert, AppliedRecipe | None]],
-) -> StepPolicy:
+) -> StepSchedule:
     """What was asked for, else the recipe's: of this load, or of the `quantize` that wrote the folder.
 
     UsageError E-USE-01 for a precision that no weight of the model has.
     """
     if asked is not None:
-        policy = asked if isinstance(asked, StepPolicy) else StepPolicy.parse(asked)
+        policy = asked if isinstance(asked, StepSchedule) else StepSchedule.parse(asked)
     elif online is not None:
-        policy = online.recipe.step_policy if online.recipe else StepPolicy()
+        policy = online.recipe.step_policy if online.recipe else StepSchedule()
     else:
         record = layout.root / RECORD_FILE
         recipe = read_json(record).get("recipe") if record.is_file() else None
         text = recipe.get("step_policy") if isinstance(recipe, dict) else None
-        policy = StepPolicy.parse(text) if isinstance(text, str) and text else StepPolicy()
-    if policy != StepPolicy():
+        policy = StepSchedule.parse(text) if isinstance(text, str) and text else StepSchedule()
+    if policy != StepSchedule():
         policy.check_schemes(schemes_in(found), floats=all(applied for _, applied in found))
         log.info("step policy %s", policy)
     return policy

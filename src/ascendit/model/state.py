@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ascendit.geometry import Grid, num_tokens
-from ascendit.schedule import Precision, StepPolicy
+from ascendit.schedule import Precision, StepSchedule
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values [B, L, H, d]."""
@@ -74,7 +74,7 @@ class DenoiseState:
     """Cross-attention keys and values of the prompt, one pair for each block."""
     image: list[KeyValue] | None = None
     """The same of the CLIP image tokens (Wan2.1 I2V)."""
-    policy: StepPolicy = field(default_factory=StepPolicy)
+    policy: StepSchedule = field(default_factory=StepSchedule)
     """Which precision each step runs in, where the weights leave a choice."""
     step: int = 0
 

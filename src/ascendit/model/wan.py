@@ -25,7 +25,7 @@ from ascendit.geometry import Grid, patch_grid
 from ascendit.model.linear import QuantLinear, Tokens, dtype_of, linear
 from ascendit.model.state import DenoiseState, KeyValue, Modulation, RopeTable, Shared, rope_table
 from ascendit.ops.operators import Ops
-from ascendit.schedule import Precision, StepPolicy
+from ascendit.schedule import Precision, StepSchedule
 
 
 class Norm(nn.Module):
@@ -162,7 +162,7 @@ class WanTransformer(nn.Module):
         image: Tensor | None = None,
         *,
         timesteps: Collection[float] = (),
-        policy: StepPolicy | None = None,
+        policy: StepSchedule | None = None,
         step: int = 0,
     ) -> DenoiseState:
         """Everything of one CFG branch that no step changes; text keys and values in the precision of `step`.
@@ -171,7 +171,7 @@ class WanTransformer(nn.Module):
         image [B, T, image_dim] CLIP tokens or None. `timesteps`: as for `share`.
         """
         shared = where if isinstance(where, Shared) else self.share(where, timesteps)
-        state = DenoiseState(shared, [], policy=policy or StepPolicy(), step=step)
+        state = DenoiseState(shared, [], policy=policy or StepSchedule(), step=step)
         now = state.precision
         tokens = Tokens(self._embed_text(text.to(self.device, self.dtype)))
         for b in self.blocks:

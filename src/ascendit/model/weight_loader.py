@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import CheckpointError, UsageError
-from ascendit.model.linear import Joint, QuantLinear, SmoothLinear
+from ascendit.model.linear import QuantLinear, SmoothLinear, fused_linears
 from ascendit.ops.operators import Schemes
 from ascendit.quant.fusion import leader_of
 from ascendit.weights.tensor_stream import torch_dtype
@@ -47,8 +47,8 @@ class Stack:
         start = sum(n for n, _ in self.shapes[:at])
         return self.tensors[role][start : start + self.shapes[at][0]]
 
-    def joint(self, schemes: Schemes) -> Joint:
-        """The weight on its device; the host tensors are given away."""
+    def layers_on(self, schemes: Schemes, compute_dtype: torch.dtype) -> list[QuantLinear]:
+        """The layers, on their device; the host tensors are given away."""
         got, self.tensors = self.tensors, {}
         if (bias := got.get("bias")) is not None and not bool(bias.isfinite().all()):
             raise CheckpointError(
@@ -57,13 +57,20 @@ class Stack:
                 fix="download or export the model again",
                 code="E-CKP-08",
             )
-        given = (got["weight"], got["weight_scale"], got.get("weight_dual_scale"), got.get("bias"))
+        sizes, width = [n for n, _ in self.shapes], self.shapes[0][1]
         try:
-            weight = schemes.prepare_weight(*given, self.scheme, width=self.shapes[0][1])
+            return fused_linears(
+                got,
+                sizes,
+                self.scheme,
+                schemes,
+                width=width,
+                compute_dtype=compute_dtype,
+                mul_scale=self.mul_scale,
+            )
         except UsageError as e:
             e.got = f"{', '.join(self.layers)}: {e.got}"
             raise
-        return Joint(weight, [n for n, _ in self.shapes], schemes)
 
 
 @dataclass(frozen=True)
@@ -155,9 +162,7 @@ class Arrangement:
         yield from stacks.values()
 
     def _finish(self, stack: Stack) -> None:
-        joint = stack.joint(self._schemes)
-        for member, name in enumerate(stack.layers):
-            module = QuantLinear(joint, member, compute_dtype=self._dtype, mul_scale=stack.mul_scale)
+        for name, module in zip(stack.layers, stack.layers_on(self._schemes, self._dtype), strict=True):
             self._model.set_submodule(name, module)
 
     def _place(self, name: str, value: Tensor) -> None:

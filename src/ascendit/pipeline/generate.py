@@ -30,7 +30,7 @@ from ascendit.pipeline.request import Defaults, GenerateRequest, check, resolve
 from ascendit.pipeline.solver import TRAIN_STEPS, make_solver
 from ascendit.pipeline.video import Video
 from ascendit.progress import OnProgress, Progress
-from ascendit.schedule import StepPolicy
+from ascendit.schedule import StepSchedule
 from ascendit.text.encoders import ImageEncoder, TextEncoder
 from ascendit.vae.autoencoder import VideoCoder
 
@@ -62,7 +62,7 @@ class Pipeline:
     clip: ImageEncoder | None = None
     source: str = ""
     """What was given to `load`; a video's replay line names it."""
-    policy: StepPolicy = field(default_factory=StepPolicy)
+    policy: StepSchedule = field(default_factory=StepSchedule)
     """Which precision each step runs in."""
     loaded: Mapping[str, Any] = field(default_factory=dict)
     """The options that were given to `load`, as `request.load_record` says them; a video keeps them."""
@@ -227,7 +227,7 @@ def prepare(
     shared: Shared,
     texts: list[Tensor],
     image: Tensor | None,
-    policy: StepPolicy,
+    policy: StepSchedule,
     step: int,
 ) -> list[DenoiseState]:
     """The states of one expert, one for each CFG branch, from `step` on."""

@@ -20,7 +20,7 @@ from ascendit.pipeline.defaults import defaults_for
 from ascendit.pipeline.generate import Pipeline
 from ascendit.pipeline.request import load_record
 from ascendit.progress import OnProgress, Progress
-from ascendit.schedule import StepPolicy
+from ascendit.schedule import StepSchedule
 from ascendit.text.encoders import ImageEncoder, TextEncoder, TextOn
 from ascendit.vae.autoencoder import VideoCoder
 
@@ -33,7 +33,7 @@ def load(
     scheme: str | None = None,
     recipe: str | None = None,
     keep: Sequence[str] = (),
-    step_policy: str | StepPolicy | None = None,
+    step_policy: str | StepSchedule | None = None,
     emulate: Emulate | bool | None = None,
     activation_rule: str | None = None,
     text_on: TextOn = "device",

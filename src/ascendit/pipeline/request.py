@@ -401,5 +401,5 @@ def _plain_option(name: str, value: Any) -> Any:
         return "decode-on-use"
     if value is None or isinstance(value, bool) or (name == "ops" and value == "auto"):
         return value if isinstance(value, bool) else None
-    text = str(value)  # of a StepPolicy, a path, a torch.dtype
+    text = str(value)  # of a StepSchedule, a path, a torch.dtype
     return text.removeprefix("torch.") if name.endswith("dtype") else text

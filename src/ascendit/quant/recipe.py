@@ -53,7 +53,7 @@ from ascendit.quant.layer_rules import (
 )
 from ascendit.quant.schemes import QUANTIZED, SCHEMES
 from ascendit.quant.vllm_omni_config import is_omni_config, read_omni_config
-from ascendit.schedule import StepPolicy
+from ascendit.schedule import StepSchedule
 
 FOLDER = Path(__file__).parent / "recipes"
 QUANT_TYPES = ("FP8_DYNAMIC", "MXFP8_DYNAMIC", "MXFP4_DYNAMIC", "INT8_DYNAMIC")
@@ -71,7 +71,7 @@ class Recipe:
     source: str = ""
     round_to: str = ""
     """`bf16`: as msModelSlim's `convert_model_dtype`, which its recipes have; "": as the source has it."""
-    step_policy: StepPolicy = StepPolicy()
+    step_policy: StepSchedule = StepSchedule()
 
     def layer_schemes(
         self, config: Mapping[str, Any], *, model_kind: Task, keep: Sequence[str] = ()
@@ -186,10 +186,10 @@ def _parse(data: dict[str, Any], name: str, file: Path, scheme: str | None, scal
     )
 
 
-def _step_policy(text: object, file: Path) -> StepPolicy:
+def _step_policy(text: object, file: Path) -> StepSchedule:
     if not isinstance(text, str):
         raise _bad(file, f"step_policy {text!r} is no text")
-    return StepPolicy.parse(text) if text else StepPolicy()
+    return StepSchedule.parse(text) if text else StepSchedule()
 
 
 def _scheme_in_every_rule(name: str, scheme: str | None, scale_rule: str | None) -> None:

@@ -19,7 +19,7 @@ from ascendit.names import is_block_linear, sort_names
 from ascendit.quant.fusion import patterns_of_module, vllm_omni_modules
 from ascendit.quant.layer_rules import LayerRule
 from ascendit.quant.schemes import METHOD, QUANTIZED, SCHEMES
-from ascendit.schedule import StepPolicy
+from ascendit.schedule import StepSchedule
 
 METHODS = tuple(name for name, scheme in SCHEMES.items() if scheme.vllm_omni_key)
 _KEYS = {
@@ -40,7 +40,7 @@ def is_omni_config(text: str) -> bool:
     return text.lstrip().startswith("{")
 
 
-def read_omni_config(text: str) -> tuple[tuple[LayerRule, ...], StepPolicy]:
+def read_omni_config(text: str) -> tuple[tuple[LayerRule, ...], StepSchedule]:
     """The rules and the step policy of the JSON. UsageError E-USE-01 for what it cannot mean."""
     try:
         config: Any = json.loads(text)
@@ -85,13 +85,13 @@ def _ignored(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(layer for name in names for layer in patterns_of_module(name))
 
 
-def _policy(config: Mapping[str, Any], method: str) -> StepPolicy:
+def _policy(config: Mapping[str, Any], method: str) -> StepSchedule:
     steps = config.get("w4a8_fallback_steps") or []
     if not isinstance(steps, list) or not all(type(step) is int and step >= 0 for step in steps):
         raise _bad(f"w4a8_fallback_steps {steps!r} is no list of steps")
     if steps and method != "mxfp4":
         raise _bad(f"w4a8_fallback_steps belongs to mxfp4, not to {method}")
-    return StepPolicy(tuple((step, "w4a8") for step in sorted(set(steps))))
+    return StepSchedule(tuple((step, "w4a8") for step in sorted(set(steps))))
 
 
 def _bad(problem: str) -> UsageError:
