@@ -115,6 +115,16 @@ def other_class(file: Path, found: object, supported: tuple[str, ...], part: str
     )
 
 
+def unreadable(file: Path | str, problem: str) -> CheckpointError:
+    """E-CKP-02: a weight file whose header was read before has changed since."""
+    return CheckpointError(
+        f"{file}: {problem}",
+        needs="source files that stay as they are until the run is over",
+        fix="find what changed the file; download it again if it is damaged",
+        code="E-CKP-02",
+    )
+
+
 def _bad_json(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is {problem}",

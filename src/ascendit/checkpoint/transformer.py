@@ -101,8 +101,7 @@ def read_expert(part: Part) -> Expert:
     that do not pair; E-CKP-07 when manifest, marker and dtypes disagree; E-CKP-04 for tensors that are
     missing, left over, misshapen or mistyped, or that the manifest does not name.
     """
-    with Shards.of_part(part) as shards:
-        stored = shards.tensors
+    stored = Shards.of_part(part).tensors
     naming = naming_of(stored)
     if naming is None:
         raise _no_transformer(part, stored)
