@@ -530,7 +530,7 @@ def test_resume_takes_up_what_is_complete_and_no_more(tmp_path: Path) -> None:
     journal = rest(dst) / "journal.json"
 
     def three_done() -> bool:
-        return journal.exists() and journal.read_text().count("nbytes") >= 3
+        return journal.exists() and journal.read_text().count(".safetensors") >= 3
 
     assert kill.run_and_kill(kill.python(JOB, dst, "anew", 0.005), 0.002, until=three_done)
     found = Journal.read(journal, rest(dst) / "out")

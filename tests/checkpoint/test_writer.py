@@ -25,7 +25,7 @@ from stored import stored_tensors
 
 from ascendit.checkpoint.output_folder import Journal
 from ascendit.checkpoint.reader import TORCH_DTYPES, TensorInfo, read_header
-from ascendit.checkpoint.writer import Hasher, ShardWriter, TensorSpec, lay_out_shards
+from ascendit.checkpoint.writer import ShardWriter, TensorSpec, lay_out_shards
 from ascendit.errors import CheckpointError, EnvironmentProblem
 
 SPELLING = {getattr(torch, name): spelling for spelling, name in TORCH_DTYPES.items() if spelling != "F4"}
@@ -446,35 +446,31 @@ print(int(peak[0]) // 1024, "torch" in sys.modules, "numpy" in sys.modules)
 # ---- sha256 in a thread --------------------------------------------------------------------------
 
 
-def test_one_file_after_the_other(tmp_path: Path) -> None:
-    """A file that grows, read back as it does; the digest is of all its bytes."""
-    hasher = Hasher()
-    for size in (0, 1, (1 << 20) - 1, 1 << 20, (3 << 20) + 5, 0):
-        data = os.urandom(size)
-        with open(tmp_path / "f", "wb+", buffering=0) as f:
-            for start in range(0, size, 700_001):
-                f.write(data[start : start + 700_001])
-                hasher.follow(f.fileno(), f.tell())
-            assert hasher.finish(f.fileno(), size) == hashlib.sha256(data).hexdigest()
-    hasher.close()
-
-
 def test_close_ends_the_thread(tmp_path: Path) -> None:
-    (tmp_path / "f").write_bytes(b"x")
     before = threading.active_count()
-    hasher = Hasher()
-    with open(tmp_path / "f", "rb") as f:
-        hasher.follow(f.fileno(), 1)
+    with ShardWriter(tmp_path, [TensorSpec("w", "U8", (4,))], hash=True) as writer:
+        writer.append("w", b"1")
         assert threading.active_count() == before + 1
-        hasher.close()
+        writer.append("w", b"234")
+    assert threading.active_count() == before
+    with (
+        pytest.raises(RuntimeError),
+        ShardWriter(tmp_path, [TensorSpec("w", "U8", (4,))], hash=True) as writer,
+    ):
+        writer.append("w", b"1")
+        raise RuntimeError
     assert threading.active_count() == before
 
 
-def test_a_file_that_shrinks_while_it_is_hashed(tmp_path: Path) -> None:
-    (tmp_path / "f").write_bytes(b"x")
-    hasher = Hasher()
-    with open(tmp_path / "f", "rb") as f:
-        hasher.follow(f.fileno(), 2)
-        with pytest.raises(OSError, match="shrank"):
-            hasher.finish(f.fileno(), 2)
-    hasher.close()
+def test_hashes_of_moved_and_appended_tensors(tmp_path: Path) -> None:
+    """Of several MiB, the header included, and of a file whose tensors are all empty."""
+    tensors = {"a": draw(0, "U8", (3 << 20,)), "b": draw(1, "U8", (700_001,)), "c": torch.empty(0)}
+    infos = source(tmp_path, tensors)
+    with ShardWriter(tmp_path, [spec(n, t) for n, t in tensors.items()], hash=True) as writer:
+        writer.move(infos["a"], "a")
+        writer.append("b", raw(tensors["b"]))
+    with ShardWriter(tmp_path, [TensorSpec("c", "F32", (0,))], stem="empty", hash=True) as empty:
+        pass
+    for one in (writer, empty):
+        file = one.shards[0].file
+        assert one.close() == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}

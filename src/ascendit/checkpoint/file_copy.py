@@ -41,34 +41,41 @@ def move_bytes(
     through a small buffer. Raises CheckpointError E-CKP-02, which names `source`, when that file ends too
     early; OSError when the target cannot be written.
     """
-    call, moved = getattr(os, "copy_file_range", None), 0
-    if src_offset % PAGE == dst_offset % PAGE:  # the head apart: the rest is aligned to pipes, blocks
-        moved = min(-dst_offset % _PIPE, count)
-        _by_buffer(src_fd, src_offset, dst_fd, dst_offset, moved, source)
+    shift, end = dst_offset - src_offset, src_offset + count
+    if shift % PAGE == 0:  # the head apart: the rest is aligned to pipes, blocks
+        head = min(src_offset + -dst_offset % _PIPE, end)
+        _by_buffer(src_fd, src_offset, head, dst_fd, shift, source)
+        src_offset = head
+    call = getattr(os, "copy_file_range", None)
     try:
-        while call and moved < count:
-            size = min(_LARGE, count - moved)
-            if not (done := call(src_fd, dst_fd, size, src_offset + moved, dst_offset + moved)):
+        while call and src_offset < end:
+            size = min(_LARGE, end - src_offset)
+            if not (done := call(src_fd, dst_fd, size, src_offset, src_offset + shift)):
                 break
-            moved += done
+            src_offset += done
     except OSError as e:
         if e.errno not in _UNABLE:
             raise
-    _by_buffer(src_fd, src_offset + moved, dst_fd, dst_offset + moved, count - moved, source)
+    _by_buffer(src_fd, src_offset, end, dst_fd, shift, source)
 
 
-def _by_buffer(
-    src_fd: int, src_offset: int, dst_fd: int, dst_offset: int, count: int, source: Path | str
-) -> None:
-    """Copy by reading and writing. The end of the source is an error here alone."""
-    buffer = memoryview(bytearray(min(_BUFFER, count)))
-    moved = 0
-    while moved < count:
-        view = buffer[: count - moved]
-        if not (done := os.preadv(src_fd, [view], src_offset + moved)):
-            raise unreadable(source, f"truncated while it was read, at byte {src_offset + moved}")
-        write_at(dst_fd, view[:done], dst_offset + moved)
-        moved += done
+def _by_buffer(src_fd: int, start: int, end: int, dst_fd: int, shift: int, source: Path | str) -> None:
+    for data in read_pieces(src_fd, start, end, source):
+        write_at(dst_fd, data, start + shift)
+        start += len(data)
+
+
+def read_pieces(fd: int, start: int, end: int, source: Path | str) -> Iterator[memoryview]:
+    """The bytes from `start` to `end`, 1 MiB at most, in a buffer that is used again.
+
+    Raises CheckpointError E-CKP-02, which names `source`, if the file ends before.
+    """
+    buffer = memoryview(bytearray(min(_BUFFER, max(end - start, 0))))
+    while start < end:
+        if not (count := os.preadv(fd, [buffer[: end - start]], start)):
+            raise unreadable(source, f"truncated while it was read, at byte {start}")
+        yield buffer[:count]
+        start += count
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:

@@ -14,10 +14,9 @@ import shutil
 import stat
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from ascendit.checkpoint.file_copy import FULL, check_room, copy_file, write_error, writing
 from ascendit.errors import Cancelled, CheckpointError, UsageError
@@ -31,8 +30,7 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 # ---- which files of a run are complete ----------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class CompleteFile:
+class CompleteFile(NamedTuple):
     """One complete file."""
 
     nbytes: int
@@ -58,7 +56,7 @@ class Journal:
         try:
             data = json.loads(path.read_bytes())
             journal = cls(path, root, str(data["fingerprint"]))
-            journal._done = {name: CompleteFile(**entry) for name, entry in data["files"].items()}
+            journal._done = {name: CompleteFile(*entry) for name, entry in data["files"].items()}
             return journal if data["boot"] == _boot() else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -80,8 +78,7 @@ class Journal:
 
     def write(self) -> None:
         """Replace the file. Raises OSError."""
-        files = {name: asdict(done) for name, done in self._done.items()}
-        data = {"fingerprint": self.fingerprint, "boot": _boot(), "files": files}
+        data = {"fingerprint": self.fingerprint, "boot": _boot(), "files": self._done}
         new = self.path.with_name(f"{self.path.name}.new")
         new.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         os.replace(new, self.path)

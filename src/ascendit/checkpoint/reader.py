@@ -160,7 +160,6 @@ def _broken(path: Path, problem: str) -> CheckpointError:
 class Shards:
     """The weight files of one part, seen as one set of tensors: their headers."""
 
-    folder: Path
     tensors: dict[str, TensorInfo]
     """In the order of the files, and of the bytes in each."""
     files: tuple[Path, ...]
@@ -177,8 +176,8 @@ class Shards:
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         if not index.exists():
             if not single.exists():
-                raise _dangling(single) if single.is_symlink() else _no_weights(folder, stem)
-            return cls(folder, read_header(single), (single,))
+                raise _no_weights(single)
+            return cls(read_header(single), (single,))
         shards = cls.of_index(index)
         if single.exists() and single not in shards.files:
             raise CheckpointError(
@@ -193,9 +192,16 @@ class Shards:
     def of_index(cls, index: Path) -> Self:
         """The shards that an index file names; errors as in `open`."""
         weight_map = _weight_map(index)
-        files = tuple(dict.fromkeys(_shard_path(index, name) for name in sorted(set(weight_map.values()))))
-        _check_present(index, files)
-        return cls(index.parent, _join(index, weight_map, files), files)
+        names = sorted(set(weight_map.values()))
+        files = tuple(dict.fromkeys(index.parent / name for name in names))  # it may spell one in two ways
+        if missing := [path.name for path in files if not os.path.isfile(path)]:  # False for a name too long
+            raise CheckpointError(
+                f"{index} names {len(files)} files, and {len(missing)} missing: {listed(missing)}",
+                needs="every shard that the index names, in the same folder",
+                fix="download the missing files",
+                code="E-CKP-03",
+            )
+        return cls(_join(index, weight_map, files), files)
 
     @classmethod
     def of_files(cls, files: Sequence[Path]) -> Self:
@@ -204,9 +210,15 @@ class Shards:
         for path in files:
             for name, info in read_header(path).items():
                 if name in tensors:
-                    raise _twice(name, tensors[name].file, path)
+                    first = tensors[name].file.name
+                    raise CheckpointError(
+                        f"{name} stands in {first} and again in {path.name}, in {path.parent}",
+                        needs="each tensor once",
+                        fix="remove the files that belong to another model or an older run",
+                        code="E-CKP-09",
+                    )
                 tensors[name] = info
-        return cls(files[0].parent, tensors, tuple(files))
+        return cls(tensors, tuple(files))
 
     @classmethod
     def of_part(cls, part: Part) -> Self:
@@ -225,29 +237,15 @@ def _weight_map(index: Path) -> dict[str, str]:
             fix="download the file again",
             code="E-CKP-06",
         )
-    return weight_map
-
-
-def _shard_path(index: Path, name: str) -> Path:
-    """The file an index names. Links inside the folder may point elsewhere (hub caches); names may not."""
-    if not stays_inside(name):
+    # Links inside the folder may point elsewhere (hub caches); names may not.
+    if outside := [name for name in sorted(weight_map.values()) if not stays_inside(name)]:
         raise CheckpointError(
-            f"{index} names {name!r}, which is not inside the folder",
+            f"{index} names {outside[0]!r}, which is not inside the folder",
             needs="names of files beside the index",
             fix="get the model from a source you trust",
             code="E-CKP-03",
         )
-    return index.parent / name
-
-
-def _check_present(index: Path, files: tuple[Path, ...]) -> None:
-    if missing := [path.name for path in files if not os.path.isfile(path)]:  # False for a name too long
-        raise CheckpointError(
-            f"{index} names {len(files)} files, and {len(missing)} missing: {listed(missing)}",
-            needs="every shard that the index names, in the same folder",
-            fix="download the missing files",
-            code="E-CKP-03",
-        )
+    return weight_map
 
 
 def _join(index: Path, weight_map: dict[str, str], files: tuple[Path, ...]) -> dict[str, TensorInfo]:
@@ -276,35 +274,21 @@ def _join(index: Path, weight_map: dict[str, str], files: tuple[Path, ...]) -> d
     )
 
 
-def _twice(name: str, first: Path, second: Path) -> CheckpointError:
+def _no_weights(file: Path) -> CheckpointError:
+    """`file`: the name that weights in one file would have."""
+    folder, fix = file.parent, "download the weights of this part, in safetensors format"
+    if file.is_symlink():
+        return CheckpointError(
+            f"{file} is a link to {os.readlink(file)}, which leads to no file",
+            needs="the weights themselves, or a link to them",
+            fix="copy the file that the link is meant for, or make the link anew",
+            code="E-CKP-03",
+        )
+    got = f"no {file.name} in {folder}" if folder.is_dir() else f"no folder {folder}"
+    others = [p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".pth", ".pt")]
+    needs = f"{file.name}, or {file.name}.index.json and its shards"
     return CheckpointError(
-        f"{name} stands in {first.name} and again in {second.name}, in {first.parent}",
-        needs="each tensor once",
-        fix="remove the files that belong to another model or an older run",
-        code="E-CKP-09",
-    )
-
-
-def _no_weights(folder: Path, stem: str) -> CheckpointError:
-    if not folder.is_dir():
-        found = f"no folder {folder}"
-    else:
-        others = [p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt")]
-        found = f"no {stem}.safetensors in {folder}" + (f" (there is {listed(others)})" if others else "")
-    return CheckpointError(
-        found,
-        needs=f"{stem}.safetensors, or {stem}.safetensors.index.json and its shards",
-        fix="download the weights of this part, in safetensors format",
-        code="E-CKP-02",
-    )
-
-
-def _dangling(link: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{link} is a link to {os.readlink(link)}, which leads to no file",
-        needs="the weights themselves, or a link to them",
-        fix="copy the file that the link is meant for, or make the link anew",
-        code="E-CKP-03",
+        got + (f" (there is {listed(others)})" if others else ""), needs=needs, fix=fix, code="E-CKP-02"
     )
 
 
@@ -406,16 +390,22 @@ class RowReader:
             self._read(info, offset + (start + row) * stride, view[row * width : (row + 1) * width])
 
     def _read(self, info: TensorInfo, offset: int, view: memoryview) -> None:
-        try:
-            if info.file not in self._files:
-                self._files[info.file] = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
-            while len(view):
-                count = os.preadv(self._files[info.file], [view[:_LARGE]], offset)
-                if count == 0:
-                    raise unreadable(info.file, f"truncated while it was read, in {info.name}")
-                view, offset = view[count:], offset + count
-        except OSError as e:
-            raise unreadable(info.file, str(e.strerror)) from e
+        fd = self.open(info.file)
+        while len(view):
+            if not (count := os.preadv(fd, [view[:_LARGE]], offset)):
+                raise unreadable(info.file, f"truncated while it was read, in {info.name}")
+            view, offset = view[count:], offset + count
+
+    def open(self, file: Path) -> int:
+        """The descriptor of a file, which `close` closes."""
+        if file not in self._files:
+            try:
+                fd = self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as e:
+                raise unreadable(file, str(e.strerror)) from e
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return self._files[file]
 
     def close(self) -> None:
         """Close the files. A later call opens them again."""

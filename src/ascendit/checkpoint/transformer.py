@@ -102,9 +102,13 @@ def read_expert(part: Part) -> Expert:
     missing, left over, misshapen or mistyped, or that the manifest does not name.
     """
     stored = Shards.of_part(part).tensors
-    naming = naming_of(stored)
-    if naming is None:
-        raise _no_transformer(part, stored)
+    if (naming := naming_of(stored)) is None:
+        raise CheckpointError(
+            f"{part.path} holds no Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
+            needs="tensors such as patch_embedding.weight and blocks.0.self_attn.q.weight",
+            fix="give the file or folder of the diffusion transformer",
+            code="E-CKP-01",
+        )
     tensors = _canonical(stored, naming)
     manifest = _manifest(part, naming)
     marker = read_marker(part.config, tolerant=manifest is not None)
@@ -167,13 +171,6 @@ def _config(
     if not original:
         return {key: value for key, value in part.config.items() if key != CONFIG_KEY}, None
     return diffusers_config(part.config, _decoded_shapes(tensors, layers))
-
-
-def _decoded_shapes(
-    tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]
-) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {name: info.shape for name, info in tensors.items()}
-    return shapes | {f"{layer.name}.weight": layer.shape for layer in layers.values()}
 
 
 def _check_tensors(
@@ -273,28 +270,21 @@ def _origin(
     return "sglang" if naming == "diffusers" and manifest else "msmodelslim"
 
 
-def _no_transformer(part: Part, stored: Mapping[str, TensorInfo]) -> CheckpointError:
-    return CheckpointError(
-        f"{part.path} holds no Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
-        needs="tensors such as patch_embedding.weight and blocks.0.self_attn.q.weight",
-        fix="give the file or folder of the diffusion transformer",
-        code="E-CKP-01",
-    )
-
-
 # ---- what an expert holds -----------------------------------------------------------------------
 
 
 def shapes_of(expert: Expert) -> dict[str, tuple[int, ...]]:
     """Every weight, bias and table by its Diffusers name, weights as they are when decoded."""
-    coded = {
-        info.name
-        for layer in expert.layers.values()
-        for role, info in layer.tensors.items()
-        if role not in ("weight", "bias")
-    }
-    shapes = {name: info.shape for name, info in expert.tensors.items() if info.name not in coded}
-    return shapes | {f"{name}.weight": layer.shape for name, layer in expert.layers.items()}
+    return _decoded_shapes(expert.tensors, expert.layers)
+
+
+def _decoded_shapes(
+    tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]
+) -> dict[str, tuple[int, ...]]:
+    scales = {f"{name}.{role}" for name, layer in layers.items() for role in layer.tensors}
+    scales -= {f"{name}.{role}" for name in layers for role in ("weight", "bias")}
+    shapes: dict[str, tuple[int, ...]] = {n: info.shape for n, info in tensors.items() if n not in scales}
+    return shapes | {f"{name}.weight": layer.shape for name, layer in layers.items()}
 
 
 def num_weights(expert: Expert) -> int:

@@ -11,14 +11,13 @@ to the disk: a killed process loses nothing that was written, a power failure ma
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import mmap
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,10 +25,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ascendit.checkpoint.component import STEM, unreadable
-from ascendit.checkpoint.file_copy import PAGE, move_bytes, reserve, write_at, writing
+from ascendit.checkpoint.component import STEM
+from ascendit.checkpoint.file_copy import PAGE, move_bytes, read_pieces, reserve, write_at, writing
 from ascendit.checkpoint.output_folder import Journal
-from ascendit.checkpoint.reader import DTYPE_BITS, TensorInfo
+from ascendit.checkpoint.reader import DTYPE_BITS, RowReader, TensorInfo
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -154,9 +153,10 @@ class ShardWriter:
         self._left = deque(_places(todo))
         self._filled = 0  # bytes of the first of _left
         self._fd = -1  # of its file
-        self._source: tuple[Path | None, int] = (None, -1)
+        self._sources = RowReader()
         self._closed = False
-        self._hasher = Hasher() if hash and todo else None
+        self._pool = ThreadPoolExecutor(1, "ascendit-sha256") if hash and todo else None
+        self._digest = hashlib.sha256()
         with self._guarded():
             for shard in todo:
                 with open(shard.file, "wb", buffering=0) as f:
@@ -174,7 +174,7 @@ class ShardWriter:
         view = memoryview(data)
         if view.nbytes:
             view = view.cast("B")
-            self._write(name, len(view), lambda fd, offset: write_at(fd, view, offset))
+            self._write(name, len(view), lambda fd, offset: write_at(fd, view, offset), [view])
 
     def move(self, info: TensorInfo, name: str) -> None:
         """The whole of tensor `name`, from the place that `info` gives, inside the kernel.
@@ -182,12 +182,13 @@ class ShardWriter:
         Raises CheckpointError E-CKP-02 when the source cannot be read to its end.
         """
 
-        def copy(fd: int, offset: int) -> None:
-            source = self._open_source(info.file)
-            move_bytes(source, info.start, fd, offset, info.nbytes, source=info.file)
-
         if info.nbytes:
-            self._write(name, info.nbytes, copy)
+            source = self._sources.open(info.file)
+
+            def copy(fd: int, offset: int) -> None:
+                move_bytes(source, info.start, fd, offset, info.nbytes, source=info.file)
+
+            self._write(name, info.nbytes, copy, read_pieces(source, info.start, info.end, info.file))
 
     def close(self) -> dict[str, str]:
         """Write the index if there are several files; {file name: sha256} if hashed, else {}."""
@@ -222,18 +223,21 @@ class ShardWriter:
             self._sha256[shard.file.name] = entry.sha256
         return same
 
-    def _write(self, name: str, count: int, write: Callable[[int, int], None]) -> None:
-        """Let `write(fd, offset)` put `count` bytes of tensor `name` where they belong."""
+    def _write(
+        self, name: str, count: int, write: Callable[[int, int], None], pieces: Iterable[memoryview]
+    ) -> None:
+        """Let `write(fd, offset)` put `count` bytes of tensor `name` in their place; `pieces`: the same bytes."""
         assert self._left and not self._closed, f"{name}: all is written"
         shard, spec, start = self._left[0]
         assert spec.name == name, f"{name} comes before its turn, which is that of {spec.name}"
         assert self._filled + count <= spec.nbytes, f"{name} has {spec.nbytes} bytes, not more"
         with self._guarded():
             fd = self._open_target(shard)
+            hashing = self._pool.submit(self._hash, pieces) if self._pool else None
             write(fd, start + self._filled)
             self._filled += count
-            if self._hasher:
-                self._hasher.follow(fd, start + self._filled)
+            if hashing:
+                hashing.result()
             if self._filled == spec.nbytes:
                 self._left.popleft()
                 self._filled = 0
@@ -241,33 +245,22 @@ class ShardWriter:
                     self._complete(shard)
 
     def _complete(self, shard: ShardLayout) -> None:
-        fd = self._open_target(shard)
-        digest = self._hasher.finish(fd, shard.nbytes) if self._hasher else None
-        os.close(fd)
+        os.close(self._open_target(shard))
         self._fd = -1
-        if digest:
-            self._sha256[shard.file.name] = digest
+        if self._pool:
+            self._sha256[shard.file.name] = self._digest.hexdigest()
         if self._journal:
-            self._journal.add(shard.file, shard.nbytes, digest)
+            self._journal.add(shard.file, shard.nbytes, self._sha256.get(shard.file.name))
 
     def _open_target(self, shard: ShardLayout) -> int:
         if self._fd < 0:
-            self._fd = os.open(shard.file, os.O_RDWR | os.O_CLOEXEC)
+            self._fd = os.open(shard.file, os.O_WRONLY | os.O_CLOEXEC)
+            self._digest = hashlib.sha256(shard.header)
         return self._fd
 
-    def _open_source(self, file: Path) -> int:
-        path, fd = self._source
-        if path != file:
-            try:
-                new = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as e:
-                raise unreadable(file, str(e.strerror)) from e
-            self._source = (file, new)
-            if fd >= 0:
-                os.close(fd)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(new, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return self._source[1]
+    def _hash(self, pieces: Iterable[memoryview]) -> None:
+        for piece in pieces:
+            self._digest.update(piece)
 
     def _write_index(self) -> None:
         if len(self.shards) == 1:
@@ -290,13 +283,12 @@ class ShardWriter:
 
     def _release(self) -> None:
         self._closed = True
-        if self._hasher:
-            self._hasher.close()
-            self._hasher = None
-        for fd in (self._fd, self._source[1]):
-            if fd >= 0:
-                os.close(fd)
-        self._fd, self._source = -1, (None, -1)
+        if self._pool:
+            self._pool.shutdown()
+        self._sources.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def _places(shards: Sequence[ShardLayout]) -> Iterator[tuple[ShardLayout, TensorSpec, int]]:
@@ -307,34 +299,3 @@ def _places(shards: Sequence[ShardLayout]) -> Iterator[tuple[ShardLayout, Tensor
             if spec.nbytes:
                 yield shard, spec, offset
             offset += spec.nbytes
-
-
-class Hasher:
-    """sha256 of files while they are written: a thread reads back, from the page cache, what is there."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "ascendit-sha256")
-        self._buffer = memoryview(bytearray(1 << 20))
-        self._digest, self._position = hashlib.sha256(), 0
-
-    def follow(self, fd: int, end: int) -> None:
-        """The first `end` bytes of the file are written."""
-        self._pool.submit(self._read, fd, end)
-
-    def finish(self, fd: int, end: int) -> str:
-        """The digest of the file of `end` bytes, in hex. The next call is about another file."""
-        self._pool.submit(self._read, fd, end).result()
-        digest, self._digest, self._position = self._digest, hashlib.sha256(), 0
-        return digest.hexdigest()
-
-    def close(self) -> None:
-        """End the thread."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def _read(self, fd: int, end: int) -> None:
-        while self._position < end:
-            count = os.preadv(fd, [self._buffer[: end - self._position]], self._position)
-            if not count:
-                raise OSError(errno.EIO, "a file shrank while it was written")
-            self._digest.update(self._buffer[:count])
-            self._position += count
