@@ -153,12 +153,8 @@ def _huggingface(
 ) -> Path:
     from huggingface_hub import snapshot_download
 
-    begun = time.time()
-    path = Path(
-        snapshot_download(
-            repo, revision=revision, cache_dir=cache, endpoint=endpoint, ignore_patterns=skipped
-        )
-    )
+    begun, options = time.time(), {"cache_dir": cache, "endpoint": endpoint, "ignore_patterns": skipped}
+    path = Path(snapshot_download(repo, revision=revision, **options))
     for link in path.rglob("*"):
         # The cache name of a large file is its sha256, and the library compares sizes only. Two seconds are
         # for file systems with coarse clocks.
@@ -201,60 +197,59 @@ def _modelscope(model: str, repo: str, revision: str, cache: Path, endpoint: str
             logger.warning("%s: hub out of reach (%s); using the cached copy", model, _first_line(e))
             return snapshots / ref.read_text()
         raise
-    for folder in (snapshots, ref.parent):
-        folder.mkdir(parents=True, exist_ok=True)
+    content = sorted(
+        (file["Path"], file.get("Size"), file.get("Sha256") or file.get("Revision")) for file in files
+    )
+    snapshot = snapshots / (commit or hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40])
+    snapshots.mkdir(parents=True, exist_ok=True)
     with FileLock(home / ".lock"):
-        if not (snapshots / commit).is_dir():
-            _fill(snapshots / commit, files, base, model, revision)
+        if not snapshot.is_dir():
+            _fill(snapshot, files, base, model, commit or revision)
+        ref.parent.mkdir(exist_ok=True)
         written = ref.with_name(ref.name + ".part")
-        written.write_text(commit)
+        written.write_text(snapshot.name)
         written.replace(ref)
-    return snapshots / commit
+    return snapshot
 
 
-def _listing(base: str, model: str, revision: str) -> tuple[list[dict[str, Any]], str]:
-    """The files worth having, and the commit they belong to: a digest of them if the hub does not name it."""
+def _listing(base: str, model: str, revision: str) -> tuple[list[dict[str, Any]], str | None]:
+    """The files worth having, and the commit they belong to if the hub names it."""
     from huggingface_hub import get_session
 
-    query = urlencode({"Revision": revision, "Recursive": "True"})
-    response = get_session().get(f"{base}/files?{query}", timeout=_TIMEOUT)
+    query = {"Revision": revision, "Recursive": "True"}
+    response = get_session().get(f"{base}/files", params=query, timeout=_TIMEOUT)
     if response.status_code == 404:
         raise _unknown(model, "no such model, revision or file", "correct the name or the revision")
     if response.status_code in (401, 403):
         fix = "download it with ModelScope's own tool, logged in, and give the path of the folder"
         raise _trouble(model, f"access refused (HTTP {response.status_code})", fix)
+    response.raise_for_status()
     try:
         answer = json.loads(response.content)
         if answer.get("Success") is False:
             raise _unknown(model, str(answer.get("Message")), "correct the name or the revision")
         files = [
-            entry | {"Path": str(entry["Path"])}
-            for entry in answer["Data"]["Files"]
-            if entry["Type"] != "tree"
+            file for file in answer["Data"]["Files"] if file["Type"] != "tree" and _is_wanted(file["Path"])
         ]
         latest = str((answer["Data"].get("LatestCommitter") or {}).get("Id"))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         fix = "check the network and run it again: finished files are kept"
         raise _trouble(model, f"answer not understood ({type(e).__name__})", fix) from e
     if outside := [file["Path"] for file in files if not stays_inside(file["Path"])]:
-        raise _trouble(
-            model, f"the hub names a file outside the folder: {outside[0]!r}", "do not use this model"
-        )
-    files = [file for file in files if not any(fnmatch.fnmatchcase(file["Path"], s) for s in SKIPPED)]
-    content = sorted(
-        (file["Path"], file.get("Size"), file.get("Sha256") or file.get("Revision")) for file in files
-    )
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40]
-    return files, next((c for c in (revision, latest) if _COMMIT.fullmatch(c)), digest)
+        got = f"the hub names a file outside the folder: {outside[0]!r}"
+        raise _trouble(model, got, "do not use this model")
+    return files, next((c for c in (revision, latest) if _COMMIT.fullmatch(c)), None)
+
+
+def _is_wanted(path: str) -> bool:
+    return not any(fnmatch.fnmatchcase(path, pattern) for pattern in SKIPPED)
 
 
 def _fill(snapshot: Path, files: list[dict[str, Any]], base: str, model: str, revision: str) -> None:
     """Download what is missing into `<snapshot>.part`, and rename it."""
     part = snapshot.with_name(snapshot.name + ".part")
     part.mkdir(exist_ok=True)
-    missing = [
-        file for file in files if not (part / file["Path"]).is_file()
-    ]  # checked before it got this name
+    missing = [file for file in files if not (part / file["Path"]).is_file()]
     needed = sum(file.get("Size") or 0 for file in missing)
     if (free := shutil.disk_usage(part).free) < needed:
         got = f"{needed / 2**30:.1f} GiB to download, {free / 2**30:.1f} GiB free"

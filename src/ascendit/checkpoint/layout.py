@@ -119,7 +119,14 @@ def recognise(path: Path | str) -> Layout:
         if found is not None:
             kind, parts = found
             return Layout(kind, root, _model_name(root), {}, {part.name: part for part in parts})
-        raise _unknown(root)
+        raise CheckpointError(
+            f"no model recognised at {root}: {_guess(root)}",
+            needs=f"a Diffusers folder, which has {INDEX_FILE} at its top; a folder of transformers alone; "
+            "an original Wan folder (config.json, or high_noise_model and low_noise_model); an msModelSlim "
+            "export (quant_model_description*.json); or one .safetensors file of a Wan transformer",
+            fix="give the folder that holds all parts, or the one file",
+            code="E-CKP-01",
+        )
     except OSError as e:
         raise CheckpointError(
             f"{root} cannot be read: {e.strerror}",
@@ -127,17 +134,6 @@ def recognise(path: Path | str) -> Layout:
             fix="correct the path, or the rights on it",
             code="E-CKP-01",
         ) from e
-
-
-def _unknown(root: Path) -> CheckpointError:
-    return CheckpointError(
-        f"no model recognised at {root}: {_guess(root)}",
-        needs=f"a Diffusers folder, which has {INDEX_FILE} at its top; a folder of transformers alone; an "
-        "original Wan folder (config.json, or high_noise_model and low_noise_model); an msModelSlim "
-        "export (quant_model_description*.json); or one .safetensors file of a Wan transformer",
-        fix="give the folder that holds all parts, or the one file",
-        code="E-CKP-01",
-    )
 
 
 def _guess(root: Path) -> str:
@@ -177,8 +173,9 @@ def _diffusers(root: Path) -> Layout | None:
         raise other_class(root / INDEX_FILE, found, PIPELINES)
     parts: dict[str, Part] = {}
     for name, entry in index.items():
-        if _names_a_part(name, entry):
-            parts[name] = _read_part(root, name, library=entry[0], class_name=entry[1])
+        match entry:  # [null, null] and plain values are no parts
+            case [str(library), str(class_name)] if not name.startswith("_"):
+                parts[name] = _read_part(root, name, library, class_name)
     if "transformer" not in parts:
         raise CheckpointError(
             f"{root / INDEX_FILE} names no transformer",
@@ -189,14 +186,7 @@ def _diffusers(root: Path) -> Layout | None:
     return Layout("diffusers", root, _model_name(root), index, parts)
 
 
-def _names_a_part(name: str, entry: object) -> bool:
-    """Parts are `[library, class]`; `[null, null]` and plain values are none."""
-    if name.startswith("_") or not isinstance(entry, list):
-        return False
-    return len(entry) == 2 and all(isinstance(x, str) for x in entry)
-
-
-def _read_part(root: Path, name: str, *, library: str, class_name: str) -> Part:
+def _read_part(root: Path, name: str, library: str, class_name: str) -> Part:
     folder = root / name
     if not stays_inside(name) or Path(name).name != name:
         raise CheckpointError(

@@ -110,7 +110,9 @@ def read_expert(part: Part) -> Expert:
             code="E-CKP-01",
         )
     tensors = _canonical(stored, naming)
-    manifest = _manifest(part, naming)
+    # A lone file has no manifest: one beside it may belong to other weights.
+    path = None if part.files == (part.path,) else find_manifest(part.folder)
+    manifest = read_manifest(path, naming) if path else None
     marker = read_marker(part.config, tolerant=manifest is not None)
     told = manifest.claims() if manifest else {}
     layers = read_layers(tensors, (marker.claims(tensors) if marker else {}) | told)
@@ -155,14 +157,6 @@ def _canonical(stored: Mapping[str, TensorInfo], naming: Naming) -> dict[str, Te
     return tensors
 
 
-def _manifest(part: Part, naming: Naming) -> Manifest | None:
-    """The manifest in the part's folder. A lone file has none: one beside it may belong to other weights."""
-    if part.files == (part.path,):
-        return None
-    path = find_manifest(part.folder)
-    return read_manifest(path, naming) if path else None
-
-
 def _config(
     part: Part, tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]
 ) -> tuple[dict[str, Any], str | None]:
@@ -186,7 +180,11 @@ def _check_tensors(
     head_dim = config.get("attention_head_dim")
     own = {f"{layer.name}.{role}" for layer in layers.values() for role in layer.tensors}
     extra = [name for name in tensors if name not in expected and name not in own]
-    rotations = {name: tensors[name] for name in extra if _of_attention(name, expected)}
+    rotations = {
+        name: tensors[name]
+        for name in extra
+        if (match := ATTENTION_TENSOR.fullmatch(name)) and f"{match[1]}to_q.weight" in expected
+    }
     both = [name for name in tensors if name in expected]
     problems = {
         "missing": [on_disk(name, naming) for name in expected if name not in tensors],
@@ -209,12 +207,6 @@ def _check_tensors(
             needs=f"exactly the {len(expected)} tensors of this {TRANSFORMER}, floating point or quantized",
             checks={kind: tuple(names) for kind, names in problems.items()},
         )
-
-
-def _of_attention(name: str, expected: Shapes) -> bool:
-    """Whether `name` belongs to the quantization of an attention that the model has."""
-    found = ATTENTION_TENSOR.fullmatch(name)
-    return found is not None and f"{found[1]}to_q.weight" in expected
 
 
 def _narrowed(layer: Layer, expected: Shapes) -> Layer:

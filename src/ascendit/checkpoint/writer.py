@@ -181,7 +181,6 @@ class ShardWriter:
 
         Raises CheckpointError E-CKP-02 when the source cannot be read to its end.
         """
-
         if info.nbytes:
             source = self._sources.open(info.file)
 
@@ -226,7 +225,7 @@ class ShardWriter:
     def _write(
         self, name: str, count: int, write: Callable[[int, int], None], pieces: Iterable[memoryview]
     ) -> None:
-        """Let `write(fd, offset)` put `count` bytes of tensor `name` in their place; `pieces`: the same bytes."""
+        """Let `write(fd, offset)` put `count` bytes in their place, and hash `pieces` meanwhile."""
         assert self._left and not self._closed, f"{name}: all is written"
         shard, spec, start = self._left[0]
         assert spec.name == name, f"{name} comes before its turn, which is that of {spec.name}"
