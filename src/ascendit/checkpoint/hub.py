@@ -153,7 +153,8 @@ def _huggingface(
 ) -> Path:
     from huggingface_hub import snapshot_download
 
-    begun, options = time.time(), {"cache_dir": cache, "endpoint": endpoint, "ignore_patterns": skipped}
+    begun = time.time()
+    options: dict[str, Any] = {"cache_dir": cache, "endpoint": endpoint, "ignore_patterns": skipped}
     path = Path(snapshot_download(repo, revision=revision, **options))
     for link in path.rglob("*"):
         # The cache name of a large file is its sha256, and the library compares sizes only. Two seconds are

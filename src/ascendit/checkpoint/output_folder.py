@@ -15,7 +15,6 @@ import stat
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from ascendit.checkpoint.file_copy import FULL, check_room, copy_file, write_error, writing
@@ -184,9 +183,7 @@ class Staging:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._lock < 0:  # published
             return
         problem = None
@@ -273,8 +270,10 @@ def _lock(folder: Path) -> int:
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:  # its run has just ended
             continue
-        except NotADirectoryError as e:  # a link
-            raise _in_the_way(folder) from e
+        except OSError as e:
+            if folder.is_symlink():
+                raise _in_the_way(folder) from e
+            raise
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
