@@ -350,13 +350,15 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert os.listdir(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("kind", ["file", "empty", "folder"])
+@pytest.mark.parametrize("kind", ["file", "empty", "folder", "link"])
 def test_nothing_that_came_meanwhile_is_replaced(tmp_path: Path, kind: str) -> None:
     dst = tmp_path / "out"
     with pytest.raises(UsageError) as e, stage(dst) as staging:
         (staging.path / "f").write_text("x")
         if kind == "file":
             dst.write_text("y")
+        elif kind == "link":
+            dst.symlink_to("nothing")
         else:
             dst.mkdir()
             if kind == "folder":
@@ -366,7 +368,10 @@ def test_nothing_that_came_meanwhile_is_replaced(tmp_path: Path, kind: str) -> N
     assert e.value.got == f"{dst} came while this run was writing"
     assert str(staging.path) in e.value.fix
     assert kill.contents(staging.path) == {"f": b"x"}, "hours of work are not thrown away"
-    assert dst.is_file() if kind == "file" else "f" not in os.listdir(dst)
+    if kind in ("empty", "folder"):
+        assert os.listdir(dst) == (["g"] if kind == "folder" else [])
+    else:
+        assert dst.is_file() if kind == "file" else os.readlink(dst) == "nothing"
 
 
 # ---- room
