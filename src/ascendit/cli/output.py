@@ -6,9 +6,12 @@ import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ascendit.errors import AscenditError
+import typer
+
+from ascendit.errors import AscenditError, UsageError
 from ascendit.version import __version__
 
 
@@ -40,6 +43,17 @@ class Output:
         if self.json:
             print(to_json(data))
 
+    def result(self, data: dict[str, Any], lines: Iterable[str], error: AscenditError | None = None) -> None:
+        """What a command found: `data` with `--json`, else `lines`. With `error` the command ends here."""
+        told = error.as_dict() if error else None
+        self.emit(data | ({"error": told} if told else {}))
+        for line in lines:
+            self.line(line)
+        if error:
+            if told and not self.json:
+                print_error(told)
+            raise typer.Exit(error.exit_code)
+
     def work(self) -> AbstractContextManager[object]:
         """Libraries at work: what they print goes to stderr, so that stdout holds the result alone."""
         return redirect_stdout(sys.stderr)
@@ -59,6 +73,26 @@ def to_json(data: dict[str, Any]) -> str:
     import json
 
     return json.dumps(data, indent=2, ensure_ascii=False, default=str)
+
+
+def check_report(flag: str, file: Path) -> None:
+    """Raise unless `file` is a free name that can be written: before the work, which may take long."""
+    from ascendit.pipeline.video import check_writable
+
+    if file.exists():
+        raise UsageError(
+            f"{flag} {file} exists already",
+            needs="a name that is free: reports are not written over",
+            fix="another name, or remove the file",
+            code="E-USE-03",
+        )
+    check_writable(file)
+
+
+def write_report(file: Path, data: dict[str, Any]) -> None:
+    """`data` as JSON, in a folder that is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(to_json(data) + "\n", encoding="utf-8")
 
 
 def print_error(error: dict[str, str]) -> None:
