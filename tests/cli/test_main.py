@@ -96,13 +96,29 @@ HIDDEN = {"generate": ["--fps", "--shift", "--timesteps", "--text-on"]}
 
 def test_flags_are_pinned():
     group: Any = typer.main.get_command(cli.app)
-    options = {n: [p for p in c.params if p.param_type_name == "option"] for n, c in group.commands.items()}
+    commands = {name: group.get_command(None, name) for name in cli.COMMANDS}
+    options = {n: [p for p in c.params if p.param_type_name == "option"] for n, c in commands.items()}
     hidden = {n: ["/".join(p.opts) for p in found if p.hidden] for n, found in options.items()}
     assert {n: flags for n, flags in hidden.items() if flags} == HIDDEN
     found = {name: ["/".join(p.opts) for p in params if not p.hidden] for name, params in options.items()}
     assert found == FLAGS
     assert all(len(flags) <= 20 for flags in FLAGS.values())
     assert ["/".join(p.opts) for p in group.params] == ["-q/--quiet", "-v/--verbose", "--version"]
+
+
+def test_the_help_lists_first_sentences_without_importing_commands(environ):
+    group: Any = typer.main.get_command(cli.app)
+    assert list(group.commands) == list(cli.COMMANDS)
+    for name, text in cli.COMMANDS.items():
+        assert group.get_command(None, name).get_short_help_str(100) == text
+    code = (
+        "import sys; from ascendit.cli.main import main; main(['--help']);"
+        "print([m for m in sys.modules if m.startswith('ascendit.cli.')], file=sys.stderr);"
+        "print('pydantic' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
+    assert done.stderr == "['ascendit.cli.output', 'ascendit.cli.main']\nFalse\n"
+    assert all(f"  {name}  " in done.stdout and text in done.stdout for name, text in cli.COMMANDS.items())
 
 
 @pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["verify", "--help"]])

@@ -6,6 +6,7 @@ Nothing heavy is imported here: `ascendit --help` takes under 0.3 s.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -13,22 +14,43 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ascendit.cli.doctor import doctor
-from ascendit.cli.generate import generate
-from ascendit.cli.inspect import inspect
 from ascendit.cli.output import Output, report_error, report_fault
-from ascendit.cli.quantize import quantize
-from ascendit.cli.repack import repack
-from ascendit.cli.verify import verify
 from ascendit.environment import disable_device_plugins
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
 from ascendit.version import __version__
 
+COMMANDS = {
+    "generate": "Make a video from a prompt.",
+    "quantize": "Quantize the transformers of a model.",
+    "repack": "Write a checkpoint in another layout.",
+    "inspect": "Show what a checkpoint holds.",
+    "verify": "Check that a model does what it is asked.",
+    "doctor": "Check this machine and its libraries.",
+}
+"""Name of a command, which is that of its module and function -> the first sentence of its help."""
 COMMON = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose"}
 
 
 class Group(TyperGroup):
     """The commands. Whatever goes wrong in one ends here: one message, one exit code."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        names: dict[str, Any] = dict.fromkeys(COMMANDS)
+        self.commands = names  # a command is made, and its module imported, when it is asked for
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of this name, or None."""
+        if cmd_name not in COMMANDS:
+            return None
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(cmd_name)(getattr(importlib.import_module(f"ascendit.cli.{cmd_name}"), cmd_name))
+        return typer.main.get_command(alone)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The list in the help, without an import of the commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
     def main(
         self,
@@ -79,14 +101,6 @@ def common(
     if ctx.invoked_subcommand != "doctor":  # it looks at what `import torch` does by itself
         disable_device_plugins()  # with torch_npu and no CANN, `import torch` would raise
     _set_up_log(ctx.obj)
-
-
-app.command()(generate)
-app.command()(quantize)
-app.command()(repack)
-app.command()(inspect)
-app.command()(verify)
-app.command()(doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
