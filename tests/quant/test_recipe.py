@@ -6,8 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from ascendit.errors import UsageError
+from ascendit.quant.layer_rules import LayerRule
 from ascendit.quant.recipe import Recipe, load_recipe, recipe_names
 from ascendit.weights.engine_formats import model_kind
 
@@ -267,6 +269,15 @@ def test_the_record_of_a_recipe_reads_back(tmp_path):
         "kinds": ["t2v"],
     }
     assert data["source"].startswith("msModelSlim 26.1.0")
+    assert Recipe.model_validate(data) == recipe == Recipe.model_validate_json(recipe.model_dump_json())
+
+
+def test_what_a_recipe_says_stays_as_it_is():
+    recipe = load_recipe("default", "mxfp8")
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.rules = ()
+    with pytest.raises(ValidationError, match="a rule has layer; known are"):
+        LayerRule.model_validate({"layer": "*", "scheme": "int8"})
 
 
 @pytest.mark.parametrize(
