@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 import ascendit
 from ascendit.cli import main as cli
@@ -200,10 +199,11 @@ def test_usage_errors_as_json(run):
     assert ended.err == ""
 
 
-def test_the_app_ends_like_the_console_script():
-    ended = CliRunner().invoke(cli.app, ["inspect", "/no/such/folder"])
-    assert ended.exit_code == 2
-    assert ended.stderr.startswith("error[E-USE-02]: no model at /no/such/folder\n  needs  ")
+def test_the_module_ends_like_the_console_script(environ):
+    words = [sys.executable, "-m", "ascendit", "inspect", "/no/such/folder"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environ)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error[E-USE-02]: no model at /no/such/folder\n  needs  ")
 
 
 def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:

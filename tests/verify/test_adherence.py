@@ -52,9 +52,9 @@ def pipeline(transformer_2: object) -> Any:
 
 def test_a_video_that_is_refused_is_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adherence, "load", lambda name: pipeline("low"))
-    told: list[int] = []
-    found = check_adherence("m", pick(2), [0, 1], on_video=lambda scene, seed, reading: told.append(seed))
-    assert found.overall.total == 4 and found.overall.everything == 0 and told == [0, 0, 1, 1]
+    told: list[bool] = []
+    found = check_adherence("m", pick(2), [0, 1], on_video=lambda case, right: told.append(right))
+    assert found.overall.total == 4 and found.overall.everything == 0 and told == [False] * 4
     assert [f.reading.why for f in found.failures if f.seed == 1] == [("black",)] * 2
 
 

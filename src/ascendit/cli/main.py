@@ -32,7 +32,7 @@ COMMON = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verb
 
 
 class Group(TyperGroup):
-    """The commands. Whatever goes wrong in one ends here: one message, one exit code."""
+    """The commands by name."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -51,26 +51,6 @@ class Group(TyperGroup):
         """The list in the help, without an import of the commands."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
-
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> Any:
-        """Run `args` (default: the command line) and exit with the code."""
-        words, output = common_flags(list(sys.argv[1:] if args is None else args))
-        try:
-            code = super().main(words, prog_name or "ascendit", standalone_mode=False, obj=output, **extra)
-        except (Exception, KeyboardInterrupt) as error:
-            code = end(error, output)
-        else:
-            if code == 130:  # typer's word for a Ctrl-C
-                code = end(KeyboardInterrupt(), output)
-        sys.exit(code or 0)
 
 
 app = typer.Typer(
@@ -104,12 +84,16 @@ def common(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit code."""
+    """The console script: run `argv` (default: the command line) and return the exit code."""
+    words, output = common_flags(list(sys.argv[1:] if argv is None else argv))
+    command = typer.main.get_command(app)
     try:
-        app(list(argv) if argv is not None else None)
-    except SystemExit as e:
-        return e.code if isinstance(e.code, int) else 1
-    return 0
+        code = command.main(words, "ascendit", standalone_mode=False, obj=output)
+    except (Exception, KeyboardInterrupt) as error:
+        return end(error, output)
+    if code == 130:  # typer's word for a Ctrl-C
+        return end(KeyboardInterrupt(), output)
+    return code or 0
 
 
 def common_flags(words: list[str]) -> tuple[list[str], Output]:

@@ -23,6 +23,11 @@ class Output:
     verbose: bool = False
     json: bool = False
 
+    @property
+    def silent(self) -> bool:
+        """Nothing but the result is shown."""
+        return self.quiet or self.json
+
     def line(self, text: str = "") -> None:
         """One line of the result."""
         if not self.json:
@@ -35,7 +40,7 @@ class Output:
 
     def note(self, text: str) -> None:
         """One line about what is going on, on stderr."""
-        if not self.quiet and not self.json:
+        if not self.silent:
             print(f"note: {text}", file=sys.stderr)
 
     def emit(self, data: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ def quantize(
 
     out: Output = ctx.obj
     options = chosen(ctx, without=("calibrate", "alpha", "device", "settings"))
-    with out.work(), progress_view(silent=out.quiet or out.json) as view, _ended_early(view):
+    with out.work(), progress_view(silent=out.silent) as view, _ended_early(view):
         calibrator = _calibrator(calibrate, alpha, device, settings or [], view)
         done = run(**options, calibrate=calibrator, on_progress=view)
     out.result(done.as_dict(), done.lines())

@@ -45,6 +45,6 @@ def repack(
     from ascendit.convert.repack import repack as run
 
     out: Output = ctx.obj
-    with out.work(), progress_view(silent=out.quiet or out.json) as view:
+    with out.work(), progress_view(silent=out.silent) as view:
         done = run(**chosen(ctx), on_progress=view)
     out.result(done.as_dict(), done.lines())

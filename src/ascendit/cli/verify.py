@@ -17,8 +17,6 @@ from ascendit.errors import QualityError, UsageError
 from ascendit.progress import Progress
 
 if TYPE_CHECKING:
-    from ascendit.demo.adherence import Reading
-    from ascendit.demo.world import Scene
     from ascendit.verify.quality_table import Quality
 
 
@@ -72,9 +70,8 @@ def verify(
         verify_adherence(out, name, range(seeds), limit, report, swap_experts)
         return
     if swap_experts:
-        raise _refused(
-            "--swap-experts with --quality", "--adherence, which it is the control of", "leave it out"
-        )
+        needs = "--adherence, which it is the control of"
+        raise _refused("--swap-experts with --quality", needs, "leave it out")
     if jobs < 1:
         raise _refused(f"--jobs {jobs}", "at least 1", "--jobs 1")
     verify_quality(out, name, cases or (), range(seeds), 192 if limit is None else limit, jobs, report)
@@ -110,7 +107,7 @@ class Tally:
         self._start = time.perf_counter()
 
     def __call__(self, case: str, right: bool) -> None:
-        """One more. `case`: "" where there is only one."""
+        """One more video of this case; its name is "" if it is the only one."""
         if case != self._case:
             self._case, self._made, self._right = case, 0, 0
         self._done += 1
@@ -137,16 +134,11 @@ def verify_adherence(
 
     start = time.perf_counter()
     scenes = pick(limit) if limit is not None else list(world.scenes())
-    silent = out.quiet or out.json
     quiet_libraries()
-    with out.work(), progress_view(silent=silent) as view, Interrupt(silent=silent) as interrupt:
+    with out.work(), progress_view(silent=out.silent) as view, Interrupt(silent=out.silent) as interrupt:
         tally = Tally(view, len(scenes) * len(seeds))
-
-        def on_video(scene: Scene, seed: int, reading: Reading) -> None:
-            tally("", all(reading.right(scene).values()))
-
         result = check_adherence(
-            model, scenes, seeds, swap_experts=swap_experts, cancel=interrupt.event, on_video=on_video
+            model, scenes, seeds, swap_experts=swap_experts, cancel=interrupt.event, on_video=tally
         )
     error = adherence_error(result)
     told = result.as_dict() | {
@@ -192,9 +184,8 @@ def verify_quality(
             write_report(report, told(quality))
 
     scenes, chosen = pick(limit), choose(names) if names else default_cases()
-    silent = out.quiet or out.json
     quiet_libraries()
-    with out.work(), progress_view(silent=silent) as view, Interrupt(silent=silent) as interrupt:
+    with out.work(), progress_view(silent=out.silent) as view, Interrupt(silent=out.silent) as interrupt:
         tally = Tally(view, len(scenes) * len(seeds) * (1 + len(chosen)))
         quality = measure_quality(
             model, chosen, scenes, seeds, jobs=jobs, cancel=interrupt.event, on_video=tally, on_row=on_row

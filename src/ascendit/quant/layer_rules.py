@@ -133,25 +133,6 @@ class LayerSchemes:
         return {name: every.count(name) for name in order if name in every}
 
 
-def ruled(
-    rules: Iterable[tuple[LayerRule, str]],
-    inside: Sequence[str],
-    every: Sequence[str],
-    *,
-    fix: str = LIST_LAYERS,
-) -> dict[str, LayerScheme]:
-    """What rules, each with its origin, say of layers; the last that matches wins.
-
-    A pattern means layers of `inside`; only one that matches none of these reaches the others of `every`.
-    UsageError E-USE-05, with `fix`, for one that matches nothing.
-    """
-    return {
-        name: LayerScheme(name, rule.scheme or "bf16", rule.scale_rule, why)
-        for rule, why, names in matches(rules, (inside, every), fix=fix)
-        for name in names
-    }
-
-
 def matches(
     rules: Iterable[tuple[Rule, str]],
     layers: Sequence[Sequence[str]],
@@ -159,20 +140,20 @@ def matches(
     *,
     fix: str = LIST_LAYERS,
 ) -> Iterator[tuple[Rule, str, list[str]]]:
-    """(rule, the reason a layer shows, the names) for every pattern of `rules`.
+    """(rule, why a layer has it, names of layers) for every pattern of `rules`, each with its origin.
 
-    The names are those of the first list of `layers` where the pattern fits some, by themselves or as
-    `other`, the original Wan, spells them. UsageError E-USE-05 if it fits none in all lists.
+    The names are those of the first list in `layers` that has some which the pattern fits, by themselves or
+    as `other`, original Wan, spells them. UsageError E-USE-05, with `fix`, if it fits none in any list.
     """
     for rule, origin in rules:
         for pattern in rule.layers:
-            for names in layers:
-                fit = [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(other(n) or n, pattern)]
-                if fit:
-                    break
-            else:
+            fits = (
+                [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(other(n) or n, pattern)]
+                for names in layers
+            )
+            if not (found := next(filter(None, fits), None)):
                 raise _no_layer(pattern, origin, layers[-1], fix)
-            yield rule, f"--keep {pattern}" if origin == "--keep" else f"{origin}: {pattern}", fit
+            yield rule, f"--keep {pattern}" if origin == "--keep" else f"{origin}: {pattern}", found
 
 
 def wan_attention(name: str) -> str:

@@ -42,6 +42,7 @@ from ascendit.errors import UsageError
 from ascendit.family import Task
 from ascendit.names import all_linears, block_linears
 from ascendit.quant.layer_rules import (
+    LIST_LAYERS,
     OUTSIDE,
     AttentionRule,
     AttentionScheme,
@@ -49,7 +50,6 @@ from ascendit.quant.layer_rules import (
     LayerRule,
     LayerScheme,
     matches,
-    ruled,
     wan_attention,
 )
 from ascendit.quant.schemes import QUANTIZED
@@ -110,12 +110,29 @@ class Recipe(Model):
         layers = {
             n: LayerScheme(n, "bf16", None, "no rule names it" if n in inside else OUTSIDE) for n in every
         }
-        return tuple((layers | ruled(self.rules_for(model_kind, keep), blocks, every)).values())
+        return tuple((layers | self.ruled(blocks, every, model_kind, keep)).values())
 
-    def rules_for(self, model_kind: Task | None, keep: Sequence[str] = ()) -> list[tuple[LayerRule, str]]:
-        """The rules for a kind of model, and `keep` as more of them, each with where it comes from."""
+    def ruled(
+        self,
+        inside: Sequence[str],
+        every: Sequence[str],
+        model_kind: Task | None,
+        keep: Sequence[str] = (),
+        *,
+        fix: str = LIST_LAYERS,
+    ) -> dict[str, LayerScheme]:
+        """The layers that a rule, or `keep` after them, matches; the last one wins.
+
+        A pattern means layers of `inside`; only one that matches none of these reaches the others of `every`.
+        UsageError E-USE-05, with `fix`, for one that matches nothing.
+        """
         rules = [(rule, self.name) for rule in self.rules if not rule.kinds or model_kind in rule.kinds]
-        return rules + [(LayerRule(layers=(pattern,), scheme="bf16"), "--keep") for pattern in keep]
+        rules += [(LayerRule(layers=(pattern,), scheme="bf16"), "--keep") for pattern in keep]
+        return {
+            name: LayerScheme(name, rule.scheme or "bf16", rule.scale_rule, why)
+            for rule, why, names in matches(rules, (inside, every), fix=fix)
+            for name in names
+        }
 
     def attention_schemes(
         self, config: Mapping[str, Any], *, model_kind: Task
@@ -125,7 +142,7 @@ class Recipe(Model):
         every = tuple(dict.fromkeys(n.rsplit(".to_q", 1)[0] for n in linears if n.endswith(".to_q")))
         found = {name: AttentionScheme(name, "", False) for name in every}
         rules = [(rule, self.name) for rule in self.attention if not rule.kinds or model_kind in rule.kinds]
-        for rule, _, names in matches(rules, [every], wan_attention):
+        for rule, _, names in matches(rules, (every,), wan_attention):
             said = rule.model_dump(include={"quant_type", "rotate"}, exclude_none=True)
             found |= {name: replace(found[name], **said) for name in names}
         return tuple(a for a in found.values() if a.quant_type or a.rotate)

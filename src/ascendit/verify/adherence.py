@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from ascendit.demo.adherence import Adherence, Reading, measure_adherence
 from ascendit.demo.world import Scene
 from ascendit.errors import QualityError, UsageError
 from ascendit.pipeline.frame_checks import Frames
-from ascendit.pipeline.generate import Pipeline, Stop
+from ascendit.pipeline.generate import Stop
 from ascendit.pipeline.load import load
+from ascendit.verify.quality import OnVideo
 
 LIMITS = {"overall": 0.90, "kept_back": 0.85}
 """Least share of videos that are right in everything."""
@@ -23,7 +24,7 @@ def check_adherence(
     *,
     swap_experts: bool = False,
     cancel: Stop | None = None,
-    on_video: Callable[[Scene, int, Reading], None] | None = None,
+    on_video: OnVideo | None = None,
 ) -> Adherence:
     """Load `model` and judge a video of every scene and seed. `swap_experts`: each in the other's place.
 
@@ -31,23 +32,23 @@ def check_adherence(
     """
     pipe = load(model)
     if swap_experts:
-        _swap(pipe)
+        if pipe.transformer_2 is None:
+            raise UsageError(
+                "--swap-experts with one expert",
+                needs="a cascade of two experts",
+                fix="leave it out",
+                code="E-USE-01",
+            )
+        pipe.transformer, pipe.transformer_2 = pipe.transformer_2, pipe.transformer
 
     def make(prompt: str, seed: int) -> Frames:
         return pipe.run(pipe.request(prompt, seed=seed), cancel=cancel).frames
 
-    return measure_adherence(make, scenes, seeds, on_video)
+    def judged(scene: Scene, seed: int, reading: Reading) -> None:
+        if on_video:
+            on_video("", all(reading.right(scene).values()))
 
-
-def _swap(pipe: Pipeline) -> None:
-    if pipe.transformer_2 is None:
-        raise UsageError(
-            "--swap-experts with one expert",
-            needs="a cascade of two experts",
-            fix="leave it out",
-            code="E-USE-01",
-        )
-    pipe.transformer, pipe.transformer_2 = pipe.transformer_2, pipe.transformer
+    return measure_adherence(make, scenes, seeds, judged)
 
 
 def verdict_lines(result: Adherence) -> Iterator[str]:
