@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ascendit.cli.flags import Json
+from ascendit.cli.flags import Json, flag
 from ascendit.cli.output import Output, check_report, table, write_report
 from ascendit.errors import UsageError
 
@@ -24,17 +24,13 @@ SHOWN_VERSIONS = ("torch", "torch_npu", "cann", "mindiesd", "driver")
 def doctor(
     ctx: typer.Context,
     self_check: Annotated[
-        bool, typer.Option("--self-check", help="Run every operator of a device and compare its numbers.")
+        bool, flag("--self-check", "Run every operator of a device and compare its numbers.")
     ] = False,
     device: Annotated[
-        str | None,
-        typer.Option(
-            "--device", metavar="NAME", help="To self-check: npu (default), npu:1, twin:a5, cuda, cpu."
-        ),
+        str | None, flag("--device NAME", "To self-check: npu (default), npu:1, twin:a5, cuda, cpu.")
     ] = None,
     file: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FILE.json", help="Write what the self-check found, to send in."),
+        Path | None, flag("--out FILE.json", "Write what the self-check found, to send in.")
     ] = None,
     as_json: Json = False,
 ) -> None:

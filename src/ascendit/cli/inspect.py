@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ascendit.cli.flags import ANY_MODEL, Json
+from ascendit.cli.flags import ANY_MODEL, Json, flag
 from ascendit.cli.output import Output
 from ascendit.errors import UsageError
 
@@ -15,12 +15,10 @@ def inspect(
     ctx: typer.Context,
     path: Annotated[str, typer.Argument(metavar="PATH", help=ANY_MODEL)],
     layers: Annotated[
-        bool,
-        typer.Option("--layers", help="One row for each layer and tensor: scheme, shape, bytes, dtypes."),
+        bool, flag("--layers", "One row for each layer and tensor: scheme, shape, bytes, dtypes.")
     ] = False,
     other: Annotated[
-        str | None,
-        typer.Option("--diff", metavar="OTHER", help="What differs from PATH to OTHER; exit code 1 if any."),
+        str | None, flag("--diff OTHER", "What differs from PATH to OTHER; exit code 1 if any.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ascendit.cli.output import Output, report_error, report_fault
+from ascendit.cli.output import Output, report_fault
 from ascendit.environment import disable_device_plugins
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
 from ascendit.version import __version__
@@ -128,7 +128,8 @@ def end(error: BaseException, output: Output) -> int:
             import traceback
 
             traceback.print_exception(error, file=sys.stderr)
-        return report_error(error, output)
+        output.fail(error.as_dict())
+        return error.exit_code
     return report_fault(error, output)
 
 

@@ -50,14 +50,20 @@ class Output:
 
     def result(self, data: dict[str, Any], lines: Iterable[str], error: AscenditError | None = None) -> None:
         """What a command found: `data` with `--json`, else `lines`. With `error` the command ends here."""
-        told = error.as_dict() if error else None
-        self.emit(data | ({"error": told} if told else {}))
+        self.emit(data | ({"error": error.as_dict()} if error else {}))
         for line in lines:
             self.line(line)
         if error:
-            if told and not self.json:
-                print_error(told)
+            if not self.json:
+                print_error(error.as_dict())
             raise typer.Exit(error.exit_code)
+
+    def fail(self, error: dict[str, str]) -> None:
+        """An error in its parts, as the one JSON object or as text on stderr."""
+        if self.json:
+            self.emit({"error": error})
+        else:
+            print_error(error)
 
     def work(self) -> AbstractContextManager[object]:
         """Libraries at work: what they print goes to stderr, so that stdout holds the result alone."""
@@ -114,15 +120,6 @@ def print_error(error: dict[str, str]) -> None:
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 
-def report_error(error: AscenditError, output: Output) -> int:
-    """Print `error` as text or as JSON, and return its exit code."""
-    if output.json:
-        output.emit({"error": error.as_dict()})
-    else:
-        print_error(error.as_dict())
-    return error.exit_code
-
-
 def report_fault(error: BaseException, output: Output) -> int:
     """An exception nobody expected: short on screen, the traceback in a log file. Returns exit code 1."""
     import tempfile
@@ -140,11 +137,9 @@ def report_fault(error: BaseException, output: Output) -> int:
         "got": f"internal error, {type(error).__name__}: {str(error).strip() or 'no message'}",
         "needs": "nothing from you: this is a fault in ascendit or in a library",
         "try": f"report it with the log {log.name}; ascendit -v shows the traceback",
+        "log": log.name,
     }
-    if output.json:
-        output.emit({"error": told | {"log": log.name}})
-    else:
-        print_error(told)
+    output.fail(told)
     return 1
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli.flags import Copy, DryRun, Engine, Json, Resume, Source, Target, chosen
+from ascendit.cli.flags import Copy, DryRun, Engine, Json, Resume, Source, Target, chosen, flag
 from ascendit.cli.generate_options import EXTRAS, parse_settings
 from ascendit.cli.interruptions import is_out_of_memory
 from ascendit.cli.output import Output, quiet_libraries
@@ -18,62 +18,42 @@ from ascendit.errors import Cancelled, OutOfMemory, UsageError
 if TYPE_CHECKING:
     from ascendit.pipeline.calibrate import Calibrator
 
-Scheme = Annotated[
-    str | None,
-    typer.Option("--scheme", metavar="NAME", help="mxfp8, mxfp4, mxfp4_dualscale, int8 or fp8."),
-]
+Scheme = Annotated[str | None, flag("--scheme NAME", "mxfp8, mxfp4, mxfp4_dualscale, int8 or fp8.")]
 Recipe = Annotated[
     str | None,
-    typer.Option(
-        "--recipe",
-        metavar="NAME",
-        help="default, recommended-fp4, ascend-w8a8f8, ascend-w4a4, ascend-w4a4f4, ... or a TOML file.",
+    flag(
+        "--recipe NAME",
+        "default, recommended-fp4, ascend-w8a8f8, ascend-w4a4, ascend-w4a4f4, ... or a TOML file.",
     ),
 ]
 ScaleRule = Annotated[
-    str | None,
-    typer.Option("--scale-rule", metavar="RULE", help="Another scale rule for --scheme, as msms:minmax."),
+    str | None, flag("--scale-rule RULE", "Another scale rule for --scheme, as msms:minmax.")
 ]
-Keep = Annotated[
-    list[str] | None,
-    typer.Option("--keep", metavar="PATTERN", help="Layers that stay as they are; repeatable."),
-]
+Keep = Annotated[list[str] | None, flag("--keep PATTERN", "Layers that stay as they are; repeatable.")]
 Lora = Annotated[
     list[str] | None,
-    typer.Option(
-        "--lora",
-        metavar="FILE[:WEIGHT]",
-        help="Fold it in first; transformer=FILE or transformer_2=FILE for one expert; repeatable.",
+    flag(
+        "--lora FILE[:WEIGHT]",
+        "Fold it in first; transformer=FILE or transformer_2=FILE for one expert; repeatable.",
     ),
 ]
 Calibrate = Annotated[
     str | None,
-    typer.Option(
-        "--calibrate",
-        metavar="PROMPTS",
-        help="Smooth the inputs by what these prompts show: a file, one on a line, or a number for demo.",
+    flag(
+        "--calibrate PROMPTS",
+        "Smooth the inputs by what these prompts show: a file, one on a line, or a number for demo.",
     ),
 ]
-Alpha = Annotated[
-    float | None,
-    typer.Option("--alpha", metavar="X", help="With --calibrate, how much moves into the weights; 0.9."),
-]
-Device = Annotated[
-    str | None,
-    typer.Option("--device", metavar="NAME", help="With --calibrate, where the model runs; cpu."),
-]
+Alpha = Annotated[float | None, flag("--alpha X", "With --calibrate, how much moves into the weights; 0.9.")]
+Device = Annotated[str | None, flag("--device NAME", "With --calibrate, where the model runs; cpu.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="With --calibrate, of its videos: num_inference_steps=20; repeatable.",
-    ),
+    flag("--set KEY=VALUE", "With --calibrate, of its videos: num_inference_steps=20; repeatable."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Also where accuracy is known to suffer.")]
-Report = Annotated[bool, typer.Option("--report", help="Measure every layer; list the ten worst.")]
+Force = Annotated[bool, flag("--force", "Also where accuracy is known to suffer.")]
+Report = Annotated[bool, flag("--report", "Measure every layer; list the ten worst.")]
 Hash = Annotated[
-    bool, typer.Option("--hash", help="Put the sha256 of every file into ascendit.json; takes as long again.")
+    bool, flag("--hash", "Put the sha256 of every file into ascendit.json; takes as long again.")
 ]
 
 

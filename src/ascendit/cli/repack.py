@@ -6,22 +6,15 @@ from typing import Annotated
 
 import typer
 
-from ascendit.cli.flags import Copy, DryRun, Engine, Json, Resume, Source, Target, chosen
+from ascendit.cli.flags import Copy, DryRun, Engine, Json, Resume, Source, Target, chosen, flag
 from ascendit.cli.output import Output
 
 Base = Annotated[
     str | None,
-    typer.Option(
-        "--base",
-        metavar="MODEL",
-        help="Diffusers folder of the same model, which gives text encoder, VAE and configs.",
-    ),
+    flag("--base MODEL", "Diffusers folder of the same model, which gives text encoder, VAE and configs."),
 ]
-To = Annotated[
-    str | None,
-    typer.Option("--to", metavar="NAMES", help="diffusers (default) or wan: whose names and folders."),
-]
-Check = Annotated[bool, typer.Option("--check", help="Decode both sides and compare every number.")]
+To = Annotated[str | None, flag("--to NAMES", "diffusers (default) or wan: whose names and folders.")]
+Check = Annotated[bool, flag("--check", "Decode both sides and compare every number.")]
 
 
 def repack(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ascendit.cli.flags import Json
+from ascendit.cli.flags import Json, flag
 from ascendit.cli.interruptions import Interrupt
 from ascendit.cli.output import Output, check_report, quiet_libraries, write_report
 from ascendit.cli.progress import ProgressView, progress_view, show_seconds
@@ -25,41 +25,25 @@ def verify(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="Folder of a model of the demo's world.")
     ] = None,
-    demo: Annotated[
-        bool, typer.Option("--demo", help="Use the small model that comes with ascendit.")
-    ] = False,
+    demo: Annotated[bool, flag("--demo", "Use the small model that comes with ascendit.")] = False,
     adherence: Annotated[
-        bool, typer.Option("--adherence", help="Judge from the pixels whether videos follow their prompts.")
+        bool, flag("--adherence", "Judge from the pixels whether videos follow their prompts.")
     ] = False,
     quality: Annotated[
-        bool,
-        typer.Option("--quality", help="Hold every scheme and recipe against BF16: a table in Markdown."),
+        bool, flag("--quality", "Hold every scheme and recipe against BF16: a table in Markdown.")
     ] = False,
     cases: Annotated[
-        list[str] | None,
-        typer.Option("--case", metavar="NAME", help="With --quality: only this row, or a recipe's file."),
+        list[str] | None, flag("--case NAME", "With --quality: only this row, or a recipe's file.")
     ] = None,
-    seeds: Annotated[
-        int | None,
-        typer.Option("--seeds", metavar="N", help="Seeds for each prompt; 2, with --quality 1."),
-    ] = None,
+    seeds: Annotated[int | None, flag("--seeds N", "Seeds for each prompt; 2, with --quality 1.")] = None,
     limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit",
-            metavar="N",
-            help="Take N of the 432 prompts, evenly spread; all, with --quality 192.",
-        ),
+        int | None, flag("--limit N", "Take N of the 432 prompts, evenly spread; all, with --quality 192.")
     ] = None,
-    jobs: Annotated[
-        int, typer.Option("--jobs", metavar="N", help="With --quality: videos that are made at a time.")
-    ] = 1,
-    report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE", help="Write the counts as JSON.")
-    ] = None,
+    jobs: Annotated[int, flag("--jobs N", "With --quality: videos that are made at a time.")] = 1,
+    report: Annotated[Path | None, flag("--report FILE", "Write the counts as JSON.")] = None,
     as_json: Json = False,
     swap_experts: Annotated[
-        bool, typer.Option("--swap-experts", help="Control: the experts in each other's place.")
+        bool, flag("--swap-experts", "Control: the experts in each other's place.")
     ] = False,
 ) -> None:
     """Check that a model does what it is asked. Prints the counts, and PASS or FAIL."""
