@@ -79,14 +79,14 @@ def test_memory():
 
 def test_lines_every_tenth():
     file = io.StringIO()
-    with LineView(file) as view:
-        view(Progress(stage="load", total=5))
-        for step in range(1, 6):
-            view(Progress(stage="load", step=step, total=5))
-        view(Progress(stage="decode", total=1))
-        view(Progress(stage="decode", step=1, total=1))
-        for step in range(1, 101):
-            view(denoise(step, total=100, expert=None))
+    view = LineView(file)
+    view(Progress(stage="load", total=5))
+    for step in range(1, 6):
+        view(Progress(stage="load", step=step, total=5))
+    view(Progress(stage="decode", total=1))
+    view(Progress(stage="decode", step=1, total=1))
+    for step in range(1, 101):
+        view(denoise(step, total=100, expert=None))
     lines = file.getvalue().splitlines()
     assert lines[:6] == ["load 1/5", "load 2/5", "load 3/5", "load 4/5", "load 5/5", "decode"]
     steps = [line.split()[1] for line in lines[6:]]
@@ -96,9 +96,10 @@ def test_lines_every_tenth():
 def test_a_bar_on_a_terminal():
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=120, color_system=None, legacy_windows=False)
-    with BarView(console) as view:
+    view = BarView(console)
+    with view.bars:
         view(denoise(23))
-        view._bars.refresh()
+        view.bars.refresh()
     shown = file.getvalue()
     assert "denoise (low-noise expert) 23/40  4.1 s/step  eta 1:10  38.2 GiB" in shown
     assert "━" in shown
@@ -106,11 +107,15 @@ def test_a_bar_on_a_terminal():
 
 
 def test_the_view_fits_where_stderr_goes(monkeypatch):
-    assert type(progress_view(silent=True)) is ProgressView
+    def kind(silent: bool) -> type:
+        with progress_view(silent=silent) as view:
+            return type(view)
+
+    assert kind(silent=True) is ProgressView
     monkeypatch.setattr("sys.stderr", io.StringIO())
-    assert type(progress_view(silent=False)) is LineView
+    assert kind(silent=False) is LineView
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    assert type(progress_view(silent=False)) is BarView
+    assert kind(silent=False) is BarView
 
 
 def test_nothing_is_shown_when_silent(capsys):
@@ -133,9 +138,9 @@ def moved(i: int, stage: str = "transformer") -> Progress:
 
 def test_lines_of_bytes_every_tenth():
     file = io.StringIO()
-    with LineView(file) as view:
-        for i in range(21):
-            view(moved(i))
+    view = LineView(file)
+    for i in range(21):
+        view(moved(i))
     lines = file.getvalue().splitlines()
     assert len(lines) == 11
     assert lines[0] == "transformer  0 %  0 MiB of 20.0 GiB"
@@ -145,10 +150,10 @@ def test_lines_of_bytes_every_tenth():
 
 def test_one_view_shows_a_run_and_the_conversion_after_it():
     file = io.StringIO()
-    with LineView(file) as view:
-        view(denoise(40))
-        view(moved(0))
-        view(moved(20, stage="check"))
+    view = LineView(file)
+    view(denoise(40))
+    view(moved(0))
+    view(moved(20, stage="check"))
     assert [line.split("  ")[0] for line in file.getvalue().splitlines()] == [
         "denoise (low-noise expert) 40/40",
         "transformer",
@@ -166,7 +171,8 @@ def test_a_bar_of_bytes_is_drawn_a_few_times_a_second():
             drawn.append(event.stage)
             return super().text(event)
 
-    with Noted(console) as view:
+    view = Noted(console)
+    with view.bars:
         for i in range(20):
             view(moved(i))
         view(moved(20))

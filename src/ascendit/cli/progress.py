@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
 
 from ascendit.progress import Progress
 
@@ -18,15 +19,21 @@ RECENT_STEPS = 8
 REDRAW = 0.1  # seconds; a conversion reports every few MiB
 
 
-def progress_view(*, silent: bool) -> ProgressView:
-    """The view for the place where stderr goes."""
+@contextmanager
+def progress_view(*, silent: bool) -> Iterator[ProgressView]:
+    """The view for the place where stderr goes. A bar is gone when this ends."""
     if silent:
-        return ProgressView()
-    return BarView() if sys.stderr.isatty() else LineView()
+        yield ProgressView()
+    elif not sys.stderr.isatty():
+        yield LineView()
+    else:
+        view = BarView()
+        with view.bars:
+            yield view
 
 
 class ProgressView:
-    """Shows nothing; the base of the other two. Use it as a context manager and call it with each event."""
+    """Shows nothing; the base of the other two. Call it with each event."""
 
     def __init__(self) -> None:
         self.stage = ""
@@ -61,14 +68,6 @@ class ProgressView:
             words.append(show_bytes(event.memory_bytes))
         return "  ".join(words)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave the screen as it was."""
-
 
 class LineView(ProgressView):
     """Plain lines: one when a stage or an expert begins, then one for every 10 % of its steps."""
@@ -88,7 +87,7 @@ class LineView(ProgressView):
 
 
 class BarView(ProgressView):
-    """One live line with a bar; gone when the run ends."""
+    """One live line with a bar, while `bars` is entered."""
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
@@ -97,8 +96,8 @@ class BarView(ProgressView):
         from rich.progress import Progress as Bars
 
         columns: list[Any] = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24)]
-        self._bars = Bars(*columns, console=console or Console(stderr=True), transient=True)
-        self._task = self._bars.add_task("starting", total=None)
+        self.bars = Bars(*columns, console=console or Console(stderr=True), transient=True)
+        self._task = self.bars.add_task("starting", total=None)
         self._drawn = ("", 0.0)
 
     def show(self, event: Progress, text: str = "") -> None:
@@ -111,16 +110,7 @@ class BarView(ProgressView):
         self._drawn = (event.stage, now)
         total = event.total if event.total > 1 else None
         description = escape(text or self.text(event))
-        self._bars.update(self._task, description=description, completed=event.step, total=total)
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()
+        self.bars.update(self._task, description=description, completed=event.step, total=total)
 
 
 def _bytes(event: Progress) -> str:
