@@ -92,7 +92,7 @@ class LayerRule(Model):
     @field_validator("scale_rule")
     @classmethod
     def _of_the_scheme(cls, rule: str | None, info: ValidationInfo) -> str | None:
-        scheme = info.data["scheme"]
+        scheme = info.data.get("scheme")
         if scheme is None:
             return rule
         if form := SCHEMES[scheme].weight:
