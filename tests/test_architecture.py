@@ -25,6 +25,7 @@ ENVIRONMENT = SRC / "environment.py"
 ORDER = (
     "version",
     "errors",
+    "validation",
     "environment",
     "progress",
     "family",
@@ -64,6 +65,7 @@ PUBLIC_LIST_RANK = RANK["pipeline"] + 0.5  # `ascendit` itself offers load and P
 SUBPACKAGES = frozenset(RANK) - {
     "version",
     "errors",
+    "validation",
     "environment",
     "progress",
     "family",
@@ -85,6 +87,7 @@ HEAVY = ("torch", "diffusers", "transformers", "av")
 LIGHT = (
     "version",
     "errors",
+    "validation",
     "environment",
     "family",
     "names",
@@ -109,7 +112,7 @@ MAX_FUNCTION, P90_FUNCTION, MAX_LOOP = 80, 40, 60
 
 BANNED = frozenset({"torchvision", "torchaudio", "xfuser", "yunchang"})
 OPTIONAL = frozenset({"torch_npu", "mindiesd", "modelscope"})  # tried, and done without
-DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "pydantic_core": "pydantic"}
 
 
 def sources() -> list[Path]:
@@ -370,6 +373,15 @@ for name in {modules!r}:
         break
 """
     assert python(code) == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["cli.main", "cli.inspect", "inspect.checkpoint", "inspect.diff", "doctor.machine"]
+)
+def test_what_only_looks_needs_no_pydantic(name: str) -> None:
+    """It takes 0.2 s, and only options, requests and recipes need it."""
+    code = f"import ascendit.{name}, sys; print('pydantic' in sys.modules)"
+    assert python(code) == "False"
 
 
 def test_importing_ascendit_is_light_and_fast() -> None:
