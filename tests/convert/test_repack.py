@@ -496,7 +496,7 @@ def test_dry_run_tells_everything_and_writes_nothing(tmp_path: Path) -> None:
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     told: list[ConversionProgress] = []
     report = repack(exports.MXFP8, tmp_path / "out", on_progress=told.append)
-    assert told[-1].done_bytes == told[-1].total_bytes == report.nbytes
+    assert told[-1].done_bytes == told[-1].total_bytes == report.bytes_after
     assert [p.done_bytes for p in told] == sorted(p.done_bytes for p in told)
 
 

@@ -21,11 +21,11 @@ from pipeline.headers import (
     write_weights,
 )
 
-from ascendit.convert.report import human_bytes
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.inspect.checkpoint import inspect
 from ascendit.inspect.report import ModelReport
 from ascendit.names import expected_tensors
+from ascendit.report import human_bytes
 
 DEMO: dict[str, Any] = {  # the shape of the row `ascendit-demo`
     "_class_name": "WanTransformer3DModel",

@@ -14,12 +14,12 @@ from typing import Any, Literal
 from ascendit.checkpoint.quant_metadata import QUANT_TYPE
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import Expert
-from ascendit.convert.report import human_bytes
 from ascendit.family import WanConfig
 from ascendit.inspect.checkpoint import inspect
 from ascendit.inspect.report import ModelReport, PartReport
 from ascendit.inspect.transformer_report import CONTAINERS, ExpertSummary, dtype_name
 from ascendit.names import grouped, sort_names
+from ascendit.report import human_bytes
 
 ChangeKind = Literal["part", "tensor", "scheme", "smoothing", "shape", "dtype", "attention", "config"]
 LAYER_KINDS = ("scheme", "smoothing", "attention")
