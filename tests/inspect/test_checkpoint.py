@@ -310,9 +310,3 @@ def test_shards_are_counted(tiny_t2v_single: Path, tmp_path: Path) -> None:
     report = inspect(folder)
     assert report.ok
     assert [p.files for p in report.parts if p.name == "transformer"] == [3]
-
-
-def test_human_bytes() -> None:
-    assert [human_bytes(n) for n in (0, 1023, 1024, 3 << 19, 5 << 30)] == [
-        *("0 B", "1023 B", "1.0 KiB", "1.5 MiB", "5.0 GiB")
-    ]
