@@ -7,7 +7,6 @@ inside. The encoders are in `video_codecs.py`, the checks of the pixels in `fram
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -27,6 +26,7 @@ from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest, replay_line
 from ascendit.pipeline.video_codecs import CODECS, WRITERS, import_library, read_tags
+from ascendit.version import installed
 
 AnyPath = str | os.PathLike[str]
 
@@ -42,14 +42,9 @@ class Target(NamedTuple):
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of what shapes a video, from package metadata; absent packages are left out."""
-    found = {"python": platform.python_version()}
-    for name in ("ascendit", "torch", "torch_npu", "diffusers", "transformers", "numpy", "av"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    """Versions of what shapes a video; absent packages are left out."""
+    packages = ("ascendit", "torch", "torch_npu", "diffusers", "transformers", "numpy", "av")
+    return {"python": platform.python_version(), **installed(*packages)}
 
 
 @dataclass(eq=False, repr=False)
