@@ -61,7 +61,8 @@ class ConversionReport:
     @property
     def bits_per_weight(self) -> float:
         """Bits of all stored tensors, scales included, over the parameters of the source."""
-        return 8 * self.bytes_after / max(sum(expert.num_weights for expert in self.experts), 1)
+        num_weights: int = sum(expert.num_weights for expert in self.experts)
+        return 8 * self.bytes_after / max(num_weights, 1)
 
     @property
     def bytes_done(self) -> int:
