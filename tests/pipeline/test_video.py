@@ -17,6 +17,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from pipeline.metadata import read_metadata
 
 from ascendit.demo import world
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
@@ -29,7 +30,6 @@ from ascendit.pipeline.video import (
     check_writable,
     default_name,
     installed_versions,
-    read_metadata,
 )
 
 PROMPT = 'a red circle moves right, "quoted", 一只猫'
@@ -312,15 +312,6 @@ def test_no_metadata_means_none(tmp_path: Path, name: str) -> None:
 def test_video_without_request(tmp_path: Path) -> None:
     found = read_metadata(Video(scene(), 8).save(tmp_path / "out.mp4"))
     assert (found["prompt"], found["seed"], found["request"], found["replay"]) == (None,) * 4
-
-
-def test_read_metadata_refuses_what_is_no_video(tmp_path: Path) -> None:
-    with refused(UsageError, "E-USE-02", "none.mp4 is not there"):
-        read_metadata(tmp_path / "none.mp4")
-    for name in ("bad.mp4", "bad.png"):
-        (tmp_path / name).write_text("hello")
-        with refused(UsageError, "E-USE-01", f"{name} cannot be opened"):
-            read_metadata(tmp_path / name)
 
 
 # ---- names, and what is refused

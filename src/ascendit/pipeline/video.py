@@ -1,8 +1,8 @@
 """Video: frames in memory, and how they become a file.
 
 `Video.save` writes mp4, webm, gif or png frames: whole or not at all, and never over another file.
-`check_output` makes the same refusals before an expensive run; `read_metadata` reads back what save wrote
-inside. The encoders are in `video_codecs.py`, the checks of the pixels in `frame_checks.py`.
+`check_output` makes the same refusals before an expensive run. The encoders are in `video_codecs.py`, the
+checks of the pixels in `frame_checks.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest, replay_line
-from ascendit.pipeline.video_codecs import CODECS, WRITERS, import_library, read_tags
+from ascendit.pipeline.video_codecs import CODECS, WRITERS, import_library
 from ascendit.version import installed
 
 AnyPath = str | os.PathLike[str]
@@ -295,22 +295,3 @@ def _move(new: Path, path: Path, overwrite: bool) -> None:
     except OSError:  # a file system without hard links
         pass
     os.replace(new, path)
-
-
-def read_metadata(path: AnyPath) -> dict[str, Any]:
-    """What `save` wrote into an mp4, webm, png or folder of frames; {} if there is nothing, as in a gif.
-
-    Raises UsageError E-USE-02 if the file is not there, E-USE-01 if it cannot be opened as a video.
-    """
-    file = Path(path) / "frame_0000.png" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise _usage(f"{file} is not there", "a video or picture", "check the path", "E-USE-02")
-    try:
-        tags = read_tags(file)
-    except (OSError, ValueError) as e:
-        raise _usage(f"{file} cannot be opened: {e}", "a video or picture", "check the file") from e
-    try:
-        found = json.loads(next(v for k, v in tags.items() if k.lower() == "comment"))
-    except (StopIteration, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

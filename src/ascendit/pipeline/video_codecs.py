@@ -136,11 +136,3 @@ WRITERS: dict[str, Callable[[Frames, int, Path, str, str], None]] = {
     "png": _write_png,
     "folder": _write_folder,
 }
-
-
-def read_tags(file: Path) -> dict[str, str]:
-    if file.suffix.lower() == ".png":
-        with import_library("PIL.Image", "pillow").open(file) as image:
-            return {key: str(value) for key, value in image.info.items()}
-    with import_library("av", "av").open(str(file)) as container:
-        return dict(container.metadata)
