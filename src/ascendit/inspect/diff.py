@@ -256,24 +256,21 @@ def _what(change: Change) -> tuple[str, ...]:
 
 
 def _alike_text(members: list[Change], found: Diff) -> str:
-    first = members[0]
+    first, names = members[0], [c.name for c in members]
     step = f"{_text(first.a)} -> {_text(first.b)}"
     if first.kind == "config":
         return f"{first.name}  {step}"
-    names = [c.name for c in members]
-    words = ", ".join(_words(first, names, found))
+    words = ", ".join(names if first.kind == "part" else _words(first, names, found))
     many = f"   ({len(names)})" if len(names) > 1 else ""
     return f"{words}{many}" if first.kind in ("tensor", "part") else f"{step}   {words}{many}"
 
 
 def _words(change: Change, names: list[str], found: Diff) -> Iterator[str]:
-    """`blocks.0-4` for layers, `bias of blocks.0-4` for tensors."""
-    if change.kind == "part":
-        yield from names
-        return
-    every = _every_name(change, found) + names
+    """`blocks.0-4` for layers, `bias of blocks.0-4` for tensors; no group says more than it means."""
+    parts = [part for report in (found.a, found.b) for part in report.parts if part.name == change.part]
+    every = sort_names({*names, *(name for part in parts for name in _names_like(change, part))})
     if change.kind in LAYER_KINDS:
-        yield from grouped(names, dict.fromkeys(every))
+        yield from grouped(names, every)
         return
     owners = _by_role(every)
     for role, chosen in _by_role(names).items():
@@ -287,15 +284,8 @@ def _by_role(names: Iterable[str]) -> dict[str, dict[str, None]]:
     return {r: dict.fromkeys(n.rpartition(".")[0] for n in group if "." in n) for r, group in by_role.items()}
 
 
-def _every_name(change: Change, found: Diff) -> list[str]:
-    """The names of that sort on both sides, so that a group says no more than it means."""
-    every: dict[str, None] = {}
-    for part in (p for report in (found.a, found.b) for p in report.parts if p.name == change.part):
-        every |= dict.fromkeys(_names_like(change, part))
-    return sort_names(every)
-
-
 def _names_like(change: Change, part: PartReport) -> Iterable[str]:
+    """The names of the sort that `change` has."""
     if part.summary is None:
         return (t.name for t in part.tensors)
     if change.kind == "attention":
