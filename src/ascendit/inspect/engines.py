@@ -39,18 +39,13 @@ class EngineVerdict:
     reason: str = ""
     command: str = ""
 
-    @property
-    def flags(self) -> str:
-        """The command without its folders: `repack --for mindie`."""
-        words = self.command.split(" -o DST ")
-        return f"repack {words[-1]}"
-
     def text(self) -> str:
         if self.verdict == "runs":
             return "as it is"
         if self.verdict == "no":
             return f"no: {self.reason}"
-        return f"after {self.flags}   ({self.reason})"
+        flags = self.command.partition(" -o DST ")[2]
+        return f"after repack {flags}   ({self.reason})"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ascendit.checkpoint.layer_format import STORED_ROLES, Layer
+from ascendit.checkpoint.layer_format import STORED_ROLES
 from ascendit.checkpoint.quant_metadata import FLOAT, QUANT_TYPE
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert, shapes_of
@@ -132,12 +132,6 @@ class ExpertSummary:
     expert: Expert
 
     @cached_property
-    def of_layer(self) -> dict[str, Layer]:
-        """Name on disk of every tensor that belongs to a layer of codes, or a smoothed one -> that layer."""
-        layers = self.expert.layers.values()
-        return {info.name: layer for layer in layers for info in layer.tensors.values()}
-
-    @cached_property
     def linears(self) -> tuple[str, ...]:
         """Every layer with a matrix, in the order of the model. Norms have vectors and are none."""
         names: dict[str, None] = {}
@@ -150,10 +144,12 @@ class ExpertSummary:
     @cached_property
     def rows(self) -> tuple[StoredRow, ...]:
         """Every layer of codes with its scales, and every other tensor, in the order of the model."""
+        layers = self.expert.layers.values()
+        layer_of = {info.name: layer for layer in layers for info in layer.tensors.values()}
         rows: dict[str, StoredRow] = {}
         for name in sort_names(self.expert.tensors):
             info = self.expert.tensors[name]
-            layer = self.of_layer.get(info.name)
+            layer = layer_of.get(info.name)
             if layer is None:
                 rows[name] = tensor_row(name, info)
             elif layer.name not in rows:

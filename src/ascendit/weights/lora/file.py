@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascendit.checkpoint.component import read_json
+from ascendit.checkpoint.component import EXPERTS, read_json
 from ascendit.checkpoint.reader import Shards, TensorInfo, read_header
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.weights.lora.keys import IGNORED, Key, split_key
@@ -131,21 +131,21 @@ def refused(path: Path, total: int, problems: list[Problem]) -> CheckpointError:
 def _scalings(path: Path) -> dict[str | None, Scaling]:
     """Diffusers keeps `lora_adapter_metadata` in the header, PEFT `adapter_config.json` beside the file."""
     text = _metadata(path).get("lora_adapter_metadata")
-    if text is not None:
-        try:
-            config = json.loads(text)
-        except (TypeError, ValueError, RecursionError) as e:
-            raise refused(path, 1, [Problem("lora_adapter_metadata", f"not JSON ({e})")]) from e
-        prefixes = ("transformer", "transformer_2")
-        parts = {p: _below(config, f"{p}.") for p in prefixes} if isinstance(config, dict) else {}
-        found: dict[str | None, Scaling] = {
-            prefix: _scaling(path, part) for prefix, part in parts.items() if part
-        }
-        return {None: found.get("transformer", Scaling()), **found}
-    beside = path.parent / "adapter_config.json"
-    if path.name == "adapter_model.safetensors" and beside.exists():
-        return {None: _scaling(path, read_json(beside))}
-    return {None: Scaling()}
+    if text is None:
+        beside = path.parent / "adapter_config.json"
+        is_peft = path.name == "adapter_model.safetensors" and beside.exists()
+        return {None: _scaling(path, read_json(beside)) if is_peft else Scaling()}
+    try:
+        config = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise refused(path, 1, [Problem("lora_adapter_metadata", f"not JSON ({e})")]) from e
+    scalings: dict[str | None, Scaling] = {}
+    for prefix in EXPERTS:
+        items = config.items() if isinstance(config, dict) else ()
+        part = {k.removeprefix(f"{prefix}."): v for k, v in items if k.startswith(f"{prefix}.")}
+        if part:
+            scalings[prefix] = _scaling(path, part)
+    return {None: scalings.get("transformer", Scaling()), **scalings}
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -154,10 +154,6 @@ def _metadata(path: Path) -> dict[str, Any]:
         header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
     found = header.get("__metadata__")
     return found if isinstance(found, dict) else {}
-
-
-def _below(config: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
 
 
 def _scaling(path: Path, config: dict[str, Any]) -> Scaling:
