@@ -66,9 +66,9 @@ def _inspect_part(part: Part) -> PartReport:
     if not part.has_weights:
         return PartReport(**named)
     try:
-        with Shards.of_part(part) as shards:
-            named["tensors"] = tuple(info for _, infos in shards.by_file() for info in infos)
-            named["files"] = len(shards.files)
+        shards = Shards.of_part(part)
+        named["tensors"] = tuple(shards.tensors.values())
+        named["files"] = len(shards.files)
         if part.name in EXPERTS:
             named["expert"] = read_expert(part)
     except Misfit as e:

@@ -18,12 +18,12 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascendit.checkpoint.component import EXPERTS, read_json
-from ascendit.checkpoint.reader import Shards, TensorInfo, read_header
+from ascendit.checkpoint.reader import RowReader, ShardSpec, TensorInfo, read_header
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.weights.lora.keys import IGNORED, Key, split_key
 
@@ -220,13 +220,9 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
     """Rows of a stored tensor, [stop - start, K] float64, in memory of their own."""
     import torch
 
-    stride = info.nbytes // info.shape[0]
-    begin = info.start + start * stride
-    part = replace(
-        info, shape=(stop - start, *info.shape[1:]), start=begin, end=begin + (stop - start) * stride
-    )
-    with Shards(info.file.parent, {info.name: part}, (info.file,)) as shards:
-        rows = shards.read(info.name).to(torch.float64).reshape(stop - start, -1)
+    part = ShardSpec(0, start, stop - start)
+    with RowReader() as reader:
+        rows = reader.tensor(info, part).to(torch.float64).reshape(stop - start, -1)
     if not torch.isfinite(rows).all():
         raise CheckpointError(
             f"{info.file}: {info.name} holds values that are not finite",
@@ -239,8 +235,8 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
 
 def read_number(info: TensorInfo) -> float:
     """The one number of a tensor with one element, such as `alpha`."""
-    with Shards(info.file.parent, {info.name: info}, (info.file,)) as shards:
-        return float(shards.read(info.name).item())
+    with RowReader() as reader:
+        return float(reader.tensor(info).item())
 
 
 def _matrix(tensors: Mapping[str, TensorInfo], whole: str, left: str, right: str) -> Rows:
