@@ -71,9 +71,10 @@ def from_nz(t: Tensor) -> Tensor:
     straight = tuple(t.shape) == tag.shape and stride == shape
     require(
         t.storage_offset() == 0 and t.element_size() == tag.itemsize and (straight or transposed),
-        f"a view {tuple(t.shape)} with strides {stride} of a FRACTAL_NZ tensor {tag.shape}",
-        needs="the whole tensor, or its transpose(-2, -1)",
-        fix="slice and reshape before npu_format_cast; keep the plain weight if you need parts of it",
+        "nz.part",
+        t=t,
+        stride=stride,
+        tag=tag,
     )
     raw = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
     wide, high = -(-columns * tag.itemsize // _BYTES), -(-rows // _ROWS)

@@ -70,18 +70,15 @@ class Signature:
             what = (
                 f"Unknown keyword argument '{unknown[0]}'" if unknown else f"{len(args)} positional arguments"
             )
-            refuse(
-                f"{what} for operator '{self.qualified}'. Schema: {self.text}",
-                needs=f"at most {self.positional} without a name, then {', '.join(self.names) or 'nothing'}",
-                fix="spell the arguments as the schema does",
-            )
+            refuse("call.surplus", what=what, self=self, names=", ".join(self.names) or "nothing")
         bound = {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
         missing = [n for n in self.names if n not in bound]
         if missing:
             refuse(
-                f"{self.qualified}() is missing value for argument '{missing[0]}'. Schema: {self.text}",
-                needs=", ".join(n for n in self.names if n not in self.defaults),
-                fix="give the missing arguments",
+                "call.missing",
+                self=self,
+                missing=missing,
+                required=[n for n in self.names if n not in self.defaults],
             )
         return bound
 
@@ -91,11 +88,7 @@ def signature(name: str) -> Signature:
     """The signature of an operator by its name, `npu_rms_norm` or `mindiesd::adaln`."""
     namespace, rest = split(name)
     if namespace not in VERSIONS or rest not in frozen(namespace):
-        refuse(
-            f"operator {name}",
-            needs="a name of torch_npu 2.13.0 or, with mindiesd::, of MindIE-SD 3.1.0",
-            fix="check the spelling; the schemas are in ascendit/twin/data",
-        )
+        refuse("call.name", name=name)
     parsed = torch._C.parse_schema(frozen(namespace)[rest])
     arguments = parsed.arguments
     return Signature(
@@ -196,11 +189,7 @@ def fake(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 def refuse_uncomputed(name: str) -> None:
     """An operator of the frozen schemas that the twin does not compute."""
     namespace, rest = split(name)
-    refuse(
-        f"torch.ops.{namespace}.{rest} is defined but not computed by the twin",
-        needs="one of " + ", ".join(sorted(OPERATORS)),
-        fix="write this part with one of them or with plain PyTorch, or run it on a card",
-    )
+    refuse("call.uncomputed", namespace=namespace, rest=rest, computed=sorted(OPERATORS))
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

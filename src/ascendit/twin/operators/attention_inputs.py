@@ -41,16 +41,11 @@ def _axis(t: Tensor, layout: str, name: str) -> int | None:
 def sizes(q: Tensor, k: Tensor, v: Tensor, layout: str, heads: int, kv_heads: int) -> Sizes:
     """Refuses shapes that do not fit the layout and the numbers of heads."""
     if layout not in _LAYOUTS:
-        refuse(f"Layout {layout} is not supported!", needs=", ".join(_LAYOUTS), fix='"BNSD"')
-    require(heads > 0, f"numHeads should be greater than 0, but got {heads}", needs="heads", fix="q.shape[1]")
+        refuse("attention.layout", layout=layout, layouts=_LAYOUTS)
+    require(heads > 0, "attention.heads", heads=heads)
     kv = kv_heads or heads
     for name, t in (("query", q), ("key", k), ("value", v)):
-        require(
-            t.dim() == len(layout),
-            f"Layout {layout}, {name}Dims({t.dim()}) must be {len(layout)}!",
-            needs=f"{name} {layout}",
-            fix="name the layout that the tensors have",
-        )
+        require(t.dim() == len(layout), "attention.axes", layout=layout, name=name, t=t, axes=len(layout))
     per_head = "H" not in layout
     found = _axis(q, layout, "N") if per_head else heads
     found_kv = _axis(k, layout, "N") if per_head else kv
@@ -59,9 +54,12 @@ def sizes(q: Tensor, k: Tensor, v: Tensor, layout: str, heads: int, kv_heads: in
         and heads % kv == 0
         and (found_kv == kv or not kv_heads)
         and heads % (found_kv or 1) == 0,
-        f"head_num={heads} (keys {kv}) for query {tuple(q.shape)}, key {tuple(k.shape)} in {layout}",
-        needs="head_num = the N axis of the query, a multiple of that of the keys",
-        fix="pass the number of heads, not the head size",
+        "attention.head_num",
+        heads=heads,
+        kv=kv,
+        q=q,
+        k=k,
+        layout=layout,
     )
     kv = found_kv or kv
     tokens = "T" if "T" in layout else "S"
@@ -70,9 +68,11 @@ def sizes(q: Tensor, k: Tensor, v: Tensor, layout: str, heads: int, kv_heads: in
     b = _axis(q, layout, "B") or 1
     require(
         d == dk >= dv and keys == values and (_axis(k, layout, "B") or 1) == b,
-        f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)} in {layout}",
-        needs="one batch, keys as many as values, head sizes of query and key equal",
-        fix="check the layout",
+        "attention.shapes",
+        q=q,
+        k=k,
+        v=v,
+        layout=layout,
     )
     return Sizes(b, heads, kv, s, keys, d, dv)
 
@@ -103,31 +103,16 @@ def shape_of(z: Sizes, layout: str) -> tuple[int, ...]:
 
 def check_attention_scale(name: str, value: float, default: float, d: int) -> None:
     """The default of these operators is never what attention means."""
-    require(
-        value != default or d == 1,
-        f"{name}={value:g}, which is its default",
-        needs=f"the softmax scale, {d}^-0.5 = {d**-0.5:.6g} for heads of {d}",
-        fix=f"{name}=q.shape[-1] ** -0.5; if the query is scaled already, undo that and pass the scale",
-    )
+    require(value != default or d == 1, "attention.scale", name=name, value=value, d=d, root=d**-0.5)
 
 
 def check_mask(mask: Tensor | None, z: Sizes, dtypes: tuple[torch.dtype, ...]) -> None:
     """dtype and shape. An additive mask is refused: this one says which keys to leave out."""
     if mask is None:
         return
-    require(
-        mask.dtype in dtypes,
-        f"atten_mask of {mask.dtype}",
-        needs=" or ".join(map(str, dtypes)) + ", True = masked out",
-        fix="atten_mask=~keep for a mask as F.scaled_dot_product_attention has it, True where keys are kept",
-    )
+    require(mask.dtype in dtypes, "attention.mask_dtype", mask=mask, dtypes=dtypes)
     shapes = [(z.s, z.keys), *((b, n, z.s, z.keys) for b in (1, z.b) for n in (1, z.n)), (z.b, z.s, z.keys)]
-    require(
-        tuple(mask.shape) in shapes,
-        f"atten_mask {tuple(mask.shape)} for {z.s} queries and {z.keys} keys",
-        needs=f"{(z.s, z.keys)}, or with [B, 1] or [B, N] before it",
-        fix="keep[:, None, None, :].expand(B, 1, Sq, Skv) for a mask of keys; it has no axis to broadcast",
-    )
+    require(tuple(mask.shape) in shapes, "attention.mask_shape", mask=mask, z=z)
 
 
 def masked_out(mask: Tensor | None, z: Sizes) -> Tensor | None:
@@ -136,12 +121,7 @@ def masked_out(mask: Tensor | None, z: Sizes) -> Tensor | None:
         return None
     out = mask.to(torch.bool)
     out = out.unsqueeze(1) if out.dim() == 3 else out
-    require(
-        not bool(out.all(-1).any()),
-        "atten_mask leaves no key for some query",
-        needs="True where a key is masked OUT: the opposite of F.scaled_dot_product_attention",
-        fix="atten_mask=~keep",
-    )
+    require(not bool(out.all(-1).any()), "attention.mask_row")
     return out
 
 
@@ -151,9 +131,9 @@ def by_length(z: Sizes, lengths: Sequence[int] | None) -> Tensor | None:
         return None
     require(
         len(lengths) in (1, z.b) and all(0 < n <= z.keys for n in lengths),
-        f"actual sequence lengths {list(lengths)} for a batch of {z.b} with {z.keys} keys",
-        needs="one length for each sample",
-        fix="[k.shape[2]] * batch",
+        "attention.lengths",
+        lengths=lengths,
+        z=z,
     )
     each = torch.tensor(list(lengths)).expand(z.b)
     return torch.arange(z.keys) >= each[:, None, None, None]
@@ -164,19 +144,17 @@ def pieces(
 ) -> list[tuple[slice, slice]]:
     """The sequences of a packed batch, from cumulative lengths without a leading zero."""
     require(
-        bool(ends_q) and bool(ends_kv) and len(ends_q or ()) == len(ends_kv or ()),
-        "the size of actual_seq_qlen and actual_seq_kvlen must be the same and cannot be empty.",
-        needs="cumulative lengths of queries and keys, without a leading 0",
-        fix="actual_seq_qlen=cu_seqlens_q[1:].tolist()",
+        bool(ends_q) and bool(ends_kv) and len(ends_q or ()) == len(ends_kv or ()), "attention.packed_lengths"
     )
     assert ends_q is not None and ends_kv is not None
     for name, ends, total in (("q", ends_q, z.s), ("kv", ends_kv, z.keys)):
         steps = [b - a for a, b in zip([0, *ends], ends, strict=False)]
         require(
             min(steps) >= (0 if name == "kv" else 1) and ends[-1] == total,
-            f"actual_seq_{name}len={list(ends)} for {total} tokens",
-            needs=f"rising numbers that end at {total}, without a leading 0",
-            fix="cu_seqlens[1:], not cu_seqlens and not the single lengths",
+            "attention.packed_ends",
+            name=name,
+            ends=ends,
+            total=total,
         )
     starts_q, starts_kv = [0, *ends_q], [0, *ends_kv]
     return [

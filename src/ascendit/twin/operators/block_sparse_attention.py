@@ -23,23 +23,17 @@ def _spread(mask: Tensor, z: core.Sizes, rows: int, columns: int) -> Tensor:
 def _check_blocks(mask: Tensor | None, z: core.Sizes, block_shape: list[int]) -> None:
     require(
         len(block_shape) >= 2 and block_shape[1] % 128 == 0 and block_shape[0] > 0,
-        f"block_shape[1] (blockShapeY) must be a multiple of 128, got {list(block_shape)}",
-        needs="block_shape=[128, 128]",
-        fix="block_shape=[128, 128]",
+        "sparse.block_shape",
+        block_shape=block_shape,
     )
     wanted = (z.b, z.n, -(-z.s // block_shape[0]), -(-z.keys // block_shape[1]))
     require(
         mask is None or (tuple(mask.shape) == wanted and mask.dtype == torch.int8),
-        f"block_sparse_mask {mask is not None and (tuple(mask.shape), mask.dtype)}",
-        needs=f"{wanted} of int8, 1 = compute",
-        fix="the last block may be short, but it is a block",
+        "sparse.mask",
+        mask=mask,
+        wanted=wanted,
     )
-    require(
-        z.d in (64, 128),
-        f"head size {z.d}",
-        needs="64 or 128",
-        fix="use npu_fusion_attention for other heads",
-    )
+    require(z.d in (64, 128), "sparse.head_size", z=z)
 
 
 def _sparse(
@@ -47,12 +41,7 @@ def _sparse(
 ) -> tuple[Tensor, Tensor]:
     """float32 output [B, N, S, D] and lse [B, N, S, 1]."""
     hidden = None if mask is None else _spread(mask, z, block_shape[0], block_shape[1])
-    require(
-        hidden is None or not bool(hidden.all(-1).any()),
-        "block_sparse_mask has a row of zeros",
-        needs="at least one block of keys for each block of queries",
-        fix="keep the diagonal and the first frame",
-    )
+    require(hidden is None or not bool(hidden.all(-1).any()), "sparse.empty_row")
     out, top, total = core.attend(q, k, v, scale, hidden)
     return out, (top + torch.log(total)).unsqueeze(-1)
 
@@ -60,17 +49,12 @@ def _sparse(
 def _lengths(a: dict[str, Any]) -> None:
     require(
         a["q_input_layout"] == a["kv_input_layout"] == "BNSD",
-        f"layouts {a['q_input_layout']}, {a['kv_input_layout']}",
-        needs="BNSD for both: the twin has no packed sparse attention; the default is TND",
-        fix='q_input_layout="BNSD", kv_input_layout="BNSD"',
+        "sparse.layouts",
+        q_layout=a["q_input_layout"],
+        kv_layout=a["kv_input_layout"],
     )
     given = [a["actual_seq_lengths"], a["actual_seq_lengths_kv"]]
-    require(
-        all(n is None for n in given),
-        "actual_seq_lengths given",
-        needs="none with BNSD",
-        fix="leave them out",
-    )
+    require(all(n is None for n in given), "sparse.lengths")
 
 
 @operator("npu_block_sparse_attention")
@@ -91,9 +75,9 @@ def npu_block_sparse_attention(
     _check_blocks(block_sparse_mask, z, block_shape)
     require(
         query.dtype in HALF_DTYPES and (query.dtype != torch.bfloat16 or inner_precise == 0),
-        f"when query/key/value are bfloat16, inner_precise must be 0, got {inner_precise} ({query.dtype})",
-        needs="inner_precise=0 with bfloat16; the default is 1",
-        fix="inner_precise=0",
+        "sparse.inner_precise",
+        inner_precise=inner_precise,
+        query=query,
     )
     core.check_attention_scale("scale_value", scale_value, 0.0, z.d)
     yield Out(core.shape_of(z, "BNSD"), query.dtype), Out((z.b, z.n, z.s, 1), torch.float32)
@@ -122,18 +106,14 @@ def block_sparse_attention(
     _check_blocks(block_sparse_mask, z, block_shape)
     fp8 = query.dtype == torch.float8_e4m3fn
     given = [q_dequant_scale, k_dequant_scale, v_dequant_scale]
-    require(
-        inner_precise == 4,
-        f"inner_precise={inner_precise} on {current_chip()}",
-        needs="4, the only one on a5; the default is 0",
-        fix="inner_precise=4",
-    )
+    require(inner_precise == 4, "sparse.inner_precise_a5", inner_precise=inner_precise, chip=current_chip())
     require(
         (fp8 and all(s is not None for s in given) and block_shape[1] % 256 == 0)
         or (query.dtype in HALF_DTYPES and all(s is None for s in given)),
-        f"query of {query.dtype}, block_shape {list(block_shape)}, scales {[s is not None for s in given]}",
-        needs="bfloat16 without scales, or FP8 with three block scales and blocks of 256 keys",
-        fix="block_shape=[128, 256] with FP8",
+        "sparse.fp8",
+        query=query,
+        block_shape=block_shape,
+        scaled=[s is not None for s in given],
     )
     core.check_attention_scale("scale_value", scale_value, 1.0, z.d)
     dtype = torch.bfloat16 if fp8 else query.dtype
@@ -168,23 +148,25 @@ def rainfusionattention(
     """
     require(
         q_input_layout == kv_input_layout == "TND" and rest["attn_mask"] is None,
-        f"layouts {q_input_layout}, {kv_input_layout}, attn_mask {rest['attn_mask'] is not None}",
-        needs="TND without a mask",
-        fix="q.flatten(0, 1) for [1, S, N, D]",
+        "sparse.rain_layouts",
+        q_input_layout=q_input_layout,
+        kv_input_layout=kv_input_layout,
+        masked=rest["attn_mask"] is not None,
     )
     z = core.sizes(query, key, value, "TND", head_num, 0)
     require(
         [list(n or [z.s]) for n in (actual_seq_qlen, actual_seq_kvlen)] == [[z.s], [z.keys]] or z.s != z.keys,
-        f"actual_seq_qlen={actual_seq_qlen}",
-        needs="one sequence",
-        fix="call it once for each sample",
+        "sparse.rain_lengths",
+        actual_seq_qlen=actual_seq_qlen,
     )
     blocks = (-(-z.s // blockshape[0]), z.n, -(-z.keys // blockshape[1]))
     require(
         tuple(select_idx.shape) == blocks and tuple(select_num_idx.shape) == blocks[:2],
-        f"select_idx {tuple(select_idx.shape)}, select_num_idx {tuple(select_num_idx.shape)}",
-        needs=f"{blocks} and {blocks[:2]}",
-        fix="indices per block of queries and head",
+        "sparse.rain_index",
+        select_idx=select_idx,
+        select_num_idx=select_num_idx,
+        blocks=blocks,
+        rows=blocks[:2],
     )
     core.check_attention_scale("scale", scale, 1.0, z.d)
     yield Out(tuple(query.shape), query.dtype), Out((z.s, z.n, 1), torch.float32)

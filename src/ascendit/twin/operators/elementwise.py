@@ -23,23 +23,20 @@ def _rstd(x: Tensor, gamma: Tensor) -> Out:
 
 
 def _check_gamma(x: Tensor, gamma: Tensor, wide: bool) -> None:
-    require(
-        x.dtype in FLOAT_DTYPES and 1 <= gamma.dim() <= x.dim(),
-        f"input {tuple(x.shape)} of {x.dtype}, gamma {tuple(gamma.shape)}",
-        needs="float16, bfloat16 or float32",
-        fix="gamma has the last axes of the input",
-    )
+    require(x.dtype in FLOAT_DTYPES and 1 <= gamma.dim() <= x.dim(), "norm.gamma", x=x, gamma=gamma)
     require(
         tuple(gamma.shape) == tuple(x.shape[x.dim() - gamma.dim() :]),
-        f"gamma {tuple(gamma.shape)} for an input {tuple(x.shape)}",
-        needs=f"gamma {tuple(x.shape[x.dim() - gamma.dim() :])}",
-        fix="Wan normalizes over all heads: apply it before the heads are split",
+        "norm.gamma_shape",
+        gamma=gamma,
+        x=x,
+        last=x.shape[x.dim() - gamma.dim() :],
     )
     require(
         gamma.dtype == x.dtype or (wide and gamma.dtype == torch.float32),
-        f"gamma of {gamma.dtype} for an input of {x.dtype}",
-        needs=f"{x.dtype}" + (" or float32" if wide else ""),
-        fix="gamma.to(x.dtype)",
+        "norm.gamma_dtype",
+        gamma=gamma,
+        x=x,
+        wider=" or float32" if wide else "",
     )
 
 
@@ -79,32 +76,17 @@ def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float) -> I
 
 
 def _check_pair(x1: Tensor, x2: Tensor) -> None:
-    require(
-        x1.shape == x2.shape and x1.dtype == x2.dtype,
-        f"x1 {tuple(x1.shape)} of {x1.dtype}, x2 {tuple(x2.shape)} of {x2.dtype}",
-        needs="two tensors of one shape and dtype",
-        fix="x2.to(x1.dtype)",
-    )
+    require(x1.shape == x2.shape and x1.dtype == x2.dtype, "norm.pair", x1=x1, x2=x2)
 
 
 def _mx_rule(x: Tensor, gamma: Tensor, scale_alg: int, round_mode: str, dst_type: int) -> Any:
-    require(
-        x.dtype in HALF_DTYPES,
-        f"input of {x.dtype}",
-        needs="float16 or bfloat16",
-        fix="cast the activation to bfloat16",
-    )
+    require(x.dtype in HALF_DTYPES, "norm.half_input", x=x)
     _check_gamma(x, gamma, wide=True)
     target = mx_quantize.target_of(dst_type)
     axis = mx_quantize.check_input(x, -1, target)
     rule = ScaleRule(scale_alg, round_mode)
     mx_quantize.check_rule(rule, target, x.dtype)
-    require(
-        scale_alg < 2,
-        f"scale_alg={scale_alg}",
-        needs="0, or 1 with FP8",
-        fix="npu_rms_norm and then npu_dynamic_mx_quant(scale_alg=2)",
-    )
+    require(scale_alg < 2, "norm.scale_alg", scale_alg=scale_alg)
     return target, axis, rule
 
 
@@ -176,16 +158,18 @@ def check_layer(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: 
     """The last axes of x are `shape`; weight and bias have them too."""
     require(
         x.dtype in FLOAT_DTYPES and 0 < len(shape) <= x.dim() and tuple(x.shape[-len(shape) :]) == shape,
-        f"normalized_shape {list(shape)} for an input {tuple(x.shape)} of {x.dtype}",
-        needs="the last axes of the input, in floating point",
-        fix="normalized_shape=[x.shape[-1]]",
+        "norm.normalized_shape",
+        shape=shape,
+        x=x,
     )
     for name, tensor in (("weight", weight), ("bias", bias)):
         require(
             tensor is None or (tuple(tensor.shape) == shape and tensor.dtype in (x.dtype, torch.float32)),
-            f"{name} {tensor is not None and (tuple(tensor.shape), tensor.dtype)}",
-            needs=f"{shape} of {x.dtype} or float32",
-            fix=f"{name}.to(x.dtype)",
+            "norm.weights",
+            name=name,
+            tensor=tensor,
+            shape=shape,
+            x=x,
         )
 
 
@@ -217,24 +201,14 @@ def npu_add_layer_norm(
 
 
 def _float(x: Tensor) -> None:
-    require(
-        x.dtype in FLOAT_DTYPES,
-        f"input of {x.dtype}",
-        needs="floating point",
-        fix="cast the activation to bfloat16",
-    )
+    require(x.dtype in FLOAT_DTYPES, "norm.float_input", x=x)
 
 
 @operator("npu_gelu")
 def npu_gelu(self: Tensor, approximate: str) -> Iterator[Any]:
     """Exact (`none`) or tanh, on every chip; F.gelu is tanh on a2 and a3 whatever it is told."""
     _float(self)
-    require(
-        approximate in ("none", "tanh"),
-        f"approximate={approximate!r}",
-        needs="none or tanh",
-        fix='approximate="tanh" for Wan',
-    )
+    require(approximate in ("none", "tanh"), "norm.approximate", approximate=approximate)
     yield Out(tuple(self.shape), self.dtype)
     yield cpu_kernels.gelu(self, approximate)
 
@@ -260,18 +234,8 @@ def npu_silu(self: Tensor) -> Iterator[Any]:
 
 def _halves(x: Tensor, dim: int) -> tuple[int, ...]:
     _float(x)
-    require(
-        1 <= x.dim() <= 8 and -x.dim() <= dim < x.dim(),
-        f"attribute [dim] out of range [-{x.dim()}, {x.dim() - 1}]",
-        needs="an axis of the input",
-        fix="dim=-1",
-    )
-    require(
-        x.shape[dim] % 2 == 0,
-        f"x shape: {list(x.shape)}. Dim [{dim}] of x should be divisible by 2, but get [{x.shape[dim]}]",
-        needs="an even axis",
-        fix="the two halves are gate and value",
-    )
+    require(1 <= x.dim() <= 8 and -x.dim() <= dim < x.dim(), "norm.dim", x=x, last=x.dim() - 1)
+    require(x.shape[dim] % 2 == 0, "norm.odd_dim", x=x, dim=dim, size=x.shape[dim])
     at = dim % x.dim()
     return (*x.shape[:at], x.shape[at] // 2, *x.shape[at + 1 :])
 
@@ -287,12 +251,7 @@ def npu_swiglu(self: Tensor, dim: int) -> Iterator[Any]:
 @operator("npu_geglu")
 def npu_geglu(self: Tensor, dim: int, approximate: int, activate_left: bool) -> Iterator[Any]:
     """(value x gelu(gate), gelu(gate)); the gate is the second half unless `activate_left`."""
-    require(
-        approximate in (0, 1),
-        f"approximate={approximate}",
-        needs="0 (exact) or 1 (tanh)",
-        fix="leave approximate out",
-    )
+    require(approximate in (0, 1), "norm.geglu_approximate", approximate=approximate)
     half = Out(_halves(self, dim), self.dtype)
     yield half, half
     a, b = self.to(torch.float32).chunk(2, dim)

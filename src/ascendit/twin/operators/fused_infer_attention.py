@@ -39,19 +39,9 @@ def _attention(
     layout = input_layout.partition("_")[0]
     layout_out = _OUTPUTS.get(input_layout, layout)
     for name, t in (("query", q), ("key", k), ("value", v)):
-        require(
-            t.is_contiguous(),
-            f"{name} {tuple(t.shape)} with strides {tuple(t.stride())}",
-            needs="contiguous query, key and value",
-            fix=f"{name}.contiguous()",
-        )
+        require(t.is_contiguous(), "infer.strides", name=name, t=t, strides=t.stride())
     z = core.sizes(q, k, v, layout, heads, kv_heads)
-    require(
-        z.d <= 512 and z.d % 16 == 0 and z.n <= 256 and z.b <= 65536,
-        f"batch {z.b}, {z.n} heads of {z.d}",
-        needs="heads of at most 512, a multiple of 16; at most 256 heads",
-        fix="pad the heads to 16",
-    )
+    require(z.d <= 512 and z.d % 16 == 0 and z.n <= 256 and z.b <= 65536, "infer.sizes", z=z)
     core.check_attention_scale(scale_name, scale, 1.0, z.d)
     core.check_mask(mask, z, _MASKS)
     packed = "T" in layout
@@ -73,21 +63,11 @@ def _attention(
 
 def _unused(given: dict[str, Any], allowed: tuple[str, ...] = ()) -> None:
     extra = [n for n, v in given.items() if v is not None and n not in allowed and not n.endswith("_dtype")]
-    require(
-        not extra,
-        f"{', '.join(extra)} given",
-        needs="none of them: the twin does not compute them",
-        fix="leave them out",
-    )
+    require(not extra, "infer.unused", extra=extra)
 
 
 def _same_dtype(q: Tensor, k: Tensor, v: Tensor) -> None:
-    require(
-        q.dtype == k.dtype == v.dtype and q.dtype in HALF_DTYPES,
-        f"query of {q.dtype}, key of {k.dtype}, value of {v.dtype}",
-        needs="one dtype, float16 or bfloat16; FP8 with its quant modes and scales",
-        fix="q.to(torch.bfloat16)",
-    )
+    require(q.dtype == k.dtype == v.dtype and q.dtype in HALF_DTYPES, "infer.dtypes", q=q, k=k, v=v)
 
 
 @operator("npu_fused_infer_attention_score")
@@ -125,12 +105,7 @@ def _windows(a: dict[str, Any]) -> tuple[int, int]:
 
 
 def _sparse(mode: int) -> None:
-    require(
-        mode in (0, 1),
-        f"sparse_mode={mode}",
-        needs="0 or 1: the twin has no compressed causal masks",
-        fix="sparse_mode=0",
-    )
+    require(mode in (0, 1), "infer.sparse_mode", mode=mode)
 
 
 def _second(name: str, query: Tensor, key: Tensor, value: Tensor, a: dict[str, Any]) -> Iterator[Any]:
@@ -150,12 +125,7 @@ def _second(name: str, query: Tensor, key: Tensor, value: Tensor, a: dict[str, A
         decode = _decoder(modes, [a[n] for n in scaled], a)
     else:
         _same_dtype(query, key, value)
-        require(
-            modes == (0, 0, 0),
-            f"quant modes {modes} for {query.dtype}",
-            needs="float8_e4m3fn query, key and value",
-            fix="leave the modes out",
-        )
+        require(modes == (0, 0, 0), "infer.modes_without_codes", modes=modes, query=query)
     yield from _attention(
         query,
         key,
@@ -178,16 +148,16 @@ def _decoder(modes: tuple[int, ...], given: list[Any], a: dict[str, Any]) -> Any
     """Codes to numbers; the probabilities stay float32, which the card may quantize (not documented)."""
     require(
         modes in ((7, 7, 7), (6, 6, 8)) and all(isinstance(s, Tensor) for s in given),
-        f"quant modes {modes}, scales for {[isinstance(s, Tensor) for s in given]}",
-        needs="7, 7, 7 with scales of npu_dynamic_block_quant, or 6, 6, 8 with MX scales",
-        fix="pass dequant_scale_query, dequant_scale_key and dequant_scale_value",
+        "infer.modes",
+        modes=modes,
+        scaled=[isinstance(s, Tensor) for s in given],
     )
     if modes == (7, 7, 7):
         require(
             a["input_layout"].startswith("BNSD") and all(s.dim() == 4 and s.shape[0] == 1 for s in given),
-            f"block scales {[tuple(s.shape) for s in given]} in {a['input_layout']}",
-            needs="BNSD with a batch of 1, scales [1, N, blocks, D / 128]",
-            fix="npu_dynamic_block_quant(q.squeeze(0), ...), then unsqueeze(0)",
+            "infer.block_scales",
+            shapes=[tuple(s.shape) for s in given],
+            layout=a["input_layout"],
         )
         return lambda *qkv: [times_block_scales(t, s) for t, s in zip(qkv, given, strict=True)]
     require(
@@ -196,9 +166,8 @@ def _decoder(modes: tuple[int, ...], given: list[Any], a: dict[str, Any]) -> Any
             a[f"{n}_dtype"] == contract.SCALE_E8M0
             for n in ("dequant_scale_query", "dequant_scale_key", "dequant_scale_value")
         ),
-        f"MX scales in {a['input_layout']}",
-        needs="TND, and dequant_scale_*_dtype=torch_npu.float8_e8m0fnu",
-        fix="pass the dtype of the scales: they are uint8",
+        "infer.mx_scales",
+        layout=a["input_layout"],
     )
     element = mx_quantize.TARGETS[contract.FP8_E4M3].element
     return lambda q, k, v: [

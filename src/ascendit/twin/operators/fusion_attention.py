@@ -16,25 +16,10 @@ _MASKS = (torch.bool, torch.uint8)
 
 
 def _inference(keep_prob: float, sparse_mode: int, given: dict[str, Any]) -> None:
-    require(
-        keep_prob == 1.0,
-        f"keep_prob={keep_prob:g}",
-        needs="1.0: the twin has no dropout",
-        fix="leave keep_prob out",
-    )
-    require(
-        sparse_mode in (0, 1),
-        f"sparse_mode={sparse_mode}",
-        needs="0 or 1 (the mask as it is given): the twin has no compressed causal masks",
-        fix="sparse_mode=0 with atten_mask, or no mask for full attention",
-    )
+    require(keep_prob == 1.0, "fusion.keep_prob", keep_prob=keep_prob)
+    require(sparse_mode in (0, 1), "fusion.sparse_mode", sparse_mode=sparse_mode)
     extra = [name for name, value in given.items() if value is not None]
-    require(
-        not extra,
-        f"{', '.join(extra)} given",
-        needs="none of them: the twin does not compute them",
-        fix="leave them out",
-    )
+    require(not extra, "infer.unused", extra=extra)
 
 
 @operator("npu_fusion_attention")
@@ -60,20 +45,16 @@ def npu_fusion_attention(
     given = {n: rest[n] for n in ("prefix", "sink", "dropout_mask")}
     _inference(keep_prob, sparse_mode, {"pse": pse, "padding_mask": padding_mask, **given})
     layout = input_layout.upper()
-    require(
-        layout in ("BSH", "SBH", "BNSD", "BSND", "TND"),
-        f"The input_layout should be BSH/SBH/BNSD/BSND/TND(case-insensitive), but got {input_layout}",
-        needs="one of them",
-        fix='"BNSD"',
-    )
+    require(layout in ("BSH", "SBH", "BNSD", "BSND", "TND"), "fusion.layout", input_layout=input_layout)
     require(
         query.dtype == key.dtype == value.dtype and query.dtype in FLOAT_DTYPES,
-        f"query of {query.dtype}, key of {key.dtype}, value of {value.dtype}",
-        needs="one dtype, float16, bfloat16 or float32",
-        fix="k.to(q.dtype)",
+        "fusion.dtypes",
+        query=query,
+        key=key,
+        value=value,
     )
     z = core.sizes(query, key, value, layout, head_num, 0)
-    require(z.d <= 768, f"head size {z.d}", needs="at most 768", fix="split the heads")
+    require(z.d <= 768, "fusion.head_size", z=z)
     core.check_attention_scale("scale", scale, 1.0, z.d)
     core.check_mask(atten_mask, z, _MASKS)
     runs = core.pieces(z, actual_seq_qlen, actual_seq_kvlen) if layout == "TND" else None
@@ -117,19 +98,15 @@ def npu_prompt_flash_attention(
     layout, _, layout_out = input_layout.partition("_")
     require(
         query.dtype == key.dtype == value.dtype and query.dtype in HALF_DTYPES,
-        f"query of {query.dtype}, key of {key.dtype}, value of {value.dtype}",
-        needs="one dtype, float16 or bfloat16",
-        fix="q.to(torch.bfloat16)",
+        "fusion.prompt_dtypes",
+        query=query,
+        key=key,
+        value=value,
     )
     z = core.sizes(query, key, value, layout, num_heads, num_key_value_heads)
     core.check_attention_scale("scale_value", scale_value, 1.0, z.d)
     core.check_mask(atten_mask, z, (torch.bool, torch.uint8, torch.int8))
-    require(
-        actual_seq_lengths is None and layout != "TND",
-        "actual_seq_lengths given",
-        needs="none: the twin takes whole sequences",
-        fix="use npu_fusion_attention with TND",
-    )
+    require(actual_seq_lengths is None and layout != "TND", "fusion.prompt_lengths")
     yield Out(core.shape_of(z, layout_out or layout), query.dtype)
     q, k, v = (core.to_bnsd(t, layout, h) for t, h in ((query, z.n), (key, z.kv), (value, z.kv)))
     hidden = core.masked_out(atten_mask, z)
@@ -144,9 +121,10 @@ def npu_attention_update(lse: list[Tensor], local_out: list[Tensor], update_type
     """Merge partial attention: outputs weighted by exp(lse). lse [T, N or 1], outputs [T, D]; (out, lse)."""
     require(
         len(lse) == len(local_out) > 0 and update_type in (0, 1),
-        f"{len(lse)} lse, {len(local_out)} outputs, update_type={update_type}",
-        needs="as many of one as of the other",
-        fix="update_type=1 gives the merged lse too",
+        "fusion.update_counts",
+        count=len(lse),
+        outputs=len(local_out),
+        update_type=update_type,
     )
     yield Out(tuple(local_out[0].shape), local_out[0].dtype), Out(tuple(lse[0].shape), lse[0].dtype)
     stacked = torch.stack([t.to(torch.float32) for t in lse])
@@ -173,17 +151,10 @@ def npu_ring_attention_update(
     input_softmax_layout: str,
 ) -> Iterator[Any]:
     """Merge two results of npu_fusion_attention: outputs SBH, maxima and sums [B, N, S, 8]."""
-    require(
-        input_layout in ("SBH", "TND"),
-        f"input_layout only supports 'SBH' or 'TND', but got {input_layout}.",
-        needs="SBH or TND",
-        fix="out.permute(2, 0, 1, 3).flatten(2) for BNSD",
-    )
+    require(input_layout in ("SBH", "TND"), "fusion.ring_layout", input_layout=input_layout)
     require(
         prev_attn_out.shape == cur_attn_out.shape and prev_attn_out.dtype == cur_attn_out.dtype,
-        "prev_attn_out and cur_attn_out must have the same shape.",
-        needs="two results of one attention",
-        fix="both from the same query",
+        "fusion.ring_shapes",
     )
     softmax = Out(tuple(prev_softmax_max.shape), torch.float32)
     yield Out(tuple(prev_attn_out.shape), prev_attn_out.dtype), softmax, softmax

@@ -21,21 +21,19 @@ def _modulation(t: Tensor, x: Tensor) -> Tensor:
 
 
 def _check_adaln(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    require(2 <= x.dim() <= 8, f"x {tuple(x.shape)}", needs="[B, S, H]", fix="x.unsqueeze(0)")
+    require(2 <= x.dim() <= 8, "mindie.x", x=x)
     lead, h = tuple(x.shape[:-2]), x.shape[-1]
     for name, t in (("scale", scale), ("shift", shift)):
         require(
             tuple(t.shape) in ((*lead, h), (*lead, 1, h)),
-            f"{name} {tuple(t.shape)} for x {tuple(x.shape)}",
-            needs=f"{(*lead, h)} or {(*lead, 1, h)}: one row a sample, not one a token",
-            fix="split tokens of different timesteps, or view them as samples of one token",
+            "mindie.rows",
+            name=name,
+            t=t,
+            x=x,
+            row=(*lead, h),
+            rows=(*lead, 1, h),
         )
-        require(
-            t.dtype == x.dtype,
-            f"{name} of {t.dtype} for x of {x.dtype}",
-            needs=f"{x.dtype}",
-            fix=f"{name}.to(x.dtype), once for each step",
-        )
+        require(t.dtype == x.dtype, "mindie.row_dtype", name=name, t=t, x=x)
     elementwise.check_layer(x, (h,), weight, bias)
 
 
@@ -64,9 +62,10 @@ def adaln(
     for name, t in (("weight", weight), ("bias", bias)):
         require(
             t is None or t.dtype == x.dtype,
-            f"{name} of {t is not None and t.dtype} for x of {x.dtype}",
-            needs=f"{x.dtype}: only adaln_v2 takes float32",
-            fix=f"{name}.to(x.dtype)",
+            "mindie.weight_dtype",
+            name=name,
+            dtype=t is not None and t.dtype,
+            x=x,
         )
     yield Out(tuple(x.shape), x.dtype)
     yield _adaln(x, scale, shift, weight, bias, epsilon)[0]
@@ -98,12 +97,7 @@ def layernorm(
     impl_mode: int,
 ) -> Iterator[Any]:
     """(out, mean, rstd) in the dtype of the input. impl_mode 0 is precise; 1 (fast), 2 (float16) do as 0."""
-    require(
-        impl_mode in (0, 1, 2),
-        f"impl_mode={impl_mode}",
-        needs="0 precise, 1 fast, 2 float16",
-        fix="impl_mode=0",
-    )
+    require(impl_mode in (0, 1, 2), "mindie.impl_mode", impl_mode=impl_mode)
     shape = tuple(normalized_shape)
     elementwise.check_layer(input, shape, weight, bias)
     row = Out((*input.shape[: input.dim() - len(shape)], *[1] * len(shape)), input.dtype)
@@ -140,23 +134,12 @@ def la(
     """
     require(
         atten_mask is alibi_mask is drop_mask is None and input_layout == "BNSD" and keep_prob == 1.0,
-        f"a mask, or input_layout={input_layout!r}",
-        needs="BNSD, no masks: MindIE-SD drops them in silence",
-        fix="use npu_fusion_attention with a mask",
+        "mindie.la_masks",
+        input_layout=input_layout,
     )
-    require(
-        query.dtype == key.dtype == value.dtype == torch.float16,
-        f"query of {query.dtype}",
-        needs="float16",
-        fix="q.half()",
-    )
+    require(query.dtype == key.dtype == value.dtype == torch.float16, "mindie.la_dtype", query=query)
     z = core.sizes(query, key, value, "BNSD", head_num, 0)
-    require(
-        z.s % 256 == 0 and z.keys % 256 == 0 and z.d == 128,
-        f"{z.s} queries, {z.keys} keys, heads of {z.d}",
-        needs="multiples of 256, heads of 128",
-        fix="pad with zeros, and cut the output",
-    )
+    require(z.s % 256 == 0 and z.keys % 256 == 0 and z.d == 128, "mindie.la_sizes", z=z)
     core.check_attention_scale("scale_value", scale_value, 1.0, z.d)
     yield Out((z.b, z.n, z.s), torch.float32), Out(tuple(query.shape), torch.float32)
     filling = pre_tokens if pre_tokens < 256 else 0

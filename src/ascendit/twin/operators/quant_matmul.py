@@ -233,16 +233,19 @@ def npu_dual_level_quant_matmul(
     ):
         require(
             tuple(tensor.shape) == shape and (tensor.dtype == dtype or dtype == byte == _bytes(tensor)),
-            f"{name} {tuple(tensor.shape)} of {tensor.dtype}",
-            needs=f"{shape} of {dtype}",
+            "weight.dual_scale",
+            name=name,
+            tensor=tensor,
+            shape=shape,
+            dtype=dtype,
             fix=fix,
         )
-        require(tensor.is_contiguous(), f"{name} is not contiguous", needs="a contiguous tensor", fix=fix)
+        require(tensor.is_contiguous(), "weight.dual_strides", name=name, fix=fix)
     require(
         bias is None or (tuple(bias.shape) == (n,) and bias.dtype == float32),
-        f"bias {bias is not None and (tuple(bias.shape), bias.dtype)}",
-        needs=f"{(n,)} of float32",
-        fix="bias.float(), once, when the weight is loaded",
+        "weight.dual_bias",
+        bias=bias,
+        n=n,
     )
     dtype = contract.output_dtype(output_dtype, (torch.bfloat16, torch.float16), "dual-level FP4")
     yield Out((m, n), dtype)
@@ -260,41 +263,13 @@ def _dual_level_encoded(codes: Tensor, pairs: Tensor, coarse: Tensor) -> Encoded
 
 def _check_dual_level_matrices(x1: Tensor, x2: Tensor) -> None:
     for name, tensor in (("x1", x1), ("x2", x2)):
-        require(
-            tensor.dim() == 2,
-            f"The shape dimension of {name} is only supported to be 2, but it is {tensor.dim()}",
-            needs="packed x1 [M, K / 2] and x2 [N, K / 2]",
-            fix="flatten the activation to [tokens, K] before quantizing it",
-        )
-        require(
-            tensor.element_size() == 1,
-            f"{name} of {tensor.dtype}",
-            needs="packed FP4 as uint8 or int8",
-            fix="pack two codes to a byte",
-        )
+        require(tensor.dim() == 2, "weight.dual_axes", name=name, tensor=tensor)
+        require(tensor.element_size() == 1, "weight.dual_bytes", name=name, tensor=tensor)
     tag = nz.fractal(x2)
-    require(
-        tag is not None or nz.is_fake(x2),
-        "x2 only supports NZ format.",
-        needs="x2 in FRACTAL_NZ",
-        fix="npu_format_cast(w.view(torch.int8), 29, customize_dtype=torch.int8), once, when it is loaded",
-    )
-    require(
-        tag is None or tag.customized,
-        "x2 was cast to FRACTAL_NZ without customize_dtype",
-        needs="packed FP4 viewed as int8 and cast with customize_dtype=torch.int8",
-        fix="npu_format_cast(w.view(torch.int8), 29, customize_dtype=torch.int8)",
-    )
-    require(
-        x1.shape[1] == x2.shape[1],
-        f"The k of x1 and x2 should be equal. but x1_k_dim is {2 * x1.shape[1]}, "
-        f"x2_k_dim is {2 * x2.shape[1]}",
-        needs="x2 [N, K / 2], not transposed",
-        fix="pass the weight as it is stored; the operator transposes it",
-    )
-    require(
-        x1.is_contiguous(), "x1 is not contiguous", needs="x1 [M, K / 2]", fix="as the quantizer returned it"
-    )
+    require(tag is not None or nz.is_fake(x2), "weight.dual_plain")
+    require(tag is None or tag.customized, "weight.dual_cast")
+    require(x1.shape[1] == x2.shape[1], "weight.dual_k", k1=2 * x1.shape[1], k2=2 * x2.shape[1])
+    require(x1.is_contiguous(), "weight.dual_x1_strides")
 
 
 def _bytes(t: Tensor) -> torch.dtype | None:
@@ -324,27 +299,30 @@ def npu_weight_quant_batchmatmul(
     """
     require(
         x.dim() == 2 and weight.dim() == 2 and x.dtype in (torch.float16, torch.bfloat16),
-        f"x {tuple(x.shape)} of {x.dtype}, weight {tuple(weight.shape)}",
-        needs="x [M, K] in float16 or bfloat16, weight [K, N]",
-        fix="x.reshape(-1, K)",
+        "weight.inputs",
+        x=x,
+        weight=weight,
     )
     require(
         weight.dtype in (torch.int8, torch.int32) and weight_dtype is None and quant_scale is None,
-        f"weight of {weight.dtype}, weight_dtype={weight_dtype}, quant_scale={quant_scale is not None}",
-        needs="int8, or int32 from npu_convert_weight_to_int4pack; a floating-point output",
-        fix="the twin computes no FP4 or int8 output here",
+        "weight.dtype",
+        weight=weight,
+        weight_dtype=weight_dtype,
+        scaled=quant_scale is not None,
     )
     n = weight.shape[1] * (8 if weight.dtype == torch.int32 else 1)
     k = weight.shape[0]
-    require(k == x.shape[1], f"K {x.shape[1]} and {k}", needs="weight [K, N]", fix="weight.t() for [N, K]")
+    require(k == x.shape[1], "weight.k", x=x, k=k)
     groups = -(-k // antiquant_group_size) if antiquant_group_size else 1
     shapes = [(groups, n)] + ([(n,)] if groups == 1 else [])
     for name, tensor in (("antiquant_scale", antiquant_scale), ("antiquant_offset", antiquant_offset)):
         require(
             tensor is None or (tuple(tensor.shape) in shapes and tensor.dtype == x.dtype),
-            f"{name} {tensor is not None and (tuple(tensor.shape), tensor.dtype)}",
-            needs=f"{' or '.join(map(str, shapes))} of {x.dtype}",
-            fix="give antiquant_group_size with scales per group",
+            "weight.antiquant",
+            name=name,
+            tensor=tensor,
+            shapes=shapes,
+            x=x,
         )
     yield Out((x.shape[0], n), x.dtype)
     values = weight.to(torch.float32) if weight.dtype == torch.int8 else _int4(weight, n)
@@ -372,9 +350,9 @@ def npu_convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int) -> Iterat
     """int32 [K, N] of values -8 to 7 -> int32 [K, N / 8], the first value in the lowest bits."""
     require(
         weight.dtype == torch.int32 and weight.shape[-1] % 8 == 0 and weight.is_contiguous(),
-        f"weight {tuple(weight.shape)} of {weight.dtype}, contiguous: {weight.is_contiguous()}",
-        needs="contiguous int32 whose last axis is a multiple of 8",
-        fix="w.to(torch.int32).contiguous()",
+        "weight.int4_pack",
+        weight=weight,
+        dense=weight.is_contiguous(),
     )
     yield Out((*weight.shape[:-1], weight.shape[-1] // 8), torch.int32)
     nibbles = (weight & 0xF).to(torch.uint8)
@@ -384,17 +362,12 @@ def npu_convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int) -> Iterat
 @operator("npu_trans_quant_param")
 def npu_trans_quant_param(scale: Tensor, offset: Tensor | None, round_mode: int | None) -> Iterator[Any]:
     """float32 scales as the matrix unit takes them: 19 bits in an int64, bit 46 set, 9 bits of offset."""
-    require(
-        scale.dim() == 1 or (scale.dim() == 2 and scale.shape[0] == 1),
-        "the scale shape support only (1, ) and (1, n)",
-        needs="float32 [N] or [1, N]",
-        fix="scale.flatten()",
-    )
+    require(scale.dim() == 1 or (scale.dim() == 2 and scale.shape[0] == 1), "weight.param_shape")
     require(
         scale.dtype == torch.float32 and round_mode in (None, 0, 1),
-        f"scale of {scale.dtype}, round_mode={round_mode}",
-        needs="float32; round_mode 0 or 1",
-        fix="scale.float()",
+        "weight.param_dtype",
+        scale=scale,
+        round_mode=round_mode,
     )
     length = max(scale.shape[-1], 0 if offset is None else offset.shape[-1])
     shape = (length,) if scale.dim() == 1 else tuple(scale.shape)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ascendit.mx import elements
 from ascendit.mx.formats import Element
-from ascendit.twin import contract
 from ascendit.twin.contract import HALF_DTYPES, require
 from ascendit.twin.operators.mx_quantize import TARGETS
 from ascendit.twin.registry import Out, current_chip, gate, operator
@@ -27,12 +26,7 @@ def _mode(name: str, dst_type: int | None) -> str:
     """`int8` or `fp8`, after the chip was asked."""
     dst_type = 1 if dst_type is None else dst_type
     mode = "int8" if dst_type in _INT8 else "fp8"
-    require(
-        mode == "int8" or dst_type in _FP8,
-        f"dst_type={contract.spell_dtype(dst_type)} for {name}",
-        needs="torch.int8 (or nothing), torch.float8_e4m3fn, torch.float8_e5m2",
-        fix="the twin computes no int4 and no hifloat8",
-    )
+    require(mode == "int8" or dst_type in _FP8, "rows.dst_type", dst_type=dst_type, name=name)
     gate(name, mode)
     return mode
 
@@ -63,31 +57,23 @@ def npu_dynamic_quant(
 ) -> Iterator[Any]:
     """Codes and float32 scale per token (aclnnDynamicQuantV2), per tensor or per channel."""
     _mode("npu_dynamic_quant", dst_type)
-    require(
-        input.dim() > 1,
-        "Input shape dim should be greater than 1",
-        needs="[.., tokens, K]",
-        fix="x.unsqueeze(0)",
-    )
-    require(
-        input.dtype in HALF_DTYPES,
-        f"input of {input.dtype}",
-        needs="float16 or bfloat16",
-        fix="cast the activation to bfloat16",
-    )
+    require(input.dim() > 1, "rows.axes")
+    require(input.dtype in HALF_DTYPES, "mx.dual_input", input=input)
     require(
         quant_mode in ("pertoken", "pertensor", "perchannel") and group_index is None and dst_type_max == 0,
-        f"quant_mode={quant_mode!r}, group_index={group_index is not None}, dst_type_max={dst_type_max:g}",
-        needs="pertoken, pertensor or perchannel; no groups; dst_type_max is hifloat8's",
-        fix='quant_mode="pertoken"',
+        "rows.mode",
+        quant_mode=quant_mode,
+        grouped=group_index is not None,
+        dst_type_max=dst_type_max,
     )
     along = -2 if quant_mode == "perchannel" else -1
     require(
         smooth_scales is None
         or (tuple(smooth_scales.shape) == (input.shape[-1],) and smooth_scales.dtype == input.dtype),
-        f"smooth_scales {smooth_scales is not None and (tuple(smooth_scales.shape), smooth_scales.dtype)}",
-        needs=f"{(input.shape[-1],)} of {input.dtype}",
-        fix="store mul_scale once in the dtype of the activation",
+        "rows.smooth_scales",
+        smooth_scales=smooth_scales,
+        width=input.shape[-1],
+        input=input,
     )
     kept = {
         "pertoken": input.shape[:-1],
@@ -135,23 +121,22 @@ def npu_dynamic_block_quant(
     a5 = current_chip() == "a5"
     rows, columns = ((1, 64, 128, 256, 512), (64, 128, 192, 256)) if a5 else ((1,), (1, 128))
     floats = HALF_DTYPES + ((torch.float32,) if a5 else ())
-    require(
-        x.dim() in (2, 3) and x.dtype in floats,
-        f"Expected x to have 2 or 3 dimensions, but got {x.dim()}, of {x.dtype}",
-        needs=f"[M, K] or [B, M, K] of {', '.join(map(str, floats))}",
-        fix="squeeze the batch: q.squeeze(0) for [1, N, S, D]",
-    )
+    require(x.dim() in (2, 3) and x.dtype in floats, "rows.block_input", x=x, floats=floats)
     require(
         row_block_size in rows and col_block_size in columns,
-        f"row_block_size={row_block_size}, col_block_size={col_block_size} on {current_chip()}",
-        needs=f"rows of {rows}, columns of {columns}",
-        fix="128 x 128 for queries, 256 x 128 for keys and values, on a5",
+        "rows.block_sizes",
+        row_block_size=row_block_size,
+        col_block_size=col_block_size,
+        chip=current_chip(),
+        rows=rows,
+        columns=columns,
     )
     require(
         round_mode == "rint" and dst_type_max == 0 and min_scale >= 0,
-        f"round_mode={round_mode!r}, dst_type_max={dst_type_max:g}, min_scale={min_scale:g}",
-        needs='"rint", 0, and a scale of at least 0: the others are hifloat8\'s',
-        fix="leave them out",
+        "rows.block_options",
+        round_mode=round_mode,
+        dst_type_max=dst_type_max,
+        min_scale=min_scale,
     )
     high, wide = math.ceil(x.shape[-2] / row_block_size), math.ceil(x.shape[-1] / col_block_size)
     codes = torch.int8 if mode == "int8" else _FP8[dst_type][1]
@@ -173,18 +158,15 @@ def npu_quantize(
     self: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: int, axis: int, div_mode: bool
 ) -> Iterator[Any]:
     """int8 codes with scales and zero points that are given, for static W8A8 (aclnnQuantize)."""
-    require(
-        dtype in _INT8,
-        f"dtype={contract.spell_dtype(dtype)}",
-        needs="torch.qint8",
-        fix="the twin computes int8 only",
-    )
+    require(dtype in _INT8, "rows.static_dtype", dtype=dtype)
     length = self.shape[axis]
     require(
         scales.dim() == 1 and scales.shape[0] in (1, length),
-        f"scales {tuple(scales.shape)} for axis {axis} of {tuple(self.shape)}",
-        needs=f"[{length}] or [1]",
-        fix="axis=-1 for an activation [tokens, K]; the default is 1",
+        "rows.static_scales",
+        scales=scales,
+        axis=axis,
+        self=self,
+        length=length,
     )
     yield Out(tuple(self.shape), torch.int8)
 
