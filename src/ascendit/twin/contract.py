@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import string
 import tomllib
+import types
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any, NoReturn
@@ -66,6 +67,15 @@ def require(holds: bool, refusal: str, /, **values: Any) -> None:
     """`refuse` unless `holds`."""
     if not holds:
         refuse(refusal, **values)
+
+
+class Call(types.SimpleNamespace):
+    """The arguments of one call by name, for an operator with many; a refusal may name each of them."""
+
+    def require(self, holds: bool, refusal: str, /, **values: Any) -> None:
+        """`refuse` unless `holds`."""
+        if not holds:
+            refuse(refusal, **(vars(self) | values))
 
 
 # ---- numbers of dtypes --------------------------------------------------------------------------
