@@ -12,6 +12,7 @@ from ascendit.twin import contract
 from ascendit.twin.contract import HALF_DTYPES, Call
 from ascendit.twin.operators import attention_inputs as core
 from ascendit.twin.operators import mx_quantize
+from ascendit.twin.operators.row_quantize import times_tiles
 from ascendit.twin.registry import Out, gate, operator
 
 _MASKS = (torch.bool, torch.uint8, torch.int8)
@@ -126,8 +127,7 @@ def times_block_scales(t: Tensor, scale: Tensor) -> Tensor:
     """
     rows = next(r for r in (128, 256, 512, 64, t.shape[-2]) if -(-t.shape[-2] // r) == scale.shape[-2])
     columns = next(c for c in (128, 64, t.shape[-1]) if -(-t.shape[-1] // c) == scale.shape[-1])
-    full = scale.repeat_interleave(rows, -2)[..., : t.shape[-2], :].repeat_interleave(columns, -1)
-    return t.to(torch.float32) * full[..., : t.shape[-1]]
+    return times_tiles(t, scale, rows, columns)
 
 
 @operator("npu_fused_infer_attention_score_v2")

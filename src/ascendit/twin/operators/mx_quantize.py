@@ -169,7 +169,7 @@ def _cublas(amax: Tensor, largest: float, rule: ScaleRule) -> Tensor:
 
 def dequantize(codes: Tensor, scale: Tensor, axis: int, element: Element) -> Tensor:
     """float32 values of codes (packed if 4 bits) with paired scales along `axis`."""
-    raw = codes.view(torch.uint8)
+    raw, scale = codes.view(torch.uint8), scale.view(torch.uint8)
     if element.bits == 4:
         raw = elements.unpack(raw, raw.shape[-1] * 2)
     values = elements.to_values(raw, element).movedim(axis, -1)

@@ -178,3 +178,9 @@ def npu_quantize(
     if zero_points is not None:
         steps = steps + aligned(zero_points)
     yield torch.round(steps).clamp(-128, 127).to(torch.int8)
+
+
+def times_tiles(codes: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
+    """float32 of codes [.., R, C] times one scale per tile of `rows` x `columns`, [.., tiles, tiles]."""
+    full = scale.repeat_interleave(rows, -2)[..., : codes.shape[-2], :].repeat_interleave(columns, -1)
+    return codes.to(torch.float32) * full[..., : codes.shape[-1]]
