@@ -157,7 +157,7 @@ def gate(name: str, mode: str = "") -> None:
     raise TwinError(f"{got} [{what} on {chip}]", needs=where, fix=row.instead, code=CHIP)
 
 
-def run(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def run(name: str, /, *args: Any, **kwargs: Any) -> Any:
     """Check the call and compute it. Counts one launch."""
     bound = signature(name).bind(args, kwargs)
     if name not in OPERATORS:
@@ -172,7 +172,7 @@ def run(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return result
 
 
-def fake(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def fake(name: str, /, *args: Any, **kwargs: Any) -> Any:
     """Check the call and give empty results, for meta and fake tensors."""
     bound = signature(name).bind(args, kwargs)
     gate(name)
@@ -186,7 +186,7 @@ def fake(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return tuple(empty(o) for o in outs) if isinstance(outs, tuple) else empty(outs)
 
 
-def refuse_uncomputed(name: str) -> None:
+def refuse_uncomputed(name: str, /, *args: Any, **kwargs: Any) -> None:
     """An operator of the frozen schemas that the twin does not compute."""
     namespace, rest = split(name)
     refuse("call.uncomputed", namespace=namespace, rest=rest, computed=sorted(OPERATORS))

@@ -83,11 +83,8 @@ def npu_format_cast(
 
 
 def _check_nz(t: Tensor, customize_dtype: int | None, input_dtype: int | None) -> None:
-    require(
-        t.dim() >= 2 and nz.fractal(t) is None,
-        "cast.no_matrix",
-        tensor="a FRACTAL_NZ tensor" if nz.fractal(t) else t.shape,
-    )
+    given = "a FRACTAL_NZ tensor" if nz.fractal(t) else t.shape
+    require(t.dim() >= 2 and nz.fractal(t) is None, "cast.no_matrix", tensor=given)
     require(current_chip() != "a5" or t.shape[-1] > 1, "cast.one_column", t=t)
     if customize_dtype is not None and (customize_dtype != 1 or t.dtype != torch.int8):
         refuse("cast.customize_dtype", customize_dtype=customize_dtype, t=t)

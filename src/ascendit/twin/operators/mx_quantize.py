@@ -18,7 +18,7 @@ from torch import Tensor
 from ascendit.mx import elements, layouts, scales
 from ascendit.mx.formats import E2M1, E4M3, E5M2, Element
 from ascendit.twin import contract
-from ascendit.twin.contract import FLOAT_DTYPES, HALF_DTYPES, require
+from ascendit.twin.contract import FLOAT_DTYPES, HALF_DTYPES, Call, require
 from ascendit.twin.registry import Out, operator
 
 ROUND_MODES = {"rint": "rint", "floor": "floor", "round": "half_away"}
@@ -84,24 +84,12 @@ def check_rule(rule: ScaleRule, target: TargetFormat, dtype: torch.dtype) -> Non
     require(rule.rounding in modes, "mx.round_mode", rule=rule, name=name, modes=modes)
     require(0 < rule.block <= 1024 and rule.block % 32 == 0, "mx.block_size")
     require(rule.algorithm in target.algorithms, "mx.scale_alg", rule=rule, name=name, target=target)
-    require(
-        rule.dst_type_max == 0
-        or (6 <= rule.dst_type_max <= 12 and target.element is E2M1 and rule.block == 32),
-        "mx.dst_type_max",
-        rule=rule,
-        name=name,
-    )
-    require(
-        rule.max_low_bound == 0 or (rule.max_low_bound > 0 and rule.algorithm == 1),
-        "mx.max_low_bound",
-        rule=rule,
-    )
-    require(
-        rule.block == 32 or (rule.algorithm != 2 and dtype != torch.float32),
-        "mx.wide_block",
-        rule=rule,
-        dtype=dtype,
-    )
+    scaled = 6 <= rule.dst_type_max <= 12 and target.element is E2M1 and rule.block == 32
+    require(rule.dst_type_max == 0 or scaled, "mx.dst_type_max", rule=rule, name=name)
+    bounded = rule.max_low_bound > 0 and rule.algorithm == 1
+    require(rule.max_low_bound == 0 or bounded, "mx.max_low_bound", rule=rule)
+    wide = rule.algorithm != 2 and dtype != torch.float32
+    require(rule.block == 32 or wide, "mx.wide_block", rule=rule, dtype=dtype)
 
 
 def check_input(x: Tensor, axis: int, target: TargetFormat) -> int:
@@ -109,9 +97,8 @@ def check_input(x: Tensor, axis: int, target: TargetFormat) -> int:
     require(x.dtype in FLOAT_DTYPES and 1 <= x.dim() <= 7, "mx.input", x=x)
     require(-x.dim() <= axis < x.dim(), "mx.axis", first=-x.dim(), last=x.dim() - 1)
     require(not target.packed or x.shape[-1] % 2 == 0, "mx.fp4_odd")
-    require(
-        x.dtype != torch.float32 or x.shape[axis] >= 32, "mx.short_float32", size=x.shape[axis], axis=axis
-    )
+    size = x.shape[axis]
+    require(x.dtype != torch.float32 or size >= 32, "mx.short_float32", size=size, axis=axis)
     return axis % x.dim()
 
 
@@ -180,22 +167,14 @@ def dequantize(codes: Tensor, scale: Tensor, axis: int, element: Element) -> Ten
 
 
 @operator("npu_dynamic_mx_quant")
-def npu_dynamic_mx_quant(
-    input: Tensor,
-    axis: int,
-    round_mode: str,
-    dst_type: int,
-    block_size: int,
-    scale_alg: int | None,
-    dst_type_max: float,
-    max_low_bound: float,
-) -> Iterator[Any]:
+def npu_dynamic_mx_quant(input: Tensor, axis: int, dst_type: int, **rest: Any) -> Iterator[Any]:
     """Codes along `axis` and their scales in pairs (aclnnDynamicMxQuantV3)."""
+    a = Call(**rest)
     target = target_of(dst_type)
     axis = check_input(input, axis, target)
-    rule = ScaleRule(scale_alg or 0, round_mode, dst_type_max, max_low_bound, block_size)
+    rule = ScaleRule(a.scale_alg or 0, a.round_mode, a.dst_type_max, a.max_low_bound, a.block_size)
     check_rule(rule, target, input.dtype)
-    yield outs(tuple(input.shape), axis, target, block_size)
+    yield outs(tuple(input.shape), axis, target, rule.block)
     yield to_mx(input, axis, target, rule)
 
 
@@ -205,23 +184,14 @@ def npu_anti_mx_quant(
 ) -> Iterator[Any]:
     """The values again (aclnnAntiMxQuant); an FP4 input doubles its last axis."""
     target = target_of(contract.FP8_E4M3 if src_type is None else src_type)
-    require(
-        x.element_size() == 1 and (x.dtype == target.dtype or target.packed),
-        "mx.codes",
-        x=x,
-        src_type=src_type,
-        target=target,
-    )
+    right = x.element_size() == 1 and (x.dtype == target.dtype or target.packed)
+    require(right, "mx.codes", x=x, src_type=src_type, target=target)
     at = (-1 if axis is None else axis) % x.dim()
     dtype = contract.output_dtype(15 if dst_type is None else dst_type, FLOAT_DTYPES, "npu_anti_mx_quant")
     shape = (*x.shape[:-1], x.shape[-1] * 2) if target.packed else tuple(x.shape)
     wanted = outs(shape, at, target, 32)[1].shape
-    require(
-        tuple(mxscale.shape) == wanted and mxscale.element_size() == 1,
-        "mx.scale",
-        mxscale=mxscale,
-        wanted=wanted,
-    )
+    right = tuple(mxscale.shape) == wanted and mxscale.element_size() == 1
+    require(right, "mx.scale", mxscale=mxscale, wanted=wanted)
     yield Out(shape, dtype)
     yield dequantize(x.contiguous(), mxscale.view(torch.uint8), at, target.element).to(dtype).contiguous()
 
@@ -236,14 +206,9 @@ def npu_dynamic_dual_level_mx_quant(
     axis = check_input(input, -1, target)
     check_rule(ScaleRule(rounding=round_mode), target, input.dtype)
     length = input.shape[-1]
-    require(
-        smooth_scale is None
-        or (tuple(smooth_scale.shape) == (length,) and smooth_scale.dtype == input.dtype),
-        "mx.smooth_scale",
-        smooth_scale=smooth_scale,
-        length=length,
-        input=input,
-    )
+    if smooth_scale is not None:
+        right = tuple(smooth_scale.shape) == (length,) and smooth_scale.dtype == input.dtype
+        require(right, "mx.smooth_scale", smooth_scale=smooth_scale, length=length, input=input)
     codes, level1 = outs(tuple(input.shape), axis, target, 32)
     yield codes, Out((*input.shape[:-1], math.ceil(length / 512)), torch.float32), level1
     x = input if smooth_scale is None else input * smooth_scale

@@ -184,14 +184,14 @@ def _check_scale_dtypes(c: Call) -> None:
 def _check_groups(c: Call, allowed: list[list[int]], mode: str) -> None:
     groups = None if c.group_sizes is None else list(c.group_sizes)
     if groups is None:
-        reason = "groups_missing"
+        refusal = "matmul.groups_missing"
     elif len(groups) != 3:
-        reason = "groups_length"
+        refusal = "matmul.groups_length"
     elif groups[2] not in (32, 128):
-        reason = "groups_last"
+        refusal = "matmul.groups_last"
     else:
-        reason = "groups_w4a8" if mode == "w4a8" else "groups"
-    c.require(groups in allowed, f"matmul.{reason}", mode=mode, allowed=allowed, last=allowed[-1])
+        refusal = "matmul.groups_w4a8" if mode == "w4a8" else "matmul.groups"
+    c.require(groups in allowed, refusal, mode=mode, allowed=allowed, last=allowed[-1])
 
 
 def _check_mx_scales(c: Call, n: int, k: int, transposed: bool) -> None:

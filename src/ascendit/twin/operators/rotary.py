@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.twin.contract import FLOAT_DTYPES, refuse, require
+from ascendit.twin.contract import FLOAT_DTYPES, require
 from ascendit.twin.registry import Out, gate, operator
-
-_LAYOUTS = "BNSD with [1, 1, S, D], BSND with [1, S, 1, D], SBND with [S, 1, 1, D], TND with [T, 1, D]"
 
 
 def turned(x: Tensor, mode: str) -> Tensor:
@@ -34,19 +32,11 @@ def npu_rotary_mul(
     self: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str, rotate: Tensor | None
 ) -> Iterator[Any]:
     """self cos + turned(self) sin, r1 = cos, r2 = sin, each number of a pair twice (c0, c0, c1, c1, ..)."""
-    if rotary_mode not in ("half", "interleave"):
-        refuse("rope.mode", rotary_mode=rotary_mode)
+    require(rotary_mode in ("half", "interleave"), "rope.mode", rotary_mode=rotary_mode)
     require(rotate is None, "rope.rotate")
-    require(
-        all(t.dtype in FLOAT_DTYPES for t in (self, r1, r2))
-        and self.dim() in (3, 4)
-        and r1.shape == r2.shape,
-        "rope.inputs",
-        self=self,
-        r1=r1,
-        r2=r2,
-        _LAYOUTS=_LAYOUTS,
-    )
+    floats = all(t.dtype in FLOAT_DTYPES for t in (self, r1, r2))
+    right = floats and self.dim() in (3, 4) and r1.shape == r2.shape
+    require(right, "rope.inputs", self=self, r1=r1, r2=r2)
     _check_table(self, r1, rotary_mode)
     yield Out(tuple(self.shape), self.dtype)
     yield rotated(self, r1, r2, rotary_mode)
@@ -56,21 +46,10 @@ def _check_table(x: Tensor, table: Tensor, mode: str) -> None:
     d = x.shape[-1]
     require(d % 2 == 0 and d < 896, "rope.head_size", d=d)
     require(table.shape[-1] == d, "rope.table_width", table=table, d=d)
-    require(
-        table.dim() == x.dim() and all(t in (1, n) for t, n in zip(table.shape, x.shape, strict=True)),
-        "rope.table_shape",
-        table=table,
-        x=x,
-        _LAYOUTS=_LAYOUTS,
-    )
+    fits = table.dim() == x.dim() and all(t in (1, n) for t, n in zip(table.shape, x.shape, strict=True))
+    require(fits, "rope.table_shape", table=table, x=x)
     long = [i for i, n in enumerate(table.shape[:-1]) if n > 1]
-    require(
-        len(long) <= (1 if mode == "interleave" else 3),
-        "rope.table_axes",
-        table=table,
-        count=len(long),
-        _LAYOUTS=_LAYOUTS,
-    )
+    require(len(long) <= (1 if mode == "interleave" else 3), "rope.table_axes", table=table, count=len(long))
     if x.dim() == 4 and mode == "interleave":
         sequence = long[0] if long else 1
         others = [n for i, n in enumerate(x.shape[:-1]) if i != sequence]
@@ -84,29 +63,15 @@ def npu_apply_rotary_pos_emb(
     """Query and key in one launch, in place."""
     if rotary_mode != "half":
         gate("npu_apply_rotary_pos_emb", "interleave")
-    require(
-        rotary_mode in ("half", "interleave") and layout in ("BSND", "TND", "SBND", "BNSD"),
-        "rope.apply_mode",
-        rotary_mode=rotary_mode,
-        layout=layout,
-    )
+    known = rotary_mode in ("half", "interleave") and layout in ("BSND", "TND", "SBND", "BNSD")
+    require(known, "rope.apply_mode", rotary_mode=rotary_mode, layout=layout)
+    axes = len(layout)
     for name, t in (("query", query), ("key", key)):
-        require(
-            t.dtype == cos.dtype == sin.dtype and t.dim() == cos.dim() == len(layout),
-            "rope.apply_dtypes",
-            name=name,
-            t=t,
-            cos=cos,
-            axes=len(layout),
-        )
+        alike = t.dtype == cos.dtype == sin.dtype and t.dim() == cos.dim() == axes
+        require(alike, "rope.apply_dtypes", name=name, t=t, cos=cos, axes=axes)
         _check_table(t, cos, "half")
-        require(
-            t.shape[-1] <= 1024 and cos.shape[layout.index("N")] == 1,
-            "rope.apply_table",
-            name=name,
-            t=t,
-            cos=cos,
-        )
+        shared = t.shape[-1] <= 1024 and cos.shape[layout.index("N")] == 1
+        require(shared, "rope.apply_table", name=name, t=t, cos=cos)
     yield Out(tuple(query.shape), query.dtype), Out(tuple(key.shape), key.dtype)
     query.copy_(rotated(query, cos, sin, rotary_mode))
     key.copy_(rotated(key, cos, sin, rotary_mode))
