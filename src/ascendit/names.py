@@ -142,23 +142,24 @@ CODED_ROLES = ("weight", "weight_scale", "weight_offset", "weight_dual_scale")
 ROLES = (*CODED_ROLES, "mul_scale", "bias")
 """Every tensor that a linear layer may have, in the order in which they are written."""
 
+_OUTSIDE = {
+    "head.modulation": "scale_shift_table",
+    "patch_embedding": "patch_embedding",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    "head.head": "proj_out",
+}
+"""Modules outside the blocks, original Wan's name -> Diffusers', in the order of the model."""
+_TOP = tuple(name for name in _OUTSIDE.values() if name != "proj_out") + ("blocks", "proj_out")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k", "q_rot", "k_rot")
-_TOP = (
-    "scale_shift_table",
-    "patch_embedding",
-    "condition_embedder.time_embedder.linear_1",
-    "condition_embedder.time_embedder.linear_2",
-    "condition_embedder.time_proj",
-    "condition_embedder.text_embedder.linear_1",
-    "condition_embedder.text_embedder.linear_2",
-    "condition_embedder.image_embedder.norm1",
-    "condition_embedder.image_embedder.ff.net.0.proj",
-    "condition_embedder.image_embedder.ff.net.2",
-    "condition_embedder.image_embedder.norm2",
-    "condition_embedder.image_embedder.pos_embed",
-    "blocks",
-    "proj_out",
-)
 _IN_BLOCK = (
     "scale_shift_table",
     *(f"attn1.{name}" for name in _ATTENTION),
@@ -233,21 +234,6 @@ def _sort_key(name: str) -> tuple[int, int, int, int, str]:
 
 # ---- original Wan names -------------------------------------------------------------------------
 
-_OUTSIDE = {
-    "patch_embedding": "patch_embedding",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
-    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
-    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
-    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
-    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
-    "head.head": "proj_out",
-    "head.modulation": "scale_shift_table",
-}
 _SAME = (
     "norm_q",
     "norm_k",
