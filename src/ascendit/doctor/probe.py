@@ -28,7 +28,7 @@ NO_FIX = ("ok", "absent")
 """Nothing to do about these."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ProbeRow:
     """One line of the report."""
 
