@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
@@ -357,12 +357,12 @@ def grouped(chosen: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
     """
     wanted = set(chosen)
     every = list(among)
-    sizes, hits = _counts(every), _counts(name for name in every if name in wanted)
+    sizes = Counter(node for name in every for node in _nodes(name))
+    hits = Counter(node for name in every if name in wanted for node in _nodes(name))
     words: dict[tuple[str, str, str], list[int]] = {}
     for name in every:
         if name in wanted:
-            node = _whole(name, sizes, hits)
-            head, number, rest = _split(node)
+            head, number, rest = _split(_whole(name, sizes, hits))
             numbers = words.setdefault((head, "#" if number is not None else "", rest), [])
             if number is not None and number not in numbers[-1:]:
                 numbers.append(number)
@@ -370,29 +370,18 @@ def grouped(chosen: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
     return tuple(_word(head, numbers, rest, blocks) for (head, _, rest), numbers in words.items())
 
 
-def _counts(names: Iterable[str]) -> dict[str, int]:
-    """How many names lie below each node of the name tree, the names themselves included."""
-    counts: dict[str, int] = defaultdict(int)
-    for name in names:
-        parts = name.split(".")
-        for depth in range(1, len(parts) + 1):
-            counts[".".join(parts[:depth])] += 1
-    return counts
+def _nodes(name: str) -> list[str]:
+    """The nodes of the name tree from the root to `name`, itself included."""
+    return list(itertools.accumulate(name.split("."), "{}.{}".format))
 
 
-def _whole(name: str, sizes: dict[str, int], hits: dict[str, int]) -> str:
+def _whole(name: str, sizes: Counter[str], hits: Counter[str]) -> str:
     """The highest node above `name` of which everything is chosen, with `.*` if it is more than the name.
 
     Never `blocks` itself: its children are blocks, and are counted.
     """
-    parts = name.split(".")
-    for depth in range(1, len(parts)):
-        node = ".".join(parts[:depth])
-        if node == "blocks" or sizes[node] == 1:
-            continue
-        if sizes[node] == hits[node]:
-            return f"{node}.*"
-    return name
+    above = (node for node in _nodes(name)[:-1] if node != "blocks" and sizes[node] > 1)
+    return next((f"{node}.*" for node in above if sizes[node] == hits[node]), name)
 
 
 def _split(node: str) -> tuple[str, int | None, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -108,18 +109,6 @@ def _table_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | Non
     return encode
 
 
-def _rule_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None) -> Encoder:
-    assert form.element is not None
-    shift, threshold = scales.thresholds(rule, form.element)
-    numbers = ELEMENT_NUMBERS[form.element.name], shift, threshold, scales.fraction_mask(rule, form.element)
-
-    def encode(rows: Tensor, out: Parts) -> None:
-        at = out.codes.data_ptr(), out.scale.data_ptr()
-        lib.encode_rule(rows.data_ptr(), DTYPE_NUMBERS[rows.dtype], *_shape(rows, threads), *numbers, *at)
-
-    return encode
-
-
 def _dual_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None) -> Encoder | None:
     table = rule_tables(E2M1, rule) if rule == "floor" else None
     early = early_powers() if table is None else None
@@ -133,13 +122,24 @@ def _dual_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None
     return encode
 
 
+def _rule_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None) -> Encoder:
+    assert form.element is not None
+    shift, threshold = scales.thresholds(rule, form.element)
+    numbers = ELEMENT_NUMBERS[form.element.name], shift, threshold, scales.fraction_mask(rule, form.element)
+    return _by_numbers(lib.encode_rule, threads, *numbers)
+
+
 def _row_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None) -> Encoder:
     kind = 2 if rule.startswith("msms:") else 1 if form.element else 0
-    lowest = -127 if rule == "msms:int8_legacy" else -128
+    return _by_numbers(lib.encode_rows, threads, kind, -127 if rule == "msms:int8_legacy" else -128)
+
+
+def _by_numbers(call: Callable[..., int], threads: int | None, *numbers: int) -> Encoder:
+    """An encoder whose rule is a few numbers."""
 
     def encode(rows: Tensor, out: Parts) -> None:
         at = out.codes.data_ptr(), out.scale.data_ptr()
-        lib.encode_rows(rows.data_ptr(), DTYPE_NUMBERS[rows.dtype], *_shape(rows, threads), kind, lowest, *at)
+        call(rows.data_ptr(), DTYPE_NUMBERS[rows.dtype], *_shape(rows, threads), *numbers, *at)
 
     return encode
 
