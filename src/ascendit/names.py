@@ -118,12 +118,10 @@ def _dimensions(config: dict[str, Any]) -> dict[str, int]:
 
 def _patch_size(config: dict[str, Any]) -> tuple[int, int, int]:
     value = config.get("patch_size", WanConfig.patch_size)
-    good = (
-        isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int and v > 0 for v in value)
-    )
-    if not good:
+    sizes = value if isinstance(value, list | tuple) else ()
+    if len(sizes) != 3 or not all(type(v) is int and v > 0 for v in sizes):
         raise _bad_value("patch_size", value, "three whole numbers above 0")
-    return (value[0], value[1], value[2])
+    return (sizes[0], sizes[1], sizes[2])
 
 
 def _bad_value(key: str, value: object, needs: str) -> CheckpointError:

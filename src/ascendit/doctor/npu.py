@@ -137,12 +137,14 @@ def advise(found: FoundVersions) -> VersionSet:
 
     def score(stack: VersionSet) -> tuple[bool, bool, bool]:
         cann = found.cann is not None and stack.cann is not None and begins(found.cann, stack.cann)
-        torch = (
-            found.torch is not None and version_numbers(found.torch)[:2] == version_numbers(stack.torch)[:2]
-        )
-        return cann, stack.cann is not None, torch
+        return cann, stack.cann is not None, _same_minor(found.torch, stack.torch)
 
     return max(VERSION_SETS, key=score)  # the first of equals
+
+
+def _same_minor(version: str | None, other: str) -> bool:
+    """2.13.0+cpu and 2.13.1"""
+    return version_numbers(version or "")[:2] == version_numbers(other)[:2]
 
 
 def begins(version: str, start: str) -> bool:
@@ -206,10 +208,8 @@ def nodes() -> list[ProbeRow]:
         row = replace(row, found=f"{row.found}; no {', '.join(lacking)}", status="broken")
         return [replace(row, fix=f"in a container: --device {' --device '.join(lacking)}")]
     if closed:
-        fix = f"sudo usermod -aG {_group(closed[0])} $USER, then log in again"
-        return [
-            replace(row, found=f"{row.found}; no access to {', '.join(closed)}", status="broken", fix=fix)
-        ]
+        row = replace(row, found=f"{row.found}; no access to {', '.join(closed)}", status="broken")
+        return [replace(row, fix=f"sudo usermod -aG {_group(closed[0])} $USER, then log in again")]
     return [row]
 
 
@@ -306,9 +306,10 @@ def torch_npu() -> list[ProbeRow]:
     if (found := probe.installed_version("torch_npu")) is None:
         stack = advise(found_versions())
         return [replace(row, fix=f"pip install torch=={stack.torch} torch_npu=={stack.torch_npu}")]
-    same = probe.version_numbers(found)[:2] == probe.version_numbers(torch)[:2]
+    if _same_minor(found, torch):
+        return [replace(row, found=found, status="ok")]
     fix = f"install the torch_npu that belongs to torch {torch}"
-    return [replace(row, found=found, status="ok" if same else "broken", fix="" if same else fix)]
+    return [replace(row, found=found, status="broken", fix=fix)]
 
 
 def stack() -> list[ProbeRow]:
@@ -372,12 +373,9 @@ def mindiesd() -> list[ProbeRow]:
     if "error" in told:  # the row of the device says it
         return [replace(row, found=found, status="not checked", fix=source_line())]
     if told["mindiesd"]:
-        fix = (
-            "pip install einops, which it needs and does not ask for" if "einops" in told["mindiesd"] else ""
-        )
-        return [
-            replace(row, found=f"{found}, {told['mindiesd']}", status="broken", fix=fix or "reinstall it")
-        ]
+        einops = "pip install einops, which it needs and does not ask for"
+        fix = einops if "einops" in told["mindiesd"] else "reinstall it"
+        return [replace(row, found=f"{found}, {told['mindiesd']}", status="broken", fix=fix)]
     return [replace(row, found=found, status="ok")]
 
 
@@ -390,14 +388,12 @@ def operators() -> list[ProbeRow]:
     row = ProbeRow("NPU operators", "not looked at", needed=f"{len(needed)} by name", part="npu")
     if "error" in told:
         return [replace(row, status="not checked", fix=source_line())]
+    packages = [("torch_npu", "npu", [n for n in needed if "::" not in n])]
+    if not told["mindiesd"] and probe.installed_version("mindiesd") is not None:  # else its own row says it
+        packages.append(("MindIE-SD", "", [n for n in needed if n.startswith("mindiesd::")]))
     rows = []
-    for package, part, names in (
-        ("torch_npu", "npu", [n for n in needed if "::" not in n]),
-        ("MindIE-SD", "", [n for n in needed if n.startswith("mindiesd::")]),
-    ):
+    for package, part, names in packages:
         absent = [n for n in names if n not in told["operators"]]
-        if package == "MindIE-SD" and (told["mindiesd"] or probe.installed_version("mindiesd") is None):
-            continue  # its own row says it
         row = ProbeRow(f"{package} operators", f"{len(names) - len(absent)} of {len(names)}", part=part)
         row = replace(row, needed="what ascendit calls", data={"needed": names, "missing": absent})
         if absent:

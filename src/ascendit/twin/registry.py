@@ -25,7 +25,7 @@ from torch import Tensor
 from ascendit.device.chip import CHIPS
 from ascendit.device.operator_support import capability
 from ascendit.twin import STATE
-from ascendit.twin.contract import CHIP, TwinError, refuse
+from ascendit.twin.contract import CHIP, TwinError, refuse, require
 
 # ---- schemas ------------------------------------------------------------------------------------
 
@@ -67,19 +67,13 @@ class Signature:
         """Every argument by name. Refuses unknown, missing and surplus ones in the dispatcher's words."""
         unknown = [k for k in kwargs if k not in self.names or k in self.names[: len(args)]]
         if unknown or len(args) > self.positional:
-            what = (
-                f"Unknown keyword argument '{unknown[0]}'" if unknown else f"{len(args)} positional arguments"
-            )
+            what = f"{len(args)} positional arguments"
+            what = f"Unknown keyword argument '{unknown[0]}'" if unknown else what
             refuse("call.surplus", what=what, self=self, names=", ".join(self.names) or "nothing")
         bound = {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
-        missing = [n for n in self.names if n not in bound]
-        if missing:
-            refuse(
-                "call.missing",
-                self=self,
-                missing=missing,
-                required=[n for n in self.names if n not in self.defaults],
-            )
+        required = [n for n in self.names if n not in self.defaults]
+        missing = [n for n in required if n not in bound]
+        require(not missing, "call.missing", self=self, missing=missing, required=required)
         return bound
 
 

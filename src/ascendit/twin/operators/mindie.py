@@ -62,17 +62,11 @@ def adaln_v2(x: Tensor, weight: Tensor | None, bias: Tensor | None, **rest: Any)
 
 
 @operator("mindiesd::layernorm")
-def layernorm(
-    input: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    impl_mode: int,
-) -> Iterator[Any]:
+def layernorm(input: Tensor, weight: Tensor | None, bias: Tensor | None, **rest: Any) -> Iterator[Any]:
     """(out, mean, rstd) in the dtype of the input. impl_mode 0 is precise; 1 (fast), 2 (float16) do as 0."""
+    impl_mode, eps = rest["impl_mode"], rest["eps"]
     require(impl_mode in (0, 1, 2), "mindie.impl_mode", impl_mode=impl_mode)
-    shape = tuple(normalized_shape)
+    shape = tuple(rest["normalized_shape"])
     elementwise.check_layer(input, shape, weight, bias)
     row = Out((*input.shape[: input.dim() - len(shape)], *[1] * len(shape)), input.dtype)
     yield Out(tuple(input.shape), input.dtype), row, row
