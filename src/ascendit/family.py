@@ -19,15 +19,15 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class WanSpec:
-    """What one Wan model expects and how its authors run it. Defaults are those of Wan2.1-T2V."""
+    """What one Wan model expects and how its authors run it. Defaults are those of Wan2.1-T2V-14B."""
 
     name: str
     task: Task
     """t2v: text only; i2v: image and text; ti2v: text, image optional."""
     num_experts: int = 1
-    dim: int
+    dim: int = 5120
     """Width of the transformer: heads x head size."""
-    num_layers: int
+    num_layers: int = 40
     in_channels: int = 16
     out_channels: int = 16
     sizes: tuple[Size, ...]
@@ -60,7 +60,6 @@ class WanSpec:
 
 _P480: tuple[Size, ...] = ((832, 480), (480, 832))
 _P720: tuple[Size, ...] = ((1280, 720), (720, 1280))
-_14B: dict[str, Any] = {"dim": 5120, "num_layers": 40}
 _I2V_480_SHIFT = {size: 3.0 for size in _P480}
 
 SPECS: dict[str, WanSpec] = {
@@ -76,7 +75,6 @@ SPECS: dict[str, WanSpec] = {
             boundary_ratio=0.875,
             guidance_scale=4.0,
             guidance_scale_2=3.0,
-            **_14B,
         ),
         WanSpec(
             name="Wan2.2-I2V-A14B",
@@ -88,7 +86,6 @@ SPECS: dict[str, WanSpec] = {
             boundary_ratio=0.9,
             guidance_scale=3.5,
             guidance_scale_2=3.5,
-            **_14B,
         ),
         WanSpec(
             name="Wan2.2-TI2V-5B",
@@ -113,7 +110,6 @@ SPECS: dict[str, WanSpec] = {
             name="Wan2.1-T2V-14B",
             task="t2v",
             sizes=_P720 + _P480,
-            **_14B,
         ),
         # 480P and 720P have the same shape; the folder's name tells them apart, else the size does.
         WanSpec(
@@ -124,7 +120,6 @@ SPECS: dict[str, WanSpec] = {
             num_inference_steps=40,
             flow_shift=3.0,
             image_cross_attention=True,
-            **_14B,
         ),
         WanSpec(
             name="Wan2.1-I2V-14B-720P",
@@ -134,7 +129,6 @@ SPECS: dict[str, WanSpec] = {
             num_inference_steps=40,
             flow_shift_by_size=_I2V_480_SHIFT,
             image_cross_attention=True,
-            **_14B,
         ),
         WanSpec(
             name="ascendit-demo",

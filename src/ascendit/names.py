@@ -232,14 +232,8 @@ def _sort_key(name: str) -> tuple[int, int, int, int, str]:
 
 # ---- original Wan names -------------------------------------------------------------------------
 
-_SAME = (
-    "norm_q",
-    "norm_k",
-    "q_rot",
-    "k_rot",
-    "quant_type",
-    *(f"fa{n}_{x}" for n in ("", "3") for x in "qkv"),
-)
+_SCALES = tuple(f"fa{n}_{x}" for n in ("", "3") for x in "qkv")
+_SAME = ("norm_q", "norm_k", "q_rot", "k_rot", "quant_type", *_SCALES)
 _LAYERS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"} | {name: name for name in _SAME}
 _INSIDE = {
     "modulation": "scale_shift_table",

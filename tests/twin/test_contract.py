@@ -114,7 +114,7 @@ def test_each_refusal_has_a_text_and_each_text_the_values_it_names() -> None:
     used: set[str] = set()
     for path in Path(contract.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            used |= {node.value} & set(texts) if isinstance(node, ast.Constant) else set()
+            used |= {k for k in texts if isinstance(node, ast.Constant) and node.value == k}
             if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith(("require", "refuse")):
                 continue
             keys = [c.value for a in node.args for c in ast.walk(a) if isinstance(c, ast.Constant)]

@@ -17,15 +17,7 @@ from torch import Tensor
 
 from ascendit import mx, twin
 from ascendit.device.device import Device
-from ascendit.doctor.operator_cases import (
-    Caller,
-    CheckCase,
-    CheckedDevice,
-    Result,
-    Verdict,
-    seeded,
-    shorter,
-)
+from ascendit.doctor.operator_cases import Caller, CheckCase, CheckedDevice, Result, seeded, shorter
 from ascendit.ops.operators import bind
 from ascendit.twin.contract import FP4_E2M1, FP8_E4M3, SCALE_E8M0
 
@@ -251,8 +243,8 @@ def _answered(card: CheckedDevice, base: Result, q: Question) -> Result:
         answer = q.only(card) if card.real else NO_TWIN
         return replace(base, verdict="answered", answer=answer)
     answer, expected = _asked(q.ask, card.on_cpu), _asked(q.ask, twin.call)
-    verdict: Verdict = "answered" if answer == expected else "differs"
-    return replace(base, verdict=verdict, answer=answer, expected=expected)
+    base = replace(base, answer=answer, expected=expected)
+    return replace(base, verdict="answered" if answer == expected else "differs")
 
 
 def _asked(ask: Callable[[Caller], str], call: Caller) -> str:

@@ -28,6 +28,7 @@ from ascendit.ops.operators import OPERATOR_NAMES, bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
 from ascendit.twin import example_calls
 from ascendit.twin.nz import ND
+from ascendit.twin.registry import tensors_in
 
 log = logging.getLogger("ascendit")
 
@@ -99,7 +100,7 @@ def compare_results(base: Result, actual: Any, expected: Any, *, db: float | Non
         if actual == expected:
             return base
         return replace(base, verdict="wrong", error=f"{actual}, not {expected}")
-    pairs = list(zip(_tensors(actual), _tensors(expected), strict=False))
+    pairs = list(zip(tensors_in(actual), tensors_in(expected), strict=False))
     results = [_pair(base, a, e, db) for a, e in pairs if a.numel() or e.numel()]
     if not results:
         return base
@@ -114,14 +115,6 @@ def compare_results(base: Result, actual: Any, expected: Any, *, db: float | Non
         different=_most(r.different for r in results),
         error=first.error,
     )
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
 
 
 def _pair(base: Result, actual: Tensor, expected: Tensor, db: float | None) -> Result:

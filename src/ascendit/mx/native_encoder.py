@@ -97,7 +97,7 @@ def _table_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | Non
     element, from_msms = ELEMENT_NUMBERS[form.element.name], rule.startswith("msms:")
 
     def encode(rows: Tensor, out: Parts) -> None:
-        marks = _marks(rows, form.block) if from_msms else None
+        marks = torch.empty_like(out.scale) if from_msms else None
         at = tables.data_ptr(), out.codes.data_ptr(), out.scale.data_ptr(), _at(marks)
         if len(tables) == 2:
             doubtful = lib.encode_choice(rows.data_ptr(), *_shape(rows, threads), element, *at)
@@ -191,10 +191,6 @@ def early_powers() -> Tensor | None:
 def _shape(rows: Tensor, threads: int | None) -> tuple[int, int, int]:
     """Rows, values of a row, threads."""
     return rows.shape[0], rows.shape[1], threads or torch.get_num_threads()
-
-
-def _marks(rows: Tensor, unit: int) -> Tensor:
-    return torch.empty(rows.shape[0], -(-rows.shape[1] // unit), dtype=torch.uint8)
 
 
 def _at(tensor: Tensor | None) -> int:

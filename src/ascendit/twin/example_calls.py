@@ -212,9 +212,7 @@ def _mx_matmuls() -> Iterator[Sample]:
 def _only_a5() -> Iterator[Sample]:
     x, rows = rand(2, 6, 64), rand(2, 64)
     yield Sample("adaln", "mindiesd::adaln_v2", (x, rows, rows, None, None, 1e-6))
-    heads = rand(1, 5, 2, 32)
-    cos = rand(1, 5, 1, 32)
-    both = {"rotary_mode": "interleave"}
+    heads, cos, both = rand(1, 5, 2, 32), rand(1, 5, 1, 32), {"rotary_mode": "interleave"}
     yield Sample("rope of both", "npu_apply_rotary_pos_emb", (heads.clone(), heads.clone(), cos, cos), both)
     fp8 = [_blocks(rand(2, 300, 128, seed=s), rows) for s, rows in ((1, 128), (2, 256), (3, 256))]
     modes = {f"{n}_quant_mode": 7 for n in ("query", "key", "value")}

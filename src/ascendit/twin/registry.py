@@ -141,12 +141,11 @@ def gate(name: str, mode: str = "") -> None:
     if answer == "yes":
         return
     what = f"{name} {mode}".strip()
-    if answer == "adapter":
-        got = row.message
-    elif answer == "cann":
-        got = f"NPU function error: call {row.aclnn or name} failed, error code is 361001"
-    else:
-        got = f"no public document says that {what} runs here"
+    got = {
+        "adapter": row.message,
+        "cann": f"NPU function error: call {row.aclnn or name} failed, error code is 361001",
+        "unknown": f"no public document says that {what} runs here",
+    }[answer]
     where = ", ".join(f"{CHIPS[c].product} ({c})" for c in row.chips)
     raise TwinError(f"{got} [{what} on {chip}]", needs=where, fix=row.instead, code=CHIP)
 
@@ -171,7 +170,7 @@ def fake(name: str, /, *args: Any, **kwargs: Any) -> Any:
     bound = signature(name).bind(args, kwargs)
     gate(name)
     outs: Outs = next(OPERATORS[name](**bound))
-    like = next((t for t in _tensors(bound.values())), None)
+    like = next(tensors_in(list(bound.values())), None)
     device = "meta" if like is None else like.device
 
     def empty(out: Out | int) -> Any:
@@ -186,12 +185,13 @@ def refuse_uncomputed(name: str, /, *args: Any, **kwargs: Any) -> None:
     refuse("call.uncomputed", namespace=namespace, rest=rest, computed=sorted(OPERATORS))
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value, and in lists and tuples of values."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_in(part)
 
 
 def _check(name: str, outs: Outs, result: Any) -> None:
