@@ -130,7 +130,7 @@ def pieces(
     return [(slice(*q), slice(*kv)) for q, kv in both]
 
 
-def attention(
+def attend_in(
     tensors: Iterable[Tensor],
     z: Sizes,
     layouts: tuple[str, str],

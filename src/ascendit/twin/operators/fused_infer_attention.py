@@ -54,7 +54,7 @@ def _attention(
     windows = (a.pre_tokens, a.next_tokens)
     hidden = None if runs else core.hidden_keys(a.atten_mask, z, windows, ends[1])
     wide = decode(*qkv) if decode else qkv
-    out, top, total = core.attention(wide, z, (layout, layout_out), scale, hidden, runs)
+    out, top, total = core.attend_in(wide, z, (layout, layout_out), scale, hidden, runs)
     row = (top + torch.log(total)).unsqueeze(-1).contiguous() if lse else torch.empty(0)
     yield out.to(out_dtype), row
 

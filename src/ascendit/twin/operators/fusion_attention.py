@@ -42,7 +42,7 @@ def npu_fusion_attention(**given: Any) -> Iterator[Any]:
     yield Out(core.shape_of(z, layout), dtype), softmax, softmax, Out((0,), dtype), 0, 0, 0
     hidden = core.hidden_keys(a.atten_mask, z, (a.pre_tockens, a.next_tockens))
     qkv = (a.query, a.key, a.value)
-    out, *sums = core.attention(qkv, z, (layout, layout), a.scale, hidden, runs)
+    out, *sums = core.attend_in(qkv, z, (layout, layout), a.scale, hidden, runs)
     lanes = [t.unsqueeze(-1).expand(stats).contiguous() for t in sums]
     yield out.to(dtype), *lanes, a.query.new_empty(0), 0, 0, 0
 
@@ -64,7 +64,7 @@ def npu_prompt_flash_attention(**given: Any) -> Iterator[Any]:
     yield Out(core.shape_of(z, layouts[1]), dtype)
     windows = (a.pre_tokens, a.next_tokens)
     hidden = core.hidden_keys(a.atten_mask, z, windows, a.actual_seq_lengths_kv)
-    yield core.attention((a.query, a.key, a.value), z, layouts, a.scale_value, hidden)[0].to(dtype)
+    yield core.attend_in((a.query, a.key, a.value), z, layouts, a.scale_value, hidden)[0].to(dtype)
 
 
 @operator("npu_attention_update")
