@@ -162,8 +162,9 @@ def problem_of_kernel(scheme: str, kernel: QuantLinearKernel, device: torch.devi
 
 def problem_of(compute: Callable[[], Tensor], wanted: Tensor, limit: float) -> str:
     """What is wrong with a result on a card, "" if its relative error is below `limit`."""
+    wanted = wanted.cpu()
     try:
-        error = float((compute().cpu().double() - wanted.cpu()).norm() / wanted.norm())
+        error = float((compute().cpu().double() - wanted).norm() / wanted.norm())
     except Exception as e:  # a compiler, a driver or PyTorch: each has its own
         return f"{type(e).__name__}: {(str(e).strip() or 'no text').splitlines()[0][:120]}"
     return "" if error < limit else f"its numbers are wrong, by {error:.1e} of them"
