@@ -19,25 +19,25 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class WanSpec:
-    """What one Wan model expects and how its authors run it."""
+    """What one Wan model expects and how its authors run it. Defaults are those of Wan2.1-T2V-14B."""
 
     name: str
     task: Task
     """t2v: text only; i2v: image and text; ti2v: text, image optional."""
-    num_experts: int
-    dim: int
+    num_experts: int = 1
+    dim: int = 5120
     """Width of the transformer: heads x head size."""
-    num_layers: int
-    in_channels: int
-    out_channels: int
+    num_layers: int = 40
+    in_channels: int = 16
+    out_channels: int = 16
     sizes: tuple[Size, ...]
     """Published sizes; the first is the default."""
-    size_multiple: int
-    num_frames: int
-    fps: int
-    num_inference_steps: int
-    flow_shift: float
-    guidance_scale: float
+    size_multiple: int = 16
+    num_frames: int = 81
+    fps: int = 16
+    num_inference_steps: int = 50
+    flow_shift: float = 5.0
+    guidance_scale: float = 5.0
     """For the only expert, or the high-noise one."""
     guidance_scale_2: float | None = None
     """For the low-noise expert of a cascade."""
@@ -60,7 +60,6 @@ class WanSpec:
 
 _P480: tuple[Size, ...] = ((832, 480), (480, 832))
 _P720: tuple[Size, ...] = ((1280, 720), (720, 1280))
-_14B: dict[str, Any] = {"dim": 5120, "num_layers": 40, "size_multiple": 16, "num_frames": 81, "fps": 16}
 _I2V_480_SHIFT = {size: 3.0 for size in _P480}
 
 SPECS: dict[str, WanSpec] = {
@@ -70,34 +69,27 @@ SPECS: dict[str, WanSpec] = {
             name="Wan2.2-T2V-A14B",
             task="t2v",
             num_experts=2,
-            in_channels=16,
-            out_channels=16,
             sizes=_P720 + _P480,
             num_inference_steps=40,
             flow_shift=12.0,
             boundary_ratio=0.875,
             guidance_scale=4.0,
             guidance_scale_2=3.0,
-            **_14B,
         ),
         WanSpec(
             name="Wan2.2-I2V-A14B",
             task="i2v",
             num_experts=2,
             in_channels=36,
-            out_channels=16,
             sizes=_P720 + _P480,
             num_inference_steps=40,
-            flow_shift=5.0,
             boundary_ratio=0.9,
             guidance_scale=3.5,
             guidance_scale_2=3.5,
-            **_14B,
         ),
         WanSpec(
             name="Wan2.2-TI2V-5B",
             task="ti2v",
-            num_experts=1,
             dim=3072,
             num_layers=30,
             in_channels=48,
@@ -106,65 +98,37 @@ SPECS: dict[str, WanSpec] = {
             size_multiple=32,
             num_frames=121,
             fps=24,
-            num_inference_steps=50,
-            flow_shift=5.0,
-            guidance_scale=5.0,
         ),
         WanSpec(
             name="Wan2.1-T2V-1.3B",
             task="t2v",
-            num_experts=1,
             dim=1536,
             num_layers=30,
-            in_channels=16,
-            out_channels=16,
             sizes=_P480,
-            size_multiple=16,
-            num_frames=81,
-            fps=16,
-            num_inference_steps=50,
-            flow_shift=5.0,
-            guidance_scale=5.0,
         ),
         WanSpec(
             name="Wan2.1-T2V-14B",
             task="t2v",
-            num_experts=1,
-            in_channels=16,
-            out_channels=16,
             sizes=_P720 + _P480,
-            num_inference_steps=50,
-            flow_shift=5.0,
-            guidance_scale=5.0,
-            **_14B,
         ),
         # 480P and 720P have the same shape; the folder's name tells them apart, else the size does.
         WanSpec(
             name="Wan2.1-I2V-14B-480P",
             task="i2v",
-            num_experts=1,
             in_channels=36,
-            out_channels=16,
             sizes=_P480,
             num_inference_steps=40,
             flow_shift=3.0,
-            guidance_scale=5.0,
             image_cross_attention=True,
-            **_14B,
         ),
         WanSpec(
             name="Wan2.1-I2V-14B-720P",
             task="i2v",
-            num_experts=1,
             in_channels=36,
-            out_channels=16,
             sizes=_P720 + _P480,
             num_inference_steps=40,
-            flow_shift=5.0,
             flow_shift_by_size=_I2V_480_SHIFT,
-            guidance_scale=5.0,
             image_cross_attention=True,
-            **_14B,
         ),
         WanSpec(
             name="ascendit-demo",
@@ -175,7 +139,6 @@ SPECS: dict[str, WanSpec] = {
             in_channels=8,
             out_channels=8,
             sizes=((64, 64),),
-            size_multiple=16,
             num_frames=17,
             fps=8,
             num_inference_steps=16,

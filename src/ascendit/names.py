@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
@@ -118,12 +118,10 @@ def _dimensions(config: dict[str, Any]) -> dict[str, int]:
 
 def _patch_size(config: dict[str, Any]) -> tuple[int, int, int]:
     value = config.get("patch_size", WanConfig.patch_size)
-    good = (
-        isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int and v > 0 for v in value)
-    )
-    if not good:
+    sizes = value if isinstance(value, list | tuple) else ()
+    if len(sizes) != 3 or not all(type(v) is int and v > 0 for v in sizes):
         raise _bad_value("patch_size", value, "three whole numbers above 0")
-    return (value[0], value[1], value[2])
+    return (sizes[0], sizes[1], sizes[2])
 
 
 def _bad_value(key: str, value: object, needs: str) -> CheckpointError:
@@ -142,23 +140,24 @@ CODED_ROLES = ("weight", "weight_scale", "weight_offset", "weight_dual_scale")
 ROLES = (*CODED_ROLES, "mul_scale", "bias")
 """Every tensor that a linear layer may have, in the order in which they are written."""
 
+_OUTSIDE = {
+    "head.modulation": "scale_shift_table",
+    "patch_embedding": "patch_embedding",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    "head.head": "proj_out",
+}
+"""Modules outside the blocks, original Wan's name -> Diffusers', in the order of the model."""
+_TOP = tuple(name for name in _OUTSIDE.values() if name != "proj_out") + ("blocks", "proj_out")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k", "q_rot", "k_rot")
-_TOP = (
-    "scale_shift_table",
-    "patch_embedding",
-    "condition_embedder.time_embedder.linear_1",
-    "condition_embedder.time_embedder.linear_2",
-    "condition_embedder.time_proj",
-    "condition_embedder.text_embedder.linear_1",
-    "condition_embedder.text_embedder.linear_2",
-    "condition_embedder.image_embedder.norm1",
-    "condition_embedder.image_embedder.ff.net.0.proj",
-    "condition_embedder.image_embedder.ff.net.2",
-    "condition_embedder.image_embedder.norm2",
-    "condition_embedder.image_embedder.pos_embed",
-    "blocks",
-    "proj_out",
-)
 _IN_BLOCK = (
     "scale_shift_table",
     *(f"attn1.{name}" for name in _ATTENTION),
@@ -233,29 +232,8 @@ def _sort_key(name: str) -> tuple[int, int, int, int, str]:
 
 # ---- original Wan names -------------------------------------------------------------------------
 
-_OUTSIDE = {
-    "patch_embedding": "patch_embedding",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
-    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
-    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
-    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
-    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
-    "head.head": "proj_out",
-    "head.modulation": "scale_shift_table",
-}
-_SAME = (
-    "norm_q",
-    "norm_k",
-    "q_rot",
-    "k_rot",
-    "quant_type",
-    *(f"fa{n}_{x}" for n in ("", "3") for x in "qkv"),
-)
+_SCALES = tuple(f"fa{n}_{x}" for n in ("", "3") for x in "qkv")
+_SAME = ("norm_q", "norm_k", "q_rot", "k_rot", "quant_type", *_SCALES)
 _LAYERS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"} | {name: name for name in _SAME}
 _INSIDE = {
     "modulation": "scale_shift_table",
@@ -371,12 +349,12 @@ def grouped(chosen: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
     """
     wanted = set(chosen)
     every = list(among)
-    sizes, hits = _counts(every), _counts(name for name in every if name in wanted)
+    sizes = Counter(node for name in every for node in _nodes(name))
+    hits = Counter(node for name in every if name in wanted for node in _nodes(name))
     words: dict[tuple[str, str, str], list[int]] = {}
     for name in every:
         if name in wanted:
-            node = _whole(name, sizes, hits)
-            head, number, rest = _split(node)
+            head, number, rest = _split(_whole(name, sizes, hits))
             numbers = words.setdefault((head, "#" if number is not None else "", rest), [])
             if number is not None and number not in numbers[-1:]:
                 numbers.append(number)
@@ -384,29 +362,18 @@ def grouped(chosen: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
     return tuple(_word(head, numbers, rest, blocks) for (head, _, rest), numbers in words.items())
 
 
-def _counts(names: Iterable[str]) -> dict[str, int]:
-    """How many names lie below each node of the name tree, the names themselves included."""
-    counts: dict[str, int] = defaultdict(int)
-    for name in names:
-        parts = name.split(".")
-        for depth in range(1, len(parts) + 1):
-            counts[".".join(parts[:depth])] += 1
-    return counts
+def _nodes(name: str) -> list[str]:
+    """The nodes of the name tree from the root to `name`, itself included."""
+    return list(itertools.accumulate(name.split("."), "{}.{}".format))
 
 
-def _whole(name: str, sizes: dict[str, int], hits: dict[str, int]) -> str:
+def _whole(name: str, sizes: Counter[str], hits: Counter[str]) -> str:
     """The highest node above `name` of which everything is chosen, with `.*` if it is more than the name.
 
     Never `blocks` itself: its children are blocks, and are counted.
     """
-    parts = name.split(".")
-    for depth in range(1, len(parts)):
-        node = ".".join(parts[:depth])
-        if node == "blocks" or sizes[node] == 1:
-            continue
-        if sizes[node] == hits[node]:
-            return f"{node}.*"
-    return name
+    above = (node for node in _nodes(name)[:-1] if node != "blocks" and sizes[node] > 1)
+    return next((f"{node}.*" for node in above if sizes[node] == hits[node]), name)
 
 
 def _split(node: str) -> tuple[str, int | None, str]:

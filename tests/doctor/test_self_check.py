@@ -37,8 +37,8 @@ def bent(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Any], Any]
     from ascendit.twin.registry import run
 
     def bend(operator: str, change: Callable[[Any], Any]) -> None:
-        def kernel(name: str, args: Any, kwargs: Any) -> Any:
-            result = run(name, args, kwargs)
+        def kernel(name: str, /, *args: Any, **kwargs: Any) -> Any:
+            result = run(name, *args, **kwargs)
             return change(result) if name == operator else result
 
         monkeypatch.setattr(install, "run", kernel)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
+from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import pytest
@@ -13,7 +16,9 @@ from twin.wrong_calls import BF16, E4M3, rand
 from twin.wrong_matmuls import MATMUL
 
 import ascendit.twin
+from ascendit.twin import contract
 from ascendit.twin.contract import TwinError
+from ascendit.twin.registry import OPERATORS, signature
 
 npu = torch.ops.npu
 
@@ -95,3 +100,29 @@ def test_unknown_arguments_are_named() -> None:
         ascendit.twin.call("npu_dynamic_mx_quant", x, -1)
     with pytest.raises(TwinError, match="operator npu_nothing.*\n.*torch_npu 2.13.0.*\n.*check the spelling"):
         ascendit.twin.call("npu_nothing", x)
+
+
+# ---- the table of refusals ----------------------------------------------------------------------
+
+
+def test_each_refusal_has_a_text_and_each_text_the_values_it_names() -> None:
+    """A refusal that no call of a test reaches would else fail when it is made."""
+    texts = {
+        f"{family}.{name}": row for family, rows in contract.refusals().items() for name, row in rows.items()
+    }
+    arguments = {n for name in OPERATORS for n in signature(name).names} | {"layout", "heads"}
+    used: set[str] = set()
+    for path in Path(contract.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            used |= {k for k in texts if isinstance(node, ast.Constant) and node.value == k}
+            if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith(("require", "refuse")):
+                continue
+            keys = [c.value for a in node.args for c in ast.walk(a) if isinstance(c, ast.Constant)]
+            given = {k.arg for k in node.keywords}
+            for key in (k for k in keys if k in texts):
+                fields = {f for t in texts[key].values() for _, f, _, _ in Formatter().parse(t) if f}
+                named = {re.split(r"[.\[]", f)[0] for f in fields}
+                of_call = arguments if isinstance(node.func, ast.Attribute) else set()
+                assert None in given or named <= given | of_call, (path.name, key)
+    assert all(list(row) == ["got", "needs", "fix"] for row in texts.values())
+    assert used == set(texts)

@@ -6,7 +6,7 @@ has the name of every operator on every chip, and many calls fail only inside CA
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,25 +58,43 @@ class Capability:
 # ---- the table ----------------------------------------------------------------------------------
 
 _INT8 = "on a2 and a3 int8 is native; other schemes run with --emulate, same numbers, slower"
-
-_MX = {"a2": "cann", "a3": "cann", "instead": _INT8}
-
-_A2_A3 = {"a5": "adapter"}
-
+_NO_ACLNN = (
+    "Current device only support aclnn operator, but current operator {0} do not have aclnn implementation"
+)
+_FUSED, _MM, _QUANT_MATMUL = "npu_fusion_attention", "npu_quant_matmul", "aclnnQuantMatmulV5"
+_BLOCK_QUANT, _INFER = "npu_dynamic_block_quant", "fused_infer_attention_score_v2"
+_FLOATS = "fp16 bf16 fp32"
 _T_VIEW = "x2 [K, N] a transposed view of [N, K], scale likewise; or FRACTAL_NZ"
 
-_FUSED = "npu_fusion_attention"
+_A5_ONLY = {"a2": "cann", "a3": "cann"}
+_A5_ADAPTER = {"a2": "adapter", "a3": "adapter"}
+_MX = {**_A5_ONLY, "instead": _INT8}
+_NOT_A5 = {"a5": "cann"}
+_NOT_A5_ADAPTER = {"a5": "adapter"}
+_BF16_ATTENTION = {**_A5_ONLY, "instead": "bf16 attention, which every chip has"}
 
 
 def _row(operator: str, mode: str = "", /, **rest: str) -> Capability:
     return Capability(operator=operator, mode=mode, **rest)  # type: ignore[arg-type]
 
 
+def _matmul(scheme: str, dtypes: str, layout: str = "", chips: Mapping[str, str] = _MX) -> Capability:
+    how = {"scheme": scheme, "aclnn": _QUANT_MATMUL, "dtypes": dtypes, "layout": layout, **chips}
+    return _row(_MM, scheme, used_for=f"linear in {scheme}", **how)
+
+
+def _only_torch(name: str) -> Capability:
+    """An operator without a CANN kernel on a5, beside one of PyTorch's own."""
+    plain = f"torch.nn.functional.{name.removesuffix('_eval')}, which every chip has"
+    operator = f"npu_{name}"
+    return _row(operator, message=_NO_ACLNN.format(operator), instead=plain, **_NOT_A5_ADAPTER)
+
+
 CAPABILITIES: tuple[Capability, ...] = (
-    _row("npu_rms_norm", used_for="rms_norm", aclnn="aclnnRmsNorm", dtypes="fp16 bf16 fp32"),
-    _row("npu_rotary_mul", used_for="rope", aclnn="aclnnRotaryPositionEmbeddingV2", dtypes="fp16 bf16 fp32"),
-    _row("npu_gelu", used_for="gelu", aclnn="aclnnGeluV2", dtypes="fp16 bf16 fp32"),
-    _row(_FUSED, used_for="attention", aclnn="aclnnFlashAttentionScoreV4", dtypes="fp16 bf16 fp32"),
+    _row("npu_rms_norm", used_for="rms_norm", aclnn="aclnnRmsNorm", dtypes=_FLOATS),
+    _row("npu_rotary_mul", used_for="rope", aclnn="aclnnRotaryPositionEmbeddingV2", dtypes=_FLOATS),
+    _row("npu_gelu", used_for="gelu", aclnn="aclnnGeluV2", dtypes=_FLOATS),
+    _row(_FUSED, used_for="attention", aclnn="aclnnFlashAttentionScoreV4", dtypes=_FLOATS),
     _row(
         "npu_format_cast", used_for="weights in FRACTAL_NZ", layout="a2, a3: with allow_internal_format only"
     ),
@@ -85,7 +103,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         "npu_dynamic_mx_quant",
         used_for="tokens in mxfp8 and mxfp4",
         aclnn="aclnnDynamicMxQuantV3",
-        dtypes="fp16 bf16 fp32 -> e4m3 e5m2 e2m1",
+        dtypes=f"{_FLOATS} -> e4m3 e5m2 e2m1",
         **_MX,
     ),
     _row("npu_anti_mx_quant", aclnn="aclnnAntiMxQuant", **_MX),
@@ -115,128 +133,68 @@ CAPABILITIES: tuple[Capability, ...] = (
         dtypes="-> e4m3 e5m2",
         **_MX,
     ),
-    _row(
-        "npu_dynamic_block_quant",
+    _row(_BLOCK_QUANT, "int8", aclnn="aclnnDynamicBlockQuantV2", layout="a2, a3: row 1, col 1 or 128"),
+    _row(_BLOCK_QUANT, "fp8", aclnn="aclnnDynamicBlockQuantV2", **_MX),
+    _matmul(
         "int8",
-        aclnn="aclnnDynamicBlockQuantV2",
-        layout="a2, a3: row 1, col 1 or 128",
+        "int8 x int8, fp32 per token, fp32 or bf16 per channel",
+        "x2 [K, N], any; or FRACTAL_NZ",
+        chips={},
     ),
-    _row("npu_dynamic_block_quant", "fp8", aclnn="aclnnDynamicBlockQuantV2", **_MX),
-    _row(
-        "npu_quant_matmul",
-        "int8",
-        used_for="linear in int8",
-        scheme="int8",
-        aclnn="aclnnQuantMatmulV5",
-        dtypes="int8 x int8, fp32 per token, fp32 or bf16 per channel",
-        layout="x2 [K, N], any; or FRACTAL_NZ",
-    ),
-    _row(
-        "npu_quant_matmul",
-        "fp8",
-        used_for="linear in fp8",
-        scheme="fp8",
-        aclnn="aclnnQuantMatmulV5",
-        dtypes="e4m3 x e4m3, fp32",
-        **_MX,
-    ),
-    _row(
-        "npu_quant_matmul",
-        "mxfp8",
-        used_for="linear in mxfp8",
-        scheme="mxfp8",
-        aclnn="aclnnQuantMatmulV5",
-        dtypes="e4m3 e5m2, e8m0 scales",
-        layout=_T_VIEW,
-        **_MX,
-    ),
-    _row(
-        "npu_quant_matmul",
-        "mxfp4",
-        used_for="linear in mxfp4",
-        scheme="mxfp4",
-        aclnn="aclnnQuantMatmulV5",
-        dtypes="e2m1 x e2m1, e8m0 scales",
-        layout=_T_VIEW,
-        **_MX,
-    ),
-    _row(
-        "npu_quant_matmul",
-        "w4a8",
-        used_for="linear in w4a8",
-        scheme="w4a8",
-        aclnn="aclnnQuantMatmulV5",
-        dtypes="e4m3 x e2m1, e8m0 scales",
-        layout=_T_VIEW,
-        **_MX,
-    ),
-    _row("npu_quant_matmul", "block", aclnn="aclnnQuantMatmulV5", dtypes="e4m3, fp32 per 128 x 128", **_MX),
+    _matmul("fp8", "e4m3 x e4m3, fp32"),
+    _matmul("mxfp8", "e4m3 e5m2, e8m0 scales", _T_VIEW),
+    _matmul("mxfp4", "e2m1 x e2m1, e8m0 scales", _T_VIEW),
+    _matmul("w4a8", "e4m3 x e2m1, e8m0 scales", _T_VIEW),
+    _row(_MM, "block", aclnn=_QUANT_MATMUL, dtypes="e4m3, fp32 per 128 x 128", **_MX),
     _row(
         "npu_dual_level_quant_matmul",
         used_for="linear in mxfp4_dualscale",
         scheme="mxfp4_dualscale",
-        a2="adapter",
-        a3="adapter",
         aclnn="aclnnDualLevelQuantMatmulWeightNz",
         dtypes="e2m1 x e2m1, e8m0 and fp32 scales",
         layout="x2 FRACTAL_NZ",
         message="This interface is supported only on the Ascend950 platform and after.",
         instead=_INT8,
+        **_A5_ADAPTER,
     ),
     _row(
         "npu_format_cast",
         "customize_dtype",
         used_for="packed FP4 weights in FRACTAL_NZ",
-        a2="adapter",
-        a3="adapter",
         layout="FRACTAL_NZ of packed e2m1",
         message="customize_dtype is not supported by the current soc version.",
         instead="CANN 9.1.0 has it on a2 and a3; without it cast plain int8 weights only",
+        **_A5_ADAPTER,
     ),
-    _row(
-        "npu_layer_norm_eval",
-        message="Current device only support aclnn operator, but current operator npu_layer_norm_eval "
-        "do not have aclnn implementation",
-        instead="torch.nn.functional.layer_norm, which every chip has",
-        **_A2_A3,
-    ),
-    _row(
-        "npu_silu",
-        message="Current device only support aclnn operator, but current operator npu_silu "
-        "do not have aclnn implementation",
-        instead="torch.nn.functional.silu, which every chip has",
-        **_A2_A3,
-    ),
+    _only_torch("layer_norm_eval"),
+    _only_torch("silu"),
     _row(
         "npu_prompt_flash_attention",
         aclnn="aclnnPromptFlashAttentionV3",
         message="Interface npu_prompt_flash_attention is no longer supported on Ascend950.",
-        instead=f"npu_fused_infer_attention_score_v2 or {_FUSED}",
-        **_A2_A3,
+        instead=f"npu_{_INFER} or {_FUSED}",
+        **_NOT_A5_ADAPTER,
     ),
     _row(
-        "npu_fused_infer_attention_score_v2",
+        f"npu_{_INFER}",
         "quantized",
         aclnn="aclnnFusedInferAttentionScoreV5",
         dtypes="e4m3, modes 7 7 7 and 6 6 8",
-        a2="cann",
-        a3="cann",
-        instead="bf16 attention, which every chip has",
+        **_BF16_ATTENTION,
     ),
     _row(
         "npu_apply_rotary_pos_emb",
         "interleave",
         aclnn="aclnnApplyRotaryPosEmbV2",
-        a2="cann",
-        a3="cann",
         instead='npu_rotary_mul(..., rotary_mode="interleave"), which every chip has',
+        **_A5_ONLY,
     ),
     _row(
         "npu_block_sparse_attention",
-        a5="unknown",
         aclnn="aclnnBlockSparseAttention",
         layout="BNSD or TND, blocks of 128 keys",
         instead="mindiesd::block_sparse_attention on a5",
+        a5="unknown",
     ),
     _row(
         "mindiesd::layernorm", used_for="layer_norm, with fast_layernorm", aclnn="aclnnLayerNormWithImplMode"
@@ -244,40 +202,36 @@ CAPABILITIES: tuple[Capability, ...] = (
     _row(
         "mindiesd::adaln",
         used_for="adaln",
-        a5="cann",
         aclnn="aclnnAdaLayerNorm",
         instead="mindiesd::adaln_v2 on a5",
+        **_NOT_A5,
     ),
     _row(
         "mindiesd::adaln_v2",
         used_for="adaln",
-        a2="cann",
-        a3="cann",
         aclnn="aclnnAdaLayerNormV2",
         instead="mindiesd::adaln on a2 and a3",
+        **_A5_ONLY,
     ),
     _row(
-        "mindiesd::fused_infer_attention_score_v2",
+        f"mindiesd::{_INFER}",
         "quantized",
-        a2="cann",
-        a3="cann",
         aclnn="aclnnEagleFusedInferAttentionScore",
         dtypes="e4m3, mode 7 7 7",
-        instead="bf16 attention, which every chip has",
+        **_BF16_ATTENTION,
     ),
     _row(
         "mindiesd::block_sparse_attention",
-        a2="cann",
-        a3="cann",
         aclnn="aclnnBlockSparseAttentionV2",
         instead="npu_block_sparse_attention on a2 and a3",
+        **_A5_ONLY,
     ),
-    _row("mindiesd::la", a5="cann", aclnn="aclnnLaserAttention", instead=f"{_FUSED} on a5"),
+    _row("mindiesd::la", aclnn="aclnnLaserAttention", instead=f"{_FUSED} on a5", **_NOT_A5),
     _row(
         "mindiesd::rainfusionattention",
-        a5="cann",
         aclnn="aclnnRainFusionAttention",
         instead="mindiesd::block_sparse_attention on a5",
+        **_NOT_A5,
     ),
 )
 

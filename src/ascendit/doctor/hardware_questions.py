@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,17 +42,9 @@ class Question:
 
 def _mx_matmul(call: Caller, q: Tensor, s1: Tensor, w: Tensor, s2: Tensor) -> Tensor:
     """q [M, K] x w [N, K] in e4m3, scales as [.., K / 64, 2] bytes; float32 [M, N]."""
-    out: Tensor = call(
-        "npu_quant_matmul",
-        q,
-        w.transpose(0, 1),
-        s2.transpose(0, 1),
-        pertoken_scale=s1,
-        output_dtype=6,
-        scale_dtype=SCALE_E8M0,
-        pertoken_scale_dtype=SCALE_E8M0,
-        group_sizes=[1, 1, 32],
-    )
+    scales = {"pertoken_scale": s1, "scale_dtype": SCALE_E8M0, "pertoken_scale_dtype": SCALE_E8M0}
+    rest = {**scales, "output_dtype": 6, "group_sizes": [1, 1, 32]}
+    out: Tensor = call("npu_quant_matmul", q, w.transpose(0, 1), s2.transpose(0, 1), **rest)
     return out
 
 
@@ -119,11 +112,8 @@ def _dst_type_max(call: Caller) -> str:
 
 def _smooth_scale(call: Caller) -> str:
     """Which of three readings the quantizer follows; told by its codes and both of its scales."""
-    name, x, smooth = (
-        "npu_dynamic_dual_level_mx_quant",
-        seeded(8, 1024).to(BF16),
-        seeded(1024).abs().to(BF16) + 0.25,
-    )
+    name = "npu_dynamic_dual_level_mx_quant"
+    x, smooth = seeded(8, 1024).to(BF16), seeded(1024).abs().to(BF16) + 0.25
     found = call(name, x, smooth_scale=smooth)
     readings = {
         "multiplied in the dtype of the tokens": x * smooth,
@@ -167,17 +157,16 @@ def _fp8_once(call: Caller, batch: int, tokens: int) -> str:
 def _graphs(card: CheckedDevice) -> str:
     """Capture in a graph, replay, compare; for the kernels without a Meta kernel or with seeds."""
     heads = card.put(seeded(1, 64, 4, 64).to(BF16))
-    ways: dict[str, Callable[[], Any]] = {
-        "npu_fusion_attention": lambda: card.call(
-            "npu_fusion_attention", heads, heads, heads, 4, "BSND", scale=0.125
-        ),
-        "npu_dynamic_quant": lambda: card.call("npu_dynamic_quant", heads.flatten(2)),
+    rows = (heads.flatten(2),)
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "npu_fusion_attention": ((heads, heads, heads, 4, "BSND"), {"scale": 0.125}),
+        "npu_dynamic_quant": (rows, {}),
+        "npu_dynamic_mx_quant": (rows, {"dst_type": FP8_E4M3}),
     }
-    if card.device.chip == "a5":
-        ways["npu_dynamic_mx_quant"] = lambda: card.call(
-            "npu_dynamic_mx_quant", heads.flatten(2), dst_type=FP8_E4M3
-        )
-    return "; ".join(f"{name} {_captured(card, run)}" for name, run in ways.items())
+    if card.device.chip != "a5":
+        del calls["npu_dynamic_mx_quant"]
+    runs = {name: partial(card.call, name, *args, **rest) for name, (args, rest) in calls.items()}
+    return "; ".join(f"{name} {_captured(card, run)}" for name, run in runs.items())
 
 
 def _captured(card: CheckedDevice, run: Callable[[], Any]) -> str:
@@ -225,26 +214,15 @@ def _cards(card: CheckedDevice) -> str:
     return f"{len(names)} devices: {kinds}; SoC {api.get_soc_version()}; {memory:.1f} GiB"
 
 
+_INT8, _DUAL = "npu_dynamic_quant", "npu_dynamic_dual_level_mx_quant"
+_INFER = "npu_fused_infer_attention_score_v2"
 QUESTIONS: tuple[Question, ...] = (
     Question("In which order does the MX matmul sum, and how wide?", "npu_quant_matmul", _order_of_sums),
     Question("What are the scale bytes 255 and 0 in the MX matmul?", "npu_quant_matmul", _odd_scales),
-    Question(
-        "What does the int8 quantizer make of zeros, inf and nan?",
-        "npu_dynamic_quant",
-        _odd_rows,
-        chips=EVERY,
-    ),
+    Question("What does the int8 quantizer make of zeros, inf and nan?", _INT8, _odd_rows, chips=EVERY),
     Question("Is scale_alg=2 there, and is dst_type_max heeded?", "npu_dynamic_mx_quant", _dst_type_max),
-    Question(
-        "What does smooth_scale of the dual-level quantizer do?",
-        "npu_dynamic_dual_level_mx_quant",
-        _smooth_scale,
-    ),
-    Question(
-        "Which batches and lengths does FP8 attention (mode 7) take?",
-        "npu_fused_infer_attention_score_v2",
-        _fp8_attention,
-    ),
+    Question("What does smooth_scale of the dual-level quantizer do?", _DUAL, _smooth_scale),
+    Question("Which batches and lengths does FP8 attention (mode 7) take?", _INFER, _fp8_attention),
     Question("Can a graph capture these?", "npu_fusion_attention", only=_graphs, chips=EVERY),
     Question("From how many tokens on is FRACTAL_NZ faster for MXFP8?", "npu_quant_matmul", only=_formats),
     Question("How many devices does a card show, and which?", "get_npu_format", only=_cards, chips=EVERY),
@@ -265,9 +243,8 @@ def _answered(card: CheckedDevice, base: Result, q: Question) -> Result:
         answer = q.only(card) if card.real else NO_TWIN
         return replace(base, verdict="answered", answer=answer)
     answer, expected = _asked(q.ask, card.on_cpu), _asked(q.ask, twin.call)
-    return replace(
-        base, verdict="answered" if answer == expected else "differs", answer=answer, expected=expected
-    )
+    base = replace(base, answer=answer, expected=expected)
+    return replace(base, verdict="answered" if answer == expected else "differs")
 
 
 def _asked(ask: Callable[[Caller], str], call: Caller) -> str:

@@ -59,9 +59,7 @@ def examine(probes: Sequence[Probe] | None = None) -> DoctorReport:
             rows += probe()
         except (Exception, SystemExit) as e:
             name = probe.__name__.strip("_").replace("_", " ")
-            rows.append(
-                ProbeRow(item=name, found=f"{type(e).__name__}: {e}".splitlines()[0], status="probe failed")
-            )
+            rows.append(ProbeRow(name, f"{type(e).__name__}: {e}".splitlines()[0], status="probe failed"))
     return DoctorReport(tuple(rows))
 
 
@@ -70,19 +68,10 @@ def examine(probes: Sequence[Probe] | None = None) -> DoctorReport:
 
 def _python() -> list[ProbeRow]:
     found = platform.python_version()
-    good = at_least(found, PYTHON)
+    status: Status = "ok" if at_least(found, PYTHON) else "too old"
     fix = f"install Python {PYTHON} or newer"
-    return [
-        ProbeRow(
-            item="Python",
-            found=found,
-            needed=f">= {PYTHON}",
-            status="ok" if good else "too old",
-            fix=fix,
-            required=True,
-        ),
-        ProbeRow(item="platform", found=f"{platform.system()} {platform.release()} {platform.machine()}"),
-    ]
+    row = ProbeRow("Python", found, needed=f">= {PYTHON}", status=status, fix=fix, required=True)
+    return [row, ProbeRow("platform", f"{platform.system()} {platform.release()} {platform.machine()}")]
 
 
 def _cpu() -> list[ProbeRow]:
@@ -91,9 +80,7 @@ def _cpu() -> list[ProbeRow]:
     useful = [name for name in CPU_FEATURES if flags and name in flags[1].split()]
     model = re.search(r"^model name\s*:\s*(.*)$", text, re.M)
     name = model[1] if model else platform.processor() or platform.machine()
-    return [
-        ProbeRow(item="CPU", found=f"{os.cpu_count()} x {name}; {' '.join(useful) or 'features unknown'}")
-    ]
+    return [ProbeRow("CPU", f"{os.cpu_count()} x {name}; {' '.join(useful) or 'features unknown'}")]
 
 
 def _memory() -> list[ProbeRow]:
@@ -104,15 +91,9 @@ def _memory() -> list[ProbeRow]:
     limit = read(Path("/sys/fs/cgroup/memory.max")).strip()
     total = min(total, int(limit)) if limit.isdigit() else total
     free = min(sizes.get("MemAvailable", total), total)
-    return [
-        ProbeRow(
-            item="memory",
-            found=f"{free / GIB:.1f} of {total / GIB:.1f} GiB free",
-            needed=f"{MEMORY_GIB:g} GiB for the demo",
-            status="ok" if free >= MEMORY_GIB * GIB else "too little",
-            fix="close other programs",
-        )
-    ]
+    found, needed = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free", f"{MEMORY_GIB:g} GiB for the demo"
+    status: Status = "ok" if free >= MEMORY_GIB * GIB else "too little"
+    return [ProbeRow("memory", found, needed=needed, status=status, fix="close other programs")]
 
 
 def _disk() -> list[ProbeRow]:
@@ -122,20 +103,13 @@ def _disk() -> list[ProbeRow]:
     good = free >= DISK_GIB * GIB and writable
     fix = "work in another folder, or write with -o elsewhere"
     needed = f"{DISK_GIB:g} GiB, writable"
-    return [
-        ProbeRow(
-            item="this folder", found=found, needed=needed, status="ok" if good else "too little", fix=fix
-        )
-    ]
+    return [ProbeRow("this folder", found, needed=needed, status="ok" if good else "too little", fix=fix)]
 
 
 def _compiler() -> list[ProbeRow]:
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     row = ProbeRow(
-        item="C++ compiler",
-        found=found or "none",
-        needed="optional, for native code",
-        fix="install g++ or clang++",
+        "C++ compiler", found or "none", needed="optional, for native code", fix="install g++ or clang++"
     )
     return [row if found else replace(row, status="absent")]
 
@@ -144,21 +118,13 @@ def _compiler() -> list[ProbeRow]:
 
 
 def _ascendit() -> list[ProbeRow]:
-    folder = Path(ascendit.__file__).parent
-    demo = (DEMO / "model_index.json").is_file()
-    return [
-        ProbeRow(
-            item="ascendit",
-            found=f"{installed_version('ascendit') or 'not installed, run from source'} in {folder}",
-        ),
-        ProbeRow(
-            item="demo model",
-            found="present" if demo else "none",
-            needed="for --demo",
-            status="ok" if demo else "missing",
-            fix="reinstall ascendit; a checkout needs its large files",
-        ),
-    ]
+    version = installed_version("ascendit") or "not installed, run from source"
+    package = ProbeRow("ascendit", f"{version} in {Path(ascendit.__file__).parent}")
+    fix = "reinstall ascendit; a checkout needs its large files"
+    demo = ProbeRow("demo model", "present", needed="for --demo", fix=fix)
+    if not (DEMO / "model_index.json").is_file():
+        demo = replace(demo, found="none", status="missing")
+    return [package, demo]
 
 
 def _libraries() -> list[ProbeRow]:
@@ -170,15 +136,13 @@ def _library(name: str, needed: str) -> ProbeRow:
     status: Status = "missing" if found is None else "ok" if at_least(found, needed) else "too old"
     label = {"av": "PyAV"}.get(name, name)
     fix = f'pip install "{name}>={needed}"'
-    return ProbeRow(
-        item=label, found=found or "none", needed=f">= {needed}", status=status, fix=fix, required=True
-    )
+    return ProbeRow(label, found or "none", needed=f">= {needed}", status=status, fix=fix, required=True)
 
 
 def _torch_imports() -> list[ProbeRow]:
     if find_spec("torch") is None:
         return []  # the row of the libraries says it
-    row = ProbeRow(item="import torch", found="works", needed="works", required=True)
+    row = ProbeRow("import torch", "works", needed="works", required=True)
     told = _torch()
     if "error" in told:
         return [failed(row, told, fix="pip install --force-reinstall torch")]
@@ -193,7 +157,7 @@ def _torch_imports() -> list[ProbeRow]:
 
 
 def _video_codec() -> list[ProbeRow]:
-    row = ProbeRow(item="H.264 (libx264)", found="present", needed="to write .mp4", required=True)
+    row = ProbeRow("H.264 (libx264)", "present", needed="to write .mp4", required=True)
     fix = "pip install --force-reinstall av"
     if find_spec("av") is None:
         return [replace(row, found="no PyAV", status="missing", fix=fix)]
@@ -207,9 +171,7 @@ def _video_codec() -> list[ProbeRow]:
 
 
 def _cuda() -> list[ProbeRow]:
-    row = ProbeRow(
-        item="CUDA device", found="none", needed="optional", status="absent", fix="not needed on the CPU"
-    )
+    row = ProbeRow("CUDA device", "none", needed="optional", status="absent", fix="not needed on the CPU")
     told = _torch() if find_spec("torch") else {}
     if not told.get("cuda"):
         return [row]
@@ -235,16 +197,11 @@ def compiled_kernels() -> list[ProbeRow]:
 
 def _kernel(name: str, use: str) -> ProbeRow:
     built = native(name)
-    row = ProbeRow(item=f"kernel: {name}", found=f"native, {built.reason}", needed=f"optional, for {use}")
+    row = ProbeRow(f"kernel: {name}", f"native, {built.reason}", needed=f"optional, for {use}")
     if built.library is not None:
         return row
-    return ProbeRow(
-        item=row.item,
-        found=f"PyTorch instead: {built.reason}",
-        needed=row.needed,
-        status="absent",
-        fix="not needed: it is slower",
-    )
+    found = f"PyTorch instead: {built.reason}"
+    return replace(row, found=found, status="absent", fix="not needed: it is slower")
 
 
 # ---- torch, asked once --------------------------------------------------------------------------

@@ -137,12 +137,14 @@ def advise(found: FoundVersions) -> VersionSet:
 
     def score(stack: VersionSet) -> tuple[bool, bool, bool]:
         cann = found.cann is not None and stack.cann is not None and begins(found.cann, stack.cann)
-        torch = (
-            found.torch is not None and version_numbers(found.torch)[:2] == version_numbers(stack.torch)[:2]
-        )
-        return cann, stack.cann is not None, torch
+        return cann, stack.cann is not None, _same_minor(found.torch, stack.torch)
 
     return max(VERSION_SETS, key=score)  # the first of equals
+
+
+def _same_minor(version: str | None, other: str) -> bool:
+    """2.13.0+cpu and 2.13.1"""
+    return version_numbers(version or "")[:2] == version_numbers(other)[:2]
 
 
 def begins(version: str, start: str) -> bool:
@@ -194,9 +196,7 @@ def here() -> bool:
 
 def nodes() -> list[ProbeRow]:
     """The device files, and whether this user may use them."""
-    row = ProbeRow(
-        item="NPU device files", found="none", needed="read and write", part="npu", status="absent"
-    )
+    row = ProbeRow("NPU device files", "none", needed="read and write", part="npu", status="absent")
     if not (found := cards()):
         fix = "install the driver; in a container: --device /dev/davinci0 --device /dev/davinci_manager ..."
         return [replace(row, status="missing" if here() else "absent", fix=fix)]
@@ -208,10 +208,8 @@ def nodes() -> list[ProbeRow]:
         row = replace(row, found=f"{row.found}; no {', '.join(lacking)}", status="broken")
         return [replace(row, fix=f"in a container: --device {' --device '.join(lacking)}")]
     if closed:
-        fix = f"sudo usermod -aG {_group(closed[0])} $USER, then log in again"
-        return [
-            replace(row, found=f"{row.found}; no access to {', '.join(closed)}", status="broken", fix=fix)
-        ]
+        row = replace(row, found=f"{row.found}; no access to {', '.join(closed)}", status="broken")
+        return [replace(row, fix=f"sudo usermod -aG {_group(closed[0])} $USER, then log in again")]
     return [row]
 
 
@@ -235,9 +233,7 @@ def driver() -> list[ProbeRow]:
     if not cards():
         return []
     found = driver_version()
-    row = ProbeRow(
-        item="Ascend driver", found=found or "unknown", needed="see the row of versions", part="npu"
-    )
+    row = ProbeRow("Ascend driver", found or "unknown", needed="see the row of versions", part="npu")
     fix = f"mount {ASCEND}/driver into the container, or install the driver"
     return [row if found else replace(row, status="unlisted", fix=fix)]
 
@@ -257,7 +253,7 @@ def cann_version(folder: Path) -> str | None:
 
 def cann() -> list[ProbeRow]:
     """The toolkit: sourced, there, and of which version."""
-    row = ProbeRow(item="CANN toolkit", found="none", needed="for an Ascend card", part="npu")
+    row = ProbeRow("CANN toolkit", "none", needed="for an Ascend card", part="npu")
     folder = environment.toolkit_folder()
     if folder is None:
         if not (found := toolkits()):
@@ -279,7 +275,7 @@ def libraries() -> list[ProbeRow]:
     places = (folder / "lib64", folder / arch / "lib64", *environment.library_folders())
     lacking = [name for name in CANN_LIBRARIES if not any((place / name).exists() for place in places)]
     count = len(CANN_LIBRARIES) - len(lacking)
-    row = ProbeRow(item="CANN libraries", found=f"{count} of {len(CANN_LIBRARIES)}", needed="all", part="npu")
+    row = ProbeRow("CANN libraries", f"{count} of {len(CANN_LIBRARIES)}", needed="all", part="npu")
     if not lacking:
         return [row]
     found = f"{row.found}: {', '.join(lacking)} not found"
@@ -306,13 +302,14 @@ def torch_npu() -> list[ProbeRow]:
     """The package, and whether it is that of the torch here."""
     torch, needed = probe.installed_version("torch") or "?", "the minor version of torch, for an Ascend card"
     absent: Status = "missing" if here() else "absent"
-    row = ProbeRow(item="torch_npu", found="none", needed=needed, status=absent, part="npu")
+    row = ProbeRow("torch_npu", "none", needed=needed, status=absent, part="npu")
     if (found := probe.installed_version("torch_npu")) is None:
         stack = advise(found_versions())
         return [replace(row, fix=f"pip install torch=={stack.torch} torch_npu=={stack.torch_npu}")]
-    same = probe.version_numbers(found)[:2] == probe.version_numbers(torch)[:2]
+    if _same_minor(found, torch):
+        return [replace(row, found=found, status="ok")]
     fix = f"install the torch_npu that belongs to torch {torch}"
-    return [replace(row, found=found, status="ok" if same else "broken", fix="" if same else fix)]
+    return [replace(row, found=found, status="broken", fix=fix)]
 
 
 def stack() -> list[ProbeRow]:
@@ -321,7 +318,7 @@ def stack() -> list[ProbeRow]:
     if found.torch_npu is None:
         return []
     told = match_versions(found)
-    row = ProbeRow(item="versions together", found=str(told.stack or "no published row"), part="npu")
+    row = ProbeRow("versions together", str(told.stack or "no published row"), part="npu")
     data = {"machine": vars(found), "row": vars(told.stack) if told.stack else None}
     row = replace(
         row, needed="one published row", data=data | {"wrong": told.wrong, "unlisted": told.unlisted}
@@ -337,7 +334,7 @@ def stack() -> list[ProbeRow]:
 
 def devices() -> list[ProbeRow]:
     """The cards as torch_npu sees them."""
-    row = ProbeRow(item="NPU device", found="none", needed="optional", status="absent", part="npu")
+    row = ProbeRow("NPU device", "none", needed="optional", status="absent", part="npu")
     if not (found := cards()):
         return [replace(row, fix="not needed on the CPU")]
     row = replace(
@@ -369,19 +366,16 @@ def mindiesd() -> list[ProbeRow]:
     """Optional: one kernel where torch_npu needs two."""
     if find_spec("torch_npu") is None:
         return []
-    row = ProbeRow(item="MindIE-SD", found="none", needed="optional, for fewer kernels", status="absent")
+    row = ProbeRow("MindIE-SD", "none", needed="optional, for fewer kernels", status="absent")
     if (found := probe.installed_version("mindiesd")) is None:
         return [row]
     told = npu_in_a_child()
     if "error" in told:  # the row of the device says it
         return [replace(row, found=found, status="not checked", fix=source_line())]
     if told["mindiesd"]:
-        fix = (
-            "pip install einops, which it needs and does not ask for" if "einops" in told["mindiesd"] else ""
-        )
-        return [
-            replace(row, found=f"{found}, {told['mindiesd']}", status="broken", fix=fix or "reinstall it")
-        ]
+        einops = "pip install einops, which it needs and does not ask for"
+        fix = einops if "einops" in told["mindiesd"] else "reinstall it"
+        return [replace(row, found=f"{found}, {told['mindiesd']}", status="broken", fix=fix)]
     return [replace(row, found=found, status="ok")]
 
 
@@ -391,20 +385,16 @@ def operators() -> list[ProbeRow]:
         return []
     told = npu_in_a_child()
     needed = used_operators(_chip(told))
-    row = ProbeRow(item="NPU operators", found="not looked at", needed=f"{len(needed)} by name", part="npu")
+    row = ProbeRow("NPU operators", "not looked at", needed=f"{len(needed)} by name", part="npu")
     if "error" in told:
         return [replace(row, status="not checked", fix=source_line())]
+    packages = [("torch_npu", "npu", [n for n in needed if "::" not in n])]
+    if not told["mindiesd"] and probe.installed_version("mindiesd") is not None:  # else its own row says it
+        packages.append(("MindIE-SD", "", [n for n in needed if n.startswith("mindiesd::")]))
     rows = []
-    for package, part, names in (
-        ("torch_npu", "npu", [n for n in needed if "::" not in n]),
-        ("MindIE-SD", "", [n for n in needed if n.startswith("mindiesd::")]),
-    ):
+    for package, part, names in packages:
         absent = [n for n in names if n not in told["operators"]]
-        if package == "MindIE-SD" and (told["mindiesd"] or probe.installed_version("mindiesd") is None):
-            continue  # its own row says it
-        row = ProbeRow(
-            item=f"{package} operators", found=f"{len(names) - len(absent)} of {len(names)}", part=part
-        )
+        row = ProbeRow(f"{package} operators", f"{len(names) - len(absent)} of {len(names)}", part=part)
         row = replace(row, needed="what ascendit calls", data={"needed": names, "missing": absent})
         if absent:
             fix = f"install a published row: {advise(found_versions())}"

@@ -28,6 +28,7 @@ from ascendit.ops.operators import OPERATOR_NAMES, bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
 from ascendit.twin import example_calls
 from ascendit.twin.nz import ND
+from ascendit.twin.registry import tensors_in
 
 log = logging.getLogger("ascendit")
 
@@ -96,11 +97,10 @@ def compare_results(base: Result, actual: Any, expected: Any, *, db: float | Non
     is judged by it; numbers beside tensors, as seeds are, may be anything.
     """
     if isinstance(expected, int):
-        same = actual == expected
-        return replace(
-            base, verdict="exact" if same else "wrong", error="" if same else f"{actual}, not {expected}"
-        )
-    pairs = list(zip(_tensors(actual), _tensors(expected), strict=False))
+        if actual == expected:
+            return base
+        return replace(base, verdict="wrong", error=f"{actual}, not {expected}")
+    pairs = list(zip(tensors_in(actual), tensors_in(expected), strict=False))
     results = [_pair(base, a, e, db) for a, e in pairs if a.numel() or e.numel()]
     if not results:
         return base
@@ -115,14 +115,6 @@ def compare_results(base: Result, actual: Any, expected: Any, *, db: float | Non
         different=_most(r.different for r in results),
         error=first.error,
     )
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
 
 
 def _pair(base: Result, actual: Tensor, expected: Tensor, db: float | None) -> Result:
@@ -153,14 +145,11 @@ def _codes(base: Result, actual: Tensor, expected: Tensor) -> Result:
 
 def _floats(base: Result, actual: Tensor, expected: Tensor, limit: float) -> Result:
     a, e = actual.double(), expected.double()
-    if torch.equal(a.isfinite(), e.isfinite()) and torch.equal(
-        a[~e.isfinite()].isnan(), e[~e.isfinite()].isnan()
-    ):
-        a, e = a[e.isfinite()], e[e.isfinite()]
-    else:
-        return replace(
-            base, verdict="wrong", error="NaN or infinity where the expected is finite, or not there"
-        )
+    finite = e.isfinite()
+    if not torch.equal(a.isfinite(), finite) or not torch.equal(a[~finite].isnan(), e[~finite].isnan()):
+        error = "NaN or infinity where the expected is finite, or not there"
+        return replace(base, verdict="wrong", error=error)
+    a, e = a[finite], e[finite]
     gap = (a - e).abs()
     if not gap.numel() or float(gap.max()) == 0:
         return replace(base, max_abs=0.0, max_rel=0.0)
@@ -349,16 +338,9 @@ def seeded(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _inputs() -> dict[str, tuple[Any, ...]]:
-    x, y, rows = (
-        seeded(1, TOKENS, WIDTH).to(BF16),
-        seeded(1, TOKENS, WIDTH, seed=1).to(BF16),
-        seeded(2, WIDTH),
-    )
-    weight, bias, gamma = (
-        seeded(OUT, WIDTH).to(BF16),
-        seeded(OUT).to(BF16),
-        seeded(WIDTH),
-    )
+    x, y = (seeded(1, TOKENS, WIDTH, seed=seed).to(BF16) for seed in (0, 1))
+    rows, gamma = seeded(2, WIDTH), seeded(WIDTH)
+    weight, bias = seeded(OUT, WIDTH).to(BF16), seeded(OUT).to(BF16)
     q, text = seeded(1, TOKENS, HEADS, HEAD).to(BF16), seeded(1, TEXT, HEADS, HEAD).to(BF16)
     angle, spans = seeded(TOKENS, HEAD // 2), (TEXT, TOKENS - TEXT)
     return {
@@ -397,11 +379,8 @@ def _linear(card: CheckedDevice, base: Result, schemes: Any, scheme: str, varian
     weight = schemes.prepare_weight(*given, nz=variant == NZ)
     tokens = schemes.quantize_activation(card.put(x), scheme, card.put(mul_scale))
     kernel = schemes.kernel(scheme)
-    base = replace(
-        base,
-        how=kernel.reason,
-        arguments=(described(x), f"weight {LINEAR_SCHEMES[scheme].weight} {[OUT, k]}"),
-    )
+    arguments = (described(x), f"weight {LINEAR_SCHEMES[scheme].weight} {[OUT, k]}")
+    base = replace(base, how=kernel.reason, arguments=arguments)
     again = schemes.stored(weight)
     for part in ("codes", "scale", "dual_scale"):
         here, there = getattr(stored, part), card.back(getattr(again, part))

@@ -28,7 +28,7 @@ NO_FIX = ("ok", "absent")
 """Nothing to do about these."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ProbeRow:
     """One line of the report."""
 
@@ -121,10 +121,16 @@ def read(path: Path) -> str:
 def command(words: Sequence[str]) -> str:
     """What a command prints, "" where it is absent, fails or takes too long."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+        done = _run(words, COMMAND_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""
+
+
+def _run(
+    words: Sequence[str], seconds: float, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, timeout=seconds, env=env)
 
 
 # ---- a Python of its own ------------------------------------------------------------------------
@@ -139,13 +145,7 @@ def child(code: str, *, plugins: bool = False) -> dict[str, Any]:
     """
     env = None if plugins else environment.without_device_plugins()
     try:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            capture_output=True,
-            text=True,
-            timeout=PROBE_SECONDS,
-            env=env,
-        )
+        done = _run((sys.executable, "-W", "ignore", "-c", code), PROBE_SECONDS, env)
     except subprocess.TimeoutExpired:
         return {"error": f"no answer in {PROBE_SECONDS:g} s", "late": True}
     if done.returncode:

@@ -17,12 +17,8 @@ if TYPE_CHECKING:
     from ascendit.mx.formats import FORMATS, Format
 
 _WHERE = {
-    "FORMATS": "ascendit.mx.formats",
-    "Format": "ascendit.mx.formats",
-    "Encoded": "ascendit.mx.codec",
-    "decode": "ascendit.mx.codec",
-    "encode": "ascendit.mx.codec",
-    "sqnr": "ascendit.mx.codec",
+    **dict.fromkeys(("FORMATS", "Format"), "ascendit.mx.formats"),
+    **dict.fromkeys(("Encoded", "decode", "encode", "sqnr"), "ascendit.mx.codec"),
 }
 
 __all__ = ["FORMATS", "Encoded", "Format", "decode", "encode", "sqnr"]

@@ -25,7 +25,7 @@ def to_codes(values: Tensor, element: Element, rounding: str) -> Tensor:
     magnitude = values.abs().clamp(max=element.max)
     exponent = exponent_and_fraction(magnitude)[0].clamp(min=element.emin)
     steps = magnitude * power_of_two(element.mbits - exponent)  # units of the last place
-    return assemble(_round_steps(steps, negative, rounding), exponent, negative, element)
+    return assemble(round_steps(steps, negative, rounding), exponent, negative, element)
 
 
 def assemble(steps: Tensor, exponent: Tensor, negative: Tensor, element: Element) -> Tensor:
@@ -41,7 +41,8 @@ def largest(element: Element) -> int:
     return (exponent << element.mbits) + int((element.max / 2.0**element.emax - 1) * 2**element.mbits)
 
 
-def _round_steps(steps: Tensor, negative: Tensor, rounding: str) -> Tensor:
+def round_steps(steps: Tensor, negative: Tensor, rounding: str) -> Tensor:
+    """Magnitudes to whole numbers, by one of `formats.ROUNDINGS` of the values they stand for."""
     if rounding == "rint":
         return torch.round(steps)
     whole = torch.floor(steps)

@@ -33,7 +33,7 @@ FIRST_BYTE = 32
 _INFINITY = 0x7F80
 _Step = Callable[[Tensor, Parts], Tensor]
 """Encodes a piece; its answer marks the units that must be done again."""
-_Prepare = Callable[[int, int], _Step]
+_Prepare = Callable[[Format, str, int, int], _Step]
 """Makes the step for pieces of so many rows, of a length filled up to whole units."""
 
 
@@ -114,14 +114,9 @@ def _encode_by_reference(form: Format, rule: str, rounding: str, rows: Tensor, o
 
 def piece_encoder(form: Format, rule: str, rounding: str, dtype: torch.dtype) -> Encoder | None:
     """An encoder for this, or None: rounding `rint`, no rule of msModelSlim; blocks of bfloat16 only."""
-    if rounding != "rint" or rule.startswith("msms:"):
+    if rounding != "rint" or rule.startswith("msms:") or (form.kind != "row" and dtype != torch.bfloat16):
         return None
-    if form.kind == "row":
-        return _in_pieces(lambda n, length: _row_step(form), form, rule)
-    if dtype != torch.bfloat16:
-        return None
-    step = _dual_step if form.kind == "dual" else _block_step
-    return _in_pieces(lambda n, length: step(form, rule, n, length), form, rule)
+    return _in_pieces({"row": _row_step, "dual": _dual_step}.get(form.kind, _block_step), form, rule)
 
 
 def _in_pieces(prepare: _Prepare, form: Format, rule: str) -> Encoder:
@@ -129,7 +124,7 @@ def _in_pieces(prepare: _Prepare, form: Format, rule: str) -> Encoder:
 
     def encode(rows: Tensor, out: Parts) -> None:
         size = max(1, min(rows.shape[0], PIECE // rows.shape[1]))
-        step = prepare(size, -(-rows.shape[1] // unit) * unit)
+        step = prepare(form, rule, size, -(-rows.shape[1] // unit) * unit)
         for start in range(0, rows.shape[0], size):
             piece, part = rows[start : start + size], out.rows(start, start + size)
             marks = step(piece, part)
@@ -190,7 +185,7 @@ def _dual_step(form: Format, rule: str, n: int, length: int) -> _Step:
     return step
 
 
-def _row_step(form: Format) -> _Step:
+def _row_step(form: Format, rule: str, n: int, length: int) -> _Step:
     """See `reference._encode_scaled_rows`."""
 
     def step(rows: Tensor, out: Parts) -> Tensor:

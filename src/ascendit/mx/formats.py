@@ -7,7 +7,6 @@ levels of `mxfp4_dualscale`; msModelSlim 26.1.0 for the rules `msms:*`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -197,7 +196,7 @@ def _in_limits(text: str) -> bool:
         value = float(text)
     except ValueError:
         return False
-    return math.isfinite(value) and CEIL_X_LIMITS[0] <= value <= CEIL_X_LIMITS[1]
+    return CEIL_X_LIMITS[0] <= value <= CEIL_X_LIMITS[1]
 
 
 def resolve_rounding(form: Format, rule: str, rounding: str | None) -> str:

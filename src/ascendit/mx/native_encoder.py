@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def _table_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | Non
     element, from_msms = ELEMENT_NUMBERS[form.element.name], rule.startswith("msms:")
 
     def encode(rows: Tensor, out: Parts) -> None:
-        marks = _marks(rows, form.block) if from_msms else None
+        marks = torch.empty_like(out.scale) if from_msms else None
         at = tables.data_ptr(), out.codes.data_ptr(), out.scale.data_ptr(), _at(marks)
         if len(tables) == 2:
             doubtful = lib.encode_choice(rows.data_ptr(), *_shape(rows, threads), element, *at)
@@ -104,18 +105,6 @@ def _table_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | Non
             doubtful = lib.encode_table(rows.data_ptr(), *_shape(rows, threads), element, from_msms, *at)
         if doubtful and marks is not None:
             reference.encode_marked(rows, out, marks, form, rule, "half_away")
-
-    return encode
-
-
-def _rule_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None) -> Encoder:
-    assert form.element is not None
-    shift, threshold = scales.thresholds(rule, form.element)
-    numbers = ELEMENT_NUMBERS[form.element.name], shift, threshold, scales.fraction_mask(rule, form.element)
-
-    def encode(rows: Tensor, out: Parts) -> None:
-        at = out.codes.data_ptr(), out.scale.data_ptr()
-        lib.encode_rule(rows.data_ptr(), DTYPE_NUMBERS[rows.dtype], *_shape(rows, threads), *numbers, *at)
 
     return encode
 
@@ -133,13 +122,24 @@ def _dual_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None
     return encode
 
 
+def _rule_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None) -> Encoder:
+    assert form.element is not None
+    shift, threshold = scales.thresholds(rule, form.element)
+    numbers = ELEMENT_NUMBERS[form.element.name], shift, threshold, scales.fraction_mask(rule, form.element)
+    return _by_numbers(lib.encode_rule, threads, *numbers)
+
+
 def _row_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None) -> Encoder:
     kind = 2 if rule.startswith("msms:") else 1 if form.element else 0
-    lowest = -127 if rule == "msms:int8_legacy" else -128
+    return _by_numbers(lib.encode_rows, threads, kind, -127 if rule == "msms:int8_legacy" else -128)
+
+
+def _by_numbers(call: Callable[..., int], threads: int | None, *numbers: int) -> Encoder:
+    """An encoder whose rule is a few numbers."""
 
     def encode(rows: Tensor, out: Parts) -> None:
         at = out.codes.data_ptr(), out.scale.data_ptr()
-        lib.encode_rows(rows.data_ptr(), DTYPE_NUMBERS[rows.dtype], *_shape(rows, threads), kind, lowest, *at)
+        call(rows.data_ptr(), DTYPE_NUMBERS[rows.dtype], *_shape(rows, threads), *numbers, *at)
 
     return encode
 
@@ -191,10 +191,6 @@ def early_powers() -> Tensor | None:
 def _shape(rows: Tensor, threads: int | None) -> tuple[int, int, int]:
     """Rows, values of a row, threads."""
     return rows.shape[0], rows.shape[1], threads or torch.get_num_threads()
-
-
-def _marks(rows: Tensor, unit: int) -> Tensor:
-    return torch.empty(rows.shape[0], -(-rows.shape[1] // unit), dtype=torch.uint8)
 
 
 def _at(tensor: Tensor | None) -> int:

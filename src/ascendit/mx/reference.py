@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ascendit.mx import elements, msmodelslim, scales
-from ascendit.mx.formats import E2M1, Format
+from ascendit.mx.formats import E2M1, Element, Format
 
 
 class Parts(NamedTuple):
@@ -74,11 +74,15 @@ def _encode_blocks(rows: Tensor, form: Format, rule: str, rounding: str) -> tupl
     if rule.startswith("msms:"):
         codes, exponents = msmodelslim.encode_blocks(blocks, form.element, rule.removeprefix("msms:"))
     else:
-        wide = blocks.to(torch.float32)
-        exponents = scales.shared_exponents(wide.abs().amax(-1), form.element, rule)
-        scaled = wide * scales.power_of_two(-exponents).unsqueeze(-1)
-        codes = elements.to_codes(scaled, form.element, rounding)
+        codes, exponents = _encode_finite(blocks.to(torch.float32), form.element, rule, rounding)
     return _finish(codes, exponents, finite, form, rows.shape[-1])
+
+
+def _encode_finite(blocks: Tensor, element: Element, rule: str, rounding: str) -> tuple[Tensor, Tensor]:
+    """float32 [.., n, block] -> uint8 codes of the same shape and int32 exponents [.., n]."""
+    exponents = scales.shared_exponents(blocks.abs().amax(-1), element, rule)
+    scaled = blocks * scales.power_of_two(-exponents).unsqueeze(-1)
+    return elements.to_codes(scaled, element, rounding), exponents
 
 
 def _finish(
@@ -109,9 +113,7 @@ def _encode_dual(rows: Tensor, form: Format, rule: str, rounding: str) -> tuple[
         divided = groups / torch.where(dual == 0, torch.inf, dual).unsqueeze(-1)
         wide = scales.join_blocks(divided, length).to(rows.dtype).to(torch.float32)
         blocks = scales.split_blocks(wide, form.block)
-        exponents = scales.shared_exponents(blocks.abs().amax(-1), E2M1, rule)
-        scaled = blocks * scales.power_of_two(-exponents).unsqueeze(-1)
-        codes = elements.to_codes(scaled, E2M1, rounding)
+        codes, exponents = _encode_finite(blocks, E2M1, rule, rounding)
     return (*_finish(codes, exponents, finite, form, length), dual)
 
 
@@ -130,17 +132,9 @@ def _encode_scaled_rows(rows: Tensor, form: Format, rule: str, rounding: str) ->
     scale = wide.abs().amax(-1, keepdim=True) * (1 / (form.element.max if form.element else 127))
     steps = wide / torch.where(scale == 0, torch.inf, scale)
     if form.element is None:
-        codes = _round(steps, rounding).clamp(-128, 127).to(torch.int8)
+        negative = steps < 0
+        magnitude = elements.round_steps(steps.abs(), negative, rounding)
+        codes = magnitude.where(~negative, -magnitude).clamp(-128, 127).to(torch.int8)
     else:
         codes = elements.to_codes(steps, form.element, rounding).where(finite, form.element.nan or 0)
     return codes, scale.where(finite, torch.nan)
-
-
-def _round(steps: Tensor, rounding: str) -> Tensor:
-    """float32 to whole numbers, see `formats.ROUNDINGS`."""
-    if rounding == "rint":
-        return torch.round(steps)
-    if rounding == "floor":
-        return torch.floor(steps)
-    whole = steps.trunc()
-    return whole + ((steps - whole).abs() >= 0.5).to(steps.dtype) * steps.sign()

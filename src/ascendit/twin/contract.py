@@ -1,12 +1,18 @@
 """What every operator's contract is written with: the errors, and the numbers that stand for dtypes.
 
-Errors are RuntimeErrors, as torch_npu raises them, with what to do. An `int` argument of an operator takes a
-dtype's number: torch's own, or one of torch_npu's.
+Errors are RuntimeErrors, as torch_npu raises them, with what to do; their texts are `data/refusals.toml`. An
+`int` argument of an operator takes a dtype's number: torch's own, or one of torch_npu's.
 """
 
 from __future__ import annotations
 
-from typing import NoReturn
+import functools
+import string
+import tomllib
+import types
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any, NoReturn
 
 import torch
 
@@ -24,15 +30,52 @@ class TwinImportError(EnvironmentProblem, ImportError):
     """torch_npu and the twin exclude each other in one process."""
 
 
-def refuse(got: str, *, needs: str, fix: str) -> NoReturn:
-    """Raise TwinError for a call against the contract."""
+class _Words(string.Formatter):
+    """`str.format` with words for tensors and dtypes: `{x.shape}`, `{number:dtype}`, `{dtypes:or}`."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        match format_spec:
+            case "or":
+                return " or ".join(map(str, value))
+            case "list":
+                return ", ".join(map(str, value))
+            case "[]":
+                return str(list(value))
+            case "dtype":
+                return spell_dtype(value)
+            case "tensor":
+                return str(value is not None and (tuple(value.shape), value.dtype))
+        value = tuple(value) if isinstance(value, torch.Size) else value
+        return str(super().format_field(value, format_spec))
+
+
+@functools.cache
+def refusals() -> Mapping[str, Mapping[str, Mapping[str, str]]]:
+    """Family -> refusal -> its got, needs and fix, with places for `_Words`."""
+    text = resources.files("ascendit.twin").joinpath("data", "refusals.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def refuse(refusal: str, /, **values: Any) -> NoReturn:
+    """Raise TwinError for a call against the contract. `refusal`: family.name of `data/refusals.toml`."""
+    family, _, name = refusal.partition(".")
+    got, needs, fix = (_Words().vformat(text, (), values) for text in refusals()[family][name].values())
     raise TwinError(got, needs=needs, fix=fix, code=CONTRACT)
 
 
-def require(holds: bool, got: str, *, needs: str, fix: str) -> None:
+def require(holds: bool, refusal: str, /, **values: Any) -> None:
     """`refuse` unless `holds`."""
     if not holds:
-        refuse(got, needs=needs, fix=fix)
+        refuse(refusal, **values)
+
+
+class Call(types.SimpleNamespace):
+    """The arguments of one call by name, for an operator with many; a refusal may name each of them."""
+
+    def require(self, holds: bool, refusal: str, /, **values: Any) -> None:
+        """`refuse` unless `holds`."""
+        if not holds:
+            refuse(refusal, **(vars(self) | values))
 
 
 # ---- numbers of dtypes --------------------------------------------------------------------------
@@ -102,14 +145,7 @@ def spell_dtype(number: int | None) -> str:
 def output_dtype(number: int | None, allowed: tuple[torch.dtype, ...], what: str) -> torch.dtype:
     """The torch dtype of an `output_dtype`. Refuses None, which means int8, and dtypes not `allowed`."""
     dtype = None if number is None else DTYPE_OF_NUMBER.get(number)
-    if dtype not in allowed:
-        got = (
-            "output_dtype=None, which means int8" if number is None else f"output_dtype={spell_dtype(number)}"
-        )
-        refuse(
-            f"Not supported output dtype is {got} for {what}",
-            needs="output_dtype " + ", ".join(str(d) for d in allowed),
-            fix="pass output_dtype=x.dtype",
-        )
+    got = "None, which means int8" if number is None else spell_dtype(number)
+    require(dtype in allowed, "call.output_dtype", got=got, operator=what, allowed=allowed)
     assert dtype is not None
     return dtype

@@ -36,15 +36,13 @@ def _linears_on_a_cpu() -> Mapping[str, QuantLinearKernel]:
 
 def rms_norm(x: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
     """x / sqrt(mean(x^2) + epsilon) gamma in x's dtype. gamma [D]."""
-    out: Tensor = _on_a_cpu("rms_norm")(x, gamma, epsilon)
-    return out
+    return _on_a_cpu("rms_norm")(x, gamma, epsilon)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
     """Over the last axis, in x's dtype. weight, bias [D] in x's dtype or float32."""
     given = (t if t is None else t.to(torch.float32) for t in (weight, bias))
-    out: Tensor = _on_a_cpu("layer_norm")(x, *given, epsilon)
-    return out
+    return _on_a_cpu("layer_norm")(x, *given, epsilon)
 
 
 def adaln(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
@@ -55,8 +53,7 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
 
 def gelu(x: Tensor, approximate: str) -> Tensor:
     """Exact (`none`) or tanh, in x's dtype."""
-    out: Tensor = _on_a_cpu("gelu_tanh" if approximate == "tanh" else "gelu")(x)
-    return out
+    return _on_a_cpu("gelu_tanh" if approximate == "tanh" else "gelu")(x)
 
 
 def can_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:

@@ -42,12 +42,8 @@ class Sample:
 
         args, kwargs = moved(list(self.args)), {k: moved(v) for k, v in self.kwargs.items()}
         if self.nz is not None:
-            weight = args[self.nz]
-            if self.packed:
-                weight = weight.view(torch.int8)
-                cast = caller("npu_format_cast", weight, 29, customize_dtype=1)
-            else:
-                cast = caller("npu_format_cast", weight, 29)
+            weight = args[self.nz].view(torch.int8) if self.packed else args[self.nz]
+            cast = caller("npu_format_cast", weight, 29, **({"customize_dtype": 1} if self.packed else {}))
             args[self.nz] = cast if self.operator == "npu_dual_level_quant_matmul" else cast.transpose(0, 1)
         return caller(self.operator, *args, **kwargs)
 
@@ -90,8 +86,7 @@ def _norms() -> Iterator[Sample]:
     yield Sample("rope", "npu_rotary_mul", (heads.float(), cos, sin), {"rotary_mode": "interleave"})
     yield Sample("rope in bf16", "npu_rotary_mul", (heads, cos, sin, "interleave"))
     yield Sample("rope by halves", "npu_rotary_mul", (heads, cos, sin))
-    norm = ("mindiesd::layernorm", (x, [64], gamma, gamma, 1e-6))
-    yield Sample("layernorm", *norm)
+    yield Sample("layernorm", "mindiesd::layernorm", (x, [64], gamma, gamma, 1e-6))
 
 
 def _attention() -> Iterator[Sample]:
@@ -140,8 +135,7 @@ def _rows(a5: bool) -> Iterator[Sample]:
     yield Sample("static int8 matmul, packed scale", matmul, (codes, weight.t(), param), {"output_dtype": 5})
     if a5:
         yield Sample("int8 matmul, NZ", matmul, (codes, weight, weight_scale), rest, nz=1)
-    only = ("npu_weight_quant_batchmatmul", (x, weight.t(), weight_scale.to(BF16)))
-    yield Sample("int8 weight", *only)
+    yield Sample("int8 weight", "npu_weight_quant_batchmatmul", (x, weight.t(), weight_scale.to(BF16)))
 
 
 def _casts(a5: bool) -> Iterator[Sample]:
@@ -187,17 +181,10 @@ def _mx_matmuls() -> Iterator[Sample]:
     q4, s4 = call("npu_dynamic_mx_quant", x)
     w4, ws4 = call("npu_dynamic_mx_quant", w, scale_alg=2, dst_type_max=7.0)
     bias = rand(32, dtype=FP32)
-    rest = {
-        "scale_dtype": SCALE_E8M0,
-        "pertoken_scale_dtype": SCALE_E8M0,
-        "output_dtype": BF16,
-        "group_sizes": [1, 1, 32],
-        "bias": bias,
-    }
-    mx8, fp4 = (
-        {**rest, "pertoken_scale": s8},
-        {**rest, "pertoken_scale": s4, "x1_dtype": FP4_E2M1, "x2_dtype": FP4_E2M1},
-    )
+    scales = dict.fromkeys(("scale_dtype", "pertoken_scale_dtype"), SCALE_E8M0)
+    rest = {**scales, "output_dtype": BF16, "group_sizes": [1, 1, 32], "bias": bias}
+    mx8 = {**rest, "pertoken_scale": s8}
+    fp4 = {**rest, "pertoken_scale": s4, "x1_dtype": FP4_E2M1, "x2_dtype": FP4_E2M1}
     yield Sample("mxfp8 matmul", matmul, (q8, w8.t(), ws8.transpose(0, 1)), mx8)
     deep = {**mx8, "pertoken_scale": s8[None], "bias": None, "output_dtype": FP32}
     yield Sample("mxfp8 matmul of 3 axes", matmul, (q8[None], w8.t(), ws8.transpose(0, 1)), deep)
@@ -212,11 +199,8 @@ def _mx_matmuls() -> Iterator[Sample]:
     g8, gs = call("npu_dynamic_quant", w, dst_type=FP8_E4M3)
     row = {"pertoken_scale": fs, "output_dtype": BF16, "bias": bias}
     yield Sample("fp8 matmul", matmul, (f8, g8.t(), gs), row)
-    tiles = {
-        "pertoken_scale": rand(6, 2, dtype=FP32).abs(),
-        "output_dtype": BF16,
-        "group_sizes": [1, 128, 128],
-    }
+    token = rand(6, 2, dtype=FP32).abs()
+    tiles = {"pertoken_scale": token, "output_dtype": BF16, "group_sizes": [1, 128, 128]}
     yield Sample("fp8 matmul in blocks", matmul, (f8, g8.t(), rand(1, 2, dtype=FP32).abs().t()), tiles)
     dual = "npu_dynamic_dual_level_mx_quant"
     q, s0, s1 = call(dual, rand(6, 640))
@@ -228,9 +212,7 @@ def _mx_matmuls() -> Iterator[Sample]:
 def _only_a5() -> Iterator[Sample]:
     x, rows = rand(2, 6, 64), rand(2, 64)
     yield Sample("adaln", "mindiesd::adaln_v2", (x, rows, rows, None, None, 1e-6))
-    heads = rand(1, 5, 2, 32)
-    cos = rand(1, 5, 1, 32)
-    both = {"rotary_mode": "interleave"}
+    heads, cos, both = rand(1, 5, 2, 32), rand(1, 5, 1, 32), {"rotary_mode": "interleave"}
     yield Sample("rope of both", "npu_apply_rotary_pos_emb", (heads.clone(), heads.clone(), cos, cos), both)
     fp8 = [_blocks(rand(2, 300, 128, seed=s), rows) for s, rows in ((1, 128), (2, 256), (3, 256))]
     modes = {f"{n}_quant_mode": 7 for n in ("query", "key", "value")}

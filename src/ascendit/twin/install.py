@@ -66,10 +66,10 @@ def _define(namespace: str) -> torch.library.Library:
             library.define(schema)
             ours = name if namespace == "npu" else f"{namespace}::{name}"
             if ours in OPERATORS:
-                library.impl(name, _computed(ours), "CPU")
-                library.impl(name, _faked(ours), "Meta")
+                library.impl(name, functools.partial(run, ours), "CPU")
+                library.impl(name, functools.partial(fake, ours), "Meta")
             else:
-                library.impl(name, _missing(ours), "CompositeExplicitAutograd")
+                library.impl(name, functools.partial(refuse_uncomputed, ours), "CompositeExplicitAutograd")
     except RuntimeError as e:
         library._destroy()
         raise TwinImportError(
@@ -79,28 +79,6 @@ def _define(namespace: str) -> torch.library.Library:
             code=IMPORT,
         ) from e
     return library
-
-
-def _computed(name: str) -> Any:
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        return run(name, args, kwargs)
-
-    return kernel
-
-
-def _faked(name: str) -> Any:
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        return fake(name, args, kwargs)
-
-    return kernel
-
-
-def _missing(name: str) -> Any:
-    return functools.partial(_not_here, name)
-
-
-def _not_here(name: str, *args: Any, **kwargs: Any) -> None:
-    refuse_uncomputed(name)
 
 
 # ---- torch_npu is refused -----------------------------------------------------------------------
@@ -188,15 +166,16 @@ def _new_module(name: str, kind: type[types.ModuleType] = types.ModuleType) -> t
     return module
 
 
+_NOTHING = ("synchronize", "empty_cache", "set_device", "set_compile_mode", "manual_seed")
+"""Functions of `torch.npu` that do nothing here."""
+
+
 def _torch_npu_npu() -> types.ModuleType:
     """`torch.npu`."""
     npu = _new_module("torch.npu")
 
     def soc_version() -> int:
         return CHIPS[current_chip()].soc_versions[0]
-
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
 
     vars(npu).update(
         is_available=lambda: False,
@@ -205,10 +184,7 @@ def _torch_npu_npu() -> types.ModuleType:
         get_device_name=lambda device=None: CHIPS[current_chip()].soc_name,
         get_soc_version=soc_version,
         config=_Config(),
-        **{
-            n: nothing
-            for n in ("synchronize", "empty_cache", "set_device", "set_compile_mode", "manual_seed")
-        },
+        **dict.fromkeys(_NOTHING, lambda *args, **kwargs: None),
     )
     vars(npu)["utils"] = types.SimpleNamespace(get_soc_version=soc_version)
     return npu

@@ -66,27 +66,14 @@ def from_nz(t: Tensor) -> Tensor:
     tag = fractal(t)
     assert tag is not None
     *batch, rows, columns = tag.shape
-    shape, stride = _plain(tag.shape), tuple(t.stride())
+    shape, stride = torch.empty(tag.shape, device="meta").stride(), t.stride()
     transposed = tuple(t.shape) == (*batch, columns, rows) and stride == (*shape[:-2], 1, columns)
     straight = tuple(t.shape) == tag.shape and stride == shape
-    require(
-        t.storage_offset() == 0 and t.element_size() == tag.itemsize and (straight or transposed),
-        f"a view {tuple(t.shape)} with strides {stride} of a FRACTAL_NZ tensor {tag.shape}",
-        needs="the whole tensor, or its transpose(-2, -1)",
-        fix="slice and reshape before npu_format_cast; keep the plain weight if you need parts of it",
-    )
+    whole = t.storage_offset() == 0 and t.element_size() == tag.itemsize and (straight or transposed)
+    require(whole, "nz.part", t=t, stride=stride, tag=tag)
     raw = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
     wide, high = -(-columns * tag.itemsize // _BYTES), -(-rows // _ROWS)
     blocks = raw.view(-1, wide, high, _ROWS, _BYTES).permute(0, 2, 3, 1, 4)
     plain = blocks.reshape(-1, high * _ROWS, wide * _BYTES)[:, :rows, : columns * tag.itemsize]
     back = plain.contiguous().view(t.dtype).reshape(tag.shape)
     return back.transpose(-2, -1) if transposed and not straight else back
-
-
-def _plain(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor."""
-    strides, step = [1], 1
-    for n in shape[:0:-1]:
-        step *= n
-        strides.append(step)
-    return tuple(reversed(strides))

@@ -25,7 +25,7 @@ from torch import Tensor
 from ascendit.device.chip import CHIPS
 from ascendit.device.operator_support import capability
 from ascendit.twin import STATE
-from ascendit.twin.contract import CHIP, TwinError, refuse
+from ascendit.twin.contract import CHIP, TwinError, refuse, require
 
 # ---- schemas ------------------------------------------------------------------------------------
 
@@ -67,22 +67,13 @@ class Signature:
         """Every argument by name. Refuses unknown, missing and surplus ones in the dispatcher's words."""
         unknown = [k for k in kwargs if k not in self.names or k in self.names[: len(args)]]
         if unknown or len(args) > self.positional:
-            what = (
-                f"Unknown keyword argument '{unknown[0]}'" if unknown else f"{len(args)} positional arguments"
-            )
-            refuse(
-                f"{what} for operator '{self.qualified}'. Schema: {self.text}",
-                needs=f"at most {self.positional} without a name, then {', '.join(self.names) or 'nothing'}",
-                fix="spell the arguments as the schema does",
-            )
+            what = f"{len(args)} positional arguments"
+            what = f"Unknown keyword argument '{unknown[0]}'" if unknown else what
+            refuse("call.surplus", what=what, self=self, names=", ".join(self.names) or "nothing")
         bound = {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
-        missing = [n for n in self.names if n not in bound]
-        if missing:
-            refuse(
-                f"{self.qualified}() is missing value for argument '{missing[0]}'. Schema: {self.text}",
-                needs=", ".join(n for n in self.names if n not in self.defaults),
-                fix="give the missing arguments",
-            )
+        required = [n for n in self.names if n not in self.defaults]
+        missing = [n for n in required if n not in bound]
+        require(not missing, "call.missing", self=self, missing=missing, required=required)
         return bound
 
 
@@ -91,11 +82,7 @@ def signature(name: str) -> Signature:
     """The signature of an operator by its name, `npu_rms_norm` or `mindiesd::adaln`."""
     namespace, rest = split(name)
     if namespace not in VERSIONS or rest not in frozen(namespace):
-        refuse(
-            f"operator {name}",
-            needs="a name of torch_npu 2.13.0 or, with mindiesd::, of MindIE-SD 3.1.0",
-            fix="check the spelling; the schemas are in ascendit/twin/data",
-        )
+        refuse("call.name", name=name)
     parsed = torch._C.parse_schema(frozen(namespace)[rest])
     arguments = parsed.arguments
     return Signature(
@@ -154,17 +141,16 @@ def gate(name: str, mode: str = "") -> None:
     if answer == "yes":
         return
     what = f"{name} {mode}".strip()
-    if answer == "adapter":
-        got = row.message
-    elif answer == "cann":
-        got = f"NPU function error: call {row.aclnn or name} failed, error code is 361001"
-    else:
-        got = f"no public document says that {what} runs here"
+    got = {
+        "adapter": row.message,
+        "cann": f"NPU function error: call {row.aclnn or name} failed, error code is 361001",
+        "unknown": f"no public document says that {what} runs here",
+    }[answer]
     where = ", ".join(f"{CHIPS[c].product} ({c})" for c in row.chips)
     raise TwinError(f"{got} [{what} on {chip}]", needs=where, fix=row.instead, code=CHIP)
 
 
-def run(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def run(name: str, /, *args: Any, **kwargs: Any) -> Any:
     """Check the call and compute it. Counts one launch."""
     bound = signature(name).bind(args, kwargs)
     if name not in OPERATORS:
@@ -179,46 +165,38 @@ def run(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return result
 
 
-def fake(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def fake(name: str, /, *args: Any, **kwargs: Any) -> Any:
     """Check the call and give empty results, for meta and fake tensors."""
     bound = signature(name).bind(args, kwargs)
     gate(name)
     outs: Outs = next(OPERATORS[name](**bound))
-    like = next((t for t in _tensors(bound.values())), None)
+    like = next(tensors_in(list(bound.values())), None)
     device = "meta" if like is None else like.device
+    made = tuple(
+        o if isinstance(o, int) else torch.empty(o.shape, dtype=o.dtype, device=device)
+        for o in (outs if isinstance(outs, tuple) else (outs,))
+    )
+    return made if isinstance(outs, tuple) else made[0]
 
-    def empty(out: Out | int) -> Any:
-        return out if isinstance(out, int) else torch.empty(out.shape, dtype=out.dtype, device=device)
 
-    return tuple(empty(o) for o in outs) if isinstance(outs, tuple) else empty(outs)
-
-
-def refuse_uncomputed(name: str) -> None:
+def refuse_uncomputed(name: str, /, *args: Any, **kwargs: Any) -> None:
     """An operator of the frozen schemas that the twin does not compute."""
     namespace, rest = split(name)
-    refuse(
-        f"torch.ops.{namespace}.{rest} is defined but not computed by the twin",
-        needs="one of " + ", ".join(sorted(OPERATORS)),
-        fix="write this part with one of them or with plain PyTorch, or run it on a card",
-    )
+    refuse("call.uncomputed", namespace=namespace, rest=rest, computed=sorted(OPERATORS))
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value, and in lists and tuples of values."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_in(part)
 
 
 def _check(name: str, outs: Outs, result: Any) -> None:
     """Part 3 must give what part 2 said: ours to get right."""
-    if isinstance(outs, tuple):
-        assert isinstance(result, tuple) and len(result) == len(outs), name
-        for out, value in zip(outs, result, strict=True):
-            _check(name, out, value)
-    elif isinstance(outs, Out):
-        assert tuple(result.shape) == outs.shape, (name, tuple(result.shape), outs)
-        assert result.dtype == outs.dtype, (name, result.dtype, outs)
-    else:
-        assert result == outs, (name, result, outs)
+    assert isinstance(result, tuple) == isinstance(outs, tuple), name
+    for out, value in zip(outs, result, strict=True) if isinstance(outs, tuple) else ((outs, result),):
+        given = Out(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+        assert given == out, (name, given, out)

@@ -13,8 +13,8 @@ import ascendit.twin
 from ascendit import mx
 from ascendit.mx import layouts
 from ascendit.twin import cpu_kernels
+from ascendit.twin.contract import Call
 from ascendit.twin.operators import quant_matmul
-from ascendit.twin.operators.quant_matmul_contract import QuantMatmulCall
 
 npu = torch.ops.npu
 E8M0, E2M1, E4M3 = 293, 296, 292
@@ -123,7 +123,7 @@ def test_float32_before_the_output_cast() -> None:
         "scale": ws,
         "output_dtype": 15,
     }
-    call = QuantMatmulCall(**arguments | {"pertoken_scale": s, "bias": bias})
+    call = Call(**arguments | {"pertoken_scale": s, "bias": bias})
     exact = (q.double() @ wq.double().t()) * ws.double() * s.double()[:, None] + bias
     assert apart(quant_matmul.MODES["int8"](call, wq.t()), exact) < LIMIT
 

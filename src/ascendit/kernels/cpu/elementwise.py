@@ -10,7 +10,7 @@ one made by the Ascend path is the path, never the arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,13 +33,13 @@ def list_kernels() -> tuple[Kernel, ...]:
 
 def _compiled_kernels() -> Iterator[Kernel]:
     """None without a compiler."""
-    signatures = {f"{operator}_bf16": types for operator, (_, types) in COMPILED.items()}
+    signatures = {f"{operator}_bf16": types for operator, (*_, types) in COMPILED.items()}
     built = declared(native(SOURCE), signatures, None)
     if built.library is None:
         return
     reason = f"native: {built.reason}, for BF16 tokens"
-    for operator, (make, _) in COMPILED.items():
-        call = make(getattr(built.library, f"{operator}_bf16"))
+    for operator, (compiled, plain, tensors, _) in COMPILED.items():
+        call = _for_bf16(compiled, plain, tensors, getattr(built.library, f"{operator}_bf16"))
         yield Kernel(operator, "cpu", call, reason, f"native/{SOURCE}.cpp", PREPARED_ROWS.get(operator))
 
 
@@ -116,67 +116,53 @@ def pointers(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(t.data_ptr() for t in tensors)
 
 
-def _compiled_gelu_tanh(call: Any) -> Function:
-    def compiled(x: Tensor) -> Tensor:
-        """As `reference.gelu_tanh`."""
-        if not all_bf16(x):
-            return gelu_tanh(x)
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        call(*pointers(x, out), x.numel())
-        return out
-
-    return compiled
+def _gelu_tanh(call: Any, x: Tensor) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    call(*pointers(x, out), x.numel())
+    return out
 
 
-def _compiled_rms_norm(call: Any) -> Function:
-    def compiled(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """As `reference.rms_norm`."""
-        if not all_bf16(x):
-            return rms_norm(x, weight, eps)
-        x, weight = x.contiguous(), weight.float().contiguous()
-        out, d = torch.empty_like(x), x.shape[-1]
-        call(*pointers(x, weight, out), x.numel() // d, d, eps)
-        return out
-
-    return compiled
+def _rms_norm(call: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x, weight = x.contiguous(), weight.float().contiguous()
+    out, d = torch.empty_like(x), x.shape[-1]
+    call(*pointers(x, weight, out), x.numel() // d, d, eps)
+    return out
 
 
-def _compiled_rope(call: Any) -> Function:
-    def compiled(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """As `reference.rope`."""
-        if not all_bf16(x):
-            return rope(x, cos, sin)
-        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-        out = torch.empty_like(x)
-        for sample, to in zip(x, out, strict=True):
-            call(*pointers(sample, cos, sin, to), *x.shape[1:])
-        return out
-
-    return compiled
+def _rope(call: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    out = torch.empty_like(x)
+    for sample, to in zip(x, out, strict=True):
+        call(*pointers(sample, cos, sin, to), *x.shape[1:])
+    return out
 
 
-def _compiled_gated_residual(call: Any) -> Function:
-    def compiled(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
-        """As `reference.gated_residual`."""
-        if not all_bf16(x, y):
-            return gated_residual(x, y, gate, spans)
-        x, y, gate = x.contiguous(), y.contiguous(), gate.float().contiguous()
-        out, d = torch.empty_like(x), x.shape[-1]
-        for a, b, to in zip(x, y, out, strict=True):
-            start = 0
-            for row, length in zip(gate, spans, strict=True):
-                call(*pointers(a[start:], b[start:], row, to[start:]), length, d)
-                start += length
-        return out
-
-    return compiled
+def _gated_residual(call: Any, x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
+    x, y, gate = x.contiguous(), y.contiguous(), gate.float().contiguous()
+    out, d = torch.empty_like(x), x.shape[-1]
+    for a, b, to in zip(x, y, out, strict=True):
+        start = 0
+        for row, length in zip(gate, spans, strict=True):
+            call(*pointers(a[start:], b[start:], row, to[start:]), length, d)
+            start += length
+    return out
 
 
-COMPILED: dict[str, tuple[Callable[[Any], Function], str]] = {
-    "rms_norm": (_compiled_rms_norm, "pppiif"),
-    "gated_residual": (_compiled_gated_residual, "ppppii"),
-    "rope": (_compiled_rope, "ppppiii"),
-    "gelu_tanh": (_compiled_gelu_tanh, "ppi"),
+COMPILED: dict[str, tuple[Function, Function, int, str]] = {
+    "rms_norm": (_rms_norm, rms_norm, 1, "pppiif"),
+    "gated_residual": (_gated_residual, gated_residual, 2, "ppppii"),
+    "rope": (_rope, rope, 1, "ppppiii"),
+    "gelu_tanh": (_gelu_tanh, gelu_tanh, 1, "ppi"),
 }
-"""Operator -> its function, and the arguments of `<operator>_bf16` as `declared` takes them."""
+"""Operator -> as compiled; in PyTorch for other dtypes; how many of its first arguments must be BF16; the
+arguments of `<operator>_bf16` as `declared` takes them."""
+
+
+def _for_bf16(compiled: Function, plain: Function, tensors: int, call: Any) -> Function:
+    """`compiled` by the C function `call` where the first `tensors` arguments are BF16, else `plain`."""
+
+    def chosen(*args: Any) -> Tensor:
+        return compiled(call, *args) if all_bf16(*args[:tensors]) else plain(*args)
+
+    return chosen

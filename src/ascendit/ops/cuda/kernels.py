@@ -59,12 +59,8 @@ def triton_kernels_on(place: str) -> tuple[Kernel, ...]:
 def problem_of_operator(function: Function, place: str) -> str:
     """What is wrong with an operator on a device, "" if it gives the numbers of `reference`. Logged."""
     given = _sample(place)[function.__name__]
-    wanted = getattr(reference, function.__name__)(*given).float()
-    try:
-        error = float((function(*given).float() - wanted).norm() / wanted.norm())
-        found = "" if error < ERROR_LIMIT else f"its numbers are wrong, by {error:.1e} of them"
-    except Exception as e:  # a compiler or a driver: each has its own
-        found = f"{type(e).__name__}: {(str(e).strip() or 'no text').splitlines()[0][:120]}"
+    wanted = getattr(reference, function.__name__)(*given).double()
+    found = linear.problem_of(lambda: function(*given), wanted, ERROR_LIMIT)
     if found:
         log.info("%s on %s is not computed by Triton: %s", function.__name__, place, found)
     return found

@@ -150,15 +150,24 @@ def problem_of_kernel(scheme: str, kernel: QuantLinearKernel, device: torch.devi
     """What is wrong with a kernel on a device, None if it gives the numbers of `mx`."""
     for tokens, dtype in ((24, torch.float32), (FEW_TOKENS + 24, torch.bfloat16)):
         x, codes, bias, wanted = _sample(scheme, tokens, dtype)
-        try:
+
+        def compute(x: Tensor = x, codes: Encoded = codes, bias: Tensor = bias) -> Tensor:
             weight = kernel.prepare(codes, bias, device)
-            out = kernel.call(kernel.quantize_activation(x.to(device), scheme), weight).cpu()
-        except Exception as e:  # a compiler, a driver or PyTorch: each has its own
-            return f"{type(e).__name__}: {(str(e).strip() or 'no text').splitlines()[0][:120]}"
-        error = float((out.double() - wanted).norm() / wanted.norm())
-        if not error < ERROR_LIMITS[dtype]:
-            return f"its numbers are wrong, by {error:.1e} of them"
+            return kernel.call(kernel.quantize_activation(x.to(device), scheme), weight)
+
+        if found := problem_of(compute, wanted, ERROR_LIMITS[dtype]):
+            return found
     return None
+
+
+def problem_of(compute: Callable[[], Tensor], wanted: Tensor, limit: float) -> str:
+    """What is wrong with a result on a card, "" if its relative error is below `limit`."""
+    wanted = wanted.cpu()
+    try:
+        error = float((compute().cpu().double() - wanted).norm() / wanted.norm())
+    except Exception as e:  # a compiler, a driver or PyTorch: each has its own
+        return f"{type(e).__name__}: {(str(e).strip() or 'no text').splitlines()[0][:120]}"
+    return "" if error < limit else f"its numbers are wrong, by {error:.1e} of them"
 
 
 @functools.cache

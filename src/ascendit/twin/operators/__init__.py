@@ -40,4 +40,4 @@ def call(name: str, *args: Any, **kwargs: Any) -> Any:
     }
     positional = [numbers.get(n, a) for n, a in zip(known.names, args, strict=False)]
     positional += args[len(positional) :]
-    return run(name, positional, {k: numbers.get(k, v) for k, v in kwargs.items()})
+    return run(name, *positional, **{k: numbers.get(k, v) for k, v in kwargs.items()})

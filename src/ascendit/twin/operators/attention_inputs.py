@@ -6,16 +6,16 @@ A mask is True, or 1, where a key is masked OUT; F.scaled_dot_product_attention 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ascendit.twin import cpu_kernels
-from ascendit.twin.contract import refuse, require
+from ascendit.twin.contract import Call, require
 
-NO_LIMIT = 2147483647
 _CHUNK = 256
 _LAYOUTS = ("BSH", "SBH", "BSND", "BNSD", "NSD", "TND", "NTD")
 
@@ -38,43 +38,24 @@ def _axis(t: Tensor, layout: str, name: str) -> int | None:
     return int(t.shape[at]) if at >= 0 else None
 
 
-def sizes(q: Tensor, k: Tensor, v: Tensor, layout: str, heads: int, kv_heads: int) -> Sizes:
+def sizes(query: Tensor, key: Tensor, value: Tensor, layout: str, heads: int, kv_heads: int) -> Sizes:
     """Refuses shapes that do not fit the layout and the numbers of heads."""
-    if layout not in _LAYOUTS:
-        refuse(f"Layout {layout} is not supported!", needs=", ".join(_LAYOUTS), fix='"BNSD"')
-    require(heads > 0, f"numHeads should be greater than 0, but got {heads}", needs="heads", fix="q.shape[1]")
+    call = Call(query=query, key=key, value=value, layout=layout, heads=heads)
+    call.require(layout in _LAYOUTS, "attention.layout")
+    call.require(heads > 0, "attention.heads")
     kv = kv_heads or heads
-    for name, t in (("query", q), ("key", k), ("value", v)):
-        require(
-            t.dim() == len(layout),
-            f"Layout {layout}, {name}Dims({t.dim()}) must be {len(layout)}!",
-            needs=f"{name} {layout}",
-            fix="name the layout that the tensors have",
-        )
-    per_head = "H" not in layout
-    found = _axis(q, layout, "N") if per_head else heads
-    found_kv = _axis(k, layout, "N") if per_head else kv
-    require(
-        found == heads
-        and heads % kv == 0
-        and (found_kv == kv or not kv_heads)
-        and heads % (found_kv or 1) == 0,
-        f"head_num={heads} (keys {kv}) for query {tuple(q.shape)}, key {tuple(k.shape)} in {layout}",
-        needs="head_num = the N axis of the query, a multiple of that of the keys",
-        fix="pass the number of heads, not the head size",
-    )
-    kv = found_kv or kv
-    tokens = "T" if "T" in layout else "S"
-    s, keys, values = (_axis(t, layout, tokens) or 0 for t in (q, k, v))
-    d, dk, dv = (_axis(t, layout, "D") or t.shape[-1] // h for t, h in ((q, heads), (k, kv), (v, kv)))
-    b = _axis(q, layout, "B") or 1
-    require(
-        d == dk >= dv and keys == values and (_axis(k, layout, "B") or 1) == b,
-        f"query {tuple(q.shape)}, key {tuple(k.shape)}, value {tuple(v.shape)} in {layout}",
-        needs="one batch, keys as many as values, head sizes of query and key equal",
-        fix="check the layout",
-    )
-    return Sizes(b, heads, kv, s, keys, d, dv)
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        call.require(t.dim() == len(layout), "attention.axes", name=name, t=t, axes=len(layout))
+    found = heads if "H" in layout else _axis(query, layout, "N")
+    found_kv = _axis(key, layout, "N") or kv
+    matching = found == heads and heads % kv == 0 and heads % found_kv == 0
+    call.require(matching and (found_kv == kv or not kv_heads), "attention.head_num", kv=kv)
+    s, keys, values = (_axis(t, layout, "T" if "T" in layout else "S") or 0 for t in (query, key, value))
+    per_head = ((query, heads), (key, found_kv), (value, found_kv))
+    d, dk, dv = (_axis(t, layout, "D") or t.shape[-1] // h for t, h in per_head)
+    b, batch = (_axis(t, layout, "B") or 1 for t in (query, key))
+    call.require(d == dk >= dv and keys == values and batch == b, "attention.shapes")
+    return Sizes(b, heads, found_kv, s, keys, d, dv)
 
 
 def to_bnsd(t: Tensor, layout: str, heads: int) -> Tensor:
@@ -103,31 +84,16 @@ def shape_of(z: Sizes, layout: str) -> tuple[int, ...]:
 
 def check_attention_scale(name: str, value: float, default: float, d: int) -> None:
     """The default of these operators is never what attention means."""
-    require(
-        value != default or d == 1,
-        f"{name}={value:g}, which is its default",
-        needs=f"the softmax scale, {d}^-0.5 = {d**-0.5:.6g} for heads of {d}",
-        fix=f"{name}=q.shape[-1] ** -0.5; if the query is scaled already, undo that and pass the scale",
-    )
+    require(value != default or d == 1, "attention.scale", name=name, value=value, d=d, root=d**-0.5)
 
 
 def check_mask(mask: Tensor | None, z: Sizes, dtypes: tuple[torch.dtype, ...]) -> None:
     """dtype and shape. An additive mask is refused: this one says which keys to leave out."""
     if mask is None:
         return
-    require(
-        mask.dtype in dtypes,
-        f"atten_mask of {mask.dtype}",
-        needs=" or ".join(map(str, dtypes)) + ", True = masked out",
-        fix="atten_mask=~keep for a mask as F.scaled_dot_product_attention has it, True where keys are kept",
-    )
+    require(mask.dtype in dtypes, "attention.mask_dtype", mask=mask, dtypes=dtypes)
     shapes = [(z.s, z.keys), *((b, n, z.s, z.keys) for b in (1, z.b) for n in (1, z.n)), (z.b, z.s, z.keys)]
-    require(
-        tuple(mask.shape) in shapes,
-        f"atten_mask {tuple(mask.shape)} for {z.s} queries and {z.keys} keys",
-        needs=f"{(z.s, z.keys)}, or with [B, 1] or [B, N] before it",
-        fix="keep[:, None, None, :].expand(B, 1, Sq, Skv) for a mask of keys; it has no axis to broadcast",
-    )
+    require(tuple(mask.shape) in shapes, "attention.mask_shape", mask=mask, z=z)
 
 
 def masked_out(mask: Tensor | None, z: Sizes) -> Tensor | None:
@@ -136,12 +102,7 @@ def masked_out(mask: Tensor | None, z: Sizes) -> Tensor | None:
         return None
     out = mask.to(torch.bool)
     out = out.unsqueeze(1) if out.dim() == 3 else out
-    require(
-        not bool(out.all(-1).any()),
-        "atten_mask leaves no key for some query",
-        needs="True where a key is masked OUT: the opposite of F.scaled_dot_product_attention",
-        fix="atten_mask=~keep",
-    )
+    require(not bool(out.all(-1).any()), "attention.mask_row")
     return out
 
 
@@ -149,12 +110,8 @@ def by_length(z: Sizes, lengths: Sequence[int] | None) -> Tensor | None:
     """A mask of the keys beyond each sample's length, [B, 1, 1, keys]."""
     if lengths is None:
         return None
-    require(
-        len(lengths) in (1, z.b) and all(0 < n <= z.keys for n in lengths),
-        f"actual sequence lengths {list(lengths)} for a batch of {z.b} with {z.keys} keys",
-        needs="one length for each sample",
-        fix="[k.shape[2]] * batch",
-    )
+    fits = len(lengths) in (1, z.b) and all(0 < n <= z.keys for n in lengths)
+    require(fits, "attention.lengths", lengths=lengths, z=z)
     each = torch.tensor(list(lengths)).expand(z.b)
     return torch.arange(z.keys) >= each[:, None, None, None]
 
@@ -163,25 +120,33 @@ def pieces(
     z: Sizes, ends_q: Sequence[int] | None, ends_kv: Sequence[int] | None
 ) -> list[tuple[slice, slice]]:
     """The sequences of a packed batch, from cumulative lengths without a leading zero."""
-    require(
-        bool(ends_q) and bool(ends_kv) and len(ends_q or ()) == len(ends_kv or ()),
-        "the size of actual_seq_qlen and actual_seq_kvlen must be the same and cannot be empty.",
-        needs="cumulative lengths of queries and keys, without a leading 0",
-        fix="actual_seq_qlen=cu_seqlens_q[1:].tolist()",
-    )
-    assert ends_q is not None and ends_kv is not None
+    ends_q, ends_kv = ends_q or (), ends_kv or ()
+    require(0 < len(ends_q) == len(ends_kv), "attention.packed_lengths")
     for name, ends, total in (("q", ends_q, z.s), ("kv", ends_kv, z.keys)):
-        steps = [b - a for a, b in zip([0, *ends], ends, strict=False)]
-        require(
-            min(steps) >= (0 if name == "kv" else 1) and ends[-1] == total,
-            f"actual_seq_{name}len={list(ends)} for {total} tokens",
-            needs=f"rising numbers that end at {total}, without a leading 0",
-            fix="cu_seqlens[1:], not cu_seqlens and not the single lengths",
-        )
-    starts_q, starts_kv = [0, *ends_q], [0, *ends_kv]
-    return [
-        (slice(a, b), slice(c, e)) for a, b, c, e in zip(starts_q, ends_q, starts_kv, ends_kv, strict=False)
-    ]
+        shortest = min(b - a for a, b in pairwise((0, *ends)))
+        rising = shortest >= (0 if name == "kv" else 1) and ends[-1] == total
+        require(rising, "attention.packed_ends", name=name, ends=ends, total=total)
+    both = zip(pairwise((0, *ends_q)), pairwise((0, *ends_kv)), strict=True)
+    return [(slice(*q), slice(*kv)) for q, kv in both]
+
+
+def attend_in(
+    tensors: Iterable[Tensor],
+    z: Sizes,
+    layouts: tuple[str, str],
+    scale: float,
+    hidden: Tensor | None = None,
+    runs: Sequence[tuple[slice, slice]] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend` from one layout into another. Largest scores and sums [B, N, S], packed (`runs`) [S, N]."""
+    q, k, v = (to_bnsd(t, layouts[0], h) for t, h in zip(tensors, (z.n, z.kv, z.kv), strict=True))
+    if runs is None:
+        out, top, total = attend(q, k, v, scale, hidden)
+    else:
+        parts = [attend(q[:, :, a], k[:, :, b], v[:, :, b], scale) for a, b in runs]
+        out, top, total = (torch.cat(p, 2) for p in zip(*parts, strict=True))
+        top, total = top[0].t(), total[0].t()
+    return from_bnsd(out, layouts[1]), top, total
 
 
 def attend(
@@ -211,18 +176,21 @@ def attend(
     return torch.cat(outs, 2), torch.cat(tops, 2), torch.cat(sums, 2)
 
 
-def band(z: Sizes, before: int, after: int) -> Tensor | None:
+def hidden_keys(
+    mask: Tensor | None, z: Sizes, windows: tuple[int, int], lengths: Sequence[int] | None = None
+) -> Tensor | None:
+    """Keys masked out by a mask, by its windows of tokens, which mean nothing without one, or by a length."""
+    masks = (masked_out(mask, z), by_length(z, lengths), None if mask is None else _band(z, *windows))
+    hidden = None
+    for part in masks:
+        if part is not None:
+            hidden = part if hidden is None else hidden | part
+    return hidden
+
+
+def _band(z: Sizes, before: int, after: int) -> Tensor | None:
     """Keys more than `before` back or `after` ahead of a query, masked out, [S, keys]."""
     if before >= max(z.s, z.keys) and after >= max(z.s, z.keys):
         return None
     step = torch.arange(z.keys)[None, :] - torch.arange(z.s)[:, None]
     return (step > after) | (step < -before)
-
-
-def either(*masks: Tensor | None) -> Tensor | None:
-    """Masked out by any of them."""
-    out = None
-    for mask in masks:
-        if mask is not None:
-            out = mask if out is None else out | mask
-    return out

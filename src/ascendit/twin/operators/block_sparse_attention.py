@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.twin.contract import HALF_DTYPES, require
+from ascendit.twin.contract import HALF_DTYPES, Call, require
 from ascendit.twin.operators import attention_inputs as core
 from ascendit.twin.operators.fused_infer_attention import times_block_scales
 from ascendit.twin.registry import Out, current_chip, operator
@@ -20,26 +20,18 @@ def _spread(mask: Tensor, z: core.Sizes, rows: int, columns: int) -> Tensor:
     return ~full.repeat_interleave(columns, 3)[..., : z.keys]
 
 
-def _check_blocks(mask: Tensor | None, z: core.Sizes, block_shape: list[int]) -> None:
-    require(
-        len(block_shape) >= 2 and block_shape[1] % 128 == 0 and block_shape[0] > 0,
-        f"block_shape[1] (blockShapeY) must be a multiple of 128, got {list(block_shape)}",
-        needs="block_shape=[128, 128]",
-        fix="block_shape=[128, 128]",
-    )
-    wanted = (z.b, z.n, -(-z.s // block_shape[0]), -(-z.keys // block_shape[1]))
-    require(
-        mask is None or (tuple(mask.shape) == wanted and mask.dtype == torch.int8),
-        f"block_sparse_mask {mask is not None and (tuple(mask.shape), mask.dtype)}",
-        needs=f"{wanted} of int8, 1 = compute",
-        fix="the last block may be short, but it is a block",
-    )
-    require(
-        z.d in (64, 128),
-        f"head size {z.d}",
-        needs="64 or 128",
-        fix="use npu_fusion_attention for other heads",
-    )
+def _check(a: Call) -> core.Sizes:
+    """Layouts, lengths, blocks and the mask of both block-sparse operators."""
+    mask, shape = a.block_sparse_mask, a.block_shape
+    a.require(a.q_input_layout == a.kv_input_layout == "BNSD", "sparse.layouts")
+    a.require(a.actual_seq_lengths is a.actual_seq_lengths_kv is None, "sparse.lengths")
+    z = core.sizes(a.query, a.key, a.value, "BNSD", a.query.shape[1], a.num_key_value_heads)
+    a.require(len(shape) >= 2 and shape[1] % 128 == 0 and shape[0] > 0, "sparse.block_shape")
+    wanted = (z.b, z.n, -(-z.s // shape[0]), -(-z.keys // shape[1]))
+    right = mask is None or (tuple(mask.shape) == wanted and mask.dtype == torch.int8)
+    a.require(right, "sparse.mask", wanted=wanted)
+    a.require(z.d in (64, 128), "sparse.head_size", z=z)
+    return z
 
 
 def _sparse(
@@ -47,151 +39,69 @@ def _sparse(
 ) -> tuple[Tensor, Tensor]:
     """float32 output [B, N, S, D] and lse [B, N, S, 1]."""
     hidden = None if mask is None else _spread(mask, z, block_shape[0], block_shape[1])
-    require(
-        hidden is None or not bool(hidden.all(-1).any()),
-        "block_sparse_mask has a row of zeros",
-        needs="at least one block of keys for each block of queries",
-        fix="keep the diagonal and the first frame",
-    )
+    require(hidden is None or not bool(hidden.all(-1).any()), "sparse.empty_row")
     out, top, total = core.attend(q, k, v, scale, hidden)
     return out, (top + torch.log(total)).unsqueeze(-1)
 
 
-def _lengths(a: dict[str, Any]) -> None:
-    require(
-        a["q_input_layout"] == a["kv_input_layout"] == "BNSD",
-        f"layouts {a['q_input_layout']}, {a['kv_input_layout']}",
-        needs="BNSD for both: the twin has no packed sparse attention; the default is TND",
-        fix='q_input_layout="BNSD", kv_input_layout="BNSD"',
-    )
-    given = [a["actual_seq_lengths"], a["actual_seq_lengths_kv"]]
-    require(
-        all(n is None for n in given),
-        "actual_seq_lengths given",
-        needs="none with BNSD",
-        fix="leave them out",
-    )
-
-
 @operator("npu_block_sparse_attention")
-def npu_block_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_sparse_mask: Tensor,
-    block_shape: list[int],
-    num_key_value_heads: int,
-    scale_value: float,
-    inner_precise: int,
-    **rest: Any,
-) -> Iterator[Any]:
+def npu_block_sparse_attention(**given: Any) -> Iterator[Any]:
     """(out, lse [B, N, S, 1]) of a2 and a3."""
-    _lengths(rest)
-    z = core.sizes(query, key, value, "BNSD", query.shape[1], num_key_value_heads)
-    _check_blocks(block_sparse_mask, z, block_shape)
-    require(
-        query.dtype in HALF_DTYPES and (query.dtype != torch.bfloat16 or inner_precise == 0),
-        f"when query/key/value are bfloat16, inner_precise must be 0, got {inner_precise} ({query.dtype})",
-        needs="inner_precise=0 with bfloat16; the default is 1",
-        fix="inner_precise=0",
+    a = Call(**given)
+    z, dtype = _check(a), a.query.dtype
+    a.require(
+        dtype == torch.float16 or (dtype, a.inner_precise) == (torch.bfloat16, 0), "sparse.inner_precise"
     )
-    core.check_attention_scale("scale_value", scale_value, 0.0, z.d)
-    yield Out(core.shape_of(z, "BNSD"), query.dtype), Out((z.b, z.n, z.s, 1), torch.float32)
-    out, lse = _sparse(query, key, value, block_sparse_mask, z, block_shape, scale_value)
-    yield out.to(query.dtype), lse
+    core.check_attention_scale("scale_value", a.scale_value, 0.0, z.d)
+    yield Out(core.shape_of(z, "BNSD"), dtype), Out((z.b, z.n, z.s, 1), torch.float32)
+    out, lse = _sparse(a.query, a.key, a.value, a.block_sparse_mask, z, a.block_shape, a.scale_value)
+    yield out.to(dtype), lse
 
 
 @operator("mindiesd::block_sparse_attention")
-def block_sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_sparse_mask: Tensor | None,
-    block_shape: list[int],
-    num_key_value_heads: int,
-    scale_value: float,
-    inner_precise: int,
-    q_dequant_scale: Tensor | None,
-    k_dequant_scale: Tensor | None,
-    v_dequant_scale: Tensor | None,
-    **rest: Any,
-) -> Iterator[Any]:
+def block_sparse_attention(**given: Any) -> Iterator[Any]:
     """(out, lse [B, N, S, 1]) of a5; FP8 with block scales gives bfloat16."""
-    _lengths(rest)
-    z = core.sizes(query, key, value, "BNSD", query.shape[1], num_key_value_heads)
-    _check_blocks(block_sparse_mask, z, block_shape)
-    fp8 = query.dtype == torch.float8_e4m3fn
-    given = [q_dequant_scale, k_dequant_scale, v_dequant_scale]
-    require(
-        inner_precise == 4,
-        f"inner_precise={inner_precise} on {current_chip()}",
-        needs="4, the only one on a5; the default is 0",
-        fix="inner_precise=4",
-    )
-    require(
-        (fp8 and all(s is not None for s in given) and block_shape[1] % 256 == 0)
-        or (query.dtype in HALF_DTYPES and all(s is None for s in given)),
-        f"query of {query.dtype}, block_shape {list(block_shape)}, scales {[s is not None for s in given]}",
-        needs="bfloat16 without scales, or FP8 with three block scales and blocks of 256 keys",
-        fix="block_shape=[128, 256] with FP8",
-    )
-    core.check_attention_scale("scale_value", scale_value, 1.0, z.d)
-    dtype = torch.bfloat16 if fp8 else query.dtype
+    a = Call(**given)
+    z = _check(a)
+    fp8 = a.query.dtype == torch.float8_e4m3fn
+    scales = (a.q_dequant_scale, a.k_dequant_scale, a.v_dequant_scale)
+    scaled = [s is not None for s in scales]
+    a.require(a.inner_precise == 4, "sparse.inner_precise_a5", chip=current_chip())
+    in_codes = fp8 and all(scaled) and a.block_shape[1] % 256 == 0
+    a.require(in_codes or (a.query.dtype in HALF_DTYPES and not any(scaled)), "sparse.fp8", scaled=scaled)
+    core.check_attention_scale("scale_value", a.scale_value, 1.0, z.d)
+    dtype = torch.bfloat16 if fp8 else a.query.dtype
     yield Out(core.shape_of(z, "BNSD"), dtype), Out((z.b, z.n, z.s, 1), torch.float32)
-    wide = [
-        t if s is None else times_block_scales(t, s) for t, s in zip((query, key, value), given, strict=True)
-    ]
-    out, lse = _sparse(wide[0], wide[1], wide[2], block_sparse_mask, z, block_shape, scale_value)
+    sides = zip((a.query, a.key, a.value), scales, strict=True)
+    q, k, v = (t if s is None else times_block_scales(t, s) for t, s in sides)
+    out, lse = _sparse(q, k, v, a.block_sparse_mask, z, a.block_shape, a.scale_value)
     yield out.to(dtype), lse
 
 
 @operator("mindiesd::rainfusionattention")
-def rainfusionattention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    select_idx: Tensor,
-    select_num_idx: Tensor,
-    blockshape: list[int],
-    q_input_layout: str,
-    kv_input_layout: str,
-    head_num: int,
-    scale: float,
-    actual_seq_qlen: list[int] | None,
-    actual_seq_kvlen: list[int] | None,
-    **rest: Any,
-) -> Iterator[Any]:
+def rainfusionattention(**given: Any) -> Iterator[Any]:
     """(out, lse [T, N, 1]) of a2 and a3, TND, one sequence.
 
     select_idx [query blocks, N, key blocks] holds numbers of key blocks; the first select_num_idx
     [query blocks, N] of each row count.
     """
-    require(
-        q_input_layout == kv_input_layout == "TND" and rest["attn_mask"] is None,
-        f"layouts {q_input_layout}, {kv_input_layout}, attn_mask {rest['attn_mask'] is not None}",
-        needs="TND without a mask",
-        fix="q.flatten(0, 1) for [1, S, N, D]",
+    a = Call(**given)
+    masked, index, counts = a.attn_mask is not None, a.select_idx, a.select_num_idx
+    a.require(
+        a.q_input_layout == a.kv_input_layout == "TND" and not masked, "sparse.rain_layouts", masked=masked
     )
-    z = core.sizes(query, key, value, "TND", head_num, 0)
-    require(
-        [list(n or [z.s]) for n in (actual_seq_qlen, actual_seq_kvlen)] == [[z.s], [z.keys]] or z.s != z.keys,
-        f"actual_seq_qlen={actual_seq_qlen}",
-        needs="one sequence",
-        fix="call it once for each sample",
-    )
-    blocks = (-(-z.s // blockshape[0]), z.n, -(-z.keys // blockshape[1]))
-    require(
-        tuple(select_idx.shape) == blocks and tuple(select_num_idx.shape) == blocks[:2],
-        f"select_idx {tuple(select_idx.shape)}, select_num_idx {tuple(select_num_idx.shape)}",
-        needs=f"{blocks} and {blocks[:2]}",
-        fix="indices per block of queries and head",
-    )
-    core.check_attention_scale("scale", scale, 1.0, z.d)
-    yield Out(tuple(query.shape), query.dtype), Out((z.s, z.n, 1), torch.float32)
-    taken = torch.arange(blocks[2]) < select_num_idx.unsqueeze(-1)
+    z = core.sizes(a.query, a.key, a.value, "TND", a.head_num, 0)
+    lengths = [list(n or [z.s]) for n in (a.actual_seq_qlen, a.actual_seq_kvlen)]
+    a.require(lengths == [[z.s], [z.keys]] or z.s != z.keys, "sparse.rain_lengths")
+    blocks = (-(-z.s // a.blockshape[0]), z.n, -(-z.keys // a.blockshape[1]))
+    right = tuple(index.shape) == blocks and tuple(counts.shape) == blocks[:2]
+    a.require(right, "sparse.rain_index", blocks=blocks, rows=blocks[:2])
+    core.check_attention_scale("scale", a.scale, 1.0, z.d)
+    yield Out(tuple(a.query.shape), a.query.dtype), Out((z.s, z.n, 1), torch.float32)
+    taken = torch.arange(blocks[2]) < counts.unsqueeze(-1)
     mask = torch.zeros(*blocks[:2], blocks[2] + 1, dtype=torch.int8)
-    mask.scatter_(2, torch.where(taken, select_idx, blocks[2]).to(torch.int64), 1)
+    mask.scatter_(2, torch.where(taken, index, blocks[2]).to(torch.int64), 1)
     chosen = mask[..., : blocks[2]].transpose(0, 1).unsqueeze(0)
-    q, k, v = (core.to_bnsd(t, "TND", z.n) for t in (query, key, value))
-    out, lse = _sparse(q, k, v, chosen, z, blockshape, scale)
-    yield core.from_bnsd(out, "TND").to(query.dtype), lse[0].transpose(0, 1).contiguous()
+    q, k, v = (core.to_bnsd(t, "TND", z.n) for t in (a.query, a.key, a.value))
+    out, lse = _sparse(q, k, v, chosen, z, a.blockshape, a.scale)
+    yield core.from_bnsd(out, "TND").to(a.query.dtype), lse[0].transpose(0, 1).contiguous()

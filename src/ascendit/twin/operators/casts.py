@@ -23,28 +23,12 @@ def npu_dtype_cast(self: Tensor, dtype: int, input_dtype: int | None) -> Iterato
     """To another dtype; FP4 (296, 297) is packed two to a byte, the even index in the low nibble."""
     shape = list(self.shape)
     if input_dtype in _FP4:
-        require(
-            bool(shape) and self.element_size() == 1,
-            "Scalar input cannot be float4_e2m1fn_x2 or float4_e1m2fn_x2",
-            needs="packed bytes [.., K / 2]",
-            fix="leave input_dtype out for a tensor of a torch dtype",
-        )
+        require(bool(shape) and self.element_size() == 1, "cast.fp4_scalar")
         shape[-1] *= 2
     if dtype in _FP4:
-        require(
-            bool(shape) and shape[-1] % 2 == 0,
-            "If output dtype is float4_e2m1fn_x2, float4_e1m2fn_x2 or int4, "
-            "the last dim of input must be divisible by 2",
-            needs="an even last axis",
-            fix="keep this layer in another format",
-        )
+        require(bool(shape) and shape[-1] % 2 == 0, "cast.fp4_odd")
         shape[-1] //= 2
-    require(
-        dtype in _FP4 or dtype in contract.DTYPE_OF_NUMBER,
-        f"Parameter(dtype) enum value:{dtype} not found in TORCH_DTYPE_ENUM_VALUE_TO_SCALAR_TYPE_MAP",
-        needs="a torch dtype, or 296 or 297 for FP4",
-        fix="the twin casts to no int4, hifloat8 or float6",
-    )
+    require(dtype in _FP4 or dtype in contract.DTYPE_OF_NUMBER, "cast.dtype", dtype=dtype)
     yield Out(tuple(shape), torch.uint8 if dtype in _FP4 else contract.DTYPE_OF_NUMBER[dtype])
     values = self
     if input_dtype in _FP4:
@@ -79,19 +63,8 @@ def npu_format_cast(
     if customize_dtype is not None:
         gate("npu_format_cast", "customize_dtype")
     if acl_format != nz.FRACTAL_NZ:
-        require(
-            acl_format in (nz.ND, nz.NCHW, nz.NCDHW),
-            f"acl_format={acl_format}",
-            needs="29 (FRACTAL_NZ), or 2, 0, 30 for plain",
-            fix="convolution formats are chosen by CANN itself; leave them out",
-        )
-        require(
-            current_chip() != "a5" or nz.fractal(self) is None or self.is_contiguous(),
-            "npu_format_cast aclnn interface does not support non-contiguous tensor with internal format "
-            "FRACTAL_NZ.",
-            needs="the tensor as the cast to 29 gave it",
-            fix="transpose it back before this cast",
-        )
+        require(acl_format in (nz.ND, nz.NCHW, nz.NCDHW), "cast.format", acl_format=acl_format)
+        require(current_chip() != "a5" or nz.fractal(self) is None or self.is_contiguous(), "cast.strided_nz")
         yield Out(tuple(self.shape), self.dtype)
         yield nz.from_nz(self).clone() if nz.fractal(self) else self.clone()
         return
@@ -110,27 +83,9 @@ def npu_format_cast(
 
 
 def _check_nz(t: Tensor, customize_dtype: int | None, input_dtype: int | None) -> None:
-    require(
-        t.dim() >= 2 and nz.fractal(t) is None,
-        f"npu_format_cast of {'a FRACTAL_NZ tensor' if nz.fractal(t) else tuple(t.shape)} to 29",
-        needs="a plain matrix [.., R, C]",
-        fix="cast each weight once, when it is loaded",
-    )
-    require(
-        current_chip() != "a5" or t.shape[-1] > 1,
-        f"FRACTAL_NZ of {tuple(t.shape)}",
-        needs="more than one column on a5",
-        fix="keep this weight in ND",
-    )
+    given = "a FRACTAL_NZ tensor" if nz.fractal(t) else t.shape
+    require(t.dim() >= 2 and nz.fractal(t) is None, "cast.no_matrix", tensor=given)
+    require(current_chip() != "a5" or t.shape[-1] > 1, "cast.one_column", t=t)
     if customize_dtype is not None and (customize_dtype != 1 or t.dtype != torch.int8):
-        refuse(
-            f"customize_dtype={contract.spell_dtype(customize_dtype)} for a tensor of {t.dtype}",
-            needs="packed FP4 viewed as int8, customize_dtype=torch.int8",
-            fix="npu_format_cast(w.view(torch.int8), 29, customize_dtype=torch.int8)",
-        )
-    require(
-        input_dtype is None,
-        f"input_dtype={contract.spell_dtype(input_dtype)}",
-        needs="none: packed FP4 is viewed as int8 before the cast",
-        fix="npu_format_cast(w.view(torch.int8), 29, customize_dtype=torch.int8)",
-    )
+        refuse("cast.customize_dtype", customize_dtype=customize_dtype, t=t)
+    require(input_dtype is None, "cast.input_dtype", input_dtype=input_dtype)

@@ -10,10 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ascendit.twin import cpu_kernels
-from ascendit.twin.contract import FLOAT_DTYPES, HALF_DTYPES, require
+from ascendit.twin.contract import FLOAT_DTYPES, HALF_DTYPES, Call, require
 from ascendit.twin.operators import mx_quantize
 from ascendit.twin.operators.mx_quantize import ScaleRule
 from ascendit.twin.registry import Out, operator
+
+
+def _same(x: Tensor) -> Out:
+    """The shape and dtype of x."""
+    return Out(tuple(x.shape), x.dtype)
 
 
 def _rstd(x: Tensor, gamma: Tensor) -> Out:
@@ -23,24 +28,12 @@ def _rstd(x: Tensor, gamma: Tensor) -> Out:
 
 
 def _check_gamma(x: Tensor, gamma: Tensor, wide: bool) -> None:
-    require(
-        x.dtype in FLOAT_DTYPES and 1 <= gamma.dim() <= x.dim(),
-        f"input {tuple(x.shape)} of {x.dtype}, gamma {tuple(gamma.shape)}",
-        needs="float16, bfloat16 or float32",
-        fix="gamma has the last axes of the input",
-    )
-    require(
-        tuple(gamma.shape) == tuple(x.shape[x.dim() - gamma.dim() :]),
-        f"gamma {tuple(gamma.shape)} for an input {tuple(x.shape)}",
-        needs=f"gamma {tuple(x.shape[x.dim() - gamma.dim() :])}",
-        fix="Wan normalizes over all heads: apply it before the heads are split",
-    )
-    require(
-        gamma.dtype == x.dtype or (wide and gamma.dtype == torch.float32),
-        f"gamma of {gamma.dtype} for an input of {x.dtype}",
-        needs=f"{x.dtype}" + (" or float32" if wide else ""),
-        fix="gamma.to(x.dtype)",
-    )
+    require(x.dtype in FLOAT_DTYPES and 1 <= gamma.dim() <= x.dim(), "norm.gamma", x=x, gamma=gamma)
+    last = x.shape[x.dim() - gamma.dim() :]
+    require(gamma.shape == last, "norm.gamma_shape", gamma=gamma, x=x, last=last)
+    right = gamma.dtype == x.dtype or (wide and gamma.dtype == torch.float32)
+    wider = " or float32" if wide else ""
+    require(right, "norm.gamma_dtype", gamma=gamma, x=x, wider=wider)
 
 
 def rms(x: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -59,7 +52,7 @@ def inverse_root(x: Tensor, axes: int, epsilon: float) -> Tensor:
 def npu_rms_norm(self: Tensor, gamma: Tensor, epsilon: float) -> Iterator[Any]:
     """(y, rstd). gamma in the dtype of the input, or float32."""
     _check_gamma(self, gamma, wide=True)
-    yield Out(tuple(self.shape), self.dtype), _rstd(self, gamma)
+    yield _same(self), _rstd(self, gamma)
     if gamma.dim() == 1:
         yield cpu_kernels.rms_norm(self, gamma, epsilon), inverse_root(self, 1, epsilon)
     else:
@@ -72,83 +65,57 @@ def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float) -> I
     """(y, rstd, x1 + x2): the norm of the sum as it is before it is rounded."""
     _check_pair(x1, x2)
     _check_gamma(x1, gamma, wide=False)
-    yield Out(tuple(x1.shape), x1.dtype), _rstd(x1, gamma), Out(tuple(x1.shape), x1.dtype)
+    yield _same(x1), _rstd(x1, gamma), _same(x1)
     total = x1.to(torch.float32) + x2.to(torch.float32)
     y, rstd = rms(total, gamma, epsilon)
     yield y.to(x1.dtype), rstd, total.to(x1.dtype)
 
 
 def _check_pair(x1: Tensor, x2: Tensor) -> None:
-    require(
-        x1.shape == x2.shape and x1.dtype == x2.dtype,
-        f"x1 {tuple(x1.shape)} of {x1.dtype}, x2 {tuple(x2.shape)} of {x2.dtype}",
-        needs="two tensors of one shape and dtype",
-        fix="x2.to(x1.dtype)",
-    )
+    require(x1.shape == x2.shape and x1.dtype == x2.dtype, "norm.pair", x1=x1, x2=x2)
 
 
-def _mx_rule(x: Tensor, gamma: Tensor, scale_alg: int, round_mode: str, dst_type: int) -> Any:
-    require(
-        x.dtype in HALF_DTYPES,
-        f"input of {x.dtype}",
-        needs="float16 or bfloat16",
-        fix="cast the activation to bfloat16",
-    )
-    _check_gamma(x, gamma, wide=True)
-    target = mx_quantize.target_of(dst_type)
+def _mx_rule(a: Call, x: Tensor) -> tuple[int, mx_quantize.TargetFormat, ScaleRule]:
+    """The axis, format and rule by which the norm of x is quantized."""
+    a.require(x.dtype in HALF_DTYPES, "norm.half_input", x=x)
+    _check_gamma(x, a.gamma, wide=True)
+    target = mx_quantize.target_of(a.dst_type)
     axis = mx_quantize.check_input(x, -1, target)
-    rule = ScaleRule(scale_alg, round_mode)
+    rule = ScaleRule(a.scale_alg, a.round_mode)
     mx_quantize.check_rule(rule, target, x.dtype)
-    require(
-        scale_alg < 2,
-        f"scale_alg={scale_alg}",
-        needs="0, or 1 with FP8",
-        fix="npu_rms_norm and then npu_dynamic_mx_quant(scale_alg=2)",
-    )
-    return target, axis, rule
+    a.require(a.scale_alg < 2, "norm.scale_alg")
+    return axis, target, rule
+
+
+def _rms_in_mx(a: Call, x: Tensor, dtype: torch.dtype, how: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and reciprocal root of the norm of x, rounded to `dtype` before it is quantized."""
+    y, rstd = rms(x, a.gamma, a.epsilon)
+    if a.beta is not None:
+        y = y + a.beta.to(torch.float32)
+    return *mx_quantize.to_mx(y.to(dtype), *how), rstd
 
 
 @operator("npu_rms_norm_dynamic_mx_quant")
-def npu_rms_norm_dynamic_mx_quant(
-    x: Tensor,
-    gamma: Tensor,
-    beta: Tensor | None,
-    epsilon: float,
-    scale_alg: int,
-    round_mode: str,
-    dst_type: int,
-) -> Iterator[Any]:
+def npu_rms_norm_dynamic_mx_quant(**given: Any) -> Iterator[Any]:
     """(codes, scales, rstd) of the norm rounded to the dtype of x."""
-    target, axis, rule = _mx_rule(x, gamma, scale_alg, round_mode, dst_type)
-    yield *mx_quantize.outs(tuple(x.shape), axis, target, 32), _rstd(x, gamma)
-    y, rstd = rms(x, gamma, epsilon)
-    if beta is not None:
-        y = y + beta.to(torch.float32)
-    yield *mx_quantize.to_mx(y.to(x.dtype), axis, target, rule), rstd
+    a = Call(**given)
+    how = _mx_rule(a, a.x)
+    yield *mx_quantize.outs(tuple(a.x.shape), how[0], how[1], 32), _rstd(a.x, a.gamma)
+    yield _rms_in_mx(a, a.x, a.x.dtype, how)
 
 
 @operator("npu_add_rms_norm_dynamic_mx_quant")
-def npu_add_rms_norm_dynamic_mx_quant(
-    x1: Tensor,
-    x2: Tensor,
-    gamma: Tensor,
-    beta: Tensor | None,
-    epsilon: float,
-    scale_alg: int,
-    round_mode: str,
-    dst_type: int,
-) -> Iterator[Any]:
+def npu_add_rms_norm_dynamic_mx_quant(**given: Any) -> Iterator[Any]:
     """(codes, x1 + x2, scales, rstd)."""
-    _check_pair(x1, x2)
-    target, axis, rule = _mx_rule(x1, gamma, scale_alg, round_mode, dst_type)
-    codes, scale = mx_quantize.outs(tuple(x1.shape), axis, target, 32)
-    yield codes, Out(tuple(x1.shape), x1.dtype), scale, _rstd(x1, gamma)
-    total = x1.to(torch.float32) + x2.to(torch.float32)
-    y, rstd = rms(total, gamma, epsilon)
-    if beta is not None:
-        y = y + beta.to(torch.float32)
-    quantized, scales = mx_quantize.to_mx(y.to(x1.dtype), axis, target, rule)
-    yield quantized, total.to(x1.dtype), scales, rstd
+    a = Call(**given)
+    x = a.x1
+    _check_pair(x, a.x2)
+    how = _mx_rule(a, x)
+    codes, scale = mx_quantize.outs(tuple(x.shape), how[0], how[1], 32)
+    yield codes, _same(x), scale, _rstd(x, a.gamma)
+    total = x.to(torch.float32) + a.x2.to(torch.float32)
+    quantized, scales, rstd = _rms_in_mx(a, total, x.dtype, how)
+    yield quantized, total.to(x.dtype), scales, rstd
 
 
 def layer(
@@ -174,19 +141,12 @@ def moments(x: Tensor, axes: int, eps: float) -> tuple[Tensor, Tensor]:
 
 def check_layer(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> None:
     """The last axes of x are `shape`; weight and bias have them too."""
-    require(
-        x.dtype in FLOAT_DTYPES and 0 < len(shape) <= x.dim() and tuple(x.shape[-len(shape) :]) == shape,
-        f"normalized_shape {list(shape)} for an input {tuple(x.shape)} of {x.dtype}",
-        needs="the last axes of the input, in floating point",
-        fix="normalized_shape=[x.shape[-1]]",
-    )
+    last = 0 < len(shape) <= x.dim() and tuple(x.shape[-len(shape) :]) == shape
+    require(x.dtype in FLOAT_DTYPES and last, "norm.normalized_shape", shape=shape, x=x)
     for name, tensor in (("weight", weight), ("bias", bias)):
-        require(
-            tensor is None or (tuple(tensor.shape) == shape and tensor.dtype in (x.dtype, torch.float32)),
-            f"{name} {tensor is not None and (tuple(tensor.shape), tensor.dtype)}",
-            needs=f"{shape} of {x.dtype} or float32",
-            fix=f"{name}.to(x.dtype)",
-        )
+        if tensor is not None:
+            right = tuple(tensor.shape) == shape and tensor.dtype in (x.dtype, torch.float32)
+            require(right, "norm.weights", name=name, tensor=tensor, shape=shape, x=x)
 
 
 @operator("npu_layer_norm_eval")
@@ -194,7 +154,7 @@ def npu_layer_norm_eval(
     input: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Iterator[Any]:
     check_layer(input, tuple(normalized_shape), weight, bias)
-    yield Out(tuple(input.shape), input.dtype)
+    yield _same(input)
     yield layer(input, len(normalized_shape), weight, bias, eps)[0].to(input.dtype)
 
 
@@ -206,7 +166,7 @@ def npu_add_layer_norm(
     _check_pair(x1, x2)
     check_layer(x1, tuple(gamma.shape), gamma, beta)
     row = _rstd(x1, gamma)
-    yield Out(tuple(x1.shape), x1.dtype), row, row, Out(tuple(x1.shape), x1.dtype)
+    yield _same(x1), row, row, _same(x1)
     total = x1.to(torch.float32) + x2.to(torch.float32)
     y, mean, rstd = layer(total, gamma.dim(), gamma, beta, epsilon)
     added = total.to(x1.dtype) if additional_output else torch.zeros_like(x1)
@@ -217,32 +177,22 @@ def npu_add_layer_norm(
 
 
 def _float(x: Tensor) -> None:
-    require(
-        x.dtype in FLOAT_DTYPES,
-        f"input of {x.dtype}",
-        needs="floating point",
-        fix="cast the activation to bfloat16",
-    )
+    require(x.dtype in FLOAT_DTYPES, "norm.float_input", x=x)
 
 
 @operator("npu_gelu")
 def npu_gelu(self: Tensor, approximate: str) -> Iterator[Any]:
     """Exact (`none`) or tanh, on every chip; F.gelu is tanh on a2 and a3 whatever it is told."""
     _float(self)
-    require(
-        approximate in ("none", "tanh"),
-        f"approximate={approximate!r}",
-        needs="none or tanh",
-        fix='approximate="tanh" for Wan',
-    )
-    yield Out(tuple(self.shape), self.dtype)
+    require(approximate in ("none", "tanh"), "norm.approximate", approximate=approximate)
+    yield _same(self)
     yield cpu_kernels.gelu(self, approximate)
 
 
 def _fast_gelu(self: Tensor) -> Iterator[Any]:
     """x sigmoid(1.702 x): another function, up to 0.021 away from GELU."""
     _float(self)
-    yield Out(tuple(self.shape), self.dtype)
+    yield _same(self)
     wide = self.to(torch.float32)
     yield (wide * torch.sigmoid(1.702 * wide)).to(self.dtype)
 
@@ -254,24 +204,14 @@ operator("fast_gelu")(_fast_gelu)
 @operator("npu_silu")
 def npu_silu(self: Tensor) -> Iterator[Any]:
     _float(self)
-    yield Out(tuple(self.shape), self.dtype)
+    yield _same(self)
     yield F.silu(self.to(torch.float32)).to(self.dtype)
 
 
 def _halves(x: Tensor, dim: int) -> tuple[int, ...]:
     _float(x)
-    require(
-        1 <= x.dim() <= 8 and -x.dim() <= dim < x.dim(),
-        f"attribute [dim] out of range [-{x.dim()}, {x.dim() - 1}]",
-        needs="an axis of the input",
-        fix="dim=-1",
-    )
-    require(
-        x.shape[dim] % 2 == 0,
-        f"x shape: {list(x.shape)}. Dim [{dim}] of x should be divisible by 2, but get [{x.shape[dim]}]",
-        needs="an even axis",
-        fix="the two halves are gate and value",
-    )
+    require(1 <= x.dim() <= 8 and -x.dim() <= dim < x.dim(), "norm.dim", x=x, last=x.dim() - 1)
+    require(x.shape[dim] % 2 == 0, "norm.odd_dim", x=x, dim=dim, size=x.shape[dim])
     at = dim % x.dim()
     return (*x.shape[:at], x.shape[at] // 2, *x.shape[at + 1 :])
 
@@ -287,12 +227,7 @@ def npu_swiglu(self: Tensor, dim: int) -> Iterator[Any]:
 @operator("npu_geglu")
 def npu_geglu(self: Tensor, dim: int, approximate: int, activate_left: bool) -> Iterator[Any]:
     """(value x gelu(gate), gelu(gate)); the gate is the second half unless `activate_left`."""
-    require(
-        approximate in (0, 1),
-        f"approximate={approximate}",
-        needs="0 (exact) or 1 (tanh)",
-        fix="leave approximate out",
-    )
+    require(approximate in (0, 1), "norm.geglu_approximate", approximate=approximate)
     half = Out(_halves(self, dim), self.dtype)
     yield half, half
     a, b = self.to(torch.float32).chunk(2, dim)

@@ -2,209 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ascendit.twin import contract
-from ascendit.twin.contract import HALF_DTYPES, require
+from ascendit.twin.contract import HALF_DTYPES, Call
 from ascendit.twin.operators import attention_inputs as core
 from ascendit.twin.operators import mx_quantize
+from ascendit.twin.operators.row_quantize import times_tiles
 from ascendit.twin.registry import Out, gate, operator
 
 _MASKS = (torch.bool, torch.uint8, torch.int8)
 _OUTPUTS = {"BNSD_BSND": "BSND", "BSH_BNSD": "BNSD", "BSND_BNSD": "BNSD", "NTD_TND": "TND", "TND_NTD": "NTD"}
+_QKV = ("query", "key", "value")
+_SCALES = tuple(f"dequant_scale_{name}" for name in _QKV)
+_FIRST = frozenset(
+    (*_QKV, "num_heads", "scale", "pre_tokens", "next_tokens", "input_layout", "num_key_value_heads")
+    + ("atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "softmax_lse_flag", "sparse_mode")
+    + ("inner_precise", "block_size", "antiquant_mode", "key_antiquant_mode", "value_antiquant_mode")
+)
+"""Arguments of the first version that are looked at, or mean nothing without others."""
 
 
 def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
+    a: Call,
     heads: int,
-    kv_heads: int,
-    input_layout: str,
-    scale: float,
     scale_name: str,
-    mask: Tensor | None,
     ends: tuple[Any, Any],
-    windows: tuple[int, int],
     lse: bool,
     out_dtype: torch.dtype,
     decode: Any = None,
 ) -> Iterator[Any]:
-    """What both versions do. `decode` turns quantized q, k, v into float32 ones."""
-    layout = input_layout.partition("_")[0]
-    layout_out = _OUTPUTS.get(input_layout, layout)
-    for name, t in (("query", q), ("key", k), ("value", v)):
-        require(
-            t.is_contiguous(),
-            f"{name} {tuple(t.shape)} with strides {tuple(t.stride())}",
-            needs="contiguous query, key and value",
-            fix=f"{name}.contiguous()",
-        )
-    z = core.sizes(q, k, v, layout, heads, kv_heads)
-    require(
-        z.d <= 512 and z.d % 16 == 0 and z.n <= 256 and z.b <= 65536,
-        f"batch {z.b}, {z.n} heads of {z.d}",
-        needs="heads of at most 512, a multiple of 16; at most 256 heads",
-        fix="pad the heads to 16",
-    )
+    """What both versions do. `decode` turns quantized query, key and value into float32 ones."""
+    layout = a.input_layout.partition("_")[0]
+    layout_out = _OUTPUTS.get(a.input_layout, layout)
+    for name in _QKV:
+        t = getattr(a, name)
+        a.require(t.is_contiguous(), "infer.strides", name=name, shape=t.shape, strides=t.stride())
+    z = core.sizes(a.query, a.key, a.value, layout, heads, a.num_key_value_heads)
+    a.require(z.d <= 512 and z.d % 16 == 0 and z.n <= 256 and z.b <= 65536, "infer.sizes", z=z)
+    scale = getattr(a, scale_name)
     core.check_attention_scale(scale_name, scale, 1.0, z.d)
-    core.check_mask(mask, z, _MASKS)
-    packed = "T" in layout
-    runs = core.pieces(z, *ends) if packed else None
-    stats = (0,) if not lse else (z.s, z.n, 1) if packed else (z.b, z.n, z.s, 1)
+    core.check_mask(a.atten_mask, z, _MASKS)
+    runs = core.pieces(z, *ends) if "T" in layout else None
+    stats = (0,) if not lse else (z.s, z.n, 1) if runs else (z.b, z.n, z.s, 1)
     yield Out(core.shape_of(z, layout_out), out_dtype), Out(stats, torch.float32)
-    wide = decode(q, k, v) if decode else (q, k, v)
-    qb, kb, vb = (core.to_bnsd(t, layout, h) for t, h in zip(wide, (z.n, z.kv, z.kv), strict=True))
-    if runs is None:
-        hidden = core.either(core.masked_out(mask, z), core.by_length(z, ends[1]), core.band(z, *windows))
-        out, top, total = core.attend(qb, kb, vb, scale, hidden)
-    else:
-        parts = [core.attend(qb[:, :, a], kb[:, :, b], vb[:, :, b], scale) for a, b in runs]
-        out, top, total = (torch.cat(p, 2) for p in zip(*parts, strict=True))
-    log = top + torch.log(total)
-    row = (log[0].t() if packed else log).unsqueeze(-1).contiguous() if lse else torch.empty(0)
-    yield core.from_bnsd(out, layout_out).to(out_dtype), row
+    qkv = (a.query, a.key, a.value)
+    windows = (a.pre_tokens, a.next_tokens)
+    hidden = None if runs else core.hidden_keys(a.atten_mask, z, windows, ends[1])
+    wide = decode(*qkv) if decode else qkv
+    out, top, total = core.attend_in(wide, z, (layout, layout_out), scale, hidden, runs)
+    row = (top + torch.log(total)).unsqueeze(-1).contiguous() if lse else torch.empty(0)
+    yield out.to(out_dtype), row
 
 
-def _unused(given: dict[str, Any], allowed: tuple[str, ...] = ()) -> None:
-    extra = [n for n, v in given.items() if v is not None and n not in allowed and not n.endswith("_dtype")]
-    require(
-        not extra,
-        f"{', '.join(extra)} given",
-        needs="none of them: the twin does not compute them",
-        fix="leave them out",
-    )
+def _check(a: Call, unused: Collection[str]) -> None:
+    """Arguments that the twin does not compute, and causal masks."""
+    extra = [n for n in unused if getattr(a, n) is not None and not n.endswith("_dtype")]
+    a.require(not extra, "infer.unused", extra=extra)
+    a.require(a.sparse_mode in (0, 1), "infer.sparse_mode")
 
 
-def _same_dtype(q: Tensor, k: Tensor, v: Tensor) -> None:
-    require(
-        q.dtype == k.dtype == v.dtype and q.dtype in HALF_DTYPES,
-        f"query of {q.dtype}, key of {k.dtype}, value of {v.dtype}",
-        needs="one dtype, float16 or bfloat16; FP8 with its quant modes and scales",
-        fix="q.to(torch.bfloat16)",
-    )
+def _check_dtypes(a: Call) -> None:
+    same = a.query.dtype == a.key.dtype == a.value.dtype
+    a.require(same and a.query.dtype in HALF_DTYPES, "infer.dtypes")
 
 
 @operator("npu_fused_infer_attention_score")
-def npu_fused_infer_attention_score(query: Tensor, key: Tensor, value: Tensor, **a: Any) -> Iterator[Any]:
+def npu_fused_infer_attention_score(**given: Any) -> Iterator[Any]:
     """(out, lse); lse [B, N, S, 1] with softmax_lse_flag, else empty."""
-    numbers = ("num_heads", "scale", "pre_tokens", "next_tokens", "input_layout", "num_key_value_heads")
-    own = {
-        *numbers,
-        *("atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "softmax_lse_flag"),
-        *("sparse_mode", "inner_precise", "block_size", "antiquant_mode", "key_antiquant_mode"),
-        "value_antiquant_mode",
-    }
-    _unused({n: v for n, v in a.items() if n not in own})
-    _sparse(a["sparse_mode"])
-    _same_dtype(query, key, value)
-    yield from _attention(
-        query,
-        key,
-        value,
-        heads=a["num_heads"],
-        kv_heads=a["num_key_value_heads"],
-        input_layout=a["input_layout"],
-        scale=a["scale"],
-        scale_name="scale",
-        mask=a["atten_mask"],
-        ends=(a["actual_seq_lengths"], a["actual_seq_lengths_kv"]),
-        windows=(core.NO_LIMIT, core.NO_LIMIT) if a["atten_mask"] is None else _windows(a),
-        lse=a["softmax_lse_flag"],
-        out_dtype=query.dtype,
-    )
+    a = Call(**given)
+    _check(a, [n for n in given if n not in _FIRST])
+    _check_dtypes(a)
+    ends = (a.actual_seq_lengths, a.actual_seq_lengths_kv)
+    yield from _attention(a, a.num_heads, "scale", ends, a.softmax_lse_flag, a.query.dtype)
 
 
-def _windows(a: dict[str, Any]) -> tuple[int, int]:
-    return a["pre_tokens"], a["next_tokens"]
-
-
-def _sparse(mode: int) -> None:
-    require(
-        mode in (0, 1),
-        f"sparse_mode={mode}",
-        needs="0 or 1: the twin has no compressed causal masks",
-        fix="sparse_mode=0",
-    )
-
-
-def _second(name: str, query: Tensor, key: Tensor, value: Tensor, a: dict[str, Any]) -> Iterator[Any]:
+def _second(name: str, a: Call) -> Iterator[Any]:
     """Version 2, in bfloat16 or with FP8 codes and their scales."""
-    modes = (a["query_quant_mode"], a["key_quant_mode"], a["value_quant_mode"])
-    scaled = ("dequant_scale_query", "dequant_scale_key", "dequant_scale_value")
-    tensors = {n: v for n, v in a.items() if isinstance(v, Tensor) and n != "atten_mask"}
-    quantized = query.dtype == torch.float8_e4m3fn
-    _unused(tensors, scaled if quantized else ())
-    _sparse(a["sparse_mode"])
-    out_dtype, decode = query.dtype, None
+    modes = (a.query_quant_mode, a.key_quant_mode, a.value_quant_mode)
+    quantized = a.query.dtype == torch.float8_e4m3fn
+    known = (*_QKV, "atten_mask", *(_SCALES if quantized else ()))
+    _check(a, [n for n, v in vars(a).items() if isinstance(v, Tensor) and n not in known])
+    out_dtype, decode = a.query.dtype, None
     if quantized:
         gate(name, "quantized")
-        wanted = a["out_dtype"]
+        wanted = a.out_dtype
         number = contract.number_of(wanted) if isinstance(wanted, torch.dtype) else wanted
         out_dtype = contract.output_dtype(number, (torch.bfloat16, torch.float16), "FP8 attention")
-        decode = _decoder(modes, [a[n] for n in scaled], a)
+        decode = _decoder(a, modes)
     else:
-        _same_dtype(query, key, value)
-        require(
-            modes == (0, 0, 0),
-            f"quant modes {modes} for {query.dtype}",
-            needs="float8_e4m3fn query, key and value",
-            fix="leave the modes out",
-        )
-    yield from _attention(
-        query,
-        key,
-        value,
-        heads=a["num_query_heads"],
-        kv_heads=a["num_key_value_heads"],
-        input_layout=a["input_layout"],
-        scale=a["softmax_scale"],
-        scale_name="softmax_scale",
-        mask=a["atten_mask"],
-        ends=(a["actual_seq_qlen"], a["actual_seq_kvlen"]),
-        windows=(core.NO_LIMIT, core.NO_LIMIT) if a["atten_mask"] is None else _windows(a),
-        lse=a["return_softmax_lse"],
-        out_dtype=out_dtype,
-        decode=decode,
-    )
+        _check_dtypes(a)
+        a.require(modes == (0, 0, 0), "infer.modes_without_codes", modes=modes)
+    ends = (a.actual_seq_qlen, a.actual_seq_kvlen)
+    lse = a.return_softmax_lse
+    yield from _attention(a, a.num_query_heads, "softmax_scale", ends, lse, out_dtype, decode)
 
 
-def _decoder(modes: tuple[int, ...], given: list[Any], a: dict[str, Any]) -> Any:
+def _decoder(a: Call, modes: tuple[int, ...]) -> Any:
     """Codes to numbers; the probabilities stay float32, which the card may quantize (not documented)."""
-    require(
-        modes in ((7, 7, 7), (6, 6, 8)) and all(isinstance(s, Tensor) for s in given),
-        f"quant modes {modes}, scales for {[isinstance(s, Tensor) for s in given]}",
-        needs="7, 7, 7 with scales of npu_dynamic_block_quant, or 6, 6, 8 with MX scales",
-        fix="pass dequant_scale_query, dequant_scale_key and dequant_scale_value",
-    )
+    scales = [getattr(a, name) for name in _SCALES]
+    scaled = [isinstance(s, Tensor) for s in scales]
+    a.require(modes in ((7, 7, 7), (6, 6, 8)) and all(scaled), "infer.modes", modes=modes, scaled=scaled)
     if modes == (7, 7, 7):
-        require(
-            a["input_layout"].startswith("BNSD") and all(s.dim() == 4 and s.shape[0] == 1 for s in given),
-            f"block scales {[tuple(s.shape) for s in given]} in {a['input_layout']}",
-            needs="BNSD with a batch of 1, scales [1, N, blocks, D / 128]",
-            fix="npu_dynamic_block_quant(q.squeeze(0), ...), then unsqueeze(0)",
-        )
-        return lambda *qkv: [times_block_scales(t, s) for t, s in zip(qkv, given, strict=True)]
-    require(
-        a["input_layout"] == "TND"
-        and all(
-            a[f"{n}_dtype"] == contract.SCALE_E8M0
-            for n in ("dequant_scale_query", "dequant_scale_key", "dequant_scale_value")
-        ),
-        f"MX scales in {a['input_layout']}",
-        needs="TND, and dequant_scale_*_dtype=torch_npu.float8_e8m0fnu",
-        fix="pass the dtype of the scales: they are uint8",
-    )
+        right = a.input_layout.startswith("BNSD") and all(s.dim() == 4 and s.shape[0] == 1 for s in scales)
+        a.require(right, "infer.block_scales", shapes=[tuple(s.shape) for s in scales])
+        return lambda *qkv: [times_block_scales(t, s) for t, s in zip(qkv, scales, strict=True)]
+    dtypes = {getattr(a, f"{name}_dtype") for name in _SCALES}
+    a.require(a.input_layout == "TND" and dtypes == {contract.SCALE_E8M0}, "infer.mx_scales")
     element = mx_quantize.TARGETS[contract.FP8_E4M3].element
-    return lambda q, k, v: [
-        mx_quantize.dequantize(q, given[0], -1, element),
-        mx_quantize.dequantize(k, given[1], -1, element),
-        mx_quantize.dequantize(v, given[2], 0, element),
+    return lambda *qkv: [
+        mx_quantize.dequantize(t, s, axis, element)
+        for t, s, axis in zip(qkv, scales, (-1, -1, 0), strict=True)
     ]
 
 
@@ -215,17 +127,16 @@ def times_block_scales(t: Tensor, scale: Tensor) -> Tensor:
     """
     rows = next(r for r in (128, 256, 512, 64, t.shape[-2]) if -(-t.shape[-2] // r) == scale.shape[-2])
     columns = next(c for c in (128, 64, t.shape[-1]) if -(-t.shape[-1] // c) == scale.shape[-1])
-    full = scale.repeat_interleave(rows, -2)[..., : t.shape[-2], :].repeat_interleave(columns, -1)
-    return t.to(torch.float32) * full[..., : t.shape[-1]]
+    return times_tiles(t, scale, rows, columns)
 
 
 @operator("npu_fused_infer_attention_score_v2")
-def npu_fused_infer_attention_score_v2(query: Tensor, key: Tensor, value: Tensor, **a: Any) -> Iterator[Any]:
+def npu_fused_infer_attention_score_v2(**given: Any) -> Iterator[Any]:
     """(out, lse); lse [B, N, S, 1] with return_softmax_lse, else empty."""
-    yield from _second("npu_fused_infer_attention_score_v2", query, key, value, a)
+    yield from _second("npu_fused_infer_attention_score_v2", Call(**given))
 
 
 @operator("mindiesd::fused_infer_attention_score_v2")
-def fused_infer_attention_score_v2(query: Tensor, key: Tensor, value: Tensor, **a: Any) -> Iterator[Any]:
+def fused_infer_attention_score_v2(**given: Any) -> Iterator[Any]:
     """As npu_fused_infer_attention_score_v2, in MindIE-SD's own kernel on a5."""
-    yield from _second("mindiesd::fused_infer_attention_score_v2", query, key, value, a)
+    yield from _second("mindiesd::fused_infer_attention_score_v2", Call(**given))

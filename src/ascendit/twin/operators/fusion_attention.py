@@ -8,146 +8,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.twin.contract import FLOAT_DTYPES, HALF_DTYPES, require
+from ascendit.twin.contract import FLOAT_DTYPES, HALF_DTYPES, Call, require
 from ascendit.twin.operators import attention_inputs as core
 from ascendit.twin.registry import Out, operator
 
 _MASKS = (torch.bool, torch.uint8)
+_SCALES = ("deq_scale1", "quant_scale1", "deq_scale2", "quant_scale2", "quant_offset2")
 
 
-def _inference(keep_prob: float, sparse_mode: int, given: dict[str, Any]) -> None:
-    require(
-        keep_prob == 1.0,
-        f"keep_prob={keep_prob:g}",
-        needs="1.0: the twin has no dropout",
-        fix="leave keep_prob out",
-    )
-    require(
-        sparse_mode in (0, 1),
-        f"sparse_mode={sparse_mode}",
-        needs="0 or 1 (the mask as it is given): the twin has no compressed causal masks",
-        fix="sparse_mode=0 with atten_mask, or no mask for full attention",
-    )
-    extra = [name for name, value in given.items() if value is not None]
-    require(
-        not extra,
-        f"{', '.join(extra)} given",
-        needs="none of them: the twin does not compute them",
-        fix="leave them out",
-    )
+def _check(a: Call, unused: tuple[str, ...]) -> None:
+    """Causal masks, and arguments that the twin does not compute."""
+    a.require(a.sparse_mode in (0, 1), "fusion.sparse_mode")
+    extra = [name for name in unused if getattr(a, name) is not None]
+    a.require(not extra, "infer.unused", extra=extra)
 
 
 @operator("npu_fusion_attention")
-def npu_fusion_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    head_num: int,
-    input_layout: str,
-    pse: Tensor | None,
-    padding_mask: Tensor | None,
-    atten_mask: Tensor | None,
-    scale: float,
-    keep_prob: float,
-    pre_tockens: int,
-    next_tockens: int,
-    sparse_mode: int,
-    actual_seq_qlen: list[int] | None,
-    actual_seq_kvlen: list[int] | None,
-    **rest: Any,
-) -> Iterator[Any]:
+def npu_fusion_attention(**given: Any) -> Iterator[Any]:
     """(out, softmax_max, softmax_sum, empty, 0, 0, 0). Maximum and sum come 8 times, [B, N, S, 8]."""
-    given = {n: rest[n] for n in ("prefix", "sink", "dropout_mask")}
-    _inference(keep_prob, sparse_mode, {"pse": pse, "padding_mask": padding_mask, **given})
-    layout = input_layout.upper()
-    require(
-        layout in ("BSH", "SBH", "BNSD", "BSND", "TND"),
-        f"The input_layout should be BSH/SBH/BNSD/BSND/TND(case-insensitive), but got {input_layout}",
-        needs="one of them",
-        fix='"BNSD"',
-    )
-    require(
-        query.dtype == key.dtype == value.dtype and query.dtype in FLOAT_DTYPES,
-        f"query of {query.dtype}, key of {key.dtype}, value of {value.dtype}",
-        needs="one dtype, float16, bfloat16 or float32",
-        fix="k.to(q.dtype)",
-    )
-    z = core.sizes(query, key, value, layout, head_num, 0)
-    require(z.d <= 768, f"head size {z.d}", needs="at most 768", fix="split the heads")
-    core.check_attention_scale("scale", scale, 1.0, z.d)
-    core.check_mask(atten_mask, z, _MASKS)
-    runs = core.pieces(z, actual_seq_qlen, actual_seq_kvlen) if layout == "TND" else None
+    a = Call(**given)
+    a.require(a.keep_prob == 1.0, "fusion.keep_prob")
+    _check(a, ("pse", "padding_mask", "prefix", "sink", "dropout_mask"))
+    layout, dtype = a.input_layout.upper(), a.query.dtype
+    a.require(layout in ("BSH", "SBH", "BNSD", "BSND", "TND"), "fusion.layout")
+    a.require(dtype == a.key.dtype == a.value.dtype and dtype in FLOAT_DTYPES, "fusion.dtypes")
+    z = core.sizes(a.query, a.key, a.value, layout, a.head_num, 0)
+    a.require(z.d <= 768, "fusion.head_size", z=z)
+    core.check_attention_scale("scale", a.scale, 1.0, z.d)
+    core.check_mask(a.atten_mask, z, _MASKS)
+    runs = core.pieces(z, a.actual_seq_qlen, a.actual_seq_kvlen) if layout == "TND" else None
     stats = (z.s, z.n, 8) if runs else (z.b, z.n, z.s, 8)
     softmax = Out(stats, torch.float32)
-    yield Out(core.shape_of(z, layout), query.dtype), softmax, softmax, Out((0,), query.dtype), 0, 0, 0
-    q, k, v = (core.to_bnsd(t, layout, h) for t, h in ((query, z.n), (key, z.kv), (value, z.kv)))
-    hidden = core.masked_out(atten_mask, z)
-    if hidden is not None:
-        hidden = core.either(hidden, core.band(z, pre_tockens, next_tockens))
-    if runs is None:
-        out, top, total = core.attend(q, k, v, scale, hidden)
-    else:
-        parts = [core.attend(q[:, :, a], k[:, :, b], v[:, :, b], scale) for a, b in runs]
-        out, top, total = (torch.cat(p, 2) for p in zip(*parts, strict=True))
-        top, total = top[0].t(), total[0].t()
-    lanes = [t.unsqueeze(-1).expand(stats).contiguous() for t in (top, total)]
-    yield core.from_bnsd(out, layout).to(query.dtype), *lanes, query.new_empty(0), 0, 0, 0
+    yield Out(core.shape_of(z, layout), dtype), softmax, softmax, Out((0,), dtype), 0, 0, 0
+    hidden = core.hidden_keys(a.atten_mask, z, (a.pre_tockens, a.next_tockens))
+    qkv = (a.query, a.key, a.value)
+    out, *sums = core.attend_in(qkv, z, (layout, layout), a.scale, hidden, runs)
+    lanes = [t.unsqueeze(-1).expand(stats).contiguous() for t in sums]
+    yield out.to(dtype), *lanes, a.query.new_empty(0), 0, 0, 0
 
 
 @operator("npu_prompt_flash_attention")
-def npu_prompt_flash_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    atten_mask: Tensor | None,
-    actual_seq_lengths: list[int] | None,
-    num_heads: int,
-    scale_value: float,
-    pre_tokens: int,
-    next_tokens: int,
-    input_layout: str,
-    num_key_value_heads: int,
-    actual_seq_lengths_kv: list[int] | None,
-    sparse_mode: int,
-    **rest: Any,
-) -> Iterator[Any]:
+def npu_prompt_flash_attention(**given: Any) -> Iterator[Any]:
     """Attention of a2 and a3. Without a mask the token windows are not looked at; with one they are, and the
     default next_tokens=0 then makes the attention causal."""
-    _inference(1.0, sparse_mode, rest)
-    layout, _, layout_out = input_layout.partition("_")
-    require(
-        query.dtype == key.dtype == value.dtype and query.dtype in HALF_DTYPES,
-        f"query of {query.dtype}, key of {key.dtype}, value of {value.dtype}",
-        needs="one dtype, float16 or bfloat16",
-        fix="q.to(torch.bfloat16)",
-    )
-    z = core.sizes(query, key, value, layout, num_heads, num_key_value_heads)
-    core.check_attention_scale("scale_value", scale_value, 1.0, z.d)
-    core.check_mask(atten_mask, z, (torch.bool, torch.uint8, torch.int8))
-    require(
-        actual_seq_lengths is None and layout != "TND",
-        "actual_seq_lengths given",
-        needs="none: the twin takes whole sequences",
-        fix="use npu_fusion_attention with TND",
-    )
-    yield Out(core.shape_of(z, layout_out or layout), query.dtype)
-    q, k, v = (core.to_bnsd(t, layout, h) for t, h in ((query, z.n), (key, z.kv), (value, z.kv)))
-    hidden = core.masked_out(atten_mask, z)
-    if hidden is not None:
-        hidden = core.either(hidden, core.band(z, pre_tokens, next_tokens))
-    out = core.attend(q, k, v, scale_value, core.either(hidden, core.by_length(z, actual_seq_lengths_kv)))[0]
-    yield core.from_bnsd(out, layout_out or layout).to(query.dtype)
+    a = Call(**given)
+    _check(a, ("padding_mask", "pse_shift", *_SCALES))
+    layout, _, layout_out = a.input_layout.partition("_")
+    dtype = a.query.dtype
+    a.require(dtype == a.key.dtype == a.value.dtype and dtype in HALF_DTYPES, "fusion.prompt_dtypes")
+    z = core.sizes(a.query, a.key, a.value, layout, a.num_heads, a.num_key_value_heads)
+    core.check_attention_scale("scale_value", a.scale_value, 1.0, z.d)
+    core.check_mask(a.atten_mask, z, (*_MASKS, torch.int8))
+    a.require(a.actual_seq_lengths is None and layout != "TND", "fusion.prompt_lengths")
+    layouts = (layout, layout_out or layout)
+    yield Out(core.shape_of(z, layouts[1]), dtype)
+    windows = (a.pre_tokens, a.next_tokens)
+    hidden = core.hidden_keys(a.atten_mask, z, windows, a.actual_seq_lengths_kv)
+    yield core.attend_in((a.query, a.key, a.value), z, layouts, a.scale_value, hidden)[0].to(dtype)
 
 
 @operator("npu_attention_update")
 def npu_attention_update(lse: list[Tensor], local_out: list[Tensor], update_type: int) -> Iterator[Any]:
     """Merge partial attention: outputs weighted by exp(lse). lse [T, N or 1], outputs [T, D]; (out, lse)."""
-    require(
-        len(lse) == len(local_out) > 0 and update_type in (0, 1),
-        f"{len(lse)} lse, {len(local_out)} outputs, update_type={update_type}",
-        needs="as many of one as of the other",
-        fix="update_type=1 gives the merged lse too",
-    )
+    right = len(lse) == len(local_out) > 0 and update_type in (0, 1)
+    counts = {"count": len(lse), "outputs": len(local_out)}
+    require(right, "fusion.update_counts", **counts, update_type=update_type)
     yield Out(tuple(local_out[0].shape), local_out[0].dtype), Out(tuple(lse[0].shape), lse[0].dtype)
     stacked = torch.stack([t.to(torch.float32) for t in lse])
     total = torch.logsumexp(stacked, 0)
@@ -161,47 +86,25 @@ def _like(weight: Tensor, out: Tensor) -> Tensor:
 
 
 @operator("npu_ring_attention_update")
-def npu_ring_attention_update(
-    prev_attn_out: Tensor,
-    prev_softmax_max: Tensor,
-    prev_softmax_sum: Tensor,
-    cur_attn_out: Tensor,
-    cur_softmax_max: Tensor,
-    cur_softmax_sum: Tensor,
-    actual_seq_qlen: Tensor | None,
-    input_layout: str,
-    input_softmax_layout: str,
-) -> Iterator[Any]:
+def npu_ring_attention_update(**given: Any) -> Iterator[Any]:
     """Merge two results of npu_fusion_attention: outputs SBH, maxima and sums [B, N, S, 8]."""
-    require(
-        input_layout in ("SBH", "TND"),
-        f"input_layout only supports 'SBH' or 'TND', but got {input_layout}.",
-        needs="SBH or TND",
-        fix="out.permute(2, 0, 1, 3).flatten(2) for BNSD",
-    )
-    require(
-        prev_attn_out.shape == cur_attn_out.shape and prev_attn_out.dtype == cur_attn_out.dtype,
-        "prev_attn_out and cur_attn_out must have the same shape.",
-        needs="two results of one attention",
-        fix="both from the same query",
-    )
-    softmax = Out(tuple(prev_softmax_max.shape), torch.float32)
-    yield Out(tuple(prev_attn_out.shape), prev_attn_out.dtype), softmax, softmax
-    top = torch.maximum(prev_softmax_max, cur_softmax_max)
-    before, now = (
-        s * torch.exp(m - top)
-        for s, m in ((prev_softmax_sum, prev_softmax_max), (cur_softmax_sum, cur_softmax_max))
-    )
-    total = before + now
-    shares = [(share / total)[..., 0] for share in (before, now)]  # [B, N, S], TND: [T, N]
-    outs = [t.to(torch.float32) for t in (prev_attn_out, cur_attn_out)]
-    if input_layout == "SBH":
-        heads = shares[0].shape[1]
-        merged = sum(
-            o.unflatten(-1, (heads, -1)) * w.permute(2, 0, 1).unsqueeze(-1)
-            for o, w in zip(outs, shares, strict=True)
-        )
-        merged = torch.as_tensor(merged).flatten(-2)
-    else:
-        merged = torch.as_tensor(sum(o * w.unsqueeze(-1) for o, w in zip(outs, shares, strict=True)))
-    yield merged.to(prev_attn_out.dtype), top, total
+    a = Call(**given)
+    before, now = a.prev_attn_out, a.cur_attn_out
+    a.require(a.input_layout in ("SBH", "TND"), "fusion.ring_layout")
+    a.require(before.shape == now.shape and before.dtype == now.dtype, "fusion.ring_shapes")
+    softmax = Out(tuple(a.prev_softmax_max.shape), torch.float32)
+    yield Out(tuple(before.shape), before.dtype), softmax, softmax
+    top = torch.maximum(a.prev_softmax_max, a.cur_softmax_max)
+    sums = ((a.prev_softmax_sum, a.prev_softmax_max), (a.cur_softmax_sum, a.cur_softmax_max))
+    shares = [s * torch.exp(m - top) for s, m in sums]
+    total = shares[0] + shares[1]
+    merged = torch.zeros((), dtype=torch.float32)
+    for out, share in zip((before, now), shares, strict=True):
+        weight = (share / total)[..., 0]  # [B, N, S], TND: [T, N]
+        wide = out.to(torch.float32)
+        if a.input_layout == "SBH":
+            heads = wide.unflatten(-1, (weight.shape[1], -1))
+            merged = merged + (heads * weight.permute(2, 0, 1).unsqueeze(-1)).flatten(-2)
+        else:
+            merged = merged + wide * weight.unsqueeze(-1)
+    yield merged.to(before.dtype), top, total

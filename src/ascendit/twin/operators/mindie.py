@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ascendit.twin import cpu_kernels
-from ascendit.twin.contract import require
+from ascendit.twin.contract import Call, require
 from ascendit.twin.operators import attention_inputs as core
 from ascendit.twin.operators import elementwise
 from ascendit.twin.registry import Out, operator
@@ -21,21 +21,12 @@ def _modulation(t: Tensor, x: Tensor) -> Tensor:
 
 
 def _check_adaln(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    require(2 <= x.dim() <= 8, f"x {tuple(x.shape)}", needs="[B, S, H]", fix="x.unsqueeze(0)")
+    require(2 <= x.dim() <= 8, "mindie.x", x=x)
     lead, h = tuple(x.shape[:-2]), x.shape[-1]
     for name, t in (("scale", scale), ("shift", shift)):
-        require(
-            tuple(t.shape) in ((*lead, h), (*lead, 1, h)),
-            f"{name} {tuple(t.shape)} for x {tuple(x.shape)}",
-            needs=f"{(*lead, h)} or {(*lead, 1, h)}: one row a sample, not one a token",
-            fix="split tokens of different timesteps, or view them as samples of one token",
-        )
-        require(
-            t.dtype == x.dtype,
-            f"{name} of {t.dtype} for x of {x.dtype}",
-            needs=f"{x.dtype}",
-            fix=f"{name}.to(x.dtype), once for each step",
-        )
+        row, rows = (*lead, h), (*lead, 1, h)
+        require(tuple(t.shape) in (row, rows), "mindie.rows", name=name, t=t, x=x, row=row, rows=rows)
+        require(t.dtype == x.dtype, "mindie.row_dtype", name=name, t=t, x=x)
     elementwise.check_layer(x, (h,), weight, bias)
 
 
@@ -51,60 +42,31 @@ def _adaln(x: Tensor, scale: Tensor, shift: Tensor, weight: Any, bias: Any, epsi
 
 
 @operator("mindiesd::adaln")
-def adaln(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    epsilon: float | None,
-) -> Iterator[Any]:
+def adaln(x: Tensor, weight: Tensor | None, bias: Tensor | None, **rest: Any) -> Iterator[Any]:
     """layer_norm(x) (1 + scale) + shift on a2 and a3; weight and bias in the dtype of x."""
-    _check_adaln(x, scale, shift, weight, bias)
+    _check_adaln(x, rest["scale"], rest["shift"], weight, bias)
     for name, t in (("weight", weight), ("bias", bias)):
-        require(
-            t is None or t.dtype == x.dtype,
-            f"{name} of {t is not None and t.dtype} for x of {x.dtype}",
-            needs=f"{x.dtype}: only adaln_v2 takes float32",
-            fix=f"{name}.to(x.dtype)",
-        )
+        if t is not None:
+            require(t.dtype == x.dtype, "mindie.weight_dtype", name=name, t=t, x=x)
     yield Out(tuple(x.shape), x.dtype)
-    yield _adaln(x, scale, shift, weight, bias, epsilon)[0]
+    yield _adaln(x, weight=weight, bias=bias, **rest)[0]
 
 
 @operator("mindiesd::adaln_v2")
-def adaln_v2(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    epsilon: float | None,
-) -> Iterator[Any]:
+def adaln_v2(x: Tensor, weight: Tensor | None, bias: Tensor | None, **rest: Any) -> Iterator[Any]:
     """(out, mean, rstd) on a5; mean and rstd [B, S, 1] in the dtype of x."""
-    _check_adaln(x, scale, shift, weight, bias)
+    _check_adaln(x, rest["scale"], rest["shift"], weight, bias)
     row = Out((*x.shape[:-1], 1), x.dtype)
     yield Out(tuple(x.shape), x.dtype), row, row
-    yield _adaln(x, scale, shift, weight, bias, epsilon)
+    yield _adaln(x, weight=weight, bias=bias, **rest)
 
 
 @operator("mindiesd::layernorm")
-def layernorm(
-    input: Tensor,
-    normalized_shape: list[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    impl_mode: int,
-) -> Iterator[Any]:
+def layernorm(input: Tensor, weight: Tensor | None, bias: Tensor | None, **rest: Any) -> Iterator[Any]:
     """(out, mean, rstd) in the dtype of the input. impl_mode 0 is precise; 1 (fast), 2 (float16) do as 0."""
-    require(
-        impl_mode in (0, 1, 2),
-        f"impl_mode={impl_mode}",
-        needs="0 precise, 1 fast, 2 float16",
-        fix="impl_mode=0",
-    )
-    shape = tuple(normalized_shape)
+    impl_mode, eps = rest["impl_mode"], rest["eps"]
+    require(impl_mode in (0, 1, 2), "mindie.impl_mode", impl_mode=impl_mode)
+    shape = tuple(rest["normalized_shape"])
     elementwise.check_layer(input, shape, weight, bias)
     row = Out((*input.shape[: input.dim() - len(shape)], *[1] * len(shape)), input.dtype)
     yield Out(tuple(input.shape), input.dtype), row, row
@@ -119,46 +81,20 @@ def layernorm(
 
 
 @operator("mindiesd::la")
-def la(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    atten_mask: Tensor | None,
-    alibi_mask: Tensor | None,
-    drop_mask: Tensor | None,
-    scale_value: float,
-    head_num: int,
-    input_layout: str,
-    keep_prob: float,
-    pre_tokens: int,
-    next_tokens: int,
-    is_highPrecision: bool,
-) -> Iterator[Any]:
+def la(**given: Any) -> Iterator[Any]:
     """(lse, out), float32: laser attention of a2 and a3.
 
     With sequences filled up to 256, `pre_tokens` below 256 says how many keys at the end are filling.
     """
-    require(
-        atten_mask is alibi_mask is drop_mask is None and input_layout == "BNSD" and keep_prob == 1.0,
-        f"a mask, or input_layout={input_layout!r}",
-        needs="BNSD, no masks: MindIE-SD drops them in silence",
-        fix="use npu_fusion_attention with a mask",
-    )
-    require(
-        query.dtype == key.dtype == value.dtype == torch.float16,
-        f"query of {query.dtype}",
-        needs="float16",
-        fix="q.half()",
-    )
-    z = core.sizes(query, key, value, "BNSD", head_num, 0)
-    require(
-        z.s % 256 == 0 and z.keys % 256 == 0 and z.d == 128,
-        f"{z.s} queries, {z.keys} keys, heads of {z.d}",
-        needs="multiples of 256, heads of 128",
-        fix="pad with zeros, and cut the output",
-    )
-    core.check_attention_scale("scale_value", scale_value, 1.0, z.d)
-    yield Out((z.b, z.n, z.s), torch.float32), Out(tuple(query.shape), torch.float32)
-    filling = pre_tokens if pre_tokens < 256 else 0
-    out, top, total = core.attend(query, key, value, scale_value, core.by_length(z, [z.keys - filling]))
+    a = Call(**given)
+    masked = any(m is not None for m in (a.atten_mask, a.alibi_mask, a.drop_mask))
+    a.require(not masked and a.input_layout == "BNSD" and a.keep_prob == 1.0, "mindie.la_masks")
+    a.require(a.query.dtype == a.key.dtype == a.value.dtype == torch.float16, "mindie.la_dtype")
+    z = core.sizes(a.query, a.key, a.value, "BNSD", a.head_num, 0)
+    a.require(z.s % 256 == 0 and z.keys % 256 == 0 and z.d == 128, "mindie.la_sizes", z=z)
+    core.check_attention_scale("scale_value", a.scale_value, 1.0, z.d)
+    yield Out((z.b, z.n, z.s), torch.float32), Out(tuple(a.query.shape), torch.float32)
+    filling = a.pre_tokens if a.pre_tokens < 256 else 0
+    hidden = core.by_length(z, [z.keys - filling])
+    out, top, total = core.attend(a.query, a.key, a.value, a.scale_value, hidden)
     yield (top + torch.log(total)).to(torch.float32), out.to(torch.float32)

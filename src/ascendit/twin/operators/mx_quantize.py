@@ -18,7 +18,7 @@ from torch import Tensor
 from ascendit.mx import elements, layouts, scales
 from ascendit.mx.formats import E2M1, E4M3, E5M2, Element
 from ascendit.twin import contract
-from ascendit.twin.contract import FLOAT_DTYPES, HALF_DTYPES, require
+from ascendit.twin.contract import FLOAT_DTYPES, HALF_DTYPES, Call, require
 from ascendit.twin.registry import Out, operator
 
 ROUND_MODES = {"rint": "rint", "floor": "floor", "round": "half_away"}
@@ -73,12 +73,7 @@ class ScaleRule:
 
 def target_of(dst_type: int) -> TargetFormat:
     """Refuses what is no MX element, torch.float4_e2m1fn_x2 among them."""
-    require(
-        dst_type in TARGETS,
-        f"dst_type={contract.spell_dtype(dst_type)}",
-        needs="292 float8_e4m3fn, 291 float8_e5m2, 296 float4_e2m1fn_x2 or 297 float4_e1m2fn_x2",
-        fix="pass the number 296 for FP4: torch.float4_e2m1fn_x2 makes the adapter allocate twice the length",
-    )
+    require(dst_type in TARGETS, "mx.dst_type", dst_type=dst_type)
     return TARGETS[dst_type]
 
 
@@ -86,71 +81,24 @@ def check_rule(rule: ScaleRule, target: TargetFormat, dtype: torch.dtype) -> Non
     """The combinations that aclnnDynamicMxQuantV3 has."""
     name = target.element.name
     modes = tuple(ROUND_MODES) if target.packed else ("rint",)
-    require(
-        rule.rounding in modes,
-        f"round_mode={rule.rounding!r} for {name}",
-        needs=f"one of {', '.join(modes)}",
-        fix='round_mode="rint"',
-    )
-    require(
-        0 < rule.block <= 1024 and rule.block % 32 == 0,
-        "Parameter block_size must be divisible by 32 and no greater than 1024, greater than 0",
-        needs="block_size 32, the only one that npu_quant_matmul takes",
-        fix="leave block_size out",
-    )
-    require(
-        rule.algorithm in target.algorithms,
-        f"Invalid scale_alg value: {rule.algorithm} for {name}",
-        needs=f"scale_alg {' or '.join(map(str, target.algorithms))}",
-        fix="0 (OCP) goes with every element; 1 is for FP8, 2 for float4_e2m1fn_x2",
-    )
-    require(
-        rule.dst_type_max == 0
-        or (6 <= rule.dst_type_max <= 12 and target.element is E2M1 and rule.block == 32),
-        f"dst_type_max={rule.dst_type_max:g} for {name} in blocks of {rule.block}",
-        needs="0.0, or 6.0 to 12.0 with float4_e2m1fn_x2 and block_size 32",
-        fix="leave dst_type_max out",
-    )
-    require(
-        rule.max_low_bound == 0 or (rule.max_low_bound > 0 and rule.algorithm == 1),
-        f"max_low_bound={rule.max_low_bound:g} with scale_alg={rule.algorithm}",
-        needs="0.0, or a number above it with scale_alg=1",
-        fix="leave max_low_bound out",
-    )
-    require(
-        rule.block == 32 or (rule.algorithm != 2 and dtype != torch.float32),
-        f"block_size={rule.block} for {dtype} with scale_alg={rule.algorithm}",
-        needs="block_size 32 for float32 input and for scale_alg=2",
-        fix="leave block_size out",
-    )
+    require(rule.rounding in modes, "mx.round_mode", rule=rule, name=name, modes=modes)
+    require(0 < rule.block <= 1024 and rule.block % 32 == 0, "mx.block_size")
+    require(rule.algorithm in target.algorithms, "mx.scale_alg", rule=rule, name=name, target=target)
+    scaled = 6 <= rule.dst_type_max <= 12 and target.element is E2M1 and rule.block == 32
+    require(rule.dst_type_max == 0 or scaled, "mx.dst_type_max", rule=rule, name=name)
+    bounded = rule.max_low_bound > 0 and rule.algorithm == 1
+    require(rule.max_low_bound == 0 or bounded, "mx.max_low_bound", rule=rule)
+    wide = rule.algorithm != 2 and dtype != torch.float32
+    require(rule.block == 32 or wide, "mx.wide_block", rule=rule, dtype=dtype)
 
 
 def check_input(x: Tensor, axis: int, target: TargetFormat) -> int:
     """`axis` from the front. Refuses dtypes, shapes and axes the kernel does not take."""
-    require(
-        x.dtype in FLOAT_DTYPES and 1 <= x.dim() <= 7,
-        f"input {tuple(x.shape)} of {x.dtype}",
-        needs="float16, bfloat16 or float32, 1 to 7 axes",
-        fix="cast the activation to bfloat16",
-    )
-    require(
-        -x.dim() <= axis < x.dim(),
-        f"Parameter axis is out of input dimension range [{-x.dim()}, {x.dim() - 1}]",
-        needs="an axis of the input",
-        fix="axis=-1 for an activation [tokens, K]",
-    )
-    require(
-        not target.packed or x.shape[-1] % 2 == 0,
-        "If output dtype is float4_e2m1 or float4_e1m2, the last dim of input must be divisible by 2",
-        needs="an even last axis",
-        fix="keep this layer in another format",
-    )
-    require(
-        x.dtype != torch.float32 or x.shape[axis] >= 32,
-        f"float32 input with {x.shape[axis]} values along axis {axis}",
-        needs="at least 32 of them, or bfloat16",
-        fix="cast to bfloat16",
-    )
+    require(x.dtype in FLOAT_DTYPES and 1 <= x.dim() <= 7, "mx.input", x=x)
+    require(-x.dim() <= axis < x.dim(), "mx.axis", first=-x.dim(), last=x.dim() - 1)
+    require(not target.packed or x.shape[-1] % 2 == 0, "mx.fp4_odd")
+    size = x.shape[axis]
+    require(x.dtype != torch.float32 or size >= 32, "mx.short_float32", size=size, axis=axis)
     return axis % x.dim()
 
 
@@ -208,7 +156,7 @@ def _cublas(amax: Tensor, largest: float, rule: ScaleRule) -> Tensor:
 
 def dequantize(codes: Tensor, scale: Tensor, axis: int, element: Element) -> Tensor:
     """float32 values of codes (packed if 4 bits) with paired scales along `axis`."""
-    raw = codes.view(torch.uint8)
+    raw, scale = codes.view(torch.uint8), scale.view(torch.uint8)
     if element.bits == 4:
         raw = elements.unpack(raw, raw.shape[-1] * 2)
     values = elements.to_values(raw, element).movedim(axis, -1)
@@ -219,22 +167,14 @@ def dequantize(codes: Tensor, scale: Tensor, axis: int, element: Element) -> Ten
 
 
 @operator("npu_dynamic_mx_quant")
-def npu_dynamic_mx_quant(
-    input: Tensor,
-    axis: int,
-    round_mode: str,
-    dst_type: int,
-    block_size: int,
-    scale_alg: int | None,
-    dst_type_max: float,
-    max_low_bound: float,
-) -> Iterator[Any]:
+def npu_dynamic_mx_quant(input: Tensor, axis: int, dst_type: int, **rest: Any) -> Iterator[Any]:
     """Codes along `axis` and their scales in pairs (aclnnDynamicMxQuantV3)."""
+    a = Call(**rest)
     target = target_of(dst_type)
     axis = check_input(input, axis, target)
-    rule = ScaleRule(scale_alg or 0, round_mode, dst_type_max, max_low_bound, block_size)
+    rule = ScaleRule(a.scale_alg or 0, a.round_mode, a.dst_type_max, a.max_low_bound, a.block_size)
     check_rule(rule, target, input.dtype)
-    yield outs(tuple(input.shape), axis, target, block_size)
+    yield outs(tuple(input.shape), axis, target, rule.block)
     yield to_mx(input, axis, target, rule)
 
 
@@ -244,22 +184,14 @@ def npu_anti_mx_quant(
 ) -> Iterator[Any]:
     """The values again (aclnnAntiMxQuant); an FP4 input doubles its last axis."""
     target = target_of(contract.FP8_E4M3 if src_type is None else src_type)
-    require(
-        x.element_size() == 1 and (x.dtype == target.dtype or target.packed),
-        f"x of {x.dtype} with src_type={contract.spell_dtype(src_type)}",
-        needs=f"codes of {target.dtype}",
-        fix="give src_type=296 for packed FP4",
-    )
+    right = x.element_size() == 1 and (x.dtype == target.dtype or target.packed)
+    require(right, "mx.codes", x=x, src_type=src_type, target=target)
     at = (-1 if axis is None else axis) % x.dim()
     dtype = contract.output_dtype(15 if dst_type is None else dst_type, FLOAT_DTYPES, "npu_anti_mx_quant")
     shape = (*x.shape[:-1], x.shape[-1] * 2) if target.packed else tuple(x.shape)
     wanted = outs(shape, at, target, 32)[1].shape
-    require(
-        tuple(mxscale.shape) == wanted and mxscale.element_size() == 1,
-        f"mxscale {tuple(mxscale.shape)} of {mxscale.dtype}",
-        needs=f"{wanted} of uint8",
-        fix="pass the scale as npu_dynamic_mx_quant returned it",
-    )
+    right = tuple(mxscale.shape) == wanted and mxscale.element_size() == 1
+    require(right, "mx.scale", mxscale=mxscale, wanted=wanted)
     yield Out(shape, dtype)
     yield dequantize(x.contiguous(), mxscale.view(torch.uint8), at, target.element).to(dtype).contiguous()
 
@@ -270,22 +202,13 @@ def npu_dynamic_dual_level_mx_quant(
 ) -> Iterator[Any]:
     """FP4 codes, a float32 scale per 512 values and an E8M0 scale per 32 (aclnnDynamicDualLevelMxQuant)."""
     target = TARGETS[contract.FP4_E2M1]
-    require(
-        input.dtype in HALF_DTYPES,
-        f"input of {input.dtype}",
-        needs="float16 or bfloat16",
-        fix="cast the activation to bfloat16",
-    )
+    require(input.dtype in HALF_DTYPES, "mx.dual_input", input=input)
     axis = check_input(input, -1, target)
     check_rule(ScaleRule(rounding=round_mode), target, input.dtype)
     length = input.shape[-1]
-    require(
-        smooth_scale is None
-        or (tuple(smooth_scale.shape) == (length,) and smooth_scale.dtype == input.dtype),
-        f"smooth_scale {smooth_scale is not None and (tuple(smooth_scale.shape), smooth_scale.dtype)}",
-        needs=f"{(length,)} of {input.dtype}",
-        fix="multiply the activation before the call: the document calls smooth_scale unsupported",
-    )
+    if smooth_scale is not None:
+        right = tuple(smooth_scale.shape) == (length,) and smooth_scale.dtype == input.dtype
+        require(right, "mx.smooth_scale", smooth_scale=smooth_scale, length=length, input=input)
     codes, level1 = outs(tuple(input.shape), axis, target, 32)
     yield codes, Out((*input.shape[:-1], math.ceil(length / 512)), torch.float32), level1
     x = input if smooth_scale is None else input * smooth_scale

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ascendit.mx import elements, layouts
-from ascendit.mx import scales as e8m0
 from ascendit.mx.codec import Encoded
-from ascendit.mx.formats import E2M1, lookup
+from ascendit.mx.formats import E2M1, E4M3, E5M2, lookup
 from ascendit.twin import contract, cpu_kernels, nz
-from ascendit.twin.contract import require
-from ascendit.twin.operators.quant_matmul_contract import MODE_CHECKS, QuantMatmulCall, is_transposed, mode_of
+from ascendit.twin.contract import HALF_DTYPES, Call, require
+from ascendit.twin.operators.mx_quantize import dequantize
+from ascendit.twin.operators.quant_matmul_contract import check, is_transposed, mode_of
+from ascendit.twin.operators.row_quantize import times_tiles
 from ascendit.twin.registry import Out, gate, operator
 
 OPERAND_FORMATS = {
@@ -38,10 +39,10 @@ OPERAND_FORMATS = {
 @operator("npu_quant_matmul")
 def npu_quant_matmul(**arguments: Any) -> Iterator[Any]:
     """x1 @ x2 with scales: `scale` is x2's, `pertoken_scale` x1's (aclnnQuantMatmulV5, ...WeightNz)."""
-    call = QuantMatmulCall(**arguments)
+    call = Call(**arguments)
     mode = mode_of(call)
     gate("npu_quant_matmul", mode)
-    shape, dtype = MODE_CHECKS[mode](call)
+    shape, dtype = check(call, mode)
     yield Out(shape, dtype)
     x2 = nz.from_nz(call.x2) if nz.fractal(call.x2) else call.x2
     shared = _operands(call, x2, mode)
@@ -51,39 +52,40 @@ def npu_quant_matmul(**arguments: Any) -> Iterator[Any]:
         yield MODES[mode](call, x2).to(dtype)
 
 
-def _operands(call: QuantMatmulCall, x2: Tensor, mode: str) -> tuple[Encoded, Encoded, Tensor | None] | None:
+def _operands(call: Call, x2: Tensor, mode: str) -> tuple[Encoded, Encoded, Tensor | None] | None:
     """Tokens, weight [N, K] and bias, where a CPU has this product too; None for the layouts it lacks."""
     e5m2 = torch.float8_e5m2 in (call.x1.dtype, x2.dtype)
     if mode not in OPERAND_FORMATS or e5m2 or call.x1.dim() != 2 or not is_transposed(call.x2):
         return None
     if call.bias is not None and call.bias.numel() != x2.shape[-1]:
         return None
-    assert call.pertoken_scale is not None
     k = call.x1.shape[-1] * (2 if mode == "mxfp4" else 1)
-    sides = (
-        (call.x1, call.pertoken_scale),
-        (x2.mT, call.scale if mode == "fp8" else call.scale.transpose(0, 1)),
-    )
-    if mode == "fp8":
-        scales = [scale.view(-1, 1).expand(len(codes), 1) for codes, scale in sides]
-    else:
-        scales = [layouts.from_pairs(scale.view(torch.uint8), -(-k // 32)) for _, scale in sides]
-    tokens, weight = (
-        Encoded(codes.view(getattr(torch, lookup(name).codes_dtype)), scale, None, name, -1, (len(codes), k))
-        for (codes, _), scale, name in zip(sides, scales, OPERAND_FORMATS[mode], strict=True)
-    )
+
+    def encoded(name: str, codes: Tensor, scale: Tensor) -> Encoded:
+        if mode == "fp8":
+            scale = scale.view(-1, 1).expand(len(codes), 1)
+        else:
+            scale = layouts.from_pairs(scale.view(torch.uint8), -(-k // 32))
+        codes = codes.view(getattr(torch, lookup(name).codes_dtype))
+        return Encoded(codes, scale, None, name, -1, (len(codes), k))
+
+    first, second = OPERAND_FORMATS[mode]
+    tokens = encoded(first, call.x1, call.pertoken_scale)
+    weight = encoded(second, x2.mT, call.scale if mode == "fp8" else call.scale.transpose(0, 1))
     return tokens, weight, None if call.bias is None else call.bias.to(torch.float32).flatten()
 
 
 # ---- its modes: float32 before the output cast --------------------------------------------------
 
 
-def _int8(call: QuantMatmulCall, x2: Tensor) -> Tensor:
-    """(x1 @ x2 [+ int32 bias]) x scale x pertoken [+ bias]."""
+def _int8(call: Call, x2: Tensor) -> Tensor:
+    """(x1 @ x2 [+ int32 bias]) x scale x pertoken [+ bias], with a scale per token or without."""
     total = int8_matmul(call.x1, x2)
     if call.bias is not None and call.bias.dtype == torch.int32:
         total = total + call.bias
-    out = total.to(torch.float32) * fp32_scale(call.scale)
+    if call.output_dtype == 3:
+        return total
+    out = total.to(torch.float32) * _fp32_scale(call)
     if call.pertoken_scale is not None:
         out = out * call.pertoken_scale.unsqueeze(-1)
     if call.bias is not None and call.bias.dtype != torch.int32:
@@ -103,79 +105,42 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-def fp32_scale(scale: Tensor) -> Tensor:
-    """float32 of a scale; an int64 one is npu_trans_quant_param's, 19 bits in the lower word."""
+def _fp32_scale(call: Call) -> Tensor:
+    """float32 of a scale; an int64 one is npu_trans_quant_param's, 19 bits in the lower word.
+
+    Without a scale per token a float32 one loses 13 bits unless the output is bfloat16.
+    """
+    scale: Tensor = call.scale
     if scale.dtype == torch.int64:
         return (scale & 0xFFFFE000).to(torch.int32).view(torch.float32)
+    if scale.dtype == torch.float32 and call.pertoken_scale is None and call.output_dtype not in (15, 283):
+        return (scale.view(torch.int32) & ~0x1FFF).view(torch.float32)
     return scale.to(torch.float32)
 
 
-def _static_scale(call: QuantMatmulCall) -> Tensor:
-    return (call.scale.view(torch.int32) & ~0x1FFF).view(torch.float32)
-
-
-def _int8_static(call: QuantMatmulCall, x2: Tensor) -> Tensor:
-    """Without a scale per token. A float32 scale loses 13 bits unless the output is bfloat16 or int32."""
-    if call.output_dtype == 3:
-        return int8_matmul(call.x1, x2) + (0 if call.bias is None else call.bias)
-    if call.scale.dtype == torch.float32 and call.output_dtype not in (15, 283):
-        return _int8(call.with_scale(_static_scale(call)), x2)
-    return _int8(call, x2)
-
-
-def _fp8(call: QuantMatmulCall, x2: Tensor) -> Tensor:
-    assert call.pertoken_scale is not None
+def _fp8(call: Call, x2: Tensor) -> Tensor:
     out = call.x1.to(torch.float32) @ x2.to(torch.float32)
     return _biased(out * call.scale * call.pertoken_scale.unsqueeze(-1), call.bias)
 
 
-def _mx(call: QuantMatmulCall, x2: Tensor) -> Tensor:
+def _mx(call: Call, x2: Tensor) -> Tensor:
     """Sums of 32 products x both scales; exact in float32 up to the order of the sums."""
-    assert call.pertoken_scale is not None
-    a = mx_values(call.x1, call.pertoken_scale, packed=call.x1_dtype is not None)
-    n_first = is_transposed(call.x2)
-    weight, scale = (x2.mT, call.scale.transpose(0, 1)) if n_first else (x2, call.scale)
-    if n_first:
-        b = mx_values(weight, scale, packed=call.x2_dtype is not None).mT
+    of_x1, of_x2 = (
+        E2M1 if number is not None else E5M2 if t.dtype == torch.float8_e5m2 else E4M3
+        for t, number in ((call.x1, call.x1_dtype), (call.x2, call.x2_dtype))
+    )
+    a = dequantize(call.x1, call.pertoken_scale, -1, of_x1)
+    if is_transposed(call.x2):
+        b = dequantize(x2.mT, call.scale.transpose(0, 1), -1, of_x2).mT
     else:
-        codes = to_float32(weight, packed=call.x2_dtype is not None)
-        b = mx_scaled(codes.mT, scale.transpose(0, 1)).mT
+        b = dequantize(x2, call.scale, 0, of_x2)
     return _biased(a @ b, call.bias)
 
 
-def mx_values(codes: Tensor, pairs: Tensor, packed: bool) -> Tensor:
-    """Codes [.., K] or packed [.., K / 2] and paired scales [.., K / 64, 2] -> float32 [.., K]."""
-    return mx_scaled(to_float32(codes, packed), pairs)
-
-
-def mx_scaled(values: Tensor, pairs: Tensor) -> Tensor:
-    """float32 [.., K] times its scales; those of blocks beyond K are filling."""
-    length = values.shape[-1]
-    plain = e8m0.from_bytes(pairs.contiguous().view(torch.uint8)).flatten(-2)[..., : -(-length // 32)]
-    return e8m0.join_blocks(e8m0.split_blocks(values, 32) * plain.unsqueeze(-1), length)
-
-
-def to_float32(codes: Tensor, packed: bool) -> Tensor:
-    """FP8 or packed FP4 codes -> float32."""
-    if not packed:
-        return codes.to(torch.float32)
-    raw = codes.contiguous().view(torch.uint8)
-    table = elements.to_values(torch.arange(16, dtype=torch.uint8), E2M1)
-    return table[elements.unpack(raw, raw.shape[-1] * 2).to(torch.int64)]
-
-
-def _block(call: QuantMatmulCall, x2: Tensor) -> Tensor:
+def _block(call: Call, x2: Tensor) -> Tensor:
     """FP8 with one float32 scale per 128 x 128 of x2, and per 128 of K, or 128 x 128, of x1."""
-    assert call.pertoken_scale is not None and call.group_sizes is not None
-    rows = call.group_sizes[0]
-    a = times_tile_scales(call.x1.to(torch.float32), call.pertoken_scale, rows)
-    return a @ times_tile_scales(x2.to(torch.float32), call.scale, 128)
-
-
-def times_tile_scales(values: Tensor, scale: Tensor, rows: int) -> Tensor:
-    """float32 [R, C] times one scale per `rows` x 128."""
-    full = scale.repeat_interleave(rows, 0)[: values.shape[0]].repeat_interleave(128, 1)
-    return values * full[:, : values.shape[1]]
+    a = times_tiles(call.x1, call.pertoken_scale, call.group_sizes[0], 128)
+    return a @ times_tiles(x2, call.scale, 128, 128)
 
 
 def _biased(out: Tensor, bias: Tensor | None) -> Tensor:
@@ -183,12 +148,9 @@ def _biased(out: Tensor, bias: Tensor | None) -> Tensor:
 
 
 MODES = {
-    "int8": _int8,
-    "static": _int8_static,
+    **dict.fromkeys(("int8", "static"), _int8),
+    **dict.fromkeys(("mxfp8", "mxfp4", "w4a8"), _mx),
     "fp8": _fp8,
-    "mxfp8": _mx,
-    "mxfp4": _mx,
-    "w4a8": _mx,
     "block": _block,
 }
 """Mode -> its product before the output cast."""
@@ -196,59 +158,36 @@ MODES = {
 
 # ---- npu_dual_level_quant_matmul ----------------------------------------------------------------
 
+_TORCH_BYTES = (torch.uint8, torch.float8_e8m0fnu)
+_QUANTIZED = "as the quantizer returned it"
+
 
 @operator("npu_dual_level_quant_matmul")
-def npu_dual_level_quant_matmul(
-    x1: Tensor,
-    x2: Tensor,
-    x1_level0_scale: Tensor,
-    x2_level0_scale: Tensor,
-    x1_level1_scale: Tensor,
-    x2_level1_scale: Tensor,
-    bias: Tensor | None,
-    output_dtype: int,
-) -> Iterator[Any]:
+def npu_dual_level_quant_matmul(**arguments: Any) -> Iterator[Any]:
     """x1 packed [M, K / 2], x2 packed [N, K / 2] in FRACTAL_NZ, read as transposed -> [M, N]."""
-    _check_dual_level_matrices(x1, x2)
-    m, n, k = x1.shape[0], x2.shape[0], 2 * x1.shape[1]
+    a = Call(**arguments)
+    _check_dual_level_matrices(a, a.x1, a.x2)
+    m, n, k = a.x1.shape[0], a.x2.shape[0], 2 * a.x1.shape[1]
     groups, pairs = math.ceil(k / 512), math.ceil(k / 64)
-    float32, byte = torch.float32, torch.uint8
-    for name, tensor, shape, dtype, fix in (
-        ("x1_level0_scale", x1_level0_scale, (m, groups), float32, "as the quantizer returned it"),
-        (
-            "x2_level0_scale",
-            x2_level0_scale,
-            (groups, n),
-            float32,
-            "weight_dual_scale.squeeze(-1).t().contiguous()",
-        ),
-        ("x1_level1_scale", x1_level1_scale, (m, pairs, 2), byte, "as the quantizer returned it"),
-        (
-            "x2_level1_scale",
-            x2_level1_scale,
-            (n, pairs, 2),
-            byte,
-            "weight_scale.view(N, -1, 2), not transposed",
-        ),
+    for name, shape, fix in (
+        ("x1_level0_scale", (m, groups), _QUANTIZED),
+        ("x2_level0_scale", (groups, n), "weight_dual_scale.squeeze(-1).t().contiguous()"),
+        ("x1_level1_scale", (m, pairs, 2), _QUANTIZED),
+        ("x2_level1_scale", (n, pairs, 2), "weight_scale.view(N, -1, 2), not transposed"),
     ):
-        require(
-            tuple(tensor.shape) == shape and (tensor.dtype == dtype or dtype == byte == _bytes(tensor)),
-            f"{name} {tuple(tensor.shape)} of {tensor.dtype}",
-            needs=f"{shape} of {dtype}",
-            fix=fix,
-        )
-        require(tensor.is_contiguous(), f"{name} is not contiguous", needs="a contiguous tensor", fix=fix)
-    require(
-        bias is None or (tuple(bias.shape) == (n,) and bias.dtype == float32),
-        f"bias {bias is not None and (tuple(bias.shape), bias.dtype)}",
-        needs=f"{(n,)} of float32",
-        fix="bias.float(), once, when the weight is loaded",
-    )
-    dtype = contract.output_dtype(output_dtype, (torch.bfloat16, torch.float16), "dual-level FP4")
+        tensor, dtypes = getattr(a, name), _TORCH_BYTES if "level1" in name else (torch.float32,)
+        right = tuple(tensor.shape) == shape and tensor.dtype in dtypes
+        given = {"name": name, "tensor": tensor, "fix": fix}
+        a.require(right, "weight.dual_scale", **given, shape=shape, dtype=dtypes[0])
+        a.require(tensor.is_contiguous(), "weight.dual_strides", **given)
+    right = a.bias is None or (tuple(a.bias.shape), a.bias.dtype) == ((n,), torch.float32)
+    a.require(right, "weight.dual_bias", n=n)
+    dtype = contract.output_dtype(a.output_dtype, (torch.bfloat16, torch.float16), "dual-level FP4")
     yield Out((m, n), dtype)
-    tokens = _dual_level_encoded(x1, x1_level1_scale, x1_level0_scale.unsqueeze(-1))
-    weight = _dual_level_encoded(nz.from_nz(x2), x2_level1_scale, layouts.from_npu_dual(x2_level0_scale))
-    yield cpu_kernels.linear(tokens, weight, bias, dtype)
+    tokens = _dual_level_encoded(a.x1, a.x1_level1_scale, a.x1_level0_scale.unsqueeze(-1))
+    coarse = layouts.from_npu_dual(a.x2_level0_scale)
+    weight = _dual_level_encoded(nz.from_nz(a.x2), a.x2_level1_scale, coarse)
+    yield cpu_kernels.linear(tokens, weight, a.bias, dtype)
 
 
 def _dual_level_encoded(codes: Tensor, pairs: Tensor, coarse: Tensor) -> Encoded:
@@ -258,101 +197,46 @@ def _dual_level_encoded(codes: Tensor, pairs: Tensor, coarse: Tensor) -> Encoded
     return Encoded(codes.view(torch.uint8), fine, coarse, "mxfp4_dualscale", -1, (len(codes), k))
 
 
-def _check_dual_level_matrices(x1: Tensor, x2: Tensor) -> None:
+def _check_dual_level_matrices(a: Call, x1: Tensor, x2: Tensor) -> None:
     for name, tensor in (("x1", x1), ("x2", x2)):
-        require(
-            tensor.dim() == 2,
-            f"The shape dimension of {name} is only supported to be 2, but it is {tensor.dim()}",
-            needs="packed x1 [M, K / 2] and x2 [N, K / 2]",
-            fix="flatten the activation to [tokens, K] before quantizing it",
-        )
-        require(
-            tensor.element_size() == 1,
-            f"{name} of {tensor.dtype}",
-            needs="packed FP4 as uint8 or int8",
-            fix="pack two codes to a byte",
-        )
+        a.require(tensor.dim() == 2, "weight.dual_axes", name=name, tensor=tensor)
+        a.require(tensor.element_size() == 1, "weight.dual_bytes", name=name, tensor=tensor)
     tag = nz.fractal(x2)
-    require(
-        tag is not None or nz.is_fake(x2),
-        "x2 only supports NZ format.",
-        needs="x2 in FRACTAL_NZ",
-        fix="npu_format_cast(w.view(torch.int8), 29, customize_dtype=torch.int8), once, when it is loaded",
-    )
-    require(
-        tag is None or tag.customized,
-        "x2 was cast to FRACTAL_NZ without customize_dtype",
-        needs="packed FP4 viewed as int8 and cast with customize_dtype=torch.int8",
-        fix="npu_format_cast(w.view(torch.int8), 29, customize_dtype=torch.int8)",
-    )
-    require(
-        x1.shape[1] == x2.shape[1],
-        f"The k of x1 and x2 should be equal. but x1_k_dim is {2 * x1.shape[1]}, "
-        f"x2_k_dim is {2 * x2.shape[1]}",
-        needs="x2 [N, K / 2], not transposed",
-        fix="pass the weight as it is stored; the operator transposes it",
-    )
-    require(
-        x1.is_contiguous(), "x1 is not contiguous", needs="x1 [M, K / 2]", fix="as the quantizer returned it"
-    )
-
-
-def _bytes(t: Tensor) -> torch.dtype | None:
-    """uint8 for what is a byte per number: E8M0 may come as uint8 or float8_e8m0fnu."""
-    return torch.uint8 if t.dtype in (torch.uint8, torch.float8_e8m0fnu) else None
+    a.require(tag is not None or nz.is_fake(x2), "weight.dual_plain")
+    a.require(tag is None or tag.customized, "weight.dual_cast")
+    a.require(x1.shape[1] == x2.shape[1], "weight.dual_k", k1=2 * x1.shape[1], k2=2 * x2.shape[1])
+    a.require(x1.is_contiguous(), "weight.dual_x1_strides")
 
 
 # ---- npu_weight_quant_batchmatmul and what prepares its weights ---------------------------------
 
 
 @operator("npu_weight_quant_batchmatmul")
-def npu_weight_quant_batchmatmul(
-    x: Tensor,
-    weight: Tensor,
-    antiquant_scale: Tensor,
-    antiquant_offset: Tensor | None,
-    quant_scale: Tensor | None,
-    quant_offset: Tensor | None,
-    bias: Tensor | None,
-    antiquant_group_size: int,
-    inner_precise: int,
-    weight_dtype: int | None,
-) -> Iterator[Any]:
+def npu_weight_quant_batchmatmul(**arguments: Any) -> Iterator[Any]:
     """x @ ((weight + offset) x scale) + bias; weight int8 [K, N], or int32 [K, N / 8] of int4.
 
     Scale and offset: [N], [1, N], or [K / group, N] with `antiquant_group_size`.
     """
-    require(
-        x.dim() == 2 and weight.dim() == 2 and x.dtype in (torch.float16, torch.bfloat16),
-        f"x {tuple(x.shape)} of {x.dtype}, weight {tuple(weight.shape)}",
-        needs="x [M, K] in float16 or bfloat16, weight [K, N]",
-        fix="x.reshape(-1, K)",
-    )
-    require(
-        weight.dtype in (torch.int8, torch.int32) and weight_dtype is None and quant_scale is None,
-        f"weight of {weight.dtype}, weight_dtype={weight_dtype}, quant_scale={quant_scale is not None}",
-        needs="int8, or int32 from npu_convert_weight_to_int4pack; a floating-point output",
-        fix="the twin computes no FP4 or int8 output here",
-    )
-    n = weight.shape[1] * (8 if weight.dtype == torch.int32 else 1)
-    k = weight.shape[0]
-    require(k == x.shape[1], f"K {x.shape[1]} and {k}", needs="weight [K, N]", fix="weight.t() for [N, K]")
-    groups = -(-k // antiquant_group_size) if antiquant_group_size else 1
+    a = Call(**arguments)
+    x, weight, group = a.x, a.weight, a.antiquant_group_size
+    a.require(x.dim() == weight.dim() == 2 and x.dtype in HALF_DTYPES, "weight.inputs")
+    plain = a.weight_dtype is None and a.quant_scale is None
+    scaled = a.quant_scale is not None
+    a.require(weight.dtype in (torch.int8, torch.int32) and plain, "weight.dtype", scaled=scaled)
+    k, n = len(weight), weight.shape[1] * (8 if weight.dtype == torch.int32 else 1)
+    a.require(k == x.shape[1], "weight.k", k=k)
+    groups = -(-k // group) if group else 1
     shapes = [(groups, n)] + ([(n,)] if groups == 1 else [])
-    for name, tensor in (("antiquant_scale", antiquant_scale), ("antiquant_offset", antiquant_offset)):
-        require(
-            tensor is None or (tuple(tensor.shape) in shapes and tensor.dtype == x.dtype),
-            f"{name} {tensor is not None and (tuple(tensor.shape), tensor.dtype)}",
-            needs=f"{' or '.join(map(str, shapes))} of {x.dtype}",
-            fix="give antiquant_group_size with scales per group",
-        )
+    for name in ("antiquant_scale", "antiquant_offset"):
+        if (tensor := getattr(a, name)) is not None:
+            right = tuple(tensor.shape) in shapes and tensor.dtype == x.dtype
+            a.require(right, "weight.antiquant", name=name, tensor=tensor, shapes=shapes)
     yield Out((x.shape[0], n), x.dtype)
     values = weight.to(torch.float32) if weight.dtype == torch.int8 else _int4(weight, n)
-    if antiquant_offset is not None:
-        values = values + _rows(antiquant_offset, k, antiquant_group_size)
-    values = values * _rows(antiquant_scale, k, antiquant_group_size)
-    out = x.to(torch.float32) @ values
-    yield (out if bias is None else out + bias.to(torch.float32)).to(x.dtype)
+    if a.antiquant_offset is not None:
+        values = values + _rows(a.antiquant_offset, k, group)
+    values = values * _rows(a.antiquant_scale, k, group)
+    yield _biased(x.to(torch.float32) @ values, a.bias).to(x.dtype)
 
 
 def _int4(weight: Tensor, n: int) -> Tensor:
@@ -370,12 +254,9 @@ def _rows(t: Tensor, k: int, group: int) -> Tensor:
 @operator("npu_convert_weight_to_int4pack")
 def npu_convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int) -> Iterator[Any]:
     """int32 [K, N] of values -8 to 7 -> int32 [K, N / 8], the first value in the lowest bits."""
-    require(
-        weight.dtype == torch.int32 and weight.shape[-1] % 8 == 0 and weight.is_contiguous(),
-        f"weight {tuple(weight.shape)} of {weight.dtype}, contiguous: {weight.is_contiguous()}",
-        needs="contiguous int32 whose last axis is a multiple of 8",
-        fix="w.to(torch.int32).contiguous()",
-    )
+    dense = weight.is_contiguous()
+    right = weight.dtype == torch.int32 and weight.shape[-1] % 8 == 0 and dense
+    require(right, "weight.int4_pack", weight=weight, dense=dense)
     yield Out((*weight.shape[:-1], weight.shape[-1] // 8), torch.int32)
     nibbles = (weight & 0xF).to(torch.uint8)
     yield elements.pack(nibbles).contiguous().view(torch.int32)
@@ -384,18 +265,9 @@ def npu_convert_weight_to_int4pack(weight: Tensor, inner_k_tiles: int) -> Iterat
 @operator("npu_trans_quant_param")
 def npu_trans_quant_param(scale: Tensor, offset: Tensor | None, round_mode: int | None) -> Iterator[Any]:
     """float32 scales as the matrix unit takes them: 19 bits in an int64, bit 46 set, 9 bits of offset."""
-    require(
-        scale.dim() == 1 or (scale.dim() == 2 and scale.shape[0] == 1),
-        "the scale shape support only (1, ) and (1, n)",
-        needs="float32 [N] or [1, N]",
-        fix="scale.flatten()",
-    )
-    require(
-        scale.dtype == torch.float32 and round_mode in (None, 0, 1),
-        f"scale of {scale.dtype}, round_mode={round_mode}",
-        needs="float32; round_mode 0 or 1",
-        fix="scale.float()",
-    )
+    require(scale.dim() == 1 or (scale.dim() == 2 and scale.shape[0] == 1), "weight.param_shape")
+    right = scale.dtype == torch.float32 and round_mode in (None, 0, 1)
+    require(right, "weight.param_dtype", scale=scale, round_mode=round_mode)
     length = max(scale.shape[-1], 0 if offset is None else offset.shape[-1])
     shape = (length,) if scale.dim() == 1 else tuple(scale.shape)
     yield Out(shape, torch.int64)

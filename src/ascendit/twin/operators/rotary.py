@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.twin.contract import FLOAT_DTYPES, refuse, require
+from ascendit.twin.contract import FLOAT_DTYPES, require
 from ascendit.twin.registry import Out, gate, operator
-
-_LAYOUTS = "BNSD with [1, 1, S, D], BSND with [1, S, 1, D], SBND with [S, 1, 1, D], TND with [T, 1, D]"
 
 
 def turned(x: Tensor, mode: str) -> Tensor:
@@ -34,21 +32,11 @@ def npu_rotary_mul(
     self: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str, rotate: Tensor | None
 ) -> Iterator[Any]:
     """self cos + turned(self) sin, r1 = cos, r2 = sin, each number of a pair twice (c0, c0, c1, c1, ..)."""
-    if rotary_mode not in ("half", "interleave"):
-        refuse(
-            f"The rotary_mode of npu_rotary_mul should be half or interleave, but got {rotary_mode}",
-            needs='"interleave" for Wan; a5 skips this check and rotates in some other way',
-            fix='rotary_mode="interleave"',
-        )
-    require(rotate is None, "rotate is given", needs="none", fix="leave rotate out")
-    require(
-        all(t.dtype in FLOAT_DTYPES for t in (self, r1, r2))
-        and self.dim() in (3, 4)
-        and r1.shape == r2.shape,
-        f"self {tuple(self.shape)} of {self.dtype}, cos {tuple(r1.shape)}, sin {tuple(r2.shape)}",
-        needs=f"floating point; {_LAYOUTS}",
-        fix="x.unflatten(-1, (heads, -1)) before the rotation",
-    )
+    require(rotary_mode in ("half", "interleave"), "rope.mode", rotary_mode=rotary_mode)
+    require(rotate is None, "rope.rotate")
+    floats = all(t.dtype in FLOAT_DTYPES for t in (self, r1, r2))
+    right = floats and self.dim() in (3, 4) and r1.shape == r2.shape
+    require(right, "rope.inputs", self=self, r1=r1, r2=r2)
     _check_table(self, r1, rotary_mode)
     yield Out(tuple(self.shape), self.dtype)
     yield rotated(self, r1, r2, rotary_mode)
@@ -56,40 +44,16 @@ def npu_rotary_mul(
 
 def _check_table(x: Tensor, table: Tensor, mode: str) -> None:
     d = x.shape[-1]
-    require(
-        d % 2 == 0 and d < 896,
-        f"head size {d}",
-        needs="an even head size below 896",
-        fix="split the heads before the rotation",
-    )
-    require(
-        table.shape[-1] == d,
-        f"cos {tuple(table.shape)} for heads of {d}",
-        needs=f"{d} numbers a position, each of a pair twice",
-        fix="cos.repeat_interleave(2, -1) for a table of d / 2",
-    )
-    require(
-        table.dim() == x.dim() and all(t in (1, n) for t, n in zip(table.shape, x.shape, strict=True)),
-        f"cos {tuple(table.shape)} for x {tuple(x.shape)}",
-        needs=_LAYOUTS,
-        fix="cos[None, :, None, :] for x [B, S, N, D]",
-    )
+    require(d % 2 == 0 and d < 896, "rope.head_size", d=d)
+    require(table.shape[-1] == d, "rope.table_width", table=table, d=d)
+    fits = table.dim() == x.dim() and all(t in (1, n) for t, n in zip(table.shape, x.shape, strict=True))
+    require(fits, "rope.table_shape", table=table, x=x)
     long = [i for i, n in enumerate(table.shape[:-1]) if n > 1]
-    require(
-        len(long) <= (1 if mode == "interleave" else 3),
-        f"cos {tuple(table.shape)} varies along {len(long)} axes in interleave mode",
-        needs=_LAYOUTS,
-        fix="one table for all of the batch and all heads",
-    )
+    require(len(long) <= (1 if mode == "interleave" else 3), "rope.table_axes", table=table, count=len(long))
     if x.dim() == 4 and mode == "interleave":
         sequence = long[0] if long else 1
         others = [n for i, n in enumerate(x.shape[:-1]) if i != sequence]
-        require(
-            others[0] * others[1] < 1000,
-            f"batch x heads = {others[0] * others[1]}",
-            needs="below 1000",
-            fix="rotate one sample at a time",
-        )
+        require(others[0] * others[1] < 1000, "rope.rows", size=others[0] * others[1])
 
 
 @operator("npu_apply_rotary_pos_emb")
@@ -99,26 +63,15 @@ def npu_apply_rotary_pos_emb(
     """Query and key in one launch, in place."""
     if rotary_mode != "half":
         gate("npu_apply_rotary_pos_emb", "interleave")
-    require(
-        rotary_mode in ("half", "interleave") and layout in ("BSND", "TND", "SBND", "BNSD"),
-        f"rotary_mode={rotary_mode!r}, layout={layout!r}",
-        needs="half or interleave; BSND, SBND, BNSD or TND",
-        fix='layout="BSND", rotary_mode="interleave" on a5',
-    )
+    known = rotary_mode in ("half", "interleave") and layout in ("BSND", "TND", "SBND", "BNSD")
+    require(known, "rope.apply_mode", rotary_mode=rotary_mode, layout=layout)
+    axes = len(layout)
     for name, t in (("query", query), ("key", key)):
-        require(
-            t.dtype == cos.dtype == sin.dtype and t.dim() == cos.dim() == len(layout),
-            f"{name} {tuple(t.shape)} of {t.dtype}, cos {tuple(cos.shape)} of {cos.dtype}",
-            needs=f"one dtype, {len(layout)} axes",
-            fix="cos.to(x.dtype)",
-        )
+        alike = t.dtype == cos.dtype == sin.dtype and t.dim() == cos.dim() == axes
+        require(alike, "rope.apply_dtypes", name=name, t=t, cos=cos, axes=axes)
         _check_table(t, cos, "half")
-        require(
-            t.shape[-1] <= 1024 and cos.shape[layout.index("N")] == 1,
-            f"{name} {tuple(t.shape)}, cos {tuple(cos.shape)}",
-            needs="head size up to 1024, one table for all heads",
-            fix="cos[None, :, None, :]",
-        )
+        shared = t.shape[-1] <= 1024 and cos.shape[layout.index("N")] == 1
+        require(shared, "rope.apply_table", name=name, t=t, cos=cos)
     yield Out(tuple(query.shape), query.dtype), Out(tuple(key.shape), key.dtype)
     query.copy_(rotated(query, cos, sin, rotary_mode))
     key.copy_(rotated(key, cos, sin, rotary_mode))
@@ -128,12 +81,7 @@ def npu_apply_rotary_pos_emb(
 @operator("npu_interleave_rope")
 def npu_interleave_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Iterator[Any]:
     """Takes interleaved pairs apart first and rotates halves: its output is not Wan's order."""
-    require(
-        x.dim() == 4 and x.shape[-1] == 64 and cos.shape[-1] == 64,
-        f"x {tuple(x.shape)}",
-        needs="[B, N, S, 64]",
-        fix='npu_rotary_mul(..., rotary_mode="interleave")',
-    )
+    require(x.dim() == 4 and x.shape[-1] == 64 and cos.shape[-1] == 64, "rope.interleave_shape", x=x)
     yield Out(tuple(x.shape), x.dtype)
     apart = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
     yield rotated(apart, cos, sin, "half")

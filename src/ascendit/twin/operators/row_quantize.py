@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ascendit.mx import elements
 from ascendit.mx.formats import Element
-from ascendit.twin import contract
-from ascendit.twin.contract import HALF_DTYPES, require
+from ascendit.twin.contract import FLOAT_DTYPES, HALF_DTYPES, Call, require
 from ascendit.twin.operators.mx_quantize import TARGETS
 from ascendit.twin.registry import Out, current_chip, gate, operator
 
@@ -27,12 +26,7 @@ def _mode(name: str, dst_type: int | None) -> str:
     """`int8` or `fp8`, after the chip was asked."""
     dst_type = 1 if dst_type is None else dst_type
     mode = "int8" if dst_type in _INT8 else "fp8"
-    require(
-        mode == "int8" or dst_type in _FP8,
-        f"dst_type={contract.spell_dtype(dst_type)} for {name}",
-        needs="torch.int8 (or nothing), torch.float8_e4m3fn, torch.float8_e5m2",
-        fix="the twin computes no int4 and no hifloat8",
-    )
+    require(mode == "int8" or dst_type in _FP8, "rows.dst_type", dst_type=dst_type, name=name)
     gate(name, mode)
     return mode
 
@@ -48,60 +42,37 @@ def _encode(steps: Tensor, dst_type: int | None) -> Tensor:
     return torch.round(clean).clamp(-128, 127).to(torch.int8)
 
 
+def _codes_dtype(dst_type: int | None) -> torch.dtype:
+    return _FP8[dst_type][1] if dst_type in _FP8 else torch.int8
+
+
 def _largest(dst_type: int | None) -> float:
     return _FP8[dst_type][0].max if dst_type in _FP8 else 127.0
 
 
 @operator("npu_dynamic_quant")
-def npu_dynamic_quant(
-    input: Tensor,
-    smooth_scales: Tensor | None,
-    group_index: Tensor | None,
-    dst_type: int | None,
-    quant_mode: str,
-    dst_type_max: float,
-) -> Iterator[Any]:
+def npu_dynamic_quant(input: Tensor, smooth_scales: Tensor | None, **rest: Any) -> Iterator[Any]:
     """Codes and float32 scale per token (aclnnDynamicQuantV2), per tensor or per channel."""
-    _mode("npu_dynamic_quant", dst_type)
-    require(
-        input.dim() > 1,
-        "Input shape dim should be greater than 1",
-        needs="[.., tokens, K]",
-        fix="x.unsqueeze(0)",
-    )
-    require(
-        input.dtype in HALF_DTYPES,
-        f"input of {input.dtype}",
-        needs="float16 or bfloat16",
-        fix="cast the activation to bfloat16",
-    )
-    require(
-        quant_mode in ("pertoken", "pertensor", "perchannel") and group_index is None and dst_type_max == 0,
-        f"quant_mode={quant_mode!r}, group_index={group_index is not None}, dst_type_max={dst_type_max:g}",
-        needs="pertoken, pertensor or perchannel; no groups; dst_type_max is hifloat8's",
-        fix='quant_mode="pertoken"',
-    )
-    along = -2 if quant_mode == "perchannel" else -1
-    require(
-        smooth_scales is None
-        or (tuple(smooth_scales.shape) == (input.shape[-1],) and smooth_scales.dtype == input.dtype),
-        f"smooth_scales {smooth_scales is not None and (tuple(smooth_scales.shape), smooth_scales.dtype)}",
-        needs=f"{(input.shape[-1],)} of {input.dtype}",
-        fix="store mul_scale once in the dtype of the activation",
-    )
-    kept = {
-        "pertoken": input.shape[:-1],
-        "pertensor": (1,),
-        "perchannel": (*input.shape[:-2], input.shape[-1]),
-    }[quant_mode]
-    codes = _FP8[dst_type][1] if dst_type in _FP8 else torch.int8
-    yield Out(tuple(input.shape), codes), Out(tuple(kept), torch.float32)
+    a = Call(**rest)
+    _mode("npu_dynamic_quant", a.dst_type)
+    require(input.dim() > 1, "rows.axes")
+    require(input.dtype in HALF_DTYPES, "mx.dual_input", input=input)
+    *lead, width = input.shape
+    kept = {"pertoken": lead, "pertensor": [1], "perchannel": [*lead[:-1], width]}.get(a.quant_mode)
+    plain = a.group_index is None and a.dst_type_max == 0
+    a.require(kept is not None and plain, "rows.mode", grouped=a.group_index is not None)
+    assert kept is not None
+    if smooth_scales is not None:
+        right = tuple(smooth_scales.shape) == (width,) and smooth_scales.dtype == input.dtype
+        require(right, "rows.smooth_scales", smooth_scales=smooth_scales, width=width, input=input)
+    yield Out(tuple(input.shape), _codes_dtype(a.dst_type)), Out(tuple(kept), torch.float32)
     x = input.to(torch.float32)
     if smooth_scales is not None:
         x = x * smooth_scales.to(torch.float32)
-    amax = x.abs().amax() if quant_mode == "pertensor" else x.abs().amax(along, keepdim=True)
-    steps, scale = _steps(x, amax, _largest(dst_type))
-    yield _encode(steps, dst_type), scale.reshape(kept)
+    along = {"pertoken": -1, "pertensor": None, "perchannel": -2}[a.quant_mode]
+    amax = x.abs().amax() if along is None else x.abs().amax(along, keepdim=True)
+    steps, scale = _steps(x, amax, _largest(a.dst_type))
+    yield _encode(steps, a.dst_type), scale.reshape(kept)
 
 
 def _steps(x: Tensor, amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
@@ -118,54 +89,31 @@ def _steps(x: Tensor, amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
 
 
 @operator("npu_dynamic_block_quant")
-def npu_dynamic_block_quant(
-    x: Tensor,
-    min_scale: float,
-    round_mode: str,
-    dst_type: int,
-    row_block_size: int,
-    col_block_size: int,
-    dst_type_max: float,
-) -> Iterator[Any]:
+def npu_dynamic_block_quant(x: Tensor, min_scale: float, dst_type: int, **rest: Any) -> Iterator[Any]:
     """Codes, and the float32 scale that gives values back, per tile (aclnnDynamicBlockQuantV2).
 
     The scale is amax / largest; the formula in torch_npu's document is its inverse and wrong.
     """
-    mode = _mode("npu_dynamic_block_quant", dst_type)
-    a5 = current_chip() == "a5"
-    rows, columns = ((1, 64, 128, 256, 512), (64, 128, 192, 256)) if a5 else ((1,), (1, 128))
-    floats = HALF_DTYPES + ((torch.float32,) if a5 else ())
-    require(
-        x.dim() in (2, 3) and x.dtype in floats,
-        f"Expected x to have 2 or 3 dimensions, but got {x.dim()}, of {x.dtype}",
-        needs=f"[M, K] or [B, M, K] of {', '.join(map(str, floats))}",
-        fix="squeeze the batch: q.squeeze(0) for [1, N, S, D]",
-    )
-    require(
-        row_block_size in rows and col_block_size in columns,
-        f"row_block_size={row_block_size}, col_block_size={col_block_size} on {current_chip()}",
-        needs=f"rows of {rows}, columns of {columns}",
-        fix="128 x 128 for queries, 256 x 128 for keys and values, on a5",
-    )
-    require(
-        round_mode == "rint" and dst_type_max == 0 and min_scale >= 0,
-        f"round_mode={round_mode!r}, dst_type_max={dst_type_max:g}, min_scale={min_scale:g}",
-        needs='"rint", 0, and a scale of at least 0: the others are hifloat8\'s',
-        fix="leave them out",
-    )
-    high, wide = math.ceil(x.shape[-2] / row_block_size), math.ceil(x.shape[-1] / col_block_size)
-    codes = torch.int8 if mode == "int8" else _FP8[dst_type][1]
-    yield Out(tuple(x.shape), codes), Out((*x.shape[:-2], high, wide), torch.float32)
-    padding = (0, -x.shape[-1] % col_block_size, 0, -x.shape[-2] % row_block_size)
-    padded = torch.nn.functional.pad(x.to(torch.float32), padding)
+    a = Call(**rest)
+    _mode("npu_dynamic_block_quant", dst_type)
+    chip, row, column = current_chip(), a.row_block_size, a.col_block_size
+    rows, columns = ((1, 64, 128, 256, 512), (64, 128, 192, 256)) if chip == "a5" else ((1,), (1, 128))
+    floats = FLOAT_DTYPES if chip == "a5" else HALF_DTYPES
+    require(x.dim() in (2, 3) and x.dtype in floats, "rows.block_input", x=x, floats=floats)
+    known = row in rows and column in columns
+    a.require(known, "rows.block_sizes", chip=chip, rows=rows, columns=columns)
+    plain = a.round_mode == "rint" and a.dst_type_max == 0 and min_scale >= 0
+    a.require(plain, "rows.block_options", min_scale=min_scale)
+    high, wide = math.ceil(x.shape[-2] / row), math.ceil(x.shape[-1] / column)
+    yield Out(tuple(x.shape), _codes_dtype(dst_type)), Out((*x.shape[:-2], high, wide), torch.float32)
+    padded = torch.nn.functional.pad(x.to(torch.float32), (0, -x.shape[-1] % column, 0, -x.shape[-2] % row))
     tiles = padded.unflatten(-1, (wide, -1)).unflatten(-3, (high, -1))  # [.., high, row, wide, col]
     amax = tiles.where(tiles.isfinite(), 0).abs().amax((-3, -1))
     scale = amax / _largest(dst_type)
     if min_scale > 0:
         scale = scale.clamp(max=1 / min_scale)
     steps = (tiles / scale[..., None, :, None]).flatten(-4, -3).flatten(-2)
-    steps = steps[..., : x.shape[-2], : x.shape[-1]]
-    yield _encode(steps, dst_type), scale
+    yield _encode(steps[..., : x.shape[-2], : x.shape[-1]], dst_type), scale
 
 
 @operator("npu_quantize")
@@ -173,19 +121,10 @@ def npu_quantize(
     self: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: int, axis: int, div_mode: bool
 ) -> Iterator[Any]:
     """int8 codes with scales and zero points that are given, for static W8A8 (aclnnQuantize)."""
-    require(
-        dtype in _INT8,
-        f"dtype={contract.spell_dtype(dtype)}",
-        needs="torch.qint8",
-        fix="the twin computes int8 only",
-    )
+    require(dtype in _INT8, "rows.static_dtype", dtype=dtype)
     length = self.shape[axis]
-    require(
-        scales.dim() == 1 and scales.shape[0] in (1, length),
-        f"scales {tuple(scales.shape)} for axis {axis} of {tuple(self.shape)}",
-        needs=f"[{length}] or [1]",
-        fix="axis=-1 for an activation [tokens, K]; the default is 1",
-    )
+    right = scales.dim() == 1 and scales.shape[0] in (1, length)
+    require(right, "rows.static_scales", scales=scales, axis=axis, self=self, length=length)
     yield Out(tuple(self.shape), torch.int8)
 
     def aligned(t: Tensor) -> Tensor:
@@ -196,3 +135,9 @@ def npu_quantize(
     if zero_points is not None:
         steps = steps + aligned(zero_points)
     yield torch.round(steps).clamp(-128, 127).to(torch.int8)
+
+
+def times_tiles(codes: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
+    """float32 of codes [.., R, C] times one scale per tile of `rows` x `columns`, [.., tiles, tiles]."""
+    full = scale.repeat_interleave(rows, -2)[..., : codes.shape[-2], :].repeat_interleave(columns, -1)
+    return codes.to(torch.float32) * full[..., : codes.shape[-1]]
