@@ -6,8 +6,8 @@ in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -22,42 +22,39 @@ from ascendit.mx.smoothing import smooth_input, smooth_weight
 from ascendit.quant.fusion import leader_of
 from ascendit.quant.layer_rules import LayerScheme
 from ascendit.quant.schemes import SCHEMES
-from ascendit.weights.applied_recipe import AppliedRecipe
-from ascendit.weights.lora.fold import Folds
-from ascendit.weights.quantize_writer import SourceRows
+from ascendit.weights.recipe_steps import RecipeSteps
+
+Rows = Callable[[], Iterator[tuple[int, Tensor]]]
+"""Reads a weight: (first row, some rows), again and again."""
 
 
 def output_quality(
-    applied: AppliedRecipe,
+    expert: RecipeSteps,
     found: Mapping[str, Statistics],
     reader: RowReader,
-    folds: Folds | None,
     advance: Callable[[str, int], None],
 ) -> Outputs:
-    """Of every smoothed layer of `applied`. `advance` is told the bytes of each weight that is done."""
-    rows = SourceRows(replace(applied, smoothing={}), reader, folds, small_blocks=True)
-    layers = {}
+    """Of every smoothed layer of `expert`. `advance` is told the bytes of each weight that is done."""
+    applied, plain, layers = expert.applied, expert.unsmoothed(), {}
     for name in smoothable(applied):
         tokens = found[leader_of(name)].rows
         if len(tokens):
-            layers[name] = _measure(applied, applied.coded[name], tokens, rows)
+            rows = functools.partial(plain.rows, reader, f"{name}.weight", small=True)
+            layers[name] = _measure(applied.coded[name], applied.smoothing[name], tokens, rows)
         advance(name, applied.weight(name).nbytes)
     return Outputs(layers=layers)
 
 
-def _measure(applied: AppliedRecipe, layer: LayerScheme, tokens: Tensor, rows: SourceRows) -> OutputQuality:
-    name, scale = f"{layer.name}.weight", applied.smoothing[layer.name]
-    info = applied.weight(layer.name)
-
+def _measure(layer: LayerScheme, scale: Tensor, tokens: Tensor, rows: Rows) -> OutputQuality:
     def smoothed(w: Tensor) -> Tensor:
         return smooth_weight(w, scale)
 
     changes: tuple[Callable[[Tensor], Tensor], ...] = (lambda w: w, smoothed)
     inputs = [_quantized_tokens(x, layer.scheme) for x in (tokens, smooth_input(tokens, scale))]
-    rules = [_rule(layer, (change(w) for _, w in rows.blocks(name, info))) for change in changes]
+    rules = [_rule(layer, (change(w) for _, w in rows())) for change in changes]
     x = tokens.to(torch.float32)
     signal, noise = 0.0, [0.0, 0.0]
-    for _, w in rows.blocks(name, info):
+    for _, w in rows():
         y = x @ w.to(torch.float32).t()
         signal += float(y.square().sum(dtype=torch.float64))
         for i, change in enumerate(changes):

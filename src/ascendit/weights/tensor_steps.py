@@ -1,8 +1,9 @@
-"""From a stored expert to the tensors of a repacked one: one step for each tensor of the output.
+"""One transformer as a stream of canonical tensors: a plan is a list of `TensorStep`.
 
-Tensors that change on the way get another container, wider floats, or one row made many. Values never change.
-Each way is a generator of bytes, some rows at a time, so that no tensor is ever complete in memory. No torch
-at import: numpy is imported by the calls, torch only for FP8 in tiles.
+`stored_steps` plans an expert as it is stored: tensors get another container, wider floats, or one row made
+many; numbers never change. `weights.recipe_steps` plans one that is quantized on the way. `weights.sink` runs
+either into a folder or a model. Each step makes its bytes some rows at a time, so that no tensor is ever
+complete in memory. No torch at import: numpy is imported by the calls, torch only for FP8 in tiles.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,15 +22,25 @@ from ascendit.checkpoint.layer_format import (
     check_scale_bytes,
     check_zero,
 )
-from ascendit.checkpoint.reader import DTYPE_BITS, RowReader, TensorInfo, as_bytes, as_tensor, float_bytes
+from ascendit.checkpoint.reader import (
+    DTYPE_BITS,
+    WHOLE,
+    RowReader,
+    ShardSpec,
+    TensorInfo,
+    as_bytes,
+    as_tensor,
+    float_bytes,
+)
 from ascendit.checkpoint.transformer import Expert
-from ascendit.checkpoint.writer import TensorSpec
+from ascendit.checkpoint.writer import Data, TensorSpec
 from ascendit.errors import CheckpointError
 from ascendit.mx.formats import FORMATS
 from ascendit.names import is_block_linear, sort_names
 from ascendit.quant.fusion import fused_with
 from ascendit.quant.schemes import FP8_TILES, scheme_after_reading
-from ascendit.weights.engine_formats import Dialect
+from ascendit.weights.engine_formats import CANONICAL, Dialect, layer_specs
+from ascendit.weights.shards import ShardOf, check_shard, every_layer_whole, part_of, role_shard
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,59 +48,65 @@ if TYPE_CHECKING:
 
     Table = np.ndarray[Any, Any]
 
-How = Literal["move", "copy", "widen", "repeat", "recode", "untile", "fill"]
+How = Literal["move", "copy", "widen", "repeat", "recode", "untile", "fill", "rows", "encode"]
 ScaleCheck = Literal["", "scale_bytes", "scale", "zero", "positive"]
+Piece = tuple[str, Data]
+"""Name of a tensor, and its next bytes."""
+Make = Callable[["TensorStep", RowReader], Iterator[Piece]]
+WAITING = 2
+"""Pieces that a sink holds on to, at most, after `append` has returned; a ring of buffers needs one more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorStep:
-    """One tensor of the output: what it is, and the way from the source to it."""
+    """One tensor, or those of one quantized layer: what they are, and the way to them from the source."""
 
-    spec: TensorSpec
-    """By the name that it gets in the file."""
     name: str
-    """By its Diffusers name."""
+    """Of the first tensor; Diffusers' name, as all of them."""
     how: How
-    """move: by the kernel; copy: as it is, but seen; widen: to float32; repeat: one number for all rows;
-    recode: FP4 in another container; untile: FP8 in tiles to bfloat16; fill: a constant without a source."""
+    """move: bytes as they are, by the kernel where it can; copy: as they are, but seen; widen: to float32;
+    repeat: one number for all rows; recode: FP4 in another container; untile: FP8 in tiles to bfloat16;
+    fill: without a source; rows: folded, rounded or smoothed; encode: a layer's codes and scales."""
+    specs: tuple[TensorSpec, ...]
+    """The tensors, in the order they are made; none: the source is only checked."""
     sources: tuple[TensorInfo, ...] = ()
+    shard: ShardSpec = WHOLE
+    """The part of the first source that is read."""
     check: ScaleCheck = ""
-    containers: tuple[str, str] = ("", "")
-    """Of `recode`: from, to."""
-    value: float = 0.0
-    """Of `fill`."""
+    make: Make | None = None
+    """How `rows` and `encode` come about, and what `fill` and `recode` need beside the source."""
+    lasting: bool = False
+    """Pieces stay as they are until WAITING more have been made; else until the next."""
+
+    def bytes_made(self) -> int:
+        """Of all its tensors."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    def bytes_read(self) -> int:
+        """Of all its sources, whole."""
+        return sum(info.nbytes for info in self.sources)
 
     @property
     def rewritten(self) -> bool:
         """Whether the bytes of the output are others than those of the source."""
         return self.how not in ("move", "copy")
 
+    def produce(self, reader: RowReader) -> Iterator[Piece]:
+        """The bytes of its tensors, in order; see `lasting` for how long a piece is valid.
 
-@dataclass(frozen=True)
-class TensorSteps:
-    """All steps of one expert."""
-
-    written: tuple[TensorStep, ...]
-    """One for each tensor of the output, in the order it is written."""
-    dropped: tuple[TensorStep, ...]
-    """Zeros that the reader does without; they are checked, and not written."""
-
-    @property
-    def specs(self) -> list[TensorSpec]:
-        return [step.spec for step in self.written]
-
-    @property
-    def smoothed(self) -> set[str]:
-        """Layers that have a `mul_scale` in the output."""
-        return {step.name.removesuffix(".mul_scale") for step in self.written if _is_smoothing(step.name)}
-
-    @property
-    def names(self) -> list[str]:
-        """Diffusers names, in the order they are written."""
-        return [step.name for step in self.written]
+        Raises CheckpointError E-CKP-08 for an invalid scale, offset or smoothing factor, E-CKP-04 for a
+        number in a wide container that is no FP4 number.
+        """
+        return (self.make or _WAYS[self.how])(self, reader)
 
 
-# ---- the steps of an expert ---------------------------------------------------------------------
+def smoothed_in(steps: Iterable[TensorStep]) -> set[str]:
+    """The layers that get a `mul_scale`."""
+    names = (spec.name for step in steps for spec in step.specs)
+    return {name.removesuffix(".mul_scale") for name in names if name.endswith(".mul_scale")}
+
+
+# ---- the steps of a stored expert ---------------------------------------------------------------
 
 _CHECKS: dict[str, ScaleCheck] = {
     "weight_scale": "scale",
@@ -99,90 +116,101 @@ _CHECKS: dict[str, ScaleCheck] = {
 }
 
 
-def steps_for(expert: Expert, dialect: Dialect) -> TensorSteps:
-    """Every tensor of the source has its place in one step; names were checked when it was read."""
-    steps = {step.name: step for layer in expert.layers.values() for step in _layer(layer, dialect)}
-    dropped = () if dialect.offset else tuple(_offsets(expert))
-    used = {info for step in (*steps.values(), *dropped) for info in step.sources}
+def stored_steps(
+    expert: Expert, dialect: Dialect = CANONICAL, shards: ShardOf = every_layer_whole
+) -> list[TensorStep]:
+    """Every tensor of the source has its place in one step; names were checked when it was read.
+
+    `dialect`: which tensors a layer has, and in which container. `shards`: the part of each layer, see
+    `weights.shards`. UsageError E-USE-05 for a part that a layer does not have.
+    """
+    steps = [step for layer in expert.layers.values() for step in _layer(layer, dialect, shards(layer.name))]
+    used = {info for step in steps for info in step.sources}
     for name, info in expert.tensors.items():
         if info not in used:
-            assert name not in steps, name
-            steps[name] = _moved(name, info)
-    ordered = TensorSteps(tuple(steps[name] for name in sort_names(steps)), dropped)
-    smoothed = ordered.smoothed
-    written = tuple(
-        replace(step, spec=replace(step.spec, name=dialect.on_disk(step.name, smoothed)))
-        for step in ordered.written
-    )
-    return TensorSteps(written, dropped)
+            layer, _, role = name.rpartition(".")
+            weight = expert.tensors.get(f"{layer}.weight", info).shape
+            shard = shards(layer) if role in ("weight", "bias") else WHOLE
+            shard = check_shard(layer, "bf16", weight, shard)
+            steps.append(moved(name, info, role_shard(shard, role, info.shape, weight, "bf16")))
+    by_name = {step.name: _aligned(step) for step in steps}
+    return [by_name[name] for name in sort_names(by_name)]
 
 
-def _is_smoothing(name: str) -> bool:
-    return name.endswith(".mul_scale")
+def moved(name: str, info: TensorInfo, shard: ShardSpec = WHOLE) -> TensorStep:
+    """A tensor that stays as it is."""
+    spec = part_of(TensorSpec(name, info.dtype, info.shape), shard)
+    return TensorStep(name=name, how="move", specs=(spec,), sources=(info,), shard=shard)
 
 
-def _moved(name: str, info: TensorInfo) -> TensorStep:
-    spec = TensorSpec(name, info.dtype, info.shape, info.start)
-    return TensorStep(spec=spec, name=name, how="move", sources=(info,))
+def _aligned(step: TensorStep) -> TensorStep:
+    """A tensor that is moved may come to be as it is in the source, relative to pages: that is faster."""
+    if step.how != "move":
+        return step
+    return replace(step, specs=(replace(step.specs[0], source_start=step.sources[0].start),))
 
 
-def _offsets(expert: Expert) -> Iterator[TensorStep]:
-    for layer in expert.layers.values():
-        if (info := layer.tensors.get("weight_offset")) is not None:
-            name = f"{layer.name}.weight_offset"
-            spec = TensorSpec(name, info.dtype, info.shape)
-            yield TensorStep(spec=spec, name=name, how="copy", sources=(info,), check="zero")
-
-
-def _layer(layer: Layer, dialect: Dialect) -> Iterator[TensorStep]:
-    """The tensors of one linear layer."""
+def _layer(layer: Layer, dialect: Dialect, shard: ShardSpec) -> Iterator[TensorStep]:
+    """The tensors of one linear layer; an offset that is not among them is checked all the same."""
     scheme = scheme_after_reading(layer.scheme)
-    weight, bias = layer.tensors["weight"], layer.tensors.get("bias")
-    specs = dialect.layer_specs(
+    weight = layer.tensors["weight"]
+    shard = check_shard(layer.name, scheme, layer.shape, shard)
+    specs = layer_specs(
         layer.name,
         scheme,
         layer.shape,
-        bias=bias is not None,
+        bias="bias" in layer.tensors,
         mul_scale="mul_scale" in layer.tensors,
         float_dtype=weight.dtype if layer.scheme == "bf16" else "BF16",
+        dialect=dialect,
     )
-    for spec in specs:
-        role = spec.name.rpartition(".")[2]
+    made = {spec.name.rpartition(".")[2]: spec for spec in specs}
+    for role, spec in made.items():
         info = layer.tensors.get(role)
-        if role == "weight":
-            yield _weight(layer, spec, weight, dialect)
-        elif info is None:
-            yield TensorStep(spec=spec, name=spec.name, how="fill", value=1.0 if role == "mul_scale" else 0.0)
-        elif role == "bias" and scheme == "bf16":
-            yield _moved(spec.name, info)
-        else:
-            yield _scale(spec, info, role)
+        if role == "bias" and scheme == "bf16" and info is not None:
+            yield moved(spec.name, info, role_shard(shard, role, info.shape, layer.shape, scheme))
+            continue
+        made_shard = role_shard(shard, role, spec.shape, layer.shape, scheme)
+        yield _role(layer, dialect, role, part_of(spec, made_shard), shard)
+    if (info := layer.tensors.get("weight_offset")) is not None and "weight_offset" not in made:
+        name = f"{layer.name}.weight_offset"
+        yield TensorStep(name=name, how="copy", specs=(), sources=(info,), check="zero")
 
 
-def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, dialect: Dialect) -> TensorStep:
-    if layer.scheme == FP8_TILES:
-        sources = (info, layer.tensors["weight_scale_inv"])
-        return TensorStep(spec=spec, name=spec.name, how="untile", sources=sources)
-    target = dialect.container(layer.scheme)
-    if layer.container == target:
-        return TensorStep(
-            spec=replace(spec, source_start=info.start), name=spec.name, how="move", sources=(info,)
-        )
+def _role(layer: Layer, dialect: Dialect, role: str, spec: TensorSpec, shard: ShardSpec) -> TensorStep:
+    """One tensor of a layer. `shard`: the part of the layer."""
+    info = layer.tensors.get(role)
+    if info is None:
+        value = 1.0 if role == "mul_scale" else 0.0
+        return TensorStep(name=spec.name, how="fill", specs=(spec,), make=functools.partial(_fill, value))
+    how, make, sources = _way(layer, dialect, role, spec, info)
+    check: ScaleCheck = "scale_bytes" if spec.dtype == "U8" else _CHECKS.get(role, "")
     return TensorStep(
-        spec=spec, name=spec.name, how="recode", sources=(info,), containers=(layer.container, target)
+        name=spec.name,
+        how=how,
+        specs=(spec,),
+        sources=sources,
+        shard=role_shard(shard, role, info.shape, layer.shape, layer.scheme),
+        check=check,
+        make=make,
     )
 
 
-def _scale(spec: TensorSpec, info: TensorInfo, role: str) -> TensorStep:
-    """A scale, offset, smoothing factor, or the bias of a quantized layer."""
-    check = _CHECKS.get(role, "")
-    if spec.dtype == "U8":
-        return TensorStep(spec=spec, name=spec.name, how="copy", sources=(info,), check="scale_bytes")
-    if math.prod(info.shape) == 1 != math.prod(spec.shape):
-        return TensorStep(spec=spec, name=spec.name, how="repeat", sources=(info,), check=check)
-    assert math.prod(info.shape) == math.prod(spec.shape), info
-    how: How = "widen" if info.dtype != spec.dtype else "copy" if check else "move"
-    return TensorStep(spec=spec, name=spec.name, how=how, sources=(info,), check=check)
+def _way(
+    layer: Layer, dialect: Dialect, role: str, spec: TensorSpec, info: TensorInfo
+) -> tuple[How, Make | None, tuple[TensorInfo, ...]]:
+    if role == "weight":
+        container = dialect.container(layer.scheme)
+        if layer.scheme == FP8_TILES:
+            return "untile", None, (info, layer.tensors["weight_scale_inv"])
+        if layer.container == container:
+            return "move", None, (info,)
+        return "recode", functools.partial(_recode, layer.container, container), (info,)
+    if spec.dtype != "U8" and math.prod(info.shape) == 1 and layer.shape[0 if role != "mul_scale" else 1] > 1:
+        return "repeat", None, (info,)
+    if spec.dtype == "U8" or info.dtype == spec.dtype:
+        return ("copy" if spec.dtype == "U8" or role in _CHECKS else "move"), None, (info,)
+    return "widen", None, (info,)
 
 
 def schemes_of(expert: Expert) -> dict[str, str]:
@@ -190,8 +218,8 @@ def schemes_of(expert: Expert) -> dict[str, str]:
 
     FP8 in tiles is `bf16` here: that is what becomes of it.
     """
-    found = {name.removesuffix(".weight"): "bf16" for name in expert.tensors if name.endswith(".weight")}
-    layers = {name: scheme for name, scheme in found.items() if is_block_linear(name)}
+    named = [name.removesuffix(".weight") for name in expert.tensors if name.endswith(".weight")]
+    layers = {name: "bf16" for name in named if is_block_linear(name)}
     layers |= {name: scheme_after_reading(x.scheme) for name, x in expert.layers.items()}
     return {name: layers[name] for name in sort_names(layers)}
 
@@ -201,8 +229,6 @@ def unlike_qkv(expert: Expert) -> bool:
     with RowReader() as reader:
         for name in expert.smoothed:
             group = [expert.layers.get(other) for other in fused_with(name)]
-            if len(group) == 1:
-                continue
             scales = [layer.tensors.get("mul_scale") if layer else None for layer in group]
             data = {None if x is None else to_float32(reader.whole(x), x.dtype, x.name) for x in scales}
             if len(data) > 1:
@@ -213,34 +239,30 @@ def unlike_qkv(expert: Expert) -> bool:
 # ---- the bytes of a step ------------------------------------------------------------------------
 
 
-def produce(step: TensorStep, reader: RowReader) -> Iterator[Any]:
-    """The bytes of the tensor, in order. Each buffer is valid until the next is asked for.
-
-    Raises CheckpointError E-CKP-08 for an invalid scale, offset or smoothing factor, E-CKP-04 for a
-    number in a wide container that is no FP4 number.
-    """
-    return _WAYS[step.how](step, reader)
-
-
-def _copy(step: TensorStep, reader: RowReader) -> Iterator[Any]:
+def _copy(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     (info,) = step.sources
-    for _, view in reader.blocks(info):
+    for _, view in reader.blocks(info, shard=step.shard):
         _examine(step, info, view)
-        yield view
+        if step.specs:
+            yield step.name, view
 
 
-def _widen(step: TensorStep, reader: RowReader) -> Iterator[Any]:
+def _widen(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     (info,) = step.sources
-    for _, view in reader.blocks(info):
+    for _, view in reader.blocks(info, shard=step.shard):
         _examine(step, info, view)
-        yield _floats(step, info, view)
+        yield step.name, _floats(step, info, view)
 
 
-def _repeat(step: TensorStep, reader: RowReader) -> Iterator[Any]:
+def _repeat(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     (info,) = step.sources
     data = reader.whole(info)
     _examine(step, info, data)
-    yield _floats(step, info, data) * math.prod(step.spec.shape)
+    yield step.name, _floats(step, info, data) * math.prod(step.specs[0].shape)
+
+
+def _fill(value: float, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
+    yield step.name, struct.pack("<f", value) * (step.specs[0].nbytes // 4)
 
 
 def _floats(step: TensorStep, info: TensorInfo, data: bytes | memoryview) -> bytes:
@@ -269,11 +291,6 @@ def to_float32(data: bytes | memoryview, dtype: str, name: str) -> bytes:
     return narrow.tobytes()
 
 
-def _fill(step: TensorStep, reader: RowReader) -> Iterator[Any]:
-    assert step.spec.dtype == "F32"
-    yield struct.pack("<f", step.value) * (step.spec.nbytes // 4)
-
-
 def _examine(step: TensorStep, info: TensorInfo, data: bytes | memoryview) -> None:
     if step.check == "scale_bytes":
         check_scale_bytes(data, info.name)
@@ -293,12 +310,11 @@ _BF16 = (0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)
 _NO_CODE, _NO_BYTE = 0xFF, 0xFFFF
 
 
-def _recode(step: TensorStep, reader: RowReader) -> Iterator[Any]:
+def _recode(source: str, target: str, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     (info,) = step.sources
-    source, target = step.containers
-    length = (step.spec if source == "packed" else info).shape[-1]
-    for _, view in reader.blocks(info):
-        yield recode(view, length, source, target, info.name)
+    length = step.specs[0].shape[-1] if source == "packed" else step.shard.of(info.shape)[-1]
+    for _, view in reader.blocks(info, shard=step.shard):
+        yield step.name, recode(view, length, source, target, info.name)
 
 
 def recode(rows: bytes | memoryview, length: int, source: str, target: str, name: str = "") -> bytes:
@@ -380,40 +396,46 @@ FP8_TILE = FORMATS[FP8_TILES].block
 """Rows and columns of a tile: 128."""
 
 
-def _untile(step: TensorStep, reader: RowReader) -> Iterator[Any]:
+def _untile(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     """Code x scale of its tile in float32, rounded once to bfloat16."""
     import torch
 
     weight, inverse = step.sources
-    found = reader.whole(inverse)
-    check_float_scale(found, inverse.dtype, inverse.name)
-    rows = bytearray(to_float32(found, inverse.dtype, inverse.name))
-    scale = torch.frombuffer(rows, dtype=torch.float32).view(inverse.shape)
-    for start, view in reader.blocks(weight, multiple=FP8_TILE):
-        codes = as_tensor(view, weight)
-        yield as_bytes(tile_values(codes, scale, start).to(torch.bfloat16))
+    scale, column = tile_scales(inverse, reader), step.shard.start if step.shard.axis else 0
+    part = replace(weight, shape=step.shard.of(weight.shape))
+    for start, view in reader.blocks(weight, shard=step.shard, multiple=FP8_TILE):
+        yield step.name, as_bytes(tile_values(as_tensor(view, part), scale, start, column).to(torch.bfloat16))
 
 
-def tile_values(codes: torch.Tensor, scale: torch.Tensor, start: int, tile: int = FP8_TILE) -> torch.Tensor:
-    """FP8 rows [n, K] beginning at row `start` (a multiple of `tile`) -> float32 code x scale of its tile.
+def tile_scales(info: TensorInfo, reader: RowReader) -> torch.Tensor:
+    """`weight_scale_inv` of a weight in tiles, float32 [ceil(N / 128), ceil(K / 128)]."""
+    import torch
 
-    `scale`: float32 [ceil(N / tile), ceil(K / tile)], the `weight_scale_inv` of the whole weight. Equal to
+    data = reader.whole(info)
+    check_float_scale(data, info.dtype, info.name)
+    wide = bytearray(to_float32(data, info.dtype, info.name))
+    return torch.frombuffer(wide, dtype=torch.float32).view(info.shape)
+
+
+def tile_values(codes: torch.Tensor, scale: torch.Tensor, row: int, column: int = 0) -> torch.Tensor:
+    """FP8 [n, k] from `row` and `column` of a weight on -> float32 code x scale of its tile.
+
+    `scale`: float32 [ceil(N / 128), ceil(K / 128)], the `weight_scale_inv` of the whole weight. Equal to
     `mx.decode` of fp8_128x128 on those rows, in a third of the memory.
     """
     import torch
 
     values = codes.to(torch.float32)
-    for row in range(0, values.shape[0], tile):
-        factors = scale[(start + row) // tile].repeat_interleave(tile)[: values.shape[1]]
-        values[row : row + tile] *= factors
+    for start in range(row // FP8_TILE * FP8_TILE, row + len(values), FP8_TILE):
+        factors = scale[start // FP8_TILE].repeat_interleave(FP8_TILE)
+        values[max(start - row, 0) : start - row + FP8_TILE] *= factors[column : column + values.shape[1]]
     return values
 
 
-_WAYS: dict[str, Callable[[TensorStep, RowReader], Iterator[Any]]] = {
+_WAYS: dict[str, Make] = {
+    "move": _copy,
     "copy": _copy,
     "widen": _widen,
     "repeat": _repeat,
-    "recode": _recode,
     "untile": _untile,
-    "fill": _fill,
 }

@@ -1,0 +1,281 @@
+"""The steps of a float expert that is quantized: rows are read, folded, rounded, smoothed and encoded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ascendit.checkpoint.reader import (
+    BLOCK_BYTES,
+    TORCH_DTYPES,
+    WHOLE,
+    RowReader,
+    ShardSpec,
+    TensorInfo,
+    as_bytes,
+    as_tensor,
+    float_bytes,
+)
+from ascendit.checkpoint.writer import Data, TensorSpec
+from ascendit.errors import CheckpointError
+from ascendit.mx.formats import SEARCH
+from ascendit.mx.row_encoder import RowEncoder, ScaleSearch, first_bad_row
+from ascendit.mx.smoothing import rotation, smooth_weight
+from ascendit.names import sort_names
+from ascendit.quant.layer_rules import LayerScheme
+from ascendit.quant.schemes import SCHEMES
+from ascendit.weights.applied_recipe import TILES, AppliedRecipe, head_dim
+from ascendit.weights.engine_formats import CANONICAL, Dialect, layer_specs
+from ascendit.weights.lora.fold import Folds
+from ascendit.weights.shards import ShardOf, check_shard, columns_of, every_layer_whole, part_of, role_shard
+from ascendit.weights.tensor_steps import (
+    FP8_TILE,
+    WAITING,
+    Piece,
+    TensorStep,
+    moved,
+    recode,
+    tile_scales,
+    tile_values,
+)
+
+SMALLER = 4
+"""Blocks of rows that are worked on are so many times smaller: each has copies in float32."""
+MOST_THREADS = 4
+"""Threads that encode: no disk can feed more. Half of PyTorch's, if that is less: the others write."""
+
+
+class RecipeSteps:
+    """What `applied` makes of an expert, as a plan of steps and as plain rows.
+
+    `folds`: LoRA files, added first. `measure`: while the steps run, `sqnr` gets that of each layer, in dB.
+    `shards`: the part of each layer, see `weights.shards`. Only the part is read, but for columns of a scheme
+    with one scale for each row (int8, fp8): that scale needs whole rows.
+    """
+
+    def __init__(
+        self,
+        applied: AppliedRecipe,
+        dialect: Dialect = CANONICAL,
+        folds: Folds | None = None,
+        *,
+        measure: bool = False,
+        shards: ShardOf = every_layer_whole,
+    ) -> None:
+        self.applied, self.dialect, self.folds = applied, dialect, folds
+        self.sqnr: dict[str, float] = {}
+        self._measure, self._shards = measure, shards
+        self._encoder = functools.lru_cache(maxsize=1)(self._new_encoder)
+
+    # ---- the plan -------------------------------------------------------------------------------
+
+    def plan(self) -> list[TensorStep]:
+        """In the order of the output. UsageError E-USE-05 for a part that a layer does not have."""
+        tensors, coded = self.applied.expert.tensors, self.applied.coded
+        steps: dict[str, TensorStep] = {}
+        for name, info in tensors.items():
+            layer, _, role = name.rpartition(".")
+            if layer in coded and role == "weight":
+                steps[name] = self._layer(coded[layer], info)
+            elif layer not in coded and role != "weight_scale_inv":
+                steps[name] = self._float(name, info)
+        for layer, scale in self.applied.smoothing.items():
+            if layer not in coded:
+                name = f"{layer}.mul_scale"
+                spec, make = TensorSpec(name, "F32", tuple(scale.shape)), self._mul_scale
+                steps[name] = TensorStep(name=name, how="fill", specs=(spec,), make=make)
+        size = head_dim(self.applied.expert)
+        for attention in self.applied.attention:
+            for name in (f"{attention.name}.{rot}" for rot in ("q_rot", "k_rot") if attention.rotate):
+                spec, sources = TensorSpec(name, "BF16", (size, size)), self._sources(name)
+                steps[name] = TensorStep(name=name, how="fill", specs=(spec,), sources=sources, make=_rotate)
+        return [steps[name] for name in sort_names(steps)]
+
+    def _sources(self, *names: str) -> tuple[TensorInfo, ...]:
+        return tuple(info for name in names if (info := self.applied.expert.tensors.get(name)) is not None)
+
+    def _float(self, name: str, info: TensorInfo) -> TensorStep:
+        layer, _, role = name.rpartition(".")
+        shard = self._shards(layer) if role in ("weight", "bias") else WHOLE
+        if shard != WHOLE:
+            shape = self.applied.expert.tensors.get(f"{layer}.weight", info).shape
+            shard = role_shard(check_shard(layer, "bf16", shape, shard), role, info.shape, shape, "bf16")
+        if not self._changed(name, info):
+            return moved(name, info, shard)
+        spec = part_of(TensorSpec(name, self.applied.dtype(info), info.shape), shard)
+        sources = self._sources(name, f"{name}_scale_inv")
+        return TensorStep(
+            name=name, how="rows", specs=(spec,), sources=sources, shard=shard, make=self._float_rows
+        )
+
+    def _layer(self, layer: LayerScheme, info: TensorInfo) -> TensorStep:
+        shard = check_shard(layer.name, layer.scheme, info.shape, self._shards(layer.name))
+        names = [f"{layer.name}.{role}" for role in ("weight", "weight_scale_inv", "bias")]
+        specs = layer_specs(
+            layer.name,
+            layer.scheme,
+            info.shape,
+            bias=names[-1] in self.applied.expert.tensors,
+            mul_scale=layer.name in self.applied.smoothing,
+            dialect=self.dialect,
+        )
+        parts = (
+            part_of(s, role_shard(shard, s.name.rpartition(".")[2], s.shape, info.shape, layer.scheme))
+            for s in specs
+        )
+        return TensorStep(
+            name=names[0],
+            how="encode",
+            specs=tuple(parts),
+            sources=self._sources(*names),
+            shard=shard,
+            make=functools.partial(self._encode, layer),
+            lasting=True,
+        )
+
+    # ---- rows as they are encoded or kept -------------------------------------------------------
+
+    def _changed(self, name: str, info: TensorInfo) -> bool:
+        """Whether the values differ from those in the file."""
+        folded = self.folds is not None and name in self.folds.names
+        smoothed = name.endswith(".weight") and name.removesuffix(".weight") in self.applied.smoothing
+        return folded or smoothed or self.applied.dtype(info) != info.dtype
+
+    def rows(
+        self, reader: RowReader, name: str, shard: ShardSpec = WHOLE, *, small: bool = False
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(row of the tensor, rows from there on) of its part; the rows are valid until the next come.
+
+        FP8 in tiles is decoded to BF16; LoRA files are folded in; what the recipe rounds is rounded; smoothed
+        weights are multiplied. `small`: for a caller that copies rows in float32.
+        """
+        info, columns = self.applied.expert.tensors[name], columns_of(shard)
+        tiles = [tile_scales(inverse, reader) for inverse in self._sources(f"{name}_scale_inv")]
+        smoothing = self.applied.smoothing.get(name.removesuffix(".weight"))
+        part = TensorInfo(name, info.dtype, shard.of(info.shape), info.file, info.start, info.end)
+        for start, view in reader.blocks(
+            info,
+            shard=shard,
+            multiple=FP8_TILE if info.dtype == TILES else 1,
+            block_bytes=max(BLOCK_BYTES // SMALLER, 1) if small or self._changed(name, info) else None,
+        ):
+            rows = as_tensor(view, part)
+            if tiles:
+                rows = tile_values(rows, tiles[0], start, columns.start or 0).to(torch.bfloat16)
+            if self.folds is not None:
+                rows = self.folds.fold(name, rows, start, columns)
+            rows = rows.to(getattr(torch, TORCH_DTYPES[self.applied.dtype(info)]))
+            yield start, rows if smoothing is None else smooth_weight(rows, smoothing[columns])
+
+    def unsmoothed(self) -> RecipeSteps:
+        """The same rows before smoothing."""
+        plain = replace(self.applied, smoothing={})
+        return RecipeSteps(plain, folds=self.folds, shards=self._shards)
+
+    def whole(self, reader: RowReader, name: str, dtype: torch.dtype) -> Tensor | None:
+        """The part of a weight or bias that the plan reads, in memory of its own; None if there is none."""
+        info, (layer, _, role) = self.applied.expert.tensors.get(name), name.rpartition(".")
+        if info is None:
+            return None
+        shard = check_shard(layer, "bf16", self.applied.weight(layer).shape, self._shards(layer))
+        part = role_shard(shard, role, info.shape, self.applied.weight(layer).shape, "bf16")
+        value, filled = torch.empty(part.of(info.shape), dtype=dtype), 0
+        for _, rows in self.rows(reader, name, part):
+            value[filled : filled + len(rows)] = rows
+            filled += len(rows)
+        return value
+
+    def _float_rows(self, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
+        for _, rows in self.rows(reader, step.name, step.shard):
+            yield step.name, as_bytes(rows)
+
+    # ---- quantized layers -----------------------------------------------------------------------
+
+    def _encode(self, layer: LayerScheme, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
+        """Codes while rows are read, then scales, `mul_scale` and bias."""
+        assert layer.scale_rule is not None
+        name, info = step.name, step.sources[0]
+        by_rows = step.shard.axis == 1 and not SCHEMES[layer.scheme].block
+        part, kept = (WHOLE, columns_of(step.shard)) if by_rows else (step.shard, slice(None))
+        rule = self._search(reader, name) if layer.scale_rule == SEARCH else layer.scale_rule
+        scales = {"weight_scale": bytearray(), "weight_dual_scale": bytearray()}
+        encoder = None
+        for start, rows in self.rows(reader, name, part):
+            if encoder is None:
+                form = SCHEMES[layer.scheme].weight
+                encoder = self._encoder(form, rule, rows.shape[1], rows.dtype, len(rows))
+                encoder.restart()
+            encoded = encoder(rows)
+            if (bad_row := first_bad_row(encoded)) is not None:
+                raise not_finite(self.applied.expert.name, name, start + bad_row)
+            codes = as_bytes(encoded.codes[:, kept])
+            wide = self.dialect.container(layer.scheme) == "e4m3"
+            yield name, recode(codes, info.shape[1], "packed", "e4m3") if wide else codes
+            scales["weight_scale"] += as_bytes(encoded.scale)
+            if encoded.dual_scale is not None:
+                scales["weight_dual_scale"] += as_bytes(encoded.dual_scale)
+        if self._measure and encoder is not None:
+            self.sqnr[layer.name] = encoder.sqnr
+        for spec in step.specs[1:]:
+            role = spec.name.rpartition(".")[2]
+            if role == "bias":
+                yield spec.name, self._bias(reader, spec.name, step.shard)
+            elif role == "mul_scale":
+                yield from self._mul_scale(step, reader)
+            else:  # an offset is zeros
+                yield spec.name, scales.get(role) or bytes(spec.nbytes)
+
+    def _new_encoder(
+        self, form: str, rule: str, length: int, dtype: torch.dtype, max_rows: int
+    ) -> RowEncoder:
+        """Kept for the next layer; codes must outlive WAITING pieces that are not written yet."""
+        return RowEncoder(
+            form,
+            length,
+            dtype=dtype,
+            max_rows=max_rows,
+            scale_rule=rule,
+            measure=self._measure,
+            buffers=WAITING + 1,
+            threads=min(max(torch.get_num_threads() // 2, 1), MOST_THREADS),
+        )
+
+    def _search(self, reader: RowReader, name: str) -> str:
+        """The one constant of a tensor that errs least: a pass of its own over all of it."""
+        search = ScaleSearch()
+        for _, rows in self.rows(reader, name):
+            search.add(rows)
+        return search.best()
+
+    def _bias(self, reader: RowReader, name: str, shard: ShardSpec) -> bytes:
+        """As float32: folded and rounded in the dtype of the source, then widened, which is exact."""
+        info = self.applied.expert.tensors[name]
+        part = WHOLE if shard.axis else shard
+        dtype = self.applied.dtype(info)
+        return b"".join(float_bytes(as_bytes(rows), dtype) for _, rows in self.rows(reader, name, part))
+
+    def _mul_scale(self, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
+        """As given, or ones if the engine that reads the result requires a factor."""
+        layer = step.name.rpartition(".")[0]
+        scale = self.applied.smoothing.get(layer)
+        if scale is None:
+            scale = torch.ones(step.sources[0].shape[1])
+        yield f"{layer}.mul_scale", as_bytes(scale[columns_of(step.shard)].float())
+
+
+def _rotate(step: TensorStep, reader: RowReader) -> Iterator[tuple[str, Data]]:
+    yield step.name, as_bytes(rotation(step.specs[0].shape[0]))
+
+
+def not_finite(expert: str, name: str, row: int) -> CheckpointError:
+    """A weight that has no codes."""
+    return CheckpointError(
+        f"{expert}: {name} holds NaN or infinity in row {row}",
+        needs="finite weights: a block without a scale (byte 255) is refused by every reader",
+        fix=f"download the model again, or keep the layer: --keep {name.removesuffix('.weight')}",
+        code="E-QNT-01",
+    )
