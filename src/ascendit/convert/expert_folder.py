@@ -59,7 +59,7 @@ class ExpertOutput:
 
     def json_files(self) -> dict[str, Mapping[str, Any]]:
         """Name -> content: config.json, the manifest, and what else the dialect has."""
-        files = {"config.json": self.dialect.config(self.config, self.marker)}
+        files: dict[str, Mapping[str, Any]] = {"config.json": self.dialect.config(self.config, self.marker)}
         if self.dialect.task_file:
             files[self.dialect.task_file] = task_config(self.config)
         return files
