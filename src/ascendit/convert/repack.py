@@ -161,7 +161,7 @@ def _write(outputs: list[ExpertOutput], staging: Staging, check: bool, advance: 
         def named(name: str, count: int, skipped: bool = False, expert: str = output.source.name) -> None:
             advance(f"{expert}.{name}", count, skipped)
 
-        hashes |= write_expert(output, staging, named, weigh=TensorStep.bytes_made, hash=check)
+        hashes |= write_expert(output, staging, named, weigh=TensorStep.bytes_made, hash=check, align=True)
     return hashes
 
 

@@ -15,7 +15,6 @@ from ascendit.checkpoint.reader import (
     WHOLE,
     RowReader,
     ShardSpec,
-    TensorInfo,
     as_bytes,
     as_tensor,
     float_bytes,
@@ -37,8 +36,8 @@ from ascendit.weights.tensor_steps import (
     WAITING,
     Piece,
     TensorStep,
-    moved,
     recode,
+    stored_steps,
     tile_scales,
     tile_values,
 )
@@ -75,44 +74,34 @@ class RecipeSteps:
 
     def plan(self) -> list[TensorStep]:
         """In the order of the output. UsageError E-USE-05 for a part that a layer does not have."""
-        tensors, coded = self.applied.expert.tensors, self.applied.coded
+        expert, coded = self.applied.expert, self.applied.coded
+        stored = stored_steps(expert, self.dialect, self._shards)
         steps: dict[str, TensorStep] = {}
-        for name, info in tensors.items():
-            layer, _, role = name.rpartition(".")
+        for step in stored:
+            layer, _, role = step.name.rpartition(".")
             if layer in coded and role == "weight":
-                steps[name] = self._layer(coded[layer], info)
-            elif layer not in coded and role != "weight_scale_inv":
-                steps[name] = self._float(name, info)
+                steps[step.name] = self._layer(coded[layer])
+            elif layer not in coded:
+                steps[step.name] = self._changed_rows(step) if self._changed(step.name) else step
         for layer, scale in self.applied.smoothing.items():
             if layer not in coded:
                 name = f"{layer}.mul_scale"
                 spec, make = TensorSpec(name, "F32", tuple(scale.shape)), self._mul_scale
                 steps[name] = TensorStep(name=name, how="fill", specs=(spec,), make=make)
-        size = head_dim(self.applied.expert)
+        size = head_dim(expert)
         for attention in self.applied.attention:
             for name in (f"{attention.name}.{rot}" for rot in ("q_rot", "k_rot") if attention.rotate):
-                spec, sources = TensorSpec(name, "BF16", (size, size)), self._sources(name)
+                spec = TensorSpec(name, "BF16", (size, size))
+                sources = steps[name].sources if name in steps else ()
                 steps[name] = TensorStep(name=name, how="fill", specs=(spec,), sources=sources, make=_rotate)
         return [steps[name] for name in sort_names(steps)]
 
-    def _sources(self, *names: str) -> tuple[TensorInfo, ...]:
-        return tuple(info for name in names if (info := self.applied.expert.tensors.get(name)) is not None)
+    def _changed_rows(self, step: TensorStep) -> TensorStep:
+        spec = replace(step.specs[0], dtype=self.applied.dtype(step.sources[0]))
+        return replace(step, how="rows", specs=(spec,), make=self._float_rows)
 
-    def _float(self, name: str, info: TensorInfo) -> TensorStep:
-        layer, _, role = name.rpartition(".")
-        shard = self._shards(layer) if role in ("weight", "bias") else WHOLE
-        if shard != WHOLE:
-            shape = self.applied.expert.tensors.get(f"{layer}.weight", info).shape
-            shard = role_shard(check_shard(layer, "bf16", shape, shard), role, info.shape, shape, "bf16")
-        if not self._changed(name, info):
-            return moved(name, info, shard)
-        spec = part_of(TensorSpec(name, self.applied.dtype(info), info.shape), shard)
-        sources = self._sources(name, f"{name}_scale_inv")
-        return TensorStep(
-            name=name, how="rows", specs=(spec,), sources=sources, shard=shard, make=self._float_rows
-        )
-
-    def _layer(self, layer: LayerScheme, info: TensorInfo) -> TensorStep:
+    def _layer(self, layer: LayerScheme) -> TensorStep:
+        info = self.applied.weight(layer.name)
         shard = check_shard(layer.name, layer.scheme, info.shape, self._shards(layer.name))
         names = [f"{layer.name}.{role}" for role in ("weight", "weight_scale_inv", "bias")]
         specs = layer_specs(
@@ -131,7 +120,7 @@ class RecipeSteps:
             name=names[0],
             how="encode",
             specs=tuple(parts),
-            sources=self._sources(*names),
+            sources=tuple(x for name in names if (x := self.applied.expert.tensors.get(name)) is not None),
             shard=shard,
             make=functools.partial(self._encode, layer),
             lasting=True,
@@ -139,8 +128,9 @@ class RecipeSteps:
 
     # ---- rows as they are encoded or kept -------------------------------------------------------
 
-    def _changed(self, name: str, info: TensorInfo) -> bool:
+    def _changed(self, name: str) -> bool:
         """Whether the values differ from those in the file."""
+        info = self.applied.expert.tensors[name]
         folded = self.folds is not None and name in self.folds.names
         smoothed = name.endswith(".weight") and name.removesuffix(".weight") in self.applied.smoothing
         return folded or smoothed or self.applied.dtype(info) != info.dtype
@@ -154,18 +144,19 @@ class RecipeSteps:
         weights are multiplied. `small`: for a caller that copies rows in float32.
         """
         info, columns = self.applied.expert.tensors[name], columns_of(shard)
-        tiles = [tile_scales(inverse, reader) for inverse in self._sources(f"{name}_scale_inv")]
+        inverse = self.applied.expert.tensors.get(f"{name}_scale_inv")
+        tiles = None if inverse is None else tile_scales(inverse, reader)
         smoothing = self.applied.smoothing.get(name.removesuffix(".weight"))
-        part = TensorInfo(name, info.dtype, shard.of(info.shape), info.file, info.start, info.end)
+        part = replace(info, shape=shard.of(info.shape))
         for start, view in reader.blocks(
             info,
             shard=shard,
             multiple=FP8_TILE if info.dtype == TILES else 1,
-            block_bytes=max(BLOCK_BYTES // SMALLER, 1) if small or self._changed(name, info) else None,
+            block_bytes=max(BLOCK_BYTES // SMALLER, 1) if small or self._changed(name) else None,
         ):
             rows = as_tensor(view, part)
-            if tiles:
-                rows = tile_values(rows, tiles[0], start, columns.start or 0).to(torch.bfloat16)
+            if tiles is not None:
+                rows = tile_values(rows, tiles, start, columns.start or 0).to(torch.bfloat16)
             if self.folds is not None:
                 rows = self.folds.fold(name, rows, start, columns)
             rows = rows.to(getattr(torch, TORCH_DTYPES[self.applied.dtype(info)]))

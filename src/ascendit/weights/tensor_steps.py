@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     Table = np.ndarray[Any, Any]
 
 How = Literal["move", "copy", "widen", "repeat", "recode", "untile", "fill", "rows", "encode"]
-ScaleCheck = Literal["", "scale_bytes", "scale", "zero", "positive"]
+Check = Callable[[Any, str, str], None]
+"""(bytes, dtype, name): raises for scales, offsets or factors that are invalid."""
 Piece = tuple[str, Data]
 """Name of a tensor, and its next bytes."""
 Make = Callable[["TensorStep", RowReader], Iterator[Piece]]
@@ -72,7 +73,7 @@ class TensorStep:
     sources: tuple[TensorInfo, ...] = ()
     shard: ShardSpec = WHOLE
     """The part of the first source that is read."""
-    check: ScaleCheck = ""
+    check: Check | None = None
     make: Make | None = None
     """How `rows` and `encode` come about, and what `fill` and `recode` need beside the source."""
     lasting: bool = False
@@ -108,11 +109,11 @@ def smoothed_in(steps: Iterable[TensorStep]) -> set[str]:
 
 # ---- the steps of a stored expert ---------------------------------------------------------------
 
-_CHECKS: dict[str, ScaleCheck] = {
-    "weight_scale": "scale",
-    "weight_dual_scale": "scale",
-    "weight_offset": "zero",
-    "mul_scale": "positive",
+_CHECKS: dict[str, Check] = {
+    "weight_scale": check_float_scale,
+    "weight_dual_scale": check_float_scale,
+    "weight_offset": check_zero,
+    "mul_scale": check_positive,
 }
 
 
@@ -133,7 +134,7 @@ def stored_steps(
             shard = shards(layer) if role in ("weight", "bias") else WHOLE
             shard = check_shard(layer, "bf16", weight, shard)
             steps.append(moved(name, info, role_shard(shard, role, info.shape, weight, "bf16")))
-    by_name = {step.name: _aligned(step) for step in steps}
+    by_name = {step.name: step for step in steps}
     return [by_name[name] for name in sort_names(by_name)]
 
 
@@ -141,13 +142,6 @@ def moved(name: str, info: TensorInfo, shard: ShardSpec = WHOLE) -> TensorStep:
     """A tensor that stays as it is."""
     spec = part_of(TensorSpec(name, info.dtype, info.shape), shard)
     return TensorStep(name=name, how="move", specs=(spec,), sources=(info,), shard=shard)
-
-
-def _aligned(step: TensorStep) -> TensorStep:
-    """A tensor that is moved may come to be as it is in the source, relative to pages: that is faster."""
-    if step.how != "move":
-        return step
-    return replace(step, specs=(replace(step.specs[0], source_start=step.sources[0].start),))
 
 
 def _layer(layer: Layer, dialect: Dialect, shard: ShardSpec) -> Iterator[TensorStep]:
@@ -174,7 +168,7 @@ def _layer(layer: Layer, dialect: Dialect, shard: ShardSpec) -> Iterator[TensorS
         yield _role(layer, dialect, role, part_of(spec, made_shard), shard)
     if (info := layer.tensors.get("weight_offset")) is not None and "weight_offset" not in made:
         name = f"{layer.name}.weight_offset"
-        yield TensorStep(name=name, how="copy", specs=(), sources=(info,), check="zero")
+        yield TensorStep(name=name, how="copy", specs=(), sources=(info,), check=check_zero)
 
 
 def _role(layer: Layer, dialect: Dialect, role: str, spec: TensorSpec, shard: ShardSpec) -> TensorStep:
@@ -184,14 +178,13 @@ def _role(layer: Layer, dialect: Dialect, role: str, spec: TensorSpec, shard: Sh
         value = 1.0 if role == "mul_scale" else 0.0
         return TensorStep(name=spec.name, how="fill", specs=(spec,), make=functools.partial(_fill, value))
     how, make, sources = _way(layer, dialect, role, spec, info)
-    check: ScaleCheck = "scale_bytes" if spec.dtype == "U8" else _CHECKS.get(role, "")
     return TensorStep(
         name=spec.name,
         how=how,
         specs=(spec,),
         sources=sources,
         shard=role_shard(shard, role, info.shape, layer.shape, layer.scheme),
-        check=check,
+        check=_check_e8m0 if spec.dtype == "U8" else _CHECKS.get(role),
         make=make,
     )
 
@@ -242,34 +235,33 @@ def unlike_qkv(expert: Expert) -> bool:
 def _copy(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     (info,) = step.sources
     for _, view in reader.blocks(info, shard=step.shard):
-        _examine(step, info, view)
+        data = _checked(step, info, view)
         if step.specs:
-            yield step.name, view
-
-
-def _widen(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
-    (info,) = step.sources
-    for _, view in reader.blocks(info, shard=step.shard):
-        _examine(step, info, view)
-        yield step.name, _floats(step, info, view)
+            yield step.name, data
 
 
 def _repeat(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     (info,) = step.sources
-    data = reader.whole(info)
-    _examine(step, info, data)
-    yield step.name, _floats(step, info, data) * math.prod(step.specs[0].shape)
+    yield step.name, _checked(step, info, reader.whole(info)) * math.prod(step.specs[0].shape)
 
 
 def _fill(value: float, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     yield step.name, struct.pack("<f", value) * (step.specs[0].nbytes // 4)
 
 
-def _floats(step: TensorStep, info: TensorInfo, data: bytes | memoryview) -> bytes:
-    """The numbers as float32. Offsets, which are zeros by now, may be of any type."""
-    if step.check == "zero":
+def _checked(step: TensorStep, info: TensorInfo, data: Any) -> Any:
+    """The bytes, as float32 where those are made. Offsets, which are zeros then, may be of any type."""
+    if step.check is not None:
+        step.check(data, info.dtype, info.name)
+    if step.how not in ("widen", "repeat"):
+        return data
+    if step.check is check_zero:
         return bytes(4 * len(data) * 8 // DTYPE_BITS[info.dtype])
     return to_float32(data, info.dtype, info.name)
+
+
+def _check_e8m0(data: Any, dtype: str, name: str) -> None:
+    check_scale_bytes(data, name)
 
 
 def to_float32(data: bytes | memoryview, dtype: str, name: str) -> bytes:
@@ -291,23 +283,12 @@ def to_float32(data: bytes | memoryview, dtype: str, name: str) -> bytes:
     return narrow.tobytes()
 
 
-def _examine(step: TensorStep, info: TensorInfo, data: bytes | memoryview) -> None:
-    if step.check == "scale_bytes":
-        check_scale_bytes(data, info.name)
-    elif step.check == "scale":
-        check_float_scale(data, info.dtype, info.name)
-    elif step.check == "zero":
-        check_zero(data, info.dtype, info.name)
-    elif step.check == "positive":
-        check_positive(data, info.dtype, info.name)
-
-
 # ---- FP4 ----------------------------------------------------------------------------------------
 
 _E4M3 = (0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C)
 _BF16 = (0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)
 """0, 0.5, 1, 1.5, 2, 3, 4, 6: the numbers of E2M1 in the order of their codes."""
-_NO_CODE, _NO_BYTE = 0xFF, 0xFFFF
+_NAN, _NO_BYTE = 0x7F, 0xFFFF
 
 
 def _recode(source: str, target: str, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
@@ -326,59 +307,56 @@ def recode(rows: bytes | memoryview, length: int, source: str, target: str, name
 
     if source == "packed":
         assert target == "e4m3", target
-        pairs = _pairs_of_e4m3()[np.frombuffer(rows, np.uint8)].view(np.uint8)
+        pairs = _e4m3_of_bytes()[np.frombuffer(rows, np.uint8)].view(np.uint8)
         return bytes(pairs.reshape(-1, length + length % 2)[:, :length].tobytes())
-    wide = np.frombuffer(rows, np.uint8 if source == "e4m3" else np.uint16).reshape(-1, length)
-    if (source, target) == ("e4m3", "packed") and not length % 2:
-        packed = _bytes_of_pairs()[wide.reshape(-1).view(np.uint16)]
-        if int(packed.max(initial=0)) < _NO_BYTE:
-            return bytes(packed.astype(np.uint8).tobytes())
-    codes = _codes_of(source)[wide]
-    if (bad := int((codes == _NO_CODE).sum())) > 0:
-        raise _not_fp4(name, bad)
+    numbers = np.frombuffer(rows, np.uint8)
+    if source == "bf16":
+        numbers = _e4m3_of_bf16()[numbers.view(np.uint16)]
     if target == "e4m3":
-        return bytes(_e4m3_of_codes()[codes].tobytes())
-    codes = np.pad(codes, ((0, 0), (0, length % 2)))
-    return bytes((codes[:, 0::2] | codes[:, 1::2] << 4).tobytes())
+        found, bad = numbers, bool((numbers == _NAN).any())
+    else:
+        even = np.pad(numbers.reshape(-1, length), ((0, 0), (0, 1))) if length % 2 else numbers
+        found = _bytes_of_e4m3()[even.reshape(-1).view(np.uint16)]
+        bad = int(found.max(initial=0)) == _NO_BYTE
+    if bad:
+        raise _not_fp4(name, int((~np.isin(numbers, _e4m3_numbers())).sum()))
+    return bytes(found.astype(np.uint8, copy=False).tobytes())
 
 
-@functools.cache
-def _codes_of(container: str) -> Table:
-    """Bit pattern of a number -> its code, or `_NO_CODE`."""
-    import numpy as np
-
-    patterns, bits = (_E4M3, 8) if container == "e4m3" else (_BF16, 16)
-    table = np.full(1 << bits, _NO_CODE, np.uint8)
-    for code, pattern in enumerate(patterns):
-        table[pattern], table[pattern | 1 << (bits - 1)] = code, code | 8
-    return table
-
-
-@functools.cache
-def _e4m3_of_codes() -> Table:
+def _e4m3_numbers() -> Table:
+    """Those of E2M1 as e4m3, in the order of their codes."""
     import numpy as np
 
     return np.asarray([*_E4M3, *(0x80 | x for x in _E4M3)], np.uint8)
 
 
 @functools.cache
-def _pairs_of_e4m3() -> Table:
+def _e4m3_of_bf16() -> Table:
+    """Bits of a bfloat16 number -> e4m3; NaN for what is not in E2M1."""
+    import numpy as np
+
+    table = np.full(1 << 16, _NAN, np.uint8)
+    table[[*_BF16, *(0x8000 | x for x in _BF16)]] = _e4m3_numbers()
+    return table
+
+
+@functools.cache
+def _e4m3_of_bytes() -> Table:
     """Byte of two codes -> two e4m3 numbers, the first in the low byte."""
     import numpy as np
 
-    codes = np.arange(256)
-    numbers = _e4m3_of_codes().astype(np.uint16)
+    codes, numbers = np.arange(256), _e4m3_numbers().astype(np.uint16)
     return np.asarray(numbers[codes & 15] | numbers[codes >> 4] << 8, "<u2")
 
 
 @functools.cache
-def _bytes_of_pairs() -> Table:
+def _bytes_of_e4m3() -> Table:
     """Two e4m3 numbers, the first in the low byte -> byte of two codes, or `_NO_BYTE`."""
     import numpy as np
 
-    codes = _codes_of("e4m3").astype(np.uint16)
-    low, high = codes[None, :], codes[:, None]
-    return np.where((low == _NO_CODE) | (high == _NO_CODE), _NO_BYTE, low | high << 4).reshape(-1)
+    table = np.full(1 << 16, _NO_BYTE, np.uint16)
+    table[_e4m3_of_bytes()] = np.arange(256)
+    return table
 
 
 def _not_fp4(name: str, count: int) -> CheckpointError:
@@ -433,9 +411,7 @@ def tile_values(codes: torch.Tensor, scale: torch.Tensor, row: int, column: int 
 
 
 _WAYS: dict[str, Make] = {
-    "move": _copy,
-    "copy": _copy,
-    "widen": _widen,
+    **dict.fromkeys(("move", "copy", "widen"), _copy),
     "repeat": _repeat,
     "untile": _untile,
 }
