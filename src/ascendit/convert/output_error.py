@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ def output_quality(
     advance: Callable[[str, int], None],
 ) -> Outputs:
     """Of every smoothed layer of `expert`. `advance` is told the bytes of each weight that is done."""
-    applied, plain, layers = expert.applied, expert.unsmoothed(), {}
+    applied, layers = expert.applied, {}
+    plain = RecipeSteps(replace(applied, smoothing={}), folds=expert.folds)
     for name in smoothable(applied):
         tokens = found[leader_of(name)].rows
         if len(tokens):

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import replace
+from types import MappingProxyType
 
 import torch
-from torch import nn
 
 from ascendit.checkpoint.component import Part
 from ascendit.checkpoint.layer_format import check_positive
@@ -32,7 +33,7 @@ from ascendit.quant.schemes import scheme_after_reading
 from ascendit.weights.applied_recipe import AppliedRecipe
 from ascendit.weights.lora.fold import Folds
 from ascendit.weights.recipe_steps import RecipeSteps
-from ascendit.weights.shards import Shards, columns_of, shard_function
+from ascendit.weights.shards import Shards, columns_of, cut_steps, shard_of
 from ascendit.weights.sink import run_steps
 from ascendit.weights.tensor_steps import stored_steps, to_float32
 
@@ -63,7 +64,7 @@ def load_expert(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     floats: bool = False,
-    shards: Shards | None = None,
+    shards: Shards = MappingProxyType({}),
     folds: Folds | None = None,
 ) -> WanTransformer:
     """The transformer of `expert`, quantized by `applied`, or as it is stored.
@@ -86,22 +87,20 @@ def load_expert(
     say_attention(expert)
     with torch.device("meta"):
         model = WanTransformer(WanConfig.from_dict(expert.config), ops)
-    shard_of = shard_function(shards)
-    recipe = RecipeSteps(applied, folds=folds, shards=shard_of) if applied else None
+    recipe = RecipeSteps(applied, folds=folds) if applied else None
     with RowReader() as reader:
-        steps = recipe.plan() if recipe else stored_steps(expert, shards=shard_of)
         layers = applied_layers(applied) if applied else stored_layers(expert, reader)
-        layers = {name: sharded(layer, shard_of(name)) for name, layer in layers.items()}
-        for scheme in {layer.scheme for layer in layers.values()} - {"bf16"}:
+        schemes = {name: layer.scheme for name, layer in layers.items()}
+        for scheme in set(schemes.values()) - {"bf16"}:
             ops.quantized.kernel(scheme)
+        steps = cut_steps(recipe.plan() if recipe else stored_steps(expert), expert, schemes, shards)
+        layers = {name: part_of(layer, shard_of(shards, name)) for name, layer in layers.items()}
         plain = (s for step in steps for s in step.specs if s.name.rpartition(".")[0] not in layers)
         dtype = dtype or default_dtype(plain, device)
-        sink = ModelSink(
-            model, reader, steps, layers, ops.quantized, device=device, dtype=dtype, wide=model.KEEP_FP32
-        )
+        sink = ModelSink(model, reader, steps, layers, device=device, dtype=dtype, wide=model.KEEP_FP32)
         run_steps(steps, reader, sink)
-        if floats and recipe:
-            keep_floats(model, recipe, reader, device, dtype)
+        if floats and applied:
+            keep_floats(model, applied, reader, device=device, dtype=dtype, folds=folds, shards=shards)
     used = ", ".join(f"{n} {s}" for s, n in Counter(x.scheme for x in layers.values()).items())
     log.info(
         "%s: %s%s on %s, %.2f GiB",
@@ -134,26 +133,35 @@ def stored_layers(expert: Expert, reader: RowReader) -> dict[str, StoredLinear]:
     return layers
 
 
-def sharded(layer: StoredLinear, shard: ShardSpec) -> StoredLinear:
+def part_of(layer: StoredLinear, shard: ShardSpec) -> StoredLinear:
     """One rank's part of a layer; a `mul_scale` of ones, which changes nothing, is left out."""
-    scale = layer.mul_scale
-    if scale is not None and bool((scale == 1).all()):
-        scale = None
-    columns = range(layer.width)[columns_of(shard)]
-    return StoredLinear(layer.scheme, len(columns), None if scale is None else scale[columns_of(shard)])
+    columns, scale = columns_of(shard), layer.mul_scale
+    if scale is not None:
+        scale = None if bool((scale == 1).all()) else scale[columns]
+    return StoredLinear(layer.scheme, len(range(layer.width)[columns]), scale)
 
 
 def keep_floats(
-    model: nn.Module, recipe: RecipeSteps, reader: RowReader, device: str, dtype: torch.dtype
+    model: WanTransformer,
+    applied: AppliedRecipe,
+    reader: RowReader,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    folds: Folds | None,
+    shards: Shards,
 ) -> None:
     """Give every quantized layer its weight and bias as they were, for steps in BF16."""
-    plain = recipe.unsmoothed()
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            values = (plain.whole(reader, f"{name}.{role}", dtype) for role in ("weight", "bias"))
-            weight, bias = (None if value is None else value.to(device) for value in values)
-            assert weight is not None, name
-            module.floats = (weight, bias)
+    with torch.device("meta"):
+        plain = WanTransformer(model.config, model.ops)
+    recipe = RecipeSteps(replace(applied, layers=(), smoothing={}), folds=folds)
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    steps = [step for step in recipe.plan() if step.name.rpartition(".")[0] in linears]
+    steps = cut_steps(steps, applied.expert, {}, shards)
+    run_steps(steps, reader, ModelSink(plain, reader, steps, {}, device=device, dtype=dtype))
+    for name, module in linears.items():
+        kept = plain.get_submodule(name)
+        module.floats = (kept.weight.detach(), None if kept.bias is None else kept.bias.detach())
 
 
 def say_attention(expert: Expert) -> None:

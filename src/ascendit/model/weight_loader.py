@@ -18,6 +18,7 @@ from ascendit.checkpoint.reader import TORCH_DTYPES, RowReader, as_bytes
 from ascendit.checkpoint.writer import Data, TensorSpec
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.model.linear import QuantLinear, SmoothLinear, fused_linears
+from ascendit.model.wan import WanTransformer
 from ascendit.ops.operators import Schemes
 from ascendit.quant.fusion import leader_of
 from ascendit.weights.tensor_steps import TensorStep
@@ -95,17 +96,16 @@ class ModelSink:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: WanTransformer,
         reader: RowReader,
         steps: Iterable[TensorStep],
         layers: Mapping[str, StoredLinear],
-        schemes: Schemes,
         *,
         device: str,
         dtype: torch.dtype,
         wide: tuple[str, ...] = (),
     ) -> None:
-        self._model, self._reader, self._schemes = model, reader, schemes
+        self._model, self._reader = model, reader
         self._device, self._dtype, self._wide = device, dtype, wide
         self._specs = {spec.name: spec for step in steps for spec in step.specs}
         self._groups = self._grouped(layers)
@@ -190,7 +190,7 @@ class ModelSink:
 
     def _linears(self, group: _Group) -> Sequence[nn.Linear]:
         if group.scheme != "bf16":
-            return group.linears(self._schemes, self._dtype)
+            return group.linears(self._model.ops.quantized, self._dtype)
         assert group.mul_scale is not None
         name = next(iter(group.specs))
         parts = {role: self._placed(f"{name}.{role}", x) for role, x in group.tensors.items()}

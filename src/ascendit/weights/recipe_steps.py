@@ -30,7 +30,7 @@ from ascendit.quant.schemes import SCHEMES
 from ascendit.weights.applied_recipe import TILES, AppliedRecipe, head_dim
 from ascendit.weights.engine_formats import CANONICAL, Dialect, layer_specs
 from ascendit.weights.lora.fold import Folds
-from ascendit.weights.shards import ShardOf, check_shard, columns_of, every_layer_whole, part_of, role_shard
+from ascendit.weights.shards import columns_of
 from ascendit.weights.tensor_steps import (
     FP8_TILE,
     WAITING,
@@ -52,8 +52,8 @@ class RecipeSteps:
     """What `applied` makes of an expert, as a plan of steps and as plain rows.
 
     `folds`: LoRA files, added first. `measure`: while the steps run, `sqnr` gets that of each layer, in dB.
-    `shards`: the part of each layer, see `weights.shards`. Only the part is read, but for columns of a scheme
-    with one scale for each row (int8, fp8): that scale needs whole rows.
+    Steps that `weights.shards` has cut read their part alone, with one exception: columns of int8 and fp8,
+    whose scale for each row needs whole rows.
     """
 
     def __init__(
@@ -63,21 +63,19 @@ class RecipeSteps:
         folds: Folds | None = None,
         *,
         measure: bool = False,
-        shards: ShardOf = every_layer_whole,
     ) -> None:
         self.applied, self.dialect, self.folds = applied, dialect, folds
         self.sqnr: dict[str, float] = {}
-        self._measure, self._shards = measure, shards
+        self._measure = measure
         self._encoder = functools.lru_cache(maxsize=1)(self._new_encoder)
 
     # ---- the plan -------------------------------------------------------------------------------
 
     def plan(self) -> list[TensorStep]:
-        """In the order of the output. UsageError E-USE-05 for a part that a layer does not have."""
+        """In the order of the output."""
         expert, coded = self.applied.expert, self.applied.coded
-        stored = stored_steps(expert, self.dialect, self._shards)
         steps: dict[str, TensorStep] = {}
-        for step in stored:
+        for step in stored_steps(expert, self.dialect):
             layer, _, role = step.name.rpartition(".")
             if layer in coded and role == "weight":
                 steps[step.name] = self._layer(coded[layer])
@@ -102,7 +100,6 @@ class RecipeSteps:
 
     def _layer(self, layer: LayerScheme) -> TensorStep:
         info = self.applied.weight(layer.name)
-        shard = check_shard(layer.name, layer.scheme, info.shape, self._shards(layer.name))
         names = [f"{layer.name}.{role}" for role in ("weight", "weight_scale_inv", "bias")]
         specs = layer_specs(
             layer.name,
@@ -112,16 +109,11 @@ class RecipeSteps:
             mul_scale=layer.name in self.applied.smoothing,
             dialect=self.dialect,
         )
-        parts = (
-            part_of(s, role_shard(shard, s.name.rpartition(".")[2], s.shape, info.shape, layer.scheme))
-            for s in specs
-        )
         return TensorStep(
             name=names[0],
             how="encode",
-            specs=tuple(parts),
+            specs=tuple(specs),
             sources=tuple(x for name in names if (x := self.applied.expert.tensors.get(name)) is not None),
-            shard=shard,
             make=functools.partial(self._encode, layer),
             lasting=True,
         )
@@ -161,24 +153,6 @@ class RecipeSteps:
                 rows = self.folds.fold(name, rows, start, columns)
             rows = rows.to(getattr(torch, TORCH_DTYPES[self.applied.dtype(info)]))
             yield start, rows if smoothing is None else smooth_weight(rows, smoothing[columns])
-
-    def unsmoothed(self) -> RecipeSteps:
-        """The same rows before smoothing."""
-        plain = replace(self.applied, smoothing={})
-        return RecipeSteps(plain, folds=self.folds, shards=self._shards)
-
-    def whole(self, reader: RowReader, name: str, dtype: torch.dtype) -> Tensor | None:
-        """The part of a weight or bias that the plan reads, in memory of its own; None if there is none."""
-        info, (layer, _, role) = self.applied.expert.tensors.get(name), name.rpartition(".")
-        if info is None:
-            return None
-        shard = check_shard(layer, "bf16", self.applied.weight(layer).shape, self._shards(layer))
-        part = role_shard(shard, role, info.shape, self.applied.weight(layer).shape, "bf16")
-        value, filled = torch.empty(part.of(info.shape), dtype=dtype), 0
-        for _, rows in self.rows(reader, name, part):
-            value[filled : filled + len(rows)] = rows
-            filled += len(rows)
-        return value
 
     def _float_rows(self, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
         for _, rows in self.rows(reader, step.name, step.shard):
@@ -251,11 +225,12 @@ class RecipeSteps:
 
     def _mul_scale(self, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
         """As given, or ones if the engine that reads the result requires a factor."""
-        layer = step.name.rpartition(".")[0]
+        layer, shard = step.name.rpartition(".")[0], step.shard
+        columns = columns_of(shard if step.how == "encode" else replace(shard, axis=1))
         scale = self.applied.smoothing.get(layer)
         if scale is None:
             scale = torch.ones(step.sources[0].shape[1])
-        yield f"{layer}.mul_scale", as_bytes(scale[columns_of(step.shard)].float())
+        yield f"{layer}.mul_scale", as_bytes(scale[columns].float())
 
 
 def _rotate(step: TensorStep, reader: RowReader) -> Iterator[tuple[str, Data]]:

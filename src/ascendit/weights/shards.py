@@ -7,32 +7,50 @@ and the caller lets one rank add it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from ascendit.checkpoint.reader import WHOLE, ShardSpec
-from ascendit.checkpoint.writer import TensorSpec
+from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import UsageError
 from ascendit.quant.schemes import STORED_SCHEMES, scheme_after_reading
+from ascendit.weights.tensor_steps import TensorStep
 
-ShardOf = Callable[[str], ShardSpec]
-"""Layer -> the part that is wanted."""
-Shards = ShardOf | Mapping[str, ShardSpec]
-
-
-def every_layer_whole(layer: str) -> ShardSpec:
-    """No layer is divided."""
-    return WHOLE
+Shards = Callable[[str], ShardSpec] | Mapping[str, ShardSpec]
+"""Layer -> the part of it that is wanted; a layer that a mapping does not name is whole."""
 
 
-def shard_function(shards: Shards | None) -> ShardOf:
-    """As a function; a layer that a mapping does not name is whole."""
-    if shards is None:
-        return every_layer_whole
-    if isinstance(shards, Mapping):
-        named = shards
-        return lambda layer: named.get(layer, WHOLE)
-    return shards
+def shard_of(shards: Shards, layer: str) -> ShardSpec:
+    """The part of one layer."""
+    return shards.get(layer, WHOLE) if isinstance(shards, Mapping) else shards(layer)
+
+
+def cut_steps(
+    steps: Iterable[TensorStep], expert: Expert, schemes: Mapping[str, str], shards: Shards
+) -> list[TensorStep]:
+    """The steps that make the parts alone, and read nothing else where they can.
+
+    `schemes`: layer -> scheme in which it comes out, if not in bf16. UsageError E-USE-05 for a part that a
+    layer does not have.
+    """
+    cut = []
+    for step in steps:
+        name = step.name.rpartition(".")[0]
+        layer, weight = expert.layers.get(name), expert.tensors.get(f"{name}.weight")
+        shape = layer.shape if layer else weight.shape if weight else ()
+        scheme = schemes.get(name, "bf16")
+        shard = check_shard(name, scheme, shape, shard_of(shards, name)) if shape else WHOLE
+        cut.append(step if shard == WHOLE else _cut(step, shard, shape, scheme))
+    return cut
+
+
+def _cut(step: TensorStep, shard: ShardSpec, shape: tuple[int, ...], scheme: str) -> TensorStep:
+    def part(name: str, stored: tuple[int, ...]) -> ShardSpec:
+        return role_shard(shard, name.rpartition(".")[2], stored, shape, scheme)
+
+    specs = (replace(s, shape=part(s.name, s.shape).of(s.shape)) for s in step.specs)
+    source = step.sources[0].shape if step.sources else ()
+    return replace(step, specs=tuple(specs), shard=part(step.name, source))
 
 
 def check_shard(layer: str, scheme: str, shape: tuple[int, ...], shard: ShardSpec) -> ShardSpec:
@@ -80,11 +98,6 @@ def role_shard(
         return WHOLE
     first, stop = shard.start // unit, -(-(shard.start + shard.count) // unit)
     return ShardSpec(1, first, stop - first)
-
-
-def part_of(spec: TensorSpec, shard: ShardSpec) -> TensorSpec:
-    """What is made of `spec` when only a part is."""
-    return replace(spec, shape=shard.of(spec.shape))
 
 
 def columns_of(shard: ShardSpec) -> slice:

@@ -40,7 +40,6 @@ from ascendit.names import is_block_linear, sort_names
 from ascendit.quant.fusion import fused_with
 from ascendit.quant.schemes import FP8_TILES, scheme_after_reading
 from ascendit.weights.engine_formats import CANONICAL, Dialect, layer_specs
-from ascendit.weights.shards import ShardOf, check_shard, every_layer_whole, part_of, role_shard
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,93 +116,74 @@ _CHECKS: dict[str, Check] = {
 }
 
 
-def stored_steps(
-    expert: Expert, dialect: Dialect = CANONICAL, shards: ShardOf = every_layer_whole
-) -> list[TensorStep]:
+def stored_steps(expert: Expert, dialect: Dialect = CANONICAL) -> list[TensorStep]:
     """Every tensor of the source has its place in one step; names were checked when it was read.
 
-    `dialect`: which tensors a layer has, and in which container. `shards`: the part of each layer, see
-    `weights.shards`. UsageError E-USE-05 for a part that a layer does not have.
+    `dialect`: which tensors a layer has, and in which container.
     """
-    steps = [step for layer in expert.layers.values() for step in _layer(layer, dialect, shards(layer.name))]
+    steps = [step for layer in expert.layers.values() for step in _layer(layer, dialect)]
     used = {info for step in steps for info in step.sources}
-    for name, info in expert.tensors.items():
-        if info not in used:
-            layer, _, role = name.rpartition(".")
-            weight = expert.tensors.get(f"{layer}.weight", info).shape
-            shard = shards(layer) if role in ("weight", "bias") else WHOLE
-            shard = check_shard(layer, "bf16", weight, shard)
-            steps.append(moved(name, info, role_shard(shard, role, info.shape, weight, "bf16")))
+    steps += [moved(name, info) for name, info in expert.tensors.items() if info not in used]
     by_name = {step.name: step for step in steps}
     return [by_name[name] for name in sort_names(by_name)]
 
 
-def moved(name: str, info: TensorInfo, shard: ShardSpec = WHOLE) -> TensorStep:
+def moved(name: str, info: TensorInfo) -> TensorStep:
     """A tensor that stays as it is."""
-    spec = part_of(TensorSpec(name, info.dtype, info.shape), shard)
-    return TensorStep(name=name, how="move", specs=(spec,), sources=(info,), shard=shard)
+    spec = TensorSpec(name, info.dtype, info.shape)
+    return TensorStep(name=name, how="move", specs=(spec,), sources=(info,))
 
 
-def _layer(layer: Layer, dialect: Dialect, shard: ShardSpec) -> Iterator[TensorStep]:
+def _layer(layer: Layer, dialect: Dialect) -> Iterator[TensorStep]:
     """The tensors of one linear layer; an offset that is not among them is checked all the same."""
     scheme = scheme_after_reading(layer.scheme)
-    weight = layer.tensors["weight"]
-    shard = check_shard(layer.name, scheme, layer.shape, shard)
     specs = layer_specs(
         layer.name,
         scheme,
         layer.shape,
         bias="bias" in layer.tensors,
         mul_scale="mul_scale" in layer.tensors,
-        float_dtype=weight.dtype if layer.scheme == "bf16" else "BF16",
+        float_dtype=layer.tensors["weight"].dtype if layer.scheme == "bf16" else "BF16",
         dialect=dialect,
     )
-    made = {spec.name.rpartition(".")[2]: spec for spec in specs}
-    for role, spec in made.items():
+    for spec in specs:
+        role = spec.name.rpartition(".")[2]
         info = layer.tensors.get(role)
-        if role == "bias" and scheme == "bf16" and info is not None:
-            yield moved(spec.name, info, role_shard(shard, role, info.shape, layer.shape, scheme))
-            continue
-        made_shard = role_shard(shard, role, spec.shape, layer.shape, scheme)
-        yield _role(layer, dialect, role, part_of(spec, made_shard), shard)
-    if (info := layer.tensors.get("weight_offset")) is not None and "weight_offset" not in made:
+        if info is None:
+            value = 1.0 if role == "mul_scale" else 0.0
+            yield TensorStep(name=spec.name, how="fill", specs=(spec,), make=functools.partial(_fill, value))
+        elif role == "weight":
+            yield _weight(layer, spec, info, dialect.container(layer.scheme))
+        elif role == "bias" and scheme == "bf16":
+            yield moved(spec.name, info)
+        else:
+            yield _scale(role, spec, info)
+    if (info := layer.tensors.get("weight_offset")) is not None and not dialect.offset:
         name = f"{layer.name}.weight_offset"
         yield TensorStep(name=name, how="copy", specs=(), sources=(info,), check=check_zero)
 
 
-def _role(layer: Layer, dialect: Dialect, role: str, spec: TensorSpec, shard: ShardSpec) -> TensorStep:
-    """One tensor of a layer. `shard`: the part of the layer."""
-    info = layer.tensors.get(role)
-    if info is None:
-        value = 1.0 if role == "mul_scale" else 0.0
-        return TensorStep(name=spec.name, how="fill", specs=(spec,), make=functools.partial(_fill, value))
-    how, make, sources = _way(layer, dialect, role, spec, info)
-    return TensorStep(
-        name=spec.name,
-        how=how,
-        specs=(spec,),
-        sources=sources,
-        shard=role_shard(shard, role, info.shape, layer.shape, layer.scheme),
-        check=_check_e8m0 if spec.dtype == "U8" else _CHECKS.get(role),
-        make=make,
-    )
+def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, container: str) -> TensorStep:
+    if layer.scheme == FP8_TILES:
+        sources = (info, layer.tensors["weight_scale_inv"])
+        return TensorStep(name=spec.name, how="untile", specs=(spec,), sources=sources)
+    if layer.container == container:
+        return replace(moved(spec.name, info), specs=(spec,))
+    make = functools.partial(_recode, layer.container, container)
+    return TensorStep(name=spec.name, how="recode", specs=(spec,), sources=(info,), make=make)
 
 
-def _way(
-    layer: Layer, dialect: Dialect, role: str, spec: TensorSpec, info: TensorInfo
-) -> tuple[How, Make | None, tuple[TensorInfo, ...]]:
-    if role == "weight":
-        container = dialect.container(layer.scheme)
-        if layer.scheme == FP8_TILES:
-            return "untile", None, (info, layer.tensors["weight_scale_inv"])
-        if layer.container == container:
-            return "move", None, (info,)
-        return "recode", functools.partial(_recode, layer.container, container), (info,)
-    if spec.dtype != "U8" and math.prod(info.shape) == 1 and layer.shape[0 if role != "mul_scale" else 1] > 1:
-        return "repeat", None, (info,)
-    if spec.dtype == "U8" or info.dtype == spec.dtype:
-        return ("copy" if spec.dtype == "U8" or role in _CHECKS else "move"), None, (info,)
-    return "widen", None, (info,)
+def _scale(role: str, spec: TensorSpec, info: TensorInfo) -> TensorStep:
+    """A scale, offset, smoothing factor, or the bias of a quantized layer."""
+    check = _CHECKS.get(role)
+    how: How = "widen"
+    if spec.dtype == "U8":
+        check, how = _check_e8m0, "copy"
+    elif math.prod(info.shape) == 1 != math.prod(spec.shape):
+        how = "repeat"
+    elif info.dtype == spec.dtype:
+        how = "copy" if check else "move"
+    return TensorStep(name=spec.name, how=how, specs=(spec,), sources=(info,), check=check)
 
 
 def schemes_of(expert: Expert) -> dict[str, str]:
