@@ -198,7 +198,7 @@ def test_the_parts_compute_the_whole(floats: Path) -> None:
     wanted, total = whole.get_submodule(DOWN)(x).float(), torch.zeros(5, WIDTH)
     for start, count in ((0, 608), (608, 608)):
         model = load_expert(expert, applied, bind("cpu"), shards={DOWN: ShardSpec(1, start, count)})
-        module = model.get_submodule(DOWN)
+        module: Any = model.get_submodule(DOWN)
         assert (module.in_features, module.out_features) == (count, WIDTH)
         total += module(x[:, start : start + count]).float() - module.bias
     assert torch.allclose(total + module.bias, wanted, atol=2e-2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -17,9 +17,8 @@ from ascendit.checkpoint.reader import (
     ShardSpec,
     as_bytes,
     as_tensor,
-    float_bytes,
 )
-from ascendit.checkpoint.writer import Data, TensorSpec
+from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import CheckpointError
 from ascendit.mx.formats import SEARCH
 from ascendit.mx.row_encoder import RowEncoder, ScaleSearch, first_bad_row
@@ -78,42 +77,39 @@ class RecipeSteps:
         for step in stored_steps(expert, self.dialect):
             layer, _, role = step.name.rpartition(".")
             if layer in coded and role == "weight":
-                steps[step.name] = self._layer(coded[layer])
-            elif layer not in coded:
-                steps[step.name] = self._changed_rows(step) if self._changed(step.name) else step
-        for layer, scale in self.applied.smoothing.items():
-            if layer not in coded:
-                name = f"{layer}.mul_scale"
-                spec, make = TensorSpec(name, "F32", tuple(scale.shape)), self._mul_scale
-                steps[name] = TensorStep(name=name, how="fill", specs=(spec,), make=make)
-        size = head_dim(expert)
-        for attention in self.applied.attention:
-            for name in (f"{attention.name}.{rot}" for rot in ("q_rot", "k_rot") if attention.rotate):
-                spec = TensorSpec(name, "BF16", (size, size))
-                sources = steps[name].sources if name in steps else ()
-                steps[name] = TensorStep(name=name, how="fill", specs=(spec,), sources=sources, make=_rotate)
+                step = self._layer(coded[layer])
+            elif layer in coded or self._changed(step.name):
+                dtype = "F32" if layer in coded else self.applied.dtype(step.sources[0])
+                specs = (replace(step.specs[0], dtype=dtype),)
+                step = replace(step, how="rows", specs=specs, make=self._float_rows)
+            steps[step.name] = step
+        added = {f"{layer}.mul_scale": scale.float() for layer, scale in self._smoothing().items()}
+        rotated = [attention.name for attention in self.applied.attention if attention.rotate]
+        if rotated:
+            matrix = rotation(head_dim(expert))
+            added |= {f"{name}.{rot}": matrix for name in rotated for rot in ("q_rot", "k_rot")}
+        for name, tensor in added.items():
+            spec = TensorSpec(name, "BF16" if tensor.ndim == 2 else "F32", tuple(tensor.shape))
+            sources = steps[name].sources if name in steps else ()
+            make = functools.partial(_constant, tensor)
+            steps[name] = TensorStep(name=name, how="fill", specs=(spec,), sources=sources, make=make)
         return [steps[name] for name in sort_names(steps)]
 
-    def _changed_rows(self, step: TensorStep) -> TensorStep:
-        spec = replace(step.specs[0], dtype=self.applied.dtype(step.sources[0]))
-        return replace(step, how="rows", specs=(spec,), make=self._float_rows)
+    def _smoothing(self) -> Mapping[str, Tensor]:
+        """As given; ones where the engine that reads the result requires a factor."""
+        ones = [name for name, layer in self.applied.coded.items() if layer.scheme in self.dialect.ones]
+        return {name: torch.ones(self.applied.weight(name).shape[1]) for name in ones} | dict(
+            self.applied.smoothing
+        )
 
     def _layer(self, layer: LayerScheme) -> TensorStep:
-        info = self.applied.weight(layer.name)
-        names = [f"{layer.name}.{role}" for role in ("weight", "weight_scale_inv", "bias")]
-        specs = layer_specs(
-            layer.name,
-            layer.scheme,
-            info.shape,
-            bias=names[-1] in self.applied.expert.tensors,
-            mul_scale=layer.name in self.applied.smoothing,
-            dialect=self.dialect,
-        )
+        tensors, name = self.applied.expert.tensors, f"{layer.name}.weight"
+        specs = layer_specs(layer.name, layer.scheme, tensors[name].shape, bias=False, dialect=self.dialect)
         return TensorStep(
-            name=names[0],
+            name=name,
             how="encode",
-            specs=tuple(specs),
-            sources=tuple(x for name in names if (x := self.applied.expert.tensors.get(name)) is not None),
+            specs=tuple(spec for spec in specs if not spec.name.endswith(".mul_scale")),
+            sources=tuple(tensors[x] for x in (name, f"{name}_scale_inv") if x in tensors),
             make=functools.partial(self._encode, layer),
             lasting=True,
         )
@@ -155,13 +151,14 @@ class RecipeSteps:
             yield start, rows if smoothing is None else smooth_weight(rows, smoothing[columns])
 
     def _float_rows(self, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
+        dtype = getattr(torch, TORCH_DTYPES[step.specs[0].dtype])
         for _, rows in self.rows(reader, step.name, step.shard):
-            yield step.name, as_bytes(rows)
+            yield step.name, as_bytes(rows.to(dtype))
 
     # ---- quantized layers -----------------------------------------------------------------------
 
     def _encode(self, layer: LayerScheme, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
-        """Codes while rows are read, then scales, `mul_scale` and bias."""
+        """Codes while rows are read, then scales."""
         assert layer.scale_rule is not None
         name, info = step.name, step.sources[0]
         by_rows = step.shard.axis == 1 and not SCHEMES[layer.scheme].block
@@ -187,12 +184,7 @@ class RecipeSteps:
             self.sqnr[layer.name] = encoder.sqnr
         for spec in step.specs[1:]:
             role = spec.name.rpartition(".")[2]
-            if role == "bias":
-                yield spec.name, self._bias(reader, spec.name, step.shard)
-            elif role == "mul_scale":
-                yield from self._mul_scale(step, reader)
-            else:  # an offset is zeros
-                yield spec.name, scales.get(role) or bytes(spec.nbytes)
+            yield spec.name, scales.get(role) or bytes(spec.nbytes)  # an offset is zeros
 
     def _new_encoder(
         self, form: str, rule: str, length: int, dtype: torch.dtype, max_rows: int
@@ -216,25 +208,10 @@ class RecipeSteps:
             search.add(rows)
         return search.best()
 
-    def _bias(self, reader: RowReader, name: str, shard: ShardSpec) -> bytes:
-        """As float32: folded and rounded in the dtype of the source, then widened, which is exact."""
-        info = self.applied.expert.tensors[name]
-        part = WHOLE if shard.axis else shard
-        dtype = self.applied.dtype(info)
-        return b"".join(float_bytes(as_bytes(rows), dtype) for _, rows in self.rows(reader, name, part))
 
-    def _mul_scale(self, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
-        """As given, or ones if the engine that reads the result requires a factor."""
-        layer, shard = step.name.rpartition(".")[0], step.shard
-        columns = columns_of(shard if step.how == "encode" else replace(shard, axis=1))
-        scale = self.applied.smoothing.get(layer)
-        if scale is None:
-            scale = torch.ones(step.sources[0].shape[1])
-        yield f"{layer}.mul_scale", as_bytes(scale[columns].float())
-
-
-def _rotate(step: TensorStep, reader: RowReader) -> Iterator[tuple[str, Data]]:
-    yield step.name, as_bytes(rotation(step.specs[0].shape[0]))
+def _constant(tensor: Tensor, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
+    stop = None if step.shard.count is None else step.shard.start + step.shard.count
+    yield step.name, as_bytes(tensor[step.shard.start : stop])
 
 
 def not_finite(expert: str, name: str, row: int) -> CheckpointError:
