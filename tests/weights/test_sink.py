@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -63,4 +64,4 @@ def test_an_error_of_the_caller_ends_the_thread(tmp_path: Path):
     with pytest.raises(ValueError, match="mine"), WriteBehind(writer) as behind:
         behind.append("a", bytes(10))
         raise ValueError("mine")
-    assert not behind._thread.is_alive()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ascendit-write")]

@@ -95,36 +95,24 @@ def decoded(layer: Layer, reader: RowReader) -> Iterator[Tensor]:
     if layer.scheme == "bf16":
         yield from _plain(layer.tensors["weight"], reader)
         return
-    weight = layer.tensors["weight"]
+    weight, tiled = layer.tensors["weight"], layer.scheme == FP8_TILES
+    wide = layer.container not in ("plain", "packed")  # FP4 as numbers of another type
     scales = {role: _whole(info, reader) for role, info in layer.tensors.items() if "scale" in role}
+    format = "mxfp8" if wide else "mxfp4" if "weight_dual_scale" in scales else layer.scheme
+    scale, dual = scales["weight_scale_inv" if tiled else "weight_scale"], scales.get("weight_dual_scale")
+    if not STORED_SCHEMES[layer.scheme].block and not tiled:
+        scale = scale.reshape(-1, 1).expand(layer.shape[0], 1)
     for start, view in reader.blocks(weight, multiple=_TILE):
         codes = as_tensor(view, weight)
-        shape = (codes.shape[0], layer.shape[1])
-        rows = slice(start, start + codes.shape[0])
-        if layer.scheme == FP8_TILES:
-            tiles = scales["weight_scale_inv"][start // _TILE : -(-rows.stop // _TILE)]
-            encoded = mx.Encoded(codes, tiles, None, layer.scheme, -1, shape)
-            yield mx.decode(encoded, torch.bfloat16).to(torch.float32)
-            continue
-        scale = scales["weight_scale"]
-        if not STORED_SCHEMES[layer.scheme].block:
-            scale = scale.reshape(-1, 1).expand(layer.shape[0], 1)
-        yield _values(codes, scale[rows], layer, shape, scales.get("weight_dual_scale"), rows)
-
-
-def _values(
-    codes: Tensor, scale: Tensor, layer: Layer, shape: tuple[int, int], dual: Tensor | None, rows: slice
-) -> Tensor:
-    import torch
-
-    dual_rows = None if dual is None else dual.reshape(layer.shape[0], -1, 1)[rows]
-    if layer.container in ("plain", "packed"):
-        return mx.decode(mx.Encoded(codes, scale, dual_rows, layer.scheme, -1, shape), torch.float32)
-    numbers = mx.Encoded(codes.to(torch.float8_e4m3fn), scale, None, "mxfp8", -1, shape)
-    values = mx.decode(numbers, torch.float32)
-    if dual_rows is None:
-        return values
-    return values * dual_rows.squeeze(-1).repeat_interleave(_GROUP, -1)[:, : shape[1]]
+        stop, step = start + len(codes), _TILE if tiled else 1
+        part = scale[start // step : -(-stop // step)]
+        codes = codes.to(torch.float8_e4m3fn) if wide else codes
+        encoded = mx.Encoded(codes, part, None, format, -1, (len(codes), layer.shape[1]))
+        values = mx.decode(encoded, torch.bfloat16 if tiled else torch.float32).to(torch.float32)
+        if dual is not None:
+            factors = dual.reshape(layer.shape[0], -1)[start:stop].repeat_interleave(_GROUP, -1)
+            values *= factors[:, : layer.shape[1]]
+        yield values
 
 
 def _whole(info: TensorInfo, reader: RowReader) -> Tensor:

@@ -24,7 +24,7 @@ from ascendit.checkpoint.layout import INDEX_FILE, RECORD_FILE, Layout, recognis
 from ascendit.checkpoint.output_folder import Staging, link_or_copy
 from ascendit.checkpoint.quant_metadata import MANIFEST_FILE, QUANT_TYPE
 from ascendit.checkpoint.reader import RowReader
-from ascendit.checkpoint.transformer import Expert, read_expert
+from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES
 from ascendit.convert import provenance
 from ascendit.convert.calibration import (
@@ -378,7 +378,7 @@ class QuantizeJob:
             kept=applied.kept,
             bytes_before=applied.bytes_before,
             bytes_after=self.output_of(expert).nbytes,
-            num_weights=applied.num_weights,
+            num_weights=num_weights(applied.expert),
             sqnr=expert.sqnr,
             outputs=self.outputs.get(applied.expert.name, Outputs()),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +12,10 @@ from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import UsageError
 from ascendit.family import Task, WanConfig
 from ascendit.names import grouped, is_block_linear
-from ascendit.quant.fusion import fused_with
 from ascendit.quant.layer_rules import AttentionScheme, LayerScheme, LayerSchemes
 from ascendit.quant.recipe import Recipe
 from ascendit.quant.schemes import FP4, FP8_TILES, SCHEMES
-from ascendit.weights.engine_formats import Traits, traits_of
+from ascendit.weights.engine_formats import Traits, differ_in_qkv, traits_of
 
 TILES = "F8_E4M3"
 """Dtype of weights in tiles, the only one of a source that is no float."""
@@ -50,7 +48,8 @@ class AppliedRecipe(LayerSchemes):
     def traits(self) -> Traits:
         """What matters to an engine."""
         shapes = {name: (s[0], s[1]) for name in self.coded for s in [self.weight(name).shape]}
-        return traits_of(self.inside, shapes, tuple(self.smoothing), unlike_qkv=self._unlike_qkv())
+        factors = {name: tuple(scale.tolist()) for name, scale in self.smoothing.items()}
+        return traits_of(self.inside, shapes, tuple(factors), unlike_qkv=differ_in_qkv(factors))
 
     @property
     def inside(self) -> dict[str, str]:
@@ -60,20 +59,6 @@ class AppliedRecipe(LayerSchemes):
             for layer in self.layers
             if is_block_linear(layer.name) or layer.scheme != "bf16" or layer.name in self.smoothing
         }
-
-    def _unlike_qkv(self) -> bool:
-        for name, scale in self.smoothing.items():
-            first, *others = fused_with(name)
-            scales = [self.smoothing.get(other) for other in others]
-            if name == first and any(x is None or not bool((x == scale).all()) for x in scales):
-                return True
-        return False
-
-    @property
-    def num_weights(self) -> int:
-        """Parameters of the source."""
-        infos = self.expert.tensors.items()
-        return sum(math.prod(info.shape) for name, info in infos if not name.endswith(".weight_scale_inv"))
 
     @property
     def bytes_before(self) -> int:

@@ -236,6 +236,14 @@ def traits_of(
     return Traits(frozenset(layers.values()), kept, smooth, frozenset(others))
 
 
+def differ_in_qkv(factors: Mapping[str, object]) -> bool:
+    """Whether the `mul_scale` of a Q, K and V of one self-attention differ, or are not on all three.
+
+    `factors`: layer -> its `mul_scale`, as anything that can be compared.
+    """
+    return any(len({factors.get(other) for other in fused_with(name)}) > 1 for name in factors)
+
+
 def check_engine(engine: str | None, traits: Traits, where: str = "") -> None:
     """UsageError E-ENG-01 if `engine` cannot run a checkpoint with these traits. `where`: the expert."""
     if engine is None or not (why := traits.verdicts()[engine]):

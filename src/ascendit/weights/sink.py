@@ -8,11 +8,11 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from ascendit.checkpoint.reader import RowReader
 from ascendit.checkpoint.writer import Data, ShardWriter
@@ -96,11 +96,8 @@ class WriteBehind:
     def __init__(self, writer: ShardWriter, names: Mapping[str, str] | None = None) -> None:
         """`names`: Diffusers name -> name in the file, where they differ."""
         self._writer, self._names = writer, names or {}
-        self._room = threading.Semaphore(WAITING)
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="ascendit-write", daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ascendit-write")
+        self._waiting: deque[Future[None]] = deque()
 
     def done(self, name: str) -> bool:
         """As of the writer: known from the beginning."""
@@ -108,36 +105,21 @@ class WriteBehind:
 
     def append(self, name: str, data: Data) -> None:
         """The next bytes of a tensor. Waits while as many pieces as may are on their way."""
-        self._put(lambda: self._writer.append(self._names.get(name, name), data))
+        self._put(self._writer.append, self._names.get(name, name), data)
 
     def move(self, step: TensorStep) -> None:
         """A whole tensor from another file, inside the kernel."""
-        self._put(lambda: self._writer.move(step.sources[0], self._names.get(step.name, step.name)))
+        self._put(self._writer.move, step.sources[0], self._names.get(step.name, step.name))
 
     def flush(self) -> None:
         """Wait until all is written."""
-        for _ in range(WAITING):
-            self._room.acquire()
-        self._room.release(WAITING)
-        self._raise()
+        while self._waiting:
+            self._waiting.popleft().result()
 
-    def _put(self, call: Callable[[], None]) -> None:
-        self._room.acquire()
-        self._raise()
-        self._work.put(call)
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while (call := self._work.get()) is not None:
-            try:
-                if self._error is None:
-                    call()
-            except BaseException as e:  # raised where the caller can see it
-                self._error = e
-            self._room.release()
+    def _put(self, call: Callable[..., None], *args: Any) -> None:
+        while len(self._waiting) >= WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(call, *args))
 
     def __enter__(self) -> Self:
         return self
@@ -145,7 +127,6 @@ class WriteBehind:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._work.put(None)
-        self._thread.join()
+        self._thread.shutdown()
         if error is None:
-            self._raise()
+            self.flush()

@@ -37,9 +37,8 @@ from ascendit.checkpoint.writer import Data, TensorSpec
 from ascendit.errors import CheckpointError
 from ascendit.mx.formats import FORMATS
 from ascendit.names import is_block_linear, sort_names
-from ascendit.quant.fusion import fused_with
 from ascendit.quant.schemes import FP8_TILES, scheme_after_reading
-from ascendit.weights.engine_formats import CANONICAL, Dialect, layer_specs
+from ascendit.weights.engine_formats import CANONICAL, Dialect, differ_in_qkv, layer_specs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -198,15 +197,10 @@ def schemes_of(expert: Expert) -> dict[str, str]:
 
 
 def unlike_qkv(expert: Expert) -> bool:
-    """Whether the `mul_scale` of a Q, K and V of one self-attention differ, or are not on all three."""
+    """As `differ_in_qkv`, of factors on disk."""
+    infos = {name: expert.layers[name].tensors["mul_scale"] for name in expert.smoothed}
     with RowReader() as reader:
-        for name in expert.smoothed:
-            group = [expert.layers.get(other) for other in fused_with(name)]
-            scales = [layer.tensors.get("mul_scale") if layer else None for layer in group]
-            data = {None if x is None else to_float32(reader.whole(x), x.dtype, x.name) for x in scales}
-            if len(data) > 1:
-                return True
-    return False
+        return differ_in_qkv({n: to_float32(reader.whole(x), x.dtype, x.name) for n, x in infos.items()})
 
 
 # ---- the bytes of a step ------------------------------------------------------------------------
