@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from ascendit.checkpoint.output_folder import Staging
@@ -15,6 +16,7 @@ from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec
 from ascendit.convert import provenance
 from ascendit.progress import Advance
+from ascendit.version import __version__
 from ascendit.weights.engine_formats import Dialect, task_config
 from ascendit.weights.sink import WriteBehind, run_steps
 from ascendit.weights.tensor_steps import TensorStep, smoothed_in
@@ -63,6 +65,18 @@ class ExpertOutput:
         if self.dialect.task_file:
             files[self.dialect.task_file] = task_config(self.config)
         return files
+
+
+def fingerprint(outputs: Iterable[ExpertOutput], parts: Sequence[object], more: Iterable[Path] = ()) -> str:
+    """The same for two runs that write the same bytes from the same files.
+
+    `parts`: what else decides about the bytes, with a `repr` that says it. `more`: other files that are read.
+    """
+    outputs = list(outputs)
+    files = {info.file for output in outputs for info in output.source.tensors.values()} | set(more)
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    layouts = [(output.folder, output.config, output.dialect, output.specs) for output in outputs]
+    return hashlib.sha256(repr((__version__, stamps, layouts, parts)).encode()).hexdigest()
 
 
 def write_expert(

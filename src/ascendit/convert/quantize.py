@@ -8,8 +8,6 @@ written beside its place and renamed at the end: it appears complete or not at a
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -35,18 +33,17 @@ from ascendit.convert.calibration import (
     Save,
     check_alpha,
     mul_scales,
+    output_quality,
     placeholders,
     smoothable,
 )
-from ascendit.convert.expert_folder import ExpertOutput, write_expert
-from ascendit.convert.output_error import output_quality
+from ascendit.convert.expert_folder import ExpertOutput, fingerprint, write_expert
 from ascendit.convert.report import Outputs, QuantizedExpert, QuantizeReport, calibration_words
 from ascendit.errors import UsageError
 from ascendit.family import Task
 from ascendit.progress import ConversionMeter, OnConversionProgress
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
 from ascendit.quant.vllm_omni_config import marker_for
-from ascendit.version import __version__
 from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, warnings_for
 from ascendit.weights.engine_formats import Dialect, check_engine, dialect_for, model_kind
 from ascendit.weights.lora.fold import Folds, LoraSource, parse_lora
@@ -235,12 +232,13 @@ class QuantizeJob:
         """Write the folder."""
         start = time.perf_counter()
         sources = [self.layout.root, *(x.expert.path for x in self.applied), *(x.path for x in self.loras)]
-        needed = sum(self.output_of(expert).nbytes for expert in self.experts)
+        outputs = [self.output_of(expert) for expert in self.experts]
+        needed = sum(output.nbytes for output in outputs)
         needed += sum(_size(path) for path, _ in self._others() if self.copy or path.is_file())
         with Staging(
             self.dst,
             sources=list(dict.fromkeys(sources)),
-            fingerprint=self.fingerprint(),
+            fingerprint=self.fingerprint(outputs),
             resume=resume,
             needs_bytes=needed,
         ) as staging:
@@ -311,18 +309,14 @@ class QuantizeJob:
 
     # ---- what is said about it ------------------------------------------------------------------
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, outputs: Sequence[ExpertOutput]) -> str:
         """The same for two runs that write the same bytes."""
-        infos = [info for applied in self.applied for info in applied.expert.tensors.values()]
-        files = sorted({info.file for info in infos} | {lora.path for lora in self.loras})
-        stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        parts: list[Any] = [__version__, stamps, self.recipe.as_dict(), self.keep, self.dialect.engine]
-        parts += [[(str(x.path), x.weight, x.expert) for x in self.loras], self.max_shard_bytes]
+        parts: list[Any] = [self.recipe.as_dict(), self.keep, self.max_shard_bytes, self.loras]
         if self.calibrate is not None:  # its statistics are kept, and a run that goes on reads them
             parts += [dict(self.calibration), self.measure]
         for expert, layers in self.smoothing.items():
             parts += [(expert, name, scale.tolist()) for name, scale in layers.items()]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return fingerprint(outputs, parts, more=[lora.path for lora in self.loras])
 
     def made(self) -> provenance.Made:
         """For the card and `ascendit.json`."""

@@ -5,6 +5,9 @@
 Bytes that stay as they are go from file to file inside the kernel; the others are written some rows at a time
 by `weights.tensor_steps`. What an engine cannot load is refused before anything is written. torch is imported
 for FP8 in tiles and for `check` only.
+
+`check` decodes both sides, some rows at a time, and hashes them. It shares no code with `tensor_steps`:
+containers are undone by value, scales are read as stored.
 """
 
 from __future__ import annotations
@@ -12,23 +15,32 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ascendit import mx
 from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.hub import model_folder
+from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer
 from ascendit.checkpoint.layout import RECORD_FILE, WORDS, Layout, recognise
 from ascendit.checkpoint.output_folder import Staging
-from ascendit.checkpoint.transformer import num_weights, read_expert
+from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes, as_tensor
+from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
 from ascendit.convert import provenance
-from ascendit.convert.compare_numbers import combined, compare_numbers
-from ascendit.convert.expert_folder import ExpertOutput, write_expert
+from ascendit.convert.expert_folder import ExpertOutput, fingerprint, write_expert
 from ascendit.convert.report import RepackedExpert, RepackReport, add_up
+from ascendit.errors import CheckpointError
+from ascendit.mx.formats import FORMATS
+from ascendit.names import listed
 from ascendit.progress import Advance, ConversionMeter, OnConversionProgress
+from ascendit.quant.schemes import FP8_TILES, SCHEMES, STORED_SCHEMES
 from ascendit.quant.vllm_omni_config import marker_for
-from ascendit.version import __version__
 from ascendit.weights.engine_formats import Dialect, check_engine, dialect_for, model_kind, traits_of
 from ascendit.weights.tensor_steps import TensorStep, schemes_of, smoothed_in, stored_steps, unlike_qkv
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WAYS = {
     "widen": "to float32",
@@ -73,10 +85,14 @@ def repack(
     if not dry_run:
         sources = [source.root, *([parts_from.root] if parts_from else [])]
         needed = sum(output.nbytes for output in outputs)
-        mark = _fingerprint(outputs, dialect, check=check, copy=copy)
+        mark = fingerprint(outputs, (check, copy))
         with Staging(dst, sources=sources, fingerprint=mark, resume=resume, needs_bytes=needed) as staging:
             meter = ConversionMeter(needed, on_progress)
-            files = _write(outputs, staging, check, meter.advance_in("write"))
+            files: dict[str, str] = {}
+            for output in outputs:
+                advance = meter.advance_in(output.source.name)
+                weigh = TensorStep.bytes_made
+                files |= write_expert(output, staging, advance, weigh=weigh, hash=check, align=True)
             if parts_from and dialect.naming == "diffusers":
                 placed = provenance.place_parts(parts_from, staging.path, copy=copy)
             if check:
@@ -139,30 +155,7 @@ def _outputs(source: Layout, dialect: Dialect, base: Layout | None) -> list[Expe
     return outputs
 
 
-def _fingerprint(outputs: list[ExpertOutput], dialect: Dialect, **flags: bool) -> str:
-    """Changes with the source files and with everything that is written."""
-    digest = hashlib.sha256(repr((__version__, dialect, sorted(flags.items()))).encode())
-    for output in outputs:
-        for file in sorted({info.file for info in output.source.tensors.values()}):
-            stat = file.stat()
-            digest.update(repr((str(file), stat.st_size, stat.st_mtime_ns)).encode())
-        digest.update(repr((output.folder, output.config, output.specs)).encode())
-    return digest.hexdigest()
-
-
-# ---- writing ------------------------------------------------------------------------------------
-
-
-def _write(outputs: list[ExpertOutput], staging: Staging, check: bool, advance: Advance) -> dict[str, str]:
-    """Every expert: weights, manifest, config.json. Returns path in the folder -> sha256, with `check`."""
-    hashes: dict[str, str] = {}
-    for output in outputs:
-
-        def named(name: str, count: int, skipped: bool = False, expert: str = output.source.name) -> None:
-            advance(f"{expert}.{name}", count, skipped)
-
-        hashes |= write_expert(output, staging, named, weigh=TensorStep.bytes_made, hash=check, align=True)
-    return hashes
+# ---- what was done ------------------------------------------------------------------------------
 
 
 def _compare(outputs: list[ExpertOutput], folder: Path, advance: Advance) -> dict[str, dict[str, str]]:
@@ -172,9 +165,6 @@ def _compare(outputs: list[ExpertOutput], folder: Path, advance: Advance) -> dic
         output.source.name: compare_numbers(output.source, read_expert(part), advance)
         for output, part in zip(outputs, written.experts, strict=True)
     }
-
-
-# ---- the report ---------------------------------------------------------------------------------
 
 
 def _made(
@@ -245,3 +235,106 @@ def _warnings(outputs: list[ExpertOutput], dialect: Dialect, parts: Layout | Non
     if parts is None and dialect.naming == "diffusers":
         found["only the transformers were written; --base MODEL adds the other parts"] = None
     return tuple(found)
+
+
+# ---- the numbers of two experts -----------------------------------------------------------------
+
+_TILE, _GROUP = FORMATS[FP8_TILES].block, SCHEMES["mxfp4_dualscale"].group
+
+
+def compare_numbers(source: Expert, written: Expert, advance: Advance | None = None) -> dict[str, str]:
+    """The digests of both, if they agree. CheckpointError E-CKP-10, which names the tensors, if not."""
+    before, after = digests(source, advance), digests(written, advance)
+    wrong = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} of {len(before)} tensors of {source.path} came out otherwise: {listed(wrong)}",
+            needs="the same numbers before and after",
+            fix="run it again; if it happens again, check disk and memory, and report it with this message",
+            code="E-CKP-10",
+        )
+    return before
+
+
+def digests(expert: Expert, advance: Advance | None = None) -> dict[str, str]:
+    """Name -> sha256 of the numbers, as float32, little-endian, by rows.
+
+    A quantized layer has one entry for its decoded weight; its scales are in it, zero offsets in none. A
+    `mul_scale` of ones, which changes nothing, has none either. `advance(name, bytes read)` after each.
+    """
+    found: dict[str, str] = {}
+    inside = set()
+    with RowReader() as reader:
+        for name, layer in expert.layers.items():
+            parts = [info for role, info in layer.tensors.items() if role not in ("bias", "mul_scale")]
+            inside |= set(parts)
+            found[f"{name}.weight"] = _sha256(decoded(layer, reader))
+            if advance:
+                advance(name, sum(info.nbytes for info in parts))
+        for name, info in expert.tensors.items():
+            if info not in inside and not (name.endswith(".mul_scale") and _is_ones(info, reader)):
+                found[name] = _sha256(_plain(info, reader))
+                if advance:
+                    advance(name, info.nbytes)
+    return found
+
+
+def combined(digests_by_name: dict[str, str]) -> str:
+    """One sha256 over all names and digests, in the order of the names."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests_by_name.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _sha256(rows: Iterator[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for block in rows:
+        digest.update(as_bytes(block))
+    return digest.hexdigest()
+
+
+def _plain(info: TensorInfo, reader: RowReader) -> Iterator[Tensor]:
+    import torch
+
+    for _, view in reader.blocks(info):
+        rows = as_tensor(view, info)
+        yield rows.to(torch.float32) if info.dtype in FLOAT_DTYPES else rows
+
+
+def _is_ones(info: TensorInfo, reader: RowReader) -> bool:
+    return all(bool((rows == 1).all()) for rows in _plain(info, reader))
+
+
+def decoded(layer: Layer, reader: RowReader) -> Iterator[Tensor]:
+    """The weight of a layer as float32 rows [n, K]; FP8 in tiles is rounded to bfloat16 on the way."""
+    import torch
+
+    if layer.scheme == "bf16":
+        yield from _plain(layer.tensors["weight"], reader)
+        return
+    weight, tiled = layer.tensors["weight"], layer.scheme == FP8_TILES
+    wide = layer.container not in ("plain", "packed")  # FP4 as numbers of another type
+    scales = {role: _whole(info, reader) for role, info in layer.tensors.items() if "scale" in role}
+    format = "mxfp8" if wide else "mxfp4" if "weight_dual_scale" in scales else layer.scheme
+    scale, dual = scales["weight_scale_inv" if tiled else "weight_scale"], scales.get("weight_dual_scale")
+    if not STORED_SCHEMES[layer.scheme].block and not tiled:
+        scale = scale.reshape(-1, 1).expand(layer.shape[0], 1)
+    for start, view in reader.blocks(weight, multiple=_TILE):
+        codes = as_tensor(view, weight)
+        stop, step = start + len(codes), _TILE if tiled else 1
+        part = scale[start // step : -(-stop // step)]
+        codes = codes.to(torch.float8_e4m3fn) if wide else codes
+        encoded = mx.Encoded(codes, part, None, format, -1, (len(codes), layer.shape[1]))
+        values = mx.decode(encoded, torch.bfloat16 if tiled else torch.float32).to(torch.float32)
+        if dual is not None:
+            factors = dual.reshape(layer.shape[0], -1)[start:stop].repeat_interleave(_GROUP, -1)
+            values *= factors[:, : layer.shape[1]]
+        yield values
+
+
+def _whole(info: TensorInfo, reader: RowReader) -> Tensor:
+    """A scale in memory: E8M0 as uint8, others as float32."""
+    import torch
+
+    data = bytearray(reader.whole(info))
+    values = as_tensor(memoryview(data), info).reshape(info.shape)
+    return values.to(torch.float32) if info.dtype in FLOAT_DTYPES else values.view(torch.uint8)

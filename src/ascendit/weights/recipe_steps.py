@@ -159,11 +159,10 @@ class RecipeSteps:
 
     def _encode(self, layer: LayerScheme, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
         """Codes while rows are read, then scales."""
-        assert layer.scale_rule is not None
         name, info = step.name, step.sources[0]
         by_rows = step.shard.axis == 1 and not SCHEMES[layer.scheme].block
         part, kept = (WHOLE, columns_of(step.shard)) if by_rows else (step.shard, slice(None))
-        rule = self._search(reader, name) if layer.scale_rule == SEARCH else layer.scale_rule
+        rule = self.scale_rule(reader, layer)
         scales = {"weight_scale": bytearray(), "weight_dual_scale": bytearray()}
         encoder = None
         for start, rows in self.rows(reader, name, part):
@@ -201,10 +200,13 @@ class RecipeSteps:
             threads=min(max(torch.get_num_threads() // 2, 1), MOST_THREADS),
         )
 
-    def _search(self, reader: RowReader, name: str) -> str:
-        """The one constant of a tensor that errs least: a pass of its own over all of it."""
+    def scale_rule(self, reader: RowReader, layer: LayerScheme) -> str:
+        """The rule of a layer; a constant that is searched for errs least over the whole weight."""
+        assert layer.scale_rule is not None
+        if layer.scale_rule != SEARCH:
+            return layer.scale_rule
         search = ScaleSearch()
-        for _, rows in self.rows(reader, name):
+        for _, rows in self.rows(reader, f"{layer.name}.weight"):
             search.add(rows)
         return search.best()
 
