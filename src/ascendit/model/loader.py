@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -160,7 +161,7 @@ def keep_floats(
     steps = cut_steps(steps, applied.expert, {}, shards)
     run_steps(steps, reader, ModelSink(plain, reader, steps, {}, device=device, dtype=dtype))
     for name, module in linears.items():
-        kept = plain.get_submodule(name)
+        kept: Any = plain.get_submodule(name)
         module.floats = (kept.weight.detach(), None if kept.bias is None else kept.bias.detach())
 
 
