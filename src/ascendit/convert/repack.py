@@ -78,8 +78,9 @@ def repack(
     dst = Path(dst).expanduser()
     dialect = dialect_for(engine, to)
     source = recognise(model_folder(src))
-    parts_from = provenance.read_base(base, source) if base is not None else _own_parts(source)
-    outputs = _outputs(source, dialect, parts_from if base is not None else None)
+    given = None if base is None else provenance.read_base(base, source)
+    parts_from = given or (source if source.kind == "diffusers" else None)  # a pipeline is its own base
+    outputs = _outputs(source, dialect, given)
     checked: dict[str, dict[str, str]] = {}
     placed: tuple[str, ...] = ()
     if not dry_run:
@@ -97,7 +98,10 @@ def repack(
                 placed = provenance.place_parts(parts_from, staging.path, copy=copy)
             if check:
                 meter = ConversionMeter(2 * needed, on_progress)
-                checked = _compare(outputs, staging.path, meter.advance_in("check"))
+                advance = meter.advance_in("check")
+                for output, part in zip(outputs, recognise(staging.path).experts, strict=True):
+                    name, written = output.source.name, read_expert(part)
+                    checked[name] = compare_numbers(output.source, written, advance)
             made = _made(source, dst, outputs, files, checked, base=base, to=to, engine=engine, check=check)
             provenance.write_made(staging.path, made, dst.name)
             staging.publish()
@@ -118,11 +122,6 @@ def repack(
 
 
 # ---- what is decided first ----------------------------------------------------------------------
-
-
-def _own_parts(source: Layout) -> Layout | None:
-    """A pipeline folder is its own base."""
-    return source if source.kind == "diffusers" else None
 
 
 def _outputs(source: Layout, dialect: Dialect, base: Layout | None) -> list[ExpertOutput]:
@@ -156,15 +155,6 @@ def _outputs(source: Layout, dialect: Dialect, base: Layout | None) -> list[Expe
 
 
 # ---- what was done ------------------------------------------------------------------------------
-
-
-def _compare(outputs: list[ExpertOutput], folder: Path, advance: Advance) -> dict[str, dict[str, str]]:
-    """Read what was written as anyone would, and compare all numbers with the source."""
-    written = recognise(folder)
-    return {
-        output.source.name: compare_numbers(output.source, read_expert(part), advance)
-        for output, part in zip(outputs, written.experts, strict=True)
-    }
 
 
 def _made(

@@ -88,6 +88,7 @@ def load_expert(
     say_attention(expert)
     with torch.device("meta"):
         model = WanTransformer(WanConfig.from_dict(expert.config), ops)
+    assert applied or folds is None, "LoRA files are folded into floats"
     recipe = RecipeSteps(applied, folds=folds) if applied else None
     with RowReader() as reader:
         layers = applied_layers(applied) if applied else stored_layers(expert, reader)
