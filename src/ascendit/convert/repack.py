@@ -12,10 +12,11 @@ containers are undone by value, scales are read as stored.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from ascendit.checkpoint.layout import RECORD_FILE, WORDS, Layout, recognise
 from ascendit.checkpoint.output_folder import Staging
 from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes, as_tensor
 from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
+from ascendit.checkpoint.writer import Data, TensorSpec
 from ascendit.convert import provenance
 from ascendit.convert.expert_folder import ExpertOutput, fingerprint, write_expert
 from ascendit.convert.report import RepackedExpert, RepackReport, add_up
@@ -37,7 +39,15 @@ from ascendit.progress import Advance, ConversionMeter, OnConversionProgress
 from ascendit.quant.schemes import FP8_TILES, SCHEMES, STORED_SCHEMES
 from ascendit.quant.vllm_omni_config import marker_for
 from ascendit.weights.engine_formats import Dialect, check_engine, dialect_for, model_kind, traits_of
-from ascendit.weights.tensor_steps import TensorStep, schemes_of, smoothed_in, stored_steps, unlike_qkv
+from ascendit.weights.sink import no_progress, run_steps
+from ascendit.weights.tensor_steps import (
+    Piece,
+    TensorStep,
+    schemes_of,
+    smoothed_in,
+    stored_steps,
+    unlike_qkv,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -229,10 +239,11 @@ def _warnings(outputs: list[ExpertOutput], dialect: Dialect, parts: Layout | Non
 
 # ---- the numbers of two experts -----------------------------------------------------------------
 
+Rows = Callable[[RowReader], Iterator["Tensor"]]
 _TILE, _GROUP = FORMATS[FP8_TILES].block, SCHEMES["mxfp4_dualscale"].group
 
 
-def compare_numbers(source: Expert, written: Expert, advance: Advance | None = None) -> dict[str, str]:
+def compare_numbers(source: Expert, written: Expert, advance: Advance = no_progress) -> dict[str, str]:
     """The digests of both, if they agree. CheckpointError E-CKP-10, which names the tensors, if not."""
     before, after = digests(source, advance), digests(written, advance)
     wrong = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
@@ -246,40 +257,71 @@ def compare_numbers(source: Expert, written: Expert, advance: Advance | None = N
     return before
 
 
-def digests(expert: Expert, advance: Advance | None = None) -> dict[str, str]:
+class Checker:
+    """A sink that keeps the sha256 of each tensor and nothing else."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Name -> sha256."""
+        return {name: digest.hexdigest() for name, digest in self._sums.items()}
+
+    def done(self, name: str) -> bool:
+        """Each tensor is looked at."""
+        return False
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def append(self, name: str, data: Data) -> None:
+        """The next bytes of a tensor."""
+        self._sums.setdefault(name, hashlib.sha256()).update(data)
+
+    def move(self, step: TensorStep) -> None:
+        """Numbers are always read."""
+        raise AssertionError(step.name)
+
+
+def digests(expert: Expert, advance: Advance = no_progress) -> dict[str, str]:
     """Name -> sha256 of the numbers, as float32, little-endian, by rows.
 
     A quantized layer has one entry for its decoded weight; its scales are in it, zero offsets in none. A
-    `mul_scale` of ones, which changes nothing, has none either. `advance(name, bytes read)` after each.
+    `mul_scale` of ones, which changes nothing, has none either. `advance(name, bytes read)` after some rows.
     """
-    found: dict[str, str] = {}
-    inside = set()
+    checker = Checker()
     with RowReader() as reader:
-        for name, layer in expert.layers.items():
-            parts = [info for role, info in layer.tensors.items() if role not in ("bias", "mul_scale")]
-            inside |= set(parts)
-            found[f"{name}.weight"] = _sha256(decoded(layer, reader))
-            if advance:
-                advance(name, sum(info.nbytes for info in parts))
-        for name, info in expert.tensors.items():
-            if info not in inside and not (name.endswith(".mul_scale") and _is_ones(info, reader)):
-                found[name] = _sha256(_plain(info, reader))
-                if advance:
-                    advance(name, info.nbytes)
-    return found
+        steps = decoded_steps(expert, reader)
+        run_steps(steps, reader, checker, advance=advance, weigh=TensorStep.bytes_read)
+    return checker.digests
+
+
+def decoded_steps(expert: Expert, reader: RowReader) -> list[TensorStep]:
+    """A plan that makes every number of an expert, as float32."""
+
+    def step(name: str, shape: tuple[int, ...], sources: Sequence[TensorInfo], rows: Rows) -> TensorStep:
+        def make(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
+            return ((name, as_bytes(block)) for block in rows(reader))
+
+        specs = (TensorSpec(name, "F32", shape),)
+        return TensorStep(name=name, how="rows", specs=specs, sources=tuple(sources), make=make)
+
+    steps, inside = [], set()
+    for name, layer in expert.layers.items():
+        parts = [info for role, info in layer.tensors.items() if role not in ("bias", "mul_scale")]
+        inside |= set(parts)
+        steps.append(step(f"{name}.weight", layer.shape, parts, functools.partial(decoded, layer)))
+    for name, info in expert.tensors.items():
+        if info not in inside and not (name.endswith(".mul_scale") and _is_ones(info, reader)):
+            steps.append(step(name, info.shape, (info,), functools.partial(_plain, info)))
+    return steps
 
 
 def combined(digests_by_name: dict[str, str]) -> str:
     """One sha256 over all names and digests, in the order of the names."""
     lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests_by_name.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _sha256(rows: Iterator[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for block in rows:
-        digest.update(as_bytes(block))
-    return digest.hexdigest()
 
 
 def _plain(info: TensorInfo, reader: RowReader) -> Iterator[Tensor]:
