@@ -531,7 +531,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
 
 def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     def stop(event: Progress) -> None:
-        if event.name.startswith("transformer_2"):
+        if event.stage == "transformer_2":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -28,7 +28,7 @@ from ascendit.weights.engine_formats import Dialect, dialect_for
 from ascendit.weights.tensor_steps import (
     recode,
     schemes_of,
-    steps_for,
+    stored_steps,
     tile_values,
     to_float32,
     unlike_qkv,
@@ -40,10 +40,10 @@ def test_each_tensor_has_one_step() -> None:
         for part in recognise(source).experts:
             expert = read_expert(part)
             for dialect in (Dialect(), dialect_for("vllm-omni"), dialect_for("mindie")):
-                steps = steps_for(expert, dialect)
-                used = [info for step in (*steps.written, *steps.dropped) for info in step.sources]
+                steps = stored_steps(expert, dialect)
+                used = [info for step in steps for info in step.sources]
                 assert sorted(x.name for x in used) == sorted(x.name for x in expert.tensors.values())
-                assert steps.names == [step.name for step in steps.written]
+                assert all(step.name == step.specs[0].name for step in steps if step.specs)
 
 
 def test_schemes_and_smoothing_of_an_expert() -> None:

@@ -1,25 +1,31 @@
 """What a calibration gives to `quantize`: maxima of the inputs of each layer, and `mul_scale` made of them.
 
-Layers that share one input share one s, see `quant.fusion`. `pipeline/calibrate.py` runs the model.
+Layers that share one input share one s, see `quant.fusion`. `pipeline/calibrate.py` runs the model. On the
+rows that it has kept, `output_quality` measures what the smoothing is good for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ascendit.checkpoint.layout import Layout
-from ascendit.checkpoint.reader import TORCH_DTYPES
+from ascendit.checkpoint.reader import TORCH_DTYPES, RowReader
+from ascendit.convert.report import OutputQuality, Outputs
 from ascendit.errors import UsageError
-from ascendit.mx.smoothing import smoothing_factors, to_mul_scale
+from ascendit.mx.codec import decibels, decode, encode
+from ascendit.mx.smoothing import smooth_input, smooth_weight, smoothing_factors, to_mul_scale
 from ascendit.names import is_block_linear
 from ascendit.quant.fusion import leader_of
+from ascendit.quant.schemes import SCHEMES
 from ascendit.weights.applied_recipe import AppliedRecipe
 from ascendit.weights.lora.fold import LoraSource
+from ascendit.weights.recipe_steps import RecipeSteps
 
 ALPHA = 0.9
 """msModelSlim's, in the recipe that smooths Wan."""
@@ -123,3 +129,45 @@ def _no_statistics(expert: str, layer: str, missing: bool) -> UsageError:
         fix="see that ascendit generate makes a good video of the source; --keep leaves the layer as it is",
         code="E-QNT-01",
     )
+
+
+# ---- outputs with and without smoothing ---------------------------------------------------------
+
+
+def output_quality(
+    expert: RecipeSteps,
+    found: Mapping[str, Statistics],
+    reader: RowReader,
+    advance: Callable[[str, int], None],
+) -> Outputs:
+    """SQNR of the output of every smoothed layer of `expert`, on the rows that were kept.
+
+    y = x W^T, in float32, against the same product of decoded codes of both. Each weight is reported by
+    `advance(name, bytes read)`.
+    """
+    layers = {}
+    for name in smoothable(expert.applied):
+        rows = found[leader_of(name)].rows
+        if len(rows):
+            layers[name] = _quality(expert, name, rows, reader)
+        advance(name, expert.applied.weight(name).nbytes)
+    return Outputs(layers=layers)
+
+
+def _quality(expert: RecipeSteps, name: str, x: Tensor, reader: RowReader) -> OutputQuality:
+    layer, scale = expert.applied.coded[name], expert.applied.smoothing[name]
+    plain = RecipeSteps(replace(expert.applied, smoothing={}), folds=expert.folds)
+
+    def decoded(tensor: Tensor, rule: str) -> Tensor:
+        return decode(encode(tensor, SCHEMES[layer.scheme].weight, scale_rule=rule))
+
+    inputs = [decoded(each, SCHEMES[layer.scheme].rule) for each in (x, smooth_input(x, scale))]
+    rules = [recipe.scale_rule(reader, layer) for recipe in (plain, expert)]
+    signal, noise = 0.0, [0.0, 0.0]
+    for _, w in plain.rows(reader, f"{name}.weight", small=True):
+        y = x.to(torch.float32) @ w.to(torch.float32).t()
+        signal += float(y.square().sum(dtype=torch.float64))
+        for i, weight in enumerate((w, smooth_weight(w, scale))):
+            error = y - inputs[i] @ decoded(weight, rules[i]).t()
+            noise[i] += float(error.square().sum(dtype=torch.float64))
+    return OutputQuality(plain=decibels(signal, noise[0]), smoothed=decibels(signal, noise[1]))

@@ -8,12 +8,9 @@ written beside its place and renamed at the end: it appears complete or not at a
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +20,10 @@ import torch
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import INDEX_FILE, RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.output_folder import Staging, link_or_copy
-from ascendit.checkpoint.quant_metadata import MANIFEST_FILE
+from ascendit.checkpoint.quant_metadata import MANIFEST_FILE, QUANT_TYPE
 from ascendit.checkpoint.reader import RowReader
-from ascendit.checkpoint.transformer import Expert, read_expert
-from ascendit.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter
+from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
+from ascendit.checkpoint.writer import MAX_SHARD_BYTES
 from ascendit.convert import provenance
 from ascendit.convert.calibration import (
     SAMPLED_ROWS,
@@ -36,20 +33,22 @@ from ascendit.convert.calibration import (
     Save,
     check_alpha,
     mul_scales,
+    output_quality,
     placeholders,
     smoothable,
 )
-from ascendit.convert.output_error import output_quality
+from ascendit.convert.expert_folder import ExpertOutput, fingerprint, write_expert
 from ascendit.convert.report import Outputs, QuantizedExpert, QuantizeReport, calibration_words
 from ascendit.errors import UsageError
 from ascendit.family import Task
 from ascendit.progress import Meter, OnProgress
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
-from ascendit.version import __version__
+from ascendit.quant.vllm_omni_config import marker_for
 from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, warnings_for
-from ascendit.weights.engine_formats import Dialect, check_engine, dialect_for, model_kind, task_config
+from ascendit.weights.engine_formats import Dialect, check_engine, dialect_for, model_kind
 from ascendit.weights.lora.fold import Folds, LoraSource, parse_lora
-from ascendit.weights.quantize_writer import ExpertWriter, WriteBehind
+from ascendit.weights.recipe_steps import RecipeSteps
+from ascendit.weights.tensor_steps import TensorStep
 
 Smoothing = Mapping[str, Mapping[str, torch.Tensor]]
 """Expert -> layer -> mul_scale, float32 [K]."""
@@ -107,59 +106,38 @@ def quantize(
                 fix="leave one out",
                 code="E-USE-01",
             )
-    job = QuantizeJob(
-        layout=recognise(model_folder(src)),
-        dst=Path(os.path.abspath(Path(dst).expanduser())),
-        recipe=load_recipe(recipe or "default", scheme, scale_rule),
-        keep=tuple(keep),
-        loras=tuple(parse_lora(lora) if isinstance(lora, str) else lora for lora in loras),
-        dialect=dialect_for(engine),
-        smoothing=smoothing or {},
-        max_shard_bytes=max_shard_bytes,
-        copy=copy,
-        measure=report,
-        hash=hash,
-        flags=_flags(scheme, recipe, scale_rule, keep, loras, engine, copy, force, report, hash)
-        + list(calibrate.flags if calibrate else ()),
-        calibrate=calibrate,
-    )
-    job.check(force)
-    if dry_run:
-        return job.report(0.0, dry_run=True)
-    return job.run(resume, on_progress)
-
-
-def _flags(
-    scheme: str | None,
-    recipe: str | None,
-    scale_rule: str | None,
-    keep: Sequence[str],
-    loras: Sequence[LoraSource | str],
-    engine: str | None,
-    copy: bool,
-    force: bool,
-    report: bool,
-    hash: bool,
-) -> list[tuple[str, object]]:
-    """The command line of this call, without what names no file of the model; files by their names alone."""
-    name = None if recipe is None else Path(recipe).name if recipe.endswith(".toml") else recipe
-    sources = [parse_lora(lora) if isinstance(lora, str) else lora for lora in loras]
-    words = [f"{f'{x.expert}=' if x.expert else ''}{x.path.name}:{x.weight:g}" for x in sources]
-    return [
+    files = tuple(parse_lora(lora) if isinstance(lora, str) else lora for lora in loras)
+    flags: list[tuple[str, object]] = [
         ("--scheme", scheme),
-        ("--recipe", name),
+        ("--recipe", Path(recipe).name if recipe and recipe.endswith(".toml") else recipe),
         ("--scale-rule", scale_rule),
         ("--keep", list(keep)),
-        ("--lora", words),
+        ("--lora", [f"{f'{x.expert}=' if x.expert else ''}{x.path.name}:{x.weight:g}" for x in files]),
         ("--for", engine),
         ("--copy", copy),
         ("--force", force),
         ("--report", report),
         ("--hash", hash),
     ]
-
-
-# ---- one run ------------------------------------------------------------------------------------
+    job = QuantizeJob(
+        layout=recognise(model_folder(src)),
+        dst=Path(os.path.abspath(Path(dst).expanduser())),
+        recipe=load_recipe(recipe or "default", scheme, scale_rule),
+        keep=tuple(keep),
+        loras=files,
+        dialect=dialect_for(engine),
+        smoothing=smoothing or {},
+        calibrate=calibrate,
+        max_shard_bytes=max_shard_bytes,
+        copy=copy,
+        measure=report,
+        hash=hash,
+        flags=[*flags, *(calibrate.flags if calibrate else ())],
+    )
+    job.check(force)
+    if dry_run:
+        return job.report(0.0, dry_run=True)
+    return job.run(resume, on_progress)
 
 
 @dataclass
@@ -173,17 +151,16 @@ class QuantizeJob:
     loras: tuple[LoraSource, ...]
     dialect: Dialect
     smoothing: Smoothing
+    calibrate: Calibrate | None
+    """Makes `smoothing`, once everything else is known to be right."""
     max_shard_bytes: int | None
     copy: bool
     measure: bool
     hash: bool
     flags: list[tuple[str, object]]
-    calibrate: Calibrate | None = None
-    """Makes `smoothing`, once everything else is known to be right."""
-    applied: list[AppliedRecipe] = field(init=False)
-    folds: list[Folds] = field(init=False)
+    """The command line, without what names no file of the model; files by their names alone."""
     kind: Task = field(init=False)
-    sqnr: dict[str, dict[str, float]] = field(init=False, default_factory=dict)
+    experts: list[RecipeSteps] = field(init=False)
     outputs: dict[str, Outputs] = field(init=False, default_factory=dict)
     files: dict[str, str] = field(init=False, default_factory=dict)
     """Path in the folder -> sha256, if asked for."""
@@ -191,44 +168,39 @@ class QuantizeJob:
 
     def __post_init__(self) -> None:
         experts = [read_expert(part) for part in self.layout.experts]
-        if unknown := sorted(set(self.smoothing) - {expert.name for expert in experts}):
+        names = [expert.name for expert in experts]
+        if unknown := sorted(set(self.smoothing) - set(names)):
             raise UsageError(
                 f"smoothing for {', '.join(unknown)}",
-                needs=f"one of {', '.join(expert.name for expert in experts)}",
+                needs=f"one of {', '.join(names)}",
                 fix="name the experts as the model does",
                 code="E-USE-05",
             )
         self.kind = model_kind(experts[0].config)
-        self.applied = [self._apply(expert) for expert in experts]
+        applied = [self._apply(expert, self.smoothing.get(expert.name)) for expert in experts]
         if self.calibrate is not None:
-            self.smoothing = {applied.expert.name: placeholders(applied) for applied in self.applied}
-            self.applied = [self._apply(expert) for expert in experts]
-        names = [expert.name for expert in experts]
-        self.folds = [
-            Folds.open(
-                self.loras, e.name, {name: info.shape for name, info in e.tensors.items()}, experts=names
-            )
-            for e in experts
-        ]
+            applied = [self._apply(one.expert, placeholders(one)) for one in applied]
+        self.experts = []
+        for one in applied:
+            shapes = {name: info.shape for name, info in one.expert.tensors.items()}
+            folds = Folds.open(self.loras, one.expert.name, shapes, experts=names)
+            self.experts.append(RecipeSteps(one, self.dialect, folds, measure=self.measure))
 
-    def _apply(self, expert: Expert) -> AppliedRecipe:
-        return apply_recipe(
-            expert,
-            self.recipe,
-            self.kind,
-            keep=self.keep,
-            smoothing=self.smoothing.get(expert.name),
-            dialect=self.dialect,
-        )
+    def _apply(self, expert: Expert, smoothing: Mapping[str, torch.Tensor] | None) -> AppliedRecipe:
+        return apply_recipe(expert, self.recipe, self.kind, keep=self.keep, smoothing=smoothing)
+
+    @property
+    def applied(self) -> list[AppliedRecipe]:
+        """What becomes of each expert."""
+        return [expert.applied for expert in self.experts]
 
     def check(self, force: bool) -> None:
         """Refuse before any work what cannot come out well."""
         used = {scheme for applied in self.applied for scheme in applied.schemes}
         if not used - {"bf16"}:
+            keep = f" with --keep {' '.join(self.keep)}" if self.keep else ""
             raise UsageError(
-                f"recipe {self.recipe.name} with --keep {' '.join(self.keep)} quantizes no layer"
-                if self.keep
-                else f"recipe {self.recipe.name} quantizes no layer",
+                f"recipe {self.recipe.name}{keep} quantizes no layer",
                 needs="at least one layer in another scheme than bf16",
                 fix="keep fewer layers; `ascendit repack` changes the layout of a model alone",
                 code="E-QNT-01",
@@ -241,26 +213,39 @@ class QuantizeJob:
 
     # ---- writing --------------------------------------------------------------------------------
 
+    def output_of(self, expert: RecipeSteps) -> ExpertOutput:
+        """What is written of one expert."""
+        applied, source = expert.applied, expert.applied.expert
+        asked = {f"{a.name}{QUANT_TYPE}": a.quant_type for a in applied.attention if a.quant_type}
+        return ExpertOutput(
+            source=source,
+            folder=self.dialect.folder(source.name, len(self.experts)),
+            dialect=self.dialect,
+            steps=expert.plan(),
+            config=source.config,
+            marker=marker_for(applied.inside, tuple(applied.smoothing)),
+            layers={layer.name: layer.scheme for layer in applied.layers},
+            attention=source.attention | asked,
+        )
+
     def run(self, resume: bool, on_progress: OnProgress | None) -> QuantizeReport:
         """Write the folder."""
         start = time.perf_counter()
-        sources = [self.layout.root, *(applied.expert.path for applied in self.applied)]
-        sources += [lora.path for lora in self.loras]
-        needed = sum(applied.bytes_after for applied in self.applied)
+        sources = [self.layout.root, *(x.expert.path for x in self.applied), *(x.path for x in self.loras)]
+        outputs = [self.output_of(expert) for expert in self.experts]
+        needed = sum(output.nbytes for output in outputs)
         needed += sum(_size(path) for path, _ in self._others() if self.copy or path.is_file())
         with Staging(
             self.dst,
             sources=list(dict.fromkeys(sources)),
-            fingerprint=self.fingerprint(),
+            fingerprint=self.fingerprint(outputs),
             resume=resume,
             needs_bytes=needed,
         ) as staging:
             found = self._calibrate(staging, resume)
             meter = Meter(self._total_bytes(), on_progress)
-            for applied, folds in zip(self.applied, self.folds, strict=True):
-                self._write_expert(staging, applied, folds, meter)
-                if self.measure and found:
-                    self._measure_outputs(applied, folds, found, meter)
+            for expert in self.experts:
+                self._write(expert, staging, meter, found)
             for source, name in self._others():
                 link_or_copy(source, staging.path / name, copy=self.copy or source.is_file())
             provenance.write_made(staging.path, self.made(), self.dst.name)
@@ -279,94 +264,57 @@ class QuantizeJob:
             saved=lambda: staging.journal.add(file, file.stat().st_size),
         )
         found = self.calibrate(self.layout, self.loras, SAMPLED_ROWS if self.measure else 0, save)
-        for i, applied in enumerate(self.applied):
-            made = mul_scales(applied, found.get(applied.expert.name, {}), self.calibrate.alpha)
-            self.applied[i] = replace(applied, smoothing=made)
+        for expert in self.experts:
+            made = mul_scales(expert.applied, found.get(expert.applied.expert.name, {}), self.calibrate.alpha)
+            expert.applied = replace(expert.applied, smoothing=made)
         return found
 
-    def _measure_outputs(
-        self, applied: AppliedRecipe, folds: Folds, found: ExpertStatistics, meter: Meter
-    ) -> None:
-        name = applied.expert.name
-        with RowReader() as reader:
-            advance = meter.advance_in(f"outputs of {name}")
-            self.outputs[name] = output_quality(applied, found[name], reader, folds, advance)
-
-    def _write_expert(self, staging: Staging, applied: AppliedRecipe, folds: Folds, meter: Meter) -> None:
-        quant_type = applied.manifest["model_quant_type"]
-        folder = staging.path / self.dialect.folder(applied.expert.name, len(self.applied))
-        folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            reader = stack.enter_context(RowReader())
-            writer = stack.enter_context(
-                ShardWriter(
-                    folder,
-                    applied.disk_specs,
-                    stem=self.dialect.stem(quant_type),
-                    max_shard_bytes=None if self.dialect.typed_names else self.max_shard_bytes,
-                    hash=self.hash,
-                    journal=staging.journal,
-                )
-            )
-            behind = stack.enter_context(WriteBehind(writer))
-            advance = meter.advance_in(applied.expert.name)
-            work = ExpertWriter(applied, reader, behind, folds=folds, measure=self.measure, advance=advance)
-            work.write()
-            behind.flush()
-            digests = writer.close()
-        self.sqnr[applied.expert.name] = work.sqnr
-        where = folder.relative_to(staging.path)
-        manifest, config = folder / self.dialect.manifest_file(quant_type), folder / "config.json"
-        manifest.write_text(json.dumps(applied.manifest, indent=4) + "\n", encoding="utf-8")
-        provenance.write_json(config, applied.config)
-        written = [manifest, config]
-        if self.dialect.task_file:
-            written.append(folder / self.dialect.task_file)
-            provenance.write_json(written[-1], task_config(applied.expert.config))
-        if self.hash:
-            written += folder.glob("*.index.json")
-            digests |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in written}
-        self.files |= {(where / name).as_posix(): digest for name, digest in digests.items()}
-        if self.dialect.mode is not None:
-            for path in (manifest, *(shard.file for shard in writer.shards)):
-                path.chmod(self.dialect.mode)
+    def _write(self, expert: RecipeSteps, staging: Staging, meter: Meter, found: ExpertStatistics) -> None:
+        name = expert.applied.expert.name
+        self.files |= write_expert(
+            self.output_of(expert),
+            staging,
+            meter.advance_in(name),
+            weigh=TensorStep.bytes_read,
+            hash=self.hash,
+            hash_json=self.hash,
+            max_shard_bytes=self.max_shard_bytes,
+            encode_all=self.measure,
+        )
+        if self.measure and found:
+            with RowReader() as reader:
+                advance = meter.advance_in(f"outputs of {name}")
+                self.outputs[name] = output_quality(expert, found[name], reader, advance)
 
     def _others(self) -> list[tuple[Path, str]]:
-        """Components and small files that come along, as (where it lies, name in the folder)."""
+        """Components and small files that come along, as (path, name in the folder)."""
         if self.layout.kind != "diffusers" or self.dialect.naming != "diffusers":
             return []
         experts = {part.name for part in self.layout.experts}
-        found = [(part.path, part.name) for part in self.layout.parts.values() if part.name not in experts]
+        others = [(part.path, part.name) for part in self.layout.parts.values() if part.name not in experts]
         for path in sorted(self.layout.root.iterdir()):
             if not path.is_file() or path.name.startswith(".") or path.name in _NOT_COPIED:
                 continue
             if path.name == INDEX_FILE or (not path.name.endswith(_WEIGHTS) and path.stat().st_size <= SMALL):
-                found.append((path, path.name))
-        return found
+                others.append((path, path.name))
+        return others
 
     def _total_bytes(self) -> int:
         total = sum(applied.bytes_before for applied in self.applied)
         if self.measure and self.calibrate is not None:  # each smoothed weight is read once more
-            total += sum(
-                applied.weight(name).nbytes for applied in self.applied for name in smoothable(applied)
-            )
+            total += sum(x.weight(name).nbytes for x in self.applied for name in smoothable(x))
         return total
 
     # ---- what is said about it ------------------------------------------------------------------
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, outputs: Sequence[ExpertOutput]) -> str:
         """The same for two runs that write the same bytes."""
-        infos = [info for applied in self.applied for info in applied.expert.tensors.values()]
-        files = sorted({info.file for info in infos} | {lora.path for lora in self.loras})
-        stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        what: list[Any] = [__version__, stamps, self.recipe.as_dict(), self.keep, self.dialect.engine]
-        what += [[(str(x.path), x.weight, x.expert) for x in self.loras], self.max_shard_bytes]
-        if self.calibrate is not None:  # what it finds is kept, and a run that goes on takes it from there
-            what += [dict(self.calibration), self.measure]
-        else:
-            for expert, layers in self.smoothing.items():
-                what += [(expert, name, scale.tolist()) for name, scale in layers.items()]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        parts: list[Any] = [self.recipe.as_dict(), self.keep, self.max_shard_bytes, self.loras]
+        if self.calibrate is not None:  # its statistics are kept, and a run that goes on reads them
+            parts += [dict(self.calibration), self.measure]
+        for expert, layers in self.smoothing.items():
+            parts += [(expert, name, scale.tolist()) for name, scale in layers.items()]
+        return fingerprint(outputs, parts, more=[lora.path for lora in self.loras])
 
     def made(self) -> provenance.Made:
         """For the card and `ascendit.json`."""
@@ -392,19 +340,6 @@ class QuantizeJob:
 
     def report(self, seconds: float, *, dry_run: bool = False) -> QuantizeReport:
         """What happened, or would."""
-        experts = tuple(
-            QuantizedExpert(
-                name=applied.expert.name,
-                schemes=applied.schemes,
-                kept=applied.kept,
-                bytes_before=applied.bytes_before,
-                bytes_after=applied.bytes_after,
-                num_weights=applied.num_weights,
-                sqnr=self.sqnr.get(applied.expert.name, {}),
-                outputs=self.outputs.get(applied.expert.name, Outputs()),
-            )
-            for applied in self.applied
-        )
         loras = tuple(
             {"file": lora.path.name, "weight": lora.weight, "expert": lora.expert or "all"}
             for lora in self.loras
@@ -417,7 +352,7 @@ class QuantizeJob:
             source=provenance.source_name(self.layout),
             recipe=f"{self.recipe.name}: {self.recipe.about}",
             model_kind=self.kind,
-            experts=experts,
+            experts=tuple(self._expert_report(expert) for expert in self.experts),
             dry_run=dry_run,
             seconds=seconds,
             linked=tuple(name for _, name in self._others()),
@@ -427,17 +362,24 @@ class QuantizeJob:
             warnings=tuple(warnings),
         )
 
+    def _expert_report(self, expert: RecipeSteps) -> QuantizedExpert:
+        applied = expert.applied
+        return QuantizedExpert(
+            name=applied.expert.name,
+            schemes=applied.schemes,
+            kept=applied.kept,
+            bytes_before=applied.bytes_before,
+            bytes_after=self.output_of(expert).nbytes,
+            num_weights=num_weights(applied.expert),
+            sqnr=expert.sqnr,
+            outputs=self.outputs.get(applied.expert.name, Outputs()),
+        )
+
 
 def _size(path: Path) -> int:
     """Bytes of a file, or of all files below a folder, links followed."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(
-        os.stat(os.path.join(place, name)).st_size
-        for place, _, names in os.walk(path)
-        for name in names
-        if os.path.exists(os.path.join(place, name))
-    )
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _notes(report: QuantizeReport) -> list[str]:

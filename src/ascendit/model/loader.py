@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ascendit.checkpoint.component import Part
 from ascendit.checkpoint.layer_format import check_positive
-from ascendit.checkpoint.reader import RowReader, TensorInfo
+from ascendit.checkpoint.reader import RowReader, ShardSpec
 from ascendit.checkpoint.transformer import Expert, read_expert
 from ascendit.errors import CheckpointError
 from ascendit.family import WanConfig
@@ -25,14 +27,16 @@ from ascendit.model.library_component import default_dtype
 from ascendit.model.linear import QuantLinear
 from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
-from ascendit.model.weight_loader import Arrangement, Coded, nbytes
+from ascendit.model.weight_loader import ModelSink, StoredLinear, nbytes
 from ascendit.ops.operators import Ops
 from ascendit.quant.layer_rules import QUANT_TYPES
 from ascendit.quant.schemes import scheme_after_reading
 from ascendit.weights.applied_recipe import AppliedRecipe
-from ascendit.weights.quantize_writer import SourceRows
-from ascendit.weights.tensor_steps import to_float32
-from ascendit.weights.tensor_stream import TensorSink, feed, stored_steps
+from ascendit.weights.lora.fold import Folds
+from ascendit.weights.recipe_steps import RecipeSteps
+from ascendit.weights.shards import Shards, columns_of, cut_steps, shard_of
+from ascendit.weights.sink import run_steps
+from ascendit.weights.tensor_steps import stored_steps, to_float32
 
 log = logging.getLogger("ascendit")
 
@@ -61,13 +65,18 @@ def load_expert(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     floats: bool = False,
+    shards: Shards = MappingProxyType({}),
+    folds: Folds | None = None,
 ) -> WanTransformer:
     """The transformer of `expert`, quantized by `applied`, or as it is stored.
 
-    `dtype`: of the tokens and of what is not quantized; None = as stored, on a CPU, else bfloat16. What
-    Diffusers keeps in float32 is kept here too. `floats`: BF16 weights are kept beside the codes.
-    Raises CheckpointError E-CKP-06 for a config that is no Wan transformer's, E-CKP-08 for scales that cannot
-    be; EnvironmentProblem E-CAP-01 for a scheme that this chip has no matmul for.
+    `dtype`: of the activation and of what is not quantized; None = as stored, on a CPU, else bfloat16. What
+    Diffusers keeps in float32 is kept here too. `floats`: BF16 weights are kept beside the codes. `shards`:
+    layer -> the rows or columns that this rank holds, see `weights.shards`; nothing else of it is read, with
+    the exception in `RecipeSteps`. `folds`: LoRA files, folded into the floats that `applied` quantizes.
+    Raises CheckpointError E-CKP-06 for a config that is no Wan transformer's, E-CKP-08 for invalid scales;
+    UsageError E-USE-05 for a part that a layer does not have; EnvironmentProblem E-CAP-01 for a scheme that
+    this chip has no matmul for.
     """
     if expert.config.get("num_attention_heads", 1) is None:
         raise CheckpointError(
@@ -79,17 +88,22 @@ def load_expert(
     say_attention(expert)
     with torch.device("meta"):
         model = WanTransformer(WanConfig.from_dict(expert.config), ops)
-    source = applied or stored_steps(expert)
-    specs = list(source.specs)
-    coded = applied_layers(applied) if applied else coded_layers(expert)
-    for scheme in {layer.scheme for layer in coded.values()} - {"bf16"}:
-        ops.quantized.kernel(scheme)
-    dtype = dtype or default_dtype((s for s in specs if s.name.rpartition(".")[0] not in coded), device)
-    put = Arrangement(model, specs, coded, ops.quantized, device=device, dtype=dtype, wide=model.KEEP_FP32)
-    feed(source, TensorSink(specs, put.room, put.arrived))
-    if floats and applied:
-        keep_floats(model, applied, device, dtype)
-    used = ", ".join(f"{n} {s}" for s, n in Counter(x.scheme for x in coded.values()).items())
+    assert applied or folds is None, "LoRA files are folded into floats"
+    recipe = RecipeSteps(applied, folds=folds) if applied else None
+    with RowReader() as reader:
+        layers = applied_layers(applied) if applied else stored_layers(expert, reader)
+        schemes = {name: layer.scheme for name, layer in layers.items()}
+        for scheme in set(schemes.values()) - {"bf16"}:
+            ops.quantized.kernel(scheme)
+        steps = cut_steps(recipe.plan() if recipe else stored_steps(expert), expert, schemes, shards)
+        layers = {name: part_of(layer, shard_of(shards, name)) for name, layer in layers.items()}
+        plain = (s for step in steps for s in step.specs if s.name.rpartition(".")[0] not in layers)
+        dtype = dtype or default_dtype(plain, device)
+        sink = ModelSink(model, reader, steps, layers, device=device, dtype=dtype, wide=model.KEEP_FP32)
+        run_steps(steps, reader, sink)
+        if floats and applied:
+            keep_floats(model, applied, reader, device=device, dtype=dtype, folds=folds, shards=shards)
+    used = ", ".join(f"{n} {s}" for s, n in Counter(x.scheme for x in layers.values()).items())
     log.info(
         "%s: %s%s on %s, %.2f GiB",
         expert.name, str(dtype)[6:], f" and {used} layers" if used else "", device, nbytes(model) / 2**30,
@@ -97,54 +111,59 @@ def load_expert(
     return model.eval()
 
 
-def applied_layers(applied: AppliedRecipe) -> dict[str, Coded]:
-    """The layers that a recipe quantizes."""
-    shapes = {name: applied.weight(name).shape for name in applied.coded}
+def applied_layers(applied: AppliedRecipe) -> dict[str, StoredLinear]:
+    """The layers that a recipe quantizes or smooths."""
+    smoothing = applied.smoothing
     return {
-        name: Coded(layer.scheme, (shapes[name][0], shapes[name][1])) for name, layer in applied.coded.items()
+        layer.name: StoredLinear(layer.scheme, applied.weight(layer.name).shape[1], smoothing.get(layer.name))
+        for layer in applied.layers
+        if layer.scheme != "bf16" or layer.name in smoothing
     }
 
 
-def coded_layers(expert: Expert) -> dict[str, Coded]:
+def stored_layers(expert: Expert, reader: RowReader) -> dict[str, StoredLinear]:
     """The layers that are codes on disk, or smoothed, with their `mul_scale`."""
-    found = {}
-    with RowReader() as reader:
-        for name, layer in expert.layers.items():
-            scheme = scheme_after_reading(layer.scheme)
-            smooth = layer.tensors.get("mul_scale")
-            if scheme != "bf16" or smooth is not None:
-                scale = None if smooth is None else _mul_scale(smooth, reader)
-                found[name] = Coded(scheme, layer.shape, scale)
-    return found
+    layers = {}
+    for name, layer in expert.layers.items():
+        scheme, scale = scheme_after_reading(layer.scheme), None
+        if (info := layer.tensors.get("mul_scale")) is not None:
+            data = reader.whole(info)
+            check_positive(data, info.dtype, info.name)
+            scale = torch.frombuffer(bytearray(to_float32(data, info.dtype, info.name)), dtype=torch.float32)
+        if scheme != "bf16" or scale is not None:
+            layers[name] = StoredLinear(scheme, layer.shape[1], scale)
+    return layers
 
 
-def _mul_scale(info: TensorInfo, reader: RowReader) -> Tensor | None:
-    """float32 [K]; None for ones, which change nothing."""
-    data = reader.whole(info)
-    check_positive(data, info.dtype, info.name)
-    scale = torch.frombuffer(bytearray(to_float32(data, info.dtype, info.name)), dtype=torch.float32)
-    return None if bool((scale == 1).all()) else scale
+def part_of(layer: StoredLinear, shard: ShardSpec) -> StoredLinear:
+    """One rank's part of a layer; a `mul_scale` of ones, which changes nothing, is left out."""
+    columns, scale = columns_of(shard), layer.mul_scale
+    if scale is not None:
+        scale = None if bool((scale == 1).all()) else scale[columns]
+    return StoredLinear(layer.scheme, len(range(layer.width)[columns]), scale)
 
 
-def keep_floats(model: nn.Module, applied: AppliedRecipe, device: str, dtype: torch.dtype) -> None:
+def keep_floats(
+    model: WanTransformer,
+    applied: AppliedRecipe,
+    reader: RowReader,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    folds: Folds | None,
+    shards: Shards,
+) -> None:
     """Give every quantized layer its weight and bias as they were, for steps in BF16."""
-    with RowReader() as reader:
-        rows = SourceRows(applied, reader, None)
-
-        def whole(name: str) -> Tensor | None:
-            info = applied.expert.tensors.get(name)
-            if info is None:
-                return None
-            value = torch.empty(info.shape, dtype=dtype)
-            for start, part in rows.blocks(name, info):
-                value[start : start + part.shape[0]] = part
-            return value.to(device)
-
-        for name, module in model.named_modules():
-            if isinstance(module, QuantLinear):
-                weight = whole(f"{name}.weight")
-                assert weight is not None, name
-                module.floats = (weight, whole(f"{name}.bias"))
+    with torch.device("meta"):
+        plain = WanTransformer(model.config, model.ops)
+    recipe = RecipeSteps(replace(applied, layers=(), smoothing={}), folds=folds)
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    steps = [step for step in recipe.plan() if step.name.rpartition(".")[0] in linears]
+    steps = cut_steps(steps, applied.expert, {}, shards)
+    run_steps(steps, reader, ModelSink(plain, reader, steps, {}, device=device, dtype=dtype))
+    for name, module in linears.items():
+        kept: Any = plain.get_submodule(name)
+        module.floats = (kept.weight.detach(), None if kept.bias is None else kept.bias.detach())
 
 
 def say_attention(expert: Expert) -> None:

@@ -13,7 +13,7 @@ from ascendit.errors import UsageError
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.schedule import StepSchedule
 from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, check_source
-from ascendit.weights.engine_formats import Dialect, model_kind
+from ascendit.weights.engine_formats import model_kind
 from ascendit.weights.tensor_steps import schemes_of
 
 log = logging.getLogger("ascendit")
@@ -52,7 +52,7 @@ class Online:
             check_source(expert)
             return None
         kind = model_kind(expert.config)
-        applied = apply_recipe(expert, self.recipe, kind, keep=self.keep, dialect=Dialect(offset=False))
+        applied = apply_recipe(expert, self.recipe, kind, keep=self.keep)
         name, way = expert.path.parent.name, "--set force=true (in Python force=True)"
         check_kind(kind, applied.schemes, name, force=self.force, way=way)
         return applied

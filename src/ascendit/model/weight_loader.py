@@ -1,185 +1,211 @@
-"""Where the tensors of a model go while they arrive: floats into parameters, codes into joint weights.
+"""A model on the meta device as a `Sink`: floats become parameters, codes become quantized layers.
 
-Weights that read the same tokens are joined along N: Q, K and V of self-attention, K and V of
-cross-attention. Only layers of one scheme and one `mul_scale` are; the others stay by themselves. The joint
-tensors are made before their rows come, so nothing is held twice.
+Layers that read the same activation are fused along N: Q, K and V of self-attention, K and V of
+cross-attention, if they agree in scheme and `mul_scale`. The host tensors of a fused group are made before
+its first rows come and handed over with the last, so nothing is held twice.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ascendit.checkpoint.writer import TensorSpec
+from ascendit.checkpoint.reader import TORCH_DTYPES, RowReader, as_bytes
+from ascendit.checkpoint.writer import Data, TensorSpec
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.model.linear import QuantLinear, SmoothLinear, fused_linears
+from ascendit.model.wan import WanTransformer
 from ascendit.ops.operators import Schemes
 from ascendit.quant.fusion import leader_of
-from ascendit.weights.tensor_stream import torch_dtype
+from ascendit.weights.tensor_steps import TensorStep
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """One layer that is quantized, smoothed, or both."""
+
+    scheme: str
+    """bf16: smoothed only."""
+    width: int
+    """K, of its part if it is divided."""
+    mul_scale: Tensor | None = None
+    """float32 [K] on the CPU; None: none, or ones, which change nothing."""
 
 
 @dataclass
-class Stack:
-    """Layers that become one weight: host tensors for all of them, filled as their rows arrive."""
+class _Group:
+    """Layers that become one weight; a layer that is only smoothed is alone."""
 
-    layers: list[str]
     scheme: str
-    shapes: list[tuple[int, int]]
-    """(N, K) of each."""
+    width: int
     mul_scale: Tensor | None
+    """On the device."""
+    specs: dict[str, dict[str, TensorSpec]] = field(default_factory=dict)
+    """Layer -> role -> the tensor that will come."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    waiting: set[str] = field(default_factory=set)
-    """Names of tensors that have not arrived."""
+    """Role -> host tensor of all layers, one after the other along N."""
+    missing: set[str] = field(default_factory=set)
+    """Names of tensors that are not complete."""
 
-    def room(self, spec: TensorSpec) -> Tensor | None:
-        """The rows of one member in the joint tensor of its role."""
-        layer, _, role = spec.name.rpartition(".")
-        if role in ("weight_offset", "mul_scale"):
-            return None
-        rows = sum(n for n, _ in self.shapes)
+    def memory(self, layer: str, role: str) -> Tensor:
+        """The rows of one layer in the host tensor of `role`."""
+        sizes = [specs[role].shape[0] for specs in self.specs.values()]
         if role not in self.tensors:
-            self.tensors[role] = torch.empty((rows, *spec.shape[1:]), dtype=torch_dtype(spec))
-        at = self.layers.index(layer)
-        start = sum(n for n, _ in self.shapes[:at])
-        return self.tensors[role][start : start + self.shapes[at][0]]
+            spec = self.specs[layer][role]
+            self.tensors[role] = torch.empty((sum(sizes), *spec.shape[1:]), dtype=torch_dtype(spec))
+        member = list(self.specs).index(layer)
+        return self.tensors[role][sum(sizes[:member]) : sum(sizes[: member + 1])]
 
-    def layers_on(self, schemes: Schemes, compute_dtype: torch.dtype) -> list[QuantLinear]:
-        """The layers, on their device; the host tensors are given away."""
-        got, self.tensors = self.tensors, {}
-        if (bias := got.get("bias")) is not None and not bool(bias.isfinite().all()):
+    def linears(self, schemes: Schemes, compute_dtype: torch.dtype) -> list[QuantLinear]:
+        """The layers on their device; the host tensors are given away. CheckpointError E-CKP-08."""
+        tensors, self.tensors = self.tensors, {}
+        names = ", ".join(self.specs)
+        if (bias := tensors.get("bias")) is not None and not bool(bias.isfinite().all()):
             raise CheckpointError(
-                f"{', '.join(self.layers)}: a bias that is not finite",
+                f"{names}: a bias that is not finite",
                 needs="finite numbers",
                 fix="download or export the model again",
                 code="E-CKP-08",
             )
-        sizes, width = [n for n, _ in self.shapes], self.shapes[0][1]
+        sizes = [specs["weight"].shape[0] for specs in self.specs.values()]
         try:
             return fused_linears(
-                got,
+                tensors,
                 sizes,
                 self.scheme,
                 schemes,
-                width=width,
+                width=self.width,
                 compute_dtype=compute_dtype,
                 mul_scale=self.mul_scale,
             )
         except UsageError as e:
-            e.got = f"{', '.join(self.layers)}: {e.got}"
+            e.got = f"{names}: {e.got}"
             raise
 
 
-@dataclass(frozen=True)
-class Coded:
-    """One layer that is not plain floating point."""
+class ModelSink:
+    """Takes every tensor of a plan into `model`; what the model does not have, as rotations, is passed over.
 
-    scheme: str
-    """bf16: smoothed, not quantized."""
-    shape: tuple[int, int]
-    mul_scale: Tensor | None = None
-
-
-class Arrangement:
-    """Takes every tensor of an expert into `model`, which lies on the meta device."""
+    `layers`: those that are quantized or smoothed. `dtype`: of the other parameters, but those with a part of
+    their name in `wide` stay in float32.
+    """
 
     def __init__(
         self,
-        model: nn.Module,
-        specs: Iterable[TensorSpec],
-        coded: Mapping[str, Coded],
-        schemes: Schemes,
+        model: WanTransformer,
+        reader: RowReader,
+        steps: Iterable[TensorStep],
+        layers: Mapping[str, StoredLinear],
         *,
         device: str,
         dtype: torch.dtype,
         wide: tuple[str, ...] = (),
     ) -> None:
-        """`wide`: parts of names that stay in float32 whatever `dtype` is."""
-        self._model, self._schemes, self._device, self._dtype, self._wide = (
-            model,
-            schemes,
-            device,
-            dtype,
-            wide,
-        )
-        self._specs = {spec.name: spec for spec in specs}
-        self._floats: dict[str, Tensor] = {}
-        self._smoothed: dict[str, dict[str, Tensor]] = {}
-        self._alike: dict[bytes, Tensor] = {}
-        self._coded = {name: self._on_device(layer) for name, layer in coded.items()}
+        self._model, self._reader = model, reader
+        self._device, self._dtype, self._wide = device, dtype, wide
+        self._specs = {spec.name: spec for step in steps for spec in step.specs}
+        self._groups = self._grouped(layers)
         self._parameters = {name for name, _ in model.named_parameters()}
-        self._stacks = {layer: stack for stack in self._make_stacks() for layer in stack.layers}
-        for name in self._specs:
-            if stack := self._stacks.get(name.rpartition(".")[0]):
-                stack.waiting.add(name)
+        self._filling, self._tensor, self._left = "", torch.empty(0), memoryview(b"")
 
-    # ---- what TensorSink calls ------------------------------------------------------------------
+    def done(self, name: str) -> bool:
+        """Nothing is there from an earlier run."""
+        return False
 
-    def room(self, spec: TensorSpec) -> Tensor | None:
-        """Where the bytes of a tensor go; None for what the model does not have, as rotations."""
-        if stack := self._stacks.get(spec.name.rpartition(".")[0]):
-            return stack.room(spec)
-        if spec.name not in self._parameters:
-            return None
-        self._floats[spec.name] = torch.empty(spec.shape, dtype=torch_dtype(spec))
-        return self._floats[spec.name]
+    def flush(self) -> None:
+        """Nothing waits: each piece is copied when it comes."""
 
-    def arrived(self, name: str) -> None:
-        """A tensor is whole: a float takes its place; the last one of a stack makes the layers."""
-        layer = name.rpartition(".")[0]
-        if stack := self._stacks.get(layer):
-            stack.waiting.discard(name)
-            if not stack.waiting:
-                self._finish(stack)
-        elif name in self._floats:
-            self._place(name, self._floats.pop(name))
+    def append(self, name: str, data: Data) -> None:
+        """The next bytes of a tensor."""
+        if (room := self._room(name)) is not None:
+            piece = memoryview(data).cast("B")
+            room[: len(piece)] = piece
+            self._filled(len(piece))
+
+    def move(self, step: TensorStep) -> None:
+        """A tensor, or its part, read from its file into its place."""
+        if (room := self._room(step.name)) is not None:
+            self._reader.into(step.sources[0], room, step.shard)
+            self._filled(len(room))
 
     # ---- parts ----------------------------------------------------------------------------------
 
-    def _on_device(self, layer: Coded) -> Coded:
-        """With its `mul_scale` on the device; layers that are smoothed alike share one tensor."""
-        if layer.mul_scale is None:
-            return layer
-        key = hashlib.sha256(layer.mul_scale.numpy().tobytes()).digest()
-        if key not in self._alike:
-            self._alike[key] = layer.mul_scale.to(self._device)
-        return Coded(layer.scheme, layer.shape, self._alike[key])
+    def _grouped(self, layers: Mapping[str, StoredLinear]) -> dict[str, _Group]:
+        """Layer -> its group: members of a family that agree in scheme, K, smoothing and bias, else alone."""
+        roles: dict[str, dict[str, TensorSpec]] = {name: {} for name in layers}
+        for spec in self._specs.values():
+            name, _, role = spec.name.rpartition(".")
+            if name in layers and role not in ("weight_offset", "mul_scale"):
+                roles[name][role] = spec
+        groups: dict[tuple[object, ...], _Group] = {}
+        by_layer: dict[str, _Group] = {}
+        scales: dict[bytes, Tensor] = {}
+        for name, layer in layers.items():
+            key: tuple[object, ...] = (name,)
+            scale = layer.mul_scale
+            if scale is not None:  # layers that are smoothed alike share one tensor
+                digest = hashlib.sha256(as_bytes(scale)).digest()
+                scale = scales[digest] if digest in scales else scale.to(self._device)
+                scales[digest] = scale
+            if layer.scheme != "bf16":
+                key = (leader_of(name), layer.scheme, layer.width, id(scale), "bias" in roles[name])
+            group = groups.setdefault(key, _Group(layer.scheme, layer.width, scale))
+            group.specs[name] = roles[name]
+            group.missing |= {spec.name for spec in roles[name].values()}
+            by_layer[name] = group
+        return by_layer
 
-    def _make_stacks(self) -> Iterator[Stack]:
-        """Members of a family that agree in scheme, K, smoothing and bias are one; else each by itself."""
-        stacks: dict[tuple[object, ...], Stack] = {}
-        for name, layer in self._coded.items():
-            if layer.scheme == "bf16":
-                continue
-            bias = f"{name}.bias" in self._specs
-            key = (leader_of(name), layer.scheme, layer.shape[1], id(layer.mul_scale), bias)
-            stack = stacks.setdefault(key, Stack([], layer.scheme, [], layer.mul_scale))
-            stack.layers.append(name)
-            stack.shapes.append(layer.shape)
-        yield from stacks.values()
+    def _room(self, name: str) -> memoryview | None:
+        """What is left to fill of a tensor; None for one that the model does not have."""
+        if name != self._filling:
+            layer, _, role = name.rpartition(".")
+            if (group := self._groups.get(layer)) is not None and role in group.specs[layer]:
+                self._tensor = group.memory(layer, role)
+            elif group is None and name in self._parameters:
+                self._tensor = torch.empty(self._specs[name].shape, dtype=torch_dtype(self._specs[name]))
+            else:
+                return None
+            assert not self._left, f"{self._filling} is not complete"
+            self._filling, self._left = name, as_bytes(self._tensor)
+        return self._left
 
-    def _finish(self, stack: Stack) -> None:
-        for name, module in zip(stack.layers, stack.layers_on(self._schemes, self._dtype), strict=True):
-            self._model.set_submodule(name, module)
-
-    def _place(self, name: str, value: Tensor) -> None:
-        """A float tensor as a parameter; or into the smoothed layer that it belongs to."""
-        owner, _, leaf = name.rpartition(".")
-        keep = any(part in name.split(".") for part in self._wide)
-        value = value.to(self._device, torch.float32 if keep else self._dtype)
-        smooth = self._coded.get(owner)
-        if smooth is not None and smooth.mul_scale is not None:
-            parts = self._smoothed.setdefault(owner, {})
-            parts[leaf] = value
-            if len(parts) == 1 + (f"{owner}.bias" in self._specs):
-                made = SmoothLinear(parts["weight"], parts.get("bias"), smooth.mul_scale)
-                self._model.set_submodule(owner, made)
+    def _filled(self, count: int) -> None:
+        """Count bytes. A complete float takes its place; the last tensor of a group makes its layers."""
+        self._left = self._left[count:]
+        if self._left:
             return
-        module = self._model.get_submodule(owner)
-        module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+        owner, _, leaf = self._filling.rpartition(".")
+        if (group := self._groups.get(owner)) is None:
+            parameter = nn.Parameter(self._placed(self._filling, self._tensor), requires_grad=False)
+            self._model.get_submodule(owner).register_parameter(leaf, parameter)
+            return
+        group.missing.discard(self._filling)
+        if not group.missing:
+            for name, module in zip(group.specs, self._linears(group), strict=True):
+                self._model.set_submodule(name, module)
+
+    def _linears(self, group: _Group) -> Sequence[nn.Linear]:
+        if group.scheme != "bf16":
+            return group.linears(self._model.ops.quantized, self._dtype)
+        assert group.mul_scale is not None
+        name = next(iter(group.specs))
+        parts = {role: self._placed(f"{name}.{role}", x) for role, x in group.tensors.items()}
+        return [SmoothLinear(parts["weight"], parts.get("bias"), group.mul_scale)]
+
+    def _placed(self, name: str, value: Tensor) -> Tensor:
+        """A float tensor on the device, in its dtype there."""
+        keep = any(part in name.split(".") for part in self._wide)
+        return value.to(self._device, torch.float32 if keep else self._dtype)
+
+
+def torch_dtype(spec: TensorSpec) -> torch.dtype:
+    """Of a tensor that is to hold `spec`."""
+    found: torch.dtype = getattr(torch, TORCH_DTYPES[spec.dtype])
+    return found
 
 
 def nbytes(model: nn.Module) -> int:

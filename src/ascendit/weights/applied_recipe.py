@@ -1,41 +1,34 @@
-"""A recipe applied to one expert: schemes of its layers, tensors that are written. Headers only, no torch."""
+"""A recipe applied to one expert: what becomes of each layer. Headers only, no torch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES
-from ascendit.checkpoint.quant_metadata import QUANT_TYPE
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import Expert
-from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import UsageError
 from ascendit.family import Task, WanConfig
-from ascendit.names import grouped, is_block_linear, sort_names
-from ascendit.quant.fusion import fused_with
+from ascendit.names import grouped, is_block_linear
 from ascendit.quant.layer_rules import AttentionScheme, LayerScheme, LayerSchemes
 from ascendit.quant.recipe import Recipe
 from ascendit.quant.schemes import FP4, FP8_TILES, SCHEMES
-from ascendit.quant.vllm_omni_config import marker_for
-from ascendit.weights.engine_formats import Dialect, Traits, traits_of
+from ascendit.weights.engine_formats import Traits, differ_in_qkv, traits_of
 
-ROTATIONS = ("q_rot", "k_rot")
+TILES = "F8_E4M3"
+"""Dtype of weights in tiles, the only one of a source that is no float."""
 
 
 @dataclass(frozen=True)
 class AppliedRecipe(LayerSchemes):
-    """One expert and its output. Names are Diffusers' unless something else is said."""
+    """One expert and the schemes of its layers, by Diffusers' names."""
 
     expert: Expert
     layers: tuple[LayerScheme, ...]
     """Every linear layer, in the order of the model."""
     attention: tuple[AttentionScheme, ...]
-    specs: tuple[TensorSpec, ...]
-    """Every tensor that is written, in the order in which it is."""
-    dialect: Dialect
     round_to: str
     """`BF16`, or "": as the source has it."""
     smoothing: Mapping[str, Any] = field(default_factory=dict)
@@ -46,45 +39,20 @@ class AppliedRecipe(LayerSchemes):
         return self.expert.tensors[f"{layer}.weight"]
 
     def dtype(self, info: TensorInfo) -> str:
-        """The dtype in which a weight is encoded: BF16 from tiles, and where the recipe rounds."""
-        return self.round_to or (info.dtype if info.dtype in FLOAT_DTYPES else "BF16")
-
-    def on_disk(self, name: str) -> str:
-        """The name of a tensor in the file."""
-        return self.dialect.on_disk(name, self._smoothed)
-
-    @property
-    def disk_specs(self) -> list[TensorSpec]:
-        """`specs` with the names in the file."""
-        smoothed = self._smoothed
-        return [replace(spec, name=self.dialect.on_disk(spec.name, smoothed)) for spec in self.specs]
-
-    @property
-    def _smoothed(self) -> set[str]:
-        return {s.name.removesuffix(".mul_scale") for s in self.specs if s.name.endswith(".mul_scale")}
-
-    @property
-    def manifest(self) -> dict[str, str]:
-        """`quant_model_description.json`, names as in the file."""
-        layers = {layer.name: layer.scheme for layer in self.layers}
-        entries = {f"{a.name}{QUANT_TYPE}": a.quant_type for a in self.attention if a.quant_type}
-        names = [spec.name for spec in self.specs]
-        return self.dialect.manifest(layers, names, self.expert.attention | entries, {})
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """`config.json`, marked as quantized where the marker can say how."""
-        marker = marker_for(self._inside, tuple(self.smoothing))
-        return self.dialect.config(self.expert.config, marker)
+        """The dtype of a float tensor once it is read: BF16 from tiles, and where the recipe rounds."""
+        if info.dtype not in (*FLOAT_DTYPES, TILES):
+            return info.dtype
+        return self.round_to or ("BF16" if info.dtype == TILES else info.dtype)
 
     @property
     def traits(self) -> Traits:
         """What matters to an engine."""
         shapes = {name: (s[0], s[1]) for name in self.coded for s in [self.weight(name).shape]}
-        return traits_of(self._inside, shapes, tuple(self.smoothing), unlike_qkv=self._unlike_qkv())
+        factors = {name: tuple(scale.tolist()) for name, scale in self.smoothing.items()}
+        return traits_of(self.inside, shapes, tuple(factors), unlike_qkv=differ_in_qkv(factors))
 
     @property
-    def _inside(self) -> dict[str, str]:
+    def inside(self) -> dict[str, str]:
         """Linears of the blocks, and others that are quantized or smoothed -> scheme."""
         return {
             layer.name: layer.scheme
@@ -92,29 +60,10 @@ class AppliedRecipe(LayerSchemes):
             if is_block_linear(layer.name) or layer.scheme != "bf16" or layer.name in self.smoothing
         }
 
-    def _unlike_qkv(self) -> bool:
-        for name, scale in self.smoothing.items():
-            first, *others = fused_with(name)
-            scales = [self.smoothing.get(other) for other in others]
-            if name == first and any(x is None or not bool((x == scale).all()) for x in scales):
-                return True
-        return False
-
-    @property
-    def num_weights(self) -> int:
-        """Parameters of the source."""
-        infos = self.expert.tensors.items()
-        return sum(math.prod(info.shape) for name, info in infos if not _is_inverse(name))
-
     @property
     def bytes_before(self) -> int:
         """Of the tensors of the source."""
         return sum(info.nbytes for info in self.expert.tensors.values())
-
-    @property
-    def bytes_after(self) -> int:
-        """Of the tensors that are written."""
-        return sum(spec.nbytes for spec in self.specs)
 
     @property
     def kept(self) -> dict[str, tuple[str, ...]]:
@@ -132,7 +81,6 @@ def apply_recipe(
     *,
     keep: Sequence[str] = (),
     smoothing: Mapping[str, Any] | None = None,
-    dialect: Dialect | None = None,
 ) -> AppliedRecipe:
     """What `recipe` makes of `expert`. `smoothing`: layer -> mul_scale.
 
@@ -141,16 +89,13 @@ def apply_recipe(
     layer.
     """
     check_source(expert)
-    dialect = dialect or Dialect()
     layers = recipe.layer_schemes(expert.config, model_kind=kind, keep=keep)
     attention = recipe.attention_schemes(expert.config, model_kind=kind)
     smoothing = dict(smoothing or {})
     _check_smoothing(expert, smoothing, {layer.name for layer in layers})
-    round_to = recipe.round_to.upper()
-    specs = _specs(expert, layers, smoothing, round_to, dialect)
-    specs |= {spec.name: spec for spec in _rotations(expert, attention)}
-    written = tuple(specs[name] for name in sort_names(specs))
-    applied = AppliedRecipe(expert, layers, attention, written, dialect, round_to, smoothing)
+    if any(a.rotate for a in attention):
+        _check_rotation(expert)
+    applied = AppliedRecipe(expert, layers, attention, recipe.round_to.upper(), smoothing)
     for layer in applied.coded.values():
         _check_layer(applied, layer)
     return applied
@@ -199,47 +144,24 @@ def warnings_for(experts: Iterable[AppliedRecipe], recipe: Recipe, kind: Task) -
     return list(found)
 
 
-# ---- the tensors that are written, and checks ---------------------------------------------------
+# ---- checks -------------------------------------------------------------------------------------
 
 
-def _specs(
-    expert: Expert,
-    layers: Sequence[LayerScheme],
-    smoothing: Mapping[str, Any],
-    round_to: str,
-    dialect: Dialect,
-) -> dict[str, TensorSpec]:
-    coded = {layer.name: layer for layer in layers if layer.scheme != "bf16"}
-    specs: dict[str, TensorSpec] = {}
-    for name, info in expert.tensors.items():
-        layer, _, role = name.rpartition(".")
-        if layer in coded or _is_inverse(name):
-            continue
-        tiled = layer in expert.layers and role == "weight"
-        dtype = (round_to or info.dtype) if info.dtype in FLOAT_DTYPES else "BF16" if tiled else info.dtype
-        specs[name] = TensorSpec(name, dtype, info.shape)
-    for name, layer_scheme in coded.items():
-        n, k = expert.tensors[f"{name}.weight"].shape
-        bias, smooth = f"{name}.bias" in expert.tensors, name in smoothing
-        found = dialect.layer_specs(name, layer_scheme.scheme, (n, k), bias=bias, mul_scale=smooth)
-        specs |= {spec.name: spec for spec in found}
-    for name, scale in smoothing.items():
-        specs.setdefault(f"{name}.mul_scale", TensorSpec(f"{name}.mul_scale", "F32", tuple(scale.shape)))
-    return specs
+def head_dim(expert: Expert) -> int:
+    """Channels of one head."""
+    size: int = expert.config.get("attention_head_dim", WanConfig.attention_head_dim)
+    return size
 
 
-def _rotations(expert: Expert, attention: Sequence[AttentionScheme]) -> list[TensorSpec]:
-    rotated = [a.name for a in attention if a.rotate]
-    size = expert.config.get("attention_head_dim", WanConfig.attention_head_dim)
-    if rotated and (expert.config_problem or size & (size - 1)):
+def _check_rotation(expert: Expert) -> None:
+    if expert.config_problem or head_dim(expert) & (head_dim(expert) - 1):
         raise UsageError(
             f"rotated attention in {expert.path}: "
-            + (expert.config_problem or f"heads of {size} values, not a power of two"),
+            + (expert.config_problem or f"heads of {head_dim(expert)} values, not a power of two"),
             needs="a config.json that tells the heads; a Hadamard matrix has 2^n rows",
             fix="put the model's config.json beside the weights, or take a recipe without rotation",
             code="E-QNT-01",
         )
-    return [TensorSpec(f"{name}.{rot}", "BF16", (size, size)) for name in rotated for rot in ROTATIONS]
 
 
 def _check_layer(applied: AppliedRecipe, layer: LayerScheme) -> None:
@@ -285,7 +207,3 @@ def _shape_trouble(applied: AppliedRecipe) -> dict[str, list[str]]:
             text = f"K is no multiple of {scheme.block}, so the last block is short"
             found.setdefault(f"{text}: other engines may refuse it", []).append(name)
     return found
-
-
-def _is_inverse(name: str) -> bool:
-    return name.endswith(".weight_scale_inv")

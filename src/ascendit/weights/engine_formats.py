@@ -35,32 +35,6 @@ from ascendit.quant.schemes import SCHEMES, STORED_SCHEMES
 WAN_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
 
 
-def layer_specs(
-    name: str,
-    scheme: str,
-    shape: tuple[int, int],
-    *,
-    bias: bool,
-    mul_scale: bool = False,
-    float_dtype: str = "BF16",
-) -> list[TensorSpec]:
-    """The tensors of the linear layer `name`, in the order they are written.
-
-    `shape`: (N, K) of the decoded weight. `scheme`: a key of `quant.schemes.SCHEMES`. `float_dtype`: how
-    weight and bias are stored in a layer that is not quantized; the bias of one that is, is always float32.
-    """
-    n, k = shape
-    row = SCHEMES[scheme]
-    found: dict[str, tuple[str, tuple[int, ...]]] = {
-        "weight": (float_dtype, shape),
-        "mul_scale": ("F32", (k,)),
-        "bias": ("F32" if row.weight else float_dtype, (n,)),
-    }
-    found |= row.tensors(n, k)
-    roles = [*row.roles, *(["mul_scale"] * mul_scale), *(["bias"] * bias)]
-    return [TensorSpec(f"{name}.{role}", *found[role]) for role in roles]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Dialect:
     """One way to lay out experts. All methods take and give Diffusers names unless they say otherwise."""
@@ -107,31 +81,6 @@ class Dialect:
             return "plain"
         return "e4m3" if self.unpacked else "packed"
 
-    def layer_specs(
-        self,
-        name: str,
-        scheme: str,
-        shape: tuple[int, int],
-        *,
-        bias: bool,
-        mul_scale: bool = False,
-        float_dtype: str = "BF16",
-    ) -> list[TensorSpec]:
-        """As `layer_specs`, as this reader wants them."""
-        specs = layer_specs(
-            name,
-            scheme,
-            shape,
-            bias=bias,
-            mul_scale=mul_scale or scheme in self.ones,
-            float_dtype=float_dtype,
-        )
-        if not self.offset:
-            specs = [spec for spec in specs if not spec.name.endswith(".weight_offset")]
-        if self.container(scheme) == "e4m3":
-            specs[0] = TensorSpec(specs[0].name, "F8_E4M3", shape)
-        return specs
-
     def on_disk(self, name: str, smoothed: Collection[str]) -> str:
         """The name in the file; one that Wan does not have is kept. `smoothed`: layers with a `mul_scale`."""
         if self.naming == "diffusers":
@@ -163,6 +112,40 @@ class Dialect:
         if self.naming == "wan":
             return wan_config(written)
         return written | ({CONFIG_KEY: dict(marker)} if marker and self.marker else {})
+
+
+CANONICAL = Dialect()
+"""Ours: what loading takes, and `quantize` and `repack` write without --for and --to."""
+
+
+def layer_specs(
+    name: str,
+    scheme: str,
+    shape: tuple[int, ...],
+    *,
+    bias: bool,
+    mul_scale: bool = False,
+    float_dtype: str = "BF16",
+    dialect: Dialect = CANONICAL,
+) -> list[TensorSpec]:
+    """The tensors of the linear layer `name`, in the order they are written.
+
+    `shape`: (N, K) of the decoded weight. `scheme`: a key of `quant.schemes.SCHEMES`. `float_dtype`: how
+    weight and bias are stored in a layer that is not quantized; the bias of one that is, is always float32.
+    """
+    n, k = shape
+    row = SCHEMES[scheme]
+    every: dict[str, tuple[str, tuple[int, ...]]] = {
+        "weight": (float_dtype, (n, k)),
+        "mul_scale": ("F32", (k,)),
+        "bias": ("F32" if row.weight else float_dtype, (n,)),
+    }
+    every |= row.tensors(n, k)
+    if dialect.container(scheme) == "e4m3":
+        every["weight"] = ("F8_E4M3", (n, k))
+    roles = [role for role in row.roles if dialect.offset or role != "weight_offset"]
+    roles += ["mul_scale"] * (mul_scale or scheme in dialect.ones) + ["bias"] * bias
+    return [TensorSpec(f"{name}.{role}", *every[role]) for role in roles]
 
 
 DIALECTS: dict[str, Dialect] = {
@@ -199,7 +182,7 @@ def dialect_for(engine: str | None, to: str | None = None) -> Dialect:
         )
     if engine is not None:
         return DIALECTS[engine]
-    return Dialect(naming="wan" if to == "wan" else "diffusers")
+    return Dialect(naming="wan") if to == "wan" else CANONICAL
 
 
 # ---- what an engine cannot load -----------------------------------------------------------------
@@ -251,6 +234,14 @@ def traits_of(
     kept = bool(inside - coded.keys())
     smooth = frozenset(layers.get(name, "bf16") for name in smoothed)
     return Traits(frozenset(layers.values()), kept, smooth, frozenset(others))
+
+
+def differ_in_qkv(factors: Mapping[str, object]) -> bool:
+    """Whether the `mul_scale` of a Q, K and V of one self-attention differ, or are not on all three.
+
+    `factors`: layer -> its `mul_scale`, as anything that can be compared.
+    """
+    return any(len({factors.get(other) for other in fused_with(name)}) > 1 for name in factors)
 
 
 def check_engine(engine: str | None, traits: Traits, where: str = "") -> None:

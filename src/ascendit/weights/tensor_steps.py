@@ -1,8 +1,9 @@
-"""From a stored expert to the tensors of a repacked one: one step for each tensor of the output.
+"""One transformer as a stream of canonical tensors: a plan is a list of `TensorStep`.
 
-Tensors that change on the way get another container, wider floats, or one row made many. Values never change.
-Each way is a generator of bytes, some rows at a time, so that no tensor is ever complete in memory. No torch
-at import: numpy is imported by the calls, torch only for FP8 in tiles.
+`stored_steps` plans an expert as it is stored: tensors get another container, wider floats, or one row made
+many; numbers never change. `weights.recipe_steps` plans one that is quantized on the way. `weights.sink` runs
+either into a folder or a model. Each step makes its bytes some rows at a time, so that no tensor is ever
+complete in memory. No torch at import: numpy is imported by the calls, torch only for FP8 in tiles.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,15 +22,23 @@ from ascendit.checkpoint.layer_format import (
     check_scale_bytes,
     check_zero,
 )
-from ascendit.checkpoint.reader import DTYPE_BITS, RowReader, TensorInfo, as_bytes, as_tensor, float_bytes
+from ascendit.checkpoint.reader import (
+    DTYPE_BITS,
+    WHOLE,
+    RowReader,
+    ShardSpec,
+    TensorInfo,
+    as_bytes,
+    as_tensor,
+    float_bytes,
+)
 from ascendit.checkpoint.transformer import Expert
-from ascendit.checkpoint.writer import TensorSpec
+from ascendit.checkpoint.writer import Data, TensorSpec
 from ascendit.errors import CheckpointError
 from ascendit.mx.formats import FORMATS
 from ascendit.names import is_block_linear, sort_names
-from ascendit.quant.fusion import fused_with
 from ascendit.quant.schemes import FP8_TILES, scheme_after_reading
-from ascendit.weights.engine_formats import Dialect
+from ascendit.weights.engine_formats import CANONICAL, Dialect, differ_in_qkv, layer_specs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,152 +46,143 @@ if TYPE_CHECKING:
 
     Table = np.ndarray[Any, Any]
 
-How = Literal["move", "copy", "widen", "repeat", "recode", "untile", "fill"]
-ScaleCheck = Literal["", "scale_bytes", "scale", "zero", "positive"]
+How = Literal["move", "copy", "widen", "repeat", "recode", "untile", "fill", "rows", "encode"]
+Check = Callable[[Any, str, str], None]
+"""(bytes, dtype, name): raises for scales, offsets or factors that are invalid."""
+Piece = tuple[str, Data]
+"""Name of a tensor, and its next bytes."""
+Make = Callable[["TensorStep", RowReader], Iterator[Piece]]
+WAITING = 2
+"""Pieces that a sink holds on to, at most, after `append` has returned; a ring of buffers needs one more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorStep:
-    """One tensor of the output: what it is, and the way from the source to it."""
+    """One tensor, or those of one quantized layer: what they are, and the way to them from the source."""
 
-    spec: TensorSpec
-    """By the name that it gets in the file."""
     name: str
-    """By its Diffusers name."""
+    """Of the first tensor; Diffusers' name, as all of them."""
     how: How
-    """move: by the kernel; copy: as it is, but seen; widen: to float32; repeat: one number for all rows;
-    recode: FP4 in another container; untile: FP8 in tiles to bfloat16; fill: a constant without a source."""
+    """move: bytes as they are, by the kernel where it can; copy: as they are, but seen; widen: to float32;
+    repeat: one number for all rows; recode: FP4 in another container; untile: FP8 in tiles to bfloat16;
+    fill: without a source; rows: folded, rounded or smoothed; encode: a layer's codes and scales."""
+    specs: tuple[TensorSpec, ...]
+    """The tensors, in the order they are made; none: the source is only checked."""
     sources: tuple[TensorInfo, ...] = ()
-    check: ScaleCheck = ""
-    containers: tuple[str, str] = ("", "")
-    """Of `recode`: from, to."""
-    value: float = 0.0
-    """Of `fill`."""
+    shard: ShardSpec = WHOLE
+    """The part of the first source that is read."""
+    check: Check | None = None
+    make: Make | None = None
+    """How `rows` and `encode` come about, and what `fill` and `recode` need beside the source."""
+    lasting: bool = False
+    """Pieces stay as they are until WAITING more have been made; else until the next."""
+
+    def bytes_made(self) -> int:
+        """Of all its tensors."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    def bytes_read(self) -> int:
+        """Of all its sources, whole."""
+        return sum(info.nbytes for info in self.sources)
 
     @property
     def rewritten(self) -> bool:
         """Whether the bytes of the output are others than those of the source."""
         return self.how not in ("move", "copy")
 
+    def produce(self, reader: RowReader) -> Iterator[Piece]:
+        """The bytes of its tensors, in order; see `lasting` for how long a piece is valid.
 
-@dataclass(frozen=True)
-class TensorSteps:
-    """All steps of one expert."""
-
-    written: tuple[TensorStep, ...]
-    """One for each tensor of the output, in the order it is written."""
-    dropped: tuple[TensorStep, ...]
-    """Zeros that the reader does without; they are checked, and not written."""
-
-    @property
-    def specs(self) -> list[TensorSpec]:
-        return [step.spec for step in self.written]
-
-    @property
-    def smoothed(self) -> set[str]:
-        """Layers that have a `mul_scale` in the output."""
-        return {step.name.removesuffix(".mul_scale") for step in self.written if _is_smoothing(step.name)}
-
-    @property
-    def names(self) -> list[str]:
-        """Diffusers names, in the order they are written."""
-        return [step.name for step in self.written]
+        Raises CheckpointError E-CKP-08 for an invalid scale, offset or smoothing factor, E-CKP-04 for a
+        number in a wide container that is no FP4 number.
+        """
+        return (self.make or _WAYS[self.how])(self, reader)
 
 
-# ---- the steps of an expert ---------------------------------------------------------------------
+def smoothed_in(steps: Iterable[TensorStep]) -> set[str]:
+    """The layers that get a `mul_scale`."""
+    names = (spec.name for step in steps for spec in step.specs)
+    return {name.removesuffix(".mul_scale") for name in names if name.endswith(".mul_scale")}
 
-_CHECKS: dict[str, ScaleCheck] = {
-    "weight_scale": "scale",
-    "weight_dual_scale": "scale",
-    "weight_offset": "zero",
-    "mul_scale": "positive",
+
+# ---- the steps of a stored expert ---------------------------------------------------------------
+
+_CHECKS: dict[str, Check] = {
+    "weight_scale": check_float_scale,
+    "weight_dual_scale": check_float_scale,
+    "weight_offset": check_zero,
+    "mul_scale": check_positive,
 }
 
 
-def steps_for(expert: Expert, dialect: Dialect) -> TensorSteps:
-    """Every tensor of the source has its place in one step; names were checked when it was read."""
-    steps = {step.name: step for layer in expert.layers.values() for step in _layer(layer, dialect)}
-    dropped = () if dialect.offset else tuple(_offsets(expert))
-    used = {info for step in (*steps.values(), *dropped) for info in step.sources}
-    for name, info in expert.tensors.items():
-        if info not in used:
-            assert name not in steps, name
-            steps[name] = _moved(name, info)
-    ordered = TensorSteps(tuple(steps[name] for name in sort_names(steps)), dropped)
-    smoothed = ordered.smoothed
-    written = tuple(
-        replace(step, spec=replace(step.spec, name=dialect.on_disk(step.name, smoothed)))
-        for step in ordered.written
-    )
-    return TensorSteps(written, dropped)
+def stored_steps(expert: Expert, dialect: Dialect = CANONICAL) -> list[TensorStep]:
+    """Every tensor of the source has its place in one step; names were checked when it was read.
+
+    `dialect`: which tensors a layer has, and in which container.
+    """
+    steps = [step for layer in expert.layers.values() for step in _layer(layer, dialect)]
+    used = {info for step in steps for info in step.sources}
+    steps += [moved(name, info) for name, info in expert.tensors.items() if info not in used]
+    by_name = {step.name: step for step in steps}
+    return [by_name[name] for name in sort_names(by_name)]
 
 
-def _is_smoothing(name: str) -> bool:
-    return name.endswith(".mul_scale")
-
-
-def _moved(name: str, info: TensorInfo) -> TensorStep:
-    spec = TensorSpec(name, info.dtype, info.shape, info.start)
-    return TensorStep(spec=spec, name=name, how="move", sources=(info,))
-
-
-def _offsets(expert: Expert) -> Iterator[TensorStep]:
-    for layer in expert.layers.values():
-        if (info := layer.tensors.get("weight_offset")) is not None:
-            name = f"{layer.name}.weight_offset"
-            spec = TensorSpec(name, info.dtype, info.shape)
-            yield TensorStep(spec=spec, name=name, how="copy", sources=(info,), check="zero")
+def moved(name: str, info: TensorInfo) -> TensorStep:
+    """A tensor that stays as it is."""
+    spec = TensorSpec(name, info.dtype, info.shape)
+    return TensorStep(name=name, how="move", specs=(spec,), sources=(info,))
 
 
 def _layer(layer: Layer, dialect: Dialect) -> Iterator[TensorStep]:
-    """The tensors of one linear layer."""
+    """The tensors of one linear layer; an offset that is not among them is checked all the same."""
     scheme = scheme_after_reading(layer.scheme)
-    weight, bias = layer.tensors["weight"], layer.tensors.get("bias")
-    specs = dialect.layer_specs(
+    specs = layer_specs(
         layer.name,
         scheme,
         layer.shape,
-        bias=bias is not None,
+        bias="bias" in layer.tensors,
         mul_scale="mul_scale" in layer.tensors,
-        float_dtype=weight.dtype if layer.scheme == "bf16" else "BF16",
+        float_dtype=layer.tensors["weight"].dtype if layer.scheme == "bf16" else "BF16",
+        dialect=dialect,
     )
     for spec in specs:
         role = spec.name.rpartition(".")[2]
         info = layer.tensors.get(role)
-        if role == "weight":
-            yield _weight(layer, spec, weight, dialect)
-        elif info is None:
-            yield TensorStep(spec=spec, name=spec.name, how="fill", value=1.0 if role == "mul_scale" else 0.0)
+        if info is None:
+            value = 1.0 if role == "mul_scale" else 0.0
+            yield TensorStep(name=spec.name, how="fill", specs=(spec,), make=functools.partial(_fill, value))
+        elif role == "weight":
+            yield _weight(layer, spec, info, dialect.container(layer.scheme))
         elif role == "bias" and scheme == "bf16":
-            yield _moved(spec.name, info)
+            yield moved(spec.name, info)
         else:
-            yield _scale(spec, info, role)
+            yield _scale(role, spec, info)
+    if (info := layer.tensors.get("weight_offset")) is not None and not dialect.offset:
+        name = f"{layer.name}.weight_offset"
+        yield TensorStep(name=name, how="copy", specs=(), sources=(info,), check=check_zero)
 
 
-def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, dialect: Dialect) -> TensorStep:
+def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, container: str) -> TensorStep:
     if layer.scheme == FP8_TILES:
         sources = (info, layer.tensors["weight_scale_inv"])
-        return TensorStep(spec=spec, name=spec.name, how="untile", sources=sources)
-    target = dialect.container(layer.scheme)
-    if layer.container == target:
-        return TensorStep(
-            spec=replace(spec, source_start=info.start), name=spec.name, how="move", sources=(info,)
-        )
-    return TensorStep(
-        spec=spec, name=spec.name, how="recode", sources=(info,), containers=(layer.container, target)
-    )
+        return TensorStep(name=spec.name, how="untile", specs=(spec,), sources=sources)
+    if layer.container == container:
+        return replace(moved(spec.name, info), specs=(spec,))
+    make = functools.partial(_recode, layer.container, container)
+    return TensorStep(name=spec.name, how="recode", specs=(spec,), sources=(info,), make=make)
 
 
-def _scale(spec: TensorSpec, info: TensorInfo, role: str) -> TensorStep:
+def _scale(role: str, spec: TensorSpec, info: TensorInfo) -> TensorStep:
     """A scale, offset, smoothing factor, or the bias of a quantized layer."""
-    check = _CHECKS.get(role, "")
+    check = _CHECKS.get(role)
+    how: How = "widen"
     if spec.dtype == "U8":
-        return TensorStep(spec=spec, name=spec.name, how="copy", sources=(info,), check="scale_bytes")
-    if math.prod(info.shape) == 1 != math.prod(spec.shape):
-        return TensorStep(spec=spec, name=spec.name, how="repeat", sources=(info,), check=check)
-    assert math.prod(info.shape) == math.prod(spec.shape), info
-    how: How = "widen" if info.dtype != spec.dtype else "copy" if check else "move"
-    return TensorStep(spec=spec, name=spec.name, how=how, sources=(info,), check=check)
+        check, how = _check_e8m0, "copy"
+    elif math.prod(info.shape) == 1 != math.prod(spec.shape):
+        how = "repeat"
+    elif info.dtype == spec.dtype:
+        how = "copy" if check else "move"
+    return TensorStep(name=spec.name, how=how, specs=(spec,), sources=(info,), check=check)
 
 
 def schemes_of(expert: Expert) -> dict[str, str]:
@@ -190,64 +190,52 @@ def schemes_of(expert: Expert) -> dict[str, str]:
 
     FP8 in tiles is `bf16` here: that is what becomes of it.
     """
-    found = {name.removesuffix(".weight"): "bf16" for name in expert.tensors if name.endswith(".weight")}
-    layers = {name: scheme for name, scheme in found.items() if is_block_linear(name)}
+    named = [name.removesuffix(".weight") for name in expert.tensors if name.endswith(".weight")]
+    layers = {name: "bf16" for name in named if is_block_linear(name)}
     layers |= {name: scheme_after_reading(x.scheme) for name, x in expert.layers.items()}
     return {name: layers[name] for name in sort_names(layers)}
 
 
 def unlike_qkv(expert: Expert) -> bool:
-    """Whether the `mul_scale` of a Q, K and V of one self-attention differ, or are not on all three."""
+    """As `differ_in_qkv`, of factors on disk."""
+    infos = {name: expert.layers[name].tensors["mul_scale"] for name in expert.smoothed}
     with RowReader() as reader:
-        for name in expert.smoothed:
-            group = [expert.layers.get(other) for other in fused_with(name)]
-            if len(group) == 1:
-                continue
-            scales = [layer.tensors.get("mul_scale") if layer else None for layer in group]
-            data = {None if x is None else to_float32(reader.whole(x), x.dtype, x.name) for x in scales}
-            if len(data) > 1:
-                return True
-    return False
+        return differ_in_qkv({n: to_float32(reader.whole(x), x.dtype, x.name) for n, x in infos.items()})
 
 
 # ---- the bytes of a step ------------------------------------------------------------------------
 
 
-def produce(step: TensorStep, reader: RowReader) -> Iterator[Any]:
-    """The bytes of the tensor, in order. Each buffer is valid until the next is asked for.
-
-    Raises CheckpointError E-CKP-08 for an invalid scale, offset or smoothing factor, E-CKP-04 for a
-    number in a wide container that is no FP4 number.
-    """
-    return _WAYS[step.how](step, reader)
-
-
-def _copy(step: TensorStep, reader: RowReader) -> Iterator[Any]:
+def _copy(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     (info,) = step.sources
-    for _, view in reader.blocks(info):
-        _examine(step, info, view)
-        yield view
+    for _, view in reader.blocks(info, shard=step.shard):
+        data = _checked(step, info, view)
+        if step.specs:
+            yield step.name, data
 
 
-def _widen(step: TensorStep, reader: RowReader) -> Iterator[Any]:
+def _repeat(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     (info,) = step.sources
-    for _, view in reader.blocks(info):
-        _examine(step, info, view)
-        yield _floats(step, info, view)
+    yield step.name, _checked(step, info, reader.whole(info)) * math.prod(step.specs[0].shape)
 
 
-def _repeat(step: TensorStep, reader: RowReader) -> Iterator[Any]:
-    (info,) = step.sources
-    data = reader.whole(info)
-    _examine(step, info, data)
-    yield _floats(step, info, data) * math.prod(step.spec.shape)
+def _fill(value: float, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
+    yield step.name, struct.pack("<f", value) * (step.specs[0].nbytes // 4)
 
 
-def _floats(step: TensorStep, info: TensorInfo, data: bytes | memoryview) -> bytes:
-    """The numbers as float32. Offsets, which are zeros by now, may be of any type."""
-    if step.check == "zero":
+def _checked(step: TensorStep, info: TensorInfo, data: Any) -> Any:
+    """The bytes, as float32 where those are made. Offsets, which are zeros then, may be of any type."""
+    if step.check is not None:
+        step.check(data, info.dtype, info.name)
+    if step.how not in ("widen", "repeat"):
+        return data
+    if step.check is check_zero:
         return bytes(4 * len(data) * 8 // DTYPE_BITS[info.dtype])
     return to_float32(data, info.dtype, info.name)
+
+
+def _check_e8m0(data: Any, dtype: str, name: str) -> None:
+    check_scale_bytes(data, name)
 
 
 def to_float32(data: bytes | memoryview, dtype: str, name: str) -> bytes:
@@ -269,36 +257,19 @@ def to_float32(data: bytes | memoryview, dtype: str, name: str) -> bytes:
     return narrow.tobytes()
 
 
-def _fill(step: TensorStep, reader: RowReader) -> Iterator[Any]:
-    assert step.spec.dtype == "F32"
-    yield struct.pack("<f", step.value) * (step.spec.nbytes // 4)
-
-
-def _examine(step: TensorStep, info: TensorInfo, data: bytes | memoryview) -> None:
-    if step.check == "scale_bytes":
-        check_scale_bytes(data, info.name)
-    elif step.check == "scale":
-        check_float_scale(data, info.dtype, info.name)
-    elif step.check == "zero":
-        check_zero(data, info.dtype, info.name)
-    elif step.check == "positive":
-        check_positive(data, info.dtype, info.name)
-
-
 # ---- FP4 ----------------------------------------------------------------------------------------
 
 _E4M3 = (0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C)
 _BF16 = (0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)
 """0, 0.5, 1, 1.5, 2, 3, 4, 6: the numbers of E2M1 in the order of their codes."""
-_NO_CODE, _NO_BYTE = 0xFF, 0xFFFF
+_NAN, _NO_BYTE = 0x7F, 0xFFFF
 
 
-def _recode(step: TensorStep, reader: RowReader) -> Iterator[Any]:
+def _recode(source: str, target: str, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     (info,) = step.sources
-    source, target = step.containers
-    length = (step.spec if source == "packed" else info).shape[-1]
-    for _, view in reader.blocks(info):
-        yield recode(view, length, source, target, info.name)
+    length = step.specs[0].shape[-1] if source == "packed" else step.shard.of(info.shape)[-1]
+    for _, view in reader.blocks(info, shard=step.shard):
+        yield step.name, recode(view, length, source, target, info.name)
 
 
 def recode(rows: bytes | memoryview, length: int, source: str, target: str, name: str = "") -> bytes:
@@ -310,59 +281,56 @@ def recode(rows: bytes | memoryview, length: int, source: str, target: str, name
 
     if source == "packed":
         assert target == "e4m3", target
-        pairs = _pairs_of_e4m3()[np.frombuffer(rows, np.uint8)].view(np.uint8)
+        pairs = _e4m3_of_bytes()[np.frombuffer(rows, np.uint8)].view(np.uint8)
         return bytes(pairs.reshape(-1, length + length % 2)[:, :length].tobytes())
-    wide = np.frombuffer(rows, np.uint8 if source == "e4m3" else np.uint16).reshape(-1, length)
-    if (source, target) == ("e4m3", "packed") and not length % 2:
-        packed = _bytes_of_pairs()[wide.reshape(-1).view(np.uint16)]
-        if int(packed.max(initial=0)) < _NO_BYTE:
-            return bytes(packed.astype(np.uint8).tobytes())
-    codes = _codes_of(source)[wide]
-    if (bad := int((codes == _NO_CODE).sum())) > 0:
-        raise _not_fp4(name, bad)
+    numbers = np.frombuffer(rows, np.uint8)
+    if source == "bf16":
+        numbers = _e4m3_of_bf16()[numbers.view(np.uint16)]
     if target == "e4m3":
-        return bytes(_e4m3_of_codes()[codes].tobytes())
-    codes = np.pad(codes, ((0, 0), (0, length % 2)))
-    return bytes((codes[:, 0::2] | codes[:, 1::2] << 4).tobytes())
+        found, bad = numbers, bool((numbers == _NAN).any())
+    else:
+        even = np.pad(numbers.reshape(-1, length), ((0, 0), (0, 1))) if length % 2 else numbers
+        found = _bytes_of_e4m3()[even.reshape(-1).view(np.uint16)]
+        bad = int(found.max(initial=0)) == _NO_BYTE
+    if bad:
+        raise _not_fp4(name, int((~np.isin(numbers, _e4m3_numbers())).sum()))
+    return bytes(found.astype(np.uint8, copy=False).tobytes())
 
 
-@functools.cache
-def _codes_of(container: str) -> Table:
-    """Bit pattern of a number -> its code, or `_NO_CODE`."""
-    import numpy as np
-
-    patterns, bits = (_E4M3, 8) if container == "e4m3" else (_BF16, 16)
-    table = np.full(1 << bits, _NO_CODE, np.uint8)
-    for code, pattern in enumerate(patterns):
-        table[pattern], table[pattern | 1 << (bits - 1)] = code, code | 8
-    return table
-
-
-@functools.cache
-def _e4m3_of_codes() -> Table:
+def _e4m3_numbers() -> Table:
+    """Those of E2M1 as e4m3, in the order of their codes."""
     import numpy as np
 
     return np.asarray([*_E4M3, *(0x80 | x for x in _E4M3)], np.uint8)
 
 
 @functools.cache
-def _pairs_of_e4m3() -> Table:
+def _e4m3_of_bf16() -> Table:
+    """Bits of a bfloat16 number -> e4m3; NaN for what is not in E2M1."""
+    import numpy as np
+
+    table = np.full(1 << 16, _NAN, np.uint8)
+    table[[*_BF16, *(0x8000 | x for x in _BF16)]] = _e4m3_numbers()
+    return table
+
+
+@functools.cache
+def _e4m3_of_bytes() -> Table:
     """Byte of two codes -> two e4m3 numbers, the first in the low byte."""
     import numpy as np
 
-    codes = np.arange(256)
-    numbers = _e4m3_of_codes().astype(np.uint16)
+    codes, numbers = np.arange(256), _e4m3_numbers().astype(np.uint16)
     return np.asarray(numbers[codes & 15] | numbers[codes >> 4] << 8, "<u2")
 
 
 @functools.cache
-def _bytes_of_pairs() -> Table:
+def _bytes_of_e4m3() -> Table:
     """Two e4m3 numbers, the first in the low byte -> byte of two codes, or `_NO_BYTE`."""
     import numpy as np
 
-    codes = _codes_of("e4m3").astype(np.uint16)
-    low, high = codes[None, :], codes[:, None]
-    return np.where((low == _NO_CODE) | (high == _NO_CODE), _NO_BYTE, low | high << 4).reshape(-1)
+    table = np.full(1 << 16, _NO_BYTE, np.uint16)
+    table[_e4m3_of_bytes()] = np.arange(256)
+    return table
 
 
 def _not_fp4(name: str, count: int) -> CheckpointError:
@@ -380,40 +348,44 @@ FP8_TILE = FORMATS[FP8_TILES].block
 """Rows and columns of a tile: 128."""
 
 
-def _untile(step: TensorStep, reader: RowReader) -> Iterator[Any]:
+def _untile(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     """Code x scale of its tile in float32, rounded once to bfloat16."""
     import torch
 
     weight, inverse = step.sources
-    found = reader.whole(inverse)
-    check_float_scale(found, inverse.dtype, inverse.name)
-    rows = bytearray(to_float32(found, inverse.dtype, inverse.name))
-    scale = torch.frombuffer(rows, dtype=torch.float32).view(inverse.shape)
-    for start, view in reader.blocks(weight, multiple=FP8_TILE):
-        codes = as_tensor(view, weight)
-        yield as_bytes(tile_values(codes, scale, start).to(torch.bfloat16))
+    scale, column = tile_scales(inverse, reader), step.shard.start if step.shard.axis else 0
+    part = replace(weight, shape=step.shard.of(weight.shape))
+    for start, view in reader.blocks(weight, shard=step.shard, multiple=FP8_TILE):
+        yield step.name, as_bytes(tile_values(as_tensor(view, part), scale, start, column).to(torch.bfloat16))
 
 
-def tile_values(codes: torch.Tensor, scale: torch.Tensor, start: int, tile: int = FP8_TILE) -> torch.Tensor:
-    """FP8 rows [n, K] beginning at row `start` (a multiple of `tile`) -> float32 code x scale of its tile.
+def tile_scales(info: TensorInfo, reader: RowReader) -> torch.Tensor:
+    """`weight_scale_inv` of a weight in tiles, float32 [ceil(N / 128), ceil(K / 128)]."""
+    import torch
 
-    `scale`: float32 [ceil(N / tile), ceil(K / tile)], the `weight_scale_inv` of the whole weight. Equal to
+    data = reader.whole(info)
+    check_float_scale(data, info.dtype, info.name)
+    wide = bytearray(to_float32(data, info.dtype, info.name))
+    return torch.frombuffer(wide, dtype=torch.float32).view(info.shape)
+
+
+def tile_values(codes: torch.Tensor, scale: torch.Tensor, row: int, column: int = 0) -> torch.Tensor:
+    """FP8 [n, k] from `row` and `column` of a weight on -> float32 code x scale of its tile.
+
+    `scale`: float32 [ceil(N / 128), ceil(K / 128)], the `weight_scale_inv` of the whole weight. Equal to
     `mx.decode` of fp8_128x128 on those rows, in a third of the memory.
     """
     import torch
 
     values = codes.to(torch.float32)
-    for row in range(0, values.shape[0], tile):
-        factors = scale[(start + row) // tile].repeat_interleave(tile)[: values.shape[1]]
-        values[row : row + tile] *= factors
+    for start in range(row // FP8_TILE * FP8_TILE, row + len(values), FP8_TILE):
+        factors = scale[start // FP8_TILE].repeat_interleave(FP8_TILE)
+        values[max(start - row, 0) : start - row + FP8_TILE] *= factors[column : column + values.shape[1]]
     return values
 
 
-_WAYS: dict[str, Callable[[TensorStep, RowReader], Iterator[Any]]] = {
-    "copy": _copy,
-    "widen": _widen,
+_WAYS: dict[str, Make] = {
+    **dict.fromkeys(("move", "copy", "widen"), _copy),
     "repeat": _repeat,
-    "recode": _recode,
     "untile": _untile,
-    "fill": _fill,
 }

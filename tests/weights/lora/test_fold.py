@@ -363,6 +363,13 @@ def test_blocks_of_any_size_get_the_same_bits(
     assert torch.equal(torch.cat(parts), whole)
 
 
+def test_columns_get_the_bits_they_have_in_the_whole(large: tuple[Folds, Tensor, Tensor]) -> None:
+    folds, weight, whole = large
+    name, columns = "blocks.0.ffn.net.0.proj.weight", slice(32, 97)
+    part = folds.fold(name, weight[50:120, columns], 50, columns)
+    assert torch.equal(part, whole[50:120, columns])
+
+
 def test_the_rows_given_are_not_changed(large: tuple[Folds, Tensor, Tensor]) -> None:
     folds, weight, whole = large
     name = "blocks.0.ffn.net.0.proj.weight"

@@ -122,8 +122,10 @@ class Folds:
         deltas = [delta for source in sources for delta in _read(source, expert, targets, experts)]
         return cls(shapes, deltas)
 
-    def fold(self, name: str, rows: torch.Tensor, start: int) -> torch.Tensor:
+    def fold(self, name: str, rows: torch.Tensor, start: int, columns: slice | None = None) -> torch.Tensor:
         """`rows` [n, ...] of the tensor `name`, the first being row `start`, with all files added.
+
+        `columns`: those of the second axis that `rows` hold, with the bits that they have in the whole.
 
         Computed in float64, rounded once to the dtype of `rows`, which are not changed. The same row gets
         the same bits however the tensor is cut. A tensor that no file changes comes back as it is.
@@ -132,16 +134,17 @@ class Folds:
             return rows
         import torch
 
-        assert rows.shape[1:] == self._shapes[name][1:], (name, rows.shape)
+        full = self._shapes[name]
+        assert columns is not None or rows.shape[1:] == full[1:], (name, rows.shape)
         result = torch.empty(rows.shape, dtype=rows.dtype)
         deltas, stop = self._open(name), start + len(rows)
         for first in range(start // PRODUCT_ROWS * PRODUCT_ROWS, stop, PRODUCT_ROWS):
-            last = min(first + PRODUCT_ROWS, self._shapes[name][0])
+            last = min(first + PRODUCT_ROWS, full[0])
             begin, end = max(first, start), min(last, stop)
             part = rows[begin - start : end - start]
             total = part.to(torch.float64).reshape(len(part), -1)
             for delta in deltas:
-                total += delta(first, last)[begin - first : end - first]
+                total += delta(first, last)[begin - first : end - first][:, columns or slice(None)]
             result[begin - start : end - start] = total.view(part.shape)
         return result
 

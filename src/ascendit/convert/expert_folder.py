@@ -1,0 +1,137 @@
+"""One expert as a folder: its plan of tensors run into shards, and the JSON files beside them. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ascendit.checkpoint.output_folder import Staging
+from ascendit.checkpoint.quant_metadata import model_quant_type
+from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.transformer import Expert
+from ascendit.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec
+from ascendit.convert import provenance
+from ascendit.progress import Advance
+from ascendit.version import __version__
+from ascendit.weights.engine_formats import Dialect, task_config
+from ascendit.weights.sink import WriteBehind, run_steps
+from ascendit.weights.tensor_steps import TensorStep, smoothed_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertOutput:
+    """What is written of one expert; names are Diffusers' here, the dialect's in the files."""
+
+    source: Expert
+    folder: str
+    """Inside the output; `.` for the output itself."""
+    dialect: Dialect
+    steps: list[TensorStep]
+    config: Mapping[str, Any]
+    """Of a WanTransformer3DModel."""
+    marker: Mapping[str, Any] | None
+    """`quantization_config`, for a dialect that has one."""
+    layers: Mapping[str, str]
+    """Layer -> scheme, for the manifest."""
+    attention: Mapping[str, str] = field(default_factory=dict)
+    """`<attn>.quant_type` -> its value in the manifest."""
+    more_entries: Mapping[str, str] = field(default_factory=dict)
+    """Entries of the source's manifest that stay true."""
+    has_manifest: bool = True
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """Every tensor, in the order of the files."""
+        return [spec for step in self.steps for spec in step.specs]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def disk_names(self) -> dict[str, str]:
+        """Diffusers name -> name in the files."""
+        smoothed = smoothed_in(self.steps)
+        return {spec.name: self.dialect.on_disk(spec.name, smoothed) for spec in self.specs}
+
+    def json_files(self) -> dict[str, Mapping[str, Any]]:
+        """Name -> content: config.json, the manifest, and what else the dialect has."""
+        files: dict[str, Mapping[str, Any]] = {"config.json": self.dialect.config(self.config, self.marker)}
+        if self.dialect.task_file:
+            files[self.dialect.task_file] = task_config(self.config)
+        return files
+
+
+def fingerprint(outputs: Iterable[ExpertOutput], parts: Sequence[object], more: Iterable[Path] = ()) -> str:
+    """The same for two runs that write the same bytes from the same files.
+
+    `parts`: what else decides about the bytes, with a `repr` that says it. `more`: other files that are read.
+    """
+    outputs = list(outputs)
+    files = {info.file for output in outputs for info in output.source.tensors.values()} | set(more)
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    layouts = [(output.folder, output.config, output.dialect, output.specs) for output in outputs]
+    return hashlib.sha256(repr((__version__, stamps, layouts, parts)).encode()).hexdigest()
+
+
+def write_expert(
+    output: ExpertOutput,
+    staging: Staging,
+    advance: Advance,
+    *,
+    weigh: Callable[[TensorStep], int],
+    hash: bool,
+    hash_json: bool = False,
+    max_shard_bytes: int | None = MAX_SHARD_BYTES,
+    encode_all: bool = False,
+    align: bool = False,
+) -> dict[str, str]:
+    """Write the files of one expert; path in the output -> sha256 of the weights with `hash`.
+
+    `weigh`, `encode_all`: as for `run_steps`. `hash_json`: of the JSON files too. `align`: tensors come to be
+    as in the source, relative to pages, which moves them faster. Raises as `run_steps` and `ShardWriter`.
+    """
+    dialect, quant_type = output.dialect, model_quant_type(output.layers)
+    folder = staging.path / output.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    names = output.disk_names
+    writer = ShardWriter(
+        folder,
+        [_in_file(step, spec, names, align) for step in output.steps for spec in step.specs],
+        stem=dialect.stem(quant_type),
+        max_shard_bytes=None if dialect.typed_names else max_shard_bytes,
+        hash=hash,
+        journal=staging.journal,
+    )
+    with writer, RowReader() as reader, WriteBehind(writer, names) as sink:
+        run_steps(output.steps, reader, sink, advance=advance, weigh=weigh, encode_all=encode_all)
+        sink.flush()
+        digests = writer.close()
+    private = [shard.file for shard in writer.shards]
+    written = []
+    for name, content in output.json_files().items():
+        written.append(folder / name)
+        provenance.write_json(written[-1], content)
+    if output.has_manifest:
+        written.append(folder / dialect.manifest_file(quant_type))
+        manifest = dialect.manifest(output.layers, list(names), output.attention, output.more_entries)
+        written[-1].write_text(json.dumps(manifest, indent=4) + "\n", encoding="utf-8")
+        private.append(written[-1])
+    if dialect.mode is not None:
+        for file in private:
+            file.chmod(dialect.mode)
+    if hash_json:
+        written += folder.glob("*.index.json")
+        digests |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in written}
+    place = folder.relative_to(staging.path)
+    return {(place / name).as_posix(): digest for name, digest in digests.items()}
+
+
+def _in_file(step: TensorStep, spec: TensorSpec, names: Mapping[str, str], align: bool) -> TensorSpec:
+    start = step.sources[0].start if align and step.how == "move" else None
+    return replace(spec, name=names[spec.name], source_start=start)

@@ -1,0 +1,107 @@
+"""One rank's part of a linear layer -> the part of each of its tensors, codes and scales alike. No torch.
+
+A part is given in output features (axis 0, N) or input features (axis 1, K) of the layer. Columns must begin
+and end on the blocks that share a scale. A bias belongs to the rows: with columns each rank reads all of it,
+and the caller lets one rank add it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from ascendit.checkpoint.reader import WHOLE, ShardSpec
+from ascendit.checkpoint.transformer import Expert
+from ascendit.errors import UsageError
+from ascendit.quant.schemes import STORED_SCHEMES, scheme_after_reading
+from ascendit.weights.tensor_steps import TensorStep
+
+Shards = Callable[[str], ShardSpec] | Mapping[str, ShardSpec]
+"""Layer -> the part of it that is wanted; a layer that a mapping does not name is whole."""
+
+
+def shard_of(shards: Shards, layer: str) -> ShardSpec:
+    """The part of one layer."""
+    return shards.get(layer, WHOLE) if isinstance(shards, Mapping) else shards(layer)
+
+
+def cut_steps(
+    steps: Iterable[TensorStep], expert: Expert, schemes: Mapping[str, str], shards: Shards
+) -> list[TensorStep]:
+    """The steps that make the parts alone, and read nothing else where they can.
+
+    `schemes`: layer -> scheme in which it comes out, if not in bf16. UsageError E-USE-05 for a part that a
+    layer does not have.
+    """
+    cut = []
+    for step in steps:
+        name = step.name.rpartition(".")[0]
+        layer, weight = expert.layers.get(name), expert.tensors.get(f"{name}.weight")
+        shape = layer.shape if layer else weight.shape if weight else ()
+        scheme = schemes.get(name, "bf16")
+        shard = check_shard(name, scheme, shape, shard_of(shards, name)) if shape else WHOLE
+        cut.append(step if shard == WHOLE else _cut(step, shard, shape, scheme))
+    return cut
+
+
+def _cut(step: TensorStep, shard: ShardSpec, shape: tuple[int, ...], scheme: str) -> TensorStep:
+    def part(name: str, stored: tuple[int, ...]) -> ShardSpec:
+        return role_shard(shard, name.rpartition(".")[2], stored, shape, scheme)
+
+    specs = (replace(s, shape=part(s.name, s.shape).of(s.shape)) for s in step.specs)
+    source = step.sources[0].shape if step.sources else ()
+    return replace(step, specs=tuple(specs), shard=part(step.name, source))
+
+
+def check_shard(layer: str, scheme: str, shape: tuple[int, ...], shard: ShardSpec) -> ShardSpec:
+    """The part of a layer with a weight of `shape`, with its count. UsageError E-USE-05 if there is none.
+
+    `scheme`: a key of `quant.schemes.STORED_SCHEMES`. A part along K is a multiple of 32 in MX schemes and of
+    512 in `mxfp4_dualscale`, but for the end of the last one.
+    """
+    if shard == WHOLE:
+        return shard
+    size = shape[shard.axis] if 0 <= shard.axis < min(len(shape), 2) else 0
+    stop = size if shard.count is None else shard.start + shard.count
+    row = STORED_SCHEMES[scheme_after_reading(scheme)]
+    unit = (row.group or row.block or 1) if shard.axis == 1 else 1
+    fits = 0 <= shard.start < stop <= size
+    if not fits or shard.start % unit or (stop % unit and stop != size):
+        words = "rows" if shard.axis == 0 else "columns"
+        raise UsageError(
+            f"{words} {shard.start} to {stop} of {layer} ({scheme}, {list(shape)})",
+            needs=f"a part of its {size} {words}"
+            + (f" in groups of {unit}, of which it has {-(-size // unit)}" if unit > 1 else ""),
+            fix=f"begin and end at multiples of {unit}" if unit > 1 else "give a start and a count inside it",
+            code="E-USE-05",
+        )
+    return replace(shard, count=stop - shard.start)
+
+
+def role_shard(
+    shard: ShardSpec, role: str, stored: tuple[int, ...], shape: tuple[int, ...], scheme: str
+) -> ShardSpec:
+    """The part of one tensor of a layer. `stored`: its shape on disk, `shape`: that of the decoded weight.
+
+    Scales by rows and a bias are whole for columns, `mul_scale` for rows; so is one scale for all rows.
+    """
+    if shard == WHOLE:
+        return WHOLE
+    if role == "mul_scale":
+        return WHOLE if shard.axis == 0 else replace(shard, axis=0)
+    if shard.axis == 0:
+        return shard if stored[:1] == shape[:1] else WHOLE
+    row = STORED_SCHEMES[scheme_after_reading(scheme)]
+    packed = 2 if stored[1:2] != shape[1:2] else 1
+    unit = {"weight": packed, "weight_scale": row.block, "weight_dual_scale": row.group}.get(role, 0)
+    if not unit or shard.count is None:
+        return WHOLE
+    first, stop = shard.start // unit, -(-(shard.start + shard.count) // unit)
+    return ShardSpec(1, first, stop - first)
+
+
+def columns_of(shard: ShardSpec) -> slice:
+    """The input features of a part; all of them for a part of the rows."""
+    if shard.axis == 0 or shard == WHOLE:
+        return slice(None)
+    return slice(shard.start, None if shard.count is None else shard.start + shard.count)
