@@ -273,9 +273,9 @@ def escape(text: str) -> str:
 
 def settings_table() -> str:
     """What `--set` and `--config` know."""
-    from ascendit.cli.generate_options import known
+    from ascendit.cli.generate_options import KNOWN
 
-    return table(("key", "value"), ((f"`{key}`", value_text(hint)) for key, hint in known().items()))
+    return table(("key", "value"), ((f"`{key}`", value_text(hint)) for key, hint in KNOWN.items()))
 
 
 def value_text(hint: Any) -> str:

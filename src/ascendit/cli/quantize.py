@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from ascendit.cli.generate_options import EXTRAS, parse_settings
 from ascendit.cli.output import Output, quiet_libraries
 from ascendit.errors import OutOfMemory, UsageError
 
@@ -170,8 +169,11 @@ def _calibrator(
 
 def _fields(settings: list[str]) -> dict[str, Any]:
     """Fields of the request that a calibration runs with."""
+    from ascendit.cli.generate_options import parse_settings
+    from ascendit.pipeline.request import GenerateRequest
+
     layer = parse_settings(settings)
-    if wrong := sorted({*EXTRAS, "prompt", "image"} & set(layer)):
+    if wrong := sorted(set(layer) - ({*GenerateRequest.model_fields} - {"prompt", "image"})):
         raise UsageError(
             f"--set {wrong[0]} with --calibrate",
             needs="a value of its videos, as num_inference_steps, height, width, num_frames",
@@ -218,7 +220,7 @@ class Screen:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the screen as it was found. A run of the model that had too little memory says so."""
-        from ascendit.cli.interruptions import is_out_of_memory
+        from ascendit.pipeline.job import is_out_of_memory
 
         self._stack.close()
         if self._stage == "calibration" and error is not None and is_out_of_memory(error):

@@ -6,15 +6,17 @@ Configs only: no weights are opened, and torch is not imported.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from ascendit import geometry
 from ascendit.checkpoint.layout import Layout
 from ascendit.errors import CheckpointError
 from ascendit.family import Task, VaeConfig, WanConfig, WanSpec, match_spec
-from ascendit.pipeline.request import Defaults, Solver
 
 log = logging.getLogger("ascendit")
+
+Solver = Literal["unipc", "euler"]
 
 # Values of Diffusers' WanPipeline.__call__, for a Wan-class model that matches no row.
 GENERIC = {"width": 832, "height": 480, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
@@ -52,6 +54,36 @@ UNIPC_DEFAULTS = {
     "prediction_type": "epsilon",
     "use_flow_sigmas": False,
 }  # of the class, where not in the file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a loaded model runs with when the request does not say, and what it can run at all."""
+
+    model: str
+    """Name for messages and metadata."""
+    task: Task
+    num_experts: int
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    num_inference_steps: int
+    flow_shift: float
+    guidance_scale: float
+    guidance_scale_2: float | None
+    boundary_ratio: float | None
+    size_multiple: int
+    frame_stride: int = 4
+    max_sequence_length: int = 512
+    solver: Solver = "unipc"
+    sources: tuple[str, ...] = ()
+    """Where the values came from, for the log: a row of `family.py`, the folder's own files."""
+    spec: WanSpec | None = None
+
+    def shift_for(self, width: int, height: int) -> float:
+        """`flow_shift` for this size; some models have one for each size."""
+        return self.spec.shift_for(width, height) if self.spec else self.flow_shift
 
 
 def defaults_for(layout: Layout) -> Defaults:
