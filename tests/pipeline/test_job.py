@@ -74,9 +74,9 @@ def test_without_numbers():
 
 
 def test_run_makes_the_video_that_load_and_generate_make(tiny_t2v_cascade: Path) -> None:
-    how = {"scheme": "mxfp4", "step_policy": "0:w4a8"}
+    how: dict[str, Any] = {"scheme": "mxfp4", "step_policy": "0:w4a8"}
     shape = {"width": 32, "height": 32, **SMALL}
-    prepared = prepare(LoadOptions(model=str(tiny_t2v_cascade), **how), PROMPT, **shape)  # type: ignore[arg-type]
+    prepared = prepare(LoadOptions(model=str(tiny_t2v_cascade), **how), PROMPT, **shape)
     events: list[Progress] = []
     video = run(prepared, events.append)
     again = ascendit.load(tiny_t2v_cascade, **how).generate(PROMPT, **shape)

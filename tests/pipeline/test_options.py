@@ -118,7 +118,7 @@ def test_a_wrong_option_is_refused(options: dict[str, Any], got: str, needs: str
 
 
 def test_a_dtype_that_no_flag_gives_is_left_to_the_device() -> None:
-    assert LoadOptions(model="demo", dtype=torch.float64).dtype == "float64"  # type: ignore[arg-type]
+    assert LoadOptions(model="demo", dtype=torch.float64).record["dtype"] == "float64"  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="dtype=int8 on cpu") as error:
         ascendit.load("demo", dtype="int8")
     assert error.value.needs == "float32 or bfloat16 or float16"

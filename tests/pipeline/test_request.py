@@ -94,7 +94,7 @@ def test_an_unknown_argument_is_refused_with_the_known_ones() -> None:
 
 def test_a_request_is_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        resolve(CASCADE, "a").seed = 4  # type: ignore[misc]
+        resolve(CASCADE, "a").seed = 4
 
 
 # --- guidance
@@ -498,6 +498,6 @@ def test_direct_construction_raises_the_same_errors() -> None:
     with pytest.raises(RequestError, match="fps is 0"):
         GenerateRequest(**fields | {"fps": 0})
     with pytest.raises(UsageError, match=r"request has unknown fields: \['size'\]"):
-        GenerateRequest(**fields, size=4)
+        GenerateRequest(**fields | {"size": 4})
     with pytest.raises(UsageError, match="no seed"):
         GenerateRequest(**{k: v for k, v in fields.items() if k != "seed"})

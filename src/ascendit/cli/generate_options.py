@@ -10,7 +10,7 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -123,7 +123,11 @@ def read_call(
 def flag_values(params: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that were given, as a layer."""
     values = {key: params[flag] for key, flag in FIELDS.items()} | {name: params[name] for name in FLAGS}
-    parsers = {"size": parse_size, "guidance": parse_guidance, "timesteps": parse_timesteps}
+    parsers: dict[str, Callable[[str], dict[str, Any]]] = {
+        "size": parse_size,
+        "guidance": parse_guidance,
+        "timesteps": parse_timesteps,
+    }
     for flag, parse in parsers.items():
         if params[flag] is not None:
             values |= parse(params[flag])

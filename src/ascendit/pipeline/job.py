@@ -146,7 +146,7 @@ def prepare(
     request = resolve(defaults, prompt, **fields)
     model.schedule.check_steps(request.num_inference_steps)
     picture = picture_of(request, pixels or {})
-    return Prepared(model=model, request=request, pixels={} if picture is None else {request.image: picture})
+    return Prepared(model=model, request=request, pixels={request.image: picture} if request.image else {})
 
 
 # ---- built and run ------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def _whole(low: int, high: int | None = None) -> Any:
     return Field(strict=True, ge=low, le=high or MAX_SEED, description=f"a whole number, {rule}")
 
 
-def _number(rule: str, **limits: float) -> Any:
+def _number(rule: str, **limits: Any) -> Any:
     return Field(strict=True, allow_inf_nan=False, description=rule, **limits)
 
 
