@@ -25,7 +25,7 @@ _NOT_USED = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Variable:
     """An environment variable that sets an option."""
 

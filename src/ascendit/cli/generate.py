@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import time
 from contextlib import ExitStack
 from datetime import datetime
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ascendit.cli.output import Output, quiet_libraries, two_columns
-from ascendit.pipeline.options import OPTIONS
+from ascendit.errors import UsageError
+from ascendit.pipeline.options import FLAGS, OPTIONS
 
 if TYPE_CHECKING:
     from ascendit.cli.generate_options import Call
@@ -24,56 +26,41 @@ if TYPE_CHECKING:
 
 
 def _flag(
-    name: str, kind: Any, help: str, metavar: str | None = None, *names: str, hidden: bool = False
+    name: str, kind: Any, help: str, metavar: str | None = None, names: str = "", *, hidden: bool = False
 ) -> inspect.Parameter:
-    names = names or (f"--{name.replace('_', '-')}",)
-    option = typer.Option(*names, metavar=metavar, help=help, hidden=hidden)
+    """A parameter of `generate`: a key of `--set` with its flag, or what is no key."""
+    names = names or f"--{name.replace('_', '-')}"
+    option = typer.Option(*names.split(), metavar=metavar, help=help, hidden=hidden)
     default, hint = (False, bool) if kind is bool else (None, kind | None)
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, keyword, default=default, annotation=Annotated[hint, option])
 
 
-_WORDS = typer.Argument(metavar="[MODEL] PROMPT", hidden=True)  # the text above the options explains it
+FILES = ".mp4, .webm, .gif or .png frames; default outputs/<time>_<prompt>_s<seed>.mp4."
+SETTINGS = "Anything else, as solver=euler or metadata=false; repeatable."
+TIMESTEPS = "Own schedule, as 1000,750,500,250 for distilled models."
+WORDS = typer.Argument(metavar="[MODEL] PROMPT", hidden=True)  # the text above the options explains it
 PARAMETERS = (
-    inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
-    inspect.Parameter(
-        "words", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, _WORDS]
-    ),
+    inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+    _flag("words", list[str], "").replace(annotation=Annotated[list[str] | None, WORDS]),
     _flag("demo", bool, "Use the small model that comes with ascendit."),
-    _flag(
-        "output",
-        Path,
-        ".mp4, .webm, .gif or .png frames; default outputs/<time>_<prompt>_s<seed>.mp4.",
-        "FILE",
-        "-o",
-        "--output",
-    ),
+    _flag("output", Path, FILES, "FILE", "-o --output"),
     _flag("seed", int, "Same seed, same video; default random, printed.", "N"),
-    _flag("steps", int, "Denoising steps.", "N"),
+    _flag("num_inference_steps", int, "Denoising steps.", "N", "--steps"),
     _flag("size", str, "Pixels, as 832x480 or 832*480.", "WxH"),
-    _flag("frames", int, "Number of frames, 4n+1.", "N"),
+    _flag("num_frames", int, "Number of frames, 4n+1.", "N", "--frames"),
     _flag("seconds", float, "Length, instead of --frames.", "S"),
     _flag("fps", int, "Frames per second of the file.", "N", hidden=True),
     _flag("guidance", str, "One scale, or high-noise,low-noise.", "G[,G2]"),
-    _flag("shift", float, "Flow shift of the schedule.", "X", hidden=True),
-    _flag("timesteps", str, "Own schedule, as 1000,750,500,250 for distilled models.", "T,T,..", hidden=True),
-    _flag("negative", str, "What the video should not show.", "TEXT"),
+    _flag("flow_shift", float, "Flow shift of the schedule.", "X", "--shift", hidden=True),
+    _flag("own_timesteps", str, TIMESTEPS, "T,T,..", "--timesteps", hidden=True),
+    _flag("negative_prompt", str, "What the video should not show.", "TEXT", "--negative"),
     _flag("image", str, "First frame, for models that take one.", "FILE"),
-    *(
-        _flag(name, str, row.help, row.metavar, hidden=row.hidden)
-        for name, row in OPTIONS.items()
-        if row.metavar
-    ),
-    _flag(
-        "settings",
-        list[str],
-        "Anything else, as solver=euler or metadata=false; repeatable.",
-        "KEY=VALUE",
-        "--set",
-    ),
+    *(_flag(name, str, x.help, x.metavar, hidden=x.hidden) for name, x in OPTIONS.items() if x.metavar),
+    _flag("settings", list[str], SETTINGS, "KEY=VALUE", "--set"),
     _flag("config", Path, "TOML with keys as for --set, or the .json beside a video.", "FILE"),
     _flag("dry_run", bool, "Say what would run; load no weights."),
-    _flag("as_json", bool, "Print one JSON object and nothing else.", None, "--json"),
+    _flag("as_json", bool, "Print one JSON object and nothing else.", names="--json"),
     _flag("overwrite", bool, "Replace the output if it exists."),
 )
 
@@ -86,7 +73,7 @@ def generate(ctx: typer.Context, **params: Any) -> None:
 
     ascendit generate --demo "a red circle moves right on a black background"
     """
-    if params["frames"] is not None and params["seconds"] is not None:
+    if params["num_frames"] is not None and params["seconds"] is not None:
         raise typer.BadParameter("give --frames or --seconds, not both", ctx=ctx)
     from ascendit.cli.generate_options import flag_values, read_call
 
@@ -124,8 +111,16 @@ def _prepare(call: Call, output: Path | None, *, overwrite: bool) -> tuple[Prepa
 
     if output is not None:
         video.check_writable(output)
-    with call.naming_its_model():
+    try:
         prepared = prepare(call.options, call.prompt, **call.fields)
+    except UsageError as e:
+        if call.model_from is None or e.got != f"no model at {call.options.model}":
+            raise
+        again = shlex.join([call.prompt, "--config", str(call.model_from)])
+        fix = f"name MODEL on the command line: ascendit generate MODEL {again}; or add --demo"
+        raise UsageError(
+            f"{e.got}, which {call.model_from} names", needs=e.needs, fix=fix, code=e.code
+        ) from e
     request = prepared.request
     output = output or video.default_name(request.prompt, request.seed, datetime.now())
     shape = (request.num_frames, request.height, request.width)
@@ -170,20 +165,32 @@ def _print_result(prepared: Prepared, out: Output, video: Video, path: Path, too
 
 
 def _print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> None:
-    facts = prepared.as_dict()
-    given = {*call.fields} - {"seconds"}
-    out.emit({"dry_run": True, "output": str(output), "given": sorted(given), **facts})
-    given |= {"prompt"} | ({"num_frames"} if "seconds" in call.fields else set())
-    out.line(f"would run  {prepared.model.defaults.model} in {facts['folder']}")
+    request, options, model = prepared.request, prepared.model.options, prepared.model
+    facts = {
+        "dry_run": True,
+        "model": options.model,
+        "folder": str(model.layout.root),
+        "output": str(output),
+        "request": request.model_dump(),
+        "given": sorted({*call.fields} - {"seconds"}),
+        "defaults_from": list(model.defaults.sources),
+        "video_tokens": prepared.video_tokens,
+        "text_tokens": request.max_sequence_length,
+        **{name: getattr(options, name) for name in FLAGS},
+        "replay": prepared.replay,
+    }
+    out.emit(facts)
+    given = {*call.fields, "prompt"} | ({"num_frames"} if "seconds" in call.fields else set())
+    out.line(f"would run  {model.defaults.model} in {model.layout.root}")
     out.line("request")
-    shown = [(k, v) for k, v in facts["request"].items() if v is not None]
+    shown = [(k, v) for k, v in request.model_dump().items() if v is not None]
     for line in two_columns((k, f"{v}" if k in given else f"{v}  (default)") for k, v in shown):
         out.line(line)
     out.line("defaults from")
-    for source in facts["defaults_from"]:
+    for source in model.defaults.sources:
         out.line(f"  {source}")
-    passes = "two passes" if prepared.request.do_classifier_free_guidance else "one pass"
-    tokens = f"{facts['video_tokens']} video and {facts['text_tokens']} text tokens"
+    passes = "two passes" if request.do_classifier_free_guidance else "one pass"
+    tokens = f"{prepared.video_tokens} video and {request.max_sequence_length} text tokens"
     out.line(f"work       {tokens}, {passes} for each step")
     out.line(f"output     {output}")
-    out.line(f"replay     {facts['replay']}")
+    out.line(f"replay     {prepared.replay}")

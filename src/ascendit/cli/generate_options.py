@@ -10,8 +10,7 @@ import json
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from ascendit.device.device import parse_device
 from ascendit.environment import read_environment
 from ascendit.errors import UsageError
-from ascendit.pipeline.options import FLAGS, VARIABLES, LoadOptions, bad_value, plain_kind
+from ascendit.pipeline.options import VARIABLES, LoadOptions, bad_value, plain_kind
 from ascendit.pipeline.request import GenerateRequest
 
 KNOWN: dict[str, Any] = {
@@ -33,18 +32,6 @@ KNOWN: dict[str, Any] = {
 }
 """Every key that `--set` and `--config` take, with its type. `none` takes a value of a config away, where
 None is among the types."""
-
-FIELDS = {
-    "seed": "seed",
-    "num_inference_steps": "steps",
-    "num_frames": "frames",
-    "seconds": "seconds",
-    "fps": "fps",
-    "flow_shift": "shift",
-    "negative_prompt": "negative",
-    "image": "image",
-}
-"""Key -> flag of `generate`, where they are not the same as an option of loading and its flag."""
 
 # A value higher up makes these lower ones meaningless.
 _REPLACES = {
@@ -72,22 +59,6 @@ class Call:
     """The file that names the model, None where the command line does."""
     notes: tuple[str, ...] = ()
     """What the environment variables did."""
-
-    @contextmanager
-    def naming_its_model(self) -> Iterator[None]:
-        """UsageError E-USE-02 for a model that is not there says which file named it."""
-        try:
-            yield
-        except UsageError as e:
-            if self.model_from is None or e.got != f"no model at {self.options.model}":
-                raise
-            again = shlex.join([self.prompt, "--config", str(self.model_from)])
-            raise UsageError(
-                f"{e.got}, which {self.model_from} names",
-                needs=e.needs,
-                fix=f"name MODEL on the command line: ascendit generate MODEL {again}; or add --demo",
-                code=e.code,
-            ) from e
 
 
 def read_call(
@@ -121,17 +92,14 @@ def read_call(
 
 
 def flag_values(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that were given, as a layer."""
-    values = {key: params[flag] for key, flag in FIELDS.items()} | {name: params[name] for name in FLAGS}
-    parsers: dict[str, Callable[[str], dict[str, Any]]] = {
-        "size": parse_size,
-        "guidance": parse_guidance,
-        "timesteps": parse_timesteps,
-    }
+    """The parameters of `generate` that are keys, as a layer."""
+    values = {key: value for key, value in params.items() if key in KNOWN and value is not None}
+    parsers: dict[str, Callable[[str], dict[str, Any]]]
+    parsers = {"size": parse_size, "guidance": parse_guidance, "own_timesteps": parse_timesteps}
     for flag, parse in parsers.items():
         if params[flag] is not None:
             values |= parse(params[flag])
-    return {key: value for key, value in values.items() if value is not None}
+    return values
 
 
 def _model_and_prompt(words: list[str], demo: bool, model: str | None, prompt: str | None) -> tuple[str, str]:
@@ -221,16 +189,11 @@ def read_config(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         data = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
     except OSError as e:
-        raise UsageError(
-            f"--config {path}: {e.strerror}",
-            needs="a TOML file, or the .json beside a video",
-            fix="correct the path",
-            code="E-USE-02",
-        ) from e
+        got, needs = f"--config {path}: {e.strerror}", "a TOML file, or the .json beside a video"
+        raise UsageError(got, needs=needs, fix="correct the path", code="E-USE-02") from e
     except ValueError as e:  # TOML, JSON and UTF-8 errors alike
-        raise _bad(
-            "--config", f"{path}: {e}", needs="TOML, or JSON with one object", fix="correct the file"
-        ) from e
+        needs = "TOML, or JSON with one object"
+        raise _bad("--config", f"{path}: {e}", needs=needs, fix="correct the file") from e
     if not isinstance(data, dict):
         raise _bad("--config", str(path), needs="one table of keys and values", fix="correct the file")
     return typed_layer(_of_video(data), where=f"--config {path}")

@@ -25,7 +25,7 @@ from ascendit.errors import OutOfMemory
 from ascendit.family import WanConfig
 from ascendit.model.quantize_on_load import Online, policy_for, read_experts, schemes_in
 from ascendit.pipeline.defaults import Defaults, defaults_for, vae_config
-from ascendit.pipeline.options import FLAGS, OPTIONS, LoadOptions, load_signature
+from ascendit.pipeline.options import OPTIONS, LoadOptions, load_signature
 from ascendit.pipeline.request import GenerateRequest, picture_of, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
@@ -74,29 +74,10 @@ class Prepared:
     def video_tokens(self) -> int:
         """Tokens of the video in one pass of a transformer."""
         request, vae = self.request, vae_config(self.model.layout)
-        latents = geometry.latent_grid(
-            request.num_frames,
-            request.height,
-            request.width,
-            frame_stride=vae.scale_factor_temporal,
-            stride=vae.scale_factor_spatial,
-        )
+        strides = {"frame_stride": vae.scale_factor_temporal, "stride": vae.scale_factor_spatial}
+        latents = geometry.latent_grid(request.num_frames, request.height, request.width, **strides)
         patch_size = self.model.layout.experts[0].config.get("patch_size", WanConfig.patch_size)
         return geometry.num_tokens(geometry.patch_grid(latents, patch_size))
-
-    def as_dict(self) -> dict[str, Any]:
-        """What would run, for JSON."""
-        options = self.model.options
-        return {
-            "model": options.model,
-            "folder": str(self.model.layout.root),
-            "request": self.request.model_dump(mode="json"),
-            "defaults_from": list(self.model.defaults.sources),
-            "video_tokens": self.video_tokens,
-            "text_tokens": self.request.max_sequence_length,
-            **{name: getattr(options, name) for name in FLAGS},
-            "replay": self.replay,
-        }
 
 
 def prepare_model(options: LoadOptions) -> PreparedModel:
@@ -222,22 +203,21 @@ def out_of_memory(error: BaseException, stage: str = "", device: str = "cpu") ->
     left = free[1] if free else (_host_memory() if device == "cpu" else "")
     return OutOfMemory(
         f"out of memory on {device}" + (f" in stage {stage}" if stage else ""),
-        needs=(f"{_readable(asked[1])} more" if asked else "more memory")
-        + (f"; {left} is free" if left else ""),
+        needs=(f"{_gib(asked[1])} more" if asked else "more memory") + (f"; {left} is free" if left else ""),
         fix="a smaller --size or --frames; --text-on drop frees the text encoder after use",
         code="E-MEM-01",
     )
 
 
-def _readable(size: str) -> str:
-    """`68719476736 bytes` as `64.0 GiB`; other texts as they are."""
-    found = re.fullmatch(r"(\d+) bytes\w*", size)
-    return f"{int(found[1]) / 2**30:.1f} GiB" if found else size
+def _gib(size: str) -> str:
+    """`68719476736 bytes` or kB as `64.0 GiB`; other texts as they are."""
+    found = re.fullmatch(r"(\d+) (bytes|kB)\w*", size)
+    return f"{int(found[1]) / (2**30 if found[2] == 'bytes' else 2**20):.1f} GiB" if found else size
 
 
 def _host_memory() -> str:
     try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text())
+        found = re.search(r"MemAvailable:\s+(\d+ kB)", MEMINFO.read_text())
     except OSError:
         return ""
-    return f"{int(found[1]) / 2**20:.1f} GiB" if found else ""
+    return _gib(found[1]) if found else ""

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -31,6 +31,8 @@ from ascendit.device.device import parse_device
 from ascendit.environment import Variable
 from ascendit.errors import RequestError, UsageError
 from ascendit.schedule import StepSchedule
+
+Row = TypeVar("Row")
 
 # ---- models that users fill in ------------------------------------------------------------------
 
@@ -60,12 +62,8 @@ class Checked(BaseModel):
         try:
             return cls.model_validate(json.loads(text))
         except json.JSONDecodeError as e:
-            raise UsageError(
-                f"{cls.TITLE} is no JSON: {e}",
-                needs="one JSON object",
-                fix="pass what to_json wrote",
-                code="E-USE-01",
-            ) from e
+            got, needs = f"{cls.TITLE} is no JSON: {e}", "one JSON object"
+            raise UsageError(got, needs=needs, fix="pass what to_json wrote", code="E-USE-01") from e
 
 
 def usage_error(error: ValidationError, model: type[Checked]) -> UsageError:
@@ -75,31 +73,20 @@ def usage_error(error: ValidationError, model: type[Checked]) -> UsageError:
     if not problems[0]["loc"]:
         unknown = type(problems[0]["input"]).__name__
     if unknown:
-        return UsageError(
-            f"{model.TITLE} has unknown fields: {unknown}",
-            needs=f"fields among {', '.join(sorted(model.model_fields))}",
-            fix="remove or correct them",
-            code="E-USE-01",
-        )
+        got, needs = f"has unknown fields: {unknown}", f"fields among {', '.join(sorted(model.model_fields))}"
+        return UsageError(f"{model.TITLE} {got}", needs=needs, fix="remove or correct them", code="E-USE-01")
     wrong = [p for p in problems if p["type"] != "missing"]
     if not wrong:
-        names = ", ".join(str(p["loc"][0]) for p in problems)
-        return UsageError(
-            f"{model.TITLE} is incomplete or of a wrong type: no {names}",
-            needs="every field without a default",
-            fix="pass what to_json wrote",
-            code="E-USE-01",
-        )
+        got = f"is incomplete or of a wrong type: no {', '.join(str(p['loc'][0]) for p in problems)}"
+        needs = "every field without a default"
+        return UsageError(f"{model.TITLE} {got}", needs=needs, fix="pass what to_json wrote", code="E-USE-01")
     name, value = str(wrong[0]["loc"][0]), wrong[0]["input"]
     field = model.model_fields[name]
     if field.description is None:
         return bad_value(name, value, field.annotation)
-    return RequestError(
-        f"{name} is {value!r}",
-        needs=f"{name}: {field.description}",
-        fix=f"give {name} a legal value, or leave it out for the model's own",
-        code="E-REQ-03",
-    )
+    fix = f"give {name} a legal value, or leave it out for the model's own"
+    needs = f"{name}: {field.description}"
+    return RequestError(f"{name} is {value!r}", needs=needs, fix=fix, code="E-REQ-03")
 
 
 def bad_value(name: str, value: object, hint: Any, where: str = "") -> UsageError:
@@ -133,17 +120,15 @@ def plain_kind(hint: Any) -> Any:
 # ---- options of loading -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Option:
-    """What a row says besides type and default."""
+    """What a row says besides type and default; a `Variable` beside it also sets the option."""
 
     help: str
     metavar: str | None = None
     """Of its flag; None: it has no flag, and is set by `--set KEY=VALUE`."""
     hidden: bool = False
     """Whether `--help` leaves its flag out."""
-    variable: Variable | None = None
-    """The environment variable that sets it."""
 
 
 def _path(value: object) -> object:
@@ -177,101 +162,89 @@ def _emulate(value: object) -> object:
     return value if not isinstance(value, bool) else "decode-on-use" if value else None
 
 
+def _ops(value: object) -> object:
+    return None if value == "auto" else value
+
+
 class LoadOptions(Checked):
     """How a model is loaded: plain values, whatever Python callers pass."""
 
     TITLE = "load"
 
-    model: Annotated[
-        str,
-        BeforeValidator(_path),
-        Option(help="A folder, demo, hf:org/name or ms:org/name (with @revision)."),
-    ]
+    model: Annotated[str, BeforeValidator(_path), Option("A folder, demo, hf:org/name or ms:org/name.")]
     device: Annotated[
         str,
         BeforeValidator(_device),
-        Option(metavar="NAME", help="cpu (default), cuda:1, npu:0, or an NPU's twin on the CPU: twin:a5."),
+        Option("cpu (default), cuda:1, npu:0, or an NPU's twin on the CPU: twin:a5.", "NAME"),
     ] = "cpu"
     text_on: Annotated[
         Literal["cpu", "device", "drop"],
-        Option(
-            metavar="WHERE",
-            hidden=True,
-            help="Text encoder on cpu, on device (default), or drop it after use.",
-            variable=Variable(
-                name="T5_LOAD_CPU",
-                values={"1": "cpu"},
-                effect="the text encoder runs on the CPU (--text-on device overrides it)",
-            ),
+        Option("Text encoder on cpu, on device (default), or drop it after use.", "WHERE", hidden=True),
+        Variable(
+            "T5_LOAD_CPU", {"1": "cpu"}, "the text encoder runs on the CPU (--text-on device overrides it)"
         ),
     ] = "device"
     scheme: Annotated[
         Literal["bf16", "int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"] | None,
-        Option(metavar="NAME", help="Quantize a BF16 model while it loads: mxfp8, mxfp4, int8, ..."),
+        Option("Quantize a BF16 model while it loads: mxfp8, mxfp4, int8, ...", "NAME"),
     ] = None
     recipe: Annotated[
         str | None,
         BeforeValidator(_path),
-        Option(metavar="NAME", help="The same by a recipe, or a TOML file of your own."),
+        Option("The same by a recipe, or a TOML file of your own.", "NAME"),
     ] = None
     step_policy: Annotated[
         str | None,
         BeforeValidator(_schedule),
-        Option(metavar="STEPS:HOW,..", help='Precision by step, as "0-1:w4a8,default:w4a4".'),
+        Option('Precision by step, as "0-1:w4a8,default:w4a4".', "STEPS:HOW,.."),
     ] = None
     emulate: Annotated[
         Literal["decode-on-use", "decode-once"] | None,
         BeforeValidator(_emulate),
-        Option(metavar="HOW", help="Where a chip lacks the scheme: decode-on-use, or decode-once (faster)."),
+        Option("Where a chip lacks the scheme: decode-on-use, or decode-once (faster).", "HOW"),
     ] = None
     keep: Annotated[
         tuple[str, ...],
         BeforeValidator(_patterns),
-        Option(help="Patterns of layers that are not quantized."),
+        Option("Patterns of layers that stay as they are stored."),
     ] = ()
-    activation_rule: Annotated[
-        str | None, Option(help="Scale rules of quantized activations, as mxfp4=max:7.")
-    ] = None
+    activation_rule: Annotated[str | None, Option("Scale rules of activations, as mxfp4=max:7.")] = None
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         PlainValidator(_dtype),
-        Option(help="Of the denoiser; default as stored on a CPU, else bfloat16."),
+        Option("Of the denoiser; default as stored on a CPU, else bfloat16."),
     ] = None
     vae_dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
         PlainValidator(_dtype),
-        Option(help="Default float32; bfloat16 takes two thirds of the time, about 50 dB from it."),
+        Option("Default float32; bfloat16 takes two thirds of the time, about 50 dB from it."),
     ] = None
     ops: Annotated[
         Literal["auto", "reference"] | None,
-        BeforeValidator(lambda value: None if value == "auto" else value),
-        Option(help="reference: plain PyTorch operators."),
+        BeforeValidator(_ops),
+        Option("reference: plain PyTorch operators."),
     ] = None
     attention: Annotated[
         Literal["fusion", "fused_infer"] | None,
-        Option(
-            help="The attention kernel of an NPU.",
-            variable=Variable(
-                name="ALGO",
-                values={"0": "fusion", "3": "fused_infer"},
-                effect="attention={} on an NPU (--set attention overrides it)",
-            ),
+        Option("The attention kernel of an NPU."),
+        Variable(
+            "ALGO",
+            {"0": "fusion", "3": "fused_infer"},
+            "attention={} on an NPU (--set attention overrides it)",
         ),
     ] = None
-    nz: Annotated[bool, Option(help="Weights in FRACTAL_NZ where an NPU takes both layouts.")] = False
+    nz: Annotated[bool, Option("Weights in FRACTAL_NZ where an NPU takes both layouts.")] = False
     fast_layernorm: Annotated[
         bool,
-        Option(
-            help="Layer norms by MindIE-SD where the device has it.",
-            variable=Variable(
-                name="FAST_LAYERNORM",
-                values={"1": True},
-                effect="layer norms by MindIE-SD where the device has it, the same numbers "
-                "(--set fast_layernorm=false overrides it)",
-            ),
+        Option("Layer norms by MindIE-SD where the device has it."),
+        Variable(
+            "FAST_LAYERNORM",
+            {"1": True},
+            "layer norms by MindIE-SD where the device has it, the same numbers (--set fast_layernorm=false "
+            "overrides it)",
         ),
     ] = False
-    force: Annotated[bool, Option(help="Quantize where accuracy is known to suffer.")] = False
+    force: Annotated[bool, Option("Quantize where accuracy is known to suffer.")] = False
 
     @property
     def record(self) -> dict[str, Any]:
@@ -280,47 +253,34 @@ class LoadOptions(Checked):
         return {name: value for name, value in values.items() if value not in (None, False, [])}
 
 
-def option_of(name: str) -> Option:
-    """The row of this option."""
-    (row,) = (row for row in LoadOptions.model_fields[name].metadata if isinstance(row, Option))
-    return row
+def _rows(kind: type[Row]) -> dict[str, Row]:
+    """Option -> what its row says of this kind."""
+    fields = LoadOptions.model_fields.items()
+    return {name: x for name, field in fields for x in field.metadata if isinstance(x, kind)}
 
 
-OPTIONS: dict[str, Option] = {name: option_of(name) for name in LoadOptions.model_fields}
+OPTIONS = _rows(Option)
 FLAGS = {name: f"--{name.replace('_', '-')}" for name, row in OPTIONS.items() if row.metavar}
 """Option -> its flag."""
-VARIABLES = {name: row.variable for name, row in OPTIONS.items() if row.variable}
+VARIABLES = _rows(Variable)
 """Option -> the environment variable that sets it."""
 
 
 def load_words(record: Mapping[str, Any]) -> list[str]:
     """`record` as flags and `--set` of a replay line, without values that are the default."""
-    flags, settings = [], []
-    for name in LoadOptions.model_fields:
+    words = []
+    for name, field in LoadOptions.model_fields.items():
         value = record.get(name)
-        if not value or value == LoadOptions.model_fields[name].default:
-            continue
-        text = (
-            ";".join(value) if isinstance(value, (list, tuple)) else "true" if value is True else str(value)
-        )
-        if name in FLAGS:
-            flags += [FLAGS[name], text]
-        else:
-            settings += ["--set", f"{name}={text}"]
-    return flags + settings
+        if value and value != field.default:
+            text = ";".join(value) if isinstance(value, list) else "true" if value is True else str(value)
+            words.append([FLAGS[name], text] if name in FLAGS else ["--set", f"{name}={text}"])
+    return [word for pair in words for word in pair]
 
 
 def load_signature(*more: inspect.Parameter) -> inspect.Signature:
     """The signature of a function that takes the options of loading by name, the model first, and `more`."""
-    rows = LoadOptions.model_fields.items()
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    options = [
-        inspect.Parameter(
-            name,
-            kinds[name != "model"],
-            default=inspect.Parameter.empty if field.is_required() else field.default,
-            annotation=field.annotation,
-        )
-        for name, field in rows
-    ]
-    return inspect.Signature([*options, *more])
+    fields = LoadOptions.model_fields
+    found = inspect.signature(LoadOptions).parameters.values()
+    model, *options = (p.replace(annotation=fields[p.name].annotation) for p in found)
+    model = model.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return inspect.Signature([model, *options, *more])

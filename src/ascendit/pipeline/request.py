@@ -94,12 +94,8 @@ class GenerateRequest(Checked):
     @model_validator(mode="after")
     def _as_many_steps_as_timesteps(self) -> Self:
         if self.timesteps is not None and len(self.timesteps) != self.num_inference_steps:
-            raise RequestError(
-                f"{len(self.timesteps)} timesteps and {self.num_inference_steps} steps",
-                needs="as many steps as timesteps",
-                fix="give only one of the two",
-                code="E-REQ-03",
-            )
+            got = f"{len(self.timesteps)} timesteps and {self.num_inference_steps} steps"
+            raise _refused(got, "as many steps as timesteps", "give only one of the two")
         return self
 
     @property
@@ -155,6 +151,11 @@ def _text(value: float) -> str:
 # ---- from what a user gives ---------------------------------------------------------------------
 
 
+OF_THE_MODEL = ("width", "height", "num_frames", "fps", "num_inference_steps", "guidance_scale")
+OF_THE_MODEL += ("guidance_scale_2", "boundary_ratio", "solver", "max_sequence_length")
+"""Fields that the model's defaults fill."""
+
+
 def resolve(defaults: Defaults, prompt: str, **given: Any) -> GenerateRequest:
     """Fill what `given` leaves out (or gives as None) from `defaults`, and check it against the model.
 
@@ -163,91 +164,56 @@ def resolve(defaults: Defaults, prompt: str, **given: Any) -> GenerateRequest:
     """
     known = set(GenerateRequest.model_fields) - {"prompt"}
     if unknown := sorted(set(given) - known):
-        raise UsageError(
-            f"unknown argument: {', '.join(unknown)}",
-            needs=f"arguments among {', '.join(sorted(known))}",
-            fix="correct the name",
-            code="E-USE-01",
-        )
-    values = {k: v.item() if getattr(v, "ndim", None) == 0 else v for k, v in given.items() if v is not None}
-    width, height = values.get("width", defaults.width), values.get("height", defaults.height)
-    if "timesteps" in values:
+        got, needs = f"unknown argument: {', '.join(unknown)}", f"arguments among {', '.join(sorted(known))}"
+        raise UsageError(got, needs=needs, fix="correct the name", code="E-USE-01")
+    given = {k: v.item() if getattr(v, "ndim", None) == 0 else v for k, v in given.items() if v is not None}
+    if "timesteps" in given:
         with suppress(TypeError):  # no sequence: refused below
-            values.setdefault("num_inference_steps", len(values["timesteps"]) or 1)
-    if "guidance_scale" in values:  # one number is for both experts, as in Diffusers
-        values.setdefault("guidance_scale_2", values["guidance_scale"] if defaults.num_experts == 2 else None)
-    filled = {
-        "width": width,
-        "height": height,
-        "num_frames": defaults.num_frames,
-        "fps": defaults.fps,
-        "num_inference_steps": defaults.num_inference_steps,
-        "guidance_scale": defaults.guidance_scale,
-        "guidance_scale_2": defaults.guidance_scale_2,
-        "flow_shift": defaults.shift_for(width, height),
-        "boundary_ratio": defaults.boundary_ratio,
-        "solver": defaults.solver,
-        "max_sequence_length": defaults.max_sequence_length,
-    }
-    if "seed" not in values:
-        values["seed"] = secrets.randbelow(2**31)
-    request = GenerateRequest(prompt=prompt, **(filled | values))
+            given.setdefault("num_inference_steps", len(given["timesteps"]) or 1)
+    if "guidance_scale" in given:  # one number is for both experts, as in Diffusers
+        given.setdefault("guidance_scale_2", given["guidance_scale"] if defaults.num_experts == 2 else None)
+    values = {name: getattr(defaults, name) for name in OF_THE_MODEL} | given
+    values.setdefault("flow_shift", defaults.shift_for(values["width"], values["height"]))
+    values.setdefault("seed", secrets.randbelow(2**31))
+    request = GenerateRequest(prompt=prompt, **values)
     check(request, defaults)
     return request
 
 
 def check(request: GenerateRequest, defaults: Defaults) -> None:
     """Raise RequestError where the model cannot run the request."""
-    stride, multiple = defaults.frame_stride, defaults.size_multiple
+    model, multiple, stride = defaults.model, defaults.size_multiple, defaults.frame_stride
+    size = (request.width, request.height)
     if (request.num_frames - 1) % stride:
         low, high = nearest_frames(request.num_frames, stride)
-        raise RequestError(
-            f"{request.num_frames} frames",
-            needs=f"a number of frames of the form {stride}n+1 ({defaults.model})",
-            fix=f"--frames {low} or --frames {high}",
-            code="E-REQ-01",
+        needs = f"a number of frames of the form {stride}n+1 ({model})"
+        raise _refused(
+            f"{request.num_frames} frames", needs, f"--frames {low} or --frames {high}", "E-REQ-01"
         )
-    if request.width % multiple or request.height % multiple:
-        choices = [
-            (p,) if p % multiple == 0 else nearest_sizes(p, multiple) for p in (request.width, request.height)
-        ]
-        low_size, high_size = (f"{w}x{h}" for w, h in ((choices[0][i], choices[1][i]) for i in (0, -1)))
-        raise RequestError(
-            f"size {request.width}x{request.height}",
-            needs=f"width and height that are multiples of {multiple} ({defaults.model})",
-            fix=f"--size {low_size} or --size {high_size}",
-            code="E-REQ-02",
-        )
+    if any(pixels % multiple for pixels in size):
+        near = [nearest_sizes(p, multiple) if p % multiple else (p, p) for p in size]
+        (w, w2), (h, h2) = ((pair[0], pair[-1]) for pair in near)
+        needs = f"width and height that are multiples of {multiple} ({model})"
+        fix = f"--size {w}x{h} or --size {w2}x{h2}"
+        raise _refused(f"size {request.width}x{request.height}", needs, fix, "E-REQ-02")
     if defaults.task == "i2v" and request.image is None:
-        raise RequestError(
-            "no image",
-            needs=f"{defaults.model} starts from an image",
-            fix="--image FILE, or a text-to-video model",
-            code="E-REQ-04",
-        )
+        fix = "--image FILE, or a text-to-video model"
+        raise _refused("no image", f"{model} starts from an image", fix, "E-REQ-04")
     if defaults.task == "t2v" and request.image is not None:
-        raise RequestError(
-            f"image {request.image}",
-            needs=f"{defaults.model} is text-to-video and takes no image",
-            fix="leave the image out, or use an I2V or TI2V model",
-            code="E-REQ-04",
-        )
-    if defaults.num_experts == 1 and (
-        request.guidance_scale_2 is not None or request.boundary_ratio is not None
-    ):
-        raise RequestError(
-            "a second guidance scale or a boundary",
-            needs=f"{defaults.model} has one expert",
-            fix="give one guidance scale and no boundary",
-            code="E-REQ-03",
-        )
+        needs = f"{model} is text-to-video and takes no image"
+        fix = "leave the image out, or use an I2V or TI2V model"
+        raise _refused(f"image {request.image}", needs, fix, "E-REQ-04")
+    second = (request.guidance_scale_2, request.boundary_ratio)
+    if defaults.num_experts == 1 and second != (None, None):
+        fix = "give one guidance scale and no boundary"
+        raise _refused("a second guidance scale or a boundary", f"{model} has one expert", fix)
     if defaults.num_experts == 2 and request.boundary_ratio is None:
-        raise RequestError(
-            "no boundary between the two experts",
-            needs="boundary_ratio between 0 and 1 (model_index.json of the folder has none)",
-            fix="--set boundary_ratio=0.875",
-            code="E-REQ-03",
-        )
+        needs = "boundary_ratio between 0 and 1 (model_index.json of the folder has none)"
+        raise _refused("no boundary between the two experts", needs, "--set boundary_ratio=0.875")
+
+
+def _refused(got: str, needs: str, fix: str, code: str = "E-REQ-03") -> RequestError:
+    return RequestError(got, needs=needs, fix=fix, code=code)
 
 
 # ---- the image ----------------------------------------------------------------------------------
@@ -275,38 +241,27 @@ def picture_of(request: GenerateRequest, pixels: Mapping[str, Any]) -> Any:
     if name is None or name in pixels:
         return None if name is None else open_image(pixels[name])
     if name.startswith(PIXELS):
-        raise RequestError(
-            f"image {name}, and no pixels of this name",
-            needs="the pixels that the request names by their content",
-            fix="pass pixels={name: image}, as name_image returns them, or name a file: --image FILE",
-            code="E-REQ-04",
-        )
+        needs = "the pixels that the request names by their content"
+        fix = "pass pixels={name: image}, as name_image returns them, or name a file: --image FILE"
+        raise _refused(f"image {name}, and no pixels of this name", needs, fix, "E-REQ-04")
     return open_image(name)
 
 
 def open_image(image: Any) -> Any:
     """A PIL image, RGB, from a path, a PIL image, uint8 [H, W, 3] or a float tensor [3, H, W] in [0, 1]."""
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if isinstance(image, (str, Path)):
         if not Path(image).is_file():
-            raise UsageError(
-                f"no file {image}", needs="the path of an image", fix="correct the path", code="E-USE-02"
-            )
+            needs = "the path of an image"
+            raise UsageError(f"no file {image}", needs=needs, fix="correct the path", code="E-USE-02")
         try:
             with warnings.catch_warnings():  # a warning of Pillow about a huge image is an error here too
                 warnings.simplefilter("error")
                 with Image.open(image) as file:
                     return file.convert("RGB")
-        except (
-            UnidentifiedImageError,
-            OSError,
-            ValueError,
-            SyntaxError,
-            Warning,
-            Image.DecompressionBombError,
-        ) as e:
+        except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as e:
             raise _no_image(f"{image} is no image that can be read: {e}") from e
     if hasattr(image, "is_floating_point"):  # a tensor
         if image.ndim == 4 and image.shape[0] == 1:
@@ -324,9 +279,5 @@ def open_image(image: Any) -> Any:
 
 
 def _no_image(got: str) -> UsageError:
-    return UsageError(
-        got,
-        needs="a PNG, JPEG or WebP file, a PIL image, uint8 [H, W, 3], or a float tensor [3, H, W] in [0, 1]",
-        fix="give the first frame in one of these forms",
-        code="E-USE-04",
-    )
+    needs = "a PNG, JPEG or WebP file, a PIL image, uint8 [H, W, 3], or a float tensor [3, H, W] in [0, 1]"
+    return UsageError(got, needs=needs, fix="give the first frame in one of these forms", code="E-USE-04")
