@@ -285,8 +285,9 @@ def value_text(hint: Any) -> str:
     )
     if get_origin(kinds[0]) is Literal:
         return " or ".join(f"`{choice}`" for choice in get_args(kinds[0]))
-    words = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", tuple: "numbers"}
-    return words[get_origin(kinds[0]) or kinds[0]]
+    words = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
+    words |= {tuple[float, ...]: "numbers", tuple[str, ...]: "patterns, with a space or ; between"}
+    return words[kinds[0]]
 
 
 # ---- devices ------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,22 @@ def test_a_dtype_that_no_flag_gives_is_left_to_the_device() -> None:
     with pytest.raises(UsageError, match="dtype=int8 on cpu") as error:
         ascendit.load("demo", dtype="int8")
     assert error.value.needs == "float32 or bfloat16 or float16"
+
+
+def test_what_reads_checkpoints_needs_no_pydantic() -> None:
+    modules = (
+        "inspect.checkpoint",
+        "inspect.report",
+        "pipeline.defaults",
+        "cli.interruptions",
+        "environment",
+    )
+    code = (
+        f"import importlib, sys; [importlib.import_module('ascendit.' + name) for name in {modules!r}];"
+        "print('pydantic' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_options_are_frozen_and_hashable() -> None:

@@ -104,12 +104,8 @@ def flag_values(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def _model_and_prompt(words: list[str], demo: bool, model: str | None, prompt: str | None) -> tuple[str, str]:
     """Read the positional words: MODEL PROMPT, less what `--demo` or a config names already."""
-    wanted = [
-        name
-        for name, known in (("MODEL", demo or model is not None), ("PROMPT", prompt is not None))
-        if not known
-    ]
     given = "demo" if demo else model
+    wanted = [name for name, value in (("MODEL", given), ("PROMPT", prompt)) if value is None]
     if len(words) == len(wanted):
         named = dict(zip(wanted, words, strict=True))
     elif len(words) == 1 and not wanted:  # a prompt on the command line wins over the one in the config
@@ -117,12 +113,10 @@ def _model_and_prompt(words: list[str], demo: bool, model: str | None, prompt: s
     elif len(words) == 2 and not demo:
         named = {"MODEL": words[0], "PROMPT": words[1]}
     else:
-        raise UsageError(
-            f"{len(words)} words: {shlex.join(words)}" if words else "no model and no prompt",
-            needs=" and ".join(wanted or ["at most PROMPT"]) + ", the prompt in quotes",
-            fix='ascendit generate --demo "a red circle moves right on a black background"',
-            code="E-USE-01",
-        )
+        got = f"{len(words)} words: {shlex.join(words)}" if words else "no model and no prompt"
+        needs = " and ".join(wanted or ["at most PROMPT"]) + ", the prompt in quotes"
+        fix = 'ascendit generate --demo "a red circle moves right on a black background"'
+        raise UsageError(got, needs=needs, fix=fix, code="E-USE-01")
     return named.get("MODEL") or given or "", named.get("PROMPT", prompt) or ""
 
 
@@ -183,6 +177,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 def read_config(path: Path) -> dict[str, Any]:
     """The layer in a TOML file, or in the JSON that is written beside a video.
 
+    Older ones of a video have no `source` and `load`, and name the model alone.
     Raises UsageError: E-USE-02 when it is absent, E-USE-01 when it cannot be read or has unknown keys.
     """
     try:
@@ -196,19 +191,11 @@ def read_config(path: Path) -> dict[str, Any]:
         raise _bad("--config", f"{path}: {e}", needs=needs, fix="correct the file") from e
     if not isinstance(data, dict):
         raise _bad("--config", str(path), needs="one table of keys and values", fix="correct the file")
-    return typed_layer(_of_video(data), where=f"--config {path}")
-
-
-def _of_video(data: dict[str, Any]) -> dict[str, Any]:
-    """Model, load options and request of the JSON beside a video; the rest of it has no effect.
-
-    Older files, without `source` and `load`, name the model alone. Any other table stays as it is.
-    """
-    if not isinstance(data.get("request"), dict):
-        return data
-    named, load = data.get("source") or data.get("model"), data.get("load")
-    model = {"model": named} if isinstance(named, str) and named else {}
-    return {**model, **(load if isinstance(load, dict) else {}), **data["request"]}
+    if isinstance(data.get("request"), dict):  # of a video; the rest of its facts has no effect
+        model, load = data.get("source") or data.get("model"), data.get("load")
+        named = {"model": model} if isinstance(model, str) and model else {}
+        data = {**named, **(load if isinstance(load, dict) else {}), **data["request"]}
+    return typed_layer(data, where=f"--config {path}")
 
 
 # ---- values in their types ----------------------------------------------------------------------
@@ -217,12 +204,10 @@ def _of_video(data: dict[str, Any]) -> dict[str, Any]:
 def typed_layer(layer: dict[str, Any], *, where: str) -> dict[str, Any]:
     """`layer` with every value in its type. Raises UsageError E-USE-01."""
     if unknown := sorted(set(layer) - set(KNOWN)):
-        raise UsageError(
-            f"{where}: unknown key {', '.join(unknown)}",
-            needs=f"keys among {', '.join(sorted(KNOWN))}",
-            fix=_suggest(unknown[0]),
-            code="E-USE-01",
-        )
+        close = get_close_matches(unknown[0], KNOWN, n=1)
+        fix = f"did you mean {close[0]}?" if close else "ascendit generate --help tells which flags there are"
+        needs = f"keys among {', '.join(sorted(KNOWN))}"
+        raise _bad(f"{where}:", f"unknown key {', '.join(unknown)}", needs=needs, fix=fix)
     return {key: _typed(key, value, where) for key, value in layer.items()}
 
 
@@ -242,11 +227,6 @@ def _typed(key: str, value: Any, where: str) -> Any:
         return tuple(TypeAdapter(kind).validate_python(items, strict=False))
     except ValidationError:
         raise bad_value(key, value, hint, where) from None
-
-
-def _suggest(key: str) -> str:
-    close = get_close_matches(key, KNOWN, n=1)
-    return f"did you mean {close[0]}?" if close else "ascendit generate --help tells which flags there are"
 
 
 def _bad(where: str, got: str, *, needs: str, fix: str) -> UsageError:

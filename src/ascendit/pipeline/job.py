@@ -133,13 +133,6 @@ def prepare(
 # ---- built and run ------------------------------------------------------------------------------
 
 
-def open_model(model: PreparedModel, on_progress: OnProgress | None = None) -> Pipeline:
-    """Read the weights of a prepared model."""
-    from ascendit.pipeline.load import build
-
-    return build(**vars(model), on_progress=on_progress)
-
-
 def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -> Pipeline:
     """Load a model: a folder, "demo", "hf:org/name" or "ms:org/name" (with "@revision").
 
@@ -147,7 +140,10 @@ def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -
     while it loads, as `ascendit.quantize` would. `on_progress` is called with each Progress event. Raises as
     `prepare_model` before a weight is read, and as `load.build`.
     """
-    return open_model(prepare_model(LoadOptions.model_validate({"model": model, **options})), on_progress)
+    prepared = prepare_model(LoadOptions.model_validate({"model": model, **options}))
+    from ascendit.pipeline.load import build
+
+    return build(**vars(prepared), on_progress=on_progress)
 
 
 load.__dict__["__signature__"] = load_signature(
@@ -161,6 +157,8 @@ def run(prepared: Prepared, events: OnProgress | None = None, cancel: Stop | Non
 
     Raises as `load.build` and `Pipeline.run`, and OutOfMemory E-MEM-01 with the stage it came in.
     """
+    from ascendit.pipeline.load import build
+
     stage = ""
 
     def on_progress(event: Progress) -> None:
@@ -170,7 +168,7 @@ def run(prepared: Prepared, events: OnProgress | None = None, cancel: Stop | Non
             events(event)
 
     try:
-        pipe = open_model(prepared.model, on_progress)
+        pipe = build(**vars(prepared.model), on_progress=on_progress)
         return pipe.run(prepared.request, pixels=prepared.pixels, on_progress=on_progress, cancel=cancel)
     except Exception as error:
         if is_out_of_memory(error):
