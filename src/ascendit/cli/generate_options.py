@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, Literal, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -216,8 +216,9 @@ def _typed(key: str, value: Any, where: str) -> Any:
     row = get_origin(kind) is tuple
     if (value is None or value == "none") and (row or kind != hint):
         return None
-    if kind == tuple[str, ...] and isinstance(value, str):
-        return value  # patterns: LoadOptions tells them apart
+    typed_here = kind is bool or get_origin(kind) is Literal
+    if key in LoadOptions.model_fields and isinstance(value, str) and not typed_here:
+        return value  # LoadOptions reads it
     try:
         if not row:
             read = TypeAdapter(kind)
