@@ -38,8 +38,10 @@ PLAIN_UNIPC: dict[str, Any] = {
     "disable_corrector": [],
     "solver_p": None,
 }
-OF_THE_FAMILY = ("num_frames", "fps", "num_inference_steps", "flow_shift", "guidance_scale")
-OF_THE_FAMILY += ("guidance_scale_2", "boundary_ratio")
+OF_THE_FAMILY = (
+    *("num_frames", "fps", "num_inference_steps", "flow_shift"),
+    *("guidance_scale", "guidance_scale_2", "boundary_ratio"),
+)
 UNIPC_DEFAULTS = {"prediction_type": "epsilon", "use_flow_sigmas": False}
 """Of the class, where not in the file."""
 

@@ -151,8 +151,10 @@ def _text(value: float) -> str:
 # ---- from what a user gives ---------------------------------------------------------------------
 
 
-OF_THE_MODEL = ("width", "height", "num_frames", "fps", "num_inference_steps", "guidance_scale")
-OF_THE_MODEL += ("guidance_scale_2", "boundary_ratio", "solver", "max_sequence_length")
+OF_THE_MODEL = (
+    *("width", "height", "num_frames", "fps", "num_inference_steps", "max_sequence_length"),
+    *("guidance_scale", "guidance_scale_2", "boundary_ratio", "solver"),
+)
 """Fields that the model's defaults fill."""
 
 
