@@ -235,6 +235,7 @@ EVERY_LOAD_OPTION = {
     "attention": "fusion",
     "nz": True,
     "fast_layernorm": True,
+    "max_memory": 8 * 10**9,
 }
 
 

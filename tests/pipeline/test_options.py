@@ -14,6 +14,7 @@ import torch
 from wan_defaults import SINGLE
 
 import ascendit
+from ascendit.cli.generate_options import read_call
 from ascendit.errors import UsageError
 from ascendit.pipeline.options import FLAGS, OPTIONS, LoadOptions, load_words
 from ascendit.pipeline.request import resolve
@@ -117,6 +118,34 @@ def test_a_wrong_option_is_refused(options: dict[str, Any], got: str, needs: str
         LoadOptions(model="demo", **options)
     assert (error.value.got, error.value.code) == (got, "E-USE-01")
     assert needs is None or error.value.needs == needs
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("24GiB", 24 * 2**30),
+        ("8e9", 8 * 10**9),
+        ("1.5 GB", 15 * 10**8),
+        ("512", 512),
+        (2**31, 2**31),
+        (8e9, 8 * 10**9),
+    ],
+)
+def test_max_memory_is_bytes_in_the_options_the_record_and_the_replay_line(text: Any, size: int) -> None:
+    options = LoadOptions(model="demo", max_memory=text)
+    assert options.record["max_memory"] == size
+    assert load_words(options.record) == ["--max-memory", str(size)]
+    flags = {"max_memory": str(text)}
+    for layer in ({"flags": flags, "settings": []}, {"flags": {}, "settings": [f"max_memory={text}"]}):
+        asked = read_call(["a"], demo=True, config=None, **layer)  # type: ignore[arg-type]
+        assert asked.options == options
+
+
+@pytest.mark.parametrize("text", ["much", "0", "-1", "24GiBs", "3 XB", "1e999", "9" * 400, "", "0.4", True])
+def test_max_memory_that_is_no_size(text: Any) -> None:
+    with pytest.raises(UsageError) as error:
+        LoadOptions(model="demo", max_memory=text)
+    assert (error.value.got, error.value.fix) == (f"max_memory={text}", "--max-memory 24GiB")
 
 
 def test_a_dtype_that_no_flag_gives_is_left_to_the_device() -> None:

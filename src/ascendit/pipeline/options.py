@@ -158,6 +158,19 @@ def _schedule(value: object) -> object:
     return str(value if isinstance(value, StepSchedule) else StepSchedule.parse(value))  # type: ignore[arg-type]
 
 
+def _bytes(value: object) -> object:
+    """A size in bytes, or text as 24GiB, 16 GB or 8e9. UsageError E-USE-01 for another text and for 0."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d+)?(?:e\+?\d\d?)?) ?(?:([KMGT])(i?))?B?", str(value).strip())
+    number, prefix, binary = found.groups() if found else ("0", None, None)
+    size = int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(prefix or " ")))
+    if size < 1:
+        needs = "a size above 0, in bytes or with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
+        raise UsageError(f"max_memory={value}", needs=needs, fix="--max-memory 24GiB", code="E-USE-01")
+    return size
+
+
 def _emulate(value: object) -> object:
     return value if not isinstance(value, bool) else "decode-on-use" if value else None
 
@@ -245,6 +258,11 @@ class LoadOptions(Checked):
         ),
     ] = False
     force: Annotated[bool, Option("Quantize where accuracy is known to suffer.")] = False
+    max_memory: Annotated[
+        int | None,
+        BeforeValidator(_bytes),
+        Option("Memory to stay below, as 24GiB or 8e9: recorded, not enforced yet.", "SIZE", hidden=True),
+    ] = None
 
     @property
     def record(self) -> dict[str, Any]:
