@@ -11,42 +11,48 @@ import pytest
 import ascendit
 from ascendit import environment
 from ascendit.errors import UsageError
+from ascendit.pipeline.options import VARIABLES
+
+
+def read(environ):
+    """(options that the variables set, notes)."""
+    return environment.read_environment(VARIABLES, environ)
 
 
 def test_nothing_set():
-    assert environment.read_environment({}) == environment.EnvironmentOptions(text_on=None, notes=())
+    assert read({}) == ({}, ())
 
 
 @pytest.mark.parametrize(
     ("value", "text_on"), [("1", "cpu"), ("true", "cpu"), ("0", None), ("", None), ("False", None)]
 )
 def test_t5_load_cpu(value, text_on):
-    found = environment.read_environment({"T5_LOAD_CPU": value})
-    assert found.text_on == text_on
-    assert ("--text-on device overrides it" in "".join(found.notes)) is (text_on is not None)
+    options, notes = read({"T5_LOAD_CPU": value})
+    assert options == ({} if text_on is None else {"text_on": text_on})
+    assert ("--text-on device overrides it" in "".join(notes)) is (text_on is not None)
 
 
 def test_a_bad_value():
     with pytest.raises(UsageError) as e:
-        environment.read_environment({"T5_LOAD_CPU": "maybe"})
+        read({"T5_LOAD_CPU": "maybe"})
     assert e.value.code == "E-USE-01" and "T5_LOAD_CPU='maybe'" in e.value.got and "0 or 1" in e.value.needs
 
 
 def test_precision_needs_nothing():
-    (note,) = environment.read_environment({"PRECISION": "1"}).notes
-    assert note == "PRECISION=1: nothing left to do, noise is always drawn on the CPU"
+    options, (note,) = read({"PRECISION": "1"})
+    assert note == "PRECISION=1: nothing left to do, noise is always drawn on the CPU" and options == {}
 
 
 @pytest.mark.parametrize("name", ["USE_SUB_HEAD", "OVERLAP"])
 def test_the_others_say_that_they_do_nothing(name):
-    (note,) = environment.read_environment({name: "1"}).notes
-    assert note.startswith(f"{name}=1: not used by this version")
+    options, (note,) = read({name: "1"})
+    assert note.startswith(f"{name}=1: not used by this version") and options == {}
 
 
 def test_fast_layernorm():
-    found = environment.read_environment({"FAST_LAYERNORM": "1"})
-    assert found.fast_layernorm is True and "--set fast_layernorm=false" in "".join(found.notes)
-    assert environment.read_environment({"FAST_LAYERNORM": "0"}).fast_layernorm is None
+    options, notes = read({"FAST_LAYERNORM": "1"})
+    assert options == {"fast_layernorm": True} and "--set fast_layernorm=false" in "".join(notes)
+    assert read({"FAST_LAYERNORM": "0"}) == ({}, ())
 
 
 def test_variables_that_are_set_stay(monkeypatch):
@@ -86,14 +92,7 @@ def test_no_other_module_reads_the_environment():
 
 
 def test_algo_names_a_kernel_of_an_npu():
-    assert [environment.read_environment({"ALGO": n}).attention for n in ("0", "3", "1", "")] == [
-        "fusion",
-        "fused_infer",
-        None,
-        None,
-    ]
-    assert "attention=fused_infer on an NPU" in environment.read_environment({"ALGO": "3"}).notes[0]
-    assert (
-        "ALGO=1: not used by this version, it has 0, 3"
-        in environment.read_environment({"ALGO": "1"}).notes[0]
-    )
+    found = [read({"ALGO": n})[0] for n in ("0", "3", "1", "")]
+    assert found == [{"attention": "fusion"}, {"attention": "fused_infer"}, {}, {}]
+    assert "attention=fused_infer on an NPU" in read({"ALGO": "3"})[1][0]
+    assert "ALGO=1: not used by this version, it has 0, 3" in read({"ALGO": "1"})[1][0]

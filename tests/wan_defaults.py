@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from ascendit.family import SPECS
-from ascendit.pipeline.request import Defaults
+from ascendit.pipeline.defaults import Defaults
 
 
 def defaults_of(name: str, **changed: Any) -> Defaults:

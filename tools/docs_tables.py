@@ -273,9 +273,9 @@ def escape(text: str) -> str:
 
 def settings_table() -> str:
     """What `--set` and `--config` know."""
-    from ascendit.cli.generate_options import known
+    from ascendit.cli.generate_options import KNOWN
 
-    return table(("key", "value"), ((f"`{key}`", value_text(hint)) for key, hint in known().items()))
+    return table(("key", "value"), ((f"`{key}`", value_text(hint)) for key, hint in KNOWN.items()))
 
 
 def value_text(hint: Any) -> str:
@@ -285,8 +285,9 @@ def value_text(hint: Any) -> str:
     )
     if get_origin(kinds[0]) is Literal:
         return " or ".join(f"`{choice}`" for choice in get_args(kinds[0]))
-    words = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", tuple: "numbers"}
-    return words[get_origin(kinds[0]) or kinds[0]]
+    words = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
+    words |= {tuple[float, ...]: "numbers", tuple[str, ...]: "patterns, with a space or ; between"}
+    return words[kinds[0]]
 
 
 # ---- devices ------------------------------------------------------------------------------------

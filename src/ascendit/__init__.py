@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ascendit.inspect.checkpoint import inspect
     from ascendit.model.quantize_module import quantize_
     from ascendit.pipeline.generate import Pipeline
-    from ascendit.pipeline.load import load
+    from ascendit.pipeline.job import load
     from ascendit.pipeline.request import GenerateRequest
     from ascendit.pipeline.video import Video
 
@@ -31,7 +31,7 @@ _WHERE = {
     "Pipeline": "ascendit.pipeline.generate",
     "Video": "ascendit.pipeline.video",
     "inspect": "ascendit.inspect.checkpoint",
-    "load": "ascendit.pipeline.load",
+    "load": "ascendit.pipeline.job",
     "quantize": "ascendit.convert.quantize",
     "quantize_": "ascendit.model.quantize_module",
     "repack": "ascendit.convert.repack",

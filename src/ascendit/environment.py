@@ -1,8 +1,8 @@
 """The one place that reads environment variables.
 
 Ascend users steer other runtimes with `ALGO`, `FAST_LAYERNORM`, `USE_SUB_HEAD`, `T5_LOAD_CPU`,
-`PRECISION` and `OVERLAP`. `read_environment` maps what they mean onto our options; flags win over
-all of them.
+`PRECISION` and `OVERLAP`. `read_environment` maps what they mean onto our options, whose table names the
+variable of each; flags win over all of them.
 """
 
 from __future__ import annotations
@@ -11,63 +11,52 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ascendit.errors import UsageError
 
 TOOLKIT_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
 """Set by CANN's `set_env.sh`: the folder of the toolkit."""
 
-ATTENTION = {"0": "fusion", "3": "fused_infer"}
-"""Values of ALGO that name a kernel which is here."""
 _NOT_USED = {
-    "USE_SUB_HEAD": "attention is not split by heads",
-    "OVERLAP": "there is nothing to overlap on one device",
+    "PRECISION": "nothing left to do, noise is always drawn on the CPU",
+    "USE_SUB_HEAD": "not used by this version, attention is not split by heads",
+    "OVERLAP": "not used by this version, there is nothing to overlap on one device",
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class EnvironmentOptions:
-    """What the environment asks for; None where it says nothing."""
+@dataclass(frozen=True)
+class Variable:
+    """An environment variable that sets an option."""
 
-    text_on: str | None = None
-    """`cpu` when T5_LOAD_CPU=1."""
-    fast_layernorm: bool | None = None
-    """True when FAST_LAYERNORM=1."""
-    attention: str | None = None
-    """An NPU's kernel, by ALGO=0 or ALGO=3; other devices have no such choice."""
-    notes: tuple[str, ...] = ()
-    """One line for each variable that was found: what it did, or that it did nothing."""
+    name: str
+    values: Mapping[str, Any]
+    """Its text -> the option's value. `1` alone: it is a switch, with 0, on, off, true, false, yes and no."""
+    effect: str
+    """For a note; `{}` is the option's value."""
 
 
-def read_environment(environ: Mapping[str, str] | None = None) -> EnvironmentOptions:
-    """Map the variables that Ascend users know onto options. Raises UsageError E-USE-01 for a bad value."""
+def read_environment(
+    variables: Mapping[str, Variable], environ: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(option -> value, one note for each variable that is set: what it does, or that it does nothing).
+
+    `variables`: option -> the variable that sets it. Raises UsageError E-USE-01 for a bad value of a switch.
+    """
     environ = os.environ if environ is None else environ
-    text_on = None
-    notes = []
-    if _is_on(environ, "T5_LOAD_CPU"):
-        text_on = "cpu"
-        notes.append("T5_LOAD_CPU=1: the text encoder runs on the CPU (--text-on device overrides it)")
-    fast_layernorm = _is_on(environ, "FAST_LAYERNORM") or None
-    if fast_layernorm:
-        notes.append(
-            "FAST_LAYERNORM=1: layer norms by MindIE-SD where the device has it, the same numbers "
-            "(--set fast_layernorm=false overrides it)"
-        )
-    attention = ATTENTION.get(algo := environ.get("ALGO", "").strip())
-    if attention:
-        notes.append(f"ALGO={algo}: attention={attention} on an NPU (--set attention overrides it)")
-    elif algo:
-        notes.append(f"ALGO={algo}: not used by this version, it has {', '.join(ATTENTION)}")
-    if environ.get("PRECISION"):
-        notes.append(
-            f"PRECISION={environ['PRECISION']}: nothing left to do, noise is always drawn on the CPU"
-        )
-    for name, why in _NOT_USED.items():
-        if environ.get(name):
-            notes.append(f"{name}={environ[name]}: not used by this version, {why}")
-    return EnvironmentOptions(
-        text_on=text_on, fast_layernorm=fast_layernorm, attention=attention, notes=tuple(notes)
-    )
+    options, notes = {}, []
+    for option, variable in variables.items():
+        name, values = variable.name, variable.values
+        text = environ.get(name, "").strip()
+        if list(values) == ["1"]:
+            text = "1" if _is_on(environ, name) else ""
+        if text in values:
+            options[option] = values[text]
+            notes.append(f"{name}={text}: {variable.effect.format(values[text])}")
+        elif text:
+            notes.append(f"{name}={text}: not used by this version, it has {', '.join(values)}")
+    notes += [f"{name}={environ[name]}: {why}" for name, why in _NOT_USED.items() if environ.get(name)]
+    return options, tuple(notes)
 
 
 def set_missing(values: Mapping[str, str]) -> dict[str, str]:

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pipeline.headers import WEIGHTS, floats, write_json, write_weights
 
 import ascendit
 from ascendit.cli.main import main
-from ascendit.pipeline.request import load_record
+from ascendit.pipeline import load
+from ascendit.pipeline.options import LoadOptions
 from ascendit.pipeline.video import Video
 from ascendit.progress import Progress
 
@@ -68,11 +70,12 @@ def environ() -> dict[str, str]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A folder with the shape of the demo model: configs, no weights."""
+    """A folder with the shape of the demo model: configs, and weights that are zeros."""
     root = tmp_path / "model"
     for name, config in CONFIGS.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(json.dumps(config))
+        write_json(root / name, config)
+    for name in ("transformer", "transformer_2"):
+        write_weights(root / name / WEIGHTS, floats(EXPERT))
     return root
 
 
@@ -84,11 +87,14 @@ class FakePipeline:
     loaded: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
 
-    def load(self, model: str, **options: Any) -> FakePipeline:
-        self.loaded.append((str(model), options))
+    def build(self, *, options: LoadOptions, on_progress: Callable[[Progress], None], **_: Any) -> Any:
+        self.loaded.append((options.model, options.record))
+        on_progress(Progress(stage="load", step=4, total=4))
         return self
 
-    def run(self, request: Any, *, on_progress: Callable[[Progress], None], cancel: Any) -> Video:
+    def run(
+        self, request: Any, *, pixels: Any, on_progress: Callable[[Progress], None], cancel: Any
+    ) -> Video:
         self.requests.append(request)
         steps = request.num_inference_steps
         print("a library prints on stdout")
@@ -117,15 +123,15 @@ class FakePipeline:
             request=request,
             model=source,
             source=source,
-            loaded=load_record(options),
+            loaded=options,
         )
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
-    """`ascendit.load` gives this."""
+    """What is prepared is not loaded: this takes its place."""
     pipeline = FakePipeline()
-    monkeypatch.setitem(vars(ascendit), "load", pipeline.load)
+    monkeypatch.setattr(load, "build", pipeline.build)
     return pipeline
 
 

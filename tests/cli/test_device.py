@@ -101,7 +101,7 @@ def test_fast_layernorm_from_the_environment_and_over_it(
     assert fake.loaded[-1][1]["fast_layernorm"] is True
     assert "--set fast_layernorm=true" in ended.out + ended.err
     ended = run("generate", model, "a cat", "--set", "fast_layernorm=false", "-o", tmp_path / "b.gif")
-    assert fake.loaded[-1][1]["fast_layernorm"] is False
+    assert "fast_layernorm" not in fake.loaded[-1][1]
 
 
 def test_commands_switch_device_plugins_off_but_doctor_looks_at_them(

@@ -14,19 +14,23 @@ import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ascendit.cli import generate_options, main
-from ascendit.cli.generate import flag_values
-from ascendit.cli.generate_options import prepare, read_call
+from ascendit.cli import generate, generate_options, main
+from ascendit.cli.generate_options import flag_values, read_call
 from ascendit.errors import UsageError
+from ascendit.pipeline import job
 
 
 def call(words, *, demo=False, flags=None, settings=(), config=None):
     return read_call(words, demo=demo, flags=flags or {}, settings=list(settings), config=config)
 
 
+def prepare(asked):
+    return job.prepare(asked.options, asked.prompt, **asked.fields)
+
+
 def test_model_and_prompt():
-    assert (call(["dir", "a cat"]).model, call(["dir", "a cat"]).prompt) == ("dir", "a cat")
-    assert (call(["a cat"], demo=True).model, call(["a cat"], demo=True).prompt) == ("demo", "a cat")
+    assert (call(["dir", "a cat"]).options.model, call(["dir", "a cat"]).prompt) == ("dir", "a cat")
+    assert (call(["a cat"], demo=True).options.model, call(["a cat"], demo=True).prompt) == ("demo", "a cat")
 
 
 @pytest.mark.parametrize(
@@ -49,8 +53,8 @@ def test_a_config_may_name_model_and_prompt(tmp_path):
         (["d", "a dog"], ("d", "a dog")),
     ):
         found = call(words, config=config)
-        assert (found.model, found.prompt) == wanted
-    assert call([], config=config, demo=True).model == "demo"
+        assert (found.options.model, found.prompt) == wanted
+    assert call([], config=config, demo=True).options.model == "demo"
 
 
 def test_flags_win_over_set_over_environment_over_config(tmp_path, monkeypatch):
@@ -58,11 +62,11 @@ def test_flags_win_over_set_over_environment_over_config(tmp_path, monkeypatch):
     config.write_text('seed = 1\nfps = 8\nflow_shift = 3\ntext_on = "drop"\n')
     found = call(["d", "p"], flags={"seed": 3}, settings=["seed=2", "fps=9"], config=config)
     assert found.fields == {"seed": 3, "fps": 9, "flow_shift": 3.0}
-    assert found.text_on == "drop"
+    assert found.options.text_on == "drop"
     monkeypatch.setenv("T5_LOAD_CPU", "1")
-    assert call(["d", "p"], config=config).text_on == "cpu"
-    assert call(["d", "p"], settings=["text_on=device"]).text_on == "device"
-    assert call(["d", "p"], flags={"text_on": "drop"}, settings=["text_on=device"]).text_on == "drop"
+    assert call(["d", "p"], config=config).options.text_on == "cpu"
+    assert call(["d", "p"], settings=["text_on=device"]).options.text_on == "device"
+    assert call(["d", "p"], flags={"text_on": "drop"}, settings=["text_on=device"]).options.text_on == "drop"
 
 
 def test_a_bad_flag_value_names_the_flag():
@@ -71,21 +75,19 @@ def test_a_bad_flag_value_names_the_flag():
     assert "text_on=gpu" in e.value.got and e.value.needs == "text_on: cpu or device or drop"
 
 
-def test_a_plan_fills_what_is_left_out(model, tmp_path):
-    prepared = prepare(
-        call([str(model), "a cat"], flags={"seed": 3, "seconds": 1.0}), tmp_path / "a.mp4", overwrite=False
-    )
+def test_a_plan_fills_what_is_left_out(model):
+    prepared = prepare(call([str(model), "a cat"], flags={"seed": 3, "seconds": 1.0}))
     r = prepared.request
     assert (r.width, r.height, r.num_frames, r.fps, r.num_inference_steps) == (64, 64, 9, 8, 16)
     assert prepared.video_tokens == 3 * 4 * 4
-    assert prepared.output == tmp_path / "a.mp4" and not prepared.output.exists()
 
 
 def test_the_default_output_tells_time_prompt_and_seed(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prepared = prepare(call([str(model), "A calico cat"], flags={"seed": 42}), None, overwrite=False)
-    assert prepared.output.parent == Path("outputs")
-    assert prepared.output.name.endswith("_calico-cat_s42.mp4")
+    asked = call([str(model), "A calico cat"], flags={"seed": 42})
+    _, output = generate._prepare(asked, None, overwrite=False)
+    assert output.parent == Path("outputs") and not output.parent.exists()
+    assert output.name.endswith("_calico-cat_s42.mp4")
 
 
 FLAGS = st.fixed_dictionaries(
@@ -114,22 +116,17 @@ FLAGS = st.fixed_dictionaries(
 
 @given(FLAGS, st.text("ab -'\"=,ü$\n", max_size=12))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_replay_line_asks_for_the_same(model, tmp_path, flags, prompt):
+def test_the_replay_line_asks_for_the_same(model, flags, prompt):
     if flags.keys() >= {"timesteps", "num_inference_steps"}:
         del flags["num_inference_steps"]
     if "guidance_scale" not in flags:
         flags.pop("guidance_scale_2", None)
-    prepared = prepare(call([str(model), prompt], flags=flags), tmp_path / "a.mp4", overwrite=False)
+    prepared = prepare(call([str(model), prompt], flags=flags))
     words = shlex.split(prepared.replay)
     assert words[:2] == ["ascendit", "generate"]
     again = parse(words[2:])
-    assert again.prompt == prompt and again.model == str(model)
-    assert (again.dtype, again.device, again.text_on) == (
-        prepared.call.dtype,
-        prepared.call.device,
-        prepared.call.text_on,
-    )
-    assert prepare(again, tmp_path / "b.mp4", overwrite=False).request == prepared.request
+    assert again.prompt == prompt and again.options == prepared.model.options
+    assert prepare(again).request == prepared.request
 
 
 def parse(words):
@@ -283,8 +280,8 @@ def test_config_json_of_a_video(tmp_path):
     file.write_text(
         json.dumps({"model": "ascendit-demo", "source": "demo", "load": load, "request": request})
     )
-    given = {**load, "keep": "blocks.0.*;proj_out"}
-    assert generate_options.read_config(file) == {"model": "demo", **given, **request}
+    keep = {"keep": ("blocks.0.*", "proj_out")}
+    assert generate_options.read_config(file) == {"model": "demo", **load, **keep, **request}
 
 
 def test_none_takes_a_load_option_of_a_config_away():

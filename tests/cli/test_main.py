@@ -89,7 +89,7 @@ FLAGS = {
 }
 
 
-HIDDEN = {"generate": ["--fps", "--shift", "--timesteps", "--text-on"]}
+HIDDEN = {"generate": ["--fps", "--shift", "--timesteps", "--text-on", "--max-memory"]}
 """Still understood; `--set` is the way that help and docs tell."""
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 import ascendit
 from ascendit.errors import AscenditError, Cancelled, QualityError, RequestError, UsageError
 from ascendit.pipeline import generate
+from ascendit.pipeline.request import name_image
 from ascendit.progress import Progress
 
 SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 5}
@@ -29,7 +30,7 @@ def picture() -> Image.Image:
 
 def ours(folder: Path, image: Any = None, **fields: Any) -> torch.Tensor:
     pipe = ascendit.load(folder)
-    request = pipe.request(PROMPT, image=None if image is None else "<array>", **fields)
+    request = pipe.request(PROMPT, image=name_image(image)[0], **fields)
     return generate.denoise(pipe, request, image, lambda event: None, None)
 
 
@@ -216,7 +217,8 @@ def test_image_forms_give_the_same_video(tiny_i2v_cascade: Path, tmp_path: Path)
     videos = [pipe.generate(PROMPT, image=i, seed=1, **SMALL) for i in (image, path, array, tensor)]
     assert all(np.array_equal(v.frames, videos[0].frames) for v in videos)
     assert videos[1].request and videos[1].request.image == str(path)
-    assert videos[0].request and videos[0].request.image == "<array>"
+    names = {v.request.image for v in videos if v.request} - {str(path)}
+    assert names == {name_image(image)[0]} and str(*names).startswith("sha256:")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import ascendit
 from ascendit.checkpoint.layout import recognise
 from ascendit.errors import CheckpointError, EnvironmentProblem, RequestError, UsageError
 from ascendit.model.linear import QuantLinear
+from ascendit.pipeline.request import name_image
 
 PROMPT = "a red circle moves right on a black background"
 KINDS = ["t2v_cascade", "t2v_single", "ti2v", "ti2v_image", "i2v_cascade", "i2v_21"]
@@ -39,14 +40,10 @@ def test_online_is_offline_in_every_kind_of_model(kind, scheme, tiny_folder, tmp
         assert set(ours) == set(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
         assert any(isinstance(m, QuantLinear) and m.scheme == scheme for m in a.modules())
     shape = dict(height=64, width=64, num_frames=5)
-    given = image_for(online) | shape
-    outs = [p.run(p.request(PROMPT, seed=3, num_inference_steps=2, **_words(given)), image=given.get("image"))
-            for p in (online, offline)]  # fmt: skip
+    name, pixels = name_image(image_for(online).get("image"))
+    request = online.request(PROMPT, image=name, seed=3, num_inference_steps=2, **shape)
+    outs = [pipe.run(request, pixels=pixels) for pipe in (online, offline)]
     assert np.array_equal(outs[0].frames, outs[1].frames)
-
-
-def _words(given: dict[str, Any]) -> dict[str, Any]:
-    return given | ({"image": "<array>"} if "image" in given else {})
 
 
 @pytest.fixture(scope="module")

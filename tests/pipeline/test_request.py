@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from pydantic import ValidationError
 from wan_defaults import CASCADE, I2V, I2V_21, SINGLE, TI2V, defaults_of
 
 from ascendit.errors import RequestError, UsageError
-from ascendit.pipeline.request import MAX_SEED, Defaults, GenerateRequest, load_record, replay_line, resolve
-from ascendit.schedule import StepSchedule
+from ascendit.pipeline.defaults import Defaults
+from ascendit.pipeline.request import MAX_SEED, GenerateRequest, name_image, picture_of, resolve
 
-FIELDS = {f.name for f in dataclasses.fields(GenerateRequest)}
+FIELDS = set(GenerateRequest.model_fields)
 
 
 def text_of(error: pytest.ExceptionInfo[UsageError]) -> tuple[str, str, str, str]:
@@ -33,7 +35,7 @@ def text_of(error: pytest.ExceptionInfo[UsageError]) -> tuple[str, str, str, str
 
 def test_defaults_fill_every_field() -> None:
     request = resolve(CASCADE, "a cat", seed=3)
-    assert dataclasses.asdict(request) == {
+    assert request.model_dump() == {
         "prompt": "a cat",
         "negative_prompt": "",
         "image": None,
@@ -91,8 +93,8 @@ def test_an_unknown_argument_is_refused_with_the_known_ones() -> None:
 
 
 def test_a_request_is_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        resolve(CASCADE, "a").seed = 4  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        resolve(CASCADE, "a").seed = 4
 
 
 # --- guidance
@@ -433,48 +435,6 @@ def test_a_replay_line_as_a_user_sees_it() -> None:
     )
 
 
-def test_the_load_options_of_a_python_call_are_words() -> None:
-    given = {
-        "device": "npu:1",
-        "model": "elsewhere",
-        "dtype": torch.bfloat16,
-        "vae_dtype": torch.float32,
-        "keep": ("blocks.0.*", "proj_out"),
-        "step_policy": StepSchedule.parse("0:w4a8,1:w4a8"),
-        "emulate": True,
-        "recipe": Path("my recipes/a.toml"),
-        "ops": "auto",
-        "nz": False,
-        "scheme": None,
-        "force": True,
-    }
-    record = load_record(given)
-    assert json.loads(json.dumps(record)) == record
-    assert record == {
-        "device": "npu:1",
-        "recipe": "my recipes/a.toml",
-        "step_policy": "0-1:w4a8",
-        "emulate": "decode-on-use",
-        "keep": ["blocks.0.*", "proj_out"],
-        "dtype": "bfloat16",
-        "vae_dtype": "float32",
-        "force": True,
-    }
-    line = replay_line(resolve(SINGLE, "a cat", seed=7), "models/wan", record)
-    assert line.startswith(
-        "ascendit generate --device npu:1 --recipe 'my recipes/a.toml' --step-policy 0-1:w4a8 "
-        "--emulate decode-on-use --set 'keep=blocks.0.*;proj_out' --set dtype=bfloat16 "
-        "--set vae_dtype=float32 --set force=true models/wan 'a cat' --seed 7 "
-    )
-
-
-def test_defaults_of_load_are_recorded_but_no_words_of_the_line() -> None:
-    record = load_record({"device": "cpu", "text_on": "device"})
-    request = resolve(SINGLE, "a cat", seed=7)
-    assert record == {"device": "cpu", "text_on": "device"}
-    assert replay_line(request, "demo", record) == request.replay_line("demo")
-
-
 @pytest.mark.parametrize(
     ("text", "got"),
     [
@@ -507,3 +467,37 @@ def test_from_json_checks_values() -> None:
     data = json.loads(resolve(CASCADE, "a", seed=1).to_json()) | {"guidance_scale": math.nan}
     with pytest.raises(RequestError, match="guidance_scale is nan"):
         GenerateRequest.from_json(json.dumps(data))
+
+
+# ---- the image ----------------------------------------------------------------------------------
+
+
+def test_pixels_are_named_by_their_content(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(array).permute(2, 0, 1) / 255
+    forms = (array, tensor, Image.fromarray(array))
+    names = {name_image(form)[0] for form in forms}
+    assert len(names) == 1 and re.fullmatch("sha256:[0-9a-f]{64}", str(*names))
+    assert name_image(array.reshape(4, 6, 3))[0] not in names and name_image(array // 2)[0] not in names
+    assert name_image(None) == (None, {}) and name_image(tmp_path / "a.png") == (str(tmp_path / "a.png"), {})
+
+
+def test_a_request_with_pixels_is_json_and_finds_them_by_their_name() -> None:
+    array = np.zeros((6, 4, 3), np.uint8)
+    name, pixels = name_image(array)
+    request = GenerateRequest.from_json(resolve(I2V, "a", image=name).to_json())
+    assert np.array_equal(picture_of(request, pixels), array)
+    assert picture_of(resolve(TI2V, "a"), pixels) is None
+    with pytest.raises(RequestError, match="no pixels of this name") as error:
+        picture_of(request, {})
+    assert error.value.code == "E-REQ-04" and "--image FILE" in error.value.fix
+
+
+def test_direct_construction_raises_the_same_errors() -> None:
+    fields = json.loads(resolve(CASCADE, "a", seed=1).to_json())
+    with pytest.raises(RequestError, match="fps is 0"):
+        GenerateRequest(**fields | {"fps": 0})
+    with pytest.raises(UsageError, match=r"request has unknown fields: \['size'\]"):
+        GenerateRequest(**fields | {"size": 4})
+    with pytest.raises(UsageError, match="no seed"):
+        GenerateRequest(**{k: v for k, v in fields.items() if k != "seed"})

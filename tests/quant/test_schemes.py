@@ -119,7 +119,7 @@ def test_the_table_needs_no_torch() -> None:
 NAMES = {*STORED_SCHEMES, *LINEAR_SCHEMES}
 KERNELS = ("ops", "kernels", "twin")
 """They say which function computes a scheme."""
-SPELLED = {"integrations/diffusers/__init__.py", "cli/generate_options.py"}
+SPELLED = {"integrations/diffusers/__init__.py", "pipeline/options.py"}
 """Types that a checker reads; held to the table below."""
 
 
@@ -157,10 +157,10 @@ def test_the_tiles_have_one_name() -> None:
 
 
 def test_types_that_spell_the_schemes_agree_with_the_table() -> None:
-    from ascendit.cli.generate_options import EXTRAS
     from ascendit.integrations.diffusers import AscenditMethod
+    from ascendit.pipeline.options import LoadOptions
 
-    literal, _ = get_args(EXTRAS["scheme"])
+    literal, _ = get_args(LoadOptions.model_fields["scheme"].annotation)
     assert get_args(literal) == tuple(SCHEMES)
     methods = {name for name, s in SCHEMES.items() if s.vllm_omni_key}
     assert {m.value for m in AscenditMethod} == {"ascendit", *methods}

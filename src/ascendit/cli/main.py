@@ -108,7 +108,8 @@ def common_flags(words: list[str]) -> tuple[list[str], Output]:
 
 def end(error: BaseException, output: Output) -> int:
     """Tell what went wrong and return the exit code."""
-    from ascendit.cli.interruptions import cancelled, is_out_of_memory, out_of_memory
+    from ascendit.cli.interruptions import cancelled
+    from ascendit.pipeline.job import is_out_of_memory, out_of_memory
 
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         error = cancelled()

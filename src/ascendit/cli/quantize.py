@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ascendit.cli.flags import Copy, DryRun, Engine, Json, Resume, Source, Target, chosen, flag
-from ascendit.cli.generate_options import EXTRAS, parse_settings
-from ascendit.cli.interruptions import is_out_of_memory
 from ascendit.cli.output import Output, quiet_libraries
 from ascendit.cli.progress import ProgressView, progress_view
 from ascendit.errors import Cancelled, OutOfMemory, UsageError
@@ -116,8 +114,11 @@ def _calibrator(
 
 def _fields(settings: list[str]) -> dict[str, Any]:
     """Fields of the request that a calibration runs with."""
+    from ascendit.cli.generate_options import parse_settings
+    from ascendit.pipeline.request import GenerateRequest
+
     layer = parse_settings(settings)
-    if wrong := sorted({*EXTRAS, "prompt", "image"} & set(layer)):
+    if wrong := sorted(set(layer) - ({*GenerateRequest.model_fields} - {"prompt", "image"})):
         raise UsageError(
             f"--set {wrong[0]} with --calibrate",
             needs="a value of its videos, as num_inference_steps, height, width, num_frames",
@@ -130,6 +131,8 @@ def _fields(settings: list[str]) -> dict[str, Any]:
 @contextmanager
 def _ended_early(view: ProgressView) -> Iterator[None]:
     """Ctrl-C, and too little memory for a calibration, as errors that tell how to go on."""
+    from ascendit.pipeline.job import is_out_of_memory
+
     try:
         yield
     except KeyboardInterrupt as e:

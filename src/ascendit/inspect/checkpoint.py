@@ -15,8 +15,7 @@ from ascendit.family import WanSpec
 from ascendit.inspect.engines import runs_on
 from ascendit.inspect.report import ModelReport, PartReport
 from ascendit.inspect.transformer_report import ExpertSummary
-from ascendit.pipeline.defaults import defaults_for, spec_of
-from ascendit.pipeline.request import Defaults
+from ascendit.pipeline.defaults import Defaults, defaults_for, spec_of
 
 NEEDED = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 NEEDED_FOR_IMAGE_TOKENS = ("image_encoder", "image_processor")

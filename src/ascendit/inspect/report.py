@@ -15,7 +15,7 @@ from ascendit.errors import AscenditError
 from ascendit.family import WanSpec
 from ascendit.inspect.engines import RunsOn
 from ascendit.inspect.transformer_report import ExpertSummary, StoredRow, dtype_name, tensor_row
-from ascendit.pipeline.request import Defaults
+from ascendit.pipeline.defaults import Defaults
 from ascendit.report import columns, counted, human_bytes, plain, selected, titled, totals
 
 TENSOR_CHECKS = ("missing", "unexpected", "misshapen", "mistyped")

@@ -32,11 +32,10 @@ from ascendit.device.device import parse_device
 from ascendit.errors import UsageError
 from ascendit.model.wan import WanTransformer
 from ascendit.names import is_block_linear
-from ascendit.pipeline.condition import open_image
-from ascendit.pipeline.defaults import defaults_for
+from ascendit.pipeline.defaults import Defaults, defaults_for
 from ascendit.pipeline.generate import Pipeline, denoise
-from ascendit.pipeline.load import load
-from ascendit.pipeline.request import Defaults, GenerateRequest, resolve
+from ascendit.pipeline.job import load
+from ascendit.pipeline.request import GenerateRequest, open_image, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.quant.fusion import leader_of
 from ascendit.weights.lora.fold import Folds, LoraSource

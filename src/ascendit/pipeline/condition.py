@@ -6,18 +6,15 @@ too. TI2V: the clean image latents stand in the first latent frame, whose tokens
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ascendit.errors import UsageError
 from ascendit.family import Task
 from ascendit.geometry import Grid
-from ascendit.pipeline.request import GenerateRequest
+from ascendit.pipeline.request import GenerateRequest, open_image
 from ascendit.text.encoders import ImageEncoder
 from ascendit.vae.autoencoder import VideoCoder
 
@@ -70,57 +67,9 @@ def make_condition(
     return Condition(channels=torch.cat([mask, latents], dim=1), tokens=tokens)
 
 
-def open_image(image: Any) -> Any:
-    """A PIL image, RGB, from a path, a PIL image, uint8 [H, W, 3] or a float tensor [3, H, W] in [0, 1]."""
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
-    if isinstance(image, (str, Path)):
-        if not Path(image).is_file():
-            raise UsageError(
-                f"no file {image}", needs="the path of an image", fix="correct the path", code="E-USE-02"
-            )
-        try:
-            with warnings.catch_warnings():  # a warning of Pillow about a huge image is an error here too
-                warnings.simplefilter("error")
-                with Image.open(image) as file:
-                    return file.convert("RGB")
-        except (
-            UnidentifiedImageError,
-            OSError,
-            ValueError,
-            SyntaxError,
-            Warning,
-            Image.DecompressionBombError,
-        ) as e:
-            raise _no_image(f"{image} is no image that can be read: {e}") from e
-    if isinstance(image, Tensor):
-        if image.ndim == 4 and image.shape[0] == 1:
-            image = image[0]
-        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-            raise _no_image(f"a tensor {list(image.shape)} {image.dtype}")
-        image = (image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise _no_image(f"an array {list(image.shape)} {image.dtype}")
-        return Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise _no_image(f"a {type(image).__name__}")
-    return image.convert("RGB")
-
-
 def to_picture(image: Any, height: int, width: int) -> Tensor:
     """Scaled to `height` x `width` as Diffusers' VideoProcessor does: float32 [1, 3, H, W] in [-1, 1]."""
     from diffusers.video_processor import VideoProcessor
 
     picture: Tensor = VideoProcessor().preprocess(open_image(image), height=height, width=width)
     return picture.float()
-
-
-def _no_image(got: str) -> UsageError:
-    return UsageError(
-        got,
-        needs="a PNG, JPEG or WebP file, a PIL image, uint8 [H, W, 3], or a float tensor [3, H, W] in [0, 1]",
-        fix="give the first frame in one of these forms",
-        code="E-USE-04",
-    )

@@ -6,21 +6,26 @@ Configs only: no weights are opened, and torch is not imported.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from ascendit import geometry
 from ascendit.checkpoint.layout import Layout
 from ascendit.errors import CheckpointError
 from ascendit.family import Task, VaeConfig, WanConfig, WanSpec, match_spec
-from ascendit.pipeline.request import Defaults, Solver
 
 log = logging.getLogger("ascendit")
+
+Solver = Literal["unipc", "euler"]
 
 # Values of Diffusers' WanPipeline.__call__, for a Wan-class model that matches no row.
 GENERIC = {"width": 832, "height": 480, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
 SOLVERS: dict[str, Solver] = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
 # Settings that would change the numbers, and the only values the solvers here have.
-PLAIN_UNIPC = {
+_OFF = "use_dynamic_shifting use_karras_sigmas use_exponential_sigmas use_beta_sigmas".split()
+_PLAIN = dict.fromkeys(_OFF, False) | {"shift_terminal": None, "num_train_timesteps": 1000}
+PLAIN_EULER = _PLAIN | {"invert_sigmas": False, "stochastic_sampling": False}
+PLAIN_UNIPC: dict[str, Any] = {
     "solver_order": 2,
     "solver_type": "bh2",
     "prediction_type": "flow_prediction",
@@ -28,30 +33,47 @@ PLAIN_UNIPC = {
     "predict_x0": True,
     "lower_order_final": True,
     "final_sigmas_type": "zero",
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_dynamic_shifting": False,
+    **_PLAIN,
     "thresholding": False,
-    "shift_terminal": None,
     "disable_corrector": [],
     "solver_p": None,
-    "num_train_timesteps": 1000,
 }
-PLAIN_EULER = {
-    "use_dynamic_shifting": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "invert_sigmas": False,
-    "stochastic_sampling": False,
-    "shift_terminal": None,
-    "num_train_timesteps": 1000,
-}
-UNIPC_DEFAULTS = {
-    "prediction_type": "epsilon",
-    "use_flow_sigmas": False,
-}  # of the class, where not in the file
+OF_THE_FAMILY = (
+    *("num_frames", "fps", "num_inference_steps", "flow_shift"),
+    *("guidance_scale", "guidance_scale_2", "boundary_ratio"),
+)
+UNIPC_DEFAULTS = {"prediction_type": "epsilon", "use_flow_sigmas": False}
+"""Of the class, where not in the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a loaded model runs with when the request does not say, and what it can run at all."""
+
+    model: str
+    """Name for messages and metadata."""
+    task: Task
+    num_experts: int
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    num_inference_steps: int
+    flow_shift: float
+    guidance_scale: float
+    guidance_scale_2: float | None
+    boundary_ratio: float | None
+    size_multiple: int
+    frame_stride: int = 4
+    max_sequence_length: int = 512
+    solver: Solver = "unipc"
+    sources: tuple[str, ...] = ()
+    """Where the values came from, for the log: a row of `family.py`, the folder's own files."""
+    spec: WanSpec | None = None
+
+    def shift_for(self, width: int, height: int) -> float:
+        """`flow_shift` for this size; some models have one for each size."""
+        return self.spec.shift_for(width, height) if self.spec else self.flow_shift
 
 
 def defaults_for(layout: Layout) -> Defaults:
@@ -62,19 +84,9 @@ def defaults_for(layout: Layout) -> Defaults:
     boundary = layout.index.get("boundary_ratio")
     solver, folder_shift, notes = scheduler_of(layout)
     if spec is not None:
-        width, height = spec.sizes[0]
         notes = [f"steps, shift, guidance, size, frames, fps: {spec.name} (family.py)"]
-        values: dict[str, Any] = {
-            "width": width,
-            "height": height,
-            "num_frames": spec.num_frames,
-            "fps": spec.fps,
-            "num_inference_steps": spec.num_inference_steps,
-            "flow_shift": spec.flow_shift,
-            "guidance_scale": spec.guidance_scale,
-            "guidance_scale_2": spec.guidance_scale_2,
-            "boundary_ratio": spec.boundary_ratio,
-        }
+        values: dict[str, Any] = {name: getattr(spec, name) for name in OF_THE_FAMILY}
+        values["width"], values["height"] = spec.sizes[0]
         solver = "unipc"
     else:
         notes.append("size, frames, steps, guidance: generic, this shape is no published Wan model")

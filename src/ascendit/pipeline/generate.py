@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,9 +23,10 @@ from ascendit.model.state import DenoiseState, Shared
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.open_device import activate, memory_bytes
 from ascendit.ops.operators import Ops
-from ascendit.pipeline.condition import Condition, make_condition, open_image
+from ascendit.pipeline.condition import Condition, make_condition
+from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.frame_checks import check_not_flat, to_uint8
-from ascendit.pipeline.request import Defaults, GenerateRequest, check, resolve
+from ascendit.pipeline.request import GenerateRequest, check, name_image, picture_of, resolve
 from ascendit.pipeline.solver import TRAIN_STEPS, make_solver
 from ascendit.pipeline.video import Video
 from ascendit.progress import OnProgress, Progress
@@ -65,7 +65,7 @@ class Pipeline:
     policy: StepSchedule = field(default_factory=StepSchedule)
     """Which precision each step runs in."""
     loaded: Mapping[str, Any] = field(default_factory=dict)
-    """The options that were given to `load`, as `request.load_record` says them; a video keeps them."""
+    """The options that were given to `load`, as `LoadOptions.record` has them; a video keeps them."""
 
     @property
     def experts(self) -> tuple[WanTransformer, ...]:
@@ -98,10 +98,11 @@ class Pipeline:
 
         `image`: path, PIL image, uint8 array [H, W, 3] or float tensor [3, H, W] in [0, 1].
         """
+        name, pixels = name_image(image)
         request = self.request(
             prompt,
             negative_prompt=negative_prompt,
-            image=None if image is None else str(image) if isinstance(image, (str, Path)) else "<array>",
+            image=name,
             height=height,
             width=width,
             num_frames=num_frames,
@@ -112,27 +113,27 @@ class Pipeline:
             seed=seed,
             **more,
         )
-        return self.run(request, image=image, on_progress=on_progress, cancel=cancel)
+        return self.run(request, pixels=pixels, on_progress=on_progress, cancel=cancel)
 
     def run(
         self,
         request: GenerateRequest,
         *,
-        image: Any = None,
+        pixels: Mapping[str, Any] | None = None,
         on_progress: OnProgress | None = None,
         cancel: Stop | None = None,
     ) -> Video:
-        """The video of a full request. `image` replaces `request.image` when it was given as pixels.
+        """The video of a full request. `pixels`: of an image that is named by its content, by this name.
 
-        Raises Cancelled between two steps; QualityError when the frames are not finite, or black.
+        Raises RequestError E-REQ-04 if the pixels of its image are not given; Cancelled between two steps;
+        QualityError when the frames are not finite, or black.
         """
         check(request, self.defaults)
         self.policy.check_steps(request.num_inference_steps)
         activate(self.device)
         start = time.perf_counter()
         report = on_progress or (lambda event: None)
-        image = image if image is not None else request.image
-        latents = denoise(self, request, open_image(image) if image is not None else None, report, cancel)
+        latents = denoise(self, request, picture_of(request, pixels or {}), report, cancel)
         stop_if(cancel)
         report(Progress(stage="decode", total=1, memory_bytes=memory_bytes(self.device)))
         frames = to_uint8(self.vae.decode(latents)[0])
@@ -151,9 +152,8 @@ class Pipeline:
 
     def warm_up(self, request: GenerateRequest | None = None) -> float:
         """Run one step at the request's size, so that the first real one pays for nothing else; seconds."""
-        request = request or self.request("", image="<array>" if self.defaults.task == "i2v" else None)
-        fields = {**vars(request), "num_inference_steps": 1, "timesteps": None}
-        one = GenerateRequest(**fields)
+        request = request or self.request("", image="black" if self.defaults.task == "i2v" else None)
+        one = GenerateRequest(**{**vars(request), "num_inference_steps": 1, "timesteps": None})
         start = time.perf_counter()
         activate(self.device)
         image = torch.zeros(3, one.height, one.width) if one.image is not None else None

@@ -1,105 +1,89 @@
-"""Load a model: which numbers its layers have, where they run, and what is checked before a byte is read."""
+"""Build a pipeline from what `job.prepare_model` has read and decided: what of loading needs torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from types import MappingProxyType
 
 import torch
 
-from ascendit.checkpoint.hub import model_folder
-from ascendit.checkpoint.layout import recognise
-from ascendit.device.device import parse_device
-from ascendit.kernels.kernel import Emulate
+from ascendit.checkpoint.layout import Layout
+from ascendit.checkpoint.transformer import Expert
+from ascendit.device.device import Device
 from ascendit.model.loader import load_expert
-from ascendit.model.quantize_on_load import Online, policy_for, read_experts, schemes_in
-from ascendit.ops.open_device import memory_bytes, open_device, to_dtype
+from ascendit.model.quantize_on_load import schemes_in
+from ascendit.ops.open_device import memory_bytes, open_device
 from ascendit.ops.operators import bind
-from ascendit.pipeline.defaults import defaults_for
+from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.generate import Pipeline
-from ascendit.pipeline.request import load_record
+from ascendit.pipeline.options import LoadOptions
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
-from ascendit.text.encoders import ImageEncoder, TextEncoder, TextOn
+from ascendit.text.encoders import ImageEncoder, TextEncoder
 from ascendit.vae.autoencoder import VideoCoder
+from ascendit.weights.applied_recipe import AppliedRecipe
 
 
-def load(
-    model: str | Path,
+def build(
     *,
-    device: str = "cpu",
-    dtype: str | torch.dtype | None = None,
-    scheme: str | None = None,
-    recipe: str | None = None,
-    keep: Sequence[str] = (),
-    step_policy: str | StepSchedule | None = None,
-    emulate: Emulate | bool | None = None,
-    activation_rule: str | None = None,
-    text_on: TextOn = "device",
-    vae_dtype: str | torch.dtype | None = None,
-    ops: str | None = None,
-    attention: str | None = None,
-    nz: bool = False,
-    fast_layernorm: bool = False,
-    force: bool = False,
+    options: LoadOptions,
+    layout: Layout,
+    defaults: Defaults,
+    device: Device,
+    dtype: str | None,
+    vae_dtype: str,
+    experts: Sequence[tuple[Expert, AppliedRecipe | None]],
+    schedule: StepSchedule,
     on_progress: OnProgress | None = None,
 ) -> Pipeline:
-    """Load a model: a folder, "demo", "hf:org/name" or "ms:org/name" (with "@revision").
+    """The pipeline of a prepared model. The arguments are the fields of `PreparedModel`.
 
-    `device`: "cpu", "cuda", "cuda:1", "npu", "npu:1", "twin:a2", "twin:a3", "twin:a5". `dtype`: of the
-    denoiser, None = as stored on a CPU, else bfloat16. A quantized folder needs no flag; `scheme`, or a
-    `recipe` by name or TOML file, quantizes a float model while it loads, as `ascendit.quantize` would;
-    `keep`: patterns of layers that stay floats. `step_policy`: as "0-1:w4a8,default:w4a4". `emulate`:
-    "decode-on-use" or "decode-once", for schemes that the device has no matmul for. `activation_rule`: scale
-    rules of the tokens, as "mxfp4=max:7". `text_on`: where UMT5 lives: "device", "cpu", or "drop" after each
-    prompt. `vae_dtype`: None = float32; bfloat16 takes two thirds of the time, about 50 dB from it. `ops`:
-    "reference" or None. `attention`: an NPU's kernel, "fusion" or "fused_infer". `nz`: its weights in
-    FRACTAL_NZ where it takes both layouts. `fast_layernorm`: by MindIE-SD where there is one. `force`:
-    quantize where accuracy is known to suffer.
+    Raises EnvironmentProblem: E-ENV-03 without the device, E-CAP-01 for a scheme that its chip has no matmul
+    for; UsageError E-USE-01 for an operator or scale rule that the device does not have; CheckpointError for
+    weights that are damaged.
     """
-    loaded = MappingProxyType(load_record(locals()))  # of the arguments: nothing else has a name yet
-    layout = recognise(model_folder(model))
-    layout.require_pipeline()
-    online = Online.of(scheme, recipe, keep, force=force)
-    found = read_experts(layout, online)
-    policy = policy_for(step_policy, online, layout, found)
-    defaults = defaults_for(layout)
-    place = parse_device(device)
-    number = to_dtype(place, dtype)
-    coder = to_dtype(place, vae_dtype or "float32")
-    place = open_device(place)
-    bound = bind(
-        place,
-        ops,
-        fast_layernorm=fast_layernorm,
-        emulate=emulate,
-        activation_rule=activation_rule,
-        attention=attention,
-        nz=nz,
+    device = open_device(device)
+    ops = bind(
+        device,
+        options.ops,
+        fast_layernorm=options.fast_layernorm,
+        emulate=options.emulate,
+        activation_rule=options.activation_rule,
+        attention=options.attention,
+        nz=options.nz,
     )
-    bound.quantized.check(schemes_in(found) | ({"w4a8"} & policy.precisions))
-    put = place.torch_name
+    ops.quantized.check(schemes_in(experts) | ({"w4a8"} & schedule.precisions))
+    total, put = 3 + len(experts), device.torch_name
     report = on_progress or (lambda event: None)
-    total = 3 + len(found)
-    report(Progress(stage="load", total=total, memory_bytes=memory_bytes(place)))
 
     def done(step: int) -> None:
-        report(Progress(stage="load", step=step, total=total, memory_bytes=memory_bytes(place)))
+        report(Progress(stage="load", step=step, total=total, memory_bytes=memory_bytes(device)))
 
-    text = TextEncoder(layout, device=put, text_on=text_on)
+    done(0)
+    text = TextEncoder(layout, device=put, text_on=options.text_on)
     done(1)
-    vae = VideoCoder(layout, device=put, dtype=coder)
+    vae = VideoCoder(layout, device=put, dtype=getattr(torch, vae_dtype))
     done(2)
     needs_clip = layout.experts[0].config.get("image_dim") is not None
-    gelu = None if place.exact_gelu else bound.gelu
+    gelu = None if device.exact_gelu else ops.gelu
     clip = ImageEncoder(layout, device=put, gelu=gelu) if needs_clip else None
     done(3)
-    experts = []
-    for expert, applied in found:
-        floats = "bf16" in policy.precisions
-        experts.append(load_expert(expert, applied, bound, device=put, dtype=number, floats=floats))
-        done(3 + len(experts))
-    second = experts[1] if len(experts) == 2 else None
-    parts = (text, vae, experts[0], second, clip)
-    return Pipeline(layout, defaults, bound, place, *parts, str(model), policy, loaded)
+    number = None if dtype is None else getattr(torch, dtype)
+    models = []
+    for expert, applied in experts:
+        floats = "bf16" in schedule.precisions
+        models.append(load_expert(expert, applied, ops, device=put, dtype=number, floats=floats))
+        done(3 + len(models))
+    return Pipeline(
+        layout=layout,
+        defaults=defaults,
+        ops=ops,
+        device=device,
+        text=text,
+        vae=vae,
+        transformer=models[0],
+        transformer_2=models[1] if len(models) == 2 else None,
+        clip=clip,
+        source=options.model,
+        policy=schedule,
+        loaded=options.record,
+    )

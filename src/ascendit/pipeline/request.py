@@ -1,130 +1,102 @@
 """GenerateRequest: one video, every value named. Frozen, validated, JSON round trip. No torch.
 
-`Defaults` says what a model offers; `resolve` fills what the user left out and checks it against the model.
-`replay_line` is the command that makes a video again: the request, and `load_record`, what `load` keeps of
-its arguments. It is printed by `generate` and stored beside a video; `--config` reads the record itself.
+`resolve` fills what the user left out from a model's `Defaults` and checks it against the model. An image
+given as pixels is named by its content, so that a request is complete JSON; the pixels travel beside it.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
+import hashlib
 import secrets
 import shlex
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, model_validator
 
 from ascendit.errors import RequestError, UsageError
-from ascendit.family import Task, WanSpec
 from ascendit.geometry import nearest_frames, nearest_sizes
+from ascendit.pipeline.defaults import Defaults, Solver
+from ascendit.pipeline.options import Checked, load_words
 
-Solver = Literal["unipc", "euler"]
 MAX_SEED = 2**63 - 1
-_FALLING = "falling numbers above 0, at most 1000, for example 1000,750,500,250"
-
+PIXELS = "sha256:"
+"""Begins the name of an image that is given as pixels."""
 
 # ---- the request --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Defaults:
-    """What a loaded model runs with when the request does not say, and what it can run at all."""
-
-    model: str
-    """Name for messages and metadata."""
-    task: Task
-    num_experts: int
-    width: int
-    height: int
-    num_frames: int
-    fps: int
-    num_inference_steps: int
-    flow_shift: float
-    guidance_scale: float
-    guidance_scale_2: float | None
-    boundary_ratio: float | None
-    size_multiple: int
-    frame_stride: int = 4
-    max_sequence_length: int = 512
-    solver: Solver = "unipc"
-    sources: tuple[str, ...] = ()
-    """Where the values came from, for the log: a row of `family.py`, the folder's own files."""
-    spec: WanSpec | None = None
-
-    def shift_for(self, width: int, height: int) -> float:
-        """`flow_shift` for this size; some models have one for each size."""
-        return self.spec.shift_for(width, height) if self.spec else self.flow_shift
+def _whole(low: int, high: int | None = None) -> Any:
+    rule = f"{low} to {high}" if high else f"at least {low}"
+    return Field(strict=True, ge=low, le=high or MAX_SEED, description=f"a whole number, {rule}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerateRequest:
+def _number(rule: str, **limits: Any) -> Any:
+    return Field(strict=True, allow_inf_nan=False, description=rule, **limits)
+
+
+def _timesteps(value: Any) -> Any:
+    """A sequence of falling numbers as floats; ValueError for another value."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        raise ValueError("text")
+    try:
+        numbers = tuple(float(t) for t in value)
+    except TypeError as e:
+        raise ValueError(str(e)) from e
+    if not (numbers and 1000 >= numbers[0] and numbers[-1] > 0):
+        raise ValueError("outside (0, 1000]")
+    if not all(a > b for a, b in zip(numbers, numbers[1:], strict=False)):
+        raise ValueError("not falling")
+    return numbers
+
+
+Text = Annotated[str, Field(strict=True, description="text")]
+Guidance = _number("a number of at least 0", ge=0)
+
+
+class GenerateRequest(Checked):
     """One video. Nothing is left to be decided later: what runs is what is written here."""
 
-    prompt: str
-    negative_prompt: str = ""
-    image: str | None = None
-    """Path of the first frame, or `<array>` when it was given as pixels."""
-    width: int
-    height: int
-    num_frames: int
+    TITLE = "request"
+
+    prompt: Text
+    negative_prompt: Text = ""
+    image: Annotated[str | None, Field(strict=True, description="the path of an image")] = None
+    """Path of the first frame, or `sha256:<hex>` of its pixels, which are given beside the request."""
+    width: Annotated[int, _whole(1)]
+    height: Annotated[int, _whole(1)]
+    num_frames: Annotated[int, _whole(1)]
     """4n+1."""
-    fps: int
-    num_inference_steps: int
-    timesteps: tuple[float, ...] | None = None
+    fps: Annotated[int, _whole(1, 240)]
+    num_inference_steps: Annotated[int, _whole(1, 1000)]
+    timesteps: Annotated[
+        tuple[float, ...] | None,
+        BeforeValidator(_timesteps),
+        Field(description="falling numbers above 0, at most 1000, for example 1000,750,500,250"),
+    ] = None
     """Positions in the unshifted schedule, in (0, 1000], falling; `flow_shift` is applied to them.
     `1000,750,500,250` is what four-step distilled Wan models use."""
-    guidance_scale: float
+    guidance_scale: Annotated[float, Guidance]
     """For the only expert, or the high-noise one. Up to 1 there is no unconditional pass, as in Diffusers."""
-    guidance_scale_2: float | None = None
+    guidance_scale_2: Annotated[float | None, Guidance] = None
     """For the low-noise expert; None = `guidance_scale`."""
-    flow_shift: float
-    boundary_ratio: float | None = None
-    solver: Solver = "unipc"
-    seed: int
-    max_sequence_length: int = 512
+    flow_shift: Annotated[float, _number("a number above 0", gt=0)]
+    boundary_ratio: Annotated[float | None, _number("a number between 0 and 1", gt=0, lt=1)] = None
+    solver: Annotated[Solver, Field(description="unipc or euler")] = "unipc"
+    seed: Annotated[int, _whole(0, MAX_SEED)]
+    max_sequence_length: Annotated[int, _whole(1, 512)] = 512
 
-    def __post_init__(self) -> None:
-        checks = {
-            "prompt": (isinstance(self.prompt, str), "text"),
-            "negative_prompt": (isinstance(self.negative_prompt, str), "text"),
-            "image": (self.image is None or isinstance(self.image, str), "the path of an image"),
-            "timesteps": (self.timesteps is None or _falling(self.timesteps), _FALLING),
-            "num_inference_steps": (_whole(self.num_inference_steps, 1, 1000), "a whole number, 1 to 1000"),
-            "flow_shift": (_real(self.flow_shift) and self.flow_shift > 0, "a number above 0"),
-            "guidance_scale": (_guidance(self.guidance_scale), "a number of at least 0"),
-            "guidance_scale_2": (
-                self.guidance_scale_2 is None or _guidance(self.guidance_scale_2),
-                "a number of at least 0",
-            ),
-            "boundary_ratio": (
-                self.boundary_ratio is None or (_real(self.boundary_ratio) and 0 < self.boundary_ratio < 1),
-                "a number between 0 and 1",
-            ),
-            "solver": (self.solver in get_args(Solver), " or ".join(get_args(Solver))),
-            "seed": (_whole(self.seed, 0), f"a whole number, 0 to {MAX_SEED}"),
-            "fps": (_whole(self.fps, 1, 240), "a whole number, 1 to 240"),
-            "width": (_whole(self.width, 1), "a whole number, at least 1"),
-            "height": (_whole(self.height, 1), "a whole number, at least 1"),
-            "num_frames": (_whole(self.num_frames, 1), "a whole number, at least 1"),
-            "max_sequence_length": (_whole(self.max_sequence_length, 1, 512), "a whole number, 1 to 512"),
-        }
-        for name, (good, needs) in checks.items():
-            if not good:
-                raise RequestError(
-                    f"{name} is {getattr(self, name)!r}",
-                    needs=f"{name}: {needs}",
-                    fix=f"give {name} a legal value, or leave it out for the model's own",
-                    code="E-REQ-03",
-                )
+    @model_validator(mode="after")
+    def _as_many_steps_as_timesteps(self) -> Self:
         if self.timesteps is not None and len(self.timesteps) != self.num_inference_steps:
-            raise RequestError(
-                f"{len(self.timesteps)} timesteps and {self.num_inference_steps} steps",
-                needs="as many steps as timesteps",
-                fix="give only one of the two",
-                code="E-REQ-03",
-            )
+            got = f"{len(self.timesteps)} timesteps and {self.num_inference_steps} steps"
+            raise _refused(got, "as many steps as timesteps", "give only one of the two")
+        return self
 
     @property
     def do_classifier_free_guidance(self) -> bool:
@@ -137,50 +109,15 @@ class GenerateRequest:
             return self.guidance_scale
         return self.guidance_scale_2
 
-    def to_json(self) -> str:
-        """One JSON object with every field."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> GenerateRequest:
-        """The inverse of `to_json`. Unknown fields are refused with the list of known ones."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as e:
-            raise UsageError(
-                f"request is no JSON: {e}",
-                needs="one JSON object",
-                fix="pass what to_json wrote",
-                code="E-USE-01",
-            ) from e
-        known = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(data, dict) or set(data) - known:
-            unknown = sorted(set(data) - known) if isinstance(data, dict) else type(data).__name__
-            raise UsageError(
-                f"request has unknown fields: {unknown}",
-                needs=f"fields among {', '.join(sorted(known))}",
-                fix="remove or correct them",
-                code="E-USE-01",
-            )
-        if isinstance(data.get("timesteps"), list):
-            data["timesteps"] = _timesteps(data["timesteps"])
-        try:
-            return cls(**data)
-        except TypeError as e:
-            raise UsageError(
-                f"request is incomplete or of a wrong type: {e}",
-                needs="every field without a default",
-                fix="pass what to_json wrote",
-                code="E-USE-01",
-            ) from e
-
-    def replay_line(self, model: str, output: str | None = None) -> str:
-        """The command that makes this video again."""
-        words = ["ascendit", "generate"]
-        what = [self.prompt] if model == "demo" else [model, self.prompt]
-        dashed = any(w.startswith("-") for w in what)
+    def replay_line(
+        self, model: str, output: str | None = None, load: Mapping[str, Any] | None = None
+    ) -> str:
+        """The command that makes this video again. `load`: of `model`, as `LoadOptions.record` has it."""
+        words = ["ascendit", "generate", *load_words(load or {})]
+        named = [self.prompt] if model == "demo" else [model, self.prompt]
+        dashed = any(w.startswith("-") for w in named)
         words += ["--demo"] if model == "demo" else []
-        words += [] if dashed else what
+        words += [] if dashed else named
         words += ["--seed", str(self.seed), "--size", f"{self.width}x{self.height}"]
         words += ["--frames", str(self.num_frames), "--fps", str(self.fps)]
         if self.timesteps:
@@ -202,11 +139,23 @@ class GenerateRequest:
             words += ["--set", f"max_sequence_length={self.max_sequence_length}"]
         if output:
             words += ["-o", output]
-        words += ["--", *what] if dashed else []
+        words += ["--", *named] if dashed else []
         return shlex.join(words)
 
 
+def _text(value: float) -> str:
+    """A number as short as it can be and still read back as itself: 4, 2.5, 0.875."""
+    return repr(float(value)).removesuffix(".0")
+
+
 # ---- from what a user gives ---------------------------------------------------------------------
+
+
+OF_THE_MODEL = (
+    *("width", "height", "num_frames", "fps", "num_inference_steps", "max_sequence_length"),
+    *("guidance_scale", "guidance_scale_2", "boundary_ratio", "solver"),
+)
+"""Fields that the model's defaults fill."""
 
 
 def resolve(defaults: Defaults, prompt: str, **given: Any) -> GenerateRequest:
@@ -215,191 +164,122 @@ def resolve(defaults: Defaults, prompt: str, **given: Any) -> GenerateRequest:
     `given` takes the fields of `GenerateRequest`. Raises RequestError with the two nearest legal
     values for frames and sizes; nothing is rounded in silence.
     """
-    known = {f.name for f in dataclasses.fields(GenerateRequest)} - {"prompt"}
+    known = set(GenerateRequest.model_fields) - {"prompt"}
     if unknown := sorted(set(given) - known):
-        raise UsageError(
-            f"unknown argument: {', '.join(unknown)}",
-            needs=f"arguments among {', '.join(sorted(known))}",
-            fix="correct the name",
-            code="E-USE-01",
-        )
-    values = {k: _plain_number(v) for k, v in given.items() if v is not None}
-    width, height = values.get("width", defaults.width), values.get("height", defaults.height)
-    if values.get("timesteps") is not None:
-        values["timesteps"] = _timesteps(values["timesteps"])
-        values.setdefault("num_inference_steps", len(values["timesteps"]))
-    if "guidance_scale" in values:  # one number is for both experts, as in Diffusers
-        values.setdefault("guidance_scale_2", values["guidance_scale"] if defaults.num_experts == 2 else None)
-    filled = {
-        "width": width,
-        "height": height,
-        "num_frames": defaults.num_frames,
-        "fps": defaults.fps,
-        "num_inference_steps": defaults.num_inference_steps,
-        "guidance_scale": defaults.guidance_scale,
-        "guidance_scale_2": defaults.guidance_scale_2,
-        "flow_shift": defaults.shift_for(width, height),
-        "boundary_ratio": defaults.boundary_ratio,
-        "solver": defaults.solver,
-        "max_sequence_length": defaults.max_sequence_length,
-    }
-    if "seed" not in values:
-        values["seed"] = secrets.randbelow(2**31)
-    request = GenerateRequest(prompt=prompt, **(filled | values))
+        got, needs = f"unknown argument: {', '.join(unknown)}", f"arguments among {', '.join(sorted(known))}"
+        raise UsageError(got, needs=needs, fix="correct the name", code="E-USE-01")
+    given = {k: v.item() if getattr(v, "ndim", None) == 0 else v for k, v in given.items() if v is not None}
+    if "timesteps" in given:
+        with suppress(TypeError):  # no sequence: refused below
+            given.setdefault("num_inference_steps", len(given["timesteps"]) or 1)
+    if "guidance_scale" in given:  # one number is for both experts, as in Diffusers
+        given.setdefault("guidance_scale_2", given["guidance_scale"] if defaults.num_experts == 2 else None)
+    values = {name: getattr(defaults, name) for name in OF_THE_MODEL} | given
+    values.setdefault("flow_shift", defaults.shift_for(values["width"], values["height"]))
+    values.setdefault("seed", secrets.randbelow(2**31))
+    request = GenerateRequest(prompt=prompt, **values)
     check(request, defaults)
     return request
 
 
 def check(request: GenerateRequest, defaults: Defaults) -> None:
     """Raise RequestError where the model cannot run the request."""
-    stride, multiple = defaults.frame_stride, defaults.size_multiple
+    model, multiple, stride = defaults.model, defaults.size_multiple, defaults.frame_stride
+    size = (request.width, request.height)
     if (request.num_frames - 1) % stride:
         low, high = nearest_frames(request.num_frames, stride)
-        raise RequestError(
-            f"{request.num_frames} frames",
-            needs=f"a number of frames of the form {stride}n+1 ({defaults.model})",
-            fix=f"--frames {low} or --frames {high}",
-            code="E-REQ-01",
+        needs = f"a number of frames of the form {stride}n+1 ({model})"
+        raise _refused(
+            f"{request.num_frames} frames", needs, f"--frames {low} or --frames {high}", "E-REQ-01"
         )
-    if request.width % multiple or request.height % multiple:
-        choices = [
-            (p,) if p % multiple == 0 else nearest_sizes(p, multiple) for p in (request.width, request.height)
-        ]
-        low_size, high_size = (f"{w}x{h}" for w, h in ((choices[0][i], choices[1][i]) for i in (0, -1)))
-        raise RequestError(
-            f"size {request.width}x{request.height}",
-            needs=f"width and height that are multiples of {multiple} ({defaults.model})",
-            fix=f"--size {low_size} or --size {high_size}",
-            code="E-REQ-02",
-        )
+    if any(pixels % multiple for pixels in size):
+        near = [nearest_sizes(p, multiple) if p % multiple else (p, p) for p in size]
+        (w, w2), (h, h2) = ((pair[0], pair[-1]) for pair in near)
+        needs = f"width and height that are multiples of {multiple} ({model})"
+        fix = f"--size {w}x{h} or --size {w2}x{h2}"
+        raise _refused(f"size {request.width}x{request.height}", needs, fix, "E-REQ-02")
     if defaults.task == "i2v" and request.image is None:
-        raise RequestError(
-            "no image",
-            needs=f"{defaults.model} starts from an image",
-            fix="--image FILE, or a text-to-video model",
-            code="E-REQ-04",
-        )
+        fix = "--image FILE, or a text-to-video model"
+        raise _refused("no image", f"{model} starts from an image", fix, "E-REQ-04")
     if defaults.task == "t2v" and request.image is not None:
-        raise RequestError(
-            f"image {request.image}",
-            needs=f"{defaults.model} is text-to-video and takes no image",
-            fix="leave the image out, or use an I2V or TI2V model",
-            code="E-REQ-04",
-        )
-    if defaults.num_experts == 1 and (
-        request.guidance_scale_2 is not None or request.boundary_ratio is not None
-    ):
-        raise RequestError(
-            "a second guidance scale or a boundary",
-            needs=f"{defaults.model} has one expert",
-            fix="give one guidance scale and no boundary",
-            code="E-REQ-03",
-        )
+        needs = f"{model} is text-to-video and takes no image"
+        fix = "leave the image out, or use an I2V or TI2V model"
+        raise _refused(f"image {request.image}", needs, fix, "E-REQ-04")
+    second = (request.guidance_scale_2, request.boundary_ratio)
+    if defaults.num_experts == 1 and second != (None, None):
+        fix = "give one guidance scale and no boundary"
+        raise _refused("a second guidance scale or a boundary", f"{model} has one expert", fix)
     if defaults.num_experts == 2 and request.boundary_ratio is None:
-        raise RequestError(
-            "no boundary between the two experts",
-            needs="boundary_ratio between 0 and 1 (model_index.json of the folder has none)",
-            fix="--set boundary_ratio=0.875",
-            code="E-REQ-03",
-        )
+        needs = "boundary_ratio between 0 and 1 (model_index.json of the folder has none)"
+        raise _refused("no boundary between the two experts", needs, "--set boundary_ratio=0.875")
 
 
-def _text(value: float) -> str:
-    """A number as short as it can be and still read back as itself: 4, 2.5, 0.875."""
-    return repr(float(value)).removesuffix(".0")
+def _refused(got: str, needs: str, fix: str, code: str = "E-REQ-03") -> RequestError:
+    return RequestError(got, needs=needs, fix=fix, code=code)
 
 
-def _whole(value: object, low: int, high: int = MAX_SEED) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+# ---- the image ----------------------------------------------------------------------------------
 
 
-def _real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def name_image(image: Any) -> tuple[str | None, dict[str, Any]]:
+    """(`image` of a request, its pixels by that name): a path as it is, pixels by a hash of their content.
 
-
-def _guidance(value: float) -> bool:
-    return _real(value) and value >= 0
-
-
-def _plain_number(value: Any) -> Any:
-    """A numpy or torch scalar as a Python number, anything else as it is."""
-    return value.item() if getattr(value, "ndim", None) == 0 else value
-
-
-def _timesteps(given: Any) -> tuple[float, ...]:
-    """`given` as floats; RequestError where it is no row of numbers."""
-    try:
-        return tuple(float(t) for t in given)
-    except (TypeError, ValueError) as e:
-        raise RequestError(
-            f"timesteps is {given!r}",
-            needs=f"timesteps: {_FALLING}",
-            fix="give numbers, or leave timesteps out",
-            code="E-REQ-03",
-        ) from e
-
-
-def _falling(timesteps: tuple[float, ...]) -> bool:
-    if not isinstance(timesteps, tuple) or not timesteps:
-        return False
-    inside = all(_real(t) and 0 < t <= 1000 for t in timesteps)
-    return inside and all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
-
-
-# ---- how the model was loaded, and the command that makes the video again -----------------------
-
-LOAD_DEFAULTS: Mapping[str, str] = {"device": "cpu", "text_on": "device"}
-"""What `load` does where nothing is said; a replay line leaves these out."""
-LOAD_FLAGS = ("device", "text_on", "scheme", "recipe", "step_policy", "emulate")
-LOAD_SETTINGS = (
-    "keep",
-    "activation_rule",
-    "dtype",
-    "vae_dtype",
-    "ops",
-    "attention",
-    "nz",
-    "fast_layernorm",
-    "force",
-)
-"""These have no flag of their own: `--set KEY=VALUE`."""
-
-
-def load_record(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `load` that shape a video, ready for JSON: what was left open is left out.
-
-    `given`: by name, other names too. Words where `load` takes an object, `keep` as a list.
+    `image`: None, a path, or pixels in any form that `open_image` takes.
     """
-    found = {name: _plain_option(name, given.get(name)) for name in (*LOAD_FLAGS, *LOAD_SETTINGS)}
-    return {name: value for name, value in found.items() if value not in (None, False, "", [])}
+    if image is None or isinstance(image, (str, Path)):
+        return (None if image is None else str(image)), {}
+    picture = open_image(image)
+    facts = f"uint8 {[picture.height, picture.width, 3]} ".encode()
+    name = PIXELS + hashlib.sha256(facts + picture.tobytes()).hexdigest()
+    return name, {name: picture}
 
 
-def replay_line(request: GenerateRequest, model: str, loaded: Mapping[str, Any]) -> str:
-    """The command that makes this video again. `model`: as it was given to `load`. `loaded`: a record."""
-    words = []
-    for name in LOAD_FLAGS:
-        if (value := loaded.get(name)) and value != LOAD_DEFAULTS.get(name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    for name in LOAD_SETTINGS:
-        if value := loaded.get(name):
-            words += ["--set", f"{name}={setting_text(value)}"]
-    start = "ascendit generate"
-    return request.replay_line(model).replace(start, shlex.join([*start.split(), *words]), 1)
+def picture_of(request: GenerateRequest, pixels: Mapping[str, Any]) -> Any:
+    """The first image of `request` as RGB, None without one. `pixels`: those at hand, by the image's name.
+
+    Raises RequestError E-REQ-04 if it needs other pixels, and as `open_image`.
+    """
+    name = request.image
+    if name is None or name in pixels:
+        return None if name is None else open_image(pixels[name])
+    if name.startswith(PIXELS):
+        needs = "the pixels that the request names by their content"
+        fix = "pass pixels={name: image}, as name_image returns them, or name a file: --image FILE"
+        raise _refused(f"image {name}, and no pixels of this name", needs, fix, "E-REQ-04")
+    return open_image(name)
 
 
-def setting_text(value: Any) -> str:
-    """A value of a record as `--set` takes it."""
-    if isinstance(value, (list, tuple)):
-        return ";".join(value)
-    return "true" if value is True else str(value)
+def open_image(image: Any) -> Any:
+    """A PIL image, RGB, from a path, a PIL image, uint8 [H, W, 3] or a float tensor [3, H, W] in [0, 1]."""
+    import numpy as np
+    from PIL import Image
+
+    if isinstance(image, (str, Path)):
+        if not Path(image).is_file():
+            needs = "the path of an image"
+            raise UsageError(f"no file {image}", needs=needs, fix="correct the path", code="E-USE-02")
+        try:
+            with warnings.catch_warnings():  # a warning of Pillow about a huge image is an error here too
+                warnings.simplefilter("error")
+                with Image.open(image) as file:
+                    return file.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as e:
+            raise _no_image(f"{image} is no image that can be read: {e}") from e
+    if hasattr(image, "is_floating_point"):  # a tensor
+        if image.ndim == 4 and image.shape[0] == 1:
+            image = image[0]
+        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+            raise _no_image(f"a tensor {list(image.shape)} {image.dtype}")
+        image = (image.permute(1, 2, 0).clamp(0, 1) * 255).round().byte().cpu().numpy()
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise _no_image(f"an array {list(image.shape)} {image.dtype}")
+        return Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise _no_image(f"a {type(image).__name__}")
+    return image.convert("RGB")
 
 
-def _plain_option(name: str, value: Any) -> Any:
-    if name == "keep":
-        return [str(pattern) for pattern in value or ()]
-    if name == "emulate" and value is True:
-        return "decode-on-use"
-    if value is None or isinstance(value, bool) or (name == "ops" and value == "auto"):
-        return value if isinstance(value, bool) else None
-    text = str(value)  # of a StepSchedule, a path, a torch.dtype
-    return text.removeprefix("torch.") if name.endswith("dtype") else text
+def _no_image(got: str) -> UsageError:
+    needs = "a PNG, JPEG or WebP file, a PIL image, uint8 [H, W, 3], or a float tensor [3, H, W] in [0, 1]"
+    return UsageError(got, needs=needs, fix="give the first frame in one of these forms", code="E-USE-04")

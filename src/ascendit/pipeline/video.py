@@ -24,7 +24,7 @@ import numpy as np
 
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.pipeline.frame_checks import Frames
-from ascendit.pipeline.request import GenerateRequest, replay_line
+from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video_codecs import CODECS, WRITERS, import_library
 from ascendit.version import installed
 
@@ -63,7 +63,7 @@ class Video:
     source: str = ""
     """The model as `load` was given it: demo, a folder, a name on a hub. Empty where it was not `load`."""
     loaded: Mapping[str, Any] = field(default_factory=dict)
-    """How it was loaded, as `request.load_record` says it."""
+    """How it was loaded, as `LoadOptions.record` has it."""
 
     def __post_init__(self) -> None:
         x = self.frames
@@ -96,7 +96,7 @@ class Video:
             "seconds": round(self.seconds, 3),
             "versions": self.versions,
             "request": json.loads(r.to_json()) if r else None,
-            "replay": replay_line(r, again, self.loaded) if r and again else None,
+            "replay": r.replay_line(again, load=self.loaded) if r and again else None,
         }
 
     def save(self, path: AnyPath, *, metadata: bool = True, overwrite: bool = False) -> Path:

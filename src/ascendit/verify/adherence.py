@@ -9,7 +9,7 @@ from ascendit.demo.world import Scene
 from ascendit.errors import QualityError, UsageError
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.generate import Stop
-from ascendit.pipeline.load import load
+from ascendit.pipeline.job import load
 from ascendit.verify.quality import OnVideo
 
 LIMITS = {"overall": 0.90, "kept_back": 0.85}

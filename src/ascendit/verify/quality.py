@@ -31,7 +31,7 @@ from ascendit.ops.open_device import activate
 from ascendit.pipeline.calibrate import experts_of, inputs_of, recorded
 from ascendit.pipeline.frame_checks import Frames, to_uint8
 from ascendit.pipeline.generate import Pipeline, Stop, denoise
-from ascendit.pipeline.load import load
+from ascendit.pipeline.job import load
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.quant.fusion import leader_of
 from ascendit.quant.recipe import recipe_names

@@ -1,0 +1,221 @@
+"""One video from options and a request: `prepare` checks all that needs no weights, `run` makes it.
+
+    prepared = prepare(LoadOptions(model="demo"), "a red circle moves right", seed=7)
+    video = run(prepared)
+
+Every header is read once: `run`, and `load` for a pipeline that makes many videos, build from what was read.
+No torch before something is built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from inspect import Parameter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ascendit import geometry
+from ascendit.checkpoint.hub import model_folder
+from ascendit.checkpoint.layout import Layout, recognise
+from ascendit.checkpoint.transformer import Expert
+from ascendit.device.device import Device, parse_device
+from ascendit.errors import OutOfMemory
+from ascendit.family import WanConfig
+from ascendit.model.quantize_on_load import Online, policy_for, read_experts, schemes_in
+from ascendit.pipeline.defaults import Defaults, defaults_for, vae_config
+from ascendit.pipeline.options import OPTIONS, LoadOptions, load_signature
+from ascendit.pipeline.request import GenerateRequest, picture_of, resolve
+from ascendit.progress import OnProgress, Progress
+from ascendit.schedule import StepSchedule
+from ascendit.weights.applied_recipe import AppliedRecipe
+
+if TYPE_CHECKING:
+    from ascendit.pipeline.generate import Pipeline, Stop
+    from ascendit.pipeline.video import Video
+
+# ---- checked without weights --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedModel:
+    """A model that can be loaded as asked: what was read from its configs and headers, and decided."""
+
+    options: LoadOptions
+    layout: Layout
+    defaults: Defaults
+    device: Device
+    """By its name; it is not open."""
+    dtype: str | None
+    """Of the denoiser; None: as stored."""
+    vae_dtype: str
+    experts: tuple[tuple[Expert, AppliedRecipe | None], ...]
+    """Each with the recipe that quantizes it on its way into memory."""
+    schedule: StepSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A request that fits its model."""
+
+    model: PreparedModel
+    request: GenerateRequest
+    pixels: Mapping[str, Any] = field(default_factory=dict)
+    """Of the first image, by its name in the request."""
+
+    @property
+    def replay(self) -> str:
+        """The command that makes this video again; the JSON beside the video has the same."""
+        options = self.model.options
+        return self.request.replay_line(options.model, load=options.record)
+
+    @property
+    def video_tokens(self) -> int:
+        """Tokens of the video in one pass of a transformer."""
+        request, vae = self.request, vae_config(self.model.layout)
+        strides = {"frame_stride": vae.scale_factor_temporal, "stride": vae.scale_factor_spatial}
+        latents = geometry.latent_grid(request.num_frames, request.height, request.width, **strides)
+        patch_size = self.model.layout.experts[0].config.get("patch_size", WanConfig.patch_size)
+        return geometry.num_tokens(geometry.patch_grid(latents, patch_size))
+
+
+def prepare_model(options: LoadOptions) -> PreparedModel:
+    """Read configs and headers, and check that the model can be loaded as `options` say.
+
+    Raises UsageError for options that do not fit the model or each other, CheckpointError for a damaged
+    folder, EnvironmentProblem E-CAP-01 for a scheme that the named chip has no matmul for.
+    """
+    device = parse_device(options.device)
+    layout = recognise(model_folder(options.model))
+    layout.require_pipeline()
+    online = Online.of(options.scheme, options.recipe, options.keep, force=options.force)
+    experts = tuple(read_experts(layout, online))
+    schedule = policy_for(options.step_policy, online, layout, experts)
+    if options.emulate is None and options.ops is None:
+        device.check_schemes(schemes_in(experts))
+    return PreparedModel(
+        options=options,
+        layout=layout,
+        defaults=defaults_for(layout),
+        device=device,
+        dtype=device.dtype_name(options.dtype),
+        vae_dtype=device.dtype_name(options.vae_dtype or "float32") or "",
+        experts=experts,
+        schedule=schedule,
+    )
+
+
+def prepare(
+    options: LoadOptions,
+    prompt: str,
+    *,
+    pixels: Mapping[str, Any] | None = None,
+    seconds: float | None = None,
+    **fields: Any,
+) -> Prepared:
+    """Everything about one video that can be checked without weights.
+
+    `fields`: of GenerateRequest; what is left out comes from the model. `seconds`: in place of `num_frames`.
+    `pixels`: of an image that is named by its content. Raises as `prepare_model`, and RequestError.
+    """
+    model = prepare_model(options)
+    defaults = model.defaults
+    if seconds is not None:
+        fps = fields.get("fps") or defaults.fps
+        fields["num_frames"] = geometry.frames_for(seconds, fps, defaults.frame_stride)
+    request = resolve(defaults, prompt, **fields)
+    model.schedule.check_steps(request.num_inference_steps)
+    picture = picture_of(request, pixels or {})
+    return Prepared(model=model, request=request, pixels={request.image: picture} if request.image else {})
+
+
+# ---- built and run ------------------------------------------------------------------------------
+
+
+def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -> Pipeline:
+    """Load a model: a folder, "demo", "hf:org/name" or "ms:org/name" (with "@revision").
+
+    A quantized folder needs no option; `scheme`, or a `recipe` by name or TOML file, quantizes a float model
+    while it loads, as `ascendit.quantize` would. `on_progress` is called with each Progress event. Raises as
+    `prepare_model` before a weight is read, and as `load.build`.
+    """
+    prepared = prepare_model(LoadOptions.model_validate({"model": model, **options}))
+    from ascendit.pipeline.load import build
+
+    return build(**vars(prepared), on_progress=on_progress)
+
+
+load.__dict__["__signature__"] = load_signature(
+    Parameter("on_progress", Parameter.KEYWORD_ONLY, default=None, annotation=OnProgress | None)
+)
+load.__doc__ = f"{load.__doc__}\n" + "\n".join(f"    `{name}`: {row.help}" for name, row in OPTIONS.items())
+
+
+def run(prepared: Prepared, events: OnProgress | None = None, cancel: Stop | None = None) -> Video:
+    """Load the model and make the video. `events` is called with each step, `cancel` stops between two.
+
+    Raises as `load.build` and `Pipeline.run`, and OutOfMemory E-MEM-01 with the stage it came in.
+    """
+    from ascendit.pipeline.load import build
+
+    stage = ""
+
+    def on_progress(event: Progress) -> None:
+        nonlocal stage
+        stage = event.stage
+        if events is not None:
+            events(event)
+
+    try:
+        pipe = build(**vars(prepared.model), on_progress=on_progress)
+        return pipe.run(prepared.request, pixels=prepared.pixels, on_progress=on_progress, cancel=cancel)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error, stage, prepared.model.options.device) from error
+        raise
+
+
+# ---- out of memory ------------------------------------------------------------------------------
+
+PHRASES = ("not enough memory", "can't allocate memory", "out of memory", "cannot allocate memory")
+MEMINFO = Path("/proc/meminfo")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how PyTorch, a driver or Python says that memory ran out."""
+    if isinstance(error, (MemoryError, OutOfMemory)):
+        return True
+    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(p in str(error).lower() for p in PHRASES)
+
+
+def out_of_memory(error: BaseException, stage: str = "", device: str = "cpu") -> OutOfMemory:
+    """The error to show. `stage`: of the progress events; `device`: as given to `--device`."""
+    if isinstance(error, OutOfMemory):
+        return error
+    text = str(error)
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ ?[kKMGT]?i?[bB]\w*)", text)
+    free = re.search(r"([\d.]+ [KMG]iB) is free", text)
+    left = free[1] if free else (_host_memory() if device == "cpu" else "")
+    return OutOfMemory(
+        f"out of memory on {device}" + (f" in stage {stage}" if stage else ""),
+        needs=(f"{_gib(asked[1])} more" if asked else "more memory") + (f"; {left} is free" if left else ""),
+        fix="a smaller --size or --frames; --text-on drop frees the text encoder after use",
+        code="E-MEM-01",
+    )
+
+
+def _gib(size: str) -> str:
+    """`68719476736 bytes` or kB as `64.0 GiB`; other texts as they are."""
+    found = re.fullmatch(r"(\d+) (bytes|kB)\w*", size)
+    return f"{int(found[1]) / (2**30 if found[2] == 'bytes' else 2**20):.1f} GiB" if found else size
+
+
+def _host_memory() -> str:
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+ kB)", MEMINFO.read_text())
+    except OSError:
+        return ""
+    return _gib(found[1]) if found else ""

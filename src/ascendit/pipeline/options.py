@@ -1,0 +1,304 @@
+"""LoadOptions: every option of loading a model, once. Validated, frozen, JSON round trip. No torch.
+
+A row of the table gives an option its type, default, help, flag and environment variable. From it come the
+flags of `generate`, the keys of `--set` and `--config`, the arguments of `ascendit.load`, the record beside a
+video and the replay line. `Checked` is the base of this model and of the request: one function turns the
+errors of pydantic into ours.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import NoneType
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+
+from ascendit.device.device import parse_device
+from ascendit.environment import Variable
+from ascendit.errors import RequestError, UsageError
+from ascendit.schedule import StepSchedule
+
+Row = TypeVar("Row")
+
+# ---- models that users fill in ------------------------------------------------------------------
+
+
+class Checked(BaseModel):
+    """A frozen model that raises UsageError, never pydantic's own error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    TITLE: ClassVar[str]
+    """Its name in messages."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _check(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise usage_error(error, cls) from error
+
+    def to_json(self) -> str:
+        """One JSON object with every field."""
+        return json.dumps(self.model_dump(), ensure_ascii=False, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`. Unknown fields are refused with the list of known ones."""
+        try:
+            return cls.model_validate(json.loads(text))
+        except json.JSONDecodeError as e:
+            got, needs = f"{cls.TITLE} is no JSON: {e}", "one JSON object"
+            raise UsageError(got, needs=needs, fix="pass what to_json wrote", code="E-USE-01") from e
+
+
+def usage_error(error: ValidationError, model: type[Checked]) -> UsageError:
+    """The first problem as UsageError E-USE-01; RequestError E-REQ-03 for a field whose rule is described."""
+    problems = error.errors(include_url=False)
+    unknown: Any = sorted(str(p["loc"][0]) for p in problems if p["type"] == "extra_forbidden")
+    if not problems[0]["loc"]:
+        unknown = type(problems[0]["input"]).__name__
+    if unknown:
+        got, needs = f"has unknown fields: {unknown}", f"fields among {', '.join(sorted(model.model_fields))}"
+        return UsageError(f"{model.TITLE} {got}", needs=needs, fix="remove or correct them", code="E-USE-01")
+    wrong = [p for p in problems if p["type"] != "missing"]
+    if not wrong:
+        got = f"is incomplete or of a wrong type: no {', '.join(str(p['loc'][0]) for p in problems)}"
+        needs = "every field without a default"
+        return UsageError(f"{model.TITLE} {got}", needs=needs, fix="pass what to_json wrote", code="E-USE-01")
+    name, value = str(wrong[0]["loc"][0]), wrong[0]["input"]
+    field = model.model_fields[name]
+    if field.description is None:
+        return bad_value(name, value, field.annotation)
+    fix = f"give {name} a legal value, or leave it out for the model's own"
+    needs = f"{name}: {field.description}"
+    return RequestError(f"{name} is {value!r}", needs=needs, fix=fix, code="E-REQ-03")
+
+
+def bad_value(name: str, value: object, hint: Any, where: str = "") -> UsageError:
+    """UsageError E-USE-01 for a value that is not of the type `hint`. `where`: what it was read from."""
+    kind = plain_kind(hint)
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    words, example = (" or ".join(choices), choices[0]) if choices else KINDS[kind]
+    got = f"{name}={value}" if choices or where else f"{name} {value!r}"
+    return UsageError(
+        f"{where} {got}".strip(), needs=f"{name}: {words}", fix=f"{name}={example}", code="E-USE-01"
+    )
+
+
+KINDS: dict[Any, tuple[str, str]] = {
+    str: ("text", "some text"),
+    int: ("a whole number", "16"),
+    float: ("a number", "2.5"),
+    bool: ("true or false", "false"),
+    tuple[float, ...]: ("numbers", "1000,750,500,250"),
+    tuple[str, ...]: ("text", "some text"),
+}
+"""Type -> in words, an example."""
+
+
+def plain_kind(hint: Any) -> Any:
+    """The type of a value that is not None."""
+    kinds = get_args(hint)
+    return next(k for k in kinds if k is not NoneType) if NoneType in kinds else hint
+
+
+# ---- options of loading -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a row says besides type and default; a `Variable` beside it also sets the option."""
+
+    help: str
+    metavar: str | None = None
+    """Of its flag; None: it has no flag, and is set by `--set KEY=VALUE`."""
+    hidden: bool = False
+    """Whether `--help` leaves its flag out."""
+
+
+def _path(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _device(name: object) -> str:
+    parse_device(name)
+    return str(name)
+
+
+def _dtype(value: object) -> str | None:
+    """A name or a torch.dtype; which of them a device runs in, `Device.dtype_name` checks."""
+    return None if value is None else str(value).removeprefix("torch.")
+
+
+def _patterns(value: object) -> object:
+    """Text with spaces, commas or semicolons between the patterns, or a sequence of them."""
+    if isinstance(value, str):
+        return tuple(pattern for pattern in re.split(r"[\s;,]+", value) if pattern)
+    return tuple(map(str, value)) if isinstance(value, (list, tuple)) else () if value is None else value
+
+
+def _schedule(value: object) -> object:
+    if value is None or isinstance(value, str):
+        return value
+    return str(value if isinstance(value, StepSchedule) else StepSchedule.parse(value))  # type: ignore[arg-type]
+
+
+def _bytes(value: object) -> object:
+    """A size in bytes, or text as 24GiB, 16 GB or 8e9. UsageError E-USE-01 for another text and for 0."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d+)?(?:e\+?\d\d?)?) ?(?:([KMGT])(i?))?B?", str(value).strip())
+    number, prefix, binary = found.groups() if found else ("0", None, None)
+    size = int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(prefix or " ")))
+    if size < 1:
+        needs = "a size above 0, in bytes or with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
+        raise UsageError(f"max_memory={value}", needs=needs, fix="--max-memory 24GiB", code="E-USE-01")
+    return size
+
+
+def _emulate(value: object) -> object:
+    return value if not isinstance(value, bool) else "decode-on-use" if value else None
+
+
+def _ops(value: object) -> object:
+    return None if value == "auto" else value
+
+
+class LoadOptions(Checked):
+    """How a model is loaded: plain values, whatever Python callers pass."""
+
+    TITLE = "load"
+
+    model: Annotated[str, BeforeValidator(_path), Option("A folder, demo, hf:org/name or ms:org/name.")]
+    device: Annotated[
+        str,
+        BeforeValidator(_device),
+        Option("cpu (default), cuda:1, npu:0, or an NPU's twin on the CPU: twin:a5.", "NAME"),
+    ] = "cpu"
+    text_on: Annotated[
+        Literal["cpu", "device", "drop"],
+        Option("Text encoder on cpu, on device (default), or drop it after use.", "WHERE", hidden=True),
+        Variable(
+            "T5_LOAD_CPU", {"1": "cpu"}, "the text encoder runs on the CPU (--text-on device overrides it)"
+        ),
+    ] = "device"
+    scheme: Annotated[
+        Literal["bf16", "int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"] | None,
+        Option("Quantize a BF16 model while it loads: mxfp8, mxfp4, int8, ...", "NAME"),
+    ] = None
+    recipe: Annotated[
+        str | None,
+        BeforeValidator(_path),
+        Option("The same by a recipe, or a TOML file of your own.", "NAME"),
+    ] = None
+    step_policy: Annotated[
+        str | None,
+        BeforeValidator(_schedule),
+        Option('Precision by step, as "0-1:w4a8,default:w4a4".', "STEPS:HOW,.."),
+    ] = None
+    emulate: Annotated[
+        Literal["decode-on-use", "decode-once"] | None,
+        BeforeValidator(_emulate),
+        Option("Where a chip lacks the scheme: decode-on-use, or decode-once (faster).", "HOW"),
+    ] = None
+    keep: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_patterns),
+        Option("Patterns of layers that stay as they are stored."),
+    ] = ()
+    activation_rule: Annotated[str | None, Option("Scale rules of activations, as mxfp4=max:7.")] = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        PlainValidator(_dtype),
+        Option("Of the denoiser; default as stored on a CPU, else bfloat16."),
+    ] = None
+    vae_dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        PlainValidator(_dtype),
+        Option("Default float32; bfloat16 takes two thirds of the time, about 50 dB from it."),
+    ] = None
+    ops: Annotated[
+        Literal["auto", "reference"] | None,
+        BeforeValidator(_ops),
+        Option("reference: plain PyTorch operators."),
+    ] = None
+    attention: Annotated[
+        Literal["fusion", "fused_infer"] | None,
+        Option("The attention kernel of an NPU."),
+        Variable(
+            "ALGO",
+            {"0": "fusion", "3": "fused_infer"},
+            "attention={} on an NPU (--set attention overrides it)",
+        ),
+    ] = None
+    nz: Annotated[bool, Option("Weights in FRACTAL_NZ where an NPU takes both layouts.")] = False
+    fast_layernorm: Annotated[
+        bool,
+        Option("Layer norms by MindIE-SD where the device has it."),
+        Variable(
+            "FAST_LAYERNORM",
+            {"1": True},
+            "layer norms by MindIE-SD where the device has it, the same numbers (--set fast_layernorm=false "
+            "overrides it)",
+        ),
+    ] = False
+    force: Annotated[bool, Option("Quantize where accuracy is known to suffer.")] = False
+    max_memory: Annotated[
+        int | None,
+        BeforeValidator(_bytes),
+        Option("Memory to stay below, as 24GiB or 8e9: recorded, not enforced yet.", "SIZE", hidden=True),
+    ] = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What shapes a video, for the JSON beside it; without what was left open and what is off."""
+        values = self.model_dump(mode="json", exclude={"model"})
+        return {name: value for name, value in values.items() if value not in (None, False, [])}
+
+
+def _rows(kind: type[Row]) -> dict[str, Row]:
+    """Option -> what its row says of this kind."""
+    fields = LoadOptions.model_fields.items()
+    return {name: x for name, field in fields for x in field.metadata if isinstance(x, kind)}
+
+
+OPTIONS = _rows(Option)
+FLAGS = {name: f"--{name.replace('_', '-')}" for name, row in OPTIONS.items() if row.metavar}
+"""Option -> its flag."""
+VARIABLES = _rows(Variable)
+"""Option -> the environment variable that sets it."""
+
+
+def load_words(record: Mapping[str, Any]) -> list[str]:
+    """`record` as flags and `--set` of a replay line, without values that are the default."""
+    words = []
+    for name, field in LoadOptions.model_fields.items():
+        value = record.get(name)
+        if value and value != field.default:
+            text = ";".join(value) if isinstance(value, list) else "true" if value is True else str(value)
+            words.append([FLAGS[name], text] if name in FLAGS else ["--set", f"{name}={text}"])
+    return [word for pair in words for word in pair]
+
+
+def load_signature(*more: inspect.Parameter) -> inspect.Signature:
+    """The signature of a function that takes the options of loading by name, the model first, and `more`."""
+    fields = LoadOptions.model_fields
+    found = inspect.signature(LoadOptions).parameters.values()
+    model, *options = (p.replace(annotation=fields[p.name].annotation) for p in found)
+    model = model.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return inspect.Signature([model, *options, *more])

@@ -1,0 +1,168 @@
+"""From options and a request to a video: what is checked first, what is read once, what ran out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ascendit
+from ascendit.checkpoint import reader
+from ascendit.cli.main import main
+from ascendit.errors import CheckpointError, OutOfMemory, RequestError, UsageError
+from ascendit.pipeline import load
+from ascendit.pipeline.job import is_out_of_memory, out_of_memory, prepare, run
+from ascendit.pipeline.options import LoadOptions
+from ascendit.pipeline.request import name_image
+from ascendit.progress import Progress
+
+PROMPT = "a red circle moves right on a black background"
+SMALL: dict[str, Any] = {"num_frames": 5, "num_inference_steps": 2, "seed": 3}
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which "
+    "3.25 GiB is free. Process 1 has 75.00 GiB memory in use."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError(CUDA), True),
+        (
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"
+            ),
+            True,
+        ),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_recognised(error, answer):
+    assert is_out_of_memory(error) is answer
+
+
+def test_the_real_allocator_is_recognised():
+    with pytest.raises(RuntimeError) as e:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert is_out_of_memory(e.value)
+    assert out_of_memory(e.value).needs.startswith(f"{2**20:.1f} GiB more; ")
+
+
+def test_told_with_required_and_free():
+    error = out_of_memory(torch.OutOfMemoryError(CUDA), "decode", "cuda")
+    assert isinstance(error, OutOfMemory) and error.exit_code == 4 and error.code == "E-MEM-01"
+    assert error.got == "out of memory on cuda in stage decode"
+    assert error.needs == "20.00 GiB more; 3.25 GiB is free"
+    assert "--size" in error.fix
+
+
+def test_without_numbers():
+    assert out_of_memory(MemoryError(), "denoise", "cuda").needs == "more memory"
+
+
+# ---- prepare and run ----------------------------------------------------------------------------
+
+
+def test_run_makes_the_video_that_load_and_generate_make(tiny_t2v_cascade: Path) -> None:
+    how: dict[str, Any] = {"scheme": "mxfp4", "step_policy": "0:w4a8"}
+    shape = {"width": 32, "height": 32, **SMALL}
+    prepared = prepare(LoadOptions(model=str(tiny_t2v_cascade), **how), PROMPT, **shape)
+    events: list[Progress] = []
+    video = run(prepared, events.append)
+    again = ascendit.load(tiny_t2v_cascade, **how).generate(PROMPT, **shape)
+    assert np.array_equal(video.frames, again.frames)
+    assert video.describe() | {"seconds": 0} == again.describe() | {"seconds": 0}
+    assert video.describe()["replay"] == prepared.replay
+    assert [e.stage for e in events if e.step == e.total] == ["load", "encode", "denoise", "decode"]
+
+
+def test_a_run_builds_from_what_was_prepared() -> None:
+    prepared = prepare(LoadOptions(model="demo", scheme="int8"), PROMPT)
+    assert [name for name, applied in prepared.model.experts if applied is None] == []
+    assert prepared.model.dtype is None and prepared.model.vae_dtype == "float32"
+    on_a5 = prepare(LoadOptions(model="demo", device="twin:a5"), PROMPT)
+    assert on_a5.model.dtype == "bfloat16" and on_a5.model.device.chip == "a5"
+
+
+def test_seconds_in_place_of_frames() -> None:
+    assert prepare(LoadOptions(model="demo"), PROMPT, seconds=1.0).request.num_frames == 9
+    assert prepare(LoadOptions(model="demo"), PROMPT, seconds=1.0, fps=16).request.num_frames == 17
+
+
+def test_a_damaged_header_and_a_step_too_many_are_found_without_weights(
+    tiny_folder: Any, tmp_path: Path
+) -> None:
+    import tiny
+
+    folder = tiny.copy(tiny_folder("t2v_single"), tmp_path / "m")
+    file = folder / "transformer" / tiny.WEIGHTS
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="truncated|bytes"):
+        prepare(LoadOptions(model=str(folder)), PROMPT)
+    with pytest.raises(RequestError, match="names step 9"):
+        prepare(
+            LoadOptions(model="demo", scheme="mxfp4", step_policy="9:w4a8"), PROMPT, num_inference_steps=4
+        )
+    with pytest.raises(UsageError, match="unknown argument: steps"):
+        prepare(LoadOptions(model="demo"), PROMPT, steps=4)
+
+
+def test_pixels_travel_beside_the_request(tiny_folder: Any) -> None:
+    options = LoadOptions(model=str(tiny_folder("i2v_cascade")))
+    name, pixels = name_image(torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(RequestError, match="no pixels of this name"):
+        prepare(options, PROMPT, image=name)
+    shape = {"width": 64, "height": 64, **SMALL}
+    prepared = prepare(options, PROMPT, image=name, pixels=pixels, **shape)
+    video = run(prepared)
+    assert video.request and video.request.image == name
+    again = ascendit.load(options.model).generate(PROMPT, image=pixels[str(name)], **shape)
+    assert np.array_equal(video.frames, again.frames) and again.request == video.request
+
+
+@pytest.mark.parametrize("words", [[], ["--scheme", "mxfp8", "--set", "keep=blocks.0.*"]])
+def test_no_header_is_read_twice(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Over a whole `generate`: of the transformers, whose files are read by us."""
+    read: Counter[str] = Counter()
+    real = reader._read_json_header
+
+    def counted(path: Path, *more: Any) -> Any:
+        read[str(path)] += 1
+        return real(path, *more)
+
+    monkeypatch.setattr(reader, "_read_json_header", counted)
+    flags = ["--frames", "5", "--steps", "1", "-q", "-o", str(tmp_path / "a.png")]
+    assert main(["generate", "--demo", PROMPT, *flags, *words]) == 0
+    assert len(read) >= 2 and set(read.values()) == {1}
+
+
+def test_preparing_imports_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from ascendit.pipeline.job import LoadOptions, prepare\n"
+        "prepare(LoadOptions(model='demo', scheme='mxfp8', device='twin:a5'), 'a', seconds=1.0)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_out_of_memory_names_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*, on_progress: Any, **_: Any) -> Any:
+        on_progress(Progress(stage="load", step=1, total=4))
+        raise torch.OutOfMemoryError(CUDA)
+
+    monkeypatch.setattr(load, "build", build)
+    with pytest.raises(OutOfMemory) as error:
+        run(prepare(LoadOptions(model="demo"), PROMPT))
+    assert error.value.got == "out of memory on cpu in stage load"
