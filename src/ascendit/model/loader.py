@@ -27,7 +27,7 @@ from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
 from ascendit.model.weight_loader import Arrangement, Coded, nbytes
 from ascendit.ops.operators import Ops
-from ascendit.quant.recipe import QUANT_TYPES
+from ascendit.quant.recipe import say_attention
 from ascendit.quant.schemes import scheme_after_reading
 from ascendit.weights.applied_recipe import AppliedRecipe
 from ascendit.weights.quantize_writer import SourceRows
@@ -76,7 +76,7 @@ def load_expert(
             fix="ascendit repack it with --base MODEL, or put config.json beside the weights",
             code="E-CKP-06",
         )
-    say_attention(expert)
+    say_attention(expert.name, expert.attention.values(), expert.path)
     with torch.device("meta"):
         model = WanTransformer(WanConfig.from_dict(expert.config), ops)
     source = applied or stored_steps(expert)
@@ -145,17 +145,3 @@ def keep_floats(model: nn.Module, applied: AppliedRecipe, device: str, dtype: to
                 weight = whole(f"{name}.weight")
                 assert weight is not None, name
                 module.floats = (weight, whole(f"{name}.bias"))
-
-
-def say_attention(expert: Expert) -> None:
-    """Log once what the manifest asks of attentions and is not done; E-CKP-07 for words nobody knows."""
-    if unknown := sorted(set(expert.attention.values()) - set(QUANT_TYPES)):
-        raise CheckpointError(
-            f"{expert.path}: attention of type {', '.join(unknown)} in the manifest",
-            needs=f"one of {', '.join(QUANT_TYPES)}",
-            fix="correct quant_model_description.json, or export the model again",
-            code="E-CKP-07",
-        )
-    if found := Counter(expert.attention.values()):
-        asked = ", ".join(f"{word} for {n}" for word, n in found.items())
-        log.warning("%s: quantized attention (%s) runs in BF16 here", expert.name, asked)

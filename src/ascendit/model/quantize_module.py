@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +30,9 @@ from ascendit.model.weight_loader import nbytes
 from ascendit.mx.codec import INPUT_DTYPES, Encoded, check_dtype, encode
 from ascendit.mx.formats import Format, lookup, resolve_rule
 from ascendit.names import all_linears, block_linears, grouped, is_block_linear
-from ascendit.ops.operators import Schemes, bind
+from ascendit.ops.operators import bind
 from ascendit.quant.layer_rules import OUTSIDE, LayerScheme, LayerSchemes, ruled
-from ascendit.quant.recipe import Recipe, load_recipe
+from ascendit.quant.recipe import Recipe, load_recipe, say_attention
 from ascendit.quant.schemes import METHOD, QUANTIZED, SCHEMES
 from ascendit.quant.vllm_omni_config import marker_for
 from ascendit.weights.applied_recipe import check_kind
@@ -207,45 +206,6 @@ class ModuleReport(QuantizedExpert):
         return [f"{self.name}: {used}   {mib[0]} -> {mib[1]}", *kept]
 
 
-class DecodedWeight(Tensor):
-    """A copy of a weight on codes, to look at. `data` is refused: what is written there would be lost.
-
-    What is computed with one is a plain tensor.
-    """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @property
-    def data(self) -> Tensor:  # type: ignore[override]
-        """UsageError E-QNT-03. PEFT and Diffusers fuse through it."""
-        raise UsageError(
-            "weight.data of a layer on codes",
-            needs="a weight in floating point, to fuse a LoRA or projections into it",
-            fix="fuse first and quantize then; a LoRA that is not fused works beside the codes",
-            code="E-QNT-03",
-        )
-
-
-class PlacedLinear(QuantLinear):
-    """A quantized layer in a module of another library, whose offloading may move parameters alone."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., K] -> [.., N]. UsageError E-QNT-03 for tokens on another device than the codes."""
-        if x.device != self.device:
-            raise UsageError(
-                f"tokens on {x.device} for a layer in {self.scheme} on {self.device}",
-                needs="the module moved as a whole: its codes are no parameters, which is what hooks move",
-                fix="pipe.enable_model_cpu_offload() in place of group or sequential offloading",
-                code="E-QNT-03",
-            )
-        return super().forward(x)
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """Decoded [N, K] in `compute_dtype`; a new tensor each time, which cannot be written to the layer."""
-        return super().weight.as_subclass(DecodedWeight)
-
-
 def quantize_(
     module: nn.Module,
     recipe_or_scheme: str | Path | Recipe,
@@ -286,7 +246,7 @@ def quantize_(
         bias = None if linear.bias is None else linear.bias.detach()
         encoded = encode_weight(chosen, layer, linear.weight)
         linear.weight = None  # type: ignore[assignment]
-        made = PlacedLinear.from_encoded(encoded, bias, schemes=schemes, compute_dtype=compute_dtype)
+        made = QuantLinear.from_encoded(encoded, bias, schemes=schemes, compute_dtype=compute_dtype)
         keep_hooks(linear, made)
         for name in names[id(linear)]:
             module.set_submodule(name, made.train(linear.training))
@@ -318,17 +278,13 @@ def bind_(
 
     `device`: "twin:a5" and the like; None: the one each layer is on. The rest as in `quantize_`.
     """
-    joints = {id(m.joint): m.joint for m in module.modules() if isinstance(m, QuantLinear)}
-    found: dict[str, Schemes] = {}
-    for joint in joints.values():
-        where = device or str(joint.schemes.device)
-        if where not in found:
-            found[where] = bind(where, emulate=emulate, activation_rule=activation_rule).quantized
-        encoded, bias = joint.schemes.stored(joint.weight), joint.weight.bias
-        joint.schemes = found[where]
-        joint.prepare(encoded, bias)
-    if device and found:
-        module.to(found[device].device.torch_name)
+    groups = {id(m.group): m.group for m in module.modules() if isinstance(m, QuantLinear)}
+    names = dict.fromkeys(device or str(group.schemes.device) for group in groups.values())
+    bound = {name: bind(name, emulate=emulate, activation_rule=activation_rule).quantized for name in names}
+    if device and groups:
+        module.to(bound[device].device.torch_name)
+    for group in groups.values():
+        group.fuse(bound[device or str(group.schemes.device)])
 
 
 def _names(module: nn.Module) -> dict[int, list[str]]:
@@ -399,7 +355,7 @@ def keep_hooks(old: nn.Module, new: nn.Module) -> None:
 
 def mark(module: nn.Module, chosen: ModuleSchemes) -> None:
     """Tell Diffusers that a model of it is quantized, so that it refuses casts and saves what it needs."""
-    say_attention_kept(module, chosen)
+    say_attention(type(module).__name__, chosen.attention.values())
     if register := getattr(module, "register_to_config", None):
         layers = {s.name: s.scheme for s in chosen.layers}
         register(quantization_config=marker_of(layers, wan=chosen.kind is not None))
@@ -410,10 +366,3 @@ def marker_of(layers: Mapping[str, str], *, smoothed: Sequence[str] = (), wan: b
     """`quantization_config` for Diffusers' config.json. `layers`: every linear layer -> scheme."""
     inside = {name: s for name, s in layers.items() if s in QUANTIZED or is_block_linear(name)}
     return (marker_for(inside, smoothed) if wan else None) or {"quant_method": METHOD}
-
-
-def say_attention_kept(module: nn.Module, chosen: ModuleSchemes) -> None:
-    """Log what the recipe asks of attentions and is not done."""
-    if found := Counter(chosen.attention.values()):
-        asked = ", ".join(f"{word} for {n}" for word, n in found.items())
-        log.warning("%s: quantized attention (%s) runs in BF16 here", type(module).__name__, asked)

@@ -29,13 +29,15 @@ nothing is an error.
 
 from __future__ import annotations
 
+import logging
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascendit.errors import UsageError
+from ascendit.errors import CheckpointError, UsageError
 from ascendit.family import Task
 from ascendit.mx.formats import lookup, resolve_rule
 from ascendit.names import all_linears, block_linears
@@ -55,6 +57,7 @@ from ascendit.quant.schemes import QUANTIZED, SCHEMES
 from ascendit.quant.vllm_omni_config import is_omni_config, read_omni_config
 from ascendit.schedule import StepSchedule
 
+log = logging.getLogger("ascendit")
 FOLDER = Path(__file__).parent / "recipes"
 QUANT_TYPES = ("FP8_DYNAMIC", "MXFP8_DYNAMIC", "MXFP4_DYNAMIC", "INT8_DYNAMIC")
 
@@ -286,3 +289,22 @@ def _known(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v not in (None, ())}
+
+
+def say_attention(name: str, quant_types: Iterable[str], path: Path | str = "") -> None:
+    """Log once which quantization of attentions a model asks for and does not get.
+
+    `quant_types`: one for each attention, from a recipe, or from the manifest at `path`. CheckpointError
+    E-CKP-07 for one that is not in `QUANT_TYPES`.
+    """
+    asked = Counter(quant_types)
+    if unknown := sorted(asked.keys() - set(QUANT_TYPES)):
+        raise CheckpointError(
+            f"{path}: attention of type {', '.join(unknown)} in the manifest",
+            needs=f"one of {', '.join(QUANT_TYPES)}",
+            fix="correct quant_model_description.json, or export the model again",
+            code="E-CKP-07",
+        )
+    if asked:
+        words = ", ".join(f"{word} for {n}" for word, n in asked.items())
+        log.warning("%s: quantized attention (%s) runs in BF16 here", name, words)

@@ -30,25 +30,28 @@ from torch import Tensor, nn
 from ascendit.errors import CheckpointError, EnvironmentProblem, UsageError
 from ascendit.integrations.diffusers.stored_layers import (
     Awaited,
-    FromCodes,
-    FromFloats,
+    check_values,
+    layer_from,
     left_out,
     read_stored_layers,
 )
 from ascendit.kernels.kernel import Emulate
+from ascendit.model.linear import stored_tensors
 from ascendit.model.quantize_module import (
+    ModuleSchemes,
     as_recipe,
     bind_,
+    check_weight,
+    encode_weight,
     linears_of,
     marker_of,
     module_schemes,
     rounded,
-    say_attention_kept,
     wan_config_of,
 )
 from ascendit.names import listed
 from ascendit.ops.operators import Schemes, bind
-from ascendit.quant.recipe import Recipe
+from ascendit.quant.recipe import Recipe, say_attention
 from ascendit.quant.schemes import METHOD
 from ascendit.weights.applied_recipe import check_kind
 
@@ -134,7 +137,13 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._layers: dict[str, str] = {}
         """Every linear layer -> scheme."""
         self._smoothed: list[str] = []
-        self._waiting: dict[str, FromCodes | FromFloats] = {}
+        self._chosen: ModuleSchemes | None = None
+        """What the recipe makes of a float model; None for a folder of quantized layers."""
+        self._shapes: dict[str, tuple[int, int]] = {}
+        self._awaited: dict[str, set[str]] = {}
+        """Layer -> roles that have not arrived."""
+        self._tensors: dict[str, dict[str, Tensor]] = {}
+        """Layer -> role -> tensor as stored, until the layer is complete."""
         self._made: dict[str, nn.Module] = {}
         self._schemes: dict[str, Schemes] = {}
 
@@ -170,8 +179,8 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._layers = dict.fromkeys(linears, "bf16")
         if stored:
             for name, layer in stored.items():
-                self._layers[name] = layer.scheme
-                self._waiting[name] = FromCodes(layer)
+                self._layers[name], self._shapes[name] = layer.scheme, layer.shape
+                self._awaited[name] = set(layer.tensors)
                 model.set_submodule(name, Awaited(layer.tensors))
             self._smoothed = [name for name, layer in stored.items() if "mul_scale" in layer.tensors]
         else:
@@ -208,21 +217,36 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Take a tensor as it is on disk: `param_value` was cast, scales and biases too."""
-        layer, _, role = param_name.rpartition(".")
-        waiting = self._waiting[layer]
-        if not waiting.take(role, state_dict[param_name]):
-            return
-        where = self._config.device or str(torch.device(target_device))
-        self._made[layer] = waiting.finish(self._on(where), self._dtype)
-        if len(self._made) == len(self._waiting):
+        name, _, role = param_name.rpartition(".")
+        tensor, tensors = state_dict[param_name], self._tensors.setdefault(name, {})
+        if self._chosen is None:
+            check_values(param_name, tensor)
+            # A copy: the tensor maps a file, all of which would stay mapped.
+            tensors[role] = tensor.clone(memory_format=torch.contiguous_format)
+        elif role == "bias":
+            tensors[role] = (rounded(tensor) if self._chosen.round_to else tensor).to(
+                torch.float32, copy=True
+            )
+        else:
+            check_weight(self._chosen, name, tensor)
+            tensors |= stored_tensors(encode_weight(self._chosen, name, tensor))
+        self._awaited[name].discard(role)
+        if not self._awaited[name]:
+            del self._awaited[name]
+            schemes = self._on(self._config.device or str(torch.device(target_device)))
+            tensors = self._tensors.pop(name)
+            self._made[name] = layer_from(
+                self._layers[name], self._shapes[name], tensors, schemes, self._dtype
+            )
+        if not self._awaited:
             for name, module in self._made.items():
                 model.set_submodule(name, module)
-            self._waiting, self._made = {}, {}
+            self._made = {}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Say in the config what the model has become; each model gets a config of its own."""
-        if self._waiting:
-            raise _incomplete(sorted(self._waiting.keys() - self._made.keys()))
+        if self._awaited:
+            raise _incomplete(sorted(self._awaited))
         wan = wan_config_of(model) is not None
         config = copy.copy(self._config)
         config.marker = marker_of(self._layers, smoothed=self._smoothed, wan=wan)
@@ -257,9 +281,12 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             check_kind(
                 chosen.kind, chosen.schemes, type(model).__name__, force=self._config.force, way="force=True"
             )
-        say_attention_kept(model, chosen)
+        say_attention(type(model).__name__, chosen.attention.values())
         self._layers = {s.name: s.scheme for s in chosen.layers}
-        self._waiting = {x: FromFloats(chosen, x, linears[x].bias is not None) for x in chosen.coded}
+        self._chosen = chosen
+        for name in chosen.coded:
+            self._shapes[name] = (linears[name].out_features, linears[name].in_features)
+            self._awaited[name] = {role for role, _ in linears[name].named_parameters()}
 
     def _check_asked(self, stored: bool) -> None:
         """UsageError: a recipe for codes, or none for floats."""
@@ -281,7 +308,8 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             )
 
     def _awaits(self, tensor: str) -> bool:
-        return tensor.rpartition(".")[0] in self._waiting
+        layer, _, role = tensor.rpartition(".")
+        return role in self._awaited.get(layer, ())
 
     def _on(self, device: str) -> Schemes:
         if device not in self._schemes:

@@ -1,14 +1,12 @@
-"""Quantized layers of a Diffusers folder: which there are, and each while its tensors arrive, in any order.
+"""Quantized layers of a Diffusers folder: which there are, and each of its tensors when they have arrived.
 
 Only what `ascendit quantize`, `ascendit repack` and `save_pretrained` write is taken; other layouts go
-through `ascendit repack` first. A layer comes from codes on disk, or from floats that are quantized as they
-come.
+through `ascendit repack` first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,12 +25,10 @@ from ascendit.checkpoint.layer_format import (
 from ascendit.checkpoint.reader import TORCH_DTYPES, Shards, TensorInfo, as_bytes
 from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert, read_expert
 from ascendit.errors import CheckpointError
-from ascendit.model.linear import SmoothLinear
-from ascendit.model.loader import say_attention
-from ascendit.model.quantize_module import ModuleSchemes, PlacedLinear, check_weight, encode_weight, rounded
-from ascendit.mx.codec import Encoded
+from ascendit.model.linear import QuantLinear, SmoothLinear, fused_linears
 from ascendit.names import listed
 from ascendit.ops.operators import Schemes
+from ascendit.quant.recipe import say_attention
 from ascendit.quant.schemes import FP8_TILES
 from ascendit.weights.engine_formats import layer_specs
 
@@ -63,7 +59,7 @@ def read_stored_expert(files: Sequence[Path]) -> Expert:
     config = read_json(folder / "config.json")
     part = Part("transformer", folder, "diffusers", TRANSFORMER, config, files=tuple(files))
     expert = read_expert(part)
-    say_attention(expert)
+    say_attention(expert.name, expert.attention.values(), expert.path)
     return expert
 
 
@@ -124,7 +120,7 @@ def _foreign(name: str, what: str) -> CheckpointError:
 
 
 class Awaited(nn.Module):
-    """Stands for a layer on codes until its tensors are there: parameters on the meta device."""
+    """In place of a quantized layer until its tensors are there: parameters on the meta device."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
         super().__init__()
@@ -134,62 +130,21 @@ class Awaited(nn.Module):
             self.register_parameter(role, nn.Parameter(empty, requires_grad=False))
 
 
-@dataclass
-class FromCodes:
-    """A layer that lies on disk as codes, or smoothed."""
-
-    layer: Layer
-    _got: dict[str, Tensor] = field(default_factory=dict)
-
-    def take(self, role: str, tensor: Tensor) -> bool:
-        """Check and keep a tensor; True when it was the last. CheckpointError E-CKP-08."""
-        _check_values(f"{self.layer.name}.{role}", tensor)
-        # A copy: the tensor maps a file, all of which would stay mapped.
-        self._got[role] = tensor.clone(memory_format=torch.contiguous_format)
-        return self._got.keys() == self.layer.tensors.keys()
-
-    def finish(self, schemes: Schemes, dtype: torch.dtype) -> nn.Module:
-        """The layer, for tokens of `dtype`."""
-        got, put = self._got, schemes.device.torch_name
-        smooth = got["mul_scale"].to(put) if "mul_scale" in got else None
-        bias = got.get("bias")
-        if self.layer.scheme == "bf16":
-            assert smooth is not None
-            plain = None if bias is None else bias.to(put, dtype)
-            return SmoothLinear(got["weight"].to(put, dtype), plain, smooth)
-        dual, shape = got.get("weight_dual_scale"), self.layer.shape
-        encoded = Encoded(got["weight"], got["weight_scale"], dual, self.layer.scheme, -1, shape)
-        return PlacedLinear.from_encoded(
-            encoded, bias, schemes=schemes, compute_dtype=dtype, mul_scale=smooth
-        )
+def layer_from(
+    scheme: str, shape: tuple[int, int], tensors: Mapping[str, Tensor], schemes: Schemes, dtype: torch.dtype
+) -> QuantLinear | SmoothLinear:
+    """The layer of its stored tensors, for an activation of `dtype`."""
+    place = schemes.device.torch_name
+    smooth = tensors["mul_scale"].to(place) if "mul_scale" in tensors else None
+    if scheme == "bf16":
+        assert smooth is not None
+        bias = tensors["bias"].to(place, dtype) if "bias" in tensors else None
+        return SmoothLinear(tensors["weight"].to(place, dtype), bias, smooth)
+    n, k = shape
+    return fused_linears(tensors, [n], scheme, schemes, width=k, compute_dtype=dtype, mul_scale=smooth)[0]
 
 
-@dataclass
-class FromFloats:
-    """A layer that lies on disk as floats: its weight becomes codes when it comes."""
-
-    chosen: ModuleSchemes
-    name: str
-    has_bias: bool
-    _encoded: Encoded | None = None
-    _bias: Tensor | None = None
-
-    def take(self, role: str, tensor: Tensor) -> bool:
-        """Encode the weight, keep the bias; True when both are there. UsageError E-QNT-01."""
-        if role == "weight":
-            check_weight(self.chosen, self.name, tensor)
-            self._encoded = encode_weight(self.chosen, self.name, tensor)
-        else:
-            self._bias = (rounded(tensor) if self.chosen.round_to else tensor).to(torch.float32, copy=True)
-        return self._encoded is not None and (self._bias is not None) == self.has_bias
-
-    def finish(self, schemes: Schemes, dtype: torch.dtype) -> nn.Module:
-        """The layer, for tokens of `dtype`."""
-        assert self._encoded is not None
-        return PlacedLinear.from_encoded(self._encoded, self._bias, schemes=schemes, compute_dtype=dtype)
-
-
-def _check_values(name: str, tensor: Tensor) -> None:
+def check_values(name: str, tensor: Tensor) -> None:
     """CheckpointError E-CKP-08 for scales, offsets and factors that cannot be."""
     role = name.rpartition(".")[2]
     if role not in ("weight_scale", "weight_dual_scale", "weight_offset", "mul_scale"):
