@@ -303,10 +303,11 @@ class QuantLinear(nn.Linear):
     def weight(self) -> Tensor:  # type: ignore[override]
         """Decoded [N, K] in `compute_dtype`; a new tensor each time, which cannot be written to the layer.
 
-        While hooks of accelerate move the parameters one by one: the codes, which these read and set here.
+        FSDP2 and the hooks of accelerate look up their parameters by attribute: they get the codes.
         """
-        if "_old_forward" in self.__dict__:
-            return self.group.codes(self)
+        codes = self._parameters["weight"]
+        if codes is not None and (type(codes) is not nn.Parameter or "_old_forward" in self.__dict__):
+            return codes
         return decode(self.encoded()).to(self.compute_dtype).as_subclass(DecodedWeight)
 
     def encoded(self) -> Encoded:
@@ -369,7 +370,9 @@ class QuantLinear(nn.Linear):
         """A move goes to every tensor, as bytes, so that `fn` casts no scales and no float8 codes."""
         if self.check_apply(fn) != self.device:
             self.group.unpack()
-        super()._apply(lambda t: fn(t.view(torch.uint8)).view(t.dtype), recurse)
+        super()._apply(  # type: ignore[no-untyped-call]
+            lambda t: fn(t.view(torch.uint8)).view(t.dtype), recurse
+        )
         if self.floats is not None:
             weight, bias = self.floats
             self.floats = fn(weight), None if bias is None else fn(bias)
@@ -380,14 +383,14 @@ class QuantLinear(nn.Linear):
         return self.__dict__ | {"_parameters": self._parameters | {"weight": self.group.codes(self)}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "members" in vars(self.group):  # else the copy of the group is not complete yet
             self.group.fuse()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.group.packed:
             destination[f"{prefix}weight"] = self.group.codes(self).detach()
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,
@@ -405,7 +408,7 @@ class QuantLinear(nn.Linear):
         if smooth is not None and not torch.equal(smooth, tensors["mul_scale"].to(smooth.device)):
             self.mul_scale = _parameter(torch.empty_like(smooth))  # other layers share the old one
         self.group.unpack()
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, unexpected, errors
         )
         self.group.fuse()
