@@ -81,7 +81,7 @@ def test_a_real_export_loads_and_each_layer_is_its_numbers(export, way, tmp_path
             x = torch.randn(3, m.in_features, generator=torch.Generator().manual_seed(len(name))).bfloat16()
             got, wanted = m(x[None])[0].double(), exact(tensors, name, m.scheme, x)
             assert torch.allclose(got, wanted, rtol=2**-8, atol=2e-5 * float(wanted.abs().max())), name
-            back = m.stored()
+            back = m.state_dict()
             assert all(
                 torch.equal(back[role], tensors[f"{name}.{role}"]) for role in ("weight", "weight_scale")
             ), name

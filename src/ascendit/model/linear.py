@@ -21,7 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ascendit.errors import UsageError
+from ascendit.checkpoint.layer_format import (
+    check_float_scale,
+    check_positive,
+    check_scale_bytes,
+    check_zero,
+)
+from ascendit.checkpoint.reader import as_bytes
+from ascendit.errors import CheckpointError, UsageError
 from ascendit.kernels.kernel import Activation, PreparedWeight
 from ascendit.mx.codec import Encoded, decode
 from ascendit.mx.formats import lookup
@@ -40,8 +47,8 @@ class Tokens:
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
-        self._made: dict[tuple[Any, ...], Any] = {}
-        self._products: dict[tuple[Any, ...], dict[nn.Module, Tensor]] = {}
+        self._made: dict[tuple[str, int], Any] = {}
+        self._products: dict[tuple[int, str, int], dict[QuantLinear, Tensor]] = {}
 
     def activation(self, schemes: Schemes, scheme: str, mul_scale: Tensor | None) -> Activation:
         """Quantized. Layers that are smoothed alike share the memory of `mul_scale`."""
@@ -92,10 +99,6 @@ class FusedGroup:
             m.group = self
         self.fuse()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has parameters of its own, from which `QuantLinear.__setstate__` fuses it again."""
-        return self.__dict__ | {"weight": None, "_state": []}
-
     @property
     def packed(self) -> bool:
         """The kernel's layout of the codes is another one, as FRACTAL_NZ: it replaces the parameters."""
@@ -112,6 +115,7 @@ class FusedGroup:
         """A prepared weight, and the layers whose rows it has. UsageError E-QNT-03 for a cast parameter."""
         if self.weight is not None and (self.packed or self._state == self._parameter_state()):
             return self.weight, self.members
+        self.weight = None
         layer.check_dtypes()
         self._follow(layer.device)
         return self._prepare({role: layer._parameters[role] for role in FUSED_ROLES}, layer), (layer,)
@@ -119,7 +123,7 @@ class FusedGroup:
     def fuse(self, schemes: Schemes | None = None) -> None:
         """Lay the rows of all members out one after another, as the kernel wants them.
 
-        Not while members are on several devices, on the meta device, or in the hands of FSDP2. `schemes`:
+        Not while members are on several devices or on the meta device, or FSDP2 shards them. `schemes`: to
         compute with others from now on.
         """
         if schemes is not None:
@@ -127,12 +131,9 @@ class FusedGroup:
             self.schemes = schemes
         elif self.weight is not None and self._state == self._parameter_state():
             return
-        if not all("group" in vars(m) for m in self.members):  # a copy whose members are not complete
-            return
         tensors = [p for m in self.members for p in map(m._parameters.get, FUSED_ROLES) if p is not None]
-        if len({t.device for t in tensors}) > 1 or any(type(t) is not nn.Parameter for t in tensors):
-            return
-        if tensors[0].is_meta:
+        devices = {t.device for t in tensors}
+        if len(devices) > 1 or tensors[0].is_meta or any(type(t) is not nn.Parameter for t in tensors):
             return
         self._follow(tensors[0].device)
         self._share_mul_scale()
@@ -148,18 +149,18 @@ class FusedGroup:
     def unpack(self) -> None:
         """Make the codes parameters again, as stored."""
         if self.packed:
-            assert self.weight is not None
-            encoded, self.weight = self.schemes.stored(self.weight), None
-            for m, rows in zip(self.members, encoded.codes.split(self._sizes), strict=True):
-                m._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+            for m, rows in zip(self.members, self._unpacked(), strict=True):
+                m._parameters["weight"] = _parameter(rows)
+            self.weight = None
 
-    def codes(self, layer: QuantLinear) -> nn.Parameter:
+    def codes(self, layer: QuantLinear) -> Tensor:
         """Of one member, as stored."""
-        if (codes := layer._parameters["weight"]) is not None:
-            return codes
+        codes = layer._parameters["weight"]
+        return self._unpacked()[self.members.index(layer)] if codes is None else codes
+
+    def _unpacked(self) -> tuple[Tensor, ...]:
         assert self.weight is not None
-        rows = self.schemes.stored(self.weight).codes.split(self._sizes)
-        return nn.Parameter(rows[self.members.index(layer)], requires_grad=False)
+        return self.schemes.stored(self.weight).codes.split(self._sizes)
 
     @property
     def _sizes(self) -> list[int]:
@@ -248,36 +249,25 @@ class QuantLinear(nn.Linear):
         self.scheme, self.compute_dtype = scheme, compute_dtype
         self.floats: tuple[Tensor, Tensor | None] | None = None
         """Weight and bias before quantization, for steps that a schedule wants in BF16."""
-        parts: dict[str, Tensor | None] = {role: tensors.get(role) for role in FUSED_ROLES}
-        if "weight_offset" in SCHEMES[scheme].roles:
-            parts["weight_offset"] = torch.zeros_like(tensors["weight_scale"])
-        parts["mul_scale"] = mul_scale
-        self._dtypes = {role: t.dtype for role, t in parts.items() if t is not None}
-        for role, t in parts.items():
-            # Past `register_parameter`: the property `weight` is the decoded weight, the parameter the codes.
-            self._parameters[role] = _parameter(t)
+        self.take(dict.fromkeys(FUSED_ROLES) | dict(tensors) | {"mul_scale": mul_scale})
 
     @classmethod
     def from_encoded(
-        cls,
-        encoded: Encoded,
-        bias: Tensor | None,
-        *,
-        schemes: Schemes,
-        compute_dtype: torch.dtype = torch.bfloat16,
-        mul_scale: Tensor | None = None,
+        cls, encoded: Encoded, bias: Tensor | None, *, schemes: Schemes, **options: Any
     ) -> QuantLinear:
-        """One layer by itself. `encoded`: a weight [N, K], blocks along K, as `mx.encode` gives it."""
-        n, k = encoded.shape
-        return fused_linears(
-            stored_tensors(encoded, bias),
-            [n],
-            encoded.format,
-            schemes,
-            width=k,
-            compute_dtype=compute_dtype,
-            mul_scale=mul_scale,
-        )[0]
+        """One layer by itself. `encoded`: a weight [N, K], blocks along K. `options`: as in `fused_linears`."""
+        (n, k), tensors = encoded.shape, stored_tensors(encoded, bias)
+        options = {"compute_dtype": torch.bfloat16} | options
+        return fused_linears(tensors, [n], encoded.format, schemes, width=k, **options)[0]
+
+    def take(self, tensors: Mapping[str, Tensor | None]) -> None:
+        """Parameters by their roles, as stored."""
+        scale = tensors.get("weight_scale")
+        if scale is not None and "weight_offset" in SCHEMES[self.scheme].roles:
+            tensors = {"weight_offset": torch.zeros_like(scale)} | dict(tensors)
+        for role, t in tensors.items():
+            # Past `register_parameter`: the property `weight` is the decoded weight, the parameter the codes.
+            self._parameters[role] = _parameter(t)
 
     # ---- computing ------------------------------------------------------------------------------
 
@@ -306,7 +296,8 @@ class QuantLinear(nn.Linear):
         FSDP2 and the hooks of accelerate look up their parameters by attribute: they get the codes.
         """
         codes = self._parameters["weight"]
-        if codes is not None and (type(codes) is not nn.Parameter or "_old_forward" in self.__dict__):
+        hooked = codes is not None and (type(codes) is not nn.Parameter or "_old_forward" in self.__dict__)
+        if codes is not None and (hooked or codes.is_meta):
             return codes
         return decode(self.encoded()).to(self.compute_dtype).as_subclass(DecodedWeight)
 
@@ -316,11 +307,6 @@ class QuantLinear(nn.Linear):
         codes = self.group.codes(self).data
         shape = (self.out_features, self.in_features)
         return Encoded(codes, scale, None if dual is None else dual.data, self.scheme, -1, shape)
-
-    def stored(self) -> dict[str, Tensor]:
-        """Role -> tensor, as in a canonical folder."""
-        tensors = self._parameters | {"weight": self.group.codes(self)}
-        return {role: t.data for role, t in tensors.items() if t is not None}
 
     @property
     def device(self) -> torch.device:
@@ -352,9 +338,12 @@ class QuantLinear(nn.Linear):
 
     def check_dtypes(self) -> None:
         """UsageError E-QNT-03 if something has cast a parameter, as mixed precision of FSDP2 does."""
-        for role, dtype in self._dtypes.items():
-            t = self._parameters[role]
-            if t is not None and t.dtype != dtype:
+        form = lookup(self.scheme)
+        dtypes = {"weight": getattr(torch, form.codes_dtype)}
+        if form.kind in ("block", "dual"):
+            dtypes["weight_scale"] = torch.uint8
+        for role, t in self.named_parameters():
+            if t.dtype != dtypes.get(role, torch.float32):
                 raise self._refused(t.dtype)
 
     def _refused(self, to: object) -> UsageError:
@@ -379,14 +368,6 @@ class QuantLinear(nn.Linear):
         self.group.fuse()
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_parameters": self._parameters | {"weight": self.group.codes(self)}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if "members" in vars(self.group):  # else the copy of the group is not complete yet
-            self.group.fuse()
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.group.packed:
             destination[f"{prefix}weight"] = self.group.codes(self).detach()
@@ -397,7 +378,7 @@ class QuantLinear(nn.Linear):
         missing: list[str], unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
         """Nothing is taken from a state dict that lacks a tensor of the layer or has one that cannot be."""
-        wanted = self.stored()
+        wanted = self.state_dict()
         tensors = {role: t for role in wanted if (t := state_dict.get(f"{prefix}{role}")) is not None}
         problems = [f"{prefix}{role}: {text}" for role, text in self._misfits(tensors, wanted)]
         errors += problems
@@ -408,9 +389,7 @@ class QuantLinear(nn.Linear):
         if smooth is not None and not torch.equal(smooth, tensors["mul_scale"].to(smooth.device)):
             self.mul_scale = _parameter(torch.empty_like(smooth))  # other layers share the old one
         self.group.unpack()
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.group.fuse()
 
     def _misfits(
@@ -426,14 +405,30 @@ class QuantLinear(nn.Linear):
                     f"{tensor.dtype} {list(tensor.shape)}, not {wanted[role].dtype} "
                     f"{list(wanted[role].shape)}; codes of {self.scheme} are taken as they are",
                 )
-            elif role == "weight_offset" and bool(tensor.any()):
-                yield role, "offsets that are not zero"
-            elif role == "weight_scale" and tensor.dtype == torch.uint8 and bool((tensor == 255).any()):
-                yield role, "scales of NaN (byte 255)"
-            elif tensor.dtype == torch.float32 and not bool(tensor.isfinite().all()):
+            elif role == "bias" and not bool(tensor.isfinite().all()):
                 yield role, "numbers that are not finite"
-            elif role == "mul_scale" and not bool((tensor > 0).all()):
-                yield role, "factors that are not above zero"
+            else:
+                try:
+                    check_values(role, tensor)
+                except CheckpointError as e:
+                    yield role, e.got
+
+
+def check_values(name: str, tensor: Tensor) -> None:
+    """CheckpointError E-CKP-08 for scales, offsets and factors of a quantized layer that are invalid."""
+    role = name.rpartition(".")[2]
+    if role in ("weight", "bias"):
+        return
+    part = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a state dict of FSDP2
+    data = as_bytes(part.detach().cpu().contiguous())
+    if tensor.dtype == torch.uint8:
+        check_scale_bytes(data, name)
+    elif role == "weight_offset":
+        check_zero(data, "F32", name)
+    elif role == "mul_scale":
+        check_positive(data, "F32", name)
+    else:
+        check_float_scale(data, "F32", name)
 
 
 def stored_tensors(encoded: Encoded, bias: Tensor | None = None) -> dict[str, Tensor]:
@@ -488,8 +483,7 @@ class SmoothLinear(nn.Linear):
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
-        self.register_buffer("mul_scale", mul_scale)
-        self.mul_scale: Tensor
+        self.mul_scale = nn.Parameter(mul_scale, requires_grad=False)
 
     def forward(
         self, x: Tensor | Tokens, precision: Precision = "stored", multiply: Multiply = F.linear

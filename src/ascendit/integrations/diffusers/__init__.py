@@ -27,16 +27,11 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from ascendit.checkpoint.reader import TORCH_DTYPES
 from ascendit.errors import CheckpointError, EnvironmentProblem, UsageError
-from ascendit.integrations.diffusers.stored_layers import (
-    Awaited,
-    check_values,
-    layer_from,
-    left_out,
-    read_stored_layers,
-)
+from ascendit.integrations.diffusers.stored_layers import left_out, read_stored_layers
 from ascendit.kernels.kernel import Emulate
-from ascendit.model.linear import stored_tensors
+from ascendit.model.linear import FusedGroup, QuantLinear, SmoothLinear, check_values, stored_tensors
 from ascendit.model.quantize_module import (
     ModuleSchemes,
     as_recipe,
@@ -122,9 +117,9 @@ class AscenditConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
-    """Builds each quantized layer when the last of its tensors has come; Diffusers streams them.
+    """Quantized layers take their places on the meta device, then their tensors as Diffusers streams them.
 
-    The layers take their places when all are built: before that Diffusers looks at the names on disk.
+    Until its weight arrives, a layer has the names and shapes on disk, which Diffusers looks at.
     """
 
     use_keep_in_fp32_modules = True
@@ -139,12 +134,8 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._smoothed: list[str] = []
         self._chosen: ModuleSchemes | None = None
         """What the recipe makes of a float model; None for a folder of quantized layers."""
-        self._shapes: dict[str, tuple[int, int]] = {}
-        self._awaited: dict[str, set[str]] = {}
-        """Layer -> roles that have not arrived."""
-        self._tensors: dict[str, dict[str, Tensor]] = {}
-        """Layer -> role -> tensor as stored, until the layer is complete."""
-        self._made: dict[str, nn.Module] = {}
+        self._awaited: set[str] = set()
+        """Tensors of quantized and smoothed layers that have not arrived."""
         self._schemes: dict[str, Schemes] = {}
 
     # ---- what Diffusers calls, in this order ----------------------------------------------------
@@ -179,9 +170,13 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._layers = dict.fromkeys(linears, "bf16")
         if stored:
             for name, layer in stored.items():
-                self._layers[name], self._shapes[name] = layer.scheme, layer.shape
-                self._awaited[name] = set(layer.tensors)
-                model.set_submodule(name, Awaited(layer.tensors))
+                self._layers[name] = layer.scheme
+                dtypes = {role: getattr(torch, TORCH_DTYPES[t.dtype]) for role, t in layer.tensors.items()}
+                tensors = {
+                    role: torch.empty(t.shape, dtype=dtypes[role], device="meta")
+                    for role, t in layer.tensors.items()
+                }
+                self._put(model, name, layer.shape, tensors)
             self._smoothed = [name for name, layer in stored.items() if "mul_scale" in layer.tensors]
         else:
             self._choose_layers(model, linears)
@@ -190,7 +185,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """CheckpointError E-CKP-04 where a quantized layer lacks a tensor."""
-        if lost := sorted(key for key in missing_keys if self._awaits(key)):
+        if lost := sorted(self._awaited.intersection(missing_keys)):
             raise _incomplete(lost)
         return missing_keys
 
@@ -204,7 +199,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Any, **kwargs: Any
     ) -> bool:
         """Whether this tensor belongs to a quantized layer."""
-        return self._awaits(param_name)
+        return param_name in self._awaited
 
     def create_quantized_param(
         self,
@@ -218,35 +213,33 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     ) -> None:
         """Take a tensor as it is on disk: `param_value` was cast, scales and biases too."""
         name, _, role = param_name.rpartition(".")
-        tensor, tensors = state_dict[param_name], self._tensors.setdefault(name, {})
+        tensor, layer = state_dict[param_name], model.get_submodule(name)
         if self._chosen is None:
             check_values(param_name, tensor)
             # A copy: the tensor maps a file, all of which would stay mapped.
-            tensors[role] = tensor.clone(memory_format=torch.contiguous_format)
+            tensors = {role: tensor.clone(memory_format=torch.contiguous_format)}
         elif role == "bias":
-            tensors[role] = (rounded(tensor) if self._chosen.round_to else tensor).to(
-                torch.float32, copy=True
-            )
+            rounding = bool(self._chosen.round_to)
+            tensors = {role: (rounded(tensor) if rounding else tensor).to(torch.float32, copy=True)}
         else:
             check_weight(self._chosen, name, tensor)
-            tensors |= stored_tensors(encode_weight(self._chosen, name, tensor))
-        self._awaited[name].discard(role)
-        if not self._awaited[name]:
-            del self._awaited[name]
-            schemes = self._on(self._config.device or str(torch.device(target_device)))
-            tensors = self._tensors.pop(name)
-            self._made[name] = layer_from(
-                self._layers[name], self._shapes[name], tensors, schemes, self._dtype
-            )
+            tensors = stored_tensors(encode_weight(self._chosen, name, tensor))
+        place = self._on(self._config.device or str(torch.device(target_device))).device.torch_name
+        if isinstance(layer, QuantLinear):
+            layer.take({role: t.to(place) for role, t in tensors.items()})
+        else:
+            dtype = torch.float32 if role == "mul_scale" else self._dtype
+            layer.register_parameter(role, nn.Parameter(tensors[role].to(place, dtype), requires_grad=False))
+        self._awaited.discard(param_name)
         if not self._awaited:
-            for name, module in self._made.items():
-                model.set_submodule(name, module)
-            self._made = {}
+            for m in model.modules():
+                if isinstance(m, QuantLinear):
+                    m.group.fuse(self._on(self._config.device or str(m.device)))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Say in the config what the model has become; each model gets a config of its own."""
         if self._awaited:
-            raise _incomplete(sorted(self._awaited))
+            raise _incomplete(sorted({name.rpartition(".")[0] for name in self._awaited}))
         wan = wan_config_of(model) is not None
         config = copy.copy(self._config)
         config.marker = marker_of(self._layers, smoothed=self._smoothed, wan=wan)
@@ -285,8 +278,22 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._layers = {s.name: s.scheme for s in chosen.layers}
         self._chosen = chosen
         for name in chosen.coded:
-            self._shapes[name] = (linears[name].out_features, linears[name].in_features)
-            self._awaited[name] = {role for role, _ in linears[name].named_parameters()}
+            floats = {r: torch.empty_like(p, device="meta") for r, p in linears[name].named_parameters()}
+            self._put(model, name, (linears[name].out_features, linears[name].in_features), floats)
+
+    def _put(
+        self, model: nn.Module, name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """A layer in its place; `tensors`: role -> what is on disk, on the meta device."""
+        self._awaited |= {f"{name}.{role}" for role in tensors}
+        made: QuantLinear | SmoothLinear
+        if (scheme := self._layers[name]) == "bf16":
+            made = SmoothLinear(tensors["weight"], tensors.get("bias"), tensors["mul_scale"])
+        else:
+            smooth = tensors.get("mul_scale")
+            made = QuantLinear(scheme, shape, tensors, compute_dtype=self._dtype, mul_scale=smooth)
+            FusedGroup([made], self._on(self._config.device or "cpu"))
+        model.set_submodule(name, made)
 
     def _check_asked(self, stored: bool) -> None:
         """UsageError: a recipe for codes, or none for floats."""
@@ -306,10 +313,6 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 fix='AscenditConfig("mxfp8")',
                 code="E-USE-01",
             )
-
-    def _awaits(self, tensor: str) -> bool:
-        layer, _, role = tensor.rpartition(".")
-        return role in self._awaited.get(layer, ())
 
     def _on(self, device: str) -> Schemes:
         if device not in self._schemes:
