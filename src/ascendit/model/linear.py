@@ -68,14 +68,15 @@ class Tokens:
 
     def product(self, layer: QuantLinear, scheme: str) -> Tensor:
         """[.., N] of one layer; computed for all of its group that read alike, and given away once."""
-        key = (id(layer.group), scheme, _address(layer.mul_scale))
-        parts = self._products.setdefault(key, {})
+        group, mul_scale = layer.group, layer._parameters["mul_scale"]
+        parts = self._products.setdefault((id(group), scheme, _address(mul_scale)), {})
         if layer not in parts:
-            weight, members = layer.group.weight_for(layer)
-            schemes = layer.group.schemes
-            y = schemes.quantized_linear(self.activation(schemes, scheme, layer.mul_scale), weight)
-            sizes = [m.out_features for m in members]
-            parts |= zip(members, y.split(sizes, dim=-1) if len(sizes) > 1 else [y], strict=True)
+            weight, members = group.weight_for(layer)
+            schemes = group.schemes
+            y = schemes.quantized_linear(self.activation(schemes, scheme, mul_scale), weight)
+            if len(members) == 1:
+                return y
+            parts |= zip(members, y.split([m.out_features for m in members], dim=-1), strict=True)
         return parts.pop(layer)
 
 
@@ -94,7 +95,7 @@ class FusedGroup:
     def __init__(self, members: Sequence[QuantLinear], schemes: Schemes) -> None:
         self.members, self.schemes = tuple(members), schemes
         self.weight: PreparedWeight | None = None
-        self._state: list[tuple[int, int]] = []
+        self._made_from: list[tuple[dict[str, Any], str, int, int]] = []
         for m in members:
             m.group = self
         self.fuse()
@@ -113,7 +114,7 @@ class FusedGroup:
 
     def weight_for(self, layer: QuantLinear) -> tuple[PreparedWeight, Sequence[QuantLinear]]:
         """A prepared weight, and the layers whose rows it has. UsageError E-QNT-03 for a cast parameter."""
-        if self.weight is not None and (self.packed or self._state == self._parameter_state()):
+        if self.weight is not None and (self._unchanged() or self.packed):
             return self.weight, self.members
         self.weight = None
         layer.check_dtypes()
@@ -129,7 +130,7 @@ class FusedGroup:
         if schemes is not None:
             self.unpack()
             self.schemes = schemes
-        elif self.weight is not None and self._state == self._parameter_state():
+        elif self._unchanged():
             return
         tensors = [p for m in self.members for p in map(m._parameters.get, FUSED_ROLES) if p is not None]
         devices = {t.device for t in tensors}
@@ -144,7 +145,12 @@ class FusedGroup:
         if self.weight.codes.untyped_storage().data_ptr() != codes.untyped_storage().data_ptr():
             for m in self.members:
                 m._parameters["weight"] = None
-        self._state = self._parameter_state()
+        self._made_from = [
+            (m._parameters, role, t.data_ptr(), -1 if t.is_inference() else t._version)
+            for m in self.members
+            for role in FUSED_ROLES
+            if (t := m._parameters[role]) is not None
+        ]
 
     def unpack(self) -> None:
         """Make the codes parameters again, as stored."""
@@ -166,10 +172,13 @@ class FusedGroup:
     def _sizes(self) -> list[int]:
         return [m.out_features for m in self.members]
 
-    def _parameter_state(self) -> list[tuple[int, int]]:
-        """Where the parameters are, and how often they were written to."""
-        tensors = (m._parameters[role] for m in self.members for role in FUSED_ROLES)
-        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None]
+    def _unchanged(self) -> bool:
+        """Whether the parameters are those that were prepared, and nothing was written to them since."""
+        for parameters, role, address, version in self._made_from:
+            t = parameters[role]
+            if t is None or t.data_ptr() != address or (version >= 0 and t._version != version):
+                return False
+        return self.weight is not None
 
     def _follow(self, device: torch.device) -> None:
         """Compute where the parameters are."""
@@ -255,7 +264,7 @@ class QuantLinear(nn.Linear):
     def from_encoded(
         cls, encoded: Encoded, bias: Tensor | None, *, schemes: Schemes, **options: Any
     ) -> QuantLinear:
-        """One layer by itself. `encoded`: a weight [N, K], blocks along K. `options`: as in `fused_linears`."""
+        """One layer by itself, of a weight [N, K] with blocks along K. `options`: as in `fused_linears`."""
         (n, k), tensors = encoded.shape, stored_tensors(encoded, bias)
         options = {"compute_dtype": torch.bfloat16} | options
         return fused_linears(tensors, [n], encoded.format, schemes, width=k, **options)[0]
@@ -311,7 +320,9 @@ class QuantLinear(nn.Linear):
     @property
     def device(self) -> torch.device:
         """Where its parameters are."""
-        return self.weight_scale.device
+        scale: Any = self._parameters["weight_scale"]  # attributes of a module are looked up slowly
+        device: torch.device = scale.device
+        return device
 
     @property
     def extra_nbytes(self) -> int:

@@ -84,11 +84,13 @@ def as_recipe(recipe_or_scheme: str | Path | Recipe) -> Recipe:
     return load_recipe("default", name) if name in SCHEMES else load_recipe(name)
 
 
-def module_schemes(module: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) -> ModuleSchemes:
+def module_schemes(
+    module: nn.Module, recipe: Recipe, keep: Sequence[str] = (), *, force: bool = False
+) -> ModuleSchemes:
     """What `recipe` makes of `module`. `keep`: patterns of layers that stay as they are.
 
     UsageError: E-QNT-01 if it is quantized already or nothing is left to quantize, E-USE-05 for a pattern
-    that matches no layer.
+    that matches no layer, E-QNT-02 for FP4 on TI2V-5B without `force`.
     """
     linears = linears_of(module)
     if not linears:
@@ -115,6 +117,9 @@ def module_schemes(module: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) 
     if not chosen.coded:
         kept = "; ".join(f"{why}: {', '.join(words[:3])}" for why, words in chosen.kept.items())
         raise _refused(module, f"no layer is left ({kept})", "take another recipe")
+    if kind:
+        check_kind(kind, chosen.schemes, type(module).__name__, force=force, way="force=True")
+    say_attention(type(module).__name__, attention.values())
     return chosen
 
 
@@ -227,9 +232,7 @@ def quantize_(
     for patterns that match nothing, E-QNT-01 for a module that cannot be quantized, E-QNT-02 for FP4 on
     TI2V-5B; EnvironmentProblem E-CAP-01 for a scheme that the device has no matmul for.
     """
-    chosen = module_schemes(module, as_recipe(recipe_or_scheme), keep)
-    if chosen.kind:
-        check_kind(chosen.kind, chosen.schemes, type(module).__name__, force=force, way="force=True")
+    chosen = module_schemes(module, as_recipe(recipe_or_scheme), keep, force=force)
     linears, names = linears_of(module), _names(module)
     for layer in chosen.coded:
         check_weight(chosen, layer, linears[layer].weight)
@@ -252,8 +255,12 @@ def quantize_(
             module.set_submodule(name, made.train(linear.training))
     if device:
         module.to(schemes.device.torch_name)
-    mark(module, chosen)
     layers = {s.name: s.scheme for s in chosen.layers}
+    if register := getattr(
+        module, "register_to_config", None
+    ):  # Diffusers: casts are refused, saves complete
+        register(quantization_config=marker_of(layers, wan=chosen.kind is not None))
+        module.is_quantized = True  # type: ignore[assignment]
     report = ModuleReport(
         name=type(module).__name__,
         schemes=chosen.schemes,
@@ -340,26 +347,9 @@ def rounded(t: Tensor) -> Tensor:
 
 def keep_hooks(old: nn.Module, new: nn.Module) -> None:
     """The forward hooks of `old` go on seeing what the layer reads and gives."""
-    for name in (
-        "_forward_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-    ):
-        getattr(new, name).update(getattr(old, name))
-
-
-# ---- what Diffusers is told ---------------------------------------------------------------------
-
-
-def mark(module: nn.Module, chosen: ModuleSchemes) -> None:
-    """Tell Diffusers that a model of it is quantized, so that it refuses casts and saves what it needs."""
-    say_attention(type(module).__name__, chosen.attention.values())
-    if register := getattr(module, "register_to_config", None):
-        layers = {s.name: s.scheme for s in chosen.layers}
-        register(quantization_config=marker_of(layers, wan=chosen.kind is not None))
-        module.is_quantized = True  # type: ignore[assignment]
+    for name, hooks in vars(old).items():
+        if name.startswith("_forward"):
+            getattr(new, name).update(hooks)
 
 
 def marker_of(layers: Mapping[str, str], *, smoothed: Sequence[str] = (), wan: bool) -> dict[str, Any]:

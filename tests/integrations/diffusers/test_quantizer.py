@@ -276,7 +276,7 @@ def test_model_offload(folder: Any) -> None:
 @pytest.mark.parametrize("recipe", ["int8", "mxfp8", "mxfp4_dualscale"])
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
 def test_group_offload(kind: str, recipe: str, folder: Any) -> None:
-    """Hooks move the parameters of a few layers at a time; the numbers stay, and nothing keeps their memory."""
+    """Hooks move the parameters of a few layers at a time; the numbers stay."""
     model = load(folder(recipe) / "transformer")
     wanted, cpu = output(model), torch.device("cpu")
     model.enable_group_offload(cpu, cpu, offload_type=kind, num_blocks_per_group=1)

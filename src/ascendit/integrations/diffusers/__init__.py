@@ -46,9 +46,8 @@ from ascendit.model.quantize_module import (
 )
 from ascendit.names import listed
 from ascendit.ops.operators import Schemes, bind
-from ascendit.quant.recipe import Recipe, say_attention
+from ascendit.quant.recipe import Recipe
 from ascendit.quant.schemes import METHOD
-from ascendit.weights.applied_recipe import check_kind
 
 __all__ = ["AscenditConfig", "AscenditMethod", "AscenditQuantizer", "bind_", "register"]
 
@@ -123,6 +122,10 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     """
 
     use_keep_in_fp32_modules = True
+    supports_parallel_loading = False
+    is_serializable = True
+    """`save_pretrained` writes the tensors of the disk again."""
+    is_trainable = False
 
     def __init__(self, quantization_config: AscenditConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -141,7 +144,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     # ---- what Diffusers calls, in this order ----------------------------------------------------
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """UsageError for a device map that offloads: accelerate would not find the codes."""
+        """UsageError for a device map that offloads."""
         places = {str(x) for x in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise UsageError(
@@ -248,35 +251,13 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         register(quantization_config=config)
         return model
 
-    @property
-    def supports_parallel_loading(self) -> bool:
-        """Layers are put together from several files."""
-        return False
-
-    @property
-    def is_serializable(self) -> bool:
-        """`save_pretrained` writes the tensors of the disk again."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Codes have no gradients."""
-        return False
-
     # ---- parts ----------------------------------------------------------------------------------
 
     def _choose_layers(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
         """The layers of a float model that the recipe quantizes."""
-        recipe = self._config.recipe
-        assert recipe is not None
-        chosen = module_schemes(model, recipe, self._config.keep)
-        if chosen.kind:
-            check_kind(
-                chosen.kind, chosen.schemes, type(model).__name__, force=self._config.force, way="force=True"
-            )
-        say_attention(type(model).__name__, chosen.attention.values())
-        self._layers = {s.name: s.scheme for s in chosen.layers}
-        self._chosen = chosen
+        assert self._config.recipe is not None
+        chosen = module_schemes(model, self._config.recipe, self._config.keep, force=self._config.force)
+        self._layers, self._chosen = {s.name: s.scheme for s in chosen.layers}, chosen
         for name in chosen.coded:
             floats = {r: torch.empty_like(p, device="meta") for r, p in linears[name].named_parameters()}
             self._put(model, name, (linears[name].out_features, linears[name].in_features), floats)

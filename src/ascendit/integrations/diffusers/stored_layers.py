@@ -73,11 +73,7 @@ def _check_canonical(layer: Layer) -> None:
     wanted = SCHEMES[layer.scheme].tensors(n, k) or {"weight": (floats, (n, k)), "bias": (floats, (n,))}
     wanted = {"bias": ("F32", (n,)), "mul_scale": ("F32", (k,))} | wanted
     have = {role: (info.dtype, info.shape) for role, info in layer.tensors.items()}
-    wrong = [
-        f"{role} {tensor}, not {wanted.get(role)}"
-        for role, tensor in have.items()
-        if tensor != wanted.get(role)
-    ]
+    wrong = [f"{r} {have[r]}, not {wanted.get(r)}" for r in have if have[r] != wanted.get(r)]
     if wrong or any(info.name != f"{layer.name}.{role}" for role, info in layer.tensors.items()):
         raise _foreign(layer.name, listed(wrong) or "under other names")
 
