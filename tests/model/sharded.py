@@ -110,6 +110,8 @@ def forward(rank: int, build: str, folder: str, scheme: str) -> dict[str, Any]:
     for name, t in state.items():
         rows = whole[name].split(-(-len(whole[name]) // 2)) if isinstance(t, DTensor) else (whole[name],) * 2
         kept &= rank >= len(rows) or torch.equal(as_bytes(local(t)), as_bytes(rows[rank]))
+    model.load_state_dict(state)
+    same.append(torch.equal(run(), wanted))
     return {"before": before, "held": held, "same": same, "after": stored_bytes(model), "kept": kept}
 
 

@@ -253,6 +253,25 @@ def test_fractal_nz_where_it_is_asked_for(chip: str, scheme: str, tiny_t2v_singl
     assert torch.equal(velocity(plain), velocity(blocked))
 
 
+def test_codes_in_nz_have_the_state_dict_of_the_disk_and_take_it(tiny_t2v_single: Path) -> None:
+    """They replace the parameters of their group: nothing is held twice."""
+    online = Online.of("mxfp4_dualscale", None)
+    model = on_codes(tiny_t2v_single, "a5", online)
+    plain = load_transformer(
+        recognise(tiny_t2v_single).parts["transformer"], bind("cpu"), dtype=torch.bfloat16, online=online
+    )
+    before, state, wanted = velocity(model), model.state_dict(), plain.state_dict()
+    assert formats(model) == {29} and state.keys() == wanted.keys()
+    assert all(torch.equal(t, wanted[name]) for name, t in state.items())
+    extra = sum(m.extra_nbytes for m in model.modules() if isinstance(m, QuantLinear))
+    layers: list[Any] = [m for m in plain.modules() if isinstance(m, QuantLinear)]
+    codes = sum(m._parameters["weight"].nbytes for m in layers)
+    assert codes <= extra < 1.5 * codes
+    assert "blocks.0.attn1.to_q.weight" not in dict(model.named_parameters())
+    model.load_state_dict(wanted)
+    assert formats(model) == {29} and torch.equal(velocity(model), before)
+
+
 @pytest.mark.parametrize(("scheme", "nz"), [("mxfp4_dualscale", False), ("mxfp8", True), ("mxfp4", False)])
 def test_the_layout_is_made_again_after_a_way_to_the_host(
     scheme: str, nz: bool, tiny_t2v_single: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,7 @@ is asked multiplies for all of them. Where their rows are elsewhere, each layer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -119,7 +119,7 @@ class FusedGroup:
         self.weight = None
         layer.check_dtypes()
         self._follow(layer.device)
-        return self._prepare({role: layer._parameters[role] for role in FUSED_ROLES}, layer), (layer,)
+        return self._prepare(map(layer._parameters.get, FUSED_ROLES), layer), (layer,)
 
     def fuse(self, schemes: Schemes | None = None) -> None:
         """Lay the rows of all members out one after another, as the kernel wants them.
@@ -138,9 +138,8 @@ class FusedGroup:
             return
         self._follow(tensors[0].device)
         self._share_mul_scale()
-        joined = {role: self._joined(role) for role in FUSED_ROLES}
-        self.weight = self._prepare(joined, *self.members)
-        codes = joined["weight"]
+        joined = [self._joined(role) for role in FUSED_ROLES]
+        self.weight, codes = self._prepare(joined, self.members[0]), joined[0]
         assert codes is not None
         if self.weight.codes.untyped_storage().data_ptr() != codes.untyped_storage().data_ptr():
             for m in self.members:
@@ -207,13 +206,9 @@ class FusedGroup:
             if first is not None and other is not None and torch.equal(first, other):
                 m._parameters["mul_scale"] = first
 
-    def _prepare(self, tensors: Mapping[str, Tensor | None], *layers: QuantLinear) -> PreparedWeight:
-        codes, scale, dual, bias = (tensors[role] for role in FUSED_ROLES)
-        assert codes is not None and scale is not None
-        dual = None if dual is None else dual.detach()
-        bias = None if bias is None else bias.detach()
-        width, scheme = layers[0].in_features, layers[0].scheme
-        return self.schemes.prepare_weight(codes.detach(), scale.detach(), dual, bias, scheme, width=width)
+    def _prepare(self, tensors: Iterable[Tensor | None], layer: QuantLinear) -> PreparedWeight:
+        parts: Any = [None if t is None else t.detach() for t in tensors]
+        return self.schemes.prepare_weight(*parts, layer.scheme, width=layer.in_features)
 
 
 class DecodedWeight(Tensor):
