@@ -42,7 +42,7 @@ def ours(folder: str, scheme: str) -> tuple[WanTransformer, Run]:
         with gathered(block):
             return plain(i, block, *args)
 
-    model.run_block = run_block  # type: ignore[method-assign]
+    model.run_block = run_block  # type: ignore[assignment, method-assign]
     return model, run
 
 

@@ -165,7 +165,8 @@ class FusedGroup:
 
     def _unpacked(self) -> tuple[Tensor, ...]:
         assert self.weight is not None
-        return self.schemes.stored(self.weight).codes.split(self._sizes)
+        rows: tuple[Tensor, ...] = self.schemes.stored(self.weight).codes.split(self._sizes)
+        return rows
 
     @property
     def _sizes(self) -> list[int]:
@@ -208,7 +209,9 @@ class FusedGroup:
 
     def _prepare(self, tensors: Iterable[Tensor | None], layer: QuantLinear) -> PreparedWeight:
         parts: Any = [None if t is None else t.detach() for t in tensors]
-        return self.schemes.prepare_weight(*parts, layer.scheme, width=layer.in_features)
+        codes, scale, dual, bias = parts
+        k = layer.in_features
+        return self.schemes.prepare_weight(codes, scale, dual, bias, layer.scheme, width=k)
 
 
 class DecodedWeight(Tensor):
