@@ -182,7 +182,8 @@ class FusedGroup:
 
     def _follow(self, device: torch.device) -> None:
         """Compute where the parameters are."""
-        if torch.device(self.schemes.device.torch_name) != device:
+        bound = torch.device(self.schemes.device.torch_name)  # `cuda` is `cuda:0`
+        if (bound.type, bound.index or 0) != (device.type, device.index or 0):
             self.schemes = schemes_on(str(device), self.schemes)
 
     def _joined(self, role: str) -> Tensor | None:

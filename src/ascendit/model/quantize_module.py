@@ -44,8 +44,7 @@ MIN_SIZE = 32
 MULTIPLE = 16
 """Of N, and of K in int8 and fp8: what the matmuls of accelerators take."""
 MODULATION = "makes modulation, one row for a sample"
-_MODULATION = re.compile(r"norm|mod$|modulation|adaln|embed|time_|temb|router", re.IGNORECASE)
-"""In a part of a name between dots."""
+_MODULATION = re.compile(r"norm|mod($|\.)|modulation|adaln|embed|time_|temb|router", re.IGNORECASE)
 NAMED_MODULES = "correct the pattern; `*` crosses dots, and the names are those of `module.named_modules()`"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
 
@@ -103,7 +102,7 @@ def module_schemes(
     if lost := [name for name in every if name not in linears]:
         raise _refused(module, f"{lost[0]} is no linear layer", "fuse and unload LoRA files first")
     blocks = () if config else _in_blocks(module, linears)
-    inside = block_linears(config) if config else tuple(n for n in blocks if not _is_modulation(n))
+    inside = block_linears(config) if config else tuple(n for n in blocks if not _MODULATION.search(n))
     whys = dict.fromkeys(every, OUTSIDE) | dict.fromkeys(blocks, MODULATION)
     whys |= dict.fromkeys(inside, "no rule names it")
     layers = {name: LayerScheme(name, "bf16", None, whys[name]) for name in every}
@@ -131,10 +130,6 @@ def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
 def wan_config_of(module: nn.Module) -> dict[str, Any] | None:
     """The config of a Wan transformer of Diffusers; None for other modules."""
     return dict(module.config) if type(module).__name__ == TRANSFORMER else None  # type: ignore[arg-type]
-
-
-def _is_modulation(name: str) -> bool:
-    return any(_MODULATION.search(part) for part in name.split("."))
 
 
 def _in_blocks(module: nn.Module, linears: Mapping[str, nn.Linear]) -> tuple[str, ...]:

@@ -110,9 +110,8 @@ class AscenditConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """What config.json gets: no more than the marker, so that other engines read it too."""
         return dict(self.marker)
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        """The same; Diffusers asks for it when it prints a config."""
-        return self.to_dict()
+    to_diff_dict = to_dict
+    """Diffusers asks for it when it prints a config."""
 
 
 class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
