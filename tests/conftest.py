@@ -93,3 +93,13 @@ def twin() -> Iterator[None]:
 
     ascendit.twin.disable()
     ascendit.twin.reset()
+
+
+@pytest.fixture(scope="session")
+def gloo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """`gloo("model.sharded:function", *args)`: results of two processes of one group, see `gloo.py`."""
+    from gloo import Gloo
+
+    group = Gloo(tmp_path_factory.mktemp("gloo") / "meeting")
+    yield group
+    group.close()

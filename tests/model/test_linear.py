@@ -11,7 +11,7 @@ from torch import nn
 
 from ascendit import mx
 from ascendit.errors import UsageError
-from ascendit.model.linear import Joint, QuantLinear, SmoothLinear, Tokens, linear
+from ascendit.model.linear import QuantLinear, SmoothLinear, Tokens, fused_linears, linear, stored_tensors
 from ascendit.mx.smoothing import smooth_input
 from ascendit.ops.operators import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
@@ -48,19 +48,23 @@ def test_it_is_a_linear_whose_output_is_decoded_tokens_times_decoded_weight(sche
     assert torch.allclose(out.flatten(0, 1).double(), wanted, rtol=2**-8, atol=1e-4)
     assert (m.in_features, m.out_features) == (64, 24) and f"64, 24, {scheme}" in repr(m)
     assert torch.equal(m.weight, mx.decode(encoded).bfloat16()) and torch.equal(m.bias, bias)
-    assert m.weight.dtype == m.compute_dtype == torch.bfloat16 and not list(m.parameters())
+    assert m.weight.dtype == m.compute_dtype == torch.bfloat16
+    assert not any(p.requires_grad for p in m.parameters())
+    state = m.state_dict(keep_vars=True)
+    assert {n: id(p) for n, p in m.named_parameters()} == {n: id(t) for n, t in state.items()}
 
 
-def joint_of(*seeds: int, scheme: str = "mxfp8") -> tuple[list[QuantLinear], list[mx.Encoded]]:
+def group_of(*seeds: int, scheme: str = "mxfp8") -> tuple[list[QuantLinear], list[mx.Encoded]]:
     parts = [weight_of(scheme, n=8 * (i + 1), seed=seed) for i, seed in enumerate(seeds)]
-    codes, scale = (torch.cat([getattr(e, f) for e, _ in parts]) for f in ("codes", "scale"))
-    whole = OPS.quantized.prepare_weight(codes, scale, None, torch.cat([b for _, b in parts]), scheme)
-    joint = Joint(whole, [e.shape[0] for e, _ in parts], OPS.quantized)
-    return [QuantLinear(joint, i) for i in range(len(parts))], [e for e, _ in parts]
+    each = [stored_tensors(e, bias) for e, bias in parts]
+    tensors = {role: torch.cat([t[role] for t in each]) for role in each[0]}
+    sizes = [e.shape[0] for e, _ in parts]
+    made = fused_linears(tensors, sizes, scheme, OPS.quantized, width=64, compute_dtype=torch.bfloat16)
+    return made, [e for e, _ in parts]
 
 
 def test_joined_layers_quantize_and_multiply_once(monkeypatch):
-    layers, parts = joint_of(1, 2, 3)
+    layers, parts = group_of(1, 2, 3)
     alone = [
         QuantLinear.from_encoded(e, m.bias, schemes=OPS.quantized) for e, m in zip(parts, layers, strict=True)
     ]
@@ -86,7 +90,7 @@ def test_joined_layers_quantize_and_multiply_once(monkeypatch):
 def test_layers_that_share_tokens_but_not_a_weight_share_the_codes_of_the_tokens(monkeypatch):
     mul = torch.rand(64) + 0.5
     layers = [layer("mxfp8"), layer("mxfp8"), layer("mxfp8", mul_scale=mul), layer("mxfp8", mul_scale=mul)]
-    seen: list[object] = []
+    seen: list[Any] = []
     plain = type(OPS.quantized).quantize_activation
 
     def spy(*given: Any) -> Any:
@@ -96,7 +100,7 @@ def test_layers_that_share_tokens_but_not_a_weight_share_the_codes_of_the_tokens
     monkeypatch.setattr(type(OPS.quantized), "quantize_activation", spy)
     t = Tokens(tokens())
     outs = [linear(OPS, m, t) for m in layers]
-    assert len(seen) == 2 and seen[0] is None and seen[1] is mul
+    assert len(seen) == 2 and seen[0] is None and seen[1].data_ptr() == mul.data_ptr()
     assert torch.equal(outs[2], layer("mxfp8")(smooth_input(tokens(), mul)))
 
 
@@ -137,8 +141,8 @@ def test_state_dict_is_the_disk_and_comes_back(scheme):
         blank.load_state_dict({k: v for k, v in state.items() if "scale" not in k})
 
 
-def test_one_member_of_a_joint_is_replaced_alone():
-    layers, _ = joint_of(1, 2, 3)
+def test_one_member_of_a_group_is_replaced_alone():
+    layers, _ = group_of(1, 2, 3)
     kept = [m(tokens()) for m in layers]
     other, bias = weight_of("mxfp8", n=16, seed=7)
     layers[1].load_state_dict({"weight": other.codes, "weight_scale": other.scale, "bias": bias})
@@ -155,6 +159,88 @@ def test_casts_are_refused_and_moves_are_not():
         assert e.value.code == "E-QNT-03" and "mxfp8" in e.value.got
     same = m.to(torch.bfloat16).to("cpu").cpu()
     assert same is m and torch.equal(m(x), before) and torch.equal(copy.deepcopy(m)(x), before)
+
+
+def count_products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What `Schemes.quantized_linear` is called for from now on."""
+    calls: list[str] = []
+    plain = type(OPS.quantized).quantized_linear
+
+    def spy(self: Any, a: Any, weight: Any) -> Any:
+        calls.append(weight.scheme)
+        return plain(self, a, weight)
+
+    monkeypatch.setattr(type(OPS.quantized), "quantized_linear", spy)
+    return calls
+
+
+def storage_of(m: QuantLinear) -> int:
+    codes: Any = m._parameters["weight"]
+    return codes.untyped_storage().data_ptr()
+
+
+def outputs(layers: list[QuantLinear]) -> list[torch.Tensor]:
+    t = Tokens(tokens())
+    return [linear(OPS, m, t) for m in layers]
+
+
+@pytest.mark.parametrize("scheme", STORED)
+def test_members_are_rows_of_one_storage_and_fused_again_after_a_move(scheme, monkeypatch):
+    layers, _ = group_of(1, 2, 3, scheme=scheme)
+    wanted, calls = outputs(layers), count_products(monkeypatch)
+    storages = {storage_of(m) for m in layers}
+    assert len(storages) == 1 and layers[0].extra_nbytes == 0
+    for m in layers:
+        m._apply(torch.clone)  # as a move, tensor by tensor
+    assert all(torch.equal(a, b) for a, b in zip(outputs(layers), wanted, strict=True))
+    assert calls == [scheme]
+    assert len({storage_of(m) for m in layers} | storages) == 2
+
+
+def test_parameters_that_others_replace_are_multiplied_alone_and_not_kept(monkeypatch):
+    layers, _ = group_of(1, 2, 3)
+    wanted = outputs(layers)
+    for m in layers:
+        for p in m.parameters():
+            p.data = p.data.clone()
+    calls = count_products(monkeypatch)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(layers), wanted, strict=True))
+    assert len(calls) == 3 and layers[0].group.weight is None
+    layers[0].group.fuse()
+    assert all(torch.equal(a, b) for a, b in zip(outputs(layers), wanted, strict=True)) and len(calls) == 4
+
+
+def test_what_is_written_into_a_parameter_is_used():
+    once = bind("cpu", "reference", emulate="decode-once").quantized
+    encoded, bias = weight_of("int8")
+    m: Any = QuantLinear.from_encoded(encoded, bias, schemes=once)
+    assert m.extra_nbytes == 24 * 64 * 4
+    m._parameters["weight"].zero_()
+    assert torch.equal(m(tokens())[0, 0], bias.bfloat16())
+
+
+def test_a_cast_of_a_parameter_is_refused_when_it_is_used():
+    for role, dtype in (("weight_scale", torch.bfloat16), ("weight", torch.bfloat16)):
+        m: Any = layer("fp8")
+        m._parameters[role] = nn.Parameter(m._parameters[role].to(dtype), requires_grad=False)
+        with pytest.raises(UsageError, match=f"fp8 to {dtype}") as e:
+            m(tokens())
+        assert e.value.code == "E-QNT-03"
+
+
+def test_factors_of_a_state_dict_reach_one_layer_of_those_that_shared_theirs():
+    mul, other = torch.rand(64) + 0.5, torch.rand(64) + 0.5
+    encoded, bias = weight_of("mxfp8", n=48)
+    q: Any
+    q, k = fused_linears(
+        stored_tensors(encoded, bias), [24, 24], "mxfp8", OPS.quantized,
+        width=64, compute_dtype=torch.bfloat16, mul_scale=mul,
+    )  # fmt: skip
+    assert q.mul_scale is k.mul_scale
+    q.load_state_dict(q.state_dict() | {"mul_scale": other})
+    assert torch.equal(q.state_dict()["mul_scale"], other) and torch.equal(k.state_dict()["mul_scale"], mul)
+    alone = QuantLinear.from_encoded(q.encoded(), q.bias, schemes=OPS.quantized, mul_scale=other)
+    assert torch.equal(outputs([q, k])[0], alone(tokens()))
 
 
 def test_a_smoothed_float_layer():
@@ -189,7 +275,7 @@ def test_scales_of_nan_and_kept_floats_refuse_a_state_dict():
         ("weight_scale", torch.full_like(state["to_q.weight_scale"], 255)),
         ("mul_scale", -torch.ones(64)),
     ):
-        with pytest.raises(RuntimeError, match="255|above zero"):
+        with pytest.raises(RuntimeError, match="255|zero, negative"):
             m.load_state_dict(state | {f"to_q.{role}": value})
     kept: Any = m["to_q"]
     kept.floats = (torch.zeros(24, 64), None)
@@ -198,8 +284,8 @@ def test_scales_of_nan_and_kept_floats_refuse_a_state_dict():
 
 
 def test_joined_layers_that_come_to_read_tokens_otherwise_stay_right():
-    layers, parts = joint_of(1, 2, 3)
-    layers[1].mul_scale = torch.rand(64) + 0.5
+    layers, parts = group_of(1, 2, 3)
+    layers[1].mul_scale = nn.Parameter(torch.rand(64) + 0.5, requires_grad=False)
     t = Tokens(tokens())
     for m in layers:
         assert torch.equal(linear(OPS, m, t), m(tokens()))

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import ascendit
 import ascendit.twin
 from ascendit.checkpoint.layout import recognise
-from ascendit.model.linear import Joint, QuantLinear
+from ascendit.model.linear import FusedGroup, QuantLinear
 from ascendit.model.loader import load_transformer
 from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
@@ -227,14 +227,14 @@ def test_a_smoothed_checkpoint(scheme: str, chip: str, smoothed: Callable[..., P
 # ---- FRACTAL_NZ ---------------------------------------------------------------------------------
 
 
-def joints(model: WanTransformer) -> list[Joint]:
-    """Every weight on codes, once."""
-    found = {id(m.joint): m.joint for m in model.modules() if isinstance(m, QuantLinear)}
-    return list(found.values())
+def groups(model: WanTransformer) -> list[FusedGroup]:
+    """Every prepared weight, once."""
+    return list({id(m.group): m.group for m in model.modules() if isinstance(m, QuantLinear)}.values())
 
 
 def formats(model: WanTransformer) -> set[int]:
-    return {int(torch.ops.npu.get_npu_format(j.weight.codes)) for j in joints(model)}
+    weights: Any = [group.weight for group in groups(model)]
+    return {int(torch.ops.npu.get_npu_format(weight.codes)) for weight in weights}
 
 
 def velocity(model: WanTransformer) -> torch.Tensor:
@@ -253,6 +253,25 @@ def test_fractal_nz_where_it_is_asked_for(chip: str, scheme: str, tiny_t2v_singl
     assert torch.equal(velocity(plain), velocity(blocked))
 
 
+def test_codes_in_nz_have_the_state_dict_of_the_disk_and_take_it(tiny_t2v_single: Path) -> None:
+    """They replace the parameters of their group: nothing is held twice."""
+    online = Online.of("mxfp4_dualscale", None)
+    model = on_codes(tiny_t2v_single, "a5", online)
+    plain = load_transformer(
+        recognise(tiny_t2v_single).parts["transformer"], bind("cpu"), dtype=torch.bfloat16, online=online
+    )
+    before, state, wanted = velocity(model), model.state_dict(), plain.state_dict()
+    assert formats(model) == {29} and state.keys() == wanted.keys()
+    assert all(torch.equal(t, wanted[name]) for name, t in state.items())
+    extra = sum(m.extra_nbytes for m in model.modules() if isinstance(m, QuantLinear))
+    layers: list[Any] = [m for m in plain.modules() if isinstance(m, QuantLinear)]
+    codes = sum(m._parameters["weight"].nbytes for m in layers)
+    assert codes <= extra < 1.5 * codes
+    assert "blocks.0.attn1.to_q.weight" not in dict(model.named_parameters())
+    model.load_state_dict(wanted)
+    assert formats(model) == {29} and torch.equal(velocity(model), before)
+
+
 @pytest.mark.parametrize(("scheme", "nz"), [("mxfp4_dualscale", False), ("mxfp8", True), ("mxfp4", False)])
 def test_the_layout_is_made_again_after_a_way_to_the_host(
     scheme: str, nz: bool, tiny_t2v_single: Path, monkeypatch: pytest.MonkeyPatch
@@ -263,10 +282,11 @@ def test_the_layout_is_made_again_after_a_way_to_the_host(
     assert layout == ({29} if nz or "dual" in scheme else {2})
     plain = operators._device
     monkeypatch.setattr(operators, "_device", lambda d: plain("twin:a5" if d == "npu:0" else d))
-    for joint in joints(model):
-        joint.to("cpu")  # type: ignore[arg-type]
-        assert joint.schemes.device.kind == "cpu" and joint.schemes.rules == (
+    for group in groups(model):
+        group.fuse(operators.schemes_on("cpu", group.schemes))
+        assert group.schemes.device.kind == "cpu" and group.schemes.rules == (
             {"mxfp4": "max:7"} if rule else {}
         )
-        joint.to("npu:0")  # type: ignore[arg-type]
+        assert not group.packed and len(list(group.members[0].parameters())) > 2
+        group.fuse(operators.schemes_on("npu:0", group.schemes))
     assert formats(model) == layout and torch.equal(velocity(model), before)

@@ -255,10 +255,10 @@ def test_a_chip_refuses_what_it_has_no_matmul_for_and_emulates_when_asked() -> N
     wanted = other_models.output(model, call)
     bind_(model, device="twin:a5")
     layer = next(iter(coded(model).values()))
-    assert str(layer.joint.schemes.device) == "twin:a5"
+    assert str(layer.group.schemes.device) == "twin:a5"
     assert mx.sqnr(wanted, other_models.output(model, call)) > 25
     bind_(model, device="cpu", emulate="decode-once", activation_rule="mxfp8=floor")
-    assert layer.joint.schemes.wish.emulate == "decode-once" and layer.joint.schemes.rules == {
+    assert layer.group.schemes.wish.emulate == "decode-once" and layer.group.schemes.rules == {
         "mxfp8": "floor"
     }
     assert mx.sqnr(wanted, other_models.output(model, call)) > 20

@@ -81,7 +81,7 @@ def test_a_real_export_loads_and_each_layer_is_its_numbers(export, way, tmp_path
             x = torch.randn(3, m.in_features, generator=torch.Generator().manual_seed(len(name))).bfloat16()
             got, wanted = m(x[None])[0].double(), exact(tensors, name, m.scheme, x)
             assert torch.allclose(got, wanted, rtol=2**-8, atol=2e-5 * float(wanted.abs().max())), name
-            back = m.stored()
+            back = m.state_dict()
             assert all(
                 torch.equal(back[role], tensors[f"{name}.{role}"]) for role in ("weight", "weight_scale")
             ), name
@@ -107,7 +107,7 @@ def test_a_real_export_runs_a_forward(export, caplog):
 
 def test_q_k_and_v_are_one_where_they_agree():
     model = load(experts_of(exports.DUAL)[0])
-    sizes = {n: len(m.joint.sizes) for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    sizes = {n: len(m.group.members) for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert {count for n, count in sizes.items() if n.endswith(("attn1.to_q", "attn1.to_v"))} == {3}
     assert {count for n, count in sizes.items() if n.endswith("attn2.to_k")} == {2}
     assert {count for n, count in sizes.items() if n.endswith(("attn2.to_q", "ffn.net.2", "to_out.0"))} == {1}

@@ -171,7 +171,7 @@ def test_a_fp8_checkpoint_in_tiles_loads_as_bf16(tmp_path):
     online = ascendit.load(source, scheme="int8").transformer
     layer = online.get_submodule(name.removesuffix(".weight"))
     assert isinstance(layer, QuantLinear) and torch.equal(
-        layer.stored()["weight"], mx.encode(wanted, "int8").codes
+        layer.state_dict()["weight"], mx.encode(wanted, "int8").codes
     )
 
 

@@ -16,7 +16,7 @@ import ascendit
 from ascendit.demo.adherence import pick
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels.cpu import attention
-from ascendit.model.linear import QuantLinear, Tokens
+from ascendit.model.linear import QuantLinear
 from ascendit.ops.open_device import activate
 from ascendit.pipeline.calibrate import experts_of
 from ascendit.pipeline.generate import Pipeline
@@ -142,7 +142,7 @@ def layers_between(scheme: str) -> dict[str, float]:
                 for pipe, expert in zip(pipes, experts, strict=True):
                     activate(pipe.device)
                     made: Any = expert.get_submodule(layer)
-                    outs.append(made.run(Tokens(x), pipe.policy.default).cpu())
+                    outs.append(made(x, pipe.policy.default).cpu())
                 found[f"{name}/{layer}"] = output_sqnr(outs[1], outs[0])
     assert len(found) == 160
     return found

@@ -92,11 +92,11 @@ def experts(pipe: Pipeline, way: Way, layers: int) -> list[WanTransformer]:
 
 def smooth(model: torch.nn.Module) -> None:
     """Give every joint weight its own `mul_scale`."""
-    known: dict[int, torch.Tensor] = {}
+    known: dict[int, torch.nn.Parameter] = {}
     for m in model.modules():
         if isinstance(m, QuantLinear):
-            ones = torch.ones(m.in_features, device=m.device)
-            m.mul_scale = known.setdefault(id(m.joint), ones)
+            ones = torch.nn.Parameter(torch.ones(m.in_features, device=m.device), requires_grad=False)
+            m.mul_scale = known.setdefault(id(m.group), ones)
 
 
 def policy(way: Way) -> StepSchedule:

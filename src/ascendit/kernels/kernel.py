@@ -86,10 +86,15 @@ class PreparedWeight:
     """Dequantized once, [N, K]; dtype and layout are the kernel's own."""
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Those that it has."""
+        parts = (self.codes, self.scale, self.dual_scale, self.bias, self.row_bias, self.decoded)
+        return [t for t in parts if t is not None]
+
+    @property
     def nbytes(self) -> int:
         """Of all its tensors."""
-        parts = (self.codes, self.scale, self.dual_scale, self.bias, self.row_bias, self.decoded)
-        return sum(t.nbytes for t in parts if t is not None)
+        return sum(t.nbytes for t in self.tensors)
 
 
 @dataclass(frozen=True, kw_only=True)

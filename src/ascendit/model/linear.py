@@ -1,213 +1,337 @@
-"""Linear layers on codes. Two steps: quantize the tokens, multiply; the scheme's operators do both.
+"""Quantized linear layers as modules: quantize the activation, multiply; the operators of the scheme do both.
 
     m = QuantLinear.from_encoded(mx.encode(w, "mxfp8"), bias, schemes=bind("cpu").quantized)
     y = m(x)                                   # x's dtype
 
-    tokens = Tokens(x)                         # Q, K and V read the same tokens:
+    tokens = Tokens(x)                         # Q, K and V read the same activation:
     q, k, v = (linear(ops, m, tokens) for m in (to_q, to_k, to_v))     # one quantization, one matmul
 
-Layers whose weights were joined share a `Joint`: the first that is asked multiplies for all of them, the
-others take their part. What was quantized and what is left of a product lives in `Tokens`, not in a module.
+Codes and scales are parameters of the layer, named and shaped as on disk, so moving, state dicts, offloading
+and FSDP2 are PyTorch's own. Layers of a `FusedGroup` hold neighbouring rows of one storage: the first that
+is asked multiplies for all of them. Where their rows are elsewhere, each layer multiplies by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ascendit.errors import UsageError
+from ascendit.checkpoint.layer_format import (
+    check_float_scale,
+    check_positive,
+    check_scale_bytes,
+    check_zero,
+)
+from ascendit.checkpoint.reader import as_bytes
+from ascendit.errors import CheckpointError, UsageError
 from ascendit.kernels.kernel import Activation, PreparedWeight
 from ascendit.mx.codec import Encoded, decode
+from ascendit.mx.formats import lookup
 from ascendit.mx.smoothing import smooth_input
 from ascendit.ops.operators import Ops, Schemes, schemes_on
-from ascendit.quant.schemes import SCHEMES
+from ascendit.quant.schemes import SCHEMES, scheme_of
 from ascendit.schedule import Precision
 
 Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+FUSED_ROLES = ("weight", "weight_scale", "weight_dual_scale", "bias")
+"""Parameters whose rows the members of a group share."""
 
 
 class Tokens:
-    """What one or more linear layers read: quantized once for each way that they ask for."""
+    """An activation that one or more linear layers read; quantized once for each way that they ask for."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
-        self._made: dict[tuple[Any, ...], Any] = {}
-        self._products: dict[tuple[Any, ...], list[Tensor | None]] = {}
+        self._made: dict[tuple[str, int], Any] = {}
+        self._products: dict[tuple[int, str, int], dict[QuantLinear, Tensor]] = {}
 
     def activation(self, schemes: Schemes, scheme: str, mul_scale: Tensor | None) -> Activation:
-        """As codes. Layers that are smoothed alike hold the same `mul_scale` object."""
-        key = (scheme, id(mul_scale))
+        """Quantized. Layers that are smoothed alike share the memory of `mul_scale`."""
+        key = (scheme, _address(mul_scale))
         if key not in self._made:
             self._made[key] = schemes.quantize_activation(self.x, scheme, mul_scale)
-        found: Activation = self._made[key]
-        return found
+        quantized: Activation = self._made[key]
+        return quantized
 
     def smoothed(self, mul_scale: Tensor) -> Tensor:
-        """Times `mul_scale`, in the dtype of the tokens."""
-        key = ("smoothed", id(mul_scale))
+        """Times `mul_scale`, in the dtype of the activation."""
+        key = ("smoothed", _address(mul_scale))
         if key not in self._made:
             self._made[key] = smooth_input(self.x, mul_scale)
-        found: Tensor = self._made[key]
-        return found
+        product: Tensor = self._made[key]
+        return product
 
-    def product(self, joint: Joint, scheme: str, member: int, mul_scale: Tensor | None) -> Tensor:
-        """The part of one member; computed for all that read the tokens alike, and given away once."""
-        key = (id(joint), scheme, id(mul_scale))
-        parts = self._products.get(key)
-        if parts is None or parts[member] is None:
-            a = self.activation(joint.schemes, scheme, mul_scale)
-            whole = joint.schemes.quantized_linear(a, joint.weight)
-            parts = list(whole.split(joint.sizes, dim=-1)) if len(joint.sizes) > 1 else [whole]
-            self._products[key] = parts
-        out = parts[member]
-        assert out is not None
-        parts[member] = None
-        return out
+    def product(self, layer: QuantLinear, scheme: str) -> Tensor:
+        """[.., N] of one layer; computed for all of its group that read alike, and given away once."""
+        group, mul_scale = layer.group, layer._parameters["mul_scale"]
+        parts = self._products.setdefault((id(group), scheme, _address(mul_scale)), {})
+        if layer not in parts:
+            weight, members = group.weight_for(layer)
+            schemes = group.schemes
+            y = schemes.quantized_linear(self.activation(schemes, scheme, mul_scale), weight)
+            if len(members) == 1:
+                return y
+            parts |= zip(members, y.split([m.out_features for m in members], dim=-1), strict=True)
+        return parts.pop(layer)
 
 
-@dataclass(eq=False)
-class Joint:
-    """Weights of one scheme that read the same tokens, joined along N and prepared for a device."""
+def _address(mul_scale: Tensor | None) -> int:
+    return 0 if mul_scale is None else mul_scale.data_ptr()
 
-    weight: PreparedWeight
-    sizes: list[int]
-    """N of each member."""
-    schemes: Schemes
-    _moved: tuple[Tensor, Tensor] | None = None
 
-    def moved(self, mul_scale: Tensor, device: torch.device) -> Tensor:
-        """On `device`; members that shared it share it again."""
-        if mul_scale.device == device:
-            return mul_scale
-        if self._moved is None or self._moved[0] is not mul_scale or self._moved[1].device != device:
-            self._moved = (mul_scale, mul_scale.to(device))
-        return self._moved[1]
+class FusedGroup:
+    """Layers of one scheme and one K that read one activation, multiplied as one matrix.
 
-    def rows(self, member: int) -> slice:
-        """Where one member lies along N."""
-        start = sum(self.sizes[:member])
-        return slice(start, start + self.sizes[member])
+    `schemes` computes. The prepared weight is kept while the parameters are those that it was made from.
+    Parameters that something else has replaced (FSDP2, hooks that offload) are prepared on each call and
+    nothing of them is kept: the memory is theirs.
+    """
 
-    def encoded(self, member: int) -> Encoded:
-        """One member as it lies on disk."""
-        e, rows = self.schemes.stored(self.weight), self.rows(member)
-        dual = None if e.dual_scale is None else e.dual_scale[rows]
-        return Encoded(e.codes[rows], e.scale[rows], dual, e.format, -1, (self.sizes[member], e.shape[1]))
+    def __init__(self, members: Sequence[QuantLinear], schemes: Schemes) -> None:
+        self.members, self.schemes = tuple(members), schemes
+        self.weight: PreparedWeight | None = None
+        self._made_from: list[tuple[dict[str, Any], str, int, int]] = []
+        for m in members:
+            m.group = self
+        self.fuse()
 
-    def bias(self, member: int) -> Tensor | None:
-        """float32 [N] of one member."""
-        return None if self.weight.bias is None else self.weight.bias[self.rows(member)]
+    @property
+    def packed(self) -> bool:
+        """The kernel's layout of the codes is another one, as FRACTAL_NZ: it replaces the parameters."""
+        return self.weight is not None and self.members[0]._parameters["weight"] is None
 
-    def replace(self, member: int, encoded: Encoded, bias: Tensor | None) -> None:
-        """Other numbers for one member."""
-        e, rows = self.schemes.stored(self.weight), self.rows(member)
-        dual = None if e.dual_scale is None else e.dual_scale.clone()
-        whole = Encoded(e.codes.clone(), e.scale.clone(), dual, e.format, e.axis, e.shape)
-        whole.codes[rows], whole.scale[rows] = encoded.codes, encoded.scale
-        if whole.dual_scale is not None and encoded.dual_scale is not None:
-            whole.dual_scale[rows] = encoded.dual_scale
-        biases = None if self.weight.bias is None else self.weight.bias.clone()
-        if biases is not None and bias is not None:
-            biases[rows] = bias
-        self.prepare(whole, biases)
+    @property
+    def extra_nbytes(self) -> int:
+        """Of what the prepared weight has beside the parameters."""
+        owned = {p.untyped_storage().data_ptr() for m in self.members for p in m.parameters()}
+        parts = () if self.weight is None else self.weight.tensors
+        return sum(t.nbytes for t in parts if t.untyped_storage().data_ptr() not in owned)
 
-    def prepare(self, encoded: Encoded, bias: Tensor | None) -> None:
-        """Lay codes and scales out for the device."""
-        self.weight = self.schemes.prepare_weight(
-            encoded.codes, encoded.scale, encoded.dual_scale, bias, encoded.format
+    def weight_for(self, layer: QuantLinear) -> tuple[PreparedWeight, Sequence[QuantLinear]]:
+        """A prepared weight, and the layers whose rows it has. UsageError E-QNT-03 for a cast parameter."""
+        if self.weight is not None and (self._unchanged() or self.packed):
+            return self.weight, self.members
+        self.weight = None
+        layer.check_dtypes()
+        self._follow(layer.device)
+        return self._prepare(map(layer._parameters.get, FUSED_ROLES), layer), (layer,)
+
+    def fuse(self, schemes: Schemes | None = None) -> None:
+        """Lay the rows of all members out one after another, as the kernel wants them.
+
+        Not while members are on several devices or on the meta device, or FSDP2 shards them. `schemes`: to
+        compute with others from now on.
+        """
+        if schemes is not None:
+            self.unpack()
+            self.schemes = schemes
+        elif self._unchanged():
+            return
+        tensors = [p for m in self.members for p in map(m._parameters.get, FUSED_ROLES) if p is not None]
+        devices = {t.device for t in tensors}
+        if len(devices) > 1 or tensors[0].is_meta or any(type(t) is not nn.Parameter for t in tensors):
+            return
+        self._follow(tensors[0].device)
+        self._share_mul_scale()
+        joined = [self._joined(role) for role in FUSED_ROLES]
+        self.weight, codes = self._prepare(joined, self.members[0]), joined[0]
+        assert codes is not None
+        if self.weight.codes.untyped_storage().data_ptr() != codes.untyped_storage().data_ptr():
+            for m in self.members:
+                m._parameters["weight"] = None
+        self._made_from = [
+            (m._parameters, role, t.data_ptr(), -1 if t.is_inference() else t._version)
+            for m in self.members
+            for role in FUSED_ROLES
+            if (t := m._parameters[role]) is not None
+        ]
+
+    def unpack(self) -> None:
+        """Make the codes parameters again, as stored."""
+        if self.packed:
+            for m, rows in zip(self.members, self._unpacked(), strict=True):
+                m._parameters["weight"] = _parameter(rows)
+            self.weight = None
+
+    def codes(self, layer: QuantLinear) -> Tensor:
+        """Of one member, as stored."""
+        codes = layer._parameters["weight"]
+        return self._unpacked()[self.members.index(layer)] if codes is None else codes
+
+    def _unpacked(self) -> tuple[Tensor, ...]:
+        assert self.weight is not None
+        rows: tuple[Tensor, ...] = self.schemes.stored(self.weight).codes.split(self._sizes)
+        return rows
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [m.out_features for m in self.members]
+
+    def _unchanged(self) -> bool:
+        """Whether the parameters are those that were prepared, and nothing was written to them since."""
+        for parameters, role, address, version in self._made_from:
+            t = parameters[role]
+            if t is None or t.data_ptr() != address or (version >= 0 and t._version != version):
+                return False
+        return self.weight is not None
+
+    def _follow(self, device: torch.device) -> None:
+        """Compute where the parameters are."""
+        bound = torch.device(self.schemes.device.torch_name)  # `cuda` is `cuda:0`
+        if (bound.type, bound.index or 0) != (device.type, device.index or 0):
+            self.schemes = schemes_on(str(device), self.schemes)
+
+    def _joined(self, role: str) -> Tensor | None:
+        """The rows of all members as one tensor; they become views of it."""
+        rows = [p for m in self.members if (p := m._parameters[role]) is not None]
+        if len(rows) < 2:
+            return rows[0].data if rows else None
+        first, shape = rows[0].data, (sum(self._sizes), *rows[0].shape[1:])
+        one_storage = len({t.untyped_storage().data_ptr() for t in rows}) == 1
+        if one_storage and all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in pairwise(rows)):
+            return first.as_strided(shape, first.stride())
+        joined = torch.cat([t.data for t in rows])
+        for t, view in zip(rows, joined.split(self._sizes), strict=True):
+            t.data = view
+        return joined
+
+    def _share_mul_scale(self) -> None:
+        """Equal factors become one parameter again: a move may have made copies of it."""
+        first = self.members[0]._parameters["mul_scale"]
+        for m in self.members[1:]:
+            other = m._parameters["mul_scale"]
+            if first is not None and other is not None and torch.equal(first, other):
+                m._parameters["mul_scale"] = first
+
+    def _prepare(self, tensors: Iterable[Tensor | None], layer: QuantLinear) -> PreparedWeight:
+        parts: Any = [None if t is None else t.detach() for t in tensors]
+        codes, scale, dual, bias = parts
+        k = layer.in_features
+        return self.schemes.prepare_weight(codes, scale, dual, bias, layer.scheme, width=k)
+
+
+class DecodedWeight(Tensor):
+    """A decoded copy of a quantized weight, to read. `data` is refused: what is written there would be lost.
+
+    What is computed with one is a plain tensor.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """UsageError E-QNT-03. PEFT and Diffusers fuse through it."""
+        raise UsageError(
+            "weight.data of a layer on codes",
+            needs="a weight in floating point, to fuse a LoRA or projections into it",
+            fix="fuse first and quantize then; a LoRA that is not fused works beside the codes",
+            code="E-QNT-03",
         )
-
-    def to(self, device: torch.device) -> None:
-        """Onto another device, in its layout: from the codes as on disk, so that FRACTAL_NZ is made again."""
-        encoded, bias = self.schemes.stored(self.weight), self.weight.bias
-        self.schemes = schemes_on(str(device), self.schemes)
-        self.prepare(encoded, bias)
 
 
 class QuantLinear(nn.Linear):
-    """A linear layer on codes. `state_dict` has the tensors of the disk; a cast is refused, a move is not.
+    """A quantized linear layer; its parameters are as stored on disk. It can be moved, and not be cast."""
 
-    `weight` is decoded each time it is read: for tools that look at it. It has no parameters.
-    """
+    group: FusedGroup
+    weight_scale: nn.Parameter
+    mul_scale: nn.Parameter | None
 
     def __init__(
         self,
-        joint: Joint,
-        member: int = 0,
+        scheme: str,
+        shape: tuple[int, int],
+        tensors: Mapping[str, Tensor],
         *,
         compute_dtype: torch.dtype = torch.bfloat16,
         mul_scale: Tensor | None = None,
-        floats: tuple[Tensor, Tensor | None] | None = None,
     ) -> None:
-        """`mul_scale`: float32 [K] that multiplies the tokens. `floats`: weight and bias before quantization,
-        for steps that a policy wants in BF16."""
+        """`shape`: N and K. `tensors`: role -> tensor as stored. `mul_scale`: float32 [K] that multiplies the
+        activation. A `FusedGroup` must take the layer before it computes."""
         nn.Module.__init__(self)
-        self.in_features, self.out_features = joint.weight.shape[1], joint.sizes[member]
-        self.scheme, self.compute_dtype = joint.weight.scheme, compute_dtype
-        self.joint, self.member, self.floats = joint, member, floats
-        self.mul_scale = mul_scale
+        self.out_features, self.in_features = shape
+        self.scheme, self.compute_dtype = scheme, compute_dtype
+        self.floats: tuple[Tensor, Tensor | None] | None = None
+        """Weight and bias before quantization, for steps that a schedule wants in BF16."""
+        self.take(dict.fromkeys(FUSED_ROLES) | dict(tensors) | {"mul_scale": mul_scale})
 
     @classmethod
     def from_encoded(
-        cls,
-        encoded: Encoded,
-        bias: Tensor | None,
-        *,
-        schemes: Schemes,
-        compute_dtype: torch.dtype = torch.bfloat16,
-        mul_scale: Tensor | None = None,
+        cls, encoded: Encoded, bias: Tensor | None, *, schemes: Schemes, **options: Any
     ) -> QuantLinear:
-        """One layer by itself. `encoded`: a weight [N, K], blocks along K, as `mx.encode` gives it."""
-        weight = schemes.prepare_weight(
-            encoded.codes, encoded.scale, encoded.dual_scale, bias, encoded.format
-        )
-        joint = Joint(weight, [encoded.shape[0]], schemes)
-        return cls(joint, compute_dtype=compute_dtype, mul_scale=mul_scale)
+        """One layer by itself, of a weight [N, K] with blocks along K. `options`: as in `fused_linears`."""
+        (n, k), tensors = encoded.shape, stored_tensors(encoded, bias)
+        options = {"compute_dtype": torch.bfloat16} | options
+        return fused_linears(tensors, [n], encoded.format, schemes, width=k, **options)[0]
+
+    def take(self, tensors: Mapping[str, Tensor | None]) -> None:
+        """Parameters by their roles, as stored."""
+        scale = tensors.get("weight_scale")
+        if scale is not None and "weight_offset" in SCHEMES[self.scheme].roles:
+            tensors = {"weight_offset": torch.zeros_like(scale)} | dict(tensors)
+        for role, t in tensors.items():
+            # Past `register_parameter`: the property `weight` is the decoded weight, the parameter the codes.
+            self._parameters[role] = _parameter(t)
 
     # ---- computing ------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., K] -> [.., N]."""
-        return self.run(Tokens(x))
-
-    def run(self, tokens: Tokens, precision: Precision = "stored", multiply: Multiply = F.linear) -> Tensor:
-        """[.., N] of tokens that other layers may read too. `multiply`: for a step in BF16."""
+    def forward(
+        self, x: Tensor | Tokens, precision: Precision = "stored", multiply: Multiply = F.linear
+    ) -> Tensor:
+        """[.., K] -> [.., N]. `multiply`: for a step in BF16. UsageError E-QNT-03 for another device."""
+        tokens = x if isinstance(x, Tokens) else Tokens(x)
         if precision == "bf16" and self.floats is not None:
             return multiply(tokens.x, *self.floats)
-        scheme = "w4a8" if precision == "w4a8" and self.scheme == "mxfp4" else self.scheme
-        return tokens.product(self.joint, scheme, self.member, self.mul_scale)
+        if tokens.x.device != self.device:
+            raise UsageError(
+                f"tokens on {tokens.x.device} for a layer in {self.scheme} on {self.device}",
+                needs="both on one device",
+                fix="model.to(device), or pipe.enable_model_cpu_offload()",
+                code="E-QNT-03",
+            )
+        return tokens.product(self, "w4a8" if precision == "w4a8" and self.scheme == "mxfp4" else self.scheme)
 
     # ---- what tools see -------------------------------------------------------------------------
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Decoded [N, K] in `compute_dtype`; a new tensor each time."""
-        return decode(self.joint.encoded(self.member)).to(self.compute_dtype)
+        """Decoded [N, K] in `compute_dtype`; a new tensor each time, which cannot be written to the layer.
 
-    @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
-        """float32 [N]."""
-        return self.joint.bias(self.member)
+        FSDP2 and the hooks of accelerate look up their parameters by attribute: they get the codes.
+        """
+        codes = self._parameters["weight"]
+        hooked = codes is not None and (type(codes) is not nn.Parameter or "_old_forward" in self.__dict__)
+        if codes is not None and (hooked or codes.is_meta):
+            return codes
+        return decode(self.encoded()).to(self.compute_dtype).as_subclass(DecodedWeight)
+
+    def encoded(self) -> Encoded:
+        """Codes and scales as stored."""
+        scale, dual = self.weight_scale.data, self._parameters["weight_dual_scale"]
+        codes = self.group.codes(self).data
+        shape = (self.out_features, self.in_features)
+        return Encoded(codes, scale, None if dual is None else dual.data, self.scheme, -1, shape)
 
     @property
     def device(self) -> torch.device:
-        """Where its codes are."""
-        return self.joint.weight.codes.device
+        """Where its parameters are."""
+        scale: Any = self._parameters["weight_scale"]  # attributes of a module are looked up slowly
+        device: torch.device = scale.device
+        return device
 
     @property
-    def nbytes(self) -> int:
-        """Of codes, scales and what else it keeps; its share of what is joined."""
-        share = self.joint.weight.nbytes * self.out_features // self.joint.weight.shape[0]
-        kept = [t for t in (*(self.floats or ()), self.mul_scale) if t is not None]
-        return int(share + sum(t.nbytes for t in kept))
+    def extra_nbytes(self) -> int:
+        """Of what it keeps beside its parameters: floats, and what the kernel of its group prepared."""
+        prepared = self.group.extra_nbytes if self is self.group.members[0] else 0
+        return prepared + sum(t.nbytes for t in self.floats or () if t is not None)
 
     def extra_repr(self) -> str:
-        joined = f", one of {len(self.joint.sizes)} joined" if len(self.joint.sizes) > 1 else ""
+        members = len(self.group.members)
+        joined = f", one of {members} joined" if members > 1 else ""
         return f"{self.in_features}, {self.out_features}, {self.scheme}{joined}"
 
     # ---- as a module ----------------------------------------------------------------------------
@@ -215,80 +339,112 @@ class QuantLinear(nn.Linear):
     def check_apply(self, fn: Callable[[Tensor], Tensor]) -> torch.device:
         """Where `fn` would move it. UsageError E-QNT-03 for a cast, and for the meta device."""
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device))
-        if probe.dtype != self.compute_dtype or probe.device.type == "meta":
-            raise UsageError(
-                f"a layer in {self.scheme} to {probe.dtype if probe.device.type != 'meta' else 'meta'}",
-                needs=f"another device at most: codes are no numbers that can be cast; it computes in"
-                f" {self.compute_dtype}",
-                fix="move it without a dtype, and load it with the dtype that you want",
-                code="E-QNT-03",
-            )
+        as_bytes = fn(torch.empty(0, dtype=torch.uint8, device=self.device))
+        if probe.device.type == "meta":
+            raise self._refused("meta")
+        if probe.dtype != self.compute_dtype or as_bytes.dtype != torch.uint8:
+            raise self._refused(probe.dtype)
         return probe.device
 
+    def check_dtypes(self) -> None:
+        """UsageError E-QNT-03 if something has cast a parameter, as mixed precision of FSDP2 does."""
+        form = lookup(self.scheme)
+        dtypes = {"weight": getattr(torch, form.codes_dtype)}
+        if form.kind in ("block", "dual"):
+            dtypes["weight_scale"] = torch.uint8
+        for role, t in self.named_parameters():
+            if t.dtype != dtypes.get(role, torch.float32):
+                raise self._refused(t.dtype)
+
+    def _refused(self, to: object) -> UsageError:
+        return UsageError(
+            f"a layer in {self.scheme} to {to}",
+            needs=f"another device at most: codes are no numbers that can be cast; it computes in"
+            f" {self.compute_dtype}",
+            fix="move it without a dtype, and load it with the dtype that you want",
+            code="E-QNT-03",
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """A move goes to every tensor; a cast of codes is UsageError E-QNT-03."""
-        device = self.check_apply(fn)
-        if device != self.device:
-            self.joint.to(device)
-        if self.mul_scale is not None:
-            self.mul_scale = self.joint.moved(self.mul_scale, device)
+        """A move goes to every tensor, as bytes, so that `fn` casts no scales and no float8 codes."""
+        if self.check_apply(fn) != self.device:
+            self.group.unpack()
+        super()._apply(  # type: ignore[no-untyped-call]
+            lambda t: fn(t.view(torch.uint8)).view(t.dtype), recurse
+        )
         if self.floats is not None:
             weight, bias = self.floats
             self.floats = fn(weight), None if bias is None else fn(bias)
+        self.group.fuse()
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination |= {f"{prefix}{role}": tensor for role, tensor in self.stored().items()}
-
-    def stored(self) -> dict[str, Tensor]:
-        """Role -> tensor, as in a canonical folder."""
-        e = self.joint.encoded(self.member)
-        found: dict[str, Tensor | None] = {"weight": e.codes, "weight_scale": e.scale}
-        if "weight_offset" in SCHEMES[self.scheme].roles:
-            found["weight_offset"] = torch.zeros_like(e.scale)
-        found |= {"weight_dual_scale": e.dual_scale, "mul_scale": self.mul_scale, "bias": self.bias}
-        return {role: tensor for role, tensor in found.items() if tensor is not None}
+        if self.group.packed:
+            destination[f"{prefix}weight"] = self.group.codes(self).detach()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,
         missing: list[str], unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
-        wanted = self.stored()
-        here = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-        missing += [f"{prefix}{role}" for role in wanted if role not in here]
-        unexpected += [f"{prefix}{role}" for role in sorted(here - set(wanted))]
-        given = {role: state_dict[f"{prefix}{role}"] for role in wanted if role in here}
-        errors += [f"{prefix}{role}: {text}" for role, text in self._misfits(given, wanted)]
-        if errors or len(given) < len(wanted) or here - set(wanted):
+        """Nothing is taken from a state dict that lacks a tensor of the layer or has one that cannot be."""
+        wanted = self.state_dict()
+        tensors = {role: t for role in wanted if (t := state_dict.get(f"{prefix}{role}")) is not None}
+        problems = [f"{prefix}{role}: {text}" for role, text in self._misfits(tensors, wanted)]
+        errors += problems
+        if problems or len(tensors) < len(wanted):
+            missing += [f"{prefix}{role}" for role in wanted if role not in tensors]
             return
-        shape = (self.out_features, self.in_features)
-        dual = given.get("weight_dual_scale")
-        encoded = Encoded(given["weight"], given["weight_scale"], dual, self.scheme, -1, shape)
-        self.joint.replace(self.member, encoded, given.get("bias"))
-        if self.mul_scale is not None and not torch.equal(self.mul_scale, given["mul_scale"].to(self.device)):
-            self.mul_scale = given["mul_scale"].to(self.device).clone()
+        smooth = self.mul_scale
+        if smooth is not None and not torch.equal(smooth, tensors["mul_scale"].to(smooth.device)):
+            self.mul_scale = _parameter(torch.empty_like(smooth))  # other layers share the old one
+        self.group.unpack()
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        self.group.fuse()
 
     def _misfits(
-        self, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+        self, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, str]]:
-        """What the tensors of a state dict cannot be: other shapes and dtypes, scales that are none."""
+        """Role and what is wrong with a tensor of a state dict: another shape or dtype, invalid scales."""
         if self.floats is not None:
             yield "weight", "BF16 weights are kept beside the codes; load the model anew"
-        for role, tensor in given.items():
+        for role, tensor in tensors.items():
             if tensor.shape != wanted[role].shape or tensor.dtype != wanted[role].dtype:
                 yield (
                     role,
                     f"{tensor.dtype} {list(tensor.shape)}, not {wanted[role].dtype} "
                     f"{list(wanted[role].shape)}; codes of {self.scheme} are taken as they are",
                 )
-            elif role == "weight_offset" and bool(tensor.any()):
-                yield role, "offsets that are not zero"
-            elif role == "weight_scale" and tensor.dtype == torch.uint8 and bool((tensor == 255).any()):
-                yield role, "scales of NaN (byte 255)"
-            elif tensor.dtype == torch.float32 and not bool(tensor.isfinite().all()):
+            elif role == "bias" and not bool(tensor.isfinite().all()):
                 yield role, "numbers that are not finite"
-            elif role == "mul_scale" and not bool((tensor > 0).all()):
-                yield role, "factors that are not above zero"
+            else:
+                try:
+                    check_values(role, tensor)
+                except CheckpointError as e:
+                    yield role, e.got
+
+
+def check_values(name: str, tensor: Tensor) -> None:
+    """CheckpointError E-CKP-08 for scales, offsets and factors of a quantized layer that are invalid."""
+    role = name.rpartition(".")[2]
+    if role in ("weight", "bias"):
+        return
+    part = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a state dict of FSDP2
+    data = as_bytes(part.detach().cpu().contiguous())
+    if tensor.dtype == torch.uint8:
+        check_scale_bytes(data, name)
+    elif role == "weight_offset":
+        check_zero(data, "F32", name)
+    elif role == "mul_scale":
+        check_positive(data, "F32", name)
+    else:
+        check_float_scale(data, "F32", name)
+
+
+def stored_tensors(encoded: Encoded, bias: Tensor | None = None) -> dict[str, Tensor]:
+    """Role -> tensor of an encoded weight [N, K] and its bias."""
+    tensors = zip(FUSED_ROLES, (encoded.codes, encoded.scale, encoded.dual_scale, bias), strict=True)
+    return {role: t for role, t in tensors if t is not None}
 
 
 def fused_linears(
@@ -307,47 +463,55 @@ def fused_linears(
     the scheme has them, weight_dual_scale and bias. `sizes`: N of each member. `width`: K. `mul_scale`:
     float32 [K] on the device. UsageError when the tensors do not fit `scheme`.
     """
-    given = (
-        tensors["weight"],
-        tensors["weight_scale"],
-        tensors.get("weight_dual_scale"),
-        tensors.get("bias"),
-    )
-    joint = Joint(schemes.prepare_weight(*given, scheme, width=width), list(sizes), schemes)
-    return [
-        QuantLinear(joint, member, compute_dtype=compute_dtype, mul_scale=mul_scale)
-        for member in range(len(sizes))
-    ]
+    form = lookup(scheme_of(scheme).weight)
+    dual, shape = tensors.get("weight_dual_scale"), (sum(sizes), width)
+    Encoded(tensors["weight"], tensors["weight_scale"], dual, form.name, -1, shape)  # checks
+    schemes.kernel(scheme)
+    place = torch.device(schemes.device.torch_name)
+    tensors = {role: t for role, t in tensors.items() if role in FUSED_ROLES}
+    moved = {role: t.to(place, torch.float32 if role == "bias" else t.dtype) for role, t in tensors.items()}
+    moved["weight"] = moved["weight"].view(getattr(torch, form.codes_dtype))
+    shared = _parameter(mul_scale)
+    layers, start = [], 0
+    for n in sizes:
+        rows = {role: t[start : start + n] for role, t in moved.items()}
+        layers.append(QuantLinear(form.name, (n, width), rows, compute_dtype=compute_dtype, mul_scale=shared))
+        start += n
+    FusedGroup(layers, schemes)
+    return layers
+
+
+def _parameter(t: Tensor | None) -> nn.Parameter | None:
+    return t if t is None or isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=False)
 
 
 class SmoothLinear(nn.Linear):
-    """A linear layer in floating point whose tokens are multiplied by `mul_scale` [K] first."""
+    """A linear layer in floating point whose activation is multiplied by `mul_scale` [K] first."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, mul_scale: Tensor) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
-        self.register_buffer("mul_scale", mul_scale)
-        self.mul_scale: Tensor
+        self.mul_scale = nn.Parameter(mul_scale, requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., K] -> [.., N]."""
-        return self.run(Tokens(x))
-
-    def run(self, tokens: Tokens, precision: Precision = "stored", multiply: Multiply = F.linear) -> Tensor:
-        """As `QuantLinear.run`; there is one precision."""
+    def forward(
+        self, x: Tensor | Tokens, precision: Precision = "stored", multiply: Multiply = F.linear
+    ) -> Tensor:
+        """[.., K] -> [.., N], as `QuantLinear.forward`; there is one precision."""
+        tokens = x if isinstance(x, Tokens) else Tokens(x)
         return multiply(tokens.smoothed(self.mul_scale), self.weight, self.bias)
 
 
 def linear(ops: Ops, m: Any, x: Tensor | Tokens, precision: Precision = "stored") -> Tensor:
-    """What the layer `m` makes of the tokens, whichever kind of layer it is."""
+    """The output of the layer `m`, whichever kind of layer it is."""
     if isinstance(m, (QuantLinear, SmoothLinear)):
-        return m.run(x if isinstance(x, Tokens) else Tokens(x), precision, ops.linear)
+        out: Tensor = m(x, precision, ops.linear)
+        return out
     return ops.linear(x.x if isinstance(x, Tokens) else x, m.weight, m.bias)
 
 
 def dtype_of(m: Any) -> torch.dtype:
-    """Of the tokens that a layer takes."""
-    found: torch.dtype = m.compute_dtype if isinstance(m, QuantLinear) else m.weight.dtype
-    return found
+    """Of the activation that a layer takes."""
+    dtype: torch.dtype = m.compute_dtype if isinstance(m, QuantLinear) else m.weight.dtype
+    return dtype

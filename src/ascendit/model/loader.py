@@ -29,7 +29,7 @@ from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
 from ascendit.model.weight_loader import ModelSink, StoredLinear, nbytes
 from ascendit.ops.operators import Ops
-from ascendit.quant.layer_rules import QUANT_TYPES
+from ascendit.quant.layer_rules import say_attention
 from ascendit.quant.schemes import scheme_after_reading
 from ascendit.weights.applied_recipe import AppliedRecipe
 from ascendit.weights.lora.fold import Folds
@@ -85,7 +85,7 @@ def load_expert(
             fix="ascendit repack it with --base MODEL, or put config.json beside the weights",
             code="E-CKP-06",
         )
-    say_attention(expert)
+    say_attention(expert.name, expert.attention.values(), expert.path)
     with torch.device("meta"):
         model = WanTransformer(WanConfig.from_dict(expert.config), ops)
     assert applied or folds is None, "LoRA files are folded into floats"
@@ -164,17 +164,3 @@ def keep_floats(
     for name, module in linears.items():
         kept: Any = plain.get_submodule(name)
         module.floats = (kept.weight.detach(), None if kept.bias is None else kept.bias.detach())
-
-
-def say_attention(expert: Expert) -> None:
-    """Log once what the manifest asks of attentions and is not done; E-CKP-07 for words nobody knows."""
-    if unknown := sorted(set(expert.attention.values()) - set(QUANT_TYPES)):
-        raise CheckpointError(
-            f"{expert.path}: attention of type {', '.join(unknown)} in the manifest",
-            needs=f"one of {', '.join(QUANT_TYPES)}",
-            fix="correct quant_model_description.json, or export the model again",
-            code="E-CKP-07",
-        )
-    if found := Counter(expert.attention.values()):
-        asked = ", ".join(f"{word} for {n}" for word, n in found.items())
-        log.warning("%s: quantized attention (%s) runs in BF16 here", expert.name, asked)

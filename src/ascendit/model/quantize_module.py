@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,8 @@ from ascendit.model.weight_loader import nbytes
 from ascendit.mx.codec import INPUT_DTYPES, Encoded, check_dtype, encode
 from ascendit.mx.formats import Format, lookup, resolve_rule
 from ascendit.names import all_linears, block_linears, grouped, is_block_linear
-from ascendit.ops.operators import Schemes, bind
-from ascendit.quant.layer_rules import OUTSIDE, LayerScheme, LayerSchemes
+from ascendit.ops.operators import bind
+from ascendit.quant.layer_rules import OUTSIDE, LayerScheme, LayerSchemes, say_attention
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.quant.schemes import METHOD, QUANTIZED, SCHEMES
 from ascendit.quant.vllm_omni_config import marker_for
@@ -45,8 +44,7 @@ MIN_SIZE = 32
 MULTIPLE = 16
 """Of N, and of K in int8 and fp8: what the matmuls of accelerators take."""
 MODULATION = "makes modulation, one row for a sample"
-_MODULATION = re.compile(r"norm|mod$|modulation|adaln|embed|time_|temb|router", re.IGNORECASE)
-"""In a part of a name between dots."""
+_MODULATION = re.compile(r"norm|mod($|\.)|modulation|adaln|embed|time_|temb|router", re.IGNORECASE)
 NAMED_MODULES = "correct the pattern; `*` crosses dots, and the names are those of `module.named_modules()`"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
 
@@ -85,11 +83,13 @@ def as_recipe(recipe_or_scheme: str | Path | Recipe) -> Recipe:
     return load_recipe("default", name) if name in SCHEMES else load_recipe(name)
 
 
-def module_schemes(module: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) -> ModuleSchemes:
+def module_schemes(
+    module: nn.Module, recipe: Recipe, keep: Sequence[str] = (), *, force: bool = False
+) -> ModuleSchemes:
     """What `recipe` makes of `module`. `keep`: patterns of layers that stay as they are.
 
     UsageError: E-QNT-01 if it is quantized already or nothing is left to quantize, E-USE-05 for a pattern
-    that matches no layer.
+    that matches no layer, E-QNT-02 for FP4 on TI2V-5B without `force`.
     """
     linears = linears_of(module)
     if not linears:
@@ -102,7 +102,7 @@ def module_schemes(module: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) 
     if lost := [name for name in every if name not in linears]:
         raise _refused(module, f"{lost[0]} is no linear layer", "fuse and unload LoRA files first")
     blocks = () if config else _in_blocks(module, linears)
-    inside = block_linears(config) if config else tuple(n for n in blocks if not _is_modulation(n))
+    inside = block_linears(config) if config else tuple(n for n in blocks if not _MODULATION.search(n))
     whys = dict.fromkeys(every, OUTSIDE) | dict.fromkeys(blocks, MODULATION)
     whys |= dict.fromkeys(inside, "no rule names it")
     layers = {name: LayerScheme(name, "bf16", None, whys[name]) for name in every}
@@ -116,6 +116,9 @@ def module_schemes(module: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) 
     if not chosen.coded:
         kept = "; ".join(f"{why}: {', '.join(words[:3])}" for why, words in chosen.kept.items())
         raise _refused(module, f"no layer is left ({kept})", "take another recipe")
+    if kind:
+        check_kind(kind, chosen.schemes, type(module).__name__, force=force, way="force=True")
+    say_attention(type(module).__name__, attention.values())
     return chosen
 
 
@@ -127,10 +130,6 @@ def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
 def wan_config_of(module: nn.Module) -> dict[str, Any] | None:
     """The config of a Wan transformer of Diffusers; None for other modules."""
     return dict(module.config) if type(module).__name__ == TRANSFORMER else None  # type: ignore[arg-type]
-
-
-def _is_modulation(name: str) -> bool:
-    return any(_MODULATION.search(part) for part in name.split("."))
 
 
 def _in_blocks(module: nn.Module, linears: Mapping[str, nn.Linear]) -> tuple[str, ...]:
@@ -207,45 +206,6 @@ class ModuleReport(QuantizedExpert):
         return [f"{self.name}: {used}   {mib[0]} -> {mib[1]}", *kept]
 
 
-class DecodedWeight(Tensor):
-    """A copy of a weight on codes, to look at. `data` is refused: what is written there would be lost.
-
-    What is computed with one is a plain tensor.
-    """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @property
-    def data(self) -> Tensor:  # type: ignore[override]
-        """UsageError E-QNT-03. PEFT and Diffusers fuse through it."""
-        raise UsageError(
-            "weight.data of a layer on codes",
-            needs="a weight in floating point, to fuse a LoRA or projections into it",
-            fix="fuse first and quantize then; a LoRA that is not fused works beside the codes",
-            code="E-QNT-03",
-        )
-
-
-class PlacedLinear(QuantLinear):
-    """A quantized layer in a module of another library, whose offloading may move parameters alone."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., K] -> [.., N]. UsageError E-QNT-03 for tokens on another device than the codes."""
-        if x.device != self.device:
-            raise UsageError(
-                f"tokens on {x.device} for a layer in {self.scheme} on {self.device}",
-                needs="the module moved as a whole: its codes are no parameters, which is what hooks move",
-                fix="pipe.enable_model_cpu_offload() in place of group or sequential offloading",
-                code="E-QNT-03",
-            )
-        return super().forward(x)
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """Decoded [N, K] in `compute_dtype`; a new tensor each time, which cannot be written to the layer."""
-        return super().weight.as_subclass(DecodedWeight)
-
-
 def quantize_(
     module: nn.Module,
     recipe_or_scheme: str | Path | Recipe,
@@ -267,9 +227,7 @@ def quantize_(
     for patterns that match nothing, E-QNT-01 for a module that cannot be quantized, E-QNT-02 for FP4 on
     TI2V-5B; EnvironmentProblem E-CAP-01 for a scheme that the device has no matmul for.
     """
-    chosen = module_schemes(module, as_recipe(recipe_or_scheme), keep)
-    if chosen.kind:
-        check_kind(chosen.kind, chosen.schemes, type(module).__name__, force=force, way="force=True")
+    chosen = module_schemes(module, as_recipe(recipe_or_scheme), keep, force=force)
     linears, names = linears_of(module), _names(module)
     for layer in chosen.coded:
         check_weight(chosen, layer, linears[layer].weight)
@@ -286,14 +244,18 @@ def quantize_(
         bias = None if linear.bias is None else linear.bias.detach()
         encoded = encode_weight(chosen, layer, linear.weight)
         linear.weight = None  # type: ignore[assignment]
-        made = PlacedLinear.from_encoded(encoded, bias, schemes=schemes, compute_dtype=compute_dtype)
+        made = QuantLinear.from_encoded(encoded, bias, schemes=schemes, compute_dtype=compute_dtype)
         keep_hooks(linear, made)
         for name in names[id(linear)]:
             module.set_submodule(name, made.train(linear.training))
     if device:
         module.to(schemes.device.torch_name)
-    mark(module, chosen)
     layers = {s.name: s.scheme for s in chosen.layers}
+    if register := getattr(
+        module, "register_to_config", None
+    ):  # Diffusers: casts are refused, saves complete
+        register(quantization_config=marker_of(layers, wan=chosen.kind is not None))
+        module.is_quantized = True  # type: ignore[assignment]
     report = ModuleReport(
         name=type(module).__name__,
         schemes=chosen.schemes,
@@ -318,17 +280,13 @@ def bind_(
 
     `device`: "twin:a5" and the like; None: the one each layer is on. The rest as in `quantize_`.
     """
-    joints = {id(m.joint): m.joint for m in module.modules() if isinstance(m, QuantLinear)}
-    found: dict[str, Schemes] = {}
-    for joint in joints.values():
-        where = device or str(joint.schemes.device)
-        if where not in found:
-            found[where] = bind(where, emulate=emulate, activation_rule=activation_rule).quantized
-        encoded, bias = joint.schemes.stored(joint.weight), joint.weight.bias
-        joint.schemes = found[where]
-        joint.prepare(encoded, bias)
-    if device and found:
-        module.to(found[device].device.torch_name)
+    groups = {id(m.group): m.group for m in module.modules() if isinstance(m, QuantLinear)}
+    names = dict.fromkeys(device or str(group.schemes.device) for group in groups.values())
+    bound = {name: bind(name, emulate=emulate, activation_rule=activation_rule).quantized for name in names}
+    if device and groups:
+        module.to(bound[device].device.torch_name)
+    for group in groups.values():
+        group.fuse(bound[device or str(group.schemes.device)])
 
 
 def _names(module: nn.Module) -> dict[int, list[str]]:
@@ -384,36 +342,12 @@ def rounded(t: Tensor) -> Tensor:
 
 def keep_hooks(old: nn.Module, new: nn.Module) -> None:
     """The forward hooks of `old` go on seeing what the layer reads and gives."""
-    for name in (
-        "_forward_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_hooks_always_called",
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-    ):
-        getattr(new, name).update(getattr(old, name))
-
-
-# ---- what Diffusers is told ---------------------------------------------------------------------
-
-
-def mark(module: nn.Module, chosen: ModuleSchemes) -> None:
-    """Tell Diffusers that a model of it is quantized, so that it refuses casts and saves what it needs."""
-    say_attention_kept(module, chosen)
-    if register := getattr(module, "register_to_config", None):
-        layers = {s.name: s.scheme for s in chosen.layers}
-        register(quantization_config=marker_of(layers, wan=chosen.kind is not None))
-        module.is_quantized = True  # type: ignore[assignment]
+    for name, hooks in vars(old).items():
+        if name.startswith("_forward"):
+            getattr(new, name).update(hooks)
 
 
 def marker_of(layers: Mapping[str, str], *, smoothed: Sequence[str] = (), wan: bool) -> dict[str, Any]:
     """`quantization_config` for Diffusers' config.json. `layers`: every linear layer -> scheme."""
     inside = {name: s for name, s in layers.items() if s in QUANTIZED or is_block_linear(name)}
     return (marker_for(inside, smoothed) if wan else None) or {"quant_method": METHOD}
-
-
-def say_attention_kept(module: nn.Module, chosen: ModuleSchemes) -> None:
-    """Log what the recipe asks of attentions and is not done."""
-    if found := Counter(chosen.attention.values()):
-        asked = ", ".join(f"{word} for {n}" for word, n in found.items())
-        log.warning("%s: quantized attention (%s) runs in BF16 here", type(module).__name__, asked)

@@ -210,5 +210,5 @@ def torch_dtype(spec: TensorSpec) -> torch.dtype:
 
 def nbytes(model: nn.Module) -> int:
     """Bytes of parameters, buffers, codes and scales."""
-    coded = sum(m.nbytes for m in model.modules() if isinstance(m, QuantLinear))
-    return coded + sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    kept = sum(m.extra_nbytes for m in model.modules() if isinstance(m, QuantLinear))
+    return kept + sum(t.nbytes for t in [*model.parameters(), *model.buffers()])

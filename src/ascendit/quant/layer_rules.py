@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Annotated, TypeVar, get_args
 
 from pydantic import BeforeValidator, Field, StrictBool, ValidationInfo, field_validator
 
-from ascendit.errors import UsageError
+from ascendit.errors import CheckpointError, UsageError
 from ascendit.family import Task
 from ascendit.mx.formats import lookup, resolve_rule
 from ascendit.names import to_wan
 from ascendit.quant.schemes import SCHEMES
 from ascendit.validation import Model, described, problem
 
+log = logging.getLogger("ascendit")
 QUANT_TYPES = ("FP8_DYNAMIC", "MXFP8_DYNAMIC", "MXFP4_DYNAMIC", "INT8_DYNAMIC")
 """msModelSlim's words for a quantized attention."""
 OUTSIDE = "not a linear of the blocks"
@@ -170,3 +174,22 @@ def _no_layer(pattern: str, origin: str, names: Sequence[str], fix: str) -> Usag
         fix=fix,
         code="E-USE-05",
     )
+
+
+def say_attention(name: str, quant_types: Iterable[str], path: Path | str = "") -> None:
+    """Log once which quantization of attentions a model asks for and does not get.
+
+    `quant_types`: one for each attention, from a recipe, or from the manifest at `path`. CheckpointError
+    E-CKP-07 for one that is not in `QUANT_TYPES`.
+    """
+    asked = Counter(quant_types)
+    if unknown := sorted(asked.keys() - set(QUANT_TYPES)):
+        raise CheckpointError(
+            f"{path}: attention of type {', '.join(unknown)} in the manifest",
+            needs=f"one of {', '.join(QUANT_TYPES)}",
+            fix="correct quant_model_description.json, or export the model again",
+            code="E-CKP-07",
+        )
+    if asked:
+        words = ", ".join(f"{word} for {n}" for word, n in asked.items())
+        log.warning("%s: quantized attention (%s) runs in BF16 here", name, words)

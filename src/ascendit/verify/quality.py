@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ascendit.demo.adherence import judge
 from ascendit.demo.world import Scene
 from ascendit.errors import QualityError, UsageError
-from ascendit.model.linear import QuantLinear, Tokens
+from ascendit.model.linear import QuantLinear
 from ascendit.names import is_block_linear
 from ascendit.ops.open_device import activate
 from ascendit.pipeline.calibrate import experts_of, inputs_of, recorded
@@ -314,7 +314,7 @@ def layer_sqnr(
                 continue
             x = inputs[name][leader_of(layer)]
             weight: Any = floats[name].get_submodule(layer).weight
-            y = module.run(Tokens(x.to(module.device)), pipe.policy.default).float().cpu()
+            y = module(x.to(module.device), pipe.policy.default).float().cpu()
             bias = 0 if module.bias is None else module.bias.cpu()
             found[f"{name}/{layer}"] = output_sqnr(y - bias, x.float() @ weight.float().cpu().t())
     return found
@@ -329,7 +329,7 @@ def bits_per_weight(pipe: Pipeline) -> float:
                 continue
             count += module.in_features * module.out_features
             if isinstance(module, QuantLinear):
-                e = module.joint.encoded(module.member)
+                e = module.encoded()
                 parts = [t for t in (e.codes, e.scale, e.dual_scale) if t is not None]
                 size += sum(t.nbytes for t in parts)
             else:

@@ -273,6 +273,28 @@ def test_model_offload(folder: Any) -> None:
     assert torch.equal(output(model), wanted)
 
 
+@pytest.mark.parametrize("recipe", ["int8", "mxfp8", "mxfp4_dualscale"])
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_group_offload(kind: str, recipe: str, folder: Any) -> None:
+    """Hooks move the parameters of a few layers at a time; the numbers stay."""
+    model = load(folder(recipe) / "transformer")
+    wanted, cpu = output(model), torch.device("cpu")
+    model.enable_group_offload(cpu, cpu, offload_type=kind, num_blocks_per_group=1)
+    assert torch.equal(output(model), wanted)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "fp8", "mxfp4", "mxfp4_dualscale"])
+def test_sequential_offload(recipe: str, folder: Any) -> None:
+    """accelerate puts each parameter back before the layer computes, and away afterwards."""
+    model = load(folder(recipe) / "transformer")
+    wanted, layer = output(model), model.blocks[0].ffn.net[2]
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(output(model), wanted)
+    assert all(p.is_meta for p in layer.parameters()) and layer.group.extra_nbytes == 0
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(output(model), wanted) and layer.weight.dtype == layer.compute_dtype
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 
 

@@ -27,30 +27,27 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from ascendit.checkpoint.reader import TORCH_DTYPES
 from ascendit.errors import CheckpointError, EnvironmentProblem, UsageError
-from ascendit.integrations.diffusers.stored_layers import (
-    Awaited,
-    FromCodes,
-    FromFloats,
-    left_out,
-    read_stored_layers,
-)
+from ascendit.integrations.diffusers.stored_layers import left_out, read_stored_layers
 from ascendit.kernels.kernel import Emulate
+from ascendit.model.linear import FusedGroup, QuantLinear, SmoothLinear, check_values, stored_tensors
 from ascendit.model.quantize_module import (
+    ModuleSchemes,
     as_recipe,
     bind_,
+    check_weight,
+    encode_weight,
     linears_of,
     marker_of,
     module_schemes,
     rounded,
-    say_attention_kept,
     wan_config_of,
 )
 from ascendit.names import listed
 from ascendit.ops.operators import Schemes, bind
 from ascendit.quant.recipe import Recipe
 from ascendit.quant.schemes import METHOD
-from ascendit.weights.applied_recipe import check_kind
 
 __all__ = ["AscenditConfig", "AscenditMethod", "AscenditQuantizer", "bind_", "register"]
 
@@ -113,18 +110,21 @@ class AscenditConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """What config.json gets: no more than the marker, so that other engines read it too."""
         return dict(self.marker)
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        """The same; Diffusers asks for it when it prints a config."""
-        return self.to_dict()
+    to_diff_dict = to_dict
+    """Diffusers asks for it when it prints a config."""
 
 
 class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
-    """Builds each quantized layer when the last of its tensors has come; Diffusers streams them.
+    """Quantized layers take their places on the meta device, then their tensors as Diffusers streams them.
 
-    The layers take their places when all are built: before that Diffusers looks at the names on disk.
+    Until its weight arrives, a layer has the names and shapes on disk, which Diffusers looks at.
     """
 
     use_keep_in_fp32_modules = True
+    supports_parallel_loading = False
+    is_serializable = True
+    """`save_pretrained` writes the tensors of the disk again."""
+    is_trainable = False
 
     def __init__(self, quantization_config: AscenditConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -134,14 +134,16 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._layers: dict[str, str] = {}
         """Every linear layer -> scheme."""
         self._smoothed: list[str] = []
-        self._waiting: dict[str, FromCodes | FromFloats] = {}
-        self._made: dict[str, nn.Module] = {}
+        self._chosen: ModuleSchemes | None = None
+        """What the recipe makes of a float model; None for a folder of quantized layers."""
+        self._awaited: set[str] = set()
+        """Tensors of quantized and smoothed layers that have not arrived."""
         self._schemes: dict[str, Schemes] = {}
 
     # ---- what Diffusers calls, in this order ----------------------------------------------------
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """UsageError for a device map that offloads: accelerate would not find the codes."""
+        """UsageError for a device map that offloads."""
         places = {str(x) for x in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise UsageError(
@@ -171,8 +173,12 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if stored:
             for name, layer in stored.items():
                 self._layers[name] = layer.scheme
-                self._waiting[name] = FromCodes(layer)
-                model.set_submodule(name, Awaited(layer.tensors))
+                dtypes = {role: getattr(torch, TORCH_DTYPES[t.dtype]) for role, t in layer.tensors.items()}
+                tensors = {
+                    role: torch.empty(t.shape, dtype=dtypes[role], device="meta")
+                    for role, t in layer.tensors.items()
+                }
+                self._put(model, name, layer.shape, tensors)
             self._smoothed = [name for name, layer in stored.items() if "mul_scale" in layer.tensors]
         else:
             self._choose_layers(model, linears)
@@ -181,7 +187,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """CheckpointError E-CKP-04 where a quantized layer lacks a tensor."""
-        if lost := sorted(key for key in missing_keys if self._awaits(key)):
+        if lost := sorted(self._awaited.intersection(missing_keys)):
             raise _incomplete(lost)
         return missing_keys
 
@@ -195,7 +201,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Any, **kwargs: Any
     ) -> bool:
         """Whether this tensor belongs to a quantized layer."""
-        return self._awaits(param_name)
+        return param_name in self._awaited
 
     def create_quantized_param(
         self,
@@ -208,21 +214,34 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Take a tensor as it is on disk: `param_value` was cast, scales and biases too."""
-        layer, _, role = param_name.rpartition(".")
-        waiting = self._waiting[layer]
-        if not waiting.take(role, state_dict[param_name]):
-            return
-        where = self._config.device or str(torch.device(target_device))
-        self._made[layer] = waiting.finish(self._on(where), self._dtype)
-        if len(self._made) == len(self._waiting):
-            for name, module in self._made.items():
-                model.set_submodule(name, module)
-            self._waiting, self._made = {}, {}
+        name, _, role = param_name.rpartition(".")
+        tensor, layer = state_dict[param_name], model.get_submodule(name)
+        if self._chosen is None:
+            check_values(param_name, tensor)
+            # A copy: the tensor maps a file, all of which would stay mapped.
+            tensors = {role: tensor.clone(memory_format=torch.contiguous_format)}
+        elif role == "bias":
+            rounding = bool(self._chosen.round_to)
+            tensors = {role: (rounded(tensor) if rounding else tensor).to(torch.float32, copy=True)}
+        else:
+            check_weight(self._chosen, name, tensor)
+            tensors = stored_tensors(encode_weight(self._chosen, name, tensor))
+        place = self._on(self._config.device or str(torch.device(target_device))).device.torch_name
+        if isinstance(layer, QuantLinear):
+            layer.take({role: t.to(place) for role, t in tensors.items()})
+        else:
+            dtype = torch.float32 if role == "mul_scale" else self._dtype
+            layer.register_parameter(role, nn.Parameter(tensors[role].to(place, dtype), requires_grad=False))
+        self._awaited.discard(param_name)
+        if not self._awaited:
+            for m in model.modules():
+                if isinstance(m, QuantLinear):
+                    m.group.fuse(self._on(self._config.device or str(m.device)))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         """Say in the config what the model has become; each model gets a config of its own."""
-        if self._waiting:
-            raise _incomplete(sorted(self._waiting.keys() - self._made.keys()))
+        if self._awaited:
+            raise _incomplete(sorted({name.rpartition(".")[0] for name in self._awaited}))
         wan = wan_config_of(model) is not None
         config = copy.copy(self._config)
         config.marker = marker_of(self._layers, smoothed=self._smoothed, wan=wan)
@@ -231,35 +250,30 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         register(quantization_config=config)
         return model
 
-    @property
-    def supports_parallel_loading(self) -> bool:
-        """Layers are put together from several files."""
-        return False
-
-    @property
-    def is_serializable(self) -> bool:
-        """`save_pretrained` writes the tensors of the disk again."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Codes have no gradients."""
-        return False
-
     # ---- parts ----------------------------------------------------------------------------------
 
     def _choose_layers(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
         """The layers of a float model that the recipe quantizes."""
-        recipe = self._config.recipe
-        assert recipe is not None
-        chosen = module_schemes(model, recipe, self._config.keep)
-        if chosen.kind:
-            check_kind(
-                chosen.kind, chosen.schemes, type(model).__name__, force=self._config.force, way="force=True"
-            )
-        say_attention_kept(model, chosen)
-        self._layers = {s.name: s.scheme for s in chosen.layers}
-        self._waiting = {x: FromFloats(chosen, x, linears[x].bias is not None) for x in chosen.coded}
+        assert self._config.recipe is not None
+        chosen = module_schemes(model, self._config.recipe, self._config.keep, force=self._config.force)
+        self._layers, self._chosen = {s.name: s.scheme for s in chosen.layers}, chosen
+        for name in chosen.coded:
+            floats = {r: torch.empty_like(p, device="meta") for r, p in linears[name].named_parameters()}
+            self._put(model, name, (linears[name].out_features, linears[name].in_features), floats)
+
+    def _put(
+        self, model: nn.Module, name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """A layer in its place; `tensors`: role -> what is on disk, on the meta device."""
+        self._awaited |= {f"{name}.{role}" for role in tensors}
+        made: QuantLinear | SmoothLinear
+        if (scheme := self._layers[name]) == "bf16":
+            made = SmoothLinear(tensors["weight"], tensors.get("bias"), tensors["mul_scale"])
+        else:
+            smooth = tensors.get("mul_scale")
+            made = QuantLinear(scheme, shape, tensors, compute_dtype=self._dtype, mul_scale=smooth)
+            FusedGroup([made], self._on(self._config.device or "cpu"))
+        model.set_submodule(name, made)
 
     def _check_asked(self, stored: bool) -> None:
         """UsageError: a recipe for codes, or none for floats."""
@@ -279,9 +293,6 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 fix='AscenditConfig("mxfp8")',
                 code="E-USE-01",
             )
-
-    def _awaits(self, tensor: str) -> bool:
-        return tensor.rpartition(".")[0] in self._waiting
 
     def _on(self, device: str) -> Schemes:
         if device not in self._schemes:

@@ -1,70 +1,47 @@
-"""Quantized layers of a Diffusers folder: which there are, and each while its tensors arrive, in any order.
+"""Which layers of a Diffusers folder are quantized or smoothed, by headers and JSON only.
 
 Only what `ascendit quantize`, `ascendit repack` and `save_pretrained` write is taken; other layouts go
-through `ascendit repack` first. A layer comes from codes on disk, or from floats that are quantized as they
-come.
+through `ascendit repack` first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ascendit.checkpoint.component import TRANSFORMER, Part, read_json
-from ascendit.checkpoint.layer_format import (
-    STORED_ROLES,
-    Layer,
-    check_float_scale,
-    check_positive,
-    check_scale_bytes,
-    check_zero,
-    possible,
-)
-from ascendit.checkpoint.reader import TORCH_DTYPES, Shards, TensorInfo, as_bytes
-from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert, read_expert
+from ascendit.checkpoint.layer_format import STORED_ROLES, Layer, possible
+from ascendit.checkpoint.reader import Shards, TensorInfo
+from ascendit.checkpoint.transformer import ATTENTION_TENSOR, read_expert
 from ascendit.errors import CheckpointError
-from ascendit.model.linear import SmoothLinear
-from ascendit.model.loader import say_attention
-from ascendit.model.quantize_module import ModuleSchemes, PlacedLinear, check_weight, encode_weight, rounded
-from ascendit.mx.codec import Encoded
 from ascendit.names import listed
-from ascendit.ops.operators import Schemes
-from ascendit.quant.schemes import FP8_TILES
-from ascendit.weights.engine_formats import layer_specs
-
-# ---- which layers are quantized: headers and JSON only ------------------------------------------
+from ascendit.quant.layer_rules import say_attention
+from ascendit.quant.schemes import FP8_TILES, SCHEMES
 
 
 def read_stored_layers(model: nn.Module, files: Sequence[Path]) -> dict[str, Layer]:
-    """Layer -> what lies on disk, of those that are codes or smoothed; {} where all are plain floats.
+    """Layer -> its tensors on disk, of those that are quantized or smoothed; {} if all are plain floats.
 
-    Headers and JSON only. CheckpointError: as `read_expert` for a Wan transformer; E-CKP-04 for layers that
-    lie in another layout, and for codes of what is no linear layer of `model`.
+    CheckpointError: as `read_expert` for a Wan transformer; E-CKP-04 for layers in another layout, and for
+    codes of what is no linear layer of `model`.
     """
     if not files or any(file.suffix != ".safetensors" for file in files):
         return {}
     if type(model).__name__ == TRANSFORMER:
-        expert = read_stored_expert(files)
+        folder = files[0].parent  # manifest, config and headers must agree
+        config = read_json(folder / "config.json")
+        expert = read_expert(
+            Part("transformer", folder, "diffusers", TRANSFORMER, config, files=tuple(files))
+        )
+        say_attention(expert.name, expert.attention.values(), expert.path)
         found = expert.layers
     else:
         found = _by_dtype(model, Shards.of_files(files).tensors)
     for layer in found.values():
         _check_canonical(layer)
     return dict(found)
-
-
-def read_stored_expert(files: Sequence[Path]) -> Expert:
-    """A Wan transformer by its files: manifest, config and headers must agree."""
-    folder = files[0].parent
-    config = read_json(folder / "config.json")
-    part = Part("transformer", folder, "diffusers", TRANSFORMER, config, files=tuple(files))
-    expert = read_expert(part)
-    say_attention(expert)
-    return expert
 
 
 def left_out(names: Iterable[str]) -> set[str]:
@@ -89,24 +66,14 @@ def _by_dtype(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[str, 
 
 
 def _check_canonical(layer: Layer) -> None:
-    """E-CKP-04 unless every tensor lies as `engine_formats.layer_specs` says."""
+    """E-CKP-04 unless every tensor is named, shaped and stored as in a canonical folder."""
     if layer.scheme == FP8_TILES:
         raise _foreign(layer.name, "FP8 in tiles of 128 x 128")
+    (n, k), floats = layer.shape, layer.tensors["weight"].dtype
+    wanted = SCHEMES[layer.scheme].tensors(n, k) or {"weight": (floats, (n, k)), "bias": (floats, (n,))}
+    wanted = {"bias": ("F32", (n,)), "mul_scale": ("F32", (k,))} | wanted
     have = {role: (info.dtype, info.shape) for role, info in layer.tensors.items()}
-    float_dtype = layer.tensors["weight"].dtype
-    specs = layer_specs(
-        layer.name,
-        layer.scheme,
-        layer.shape,
-        bias="bias" in have,
-        mul_scale="mul_scale" in have,
-        float_dtype=float_dtype,
-    )
-    wanted = {spec.name.rpartition(".")[2]: (spec.dtype, spec.shape) for spec in specs}
-    have.setdefault("weight_offset", wanted.get("weight_offset", ("", ())))
-    wrong = [
-        f"{role} {have.get(role)}, not {want}" for role, want in wanted.items() if have.get(role) != want
-    ]
+    wrong = [f"{r} {have[r]}, not {wanted.get(r)}" for r in have if have[r] != wanted.get(r)]
     if wrong or any(info.name != f"{layer.name}.{role}" for role, info in layer.tensors.items()):
         raise _foreign(layer.name, listed(wrong) or "under other names")
 
@@ -118,88 +85,3 @@ def _foreign(name: str, what: str) -> CheckpointError:
         fix="ascendit repack SRC -o DST, and load DST",
         code="E-CKP-04",
     )
-
-
-# ---- a layer while its tensors arrive -----------------------------------------------------------
-
-
-class Awaited(nn.Module):
-    """Stands for a layer on codes until its tensors are there: parameters on the meta device."""
-
-    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
-        super().__init__()
-        for role, info in tensors.items():
-            dtype: torch.dtype = getattr(torch, TORCH_DTYPES[info.dtype])
-            empty = torch.empty(info.shape, dtype=dtype, device="meta")
-            self.register_parameter(role, nn.Parameter(empty, requires_grad=False))
-
-
-@dataclass
-class FromCodes:
-    """A layer that lies on disk as codes, or smoothed."""
-
-    layer: Layer
-    _got: dict[str, Tensor] = field(default_factory=dict)
-
-    def take(self, role: str, tensor: Tensor) -> bool:
-        """Check and keep a tensor; True when it was the last. CheckpointError E-CKP-08."""
-        _check_values(f"{self.layer.name}.{role}", tensor)
-        # A copy: the tensor maps a file, all of which would stay mapped.
-        self._got[role] = tensor.clone(memory_format=torch.contiguous_format)
-        return self._got.keys() == self.layer.tensors.keys()
-
-    def finish(self, schemes: Schemes, dtype: torch.dtype) -> nn.Module:
-        """The layer, for tokens of `dtype`."""
-        got, put = self._got, schemes.device.torch_name
-        smooth = got["mul_scale"].to(put) if "mul_scale" in got else None
-        bias = got.get("bias")
-        if self.layer.scheme == "bf16":
-            assert smooth is not None
-            plain = None if bias is None else bias.to(put, dtype)
-            return SmoothLinear(got["weight"].to(put, dtype), plain, smooth)
-        dual, shape = got.get("weight_dual_scale"), self.layer.shape
-        encoded = Encoded(got["weight"], got["weight_scale"], dual, self.layer.scheme, -1, shape)
-        return PlacedLinear.from_encoded(
-            encoded, bias, schemes=schemes, compute_dtype=dtype, mul_scale=smooth
-        )
-
-
-@dataclass
-class FromFloats:
-    """A layer that lies on disk as floats: its weight becomes codes when it comes."""
-
-    chosen: ModuleSchemes
-    name: str
-    has_bias: bool
-    _encoded: Encoded | None = None
-    _bias: Tensor | None = None
-
-    def take(self, role: str, tensor: Tensor) -> bool:
-        """Encode the weight, keep the bias; True when both are there. UsageError E-QNT-01."""
-        if role == "weight":
-            check_weight(self.chosen, self.name, tensor)
-            self._encoded = encode_weight(self.chosen, self.name, tensor)
-        else:
-            self._bias = (rounded(tensor) if self.chosen.round_to else tensor).to(torch.float32, copy=True)
-        return self._encoded is not None and (self._bias is not None) == self.has_bias
-
-    def finish(self, schemes: Schemes, dtype: torch.dtype) -> nn.Module:
-        """The layer, for tokens of `dtype`."""
-        assert self._encoded is not None
-        return PlacedLinear.from_encoded(self._encoded, self._bias, schemes=schemes, compute_dtype=dtype)
-
-
-def _check_values(name: str, tensor: Tensor) -> None:
-    """CheckpointError E-CKP-08 for scales, offsets and factors that cannot be."""
-    role = name.rpartition(".")[2]
-    if role not in ("weight_scale", "weight_dual_scale", "weight_offset", "mul_scale"):
-        return
-    data = as_bytes(tensor.contiguous())
-    if tensor.dtype == torch.uint8:
-        check_scale_bytes(data, name)
-    elif role == "weight_offset":
-        check_zero(data, "F32", name)
-    elif role == "mul_scale":
-        check_positive(data, "F32", name)
-    else:
-        check_float_scale(data, "F32", name)

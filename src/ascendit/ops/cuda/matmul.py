@@ -220,7 +220,9 @@ class ScaledMatmul:
         n, k = encoded.shape
         form, scale = lookup(encoded.format), encoded.scale.to(device)
         filling = padded(k) // (2 if form.packed else 1) - encoded.codes.shape[1]
-        raw = F.pad(encoded.codes.to(device).view(torch.uint8), (0, filling, 0, padded(n) - n))
+        raw = encoded.codes.to(device).view(torch.uint8)
+        if filling or padded(n) > n:  # else the codes stay where they are: F.pad would copy them
+            raw = F.pad(raw, (0, filling, 0, padded(n) - n))
         codes = raw.view(getattr(torch, form.codes_dtype))
         if has_outer_scales(encoded.format):
             scale = scale.flatten()

@@ -1,0 +1,129 @@
+"""What each of two processes does with a model that FSDP2 shards: called by name, see `gloo.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+import ascendit
+from ascendit.checkpoint.layout import recognise
+from ascendit.errors import UsageError
+from ascendit.model.linear import QuantLinear
+from ascendit.model.loader import load_transformer
+from ascendit.model.quantize_on_load import Online
+from ascendit.model.wan import WanTransformer
+from ascendit.ops.operators import bind
+
+Run = Callable[[], Tensor]
+
+
+def ours(folder: str, scheme: str) -> tuple[WanTransformer, Run]:
+    """Our transformer, quantized while it loads, and a forward of it."""
+    part = recognise(Path(folder)).parts["transformer"]
+    model = load_transformer(part, bind("cpu"), dtype=torch.bfloat16, online=Online.of(scheme, None))
+    x, text = torch.randn(1, 16, 3, 6, 4), torch.randn(1, 32, model.config.text_dim)
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        with gathered(model, *model.blocks):
+            state = model.prepare(model.grid_of(x), text)
+        return model(x, 500.0, state)
+
+    plain = model.run_block
+
+    def run_block(i: int, block: Any, *args: Any) -> Tensor:
+        with gathered(block):
+            return plain(i, block, *args)
+
+    model.run_block = run_block  # type: ignore[assignment, method-assign]
+    return model, run
+
+
+@contextmanager
+def gathered(*modules: Any) -> Iterator[None]:
+    """The blocks of our model are not called as modules, so that no hook of FSDP2 does this."""
+    wrapped = [m for m in modules if hasattr(m, "unshard")]
+    for m in wrapped:
+        m.unshard()
+    yield
+    for m in wrapped:
+        m.reshard()
+
+
+def diffusers(folder: str, scheme: str) -> tuple[nn.Module, Run]:
+    """Diffusers' transformer, quantized in place, and a forward of it."""
+    from diffusers import WanTransformer3DModel
+
+    model: Any = WanTransformer3DModel.from_pretrained(Path(folder) / "transformer")
+    for parameter in model.parameters():  # float sums depend a little on places in a mapped file
+        parameter.data = parameter.data.clone()
+    ascendit.quantize_(model, scheme)
+    x, text = torch.randn(1, 16, 3, 6, 4), torch.randn(1, 32, model.config.text_dim)
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        out: Tensor = model(x, torch.tensor([500.0]), text, return_dict=False)[0]
+        return out
+
+    return model, run
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Of the codes and scales that this process holds."""
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    return sum(local(p).nbytes for m in layers for p in m.parameters())
+
+
+def local(t: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def as_bytes(t: Tensor) -> Tensor:
+    return t.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def shard(model: Any, **options: Any) -> None:
+    """Each block, and the rest with the tables of modulation, which our model reads before the blocks."""
+    for block in model.blocks:
+        fully_shard(block, ignored_params={block.scale_shift_table}, **options)
+    fully_shard(model, **options)
+
+
+def forward(rank: int, build: str, folder: str, scheme: str) -> dict[str, Any]:
+    """Bytes before and after, whether two forwards are the same, and which rows the state dict has."""
+    model, run = globals()[build](folder, scheme)
+    wanted, before = run(), stored_bytes(model)
+    whole = {name: t.clone() for name, t in model.state_dict().items()}
+    shard(model)
+    held = stored_bytes(model)
+    same = [torch.equal(run(), wanted) for _ in range(2)]
+    state = model.state_dict()
+    kept = state.keys() == whole.keys()
+    for name, t in state.items():
+        rows = whole[name].split(-(-len(whole[name]) // 2)) if isinstance(t, DTensor) else (whole[name],) * 2
+        kept &= rank >= len(rows) or torch.equal(as_bytes(local(t)), as_bytes(rows[rank]))
+    model.load_state_dict(state)
+    same.append(torch.equal(run(), wanted))
+    return {"before": before, "held": held, "same": same, "after": stored_bytes(model), "kept": kept}
+
+
+def mixed_precision(rank: int, folder: str) -> tuple[str, bool]:
+    """The error of a policy that casts, and whether the shards are what they were."""
+    model, run = diffusers(folder, "fp8")
+    shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    before = {n: local(t).clone() for n, t in model.state_dict().items()}
+    try:
+        run()
+    except UsageError as e:
+        after = {n: local(t) for n, t in model.state_dict().items()}
+        same = [torch.equal(as_bytes(t), as_bytes(after[n])) for n, t in before.items()]
+        return f"{e.code} {e.got}", all(same)
+    return "", False

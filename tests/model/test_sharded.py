@@ -1,0 +1,28 @@
+"""FSDP2 over a quantized model: each rank holds half of the codes and scales, and the numbers stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Gloo = Callable[..., list[Any]]
+SCHEMES = ("int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("build", ["ours", "diffusers"])
+def test_each_rank_holds_half_and_the_output_is_the_same(
+    build: str, scheme: str, gloo: Gloo, tiny_t2v_single: Path
+) -> None:
+    ranks = gloo("model.sharded:forward", build, str(tiny_t2v_single), scheme)
+    for rank in ranks:
+        assert rank["same"] == [True] * 3 and rank["kept"]
+        assert rank["held"] == rank["after"] == rank["before"] // 2
+
+
+def test_mixed_precision_is_refused(gloo: Gloo, tiny_t2v_single: Path) -> None:
+    for text, same in gloo("model.sharded:mixed_precision", str(tiny_t2v_single)):
+        assert text == "E-QNT-03 a layer in fp8 to torch.bfloat16" and same
