@@ -73,7 +73,7 @@ def make_condition(
 def open_image(image: Any) -> Any:
     """A PIL image, RGB, from a path, a PIL image, uint8 [H, W, 3] or a float tensor [3, H, W] in [0, 1]."""
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if isinstance(image, (str, Path)):
         if not Path(image).is_file():
@@ -85,14 +85,7 @@ def open_image(image: Any) -> Any:
                 warnings.simplefilter("error")
                 with Image.open(image) as file:
                     return file.convert("RGB")
-        except (
-            UnidentifiedImageError,
-            OSError,
-            ValueError,
-            SyntaxError,
-            Warning,
-            Image.DecompressionBombError,
-        ) as e:
+        except (OSError, ValueError, SyntaxError, Warning, Image.DecompressionBombError) as e:
             raise _no_image(f"{image} is no image that can be read: {e}") from e
     if isinstance(image, Tensor):
         if image.ndim == 4 and image.shape[0] == 1:

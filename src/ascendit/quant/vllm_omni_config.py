@@ -19,7 +19,7 @@ from ascendit.names import is_block_linear, sort_names
 from ascendit.quant.fusion import patterns_of_module, vllm_omni_modules
 from ascendit.quant.layer_rules import LayerRule
 from ascendit.quant.schemes import METHOD, QUANTIZED, SCHEMES
-from ascendit.schedule import StepSchedule
+from ascendit.schedule import Step, StepSchedule
 
 METHODS = tuple(name for name, scheme in SCHEMES.items() if scheme.vllm_omni_key)
 _KEYS = {
@@ -91,7 +91,7 @@ def _policy(config: Mapping[str, Any], method: str) -> StepSchedule:
         raise _bad(f"w4a8_fallback_steps {steps!r} is no list of steps")
     if steps and method != "mxfp4":
         raise _bad(f"w4a8_fallback_steps belongs to mxfp4, not to {method}")
-    return StepSchedule(tuple((step, "w4a8") for step in sorted(set(steps))))
+    return StepSchedule(tuple((step, Step("w4a8")) for step in sorted(set(steps))))
 
 
 def _bad(problem: str) -> UsageError:
