@@ -15,7 +15,7 @@ Shapes: B videos, S video tokens, L text tokens, D width, H heads, d head size, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -157,18 +157,12 @@ class WanTransformer(nn.Module):
     # ---- once for each prompt -------------------------------------------------------------------
 
     def share(
-        self,
-        grid: Grid,
-        timesteps: Collection[float] = (),
-        *,
-        part: range | None = None,
-        other: Shared | None = None,
+        self, grid: Grid, timesteps: Timesteps = (), *, part: range | None = None, other: Shared | None = None
     ) -> Shared:
         """What the CFG branches have in common: RoPE tables, and the modulation of the current step.
 
-        `timesteps`: those that will come, so that no step has to wait for a copy to the device. `part`: the
-        tokens of the sequence that are computed. `other`: of the other expert, for a RoPE table that is the
-        same.
+        `timesteps`: those that will come, so that no step waits for a copy to the device. `part`: the tokens
+        that are computed. `other`: of the other expert, for a RoPE table that is the same.
         """
         part = part or range(num_tokens(grid))
         made_for = (grid, part, self.config.attention_head_dim, self.dtype, self.device)
@@ -177,8 +171,9 @@ class WanTransformer(nn.Module):
         else:
             table = rope_table(grid, self.config.attention_head_dim, device=self.device)
             pair = (t[part.start : part.stop] for t in (table.cos, table.sin))
-            rope = RopeTable(*self.ops.prepare("rope", *pair, dtype=self.dtype), made_for)
-        rows = self.sinusoids(tuple(timesteps)).split(1) if timesteps else ()
+            cos, sin = self.ops.prepare("rope", *pair, dtype=self.dtype)
+            rope = RopeTable(cos, sin, made_for)
+        rows = self.sinusoids(timesteps).split(1) if timesteps else ()
         return Shared(grid, rope, part, dict(zip(timesteps, rows, strict=True)))
 
     def prepare(
@@ -187,7 +182,7 @@ class WanTransformer(nn.Module):
         text: Tensor,
         image: Tensor | None = None,
         *,
-        timesteps: Collection[float] = (),
+        timesteps: Timesteps = (),
         make: Callable[..., DenoiseState] = DenoiseState,
         **run: Any,
     ) -> DenoiseState:

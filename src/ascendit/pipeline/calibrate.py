@@ -80,12 +80,12 @@ class Calibrator:
         check_alpha(self.alpha)
         device = parse_device(self.device)
         requests = self.requests(layout)
-        images = [request.image for request in requests]
-        for image in images:
-            if image is not None:
-                open_image(image)
-        hashes = [image and hashlib.sha256(Path(image).read_bytes()).hexdigest() for image in images]
-        content = [[request.prompt, image] for request, image in zip(requests, hashes, strict=True)]
+        content: list[list[str | None]] = []
+        for request in requests:
+            content.append([request.prompt, None])
+            if request.image is not None:
+                open_image(request.image)
+                content[-1][1] = hashlib.sha256(Path(request.image).read_bytes()).hexdigest()
         first = requests[0]
         guidance = (first.guidance_scale, first.guidance_scale_2)
         made = {

@@ -7,7 +7,6 @@ video.save("circle.mp4")
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,9 +34,6 @@ from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
 from ascendit.text.encoders import ImageEncoder, TextEncoder
 from ascendit.vae.autoencoder import VideoCoder
-
-log = logging.getLogger("ascendit")
-
 
 OnStep = Callable[[int, Tensor], None]
 """Called after each step with its number and the latents [1, z, F, h, w] that it leaves."""
@@ -92,38 +88,18 @@ class Pipeline:
         self,
         prompt: str,
         *,
-        negative_prompt: str | None = None,
         image: Any = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        guidance_scale_2: float | None = None,
-        flow_shift: float | None = None,
-        seed: int | None = None,
         on_progress: OnProgress | None = None,
         cancel: Stop | None = None,
-        **more: Any,
+        **fields: Any,
     ) -> Video:
-        """One video. Names are Diffusers'; what is None comes from the model. `more`: other request fields.
+        """One video. `fields`: of GenerateRequest, by Diffusers' names; without one or None: the model's own.
 
+        `negative_prompt`, `height`, `width`, `num_frames`, `num_inference_steps`, `guidance_scale`, `seed`..
         `image`: path, PIL image, uint8 array [H, W, 3] or float tensor [3, H, W] in [0, 1].
         """
-        request = self.request(
-            prompt,
-            negative_prompt=negative_prompt,
-            image=None if image is None else str(image) if isinstance(image, (str, Path)) else "<array>",
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_scale_2=guidance_scale_2,
-            flow_shift=flow_shift,
-            seed=seed,
-            **more,
-        )
+        name = None if image is None else str(image) if isinstance(image, (str, Path)) else "<array>"
+        request = self.request(prompt, image=name, **fields)
         return self.run(request, image=image, on_progress=on_progress, cancel=cancel)
 
     def run(
@@ -187,7 +163,7 @@ def predict(
     decision a step that a cache may take.
     """
     timesteps, spans = t
-    velocities = []
+    velocities: list[Tensor] = []
     for state in states:
         state.agree = agree
         velocities.append(experts[state.expert](x, timesteps, state, spans).float())
@@ -234,10 +210,10 @@ def denoise(
         name = "transformer" if high else "transformer_2"
         guidance = request.guidance_for(high=high)
         if not states or states[0].expert != name:
-            run = {"make": pipe.make_state, "steps": steps, "step": i, "expert": name}
+            run: dict[str, Any] = {"make": pipe.make_state, "steps": steps, "step": i, "expert": name}
+            prepare = partial(pipe.experts[name].prepare, shared[name], **run)
             branches = enumerate(texts if guidance > 1 else texts[:1])
-            prepare = partial(pipe.experts[name].prepare, shared[name], image=condition.tokens, **run)
-            states = [prepare(text, branch=branch) for branch, text in branches]
+            states = [prepare(text, condition.tokens, branch=branch) for branch, text in branches]
         for state in states:
             state.step = i
 
@@ -267,7 +243,7 @@ def share(
     for name, expert in experts.items():
         grid = expert.grid_of(latents)
         rows = dict.fromkeys(row for t in timesteps for row in condition.timesteps(t, grid)[0])
-        made[name] = expert.share(grid, rows, other=made.get("transformer"))
+        made[name] = expert.share(grid, tuple(rows), other=made.get("transformer"))
     return made
 
 

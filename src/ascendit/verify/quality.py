@@ -41,6 +41,8 @@ from ascendit.verify.quality_table import Quality, QualityRow
 
 LAYER_TOKENS = 512
 """How many tokens of each input a layer is measured on."""
+STORED = ("weight", "weight_scale", "weight_dual_scale")
+"""What counts as bits of a weight."""
 
 OnVideo = Callable[[str, bool], None]
 """Called with the case and whether its video is right; by any thread, one at a time."""
@@ -127,8 +129,8 @@ def measure_quality(
             base = base or made
             bits, layers = bits_per_weight(pipes[0]), layer_sqnr(plain, pipes[0], inputs)
             known[mark] = compare_traces(made, base, bits, layers)
-        named = {"name": case.name, "options": dict(case.options), "most_lost": case.most_lost}
-        rows.append(replace(known[mark], **named))
+        row = replace(known[mark], name=case.name, options=dict(case.options), most_lost=case.most_lost)
+        rows.append(row)
         quality = Quality(
             model=model, device=device, prompts=len(scenes), seeds=tuple(seeds), rows=tuple(rows)
         )
@@ -268,9 +270,5 @@ def bits_per_weight(pipe: Pipeline) -> float:
         if not isinstance(module, nn.Linear) or not is_block_linear(name.partition(".")[2]):
             continue
         count += module.in_features * module.out_features
-        if isinstance(module, QuantLinear):
-            e = module.joint.encoded(module.member)
-            size += sum(t.nbytes for t in (e.codes, e.scale, e.dual_scale) if t is not None)
-        else:
-            size += module.weight.nbytes
+        size += sum(t.nbytes for role, t in module.state_dict().items() if role in STORED)
     return 8 * size / max(count, 1)

@@ -29,9 +29,8 @@ log = logging.getLogger("ascendit")
 ERROR_LIMIT = 4e-3
 """Largest relative error of an operator on bfloat16 tokens that is right."""
 
-PYTORCH = tuple(
-    Kernel(f.__name__, "cuda", f, "cuda: fused PyTorch kernel") for f in (gelu_tanh, gelu, *PHASES, attention)
-)
+_CALLS: tuple[Function, ...] = (gelu_tanh, gelu, *PHASES, attention)
+PYTORCH = tuple(Kernel(f.__name__, "cuda", f, "cuda: fused PyTorch kernel") for f in _CALLS)
 """PyTorch has a fused kernel for these, called as on a CPU."""
 
 
