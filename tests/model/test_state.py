@@ -245,7 +245,7 @@ def test_text_keys_follow_the_precision_of_the_step(
             fresh = model.prepare(model.grid_of(x), text, steps=steps, step=state.step)
             assert torch.equal(model(x, 500.0, state), model(x, 500.0, fresh)), state.step
     assert [r.getMessage() for r in caplog.records if "again" in r.getMessage()] == [
-        "transformer, step 2: keys and values of the text again, w4a4"
+        "transformer, step 2: text keys and values again, w4a4"
     ]
 
 

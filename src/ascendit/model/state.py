@@ -1,12 +1,10 @@
-"""What a denoising run remembers, outside of the modules, and the seams at which a run can differ.
+"""What a denoising run remembers, outside of the modules, and the seams at which runs differ.
 
-One `DenoiseState` per request, expert and CFG branch. It holds everything that does not change from
-step to step (RoPE tables, text keys and values) and the modulation of the current step. It goes away
-with its request; modules keep none of it.
-
-The model asks its state for whatever a step, a cache, an attention policy or a parallel layout may change:
-`run_model`, `run_blocks`, `run_attention`, `attend`, `linear`, `norm`. Here these are plain calls. A subclass
-that is given to `WanTransformer.prepare(make=)` changes them; `super()` is the plain call.
+One `DenoiseState` per request, expert and CFG branch. It holds what does not change from step to step (RoPE
+tables, text keys and values) and the modulation of the current step; modules keep none of it. The model asks
+it for whatever a step, a cache, an attention policy or a parallel layout may change: `run_model`,
+`run_blocks`, `run_attention`, `attend`, `linear`, `norm`. Here these are plain calls, in a subclass that is
+given to `WanTransformer.prepare(make=)` something else.
 """
 
 from __future__ import annotations
@@ -33,8 +31,6 @@ KeyValue = tuple[Tensor, Tensor]
 """Keys and values [B, L, H, d]."""
 Timesteps = tuple[float, ...]
 """Distinct ones, in the order of the sequence; `Spans` has the number of tokens of each."""
-RunBlock = Callable[[int, Any, Tensor, "Modulation"], Tensor]
-"""(index, block, hidden states, modulation) -> hidden states."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,6 @@ class Modulation:
     made of them.
     """
 
-    timesteps: Timesteps
     spans: Spans
     norms: Tensor
     gates: Tensor
@@ -129,7 +124,7 @@ class DenoiseState:
 
     @property
     def now(self) -> Step:
-        """What the schedule says of the current step."""
+        """The current one of `steps`."""
         return self.steps[self.step]
 
     def keys_change(self, layers: Iterable[Any]) -> bool:
@@ -139,9 +134,7 @@ class DenoiseState:
             return True
         changed = any(_precision_of(m, before) != _precision_of(m, self.keys_in) for m in layers)
         if changed:
-            log.info(
-                "%s, step %d: keys and values of the text again, %s", self.expert, self.step, self.keys_in
-            )
+            log.info("%s, step %d: text keys and values again, %s", self.expert, self.step, self.keys_in)
         return changed
 
     # ---- seams ----------------------------------------------------------------------------------
@@ -151,9 +144,9 @@ class DenoiseState:
         return forward(x, t)
 
     def run_blocks(
-        self, blocks: Iterable[Any], hidden: Tensor, modulation: Modulation, run_block: RunBlock
+        self, blocks: Iterable[Any], hidden: Tensor, modulation: Modulation, run_block: Callable[..., Tensor]
     ) -> Tensor:
-        """Hidden states [B, S, D] before the first block -> after the last."""
+        """Hidden states [B, S, D] before the first block -> after the last, by `run_block(i, block, ..)`."""
         for i, block in enumerate(blocks):
             hidden = run_block(i, block, hidden, modulation)
         return hidden

@@ -30,15 +30,6 @@ from ascendit.model.state import DenoiseState, Modulation, RopeTable, Shared, Ti
 from ascendit.ops.operators import Ops
 
 
-class Norm(nn.Module):
-    """Weight, and bias where there is one; the arithmetic is the operators'."""
-
-    def __init__(self, dim: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
-
-
 class Attention(nn.Module):
     """Parameters of one attention; `added_kv_proj_dim` adds keys and values for image tokens."""
 
@@ -47,13 +38,13 @@ class Attention(nn.Module):
         d = config.dim
         self.to_q, self.to_k, self.to_v = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
         self.to_out = nn.ModuleList([nn.Linear(d, d)])
-        self.norm_q, self.norm_k = Norm(d, bias=False), Norm(d, bias=False)
+        self.norm_q, self.norm_k = nn.RMSNorm(d), nn.RMSNorm(d)
         if cross and config.added_kv_proj_dim is not None:
             self.add_k_proj = nn.Linear(config.added_kv_proj_dim, d)
             self.add_v_proj = nn.Linear(config.added_kv_proj_dim, d)
-            self.norm_added_k = Norm(d, bias=False)
+            self.norm_added_k = nn.RMSNorm(d)
 
-    def key_layers(self, kind: str) -> tuple[nn.Module, nn.Module, Norm]:
+    def key_layers(self, kind: str) -> tuple[nn.Module, nn.Module, nn.Module]:
         """Those that make keys and values of a context."""
         added = kind == "image"
         return (
@@ -68,8 +59,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, inner: int, out: int) -> None:
         super().__init__()
-        first = nn.Module()
-        first.proj = nn.Linear(dim, inner)
+        first = nn.ModuleDict({"proj": nn.Linear(dim, inner)})
         self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(inner, out)])
 
 
@@ -80,17 +70,9 @@ class Block(nn.Module):
         super().__init__()
         self.attn1 = Attention(config, cross=False)
         self.attn2 = Attention(config, cross=True)
-        self.norm2 = Norm(config.dim, bias=True) if config.cross_attn_norm else None
+        self.norm2 = nn.LayerNorm(config.dim) if config.cross_attn_norm else None
         self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, config.dim))
-
-
-class TwoLinears(nn.Module):
-    """`linear_1`, `linear_2`: the time and text embedders."""
-
-    def __init__(self, dim: int, out: int) -> None:
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(dim, out), nn.Linear(out, out)
 
 
 class ImageEmbedder(nn.Module):
@@ -98,7 +80,7 @@ class ImageEmbedder(nn.Module):
 
     def __init__(self, config: WanConfig, image_dim: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = Norm(image_dim, bias=True), Norm(config.dim, bias=True)
+        self.norm1, self.norm2 = nn.LayerNorm(image_dim), nn.LayerNorm(config.dim)
         self.ff = FeedForward(image_dim, image_dim, config.dim)
         if config.pos_embed_seq_len is not None:
             self.pos_embed = nn.Parameter(torch.zeros(1, config.pos_embed_seq_len, image_dim))
@@ -109,9 +91,14 @@ class ConditionEmbedder(nn.Module):
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
-        self.time_embedder = TwoLinears(config.freq_dim, config.dim)
-        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
-        self.text_embedder = TwoLinears(config.text_dim, config.dim)
+        d = config.dim
+        self.time_embedder = nn.ModuleDict(
+            {"linear_1": nn.Linear(config.freq_dim, d), "linear_2": nn.Linear(d, d)}
+        )
+        self.time_proj = nn.Linear(d, 6 * d)
+        self.text_embedder = nn.ModuleDict(
+            {"linear_1": nn.Linear(config.text_dim, d), "linear_2": nn.Linear(d, d)}
+        )
         if config.image_dim is not None:
             self.image_embedder = ImageEmbedder(config, config.image_dim)
 
@@ -207,10 +194,8 @@ class WanTransformer(nn.Module):
             return
         state.keys.clear()
         for kind, parts in layers.items():
-            x, keys = (
-                Tokens(state.context[kind]),
-                state.keys.setdefault(kind, []),
-            )  # quantized once for all blocks
+            x = Tokens(state.context[kind])  # quantized once for all blocks
+            keys = state.keys[kind] = []
             for to_k, to_v, norm in parts:
                 v = state.linear(to_v, x)  # a part of a joint product: copied once, not on every step
                 keys.append((self._normed(state, to_k, norm, x), self._heads(v.contiguous())))
@@ -252,7 +237,7 @@ class WanTransformer(nn.Module):
         out = self.scale_shift_table[0].float()[:, None, :] + temb.float()
         norms, out = ops.prepare("adaln", blocks[:, :, :2], out, dtype=self.dtype)
         (gates,) = ops.prepare("gated_residual", blocks[:, :, 2], dtype=self.dtype)
-        return Modulation(timesteps, spans, norms, gates, out)
+        return Modulation(spans, norms, gates, out)
 
     def forward(
         self, x: Tensor, timestep: float | Timesteps, state: DenoiseState, spans: Spans | None = None
@@ -306,7 +291,7 @@ class WanTransformer(nn.Module):
         parts = [state.attend(kind, i, q, *keys[i]) for kind, keys in state.keys.items()]
         return state.linear(attn.to_out[0], sum(parts[1:], parts[0]).flatten(2))
 
-    def _normed(self, state: DenoiseState, layer: Any, norm: Norm, x: Tensor | Tokens) -> Tensor:
+    def _normed(self, state: DenoiseState, layer: Any, norm: Any, x: Tensor | Tokens) -> Tensor:
         """Q or K, [B, S, H, d]."""
         return self._heads(state.norm(state.linear(layer, x), norm.weight, self.config.eps))
 

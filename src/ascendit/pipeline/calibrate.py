@@ -3,8 +3,8 @@
     ascendit.quantize("demo", "demo-fp4", scheme="mxfp4_dualscale", calibrate=Calibrator(prompts=4))
 
 Prompts are a text file with one on each line, or some of the demo model's own; a line may begin with the
-first frame and a tab, for models that start from an image. The model is not changed: `WatchedState` notes
-what its layers are given. Layers that share an input (Q, K and V) are known by their first.
+first frame and a tab, for models that start from an image. The model is not changed: its state
+notes what the layers are given. Layers that share an input (Q, K and V) are known by their first.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from ascendit.progress import OnProgress, Progress
 from ascendit.quant.fusion import leader_of
 from ascendit.weights.lora.fold import Folds, LoraSource
 
+Prompt = tuple[str, Path | None]
+"""The text, and the first frame."""
 DEMO_PROMPTS = 8
 """As many for `demo`."""
 PARTS = ("weight_amax", "amax", "keys", "rows")
@@ -206,26 +208,18 @@ class Input:
         return Statistics(self.amax.cpu(), self.weight_amax, self.rows.view(-1, len(self.weight_amax)))
 
 
-@dataclass(eq=False, kw_only=True)
-class WatchedState(DenoiseState):
-    """Notes what some layers of the blocks are given."""
-
-    inputs: Mapping[int, Input]
-    """By the identity of the layer."""
-    generator: torch.Generator
-
-    def linear(self, layer: Any, x: Tensor | Tokens) -> Tensor:
-        """See `DenoiseState.linear`."""
-        if (seen := self.inputs.get(id(layer))) is not None:
-            seen.add(x.x if isinstance(x, Tokens) else x, self.generator)
-        return super().linear(layer, x)
-
-
 def watched(pipe: Pipeline, inputs: Mapping[str, Input], generator: torch.Generator) -> Pipeline:
-    """The same pipeline; the layers in `inputs` (`transformer.blocks.0.attn1.to_q`) are watched."""
+    """The same pipeline, which notes what layers are given: `transformer.blocks.0.attn1.to_q` in `inputs`."""
     experts = nn.ModuleDict(pipe.experts)
     layers = {id(experts.get_submodule(name)): seen for name, seen in inputs.items()}
-    return replace(pipe, make_state=partial(WatchedState, inputs=layers, generator=generator))
+
+    class Watched(DenoiseState):
+        def linear(self, layer: Any, x: Tensor | Tokens) -> Tensor:
+            if (seen := layers.get(id(layer))) is not None:
+                seen.add(x.x if isinstance(x, Tokens) else x, generator)
+            return super().linear(layer, x)
+
+    return replace(pipe, make_state=Watched)
 
 
 def inputs_of(pipe: Pipeline, limit: int) -> dict[str, Input]:
@@ -262,9 +256,7 @@ def _read(file: Path, limit: int) -> tuple[int, dict[str, Input]]:
 # ---- prompts ------------------------------------------------------------------------------------
 
 
-def read_prompts(
-    given: str | Path | int | Sequence[str], defaults: Defaults
-) -> list[tuple[str, Path | None]]:
+def read_prompts(given: str | Path | int | Sequence[str], defaults: Defaults) -> list[Prompt]:
     """Prompts and their first frames. `given`: a file, `demo`, a number of the demo model's, or the prompts.
 
     UsageError E-USE-01: no prompts in it, or the demo's for another model; E-USE-02: no such file or image.
@@ -278,7 +270,7 @@ def read_prompts(
     return [(line, None) for line in given] or _refuse("no prompts")
 
 
-def _of_the_demo(count: int, defaults: Defaults) -> list[tuple[str, Path | None]]:
+def _of_the_demo(count: int, defaults: Defaults) -> list[Prompt]:
     """Prompts of its training set: neighbours in the file differ in everything."""
     if defaults.spec is None or defaults.spec.name != "ascendit-demo":
         _refuse(f"prompts of the demo model for {defaults.model}")
@@ -288,7 +280,7 @@ def _of_the_demo(count: int, defaults: Defaults) -> list[tuple[str, Path | None]
     return [(line, None) for line in lines[:count]]
 
 
-def _from_file(path: Path) -> list[tuple[str, Path | None]]:
+def _from_file(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, NotADirectoryError):
@@ -296,7 +288,7 @@ def _from_file(path: Path) -> list[tuple[str, Path | None]]:
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "not UTF-8"
         _refuse(f"prompts in {path}: {reason}")
-    prompts: list[tuple[str, Path | None]] = []
+    prompts: list[Prompt] = []
     for line in filter(str.strip, lines):
         head, tab, tail = line.partition("\t")
         image = path.parent / Path(head.strip()).expanduser() if tab else None

@@ -37,8 +37,6 @@ from ascendit.vae.autoencoder import VideoCoder
 
 OnStep = Callable[[int, Tensor], None]
 """Called after each step with its number and the latents [1, z, F, h, w] that it leaves."""
-Predict = Callable[..., Tensor]
-"""As `predict`."""
 
 
 class Stop(Protocol):
@@ -72,7 +70,7 @@ class Pipeline:
     """The options that were given to `load`, as `request.load_record` says them; a video keeps them."""
     make_state: Callable[..., DenoiseState] = DenoiseState
     """What the model asks at its seams: a cache, an attention policy or a layout is a subclass."""
-    predict: Predict = field(default_factory=lambda: predict)
+    predict: Callable[..., Tensor] = field(default_factory=lambda: predict)
 
     @property
     def experts(self) -> dict[str, WanTransformer]:
