@@ -114,10 +114,13 @@ def test_run_attention_skips_the_layers_around_it_too(tiny_t2v_single: Path) -> 
         def run_attention(self, kind: Any, block: int, hidden: Any, forward: Any) -> Tensor:
             return torch.zeros_like(hidden) if kind == "self" else forward(hidden)
 
-    model, made = load(tiny_t2v_single), []
-    velocity(model, make=lambda *given, **run: made.append(Skipped(*given, **run)) or made[-1])
-    assert [kind for kind, _, _ in made[0].calls("attend")] == ["text"] * BLOCKS
-    assert len(made[0].calls("linear")) == (2 + 4) * BLOCKS  # text K and V; Q and output, the feed-forward
+    model = load(tiny_t2v_single)
+    x, text = inputs(model)
+    with torch.inference_mode():
+        state: Any = model.prepare(model.grid_of(x), text, make=Skipped)
+        model(x, 500.0, state)
+    assert [kind for kind, _, _ in state.calls("attend")] == ["text"] * BLOCKS
+    assert len(state.calls("linear")) == (2 + 4) * BLOCKS  # text K and V; Q and output, the feed-forward
 
 
 def test_run_blocks_can_leave_blocks_out(tiny_t2v_single: Path) -> None:

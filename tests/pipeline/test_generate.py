@@ -131,7 +131,8 @@ def test_guidance_of_one_runs_no_unconditional_pass(
 
 def latents_of(pipe: generate.Pipeline, **fields: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The last latents, and those that each step left."""
-    request, left = pipe.request(PROMPT, seed=1, **(SMALL | fields)), []
+    request = pipe.request(PROMPT, seed=1, **(SMALL | fields))
+    left: list[torch.Tensor] = []
 
     def on_step(i: int, latents: torch.Tensor) -> None:
         assert i == len(left)

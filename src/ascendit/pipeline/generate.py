@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -209,9 +208,8 @@ def denoise(
         guidance = request.guidance_for(high=high)
         if not states or states[0].expert != name:
             run: dict[str, Any] = {"make": pipe.make_state, "steps": steps, "step": i, "expert": name}
-            prepare = partial(pipe.experts[name].prepare, shared[name], **run)
-            branches = enumerate(texts if guidance > 1 else texts[:1])
-            states = [prepare(text, condition.tokens, branch=branch) for branch, text in branches]
+            prepare, branches = pipe.experts[name].prepare, enumerate(texts if guidance > 1 else texts[:1])
+            states = [prepare(shared[name], x, condition.tokens, branch=b, **run) for b, x in branches]
         for state in states:
             state.step = i
 

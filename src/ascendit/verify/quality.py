@@ -242,7 +242,7 @@ def layer_inputs(pipe: Pipeline, request: GenerateRequest, cancel: Stop | None =
     inputs = inputs_of(pipe, LAYER_TOKENS)
     generator = torch.Generator().manual_seed(0)
     denoise(watched(pipe, inputs, generator), request, None, lambda event: None, cancel)
-    return {layer: seen.rows for layer, seen in inputs.items()}
+    return {layer: seen.statistics().rows for layer, seen in inputs.items()}
 
 
 @torch.inference_mode()
