@@ -46,12 +46,9 @@ class Attention(nn.Module):
 
     def key_layers(self, kind: str) -> tuple[nn.Module, nn.Module, nn.Module]:
         """Those that make keys and values of a context."""
-        added = kind == "image"
-        return (
-            (self.add_k_proj, self.add_v_proj, self.norm_added_k)
-            if added
-            else (self.to_k, self.to_v, self.norm_k)
-        )
+        if kind == "image":
+            return self.add_k_proj, self.add_v_proj, self.norm_added_k
+        return self.to_k, self.to_v, self.norm_k
 
 
 class FeedForward(nn.Module):

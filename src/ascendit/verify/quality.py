@@ -160,17 +160,16 @@ def make_videos(
     """One for each request. Each pipeline has a thread, and its share of the processors."""
     jobs, threads, lock = len(pipes), torch.get_num_threads(), threading.Lock()
 
-    def make(i: int) -> Trace:
-        made = trace(pipes[i % jobs], requests[i], cancel)
-        right = all(judge(made.frames).right(scenes[i]).values())
-        with lock:
-            if tell:
-                tell(right)
-        return replace(made, right=right)
-
     def share(member: int) -> list[Trace]:
         torch.set_num_threads(max(1, threads // jobs))
-        return [make(i) for i in range(member, len(requests), jobs)]
+        made = []
+        for request, scene in zip(requests[member::jobs], scenes[member::jobs], strict=True):
+            one = trace(pipes[member], request, cancel)
+            made.append(replace(one, right=all(judge(one.frames).right(scene).values())))
+            with lock:
+                if tell:
+                    tell(made[-1].right)
+        return made
 
     try:
         with ThreadPoolExecutor(jobs) as pool:
