@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.reader import DTYPE_BITS
+from ascendit.checkpoint.reader import DTYPE_BITS, RowReader, Shards
 from ascendit.checkpoint.transformer import Expert, read_expert
 from ascendit.errors import CheckpointError
 from ascendit.names import all_linears, expected_tensors, to_wan
@@ -143,3 +144,9 @@ def refused(path: Path, code: str) -> str:
         read(path)
     assert e.value.code == code, str(e.value)
     return e.value.got
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a part, by our own strict reader."""
+    with RowReader() as reader:
+        return {name: reader.tensor(info) for name, info in Shards.open(folder).tensors.items()}

@@ -25,8 +25,10 @@ ENVIRONMENT = SRC / "environment.py"
 ORDER = (
     "version",
     "errors",
+    "validation",
     "environment",
     "progress",
+    "report",
     "family",
     "names",
     "native",
@@ -64,8 +66,10 @@ PUBLIC_LIST_RANK = RANK["pipeline"] + 0.5  # `ascendit` itself offers load and P
 SUBPACKAGES = frozenset(RANK) - {
     "version",
     "errors",
+    "validation",
     "environment",
     "progress",
+    "report",
     "family",
     "names",
     "schedule",
@@ -85,7 +89,9 @@ HEAVY = ("torch", "diffusers", "transformers", "av")
 LIGHT = (
     "version",
     "errors",
+    "validation",
     "environment",
+    "report",
     "family",
     "names",
     "schedule",
@@ -109,7 +115,7 @@ MAX_FUNCTION, P90_FUNCTION, MAX_LOOP = 80, 40, 60
 
 BANNED = frozenset({"torchvision", "torchaudio", "xfuser", "yunchang"})
 OPTIONAL = frozenset({"torch_npu", "mindiesd", "modelscope"})  # tried, and done without
-DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "pydantic_core": "pydantic"}
 
 
 def sources() -> list[Path]:
@@ -370,6 +376,15 @@ for name in {modules!r}:
         break
 """
     assert python(code) == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["cli.main", "cli.inspect", "inspect.checkpoint", "inspect.diff", "doctor.machine"]
+)
+def test_what_only_looks_needs_no_pydantic(name: str) -> None:
+    """It takes 0.2 s, and only options, requests and recipes need it."""
+    code = f"import ascendit.{name}, sys; print('pydantic' in sys.modules)"
+    assert python(code) == "False"
 
 
 def test_importing_ascendit_is_light_and_fast() -> None:

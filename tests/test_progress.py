@@ -1,45 +1,66 @@
-"""Speed and time to go of a conversion."""
+"""Speed and time to go of an event, and the meter of a conversion."""
 
 import subprocess
 import sys
 
 import pytest
 
-from ascendit.progress import ConversionProgress
+from ascendit.progress import Meter, Progress
+
+
+def moved(done: int, total: int, seconds: float, skipped: int = 0) -> Progress:
+    return Progress(stage="write", step=done, total=total, unit="byte", seconds=seconds, skipped=skipped)
 
 
 def test_speed_and_time_to_go() -> None:
-    progress = ConversionProgress("transformer", "blocks.0.ffn.net.2.weight", 3 << 30, 12 << 30, 2.0)
-    assert progress.gib_per_s == 1.5
+    progress = moved(3 << 30, 12 << 30, 2.0)
+    assert progress.speed == 1.5 * 2**30
     assert progress.eta == 6.0
 
 
 def test_nothing_is_known_at_the_start() -> None:
-    progress = ConversionProgress("transformer", "", 0, 1 << 30, 0.0)
-    assert progress.gib_per_s == 0.0
+    progress = moved(0, 1 << 30, 0.0)
+    assert progress.speed == 0.0
     assert progress.eta is None
 
 
 def test_the_first_percent_says_nothing_about_the_rest() -> None:
     """Opening files and loading code takes longer than the first bytes."""
-    assert ConversionProgress("transformer", "w", 9 << 20, 1000 << 20, 0.3).eta is None
-    assert ConversionProgress("transformer", "w", 10 << 20, 1000 << 20, 0.3).eta == pytest.approx(29.7)
-    assert (
-        ConversionProgress("transformer", "w", 501 << 20, 1000 << 20, 0.3, skipped_bytes=500 << 20).eta
-        is None
-    )
+    assert moved(9 << 20, 1000 << 20, 0.3).eta is None
+    assert moved(10 << 20, 1000 << 20, 0.3).eta == pytest.approx(29.7)
+    assert moved(501 << 20, 1000 << 20, 0.3, 500 << 20).eta is None
 
 
 def test_bytes_of_a_killed_run_are_not_counted_as_speed() -> None:
-    progress = ConversionProgress("transformer", "w", 9 << 30, 12 << 30, 2.0, skipped_bytes=5 << 30)
-    assert progress.gib_per_s == 2.0
+    progress = moved(9 << 30, 12 << 30, 2.0, 5 << 30)
+    assert progress.speed == 2 << 30
     assert progress.eta == 1.5
-    assert ConversionProgress("transformer", "w", 5 << 30, 12 << 30, 0.1, skipped_bytes=5 << 30).eta is None
+    assert moved(5 << 30, 12 << 30, 0.1, 5 << 30).eta is None
 
 
 @pytest.mark.parametrize("total", [0, 7])
 def test_at_the_end_nothing_is_left(total: int) -> None:
-    assert ConversionProgress("check", "w", total, total, 1.0).eta == 0.0
+    assert moved(total, total, 1.0).eta == 0.0
+
+
+def test_steps_have_a_pace() -> None:
+    progress = Progress(stage="denoise", step=3, total=10, seconds=0.5)
+    assert (progress.speed, progress.eta) == (2.0, 3.5)
+    assert Progress(stage="denoise", total=10).eta is None
+
+
+def test_the_meter_counts_over_stages() -> None:
+    told: list[Progress] = []
+    meter = Meter(10, told.append)
+    first, second = meter.advance_in("transformer"), meter.advance_in("check")
+    first("a", 3, skipped=True)
+    second("b", 4)
+    assert [(p.stage, p.name, p.step, p.skipped) for p in told] == [
+        ("transformer", "a", 3, 3),
+        ("check", "b", 7, 3),
+    ]
+    assert {(p.total, p.unit) for p in told} == {(10, "byte")} and told[1].seconds >= told[0].seconds > 0
+    Meter(1, None).advance_in("quiet")("a", 1)
 
 
 def test_it_is_light() -> None:

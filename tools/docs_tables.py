@@ -240,7 +240,7 @@ def command(name: str) -> Any:
     from ascendit.cli.main import app
 
     group: Any = typer.main.get_command(app)
-    return group.commands[name] if name else group
+    return group.get_command(None, name) if name else group
 
 
 def flags_table(name: str) -> str:
@@ -258,7 +258,7 @@ def flags_table(name: str) -> str:
 
 def commands_table() -> str:
     return table(
-        ("command", "does"), ((f"`ascendit {n}`", summary(c)) for n, c in command("").commands.items())
+        ("command", "does"), ((f"`ascendit {n}`", summary(command(n))) for n in command("").commands)
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run reports while it goes: plain data, so that a terminal, a server and a test can all read it."""
+"""What a run or a conversion reports while it goes: plain data for a terminal, a server and a test alike."""
 
 from __future__ import annotations
 
@@ -7,65 +7,46 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-# ---- generating a video -------------------------------------------------------------------------
-
-Stage = Literal["load", "encode", "denoise", "decode", "save"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """One event. `step` of `total` is done in this stage; both are 0 where a stage has no steps."""
+    """One event. `step` of `total` are done in this stage; both are 0 in a stage without steps."""
 
-    stage: Stage
+    stage: str
+    """Of a run: `load`, `encode`, `denoise`, `decode`; of a conversion: `transformer`, `check`, ..."""
+    name: str = ""
+    """The tensor or file that was last worked on."""
     step: int = 0
     total: int = 0
+    unit: Literal["step", "byte"] = "step"
+    """What `step`, `total` and `skipped` count."""
+    skipped: int = 0
+    """Of `step`, those that a killed run had done before: they took none of `seconds`."""
+    seconds: float = 0.0
+    """That the last step took; for bytes since the first stage began."""
     expert: str | None = None
     """`transformer` (high noise) or `transformer_2` (low noise), while denoising a cascade."""
     timestep: float | None = None
-    seconds: float = 0.0
-    """Seconds the last step took."""
     memory_bytes: int = 0
     """Memory in use by this process (CPU) or on the device."""
 
-
-OnProgress = Callable[[Progress], None]
-
-
-# ---- converting a checkpoint --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ConversionProgress:
-    """One event: `done_bytes` of `total_bytes` are read and dealt with."""
-
-    stage: str
-    """`transformer`, `transformer_2`, `check`, ..."""
-    name: str
-    """The tensor or file that was last worked on."""
-    done_bytes: int
-    total_bytes: int
-    seconds: float
-    """Since the stage began."""
-    skipped_bytes: int = 0
-    """Of `done_bytes`, those that a killed run had done before: they took none of `seconds`."""
-
     @property
-    def gib_per_s(self) -> float:
-        """Speed so far, in GiB/s; 0 before anything is known."""
-        return (self.done_bytes - self.skipped_bytes) / 2**30 / self.seconds if self.seconds > 0 else 0.0
+    def speed(self) -> float:
+        """Steps or bytes per second; 0 before anything is known."""
+        done = 1 if self.unit == "step" else self.step - self.skipped
+        return done / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def eta(self) -> float | None:
-        """Seconds to go at the speed so far; None in the first percent, which is mostly start-up."""
-        worked = self.done_bytes - self.skipped_bytes
-        if self.done_bytes >= self.total_bytes:
+        """Seconds to go at this speed; None while it is unknown. The first percent of bytes is start-up."""
+        if self.step >= self.total:
             return 0.0
-        if worked < (self.total_bytes - self.skipped_bytes) / 100:
+        if self.unit == "byte" and self.step - self.skipped < (self.total - self.skipped) / 100:
             return None
-        return self.seconds * (self.total_bytes - self.done_bytes) / worked
+        return (self.total - self.step) / self.speed if self.speed else None
 
 
-OnConversionProgress = Callable[[ConversionProgress], None]
+OnProgress = Callable[[Progress], None]
 
 
 class Advance(Protocol):
@@ -74,10 +55,10 @@ class Advance(Protocol):
     def __call__(self, name: str, count: int, skipped: bool = False) -> None: ...
 
 
-class ConversionMeter:
-    """Counts bytes and reports them. The clock starts when it is made."""
+class Meter:
+    """Counts bytes over all stages and reports them. The clock starts when it is made."""
 
-    def __init__(self, total_bytes: int, on_progress: OnConversionProgress | None) -> None:
+    def __init__(self, total_bytes: int, on_progress: OnProgress | None) -> None:
         self._total = total_bytes
         self._done = self._skipped = 0
         self._on_progress = on_progress
@@ -90,8 +71,15 @@ class ConversionMeter:
             self._done += count
             self._skipped += count if skipped else 0
             if self._on_progress is not None:
-                seconds = time.perf_counter() - self._start
-                event = ConversionProgress(stage, name, self._done, self._total, seconds, self._skipped)
+                event = Progress(
+                    stage=stage,
+                    name=name,
+                    step=self._done,
+                    total=self._total,
+                    unit="byte",
+                    skipped=self._skipped,
+                    seconds=time.perf_counter() - self._start,
+                )
                 self._on_progress(event)
 
         return advance

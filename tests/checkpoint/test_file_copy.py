@@ -1,4 +1,4 @@
-"""Bytes moved by the kernel, by each way it has; room reserved; folders renamed."""
+"""Bytes copied by the kernel and without it, disk space reserved, errors in words."""
 
 import errno
 import itertools
@@ -13,17 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ascendit.checkpoint.file_copy import (
+    check_room,
     copy_file,
-    disk_full,
     move_bytes,
-    rename_new,
     reserve,
     room_for,
     write_error,
 )
 from ascendit.errors import CheckpointError
 
-WAYS = ("copy_file_range", "sendfile", "buffer")
+WAYS = ("copy_file_range", "buffer")
 DATA = bytes(itertools.islice(itertools.cycle(range(251)), 3_000_000))
 
 
@@ -56,9 +55,8 @@ def only(way: str, monkeypatch: pytest.MonkeyPatch, number: int = errno.EXDEV) -
 
         return call
 
-    for name in ("copy_file_range", "sendfile"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, counted(name, real if name == way else fail(number)))
+    real = os.copy_file_range if way == "copy_file_range" else fail(number)
+    monkeypatch.setattr(os, "copy_file_range", counted("copy_file_range", real))
     return called
 
 
@@ -114,12 +112,11 @@ def test_what_a_kernel_cannot_do_is_done_otherwise(
     called = only("buffer", monkeypatch, getattr(errno, number))
     move_bytes(*files[:1], 8, files[1], 16, 1_000_000)
     assert os.pread(files[1], 1_000_000, 16) == DATA[8:1_000_008]
-    assert called == ["copy_file_range", "sendfile"]
+    assert called == ["copy_file_range"]
 
 
 def test_a_system_without_the_calls(files: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "copy_file_range")
-    monkeypatch.delattr(os, "sendfile")
     move_bytes(files[0], 8, files[1], 16, 1_000_000)
     assert os.pread(files[1], 1_000_000, 16) == DATA[8:1_000_008]
 
@@ -138,20 +135,17 @@ def test_partial_counts_and_a_change_of_ways_on_the_way(
     src, dst = files
     os.ftruncate(dst, 0)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("copy_file_range", "sendfile"):
-            left, real = list(steps), getattr(os, name)
+        left, real = list(steps), os.copy_file_range
 
-            def call(
-                *a: int, left: list[int] = left, real: Any = real, at: int = 2 if "_" in name else 3
-            ) -> int:
-                if not left:
-                    if then:
-                        raise OSError(then, os.strerror(then))
-                    return 0
-                size = min(left.pop(), a[at])
-                return int(real(*a[:at], size, *a[at + 1 :])) if size else 0
+        def call(src: int, dst: int, count: int, src_at: int, dst_at: int) -> int:
+            if not left:
+                if then:
+                    raise OSError(then, os.strerror(then))
+                return 0
+            size = min(left.pop(), count)
+            return real(src, dst, size, src_at, dst_at) if size else 0
 
-            patch.setattr(os, name, call)
+        patch.setattr(os, "copy_file_range", call)
         move_bytes(src, src_offset, dst, dst_offset, 2_000_000)
     assert os.pread(dst, 3_000_000, dst_offset) == DATA[src_offset : src_offset + 2_000_000]
 
@@ -167,13 +161,11 @@ def test_a_source_that_ends_too_early(
     assert e.value.got == f"a/model.safetensors: truncated while it was read, at byte {len(DATA)}"
 
 
-@pytest.mark.parametrize("way", WAYS[:2])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 def test_real_failures_are_not_tried_again(
-    files: tuple[int, int], way: str, number: int, monkeypatch: pytest.MonkeyPatch
+    files: tuple[int, int], number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only("buffer", monkeypatch)
-    monkeypatch.setattr(os, way, fail(number))
+    only("buffer", monkeypatch, number)
     with pytest.raises(OSError) as e:
         move_bytes(files[0], 0, files[1], 0, 1000 * 1000)
     assert e.value.errno == number
@@ -212,8 +204,13 @@ def test_reserving_where_it_cannot_be_done(tmp_path: Path) -> None:
     os.close(write)
 
 
-def test_problems_of_the_disk_in_words(tmp_path: Path) -> None:
-    e = disk_full(tmp_path, 3 << 30, 1 << 30)
+def test_problems_of_the_disk_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    check_room(tmp_path, 1 << 30)
+    with pytest.raises(OSError) as full:
+        check_room(tmp_path, 3 << 30)
+    e = write_error(tmp_path, full.value, 3 << 30)
     assert str(e).splitlines() == [
         f"[E-ENV-04] 3,221,225,472 bytes (3.00 GiB) to write below {tmp_path}, 1,073,741,824 free there",
         "  needs  2,147,483,648 bytes more: room for the whole output, within the quota and the limit on the"
@@ -225,39 +222,3 @@ def test_problems_of_the_disk_in_words(tmp_path: Path) -> None:
     assert quota.needs.startswith("room for the whole output, within the quota")
     other = write_error(tmp_path, OSError(errno.EROFS, "Read-only file system"))
     assert (other.code, other.got) == ("E-ENV-02", f"cannot write in {tmp_path}: Read-only file system")
-
-
-# ---- renaming
-
-
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("there", [None, "file", "empty", "folder", "link"])
-def test_rename_never_replaces(
-    tmp_path: Path, there: str | None, known: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With renameat2, and on a system that has no such call."""
-    if not known:
-        monkeypatch.setattr("ascendit.checkpoint.file_copy._libc", object)
-    src, dst = tmp_path / "src", tmp_path / "dst"
-    src.mkdir()
-    if there == "file":
-        dst.write_text("x")
-    elif there == "link":
-        dst.symlink_to("nothing")
-    elif there:
-        dst.mkdir()
-        if there == "folder":
-            (dst / "f").write_text("x")
-    if there is None:
-        rename_new(src, dst)
-        assert os.listdir(tmp_path) == ["dst"]
-    else:
-        inode = dst.lstat().st_ino
-        with pytest.raises(FileExistsError):
-            rename_new(src, dst)
-        assert src.is_dir() and dst.lstat().st_ino == inode
-
-
-def test_rename_of_nothing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        rename_new(tmp_path / "src", tmp_path / "dst")

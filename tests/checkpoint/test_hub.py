@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
@@ -114,7 +114,8 @@ class Handler(BaseHTTPRequestHandler):
         part = self.headers.get("Range")
         if part:
             start = int(part.removeprefix("bytes=").rstrip("-"))
-            return self.answer(data[start:], status=206, **headers)
+            span = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
+            return self.answer(data[start:], status=206, **headers, **span)
         return self.answer(data, **headers)
 
     def json(self, data: object) -> None:
@@ -317,7 +318,11 @@ def test_a_file_outside_the_folder(name: str, path: str, tmp_path: Path, server:
     assert Path("/tmp/evil.json").exists() == before
 
 
-def test_modelscope_takes_up_a_broken_download(tmp_path: Path, server: StandIn) -> None:
+def test_modelscope_takes_up_a_broken_download(
+    tmp_path: Path, server: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     server.break_off_at = 5000
     folder = fetch("ms:org/model", cache=tmp_path, endpoint=server.endpoint)
     assert files_of(folder)[WEIGHTS] == FILES[WEIGHTS]
@@ -328,9 +333,17 @@ def test_modelscope_takes_up_a_broken_download(tmp_path: Path, server: StandIn) 
 def test_modelscope_gives_up_and_leaves_no_folder(
     tmp_path: Path, server: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.break_off_at = 5000
-    monkeypatch.setattr(hub, "_TRIES", 1)
-    e = refused("ms:org/model", EnvironmentProblem, tmp_path, server.endpoint)
+
+    def broken(url: str, file: IO[bytes], **options: Any) -> None:
+        data = FILES[parse_qs(url)["FilePath"][0]]
+        file.write(data[:5000])
+        if len(data) > 5000:
+            raise OSError("the connection broke off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.file_download.http_get", broken)
+        e = refused("ms:org/model", EnvironmentProblem, tmp_path, server.endpoint)
+    assert "the connection broke off" in e.got
     assert "run it again" in e.fix
     assert [p.name for p in (tmp_path / "models--org--model" / "snapshots").iterdir()] == [f"{ONE}.part"]
     assert fetch("ms:org/model", cache=tmp_path, endpoint=server.endpoint).name == ONE
@@ -350,7 +363,7 @@ def test_modelscope_without_a_commit_is_pinned_by_content(tmp_path: Path, server
 def test_modelscope_size_is_checked(tmp_path: Path, server: StandIn) -> None:
     server.sent["README.md"] = b"# card and more"
     e = refused("ms:org/model", EnvironmentProblem, tmp_path, server.endpoint)
-    assert "README.md arrived damaged (15 bytes" in e.got
+    assert "should be of size 6 but has size 15 (README.md)" in e.got
 
 
 @pytest.mark.parametrize("answer", [b"<html>", b"[]", b'{"Data": null}', b'{"Data": {"Files": [{}]}}'])

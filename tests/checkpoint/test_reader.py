@@ -15,12 +15,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from stored import stored_tensors
 
 from ascendit.checkpoint.reader import (
     DTYPE_BITS,
     TORCH_DTYPES,
     RowReader,
     Shards,
+    ShardSpec,
     TensorInfo,
     as_bytes,
     as_tensor,
@@ -88,38 +90,34 @@ def test_what_safetensors_writes_comes_back(
     save_file(tensors, file, metadata={"format": "pt"} if metadata else None)
     header = read_header(file)
     assert {name: (info.dtype, info.shape) for name, info in header.items()} == contents
-    with Shards.open(tmp_path) as shards:
-        assert shards.tensors == header
-        assert shards.nbytes == sum(t.nbytes for t in tensors.values())
-        assert all(same(shards.read(name), tensors[name]) for name in tensors)
+    assert Shards.open(tmp_path).tensors == header
+    found = stored_tensors(tmp_path)
+    assert all(same(found[name], tensors[name]) for name in tensors)
 
 
 def test_every_dtype(tmp_path: Path) -> None:
     tensors = {name: random_bytes((3, 4), dtype) for name, dtype in DTYPES.items()}
     save_file(tensors, tmp_path / f"{STEM}.safetensors")
-    with Shards.open(tmp_path) as shards:
-        for name, tensor in tensors.items():
-            info = shards.tensors[name]
-            assert (info.dtype, info.nbytes) == (name, 12 * DTYPE_BITS[name] // 8)
-            assert same(shards.read(name), tensor), name
+    infos, found = Shards.open(tmp_path).tensors, stored_tensors(tmp_path)
+    for name, tensor in tensors.items():
+        assert (infos[name].dtype, infos[name].nbytes) == (name, 12 * DTYPE_BITS[name] // 8)
+        assert same(found[name], tensor), name
 
 
 def test_packed_four_bit(tmp_path: Path) -> None:
     packed = torch.arange(6, dtype=torch.uint8).reshape(2, 3).view(torch.float4_e2m1fn_x2)
     save_file({"x": packed}, tmp_path / f"{STEM}.safetensors")
-    with Shards.open(tmp_path) as shards:
-        assert (shards.tensors["x"].dtype, shards.tensors["x"].shape) == ("F4", (2, 6))
-        assert same(shards.read("x"), packed)
+    info = Shards.open(tmp_path).tensors["x"]
+    assert (info.dtype, info.shape) == ("F4", (2, 6))
+    assert same(stored_tensors(tmp_path)["x"], packed)
 
 
 def test_scalars_and_empty_tensors(tmp_path: Path) -> None:
     tensors = {"scalar": torch.tensor(2.5), "none": torch.empty(0, 3), "last": torch.ones(2)}
     save_file(tensors, tmp_path / f"{STEM}.safetensors")
-    with Shards.open(tmp_path) as shards:
-        assert shards.read("scalar").shape == ()
-        assert all(same(shards.read(name), tensor) for name, tensor in tensors.items())
-        with pytest.raises(KeyError):
-            shards.read("other")
+    found = stored_tensors(tmp_path)
+    assert found["scalar"].shape == ()
+    assert all(same(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_offsets_are_of_the_file(tmp_path: Path) -> None:
@@ -227,23 +225,20 @@ def cannot_open(folder: Path, code: str) -> CheckpointError:
 
 def test_shards_are_one_set(tmp_path: Path) -> None:
     tensors = sharded(tmp_path)
-    with Shards.open(tmp_path) as shards:
-        assert set(shards.tensors) == set(tensors)
-        assert shards.nbytes == 64
-        assert all(same(shards.read(name), tensor) for name, tensor in tensors.items())
-        order = [(path.name, [info.name for info in infos]) for path, infos in shards.by_file()]
-    assert order == [
-        (f"{STEM}-00001-of-00002.safetensors", ["blocks.0.weight", "blocks.1.weight"]),
-        (f"{STEM}-00002-of-00002.safetensors", ["blocks.2.weight", "blocks.3.weight"]),
+    shards, found = Shards.open(tmp_path), stored_tensors(tmp_path)
+    assert set(shards.tensors) == set(tensors)
+    assert all(same(found[name], tensor) for name, tensor in tensors.items())
+    assert [(info.file.name, info.name) for info in shards.tensors.values()] == [
+        (f"{STEM}-0000{1 + i // 2}-of-00002.safetensors", f"blocks.{i}.weight") for i in range(4)
     ]
 
 
-def test_by_file_follows_the_bytes(tmp_path: Path) -> None:
+def test_the_order_of_tensors_is_that_of_the_bytes(tmp_path: Path) -> None:
     header = {"a": entry(4, 6), "b": entry(0, 4), "none": entry(4, 4, shape=[0])}
     (tmp_path / f"{STEM}.safetensors").write_bytes(raw(header, b"bbbbaa"))
-    [(path, infos)] = Shards.open(tmp_path).by_file()
-    assert path == tmp_path / f"{STEM}.safetensors"
-    assert [info.name for info in infos] == ["b", "none", "a"]
+    shards = Shards.open(tmp_path)
+    assert shards.files == (tmp_path / f"{STEM}.safetensors",)
+    assert list(shards.tensors) == ["b", "none", "a"]
 
 
 def test_another_stem(tmp_path: Path) -> None:
@@ -261,8 +256,8 @@ def test_links_into_a_hub_cache_are_followed(tmp_path: Path) -> None:
         blob = tmp_path / "blobs" / file.name.replace(".", "_")
         file.rename(blob)
         file.symlink_to(os.path.relpath(blob, file.parent))
-    with Shards.open(tmp_path / "part") as shards:
-        assert all(same(shards.read(name), tensor) for name, tensor in tensors.items())
+    found = stored_tensors(tmp_path / "part")
+    assert all(same(found[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize(
@@ -368,49 +363,115 @@ def test_a_broken_shard(tmp_path: Path) -> None:
     assert "truncated" in e.got
 
 
-def test_a_file_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_after_its_header_was_read(tmp_path: Path) -> None:
     save_file({"a": torch.ones(8), "b": torch.ones(8)}, tmp_path / f"{STEM}.safetensors")
-    with Shards.open(tmp_path) as shards:
-        os.truncate(tmp_path / f"{STEM}.safetensors", shards.tensors["b"].end - 4)
-        assert same(shards.read("a"), torch.ones(8))
+    tensors = Shards.open(tmp_path).tensors
+    os.truncate(tmp_path / f"{STEM}.safetensors", tensors["b"].end - 4)
+    with RowReader() as reader:
+        assert same(reader.tensor(tensors["a"]), torch.ones(8))
         with pytest.raises(CheckpointError, match="truncated while it was read, in b") as e:
-            shards.read("b")
-        assert e.value.code == "E-CKP-02"
+            reader.tensor(tensors["b"])
+    assert e.value.code == "E-CKP-02"
 
 
-def test_a_tensor_outlives_its_file_and_stands_alone(tmp_path: Path) -> None:
-    save_file({"a": torch.arange(4.0), "b": torch.ones(1000)}, tmp_path / f"{STEM}.safetensors")
-    with Shards.open(tmp_path) as shards:
-        a, again = shards.read("a"), shards.read("a")
-    assert not shards._handles
+def test_a_file_that_has_gone_after_its_header_was_read(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(8)}, tmp_path / "x.safetensors")
+    info = read_header(tmp_path / "x.safetensors")["a"]
+    info.file.unlink()
+    with RowReader() as reader, pytest.raises(CheckpointError, match="x.safetensors: No such file") as e:
+        reader.whole(info)
+    assert e.value.code == "E-CKP-02"
+
+
+def test_a_tensor_outlives_its_file_and_has_memory_of_its_own(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(4.0), "b": torch.ones(1000)}, tmp_path / "x.safetensors")
+    info = read_header(tmp_path / "x.safetensors")["a"]
+    with RowReader() as reader:
+        a, again = reader.tensor(info), reader.tensor(info)
+    assert not reader._files
     a += 1
     assert again.tolist() == [0, 1, 2, 3]
     assert a.untyped_storage().nbytes() == 16  # no other tensor is kept alive with it
-    assert shards.read("a").tolist() == [0, 1, 2, 3]  # opens its file again
-    shards.close()
+    assert reader.tensor(info).tolist() == [0, 1, 2, 3]  # opens its file again
+    reader.close()
 
 
-def test_reading_one_tensor_reads_only_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_file({"a": torch.ones(4), "b": torch.ones(1000)}, tmp_path / f"{STEM}.safetensors")
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(first byte, last byte + 1) of every read."""
     spans: list[tuple[int, int]] = []
     preadv = os.preadv
 
     def counted(handle: int, buffers: list[memoryview], offset: int) -> int:
-        spans.append((offset, offset + sum(map(len, buffers))))
-        return preadv(handle, buffers, offset)
+        count = preadv(handle, buffers, offset)
+        spans.append((offset, offset + count))
+        return count
 
     monkeypatch.setattr(os, "preadv", counted)
-    with Shards.open(tmp_path) as shards:
+    return spans
+
+
+def test_reading_one_tensor_reads_only_its_bytes(tmp_path: Path, spans: list[tuple[int, int]]) -> None:
+    save_file({"a": torch.ones(4), "b": torch.ones(1000)}, tmp_path / "x.safetensors")
+    info = read_header(tmp_path / "x.safetensors")["b"]
+    with RowReader() as reader:
         assert spans == []
-        shards.read("b")
-    assert spans == [(shards.tensors["b"].start, shards.tensors["b"].end)]
+        reader.tensor(info)
+    assert spans == [(info.start, info.end)]
+
+
+@pytest.mark.parametrize(
+    "shard", [ShardSpec(0, 30, 50), ShardSpec(0, 150), ShardSpec(1, 16, 32), ShardSpec(1, 48)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_part_of_a_tensor(
+    tmp_path: Path, shard: ShardSpec, dtype: torch.dtype, spans: list[tuple[int, int]]
+) -> None:
+    """Rows or columns, in every way to read: the numbers of a slice, and no byte outside of it."""
+    tensor = torch.randn(200, 64).to(dtype)
+    save_file({"x": torch.ones(5), "w": tensor, "y": torch.ones(3)}, tmp_path / "x.safetensors")
+    info = read_header(tmp_path / "x.safetensors")["w"]
+    end = None if shard.count is None else shard.start + shard.count
+    expected = tensor[shard.start : end] if shard.axis == 0 else tensor[:, shard.start : end]
+    assert shard.of(info.shape) == tuple(expected.shape)
+    with RowReader() as reader:
+        view = torch.empty(expected.shape, dtype=dtype)
+        reader.into(info, as_bytes(view), shard)
+        blocks = list(
+            (start, bytes(view)) for start, view in reader.blocks(info, shard=shard, block_bytes=1000)
+        )
+        for part in (view, reader.tensor(info, shard)):
+            assert same(part, expected)
+        for data in (reader.whole(info, shard), b"".join(data for _, data in blocks)):
+            assert data == bytes(as_bytes(expected))
+        assert blocks[0][0] == (shard.start if shard.axis == 0 else 0) and len(blocks) > 1
+    assert sum(end - start for start, end in spans) == 4 * expected.nbytes
+    row = info.nbytes // 200
+    for start, end in spans:
+        assert start >= info.start + (shard.start * row if shard.axis == 0 else 0)
+        if shard.axis == 1:
+            assert (start - info.start) % row >= shard.start * dtype.itemsize
+            assert end - start == expected.shape[1] * dtype.itemsize, "the columns of one row"
+
+
+@pytest.mark.parametrize("shard", [ShardSpec(0, 30, 50), ShardSpec(1, 16, 32)], ids=str)
+def test_a_file_that_shrinks_in_the_part(tmp_path: Path, shard: ShardSpec) -> None:
+    save_file({"w": torch.randn(200, 64)}, tmp_path / "x.safetensors")
+    info = read_header(tmp_path / "x.safetensors")["w"]
+    os.truncate(info.file, info.start + 70 * 64 * 4)
+    with RowReader() as reader:
+        for read in (reader.whole, reader.tensor):
+            with pytest.raises(CheckpointError, match="truncated while it was read, in w") as e:
+                read(info, shard)
+            assert e.value.code == "E-CKP-02"
+        if shard.axis == 0:
+            assert len(reader.whole(info, ShardSpec(0, 30, 40))) == 40 * 64 * 4
 
 
 def test_a_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"a": torch.arange(100)}, tmp_path / f"{STEM}.safetensors")
-    monkeypatch.setattr("ascendit.checkpoint.reader._CHUNK", 7)
-    with Shards.open(tmp_path) as shards:
-        assert same(shards.read("a"), torch.arange(100))
+    monkeypatch.setattr("ascendit.checkpoint.reader._LARGE", 7)
+    assert same(stored_tensors(tmp_path)["a"], torch.arange(100))
 
 
 def test_headers_need_no_torch() -> None:
@@ -439,16 +500,15 @@ def test_a_file_that_an_index_spells_twice_counts_once(tmp_path: Path) -> None:
     (tmp_path / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     shards = Shards.open(tmp_path)
     assert shards.files == (tmp_path / "x.safetensors",)
-    assert [info.name for _, infos in shards.by_file() for info in infos] == ["a", "b"]
+    assert list(shards.tensors) == ["a", "b"]
 
 
 def test_files_without_an_index(tmp_path: Path) -> None:
     files = [tmp_path / f"{name}.safetensors" for name in "ab"]
     for file in files:
         save_file({file.stem: torch.zeros(2)}, file)
-    with Shards.of_files(files) as shards:
-        assert (set(shards.tensors), shards.files) == ({"a", "b"}, tuple(files))
-        assert shards.read("b").tolist() == [0, 0]
+    shards = Shards.of_files(files)
+    assert (set(shards.tensors), shards.files) == ({"a", "b"}, tuple(files))
     save_file({"a": torch.zeros(2)}, files[1])
     with pytest.raises(CheckpointError, match="a stands in a.safetensors and again in b.safetensors") as e:
         Shards.of_files(files)

@@ -63,7 +63,7 @@ def made(run: Run, tmp_path: Path) -> set[str]:
 
 
 def test_a_sentence_becomes_an_mp4(run: Run, tiny_t2v_cascade: Path, tmp_path: Path) -> None:
-    from ascendit.pipeline.video import read_metadata
+    from pipeline.metadata import read_metadata
 
     done = run("generate", tiny_t2v_cascade, "a cat", *SMALL, "-o", "cat.mp4", "--seed", "3")
     assert done.returncode == 0, done.stderr

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from pipeline.metadata import read_metadata
 
 from ascendit.errors import QualityError
-from ascendit.pipeline.video import read_metadata
 
 
 def test_it_saves_and_says_what_it_did(run, fake, model, tmp_path):

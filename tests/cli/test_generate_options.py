@@ -135,7 +135,7 @@ def test_the_replay_line_asks_for_the_same(model, tmp_path, flags, prompt):
 def parse(words):
     """What the command would understand, up to the prepared call."""
     group: Any = typer.main.get_command(main.app)
-    ctx = group.commands["generate"].make_context("generate", list(words), obj=None)
+    ctx = group.get_command(None, "generate").make_context("generate", list(words), obj=None)
     p = dict(ctx.params)
     return call(
         p["words"],

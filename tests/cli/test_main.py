@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 import ascendit
 from ascendit.cli import main as cli
@@ -96,13 +95,29 @@ HIDDEN = {"generate": ["--fps", "--shift", "--timesteps", "--text-on"]}
 
 def test_flags_are_pinned():
     group: Any = typer.main.get_command(cli.app)
-    options = {n: [p for p in c.params if p.param_type_name == "option"] for n, c in group.commands.items()}
+    commands = {name: group.get_command(None, name) for name in cli.COMMANDS}
+    options = {n: [p for p in c.params if p.param_type_name == "option"] for n, c in commands.items()}
     hidden = {n: ["/".join(p.opts) for p in found if p.hidden] for n, found in options.items()}
     assert {n: flags for n, flags in hidden.items() if flags} == HIDDEN
     found = {name: ["/".join(p.opts) for p in params if not p.hidden] for name, params in options.items()}
     assert found == FLAGS
     assert all(len(flags) <= 20 for flags in FLAGS.values())
     assert ["/".join(p.opts) for p in group.params] == ["-q/--quiet", "-v/--verbose", "--version"]
+
+
+def test_the_help_lists_first_sentences_without_importing_commands(environ):
+    group: Any = typer.main.get_command(cli.app)
+    assert list(group.commands) == list(cli.COMMANDS)
+    for name, text in cli.COMMANDS.items():
+        assert group.get_command(None, name).get_short_help_str(100) == text
+    code = (
+        "import sys; from ascendit.cli.main import main; main(['--help']);"
+        "print([m for m in sys.modules if m.startswith('ascendit.cli.')], file=sys.stderr);"
+        "print('pydantic' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
+    assert done.stderr == "['ascendit.cli.output', 'ascendit.cli.main']\nFalse\n"
+    assert all(f"  {name}  " in done.stdout and text in done.stdout for name, text in cli.COMMANDS.items())
 
 
 @pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["verify", "--help"]])
@@ -184,10 +199,11 @@ def test_usage_errors_as_json(run):
     assert ended.err == ""
 
 
-def test_the_app_ends_like_the_console_script():
-    ended = CliRunner().invoke(cli.app, ["inspect", "/no/such/folder"])
-    assert ended.exit_code == 2
-    assert ended.stderr.startswith("error[E-USE-02]: no model at /no/such/folder\n  needs  ")
+def test_the_module_ends_like_the_console_script(environ):
+    words = [sys.executable, "-m", "ascendit", "inspect", "/no/such/folder"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environ)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error[E-USE-02]: no model at /no/such/folder\n  needs  ")
 
 
 def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:

@@ -10,7 +10,6 @@ from rich.console import Console
 from ascendit.cli.progress import (
     BarView,
     LineView,
-    ProgressMeter,
     ProgressView,
     progress_view,
     show_bytes,
@@ -32,35 +31,39 @@ def denoise(
     )
 
 
+def text_of(*events: Progress) -> str:
+    """The text of the last of these events."""
+    view = ProgressView()
+    for event in events:
+        view(event)
+    return view.text(events[-1])
+
+
 def test_the_line_of_a_step():
-    text = ProgressMeter().text(denoise(23))
-    assert text == "denoise (low-noise expert) 23/40  4.1 s/step  eta 1:10  38.2 GiB"
-    assert (
-        ProgressMeter()
-        .text(denoise(1, expert=None, seconds=0.053))
-        .startswith("denoise 1/40  0.053 s/step  eta 0:02")
-    )
+    assert text_of(denoise(23)) == "denoise (low-noise expert) 23/40  4.1 s/step  eta 1:10  38.2 GiB"
+    text = text_of(denoise(1, expert=None, seconds=0.053))
+    assert text.startswith("denoise 1/40  0.053 s/step  eta 0:02")
 
 
 def test_the_pace_is_that_of_the_last_steps():
-    meter = ProgressMeter()
-    meter.text(denoise(1, seconds=100))
-    for step in range(2, 10):
-        text = meter.text(denoise(step, seconds=1))
-    assert "1.0 s/step  eta 0:31" in text
+    events = [denoise(1, seconds=100), *(denoise(step, seconds=1) for step in range(2, 10))]
+    assert "1.0 s/step  eta 0:31" in text_of(*events)
+
+
+def test_the_pace_is_forgotten_with_the_stage():
+    text = text_of(denoise(40, seconds=100), Progress(stage="decode"), denoise(1, seconds=1))
+    assert "1.0 s/step  eta 0:39" in text
 
 
 def test_stages_without_steps():
-    assert (
-        ProgressMeter().text(Progress(stage="decode", total=1, memory_bytes=412 * 2**20)) == "decode  412 MiB"
-    )
-    assert ProgressMeter().text(Progress(stage="load", step=2, total=5)) == "load 2/5"
+    assert text_of(Progress(stage="decode", total=1, memory_bytes=412 * 2**20)) == "decode  412 MiB"
+    assert text_of(Progress(stage="load", step=2, total=5)) == "load 2/5"
 
 
-def test_the_meter_knows_the_stage():
-    meter = ProgressMeter()
-    meter.text(denoise(1))
-    assert meter.stage == "denoise"
+def test_the_view_knows_the_stage():
+    view = ProgressView()
+    view(denoise(1))
+    assert view.stage == "denoise"
 
 
 @pytest.mark.parametrize(
@@ -76,14 +79,14 @@ def test_memory():
 
 def test_lines_every_tenth():
     file = io.StringIO()
-    with LineView(file) as view:
-        view(Progress(stage="load", total=5))
-        for step in range(1, 6):
-            view(Progress(stage="load", step=step, total=5))
-        view(Progress(stage="decode", total=1))
-        view(Progress(stage="decode", step=1, total=1))
-        for step in range(1, 101):
-            view(denoise(step, total=100, expert=None))
+    view = LineView(file)
+    view(Progress(stage="load", total=5))
+    for step in range(1, 6):
+        view(Progress(stage="load", step=step, total=5))
+    view(Progress(stage="decode", total=1))
+    view(Progress(stage="decode", step=1, total=1))
+    for step in range(1, 101):
+        view(denoise(step, total=100, expert=None))
     lines = file.getvalue().splitlines()
     assert lines[:6] == ["load 1/5", "load 2/5", "load 3/5", "load 4/5", "load 5/5", "decode"]
     steps = [line.split()[1] for line in lines[6:]]
@@ -93,9 +96,10 @@ def test_lines_every_tenth():
 def test_a_bar_on_a_terminal():
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=120, color_system=None, legacy_windows=False)
-    with BarView(console) as view:
+    view = BarView(console)
+    with view.bars:
         view(denoise(23))
-        view._bars.refresh()
+        view.bars.refresh()
     shown = file.getvalue()
     assert "denoise (low-noise expert) 23/40  4.1 s/step  eta 1:10  38.2 GiB" in shown
     assert "━" in shown
@@ -103,15 +107,74 @@ def test_a_bar_on_a_terminal():
 
 
 def test_the_view_fits_where_stderr_goes(monkeypatch):
-    assert type(progress_view(silent=True)) is ProgressView
+    def kind(silent: bool) -> type:
+        with progress_view(silent=silent) as view:
+            return type(view)
+
+    assert kind(silent=True) is ProgressView
     monkeypatch.setattr("sys.stderr", io.StringIO())
-    assert type(progress_view(silent=False)) is LineView
+    assert kind(silent=False) is LineView
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    assert type(progress_view(silent=False)) is BarView
+    assert kind(silent=False) is BarView
 
 
 def test_nothing_is_shown_when_silent(capsys):
     with progress_view(silent=True) as view:
         view(denoise(1))
     assert capsys.readouterr() == ("", "")
-    assert view.meter.stage == "denoise"
+    assert view.stage == "denoise"
+
+
+# ---- a conversion -------------------------------------------------------------------------------
+
+
+def moved(i: int, stage: str = "transformer") -> Progress:
+    """`i` of 20 GiB; those up to the third GiB had been there."""
+    skipped = 2**30 if i > 3 else 0
+    return Progress(
+        stage=stage, step=i * 2**30, total=20 * 2**30, unit="byte", seconds=i / 2, skipped=skipped
+    )
+
+
+def test_lines_of_bytes_every_tenth():
+    file = io.StringIO()
+    view = LineView(file)
+    for i in range(21):
+        view(moved(i))
+    lines = file.getvalue().splitlines()
+    assert len(lines) == 11
+    assert lines[0] == "transformer  0 %  0 MiB of 20.0 GiB"
+    assert lines[1] == "transformer  10 %  2.0 GiB of 20.0 GiB  2.00 GiB/s  eta 0:09"
+    assert lines[-1] == "transformer  100 %  20.0 GiB of 20.0 GiB  1.90 GiB/s"
+
+
+def test_one_view_shows_a_run_and_the_conversion_after_it():
+    file = io.StringIO()
+    view = LineView(file)
+    view(denoise(40))
+    view(moved(0))
+    view(moved(20, stage="check"))
+    assert [line.split("  ")[0] for line in file.getvalue().splitlines()] == [
+        "denoise (low-noise expert) 40/40",
+        "transformer",
+        "check",
+    ]
+
+
+def test_a_bar_of_bytes_is_drawn_a_few_times_a_second():
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=120, color_system=None, legacy_windows=False)
+    drawn: list[str] = []
+
+    class Noted(BarView):
+        def text(self, event: Progress) -> str:
+            drawn.append(event.stage)
+            return super().text(event)
+
+    view = Noted(console)
+    with view.bars:
+        for i in range(20):
+            view(moved(i))
+        view(moved(20))
+        view(moved(1, stage="check"))
+    assert drawn == ["transformer", "transformer", "check"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
@@ -15,10 +14,9 @@ from convert.models import TI2V, read, write_model, write_transformer
 from kill import contents, run_and_kill
 
 from ascendit.checkpoint.layout import recognise
-from ascendit.cli.progress import TransferBar, TransferLines, TransferView, transfer_view
 from ascendit.convert.quantize import quantize
 from ascendit.errors import UsageError
-from ascendit.progress import ConversionProgress
+from ascendit.progress import Progress
 
 
 @pytest.fixture
@@ -156,47 +154,12 @@ def test_an_existing_output_stays(run, model, tmp_path):
 
 
 def test_ctrl_c_tells_of_resume(run, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("ascendit.cli.progress.TransferLines.__call__", lambda self, event: stop(event))
+    monkeypatch.setattr("ascendit.cli.progress.LineView.__call__", lambda self, event: stop(event))
     ended = run("quantize", model, "-o", tmp_path / "out", "--scheme", "mxfp8")
     assert ended.code == 130 and "error[E-CAN-01]" in ended.err and "--resume" in ended.err
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     assert run("quantize", model, "-o", tmp_path / "out", "--scheme", "mxfp8", "--resume").code == 0
-
-
-# ---- progress -----------------------------------------------------------------------------------
-
-EVENTS = [
-    ConversionProgress("transformer", "blocks.0", i * 2**30, 20 * 2**30, i / 2, 2**30 if i > 3 else 0)
-    for i in range(21)
-]
-
-
-def test_lines_come_every_tenth():
-    file = io.StringIO()
-    with TransferLines(file) as view:
-        for event in EVENTS:
-            view(event)
-    lines = file.getvalue().splitlines()
-    assert len(lines) == 11
-    assert lines[1] == "transformer  10 %  2.0 GiB of 20.0 GiB  2.00 GiB/s  eta 0:09"
-    assert lines[-1] == "transformer  100 %  20.0 GiB of 20.0 GiB  1.90 GiB/s"
-
-
-def test_the_bar_draws_and_goes():
-    from rich.console import Console
-
-    file = io.StringIO()
-    with TransferBar(Console(file=file, force_terminal=True, width=100)) as view:
-        for event in EVENTS:
-            view(event)
-    assert "GiB/s" in file.getvalue()
-
-
-def test_views_fit_the_place(monkeypatch):
-    assert type(transfer_view(silent=True)) is TransferView
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    assert type(transfer_view(silent=False)) is TransferLines
 
 
 # ---- killed -------------------------------------------------------------------------------------
@@ -235,7 +198,7 @@ def test_killed_at_ten_moments_and_taken_up_again(tmp_path, environ):
     assert contents(dst) == wanted and not partial.exists()
 
 
-def stop(event: ConversionProgress) -> None:
+def stop(event: Progress) -> None:
     if event.stage == "transformer_2":
         raise KeyboardInterrupt
 
@@ -249,15 +212,15 @@ def test_a_run_that_resumes_writes_only_what_is_missing(model, tmp_path, report)
     assert not (tmp_path / "out").exists()
     first = tmp_path / ".out.partial" / "out" / "transformer" / "diffusion_pytorch_model.safetensors"
     stamp = os.stat(first).st_mtime_ns
-    events: list[ConversionProgress] = []
+    events: list[Progress] = []
     quantize(model, tmp_path / "out", **options, resume=True, on_progress=events.append)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
     assert (tmp_path / "out" / "transformer" / first.name).stat().st_mtime_ns == stamp
     done_before = sum(tensor.nbytes for tensor in read(model / "transformer").values())
     if report:  # its layers are measured once more
-        assert 0 < events[-1].skipped_bytes < done_before
+        assert 0 < events[-1].skipped < done_before
     else:
-        assert events[-1].skipped_bytes == done_before
+        assert events[-1].skipped == done_before
 
 
 def test_resume_of_other_work_is_refused(model, tmp_path):

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import ascendit
 from ascendit.demo import world
 from ascendit.errors import Cancelled, QualityError
-from ascendit.verify import quality
+from ascendit.verify import adherence, quality
 from ascendit.verify.quality_table import Quality, QualityRow
 
 
@@ -41,7 +40,7 @@ class Painter:
 @pytest.fixture
 def painter(monkeypatch):
     painter = Painter()
-    monkeypatch.setitem(vars(ascendit), "load", lambda name: painter)
+    monkeypatch.setattr(adherence, "load", lambda name: painter)
     return painter
 
 

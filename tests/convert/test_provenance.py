@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from ascendit import __version__
 from ascendit.checkpoint.layout import Layout
@@ -34,21 +36,10 @@ def made(tmp_path: Path) -> Made:
     )
 
 
-def front_matter(text: str) -> dict[str, object]:
-    """Enough YAML for what we write: scalars, JSON strings, lists of scalars."""
-    start, head, _ = text.split("---\n", 2)
-    assert start == ""
-    found: dict[str, object] = {}
-    for line in head.splitlines():
-        if line.startswith("- "):
-            values = found[list(found)[-1]]
-            assert isinstance(values, list)
-            values.append(line[2:])
-        else:
-            key, _, value = line.partition(": ")
-            key = key.removesuffix(":")
-            found[key] = json.loads(value) if value.startswith('"') else value or []
-    return found
+def front_matter(text: str) -> dict[str, Any]:
+    """As a hub reads it."""
+    assert text.startswith("---\n")
+    return ModelCard(text).data.to_dict()
 
 
 def test_front_matter_is_what_hubs_read(made):
@@ -78,8 +69,16 @@ def test_the_licence_of_the_source_comes_along(made, tmp_path):
     front = front_matter(provenance.model_card(made, "small"))
     assert front["license"] == "other" and front["license_name"] == "wan: licence"
     assert "language" not in front
-    (tmp_path / "README.md").write_bytes(b"\xff\xfe no text")
-    assert "license" not in front_matter(provenance.model_card(made, "small"))
+    unclosed, listed = b"---\nlicense: [mit\n---\n", b"---\n- license\n---\n"
+    for damaged in (b"\xff\xfe no text", unclosed, listed, b"license: mit\n"):
+        (tmp_path / "README.md").write_bytes(damaged)
+        assert "license" not in front_matter(provenance.model_card(made, "small"))
+
+
+@pytest.mark.parametrize("name", ["true", "1.0", "a: b", "- x", "it's", "caf\u00e9 #1", "@wan"])
+def test_a_name_that_yaml_could_take_for_something_else_is_quoted(made, tmp_path, name):
+    made = replace(made, layout=layout(tmp_path, name))
+    assert front_matter(provenance.model_card(made, "small"))["base_model"] == name
 
 
 def test_the_body_has_recipe_size_lora_and_command(made):

@@ -21,7 +21,7 @@ from ascendit.checkpoint.transformer import read_expert
 from ascendit.convert.quantize import quantize
 from ascendit.errors import AscenditError, CheckpointError, EnvironmentProblem, UsageError
 from ascendit.mx import smoothing
-from ascendit.progress import ConversionProgress
+from ascendit.progress import Progress
 from ascendit.quant.schemes import QUANTIZED, SCHEMES
 
 LAYERS = 10  # in a block
@@ -454,10 +454,10 @@ def test_a_dry_run_writes_nothing(model, dst):
 
 
 def test_progress_counts_every_byte_of_the_source(model, dst):
-    events: list[ConversionProgress] = []
+    events: list[Progress] = []
     report = quantize(model, dst, scheme="mxfp8", on_progress=events.append)
-    done = [event.done_bytes for event in events]
-    assert done == sorted(done) and done[-1] == events[-1].total_bytes == report.bytes_before
+    done = [event.step for event in events]
+    assert done == sorted(done) and done[-1] == events[-1].total == report.bytes_before
     assert {event.stage for event in events} == {"transformer", "transformer_2"}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ascendit import mx
 from ascendit.convert.repack import repack
 from ascendit.errors import CheckpointError, UsageError
-from ascendit.progress import ConversionProgress
+from ascendit.progress import Progress
 
 MADE = {"ascendit.json", "README.md"}
 """These tell from what and by which command a folder was made."""
@@ -494,10 +494,10 @@ def test_dry_run_tells_everything_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:
-    told: list[ConversionProgress] = []
+    told: list[Progress] = []
     report = repack(exports.MXFP8, tmp_path / "out", on_progress=told.append)
-    assert told[-1].done_bytes == told[-1].total_bytes == report.nbytes
-    assert [p.done_bytes for p in told] == sorted(p.done_bytes for p in told)
+    assert told[-1].step == told[-1].total == report.bytes_after
+    assert [p.step for p in told] == sorted(p.step for p in told)
 
 
 def test_renaming_imports_neither_torch_nor_numpy(tmp_path: Path) -> None:
@@ -530,7 +530,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
-    def stop(event: ConversionProgress) -> None:
+    def stop(event: Progress) -> None:
         if event.name.startswith("transformer_2"):
             raise KeyboardInterrupt
 
@@ -540,9 +540,9 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="something else") as e:
         repack(exports.DUAL, tmp_path / "out", resume=True, engine="mindie")
     assert e.value.code == "E-USE-01"
-    told: list[ConversionProgress] = []
+    told: list[Progress] = []
     repack(exports.DUAL, tmp_path / "out", resume=True, on_progress=told.append)
-    assert told[-1].skipped_bytes > 0, "the first expert was complete"
+    assert told[-1].skipped > 0, "the first expert was complete"
     found = exports.without_padding(weights_and_json(tmp_path / "out"))
     assert found == canonical(exports.DUAL, tmp_path / "fresh")
 

@@ -21,11 +21,11 @@ from pipeline.headers import (
     write_weights,
 )
 
-from ascendit.convert.report import human_bytes
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.inspect.checkpoint import inspect
 from ascendit.inspect.report import ModelReport
 from ascendit.names import expected_tensors
+from ascendit.report import human_bytes
 
 DEMO: dict[str, Any] = {  # the shape of the row `ascendit-demo`
     "_class_name": "WanTransformer3DModel",
@@ -310,9 +310,3 @@ def test_shards_are_counted(tiny_t2v_single: Path, tmp_path: Path) -> None:
     report = inspect(folder)
     assert report.ok
     assert [p.files for p in report.parts if p.name == "transformer"] == [3]
-
-
-def test_human_bytes() -> None:
-    assert [human_bytes(n) for n in (0, 1023, 1024, 3 << 19, 5 << 30)] == [
-        *("0 B", "1023 B", "1.0 KiB", "1.5 MiB", "5.0 GiB")
-    ]

@@ -17,11 +17,12 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from pipeline.metadata import read_metadata
 
 from ascendit.demo import world
-from ascendit.errors import AscenditError, EnvironmentProblem, QualityError, UsageError
+from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
 from ascendit.pipeline import video_codecs
-from ascendit.pipeline.frame_checks import Frames, check_not_flat, to_uint8
+from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video import (
     Video,
@@ -29,7 +30,6 @@ from ascendit.pipeline.video import (
     check_writable,
     default_name,
     installed_versions,
-    read_metadata,
 )
 
 PROMPT = 'a red circle moves right, "quoted", 一只猫'
@@ -209,6 +209,32 @@ def test_gif_keeps_frames_that_do_not_change_and_its_rate(tmp_path: Path) -> Non
     assert len(times) == 16 and set(times) == {40, 50} and sum(times) == pytest.approx(16 / 24 * 1000, abs=10)
 
 
+def test_gif_frames_are_near_the_source(tmp_path: Path) -> None:
+    """One palette for a drifting gradient: FFmpeg's palettegen and paletteuse reach 25.9 dB here."""
+    y, x = np.mgrid[:96, :128]
+    shades = [np.stack([(2 * x + 4 * i) % 256, 2.6 * y, (x + y + 8 * i) % 256], -1) for i in range(9)]
+    frames = np.stack(shades).astype(np.uint8)
+    got, _, _ = decode(Video(frames, 16).save(tmp_path / "out.gif"))
+    assert 10 * np.log10(255**2 / np.square(got - frames.astype(float)).mean()) > 25.9
+
+
+def test_a_small_thing_keeps_its_colour_in_a_gif(tmp_path: Path) -> None:
+    """One pixel of 512,000, which a sample of them does not meet."""
+    fog = np.random.default_rng(0).normal(128, 20, (64, 64, 3)).astype(np.uint8)
+    frames = fog.repeat(5, 0).repeat(5, 1)[None].repeat(5, 0)
+    frames[2, 101, 202] = (255, 0, 0)
+    got, _, _ = decode(Video(frames, 16).save(tmp_path / "out.gif"))
+    assert np.abs(got[2, 101, 202].astype(int) - (255, 0, 0)).max() <= 8
+
+
+def test_black_is_black_in_a_gif_without_black_elsewhere(tmp_path: Path) -> None:
+    """No opaque pixel gets the index that means transparent."""
+    frames = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    frames[1, :8] = 0
+    got, _, _ = decode(Video(frames, 8).save(tmp_path / "out.gif"))
+    assert got[1, :8].mean() < 8 and got[0, :8].mean() > 60
+
+
 @pytest.mark.parametrize("name", ["out.png", "out/"])
 def test_png_frames_are_exact_and_in_a_folder(tmp_path: Path, name: str) -> None:
     path = make().save(f"{tmp_path}/{name}")
@@ -240,7 +266,8 @@ def test_metadata_inside_and_beside(tmp_path: Path, name: str) -> None:
     video = make()
     path = video.save(f"{tmp_path}/{name}")
     inside, beside = read_metadata(path), json.loads((tmp_path / "out.json").read_text("utf-8"))
-    assert beside == video.describe() == inside | {"seconds": 1.25}
+    assert beside == video.describe()
+    assert inside == ({} if name == "out.gif" else {k: v for k, v in beside.items() if k != "seconds"})
     assert (beside["prompt"], beside["seed"], beside["model"]) == (PROMPT, 7, "demo")
     assert (beside["num_frames"], beside["width"], beside["height"], beside["fps"]) == (5, 64, 64, 8)
     assert beside["versions"]["torch"] and beside["seconds"] == 1.25
@@ -285,15 +312,6 @@ def test_no_metadata_means_none(tmp_path: Path, name: str) -> None:
 def test_video_without_request(tmp_path: Path) -> None:
     found = read_metadata(Video(scene(), 8).save(tmp_path / "out.mp4"))
     assert (found["prompt"], found["seed"], found["request"], found["replay"]) == (None,) * 4
-
-
-def test_read_metadata_refuses_what_is_no_video(tmp_path: Path) -> None:
-    with refused(UsageError, "E-USE-02", "none.mp4 is not there"):
-        read_metadata(tmp_path / "none.mp4")
-    for name in ("bad.mp4", "bad.png"):
-        (tmp_path / name).write_text("hello")
-        with refused(UsageError, "E-USE-01", f"{name} cannot be opened"):
-            read_metadata(tmp_path / name)
 
 
 # ---- names, and what is refused
@@ -430,7 +448,7 @@ def test_check_output_refuses_before_the_run(tmp_path: Path) -> None:
     check_output(tmp_path / "out.mp4", shape, 8, overwrite=True)
 
 
-@pytest.mark.parametrize(("module", "name"), [("av", "out.mp4"), ("PIL", "out.png")])
+@pytest.mark.parametrize(("module", "name"), [("av", "out.mp4"), ("PIL", "out.png"), ("PIL", "out.gif")])
 def test_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with refused(EnvironmentProblem, "E-ENV-01", f"pip install {'av' if module == 'av' else 'pillow'}"):
@@ -494,94 +512,3 @@ def test_failure_of_the_last_rename_takes_the_json_back(
     with pytest.raises(KeyboardInterrupt):
         make().save(tmp_path / "out.png")
     assert names(tmp_path) == []
-
-
-# ---- success means a good video
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_to_uint8_rounds_as_diffusers(dtype: str) -> None:
-    import torch
-    from diffusers.video_processor import VideoProcessor
-
-    x = (torch.randn(3, 5, 16, 24, generator=torch.Generator().manual_seed(0)) * 0.7).to(
-        getattr(torch, dtype)
-    )
-    processor = VideoProcessor()
-    oracle = processor.numpy_to_pil(processor.postprocess_video(x[None], output_type="np")[0])
-    assert np.array_equal(to_uint8(x), np.stack([np.array(image) for image in oracle]))
-    assert np.array_equal(to_uint8(x.requires_grad_()), np.stack([np.array(image) for image in oracle]))
-
-
-def test_to_uint8_of_an_array() -> None:
-    x = np.array([-9, -1, 0, 1, 9], np.float32).reshape(1, 5, 1, 1).repeat(3, 0)
-    assert to_uint8(x)[:, 0, 0].tolist() == [[v] * 3 for v in (0, 0, 128, 255, 255)]
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite(bad: float) -> None:
-    x = np.zeros((3, 5, 8, 8), np.float32)
-    x[0, 1, 0, 0] = x[1, 4, 2, 2] = x[2, 4, 2, 2] = bad
-    with refused(QualityError, "E-OUT-01", "3 of 960 values", "in 2 of 5 frames (1, 4)", "ascendit inspect"):
-        to_uint8(x)
-
-
-def dot(shape: tuple[int, int, int], size: int, background: int, colour: int) -> Frames:
-    """A small square that moves on a plain background."""
-    x = np.full((*shape, 3), background, np.uint8)
-    for i in range(shape[0]):
-        x[i, 8 : 8 + size, 2 * i : 2 * i + size] = colour
-    return x
-
-
-def noise(level: int, spread: float) -> Frames:
-    x = np.random.default_rng(0).normal(level, spread, (5, 64, 64, 3))
-    return x.round().clip(0, 255).astype(np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("frames", "text"),
-    [
-        (np.zeros((5, 64, 64, 3), np.uint8), "is black"),
-        (noise(4, 3), "is black"),
-    ],
-)
-def test_black_videos_are_refused(frames: Frames, text: str) -> None:
-    with refused(QualityError, "E-OUT-02", text, f"all {len(frames)} frames", "--seed"):
-        check_not_flat(frames)
-
-
-@pytest.mark.parametrize(
-    ("frames", "text"),
-    [
-        (np.full((5, 64, 64, 3), (127, 3, 200), np.uint8), "one colour, rgb(127, 3, 200)"),
-        (noise(128, 1), "one colour, rgb(128, 128, 128)"),
-        (np.full((1, 8, 8, 3), 255, np.uint8), "one colour"),
-    ],
-)
-def test_one_colour_is_a_warning(frames: Frames, text: str, caplog: pytest.LogCaptureFixture) -> None:
-    check_not_flat(frames)
-    assert text in caplog.text
-
-
-@pytest.mark.parametrize(
-    "frames",
-    [
-        scene(),
-        dot((5, 64, 64), 2, 0, 255),
-        dot((5, 64, 64), 2, 128, 170),
-        dot((3, 480, 832), 3, 0, 60),
-        noise(128, 4),  # fog: little contrast, but a picture
-        np.stack([np.full((64, 64, 3), v, np.uint8) for v in (0, 40, 0)]),  # a flash
-    ],
-)
-def test_plain_backgrounds_with_a_small_thing_pass(frames: Frames, caplog: pytest.LogCaptureFixture) -> None:
-    check_not_flat(frames)
-    assert not caplog.records
-
-
-def test_every_plain_scene_of_the_world_passes(caplog: pytest.LogCaptureFixture) -> None:
-    motion = world.Motion(radius=9, travel=18, centre=(32, 32))
-    for each in world.scenes():
-        check_not_flat(world.render(each, motion, 17, only=range(0, 17, 8)))
-    assert not caplog.records

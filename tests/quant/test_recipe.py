@@ -6,8 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from ascendit.errors import UsageError
+from ascendit.quant.layer_rules import LayerRule
 from ascendit.quant.recipe import Recipe, load_recipe, recipe_names
 from ascendit.weights.engine_formats import model_kind
 
@@ -239,6 +241,9 @@ def test_what_contradicts_is_said():
         ("[[rules]]\nlayers=3\nscheme='int8'\n", "layers = 3, not a pattern"),
         ("[[rules]]\nlayers=[]\nscheme='int8'\n", "layers = [], not a pattern"),
         ("[[rules]]\nlayers='*'\nscheme='int9'\n", "scheme 'int9' in "),
+        ("[[rules]]\nlayers='*'\nscheme=['int8']\n", "rules.0.scheme: Input should be a valid string"),
+        ("[[rules]]\nscheme='int8'\n", "rules.0.layers: Field required"),
+        ("step_policy = 1\n[[rules]]\nlayers='*'\nscheme='int8'\n", "step_policy 1 is no text"),
         ("[[rules]]\nlayers='*'\nscheme='bf16'\nscale_rule='ceil'\n", "bf16, which has no scales"),
         ("[[rules]]\nlayers='*'\nscheme='int8'\nscale_rule=7\n", "scale_rule 7 is no text"),
         ("[[rules]]\nlayers='*'\nscheme='int8'\nkinds=['v2v']\n", "kinds = ['v2v']"),
@@ -267,6 +272,22 @@ def test_the_record_of_a_recipe_reads_back(tmp_path):
         "kinds": ["t2v"],
     }
     assert data["source"].startswith("msModelSlim 26.1.0")
+    assert Recipe.model_validate(data) == recipe == Recipe.model_validate_json(recipe.model_dump_json())
+
+
+def test_a_file_may_name_its_recipe(tmp_path):
+    text = 'name = "mine"\nstep_policy = "0:w4a8"\n[[rules]]\nlayers = "*"\nscheme = "mxfp4"\n'
+    recipe = load_recipe(write(tmp_path, text))
+    assert recipe.name == "mine" and str(recipe.step_policy) == "0:w4a8"
+    assert recipe.layer_schemes(T2V, model_kind="t2v")[5].why.startswith("mine: ")
+
+
+def test_what_a_recipe_says_stays_as_it_is():
+    recipe = load_recipe("default", "mxfp8")
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.rules = ()
+    with pytest.raises(ValidationError, match="a rule has layer; known are"):
+        LayerRule.model_validate({"layer": "*", "scheme": "int8"})
 
 
 @pytest.mark.parametrize(

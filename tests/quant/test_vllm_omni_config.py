@@ -55,12 +55,22 @@ def test_steps_and_scale_rule():
         ({"method": "mxfp4", "w4a8_fallback_steps": "0-1"}, "no list of steps"),
         ({"method": "mxfp4", "mxfp4_scale_alg": 1}, "mxfp4_scale_alg 1"),
         ({"method": "mxfp4", "ignored_layers": "x"}, "no list of names"),
+        ({"method": "mxfp8", "mxfp4_scale_alg": 0}, "mxfp4_scale_alg belongs to mxfp4, not to mxfp8"),
+        ({"method": "mxfp4", "mxfp4_scale_alg": True}, "mxfp4_scale_alg True"),
+        ({"ignored_layers": []}, "method: Field required"),
     ],
 )
 def test_what_it_cannot_mean_is_told(config, problem):
     with pytest.raises(UsageError) as e:
         load_recipe(json.dumps(config))
     assert problem in e.value.got and e.value.code == "E-USE-01"
+
+
+def test_its_other_names_and_null():
+    found, _ = schemes({"quant_method": "mxfp8", "modules_to_not_convert": ["blocks.1.ffn.net_2"]})
+    assert found["blocks.1.ffn.net.2"] == "bf16" and found["blocks.0.ffn.net.2"] == "mxfp8"
+    found, recipe = schemes({"method": "mxfp4", "ignored_layers": None, "w4a8_fallback_steps": None})
+    assert set(found.values()) == {"mxfp4", "bf16"} and str(recipe.step_policy) == ""
 
 
 def test_a_name_that_fits_no_layer_is_an_error_where_vllm_omni_passes_it_over():

@@ -13,9 +13,9 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
+from stored import stored_tensors
 
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.reader import Shards
 from ascendit.checkpoint.transformer import read_expert
 from ascendit.names import expected_tensors, to_wan
 
@@ -30,11 +30,6 @@ def tool() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    with Shards.open(folder) as shards:
-        return {name: shards.read(name) for name in shards.tensors}
 
 
 @pytest.mark.parametrize(
@@ -77,21 +72,24 @@ def test_one_seed_gives_the_same_numbers_in_every_layout(tmp_path: Path, tool: M
     tool.make(tmp_path / "b", layout="wan", cascade=True, max_shard_bytes=10**6, **SHAPE)
     tool.make(tmp_path / "c", layout="file", **SHAPE)
     tool.make(tmp_path / "d", layout="transformers", seed=1, **SHAPE)
-    high, low = tensors(tmp_path / "a" / "transformer"), tensors(tmp_path / "a" / "transformer_2")
+    high, low = (
+        stored_tensors(tmp_path / "a" / "transformer"),
+        stored_tensors(tmp_path / "a" / "transformer_2"),
+    )
     for noise, expected in (("high_noise_model", high), ("low_noise_model", low)):
-        found = tensors(tmp_path / "b" / noise)
+        found = stored_tensors(tmp_path / "b" / noise)
         assert len(list((tmp_path / "b" / noise).glob("*.safetensors"))) > 2
         assert found.keys() == {to_wan(name) for name in expected}
         assert all(torch.equal(found[str(to_wan(name))], t) for name, t in expected.items())
     one = load_file(tmp_path / "c" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(one[str(to_wan(name))], tensor) for name, tensor in high.items())
-    for other in (low, tensors(tmp_path / "d" / "transformer")):
+    for other in (low, stored_tensors(tmp_path / "d" / "transformer")):
         assert not any(torch.equal(high[name], other[name]) for name in high)
 
 
 def test_the_numbers_are_like_those_of_a_model(tmp_path: Path, tool: ModuleType) -> None:
     tool.make(tmp_path / "a", blocks=1, dim=512, ffn=2048)
-    weights = tensors(tmp_path / "a" / "transformer")
+    weights = stored_tensors(tmp_path / "a" / "transformer")
     assert all(tensor.isfinite().all() for tensor in weights.values())
     x = weights["blocks.0.ffn.net.2.weight"].float()
     assert abs(x.mean()) < 1e-4

@@ -50,7 +50,9 @@ def forward(device: Device, stub: Stub) -> dict[str, Any]:
     state, prepared = stub.during(lambda: model.prepare(model.grid_of(x), text, timesteps=(500.0,)))
     _, whole = stub.during(lambda: model(x, 500.0, state))
     mod = model.modulation((500.0,), (len(state.shared.part),))
-    tokens = torch.zeros(1, len(state.shared.part), CONFIG.dim, device=device.torch_name, dtype=torch.bfloat16)
+    tokens = torch.zeros(
+        1, len(state.shared.part), CONFIG.dim, device=device.torch_name, dtype=torch.bfloat16
+    )
     _, block = stub.during(lambda: model.run_block(0, model.blocks[0], tokens, mod, state))
     return {"prepare": counted(prepared), "forward": counted(whole), "block": counted(block)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -34,10 +34,10 @@ class Part:
     """As in `model_index.json`; of a transformer `transformer` or `transformer_2`, in every layout."""
     path: Path
     """Its folder, or the one weight file that it is."""
-    library: str
+    library: str = "diffusers"
     """`diffusers` or `transformers`."""
-    class_name: str
-    config: dict[str, Any]
+    class_name: str = TRANSFORMER
+    config: dict[str, Any] = field(default_factory=dict)
     """As stored: Diffusers' or the original Wan config; `{}` if absent."""
     files: tuple[Path, ...] = ()
     """The weight files where their names do not follow from `stem`."""
@@ -112,6 +112,16 @@ def other_class(file: Path, found: object, supported: tuple[str, ...], part: str
         needs=f"{' or '.join(supported)}: ascendit runs Wan text-to-video and image-to-video models",
         fix="give the folder of a supported Wan model",
         code="E-CKP-05",
+    )
+
+
+def unreadable(file: Path | str, problem: str) -> CheckpointError:
+    """E-CKP-02: a weight file whose header was read before has changed since."""
+    return CheckpointError(
+        f"{file}: {problem}",
+        needs="source files that stay as they are until the run is over",
+        fix="find what changed the file; download it again if it is damaged",
+        code="E-CKP-02",
     )
 
 

@@ -1,7 +1,7 @@
 """From the name of a model to its folder: a path, "demo", or a download pinned to a revision. No torch.
 
     hf:org/name[@revision]      through `huggingface_hub`, which reads HF_ENDPOINT, HF_HOME and the token
-    ms:org/name[@revision]      through the plain HTTP API of ModelScope
+    ms:org/name[@revision]      the list of files from the HTTP API of ModelScope, the files as above
 
 Both caches have the same shape, so that a folder tells its own source:
 `<cache>/models--org--name/snapshots/<revision>/`. No environment variable is read here.
@@ -17,18 +17,12 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote, urlencode
 
 from ascendit.checkpoint.component import stays_inside
-from ascendit.errors import EnvironmentProblem, UsageError
-
-if TYPE_CHECKING:
-    from urllib.error import HTTPError
+from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
 
 logger = logging.getLogger("ascendit")
 
@@ -89,13 +83,32 @@ def fetch(
     Without network a complete cached copy serves. Raises UsageError E-HUB-01 for a name or revision that
     is not there, EnvironmentProblem E-HUB-01 for network, access and damaged downloads.
     """
+    from huggingface_hub import errors
+
     hub, repo, revision = _parse(name, revision)
-    if hub == "hf":
-        skipped = (*SKIPPED, *(() if experts else EXPERT_WEIGHTS))
-        path = _huggingface(repo, revision, cache, endpoint, skipped)
-    else:
-        cache = cache or Path.home() / ".cache" / "ascendit" / "modelscope"
-        path = _modelscope(repo, revision or "master", cache, endpoint or MODELSCOPE)
+    model = f"{hub}:{repo}" + (f"@{revision}" if revision else "")
+    try:
+        if hub == "hf":
+            skipped = [*SKIPPED, *(() if experts else EXPERT_WEIGHTS)]
+            path = _huggingface(model, repo, revision, cache, endpoint, skipped)
+        else:
+            cache = cache or Path.home() / ".cache" / "ascendit" / "modelscope"
+            path = _modelscope(model, repo, revision or "master", cache, endpoint or MODELSCOPE)
+    except AscenditError:
+        raise
+    except errors.GatedRepoError as e:
+        fix = f"accept the licence on the page of {repo}, then `hf auth login`"
+        raise _trouble(model, "access must be asked for", fix) from e
+    except errors.RevisionNotFoundError as e:
+        raise _unknown(model, "no such revision", "give a branch, tag or commit of this model") from e
+    except errors.RepositoryNotFoundError as e:
+        fix = "correct the name; `hf auth login` if the model is private"
+        raise _unknown(model, "no such model, or it is private", fix) from e
+    except Exception as e:  # httpx, OSError, checks of the library: all are trouble with this download
+        fix = "check network, HF_ENDPOINT and free disk space, then run it again: finished files are kept"
+        if isinstance(e, OSError) and e.filename:
+            fix = f"make {e.filename} writable, or give another cache folder"
+        raise _trouble(model, _first_line(e), fix) from e
     logger.info("%s:%s@%s in %s", hub, repo, path.name, path)
     return path
 
@@ -126,232 +139,139 @@ def _trouble(what: str, why: object, fix: str) -> EnvironmentProblem:
     return EnvironmentProblem(f"{what}: {why}", needs=needs, fix=fix, code="E-HUB-01")
 
 
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 # ---- Hugging Face -------------------------------------------------------------------------------
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def _huggingface(
-    repo: str, revision: str | None, cache: Path | None, endpoint: str | None, skipped: tuple[str, ...]
+    model: str, repo: str, revision: str | None, cache: Path | None, endpoint: str | None, skipped: list[str]
 ) -> Path:
-    try:
-        from huggingface_hub import errors, snapshot_download
-    except ImportError as e:
-        raise EnvironmentProblem(
-            "huggingface_hub is not installed",
-            needs="it, for names that begin with hf:",
-            fix="pip install huggingface_hub, or give the path of a folder",
-            code="E-ENV-01",
-        ) from e
-    what = f"hf:{repo}" + (f"@{revision}" if revision else "")
+    from huggingface_hub import snapshot_download
+
     begun = time.time()
-    try:
-        path = snapshot_download(
-            repo, revision=revision, cache_dir=cache, endpoint=endpoint, ignore_patterns=list(skipped)
-        )
-    except errors.GatedRepoError as e:
-        fix = f"accept the licence on the page of {repo}, then `hf auth login`"
-        raise _trouble(what, "access must be asked for", fix) from e
-    except errors.RevisionNotFoundError as e:
-        raise _unknown(what, "no such revision", "give a branch, tag or commit of this model") from e
-    except errors.RepositoryNotFoundError as e:
-        fix = "correct the name; `hf auth login` if the model is private"
-        raise _unknown(what, "no such model, or it is private", fix) from e
-    except Exception as e:  # httpx, OSError, checks of the library: all are trouble with this download
-        fix = "check network, HF_ENDPOINT and free disk space, then run it again: finished files are kept"
-        raise _trouble(what, _first_line(e), fix) from e
-    _check_blobs(Path(path), begun, what)
-    return Path(path)
-
-
-def _check_blobs(snapshot: Path, begun: float, what: str) -> None:
-    """Hash the large files that came since `begun`: their cache name is their sha256, and the library
-    compares sizes only. Two seconds are for file systems with coarse clocks."""
-    for link in snapshot.rglob("*"):
+    options: dict[str, Any] = {"cache_dir": cache, "endpoint": endpoint, "ignore_patterns": skipped}
+    path = Path(snapshot_download(repo, revision=revision, **options))
+    for link in path.rglob("*"):
+        # The cache name of a large file is its sha256, and the library compares sizes only. Two seconds are
+        # for file systems with coarse clocks.
         blob = link.resolve()
-        if not _SHA256.fullmatch(blob.name) or blob.stat().st_mtime < begun - 2:
-            continue
-        with open(blob, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        if digest != blob.name:
-            link.unlink()
-            blob.unlink()
-            problem = (
-                f"{link.relative_to(snapshot)} arrived damaged (sha256 {digest[:12]}..., not {blob.name})"
-            )
-            raise _trouble(what, problem, "run it again: only this file is downloaded anew")
+        if _SHA256.fullmatch(blob.name) and blob.stat().st_mtime > begun - 2:
+            _check(model, str(link.relative_to(path)), blob, blob.name, link)
+    return path
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _check(model: str, name: str, file: Path, sha256: str, *links: Path) -> None:
+    """Remove a damaged file, and links to it. Raises EnvironmentProblem E-HUB-01."""
+    with open(file, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if digest != sha256:
+        for path in (*links, file):
+            path.unlink()
+        problem = f"{name} arrived damaged (sha256 {digest[:12]}..., not {sha256})"
+        raise _trouble(model, problem, "run it again: only this file is downloaded anew")
 
 
 # ---- ModelScope ---------------------------------------------------------------------------------
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT = 30  # seconds without a byte
-_TRIES = 3
-_BLOCK = 1 << 20
 
 
-@dataclass(frozen=True)
-class _File:
-    path: str
-    size: int | None
-    sha256: str | None
-    commit: str
-
-
-class _Unreachable(Exception):
-    """The server did not answer, or broke off."""
-
-
-def _modelscope(repo: str, revision: str, cache: Path, endpoint: str) -> Path:
+def _modelscope(model: str, repo: str, revision: str, cache: Path, endpoint: str) -> Path:
     """Files arrive in `<revision>.part`, each checked, and the folder gets its name when it is complete."""
-    what = f"ms:{repo}@{revision}"
+    from filelock import FileLock
+
     home = Path(os.path.abspath(cache)) / f"models--{repo.replace('/', '--')}"
-    ref = home / "refs" / quote(revision, safe="")
-    if (snapshot := home / "snapshots" / revision).is_dir() and _COMMIT.fullmatch(revision):
-        return snapshot
+    snapshots, ref = home / "snapshots", home / "refs" / quote(revision, safe="")
+    if _COMMIT.fullmatch(revision) and (snapshots / revision).is_dir():
+        return snapshots / revision
     base = f"{endpoint.rstrip('/')}/api/v1/models/{repo}/repo"
     try:
-        files, commit = _listing(base, what, revision)
-        snapshot = home / "snapshots" / (commit or _digest(files))
-        from filelock import FileLock
-
-        snapshot.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(home / ".lock"):
-            if not snapshot.is_dir():
-                _fill(snapshot, files, base, what, commit or revision)
-            ref.parent.mkdir(exist_ok=True)
-            written = ref.with_name(ref.name + ".part")
-            written.write_text(snapshot.name)
-            written.replace(ref)
-    except _Unreachable as e:
-        if ref.is_file() and (snapshot := home / "snapshots" / ref.read_text()).is_dir():
-            logger.warning("%s: hub out of reach (%s); using the cached copy", what, e)
-            return snapshot
-        raise _trouble(what, e, "check the network and run it again: finished files are kept") from e
-    except OSError as e:
-        raise _trouble(what, e, f"make {cache} writable, or give another cache folder") from e
+        files, commit = _listing(base, model, revision)
+    except Exception as e:
+        if ref.is_file() and (snapshots / ref.read_text()).is_dir():
+            logger.warning("%s: hub out of reach (%s); using the cached copy", model, _first_line(e))
+            return snapshots / ref.read_text()
+        raise
+    content = sorted(
+        (file["Path"], file.get("Size"), file.get("Sha256") or file.get("Revision")) for file in files
+    )
+    snapshot = snapshots / (commit or hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40])
+    snapshots.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / ".lock"):
+        if not snapshot.is_dir():
+            _fill(snapshot, files, base, model, commit or revision)
+        ref.parent.mkdir(exist_ok=True)
+        written = ref.with_name(ref.name + ".part")
+        written.write_text(snapshot.name)
+        written.replace(ref)
     return snapshot
 
 
-def _listing(base: str, what: str, revision: str) -> tuple[list[_File], str | None]:
-    """The files worth having, and the commit they belong to when the hub names it."""
-    query = urlencode({"Revision": revision, "Recursive": "True"})
-    with _get(f"{base}/files?{query}", what) as response:
-        body = response.read()
+def _listing(base: str, model: str, revision: str) -> tuple[list[dict[str, Any]], str | None]:
+    """The files worth having, and the commit they belong to if the hub names it."""
+    from huggingface_hub import get_session
+
+    query = {"Revision": revision, "Recursive": "True"}
+    response = get_session().get(f"{base}/files", params=query, timeout=_TIMEOUT)
+    if response.status_code == 404:
+        raise _unknown(model, "no such model, revision or file", "correct the name or the revision")
+    if response.status_code in (401, 403):
+        fix = "download it with ModelScope's own tool, logged in, and give the path of the folder"
+        raise _trouble(model, f"access refused (HTTP {response.status_code})", fix)
+    response.raise_for_status()
     try:
-        answer = json.loads(body)
+        answer = json.loads(response.content)
         if answer.get("Success") is False:
-            raise _unknown(what, str(answer.get("Message")), "correct the name or the revision")
-        files = [_file(entry) for entry in answer["Data"]["Files"] if entry["Type"] != "tree"]
+            raise _unknown(model, str(answer.get("Message")), "correct the name or the revision")
+        files = [
+            file for file in answer["Data"]["Files"] if file["Type"] != "tree" and _is_wanted(file["Path"])
+        ]
         latest = str((answer["Data"].get("LatestCommitter") or {}).get("Id"))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise _Unreachable(f"answer not understood ({type(e).__name__})") from e
-    for file in files:
-        if not stays_inside(file.path):
-            problem = f"the hub names a file outside the folder: {file.path!r}"
-            raise _trouble(what, problem, "do not use this model")
-    files = [f for f in files if not any(fnmatch.fnmatchcase(f.path, s) for s in SKIPPED)]
-    commit = revision if _COMMIT.fullmatch(revision) else latest
-    return files, commit if _COMMIT.fullmatch(commit) else None
+        fix = "check the network and run it again: finished files are kept"
+        raise _trouble(model, f"answer not understood ({type(e).__name__})", fix) from e
+    if outside := [file["Path"] for file in files if not stays_inside(file["Path"])]:
+        got = f"the hub names a file outside the folder: {outside[0]!r}"
+        raise _trouble(model, got, "do not use this model")
+    return files, next((c for c in (revision, latest) if _COMMIT.fullmatch(c)), None)
 
 
-def _file(entry: dict[str, Any]) -> _File:
-    size = entry.get("Size")
-    return _File(
-        path=str(entry["Path"]),
-        size=None if size is None else int(size),
-        sha256=str(entry.get("Sha256") or "").lower() or None,
-        commit=str(entry.get("Revision")),
-    )
+def _is_wanted(path: str) -> bool:
+    return not any(fnmatch.fnmatchcase(path, pattern) for pattern in SKIPPED)
 
 
-def _digest(files: list[_File]) -> str:
-    """In place of a commit that the hub does not name: the same 40 digits for the same content."""
-    content = sorted((f.path, f.size, f.sha256 or f.commit) for f in files)
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:40]
-
-
-def _fill(snapshot: Path, files: list[_File], base: str, what: str, revision: str) -> None:
+def _fill(snapshot: Path, files: list[dict[str, Any]], base: str, model: str, revision: str) -> None:
+    """Download what is missing into `<snapshot>.part`, and rename it."""
     part = snapshot.with_name(snapshot.name + ".part")
     part.mkdir(exist_ok=True)
-    needed = sum(f.size or 0 for f in files if not (part / f.path).exists())
+    missing = [file for file in files if not (part / file["Path"]).is_file()]
+    needed = sum(file.get("Size") or 0 for file in missing)
     if (free := shutil.disk_usage(part).free) < needed:
-        raise _trouble(
-            what, f"{needed / 2**30:.1f} GiB to download, {free / 2**30:.1f} GiB free", "free disk space"
-        )
-    for file in files:
-        target = part / file.path
-        if target.is_file():  # checked before it got this name
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        query = urlencode({"Revision": revision, "FilePath": file.path})
-        _download(f"{base}?{query}", target, file, what)
+        got = f"{needed / 2**30:.1f} GiB to download, {free / 2**30:.1f} GiB free"
+        raise _trouble(model, got, "free disk space")
+    for file in missing:
+        query = urlencode({"Revision": revision, "FilePath": file["Path"]})
+        _download(f"{base}?{query}", part / file["Path"], file, model)
     os.replace(part, snapshot)
 
 
-def _download(url: str, target: Path, file: _File, what: str) -> None:
+def _download(url: str, target: Path, file: dict[str, Any], model: str) -> None:
     """Into `<name>.incomplete`, taken up where it broke off; renamed when size and sha256 are right."""
-    partial = target.with_name(target.name + ".incomplete")
-    for attempt in range(_TRIES):
-        try:
-            _append(url, partial, file, what)
-            break
-        except _Unreachable:
-            if attempt == _TRIES - 1:
-                raise
-    size = partial.stat().st_size
-    with open(partial, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    if size != (size if file.size is None else file.size) or digest != (file.sha256 or digest):
-        partial.unlink()
-        got = f"{size} bytes, sha256 {digest[:12]}...; announced {file.size} bytes, {file.sha256}"
-        fix = "run it again; if that does not help, the copy on the hub is damaged"
-        raise _trouble(what, f"{file.path} arrived damaged ({got})", fix)
-    partial.replace(target)
+    from huggingface_hub.file_download import http_get
 
-
-def _append(url: str, partial: Path, file: _File, what: str) -> None:
-    start = partial.stat().st_size if partial.exists() else 0
-    if start and start == file.size:
-        return
-    if start > (file.size or 0):
-        start = 0
-    with _get(url, what, start) as response, open(partial, "ab") as f:
-        if response.status != 206:  # the whole file comes, whatever was asked for
+    partial, size = target.with_name(target.name + ".incomplete"), file.get("Size")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "ab") as f:
+        if f.tell() > (size or 0):
             f.truncate(0)
-        while block := response.read(_BLOCK):
-            f.write(block)
-        if response.length:
-            raise _Unreachable("the connection broke off")
-
-
-@contextmanager
-def _get(url: str, what: str, start: int = 0) -> Iterator[Any]:
-    """An open response. A refusal becomes an error for the user; everything else is _Unreachable."""
-    import http.client
-    from urllib.error import HTTPError, URLError
-    from urllib.request import Request, urlopen
-
-    headers = {"User-Agent": "ascendit"} | ({"Range": f"bytes={start}-"} if start else {})
-    try:
-        with urlopen(Request(url, headers=headers), timeout=_TIMEOUT) as response:
-            yield response
-    except HTTPError as e:
-        with e:
-            raise _refusal(e, what) from e
-    except (URLError, ConnectionError, TimeoutError, http.client.HTTPException) as e:
-        raise _Unreachable(_first_line(e)) from e
-
-
-def _refusal(error: HTTPError, what: str) -> Exception:
-    if error.code == 404:
-        return _unknown(what, "no such model, revision or file", "correct the name or the revision")
-    if error.code in (401, 403):
-        fix = "download it with ModelScope's own tool, logged in, and give the path of the folder"
-        return _trouble(what, f"access refused (HTTP {error.code})", fix)
-    return _Unreachable(f"HTTP {error.code} {error.reason}")
+            f.seek(0)
+        http_get(url, f, resume_size=f.tell(), expected_size=size, displayed_filename=file["Path"])
+    if file.get("Sha256"):
+        _check(model, file["Path"], partial, file["Sha256"].lower())
+    partial.replace(target)

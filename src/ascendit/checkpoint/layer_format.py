@@ -263,14 +263,10 @@ def check_positive(data: Buffer, dtype: str, name: str) -> None:
 
     Raises CheckpointError E-CKP-08.
     """
-    values = memoryview(data).cast("B").cast(_UNSIGNED[dtype])
-    if not values or 0 < min(values) and max(values) < _INFINITY[dtype]:
-        return
-    bad = [place for place, bits in enumerate(values) if not 0 < bits < _INFINITY[dtype]]
-    raise _invalid(
-        f"{name} has {len(bad)} values that are zero, negative or not finite, the first at element {bad[0]}",
-        "finite scales above 0",
-    )
+    if bad := _outside(data, dtype, lowest=1):
+        kind = "zero, negative or not finite"
+        got = f"{name} has {len(bad)} values that are {kind}, the first at element {bad[0]}"
+        raise _invalid(got, "finite scales above 0")
 
 
 def check_float_scale(data: Buffer, dtype: str, name: str) -> None:
@@ -278,16 +274,21 @@ def check_float_scale(data: Buffer, dtype: str, name: str) -> None:
 
     `dtype`: BF16, F16, F32 or F64. Raises CheckpointError E-CKP-08.
     """
-    limit, minus_zero = _INFINITY[dtype], 1 << (8 * _BYTES[dtype] - 1)
-    values = memoryview(data).cast("B").cast(_UNSIGNED[dtype])
-    if not values or max(values) < limit:
-        return
-    bad = [place for place, bits in enumerate(values) if bits >= limit and bits != minus_zero]
-    if bad:
+    minus_zero = 1 << (DTYPE_BITS[dtype] - 1)
+    if bad := _outside(data, dtype, lowest=0, other=minus_zero):
         raise _invalid(
             f"{name} has {len(bad)} scales that are negative or not finite, the first at element {bad[0]}",
             "finite scales; msModelSlim writes NaN for 512 zeros in a row, which no engine can run",
         )
+
+
+def _outside(data: Buffer, dtype: str, *, lowest: int, other: int = -1) -> list[int]:
+    """The elements whose bits are neither from `lowest` up to those of infinity nor `other`."""
+    limit = _INFINITY[dtype]
+    values = memoryview(data).cast("B").cast(_UNSIGNED[dtype])
+    if not values or (lowest <= min(values) and max(values) < limit):
+        return []
+    return [place for place, bits in enumerate(values) if not lowest <= bits < limit and bits != other]
 
 
 def _invalid(got: str, needs: str) -> CheckpointError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +42,7 @@ PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 INDEX_FILE = "model_index.json"
 RECORD_FILE = "ascendit.json"
 """How `quantize` or `repack` made the folder: see `convert.provenance`."""
-_SNAPSHOT = re.compile(r"^(?:models--)(?P<org>.+?)--(?P<name>.+)$")
+_SNAPSHOT = re.compile(r"models--(.+?)--(.+)/snapshots/[^/]+")
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,18 @@ def recognise(path: Path | str) -> Layout:
             )
         if (layout := _diffusers(root)) is not None:
             return layout
-        if (found := recognise_bare(root)) is not None:
+        found = _file(root) if root.is_file() else _cascade(root) or _transformers_only(root) or _one(root)
+        if found is not None:
             kind, parts = found
             return Layout(kind, root, _model_name(root), {}, {part.name: part for part in parts})
-        raise _unknown(root)
+        raise CheckpointError(
+            f"no model recognised at {root}: {_guess(root)}",
+            needs=f"a Diffusers folder, which has {INDEX_FILE} at its top; a folder of transformers alone; "
+            "an original Wan folder (config.json, or high_noise_model and low_noise_model); an msModelSlim "
+            "export (quant_model_description*.json); or one .safetensors file of a Wan transformer",
+            fix="give the folder that holds all parts, or the one file",
+            code="E-CKP-01",
+        )
     except OSError as e:
         raise CheckpointError(
             f"{root} cannot be read: {e.strerror}",
@@ -126,17 +134,6 @@ def recognise(path: Path | str) -> Layout:
             fix="correct the path, or the rights on it",
             code="E-CKP-01",
         ) from e
-
-
-def _unknown(root: Path) -> CheckpointError:
-    return CheckpointError(
-        f"no model recognised at {root}: {_guess(root)}",
-        needs=f"a Diffusers folder, which has {INDEX_FILE} at its top; a folder of transformers alone; an "
-        "original Wan folder (config.json, or high_noise_model and low_noise_model); an msModelSlim "
-        "export (quant_model_description*.json); or one .safetensors file of a Wan transformer",
-        fix="give the folder that holds all parts, or the one file",
-        code="E-CKP-01",
-    )
 
 
 def _guess(root: Path) -> str:
@@ -160,10 +157,8 @@ def _model_name(root: Path) -> str:
 
 def _snapshot(root: Path) -> tuple[str, str] | None:
     """(org, name) for `.../models--org--name/snapshots/<revision>`."""
-    if root.parent.name != "snapshots":
-        return None
-    found = _SNAPSHOT.match(root.parent.parent.name)
-    return (found["org"], found["name"]) if found else None
+    found = _SNAPSHOT.fullmatch("/".join(root.parts[-3:]))
+    return (found[1], found[2]) if found else None
 
 
 # ---- a Diffusers pipeline folder ----------------------------------------------------------------
@@ -178,8 +173,9 @@ def _diffusers(root: Path) -> Layout | None:
         raise other_class(root / INDEX_FILE, found, PIPELINES)
     parts: dict[str, Part] = {}
     for name, entry in index.items():
-        if _names_a_part(name, entry):
-            parts[name] = _read_part(root, name, library=entry[0], class_name=entry[1])
+        match entry:  # [null, null] and plain values are no parts
+            case [str(library), str(class_name)] if not name.startswith("_"):
+                parts[name] = _read_part(root, name, library, class_name)
     if "transformer" not in parts:
         raise CheckpointError(
             f"{root / INDEX_FILE} names no transformer",
@@ -190,14 +186,7 @@ def _diffusers(root: Path) -> Layout | None:
     return Layout("diffusers", root, _model_name(root), index, parts)
 
 
-def _names_a_part(name: str, entry: object) -> bool:
-    """Parts are `[library, class]`; `[null, null]` and plain values are none."""
-    if name.startswith("_") or not isinstance(entry, list):
-        return False
-    return len(entry) == 2 and all(isinstance(x, str) for x in entry)
-
-
-def _read_part(root: Path, name: str, *, library: str, class_name: str) -> Part:
+def _read_part(root: Path, name: str, library: str, class_name: str) -> Part:
     folder = root / name
     if not stays_inside(name) or Path(name).name != name:
         raise CheckpointError(
@@ -233,13 +222,12 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
 
 # ---- transformers without the other parts -------------------------------------------------------
 
-BareKind = Literal["transformers-only", "transformer", "wan", "msmodelslim", "file"]
-Recognised = tuple[BareKind, list[Part]]
+Recognised = tuple[LayoutKind, list[Part]]
 
 WAN = "WanModel"
 _EXPORTED = re.compile(r"quant_model_weight.*\.safetensors")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
-_CASCADES: dict[BareKind, BareKind] = {
+_CASCADES: dict[LayoutKind, LayoutKind] = {
     "msmodelslim": "msmodelslim",
     "wan": "wan",
     "file": "wan",
@@ -248,15 +236,6 @@ _CASCADES: dict[BareKind, BareKind] = {
 """What two transformers of a kind are together."""
 _NOISE = re.compile(r"(?:\w+_)?(?P<noise>high|low)_noise_model")
 """`high_noise_model`; msModelSlim before June 2026: `t2v_high_noise_model`."""
-
-
-def recognise_bare(root: Path) -> Recognised | None:
-    """What `root` holds, a folder or file without `model_index.json`; None if it is of no known kind."""
-    if root.is_file():
-        return _file(root)
-    if not root.is_dir():
-        return None
-    return _cascade(root) or _transformers_only(root) or _one(root)
 
 
 def _cascade(root: Path) -> Recognised | None:
@@ -300,7 +279,7 @@ def _transformers_only(root: Path) -> Recognised | None:
         config = read_json(root / name / "config.json")
         if (found := config.get("_class_name", TRANSFORMER)) != TRANSFORMER:
             raise other_class(root / name / "config.json", found, (TRANSFORMER,), part=name)
-        parts.append(_part(name, root / name, config))
+        parts.append(Part(name, root / name, config=config))
     return ("transformers-only", parts) if parts else None
 
 
@@ -318,7 +297,7 @@ def _file(path: Path) -> Recognised | None:
         )
     if weights_in(path.parent) == [path.name] and (found := _one(path.parent)) is not None:
         return found
-    return "file", [_file_part(path, EXPERTS[0])]
+    return "file", [Part(EXPERTS[0], path, files=(path,))]
 
 
 def _one(folder: Path, name: str = EXPERTS[0]) -> Recognised | None:
@@ -344,7 +323,7 @@ def _export(folder: Path, name: str) -> Recognised | None:
 def _export_part(folder: Path, name: str, files: Sequence[str], config: dict[str, Any]) -> Part:
     indexes = sorted(folder.glob("quant_model_weight*.safetensors.index.json"))
     if len(indexes) == 1 and set(files) <= _named_by(indexes[0]):
-        return _part(name, folder, config, index=indexes[0])
+        return Part(name, folder, config=config, index=indexes[0])
     if indexes or not _one_set(files):
         found = [*files, *(p.name for p in indexes)]
         raise CheckpointError(
@@ -353,7 +332,7 @@ def _export_part(folder: Path, name: str, files: Sequence[str], config: dict[str
             fix="move other exports to folders of their own, or copy the missing files",
             code="E-CKP-03",
         )
-    return _part(name, folder, config, files=tuple(folder / file for file in files))
+    return Part(name, folder, config=config, files=tuple(folder / file for file in files))
 
 
 def _named_by(index: Path) -> set[str]:
@@ -369,11 +348,8 @@ def _one_set(files: Sequence[str]) -> bool:
         return len(files) == 1
     sets = {(m["stem"], m["count"]) for m in numbered}
     numbers = [int(m["number"]) for m in numbered]
-    return len(numbered) == len(files) and len(sets) == 1 and sorted(numbers) == _up_to(numbered[0]["count"])
-
-
-def _up_to(count: str) -> list[int]:
-    return list(range(1, int(count) + 1))
+    complete = sorted(numbers) == list(range(1, int(numbered[0]["count"]) + 1))
+    return len(numbered) == len(files) and len(sets) == 1 and complete
 
 
 def _by_config(folder: Path, name: str) -> Recognised | None:
@@ -398,7 +374,7 @@ def _with_weights(folder: Path, name: str, config: dict[str, Any]) -> Part:
         any(file.startswith(STEM) for file in files) or (folder / f"{STEM}.safetensors.index.json").exists()
     )
     only = () if named or len(files) != 1 else (folder / files[0],)
-    return _part(name, folder, config, files=only)
+    return Part(name, folder, config=config, files=only)
 
 
 def _by_weights(folder: Path, name: str) -> Recognised | None:
@@ -409,26 +385,16 @@ def _by_weights(folder: Path, name: str) -> Recognised | None:
         naming = naming_of(weight_map) if isinstance(weight_map, dict) else None
         if naming is None:
             return None
-        return "wan" if naming == "wan" else "transformer", [_part(name, folder, {})]
+        return "wan" if naming == "wan" else "transformer", [Part(name, folder)]
     files = weights_in(folder)
     if len(files) != 1 or (folder / "config.json").exists():
         return None
-    return "file", [_file_part(folder / files[0], name)]
+    return "file", [Part(name, folder / files[0], files=(folder / files[0],))]
 
 
 def weights_in(folder: Path) -> list[str]:
     """Names of the safetensors files in `folder`, sorted."""
     return sorted(p.name for p in folder.glob("*.safetensors") if p.is_file())
-
-
-def _file_part(path: Path, name: str) -> Part:
-    return _part(name, path, {}, files=(path,))
-
-
-def _part(
-    name: str, path: Path, config: dict[str, Any], *, files: Iterable[Path] = (), index: Path | None = None
-) -> Part:
-    return Part(name, path, "diffusers", TRANSFORMER, config, tuple(files), index)
 
 
 def _no_weights(folder: Path) -> CheckpointError:

@@ -1,4 +1,4 @@
-"""A folder that appears in full, by one rename, or not at all; and what is linked or copied into it.
+"""A folder that appears complete, by one rename, or not at all; and what is linked or copied into it.
 
 A run that writes DST works in `<parent>/.<name>.partial/<name>`, with `journal.json` beside that. The folder
 `.partial` is locked while the run lives; the system ends the lock when the process dies, however it dies.
@@ -6,25 +6,89 @@ A run that writes DST works in `<parent>/.<name>.partial/<name>`, with `journal.
 
 from __future__ import annotations
 
-import errno
 import fcntl
+import json
 import logging
 import os
 import shutil
 import stat
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
-from ascendit.checkpoint.file_copy import FULL, copy_file, disk_full, rename_new, room_for, write_error
-from ascendit.checkpoint.resume import Journal
+from ascendit.checkpoint.file_copy import FULL, check_room, copy_file, write_error, writing
 from ascendit.errors import Cancelled, CheckpointError, UsageError
 
 logger = logging.getLogger("ascendit")
 
 JOURNAL = "journal.json"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+# ---- which files of a run are complete ----------------------------------------------------------
+
+
+class CompleteFile(NamedTuple):
+    """One complete file."""
+
+    nbytes: int
+    sha256: str | None
+
+
+class Journal:
+    """A JSON file that is replaced in one step whenever a file under `root` is complete.
+
+    `fingerprint`: what the run does, namely source, scheme, recipe and versions.
+    """
+
+    def __init__(self, path: Path, root: Path, fingerprint: str) -> None:
+        self.path = path
+        self.root = root
+        self.fingerprint = fingerprint
+        self._done: dict[str, CompleteFile] = {}
+
+    @classmethod
+    def read(cls, path: Path, root: Path) -> Self | None:
+        """What a run has left. None if it is unreadable, or the machine has restarted since: what a killed
+        process has written may still be in the system's cache, which a power failure loses."""
+        try:
+            data = json.loads(path.read_bytes())
+            journal = cls(path, root, str(data["fingerprint"]))
+            journal._done = {name: CompleteFile(*entry) for name, entry in data["files"].items()}
+            return journal if data["boot"] == _boot() else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    @property
+    def count(self) -> int:
+        """How many files are complete."""
+        return len(self._done)
+
+    def complete(self, file: Path) -> CompleteFile | None:
+        """The entry of `file` if it is complete; its size on disk is compared."""
+        done = self._done.get(os.path.relpath(file, self.root))
+        return done if done and file.is_file() and file.stat().st_size == done.nbytes else None
+
+    def add(self, file: Path, nbytes: int, sha256: str | None = None) -> None:
+        """`file` is complete: its last byte is written. Raises OSError."""
+        self._done[os.path.relpath(file, self.root)] = CompleteFile(nbytes, sha256)
+        self.write()
+
+    def write(self) -> None:
+        """Replace the file. Raises OSError."""
+        data = {"fingerprint": self.fingerprint, "boot": _boot(), "files": self._done}
+        new = self.path.with_name(f"{self.path.name}.new")
+        new.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        os.replace(new, self.path)
+
+
+def _boot() -> str:
+    """The system's id of this boot; "" if it has none."""
+    return _BOOT.read_text(encoding="ascii").strip() if _BOOT.exists() else ""
+
+
+# ---- the folder ---------------------------------------------------------------------------------
 
 
 class Staging:
@@ -54,38 +118,44 @@ class Staging:
         self._needs = needs_bytes
         _check_apart(self.dst, self._folder, sources)
         _check_free(self.dst)
-        self._made: list[Path] = []
+        self._made = [p for p in (*reversed(self.dst.parent.parents), self.dst.parent) if not p.exists()]
         self._lock = -1
         self.path = self._folder / self.dst.name
-        try:
-            self._made = _make_parents(self.dst.parent)
+        with ExitStack() as undo, writing(self._folder, needs_bytes):
+            undo.callback(self._release)
+            self.dst.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self._folder)
             _check_free(self.dst)  # a run that has just ended
             self.journal = self._take_over(fingerprint, resume)
-            self._check_room()
-        except OSError as e:
-            told = write_error(self._folder, e, needs_bytes)
-            self._release()
-            raise told from e
-        except BaseException:
-            self._release()
-            raise
+            if not self.journal.count:
+                undo.callback(self._clear)
+            check_room(self._folder, needs_bytes)
+            undo.pop_all()
 
     def _take_over(self, fingerprint: str, resume: bool) -> Journal:
         """Keep or remove what a killed run has left."""
         file = self._folder / JOURNAL
-        found = set(os.listdir(self._folder))
-        if found - {JOURNAL + ".new"} and JOURNAL not in found:
+        names = set(os.listdir(self._folder))
+        if names - {JOURNAL + ".new"} and JOURNAL not in names:
             raise _in_the_way(self._folder)
         old = Journal.read(file, self.path)
-        if resume and old and old.usable:
+        if resume and old:
             if old.fingerprint != fingerprint:
-                raise _other_work(self._folder)
+                raise UsageError(
+                    f"{self._folder} was left by a run that did something else",
+                    needs="the same source, options and version as the run that is taken up again",
+                    fix="run it without --resume, which starts anew, or with the options of that run",
+                    code="E-USE-01",
+                )
             logger.info("going on with %s: %d files are complete", self._folder, old.count)
             self.path.mkdir(exist_ok=True)
             return old
-        if old and old.count:
-            why = "the machine was started anew since" if resume else "resume would have gone on with it"
+        if JOURNAL in names:
+            why = (
+                "it is damaged, or the machine has restarted"
+                if resume
+                else "resume would have gone on with it"
+            )
             logger.info("removing %s, which a killed run has left: %s", self._folder, why)
         if self.path.exists():
             shutil.rmtree(self.path)
@@ -94,26 +164,18 @@ class Staging:
         self.path.mkdir()
         return journal
 
-    def _check_room(self) -> None:
-        if self._needs > (free := room_for(self._folder)):
-            if not self.journal.count:
-                self._clear()
-            raise disk_full(self._folder, self._needs, free)
-
     def publish(self) -> None:
         """Rename the folder to `dst`. If that came meanwhile the work is kept: UsageError E-USE-03."""
-        try:
-            rename_new(self.path, self.dst)
-        except FileExistsError as e:
-            self.keep = True
-            raise UsageError(
-                f"{self.dst} came while this run was writing",
-                needs="a free name: nothing is overwritten",
-                fix=f"the output is complete in {self.path}; move it where you want it",
-                code="E-USE-03",
-            ) from e
-        except OSError as e:
-            raise write_error(self._folder, e, self._needs) from e
+        with writing(self._folder, self._needs):
+            if os.path.lexists(self.dst):  # os.rename would replace an empty folder
+                self.keep = True
+                raise UsageError(
+                    f"{self.dst} came while this run was writing",
+                    needs="a free name: nothing is overwritten",
+                    fix=f"the output is complete in {self.path}; move it where you want it",
+                    code="E-USE-03",
+                )
+            os.rename(self.path, self.dst)
         self._made = []
         self._clear()
         self._release()
@@ -121,21 +183,20 @@ class Staging:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._lock < 0:  # published
             return
-        full = isinstance(error, OSError) and error.errno in FULL
-        told = write_error(self._folder, error, self._needs) if full and isinstance(error, OSError) else None
+        problem = None
+        if isinstance(error, OSError) and error.errno in FULL:
+            problem = write_error(self._folder, error, self._needs)
         stopped = isinstance(error, KeyboardInterrupt | Cancelled) and self.journal.count > 0
         if self.keep or stopped:
             logger.info("kept %s: resume goes on with it", self._folder)
         else:
             self._clear()
         self._release()
-        if told:
-            raise told from error
+        if problem:
+            raise problem from error
 
     def _clear(self) -> None:
         """Remove all; the journal last, so that a rest is known for what it is."""
@@ -145,12 +206,10 @@ class Staging:
             (self._folder / JOURNAL).unlink(missing_ok=True)
 
     def _release(self) -> None:
-        """End the lock. Empty folders that this run has made go before."""
-        if self._lock >= 0:
-            self._made.append(self._folder)
-        with suppress(OSError):
-            while self._made:
-                os.rmdir(self._made.pop())
+        """End the lock, and remove the empty folders that this run has made."""
+        for folder in (*([self._folder] if self._lock >= 0 else []), *reversed(self._made)):
+            with suppress(OSError):
+                os.rmdir(folder)
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -172,9 +231,9 @@ def _absolute(dst: Path) -> Path:
 def _check_free(dst: Path) -> None:
     if not os.path.lexists(dst):
         return
-    kind = "folder" if dst.is_dir() else "file"
+    kind = "link" if dst.is_symlink() else "folder" if dst.is_dir() else "file"
     raise UsageError(
-        f"the output {dst} exists already: a {'link' if dst.is_symlink() else kind}",
+        f"the output {dst} exists already: a {kind}",
         needs="a name that is free: nothing is overwritten",
         fix="choose another with -o, or remove what is there",
         code="E-USE-03",
@@ -184,45 +243,35 @@ def _check_free(dst: Path) -> None:
 def _check_apart(dst: Path, folder: Path, sources: Sequence[Path]) -> None:
     for source in sources:
         real = Path(os.path.realpath(source))
-        inside = dst.is_relative_to(real)
-        if inside or real.is_relative_to(dst) or real.is_relative_to(folder):
-            what = f"the output {dst} lies in the source {source}" if inside else f"{source} lies in {dst}"
-            raise UsageError(
-                what if not real.is_relative_to(folder) else f"{source} is the unfinished output of a run",
-                needs="output and sources beside each other",
-                fix=f"for example -o {real.parent / (real.name + '-new')}",
-                code="E-USE-06",
-            )
-
-
-def _make_parents(folder: Path) -> list[Path]:
-    """The folders that were missing, outermost first."""
-    made: list[Path] = []
-    for part in (*reversed(folder.parents), folder):
-        if not part.is_dir():
-            try:
-                part.mkdir()
-            except FileExistsError:
-                if not part.is_dir():
-                    raise
-            else:
-                made.append(part)
-    return made
+        if real.is_relative_to(folder):
+            problem = f"{source} is the unfinished output of a run"
+        elif dst.is_relative_to(real):
+            problem = f"the output {dst} lies in the source {source}"
+        elif real.is_relative_to(dst):
+            problem = f"{source} lies in {dst}"
+        else:
+            continue
+        raise UsageError(
+            problem,
+            needs="output and sources beside each other",
+            fix=f"for example -o {real.parent / (real.name + '-new')}",
+            code="E-USE-06",
+        )
 
 
 def _lock(folder: Path) -> int:
     """Make the folder, or find it, and lock it: its descriptor. Until then nothing in it may be touched."""
     while True:
         try:
-            os.mkdir(folder)
-        except FileExistsError:
-            pass
+            folder.mkdir(exist_ok=True)
+        except FileExistsError as e:
+            raise _in_the_way(folder) from e
         try:
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:  # its run has just ended
             continue
         except OSError as e:
-            if e.errno in (errno.ENOTDIR, errno.ELOOP):  # a file, a link
+            if folder.is_symlink():
                 raise _in_the_way(folder) from e
             raise
         try:
@@ -237,11 +286,9 @@ def _lock(folder: Path) -> int:
             ) from e
         except OSError as e:
             logger.debug("no locks in %s: %s", folder, e)
-        try:
+        with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), os.lstat(folder)):
                 return fd
-        except FileNotFoundError:
-            pass
         os.close(fd)
 
 
@@ -251,15 +298,6 @@ def _in_the_way(folder: Path) -> UsageError:
         needs="this name for the unfinished output",
         fix="move it away, or choose another output with -o",
         code="E-USE-03",
-    )
-
-
-def _other_work(folder: Path) -> UsageError:
-    return UsageError(
-        f"{folder} was left by a run that did something else",
-        needs="the same source, options and version as the run that is taken up again",
-        fix="run it without --resume, which starts anew, or with the options of that run",
-        code="E-USE-01",
     )
 
 

@@ -130,45 +130,30 @@ def read_manifest(path: Path, naming: Naming) -> Manifest:
             metadata[key] = value if isinstance(value, str) else json.dumps(value)
             continue
         if not isinstance(value, str):
-            raise _no_type(path, key, value)
+            needs = "a text such as FLOAT or W8A8_MXFP8 for each tensor"
+            raise _damaged_manifest(f"{path} gives {key} the type {value!r:.60}", needs, "E-CKP-06")
         first = written.setdefault(name, key)
         if key == f"{name.removesuffix('.mul_scale')}.div.mul_scale" and first == name:
             continue  # SGLang looks for this second name of a mul_scale
         if first != key:
-            raise _twice(path, first, key, name)
+            got = f"{path} names {first} and {key}, which are both {name}"
+            raise _damaged_manifest(got, "one entry for each tensor", "E-CKP-09")
         (attention if name.endswith(QUANT_TYPE) else tensors)[name] = value
     known = {STATIC_ATTENTION, *MANIFEST_SCHEMES}
     if strange := {written[name]: kind for name, kind in tensors.items() if kind not in known}:
-        raise _unknown_types(path, strange)
+        raise CheckpointError(
+            f"{path} has {len(strange)} tensors of types unknown here: "
+            + listed(f"{name} is {kind}" for name, kind in strange.items()),
+            needs=", ".join(MANIFEST_SCHEMES),
+            fix="export the model with one of these types",
+            code="E-CKP-04",
+        )
     return Manifest(path, tensors, attention, metadata)
 
 
-def _no_type(path: Path, key: str, value: Any) -> CheckpointError:
-    return CheckpointError(
-        f"{path} gives {key} the type {value!r:.60}",
-        needs="a text such as FLOAT or W8A8_MXFP8 for each tensor",
-        fix="restore the manifest from where the model came from, or export again",
-        code="E-CKP-06",
-    )
-
-
-def _twice(path: Path, first: str, second: str, name: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} names {first} and {second}, which are both {name}",
-        needs="one entry for each tensor",
-        fix="restore the manifest from where the model came from, or export again",
-        code="E-CKP-09",
-    )
-
-
-def _unknown_types(path: Path, strange: Mapping[str, str]) -> CheckpointError:
-    return CheckpointError(
-        f"{path} has {len(strange)} tensors of types unknown here: "
-        + listed(f"{name} is {kind}" for name, kind in strange.items()),
-        needs=", ".join(MANIFEST_SCHEMES),
-        fix="export the model with one of these types",
-        code="E-CKP-04",
-    )
+def _damaged_manifest(got: str, needs: str, code: str) -> CheckpointError:
+    fix = "restore the manifest from where the model came from, or export again"
+    return CheckpointError(got, needs=needs, fix=fix, code=code)
 
 
 def manifest_for(

@@ -1,7 +1,7 @@
-"""Tensors on disk: strict safetensors headers, shards read tensor by tensor, tensors read in blocks of rows.
+"""Tensors on disk: strict safetensors headers, the files of one part, tensors read in blocks of rows.
 
-`read_header` checks a file without reading a byte of its tensors. `Shards` joins the files of one part and
-reads exactly the bytes that are asked for. `RowReader` reads blocks of rows into one buffer, again and again.
+`read_header` checks a file without reading a byte of its tensors. `Shards` joins the headers of one part.
+`RowReader` reads tensors, or one rank's part of them, into memory that is used again.
 torch and numpy are imported by the calls that need them.
 
 Files are not mapped: the pages of one would count as memory of this process, and a shrinking file would kill
@@ -13,42 +13,24 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import threading
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeGuard
 
-from ascendit.checkpoint.component import STEM, Part, is_plain, loads, read_json, stays_inside
+from ascendit.checkpoint.component import STEM, Part, is_plain, loads, read_json, stays_inside, unreadable
 from ascendit.errors import CheckpointError
 from ascendit.names import listed
 
 if TYPE_CHECKING:
     import torch
 
-DTYPE_BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    "F4": 4,
-}
-"""safetensors spelling -> bits of one element."""
 TORCH_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
+    **{f"F{bits}": f"float{bits}" for bits in (64, 32, 16)},
+    **{f"I{bits}": f"int{bits}" for bits in (64, 32, 16, 8)},
+    **{f"U{bits}": f"uint{bits}" for bits in (64, 32, 16, 8)},
     "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
     "BOOL": "bool",
     "C64": "complex64",
     "F8_E4M3": "float8_e4m3fn",
@@ -59,6 +41,8 @@ TORCH_DTYPES = {
     "F4": "float4_e2m1fn_x2",
 }
 """safetensors spelling -> name in torch. F4 holds two elements in a byte, so its last axis is halved."""
+DTYPE_BITS = {name: 8 if name == "BOOL" else int(re.findall(r"\d+", name)[0]) for name in TORCH_DTYPES}
+"""safetensors spelling -> bits of one element."""
 
 
 # ---- headers ------------------------------------------------------------------------------------
@@ -94,27 +78,27 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise _broken(path, "no regular file")
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
-            start, header = _read_raw(path, f.read(8), size, f.read)
+            header = _read_json_header(path, f, size)
+            position = f.tell()
     except OSError as e:
         raise _broken(path, "missing" if isinstance(e, FileNotFoundError) else str(e.strerror)) from e
-    infos = [_entry(path, name, entry, start) for name, entry in header.items() if name != "__metadata__"]
+    infos = [_entry(path, name, entry, position) for name, entry in header.items() if name != "__metadata__"]
     infos.sort(key=lambda info: (info.start, info.end))
-    position = start
     for info in infos:
         if info.end > size:
             raise _broken(path, f"truncated: {info.name} ends at byte {info.end}, the file at {size}")
         if info.start != position:
-            what = "overlaps the tensor before it" if info.start < position else "leaves a gap before it"
-            raise _broken(path, f"{info.name} {what} (starts at byte {info.start}, not {position})")
+            problem = "overlaps the tensor before it" if info.start < position else "leaves a gap before it"
+            raise _broken(path, f"{info.name} {problem} (starts at byte {info.start}, not {position})")
         position = info.end
     if position != size:
         raise _broken(path, f"{size - position} bytes follow the last tensor")
     return {info.name: info for info in infos}
 
 
-def _read_raw(path: Path, prefix: bytes, size: int, read: Any) -> tuple[int, dict[str, Any]]:
-    """(offset of the first tensor byte, header object). `read` reads on after the 8-byte `prefix`."""
-    if len(prefix) < 8:
+def _read_json_header(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
+    """The header object, read from the start of a file of `size` bytes."""
+    if len(prefix := file.read(8)) < 8:
         raise _broken(path, f"{size} bytes long, too short for a header" if size else "empty")
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER:
@@ -122,12 +106,12 @@ def _read_raw(path: Path, prefix: bytes, size: int, read: Any) -> tuple[int, dic
     if 8 + length > size:
         raise _broken(path, f"truncated: header of {length} bytes in a file of {size}")
     try:
-        header = loads(read(length).decode())
+        header = loads(file.read(length).decode())
     except (ValueError, RecursionError) as e:
         raise _broken(path, f"header is not JSON ({e})") from e
     if not isinstance(header, dict):
         raise _broken(path, f"header is a JSON {type(header).__name__}, not an object")
-    return 8 + length, header
+    return header
 
 
 def _entry(path: Path, name: str, entry: object, offset: int) -> TensorInfo:
@@ -162,18 +146,14 @@ def _broken(path: Path, problem: str) -> CheckpointError:
 
 # ---- the files of one part ----------------------------------------------------------------------
 
-_CHUNK = 1 << 30  # bytes; no system reads 2 GiB in one call
 
-
+@dataclass(frozen=True)
 class Shards:
-    """The weight files of one part, seen as one set of tensors. Nothing is read until `read`."""
+    """The weight files of one part, seen as one set of tensors: their headers."""
 
-    def __init__(self, folder: Path, tensors: dict[str, TensorInfo], files: tuple[Path, ...]) -> None:
-        self.folder = folder
-        self.tensors = tensors
-        self.files = files
-        self._handles: dict[Path, int] = {}
-        self._lock = threading.Lock()
+    tensors: dict[str, TensorInfo]
+    """In the order of the files, and of the bytes in each."""
+    files: tuple[Path, ...]
 
     @classmethod
     def open(cls, folder: Path, stem: str = STEM) -> Self:
@@ -187,8 +167,8 @@ class Shards:
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         if not index.exists():
             if not single.exists():
-                raise _dangling(single) if single.is_symlink() else _no_weights(folder, stem)
-            return cls(folder, read_header(single), (single,))
+                raise _no_weights(single)
+            return cls(read_header(single), (single,))
         shards = cls.of_index(index)
         if single.exists() and single not in shards.files:
             raise CheckpointError(
@@ -203,9 +183,16 @@ class Shards:
     def of_index(cls, index: Path) -> Self:
         """The shards that an index file names; errors as in `open`."""
         weight_map = _weight_map(index)
-        files = tuple(dict.fromkeys(_shard_path(index, name) for name in sorted(set(weight_map.values()))))
-        _check_present(index, files)
-        return cls(index.parent, _join(index, weight_map, files), files)
+        names = sorted(set(weight_map.values()))
+        files = tuple(dict.fromkeys(index.parent / name for name in names))  # it may spell one in two ways
+        if missing := [path.name for path in files if not os.path.isfile(path)]:  # False for a name too long
+            raise CheckpointError(
+                f"{index} names {len(files)} files, and {len(missing)} missing: {listed(missing)}",
+                needs="every shard that the index names, in the same folder",
+                fix="download the missing files",
+                code="E-CKP-03",
+            )
+        return cls(_join(index, weight_map, files), files)
 
     @classmethod
     def of_files(cls, files: Sequence[Path]) -> Self:
@@ -214,9 +201,15 @@ class Shards:
         for path in files:
             for name, info in read_header(path).items():
                 if name in tensors:
-                    raise _twice(name, tensors[name].file, path)
+                    first = tensors[name].file.name
+                    raise CheckpointError(
+                        f"{name} stands in {first} and again in {path.name}, in {path.parent}",
+                        needs="each tensor once",
+                        fix="remove the files that belong to another model or an older run",
+                        code="E-CKP-09",
+                    )
                 tensors[name] = info
-        return cls(files[0].parent, tensors, tuple(files))
+        return cls(tensors, tuple(files))
 
     @classmethod
     def of_part(cls, part: Part) -> Self:
@@ -224,66 +217,6 @@ class Shards:
         if part.index is not None:
             return cls.of_index(part.index)
         return cls.of_files(part.files) if part.files else cls.open(part.path, part.stem)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
-
-    def by_file(self) -> Iterator[tuple[Path, list[TensorInfo]]]:
-        """Each file with its tensors, in the order of the bytes on disk."""
-        for path in self.files:
-            infos = [info for info in self.tensors.values() if info.file == path]
-            yield path, sorted(infos, key=lambda info: (info.start, info.end))
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, on the CPU, in memory of its own; no other tensor is read.
-
-        KeyError when there is none of this name; CheckpointError E-CKP-02 when the file has shrunk
-        since it was opened.
-        """
-        import torch
-
-        info = self.tensors[name]
-        dtype: torch.dtype = getattr(torch, TORCH_DTYPES[info.dtype])
-        shape = (*info.shape[:-1], info.shape[-1] // 2) if info.dtype == "F4" else info.shape
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
-        if info.nbytes == 0:
-            return torch.empty(shape, dtype=dtype)
-        self._read_into(info, memoryview(raw.numpy().data))
-        return raw.view(dtype).reshape(shape)
-
-    def _read_into(self, info: TensorInfo, buffer: memoryview) -> None:
-        handle = self._handle(info.file)
-        done = 0
-        while done < len(buffer):
-            count = os.preadv(handle, [buffer[done : done + _CHUNK]], info.start + done)
-            if count == 0:
-                raise _broken(info.file, f"truncated while it was read, in {info.name}")
-            done += count
-
-    def _handle(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._handles:
-                try:
-                    self._handles[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                except OSError as e:
-                    raise _broken(path, str(e.strerror)) from e
-            return self._handles[path]
-
-    def close(self) -> None:
-        """Close the files. Tensors that were read stay valid; a later `read` opens its file again."""
-        with self._lock:
-            while self._handles:
-                os.close(self._handles.popitem()[1])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -295,29 +228,15 @@ def _weight_map(index: Path) -> dict[str, str]:
             fix="download the file again",
             code="E-CKP-06",
         )
-    return weight_map
-
-
-def _shard_path(index: Path, name: str) -> Path:
-    """The file an index names. Links inside the folder may point elsewhere (hub caches); names may not."""
-    if not stays_inside(name):
+    # Links inside the folder may point elsewhere (hub caches); names may not.
+    if outside := [name for name in sorted(weight_map.values()) if not stays_inside(name)]:
         raise CheckpointError(
-            f"{index} names {name!r}, which is not inside the folder",
+            f"{index} names {outside[0]!r}, which is not inside the folder",
             needs="names of files beside the index",
             fix="get the model from a source you trust",
             code="E-CKP-03",
         )
-    return index.parent / name
-
-
-def _check_present(index: Path, files: tuple[Path, ...]) -> None:
-    if missing := [path.name for path in files if not os.path.isfile(path)]:  # False for a name too long
-        raise CheckpointError(
-            f"{index} names {len(files)} files, and {len(missing)} missing: {listed(missing)}",
-            needs="every shard that the index names, in the same folder",
-            fix="download the missing files",
-            code="E-CKP-03",
-        )
+    return weight_map
 
 
 def _join(index: Path, weight_map: dict[str, str], files: tuple[Path, ...]) -> dict[str, TensorInfo]:
@@ -346,41 +265,28 @@ def _join(index: Path, weight_map: dict[str, str], files: tuple[Path, ...]) -> d
     )
 
 
-def _twice(name: str, first: Path, second: Path) -> CheckpointError:
+def _no_weights(file: Path) -> CheckpointError:
+    """`file`: the name that weights in one file would have."""
+    folder, fix = file.parent, "download the weights of this part, in safetensors format"
+    if file.is_symlink():
+        return CheckpointError(
+            f"{file} is a link to {os.readlink(file)}, which leads to no file",
+            needs="the weights themselves, or a link to them",
+            fix="copy the file that the link is meant for, or make the link anew",
+            code="E-CKP-03",
+        )
+    got = f"no {file.name} in {folder}" if folder.is_dir() else f"no folder {folder}"
+    others = [p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".pth", ".pt")]
+    needs = f"{file.name}, or {file.name}.index.json and its shards"
     return CheckpointError(
-        f"{name} stands in {first.name} and again in {second.name}, in {first.parent}",
-        needs="each tensor once",
-        fix="remove the files that belong to another model or an older run",
-        code="E-CKP-09",
-    )
-
-
-def _no_weights(folder: Path, stem: str) -> CheckpointError:
-    if not folder.is_dir():
-        found = f"no folder {folder}"
-    else:
-        others = [p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt")]
-        found = f"no {stem}.safetensors in {folder}" + (f" (there is {listed(others)})" if others else "")
-    return CheckpointError(
-        found,
-        needs=f"{stem}.safetensors, or {stem}.safetensors.index.json and its shards",
-        fix="download the weights of this part, in safetensors format",
-        code="E-CKP-02",
-    )
-
-
-def _dangling(link: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{link} is a link to {os.readlink(link)}, which leads to no file",
-        needs="the weights themselves, or a link to them",
-        fix="copy the file that the link is meant for, or make the link anew",
-        code="E-CKP-03",
+        got + (f" (there is {listed(others)})" if others else ""), needs=needs, fix=fix, code="E-CKP-02"
     )
 
 
 # ---- blocks of rows -----------------------------------------------------------------------------
 
 BLOCK_BYTES = 4 << 20
+_LARGE = 1 << 30  # bytes in one call; no system reads 2 GiB
 
 
 @dataclass(frozen=True)
@@ -408,10 +314,13 @@ WHOLE = ShardSpec()
 
 
 class RowReader:
-    """Reads tensors in blocks of rows. What it gives is valid until the next block is read."""
+    """Reads tensors, or one rank's part of them, from files that stay open until `close`.
+
+    Every call raises CheckpointError E-CKP-02 if the file has shrunk or gone since its header was read.
+    """
 
     def __init__(self) -> None:
-        self._buffer = mmap.mmap(-1, BLOCK_BYTES)
+        self._buffer: memoryview | None = None
         self._files: dict[Path, int] = {}
 
     def blocks(
@@ -424,69 +333,80 @@ class RowReader:
     ) -> Iterator[tuple[int, memoryview]]:
         """(index of the row in the tensor, bytes of the rows), from the first row of the part to its last.
 
-        Raises CheckpointError E-CKP-02 if the file has shrunk since its header was read.
+        The bytes are valid until the next block is read.
         """
         first, count, row_bytes = _part(info, shard)
         step = max((block_bytes or BLOCK_BYTES) // max(row_bytes, 1) // multiple * multiple, multiple)
-        if step * row_bytes > len(self._buffer):
-            self._buffer = mmap.mmap(-1, step * row_bytes)
+        if self._buffer is None or step * row_bytes > len(self._buffer):
+            self._buffer = memoryview(mmap.mmap(-1, max(step * row_bytes, BLOCK_BYTES)))
         for start in range(first, first + count, step):
             rows = min(step, first + count - start)
-            view = memoryview(self._buffer)[: rows * row_bytes]
-            self._rows(info, shard, start, rows, view)
+            view = self._buffer[: rows * row_bytes]
+            self._read_rows(info, shard, start, rows, view)
             yield start, view
 
     def whole(self, info: TensorInfo, shard: ShardSpec = WHOLE) -> bytes:
         """All bytes of a small tensor, or of a part of it, in memory of their own."""
-        first, count, row_bytes = _part(info, shard)
+        _, count, row_bytes = _part(info, shard)
         data = bytearray(count * row_bytes)
-        self._rows(info, shard, first, count, memoryview(data))
+        self.into(info, memoryview(data), shard)
         return bytes(data)
 
     def into(self, info: TensorInfo, view: memoryview, shard: ShardSpec = WHOLE) -> None:
         """All bytes of a tensor, or of a part of it, into `view`."""
         first, count, row_bytes = _part(info, shard)
-        self._rows(info, shard, first, count, view[: count * row_bytes])
+        self._read_rows(info, shard, first, count, view[: count * row_bytes])
 
-    def _rows(self, info: TensorInfo, shard: ShardSpec, start: int, rows: int, view: memoryview) -> None:
+    def tensor(self, info: TensorInfo, shard: ShardSpec = WHOLE) -> torch.Tensor:
+        """A tensor, or a part of it, on the CPU, in memory of its own."""
+        import torch
+
+        shape = shard.of(info.shape)
+        if info.dtype == "F4":
+            shape = (*shape[:-1], shape[-1] // 2)
+        tensor = torch.empty(shape, dtype=getattr(torch, TORCH_DTYPES[info.dtype]))
+        if tensor.numel():
+            self.into(info, as_bytes(tensor), shard)
+        return tensor
+
+    def _read_rows(self, info: TensorInfo, shard: ShardSpec, start: int, rows: int, view: memoryview) -> None:
         """Rows of the part from row `start` of the tensor on. Columns are read row by row."""
         stride = rows_of(info)[1]
         if shard.axis == 0:
-            self._fill(info, info.start + start * stride, view)
+            self._read(info, info.start + start * stride, view)
             return
         width = len(view) // max(rows, 1)
-        offset = shard.start * (stride // info.shape[1])
+        offset = info.start + shard.start * (stride // info.shape[1])
         for row in range(rows):
-            at = info.start + (start + row) * stride + offset
-            self._fill(info, at, view[row * width : (row + 1) * width])
+            self._read(info, offset + (start + row) * stride, view[row * width : (row + 1) * width])
 
-    def _fill(self, info: TensorInfo, offset: int, view: memoryview) -> None:
-        handle = self._files.get(info.file)
-        if handle is None:
-            handle = self._files[info.file] = os.open(info.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        done = 0
-        while done < len(view):
-            count = os.preadv(handle, [view[done:]], offset + done)
-            if count == 0:
-                raise CheckpointError(
-                    f"{info.file}: truncated while it was read, in {info.name}",
-                    needs="files that nobody changes during the run",
-                    fix="download the file again, then run this again",
-                    code="E-CKP-02",
-                )
-            done += count
+    def _read(self, info: TensorInfo, offset: int, view: memoryview) -> None:
+        fd = self.open(info.file)
+        while len(view):
+            if not (count := os.preadv(fd, [view[:_LARGE]], offset)):
+                raise unreadable(info.file, f"truncated while it was read, in {info.name}")
+            view, offset = view[count:], offset + count
+
+    def open(self, file: Path) -> int:
+        """The descriptor of a file, which `close` closes."""
+        if file not in self._files:
+            try:
+                fd = self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as e:
+                raise unreadable(file, str(e.strerror)) from e
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return self._files[file]
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files. A later call opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
 
 

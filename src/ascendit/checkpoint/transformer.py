@@ -101,13 +101,18 @@ def read_expert(part: Part) -> Expert:
     that do not pair; E-CKP-07 when manifest, marker and dtypes disagree; E-CKP-04 for tensors that are
     missing, left over, misshapen or mistyped, or that the manifest does not name.
     """
-    with Shards.of_part(part) as shards:
-        stored = shards.tensors
-    naming = naming_of(stored)
-    if naming is None:
-        raise _no_transformer(part, stored)
+    stored = Shards.of_part(part).tensors
+    if (naming := naming_of(stored)) is None:
+        raise CheckpointError(
+            f"{part.path} holds no Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
+            needs="tensors such as patch_embedding.weight and blocks.0.self_attn.q.weight",
+            fix="give the file or folder of the diffusion transformer",
+            code="E-CKP-01",
+        )
     tensors = _canonical(stored, naming)
-    manifest = _manifest(part, naming)
+    # A lone file has no manifest: one beside it may belong to other weights.
+    path = None if part.files == (part.path,) else find_manifest(part.folder)
+    manifest = read_manifest(path, naming) if path else None
     marker = read_marker(part.config, tolerant=manifest is not None)
     told = manifest.claims() if manifest else {}
     layers = read_layers(tensors, (marker.claims(tensors) if marker else {}) | told)
@@ -152,14 +157,6 @@ def _canonical(stored: Mapping[str, TensorInfo], naming: Naming) -> dict[str, Te
     return tensors
 
 
-def _manifest(part: Part, naming: Naming) -> Manifest | None:
-    """The manifest in the part's folder. A lone file has none: one beside it may belong to other weights."""
-    if part.files == (part.path,):
-        return None
-    path = find_manifest(part.folder)
-    return read_manifest(path, naming) if path else None
-
-
 def _config(
     part: Part, tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]
 ) -> tuple[dict[str, Any], str | None]:
@@ -168,13 +165,6 @@ def _config(
     if not original:
         return {key: value for key, value in part.config.items() if key != CONFIG_KEY}, None
     return diffusers_config(part.config, _decoded_shapes(tensors, layers))
-
-
-def _decoded_shapes(
-    tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]
-) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {name: info.shape for name, info in tensors.items()}
-    return shapes | {f"{layer.name}.weight": layer.shape for layer in layers.values()}
 
 
 def _check_tensors(
@@ -190,7 +180,11 @@ def _check_tensors(
     head_dim = config.get("attention_head_dim")
     own = {f"{layer.name}.{role}" for layer in layers.values() for role in layer.tensors}
     extra = [name for name in tensors if name not in expected and name not in own]
-    rotations = {name: tensors[name] for name in extra if _of_attention(name, expected)}
+    rotations = {
+        name: tensors[name]
+        for name in extra
+        if (match := ATTENTION_TENSOR.fullmatch(name)) and f"{match[1]}to_q.weight" in expected
+    }
     both = [name for name in tensors if name in expected]
     problems = {
         "missing": [on_disk(name, naming) for name in expected if name not in tensors],
@@ -213,12 +207,6 @@ def _check_tensors(
             needs=f"exactly the {len(expected)} tensors of this {TRANSFORMER}, floating point or quantized",
             checks={kind: tuple(names) for kind, names in problems.items()},
         )
-
-
-def _of_attention(name: str, expected: Shapes) -> bool:
-    """Whether `name` belongs to the quantization of an attention that the model has."""
-    found = ATTENTION_TENSOR.fullmatch(name)
-    return found is not None and f"{found[1]}to_q.weight" in expected
 
 
 def _narrowed(layer: Layer, expected: Shapes) -> Layer:
@@ -274,28 +262,21 @@ def _origin(
     return "sglang" if naming == "diffusers" and manifest else "msmodelslim"
 
 
-def _no_transformer(part: Part, stored: Mapping[str, TensorInfo]) -> CheckpointError:
-    return CheckpointError(
-        f"{part.path} holds no Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
-        needs="tensors such as patch_embedding.weight and blocks.0.self_attn.q.weight",
-        fix="give the file or folder of the diffusion transformer",
-        code="E-CKP-01",
-    )
-
-
 # ---- what an expert holds -----------------------------------------------------------------------
 
 
 def shapes_of(expert: Expert) -> dict[str, tuple[int, ...]]:
     """Every weight, bias and table by its Diffusers name, weights as they are when decoded."""
-    coded = {
-        info.name
-        for layer in expert.layers.values()
-        for role, info in layer.tensors.items()
-        if role not in ("weight", "bias")
-    }
-    shapes = {name: info.shape for name, info in expert.tensors.items() if info.name not in coded}
-    return shapes | {f"{name}.weight": layer.shape for name, layer in expert.layers.items()}
+    return _decoded_shapes(expert.tensors, expert.layers)
+
+
+def _decoded_shapes(
+    tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]
+) -> dict[str, tuple[int, ...]]:
+    scales = {f"{name}.{role}" for name, layer in layers.items() for role in layer.tensors}
+    scales -= {f"{name}.{role}" for name in layers for role in ("weight", "bias")}
+    shapes: dict[str, tuple[int, ...]] = {n: info.shape for n, info in tensors.items() if n not in scales}
+    return shapes | {f"{name}.weight": layer.shape for name, layer in layers.items()}
 
 
 def num_weights(expert: Expert) -> int:

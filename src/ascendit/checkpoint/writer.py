@@ -16,28 +16,23 @@ import json
 import math
 import mmap
 import os
-import threading
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
-from types import TracebackType
 from typing import Any, Self
 
 from ascendit.checkpoint.component import STEM
-from ascendit.checkpoint.file_copy import PAGE, move_bytes, reserve, truncated, write_at, writing
-from ascendit.checkpoint.reader import DTYPE_BITS, TensorInfo
-from ascendit.checkpoint.resume import Journal
-from ascendit.errors import CheckpointError
+from ascendit.checkpoint.file_copy import PAGE, move_bytes, read_pieces, reserve, write_at, writing
+from ascendit.checkpoint.output_folder import Journal
+from ascendit.checkpoint.reader import DTYPE_BITS, RowReader, TensorInfo
 
 MAX_SHARD_BYTES = 5_000_000_000
 
 Data = bytes | bytearray | memoryview | mmap.mmap
 """Of a NumPy array it is `array.data`."""
-_RUN = 256 << 20  # bytes moved in one call, so that progress is reported and Ctrl-C noticed
-_BUFFER = 1 << 20
 
 
 # ---- what goes into which file, at which byte ---------------------------------------------------
@@ -52,8 +47,8 @@ class TensorSpec:
     """In safetensors' spelling: `BF16`, `F32`, `F8_E4M3`, ..."""
     shape: tuple[int, ...]
     source_start: int | None = field(default=None, compare=False)
-    """Where its bytes begin in the file they will be moved from. The header is padded so that they lie alike
-    on the pages of both files, which makes moving 1.7 x as fast (and sharing of blocks possible)."""
+    """Where its bytes begin in the file they will be moved from. The header is padded so that both files have
+    them at the same place in a page, which makes moving 1.7 x as fast (and sharing of blocks possible)."""
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +62,7 @@ class ShardLayout:
     file: Path
     specs: tuple[TensorSpec, ...]
     header: bytes
-    """Length, JSON and padding: all that stands before the first tensor."""
+    """Length, JSON and padding: all bytes before the first tensor."""
 
     @property
     def nbytes(self) -> int:
@@ -127,10 +122,10 @@ def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
 
 
 class ShardWriter:
-    """Writes the files of one expert. Room for all of them is reserved before the first byte of a tensor.
+    """Writes the files of one expert. Space for all of them is reserved before the first byte of a tensor.
 
-    `hash`: sha256 of each file, in a thread. `journal`: files in it are complete, and are added as they come
-    to be. Raises EnvironmentProblem E-ENV-04 when the disk is full, E-ENV-02 when it cannot be written.
+    `hash`: sha256 of each file, in a thread. `journal`: files in it are complete, and are added when they
+    are. Raises EnvironmentProblem E-ENV-04 when the disk is full, E-ENV-02 when it cannot be written.
     """
 
     def __init__(
@@ -151,68 +146,52 @@ class ShardWriter:
         self._stem = stem
         self._journal = journal
         self._sha256: dict[str, str] = {}
-        self._found = [self._found_complete(shard, hash) for shard in self.shards]
-        todo = [shard for shard, found in zip(self.shards, self._found, strict=True) if not found]
+        todo = [shard for shard in self.shards if not self._is_complete(shard, hash)]
         self._needed = sum(shard.nbytes for shard in todo)
-        self._order = [(i, spec) for i, shard in enumerate(self.shards) for spec in shard.specs]
-        self._where = {spec.name: i for i, spec in self._order}
-        self._next = 0  # in _order
-        self._filled = 0  # bytes of that tensor that are written or wait in _run
-        self._shard = -1  # the one that is open
-        self._fd = -1
-        self._end = 0  # where its next byte goes
-        self._run: tuple[int, int, int] | None = None  # source start, target start, count
-        self._source: tuple[Path | None, int] = (None, -1)
+        self._missing = {spec.name for shard in todo for spec in shard.specs}
+        self._left = deque(_places(todo))
+        self._filled = 0  # bytes of the first of _left
+        self._fd = -1  # of its file
+        self._sources = RowReader()
         self._closed = False
-        self._hasher = Hasher() if hash and todo else None
+        self._pool = ThreadPoolExecutor(1, "ascendit-sha256") if hash and todo else None
+        self._digest = hashlib.sha256()
         with self._guarded():
             for shard in todo:
-                _begin(shard)
-            self._settle()
+                with open(shard.file, "wb", buffering=0) as f:
+                    reserve(f.fileno(), shard.nbytes)
+                    write_at(f.fileno(), memoryview(shard.header), 0)
+                if shard.nbytes == len(shard.header):
+                    self._complete(shard)
 
     def done(self, name: str) -> bool:
         """Whether an earlier run has completed the file of this tensor: leave it out."""
-        return self._found[self._where[name]]
+        return name not in self._missing
 
     def append(self, name: str, data: Data) -> None:
         """The next bytes of tensor `name`; any C-contiguous buffer, free to be used again on return."""
         view = memoryview(data)
-        if not view.nbytes:
-            return
-        view = view.cast("B")
-        self._check(name, len(view))
-        with self._guarded():
-            self._flush()
-            fd = self._open(self._where[name])
-            if self._hasher:
-                self._hasher.feed(view)
-            write_at(fd, view, self._end)
-            self._advance(len(view))
+        if view.nbytes:
+            view = view.cast("B")
+            self._write(name, len(view), lambda fd, offset: write_at(fd, view, offset), [view])
 
     def move(self, info: TensorInfo, name: str) -> None:
-        """The whole of tensor `name`, from where `info` says, inside the kernel.
+        """The whole of tensor `name`, from the place that `info` gives, inside the kernel.
 
-        Tensors that follow each other in both files are moved together, so that the bytes may come to lie
-        there with a later call. Raises CheckpointError E-CKP-02 when the source cannot be read to its end.
+        Raises CheckpointError E-CKP-02 when the source cannot be read to its end.
         """
-        if not info.nbytes:
-            return
-        self._check(name, info.nbytes)
-        assert info.nbytes == self._order[self._next][1].nbytes, f"{name}: a part of a tensor cannot be moved"
-        with self._guarded():
-            if not self._run or self._source[0] != info.file or not self._joins(info):
-                self._flush()
-                self._open(self._where[name])
-                self._open_source(info.file)
-                self._run = (info.start, self._end, 0)
-            start, target, count = self._run
-            self._run = (start, target, count + info.nbytes)
-            self._advance(info.nbytes)
+        if info.nbytes:
+            source = self._sources.open(info.file)
+
+            def copy(fd: int, offset: int) -> None:
+                move_bytes(source, info.start, fd, offset, info.nbytes, source=info.file)
+
+            self._write(name, info.nbytes, copy, read_pieces(source, info.start, info.end, info.file))
 
     def close(self) -> dict[str, str]:
-        """Write the index where there are several files; {file name: sha256} if hashed, else {}."""
+        """Write the index if there are several files; {file name: sha256} if hashed, else {}."""
         if not self._closed:
-            assert self._next == len(self._order), f"{self._order[self._next][1].name} is not complete"
+            assert not self._left, f"{self._left[0][1].name} is not complete"
             with self._guarded():
                 self._write_index()
             self._release()
@@ -221,135 +200,76 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.close()
         self._release()
 
-    # ---- what is written where ------------------------------------------------------------------
-
-    def _found_complete(self, shard: ShardLayout, hash: bool) -> bool:
-        """Whether the journal knows this file, with just this header, and its sha256 if that is wanted."""
-        done = self._journal.complete(shard.file) if self._journal else None
-        if not done or done.nbytes != shard.nbytes or (hash and not done.sha256):
+    def _is_complete(self, shard: ShardLayout, hash: bool) -> bool:
+        """Whether the journal has this file, with just this header, and its sha256 if that is wanted."""
+        entry = self._journal.complete(shard.file) if self._journal else None
+        if not entry or entry.nbytes != shard.nbytes or (hash and not entry.sha256):
             return False
         try:
             with open(shard.file, "rb") as f:
                 same = f.read(len(shard.header)) == shard.header
         except OSError:
             return False
-        if same and hash and done.sha256:
-            self._sha256[shard.file.name] = done.sha256
+        if same and hash and entry.sha256:
+            self._sha256[shard.file.name] = entry.sha256
         return same
 
-    def _check(self, name: str, count: int) -> None:
-        assert not self._closed and self._next < len(self._order), f"{name}: all is written"
-        spec = self._order[self._next][1]
+    def _write(
+        self, name: str, count: int, write: Callable[[int, int], None], pieces: Iterable[memoryview]
+    ) -> None:
+        """Let `write(fd, offset)` put `count` bytes in their place, and hash `pieces` meanwhile."""
+        assert self._left and not self._closed, f"{name}: all is written"
+        shard, spec, start = self._left[0]
         assert spec.name == name, f"{name} comes before its turn, which is that of {spec.name}"
         assert self._filled + count <= spec.nbytes, f"{name} has {spec.nbytes} bytes, not more"
+        with self._guarded():
+            fd = self._open_target(shard)
+            hashing = self._pool.submit(self._hash, pieces) if self._pool else None
+            write(fd, start + self._filled)
+            self._filled += count
+            if hashing:
+                hashing.result()
+            if self._filled == spec.nbytes:
+                self._left.popleft()
+                self._filled = 0
+                if not self._left or self._left[0][0] is not shard:
+                    self._complete(shard)
 
-    def _advance(self, count: int) -> None:
-        self._filled += count
-        self._end += count
-        self._settle()
-
-    def _settle(self) -> None:
-        """Go on to the next tensor with missing bytes; a file that has none of them is complete."""
-        while self._next < len(self._order):
-            index, spec = self._order[self._next]
-            if self._filled < spec.nbytes and not self._found[index]:
-                return
-            self._next, self._filled = self._next + 1, 0
-            last = self._next == len(self._order) or self._order[self._next][0] != index
-            if last and not self._found[index]:
-                self._complete(index)
-
-    def _complete(self, index: int) -> None:
-        self._flush()
-        self._open(index)  # a file whose tensors are all empty
-        shard = self.shards[index]
-        fd, self._fd, self._shard = self._fd, -1, -1
-        os.close(fd)
-        digest = self._sha256[shard.file.name] = self._hasher.finish() if self._hasher else ""
-        if not digest:
-            del self._sha256[shard.file.name]
+    def _complete(self, shard: ShardLayout) -> None:
+        os.close(self._open_target(shard))
+        self._fd = -1
+        if self._pool:
+            self._sha256[shard.file.name] = self._digest.hexdigest()
         if self._journal:
-            self._journal.add(shard.file, shard.nbytes, digest or None)
+            self._journal.add(shard.file, shard.nbytes, self._sha256.get(shard.file.name))
 
-    def _open(self, index: int) -> int:
-        """The file of this shard, behind its header."""
-        if self._shard != index:
-            assert self._fd < 0
-            shard = self.shards[index]
-            self._fd = os.open(shard.file, os.O_RDWR | os.O_CLOEXEC)
-            self._shard, self._end = index, len(shard.header)
-            if self._hasher:
-                self._hasher.feed(memoryview(shard.header))
+    def _open_target(self, shard: ShardLayout) -> int:
+        if self._fd < 0:
+            self._fd = os.open(shard.file, os.O_WRONLY | os.O_CLOEXEC)
+            self._digest = hashlib.sha256(shard.header)
         return self._fd
+
+    def _hash(self, pieces: Iterable[memoryview]) -> None:
+        for piece in pieces:
+            self._digest.update(piece)
 
     def _write_index(self) -> None:
         if len(self.shards) == 1:
             return
         weight_map = {spec.name: shard.file.name for shard in self.shards for spec in shard.specs}
-        total = sum(spec.nbytes for _, spec in self._order)
+        total = sum(spec.nbytes for shard in self.shards for spec in shard.specs)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         file = self.folder / f"{self._stem}.safetensors.index.json"
         file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    # ---- moving ---------------------------------------------------------------------------------
-
-    def _joins(self, info: TensorInfo) -> bool:
-        assert self._run
-        start, target, count = self._run
-        same = self._shard == self._order[self._next][0] and target + count == self._end
-        return same and start + count == info.start and count < _RUN
-
-    def _open_source(self, file: Path) -> None:
-        path, fd = self._source
-        if path == file:
-            return
-        if fd >= 0:
-            os.close(fd)
-        self._source = (None, -1)
-        try:
-            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as e:
-            raise CheckpointError(
-                f"{file}: {e.strerror}",
-                needs="source files that stay as they are until the run is over",
-                fix="run it again when they are there",
-                code="E-CKP-02",
-            ) from e
-        self._source = (file, fd)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-
-    def _flush(self) -> None:
-        """Move what waits."""
-        if not self._run:
-            return
-        (start, target, count), self._run = self._run, None
-        path, fd = self._source
-        if not self._hasher:
-            move_bytes(fd, start, self._fd, target, count, source=path or "")
-            return
-        buffer = memoryview(bytearray(min(_BUFFER, count)))
-        moved = 0
-        while moved < count:
-            view = buffer[: count - moved]
-            if not (done := os.preadv(fd, [view], start + moved)):
-                raise truncated(path or "", start + moved)
-            self._hasher.feed(view[:done])
-            write_at(self._fd, view[:done], target + moved)
-            moved += done
-
-    # ---- the end --------------------------------------------------------------------------------
-
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Whatever goes wrong, files are closed and the user gets to know what; nothing can follow then."""
+        """Close the files on any error, after which nothing can be written, and say what went wrong."""
         try:
             with writing(self.folder, self._needed):
                 yield
@@ -359,72 +279,19 @@ class ShardWriter:
 
     def _release(self) -> None:
         self._closed = True
-        for fd in (self._fd, self._source[1]):
-            if fd >= 0:
-                os.close(fd)
-        self._fd, self._source = -1, (None, -1)
-        if self._hasher:
-            self._hasher.close()
-            self._hasher = None
+        if self._pool:
+            self._pool.shutdown()
+        self._sources.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
-def _begin(shard: ShardLayout) -> None:
-    """A file with its header and room for the rest."""
-    fd = os.open(shard.file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        reserve(fd, shard.nbytes)
-        write_at(fd, memoryview(shard.header), 0)
-    finally:
-        os.close(fd)
-
-
-# ---- sha256 in a thread -------------------------------------------------------------------------
-
-CHUNK = 1 << 20  # bytes
-_CHUNKS = 8  # that wait at most
-
-
-class Hasher:
-    """Hashes files one after the other while the caller goes on: `feed`, ..., `finish`, `feed`, ...
-
-    `feed` copies, into buffers that are used again, so the caller's buffer is free when it returns. It waits
-    when 8 MiB are ahead of the hash (about 2 GiB/s where the processor knows SHA).
-    """
-
-    def __init__(self) -> None:
-        self._free: SimpleQueue[bytearray] = SimpleQueue()
-        self._work: SimpleQueue[tuple[bytearray, int] | None] = SimpleQueue()
-        self._digests: SimpleQueue[str] = SimpleQueue()
-        for _ in range(_CHUNKS):
-            self._free.put(bytearray(CHUNK))
-        self._thread = threading.Thread(target=self._run, name="ascendit-sha256", daemon=True)
-        self._thread.start()
-
-    def feed(self, data: memoryview) -> None:
-        """`data`: bytes."""
-        for start in range(0, len(data), CHUNK):
-            piece = data[start : start + CHUNK]
-            buffer = self._free.get()
-            buffer[: len(piece)] = piece
-            self._work.put((buffer, len(piece)))
-
-    def finish(self) -> str:
-        """The digest of what was fed since the last one, in hex."""
-        self._work.put((bytearray(), 0))
-        return self._digests.get()
-
-    def close(self) -> None:
-        """End the thread."""
-        self._work.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        digest = hashlib.sha256()
-        while (item := self._work.get()) is not None:
-            buffer, count = item
-            if not count:
-                self._digests.put(digest.hexdigest())
-                digest = hashlib.sha256()
-                continue
-            digest.update(memoryview(buffer)[:count])
-            self._free.put(buffer)
+def _places(shards: Sequence[ShardLayout]) -> Iterator[tuple[ShardLayout, TensorSpec, int]]:
+    """Each tensor that has bytes, with its file and its place there."""
+    for shard in shards:
+        offset = len(shard.header)
+        for spec in shard.specs:
+            if spec.nbytes:
+                yield shard, spec, offset
+            offset += spec.nbytes

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ascendit.cli.output import Output, table, to_json
-from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.cli.flags import Json, flag
+from ascendit.cli.output import Output, check_report, table, write_report
+from ascendit.errors import UsageError
 
 if TYPE_CHECKING:
     from ascendit.doctor.operator_cases import Result
-    from ascendit.doctor.probe import DoctorReport
     from ascendit.doctor.self_check import SelfCheck
 
 DEFAULT_DEVICE = "npu"
@@ -21,116 +21,73 @@ DEFAULT_DEVICE = "npu"
 SHOWN_VERSIONS = ("torch", "torch_npu", "cann", "mindiesd", "driver")
 
 
-# ---- the command --------------------------------------------------------------------------------
-
-
 def doctor(
     ctx: typer.Context,
     self_check: Annotated[
-        bool, typer.Option("--self-check", help="Run every operator of a device and compare its numbers.")
+        bool, flag("--self-check", "Run every operator of a device and compare its numbers.")
     ] = False,
     device: Annotated[
-        str | None,
-        typer.Option(
-            "--device", metavar="NAME", help="To self-check: npu (default), npu:1, twin:a5, cuda, cpu."
-        ),
+        str | None, flag("--device NAME", "To self-check: npu (default), npu:1, twin:a5, cuda, cpu.")
     ] = None,
     file: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FILE.json", help="Write what the self-check found, to send in."),
+        Path | None, flag("--out FILE.json", "Write what the self-check found, to send in.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check this machine and its libraries. Says how to fix what is wrong."""
     out: Output = ctx.obj
-    if self_check:
-        if code := checked(device, file, out):
-            raise typer.Exit(code)
-        return
-    if given := {name: value for name, value in (("--device", device), ("--out", file)) if value is not None}:
-        raise no_check(given)
-    if not _examined(out).ok:
-        raise typer.Exit(3)
+    options = {flag: value for flag, value in (("--device", device), ("--out", file)) if value is not None}
+    if not self_check and options:
+        raise UsageError(
+            f"{' and '.join(options)} without --self-check",
+            needs="--self-check, which these belong to",
+            fix=f"ascendit doctor --self-check {' '.join(f'{k} {v}' for k, v in options.items())}",
+            code="E-USE-01",
+        )
+    code = _check_device(device or DEFAULT_DEVICE, file, out) if self_check else _check_machine(out)
+    if code:
+        raise typer.Exit(code)
 
 
-def _examined(out: Output) -> DoctorReport:
+def _check_machine(out: Output) -> int:
+    """Print what this machine has. The exit code: 0 ready, 3 not."""
     from ascendit.doctor.machine import examine
     from ascendit.doctor.probe import NO_FIX
 
     with out.work():
         report = examine()
-    out.emit(report.as_dict())
     cells = [(r.item, r.found, r.needed, r.status, "" if r.status in NO_FIX else r.fix) for r in report.rows]
-    for line in table(("item", "found", "needed", "status", "fix"), cells):
-        out.line(line)
-    out.line()
-    for line in report.verdicts():
-        out.line(line)
-    return report
+    rows = table(("item", "found", "needed", "status", "fix"), cells)
+    out.result(report.as_dict(), [*rows, "", *report.verdicts()])
+    return 0 if report.ok else 3
 
 
-def no_check(given: dict[str, Any]) -> UsageError:
-    """`--device` or `--out` without `--self-check`."""
-    return UsageError(
-        f"{' and '.join(given)} without --self-check",
-        needs="--self-check, which these belong to",
-        fix=f"ascendit doctor --self-check {' '.join(f'{k} {v}' for k, v in given.items())}",
-        code="E-USE-01",
-    )
-
-
-# ---- --self-check -------------------------------------------------------------------------------
-
-
-def checked(device: str | None, file: Path | None, out: Output) -> int:
+def _check_device(device: str, file: Path | None, out: Output) -> int:
     """Run the self-check, print its page, write its file. The exit code: 0 passed, 1 not."""
     from ascendit.device.device import parse_device
     from ascendit.environment import disable_device_plugins
 
-    name = str(parse_device(device or DEFAULT_DEVICE))
+    name = str(parse_device(device))
     if file is not None:
-        _can_write(file)
+        if file.is_dir() or not file.parent.is_dir():
+            raise UsageError(
+                f"--out {file}",
+                needs="a file in a folder that exists",
+                fix="--out self-check.json",
+                code="E-USE-02",
+            )
+        check_report("--out", file)
     disable_device_plugins()  # a card's own torch_npu is imported by name
     from ascendit.doctor.self_check import self_check
 
     with out.work():
         check = self_check(name)
     told = check.as_dict()
+    out.result(told, page(check))
     if file is not None:
-        file.write_text(to_json(told) + "\n", encoding="utf-8")
-    out.emit(told)
-    for line in page(check):
-        out.line(line)
-    if file is not None:
+        write_report(file, told)
         out.note(f"{file} holds all of it: attach it to a report")
     return 0 if check.ok else 1
-
-
-def _can_write(file: Path) -> None:
-    """Before the work, not after it: time on a card is scarce."""
-    if file.is_dir() or not file.parent.is_dir():
-        raise UsageError(
-            f"--out {file}",
-            needs="a file in a folder that exists",
-            fix="--out self-check.json",
-            code="E-USE-02",
-        )
-    if file.exists():
-        raise UsageError(
-            f"--out {file} exists",
-            needs="a name that is free: reports are not written over",
-            fix="another name, or remove the file",
-            code="E-USE-03",
-        )
-    try:
-        file.open("a").close()
-    except OSError as e:
-        raise EnvironmentProblem(
-            f"--out {file}: {e.strerror}",
-            needs="the right to write there",
-            fix="another folder",
-            code="E-ENV-02",
-        ) from e
 
 
 # ---- its page -----------------------------------------------------------------------------------

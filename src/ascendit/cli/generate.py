@@ -222,7 +222,7 @@ def _make(prepared: Prepared, out: Output, view: ProgressView) -> Video:
             interrupt.check()
     except Exception as error:
         if is_out_of_memory(error):
-            raise out_of_memory(error, view.meter.stage, prepared.call.device) from error
+            raise out_of_memory(error, view.stage, prepared.call.device) from error
         raise
     return video
 

@@ -6,30 +6,29 @@ from typing import Annotated
 
 import typer
 
+from ascendit.cli.flags import ANY_MODEL, Json, flag
 from ascendit.cli.output import Output
+from ascendit.errors import UsageError
 
 
 def inspect(
     ctx: typer.Context,
-    path: Annotated[
-        str,
-        typer.Argument(
-            metavar="PATH", help="Model folder or file in any layout, demo, hf:org/name or ms:org/name."
-        ),
-    ],
+    path: Annotated[str, typer.Argument(metavar="PATH", help=ANY_MODEL)],
     layers: Annotated[
-        bool,
-        typer.Option("--layers", help="One row for each layer and tensor: scheme, shape, bytes, dtypes."),
+        bool, flag("--layers", "One row for each layer and tensor: scheme, shape, bytes, dtypes.")
     ] = False,
     other: Annotated[
-        str | None,
-        typer.Option("--diff", metavar="OTHER", help="What differs from PATH to OTHER; exit code 1 if any."),
+        str | None, flag("--diff OTHER", "What differs from PATH to OTHER; exit code 1 if any.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what a checkpoint holds. Parts, schemes, engines, limits, completeness; reads headers only."""
     out: Output = ctx.obj
-    ok = _diff(out, path, other, layers) if other is not None else _inspect(out, path, layers)
+    if other is not None and layers:
+        raise UsageError(
+            "--layers and --diff", needs="one of them", fix="leave one out; --json has all", code="E-USE-01"
+        )
+    ok = _diff(out, path, other) if other is not None else _inspect(out, path, layers)
     if not ok:
         raise typer.Exit(1)
 
@@ -39,25 +38,16 @@ def _inspect(out: Output, path: str, layers: bool) -> bool:
 
     with out.work():
         report = look(path)
-    out.emit(report.as_dict(layers=layers))
-    for line in report.layer_lines() if layers else report.lines():
-        out.line(line)
+    out.result(report.as_dict(layers=layers), report.layer_lines() if layers else report.lines())
     for problem in report.problem_texts() if layers else ():
         out.note(problem)
     return report.ok
 
 
-def _diff(out: Output, path: str, other: str, layers: bool) -> bool:
-    from ascendit.errors import UsageError
+def _diff(out: Output, path: str, other: str) -> bool:
     from ascendit.inspect.diff import diff
 
-    if layers:
-        raise UsageError(
-            "--layers and --diff", needs="one of them", fix="leave one out; --json has all", code="E-USE-01"
-        )
     with out.work():
         found = diff(path, other)
-    out.emit(found.as_dict())
-    for line in found.lines():
-        out.line(line)
+    out.result(found.as_dict(), found.lines())
     return found.same and found.a.ok and found.b.ok

@@ -6,6 +6,7 @@ Nothing heavy is imported here: `ascendit --help` takes under 0.3 s.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -13,42 +14,43 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ascendit.cli.doctor import doctor
-from ascendit.cli.generate import generate
-from ascendit.cli.inspect import inspect
-from ascendit.cli.output import Output, report_error, report_fault
-from ascendit.cli.quantize import quantize
-from ascendit.cli.repack import repack
-from ascendit.cli.verify import verify
+from ascendit.cli.output import Output, report_fault
 from ascendit.environment import disable_device_plugins
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
 from ascendit.version import __version__
 
+COMMANDS = {
+    "generate": "Make a video from a prompt.",
+    "quantize": "Quantize the transformers of a model.",
+    "repack": "Write a checkpoint in another layout.",
+    "inspect": "Show what a checkpoint holds.",
+    "verify": "Check that a model does what it is asked.",
+    "doctor": "Check this machine and its libraries.",
+}
+"""Name of a command, which is that of its module and function -> the first sentence of its help."""
 COMMON = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose"}
 
 
 class Group(TyperGroup):
-    """The commands. Whatever goes wrong in one ends here: one message, one exit code."""
+    """The commands by name."""
 
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> Any:
-        """Run `args` (default: the command line) and exit with the code."""
-        words, output = common_flags(list(sys.argv[1:] if args is None else args))
-        try:
-            code = super().main(words, prog_name or "ascendit", standalone_mode=False, obj=output, **extra)
-        except (Exception, KeyboardInterrupt) as error:
-            code = end(error, output)
-        else:
-            if code == 130:  # typer's word for a Ctrl-C
-                code = end(KeyboardInterrupt(), output)
-        sys.exit(code or 0)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        names: dict[str, Any] = dict.fromkeys(COMMANDS)
+        self.commands = names  # a command is made, and its module imported, when it is asked for
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of this name, or None."""
+        if cmd_name not in COMMANDS:
+            return None
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(cmd_name)(getattr(importlib.import_module(f"ascendit.cli.{cmd_name}"), cmd_name))
+        return typer.main.get_command(alone)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The list in the help, without an import of the commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 app = typer.Typer(
@@ -81,21 +83,17 @@ def common(
     _set_up_log(ctx.obj)
 
 
-app.command()(generate)
-app.command()(quantize)
-app.command()(repack)
-app.command()(inspect)
-app.command()(verify)
-app.command()(doctor)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script. Returns the exit code."""
+    """The console script: run `argv` (default: the command line) and return the exit code."""
+    words, output = common_flags(list(sys.argv[1:] if argv is None else argv))
+    command = typer.main.get_command(app)
     try:
-        app(list(argv) if argv is not None else None)
-    except SystemExit as e:
-        return e.code if isinstance(e.code, int) else 1
-    return 0
+        code = command.main(words, "ascendit", standalone_mode=False, obj=output)
+    except (Exception, KeyboardInterrupt) as error:
+        return end(error, output)
+    if code == 130:  # typer's word for a Ctrl-C
+        return end(KeyboardInterrupt(), output)
+    return code or 0
 
 
 def common_flags(words: list[str]) -> tuple[list[str], Output]:
@@ -130,7 +128,8 @@ def end(error: BaseException, output: Output) -> int:
             import traceback
 
             traceback.print_exception(error, file=sys.stderr)
-        return report_error(error, output)
+        output.fail(error.as_dict())
+        return error.exit_code
     return report_fault(error, output)
 
 

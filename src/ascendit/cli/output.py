@@ -6,9 +6,12 @@ import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ascendit.errors import AscenditError
+import typer
+
+from ascendit.errors import AscenditError, UsageError
 from ascendit.version import __version__
 
 
@@ -19,6 +22,11 @@ class Output:
     quiet: bool = False
     verbose: bool = False
     json: bool = False
+
+    @property
+    def silent(self) -> bool:
+        """Nothing but the result is shown."""
+        return self.quiet or self.json
 
     def line(self, text: str = "") -> None:
         """One line of the result."""
@@ -32,13 +40,30 @@ class Output:
 
     def note(self, text: str) -> None:
         """One line about what is going on, on stderr."""
-        if not self.quiet and not self.json:
+        if not self.silent:
             print(f"note: {text}", file=sys.stderr)
 
     def emit(self, data: dict[str, Any]) -> None:
         """The one JSON object of a `--json` run."""
         if self.json:
             print(to_json(data))
+
+    def result(self, data: dict[str, Any], lines: Iterable[str], error: AscenditError | None = None) -> None:
+        """What a command found: `data` with `--json`, else `lines`. With `error` the command ends here."""
+        self.emit(data | ({"error": error.as_dict()} if error else {}))
+        for line in lines:
+            self.line(line)
+        if error:
+            if not self.json:
+                print_error(error.as_dict())
+            raise typer.Exit(error.exit_code)
+
+    def fail(self, error: dict[str, str]) -> None:
+        """An error in its parts, as the one JSON object or as text on stderr."""
+        if self.json:
+            self.emit({"error": error})
+        else:
+            print_error(error)
 
     def work(self) -> AbstractContextManager[object]:
         """Libraries at work: what they print goes to stderr, so that stdout holds the result alone."""
@@ -61,6 +86,26 @@ def to_json(data: dict[str, Any]) -> str:
     return json.dumps(data, indent=2, ensure_ascii=False, default=str)
 
 
+def check_report(flag: str, file: Path) -> None:
+    """Raise unless `file` is a free name that can be written: before the work, which may take long."""
+    from ascendit.pipeline.video import check_writable
+
+    if file.exists():
+        raise UsageError(
+            f"{flag} {file} exists already",
+            needs="a name that is free: reports are not written over",
+            fix="another name, or remove the file",
+            code="E-USE-03",
+        )
+    check_writable(file)
+
+
+def write_report(file: Path, data: dict[str, Any]) -> None:
+    """`data` as JSON, in a folder that is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(to_json(data) + "\n", encoding="utf-8")
+
+
 def print_error(error: dict[str, str]) -> None:
     """Got / needs / try on stderr. `error`: as from `AscenditError.as_dict`."""
     head, first = f"error[{error['code']}]", error["got"]
@@ -73,15 +118,6 @@ def print_error(error: dict[str, str]) -> None:
 
     text = Text.assemble((head, "bold red"), f": {first}\n{rest}")
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
-
-
-def report_error(error: AscenditError, output: Output) -> int:
-    """Print `error` as text or as JSON, and return its exit code."""
-    if output.json:
-        output.emit({"error": error.as_dict()})
-    else:
-        print_error(error.as_dict())
-    return error.exit_code
 
 
 def report_fault(error: BaseException, output: Output) -> int:
@@ -101,11 +137,9 @@ def report_fault(error: BaseException, output: Output) -> int:
         "got": f"internal error, {type(error).__name__}: {str(error).strip() or 'no message'}",
         "needs": "nothing from you: this is a fault in ascendit or in a library",
         "try": f"report it with the log {log.name}; ascendit -v shows the traceback",
+        "log": log.name,
     }
-    if output.json:
-        output.emit({"error": told | {"log": log.name}})
-    else:
-        print_error(told)
+    output.fail(told)
     return 1
 
 

@@ -2,103 +2,70 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ascendit.cli.flags import Copy, DryRun, Engine, Json, Resume, Source, Target, chosen, flag
 from ascendit.cli.generate_options import EXTRAS, parse_settings
+from ascendit.cli.interruptions import is_out_of_memory
 from ascendit.cli.output import Output, quiet_libraries
-from ascendit.errors import OutOfMemory, UsageError
+from ascendit.cli.progress import ProgressView, progress_view
+from ascendit.errors import Cancelled, OutOfMemory, UsageError
 
 if TYPE_CHECKING:
     from ascendit.pipeline.calibrate import Calibrator
 
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="SRC", help="Model folder or file in any layout, demo, hf:org/name or ms:org/name."
-    ),
-]
-Target = Annotated[Path, typer.Option("-o", "--output", metavar="DST", help="The new folder.")]
-Scheme = Annotated[
-    str | None,
-    typer.Option("--scheme", metavar="NAME", help="mxfp8, mxfp4, mxfp4_dualscale, int8 or fp8."),
-]
+Scheme = Annotated[str | None, flag("--scheme NAME", "mxfp8, mxfp4, mxfp4_dualscale, int8 or fp8.")]
 Recipe = Annotated[
     str | None,
-    typer.Option(
-        "--recipe",
-        metavar="NAME",
-        help="default, recommended-fp4, ascend-w8a8f8, ascend-w4a4, ascend-w4a4f4, ... or a TOML file.",
+    flag(
+        "--recipe NAME",
+        "default, recommended-fp4, ascend-w8a8f8, ascend-w4a4, ascend-w4a4f4, ... or a TOML file.",
     ),
 ]
 ScaleRule = Annotated[
-    str | None,
-    typer.Option("--scale-rule", metavar="RULE", help="Another scale rule for --scheme, as msms:minmax."),
+    str | None, flag("--scale-rule RULE", "Another scale rule for --scheme, as msms:minmax.")
 ]
-Keep = Annotated[
-    list[str] | None,
-    typer.Option("--keep", metavar="PATTERN", help="Layers that stay as they are; repeatable."),
-]
+Keep = Annotated[list[str] | None, flag("--keep PATTERN", "Layers that stay as they are; repeatable.")]
 Lora = Annotated[
     list[str] | None,
-    typer.Option(
-        "--lora",
-        metavar="FILE[:WEIGHT]",
-        help="Fold it in first; transformer=FILE or transformer_2=FILE for one expert; repeatable.",
+    flag(
+        "--lora FILE[:WEIGHT]",
+        "Fold it in first; transformer=FILE or transformer_2=FILE for one expert; repeatable.",
     ),
 ]
 Calibrate = Annotated[
     str | None,
-    typer.Option(
-        "--calibrate",
-        metavar="PROMPTS",
-        help="Smooth the inputs by what these prompts show: a file, one on a line, or a number for demo.",
+    flag(
+        "--calibrate PROMPTS",
+        "Smooth the inputs by what these prompts show: a file, one on a line, or a number for demo.",
     ),
 ]
-Alpha = Annotated[
-    float | None,
-    typer.Option("--alpha", metavar="X", help="With --calibrate, how much moves into the weights; 0.9."),
-]
-Device = Annotated[
-    str | None,
-    typer.Option("--device", metavar="NAME", help="With --calibrate, where the model runs; cpu."),
-]
+Alpha = Annotated[float | None, flag("--alpha X", "With --calibrate, how much moves into the weights; 0.9.")]
+Device = Annotated[str | None, flag("--device NAME", "With --calibrate, where the model runs; cpu.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="With --calibrate, of its videos: num_inference_steps=20; repeatable.",
-    ),
+    flag("--set KEY=VALUE", "With --calibrate, of its videos: num_inference_steps=20; repeatable."),
 ]
-Engine = Annotated[
-    str | None,
-    typer.Option("--for", metavar="ENGINE", help="Write what vllm-omni, sglang or mindie loads."),
-]
-Copy = Annotated[bool, typer.Option("--copy", help="Copy the other components instead of linking them.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where the same command was killed.")]
-Force = Annotated[bool, typer.Option("--force", help="Also where accuracy is known to suffer.")]
-Report = Annotated[bool, typer.Option("--report", help="Measure every layer; list the ten worst.")]
+Force = Annotated[bool, flag("--force", "Also where accuracy is known to suffer.")]
+Report = Annotated[bool, flag("--report", "Measure every layer; list the ten worst.")]
 Hash = Annotated[
-    bool, typer.Option("--hash", help="Put the sha256 of every file into ascendit.json; takes as long again.")
+    bool, flag("--hash", "Put the sha256 of every file into ascendit.json; takes as long again.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 def quantize(
     ctx: typer.Context,
-    source: Source,
-    output: Target,
+    src: Source,
+    dst: Target,
     scheme: Scheme = None,
     recipe: Recipe = None,
     scale_rule: ScaleRule = None,
     keep: Keep = None,
-    lora: Lora = None,
+    loras: Lora = None,
     calibrate: Calibrate = None,
     alpha: Alpha = None,
     device: Device = None,
@@ -116,37 +83,18 @@ def quantize(
 
     ascendit quantize hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers -o Wan2.2-T2V-A14B-mxfp8 --scheme mxfp8
     """
-    from ascendit.cli.progress import resumable
     from ascendit.convert.quantize import quantize as run
 
     out: Output = ctx.obj
-    with out.work(), resumable(), Screen(silent=out.quiet or out.json) as screen:
-        calibrator = _calibrator(calibrate, alpha, device, settings or [], screen)
-        done = run(
-            source,
-            output,
-            scheme=scheme,
-            recipe=recipe,
-            scale_rule=scale_rule,
-            keep=keep or (),
-            loras=lora or (),
-            calibrate=calibrator,
-            engine=engine,
-            copy=copy,
-            resume=resume,
-            force=force,
-            report=report,
-            hash=hash,
-            dry_run=dry_run,
-            on_progress=screen.conversion,
-        )
-    out.emit(done.as_dict())
-    for line in done.lines():
-        out.line(line)
+    options = chosen(ctx, without=("calibrate", "alpha", "device", "settings"))
+    with out.work(), progress_view(silent=out.silent) as view, _ended_early(view):
+        calibrator = _calibrator(calibrate, alpha, device, settings or [], view)
+        done = run(**options, calibrate=calibrator, on_progress=view)
+    out.result(done.as_dict(), done.lines())
 
 
 def _calibrator(
-    prompts: str | None, alpha: float | None, device: str | None, settings: list[str], screen: Screen
+    prompts: str | None, alpha: float | None, device: str | None, settings: list[str], view: ProgressView
 ) -> Calibrator | None:
     if prompts is None:
         for flag, value in (("--alpha", alpha), ("--device", device), ("--set", " ".join(settings) or None)):
@@ -157,15 +105,13 @@ def _calibrator(
                     fix=f"leave {flag} out, or add --calibrate",
                     code="E-USE-01",
                 )
-        screen.show_conversion()
         return None
     from ascendit.pipeline.calibrate import Calibrator
 
     quiet_libraries()
-    given: dict[str, Any] = {"alpha": alpha, "device": device}
-    given |= {"fields": _fields(settings)}
-    given = {name: value for name, value in given.items() if value is not None}
-    return Calibrator(prompts=prompts, on_progress=screen.calibration, **given)
+    options: dict[str, Any] = {"alpha": alpha, "device": device, "fields": _fields(settings)}
+    options = {name: value for name, value in options.items() if value is not None}
+    return Calibrator(prompts=prompts, on_progress=view, **options)
 
 
 def _fields(settings: list[str]) -> dict[str, Any]:
@@ -181,50 +127,24 @@ def _fields(settings: list[str]) -> dict[str, Any]:
     return layer
 
 
-class Screen:
-    """First the bar of the run that calibrates, if there is one, then that of the conversion."""
-
-    def __init__(self, *, silent: bool) -> None:
-        self._silent = silent
-        self._stack = ExitStack()
-        self._stage, self._view = "", None
-
-    def calibration(self, event: Any) -> None:
-        """A step of the model."""
-        from ascendit.cli.progress import progress_view
-
-        self._show("calibration", progress_view)(event)
-
-    def conversion(self, event: Any) -> None:
-        """Some bytes."""
-        self.show_conversion()(event)
-
-    def show_conversion(self) -> Any:
-        """Its bar, before the first event too."""
-        from ascendit.cli.progress import transfer_view
-
-        return self._show("conversion", transfer_view)
-
-    def _show(self, stage: str, make: Any) -> Any:
-        if self._stage != stage:
-            self._stack.close()
-            self._stage, self._view = stage, self._stack.enter_context(make(silent=self._silent))
-        return self._view
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave the screen as it was found. A run of the model that had too little memory says so."""
-        from ascendit.cli.interruptions import is_out_of_memory
-
-        self._stack.close()
-        if self._stage == "calibration" and error is not None and is_out_of_memory(error):
+@contextmanager
+def _ended_early(view: ProgressView) -> Iterator[None]:
+    """Ctrl-C, and too little memory for a calibration, as errors that tell how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as e:
+        raise Cancelled(
+            "cancelled",
+            needs="nothing; there is no output, and files that are whole wait beside its place",
+            fix="the same command with --resume goes on, without it starts anew",
+            code="E-CAN-01",
+        ) from e
+    except Exception as e:
+        if view.stage in ("load", "denoise") and is_out_of_memory(e):
             raise OutOfMemory(
                 "out of memory while the float model ran to calibrate",
                 needs="memory for the model as it is, with text encoder and VAE",
                 fix="--device with more memory; without --calibrate a small machine does it",
                 code="E-MEM-01",
-            ) from error
+            ) from e
+        raise

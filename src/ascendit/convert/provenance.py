@@ -25,7 +25,7 @@ from ascendit.checkpoint.transformer import Expert, shapes_of
 from ascendit.convert.report import Outputs
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.names import TOLERATED, expected_tensors, listed
-from ascendit.version import __version__
+from ascendit.version import __version__, installed
 
 CARD_FILE = "README.md"
 RECORD_VERSION = 1
@@ -80,6 +80,8 @@ def ascendit_json(made: Made) -> dict[str, Any]:
 
 def model_card(made: Made, name: str) -> str:
     """README.md for a hub: YAML front matter, then what the folder is. `name`: of the folder."""
+    from huggingface_hub import CardData  # 0.1 s
+
     base = made.layout.source
     front = {
         "base_model": base.rsplit("@", 1)[0] if base else printable(made.layout.name),
@@ -96,7 +98,7 @@ def model_card(made: Made, name: str) -> str:
         rows.insert(1, ("Recipe", f"{made.recipe['name']}: {about}"))
     rows += [("LoRA", f"{lora['file']} at {lora['weight']:g}") for lora in made.loras]
     rows += [(key, version) for key, version in _versions().items()]
-    lines = [*_front_matter(front), f"# {name}", ""]
+    lines = ["---", CardData(**front).to_yaml(), "---", "", f"# {name}", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows), ""]
     lines += ["```bash", made.command, "```", ""]
     for note in made.notes:
@@ -155,52 +157,25 @@ def outputs_table(expert: str, outputs: Outputs) -> str:
     return "\n".join([head, "", "| layers | without smoothing | smoothed |", "|---|---|---|", *rows])
 
 
-def _front_matter(entries: Mapping[str, object]) -> list[str]:
-    lines = ["---"]
-    for key, value in entries.items():
-        if isinstance(value, list):
-            lines += [f"{key}:", *(f"- {_yaml(item)}" for item in value)]
-        else:
-            lines.append(f"{key}: {_yaml(value)}")
-    return [*lines, "---", ""]
-
-
-def _yaml(value: object) -> str:
-    """A YAML scalar; what is no plain word is quoted as JSON, which YAML reads."""
-    text = str(value)
-    return text if re.fullmatch(r"[A-Za-z][\w./-]*", text) else json.dumps(text, ensure_ascii=False)
-
-
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _licence(root: Path) -> dict[str, str]:
-    """The licence lines of the source's own card."""
+def _licence(root: Path) -> dict[str, Any]:
+    """The licence lines of the source's own card, if that can be read."""
+    from huggingface_hub import metadata_load
+
+    card = root / CARD_FILE
     try:
-        with open(root / CARD_FILE, encoding="utf-8") as f:
-            text = f.read(_CARD_LIMIT)
-    except (OSError, UnicodeDecodeError):
+        data = metadata_load(card) if card.stat().st_size <= _CARD_LIMIT else None
+    except Exception:  # no card, no text, or no YAML
         return {}
-    head = re.match(r"\s*---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
-    found = {}
-    for line in (head[1] if head else "").splitlines():
-        key, colon, value = line.partition(":")
-        if colon and key in _LICENCE_KEYS and value.strip():
-            found[key] = value.strip().strip("\"'")
-    return found
+    return {key: value for key, value in (data or {}).items() if key in _LICENCE_KEYS and value}
 
 
 def _versions() -> dict[str, str]:
-    """Versions that can change the numbers, without importing anything."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"ascendit": __version__}
-    try:
-        found["torch"] = version("torch")
-    except PackageNotFoundError:
-        pass
-    return found
+    """Versions that can change the numbers."""
+    return {"ascendit": __version__, **installed("torch")}
 
 
 # ---- the base -----------------------------------------------------------------------------------

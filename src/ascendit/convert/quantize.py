@@ -43,7 +43,7 @@ from ascendit.convert.output_error import output_quality
 from ascendit.convert.report import Outputs, QuantizedExpert, QuantizeReport, calibration_words
 from ascendit.errors import UsageError
 from ascendit.family import Task
-from ascendit.progress import ConversionMeter, OnConversionProgress
+from ascendit.progress import Meter, OnProgress
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
 from ascendit.version import __version__
 from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, warnings_for
@@ -78,7 +78,7 @@ def quantize(
     hash: bool = False,
     dry_run: bool = False,
     max_shard_bytes: int | None = MAX_SHARD_BYTES,
-    on_progress: OnConversionProgress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> QuantizeReport:
     """Quantize the transformers of the model at `src` into the new folder `dst`.
 
@@ -241,7 +241,7 @@ class QuantizeJob:
 
     # ---- writing --------------------------------------------------------------------------------
 
-    def run(self, resume: bool, on_progress: OnConversionProgress | None) -> QuantizeReport:
+    def run(self, resume: bool, on_progress: OnProgress | None) -> QuantizeReport:
         """Write the folder."""
         start = time.perf_counter()
         sources = [self.layout.root, *(applied.expert.path for applied in self.applied)]
@@ -256,7 +256,7 @@ class QuantizeJob:
             needs_bytes=needed,
         ) as staging:
             found = self._calibrate(staging, resume)
-            meter = ConversionMeter(self._total_bytes(), on_progress)
+            meter = Meter(self._total_bytes(), on_progress)
             for applied, folds in zip(self.applied, self.folds, strict=True):
                 self._write_expert(staging, applied, folds, meter)
                 if self.measure and found:
@@ -285,16 +285,14 @@ class QuantizeJob:
         return found
 
     def _measure_outputs(
-        self, applied: AppliedRecipe, folds: Folds, found: ExpertStatistics, meter: ConversionMeter
+        self, applied: AppliedRecipe, folds: Folds, found: ExpertStatistics, meter: Meter
     ) -> None:
         name = applied.expert.name
         with RowReader() as reader:
             advance = meter.advance_in(f"outputs of {name}")
             self.outputs[name] = output_quality(applied, found[name], reader, folds, advance)
 
-    def _write_expert(
-        self, staging: Staging, applied: AppliedRecipe, folds: Folds, meter: ConversionMeter
-    ) -> None:
+    def _write_expert(self, staging: Staging, applied: AppliedRecipe, folds: Folds, meter: Meter) -> None:
         quant_type = applied.manifest["model_quant_type"]
         folder = staging.path / self.dialect.folder(applied.expert.name, len(self.applied))
         folder.mkdir(parents=True, exist_ok=True)

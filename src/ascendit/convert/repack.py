@@ -36,7 +36,7 @@ from ascendit.convert.report import RepackedExpert, RepackReport, add_up
 from ascendit.errors import CheckpointError
 from ascendit.mx.formats import FORMATS
 from ascendit.names import listed
-from ascendit.progress import Advance, ConversionMeter, OnConversionProgress
+from ascendit.progress import Advance, Meter, OnProgress
 from ascendit.quant.schemes import FP8_TILES, SCHEMES, STORED_SCHEMES
 from ascendit.quant.vllm_omni_config import marker_for
 from ascendit.version import __version__
@@ -108,7 +108,7 @@ def repack(
     copy: bool = False,
     resume: bool = False,
     dry_run: bool = False,
-    on_progress: OnConversionProgress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> RepackReport:
     """Write the checkpoint at `src` as the folder `dst`, with the same numbers.
 
@@ -133,11 +133,11 @@ def repack(
         needed = sum(job.nbytes for job in jobs)
         mark = _fingerprint(jobs, dialect, check=check, copy=copy)
         with Staging(dst, sources=sources, fingerprint=mark, resume=resume, needs_bytes=needed) as staging:
-            files = _write(jobs, staging, check, ConversionMeter(needed, on_progress).advance_in("write"))
+            files = _write(jobs, staging, check, Meter(needed, on_progress).advance_in("write"))
             if parts_from and dialect.naming == "diffusers":
                 placed = provenance.place_parts(parts_from, staging.path, copy=copy)
             if check:
-                meter = ConversionMeter(2 * needed, on_progress)
+                meter = Meter(2 * needed, on_progress)
                 checked = _compare(jobs, staging.path, meter.advance_in("check"))
             made = _made(source, dst, jobs, files, checked, base=base, to=to, engine=engine, check=check)
             provenance.write_made(staging.path, made, dst.name)

@@ -1,4 +1,4 @@
-"""What `quantize` and `repack` say about a run: plain data, for a terminal and for `--json`. No torch."""
+"""What `quantize` and `repack` report about a run: plain data, for a terminal and for `--json`. No torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,87 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ascendit.report import columns, group_by, human_bytes, plain, selected, titled, totals
+
+# ---- both ---------------------------------------------------------------------------------------
+
+
+def add_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Sums by scheme, in the order in which schemes come; bf16 last."""
+    total = totals(counts)
+    if "bf16" in total:
+        total["bf16"] = total.pop("bf16")
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertedExpert:
+    """One transformer. A kind of report adds `bytes_after`, the bytes of all its tensors as written."""
+
+    name: str
+    schemes: Mapping[str, int]
+    """Scheme -> number of linear layers; bf16 last."""
+    num_weights: int
+
+    def counts(self) -> str:
+        """`20 mxfp8, 12 bf16`."""
+        return ", ".join(f"{count} {scheme}" for scheme, count in self.schemes.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport:
+    """The whole run."""
+
+    path: Path
+    """The folder that was written, or would be."""
+    source: str
+    experts: tuple[Any, ...]
+    dry_run: bool
+    seconds: float
+    engine: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def schemes(self) -> dict[str, int]:
+        """Scheme -> number of linear layers in all experts."""
+        return add_up(expert.schemes for expert in self.experts)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the experts' tensors as written."""
+        return sum(expert.bytes_after for expert in self.experts)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all stored tensors, scales included, over the parameters of the source."""
+        num_weights: int = sum(expert.num_weights for expert in self.experts)
+        return 8 * self.bytes_after / max(num_weights, 1)
+
+    @property
+    def bytes_done(self) -> int:
+        """What the speed is measured in."""
+        return self.bytes_after
+
+    @property
+    def gib_per_s(self) -> float:
+        """`bytes_done` per second, 0 for a dry run."""
+        return 0.0 if self.dry_run else self.bytes_done / 2**30 / max(self.seconds, 1e-9)
+
+    def measured(self) -> dict[str, float]:
+        """Its rounded numbers, for `--json`."""
+        return {name: round(getattr(self, name), 3) for name in ("bits_per_weight", "seconds", "gib_per_s")}
+
+    def closing(self, also: Sequence[str], engine: str | None = None, speed: bool = True) -> list[list[str]]:
+        """The last rows for a terminal: what else was placed, warnings, time."""
+        rows = [["Also", ", ".join(also)]] if also else []
+        rows += [["Engine", engine]] if engine else []
+        rows += [["Warning", warning] for warning in self.warnings]
+        if self.dry_run:
+            return [*rows, ["Dry run", f"nothing written; it would be {self.path}"]]
+        pace = f", {self.gib_per_s:.2f} GiB/s" if speed else ""
+        return [*rows, ["Time", f"{self.seconds:.1f} s{pace}"]]
+
 
 # ---- quantize -----------------------------------------------------------------------------------
 
@@ -19,6 +100,10 @@ class OutputQuality:
 
     plain: float
     smoothed: float
+
+    def as_dict(self) -> dict[str, float]:
+        """For `--json`."""
+        return {"plain": round(self.plain, 2), "smoothed": round(self.smoothed, 2)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +120,8 @@ class Outputs:
     @property
     def kinds(self) -> dict[str, OutputQuality]:
         """Place in a block (`attn1.to_q`) -> mean over all blocks."""
-        every = dict.fromkeys(kind_of(name) for name in self.layers)
-        return {k: _mean([q for n, q in self.layers.items() if kind_of(n) == k]) for k in every}
+        kinds = group_by(self.layers, lambda name: re.sub(r"^blocks\.\d+\.", "", name))
+        return {kind: _mean([self.layers[name] for name in names]) for kind, names in kinds.items()}
 
     def rows(self, worst: int) -> list[tuple[str, OutputQuality]]:
         """For a table: the `worst` smoothed layers, the mean of each kind, the mean of all."""
@@ -45,18 +130,21 @@ class Outputs:
         return [*found, ("mean", self.mean)]
 
 
+def _mean(every: Sequence[OutputQuality]) -> OutputQuality:
+    count = max(len(every), 1)
+    return OutputQuality(
+        plain=sum(q.plain for q in every) / count, smoothed=sum(q.smoothed for q in every) / count
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
-class QuantizedExpert:
+class QuantizedExpert(ConvertedExpert):
     """One transformer."""
 
-    name: str
-    schemes: Mapping[str, int]
-    """Scheme -> number of linear layers; bf16 last."""
     kept: Mapping[str, tuple[str, ...]]
     """Why -> layers that stayed as they were, in few words (`blocks.0-4`)."""
     bytes_before: int
     bytes_after: int
-    num_weights: int
     sqnr: Mapping[str, float] = field(default_factory=dict)
     """Layer -> signal to quantization noise in dB; empty without `report`."""
     outputs: Outputs = field(default_factory=Outputs)
@@ -74,47 +162,56 @@ class QuantizedExpert:
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        data: dict[str, Any] = {
-            "name": self.name,
-            "layers": dict(self.schemes),
-            "kept": {why: list(layers) for why, layers in self.kept.items()},
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "bits_per_weight": round(self.bits_per_weight, 3),
-        }
+        data = {"name": self.name, "layers": plain(self.schemes)}
+        data |= selected(self, "kept bytes_before bytes_after")
+        data["bits_per_weight"] = round(self.bits_per_weight, 3)
         if self.sqnr:
             data["sqnr_db"] = {layer: round(value, 2) for layer, value in self.sqnr.items()}
             data["worst"] = [layer for layer, _ in self.worst]
         if self.outputs.layers:
-            data["output_sqnr_db"] = {name: _rounded(q) for name, q in self.outputs.layers.items()}
-            data["output_sqnr_db_mean"] = _rounded(self.outputs.mean)
+            data["output_sqnr_db"] = plain(self.outputs.layers)
+            data["output_sqnr_db_mean"] = plain(self.outputs.mean)
         return data
+
+    def rows(self) -> list[list[str]]:
+        """For a terminal: schemes and sizes, then what was kept."""
+        sizes = f"{human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}"
+        first = [self.name, f"{self.counts()}   {sizes}   {self.bits_per_weight:.2f} bits/weight"]
+        return [first, *(["  kept", f"{', '.join(layers)}  ({why})"] for why, layers in self.kept.items())]
+
+    def worst_lines(self) -> list[str]:
+        """The worst layers with their SQNR, if it was measured."""
+        if not self.sqnr:
+            return []
+        head = f"{self.name}: the {len(self.worst)} worst of {len(self.sqnr)} layers, SQNR in dB"
+        rows = [(layer, f"{value:6.2f}") for layer, value in self.worst]
+        return ["", head, *columns(rows, indent="  ")]
+
+    def output_lines(self) -> list[str]:
+        """The same of the layers' outputs, if a calibration measured them."""
+        if not self.outputs.layers:
+            return []
+        number = len(self.outputs.layers)
+        head = f"{self.name}: SQNR in dB of the outputs of {number} layers on captured tokens"
+        rows = [("", "without", "smoothed", "  gain")]
+        for name, q in self.outputs.rows(WORST):
+            gain = q.smoothed - q.plain
+            rows.append((name, f"{q.plain:7.2f}", f"{q.smoothed:8.2f}", f"{gain:+6.2f}"))
+        return ["", head, *columns(rows, indent="  ")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeReport:
+class QuantizeReport(ConversionReport):
     """The whole run."""
 
-    path: Path
-    """The folder that was written, or would be."""
-    source: str
     recipe: str
     model_kind: str
     experts: tuple[QuantizedExpert, ...]
-    dry_run: bool
-    seconds: float
     linked: tuple[str, ...] = ()
     """Other components and files that were linked or copied."""
     loras: tuple[Mapping[str, Any], ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict)
     """How the inputs were captured that the smoothing is from: alpha, prompts, steps."""
-    engine: str | None = None
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def schemes(self) -> dict[str, int]:
-        """Scheme -> number of linear layers in all experts."""
-        return add_up(expert.schemes for expert in self.experts)
 
     @property
     def bytes_before(self) -> int:
@@ -122,81 +219,29 @@ class QuantizeReport:
         return sum(expert.bytes_before for expert in self.experts)
 
     @property
-    def bytes_after(self) -> int:
-        """Bytes of the experts' tensors as written."""
-        return sum(expert.bytes_after for expert in self.experts)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """As in QuantizedExpert, over all experts."""
-        return 8 * self.bytes_after / max(sum(expert.num_weights for expert in self.experts), 1)
-
-    @property
-    def gib_per_s(self) -> float:
-        """Source bytes per second, 0 for a dry run."""
-        return 0.0 if self.dry_run else self.bytes_before / 2**30 / max(self.seconds, 1e-9)
+    def bytes_done(self) -> int:
+        """Those of the source."""
+        return self.bytes_before
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        return {
-            "path": str(self.path),
-            "source": self.source,
-            "recipe": self.recipe,
-            "model_kind": self.model_kind,
-            "dry_run": self.dry_run,
-            "engine": self.engine,
-            "layers": self.schemes,
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "bits_per_weight": round(self.bits_per_weight, 3),
-            "seconds": round(self.seconds, 3),
-            "gib_per_s": round(self.gib_per_s, 3),
-            "experts": [expert.as_dict() for expert in self.experts],
-            "linked": list(self.linked),
-            "loras": [dict(lora) for lora in self.loras],
-            "calibration": dict(self.calibration),
-            "warnings": list(self.warnings),
-        }
+        data = selected(self, "path source recipe model_kind dry_run engine")
+        data |= {"layers": self.schemes, **selected(self, "bytes_before bytes_after"), **self.measured()}
+        return data | selected(self, "experts linked loras calibration warnings")
 
     def lines(self) -> list[str]:
         """For a terminal: titled rows, then the ten worst layers of each expert."""
         ratio = self.bytes_after / max(self.bytes_before, 1)
         size = f"{human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}  ({ratio:.0%})"
-        rows = [("Source", f"{self.source}  ({self.model_kind})"), ("Recipe", self.recipe)]
-        rows += [("LoRA", f"{lora['file']} at {lora['weight']:g}") for lora in self.loras]
-        if self.calibration:
-            rows.append(("Smoothing", calibration_words(self.calibration)))
-        for expert in self.experts:
-            counts = ", ".join(f"{count} {scheme}" for scheme, count in expert.schemes.items())
-            sizes = f"{human_bytes(expert.bytes_before)} -> {human_bytes(expert.bytes_after)}"
-            rows.append((expert.name, f"{counts}   {sizes}   {expert.bits_per_weight:.2f} bits/weight"))
-            rows += [("  kept", f"{', '.join(layers)}  ({why})") for why, layers in expert.kept.items()]
-        rows.append(("Size", f"{size}   {self.bits_per_weight:.2f} bits/weight"))
-        if self.linked:
-            rows.append(("Also", ", ".join(self.linked)))
-        if self.engine:
-            rows.append(("Engine", self.engine))
-        rows += [("Warning", warning) for warning in self.warnings]
-        if self.dry_run:
-            rows.append(("Dry run", f"nothing written; it would be {self.path}"))
-        else:
-            pace = "" if self.calibration else f", {self.gib_per_s:.2f} GiB/s"
-            rows.append(("Time", f"{self.seconds:.1f} s{pace}"))
-        width = max(len(title) for title, _ in rows)
-        lines = [f"{title:<{width}}  {text}" for title, text in rows]
-        for expert in self.experts:
-            lines += _worst_lines(expert)
-        for expert in self.experts:
-            lines += _output_lines(expert)
-        return lines
-
-
-def _worst_lines(expert: QuantizedExpert) -> list[str]:
-    if not expert.sqnr:
-        return []
-    width = max(len(layer) for layer, _ in expert.worst)
-    head = f"{expert.name}: the {len(expert.worst)} worst of {len(expert.sqnr)} layers, SQNR in dB"
-    return ["", head, *(f"  {layer:<{width}}  {value:6.2f}" for layer, value in expert.worst)]
+        rows = [["Source", f"{self.source}  ({self.model_kind})"], ["Recipe", self.recipe]]
+        rows += [["LoRA", f"{lora['file']} at {lora['weight']:g}"] for lora in self.loras]
+        rows += [["Smoothing", calibration_words(self.calibration)]] if self.calibration else []
+        rows += [row for expert in self.experts for row in expert.rows()]
+        rows += [["Size", f"{size}   {self.bits_per_weight:.2f} bits/weight"]]
+        rows += self.closing(self.linked, self.engine, speed=not self.calibration)
+        lines = columns(rows)
+        lines += [line for expert in self.experts for line in expert.worst_lines()]
+        return lines + [line for expert in self.experts for line in expert.output_lines()]
 
 
 def calibration_words(record: Mapping[str, Any]) -> str:
@@ -207,38 +252,17 @@ def calibration_words(record: Mapping[str, Any]) -> str:
     )
 
 
-def _output_lines(expert: QuantizedExpert) -> list[str]:
-    if not expert.outputs.layers:
-        return []
-    rows = expert.outputs.rows(WORST)
-    width = max(len(name) for name, _ in rows)
-    head = (
-        f"{expert.name}: SQNR in dB of the outputs of {len(expert.outputs.layers)} layers on captured tokens"
-    )
-    lines = ["", head, f"  {'':<{width}}  without  smoothed    gain"]
-    for name, q in rows:
-        lines.append(f"  {name:<{width}}  {q.plain:7.2f}  {q.smoothed:8.2f}  {q.smoothed - q.plain:+6.2f}")
-    return lines
-
-
-def _rounded(quality: OutputQuality) -> dict[str, float]:
-    return {"plain": round(quality.plain, 2), "smoothed": round(quality.smoothed, 2)}
-
-
 # ---- repack -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepackedExpert:
+class RepackedExpert(ConvertedExpert):
     """One transformer."""
 
-    name: str
     folder: str
     """Below the output; `.` when it is the output."""
     origin: str
     """Who wrote the source."""
-    schemes: Mapping[str, int]
-    """Scheme -> number of linear layers; bf16 last."""
     num_tensors: int
     """Written."""
     num_renamed: int
@@ -246,68 +270,47 @@ class RepackedExpert:
     """Bytes that are as they were."""
     rewritten_bytes: int
     """Bytes of tensors that were stored otherwise."""
-    num_weights: int
     rewritten: Mapping[str, int]
     """What was done -> number of tensors."""
     decoded_sha256: str = ""
     """Of all numbers, the same before and after; empty without `check`."""
     num_checked: int = 0
 
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all tensors as written."""
+        return self.moved_bytes + self.rewritten_bytes
+
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        data: dict[str, Any] = {
-            "name": self.name,
-            "folder": self.folder,
-            "origin": self.origin,
-            "layers": dict(self.schemes),
-            "tensors": self.num_tensors,
-            "renamed": self.num_renamed,
-            "moved_bytes": self.moved_bytes,
-            "rewritten_bytes": self.rewritten_bytes,
-            "rewritten": dict(self.rewritten),
-        }
+        data = selected(self, "name folder origin")
+        data |= {"layers": plain(self.schemes), "tensors": self.num_tensors, "renamed": self.num_renamed}
+        data |= selected(self, "moved_bytes rewritten_bytes rewritten")
         if self.decoded_sha256:
             data |= {"checked": self.num_checked, "decoded_sha256": self.decoded_sha256}
         return data
 
+    def texts(self) -> list[str]:
+        """For a terminal: schemes, tensors, bytes and what was checked."""
+        moved = f"{human_bytes(self.moved_bytes)} as they were"
+        if self.rewritten:
+            ways = ", ".join(f"{count} {way}" for way, count in self.rewritten.items())
+            moved += f", {human_bytes(self.rewritten_bytes)} rewritten ({ways})"
+        renamed = f"{self.num_tensors} tensors, {self.num_renamed} under another name, none left over"
+        same = f"{self.num_checked} tensors decode to the same numbers, sha256 {self.decoded_sha256}"
+        return [self.counts(), renamed, moved, *([same] if self.decoded_sha256 else [])]
+
 
 @dataclass(frozen=True, kw_only=True)
-class RepackReport:
+class RepackReport(ConversionReport):
     """The whole run. Every tensor of the source is in it: one that cannot be placed is an error."""
 
-    path: Path
-    """The folder that was written, or would be."""
-    source: str
     layout: str
     """Of the source, in words."""
     to: str
-    engine: str | None
     experts: tuple[RepackedExpert, ...]
     placed: tuple[str, ...]
     """Other parts that were linked or copied."""
-    warnings: tuple[str, ...]
-    dry_run: bool
-    seconds: float
-
-    @property
-    def schemes(self) -> dict[str, int]:
-        """Scheme -> number of linear layers in all experts."""
-        return add_up(expert.schemes for expert in self.experts)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors as written."""
-        return sum(expert.moved_bytes + expert.rewritten_bytes for expert in self.experts)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of all stored tensors, scales included, over the numbers of the model."""
-        return 8 * self.nbytes / max(sum(expert.num_weights for expert in self.experts), 1)
-
-    @property
-    def gib_per_s(self) -> float:
-        """Written bytes per second, 0 for a dry run."""
-        return 0.0 if self.dry_run else self.nbytes / 2**30 / max(self.seconds, 1e-9)
 
     @property
     def checked(self) -> bool:
@@ -316,85 +319,14 @@ class RepackReport:
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        return {
-            "path": str(self.path),
-            "source": self.source,
-            "layout": self.layout,
-            "to": self.to,
-            "engine": self.engine,
-            "dry_run": self.dry_run,
-            "checked": self.checked,
-            "layers": self.schemes,
-            "bytes": self.nbytes,
-            "bits_per_weight": round(self.bits_per_weight, 3),
-            "seconds": round(self.seconds, 3),
-            "gib_per_s": round(self.gib_per_s, 3),
-            "experts": [expert.as_dict() for expert in self.experts],
-            "placed": list(self.placed),
-            "warnings": list(self.warnings),
-        }
+        data = selected(self, "path source layout to engine dry_run checked")
+        data |= {"layers": self.schemes, "bytes": self.bytes_after, **self.measured()}
+        return data | selected(self, "experts placed warnings")
 
     def lines(self) -> list[str]:
         """For a terminal: titled rows."""
-        rows = [("Source", f"{self.source}  ({self.layout})")]
-        rows.append(("Layout", f"for {self.engine}" if self.engine else f"{self.to} names"))
-        for expert in self.experts:
-            counts = ", ".join(f"{count} {scheme}" for scheme, count in expert.schemes.items())
-            renamed = f"{expert.num_tensors} tensors, {expert.num_renamed} under another name, none left over"
-            rows += [(expert.name, counts), ("", renamed), ("", _bytes(expert))]
-            if expert.decoded_sha256:
-                text = (
-                    f"{expert.num_checked} tensors decode to the same numbers, sha256 {expert.decoded_sha256}"
-                )
-                rows.append(("", text))
-        rows.append(("Size", f"{human_bytes(self.nbytes)}   {self.bits_per_weight:.2f} bits/weight"))
-        rows += [("Also", ", ".join(self.placed))] if self.placed else []
-        rows += [("Warning", warning) for warning in self.warnings]
-        if self.dry_run:
-            rows.append(("Dry run", f"nothing written; it would be {self.path}"))
-        else:
-            rows.append(("Time", f"{self.seconds:.1f} s, {self.gib_per_s:.2f} GiB/s"))
-        width = max(len(title) for title, _ in rows)
-        return [f"{title:<{width}}  {text}" for title, text in rows]
-
-
-def _bytes(expert: RepackedExpert) -> str:
-    moved = f"{human_bytes(expert.moved_bytes)} as they were"
-    if not expert.rewritten:
-        return moved
-    ways = ", ".join(f"{count} {way}" for way, count in expert.rewritten.items())
-    return f"{moved}, {human_bytes(expert.rewritten_bytes)} rewritten ({ways})"
-
-
-# ---- both ---------------------------------------------------------------------------------------
-
-
-def add_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Sums by key, in the order in which keys come; bf16 last."""
-    total: dict[str, int] = {}
-    for count in counts:
-        for key, number in count.items():
-            total[key] = total.get(key, 0) + number
-    if "bf16" in total:
-        total["bf16"] = total.pop("bf16")
-    return total
-
-
-def human_bytes(nbytes: int) -> str:
-    """`10.6 GiB`, `14.1 MiB`, `512 B`."""
-    for unit, exponent in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if nbytes >= 1 << exponent:
-            return f"{nbytes / (1 << exponent):.1f} {unit}"
-    return f"{nbytes} B"
-
-
-def kind_of(layer: str) -> str:
-    """`blocks.12.attn1.to_q` -> `attn1.to_q`."""
-    return re.sub(r"^blocks\.\d+\.", "", layer)
-
-
-def _mean(every: Sequence[OutputQuality]) -> OutputQuality:
-    count = max(len(every), 1)
-    return OutputQuality(
-        plain=sum(q.plain for q in every) / count, smoothed=sum(q.smoothed for q in every) / count
-    )
+        rows = [("Source", [f"{self.source}  ({self.layout})"])]
+        rows += [("Layout", [f"for {self.engine}" if self.engine else f"{self.to} names"])]
+        rows += [(expert.name, expert.texts()) for expert in self.experts]
+        rows += [("Size", [f"{human_bytes(self.bytes_after)}   {self.bits_per_weight:.2f} bits/weight"])]
+        return columns([*titled(rows), *self.closing(self.placed)])

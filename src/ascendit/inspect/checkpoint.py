@@ -11,11 +11,11 @@ from ascendit.checkpoint.layout import RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.reader import Shards
 from ascendit.checkpoint.transformer import Misfit, read_expert
 from ascendit.errors import AscenditError, CheckpointError
-from ascendit.family import WanConfig, WanSpec, match_spec
+from ascendit.family import WanSpec
 from ascendit.inspect.engines import runs_on
 from ascendit.inspect.report import ModelReport, PartReport
 from ascendit.inspect.transformer_report import ExpertSummary
-from ascendit.pipeline.defaults import defaults_for
+from ascendit.pipeline.defaults import defaults_for, spec_of
 from ascendit.pipeline.request import Defaults
 
 NEEDED = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
@@ -66,9 +66,9 @@ def _inspect_part(part: Part) -> PartReport:
     if not part.has_weights:
         return PartReport(**named)
     try:
-        with Shards.of_part(part) as shards:
-            named["tensors"] = tuple(info for _, infos in shards.by_file() for info in infos)
-            named["files"] = len(shards.files)
+        shards = Shards.of_part(part)
+        named["tensors"] = tuple(shards.tensors.values())
+        named["files"] = len(shards.files)
         if part.name in EXPERTS:
             named["expert"] = read_expert(part)
     except Misfit as e:
@@ -81,18 +81,9 @@ def _inspect_part(part: Part) -> PartReport:
 def _family(layout: Layout, experts: list[ExpertSummary]) -> WanSpec | None:
     """The row of the Wan family with these dimensions, where there is no pipeline to ask."""
     config = experts[0].expert.config
-    heads, head_dim = config.get("num_attention_heads"), config.get("attention_head_dim")
-    if heads is None or head_dim is None:
+    if config.get("num_attention_heads") is None or config.get("attention_head_dim") is None:
         return None
-    return match_spec(
-        dim=heads * head_dim,
-        num_layers=config.get("num_layers", WanConfig.num_layers),
-        in_channels=config.get("in_channels", WanConfig.in_channels),
-        out_channels=config.get("out_channels") or config.get("in_channels", WanConfig.in_channels),
-        num_experts=len(experts),
-        image_cross_attention=config.get("image_dim") is not None,
-        folder_name=layout.name,
-    )
+    return spec_of(config, len(experts), layout.name)
 
 
 def _record(layout: Layout) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.layer_format import Layer
@@ -22,12 +22,13 @@ from ascendit.device.operator_support import Support, chips_for
 from ascendit.inspect.transformer_report import ExpertSummary
 from ascendit.quant.engines import ENGINES
 from ascendit.quant.schemes import FP8_TILES, METHOD, scheme_after_reading
+from ascendit.report import columns, group_by
 from ascendit.weights.engine_formats import DIALECTS, Dialect, Traits, traits_of
 
 VerdictWord = Literal["runs", "repack", "no"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class EngineVerdict:
     """What one engine can do with the checkpoint."""
 
@@ -38,21 +39,13 @@ class EngineVerdict:
     reason: str = ""
     command: str = ""
 
-    @property
-    def flags(self) -> str:
-        """The command without its folders: `repack --for mindie`."""
-        words = self.command.split(" -o DST ")
-        return f"repack {words[-1]}"
-
     def text(self) -> str:
         if self.verdict == "runs":
             return "as it is"
         if self.verdict == "no":
             return f"no: {self.reason}"
-        return f"after {self.flags}   ({self.reason})"
-
-    def as_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("engine", "version", "verdict", "reason", "command")}
+        flags = self.command.partition(" -o DST ")[2]
+        return f"after repack {flags}   ({self.reason})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,17 +57,9 @@ class RunsOn:
 
     def lines(self) -> list[str]:
         """For a terminal."""
-        names = [f"{e.engine} {e.version}" for e in self.engines]
-        width = max(map(len, (*names, "chips")))
-        lines = [f"{n:<{width}}  {e.text()}" for n, e in zip(names, self.engines, strict=True)]
-        by_support: dict[str, list[str]] = {}
-        for chip, support in sorted(self.chips.items(), key=lambda item: item[1] != "native"):
-            by_support.setdefault(support, []).append(chip)
-        chips = "; ".join(f"{support} on {', '.join(found)}" for support, found in by_support.items())
-        return [*lines, f"{'chips':<{width}}  {chips}"]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"engines": [e.as_dict() for e in self.engines], "chips": dict(self.chips)}
+        by_support = group_by(sorted(self.chips, key=lambda c: self.chips[c] != "native"), self.chips.get)
+        chips = "; ".join(f"{support} on {', '.join(names)}" for support, names in by_support.items())
+        return columns([*((f"{e.engine} {e.version}", e.text()) for e in self.engines), ("chips", chips)])
 
 
 def runs_on(layout: Layout, found: Sequence[ExpertSummary]) -> RunsOn:
@@ -84,19 +69,13 @@ def runs_on(layout: Layout, found: Sequence[ExpertSummary]) -> RunsOn:
     schemes = {layer.scheme for e in experts for layer in e.layers.values()} | {"bf16"}
     engines = []
     for name, engine in ENGINES.items():
-        if why := next(filter(None, (verdicts[name] for verdicts in needs)), ""):
-            verdict = EngineVerdict(engine=name, version=engine.version, verdict="no", reason=why)
-        elif obstacle := next(_obstacles(DIALECTS[name], layout, experts), ""):
-            verdict = EngineVerdict(
-                engine=name,
-                version=engine.version,
-                verdict="repack",
-                reason=obstacle,
-                command=_command(layout, name, DIALECTS[name]),
-            )
-        else:
-            verdict = EngineVerdict(engine=name, version=engine.version, verdict="runs")
-        engines.append(verdict)
+        verdict: VerdictWord = "runs"
+        command = ""
+        if reason := next(filter(None, (verdicts[name] for verdicts in needs)), ""):
+            verdict = "no"
+        elif reason := next(_obstacles(DIALECTS[name], layout, experts), ""):
+            verdict, command = "repack", _command(layout, name, DIALECTS[name])
+        engines.append(EngineVerdict(name, engine.version, verdict, reason, command))
     return RunsOn(engines=tuple(engines), chips=chips_for(schemes))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,22 +11,15 @@ from typing import Any
 from ascendit.checkpoint.layout import WORDS, Layout
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import Expert
-from ascendit.convert.report import human_bytes
 from ascendit.errors import AscenditError
 from ascendit.family import WanSpec
 from ascendit.inspect.engines import RunsOn
 from ascendit.inspect.transformer_report import ExpertSummary, StoredRow, dtype_name, tensor_row
 from ascendit.pipeline.request import Defaults
+from ascendit.report import columns, counted, human_bytes, plain, selected, titled, totals
 
 TENSOR_CHECKS = ("missing", "unexpected", "misshapen", "mistyped")
-ORIGINS = {
-    "msmodelslim": "msModelSlim",
-    "vllm-omni": "the merge tool of vLLM-Omni",
-    "sglang": "the repack tool of SGLang",
-    "ascendit": "ascendit",
-    "fp8-block": "FP8 in 128 x 128 tiles",
-    "float": "",
-}
+EXPERT_TITLES = ("Kept", "Smoothed", "Attention", "Origin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +70,12 @@ class ModelReport:
         if self.defaults is None:
             return {}
         d = self.defaults
-        names = "task frame_stride num_frames size_multiple fps num_inference_steps flow_shift solver".split()
-        names += ["guidance_scale", "guidance_scale_2", "boundary_ratio", "max_sequence_length"]
         sizes = d.spec.sizes if d.spec else ((d.width, d.height),)
-        return {**{name: getattr(d, name) for name in names}, "sizes": [f"{w}x{h}" for w, h in sizes]}
+        names = (
+            "task frame_stride num_frames size_multiple fps num_inference_steps flow_shift solver "
+            "guidance_scale guidance_scale_2 boundary_ratio max_sequence_length"
+        )
+        return {**selected(d, names), "sizes": [f"{w}x{h}" for w, h in sizes]}
 
     def as_dict(self, *, layers: bool = False) -> dict[str, Any]:
         """For `--json`: plain data. `layers`: every layer and tensor too."""
@@ -91,13 +86,9 @@ class ModelReport:
             "path": str(self.layout.root),
             "source": self.layout.source,
             "pipeline": self.layout.pipeline if self.is_pipeline else None,
-            "spec": self.spec,
-            "bits_per_weight": self.bits_per_weight,
-            "parts": [p.as_dict() for p in self.parts],
-            "runs_on": self.runs_on.as_dict() if self.runs_on else None,
-            "limits": self.limits,
+            **selected(self, "spec bits_per_weight parts runs_on limits"),
             "ascendit": self.record,
-            "problems": [p.as_dict() for p in self.problems],
+            "problems": plain(self.problems),
         }
         if layers:
             data["layers"] = [{"part": p.name, **row.as_dict()} for p in self.parts for row in p.rows]
@@ -105,22 +96,22 @@ class ModelReport:
 
     def lines(self) -> list[str]:
         """For a terminal: titled blocks in two columns."""
-        blocks = [("Model", [self._model()]), ("Source", [self.layout.source or str(self.layout.root)])]
+        end = self.layout.pipeline if self.is_pipeline else WORDS[self.layout.kind]
         shape = f"{self.spec} of the Wan family" if self.spec else "no row of the Wan family has this shape"
-        blocks += [("Matches", [shape]), ("Parts", _part_lines(self.parts))]
-        blocks += [("Format", self._formats())]
-        blocks += [(title, _per_expert(self.experts, words)) for title, words in EXPERT_ROWS]
-        blocks += [("Made by", self._made_by())]
-        blocks += [("Runs on", self.runs_on.lines() if self.runs_on else [])]
+        blocks = [
+            ("Model", [f"{self.layout.name}   layout {self.layout.kind}   {end}"]),
+            ("Source", [self.layout.source or str(self.layout.root)]),
+            ("Matches", [shape]),
+            ("Parts", _part_lines(self.parts)),
+            ("Format", self._formats()),
+            *((title, _per_expert(self.experts, title)) for title in EXPERT_TITLES),
+            ("Made by", self._made_by()),
+            ("Runs on", self.runs_on.lines() if self.runs_on else []),
+        ]
         if self.defaults is not None:
             blocks += [("Limits", [_limits(self.defaults)]), ("Defaults", [_defaults(self.defaults)])]
-        blocks += [("Checks", self._checks())]
-        blocks += [("Problem", [text]) for text in self.problem_texts()]
-        return [
-            f"{title if first else '':<9}  {text}".rstrip()
-            for title, texts in blocks
-            for first, text in zip([True] + [False] * len(texts), texts, strict=False)
-        ]
+        blocks += [("Checks", self._checks()), *(("Problem", [text]) for text in self.problem_texts())]
+        return columns(titled(blocks), first_width=9)
 
     def problem_texts(self) -> list[str]:
         """Code, part and what was found."""
@@ -134,20 +125,12 @@ class ModelReport:
 
     def layer_lines(self) -> list[str]:
         """For `--layers`: part and name, scheme, shape, bytes and what is stored; a layer with its scales."""
-        cells = [
+        rows = [
             (f"{p.name}.{row.name}", row.scheme, str(list(row.shape)), str(row.nbytes), row.stored())
             for p in self.parts
             for row in p.rows
         ]
-        cells.insert(0, ("layer or tensor", "scheme", "shape", "bytes", "stored"))
-        widths = [max(len(row[i]) for row in cells) for i in range(4)]
-        return [
-            "  ".join([*(f"{c:<{w}}" for c, w in zip(row, widths, strict=False)), row[4]]) for row in cells
-        ]
-
-    def _model(self) -> str:
-        end = self.layout.pipeline if self.is_pipeline else WORDS[self.layout.kind]
-        return f"{self.layout.name}   layout {self.layout.kind}   {end}"
+        return columns([("layer or tensor", "scheme", "shape", "bytes", "stored"), *rows])
 
     def _made_by(self) -> list[str]:
         if self.record is None:
@@ -159,9 +142,9 @@ class ModelReport:
     def _formats(self) -> list[str]:
         if self.bits_per_weight is None:
             return []
-        texts = _per_expert(self.experts, scheme_texts)
-        bits = f"{self.bits_per_weight:.2f} bits/weight"
-        return [*texts, f"{_dtypes(self.experts)}   {bits}{' in all' if texts else ''}"]
+        texts = _per_expert(self.experts, "Format")
+        dtypes = "+".join(map(dtype_name, _most_first(p.dtypes for p in self.experts)))
+        return [*texts, f"{dtypes}   {self.bits_per_weight:.2f} bits/weight{' in all' if texts else ''}"]
 
     def _checks(self) -> list[str]:
         counts = [_counts(self.parts)]
@@ -172,9 +155,9 @@ class ModelReport:
         return texts
 
 
-def _per_expert(parts: Iterable[PartReport], words: Callable[[PartReport], list[str]]) -> list[str]:
+def _per_expert(parts: Iterable[PartReport], title: str) -> list[str]:
     """Lines about each expert; said once when all are alike."""
-    found = {p.name: words(p) for p in parts}
+    found = {p.name: p.summary.texts()[title] if p.summary else [] for p in parts}
     texts = list(found.values())
     if all(t == texts[0] for t in texts):
         return list(texts[0]) if texts else []
@@ -196,7 +179,7 @@ def _part_lines(parts: Iterable[PartReport]) -> list[str]:
 def _counts(parts: Iterable[PartReport]) -> str:
     parts = tuple(parts)
     tensors, files = sum(len(p.tensors) for p in parts), sum(p.files for p in parts)
-    return f"{tensors} tensors in {files} file{'' if files == 1 else 's'}"
+    return f"{tensors} tensors in {counted(files, 'file')}"
 
 
 def _limits(d: Defaults) -> str:
@@ -210,23 +193,16 @@ def _defaults(d: Defaults) -> str:
     guidance = f"guidance {d.guidance_scale:g}"
     if d.guidance_scale_2 is not None:
         guidance += f" (high noise) / {d.guidance_scale_2:g} (low noise)"
-    words = [
-        f"{d.width}x{d.height}",
-        f"{d.num_frames} frames",
-        f"{d.fps} fps",
-        f"{d.num_inference_steps} steps",
-    ]
+    words = [f"{d.width}x{d.height}", f"{d.num_frames} frames", f"{d.fps} fps"]
+    words.append(f"{d.num_inference_steps} steps")
     words += [guidance, f"shift {d.shift_for(d.width, d.height):g}", d.solver]
     words += [f"boundary {d.boundary_ratio:g}"] if d.boundary_ratio is not None else []
     return ", ".join(words)
 
 
-def _dtypes(parts: Iterable[PartReport]) -> str:
-    totals: dict[str, int] = {}
-    for part in parts:
-        for dtype, nbytes in part.dtypes.items():
-            totals[dtype] = totals.get(dtype, 0) + nbytes
-    return "+".join(dtype_name(d) for d in sorted(totals, key=lambda d: -totals[d]))
+def _most_first(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Sums by key, the largest first."""
+    return dict(sorted(totals(counts).items(), key=lambda item: -item[1]))
 
 
 # ---- one part of a model ------------------------------------------------------------------------
@@ -271,10 +247,7 @@ class PartReport:
     @property
     def dtypes(self) -> dict[str, int]:
         """Bytes in each dtype (safetensors spelling), most first."""
-        totals: dict[str, int] = {}
-        for tensor in self.tensors:
-            totals[tensor.dtype] = totals.get(tensor.dtype, 0) + tensor.nbytes
-        return dict(sorted(totals.items(), key=lambda item: -item[1]))
+        return _most_first({t.dtype: t.nbytes} for t in self.tensors)
 
     @property
     def rows(self) -> tuple[StoredRow, ...]:
@@ -286,56 +259,13 @@ class PartReport:
     @cached_property
     def format(self) -> str:
         """`mxfp8+bf16`, `bf16+fp32`: schemes and float dtypes, those with most bytes first."""
-        totals: dict[str, int] = {}
-        for row in self.rows:
-            word = dtype_name(row.tensors[0][1].dtype) if row.scheme in ("float", "bf16") else row.scheme
-            totals[word] = totals.get(word, 0) + row.nbytes
-        return "+".join(sorted(totals, key=lambda word: -totals[word]))
+        return "+".join(_most_first({row.format: row.nbytes} for row in self.rows))
 
     def as_dict(self) -> dict[str, Any]:
-        names = ("name", "library", "class_name", "files", "nbytes", "dtypes", "format")
         return {
-            **{name: getattr(self, name) for name in names},
+            **selected(self, "name library class_name files nbytes dtypes format"),
             "tensors": len(self.tensors),
-            **{name: list(getattr(self, name)) for name in TENSOR_CHECKS},
-            "problem": self.problem.as_dict() if self.problem else None,
-            "expert": self.summary.as_dict() if self.summary else None,
+            **selected(self, " ".join(TENSOR_CHECKS)),
+            "problem": plain(self.problem),
+            "expert": plain(self.summary),
         }
-
-
-def scheme_texts(part: PartReport) -> list[str]:
-    return [count.text() for count in part.summary.schemes] if part.summary else []
-
-
-def _kept(part: PartReport) -> list[str]:
-    if part.summary is None or not part.summary.is_quantized or not part.summary.kept:
-        return []
-    return [f"{'+'.join(part.summary.kept_dtypes)}: {', '.join(part.summary.kept)}"]
-
-
-def _smoothed(part: PartReport) -> list[str]:
-    words = part.summary.smoothed if part.summary else ()
-    return [f"{', '.join(words)} (mul_scale)"] if words else []
-
-
-def _attention(part: PartReport) -> list[str]:
-    if part.summary is None:
-        return []
-    texts = [f"{value}: {', '.join(names)}" for value, names in part.summary.attention.items()]
-    rotated = part.summary.rotated
-    return [*texts, f"rotated: {', '.join(rotated)}"] if rotated else texts
-
-
-def _origin(part: PartReport) -> list[str]:
-    expert = part.expert
-    if expert is None or (expert.origin == "float" and expert.naming == "diffusers"):
-        return []
-    words = [ORIGINS[expert.origin]] if ORIGINS[expert.origin] else []
-    words.append("original Wan names" if expert.naming == "wan" else "Diffusers names")
-    words += ["manifest"] if expert.manifest is not None else []
-    words += ["quantization_config"] if expert.marker is not None else []
-    texts = [", ".join(words)]
-    return [*texts, f"unsure: {expert.config_problem}"] if expert.config_problem else texts
-
-
-EXPERT_ROWS = (("Kept", _kept), ("Smoothed", _smoothed), ("Attention", _attention), ("Origin", _origin))

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ascendit.checkpoint.layer_format import STORED_ROLES, Layer
+from ascendit.checkpoint.layer_format import STORED_ROLES
 from ascendit.checkpoint.quant_metadata import FLOAT, QUANT_TYPE
 from ascendit.checkpoint.reader import TensorInfo
-from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert
+from ascendit.checkpoint.transformer import ATTENTION_TENSOR, Expert, shapes_of
 from ascendit.names import grouped, sort_names
 from ascendit.quant.schemes import STORED_SCHEMES
+from ascendit.report import counted, group_by, selected
 
 _ATTENTION = re.compile(r".*\.attn[12]")
 CONTAINERS = {
@@ -21,6 +22,14 @@ CONTAINERS = {
     "packed": "two in a byte",
     "e4m3": "in an FP8 container, one in a byte",
     "bf16": "in a BF16 container, one in two bytes",
+}
+ORIGINS = {
+    "msmodelslim": "msModelSlim",
+    "vllm-omni": "the merge tool of vLLM-Omni",
+    "sglang": "the repack tool of SGLang",
+    "ascendit": "ascendit",
+    "fp8-block": "FP8 in 128 x 128 tiles",
+    "float": "",
 }
 SPELLING = {
     "BF16": "bf16",
@@ -62,12 +71,10 @@ class SchemeCount:
         if where := CONTAINERS[self.container]:
             how = how.replace(" values", f" values {where}", 1)
         name = f"   (msModelSlim: {self.manifest})" if self.manifest not in (None, FLOAT) else ""
-        layers = f"{self.layers} layer{'' if self.layers == 1 else 's'}"
-        return f"{self.scheme}   {layers}   {how}   {self.bits:.2f} bits{name}"
+        return f"{self.scheme}   {counted(self.layers, 'layer')}   {how}   {self.bits:.2f} bits{name}"
 
     def as_dict(self) -> dict[str, Any]:
-        names = "scheme container layers values nbytes bits manifest".split()
-        return {name: getattr(self, name) for name in names}
+        return selected(self, "scheme container layers values nbytes bits manifest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +94,11 @@ class StoredRow:
     def nbytes(self) -> int:
         return sum(info.nbytes for _, info in self.tensors)
 
+    @property
+    def format(self) -> str:
+        """Its scheme, or its dtype where that is a float."""
+        return dtype_name(self.tensors[0][1].dtype) if self.scheme in ("float", "bf16") else self.scheme
+
     def stored(self) -> str:
         """`e4m3, weight_scale uint8 [5120, 160]`."""
         words = []
@@ -96,17 +108,11 @@ class StoredRow:
         return ", ".join(words)
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "scheme": self.scheme,
-            "container": self.container,
-            "shape": list(self.shape),
-            "nbytes": self.nbytes,
-            "tensors": [
-                {"name": i.name, "role": role, "dtype": i.dtype, "shape": list(i.shape), "nbytes": i.nbytes}
-                for role, i in self.tensors
-            ],
-        }
+        tensors = [
+            {"name": info.name, "role": role, **selected(info, "dtype shape nbytes")}
+            for role, info in self.tensors
+        ]
+        return {**selected(self, "name scheme container shape nbytes"), "tensors": tensors}
 
 
 def dtype_name(dtype: str) -> str:
@@ -126,12 +132,6 @@ class ExpertSummary:
     expert: Expert
 
     @cached_property
-    def of_layer(self) -> dict[str, Layer]:
-        """Name on disk of every tensor that belongs to a layer of codes, or a smoothed one -> that layer."""
-        layers = self.expert.layers.values()
-        return {info.name: layer for layer in layers for info in layer.tensors.values()}
-
-    @cached_property
     def linears(self) -> tuple[str, ...]:
         """Every layer with a matrix, in the order of the model. Norms have vectors and are none."""
         names: dict[str, None] = {}
@@ -144,41 +144,37 @@ class ExpertSummary:
     @cached_property
     def rows(self) -> tuple[StoredRow, ...]:
         """Every layer of codes with its scales, and every other tensor, in the order of the model."""
-        found: dict[str, StoredRow] = {}
+        layers = self.expert.layers.values()
+        layer_of = {info.name: layer for layer in layers for info in layer.tensors.values()}
+        rows: dict[str, StoredRow] = {}
         for name in sort_names(self.expert.tensors):
             info = self.expert.tensors[name]
-            layer = self.of_layer.get(info.name)
+            layer = layer_of.get(info.name)
             if layer is None:
-                found[name] = tensor_row(name, info)
-            elif layer.name not in found:
-                found[layer.name] = StoredRow(
+                rows[name] = tensor_row(name, info)
+            elif layer.name not in rows:
+                rows[layer.name] = StoredRow(
                     name=layer.name,
                     scheme=layer.scheme,
                     container=layer.container,
                     shape=layer.shape,
-                    tensors=tuple(
-                        (role, layer.tensors[role]) for role in STORED_ROLES if role in layer.tensors
-                    ),
+                    tensors=tuple((r, layer.tensors[r]) for r in STORED_ROLES if r in layer.tensors),
                 )
-        return tuple(found.values())
+        return tuple(rows.values())
 
     @cached_property
     def schemes(self) -> tuple[SchemeCount, ...]:
         """Its schemes, most layers first."""
-        kinds: dict[tuple[str, str], list[Layer]] = {}
-        for layer in self.expert.layers.values():
-            kinds.setdefault((layer.scheme, layer.container), []).append(layer)
+        kinds = group_by(self.expert.layers.values(), lambda layer: (layer.scheme, layer.container))
         counts = [
             SchemeCount(
                 scheme=scheme,
                 container=container,
-                layers=len(found),
-                values=sum(math.prod(layer.shape) for layer in found),
-                nbytes=sum(
-                    i.nbytes for layer in found for role, i in layer.tensors.items() if role != "bias"
-                ),
+                layers=len(layers),
+                values=sum(math.prod(layer.shape) for layer in layers),
+                nbytes=sum(info.nbytes for x in layers for role, info in x.tensors.items() if role != "bias"),
             )
-            for (scheme, container), found in kinds.items()
+            for (scheme, container), layers in kinds.items()
         ]
         return tuple(sorted(counts, key=lambda c: -c.layers))
 
@@ -189,15 +185,8 @@ class ExpertSummary:
     @cached_property
     def values(self) -> int:
         """Number of weights of the model: codes and floats; scales, offsets and rotations are not counted."""
-        total = sum(
-            math.prod(info.shape)
-            for name, info in self.expert.tensors.items()
-            if info.name not in self.of_layer and not ATTENTION_TENSOR.fullmatch(name)
-        )
-        for layer in self.expert.layers.values():
-            bias = layer.tensors.get("bias")
-            total += math.prod(layer.shape) + (math.prod(bias.shape) if bias else 0)
-        return total
+        shapes = shapes_of(self.expert).items()
+        return sum(math.prod(shape) for name, shape in shapes if not ATTENTION_TENSOR.fullmatch(name))
 
     @cached_property
     def kept_layers(self) -> tuple[str, ...]:
@@ -229,10 +218,11 @@ class ExpertSummary:
     @cached_property
     def attention(self) -> dict[str, tuple[str, ...]]:
         """How attention is quantized: value of `quant_type` -> the attentions that have it."""
-        by_value: dict[str, list[str]] = {}
-        for key, value in self.expert.attention.items():
-            by_value.setdefault(value, []).append(key.removesuffix(QUANT_TYPE))
-        return {value: grouped(names, self.attentions) for value, names in by_value.items()}
+        by_value = group_by(self.expert.attention, self.expert.attention.__getitem__)
+        return {
+            value: grouped((key.removesuffix(QUANT_TYPE) for key in keys), self.attentions)
+            for value, keys in by_value.items()
+        }
 
     @cached_property
     def rotated(self) -> tuple[str, ...]:
@@ -240,19 +230,36 @@ class ExpertSummary:
         names = {n.rpartition(".")[0] for n in self.expert.tensors if n.endswith((".q_rot", ".k_rot"))}
         return grouped(names, self.attentions)
 
+    def texts(self) -> dict[str, list[str]]:
+        """Title -> lines for a terminal."""
+        expert = self.expert
+        attention = [f"{value}: {', '.join(names)}" for value, names in self.attention.items()]
+        attention += [f"rotated: {', '.join(self.rotated)}"] if self.rotated else []
+        kept = f"{'+'.join(self.kept_dtypes)}: {', '.join(self.kept)}"
+        origin: list[str] = []
+        if expert.origin != "float" or expert.naming != "diffusers":
+            words = [ORIGINS[expert.origin]] if ORIGINS[expert.origin] else []
+            words.append("original Wan names" if expert.naming == "wan" else "Diffusers names")
+            words += ["manifest"] if expert.manifest is not None else []
+            words += ["quantization_config"] if expert.marker is not None else []
+            origin = [", ".join(words)]
+            origin += [f"unsure: {expert.config_problem}"] if expert.config_problem else []
+        return {
+            "Format": [count.text() for count in self.schemes],
+            "Kept": [kept] if self.is_quantized and self.kept else [],
+            "Smoothed": [f"{', '.join(self.smoothed)} (mul_scale)"] if self.smoothed else [],
+            "Attention": attention,
+            "Origin": origin,
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
         return {
-            "origin": self.expert.origin,
-            "naming": self.expert.naming,
+            **selected(self.expert, "origin naming"),
             "manifest": self.expert.manifest is not None,
             "marker": self.expert.marker,
-            "schemes": [count.as_dict() for count in self.schemes],
-            "kept": list(self.kept),
+            **selected(self, "schemes kept"),
             "kept_layers": len(self.kept_layers),
-            "kept_dtypes": list(self.kept_dtypes),
-            "smoothed": list(self.smoothed),
-            "attention": {value: list(names) for value, names in self.attention.items()},
-            "rotated": list(self.rotated),
+            **selected(self, "kept_dtypes smoothed attention rotated"),
             "config_problem": self.expert.config_problem,
         }

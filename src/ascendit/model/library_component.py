@@ -50,9 +50,8 @@ def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
     `dtype` None = as stored. The libraries fill gaps with random weights and only log it; here a gap is
     CheckpointError E-CKP-04.
     """
-    with Shards.open(part.path, part.stem) as shards:
-        specs = [TensorSpec(i.name, i.dtype, i.shape) for i in shards.tensors.values()]
-        dtype = dtype or default_dtype(specs, "cpu")
+    stored = Shards.open(part.path, part.stem).tensors.values()
+    dtype = dtype or default_dtype([TensorSpec(i.name, i.dtype, i.shape) for i in stored], "cpu")
     cls = getattr(importlib.import_module(part.library), part.class_name)
     options: dict[str, Any] = {"torch_dtype": dtype}
     if part.library == "transformers":  # it names misshapen tensors only when told not to stop at them

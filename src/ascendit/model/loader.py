@@ -27,7 +27,7 @@ from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
 from ascendit.model.weight_loader import Arrangement, Coded, nbytes
 from ascendit.ops.operators import Ops
-from ascendit.quant.recipe import QUANT_TYPES
+from ascendit.quant.layer_rules import QUANT_TYPES
 from ascendit.quant.schemes import scheme_after_reading
 from ascendit.weights.applied_recipe import AppliedRecipe
 from ascendit.weights.quantize_writer import SourceRows

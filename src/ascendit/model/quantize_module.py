@@ -32,7 +32,7 @@ from ascendit.mx.codec import INPUT_DTYPES, Encoded, check_dtype, encode
 from ascendit.mx.formats import Format, lookup, resolve_rule
 from ascendit.names import all_linears, block_linears, grouped, is_block_linear
 from ascendit.ops.operators import Schemes, bind
-from ascendit.quant.layer_rules import OUTSIDE, LayerScheme, LayerSchemes, ruled
+from ascendit.quant.layer_rules import OUTSIDE, LayerScheme, LayerSchemes
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.quant.schemes import METHOD, QUANTIZED, SCHEMES
 from ascendit.quant.vllm_omni_config import marker_for
@@ -106,7 +106,7 @@ def module_schemes(module: nn.Module, recipe: Recipe, keep: Sequence[str] = ()) 
     whys = dict.fromkeys(every, OUTSIDE) | dict.fromkeys(blocks, MODULATION)
     whys |= dict.fromkeys(inside, "no rule names it")
     layers = {name: LayerScheme(name, "bf16", None, whys[name]) for name in every}
-    layers |= ruled(recipe.rules_for(kind, keep), inside, every, fix=NAMED_MODULES)
+    layers |= recipe.ruled(inside, every, kind, keep, fix=NAMED_MODULES)
     for name, layer in layers.items():
         if why := _unfit(linears[name], layer.scheme, sizes=config is None):
             layers[name] = LayerScheme(name, "bf16", None, why)

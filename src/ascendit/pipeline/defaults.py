@@ -113,18 +113,22 @@ def task_of(layout: Layout) -> Task:
 
 def spec_for(layout: Layout, task: Task) -> WanSpec | None:
     """The row of `family.py` with this folder's dimensions, channels and number of experts."""
-    config = layout.experts[0].config
-    spec = match_spec(
+    spec = spec_of(layout.experts[0].config, len(layout.experts), layout.name)
+    return spec if spec and spec.task == task else None
+
+
+def spec_of(config: dict[str, Any], num_experts: int, folder_name: str) -> WanSpec | None:
+    """The same from the config of a transformer, whatever its task."""
+    return match_spec(
         dim=config.get("num_attention_heads", WanConfig.num_attention_heads)
         * config.get("attention_head_dim", WanConfig.attention_head_dim),
         num_layers=config.get("num_layers", WanConfig.num_layers),
         in_channels=config.get("in_channels", WanConfig.in_channels),
         out_channels=config.get("out_channels") or config.get("in_channels", WanConfig.in_channels),
-        num_experts=len(layout.experts),
+        num_experts=num_experts,
         image_cross_attention=config.get("image_dim") is not None,
-        folder_name=layout.name,
+        folder_name=folder_name,
     )
-    return spec if spec and spec.task == task else None
 
 
 def vae_config(layout: Layout) -> VaeConfig:

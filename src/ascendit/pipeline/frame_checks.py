@@ -62,8 +62,7 @@ def check_not_flat(frames: Frames) -> None:
     """
     counts = np.zeros((3, 256), np.int64)
     for frame in frames:
-        for c in range(3):
-            counts[c] += np.bincount(frame[..., c].ravel(), minlength=256)
+        counts += [np.bincount(frame[..., c].ravel(), minlength=256) for c in range(3)]
     levels, total = np.arange(256), counts[0].sum()
     mean = counts @ levels / total
     if (counts[:, BLACK_LEVEL + 1 :].sum(1) <= FLAT_SHARE * total).all():

@@ -1,23 +1,20 @@
 """Video: frames in memory, and how they become a file.
 
 `Video.save` writes mp4, webm, gif or png frames: whole or not at all, and never over another file.
-`check_output` makes the same refusals before an expensive run; `read_metadata` reads back what save wrote
-inside. The encoders are in `video_codecs.py`, the checks of the pixels in `frame_checks.py`.
+`check_output` makes the same refusals before an expensive run. The encoders are in `video_codecs.py`, the
+checks of the pixels in `frame_checks.py`.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
 import re
-import secrets
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -28,7 +25,8 @@ import numpy as np
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest, replay_line
-from ascendit.pipeline.video_codecs import CODECS, WRITERS, import_library, read_tags
+from ascendit.pipeline.video_codecs import CODECS, WRITERS, import_library
+from ascendit.version import installed
 
 AnyPath = str | os.PathLike[str]
 
@@ -44,14 +42,9 @@ class Target(NamedTuple):
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of what shapes a video, from package metadata; absent packages are left out."""
-    found = {"python": platform.python_version()}
-    for name in ("ascendit", "torch", "torch_npu", "diffusers", "transformers", "numpy", "av"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    """Versions of what shapes a video; absent packages are left out."""
+    packages = ("ascendit", "torch", "torch_npu", "diffusers", "transformers", "numpy", "av")
+    return {"python": platform.python_version(), **installed(*packages)}
 
 
 @dataclass(eq=False, repr=False)
@@ -74,16 +67,11 @@ class Video:
 
     def __post_init__(self) -> None:
         x = self.frames
-        if (
-            not isinstance(x, np.ndarray)
-            or x.dtype != np.uint8
-            or x.ndim != 4
-            or x.shape[-1] != 3
-            or not x.size
-        ):
-            found = f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
+        is_array = isinstance(x, np.ndarray)
+        if not is_array or x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not x.size:
+            kind = f"{x.dtype} {list(x.shape)}" if is_array else type(x).__name__
             rule = "a numpy array, uint8 [F, H, W, 3], at least one frame"
-            raise _usage(f"frames are {found}", rule, "convert decoded values with to_uint8")
+            raise _usage(f"frames are {kind}", rule, "convert decoded values with to_uint8")
         if isinstance(self.fps, bool) or not isinstance(self.fps, int) or self.fps < 1:
             raise _usage(f"fps is {self.fps!r}", "a whole number of at least 1", "fps=16")
 
@@ -116,7 +104,7 @@ class Video:
 
         The extension decides: .mp4 (H.264), .webm (VP9), .gif, .png. `out.png` is one file for one
         frame; more frames become `out/frame_0000.png` and so on, as for a path ending with `/`.
-        `metadata=False` writes nothing about the request, in the file or beside it.
+        `metadata=False` writes nothing about the request, in the file or beside it; a gif has it beside only.
 
         Raises UsageError E-USE-01 (extension, size or fps the format cannot hold) and E-USE-03 (the
         name is taken), EnvironmentProblem E-ENV-01 (library) and E-ENV-02 (folder). On any failure,
@@ -132,11 +120,10 @@ class Video:
         write, folder = WRITERS[target.kind], target.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _temporary(folder) as new, _temporary(folder) as new_sidecar:
+            with tempfile.TemporaryDirectory(prefix=".ascendit-", dir=folder) as temporary:
+                new = Path(temporary) / "video"
                 write(self.frames, self.fps, new, target.kind, inside)
-                if sidecar is not None:
-                    new_sidecar.write_bytes(sidecar)
-                _publish(target, new, new_sidecar, overwrite)
+                _publish(target, new, sidecar, overwrite)
         except FileExistsError as e:
             raise _taken(target, "exists already") from e
         except OSError as e:
@@ -221,8 +208,9 @@ def _check_format(target: Target, shape: tuple[int, ...], fps: int) -> None:
     if target.kind == "gif" and fps > 50:
         rule = "at most 50 fps: gif counts in 1/100 s, and players slow down what is faster"
         raise _usage(f"{fps} fps in a gif", rule, f"-o {target.path.with_suffix('.mp4')}")
-    if target.kind not in CODECS:
+    if target.kind not in ("mp4", "webm"):
         import_library("PIL", "pillow")
+    if target.kind not in CODECS:
         return
     codec = CODECS[target.kind][0]
     try:
@@ -277,38 +265,27 @@ def _not_writable(folder: Path, e: OSError) -> EnvironmentProblem:
 # ---- how it is written --------------------------------------------------------------------------
 
 
-@contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    """A free path in the same folder, so that renaming is atomic; gone at the end, whatever happened."""
-    path = folder / f".ascendit-{secrets.token_hex(6)}.tmp"
-    try:
-        yield path
-    finally:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _publish(target: Target, new: Path, new_sidecar: Path, overwrite: bool) -> None:
-    """Rename into place, the `.json` first: where the video is, everything is."""
-    write_sidecar = new_sidecar.exists() and (overwrite or not os.path.lexists(target.sidecar))
-    if write_sidecar:
-        _place(new_sidecar, target.sidecar, overwrite)
+def _publish(target: Target, new: Path, sidecar: bytes | None, overwrite: bool) -> None:
+    """Move into place, the `.json` first: where the video is, everything is."""
+    write_sidecar = sidecar is not None and (overwrite or not os.path.lexists(target.sidecar))
+    if sidecar is not None and write_sidecar:
+        new_sidecar = new.with_name("sidecar")
+        new_sidecar.write_bytes(sidecar)
+        _move(new_sidecar, target.sidecar, overwrite)
     try:
         if target.kind == "folder":
             if overwrite and target.path.is_dir():
                 shutil.rmtree(target.path)
             os.rename(new, target.path)
         else:
-            _place(new, target.path, overwrite)
+            _move(new, target.path, overwrite)
     except BaseException:
         if write_sidecar and not overwrite:
             target.sidecar.unlink(missing_ok=True)
         raise
 
 
-def _place(new: Path, path: Path, overwrite: bool) -> None:
+def _move(new: Path, path: Path, overwrite: bool) -> None:
     try:
         if not overwrite:
             os.link(new, path)  # unlike a rename, fails if another run took the name meanwhile
@@ -318,22 +295,3 @@ def _place(new: Path, path: Path, overwrite: bool) -> None:
     except OSError:  # a file system without hard links
         pass
     os.replace(new, path)
-
-
-def read_metadata(path: AnyPath) -> dict[str, Any]:
-    """What `save` wrote into an mp4, webm, gif, png or folder of frames; {} where there is nothing.
-
-    Raises UsageError E-USE-02 if the file is not there, E-USE-01 if it cannot be opened as a video.
-    """
-    file = Path(path) / "frame_0000.png" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise _usage(f"{file} is not there", "a video or picture", "check the path", "E-USE-02")
-    try:
-        tags = read_tags(file)
-    except (OSError, ValueError) as e:
-        raise _usage(f"{file} cannot be opened: {e}", "a video or picture", "check the file") from e
-    try:
-        found = json.loads(next(v for k, v in tags.items() if k.lower() == "comment"))
-    except (StopIteration, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

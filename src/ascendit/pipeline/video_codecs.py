@@ -29,6 +29,8 @@ CODECS: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {  # encoder, it
     "gif": ("gif", {}, {"loop": "0"}),
 }
 BT709, LIMITED, FULL = 1, 1, 2  # FFmpeg's numbers; BT.709 is 1 as matrix, primaries and transfer
+PALETTE_PIXELS = 1 << 16  # that a GIF's palette is made from, besides one of each coarse colour
+NUM_COLOURS = 255  # of a GIF; the last index is for pixels that do not change
 
 
 def import_library(module: str, package: str) -> Any:
@@ -41,14 +43,6 @@ def import_library(module: str, package: str) -> Any:
             fix=f"pip install {package}",
             code="E-ENV-01",
         ) from e
-
-
-def _pictures(av: Any, frames: Frames, fps: int) -> Iterator[Any]:
-    """av.VideoFrame rgb24, one for each frame, stamped."""
-    for i, frame in enumerate(frames):
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        picture.pts, picture.time_base = i, Fraction(1, fps)
-        yield picture
 
 
 @contextmanager
@@ -66,67 +60,60 @@ def _stream(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> Ite
         if kind != "gif":
             c = stream.codec_context
             c.color_range, c.colorspace, c.color_primaries, c.color_trc = LIMITED, BT709, BT709, BT709
-        yield lambda picture: container.mux(stream.encode(picture))
+        count = itertools.count()
+
+        def encode(picture: Any) -> None:
+            picture.pts, picture.time_base = next(count), Fraction(1, fps)
+            container.mux(stream.encode(picture))
+
+        yield encode
         container.mux(stream.encode(None))
 
 
 def _write_stream(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> None:
+    av = import_library("av", "av")
     colours = {"src_colorspace": BT709, "dst_colorspace": BT709}
     colours |= {"src_color_range": FULL, "dst_color_range": LIMITED}
     with _stream(frames, fps, new, kind, comment) as encode:
-        for picture in _pictures(import_library("av", "av"), frames, fps):
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             encode(picture.reformat(format="yuv420p", **colours))
 
 
 def _write_gif(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> None:
-    """One palette for the whole video, so that still parts do not flicker; 255 colours fit, to one level."""
-    av = import_library("av", "av")
-    _, height, width, _ = frames.shape
-    size = {"width": width, "height": height, "format": "rgb24", "time_base": Fraction(1, fps)}
-    graph = av.filter.Graph()
-    source, sink = graph.add_buffer(**size), graph.add("buffersink")
-    graph.link_nodes(source, graph.add("palettegen"), sink).configure()
-    for picture in _pictures(av, frames, fps):
-        source.push(picture)
-    source.push(None)
-    palette = sink.pull()
-    palette.pts, palette.time_base = 0, size["time_base"]
+    """One palette for the whole video, so that still parts do not flicker. A GIF holds no comment.
 
-    graph = av.filter.Graph()
-    source, sink = graph.add_buffer(**size), graph.add("buffersink")
-    use = graph.add("paletteuse", "dither=sierra2_4a")
-    colours = graph.add_buffer(**{**size, "width": 16, "height": 16, "format": palette.format.name})
-    source.link_to(use, 0, 0)
-    colours.link_to(use, 0, 1)
-    graph.link_nodes(use, sink).configure()
-    colours.push(palette)
-    colours.push(None)
+    Pillow makes the palette and dithers, FFmpeg writes: Pillow would join frames that are equal.
+    """
+    av, images = import_library("av", "av"), import_library("PIL.Image", "pillow")
+    palette = _palette(images, frames)
+    reference = images.new("P", (1, 1))
+    reference.putpalette(palette.tobytes())
+    opaque = np.where(np.arange(256) < NUM_COLOURS, 255, 0).astype(np.uint8)
+    argb = np.column_stack([opaque, palette])
     with _stream(frames, fps, new, kind, "") as encode:
-        for picture in itertools.chain(_pictures(av, frames, fps), [None]):
-            source.push(picture)
-            for mapped in _drain(av, sink):
-                encode(mapped)
-    if comment:
-        _add_gif_comment(new, comment)
+        for frame in frames:
+            indices = images.fromarray(np.ascontiguousarray(frame)).quantize(palette=reference)
+            encode(av.VideoFrame.from_ndarray((np.asarray(indices), argb), format="pal8"))
 
 
-def _drain(av: Any, sink: Any) -> Iterator[Any]:
-    """The pictures that are ready."""
-    while True:
-        try:
-            yield sink.pull()
-        except (av.error.BlockingIOError, av.error.EOFError):
-            return
+def _palette(images: Any, frames: Frames) -> Frames:
+    """[256, 3] colours for all frames; what is over repeats the first one and is never the nearest.
 
-
-def _add_gif_comment(file: Path, comment: str) -> None:
-    """Put a comment block behind the header, the palette and the loop block: FFmpeg writes none."""
-    data = file.read_bytes()
-    at = 13 + ((6 << (data[10] & 7)) if data[10] & 0x80 else 0)
-    at += 19 if data[at : at + 2] == b"\x21\xff" else 0
-    text = comment.encode("ascii")
-    blocks = b"".join(bytes([len(b)]) + b for b in (text[i : i + 255] for i in range(0, len(text), 255)))
-    file.write_bytes(data[:at] + b"\x21\xfe" + blocks + b"\x00" + data[at:])
+    From pixels at even distances, and one of each of 4096 coarse colours: a small thing keeps its colour.
+    """
+    pixels = frames.reshape(-1, 3)
+    coarse = np.zeros((4096, 3), np.uint8)
+    present = np.zeros(4096, bool)
+    for frame in frames:
+        high = (frame.reshape(-1, 3) >> 4).astype(np.uint16)
+        index = high @ np.array([256, 16, 1], np.uint16)
+        coarse[index], present[index] = frame.reshape(-1, 3), True
+    step = len(pixels) // PALETTE_PIXELS | 1  # odd, so that it meets every column
+    sample = np.concatenate([pixels[::step], coarse[present]])
+    image = images.fromarray(sample[None]).quantize(NUM_COLOURS, method=images.Quantize.MAXCOVERAGE, kmeans=1)
+    colours = np.array(image.getpalette()[: 3 * NUM_COLOURS], np.uint8).reshape(-1, 3)
+    return np.concatenate([colours, np.repeat(colours[:1], 256 - len(colours), axis=0)])
 
 
 def _write_folder(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> None:
@@ -136,12 +123,10 @@ def _write_folder(frames: Frames, fps: int, new: Path, kind: str, comment: str) 
 
 
 def _write_png(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> None:
-    from PIL import Image, PngImagePlugin
-
-    info = PngImagePlugin.PngInfo()
+    info = import_library("PIL.PngImagePlugin", "pillow").PngInfo()
     if comment:
         info.add_text("Comment", comment)
-    Image.fromarray(frames[0]).save(new, format="png", pnginfo=info)
+    import_library("PIL.Image", "pillow").fromarray(frames[0]).save(new, format="png", pnginfo=info)
 
 
 WRITERS: dict[str, Callable[[Frames, int, Path, str, str], None]] = {
@@ -151,11 +136,3 @@ WRITERS: dict[str, Callable[[Frames, int, Path, str, str], None]] = {
     "png": _write_png,
     "folder": _write_folder,
 }
-
-
-def read_tags(file: Path) -> dict[str, str]:
-    if file.suffix.lower() in (".png", ".gif"):
-        with import_library("PIL.Image", "pillow").open(file) as image:
-            return {k: v.decode() if isinstance(v, bytes) else str(v) for k, v in image.info.items()}
-    with import_library("av", "av").open(str(file)) as container:
-        return dict(container.metadata)

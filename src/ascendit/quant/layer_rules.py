@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import get_args
+from typing import Annotated, TypeVar, get_args
+
+from pydantic import BeforeValidator, Field, StrictBool, ValidationInfo, field_validator
 
 from ascendit.errors import UsageError
 from ascendit.family import Task
+from ascendit.mx.formats import lookup, resolve_rule
 from ascendit.names import to_wan
 from ascendit.quant.schemes import SCHEMES
+from ascendit.validation import Model, described, problem
 
-MODEL_KINDS = get_args(Task)
+QUANT_TYPES = ("FP8_DYNAMIC", "MXFP8_DYNAMIC", "MXFP4_DYNAMIC", "INT8_DYNAMIC")
+"""msModelSlim's words for a quantized attention."""
 OUTSIDE = "not a linear of the blocks"
 LIST_LAYERS = "correct the pattern; `*` crosses dots, and `ascendit inspect SRC --layers` lists the names"
 
@@ -43,24 +48,71 @@ class AttentionScheme:
     rotate: bool
 
 
-@dataclass(frozen=True)
-class LayerRule:
-    """`layers` get `scheme`. `kinds` empty: for every model kind."""
+Name = Annotated[str, Field(min_length=1)]
+Patterns = Annotated[
+    tuple[Name, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda given: (given,) if isinstance(given, str) else given),
+    described("layers = {got}, not a pattern or a list of them"),
+]
+Kinds = Annotated[tuple[Task, ...], described(f"kinds = {{got}}, not a list of {', '.join(get_args(Task))}")]
+"""Kinds of model; empty: all."""
+ScaleRule = Annotated[str, described("scale_rule {got} is no text")]
+QuantType = Annotated[
+    str,
+    Field(pattern="|".join(f"^{word}$" for word in ("", *QUANT_TYPES))),
+    described(f'quant_type {{got}} is not one of {", ".join(QUANT_TYPES)} or ""'),
+]
+Rotate = Annotated[StrictBool, described("rotate {got} is not true or false")]
 
-    layers: tuple[str, ...]
-    scheme: str
-    scale_rule: str | None
-    kinds: tuple[str, ...] = ()
+
+class LayerRule(Model):
+    """`layers` get `scheme`."""
+
+    title = "a rule"
+    layers: Patterns
+    scheme: str | None = None
+    """None: left open, for the scheme that is asked for."""
+    scale_rule: ScaleRule | None = Field(default=None, validate_default=True)
+    """The default of the scheme if left out; None for bf16."""
+    kinds: Kinds = ()
+
+    @field_validator("scheme")
+    @classmethod
+    def _known(cls, scheme: str | None, info: ValidationInfo) -> str | None:
+        if scheme is None or scheme in SCHEMES:
+            return scheme
+        raise UsageError(
+            f"scheme {scheme!r}" + (f" in {info.context}" if info.context else ""),
+            needs=f"one of {', '.join(SCHEMES)}",
+            fix="check the spelling",
+            code="E-USE-01",
+        )
+
+    @field_validator("scale_rule")
+    @classmethod
+    def _of_the_scheme(cls, rule: str | None, info: ValidationInfo) -> str | None:
+        scheme = info.data.get("scheme")
+        if scheme is None:
+            return rule
+        if form := SCHEMES[scheme].weight:
+            return resolve_rule(lookup(form), rule)
+        if rule is not None:
+            raise problem(f"scale rule {rule!r} for {scheme}, which has no scales")
+        return None
 
 
-@dataclass(frozen=True)
-class AttentionRule:
+class AttentionRule(Model):
     """`layers` get `quant_type` and `rotate`; None leaves what an earlier rule said."""
 
-    layers: tuple[str, ...]
-    quant_type: str | None
-    rotate: bool | None
-    kinds: tuple[str, ...] = ()
+    title = "an attention entry"
+    layers: Patterns
+    quant_type: QuantType | None = None
+    rotate: Rotate | None = None
+    kinds: Kinds = ()
+
+
+Rule = TypeVar("Rule", LayerRule, AttentionRule)
 
 
 class LayerSchemes:
@@ -81,33 +133,27 @@ class LayerSchemes:
         return {name: every.count(name) for name in order if name in every}
 
 
-def ruled(
-    rules: Iterable[tuple[LayerRule, str]],
-    inside: Sequence[str],
-    every: Sequence[str],
+def matches(
+    rules: Iterable[tuple[Rule, str]],
+    layers: Sequence[Sequence[str]],
+    other: Callable[[str], str | None] = to_wan,
     *,
     fix: str = LIST_LAYERS,
-) -> dict[str, LayerScheme]:
-    """What rules, each with its origin, say of layers; the last that matches wins.
+) -> Iterator[tuple[Rule, str, list[str]]]:
+    """(rule, why a layer has it, names of layers) for every pattern of `rules`, each with its origin.
 
-    A pattern means layers of `inside`; only one that matches none of these reaches the others of `every`.
-    UsageError E-USE-05, with `fix`, for one that matches nothing.
+    The names are those of the first list in `layers` that has some which the pattern fits, by themselves or
+    as `other`, original Wan, spells them. UsageError E-USE-05, with `fix`, if it fits none in any list.
     """
-    found = {}
     for rule, origin in rules:
         for pattern in rule.layers:
-            if not (names := matching(pattern, inside) or matching(pattern, every)):
-                raise no_layer(pattern, origin, every, fix=fix)
-            for name in names:
-                found[name] = LayerScheme(name, rule.scheme, rule.scale_rule, why_from(origin, pattern))
-    return found
-
-
-def matching(
-    pattern: str, names: Iterable[str], other: Callable[[str], str | None] = to_wan
-) -> tuple[str, ...]:
-    """The `names` that `pattern` fits, by themselves or as original Wan spells them."""
-    return tuple(n for n in names if fnmatchcase(n, pattern) or fnmatchcase(other(n) or n, pattern))
+            fits = (
+                [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(other(n) or n, pattern)]
+                for names in layers
+            )
+            if not (found := next(filter(None, fits), None)):
+                raise _no_layer(pattern, origin, layers[-1], fix)
+            yield rule, f"--keep {pattern}" if origin == "--keep" else f"{origin}: {pattern}", found
 
 
 def wan_attention(name: str) -> str:
@@ -115,13 +161,7 @@ def wan_attention(name: str) -> str:
     return name.replace("attn1", "self_attn").replace("attn2", "cross_attn")
 
 
-def why_from(origin: str, pattern: str) -> str:
-    """The `why` of a `LayerScheme`. `origin`: the name of the recipe, or `--keep`."""
-    return f"--keep {pattern}" if origin == "--keep" else f"{origin}: {pattern}"
-
-
-def no_layer(pattern: str, origin: str, names: Sequence[str], *, fix: str = LIST_LAYERS) -> UsageError:
-    """E-USE-05, with the three nearest of `names`."""
+def _no_layer(pattern: str, origin: str, names: Sequence[str], fix: str) -> UsageError:
     plain = re.sub(r"[*?\[\]]+", "", pattern)
     near = difflib.get_close_matches(plain, names, n=3, cutoff=0.0)
     return UsageError(

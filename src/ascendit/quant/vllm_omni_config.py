@@ -11,28 +11,74 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Annotated, Any, Self
 
-from ascendit.errors import UsageError
-from ascendit.mx.formats import lookup, resolve_rule
+from pydantic import BeforeValidator, Field, StrictInt, model_validator
+
 from ascendit.names import is_block_linear, sort_names
 from ascendit.quant.fusion import patterns_of_module, vllm_omni_modules
-from ascendit.quant.layer_rules import LayerRule
+from ascendit.quant.layer_rules import LayerRule, Name
 from ascendit.quant.schemes import METHOD, QUANTIZED, SCHEMES
 from ascendit.schedule import Step, StepSchedule
+from ascendit.validation import Model, described, problem, usage_error
 
 METHODS = tuple(name for name, scheme in SCHEMES.items() if scheme.vllm_omni_key)
-_KEYS = {
-    "method",
-    "quant_method",
-    "ignored_layers",
-    "modules_to_not_convert",
-    "num_bf16_fallback_layers",
-    "w4a8_fallback_steps",
-    "mxfp4_scale_alg",
+_ALIASES = {"quant_method": "method", "modules_to_not_convert": "ignored_layers"}
+_OWNERS = {
+    "num_bf16_fallback_layers": "mxfp4_dualscale",
+    "w4a8_fallback_steps": "mxfp4",
+    "mxfp4_scale_alg": "mxfp4",
 }
-_SCALE_ALG = {0: "floor", 2: "max:7"}
+"""Key -> the one method that has it."""
+_SCALE_RULES = {0: "floor", 2: "max:7"}
 LEADING = 5
+
+Natural = Annotated[StrictInt, Field(ge=0)]
+LayerCount = Annotated[Natural, described("num_bf16_fallback_layers {got} is no number of blocks")]
+Steps = Annotated[tuple[Natural, ...], described("w4a8_fallback_steps {got} is no list of steps")]
+Names = Annotated[tuple[Name, ...], described("ignored_layers {got} is no list of names")]
+ScaleAlgorithm = Annotated[
+    str,
+    BeforeValidator(lambda number: _SCALE_RULES.get(number) if type(number) is int else None),
+    described("mxfp4_scale_alg {got} is not one of " + ", ".join(map(str, _SCALE_RULES))),
+]
+
+
+class OmniConfig(Model):
+    """The JSON, once its aliases are replaced."""
+
+    method: str
+    ignored_layers: Names | None = None
+    num_bf16_fallback_layers: LayerCount | None = None
+    w4a8_fallback_steps: Steps | None = None
+    mxfp4_scale_alg: ScaleAlgorithm | None = None
+    """As a scale rule of ours."""
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> Self:
+        if self.method not in METHODS:
+            raise problem(f"method {self.method!r} is not one of {', '.join(METHODS)}")
+        for key, method in _OWNERS.items():
+            if getattr(self, key) and self.method != method:
+                raise problem(f"{key} belongs to {method}, not to {self.method}")
+        return self
+
+    @property
+    def rules(self) -> tuple[LayerRule, ...]:
+        """Those of a recipe, the last that matches wins."""
+        leading = self.num_bf16_fallback_layers
+        if leading is None:
+            leading = LEADING if self.method == "mxfp4_dualscale" else 0
+        blocks = tuple(f"blocks.{n}.*" for n in range(leading))
+        ignored = tuple(layer for name in self.ignored_layers or () for layer in patterns_of_module(name))
+        kept = (LayerRule(layers=layers, scheme="bf16") for layers in (blocks, ignored) if layers)
+        return LayerRule(layers=("*",), scheme=self.method, scale_rule=self.mxfp4_scale_alg), *kept
+
+    @property
+    def step_policy(self) -> StepSchedule:
+        """The steps with 8-bit activations."""
+        steps = sorted(set(self.w4a8_fallback_steps or ()))
+        return StepSchedule(tuple((step, Step("w4a8")) for step in steps))
 
 
 def is_omni_config(text: str) -> bool:
@@ -40,67 +86,20 @@ def is_omni_config(text: str) -> bool:
     return text.lstrip().startswith("{")
 
 
-def read_omni_config(text: str) -> tuple[tuple[LayerRule, ...], StepSchedule]:
-    """The rules and the step policy of the JSON. UsageError E-USE-01 for what it cannot mean."""
+def read_omni_config(text: str) -> OmniConfig:
+    """The JSON as a model. UsageError E-USE-01 for what it cannot mean."""
     try:
-        config: Any = json.loads(text)
+        config = json.loads(text)
+        named = {_ALIASES[key]: value for key, value in config.items() if key in _ALIASES}
+        return OmniConfig.model_validate(named | {k: v for k, v in config.items() if k not in _ALIASES})
     except ValueError as e:
-        raise _bad(f"it is not JSON ({e})") from e
-    if not isinstance(config, dict) or (unknown := sorted(set(config) - _KEYS)):
-        raise _bad(f"it has {', '.join(unknown)}" if isinstance(config, dict) else "it is no object")
-    method = config.get("method", config.get("quant_method"))
-    if method not in METHODS:
-        raise _bad(f"method {method!r} is not one of {', '.join(METHODS)}")
-    rules = [LayerRule(("*",), method, _scale_rule(config, method))]
-    if leading := _leading(config, method):
-        rules.append(LayerRule(tuple(f"blocks.{n}.*" for n in range(leading)), "bf16", None))
-    if ignored := _ignored(config):
-        rules.append(LayerRule(ignored, "bf16", None))
-    return tuple(rules), _policy(config, method)
-
-
-def _scale_rule(config: Mapping[str, Any], method: str) -> str:
-    form = lookup(SCHEMES[method].weight)
-    if "mxfp4_scale_alg" not in config:
-        return resolve_rule(form, None)
-    alg = config["mxfp4_scale_alg"]
-    if method != "mxfp4" or type(alg) is not int or alg not in _SCALE_ALG:
-        raise _bad(f"mxfp4_scale_alg {alg!r} for {method}; mxfp4 has {', '.join(map(str, _SCALE_ALG))}")
-    return resolve_rule(form, _SCALE_ALG[alg])
-
-
-def _leading(config: Mapping[str, Any], method: str) -> int:
-    count = config.get("num_bf16_fallback_layers", LEADING if method == "mxfp4_dualscale" else 0)
-    if type(count) is not int or count < 0:
-        raise _bad(f"num_bf16_fallback_layers {count!r} is no number of blocks")
-    if count and method != "mxfp4_dualscale":
-        raise _bad(f"num_bf16_fallback_layers belongs to mxfp4_dualscale, not to {method}")
-    return count
-
-
-def _ignored(config: Mapping[str, Any]) -> tuple[str, ...]:
-    names = config.get("ignored_layers", config.get("modules_to_not_convert")) or []
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise _bad(f"ignored_layers {names!r} is no list of names")
-    return tuple(layer for name in names for layer in patterns_of_module(name))
-
-
-def _policy(config: Mapping[str, Any], method: str) -> StepSchedule:
-    steps = config.get("w4a8_fallback_steps") or []
-    if not isinstance(steps, list) or not all(type(step) is int and step >= 0 for step in steps):
-        raise _bad(f"w4a8_fallback_steps {steps!r} is no list of steps")
-    if steps and method != "mxfp4":
-        raise _bad(f"w4a8_fallback_steps belongs to mxfp4, not to {method}")
-    return StepSchedule(tuple((step, Step("w4a8")) for step in sorted(set(steps))))
-
-
-def _bad(problem: str) -> UsageError:
-    return UsageError(
-        f"quantization_config: {problem}",
-        needs=f"vLLM-Omni's JSON with {', '.join(sorted(_KEYS))}",
-        fix='{"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 5, "ignored_layers": []}',
-        code="E-USE-01",
-    )
+        raise usage_error(
+            e,
+            where="quantization_config",
+            syntax="JSON",
+            needs=f"vLLM-Omni's JSON with {', '.join(sorted({*OmniConfig.model_fields, *_ALIASES}))}",
+            fix='{"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 5, "ignored_layers": []}',
+        ) from e
 
 
 # ---- writing ------------------------------------------------------------------------------------

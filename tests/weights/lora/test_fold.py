@@ -88,14 +88,6 @@ def test_every_style_folds_to_the_same_weights(tmp_path: Path, style: str, image
     for layer, (a, b) in factors.items():
         expected = merged(before[f"{layer}.weight"], (scale, a, b))
         assert torch.equal(after[f"{layer}.weight"], expected)
-    assert folds.summary() == {
-        "files": 1,
-        "tensors": len(layers),
-        "lora": len(layers),
-        "alpha": 0 if alpha is None else len(layers),
-        "rank_min": 4,
-        "rank_max": 4,
-    }
 
 
 @pytest.mark.parametrize("style", ["comfyui", "comfyui with lora_A", "musubi"])
@@ -218,7 +210,7 @@ def test_modulation_may_lack_its_first_axis(tmp_path: Path) -> None:
     source = save(tmp_path / "a.safetensors", {"diffusion_model.blocks.0.diff_m": difference})
     folds = Folds.open([source], "transformer", shape)
     assert torch.equal(folds.fold("blocks.0.scale_shift_table", torch.zeros(1, 6, 24), 0)[0], difference)
-    assert folds.summary() == {"files": 1, "tensors": 1, "alpha": 0, "diff_m": 1}
+    assert folds.names == {"blocks.0.scale_shift_table"}
 
 
 @pytest.mark.parametrize("key", ["diffusion_model.patch_embedding", "lora_unet_patch_embedding"])
@@ -261,7 +253,6 @@ def test_loha(tmp_path: Path) -> None:
     expected = (w1_a.double() @ w1_b.double()) * (w2_a.double() @ w2_b.double()) / 3
     after = folds.fold("blocks.0.ffn.net.0.proj.weight", torch.zeros(200, 24), 0)
     torch.testing.assert_close(after, expected.float(), rtol=1e-5, atol=1e-5)
-    assert folds.summary()["loha"] == 1
 
 
 LOKR = {  # which factors are decomposed -> the rank that alpha is divided by
@@ -308,7 +299,7 @@ def test_files_add_up_and_are_rounded_once(tmp_path: Path) -> None:
     ones = torch.ones(24, 24, dtype=torch.bfloat16)
     # Each difference alone is lost in bfloat16 (1 + 2^-9 is 1), their sum 2^-7 is not.
     assert torch.equal(folds.fold(f"{layer}.weight", ones, 0), torch.full_like(ones, 1 + 2**-7))
-    assert folds.summary() == {"files": 3, "tensors": 1, "alpha": 0, "diff": 3}
+    assert folds.names == {f"{layer}.weight"}
 
 
 def test_bf16_weights_are_the_nearest_to_the_exact_sum(tmp_path: Path) -> None:
@@ -329,7 +320,6 @@ def test_bf16_weights_are_the_nearest_to_the_exact_sum(tmp_path: Path) -> None:
         differing += int((after[name] != expected).sum())
     total = sum(after[f"{layer}.weight"].numel() for layer in WAN)
     assert differing < total / 100_000
-    assert (folds.summary()["rank_min"], folds.summary()["rank_max"]) == (4, 7)
 
 
 @pytest.fixture(scope="module")
@@ -464,7 +454,8 @@ def test_a_file_for_one_expert_leaves_the_other_alone(tmp_path: Path) -> None:
     assert Folds.open([low], "transformer_2", shapes()).names
     high = Folds.open([low], "transformer", shapes())
     assert not high.names
-    assert high.summary() == {"files": 0, "tensors": 0, "alpha": 0}
+    before = torch.zeros(24, 24)
+    assert high.fold("blocks.0.attn1.to_q.weight", before, 0) is before
 
 
 def test_quantize_folds_before_it_quantizes(tmp_path: Path) -> None:

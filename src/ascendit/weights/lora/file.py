@@ -18,12 +18,12 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascendit.checkpoint.component import read_json
-from ascendit.checkpoint.reader import Shards, TensorInfo, read_header
+from ascendit.checkpoint.component import EXPERTS, read_json
+from ascendit.checkpoint.reader import RowReader, ShardSpec, TensorInfo, read_header
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.weights.lora.keys import IGNORED, Key, split_key
 
@@ -131,21 +131,21 @@ def refused(path: Path, total: int, problems: list[Problem]) -> CheckpointError:
 def _scalings(path: Path) -> dict[str | None, Scaling]:
     """Diffusers keeps `lora_adapter_metadata` in the header, PEFT `adapter_config.json` beside the file."""
     text = _metadata(path).get("lora_adapter_metadata")
-    if text is not None:
-        try:
-            config = json.loads(text)
-        except (TypeError, ValueError, RecursionError) as e:
-            raise refused(path, 1, [Problem("lora_adapter_metadata", f"not JSON ({e})")]) from e
-        prefixes = ("transformer", "transformer_2")
-        parts = {p: _below(config, f"{p}.") for p in prefixes} if isinstance(config, dict) else {}
-        found: dict[str | None, Scaling] = {
-            prefix: _scaling(path, part) for prefix, part in parts.items() if part
-        }
-        return {None: found.get("transformer", Scaling()), **found}
-    beside = path.parent / "adapter_config.json"
-    if path.name == "adapter_model.safetensors" and beside.exists():
-        return {None: _scaling(path, read_json(beside))}
-    return {None: Scaling()}
+    if text is None:
+        beside = path.parent / "adapter_config.json"
+        is_peft = path.name == "adapter_model.safetensors" and beside.exists()
+        return {None: _scaling(path, read_json(beside)) if is_peft else Scaling()}
+    try:
+        config = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise refused(path, 1, [Problem("lora_adapter_metadata", f"not JSON ({e})")]) from e
+    scalings: dict[str | None, Scaling] = {}
+    for prefix in EXPERTS:
+        items = config.items() if isinstance(config, dict) else ()
+        part = {k.removeprefix(f"{prefix}."): v for k, v in items if k.startswith(f"{prefix}.")}
+        if part:
+            scalings[prefix] = _scaling(path, part)
+    return {None: scalings.get("transformer", Scaling()), **scalings}
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -154,10 +154,6 @@ def _metadata(path: Path) -> dict[str, Any]:
         header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
     found = header.get("__metadata__")
     return found if isinstance(found, dict) else {}
-
-
-def _below(config: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
 
 
 def _scaling(path: Path, config: dict[str, Any]) -> Scaling:
@@ -187,13 +183,15 @@ def _number(value: object) -> bool:
 
 # ---- what a module adds, in float64 -------------------------------------------------------------
 
-FAMILIES = {
-    "lora": ("down", "up"),
-    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
-    "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
-    "diff": ("diff",),
+Factor = tuple[str, str, str]
+"""Roles of one matrix: stored whole, or as the product of two halves; "" where a kind has no such tensor."""
+FACTORS: dict[str, tuple[Factor, ...]] = {
+    "lora": (("", "up", "down"),),
+    "loha": (("", "hada_w1_a", "hada_w1_b"), ("", "hada_w2_a", "hada_w2_b")),
+    "lokr": (("lokr_w1", "lokr_w1_a", "lokr_w1_b"), ("lokr_w2", "lokr_w2_a", "lokr_w2_b")),
+    "diff": (("diff", "", ""),),
 }
-"""Kind -> the roles that make it up, without `alpha` and `up_bias`."""
+"""Kind -> the matrices that make it up, without `alpha` and `up_bias`."""
 FACTOR_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """What factors and deltas may be stored as."""
 Rows = Callable[[int, int], "torch.Tensor"]
@@ -205,7 +203,7 @@ class Delta:
     """One module of one file and the tensor that it changes."""
 
     kind: str
-    """A key of `OPENERS`."""
+    """A key of `FACTORS`."""
     target: str
     tensors: Mapping[str, TensorInfo]
     """Role -> where it is stored."""
@@ -214,7 +212,7 @@ class Delta:
 
     def open(self) -> Rows:
         """Read the factors. Raises CheckpointError E-LRA-01 for a value that is not finite."""
-        rows = OPENERS[self.kind](self.tensors)
+        rows = _kronecker(self.tensors) if self.kind == "lokr" else _product(self.tensors, self.kind)
         return lambda start, stop: rows(start, stop).mul_(self.scale)
 
 
@@ -222,13 +220,9 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
     """Rows of a stored tensor, [stop - start, K] float64, in memory of their own."""
     import torch
 
-    stride = info.nbytes // info.shape[0]
-    begin = info.start + start * stride
-    part = replace(
-        info, shape=(stop - start, *info.shape[1:]), start=begin, end=begin + (stop - start) * stride
-    )
-    with Shards(info.file.parent, {info.name: part}, (info.file,)) as shards:
-        rows = shards.read(info.name).to(torch.float64).reshape(stop - start, -1)
+    part = ShardSpec(0, start, stop - start)
+    with RowReader() as reader:
+        rows = reader.tensor(info, part).to(torch.float64).reshape(stop - start, -1)
     if not torch.isfinite(rows).all():
         raise CheckpointError(
             f"{info.file}: {info.name} holds values that are not finite",
@@ -241,38 +235,40 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
 
 def read_number(info: TensorInfo) -> float:
     """The one number of a tensor with one element, such as `alpha`."""
-    with Shards(info.file.parent, {info.name: info}, (info.file,)) as shards:
-        return float(shards.read(info.name).item())
+    with RowReader() as reader:
+        return float(reader.tensor(info).item())
 
 
-def _whole(info: TensorInfo) -> torch.Tensor:
-    return read_rows(info, 0, info.shape[0])
+def _matrix(tensors: Mapping[str, TensorInfo], whole: str, left: str, right: str) -> Rows:
+    """Rows of a factor. Halves are kept in memory; a whole one is read as it is needed."""
+    if whole in tensors:
+        info = tensors[whole]
+        return lambda start, stop: read_rows(info, start, stop)
+    a, b = (read_rows(tensors[half], 0, tensors[half].shape[0]) for half in (left, right))
+    return lambda start, stop: a[start:stop] @ b
 
 
-def _lora(tensors: Mapping[str, TensorInfo]) -> Rows:
-    down, up = _whole(tensors["down"]), _whole(tensors["up"])
-    return lambda start, stop: up[start:stop] @ down
+def _product(tensors: Mapping[str, TensorInfo], kind: str) -> Rows:
+    """Rows of all matrices of a kind, multiplied one by one."""
+    first, *more = (_matrix(tensors, *factor) for factor in FACTORS[kind])
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        product = first(start, stop)
+        for matrix in more:
+            product.mul_(matrix(start, stop))
+        return product
+
+    return rows
 
 
-def _diff(tensors: Mapping[str, TensorInfo]) -> Rows:
-    info = tensors["diff"]
-    return lambda start, stop: read_rows(info, start, stop)
-
-
-def _loha(tensors: Mapping[str, TensorInfo]) -> Rows:
-    w1_a, w1_b, w2_a, w2_b = (_whole(tensors[f"hada_w{i}_{ab}"]) for i in "12" for ab in "ab")
-    return lambda start, stop: (w1_a[start:stop] @ w1_b).mul_(w2_a[start:stop] @ w2_b)
-
-
-def _lokr(tensors: Mapping[str, TensorInfo]) -> Rows:
+def _kronecker(tensors: Mapping[str, TensorInfo]) -> Rows:
     import torch
 
-    def factor(name: str) -> torch.Tensor:
-        if name in tensors:
-            return _whole(tensors[name])
-        return _whole(tensors[f"{name}_a"]) @ _whole(tensors[f"{name}_b"])
+    def complete(whole: str, left: str, right: str) -> torch.Tensor:
+        height = tensors[whole if whole in tensors else left].shape[0]
+        return _matrix(tensors, whole, left, right)(0, height)
 
-    w1, w2 = factor("lokr_w1"), factor("lokr_w2")
+    w1, w2 = (complete(*factor) for factor in FACTORS["lokr"])
 
     def rows(start: int, stop: int) -> torch.Tensor:
         """Row n of kron(w1, w2) is row n // c of w1 times row n % c of w2, all pairs."""
@@ -283,51 +279,44 @@ def _lokr(tensors: Mapping[str, TensorInfo]) -> Rows:
     return rows
 
 
-OPENERS: dict[str, Callable[[Mapping[str, TensorInfo]], Rows]] = {
-    "lora": _lora,
-    "loha": _loha,
-    "lokr": _lokr,
-    **dict.fromkeys(("diff", "diff_b", "diff_m", "norm"), _diff),
-}
-"""Kind -> what reads its factors. The four kinds of differences differ in `Folds.summary` only."""
-
-
 # ---- whether the tensors of a module fit together -----------------------------------------------
 
-_PRODUCTS = {
-    "lora": (("up", "down"),),
-    "loha": (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")),
-    "lokr": (("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")),
-}
-_RANKED = {"lora": ("down",), "loha": ("hada_w1_b",), "lokr": ("lokr_w2_b", "lokr_w1_b"), "diff": ()}
+
+def roles_of(kind: str) -> tuple[str, ...]:
+    """All roles that a module of this kind can have."""
+    return tuple(role for factor in FACTORS[kind] for role in factor if role)
 
 
 def gaps(kind: str, found: Collection[str]) -> str:
     """The roles that `found` lacks to be a whole module, as words; empty when it is whole."""
-    if kind != "lokr":
-        return " and ".join(role for role in FAMILIES[kind] if role not in found)
     missing = []
-    for name in ("lokr_w1", "lokr_w2"):
-        halves = [f"{name}{half}" for half in ("_a", "_b") if f"{name}{half}" in found]
-        if len(halves) == 1:
-            missing.append(f"{name}{'_b' if halves[0].endswith('_a') else '_a'}")
-        elif (name in found) == bool(halves):
-            missing.append(f"either {name} or its halves" if halves else name)
+    for whole, *halves in FACTORS[kind]:
+        absent = [half for half in halves if half not in found]
+        if len(absent) == 1:
+            missing += absent
+        elif whole in found and not absent:
+            missing.append(f"either {whole} or its halves")
+        elif whole not in found and absent:
+            missing += [whole] if whole else absent
     return " and ".join(missing)
 
 
 def misfit(kind: str, tensors: Mapping[str, TensorInfo], shape: tuple[int, ...]) -> str | None:
     """Why the tensors of a whole module do not make a change of a tensor of this shape; None: they do."""
-    flat = {role: (info.shape[0], math.prod(info.shape[1:])) for role, info in tensors.items()}
-    need = (shape[0], math.prod(shape[1:]))
     if kind == "diff":
         found = tensors["diff"].shape
         return None if _core(found) == _core(shape) else f"{list(found)} is no change of the {list(shape)}"
-    for left, right in _PRODUCTS[kind]:
-        if left in flat and flat[left][1] != flat[right][0] or right in flat and not flat[right][0]:
+    flat = {role: (info.shape[0], math.prod(info.shape[1:])) for role, info in tensors.items()}
+    for _, left, right in FACTORS[kind]:
+        if left in flat and (flat[left][1] != flat[right][0] or not flat[right][0]):
             return f"ranks differ ({left} {list(tensors[left].shape)}, {right} {list(tensors[right].shape)})"
-    made = _made(kind, flat)
-    if any(size != need for size in made):
+    made = [
+        flat[whole] if whole in flat else (flat[left][0], flat[right][1])
+        for whole, left, right in FACTORS[kind]
+    ]
+    if kind == "lokr":
+        made = [(made[0][0] * made[1][0], made[0][1] * made[1][1])]
+    if any(size != (shape[0], math.prod(shape[1:])) for size in made):
         return f"makes {list(made[0])}, which is no change of the {list(shape)}"
     if kind == "lora" and len(down := tensors["down"].shape) == len(shape) and down[1:] != shape[1:]:
         return f"down {list(down)} has another kernel than the {list(shape)}"
@@ -336,15 +325,10 @@ def misfit(kind: str, tensors: Mapping[str, TensorInfo], shape: tuple[int, ...])
 
 def rank_of(kind: str, tensors: Mapping[str, TensorInfo]) -> int | None:
     """The rank that `alpha` is divided by; None: there is none, and `alpha` means nothing (as in LyCORIS)."""
-    return next((tensors[role].shape[0] for role in _RANKED[kind] if role in tensors), None)
-
-
-def _made(kind: str, flat: Mapping[str, tuple[int, int]]) -> list[tuple[int, int]]:
-    """[N, K] that the factors make; of LoHa, both products."""
-    if kind != "lokr":
-        return [(flat[left][0], flat[right][1]) for left, right in _PRODUCTS[kind]]
-    sizes = [flat[n] if n in flat else (flat[f"{n}_a"][0], flat[f"{n}_b"][1]) for n in ("lokr_w1", "lokr_w2")]
-    return [(sizes[0][0] * sizes[1][0], sizes[0][1] * sizes[1][1])]
+    rights = [right for _, _, right in FACTORS[kind] if right in tensors]
+    if not rights:
+        return None
+    return tensors[rights[-1 if kind == "lokr" else 0]].shape[0]
 
 
 def _core(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +22,10 @@ from ascendit.checkpoint.component import EXPERTS
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.errors import UsageError
 from ascendit.names import Shapes
+from ascendit.report import group_by
 from ascendit.weights.lora.file import (
     FACTOR_DTYPES,
-    FAMILIES,
+    FACTORS,
     Delta,
     LoraFile,
     Problem,
@@ -36,6 +36,7 @@ from ascendit.weights.lora.file import (
     rank_of,
     read_number,
     refused,
+    roles_of,
 )
 from ascendit.weights.lora.keys import Key, Targets, refusal
 
@@ -75,22 +76,15 @@ def parse_lora(text: str) -> LoraSource:
     rest = tail if expert else text
     file, colon, number = rest.rpartition(":")
     weight = 1.0
-    if colon and (found := _number(number)) is not None:
-        weight = found
-    elif colon and file.endswith(".safetensors"):
-        raise _bad_source(f"LoRA weight {number!r} in {text!r}", "a number after the last colon")
-    else:
-        file = rest
-    if not file:
-        raise _bad_source(f"no LoRA file in {text!r}", _FORM)
-    return LoraSource(Path(file), weight, expert)
-
-
-def _number(text: str) -> float | None:
     try:
-        return float(text)
+        weight, rest = (float(number), file) if colon else (weight, rest)
     except ValueError:
-        return None
+        if file.endswith(".safetensors"):
+            got = f"LoRA weight {number!r} in {text!r}"
+            raise _bad_source(got, "a number after the last colon") from None
+    if not rest:
+        raise _bad_source(f"no LoRA file in {text!r}", _FORM)
+    return LoraSource(Path(rest), weight, expert)
 
 
 def _bad_source(got: str, needs: str) -> UsageError:
@@ -107,13 +101,10 @@ is summed depends on its size too. Small, so that its float64 stays in the cache
 class Folds:
     """What all LoRA files do to one expert."""
 
-    def __init__(self, shapes: Shapes, deltas: Sequence[Delta], counts: dict[str, int]) -> None:
-        self.names = frozenset(delta.target for delta in deltas)
+    def __init__(self, shapes: Shapes, deltas: Sequence[Delta]) -> None:
         self._shapes = shapes
-        self._deltas: dict[str, list[Delta]] = {}
-        for delta in deltas:
-            self._deltas.setdefault(delta.target, []).append(delta)
-        self._counts = counts
+        self._deltas = group_by(deltas, lambda delta: delta.target)
+        self.names = frozenset(self._deltas)
         self._opened: tuple[str, list[Rows]] | None = None
         self._lock = threading.Lock()
 
@@ -128,28 +119,8 @@ class Folds:
         E-CKP-02 for a damaged file; UsageError E-USE-01 and E-USE-02 for what is no LoRA file.
         """
         targets = Targets(shapes)
-        deltas: list[Delta] = []
-        ranks: list[int] = []
-        counts: Counter[str] = Counter()
-        for source in sources:
-            reader = _read(source, expert, targets, experts)
-            deltas += reader.deltas
-            ranks += reader.ranks
-            counts["files"] += bool(reader.deltas)
-            counts["alpha"] += reader.num_alphas
-        counts["tensors"] = len({delta.target for delta in deltas})
-        counts.update(delta.kind for delta in deltas)
-        if ranks:
-            counts["rank_min"], counts["rank_max"] = min(ranks), max(ranks)
-        return cls(shapes, deltas, dict(counts))
-
-    def summary(self) -> dict[str, int]:
-        """Counts of what was read.
-
-        `files` that change something, `tensors` that change, modules of each kind there is (`lora`, `loha`,
-        `lokr`, `diff`, `diff_b`, `diff_m`, `norm`), modules with an `alpha`, `rank_min` and `rank_max`.
-        """
-        return dict(self._counts)
+        deltas = [delta for source in sources for delta in _read(source, expert, targets, experts)]
+        return cls(shapes, deltas)
 
     def fold(self, name: str, rows: torch.Tensor, start: int) -> torch.Tensor:
         """`rows` [n, ...] of the tensor `name`, the first being row `start`, with all files added.
@@ -183,7 +154,7 @@ class Folds:
             return self._opened[1]
 
 
-def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection[str]) -> DeltaReader:
+def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection[str]) -> list[Delta]:
     """The keys of one file that are for `expert`. Raises E-LRA-01 for all that cannot be used."""
     if source.expert is not None and source.expert not in experts:
         raise _bad_source(
@@ -193,7 +164,7 @@ def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection
     file = open_file(source.path)
     reader = DeltaReader(file, targets, source.weight)
     if source.expert not in (None, expert):
-        return reader
+        return []
     mine = []
     for key in file.keys:
         named = key.expert if file.names_experts else None
@@ -210,7 +181,7 @@ def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection
     reader.read(mine)
     if reader.problems:
         raise refused(source.path, len(file.keys), reader.problems)
-    return reader
+    return reader.deltas
 
 
 # ---- from the keys of a file to changes ---------------------------------------------------------
@@ -220,7 +191,7 @@ _OTHER_MODEL = "use a LoRA made for a model of this width and kind"
 
 
 class DeltaReader:
-    """Collects `deltas` and `problems` of a file; `ranks` and `num_alphas` are for `Folds.summary`."""
+    """Collects `deltas` and `problems` of a file."""
 
     def __init__(self, file: LoraFile, targets: Targets, weight: float) -> None:
         self.file = file
@@ -228,8 +199,6 @@ class DeltaReader:
         self.weight = weight
         self.problems: list[Problem] = []
         self.deltas: list[Delta] = []
-        self.ranks: list[int] = []
-        self.num_alphas = 0
 
     def read(self, keys: Iterable[Key]) -> None:
         """Add what `keys` change."""
@@ -258,9 +227,7 @@ class DeltaReader:
     def _read_group(self, target: str, group: dict[str, Key]) -> None:
         """One tensor: factors with `alpha`, a whole difference, or both."""
         alpha, up_bias = group.get("alpha"), group.get("up_bias")
-        found = {
-            kind: {role: group[role] for role in roles if role in group} for kind, roles in FAMILIES.items()
-        }
+        found = {kind: {role: group[role] for role in roles_of(kind) if role in group} for kind in FACTORS}
         if alpha and not any(keys for kind, keys in found.items() if kind != "diff"):
             self.problem(alpha, "no factors of this layer to scale")
         if up_bias and not found["lora"]:
@@ -268,7 +235,7 @@ class DeltaReader:
         for kind, keys in found.items():
             if keys and (infos := self._checked(kind, keys, target)) is not None:
                 scale = self.weight * self._scale(kind, keys, infos, alpha)
-                self.deltas.append(Delta(_label(kind, target), target, infos, scale))
+                self.deltas.append(Delta(kind, target, infos, scale))
                 if kind == "lora" and up_bias:
                     self._add_bias(target, up_bias, scale)
 
@@ -301,9 +268,7 @@ class DeltaReader:
         """alpha / rank, or 1. Differences and a LoKr of two whole factors have no rank and are not scaled."""
         if (rank := rank_of(kind, infos)) is None:
             return 1.0
-        self.ranks.append(rank)
         if alpha is not None:
-            self.num_alphas += 1
             return self._alpha(alpha) / rank
         key = next(iter(keys.values()))
         return self.file.scaling(key).of(key.path, rank) if kind == "lora" else 1.0
@@ -324,15 +289,4 @@ class DeltaReader:
         if info.shape != self.targets.shapes.get(bias) or info.dtype not in FACTOR_DTYPES:
             self.problem(key, f"{info.dtype} {list(info.shape)} is no change of {bias}", _OTHER_MODEL)
         else:
-            self.deltas.append(Delta("diff_b", bias, {"diff": info}, scale))
-
-
-def _label(kind: str, target: str) -> str:
-    """The kind, for the summary. Other tools drop norms and modulation, so these are counted apart."""
-    if kind != "diff":
-        return kind
-    if "norm" in target:
-        return "norm"
-    if target.endswith("scale_shift_table"):
-        return "diff_m"
-    return "diff_b" if target.endswith(".bias") else "diff"
+            self.deltas.append(Delta("diff", bias, {"diff": info}, scale))

@@ -113,30 +113,27 @@ class Targets:
     def __init__(self, shapes: Shapes) -> None:
         self.shapes = shapes
         self.num_blocks = 1 + max((int(m[1]) for name in shapes if (m := _BLOCK.match(name))), default=-1)
-        self._weights: dict[str, str] = {}
-        self._biases: dict[str, str] = {}
+        # By path, with dots and flat.
+        self._weights: dict[bool, dict[str, str]] = {False: {}, True: {}}
+        self._biases: dict[bool, dict[str, str]] = {False: {}, True: {}}
         for name in shapes:
             for alias in {name, to_wan(name) or name}:
-                path = alias.removesuffix(".bias").removesuffix(".weight")
                 table = self._biases if alias.endswith(".bias") else self._weights
-                table[path] = name
-        self._flat_weights = {path.replace(".", "_"): name for path, name in self._weights.items()}
-        self._flat_biases = {path.replace(".", "_"): name for path, name in self._biases.items()}
+                path = alias.removesuffix(".bias").removesuffix(".weight")
+                table[False][path] = name
+                table[True][path.replace(".", "_")] = name
 
     def find(self, key: Key) -> str | None:
         """The Diffusers name of the tensor that `key` changes; None: this model has no such tensor.
 
         Of `up_bias` and `alpha`, the weight that they go with.
         """
-        weights = self._flat_weights if key.flat else self._weights
-        biases = self._flat_biases if key.flat else self._biases
+        weights, dot = self._weights[key.flat], "_" if key.flat else "."
         if key.role == "diff_b":
-            return biases.get(key.path)
+            return self._biases[key.flat].get(key.path)
         if key.role == "diff_m":
-            dot = "_" if key.flat else "."
-            return weights.get(f"{key.path}{dot}modulation") or weights.get(
-                f"{key.path}{dot}scale_shift_table"
-            )
+            tables = (f"{key.path}{dot}{name}" for name in ("modulation", "scale_shift_table"))
+            return next((weights[table] for table in tables if table in weights), None)
         return weights.get(key.path)
 
     def why_not(self, key: Key) -> str:
@@ -154,7 +151,7 @@ class Targets:
         return "no such layer"
 
     def _near(self, key: Key) -> str | None:
-        names: Iterable[str] = self._flat_weights if key.flat else self._weights
+        names: Iterable[str] = self._weights[key.flat]
         if block := _BLOCK.match(key.path):
             names = [name for name in names if name.startswith(block[0])]
         return next(iter(difflib.get_close_matches(key.path, names, n=1)), None)

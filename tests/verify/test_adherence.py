@@ -1,0 +1,68 @@
+"""The runner of the adherence check: limits, verdicts, and the control with swapped experts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ascendit.demo.adherence import Adherence, Counts, pick
+from ascendit.errors import QualityError, UsageError
+from ascendit.verify import adherence
+from ascendit.verify.adherence import adherence_error, check_adherence, verdict_lines
+
+
+def result(seen: int, back: int, of: int = 10) -> Adherence:
+    return Adherence(seen=Counts(total=of, everything=seen), kept_back=Counts(total=of, everything=back))
+
+
+def test_each_group_has_its_limit() -> None:
+    assert adherence_error(result(10, 9)) is None
+    error = adherence_error(result(10, 8))
+    assert error is not None and error.code == "E-OUT-03" and error.exit_code == 1
+    assert error.got == "prompt adherence is below its limit: kept back 80.0%"
+    assert error.needs == "all videos at least 90%, kept back at least 85%"
+    assert list(verdict_lines(result(10, 8))) == [
+        "PASS  all videos    90.0%   at least 90%",
+        "FAIL  kept back     80.0%   at least 85%",
+    ]
+
+
+def test_a_group_without_videos_is_not_judged() -> None:
+    empty = Adherence(seen=Counts(total=4, everything=4), kept_back=Counts())
+    assert adherence_error(empty) is None
+    assert list(verdict_lines(empty))[1].startswith("-     kept back")
+
+
+def pipeline(transformer_2: object) -> Any:
+    """Makes grey videos; refuses those of seed 1."""
+
+    def run(request: Any, cancel: object) -> Any:
+        if request.seed == 1:
+            raise QualityError("black", needs="n", fix="f", code="E-OUT-02")
+        return SimpleNamespace(frames=np.full((17, 64, 64, 3), 128, np.uint8))
+
+    def request(prompt: str, seed: int) -> Any:
+        return SimpleNamespace(prompt=prompt, seed=seed)
+
+    return SimpleNamespace(transformer="high", transformer_2=transformer_2, request=request, run=run)
+
+
+def test_a_video_that_is_refused_is_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adherence, "load", lambda name: pipeline("low"))
+    told: list[bool] = []
+    found = check_adherence("m", pick(2), [0, 1], on_video=lambda case, right: told.append(right))
+    assert found.overall.total == 4 and found.overall.everything == 0 and told == [False] * 4
+    assert [f.reading.why for f in found.failures if f.seed == 1] == [("black",)] * 2
+
+
+def test_the_control_swaps_two_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline("low")
+    monkeypatch.setattr(adherence, "load", lambda name: pipe)
+    check_adherence("m", pick(1), [0], swap_experts=True)
+    assert (pipe.transformer, pipe.transformer_2) == ("low", "high")
+    pipe.transformer_2 = None
+    with pytest.raises(UsageError, match="--swap-experts with one expert"):
+        check_adherence("m", pick(1), [0], swap_experts=True)
