@@ -1,10 +1,12 @@
-"""Which precision a denoising step runs in, where the weights leave a choice.
+"""What each denoising step does: its precision, attention kernel and cache. Resolved before the loop.
 
-    StepSchedule.parse("0-1:w4a8,default:w4a4")      # the first two steps with 8-bit activations
-    StepSchedule.parse("0,47-49:bf16")               # these in BF16, for which BF16 weights are kept too
+    schedule = StepSchedule.parse("0-1:w4a8,default:w4a4")   # the first two steps with 8-bit activations
+    schedule = StepSchedule.parse("0,47-49:bf16")            # these in BF16, whose weights are kept too
+    steps = schedule.resolve(50)                             # a `Step` for each
 
-W4A8 and W4A4 share one MXFP4 weight; layers in another scheme run as they are stored. A policy belongs to a
-request's state and is never written onto a layer. No torch.
+W4A8 and W4A4 share one MXFP4 weight; layers in another scheme run as they are stored. A schedule belongs to a
+request's state and is never written onto a layer. A step is run by one expert, so what holds for an expert is
+written for its steps. No torch.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ascendit.errors import RequestError, UsageError
 
@@ -23,12 +25,23 @@ _SPAN = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 
 
 @dataclass(frozen=True)
-class StepSchedule:
-    """Step -> precision; the first step is 0."""
+class Step:
+    """What one denoising step does."""
 
-    steps: tuple[tuple[int, Precision], ...] = ()
+    precision: Precision = "stored"
+    attention: str | None = None
+    """The name of a kernel in `Ops.attention_kernels`; None: the one that is bound."""
+    cache: str | None = None
+    """The action of a cache; None: everything is computed."""
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """Step -> what it does; the first step is 0."""
+
+    steps: tuple[tuple[int, Step], ...] = ()
     """Rising, each step once."""
-    default: Precision = "stored"
+    default: Step = Step()
 
     @classmethod
     def parse(cls, text: str) -> StepSchedule:
@@ -38,38 +51,38 @@ class StepSchedule:
         """
         if not isinstance(text, str):
             raise _bad(str(text), f"a {type(text).__name__}, no text")
-        steps: dict[int, Precision] = {}
-        default: Precision | None = None
+        found: dict[Any, Step] = {}
         waiting: list[str] = []
         for word in text.split(","):
             name, colon, precision = (part.strip() for part in word.partition(":"))
             waiting.append(name)
             if not colon:
                 continue
-            chosen = _precision(precision, text)
+            if precision not in PRECISIONS:
+                raise _bad(text, f"{precision!r} is not one of {', '.join(PRECISIONS)}")
             for span in waiting:
-                if span == "default":
-                    if default is not None:
-                        raise _bad(text, "default stands twice")
-                    default = chosen
-                    continue
-                for step in _span(span, text):
-                    if step in steps:
-                        raise _bad(text, f"step {step} stands twice")
-                    steps[step] = chosen
+                for step in ("default",) if span == "default" else _span(span, text):
+                    if step in found:
+                        raise _bad(text, f"{step if step == 'default' else f'step {step}'} stands twice")
+                    found[step] = Step(precision)  # type: ignore[arg-type]
             waiting = []
         if waiting:
             raise _bad(text, f"{', '.join(waiting) or 'a part'} has no precision")
-        return cls(tuple(sorted(steps.items())), default or "stored")
+        default = found.pop("default", Step())
+        return cls(tuple(sorted(found.items())), default)
 
-    def at(self, step: int) -> Precision:
-        """The precision of this step."""
-        return next((precision for known, precision in self.steps if known == step), self.default)
+    def at(self, step: int) -> Step:
+        """What this step does."""
+        return dict(self.steps).get(step, self.default)
+
+    def resolve(self, count: int) -> tuple[Step, ...]:
+        """What each of `count` steps does."""
+        return tuple(self.at(step) for step in range(count))
 
     @property
     def precisions(self) -> frozenset[Precision]:
         """All that occur."""
-        return frozenset(precision for _, precision in self.steps) | {self.default}
+        return frozenset(step.precision for step in (self.default, *dict(self.steps).values()))
 
     def check_steps(self, count: int) -> None:
         """RequestError E-REQ-03 if a step beyond the last is named."""
@@ -112,19 +125,14 @@ class StepSchedule:
 
     def __str__(self) -> str:
         spans: list[tuple[int, int, Precision]] = []
-        for step, precision in self.steps:
+        for step, precision in ((step, self.at(step).precision) for step, _ in self.steps):
             if spans and spans[-1][1:] == (step - 1, precision):
                 spans[-1] = (spans[-1][0], step, precision)
             else:
                 spans.append((step, step, precision))
         words = [f"{a}:{p}" if a == b else f"{a}-{b}:{p}" for a, b, p in spans]
-        return ",".join([*words, *([] if self.default == "stored" else [f"default:{self.default}"])])
-
-
-def _precision(word: str, text: str) -> Precision:
-    if word not in PRECISIONS:
-        raise _bad(text, f"{word!r} is not one of {', '.join(PRECISIONS)}")
-    return word  # type: ignore[return-value]
+        rest = self.default.precision
+        return ",".join([*words, *([] if rest == "stored" else [f"default:{rest}"])])
 
 
 def _span(word: str, text: str) -> range:

@@ -54,6 +54,22 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.view_as_real(z * torch.complex(cos, sin)[:, None, :]).flatten(-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_in_two_phases(dtype: torch.dtype) -> None:
+    """The fused numbers; and of two halves of the channels, whose means are reduced, those of the whole."""
+    x, weight, eps = arguments("rms_norm", dtype, (S,))
+    fused = reference.rms_norm(x, weight, eps)
+    assert torch.equal(reference.rms_scale(x, reference.mean_square(x), weight, eps), fused)
+    halves, weights = x.chunk(2, -1), weight.chunk(2)
+    means = [reference.mean_square(half) for half in halves]
+    mean = (means[0] + means[1]) / 2
+    assert mean.dtype == torch.float32 and mean.shape == (*x.shape[:-1], 1)
+    torch.testing.assert_close(mean, reference.mean_square(x), rtol=2.0**-22, atol=0)  # the order of a sum
+    parts = [reference.rms_scale(h, mean, w, eps) for h, w in zip(halves, weights, strict=True)]
+    rounding = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-7}[dtype]
+    torch.testing.assert_close(torch.cat(parts, -1), fused, rtol=rounding, atol=0)
+
+
 def test_reference_attention_over_several_blocks_of_queries() -> None:
     q, k, v = (torch.randn(1, 600, 2, 16) for _ in range(3))
     wanted = sdpa(q.double(), k.double(), v.double())

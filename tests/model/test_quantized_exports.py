@@ -118,16 +118,14 @@ def test_a_step_in_w4a8_is_nearer_to_the_weights_than_one_in_w4a4():
     c, grid = model.config, (1, 2, 2)
     x = torch.randn(1, c.in_channels, *(n * p for n, p in zip(grid, c.patch_size, strict=True))).bfloat16()
     text = torch.randn(1, 5, c.text_dim).bfloat16()
-    policy = StepSchedule.parse("0:w4a8")
-    state = model.prepare(grid, text, policy=policy)
+    state = model.prepare(grid, text, steps=StepSchedule.parse("0:w4a8").resolve(2))
     outs = []
     for step in range(2):
         state.step = step
         outs.append(model(x, 500.0, state))
     plain = model.prepare(grid, text)
-    assert state.precision == "stored" and plain.precision == "stored"
+    assert state.now.precision == "stored" and plain.now.precision == "stored"
     assert not torch.equal(*outs)
-    plain.text = state.text
     assert torch.equal(model(x, 500.0, plain), outs[1])
 
 

@@ -36,6 +36,28 @@ def test_cpu_form_gives_the_reference_numbers(name: str, dtype: torch.dtype, spa
     assert relative(got, wanted) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_two_phases_of_rms_norm_give_the_fused_numbers(dtype: torch.dtype) -> None:
+    x, weight, eps = arguments("rms_norm", dtype, (S,))
+    for device in ("cpu", "twin:a5", "cuda"):
+        ops = bind(device)
+        mean = ops.mean_square(x)
+        torch.testing.assert_close(mean, reference.mean_square(x), rtol=2e-6, atol=0)
+        assert (
+            relative(ops.rms_scale(x, mean, weight, eps), reference.rms_norm(x, weight, eps))
+            < TOLERANCE[dtype]
+        )
+    forced = bind("cpu", "reference")
+    assert forced.rms_scale is reference.rms_scale and forced.mean_square is reference.mean_square
+
+
+def test_attention_kernels_have_names_where_there_are_several() -> None:
+    assert bind("cpu").attention_kernels == bind("twin:a5", "reference").attention_kernels == {}
+    ops = bind("twin:a2")
+    assert set(ops.attention_kernels) == {"fusion", "fused_infer"}
+    assert ops.attention_kernels["fusion"] is ops.attention
+
+
 def test_reference_can_be_forced_and_choices_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="ascendit"):
         forced, free = bind("cpu", "reference"), bind("cpu")

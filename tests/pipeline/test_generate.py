@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +17,11 @@ from PIL import Image
 
 import ascendit
 from ascendit.errors import AscenditError, Cancelled, QualityError, RequestError, UsageError
+from ascendit.model import wan
+from ascendit.model.state import DenoiseState, rope_table
 from ascendit.pipeline import generate
 from ascendit.pipeline.request import name_image
+from ascendit.pipeline.solver import make_solver
 from ascendit.progress import Progress
 
 SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 5}
@@ -120,6 +125,93 @@ def test_guidance_of_one_runs_no_unconditional_pass(
         calls.count("transformer_2") % 2 == 0
         and calls.count("transformer") + calls.count("transformer_2") // 2 == 5
     )
+
+
+# ---- the seams of the loop ----------------------------------------------------------------------
+
+
+def latents_of(pipe: generate.Pipeline, **fields: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The last latents, and those that each step left."""
+    request = pipe.request(PROMPT, seed=1, **(SMALL | fields))
+    left: list[torch.Tensor] = []
+
+    def on_step(i: int, latents: torch.Tensor) -> None:
+        assert i == len(left)
+        left.append(latents.clone())
+
+    return generate.denoise(pipe, request, None, lambda event: None, None, on_step), left
+
+
+def test_on_step_has_what_each_step_leaves(tiny_t2v_cascade: Path) -> None:
+    last, left = latents_of(ascendit.load(tiny_t2v_cascade))
+    assert len(left) == 5 and torch.equal(left[-1], last)
+    assert not any(torch.equal(a, b) for a, b in zip(left, left[1:], strict=False))
+
+
+def test_predict_can_be_replaced(tiny_t2v_cascade: Path) -> None:
+    """By one that leaves out the branch without the prompt: no guidance."""
+    pipe = ascendit.load(tiny_t2v_cascade)
+    calls = []
+
+    def predict(experts: Any, x: Any, t: Any, states: Any, guidance: float) -> torch.Tensor:
+        calls.append((states[0].expert, [state.branch for state in states], states[0].step, guidance))
+        return generate.predict(experts, x, t, states[:1], guidance)
+
+    fields = {"guidance_scale": 4.0, "guidance_scale_2": 3.0}
+    one, _ = latents_of(replace(pipe, predict=predict), **fields)
+    wanted, _ = latents_of(pipe, guidance_scale=1.0)
+    assert torch.equal(one, wanted) and not torch.equal(latents_of(pipe, **fields)[0], one)
+    assert [step for _, _, step, _ in calls] == [0, 1, 2, 3, 4]
+    assert {(name, *branches, g) for name, branches, _, g in calls} == {
+        ("transformer", 0, 1, 4.0),
+        ("transformer_2", 0, 1, 3.0),
+    }
+
+
+def test_all_ranks_act_on_the_float_of_one(tiny_t2v_cascade: Path) -> None:
+    """A cache that would use a step again asks; with the answer of another rank it does as that one."""
+
+    class Reuse(DenoiseState):
+        last: torch.Tensor | None = None
+
+        def run_model(self, x: Any, t: Any, forward: Any) -> torch.Tensor:
+            if self.last is None or self.agree(self.step % 2) < 0.5:
+                self.last = forward(x, t)
+            return self.last
+
+    pipe, asked = ascendit.load(tiny_t2v_cascade), []
+
+    def other_rank(value: float) -> float:
+        asked.append(value)
+        return 0.0
+
+    plain, _ = latents_of(pipe, guidance_scale=1.0)
+    cached, _ = latents_of(replace(pipe, make_state=Reuse), guidance_scale=1.0)
+    predict = partial(generate.predict, agree=other_rank)
+    both, _ = latents_of(replace(pipe, make_state=Reuse, predict=predict), guidance_scale=1.0)
+    assert not torch.equal(cached, plain) and torch.equal(both, plain)
+    assert asked == [i % 2 for i in range(5) if i not in (0, asked_first(pipe))]
+
+
+def asked_first(pipe: generate.Pipeline) -> int:
+    """The first step of the second expert."""
+    request = pipe.request(PROMPT, seed=1, **SMALL)
+    timesteps = make_solver(request).schedule.timesteps
+    return next(i for i, t in enumerate(timesteps) if t < 1000 * (request.boundary_ratio or 0))
+
+
+def test_rope_is_drawn_up_once_for_both_experts_and_branches(
+    tiny_t2v_cascade: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def counted(*given: Any, **named: Any) -> Any:
+        made.append(given)
+        return rope_table(*given, **named)
+
+    monkeypatch.setattr(wan, "rope_table", counted)
+    latents_of(ascendit.load(tiny_t2v_cascade), guidance_scale=4.0)
+    assert len(made) == 1
 
 
 def test_progress_tells_stage_expert_and_step(tiny_t2v_cascade: Path) -> None:

@@ -35,7 +35,7 @@ def test_online_is_offline_in_every_kind_of_model(kind, scheme, tiny_folder, tmp
     ascendit.quantize(tiny_folder(kind), tmp_path / "q", scheme=scheme, force=force)
     online = ascendit.load(tiny_folder(kind), scheme=scheme, force=force)
     offline = ascendit.load(tmp_path / "q")
-    for a, b in zip(online.experts, offline.experts, strict=True):
+    for a, b in zip(online.experts.values(), offline.experts.values(), strict=True):
         ours, theirs = a.state_dict(), b.state_dict()
         assert set(ours) == set(theirs) and all(torch.equal(ours[k], theirs[k]) for k in ours)
         assert any(isinstance(m, QuantLinear) and m.scheme == scheme for m in a.modules())
@@ -92,7 +92,7 @@ def test_experts_whose_recipes_differ(tmp_path):
     (a / "transformer_2").rename(tmp_path / "old")
     (b / "transformer_2").rename(a / "transformer_2")
     pipe = ascendit.load(a)
-    found = [{m.scheme for m in e.modules() if isinstance(m, QuantLinear)} for e in pipe.experts]
+    found = [{m.scheme for m in e.modules() if isinstance(m, QuantLinear)} for e in pipe.experts.values()]
     assert found == [{"mxfp8"}, {"mxfp4"}] and video(pipe).shape[0] == 17
 
 

@@ -18,7 +18,6 @@ from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels.cpu import attention
 from ascendit.model.linear import QuantLinear
 from ascendit.ops.open_device import activate
-from ascendit.pipeline.calibrate import experts_of
 from ascendit.pipeline.generate import Pipeline
 from ascendit.quant.fusion import leader_of
 from ascendit.verify.metrics import output_sqnr, psnr
@@ -133,16 +132,16 @@ def layers_between(scheme: str) -> dict[str, float]:
     inputs = layer_inputs(floats, floats.request(PROMPT, seed=3, **SHORT))
     pipes = [online(scheme, device) for device in ("cpu", "twin:a5")]
     found = {}
-    for name, tokens in inputs.items():
-        experts = [experts_of(pipe)[name] for pipe in pipes]
+    for name in floats.experts:
+        experts = [pipe.experts[name] for pipe in pipes]
         for layer, module in experts[0].named_modules():
             if isinstance(module, QuantLinear):
-                x = tokens[leader_of(layer)][:128]
+                x = inputs[f"{name}.{leader_of(layer)}"][:128]
                 outs = []
                 for pipe, expert in zip(pipes, experts, strict=True):
                     activate(pipe.device)
                     made: Any = expert.get_submodule(layer)
-                    outs.append(made(x, pipe.policy.default).cpu())
+                    outs.append(made(x, pipe.policy.default.precision).cpu())
                 found[f"{name}/{layer}"] = output_sqnr(outs[1], outs[0])
     assert len(found) == 160
     return found

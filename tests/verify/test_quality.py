@@ -177,7 +177,7 @@ def test_trace_has_what_each_step_left(monkeypatch: pytest.MonkeyPatch) -> None:
     found = trace(demo(), request)
     assert torch.equal(found.latents, torch.cat(left))
     assert np.array_equal(found.frames, demo().run(request).frames)
-    assert not any(expert._forward_pre_hooks for expert in demo().experts)
+    assert not any(expert._forward_pre_hooks for expert in demo().experts.values())
 
 
 def test_numbers_that_are_not_finite_are_a_wrong_video() -> None:
@@ -196,7 +196,7 @@ def test_a_layer_is_measured_as_written(scheme: str, rule: str) -> None:
     plain, pipe = demo(), demo(scheme)
     inputs = layer_inputs(plain, plain.request(PROMPT, seed=3, **SHORT))
     found = layer_sqnr(plain, pipe, inputs)
-    x, w = inputs["transformer"][LAYER], plain.transformer.get_submodule(LAYER).weight
+    x, w = inputs[f"transformer.{LAYER}"], plain.transformer.get_submodule(LAYER).weight
     y = x.double() @ w.double().t()  # type: ignore[operator]
     coded = decode(encode(w, scheme)).double()  # type: ignore[arg-type]
     tokens = decode(encode(x, scheme, scale_rule=rule)).double()
@@ -223,7 +223,7 @@ def test_inputs_are_those_of_the_run() -> None:
         demo().run(request)
     finally:
         demo().transformer.ops = plain
-    kept = layer_inputs(demo(), request)["transformer"][LAYER]
+    kept = layer_inputs(demo(), request)[f"transformer.{LAYER}"]
     given = {tuple(token) for token in torch.cat(seen).tolist()}
     assert len(kept) == 512 and all(tuple(token) in given for token in kept.tolist())
 

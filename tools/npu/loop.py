@@ -12,7 +12,7 @@ NZ_MATMUL = "WeightNz"
 LINEARS = 6
 """Quantizations and matmuls of one block: QKV, out, Q of the text, out, and the two of the feed-forward."""
 FIRST = LINEARS + 1
-"""Matmuls in the first step of an expert: keys and values of the text are one more."""
+"""Matmuls in the first step of an expert or precision: keys and values of the text are one more."""
 COPIES = {"aclnnRmsNorm": 2, "aclnnFlashAttentionScore": 1}
 """Parts of the joint product of Q, K and V that a block hands on as they lie; CANN copies each of them."""
 READS_STRIDES = re.compile(r"Matmul|aclnnAddmm|aclnnMm|aclnnInplaceCopy|aclnnCast")
@@ -22,7 +22,7 @@ FRACTAL_NZ = 29
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one way on one chip. `first`: of its expert, which prepares the text."""
+    """One step of one way on one chip. `first`: of its expert or precision, which prepares the text."""
 
     number: int
     first: bool
@@ -49,8 +49,8 @@ def steps(way: Mapping[str, Any]) -> Iterator[Step]:
     """The steps of one way, in order."""
     before = None
     for number, traced in enumerate(way["steps"]):
-        first = traced["expert"] != before
-        before = traced["expert"]
+        prepared = (traced["expert"], traced.get("precision"))
+        first, before = prepared != before, prepared
         yield Step(number, first, way["layers"] * traced["branches"], traced)
 
 

@@ -49,8 +49,10 @@ def forward(device: Device, stub: Stub) -> dict[str, Any]:
     text = torch.zeros(1, 8, CONFIG.text_dim, device=device.torch_name)
     state, prepared = stub.during(lambda: model.prepare(model.grid_of(x), text, timesteps=(500.0,)))
     _, whole = stub.during(lambda: model(x, 500.0, state))
-    mod = model.modulation((500.0,), (state.num_tokens,))
-    tokens = torch.zeros(1, state.num_tokens, CONFIG.dim, device=device.torch_name, dtype=torch.bfloat16)
+    mod = model.modulation((500.0,), (len(state.shared.part),))
+    tokens = torch.zeros(
+        1, len(state.shared.part), CONFIG.dim, device=device.torch_name, dtype=torch.bfloat16
+    )
     _, block = stub.during(lambda: model.run_block(0, model.blocks[0], tokens, mod, state))
     return {"prepare": counted(prepared), "forward": counted(whole), "block": counted(block)}
 
@@ -101,7 +103,10 @@ def denoise(pipe: Pipeline, stub: Stub) -> tuple[torch.Tensor, list[dict[str, An
         trace = stub.take()
         if event.stage == "denoise":
             branches = 2 if request.guidance_for(high=event.expert == "transformer") > 1 else 1
-            steps.append({"expert": event.expert, "branches": branches, **counted(trace)})
+            precision = pipe.policy.at(event.step - 1).precision
+            steps.append(
+                {"expert": event.expert, "precision": precision, "branches": branches, **counted(trace)}
+            )
 
     refuse = AssertionError("a weight is prepared in the loop")
     with (

@@ -35,8 +35,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis, which spans all heads. x [..., D]."""
-    f = x.float()
-    return (f * torch.rsqrt(f.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+    return rms_scale(x, mean_square(x), weight, eps)
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Phase one of `rms_norm`, [..., 1] float32; ranks that have parts of D take the mean of theirs."""
+    return x.float().square().mean(-1, keepdim=True)
+
+
+def rms_scale(x: Tensor, mean_square: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Phase two of `rms_norm`: x / sqrt(mean_square + eps) * weight. x [..., D], or a part of it."""
+    return (x.float() * torch.rsqrt(mean_square + eps) * weight.float()).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

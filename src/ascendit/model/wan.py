@@ -1,8 +1,9 @@
 """The Wan transformer: Diffusers' parameter names, its own forward on the operators it is given.
 
-It branches on no device and no precision: the operators know the device, and each layer gets the precision
-of its step. Covers T2V, I2V with concatenated channels, TI2V with one timestep for the first frame and
-another for the rest, and Wan2.1 I2V's image cross-attention.
+It knows no device, no precision, no cache and no parallel layout: the operators know the device, and the
+state what a step does; linears of the blocks, norms over heads and attention go through it. Covers T2V,
+I2V with concatenated channels, TI2V with one timestep for the first frame and another for the rest, and
+Wan2.1 I2V's image cross-attention.
 
     state = model.prepare(grid, text)                 # once for each prompt: RoPE, text keys and values
     for t in timesteps:
@@ -14,27 +15,19 @@ Shapes: B videos, S video tokens, L text tokens, D width, H heads, d head size, 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ascendit.family import WanConfig
-from ascendit.geometry import Grid, patch_grid
+from ascendit.geometry import Grid, num_tokens, patch_grid
+from ascendit.kernels.reference import Spans
 from ascendit.model.linear import QuantLinear, Tokens, dtype_of, linear
-from ascendit.model.state import DenoiseState, KeyValue, Modulation, RopeTable, Shared, rope_table
+from ascendit.model.state import DenoiseState, Modulation, RopeTable, Shared, Timesteps, rope_table
 from ascendit.ops.operators import Ops
-from ascendit.schedule import Precision, StepSchedule
-
-
-class Norm(nn.Module):
-    """Weight, and bias where there is one; the arithmetic is the operators'."""
-
-    def __init__(self, dim: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
 
 class Attention(nn.Module):
@@ -45,11 +38,17 @@ class Attention(nn.Module):
         d = config.dim
         self.to_q, self.to_k, self.to_v = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
         self.to_out = nn.ModuleList([nn.Linear(d, d)])
-        self.norm_q, self.norm_k = Norm(d, bias=False), Norm(d, bias=False)
+        self.norm_q, self.norm_k = nn.RMSNorm(d), nn.RMSNorm(d)
         if cross and config.added_kv_proj_dim is not None:
             self.add_k_proj = nn.Linear(config.added_kv_proj_dim, d)
             self.add_v_proj = nn.Linear(config.added_kv_proj_dim, d)
-            self.norm_added_k = Norm(d, bias=False)
+            self.norm_added_k = nn.RMSNorm(d)
+
+    def key_layers(self, kind: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Those that make keys and values of a context."""
+        if kind == "image":
+            return self.add_k_proj, self.add_v_proj, self.norm_added_k
+        return self.to_k, self.to_v, self.norm_k
 
 
 class FeedForward(nn.Module):
@@ -57,8 +56,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, inner: int, out: int) -> None:
         super().__init__()
-        first = nn.Module()
-        first.proj = nn.Linear(dim, inner)
+        first = nn.ModuleDict({"proj": nn.Linear(dim, inner)})
         self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(inner, out)])
 
 
@@ -69,17 +67,9 @@ class Block(nn.Module):
         super().__init__()
         self.attn1 = Attention(config, cross=False)
         self.attn2 = Attention(config, cross=True)
-        self.norm2 = Norm(config.dim, bias=True) if config.cross_attn_norm else None
+        self.norm2 = nn.LayerNorm(config.dim) if config.cross_attn_norm else None
         self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, config.dim))
-
-
-class TwoLinears(nn.Module):
-    """`linear_1`, `linear_2`: the time and text embedders."""
-
-    def __init__(self, dim: int, out: int) -> None:
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(dim, out), nn.Linear(out, out)
 
 
 class ImageEmbedder(nn.Module):
@@ -87,7 +77,7 @@ class ImageEmbedder(nn.Module):
 
     def __init__(self, config: WanConfig, image_dim: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = Norm(image_dim, bias=True), Norm(config.dim, bias=True)
+        self.norm1, self.norm2 = nn.LayerNorm(image_dim), nn.LayerNorm(config.dim)
         self.ff = FeedForward(image_dim, image_dim, config.dim)
         if config.pos_embed_seq_len is not None:
             self.pos_embed = nn.Parameter(torch.zeros(1, config.pos_embed_seq_len, image_dim))
@@ -98,9 +88,14 @@ class ConditionEmbedder(nn.Module):
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
-        self.time_embedder = TwoLinears(config.freq_dim, config.dim)
-        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
-        self.text_embedder = TwoLinears(config.text_dim, config.dim)
+        d = config.dim
+        self.time_embedder = nn.ModuleDict(
+            {"linear_1": nn.Linear(config.freq_dim, d), "linear_2": nn.Linear(d, d)}
+        )
+        self.time_proj = nn.Linear(d, 6 * d)
+        self.text_embedder = nn.ModuleDict(
+            {"linear_1": nn.Linear(config.text_dim, d), "linear_2": nn.Linear(d, d)}
+        )
         if config.image_dim is not None:
             self.image_embedder = ImageEmbedder(config, config.image_dim)
 
@@ -123,7 +118,7 @@ class WanTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the tokens."""
+        """Of the hidden states."""
         return self.patch_embedding.weight.dtype
 
     @property
@@ -145,15 +140,25 @@ class WanTransformer(nn.Module):
 
     # ---- once for each prompt -------------------------------------------------------------------
 
-    def share(self, grid: Grid, timesteps: Collection[float] = ()) -> Shared:
+    def share(
+        self, grid: Grid, timesteps: Timesteps = (), *, part: range | None = None, other: Shared | None = None
+    ) -> Shared:
         """What the CFG branches have in common: RoPE tables, and the modulation of the current step.
 
-        `timesteps`: those that will come, so that no step has to wait for a copy to the device.
+        `timesteps`: those that will come, so that no step waits for a copy to the device. `part`: the tokens
+        that are computed. `other`: of the other expert, for a RoPE table that is the same.
         """
-        table = rope_table(grid, self.config.attention_head_dim, device=self.device)
-        rope = RopeTable(*self.ops.prepare("rope", table.cos, table.sin, dtype=self.dtype))
-        rows = self.sinusoids(tuple(timesteps)).split(1) if timesteps else ()
-        return Shared(grid, rope, dict(zip(timesteps, rows, strict=True)))
+        part = part or range(num_tokens(grid))
+        made_for = (grid, part, self.config.attention_head_dim, self.dtype, self.device)
+        if other is not None and other.rope.made_for == made_for:
+            rope = other.rope
+        else:
+            table = rope_table(grid, self.config.attention_head_dim, device=self.device)
+            pair = (t[part.start : part.stop] for t in (table.cos, table.sin))
+            cos, sin = self.ops.prepare("rope", *pair, dtype=self.dtype)
+            rope = RopeTable(cos, sin, made_for)
+        rows = self.sinusoids(timesteps).split(1) if timesteps else ()
+        return Shared(grid, rope, part, dict(zip(timesteps, rows, strict=True)))
 
     def prepare(
         self,
@@ -161,33 +166,36 @@ class WanTransformer(nn.Module):
         text: Tensor,
         image: Tensor | None = None,
         *,
-        timesteps: Collection[float] = (),
-        policy: StepSchedule | None = None,
-        step: int = 0,
+        timesteps: Timesteps = (),
+        make: Callable[..., DenoiseState] = DenoiseState,
+        **run: Any,
     ) -> DenoiseState:
-        """Everything of one CFG branch that no step changes; text keys and values in the precision of `step`.
+        """Everything of one CFG branch that no step changes; text keys and values for its first step.
 
         `where`: a grid, or what `share` made for it and another branch uses too. text [B, L, text_dim];
-        image [B, T, image_dim] CLIP tokens or None. `timesteps`: as for `share`.
+        image [B, T, image_dim] CLIP tokens or None. `timesteps`: as for `share`. `make`: the kind of state;
+        `run`: its `steps`, `step`, `expert`, `branch`.
         """
         shared = where if isinstance(where, Shared) else self.share(where, timesteps)
-        state = DenoiseState(shared, [], policy=policy or StepSchedule(), step=step)
-        now = state.precision
-        tokens = Tokens(self._embed_text(text.to(self.device, self.dtype)))
-        for b in self.blocks:
-            state.text.append(self._keys(tokens, b.attn2.to_k, b.attn2.to_v, b.attn2.norm_k, now))
+        state = make(self.ops, shared, **run)
+        state.context["text"] = self._embed_text(text.to(self.device, self.dtype))
         if image is not None:
-            tokens = Tokens(self._embed_image(image.to(self.device, self.dtype)))
-            state.image = [
-                self._keys(tokens, a.add_k_proj, a.add_v_proj, a.norm_added_k, now)
-                for a in (b.attn2 for b in self.blocks)
-            ]
+            state.context["image"] = self._embed_image(image.to(self.device, self.dtype))
+        self._make_keys(state)
         return state
 
-    def _keys(self, tokens: Tokens, to_k: nn.Module, to_v: nn.Module, norm: Norm, now: Precision) -> KeyValue:
-        k = self.ops.rms_norm(self._linear(to_k, tokens, now), norm.weight, self.config.eps)
-        v = self._linear(to_v, tokens, now)  # a part of a joint product: copied once, not on every step
-        return self._heads(k), self._heads(v.contiguous())
+    def _make_keys(self, state: DenoiseState) -> None:
+        """Keys and values of text and image in every block, unless this step would make the same again."""
+        layers = {kind: [b.attn2.key_layers(kind) for b in self.blocks] for kind in state.context}
+        if not state.keys_change(m for parts in layers.values() for part in parts for m in part):
+            return
+        state.keys.clear()
+        for kind, parts in layers.items():
+            x = Tokens(state.context[kind])  # quantized once for all blocks
+            keys = state.keys[kind] = []
+            for to_k, to_v, norm in parts:
+                v = state.linear(to_v, x)  # a part of a joint product: copied once, not on every step
+                keys.append((self._normed(state, to_k, norm, x), self._heads(v.contiguous())))
 
     def _embed_text(self, text: Tensor) -> Tensor:
         e = self.condition_embedder.text_embedder
@@ -203,7 +211,7 @@ class WanTransformer(nn.Module):
 
     # ---- once for each step ---------------------------------------------------------------------
 
-    def sinusoids(self, timesteps: tuple[float, ...]) -> Tensor:
+    def sinusoids(self, timesteps: Timesteps) -> Tensor:
         """What the time embedder sees of R timesteps, [R, freq_dim] float32; drawn up on the CPU."""
         half = self.config.freq_dim // 2
         power = torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / half)
@@ -211,17 +219,12 @@ class WanTransformer(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], -1).to(self.device)
 
     def modulation(
-        self,
-        timesteps: tuple[float, ...],
-        spans: tuple[int, ...],
-        known: Mapping[float, Tensor] | None = None,
+        self, timesteps: Timesteps, spans: Spans, known: Mapping[float, Tensor] | None = None
     ) -> Modulation:
         """Shift, scale and gate of every block for R distinct timesteps: R rows, not one for each token."""
         e, ops = self.condition_embedder, self.ops
-        known = known or {}
-        rows = [known[t] for t in timesteps if t in known]
-        missing = len(rows) < len(timesteps)
-        sinusoid = self.sinusoids(timesteps) if missing else rows[0] if len(rows) == 1 else torch.cat(rows)
+        rows = [known[t] if known and t in known else self.sinusoids((t,)) for t in timesteps]
+        sinusoid = rows[0] if len(rows) == 1 else torch.cat(rows)
         first, second = e.time_embedder.linear_1, e.time_embedder.linear_2
         hidden = nn.functional.silu(self._linear(first, sinusoid.to(dtype_of(first))))
         temb = self._linear(second, hidden).to(self.dtype)  # [R, D]
@@ -231,79 +234,78 @@ class WanTransformer(nn.Module):
         out = self.scale_shift_table[0].float()[:, None, :] + temb.float()
         norms, out = ops.prepare("adaln", blocks[:, :, :2], out, dtype=self.dtype)
         (gates,) = ops.prepare("gated_residual", blocks[:, :, 2], dtype=self.dtype)
-        return Modulation(timesteps, spans, norms, gates, out)
+        return Modulation(spans, norms, gates, out)
 
     def forward(
-        self,
-        x: Tensor,
-        timestep: float | tuple[float, ...],
-        state: DenoiseState,
-        spans: tuple[int, ...] | None = None,
+        self, x: Tensor, timestep: float | Timesteps, state: DenoiseState, spans: Spans | None = None
     ) -> Tensor:
         """One denoising forward: latents [B, in_channels, F, H, W] -> velocity [B, out_channels, F, H, W].
 
         `timestep`: one number, or R numbers with `spans`, the count of neighbouring tokens that each is
         for (TI2V: the tokens of the given first frame are at 0).
         """
+        shared = state.shared
         timesteps = timestep if isinstance(timestep, tuple) else (float(timestep),)
-        spans = spans or (state.num_tokens,)
-        assert len(spans) == len(timesteps) and sum(spans) == state.num_tokens, (spans, timesteps)
-        mod = state.shared.modulation_for(
-            timesteps, spans, lambda: self.modulation(timesteps, spans, state.shared.sinusoids)
-        )
-        tokens = self._patchify(x)
-        for i, block in enumerate(self.blocks):
-            tokens = self.run_block(i, block, tokens, mod, state)
-        shift, scale = mod.out
-        tokens = self.ops.adaln(tokens, scale, shift, mod.spans, self.config.eps)
-        return self._unpatchify(self._linear(self.proj_out, tokens), state.shared.grid)
+
+        def velocity(x: Tensor, t: Timesteps) -> Tensor:
+            if state.keys_in != state.now.precision:
+                self._make_keys(state)
+            rows, lengths = shared.rows(t, spans)
+            make = partial(self.modulation, rows, lengths, shared.sinusoids)
+            mod = shared.modulation_for(rows, lengths, make)
+            hidden = self._patchify(x, shared)
+            hidden = state.run_blocks(self.blocks, hidden, mod, partial(self.run_block, state=state))
+            shift, scale = mod.out
+            hidden = self.ops.adaln(hidden, scale, shift, lengths, self.config.eps)
+            return self._unpatchify(self._linear(self.proj_out, hidden), shared.grid)
+
+        return state.run_model(x, timesteps, velocity)
 
     def run_block(self, i: int, block: Any, x: Tensor, mod: Modulation, state: DenoiseState) -> Tensor:
-        """Block `i` on tokens [B, S, D]."""
-        ops, eps, spans, now = self.ops, self.config.eps, mod.spans, state.precision
+        """Block `i` on hidden states [B, S, D]."""
+        ops, eps, spans = self.ops, self.config.eps, mod.spans
         (shift, scale), (c_shift, c_scale) = mod.norms[i]  # each [R, D]
         gate, c_gate = mod.gates[i]
         y = ops.adaln(x, scale, shift, spans, eps)
-        x = ops.gated_residual(x, self._self_attention(block.attn1, y, state), gate, spans)
+        y = state.run_attention("self", i, y, partial(self._self_attention, block.attn1, i, state))
+        x = ops.gated_residual(x, y, gate, spans)
         y = x if block.norm2 is None else ops.layer_norm(x, block.norm2.weight, block.norm2.bias, eps)
-        x = x + self._cross_attention(block.attn2, y, state, i)
+        x = x + state.run_attention("text", i, y, partial(self._cross_attention, block.attn2, i, state))
         y = ops.adaln(x, c_scale, c_shift, spans, eps)
-        y = ops.gelu_tanh(self._linear(block.ffn.net[0].proj, y, now))
-        return ops.gated_residual(x, self._linear(block.ffn.net[2], y, now), c_gate, spans)
+        y = ops.gelu_tanh(state.linear(block.ffn.net[0].proj, y))
+        return ops.gated_residual(x, state.linear(block.ffn.net[2], y), c_gate, spans)
 
-    def _self_attention(self, attn: Any, x: Tensor, state: DenoiseState) -> Tensor:
-        ops, rope, now, eps = self.ops, state.shared.rope, state.precision, self.config.eps
-        tokens = Tokens(x)  # quantized once for the three of them
-        q = self._heads(ops.rms_norm(self._linear(attn.to_q, tokens, now), attn.norm_q.weight, eps))
-        k = self._heads(ops.rms_norm(self._linear(attn.to_k, tokens, now), attn.norm_k.weight, eps))
-        v = self._heads(self._linear(attn.to_v, tokens, now))
+    def _self_attention(self, attn: Any, i: int, state: DenoiseState, x: Tensor) -> Tensor:
+        ops, rope, tokens = self.ops, state.shared.rope, Tokens(x)  # quantized once for Q, K and V
+        q = self._normed(state, attn.to_q, attn.norm_q, tokens)
+        k = self._normed(state, attn.to_k, attn.norm_k, tokens)
+        v = self._heads(state.linear(attn.to_v, tokens))
         q, k = ops.rope(q, rope.cos, rope.sin), ops.rope(k, rope.cos, rope.sin)
-        return self._linear(attn.to_out[0], ops.attention(q, k, v).flatten(2), now)
+        return state.linear(attn.to_out[0], state.attend("self", i, q, k, v).flatten(2))
 
-    def _cross_attention(self, attn: Any, x: Tensor, state: DenoiseState, i: int) -> Tensor:
-        now = state.precision
-        q = self._heads(
-            self.ops.rms_norm(self._linear(attn.to_q, x, now), attn.norm_q.weight, self.config.eps)
-        )
-        y = self.ops.attention(q, *state.text[i])
-        if state.image is not None:
-            y = y + self.ops.attention(q, *state.image[i])
-        return self._linear(attn.to_out[0], y.flatten(2), now)
+    def _cross_attention(self, attn: Any, i: int, state: DenoiseState, x: Tensor) -> Tensor:
+        q = self._normed(state, attn.to_q, attn.norm_q, x)
+        parts = [state.attend(kind, i, q, *keys[i]) for kind, keys in state.keys.items()]
+        return state.linear(attn.to_out[0], sum(parts[1:], parts[0]).flatten(2))
+
+    def _normed(self, state: DenoiseState, layer: Any, norm: Any, x: Tensor | Tokens) -> Tensor:
+        """Q or K, [B, S, H, d]."""
+        return self._heads(state.norm(state.linear(layer, x), norm.weight, self.config.eps))
 
     # ---- shapes ---------------------------------------------------------------------------------
 
-    def _linear(self, m: Any, x: Tensor | Tokens, now: Precision = "stored") -> Tensor:
-        return linear(self.ops, m, x, now)
+    def _linear(self, m: Any, x: Tensor) -> Tensor:
+        return linear(self.ops, m, x)  # outside of the blocks: as stored, whatever the step
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.config.num_attention_heads, -1)  # [B, S, H, d]
+        return x.view(*x.shape[:2], -1, self.config.attention_head_dim)  # [B, S, H, d]
 
-    def _patchify(self, x: Tensor) -> Tensor:
-        """[B, C, F, H, W] -> [B, S, D]. A convolution whose stride is its kernel is one matmul."""
+    def _patchify(self, x: Tensor, shared: Shared) -> Tensor:
+        """[B, C, F, H, W] -> [B, S, D], of the part. A convolution of stride = kernel is one matmul."""
         (pf, ph, pw), (f, h, w), b = self.config.patch_size, self.grid_of(x), x.shape[0]
         x = x.to(self.dtype).view(b, -1, f, pf, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
         m = self.patch_embedding
-        return self.ops.linear(x.reshape(b, f * h * w, -1), m.weight.flatten(1), m.bias)
+        return self.ops.linear(shared.tokens(x.reshape(b, f * h * w, -1)), m.weight.flatten(1), m.bias)
 
     def _unpatchify(self, x: Tensor, grid: Grid) -> Tensor:
         """[B, S, pf * ph * pw * C] -> [B, C, F, H, W]."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ascendit.device.device import Device, parse_device
 from ascendit.errors import UsageError
+from ascendit.kernels import reference
 from ascendit.kernels.kernel import (
     Activation,
     Emulate,
@@ -192,6 +193,11 @@ class Ops:
     gelu_tanh: Function
     gelu: Function
     attention: Function
+    mean_square: Function = reference.mean_square
+    """With `rms_scale`, `rms_norm` in two phases, between which ranks that have some of the heads reduce."""
+    rms_scale: Function = reference.rms_scale
+    attention_kernels: Mapping[str, Function] = dataclasses.field(default_factory=dict)
+    """Name -> a kernel that a step can ask for in the place of `attention`."""
     quantized: Schemes
     """Quantized linear layers: prepare_weight, quantize_activation, quantized_linear."""
     prepared: Mapping[str, Prepare] = dataclasses.field(default_factory=dict)
@@ -210,7 +216,10 @@ class Ops:
         return ready
 
 
-OPERATOR_NAMES = tuple(f.name for f in dataclasses.fields(Ops) if f.type == "Function")
+OPERATOR_NAMES = tuple(
+    f.name for f in dataclasses.fields(Ops) if f.type == "Function" and f.default is dataclasses.MISSING
+)
+PHASES = ("mean_square", "rms_scale")
 
 
 def bind(
@@ -253,6 +262,12 @@ def bind(
         log.info("operators on %s: %s -> %s (--set ops=reference for the plain ones)", found, names, reason)
     return Ops(
         **{n: k.call for n, k in chosen.items()},
+        **{name: select(name, found, wish).call for name in PHASES},
+        attention_kernels={
+            k.name: k.call
+            for k in (() if wish.reference else kernels_of(found, wish))
+            if k.operator == "attention" and k.name and not k.missing()
+        },
         quantized=Schemes(found, wish, parse_rules(activation_rule), nz),
         prepared={n: k.prepare for n, k in chosen.items() if k.prepare},
         choices={n: k.reason for n, k in chosen.items()},

@@ -3,20 +3,18 @@
     ascendit.quantize("demo", "demo-fp4", scheme="mxfp4_dualscale", calibrate=Calibrator(prompts=4))
 
 Prompts are a text file with one on each line, or some of the demo model's own; a line may begin with the
-first frame and a tab, for models that start from an image. The model is not changed. Its operators are:
-`linear` notes its input and does what it did. Weights are known by identity, those that share an input (Q, K
-and V) by their first.
+first frame and a tab, for models that start from an image. The model is not changed: its state
+notes what the layers are given. Layers that share an input (Q, K and V) are known by their first.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +28,8 @@ from ascendit.checkpoint.layout import Layout
 from ascendit.convert.calibration import ALPHA, ExpertStatistics, Save, Statistics, check_alpha
 from ascendit.device.device import parse_device
 from ascendit.errors import UsageError
+from ascendit.model.linear import Tokens
+from ascendit.model.state import DenoiseState
 from ascendit.model.wan import WanTransformer
 from ascendit.names import is_block_linear
 from ascendit.pipeline.defaults import Defaults, defaults_for
@@ -40,8 +40,12 @@ from ascendit.progress import OnProgress, Progress
 from ascendit.quant.fusion import leader_of
 from ascendit.weights.lora.fold import Folds, LoraSource
 
+Prompt = tuple[str, Path | None]
+"""The text, and the first frame."""
 DEMO_PROMPTS = 8
 """As many for `demo`."""
+PARTS = ("weight_amax", "amax", "keys", "rows")
+"""Tensors of an `Input`."""
 
 
 # ---- the run ------------------------------------------------------------------------------------
@@ -62,93 +66,92 @@ class Calibrator:
     @property
     def flags(self) -> list[tuple[str, object]]:
         """For the command line in the model card; a file by its name alone."""
-        given = self.prompts
-        shown = (
-            given if isinstance(given, int) else Path(given).name if isinstance(given, str | Path) else "-"
-        )
-        device = None if self.device == "cpu" else self.device
-        settings = [f"{name}={value}" for name, value in self.fields.items()]
-        words: list[tuple[str, object]] = [("--calibrate", str(shown)), ("--alpha", f"{self.alpha:g}")]
-        return [*words, ("--device", device), ("--set", settings)]
+        shown = self.prompts
+        if not isinstance(shown, int):
+            shown = Path(shown).name if isinstance(shown, str | Path) else "-"
+        return [
+            ("--calibrate", str(shown)),
+            ("--alpha", f"{self.alpha:g}"),
+            ("--device", None if self.device == "cpu" else self.device),
+            ("--set", [f"{name}={value}" for name, value in self.fields.items()]),
+        ]
 
     def record(self, layout: Layout) -> dict[str, Any]:
         """What would be run. Raises UsageError and CheckpointError before a weight is read."""
         check_alpha(self.alpha)
         device = parse_device(self.device)
-        defaults = defaults_of(layout)
-        prompts = read_prompts(self.prompts, defaults)
-        sha256 = digest(prompts)
-        request = requests_for(prompts, defaults, dict(self.fields))[0]
-        for prompt in prompts:
-            if prompt.image is not None:
-                open_image(prompt.image)
-        guidance = [request.guidance_scale, request.guidance_scale_2]
-        told = {
+        requests = self.requests(layout)
+        content: list[list[str | None]] = []
+        for request in requests:
+            content.append([request.prompt, None])
+            if request.image is not None:
+                open_image(request.image)
+                content[-1][1] = hashlib.sha256(Path(request.image).read_bytes()).hexdigest()
+        first = requests[0]
+        guidance = (first.guidance_scale, first.guidance_scale_2)
+        made = {
             "alpha": self.alpha,
-            "prompts": len(prompts),
-            "prompts_sha256": sha256,
-            "steps": request.num_inference_steps,
-            "size": f"{request.width}x{request.height}",
-            "frames": request.num_frames,
+            "prompts": len(requests),
+            "prompts_sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+            "steps": first.num_inference_steps,
+            "size": f"{first.width}x{first.height}",
+            "frames": first.num_frames,
             "guidance": [g for g in guidance if g is not None],
             "device": str(device),
         }
-        return told | ({"settings": dict(self.fields)} if self.fields else {})
+        return made | ({"settings": dict(self.fields)} if self.fields else {})
+
+    def requests(self, layout: Layout) -> list[GenerateRequest]:
+        """One for each prompt, with the model's own steps, size and guidance, and its number as its seed.
+
+        CheckpointError E-CKP-01: transformers alone cannot be run. UsageError E-REQ-04 for a missing image or
+        one too many; others as `read_prompts`.
+        """
+        layout.require_pipeline()
+        defaults = defaults_for(layout)
+        made = []
+        for i, (prompt, image) in enumerate(read_prompts(self.prompts, defaults)):
+            if defaults.task == "i2v" and image is None:
+                raise UsageError(
+                    f"prompt {i + 1} has no image, and {defaults.model} starts from one",
+                    needs="lines of the form FILE<tab>PROMPT, FILE being the first frame",
+                    fix="put the image and a tab before the prompt",
+                    code="E-REQ-04",
+                )
+            path = None if image is None else str(image)
+            made.append(resolve(defaults, prompt, image=path, **{"seed": i} | dict(self.fields)))
+        return made
 
     def __call__(
         self, layout: Layout, loras: Sequence[LoraSource], rows: int, save: Save
     ) -> ExpertStatistics:
         """Run all prompts, or those that a killed run has left; keep `rows` tokens of each input."""
-        defaults = defaults_of(layout)
-        requests = requests_for(read_prompts(self.prompts, defaults), defaults, dict(self.fields))
+        requests = self.requests(layout)
         done, inputs = _read(save.file, rows) if save.resume else (0, {})
         if done < len(requests):
             pipe = load(layout.root, device=self.device, on_progress=self.on_progress)
-            experts = experts_of(pipe)
-            for name, expert in experts.items():
-                fold_loras(expert, loras, name, list(experts))
-                for leader, seen in inputs_of(expert, rows).items():
-                    inputs.setdefault(f"{name}/{leader}", seen)
+            for name, expert in pipe.experts.items():
+                fold_loras(expert, loras, name, list(pipe.experts))
+            inputs = inputs_of(pipe, rows) | inputs
             for i in range(done, len(requests)):
-                self._run(pipe, experts, inputs, requests, i)
+                image = None if requests[i].image is None else open_image(requests[i].image)
+                generator = torch.Generator().manual_seed(i)
+                report = partial(self._report, i, len(requests))
+                denoise(watched(pipe, inputs, generator), requests[i], image, report, None)
                 _write(save.file, i + 1, inputs)
                 save.saved()
         found: dict[str, dict[str, Statistics]] = {}
         for key, seen in inputs.items():
-            name, _, leader = key.partition("/")
-            if seen.amax is not None:
+            name, _, leader = key.partition(".")
+            if len(seen.amax):
                 found.setdefault(name, {})[leader] = seen.statistics()
         return found
 
-    def _run(
-        self,
-        pipe: Pipeline,
-        experts: Mapping[str, WanTransformer],
-        inputs: Mapping[str, Input],
-        requests: Sequence[GenerateRequest],
-        i: int,
-    ) -> None:
-        """One prompt, through all steps and both branches."""
-        request, steps = requests[i], requests[i].num_inference_steps
-        generator = torch.Generator().manual_seed(i)
-
-        def report(event: Progress) -> None:
-            if self.on_progress is not None and event.stage == "denoise":
-                step, total = i * steps + event.step, len(requests) * steps
-                self.on_progress(dataclasses.replace(event, step=step, total=total))
-
-        with ExitStack() as stack:
-            for name, expert in experts.items():
-                mine = {k.partition("/")[2]: v for k, v in inputs.items() if k.startswith(f"{name}/")}
-                stack.enter_context(recorded(expert, mine, generator))
-            image = None if request.image is None else open_image(request.image)
-            denoise(pipe, request, image, report, None)
-
-
-def experts_of(pipe: Pipeline) -> dict[str, WanTransformer]:
-    """Name -> transformer."""
-    both = (pipe.transformer, pipe.transformer_2)
-    return {part.name: e for part, e in zip(pipe.layout.experts, both, strict=False) if e is not None}
+    def _report(self, prompt: int, prompts: int, event: Progress) -> None:
+        """The steps of all prompts as one run."""
+        if self.on_progress is not None and event.stage == "denoise":
+            step = prompt * event.total + event.step
+            self.on_progress(replace(event, step=step, total=prompts * event.total))
 
 
 @torch.no_grad()
@@ -166,6 +169,7 @@ def fold_loras(
 # ---- inputs of the layers -----------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Input:
     """What is known of one input: the largest |x| of each channel, and tokens that were drawn evenly.
 
@@ -173,17 +177,18 @@ class Input:
     gives an even sample, and memory stays at `limit` tokens.
     """
 
-    def __init__(self, weight_amax: Tensor, limit: int) -> None:
-        self.weight_amax, self.limit = weight_amax, limit
-        self.amax: Tensor | None = None
-        self.keys = torch.empty(0)
-        self.rows = torch.empty(0, len(weight_amax))
+    weight_amax: Tensor
+    limit: int
+    amax: Tensor = torch.empty(0)
+    """float32 [K]; empty while nothing is seen."""
+    keys: Tensor = torch.empty(0)
+    rows: Tensor = torch.empty(0)
 
     def add(self, x: Tensor, generator: torch.Generator) -> None:
-        """Tokens [.., K] on any device."""
+        """Hidden states [.., K] on any device."""
         x = x.detach().reshape(-1, x.shape[-1])
         top = torch.maximum(x.amax(0), -x.amin(0)).to(torch.float32)  # without a copy of x, as x.abs() is
-        self.amax = top if self.amax is None else torch.maximum(self.amax, top.to(self.amax.device))
+        self.amax = torch.maximum(self.amax.to(top.device), top) if len(self.amax) else top
         if not self.limit:
             return
         keys = torch.rand(len(x), generator=generator)
@@ -199,38 +204,30 @@ class Input:
 
     def statistics(self) -> Statistics:
         """On the CPU."""
-        assert self.amax is not None
-        return Statistics(self.amax.cpu(), self.weight_amax, self.rows)
+        return Statistics(self.amax.cpu(), self.weight_amax, self.rows.view(-1, len(self.weight_amax)))
 
 
-@contextmanager
-def recorded(
-    expert: WanTransformer, inputs: Mapping[str, Input], generator: torch.Generator
-) -> Iterator[None]:
-    """Inside, the inputs of the layers in `inputs` (`blocks.0.attn1.to_q`) are seen."""
-    plain = expert.ops
-    seen = {id(expert.get_submodule(name).weight): value for name, value in inputs.items()}
+def watched(pipe: Pipeline, inputs: Mapping[str, Input], generator: torch.Generator) -> Pipeline:
+    """The same pipeline, which notes what layers are given: `transformer.blocks.0.attn1.to_q` in `inputs`."""
+    experts = nn.ModuleDict(pipe.experts)
+    layers = {id(experts.get_submodule(name)): seen for name, seen in inputs.items()}
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if (found := seen.get(id(weight))) is not None:
-            found.add(x, generator)
-        return plain.linear(x, weight, bias)
+    class Watched(DenoiseState):
+        def linear(self, layer: Any, x: Tensor | Tokens) -> Tensor:
+            if (seen := layers.get(id(layer))) is not None:
+                seen.add(x.x if isinstance(x, Tokens) else x, generator)
+            return super().linear(layer, x)
 
-    expert.ops = dataclasses.replace(plain, linear=linear)
-    try:
-        yield
-    finally:
-        expert.ops = plain
+    return replace(pipe, make_state=Watched)
 
 
-def inputs_of(expert: WanTransformer, limit: int) -> dict[str, Input]:
-    """Every input of the linears of the blocks, by the first layer that reads it. Nothing is seen yet."""
+def inputs_of(pipe: Pipeline, limit: int) -> dict[str, Input]:
+    """The inputs of the linears of the blocks, each by its first reader, `expert.layer`; nothing is seen."""
     weights: dict[str, Tensor] = {}
-    for name, module in expert.named_modules():
-        if isinstance(module, nn.Linear) and is_block_linear(name):
-            top = module.weight.detach().abs().amax(0).to(torch.float32).cpu()
-            leader = leader_of(name)
-            weights[leader] = torch.maximum(weights[leader], top) if leader in weights else top
+    for name, module in nn.ModuleDict(pipe.experts).named_modules():
+        if isinstance(module, nn.Linear) and is_block_linear(name.partition(".")[2]):
+            leader, top = leader_of(name), module.weight.detach().abs().amax(0).float().cpu()
+            weights[leader] = torch.maximum(weights.get(leader, top), top)
     return {leader: Input(top, limit) for leader, top in weights.items()}
 
 
@@ -239,89 +236,37 @@ def inputs_of(expert: WanTransformer, limit: int) -> dict[str, Input]:
 
 def _write(file: Path, done: int, inputs: Mapping[str, Input]) -> None:
     """Replace `file` in one step."""
-    tensors: dict[str, Tensor] = {}
-    for key, seen in inputs.items():
-        parts = {"amax": seen.amax, "weight_amax": seen.weight_amax, "keys": seen.keys, "rows": seen.rows}
-        tensors |= {f"{key}:{part}": t.cpu().contiguous() for part, t in parts.items() if t is not None}
+    named = {f"{key}:{part}": getattr(seen, part) for key, seen in inputs.items() for part in PARTS}
     new = file.with_name(f"{file.name}.new")
-    save_file(tensors, new, metadata={"prompts": str(done)})
+    save_file({k: t.cpu().contiguous() for k, t in named.items()}, new, metadata={"prompts": str(done)})
     os.replace(new, file)
 
 
 def _read(file: Path, limit: int) -> tuple[int, dict[str, Input]]:
     """(how many prompts are done, what they gave)."""
-    inputs: dict[str, Input] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     with safe_open(file, framework="pt") as f:
-        names = list(f.keys())
-        for key in dict.fromkeys(name.rpartition(":")[0] for name in names):
-            seen = inputs[key] = Input(f.get_tensor(f"{key}:weight_amax"), limit)
-            seen.keys, seen.rows = f.get_tensor(f"{key}:keys"), f.get_tensor(f"{key}:rows")
-            seen.amax = f.get_tensor(f"{key}:amax") if f"{key}:amax" in names else None
-        return int(f.metadata()["prompts"]), inputs
+        for name in f.keys():
+            key, _, part = name.rpartition(":")
+            parts.setdefault(key, {})[part] = f.get_tensor(name)
+        return int(f.metadata()["prompts"]), {key: Input(limit=limit, **of) for key, of in parts.items()}
 
 
 # ---- prompts ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What to run."""
-
-    text: str
-    image: Path | None = None
-    """The first frame."""
-
-
 def read_prompts(given: str | Path | int | Sequence[str], defaults: Defaults) -> list[Prompt]:
-    """`given`: a file, `demo`, a number of the demo model's prompts, or the prompts themselves.
+    """Prompts and their first frames. `given`: a file, `demo`, a number of the demo model's, or the prompts.
 
-    UsageError E-USE-01: no prompts in it, or the demo's for another model; E-USE-02: no such file.
+    UsageError E-USE-01: no prompts in it, or the demo's for another model; E-USE-02: no such file or image.
     """
     text = str(given) if isinstance(given, str | Path | int) else ""
-    if isinstance(given, str | Path | int) and (text == "demo" or text.lstrip("-").isdecimal()):
+    if text == "demo" or text.lstrip("-").isdecimal():
         return _of_the_demo(DEMO_PROMPTS if text == "demo" else int(text), defaults)
     if isinstance(given, str | Path):
         return _from_file(Path(given).expanduser())
     assert not isinstance(given, int)
-    return [Prompt(line) for line in given] or _refuse("no prompts")
-
-
-def requests_for(
-    prompts: Iterable[Prompt], defaults: Defaults, fields: dict[str, Any]
-) -> list[GenerateRequest]:
-    """One request for each, with the model's own steps, size and guidance, and its number as its seed.
-
-    `fields`: of GenerateRequest, over the defaults. UsageError E-REQ-04 for a missing image or one too many.
-    """
-    made = []
-    for i, prompt in enumerate(prompts):
-        if defaults.task == "i2v" and prompt.image is None:
-            raise UsageError(
-                f"prompt {i + 1} has no image, and {defaults.model} starts from one",
-                needs="lines of the form FILE<tab>PROMPT, FILE being the first frame",
-                fix="put the image and a tab before the prompt",
-                code="E-REQ-04",
-            )
-        image = None if prompt.image is None else str(prompt.image)
-        made.append(resolve(defaults, prompt.text, image=image, **{"seed": i} | fields))
-    return made
-
-
-def digest(prompts: Iterable[Prompt]) -> str:
-    """sha256 of all texts and images, in their order. UsageError E-USE-02 for an image that is not there."""
-    what = []
-    for prompt in prompts:
-        if prompt.image is not None and not prompt.image.is_file():
-            raise _absent(prompt.image, "the first frame of a prompt")
-        image = prompt.image and hashlib.sha256(prompt.image.read_bytes()).hexdigest()
-        what.append([prompt.text, image])
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
-
-
-def defaults_of(layout: Layout) -> Defaults:
-    """Of a whole pipeline. CheckpointError E-CKP-01: transformers alone cannot be run."""
-    layout.require_pipeline()
-    return defaults_for(layout)
+    return [(line, None) for line in given] or _refuse("no prompts")
 
 
 def _of_the_demo(count: int, defaults: Defaults) -> list[Prompt]:
@@ -331,7 +276,7 @@ def _of_the_demo(count: int, defaults: Defaults) -> list[Prompt]:
     lines = (DEMO.parent / "calibration_prompts.txt").read_text(encoding="utf-8").splitlines()
     if not 1 <= count <= len(lines):
         _refuse(f"{count} prompts of the demo model, which has {len(lines)}")
-    return [Prompt(line) for line in lines[:count]]
+    return [(line, None) for line in lines[:count]]
 
 
 def _from_file(path: Path) -> list[Prompt]:
@@ -342,13 +287,14 @@ def _from_file(path: Path) -> list[Prompt]:
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "not UTF-8"
         _refuse(f"prompts in {path}: {reason}")
-    found = []
-    for line in lines:
+    prompts: list[Prompt] = []
+    for line in filter(str.strip, lines):
         head, tab, tail = line.partition("\t")
-        if line.strip():
-            image = path.parent / Path(head.strip()).expanduser() if tab else None
-            found.append(Prompt((tail if tab else head).strip(), image))
-    return found or _refuse(f"no prompts in {path}")
+        image = path.parent / Path(head.strip()).expanduser() if tab else None
+        if image is not None and not image.is_file():
+            raise _absent(image, "the first frame of a prompt")
+        prompts.append(((tail if tab else head).strip(), image))
+    return prompts or _refuse(f"no prompts in {path}")
 
 
 def _refuse(got: str) -> NoReturn:

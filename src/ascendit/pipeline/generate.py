@@ -7,9 +7,8 @@ video.save("circle.mp4")
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,7 +18,8 @@ from torch import Tensor
 from ascendit.checkpoint.layout import Layout
 from ascendit.device.device import Device
 from ascendit.errors import Cancelled, QualityError
-from ascendit.model.state import DenoiseState, Shared
+from ascendit.kernels.reference import Spans
+from ascendit.model.state import DenoiseState, Shared, Timesteps
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.open_device import activate, memory_bytes
 from ascendit.ops.operators import Ops
@@ -34,7 +34,8 @@ from ascendit.schedule import StepSchedule
 from ascendit.text.encoders import ImageEncoder, TextEncoder
 from ascendit.vae.autoencoder import VideoCoder
 
-log = logging.getLogger("ascendit")
+OnStep = Callable[[int, Tensor], None]
+"""Called after each step with its number and the latents [1, z, F, h, w] that it leaves."""
 
 
 class Stop(Protocol):
@@ -66,11 +67,15 @@ class Pipeline:
     """Which precision each step runs in."""
     loaded: Mapping[str, Any] = field(default_factory=dict)
     """The options that were given to `load`, as `LoadOptions.record` has them; a video keeps them."""
+    make_state: Callable[..., DenoiseState] = DenoiseState
+    """What the model asks at its seams: a cache, an attention policy or a layout is a subclass."""
+    predict: Callable[..., Tensor] = field(default_factory=lambda: predict)
 
     @property
-    def experts(self) -> tuple[WanTransformer, ...]:
-        """High noise first."""
-        return (self.transformer, *([] if self.transformer_2 is None else [self.transformer_2]))
+    def experts(self) -> dict[str, WanTransformer]:
+        """By name, high noise first."""
+        both = {"transformer": self.transformer, "transformer_2": self.transformer_2}
+        return {name: expert for name, expert in both.items() if expert is not None}
 
     def request(self, prompt: str, **fields: Any) -> GenerateRequest:
         """A full request: what is left out comes from the model. Raises RequestError."""
@@ -161,14 +166,41 @@ class Pipeline:
         return time.perf_counter() - start
 
 
+def predict(
+    experts: Mapping[str, WanTransformer],
+    x: Tensor,
+    t: tuple[Timesteps, Spans],
+    states: Sequence[DenoiseState],
+    guidance: float,
+    agree: Callable[[float], float] = float,
+) -> Tensor:
+    """Velocity of one step, float32: with the prompt; without it too, where guidance asks for the difference.
+
+    CFG parallel replaces it: a branch on each rank. `agree`: a float of this rank -> rank 0's, for the one
+    decision a step that a cache may take.
+    """
+    timesteps, spans = t
+    velocities: list[Tensor] = []
+    for state in states:
+        state.agree = agree
+        velocities.append(experts[state.expert](x, timesteps, state, spans).float())
+    velocity, *plain = velocities
+    return plain[0] + guidance * (velocity - plain[0]) if plain else velocity
+
+
 @torch.inference_mode()
 def denoise(
-    pipe: Pipeline, request: GenerateRequest, image: Any, report: OnProgress, cancel: Stop | None
+    pipe: Pipeline,
+    request: GenerateRequest,
+    image: Any,
+    report: OnProgress,
+    cancel: Stop | None,
+    on_step: OnStep = lambda i, latents: None,
 ) -> Tensor:
     """Noise to clean latents [1, z, F, h, w], float32: encode, then one solver step for each timestep.
 
     Every step, level, coefficient and the switch of experts is a Python number before the loop starts,
-    so that the loop never waits for the device.
+    so that the loop never waits for the device. `on_step`: called with the latents that each step leaves.
     """
     # what the prompt and the image say
     report(Progress(stage="encode", total=1, memory_bytes=memory_bytes(pipe.device)))
@@ -179,39 +211,36 @@ def denoise(
 
     latents = noise(pipe, request)
     solver = make_solver(request)
+    timesteps = solver.schedule.timesteps
+    steps = pipe.policy.resolve(len(timesteps))
     boundary = TRAIN_STEPS * request.boundary_ratio if request.boundary_ratio is not None else None
     # grids and tables of both experts now: the switch between them waits for nothing
-    shared = [share(expert, latents, condition, solver.schedule.timesteps) for expert in pipe.experts]
+    shared = share(pipe.experts, latents, condition, timesteps)
 
-    name = ""
     states: list[DenoiseState] = []
-    for i, t in enumerate(solver.schedule.timesteps):
+    for i, t in enumerate(timesteps):
         stop_if(cancel)
         start = time.perf_counter()
 
         # high noise: the first expert; low noise: the second, with its own guidance
         high = boundary is None or t >= boundary
-        which = 0 if high else -1
-        expert = pipe.experts[which]
+        name = "transformer" if high else "transformer_2"
         guidance = request.guidance_for(high=high)
-        if name != (name := "transformer" if high else "transformer_2"):
-            branches = texts if guidance > 1 else texts[:1]
-            states = prepare(expert, shared[which], branches, condition.tokens, pipe.policy, i)
-
-        # velocity with the prompt; without it too, where guidance asks for the difference
-        x = condition.model_input(latents)
-        timesteps, spans = condition.timesteps(t, states[0].shared.grid)
-        velocity = expert(x, timesteps, states[0], spans).float()
-        if guidance > 1:
-            plain = expert(x, timesteps, states[1], spans).float()
-            velocity = plain + guidance * (velocity - plain)
-        latents = solver.step(i, velocity, latents)
+        if not states or states[0].expert != name:
+            run: dict[str, Any] = {"make": pipe.make_state, "steps": steps, "step": i, "expert": name}
+            prepare, branches = pipe.experts[name].prepare, enumerate(texts if guidance > 1 else texts[:1])
+            states = [prepare(shared[name], x, condition.tokens, branch=b, **run) for b, x in branches]
         for state in states:
-            state.step = i + 1
+            state.step = i
 
-        event = Progress(stage="denoise", step=i + 1, total=len(solver.schedule.timesteps))
+        x, rows = condition.model_input(latents), condition.timesteps(t, shared[name].grid)
+        velocity = pipe.predict(pipe.experts, x, rows, states, guidance)
+        latents = solver.step(i, velocity, latents)
+        on_step(i, latents)
+
         seconds, memory = time.perf_counter() - start, memory_bytes(pipe.device)
-        report(replace(event, expert=name, timestep=t, seconds=seconds, memory_bytes=memory))
+        event = Progress(stage="denoise", step=i + 1, total=len(timesteps), expert=name, timestep=t)
+        report(replace(event, seconds=seconds, memory_bytes=memory))
     return finite(condition.finish(latents))
 
 
@@ -222,26 +251,16 @@ def noise(pipe: Pipeline, request: GenerateRequest) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32).to(pipe.device.torch_name)
 
 
-def prepare(
-    expert: WanTransformer,
-    shared: Shared,
-    texts: list[Tensor],
-    image: Tensor | None,
-    policy: StepSchedule,
-    step: int,
-) -> list[DenoiseState]:
-    """The states of one expert, one for each CFG branch, from `step` on."""
-    return [expert.prepare(shared, text, image, policy=policy, step=step) for text in texts]
-
-
 def share(
-    expert: WanTransformer, latents: Tensor, condition: Condition, timesteps: tuple[float, ...]
-) -> Shared:
-    """What the CFG branches of one expert have in common, for all timesteps that will come."""
-    grid = expert.grid_of(latents)
-    return expert.share(
-        grid, dict.fromkeys(row for t in timesteps for row in condition.timesteps(t, grid)[0])
-    )
+    experts: Mapping[str, WanTransformer], latents: Tensor, condition: Condition, timesteps: Timesteps
+) -> dict[str, Shared]:
+    """What the CFG branches of each expert have in common, for all timesteps; one RoPE table for both."""
+    made: dict[str, Shared] = {}
+    for name, expert in experts.items():
+        grid = expert.grid_of(latents)
+        rows = dict.fromkeys(row for t in timesteps for row in condition.timesteps(t, grid)[0])
+        made[name] = expert.share(grid, tuple(rows), other=made.get("transformer"))
+    return made
 
 
 def finite(latents: Tensor) -> Tensor:

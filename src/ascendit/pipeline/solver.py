@@ -120,8 +120,7 @@ class UniPC:
         sigmas = self.schedule.sigmas
         steps = len(sigmas) - 1
         for i in range(steps):
-            order = min(2, i + 1, steps - i)
-            older = sigmas[i - 1] if order == 2 else None
+            older = sigmas[i - 1] if 0 < i < steps - 1 else None
             self.predict.append(predictor(sigmas[i], sigmas[i + 1], older))
             if i + 1 < steps:
                 self.correct.append(corrector(sigmas[i], sigmas[i + 1], older))
@@ -157,10 +156,9 @@ def predictor(sigma: float, sigma_next: float, older: float | None) -> Update:
     h = log_snr(sigma_next) - log_snr(sigma)
     phi = math.expm1(-h)
     alpha = 1 - sigma_next
-    if older is None:
-        return Update(sigma_next / sigma, -alpha * phi)
-    ratio = (log_snr(older) - log_snr(sigma)) / h
-    lean = -alpha * phi * 0.5 / ratio  # rho of UniP-2 is 1/2
+    lean = 0.0
+    if older is not None:
+        lean = -alpha * phi * 0.5 / ((log_snr(older) - log_snr(sigma)) / h)  # rho of UniP-2 is 1/2
     return Update(sigma_next / sigma, -alpha * phi - lean, lean)
 
 
@@ -169,15 +167,13 @@ def corrector(sigma: float, sigma_next: float, older: float | None) -> Update:
     h = log_snr(sigma_next) - log_snr(sigma)
     phi = math.expm1(-h)
     alpha = 1 - sigma_next
-    if older is None:
-        lean = -alpha * phi * 0.5  # rho of UniC-1 is 1/2
-        return Update(sigma_next / sigma, -alpha * phi - lean, new=lean)
-    ratio = (log_snr(older) - log_snr(sigma)) / h
-    # The 2x2 system [1 1; ratio 1] rho = b, in closed form.
-    g2 = phi / -h - 1
-    g3 = g2 / -h - 0.5
-    b1, b2 = g2 / phi, 2 * g3 / phi
-    rho1 = (b1 - b2) / (1 - ratio)
-    rho2 = b1 - rho1
+    rho1, rho2, ratio = 0.0, 0.5, 1.0  # of UniC-1
+    if older is not None:  # the 2x2 system [1 1; ratio 1] rho = b, in closed form
+        ratio = (log_snr(older) - log_snr(sigma)) / h
+        g2 = phi / -h - 1
+        g3 = g2 / -h - 0.5
+        b1, b2 = g2 / phi, 2 * g3 / phi
+        rho1 = (b1 - b2) / (1 - ratio)
+        rho2 = b1 - rho1
     back, ahead = -alpha * phi * rho1 / ratio, -alpha * phi * rho2
     return Update(sigma_next / sigma, -alpha * phi - back - ahead, back, ahead)

@@ -19,7 +19,7 @@ from ascendit.names import is_block_linear, sort_names
 from ascendit.quant.fusion import patterns_of_module, vllm_omni_modules
 from ascendit.quant.layer_rules import LayerRule, Name
 from ascendit.quant.schemes import METHOD, QUANTIZED, SCHEMES
-from ascendit.schedule import StepSchedule
+from ascendit.schedule import Step, StepSchedule
 from ascendit.validation import Model, described, problem, usage_error
 
 METHODS = tuple(name for name, scheme in SCHEMES.items() if scheme.vllm_omni_key)
@@ -77,7 +77,8 @@ class OmniConfig(Model):
     @property
     def step_policy(self) -> StepSchedule:
         """The steps with 8-bit activations."""
-        return StepSchedule(tuple((step, "w4a8") for step in sorted(set(self.w4a8_fallback_steps or ()))))
+        steps = sorted(set(self.w4a8_fallback_steps or ()))
+        return StepSchedule(tuple((step, Step("w4a8")) for step in steps))
 
 
 def is_omni_config(text: str) -> bool:

@@ -5,18 +5,18 @@
 
 For each case: the signal to noise of every layer's output on rows of a BF16 run; how far the latents are
 after each step; PSNR and SSIM of the frames; and which videos still show what was asked (`adherence.judge`).
-The pipeline is the one that `ascendit.load` gives; it is watched from outside.
+The pipeline is the one that `ascendit.load` gives.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from ascendit.errors import QualityError, UsageError
 from ascendit.model.linear import QuantLinear
 from ascendit.names import is_block_linear
 from ascendit.ops.open_device import activate
-from ascendit.pipeline.calibrate import experts_of, inputs_of, recorded
+from ascendit.pipeline.calibrate import inputs_of, watched
 from ascendit.pipeline.frame_checks import Frames, to_uint8
 from ascendit.pipeline.generate import Pipeline, Stop, denoise
 from ascendit.pipeline.job import load
@@ -41,8 +41,9 @@ from ascendit.verify.quality_table import Quality, QualityRow
 
 LAYER_TOKENS = 512
 """How many tokens of each input a layer is measured on."""
+STORED = ("weight", "weight_scale", "weight_dual_scale")
+"""What counts as bits of a weight."""
 
-T = TypeVar("T")
 OnVideo = Callable[[str, bool], None]
 """Called with the case and whether its video is right; by any thread, one at a time."""
 OnRow = Callable[[Quality], None]
@@ -69,13 +70,10 @@ _POLICIES = ("default:w4a8", "0-3:w4a8,default:w4a4")
 
 def default_cases() -> tuple[QualityCase, ...]:
     """Every scheme, MXFP4 by step policies, and every recipe that is shipped."""
-    found = [QualityCase(name=s, options={"scheme": s}, most_lost=_LIMITS.get(s)) for s in QUANTIZED]
-    found += [
-        QualityCase(name=f"mxfp4, {p}", options={"scheme": "mxfp4", "step_policy": p}) for p in _POLICIES
-    ]
-    recipes = [name for name in recipe_names() if name != "default"]
-    found += [QualityCase(name=r, options={"recipe": r}, most_lost=_LIMITS.get(r)) for r in recipes]
-    return tuple(found)
+    options = {name: {"scheme": name} for name in QUANTIZED}
+    options |= {f"mxfp4, {p}": {"scheme": "mxfp4", "step_policy": p} for p in _POLICIES}
+    options |= {name: {"recipe": name} for name in recipe_names() if name != "default"}
+    return tuple(QualityCase(name=n, options=o, most_lost=_LIMITS.get(n)) for n, o in options.items())
 
 
 def choose(names: Sequence[str]) -> tuple[QualityCase, ...]:
@@ -119,30 +117,25 @@ def measure_quality(
     rows: list[QualityRow] = []
     base: list[Trace] = []
     known: dict[bytes, QualityRow] = {}
-    with Crew(jobs) as crew:
-        for case in (BASE, *chosen):
-            pipes = [
-                load(model, device=device, dtype="bfloat16", **case.options)  # type: ignore[arg-type]
-                for _ in range(crew.jobs)
-            ]
-            requests = [pipes[0].request(scene.prompt(), seed=seed, **fields) for scene, seed in asked]
-            if case is BASE:
-                plain, inputs = check_float(pipes[0], model), layer_inputs(pipes[0], requests[0], cancel)
-            mark = fingerprint(pipes[0])
-            if mark not in known:
-                made = make_videos(crew, pipes, requests, asked, case, cancel, on_video)
-                base = base or made
-                known[mark] = compare_traces(
-                    made, base, bits_per_weight(pipes[0]), layer_sqnr(plain, pipes[0], inputs)
-                )
-            rows.append(
-                replace(known[mark], name=case.name, options=dict(case.options), most_lost=case.most_lost)
-            )
-            quality = Quality(
-                model=model, device=device, prompts=len(scenes), seeds=tuple(seeds), rows=tuple(rows)
-            )
-            if on_row:
-                on_row(quality)
+    for case in (BASE, *chosen):
+        pipes = [load(model, device=device, dtype="bfloat16", **case.options) for _ in range(jobs)]  # type: ignore[arg-type]
+        requests = [pipes[0].request(scene.prompt(), seed=seed, **fields) for scene, seed in asked]
+        if case is BASE:
+            plain, inputs = check_float(pipes[0], model), layer_inputs(pipes[0], requests[0], cancel)
+        mark = fingerprint(pipes[0])
+        if mark not in known:
+            tell = partial(on_video, case.name) if on_video else None
+            made = make_videos(pipes, requests, [scene for scene, _ in asked], cancel, tell)
+            base = base or made
+            bits, layers = bits_per_weight(pipes[0]), layer_sqnr(plain, pipes[0], inputs)
+            known[mark] = compare_traces(made, base, bits, layers)
+        row = replace(known[mark], name=case.name, options=dict(case.options), most_lost=case.most_lost)
+        rows.append(row)
+        quality = Quality(
+            model=model, device=device, prompts=len(scenes), seeds=tuple(seeds), rows=tuple(rows)
+        )
+        if on_row:
+            on_row(quality)
     return quality
 
 
@@ -157,62 +150,41 @@ class Trace:
     """Everything in it is as asked."""
 
 
-class Crew:
-    """Threads that work side by side, each on its share of the processors. One is the caller's own."""
-
-    def __init__(self, jobs: int) -> None:
-        self.jobs = jobs
-
-    def __enter__(self) -> Crew:
-        self._threads = torch.get_num_threads()
-        share = max(1, self._threads // self.jobs)
-        self._pool = ThreadPoolExecutor(self.jobs, initializer=lambda: torch.set_num_threads(share))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._threads)
-
-    def run(self, work: Callable[[int, int], T], count: int) -> list[T]:
-        """`work(member, i)` for all i, each by the member i % jobs; in their order."""
-
-        def share(member: int) -> list[T]:
-            return [work(member, i) for i in range(member, count, self.jobs)]
-
-        parts = [share(0)] if self.jobs == 1 else list(self._pool.map(share, range(self.jobs)))
-        return [parts[i % self.jobs][i // self.jobs] for i in range(count)]
-
-
 def make_videos(
-    crew: Crew,
     pipes: Sequence[Pipeline],
     requests: Sequence[GenerateRequest],
-    asked: Sequence[tuple[Scene, int]],
-    case: QualityCase,
+    scenes: Sequence[Scene],
     cancel: Stop | None,
-    tell: OnVideo | None,
+    tell: Callable[[bool], None] | None,
 ) -> list[Trace]:
-    """One for each request; each member of the crew has a pipeline of its own."""
-    lock = threading.Lock()
+    """One for each request. Each pipeline has a thread, and its share of the processors."""
+    jobs, threads, lock = len(pipes), torch.get_num_threads(), threading.Lock()
 
-    def make(member: int, i: int) -> Trace:
-        made = trace(pipes[member], requests[i], cancel)
-        right = all(judge(made.frames).right(asked[i][0]).values())
-        with lock:
-            if tell:
-                tell(case.name, right)
-        return replace(made, right=right)
+    def share(member: int) -> list[Trace]:
+        torch.set_num_threads(max(1, threads // jobs))
+        made = []
+        for request, scene in zip(requests[member::jobs], scenes[member::jobs], strict=True):
+            one = trace(pipes[member], request, cancel)
+            made.append(replace(one, right=all(judge(one.frames).right(scene).values())))
+            with lock:
+                if tell:
+                    tell(made[-1].right)
+        return made
 
-    return crew.run(make, len(requests))
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            parts = list(pool.map(share, range(jobs)))
+    finally:
+        torch.set_num_threads(threads)
+    return [parts[i % jobs][i // jobs] for i in range(len(requests))]
 
 
 def fingerprint(pipe: Pipeline) -> bytes:
     """The same for pipelines that make the same videos: of every weight, and of the steps' precisions."""
     found = hashlib.sha256(str(pipe.policy).encode())
-    for expert in pipe.experts:
-        for name, tensor in expert.state_dict().items():
-            found.update(f"{name} {tensor.dtype}".encode())
-            found.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    for name, tensor in nn.ModuleDict(pipe.experts).state_dict().items():
+        found.update(f"{name} {tensor.dtype}".encode())
+        found.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
     return found.digest()
 
 
@@ -236,7 +208,7 @@ def compare_traces(
 
 def check_float(pipe: Pipeline, model: str) -> Pipeline:
     """The pipeline. UsageError E-USE-01 if it has codes already."""
-    if any(isinstance(m, QuantLinear) for expert in pipe.experts for m in expert.modules()):
+    if any(isinstance(m, QuantLinear) for m in nn.ModuleDict(pipe.experts).modules()):
         raise UsageError(
             f"{model} is quantized",
             needs="the float model: each case is quantized while it loads, and held against BF16",
@@ -251,87 +223,51 @@ def check_float(pipe: Pipeline, model: str) -> Pipeline:
 
 def trace(pipe: Pipeline, request: GenerateRequest, cancel: Stop | None = None) -> Trace:
     """Make a video and keep the latents of its steps. One that is not finite ends in zeros."""
-    with watched(pipe) as seen:
-        try:
-            activate(pipe.device)
-            last = denoise(pipe, request, None, lambda event: None, cancel)
-            frames = to_uint8(pipe.vae.decode(last)[0])
-        except QualityError:
-            frames = np.zeros((request.num_frames, request.height, request.width, 3), np.uint8)
-            last = torch.zeros(pipe.vae.latent_shape(request.num_frames, request.height, request.width))
-    # the first is the noise: what follows is what a step has left
-    steps = [torch.nan_to_num(x[0].float(), 0, 0, 0) for x in (*list(seen.values())[1:], last.cpu())]
-    steps += steps[-1:] * (request.num_inference_steps - len(steps))
-    return Trace(torch.stack(steps), frames)
-
-
-@contextmanager
-def watched(pipe: Pipeline) -> Iterator[dict[Any, Tensor]]:
-    """Inside, timestep -> the latents that an expert was given for it, on the CPU."""
-    seen: dict[Any, Tensor] = {}
-
-    def note(module: nn.Module, given: tuple[Any, ...]) -> None:
-        if given[1] not in seen:
-            seen[given[1]] = given[0].detach().cpu().clone()
-
-    handles = [expert.register_forward_pre_hook(note) for expert in pipe.experts]
+    steps: list[Tensor] = []
     try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+        activate(pipe.device)
+        last = denoise(pipe, request, None, lambda event: None, cancel, lambda i, x: steps.append(x[0].cpu()))
+        frames = to_uint8(pipe.vae.decode(last)[0])
+    except QualityError:
+        frames = np.zeros((request.num_frames, request.height, request.width, 3), np.uint8)
+    return Trace(torch.stack(steps).nan_to_num(0, 0, 0), frames)
 
 
 # ---- the layers ---------------------------------------------------------------------------------
 
 
-def layer_inputs(
-    pipe: Pipeline, request: GenerateRequest, cancel: Stop | None = None
-) -> dict[str, dict[str, Tensor]]:
-    """Expert -> first of the layers that share an input -> some of its tokens [n, K], over all steps."""
+def layer_inputs(pipe: Pipeline, request: GenerateRequest, cancel: Stop | None = None) -> dict[str, Tensor]:
+    """`expert/layer`, the first that reads an input -> some of its rows [n, K], over all steps."""
+    inputs = inputs_of(pipe, LAYER_TOKENS)
     generator = torch.Generator().manual_seed(0)
-    inputs = {name: inputs_of(expert, LAYER_TOKENS) for name, expert in experts_of(pipe).items()}
-    with ExitStack() as stack:
-        for name, expert in experts_of(pipe).items():
-            stack.enter_context(recorded(expert, inputs[name], generator))
-        denoise(pipe, request, None, lambda event: None, cancel)
-    return {name: {layer: seen.rows for layer, seen in found.items()} for name, found in inputs.items()}
+    denoise(watched(pipe, inputs, generator), request, None, lambda event: None, cancel)
+    return {layer: seen.statistics().rows for layer, seen in inputs.items()}
 
 
 @torch.inference_mode()
-def layer_sqnr(
-    plain: Pipeline, pipe: Pipeline, inputs: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, float]:
-    """`expert/layer` -> dB: what a layer on codes makes of the tokens, against x W^T of the floats.
+def layer_sqnr(plain: Pipeline, pipe: Pipeline, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+    """`expert/layer` -> dB: what a quantized layer makes of the rows, against x W^T of the floats.
 
-    In the precision that the step policy has for most steps. The bias is in neither.
+    In the precision that the schedule has for most steps. The bias is in neither.
     """
     found = {}
-    floats = experts_of(plain)
-    for name, expert in experts_of(pipe).items():
-        for layer, module in expert.named_modules():
-            if not isinstance(module, QuantLinear) or leader_of(layer) not in inputs[name]:
-                continue
-            x = inputs[name][leader_of(layer)]
-            weight: Any = floats[name].get_submodule(layer).weight
-            y = module(x.to(module.device), pipe.policy.default).float().cpu()
-            bias = 0 if module.bias is None else module.bias.cpu()
-            found[f"{name}/{layer}"] = output_sqnr(y - bias, x.float() @ weight.float().cpu().t())
+    floats = nn.ModuleDict(plain.experts)
+    for name, module in nn.ModuleDict(pipe.experts).named_modules():
+        if not isinstance(module, QuantLinear) or (x := inputs.get(leader_of(name))) is None:
+            continue
+        weight: Any = floats.get_submodule(name).weight
+        y = module(x.to(module.device), pipe.policy.default.precision).float().cpu()
+        bias = 0 if module.bias is None else module.bias.cpu()
+        found[name.replace(".", "/", 1)] = output_sqnr(y - bias, x.float() @ weight.float().cpu().t())
     return found
 
 
 def bits_per_weight(pipe: Pipeline) -> float:
     """Of the linears of the blocks, scales included, biases left out."""
     size = count = 0
-    for expert in pipe.experts:
-        for layer, module in expert.named_modules():
-            if not isinstance(module, nn.Linear) or not is_block_linear(layer):
-                continue
-            count += module.in_features * module.out_features
-            if isinstance(module, QuantLinear):
-                e = module.encoded()
-                parts = [t for t in (e.codes, e.scale, e.dual_scale) if t is not None]
-                size += sum(t.nbytes for t in parts)
-            else:
-                size += module.weight.nbytes
+    for name, module in nn.ModuleDict(pipe.experts).named_modules():
+        if not isinstance(module, nn.Linear) or not is_block_linear(name.partition(".")[2]):
+            continue
+        count += module.in_features * module.out_features
+        size += sum(t.nbytes for role, t in module.state_dict().items() if role in STORED)
     return 8 * size / max(count, 1)

@@ -48,9 +48,18 @@ def _compiled_kernels() -> Iterator[Kernel]:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `reference.rms_norm`. Two passes over x; the rest is one number a token."""
-    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
-    inverse = square.div_(x.shape[-1]).add_(eps).rsqrt_()
-    out: Tensor = (x * inverse).mul_(weight)
+    return rms_scale(x, mean_square(x), weight, eps)
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """As `reference.mean_square`."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm.square_().div_(x.shape[-1])
+
+
+def rms_scale(x: Tensor, mean_square: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `reference.rms_scale`."""
+    out: Tensor = (x * (mean_square + eps).rsqrt_()).mul_(weight)
     return out.to(x.dtype)
 
 
@@ -98,7 +107,8 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x)
 
 
-FUSED: tuple[Function, ...] = (rms_norm, layer_norm, adaln, gated_residual, rope, gelu_tanh, gelu)
+PHASES: tuple[Function, ...] = (mean_square, rms_scale)
+FUSED: tuple[Function, ...] = (rms_norm, *PHASES, layer_norm, adaln, gated_residual, rope, gelu_tanh, gelu)
 PREPARED_ROWS = {"adaln": in_dtype, "gated_residual": in_dtype}
 """Operator -> how its rows are prepared."""
 

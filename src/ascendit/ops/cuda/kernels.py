@@ -19,7 +19,7 @@ from torch import Tensor
 from ascendit.device.device import Device
 from ascendit.kernels import reference
 from ascendit.kernels.cpu.attention import attention
-from ascendit.kernels.cpu.elementwise import gelu, gelu_tanh
+from ascendit.kernels.cpu.elementwise import PHASES, gelu, gelu_tanh
 from ascendit.kernels.kernel import Function, Kernel, Wish
 from ascendit.kernels.reference import Spans
 from ascendit.ops.cuda import linear, triton_kernels
@@ -29,9 +29,8 @@ log = logging.getLogger("ascendit")
 ERROR_LIMIT = 4e-3
 """Largest relative error of an operator on bfloat16 tokens that is right."""
 
-PYTORCH = tuple(
-    Kernel(f.__name__, "cuda", f, "cuda: fused PyTorch kernel") for f in (gelu_tanh, gelu, attention)
-)
+_CALLS: tuple[Function, ...] = (gelu_tanh, gelu, *PHASES, attention)
+PYTORCH = tuple(Kernel(f.__name__, "cuda", f, "cuda: fused PyTorch kernel") for f in _CALLS)
 """PyTorch has a fused kernel for these, called as on a CPU."""
 
 
