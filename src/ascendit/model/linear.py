@@ -283,7 +283,7 @@ class QuantLinear(nn.Linear):
         self, x: Tensor | Tokens, precision: Precision = "stored", multiply: Multiply = F.linear
     ) -> Tensor:
         """[.., K] -> [.., N]. `multiply`: for a step in BF16. UsageError E-QNT-03 for another device."""
-        tokens = x if isinstance(x, Tokens) else Tokens(x)
+        tokens, precision = x if isinstance(x, Tokens) else Tokens(x), precision_of(self, precision)
         if precision == "bf16" and self.floats is not None:
             return multiply(tokens.x, *self.floats)
         if tokens.x.device != self.device:
@@ -293,7 +293,7 @@ class QuantLinear(nn.Linear):
                 fix="model.to(device), or pipe.enable_model_cpu_offload()",
                 code="E-QNT-03",
             )
-        return tokens.product(self, "w4a8" if precision == "w4a8" and self.scheme == "mxfp4" else self.scheme)
+        return tokens.product(self, "w4a8" if precision == "w4a8" else self.scheme)
 
     # ---- what tools see -------------------------------------------------------------------------
 
@@ -509,6 +509,14 @@ def linear(ops: Ops, m: Any, x: Tensor | Tokens, precision: Precision = "stored"
         out: Tensor = m(x, precision, ops.linear)
         return out
     return ops.linear(x.x if isinstance(x, Tokens) else x, m.weight, m.bias)
+
+
+def precision_of(m: Any, wanted: Precision) -> Precision:
+    """The precision in which a layer computes a step that wants `wanted`."""
+    if isinstance(m, QuantLinear):
+        if (wanted == "bf16" and m.floats is not None) or (wanted == "w4a8" and m.scheme == "mxfp4"):
+            return wanted
+    return "stored"
 
 
 def dtype_of(m: Any) -> torch.dtype:

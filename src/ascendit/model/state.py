@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ascendit.geometry import Grid, num_tokens
 from ascendit.kernels.reference import Spans
-from ascendit.model.linear import QuantLinear, Tokens, linear
+from ascendit.model.linear import Tokens, linear, precision_of
 from ascendit.ops.operators import Ops
 from ascendit.schedule import Precision, Step
 
@@ -132,7 +132,7 @@ class DenoiseState:
         before, self.keys_in = self.keys_in, self.now.precision
         if before is None:
             return True
-        changed = any(_precision_of(m, before) != _precision_of(m, self.keys_in) for m in layers)
+        changed = any(precision_of(m, before) != precision_of(m, self.keys_in) for m in layers)
         if changed:
             log.info("%s, step %d: text keys and values again, %s", self.expert, self.step, self.keys_in)
         return changed
@@ -172,14 +172,6 @@ class DenoiseState:
         if self.reduce_mean is None:
             return self.ops.rms_norm(x, weight, eps)
         return self.ops.rms_scale(x, self.reduce_mean(self.ops.mean_square(x)), weight, eps)
-
-
-def _precision_of(layer: Any, wanted: Precision) -> Precision:
-    """As `QuantLinear.run` takes it."""
-    if isinstance(layer, QuantLinear):
-        if (wanted == "bf16" and layer.floats is not None) or (wanted == "w4a8" and layer.scheme == "mxfp4"):
-            return wanted
-    return "stored"
 
 
 def rope_table(

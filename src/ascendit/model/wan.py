@@ -26,7 +26,15 @@ from ascendit.family import WanConfig
 from ascendit.geometry import Grid, num_tokens, patch_grid
 from ascendit.kernels.reference import Spans
 from ascendit.model.linear import QuantLinear, Tokens, dtype_of, linear
-from ascendit.model.state import DenoiseState, Modulation, RopeTable, Shared, Timesteps, rope_table
+from ascendit.model.state import (
+    DenoiseState,
+    KeyValue,
+    Modulation,
+    RopeTable,
+    Shared,
+    Timesteps,
+    rope_table,
+)
 from ascendit.ops.operators import Ops
 
 
@@ -36,6 +44,7 @@ class Attention(nn.Module):
     def __init__(self, config: WanConfig, cross: bool) -> None:
         super().__init__()
         d = config.dim
+        self.head_dim, self.eps = config.attention_head_dim, config.eps
         self.to_q, self.to_k, self.to_v = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
         self.to_out = nn.ModuleList([nn.Linear(d, d)])
         self.norm_q, self.norm_k = nn.RMSNorm(d), nn.RMSNorm(d)
@@ -44,11 +53,40 @@ class Attention(nn.Module):
             self.add_v_proj = nn.Linear(config.added_kv_proj_dim, d)
             self.norm_added_k = nn.RMSNorm(d)
 
-    def key_layers(self, kind: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def key_layers(self, kind: str) -> tuple[nn.Module, nn.Module, nn.RMSNorm]:
         """Those that make keys and values of a context."""
         if kind == "image":
             return self.add_k_proj, self.add_v_proj, self.norm_added_k
         return self.to_k, self.to_v, self.norm_k
+
+    def keys(self, kind: str, x: Tokens, state: DenoiseState) -> KeyValue:
+        """Keys and values of a context [B, L, D]."""
+        to_k, to_v, norm = self.key_layers(kind)
+        v = state.linear(to_v, x)  # a part of a joint product: copied once, not on every step
+        return self.normed(to_k, norm, x, state), self.heads(v.contiguous())
+
+    def attend_self(self, i: int, state: DenoiseState, x: Tensor) -> Tensor:
+        """Self-attention of block `i` on [B, S, D]."""
+        ops, rope, tokens = state.ops, state.shared.rope, Tokens(x)  # quantized once for Q, K and V
+        q = self.normed(self.to_q, self.norm_q, tokens, state)
+        k = self.normed(self.to_k, self.norm_k, tokens, state)
+        v = self.heads(state.linear(self.to_v, tokens))
+        q, k = ops.rope(q, rope.cos, rope.sin), ops.rope(k, rope.cos, rope.sin)
+        return state.linear(self.to_out[0], state.attend("self", i, q, k, v).flatten(2))
+
+    def attend_context(self, i: int, state: DenoiseState, x: Tensor) -> Tensor:
+        """Cross-attention of block `i` on [B, S, D], to the text and to the image."""
+        q = self.normed(self.to_q, self.norm_q, x, state)
+        parts = [state.attend(kind, i, q, *keys[i]) for kind, keys in state.keys.items()]
+        return state.linear(self.to_out[0], sum(parts[1:], parts[0]).flatten(2))
+
+    def normed(self, layer: nn.Module, norm: nn.RMSNorm, x: Tensor | Tokens, state: DenoiseState) -> Tensor:
+        """Q or K, [B, S, H, d]."""
+        return self.heads(state.norm(state.linear(layer, x), norm.weight, self.eps))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, H, d]."""
+        return x.view(*x.shape[:2], -1, self.head_dim)
 
 
 class FeedForward(nn.Module):
@@ -65,11 +103,26 @@ class Block(nn.Module):
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
+        self.eps = config.eps
         self.attn1 = Attention(config, cross=False)
         self.attn2 = Attention(config, cross=True)
         self.norm2 = nn.LayerNorm(config.dim) if config.cross_attn_norm else None
         self.ffn = FeedForward(config.dim, config.ffn_dim, config.dim)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, config.dim))
+
+    def forward(self, i: int, x: Tensor, mod: Modulation, state: DenoiseState) -> Tensor:
+        """Hidden states [B, S, D] before block `i` -> after it."""
+        ops, eps, spans = state.ops, self.eps, mod.spans
+        (shift, scale), (c_shift, c_scale) = mod.norms[i]  # each [R, D]
+        gate, c_gate = mod.gates[i]
+        y = ops.adaln(x, scale, shift, spans, eps)
+        y = state.run_attention("self", i, y, partial(self.attn1.attend_self, i, state))
+        x = ops.gated_residual(x, y, gate, spans)
+        y = x if self.norm2 is None else ops.layer_norm(x, self.norm2.weight, self.norm2.bias, eps)
+        x = x + state.run_attention("text", i, y, partial(self.attn2.attend_context, i, state))
+        y = ops.adaln(x, c_scale, c_shift, spans, eps)
+        y = ops.gelu_tanh(state.linear(self.ffn.net[0].proj, y))
+        return ops.gated_residual(x, state.linear(self.ffn.net[2], y), c_gate, spans)
 
 
 class ImageEmbedder(nn.Module):
@@ -190,12 +243,9 @@ class WanTransformer(nn.Module):
         if not state.keys_change(m for parts in layers.values() for part in parts for m in part):
             return
         state.keys.clear()
-        for kind, parts in layers.items():
+        for kind in layers:
             x = Tokens(state.context[kind])  # quantized once for all blocks
-            keys = state.keys[kind] = []
-            for to_k, to_v, norm in parts:
-                v = state.linear(to_v, x)  # a part of a joint product: copied once, not on every step
-                keys.append((self._normed(state, to_k, norm, x), self._heads(v.contiguous())))
+            state.keys[kind] = [b.attn2.keys(kind, x, state) for b in self.blocks]
 
     def _embed_text(self, text: Tensor) -> Tensor:
         e = self.condition_embedder.text_embedder
@@ -261,44 +311,15 @@ class WanTransformer(nn.Module):
 
         return state.run_model(x, timesteps, velocity)
 
-    def run_block(self, i: int, block: Any, x: Tensor, mod: Modulation, state: DenoiseState) -> Tensor:
+    def run_block(self, i: int, block: Block, x: Tensor, mod: Modulation, state: DenoiseState) -> Tensor:
         """Block `i` on hidden states [B, S, D]."""
-        ops, eps, spans = self.ops, self.config.eps, mod.spans
-        (shift, scale), (c_shift, c_scale) = mod.norms[i]  # each [R, D]
-        gate, c_gate = mod.gates[i]
-        y = ops.adaln(x, scale, shift, spans, eps)
-        y = state.run_attention("self", i, y, partial(self._self_attention, block.attn1, i, state))
-        x = ops.gated_residual(x, y, gate, spans)
-        y = x if block.norm2 is None else ops.layer_norm(x, block.norm2.weight, block.norm2.bias, eps)
-        x = x + state.run_attention("text", i, y, partial(self._cross_attention, block.attn2, i, state))
-        y = ops.adaln(x, c_scale, c_shift, spans, eps)
-        y = ops.gelu_tanh(state.linear(block.ffn.net[0].proj, y))
-        return ops.gated_residual(x, state.linear(block.ffn.net[2], y), c_gate, spans)
-
-    def _self_attention(self, attn: Any, i: int, state: DenoiseState, x: Tensor) -> Tensor:
-        ops, rope, tokens = self.ops, state.shared.rope, Tokens(x)  # quantized once for Q, K and V
-        q = self._normed(state, attn.to_q, attn.norm_q, tokens)
-        k = self._normed(state, attn.to_k, attn.norm_k, tokens)
-        v = self._heads(state.linear(attn.to_v, tokens))
-        q, k = ops.rope(q, rope.cos, rope.sin), ops.rope(k, rope.cos, rope.sin)
-        return state.linear(attn.to_out[0], state.attend("self", i, q, k, v).flatten(2))
-
-    def _cross_attention(self, attn: Any, i: int, state: DenoiseState, x: Tensor) -> Tensor:
-        q = self._normed(state, attn.to_q, attn.norm_q, x)
-        parts = [state.attend(kind, i, q, *keys[i]) for kind, keys in state.keys.items()]
-        return state.linear(attn.to_out[0], sum(parts[1:], parts[0]).flatten(2))
-
-    def _normed(self, state: DenoiseState, layer: Any, norm: Any, x: Tensor | Tokens) -> Tensor:
-        """Q or K, [B, S, H, d]."""
-        return self._heads(state.norm(state.linear(layer, x), norm.weight, self.config.eps))
+        y: Tensor = block(i, x, mod, state)
+        return y
 
     # ---- shapes ---------------------------------------------------------------------------------
 
     def _linear(self, m: Any, x: Tensor) -> Tensor:
         return linear(self.ops, m, x)  # outside of the blocks: as stored, whatever the step
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], -1, self.config.attention_head_dim)  # [B, S, H, d]
 
     def _patchify(self, x: Tensor, shared: Shared) -> Tensor:
         """[B, C, F, H, W] -> [B, S, D], of the part. A convolution of stride = kernel is one matmul."""
