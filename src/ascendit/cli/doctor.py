@@ -42,7 +42,6 @@ def doctor(
             f"{' and '.join(options)} without --self-check",
             needs="--self-check, which these belong to",
             fix=f"ascendit doctor --self-check {' '.join(f'{k} {v}' for k, v in options.items())}",
-            code="E-USE-01",
         )
     code = _check_device(device or DEFAULT_DEVICE, file, out) if self_check else _check_machine(out)
     if code:

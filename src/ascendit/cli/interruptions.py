@@ -25,7 +25,6 @@ def cancelled() -> Cancelled:
         "cancelled",
         needs="nothing; no file was left behind",
         fix="run the same command again",
-        code="E-CAN-01",
     )
 
 
@@ -91,7 +90,6 @@ def out_of_memory(error: BaseException, stage: str = "", device: str = "cpu") ->
         needs=(f"{_readable(asked[1])} more" if asked else "more memory")
         + (f"; {left} is free" if left else ""),
         fix="a smaller --size or --frames; --text-on drop frees the text encoder after use",
-        code="E-MEM-01",
     )
 
 

@@ -191,7 +191,6 @@ def read_base(base: Path | str, source: Layout) -> Layout:
             f"--base {base} is {WORDS[layout.kind]}",
             needs=f"a Diffusers folder with {INDEX_FILE}, text encoder and VAE",
             fix="give the published folder of the model, for example hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-            code="E-USE-01",
         )
     if len(layout.experts) != len(source.experts):
         raise _other_model(

@@ -125,7 +125,6 @@ def _checked(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
         f"a video of shape {shape} and type {dtype or type(frames).__name__}",
         needs=f"uint8 [frames, height, width, 3], at least {MIN_FRAMES} frames of 16x16",
         fix="pass video.frames",
-        code="E-USE-01",
     )
 
 
@@ -382,7 +381,7 @@ def pick(n: int, rng_seed: int = 0) -> list[Scene]:
     every = list(world.scenes())
     if not 1 <= n <= len(every):
         needs = f"1 to {len(every)} scenes"
-        raise UsageError(f"{n} scenes", needs=needs, fix="ask for fewer, or add seeds", code="E-USE-01")
+        raise UsageError(f"{n} scenes", needs=needs, fix="ask for fewer, or add seeds")
     rng = np.random.default_rng(rng_seed)
     back = world.kept_back()
     pools: dict[bool, list[Scene]] = {True: [], False: []}
