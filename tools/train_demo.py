@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from demo_videos import draw_motion, render
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -122,8 +123,8 @@ def training_scenes() -> list[world.Scene]:
 
 def clip(rng: np.random.Generator, scene: world.Scene, frames: int, start: int = 0) -> torch.Tensor:
     """A stretch of `frames` frames of a rendered video: float [3, F, H, W] in [-1, 1]."""
-    motion = world.draw_motion(rng, scene.direction)
-    video = world.render(scene, motion, only=range(start, start + frames))
+    motion = draw_motion(rng, scene.direction)
+    video = render(scene, motion, only=range(start, start + frames))
     return torch.from_numpy(video).permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0)
 
 

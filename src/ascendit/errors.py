@@ -9,8 +9,8 @@ AscenditError                 exit code
     + OutOfMemory             4    needed and free memory, and the flag to change
   x Cancelled                 130  stopped between two steps, nothing half-written
 
-Each error says what it got, what it needs and what to do, and has a code from `CODES`; a class has the code that
-its errors mostly have as the default.
+Each error says what it got, what it needs and what to do, and has a code from `CODES`. Where a class has a
+default code, most of its errors have that one.
 """
 
 from __future__ import annotations
