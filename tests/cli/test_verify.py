@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from demo_videos import draw_motion, render
+from demo_data import draw_motion, render
 
 from ascendit.demo import world
 from ascendit.errors import Cancelled, QualityError

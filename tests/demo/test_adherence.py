@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from demo_videos import Motion, draw_motion, render
+from demo_data import Motion, draw_motion, render
 from numpy.typing import NDArray
 
 from ascendit.demo import world

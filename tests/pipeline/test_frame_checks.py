@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from demo_videos import Motion, render
+from demo_data import Motion, render
 
 from ascendit.demo import world
 from ascendit.errors import AscenditError, QualityError

@@ -16,7 +16,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from demo_videos import Motion, render
+from demo_data import Motion, render
 from PIL import Image
 from pipeline.metadata import read_metadata
 

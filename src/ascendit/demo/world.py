@@ -1,7 +1,7 @@
 """The synthetic world of the demo model: what its prompts can say, and the shapes that they name.
 
-One moving thing on a plain background. The training script renders it (`tools/demo_videos.py`), the adherence
-check (`adherence.py`) reads it back from pixels, and the tests hold the two against each other.
+One moving thing on a plain background. `tools/demo_data.py` renders it for training, the adherence check
+(`adherence.py`) reads it back from pixels, and the tests hold the two against each other.
 """
 
 from __future__ import annotations
@@ -44,27 +44,6 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
     "gray": (128, 128, 128),
 }
-# The first wording is the one the docs and the adherence check use.
-WORDINGS = (
-    "a {c} {s} moves {d} on a {b} background",
-    "a {c} {s} moving {d} on a {b} background",
-    "{c} {s} moves {d}, {b} background",
-    "on a {b} background, a {c} {s} moves {d}",
-    "the {c} {s} slides {d} over a plain {b} background",
-    "a video of a {c} {s} that goes {d} in front of a {b} background",
-    "a {c} {s} drifts slowly {d} against a {b} background.",
-    "{b} background, a {c} {s} travels {d}",
-)
-DIRECTION_WORDS: dict[str, tuple[str, ...]] = {
-    "right": ("right", "to the right", "rightwards"),
-    "left": ("left", "to the left", "leftwards"),
-    "up": ("up", "upwards", "to the top"),
-    "down": ("down", "downwards", "to the bottom"),
-    "up and right": ("up and right", "up and to the right", "diagonally up right"),
-    "up and left": ("up and left", "up and to the left", "diagonally up left"),
-    "down and right": ("down and right", "down and to the right", "diagonally down right"),
-    "down and left": ("down and left", "down and to the left", "diagonally down left"),
-}
 
 
 class Scene(NamedTuple):
@@ -80,12 +59,9 @@ class Scene(NamedTuple):
         """The part that is kept back as a whole: (colour, shape, direction)."""
         return (self.colour, self.shape, self.direction)
 
-    def prompt(self, wording: int = 0, direction_word: int = 0) -> str:
-        """The sentence for this scene in one of the known wordings."""
-        words = DIRECTION_WORDS[self.direction]
-        return WORDINGS[wording % len(WORDINGS)].format(
-            c=self.colour, s=self.shape, d=words[direction_word % len(words)], b=self.background
-        )
+    def prompt(self) -> str:
+        """The sentence for this scene: training has it in more wordings."""
+        return f"a {self.colour} {self.shape} moves {self.direction} on a {self.background} background"
 
 
 def scenes() -> Iterator[Scene]:

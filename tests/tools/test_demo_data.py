@@ -1,16 +1,18 @@
-"""The true videos of the demo's world: what is rendered is what the words say."""
+"""What the demo model is trained on: videos show what the words say, and captions mean one scene."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
-from demo_videos import Motion, draw_motion, render
+from demo_data import DIRECTION_WORDS, WORDINGS, Motion, caption, draw_motion, render
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ascendit.checkpoint.hub import DEMO
 from ascendit.demo import world
 from ascendit.demo.world import Scene
 
@@ -108,3 +110,53 @@ def test_a_part_of_the_frames_is_that_part(start: int, stop: int) -> None:
 def test_one_frame_can_be_rendered() -> None:
     scene, motion = middle()
     assert render(scene, motion, frames=1).shape == (1, 64, 64, 3)
+
+
+# ---- captions ------------------------------------------------------------------------------------
+
+VERBS = r"\b(moves|moving|slides|goes|drifts|travels)\b"
+
+
+def captions(scene: Scene) -> list[str]:
+    return [caption(scene, w, d) for w in range(len(WORDINGS)) for d in range(3)]
+
+
+def test_a_caption_means_one_scene() -> None:
+    owner: dict[str, Scene] = {}
+    for scene in world.scenes():
+        texts = captions(scene)
+        assert len(set(texts)) == len(texts) == 24
+        for text in texts:
+            assert owner.setdefault(text, scene) == scene, text
+
+
+@pytest.mark.parametrize("wording", WORDINGS)
+def test_a_wording_has_every_slot_once_and_a_verb_of_motion(wording: str) -> None:
+    assert sorted(re.findall(r"{(\w)}", wording)) == ["b", "c", "d", "s"]
+    assert len(re.findall(VERBS, wording)) == 1, wording
+    assert "background" in wording
+
+
+def test_moves_is_among_the_verbs_and_leads() -> None:
+    assert WORDINGS[0] == "a {c} {s} moves {d} on a {b} background"
+    scene = Scene("red", "circle", "right", "black")
+    assert scene.prompt() == caption(scene, 0, 0) == "a red circle moves right on a black background"
+    assert caption(scene, 3, 1) == "on a black background, a red circle moves to the right"
+    assert caption(scene, 8, 3) == caption(scene, 0, 0)
+
+
+def test_a_direction_word_holds_its_directions() -> None:
+    assert set(DIRECTION_WORDS) == set(world.DIRECTIONS)
+    ends = {"up": ("up", "top"), "down": ("down", "bottom"), "left": ("left",), "right": ("right",)}
+    for direction, words in DIRECTION_WORDS.items():
+        assert len(words) == 3
+        for word in words:
+            for end, marks in ends.items():
+                assert any(m in word for m in marks) == (end in direction.split(" and ")), word
+
+
+def test_the_calibration_prompts_are_those_of_the_training_set() -> None:
+    """All of them, in all wordings, in an order in which neighbours differ (gcd(157, 366) = 1)."""
+    shown = [scene for scene in world.scenes() if scene.triple not in world.kept_back()]
+    lines = (DEMO.parent / "calibration_prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == [caption(shown[i * 157 % len(shown)], i, i) for i in range(len(shown))]

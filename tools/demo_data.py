@@ -1,4 +1,4 @@
-"""The true videos of the demo model's world: what it is trained on, and what tests judge."""
+"""What the demo model is trained on: true videos of its world, and captions in many wordings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ascendit.demo.world import BACKGROUNDS, COLOURS, DIRECTIONS, FRAMES, SIZE, Scene, coverage
+
+# The first wording is that of `Scene.prompt`, which the docs and the adherence check use.
+WORDINGS = (
+    "a {c} {s} moves {d} on a {b} background",
+    "a {c} {s} moving {d} on a {b} background",
+    "{c} {s} moves {d}, {b} background",
+    "on a {b} background, a {c} {s} moves {d}",
+    "the {c} {s} slides {d} over a plain {b} background",
+    "a video of a {c} {s} that goes {d} in front of a {b} background",
+    "a {c} {s} drifts slowly {d} against a {b} background.",
+    "{b} background, a {c} {s} travels {d}",
+)
+DIRECTION_WORDS: dict[str, tuple[str, ...]] = {
+    "right": ("right", "to the right", "rightwards"),
+    "left": ("left", "to the left", "leftwards"),
+    "up": ("up", "upwards", "to the top"),
+    "down": ("down", "downwards", "to the bottom"),
+    "up and right": ("up and right", "up and to the right", "diagonally up right"),
+    "up and left": ("up and left", "up and to the left", "diagonally up left"),
+    "down and right": ("down and right", "down and to the right", "diagonally down right"),
+    "down and left": ("down and left", "down and to the left", "diagonally down left"),
+}
+
+
+def caption(scene: Scene, wording: int, direction_word: int) -> str:
+    """The sentence for a scene in one of the wordings."""
+    words = DIRECTION_WORDS[scene.direction]
+    return WORDINGS[wording % len(WORDINGS)].format(
+        c=scene.colour, s=scene.shape, d=words[direction_word % len(words)], b=scene.background
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
