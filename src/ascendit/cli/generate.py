@@ -16,7 +16,8 @@ from ascendit.cli.generate_options import (
     prepare,
     read_call,
 )
-from ascendit.cli.output import Output, quiet_libraries, two_columns
+from ascendit.cli.output import Output, quiet_libraries
+from ascendit.report import columns
 
 if TYPE_CHECKING:
     from ascendit.cli.progress import ProgressView
@@ -247,7 +248,7 @@ def _print_dry_run(prepared: Prepared, out: Output) -> None:
     out.line(f"would run  {prepared.defaults.model} in {told['folder']}")
     out.line("request")
     shown = [(k, v) for k, v in told["request"].items() if v is not None]
-    for line in two_columns((k, f"{v}" if k in given else f"{v}  (default)") for k, v in shown):
+    for line in columns(((k, f"{v}" if k in given else f"{v}  (default)") for k, v in shown), indent="  "):
         out.line(line)
     out.line("defaults from")
     for source in prepared.defaults.sources:
