@@ -13,7 +13,7 @@ import pytest
 from demo_data import Motion, draw_motion, render
 from numpy.typing import NDArray
 
-from ascendit.demo import world
+from ascendit.demo import adherence, world
 from ascendit.demo.adherence import ATTRIBUTES, Reading, judge, measure_adherence, pick, score
 from ascendit.demo.world import Scene
 from ascendit.errors import QualityError, UsageError
@@ -142,9 +142,11 @@ def test_changing_size_and_leaving_the_picture(make: Callable[[Scene, Rng], Vide
 @pytest.mark.parametrize(("size", "frames"), [(32, 17), (64, 5), (96, 9), (160, 13)])
 def test_any_size_and_length(size: int, frames: int) -> None:
     scenes = pick(24, rng_seed=3)
-    readings = [judge(true_video(s, 3, size, frames)) for s in scenes]
-    assert score(readings, scenes).overall.everything == 24
-    assert all(0.8 < r.travel / (22 * size / 64) < 1.2 for r in readings)
+    videos = [true_video(s, 3, size, frames) for s in scenes]
+    assert score([judge(video) for video in videos], scenes).overall.everything == 24
+    ends = [seen(v, s).centre[[0, -1]] for v, s in zip(videos, scenes, strict=True)]
+    side = size // max(1, size // 64)  # after blocks of pixels were averaged
+    assert all(0.8 < np.hypot(*(last - first)) / (22 * side / 64) < 1.2 for first, last in ends)
 
 
 def test_wide_pictures() -> None:
@@ -153,14 +155,23 @@ def test_wide_pictures() -> None:
     assert names(judge(wide)) == tuple(SCENE)
 
 
+def seen(video: Video, scene: Scene) -> adherence.Mask:
+    """The mask of the thing, which the readings are taken from."""
+    ground = np.array(world.BACKGROUNDS[scene.background], np.float32)
+    mask = adherence._find(adherence._box3(adherence._shrink(video)), ground)
+    assert not isinstance(mask, str), mask
+    return mask
+
+
 def test_evidence() -> None:
-    r = judge(render(SCENE, MOTION))
-    assert r.why == () and r.colour_rgb == (230, 25, 25) and r.background_rgb == (0, 0, 0)
-    assert len(r.path) == 17
-    assert np.allclose(r.path, line((21, 32), (43, 32)), atol=0.1)
-    assert r.travel == pytest.approx(22, abs=0.1)
-    assert r.area == pytest.approx(np.pi * 100, rel=0.03)
-    assert r.shape_scores["circle"] > 0.95 > 0.9 > r.shape_scores["square"] > r.shape_scores["triangle"]
+    video = render(SCENE, MOTION)
+    assert judge(video).why == ()
+    mask = seen(video, SCENE)
+    assert mask.centre.shape == (17, 2)
+    assert np.allclose(mask.centre + 0.5, line((21, 32), (43, 32)), atol=0.1)
+    assert np.median(mask.area) == pytest.approx(np.pi * 100, rel=0.03)
+    scores = adherence._shape_scores(adherence._aligned(mask, 24).mean(0))
+    assert scores["circle"] > 0.95 > 0.9 > scores["square"] > scores["triangle"]
 
 
 # ---- what must not be accepted ------------------------------------------------------------------
