@@ -108,7 +108,7 @@ def test_a_class_whose_errors_mostly_have_one_code_has_it_as_the_default() -> No
     }
     assert default_codes() == usual
     for name, code in usual.items():
-        assert classes()[name]("a", needs="b", fix="c").code == code
+        assert getattr(errors, name)("a", needs="b", fix="c").code == code
     with pytest.raises(TypeError, match="code"):
         errors.CheckpointError("a", needs="b", fix="c")  # type: ignore[call-arg]
 

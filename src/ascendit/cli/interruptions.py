@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 from ascendit.errors import Cancelled, OutOfMemory
@@ -44,9 +44,7 @@ class Interrupt:
             self._before = signal.signal(signal.SIGINT, self._on_signal)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if threading.current_thread() is threading.main_thread():
             before = signal.default_int_handler if self._before is None else self._before
             signal.signal(signal.SIGINT, before)

@@ -117,12 +117,13 @@ class VersionMatch:
 
 def match_versions(found: FoundVersions) -> VersionMatch:
     """The row that the machine's torch_npu is, and what beside it is not of that row."""
-    stack = next((s for s in VERSION_SETS if s.torch_npu == _public(found.torch_npu)), None)
+    public = (found.torch_npu or "").partition("+")[0]  # 2.10.0+cpu -> 2.10.0
+    stack = next((s for s in VERSION_SETS if s.torch_npu == public), None)
     wrong, unlisted = [], []
     if stack is None:
         unlisted.append(f"torch_npu {found.torch_npu or 'none'} is in no published table")
     else:
-        if found.torch is not None and _public(found.torch) != stack.torch:
+        if found.torch is not None and found.torch.partition("+")[0] != stack.torch:
             wrong.append(f"torch {found.torch} is not the {stack.torch} of torch_npu {stack.torch_npu}")
         if stack.cann is None:
             unlisted.append(f"no CANN is published for torch_npu {stack.torch_npu}")
@@ -162,11 +163,6 @@ def _beside(
     if version is None or not known or any(begins(version, k) for k in known):
         return []
     return [f"{what} {version} is not among those published for CANN {cann}: {', '.join(known)}"]
-
-
-def _public(version: str | None) -> str | None:
-    """2.10.0+cpu -> 2.10.0"""
-    return None if version is None else version.partition("+")[0]
 
 
 # ---- the machine --------------------------------------------------------------------------------
@@ -317,8 +313,8 @@ def stack() -> list[ProbeRow]:
     told = match_versions(found)
     row = ProbeRow("versions together", str(told.stack or "no published row"), part="npu")
     data = {"machine": vars(found), "row": vars(told.stack) if told.stack else None}
-    data |= {"wrong": told.wrong, "unlisted": told.unlisted}
-    row = replace(row, needed="one published row", data=data)
+    known = {**data, "wrong": told.wrong, "unlisted": told.unlisted}
+    row = replace(row, needed="one published row", data=known)
     words = "; ".join((*told.wrong, *told.unlisted))
     fix = f"install a published row: {advise(found)}"
     if told.wrong:
@@ -348,8 +344,8 @@ def devices() -> list[ProbeRow]:
     row = replace(row, data={**told, "chip": chip.name if chip else None})
     if chip is None:
         known = ", ".join(c.product for c in CHIPS.values())
-        found = f"{words}, SoC number {told['soc']}"
-        return [replace(row, found=found, needed=known, fix="--device cpu, or another card")]
+        words += f", SoC number {told['soc']}"
+        return [replace(row, found=words, needed=known, fix="--device cpu, or another card")]
     return [replace(row, found=f"{words}, {chip.product}: {chip.name}", status="ok", fix="")]
 
 

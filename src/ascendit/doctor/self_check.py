@@ -147,7 +147,8 @@ def in_children(name: str, command: Command | None = None) -> tuple[str | None, 
                 results.append(_result(line["result"]))
                 running = None
             elif "refused" in line:
-                raise _refusal(line["refused"])
+                told = line["refused"]
+                raise EnvironmentProblem(told["got"], needs=told["needs"], fix=told["try"], code=told["code"])
             else:
                 end = line["end"]
         if end == "done":
@@ -156,7 +157,12 @@ def in_children(name: str, command: Command | None = None) -> tuple[str | None, 
             results.append(replace(running, verdict="crashed", error=end))
             running = None
         elif len(results) == before:
-            raise _silent(name, end)
+            raise EnvironmentProblem(
+                f"device {name}: {end} before its first check",
+                needs="a device that starts",
+                fix="ascendit doctor",
+                code="E-ENV-03",
+            )
 
 
 def _lines(words: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -197,19 +203,6 @@ def _read(stream: IO[str], told: queue.Queue[str | None]) -> None:
 
 def _result(told: dict[str, Any]) -> Result:
     return Result(**{**told, "arguments": tuple(told["arguments"])})
-
-
-def _refusal(told: dict[str, str]) -> AscenditError:
-    return EnvironmentProblem(told["got"], needs=told["needs"], fix=told["try"], code=told["code"])
-
-
-def _silent(name: str, end: str) -> EnvironmentProblem:
-    return EnvironmentProblem(
-        f"device {name}: {end} before its first check",
-        needs="a device that starts",
-        fix="ascendit doctor",
-        code="E-ENV-03",
-    )
 
 
 # ---- the child ----------------------------------------------------------------------------------
