@@ -17,6 +17,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
+from demo_data import WORDINGS
+
 from ascendit.demo import world
 from ascendit.device.chip import CHIPS
 from ascendit.device.operator_support import chips_for
@@ -372,7 +374,7 @@ def world_table() -> str:
         "shape": world.SHAPES,
         "direction": world.DIRECTIONS,
         "background": world.BACKGROUNDS,
-        "wording": world.WORDINGS,
+        "wording": WORDINGS,
     }
 
     def text(words: Iterable[str], mark: str) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from demo_data import WORDINGS, caption, draw_motion, render
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
@@ -95,8 +96,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """A Unigram tokenizer: one piece for each word of the world's captions, letters for all others."""
     words: set[str] = set()
     for scene in world.scenes():
-        for w, d in itertools.product(range(len(world.WORDINGS)), range(3)):
-            words |= {c.strip(".,") for c in scene.prompt(w, d).split()}
+        for w, d in itertools.product(range(len(WORDINGS)), range(3)):
+            words |= {c.strip(".,") for c in caption(scene, w, d).split()}
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [("▁" + word, -4.0) for word in sorted(words)]
     pieces += [(c, -12.0) for c in "▁abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-"]
@@ -122,8 +123,8 @@ def training_scenes() -> list[world.Scene]:
 
 def clip(rng: np.random.Generator, scene: world.Scene, frames: int, start: int = 0) -> torch.Tensor:
     """A stretch of `frames` frames of a rendered video: float [3, F, H, W] in [-1, 1]."""
-    motion = world.draw_motion(rng, scene.direction)
-    video = world.render(scene, motion, only=range(start, start + frames))
+    motion = draw_motion(rng, scene.direction)
+    video = render(scene, motion, only=range(start, start + frames))
     return torch.from_numpy(video).permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0)
 
 
@@ -457,19 +458,19 @@ class Captions:
     """Tokens of every wording of every training scene, ready to be drawn from."""
 
     def __init__(self, tok: PreTrainedTokenizerFast, scenes: list[world.Scene]) -> None:
-        self.ids = torch.zeros(len(scenes), len(world.WORDINGS), 3, TEXT_TOKENS, dtype=torch.long)
+        self.ids = torch.zeros(len(scenes), len(WORDINGS), 3, TEXT_TOKENS, dtype=torch.long)
         for i, scene in enumerate(scenes):
-            for w in range(len(world.WORDINGS)):
+            for w in range(len(WORDINGS)):
                 for d in range(3):
-                    ids = tok(scene.prompt(w, d)).input_ids
-                    assert len(ids) <= TEXT_TOKENS, (len(ids), scene.prompt(w, d))
+                    ids = tok(caption(scene, w, d)).input_ids
+                    assert len(ids) <= TEXT_TOKENS, (len(ids), caption(scene, w, d))
                     self.ids[i, w, d, : len(ids)] = torch.tensor(ids)
         self.empty = torch.zeros(TEXT_TOKENS, dtype=torch.long)
         self.empty[0] = 1  # only the end mark
 
     def draw(self, rng: np.random.Generator, scene: torch.Tensor) -> torch.Tensor:
         n = len(scene)
-        w = torch.from_numpy(rng.integers(len(world.WORDINGS), size=n))
+        w = torch.from_numpy(rng.integers(len(WORDINGS), size=n))
         w[torch.from_numpy(rng.random(n) < 0.3)] = 0  # the wording of the docs more often
         d = torch.from_numpy(rng.integers(3, size=n))
         d[torch.from_numpy(rng.random(n) < 0.4)] = 0

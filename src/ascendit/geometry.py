@@ -55,6 +55,5 @@ def frames_for(seconds: float, fps: int, frame_stride: int = 4) -> int:
             f"--seconds {seconds:g}",
             needs="a length above 0 and below 3600 seconds",
             fix="--seconds 5",
-            code="E-USE-01",
         )
     return frame_stride * round(seconds * fps / frame_stride) + 1

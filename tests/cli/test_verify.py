@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from demo_data import draw_motion, render
 
 from ascendit.demo import world
 from ascendit.errors import Cancelled, QualityError
@@ -33,8 +34,8 @@ class Painter:
         scene = self.by_prompt[request.prompt]
         if scene.triple in self.wrong or self.transformer == "low":
             scene = scene._replace(shape="square" if scene.shape != "square" else "circle")
-        motion = world.draw_motion(np.random.default_rng(request.seed), scene.direction)
-        return SimpleNamespace(frames=world.render(scene, motion))
+        motion = draw_motion(np.random.default_rng(request.seed), scene.direction)
+        return SimpleNamespace(frames=render(scene, motion))
 
 
 @pytest.fixture

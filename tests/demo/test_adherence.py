@@ -10,11 +10,12 @@ from functools import cache
 
 import numpy as np
 import pytest
+from demo_data import Motion, draw_motion, render
 from numpy.typing import NDArray
 
-from ascendit.demo import world
+from ascendit.demo import adherence, world
 from ascendit.demo.adherence import ATTRIBUTES, Reading, judge, measure_adherence, pick, score
-from ascendit.demo.world import Motion, Scene
+from ascendit.demo.world import Scene
 from ascendit.errors import QualityError, UsageError
 
 Video = NDArray[np.uint8]
@@ -26,7 +27,7 @@ MOTION = Motion(radius=10.0, travel=22.0, centre=(32.0, 32.0))
 
 def true_video(scene: Scene, seed: int = 0, size: int = 64, frames: int = 17) -> Video:
     rng = np.random.default_rng([seed, SCENES.index(scene)])
-    return world.render(scene, world.draw_motion(rng, scene.direction, size), frames, size)
+    return render(scene, draw_motion(rng, scene.direction, size), frames, size)
 
 
 def names(r: Reading) -> tuple[str | None, ...]:
@@ -115,19 +116,19 @@ def test_degraded_videos_are_still_read_right(change: Callable[[Video, Rng], NDA
 
 
 def growing(scene: Scene, rng: Rng) -> Video:
-    m = world.draw_motion(rng, scene.direction)
+    m = draw_motion(rng, scene.direction)
     first, last = rng.uniform(0.85, 1.15, 2)
     sizes = m.radius * np.linspace(first, last, 17)
     parts = [Motion(radius=r, travel=m.travel, centre=m.centre) for r in sizes]
-    return np.concatenate([world.render(scene, p, only=range(i, i + 1)) for i, p in enumerate(parts)])
+    return np.concatenate([render(scene, p, only=range(i, i + 1)) for i, p in enumerate(parts)])
 
 
 def leaving(scene: Scene, rng: Rng) -> Video:
     """At the end the thing's centre is 0.3 radii from the edge that it moves to."""
-    m = world.draw_motion(rng, scene.direction)
+    m = draw_motion(rng, scene.direction)
     toward = np.array(world.DIRECTIONS[scene.direction])
     x, y = 32 + np.sign(toward) * 32 - toward * (m.travel / 2) - np.sign(toward) * 0.3 * m.radius
-    return world.render(scene, Motion(radius=m.radius, travel=m.travel, centre=(x, y)))
+    return render(scene, Motion(radius=m.radius, travel=m.travel, centre=(x, y)))
 
 
 @pytest.mark.parametrize("make", [growing, leaving])
@@ -141,25 +142,36 @@ def test_changing_size_and_leaving_the_picture(make: Callable[[Scene, Rng], Vide
 @pytest.mark.parametrize(("size", "frames"), [(32, 17), (64, 5), (96, 9), (160, 13)])
 def test_any_size_and_length(size: int, frames: int) -> None:
     scenes = pick(24, rng_seed=3)
-    readings = [judge(true_video(s, 3, size, frames)) for s in scenes]
-    assert score(readings, scenes).overall.everything == 24
-    assert all(0.8 < r.travel / (22 * size / 64) < 1.2 for r in readings)
+    videos = [true_video(s, 3, size, frames) for s in scenes]
+    assert score([judge(video) for video in videos], scenes).overall.everything == 24
+    ends = [seen(v, s).centre[[0, -1]] for v, s in zip(videos, scenes, strict=True)]
+    side = size // max(1, size // 64)  # after blocks of pixels were averaged
+    assert all(0.8 < np.hypot(*(last - first)) / (22 * side / 64) < 1.2 for first, last in ends)
 
 
 def test_wide_pictures() -> None:
-    video = world.render(SCENE, MOTION)
+    video = render(SCENE, MOTION)
     wide = np.concatenate([video, np.zeros((17, 64, 48, 3), np.uint8)], axis=2)
     assert names(judge(wide)) == tuple(SCENE)
 
 
+def seen(video: Video, scene: Scene) -> adherence.Mask:
+    """The mask of the thing, which the readings are taken from."""
+    ground = np.array(world.BACKGROUNDS[scene.background], np.float32)
+    mask = adherence._find(adherence._box3(adherence._shrink(video)), ground)
+    assert not isinstance(mask, str), mask
+    return mask
+
+
 def test_evidence() -> None:
-    r = judge(world.render(SCENE, MOTION))
-    assert r.why == () and r.colour_rgb == (230, 25, 25) and r.background_rgb == (0, 0, 0)
-    assert len(r.path) == 17
-    assert np.allclose(r.path, line((21, 32), (43, 32)), atol=0.1)
-    assert r.travel == pytest.approx(22, abs=0.1)
-    assert r.area == pytest.approx(np.pi * 100, rel=0.03)
-    assert r.shape_scores["circle"] > 0.95 > 0.9 > r.shape_scores["square"] > r.shape_scores["triangle"]
+    video = render(SCENE, MOTION)
+    assert judge(video).why == ()
+    mask = seen(video, SCENE)
+    assert mask.centre.shape == (17, 2)
+    assert np.allclose(mask.centre + 0.5, line((21, 32), (43, 32)), atol=0.1)
+    assert np.median(mask.area) == pytest.approx(np.pi * 100, rel=0.03)
+    scores = adherence._shape_scores(adherence._aligned(mask, 24).mean(0))
+    assert scores["circle"] > 0.95 > 0.9 > scores["square"] > scores["triangle"]
 
 
 # ---- what must not be accepted ------------------------------------------------------------------
@@ -299,7 +311,7 @@ def test_a_thing_of_two_colours_has_none() -> None:
 
 
 def test_a_background_of_two_parts_or_another_colour_has_no_name() -> None:
-    video = world.render(SCENE, MOTION)
+    video = render(SCENE, MOTION)
     half = video.copy()
     half[:, :, :32] = np.where(half[:, :, :32].max(-1, keepdims=True) == 0, 255, half[:, :, :32])
     assert judge(half).background is None
@@ -307,7 +319,7 @@ def test_a_background_of_two_parts_or_another_colour_has_no_name() -> None:
 
 
 def test_a_thing_that_is_there_for_half_the_time_only() -> None:
-    video = world.render(SCENE, MOTION)
+    video = render(SCENE, MOTION)
     video[8:] = 0
     assert names(judge(video))[:3] == (None, None, None)
 

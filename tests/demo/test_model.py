@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from demo_data import caption
 
 import ascendit
 from ascendit.checkpoint.hub import DEMO
@@ -104,7 +105,7 @@ def test_other_wordings_say_the_same(demo: Pipeline) -> None:
     scenes = [s for s in adherence.pick(40, rng_seed=1) if s.triple not in world.kept_back()][:16]
     right = 0
     for i, scene in enumerate(scenes):
-        frames = demo.generate(scene.prompt(1 + i % 7, i % 3), seed=5).frames
+        frames = demo.generate(caption(scene, 1 + i % 7, i % 3), seed=5).frames
         right += all(adherence.judge(frames).right(scene).values())
     assert right >= 0.7 * len(scenes), right
 

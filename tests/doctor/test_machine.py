@@ -16,6 +16,7 @@ from ascendit.doctor import machine, npu, probe
 from ascendit.doctor.machine import examine
 from ascendit.doctor.probe import Probe, ProbeRow, at_least
 from ascendit.native.build import Built
+from ascendit.version import installed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,10 +44,13 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, versions: dict[str, str | None], specs: set[str]) -> None:
-    real_version, real_spec = probe.installed_version, importlib.util.find_spec
-    monkeypatch.setattr(
-        machine, "installed_version", lambda n: versions[n] if n in versions else real_version(n)
-    )
+    real_spec = importlib.util.find_spec
+
+    def pretended(*names: str) -> dict[str, str]:
+        known = {**installed(*names), **{n: v for n, v in versions.items() if n in names}}
+        return {name: version for name, version in known.items() if version is not None}
+
+    monkeypatch.setattr(machine, "installed", pretended)
     monkeypatch.setattr(machine, "find_spec", lambda n: True if n in specs else real_spec(n))
 
 

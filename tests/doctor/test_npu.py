@@ -30,7 +30,9 @@ class Machine:
         monkeypatch.setattr(npu, "DEV", root / "dev")
         monkeypatch.setattr(Path, "home", lambda: root / "home")
         monkeypatch.setattr(npu, "find_spec", lambda name: name if name in self.packages else None)
-        monkeypatch.setattr(probe, "installed_version", self.packages.get)
+        monkeypatch.setattr(
+            npu, "installed", lambda *names: {n: self.packages[n] for n in names if n in self.packages}
+        )
         monkeypatch.setattr(probe, "command", lambda words: "")
         monkeypatch.setattr(npu, "npu_in_a_child", lambda: self.told)
 

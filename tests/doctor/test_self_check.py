@@ -265,33 +265,31 @@ def children(tmp_path: Path) -> Callable[..., Any]:
     results = [
         asdict(Result(part="operator", name=n, operator=f"npu_{n}", arguments=("int8 [1]",))) for n in NAMES
     ]
-    seen: list[str] = []
 
-    def run(**trouble: str) -> tuple[str | None, list[Result], list[str]]:
+    def run(**trouble: str) -> tuple[str | None, list[Result]]:
         def command(first: int) -> list[str]:
             return [sys.executable, str(script), json.dumps([first, NAMES, results, trouble])]
 
-        chip, found = in_children("npu:0", seen.append, command)
-        return chip, found, seen
+        return in_children("npu:0", command)
 
     return run
 
 
 def test_all_goes_well(children) -> None:
-    chip, found, seen = children()
-    assert chip == "a5" and seen == list(NAMES)
+    chip, found = children()
+    assert chip == "a5"
     assert [r.name for r in found] == list(NAMES) and found[0].arguments == ("int8 [1]",)
 
 
 def test_a_case_that_takes_the_process_along(children) -> None:
-    _, found, _ = children(second="os.abort()")
+    _, found = children(second="os.abort()")
     assert [r.verdict for r in found] == ["exact", "crashed", "exact"]
     assert found[1].error == "the process ended with code -6" and found[1].failed
 
 
 def test_a_case_that_hangs(children, monkeypatch) -> None:
     monkeypatch.setattr("ascendit.doctor.self_check.CASE_SECONDS", 0.5)
-    _, found, _ = children(third="time.sleep(60)")
+    _, found = children(third="time.sleep(60)")
     assert [r.verdict for r in found] == ["exact", "exact", "crashed"]
     assert found[2].error == "no answer in 0.5 s"
 
@@ -299,8 +297,9 @@ def test_a_case_that_hangs(children, monkeypatch) -> None:
 def test_a_card_that_answers_nothing_more(children) -> None:
     """The child ends itself after a result; another one goes on."""
     dead = "tell(result=results[i]); tell(end='the device answers nothing'); sys.exit()"
-    _, found, seen = children(first=dead)
-    assert [r.verdict for r in found] == ["exact", "exact", "exact"] and seen == list(NAMES)
+    _, found = children(first=dead)
+    assert [r.verdict for r in found] == ["exact", "exact", "exact"]
+    assert [r.name for r in found] == list(NAMES)
 
 
 def test_a_device_that_is_refused(children) -> None:

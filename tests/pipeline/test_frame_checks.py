@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from demo_data import Motion, render
 
 from ascendit.demo import world
 from ascendit.errors import AscenditError, QualityError
@@ -14,8 +15,8 @@ from ascendit.pipeline.frame_checks import Frames, check_not_flat, to_uint8
 
 
 def scene() -> Frames:
-    motion = world.Motion(radius=10, travel=20, centre=(32, 32))
-    return world.render(world.Scene("purple", "square", "right", "white"), motion, 5)
+    motion = Motion(radius=10, travel=20, centre=(32, 32))
+    return render(world.Scene("purple", "square", "right", "white"), motion, 5)
 
 
 @contextmanager
@@ -109,7 +110,7 @@ def test_plain_backgrounds_with_a_small_thing_pass(frames: Frames, caplog: pytes
 
 
 def test_every_plain_scene_of_the_world_passes(caplog: pytest.LogCaptureFixture) -> None:
-    motion = world.Motion(radius=9, travel=18, centre=(32, 32))
+    motion = Motion(radius=9, travel=18, centre=(32, 32))
     for each in world.scenes():
-        check_not_flat(world.render(each, motion, 17, only=range(0, 17, 8)))
+        check_not_flat(render(each, motion, 17, only=range(0, 17, 8)))
     assert not caplog.records

@@ -16,6 +16,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from demo_data import Motion, render
 from PIL import Image
 from pipeline.metadata import read_metadata
 
@@ -53,8 +54,8 @@ def request(**changes: Any) -> GenerateRequest:
 
 
 def scene(frames: int = 5) -> Frames:
-    motion = world.Motion(radius=10, travel=20, centre=(32, 32))
-    return world.render(world.Scene("purple", "square", "right", "white"), motion, frames)
+    motion = Motion(radius=10, travel=20, centre=(32, 32))
+    return render(world.Scene("purple", "square", "right", "white"), motion, frames)
 
 
 def patches(frames: int = 5) -> Frames:

@@ -145,7 +145,6 @@ class Staging:
                     f"{self._folder} was left by a run that did something else",
                     needs="the same source, options and version as the run that is taken up again",
                     fix="run it without --resume, which starts anew, or with the options of that run",
-                    code="E-USE-01",
                 )
             logger.info("going on with %s: %d files are complete", self._folder, old.count)
             self.path.mkdir(exist_ok=True)
@@ -222,7 +221,6 @@ def _absolute(dst: Path) -> Path:
             f"the output {str(dst)!r} has no name",
             needs="the name of a folder that will be made",
             fix="for example -o models/wan-mxfp8",
-            code="E-USE-01",
         )
     whole = dst.name in ("", "..")  # "." and "/" and "a/..": they exist, and are refused for that
     return Path(os.path.realpath(dst)) if whole else Path(os.path.realpath(dst.parent)) / dst.name

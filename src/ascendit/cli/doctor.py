@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ascendit.cli.flags import Json, flag
-from ascendit.cli.output import Output, check_report, table, write_report
+from ascendit.cli.output import Output, check_report, write_report
 from ascendit.errors import UsageError
+from ascendit.report import columns
 
 if TYPE_CHECKING:
     from ascendit.doctor.operator_cases import Result
@@ -42,7 +43,6 @@ def doctor(
             f"{' and '.join(options)} without --self-check",
             needs="--self-check, which these belong to",
             fix=f"ascendit doctor --self-check {' '.join(f'{k} {v}' for k, v in options.items())}",
-            code="E-USE-01",
         )
     code = _check_device(device or DEFAULT_DEVICE, file, out) if self_check else _check_machine(out)
     if code:
@@ -57,7 +57,7 @@ def _check_machine(out: Output) -> int:
     with out.work():
         report = examine()
     cells = [(r.item, r.found, r.needed, r.status, "" if r.status in NO_FIX else r.fix) for r in report.rows]
-    rows = table(("item", "found", "needed", "status", "fix"), cells)
+    rows = columns([("item", "found", "needed", "status", "fix"), *cells])
     out.result(report.as_dict(), [*rows, "", *report.verdicts()])
     return 0 if report.ok else 3
 
@@ -114,9 +114,8 @@ def page(check: SelfCheck) -> Iterator[str]:
     yield f"\n{_verdict(check)}"
 
 
-def _rows(first: str, rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    for line in table((first, "cases", "verdict", "dB", "us", "remark"), rows):
-        yield f"  {line}"
+def _rows(first: str, rows: Iterable[tuple[str, ...]]) -> list[str]:
+    return columns([(first, "cases", "verdict", "dB", "us", "remark"), *rows], indent="  ")
 
 
 def _operators(check: SelfCheck) -> Iterator[tuple[str, ...]]:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli.output import Output, quiet_libraries, two_columns
+from ascendit.cli.output import Output, quiet_libraries
 from ascendit.errors import UsageError
 from ascendit.pipeline.options import FLAGS, OPTIONS
+from ascendit.report import columns
 
 if TYPE_CHECKING:
     from ascendit.cli.generate_options import Call
@@ -184,7 +185,7 @@ def _print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) ->
     out.line(f"would run  {model.defaults.model} in {model.layout.root}")
     out.line("request")
     shown = [(k, v) for k, v in request.model_dump().items() if v is not None]
-    for line in two_columns((k, f"{v}" if k in given else f"{v}  (default)") for k, v in shown):
+    for line in columns(((k, f"{v}" if k in given else f"{v}  (default)") for k, v in shown), indent="  "):
         out.line(line)
     out.line("defaults from")
     for source in model.defaults.sources:

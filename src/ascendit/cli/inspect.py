@@ -25,9 +25,7 @@ def inspect(
     """Show what a checkpoint holds. Parts, schemes, engines, limits, completeness; reads headers only."""
     out: Output = ctx.obj
     if other is not None and layers:
-        raise UsageError(
-            "--layers and --diff", needs="one of them", fix="leave one out; --json has all", code="E-USE-01"
-        )
+        raise UsageError("--layers and --diff", needs="one of them", fix="leave one out; --json has all")
     ok = _diff(out, path, other) if other is not None else _inspect(out, path, layers)
     if not ok:
         raise typer.Exit(1)

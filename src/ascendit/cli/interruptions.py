@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 from ascendit.errors import Cancelled
@@ -17,7 +17,6 @@ def cancelled() -> Cancelled:
         "cancelled",
         needs="nothing; no file was left behind",
         fix="run the same command again",
-        code="E-CAN-01",
     )
 
 
@@ -37,9 +36,7 @@ class Interrupt:
             self._before = signal.signal(signal.SIGINT, self._on_signal)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if threading.current_thread() is threading.main_thread():
             before = signal.default_int_handler if self._before is None else self._before
             signal.signal(signal.SIGINT, before)

@@ -138,7 +138,7 @@ def _usage(error: Any) -> UsageError:
     ctx = getattr(error, "ctx", None)
     command = ctx.command_path if ctx else "ascendit"
     usage = ctx.get_usage().removeprefix("Usage: ") if ctx else "ascendit COMMAND"
-    return UsageError(error.format_message(), needs=usage, fix=f"{command} --help", code="E-USE-01")
+    return UsageError(error.format_message(), needs=usage, fix=f"{command} --help")
 
 
 def _set_up_log(output: Output) -> None:

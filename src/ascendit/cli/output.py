@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from ascendit.errors import AscenditError, UsageError
-from ascendit.version import __version__
+from ascendit.version import __version__, installed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,29 +143,10 @@ def report_fault(error: BaseException, output: Output) -> int:
     return 1
 
 
-def two_columns(rows: Iterable[tuple[str, object]], indent: str = "  ") -> list[str]:
-    """Lines with the names padded to one width."""
-    rows = list(rows)
-    width = max((len(name) for name, _ in rows), default=0)
-    return [f"{indent}{name:<{width}}  {value}" for name, value in rows]
-
-
-def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Left-aligned columns with two spaces between them, the header first."""
-    cells = [header, *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    return ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-
-
 def versions() -> dict[str, str]:
     """Versions of what makes a video, without importing any of it."""
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version(), "ascendit": __version__}
-    for name in ("torch", "diffusers", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    packages = ("torch", "diffusers", "transformers")
+    known = dict.fromkeys(packages, "not installed") | installed(*packages)
+    return {"python": platform.python_version(), "ascendit": __version__, **known}

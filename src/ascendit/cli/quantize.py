@@ -101,7 +101,6 @@ def _calibrator(
                     f"{flag} {value} without --calibrate",
                     needs="--calibrate PROMPTS: the model is run for nothing else",
                     fix=f"leave {flag} out, or add --calibrate",
-                    code="E-USE-01",
                 )
         return None
     from ascendit.pipeline.calibrate import Calibrator
@@ -123,7 +122,6 @@ def _fields(settings: list[str]) -> dict[str, Any]:
             f"--set {wrong[0]} with --calibrate",
             needs="a value of its videos, as num_inference_steps, height, width, num_frames",
             fix="leave it out",
-            code="E-USE-01",
         )
     return layer
 
@@ -140,7 +138,6 @@ def _ended_early(view: ProgressView) -> Iterator[None]:
             "cancelled",
             needs="nothing; there is no output, and files that are whole wait beside its place",
             fix="the same command with --resume goes on, without it starts anew",
-            code="E-CAN-01",
         ) from e
     except Exception as e:
         if view.stage in ("load", "denoise") and is_out_of_memory(e):
@@ -148,6 +145,5 @@ def _ended_early(view: ProgressView) -> Iterator[None]:
                 "out of memory while the float model ran to calibrate",
                 needs="memory for the model as it is, with text encoder and VAE",
                 fix="--device with more memory; without --calibrate a small machine does it",
-                code="E-MEM-01",
             ) from e
         raise

@@ -55,31 +55,27 @@ def verify(
         return
     if swap_experts:
         needs = "--adherence, which it is the control of"
-        raise _refused("--swap-experts with --quality", needs, "leave it out")
+        raise UsageError("--swap-experts with --quality", needs=needs, fix="leave it out")
     if jobs < 1:
-        raise _refused(f"--jobs {jobs}", "at least 1", "--jobs 1")
+        raise UsageError(f"--jobs {jobs}", needs="at least 1", fix="--jobs 1")
     verify_quality(out, name, cases or (), range(seeds), 192 if limit is None else limit, jobs, report)
 
 
 def _check_call(model: str | None, *, demo: bool, checks: int, seeds: int, report: Path | None) -> str:
     """The model's name. Raises UsageError for a call that cannot be done, before anything runs."""
     if checks != 1:
-        raise _refused(
+        raise UsageError(
             "two checks at a time" if checks else "no check was asked for",
-            "the name of one check: --adherence or --quality",
-            "ascendit verify --demo --adherence",
+            needs="the name of one check: --adherence or --quality",
+            fix="ascendit verify --demo --adherence",
         )
     if demo == (model is not None):
-        raise _refused("--demo and a MODEL" if demo else "no model", "one of the two", "--demo")
+        raise UsageError("--demo and a MODEL" if demo else "no model", needs="one of the two", fix="--demo")
     if seeds < 1:
-        raise _refused(f"--seeds {seeds}", "at least 1 seed", "--seeds 2")
+        raise UsageError(f"--seeds {seeds}", needs="at least 1 seed", fix="--seeds 2")
     if report is not None:
         check_report("--report", report)
     return model or "demo"
-
-
-def _refused(got: str, needs: str, fix: str) -> UsageError:
-    return UsageError(got, needs=needs, fix=fix, code="E-USE-01")
 
 
 class Tally:

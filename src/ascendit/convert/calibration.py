@@ -118,7 +118,6 @@ def check_alpha(alpha: float) -> None:
             f"alpha {alpha:g}",
             needs="0 (all outliers stay in the input) to 1 (all of them move into the weight)",
             fix=f"--alpha {ALPHA:g}, which is msModelSlim's",
-            code="E-USE-01",
         )
 
 

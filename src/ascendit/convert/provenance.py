@@ -191,7 +191,6 @@ def read_base(base: Path | str, source: Layout) -> Layout:
             f"--base {base} is {WORDS[layout.kind]}",
             needs=f"a Diffusers folder with {INDEX_FILE}, text encoder and VAE",
             fix="give the published folder of the model, for example hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-            code="E-USE-01",
         )
     if len(layout.experts) != len(source.experts):
         raise _other_model(
@@ -242,13 +241,8 @@ def place_parts(base: Layout, folder: Path, *, copy: bool) -> tuple[str, ...]:
         if part not in base.experts:
             link_or_copy(part.path, folder / name, copy=copy)
             placed.append(name)
-    for file in [INDEX_FILE, *licences(base.root)]:
+    licences = sorted(p.name for p in base.root.iterdir() if p.is_file() and _LICENCE.match(p.name))
+    for file in [INDEX_FILE, *licences]:
         shutil.copyfile(base.root / file, folder / file)
         placed.append(file)
     return tuple(placed)
-
-
-def licences(root: Path) -> list[str]:
-    """Files at the top of a model that must go with it."""
-    found = [p.name for p in root.iterdir() if p.is_file() and _LICENCE.match(p.name)]
-    return sorted(found)

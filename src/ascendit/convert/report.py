@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ascendit.report import columns, group_by, human_bytes, plain, selected, titled, totals
+from ascendit.report import columns, counted, group_by, human_bytes, plain, selected, titled, totals
 
 # ---- both ---------------------------------------------------------------------------------------
 
@@ -246,10 +246,8 @@ class QuantizeReport(ConversionReport):
 
 def calibration_words(record: Mapping[str, Any]) -> str:
     """`alpha 0.9, from 4 prompts of 16 steps at 64x64, 17 frames`."""
-    return (
-        f"alpha {record['alpha']:g}, from {record['prompts']} prompt{'s'[: record['prompts'] != 1]} of "
-        f"{record['steps']} steps at {record['size']}, {record['frames']} frames"
-    )
+    videos = f"{record['steps']} steps at {record['size']}, {record['frames']} frames"
+    return f"alpha {record['alpha']:g}, from {counted(record['prompts'], 'prompt')} of {videos}"
 
 
 # ---- repack -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ RGB = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a video shows: a name of `world`, or None where it cannot be read; and what was measured."""
+    """What a video shows: a name of `world`, or None where it cannot be read."""
 
     colour: str | None = None
     shape: str | None = None
@@ -53,16 +53,6 @@ class Reading:
     background: str | None = None
     why: tuple[str, ...] = ()
     """One sentence for each thing that could not be read."""
-    path: tuple[tuple[float, float], ...] = ()
-    """Centroid (x, y) in pixels of the video, for each frame that shows the thing."""
-    travel: float = 0.0
-    """Length of the fitted straight path from the first to the last frame, in pixels of the video."""
-    area: float = 0.0
-    """Pixels of the video that the thing covers, median over frames."""
-    shape_scores: Mapping[str, float] = field(default_factory=dict)
-    """Soft IoU with the best-fitting template of each shape, 0 to 1."""
-    colour_rgb: RGB | None = None
-    background_rgb: RGB | None = None
 
     def right(self, scene: Scene) -> dict[str, bool]:
         """For each attribute, whether it is as asked."""
@@ -88,31 +78,25 @@ class Mask(NamedTuple):
 
 def judge(frames: NDArray[np.uint8]) -> Reading:
     """Read one video, uint8 [F, H, W, 3], F >= 5. Raises UsageError for another kind of array."""
-    video, unit = _shrink(_checked(frames))
+    video = _shrink(_checked(frames))
     edge = np.concatenate([video[:, (0, -1)].reshape(-1, 3), video[:, :, (0, -1)].reshape(-1, 3)])
     ground = np.median(edge, axis=0)
     plain = np.median(np.abs(edge - ground), axis=0).max() < 0.5 * GROUND_LIMIT
     background = _nearest(ground, world.BACKGROUNDS, GROUND_LIMIT) if plain else None
-    behind: dict[str, Any] = {"background": background, "background_rgb": _rgb(ground)}
     why = "" if background else f"background {_rgb(ground)} is not plain {', '.join(world.BACKGROUNDS)}"
     smooth = _box3(video)
-    found = _find(smooth, ground.astype(np.float32))
-    if isinstance(found, str):
-        return Reading(why=tuple(filter(None, (why, found))), **behind)
-    direction, travel, why_path = _direction(found, len(video), min(video.shape[1:3]))
-    shape, scores, why_shape = _shape(found)
-    colour, rgb, why_colour = _colour(smooth, found)
+    mask = _find(smooth, ground.astype(np.float32))
+    if isinstance(mask, str):
+        return Reading(background=background, why=tuple(filter(None, (why, mask))))
+    direction, why_path = _direction(mask, len(video), min(video.shape[1:3]))
+    shape, why_shape = _shape(mask)
+    colour, why_colour = _colour(smooth, mask)
     return Reading(
         colour=colour,
         shape=shape,
         direction=direction,
+        background=background,
         why=tuple(filter(None, (why, why_path, why_shape, why_colour))),
-        path=tuple((float(x), float(y)) for x, y in (found.centre + 0.5) * unit),
-        travel=travel * unit,
-        area=float(np.median(found.area)) * unit**2,
-        shape_scores=scores,
-        colour_rgb=rgb,
-        **behind,
     )
 
 
@@ -125,18 +109,17 @@ def _checked(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
         f"a video of shape {shape} and type {dtype or type(frames).__name__}",
         needs=f"uint8 [frames, height, width, 3], at least {MIN_FRAMES} frames of 16x16",
         fix="pass video.frames",
-        code="E-USE-01",
     )
 
 
-def _shrink(frames: NDArray[np.uint8]) -> tuple[Floats, int]:
-    """Average blocks so that the short side is 64 to 127; also the block's side in pixels."""
+def _shrink(frames: NDArray[np.uint8]) -> Floats:
+    """Average blocks so that the short side is 64 to 127."""
     n, h, w, _ = frames.shape
     k = max(1, min(h, w) // 64)
     if k == 1:
-        return frames.astype(np.float32), 1
+        return frames.astype(np.float32)
     blocks = frames[:, : h // k * k, : w // k * k].reshape(n, h // k, k, w // k, k, 3)
-    return np.asarray(blocks.mean((2, 4), np.float32)), k
+    return np.asarray(blocks.mean((2, 4), np.float32))
 
 
 def _box3(x: Floats) -> Floats:
@@ -180,8 +163,8 @@ def _find(smooth: Floats, ground: Floats) -> Mask | str:
     return Mask(weight[one], area[one], np.stack([cx, cy], 1)[one], np.flatnonzero(one), rim[one] < 1)
 
 
-def _direction(mask: Mask, frames: int, size: int) -> tuple[str | None, float, str]:
-    """Least-squares line through the centroids: direction, travel over the whole video, what is wrong."""
+def _direction(mask: Mask, frames: int, size: int) -> tuple[str | None, str]:
+    """Direction of the least-squares line through the centroids, and what is wrong with it."""
     mask = mask.clear(least=max(4, frames // 2))
     t = (mask.frame - mask.frame.mean()).astype(np.float32)
     path = mask.centre - mask.centre.mean(0)
@@ -189,16 +172,16 @@ def _direction(mask: Mask, frames: int, size: int) -> tuple[str | None, float, s
     step = float(np.hypot(*speed))
     travel = step * (frames - 1)
     if travel < TRAVEL_LIMIT * min(1.0, size / 64):
-        return None, travel, f"it does not move ({travel:.1f} px)"
+        return None, f"it does not move ({travel:.1f} px)"
     unit = speed / step
     steady = 1 - float(((path - t[:, None] * speed) ** 2).sum() / (path**2).sum())
     sideways = math.sqrt(float(((path @ np.array([-unit[1], unit[0]])) ** 2).mean())) / travel
     if steady < STEADY_LIMIT or sideways > SIDEWAYS_LIMIT:
-        return None, travel, f"its path is not straight (steady {steady:.2f}, sideways {sideways:.2f})"
-    return max(world.DIRECTIONS, key=lambda d: float(unit @ np.array(world.DIRECTIONS[d]))), travel, ""
+        return None, f"its path is not straight (steady {steady:.2f}, sideways {sideways:.2f})"
+    return max(world.DIRECTIONS, key=lambda d: float(unit @ np.array(world.DIRECTIONS[d]))), ""
 
 
-def _colour(smooth: Floats, mask: Mask) -> tuple[str | None, RGB, str]:
+def _colour(smooth: Floats, mask: Mask) -> tuple[str | None, str]:
     """Median colour well inside the thing, named if most of its pixels have the same name."""
     _, h, w, _ = smooth.shape
     dx, dy = np.arange(w) - mask.centre[:, :1], np.arange(h) - mask.centre[:, 1:]
@@ -207,12 +190,12 @@ def _colour(smooth: Floats, mask: Mask) -> tuple[str | None, RGB, str]:
     rgb = np.median(pixels, axis=0)
     name = _nearest(rgb, world.COLOURS, COLOUR_LIMIT)
     if name is None:
-        return None, _rgb(rgb), f"colour {_rgb(rgb)} is far from every name"
+        return None, f"colour {_rgb(rgb)} is far from every name"
     off = pixels - np.array(world.COLOURS[name], np.float32)
     share = float((np.square(off).sum(1) < (1.2 * COLOUR_LIMIT) ** 2).mean())
     if share < SEEN_LIMIT:
-        return None, _rgb(rgb), f"only {share:.0%} of the thing is {name}"
-    return name, _rgb(rgb), ""
+        return None, f"only {share:.0%} of the thing is {name}"
+    return name, ""
 
 
 def _nearest(rgb: NDArray[Any], names: Mapping[str, RGB], limit: float) -> str | None:
@@ -230,7 +213,7 @@ def _rgb(values: NDArray[Any]) -> RGB:
 UNIT_AREA = {"circle": math.pi, "square": 4 * 0.92**2, "triangle": 3 * math.sqrt(3) * 0.72**2}
 
 
-def _shape(mask: Mask) -> tuple[str | None, dict[str, float], str]:
+def _shape(mask: Mask) -> tuple[str | None, str]:
     """Shape of the aligned mean mask, if the first and the second half of the video agree on it."""
     mask = mask.clear(least=2)
     half = 4 * math.ceil((1.7 * math.sqrt(np.median(mask.area) / math.pi) + 2) / 4)
@@ -240,8 +223,8 @@ def _shape(mask: Mask) -> tuple[str | None, dict[str, float], str]:
     halves = [_shape_scores(part.mean(0)) for part in np.array_split(windows, 2)]
     steady = all(s[best] == max(s.values()) for s in halves)
     if steady and scores[best] >= SHAPE_LIMIT and scores[best] - scores[second] >= SHAPE_MARGIN:
-        return best, scores, ""
-    return None, scores, "no shape fits throughout: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items())
+        return best, ""
+    return None, "no shape fits throughout: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items())
 
 
 def _shape_scores(mean: Floats) -> dict[str, float]:
@@ -382,7 +365,7 @@ def pick(n: int, rng_seed: int = 0) -> list[Scene]:
     every = list(world.scenes())
     if not 1 <= n <= len(every):
         needs = f"1 to {len(every)} scenes"
-        raise UsageError(f"{n} scenes", needs=needs, fix="ask for fewer, or add seeds", code="E-USE-01")
+        raise UsageError(f"{n} scenes", needs=needs, fix="ask for fewer, or add seeds")
     rng = np.random.default_rng(rng_seed)
     back = world.kept_back()
     pools: dict[bool, list[Scene]] = {True: [], False: []}

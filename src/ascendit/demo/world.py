@@ -1,6 +1,6 @@
-"""The synthetic world of the demo model: what its prompts can say, and the true picture of each.
+"""The synthetic world of the demo model: what its prompts can say, and the shapes that they name.
 
-One moving thing on a plain background. The training script renders it, the adherence check
+One moving thing on a plain background. `tools/demo_data.py` renders it for training, the adherence check
 (`adherence.py`) reads it back from pixels, and the tests hold the two against each other.
 """
 
@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -45,27 +44,6 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
     "gray": (128, 128, 128),
 }
-# The first wording is the one the docs and the adherence check use.
-WORDINGS = (
-    "a {c} {s} moves {d} on a {b} background",
-    "a {c} {s} moving {d} on a {b} background",
-    "{c} {s} moves {d}, {b} background",
-    "on a {b} background, a {c} {s} moves {d}",
-    "the {c} {s} slides {d} over a plain {b} background",
-    "a video of a {c} {s} that goes {d} in front of a {b} background",
-    "a {c} {s} drifts slowly {d} against a {b} background.",
-    "{b} background, a {c} {s} travels {d}",
-)
-DIRECTION_WORDS: dict[str, tuple[str, ...]] = {
-    "right": ("right", "to the right", "rightwards"),
-    "left": ("left", "to the left", "leftwards"),
-    "up": ("up", "upwards", "to the top"),
-    "down": ("down", "downwards", "to the bottom"),
-    "up and right": ("up and right", "up and to the right", "diagonally up right"),
-    "up and left": ("up and left", "up and to the left", "diagonally up left"),
-    "down and right": ("down and right", "down and to the right", "diagonally down right"),
-    "down and left": ("down and left", "down and to the left", "diagonally down left"),
-}
 
 
 class Scene(NamedTuple):
@@ -81,12 +59,9 @@ class Scene(NamedTuple):
         """The part that is kept back as a whole: (colour, shape, direction)."""
         return (self.colour, self.shape, self.direction)
 
-    def prompt(self, wording: int = 0, direction_word: int = 0) -> str:
-        """The sentence for this scene in one of the known wordings."""
-        words = DIRECTION_WORDS[self.direction]
-        return WORDINGS[wording % len(WORDINGS)].format(
-            c=self.colour, s=self.shape, d=words[direction_word % len(words)], b=self.background
-        )
+    def prompt(self) -> str:
+        """The sentence for this scene: training has it in more wordings."""
+        return f"a {self.colour} {self.shape} moves {self.direction} on a {self.background} background"
 
 
 def scenes() -> Iterator[Scene]:
@@ -114,31 +89,6 @@ def kept_back() -> frozenset[tuple[str, str, str]]:
     return frozenset(held)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Motion:
-    """Where the thing is and how it moves, in pixels."""
-
-    radius: float
-    """Half of the extent: circle radius; squares and triangles are scaled to look as large."""
-    travel: float
-    """Length of the whole path."""
-    centre: tuple[float, float]
-    """Middle of the path (x, y)."""
-
-
-def draw_motion(rng: np.random.Generator, direction: str, size: int = SIZE) -> Motion:
-    """A random motion that stays inside the picture."""
-    k = size / 64
-    radius = rng.uniform(9.0, 12.0) * k
-    travel = rng.uniform(18.0, 26.0) * k
-    centre = []
-    for axis in (0, 1):
-        reach = abs(DIRECTIONS[direction][axis]) * travel / 2 + 1.25 * radius
-        slack = max(0.0, size / 2 - reach)
-        centre.append(size / 2 + rng.uniform(-slack, slack))
-    return Motion(radius=radius, travel=travel, centre=(centre[0], centre[1]))
-
-
 def coverage(shape: str, x: NDArray[np.float32], y: NDArray[np.float32], r: float) -> NDArray[np.float32]:
     """Share of each pixel that the shape covers, with a one-pixel soft edge.
 
@@ -154,25 +104,3 @@ def coverage(shape: str, x: NDArray[np.float32], y: NDArray[np.float32], r: floa
     else:
         raise ValueError(f"unknown shape {shape!r}, known: {', '.join(SHAPES)}")
     return np.clip(inside + 0.5, 0.0, 1.0).astype(np.float32)
-
-
-def render(
-    scene: Scene,
-    motion: Motion,
-    frames: int = FRAMES,
-    size: int = SIZE,
-    only: range | None = None,
-) -> NDArray[np.uint8]:
-    """The true video: uint8 [frames, size, size, 3]; `only` renders a part of its frames."""
-    only = range(frames) if only is None else only
-    fg = np.array(COLOURS[scene.colour], np.float32)
-    bg = np.array(BACKGROUNDS[scene.background], np.float32)
-    dx, dy = DIRECTIONS[scene.direction]
-    grid = np.arange(size, dtype=np.float32) + 0.5
-    out = np.empty((len(only), size, size, 3), np.uint8)
-    for n, i in enumerate(only):
-        along = motion.travel * (i / max(frames - 1, 1) - 0.5)
-        cx, cy = motion.centre[0] + dx * along, motion.centre[1] + dy * along
-        a = coverage(scene.shape, grid[None, :] - cx, grid[:, None] - cy, motion.radius)[..., None]
-        out[n] = np.rint(a * fg + (1 - a) * bg).astype(np.uint8)
-    return out

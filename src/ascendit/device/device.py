@@ -116,7 +116,6 @@ class Device:
                 f"dtype={found} on {self}",
                 needs=" or ".join(DENOISER_DTYPES),
                 fix="--set dtype=bfloat16",
-                code="E-USE-01",
             )
         return found
 
@@ -130,4 +129,4 @@ def parse_device(name: object) -> Device:
     kind, _, chip = text.partition(":")
     if text == "cpu" or (kind == "twin" and chip in CHIPS):
         return Device(kind, chip=chip or None)
-    raise UsageError(f"device {text!r}", needs=DEVICE_NAMES, fix="--device cpu", code="E-USE-01")
+    raise UsageError(f"device {text!r}", needs=DEVICE_NAMES, fix="--device cpu")

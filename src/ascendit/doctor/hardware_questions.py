@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -157,29 +156,29 @@ def _fp8_once(call: Caller, batch: int, tokens: int) -> str:
 def _graphs(card: CheckedDevice) -> str:
     """Capture in a graph, replay, compare; for the kernels without a Meta kernel or with seeds."""
     heads = card.put(seeded(1, 64, 4, 64).to(BF16))
-    rows = (heads.flatten(2),)
-    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
-        "npu_fusion_attention": ((heads, heads, heads, 4, "BSND"), {"scale": 0.125}),
-        "npu_dynamic_quant": (rows, {}),
-        "npu_dynamic_mx_quant": (rows, {"dst_type": FP8_E4M3}),
-    }
-    if card.device.chip != "a5":
-        del calls["npu_dynamic_mx_quant"]
-    runs = {name: partial(card.call, name, *args, **rest) for name, (args, rest) in calls.items()}
-    return "; ".join(f"{name} {_captured(card, run)}" for name, run in runs.items())
+    rows = heads.flatten(2)
+    words = [
+        _captured(card, "npu_fusion_attention", heads, heads, heads, 4, "BSND", scale=0.125),
+        _captured(card, "npu_dynamic_quant", rows),
+    ]
+    if card.device.chip == "a5":
+        words.append(_captured(card, "npu_dynamic_mx_quant", rows, dst_type=FP8_E4M3))
+    return "; ".join(words)
 
 
-def _captured(card: CheckedDevice, run: Callable[[], Any]) -> str:
+def _captured(card: CheckedDevice, name: str, *args: Any, **kwargs: Any) -> str:
+    """Whether a graph captures this operator, behind its name."""
     try:
         api: Any = getattr(torch, card.device.backend.tensors)
-        right = card.back(run())[0]
+        right = card.back(card.call(name, *args, **kwargs))[0]
         graph = api.NPUGraph()
         with api.graph(graph):
-            out = run()
+            out = card.call(name, *args, **kwargs)
         graph.replay()
-        return "captured" if torch.equal(card.back(out)[0], right) else "captured, but replays other numbers"
+        same = torch.equal(card.back(out)[0], right)
+        return f"{name} captured" if same else f"{name} captured, but replays other numbers"
     except (RuntimeError, AttributeError, NotImplementedError) as e:
-        return f"refused ({shorter(str(e), 160)})"
+        return f"{name} refused ({shorter(str(e), 160)})"
 
 
 # ---- speed and cards ----------------------------------------------------------------------------

@@ -28,10 +28,10 @@ from ascendit.doctor.probe import (
     at_least,
     child,
     failed,
-    installed_version,
     read,
 )
 from ascendit.native.build import native
+from ascendit.version import installed
 
 PYTHON = "3.11"
 PYTHON_LIBRARIES = {
@@ -118,7 +118,7 @@ def _compiler() -> list[ProbeRow]:
 
 
 def _ascendit() -> list[ProbeRow]:
-    version = installed_version("ascendit") or "not installed, run from source"
+    version = installed("ascendit").get("ascendit", "not installed, run from source")
     package = ProbeRow("ascendit", f"{version} in {Path(ascendit.__file__).parent}")
     fix = "reinstall ascendit; a checkout needs its large files"
     demo = ProbeRow("demo model", "present", needed="for --demo", fix=fix)
@@ -128,15 +128,15 @@ def _ascendit() -> list[ProbeRow]:
 
 
 def _libraries() -> list[ProbeRow]:
-    return [_library(name, needed) for name, needed in PYTHON_LIBRARIES.items()]
-
-
-def _library(name: str, needed: str) -> ProbeRow:
-    found = installed_version(name)
-    status: Status = "missing" if found is None else "ok" if at_least(found, needed) else "too old"
-    label = {"av": "PyAV"}.get(name, name)
-    fix = f'pip install "{name}>={needed}"'
-    return ProbeRow(label, found or "none", needed=f">= {needed}", status=status, fix=fix, required=True)
+    versions, rows = installed(*PYTHON_LIBRARIES), []
+    for name, needed in PYTHON_LIBRARIES.items():
+        found = versions.get(name)
+        status: Status = "missing" if found is None else "ok" if at_least(found, needed) else "too old"
+        label = "PyAV" if name == "av" else name
+        fix = f'pip install "{name}>={needed}"'
+        row = ProbeRow(label, found or "none", needed=f">= {needed}", status=status, fix=fix, required=True)
+        rows.append(row)
+    return rows
 
 
 def _torch_imports() -> list[ProbeRow]:
@@ -192,16 +192,15 @@ NATIVE_SOURCES = {
 
 def compiled_kernels() -> list[ProbeRow]:
     """One row for each source. What was never compiled is compiled now, which takes seconds."""
-    return [_kernel(name, use) for name, use in NATIVE_SOURCES.items()]
-
-
-def _kernel(name: str, use: str) -> ProbeRow:
-    built = native(name)
-    row = ProbeRow(f"kernel: {name}", f"native, {built.reason}", needed=f"optional, for {use}")
-    if built.library is not None:
-        return row
-    found = f"PyTorch instead: {built.reason}"
-    return replace(row, found=found, status="absent", fix="not needed: it is slower")
+    rows = []
+    for name, use in NATIVE_SOURCES.items():
+        built = native(name)
+        row = ProbeRow(f"kernel: {name}", f"native, {built.reason}", needed=f"optional, for {use}")
+        if built.library is None:
+            found = f"PyTorch instead: {built.reason}"
+            row = replace(row, found=found, status="absent", fix="not needed: it is slower")
+        rows.append(row)
+    return rows
 
 
 # ---- torch, asked once --------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from ascendit.device.chip import CHIPS, chip_of
 from ascendit.device.operator_support import CAPABILITIES
 from ascendit.doctor import probe
 from ascendit.doctor.probe import Probe, ProbeRow, Status, version_numbers
+from ascendit.version import installed
 
 TORCH_NPU_PAGE = "https://gitcode.com/Ascend/pytorch/blob/master/COMPATIBILITY.md"
 MINDIE_PAGE = "https://www.hiascend.com/document/detail/en/mindie/310/releasenote/docs/en/release_note.md"
@@ -116,12 +117,13 @@ class VersionMatch:
 
 def match_versions(found: FoundVersions) -> VersionMatch:
     """The row that the machine's torch_npu is, and what beside it is not of that row."""
-    stack = next((s for s in VERSION_SETS if s.torch_npu == _public(found.torch_npu)), None)
+    public = (found.torch_npu or "").partition("+")[0]  # 2.10.0+cpu -> 2.10.0
+    stack = next((s for s in VERSION_SETS if s.torch_npu == public), None)
     wrong, unlisted = [], []
     if stack is None:
         unlisted.append(f"torch_npu {found.torch_npu or 'none'} is in no published table")
     else:
-        if found.torch is not None and _public(found.torch) != stack.torch:
+        if found.torch is not None and found.torch.partition("+")[0] != stack.torch:
             wrong.append(f"torch {found.torch} is not the {stack.torch} of torch_npu {stack.torch_npu}")
         if stack.cann is None:
             unlisted.append(f"no CANN is published for torch_npu {stack.torch_npu}")
@@ -161,11 +163,6 @@ def _beside(
     if version is None or not known or any(begins(version, k) for k in known):
         return []
     return [f"{what} {version} is not among those published for CANN {cann}: {', '.join(known)}"]
-
-
-def _public(version: str | None) -> str | None:
-    """2.10.0+cpu -> 2.10.0"""
-    return None if version is None else version.partition("+")[0]
 
 
 # ---- the machine --------------------------------------------------------------------------------
@@ -289,23 +286,19 @@ def libraries() -> list[ProbeRow]:
 def found_versions() -> FoundVersions:
     """What this machine has of a stack."""
     folder = environment.toolkit_folder() or next(iter(toolkits()), None)
-    return FoundVersions(
-        torch=probe.installed_version("torch"),
-        torch_npu=probe.installed_version("torch_npu"),
-        cann=cann_version(folder) if folder else None,
-        mindiesd=probe.installed_version("mindiesd"),
-        driver=driver_version(),
-    )
+    cann = cann_version(folder) if folder else None
+    return FoundVersions(cann=cann, driver=driver_version(), **installed("torch", "torch_npu", "mindiesd"))
 
 
 def torch_npu() -> list[ProbeRow]:
     """The package, and whether it is that of the torch here."""
-    torch, needed = probe.installed_version("torch") or "?", "the minor version of torch, for an Ascend card"
+    versions, needed = installed("torch", "torch_npu"), "the minor version of torch, for an Ascend card"
     absent: Status = "missing" if here() else "absent"
     row = ProbeRow("torch_npu", "none", needed=needed, status=absent, part="npu")
-    if (found := probe.installed_version("torch_npu")) is None:
+    if (found := versions.get("torch_npu")) is None:
         stack = advise(found_versions())
         return [replace(row, fix=f"pip install torch=={stack.torch} torch_npu=={stack.torch_npu}")]
+    torch = versions.get("torch", "?")
     if _same_minor(found, torch):
         return [replace(row, found=found, status="ok")]
     fix = f"install the torch_npu that belongs to torch {torch}"
@@ -320,9 +313,8 @@ def stack() -> list[ProbeRow]:
     told = match_versions(found)
     row = ProbeRow("versions together", str(told.stack or "no published row"), part="npu")
     data = {"machine": vars(found), "row": vars(told.stack) if told.stack else None}
-    row = replace(
-        row, needed="one published row", data=data | {"wrong": told.wrong, "unlisted": told.unlisted}
-    )
+    known = {**data, "wrong": told.wrong, "unlisted": told.unlisted}
+    row = replace(row, needed="one published row", data=known)
     words = "; ".join((*told.wrong, *told.unlisted))
     fix = f"install a published row: {advise(found)}"
     if told.wrong:
@@ -345,11 +337,6 @@ def devices() -> list[ProbeRow]:
     told = npu_in_a_child()
     if not told.get("cards"):
         return [replace(row, found=f"{row.found}, {told.get('error', 'none usable')}")]
-    return [_usable(row, told)]
-
-
-def _usable(row: ProbeRow, told: dict[str, Any]) -> ProbeRow:
-    """How many of which, their memory, and which chip of ours that is."""
     chip = chip_of(int(told["soc"]))
     memory = sorted({f"{c['memory'] / 2**30:.0f} GiB" for c in told["cards"] if c["memory"]})
     names = sorted({c["name"] for c in told["cards"]})
@@ -357,9 +344,9 @@ def _usable(row: ProbeRow, told: dict[str, Any]) -> ProbeRow:
     row = replace(row, data={**told, "chip": chip.name if chip else None})
     if chip is None:
         known = ", ".join(c.product for c in CHIPS.values())
-        found = f"{words}, SoC number {told['soc']}"
-        return replace(row, found=found, needed=known, fix="--device cpu, or another card")
-    return replace(row, found=f"{words}, {chip.product}: {chip.name}", status="ok", fix="")
+        words += f", SoC number {told['soc']}"
+        return [replace(row, found=words, needed=known, fix="--device cpu, or another card")]
+    return [replace(row, found=f"{words}, {chip.product}: {chip.name}", status="ok", fix="")]
 
 
 def mindiesd() -> list[ProbeRow]:
@@ -367,7 +354,7 @@ def mindiesd() -> list[ProbeRow]:
     if find_spec("torch_npu") is None:
         return []
     row = ProbeRow("MindIE-SD", "none", needed="optional, for fewer kernels", status="absent")
-    if (found := probe.installed_version("mindiesd")) is None:
+    if (found := installed("mindiesd").get("mindiesd")) is None:
         return [row]
     told = npu_in_a_child()
     if "error" in told:  # the row of the device says it
@@ -384,12 +371,13 @@ def operators() -> list[ProbeRow]:
     if find_spec("torch_npu") is None:
         return []
     told = npu_in_a_child()
-    needed = used_operators(_chip(told))
+    chip = chip_of(int(told.get("soc", -1)))
+    needed = used_operators(chip.name if chip else None)
     row = ProbeRow("NPU operators", "not looked at", needed=f"{len(needed)} by name", part="npu")
     if "error" in told:
         return [replace(row, status="not checked", fix=source_line())]
     packages = [("torch_npu", "npu", [n for n in needed if "::" not in n])]
-    if not told["mindiesd"] and probe.installed_version("mindiesd") is not None:  # else its own row says it
+    if not told["mindiesd"] and installed("mindiesd"):  # else its own row says it
         packages.append(("MindIE-SD", "", [n for n in needed if n.startswith("mindiesd::")]))
     rows = []
     for package, part, names in packages:
@@ -407,11 +395,6 @@ def used_operators(chip: str | None) -> list[str]:
     """The operators that ascendit calls, all of them or those that `chip` has; from the capability table."""
     rows = [r for r in CAPABILITIES if r.used_for and (chip is None or r.on(chip) == "yes")]
     return list(dict.fromkeys(r.operator for r in rows))
-
-
-def _chip(told: dict[str, Any]) -> str | None:
-    chip = chip_of(int(told.get("soc", -1)))
-    return chip.name if chip else None
 
 
 _CODE = """

@@ -9,7 +9,7 @@ import logging
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -84,10 +84,9 @@ class Result:
         return self.used and self.verdict in BAD
 
 
-def worst(verdicts: Iterator[Verdict] | list[Verdict]) -> Verdict:
-    """The worst of them; exact if there is none."""
-    found = set(verdicts)
-    return next((v for v in ORDER if v in found), "exact")
+def worst(results: Iterable[Result]) -> Result:
+    """The first with the worst verdict. Raises ValueError if there is none."""
+    return min(results, key=lambda r: ORDER.index(r.verdict))
 
 
 def compare_results(base: Result, actual: Any, expected: Any, *, db: float | None = None) -> Result:
@@ -104,15 +103,14 @@ def compare_results(base: Result, actual: Any, expected: Any, *, db: float | Non
     results = [_pair(base, a, e, db) for a, e in pairs if a.numel() or e.numel()]
     if not results:
         return base
-    verdict = worst([r.verdict for r in results])
-    first = next(r for r in results if r.verdict == verdict)
+    first = worst(results)
     return replace(
         base,
-        verdict=verdict,
-        max_abs=_most(r.max_abs for r in results),
-        max_rel=_most(r.max_rel for r in results),
-        db=_least(r.db for r in results),
-        different=_most(r.different for r in results),
+        verdict=first.verdict,
+        max_abs=most(r.max_abs for r in results),
+        max_rel=most(r.max_rel for r in results),
+        db=least(r.db for r in results),
+        different=most(r.different for r in results),
         error=first.error,
     )
 
@@ -162,11 +160,13 @@ def _floats(base: Result, actual: Tensor, expected: Tensor, limit: float) -> Res
     return replace(found, verdict="wrong", error=f"{db:.1f} dB, at least {limit:g} needed")
 
 
-def _most(values: Iterator[float | None]) -> float | None:
+def most(values: Iterable[float | None]) -> float | None:
+    """The largest; None stands for no number."""
     return max((v for v in values if v is not None), default=None)
 
 
-def _least(values: Iterator[float | None]) -> float | None:
+def least(values: Iterable[float | None]) -> float | None:
+    """The smallest; None stands for no number."""
     return min((v for v in values if v is not None), default=None)
 
 

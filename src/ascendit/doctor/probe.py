@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,11 +43,6 @@ class ProbeRow:
     data: dict[str, Any] = field(default_factory=dict)
     """What `found` says, for programs."""
 
-    @property
-    def good(self) -> bool:
-        """Whether this stands in nobody's way."""
-        return self.status == "ok" or not self.required
-
 
 @dataclass(frozen=True)
 class DoctorReport:
@@ -59,7 +53,7 @@ class DoctorReport:
     @property
     def ok(self) -> bool:
         """Whether everything is here that a run on the CPU needs."""
-        return all(row.good for row in self.rows)
+        return all(row.status == "ok" for row in self.rows if row.required)
 
     @property
     def npu(self) -> bool | None:
@@ -100,14 +94,6 @@ def version_numbers(text: str) -> tuple[int, ...]:
 def at_least(found: str, needed: str) -> bool:
     """Compare versions by their leading numbers: 2.13.0+cpu is at least 2.9."""
     return version_numbers(found) >= version_numbers(needed)
-
-
-def installed_version(name: str) -> str | None:
-    """The version of a distribution, None where it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def read(path: Path) -> str:

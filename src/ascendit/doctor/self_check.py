@@ -31,14 +31,16 @@ from ascendit.doctor.operator_cases import (
     CheckedDevice,
     Result,
     function_cases,
+    least,
+    most,
     operator_cases,
     run_case,
     worst,
 )
-from ascendit.doctor.probe import installed_version
 from ascendit.errors import AscenditError, EnvironmentProblem
 from ascendit.ops.open_device import open_device
-from ascendit.version import __version__
+from ascendit.report import group_by
+from ascendit.version import __version__, installed
 
 FORMAT = 1
 """Of the JSON; goes up when the meaning of a key changes."""
@@ -68,10 +70,7 @@ class SelfCheck:
 
     def by_operator(self) -> dict[str, list[Result]]:
         """The samples of each operator, those that ascendit calls first."""
-        found: dict[str, list[Result]] = {}
-        for r in sorted(self.part("operator"), key=lambda r: not r.used):
-            found.setdefault(r.operator, []).append(r)
-        return found
+        return group_by(sorted(self.part("operator"), key=lambda r: not r.used), lambda r: r.operator)
 
     def as_dict(self) -> dict[str, Any]:
         """The file to send in: no paths, no names of users or hosts."""
@@ -81,16 +80,18 @@ class SelfCheck:
         return {**head, "chip": self.chip, "failed": failed, **self.about, **parts}
 
 
-def self_check(name: str, progress: Callable[[str], None] = lambda text: None) -> SelfCheck:
-    """Run every case on the device of this name; `progress` is told each one.
+def self_check(name: str) -> SelfCheck:
+    """Run every case on the device of this name.
 
     UsageError for no such device, EnvironmentProblem E-ENV-03 for one that is not here. Nothing else raises.
     """
     wanted = parse_device(name)
     if wanted.backend.tensors == "cpu":
         device = open_device(wanted)
-        return SelfCheck(name, device.chip, tuple(_here(device, progress)), _about())
-    chip, results = in_children(name, progress)
+        card = CheckedDevice(device)
+        here = tuple(run_case(card, case) for case in all_cases(device))
+        return SelfCheck(name, device.chip, here, _about())
+    chip, results = in_children(name)
     return SelfCheck(name, chip, tuple(results), _about())
 
 
@@ -101,28 +102,19 @@ def all_cases(device: Device) -> list[CheckCase]:
     return [*question_cases(device), *operator_cases(device), *function_cases(device)]
 
 
-def _here(device: Device, progress: Callable[[str], None]) -> Iterator[Result]:
-    card = CheckedDevice(device)
-    for case in all_cases(device):
-        progress(case.base.name)
-        yield run_case(card, case)
-
-
 def summary(results: list[Result]) -> Result:
     """Samples of one operator as one: the worst verdict, the lowest dB, the longest time."""
-    verdict = worst([r.verdict for r in results])
-    first = next(r for r in results if r.verdict == verdict)
-    levels = [r.db for r in results if r.db is not None]
-    times = [r.microseconds for r in results if r.microseconds is not None]
-    return replace(first, db=min(levels, default=None), microseconds=max(times, default=None))
+    longest = most(r.microseconds for r in results)
+    return replace(worst(results), db=least(r.db for r in results), microseconds=longest)
 
 
 def _about() -> dict[str, Any]:
     found = found_versions()
-    versions = {"ascendit": __version__, "python": platform.python_version(), **vars(found)}
+    versions = {"ascendit": __version__, "python": platform.python_version()}
+    versions |= {**vars(found), **installed("numpy")}
     machine = f"{platform.system()} {platform.release()} {platform.machine()}"
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"made": now, "machine": machine, "versions": {**versions, "numpy": installed_version("numpy")}}
+    return {"made": now, "machine": machine, "versions": versions}
 
 
 # ---- child processes ----------------------------------------------------------------------------
@@ -135,9 +127,7 @@ Command = Callable[[int], Sequence[str]]
 """The words of a child that begins with this case."""
 
 
-def in_children(
-    name: str, progress: Callable[[str], None], command: Command | None = None
-) -> tuple[str | None, list[Result]]:
+def in_children(name: str, command: Command | None = None) -> tuple[str | None, list[Result]]:
     """The chip of device `name`, and the results of all cases; a new child goes on where one ended."""
     command = command or (
         lambda first: (sys.executable, "-m", "ascendit.doctor.self_check", name, str(first))
@@ -153,12 +143,12 @@ def in_children(
                 chip = line["chip"]
             elif "begins" in line:
                 running = _result(line["begins"])
-                progress(running.name)
             elif "result" in line:
                 results.append(_result(line["result"]))
                 running = None
             elif "refused" in line:
-                raise _refusal(line["refused"])
+                told = line["refused"]
+                raise EnvironmentProblem(told["got"], needs=told["needs"], fix=told["try"], code=told["code"])
             else:
                 end = line["end"]
         if end == "done":
@@ -167,7 +157,12 @@ def in_children(
             results.append(replace(running, verdict="crashed", error=end))
             running = None
         elif len(results) == before:
-            raise _silent(name, end)
+            raise EnvironmentProblem(
+                f"device {name}: {end} before its first check",
+                needs="a device that starts",
+                fix="ascendit doctor",
+                code="E-ENV-03",
+            )
 
 
 def _lines(words: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -208,19 +203,6 @@ def _read(stream: IO[str], told: queue.Queue[str | None]) -> None:
 
 def _result(told: dict[str, Any]) -> Result:
     return Result(**{**told, "arguments": tuple(told["arguments"])})
-
-
-def _refusal(told: dict[str, str]) -> AscenditError:
-    return EnvironmentProblem(told["got"], needs=told["needs"], fix=told["try"], code=told["code"])
-
-
-def _silent(name: str, end: str) -> EnvironmentProblem:
-    return EnvironmentProblem(
-        f"device {name}: {end} before its first check",
-        needs="a device that starts",
-        fix="ascendit doctor",
-        code="E-ENV-03",
-    )
 
 
 # ---- the child ----------------------------------------------------------------------------------

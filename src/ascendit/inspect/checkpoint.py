@@ -70,10 +70,10 @@ def _inspect_part(part: Part) -> PartReport:
         named["files"] = len(shards.files)
         if part.name in EXPERTS:
             named["expert"] = read_expert(part)
-    except Misfit as e:
-        return PartReport(**(named | dict(e.checks)), problem=e)
     except AscenditError as e:
-        return PartReport(**named, problem=e)
+        named["problem"] = e
+        if isinstance(e, Misfit):
+            named |= e.checks
     return PartReport(**named)
 
 

@@ -104,19 +104,14 @@ def _obstacles(dialect: Dialect, layout: Layout, experts: Sequence[Expert]) -> I
     if dialect.naming == "diffusers" and layout.kind != "diffusers":
         yield "it wants a whole pipeline folder"
     for layer in layers:
-        if dialect.container(layer.scheme) != layer.container and not _as_numbers(dialect, layer):
+        as_numbers = dialect.unpacked and layer.container == "bf16"  # they fit into E4M3
+        if dialect.container(layer.scheme) != layer.container and not as_numbers:
             yield f"it wants FP4 {'one to an element' if dialect.unpacked else 'two to a byte'}"
         yield from _tensor_obstacles(dialect, layer)
-    quantized = any(layer.scheme != "bf16" for layer in layers)
-    if quantized:
+    if any(layer.scheme != "bf16" for layer in layers):
         yield from _description_obstacles(dialect, experts)
     if dialect.typed_names:
         yield from _file_obstacles(experts)
-
-
-def _as_numbers(dialect: Dialect, layer: Layer) -> bool:
-    """A BF16 container holds numbers too, and they fit into E4M3."""
-    return dialect.unpacked and layer.container == "bf16"
 
 
 def _tensor_obstacles(dialect: Dialect, layer: Layer) -> Iterator[str]:

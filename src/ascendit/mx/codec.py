@@ -66,7 +66,6 @@ class Encoded:
                     f"{name} {found} {dtype} for {self.format} of {self.shape}",
                     needs=f"{name} {shape} of {' or '.join(map(str, dtypes[name]))}",
                     fix="give the tensors as mx.encode returns them; mx.layouts undoes devices' layouts",
-                    code="E-USE-01",
                 )
 
 
@@ -77,7 +76,6 @@ def checked_axis(axis: int, ndim: int) -> int:
             f"axis {axis} of a tensor with {ndim} axes",
             needs=f"{-ndim} to {ndim - 1}" if ndim else "a tensor with at least one axis",
             fix="the axis is the one that the matmul sums over, -1 for a weight [N, K]",
-            code="E-USE-01",
         )
     return axis % ndim
 
@@ -115,7 +113,6 @@ def encode(
             f"axis {axis} of a tensor {tuple(x.shape)}: nothing lies along it",
             needs="at least one value",
             fix="leave empty tensors out",
-            code="E-USE-01",
         )
     parts = encoder.encode_rows(x.detach().movedim(last, -1).contiguous(), form, rule, mode)
     codes, scale, dual = (None if p is None else p.movedim(-1, last).contiguous() for p in parts)
@@ -132,14 +129,12 @@ def check_dtype(dtype: torch.dtype, form: Format, rule: str) -> None:
             f"encode to {form.name}",
             needs="a format that is written: this one is only read",
             fix="use fp8 (one scale per row) or mxfp8",
-            code="E-USE-01",
         )
     if dtype not in allowed:
         raise UsageError(
             f"a tensor of {dtype} for {form.name} with scale rule {rule!r}",
             needs=f"one of {', '.join(str(d).removeprefix('torch.') for d in allowed)}",
             fix="convert it first, so that the rounding is yours",
-            code="E-USE-01",
         )
 
 
@@ -196,7 +191,6 @@ def sqnr(a: Tensor, b: Tensor) -> float:
             f"tensors of shape {tuple(a.shape)} and {tuple(b.shape)}",
             needs="the same shape",
             fix="compare the decoded tensor with the one that was encoded",
-            code="E-USE-01",
         )
     noise = wide - other
     if not bool(noise.isfinite().all()):

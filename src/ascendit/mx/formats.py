@@ -164,7 +164,6 @@ def lookup(name: str) -> Format:
             f"number format {name!r}",
             needs=f"one of {', '.join(FORMATS)}",
             fix="check the spelling",
-            code="E-USE-01",
         )
     return FORMATS[name]
 
@@ -187,7 +186,6 @@ def resolve_rule(form: Format, rule: str | None) -> str:
         f"scale rule {rule!r} for {form.name}",
         needs="one of " + ", ".join(f"{r}<number>" if r.endswith(":") else r for r in form.rules),
         fix=f"a number is {low:g} to {high:g}, as in max:7; msms:ceil_x:search looks for it",
-        code="E-USE-01",
     )
 
 
@@ -214,6 +212,5 @@ def resolve_rounding(form: Format, rule: str, rounding: str | None) -> str:
             f"rounding {rounding!r} for {form.name} with scale rule {rule!r}",
             needs=f"one of {', '.join(allowed)}",
             fix="leave rounding out",
-            code="E-USE-01",
         )
     return chosen

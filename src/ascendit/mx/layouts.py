@@ -94,5 +94,4 @@ def _misshapen(what: str, tensor: Tensor, needs: str) -> UsageError:
         f"{what} of shape {tuple(tensor.shape)}",
         needs=needs,
         fix="check which layout this tensor has",
-        code="E-USE-01",
     )

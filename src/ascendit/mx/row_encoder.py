@@ -44,7 +44,6 @@ class RowEncoder:
                 f"scale rule {rule!r} for some rows of a weight",
                 needs="one constant for the whole weight",
                 fix="look for it with mx.row_encoder.ScaleSearch, and give its rule",
-                code="E-USE-01",
             )
         self._form, self._length, self._dtype, self._max_rows = form, length, dtype, max_rows
         self._measure, self._threads = measure, threads
@@ -128,5 +127,4 @@ def _wrong_rows(rows: Tensor, needs: str) -> UsageError:
         f"rows {rows.dtype} {tuple(rows.shape)}",
         needs=needs,
         fix="give what the encoder was made for",
-        code="E-USE-01",
     )

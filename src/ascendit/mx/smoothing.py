@@ -64,7 +64,6 @@ def rotation(size: int, *, dtype: torch.dtype = torch.bfloat16, seed: int = ROTA
             f"rotation of size {size}",
             needs="a power of two",
             fix="rotate heads of 32, 64 or 128 values",
-            code="E-USE-01",
         )
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (size,), generator=generator).to(torch.float32) * 2 - 1
@@ -81,5 +80,4 @@ def _check_mul_scale(mul_scale: Tensor, channels: int) -> None:
             f"mul_scale of shape {tuple(mul_scale.shape)}, least {float(mul_scale.min())}",
             needs=f"{channels} finite numbers above zero",
             fix="the smoothing of this layer is damaged: take the weight without it",
-            code="E-USE-01",
         )

@@ -91,7 +91,6 @@ class Schemes:
                 f"activation_rule for {', '.join(idle)}, which no layer computes in",
                 needs=f"rules for {', '.join(sorted(found)) or 'a quantized model'}",
                 fix="leave it out, or name the scheme that is there",
-                code="E-USE-01",
             )
 
     def prepare_weight(
@@ -139,7 +138,6 @@ class Schemes:
                 f"tokens of {a.width} for {a.scheme.name} with a weight {weight.shape} in {weight.scheme}",
                 needs=f"a weight [N, {a.width}] in {a.scheme.weight}",
                 fix=f"quantize the tokens for {weight.scheme}",
-                code="E-USE-01",
             )
         return self.kernel(a.scheme.name).call(a, weight)
 
@@ -154,9 +152,7 @@ def to_emulate(value: object) -> Emulate | None:
     words = get_args(Emulate)
     found: Emulate | None = words[0] if value is True else None if value is False else value  # type: ignore[assignment]
     if found is not None and found not in words:
-        raise UsageError(
-            f"emulate={value}", needs=" or ".join(words), fix=f"--emulate {words[0]}", code="E-USE-01"
-        )
+        raise UsageError(f"emulate={value}", needs=" or ".join(words), fix=f"--emulate {words[0]}")
     return found
 
 
@@ -168,7 +164,6 @@ def parse_rules(text: str | None) -> dict[str, str]:
             f"activation_rule {text!r}",
             needs="text, as mxfp8=floor,mxfp4=max:7",
             fix="leave it out for the defaults",
-            code="E-USE-01",
         )
     for word in text.split(",") if text else ():
         scheme, _, rule = word.partition("=")
@@ -245,7 +240,6 @@ def bind(
             f"ops={force}",
             needs="reference, or nothing for the fastest of this device",
             fix="--set ops=reference",
-            code="E-USE-01",
         )
     found = _device(device)
     if attention is not None and (force or not found.has_attention_kernels):
@@ -253,7 +247,6 @@ def bind(
             f"attention={attention} with {'ops=reference' if force else f'device {found}'}",
             needs="an NPU or a twin: it names one of their kernels",
             fix="leave attention out",
-            code="E-USE-01",
         )
     wish = _wish(found, force, to_emulate(emulate), fast_layernorm, attention)
     chosen = {name: select(name, found, wish) for name in OPERATOR_NAMES}

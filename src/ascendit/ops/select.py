@@ -77,7 +77,6 @@ def _no_such_name(operator: str, wanted: str, listed: Sequence[Kernel]) -> None:
         f"{operator}={wanted}",
         needs=" or ".join(names),
         fix=f"--set {operator}={names[0]}, or leave it out" if names else "leave it out",
-        code="E-USE-01",
     )
 
 

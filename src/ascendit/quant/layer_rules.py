@@ -90,7 +90,6 @@ class LayerRule(Model):
             f"scheme {scheme!r}" + (f" in {info.context}" if info.context else ""),
             needs=f"one of {', '.join(SCHEMES)}",
             fix="check the spelling",
-            code="E-USE-01",
         )
 
     @field_validator("scale_rule")

@@ -213,7 +213,6 @@ def _check_no_scheme(name: str, scheme: str | None, scale_rule: str | None) -> N
             f"scheme {scheme}{f' with scale rule {scale_rule}' if scale_rule else ''} for the recipe {name}",
             needs="a recipe that leaves the scheme open; this one has a scheme in every rule",
             fix="leave --scheme and --scale-rule out, or take the recipe default",
-            code="E-USE-01",
         )
 
 
@@ -224,7 +223,6 @@ def no_scheme(what: str) -> UsageError:
         needs=f"a scheme ({', '.join(QUANTIZED)}), or a recipe that says it"
         f" ({', '.join(name for name in recipe_names() if name != 'default')})",
         fix="add --scheme mxfp8",
-        code="E-USE-01",
     )
 
 

@@ -187,6 +187,5 @@ def scheme_of(name: str) -> Scheme:
             f"scheme {name!r} for a linear layer on codes",
             needs=", ".join(LINEAR_SCHEMES),
             fix="check the spelling; bf16 layers are no codes",
-            code="E-USE-01",
         )
     return LINEAR_SCHEMES[name]

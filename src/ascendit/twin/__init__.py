@@ -98,7 +98,6 @@ def _check(chip: str) -> None:
             f"chip {chip!r}",
             needs=", ".join(f"{c.name} ({c.product})" for c in CHIPS.values()),
             fix='ascendit.twin.enable("a5")',
-            code="E-USE-01",
         )
 
 

@@ -8,13 +8,19 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from ascendit.report import selected
+
 BASIS = 192
 """The number of videos that limits are for."""
-HEAD = (
-    ("case", "bits", "layers dB", "cosine", "relative L2", "PSNR dB", "SSIM", "right", "lost / won"),
-    ("", "per weight", "worst / median", "first / last / worst step", "first / last / worst step",
-     "median / least", "median / least", "", ""),
-)  # fmt: skip
+MEASURES = (
+    "bits, per weight",
+    "layers dB, worst / median",
+    "cosine, first / last / worst step",
+    "relative L2, first / last / worst step",
+    "PSNR dB, median / least",
+    "SSIM, median / least",
+)
+"""The columns between the name of a case and its counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,17 +133,13 @@ class Quality:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            "model": self.model,
-            "device": self.device,
-            "prompts": self.prompts,
-            "seeds": list(self.seeds),
+            **selected(self, "model device prompts seeds"),
             "videos": len(self.base.right),
             "cases": [row.as_dict(self.base) for row in self.rows],
         }
 
     def table(self) -> str:
         """Markdown."""
-        head = [f"{a}, {b}" if b else a for a, b in zip(*HEAD, strict=True)]
-        head[-2] = f"right of {len(self.base.right)}"
+        head = ["case", *MEASURES, f"right of {len(self.base.right)}", "lost / won"]
         lines = [head, ["---"] * len(head), *(row.cells(self.base) for row in self.rows)]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)

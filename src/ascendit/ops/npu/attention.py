@@ -38,7 +38,6 @@ def fused_infer_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             f"attention=fused_infer on heads of {head} in {str(q.dtype)[6:]}",
             needs=f"bfloat16 or float16, heads a multiple of 16 and at most {INFER_HEADS}",
             fix="--set attention=fusion, which takes them",
-            code="E-USE-01",
         )
     out: Tensor = torch.ops.npu.npu_fused_infer_attention_score_v2(
         q.contiguous(),

@@ -146,7 +146,6 @@ def quantize_activation(
             f"tokens of {x.dtype} for {scheme}",
             needs="bfloat16 or float16, which the quantizers of an NPU take",
             fix="--set dtype=bfloat16",
-            code="E-USE-01",
         )
     tokens = x.flatten(0, -2)
     if mul_scale is not None:
@@ -204,7 +203,6 @@ def _no_rule(rule: str, known: str) -> UsageError:
         f"scale rule {rule!r} for an activation on an NPU",
         needs=known,
         fix="leave the rule out",
-        code="E-USE-01",
     )
 
 
