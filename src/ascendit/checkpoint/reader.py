@@ -25,6 +25,9 @@ from ascendit.names import listed
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
+
+Buffer = bytes | bytearray | memoryview
 
 TORCH_DTYPES = {
     **{f"F{bits}": f"float{bits}" for bits in (64, 32, 16)},
@@ -453,15 +456,18 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def float_bytes(data: bytes | bytearray | memoryview, dtype: str) -> bytes:
+def float_bytes(data: Buffer, dtype: str) -> bytes:
     """BF16, F16 or F32 numbers as F32, exact."""
-    if dtype == "F32":
-        return bytes(data)
-    if dtype == "BF16":  # the upper half of a float32
-        wide = bytearray(2 * len(data))
-        wide[2::4], wide[3::4] = data[0::2], data[1::2]
-        return bytes(wide)
     import numpy as np
 
-    assert dtype == "F16", dtype
-    return np.frombuffer(data, np.float16).astype(np.float32).tobytes()
+    assert dtype in ("BF16", "F16", "F32"), dtype
+    return numbers(data, dtype).astype(np.float32).tobytes()
+
+
+def numbers(data: Buffer, dtype: str) -> NDArray[Any]:
+    """BF16, F16, F32 or F64 numbers as NumPy has them, exact, BF16 as float32; of other dtypes the bytes."""
+    import numpy as np
+
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(data, {"F16": "f2", "F32": "f4", "F64": "f8"}.get(dtype, "u1"))

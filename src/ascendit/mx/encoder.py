@@ -3,9 +3,8 @@
 An encoder takes contiguous rows [n, K] on a CPU and writes into given tensors. For each format, rule,
 rounding and dtype the first one that supports it is taken; all give the same bits.
 
-In PyTorch, pieces fit the cache and buffers are reused. bfloat16 blocks become 8-bit codes by PyTorch's own
-casts, 4-bit codes in 16-bit integers. What this does not cover (infinities, NaN, the smallest numbers) is
-encoded again by the reference.
+In PyTorch, pieces fit the cache and buffers are reused. A bfloat16 block is scaled in bfloat16, and its codes
+come from a table of the 65536 such numbers. Where there is an infinity or a NaN, the reference does it again.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ascendit.mx import msmodelslim, native_encoder, reference, scales
-from ascendit.mx.elements import largest
+from ascendit.mx import elements, msmodelslim, native_encoder, reference, scales
 from ascendit.mx.formats import E2M1, SEARCH, Element, Format
 from ascendit.mx.reference import Encoder, Parts
 
@@ -28,8 +26,6 @@ REFERENCE_PIECE = 1 << 18
 PIECE = 1 << 19
 """Values at a time: smaller ones cost more calls, larger ones leave the cache."""
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-FIRST_BYTE = 32
-"""From this scale byte on a subnormal bfloat16 becomes 0 in every element."""
 _INFINITY = 0x7F80
 _Step = Callable[[Tensor, Parts], Tensor]
 """Encodes a piece; its answer marks the units that must be done again."""
@@ -78,12 +74,6 @@ def encoder(
         or piece_encoder(form, rule, rounding, dtype)
         or functools.partial(_encode_by_reference, form, rule, rounding)
     )
-
-
-def choice() -> tuple[str, str]:
-    """("native" or "pytorch", why)."""
-    built = native_encoder.library()
-    return ("pytorch" if built.library is None else "native"), built.reason
 
 
 def add_ceil_x_sums(rows: Tensor, sums: Tensor) -> None:
@@ -177,10 +167,8 @@ def _dual_step(form: Format, rule: str, n: int, length: int) -> _Step:
         out.dual.copy_(dual)
         groups = wide[:count].copy_(values).view(count, -1, form.coarse)
         groups.div_(torch.where(dual == 0, torch.inf, dual).unsqueeze(-1))
-        marks = codes_of(divided[:count].copy_(wide[:count]), out)
-        doubtful = torch.nn.functional.pad(marks, (0, -marks.shape[1] % (form.coarse // form.block)))
-        again: Tensor = doubtful.unflatten(1, (-1, form.coarse // form.block)).any(-1) | (top >= _INFINITY)
-        return again
+        codes_of(divided[:count].copy_(wide[:count]), out)
+        return top >= _INFINITY
 
     return step
 
@@ -212,63 +200,44 @@ class _Blocks:
     """bfloat16 [n, whole blocks of 32] -> codes and scale bytes, in buffers for `size` values."""
 
     def __init__(self, element: Element, rule: str, size: int) -> None:
-        self.element = element
         self.shift, threshold = scales.thresholds(rule, element)
-        self.saturates = rule not in ("ceil", "pow2")
         self.round_up = 127 - (threshold >> 16)
+        self.packed, self.table = element.bits == 4, _codes_by_bits(element.name)
         self.wide = torch.empty(size // 32, 32)
-        self.buffers = [torch.empty(size // 32, 32, dtype=torch.int16) for _ in range(3)]
-        # As tensors, since a Python number is converted again in each call.
-        self.number = {n: torch.tensor(n, dtype=torch.int16) for n in (1, 7, 8, 15, 127, 128, 0x7FFF)}
-        self.twelve = torch.tensor(12, dtype=torch.int32)
+        self.narrow = torch.empty(size // 32, 32, dtype=torch.int16)
+        self.index = torch.empty(size, dtype=torch.int32)
+        self.codes = torch.empty(size, dtype=torch.uint8)
+        # As a tensor, since a Python number is converted again in each call.
+        self.no_sign = torch.tensor(0x7FFF, dtype=torch.int16)
 
     def largest(self, rows: Tensor) -> Tensor:
         """int16 [blocks], the bits of the largest magnitude; _INFINITY or more if one is not finite."""
         count = rows.numel() // 32
-        magnitudes, wide = self.buffers[0][:count], self.wide[:count]
-        torch.bitwise_and(rows.view(torch.int16).view(-1, 32), self.number[0x7FFF], out=magnitudes)
+        magnitudes, wide = self.narrow[:count], self.wide[:count]
+        torch.bitwise_and(rows.view(torch.int16).view(-1, 32), self.no_sign, out=magnitudes)
         top = wide.copy_(magnitudes.view(torch.bfloat16)).amax(-1).to(torch.bfloat16)
-        return top.view(torch.int16).bitwise_and_(self.number[0x7FFF])  # a NaN may have come out negative
+        return top.view(torch.int16).bitwise_and_(self.no_sign)  # a NaN may have come out negative
 
     def __call__(self, rows: Tensor, out: Parts) -> Tensor:
         """Codes and scale into `out`; bool [n, blocks], the blocks to be done again."""
-        top = self.largest(rows)
-        byte = (top + self.round_up).bitwise_right_shift_(self.number[7]).sub_(self.shift).clamp_(min=0)
-        again = top >= _INFINITY
-        shape = rows.shape[0], -1
+        top, shape = self.largest(rows), (rows.shape[0], -1)
+        byte = (top + self.round_up).bitwise_right_shift_(7).sub_(self.shift).clamp_(min=0)
         out.scale.copy_(byte.view(shape)[:, : out.scale.shape[1]])
-        if self.element.bits == 8:
-            scaled = self._scaled(rows, byte).view(shape)[:, : out.codes.shape[1]]
-            out.codes.view(FLOAT8[self.element.name]).copy_(scaled)  # rounds as IEEE does
-        else:
-            again |= (byte < FIRST_BYTE) & (top > 0)
-            out.codes.copy_(self._packed(rows, byte).view(shape)[:, : out.codes.shape[1]])
-        return again.view(shape)[:, : out.scale.shape[1]]
-
-    def _scaled(self, rows: Tensor, byte: Tensor) -> Tensor:
-        """bfloat16 within the range of the element."""
         powers = byte.neg_().add_(2 * scales.BIAS).mul_(128).view(torch.bfloat16)
-        scaled = self.buffers[0][: byte.numel()].view(torch.bfloat16)
+        scaled = self.narrow[: byte.numel()].view(torch.bfloat16)
         torch.mul(rows.view(-1, 32), powers.unsqueeze(1), out=scaled)
-        return scaled.clamp_(-self.element.max, self.element.max) if self.saturates else scaled
+        index, codes = self.index[: rows.numel()], self.codes[: rows.numel()]
+        index.copy_(scaled.view(torch.int16).view(-1)).add_(0x8000)
+        torch.index_select(self.table, 0, index, out=codes)
+        if self.packed:
+            pairs = codes.view(torch.int16)
+            codes = pairs.bitwise_or_(pairs >> 4)  # of which the copy takes the low byte
+        out.codes.copy_(codes.view(shape)[:, : out.codes.shape[1]])
+        return (top >= _INFINITY).view(shape)[:, : out.scale.shape[1]]
 
-    def _packed(self, rows: Tensor, byte: Tensor) -> Tensor:
-        """int32 whose low bytes are pairs of 4-bit codes. Magnitudes are in the first buffer.
 
-        With t the bits of a scaled number, its exponent counted from the subnormals of the element, a code
-        is t without its last bits, rounded; a subnormal code is the mantissa moved by the exponent. Both get
-        8 bits below the point first; the larger of the two is right.
-        """
-        mbits, number = self.element.mbits, self.number
-        a, t, s = (b[: byte.numel()] for b in self.buffers)
-        base = byte.clamp_(min=FIRST_BYTE).add_(self.element.emin - 1).mul_(128)
-        torch.sub(a, base.unsqueeze(1), out=t)
-        t.clamp_(min=-2048)
-        torch.clamp(t, max=127, out=s).bitwise_right_shift_(number[7]).add_(mbits)
-        a.bitwise_and_(number[127]).bitwise_or_(number[128]).bitwise_left_shift_(s)
-        torch.maximum(t.mul_(2 << mbits), a, out=t).clamp_(max=largest(self.element) << 8)
-        torch.bitwise_right_shift(t, number[8], out=s).bitwise_and_(number[1])
-        t.add_(s).add_(127).bitwise_right_shift_(number[8])
-        torch.bitwise_right_shift(rows.view(torch.int16).view(-1, 32), number[15], out=s)
-        pairs = t.add_(s, alpha=-(1 << (self.element.bits - 1))).view(torch.int32)
-        return pairs.bitwise_or_(torch.bitwise_right_shift(pairs, self.twelve, out=s.view(torch.int32)))
+@functools.cache
+def _codes_by_bits(name: str) -> Tensor:
+    """uint8 [65536]: the code of each bfloat16 number, by its bits as an int16 + 32768."""
+    every = torch.arange(-0x8000, 0x8000, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    return elements.to_codes(every.to(torch.float32), elements.ELEMENTS[name], "rint")

@@ -40,6 +40,8 @@ class Element:
     max: float
     nan: int | None
     """The code that stands for NaN, None where the format has none."""
+    dtype: str
+    """Name of the torch dtype of its codes. In a uint8 the even 4-bit code is in the low nibble."""
 
     @property
     def emin(self) -> int:
@@ -51,9 +53,9 @@ class Element:
         return 1 + self.ebits + self.mbits
 
 
-E4M3 = Element("e4m3", ebits=4, mbits=3, emax=8, max=448.0, nan=0x7F)
-E5M2 = Element("e5m2", ebits=5, mbits=2, emax=15, max=57344.0, nan=0x7F)
-E2M1 = Element("e2m1", ebits=2, mbits=1, emax=2, max=6.0, nan=None)
+E4M3 = Element("e4m3", ebits=4, mbits=3, emax=8, max=448.0, nan=0x7F, dtype="float8_e4m3fn")
+E5M2 = Element("e5m2", ebits=5, mbits=2, emax=15, max=57344.0, nan=0x7F, dtype="float8_e5m2")
+E2M1 = Element("e2m1", ebits=2, mbits=1, emax=2, max=6.0, nan=None, dtype="uint8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +66,6 @@ class Format:
     kind: Kind
     element: Element | None
     """None for int8."""
-    codes_dtype: str
-    """Name of the torch dtype of the codes. In a uint8 the even 4-bit code is in the low nibble."""
     rules: tuple[str, ...]
     """The first is the default."""
     block: int = 0
@@ -78,16 +78,13 @@ class Format:
         return self.rules[0]
 
     @property
-    def packed(self) -> bool:
-        return self.element is not None and self.element.bits == 4
+    def codes_dtype(self) -> str:
+        """Name of the torch dtype of the codes."""
+        return self.element.dtype if self.element else "int8"
 
     @property
-    def bits_per_value(self) -> float:
-        """Bits per value, scales of blocks included; those of rows and tiles (32 bits each) left out."""
-        bits = float(self.element.bits if self.element else 8)
-        if self.kind in ("block", "dual"):
-            bits += 8 / self.block
-        return bits + (32 / self.coarse if self.coarse else 0.0)
+    def packed(self) -> bool:
+        return self.element is not None and self.element.bits == 4
 
 
 _OCP = ("floor", "pow2", "even")
@@ -99,7 +96,6 @@ FORMATS: dict[str, Format] = {
             name="mxfp8",
             kind="block",
             element=E4M3,
-            codes_dtype="float8_e4m3fn",
             block=32,
             rules=("ceil", *_OCP, "msms:minmax", "msms:minmax_bf16", "msms:mse_round"),
         ),
@@ -107,7 +103,6 @@ FORMATS: dict[str, Format] = {
             name="mxfp8_e5m2",
             kind="block",
             element=E5M2,
-            codes_dtype="float8_e5m2",
             block=32,
             rules=("ceil", *_OCP),
         ),
@@ -115,7 +110,6 @@ FORMATS: dict[str, Format] = {
             name="mxfp4",
             kind="block",
             element=E2M1,
-            codes_dtype="uint8",
             block=32,
             rules=(
                 "max:7",
@@ -132,7 +126,6 @@ FORMATS: dict[str, Format] = {
             name="mxfp4_dualscale",
             kind="dual",
             element=E2M1,
-            codes_dtype="uint8",
             block=32,
             coarse=512,
             rules=("floor", "msms:dualscale"),
@@ -141,15 +134,13 @@ FORMATS: dict[str, Format] = {
             name="int8",
             kind="row",
             element=None,
-            codes_dtype="int8",
             rules=("amax", "msms:int8", "msms:int8_legacy"),
         ),
-        Format(name="fp8", kind="row", element=E4M3, codes_dtype="float8_e4m3fn", rules=("amax",)),
+        Format(name="fp8", kind="row", element=E4M3, rules=("amax",)),
         Format(
             name="fp8_128x128",
             kind="tile",
             element=E4M3,
-            codes_dtype="float8_e4m3fn",
             block=128,
             rules=("amax",),
         ),

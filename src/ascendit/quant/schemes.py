@@ -64,14 +64,6 @@ class Scheme:
         """Elements of K that share a coarse float32 scale; 0 if there is none."""
         return FORMATS[self.weight].coarse if self.weight else 0
 
-    @property
-    def activation_bits(self) -> int:
-        """Bits of one value of the activation, scales left out."""
-        if not self.activation:
-            return 16
-        element = FORMATS[self.activation].element
-        return element.bits if element else 8
-
     def tensors(self, n: int, k: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Role -> (dtype, shape) of codes and scales of a quantized layer with a decoded weight [n, k]."""
         if not self.weight:
