@@ -50,13 +50,14 @@ def encode_rows(rows: Tensor, form: Format, rule: str, rounding: str) -> Parts:
 
 def empty_parts(form: Format, rows: int, length: int) -> Parts:
     """The tensors that an encoder fills."""
-    width = -(-length // 2) if form.packed else length
-    codes = torch.empty(rows, width, dtype=torch.uint8 if form.element else torch.int8)
-    codes = native_encoder.prefer_large_pages(codes)
-    if form.kind == "row":
-        return Parts(codes, torch.empty(rows, 1), None)
-    scale = torch.empty(rows, -(-length // form.block), dtype=torch.uint8)
-    return Parts(codes, scale, torch.empty(rows, -(-length // form.coarse)) if form.coarse else None)
+    codes, scale, dual = form.shapes((rows, length))
+    return Parts(
+        native_encoder.prefer_large_pages(
+            torch.empty(codes, dtype=torch.uint8 if form.element else torch.int8)
+        ),
+        torch.empty(scale, dtype=torch.uint8 if form.block else torch.float32),
+        torch.empty(dual[:2]) if dual else None,
+    )
 
 
 @functools.cache
