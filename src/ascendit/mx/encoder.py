@@ -3,8 +3,8 @@
 An encoder takes contiguous rows [n, K] on a CPU and writes into given tensors. For each format, rule,
 rounding and dtype the first one that supports it is taken; all give the same bits.
 
-In PyTorch, pieces fit the cache and buffers are reused. A bfloat16 block is scaled in bfloat16, and its codes
-come from a table of the 65536 such numbers. Where there is an infinity or a NaN, the reference does it again.
+In PyTorch, pieces fit the cache. A bfloat16 block is scaled in bfloat16, and its codes come from a table of
+the 65536 such numbers. Where there is an infinity or a NaN, the reference does it again.
 """
 
 from __future__ import annotations
@@ -25,12 +25,9 @@ REFERENCE_PIECE = 1 << 18
 """Values that the reference takes at a time: its intermediate results stay in the cache."""
 PIECE = 1 << 19
 """Values at a time: smaller ones cost more calls, larger ones leave the cache."""
-FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _INFINITY = 0x7F80
-_Step = Callable[[Tensor, Parts], Tensor]
+_Step = Callable[[Format, str, Tensor, Parts], Tensor]
 """Encodes a piece; its answer marks the units that must be done again."""
-_Prepare = Callable[[Format, str, int, int], _Step]
-"""Makes the step for pieces of so many rows, of a length filled up to whole units."""
 
 
 # ---- choice of an encoder -----------------------------------------------------------------------
@@ -110,15 +107,12 @@ def piece_encoder(form: Format, rule: str, rounding: str, dtype: torch.dtype) ->
     return _in_pieces({"row": _row_step, "dual": _dual_step}.get(form.kind, _block_step), form, rule)
 
 
-def _in_pieces(prepare: _Prepare, form: Format, rule: str) -> Encoder:
-    unit = form.coarse or form.block or 1
-
+def _in_pieces(step: _Step, form: Format, rule: str) -> Encoder:
     def encode(rows: Tensor, out: Parts) -> None:
-        size = max(1, min(rows.shape[0], PIECE // rows.shape[1]))
-        step = prepare(form, rule, size, -(-rows.shape[1] // unit) * unit)
+        size = max(1, PIECE // rows.shape[1])
         for start in range(0, rows.shape[0], size):
             piece, part = rows[start : start + size], out.rows(start, start + size)
-            marks = step(piece, part)
+            marks = step(form, rule, piece, part)
             if marks.any():
                 reference.encode_marked(piece, part, marks, form, rule, "rint")
 
@@ -146,95 +140,69 @@ def _on_threads(encode: Encoder, rows: Tensor, out: Parts) -> None:
         torch.set_num_threads(torch.get_num_threads())  # threads of others start with this number again
 
 
-def _block_step(form: Format, rule: str, n: int, length: int) -> _Step:
+def _block_step(form: Format, rule: str, rows: Tensor, out: Parts) -> Tensor:
     assert form.element is not None
-    codes_of = _Blocks(form.element, rule, n * length)
-    return lambda rows, out: codes_of(_filled(rows, length), out)
+    rows = _filled(rows, form.block)
+    top = _largest(rows)
+    _fill_blocks(rows, top, form.element, rule, out)
+    return top >= _INFINITY
 
 
-def _dual_step(form: Format, rule: str, n: int, length: int) -> _Step:
+def _dual_step(form: Format, rule: str, rows: Tensor, out: Parts) -> Tensor:
     """See `reference._encode_dual`."""
-    codes_of = _Blocks(E2M1, rule, n * length)
-    divided, wide = torch.empty(n, length, dtype=torch.bfloat16), torch.empty(n, length)
-    amax = scales.every_bf16_amax().to(torch.float32)
-    duals = (amax * (1 / 6)).where(amax * (1 / 6) >= 2.0**-126, 0.0)
-
-    def step(rows: Tensor, out: Parts) -> Tensor:
-        values = _filled(rows, length)
-        count = values.shape[0]
-        top = codes_of.largest(values).view(count, -1, form.coarse // form.block).amax(-1)
-        dual = duals[top.to(torch.int64)]
-        assert out.dual is not None
-        out.dual.copy_(dual)
-        groups = wide[:count].copy_(values).view(count, -1, form.coarse)
-        groups.div_(torch.where(dual == 0, torch.inf, dual).unsqueeze(-1))
-        codes_of(divided[:count].copy_(wide[:count]), out)
-        return top >= _INFINITY
-
-    return step
+    rows = _filled(rows, form.coarse)
+    top = _largest(rows).unflatten(1, (-1, form.coarse // form.block)).amax(-1)
+    dual = top.view(torch.bfloat16).to(torch.float32) * (1 / 6)
+    dual = dual.where(dual >= 2.0**-126, 0.0)
+    assert out.dual is not None
+    out.dual.copy_(dual)
+    groups = rows.to(torch.float32).view(*dual.shape, form.coarse)
+    groups.div_(torch.where(dual == 0, torch.inf, dual).unsqueeze(-1))
+    divided = groups.to(torch.bfloat16).view(rows.shape)
+    _fill_blocks(divided, _largest(divided), E2M1, rule, out)
+    return top >= _INFINITY
 
 
-def _row_step(form: Format, rule: str, n: int, length: int) -> _Step:
+def _row_step(form: Format, rule: str, rows: Tensor, out: Parts) -> Tensor:
     """See `reference._encode_scaled_rows`."""
-
-    def step(rows: Tensor, out: Parts) -> Tensor:
-        wide = rows.to(torch.float32, copy=True)
-        amax = wide.abs().amax(-1, keepdim=True)
-        torch.mul(amax, 1 / (form.element.max if form.element else 127), out=out.scale)
-        wide.div_(torch.where(out.scale == 0, torch.inf, out.scale))
-        if form.element is None:
-            out.codes.copy_(wide.round_().clamp_(-128, 127))
-        else:
-            out.codes.view(FLOAT8[form.element.name]).copy_(wide.clamp_(-form.element.max, form.element.max))
-        return ~amax.isfinite()
-
-    return step
+    wide = rows.to(torch.float32, copy=True)
+    amax = wide.abs().amax(-1, keepdim=True)
+    torch.mul(amax, 1 / (form.element.max if form.element else 127), out=out.scale)
+    wide.div_(torch.where(out.scale == 0, torch.inf, out.scale))
+    if form.element is None:
+        out.codes.copy_(wide.round_().clamp_(-128, 127))
+    else:
+        float8 = getattr(torch, form.element.dtype)
+        out.codes.view(float8).copy_(wide.clamp_(-form.element.max, form.element.max))
+    return ~amax.isfinite()
 
 
-def _filled(rows: Tensor, length: int) -> Tensor:
-    """Rows that are short with zeros behind them."""
-    short = length - rows.shape[1]
+def _filled(rows: Tensor, unit: int) -> Tensor:
+    """Rows with zeros behind them, to whole units."""
+    short = -rows.shape[1] % unit
     return torch.nn.functional.pad(rows, (0, short)) if short else rows
 
 
-class _Blocks:
-    """bfloat16 [n, whole blocks of 32] -> codes and scale bytes, in buffers for `size` values."""
+def _largest(rows: Tensor) -> Tensor:
+    """bfloat16 [n, 32 b] -> int16 [n, b], bits of the largest magnitudes; from _INFINITY on not finite."""
+    magnitudes = (rows.view(torch.int16) & 0x7FFF).view(torch.bfloat16)
+    top = magnitudes.to(torch.float32).unflatten(1, (-1, 32)).amax(-1).to(torch.bfloat16)
+    return top.view(torch.int16).bitwise_and_(0x7FFF)  # a NaN may have come out negative
 
-    def __init__(self, element: Element, rule: str, size: int) -> None:
-        self.shift, threshold = scales.thresholds(rule, element)
-        self.round_up = 127 - (threshold >> 16)
-        self.packed, self.table = element.bits == 4, _codes_by_bits(element.name)
-        self.wide = torch.empty(size // 32, 32)
-        self.narrow = torch.empty(size // 32, 32, dtype=torch.int16)
-        self.index = torch.empty(size, dtype=torch.int32)
-        self.codes = torch.empty(size, dtype=torch.uint8)
-        # As a tensor, since a Python number is converted again in each call.
-        self.no_sign = torch.tensor(0x7FFF, dtype=torch.int16)
 
-    def largest(self, rows: Tensor) -> Tensor:
-        """int16 [blocks], the bits of the largest magnitude; _INFINITY or more if one is not finite."""
-        count = rows.numel() // 32
-        magnitudes, wide = self.narrow[:count], self.wide[:count]
-        torch.bitwise_and(rows.view(torch.int16).view(-1, 32), self.no_sign, out=magnitudes)
-        top = wide.copy_(magnitudes.view(torch.bfloat16)).amax(-1).to(torch.bfloat16)
-        return top.view(torch.int16).bitwise_and_(self.no_sign)  # a NaN may have come out negative
-
-    def __call__(self, rows: Tensor, out: Parts) -> Tensor:
-        """Codes and scale into `out`; bool [n, blocks], the blocks to be done again."""
-        top, shape = self.largest(rows), (rows.shape[0], -1)
-        byte = (top + self.round_up).bitwise_right_shift_(7).sub_(self.shift).clamp_(min=0)
-        out.scale.copy_(byte.view(shape)[:, : out.scale.shape[1]])
-        powers = byte.neg_().add_(2 * scales.BIAS).mul_(128).view(torch.bfloat16)
-        scaled = self.narrow[: byte.numel()].view(torch.bfloat16)
-        torch.mul(rows.view(-1, 32), powers.unsqueeze(1), out=scaled)
-        index, codes = self.index[: rows.numel()], self.codes[: rows.numel()]
-        index.copy_(scaled.view(torch.int16).view(-1)).add_(0x8000)
-        torch.index_select(self.table, 0, index, out=codes)
-        if self.packed:
-            pairs = codes.view(torch.int16)
-            codes = pairs.bitwise_or_(pairs >> 4)  # of which the copy takes the low byte
-        out.codes.copy_(codes.view(shape)[:, : out.codes.shape[1]])
-        return (top >= _INFINITY).view(shape)[:, : out.scale.shape[1]]
+def _fill_blocks(rows: Tensor, top: Tensor, element: Element, rule: str, out: Parts) -> None:
+    """Codes and scale of bfloat16 [n, 32 b], whose largest magnitudes are `top`, into `out`."""
+    shift, threshold = scales.thresholds(rule, element)
+    byte = (top + (127 - (threshold >> 16))).bitwise_right_shift_(7).sub_(shift).clamp_(min=0)
+    out.scale.copy_(byte[:, : out.scale.shape[1]])
+    powers = byte.neg_().add_(2 * scales.BIAS).mul_(128).view(torch.bfloat16)
+    scaled = (rows.unflatten(1, (-1, 32)) * powers.unsqueeze(2)).view(torch.int16)
+    index = scaled.flatten().to(torch.int32).add_(0x8000)
+    codes = _codes_by_bits(element.name).index_select(0, index)
+    if element.bits == 4:
+        pairs = codes.view(torch.int16)
+        codes = pairs.bitwise_or_(pairs >> 4)  # of which the copy takes the low byte
+    out.codes.copy_(codes.view(len(rows), -1)[:, : out.codes.shape[1]])
 
 
 @functools.cache
