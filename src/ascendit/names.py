@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from ascendit.errors import CheckpointError
@@ -406,6 +406,11 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             spans.append([number, number])
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def counted(kinds: Mapping[str, Collection[str]], limit: int = 5) -> str:
+    """`2 missing: a, b; 1 left over: c`: the kinds that have names, with the number and the first of them."""
+    return "; ".join(f"{len(names)} {kind}: {listed(names, limit)}" for kind, names in kinds.items() if names)
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:

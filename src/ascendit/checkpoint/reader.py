@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeGuard
 
 from ascendit.checkpoint.component import STEM, Part, is_plain, loads, read_json, stays_inside, unreadable
 from ascendit.errors import CheckpointError
-from ascendit.names import listed
+from ascendit.names import counted, listed
 
 if TYPE_CHECKING:
     import torch
@@ -253,15 +253,11 @@ def _join(index: Path, weight_map: dict[str, str], files: tuple[Path, ...]) -> d
             else:
                 unmapped.append(f"{name} in {path.name}")
     absent = [f"{name} in {weight_map[name]}" for name in weight_map if name not in tensors]
-    if not absent and not unmapped:
+    problems = counted({"not where the index says": absent, "in a shard and not in the index": unmapped})
+    if not problems:
         return tensors
-    problems = []
-    if absent:
-        problems.append(f"{len(absent)} not where the index says: {listed(absent)}")
-    if unmapped:
-        problems.append(f"{len(unmapped)} in a shard and not in the index: {listed(unmapped)}")
     raise CheckpointError(
-        f"{index} disagrees with its shards: {'; '.join(problems)}",
+        f"{index} disagrees with its shards: {problems}",
         needs="an index that says exactly what the shards hold",
         fix="download the index and the shards again; they are from different versions",
         code="E-CKP-04",

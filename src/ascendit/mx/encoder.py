@@ -151,7 +151,7 @@ def _block_step(form: Format, rule: str, rows: Tensor, out: Parts) -> Tensor:
 def _dual_step(form: Format, rule: str, rows: Tensor, out: Parts) -> Tensor:
     """See `reference._encode_dual`."""
     rows = _filled(rows, form.coarse)
-    top = _largest(rows).unflatten(1, (-1, form.coarse // form.block)).amax(-1)
+    top: Tensor = _largest(rows).unflatten(1, (-1, form.coarse // form.block)).amax(-1)
     dual = top.view(torch.bfloat16).to(torch.float32) * (1 / 6)
     dual = dual.where(dual >= 2.0**-126, 0.0)
     assert out.dual is not None
@@ -186,7 +186,7 @@ def _filled(rows: Tensor, unit: int) -> Tensor:
 def _largest(rows: Tensor) -> Tensor:
     """bfloat16 [n, 32 b] -> int16 [n, b], bits of the largest magnitudes; from _INFINITY on not finite."""
     magnitudes = (rows.view(torch.int16) & 0x7FFF).view(torch.bfloat16)
-    top = magnitudes.to(torch.float32).unflatten(1, (-1, 32)).amax(-1).to(torch.bfloat16)
+    top: Tensor = magnitudes.to(torch.float32).unflatten(1, (-1, 32)).amax(-1).to(torch.bfloat16)
     return top.view(torch.int16).bitwise_and_(0x7FFF)  # a NaN may have come out negative
 
 
