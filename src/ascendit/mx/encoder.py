@@ -172,7 +172,7 @@ def _row_step(form: Format, rule: str, rows: Tensor, out: Parts) -> Tensor:
     if form.element is None:
         out.codes.copy_(wide.round_().clamp_(-128, 127))
     else:
-        float8 = getattr(torch, form.element.dtype)
+        float8 = getattr(torch, form.codes_dtype)
         out.codes.view(float8).copy_(wide.clamp_(-form.element.max, form.element.max))
     return ~amax.isfinite()
 

@@ -43,8 +43,6 @@ class Element:
     max: float
     nan: int | None
     """The code that stands for NaN, None where the format has none."""
-    dtype: str
-    """Name of the torch dtype of its codes. In a uint8 the even 4-bit code is in the low nibble."""
 
     @property
     def emin(self) -> int:
@@ -56,9 +54,9 @@ class Element:
         return 1 + self.ebits + self.mbits
 
 
-E4M3 = Element("e4m3", ebits=4, mbits=3, emax=8, max=448.0, nan=0x7F, dtype="float8_e4m3fn")
-E5M2 = Element("e5m2", ebits=5, mbits=2, emax=15, max=57344.0, nan=0x7F, dtype="float8_e5m2")
-E2M1 = Element("e2m1", ebits=2, mbits=1, emax=2, max=6.0, nan=None, dtype="uint8")
+E4M3 = Element("e4m3", ebits=4, mbits=3, emax=8, max=448.0, nan=0x7F)
+E5M2 = Element("e5m2", ebits=5, mbits=2, emax=15, max=57344.0, nan=0x7F)
+E2M1 = Element("e2m1", ebits=2, mbits=1, emax=2, max=6.0, nan=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +67,8 @@ class Format:
     kind: Kind
     element: Element | None
     """None for int8."""
+    codes_dtype: str
+    """Name of the torch dtype of the codes. In a uint8 the even 4-bit code is in the low nibble."""
     rules: tuple[str, ...]
     """The first is the default."""
     block: int = 0
@@ -79,11 +79,6 @@ class Format:
     @property
     def default_rule(self) -> str:
         return self.rules[0]
-
-    @property
-    def codes_dtype(self) -> str:
-        """Name of the torch dtype of the codes."""
-        return self.element.dtype if self.element else "int8"
 
     @property
     def packed(self) -> bool:
@@ -113,6 +108,7 @@ FORMATS: dict[str, Format] = {
             name="mxfp8",
             kind="block",
             element=E4M3,
+            codes_dtype="float8_e4m3fn",
             block=32,
             rules=("ceil", *_OCP, "msms:minmax", "msms:minmax_bf16", "msms:mse_round"),
         ),
@@ -120,6 +116,7 @@ FORMATS: dict[str, Format] = {
             name="mxfp8_e5m2",
             kind="block",
             element=E5M2,
+            codes_dtype="float8_e5m2",
             block=32,
             rules=("ceil", *_OCP),
         ),
@@ -127,6 +124,7 @@ FORMATS: dict[str, Format] = {
             name="mxfp4",
             kind="block",
             element=E2M1,
+            codes_dtype="uint8",
             block=32,
             rules=(
                 "max:7",
@@ -143,6 +141,7 @@ FORMATS: dict[str, Format] = {
             name="mxfp4_dualscale",
             kind="dual",
             element=E2M1,
+            codes_dtype="uint8",
             block=32,
             coarse=512,
             rules=("floor", "msms:dualscale"),
@@ -151,13 +150,15 @@ FORMATS: dict[str, Format] = {
             name="int8",
             kind="row",
             element=None,
+            codes_dtype="int8",
             rules=("amax", "msms:int8", "msms:int8_legacy"),
         ),
-        Format(name="fp8", kind="row", element=E4M3, rules=("amax",)),
+        Format(name="fp8", kind="row", element=E4M3, codes_dtype="float8_e4m3fn", rules=("amax",)),
         Format(
             name="fp8_128x128",
             kind="tile",
             element=E4M3,
+            codes_dtype="float8_e4m3fn",
             block=128,
             rules=("amax",),
         ),

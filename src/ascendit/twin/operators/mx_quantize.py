@@ -34,7 +34,7 @@ class _Uniform(Element):
         return 0
 
 
-E1M2 = _Uniform("e1m2", ebits=1, mbits=2, emax=0, max=1.75, nan=None, dtype="uint8")
+E1M2 = _Uniform("e1m2", ebits=1, mbits=2, emax=0, max=1.75, nan=None)
 
 
 @dataclass(frozen=True)
