@@ -145,8 +145,7 @@ def main() -> None:
     base = min(median[name] for name in MEMCPY if name in median)
     print(f"{time.strftime('%Y-%m-%d')} torch {torch.__version__} {platform.machine()}, {remarks}")
     print(
-        f"encoder: {', '.join(encoder_module.choice())}; load {load:.1f} before, "
-        f"{os.getloadavg()[0]:.1f} after"
+        f"encoder: {native_encoder.library().reason}; load {load:.1f} before, {os.getloadavg()[0]:.1f} after"
     )
     print(f"{list(x.shape)} bfloat16, {args.threads} threads, n={args.reps}\n")
     print("| what | median ms | min ms | x memcpy | GB/s moved | % of memcpy's | x as fast as torchao |")

@@ -93,15 +93,36 @@ def shapes_table() -> str:
 # ---- schemes, engines, chips, files -------------------------------------------------------------
 
 
+def element_bits(name: str) -> int:
+    """Bits of one value in a format, scales left out; "" is BF16."""
+    from ascendit.mx.formats import FORMATS
+
+    if not name:
+        return 16
+    element = FORMATS[name].element
+    return element.bits if element else 8
+
+
+def bits_per_value(name: str) -> float:
+    """Bits of one value, scales of blocks included; those of rows and tiles (32 bits each) left out."""
+    from ascendit.mx.formats import FORMATS
+
+    bits = float(element_bits(name))
+    if form := FORMATS.get(name):
+        bits += 8 / form.block if form.kind in ("block", "dual") else 0.0
+        bits += 32 / form.coarse if form.coarse else 0.0
+    return bits
+
+
 def schemes_table() -> str:
     from ascendit.mx.formats import FORMATS
 
     def row(name: str) -> tuple[object, ...]:
         scheme = SCHEMES[name]
         form = FORMATS.get(scheme.weight)
-        bits = f"{form.bits_per_value:g}" if form else "16"
         words = scheme.text if form else "floats"
-        return f"`{name}`", words, f"{scheme.activation_bits}", bits, f"`{scheme.manifest}`"
+        bits = f"{element_bits(scheme.activation)}", f"{bits_per_value(scheme.weight):g}"
+        return f"`{name}`", words, *bits, f"`{scheme.manifest}`"
 
     head = ("scheme", "weights", "bits of activations", "bits of a weight", "msModelSlim's word")
     return table(head, (row(name) for name in SCHEMES))

@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from ascendit.errors import CheckpointError
@@ -106,13 +106,9 @@ def _dimensions(config: dict[str, Any]) -> dict[str, int]:
     values = {}
     for key in _SIZES:
         value = config.get(key, getattr(WanConfig, key))
-        if value is None and key in _OPTIONAL:
-            value = 0
-        elif type(value) is not int or not 0 < value < 2**31:
-            raise _bad_value(key, value, "a whole number above 0")
-        values[key] = value
+        values[key] = 0 if value is None and key in _OPTIONAL else whole_number(key, value)
     if values["num_layers"] > MAX_LAYERS:
-        raise _bad_value("num_layers", values["num_layers"], f"at most {MAX_LAYERS}")
+        raise bad_value("num_layers", values["num_layers"], f"at most {MAX_LAYERS}")
     return values
 
 
@@ -120,13 +116,21 @@ def _patch_size(config: dict[str, Any]) -> tuple[int, int, int]:
     value = config.get("patch_size", WanConfig.patch_size)
     sizes = value if isinstance(value, list | tuple) else ()
     if len(sizes) != 3 or not all(type(v) is int and v > 0 for v in sizes):
-        raise _bad_value("patch_size", value, "three whole numbers above 0")
+        raise bad_value("patch_size", value, "three whole numbers above 0")
     return (sizes[0], sizes[1], sizes[2])
 
 
-def _bad_value(key: str, value: object, needs: str) -> CheckpointError:
+def whole_number(key: str, value: object) -> int:
+    """A dimension in a config. CheckpointError E-CKP-06 unless it is a whole number above 0."""
+    if type(value) is not int or not 0 < value < 2**31:
+        raise bad_value(key, value, "a whole number above 0")
+    return value
+
+
+def bad_value(key: str, value: object, needs: str) -> CheckpointError:
+    """E-CKP-06: a config.json whose `key` has a value that no Wan transformer can have."""
     return CheckpointError(
-        f"config.json of a transformer has {key} = {value!r}",
+        f"config.json of a transformer has {key} = {value!r:.60}",
         needs=f"{key}: {needs}",
         fix="restore config.json from where the model came from",
         code="E-CKP-06",
@@ -402,6 +406,11 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             spans.append([number, number])
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def counted(kinds: Mapping[str, Collection[str]], limit: int = 5) -> str:
+    """`2 missing: a, b; 1 left over: c`: the kinds that have names, with the number and the first of them."""
+    return "; ".join(f"{len(names)} {kind}: {listed(names, limit)}" for kind, names in kinds.items() if names)
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:

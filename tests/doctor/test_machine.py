@@ -194,11 +194,11 @@ def test_a_kernel_that_cannot_be_compiled_says_why_and_hinders_nothing(monkeypat
 
 
 def test_the_report_shows_the_encoder_that_runs():
-    from ascendit.mx import encoder
+    from ascendit.mx import native_encoder
 
-    choice, reason = encoder.choice()
+    built = native_encoder.library()
     found = rows(machine.compiled_kernels)["kernel: encode"].found
-    assert found == (f"native, {reason}" if choice == "native" else f"PyTorch instead: {reason}")
+    assert found == (f"native, {built.reason}" if built.library else f"PyTorch instead: {built.reason}")
 
 
 def test_every_source_has_a_row():

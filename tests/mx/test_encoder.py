@@ -229,7 +229,7 @@ def kinds() -> dict[tuple[str, str, torch.dtype], str]:
 def test_which_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that msModelSlim or an NPU does with bfloat16; the search ends in one of them."""
     encoders.take("native", monkeypatch)
-    assert encoder.choice()[0] == "native" and "compiled from native/encode.cpp, " in encoder.choice()[1]
+    assert "compiled from native/encode.cpp, " in native_encoder.library().reason
     plain = {key for key, made_by in kinds().items() if not made_by.startswith("native_encoder.")}
     assert {rule for _, rule, dtype in plain if dtype == torch.bfloat16} == {SEARCH}
     assert {r for _, r, d in plain if d == torch.float32 and not r.startswith("msms:")} == set()
@@ -238,7 +238,7 @@ def test_which_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_which_are_quick_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     encoders.take("pytorch", monkeypatch)
-    assert encoder.choice() == ("pytorch", "no compiler wanted")
+    assert native_encoder.library() == build.Built(None, "no compiler wanted")
     found = kinds()
     encoders.forget()
     for name, rule in RULES:
@@ -252,11 +252,11 @@ def test_no_compiler_is_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch) -
         cached.cache_clear()
     x = torch.randn(4, 64).bfloat16()
     try:
-        encoded, choice = encode(x, "mxfp8"), encoder.choice()
+        encoded, built = encode(x, "mxfp8"), native_encoder.library()
     finally:
         for cached in (build.native, native_encoder.library, encoder.encoder):
             cached.cache_clear()
-    assert choice == ("pytorch", "no C++ compiler (g++, clang++, c++) on PATH")
+    assert built == build.Built(None, "no C++ compiler (g++, clang++, c++) on PATH")
     assert not differing(encoded, reference_encode(x, "mxfp8"))
 
 

@@ -21,19 +21,6 @@ def test_the_table_holds_these_formats() -> None:
     }
 
 
-def test_bits_per_value() -> None:
-    found = {name: f.bits_per_value for name, f in FORMATS.items()}
-    assert found == {
-        "mxfp8": 8.25,
-        "mxfp8_e5m2": 8.25,
-        "mxfp4": 4.25,
-        "mxfp4_dualscale": 4.3125,
-        "int8": 8,
-        "fp8": 8,
-        "fp8_128x128": 8,
-    }
-
-
 @pytest.mark.parametrize(("element", "emin"), [(E4M3, -6), (E5M2, -14), (E2M1, 0)])
 def test_smallest_exponents_are_those_of_ocp(element, emin) -> None:
     assert element.emin == emin

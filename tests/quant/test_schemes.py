@@ -69,7 +69,7 @@ def test_a_row_is_complete(name: str) -> None:
     assert resolve_rule(FORMATS[s.activation], s.rule) == s.rule
     assert s.roles[:2] == ("weight", "weight_scale")
     assert list(s.roles) == [role for role in CODED_ROLES if role in s.roles], "the order of writing"
-    assert s.activation_bits == (4 if name in FP4 else 8)
+    assert FORMATS[s.activation].packed == (name in FP4)
 
 
 @pytest.mark.parametrize(

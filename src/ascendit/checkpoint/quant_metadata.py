@@ -22,7 +22,17 @@ from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.layer_format import Claim, Layer, disagreement
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.errors import CheckpointError
-from ascendit.names import CODED_ROLES, ROLES, Naming, canonical, is_block_linear, listed, sort_names, to_wan
+from ascendit.names import (
+    CODED_ROLES,
+    ROLES,
+    Naming,
+    canonical,
+    counted,
+    is_block_linear,
+    listed,
+    sort_names,
+    to_wan,
+)
 from ascendit.quant.fusion import layers_of_module
 from ascendit.quant.schemes import FP8_TILES, MANIFEST_SCHEMES, QUANTIZED, SCHEMES
 
@@ -68,14 +78,9 @@ class Manifest:
         absent = [name for name in self.tensors if name not in tensors]
         parents = _parents(tensors)
         absent += [name for name in self.attention if name.removesuffix(QUANT_TYPE) not in parents]
-        problems = []
-        if unnamed:
-            problems.append(f"{len(unnamed)} tensors that it does not name: {listed(unnamed)}")
-        if absent:
-            problems.append(f"{len(absent)} names of no tensor: {listed(absent)}")
-        if problems:
+        if problems := counted({"tensors that it does not name": unnamed, "names of no tensor": absent}):
             raise CheckpointError(
-                f"{self.path} does not fit the weights: {'; '.join(problems)}",
+                f"{self.path} does not fit the weights: {problems}",
                 needs="a manifest that names every tensor and nothing else",
                 fix="put the manifest and the weights of one export together, or export again",
                 code="E-CKP-04",

@@ -21,10 +21,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeGuard
 
 from ascendit.checkpoint.component import STEM, Part, is_plain, loads, read_json, stays_inside, unreadable
 from ascendit.errors import CheckpointError
-from ascendit.names import listed
+from ascendit.names import counted, listed
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
+
+Buffer = bytes | bytearray | memoryview
 
 TORCH_DTYPES = {
     **{f"F{bits}": f"float{bits}" for bits in (64, 32, 16)},
@@ -250,15 +253,11 @@ def _join(index: Path, weight_map: dict[str, str], files: tuple[Path, ...]) -> d
             else:
                 unmapped.append(f"{name} in {path.name}")
     absent = [f"{name} in {weight_map[name]}" for name in weight_map if name not in tensors]
-    if not absent and not unmapped:
+    problems = counted({"not where the index says": absent, "in a shard and not in the index": unmapped})
+    if not problems:
         return tensors
-    problems = []
-    if absent:
-        problems.append(f"{len(absent)} not where the index says: {listed(absent)}")
-    if unmapped:
-        problems.append(f"{len(unmapped)} in a shard and not in the index: {listed(unmapped)}")
     raise CheckpointError(
-        f"{index} disagrees with its shards: {'; '.join(problems)}",
+        f"{index} disagrees with its shards: {problems}",
         needs="an index that says exactly what the shards hold",
         fix="download the index and the shards again; they are from different versions",
         code="E-CKP-04",
@@ -453,15 +452,18 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def float_bytes(data: bytes | bytearray | memoryview, dtype: str) -> bytes:
+def float_bytes(data: Buffer, dtype: str) -> bytes:
     """BF16, F16 or F32 numbers as F32, exact."""
-    if dtype == "F32":
-        return bytes(data)
-    if dtype == "BF16":  # the upper half of a float32
-        wide = bytearray(2 * len(data))
-        wide[2::4], wide[3::4] = data[0::2], data[1::2]
-        return bytes(wide)
     import numpy as np
 
-    assert dtype == "F16", dtype
-    return np.frombuffer(data, np.float16).astype(np.float32).tobytes()
+    assert dtype in ("BF16", "F16", "F32"), dtype
+    return numbers(data, dtype).astype(np.float32).tobytes()
+
+
+def numbers(data: Buffer, dtype: str) -> NDArray[Any]:
+    """BF16, F16, F32 or F64 numbers as NumPy has them, exact, BF16 as float32; of other dtypes the bytes."""
+    import numpy as np
+
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(data, {"F16": "f2", "F32": "f4", "F64": "f8"}.get(dtype, "u1"))

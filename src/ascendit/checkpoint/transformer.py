@@ -36,11 +36,13 @@ from ascendit.names import (
     TOLERATED,
     Naming,
     Shapes,
+    bad_value,
     canonical,
     expected_tensors,
     listed,
     naming_of,
     on_disk,
+    whole_number,
 )
 from ascendit.quant.schemes import FP8_TILES
 
@@ -321,14 +323,7 @@ def _from_wan(raw: Mapping[str, Any]) -> dict[str, int]:
     """The dimensions in an original config, by their keys here."""
     keys = {"dim": "dim", "ffn_dim": "ffn_dim", "freq_dim": "freq_dim", "num_layers": "num_layers"}
     keys |= {"in_dim": "in_channels", "out_dim": "out_channels", "text_dim": "text_dim"}
-    return {new: _positive(raw, old) for old, new in keys.items() if old in raw}
-
-
-def _positive(raw: Mapping[str, Any], key: str) -> int:
-    value = raw[key]
-    if type(value) is not int or not 0 < value < 2**31:
-        raise _bad_value(key, value, "a whole number above 0")
-    return value
+    return {new: whole_number(old, raw[old]) for old, new in keys.items() if old in raw}
 
 
 def _from_shapes(shapes: Shapes) -> dict[str, Any]:
@@ -373,9 +368,9 @@ def _heads(
     if dim is None:
         return None, None, "the number of attention heads is unknown"
     if "num_heads" in raw:
-        heads = _positive(raw, "num_heads")
+        heads = whole_number("num_heads", raw["num_heads"])
         if dim % heads:
-            raise _bad_value("num_heads", heads, f"a divisor of the width {dim}")
+            raise bad_value("num_heads", heads, f"a divisor of the width {dim}")
         return heads, dim // heads, None
     rotations = (shape[0] for name, shape in shapes.items() if name.endswith((".q_rot", ".k_rot")) and shape)
     head_dim = next((size for size in rotations if size and dim % size == 0), HEAD_DIM)
@@ -391,14 +386,5 @@ def _heads(
 def _eps(raw: Mapping[str, Any]) -> float:
     value = raw.get("eps", WanConfig.eps)
     if type(value) not in (int, float) or not 0 < value < 1:
-        raise _bad_value("eps", value, "a small number above 0")
+        raise bad_value("eps", value, "a small number above 0")
     return float(value)
-
-
-def _bad_value(key: str, value: object, needs: str) -> CheckpointError:
-    return CheckpointError(
-        f"config.json of a transformer has {key} = {value!r:.60}",
-        needs=f"{key}: {needs}",
-        fix="restore config.json from where the model came from",
-        code="E-CKP-06",
-    )

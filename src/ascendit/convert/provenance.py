@@ -24,7 +24,7 @@ from ascendit.checkpoint.quant_metadata import CONFIG_KEY
 from ascendit.checkpoint.transformer import Expert, shapes_of
 from ascendit.convert.report import Outputs
 from ascendit.errors import CheckpointError, UsageError
-from ascendit.names import TOLERATED, expected_tensors, listed
+from ascendit.names import TOLERATED, counted, expected_tensors
 from ascendit.version import __version__, installed
 
 CARD_FILE = "README.md"
@@ -214,11 +214,9 @@ def config_from(base: Layout, expert: Expert) -> dict[str, Any]:
     lacking = [name for name in wanted if name not in found]
     model = {n for n in found if n.endswith((".weight", ".bias", "scale_shift_table", ".pos_embed"))}
     extra = [n for n in model - wanted.keys() if not any(part in n for part in TOLERATED)]
-    problems = [f"{len(unlike)} of other shapes: {listed(unlike, 2)}"] if unlike else []
-    problems += [f"{len(lacking)} that it lacks: {listed(lacking, 2)}"] if lacking else []
-    problems += [f"{len(extra)} that the base lacks: {listed(extra, 2)}"] if extra else []
-    if problems:
-        raise _other_model(f"{expert.path} does not fit --base {base.root}: {'; '.join(problems)}")
+    kinds = {"of other shapes": unlike, "that it lacks": lacking, "that the base lacks": extra}
+    if problems := counted(kinds, 2):
+        raise _other_model(f"{expert.path} does not fit --base {base.root}: {problems}")
     return {key: value for key, value in config.items() if key != CONFIG_KEY}
 
 

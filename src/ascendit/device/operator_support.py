@@ -78,6 +78,11 @@ def _row(operator: str, mode: str = "", /, **rest: str) -> Capability:
     return Capability(operator=operator, mode=mode, **rest)  # type: ignore[arg-type]
 
 
+def _row_quantizer(scheme: str, dtypes: str, chips: Mapping[str, str] = _MX) -> Capability:
+    how = {"scheme": scheme, "aclnn": "aclnnDynamicQuantV2", "dtypes": dtypes, **chips}
+    return _row("npu_dynamic_quant", scheme, used_for=f"tokens in {scheme}", **how)
+
+
 def _matmul(scheme: str, dtypes: str, layout: str = "", chips: Mapping[str, str] = _MX) -> Capability:
     how = {"scheme": scheme, "aclnn": _QUANT_MATMUL, "dtypes": dtypes, "layout": layout, **chips}
     return _row(_MM, scheme, used_for=f"linear in {scheme}", **how)
@@ -116,23 +121,8 @@ CAPABILITIES: tuple[Capability, ...] = (
     ),
     _row("npu_rms_norm_dynamic_mx_quant", aclnn="aclnnRmsNormDynamicMxQuant", **_MX),
     _row("npu_add_rms_norm_dynamic_mx_quant", aclnn="aclnnAddRmsNormDynamicMxQuant", **_MX),
-    _row(
-        "npu_dynamic_quant",
-        "int8",
-        used_for="tokens in int8",
-        scheme="int8",
-        aclnn="aclnnDynamicQuantV2",
-        dtypes="fp16 bf16 -> int8",
-    ),
-    _row(
-        "npu_dynamic_quant",
-        "fp8",
-        used_for="tokens in fp8",
-        scheme="fp8",
-        aclnn="aclnnDynamicQuantV2",
-        dtypes="-> e4m3 e5m2",
-        **_MX,
-    ),
+    _row_quantizer("int8", "fp16 bf16 -> int8", chips={}),
+    _row_quantizer("fp8", "-> e4m3 e5m2"),
     _row(_BLOCK_QUANT, "int8", aclnn="aclnnDynamicBlockQuantV2", layout="a2, a3: row 1, col 1 or 128"),
     _row(_BLOCK_QUANT, "fp8", aclnn="aclnnDynamicBlockQuantV2", **_MX),
     _matmul(
@@ -236,15 +226,15 @@ CAPABILITIES: tuple[Capability, ...] = (
 )
 
 
+_ROWS = {(row.operator, row.mode): row for row in CAPABILITIES}
+
+
 # ---- questions to it ----------------------------------------------------------------------------
 
 
 def capability(operator: str, mode: str = "") -> Capability:
     """The row of an operator and mode. Without one of its own it runs on every chip."""
-    for row in CAPABILITIES:
-        if row.operator == operator and row.mode == mode:
-            return row
-    return Capability(operator=operator, mode=mode)
+    return _ROWS.get((operator, mode), Capability(operator=operator, mode=mode))
 
 
 def native_on(chip: str) -> frozenset[str]:

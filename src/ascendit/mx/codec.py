@@ -47,17 +47,13 @@ class Encoded:
         form = lookup(self.format)
         axis = checked_axis(self.axis, len(self.shape))
         object.__setattr__(self, "shape", tuple(self.shape))
-        wanted = {"codes": self.shape, "scale": _scale_shape(form, self.shape, axis), "dual_scale": None}
-        if form.packed:
-            wanted["codes"] = _with(self.shape, axis, -(-self.shape[axis] // 2))
-        if form.coarse:
-            wanted["dual_scale"] = (*_with(self.shape, axis, -(-self.shape[axis] // form.coarse)), 1)
+        wanted = zip(("codes", "scale", "dual_scale"), form.shapes(self.shape, axis), strict=True)
         dtypes = {
             "codes": (getattr(torch, form.codes_dtype), torch.int8 if form.element is None else torch.uint8),
             "scale": (torch.uint8,) if form.kind in ("block", "dual") else (torch.float32,),
             "dual_scale": (torch.float32,),
         }
-        for name, shape in wanted.items():
+        for name, shape in wanted:
             tensor: Tensor | None = getattr(self, name)
             found = None if tensor is None else tuple(tensor.shape)
             if found != shape or (tensor is not None and tensor.dtype not in dtypes[name]):
@@ -78,16 +74,6 @@ def checked_axis(axis: int, ndim: int) -> int:
             fix="the axis is the one that the matmul sums over, -1 for a weight [N, K]",
         )
     return axis % ndim
-
-
-def _with(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
-    return (*shape[:axis], length, *shape[axis + 1 :])
-
-
-def _scale_shape(form: Format, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    if form.kind == "tile":
-        return tuple(-(-n // form.block) for n in shape)
-    return _with(shape, axis, 1 if form.kind == "row" else -(-shape[axis] // form.block))
 
 
 # ---- encode and decode --------------------------------------------------------------------------

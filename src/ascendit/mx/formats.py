@@ -26,6 +26,9 @@ SEARCH = "msms:ceil_x:search"
 """The `msms:ceil_x:<c>` that errs least on the whole weight."""
 
 
+Shape = tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Element:
     """A small float: 1 sign bit, `ebits` of exponent, `mbits` of mantissa; subnormals, no way to overflow.
@@ -81,13 +84,19 @@ class Format:
     def packed(self) -> bool:
         return self.element is not None and self.element.bits == 4
 
-    @property
-    def bits_per_value(self) -> float:
-        """Bits per value, scales of blocks included; those of rows and tiles (32 bits each) left out."""
-        bits = float(self.element.bits if self.element else 8)
-        if self.kind in ("block", "dual"):
-            bits += 8 / self.block
-        return bits + (32 / self.coarse if self.coarse else 0.0)
+    def shapes(self, shape: Shape, axis: int = -1) -> tuple[Shape, Shape, Shape | None]:
+        """Of codes, scale and dual_scale of a tensor [.., K, ..] with K at `axis`; no dual_scale: None."""
+        axis %= len(shape)
+        length = shape[axis]
+
+        def along(size: int) -> Shape:
+            return (*shape[:axis], size, *shape[axis + 1 :])
+
+        codes = along(-(-length // 2)) if self.packed else shape
+        dual = (*along(-(-length // self.coarse)), 1) if self.coarse else None
+        if self.kind == "tile":
+            return codes, tuple(-(-n // self.block) for n in shape), dual
+        return codes, along(-(-length // self.block) if self.block else 1), dual
 
 
 _OCP = ("floor", "pow2", "even")

@@ -49,12 +49,16 @@ def encoder(
     if lib is None or not (rounding == "rint" or rule.startswith("msms:")):
         return None
     if form.kind == "row":
-        return _row_encoder(lib, form, rule, threads)
+        kind = 2 if rule.startswith("msms:") else 1 if form.element else 0
+        return _by_numbers(lib.encode_rows, threads, kind, -127 if rule == "msms:int8_legacy" else -128)
     if form.kind == "dual":
         return None if dtype == torch.float16 else _dual_encoder(lib, form, rule, threads)
     if dtype == torch.bfloat16:
         return _table_encoder(lib, form, rule, threads)
-    return None if rule.startswith("msms:") else _rule_encoder(lib, form, rule, threads)
+    if rule.startswith("msms:") or form.element is None:
+        return None
+    numbers = *scales.thresholds(rule, form.element), scales.fraction_mask(rule, form.element)
+    return _by_numbers(lib.encode_rule, threads, ELEMENT_NUMBERS[form.element.name], *numbers)
 
 
 def prefer_large_pages(fresh: Tensor) -> Tensor:
@@ -120,18 +124,6 @@ def _dual_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None
         lib.encode_dual(rows.data_ptr(), DTYPE_NUMBERS[rows.dtype], *_shape(rows, threads), *at)
 
     return encode
-
-
-def _rule_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None) -> Encoder:
-    assert form.element is not None
-    shift, threshold = scales.thresholds(rule, form.element)
-    numbers = ELEMENT_NUMBERS[form.element.name], shift, threshold, scales.fraction_mask(rule, form.element)
-    return _by_numbers(lib.encode_rule, threads, *numbers)
-
-
-def _row_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None) -> Encoder:
-    kind = 2 if rule.startswith("msms:") else 1 if form.element else 0
-    return _by_numbers(lib.encode_rows, threads, kind, -127 if rule == "msms:int8_legacy" else -128)
 
 
 def _by_numbers(call: Callable[..., int], threads: int | None, *numbers: int) -> Encoder:

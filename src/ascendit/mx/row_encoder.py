@@ -17,9 +17,9 @@ class RowEncoder:
     """Rows of a weight [N, K], on the CPU -> `Encoded`, bit-identical to `mx.encode` of those rows.
 
     `length` is K. `buffers`: how many results are valid at a time. `threads`: of the compiled kernels, by
-    default those of PyTorch. With `measure`, `signal` and `noise` are the sums of x^2 and (x - decoded)^2
-    over all rows since the last `restart`, float64. UsageError E-USE-01 for what does not go together, and
-    for `msms:ceil_x:search`, which must see the whole weight: `ScaleSearch` gives the rule to use instead.
+    default those of PyTorch. With `measure`, `sums` has those of x^2 and (x - decoded)^2 over all rows since
+    the last `restart`, float64 [2]. UsageError E-USE-01 for what does not go together, and for
+    `msms:ceil_x:search`, which must see the whole weight: `ScaleSearch` gives the rule to use instead.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class RowEncoder:
         self._measure, self._threads = measure, threads
         self._encode = encoder.encoder(form, rule, mode, dtype, threads)
         self._buffers = [encoder.empty_parts(form, max_rows, length) for _ in range(buffers)]
-        self._sums = torch.zeros(2, dtype=torch.float64)
+        self.sums = torch.zeros(2, dtype=torch.float64)
 
     def __call__(self, rows: Tensor) -> Encoded:
         """[n, K], n at most `max_rows` -> views of the next buffer, valid until its next turn."""
@@ -71,30 +71,22 @@ class RowEncoder:
         return Encoded(codes, parts.scale, dual, self._form.name, -1, (len(codes), self._length))
 
     def _add_energies(self, rows: Tensor, parts: Parts) -> None:
-        if native_encoder.add_energies(rows, parts, self._form, self._sums, self._threads):
+        if native_encoder.add_energies(rows, parts, self._form, self.sums, self._threads):
             return
         step = max(1, encoder.REFERENCE_PIECE // self._length)
         for start in range(0, len(rows), step):
             wide = rows[start : start + step].to(torch.float64)
             noise = wide - decode(self._encoded(parts.rows(start, start + step))).to(torch.float64)
-            self._sums += torch.stack((wide.square().sum(), noise.square().sum()))
+            self.sums += torch.stack((wide.square().sum(), noise.square().sum()))
 
     def restart(self) -> None:
         """Forget what was measured."""
-        self._sums.zero_()
-
-    @property
-    def signal(self) -> float:
-        return float(self._sums[0])
-
-    @property
-    def noise(self) -> float:
-        return float(self._sums[1])
+        self.sums.zero_()
 
     @property
     def sqnr(self) -> float:
         """Signal to quantization noise in dB, as `mx.sqnr`: inf without noise, NaN if not finite."""
-        return decibels(self.signal, self.noise)
+        return decibels(*self.sums.tolist())
 
 
 def first_bad_row(encoded: Encoded) -> int | None:

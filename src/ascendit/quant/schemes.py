@@ -64,36 +64,20 @@ class Scheme:
         """Elements of K that share a coarse float32 scale; 0 if there is none."""
         return FORMATS[self.weight].coarse if self.weight else 0
 
-    @property
-    def activation_bits(self) -> int:
-        """Bits of one value of the activation, scales left out."""
-        if not self.activation:
-            return 16
-        element = FORMATS[self.activation].element
-        return element.bits if element else 8
-
     def tensors(self, n: int, k: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Role -> (dtype, shape) of codes and scales of a quantized layer with a decoded weight [n, k]."""
         if not self.weight:
             return {}
-        form = FORMATS[self.weight]
-        scales = {
-            "row": ("F32", (n, 1)),
-            "tile": ("F32", (_ceil(n, form.block), _ceil(k, form.block))),
-        }
-        scale = scales.get(form.kind, ("U8", (n, _ceil(k, form.block))))
-        every: dict[str, tuple[str, tuple[int, ...]]] = {
-            "weight": (self.codes_dtype, (n, _ceil(k, 2) if form.packed else k)),
-            "weight_scale": scale,
-            "weight_scale_inv": scale,
+        codes, scale, dual = FORMATS[self.weight].shapes((n, k))
+        scale_dtype = "U8" if self.block else "F32"
+        every = {
+            "weight": (self.codes_dtype, codes),
+            "weight_scale": (scale_dtype, scale),
+            "weight_scale_inv": (scale_dtype, scale),
             "weight_offset": ("F32", (n, 1)),
-            "weight_dual_scale": ("F32", (n, _ceil(k, form.coarse), 1)),
+            "weight_dual_scale": ("F32", dual or ()),
         }
         return {role: every[role] for role in self.roles}
-
-
-def _ceil(size: int, step: int) -> int:
-    return -(-size // step) if step else 1
 
 
 _ROWS = (
