@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ascendit.cli.flags import Json, flag
+from ascendit.cli.main import Json, flag
 from ascendit.cli.output import Output, check_report, write_report
 from ascendit.errors import UsageError
 from ascendit.report import columns

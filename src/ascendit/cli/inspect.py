@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ascendit.cli.flags import ANY_MODEL, Json, flag
+from ascendit.cli.main import ANY_MODEL, Json, flag
 from ascendit.cli.output import Output
 from ascendit.errors import UsageError
 

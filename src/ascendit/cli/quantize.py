@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ascendit.cli.flags import Copy, DryRun, Engine, Json, Resume, Source, Target, chosen, flag
+from ascendit.cli.main import Copy, DryRun, Engine, Json, Resume, Source, Target, chosen, flag
 from ascendit.cli.output import Output, quiet_libraries
 from ascendit.cli.progress import ProgressView, progress_view
 from ascendit.errors import Cancelled, OutOfMemory, UsageError

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ascendit.cli.flags import Copy, DryRun, Engine, Json, Resume, Source, Target, chosen, flag
+from ascendit.cli.main import Copy, DryRun, Engine, Json, Resume, Source, Target, chosen, flag
 from ascendit.cli.output import Output
 
 Base = Annotated[

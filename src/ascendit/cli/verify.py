@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ascendit.cli.flags import Json, flag
 from ascendit.cli.interruptions import Interrupt
+from ascendit.cli.main import Json, flag
 from ascendit.cli.output import Output, check_report, quiet_libraries, write_report
 from ascendit.cli.progress import ProgressView, progress_view, show_seconds
 from ascendit.errors import QualityError, UsageError
