@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec
 from ascendit.convert import provenance
 from ascendit.progress import Advance
+from ascendit.quant.vllm_omni_config import marker_for
 from ascendit.version import __version__
 from ascendit.weights.engine_formats import Dialect, task_config
 from ascendit.weights.sink import WriteBehind, run_steps
@@ -33,15 +34,12 @@ class ExpertOutput:
     steps: list[TensorStep]
     config: Mapping[str, Any]
     """Of a WanTransformer3DModel."""
-    marker: Mapping[str, Any] | None
-    """`quantization_config`, for a dialect that has one."""
     layers: Mapping[str, str]
-    """Layer -> scheme, for the manifest."""
-    attention: Mapping[str, str] = field(default_factory=dict)
+    """Linears of the blocks, and others that are quantized or smoothed -> scheme."""
+    attention: Mapping[str, str]
     """`<attn>.quant_type` -> its value in the manifest."""
     more_entries: Mapping[str, str] = field(default_factory=dict)
     """Entries of the source's manifest that stay true."""
-    has_manifest: bool = True
 
     @property
     def specs(self) -> list[TensorSpec]:
@@ -58,13 +56,6 @@ class ExpertOutput:
         """Diffusers name -> name in the files."""
         smoothed = smoothed_in(self.steps)
         return {spec.name: self.dialect.on_disk(spec.name, smoothed) for spec in self.specs}
-
-    def json_files(self) -> dict[str, Mapping[str, Any]]:
-        """Name -> content: config.json, the manifest, and what else the dialect has."""
-        files: dict[str, Mapping[str, Any]] = {"config.json": self.dialect.config(self.config, self.marker)}
-        if self.dialect.task_file:
-            files[self.dialect.task_file] = task_config(self.config)
-        return files
 
 
 def fingerprint(outputs: Iterable[ExpertOutput], parts: Sequence[object], more: Iterable[Path] = ()) -> str:
@@ -84,7 +75,6 @@ def write_expert(
     staging: Staging,
     advance: Advance,
     *,
-    weigh: Callable[[TensorStep], int],
     hash: bool,
     hash_json: bool = False,
     max_shard_bytes: int | None = MAX_SHARD_BYTES,
@@ -93,7 +83,7 @@ def write_expert(
 ) -> dict[str, str]:
     """Write the files of one expert; path in the output -> sha256 of the weights with `hash`.
 
-    `weigh`, `encode_all`: as for `run_steps`. `hash_json`: of the JSON files too. `align`: tensors come to be
+    `encode_all`: as for `run_steps`. `hash_json`: of the JSON files too. `align`: tensors come to be
     as in the source, relative to pages, which moves them faster. Raises as `run_steps` and `ShardWriter`.
     """
     dialect, quant_type = output.dialect, model_quant_type(output.layers)
@@ -104,27 +94,29 @@ def write_expert(
         folder,
         [_in_file(step, spec, names, align) for step in output.steps for spec in step.specs],
         stem=dialect.stem(quant_type),
-        max_shard_bytes=None if dialect.typed_names else max_shard_bytes,
+        max_shard_bytes=None if dialect.export else max_shard_bytes,
         hash=hash,
         journal=staging.journal,
     )
     with writer, RowReader() as reader, WriteBehind(writer, names) as sink:
-        run_steps(output.steps, reader, sink, advance=advance, weigh=weigh, encode_all=encode_all)
+        run_steps(output.steps, reader, sink, advance=advance, encode_all=encode_all)
         sink.flush()
         digests = writer.close()
     private = [shard.file for shard in writer.shards]
-    written = []
-    for name, content in output.json_files().items():
-        written.append(folder / name)
-        provenance.write_json(written[-1], content)
-    if output.has_manifest:
+    written = [folder / "config.json"]
+    marker = marker_for(output.layers, smoothed_in(output.steps))
+    provenance.write_json(written[0], dialect.config(output.config, marker))
+    if dialect.export:
+        written.append(folder / "configuration.json")
+        provenance.write_json(written[-1], task_config(output.config))
+    if output.attention or any(name.endswith("_scale") for name in names):
         written.append(folder / dialect.manifest_file(quant_type))
         manifest = dialect.manifest(output.layers, list(names), output.attention, output.more_entries)
         written[-1].write_text(json.dumps(manifest, indent=4) + "\n", encoding="utf-8")
         private.append(written[-1])
-    if dialect.mode is not None:
+    if dialect.export:
         for file in private:
-            file.chmod(dialect.mode)
+            file.chmod(0o640)
     if hash_json:
         written += folder.glob("*.index.json")
         digests |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in written}

@@ -15,7 +15,7 @@ from ascendit.names import grouped, is_block_linear
 from ascendit.quant.layer_rules import AttentionScheme, LayerScheme, LayerSchemes
 from ascendit.quant.recipe import Recipe
 from ascendit.quant.schemes import FP4, FP8_TILES, SCHEMES
-from ascendit.weights.engine_formats import Traits, differ_in_qkv, traits_of
+from ascendit.weights.engine_formats import traits_of
 
 TILES = "F8_E4M3"
 """Dtype of weights in tiles, the only one of a source that is no float."""
@@ -45,11 +45,11 @@ class AppliedRecipe(LayerSchemes):
         return self.round_to or ("BF16" if info.dtype == TILES else info.dtype)
 
     @property
-    def traits(self) -> Traits:
+    def traits(self) -> frozenset[str]:
         """What matters to an engine."""
-        shapes = {name: (s[0], s[1]) for name in self.coded for s in [self.weight(name).shape]}
-        factors = {name: tuple(scale.tolist()) for name, scale in self.smoothing.items()}
-        return traits_of(self.inside, shapes, tuple(factors), unlike_qkv=differ_in_qkv(factors))
+        shapes = {name: self.weight(name).shape for name in self.coded}
+        smoothing = {name: tuple(scale.tolist()) for name, scale in self.smoothing.items()}
+        return traits_of(self.inside, shapes, smoothing)
 
     @property
     def inside(self) -> dict[str, str]:

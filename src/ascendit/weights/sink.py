@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from ascendit.checkpoint.reader import RowReader
 from ascendit.checkpoint.writer import Data, ShardWriter
@@ -20,17 +20,20 @@ from ascendit.progress import Advance
 from ascendit.weights.tensor_steps import WAITING, TensorStep
 
 
-class Sink(Protocol):
+class Sink:
     """Takes tensors under their Diffusers names, in the order of the plan."""
 
     def done(self, name: str) -> bool:
         """Whether an earlier run has left this tensor here."""
+        return False
 
     def append(self, name: str, data: Data) -> None:
         """The next bytes of a tensor. They stay as they are until WAITING more have come, or `flush`."""
+        raise NotImplementedError
 
     def move(self, step: TensorStep) -> None:
         """The one tensor of a step that leaves its source as it is."""
+        raise NotImplementedError
 
     def flush(self) -> None:
         """Return when no piece is needed any more."""
@@ -46,30 +49,29 @@ def run_steps(
     sink: Sink,
     *,
     advance: Advance = no_progress,
-    weigh: Callable[[TensorStep], int] = TensorStep.bytes_made,
     encode_all: bool = False,
 ) -> None:
     """Make every tensor that the sink does not have yet.
 
-    `weigh`: the bytes of a step, reported to `advance` while it runs. `encode_all`: layers that an earlier
-    run has written are encoded again, to be measured. Raises CheckpointError: E-CKP-08 for invalid scales,
+    `advance`: gets the bytes of the sources of a step while it runs. `encode_all`: layers that an earlier run
+    has written are encoded again, to be measured. Raises CheckpointError: E-CKP-08 for invalid scales,
     E-CKP-04 for what is no FP4 number, E-CKP-02 for files that shrink, E-QNT-01 for weights that are not
     finite.
     """
     for step in steps:
         done = bool(step.specs) and all(sink.done(spec.name) for spec in step.specs)
         if done and not (encode_all and step.how == "encode"):
-            advance(step.name, weigh(step), True)
+            advance(step.name, step.bytes_read(), True)
         elif step.how == "move":
             sink.move(step)
-            advance(step.name, weigh(step))
+            advance(step.name, step.bytes_read())
         else:
-            _make(step, reader, sink, advance, weigh(step))
+            _make(step, reader, sink, advance)
 
 
-def _make(step: TensorStep, reader: RowReader, sink: Sink, advance: Advance, weight: int) -> None:
-    """Give the pieces of one step; `weight` bytes are reported as the bytes of its tensors come."""
-    made, reported, total = 0, 0, step.bytes_made()
+def _make(step: TensorStep, reader: RowReader, sink: Sink, advance: Advance) -> None:
+    """Give the pieces of one step; the bytes of its sources are reported as those of its tensors come."""
+    made, reported, total, weight = 0, 0, step.bytes_made(), step.bytes_read()
     for name, data in step.produce(reader):
         if not sink.done(name):
             sink.append(name, data)
@@ -86,7 +88,7 @@ def _make(step: TensorStep, reader: RowReader, sink: Sink, advance: Advance, wei
 # ---- a folder -----------------------------------------------------------------------------------
 
 
-class WriteBehind:
+class WriteBehind(Sink):
     """Calls `append` and `move` of a writer in their order, a little later, from a thread of its own.
 
     So the next rows are encoded while these are written. What goes wrong there is raised by the next call

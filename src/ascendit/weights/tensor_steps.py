@@ -38,7 +38,7 @@ from ascendit.errors import CheckpointError
 from ascendit.mx.formats import FORMATS
 from ascendit.names import is_block_linear, sort_names
 from ascendit.quant.schemes import FP8_TILES, scheme_after_reading
-from ascendit.weights.engine_formats import CANONICAL, Dialect, differ_in_qkv, layer_specs
+from ascendit.weights.engine_formats import CANONICAL, Dialect, layer_specs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +73,7 @@ class TensorStep:
     """The part of the first source that is read."""
     check: Check | None = None
     make: Make | None = None
-    """How `rows` and `encode` come about, and what `fill` and `recode` need beside the source."""
+    """How its bytes are made; None: they are those of the source, checked, and widened for `widen`."""
     lasting: bool = False
     """Pieces stay as they are until WAITING more have been made; else until the next."""
 
@@ -96,7 +96,7 @@ class TensorStep:
         Raises CheckpointError E-CKP-08 for an invalid scale, offset or smoothing factor, E-CKP-04 for a
         number in a wide container that is no FP4 number.
         """
-        return (self.make or _WAYS[self.how])(self, reader)
+        return (self.make or _copy)(self, reader)
 
 
 def smoothed_in(steps: Iterable[TensorStep]) -> set[str]:
@@ -165,7 +165,7 @@ def _layer(layer: Layer, dialect: Dialect) -> Iterator[TensorStep]:
 def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, container: str) -> TensorStep:
     if layer.scheme == FP8_TILES:
         sources = (info, layer.tensors["weight_scale_inv"])
-        return TensorStep(name=spec.name, how="untile", specs=(spec,), sources=sources)
+        return TensorStep(name=spec.name, how="untile", specs=(spec,), sources=sources, make=_untile)
     if layer.container == container:
         return replace(moved(spec.name, info), specs=(spec,))
     make = functools.partial(_recode, layer.container, container)
@@ -176,13 +176,14 @@ def _scale(role: str, spec: TensorSpec, info: TensorInfo) -> TensorStep:
     """A scale, offset, smoothing factor, or the bias of a quantized layer."""
     check = _CHECKS.get(role)
     how: How = "widen"
+    make = None
     if spec.dtype == "U8":
         check, how = _check_e8m0, "copy"
     elif math.prod(info.shape) == 1 != math.prod(spec.shape):
-        how = "repeat"
+        how, make = "repeat", _repeat
     elif info.dtype == spec.dtype:
         how = "copy" if check else "move"
-    return TensorStep(name=spec.name, how=how, specs=(spec,), sources=(info,), check=check)
+    return TensorStep(name=spec.name, how=how, specs=(spec,), sources=(info,), check=check, make=make)
 
 
 def schemes_of(expert: Expert) -> dict[str, str]:
@@ -196,11 +197,11 @@ def schemes_of(expert: Expert) -> dict[str, str]:
     return {name: layers[name] for name in sort_names(layers)}
 
 
-def unlike_qkv(expert: Expert) -> bool:
-    """As `differ_in_qkv`, of factors on disk."""
+def smoothing_of(expert: Expert) -> dict[str, bytes]:
+    """Layer -> its `mul_scale` on disk, as float32."""
     infos = {name: expert.layers[name].tensors["mul_scale"] for name in expert.smoothed}
     with RowReader() as reader:
-        return differ_in_qkv({n: to_float32(reader.whole(x), x.dtype, x.name) for n, x in infos.items()})
+        return {n: to_float32(reader.whole(x), x.dtype, x.name) for n, x in infos.items()}
 
 
 # ---- the bytes of a step ------------------------------------------------------------------------
@@ -382,10 +383,3 @@ def tile_values(codes: torch.Tensor, scale: torch.Tensor, row: int, column: int 
         factors = scale[start // FP8_TILE].repeat_interleave(FP8_TILE)
         values[max(start - row, 0) : start - row + FP8_TILE] *= factors[column : column + values.shape[1]]
     return values
-
-
-_WAYS: dict[str, Make] = {
-    **dict.fromkeys(("move", "copy", "widen"), _copy),
-    "repeat": _repeat,
-    "untile": _untile,
-}

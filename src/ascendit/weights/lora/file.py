@@ -112,7 +112,7 @@ def _not_safetensors(path: Path) -> UsageError:
     elif path.suffix in _PICKLES:
         found += ": a pickle can run any code when it is read"
         fix = "save its tensors with safetensors.torch.save_file, on a machine where you trust the file"
-    return UsageError(found, needs="one .safetensors file", fix=fix, code="E-USE-01")
+    return UsageError(found, needs="one .safetensors file", fix=fix)
 
 
 def refused(path: Path, total: int, problems: list[Problem]) -> CheckpointError:

@@ -88,7 +88,7 @@ def parse_lora(text: str) -> LoraSource:
 
 
 def _bad_source(got: str, needs: str) -> UsageError:
-    return UsageError(got, needs=needs, fix=f"write {_FORM}", code="E-USE-01")
+    return UsageError(got, needs=needs, fix=f"write {_FORM}")
 
 
 # ---- folding ------------------------------------------------------------------------------------
