@@ -86,14 +86,14 @@ def write_expert(
     `encode_all`: as for `run_steps`. `hash_json`: of the JSON files too. `align`: tensors come to be
     as in the source, relative to pages, which moves them faster. Raises as `run_steps` and `ShardWriter`.
     """
-    dialect, quant_type = output.dialect, model_quant_type(output.layers)
+    dialect, names = output.dialect, output.disk_names
+    stem, manifest_file = dialect.file_names(model_quant_type(output.layers))
     folder = staging.path / output.folder
     folder.mkdir(parents=True, exist_ok=True)
-    names = output.disk_names
     writer = ShardWriter(
         folder,
         [_in_file(step, spec, names, align) for step in output.steps for spec in step.specs],
-        stem=dialect.stem(quant_type),
+        stem=stem,
         max_shard_bytes=None if dialect.export else max_shard_bytes,
         hash=hash,
         journal=staging.journal,
@@ -110,7 +110,7 @@ def write_expert(
         written.append(folder / "configuration.json")
         provenance.write_json(written[-1], task_config(output.config))
     if output.attention or any(name.endswith("_scale") for name in names):
-        written.append(folder / dialect.manifest_file(quant_type))
+        written.append(folder / manifest_file)
         manifest = dialect.manifest(output.layers, list(names), output.attention, output.more_entries)
         written[-1].write_text(json.dumps(manifest, indent=4) + "\n", encoding="utf-8")
         private.append(written[-1])

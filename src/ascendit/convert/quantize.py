@@ -22,7 +22,7 @@ from ascendit.checkpoint.layout import INDEX_FILE, RECORD_FILE, Layout, recognis
 from ascendit.checkpoint.output_folder import Staging, link_or_copy
 from ascendit.checkpoint.quant_metadata import MANIFEST_FILE, QUANT_TYPE
 from ascendit.checkpoint.reader import RowReader
-from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
+from ascendit.checkpoint.transformer import num_weights, read_expert
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES
 from ascendit.convert import provenance
 from ascendit.convert.calibration import (
@@ -30,7 +30,6 @@ from ascendit.convert.calibration import (
     STATISTICS,
     Calibrate,
     ExpertStatistics,
-    check_alpha,
     mul_scales,
     output_quality,
     placeholders,
@@ -94,14 +93,12 @@ def quantize(
     """
     if scheme is None and recipe is None:
         raise no_scheme("quantize")
-    if calibrate is not None:
-        check_alpha(calibrate.alpha)
-        if smoothing:
-            raise UsageError(
-                "both smoothing and calibrate",
-                needs="one of them: a calibration makes the smoothing",
-                fix="leave one out",
-            )
+    if calibrate is not None and smoothing:
+        raise UsageError(
+            "both smoothing and calibrate",
+            needs="one of them: a calibration makes the smoothing",
+            fix="leave one out",
+        )
     files = tuple(parse_lora(lora) if isinstance(lora, str) else lora for lora in loras)
     flags: list[tuple[str, object]] = [
         ("--scheme", scheme),
@@ -173,17 +170,15 @@ class QuantizeJob:
                 code="E-USE-05",
             )
         self.kind = model_kind(experts[0].config)
-        applied = [self._apply(expert, self.smoothing.get(expert.name)) for expert in experts]
-        if self.calibrate is not None:
-            applied = [self._apply(one.expert, placeholders(one)) for one in applied]
         self.experts = []
-        for one in applied:
-            shapes = {name: info.shape for name, info in one.expert.tensors.items()}
-            folds = Folds.open(self.loras, one.expert.name, shapes, experts=names)
+        for expert in experts:
+            smoothing = self.smoothing.get(expert.name)
+            one = apply_recipe(expert, self.recipe, self.kind, keep=self.keep, smoothing=smoothing)
+            if self.calibrate is not None:
+                one = replace(one, smoothing=placeholders(one))
+            shapes = {name: info.shape for name, info in expert.tensors.items()}
+            folds = Folds.open(self.loras, expert.name, shapes, experts=names)
             self.experts.append(RecipeSteps(one, self.dialect, folds, measure=self.measure))
-
-    def _apply(self, expert: Expert, smoothing: Mapping[str, torch.Tensor] | None) -> AppliedRecipe:
-        return apply_recipe(expert, self.recipe, self.kind, keep=self.keep, smoothing=smoothing)
 
     @property
     def applied(self) -> list[AppliedRecipe]:
@@ -238,7 +233,10 @@ class QuantizeJob:
             needs_bytes=needed,
         ) as staging:
             found = self._calibrate(staging)
-            meter = Meter(self._total_bytes(), on_progress)
+            total = sum(applied.bytes_before for applied in self.applied)
+            if self.measure and found:  # each smoothed weight is read once more
+                total += sum(x.weight(name).nbytes for x in self.applied for name in smoothable(x))
+            meter = Meter(total, on_progress)
             for expert in self.experts:
                 self._write(expert, staging, meter, found)
             for source, name in self._others():
@@ -287,12 +285,6 @@ class QuantizeJob:
             if path.name == INDEX_FILE or (not path.name.endswith(_WEIGHTS) and path.stat().st_size <= SMALL):
                 others.append((path, path.name))
         return others
-
-    def _total_bytes(self) -> int:
-        total = sum(applied.bytes_before for applied in self.applied)
-        if self.measure and self.calibrate is not None:  # each smoothed weight is read once more
-            total += sum(x.weight(name).nbytes for x in self.applied for name in smoothable(x))
-        return total
 
     # ---- what is said about it ------------------------------------------------------------------
 

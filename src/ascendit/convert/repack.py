@@ -200,13 +200,12 @@ def _made(
 def _recipe_of(source: Layout) -> dict[str, Any]:
     """The recipe in the record of a folder that ascendit wrote: it stays true."""
     file = source.root / RECORD_FILE
-    found = read_json(file).get("recipe") if file.is_file() else None
-    known = isinstance(found, dict) and isinstance(found.get("name"), str)
-    return found if known and isinstance(found, dict) else {}
+    recipe = read_json(file).get("recipe") if file.is_file() else None
+    return recipe if isinstance(recipe, dict) and isinstance(recipe.get("name"), str) else {}
 
 
 def _expert_report(output: ExpertOutput) -> RepackedExpert:
-    source, rewritten = output.source, [step for step in output.steps if step.rewritten and step.specs]
+    source, rewritten = output.source, [step for step in output.steps if step.how in WAYS and step.specs]
     before = {source.tensors[name].name for name in output.disk_names if name in source.tensors}
     rewritten_bytes = sum(step.bytes_made() for step in rewritten)
     return RepackedExpert(
@@ -224,15 +223,13 @@ def _expert_report(output: ExpertOutput) -> RepackedExpert:
 
 
 def _warnings(outputs: list[ExpertOutput], dialect: Dialect, parts: Layout | None) -> tuple[str, ...]:
-    found: dict[str, None] = {}
-    for output in outputs:
-        if output.config == output.source.config and output.source.config_problem:
-            found[output.source.config_problem] = None
+    unchanged = [output.source for output in outputs if output.config == output.source.config]
+    texts = [source.config_problem for source in unchanged if source.config_problem]
     if dialect.engine == "mindie" and any("bf16" in output.layers.values() for output in outputs):
-        found["MindIE-SD takes what is not quantized from the float checkpoint: keep that at hand"] = None
+        texts.append("MindIE-SD takes what is not quantized from the float checkpoint: keep that at hand")
     if parts is None and dialect.naming == "diffusers":
-        found["only the transformers were written; --base MODEL adds the other parts"] = None
-    return tuple(found)
+        texts.append("only the transformers were written; --base MODEL adds the other parts")
+    return tuple(dict.fromkeys(texts))
 
 
 # ---- the numbers of two experts -----------------------------------------------------------------

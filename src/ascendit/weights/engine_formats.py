@@ -59,14 +59,12 @@ class Dialect:
             return expert
         return WAN_FOLDERS[expert] if experts > 1 else "."
 
-    def stem(self, quant_type: str) -> str:
-        """How files of weights begin."""
-        return f"quant_model_weight_{quant_type.lower()}" if self.export else STEM
-
-    def manifest_file(self, quant_type: str) -> str:
-        """The name of the manifest."""
-        suffix = f"_{quant_type.lower()}" if self.export else ""
-        return MANIFEST_FILE.replace(".json", f"{suffix}.json")
+    def file_names(self, quant_type: str) -> tuple[str, str]:
+        """How files of weights begin, and the name of the manifest."""
+        suffix = quant_type.lower()
+        if self.export:
+            return f"quant_model_weight_{suffix}", f"quant_model_description_{suffix}.json"
+        return STEM, MANIFEST_FILE
 
     def container(self, scheme: str) -> str:
         """`packed` or `e4m3` for FP4, `plain` for all others."""

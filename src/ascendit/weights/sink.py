@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, Self
 
 from ascendit.checkpoint.reader import RowReader
@@ -75,7 +74,7 @@ def _make(step: TensorStep, reader: RowReader, sink: Sink, advance: Advance) -> 
     for name, data in step.produce(reader):
         if not sink.done(name):
             sink.append(name, data)
-            if not step.lasting:
+            if step.how != "encode":
                 sink.flush()
         made += memoryview(data).nbytes
         done = weight * made // total
@@ -126,9 +125,7 @@ class WriteBehind(Sink):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._thread.shutdown()
         if error is None:
             self.flush()

@@ -74,8 +74,6 @@ class TensorStep:
     check: Check | None = None
     make: Make | None = None
     """How its bytes are made; None: they are those of the source, checked, and widened for `widen`."""
-    lasting: bool = False
-    """Pieces stay as they are until WAITING more have been made; else until the next."""
 
     def bytes_made(self) -> int:
         """Of all its tensors."""
@@ -85,14 +83,10 @@ class TensorStep:
         """Of all its sources, whole."""
         return sum(info.nbytes for info in self.sources)
 
-    @property
-    def rewritten(self) -> bool:
-        """Whether the bytes of the output are others than those of the source."""
-        return self.how not in ("move", "copy")
-
     def produce(self, reader: RowReader) -> Iterator[Piece]:
-        """The bytes of its tensors, in order; see `lasting` for how long a piece is valid.
+        """The bytes of its tensors, in order.
 
+        A piece of `encode` is valid until WAITING more have been made, others until the next.
         Raises CheckpointError E-CKP-08 for an invalid scale, offset or smoothing factor, E-CKP-04 for a
         number in a wide container that is no FP4 number.
         """
@@ -260,9 +254,9 @@ def to_float32(data: bytes | memoryview, dtype: str, name: str) -> bytes:
 
 # ---- FP4 ----------------------------------------------------------------------------------------
 
-_E4M3 = (0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C)
-_BF16 = (0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)
-"""0, 0.5, 1, 1.5, 2, 3, 4, 6: the numbers of E2M1 in the order of their codes."""
+_E4M3 = [sign | x for sign in (0, 0x80) for x in (0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C)]
+_BF16 = [s | x for s in (0, 0x8000) for x in (0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)]
+"""0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives: the numbers of E2M1 in the order of their codes."""
 _NAN, _NO_BYTE = 0x7F, 0xFFFF
 
 
@@ -294,15 +288,14 @@ def recode(rows: bytes | memoryview, length: int, source: str, target: str, name
         found = _bytes_of_e4m3()[even.reshape(-1).view(np.uint16)]
         bad = int(found.max(initial=0)) == _NO_BYTE
     if bad:
-        raise _not_fp4(name, int((~np.isin(numbers, _e4m3_numbers())).sum()))
+        count = int((~np.isin(numbers, _E4M3)).sum())
+        raise CheckpointError(
+            f"{name} holds {count} numbers that are not in FP4",
+            needs="0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, in a layer that the manifest calls FP4",
+            fix="export the model again; this file and its manifest do not belong together",
+            code="E-CKP-04",
+        )
     return bytes(found.astype(np.uint8, copy=False).tobytes())
-
-
-def _e4m3_numbers() -> Table:
-    """Those of E2M1 as e4m3, in the order of their codes."""
-    import numpy as np
-
-    return np.asarray([*_E4M3, *(0x80 | x for x in _E4M3)], np.uint8)
 
 
 @functools.cache
@@ -311,7 +304,7 @@ def _e4m3_of_bf16() -> Table:
     import numpy as np
 
     table = np.full(1 << 16, _NAN, np.uint8)
-    table[[*_BF16, *(0x8000 | x for x in _BF16)]] = _e4m3_numbers()
+    table[_BF16] = _E4M3
     return table
 
 
@@ -320,7 +313,7 @@ def _e4m3_of_bytes() -> Table:
     """Byte of two codes -> two e4m3 numbers, the first in the low byte."""
     import numpy as np
 
-    codes, numbers = np.arange(256), _e4m3_numbers().astype(np.uint16)
+    codes, numbers = np.arange(256), np.asarray(_E4M3, np.uint16)
     return np.asarray(numbers[codes & 15] | numbers[codes >> 4] << 8, "<u2")
 
 
@@ -332,15 +325,6 @@ def _bytes_of_e4m3() -> Table:
     table = np.full(1 << 16, _NO_BYTE, np.uint16)
     table[_e4m3_of_bytes()] = np.arange(256)
     return table
-
-
-def _not_fp4(name: str, count: int) -> CheckpointError:
-    return CheckpointError(
-        f"{name} holds {count} numbers that are not in FP4",
-        needs="0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, in a layer that the manifest calls FP4",
-        fix="export the model again; this file and its manifest do not belong together",
-        code="E-CKP-04",
-    )
 
 
 # ---- FP8 in tiles -------------------------------------------------------------------------------
