@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ascendit.checkpoint.output_folder import Staging
 from ascendit.checkpoint.quant_metadata import model_quant_type
 from ascendit.checkpoint.reader import RowReader
 from ascendit.checkpoint.transformer import Expert
-from ascendit.checkpoint.writer import MAX_SHARD_BYTES, ShardWriter, TensorSpec
+from ascendit.checkpoint.writer import MAX_SHARD_BYTES, Data, ShardWriter, TensorSpec
 from ascendit.convert import provenance
 from ascendit.progress import Advance
 from ascendit.quant.vllm_omni_config import marker_for
 from ascendit.version import __version__
 from ascendit.weights.engine_formats import Dialect, task_config
-from ascendit.weights.sink import WriteBehind, run_steps
-from ascendit.weights.tensor_steps import TensorStep, smoothed_in
+from ascendit.weights.tensor_steps import WAITING, Sink, TensorStep, run_steps, smoothed_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,50 @@ def fingerprint(outputs: Iterable[ExpertOutput], parts: Sequence[object], more: 
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
     layouts = [(output.folder, output.config, output.dialect, output.specs) for output in outputs]
     return hashlib.sha256(repr((__version__, stamps, layouts, parts)).encode()).hexdigest()
+
+
+class WriteBehind(Sink):
+    """Calls `append` and `move` of a writer in their order, a little later, from a thread of its own.
+
+    So the next rows are encoded while these are written. What goes wrong there is raised by the next call
+    here. As a context manager it ends the thread; the writer is the caller's to close.
+    """
+
+    def __init__(self, writer: ShardWriter, names: Mapping[str, str] | None = None) -> None:
+        """`names`: Diffusers name -> name in the file, where they differ."""
+        self._writer, self._names = writer, names or {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ascendit-write")
+        self._waiting: deque[Future[None]] = deque()
+
+    def done(self, name: str) -> bool:
+        """As of the writer: known from the beginning."""
+        return self._writer.done(self._names.get(name, name))
+
+    def append(self, name: str, data: Data) -> None:
+        """The next bytes of a tensor. Waits while as many pieces as may are on their way."""
+        self._put(self._writer.append, self._names.get(name, name), data)
+
+    def move(self, step: TensorStep) -> None:
+        """A whole tensor from another file, inside the kernel."""
+        self._put(self._writer.move, step.sources[0], self._names.get(step.name, step.name))
+
+    def flush(self) -> None:
+        """Wait until all is written."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def _put(self, call: Callable[..., None], *args: Any) -> None:
+        while len(self._waiting) >= WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(call, *args))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._thread.shutdown()
+        if error is None:
+            self.flush()
 
 
 def write_expert(

@@ -40,10 +40,12 @@ from ascendit.names import listed
 from ascendit.progress import Advance, Meter, OnProgress
 from ascendit.quant.schemes import FP8_TILES, SCHEMES, STORED_SCHEMES
 from ascendit.weights.engine_formats import Dialect, check_engine, dialect_for, model_kind, traits_of
-from ascendit.weights.sink import Sink, no_progress, run_steps
 from ascendit.weights.tensor_steps import (
     Piece,
+    Sink,
     TensorStep,
+    no_progress,
+    run_steps,
     schemes_of,
     smoothing_of,
     stored_steps,

@@ -21,8 +21,7 @@ from ascendit.model.linear import QuantLinear, SmoothLinear, fused_linears
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.operators import Schemes
 from ascendit.quant.fusion import leader_of
-from ascendit.weights.sink import Sink
-from ascendit.weights.tensor_steps import TensorStep
+from ascendit.weights.tensor_steps import Sink, TensorStep
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """One transformer as a stream of canonical tensors: a plan is a list of `TensorStep`.
 
 `stored_steps` plans an expert as it is stored: tensors get another container, wider floats, or one row made
-many; numbers never change. `weights.recipe_steps` plans one that is quantized on the way. `weights.sink` runs
-either into a folder or a model. Each step makes its bytes some rows at a time, so that no tensor is ever
-complete in memory. No torch at import: numpy is imported by the calls, torch only for FP8 in tiles.
+many; numbers never change. `weights.recipe_steps` plans one that is quantized on the way. `run_steps` gives
+the tensors of either to a `Sink`: a folder, a model or a checker. Each step makes its bytes some rows at a
+time, so that no tensor is ever complete in memory. No torch at import: numpy is imported by the calls, torch
+only for FP8 in tiles.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ascendit.checkpoint.writer import Data, TensorSpec
 from ascendit.errors import CheckpointError
 from ascendit.mx.formats import FORMATS
 from ascendit.names import is_block_linear, sort_names
+from ascendit.progress import Advance
 from ascendit.quant.schemes import FP8_TILES, scheme_after_reading
 from ascendit.weights.engine_formats import CANONICAL, Dialect, layer_specs
 
@@ -97,6 +99,74 @@ def smoothed_in(steps: Iterable[TensorStep]) -> set[str]:
     """The layers that get a `mul_scale`."""
     names = (spec.name for step in steps for spec in step.specs)
     return {name.removesuffix(".mul_scale") for name in names if name.endswith(".mul_scale")}
+
+
+# ---- where the tensors of a plan go ----------------------------------------------------------------
+
+
+class Sink:
+    """Takes tensors under their Diffusers names, in the order of the plan."""
+
+    def done(self, name: str) -> bool:
+        """Whether an earlier run has left this tensor here."""
+        return False
+
+    def append(self, name: str, data: Data) -> None:
+        """The next bytes of a tensor. They stay as they are until WAITING more have come, or `flush`."""
+        raise NotImplementedError
+
+    def move(self, step: TensorStep) -> None:
+        """The one tensor of a step that leaves its source as it is."""
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Return when no piece is needed any more."""
+
+
+def no_progress(name: str, count: int, skipped: bool = False) -> None:
+    """No progress is reported."""
+
+
+def run_steps(
+    steps: Iterable[TensorStep],
+    reader: RowReader,
+    sink: Sink,
+    *,
+    advance: Advance = no_progress,
+    encode_all: bool = False,
+) -> None:
+    """Make every tensor that the sink does not have yet.
+
+    `advance`: gets the bytes of the sources of a step while it runs. `encode_all`: layers that an earlier run
+    has written are encoded again, to be measured. Raises CheckpointError: E-CKP-08 for invalid scales,
+    E-CKP-04 for what is no FP4 number, E-CKP-02 for files that shrink, E-QNT-01 for weights that are not
+    finite.
+    """
+    for step in steps:
+        done = bool(step.specs) and all(sink.done(spec.name) for spec in step.specs)
+        if done and not (encode_all and step.how == "encode"):
+            advance(step.name, step.bytes_read(), True)
+        elif step.how == "move":
+            sink.move(step)
+            advance(step.name, step.bytes_read())
+        else:
+            _make(step, reader, sink, advance)
+
+
+def _make(step: TensorStep, reader: RowReader, sink: Sink, advance: Advance) -> None:
+    """Give the pieces of one step; the bytes of its sources are reported as those of its tensors come."""
+    made, reported, total, weight = 0, 0, step.bytes_made(), step.bytes_read()
+    for name, data in step.produce(reader):
+        if not sink.done(name):
+            sink.append(name, data)
+            if step.how != "encode":
+                sink.flush()
+        made += memoryview(data).nbytes
+        done = weight * made // total
+        advance(name, done - reported)
+        reported = done
+    if reported < weight:
+        advance(step.name, weight - reported)
 
 
 # ---- the steps of a stored expert ---------------------------------------------------------------
