@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 import ascendit
 from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.output_folder import Journal
 from ascendit.checkpoint.transformer import read_expert
-from ascendit.convert.calibration import STATISTICS, Save
+from ascendit.convert.calibration import STATISTICS
 from ascendit.convert.quantize import quantize
 from ascendit.errors import AscenditError, CheckpointError, UsageError
 from ascendit.mx.codec import Encoded, decode, encode
@@ -49,8 +50,8 @@ def calibrator(prompts: Any = PROMPTS, **options: Any) -> Calibrator:
 
 
 def seen(folder: Path, to: Path, rows: int = 0, **options: Any) -> Any:
-    save = Save(file=to / STATISTICS, resume=False, saved=lambda: None)
-    return calibrator(**options)(recognise(folder), (), rows, save)
+    journal = Journal(to / "journal.json", to, "")
+    return calibrator(**options)(recognise(folder), (), rows, journal)
 
 
 @pytest.fixture(scope="session")

@@ -229,11 +229,11 @@ def test_nothing_quantized_is_nothing_for_mindie(tmp_path: Path) -> None:
     ],
 )
 def test_traits(layers: dict[str, str], trait: str) -> None:
-    found = traits_of(layers, dict.fromkeys(layers, (64, 96 if "odd" in trait else 128)))
-    assert found.others == {trait}
-    plain = traits_of({"blocks.0.ffn.net.2": "mxfp8"}, {"blocks.0.ffn.net.2": (64, 128)})
-    assert plain.others == frozenset() and not plain.float_block_linears
-    check_engine("sglang", plain)
+    found = traits_of(layers, dict.fromkeys(layers, (64, 96 if "odd" in trait else 128)), {})
+    assert found - {*layers.values(), "float_block_linears"} == {trait}
+    plain = traits_of({"blocks.0.ffn.net.2": "mxfp8"}, {"blocks.0.ffn.net.2": (64, 128)}, {})
+    assert plain == {"mxfp8"}
+    check_engine("sglang", plain, "transformer")
 
 
 def test_names_of_dialects() -> None:

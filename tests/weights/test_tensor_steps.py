@@ -24,14 +24,14 @@ from ascendit.checkpoint.transformer import read_expert
 from ascendit.convert.repack import repack
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.mx.codec import Encoded
-from ascendit.weights.engine_formats import Dialect, dialect_for
+from ascendit.weights.engine_formats import Dialect, dialect_for, traits_of
 from ascendit.weights.tensor_steps import (
     recode,
     schemes_of,
+    smoothing_of,
     stored_steps,
     tile_values,
     to_float32,
-    unlike_qkv,
 )
 
 
@@ -54,7 +54,8 @@ def test_schemes_and_smoothing_of_an_expert() -> None:
         "blocks.3.attn2.to_out.0"
     ]
     assert set(expert.smoothed) == set(schemes)
-    assert not unlike_qkv(expert)
+    shapes = {name: layer.shape for name, layer in expert.layers.items()}
+    assert "unlike_qkv" not in traits_of(schemes, shapes, smoothing_of(expert))
     legacy = schemes_of(read_expert(recognise(exports.LEGACY).experts[0]))
     assert len(legacy) == 65 and legacy["condition_embedder.time_proj"] == "int8"
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ascendit.checkpoint.layout import Layout
+from ascendit.checkpoint.output_folder import Journal
 from ascendit.checkpoint.reader import TORCH_DTYPES, RowReader
 from ascendit.convert.report import OutputQuality, Outputs
 from ascendit.errors import UsageError
@@ -51,17 +51,6 @@ ExpertStatistics = Mapping[str, Mapping[str, Statistics]]
 """Expert -> first layer of a group -> its statistics."""
 
 
-@dataclass(frozen=True)
-class Save:
-    """Where `Calibrate` keeps what it has found so far."""
-
-    file: Path
-    resume: bool
-    """`file` exists and is complete."""
-    saved: Callable[[], None]
-    """To be called whenever `file` has been written anew."""
-
-
 class Calibrate(Protocol):
     """Runs the model at a layout over some prompts."""
 
@@ -76,9 +65,12 @@ class Calibrate(Protocol):
         """What would be run, for `ascendit.json`. Raises what can be known before a weight is read."""
 
     def __call__(
-        self, layout: Layout, loras: Sequence[LoraSource], rows: int, save: Save
+        self, layout: Layout, loras: Sequence[LoraSource], rows: int, journal: Journal
     ) -> ExpertStatistics:
-        """Run it, with the LoRA files folded in; keep `rows` tokens of each input."""
+        """Run it, with the LoRA files folded in; keep `rows` tokens of each input.
+
+        What has been found so far is kept in `STATISTICS` under the root of `journal`.
+        """
 
 
 def smoothable(applied: AppliedRecipe) -> list[str]:
@@ -102,7 +94,14 @@ def mul_scales(
     for name in smoothable(applied):
         stats = found.get(leader_of(name))
         if stats is None or not bool(stats.input_amax.isfinite().all()):
-            raise _no_statistics(applied.expert.name, name, stats is None)
+            why = "was never run" if stats is None else "has inputs that are not finite"
+            raise UsageError(
+                f"{applied.expert.name}: {name} {why}",
+                needs="every quantized layer in a run of the float model, with finite numbers",
+                fix="see that ascendit generate makes a good video of the source; "
+                "--keep leaves the layer as it is",
+                code="E-QNT-01",
+            )
         stored = TORCH_DTYPES[applied.dtype(applied.weight(name))]
         # Float16 ends at 65504, and maxima of activations do not; the weight rounds s to its own dtype.
         dtype = torch.float32 if stored == "float16" else getattr(torch, stored)
@@ -119,15 +118,6 @@ def check_alpha(alpha: float) -> None:
             needs="0 (all outliers stay in the input) to 1 (all of them move into the weight)",
             fix=f"--alpha {ALPHA:g}, which is msModelSlim's",
         )
-
-
-def _no_statistics(expert: str, layer: str, missing: bool) -> UsageError:
-    return UsageError(
-        f"{expert}: {layer} " + ("was never run" if missing else "has inputs that are not finite"),
-        needs="every quantized layer in a run of the float model, with finite numbers",
-        fix="see that ascendit generate makes a good video of the source; --keep leaves the layer as it is",
-        code="E-QNT-01",
-    )
 
 
 # ---- outputs with and without smoothing ---------------------------------------------------------

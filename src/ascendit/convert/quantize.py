@@ -22,7 +22,7 @@ from ascendit.checkpoint.layout import INDEX_FILE, RECORD_FILE, Layout, recognis
 from ascendit.checkpoint.output_folder import Staging, link_or_copy
 from ascendit.checkpoint.quant_metadata import MANIFEST_FILE, QUANT_TYPE
 from ascendit.checkpoint.reader import RowReader
-from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
+from ascendit.checkpoint.transformer import num_weights, read_expert
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES
 from ascendit.convert import provenance
 from ascendit.convert.calibration import (
@@ -30,8 +30,6 @@ from ascendit.convert.calibration import (
     STATISTICS,
     Calibrate,
     ExpertStatistics,
-    Save,
-    check_alpha,
     mul_scales,
     output_quality,
     placeholders,
@@ -43,12 +41,10 @@ from ascendit.errors import UsageError
 from ascendit.family import Task
 from ascendit.progress import Meter, OnProgress
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
-from ascendit.quant.vllm_omni_config import marker_for
 from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, warnings_for
 from ascendit.weights.engine_formats import Dialect, check_engine, dialect_for, model_kind
 from ascendit.weights.lora.fold import Folds, LoraSource, parse_lora
 from ascendit.weights.recipe_steps import RecipeSteps
-from ascendit.weights.tensor_steps import TensorStep
 
 Smoothing = Mapping[str, Mapping[str, torch.Tensor]]
 """Expert -> layer -> mul_scale, float32 [K]."""
@@ -97,15 +93,12 @@ def quantize(
     """
     if scheme is None and recipe is None:
         raise no_scheme("quantize")
-    if calibrate is not None:
-        check_alpha(calibrate.alpha)
-        if smoothing:
-            raise UsageError(
-                "both smoothing and calibrate",
-                needs="one of them: a calibration makes the smoothing",
-                fix="leave one out",
-                code="E-USE-01",
-            )
+    if calibrate is not None and smoothing:
+        raise UsageError(
+            "both smoothing and calibrate",
+            needs="one of them: a calibration makes the smoothing",
+            fix="leave one out",
+        )
     files = tuple(parse_lora(lora) if isinstance(lora, str) else lora for lora in loras)
     flags: list[tuple[str, object]] = [
         ("--scheme", scheme),
@@ -177,17 +170,15 @@ class QuantizeJob:
                 code="E-USE-05",
             )
         self.kind = model_kind(experts[0].config)
-        applied = [self._apply(expert, self.smoothing.get(expert.name)) for expert in experts]
-        if self.calibrate is not None:
-            applied = [self._apply(one.expert, placeholders(one)) for one in applied]
         self.experts = []
-        for one in applied:
-            shapes = {name: info.shape for name, info in one.expert.tensors.items()}
-            folds = Folds.open(self.loras, one.expert.name, shapes, experts=names)
+        for expert in experts:
+            smoothing = self.smoothing.get(expert.name)
+            one = apply_recipe(expert, self.recipe, self.kind, keep=self.keep, smoothing=smoothing)
+            if self.calibrate is not None:
+                one = replace(one, smoothing=placeholders(one))
+            shapes = {name: info.shape for name, info in expert.tensors.items()}
+            folds = Folds.open(self.loras, expert.name, shapes, experts=names)
             self.experts.append(RecipeSteps(one, self.dialect, folds, measure=self.measure))
-
-    def _apply(self, expert: Expert, smoothing: Mapping[str, torch.Tensor] | None) -> AppliedRecipe:
-        return apply_recipe(expert, self.recipe, self.kind, keep=self.keep, smoothing=smoothing)
 
     @property
     def applied(self) -> list[AppliedRecipe]:
@@ -223,8 +214,7 @@ class QuantizeJob:
             dialect=self.dialect,
             steps=expert.plan(),
             config=source.config,
-            marker=marker_for(applied.inside, tuple(applied.smoothing)),
-            layers={layer.name: layer.scheme for layer in applied.layers},
+            layers=applied.inside,
             attention=source.attention | asked,
         )
 
@@ -242,8 +232,11 @@ class QuantizeJob:
             resume=resume,
             needs_bytes=needed,
         ) as staging:
-            found = self._calibrate(staging, resume)
-            meter = Meter(self._total_bytes(), on_progress)
+            found = self._calibrate(staging)
+            total = sum(applied.bytes_before for applied in self.applied)
+            if self.measure and found:  # each smoothed weight is read once more
+                total += sum(x.weight(name).nbytes for x in self.applied for name in smoothable(x))
+            meter = Meter(total, on_progress)
             for expert in self.experts:
                 self._write(expert, staging, meter, found)
             for source, name in self._others():
@@ -253,17 +246,12 @@ class QuantizeJob:
             staging.publish()
         return self.report(time.perf_counter() - start)
 
-    def _calibrate(self, staging: Staging, resume: bool) -> ExpertStatistics:
+    def _calibrate(self, staging: Staging) -> ExpertStatistics:
         """Run the model, or take what a killed run has found, and put the factors in their places."""
         if self.calibrate is None:
             return {}
-        file = staging.path / STATISTICS
-        save = Save(
-            file=file,
-            resume=resume and staging.journal.complete(file) is not None,
-            saved=lambda: staging.journal.add(file, file.stat().st_size),
-        )
-        found = self.calibrate(self.layout, self.loras, SAMPLED_ROWS if self.measure else 0, save)
+        rows = SAMPLED_ROWS if self.measure else 0
+        found = self.calibrate(self.layout, self.loras, rows, staging.journal)
         for expert in self.experts:
             made = mul_scales(expert.applied, found.get(expert.applied.expert.name, {}), self.calibrate.alpha)
             expert.applied = replace(expert.applied, smoothing=made)
@@ -275,7 +263,6 @@ class QuantizeJob:
             self.output_of(expert),
             staging,
             meter.advance_in(name),
-            weigh=TensorStep.bytes_read,
             hash=self.hash,
             hash_json=self.hash,
             max_shard_bytes=self.max_shard_bytes,
@@ -299,12 +286,6 @@ class QuantizeJob:
                 others.append((path, path.name))
         return others
 
-    def _total_bytes(self) -> int:
-        total = sum(applied.bytes_before for applied in self.applied)
-        if self.measure and self.calibrate is not None:  # each smoothed weight is read once more
-            total += sum(x.weight(name).nbytes for x in self.applied for name in smoothable(x))
-        return total
-
     # ---- what is said about it ------------------------------------------------------------------
 
     def fingerprint(self, outputs: Sequence[ExpertOutput]) -> str:
@@ -322,8 +303,9 @@ class QuantizeJob:
         details: dict[str, Any] = {"keep": list(self.keep), "engine": self.dialect.engine}
         details["calibration"] = dict(self.calibration)
         if self.measure:
-            worst = {expert.name: dict(expert.worst) for expert in report.experts}
-            details["worst_sqnr_db"] = {k: {n: round(x, 2) for n, x in v.items()} for k, v in worst.items()}
+            details["worst_sqnr_db"] = {
+                x.name: {n: round(db, 2) for n, db in x.worst} for x in report.experts
+            }
         return provenance.Made(
             verb="quantize",
             layout=self.layout,
@@ -340,10 +322,7 @@ class QuantizeJob:
 
     def report(self, seconds: float, *, dry_run: bool = False) -> QuantizeReport:
         """What happened, or would."""
-        loras = tuple(
-            {"file": lora.path.name, "weight": lora.weight, "expert": lora.expert or "all"}
-            for lora in self.loras
-        )
+        loras = [{"file": x.path.name, "weight": x.weight, "expert": x.expert or "all"} for x in self.loras]
         warnings = warnings_for(self.applied, self.recipe, self.kind)
         if dry_run and os.path.lexists(self.dst):
             warnings.append(f"{self.dst} exists already: a run would stop there")
@@ -356,7 +335,7 @@ class QuantizeJob:
             dry_run=dry_run,
             seconds=seconds,
             linked=tuple(name for _, name in self._others()),
-            loras=loras,
+            loras=tuple(loras),
             calibration=self.calibration,
             engine=self.dialect.engine,
             warnings=tuple(warnings),

@@ -17,6 +17,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,20 +34,21 @@ from ascendit.convert import provenance
 from ascendit.convert.expert_folder import ExpertOutput, fingerprint, write_expert
 from ascendit.convert.report import RepackedExpert, RepackReport, add_up
 from ascendit.errors import CheckpointError
+from ascendit.family import Task
 from ascendit.mx.formats import FORMATS
 from ascendit.names import listed
 from ascendit.progress import Advance, Meter, OnProgress
 from ascendit.quant.schemes import FP8_TILES, SCHEMES, STORED_SCHEMES
-from ascendit.quant.vllm_omni_config import marker_for
 from ascendit.weights.engine_formats import Dialect, check_engine, dialect_for, model_kind, traits_of
-from ascendit.weights.sink import no_progress, run_steps
 from ascendit.weights.tensor_steps import (
     Piece,
+    Sink,
     TensorStep,
+    no_progress,
+    run_steps,
     schemes_of,
-    smoothed_in,
+    smoothing_of,
     stored_steps,
-    unlike_qkv,
 )
 
 if TYPE_CHECKING:
@@ -89,46 +91,47 @@ def repack(
     dialect = dialect_for(engine, to)
     source = recognise(model_folder(src))
     given = None if base is None else provenance.read_base(base, source)
-    parts_from = given or (source if source.kind == "diffusers" else None)  # a pipeline is its own base
+    parts = given or (source if source.kind == "diffusers" else None)  # a pipeline is its own base
+    parts = parts if dialect.naming == "diffusers" else None
     outputs = _outputs(source, dialect, given)
-    checked: dict[str, dict[str, str]] = {}
-    placed: tuple[str, ...] = ()
-    if not dry_run:
-        sources = [source.root, *([parts_from.root] if parts_from else [])]
-        needed = sum(output.nbytes for output in outputs)
-        mark = fingerprint(outputs, (check, copy))
-        with Staging(dst, sources=sources, fingerprint=mark, resume=resume, needs_bytes=needed) as staging:
-            meter = Meter(needed, on_progress)
-            files: dict[str, str] = {}
-            for output in outputs:
-                advance = meter.advance_in(output.source.name)
-                weigh = TensorStep.bytes_made
-                files |= write_expert(output, staging, advance, weigh=weigh, hash=check, align=True)
-            if parts_from and dialect.naming == "diffusers":
-                placed = provenance.place_parts(parts_from, staging.path, copy=copy)
-            if check:
-                meter = Meter(2 * needed, on_progress)
-                advance = meter.advance_in("check")
-                for output, part in zip(outputs, recognise(staging.path).experts, strict=True):
-                    name, written = output.source.name, read_expert(part)
-                    checked[name] = compare_numbers(output.source, written, advance)
-            made = _made(source, dst, outputs, files, checked, base=base, to=to, engine=engine, check=check)
-            provenance.write_made(staging.path, made, dst.name)
-            staging.publish()
-    elif parts_from and dialect.naming == "diffusers":
-        placed = tuple(name for name, part in parts_from.parts.items() if part not in parts_from.experts)
-    return RepackReport(
+    report = RepackReport(
         path=dst,
         source=provenance.source_name(source),
         layout=WORDS[source.kind],
         to=dialect.naming,
         engine=engine,
-        experts=tuple(_expert_report(output, checked.get(output.source.name)) for output in outputs),
-        placed=placed,
-        warnings=_warnings(outputs, dialect, parts_from),
+        experts=tuple(_expert_report(output) for output in outputs),
+        placed=tuple(name for name, part in parts.parts.items() if part not in parts.experts)
+        if parts
+        else (),
+        warnings=_warnings(outputs, dialect, parts),
         dry_run=dry_run,
-        seconds=time.monotonic() - started,
+        seconds=0.0,
     )
+    if dry_run:
+        return replace(report, seconds=time.monotonic() - started)
+    with Staging(
+        dst,
+        sources=[layout.root for layout in (source, given) if layout],
+        fingerprint=fingerprint(outputs, (check, copy)),
+        resume=resume,
+        needs_bytes=report.bytes_after,
+    ) as staging:
+        meter = Meter(sum(step.bytes_read() for output in outputs for step in output.steps), on_progress)
+        files: dict[str, str] = {}
+        for output in outputs:
+            advance = meter.advance_in(output.source.name)
+            files |= write_expert(output, staging, advance, hash=check, align=True)
+        if parts:
+            report = replace(report, placed=provenance.place_parts(parts, staging.path, copy=copy))
+        if check:
+            report = _check(report, outputs, staging.path, on_progress)
+        flags = [("--base", base), ("--to", to), ("--for", engine), ("--check", check)]
+        command = provenance.command_line("repack", source, dst, flags)
+        made = _made(source, report, command, files, model_kind(outputs[0].config))
+        provenance.write_made(staging.path, made, dst.name)
+        staging.publish()
+    return replace(report, seconds=time.monotonic() - started)
 
 
 # ---- what is decided first ----------------------------------------------------------------------
@@ -143,10 +146,8 @@ def _outputs(source: Layout, dialect: Dialect, base: Layout | None) -> list[Expe
         layers, steps = schemes_of(expert), stored_steps(expert, dialect)
         if dialect.engine is not None:
             shapes = {name: layer.shape for name, layer in expert.layers.items()}
-            traits = traits_of(layers, shapes, expert.smoothed, unlike_qkv=unlike_qkv(expert))
-            check_engine(dialect.engine, traits, expert.name)
-        names = {spec.name for step in steps for spec in step.specs}
-        lost = expert.tensors.keys() - names
+            check_engine(dialect.engine, traits_of(layers, shapes, smoothing_of(expert)), expert.name)
+        lost = expert.tensors.keys() - {spec.name for step in steps for spec in step.specs}
         outputs.append(
             ExpertOutput(
                 source=expert,
@@ -154,11 +155,9 @@ def _outputs(source: Layout, dialect: Dialect, base: Layout | None) -> list[Expe
                 dialect=dialect,
                 steps=steps,
                 config=config,
-                marker=marker_for(layers, smoothed_in(steps)),
                 layers=layers,
                 attention=expert.attention,
                 more_entries={k: v for k, v in (expert.manifest or {}).items() if k not in lost},
-                has_manifest=bool(expert.attention) or any(name.endswith("_scale") for name in names),
             )
         )
     return outputs
@@ -167,32 +166,35 @@ def _outputs(source: Layout, dialect: Dialect, base: Layout | None) -> list[Expe
 # ---- what was done ------------------------------------------------------------------------------
 
 
+def _check(
+    report: RepackReport, outputs: list[ExpertOutput], folder: Path, on_progress: OnProgress | None
+) -> RepackReport:
+    """The report with the digests of all numbers, once they are equal on both sides."""
+    read = sum(step.bytes_read() for output in outputs for step in output.steps)
+    advance = Meter(read + report.bytes_after, on_progress).advance_in("check")
+    experts = []
+    for expert, output, part in zip(report.experts, outputs, recognise(folder).experts, strict=True):
+        sums = compare_numbers(output.source, read_expert(part), advance)
+        experts.append(replace(expert, decoded_sha256=combined(sums), num_checked=len(sums)))
+    return replace(report, experts=tuple(experts))
+
+
 def _made(
-    source: Layout,
-    dst: Path,
-    outputs: list[ExpertOutput],
-    files: dict[str, str],
-    checked: dict[str, dict[str, str]],
-    **flags: Any,
+    source: Layout, report: RepackReport, command: str, files: dict[str, str], kind: Task
 ) -> provenance.Made:
     """For ascendit.json and the model card."""
-    words = {"base": "--base", "to": "--to", "engine": "--for", "check": "--check"}
-    options = [(words[name], value) for name, value in flags.items()]
-    details: dict[str, Any] = {"engine": flags["engine"]} if flags["engine"] else {}
-    if checked:
-        details["decoded_sha256"] = {name: combined(found) for name, found in checked.items()}
-    reports = [_expert_report(output, checked.get(output.source.name)) for output in outputs]
-    recipe = _recipe_of(source)
-    written = sum(output.nbytes for output in outputs)
+    details: dict[str, Any] = {"engine": report.engine} if report.engine else {}
+    if report.checked:
+        details["decoded_sha256"] = {expert.name: expert.decoded_sha256 for expert in report.experts}
     return provenance.Made(
         verb="repack",
         layout=source,
-        model_kind=model_kind(outputs[0].config),
-        command=provenance.command_line("repack", source, dst, options),
+        model_kind=kind,
+        command=command,
         files=files,
-        schemes=add_up(report.schemes for report in reports),
-        bits_per_weight=8 * written / max(sum(report.num_weights for report in reports), 1),
-        recipe=recipe,
+        schemes=report.schemes,
+        bits_per_weight=report.bits_per_weight,
+        recipe=_recipe_of(source),
         details=details,
     )
 
@@ -200,13 +202,12 @@ def _made(
 def _recipe_of(source: Layout) -> dict[str, Any]:
     """The recipe in the record of a folder that ascendit wrote: it stays true."""
     file = source.root / RECORD_FILE
-    found = read_json(file).get("recipe") if file.is_file() else None
-    known = isinstance(found, dict) and isinstance(found.get("name"), str)
-    return found if known and isinstance(found, dict) else {}
+    recipe = read_json(file).get("recipe") if file.is_file() else None
+    return recipe if isinstance(recipe, dict) and isinstance(recipe.get("name"), str) else {}
 
 
-def _expert_report(output: ExpertOutput, checked: dict[str, str] | None) -> RepackedExpert:
-    source, rewritten = output.source, [step for step in output.steps if step.rewritten and step.specs]
+def _expert_report(output: ExpertOutput) -> RepackedExpert:
+    source, rewritten = output.source, [step for step in output.steps if step.how in WAYS and step.specs]
     before = {source.tensors[name].name for name in output.disk_names if name in source.tensors}
     rewritten_bytes = sum(step.bytes_made() for step in rewritten)
     return RepackedExpert(
@@ -220,21 +221,17 @@ def _expert_report(output: ExpertOutput, checked: dict[str, str] | None) -> Repa
         rewritten_bytes=rewritten_bytes,
         num_weights=num_weights(source),
         rewritten=Counter(WAYS[step.how] for step in rewritten),
-        decoded_sha256=combined(checked) if checked else "",
-        num_checked=len(checked or {}),
     )
 
 
 def _warnings(outputs: list[ExpertOutput], dialect: Dialect, parts: Layout | None) -> tuple[str, ...]:
-    found: dict[str, None] = {}
-    for output in outputs:
-        if output.config == output.source.config and output.source.config_problem:
-            found[output.source.config_problem] = None
+    unchanged = [output.source for output in outputs if output.config == output.source.config]
+    texts = [source.config_problem for source in unchanged if source.config_problem]
     if dialect.engine == "mindie" and any("bf16" in output.layers.values() for output in outputs):
-        found["MindIE-SD takes what is not quantized from the float checkpoint: keep that at hand"] = None
+        texts.append("MindIE-SD takes what is not quantized from the float checkpoint: keep that at hand")
     if parts is None and dialect.naming == "diffusers":
-        found["only the transformers were written; --base MODEL adds the other parts"] = None
-    return tuple(found)
+        texts.append("only the transformers were written; --base MODEL adds the other parts")
+    return tuple(dict.fromkeys(texts))
 
 
 # ---- the numbers of two experts -----------------------------------------------------------------
@@ -257,31 +254,15 @@ def compare_numbers(source: Expert, written: Expert, advance: Advance = no_progr
     return before
 
 
-class Checker:
-    """A sink that keeps the sha256 of each tensor and nothing else."""
+class Checker(Sink):
+    """Keeps the sha256 of each tensor and nothing else."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Any] = {}
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """Name -> sha256."""
-        return {name: digest.hexdigest() for name, digest in self._sums.items()}
-
-    def done(self, name: str) -> bool:
-        """Each tensor is looked at."""
-        return False
-
-    def flush(self) -> None:
-        """Nothing waits."""
+        self.sums: dict[str, Any] = {}
 
     def append(self, name: str, data: Data) -> None:
         """The next bytes of a tensor."""
-        self._sums.setdefault(name, hashlib.sha256()).update(data)
-
-    def move(self, step: TensorStep) -> None:
-        """Numbers are always read."""
-        raise AssertionError(step.name)
+        self.sums.setdefault(name, hashlib.sha256()).update(data)
 
 
 def digests(expert: Expert, advance: Advance = no_progress) -> dict[str, str]:
@@ -292,9 +273,8 @@ def digests(expert: Expert, advance: Advance = no_progress) -> dict[str, str]:
     """
     checker = Checker()
     with RowReader() as reader:
-        steps = decoded_steps(expert, reader)
-        run_steps(steps, reader, checker, advance=advance, weigh=TensorStep.bytes_read)
-    return checker.digests
+        run_steps(decoded_steps(expert, reader), reader, checker, advance=advance)
+    return {name: digest.hexdigest() for name, digest in checker.sums.items()}
 
 
 def decoded_steps(expert: Expert, reader: RowReader) -> list[TensorStep]:

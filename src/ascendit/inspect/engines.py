@@ -20,10 +20,10 @@ from ascendit.checkpoint.quant_metadata import find_manifest
 from ascendit.checkpoint.transformer import Expert
 from ascendit.device.operator_support import Support, chips_for
 from ascendit.inspect.transformer_report import ExpertSummary
-from ascendit.quant.engines import ENGINES
+from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.schemes import FP8_TILES, METHOD, scheme_after_reading
 from ascendit.report import columns, group_by
-from ascendit.weights.engine_formats import DIALECTS, Dialect, Traits, traits_of
+from ascendit.weights.engine_formats import DIALECTS, Dialect, traits_of
 
 VerdictWord = Literal["runs", "repack", "no"]
 
@@ -65,7 +65,7 @@ class RunsOn:
 def runs_on(layout: Layout, found: Sequence[ExpertSummary]) -> RunsOn:
     """Judge the experts of a model together: an engine runs all of them or none."""
     experts = [summary.expert for summary in found]
-    needs = [traits(summary).verdicts() for summary in found]
+    needs = [engines_for(traits(summary)) for summary in found]
     schemes = {layer.scheme for e in experts for layer in e.layers.values()} | {"bf16"}
     engines = []
     for name, engine in ENGINES.items():
@@ -79,13 +79,14 @@ def runs_on(layout: Layout, found: Sequence[ExpertSummary]) -> RunsOn:
     return RunsOn(engines=tuple(engines), chips=chips_for(schemes))
 
 
-def traits(summary: ExpertSummary) -> Traits:
+def traits(summary: ExpertSummary) -> frozenset[str]:
     """What matters to an engine, after tiled FP8 has become BF16."""
     expert = summary.expert
     schemes = {n: scheme_after_reading(layer.scheme) for n, layer in expert.layers.items()}
     blocks = [n for n in summary.linears if n.startswith("blocks.")]
     every = {n: schemes.get(n, "bf16") for n in (*blocks, *schemes)}
-    return traits_of(every, {n: layer.shape for n, layer in expert.layers.items()}, expert.smoothed)
+    shapes = {n: layer.shape for n, layer in expert.layers.items()}
+    return traits_of(every, shapes, dict.fromkeys(expert.smoothed))
 
 
 def _command(layout: Layout, engine: str, dialect: Dialect) -> str:
@@ -110,7 +111,7 @@ def _obstacles(dialect: Dialect, layout: Layout, experts: Sequence[Expert]) -> I
         yield from _tensor_obstacles(dialect, layer)
     if any(layer.scheme != "bf16" for layer in layers):
         yield from _description_obstacles(dialect, experts)
-    if dialect.typed_names:
+    if dialect.export:
         yield from _file_obstacles(experts)
 
 
@@ -123,8 +124,8 @@ def _tensor_obstacles(dialect: Dialect, layer: Layer) -> Iterator[str]:
     if "mul_scale" not in has:
         return
     wrapped = layer.tensors["mul_scale"].name.endswith(".div.mul_scale")
-    if wrapped != dialect.wrapped:
-        yield f"it wants smoothed layers {'with' if dialect.wrapped else 'without'} .linear. and .div."
+    if wrapped != dialect.export:
+        yield f"it wants smoothed layers {'with' if dialect.export else 'without'} .linear. and .div."
 
 
 def _description_obstacles(dialect: Dialect, experts: Sequence[Expert]) -> Iterator[str]:

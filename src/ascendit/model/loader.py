@@ -35,8 +35,7 @@ from ascendit.weights.applied_recipe import AppliedRecipe
 from ascendit.weights.lora.fold import Folds
 from ascendit.weights.recipe_steps import RecipeSteps
 from ascendit.weights.shards import Shards, columns_of, cut_steps, shard_of
-from ascendit.weights.sink import run_steps
-from ascendit.weights.tensor_steps import stored_steps, to_float32
+from ascendit.weights.tensor_steps import run_steps, stored_steps, to_float32
 
 log = logging.getLogger("ascendit")
 

@@ -21,7 +21,7 @@ from ascendit.model.linear import QuantLinear, SmoothLinear, fused_linears
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.operators import Schemes
 from ascendit.quant.fusion import leader_of
-from ascendit.weights.tensor_steps import TensorStep
+from ascendit.weights.tensor_steps import Sink, TensorStep
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class _Group:
             raise
 
 
-class ModelSink:
+class ModelSink(Sink):
     """Takes every tensor of a plan into `model`; what the model does not have, as rotations, is passed over.
 
     `layers`: those that are quantized or smoothed. `dtype`: of the other parameters, but those with a part of
@@ -111,13 +111,6 @@ class ModelSink:
         self._groups = self._grouped(layers)
         self._parameters = {name for name, _ in model.named_parameters()}
         self._filling, self._tensor, self._left = "", torch.empty(0), memoryview(b"")
-
-    def done(self, name: str) -> bool:
-        """Nothing is there from an earlier run."""
-        return False
-
-    def flush(self) -> None:
-        """Nothing waits: each piece is copied when it comes."""
 
     def append(self, name: str, data: Data) -> None:
         """The next bytes of a tensor."""

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ascendit.checkpoint.hub import DEMO
 from ascendit.checkpoint.layout import Layout
-from ascendit.convert.calibration import ALPHA, ExpertStatistics, Save, Statistics, check_alpha
+from ascendit.checkpoint.output_folder import Journal
+from ascendit.convert.calibration import ALPHA, STATISTICS, ExpertStatistics, Statistics, check_alpha
 from ascendit.device.device import parse_device
 from ascendit.errors import UsageError
 from ascendit.model.linear import Tokens
@@ -123,11 +124,12 @@ class Calibrator:
         return made
 
     def __call__(
-        self, layout: Layout, loras: Sequence[LoraSource], rows: int, save: Save
+        self, layout: Layout, loras: Sequence[LoraSource], rows: int, journal: Journal
     ) -> ExpertStatistics:
         """Run all prompts, or those that a killed run has left; keep `rows` tokens of each input."""
         requests = self.requests(layout)
-        done, inputs = _read(save.file, rows) if save.resume else (0, {})
+        file = journal.root / STATISTICS
+        done, inputs = _read(file, rows) if journal.complete(file) else (0, {})
         if done < len(requests):
             pipe = load(layout.root, device=self.device, on_progress=self.on_progress)
             for name, expert in pipe.experts.items():
@@ -138,8 +140,8 @@ class Calibrator:
                 generator = torch.Generator().manual_seed(i)
                 report = partial(self._report, i, len(requests))
                 denoise(watched(pipe, inputs, generator), requests[i], image, report, None)
-                _write(save.file, i + 1, inputs)
-                save.saved()
+                _write(file, i + 1, inputs)
+                journal.add(file, file.stat().st_size)
         found: dict[str, dict[str, Statistics]] = {}
         for key, seen in inputs.items():
             name, _, leader = key.partition(".")

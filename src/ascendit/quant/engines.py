@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from ascendit.quant.schemes import FP8_TILES
+from ascendit.quant.schemes import FP8_TILES, STORED_SCHEMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,22 +67,14 @@ ENGINES: dict[str, Engine] = {
 """Read in the wheels of vLLM-Omni, SGLang and MindIE-SD; none was run on a card."""
 
 
-def engines_for(
-    schemes: Collection[str],
-    *,
-    float_block_linears: bool = False,
-    smoothed: bool | Collection[str] = False,
-    traits: Collection[str] = (),
-) -> dict[str, str]:
-    """Engine -> "" when it can run a checkpoint with layers of these schemes, else the reason it cannot.
+def engines_for(traits: Collection[str]) -> dict[str, str]:
+    """Engine -> "" when it can run a checkpoint with these traits, else the reason it cannot.
 
-    `float_block_linears`: some linear of a block is kept, in a checkpoint that is quantized. `smoothed`: the
-    schemes (`bf16`: kept layers) of layers with a `mul_scale`; True: all. `traits`: what else is true of it,
-    the other keys of `Engine.refuses`, from `weights.engine_formats.traits_of`.
+    `traits`: the schemes of the layers, and other keys of `Engine.refuses`, see `weights.engine_formats`.
+    "mixed" and "unquantized" are added here.
     """
-    coded = {s for s in schemes if s != "bf16"}
-    smooth = set(schemes) if smoothed is True else set(smoothed or ())
-    found = {*coded, *traits, *(f"smoothed:{s}" for s in smooth)}
-    found |= {"mixed"} if len(coded) > 1 else set()
-    found |= {"unquantized"} if not coded else {"float_block_linears"} if float_block_linears else set()
+    coded = {trait for trait in traits if trait in STORED_SCHEMES and trait != "bf16"}
+    found = {*traits, "mixed"} if len(coded) > 1 else {*traits}
+    if not coded:
+        found = found - {"float_block_linears"} | {"unquantized"}
     return {name: engine.problem(found) for name, engine in ENGINES.items()}

@@ -15,7 +15,8 @@ from ascendit.names import grouped, is_block_linear
 from ascendit.quant.layer_rules import AttentionScheme, LayerScheme, LayerSchemes
 from ascendit.quant.recipe import Recipe
 from ascendit.quant.schemes import FP4, FP8_TILES, SCHEMES
-from ascendit.weights.engine_formats import Traits, differ_in_qkv, traits_of
+from ascendit.report import group_by
+from ascendit.weights.engine_formats import traits_of
 
 TILES = "F8_E4M3"
 """Dtype of weights in tiles, the only one of a source that is no float."""
@@ -45,11 +46,11 @@ class AppliedRecipe(LayerSchemes):
         return self.round_to or ("BF16" if info.dtype == TILES else info.dtype)
 
     @property
-    def traits(self) -> Traits:
+    def traits(self) -> frozenset[str]:
         """What matters to an engine."""
-        shapes = {name: (s[0], s[1]) for name in self.coded for s in [self.weight(name).shape]}
-        factors = {name: tuple(scale.tolist()) for name, scale in self.smoothing.items()}
-        return traits_of(self.inside, shapes, tuple(factors), unlike_qkv=differ_in_qkv(factors))
+        shapes = {name: self.weight(name).shape for name in self.coded}
+        smoothing = {name: tuple(scale.tolist()) for name, scale in self.smoothing.items()}
+        return traits_of(self.inside, shapes, smoothing)
 
     @property
     def inside(self) -> dict[str, str]:
@@ -69,9 +70,8 @@ class AppliedRecipe(LayerSchemes):
     def kept(self) -> dict[str, tuple[str, ...]]:
         """Why -> layers that stay as they are, grouped."""
         names = [layer.name for layer in self.layers]
-        kept = [layer for layer in self.layers if layer.scheme == "bf16"]
-        reasons = dict.fromkeys(layer.why for layer in kept)
-        return {why: grouped((x.name for x in kept if x.why == why), names) for why in reasons}
+        reasons = group_by((x for x in self.layers if x.scheme == "bf16"), lambda layer: layer.why)
+        return {why: grouped((x.name for x in layers), names) for why, layers in reasons.items()}
 
 
 def apply_recipe(
@@ -130,18 +130,17 @@ def check_kind(
 
 def warnings_for(experts: Iterable[AppliedRecipe], recipe: Recipe, kind: Task) -> list[str]:
     """What a user should know before using the result: shapes, kinds, gaps."""
-    found: dict[str, None] = {}
+    texts = []
     if recipe.kinds and kind not in recipe.kinds:
         published = ", ".join(recipe.kinds)
-        found[f"{recipe.name} is published for {published}; its rules were taken for this {kind} model"] = (
-            None
+        texts.append(
+            f"{recipe.name} is published for {published}; its rules were taken for this {kind} model"
         )
     for applied in experts:
-        if applied.expert.config_problem:
-            found[applied.expert.config_problem] = None
+        texts += [applied.expert.config_problem] if applied.expert.config_problem else []
         for text, names in _shape_trouble(applied).items():
-            found[f"{text}: {', '.join(grouped(names, (layer.name for layer in applied.layers)))}"] = None
-    return list(found)
+            texts.append(f"{text}: {', '.join(grouped(names, (layer.name for layer in applied.layers)))}")
+    return list(dict.fromkeys(texts))
 
 
 # ---- checks -------------------------------------------------------------------------------------

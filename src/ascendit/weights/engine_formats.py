@@ -30,7 +30,7 @@ from ascendit.family import Task, WanConfig
 from ascendit.names import ROLES, Naming, is_block_linear, sort_names, to_wan
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.fusion import fused_with
-from ascendit.quant.schemes import SCHEMES, STORED_SCHEMES
+from ascendit.quant.schemes import QUANTIZED, SCHEMES, STORED_SCHEMES
 
 WAN_FOLDERS = {"transformer": "high_noise_model", "transformer_2": "low_noise_model"}
 
@@ -47,18 +47,11 @@ class Dialect:
     """int8 layers have a `weight_offset`."""
     ones: tuple[str, ...] = ()
     """Schemes whose layers get a `mul_scale` of ones if they have none."""
-    wrapped: bool = False
-    """Smoothed layers as `.linear.` and `.div.`."""
     aliases: bool = False
-    """The manifest names `<layer>.div.mul_scale` too."""
-    marker: bool = True
-    """config.json has a `quantization_config`."""
-    typed_names: bool = False
-    """One file of weights, named after `model_quant_type`, as the manifest is."""
-    task_file: str = ""
-    """A file that names the task, as ModelScope's models and their exports have it."""
-    mode: int | None = None
-    """Rights of weights and manifest."""
+    """The manifest rules: it names `<layer>.div.mul_scale` too, config.json has no `quantization_config`."""
+    export: bool = False
+    """As msModelSlim exports: smoothed layers as `.linear.` and `.div.`; one file of weights, named after
+    `model_quant_type` as the manifest is, for owner and group alone; a configuration.json."""
 
     def folder(self, expert: str, experts: int) -> str:
         """Where expert `transformer` or `transformer_2` goes, `.` for the folder itself."""
@@ -66,14 +59,12 @@ class Dialect:
             return expert
         return WAN_FOLDERS[expert] if experts > 1 else "."
 
-    def stem(self, quant_type: str) -> str:
-        """How files of weights begin."""
-        return f"quant_model_weight_{quant_type.lower()}" if self.typed_names else STEM
-
-    def manifest_file(self, quant_type: str) -> str:
-        """The name of the manifest."""
-        suffix = f"_{quant_type.lower()}" if self.typed_names else ""
-        return MANIFEST_FILE.replace(".json", f"{suffix}.json")
+    def file_names(self, quant_type: str) -> tuple[str, str]:
+        """How files of weights begin, and the name of the manifest."""
+        suffix = quant_type.lower()
+        if self.export:
+            return f"quant_model_weight_{suffix}", f"quant_model_description_{suffix}.json"
+        return STEM, MANIFEST_FILE
 
     def container(self, scheme: str) -> str:
         """`packed` or `e4m3` for FP4, `plain` for all others."""
@@ -86,7 +77,7 @@ class Dialect:
         if self.naming == "diffusers":
             return name
         layer, _, role = name.rpartition(".")
-        if self.wrapped and layer in smoothed and role in ROLES:
+        if self.export and layer in smoothed and role in ROLES:
             return f"{to_wan(layer) or layer}.{'div' if role == 'mul_scale' else 'linear'}.{role}"
         return to_wan(name) or name
 
@@ -111,7 +102,7 @@ class Dialect:
         written = {key: value for key, value in config.items() if key != CONFIG_KEY}
         if self.naming == "wan":
             return wan_config(written)
-        return written | ({CONFIG_KEY: dict(marker)} if marker and self.marker else {})
+        return written | ({CONFIG_KEY: dict(marker)} if marker and not self.aliases else {})
 
 
 CANONICAL = Dialect()
@@ -150,15 +141,8 @@ def layer_specs(
 
 DIALECTS: dict[str, Dialect] = {
     "vllm-omni": Dialect(engine="vllm-omni", unpacked=True, offset=False, ones=("mxfp4_dualscale",)),
-    "sglang": Dialect(engine="sglang", aliases=True, marker=False),
-    "mindie": Dialect(
-        engine="mindie",
-        naming="wan",
-        wrapped=True,
-        typed_names=True,
-        task_file="configuration.json",
-        mode=0o640,
-    ),
+    "sglang": Dialect(engine="sglang", aliases=True),
+    "mindie": Dialect(engine="mindie", naming="wan", export=True),
 }
 
 
@@ -170,7 +154,6 @@ def dialect_for(engine: str | None, to: str | None = None) -> Dialect:
             f"--for {engine}",
             needs=f"one of {', '.join(DIALECTS)}",
             fix="leave it out for the folder that ascendit itself runs",
-            code="E-USE-01",
         )
     if to is not None and to not in wanted:
         reader = f"{engine} {ENGINES[engine].version} reads" if engine else "ascendit writes"
@@ -178,7 +161,6 @@ def dialect_for(engine: str | None, to: str | None = None) -> Dialect:
             f"--to {to}" + (f" with --for {engine}" if engine else ""),
             needs=f"{' or '.join(wanted)}: {reader} these names",
             fix=f"--to {wanted[0]}, or leave --to out",
-            code="E-USE-01",
         )
     if engine is not None:
         return DIALECTS[engine]
@@ -188,71 +170,43 @@ def dialect_for(engine: str | None, to: str | None = None) -> Dialect:
 # ---- what an engine cannot load -----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Traits:
-    """What matters to an engine; the arguments of `engines_for`."""
-
-    schemes: frozenset[str]
-    float_block_linears: bool
-    smoothed: frozenset[str]
-    others: frozenset[str]
-
-    def verdicts(self) -> dict[str, str]:
-        """Engine -> "" or why it cannot run this."""
-        return engines_for(
-            self.schemes,
-            float_block_linears=self.float_block_linears,
-            smoothed=self.smoothed,
-            traits=self.others,
-        )
-
-
 def traits_of(
-    layers: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, int]],
-    smoothed: Collection[str] = (),
-    *,
-    unlike_qkv: bool = False,
-) -> Traits:
-    """`layers`: every linear of the blocks, and others that are quantized or smoothed -> scheme.
+    layers: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], smoothing: Mapping[str, object]
+) -> frozenset[str]:
+    """What matters to an engine: schemes, and other keys of `Engine.refuses`.
 
-    `shapes`: (N, K) of the quantized ones. `smoothed`: those with a `mul_scale`. `unlike_qkv`: those of some
-    Q, K and V are not equal.
+    `layers`: every linear of the blocks, and others that are quantized or smoothed -> scheme. `shapes`:
+    (N, K) of the quantized ones. `smoothing`: layer -> its `mul_scale`, as anything that can be compared.
     """
     coded = {name: scheme for name, scheme in layers.items() if scheme != "bf16"}
     inside = {name for name in layers if is_block_linear(name)}
-    others = {"unlike_qkv"} if unlike_qkv else set()
+    traits = {*layers.values(), *(f"smoothed:{layers.get(name, 'bf16')}" for name in smoothing)}
+    if inside - coded.keys():
+        traits.add("float_block_linears")
     if coded.keys() - inside:
-        others.add("outside_blocks")
+        traits.add("outside_blocks")
     if any(name.endswith((".add_k_proj", ".add_v_proj")) for name in layers):
-        others.add("added_kv")
+        traits.add("added_kv")
     if any(len({layers.get(other) for other in fused_with(name)}) > 1 for name in inside):
-        others.add("split_qkv")
+        traits.add("split_qkv")
+    if any(len({smoothing.get(other) for other in fused_with(name)}) > 1 for name in smoothing):
+        traits.add("unlike_qkv")
     for name, scheme in coded.items():
         if (block := SCHEMES[scheme].block) and -(-shapes[name][1] // block) % 2:
-            others.add(f"odd_blocks:{scheme}")
-    kept = bool(inside - coded.keys())
-    smooth = frozenset(layers.get(name, "bf16") for name in smoothed)
-    return Traits(frozenset(layers.values()), kept, smooth, frozenset(others))
+            traits.add(f"odd_blocks:{scheme}")
+    return frozenset(traits)
 
 
-def differ_in_qkv(factors: Mapping[str, object]) -> bool:
-    """Whether the `mul_scale` of a Q, K and V of one self-attention differ, or are not on all three.
-
-    `factors`: layer -> its `mul_scale`, as anything that can be compared.
-    """
-    return any(len({factors.get(other) for other in fused_with(name)}) > 1 for name in factors)
-
-
-def check_engine(engine: str | None, traits: Traits, where: str = "") -> None:
+def check_engine(engine: str | None, traits: frozenset[str], where: str) -> None:
     """UsageError E-ENG-01 if `engine` cannot run a checkpoint with these traits. `where`: the expert."""
-    if engine is None or not (why := traits.verdicts()[engine]):
+    verdicts = engines_for(traits)
+    if engine is None or not (why := verdicts[engine]):
         return
-    others = ", ".join(name for name, reason in traits.verdicts().items() if not reason)
-    schemes = ", ".join(sorted(traits.schemes - {"bf16"})) or "no quantized layer"
+    others = ", ".join(name for name, reason in verdicts.items() if not reason)
+    schemes = ", ".join(sorted(traits.intersection(QUANTIZED))) or "no quantized layer"
     program = f"{engine} {ENGINES[engine].version}"
     raise UsageError(
-        f"{program} cannot run {where or 'this checkpoint'} ({schemes}): {why}",
+        f"{program} cannot run {where} ({schemes}): {why}",
         needs=f"layers that {program} loads",
         fix="leave --for out, for the folder that ascendit runs"
         + (f"; {others} can run it" if others else ""),

@@ -111,7 +111,6 @@ class RecipeSteps:
             specs=tuple(spec for spec in specs if not spec.name.endswith(".mul_scale")),
             sources=tuple(tensors[x] for x in (name, f"{name}_scale_inv") if x in tensors),
             make=functools.partial(self._encode, layer),
-            lasting=True,
         )
 
     # ---- rows as they are encoded or kept -------------------------------------------------------

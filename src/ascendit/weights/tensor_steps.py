@@ -1,9 +1,10 @@
 """One transformer as a stream of canonical tensors: a plan is a list of `TensorStep`.
 
 `stored_steps` plans an expert as it is stored: tensors get another container, wider floats, or one row made
-many; numbers never change. `weights.recipe_steps` plans one that is quantized on the way. `weights.sink` runs
-either into a folder or a model. Each step makes its bytes some rows at a time, so that no tensor is ever
-complete in memory. No torch at import: numpy is imported by the calls, torch only for FP8 in tiles.
+many; numbers never change. `weights.recipe_steps` plans one that is quantized on the way. `run_steps` gives
+the tensors of either to a `Sink`: a folder, a model or a checker. Each step makes its bytes some rows at a
+time, so that no tensor is ever complete in memory. No torch at import: numpy is imported by the calls, torch
+only for FP8 in tiles.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ from ascendit.checkpoint.writer import Data, TensorSpec
 from ascendit.errors import CheckpointError
 from ascendit.mx.formats import FORMATS
 from ascendit.names import is_block_linear, sort_names
+from ascendit.progress import Advance
 from ascendit.quant.schemes import FP8_TILES, scheme_after_reading
-from ascendit.weights.engine_formats import CANONICAL, Dialect, differ_in_qkv, layer_specs
+from ascendit.weights.engine_formats import CANONICAL, Dialect, layer_specs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,9 +75,7 @@ class TensorStep:
     """The part of the first source that is read."""
     check: Check | None = None
     make: Make | None = None
-    """How `rows` and `encode` come about, and what `fill` and `recode` need beside the source."""
-    lasting: bool = False
-    """Pieces stay as they are until WAITING more have been made; else until the next."""
+    """How its bytes are made; None: they are those of the source, checked, and widened for `widen`."""
 
     def bytes_made(self) -> int:
         """Of all its tensors."""
@@ -85,24 +85,88 @@ class TensorStep:
         """Of all its sources, whole."""
         return sum(info.nbytes for info in self.sources)
 
-    @property
-    def rewritten(self) -> bool:
-        """Whether the bytes of the output are others than those of the source."""
-        return self.how not in ("move", "copy")
-
     def produce(self, reader: RowReader) -> Iterator[Piece]:
-        """The bytes of its tensors, in order; see `lasting` for how long a piece is valid.
+        """The bytes of its tensors, in order.
 
+        A piece of `encode` is valid until WAITING more have been made, others until the next.
         Raises CheckpointError E-CKP-08 for an invalid scale, offset or smoothing factor, E-CKP-04 for a
         number in a wide container that is no FP4 number.
         """
-        return (self.make or _WAYS[self.how])(self, reader)
+        return (self.make or _copy)(self, reader)
 
 
 def smoothed_in(steps: Iterable[TensorStep]) -> set[str]:
     """The layers that get a `mul_scale`."""
     names = (spec.name for step in steps for spec in step.specs)
     return {name.removesuffix(".mul_scale") for name in names if name.endswith(".mul_scale")}
+
+
+# ---- where the tensors of a plan go ----------------------------------------------------------------
+
+
+class Sink:
+    """Takes tensors under their Diffusers names, in the order of the plan."""
+
+    def done(self, name: str) -> bool:
+        """Whether an earlier run has left this tensor here."""
+        return False
+
+    def append(self, name: str, data: Data) -> None:
+        """The next bytes of a tensor. They stay as they are until WAITING more have come, or `flush`."""
+        raise NotImplementedError
+
+    def move(self, step: TensorStep) -> None:
+        """The one tensor of a step that leaves its source as it is."""
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Return when no piece is needed any more."""
+
+
+def no_progress(name: str, count: int, skipped: bool = False) -> None:
+    """No progress is reported."""
+
+
+def run_steps(
+    steps: Iterable[TensorStep],
+    reader: RowReader,
+    sink: Sink,
+    *,
+    advance: Advance = no_progress,
+    encode_all: bool = False,
+) -> None:
+    """Make every tensor that the sink does not have yet.
+
+    `advance`: gets the bytes of the sources of a step while it runs. `encode_all`: layers that an earlier run
+    has written are encoded again, to be measured. Raises CheckpointError: E-CKP-08 for invalid scales,
+    E-CKP-04 for what is no FP4 number, E-CKP-02 for files that shrink, E-QNT-01 for weights that are not
+    finite.
+    """
+    for step in steps:
+        done = bool(step.specs) and all(sink.done(spec.name) for spec in step.specs)
+        if done and not (encode_all and step.how == "encode"):
+            advance(step.name, step.bytes_read(), True)
+        elif step.how == "move":
+            sink.move(step)
+            advance(step.name, step.bytes_read())
+        else:
+            _make(step, reader, sink, advance)
+
+
+def _make(step: TensorStep, reader: RowReader, sink: Sink, advance: Advance) -> None:
+    """Give the pieces of one step; the bytes of its sources are reported as those of its tensors come."""
+    made, reported, total, weight = 0, 0, step.bytes_made(), step.bytes_read()
+    for name, data in step.produce(reader):
+        if not sink.done(name):
+            sink.append(name, data)
+            if step.how != "encode":
+                sink.flush()
+        made += memoryview(data).nbytes
+        done = weight * made // total
+        advance(name, done - reported)
+        reported = done
+    if reported < weight:
+        advance(step.name, weight - reported)
 
 
 # ---- the steps of a stored expert ---------------------------------------------------------------
@@ -165,7 +229,7 @@ def _layer(layer: Layer, dialect: Dialect) -> Iterator[TensorStep]:
 def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, container: str) -> TensorStep:
     if layer.scheme == FP8_TILES:
         sources = (info, layer.tensors["weight_scale_inv"])
-        return TensorStep(name=spec.name, how="untile", specs=(spec,), sources=sources)
+        return TensorStep(name=spec.name, how="untile", specs=(spec,), sources=sources, make=_untile)
     if layer.container == container:
         return replace(moved(spec.name, info), specs=(spec,))
     make = functools.partial(_recode, layer.container, container)
@@ -176,13 +240,14 @@ def _scale(role: str, spec: TensorSpec, info: TensorInfo) -> TensorStep:
     """A scale, offset, smoothing factor, or the bias of a quantized layer."""
     check = _CHECKS.get(role)
     how: How = "widen"
+    make = None
     if spec.dtype == "U8":
         check, how = _check_e8m0, "copy"
     elif math.prod(info.shape) == 1 != math.prod(spec.shape):
-        how = "repeat"
+        how, make = "repeat", _repeat
     elif info.dtype == spec.dtype:
         how = "copy" if check else "move"
-    return TensorStep(name=spec.name, how=how, specs=(spec,), sources=(info,), check=check)
+    return TensorStep(name=spec.name, how=how, specs=(spec,), sources=(info,), check=check, make=make)
 
 
 def schemes_of(expert: Expert) -> dict[str, str]:
@@ -196,11 +261,11 @@ def schemes_of(expert: Expert) -> dict[str, str]:
     return {name: layers[name] for name in sort_names(layers)}
 
 
-def unlike_qkv(expert: Expert) -> bool:
-    """As `differ_in_qkv`, of factors on disk."""
+def smoothing_of(expert: Expert) -> dict[str, bytes]:
+    """Layer -> its `mul_scale` on disk, as float32."""
     infos = {name: expert.layers[name].tensors["mul_scale"] for name in expert.smoothed}
     with RowReader() as reader:
-        return differ_in_qkv({n: to_float32(reader.whole(x), x.dtype, x.name) for n, x in infos.items()})
+        return {n: to_float32(reader.whole(x), x.dtype, x.name) for n, x in infos.items()}
 
 
 # ---- the bytes of a step ------------------------------------------------------------------------
@@ -259,9 +324,9 @@ def to_float32(data: bytes | memoryview, dtype: str, name: str) -> bytes:
 
 # ---- FP4 ----------------------------------------------------------------------------------------
 
-_E4M3 = (0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C)
-_BF16 = (0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)
-"""0, 0.5, 1, 1.5, 2, 3, 4, 6: the numbers of E2M1 in the order of their codes."""
+_E4M3 = [sign | x for sign in (0, 0x80) for x in (0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C)]
+_BF16 = [s | x for s in (0, 0x8000) for x in (0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)]
+"""0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives: the numbers of E2M1 in the order of their codes."""
 _NAN, _NO_BYTE = 0x7F, 0xFFFF
 
 
@@ -293,15 +358,14 @@ def recode(rows: bytes | memoryview, length: int, source: str, target: str, name
         found = _bytes_of_e4m3()[even.reshape(-1).view(np.uint16)]
         bad = int(found.max(initial=0)) == _NO_BYTE
     if bad:
-        raise _not_fp4(name, int((~np.isin(numbers, _e4m3_numbers())).sum()))
+        count = int((~np.isin(numbers, _E4M3)).sum())
+        raise CheckpointError(
+            f"{name} holds {count} numbers that are not in FP4",
+            needs="0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, in a layer that the manifest calls FP4",
+            fix="export the model again; this file and its manifest do not belong together",
+            code="E-CKP-04",
+        )
     return bytes(found.astype(np.uint8, copy=False).tobytes())
-
-
-def _e4m3_numbers() -> Table:
-    """Those of E2M1 as e4m3, in the order of their codes."""
-    import numpy as np
-
-    return np.asarray([*_E4M3, *(0x80 | x for x in _E4M3)], np.uint8)
 
 
 @functools.cache
@@ -310,7 +374,7 @@ def _e4m3_of_bf16() -> Table:
     import numpy as np
 
     table = np.full(1 << 16, _NAN, np.uint8)
-    table[[*_BF16, *(0x8000 | x for x in _BF16)]] = _e4m3_numbers()
+    table[_BF16] = _E4M3
     return table
 
 
@@ -319,7 +383,7 @@ def _e4m3_of_bytes() -> Table:
     """Byte of two codes -> two e4m3 numbers, the first in the low byte."""
     import numpy as np
 
-    codes, numbers = np.arange(256), _e4m3_numbers().astype(np.uint16)
+    codes, numbers = np.arange(256), np.asarray(_E4M3, np.uint16)
     return np.asarray(numbers[codes & 15] | numbers[codes >> 4] << 8, "<u2")
 
 
@@ -331,15 +395,6 @@ def _bytes_of_e4m3() -> Table:
     table = np.full(1 << 16, _NO_BYTE, np.uint16)
     table[_e4m3_of_bytes()] = np.arange(256)
     return table
-
-
-def _not_fp4(name: str, count: int) -> CheckpointError:
-    return CheckpointError(
-        f"{name} holds {count} numbers that are not in FP4",
-        needs="0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, in a layer that the manifest calls FP4",
-        fix="export the model again; this file and its manifest do not belong together",
-        code="E-CKP-04",
-    )
 
 
 # ---- FP8 in tiles -------------------------------------------------------------------------------
@@ -382,10 +437,3 @@ def tile_values(codes: torch.Tensor, scale: torch.Tensor, row: int, column: int 
         factors = scale[start // FP8_TILE].repeat_interleave(FP8_TILE)
         values[max(start - row, 0) : start - row + FP8_TILE] *= factors[column : column + values.shape[1]]
     return values
-
-
-_WAYS: dict[str, Make] = {
-    **dict.fromkeys(("move", "copy", "widen"), _copy),
-    "repeat": _repeat,
-    "untile": _untile,
-}

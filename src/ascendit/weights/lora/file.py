@@ -14,8 +14,10 @@ Sources of the formulas: `comfy/weight_adapter/{lora,loha,lokr}.py` of ComfyUI, 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import operator
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -74,15 +76,6 @@ class LoraFile:
     scalings: Mapping[str | None, Scaling]
     """By the expert that a key names."""
 
-    @property
-    def names_experts(self) -> bool:
-        """`transformer.` stands before the keys of any expert; beside `transformer_2.` it means the first."""
-        return any(key.expert == "transformer_2" for key in self.keys)
-
-    def scaling(self, key: Key) -> Scaling:
-        """What scales a module that has no `alpha`."""
-        return self.scalings.get(key.expert, self.scalings[None])
-
 
 def open_file(path: Path) -> LoraFile:
     """Read the header. Raises UsageError E-USE-01/02 for a path that is no safetensors file, CheckpointError
@@ -112,7 +105,7 @@ def _not_safetensors(path: Path) -> UsageError:
     elif path.suffix in _PICKLES:
         found += ": a pickle can run any code when it is read"
         fix = "save its tensors with safetensors.torch.save_file, on a machine where you trust the file"
-    return UsageError(found, needs="one .safetensors file", fix=fix, code="E-USE-01")
+    return UsageError(found, needs="one .safetensors file", fix=fix)
 
 
 def refused(path: Path, total: int, problems: list[Problem]) -> CheckpointError:
@@ -233,12 +226,6 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
     return rows
 
 
-def read_number(info: TensorInfo) -> float:
-    """The one number of a tensor with one element, such as `alpha`."""
-    with RowReader() as reader:
-        return float(reader.tensor(info).item())
-
-
 def _matrix(tensors: Mapping[str, TensorInfo], whole: str, left: str, right: str) -> Rows:
     """Rows of a factor. Halves are kept in memory; a whole one is read as it is needed."""
     if whole in tensors:
@@ -250,15 +237,8 @@ def _matrix(tensors: Mapping[str, TensorInfo], whole: str, left: str, right: str
 
 def _product(tensors: Mapping[str, TensorInfo], kind: str) -> Rows:
     """Rows of all matrices of a kind, multiplied one by one."""
-    first, *more = (_matrix(tensors, *factor) for factor in FACTORS[kind])
-
-    def rows(start: int, stop: int) -> torch.Tensor:
-        product = first(start, stop)
-        for matrix in more:
-            product.mul_(matrix(start, stop))
-        return product
-
-    return rows
+    matrices = [_matrix(tensors, *factor) for factor in FACTORS[kind]]
+    return lambda start, stop: functools.reduce(operator.imul, (rows(start, stop) for rows in matrices))
 
 
 def _kronecker(tensors: Mapping[str, TensorInfo]) -> Rows:

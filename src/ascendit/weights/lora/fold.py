@@ -12,14 +12,13 @@ in a hundred differs in its last bit. In float64 a sum of products of 16-bit fac
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from ascendit.checkpoint.component import EXPERTS
-from ascendit.checkpoint.reader import TensorInfo
+from ascendit.checkpoint.reader import RowReader, TensorInfo
 from ascendit.errors import UsageError
 from ascendit.names import Shapes
 from ascendit.report import group_by
@@ -34,7 +33,6 @@ from ascendit.weights.lora.file import (
     misfit,
     open_file,
     rank_of,
-    read_number,
     refused,
     roles_of,
 )
@@ -88,7 +86,7 @@ def parse_lora(text: str) -> LoraSource:
 
 
 def _bad_source(got: str, needs: str) -> UsageError:
-    return UsageError(got, needs=needs, fix=f"write {_FORM}", code="E-USE-01")
+    return UsageError(got, needs=needs, fix=f"write {_FORM}")
 
 
 # ---- folding ------------------------------------------------------------------------------------
@@ -105,8 +103,7 @@ class Folds:
         self._shapes = shapes
         self._deltas = group_by(deltas, lambda delta: delta.target)
         self.names = frozenset(self._deltas)
-        self._opened: tuple[str, list[Rows]] | None = None
-        self._lock = threading.Lock()
+        self._opened: dict[str, list[Rows]] = {}
 
     @classmethod
     def open(
@@ -150,11 +147,10 @@ class Folds:
 
     def _open(self, name: str) -> list[Rows]:
         """The factors of one tensor; those of the tensor before it are forgotten."""
-        with self._lock:
-            if self._opened is None or self._opened[0] != name:
-                self._opened = None
-                self._opened = (name, [delta.open() for delta in self._deltas[name]])
-            return self._opened[1]
+        if name not in self._opened:
+            self._opened = {}
+            self._opened = {name: [delta.open() for delta in self._deltas[name]]}
+        return self._opened[name]
 
 
 def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection[str]) -> list[Delta]:
@@ -169,8 +165,10 @@ def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection
     if source.expert not in (None, expert):
         return []
     mine = []
+    # `transformer.` stands before the keys of any expert; beside `transformer_2.` it means the first.
+    names_experts = any(key.expert == "transformer_2" for key in file.keys)
     for key in file.keys:
-        named = key.expert if file.names_experts else None
+        named = key.expert if names_experts else None
         if named is not None and named not in experts:
             reader.problem(key, f"for {named}, which this model does not have")
         elif source.expert is not None and named not in (None, expert):
@@ -181,7 +179,8 @@ def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection
             )
         elif named in (None, expert):
             mine.append(key)
-    reader.read(mine)
+    for target, group in reader.groups(mine).items():
+        reader.read_group(target, group)
     if reader.problems:
         raise refused(source.path, len(file.keys), reader.problems)
     return reader.deltas
@@ -203,16 +202,11 @@ class DeltaReader:
         self.problems: list[Problem] = []
         self.deltas: list[Delta] = []
 
-    def read(self, keys: Iterable[Key]) -> None:
-        """Add what `keys` change."""
-        for target, group in self._groups(keys).items():
-            self._read_group(target, group)
-
     def problem(self, key: Key, why: str, fix: str = Problem.fix) -> None:
         """Note that `key` cannot be used."""
         self.problems.append(Problem(key.name, why, fix))
 
-    def _groups(self, keys: Iterable[Key]) -> dict[str, dict[str, Key]]:
+    def groups(self, keys: Iterable[Key]) -> dict[str, dict[str, Key]]:
         """Target -> role -> key. `diff_b` and `diff_m` are the `diff` of another tensor of the layer."""
         groups: dict[str, dict[str, Key]] = {}
         for key in keys:
@@ -227,7 +221,7 @@ class DeltaReader:
                     self.problem(key, f"means the same as {first.name}")
         return groups
 
-    def _read_group(self, target: str, group: dict[str, Key]) -> None:
+    def read_group(self, target: str, group: dict[str, Key]) -> None:
         """One tensor: factors with `alpha`, a whole difference, or both."""
         alpha, up_bias = group.get("alpha"), group.get("up_bias")
         found = {kind: {role: group[role] for role in roles_of(kind) if role in group} for kind in FACTORS}
@@ -247,18 +241,16 @@ class DeltaReader:
         infos = {role: self.file.infos[key.name] for role, key in keys.items()}
         if missing := gaps(kind, keys):
             for key in keys.values():
-                self.problem(
-                    key, f"half of a pair: {missing} of this layer is missing", "get the whole file again"
-                )
+                half = f"half of a pair: {missing} of this layer is missing"
+                self.problem(key, half, "get the whole file again")
             return None
         bad = [role for role, info in infos.items() if info.dtype not in FACTOR_DTYPES or not info.shape]
         for role in bad:
-            self.problem(
-                keys[role], f"{infos[role].dtype} {list(infos[role].shape)} holds no floating-point rows"
-            )
-        shape = self.targets.shapes[target]
+            dtype, sizes = infos[role].dtype, list(infos[role].shape)
+            self.problem(keys[role], f"{dtype} {sizes} holds no floating-point rows")
         if bad:
             return None
+        shape = self.targets.shapes[target]
         if why := misfit(kind, infos, shape):
             self.problem(next(iter(keys.values())), f"{why} of {target}", _OTHER_MODEL)
             return None
@@ -273,14 +265,15 @@ class DeltaReader:
             return 1.0
         if alpha is not None:
             return self._alpha(alpha) / rank
-        key = next(iter(keys.values()))
-        return self.file.scaling(key).of(key.path, rank) if kind == "lora" else 1.0
+        key, scalings = next(iter(keys.values())), self.file.scalings
+        return scalings.get(key.expert, scalings[None]).of(key.path, rank) if kind == "lora" else 1.0
 
     def _alpha(self, key: Key) -> float:
         info = self.file.infos[key.name]
         value = 0.0
         if math.prod(info.shape) == 1 and info.dtype in FACTOR_DTYPES + _INTEGERS:
-            value = read_number(info)
+            with RowReader() as reader:
+                value = float(reader.tensor(info).item())
         if not math.isfinite(value) or value == 0:
             self.problem(key, f"{info.dtype} {list(info.shape)} holds no number to scale by")
         return value

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ascendit.checkpoint.reader import read_header
 from ascendit.checkpoint.writer import ShardWriter, TensorSpec
-from ascendit.weights.sink import WriteBehind
+from ascendit.convert.expert_folder import WriteBehind
 from ascendit.weights.tensor_steps import WAITING, moved
 
 SPECS = [TensorSpec("a", "U8", (1000,)), TensorSpec("moved", "F32", (5, 7)), TensorSpec("b", "U8", (30,))]
