@@ -123,7 +123,7 @@ def verify_adherence(
     error = adherence_error(result)
     told = result.as_dict() | {
         "model": model,
-        "seeds": list(seeds),
+        "seeds": len(seeds),
         "swapped_experts": swap_experts,
         "limits": LIMITS,
         "pass": error is None,
