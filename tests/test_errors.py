@@ -48,6 +48,12 @@ def codes_in_sources() -> dict[str, list[str]]:
     return found
 
 
+def default_codes() -> dict[str, str]:
+    """The classes whose code can be left out, and what it is then."""
+    codes = {n: inspect.signature(c).parameters["code"].default for n, c in classes().items()}
+    return {name: code for name, code in codes.items() if code is not inspect.Parameter.empty}
+
+
 def raised_calls() -> list[tuple[str, ast.Call]]:
     """Every call of a class of the tree in the sources, with `file:line`."""
     found = []
@@ -93,6 +99,20 @@ def test_got_needs_fix_and_code_cannot_be_left_out() -> None:
         errors.UsageError("a")  # type: ignore[call-arg]
 
 
+def test_a_class_whose_errors_mostly_have_one_code_has_it_as_the_default() -> None:
+    usual = {
+        "UsageError": "E-USE-01",
+        "RequestError": "E-REQ-03",
+        "OutOfMemory": "E-MEM-01",
+        "Cancelled": "E-CAN-01",
+    }
+    assert default_codes() == usual
+    for name, code in usual.items():
+        assert getattr(errors, name)("a", needs="b", fix="c").code == code
+    with pytest.raises(TypeError, match="code"):
+        errors.CheckpointError("a", needs="b", fix="c")  # type: ignore[call-arg]
+
+
 def test_codes_are_well_formed_and_described() -> None:
     for code, text in errors.CODES.items():
         assert re.fullmatch(r"E-[A-Z]{3}-\d\d", code), code
@@ -106,7 +126,7 @@ def test_every_code_in_the_sources_is_in_the_table() -> None:
 
 
 def test_every_code_in_the_table_is_used_or_reserved() -> None:
-    unused = set(errors.CODES) - set(codes_in_sources())
+    unused = set(errors.CODES) - set(codes_in_sources()) - set(default_codes().values())
     assert unused - RESERVED == set(), "in the table, raised nowhere"
     assert set(errors.CODES) >= RESERVED
 
@@ -116,4 +136,6 @@ def test_every_raise_gives_needs_fix_and_code() -> None:
     assert calls
     for where, call in calls:
         given = {k.arg for k in call.keywords}
-        assert None in given or given >= {"needs", "fix", "code"}, where
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        needed = {"needs", "fix"} if name in default_codes() else {"needs", "fix", "code"}
+        assert None in given or given >= needed, where

@@ -9,7 +9,8 @@ AscenditError                 exit code
     + OutOfMemory             4    needed and free memory, and the flag to change
   x Cancelled                 130  stopped between two steps, nothing half-written
 
-Each error says what it got, what it needs and what to do, and has a code from `CODES`.
+Each error says what it got, what it needs and what to do, and has a code from `CODES`. Where a class has a
+default code, most of its errors have that one.
 """
 
 from __future__ import annotations
@@ -84,9 +85,15 @@ class UsageError(AscenditError):
 
     exit_code = 2
 
+    def __init__(self, got: str, *, needs: str, fix: str, code: str = "E-USE-01") -> None:
+        super().__init__(got, needs=needs, fix=fix, code=code)
+
 
 class RequestError(UsageError):
     """A request value that this model cannot run."""
+
+    def __init__(self, got: str, *, needs: str, fix: str, code: str = "E-REQ-03") -> None:
+        super().__init__(got, needs=needs, fix=fix, code=code)
 
 
 class CheckpointError(AscenditError):
@@ -108,8 +115,14 @@ class OutOfMemory(EnvironmentProblem):
 
     exit_code = 4
 
+    def __init__(self, got: str, *, needs: str, fix: str, code: str = "E-MEM-01") -> None:
+        super().__init__(got, needs=needs, fix=fix, code=code)
+
 
 class Cancelled(AscenditError):
     """The user stopped the run."""
 
     exit_code = 130
+
+    def __init__(self, got: str, *, needs: str, fix: str, code: str = "E-CAN-01") -> None:
+        super().__init__(got, needs=needs, fix=fix, code=code)

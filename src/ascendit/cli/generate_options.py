@@ -21,8 +21,9 @@ from pydantic import TypeAdapter, ValidationError
 from ascendit.device.device import parse_device
 from ascendit.environment import read_environment
 from ascendit.errors import UsageError
-from ascendit.pipeline.options import VARIABLES, LoadOptions, bad_value, plain_kind
+from ascendit.pipeline.options import VARIABLES, LoadOptions
 from ascendit.pipeline.request import GenerateRequest
+from ascendit.validation import bad_value, plain_kind
 
 KNOWN: dict[str, Any] = {
     **{name: field.annotation for name, field in GenerateRequest.model_fields.items()},
@@ -116,7 +117,7 @@ def _model_and_prompt(words: list[str], demo: bool, model: str | None, prompt: s
         got = f"{len(words)} words: {shlex.join(words)}" if words else "no model and no prompt"
         needs = " and ".join(wanted or ["at most PROMPT"]) + ", the prompt in quotes"
         fix = 'ascendit generate --demo "a red circle moves right on a black background"'
-        raise UsageError(got, needs=needs, fix=fix, code="E-USE-01")
+        raise UsageError(got, needs=needs, fix=fix)
     return named.get("MODEL") or given or "", named.get("PROMPT", prompt) or ""
 
 
@@ -231,4 +232,4 @@ def _typed(key: str, value: Any, where: str) -> Any:
 
 
 def _bad(where: str, got: str, *, needs: str, fix: str) -> UsageError:
-    return UsageError(f"{where} {got}", needs=needs, fix=fix, code="E-USE-01")
+    return UsageError(f"{where} {got}", needs=needs, fix=fix)

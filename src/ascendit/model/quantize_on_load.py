@@ -40,7 +40,6 @@ class Online:
                     f"keep {' '.join(keep)} without a scheme",
                     needs="a scheme or a recipe: without one every layer stays as it is stored",
                     fix="add --scheme mxfp8, or leave it out",
-                    code="E-USE-01",
                 )
             return None if scheme is None else cls(None)
         return cls(load_recipe(recipe or "default", scheme), keep, force)

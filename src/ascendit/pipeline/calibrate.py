@@ -302,7 +302,6 @@ def _refuse(got: str) -> NoReturn:
         got,
         needs="a text file with one prompt on each line, or a number for the demo model's own",
         fix="--calibrate prompts.txt with prompts like those it will be used for; --calibrate 8 for the demo",
-        code="E-USE-01",
     )
 
 

@@ -203,7 +203,6 @@ def out_of_memory(error: BaseException, stage: str = "", device: str = "cpu") ->
         f"out of memory on {device}" + (f" in stage {stage}" if stage else ""),
         needs=(f"{_gib(asked[1])} more" if asked else "more memory") + (f"; {left} is free" if left else ""),
         fix="a smaller --size or --frames; --text-on drop frees the text encoder after use",
-        code="E-MEM-01",
     )
 
 

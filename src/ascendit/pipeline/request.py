@@ -20,7 +20,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from ascendit.errors import RequestError, UsageError
 from ascendit.geometry import nearest_frames, nearest_sizes
 from ascendit.pipeline.defaults import Defaults, Solver
-from ascendit.pipeline.options import Checked, load_words
+from ascendit.pipeline.options import load_words
+from ascendit.validation import Checked
 
 MAX_SEED = 2**63 - 1
 PIXELS = "sha256:"
@@ -62,7 +63,7 @@ Guidance = _number("a number of at least 0", ge=0)
 class GenerateRequest(Checked):
     """One video. Nothing is left to be decided later: what runs is what is written here."""
 
-    TITLE = "request"
+    title = "request"
 
     prompt: Text
     negative_prompt: Text = ""
@@ -167,7 +168,7 @@ def resolve(defaults: Defaults, prompt: str, **given: Any) -> GenerateRequest:
     known = set(GenerateRequest.model_fields) - {"prompt"}
     if unknown := sorted(set(given) - known):
         got, needs = f"unknown argument: {', '.join(unknown)}", f"arguments among {', '.join(sorted(known))}"
-        raise UsageError(got, needs=needs, fix="correct the name", code="E-USE-01")
+        raise UsageError(got, needs=needs, fix="correct the name")
     given = {k: v.item() if getattr(v, "ndim", None) == 0 else v for k, v in given.items() if v is not None}
     if "timesteps" in given:
         with suppress(TypeError):  # no sequence: refused below

@@ -39,9 +39,7 @@ class TextEncoder:
         self, layout: Layout, *, device: str, text_on: TextOn, dtype: torch.dtype | None = None
     ) -> None:
         if text_on not in TEXT_ON:
-            raise UsageError(
-                f"text_on={text_on!r}", needs=" or ".join(TEXT_ON), fix="--text-on cpu", code="E-USE-01"
-            )
+            raise UsageError(f"text_on={text_on!r}", needs=" or ".join(TEXT_ON), fix="--text-on cpu")
         self.part, self.text_on, self.dtype = layout.part("text_encoder"), text_on, dtype
         self.device = device if text_on != "cpu" else "cpu"
         self.tokenizer = load_processor(layout.part("tokenizer"))

@@ -37,7 +37,6 @@ def check_adherence(
                 "--swap-experts with one expert",
                 needs="a cascade of two experts",
                 fix="leave it out",
-                code="E-USE-01",
             )
         pipe.transformer, pipe.transformer_2 = pipe.transformer_2, pipe.transformer
 

@@ -86,7 +86,6 @@ def choose(names: Sequence[str]) -> tuple[QualityCase, ...]:
                 f"case {name!r}",
                 needs=f"one of {'; '.join(known)}; or the TOML file of a recipe",
                 fix="check the spelling",
-                code="E-USE-01",
             )
         found.append(known.get(name) or QualityCase(name=name, options={"recipe": name}))
     return tuple(found)
@@ -213,7 +212,6 @@ def check_float(pipe: Pipeline, model: str) -> Pipeline:
             f"{model} is quantized",
             needs="the float model: each case is quantized while it loads, and held against BF16",
             fix="give the folder that it was quantized from",
-            code="E-USE-01",
         )
     return pipe
 

@@ -91,14 +91,12 @@ class AscenditConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"{len(given)} of recipe and scheme: {', '.join(map(str, given))}",
                 needs="one of them",
                 fix="AscenditConfig(scheme=...), or AscenditConfig(recipe=...)",
-                code="E-USE-01",
             )
         if marker and quant_method == METHOD:
             raise UsageError(
                 f"AscenditConfig({', '.join(f'{key}=' for key in marker)})",
                 needs="recipe_or_scheme, keep, device, emulate, activation_rule or force",
                 fix="check the spelling",
-                code="E-USE-01",
             )
         self.quant_method = AscenditMethod(quant_method)
         self.recipe = as_recipe(given[0]) if given else None
@@ -150,7 +148,6 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 f"a device map with {', '.join(sorted(places))}",
                 needs="every quantized layer on a device that computes",
                 fix="leave device_map out and call pipe.enable_model_cpu_offload()",
-                code="E-USE-01",
             )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
@@ -291,7 +288,6 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 f"no scheme for {what}, which holds no codes",
                 needs="a folder that ascendit wrote, or a scheme to quantize with",
                 fix='AscenditConfig("mxfp8")',
-                code="E-USE-01",
             )
 
     def _on(self, device: str) -> Schemes:
