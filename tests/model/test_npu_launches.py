@@ -63,7 +63,7 @@ def block(model: WanTransformer) -> Recorder:
         state = model.prepare(model.grid_of(x), text)
         mod = model.modulation((500.0,), (TOKENS,))
         with Recorder() as seen:
-            model.run_block(0, model.blocks[0], tokens, mod, state)
+            model.blocks[0](0, tokens, mod, state)
     return seen
 
 

@@ -73,7 +73,7 @@ def schemes_in(found: Sequence[tuple[Expert, AppliedRecipe | None]]) -> set[str]
 
 
 def policy_for(
-    asked: str | StepSchedule | None,
+    asked: str | None,
     online: Online | None,
     layout: Layout,
     found: Sequence[tuple[Expert, AppliedRecipe | None]],
@@ -83,7 +83,7 @@ def policy_for(
     UsageError E-USE-01 for a precision that no weight of the model has.
     """
     if asked is not None:
-        policy = asked if isinstance(asked, StepSchedule) else StepSchedule.parse(asked)
+        policy = StepSchedule.parse(asked)
     elif online is not None:
         policy = online.recipe.step_policy if online.recipe else StepSchedule()
     else:

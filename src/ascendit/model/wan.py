@@ -184,8 +184,7 @@ class WanTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, QuantLinear):
                 module.check_apply(fn)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def grid_of(self, x: Tensor) -> Grid:
         """Patches along frames, height and width of latents [B, C, F, H, W]."""
@@ -304,17 +303,14 @@ class WanTransformer(nn.Module):
             make = partial(self.modulation, rows, lengths, shared.sinusoids)
             mod = shared.modulation_for(rows, lengths, make)
             hidden = self._patchify(x, shared)
-            hidden = state.run_blocks(self.blocks, hidden, mod, partial(self.run_block, state=state))
+            hidden = state.run_blocks(
+                self.blocks, hidden, mod, lambda i, block, x, mod: block(i, x, mod, state)
+            )
             shift, scale = mod.out
             hidden = self.ops.adaln(hidden, scale, shift, lengths, self.config.eps)
             return self._unpatchify(self._linear(self.proj_out, hidden), shared.grid)
 
         return state.run_model(x, timesteps, velocity)
-
-    def run_block(self, i: int, block: Block, x: Tensor, mod: Modulation, state: DenoiseState) -> Tensor:
-        """Block `i` on hidden states [B, S, D]."""
-        y: Tensor = block(i, x, mod, state)
-        return y
 
     # ---- shapes ---------------------------------------------------------------------------------
 

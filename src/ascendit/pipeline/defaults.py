@@ -80,7 +80,9 @@ def defaults_for(layout: Layout) -> Defaults:
     """Defaults of a recognised folder. Which row or file each came from is in `sources`, and logged."""
     config = layout.experts[0].config
     task, experts = task_of(layout), len(layout.experts)
-    spec = spec_for(layout, task)
+    spec = spec_of(config, experts, layout.name)
+    if spec is not None and spec.task != task:
+        spec = None
     boundary = layout.index.get("boundary_ratio")
     solver, folder_shift, notes = scheduler_of(layout)
     if spec is not None:
@@ -123,14 +125,8 @@ def task_of(layout: Layout) -> Task:
     return "i2v" if channels != (config.get("out_channels") or WanConfig.out_channels) else "t2v"
 
 
-def spec_for(layout: Layout, task: Task) -> WanSpec | None:
-    """The row of `family.py` with this folder's dimensions, channels and number of experts."""
-    spec = spec_of(layout.experts[0].config, len(layout.experts), layout.name)
-    return spec if spec and spec.task == task else None
-
-
 def spec_of(config: dict[str, Any], num_experts: int, folder_name: str) -> WanSpec | None:
-    """The same from the config of a transformer, whatever its task."""
+    """The row of `family.py` with the dimensions and channels of this config, whatever its task."""
     return match_spec(
         dim=config.get("num_attention_heads", WanConfig.num_attention_heads)
         * config.get("attention_head_dim", WanConfig.attention_head_dim),

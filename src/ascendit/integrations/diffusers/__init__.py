@@ -28,8 +28,9 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from ascendit.checkpoint.reader import TORCH_DTYPES
+from ascendit.checkpoint.transformer import ATTENTION_TENSOR
 from ascendit.errors import CheckpointError, EnvironmentProblem, UsageError
-from ascendit.integrations.diffusers.stored_layers import left_out, read_stored_layers
+from ascendit.integrations.diffusers.stored_layers import read_stored_layers
 from ascendit.kernels.kernel import Emulate
 from ascendit.model.linear import FusedGroup, QuantLinear, SmoothLinear, check_values, stored_tensors
 from ascendit.model.quantize_module import (
@@ -156,10 +157,9 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return torch_dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
-        """Take note of the files; leave out what no model of Diffusers has."""
+        """Take note of the files; leave out what only the attention of an NPU uses."""
         self._files = [Path(file) for file in checkpoint_files]
-        drop = left_out(loaded_keys)
-        return [key for key in loaded_keys if key not in drop]
+        return [key for key in loaded_keys if not ATTENTION_TENSOR.fullmatch(key)]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Decide which tensors are awaited. Errors as `read_stored_layers` and `module_schemes`."""
@@ -170,11 +170,10 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if stored:
             for name, layer in stored.items():
                 self._layers[name] = layer.scheme
-                dtypes = {role: getattr(torch, TORCH_DTYPES[t.dtype]) for role, t in layer.tensors.items()}
-                tensors = {
-                    role: torch.empty(t.shape, dtype=dtypes[role], device="meta")
-                    for role, t in layer.tensors.items()
-                }
+                tensors = {}
+                for role, t in layer.tensors.items():
+                    dtype = getattr(torch, TORCH_DTYPES[t.dtype])
+                    tensors[role] = torch.empty(t.shape, dtype=dtype, device="meta")
                 self._put(model, name, layer.shape, tensors)
             self._smoothed = [name for name, layer in stored.items() if "mul_scale" in layer.tensors]
         else:
