@@ -35,6 +35,7 @@ from ascendit.quant.layer_rules import OUTSIDE, LayerScheme, LayerSchemes, say_a
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.quant.schemes import METHOD, QUANTIZED, SCHEMES
 from ascendit.quant.vllm_omni_config import marker_for
+from ascendit.report import group_by
 from ascendit.weights.applied_recipe import check_kind
 from ascendit.weights.engine_formats import model_kind
 
@@ -68,11 +69,8 @@ class ModuleSchemes(LayerSchemes):
     def kept(self) -> dict[str, tuple[str, ...]]:
         """Why -> layers that stay as they are, in few words: `*` for the number of a block."""
         names = [layer.name for layer in self.layers]
-        kept: dict[str, list[str]] = {}
-        for layer in self.layers:
-            if layer.scheme == "bf16":
-                kept.setdefault(layer.why, []).append(layer.name)
-        return {why: _in_few_words(found, names) for why, found in kept.items()}
+        kept = group_by((layer for layer in self.layers if layer.scheme == "bf16"), lambda layer: layer.why)
+        return {why: _in_few_words([layer.name for layer in x], names) for why, x in kept.items()}
 
 
 def as_recipe(recipe_or_scheme: str | Path | Recipe) -> Recipe:
