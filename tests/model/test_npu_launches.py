@@ -18,12 +18,12 @@ import torch
 from ops.layers import NATIVE
 from ops.recorder import SYNCHRONIZES, Recorder
 from safetensors.torch import load_file, save_file
+from stored import load_transformer
 
 import ascendit
 import ascendit.twin
 from ascendit.checkpoint.layout import recognise
 from ascendit.model.linear import FusedGroup, QuantLinear
-from ascendit.model.loader import load_transformer
 from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
 from ascendit.ops import operators

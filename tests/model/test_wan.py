@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from stored import load_transformer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ascendit.checkpoint.layout import recognise
 from ascendit.family import WanConfig
-from ascendit.model.loader import load_transformer
 from ascendit.model.state import rope_table
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.operators import bind

@@ -492,7 +492,7 @@ class SmoothLinear(nn.Linear):
 
 
 def linear(ops: Ops, m: Any, x: Tensor | Tokens, precision: Precision = "stored") -> Tensor:
-    """The output of the layer `m`, whichever kind of layer it is."""
+    """The output of the layer `m`, whichever kind of layer it is; outside of the blocks as stored."""
     if isinstance(m, (QuantLinear, SmoothLinear)):
         out: Tensor = m(x, precision, ops.linear)
         return out
@@ -505,9 +505,3 @@ def precision_of(m: Any, wanted: Precision) -> Precision:
         if (wanted == "bf16" and m.floats is not None) or (wanted == "w4a8" and m.scheme == "mxfp4"):
             return wanted
     return "stored"
-
-
-def dtype_of(m: Any) -> torch.dtype:
-    """Of the activation that a layer takes."""
-    dtype: torch.dtype = m.compute_dtype if isinstance(m, QuantLinear) else m.weight.dtype
-    return dtype

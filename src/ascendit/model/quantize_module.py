@@ -212,7 +212,8 @@ def quantize_(
     TI2V-5B; EnvironmentProblem E-CAP-01 for a scheme that the device has no matmul for.
     """
     chosen = module_schemes(module, as_recipe(recipe_or_scheme), keep, force=force)
-    linears, names = linears_of(module), _names(module)
+    linears = linears_of(module)
+    places = group_by(module.named_modules(remove_duplicate=False), lambda named: id(named[1]))
     for layer in chosen.coded:
         check_weight(chosen, layer, linears[layer].weight)
     where = device or str(linears[next(iter(chosen.coded))].weight.device)
@@ -232,7 +233,7 @@ def quantize_(
         for name, hooks in vars(linear).items():  # they go on seeing what the layer reads and gives
             if name.startswith("_forward"):
                 getattr(made, name).update(hooks)
-        for name in names[id(linear)]:
+        for name, _ in places[id(linear)]:  # a layer may have two names
             module.set_submodule(name, made.train(linear.training))
     if device:
         module.to(schemes.device.torch_name)
@@ -271,14 +272,6 @@ def bind_(
         module.to(bound[device].device.torch_name)
     for group in groups.values():
         group.fuse(bound[device or str(group.schemes.device)])
-
-
-def _names(module: nn.Module) -> dict[int, list[str]]:
-    """`id` of each part -> all its names: a layer may stand in two places."""
-    found: dict[int, list[str]] = {}
-    for name, part in module.named_modules(remove_duplicate=False):
-        found.setdefault(id(part), []).append(name)
-    return found
 
 
 # ---- one layer, for the integrations too --------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.layout import RECORD_FILE, Layout
-from ascendit.checkpoint.transformer import Expert, read_expert
+from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import UsageError
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.schedule import StepSchedule
@@ -55,12 +55,6 @@ class Online:
         name, way = expert.path.parent.name, "--set force=true (in Python force=True)"
         check_kind(kind, applied.schemes, name, force=self.force, way=way)
         return applied
-
-
-def read_experts(layout: Layout, online: Online | None) -> list[tuple[Expert, AppliedRecipe | None]]:
-    """Every expert and what becomes of it, by headers alone: mistakes are reported before anything loads."""
-    experts = [read_expert(part) for part in layout.experts]
-    return [(expert, online.apply(expert) if online else None) for expert in experts]
 
 
 def schemes_in(found: Sequence[tuple[Expert, AppliedRecipe | None]]) -> set[str]:

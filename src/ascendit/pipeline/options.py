@@ -80,10 +80,6 @@ def _emulate(value: object) -> object:
     return value if not isinstance(value, bool) else "decode-on-use" if value else None
 
 
-def _ops(value: object) -> object:
-    return None if value == "auto" else value
-
-
 class LoadOptions(Checked):
     """How a model is loaded: plain values, whatever Python callers pass."""
 
@@ -139,7 +135,7 @@ class LoadOptions(Checked):
     ] = None
     ops: Annotated[
         Literal["auto", "reference"] | None,
-        BeforeValidator(_ops),
+        BeforeValidator(lambda name: None if name == "auto" else name),
         Option("reference: plain PyTorch operators."),
     ] = None
     attention: Annotated[
