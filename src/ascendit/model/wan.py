@@ -274,10 +274,10 @@ class WanTransformer(nn.Module):
         e, ops = self.condition_embedder, self.ops
         rows = [known[t] if known and t in known else self.sinusoids((t,)) for t in timesteps]
         sinusoid = rows[0] if len(rows) == 1 else torch.cat(rows)
-        first, second = e.time_embedder.linear_1, e.time_embedder.linear_2
+        first: Any = e.time_embedder.linear_1
         dtype = first.compute_dtype if isinstance(first, QuantLinear) else first.weight.dtype
         hidden = nn.functional.silu(linear(self.ops, first, sinusoid.to(dtype)))
-        temb = linear(self.ops, second, hidden).to(self.dtype)  # [R, D]
+        temb = linear(self.ops, e.time_embedder.linear_2, hidden).to(self.dtype)  # [R, D]
         step = linear(self.ops, e.time_proj, nn.functional.silu(temb)).float().view(len(timesteps), 6, -1)
         tables = torch.cat([b.scale_shift_table for b in self.blocks]).float()  # [num_layers, 6, D]
         blocks = (tables[:, :, None, :] + step.transpose(0, 1)).unflatten(1, (2, 3))  # shift, scale, gate

@@ -31,22 +31,15 @@ class TextEncoder:
     denoiser; `drop`: read when a prompt must be encoded, then let go.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        *,
-        device: str,
-        text_on: Literal["cpu", "device", "drop"],
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self.part, self.text_on, self.dtype = layout.part("text_encoder"), text_on, dtype
+    def __init__(self, layout: Layout, *, device: str, text_on: Literal["cpu", "device", "drop"]) -> None:
+        self.part, self.text_on = layout.part("text_encoder"), text_on
         self.device = device if text_on != "cpu" else "cpu"
         self.tokenizer = load_processor(layout.part("tokenizer"))
         self.model = None if text_on == "drop" else self._load()
         self._seen: dict[tuple[str, int], Tensor] = {}
 
     def _load(self) -> Any:
-        return load_library_part(self.part, dtype=self.dtype).to(self.device)
+        return load_library_part(self.part).to(self.device)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str], max_sequence_length: int) -> list[Tensor]:
