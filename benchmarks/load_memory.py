@@ -20,16 +20,18 @@ import resource, sys, time
 import torch
 from pathlib import Path
 from ascendit.checkpoint.layout import recognise
-from ascendit.model.loader import load_transformer, nbytes
+from ascendit.checkpoint.transformer import read_expert
+from ascendit.model.loader import load_expert, nbytes
 from ascendit.model.quantize_on_load import Online
 from ascendit.ops.operators import bind
 torch.set_num_threads(2)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 folder, scheme = sys.argv[1:]
 ops = bind("cpu")
-part = recognise(Path(folder)).experts[0]
+part, online = recognise(Path(folder)).experts[0], Online.of(scheme or None, None)
 before, start = peak(), time.perf_counter()
-model = load_transformer(part, ops, dtype=torch.bfloat16, online=Online.of(scheme or None, None))
+expert = read_expert(part)
+model = load_expert(expert, online.apply(expert) if online else None, ops, dtype=torch.bfloat16)
 print(nbytes(model), peak() - before, time.perf_counter() - start)
 """
 

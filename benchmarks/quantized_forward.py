@@ -25,7 +25,8 @@ from _timing import interleaved
 from diffusers import WanTransformer3DModel
 
 from ascendit.checkpoint.layout import recognise
-from ascendit.model.loader import load_transformer
+from ascendit.checkpoint.transformer import read_expert
+from ascendit.model.loader import load_expert
 from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
 from ascendit.model.weight_loader import nbytes
@@ -52,12 +53,13 @@ def cases(layers: int, schemes: list[str], emulate: Any) -> tuple[dict[str, Forw
     """Name -> one forward, name -> memory of the weights against BF16."""
     with tempfile.TemporaryDirectory() as folder:
         theirs = reference(layers, Path(folder) / "transformer")
-        part = recognise(Path(folder) / "transformer").experts[0]
+        expert = read_expert(recognise(Path(folder) / "transformer").experts[0])
         ops = bind("cpu", emulate=emulate)
-        ours = {
-            f"ascendit {s}": load_transformer(part, ops, dtype=torch.bfloat16, online=Online.of(s, None))
-            for s in ["bf16", *schemes]
-        }
+        ours = {}
+        for scheme in ["bf16", *schemes]:
+            online = Online.of(scheme, None)
+            applied = online.apply(expert) if online else None
+            ours[f"ascendit {scheme}"] = load_expert(expert, applied, ops, dtype=torch.bfloat16)
     x, text = torch.randn(1, 16, *GRID).bfloat16(), torch.randn(1, 512, 4096).bfloat16()
     t = torch.tensor([700.0])
 

@@ -15,11 +15,16 @@ from typing import Any
 import pytest
 import torch
 
+from ascendit.checkpoint.component import Part
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.reader import DTYPE_BITS, RowReader, Shards
 from ascendit.checkpoint.transformer import Expert, read_expert
 from ascendit.errors import CheckpointError
+from ascendit.model.loader import load_expert
+from ascendit.model.quantize_on_load import Online
+from ascendit.model.wan import WanTransformer
 from ascendit.names import all_linears, expected_tensors, to_wan
+from ascendit.ops.operators import Ops
 from ascendit.quant.schemes import SCHEMES
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
@@ -150,3 +155,9 @@ def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a part, by our own strict reader."""
     with RowReader() as reader:
         return {name: reader.tensor(info) for name, info in Shards.open(folder).tensors.items()}
+
+
+def load_transformer(part: Part, ops: Ops, *, online: Online | None = None, **options: Any) -> WanTransformer:
+    """The transformer in `part`, as stored, or quantized while it loads."""
+    expert = read_expert(part)
+    return load_expert(expert, online.apply(expert) if online else None, ops, **options)

@@ -102,5 +102,4 @@ def _is_on(environ: Mapping[str, str], name: str) -> bool:
         f"environment variable {name}={environ[name]!r}",
         needs=f"{name} to be 0 or 1",
         fix=f"export {name}=1, or unset {name}",
-        code="E-USE-01",
     )

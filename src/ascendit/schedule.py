@@ -92,7 +92,6 @@ class StepSchedule:
                 f"step policy {self} names step {beyond[0]}, and there are {count} steps",
                 needs=f"steps 0 to {count - 1}: the first step is 0",
                 fix="correct --step-policy, or ask for more --steps",
-                code="E-REQ-03",
             )
 
     def check_schemes(self, schemes: Iterable[str], *, floats: bool) -> None:
@@ -106,21 +105,18 @@ class StepSchedule:
                 f"step policy {self}, and no layer is quantized",
                 needs="a quantized model, or a BF16 one and a scheme",
                 fix="add --scheme mxfp4, or leave --step-policy out",
-                code="E-USE-01",
             )
         if "bf16" in self.precisions and not floats:
             raise UsageError(
                 f"step policy {self} wants BF16 steps, and this model has codes only",
                 needs="the BF16 model, quantized while it is loaded",
                 fix="give the BF16 folder and --scheme or --recipe",
-                code="E-USE-01",
             )
         if self.precisions & {"w4a4", "w4a8"} and "mxfp4" not in found:
             raise UsageError(
                 f"step policy {self}, and no layer is in mxfp4; there are {', '.join(sorted(found))}",
                 needs="MXFP4 weights, which W4A4 and W4A8 share",
                 fix="--scheme mxfp4, or leave --step-policy out",
-                code="E-USE-01",
             )
 
     def __str__(self) -> str:
@@ -150,5 +146,4 @@ def _bad(text: str, problem: str) -> UsageError:
         f"step policy {text!r}: {problem}",
         needs=f"STEPS:PRECISION, .., the first step is 0; precisions {', '.join(PRECISIONS)}",
         fix="--step-policy 0-1:w4a8,default:w4a4",
-        code="E-USE-01",
     )

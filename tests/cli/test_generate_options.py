@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ascendit.cli import generate, generate_options, main
-from ascendit.cli.generate_options import flag_values, read_call
+from ascendit.cli.generate_options import read_call
 from ascendit.errors import UsageError
 from ascendit.pipeline import job
 
@@ -137,7 +137,7 @@ def parse(words):
     return call(
         p["words"],
         demo=p["demo"],
-        flags=flag_values(p),
+        flags=p,
         settings=p["settings"] or [],
         config=p["config"],
     )

@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 
 import ascendit
 from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.transformer import read_expert
 from ascendit.errors import UsageError
 from ascendit.model.linear import QuantLinear
-from ascendit.model.loader import load_transformer
+from ascendit.model.loader import load_expert
 from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.operators import bind
@@ -26,8 +27,9 @@ Run = Callable[[], Tensor]
 
 def ours(folder: str, scheme: str) -> tuple[WanTransformer, Run]:
     """Our transformer, quantized while it loads, and a forward of it."""
-    part = recognise(Path(folder)).parts["transformer"]
-    model = load_transformer(part, bind("cpu"), dtype=torch.bfloat16, online=Online.of(scheme, None))
+    expert, online = read_expert(recognise(Path(folder)).parts["transformer"]), Online.of(scheme, None)
+    applied = online.apply(expert) if online else None
+    model = load_expert(expert, applied, bind("cpu"), dtype=torch.bfloat16)
     x, text = torch.randn(1, 16, 3, 6, 4), torch.randn(1, 32, model.config.text_dim)
 
     @torch.inference_mode()

@@ -11,11 +11,11 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from stored import load_transformer
 
 from ascendit.checkpoint.layout import recognise
 from ascendit.errors import CheckpointError
 from ascendit.model.library_component import load_library_part
-from ascendit.model.loader import load_transformer
 from ascendit.model.weight_loader import ModelSink
 from ascendit.ops.operators import bind
 
@@ -113,13 +113,14 @@ def test_memory_stays_at_the_model_and_one_tensor(tmp_path: Path) -> None:
     (root / "transformer" / tiny.WEIGHTS).unlink(missing_ok=True)
     code = (
         "import resource, sys, torch; from pathlib import Path\n"
-        "from ascendit.model.loader import load_transformer\n"
+        "from ascendit.checkpoint.transformer import read_expert\n"
+        "from ascendit.model.loader import load_expert\n"
         "from ascendit.model.weight_loader import nbytes\n"
         "from ascendit.checkpoint.layout import recognise\n"
         "from ascendit.ops.operators import bind\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak(); part = recognise(Path(sys.argv[1])).parts['transformer']\n"
-        "m = load_transformer(part, bind('cpu'))\n"
+        "m = load_expert(read_expert(part), None, bind('cpu'))\n"
         "print((peak() - before) / nbytes(m))\n"
     )
     out = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True)

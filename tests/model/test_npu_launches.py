@@ -18,12 +18,12 @@ import torch
 from ops.layers import NATIVE
 from ops.recorder import SYNCHRONIZES, Recorder
 from safetensors.torch import load_file, save_file
+from stored import load_transformer
 
 import ascendit
 import ascendit.twin
 from ascendit.checkpoint.layout import recognise
 from ascendit.model.linear import FusedGroup, QuantLinear
-from ascendit.model.loader import load_transformer
 from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
 from ascendit.ops import operators
@@ -63,7 +63,7 @@ def block(model: WanTransformer) -> Recorder:
         state = model.prepare(model.grid_of(x), text)
         mod = model.modulation((500.0,), (TOKENS,))
         with Recorder() as seen:
-            model.run_block(0, model.blocks[0], tokens, mod, state)
+            model.blocks[0](0, tokens, mod, state)
     return seen
 
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from convert import exports
 from safetensors import safe_open
+from stored import load_transformer
 
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.transformer import Expert, read_expert
 from ascendit.convert.repack import repack
 from ascendit.errors import CheckpointError
 from ascendit.model.linear import QuantLinear, SmoothLinear
-from ascendit.model.loader import load_expert, load_transformer
+from ascendit.model.loader import load_expert
 from ascendit.mx.codec import Encoded, decode, encode
 from ascendit.ops.operators import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from stored import load_transformer
 from torch import Tensor
 
 from ascendit.checkpoint.layout import recognise
-from ascendit.model.loader import load_transformer
 from ascendit.model.quantize_on_load import Online
 from ascendit.model.state import DenoiseState, Shared
 from ascendit.model.wan import WanTransformer

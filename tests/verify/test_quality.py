@@ -23,7 +23,6 @@ from ascendit.quant.recipe import recipe_names
 from ascendit.quant.schemes import SCHEMES
 from ascendit.verify.quality import (
     BASE,
-    QualityCase,
     bits_per_weight,
     choose,
     default_cases,
@@ -33,7 +32,7 @@ from ascendit.verify.quality import (
     measure_quality,
     trace,
 )
-from ascendit.verify.quality_table import Quality, QualityRow
+from ascendit.verify.quality_table import Quality, QualityCase, QualityRow
 
 SHORT: dict[str, Any] = {"num_inference_steps": 3, "num_frames": 5}
 PROMPT = "a red circle moves right on a black background"

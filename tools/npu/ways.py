@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from ascendit.checkpoint.transformer import read_expert
 from ascendit.device.device import Device
 from ascendit.model.linear import QuantLinear
 from ascendit.model.loader import load_expert
-from ascendit.model.quantize_on_load import Online, read_experts
+from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.operators import bind
 from ascendit.pipeline.generate import Pipeline
@@ -80,7 +81,8 @@ def experts(pipe: Pipeline, way: Way, layers: int) -> list[WanTransformer]:
         recipe = Path(folder) / "recipe.toml"
         recipe.write_text(way.recipe)
         online = Online.of(way.scheme, str(recipe) if way.recipe else None)
-        for expert, applied in read_experts(pipe.layout, online):
+        for expert in map(read_expert, pipe.layout.experts):
+            applied = online.apply(expert) if online else None
             ops, put = bind(pipe.device, nz=way.nz), pipe.device.torch_name
             model = load_expert(expert, applied, ops, device=put, dtype=torch.bfloat16)
             model.blocks = model.blocks[:layers]

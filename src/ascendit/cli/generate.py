@@ -76,13 +76,13 @@ def generate(ctx: typer.Context, **params: Any) -> None:
     """
     if params["num_frames"] is not None and params["seconds"] is not None:
         raise typer.BadParameter("give --frames or --seconds, not both", ctx=ctx)
-    from ascendit.cli.generate_options import flag_values, read_call
+    from ascendit.cli.generate_options import read_call
 
     out: Output = ctx.obj
     call = read_call(
         params["words"] or [],
         demo=params["demo"],
-        flags=flag_values(params),
+        flags=params,
         settings=params["settings"] or [],
         config=params["config"],
     )
@@ -180,18 +180,18 @@ def _print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) ->
         **{name: getattr(options, name) for name in FLAGS},
         "replay": prepared.replay,
     }
-    out.emit(facts)
     given = {*call.fields, "prompt"} | ({"num_frames"} if "seconds" in call.fields else set())
-    out.line(f"would run  {model.defaults.model} in {model.layout.root}")
-    out.line("request")
     shown = [(k, v) for k, v in request.model_dump().items() if v is not None]
-    for line in columns(((k, f"{v}" if k in given else f"{v}  (default)") for k, v in shown), indent="  "):
-        out.line(line)
-    out.line("defaults from")
-    for source in model.defaults.sources:
-        out.line(f"  {source}")
     passes = "two passes" if request.do_classifier_free_guidance else "one pass"
     tokens = f"{prepared.video_tokens} video and {request.max_sequence_length} text tokens"
-    out.line(f"work       {tokens}, {passes} for each step")
-    out.line(f"output     {output}")
-    out.line(f"replay     {prepared.replay}")
+    lines = [
+        f"would run  {model.defaults.model} in {model.layout.root}",
+        "request",
+        *columns(((k, f"{v}" if k in given else f"{v}  (default)") for k, v in shown), indent="  "),
+        "defaults from",
+        *(f"  {source}" for source in model.defaults.sources),
+        f"work       {tokens}, {passes} for each step",
+        f"output     {output}",
+        f"replay     {prepared.replay}",
+    ]
+    out.result(facts, lines)

@@ -21,8 +21,9 @@ from pydantic import TypeAdapter, ValidationError
 from ascendit.device.device import parse_device
 from ascendit.environment import read_environment
 from ascendit.errors import UsageError
-from ascendit.pipeline.options import VARIABLES, LoadOptions, bad_value, plain_kind
+from ascendit.pipeline.options import VARIABLES, LoadOptions
 from ascendit.pipeline.request import GenerateRequest
+from ascendit.validation import bad_value, plain_kind
 
 KNOWN: dict[str, Any] = {
     **{name: field.annotation for name, field in GenerateRequest.model_fields.items()},
@@ -62,19 +63,24 @@ class Call:
 
 
 def read_call(
-    words: list[str], *, demo: bool, flags: dict[str, Any], settings: Iterable[str], config: Path | None
+    words: list[str], *, demo: bool, flags: Mapping[str, Any], settings: Iterable[str], config: Path | None
 ) -> Call:
     """Put words and layers of one call together. Raises UsageError.
 
-    `words`: MODEL PROMPT, PROMPT, or nothing where a config has both. `flags`: as `flag_values` gives them.
+    `words`: MODEL PROMPT, PROMPT, or nothing where a config has both. `flags`: the parameters of
+    `generate`; those that are no keys, `SPLIT` aside, have no effect here.
     """
     environment, notes = read_environment(VARIABLES)
     algo = environment.pop("attention", None)
+    given = {key: value for key, value in flags.items() if key in KNOWN and value is not None}
+    for flag, split in SPLIT.items():
+        if flags.get(flag) is not None:
+            given |= split(flags[flag])
     layers = [
         read_config(config) if config else {},
         environment,
         parse_settings(settings),
-        typed_layer(flags, where="flags"),
+        typed_layer(given, where="flags"),
     ]
     values = {k: v for k, v in merge(*layers).items() if v is not None}
     model, prompt = _model_and_prompt(words, demo, values.pop("model", None), values.pop("prompt", None))
@@ -91,17 +97,6 @@ def read_call(
     )
 
 
-def flag_values(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of `generate` that are keys, as a layer."""
-    values = {key: value for key, value in params.items() if key in KNOWN and value is not None}
-    parsers: dict[str, Callable[[str], dict[str, Any]]]
-    parsers = {"size": parse_size, "guidance": parse_guidance, "own_timesteps": parse_timesteps}
-    for flag, parse in parsers.items():
-        if params[flag] is not None:
-            values |= parse(params[flag])
-    return values
-
-
 def _model_and_prompt(words: list[str], demo: bool, model: str | None, prompt: str | None) -> tuple[str, str]:
     """Read the positional words: MODEL PROMPT, less what `--demo` or a config names already."""
     given = "demo" if demo else model
@@ -116,7 +111,7 @@ def _model_and_prompt(words: list[str], demo: bool, model: str | None, prompt: s
         got = f"{len(words)} words: {shlex.join(words)}" if words else "no model and no prompt"
         needs = " and ".join(wanted or ["at most PROMPT"]) + ", the prompt in quotes"
         fix = 'ascendit generate --demo "a red circle moves right on a black background"'
-        raise UsageError(got, needs=needs, fix=fix, code="E-USE-01")
+        raise UsageError(got, needs=needs, fix=fix)
     return named.get("MODEL") or given or "", named.get("PROMPT", prompt) or ""
 
 
@@ -138,7 +133,7 @@ def parse_size(text: str) -> dict[str, int]:
     """`832x480` or `832*480`: width and height."""
     found = re.fullmatch(r"\s*(\d+)\s*[xX*×]\s*(\d+)\s*", text)
     if not found:
-        raise _bad("--size", text, needs="width x height in pixels", fix="--size 832x480")
+        raise UsageError(f"--size {text}", needs="width x height in pixels", fix="--size 832x480")
     return {"width": int(found[1]), "height": int(found[2])}
 
 
@@ -150,7 +145,8 @@ def parse_guidance(text: str) -> dict[str, float]:
     except ValueError:
         numbers = []
     if not 1 <= len(numbers) <= 2:
-        raise _bad("--guidance", text, needs="one number, or two: high-noise,low-noise", fix="--guidance 4,3")
+        needs = "one number, or two: high-noise,low-noise"
+        raise UsageError(f"--guidance {text}", needs=needs, fix="--guidance 4,3")
     return dict(zip(("guidance_scale", "guidance_scale_2"), numbers, strict=False))
 
 
@@ -160,7 +156,15 @@ def parse_timesteps(text: str) -> dict[str, tuple[float, ...]]:
         return {"timesteps": tuple(float(t) for t in text.split(","))}
     except ValueError:
         needs = "falling numbers with commas between them"
-        raise _bad("--timesteps", text, needs=needs, fix="--timesteps 1000,750,500,250") from None
+        raise UsageError(f"--timesteps {text}", needs=needs, fix="--timesteps 1000,750,500,250") from None
+
+
+SPLIT: dict[str, Callable[[str], dict[str, Any]]] = {
+    "size": parse_size,
+    "guidance": parse_guidance,
+    "own_timesteps": parse_timesteps,
+}
+"""Flags that are no keys by themselves -> their keys."""
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
@@ -169,7 +173,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise _bad("--set", setting, needs="KEY=VALUE", fix="--set solver=euler")
+            raise UsageError(f"--set {setting}", needs="KEY=VALUE", fix="--set solver=euler")
         layer[key.strip()] = value
     return typed_layer(layer, where="--set")
 
@@ -188,9 +192,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UsageError(got, needs=needs, fix="correct the path", code="E-USE-02") from e
     except ValueError as e:  # TOML, JSON and UTF-8 errors alike
         needs = "TOML, or JSON with one object"
-        raise _bad("--config", f"{path}: {e}", needs=needs, fix="correct the file") from e
+        raise UsageError(f"--config {path}: {e}", needs=needs, fix="correct the file") from e
     if not isinstance(data, dict):
-        raise _bad("--config", str(path), needs="one table of keys and values", fix="correct the file")
+        needs = "one table of keys and values"
+        raise UsageError(f"--config {path}", needs=needs, fix="correct the file")
     if isinstance(data.get("request"), dict):  # of a video; the rest of its facts has no effect
         model, load = data.get("source") or data.get("model"), data.get("load")
         named = {"model": model} if isinstance(model, str) and model else {}
@@ -207,7 +212,7 @@ def typed_layer(layer: dict[str, Any], *, where: str) -> dict[str, Any]:
         close = get_close_matches(unknown[0], KNOWN, n=1)
         fix = f"did you mean {close[0]}?" if close else "ascendit generate --help tells which flags there are"
         needs = f"keys among {', '.join(sorted(KNOWN))}"
-        raise _bad(f"{where}:", f"unknown key {', '.join(unknown)}", needs=needs, fix=fix)
+        raise UsageError(f"{where}: unknown key {', '.join(unknown)}", needs=needs, fix=fix)
     return {key: _typed(key, value, where) for key, value in layer.items()}
 
 
@@ -228,7 +233,3 @@ def _typed(key: str, value: Any, where: str) -> Any:
         return tuple(TypeAdapter(kind).validate_python(items, strict=False))
     except ValidationError:
         raise bad_value(key, value, hint, where) from None
-
-
-def _bad(where: str, got: str, *, needs: str, fix: str) -> UsageError:
-    return UsageError(f"{where} {got}", needs=needs, fix=fix, code="E-USE-01")

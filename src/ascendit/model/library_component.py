@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ascendit.checkpoint.component import Part
-from ascendit.checkpoint.reader import TORCH_DTYPES, Shards
+from ascendit.checkpoint.reader import TORCH_DTYPES, Shards, TensorInfo
 from ascendit.checkpoint.writer import TensorSpec
 from ascendit.errors import CheckpointError
 from ascendit.names import listed
 
 
-def default_dtype(specs: Iterator[TensorSpec] | Sequence[TensorSpec], device: str) -> torch.dtype:
+def default_dtype(specs: Iterable[TensorSpec | TensorInfo], device: str) -> torch.dtype:
     """The dtype most bytes are stored in, on a CPU; bfloat16 elsewhere."""
     if device != "cpu":
         return torch.bfloat16
@@ -51,7 +51,7 @@ def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
     CheckpointError E-CKP-04.
     """
     stored = Shards.open(part.path, part.stem).tensors.values()
-    dtype = dtype or default_dtype([TensorSpec(i.name, i.dtype, i.shape) for i in stored], "cpu")
+    dtype = dtype or default_dtype(stored, "cpu")
     cls = getattr(importlib.import_module(part.library), part.class_name)
     options: dict[str, Any] = {"torch_dtype": dtype}
     if part.library == "transformers":  # it names misshapen tensors only when told not to stop at them
@@ -68,13 +68,12 @@ def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
             fix="download the part again",
             code="E-CKP-04",
         ) from e
-    problems = {
-        k: [str(n) for n in info.get(k) or ()] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
-    }
-    if any(problems.values()):
+    kinds = ("missing keys", "unexpected keys", "mismatched keys")
+    wrong = {kind: [str(name) for name in info.get(kind.replace(" ", "_")) or ()] for kind in kinds}
+    if any(wrong.values()):
         raise CheckpointError(
             f"{part.path}: "
-            + "; ".join(f"{k.replace('_', ' ')}: {listed(v)}" for k, v in problems.items() if v),
+            + "; ".join(f"{kind}: {listed(names)}" for kind, names in wrong.items() if names),
             needs=f"exactly the tensors of this {part.class_name}",
             fix="download the part again, or check that config.json and the weights belong together",
             code="E-CKP-04",

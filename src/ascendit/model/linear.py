@@ -13,7 +13,7 @@ is asked multiplies for all of them. Where their rows are elsewhere, each layer 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -21,12 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ascendit.checkpoint.layer_format import (
-    check_float_scale,
-    check_positive,
-    check_scale_bytes,
-    check_zero,
-)
+from ascendit.checkpoint.layer_format import check_scale_bytes
 from ascendit.checkpoint.reader import as_bytes
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.kernels.kernel import Activation, PreparedWeight
@@ -36,6 +31,7 @@ from ascendit.mx.smoothing import smooth_input
 from ascendit.ops.operators import Ops, Schemes, schemes_on
 from ascendit.quant.schemes import SCHEMES, scheme_of
 from ascendit.schedule import Precision
+from ascendit.weights.tensor_steps import CHECKS
 
 Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 FUSED_ROLES = ("weight", "weight_scale", "weight_dual_scale", "bias")
@@ -390,8 +386,12 @@ class QuantLinear(nn.Linear):
         """Nothing is taken from a state dict that lacks a tensor of the layer or has one that cannot be."""
         wanted = self.state_dict()
         tensors = {role: t for role in wanted if (t := state_dict.get(f"{prefix}{role}")) is not None}
-        problems = [f"{prefix}{role}: {text}" for role, text in self._misfits(tensors, wanted)]
-        errors += problems
+        problems = {
+            role: text for role, t in tensors.items() if (text := self._misfit(role, t, wanted[role]))
+        }
+        if self.floats is not None:
+            problems["weight"] = "BF16 weights are kept beside the codes; load the model anew"
+        errors += [f"{prefix}{role}: {text}" for role, text in problems.items()]
         if problems or len(tensors) < len(wanted):
             missing += [f"{prefix}{role}" for role in wanted if role not in tensors]
             return
@@ -402,26 +402,18 @@ class QuantLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.group.fuse()
 
-    def _misfits(
-        self, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
-    ) -> Iterator[tuple[str, str]]:
-        """Role and what is wrong with a tensor of a state dict: another shape or dtype, invalid scales."""
-        if self.floats is not None:
-            yield "weight", "BF16 weights are kept beside the codes; load the model anew"
-        for role, tensor in tensors.items():
-            if tensor.shape != wanted[role].shape or tensor.dtype != wanted[role].dtype:
-                yield (
-                    role,
-                    f"{tensor.dtype} {list(tensor.shape)}, not {wanted[role].dtype} "
-                    f"{list(wanted[role].shape)}; codes of {self.scheme} are taken as they are",
-                )
-            elif role == "bias" and not bool(tensor.isfinite().all()):
-                yield role, "numbers that are not finite"
-            else:
-                try:
-                    check_values(role, tensor)
-                except CheckpointError as e:
-                    yield role, e.got
+    def _misfit(self, role: str, tensor: Tensor, wanted: Tensor) -> str:
+        """What is wrong with a tensor of a state dict, or "": another shape or dtype, invalid numbers."""
+        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+            got, needs = (f"{t.dtype} {list(t.shape)}" for t in (tensor, wanted))
+            return f"{got}, not {needs}; codes of {self.scheme} are taken as they are"
+        if role == "bias":
+            return "" if bool(tensor.isfinite().all()) else "numbers that are not finite"
+        try:
+            check_values(role, tensor)
+        except CheckpointError as e:
+            return e.got
+        return ""
 
 
 def check_values(name: str, tensor: Tensor) -> None:
@@ -433,12 +425,8 @@ def check_values(name: str, tensor: Tensor) -> None:
     data = as_bytes(part.detach().cpu().contiguous())
     if tensor.dtype == torch.uint8:
         check_scale_bytes(data, name)
-    elif role == "weight_offset":
-        check_zero(data, "F32", name)
-    elif role == "mul_scale":
-        check_positive(data, "F32", name)
     else:
-        check_float_scale(data, "F32", name)
+        CHECKS[role](data, "F32", name)
 
 
 def stored_tensors(encoded: Encoded, bias: Tensor | None = None) -> dict[str, Tensor]:
@@ -504,7 +492,7 @@ class SmoothLinear(nn.Linear):
 
 
 def linear(ops: Ops, m: Any, x: Tensor | Tokens, precision: Precision = "stored") -> Tensor:
-    """The output of the layer `m`, whichever kind of layer it is."""
+    """The output of the layer `m`, whichever kind of layer it is; outside of the blocks as stored."""
     if isinstance(m, (QuantLinear, SmoothLinear)):
         out: Tensor = m(x, precision, ops.linear)
         return out
@@ -517,9 +505,3 @@ def precision_of(m: Any, wanted: Precision) -> Precision:
         if (wanted == "bf16" and m.floats is not None) or (wanted == "w4a8" and m.scheme == "mxfp4"):
             return wanted
     return "stored"
-
-
-def dtype_of(m: Any) -> torch.dtype:
-    """Of the activation that a layer takes."""
-    dtype: torch.dtype = m.compute_dtype if isinstance(m, QuantLinear) else m.weight.dtype
-    return dtype

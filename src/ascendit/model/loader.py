@@ -1,7 +1,8 @@
 """Fill a model from disk: built on the meta device, tensor by tensor, strict.
 
-    model = load_transformer(part, bind("cpu"))      # floats, or codes by their manifest
-    model = load_transformer(part, bind("cpu"), online=Online.of("mxfp8", None))
+    expert = read_expert(part)
+    model = load_expert(expert, None, bind("cpu"))          # floats, or codes by their manifest
+    model = load_expert(expert, Online.of("mxfp8", None).apply(expert), bind("cpu"))
 
 Names, shapes and dtypes are compared from the headers before a byte of a tensor is read. A quantized layer
 never exists as floats: beside the model itself there are some rows, or one tensor, at a time.
@@ -17,15 +18,13 @@ from typing import Any
 
 import torch
 
-from ascendit.checkpoint.component import Part
 from ascendit.checkpoint.layer_format import check_positive
 from ascendit.checkpoint.reader import RowReader, ShardSpec
-from ascendit.checkpoint.transformer import Expert, read_expert
+from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import CheckpointError
 from ascendit.family import WanConfig
 from ascendit.model.library_component import default_dtype
 from ascendit.model.linear import QuantLinear
-from ascendit.model.quantize_on_load import Online
 from ascendit.model.wan import WanTransformer
 from ascendit.model.weight_loader import ModelSink, StoredLinear, nbytes
 from ascendit.ops.operators import Ops
@@ -38,22 +37,6 @@ from ascendit.weights.shards import Shards, columns_of, cut_steps, shard_of
 from ascendit.weights.tensor_steps import run_steps, stored_steps, to_float32
 
 log = logging.getLogger("ascendit")
-
-
-def load_transformer(
-    part: Part,
-    ops: Ops,
-    *,
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-    online: Online | None = None,
-) -> WanTransformer:
-    """The transformer in `part`, on `device`. `online`: a recipe for a float checkpoint.
-
-    Errors as `read_expert`, `Online.apply` and `load_expert`.
-    """
-    expert = read_expert(part)
-    return load_expert(expert, online.apply(expert) if online else None, ops, device=device, dtype=dtype)
 
 
 def load_expert(

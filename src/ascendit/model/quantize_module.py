@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,7 @@ from ascendit.quant.layer_rules import OUTSIDE, LayerScheme, LayerSchemes, say_a
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.quant.schemes import METHOD, QUANTIZED, SCHEMES
 from ascendit.quant.vllm_omni_config import marker_for
+from ascendit.report import group_by
 from ascendit.weights.applied_recipe import check_kind
 from ascendit.weights.engine_formats import model_kind
 
@@ -68,11 +69,8 @@ class ModuleSchemes(LayerSchemes):
     def kept(self) -> dict[str, tuple[str, ...]]:
         """Why -> layers that stay as they are, in few words: `*` for the number of a block."""
         names = [layer.name for layer in self.layers]
-        kept: dict[str, list[str]] = {}
-        for layer in self.layers:
-            if layer.scheme == "bf16":
-                kept.setdefault(layer.why, []).append(layer.name)
-        return {why: _in_few_words(found, names) for why, found in kept.items()}
+        kept = group_by((layer for layer in self.layers if layer.scheme == "bf16"), lambda layer: layer.why)
+        return {why: _in_few_words([layer.name for layer in x], names) for why, x in kept.items()}
 
 
 def as_recipe(recipe_or_scheme: str | Path | Recipe) -> Recipe:
@@ -134,7 +132,9 @@ def wan_config_of(module: nn.Module) -> dict[str, Any] | None:
 
 def _in_blocks(module: nn.Module, linears: Mapping[str, nn.Linear]) -> tuple[str, ...]:
     """Those in the module's own lists of blocks; else in any outermost list; else all."""
-    lists = [name for name, m in module.named_modules() if name and _repeats(m)]
+    # A list of modules with linear layers inside, such as blocks are, and `to_out` and `ff.net` are not.
+    parts = [(name, m) for name, m in module.named_modules() if name and isinstance(m, nn.ModuleList)]
+    lists = [name for name, m in parts if len(m) and all(linears_of(child) for child in m)]
     own = [name for name in lists if "." not in name]
     outer = own or [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if not outer:
@@ -142,25 +142,13 @@ def _in_blocks(module: nn.Module, linears: Mapping[str, nn.Linear]) -> tuple[str
     return tuple(name for name in linears if any(name.startswith(f"{block}.") for block in outer))
 
 
-def _repeats(m: nn.Module) -> bool:
-    """A list of modules with linear layers inside, such as blocks are, and `to_out` and `ff.net` are not."""
-    return isinstance(m, nn.ModuleList) and len(m) > 0 and all(_is_block(child) for child in m)
-
-
-def _is_block(m: nn.Module) -> bool:
-    return not isinstance(m, nn.Linear) and any(isinstance(x, nn.Linear) for x in m.modules())
-
-
 def _unfit(m: nn.Linear, scheme: str, *, sizes: bool) -> str:
     """Why this layer cannot be in `scheme`, or "". `sizes`: small and odd ones are left out too."""
-    if scheme == "bf16":
+    if scheme == "bf16" or (type(m) is nn.Linear and not sizes):
         return ""
     if type(m) is not nn.Linear:
         return f"a {type(m).__name__}, which does more than multiply"
-    n, k = m.out_features, m.in_features
-    step = SCHEMES[scheme].block or MULTIPLE
-    if not sizes:
-        return ""
+    n, k, step = m.out_features, m.in_features, SCHEMES[scheme].block or MULTIPLE
     if min(n, k) < MIN_SIZE:
         return f"smaller than {MIN_SIZE}"
     if k % step:
@@ -169,13 +157,10 @@ def _unfit(m: nn.Linear, scheme: str, *, sizes: bool) -> str:
 
 
 def _in_few_words(chosen: Sequence[str], among: Sequence[str]) -> tuple[str, ...]:
-    def collapsed(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-        return ((_NUMBER.sub("*", name, count=1), name) for name in names)
-
-    words = dict.fromkeys(word for word, _ in collapsed(chosen))
-    every = dict.fromkeys(word for word, _ in collapsed(among))
-    if sum(word in words for word, _ in collapsed(among)) == len(chosen):
-        return grouped(words, every)
+    words = {name: _NUMBER.sub("*", name, count=1) for name in among}
+    short = dict.fromkeys(words[name] for name in chosen)
+    if sum(word in short for word in words.values()) == len(chosen):
+        return grouped(short, dict.fromkeys(words.values()))
     return grouped(chosen, among)
 
 
@@ -200,10 +185,9 @@ class ModuleReport(QuantizedExpert):
 
     def lines(self) -> list[str]:
         """For a terminal."""
-        used = ", ".join(f"{count} {scheme}" for scheme, count in self.schemes.items())
         mib = [f"{n / 2**20:.1f} MiB" for n in (self.bytes_before, self.bytes_after)]
         kept = [f"  kept  {', '.join(words)}  ({why})" for why, words in self.kept.items()]
-        return [f"{self.name}: {used}   {mib[0]} -> {mib[1]}", *kept]
+        return [f"{self.name}: {self.counts()}   {mib[0]} -> {mib[1]}", *kept]
 
 
 def quantize_(
@@ -228,13 +212,14 @@ def quantize_(
     TI2V-5B; EnvironmentProblem E-CAP-01 for a scheme that the device has no matmul for.
     """
     chosen = module_schemes(module, as_recipe(recipe_or_scheme), keep, force=force)
-    linears, names = linears_of(module), _names(module)
+    linears = linears_of(module)
+    places = group_by(module.named_modules(remove_duplicate=False), lambda named: id(named[1]))
     for layer in chosen.coded:
         check_weight(chosen, layer, linears[layer].weight)
     where = device or str(linears[next(iter(chosen.coded))].weight.device)
     schemes = bind(where, emulate=emulate, activation_rule=activation_rule).quantized
     schemes.check(chosen.schemes)
-    before, weights = nbytes(module), sum(p.numel() for p in module.parameters())
+    before, num_weights = nbytes(module), sum(p.numel() for p in module.parameters())
     if chosen.round_to:
         for parameter in module.parameters():
             parameter.data = rounded(parameter.data)
@@ -245,15 +230,15 @@ def quantize_(
         encoded = encode_weight(chosen, layer, linear.weight)
         linear.weight = None  # type: ignore[assignment]
         made = QuantLinear.from_encoded(encoded, bias, schemes=schemes, compute_dtype=compute_dtype)
-        keep_hooks(linear, made)
-        for name in names[id(linear)]:
+        for name, hooks in vars(linear).items():  # they go on seeing what the layer reads and gives
+            if name.startswith("_forward"):
+                getattr(made, name).update(hooks)
+        for name, _ in places[id(linear)]:  # a layer may have two names
             module.set_submodule(name, made.train(linear.training))
     if device:
         module.to(schemes.device.torch_name)
     layers = {s.name: s.scheme for s in chosen.layers}
-    if register := getattr(
-        module, "register_to_config", None
-    ):  # Diffusers: casts are refused, saves complete
+    if register := getattr(module, "register_to_config", None):  # Diffusers: casts refused, saves complete
         register(quantization_config=marker_of(layers, wan=chosen.kind is not None))
         module.is_quantized = True  # type: ignore[assignment]
     report = ModuleReport(
@@ -262,7 +247,7 @@ def quantize_(
         kept=chosen.kept,
         bytes_before=before,
         bytes_after=nbytes(module),
-        num_weights=weights,
+        num_weights=num_weights,
         layers=layers,
     )
     log.info("%s", report.lines()[0])
@@ -287,14 +272,6 @@ def bind_(
         module.to(bound[device].device.torch_name)
     for group in groups.values():
         group.fuse(bound[device or str(group.schemes.device)])
-
-
-def _names(module: nn.Module) -> dict[int, list[str]]:
-    """`id` of each part -> all its names: a layer may stand in two places."""
-    found: dict[int, list[str]] = {}
-    for name, part in module.named_modules(remove_duplicate=False):
-        found.setdefault(id(part), []).append(name)
-    return found
 
 
 # ---- one layer, for the integrations too --------------------------------------------------------
@@ -338,13 +315,6 @@ def _form(chosen: ModuleSchemes, layer: str) -> tuple[Format, str | None]:
 def rounded(t: Tensor) -> Tensor:
     """What bfloat16 can hold of a float, in its own dtype; other tensors as they are."""
     return t.to(torch.bfloat16).to(t.dtype) if t.is_floating_point() else t
-
-
-def keep_hooks(old: nn.Module, new: nn.Module) -> None:
-    """The forward hooks of `old` go on seeing what the layer reads and gives."""
-    for name, hooks in vars(old).items():
-        if name.startswith("_forward"):
-            getattr(new, name).update(hooks)
 
 
 def marker_of(layers: Mapping[str, str], *, smoothed: Sequence[str] = (), wan: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.layout import RECORD_FILE, Layout
-from ascendit.checkpoint.transformer import Expert, read_expert
+from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import UsageError
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.schedule import StepSchedule
@@ -40,7 +40,6 @@ class Online:
                     f"keep {' '.join(keep)} without a scheme",
                     needs="a scheme or a recipe: without one every layer stays as it is stored",
                     fix="add --scheme mxfp8, or leave it out",
-                    code="E-USE-01",
                 )
             return None if scheme is None else cls(None)
         return cls(load_recipe(recipe or "default", scheme), keep, force)
@@ -58,12 +57,6 @@ class Online:
         return applied
 
 
-def read_experts(layout: Layout, online: Online | None) -> list[tuple[Expert, AppliedRecipe | None]]:
-    """Every expert and what becomes of it, by headers alone: mistakes are reported before anything loads."""
-    experts = [read_expert(part) for part in layout.experts]
-    return [(expert, online.apply(expert) if online else None) for expert in experts]
-
-
 def schemes_in(found: Sequence[tuple[Expert, AppliedRecipe | None]]) -> set[str]:
     """Those of the quantized layers: by the recipe that is applied, or as stored."""
     return {
@@ -74,7 +67,7 @@ def schemes_in(found: Sequence[tuple[Expert, AppliedRecipe | None]]) -> set[str]
 
 
 def policy_for(
-    asked: str | StepSchedule | None,
+    asked: str | None,
     online: Online | None,
     layout: Layout,
     found: Sequence[tuple[Expert, AppliedRecipe | None]],
@@ -84,7 +77,7 @@ def policy_for(
     UsageError E-USE-01 for a precision that no weight of the model has.
     """
     if asked is not None:
-        policy = asked if isinstance(asked, StepSchedule) else StepSchedule.parse(asked)
+        policy = StepSchedule.parse(asked)
     elif online is not None:
         policy = online.recipe.step_policy if online.recipe else StepSchedule()
     else:

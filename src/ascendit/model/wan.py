@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ascendit.family import WanConfig
 from ascendit.geometry import Grid, num_tokens, patch_grid
 from ascendit.kernels.reference import Spans
-from ascendit.model.linear import QuantLinear, Tokens, dtype_of, linear
+from ascendit.model.linear import QuantLinear, Tokens, linear
 from ascendit.model.state import (
     DenoiseState,
     KeyValue,
@@ -184,8 +184,7 @@ class WanTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, QuantLinear):
                 module.check_apply(fn)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def grid_of(self, x: Tensor) -> Grid:
         """Patches along frames, height and width of latents [B, C, F, H, W]."""
@@ -249,15 +248,15 @@ class WanTransformer(nn.Module):
 
     def _embed_text(self, text: Tensor) -> Tensor:
         e = self.condition_embedder.text_embedder
-        return self._linear(e.linear_2, self.ops.gelu_tanh(self._linear(e.linear_1, text)))
+        return linear(self.ops, e.linear_2, self.ops.gelu_tanh(linear(self.ops, e.linear_1, text)))
 
     def _embed_image(self, x: Tensor) -> Tensor:
         e = self.condition_embedder.image_embedder
         if self.config.pos_embed_seq_len is not None:
             x = x.view(-1, 2 * x.shape[1], x.shape[2]) + e.pos_embed
         x = self.ops.layer_norm(x, e.norm1.weight, e.norm1.bias, 1e-5)
-        x = self.ops.gelu(self._linear(e.ff.net[0].proj, x))
-        return self.ops.layer_norm(self._linear(e.ff.net[2], x), e.norm2.weight, e.norm2.bias, 1e-5)
+        x = self.ops.gelu(linear(self.ops, e.ff.net[0].proj, x))
+        return self.ops.layer_norm(linear(self.ops, e.ff.net[2], x), e.norm2.weight, e.norm2.bias, 1e-5)
 
     # ---- once for each step ---------------------------------------------------------------------
 
@@ -275,10 +274,11 @@ class WanTransformer(nn.Module):
         e, ops = self.condition_embedder, self.ops
         rows = [known[t] if known and t in known else self.sinusoids((t,)) for t in timesteps]
         sinusoid = rows[0] if len(rows) == 1 else torch.cat(rows)
-        first, second = e.time_embedder.linear_1, e.time_embedder.linear_2
-        hidden = nn.functional.silu(self._linear(first, sinusoid.to(dtype_of(first))))
-        temb = self._linear(second, hidden).to(self.dtype)  # [R, D]
-        step = self._linear(e.time_proj, nn.functional.silu(temb)).float().view(len(timesteps), 6, -1)
+        first: Any = e.time_embedder.linear_1
+        dtype = first.compute_dtype if isinstance(first, QuantLinear) else first.weight.dtype
+        hidden = nn.functional.silu(linear(self.ops, first, sinusoid.to(dtype)))
+        temb = linear(self.ops, e.time_embedder.linear_2, hidden).to(self.dtype)  # [R, D]
+        step = linear(self.ops, e.time_proj, nn.functional.silu(temb)).float().view(len(timesteps), 6, -1)
         tables = torch.cat([b.scale_shift_table for b in self.blocks]).float()  # [num_layers, 6, D]
         blocks = (tables[:, :, None, :] + step.transpose(0, 1)).unflatten(1, (2, 3))  # shift, scale, gate
         out = self.scale_shift_table[0].float()[:, None, :] + temb.float()
@@ -304,22 +304,16 @@ class WanTransformer(nn.Module):
             make = partial(self.modulation, rows, lengths, shared.sinusoids)
             mod = shared.modulation_for(rows, lengths, make)
             hidden = self._patchify(x, shared)
-            hidden = state.run_blocks(self.blocks, hidden, mod, partial(self.run_block, state=state))
+            hidden = state.run_blocks(
+                self.blocks, hidden, mod, lambda i, block, x, mod: block(i, x, mod, state)
+            )
             shift, scale = mod.out
             hidden = self.ops.adaln(hidden, scale, shift, lengths, self.config.eps)
-            return self._unpatchify(self._linear(self.proj_out, hidden), shared.grid)
+            return self._unpatchify(linear(self.ops, self.proj_out, hidden), shared.grid)
 
         return state.run_model(x, timesteps, velocity)
 
-    def run_block(self, i: int, block: Block, x: Tensor, mod: Modulation, state: DenoiseState) -> Tensor:
-        """Block `i` on hidden states [B, S, D]."""
-        y: Tensor = block(i, x, mod, state)
-        return y
-
     # ---- shapes ---------------------------------------------------------------------------------
-
-    def _linear(self, m: Any, x: Tensor) -> Tensor:
-        return linear(self.ops, m, x)  # outside of the blocks: as stored, whatever the step
 
     def _patchify(self, x: Tensor, shared: Shared) -> Tensor:
         """[B, C, F, H, W] -> [B, S, D], of the part. A convolution of stride = kernel is one matmul."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,8 @@ class StoredLinear:
 class _Group:
     """Layers that become one weight; a layer that is only smoothed is alone."""
 
-    scheme: str
-    width: int
-    mul_scale: Tensor | None
-    """On the device."""
+    layer: StoredLinear
+    """What all of them are like; its `mul_scale` is on the device."""
     specs: dict[str, dict[str, TensorSpec]] = field(default_factory=dict)
     """Layer -> role -> the tensor that will come."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -76,11 +74,11 @@ class _Group:
             return fused_linears(
                 tensors,
                 sizes,
-                self.scheme,
+                self.layer.scheme,
                 schemes,
-                width=self.width,
+                width=self.layer.width,
                 compute_dtype=compute_dtype,
-                mul_scale=self.mul_scale,
+                mul_scale=self.layer.mul_scale,
             )
         except UsageError as e:
             e.got = f"{names}: {e.got}"
@@ -146,7 +144,7 @@ class ModelSink(Sink):
                 scales[digest] = scale
             if layer.scheme != "bf16":
                 key = (leader_of(name), layer.scheme, layer.width, id(scale), "bias" in roles[name])
-            group = groups.setdefault(key, _Group(layer.scheme, layer.width, scale))
+            group = groups.setdefault(key, _Group(replace(layer, mul_scale=scale)))
             group.specs[name] = roles[name]
             group.missing |= {spec.name for spec in roles[name].values()}
             by_layer[name] = group
@@ -182,12 +180,12 @@ class ModelSink(Sink):
                 self._model.set_submodule(name, module)
 
     def _linears(self, group: _Group) -> Sequence[nn.Linear]:
-        if group.scheme != "bf16":
+        if group.layer.scheme != "bf16":
             return group.linears(self._model.ops.quantized, self._dtype)
-        assert group.mul_scale is not None
+        assert group.layer.mul_scale is not None
         name = next(iter(group.specs))
         parts = {role: self._placed(f"{name}.{role}", x) for role, x in group.tensors.items()}
-        return [SmoothLinear(parts["weight"], parts.get("bias"), group.mul_scale)]
+        return [SmoothLinear(parts["weight"], parts.get("bias"), group.layer.mul_scale)]
 
     def _placed(self, name: str, value: Tensor) -> Tensor:
         """A float tensor on the device, in its dtype there."""

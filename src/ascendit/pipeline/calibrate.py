@@ -43,8 +43,6 @@ from ascendit.weights.lora.fold import Folds, LoraSource
 
 Prompt = tuple[str, Path | None]
 """The text, and the first frame."""
-DEMO_PROMPTS = 8
-"""As many for `demo`."""
 PARTS = ("weight_amax", "amax", "keys", "rows")
 """Tensors of an `Input`."""
 
@@ -132,8 +130,7 @@ class Calibrator:
         done, inputs = _read(file, rows) if journal.complete(file) else (0, {})
         if done < len(requests):
             pipe = load(layout.root, device=self.device, on_progress=self.on_progress)
-            for name, expert in pipe.experts.items():
-                fold_loras(expert, loras, name, list(pipe.experts))
+            fold_loras(pipe.experts, loras)
             inputs = inputs_of(pipe, rows) | inputs
             for i in range(done, len(requests)):
                 image = None if requests[i].image is None else open_image(requests[i].image)
@@ -157,15 +154,14 @@ class Calibrator:
 
 
 @torch.no_grad()
-def fold_loras(
-    expert: WanTransformer, loras: Sequence[LoraSource], name: str, experts: Sequence[str]
-) -> None:
+def fold_loras(experts: Mapping[str, WanTransformer], loras: Sequence[LoraSource]) -> None:
     """Fold LoRA files into the parameters as `quantize` does: the layers see what they will see then."""
-    parameters = dict(expert.named_parameters())
-    shapes = {n: tuple(p.shape) for n, p in parameters.items()}
-    folds = Folds.open(loras, name, shapes, experts=experts)
-    for n in sorted(folds.names):
-        parameters[n].copy_(folds.fold(n, parameters[n].cpu(), 0))
+    for expert, model in experts.items():
+        parameters = dict(model.named_parameters())
+        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        folds = Folds.open(loras, expert, shapes, experts=list(experts))
+        for name in sorted(folds.names):
+            parameters[name].copy_(folds.fold(name, parameters[name].cpu(), 0))
 
 
 # ---- inputs of the layers -----------------------------------------------------------------------
@@ -263,22 +259,18 @@ def read_prompts(given: str | Path | int | Sequence[str], defaults: Defaults) ->
     UsageError E-USE-01: no prompts in it, or the demo's for another model; E-USE-02: no such file or image.
     """
     text = str(given) if isinstance(given, str | Path | int) else ""
-    if text == "demo" or text.lstrip("-").isdecimal():
-        return _of_the_demo(DEMO_PROMPTS if text == "demo" else int(text), defaults)
+    if text == "demo" or text.lstrip("-").isdecimal():  # of its training set: neighbours differ in everything
+        if defaults.spec is None or defaults.spec.name != "ascendit-demo":
+            _refuse(f"prompts of the demo model for {defaults.model}")
+        lines = (DEMO.parent / "calibration_prompts.txt").read_text(encoding="utf-8").splitlines()
+        count = 8 if text == "demo" else int(text)
+        if not 1 <= count <= len(lines):
+            _refuse(f"{count} prompts of the demo model, which has {len(lines)}")
+        return [(line, None) for line in lines[:count]]
     if isinstance(given, str | Path):
         return _from_file(Path(given).expanduser())
     assert not isinstance(given, int)
     return [(line, None) for line in given] or _refuse("no prompts")
-
-
-def _of_the_demo(count: int, defaults: Defaults) -> list[Prompt]:
-    """Prompts of its training set: neighbours in the file differ in everything."""
-    if defaults.spec is None or defaults.spec.name != "ascendit-demo":
-        _refuse(f"prompts of the demo model for {defaults.model}")
-    lines = (DEMO.parent / "calibration_prompts.txt").read_text(encoding="utf-8").splitlines()
-    if not 1 <= count <= len(lines):
-        _refuse(f"{count} prompts of the demo model, which has {len(lines)}")
-    return [(line, None) for line in lines[:count]]
 
 
 def _from_file(path: Path) -> list[Prompt]:
@@ -304,7 +296,6 @@ def _refuse(got: str) -> NoReturn:
         got,
         needs="a text file with one prompt on each line, or a number for the demo model's own",
         fix="--calibrate prompts.txt with prompts like those it will be used for; --calibrate 8 for the demo",
-        code="E-USE-01",
     )
 
 

@@ -56,8 +56,12 @@ def make_condition(
     """Encode the first image, in any form `open_image` takes, for a model of this kind; None: nothing."""
     if image is None:
         return Condition()
+    from diffusers.video_processor import VideoProcessor
+
     tokens = None if clip is None else clip.encode(open_image(image))
-    picture = to_picture(image, request.height, request.width)[:, :, None]  # [1, 3, 1, H, W]
+    # scaled as Diffusers does it: float32 [1, 3, 1, H, W] in [-1, 1]
+    size = {"height": request.height, "width": request.width}
+    picture: Tensor = VideoProcessor().preprocess(open_image(image), **size).float()[:, :, None]
     if task == "ti2v":
         return Condition(first=vae.encode(picture))
     rest = picture.new_zeros(1, 3, request.num_frames - 1, request.height, request.width)
@@ -65,11 +69,3 @@ def make_condition(
     mask = latents.new_zeros(1, vae.frame_stride, *latents.shape[2:])
     mask[:, :, 0] = 1
     return Condition(channels=torch.cat([mask, latents], dim=1), tokens=tokens)
-
-
-def to_picture(image: Any, height: int, width: int) -> Tensor:
-    """Scaled to `height` x `width` as Diffusers' VideoProcessor does: float32 [1, 3, H, W] in [-1, 1]."""
-    from diffusers.video_processor import VideoProcessor
-
-    picture: Tensor = VideoProcessor().preprocess(open_image(image), height=height, width=width)
-    return picture.float()

@@ -79,10 +79,17 @@ class Defaults:
 def defaults_for(layout: Layout) -> Defaults:
     """Defaults of a recognised folder. Which row or file each came from is in `sources`, and logged."""
     config = layout.experts[0].config
-    task, experts = task_of(layout), len(layout.experts)
-    spec = spec_for(layout, task)
-    boundary = layout.index.get("boundary_ratio")
+    experts, vae = len(layout.experts), VaeConfig.from_dict(layout.part("vae").config)
+    channels = config.get("in_channels", WanConfig.in_channels)
+    task: Task = "i2v" if channels != (config.get("out_channels") or WanConfig.out_channels) else "t2v"
+    if layout.index.get("expand_timesteps"):  # starts from text alone, or from an image
+        task = "ti2v"
+    spec = spec_of(config, experts, layout.name)
+    if spec is not None and spec.task != task:
+        spec = None
     solver, folder_shift, notes = scheduler_of(layout)
+    patch_size = config.get("patch_size", WanConfig.patch_size)
+    multiple = geometry.size_multiple(vae.scale_factor_spatial, patch_size)
     if spec is not None:
         notes = [f"steps, shift, guidance, size, frames, fps: {spec.name} (family.py)"]
         values: dict[str, Any] = {name: getattr(spec, name) for name in OF_THE_FAMILY}
@@ -92,13 +99,9 @@ def defaults_for(layout: Layout) -> Defaults:
         notes.append("size, frames, steps, guidance: generic, this shape is no published Wan model")
         second = GENERIC["guidance_scale"] if experts == 2 else None
         values = {**GENERIC, "fps": 16, "flow_shift": folder_shift, "guidance_scale_2": second}
-        values["boundary_ratio"] = boundary if experts == 2 else None
-    stride = vae_config(layout).scale_factor_spatial
-    multiple = geometry.size_multiple(stride, config.get("patch_size", WanConfig.patch_size))
-    if spec is None:  # the generic size, moved onto this model's grid
-        values["width"], values["height"] = (
-            max(1, int(GENERIC[side]) // multiple) * multiple for side in ("width", "height")
-        )
+        values["boundary_ratio"] = layout.index.get("boundary_ratio") if experts == 2 else None
+        for side in ("width", "height"):  # moved onto this model's grid
+            values[side] = max(1, int(GENERIC[side]) // multiple) * multiple
     for note in notes:
         log.info("defaults of %s: %s", layout.name, note)
     return Defaults(
@@ -106,7 +109,7 @@ def defaults_for(layout: Layout) -> Defaults:
         task=task,
         num_experts=experts,
         size_multiple=multiple,
-        frame_stride=vae_config(layout).scale_factor_temporal,
+        frame_stride=vae.scale_factor_temporal,
         solver=solver,
         sources=tuple(notes),
         spec=spec,
@@ -114,23 +117,8 @@ def defaults_for(layout: Layout) -> Defaults:
     )
 
 
-def task_of(layout: Layout) -> Task:
-    """Text-to-video, image-to-video, or both, from the pipeline and the channels."""
-    if layout.index.get("expand_timesteps"):
-        return "ti2v"
-    config = layout.experts[0].config
-    channels = config.get("in_channels", WanConfig.in_channels)
-    return "i2v" if channels != (config.get("out_channels") or WanConfig.out_channels) else "t2v"
-
-
-def spec_for(layout: Layout, task: Task) -> WanSpec | None:
-    """The row of `family.py` with this folder's dimensions, channels and number of experts."""
-    spec = spec_of(layout.experts[0].config, len(layout.experts), layout.name)
-    return spec if spec and spec.task == task else None
-
-
 def spec_of(config: dict[str, Any], num_experts: int, folder_name: str) -> WanSpec | None:
-    """The same from the config of a transformer, whatever its task."""
+    """The row of `family.py` with the dimensions and channels of this config, whatever its task."""
     return match_spec(
         dim=config.get("num_attention_heads", WanConfig.num_attention_heads)
         * config.get("attention_head_dim", WanConfig.attention_head_dim),
@@ -141,11 +129,6 @@ def spec_of(config: dict[str, Any], num_experts: int, folder_name: str) -> WanSp
         image_cross_attention=config.get("image_dim") is not None,
         folder_name=folder_name,
     )
-
-
-def vae_config(layout: Layout) -> VaeConfig:
-    """The strides of the VAE."""
-    return VaeConfig.from_dict(layout.part("vae").config)
 
 
 def scheduler_of(layout: Layout) -> tuple[Solver, float, list[str]]:

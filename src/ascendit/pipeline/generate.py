@@ -279,6 +279,4 @@ def finite(latents: Tensor) -> Tensor:
 def stop_if(cancel: Stop | None) -> None:
     """Raise Cancelled when the caller has asked to stop."""
     if cancel is not None and cancel.is_set():
-        raise Cancelled(
-            "cancelled", needs="nothing: no file was written", fix="run the command again", code="E-CAN-01"
-        )
+        raise Cancelled("cancelled", needs="nothing: no file was written", fix="run the command again")

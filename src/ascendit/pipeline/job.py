@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 from ascendit import geometry
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import Layout, recognise
-from ascendit.checkpoint.transformer import Expert
+from ascendit.checkpoint.transformer import Expert, read_expert
 from ascendit.device.device import Device, parse_device
 from ascendit.errors import OutOfMemory
-from ascendit.family import WanConfig
-from ascendit.model.quantize_on_load import Online, policy_for, read_experts, schemes_in
-from ascendit.pipeline.defaults import Defaults, defaults_for, vae_config
+from ascendit.family import VaeConfig, WanConfig
+from ascendit.model.quantize_on_load import Online, policy_for, schemes_in
+from ascendit.pipeline.defaults import Defaults, defaults_for
 from ascendit.pipeline.options import OPTIONS, LoadOptions, load_signature
 from ascendit.pipeline.request import GenerateRequest, picture_of, resolve
 from ascendit.progress import OnProgress, Progress
@@ -73,7 +73,7 @@ class Prepared:
     @property
     def video_tokens(self) -> int:
         """Tokens of the video in one pass of a transformer."""
-        request, vae = self.request, vae_config(self.model.layout)
+        request, vae = self.request, VaeConfig.from_dict(self.model.layout.part("vae").config)
         strides = {"frame_stride": vae.scale_factor_temporal, "stride": vae.scale_factor_spatial}
         latents = geometry.latent_grid(request.num_frames, request.height, request.width, **strides)
         patch_size = self.model.layout.experts[0].config.get("patch_size", WanConfig.patch_size)
@@ -90,7 +90,9 @@ def prepare_model(options: LoadOptions) -> PreparedModel:
     layout = recognise(model_folder(options.model))
     layout.require_pipeline()
     online = Online.of(options.scheme, options.recipe, options.keep, force=options.force)
-    experts = tuple(read_experts(layout, online))
+    # By headers alone: mistakes are reported before anything loads.
+    read = [read_expert(part) for part in layout.experts]
+    experts = tuple((expert, online.apply(expert) if online else None) for expert in read)
     schedule = policy_for(options.step_policy, online, layout, experts)
     if options.emulate is None and options.ops is None:
         device.check_schemes(schemes_in(experts))
@@ -203,7 +205,6 @@ def out_of_memory(error: BaseException, stage: str = "", device: str = "cpu") ->
         f"out of memory on {device}" + (f" in stage {stage}" if stage else ""),
         needs=(f"{_gib(asked[1])} more" if asked else "more memory") + (f"; {left} is free" if left else ""),
         fix="a smaller --size or --frames; --text-on drop frees the text encoder after use",
-        code="E-MEM-01",
     )
 
 

@@ -2,122 +2,27 @@
 
 A row of the table gives an option its type, default, help, flag and environment variable. From it come the
 flags of `generate`, the keys of `--set` and `--config`, the arguments of `ascendit.load`, the record beside a
-video and the replay line. `Checked` is the base of this model and of the request: one function turns the
-errors of pydantic into ours.
+video and the replay line.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import NoneType
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    ModelWrapValidatorHandler,
-    PlainValidator,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, PlainValidator
 
 from ascendit.device.device import parse_device
 from ascendit.environment import Variable
-from ascendit.errors import RequestError, UsageError
+from ascendit.errors import UsageError
 from ascendit.schedule import StepSchedule
+from ascendit.validation import Checked
 
 Row = TypeVar("Row")
-
-# ---- models that users fill in ------------------------------------------------------------------
-
-
-class Checked(BaseModel):
-    """A frozen model that raises UsageError, never pydantic's own error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    TITLE: ClassVar[str]
-    """Its name in messages."""
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _check(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        try:
-            return handler(data)
-        except ValidationError as error:
-            raise usage_error(error, cls) from error
-
-    def to_json(self) -> str:
-        """One JSON object with every field."""
-        return json.dumps(self.model_dump(), ensure_ascii=False, sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The inverse of `to_json`. Unknown fields are refused with the list of known ones."""
-        try:
-            return cls.model_validate(json.loads(text))
-        except json.JSONDecodeError as e:
-            got, needs = f"{cls.TITLE} is no JSON: {e}", "one JSON object"
-            raise UsageError(got, needs=needs, fix="pass what to_json wrote", code="E-USE-01") from e
-
-
-def usage_error(error: ValidationError, model: type[Checked]) -> UsageError:
-    """The first problem as UsageError E-USE-01; RequestError E-REQ-03 for a field whose rule is described."""
-    problems = error.errors(include_url=False)
-    unknown: Any = sorted(str(p["loc"][0]) for p in problems if p["type"] == "extra_forbidden")
-    if not problems[0]["loc"]:
-        unknown = type(problems[0]["input"]).__name__
-    if unknown:
-        got, needs = f"has unknown fields: {unknown}", f"fields among {', '.join(sorted(model.model_fields))}"
-        return UsageError(f"{model.TITLE} {got}", needs=needs, fix="remove or correct them", code="E-USE-01")
-    wrong = [p for p in problems if p["type"] != "missing"]
-    if not wrong:
-        got = f"is incomplete or of a wrong type: no {', '.join(str(p['loc'][0]) for p in problems)}"
-        needs = "every field without a default"
-        return UsageError(f"{model.TITLE} {got}", needs=needs, fix="pass what to_json wrote", code="E-USE-01")
-    name, value = str(wrong[0]["loc"][0]), wrong[0]["input"]
-    field = model.model_fields[name]
-    if field.description is None:
-        return bad_value(name, value, field.annotation)
-    fix = f"give {name} a legal value, or leave it out for the model's own"
-    needs = f"{name}: {field.description}"
-    return RequestError(f"{name} is {value!r}", needs=needs, fix=fix, code="E-REQ-03")
-
-
-def bad_value(name: str, value: object, hint: Any, where: str = "") -> UsageError:
-    """UsageError E-USE-01 for a value that is not of the type `hint`. `where`: what it was read from."""
-    kind = plain_kind(hint)
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    words, example = (" or ".join(choices), choices[0]) if choices else KINDS[kind]
-    got = f"{name}={value}" if choices or where else f"{name} {value!r}"
-    return UsageError(
-        f"{where} {got}".strip(), needs=f"{name}: {words}", fix=f"{name}={example}", code="E-USE-01"
-    )
-
-
-KINDS: dict[Any, tuple[str, str]] = {
-    str: ("text", "some text"),
-    int: ("a whole number", "16"),
-    float: ("a number", "2.5"),
-    bool: ("true or false", "false"),
-    tuple[float, ...]: ("numbers", "1000,750,500,250"),
-    tuple[str, ...]: ("text", "some text"),
-}
-"""Type -> in words, an example."""
-
-
-def plain_kind(hint: Any) -> Any:
-    """The type of a value that is not None."""
-    kinds = get_args(hint)
-    return next(k for k in kinds if k is not NoneType) if NoneType in kinds else hint
-
-
-# ---- options of loading -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -167,7 +72,7 @@ def _bytes(value: object) -> object:
     size = int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(prefix or " ")))
     if size < 1:
         needs = "a size above 0, in bytes or with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
-        raise UsageError(f"max_memory={value}", needs=needs, fix="--max-memory 24GiB", code="E-USE-01")
+        raise UsageError(f"max_memory={value}", needs=needs, fix="--max-memory 24GiB")
     return size
 
 
@@ -175,14 +80,10 @@ def _emulate(value: object) -> object:
     return value if not isinstance(value, bool) else "decode-on-use" if value else None
 
 
-def _ops(value: object) -> object:
-    return None if value == "auto" else value
-
-
 class LoadOptions(Checked):
     """How a model is loaded: plain values, whatever Python callers pass."""
 
-    TITLE = "load"
+    title = "load"
 
     model: Annotated[str, BeforeValidator(_path), Option("A folder, demo, hf:org/name or ms:org/name.")]
     device: Annotated[
@@ -234,7 +135,7 @@ class LoadOptions(Checked):
     ] = None
     ops: Annotated[
         Literal["auto", "reference"] | None,
-        BeforeValidator(_ops),
+        BeforeValidator(lambda name: None if name == "auto" else name),
         Option("reference: plain PyTorch operators."),
     ] = None
     attention: Annotated[

@@ -12,6 +12,7 @@ import shlex
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -20,7 +21,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from ascendit.errors import RequestError, UsageError
 from ascendit.geometry import nearest_frames, nearest_sizes
 from ascendit.pipeline.defaults import Defaults, Solver
-from ascendit.pipeline.options import Checked, load_words
+from ascendit.pipeline.options import load_words
+from ascendit.validation import Checked
 
 MAX_SEED = 2**63 - 1
 PIXELS = "sha256:"
@@ -62,7 +64,7 @@ Guidance = _number("a number of at least 0", ge=0)
 class GenerateRequest(Checked):
     """One video. Nothing is left to be decided later: what runs is what is written here."""
 
-    TITLE = "request"
+    title = "request"
 
     prompt: Text
     negative_prompt: Text = ""
@@ -95,7 +97,7 @@ class GenerateRequest(Checked):
     def _as_many_steps_as_timesteps(self) -> Self:
         if self.timesteps is not None and len(self.timesteps) != self.num_inference_steps:
             got = f"{len(self.timesteps)} timesteps and {self.num_inference_steps} steps"
-            raise _refused(got, "as many steps as timesteps", "give only one of the two")
+            raise RequestError(got, needs="as many steps as timesteps", fix="give only one of the two")
         return self
 
     @property
@@ -118,27 +120,25 @@ class GenerateRequest(Checked):
         dashed = any(w.startswith("-") for w in named)
         words += ["--demo"] if model == "demo" else []
         words += [] if dashed else named
-        words += ["--seed", str(self.seed), "--size", f"{self.width}x{self.height}"]
-        words += ["--frames", str(self.num_frames), "--fps", str(self.fps)]
-        if self.timesteps:
-            words += ["--timesteps", ",".join(map(_text, self.timesteps))]
-        else:
-            words += ["--steps", str(self.num_inference_steps)]
-        guidance = _text(self.guidance_scale)
-        if self.guidance_scale_2 is not None:
-            guidance += f",{_text(self.guidance_scale_2)}"
-        words += ["--guidance", guidance, "--shift", _text(self.flow_shift)]
-        if self.negative_prompt:
-            words += ["--negative", self.negative_prompt]
-        if self.image:
-            words += ["--image", self.image]
-        if self.boundary_ratio is not None:
-            words += ["--set", f"boundary_ratio={_text(self.boundary_ratio)}"]
-        words += ["--set", f"solver={self.solver}"]
-        if self.max_sequence_length != 512:
-            words += ["--set", f"max_sequence_length={self.max_sequence_length}"]
-        if output:
-            words += ["-o", output]
+        guidance = [g for g in (self.guidance_scale, self.guidance_scale_2) if g is not None]
+        flags: list[tuple[str, object]] = [
+            ("--seed", self.seed),
+            ("--size", f"{self.width}x{self.height}"),
+            ("--frames", self.num_frames),
+            ("--fps", self.fps),
+            ("--timesteps", ",".join(map(_text, self.timesteps or ()))),
+            ("--steps", "" if self.timesteps else self.num_inference_steps),
+            ("--guidance", ",".join(map(_text, guidance))),
+            ("--shift", _text(self.flow_shift)),
+            ("--negative", self.negative_prompt),
+            ("--image", self.image or ""),
+        ]
+        boundary, length = self.boundary_ratio, self.max_sequence_length
+        flags += [] if boundary is None else [("--set", f"boundary_ratio={_text(boundary)}")]
+        flags += [("--set", f"solver={self.solver}")]
+        flags += [] if length == 512 else [("--set", f"max_sequence_length={length}")]
+        flags += [("-o", output or "")]
+        words += [word for flag, value in flags if value != "" for word in (flag, str(value))]
         words += ["--", *named] if dashed else []
         return shlex.join(words)
 
@@ -151,11 +151,8 @@ def _text(value: float) -> str:
 # ---- from what a user gives ---------------------------------------------------------------------
 
 
-OF_THE_MODEL = (
-    *("width", "height", "num_frames", "fps", "num_inference_steps", "max_sequence_length"),
-    *("guidance_scale", "guidance_scale_2", "boundary_ratio", "solver"),
-)
-"""Fields that the model's defaults fill."""
+OF_THE_MODEL = {field.name for field in fields(Defaults)} & set(GenerateRequest.model_fields) - {"flow_shift"}
+"""Fields that the model's defaults fill; the shift depends on the size."""
 
 
 def resolve(defaults: Defaults, prompt: str, **given: Any) -> GenerateRequest:
@@ -167,7 +164,7 @@ def resolve(defaults: Defaults, prompt: str, **given: Any) -> GenerateRequest:
     known = set(GenerateRequest.model_fields) - {"prompt"}
     if unknown := sorted(set(given) - known):
         got, needs = f"unknown argument: {', '.join(unknown)}", f"arguments among {', '.join(sorted(known))}"
-        raise UsageError(got, needs=needs, fix="correct the name", code="E-USE-01")
+        raise UsageError(got, needs=needs, fix="correct the name")
     given = {k: v.item() if getattr(v, "ndim", None) == 0 else v for k, v in given.items() if v is not None}
     if "timesteps" in given:
         with suppress(TypeError):  # no sequence: refused below
@@ -189,33 +186,29 @@ def check(request: GenerateRequest, defaults: Defaults) -> None:
     if (request.num_frames - 1) % stride:
         low, high = nearest_frames(request.num_frames, stride)
         needs = f"a number of frames of the form {stride}n+1 ({model})"
-        raise _refused(
-            f"{request.num_frames} frames", needs, f"--frames {low} or --frames {high}", "E-REQ-01"
-        )
+        fix = f"--frames {low} or --frames {high}"
+        raise RequestError(f"{request.num_frames} frames", needs=needs, fix=fix, code="E-REQ-01")
     if any(pixels % multiple for pixels in size):
         near = [nearest_sizes(p, multiple) if p % multiple else (p, p) for p in size]
         (w, w2), (h, h2) = ((pair[0], pair[-1]) for pair in near)
         needs = f"width and height that are multiples of {multiple} ({model})"
         fix = f"--size {w}x{h} or --size {w2}x{h2}"
-        raise _refused(f"size {request.width}x{request.height}", needs, fix, "E-REQ-02")
+        raise RequestError(f"size {size[0]}x{size[1]}", needs=needs, fix=fix, code="E-REQ-02")
     if defaults.task == "i2v" and request.image is None:
         fix = "--image FILE, or a text-to-video model"
-        raise _refused("no image", f"{model} starts from an image", fix, "E-REQ-04")
+        raise RequestError("no image", needs=f"{model} starts from an image", fix=fix, code="E-REQ-04")
     if defaults.task == "t2v" and request.image is not None:
         needs = f"{model} is text-to-video and takes no image"
         fix = "leave the image out, or use an I2V or TI2V model"
-        raise _refused(f"image {request.image}", needs, fix, "E-REQ-04")
+        raise RequestError(f"image {request.image}", needs=needs, fix=fix, code="E-REQ-04")
     second = (request.guidance_scale_2, request.boundary_ratio)
     if defaults.num_experts == 1 and second != (None, None):
         fix = "give one guidance scale and no boundary"
-        raise _refused("a second guidance scale or a boundary", f"{model} has one expert", fix)
+        raise RequestError("a second guidance scale or a boundary", needs=f"{model} has one expert", fix=fix)
     if defaults.num_experts == 2 and request.boundary_ratio is None:
         needs = "boundary_ratio between 0 and 1 (model_index.json of the folder has none)"
-        raise _refused("no boundary between the two experts", needs, "--set boundary_ratio=0.875")
-
-
-def _refused(got: str, needs: str, fix: str, code: str = "E-REQ-03") -> RequestError:
-    return RequestError(got, needs=needs, fix=fix, code=code)
+        fix = "--set boundary_ratio=0.875"
+        raise RequestError("no boundary between the two experts", needs=needs, fix=fix)
 
 
 # ---- the image ----------------------------------------------------------------------------------
@@ -245,7 +238,8 @@ def picture_of(request: GenerateRequest, pixels: Mapping[str, Any]) -> Any:
     if name.startswith(PIXELS):
         needs = "the pixels that the request names by their content"
         fix = "pass pixels={name: image}, as name_image returns them, or name a file: --image FILE"
-        raise _refused(f"image {name}, and no pixels of this name", needs, fix, "E-REQ-04")
+        got = f"image {name}, and no pixels of this name"
+        raise RequestError(got, needs=needs, fix=fix, code="E-REQ-04")
     return open_image(name)
 
 

@@ -17,6 +17,7 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,9 +72,9 @@ class Video:
         if not is_array or x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not x.size:
             kind = f"{x.dtype} {list(x.shape)}" if is_array else type(x).__name__
             rule = "a numpy array, uint8 [F, H, W, 3], at least one frame"
-            raise _usage(f"frames are {kind}", rule, "convert decoded values with to_uint8")
+            raise UsageError(f"frames are {kind}", needs=rule, fix="convert decoded values with to_uint8")
         if isinstance(self.fps, bool) or not isinstance(self.fps, int) or self.fps < 1:
-            raise _usage(f"fps is {self.fps!r}", "a whole number of at least 1", "fps=16")
+            raise UsageError(f"fps is {self.fps!r}", needs="a whole number of at least 1", fix="fps=16")
 
     def __repr__(self) -> str:
         n, h, w, _ = self.frames.shape
@@ -195,7 +196,7 @@ def _locate(path: AnyPath, num_frames: int) -> Target:
         return Target(file, suffix[1:], file.with_suffix(".json"))
     name = file.with_suffix(".mp4") if file.name else "out.mp4"
     rule = f"a name that ends in {KNOWN}"
-    raise _usage(f"cannot tell a format from {os.fspath(path)!r}", rule, f"-o {name}")
+    raise UsageError(f"cannot tell a format from {os.fspath(path)!r}", needs=rule, fix=f"-o {name}")
 
 
 def _check_format(target: Target, shape: tuple[int, ...], fps: int) -> None:
@@ -204,10 +205,10 @@ def _check_format(target: Target, shape: tuple[int, ...], fps: int) -> None:
     if target.kind == "mp4" and (width % 2 or height % 2):
         rule = "even width and height (H.264 yuv420p); a video is not resized or cropped to fit"
         others = " or ".join(str(target.path.with_suffix(s)) for s in (".webm", ".gif", ".png"))
-        raise _usage(f"{width}x{height} pixels in an mp4", rule, f"-o {others}")
+        raise UsageError(f"{width}x{height} pixels in an mp4", needs=rule, fix=f"-o {others}")
     if target.kind == "gif" and fps > 50:
         rule = "at most 50 fps: gif counts in 1/100 s, and players slow down what is faster"
-        raise _usage(f"{fps} fps in a gif", rule, f"-o {target.path.with_suffix('.mp4')}")
+        raise UsageError(f"{fps} fps in a gif", needs=rule, fix=f"-o {target.path.with_suffix('.mp4')}")
     if target.kind not in ("mp4", "webm"):
         import_library("PIL", "pillow")
     if target.kind not in CODECS:
@@ -240,17 +241,11 @@ def _check_free(target: Target, sidecar: bytes | None, overwrite: bool) -> None:
 
 
 def _taken(target: Target, why: str) -> UsageError:
-    path, n, slash = target.path, 2, "/" if target.kind == "folder" else ""
-    free = path.with_name(f"{path.stem}-2{path.suffix}")
-    while os.path.lexists(free) or os.path.lexists(free.with_suffix(".json")):
-        n += 1
-        free = path.with_name(f"{path.stem}-{n}{path.suffix}")
+    path, slash = target.path, "/" if target.kind == "folder" else ""
+    names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in count(2))
+    free = next(p for p in names if not (os.path.lexists(p) or os.path.lexists(p.with_suffix(".json"))))
     rule = "a free name: nothing is overwritten unasked (--overwrite, overwrite=True)"
-    return _usage(f"{path}{slash} {why}", rule, f"-o {free}{slash}", "E-USE-03")
-
-
-def _usage(got: str, needs: str, fix: str, code: str = "E-USE-01") -> UsageError:
-    return UsageError(got, needs=needs, fix=fix, code=code)
+    return UsageError(f"{path}{slash} {why}", needs=rule, fix=f"-o {free}{slash}", code="E-USE-03")
 
 
 def _not_writable(folder: Path, e: OSError) -> EnvironmentProblem:
@@ -269,9 +264,8 @@ def _publish(target: Target, new: Path, sidecar: bytes | None, overwrite: bool) 
     """Move into place, the `.json` first: where the video is, everything is."""
     write_sidecar = sidecar is not None and (overwrite or not os.path.lexists(target.sidecar))
     if sidecar is not None and write_sidecar:
-        new_sidecar = new.with_name("sidecar")
-        new_sidecar.write_bytes(sidecar)
-        _move(new_sidecar, target.sidecar, overwrite)
+        new.with_name("sidecar").write_bytes(sidecar)
+        _move(new.with_name("sidecar"), target.sidecar, overwrite)
     try:
         if target.kind == "folder":
             if overwrite and target.path.is_dir():
@@ -286,12 +280,12 @@ def _publish(target: Target, new: Path, sidecar: bytes | None, overwrite: bool) 
 
 
 def _move(new: Path, path: Path, overwrite: bool) -> None:
-    try:
-        if not overwrite:
+    if not overwrite:
+        try:
             os.link(new, path)  # unlike a rename, fails if another run took the name meanwhile
             return
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        pass
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            pass
     os.replace(new, path)

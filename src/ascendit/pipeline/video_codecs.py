@@ -7,9 +7,7 @@ saturated colours shift. Nothing is ever resized or cropped.
 from __future__ import annotations
 
 import importlib
-import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -45,9 +43,10 @@ def import_library(module: str, package: str) -> Any:
         ) from e
 
 
-@contextmanager
-def _stream(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> Iterator[Any]:
-    """`encode(picture)` into a new container; flushed and closed at the end."""
+def _encode(
+    pictures: Iterable[Any], frames: Frames, fps: int, new: Path, kind: str, comment: str = ""
+) -> None:
+    """`pictures`, a frame of PyAV for each of `frames`, into a new container."""
     codec, options, container_options = CODECS[kind]
     with import_library("av", "av").open(
         str(new), "w", format=kind, options={**container_options, "fflags": "+bitexact"}
@@ -60,13 +59,9 @@ def _stream(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> Ite
         if kind != "gif":
             c = stream.codec_context
             c.color_range, c.colorspace, c.color_primaries, c.color_trc = LIMITED, BT709, BT709, BT709
-        count = itertools.count()
-
-        def encode(picture: Any) -> None:
-            picture.pts, picture.time_base = next(count), Fraction(1, fps)
+        for i, picture in enumerate(pictures):
+            picture.pts, picture.time_base = i, Fraction(1, fps)
             container.mux(stream.encode(picture))
-
-        yield encode
         container.mux(stream.encode(None))
 
 
@@ -74,10 +69,9 @@ def _write_stream(frames: Frames, fps: int, new: Path, kind: str, comment: str) 
     av = import_library("av", "av")
     colours = {"src_colorspace": BT709, "dst_colorspace": BT709}
     colours |= {"src_color_range": FULL, "dst_color_range": LIMITED}
-    with _stream(frames, fps, new, kind, comment) as encode:
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            encode(picture.reformat(format="yuv420p", **colours))
+    rgb = (av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24") for frame in frames)
+    pictures = (picture.reformat(format="yuv420p", **colours) for picture in rgb)
+    _encode(pictures, frames, fps, new, kind, comment)
 
 
 def _write_gif(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> None:
@@ -91,10 +85,10 @@ def _write_gif(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> 
     reference.putpalette(palette.tobytes())
     opaque = np.where(np.arange(256) < NUM_COLOURS, 255, 0).astype(np.uint8)
     argb = np.column_stack([opaque, palette])
-    with _stream(frames, fps, new, kind, "") as encode:
-        for frame in frames:
-            indices = images.fromarray(np.ascontiguousarray(frame)).quantize(palette=reference)
-            encode(av.VideoFrame.from_ndarray((np.asarray(indices), argb), format="pal8"))
+    rgb = (images.fromarray(np.ascontiguousarray(frame)) for frame in frames)
+    indices = (np.asarray(picture.quantize(palette=reference)) for picture in rgb)
+    pictures = (av.VideoFrame.from_ndarray((i, argb), format="pal8") for i in indices)
+    _encode(pictures, frames, fps, new, kind)
 
 
 def _palette(images: Any, frames: Frames) -> Frames:

@@ -9,16 +9,12 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ascendit.checkpoint.layout import Layout
-from ascendit.errors import UsageError
 from ascendit.model.library_component import load_library_part, load_processor
 
 log = logging.getLogger("ascendit")
-
-TextOn = Literal["cpu", "device", "drop"]
-TEXT_ON: tuple[TextOn, ...] = ("cpu", "device", "drop")
 
 
 def clean_prompt(text: str) -> str:
@@ -35,19 +31,15 @@ class TextEncoder:
     denoiser; `drop`: read when a prompt must be encoded, then let go.
     """
 
-    def __init__(
-        self, layout: Layout, *, device: str, text_on: TextOn, dtype: torch.dtype | None = None
-    ) -> None:
-        if text_on not in TEXT_ON:
-            raise UsageError(f"text_on={text_on!r}", needs=" or ".join(TEXT_ON), fix="--text-on cpu")
-        self.part, self.text_on, self.dtype = layout.part("text_encoder"), text_on, dtype
+    def __init__(self, layout: Layout, *, device: str, text_on: Literal["cpu", "device", "drop"]) -> None:
+        self.part, self.text_on = layout.part("text_encoder"), text_on
         self.device = device if text_on != "cpu" else "cpu"
         self.tokenizer = load_processor(layout.part("tokenizer"))
         self.model = None if text_on == "drop" else self._load()
         self._seen: dict[tuple[str, int], Tensor] = {}
 
     def _load(self) -> Any:
-        return load_library_part(self.part, dtype=self.dtype).to(self.device)
+        return load_library_part(self.part).to(self.device)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str], max_sequence_length: int) -> list[Tensor]:
@@ -91,33 +83,17 @@ class ImageEncoder:
     def __init__(
         self, layout: Layout, *, device: str, gelu: Callable[[Tensor], Tensor] | None = None
     ) -> None:
+        from transformers.activations import GELUActivation
+
         self.processor = load_processor(layout.part("image_processor"))
         self.model, self.device = load_library_part(layout.part("image_encoder")).to(device), device
         if gelu is not None:
-            replace_gelu(self.model, gelu)
+            for module in self.model.modules():
+                if type(module) is GELUActivation:
+                    module.forward = gelu  # its other activations stay
 
     @torch.inference_mode()
     def encode(self, image: Any) -> Tensor:
         """PIL image -> [1, tokens, image_dim]."""
         pixels = self.processor(images=image, return_tensors="pt").to(self.device)
         return self.model(**pixels, output_hidden_states=True).hidden_states[-2]  # type: ignore[no-any-return]
-
-
-class Gelu(nn.Module):
-    """An activation by a function of ours."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
-def replace_gelu(model: nn.Module, gelu: Callable[[Tensor], Tensor]) -> None:
-    """Every exact GELU of a transformers model by `gelu`; its other activations stay."""
-    from transformers.activations import GELUActivation
-
-    for name, module in list(model.named_modules()):
-        if type(module) is GELUActivation:
-            model.set_submodule(name, Gelu(gelu))

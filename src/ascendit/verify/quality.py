@@ -14,7 +14,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,7 @@ from ascendit.quant.fusion import leader_of
 from ascendit.quant.recipe import recipe_names
 from ascendit.quant.schemes import QUANTIZED
 from ascendit.verify.metrics import cosine, output_sqnr, psnr, relative_l2, ssim
-from ascendit.verify.quality_table import Quality, QualityRow
+from ascendit.verify.quality_table import Quality, QualityCase, QualityRow
 
 LAYER_TOKENS = 512
 """How many tokens of each input a layer is measured on."""
@@ -51,16 +51,6 @@ OnRow = Callable[[Quality], None]
 
 
 # ---- cases --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class QualityCase:
-    """One way to quantize. `options` are what `ascendit.load` takes besides model and device."""
-
-    name: str
-    options: Mapping[str, str] = field(default_factory=dict)
-    most_lost: int | None = None
-    """How many of 192 videos it may get wrong that BF16 gets right."""
 
 
 BASE = QualityCase(name="bf16")
@@ -128,8 +118,7 @@ def measure_quality(
             base = base or made
             bits, layers = bits_per_weight(pipes[0]), layer_sqnr(plain, pipes[0], inputs)
             known[mark] = compare_traces(made, base, bits, layers)
-        row = replace(known[mark], name=case.name, options=dict(case.options), most_lost=case.most_lost)
-        rows.append(row)
+        rows.append(replace(known[mark], **vars(case)))
         quality = Quality(
             model=model, device=device, prompts=len(scenes), seeds=tuple(seeds), rows=tuple(rows)
         )
@@ -194,7 +183,6 @@ def compare_traces(
     pairs = list(zip(made, base, strict=True))
     steps = [list(zip(a.latents, b.latents, strict=True)) for a, b in pairs]
     return QualityRow(
-        name="",
         bits=bits,
         layers=layers,
         right=tuple(one.right for one in made),

@@ -24,13 +24,19 @@ MEASURES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class QualityRow:
-    """One case. Tuples have one entry for each video, in one order for all cases."""
+class QualityCase:
+    """One way to quantize. `options` are what `ascendit.load` takes besides model and device."""
 
-    name: str
+    name: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
     most_lost: int | None = None
-    """Of `BASIS` videos; None: no limit."""
+    """How many of `BASIS` videos it may get wrong that BF16 gets right; None: no limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityRow(QualityCase):
+    """One case, measured. Tuples have one entry for each video, in one order for all cases."""
+
     bits: float
     """Per weight of the linears of the blocks, with scales."""
     layers: Mapping[str, float] = field(default_factory=dict)
@@ -46,10 +52,8 @@ class QualityRow:
     @property
     def per_step(self) -> dict[str, list[float]]:
         """Medians over the videos, one number for each step."""
-        return {
-            "cosine": [median(step) for step in zip(*self.cosine, strict=True)],
-            "relative_l2": [median(step) for step in zip(*self.distance, strict=True)],
-        }
+        videos = {"cosine": self.cosine, "relative_l2": self.distance}
+        return {name: [median(step) for step in zip(*x, strict=True)] for name, x in videos.items()}
 
     def lost(self, base: QualityRow) -> int:
         """Videos that are right in `base` and not here."""
@@ -93,19 +97,20 @@ class QualityRow:
 
     def cells(self, base: QualityRow) -> list[str]:
         """One line of the table."""
-        steps, exact = self.per_step, self is base
-        cos, away = steps["cosine"], steps["relative_l2"]
-        values = self.layers.values()
+        values, right = self.layers.values(), f"{sum(self.right)}"
+        layers = f"{min(values):.1f} / {median(values):.1f}" if values else "-"
+        head = [self.name, f"{self.bits:.2f}", layers]
+        if self is base:
+            return [*head, "-", "-", "-", "-", right, "-"]
+        cos, away = self.per_step.values()
         return [
-            self.name,
-            f"{self.bits:.2f}",
-            f"{min(values):.1f} / {median(values):.1f}" if values else "-",
-            "-" if exact else f"{cos[0]:.4f} / {cos[-1]:.4f} / {min(map(min, self.cosine)):.4f}",
-            "-" if exact else f"{away[0]:.4f} / {away[-1]:.4f} / {max(map(max, self.distance)):.4f}",
-            "-" if exact else f"{median(self.psnr):.1f} / {min(self.psnr):.1f}",
-            "-" if exact else f"{median(self.ssim):.4f} / {min(self.ssim):.4f}",
-            f"{sum(self.right)}",
-            "-" if exact else f"{self.lost(base)} / {self.won(base)}",
+            *head,
+            f"{cos[0]:.4f} / {cos[-1]:.4f} / {min(map(min, self.cosine)):.4f}",
+            f"{away[0]:.4f} / {away[-1]:.4f} / {max(map(max, self.distance)):.4f}",
+            f"{median(self.psnr):.1f} / {min(self.psnr):.1f}",
+            f"{median(self.ssim):.4f} / {min(self.ssim):.4f}",
+            right,
+            f"{self.lost(base)} / {self.won(base)}",
         ]
 
 

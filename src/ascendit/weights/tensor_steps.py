@@ -171,7 +171,7 @@ def _make(step: TensorStep, reader: RowReader, sink: Sink, advance: Advance) -> 
 
 # ---- the steps of a stored expert ---------------------------------------------------------------
 
-_CHECKS: dict[str, Check] = {
+CHECKS: dict[str, Check] = {
     "weight_scale": check_float_scale,
     "weight_dual_scale": check_float_scale,
     "weight_offset": check_zero,
@@ -238,7 +238,7 @@ def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, container: str) ->
 
 def _scale(role: str, spec: TensorSpec, info: TensorInfo) -> TensorStep:
     """A scale, offset, smoothing factor, or the bias of a quantized layer."""
-    check = _CHECKS.get(role)
+    check = CHECKS.get(role)
     how: How = "widen"
     make = None
     if spec.dtype == "U8":

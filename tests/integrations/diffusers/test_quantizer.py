@@ -16,6 +16,7 @@ from diffusers import PipelineQuantizationConfig, WanPipeline, WanTransformer3DM
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from safetensors.torch import load_file, save_file
+from stored import load_transformer
 from torch import Tensor
 
 import ascendit
@@ -23,7 +24,6 @@ from ascendit.checkpoint.layout import recognise
 from ascendit.errors import AscenditError, CheckpointError, EnvironmentProblem, UsageError
 from ascendit.integrations.diffusers import AscenditConfig, register
 from ascendit.model.linear import QuantLinear
-from ascendit.model.loader import load_transformer
 from ascendit.ops.operators import bind
 from ascendit.pipeline import generate
 

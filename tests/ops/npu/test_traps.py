@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from ops.layers import on_disk, tokens_of, weight_of
 from ops.recorder import Recorder
+from stored import load_transformer
 
 from ascendit.checkpoint.layout import recognise
 from ascendit.device.chip import CHIPS
 from ascendit.errors import EnvironmentProblem
 from ascendit.kernels.kernel import PreparedWeight
-from ascendit.model.loader import load_transformer
 from ascendit.ops.operators import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
 from ascendit.twin.contract import TwinError

@@ -28,8 +28,9 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from ascendit.checkpoint.reader import TORCH_DTYPES
+from ascendit.checkpoint.transformer import ATTENTION_TENSOR
 from ascendit.errors import CheckpointError, EnvironmentProblem, UsageError
-from ascendit.integrations.diffusers.stored_layers import left_out, read_stored_layers
+from ascendit.integrations.diffusers.stored_layers import read_stored_layers
 from ascendit.kernels.kernel import Emulate
 from ascendit.model.linear import FusedGroup, QuantLinear, SmoothLinear, check_values, stored_tensors
 from ascendit.model.quantize_module import (
@@ -91,14 +92,12 @@ class AscenditConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"{len(given)} of recipe and scheme: {', '.join(map(str, given))}",
                 needs="one of them",
                 fix="AscenditConfig(scheme=...), or AscenditConfig(recipe=...)",
-                code="E-USE-01",
             )
         if marker and quant_method == METHOD:
             raise UsageError(
                 f"AscenditConfig({', '.join(f'{key}=' for key in marker)})",
                 needs="recipe_or_scheme, keep, device, emulate, activation_rule or force",
                 fix="check the spelling",
-                code="E-USE-01",
             )
         self.quant_method = AscenditMethod(quant_method)
         self.recipe = as_recipe(given[0]) if given else None
@@ -150,7 +149,6 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 f"a device map with {', '.join(sorted(places))}",
                 needs="every quantized layer on a device that computes",
                 fix="leave device_map out and call pipe.enable_model_cpu_offload()",
-                code="E-USE-01",
             )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
@@ -159,10 +157,9 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return torch_dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
-        """Take note of the files; leave out what no model of Diffusers has."""
+        """Take note of the files; leave out what only the attention of an NPU uses."""
         self._files = [Path(file) for file in checkpoint_files]
-        drop = left_out(loaded_keys)
-        return [key for key in loaded_keys if key not in drop]
+        return [key for key in loaded_keys if not ATTENTION_TENSOR.fullmatch(key)]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         """Decide which tensors are awaited. Errors as `read_stored_layers` and `module_schemes`."""
@@ -173,11 +170,10 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if stored:
             for name, layer in stored.items():
                 self._layers[name] = layer.scheme
-                dtypes = {role: getattr(torch, TORCH_DTYPES[t.dtype]) for role, t in layer.tensors.items()}
-                tensors = {
-                    role: torch.empty(t.shape, dtype=dtypes[role], device="meta")
-                    for role, t in layer.tensors.items()
-                }
+                tensors = {}
+                for role, t in layer.tensors.items():
+                    dtype = getattr(torch, TORCH_DTYPES[t.dtype])
+                    tensors[role] = torch.empty(t.shape, dtype=dtype, device="meta")
                 self._put(model, name, layer.shape, tensors)
             self._smoothed = [name for name, layer in stored.items() if "mul_scale" in layer.tensors]
         else:
@@ -291,7 +287,6 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 f"no scheme for {what}, which holds no codes",
                 needs="a folder that ascendit wrote, or a scheme to quantize with",
                 fix='AscenditConfig("mxfp8")',
-                code="E-USE-01",
             )
 
     def _on(self, device: str) -> Schemes:

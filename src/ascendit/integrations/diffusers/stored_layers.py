@@ -6,7 +6,7 @@ through `ascendit repack` first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from ascendit.checkpoint.component import TRANSFORMER, Part, read_json
 from ascendit.checkpoint.layer_format import STORED_ROLES, Layer, possible
 from ascendit.checkpoint.reader import Shards, TensorInfo
-from ascendit.checkpoint.transformer import ATTENTION_TENSOR, read_expert
+from ascendit.checkpoint.transformer import read_expert
 from ascendit.errors import CheckpointError
 from ascendit.names import listed
 from ascendit.quant.layer_rules import say_attention
@@ -42,11 +42,6 @@ def read_stored_layers(model: nn.Module, files: Sequence[Path]) -> dict[str, Lay
     for layer in found.values():
         _check_canonical(layer)
     return dict(found)
-
-
-def left_out(names: Iterable[str]) -> set[str]:
-    """Tensors that only the attention of an NPU uses, and no model of Diffusers has."""
-    return {name for name in names if ATTENTION_TENSOR.fullmatch(name)}
 
 
 def _by_dtype(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[str, Layer]:
