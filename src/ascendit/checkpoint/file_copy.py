@@ -92,9 +92,6 @@ def copy_file(src: Path, dst: Path) -> None:
         move_bytes(old.fileno(), 0, new.fileno(), 0, size, source=src)
 
 
-# ---- disk space ---------------------------------------------------------------------------------
-
-
 def reserve(fd: int, count: int) -> None:
     """Take `count` bytes of disk for a file without changing its size, so that a full disk shows at once.
 

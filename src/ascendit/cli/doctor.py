@@ -90,9 +90,6 @@ def _check_device(device: str, file: Path | None, out: Output) -> int:
     return 0 if check.ok else 1
 
 
-# ---- its page -----------------------------------------------------------------------------------
-
-
 def page(check: SelfCheck) -> Iterator[str]:
     """One page: questions, operators, functions, verdict."""
     versions = check.about["versions"]

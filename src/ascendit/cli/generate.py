@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from ascendit.pipeline.video import Video
     from ascendit.progress import Progress
 
-# ---- flags --------------------------------------------------------------------------------------
-
 
 def _flag(
     name: str, kind: Any, help: str, metavar: str | None = None, names: str = "", *, hidden: bool = False
@@ -102,8 +100,6 @@ def generate(ctx: typer.Context, **params: Any) -> None:
 
 generate.__dict__["__signature__"] = inspect.Signature(PARAMETERS)
 
-# ---- the run ------------------------------------------------------------------------------------
-
 
 def _prepare(call: Call, output: Path | None, *, overwrite: bool) -> tuple[Prepared, Path]:
     """Meet the model, and find a free name for the output."""
@@ -149,9 +145,6 @@ def _run(prepared: Prepared, out: Output) -> Video:
         video = run(prepared, show, interrupt.event)
         interrupt.check()
     return video
-
-
-# ---- printing -----------------------------------------------------------------------------------
 
 
 def _print_result(prepared: Prepared, out: Output, video: Video, path: Path, took: float) -> None:

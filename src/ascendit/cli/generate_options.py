@@ -44,9 +44,6 @@ _REPLACES = {
 }
 
 
-# ---- the call -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """A call that was understood, before it met a model."""
@@ -113,9 +110,6 @@ def _model_and_prompt(words: list[str], demo: bool, model: str | None, prompt: s
         fix = 'ascendit generate --demo "a red circle moves right on a black background"'
         raise UsageError(got, needs=needs, fix=fix)
     return named.get("MODEL") or given or "", named.get("PROMPT", prompt) or ""
-
-
-# ---- layers -------------------------------------------------------------------------------------
 
 
 def merge(*layers: dict[str, Any]) -> dict[str, Any]:
@@ -201,9 +195,6 @@ def read_config(path: Path) -> dict[str, Any]:
         named = {"model": model} if isinstance(model, str) and model else {}
         data = {**named, **(load if isinstance(load, dict) else {}), **data["request"]}
     return typed_layer(data, where=f"--config {path}")
-
-
-# ---- values in their types ----------------------------------------------------------------------
 
 
 def typed_layer(layer: dict[str, Any], *, where: str) -> dict[str, Any]:

@@ -101,9 +101,6 @@ class Tally:
         self._view.show(Progress(stage="denoise", step=self._done, total=self._total), text)
 
 
-# ---- adherence ----------------------------------------------------------------------------------
-
-
 def verify_adherence(
     out: Output, model: str, seeds: Sequence[int], limit: int | None, report: Path | None, swap_experts: bool
 ) -> None:
@@ -132,9 +129,6 @@ def verify_adherence(
     if report is not None:
         write_report(report, told)
     out.result(told, [result.table(), *verdict_lines(result)], error)
-
-
-# ---- --quality ----------------------------------------------------------------------------------
 
 
 def verify_quality(

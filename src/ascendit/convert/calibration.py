@@ -120,9 +120,6 @@ def check_alpha(alpha: float) -> None:
         )
 
 
-# ---- outputs with and without smoothing ---------------------------------------------------------
-
-
 def output_quality(
     expert: RecipeSteps,
     found: Mapping[str, Statistics],

@@ -178,8 +178,6 @@ def _versions() -> dict[str, str]:
     return {"ascendit": __version__, **installed("torch")}
 
 
-# ---- the base -----------------------------------------------------------------------------------
-
 _LICENCE = re.compile(r"(?:LICEN[CS]E|NOTICE)\b", re.IGNORECASE)
 
 

@@ -63,9 +63,6 @@ def examine(probes: Sequence[Probe] | None = None) -> DoctorReport:
     return DoctorReport(tuple(rows))
 
 
-# ---- the machine --------------------------------------------------------------------------------
-
-
 def _python() -> list[ProbeRow]:
     found = platform.python_version()
     status: Status = "ok" if at_least(found, PYTHON) else "too old"
@@ -112,9 +109,6 @@ def _compiler() -> list[ProbeRow]:
         "C++ compiler", found or "none", needed="optional, for native code", fix="install g++ or clang++"
     )
     return [row if found else replace(row, status="absent")]
-
-
-# ---- libraries ----------------------------------------------------------------------------------
 
 
 def _ascendit() -> list[ProbeRow]:
@@ -167,9 +161,6 @@ def _video_codec() -> list[ProbeRow]:
     return [row if told["x264"] else replace(row, found="none", status="missing", fix=fix)]
 
 
-# ---- accelerators -------------------------------------------------------------------------------
-
-
 def _cuda() -> list[ProbeRow]:
     row = ProbeRow("CUDA device", "none", needed="optional", status="absent", fix="not needed on the CPU")
     told = _torch() if find_spec("torch") else {}
@@ -178,8 +169,6 @@ def _cuda() -> list[ProbeRow]:
     names = ", ".join(f"{name} {size / GIB:.0f} GiB" for name, size in told["cuda"])
     return [replace(row, found=names, status="ok", fix="")]
 
-
-# ---- compiled kernels ---------------------------------------------------------------------------
 
 NATIVE_SOURCES = {
     "encode": "quantizing weights",
@@ -202,8 +191,6 @@ def compiled_kernels() -> list[ProbeRow]:
         rows.append(row)
     return rows
 
-
-# ---- torch, asked once --------------------------------------------------------------------------
 
 _TORCH_CODE = """
 import json, torch

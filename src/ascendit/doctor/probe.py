@@ -17,8 +17,6 @@ from typing import Any, Literal
 
 from ascendit import environment
 
-# ---- rows and the report ------------------------------------------------------------------------
-
 Status = Literal[
     "ok", "missing", "too old", "too little", "broken", "unlisted", "absent", "not checked", "probe failed"
 ]
@@ -80,8 +78,6 @@ class DoctorReport:
 Probe = Callable[[], list[ProbeRow]]
 
 
-# ---- versions, files, commands ------------------------------------------------------------------
-
 COMMAND_SECONDS = 20.0
 
 
@@ -118,8 +114,6 @@ def _run(
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, timeout=seconds, env=env)
 
-
-# ---- a Python of its own ------------------------------------------------------------------------
 
 PROBE_SECONDS = 120.0
 

@@ -117,8 +117,6 @@ def _about() -> dict[str, Any]:
     return {"made": now, "machine": machine, "versions": versions}
 
 
-# ---- child processes ----------------------------------------------------------------------------
-
 MARK = "ascendit-self-check "
 START_SECONDS, CASE_SECONDS = 300.0, 120.0
 """Until the first case: torch_npu and the first kernels are loaded. For one case."""
@@ -203,9 +201,6 @@ def _read(stream: IO[str], told: queue.Queue[str | None]) -> None:
 
 def _result(told: dict[str, Any]) -> Result:
     return Result(**{**told, "arguments": tuple(told["arguments"])})
-
-
-# ---- the child ----------------------------------------------------------------------------------
 
 
 def main(name: str, first: int) -> None:

@@ -108,9 +108,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(out, 2).transpose(1, 2).to(q.dtype)
 
 
-# ---- quantized linear layers --------------------------------------------------------------------
-
-
 def prepare_weight(
     encoded: Encoded, bias: Tensor | None, device: torch.device, *, nz: bool = False
 ) -> PreparedWeight:

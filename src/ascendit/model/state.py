@@ -137,8 +137,6 @@ class DenoiseState:
             log.info("%s, step %d: text keys and values again, %s", self.expert, self.step, self.keys_in)
         return changed
 
-    # ---- seams ----------------------------------------------------------------------------------
-
     def run_model(self, x: Tensor, t: Timesteps, forward: Callable[[Tensor, Timesteps], Tensor]) -> Tensor:
         """Latents [B, C, F, H, W] -> velocity."""
         return forward(x, t)

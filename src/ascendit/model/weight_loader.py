@@ -123,8 +123,6 @@ class ModelSink(Sink):
             self._reader.into(step.sources[0], room, step.shard)
             self._filled(len(room))
 
-    # ---- parts ----------------------------------------------------------------------------------
-
     def _grouped(self, layers: Mapping[str, StoredLinear]) -> dict[str, _Group]:
         """Layer -> its group: members of a family that agree in scheme, K, smoothing and bias, else alone."""
         roles: dict[str, dict[str, TensorSpec]] = {name: {} for name in layers}

@@ -76,9 +76,6 @@ def checked_axis(axis: int, ndim: int) -> int:
     return axis % ndim
 
 
-# ---- encode and decode --------------------------------------------------------------------------
-
-
 def encode(
     x: Tensor, format: str, *, axis: int = -1, scale_rule: str | None = None, rounding: str | None = None
 ) -> Encoded:
@@ -161,9 +158,6 @@ def _decode_tiles(encoded: Encoded, form: Format) -> Tensor:
     for axis, length in enumerate(encoded.shape):
         scale = scale.repeat_interleave(form.block, axis).narrow(axis, 0, length)
     return values * scale
-
-
-# ---- error in decibels --------------------------------------------------------------------------
 
 
 def sqnr(a: Tensor, b: Tensor) -> float:

@@ -30,9 +30,6 @@ _Step = Callable[[Format, str, Tensor, Parts], Tensor]
 """Encodes a piece; its answer marks the units that must be done again."""
 
 
-# ---- choice of an encoder -----------------------------------------------------------------------
-
-
 def encode_rows(rows: Tensor, form: Format, rule: str, rounding: str) -> Parts:
     """`reference.encode_rows`, but fast where it can be: on a CPU."""
     if rows.device.type != "cpu" or type(rows) is not Tensor or not rows.numel():
@@ -95,9 +92,6 @@ def _encode_by_reference(form: Format, rule: str, rounding: str, rows: Tensor, o
         for to, part in zip(out.rows(start, start + step), piece, strict=True):
             if to is not None and part is not None:
                 to.copy_(part)
-
-
-# ---- PyTorch in small pieces --------------------------------------------------------------------
 
 
 def piece_encoder(form: Format, rule: str, rounding: str, dtype: torch.dtype) -> Encoder | None:

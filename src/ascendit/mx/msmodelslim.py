@@ -119,9 +119,6 @@ def _ceil_x_sums(wide: Tensor, amax: Tensor) -> list[float]:
     ]
 
 
-# ---- exponents ----------------------------------------------------------------------------------
-
-
 def _minmax(amax: Tensor, element: Element, coarse_log: bool = False) -> Tensor:
     if element is E4M3:
         return (_floor_log2(amax, coarse_log) - E4M3.emax).clamp(-127, 127)
@@ -131,9 +128,6 @@ def _minmax(amax: Tensor, element: Element, coarse_log: bool = False) -> Tensor:
 def _ceil_x(amax: Tensor, c: float) -> Tensor:
     """ceil(log2(amax / c + eps)); nothing is taken off for the element, whatever its comment says."""
     return _ceil_log2(_step(amax, c)).clamp(-129, 125)
-
-
-# ---- steps --------------------------------------------------------------------------------------
 
 
 def _divide(amax: Tensor, by: float) -> Tensor:

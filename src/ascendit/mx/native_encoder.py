@@ -92,9 +92,6 @@ def add_energies(rows: Tensor, parts: Parts, form: Format, sums: Tensor, threads
     return True
 
 
-# ---- one encoder for each kind ------------------------------------------------------------------
-
-
 def _table_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None) -> Encoder:
     assert form.element is not None
     tables = rule_tables(form.element, rule)
@@ -136,9 +133,6 @@ def _by_numbers(call: Callable[..., int], threads: int | None, *numbers: int) ->
     return encode
 
 
-# ---- tables -------------------------------------------------------------------------------------
-
-
 def rule_tables(element: Element, rule: str) -> Tensor:
     """uint8 [1 or 2, 32768]: scale bytes by the bits of the largest magnitude of a bfloat16 block."""
     amax = scales.every_bf16_amax()
@@ -175,9 +169,6 @@ def early_powers() -> Tensor | None:
     if not simple.all() or not torch.equal(alone, reached[:, ::37]):
         return None
     return torch.nn.functional.pad(early, (1, 1)).to(torch.int32)
-
-
-# ---- arguments ----------------------------------------------------------------------------------
 
 
 def _shape(rows: Tensor, threads: int | None) -> tuple[int, int, int]:

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from ascendit.pipeline.generate import Pipeline, Stop
     from ascendit.pipeline.video import Video
 
-# ---- checked without weights --------------------------------------------------------------------
-
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedModel:
@@ -132,9 +130,6 @@ def prepare(
     return Prepared(model=model, request=request, pixels={request.image: picture} if request.image else {})
 
 
-# ---- built and run ------------------------------------------------------------------------------
-
-
 def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -> Pipeline:
     """Load a model: a folder, "demo", "hf:org/name" or "ms:org/name" (with "@revision").
 
@@ -177,8 +172,6 @@ def run(prepared: Prepared, events: OnProgress | None = None, cancel: Stop | Non
             raise out_of_memory(error, stage, prepared.model.options.device) from error
         raise
 
-
-# ---- out of memory ------------------------------------------------------------------------------
 
 PHRASES = ("not enough memory", "can't allocate memory", "out of memory", "cannot allocate memory")
 MEMINFO = Path("/proc/meminfo")

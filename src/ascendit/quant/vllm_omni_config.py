@@ -102,9 +102,6 @@ def read_omni_config(text: str) -> OmniConfig:
         ) from e
 
 
-# ---- writing ------------------------------------------------------------------------------------
-
-
 def marker_for(layers: Mapping[str, str], smoothed: Collection[str] = ()) -> dict[str, Any] | None:
     """`quantization_config` for config.json, in keys that vLLM-Omni 0.30 knows; None for floats.
 

@@ -78,8 +78,6 @@ class Call(types.SimpleNamespace):
             refuse(refusal, **(vars(self) | values))
 
 
-# ---- numbers of dtypes --------------------------------------------------------------------------
-
 INT4, HIFLOAT8, FP8_E5M2, FP8_E4M3, SCALE_E8M0, FP6_E3M2, FP6_E2M3, FP4_E2M1, FP4_E1M2 = 285, *range(290, 298)
 
 DTYPE_NUMBERS: dict[str, int] = {

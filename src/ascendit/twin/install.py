@@ -25,8 +25,6 @@ from ascendit.twin import STATE, operators  # noqa: F401  (importing operators r
 from ascendit.twin.contract import DTYPE_NUMBERS, IMPORT, TwinImportError
 from ascendit.twin.registry import OPERATORS, VERSIONS, current_chip, fake, frozen, refuse_uncomputed, run
 
-# ---- operators under torch.ops ------------------------------------------------------------------
-
 _LIBRARIES: list[torch.library.Library] = []
 
 
@@ -81,9 +79,6 @@ def _define(namespace: str) -> torch.library.Library:
     return library
 
 
-# ---- torch_npu is refused -----------------------------------------------------------------------
-
-
 class Guard(importlib.abc.MetaPathFinder):
     """Refuses `import torch_npu`. Who only asks if it is there (find_spec) gets the usual answer."""
 
@@ -106,8 +101,6 @@ class Guard(importlib.abc.MetaPathFinder):
 
 _GUARD = Guard()
 
-
-# ---- a minimal torch_npu ------------------------------------------------------------------------
 
 MODULE_VERSION = "2.13.0"
 _MARK = "ascendit_twin"

@@ -27,8 +27,6 @@ from ascendit.device.operator_support import capability
 from ascendit.twin import STATE
 from ascendit.twin.contract import CHIP, TwinError, refuse, require
 
-# ---- schemas ------------------------------------------------------------------------------------
-
 VERSIONS: Mapping[str, str] = {"npu": "torch_npu_2.13.0", "mindiesd": "mindiesd_3.1.0"}
 """Namespace of torch.ops -> file in `twin/data`."""
 
@@ -93,9 +91,6 @@ def signature(name: str) -> Signature:
         {a.name: a.default_value for a in arguments if a.has_default_value()},
         frozenset(a.name for a in arguments if str(a.real_type) in ("int", "Optional[int]")),
     )
-
-
-# ---- operators ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -143,9 +143,6 @@ def warnings_for(experts: Iterable[AppliedRecipe], recipe: Recipe, kind: Task) -
     return list(dict.fromkeys(texts))
 
 
-# ---- checks -------------------------------------------------------------------------------------
-
-
 def head_dim(expert: Expert) -> int:
     """Channels of one head."""
     size: int = expert.config.get("attention_head_dim", WanConfig.attention_head_dim)

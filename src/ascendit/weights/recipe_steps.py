@@ -68,8 +68,6 @@ class RecipeSteps:
         self._measure = measure
         self._encoder = functools.lru_cache(maxsize=1)(self._new_encoder)
 
-    # ---- the plan -------------------------------------------------------------------------------
-
     def plan(self) -> list[TensorStep]:
         """In the order of the output."""
         expert, coded = self.applied.expert, self.applied.coded
@@ -113,8 +111,6 @@ class RecipeSteps:
             make=functools.partial(self._encode, layer),
         )
 
-    # ---- rows as they are encoded or kept -------------------------------------------------------
-
     def _changed(self, name: str) -> bool:
         """Whether the values differ from those in the file."""
         info = self.applied.expert.tensors[name]
@@ -153,8 +149,6 @@ class RecipeSteps:
         dtype = getattr(torch, TORCH_DTYPES[step.specs[0].dtype])
         for _, rows in self.rows(reader, step.name, step.shard):
             yield step.name, as_bytes(rows.to(dtype))
-
-    # ---- quantized layers -----------------------------------------------------------------------
 
     def _encode(self, layer: LayerScheme, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
         """Codes while rows are read, then scales."""

@@ -43,9 +43,6 @@ def _compiled_kernels() -> Iterator[Kernel]:
         yield Kernel(operator, "cpu", call, reason, f"native/{SOURCE}.cpp", PREPARED_ROWS.get(operator))
 
 
-# ---- in PyTorch ---------------------------------------------------------------------------------
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `reference.rms_norm`. Two passes over x; the rest is one number a token."""
     return rms_scale(x, mean_square(x), weight, eps)
@@ -111,9 +108,6 @@ PHASES: tuple[Function, ...] = (mean_square, rms_scale)
 FUSED: tuple[Function, ...] = (rms_norm, *PHASES, layer_norm, adaln, gated_residual, rope, gelu_tanh, gelu)
 PREPARED_ROWS = {"adaln": in_dtype, "gated_residual": in_dtype}
 """Operator -> how its rows are prepared."""
-
-
-# ---- in C++ -------------------------------------------------------------------------------------
 
 
 def all_bf16(*tensors: Tensor) -> bool:

@@ -39,9 +39,6 @@ def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
     return (*triton_kernels_on(device.torch_name), *PYTORCH, *linear.list_kernels(device, wish.emulate))
 
 
-# ---- are Triton's operators right on this card? -------------------------------------------------
-
-
 def triton_kernels_on(place: str) -> tuple[Kernel, ...]:
     """Each is tried when it is chosen: it must give the numbers of `reference` on that very card."""
     fast, version = triton_steps()
@@ -81,9 +78,6 @@ def _sample(place: str) -> dict[str, tuple[Any, ...]]:
         "gated_residual": (x, y, rows[2], spans),
         "rope": (heads.unflatten(2, (6, 32)), numbers(9, 16), numbers(9, 16)),
     }
-
-
-# ---- operators by Triton ------------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -143,9 +143,6 @@ def _trial(
     return f"not {kernel.reason.partition(': ')[2]}: {wrong[0]}"
 
 
-# ---- is a kernel right on this card? ------------------------------------------------------------
-
-
 def problem_of_kernel(scheme: str, kernel: QuantLinearKernel, device: torch.device) -> str | None:
     """What is wrong with a kernel on a device, None if it gives the numbers of `mx`."""
     for tokens, dtype in ((24, torch.float32), (FEW_TOKENS + 24, torch.bfloat16)):

@@ -62,9 +62,6 @@ def has_outer_scales(format: str) -> bool:
     return lookup(format).kind != "block"
 
 
-# ---- in plain PyTorch ---------------------------------------------------------------------------
-
-
 def to_values(x: Tensor, format: str, rule: str, mul_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Tokens [M, K] -> bfloat16 values [M, width] and what multiplies the sums.
 
@@ -112,9 +109,6 @@ def finish(sums: Tensor, row: Tensor | None, column: Tensor | None, bias: Tensor
 
 
 PLAIN = LinearSteps("PyTorch", to_values, to_codes, decode_weight, finish, None)
-
-
-# ---- parts of an encoded tensor -----------------------------------------------------------------
 
 
 def inner(e: Encoded) -> Encoded:

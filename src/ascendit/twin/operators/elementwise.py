@@ -173,9 +173,6 @@ def npu_add_layer_norm(
     yield y.to(x1.dtype), mean, rstd, added
 
 
-# ---- activations --------------------------------------------------------------------------------
-
-
 def _float(x: Tensor) -> None:
     require(x.dtype in FLOAT_DTYPES, "norm.float_input", x=x)
 

@@ -24,9 +24,6 @@ Checked = tuple[Shape, torch.dtype]
 """Shape and dtype of the output."""
 
 
-# ---- modes --------------------------------------------------------------------------------------
-
-
 def mode_of(c: Call) -> str:
     """int8, static, fp8, mxfp8, mxfp4, w4a8 or block. Refuses other pairs of dtypes."""
     fp4, sides = contract.FP4_E2M1, (("x1", c.x1, c.x1_dtype), ("x2", c.x2, c.x2_dtype))
@@ -70,8 +67,6 @@ def check(c: Call, mode: str) -> Checked:
     return _check_block(c) if mode == "block" else _check_mx(c, mode)
 
 
-# ---- int8 and fp8: scales per token and channel -------------------------------------------------
-
 Dtypes = tuple[torch.dtype, ...]
 SCALE_AND_BIAS: Mapping[str, Mapping[torch.dtype, tuple[Dtypes, Dtypes]]] = {
     "int8": {
@@ -114,9 +109,6 @@ def _check_channels(c: Call, mode: str) -> Checked:
     return (*c.x1.shape[:-1], n), out
 
 
-# ---- FP8 in blocks of 128 x 128 -----------------------------------------------------------------
-
-
 def _check_block(c: Call) -> Checked:
     k, n = c.x1.shape[-1], c.x2.shape[-1]
     _check_matrices(c, k, c.x2.shape[-2], fix="x2 = weight.t() for a weight [N, K]")
@@ -131,9 +123,6 @@ def _check_block(c: Call) -> Checked:
     out = contract.output_dtype(c.output_dtype, WIDE, "128 x 128 blocks")
     c.require(c.bias is None, "matmul.block_bias")
     return (*c.x1.shape[:-1], n), out
-
-
-# ---- MXFP8, MXFP4 and W4A8 ----------------------------------------------------------------------
 
 
 def _check_mx(c: Call, mode: str) -> Checked:
@@ -202,9 +191,6 @@ def _check_mx_scales(c: Call, n: int, k: int, transposed: bool) -> None:
     _check_shapes(c, "matmul.mx_blocks" if apart else "matmul.mx_scales", given, *wanted)
     alike = (c.scale.stride() == (2, 2 * pairs, 1) or 1 in (n, pairs)) == transposed
     c.require(alike or (c.scale.is_contiguous() and not transposed), "matmul.transposes")
-
-
-# ---- checks that modes share --------------------------------------------------------------------
 
 
 def _check_matrices(c: Call, k1: int, k2: int, fix: str) -> None:
