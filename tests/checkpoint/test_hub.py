@@ -257,6 +257,13 @@ def test_gated_and_private(tmp_path: Path, server: StandIn) -> None:
     assert "logged in" in e.fix
 
 
+def test_a_refusal_is_no_reason_to_use_the_cached_copy(tmp_path: Path, server: StandIn) -> None:
+    fetch("ms:org/model", cache=tmp_path, endpoint=server.endpoint)
+    server.refuse = (401, {})
+    e = refused("ms:org/model", EnvironmentProblem, tmp_path, server.endpoint)
+    assert "access refused (HTTP 401)" in e.got
+
+
 @pytest.mark.parametrize(
     "name",
     [

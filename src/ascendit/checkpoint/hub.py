@@ -193,6 +193,8 @@ def _modelscope(model: str, repo: str, revision: str, cache: Path, endpoint: str
     base = f"{endpoint.rstrip('/')}/api/v1/models/{repo}/repo"
     try:
         files, commit = _listing(base, model, revision)
+    except AscenditError:  # the hub answers, and refuses
+        raise
     except Exception as e:
         if ref.is_file() and (snapshots / ref.read_text()).is_dir():
             logger.warning("%s: hub out of reach (%s); using the cached copy", model, _first_line(e))
@@ -229,16 +231,15 @@ def _listing(base: str, model: str, revision: str) -> tuple[list[dict[str, Any]]
         answer = json.loads(response.content)
         if answer.get("Success") is False:
             raise _unknown(model, str(answer.get("Message")), "correct the name or the revision")
-        files = [
-            file for file in answer["Data"]["Files"] if file["Type"] != "tree" and _is_wanted(file["Path"])
-        ]
+        files = [file for file in answer["Data"]["Files"] if file["Type"] != "tree"]
+        outside = [file["Path"] for file in files if not stays_inside(file["Path"])]
         latest = str((answer["Data"].get("LatestCommitter") or {}).get("Id"))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        fix = "check the network and run it again: finished files are kept"
-        raise _trouble(model, f"answer not understood ({type(e).__name__})", fix) from e
-    if outside := [file["Path"] for file in files if not stays_inside(file["Path"])]:
+        raise OSError(f"answer not understood ({type(e).__name__})") from e
+    if outside:
         got = f"the hub names a file outside the folder: {outside[0]!r}"
         raise _trouble(model, got, "do not use this model")
+    files = [file for file in files if _is_wanted(file["Path"])]
     return files, next((c for c in (revision, latest) if _COMMIT.fullmatch(c)), None)
 
 

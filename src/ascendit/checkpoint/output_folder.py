@@ -85,7 +85,10 @@ class Journal:
 
 def _boot() -> str:
     """The system's id of this boot; "" if it has none."""
-    return _BOOT.read_text(encoding="ascii").strip() if _BOOT.exists() else ""
+    try:
+        return _BOOT.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 # ---- the folder ---------------------------------------------------------------------------------

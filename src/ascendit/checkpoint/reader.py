@@ -25,7 +25,6 @@ from ascendit.names import counted, listed
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
 
 Buffer = bytes | bytearray | memoryview
 
@@ -426,12 +425,6 @@ def rows_of(info: TensorInfo) -> tuple[int, int]:
     return count, info.nbytes // max(count, 1)
 
 
-def block_rows(info: TensorInfo, *, multiple: int = 1, block_bytes: int | None = None) -> int:
-    """Rows read at once: at most `block_bytes`, by default BLOCK_BYTES, but `multiple`; whole multiples."""
-    rows = (block_bytes or BLOCK_BYTES) // max(rows_of(info)[1], 1) // multiple * multiple
-    return max(rows, multiple)
-
-
 # ---- bytes and tensors --------------------------------------------------------------------------
 
 
@@ -454,16 +447,13 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 def float_bytes(data: Buffer, dtype: str) -> bytes:
     """BF16, F16 or F32 numbers as F32, exact."""
-    import numpy as np
-
-    assert dtype in ("BF16", "F16", "F32"), dtype
-    return numbers(data, dtype).astype(np.float32).tobytes()
-
-
-def numbers(data: Buffer, dtype: str) -> NDArray[Any]:
-    """BF16, F16, F32 or F64 numbers as NumPy has them, exact, BF16 as float32; of other dtypes the bytes."""
-    import numpy as np
-
+    if dtype == "F32":
+        return bytes(data)
     if dtype == "BF16":  # the upper half of a float32
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return np.frombuffer(data, {"F16": "f2", "F32": "f4", "F64": "f8"}.get(dtype, "u1"))
+        wide = bytearray(2 * len(data))
+        wide[2::4], wide[3::4] = data[0::2], data[1::2]
+        return bytes(wide)
+    import numpy as np
+
+    assert dtype == "F16", dtype
+    return np.frombuffer(data, np.float16).astype(np.float32).tobytes()

@@ -17,7 +17,7 @@ import math
 import mmap
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -173,10 +173,10 @@ class ShardWriter:
         view = memoryview(data)
         if view.nbytes:
             view = view.cast("B")
-            self._write(name, len(view), lambda fd, offset: write_at(fd, view, offset), [view])
+            self._write(name, len(view), lambda fd, offset: self._put(fd, view, offset))
 
     def move(self, info: TensorInfo, name: str) -> None:
-        """The whole of tensor `name`, from the place that `info` gives, inside the kernel.
+        """The whole of tensor `name`, from the place that `info` gives; in the kernel where it can.
 
         Raises CheckpointError E-CKP-02 when the source cannot be read to its end.
         """
@@ -184,9 +184,14 @@ class ShardWriter:
             source = self._sources.open(info.file)
 
             def copy(fd: int, offset: int) -> None:
-                move_bytes(source, info.start, fd, offset, info.nbytes, source=info.file)
+                if self._pool is None:
+                    move_bytes(source, info.start, fd, offset, info.nbytes, source=info.file)
+                    return
+                for piece in read_pieces(source, info.start, info.end, info.file):
+                    self._put(fd, piece, offset)
+                    offset += len(piece)
 
-            self._write(name, info.nbytes, copy, read_pieces(source, info.start, info.end, info.file))
+            self._write(name, info.nbytes, copy)
 
     def close(self) -> dict[str, str]:
         """Write the index if there are several files; {file name: sha256} if hashed, else {}."""
@@ -219,21 +224,23 @@ class ShardWriter:
             self._sha256[shard.file.name] = entry.sha256
         return same
 
-    def _write(
-        self, name: str, count: int, write: Callable[[int, int], None], pieces: Iterable[memoryview]
-    ) -> None:
-        """Let `write(fd, offset)` put `count` bytes in their place, and hash `pieces` meanwhile."""
+    def _put(self, fd: int, piece: memoryview, offset: int) -> None:
+        """Write bytes, and hash the same bytes meanwhile."""
+        hashing = self._pool.submit(self._digest.update, piece) if self._pool else None
+        write_at(fd, piece, offset)
+        if hashing:
+            hashing.result()
+
+    def _write(self, name: str, count: int, write: Callable[[int, int], None]) -> None:
+        """Let `write(fd, offset)` put the next `count` bytes of a tensor in their place."""
         assert self._left and not self._closed, f"{name}: all is written"
         shard, spec, start = self._left[0]
         assert spec.name == name, f"{name} comes before its turn, which is that of {spec.name}"
         assert self._filled + count <= spec.nbytes, f"{name} has {spec.nbytes} bytes, not more"
         with self._guarded():
             fd = self._open_target(shard)
-            hashing = self._pool.submit(self._hash, pieces) if self._pool else None
             write(fd, start + self._filled)
             self._filled += count
-            if hashing:
-                hashing.result()
             if self._filled == spec.nbytes:
                 self._left.popleft()
                 self._filled = 0
@@ -253,10 +260,6 @@ class ShardWriter:
             self._fd = os.open(shard.file, os.O_WRONLY | os.O_CLOEXEC)
             self._digest = hashlib.sha256(shard.header)
         return self._fd
-
-    def _hash(self, pieces: Iterable[memoryview]) -> None:
-        for piece in pieces:
-            self._digest.update(piece)
 
     def _write_index(self) -> None:
         if len(self.shards) == 1:

@@ -93,7 +93,7 @@ class WriteBehind(Sink):
         self._put(self._writer.append, self._names.get(name, name), data)
 
     def move(self, step: TensorStep) -> None:
-        """A whole tensor from another file, inside the kernel."""
+        """A whole tensor from another file, in the kernel where it can."""
         self._put(self._writer.move, step.sources[0], self._names.get(step.name, step.name))
 
     def flush(self) -> None:

@@ -2,9 +2,9 @@
 
     repack("wan22_w8a8_mxfp8_export", "wan22-mxfp8", base="hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers")
 
-Bytes that stay as they are go from file to file inside the kernel; the others are written some rows at a time
-by `weights.tensor_steps`. What an engine cannot load is refused before anything is written. torch is imported
-for FP8 in tiles and for `check` only.
+Bytes that stay as they are go from file to file, in the kernel where it can; the others are written some rows
+at a time by `weights.tensor_steps`. What an engine cannot load is refused before anything is written. torch
+is imported for FP8 in tiles and for `check` only.
 
 `check` decodes both sides, some rows at a time, and hashes them. It shares no code with `tensor_steps`:
 containers are undone by value, scales are read as stored.

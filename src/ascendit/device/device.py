@@ -79,11 +79,6 @@ class Device:
         return self.backend.tensors if self.index is None else f"{self.backend.tensors}:{self.index}"
 
     @property
-    def names_its_chip(self) -> bool:
-        """Whether its name tells which schemes it has: a twin, or an open NPU."""
-        return self.chip is not None
-
-    @property
     def native_schemes(self) -> frozenset[str]:
         """The quantized schemes that its chip has a matmul for; none where it has no chip of the table."""
         return native_on(self.chip) if self.chip else frozenset()

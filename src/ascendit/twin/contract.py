@@ -11,7 +11,7 @@ import string
 import tomllib
 import types
 from collections.abc import Mapping
-from importlib import resources
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -52,7 +52,7 @@ class _Words(string.Formatter):
 @functools.cache
 def refusals() -> Mapping[str, Mapping[str, Mapping[str, str]]]:
     """Family -> refusal -> its got, needs and fix, with places for `_Words`."""
-    text = resources.files("ascendit.twin").joinpath("data", "refusals.toml").read_text(encoding="utf-8")
+    text = (Path(__file__).parent / "data" / "refusals.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
 
 
