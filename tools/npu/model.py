@@ -53,7 +53,7 @@ def forward(device: Device, stub: Stub) -> dict[str, Any]:
     tokens = torch.zeros(
         1, len(state.shared.part), CONFIG.dim, device=device.torch_name, dtype=torch.bfloat16
     )
-    _, block = stub.during(lambda: model.run_block(0, model.blocks[0], tokens, mod, state))
+    _, block = stub.during(lambda: model.blocks[0](0, tokens, mod, state))
     return {"prepare": counted(prepared), "forward": counted(whole), "block": counted(block)}
 
 
