@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -218,11 +219,16 @@ class QuantizeJob:
             attention=source.attention | asked,
         )
 
+    @cached_property
+    def planned(self) -> dict[str, ExpertOutput]:
+        """Expert -> its output before a calibration, which changes smoothing factors, never a size."""
+        return {expert.applied.expert.name: self.output_of(expert) for expert in self.experts}
+
     def run(self, resume: bool, on_progress: OnProgress | None) -> QuantizeReport:
         """Write the folder."""
         start = time.perf_counter()
         sources = [self.layout.root, *(x.expert.path for x in self.applied), *(x.path for x in self.loras)]
-        outputs = [self.output_of(expert) for expert in self.experts]
+        outputs = list(self.planned.values())
         needed = sum(output.nbytes for output in outputs)
         needed += sum(_size(path) for path, _ in self._others() if self.copy or path.is_file())
         with Staging(
@@ -348,7 +354,7 @@ class QuantizeJob:
             schemes=applied.schemes,
             kept=applied.kept,
             bytes_before=applied.bytes_before,
-            bytes_after=self.output_of(expert).nbytes,
+            bytes_after=self.planned[applied.expert.name].nbytes,
             num_weights=num_weights(applied.expert),
             sqnr=expert.sqnr,
             outputs=self.outputs.get(applied.expert.name, Outputs()),
