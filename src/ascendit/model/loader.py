@@ -77,7 +77,10 @@ def load_expert(
         schemes = {name: layer.scheme for name, layer in layers.items()}
         for scheme in set(schemes.values()) - {"bf16"}:
             ops.quantized.kernel(scheme)
-        steps = cut_steps(recipe.plan() if recipe else stored_steps(expert), expert, schemes, shards)
+        plan = recipe.plan() if recipe else stored_steps(expert)
+        # Every mul_scale is in `layers` already.
+        plan = [step for step in plan if step.name.removesuffix(".mul_scale") not in layers]
+        steps = cut_steps(plan, expert, schemes, shards)
         layers = {name: part_of(layer, shard_of(shards, name)) for name, layer in layers.items()}
         plain = (s for step in steps for s in step.specs if s.name.rpartition(".")[0] not in layers)
         dtype = dtype or default_dtype(plain, device)
