@@ -79,19 +79,33 @@ def _row(operator: str, mode: str = "", /, **rest: str) -> Capability:
 
 
 def _row_quantizer(scheme: str, dtypes: str, chips: Mapping[str, str] = _MX) -> Capability:
-    how = {"scheme": scheme, "aclnn": "aclnnDynamicQuantV2", "dtypes": dtypes, **chips}
-    return _row("npu_dynamic_quant", scheme, used_for=f"tokens in {scheme}", **how)
+    return _row(
+        "npu_dynamic_quant",
+        scheme,
+        used_for=f"tokens in {scheme}",
+        scheme=scheme,
+        aclnn="aclnnDynamicQuantV2",
+        dtypes=dtypes,
+        **chips,
+    )
 
 
 def _matmul(scheme: str, dtypes: str, layout: str = "", chips: Mapping[str, str] = _MX) -> Capability:
-    how = {"scheme": scheme, "aclnn": _QUANT_MATMUL, "dtypes": dtypes, "layout": layout, **chips}
-    return _row(_MM, scheme, used_for=f"linear in {scheme}", **how)
+    return _row(
+        _MM,
+        scheme,
+        used_for=f"linear in {scheme}",
+        scheme=scheme,
+        aclnn=_QUANT_MATMUL,
+        dtypes=dtypes,
+        layout=layout,
+        **chips,
+    )
 
 
-def _only_torch(name: str) -> Capability:
-    """An operator without a CANN kernel on a5, beside one of PyTorch's own."""
-    plain = f"torch.nn.functional.{name.removesuffix('_eval')}, which every chip has"
-    operator = f"npu_{name}"
+def _only_torch(operator: str, function: str) -> Capability:
+    """An operator without a CANN kernel on a5, beside a `function` of PyTorch's own."""
+    plain = f"torch.nn.functional.{function}, which every chip has"
     return _row(operator, message=_NO_ACLNN.format(operator), instead=plain, **_NOT_A5_ADAPTER)
 
 
@@ -156,8 +170,8 @@ CAPABILITIES: tuple[Capability, ...] = (
         instead="CANN 9.1.0 has it on a2 and a3; without it cast plain int8 weights only",
         **_A5_ADAPTER,
     ),
-    _only_torch("layer_norm_eval"),
-    _only_torch("silu"),
+    _only_torch("npu_layer_norm_eval", "layer_norm"),
+    _only_torch("npu_silu", "silu"),
     _row(
         "npu_prompt_flash_attention",
         aclnn="aclnnPromptFlashAttentionV3",
