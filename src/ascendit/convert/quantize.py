@@ -198,8 +198,9 @@ class QuantizeJob:
                 code="E-QNT-01",
             )
         check_kind(self.kind, used, self.layout.name, force=force)
-        for applied in self.applied:
-            check_engine(self.dialect.engine, applied.traits, f"{self.layout.name}/{applied.expert.name}")
+        if (engine := self.dialect.engine) is not None:
+            for applied in self.applied:
+                check_engine(engine, applied.traits, f"{self.layout.name}/{applied.expert.name}")
         if self.calibrate is not None:
             self.calibration = self.calibrate.record(self.layout)
 

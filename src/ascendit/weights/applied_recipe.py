@@ -49,7 +49,7 @@ class AppliedRecipe(LayerSchemes):
     def traits(self) -> frozenset[str]:
         """What matters to an engine."""
         shapes = {name: self.weight(name).shape for name in self.coded}
-        smoothing = {name: tuple(scale.tolist()) for name, scale in self.smoothing.items()}
+        smoothing = {name: scale.float().numpy().tobytes() for name, scale in self.smoothing.items()}
         return traits_of(self.inside, shapes, smoothing)
 
     @property
