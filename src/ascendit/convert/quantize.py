@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +154,8 @@ class QuantizeJob:
     """The command line, without what names no file of the model; files by their names alone."""
     kind: Task = field(init=False)
     experts: list[RecipeSteps] = field(init=False)
+    planned: dict[str, ExpertOutput] = field(init=False)
+    """Expert -> its output before a calibration, which changes smoothing factors, never a size."""
     outputs: dict[str, Outputs] = field(init=False, default_factory=dict)
     files: dict[str, str] = field(init=False, default_factory=dict)
     """Path in the folder -> sha256, if asked for."""
@@ -187,7 +188,7 @@ class QuantizeJob:
         return [expert.applied for expert in self.experts]
 
     def check(self, force: bool) -> None:
-        """Refuse before any work what cannot come out well."""
+        """Refuse before any work what cannot come out well; plan the rest."""
         used = {scheme for applied in self.applied for scheme in applied.schemes}
         if not used - {"bf16"}:
             keep = f" with --keep {' '.join(self.keep)}" if self.keep else ""
@@ -203,6 +204,7 @@ class QuantizeJob:
                 check_engine(engine, applied.traits, f"{self.layout.name}/{applied.expert.name}")
         if self.calibrate is not None:
             self.calibration = self.calibrate.record(self.layout)
+        self.planned = {expert.applied.expert.name: self.output_of(expert) for expert in self.experts}
 
     # ---- writing --------------------------------------------------------------------------------
 
@@ -219,11 +221,6 @@ class QuantizeJob:
             layers=applied.inside,
             attention=source.attention | asked,
         )
-
-    @cached_property
-    def planned(self) -> dict[str, ExpertOutput]:
-        """Expert -> its output before a calibration, which changes smoothing factors, never a size."""
-        return {expert.applied.expert.name: self.output_of(expert) for expert in self.experts}
 
     def run(self, resume: bool, on_progress: OnProgress | None) -> QuantizeReport:
         """Write the folder."""

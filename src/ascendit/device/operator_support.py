@@ -6,7 +6,7 @@ has the name of every operator on every chip, and many calls fail only inside CA
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,7 +62,8 @@ _NO_ACLNN = (
     "Current device only support aclnn operator, but current operator {0} do not have aclnn implementation"
 )
 _FUSED, _MM, _QUANT_MATMUL = "npu_fusion_attention", "npu_quant_matmul", "aclnnQuantMatmulV5"
-_BLOCK_QUANT, _INFER = "npu_dynamic_block_quant", "fused_infer_attention_score_v2"
+_ROW_QUANT, _BLOCK_QUANT = "npu_dynamic_quant", "npu_dynamic_block_quant"
+_INFER = "fused_infer_attention_score_v2"
 _FLOATS = "fp16 bf16 fp32"
 _T_VIEW = "x2 [K, N] a transposed view of [N, K], scale likewise; or FRACTAL_NZ"
 
@@ -78,29 +79,14 @@ def _row(operator: str, mode: str = "", /, **rest: str) -> Capability:
     return Capability(operator=operator, mode=mode, **rest)  # type: ignore[arg-type]
 
 
-def _row_quantizer(scheme: str, dtypes: str, chips: Mapping[str, str] = _MX) -> Capability:
+def _row_quantizer(scheme: str, **rest: str) -> Capability:
     return _row(
-        "npu_dynamic_quant",
-        scheme,
-        used_for=f"tokens in {scheme}",
-        scheme=scheme,
-        aclnn="aclnnDynamicQuantV2",
-        dtypes=dtypes,
-        **chips,
+        _ROW_QUANT, scheme, used_for=f"tokens in {scheme}", scheme=scheme, aclnn="aclnnDynamicQuantV2", **rest
     )
 
 
-def _matmul(scheme: str, dtypes: str, layout: str = "", chips: Mapping[str, str] = _MX) -> Capability:
-    return _row(
-        _MM,
-        scheme,
-        used_for=f"linear in {scheme}",
-        scheme=scheme,
-        aclnn=_QUANT_MATMUL,
-        dtypes=dtypes,
-        layout=layout,
-        **chips,
-    )
+def _matmul(scheme: str, **rest: str) -> Capability:
+    return _row(_MM, scheme, used_for=f"linear in {scheme}", scheme=scheme, aclnn=_QUANT_MATMUL, **rest)
 
 
 def _only_torch(operator: str, function: str) -> Capability:
@@ -135,20 +121,19 @@ CAPABILITIES: tuple[Capability, ...] = (
     ),
     _row("npu_rms_norm_dynamic_mx_quant", aclnn="aclnnRmsNormDynamicMxQuant", **_MX),
     _row("npu_add_rms_norm_dynamic_mx_quant", aclnn="aclnnAddRmsNormDynamicMxQuant", **_MX),
-    _row_quantizer("int8", "fp16 bf16 -> int8", chips={}),
-    _row_quantizer("fp8", "-> e4m3 e5m2"),
+    _row_quantizer("int8", dtypes="fp16 bf16 -> int8"),
+    _row_quantizer("fp8", dtypes="-> e4m3 e5m2", **_MX),
     _row(_BLOCK_QUANT, "int8", aclnn="aclnnDynamicBlockQuantV2", layout="a2, a3: row 1, col 1 or 128"),
     _row(_BLOCK_QUANT, "fp8", aclnn="aclnnDynamicBlockQuantV2", **_MX),
     _matmul(
         "int8",
-        "int8 x int8, fp32 per token, fp32 or bf16 per channel",
-        "x2 [K, N], any; or FRACTAL_NZ",
-        chips={},
+        dtypes="int8 x int8, fp32 per token, fp32 or bf16 per channel",
+        layout="x2 [K, N], any; or FRACTAL_NZ",
     ),
-    _matmul("fp8", "e4m3 x e4m3, fp32"),
-    _matmul("mxfp8", "e4m3 e5m2, e8m0 scales", _T_VIEW),
-    _matmul("mxfp4", "e2m1 x e2m1, e8m0 scales", _T_VIEW),
-    _matmul("w4a8", "e4m3 x e2m1, e8m0 scales", _T_VIEW),
+    _matmul("fp8", dtypes="e4m3 x e4m3, fp32", **_MX),
+    _matmul("mxfp8", dtypes="e4m3 e5m2, e8m0 scales", layout=_T_VIEW, **_MX),
+    _matmul("mxfp4", dtypes="e2m1 x e2m1, e8m0 scales", layout=_T_VIEW, **_MX),
+    _matmul("w4a8", dtypes="e4m3 x e2m1, e8m0 scales", layout=_T_VIEW, **_MX),
     _row(_MM, "block", aclnn=_QUANT_MATMUL, dtypes="e4m3, fp32 per 128 x 128", **_MX),
     _row(
         "npu_dual_level_quant_matmul",

@@ -78,8 +78,7 @@ def load_expert(
         for scheme in set(schemes.values()) - {"bf16"}:
             ops.quantized.kernel(scheme)
         plan = recipe.plan() if recipe else stored_steps(expert)
-        # Every mul_scale is in `layers` already.
-        plan = [step for step in plan if step.name.removesuffix(".mul_scale") not in layers]
+        plan = [step for step in plan if step.name.removesuffix(".mul_scale") not in layers]  # read already
         steps = cut_steps(plan, expert, schemes, shards)
         layers = {name: part_of(layer, shard_of(shards, name)) for name, layer in layers.items()}
         plain = (s for step in steps for s in step.specs if s.name.rpartition(".")[0] not in layers)

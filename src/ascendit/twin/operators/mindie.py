@@ -81,10 +81,8 @@ def layernorm(
     row = Out((*input.shape[: input.dim() - len(shape)], *[1] * len(shape)), input.dtype)
     yield Out(tuple(input.shape), input.dtype), row, row
     if len(shape) == 1:
-        out, (mean, rstd) = (
-            cpu_kernels.layer_norm(input, weight, bias, eps),
-            elementwise.moments(input, 1, eps),
-        )
+        out = cpu_kernels.layer_norm(input, weight, bias, eps)
+        mean, rstd = elementwise.moments(input, 1, eps)
     else:
         out, mean, rstd = elementwise.layer(input, len(shape), weight, bias, eps)
     yield out.to(input.dtype), mean.to(input.dtype), rstd.to(input.dtype)

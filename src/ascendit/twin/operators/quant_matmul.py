@@ -125,9 +125,8 @@ def _fp8(call: Call, x2: Tensor) -> Tensor:
 
 def _element_of(codes: Tensor, number: int | None) -> Element:
     """The format of one code; only packed FP4 is passed with the `number` of its dtype."""
-    if number is not None:
-        return E2M1
-    return E5M2 if codes.dtype == torch.float8_e5m2 else E4M3
+    fp8 = E5M2 if codes.dtype == torch.float8_e5m2 else E4M3
+    return fp8 if number is None else E2M1
 
 
 def _mx(call: Call, x2: Tensor) -> Tensor:
