@@ -199,7 +199,7 @@ class Shards:
 
     @classmethod
     def of_files(cls, files: Sequence[Path]) -> Self:
-        """These files of one folder, without an index. A tensor that lies in two of them is E-CKP-09."""
+        """These files of one folder, without an index. A tensor that is in two of them is E-CKP-09."""
         tensors: dict[str, TensorInfo] = {}
         for path in files:
             for name, info in read_header(path).items():

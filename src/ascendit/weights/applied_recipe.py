@@ -19,7 +19,7 @@ from ascendit.report import group_by
 from ascendit.weights.engine_formats import traits_of
 
 TILES = "F8_E4M3"
-"""Dtype of weights in tiles, the only one of a source that is no float."""
+"""Dtype of weights in tiles, the only non-float dtype of a source."""
 
 
 @dataclass(frozen=True)

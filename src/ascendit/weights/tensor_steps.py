@@ -139,8 +139,8 @@ def run_steps(
 
     `advance`: gets the bytes of the sources of a step while it runs. `encode_all`: layers that an earlier run
     has written are encoded again, to be measured. Raises CheckpointError: E-CKP-08 for invalid scales,
-    E-CKP-04 for what is no FP4 number, E-CKP-02 for files that shrink, E-QNT-01 for weights that are not
-    finite.
+    E-CKP-04 for values that FP4 cannot hold, E-CKP-02 for files that shrink, E-QNT-01 for weights that are
+    not finite.
     """
     for step in steps:
         done = bool(step.specs) and all(sink.done(spec.name) for spec in step.specs)
