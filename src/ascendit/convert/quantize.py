@@ -226,13 +226,12 @@ class QuantizeJob:
         """Write the folder."""
         start = time.perf_counter()
         sources = [self.layout.root, *(x.expert.path for x in self.applied), *(x.path for x in self.loras)]
-        outputs = list(self.planned.values())
-        needed = sum(output.nbytes for output in outputs)
+        needed = sum(output.nbytes for output in self.planned.values())
         needed += sum(_size(path) for path, _ in self._others() if self.copy or path.is_file())
         with Staging(
             self.dst,
             sources=list(dict.fromkeys(sources)),
-            fingerprint=self.fingerprint(outputs),
+            fingerprint=self.fingerprint(),
             resume=resume,
             needs_bytes=needed,
         ) as staging:
@@ -292,14 +291,14 @@ class QuantizeJob:
 
     # ---- what is said about it ------------------------------------------------------------------
 
-    def fingerprint(self, outputs: Sequence[ExpertOutput]) -> str:
+    def fingerprint(self) -> str:
         """The same for two runs that write the same bytes."""
         parts: list[Any] = [self.recipe.as_dict(), self.keep, self.max_shard_bytes, self.loras]
         if self.calibrate is not None:  # its statistics are kept, and a run that goes on reads them
             parts += [dict(self.calibration), self.measure]
         for expert, layers in self.smoothing.items():
             parts += [(expert, name, scale.tolist()) for name, scale in layers.items()]
-        return fingerprint(outputs, parts, more=[lora.path for lora in self.loras])
+        return fingerprint(self.planned.values(), parts, more=[lora.path for lora in self.loras])
 
     def made(self) -> provenance.Made:
         """For the card and `ascendit.json`."""

@@ -63,8 +63,7 @@ _NO_ACLNN = (
 )
 _FUSED, _MM, _QUANT_MATMUL = "npu_fusion_attention", "npu_quant_matmul", "aclnnQuantMatmulV5"
 _ROW_QUANT, _BLOCK_QUANT = "npu_dynamic_quant", "npu_dynamic_block_quant"
-_INFER = "fused_infer_attention_score_v2"
-_FLOATS = "fp16 bf16 fp32"
+_INFER, _FLOATS = "fused_infer_attention_score_v2", "fp16 bf16 fp32"
 _T_VIEW = "x2 [K, N] a transposed view of [N, K], scale likewise; or FRACTAL_NZ"
 
 _A5_ONLY = {"a2": "cann", "a3": "cann"}

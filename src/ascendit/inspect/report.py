@@ -72,11 +72,9 @@ class ModelReport:
         d = self.defaults
         sizes = d.spec.sizes if d.spec else ((d.width, d.height),)
         return {
-            **selected(
-                d, "task", "frame_stride", "num_frames", "size_multiple", "fps", "num_inference_steps"
-            ),
-            **selected(d, "flow_shift", "solver", "guidance_scale", "guidance_scale_2", "boundary_ratio"),
-            **selected(d, "max_sequence_length"),
+            **selected(d, "task", "frame_stride", "num_frames", "size_multiple", "fps"),
+            **selected(d, "num_inference_steps", "flow_shift", "solver", "guidance_scale"),
+            **selected(d, "guidance_scale_2", "boundary_ratio", "max_sequence_length"),
             "sizes": [f"{w}x{h}" for w, h in sizes],
         }
 
