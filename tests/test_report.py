@@ -76,5 +76,5 @@ def test_plain_data() -> None:
     record = Outer(Inner(Path("a/b"), more={"x": (Own(), None)}))
     expected = {"path": "a/b", "sizes": [1, 2], "more": {"x": [{"own": 1}, None]}}
     assert plain(record) == {"inner": expected, "verdict": "runs"}
-    assert selected(record, "bits inner") == {"bits": 4.25, "inner": expected}
+    assert selected(record, "bits", "inner") == {"bits": 4.25, "inner": expected}
     assert json.dumps(plain([record, True, 1.5, "text"]))

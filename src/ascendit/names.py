@@ -408,7 +408,7 @@ def ranges(numbers: Iterable[int]) -> str:
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
 
 
-def counted(kinds: Mapping[str, Collection[str]], limit: int = 5) -> str:
+def problem_counts(kinds: Mapping[str, Collection[str]], limit: int = 5) -> str:
     """`2 missing: a, b; 1 left over: c`: the kinds that have names, with the number and the first of them."""
     return "; ".join(f"{len(names)} {kind}: {listed(names, limit)}" for kind, names in kinds.items() if names)
 

@@ -76,6 +76,6 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def selected(record: object, names: str) -> dict[str, Any]:
-    """The attributes of a record whose names are the words of `names`, as plain data."""
-    return {name: plain(getattr(record, name)) for name in names.split()}
+def selected(record: object, *names: str) -> dict[str, Any]:
+    """The attributes `names` of a record, as plain data."""
+    return {name: plain(getattr(record, name)) for name in names}

@@ -23,6 +23,7 @@ from ascendit.errors import AscenditError, CheckpointError, EnvironmentProblem, 
 from ascendit.mx import smoothing
 from ascendit.progress import Progress
 from ascendit.quant.schemes import QUANTIZED, SCHEMES
+from ascendit.weights.recipe_steps import RecipeSteps
 
 LAYERS = 10  # in a block
 Q = "blocks.0.attn1.to_q"
@@ -48,6 +49,15 @@ def refused(code: str, kind: type[AscenditError], *args: Any, **options: Any) ->
     assert e.value.code == code, e.value
     assert not Path(args[1]).exists() and not list(Path(args[1]).parent.glob(".*partial"))
     return e.value
+
+
+def test_each_expert_is_planned_once_and_again_to_be_written(model, dst, monkeypatch):
+    plans, real = [], RecipeSteps.plan
+    monkeypatch.setattr(RecipeSteps, "plan", lambda self: plans.append(self) or real(self))
+    expected = quantize(model, dst, scheme="mxfp8", dry_run=True)
+    assert len(plans) == 2
+    assert quantize(model, dst, scheme="mxfp8").bytes_after == expected.bytes_after
+    assert len(plans) == 2 + 4
 
 
 # ---- the folder ---------------------------------------------------------------------------------

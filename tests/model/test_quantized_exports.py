@@ -14,6 +14,7 @@ from safetensors import safe_open
 from stored import load_transformer
 
 from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.reader import RowReader, TensorInfo
 from ascendit.checkpoint.transformer import Expert, read_expert
 from ascendit.convert.repack import repack
 from ascendit.errors import CheckpointError
@@ -51,6 +52,22 @@ def experts_of(folder: Path) -> list[Expert]:
 
 def load(expert: Expert, **kw: Any) -> Any:
     return load_expert(expert, None, bind("cpu"), **kw)
+
+
+def test_each_mul_scale_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    for method in ("blocks", "into"):
+        real = getattr(RowReader, method)
+
+        def read(self: RowReader, info: TensorInfo, *args: Any, real: Any = real, **kw: Any) -> Any:
+            reads.append(info.name)
+            return real(self, info, *args, **kw)
+
+        monkeypatch.setattr(RowReader, method, read)
+    expert = experts_of(exports.SMOOTH)[0]
+    load(expert)
+    factors = [layer.tensors["mul_scale"].name for layer in expert.layers.values()]
+    assert sorted(name for name in reads if name in factors) == sorted(factors) and factors
 
 
 def exact(tensors: dict[str, torch.Tensor], name: str, scheme: str, x: torch.Tensor) -> torch.Tensor:

@@ -124,5 +124,13 @@ def test_each_refusal_has_a_text_and_each_text_the_values_it_names() -> None:
                 named = {re.split(r"[.\[]", f)[0] for f in fields}
                 of_call = arguments if isinstance(node.func, ast.Attribute) else set()
                 assert None in given or named <= given | of_call, (path.name, key)
-    assert all(list(row) == ["got", "needs", "fix"] for row in texts.values())
+    assert all(row.keys() == {"got", "needs", "fix"} for row in texts.values())
     assert used == set(texts)
+
+
+def test_a_refusal_may_have_its_texts_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"fix": "pass {x}", "needs": "a number", "got": "{x:list}"}
+    monkeypatch.setattr(contract, "refusals", lambda: {"call": {"odd": row}})
+    with pytest.raises(TwinError) as e:
+        contract.refuse("call.odd", x=[1, 2])
+    assert (e.value.got, e.value.needs, e.value.fix) == ("1, 2", "a number", "pass [1, 2]")

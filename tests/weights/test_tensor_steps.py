@@ -4,6 +4,7 @@ containers of FP4. Oracle of numbers: ml_dtypes."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,19 @@ from torch import Tensor
 
 from ascendit import mx
 from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.reader import RowReader, TensorInfo
 from ascendit.checkpoint.transformer import read_expert
+from ascendit.checkpoint.writer import TensorSpec
 from ascendit.convert.repack import repack
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.mx.codec import Encoded
 from ascendit.weights.engine_formats import Dialect, dialect_for, traits_of
 from ascendit.weights.tensor_steps import (
+    Piece,
+    Sink,
+    TensorStep,
     recode,
+    run_steps,
     schemes_of,
     smoothing_of,
     stored_steps,
@@ -44,6 +51,28 @@ def test_each_tensor_has_one_step() -> None:
                 used = [info for step in steps for info in step.sources]
                 assert sorted(x.name for x in used) == sorted(x.name for x in expert.tensors.values())
                 assert all(step.name == step.specs[0].name for step in steps if step.specs)
+
+
+class Nowhere(Sink):
+    def append(self, name: str, data: Any) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("length", "pieces"), [(0, [b""]), (4, [b"abcd", b"ef"]), (8, [b"abc"])])
+def test_progress_adds_up_to_the_bytes_of_the_sources(length: int, pieces: list[bytes]) -> None:
+    def make(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
+        yield from (("x", piece) for piece in pieces)
+
+    source = TensorInfo("x", "U8", (10,), Path("x"), 0, 10)
+    specs = (TensorSpec("x", "U8", (length,)),)
+    step = TensorStep(name="x", how="rows", specs=specs, sources=(source,), make=make)
+    counts: list[int] = []
+    with RowReader() as reader:
+        run_steps([step], reader, Nowhere(), advance=lambda name, count, skipped=False: counts.append(count))
+    assert sum(counts) == 10 and min(counts) >= 0
 
 
 def test_schemes_and_smoothing_of_an_expert() -> None:

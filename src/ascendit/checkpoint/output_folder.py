@@ -102,8 +102,8 @@ class Staging:
     After Ctrl-C complete files are kept for `resume`; after other errors only if `keep` is set.
 
     Raises UsageError: E-USE-03 `dst` exists, or another run writes it at this moment; E-USE-06 `dst` and a
-    source lie inside each other; E-USE-01 no name, or `resume` of another work. EnvironmentProblem: E-ENV-04
-    too little room, E-ENV-02 not writable.
+    source are nested; E-USE-01 no name, or `resume` with other options or sources. EnvironmentProblem:
+    E-ENV-04 too little room, E-ENV-02 not writable.
     """
 
     def __init__(

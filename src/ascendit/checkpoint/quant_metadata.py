@@ -27,9 +27,9 @@ from ascendit.names import (
     ROLES,
     Naming,
     canonical,
-    counted,
     is_block_linear,
     listed,
+    problem_counts,
     sort_names,
     to_wan,
 )
@@ -78,7 +78,8 @@ class Manifest:
         absent = [name for name in self.tensors if name not in tensors]
         parents = _parents(tensors)
         absent += [name for name in self.attention if name.removesuffix(QUANT_TYPE) not in parents]
-        if problems := counted({"tensors that it does not name": unnamed, "names of no tensor": absent}):
+        kinds = {"tensors that it does not name": unnamed, "names of no tensor": absent}
+        if problems := problem_counts(kinds):
             raise CheckpointError(
                 f"{self.path} does not fit the weights: {problems}",
                 needs="a manifest that names every tensor and nothing else",

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeGuard
 
 from ascendit.checkpoint.component import STEM, Part, is_plain, loads, read_json, stays_inside, unreadable
 from ascendit.errors import CheckpointError
-from ascendit.names import counted, listed
+from ascendit.names import listed, problem_counts
 
 if TYPE_CHECKING:
     import torch
@@ -198,7 +198,7 @@ class Shards:
 
     @classmethod
     def of_files(cls, files: Sequence[Path]) -> Self:
-        """These files of one folder, without an index. A tensor that lies in two of them is E-CKP-09."""
+        """These files of one folder, without an index. A tensor that is in two of them is E-CKP-09."""
         tensors: dict[str, TensorInfo] = {}
         for path in files:
             for name, info in read_header(path).items():
@@ -252,8 +252,8 @@ def _join(index: Path, weight_map: dict[str, str], files: tuple[Path, ...]) -> d
             else:
                 unmapped.append(f"{name} in {path.name}")
     absent = [f"{name} in {weight_map[name]}" for name in weight_map if name not in tensors]
-    problems = counted({"not where the index says": absent, "in a shard and not in the index": unmapped})
-    if not problems:
+    kinds = {"not where the index says": absent, "in a shard and not in the index": unmapped}
+    if not (problems := problem_counts(kinds)):
         return tensors
     raise CheckpointError(
         f"{index} disagrees with its shards: {problems}",

@@ -128,8 +128,8 @@ def write_expert(
 ) -> dict[str, str]:
     """Write the files of one expert; path in the output -> sha256 of the weights with `hash`.
 
-    `encode_all`: as for `run_steps`. `hash_json`: of the JSON files too. `align`: tensors come to be
-    as in the source, relative to pages, which moves them faster. Raises as `run_steps` and `ShardWriter`.
+    `encode_all`: as for `run_steps`. `hash_json`: of the JSON files too. `align`: tensors start at the same
+    offset within a page as in the source, which makes moving faster. Raises as `run_steps` and `ShardWriter`.
     """
     dialect, names = output.dialect, output.disk_names
     stem, manifest_file = dialect.file_names(model_quant_type(output.layers))

@@ -24,7 +24,7 @@ from ascendit.checkpoint.quant_metadata import CONFIG_KEY
 from ascendit.checkpoint.transformer import Expert, shapes_of
 from ascendit.convert.report import Outputs
 from ascendit.errors import CheckpointError, UsageError
-from ascendit.names import TOLERATED, counted, expected_tensors
+from ascendit.names import TOLERATED, expected_tensors, problem_counts
 from ascendit.version import __version__, installed
 
 CARD_FILE = "README.md"
@@ -213,7 +213,7 @@ def config_from(base: Layout, expert: Expert) -> dict[str, Any]:
     model = {n for n in found if n.endswith((".weight", ".bias", "scale_shift_table", ".pos_embed"))}
     extra = [n for n in model - wanted.keys() if not any(part in n for part in TOLERATED)]
     kinds = {"of other shapes": unlike, "that it lacks": lacking, "that the base lacks": extra}
-    if problems := counted(kinds, 2):
+    if problems := problem_counts(kinds, 2):
         raise _other_model(f"{expert.path} does not fit --base {base.root}: {problems}")
     return {key: value for key, value in config.items() if key != CONFIG_KEY}
 

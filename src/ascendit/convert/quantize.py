@@ -154,6 +154,8 @@ class QuantizeJob:
     """The command line, without what names no file of the model; files by their names alone."""
     kind: Task = field(init=False)
     experts: list[RecipeSteps] = field(init=False)
+    planned: dict[str, ExpertOutput] = field(init=False)
+    """Expert -> its output before a calibration, which changes smoothing factors, never a size."""
     outputs: dict[str, Outputs] = field(init=False, default_factory=dict)
     files: dict[str, str] = field(init=False, default_factory=dict)
     """Path in the folder -> sha256, if asked for."""
@@ -186,7 +188,7 @@ class QuantizeJob:
         return [expert.applied for expert in self.experts]
 
     def check(self, force: bool) -> None:
-        """Refuse before any work what cannot come out well."""
+        """Refuse before any work what cannot come out well; plan the rest."""
         used = {scheme for applied in self.applied for scheme in applied.schemes}
         if not used - {"bf16"}:
             keep = f" with --keep {' '.join(self.keep)}" if self.keep else ""
@@ -197,10 +199,12 @@ class QuantizeJob:
                 code="E-QNT-01",
             )
         check_kind(self.kind, used, self.layout.name, force=force)
-        for applied in self.applied:
-            check_engine(self.dialect.engine, applied.traits, f"{self.layout.name}/{applied.expert.name}")
+        if (engine := self.dialect.engine) is not None:
+            for applied in self.applied:
+                check_engine(engine, applied.traits, f"{self.layout.name}/{applied.expert.name}")
         if self.calibrate is not None:
             self.calibration = self.calibrate.record(self.layout)
+        self.planned = {expert.applied.expert.name: self.output_of(expert) for expert in self.experts}
 
     # ---- writing --------------------------------------------------------------------------------
 
@@ -222,13 +226,12 @@ class QuantizeJob:
         """Write the folder."""
         start = time.perf_counter()
         sources = [self.layout.root, *(x.expert.path for x in self.applied), *(x.path for x in self.loras)]
-        outputs = [self.output_of(expert) for expert in self.experts]
-        needed = sum(output.nbytes for output in outputs)
+        needed = sum(output.nbytes for output in self.planned.values())
         needed += sum(_size(path) for path, _ in self._others() if self.copy or path.is_file())
         with Staging(
             self.dst,
             sources=list(dict.fromkeys(sources)),
-            fingerprint=self.fingerprint(outputs),
+            fingerprint=self.fingerprint(),
             resume=resume,
             needs_bytes=needed,
         ) as staging:
@@ -288,14 +291,14 @@ class QuantizeJob:
 
     # ---- what is said about it ------------------------------------------------------------------
 
-    def fingerprint(self, outputs: Sequence[ExpertOutput]) -> str:
+    def fingerprint(self) -> str:
         """The same for two runs that write the same bytes."""
         parts: list[Any] = [self.recipe.as_dict(), self.keep, self.max_shard_bytes, self.loras]
         if self.calibrate is not None:  # its statistics are kept, and a run that goes on reads them
             parts += [dict(self.calibration), self.measure]
         for expert, layers in self.smoothing.items():
             parts += [(expert, name, scale.tolist()) for name, scale in layers.items()]
-        return fingerprint(outputs, parts, more=[lora.path for lora in self.loras])
+        return fingerprint(self.planned.values(), parts, more=[lora.path for lora in self.loras])
 
     def made(self) -> provenance.Made:
         """For the card and `ascendit.json`."""
@@ -348,7 +351,7 @@ class QuantizeJob:
             schemes=applied.schemes,
             kept=applied.kept,
             bytes_before=applied.bytes_before,
-            bytes_after=self.output_of(expert).nbytes,
+            bytes_after=self.planned[applied.expert.name].nbytes,
             num_weights=num_weights(applied.expert),
             sqnr=expert.sqnr,
             outputs=self.outputs.get(applied.expert.name, Outputs()),

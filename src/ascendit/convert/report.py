@@ -163,7 +163,7 @@ class QuantizedExpert(ConvertedExpert):
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
         data = {"name": self.name, "layers": plain(self.schemes)}
-        data |= selected(self, "kept bytes_before bytes_after")
+        data |= selected(self, "kept", "bytes_before", "bytes_after")
         data["bits_per_weight"] = round(self.bits_per_weight, 3)
         if self.sqnr:
             data["sqnr_db"] = {layer: round(value, 2) for layer, value in self.sqnr.items()}
@@ -225,9 +225,9 @@ class QuantizeReport(ConversionReport):
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        data = selected(self, "path source recipe model_kind dry_run engine")
-        data |= {"layers": self.schemes, **selected(self, "bytes_before bytes_after"), **self.measured()}
-        return data | selected(self, "experts linked loras calibration warnings")
+        data = selected(self, "path", "source", "recipe", "model_kind", "dry_run", "engine")
+        data |= {"layers": self.schemes, **selected(self, "bytes_before", "bytes_after"), **self.measured()}
+        return data | selected(self, "experts", "linked", "loras", "calibration", "warnings")
 
     def lines(self) -> list[str]:
         """For a terminal: titled rows, then the ten worst layers of each expert."""
@@ -281,9 +281,9 @@ class RepackedExpert(ConvertedExpert):
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        data = selected(self, "name folder origin")
+        data = selected(self, "name", "folder", "origin")
         data |= {"layers": plain(self.schemes), "tensors": self.num_tensors, "renamed": self.num_renamed}
-        data |= selected(self, "moved_bytes rewritten_bytes rewritten")
+        data |= selected(self, "moved_bytes", "rewritten_bytes", "rewritten")
         if self.decoded_sha256:
             data |= {"checked": self.num_checked, "decoded_sha256": self.decoded_sha256}
         return data
@@ -317,9 +317,9 @@ class RepackReport(ConversionReport):
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        data = selected(self, "path source layout to engine dry_run checked")
+        data = selected(self, "path", "source", "layout", "to", "engine", "dry_run", "checked")
         data |= {"layers": self.schemes, "bytes": self.bytes_after, **self.measured()}
-        return data | selected(self, "experts placed warnings")
+        return data | selected(self, "experts", "placed", "warnings")
 
     def lines(self) -> list[str]:
         """For a terminal: titled rows."""

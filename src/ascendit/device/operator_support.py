@@ -6,7 +6,7 @@ has the name of every operator on every chip, and many calls fail only inside CA
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,8 +62,8 @@ _NO_ACLNN = (
     "Current device only support aclnn operator, but current operator {0} do not have aclnn implementation"
 )
 _FUSED, _MM, _QUANT_MATMUL = "npu_fusion_attention", "npu_quant_matmul", "aclnnQuantMatmulV5"
-_BLOCK_QUANT, _INFER = "npu_dynamic_block_quant", "fused_infer_attention_score_v2"
-_FLOATS = "fp16 bf16 fp32"
+_ROW_QUANT, _BLOCK_QUANT = "npu_dynamic_quant", "npu_dynamic_block_quant"
+_INFER, _FLOATS = "fused_infer_attention_score_v2", "fp16 bf16 fp32"
 _T_VIEW = "x2 [K, N] a transposed view of [N, K], scale likewise; or FRACTAL_NZ"
 
 _A5_ONLY = {"a2": "cann", "a3": "cann"}
@@ -78,20 +78,19 @@ def _row(operator: str, mode: str = "", /, **rest: str) -> Capability:
     return Capability(operator=operator, mode=mode, **rest)  # type: ignore[arg-type]
 
 
-def _row_quantizer(scheme: str, dtypes: str, chips: Mapping[str, str] = _MX) -> Capability:
-    how = {"scheme": scheme, "aclnn": "aclnnDynamicQuantV2", "dtypes": dtypes, **chips}
-    return _row("npu_dynamic_quant", scheme, used_for=f"tokens in {scheme}", **how)
+def _row_quantizer(scheme: str, **rest: str) -> Capability:
+    return _row(
+        _ROW_QUANT, scheme, used_for=f"tokens in {scheme}", scheme=scheme, aclnn="aclnnDynamicQuantV2", **rest
+    )
 
 
-def _matmul(scheme: str, dtypes: str, layout: str = "", chips: Mapping[str, str] = _MX) -> Capability:
-    how = {"scheme": scheme, "aclnn": _QUANT_MATMUL, "dtypes": dtypes, "layout": layout, **chips}
-    return _row(_MM, scheme, used_for=f"linear in {scheme}", **how)
+def _matmul(scheme: str, **rest: str) -> Capability:
+    return _row(_MM, scheme, used_for=f"linear in {scheme}", scheme=scheme, aclnn=_QUANT_MATMUL, **rest)
 
 
-def _only_torch(name: str) -> Capability:
-    """An operator without a CANN kernel on a5, beside one of PyTorch's own."""
-    plain = f"torch.nn.functional.{name.removesuffix('_eval')}, which every chip has"
-    operator = f"npu_{name}"
+def _only_torch(operator: str, function: str) -> Capability:
+    """An operator without a CANN kernel on a5, beside a `function` of PyTorch's own."""
+    plain = f"torch.nn.functional.{function}, which every chip has"
     return _row(operator, message=_NO_ACLNN.format(operator), instead=plain, **_NOT_A5_ADAPTER)
 
 
@@ -121,20 +120,19 @@ CAPABILITIES: tuple[Capability, ...] = (
     ),
     _row("npu_rms_norm_dynamic_mx_quant", aclnn="aclnnRmsNormDynamicMxQuant", **_MX),
     _row("npu_add_rms_norm_dynamic_mx_quant", aclnn="aclnnAddRmsNormDynamicMxQuant", **_MX),
-    _row_quantizer("int8", "fp16 bf16 -> int8", chips={}),
-    _row_quantizer("fp8", "-> e4m3 e5m2"),
+    _row_quantizer("int8", dtypes="fp16 bf16 -> int8"),
+    _row_quantizer("fp8", dtypes="-> e4m3 e5m2", **_MX),
     _row(_BLOCK_QUANT, "int8", aclnn="aclnnDynamicBlockQuantV2", layout="a2, a3: row 1, col 1 or 128"),
     _row(_BLOCK_QUANT, "fp8", aclnn="aclnnDynamicBlockQuantV2", **_MX),
     _matmul(
         "int8",
-        "int8 x int8, fp32 per token, fp32 or bf16 per channel",
-        "x2 [K, N], any; or FRACTAL_NZ",
-        chips={},
+        dtypes="int8 x int8, fp32 per token, fp32 or bf16 per channel",
+        layout="x2 [K, N], any; or FRACTAL_NZ",
     ),
-    _matmul("fp8", "e4m3 x e4m3, fp32"),
-    _matmul("mxfp8", "e4m3 e5m2, e8m0 scales", _T_VIEW),
-    _matmul("mxfp4", "e2m1 x e2m1, e8m0 scales", _T_VIEW),
-    _matmul("w4a8", "e4m3 x e2m1, e8m0 scales", _T_VIEW),
+    _matmul("fp8", dtypes="e4m3 x e4m3, fp32", **_MX),
+    _matmul("mxfp8", dtypes="e4m3 e5m2, e8m0 scales", layout=_T_VIEW, **_MX),
+    _matmul("mxfp4", dtypes="e2m1 x e2m1, e8m0 scales", layout=_T_VIEW, **_MX),
+    _matmul("w4a8", dtypes="e4m3 x e2m1, e8m0 scales", layout=_T_VIEW, **_MX),
     _row(_MM, "block", aclnn=_QUANT_MATMUL, dtypes="e4m3, fp32 per 128 x 128", **_MX),
     _row(
         "npu_dual_level_quant_matmul",
@@ -156,8 +154,8 @@ CAPABILITIES: tuple[Capability, ...] = (
         instead="CANN 9.1.0 has it on a2 and a3; without it cast plain int8 weights only",
         **_A5_ADAPTER,
     ),
-    _only_torch("layer_norm_eval"),
-    _only_torch("silu"),
+    _only_torch("npu_layer_norm_eval", "layer_norm"),
+    _only_torch("npu_silu", "silu"),
     _row(
         "npu_prompt_flash_attention",
         aclnn="aclnnPromptFlashAttentionV3",

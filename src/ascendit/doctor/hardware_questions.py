@@ -41,9 +41,17 @@ class Question:
 
 def _mx_matmul(call: Caller, q: Tensor, s1: Tensor, w: Tensor, s2: Tensor) -> Tensor:
     """q [M, K] x w [N, K] in e4m3, scales as [.., K / 64, 2] bytes; float32 [M, N]."""
-    scales = {"pertoken_scale": s1, "scale_dtype": SCALE_E8M0, "pertoken_scale_dtype": SCALE_E8M0}
-    rest = {**scales, "output_dtype": 6, "group_sizes": [1, 1, 32]}
-    out: Tensor = call("npu_quant_matmul", q, w.transpose(0, 1), s2.transpose(0, 1), **rest)
+    out: Tensor = call(
+        "npu_quant_matmul",
+        q,
+        w.transpose(0, 1),
+        s2.transpose(0, 1),
+        pertoken_scale=s1,
+        scale_dtype=SCALE_E8M0,
+        pertoken_scale_dtype=SCALE_E8M0,
+        output_dtype=6,
+        group_sizes=[1, 1, 32],
+    )
     return out
 
 

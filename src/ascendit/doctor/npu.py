@@ -312,9 +312,9 @@ def stack() -> list[ProbeRow]:
         return []
     told = match_versions(found)
     row = ProbeRow("versions together", str(told.stack or "no published row"), part="npu")
-    data = {"machine": vars(found), "row": vars(told.stack) if told.stack else None}
-    known = {**data, "wrong": told.wrong, "unlisted": told.unlisted}
-    row = replace(row, needed="one published row", data=known)
+    published = vars(told.stack) if told.stack else None
+    data = {"machine": vars(found), "row": published, "wrong": told.wrong, "unlisted": told.unlisted}
+    row = replace(row, needed="one published row", data=data)
     words = "; ".join((*told.wrong, *told.unlisted))
     fix = f"install a published row: {advise(found)}"
     if told.wrong:

@@ -71,11 +71,12 @@ class ModelReport:
             return {}
         d = self.defaults
         sizes = d.spec.sizes if d.spec else ((d.width, d.height),)
-        names = (
-            "task frame_stride num_frames size_multiple fps num_inference_steps flow_shift solver "
-            "guidance_scale guidance_scale_2 boundary_ratio max_sequence_length"
-        )
-        return {**selected(d, names), "sizes": [f"{w}x{h}" for w, h in sizes]}
+        return {
+            **selected(d, "task", "frame_stride", "num_frames", "size_multiple", "fps"),
+            **selected(d, "num_inference_steps", "flow_shift", "solver", "guidance_scale"),
+            **selected(d, "guidance_scale_2", "boundary_ratio", "max_sequence_length"),
+            "sizes": [f"{w}x{h}" for w, h in sizes],
+        }
 
     def as_dict(self, *, layers: bool = False) -> dict[str, Any]:
         """For `--json`: plain data. `layers`: every layer and tensor too."""
@@ -86,7 +87,7 @@ class ModelReport:
             "path": str(self.layout.root),
             "source": self.layout.source,
             "pipeline": self.layout.pipeline if self.is_pipeline else None,
-            **selected(self, "spec bits_per_weight parts runs_on limits"),
+            **selected(self, "spec", "bits_per_weight", "parts", "runs_on", "limits"),
             "ascendit": self.record,
             "problems": plain(self.problems),
         }
@@ -263,9 +264,9 @@ class PartReport:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            **selected(self, "name library class_name files nbytes dtypes format"),
+            **selected(self, "name", "library", "class_name", "files", "nbytes", "dtypes", "format"),
             "tensors": len(self.tensors),
-            **selected(self, " ".join(TENSOR_CHECKS)),
+            **selected(self, *TENSOR_CHECKS),
             "problem": plain(self.problem),
             "expert": plain(self.summary),
         }

@@ -74,7 +74,7 @@ class SchemeCount:
         return f"{self.scheme}   {counted(self.layers, 'layer')}   {how}   {self.bits:.2f} bits{name}"
 
     def as_dict(self) -> dict[str, Any]:
-        return selected(self, "scheme container layers values nbytes bits manifest")
+        return selected(self, "scheme", "container", "layers", "values", "nbytes", "bits", "manifest")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +109,10 @@ class StoredRow:
 
     def as_dict(self) -> dict[str, Any]:
         tensors = [
-            {"name": info.name, "role": role, **selected(info, "dtype shape nbytes")}
+            {"name": info.name, "role": role, **selected(info, "dtype", "shape", "nbytes")}
             for role, info in self.tensors
         ]
-        return {**selected(self, "name scheme container shape nbytes"), "tensors": tensors}
+        return {**selected(self, "name", "scheme", "container", "shape", "nbytes"), "tensors": tensors}
 
 
 def dtype_name(dtype: str) -> str:
@@ -255,11 +255,11 @@ class ExpertSummary:
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
         return {
-            **selected(self.expert, "origin naming"),
+            **selected(self.expert, "origin", "naming"),
             "manifest": self.expert.manifest is not None,
             "marker": self.expert.marker,
-            **selected(self, "schemes kept"),
+            **selected(self, "schemes", "kept"),
             "kept_layers": len(self.kept_layers),
-            **selected(self, "kept_dtypes smoothed attention rotated"),
+            **selected(self, "kept_dtypes", "smoothed", "attention", "rotated"),
             "config_problem": self.expert.config_problem,
         }

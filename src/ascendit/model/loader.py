@@ -33,7 +33,7 @@ from ascendit.quant.schemes import scheme_after_reading
 from ascendit.weights.applied_recipe import AppliedRecipe
 from ascendit.weights.lora.fold import Folds
 from ascendit.weights.recipe_steps import RecipeSteps
-from ascendit.weights.shards import Shards, columns_of, cut_steps, shard_of
+from ascendit.weights.shards import LayerShards, columns_of, cut_steps, shard_of
 from ascendit.weights.tensor_steps import run_steps, stored_steps, to_float32
 
 log = logging.getLogger("ascendit")
@@ -47,7 +47,7 @@ def load_expert(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     floats: bool = False,
-    shards: Shards = MappingProxyType({}),
+    shards: LayerShards = MappingProxyType({}),
     folds: Folds | None = None,
 ) -> WanTransformer:
     """The transformer of `expert`, quantized by `applied`, or as it is stored.
@@ -77,7 +77,9 @@ def load_expert(
         schemes = {name: layer.scheme for name, layer in layers.items()}
         for scheme in set(schemes.values()) - {"bf16"}:
             ops.quantized.kernel(scheme)
-        steps = cut_steps(recipe.plan() if recipe else stored_steps(expert), expert, schemes, shards)
+        plan = recipe.plan() if recipe else stored_steps(expert)
+        plan = [step for step in plan if step.name.removesuffix(".mul_scale") not in layers]  # read already
+        steps = cut_steps(plan, expert, schemes, shards)
         layers = {name: part_of(layer, shard_of(shards, name)) for name, layer in layers.items()}
         plain = (s for step in steps for s in step.specs if s.name.rpartition(".")[0] not in layers)
         dtype = dtype or default_dtype(plain, device)
@@ -133,7 +135,7 @@ def keep_floats(
     device: str,
     dtype: torch.dtype,
     folds: Folds | None,
-    shards: Shards,
+    shards: LayerShards,
 ) -> None:
     """Give every quantized layer its weight and bias as they were, for steps in BF16."""
     with torch.device("meta"):

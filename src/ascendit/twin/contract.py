@@ -59,8 +59,8 @@ def refusals() -> Mapping[str, Mapping[str, Mapping[str, str]]]:
 def refuse(refusal: str, /, **values: Any) -> NoReturn:
     """Raise TwinError for a call against the contract. `refusal`: family.name of `data/refusals.toml`."""
     family, _, name = refusal.partition(".")
-    got, needs, fix = (_Words().vformat(text, (), values) for text in refusals()[family][name].values())
-    raise TwinError(got, needs=needs, fix=fix, code=CONTRACT)
+    row = {key: _Words().vformat(text, (), values) for key, text in refusals()[family][name].items()}
+    raise TwinError(row["got"], needs=row["needs"], fix=row["fix"], code=CONTRACT)
 
 
 def require(holds: bool, refusal: str, /, **values: Any) -> None:

@@ -138,7 +138,7 @@ class Quality:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
-            **selected(self, "model device prompts seeds"),
+            **selected(self, "model", "device", "prompts", "seeds"),
             "videos": len(self.base.right),
             "cases": [row.as_dict(self.base) for row in self.rows],
         }

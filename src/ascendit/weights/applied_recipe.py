@@ -19,7 +19,7 @@ from ascendit.report import group_by
 from ascendit.weights.engine_formats import traits_of
 
 TILES = "F8_E4M3"
-"""Dtype of weights in tiles, the only one of a source that is no float."""
+"""Dtype of weights in tiles, the only non-float dtype of a source."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class AppliedRecipe(LayerSchemes):
     def traits(self) -> frozenset[str]:
         """What matters to an engine."""
         shapes = {name: self.weight(name).shape for name in self.coded}
-        smoothing = {name: tuple(scale.tolist()) for name, scale in self.smoothing.items()}
+        smoothing = {name: scale.float().numpy().tobytes() for name, scale in self.smoothing.items()}
         return traits_of(self.inside, shapes, smoothing)
 
     @property

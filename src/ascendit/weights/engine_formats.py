@@ -73,7 +73,7 @@ class Dialect:
         return "e4m3" if self.unpacked else "packed"
 
     def on_disk(self, name: str, smoothed: Collection[str]) -> str:
-        """The name in the file; one that Wan does not have is kept. `smoothed`: layers with a `mul_scale`."""
+        """The name in the file; names unknown to Wan are kept. `smoothed`: layers with a `mul_scale`."""
         if self.naming == "diffusers":
             return name
         layer, _, role = name.rpartition(".")

@@ -16,17 +16,17 @@ from ascendit.errors import UsageError
 from ascendit.quant.schemes import STORED_SCHEMES, scheme_after_reading
 from ascendit.weights.tensor_steps import TensorStep
 
-Shards = Callable[[str], ShardSpec] | Mapping[str, ShardSpec]
+LayerShards = Callable[[str], ShardSpec] | Mapping[str, ShardSpec]
 """Layer -> the part of it that is wanted; a layer that a mapping does not name is whole."""
 
 
-def shard_of(shards: Shards, layer: str) -> ShardSpec:
+def shard_of(shards: LayerShards, layer: str) -> ShardSpec:
     """The part of one layer."""
     return shards.get(layer, WHOLE) if isinstance(shards, Mapping) else shards(layer)
 
 
 def cut_steps(
-    steps: Iterable[TensorStep], expert: Expert, schemes: Mapping[str, str], shards: Shards
+    steps: Iterable[TensorStep], expert: Expert, schemes: Mapping[str, str], shards: LayerShards
 ) -> list[TensorStep]:
     """The steps that make the parts alone, and read nothing else where they can.
 

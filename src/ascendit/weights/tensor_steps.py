@@ -139,8 +139,8 @@ def run_steps(
 
     `advance`: gets the bytes of the sources of a step while it runs. `encode_all`: layers that an earlier run
     has written are encoded again, to be measured. Raises CheckpointError: E-CKP-08 for invalid scales,
-    E-CKP-04 for what is no FP4 number, E-CKP-02 for files that shrink, E-QNT-01 for weights that are not
-    finite.
+    E-CKP-04 for values that FP4 cannot hold, E-CKP-02 for files that shrink, E-QNT-01 for weights that are
+    not finite.
     """
     for step in steps:
         done = bool(step.specs) and all(sink.done(spec.name) for spec in step.specs)
@@ -162,7 +162,7 @@ def _make(step: TensorStep, reader: RowReader, sink: Sink, advance: Advance) -> 
             if step.how != "encode":
                 sink.flush()
         made += memoryview(data).nbytes
-        done = weight * made // total
+        done = min(weight, weight * made // max(total, 1))
         advance(name, done - reported)
         reported = done
     if reported < weight:
@@ -238,16 +238,14 @@ def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, container: str) ->
 
 def _scale(role: str, spec: TensorSpec, info: TensorInfo) -> TensorStep:
     """A scale, offset, smoothing factor, or the bias of a quantized layer."""
-    check = CHECKS.get(role)
-    how: How = "widen"
-    make = None
+    name, specs, sources, check = spec.name, (spec,), (info,), CHECKS.get(role)
     if spec.dtype == "U8":
-        check, how = _check_e8m0, "copy"
-    elif math.prod(info.shape) == 1 != math.prod(spec.shape):
-        how, make = "repeat", _repeat
-    elif info.dtype == spec.dtype:
-        how = "copy" if check else "move"
-    return TensorStep(name=spec.name, how=how, specs=(spec,), sources=(info,), check=check, make=make)
+        return TensorStep(name=name, how="copy", specs=specs, sources=sources, check=_check_e8m0)
+    if math.prod(info.shape) == 1 != math.prod(spec.shape):
+        return TensorStep(name=name, how="repeat", specs=specs, sources=sources, check=check, make=_repeat)
+    if info.dtype != spec.dtype:
+        return TensorStep(name=name, how="widen", specs=specs, sources=sources, check=check)
+    return TensorStep(name=name, how="copy" if check else "move", specs=specs, sources=sources, check=check)
 
 
 def schemes_of(expert: Expert) -> dict[str, str]:

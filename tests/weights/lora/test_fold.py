@@ -370,6 +370,15 @@ def test_columns_get_the_bits_they_have_in_the_whole(large: tuple[Folds, Tensor,
     assert torch.equal(part, whole[50:120, columns])
 
 
+@pytest.mark.parametrize("columns", [None, slice(None)])
+def test_a_part_of_the_columns_must_say_so(
+    large: tuple[Folds, Tensor, Tensor], columns: slice | None
+) -> None:
+    folds, weight, _ = large
+    with pytest.raises(AssertionError, match="blocks.0.ffn.net.0.proj.weight"):
+        folds.fold("blocks.0.ffn.net.0.proj.weight", weight[:, :32], 0, columns)
+
+
 def test_the_rows_given_are_not_changed(large: tuple[Folds, Tensor, Tensor]) -> None:
     folds, weight, whole = large
     name = "blocks.0.ffn.net.0.proj.weight"

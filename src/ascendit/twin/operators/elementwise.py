@@ -87,21 +87,23 @@ def _mx_rule(a: Call, x: Tensor) -> tuple[int, mx_quantize.TargetFormat, ScaleRu
     return axis, target, rule
 
 
-def _rms_in_mx(a: Call, x: Tensor, dtype: torch.dtype, how: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _rms_in_mx(
+    a: Call, x: Tensor, dtype: torch.dtype, axis: int, target: mx_quantize.TargetFormat, rule: ScaleRule
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and reciprocal root of the norm of x, rounded to `dtype` before it is quantized."""
     y, rstd = rms(x, a.gamma, a.epsilon)
     if a.beta is not None:
         y = y + a.beta.to(torch.float32)
-    return *mx_quantize.to_mx(y.to(dtype), *how), rstd
+    return *mx_quantize.to_mx(y.to(dtype), axis, target, rule), rstd
 
 
 @operator("npu_rms_norm_dynamic_mx_quant")
 def npu_rms_norm_dynamic_mx_quant(**given: Any) -> Iterator[Any]:
     """(codes, scales, rstd) of the norm rounded to the dtype of x."""
     a = Call(**given)
-    how = _mx_rule(a, a.x)
-    yield *mx_quantize.outs(tuple(a.x.shape), how[0], how[1], 32), _rstd(a.x, a.gamma)
-    yield _rms_in_mx(a, a.x, a.x.dtype, how)
+    axis, target, rule = _mx_rule(a, a.x)
+    yield *mx_quantize.outs(tuple(a.x.shape), axis, target, 32), _rstd(a.x, a.gamma)
+    yield _rms_in_mx(a, a.x, a.x.dtype, axis, target, rule)
 
 
 @operator("npu_add_rms_norm_dynamic_mx_quant")
@@ -110,11 +112,11 @@ def npu_add_rms_norm_dynamic_mx_quant(**given: Any) -> Iterator[Any]:
     a = Call(**given)
     x = a.x1
     _check_pair(x, a.x2)
-    how = _mx_rule(a, x)
-    codes, scale = mx_quantize.outs(tuple(x.shape), how[0], how[1], 32)
+    axis, target, rule = _mx_rule(a, x)
+    codes, scale = mx_quantize.outs(tuple(x.shape), axis, target, 32)
     yield codes, _same(x), scale, _rstd(x, a.gamma)
     total = x.to(torch.float32) + a.x2.to(torch.float32)
-    quantized, scales, rstd = _rms_in_mx(a, total, x.dtype, how)
+    quantized, scales, rstd = _rms_in_mx(a, total, x.dtype, axis, target, rule)
     yield quantized, total.to(x.dtype), scales, rstd
 
 

@@ -42,39 +42,47 @@ def _adaln(x: Tensor, scale: Tensor, shift: Tensor, weight: Any, bias: Any, epsi
 
 
 @operator("mindiesd::adaln")
-def adaln(x: Tensor, weight: Tensor | None, bias: Tensor | None, **rest: Any) -> Iterator[Any]:
+def adaln(
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float | None
+) -> Iterator[Any]:
     """layer_norm(x) (1 + scale) + shift on a2 and a3; weight and bias in the dtype of x."""
-    _check_adaln(x, rest["scale"], rest["shift"], weight, bias)
+    _check_adaln(x, scale, shift, weight, bias)
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
             require(t.dtype == x.dtype, "mindie.weight_dtype", name=name, t=t, x=x)
     yield Out(tuple(x.shape), x.dtype)
-    yield _adaln(x, weight=weight, bias=bias, **rest)[0]
+    yield _adaln(x, scale, shift, weight, bias, epsilon)[0]
 
 
 @operator("mindiesd::adaln_v2")
-def adaln_v2(x: Tensor, weight: Tensor | None, bias: Tensor | None, **rest: Any) -> Iterator[Any]:
+def adaln_v2(
+    x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float | None
+) -> Iterator[Any]:
     """(out, mean, rstd) on a5; mean and rstd [B, S, 1] in the dtype of x."""
-    _check_adaln(x, rest["scale"], rest["shift"], weight, bias)
+    _check_adaln(x, scale, shift, weight, bias)
     row = Out((*x.shape[:-1], 1), x.dtype)
     yield Out(tuple(x.shape), x.dtype), row, row
-    yield _adaln(x, weight=weight, bias=bias, **rest)
+    yield _adaln(x, scale, shift, weight, bias, epsilon)
 
 
 @operator("mindiesd::layernorm")
-def layernorm(input: Tensor, weight: Tensor | None, bias: Tensor | None, **rest: Any) -> Iterator[Any]:
+def layernorm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    impl_mode: int,
+) -> Iterator[Any]:
     """(out, mean, rstd) in the dtype of the input. impl_mode 0 is precise; 1 (fast), 2 (float16) do as 0."""
-    impl_mode, eps = rest["impl_mode"], rest["eps"]
     require(impl_mode in (0, 1, 2), "mindie.impl_mode", impl_mode=impl_mode)
-    shape = tuple(rest["normalized_shape"])
+    shape = tuple(normalized_shape)
     elementwise.check_layer(input, shape, weight, bias)
     row = Out((*input.shape[: input.dim() - len(shape)], *[1] * len(shape)), input.dtype)
     yield Out(tuple(input.shape), input.dtype), row, row
     if len(shape) == 1:
-        out, (mean, rstd) = (
-            cpu_kernels.layer_norm(input, weight, bias, eps),
-            elementwise.moments(input, 1, eps),
-        )
+        out = cpu_kernels.layer_norm(input, weight, bias, eps)
+        mean, rstd = elementwise.moments(input, 1, eps)
     else:
         out, mean, rstd = elementwise.layer(input, len(shape), weight, bias, eps)
     yield out.to(input.dtype), mean.to(input.dtype), rstd.to(input.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ascendit.mx import elements, layouts
 from ascendit.mx.codec import Encoded
-from ascendit.mx.formats import E2M1, E4M3, E5M2, lookup
+from ascendit.mx.formats import E2M1, E4M3, E5M2, Element, lookup
 from ascendit.twin import contract, cpu_kernels, nz
 from ascendit.twin.contract import HALF_DTYPES, Call, require
 from ascendit.twin.operators.mx_quantize import dequantize
@@ -123,12 +123,15 @@ def _fp8(call: Call, x2: Tensor) -> Tensor:
     return _biased(out * call.scale * call.pertoken_scale.unsqueeze(-1), call.bias)
 
 
+def _element_of(codes: Tensor, number: int | None) -> Element:
+    """The format of one code; only packed FP4 is passed with the `number` of its dtype."""
+    fp8 = E5M2 if codes.dtype == torch.float8_e5m2 else E4M3
+    return fp8 if number is None else E2M1
+
+
 def _mx(call: Call, x2: Tensor) -> Tensor:
     """Sums of 32 products x both scales; exact in float32 up to the order of the sums."""
-    of_x1, of_x2 = (
-        E2M1 if number is not None else E5M2 if t.dtype == torch.float8_e5m2 else E4M3
-        for t, number in ((call.x1, call.x1_dtype), (call.x2, call.x2_dtype))
-    )
+    of_x1, of_x2 = _element_of(call.x1, call.x1_dtype), _element_of(call.x2, call.x2_dtype)
     a = dequantize(call.x1, call.pertoken_scale, -1, of_x1)
     if is_transposed(call.x2):
         b = dequantize(x2.mT, call.scale.transpose(0, 1), -1, of_x2).mT

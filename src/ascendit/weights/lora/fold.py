@@ -75,7 +75,8 @@ def parse_lora(text: str) -> LoraSource:
     file, colon, number = rest.rpartition(":")
     weight = 1.0
     try:
-        weight, rest = (float(number), file) if colon else (weight, rest)
+        if colon:
+            weight, rest = float(number), file
     except ValueError:
         if file.endswith(".safetensors"):
             got = f"LoRA weight {number!r} in {text!r}"
@@ -132,7 +133,7 @@ class Folds:
         import torch
 
         full = self._shapes[name]
-        assert columns is not None or rows.shape[1:] == full[1:], (name, rows.shape)
+        assert columns not in (None, slice(None)) or rows.shape[1:] == full[1:], (name, rows.shape)
         result = torch.empty(rows.shape, dtype=rows.dtype)
         deltas, stop = self._open(name), start + len(rows)
         for first in range(start // PRODUCT_ROWS * PRODUCT_ROWS, stop, PRODUCT_ROWS):
