@@ -309,7 +309,8 @@ class WanTransformer(nn.Module):
             )
             shift, scale = mod.out
             hidden = self.ops.adaln(hidden, scale, shift, lengths, self.config.eps)
-            return self._unpatchify(linear(self.ops, self.proj_out, hidden), shared.grid)
+            patches = state.gather(linear(self.ops, self.proj_out, hidden))
+            return self._unpatchify(patches, shared.grid)
 
         return state.run_model(x, timesteps, velocity)
 
