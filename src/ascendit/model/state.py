@@ -63,8 +63,8 @@ class Shared:
     """What the two CFG branches of one expert have in common; made once, used by both.
 
     All that belongs to a place in the sequence comes from here: RoPE, spans and the patches of latents. So a
-    part of the sequence is cut out here alone, and joined with the others by `DenoiseState.gather`; the rest of
-    the model works token by token, attention aside.
+    part of the sequence is cut out here alone, and `DenoiseState.gather` joins it with the others; the rest
+    of the model works token by token, attention aside.
     """
 
     grid: Grid
