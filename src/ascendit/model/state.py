@@ -62,9 +62,8 @@ class Modulation:
 class Shared:
     """What the two CFG branches of one expert have in common; made once, used by both.
 
-    All that belongs to a place in the sequence comes from here: RoPE, spans and the patches of latents. So a
-    part of the sequence is cut out here alone, and `DenoiseState.gather` joins it with the others; the rest
-    of the model works token by token, attention aside.
+    All that belongs to a place in the sequence comes from here: RoPE, spans and the patches of latents. A
+    part is cut out here alone and joined by `DenoiseState.gather`; all else works token by token but attention.
     """
 
     grid: Grid
