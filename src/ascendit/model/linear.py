@@ -178,7 +178,7 @@ class FusedGroup:
         return [m.out_features for m in self.members]
 
     def _unchanged(self) -> bool:
-        """Whether the parameters are as prepared. Not seen: writes through `.data`, or to inference tensors."""
+        """Whether the parameters are as prepared; writes by `.data` or to inference tensors are not seen."""
         for parameters, role, address, version in self._made_from:
             t = parameters[role]
             if t is None or t.data_ptr() != address or (version >= 0 and t._version != version):

@@ -63,7 +63,7 @@ class Shared:
     """What the two CFG branches of one expert have in common; made once, used by both.
 
     All that belongs to a place in the sequence comes from here: RoPE, spans and the patches of latents. A
-    part is cut out here alone and joined by `DenoiseState.gather`; all else works token by token but attention.
+    part is cut out here alone and joined by `DenoiseState.gather`; all but attention works token by token.
     """
 
     grid: Grid
