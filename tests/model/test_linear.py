@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -189,12 +190,13 @@ def test_members_are_rows_of_one_storage_and_fused_again_after_a_move(scheme, mo
     layers, _ = group_of(1, 2, 3, scheme=scheme)
     wanted, calls = outputs(layers), count_products(monkeypatch)
     storages = {storage_of(m) for m in layers}
+    held = [m.group.weight for m in layers]  # so that its memory is not given to the next
     assert len(storages) == 1 and layers[0].extra_nbytes == 0
     for m in layers:
         m._apply(torch.clone)  # as a move, tensor by tensor
     assert all(torch.equal(a, b) for a, b in zip(outputs(layers), wanted, strict=True))
     assert calls == [scheme]
-    assert len({storage_of(m) for m in layers} | storages) == 2
+    assert len({storage_of(m) for m in layers} | storages) == 2 and held
 
 
 def test_parameters_that_others_replace_are_multiplied_alone_and_not_kept(monkeypatch):
@@ -210,6 +212,36 @@ def test_parameters_that_others_replace_are_multiplied_alone_and_not_kept(monkey
     assert all(torch.equal(a, b) for a, b in zip(outputs(layers), wanted, strict=True)) and len(calls) == 4
 
 
+def saved_and_loaded(m: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(m, file)  # pickles it
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("again", [copy.deepcopy, saved_and_loaded])
+def test_a_copy_is_fused_when_it_first_computes(again, inference, monkeypatch):
+    layers, _ = group_of(1, 2, 3)
+    wanted = outputs(layers)
+    copied = list(again(nn.ModuleList(layers)))
+    products, prepared = count_products(monkeypatch), []
+    plain = type(OPS.quantized).prepare_weight
+
+    def spy(*given: Any, **named: Any) -> Any:
+        prepared.append(given)
+        return plain(*given, **named)
+
+    monkeypatch.setattr(type(OPS.quantized), "prepare_weight", spy)
+    with torch.inference_mode(inference):
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(outputs(copied), wanted, strict=True))
+            assert len(prepared) == 1
+    assert len(products) == 2
+    assert len({storage_of(m) for m in copied}) == 1 and storage_of(copied[0]) != storage_of(layers[0])
+    assert all(torch.equal(a, b) for a, b in zip(outputs(layers), wanted, strict=True)) and len(prepared) == 1
+
+
 def test_what_is_written_into_a_parameter_is_used():
     once = bind("cpu", "reference", emulate="decode-once").quantized
     encoded, bias = weight_of("int8")
@@ -217,6 +249,16 @@ def test_what_is_written_into_a_parameter_is_used():
     assert m.extra_nbytes == 24 * 64 * 4
     m._parameters["weight"].zero_()
     assert torch.equal(m(tokens())[0, 0], bias.bfloat16())
+
+
+def test_a_state_dict_that_is_loaded_in_inference_mode_is_used():
+    once = bind("cpu", "reference", emulate="decode-once").quantized
+    with torch.inference_mode():
+        (old, bias), (new, _) = weight_of("int8"), weight_of("int8", seed=9)
+        m = QuantLinear.from_encoded(old, bias, schemes=once)
+        m.load_state_dict(stored_tensors(new, bias) | {"weight_offset": torch.zeros(24, 1)})
+        wanted = QuantLinear.from_encoded(new, bias, schemes=once)(tokens())
+        assert torch.equal(m(tokens()), wanted)
 
 
 def test_a_cast_of_a_parameter_is_refused_when_it_is_used():

@@ -20,6 +20,7 @@ from ascendit.errors import AscenditError, Cancelled, QualityError, RequestError
 from ascendit.model import wan
 from ascendit.model.state import DenoiseState, rope_table
 from ascendit.pipeline import generate
+from ascendit.pipeline.condition import make_condition
 from ascendit.pipeline.request import name_image
 from ascendit.pipeline.solver import make_solver
 from ascendit.progress import Progress
@@ -153,9 +154,11 @@ def test_predict_can_be_replaced(tiny_t2v_cascade: Path) -> None:
     pipe = ascendit.load(tiny_t2v_cascade)
     calls = []
 
-    def predict(experts: Any, x: Any, t: Any, states: Any, guidance: float) -> torch.Tensor:
+    def predict(
+        experts: Any, x: Any, timesteps: Any, spans: Any, states: Any, guidance: float
+    ) -> torch.Tensor:
         calls.append((states[0].expert, [state.branch for state in states], states[0].step, guidance))
-        return generate.predict(experts, x, t, states[:1], guidance)
+        return generate.predict(experts, x, timesteps, spans, states[:1], guidance)
 
     fields = {"guidance_scale": 4.0, "guidance_scale_2": 3.0}
     one, _ = latents_of(replace(pipe, predict=predict), **fields)
@@ -190,7 +193,10 @@ def test_all_ranks_act_on_the_float_of_one(tiny_t2v_cascade: Path) -> None:
     predict = partial(generate.predict, agree=other_rank)
     both, _ = latents_of(replace(pipe, make_state=Reuse, predict=predict), guidance_scale=1.0)
     assert not torch.equal(cached, plain) and torch.equal(both, plain)
-    assert asked == [i % 2 for i in range(5) if i not in (0, asked_first(pipe))]
+    of_others = [i % 2 for i in range(5) if i not in (0, asked_first(pipe))]
+    assert asked == of_others
+    own, _ = latents_of(replace(pipe, make_state=partial(Reuse, agree=other_rank)), guidance_scale=1.0)
+    assert torch.equal(own, plain) and asked == 2 * of_others
 
 
 def asked_first(pipe: generate.Pipeline) -> int:
@@ -336,6 +342,18 @@ def test_warm_up_runs_one_step_and_leaves_nothing_behind(tiny_t2v_cascade: Path)
     assert pipe.warm_up(request) > 0
     fresh = ascendit.load(tiny_t2v_cascade).run(request).frames
     assert np.array_equal(pipe.run(request).frames, fresh)
+
+
+def test_warm_up_of_a_model_that_needs_an_image(tiny_i2v_21: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, images = ascendit.load(tiny_i2v_21), []
+
+    def seen(task: Any, image: Any, *rest: Any) -> Any:
+        images.append((image.mode, image.size))
+        return make_condition(task, image, *rest)
+
+    monkeypatch.setattr(generate, "make_condition", seen)
+    request = pipe.request(PROMPT, image="black", **SMALL)
+    assert pipe.warm_up(request) > 0 and images == [("RGB", (48, 32))]
 
 
 def test_loop_waits_for_nothing(tiny_t2v_cascade: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,19 +14,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ascendit.checkpoint.layout import recognise
-from ascendit.checkpoint.reader import ShardSpec
+from ascendit.checkpoint.reader import RowReader, ShardSpec
 from ascendit.checkpoint.transformer import Expert, read_expert
 from ascendit.convert.quantize import quantize
 from ascendit.convert.repack import repack
 from ascendit.errors import UsageError
+from ascendit.family import WanConfig
 from ascendit.model.linear import QuantLinear
-from ascendit.model.loader import load_expert
+from ascendit.model.loader import applied_layers, load_expert, part_of
+from ascendit.model.wan import WanTransformer
+from ascendit.model.weight_loader import ModelSink
 from ascendit.names import expected_tensors
 from ascendit.ops.operators import bind
 from ascendit.quant.recipe import load_recipe
 from ascendit.quant.schemes import FP4, QUANTIZED, SCHEMES
 from ascendit.weights.applied_recipe import apply_recipe
 from ascendit.weights.lora.fold import Folds
+from ascendit.weights.recipe_steps import RecipeSteps
+from ascendit.weights.shards import Shards, cut_steps, shard_of
+from ascendit.weights.tensor_steps import run_steps
 
 WIDTH, HIDDEN = 64, 1216
 """Channels, and those inside a feed-forward: two groups of 512 and one of 192."""
@@ -88,6 +94,23 @@ def cut(name: str, whole: Tensor, shards: dict[str, ShardSpec]) -> Tensor:
         return whole
     unit = {"weight": HIDDEN // whole.shape[1], "weight_scale": 32, "weight_dual_scale": 512}[role]
     return whole[:, start // unit : -(-stop // unit)]
+
+
+def model_of(recipe: RecipeSteps, shards: Shards) -> WanTransformer:
+    """As `load_expert`, of a recipe that folds LoRA files too."""
+    expert, ops = recipe.applied.expert, bind("cpu")
+    with torch.device("meta"):
+        model = WanTransformer(WanConfig.from_dict(expert.config), ops)
+    whole = applied_layers(recipe.applied)
+    layers = {name: part_of(layer, shard_of(shards, name)) for name, layer in whole.items()}
+    schemes = {name: layer.scheme for name, layer in layers.items()}
+    steps = cut_steps(recipe.plan(), expert, schemes, shards)
+    with RowReader() as reader:
+        sink = ModelSink(
+            model, reader, steps, layers, device="cpu", dtype=torch.bfloat16, wide=model.KEEP_FP32
+        )
+        run_steps(steps, reader, sink)
+    return model
 
 
 def check(load: Any, monkeypatch: pytest.MonkeyPatch, shards: dict[str, ShardSpec]) -> tuple[int, int]:
@@ -168,8 +191,10 @@ def test_encoded_while_it_is_read(
         expert, load_recipe("default", scheme), "t2v", smoothing=smoothing if changed else None
     )
 
-    def load(**kw: Any) -> Any:
-        return load_expert(expert, applied, bind("cpu"), folds=folds, **kw)
+    def load(shards: Shards | None = None) -> Any:
+        if folds is None:
+            return load_expert(expert, applied, bind("cpu"), shards=shards or {})
+        return model_of(RecipeSteps(applied, folds=folds), shards or {})
 
     whole, part = check(load, monkeypatch, shards)
     by_rows = shards is COLUMNS and not SCHEMES[scheme].block

@@ -92,9 +92,15 @@ class FusedGroup:
         self.members, self.schemes = tuple(members), schemes
         self.weight: PreparedWeight | None = None
         self._made_from: list[tuple[dict[str, Any], str, int, int]] = []
+        self._copied = False
         for m in members:
             m.group = self
         self.fuse()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy` and `pickle`: a copy has other addresses, and is fused when it first computes."""
+        weight = self.weight if self.packed else None
+        return vars(self) | {"weight": weight, "_made_from": [], "_copied": True}
 
     @property
     def packed(self) -> bool:
@@ -110,6 +116,9 @@ class FusedGroup:
 
     def weight_for(self, layer: QuantLinear) -> tuple[PreparedWeight, Sequence[QuantLinear]]:
         """A prepared weight, and the layers whose rows it has. UsageError E-QNT-03 for a cast parameter."""
+        if self._copied:
+            self._copied = False
+            self.fuse()
         if self.weight is not None and (self._unchanged() or self.packed):
             return self.weight, self.members
         self.weight = None
@@ -169,7 +178,7 @@ class FusedGroup:
         return [m.out_features for m in self.members]
 
     def _unchanged(self) -> bool:
-        """Whether the parameters are those that were prepared, and nothing was written to them since."""
+        """Whether the parameters are as prepared; writes by `.data` or to inference tensors are not seen."""
         for parameters, role, address, version in self._made_from:
             t = parameters[role]
             if t is None or t.data_ptr() != address or (version >= 0 and t._version != version):
@@ -383,7 +392,7 @@ class QuantLinear(nn.Linear):
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,
         missing: list[str], unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
-        """Nothing is taken from a state dict that lacks a tensor of the layer or has one that cannot be."""
+        """Nothing is taken from a state dict that lacks a tensor of the layer or has an invalid one."""
         wanted = self.state_dict()
         tensors = {role: t for role in wanted if (t := state_dict.get(f"{prefix}{role}")) is not None}
         problems = {
@@ -399,6 +408,7 @@ class QuantLinear(nn.Linear):
         if smooth is not None and not torch.equal(smooth, tensors["mul_scale"].to(smooth.device)):
             self.mul_scale = _parameter(torch.empty_like(smooth))  # other layers share the old one
         self.group.unpack()
+        self.group.weight = None  # the tensors of inference mode have no version that would tell
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.group.fuse()
 

@@ -31,7 +31,6 @@ from ascendit.ops.operators import Ops
 from ascendit.quant.layer_rules import say_attention
 from ascendit.quant.schemes import scheme_after_reading
 from ascendit.weights.applied_recipe import AppliedRecipe
-from ascendit.weights.lora.fold import Folds
 from ascendit.weights.recipe_steps import RecipeSteps
 from ascendit.weights.shards import LayerShards, columns_of, cut_steps, shard_of
 from ascendit.weights.tensor_steps import run_steps, stored_steps, to_float32
@@ -48,17 +47,15 @@ def load_expert(
     dtype: torch.dtype | None = None,
     floats: bool = False,
     shards: LayerShards = MappingProxyType({}),
-    folds: Folds | None = None,
 ) -> WanTransformer:
     """The transformer of `expert`, quantized by `applied`, or as it is stored.
 
     `dtype`: of the activation and of what is not quantized; None = as stored, on a CPU, else bfloat16. What
     Diffusers keeps in float32 is kept here too. `floats`: BF16 weights are kept beside the codes. `shards`:
     layer -> the rows or columns that this rank holds, see `weights.shards`; nothing else of it is read, with
-    the exception in `RecipeSteps`. `folds`: LoRA files, folded into the floats that `applied` quantizes.
-    Raises CheckpointError E-CKP-06 for a config that is no Wan transformer's, E-CKP-08 for invalid scales;
-    UsageError E-USE-05 for a part that a layer does not have; EnvironmentProblem E-CAP-01 for a scheme that
-    this chip has no matmul for.
+    the exception in `RecipeSteps`. Raises CheckpointError E-CKP-06 for a config that is no Wan transformer's,
+    E-CKP-08 for invalid scales; UsageError E-USE-05 for a part that a layer does not have; EnvironmentProblem
+    E-CAP-01 for a scheme that this chip has no matmul for.
     """
     if expert.config.get("num_attention_heads", 1) is None:
         raise CheckpointError(
@@ -70,14 +67,12 @@ def load_expert(
     say_attention(expert.name, expert.attention.values(), expert.path)
     with torch.device("meta"):
         model = WanTransformer(WanConfig.from_dict(expert.config), ops)
-    assert applied or folds is None, "LoRA files are folded into floats"
-    recipe = RecipeSteps(applied, folds=folds) if applied else None
     with RowReader() as reader:
         layers = applied_layers(applied) if applied else stored_layers(expert, reader)
         schemes = {name: layer.scheme for name, layer in layers.items()}
         for scheme in set(schemes.values()) - {"bf16"}:
             ops.quantized.kernel(scheme)
-        plan = recipe.plan() if recipe else stored_steps(expert)
+        plan = RecipeSteps(applied).plan() if applied else stored_steps(expert)
         plan = [step for step in plan if step.name.removesuffix(".mul_scale") not in layers]  # read already
         steps = cut_steps(plan, expert, schemes, shards)
         layers = {name: part_of(layer, shard_of(shards, name)) for name, layer in layers.items()}
@@ -86,7 +81,7 @@ def load_expert(
         sink = ModelSink(model, reader, steps, layers, device=device, dtype=dtype, wide=model.KEEP_FP32)
         run_steps(steps, reader, sink)
         if floats and applied:
-            keep_floats(model, applied, reader, device=device, dtype=dtype, folds=folds, shards=shards)
+            keep_floats(model, applied, reader, device=device, dtype=dtype, shards=shards)
     used = ", ".join(f"{n} {s}" for s, n in Counter(x.scheme for x in layers.values()).items())
     log.info(
         "%s: %s%s on %s, %.2f GiB",
@@ -134,13 +129,12 @@ def keep_floats(
     *,
     device: str,
     dtype: torch.dtype,
-    folds: Folds | None,
     shards: LayerShards,
 ) -> None:
     """Give every quantized layer its weight and bias as they were, for steps in BF16."""
     with torch.device("meta"):
         plain = WanTransformer(model.config, model.ops)
-    recipe = RecipeSteps(replace(applied, layers=(), smoothing={}), folds=folds)
+    recipe = RecipeSteps(replace(applied, layers=(), smoothing={}))
     linears = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     steps = [step for step in recipe.plan() if step.name.rpartition(".")[0] in linears]
     steps = cut_steps(steps, applied.expert, {}, shards)

@@ -3,8 +3,8 @@
 One `DenoiseState` per request, expert and CFG branch. It holds what does not change from step to step (RoPE
 tables, text keys and values) and the modulation of the current step; modules keep none of it. The model asks
 it for whatever a step, a cache, an attention policy or a parallel layout may change: `run_model`,
-`run_blocks`, `run_attention`, `attend`, `linear`, `norm`. Here these are plain calls, in a subclass that is
-given to `WanTransformer.prepare(make=)` something else.
+`run_blocks`, `run_attention`, `attend`, `linear`, `norm`, `gather`. Here these are plain calls, in a subclass
+that is given to `WanTransformer.prepare(make=)` something else.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Modulation:
 class Shared:
     """What the two CFG branches of one expert have in common; made once, used by both.
 
-    All that belongs to a place in the sequence comes from here: RoPE, spans and the patches of latents. So a
-    part of the sequence is cut out here alone; the rest of the model works token by token, attention aside.
+    All that belongs to a place in the sequence comes from here: RoPE, spans and the patches of latents. A
+    part is cut out here alone and joined by `DenoiseState.gather`; all but attention works token by token.
     """
 
     grid: Grid
@@ -170,6 +170,10 @@ class DenoiseState:
         if self.reduce_mean is None:
             return self.ops.rms_norm(x, weight, eps)
         return self.ops.rms_scale(x, self.reduce_mean(self.ops.mean_square(x)), weight, eps)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Patches of the velocity, [B, S, ..] of this rank's part of the sequence -> of the whole."""
+        return x
 
 
 def rope_table(

@@ -309,7 +309,7 @@ class WanTransformer(nn.Module):
             )
             shift, scale = mod.out
             hidden = self.ops.adaln(hidden, scale, shift, lengths, self.config.eps)
-            return self._unpatchify(linear(self.ops, self.proj_out, hidden), shared.grid)
+            return self._unpatchify(state.gather(linear(self.ops, self.proj_out, hidden)), shared.grid)
 
         return state.run_model(x, timesteps, velocity)
 

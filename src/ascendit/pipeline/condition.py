@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ascendit.family import Task
 from ascendit.geometry import Grid
-from ascendit.pipeline.request import GenerateRequest, open_image
+from ascendit.pipeline.request import GenerateRequest
 from ascendit.text.encoders import ImageEncoder
 from ascendit.vae.autoencoder import VideoCoder
 
@@ -53,15 +53,15 @@ class Condition:
 def make_condition(
     task: Task, image: Any, request: GenerateRequest, vae: VideoCoder, clip: ImageEncoder | None
 ) -> Condition:
-    """Encode the first image, in any form `open_image` takes, for a model of this kind; None: nothing."""
+    """Encode the first image, a PIL image in RGB, for a model of this kind; None: nothing."""
     if image is None:
         return Condition()
     from diffusers.video_processor import VideoProcessor
 
-    tokens = None if clip is None else clip.encode(open_image(image))
+    tokens = None if clip is None else clip.encode(image)
     # scaled as Diffusers does it: float32 [1, 3, 1, H, W] in [-1, 1]
     size = {"height": request.height, "width": request.width}
-    picture: Tensor = VideoProcessor().preprocess(open_image(image), **size).float()[:, :, None]
+    picture: Tensor = VideoProcessor().preprocess(image, **size).float()[:, :, None]
     if task == "ti2v":
         return Condition(first=vae.encode(picture))
     rest = picture.new_zeros(1, 3, request.num_frames - 1, request.height, request.width)

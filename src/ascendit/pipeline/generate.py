@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,7 +27,7 @@ from ascendit.ops.operators import Ops
 from ascendit.pipeline.condition import Condition, make_condition
 from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.frame_checks import check_not_flat, to_uint8
-from ascendit.pipeline.request import GenerateRequest, check, name_image, picture_of, resolve
+from ascendit.pipeline.request import GenerateRequest, check, name_image, open_image, picture_of, resolve
 from ascendit.pipeline.solver import TRAIN_STEPS, make_solver
 from ascendit.pipeline.video import Video
 from ascendit.progress import OnProgress, Progress
@@ -161,7 +162,7 @@ class Pipeline:
         one = GenerateRequest(**{**vars(request), "num_inference_steps": 1, "timesteps": None})
         start = time.perf_counter()
         activate(self.device)
-        image = torch.zeros(3, one.height, one.width) if one.image is not None else None
+        image = open_image(torch.zeros(3, one.height, one.width)) if one.image is not None else None
         self.vae.decode(denoise(self, one, image, lambda event: None, None))
         return time.perf_counter() - start
 
@@ -169,20 +170,21 @@ class Pipeline:
 def predict(
     experts: Mapping[str, WanTransformer],
     x: Tensor,
-    t: tuple[Timesteps, Spans],
+    timesteps: Timesteps,
+    spans: Spans,
     states: Sequence[DenoiseState],
     guidance: float,
-    agree: Callable[[float], float] = float,
+    agree: Callable[[float], float] | None = None,
 ) -> Tensor:
     """Velocity of one step, float32: with the prompt; without it too, where guidance asks for the difference.
 
     CFG parallel replaces it: a branch on each rank. `agree`: a float of this rank -> rank 0's, for the one
-    decision a step that a cache may take.
+    decision a step that a cache may take; None: the states' own.
     """
-    timesteps, spans = t
     velocities: list[Tensor] = []
     for state in states:
-        state.agree = agree
+        if agree is not None:
+            state.agree = agree
         velocities.append(experts[state.expert](x, timesteps, state, spans).float())
     velocity, *plain = velocities
     return plain[0] + guidance * (velocity - plain[0]) if plain else velocity
@@ -227,14 +229,17 @@ def denoise(
         name = "transformer" if high else "transformer_2"
         guidance = request.guidance_for(high=high)
         if not states or states[0].expert != name:
-            run: dict[str, Any] = {"make": pipe.make_state, "steps": steps, "step": i, "expert": name}
-            prepare, branches = pipe.experts[name].prepare, enumerate(texts if guidance > 1 else texts[:1])
-            states = [prepare(shared[name], x, condition.tokens, branch=b, **run) for b, x in branches]
+            make = partial(pipe.make_state, steps=steps, step=i, expert=name)
+            states = [
+                pipe.experts[name].prepare(shared[name], text, condition.tokens, make=make, branch=branch)
+                for branch, text in enumerate(texts if guidance > 1 else texts[:1])
+            ]
         for state in states:
             state.step = i
 
-        x, rows = condition.model_input(latents), condition.timesteps(t, shared[name].grid)
-        velocity = pipe.predict(pipe.experts, x, rows, states, guidance)
+        x = condition.model_input(latents)
+        rows, spans = condition.timesteps(t, shared[name].grid)
+        velocity = pipe.predict(pipe.experts, x, rows, spans, states, guidance)
         latents = solver.step(i, velocity, latents)
         on_step(i, latents)
 

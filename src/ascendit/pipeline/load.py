@@ -52,7 +52,8 @@ def build(
         nz=options.nz,
     )
     ops.quantized.check(schemes_in(experts) | ({"w4a8"} & schedule.precisions))
-    total, put = 3 + len(experts), device.torch_name
+    total = 3 + len(experts)
+    put = device.torch_name
     report = on_progress or (lambda event: None)
 
     def done(step: int) -> None:

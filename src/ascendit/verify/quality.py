@@ -223,7 +223,7 @@ def trace(pipe: Pipeline, request: GenerateRequest, cancel: Stop | None = None) 
 
 
 def layer_inputs(pipe: Pipeline, request: GenerateRequest, cancel: Stop | None = None) -> dict[str, Tensor]:
-    """`expert/layer`, the first that reads an input -> some of its rows [n, K], over all steps."""
+    """`expert.layer`, the first that reads an input -> some of its rows [n, K], over all steps."""
     inputs = inputs_of(pipe, LAYER_TOKENS)
     generator = torch.Generator().manual_seed(0)
     denoise(watched(pipe, inputs, generator), request, None, lambda event: None, cancel)
