@@ -9,11 +9,9 @@ No torch before something is built.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import Parameter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascendit import geometry
@@ -21,7 +19,7 @@ from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import Layout, recognise
 from ascendit.checkpoint.transformer import Expert, read_expert
 from ascendit.device.device import Device, parse_device
-from ascendit.errors import OutOfMemory
+from ascendit.errors import is_out_of_memory, out_of_memory
 from ascendit.family import VaeConfig, WanConfig
 from ascendit.model.quantize_on_load import Online, policy_for, schemes_in
 from ascendit.pipeline.defaults import Defaults, defaults_for
@@ -171,45 +169,3 @@ def run(prepared: Prepared, events: OnProgress | None = None, cancel: Stop | Non
         if is_out_of_memory(error):
             raise out_of_memory(error, stage, prepared.model.options.device) from error
         raise
-
-
-PHRASES = ("not enough memory", "can't allocate memory", "out of memory", "cannot allocate memory")
-MEMINFO = Path("/proc/meminfo")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is how PyTorch, a driver or Python says that memory ran out."""
-    if isinstance(error, (MemoryError, OutOfMemory)):
-        return True
-    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
-        return True
-    return isinstance(error, (RuntimeError, OSError)) and any(p in str(error).lower() for p in PHRASES)
-
-
-def out_of_memory(error: BaseException, stage: str = "", device: str = "cpu") -> OutOfMemory:
-    """The error to show. `stage`: of the progress events; `device`: as given to `--device`."""
-    if isinstance(error, OutOfMemory):
-        return error
-    text = str(error)
-    asked = re.search(r"[Tt]ried to allocate ([\d.]+ ?[kKMGT]?i?[bB]\w*)", text)
-    free = re.search(r"([\d.]+ [KMG]iB) is free", text)
-    left = free[1] if free else (_host_memory() if device == "cpu" else "")
-    return OutOfMemory(
-        f"out of memory on {device}" + (f" in stage {stage}" if stage else ""),
-        needs=(f"{_gib(asked[1])} more" if asked else "more memory") + (f"; {left} is free" if left else ""),
-        fix="a smaller --size or --frames; --text-on drop frees the text encoder after use",
-    )
-
-
-def _gib(size: str) -> str:
-    """`68719476736 bytes` or kB as `64.0 GiB`; other texts as they are."""
-    found = re.fullmatch(r"(\d+) (bytes|kB)\w*", size)
-    return f"{int(found[1]) / (2**30 if found[2] == 'bytes' else 2**20):.1f} GiB" if found else size
-
-
-def _host_memory() -> str:
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+ kB)", MEMINFO.read_text())
-    except OSError:
-        return ""
-    return _gib(found[1]) if found else ""
