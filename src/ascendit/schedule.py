@@ -21,6 +21,7 @@ from ascendit.errors import RequestError, UsageError
 Precision = Literal["stored", "w4a4", "w4a8", "bf16"]
 """`stored`: as the scheme of the layer says, for MXFP4 the same as `w4a4`."""
 PRECISIONS = tuple(p for p in get_args(Precision) if p != "stored")
+"""Those that change a layer."""
 _SPAN = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 
 
@@ -58,7 +59,7 @@ class StepSchedule:
             waiting.append(name)
             if not colon:
                 continue
-            if precision not in PRECISIONS:
+            if precision not in get_args(Precision):
                 raise _bad(text, f"{precision!r} is not one of {', '.join(PRECISIONS)}")
             for span in waiting:
                 for step in ("default",) if span == "default" else _span(span, text):

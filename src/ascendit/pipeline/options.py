@@ -58,9 +58,19 @@ def _patterns(value: object) -> object:
 
 
 def _schedule(value: object) -> object:
+    """Text; UsageError for a StepSchedule that is more than its text can say."""
     if value is None or isinstance(value, str):
         return value
-    return str(value if isinstance(value, StepSchedule) else StepSchedule.parse(value))  # type: ignore[arg-type]
+    if not isinstance(value, StepSchedule):
+        return StepSchedule.parse(value)  # type: ignore[arg-type]  # it refuses what is no text
+    text = str(value) or "default:stored"  # an option that is empty would leave the recipe's own
+    if StepSchedule.parse(text) != value:
+        raise UsageError(
+            f"step_policy={value!r}",
+            needs="precisions alone, the steps rising: attention and cache of a step are no option",
+            fix=f"step_policy={text!r}",
+        )
+    return text
 
 
 def _bytes(value: object) -> object:
