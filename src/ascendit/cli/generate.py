@@ -103,21 +103,23 @@ generate.__dict__["__signature__"] = inspect.Signature(PARAMETERS)
 
 def _prepare(call: Call, output: Path | None, *, overwrite: bool) -> tuple[Prepared, Path]:
     """Meet the model, and find a free name for the output."""
+    from ascendit.checkpoint.hub import model_folder
     from ascendit.pipeline import video
     from ascendit.pipeline.job import prepare
 
     if output is not None:
         video.check_writable(output)
     try:
-        prepared = prepare(call.options, call.prompt, **call.fields)
+        model_folder(call.options.model)
     except UsageError as e:
-        if call.model_from is None or e.got != f"no model at {call.options.model}":
+        if call.model_from is None or e.code != "E-USE-02":
             raise
         again = shlex.join([call.prompt, "--config", str(call.model_from)])
         fix = f"name MODEL on the command line: ascendit generate MODEL {again}; or add --demo"
         raise UsageError(
             f"{e.got}, which {call.model_from} names", needs=e.needs, fix=fix, code=e.code
         ) from e
+    prepared = prepare(call.options, call.prompt, **call.fields)
     request = prepared.request
     output = output or video.default_name(request.prompt, request.seed, datetime.now())
     shape = (request.num_frames, request.height, request.width)
