@@ -119,7 +119,7 @@ def test_preparing_imports_no_torch() -> None:
 
 
 def test_out_of_memory_names_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(*, on_progress: Any, **_: Any) -> Any:
+    def build(model: Any, on_progress: Any) -> Any:
         on_progress(Progress(stage="load", step=1, total=4))
         raise torch.OutOfMemoryError(CUDA)
 

@@ -16,39 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 from ascendit import geometry
 from ascendit.checkpoint.hub import model_folder
-from ascendit.checkpoint.layout import Layout, recognise
-from ascendit.checkpoint.transformer import Expert, read_expert
-from ascendit.device.device import Device, parse_device
+from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.transformer import read_expert
+from ascendit.device.device import parse_device
 from ascendit.errors import is_out_of_memory, out_of_memory
 from ascendit.family import VaeConfig, WanConfig
 from ascendit.model.quantize_on_load import Online, policy_for, schemes_in
-from ascendit.pipeline.defaults import Defaults, defaults_for
-from ascendit.pipeline.options import OPTIONS, LoadOptions, load_signature
+from ascendit.pipeline.defaults import defaults_for
+from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_signature
 from ascendit.pipeline.request import GenerateRequest, picture_of, resolve
 from ascendit.progress import OnProgress, Progress
-from ascendit.schedule import StepSchedule
-from ascendit.weights.applied_recipe import AppliedRecipe
 
 if TYPE_CHECKING:
     from ascendit.pipeline.generate import Pipeline, Stop
     from ascendit.pipeline.video import Video
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedModel:
-    """A model that can be loaded as asked: what was read from its configs and headers, and decided."""
-
-    options: LoadOptions
-    layout: Layout
-    defaults: Defaults
-    device: Device
-    """By its name; it is not open."""
-    dtype: str | None
-    """Of the denoiser; None: as stored."""
-    vae_dtype: str
-    experts: tuple[tuple[Expert, AppliedRecipe | None], ...]
-    """Each with the recipe that quantizes it on its way into memory."""
-    schedule: StepSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +119,7 @@ def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -
     prepared = prepare_model(LoadOptions.model_validate({"model": model, **options}))
     from ascendit.pipeline.load import build
 
-    return build(**vars(prepared), on_progress=on_progress)
+    return build(prepared, on_progress)
 
 
 load.__dict__["__signature__"] = load_signature(
@@ -163,7 +144,7 @@ def run(prepared: Prepared, events: OnProgress | None = None, cancel: Stop | Non
             events(event)
 
     try:
-        pipe = build(**vars(prepared.model), on_progress=on_progress)
+        pipe = build(prepared.model, on_progress)
         return pipe.run(prepared.request, pixels=prepared.pixels, on_progress=on_progress, cancel=cancel)
     except Exception as error:
         if is_out_of_memory(error):

@@ -12,15 +12,21 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, PlainValidator
 
-from ascendit.device.device import parse_device
+from ascendit.device.device import Device, parse_device
 from ascendit.environment import Variable
 from ascendit.errors import UsageError
 from ascendit.schedule import StepSchedule
 from ascendit.validation import Checked
+
+if TYPE_CHECKING:
+    from ascendit.checkpoint.layout import Layout
+    from ascendit.checkpoint.transformer import Expert
+    from ascendit.pipeline.defaults import Defaults
+    from ascendit.weights.applied_recipe import AppliedRecipe
 
 Row = TypeVar("Row")
 
@@ -180,6 +186,23 @@ class LoadOptions(Checked):
         """What shapes a video, for the JSON beside it; without what was left open and what is off."""
         values = self.model_dump(mode="json", exclude={"model"})
         return {name: value for name, value in values.items() if value not in (None, False, [])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedModel:
+    """A model that can be loaded as asked: what was read from its configs and headers, and decided."""
+
+    options: LoadOptions
+    layout: Layout
+    defaults: Defaults
+    device: Device
+    """By its name; it is not open."""
+    dtype: str | None
+    """Of the denoiser; None: as stored."""
+    vae_dtype: str
+    experts: tuple[tuple[Expert, AppliedRecipe | None], ...]
+    """Each with the recipe that quantizes it on its way into memory."""
+    schedule: StepSchedule
 
 
 def _rows(kind: type[Row]) -> dict[str, Row]:
