@@ -128,7 +128,7 @@ def _fields(settings: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def _ended_early(view: ProgressView) -> Iterator[None]:
-    """Ctrl-C, and too little memory for a calibration, as errors that tell how to go on."""
+    """Ctrl-C, and too little memory for a calibration, as errors that say how to continue."""
     try:
         yield
     except KeyboardInterrupt as e:

@@ -42,6 +42,10 @@ class Option:
     """Whether `--help` leaves its flag out."""
 
 
+POWERS = {None: 0, "K": 1, "M": 2, "G": 3, "T": 4}
+"""Prefix of a size -> how often it is a thousand."""
+
+
 def _path(value: object) -> object:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
@@ -52,7 +56,7 @@ def _device(name: object) -> str:
 
 
 def _dtype(value: object) -> str | None:
-    """A name or a torch.dtype; which of them a device runs in, `Device.dtype_name` checks."""
+    """A name or a torch.dtype; `Device.dtype_name` checks what a device supports."""
     return None if value is None else str(value).removeprefix("torch.")
 
 
@@ -60,7 +64,9 @@ def _patterns(value: object) -> object:
     """Text with spaces, commas or semicolons between the patterns, or a sequence of them."""
     if isinstance(value, str):
         return tuple(pattern for pattern in re.split(r"[\s;,]+", value) if pattern)
-    return tuple(map(str, value)) if isinstance(value, (list, tuple)) else () if value is None else value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(str, value))
+    return () if value is None else value
 
 
 def _schedule(value: object) -> object:
@@ -85,7 +91,7 @@ def _bytes(value: object) -> object:
         return None
     found = re.fullmatch(r"(\d{1,18}(?:\.\d+)?(?:e\+?\d\d?)?) ?(?:([KMGT])(i?))?B?", str(value).strip())
     number, prefix, binary = found.groups() if found else ("0", None, None)
-    size = int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(prefix or " ")))
+    size = int(float(number) * (1024 if binary else 1000) ** POWERS[prefix])
     if size < 1:
         needs = "a size above 0, in bytes or with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
         raise UsageError(f"max_memory={value}", needs=needs, fix="--max-memory 24GiB")
@@ -93,7 +99,9 @@ def _bytes(value: object) -> object:
 
 
 def _emulate(value: object) -> object:
-    return value if not isinstance(value, bool) else "decode-on-use" if value else None
+    if isinstance(value, bool):
+        return "decode-on-use" if value else None
+    return value
 
 
 class LoadOptions(Checked):
@@ -111,7 +119,10 @@ class LoadOptions(Checked):
         Literal["cpu", "device", "drop"],
         Option("Text encoder on cpu, on device (default), or drop it after use.", "WHERE", hidden=True),
         Variable(
-            "T5_LOAD_CPU", {"1": "cpu"}, "the text encoder runs on the CPU (--text-on device overrides it)"
+            "T5_LOAD_CPU",
+            {"1": "cpu"},
+            "the text encoder runs on the CPU (--text-on device overrides it)",
+            switch=True,
         ),
     ] = "device"
     scheme: Annotated[
@@ -172,6 +183,7 @@ class LoadOptions(Checked):
             {"1": True},
             "layer norms by MindIE-SD where the device has it, the same numbers (--set fast_layernorm=false "
             "overrides it)",
+            switch=True,
         ),
     ] = False
     force: Annotated[bool, Option("Quantize where accuracy is known to suffer.")] = False
@@ -183,7 +195,7 @@ class LoadOptions(Checked):
 
     @property
     def record(self) -> dict[str, Any]:
-        """What shapes a video, for the JSON beside it; without what was left open and what is off."""
+        """The options that shape a video, for the JSON beside it; without those that are None or off."""
         values = self.model_dump(mode="json", exclude={"model"})
         return {name: value for name, value in values.items() if value not in (None, False, [])}
 
