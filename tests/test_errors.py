@@ -167,18 +167,18 @@ CUDA = (
         (ValueError("out of memory"), False),
     ],
 )
-def test_recognised(error, answer):
+def test_recognised(error: BaseException, answer: bool) -> None:
     assert is_out_of_memory(error) is answer
 
 
-def test_the_real_allocator_is_recognised():
+def test_the_real_allocator_is_recognised() -> None:
     with pytest.raises(RuntimeError) as e:
         torch.empty(2**50, dtype=torch.uint8)
     assert is_out_of_memory(e.value)
     assert out_of_memory(e.value).needs.startswith(f"{2**20:.1f} GiB more; ")
 
 
-def test_told_with_required_and_free():
+def test_told_with_required_and_free() -> None:
     error = out_of_memory(torch.OutOfMemoryError(CUDA), "decode", "cuda")
     assert isinstance(error, OutOfMemory) and error.exit_code == 4 and error.code == "E-MEM-01"
     assert error.got == "out of memory on cuda in stage decode"
@@ -186,5 +186,5 @@ def test_told_with_required_and_free():
     assert "--size" in error.fix
 
 
-def test_without_numbers():
+def test_without_numbers() -> None:
     assert out_of_memory(MemoryError(), "denoise", "cuda").needs == "more memory"

@@ -131,7 +131,6 @@ class Cancelled(AscenditError):
 
 
 PHRASES = ("not enough memory", "can't allocate memory", "out of memory", "cannot allocate memory")
-MEMINFO = Path("/proc/meminfo")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -166,7 +165,7 @@ def _gib(size: str) -> str:
 
 def _host_memory() -> str:
     try:
-        found = re.search(r"MemAvailable:\s+(\d+ kB)", MEMINFO.read_text())
+        found = re.search(r"MemAvailable:\s+(\d+ kB)", Path("/proc/meminfo").read_text())
     except OSError:
         return ""
     return _gib(found[1]) if found else ""

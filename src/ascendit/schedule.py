@@ -21,7 +21,6 @@ from ascendit.errors import RequestError, UsageError
 Precision = Literal["stored", "w4a4", "w4a8", "bf16"]
 """`stored`: as the scheme of the layer says, for MXFP4 the same as `w4a4`."""
 PRECISIONS = tuple(p for p in get_args(Precision) if p != "stored")
-"""Those that change a layer."""
 _SPAN = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 
 

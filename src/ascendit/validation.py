@@ -1,4 +1,4 @@
-"""Values from outside, checked by pydantic: base classes for pydantic models, and its errors turned into ours.
+"""Values from outside, checked by pydantic: base classes for models, and its errors turned into ours.
 
     class Rule(Model):                 # a part of a file: `usage_error` names the file
         title = "a rule"

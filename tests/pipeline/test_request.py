@@ -492,7 +492,7 @@ def test_a_request_with_pixels_is_json_and_finds_them_by_their_name() -> None:
         picture_of(request, {})
     assert error.value.code == "E-REQ-04" and "--image FILE" in error.value.fix
     with pytest.raises(RequestError, match="other pixels of this name") as error:
-        picture_of(request, {name: array + 1})
+        picture_of(request, {str(name): array + 1})
     assert error.value.code == "E-REQ-04"
 
 

@@ -17,13 +17,7 @@ from typer.core import TyperGroup
 
 from ascendit.cli.output import Output, report_fault
 from ascendit.environment import disable_device_plugins
-from ascendit.errors import (
-    AscenditError,
-    EnvironmentProblem,
-    UsageError,
-    is_out_of_memory,
-    out_of_memory,
-)
+from ascendit.errors import AscenditError, EnvironmentProblem, UsageError, is_out_of_memory, out_of_memory
 from ascendit.version import __version__
 
 COMMANDS = {

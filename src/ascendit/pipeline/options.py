@@ -43,7 +43,6 @@ class Option:
 
 
 POWERS = {None: 0, "K": 1, "M": 2, "G": 3, "T": 4}
-"""Prefix of a size -> how often it is a thousand."""
 
 
 def _path(value: object) -> object:
@@ -77,11 +76,8 @@ def _schedule(value: object) -> object:
         return StepSchedule.parse(value)  # type: ignore[arg-type]  # it refuses what is no text
     text = str(value) or "default:stored"  # an option that is empty would leave the recipe's own
     if StepSchedule.parse(text) != value:
-        raise UsageError(
-            f"step_policy={value!r}",
-            needs="precisions alone, the steps rising: attention and cache of a step are no option",
-            fix=f"step_policy={text!r}",
-        )
+        needs = "precisions alone, the steps rising: attention and cache of a step are no option"
+        raise UsageError(f"step_policy={value!r}", needs=needs, fix=f"step_policy={text!r}")
     return text
 
 
