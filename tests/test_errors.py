@@ -8,8 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from ascendit import errors
+from ascendit.errors import OutOfMemory, is_out_of_memory, out_of_memory
 
 SOURCES = Path(errors.__file__).parent
 # Codes that stand in the table before the code that raises them.
@@ -139,3 +141,50 @@ def test_every_raise_gives_needs_fix_and_code() -> None:
         name = getattr(call.func, "attr", getattr(call.func, "id", ""))
         needed = {"needs", "fix"} if name in default_codes() else {"needs", "fix", "code"}
         assert None in given or given >= needed, where
+
+
+# ---- out of memory ------------------------------------------------------------------------------
+
+CUDA = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which "
+    "3.25 GiB is free. Process 1 has 75.00 GiB memory in use."
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError(CUDA), True),
+        (
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"
+            ),
+            True,
+        ),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_recognised(error: BaseException, answer: bool) -> None:
+    assert is_out_of_memory(error) is answer
+
+
+def test_the_real_allocator_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as e:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert is_out_of_memory(e.value)
+    assert out_of_memory(e.value).needs.startswith(f"{2**20:.1f} GiB more; ")
+
+
+def test_told_with_required_and_free() -> None:
+    error = out_of_memory(torch.OutOfMemoryError(CUDA), "decode", "cuda")
+    assert isinstance(error, OutOfMemory) and error.exit_code == 4 and error.code == "E-MEM-01"
+    assert error.got == "out of memory on cuda in stage decode"
+    assert error.needs == "20.00 GiB more; 3.25 GiB is free"
+    assert "--size" in error.fix
+
+
+def test_without_numbers() -> None:
+    assert out_of_memory(MemoryError(), "denoise", "cuda").needs == "more memory"

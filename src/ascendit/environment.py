@@ -31,9 +31,11 @@ class Variable:
 
     name: str
     values: Mapping[str, Any]
-    """Its text -> the option's value. `1` alone: it is a switch, with 0, on, off, true, false, yes and no."""
+    """Its text -> the option's value."""
     effect: str
     """For a note; `{}` is the option's value."""
+    switch: bool = False
+    """Whether it takes 0, on, off, true, false, yes and no beside 1."""
 
 
 def read_environment(
@@ -48,7 +50,7 @@ def read_environment(
     for option, variable in variables.items():
         name, values = variable.name, variable.values
         text = environ.get(name, "").strip()
-        if list(values) == ["1"]:
+        if variable.switch:
             text = "1" if _is_on(environ, name) else ""
         if text in values:
             options[option] = values[text]

@@ -15,6 +15,8 @@ default code, most of its errors have that one.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import ClassVar
 
 CODES: dict[str, str] = {
@@ -126,3 +128,44 @@ class Cancelled(AscenditError):
 
     def __init__(self, got: str, *, needs: str, fix: str, code: str = "E-CAN-01") -> None:
         super().__init__(got, needs=needs, fix=fix, code=code)
+
+
+PHRASES = ("not enough memory", "can't allocate memory", "out of memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how PyTorch, a driver or Python says that memory ran out."""
+    if isinstance(error, (MemoryError, OutOfMemory)):
+        return True
+    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(p in str(error).lower() for p in PHRASES)
+
+
+def out_of_memory(error: BaseException, stage: str = "", device: str = "cpu") -> OutOfMemory:
+    """The error to show. `stage`: of the progress events; `device`: as given to `--device`."""
+    if isinstance(error, OutOfMemory):
+        return error
+    text = str(error)
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ ?[kKMGT]?i?[bB]\w*)", text)
+    free = re.search(r"([\d.]+ [KMG]iB) is free", text)
+    left = free[1] if free else (_host_memory() if device == "cpu" else "")
+    return OutOfMemory(
+        f"out of memory on {device}" + (f" in stage {stage}" if stage else ""),
+        needs=(f"{_gib(asked[1])} more" if asked else "more memory") + (f"; {left} is free" if left else ""),
+        fix="a smaller --size or --frames; --text-on drop frees the text encoder after use",
+    )
+
+
+def _gib(size: str) -> str:
+    """`68719476736 bytes` or kB as `64.0 GiB`; other texts as they are."""
+    found = re.fullmatch(r"(\d+) (bytes|kB)\w*", size)
+    return f"{int(found[1]) / (2**30 if found[2] == 'bytes' else 2**20):.1f} GiB" if found else size
+
+
+def _host_memory() -> str:
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+ kB)", Path("/proc/meminfo").read_text())
+    except OSError:
+        return ""
+    return _gib(found[1]) if found else ""

@@ -23,7 +23,7 @@ class Progress:
     skipped: int = 0
     """Of `step`, those that a killed run had done before: they took none of `seconds`."""
     seconds: float = 0.0
-    """That the last step took; for bytes since the first stage began."""
+    """Duration of the last step; for bytes, the time since the first stage began."""
     expert: str | None = None
     """`transformer` (high noise) or `transformer_2` (low noise), while denoising a cascade."""
     timestep: float | None = None

@@ -58,7 +58,7 @@ class StepSchedule:
             waiting.append(name)
             if not colon:
                 continue
-            if precision not in PRECISIONS:
+            if precision not in get_args(Precision):
                 raise _bad(text, f"{precision!r} is not one of {', '.join(PRECISIONS)}")
             for span in waiting:
                 for step in ("default",) if span == "default" else _span(span, text):

@@ -1,4 +1,4 @@
-"""Values from outside, checked by pydantic: bases for models, and its errors as errors of ascendit.
+"""Values from outside, checked by pydantic: base classes for models, and its errors turned into ours.
 
     class Rule(Model):                 # a part of a file: `usage_error` names the file
         title = "a rule"
@@ -114,7 +114,7 @@ def problem(text: str, **context: Any) -> PydanticCustomError:
 def described(text: str) -> WrapValidator:
     """For `Annotated`: what is said of a value of another type. `{got}` becomes the value.
 
-    Not of one that is wrong further inside, which has words of its own.
+    A nested error keeps its own message.
     """
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:

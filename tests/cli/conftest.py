@@ -17,7 +17,7 @@ from pipeline.headers import WEIGHTS, floats, write_json, write_weights
 import ascendit
 from ascendit.cli.main import main
 from ascendit.pipeline import load
-from ascendit.pipeline.options import LoadOptions
+from ascendit.pipeline.options import PreparedModel
 from ascendit.pipeline.video import Video
 from ascendit.progress import Progress
 
@@ -87,8 +87,8 @@ class FakePipeline:
     loaded: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
 
-    def build(self, *, options: LoadOptions, on_progress: Callable[[Progress], None], **_: Any) -> Any:
-        self.loaded.append((options.model, options.record))
+    def build(self, model: PreparedModel, on_progress: Callable[[Progress], None]) -> Any:
+        self.loaded.append((model.options.model, model.options.record))
         on_progress(Progress(stage="load", step=4, total=4))
         return self
 

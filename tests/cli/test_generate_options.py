@@ -280,8 +280,26 @@ def test_config_json_of_a_video(tmp_path):
     file.write_text(
         json.dumps({"model": "ascendit-demo", "source": "demo", "load": load, "request": request})
     )
-    keep = {"keep": ("blocks.0.*", "proj_out")}
-    assert generate_options.read_config(file) == {"model": "demo", **load, **keep, **request}
+    assert generate_options.read_config(file) == {"model": "demo", **load, **request}
+    assert call([], config=file).options.keep == ("blocks.0.*", "proj_out")
+
+
+@pytest.mark.parametrize("value", ["8e9", "8_000_000_000", '"8GB"'])
+def test_a_config_has_a_size_as_number_or_text(tmp_path, value):
+    file = tmp_path / "run.toml"
+    file.write_text(f"max_memory = {value}\n")
+    assert call(["d", "p"], config=file).options.max_memory == 8 * 10**9
+
+
+@pytest.mark.parametrize(
+    "line", ["nz = 5", "device = 5", "recipe = 5", "keep = 5", 'nz = "perhaps"', "model = 5"]
+)
+def test_a_load_option_of_a_wrong_type_in_a_config_is_refused(tmp_path, line):
+    file = tmp_path / "run.toml"
+    file.write_text(f"{line}\n")
+    words = ["p"] if line.startswith("model") else ["d", "p"]
+    with pytest.raises(UsageError, match="E-USE-01"):
+        call(words, config=file)
 
 
 def test_none_takes_a_load_option_of_a_config_away():

@@ -120,6 +120,16 @@ def test_the_help_lists_first_sentences_without_importing_commands(environ):
     assert all(f"  {name}  " in done.stdout and text in done.stdout for name, text in cli.COMMANDS.items())
 
 
+def test_a_failure_imports_no_options(environ):
+    """What is not needed to tell an error cannot hide it either."""
+    code = (
+        "import sys; from ascendit.cli.main import main; main(['inspect', 'nosuch']);"
+        "print('ascendit.pipeline.options' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
+    assert done.stdout == "False\n" and done.stderr.startswith("error[E-USE-02]: no model at nosuch")
+
+
 @pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["verify", "--help"]])
 def test_help_imports_nothing_heavy(environ, words):
     done = subprocess.run(

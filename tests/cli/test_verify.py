@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,8 @@ from demo_data import draw_motion, render
 
 from ascendit.demo import world
 from ascendit.errors import Cancelled, QualityError
-from ascendit.verify import adherence, quality
+from ascendit.pipeline import job
+from ascendit.verify import quality
 from ascendit.verify.quality_table import Quality, QualityRow
 
 
@@ -41,7 +43,7 @@ class Painter:
 @pytest.fixture
 def painter(monkeypatch):
     painter = Painter()
-    monkeypatch.setattr(adherence, "load", lambda name: painter)
+    monkeypatch.setattr(job, "load", lambda name: painter)
     return painter
 
 
@@ -96,6 +98,15 @@ def test_cancelled(run, painter, monkeypatch):
         raise Cancelled("cancelled", needs="n", fix="f", code="E-CAN-01")
 
     monkeypatch.setattr(painter, "run", stop)
+    assert run("verify", "--demo", "--adherence", "--limit", "1").code == 130
+
+
+def test_while_the_model_loads_the_first_interrupt_stops(run, painter, monkeypatch):
+    def load(name):
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(job, "load", load)
     assert run("verify", "--demo", "--adherence", "--limit", "1").code == 130
 
 

@@ -17,7 +17,7 @@ from ascendit.checkpoint import reader
 from ascendit.cli.main import main
 from ascendit.errors import CheckpointError, OutOfMemory, RequestError, UsageError
 from ascendit.pipeline import load
-from ascendit.pipeline.job import is_out_of_memory, out_of_memory, prepare, run
+from ascendit.pipeline.job import prepare, run
 from ascendit.pipeline.options import LoadOptions
 from ascendit.pipeline.request import name_image
 from ascendit.progress import Progress
@@ -29,45 +29,6 @@ CUDA = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which "
     "3.25 GiB is free. Process 1 has 75.00 GiB memory in use."
 )
-
-
-@pytest.mark.parametrize(
-    ("error", "answer"),
-    [
-        (MemoryError(), True),
-        (torch.OutOfMemoryError(CUDA), True),
-        (
-            RuntimeError(
-                "[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"
-            ),
-            True,
-        ),
-        (OSError(12, "Cannot allocate memory"), True),
-        (RuntimeError("shape mismatch"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_recognised(error, answer):
-    assert is_out_of_memory(error) is answer
-
-
-def test_the_real_allocator_is_recognised():
-    with pytest.raises(RuntimeError) as e:
-        torch.empty(2**50, dtype=torch.uint8)
-    assert is_out_of_memory(e.value)
-    assert out_of_memory(e.value).needs.startswith(f"{2**20:.1f} GiB more; ")
-
-
-def test_told_with_required_and_free():
-    error = out_of_memory(torch.OutOfMemoryError(CUDA), "decode", "cuda")
-    assert isinstance(error, OutOfMemory) and error.exit_code == 4 and error.code == "E-MEM-01"
-    assert error.got == "out of memory on cuda in stage decode"
-    assert error.needs == "20.00 GiB more; 3.25 GiB is free"
-    assert "--size" in error.fix
-
-
-def test_without_numbers():
-    assert out_of_memory(MemoryError(), "denoise", "cuda").needs == "more memory"
 
 
 # ---- prepare and run ----------------------------------------------------------------------------
@@ -158,7 +119,7 @@ def test_preparing_imports_no_torch() -> None:
 
 
 def test_out_of_memory_names_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(*, on_progress: Any, **_: Any) -> Any:
+    def build(model: Any, on_progress: Any) -> Any:
         on_progress(Progress(stage="load", step=1, total=4))
         raise torch.OutOfMemoryError(CUDA)
 

@@ -16,9 +16,10 @@ from wan_defaults import SINGLE
 import ascendit
 from ascendit.cli.generate_options import read_call
 from ascendit.errors import UsageError
+from ascendit.pipeline.job import prepare_model
 from ascendit.pipeline.options import FLAGS, OPTIONS, LoadOptions, load_words
 from ascendit.pipeline.request import resolve
-from ascendit.schedule import StepSchedule
+from ascendit.schedule import Step, StepSchedule
 
 GIVEN: dict[str, Any] = {
     "model": Path("elsewhere"),
@@ -88,6 +89,41 @@ def test_generate_has_a_flag_for_each_row_that_names_one() -> None:
     names = set(inspect.signature(generate).parameters)
     assert FLAGS.keys() == names & OPTIONS.keys()
     assert FLAGS["step_policy"] == "--step-policy"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "text"),
+    [
+        (StepSchedule(), "default:stored"),
+        (StepSchedule(((0, Step()),), Step("w4a8")), "0:stored,default:w4a8"),
+        (StepSchedule(((0, Step("w4a8")),)), "0:w4a8"),
+    ],
+)
+def test_a_schedule_is_the_text_that_means_the_same(schedule: StepSchedule, text: str) -> None:
+    assert LoadOptions(model="demo", step_policy=schedule).step_policy == text  # type: ignore[arg-type]
+    assert StepSchedule.parse(text) == schedule
+
+
+def test_an_empty_schedule_switches_the_policy_of_a_recipe_off(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('step_policy = "0:w4a8"\n[[rules]]\nlayers = "*"\nscheme = "mxfp4"\n')
+    options = LoadOptions(model="demo", recipe=str(recipe), step_policy=StepSchedule())  # type: ignore[arg-type]
+    assert prepare_model(options).schedule == StepSchedule()
+    assert load_words(options.record)[-2:] == ["--step-policy", "default:stored"]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        StepSchedule(default=Step("w4a8", attention="fusion")),
+        StepSchedule(((1, Step("w4a8", cache="reuse")),)),
+        StepSchedule(((1, Step("w4a8")), (0, Step("bf16")))),
+    ],
+)
+def test_a_schedule_that_text_cannot_say_is_refused(schedule: StepSchedule) -> None:
+    with pytest.raises(UsageError, match="step_policy=StepSchedule") as error:
+        LoadOptions(model="demo", step_policy=schedule)  # type: ignore[arg-type]
+    assert error.value.code == "E-USE-01" and "precisions alone" in error.value.needs
 
 
 @pytest.mark.parametrize("keep", ["a.*;b", "a.* b", "a.*,b", ["a.*", "b"], ("a.*", "b")])

@@ -491,6 +491,14 @@ def test_a_request_with_pixels_is_json_and_finds_them_by_their_name() -> None:
     with pytest.raises(RequestError, match="no pixels of this name") as error:
         picture_of(request, {})
     assert error.value.code == "E-REQ-04" and "--image FILE" in error.value.fix
+    with pytest.raises(RequestError, match="other pixels of this name") as error:
+        picture_of(request, {str(name): array + 1})
+    assert error.value.code == "E-REQ-04"
+
+
+def test_timesteps_may_be_an_iterator() -> None:
+    request = resolve(SINGLE, "a", timesteps=map(float, ["1000", "750", "500"]))
+    assert request.timesteps == (1000, 750, 500) and request.num_inference_steps == 3
 
 
 def test_direct_construction_raises_the_same_errors() -> None:

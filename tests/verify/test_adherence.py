@@ -10,7 +10,6 @@ import pytest
 
 from ascendit.demo.adherence import Adherence, Counts, pick
 from ascendit.errors import QualityError, UsageError
-from ascendit.verify import adherence
 from ascendit.verify.adherence import adherence_error, check_adherence, verdict_lines
 
 
@@ -50,19 +49,17 @@ def pipeline(transformer_2: object) -> Any:
     return SimpleNamespace(transformer="high", transformer_2=transformer_2, request=request, run=run)
 
 
-def test_a_video_that_is_refused_is_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adherence, "load", lambda name: pipeline("low"))
+def test_a_video_that_is_refused_is_a_wrong_answer() -> None:
     told: list[bool] = []
-    found = check_adherence("m", pick(2), [0, 1], on_video=lambda case, right: told.append(right))
+    found = check_adherence(pipeline("low"), pick(2), [0, 1], on_video=lambda case, right: told.append(right))
     assert found.overall.total == 4 and found.overall.everything == 0 and told == [False] * 4
     assert [f.reading.why for f in found.failures if f.seed == 1] == [("black",)] * 2
 
 
-def test_the_control_swaps_two_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_control_swaps_two_experts() -> None:
     pipe = pipeline("low")
-    monkeypatch.setattr(adherence, "load", lambda name: pipe)
-    check_adherence("m", pick(1), [0], swap_experts=True)
+    check_adherence(pipe, pick(1), [0], swap_experts=True)
     assert (pipe.transformer, pipe.transformer_2) == ("low", "high")
     pipe.transformer_2 = None
     with pytest.raises(UsageError, match="--swap-experts with one expert"):
-        check_adherence("m", pick(1), [0], swap_experts=True)
+        check_adherence(pipe, pick(1), [0], swap_experts=True)

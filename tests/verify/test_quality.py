@@ -139,6 +139,7 @@ def test_every_video_is_told_and_a_stop_is_heard() -> None:
 
     def on_video(case: str, right: bool) -> None:
         told.append((case, right))
+        assert threading.current_thread() is threading.main_thread()
         stop.set()
 
     with pytest.raises(Cancelled):

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ascendit.progress import Progress
 
 
+KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
+
+
 def _flag(
     name: str, kind: Any, help: str, metavar: str | None = None, names: str = "", *, hidden: bool = False
 ) -> inspect.Parameter:
@@ -31,8 +34,7 @@ def _flag(
     names = names or f"--{name.replace('_', '-')}"
     option = typer.Option(*names.split(), metavar=metavar, help=help, hidden=hidden)
     default, hint = (False, bool) if kind is bool else (None, kind | None)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, keyword, default=default, annotation=Annotated[hint, option])
+    return inspect.Parameter(name, KEYWORD_ONLY, default=default, annotation=Annotated[hint, option])
 
 
 FILES = ".mp4, .webm, .gif or .png frames; default outputs/<time>_<prompt>_s<seed>.mp4."
@@ -40,8 +42,8 @@ SETTINGS = "Anything else, as solver=euler or metadata=false; repeatable."
 TIMESTEPS = "Own schedule, as 1000,750,500,250 for distilled models."
 WORDS = typer.Argument(metavar="[MODEL] PROMPT", hidden=True)  # the text above the options explains it
 PARAMETERS = (
-    inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
-    _flag("words", list[str], "").replace(annotation=Annotated[list[str] | None, WORDS]),
+    inspect.Parameter("ctx", KEYWORD_ONLY, annotation=typer.Context),
+    inspect.Parameter("words", KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, WORDS]),
     _flag("demo", bool, "Use the small model that comes with ascendit."),
     _flag("output", Path, FILES, "FILE", "-o --output"),
     _flag("seed", int, "Same seed, same video; default random, printed.", "N"),
@@ -103,21 +105,23 @@ generate.__dict__["__signature__"] = inspect.Signature(PARAMETERS)
 
 def _prepare(call: Call, output: Path | None, *, overwrite: bool) -> tuple[Prepared, Path]:
     """Meet the model, and find a free name for the output."""
+    from ascendit.checkpoint.hub import model_folder
     from ascendit.pipeline import video
     from ascendit.pipeline.job import prepare
 
     if output is not None:
         video.check_writable(output)
     try:
-        prepared = prepare(call.options, call.prompt, **call.fields)
+        model_folder(call.options.model)
     except UsageError as e:
-        if call.model_from is None or e.got != f"no model at {call.options.model}":
+        if call.model_from is None or e.code != "E-USE-02":
             raise
         again = shlex.join([call.prompt, "--config", str(call.model_from)])
         fix = f"name MODEL on the command line: ascendit generate MODEL {again}; or add --demo"
         raise UsageError(
             f"{e.got}, which {call.model_from} names", needs=e.needs, fix=fix, code=e.code
         ) from e
+    prepared = prepare(call.options, call.prompt, **call.fields)
     request = prepared.request
     output = output or video.default_name(request.prompt, request.seed, datetime.now())
     shape = (request.num_frames, request.height, request.width)
@@ -132,9 +136,8 @@ def _run(prepared: Prepared, out: Output) -> Video:
     from ascendit.cli.progress import progress_view
     from ascendit.pipeline.job import run
 
-    silent = out.quiet or out.json
-    interrupt = Interrupt(silent=silent)
-    with out.work(), progress_view(silent=silent) as view, ExitStack() as stack:
+    interrupt = Interrupt(silent=out.silent)
+    with out.work(), progress_view(silent=out.silent) as view, ExitStack() as stack:
         quiet_libraries()
 
         def show(event: Progress) -> None:

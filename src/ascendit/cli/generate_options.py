@@ -212,8 +212,8 @@ def _typed(key: str, value: Any, where: str) -> Any:
     row = get_origin(kind) is tuple
     if (value is None or value == "none") and (row or kind != hint):
         return None
-    typed_here = kind is bool or get_origin(kind) is Literal
-    if key in LoadOptions.model_fields and isinstance(value, str) and not typed_here:
+    words = isinstance(value, str) and (kind is bool or get_origin(kind) is Literal)
+    if key in LoadOptions.model_fields and not words:
         return value  # LoadOptions reads it
     try:
         if not row:

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from ascendit.cli.output import Output, report_fault
 from ascendit.environment import disable_device_plugins
-from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
+from ascendit.errors import AscenditError, EnvironmentProblem, UsageError, is_out_of_memory, out_of_memory
 from ascendit.version import __version__
 
 COMMANDS = {
@@ -132,7 +132,6 @@ def common_flags(words: list[str]) -> tuple[list[str], Output]:
 def end(error: BaseException, output: Output) -> int:
     """Tell what went wrong and return the exit code."""
     from ascendit.cli.interruptions import cancelled
-    from ascendit.pipeline.job import is_out_of_memory, out_of_memory
 
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         error = cancelled()

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
 
 from ascendit.progress import Progress
@@ -37,7 +38,7 @@ class ProgressView:
 
     def __init__(self) -> None:
         self.stage = ""
-        """The stage of the last event; an error message names it."""
+        """Of the last event; `quantize` tells by it whether the float model was running."""
         self._seconds: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def __call__(self, event: Progress) -> None:
@@ -63,7 +64,7 @@ class ProgressView:
         if event.stage == "denoise" and self._seconds:
             pace = sum(self._seconds) / len(self._seconds)
             shown = f"{pace:.1f}" if pace >= 1 else f"{pace:.2g}"
-            words += [f"{shown} s/step", f"eta {show_seconds(pace * (event.total - event.step))}"]
+            words += [f"{shown} s/step", f"eta {show_seconds(replace(event, seconds=pace).eta or 0)}"]
         if event.memory_bytes:
             words.append(show_bytes(event.memory_bytes))
         return "  ".join(words)

@@ -11,7 +11,7 @@ import typer
 from ascendit.cli.main import Copy, DryRun, Engine, Json, Resume, Source, Target, chosen, flag
 from ascendit.cli.output import Output, quiet_libraries
 from ascendit.cli.progress import ProgressView, progress_view
-from ascendit.errors import Cancelled, OutOfMemory, UsageError
+from ascendit.errors import Cancelled, OutOfMemory, UsageError, is_out_of_memory
 
 if TYPE_CHECKING:
     from ascendit.pipeline.calibrate import Calibrator
@@ -128,9 +128,7 @@ def _fields(settings: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def _ended_early(view: ProgressView) -> Iterator[None]:
-    """Ctrl-C, and too little memory for a calibration, as errors that tell how to go on."""
-    from ascendit.pipeline.job import is_out_of_memory
-
+    """Ctrl-C, and too little memory for a calibration, as errors that say how to continue."""
     try:
         yield
     except KeyboardInterrupt as e:

@@ -107,16 +107,19 @@ def verify_adherence(
     """Judge the videos, print the counts and the verdicts. Exits with 1 when a group is below its limit."""
     from ascendit.demo import world
     from ascendit.demo.adherence import pick
+    from ascendit.pipeline.job import load
     from ascendit.verify.adherence import LIMITS, adherence_error, check_adherence, verdict_lines
 
     start = time.perf_counter()
     scenes = pick(limit) if limit is not None else list(world.scenes())
     quiet_libraries()
-    with out.work(), progress_view(silent=out.silent) as view, Interrupt(silent=out.silent) as interrupt:
-        tally = Tally(view, len(scenes) * len(seeds))
-        result = check_adherence(
-            model, scenes, seeds, swap_experts=swap_experts, cancel=interrupt.event, on_video=tally
-        )
+    with out.work(), progress_view(silent=out.silent) as view:
+        pipe = load(model)
+        with Interrupt(silent=out.silent) as interrupt:
+            tally = Tally(view, len(scenes) * len(seeds))
+            result = check_adherence(
+                pipe, scenes, seeds, swap_experts=swap_experts, cancel=interrupt.event, on_video=tally
+            )
     error = adherence_error(result)
     told = result.as_dict() | {
         "model": model,

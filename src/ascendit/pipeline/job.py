@@ -9,48 +9,27 @@ No torch before something is built.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import Parameter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascendit import geometry
 from ascendit.checkpoint.hub import model_folder
-from ascendit.checkpoint.layout import Layout, recognise
-from ascendit.checkpoint.transformer import Expert, read_expert
-from ascendit.device.device import Device, parse_device
-from ascendit.errors import OutOfMemory
+from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.transformer import read_expert
+from ascendit.device.device import parse_device
+from ascendit.errors import is_out_of_memory, out_of_memory
 from ascendit.family import VaeConfig, WanConfig
 from ascendit.model.quantize_on_load import Online, policy_for, schemes_in
-from ascendit.pipeline.defaults import Defaults, defaults_for
-from ascendit.pipeline.options import OPTIONS, LoadOptions, load_signature
+from ascendit.pipeline.defaults import defaults_for
+from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_signature
 from ascendit.pipeline.request import GenerateRequest, picture_of, resolve
 from ascendit.progress import OnProgress, Progress
-from ascendit.schedule import StepSchedule
-from ascendit.weights.applied_recipe import AppliedRecipe
 
 if TYPE_CHECKING:
     from ascendit.pipeline.generate import Pipeline, Stop
     from ascendit.pipeline.video import Video
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreparedModel:
-    """A model that can be loaded as asked: what was read from its configs and headers, and decided."""
-
-    options: LoadOptions
-    layout: Layout
-    defaults: Defaults
-    device: Device
-    """By its name; it is not open."""
-    dtype: str | None
-    """Of the denoiser; None: as stored."""
-    vae_dtype: str
-    experts: tuple[tuple[Expert, AppliedRecipe | None], ...]
-    """Each with the recipe that quantizes it on its way into memory."""
-    schedule: StepSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +119,7 @@ def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -
     prepared = prepare_model(LoadOptions.model_validate({"model": model, **options}))
     from ascendit.pipeline.load import build
 
-    return build(**vars(prepared), on_progress=on_progress)
+    return build(prepared, on_progress)
 
 
 load.__dict__["__signature__"] = load_signature(
@@ -165,51 +144,9 @@ def run(prepared: Prepared, events: OnProgress | None = None, cancel: Stop | Non
             events(event)
 
     try:
-        pipe = build(**vars(prepared.model), on_progress=on_progress)
+        pipe = build(prepared.model, on_progress)
         return pipe.run(prepared.request, pixels=prepared.pixels, on_progress=on_progress, cancel=cancel)
     except Exception as error:
         if is_out_of_memory(error):
             raise out_of_memory(error, stage, prepared.model.options.device) from error
         raise
-
-
-PHRASES = ("not enough memory", "can't allocate memory", "out of memory", "cannot allocate memory")
-MEMINFO = Path("/proc/meminfo")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is how PyTorch, a driver or Python says that memory ran out."""
-    if isinstance(error, (MemoryError, OutOfMemory)):
-        return True
-    if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
-        return True
-    return isinstance(error, (RuntimeError, OSError)) and any(p in str(error).lower() for p in PHRASES)
-
-
-def out_of_memory(error: BaseException, stage: str = "", device: str = "cpu") -> OutOfMemory:
-    """The error to show. `stage`: of the progress events; `device`: as given to `--device`."""
-    if isinstance(error, OutOfMemory):
-        return error
-    text = str(error)
-    asked = re.search(r"[Tt]ried to allocate ([\d.]+ ?[kKMGT]?i?[bB]\w*)", text)
-    free = re.search(r"([\d.]+ [KMG]iB) is free", text)
-    left = free[1] if free else (_host_memory() if device == "cpu" else "")
-    return OutOfMemory(
-        f"out of memory on {device}" + (f" in stage {stage}" if stage else ""),
-        needs=(f"{_gib(asked[1])} more" if asked else "more memory") + (f"; {left} is free" if left else ""),
-        fix="a smaller --size or --frames; --text-on drop frees the text encoder after use",
-    )
-
-
-def _gib(size: str) -> str:
-    """`68719476736 bytes` or kB as `64.0 GiB`; other texts as they are."""
-    found = re.fullmatch(r"(\d+) (bytes|kB)\w*", size)
-    return f"{int(found[1]) / (2**30 if found[2] == 'bytes' else 2**20):.1f} GiB" if found else size
-
-
-def _host_memory() -> str:
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+ kB)", MEMINFO.read_text())
-    except OSError:
-        return ""
-    return _gib(found[1]) if found else ""

@@ -2,46 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from ascendit.checkpoint.layout import Layout
-from ascendit.checkpoint.transformer import Expert
-from ascendit.device.device import Device
 from ascendit.model.loader import load_expert
 from ascendit.model.quantize_on_load import schemes_in
 from ascendit.ops.open_device import memory_bytes, open_device
 from ascendit.ops.operators import bind
-from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.generate import Pipeline
-from ascendit.pipeline.options import LoadOptions
+from ascendit.pipeline.options import PreparedModel
 from ascendit.progress import OnProgress, Progress
-from ascendit.schedule import StepSchedule
 from ascendit.text.encoders import ImageEncoder, TextEncoder
 from ascendit.vae.autoencoder import VideoCoder
-from ascendit.weights.applied_recipe import AppliedRecipe
 
 
-def build(
-    *,
-    options: LoadOptions,
-    layout: Layout,
-    defaults: Defaults,
-    device: Device,
-    dtype: str | None,
-    vae_dtype: str,
-    experts: Sequence[tuple[Expert, AppliedRecipe | None]],
-    schedule: StepSchedule,
-    on_progress: OnProgress | None = None,
-) -> Pipeline:
-    """The pipeline of a prepared model. The arguments are the fields of `PreparedModel`.
+def build(model: PreparedModel, on_progress: OnProgress | None = None) -> Pipeline:
+    """The pipeline of a prepared model.
 
     Raises EnvironmentProblem: E-ENV-03 without the device, E-CAP-01 for a scheme that its chip has no matmul
     for; UsageError E-USE-01 for an operator or scale rule that the device does not have; CheckpointError for
     weights that are damaged.
     """
-    device = open_device(device)
+    options, layout, experts, schedule = model.options, model.layout, model.experts, model.schedule
+    device = open_device(model.device)
     ops = bind(
         device,
         options.ops,
@@ -62,13 +44,13 @@ def build(
     done(0)
     text = TextEncoder(layout, device=put, text_on=options.text_on)
     done(1)
-    vae = VideoCoder(layout, device=put, dtype=getattr(torch, vae_dtype))
+    vae = VideoCoder(layout, device=put, dtype=getattr(torch, model.vae_dtype))
     done(2)
     needs_clip = layout.experts[0].config.get("image_dim") is not None
     gelu = None if device.exact_gelu else ops.gelu
     clip = ImageEncoder(layout, device=put, gelu=gelu) if needs_clip else None
     done(3)
-    number = None if dtype is None else getattr(torch, dtype)
+    number = None if model.dtype is None else getattr(torch, model.dtype)
     models = []
     for expert, applied in experts:
         floats = "bf16" in schedule.precisions
@@ -76,7 +58,7 @@ def build(
         done(3 + len(models))
     return Pipeline(
         layout=layout,
-        defaults=defaults,
+        defaults=model.defaults,
         ops=ops,
         device=device,
         text=text,

@@ -12,15 +12,21 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, PlainValidator
 
-from ascendit.device.device import parse_device
+from ascendit.device.device import Device, parse_device
 from ascendit.environment import Variable
 from ascendit.errors import UsageError
 from ascendit.schedule import StepSchedule
 from ascendit.validation import Checked
+
+if TYPE_CHECKING:
+    from ascendit.checkpoint.layout import Layout
+    from ascendit.checkpoint.transformer import Expert
+    from ascendit.pipeline.defaults import Defaults
+    from ascendit.weights.applied_recipe import AppliedRecipe
 
 Row = TypeVar("Row")
 
@@ -36,6 +42,9 @@ class Option:
     """Whether `--help` leaves its flag out."""
 
 
+POWERS = {None: 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
 def _path(value: object) -> object:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
@@ -46,7 +55,7 @@ def _device(name: object) -> str:
 
 
 def _dtype(value: object) -> str | None:
-    """A name or a torch.dtype; which of them a device runs in, `Device.dtype_name` checks."""
+    """A name or a torch.dtype; `Device.dtype_name` checks what a device supports."""
     return None if value is None else str(value).removeprefix("torch.")
 
 
@@ -54,13 +63,22 @@ def _patterns(value: object) -> object:
     """Text with spaces, commas or semicolons between the patterns, or a sequence of them."""
     if isinstance(value, str):
         return tuple(pattern for pattern in re.split(r"[\s;,]+", value) if pattern)
-    return tuple(map(str, value)) if isinstance(value, (list, tuple)) else () if value is None else value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(str, value))
+    return () if value is None else value
 
 
 def _schedule(value: object) -> object:
+    """Text; UsageError for a StepSchedule that is more than its text can say."""
     if value is None or isinstance(value, str):
         return value
-    return str(value if isinstance(value, StepSchedule) else StepSchedule.parse(value))  # type: ignore[arg-type]
+    if not isinstance(value, StepSchedule):
+        return StepSchedule.parse(value)  # type: ignore[arg-type]  # it refuses what is no text
+    text = str(value) or "default:stored"  # an option that is empty would leave the recipe's own
+    if StepSchedule.parse(text) != value:
+        needs = "precisions alone, the steps rising: attention and cache of a step are no option"
+        raise UsageError(f"step_policy={value!r}", needs=needs, fix=f"step_policy={text!r}")
+    return text
 
 
 def _bytes(value: object) -> object:
@@ -69,7 +87,7 @@ def _bytes(value: object) -> object:
         return None
     found = re.fullmatch(r"(\d{1,18}(?:\.\d+)?(?:e\+?\d\d?)?) ?(?:([KMGT])(i?))?B?", str(value).strip())
     number, prefix, binary = found.groups() if found else ("0", None, None)
-    size = int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(prefix or " ")))
+    size = int(float(number) * (1024 if binary else 1000) ** POWERS[prefix])
     if size < 1:
         needs = "a size above 0, in bytes or with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
         raise UsageError(f"max_memory={value}", needs=needs, fix="--max-memory 24GiB")
@@ -77,7 +95,9 @@ def _bytes(value: object) -> object:
 
 
 def _emulate(value: object) -> object:
-    return value if not isinstance(value, bool) else "decode-on-use" if value else None
+    if isinstance(value, bool):
+        return "decode-on-use" if value else None
+    return value
 
 
 class LoadOptions(Checked):
@@ -95,7 +115,10 @@ class LoadOptions(Checked):
         Literal["cpu", "device", "drop"],
         Option("Text encoder on cpu, on device (default), or drop it after use.", "WHERE", hidden=True),
         Variable(
-            "T5_LOAD_CPU", {"1": "cpu"}, "the text encoder runs on the CPU (--text-on device overrides it)"
+            "T5_LOAD_CPU",
+            {"1": "cpu"},
+            "the text encoder runs on the CPU (--text-on device overrides it)",
+            switch=True,
         ),
     ] = "device"
     scheme: Annotated[
@@ -156,6 +179,7 @@ class LoadOptions(Checked):
             {"1": True},
             "layer norms by MindIE-SD where the device has it, the same numbers (--set fast_layernorm=false "
             "overrides it)",
+            switch=True,
         ),
     ] = False
     force: Annotated[bool, Option("Quantize where accuracy is known to suffer.")] = False
@@ -167,9 +191,26 @@ class LoadOptions(Checked):
 
     @property
     def record(self) -> dict[str, Any]:
-        """What shapes a video, for the JSON beside it; without what was left open and what is off."""
+        """The options that shape a video, for the JSON beside it; without those that are None or off."""
         values = self.model_dump(mode="json", exclude={"model"})
         return {name: value for name, value in values.items() if value not in (None, False, [])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedModel:
+    """A model that can be loaded as asked: what was read from its configs and headers, and decided."""
+
+    options: LoadOptions
+    layout: Layout
+    defaults: Defaults
+    device: Device
+    """By its name; it is not open."""
+    dtype: str | None
+    """Of the denoiser; None: as stored."""
+    vae_dtype: str
+    experts: tuple[tuple[Expert, AppliedRecipe | None], ...]
+    """Each with the recipe that quantizes it on its way into memory."""
+    schedule: StepSchedule
 
 
 def _rows(kind: type[Row]) -> dict[str, Row]:

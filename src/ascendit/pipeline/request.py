@@ -10,7 +10,7 @@ import hashlib
 import secrets
 import shlex
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -166,6 +166,8 @@ def resolve(defaults: Defaults, prompt: str, **given: Any) -> GenerateRequest:
         got, needs = f"unknown argument: {', '.join(unknown)}", f"arguments among {', '.join(sorted(known))}"
         raise UsageError(got, needs=needs, fix="correct the name")
     given = {k: v.item() if getattr(v, "ndim", None) == 0 else v for k, v in given.items() if v is not None}
+    if isinstance(given.get("timesteps"), Iterator):
+        given["timesteps"] = tuple(given["timesteps"])
     if "timesteps" in given:
         with suppress(TypeError):  # no sequence: refused below
             given.setdefault("num_inference_steps", len(given["timesteps"]) or 1)
@@ -233,14 +235,15 @@ def picture_of(request: GenerateRequest, pixels: Mapping[str, Any]) -> Any:
     Raises RequestError E-REQ-04 if it needs other pixels, and as `open_image`.
     """
     name = request.image
-    if name is None or name in pixels:
-        return None if name is None else open_image(pixels[name])
-    if name.startswith(PIXELS):
+    if name is None:
+        return None
+    picture = open_image(pixels[name]) if name in pixels else None
+    if name.startswith(PIXELS) and (picture is None or name_image(picture)[0] != name):
         needs = "the pixels that the request names by their content"
         fix = "pass pixels={name: image}, as name_image returns them, or name a file: --image FILE"
-        got = f"image {name}, and no pixels of this name"
+        got = f"image {name}, and {'no' if picture is None else 'other'} pixels of this name"
         raise RequestError(got, needs=needs, fix=fix, code="E-REQ-04")
-    return open_image(name)
+    return open_image(name) if picture is None else picture
 
 
 def open_image(image: Any) -> Any:

@@ -262,8 +262,9 @@ def _not_writable(folder: Path, e: OSError) -> EnvironmentProblem:
 
 def _publish(target: Target, new: Path, sidecar: bytes | None, overwrite: bool) -> None:
     """Move into place, the `.json` first: where the video is, everything is."""
-    write_sidecar = sidecar is not None and (overwrite or not os.path.lexists(target.sidecar))
-    if sidecar is not None and write_sidecar:
+    if not overwrite and os.path.lexists(target.sidecar):
+        sidecar = None  # an equal one, which is not ours to remove
+    if sidecar is not None:
         new.with_name("sidecar").write_bytes(sidecar)
         _move(new.with_name("sidecar"), target.sidecar, overwrite)
     try:
@@ -274,7 +275,7 @@ def _publish(target: Target, new: Path, sidecar: bytes | None, overwrite: bool) 
         else:
             _move(new, target.path, overwrite)
     except BaseException:
-        if write_sidecar and not overwrite:
+        if sidecar is not None and not overwrite:
             target.sidecar.unlink(missing_ok=True)
         raise
 

@@ -8,8 +8,7 @@ from ascendit.demo.adherence import Adherence, Reading, measure_adherence
 from ascendit.demo.world import Scene
 from ascendit.errors import QualityError, UsageError
 from ascendit.pipeline.frame_checks import Frames
-from ascendit.pipeline.generate import Stop
-from ascendit.pipeline.job import load
+from ascendit.pipeline.generate import Pipeline, Stop
 from ascendit.verify.quality import OnVideo
 
 LIMITS = {"overall": 0.90, "kept_back": 0.85}
@@ -18,7 +17,7 @@ TITLES = {"overall": "all videos", "kept_back": "kept back"}
 
 
 def check_adherence(
-    model: str,
+    pipe: Pipeline,
     scenes: Sequence[Scene],
     seeds: Sequence[int],
     *,
@@ -26,11 +25,10 @@ def check_adherence(
     cancel: Stop | None = None,
     on_video: OnVideo | None = None,
 ) -> Adherence:
-    """Load `model` and judge a video of every scene and seed. `swap_experts`: each in the other's place.
+    """Judge a video of every scene and seed. `swap_experts`: each in the other's place.
 
-    Raises UsageError E-USE-01 if there is no second expert to swap, Cancelled, and what loading raises.
+    Raises UsageError E-USE-01 if there is no second expert to swap, and Cancelled.
     """
-    pipe = load(model)
     if swap_experts:
         if pipe.transformer_2 is None:
             raise UsageError(

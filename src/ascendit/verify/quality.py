@@ -145,7 +145,7 @@ def make_videos(
     cancel: Stop | None,
     tell: Callable[[bool], None] | None,
 ) -> list[Trace]:
-    """One for each request. Each pipeline has a thread, and its share of the processors."""
+    """One for each request. Each of several pipelines has a thread, and its share of the processors."""
     jobs, threads, lock = len(pipes), torch.get_num_threads(), threading.Lock()
 
     def share(member: int) -> list[Trace]:
@@ -160,6 +160,8 @@ def make_videos(
         return made
 
     try:
+        if jobs == 1:  # in this thread, where a second Ctrl-C stops at once
+            return share(0)
         with ThreadPoolExecutor(jobs) as pool:
             parts = list(pool.map(share, range(jobs)))
     finally:
