@@ -31,7 +31,7 @@ from ascendit.quant.schemes import FP4, QUANTIZED, SCHEMES
 from ascendit.weights.applied_recipe import apply_recipe
 from ascendit.weights.lora.fold import Folds
 from ascendit.weights.recipe_steps import RecipeSteps
-from ascendit.weights.shards import Shards, cut_steps, shard_of
+from ascendit.weights.shards import LayerShards, cut_steps, shard_of
 from ascendit.weights.tensor_steps import run_steps
 
 WIDTH, HIDDEN = 64, 1216
@@ -96,7 +96,7 @@ def cut(name: str, whole: Tensor, shards: dict[str, ShardSpec]) -> Tensor:
     return whole[:, start // unit : -(-stop // unit)]
 
 
-def model_of(recipe: RecipeSteps, shards: Shards) -> WanTransformer:
+def model_of(recipe: RecipeSteps, shards: LayerShards) -> WanTransformer:
     """As `load_expert`, of a recipe that folds LoRA files too."""
     expert, ops = recipe.applied.expert, bind("cpu")
     with torch.device("meta"):
@@ -191,7 +191,7 @@ def test_encoded_while_it_is_read(
         expert, load_recipe("default", scheme), "t2v", smoothing=smoothing if changed else None
     )
 
-    def load(shards: Shards | None = None) -> Any:
+    def load(shards: LayerShards | None = None) -> Any:
         if folds is None:
             return load_expert(expert, applied, bind("cpu"), shards=shards or {})
         return model_of(RecipeSteps(applied, folds=folds), shards or {})
