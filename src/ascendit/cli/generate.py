@@ -105,22 +105,13 @@ generate.__dict__["__signature__"] = inspect.Signature(PARAMETERS)
 
 def _prepare(call: Call, output: Path | None, *, overwrite: bool) -> tuple[Prepared, Path]:
     """Meet the model, and find a free name for the output."""
-    from ascendit.checkpoint.hub import model_folder
     from ascendit.pipeline import video
     from ascendit.pipeline.job import prepare
 
     if output is not None:
         video.check_writable(output)
-    try:
-        model_folder(call.options.model)
-    except UsageError as e:
-        if call.model_from is None or e.code != "E-USE-02":
-            raise
-        again = shlex.join([call.prompt, "--config", str(call.model_from)])
-        fix = f"name MODEL on the command line: ascendit generate MODEL {again}; or add --demo"
-        raise UsageError(
-            f"{e.got}, which {call.model_from} names", needs=e.needs, fix=fix, code=e.code
-        ) from e
+    if call.model_from is not None:
+        _find_model(call, call.model_from)
     prepared = prepare(call.options, call.prompt, **call.fields)
     request = prepared.request
     output = output or video.default_name(request.prompt, request.seed, datetime.now())
@@ -128,6 +119,20 @@ def _prepare(call: Call, output: Path | None, *, overwrite: bool) -> tuple[Prepa
     sidecar = b"" if call.metadata else None
     video.check_output(output, shape, request.fps, sidecar=sidecar, overwrite=overwrite)
     return prepared, output
+
+
+def _find_model(call: Call, config: Path) -> None:
+    """UsageError E-USE-02 that names the config, where the model that it names is not found."""
+    from ascendit.checkpoint.hub import model_folder
+
+    try:
+        model_folder(call.options.model)
+    except UsageError as e:
+        if e.code == "E-USE-02":
+            again = shlex.join([call.prompt, "--config", str(config)])
+            e.got += f", which {config} names"
+            e.fix = f"name MODEL on the command line: ascendit generate MODEL {again}; or add --demo"
+        raise
 
 
 def _run(prepared: Prepared, out: Output) -> Video:
