@@ -107,7 +107,12 @@ def test_while_the_model_loads_the_first_interrupt_stops(run, painter, monkeypat
         raise AssertionError("it went on")
 
     monkeypatch.setattr(job, "load", load)
-    assert run("verify", "--demo", "--adherence", "--limit", "1").code == 130
+    # A shell may have started the tests with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run("verify", "--demo", "--adherence", "--limit", "1").code == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
