@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 from demo_data import Motion, render
+from pipeline.refusals import refused
 
 from ascendit.demo import world
-from ascendit.errors import AscenditError, QualityError
+from ascendit.errors import QualityError
 from ascendit.pipeline.frame_checks import Frames, check_not_flat, to_uint8
 
 
 def scene() -> Frames:
     motion = Motion(radius=10, travel=20, centre=(32, 32))
     return render(world.Scene("purple", "square", "right", "white"), motion, 5)
-
-
-@contextmanager
-def refused(kind: type[AscenditError], code: str, *texts: str) -> Iterator[None]:
-    with pytest.raises(kind) as caught:
-        yield
-    assert caught.value.code == code
-    for text in texts:
-        assert text in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

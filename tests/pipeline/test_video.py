@@ -7,8 +7,6 @@ import os
 import resource
 import struct
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,10 @@ import pytest
 from demo_data import Motion, render
 from PIL import Image
 from pipeline.metadata import read_metadata
+from pipeline.refusals import refused
 
 from ascendit.demo import world
-from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
+from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.pipeline import video_codecs
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest
@@ -81,15 +80,6 @@ def decode(path: Path, pix_fmt: str = "rgb24") -> tuple[np.ndarray[Any, Any], An
 
 def names(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
-
-
-@contextmanager
-def refused(kind: type[AscenditError], code: str, *texts: str) -> Iterator[None]:
-    with pytest.raises(kind) as caught:
-        yield
-    assert caught.value.code == code
-    for text in texts:
-        assert text in str(caught.value)
 
 
 # ---- the class
