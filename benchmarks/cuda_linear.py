@@ -64,7 +64,7 @@ def linear_calls(ops: Any, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[dic
     about: dict[str, Any] = {}
     for name, row in LINEAR_SCHEMES.items():
         e = mx.encode(weight, row.weight)
-        ready = ops.prepare_weight(e.codes, e.scale, e.dual_scale, bias, row.weight)
+        ready = ops.prepare_weight(e.qdata, e.scale, e.dual_scale, bias, row.weight)
         a = ops.quantize_activation(x, name)
         out = ops.quantized_linear(a, ready)
         about[name] = (float((out - wide).norm() / wide.norm()), ready.nbytes * 8 / weight.numel())

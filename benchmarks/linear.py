@@ -69,7 +69,7 @@ def rows_of(tokens: int, k: int, n: int, schemes: list[str], emulate: list[Emula
             ops = Schemes(device, Wish(emulate=how))
             if how == "decode-once" and ops.kernel(scheme).reason.startswith("native"):
                 continue
-            ready = ops.prepare_weight(encoded.codes, encoded.scale, encoded.dual_scale, bias, scheme)
+            ready = ops.prepare_weight(encoded.qdata, encoded.scale, encoded.dual_scale, bias, scheme)
 
             def run(s: str = scheme, o: Schemes = ops, w: object = ready) -> Tensor:
                 return o.quantized_linear(o.quantize_activation(x, s), w)  # type: ignore[arg-type]

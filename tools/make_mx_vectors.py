@@ -50,9 +50,9 @@ def from_torchao() -> Iterator[tuple[str, Tensor]]:
         ("mxfp4", torch.float4_e2m1fn_x2),
     ):
         for mode in ("FLOOR", "RCEIL", "CEIL", "EVEN"):
-            scale, codes = to_mx(x, dtype, 32, modes[mode])
+            scale, qdata = to_mx(x, dtype, 32, modes[mode])
             yield f"x.{form}.{mode}.scale", scale.view(torch.uint8)
-            yield f"x.{form}.{mode}.codes", codes.view(torch.uint8)
+            yield f"x.{form}.{mode}.codes", qdata.view(torch.uint8)
 
 
 class NpuAutocast(TorchFunctionMode):
@@ -156,12 +156,12 @@ def quantize_like_msmodelslim(weight: Tensor, config: dict[str, Any]) -> dict[st
     scale = param.ext["scale"]
     if config["dtype"] == "int8":
         return {"codes": values.to(torch.int8).contiguous(), "scale": scale.unsqueeze(-1).float()}
-    codes = (
+    qdata = (
         values.to(torch.float8_e4m3fn)
         if config["dtype"] == "mxfp8"
         else import_alone(PACK).pack_fp4_to_uint8(values)
     )
-    stored = {"codes": codes, "scale": (scale.squeeze(-1) + 127).to(torch.uint8)}
+    stored = {"codes": qdata, "scale": (scale.squeeze(-1) + 127).to(torch.uint8)}
     if "dual_scale" in param.ext:
         stored["dual_scale"] = param.ext["dual_scale"].float()
     if config["method"] == "ceil_x" and config["ext"].get("enable_search"):

@@ -37,8 +37,8 @@ def table() -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, c in CASES.items():
-        codes = " | ".join(c.expected(verb) for verb in ("inspect", "repack", "quantize"))
-        lines.append(f"| {name} | {c.base} | {c.what} | {codes} |".replace("|  |", "| |"))
+        qdata = " | ".join(c.expected(verb) for verb in ("inspect", "repack", "quantize"))
+        lines.append(f"| {name} | {c.base} | {c.what} | {qdata} |".replace("|  |", "| |"))
     return "\n".join(lines) + "\n"
 
 

@@ -112,9 +112,9 @@ def manifest(folder: Path) -> dict[str, str]:
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
-def unpacked(codes: Tensor) -> Tensor:
+def unpacked(qdata: Tensor) -> Tensor:
     """uint8 [N, K / 2] -> float32 [N, K]; the even index is in the low nibble."""
-    pairs = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+    pairs = torch.stack((qdata & 15, qdata >> 4), -1).flatten(-2)
     return E2M1[pairs.long()]
 
 

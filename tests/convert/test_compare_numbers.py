@@ -76,8 +76,8 @@ def test_a_wrong_rewrite_does_not_get_out(tmp_path: Path, monkeypatch: pytest.Mo
     good = tensor_steps.recode
 
     def swapped(*args: Any) -> bytes:
-        codes = np.frombuffer(good(*args), np.uint8)
-        return bytes((codes >> 4 | codes << 4).tobytes())
+        qdata = np.frombuffer(good(*args), np.uint8)
+        return bytes((qdata >> 4 | qdata << 4).tobytes())
 
     def widen(found: dict[str, Tensor], told: dict[str, Any]) -> None:
         for name, tensor in found.items():

@@ -80,7 +80,7 @@ def test_every_layer_is_what_mx_makes_of_the_whole_weight(tmp_path, dst, scheme)
                 assert same(found[f"{layer}.weight"], weight)
                 continue
             encoded = mx.encode(weight, SCHEMES[scheme].weight)
-            wanted = {"weight": encoded.codes, "weight_scale": encoded.scale}
+            wanted = {"weight": encoded.qdata, "weight_scale": encoded.scale}
             wanted |= {"weight_dual_scale": encoded.dual_scale} if encoded.dual_scale is not None else {}
             wanted |= {"weight_offset": torch.zeros(len(weight), 1)} if scheme == "int8" else {}
             wanted |= {"bias": source[f"{layer}.bias"].float()}
@@ -190,7 +190,7 @@ def test_weights_are_encoded_from_their_own_dtype(tmp_path, dst, dtype):
     quantize(folder, dst, scheme="mxfp8")
     source, found = tensors(CONFIG, dtype=dtype), read(dst / "transformer")
     encoded = mx.encode(source[f"{Q}.weight"], "mxfp8")
-    assert same(found[f"{Q}.weight"], encoded.codes) and same(found[f"{Q}.weight_scale"], encoded.scale)
+    assert same(found[f"{Q}.weight"], encoded.qdata) and same(found[f"{Q}.weight_scale"], encoded.scale)
     assert same(found["proj_out.weight"], source["proj_out.weight"])
     assert same(found[f"{Q}.bias"], source[f"{Q}.bias"].float())
 
@@ -213,7 +213,7 @@ def test_a_single_file_in_original_names(tmp_path, dst):
     found, before = read(dst / "transformer"), read(source)
     for old, new in names.items():
         encoded = mx.encode(before[f"blocks.0.{old}.weight"], "fp8")
-        assert same(found[f"blocks.0.{new}.weight"], encoded.codes)
+        assert same(found[f"blocks.0.{new}.weight"], encoded.qdata)
 
 
 def tiled(folder: Path) -> dict[str, torch.Tensor]:
@@ -224,9 +224,9 @@ def tiled(folder: Path) -> dict[str, torch.Tensor]:
         rows, columns = (-(-n // 128) for n in weight.shape)
         scale = 0.001 + 0.01 * torch.rand(rows, columns)
         wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: weight.shape[0], : weight.shape[1]]
-        codes = (weight / wide).clamp(-448, 448).to(torch.float8_e4m3fn)
-        values |= {name: codes, f"{name}_scale_inv": scale}
-        decoded[name] = (codes.float() * wide).to(torch.bfloat16)
+        qdata = (weight / wide).clamp(-448, 448).to(torch.float8_e4m3fn)
+        values |= {name: qdata, f"{name}_scale_inv": scale}
+        decoded[name] = (qdata.float() * wide).to(torch.bfloat16)
     save_file(values, folder / "diffusion_pytorch_model.safetensors")
     return decoded
 
@@ -242,7 +242,7 @@ def test_fp8_in_tiles_is_decoded_to_bf16_first(tmp_path, dst, monkeypatch):
             assert same(found[name], weight)
         else:
             encoded = mx.encode(weight, "mxfp8")
-            assert same(found[name], encoded.codes) and same(found[f"{name}_scale"], encoded.scale)
+            assert same(found[name], encoded.qdata) and same(found[f"{name}_scale"], encoded.scale)
     assert not any(name.endswith("_inv") for name in found)
 
 
@@ -294,7 +294,7 @@ def test_loras_are_folded_before_encoding(model, dst):
     report = quantize(model, dst, scheme="mxfp8", loras=[f"transformer={model.parent}/style.safetensors:0.5"])
     source, found = tensors(CONFIG), read(dst / "transformer")
     weight = (source[f"{Q}.weight"].double() + 0.5 * up.double() @ down.double()).to(torch.bfloat16)
-    assert same(found[f"{Q}.weight"], mx.encode(weight, "mxfp8").codes)
+    assert same(found[f"{Q}.weight"], mx.encode(weight, "mxfp8").qdata)
     bias = (source[f"{Q}.bias"].double() + 0.5 * lora[f"transformer.{Q}.diff_b"].double()).to(torch.bfloat16)
     assert same(found[f"{Q}.bias"], bias.float())
     proj_out = source["proj_out.weight"].double() + 0.5 * lora["transformer.proj_out.diff"].double()

@@ -324,9 +324,9 @@ def tiled(folder: Path, inverse: torch.dtype = torch.float32) -> Path:
     return folder
 
 
-def by_hand(codes: Tensor, scale: Tensor) -> np.ndarray[Any, Any]:
+def by_hand(qdata: Tensor, scale: Tensor) -> np.ndarray[Any, Any]:
     """float32 code x scale of its tile, rounded to the nearest even bfloat16; as bits."""
-    raw = codes.view(torch.uint8).numpy().astype(np.int32)
+    raw = qdata.view(torch.uint8).numpy().astype(np.int32)
     exponent, fraction = raw >> 3 & 15, raw & 7
     size = np.where(exponent == 0, fraction / 8 * 2.0**-6, (1 + fraction / 8) * 2.0 ** (exponent - 7.0))
     values = (np.where(raw & 128, -size, size)).astype(np.float32)

@@ -125,7 +125,7 @@ def test_state_dict_is_the_disk_and_comes_back(scheme):
     m = nn.ModuleDict({"to_q": layer(scheme, mul_scale=mul)})
     encoded, bias = weight_of(scheme)
     state = m.state_dict()
-    wanted = {"weight": encoded.codes, "weight_scale": encoded.scale, "mul_scale": mul, "bias": bias}
+    wanted = {"weight": encoded.qdata, "weight_scale": encoded.scale, "mul_scale": mul, "bias": bias}
     wanted |= {"weight_offset": torch.zeros(24, 1)} if scheme == "int8" else {}
     wanted |= {"weight_dual_scale": encoded.dual_scale} if encoded.dual_scale is not None else {}
     assert {k.removeprefix("to_q.") for k in state} == set(wanted)
@@ -146,7 +146,7 @@ def test_one_member_of_a_group_is_replaced_alone():
     layers, _ = group_of(1, 2, 3)
     kept = [m(tokens()) for m in layers]
     other, bias = weight_of("mxfp8", n=16, seed=7)
-    layers[1].load_state_dict({"weight": other.codes, "weight_scale": other.scale, "bias": bias})
+    layers[1].load_state_dict({"weight": other.qdata, "weight_scale": other.scale, "bias": bias})
     assert torch.equal(layers[0](tokens()), kept[0]) and torch.equal(layers[2](tokens()), kept[2])
     assert torch.equal(layers[1].weight, mx.decode(other).bfloat16())
 
@@ -176,8 +176,8 @@ def count_products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def storage_of(m: QuantLinear) -> int:
-    codes: Any = m._parameters["weight"]
-    return codes.untyped_storage().data_ptr()
+    qdata: Any = m._parameters["weight"]
+    return qdata.untyped_storage().data_ptr()
 
 
 def outputs(layers: list[QuantLinear]) -> list[torch.Tensor]:

@@ -246,7 +246,7 @@ def groups(model: WanTransformer) -> list[FusedGroup]:
 
 def formats(model: WanTransformer) -> set[int]:
     weights: Any = [group.weight for group in groups(model)]
-    return {int(torch.ops.npu.get_npu_format(weight.codes)) for weight in weights}
+    return {int(torch.ops.npu.get_npu_format(weight.qdata)) for weight in weights}
 
 
 def velocity(model: WanTransformer) -> torch.Tensor:
@@ -277,8 +277,8 @@ def test_codes_in_nz_have_the_state_dict_of_the_disk_and_take_it(tiny_t2v_single
     assert all(torch.equal(t, wanted[name]) for name, t in state.items())
     extra = sum(m.extra_nbytes for m in model.modules() if isinstance(m, QuantLinear))
     layers: list[Any] = [m for m in plain.modules() if isinstance(m, QuantLinear)]
-    codes = sum(m._parameters["weight"].nbytes for m in layers)
-    assert codes <= extra < 1.5 * codes
+    qdata = sum(m._parameters["weight"].nbytes for m in layers)
+    assert qdata <= extra < 1.5 * qdata
     assert "blocks.0.attn1.to_q.weight" not in dict(model.named_parameters())
     model.load_state_dict(wanted)
     assert formats(model) == {29} and torch.equal(velocity(model), before)

@@ -141,16 +141,16 @@ def _sizes(name: str, arguments: tuple[int, ...]) -> list[int]:
     )
     by_row = name == "encode_rows" or (name == "measure" and arguments[6])
     values = rows * length * (4 if typed and arguments[1] == 2 else 2)
-    codes = rows * (-(-length // 2) if packed else length)
+    qdata = rows * (-(-length // 2) if packed else length)
     blocks = rows * -(-length // 32)
     scale, dual = rows * 4 if by_row else blocks, rows * -(-length // 512) * 4
     behind = {
-        "encode_table": {0: values, 6: 0x8000, 7: codes, 8: blocks, 9: blocks},
-        "encode_choice": {0: values, 5: 0x10000, 6: codes, 7: blocks, 8: blocks},
-        "encode_rule": {0: values, 9: codes, 10: blocks},
-        "encode_dual": {0: values, 5: 0x8000, 6: 1024, 7: codes, 8: blocks, 9: dual},
-        "encode_rows": {0: values, 7: codes, 8: scale},
+        "encode_table": {0: values, 6: 0x8000, 7: qdata, 8: blocks, 9: blocks},
+        "encode_choice": {0: values, 5: 0x10000, 6: qdata, 7: blocks, 8: blocks},
+        "encode_rule": {0: values, 9: qdata, 10: blocks},
+        "encode_dual": {0: values, 5: 0x8000, 6: 1024, 7: qdata, 8: blocks, 9: dual},
+        "encode_rows": {0: values, 7: qdata, 8: scale},
         "search": {0: values, 4: 3 * 0x8000, 5: 25 * 8},
-        "measure": {0: values, 7: codes, 8: scale, 9: dual, 10: 16},
+        "measure": {0: values, 7: qdata, 8: scale, 9: dual, 10: 16},
     }[name]
     return [behind.get(i, 0) for i in range(len(arguments))]

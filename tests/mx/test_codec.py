@@ -34,7 +34,7 @@ shapes = st.tuples(st.integers(1, 3), st.integers(1, 80), st.integers(1, 3))
 
 
 def same(a: Encoded, b: Encoded) -> bool:
-    pairs = [(a.codes, b.codes), (a.scale, b.scale)]
+    pairs = [(a.qdata, b.qdata), (a.scale, b.scale)]
     if a.dual_scale is not None and b.dual_scale is not None:
         pairs.append((a.dual_scale, b.dual_scale))
     return all(torch.equal(raw(x), raw(y)) for x, y in pairs) and a.shape == b.shape
@@ -60,7 +60,7 @@ def test_an_axis_is_that_axis_moved(
         encode(x, form, axis=axis, scale_rule=rule),
         encode(x.movedim(axis, -1), form, scale_rule=rule),
     )
-    assert torch.equal(raw(here.codes).movedim(axis, -1), raw(moved.codes))
+    assert torch.equal(raw(here.qdata).movedim(axis, -1), raw(moved.qdata))
     assert torch.equal(here.scale.movedim(axis, -1), moved.scale)
     assert torch.equal(decode(here).movedim(axis, -1), decode(moved))
     assert same(here, encode(x, form, axis=axis - 3, scale_rule=rule))
@@ -98,7 +98,7 @@ def test_a_short_last_block_is_one_that_was_filled_with_zeros(form: str) -> None
 def test_zeros_stay_zeros(form: str, rule: str) -> None:
     encoded = encode(torch.zeros(2, 544, dtype=torch.bfloat16), form, scale_rule=rule)
     assert torch.equal(decode(encoded), torch.zeros(2, 544))
-    assert not raw(encoded.codes).any()
+    assert not raw(encoded.qdata).any()
 
 
 @pytest.mark.parametrize(("form", "rule"), RULES)
@@ -135,7 +135,7 @@ def test_shapes_and_dtypes_are_those_of_a_checkpoint(form: str, rule: str, dtype
         "fp8": ((5, 600), torch.float8_e4m3fn, (5, 1), torch.float32, None),
     }[form]
     dual = encoded.dual_scale
-    assert (encoded.codes.shape, encoded.codes.dtype, encoded.scale.shape, encoded.scale.dtype) == wanted[:4]
+    assert (encoded.qdata.shape, encoded.qdata.dtype, encoded.scale.shape, encoded.scale.dtype) == wanted[:4]
     assert (None if dual is None else tuple(dual.shape)) == wanted[4]
     assert (encoded.format, encoded.axis, encoded.shape) == (form, -1, (5, 600))
     assert decode(encoded, torch.bfloat16).dtype == torch.bfloat16
@@ -204,13 +204,13 @@ def check_against_ml_dtypes(x: Tensor, form: str, rule: str) -> None:
     exponents = np.where(amax == 0, -127, exponent - exponent_of_bound + up).clip(-127, 127)
     np.testing.assert_array_equal(encoded.scale[:, 0].numpy(), exponents + 127)
     scaled = np.ldexp(wide, -exponents[:, None]).clip(-element.max, element.max).astype(np.float32)
-    codes = scaled.astype(NUMPY[form])
-    unpacked = codes.view(np.uint8)
+    qdata = scaled.astype(NUMPY[form])
+    unpacked = qdata.view(np.uint8)
     if form == "mxfp4":
         unpacked = unpacked[:, 0::2] | unpacked[:, 1::2] << 4
-    np.testing.assert_array_equal(raw(encoded.codes).numpy(), unpacked)
+    np.testing.assert_array_equal(raw(encoded.qdata).numpy(), unpacked)
     with np.errstate(over="ignore"):
-        values = np.ldexp(codes.astype(np.float64), exponents[:, None]).astype(np.float32)
+        values = np.ldexp(qdata.astype(np.float64), exponents[:, None]).astype(np.float32)
     np.testing.assert_array_equal(decode(encoded).numpy(), values)
 
 
@@ -224,7 +224,7 @@ def test_tiny_blocks_are_divided_by_exactly_2_to_minus_127() -> None:
 def test_dual_scale_is_the_npu_operator() -> None:
     """The vector of op-plugin's own test, x = 8 everywhere."""
     encoded = encode(torch.full((1, 512), 8.0, dtype=torch.bfloat16), "mxfp4_dualscale")
-    assert encoded.codes.eq(0x77).all() and encoded.scale.eq(127).all()
+    assert encoded.qdata.eq(0x77).all() and encoded.scale.eq(127).all()
     assert encoded.dual_scale is not None
     assert encoded.dual_scale.tolist() == [[[pytest.approx(1.333333, abs=1e-6)]]]
 
@@ -242,11 +242,11 @@ def test_dual_scale_by_hand() -> None:
         divided = np.nan_to_num(wide.reshape(4, 3, 512) / coarse[..., None])
     rounded = divided.reshape(4, 48, 32).astype(ml_dtypes.bfloat16).astype(np.float32)
     fine = np.where(rounded.any(-1), np.frexp(np.abs(rounded).max(-1))[1] - 3, -127)
-    codes = np.ldexp(rounded, -fine[..., None]).clip(-6, 6).astype(ml_dtypes.float4_e2m1fn)
+    qdata = np.ldexp(rounded, -fine[..., None]).clip(-6, 6).astype(ml_dtypes.float4_e2m1fn)
     assert encoded.dual_scale is not None
     np.testing.assert_array_equal(encoded.dual_scale.squeeze(-1).numpy(), coarse)
     np.testing.assert_array_equal(encoded.scale.numpy(), (fine + 127)[:, :35])
-    values = np.ldexp(codes.astype(np.float32), fine[..., None]).reshape(4, 3, 512) * coarse[..., None]
+    values = np.ldexp(qdata.astype(np.float32), fine[..., None]).reshape(4, 3, 512) * coarse[..., None]
     np.testing.assert_array_equal(decode(encoded).numpy(), values.reshape(4, 1536)[:, :1100])
 
 
@@ -255,8 +255,8 @@ def test_int8_is_npu_dynamic_quant() -> None:
     encoded = encode(x, "int8")
     scale = x.float().abs().amax(1, keepdim=True).numpy() * np.float32(1 / 127)
     np.testing.assert_array_equal(encoded.scale.numpy(), scale)
-    np.testing.assert_array_equal(encoded.codes.numpy(), np.rint(x.float().numpy() / scale))
-    assert encoded.codes.abs().max() == 127
+    np.testing.assert_array_equal(encoded.qdata.numpy(), np.rint(x.float().numpy() / scale))
+    assert encoded.qdata.abs().max() == 127
 
 
 @pytest.mark.parametrize(
@@ -265,24 +265,24 @@ def test_int8_is_npu_dynamic_quant() -> None:
 )
 def test_int8_roundings(rounding: str, wanted: list[int]) -> None:
     x = torch.tensor([[127.0, 2.5, -2.5, 3.5, -3.5]])
-    assert encode(x, "int8", rounding=rounding).codes.tolist() == [[127, *wanted]]
+    assert encode(x, "int8", rounding=rounding).qdata.tolist() == [[127, *wanted]]
 
 
 def test_fp8_rows() -> None:
     x = torch.randn(7, 300).to(torch.bfloat16)
     encoded = encode(x, "fp8")
     scale = x.float().abs().amax(1, keepdim=True).numpy() * np.float32(1 / 448)
-    codes = (x.float().numpy() / scale).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn)
+    qdata = (x.float().numpy() / scale).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn)
     np.testing.assert_array_equal(encoded.scale.numpy(), scale)
-    np.testing.assert_array_equal(raw(encoded.codes).numpy(), codes.view(np.uint8))
+    np.testing.assert_array_equal(raw(encoded.qdata).numpy(), qdata.view(np.uint8))
 
 
 @pytest.mark.parametrize("shape", [(256, 128), (200, 300), (1, 129)])
 def test_fp8_tiles_are_decoded(shape: tuple[int, int]) -> None:
-    codes = torch.randn(shape).to(torch.float8_e4m3fn)
+    qdata = torch.randn(shape).to(torch.float8_e4m3fn)
     scale = torch.rand(-(-shape[0] // 128), -(-shape[1] // 128)) + 0.5
-    encoded = Encoded(codes, scale, None, "fp8_128x128", -1, shape)
-    wanted = codes.float().clone()
+    encoded = Encoded(qdata, scale, None, "fp8_128x128", -1, shape)
+    wanted = qdata.float().clone()
     for i in range(shape[0]):
         for j in range(0, shape[1], 128):
             wanted[i, j : j + 128] *= scale[i // 128, j // 128]
@@ -337,10 +337,10 @@ def test_errors_of_encode(x: Tensor, form: str, kwargs: dict[str, Any], text: st
 
 def test_encoded_holds_no_nonsense() -> None:
     good = encode(torch.randn(4, 1024).to(torch.bfloat16), "mxfp4_dualscale")
-    parts: dict[str, Any] = {"codes": good.codes, "scale": good.scale, "dual_scale": good.dual_scale}
+    parts: dict[str, Any] = {"qdata": good.qdata, "scale": good.scale, "dual_scale": good.dual_scale}
     for name, tensor, text in (
-        ("codes", good.codes[:, :-1], r"codes \(4, 511\) torch.uint8"),
-        ("codes", good.codes.to(torch.int8), r"needs  codes \(4, 512\) of torch.uint8"),
+        ("qdata", good.qdata[:, :-1], r"qdata \(4, 511\) torch.uint8"),
+        ("qdata", good.qdata.to(torch.int8), r"needs  qdata \(4, 512\) of torch.uint8"),
         ("scale", good.scale.float(), r"needs  scale \(4, 32\) of torch.uint8"),
         ("dual_scale", None, r"dual_scale None .*mxfp4_dualscale"),
         ("dual_scale", torch.ones(4, 2), r"needs  dual_scale \(4, 2, 1\) of torch.float32"),
@@ -353,7 +353,7 @@ def test_encoded_holds_no_nonsense() -> None:
 
 def test_float8_codes_may_come_as_bytes() -> None:
     good = encode(torch.randn(4, 64).to(torch.bfloat16), "mxfp8")
-    bytes_ = Encoded(good.codes.view(torch.uint8), good.scale, None, "mxfp8", -1, (4, 64))
+    bytes_ = Encoded(good.qdata.view(torch.uint8), good.scale, None, "mxfp8", -1, (4, 64))
     assert torch.equal(decode(bytes_), decode(good))
 
 

@@ -26,8 +26,8 @@ each = pytest.mark.parametrize(("element", "dtype"), DTYPES, ids=[e.name for e, 
 
 def grid(element: Element) -> Tensor:
     """All numbers of the element from 0 up, float32."""
-    top = elements.to_codes(torch.tensor([element.max]), element, "rint").item()
-    return elements.to_values(torch.arange(int(top) + 1, dtype=torch.uint8), element)
+    top = elements.encode(torch.tensor([element.max]), element, "rint").item()
+    return elements.decode(torch.arange(int(top) + 1, dtype=torch.uint8), element)
 
 
 def hard_values(element: Element) -> Tensor:
@@ -42,9 +42,9 @@ def hard_values(element: Element) -> Tensor:
 
 @each
 def test_every_code_means_what_ml_dtypes_says(element: Element, dtype: Any) -> None:
-    codes = np.arange(1 << element.bits, dtype=np.uint8)
-    found = elements.to_values(torch.from_numpy(codes), element).numpy()
-    wanted = codes.view(dtype).astype(np.float32)
+    qdata = np.arange(1 << element.bits, dtype=np.uint8)
+    found = elements.decode(torch.from_numpy(qdata), element).numpy()
+    wanted = qdata.view(dtype).astype(np.float32)
     np.testing.assert_array_equal(found, wanted)
     np.testing.assert_array_equal(np.signbit(found[wanted == 0]), np.signbit(wanted[wanted == 0]))
 
@@ -53,7 +53,7 @@ def test_every_code_means_what_ml_dtypes_says(element: Element, dtype: Any) -> N
 def test_rint_is_the_cast_of_ml_dtypes_with_saturation(element: Element, dtype: Any) -> None:
     values = hard_values(element)
     wanted = values.clamp(-element.max, element.max).numpy().astype(dtype).view(np.uint8)
-    np.testing.assert_array_equal(elements.to_codes(values, element, "rint").numpy(), wanted)
+    np.testing.assert_array_equal(elements.encode(values, element, "rint").numpy(), wanted)
 
 
 @each
@@ -69,7 +69,7 @@ def test_the_other_roundings_pick_the_right_neighbour(element: Element, dtype: A
     low, high = np.minimum(np.abs(below), np.abs(above)), np.maximum(np.abs(below), np.abs(above))
     away = np.where(size - low >= high - size, high, low) * np.sign(clipped)
     for rounding, wanted in (("floor", below), ("half_away", away)):
-        found = elements.to_values(elements.to_codes(values, element, rounding), element).double().numpy()
+        found = elements.decode(elements.encode(values, element, rounding), element).double().numpy()
         np.testing.assert_array_equal(found, wanted, err_msg=rounding)
 
 
@@ -77,13 +77,13 @@ def test_the_other_roundings_pick_the_right_neighbour(element: Element, dtype: A
 def test_signs_of_zero_are_kept(element: Element, dtype: Any) -> None:
     tiny = torch.tensor([0.0, -0.0, 1e-30, -1e-30])
     sign = 1 << (element.bits - 1)
-    assert elements.to_codes(tiny, element, "rint").tolist() == [0, sign, 0, sign]
+    assert elements.encode(tiny, element, "rint").tolist() == [0, sign, 0, sign]
 
 
 @each
 def test_infinity_saturates(element: Element, dtype: Any) -> None:
-    codes = elements.to_codes(torch.tensor([torch.inf, -torch.inf]), element, "rint")
-    assert elements.to_values(codes, element).tolist() == [element.max, -element.max]
+    qdata = elements.encode(torch.tensor([torch.inf, -torch.inf]), element, "rint")
+    assert elements.decode(qdata, element).tolist() == [element.max, -element.max]
 
 
 def test_the_even_index_is_in_the_low_nibble() -> None:
@@ -94,10 +94,10 @@ def test_the_even_index_is_in_the_low_nibble() -> None:
     st.lists(st.lists(st.integers(0, 15), min_size=7, max_size=7), min_size=1, max_size=4), st.integers(1, 7)
 )
 def test_pack_and_unpack_are_inverse(rows: list[list[int]], length: int) -> None:
-    codes = torch.tensor(rows, dtype=torch.uint8)[:, :length]
-    packed = elements.pack(codes)
+    qdata = torch.tensor(rows, dtype=torch.uint8)[:, :length]
+    packed = elements.pack(qdata)
     assert packed.shape == (len(rows), (length + 1) // 2)
-    assert torch.equal(elements.unpack(packed, length), codes)
+    assert torch.equal(elements.unpack(packed, length), qdata)
 
 
 def test_every_packed_byte_survives() -> None:
@@ -110,5 +110,5 @@ def test_the_table_of_values_is_to_values(element: Element) -> None:
     raw = torch.arange(256, dtype=torch.uint8).view(2, 128)
     length = 128 if element.bits == 8 else 255
     plain = raw if element.bits == 8 else elements.unpack(raw, length)
-    got = elements.values_of(raw, element, length)
-    assert torch.equal(got.view(torch.int32), elements.to_values(plain, element).view(torch.int32))
+    got = elements.decode_stored(raw, element, length)
+    assert torch.equal(got.view(torch.int32), elements.decode(plain, element).view(torch.int32))

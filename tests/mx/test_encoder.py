@@ -105,7 +105,7 @@ def wanted(name: str, form: str, rule: str) -> tuple[Tensor, Encoded]:
 def differing(a: Encoded, b: Encoded) -> dict[str, int]:
     """How many bytes of each tensor differ; NaN as bytes too."""
     pairs = {
-        "codes": (a.codes, b.codes),
+        "qdata": (a.qdata, b.qdata),
         "scale": (a.scale, b.scale),
         "dual_scale": (a.dual_scale, b.dual_scale),
     }
@@ -263,7 +263,7 @@ def test_no_compiler_is_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_no_plain_cpu_tensor_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder, "encoder", lambda *a: pytest.fail("an encoder was looked for"))
     meta = encode(torch.empty(4, 64, dtype=torch.bfloat16, device="meta"), "mxfp8")
-    assert meta.codes.device.type == "meta" and meta.scale.shape == (4, 2)
+    assert meta.qdata.device.type == "meta" and meta.scale.shape == (4, 2)
 
 
 def test_a_parameter_is_encoded_too() -> None:

@@ -61,10 +61,10 @@ def test_npu_dual_and_back() -> None:
 @given(st.integers(1, 33), st.integers(0, 5))
 def test_e4m3_container(length: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (3, length), dtype=torch.uint8, generator=generator)
-    packed = elements.pack(codes)
+    qdata = torch.randint(0, 16, (3, length), dtype=torch.uint8, generator=generator)
+    packed = elements.pack(qdata)
     container = layouts.to_e4m3_container(packed, length)
-    values = elements.to_values(codes, E2M1)
+    values = elements.decode(qdata, E2M1)
     assert container.dtype == torch.float8_e4m3fn
     assert torch.equal(container.float(), values)
     assert torch.equal(torch.signbit(container.float()), torch.signbit(values))

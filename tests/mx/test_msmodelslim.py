@@ -44,14 +44,14 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("form", MINMAX)
 def test_minmax_vectors(form: str, mode: str) -> None:
-    file, codes = MINMAX[form]
+    file, qdata = MINMAX[form]
     vectors = stored(file)
     dtype, rule = MODES[mode]
     cases = {key.split(".")[0] for key in vectors}
     assert len(cases) == 7
     for case in cases:
         encoded = encode(vectors[f"{case}.w_bf16"].to(dtype), form, scale_rule=rule)
-        assert_same(encoded.codes, vectors[f"{case}.{mode}.{codes}"])
+        assert_same(encoded.qdata, vectors[f"{case}.{mode}.{qdata}"])
         assert_same(encoded.scale, vectors[f"{case}.{mode}.scale_u8"])
 
 
@@ -100,7 +100,7 @@ def test_layers_of_exports(file: str, recipe: str, form: str, rule: str) -> None
         if recipe.endswith("smooth"):
             weight = smooth_weight(weight, tensors[f"{recipe}/{layer}.div.mul_scale"])
         encoded = encode(weight, form, scale_rule=rule)
-        assert_same(encoded.codes, tensors[f"{name}.weight"])
+        assert_same(encoded.qdata, tensors[f"{name}.weight"])
         assert_same(
             encoded.scale,
             tensors[f"{name}.weight_scale"].float() if form == "int8" else tensors[f"{name}.weight_scale"],
@@ -128,14 +128,14 @@ def test_quantizers(rule: str, case: str, dtype: torch.dtype) -> None:
         pytest.skip("msModelSlim refuses a K that is no multiple of 32 here")
     x = vectors[case].to(dtype)
     encoded = encode(x, form, scale_rule=f"msms:{name}")
-    assert_same(encoded.codes, vectors[f"{key}.codes"])
+    assert_same(encoded.qdata, vectors[f"{key}.codes"])
     assert_same(encoded.scale, vectors[f"{key}.scale"])
     if encoded.dual_scale is not None:
         assert_same(encoded.dual_scale, vectors[f"{key}.dual_scale"])
     if name == "ceil_x:search":
         best = vectors[f"{key}.c"].item()
         assert msmodelslim.best_ceil_x(msmodelslim.ceil_x_sums(x)) == best
-        assert_same(encode(x, form, scale_rule=f"msms:ceil_x:{best:g}").codes, vectors[f"{key}.codes"])
+        assert_same(encode(x, form, scale_rule=f"msms:ceil_x:{best:g}").qdata, vectors[f"{key}.codes"])
 
 
 def test_there_are_eight_rules() -> None:
@@ -161,10 +161,10 @@ def test_minmax_exponents_of_every_bf16_amax() -> None:
 
 def test_halves_go_away_from_zero_and_negative_zero_is_kept() -> None:
     x = torch.tensor([[448.0, 17.0, -17.0, 1e-30, -1e-30, 0.0, -0.0]])  # 17 lies between 16 and 18
-    codes = encode(x, "mxfp8", scale_rule="msms:minmax").codes.view(torch.uint8)
-    up, even = codes[0, 1].item(), encode(x, "mxfp8", scale_rule="floor").codes.view(torch.uint8)[0, 1].item()
+    qdata = encode(x, "mxfp8", scale_rule="msms:minmax").qdata.view(torch.uint8)
+    up, even = qdata[0, 1].item(), encode(x, "mxfp8", scale_rule="floor").qdata.view(torch.uint8)[0, 1].item()
     assert (up, even) == (0x59, 0x58)
-    assert codes[0].tolist() == [0x7E, 0x59, 0xD9, 0x00, 0x80, 0x00, 0x00]
+    assert qdata[0].tolist() == [0x7E, 0x59, 0xD9, 0x00, 0x80, 0x00, 0x00]
 
 
 def test_mse_round_takes_the_better_of_two_scales() -> None:
@@ -180,7 +180,7 @@ def test_mse_round_takes_the_better_of_two_scales() -> None:
 def test_fouroversix_keeps_scales_in_range() -> None:
     """Upstream's byte wraps round for blocks under 6 x 2^-127; ours stays 0. All codes are zero."""
     encoded = encode(torch.full((1, 32), 2.0**-130), "mxfp4", scale_rule="msms:fouroversix")
-    assert encoded.scale.item() == 0 and not encoded.codes.any()
+    assert encoded.scale.item() == 0 and not encoded.qdata.any()
 
 
 def test_a_group_of_zeros_is_no_nan() -> None:
@@ -189,7 +189,7 @@ def test_a_group_of_zeros_is_no_nan() -> None:
     encoded = encode(x, "mxfp4_dualscale", scale_rule="msms:dualscale")
     assert encoded.dual_scale is not None
     assert encoded.dual_scale.flatten().tolist() == [0.0, 0.5]
-    assert not encoded.codes[:, :256].any()
+    assert not encoded.qdata[:, :256].any()
 
 
 def test_the_search_with_no_finite_error_takes_the_first() -> None:

@@ -42,7 +42,7 @@ def weight(rows: int = 70, length: int = 1111, dtype: torch.dtype = torch.bfloat
 
 
 def tensors(encoded: Encoded) -> list[Tensor]:
-    parts = (encoded.codes, encoded.scale, encoded.dual_scale)
+    parts = (encoded.qdata, encoded.scale, encoded.dual_scale)
     return [raw(t).clone() for t in parts if t is not None]
 
 
@@ -133,9 +133,9 @@ def test_results_stay_while_the_other_buffers_are_filled() -> None:
     encoder = RowEncoder("mxfp4_dualscale", 1111, max_rows=32, buffers=3)
     results = [encoder(weight(32)) for _ in range(3)]
     kept = [tensors(result) for result in results]
-    assert len({result.codes.data_ptr() for result in results}) == 3
+    assert len({result.qdata.data_ptr() for result in results}) == 3
     last = encoder(weight(32))
-    assert last.codes.data_ptr() == results[0].codes.data_ptr()
+    assert last.qdata.data_ptr() == results[0].qdata.data_ptr()
     for result, before in zip(results[1:], kept[1:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tensors(result), before, strict=True))
 
@@ -148,8 +148,8 @@ def test_buffers_are_used_again_and_nothing_is_written_behind_the_rows() -> None
     second = encoder(weight(3))
     assert second.dual_scale is not None
     for a, b in zip(
-        (first.codes, first.scale, first.dual_scale),
-        (second.codes, second.scale, second.dual_scale),
+        (first.qdata, first.scale, first.dual_scale),
+        (second.qdata, second.scale, second.dual_scale),
         strict=True,
     ):
         assert a.data_ptr() == b.data_ptr()
@@ -177,7 +177,7 @@ def test_the_search_in_pieces_is_that_of_the_whole(way: str, spread: float, dtyp
     assert search._sums.tolist() == pytest.approx(msmodelslim.ceil_x_sums(x), rel=1e-12)
     whole = reference_encode(x, "mxfp4", scale_rule="msms:ceil_x:search")
     expected = reference_encode(x, "mxfp4", scale_rule=search.best())
-    assert torch.equal(whole.codes, expected.codes) and torch.equal(whole.scale, expected.scale)
+    assert torch.equal(whole.qdata, expected.qdata) and torch.equal(whole.scale, expected.scale)
 
 
 def test_the_first_of_equals_wins(way: str) -> None:

@@ -113,4 +113,4 @@ def test_npu_example_of_the_documentation() -> None:
     """aclnnDynamicMxQuantV3: algorithm 1 on 0, 8, 64, 512."""
     encoded = encode(torch.tensor([[0.0, 8, 64, 512]], dtype=torch.bfloat16), "mxfp8", scale_rule="ceil")
     assert encoded.scale.tolist() == [[128]]
-    assert encoded.codes.view(torch.uint8).tolist() == [[0, 72, 96, 120]]
+    assert encoded.qdata.view(torch.uint8).tolist() == [[0, 72, 96, 120]]

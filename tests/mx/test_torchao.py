@@ -25,12 +25,12 @@ DTYPES = {
 }
 
 
-def compare(x: Tensor, form: str, rule: str, scale: Tensor, codes: Tensor) -> None:
+def compare(x: Tensor, form: str, rule: str, scale: Tensor, qdata: Tensor) -> None:
     """Scales all equal; codes equal in every block with another byte than 0."""
     encoded = encode(x, form, scale_rule=rule)
     assert torch.equal(encoded.scale, scale)
-    bytes_per_block = codes.shape[-1] // scale.shape[-1]
-    differ = (raw(encoded.codes) != codes).unflatten(-1, (-1, bytes_per_block)).any(-1)
+    bytes_per_block = qdata.shape[-1] // scale.shape[-1]
+    differ = (raw(encoded.qdata) != qdata).unflatten(-1, (-1, bytes_per_block)).any(-1)
     assert not (differ & (scale != 0)).any()
     assert int((scale != 0).sum()) > 0.8 * scale.numel()
 
@@ -57,8 +57,8 @@ def torchao() -> Any:
 
 def compare_live(torchao: Any, x: Tensor, form: str, rule: str) -> None:
     to_mx, modes = torchao
-    scale, codes = to_mx(x, DTYPES[form], 32, modes[SAME[rule]])
-    compare(x, form, rule, scale.view(torch.uint8), codes.view(torch.uint8))
+    scale, qdata = to_mx(x, DTYPES[form], 32, modes[SAME[rule]])
+    compare(x, form, rule, scale.view(torch.uint8), qdata.view(torch.uint8))
 
 
 @pytest.mark.parametrize("form", DTYPES)

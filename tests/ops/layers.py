@@ -26,7 +26,7 @@ def tokens_of(m: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def on_disk(encoded: Encoded, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The first four arguments of prepare_weight."""
-    return encoded.codes, encoded.scale, encoded.dual_scale, bias
+    return encoded.qdata, encoded.scale, encoded.dual_scale, bias
 
 
 def exact(x: Tensor, scheme: str, encoded: Encoded, bias: Tensor | None, rule: str | None = None) -> Tensor:
@@ -40,5 +40,5 @@ def exact(x: Tensor, scheme: str, encoded: Encoded, bias: Tensor | None, rule: s
 
 def decoded(a: Activation) -> Tensor:
     """float32 tokens [M, K] of a reference activation."""
-    shape = (a.codes.shape[0], a.width)
-    return mx.decode(Encoded(a.codes, a.scale, a.dual_scale, a.scheme.activation, -1, shape))
+    shape = (a.qdata.shape[0], a.width)
+    return mx.decode(Encoded(a.qdata, a.scale, a.dual_scale, a.scheme.activation, -1, shape))

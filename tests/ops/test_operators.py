@@ -130,11 +130,11 @@ def test_q_k_and_v_joined_are_their_outputs_side_by_side():
     a = ops.quantize_activation(tokens_of(3, 544), "mxfp4_dualscale")
     singles = [ops.quantized_linear(a, ops.prepare_weight(*on_disk(*p), "mxfp4_dualscale")) for p in parts]
     encoded = [p[0] for p in parts]
-    codes, scale, dual = (
-        torch.cat([getattr(e, part) for e in encoded]) for part in ("codes", "scale", "dual_scale")
+    qdata, scale, dual = (
+        torch.cat([getattr(e, part) for e in encoded]) for part in ("qdata", "scale", "dual_scale")
     )
     bias = torch.cat([p[1] for p in parts if p[1] is not None])
-    whole = ops.quantized_linear(a, ops.prepare_weight(codes, scale, dual, bias, "mxfp4_dualscale"))
+    whole = ops.quantized_linear(a, ops.prepare_weight(qdata, scale, dual, bias, "mxfp4_dualscale"))
     assert torch.equal(whole, torch.cat(singles, -1))
 
 
@@ -152,7 +152,7 @@ def test_the_rule_of_the_activation_can_be_chosen():
     x = tokens_of(3, 64)
     for rule in ("floor", "max:7"):
         wanted = mx.encode(x.flatten(0, 1), "mxfp4", scale_rule=rule)
-        assert torch.equal(ops.quantize_activation(x, "mxfp4", rule=rule).codes, wanted.codes)
+        assert torch.equal(ops.quantize_activation(x, "mxfp4", rule=rule).qdata, wanted.qdata)
     with pytest.raises(UsageError, match="scale rule 'ceil_x'"):
         ops.quantize_activation(x, "mxfp4", rule="ceil_x")
 
@@ -163,7 +163,7 @@ def test_what_was_prepared_comes_back(scheme):
     ops = bind("cpu").quantized
     weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
     back = ops.stored(weight)
-    assert torch.equal(back.codes.view(torch.uint8), encoded.codes.view(torch.uint8))
+    assert torch.equal(back.qdata.view(torch.uint8), encoded.qdata.view(torch.uint8))
     assert torch.equal(back.scale, encoded.scale) and weight.shape == (8, 544)
     assert weight.nbytes < 8 * 544 * 1.2 + 8 * 20  # codes, not numbers
 
@@ -178,7 +178,7 @@ def test_misfits_are_named():
             ops.quantized_linear(ops.quantize_activation(x[..., :width], scheme), weight)
         assert f"tokens of {width} for {scheme}" in e.value.got and "mxfp8" in e.value.fix
     with pytest.raises(UsageError, match="scale"):
-        ops.prepare_weight(encoded.codes, encoded.scale[:4], None, bias, "mxfp8")
+        ops.prepare_weight(encoded.qdata, encoded.scale[:4], None, bias, "mxfp8")
     with pytest.raises(UsageError) as e:
         ops.quantize_activation(x, "bf16")
     assert e.value.code == "E-USE-01" and "w4a8" in e.value.needs

@@ -64,10 +64,10 @@ def quantized(
     for layer, scheme in schemes.items():
         n, k = tensors[f"{layer}.weight"][1]
         fp4 = ("U8", (n, k // 2)) if container == "packed" else (container, (n, k))
-        codes = {"int8": ("I8", (n, k)), "mxfp4": fp4, "mxfp4_dualscale": fp4}.get(
+        qdata = {"int8": ("I8", (n, k)), "mxfp4": fp4, "mxfp4_dualscale": fp4}.get(
             scheme, ("F8_E4M3", (n, k))
         )
-        tensors[f"{layer}.weight"] = codes
+        tensors[f"{layer}.weight"] = qdata
         if scheme == "fp8_128x128":
             tensors[f"{layer}.weight_scale_inv"] = ("F32", (math.ceil(n / 128), math.ceil(k / 128)))
             continue

@@ -197,9 +197,9 @@ def test_mul_scale_and_weight_are_msmodelslims(bf16: Path, tmp_path: Path, alpha
             top = torch.stack([source[f"{n}.weight"].abs().amax(0) for n in group]).amax(0)
             s = factors(stats[expert][leader_of(layer)].input_amax, top, alpha)
             assert same(written[f"{layer}.mul_scale"], 1 / s.float())
-            codes = encode(source[f"{layer}.weight"] * s, "mxfp4_dualscale")  # one rounding, in bfloat16
-            assert same(written[f"{layer}.weight"], codes.codes) and codes.dual_scale is not None
-            assert same(written[f"{layer}.weight_dual_scale"], codes.dual_scale)
+            qdata = encode(source[f"{layer}.weight"] * s, "mxfp4_dualscale")  # one rounding, in bfloat16
+            assert same(written[f"{layer}.weight"], qdata.qdata) and qdata.dual_scale is not None
+            assert same(written[f"{layer}.weight_dual_scale"], qdata.dual_scale)
 
 
 def test_kept_layers_are_left_alone(bf16: Path, tmp_path: Path) -> None:
@@ -234,9 +234,9 @@ def test_outliers_cost_less_when_smoothed(bf16: Path, tmp_path: Path, scheme: st
     rule = LINEAR_SCHEMES[scheme].rule
     x, weight = rows.float(), source[f"{LAYER}.weight"]
     plain = decode(encode(rows, scheme, scale_rule=rule)) @ decode(encode(weight, scheme)).t()
-    codes, scale = (written[f"{LAYER}.{role}"] for role in ("weight", "weight_scale"))
+    qdata, scale = (written[f"{LAYER}.{role}"] for role in ("weight", "weight_scale"))
     dual = written.get(f"{LAYER}.weight_dual_scale")
-    stored = decode(Encoded(codes, scale, dual, scheme, -1, tuple(weight.shape)))
+    stored = decode(Encoded(qdata, scale, dual, scheme, -1, tuple(weight.shape)))
     smooth = (x * written[f"{LAYER}.mul_scale"]).to(torch.bfloat16)
     after = decode(encode(smooth, scheme, scale_rule=rule)) @ stored.t()
     wanted = x @ weight.float().t()

@@ -162,16 +162,16 @@ def test_a_fp8_checkpoint_in_tiles_loads_as_bf16(tmp_path):
     file = source / "transformer" / tiny.WEIGHTS
     tensors = load_file(file)
     name = "blocks.0.ffn.net.2.weight"
-    codes, scale = (tensors[name].float() * 100).to(torch.float8_e4m3fn), torch.full((1, 1), 0.01)
-    e = mx.Encoded(codes, scale, None, "fp8_128x128", -1, tuple(codes.shape))
-    save_file(tensors | {name: codes, f"{name}_scale_inv": scale}, file)
+    qdata, scale = (tensors[name].float() * 100).to(torch.float8_e4m3fn), torch.full((1, 1), 0.01)
+    e = mx.Encoded(qdata, scale, None, "fp8_128x128", -1, tuple(qdata.shape))
+    save_file(tensors | {name: qdata, f"{name}_scale_inv": scale}, file)
     model: Any = ascendit.load(source).transformer
     wanted = mx.decode(e, torch.bfloat16)
     assert torch.equal(model.get_submodule(name.removesuffix(".weight")).weight, wanted)
     online = ascendit.load(source, scheme="int8").transformer
     layer = online.get_submodule(name.removesuffix(".weight"))
     assert isinstance(layer, QuantLinear) and torch.equal(
-        layer.state_dict()["weight"], mx.encode(wanted, "int8").codes
+        layer.state_dict()["weight"], mx.encode(wanted, "int8").qdata
     )
 
 

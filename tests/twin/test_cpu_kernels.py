@@ -103,7 +103,7 @@ def test_linear_layers_on_codes(scheme: str, k: int) -> None:
     e = mx.encode(w, LINEAR_SCHEMES[scheme].weight)
     made = []
     for ops in (o.quantized for o in both()):
-        weight = ops.prepare_weight(e.codes, e.scale, e.dual_scale, bias, scheme)
+        weight = ops.prepare_weight(e.qdata, e.scale, e.dual_scale, bias, scheme)
         made.append(ops.quantized_linear(ops.quantize_activation(x, scheme), weight))
     assert torch.equal(*made)
 
@@ -112,7 +112,7 @@ def test_a_weight_in_fractal_nz_gives_the_same() -> None:
     x, e = bf16(1, 50, 192), mx.encode(bf16(96, 192), "mxfp4")
     made = []
     for ops, nz in zip((o.quantized for o in both()), (False, True), strict=True):
-        weight = ops.prepare_weight(e.codes, e.scale, None, None, "mxfp4", nz=nz)
+        weight = ops.prepare_weight(e.qdata, e.scale, None, None, "mxfp4", nz=nz)
         made.append(ops.quantized_linear(ops.quantize_activation(x, "mxfp4"), weight))
     assert torch.equal(*made)
 

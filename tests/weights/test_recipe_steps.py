@@ -45,7 +45,7 @@ def test_every_rule(tmp_path, monkeypatch, scheme, rule, dtype):
     for name, weight in tensors(CONFIG | {"num_layers": 1}, dtype=dtype).items():
         if f"{name}_scale" in found:
             encoded = mx.encode(weight, SCHEMES[scheme].weight, scale_rule=rule)
-            assert same(found[name], encoded.codes) and same(found[f"{name}_scale"], encoded.scale)
+            assert same(found[name], encoded.qdata) and same(found[f"{name}_scale"], encoded.scale)
             if encoded.dual_scale is not None:
                 assert same(found[f"{name}_dual_scale"], encoded.dual_scale)
             compared += 1

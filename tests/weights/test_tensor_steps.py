@@ -195,11 +195,11 @@ NUMBERS = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**32))
 def test_every_container_holds_the_same_numbers(rows: int, length: int, seed: int) -> None:
-    codes = np.random.default_rng(seed).integers(0, 16, (rows, length)).astype(np.uint8)
-    values = NUMBERS[codes]
+    qdata = np.random.default_rng(seed).integers(0, 16, (rows, length)).astype(np.uint8)
+    values = NUMBERS[qdata]
     e4m3 = values.astype(ml_dtypes.float8_e4m3fn).tobytes()
     bf16 = values.astype(ml_dtypes.bfloat16).tobytes()
-    padded = np.pad(codes, ((0, 0), (0, length % 2)))
+    padded = np.pad(qdata, ((0, 0), (0, length % 2)))
     packed = (padded[:, ::2] | padded[:, 1::2] << 4).tobytes()
     assert recode(e4m3, length, "e4m3", "packed") == packed == recode(bf16, length, "bf16", "packed")
     assert recode(packed, length, "packed", "e4m3") == e4m3 == recode(bf16, length, "bf16", "e4m3")
@@ -240,8 +240,8 @@ def test_float64_that_does_not_fit(value: float) -> None:
 
 @pytest.mark.parametrize("shape", [(300, 70), (128, 128), (256, 300), (5, 129)])
 def test_tiles_are_what_mx_decodes(shape):
-    codes = torch.randn(shape).to(torch.float8_e4m3fn)
+    qdata = torch.randn(shape).to(torch.float8_e4m3fn)
     scale = torch.rand(-(-shape[0] // 128), -(-shape[1] // 128))
-    whole = mx.decode(Encoded(codes, scale, None, "fp8_128x128", -1, shape), torch.float32)
-    blocks = [tile_values(codes[i : i + 256], scale, i) for i in range(0, shape[0], 256)]
+    whole = mx.decode(Encoded(qdata, scale, None, "fp8_128x128", -1, shape), torch.float32)
+    blocks = [tile_values(qdata[i : i + 256], scale, i) for i in range(0, shape[0], 256)]
     assert torch.equal(torch.cat(blocks), whole)

@@ -55,7 +55,8 @@ def coded(mx: Any, x: Any, form: str, rule: str | None, axis: int) -> dict[str, 
     """Codes, scales, what they decode to, and how far that is from the input."""
     found = mx.encode(x, form, axis=axis, **({"scale_rule": rule} if rule else {}))
     back = mx.decode(found, x.dtype)
-    parts = {"codes": found.codes, "scale": found.scale, "dual": found.dual_scale, "back": back}
+    qdata = found.qdata if hasattr(found, "qdata") else found.codes  # its name before version 0.2
+    parts = {"codes": qdata, "scale": found.scale, "dual": found.dual_scale, "back": back}
     return parts | {"sqnr": mx.sqnr(x, back)}
 
 

@@ -91,7 +91,7 @@ def _quantized(ops: Ops, device: Device, scheme: str) -> Iterator[Call]:
     bias = rand(n).float()
     for nz in (False, True) if form in NZ_SCHEMES else (False,):
         for b in (None, bias):
-            given = (w.codes, w.scale, w.dual_scale, b, form)
+            given = (w.qdata, w.scale, w.dual_scale, b, form)
             words = f"{scheme}{', NZ' * nz}{', bias' * (b is not None)}"
             yield Call(f"{words}: weight", lambda g=given, z=nz: q.prepare_weight(*g, nz=z), scheme)
             weight, tokens = q.prepare_weight(*given, nz=nz), q.quantize_activation(x, scheme)

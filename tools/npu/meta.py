@@ -77,10 +77,10 @@ def install(wheel: Path) -> dict[str, str]:
         vars(made).update(__path__=[], **attributes)
         sys.modules[name] = made
 
-    codes = type("ErrCode", (), {"__getattr__": lambda self, name: name})()
+    qdata = type("ErrCode", (), {"__getattr__": lambda self, name: name})()
     module("torch_npu", **contract.DTYPE_NUMBERS)
     module("torch_npu.utils")
-    module("torch_npu.utils._error_code", ErrCode=codes, ops_error=lambda code: "")
+    module("torch_npu.utils._error_code", ErrCode=qdata, ops_error=lambda code: "")
     module("torch_npu.npu")
     module("torch_npu.npu.utils", get_cann_version=lambda *given: CANN)
     soc = {chip.name: chip.soc_versions[0] for chip in CHIPS.values()}
@@ -119,7 +119,7 @@ def verdict(case: Case) -> dict[str, Any]:
 
 def controls() -> list[str]:
     """Wrong calls, each with what the Meta kernel says of it: "accepted" would make the rest worth little."""
-    codes = torch.empty(6, 64, dtype=torch.float8_e4m3fn, device="meta")
+    qdata = torch.empty(6, 64, dtype=torch.float8_e4m3fn, device="meta")
     scale = torch.empty(6, 1, 2, dtype=torch.uint8, device="meta")
     right = {"pertoken_scale": scale, "scale_dtype": 293, "pertoken_scale_dtype": 293, "output_dtype": 15}
     tokens = torch.empty(6, 64, dtype=torch.bfloat16, device="meta")
@@ -131,7 +131,7 @@ def controls() -> list[str]:
     }
 
     def matmul(**given: Any) -> Any:
-        return by_meta("npu_quant_matmul", codes, codes.t(), scale.transpose(0, 1), **given)
+        return by_meta("npu_quant_matmul", qdata, qdata.t(), scale.transpose(0, 1), **given)
 
     return [f"{name}: {_refusal(call)}" for name, call in wrong.items()]
 

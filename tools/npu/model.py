@@ -121,5 +121,5 @@ def denoise(pipe: Pipeline, stub: Stub) -> tuple[torch.Tensor, list[dict[str, An
 def round_trip(model: WanTransformer, device: Device) -> list[int]:
     """The layouts of a block's weights after a way to the host and back."""
     block = model.blocks[0].to("cpu").to(device.torch_name)
-    weights = [m.group.weight.codes for m in block.modules() if isinstance(m, QuantLinear)]
-    return sorted({int(torch.ops.npu.get_npu_format(codes)) for codes in weights})
+    weights = [m.group.weight.qdata for m in block.modules() if isinstance(m, QuantLinear)]
+    return sorted({int(torch.ops.npu.get_npu_format(qdata)) for qdata in weights})

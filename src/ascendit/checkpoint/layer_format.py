@@ -110,7 +110,7 @@ def possible(roles: Mapping[str, TensorInfo]) -> dict[str, Container]:
             continue
         if scheme.packed and weight in _FP4:
             found[scheme.name] = _FP4[weight]
-        elif weight == scheme.codes_dtype:
+        elif weight == scheme.qdata_dtype:
             found[scheme.name] = "plain"
     return found
 

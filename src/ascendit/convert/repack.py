@@ -331,11 +331,11 @@ def decoded(layer: Layer, reader: RowReader) -> Iterator[Tensor]:
     if not STORED_SCHEMES[layer.scheme].block and not tiled:
         scale = scale.reshape(-1, 1).expand(layer.shape[0], 1)
     for start, view in reader.blocks(weight, multiple=_TILE):
-        codes = as_tensor(view, weight)
-        stop, step = start + len(codes), _TILE if tiled else 1
+        qdata = as_tensor(view, weight)
+        stop, step = start + len(qdata), _TILE if tiled else 1
         part = scale[start // step : -(-stop // step)]
-        codes = codes.to(torch.float8_e4m3fn) if wide else codes
-        encoded = mx.Encoded(codes, part, None, format, -1, (len(codes), layer.shape[1]))
+        qdata = qdata.to(torch.float8_e4m3fn) if wide else qdata
+        encoded = mx.Encoded(qdata, part, None, format, -1, (len(qdata), layer.shape[1]))
         values = mx.decode(encoded, torch.bfloat16 if tiled else torch.float32).to(torch.float32)
         if dual is not None:
             factors = dual.reshape(layer.shape[0], -1)[start:stop].repeat_interleave(_GROUP, -1)

@@ -86,8 +86,8 @@ def _odd_rows(call: Caller) -> str:
     """Zeros, an infinity and a NaN into the int8 quantizer."""
     x = torch.ones(3, 64, dtype=BF16)
     x[0], x[1, 5], x[2, 5] = 0, float("inf"), float("nan")
-    codes, scale = call("npu_dynamic_quant", x)
-    rows = (f"scale {float(s):g}, codes {sorted(set(c.tolist()))}" for c, s in zip(codes, scale, strict=True))
+    qdata, scale = call("npu_dynamic_quant", x)
+    rows = (f"scale {float(s):g}, codes {sorted(set(c.tolist()))}" for c, s in zip(qdata, scale, strict=True))
     return "; ".join(f"{name}: {row}" for name, row in zip(("zeros", "inf", "nan"), rows, strict=True))
 
 
@@ -144,15 +144,15 @@ def _fp8_attention(call: Caller) -> str:
 def _fp8_once(call: Caller, batch: int, tokens: int) -> str:
     floats = [seeded(batch, 2, tokens, 128, seed=seed).to(BF16) for seed in (1, 2, 3)]
     given: dict[str, Any] = {f"{n}_quant_mode": 7 for n in ("query", "key", "value")}
-    codes = []
+    qdata = []
     try:
         for name, t, rows in zip(("query", "key", "value"), floats, (128, 256, 256), strict=True):
             size = {"dst_type": FP8_E4M3, "row_block_size": rows, "col_block_size": 128}
             c, s = call("npu_dynamic_block_quant", t.flatten(0, 1), **size)
-            codes.append(c.view(t.shape))
+            qdata.append(c.view(t.shape))
             given[f"dequant_scale_{name}"] = s.view(batch, 2, *s.shape[1:])
         named = {"num_query_heads": 2, "softmax_scale": 128**-0.5, "input_layout": "BNSD", "out_dtype": BF16}
-        out = call("npu_fused_infer_attention_score_v2", *codes, **given, **named)[0]
+        out = call("npu_fused_infer_attention_score_v2", *qdata, **given, **named)[0]
     except RuntimeError as e:
         return f"refused ({shorter(str(e), 80)})"
     q, k, v = (t.float() for t in floats)
@@ -201,7 +201,7 @@ def _formats(card: CheckedDevice) -> str:
     ops, (size, lengths) = bind(card.device).quantized, SIZES
     weight = seeded(size, size)
     e = mx.encode(weight, "mxfp8")
-    both = [ops.prepare_weight(e.codes, e.scale, e.dual_scale, None, "mxfp8", nz=nz) for nz in (False, True)]
+    both = [ops.prepare_weight(e.qdata, e.scale, e.dual_scale, None, "mxfp8", nz=nz) for nz in (False, True)]
     words = []
     for tokens in lengths:
         a = ops.quantize_activation(card.put(seeded(tokens, size).to(BF16)), "mxfp8")

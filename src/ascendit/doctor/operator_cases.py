@@ -375,14 +375,14 @@ def _linear(card: CheckedDevice, base: Result, schemes: Any, scheme: str, varian
     stored, bias = mx.encode(seeded(OUT, k), LINEAR_SCHEMES[scheme].weight), seeded(OUT)
     mul_scale = seeded(k).abs() + 0.5 if variant == SMOOTHED else None
     x = seeded(1, TOKENS, k, seed=2).to(BF16)
-    given = (stored.codes, stored.scale, stored.dual_scale, bias, LINEAR_SCHEMES[scheme].weight)
+    given = (stored.qdata, stored.scale, stored.dual_scale, bias, LINEAR_SCHEMES[scheme].weight)
     weight = schemes.prepare_weight(*given, nz=variant == NZ)
     tokens = schemes.quantize_activation(card.put(x), scheme, card.put(mul_scale))
     kernel = schemes.kernel(scheme)
     arguments = (described(x), f"weight {LINEAR_SCHEMES[scheme].weight} {[OUT, k]}")
     base = replace(base, how=kernel.reason, arguments=arguments)
     again = schemes.stored(weight)
-    for part in ("codes", "scale", "dual_scale"):
+    for part in ("qdata", "scale", "dual_scale"):
         here, there = getattr(stored, part), card.back(getattr(again, part))
         if here is not None and not torch.equal(here.view(torch.uint8), there.view(torch.uint8)):
             return replace(base, verdict="wrong", error=f"{part} of the weight do not come back as stored")

@@ -62,7 +62,7 @@ class Activation:
     """K, as numbers."""
     dtype: torch.dtype
     """Of the activation before quantization, and so of the output."""
-    codes: Tensor
+    qdata: Tensor
     scale: Tensor
     dual_scale: Tensor | None = None
 
@@ -75,7 +75,7 @@ class PreparedWeight:
     """Of the weight: never w4a8."""
     shape: tuple[int, int]
     """N and K, as numbers."""
-    codes: Tensor
+    qdata: Tensor
     scale: Tensor
     dual_scale: Tensor | None = None
     bias: Tensor | None = None
@@ -88,7 +88,7 @@ class PreparedWeight:
     @property
     def tensors(self) -> list[Tensor]:
         """Those that it has."""
-        parts = (self.codes, self.scale, self.dual_scale, self.bias, self.row_bias, self.decoded)
+        parts = (self.qdata, self.scale, self.dual_scale, self.bias, self.row_bias, self.decoded)
         return [t for t in parts if t is not None]
 
     @property

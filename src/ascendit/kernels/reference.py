@@ -116,7 +116,7 @@ def prepare_weight(
     n, k = encoded.shape
     wide = None if bias is None else bias.to(device, torch.float32)
     return PreparedWeight(
-        encoded.format, (n, k), encoded.codes.to(device), encoded.scale.to(device), dual, bias=wide
+        encoded.format, (n, k), encoded.qdata.to(device), encoded.scale.to(device), dual, bias=wide
     )
 
 
@@ -130,7 +130,7 @@ def prepare_decoded(
 
 def stored(weight: PreparedWeight) -> Encoded:
     """Codes and scales as on disk."""
-    return Encoded(weight.codes, weight.scale, weight.dual_scale, weight.scheme, -1, weight.shape)
+    return Encoded(weight.qdata, weight.scale, weight.dual_scale, weight.scheme, -1, weight.shape)
 
 
 def quantize_activation(
@@ -142,13 +142,13 @@ def quantize_activation(
     if mul_scale is not None:
         tokens = smooth_input(tokens, mul_scale)
     e = encode(tokens, row.activation, scale_rule=rule or row.rule)
-    return Activation(row, tuple(x.shape[:-1]), x.shape[-1], x.dtype, e.codes, e.scale, e.dual_scale)
+    return Activation(row, tuple(x.shape[:-1]), x.shape[-1], x.dtype, e.qdata, e.scale, e.dual_scale)
 
 
 def quantized_linear(a: Activation, weight: PreparedWeight) -> Tensor:
     """See `Schemes.quantized_linear`. Without `decoded` the weight is decoded on every call."""
-    shape = (a.codes.shape[0], a.width)
-    tokens = decode(Encoded(a.codes, a.scale, a.dual_scale, a.scheme.activation, -1, shape))
+    shape = (a.qdata.shape[0], a.width)
+    tokens = decode(Encoded(a.qdata, a.scale, a.dual_scale, a.scheme.activation, -1, shape))
     out = tokens @ (decode(stored(weight)) if weight.decoded is None else weight.decoded).t()
     if weight.bias is not None:
         out += weight.bias

@@ -144,9 +144,9 @@ class FusedGroup:
         self._follow(tensors[0].device)
         self._share_mul_scale()
         joined = [self._joined(role) for role in FUSED_ROLES]
-        self.weight, codes = self._prepare(joined, self.members[0]), joined[0]
-        assert codes is not None
-        if self.weight.codes.untyped_storage().data_ptr() != codes.untyped_storage().data_ptr():
+        self.weight, qdata = self._prepare(joined, self.members[0]), joined[0]
+        assert qdata is not None
+        if self.weight.qdata.untyped_storage().data_ptr() != qdata.untyped_storage().data_ptr():
             for m in self.members:
                 m._parameters["weight"] = None
         self._made_from = [
@@ -163,14 +163,14 @@ class FusedGroup:
                 m._parameters["weight"] = _parameter(rows)
             self.weight = None
 
-    def codes(self, layer: QuantLinear) -> Tensor:
+    def qdata(self, layer: QuantLinear) -> Tensor:
         """Of one member, as stored."""
-        codes = layer._parameters["weight"]
-        return self._unpacked()[self.members.index(layer)] if codes is None else codes
+        qdata = layer._parameters["weight"]
+        return self._unpacked()[self.members.index(layer)] if qdata is None else qdata
 
     def _unpacked(self) -> tuple[Tensor, ...]:
         assert self.weight is not None
-        rows: tuple[Tensor, ...] = self.schemes.stored(self.weight).codes.split(self._sizes)
+        rows: tuple[Tensor, ...] = self.schemes.stored(self.weight).qdata.split(self._sizes)
         return rows
 
     @property
@@ -215,9 +215,9 @@ class FusedGroup:
 
     def _prepare(self, tensors: Iterable[Tensor | None], layer: QuantLinear) -> PreparedWeight:
         parts: Any = [None if t is None else t.detach() for t in tensors]
-        codes, scale, dual, bias = parts
+        qdata, scale, dual, bias = parts
         k = layer.in_features
-        return self.schemes.prepare_weight(codes, scale, dual, bias, layer.scheme, width=k)
+        return self.schemes.prepare_weight(qdata, scale, dual, bias, layer.scheme, width=k)
 
 
 class DecodedWeight(Tensor):
@@ -308,18 +308,18 @@ class QuantLinear(nn.Linear):
 
         FSDP2 and the hooks of accelerate look up their parameters by attribute: they get the codes.
         """
-        codes = self._parameters["weight"]
-        hooked = codes is not None and (type(codes) is not nn.Parameter or "_old_forward" in self.__dict__)
-        if codes is not None and (hooked or codes.is_meta):
-            return codes
+        qdata = self._parameters["weight"]
+        hooked = qdata is not None and (type(qdata) is not nn.Parameter or "_old_forward" in self.__dict__)
+        if qdata is not None and (hooked or qdata.is_meta):
+            return qdata
         return decode(self.encoded()).to(self.compute_dtype).as_subclass(DecodedWeight)
 
     def encoded(self) -> Encoded:
         """Codes and scales as stored."""
         scale, dual = self.weight_scale.data, self._parameters["weight_dual_scale"]
-        codes = self.group.codes(self).data
+        qdata = self.group.qdata(self).data
         shape = (self.out_features, self.in_features)
-        return Encoded(codes, scale, None if dual is None else dual.data, self.scheme, -1, shape)
+        return Encoded(qdata, scale, None if dual is None else dual.data, self.scheme, -1, shape)
 
     @property
     def device(self) -> torch.device:
@@ -354,7 +354,7 @@ class QuantLinear(nn.Linear):
     def check_dtypes(self) -> None:
         """UsageError E-QNT-03 if something has cast a parameter, as mixed precision of FSDP2 does."""
         form = lookup(self.scheme)
-        dtypes = {"weight": getattr(torch, form.codes_dtype)}
+        dtypes = {"weight": getattr(torch, form.qdata_dtype)}
         if form.kind in ("block", "dual"):
             dtypes["weight_scale"] = torch.uint8
         for role, t in self.named_parameters():
@@ -385,7 +385,7 @@ class QuantLinear(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.group.packed:
-            destination[f"{prefix}weight"] = self.group.codes(self).detach()
+            destination[f"{prefix}weight"] = self.group.qdata(self).detach()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -441,7 +441,7 @@ def check_values(name: str, tensor: Tensor) -> None:
 
 def stored_tensors(encoded: Encoded, bias: Tensor | None = None) -> dict[str, Tensor]:
     """Role -> tensor of an encoded weight [N, K] and its bias."""
-    tensors = zip(FUSED_ROLES, (encoded.codes, encoded.scale, encoded.dual_scale, bias), strict=True)
+    tensors = zip(FUSED_ROLES, (encoded.qdata, encoded.scale, encoded.dual_scale, bias), strict=True)
     return {role: t for role, t in tensors if t is not None}
 
 
@@ -468,7 +468,7 @@ def fused_linears(
     place = torch.device(schemes.device.torch_name)
     tensors = {role: t for role, t in tensors.items() if role in FUSED_ROLES}
     moved = {role: t.to(place, torch.float32 if role == "bias" else t.dtype) for role, t in tensors.items()}
-    moved["weight"] = moved["weight"].view(getattr(torch, form.codes_dtype))
+    moved["weight"] = moved["weight"].view(getattr(torch, form.qdata_dtype))
     shared = _parameter(mul_scale)
     layers, start = [], 0
     for n in sizes:

@@ -36,7 +36,7 @@ class Encoded:
     UsageError E-USE-01 if shapes or dtypes disagree.
     """
 
-    codes: Tensor
+    qdata: Tensor
     scale: Tensor
     dual_scale: Tensor | None
     format: str
@@ -47,9 +47,9 @@ class Encoded:
         form = lookup(self.format)
         axis = checked_axis(self.axis, len(self.shape))
         object.__setattr__(self, "shape", tuple(self.shape))
-        wanted = zip(("codes", "scale", "dual_scale"), form.shapes(self.shape, axis), strict=True)
+        wanted = zip(("qdata", "scale", "dual_scale"), form.shapes(self.shape, axis), strict=True)
         dtypes = {
-            "codes": (getattr(torch, form.codes_dtype), torch.int8 if form.element is None else torch.uint8),
+            "qdata": (getattr(torch, form.qdata_dtype), torch.int8 if form.element is None else torch.uint8),
             "scale": (torch.uint8,) if form.kind in ("block", "dual") else (torch.float32,),
             "dual_scale": (torch.float32,),
         }
@@ -98,10 +98,10 @@ def encode(
             fix="leave empty tensors out",
         )
     parts = encoder.encode_rows(x.detach().movedim(last, -1).contiguous(), form, rule, mode)
-    codes, scale, dual = (None if p is None else p.movedim(-1, last).contiguous() for p in parts)
-    assert codes is not None and scale is not None
-    codes = codes.view(getattr(torch, form.codes_dtype))
-    return Encoded(codes, scale, None if dual is None else dual.unsqueeze(-1), format, axis, tuple(x.shape))
+    qdata, scale, dual = (None if p is None else p.movedim(-1, last).contiguous() for p in parts)
+    assert qdata is not None and scale is not None
+    qdata = qdata.view(getattr(torch, form.qdata_dtype))
+    return Encoded(qdata, scale, None if dual is None else dual.unsqueeze(-1), format, axis, tuple(x.shape))
 
 
 def check_dtype(dtype: torch.dtype, form: Format, rule: str) -> None:
@@ -131,13 +131,13 @@ def decode(encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
         return _decode_tiles(encoded, form).to(dtype)
     last = encoded.axis % len(encoded.shape)
     length = encoded.shape[last]
-    codes = encoded.codes.movedim(last, -1)
+    qdata = encoded.qdata.movedim(last, -1)
     scale = encoded.scale.movedim(last, -1)
     if form.element is None:
-        values = codes.to(torch.float32)
+        values = qdata.to(torch.float32)
     else:
-        raw = codes.contiguous().view(torch.uint8)
-        values = elements.values_of(raw, form.element, length)
+        raw = qdata.contiguous().view(torch.uint8)
+        values = elements.decode_stored(raw, form.element, length)
     if form.kind == "row":
         values = values * scale
     else:
@@ -153,7 +153,7 @@ def decode(encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
 def _decode_tiles(encoded: Encoded, form: Format) -> Tensor:
     """FP8 checkpoints with `weight_scale_inv`: code x scale of its tile; the last tiles may be short."""
     assert form.element is not None
-    values = elements.values_of(encoded.codes.view(torch.uint8), form.element, encoded.shape[-1])
+    values = elements.decode_stored(encoded.qdata.view(torch.uint8), form.element, encoded.shape[-1])
     scale = encoded.scale
     for axis, length in enumerate(encoded.shape):
         scale = scale.repeat_interleave(form.block, axis).narrow(axis, 0, length)

@@ -19,7 +19,7 @@ from ascendit.mx.scales import exponent_and_fraction, power_of_two
 ELEMENTS = {e.name: e for e in (E4M3, E5M2, E2M1)}
 
 
-def to_codes(values: Tensor, element: Element, rounding: str) -> Tensor:
+def encode(values: Tensor, element: Element, rounding: str) -> Tensor:
     """float32 without NaN -> uint8 codes of the same shape. `rounding`: one of `formats.ROUNDINGS`."""
     negative = torch.signbit(values)
     magnitude = values.abs().clamp(max=element.max)
@@ -30,9 +30,9 @@ def to_codes(values: Tensor, element: Element, rounding: str) -> Tensor:
 
 def assemble(steps: Tensor, exponent: Tensor, negative: Tensor, element: Element) -> Tensor:
     """Whole `steps` of 2^(exponent - mbits) -> uint8 codes, saturated. A carry goes into the exponent."""
-    codes = steps.to(torch.int32) + ((exponent - element.emin) << element.mbits)
-    codes = codes.clamp(max=largest(element)) | (negative.to(torch.int32) << (element.bits - 1))
-    return codes.to(torch.uint8)
+    qdata = steps.to(torch.int32) + ((exponent - element.emin) << element.mbits)
+    qdata = qdata.clamp(max=largest(element)) | (negative.to(torch.int32) << (element.bits - 1))
+    return qdata.to(torch.uint8)
 
 
 def largest(element: Element) -> int:
@@ -50,9 +50,9 @@ def round_steps(steps: Tensor, negative: Tensor, rounding: str) -> Tensor:
     return whole + up.to(steps.dtype)
 
 
-def to_values(codes: Tensor, element: Element) -> Tensor:
+def decode(qdata: Tensor, element: Element) -> Tensor:
     """uint8 codes -> float32 values, exact. e4m3 0x7f is NaN, e5m2 0x7c infinity, 0x7d to 0x7f NaN."""
-    wide = codes.to(torch.int32)
+    wide = qdata.to(torch.int32)
     exponent = (wide >> element.mbits) & ((1 << element.ebits) - 1)
     mantissa = wide & ((1 << element.mbits) - 1)
     steps = torch.where(exponent > 0, mantissa + (1 << element.mbits), mantissa)
@@ -66,8 +66,8 @@ def to_values(codes: Tensor, element: Element) -> Tensor:
     return torch.where(wide >> (element.bits - 1) == 1, -value, value)
 
 
-def values_of(raw: Tensor, element: Element, length: int) -> Tensor:
-    """uint8 as stored [..., K], or [..., ceil(K / 2)] for 4 bits -> float32 [..., K]: `to_values`, but fast.
+def decode_stored(raw: Tensor, element: Element, length: int) -> Tensor:
+    """uint8 as stored [..., K], or [..., ceil(K / 2)] for 4 bits -> float32 [..., K]: `decode`, but fast.
 
     By a table of the 256 bytes: the same bits on every device.
     """
@@ -82,17 +82,17 @@ def _table(name: str) -> Tensor:
     """float32 [256], or [256, 2] for the two codes of a byte."""
     every = torch.arange(256, dtype=torch.uint8)
     element = ELEMENTS[name]
-    return to_values(every if element.bits == 8 else unpack(every[:, None], 2), element)
+    return decode(every if element.bits == 8 else unpack(every[:, None], 2), element)
 
 
-def pack(codes: Tensor) -> Tensor:
+def pack(qdata: Tensor) -> Tensor:
     """uint8 4-bit codes [..., K] -> uint8 [..., ceil(K / 2)]: the even index in the low nibble.
 
     An odd K leaves the last high nibble 0. The order is that of the NPU, msModelSlim and torchao.
     """
-    if codes.shape[-1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    if qdata.shape[-1] % 2:
+        qdata = torch.nn.functional.pad(qdata, (0, 1))
+    return qdata[..., 0::2] | (qdata[..., 1::2] << 4)
 
 
 def unpack(packed: Tensor, length: int) -> Tensor:

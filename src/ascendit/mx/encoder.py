@@ -37,17 +37,17 @@ def encode_rows(rows: Tensor, form: Format, rule: str, rounding: str) -> Parts:
     flat = rows.view(-1, rows.shape[-1])
     out = empty_parts(form, *flat.shape)
     encoder(form, rule, rounding, rows.dtype)(flat, out)
-    codes, scale, dual = (None if p is None else p.view(*rows.shape[:-1], -1) for p in out)
-    assert codes is not None and scale is not None
-    return Parts(codes, scale, dual)
+    qdata, scale, dual = (None if p is None else p.view(*rows.shape[:-1], -1) for p in out)
+    assert qdata is not None and scale is not None
+    return Parts(qdata, scale, dual)
 
 
 def empty_parts(form: Format, rows: int, length: int) -> Parts:
     """The tensors that an encoder fills."""
-    codes, scale, dual = form.shapes((rows, length))
+    qdata, scale, dual = form.shapes((rows, length))
     return Parts(
         native_encoder.prefer_large_pages(
-            torch.empty(codes, dtype=torch.uint8 if form.element else torch.int8)
+            torch.empty(qdata, dtype=torch.uint8 if form.element else torch.int8)
         ),
         torch.empty(scale, dtype=torch.uint8 if form.block else torch.float32),
         torch.empty(dual[:2]) if dual else None,
@@ -164,10 +164,10 @@ def _row_step(form: Format, rule: str, rows: Tensor, out: Parts) -> Tensor:
     torch.mul(amax, 1 / (form.element.max if form.element else 127), out=out.scale)
     wide.div_(torch.where(out.scale == 0, torch.inf, out.scale))
     if form.element is None:
-        out.codes.copy_(wide.round_().clamp_(-128, 127))
+        out.qdata.copy_(wide.round_().clamp_(-128, 127))
     else:
-        float8 = getattr(torch, form.codes_dtype)
-        out.codes.view(float8).copy_(wide.clamp_(-form.element.max, form.element.max))
+        float8 = getattr(torch, form.qdata_dtype)
+        out.qdata.view(float8).copy_(wide.clamp_(-form.element.max, form.element.max))
     return ~amax.isfinite()
 
 
@@ -192,15 +192,15 @@ def _fill_blocks(rows: Tensor, top: Tensor, element: Element, rule: str, out: Pa
     powers = byte.neg_().add_(2 * scales.BIAS).mul_(128).view(torch.bfloat16)
     scaled = (rows.unflatten(1, (-1, 32)) * powers.unsqueeze(2)).view(torch.int16)
     index = scaled.flatten().to(torch.int32).add_(0x8000)
-    codes = _codes_by_bits(element.name).index_select(0, index)
+    qdata = _codes_by_bits(element.name).index_select(0, index)
     if element.bits == 4:
-        pairs = codes.view(torch.int16)
-        codes = pairs.bitwise_or_(pairs >> 4)  # of which the copy takes the low byte
-    out.codes.copy_(codes.view(len(rows), -1)[:, : out.codes.shape[1]])
+        pairs = qdata.view(torch.int16)
+        qdata = pairs.bitwise_or_(pairs >> 4)  # of which the copy takes the low byte
+    out.qdata.copy_(qdata.view(len(rows), -1)[:, : out.qdata.shape[1]])
 
 
 @functools.cache
 def _codes_by_bits(name: str) -> Tensor:
     """uint8 [65536]: the code of each bfloat16 number, by its bits as an int16 + 32768."""
     every = torch.arange(-0x8000, 0x8000, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    return elements.to_codes(every.to(torch.float32), elements.ELEMENTS[name], "rint")
+    return elements.encode(every.to(torch.float32), elements.ELEMENTS[name], "rint")

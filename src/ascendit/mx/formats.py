@@ -67,7 +67,7 @@ class Format:
     kind: Kind
     element: Element | None
     """None for int8."""
-    codes_dtype: str
+    qdata_dtype: str
     """Name of the torch dtype of the codes. In a uint8 the even 4-bit code is in the low nibble."""
     rules: tuple[str, ...]
     """The first is the default."""
@@ -92,11 +92,11 @@ class Format:
         def along(size: int) -> Shape:
             return (*shape[:axis], size, *shape[axis + 1 :])
 
-        codes = along(-(-length // 2)) if self.packed else shape
+        qdata = along(-(-length // 2)) if self.packed else shape
         dual = (*along(-(-length // self.coarse)), 1) if self.coarse else None
         if self.kind == "tile":
-            return codes, tuple(-(-n // self.block) for n in shape), dual
-        return codes, along(-(-length // self.block) if self.block else 1), dual
+            return qdata, tuple(-(-n // self.block) for n in shape), dual
+        return qdata, along(-(-length // self.block) if self.block else 1), dual
 
 
 _OCP = ("floor", "pow2", "even")
@@ -108,7 +108,7 @@ FORMATS: dict[str, Format] = {
             name="mxfp8",
             kind="block",
             element=E4M3,
-            codes_dtype="float8_e4m3fn",
+            qdata_dtype="float8_e4m3fn",
             block=32,
             rules=("ceil", *_OCP, "msms:minmax", "msms:minmax_bf16", "msms:mse_round"),
         ),
@@ -116,7 +116,7 @@ FORMATS: dict[str, Format] = {
             name="mxfp8_e5m2",
             kind="block",
             element=E5M2,
-            codes_dtype="float8_e5m2",
+            qdata_dtype="float8_e5m2",
             block=32,
             rules=("ceil", *_OCP),
         ),
@@ -124,7 +124,7 @@ FORMATS: dict[str, Format] = {
             name="mxfp4",
             kind="block",
             element=E2M1,
-            codes_dtype="uint8",
+            qdata_dtype="uint8",
             block=32,
             rules=(
                 "max:7",
@@ -141,7 +141,7 @@ FORMATS: dict[str, Format] = {
             name="mxfp4_dualscale",
             kind="dual",
             element=E2M1,
-            codes_dtype="uint8",
+            qdata_dtype="uint8",
             block=32,
             coarse=512,
             rules=("floor", "msms:dualscale"),
@@ -150,15 +150,15 @@ FORMATS: dict[str, Format] = {
             name="int8",
             kind="row",
             element=None,
-            codes_dtype="int8",
+            qdata_dtype="int8",
             rules=("amax", "msms:int8", "msms:int8_legacy"),
         ),
-        Format(name="fp8", kind="row", element=E4M3, codes_dtype="float8_e4m3fn", rules=("amax",)),
+        Format(name="fp8", kind="row", element=E4M3, qdata_dtype="float8_e4m3fn", rules=("amax",)),
         Format(
             name="fp8_128x128",
             kind="tile",
             element=E4M3,
-            codes_dtype="float8_e4m3fn",
+            qdata_dtype="float8_e4m3fn",
             block=128,
             rules=("amax",),
         ),

@@ -84,9 +84,9 @@ def from_cuda_tiles(tiles: Tensor, rows: int, num_blocks: int) -> Tensor:
 def to_e4m3_container(packed: Tensor, length: int) -> Tensor:
     """Packed FP4 uint8 [.., ceil(length / 2)] -> float8_e4m3fn [.., length] of the same numbers, -0 kept."""
     every = torch.arange(16, dtype=torch.uint8, device=packed.device)
-    table = elements.to_codes(elements.to_values(every, E2M1), E4M3, "rint")
-    codes = elements.unpack(packed, length)
-    return table[codes.to(torch.int64)].view(torch.float8_e4m3fn)
+    table = elements.encode(elements.decode(every, E2M1), E4M3, "rint")
+    qdata = elements.unpack(packed, length)
+    return table[qdata.to(torch.int64)].view(torch.float8_e4m3fn)
 
 
 def _misshapen(what: str, tensor: Tensor, needs: str) -> UsageError:

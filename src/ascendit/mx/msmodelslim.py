@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from ascendit.mx.elements import assemble, to_values
+from ascendit.mx.elements import assemble, decode
 from ascendit.mx.formats import E2M1, E4M3, Element
 from ascendit.mx.scales import exponent_and_fraction, power_of_two, split_blocks
 
@@ -74,8 +74,8 @@ def encode_dual(rows: Tensor, coarse: int, block: int) -> tuple[Tensor, Tensor, 
     dual = groups.abs().amax(-1) / E2M1.max
     scaled = torch.where((dual == 0).unsqueeze(-1), 0.0, groups / dual.unsqueeze(-1))
     blocks = split_blocks(scaled.flatten(-2)[..., : rows.shape[-1]], block)
-    codes, exponents = encode_blocks(blocks, E2M1, "minmax")
-    return codes, exponents, dual
+    qdata, exponents = encode_blocks(blocks, E2M1, "minmax")
+    return qdata, exponents, dual
 
 
 def encode_int8(rows: Tensor, lowest: int) -> tuple[Tensor, Tensor]:
@@ -188,5 +188,5 @@ def _round(wide: Tensor, exponents: Tensor, element: Element) -> Tensor:
 
 def _back(wide: Tensor, exponents: Tensor, element: Element) -> Tensor:
     """What `wide` becomes under these exponents, float32."""
-    values = to_values(_round(wide, exponents, element), element)
+    values = decode(_round(wide, exponents, element), element)
     return values * power_of_two(exponents.clamp(-127, 127)).unsqueeze(-1)

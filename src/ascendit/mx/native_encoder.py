@@ -86,7 +86,7 @@ def add_energies(rows: Tensor, parts: Parts, form: Format, sums: Tensor, threads
         return False
     element = ELEMENT_NUMBERS[form.element.name] if form.element else INT8
     dual = 0 if parts.dual is None else parts.dual.data_ptr()
-    at = parts.codes.data_ptr(), parts.scale.data_ptr(), dual, sums.data_ptr()
+    at = parts.qdata.data_ptr(), parts.scale.data_ptr(), dual, sums.data_ptr()
     by_row = form.kind == "row"
     lib.measure(rows.data_ptr(), DTYPE_NUMBERS[rows.dtype], *_shape(rows, threads), element, by_row, *at)
     return True
@@ -99,7 +99,7 @@ def _table_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | Non
 
     def encode(rows: Tensor, out: Parts) -> None:
         marks = torch.empty_like(out.scale) if from_msms else None
-        at = tables.data_ptr(), out.codes.data_ptr(), out.scale.data_ptr(), _at(marks)
+        at = tables.data_ptr(), out.qdata.data_ptr(), out.scale.data_ptr(), _at(marks)
         if len(tables) == 2:
             doubtful = lib.encode_choice(rows.data_ptr(), *_shape(rows, threads), element, *at)
         else:
@@ -117,7 +117,7 @@ def _dual_encoder(lib: ctypes.CDLL, form: Format, rule: str, threads: int | None
         return None
 
     def encode(rows: Tensor, out: Parts) -> None:
-        at = _at(table), _at(early), out.codes.data_ptr(), out.scale.data_ptr(), _at(out.dual)
+        at = _at(table), _at(early), out.qdata.data_ptr(), out.scale.data_ptr(), _at(out.dual)
         lib.encode_dual(rows.data_ptr(), DTYPE_NUMBERS[rows.dtype], *_shape(rows, threads), *at)
 
     return encode
@@ -127,7 +127,7 @@ def _by_numbers(call: Callable[..., int], threads: int | None, *numbers: int) ->
     """An encoder whose rule is a few numbers."""
 
     def encode(rows: Tensor, out: Parts) -> None:
-        at = out.codes.data_ptr(), out.scale.data_ptr()
+        at = out.qdata.data_ptr(), out.scale.data_ptr()
         call(rows.data_ptr(), DTYPE_NUMBERS[rows.dtype], *_shape(rows, threads), *numbers, *at)
 
     return encode

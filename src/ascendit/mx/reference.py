@@ -22,14 +22,14 @@ class Parts(NamedTuple):
     [.., ceil(K / 512)] or None.
     """
 
-    codes: Tensor
+    qdata: Tensor
     scale: Tensor
     dual: Tensor | None
 
     def rows(self, first: int, last: int) -> Parts:
         """Views of these rows."""
-        codes, scale, dual = self
-        return Parts(codes[first:last], scale[first:last], None if dual is None else dual[first:last])
+        qdata, scale, dual = self
+        return Parts(qdata[first:last], scale[first:last], None if dual is None else dual[first:last])
 
 
 Encoder = Callable[[Tensor, Parts], None]
@@ -40,12 +40,12 @@ def encode_rows(rows: Tensor, form: Format, rule: str, rounding: str) -> Parts:
     """bfloat16, float16 or float32 [.., K] -> its parts. Rule and rounding are resolved (`mx.formats`)."""
     dual = None
     if form.kind == "block":
-        codes, scale = _encode_blocks(rows, form, rule, rounding)
+        qdata, scale = _encode_blocks(rows, form, rule, rounding)
     elif form.kind == "dual":
-        codes, scale, dual = _encode_dual(rows, form, rule, rounding)
+        qdata, scale, dual = _encode_dual(rows, form, rule, rounding)
     else:
-        codes, scale = _encode_scaled_rows(rows, form, rule, rounding)
-    return Parts(elements.pack(codes) if form.packed else codes, scale, dual)
+        qdata, scale = _encode_scaled_rows(rows, form, rule, rounding)
+    return Parts(elements.pack(qdata) if form.packed else qdata, scale, dual)
 
 
 def encode_marked(rows: Tensor, out: Parts, marks: Tensor, form: Format, rule: str, rounding: str) -> None:
@@ -72,26 +72,26 @@ def _encode_blocks(rows: Tensor, form: Format, rule: str, rounding: str) -> tupl
     finite = blocks.isfinite().all(-1)
     blocks = blocks.where(finite.unsqueeze(-1), 0)
     if rule.startswith("msms:"):
-        codes, exponents = msmodelslim.encode_blocks(blocks, form.element, rule.removeprefix("msms:"))
+        qdata, exponents = msmodelslim.encode_blocks(blocks, form.element, rule.removeprefix("msms:"))
     else:
-        codes, exponents = _encode_finite(blocks.to(torch.float32), form.element, rule, rounding)
-    return _finish(codes, exponents, finite, form, rows.shape[-1])
+        qdata, exponents = _encode_finite(blocks.to(torch.float32), form.element, rule, rounding)
+    return _finish(qdata, exponents, finite, form, rows.shape[-1])
 
 
 def _encode_finite(blocks: Tensor, element: Element, rule: str, rounding: str) -> tuple[Tensor, Tensor]:
     """float32 [.., n, block] -> uint8 codes of the same shape and int32 exponents [.., n]."""
     exponents = scales.shared_exponents(blocks.abs().amax(-1), element, rule)
     scaled = blocks * scales.power_of_two(-exponents).unsqueeze(-1)
-    return elements.to_codes(scaled, element, rounding), exponents
+    return elements.encode(scaled, element, rounding), exponents
 
 
 def _finish(
-    codes: Tensor, exponents: Tensor, finite: Tensor, form: Format, length: int
+    qdata: Tensor, exponents: Tensor, finite: Tensor, form: Format, length: int
 ) -> tuple[Tensor, Tensor]:
     """Codes of blocks that are not `finite` to NaN, blocks to rows, exponents to bytes."""
     assert form.element is not None
-    codes = codes.where(finite.unsqueeze(-1), form.element.nan or 0)
-    return scales.join_blocks(codes, length), scales.to_bytes(exponents, finite)
+    qdata = qdata.where(finite.unsqueeze(-1), form.element.nan or 0)
+    return scales.join_blocks(qdata, length), scales.to_bytes(exponents, finite)
 
 
 def _encode_dual(rows: Tensor, form: Format, rule: str, rounding: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +105,7 @@ def _encode_dual(rows: Tensor, form: Format, rule: str, rounding: str) -> tuple[
     finite = scales.split_blocks(rows, form.block).isfinite().all(-1)
     if rule == "msms:dualscale":
         clean = rows.where(rows.isfinite(), 0)
-        codes, exponents, dual = msmodelslim.encode_dual(clean, form.coarse, form.block)
+        qdata, exponents, dual = msmodelslim.encode_dual(clean, form.coarse, form.block)
     else:
         groups = scales.split_blocks(rows.where(rows.isfinite(), 0).to(torch.float32), form.coarse)
         dual = groups.abs().amax(-1) * (1 / 6)
@@ -113,8 +113,8 @@ def _encode_dual(rows: Tensor, form: Format, rule: str, rounding: str) -> tuple[
         divided = groups / torch.where(dual == 0, torch.inf, dual).unsqueeze(-1)
         wide = scales.join_blocks(divided, length).to(rows.dtype).to(torch.float32)
         blocks = scales.split_blocks(wide, form.block)
-        codes, exponents = _encode_finite(blocks, E2M1, rule, rounding)
-    return (*_finish(codes, exponents, finite, form, length), dual)
+        qdata, exponents = _encode_finite(blocks, E2M1, rule, rounding)
+    return (*_finish(qdata, exponents, finite, form, length), dual)
 
 
 def _encode_scaled_rows(rows: Tensor, form: Format, rule: str, rounding: str) -> tuple[Tensor, Tensor]:
@@ -126,15 +126,15 @@ def _encode_scaled_rows(rows: Tensor, form: Format, rule: str, rounding: str) ->
     finite = rows.isfinite().all(-1, keepdim=True)
     rows = rows.where(finite, 0)
     if rule.startswith("msms:"):
-        codes, scale = msmodelslim.encode_int8(rows, -127 if rule.endswith("legacy") else -128)
-        return codes, scale.where(finite, torch.nan)
+        qdata, scale = msmodelslim.encode_int8(rows, -127 if rule.endswith("legacy") else -128)
+        return qdata, scale.where(finite, torch.nan)
     wide = rows.to(torch.float32)
     scale = wide.abs().amax(-1, keepdim=True) * (1 / (form.element.max if form.element else 127))
     steps = wide / torch.where(scale == 0, torch.inf, scale)
     if form.element is None:
         negative = steps < 0
         magnitude = elements.round_steps(steps.abs(), negative, rounding)
-        codes = magnitude.where(~negative, -magnitude).clamp(-128, 127).to(torch.int8)
+        qdata = magnitude.where(~negative, -magnitude).clamp(-128, 127).to(torch.int8)
     else:
-        codes = elements.to_codes(steps, form.element, rounding).where(finite, form.element.nan or 0)
-    return codes, scale.where(finite, torch.nan)
+        qdata = elements.encode(steps, form.element, rounding).where(finite, form.element.nan or 0)
+    return qdata, scale.where(finite, torch.nan)

@@ -66,9 +66,9 @@ class RowEncoder:
         return self._encoded(out)
 
     def _encoded(self, parts: Parts) -> Encoded:
-        codes = parts.codes.view(getattr(torch, self._form.codes_dtype))
+        qdata = parts.qdata.view(getattr(torch, self._form.qdata_dtype))
         dual = None if parts.dual is None else parts.dual.unsqueeze(-1)
-        return Encoded(codes, parts.scale, dual, self._form.name, -1, (len(codes), self._length))
+        return Encoded(qdata, parts.scale, dual, self._form.name, -1, (len(qdata), self._length))
 
     def _add_energies(self, rows: Tensor, parts: Parts) -> None:
         if native_encoder.add_energies(rows, parts, self._form, self.sums, self._threads):

@@ -24,7 +24,7 @@ inline int unsigned_up_to(int byte) {
 template <class E, Rounding R>
 inline Lanes codes_of(const Lanes& v, const Lanes& a, uint16_t base, int16_t no_sign) {
     constexpr uint16_t most = E::largest << 9, sign = 1 << (E::bits - 1);
-    Lanes codes;
+    Lanes qdata;
     for (int p = 0; p < PARTS; ++p) {
         const I16 t = (I16)(a.part[p] - base);
         const U16 mantissa = (a.part[p] & uint16_t(0x7F)) | uint16_t(0x80);
@@ -38,9 +38,9 @@ inline Lanes codes_of(const Lanes& v, const Lanes& a, uint16_t base, int16_t no_
             c += uint16_t(256);
             negative &= (U16)((I16)a.part[p] > no_sign);
         }
-        codes.part[p] = (c >> 9) | negative;
+        qdata.part[p] = (c >> 9) | negative;
     }
-    return codes;
+    return qdata;
 }
 
 template <class E>
@@ -54,12 +54,12 @@ inline Lanes codes_of(const Lanes& v, const Lanes& a, int byte) {
 }
 
 template <class E>
-inline void store(const Lanes& codes, uint8_t* out) {
-    E::packed ? store_nibbles(codes, out) : store_bytes(codes, out);
+inline void store(const Lanes& qdata, uint8_t* out) {
+    E::packed ? store_nibbles(qdata, out) : store_bytes(qdata, out);
 }
 
 // Any finite float32 -> its code. `scaled` is x times 2^-exponent, rounded to float32. These are the steps of
-// `mx.elements.to_codes` and, for msms, of `mx.msmodelslim`.
+// `mx.elements.encode` and, for msms, of `mx.msmodelslim`.
 template <class E, Rounding R>
 inline uint8_t code_of(float x, float scaled) {
     const float magic = 12582912.0f;  // 1.5 x 2^23: adding it rounds to a whole number, ties to even
@@ -77,10 +77,10 @@ inline uint8_t code_of(float x, float scaled) {
 template <class E, Rounding R>
 __attribute__((noinline)) void store_codes(const float* x, int exponent, uint8_t* out) {
     const float scale = power_of_two(-exponent);
-    uint8_t codes[BLOCK];
-    for (int i = 0; i < BLOCK; ++i) codes[i] = code_of<E, R>(x[i], x[i] * scale);
-    if (!E::packed) std::memcpy(out, codes, BLOCK);
-    for (int i = 0; E::packed && i < BLOCK / 2; ++i) out[i] = uint8_t(codes[2 * i] | codes[2 * i + 1] << 4);
+    uint8_t qdata[BLOCK];
+    for (int i = 0; i < BLOCK; ++i) qdata[i] = code_of<E, R>(x[i], x[i] * scale);
+    if (!E::packed) std::memcpy(out, qdata, BLOCK);
+    for (int i = 0; E::packed && i < BLOCK / 2; ++i) out[i] = uint8_t(qdata[2 * i] | qdata[2 * i + 1] << 4);
 }
 
 template <class T>

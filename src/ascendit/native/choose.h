@@ -12,25 +12,25 @@ struct Errors {  // of one block under two scales, squared
 // The codes of a block under a scale, and the 32 squared errors: float32, each step rounded as PyTorch does.
 template <class E>
 inline Lanes attempt(const Lanes& v, const Lanes& a, const float* magnitudes, int byte, float* squares) {
-    const Lanes codes = codes_of<E, Rounding::msms>(v, a, byte);
+    const Lanes qdata = codes_of<E, Rounding::msms>(v, a, byte);
     const float scale = power_of_two(byte - BIAS);
     uint8_t bytes[BLOCK];
-    store_bytes(codes, bytes);
+    store_bytes(qdata, bytes);
     for (int i = 0; i < BLOCK; ++i) {
         const float error = magnitudes[i] - value_of<E>(bytes[i] & ((1 << (E::bits - 1)) - 1)) * scale;
         squares[i] = error * error;
     }
-    return codes;
+    return qdata;
 }
 
 template <class E>
-inline Errors compare(const Lanes& v, const Lanes& a, int byte, int other, Lanes* codes) {
+inline Errors compare(const Lanes& v, const Lanes& a, int byte, int other, Lanes* qdata) {
     uint16_t bits[BLOCK];
     float values[BLOCK], squares[2][BLOCK];
     std::memcpy(bits, &a, sizeof bits);
     widen(bits, values);
-    codes[0] = attempt<E>(v, a, values, byte, squares[0]);
-    codes[1] = attempt<E>(v, a, values, other, squares[1]);
+    qdata[0] = attempt<E>(v, a, values, byte, squares[0]);
+    qdata[1] = attempt<E>(v, a, values, other, squares[1]);
     double first = 0.0, second = 0.0;
     int smaller = 0;
 #pragma omp simd reduction(+ : first, second, smaller)
@@ -55,11 +55,11 @@ inline bool choose_block(const bf16* x, const uint8_t* tables, uint8_t* out, uin
         encode_block<E, Rounding::msms>(x, tables, out, scale);
         return top > 0 && (byte < FIRST_BYTE || other < FIRST_BYTE);
     }
-    Lanes codes[2];
-    const Errors errors = compare<E>(v, a, byte, other, codes);
+    Lanes qdata[2];
+    const Errors errors = compare<E>(v, a, byte, other, qdata);
     const double total = errors.first + errors.second, apart = errors.first - errors.second;
     const bool second = errors.second_may_win && apart > 0.0;
-    store<E>(codes[second], out);
+    store<E>(qdata[second], out);
     *scale = uint8_t(second ? other : byte);
     const bool certain = total > 1e-30 && total < 1e30 && (apart < 0.0 ? -apart : apart) > total * 0x1p-18;
     return errors.second_may_win && !certain;
@@ -76,8 +76,8 @@ struct Search {
         const Lanes v = load(x), a = magnitudes(v);
         const uint32_t top = largest(a);
         if (top >= Input<bf16>::infinity) return;  // stands for a block of zeros
-        Lanes codes[2];
-        const Errors errors = compare<E2M1>(v, a, tables[top], tables[top + 0x8000], codes);
+        Lanes qdata[2];
+        const Errors errors = compare<E2M1>(v, a, tables[top], tables[top + 0x8000], qdata);
         const int turn = tables[top + 0x10000];
         first[turn] += errors.first;
         second[turn] += errors.second;

@@ -37,8 +37,8 @@ int64_t with(int64_t element, F f) {
 
 // one(x, codes, scale) for each block of a run; the blocks that it is not sure of are marked.
 template <class E, class T, class F>
-int64_t blocks_of(const Run& run, const T* x, uint8_t* codes, uint8_t* scale, uint8_t* doubtful, F one) {
-    return each<BLOCK, E::bits>(run, x, codes, [=](const T* from, uint8_t* out, int64_t i, int64_t) {
+int64_t blocks_of(const Run& run, const T* x, uint8_t* qdata, uint8_t* scale, uint8_t* doubtful, F one) {
+    return each<BLOCK, E::bits>(run, x, qdata, [=](const T* from, uint8_t* out, int64_t i, int64_t) {
         const bool doubt = one(from, out, scale + run.unit + i);
         if (doubtful) doubtful[run.unit + i] = doubt;
         return doubt;
@@ -46,14 +46,14 @@ int64_t blocks_of(const Run& run, const T* x, uint8_t* codes, uint8_t* scale, ui
 }
 
 template <class E, class T, class F>
-int64_t over_blocks(const T* x, Shape s, uint8_t* codes, uint8_t* scale, uint8_t* doubtful, F one) {
+int64_t over_blocks(const T* x, Shape s, uint8_t* qdata, uint8_t* scale, uint8_t* doubtful, F one) {
     return spread(s, BLOCK, E::bits,
-                  [=](const Run& run) { return blocks_of<E>(run, x, codes, scale, doubtful, one); });
+                  [=](const Run& run) { return blocks_of<E>(run, x, qdata, scale, doubtful, one); });
 }
 
 // The same for bfloat16 under a rule that is a table, many at a time.
 template <class E, Rounding R>
-int64_t over_batches(const bf16* x, Shape s, const uint8_t* table, uint8_t* codes, uint8_t* scale,
+int64_t over_batches(const bf16* x, Shape s, const uint8_t* table, uint8_t* qdata, uint8_t* scale,
                      uint8_t* doubtful) {
     const auto one = [=](const bf16* from, uint8_t* out, uint8_t* to) {
         return encode_block<E, R>(from, table, out, to);
@@ -70,21 +70,21 @@ int64_t over_batches(const bf16* x, Shape s, const uint8_t* table, uint8_t* code
             prefetch_ahead(batch.x, BATCH * BLOCK * sizeof(bf16));
             if (run.full >= 2 * BATCH)
                 batches[turn ^ 1].find_scales(batch.x + BATCH * BLOCK, table, batch.scale + BATCH);
-            uint8_t* out = codes + run.code;
+            uint8_t* out = qdata + run.code;
             sum += batch.encode(table, large ? near : out, doubtful + run.unit);
             if (large) write_past_cache(out, near, BYTES);
         }
-        return sum + blocks_of<E>(run, x, codes, scale, R == Rounding::msms ? doubtful : nullptr, one);
+        return sum + blocks_of<E>(run, x, qdata, scale, R == Rounding::msms ? doubtful : nullptr, one);
     });
 }
 
 template <class Dual, class T>
-int64_t over_groups(const Dual& rule, const T* x, Shape s, uint8_t* codes, uint8_t* scale, float* dual) {
+int64_t over_groups(const Dual& rule, const T* x, Shape s, uint8_t* qdata, uint8_t* scale, float* dual) {
     const int64_t blocks_per_row = (s.length + BLOCK - 1) / BLOCK;
     const bool large = s.rows * s.length / 2 >= LARGE;
     return spread(s, GROUP, E2M1::bits, [=](const Run& run) {
         uint8_t* first = scale + run.row * blocks_per_row + run.at * (GROUP / BLOCK);
-        return each<GROUP, E2M1::bits>(run, x, codes, [=](const T* from, uint8_t* out, int64_t i, int64_t values) {
+        return each<GROUP, E2M1::bits>(run, x, qdata, [=](const T* from, uint8_t* out, int64_t i, int64_t values) {
             uint8_t near[GROUP / 2];
             const bool past = large && values == GROUP;
             encode_group(rule, from, int((values + BLOCK - 1) / BLOCK), past ? near : out,
@@ -96,11 +96,11 @@ int64_t over_groups(const Dual& rule, const T* x, Shape s, uint8_t* codes, uint8
 }
 
 template <class Kind, class T>
-int64_t over_rows(const Kind& kind, const T* x, Shape s, uint8_t* codes, float* scale) {
+int64_t over_rows(const Kind& kind, const T* x, Shape s, uint8_t* qdata, float* scale) {
     const bool large = s.rows * s.length >= LARGE;
     return spread(s, s.length, 8, [=](const Run& run) {
         for (int64_t i = run.unit; i < run.unit + run.full; ++i)
-            encode_row(kind, x + i * s.length, s.length, codes + i * s.length, scale + i, large);
+            encode_row(kind, x + i * s.length, s.length, qdata + i * s.length, scale + i, large);
         return 0;
     });
 }
@@ -132,21 +132,21 @@ int64_t copy_bytes(const uint8_t* x, uint8_t* out, int64_t count, int64_t thread
 
 // A rule that is a table. msms: its rounding. Only msms has doubts.
 int64_t encode_table(const bf16* x, int64_t rows, int64_t length, int64_t threads, int64_t element, int64_t msms,
-                     const uint8_t* table, uint8_t* codes, uint8_t* scale, uint8_t* doubtful) {
+                     const uint8_t* table, uint8_t* qdata, uint8_t* scale, uint8_t* doubtful) {
     const Shape s{rows, length, threads};
     return with(element, [=](auto e) {
         using E = decltype(e);
-        if (msms) return over_batches<E, Rounding::msms>(x, s, table, codes, scale, doubtful);
-        return over_batches<E, Rounding::rint>(x, s, table, codes, scale, doubtful);
+        if (msms) return over_batches<E, Rounding::msms>(x, s, table, qdata, scale, doubtful);
+        return over_batches<E, Rounding::rint>(x, s, table, qdata, scale, doubtful);
     });
 }
 
 // msModelSlim's mse_round and fouroversix; tables [2, 32768].
 int64_t encode_choice(const bf16* x, int64_t rows, int64_t length, int64_t threads, int64_t element,
-                      const uint8_t* tables, uint8_t* codes, uint8_t* scale, uint8_t* doubtful) {
+                      const uint8_t* tables, uint8_t* qdata, uint8_t* scale, uint8_t* doubtful) {
     return with(element, [=](auto e) {
         using E = decltype(e);
-        return over_blocks<E>(x, {rows, length, threads}, codes, scale, doubtful,
+        return over_blocks<E>(x, {rows, length, threads}, qdata, scale, doubtful,
                               [=](const bf16* from, uint8_t* out, uint8_t* to) {
                                   return choose_block<E>(from, tables, out, to);
                               });
@@ -155,12 +155,12 @@ int64_t encode_choice(const bf16* x, int64_t rows, int64_t length, int64_t threa
 
 // A rule of two integers and a mask, see `Rule`, for every type of x.
 int64_t encode_rule(const void* x, int64_t type, int64_t rows, int64_t length, int64_t threads, int64_t element,
-                    int64_t shift, int64_t threshold, int64_t mask, uint8_t* codes, uint8_t* scale) {
+                    int64_t shift, int64_t threshold, int64_t mask, uint8_t* qdata, uint8_t* scale) {
     const Rule rule{int(shift), uint32_t(threshold), uint32_t(mask)};
     return with(element, [=](auto e) {
         using E = decltype(e);
         return as(x, type, [=](auto* values) {
-            return over_blocks<E>(values, {rows, length, threads}, codes, scale, nullptr,
+            return over_blocks<E>(values, {rows, length, threads}, qdata, scale, nullptr,
                                   [=](auto* from, uint8_t* out, uint8_t* to) {
                                       encode_block<E>(from, rule, out, to);
                                       return false;
@@ -171,24 +171,24 @@ int64_t encode_rule(const void* x, int64_t type, int64_t rows, int64_t length, i
 
 // Dual scale of bfloat16 or float32: the NPU's with the table of `floor`, or msModelSlim's with that of log2.
 int64_t encode_dual(const void* x, int64_t type, int64_t rows, int64_t length, int64_t threads, const uint8_t* table,
-                    const int32_t* early, uint8_t* codes, uint8_t* scale, float* dual) {
+                    const int32_t* early, uint8_t* qdata, uint8_t* scale, float* dual) {
     const Shape s{rows, length, threads};
     const auto run = [=](auto* values) {
-        if (table) return over_groups(NpuDual{table}, values, s, codes, scale, dual);
-        return over_groups(MsmsDual{early}, values, s, codes, scale, dual);
+        if (table) return over_groups(NpuDual{table}, values, s, qdata, scale, dual);
+        return over_groups(MsmsDual{early}, values, s, qdata, scale, dual);
     };
     return type == 0 ? run((const bf16*)x) : run((const float*)x);
 }
 
 // One scale for a row. kind: 0 int8, 1 fp8, 2 msModelSlim's int8 with `lowest` -128 or -127.
 int64_t encode_rows(const void* x, int64_t type, int64_t rows, int64_t length, int64_t threads, int64_t kind,
-                    int64_t lowest, uint8_t* codes, float* scale) {
+                    int64_t lowest, uint8_t* qdata, float* scale) {
     const Shape s{rows, length, threads};
     return as(x, type, [=](auto* values) {
-        if (kind == 0) return over_rows(Int8{}, values, s, codes, scale);
-        if (kind == 1) return over_rows(Fp8{}, values, s, codes, scale);
-        if (type == 0) return over_rows(MsmsInt8<true>{int(lowest)}, values, s, codes, scale);
-        return over_rows(MsmsInt8<false>{int(lowest)}, values, s, codes, scale);
+        if (kind == 0) return over_rows(Int8{}, values, s, qdata, scale);
+        if (kind == 1) return over_rows(Fp8{}, values, s, qdata, scale);
+        if (type == 0) return over_rows(MsmsInt8<true>{int(lowest)}, values, s, qdata, scale);
+        return over_rows(MsmsInt8<false>{int(lowest)}, values, s, qdata, scale);
     });
 }
 
@@ -208,8 +208,8 @@ int64_t search(const bf16* x, int64_t rows, int64_t length, int64_t threads, con
 
 // Adds signal and noise to `sums`. scale: E8M0 bytes for blocks of 32, or for `by_row` a float32 for a row.
 int64_t measure(const void* x, int64_t type, int64_t rows, int64_t length, int64_t threads, int64_t element,
-             int64_t by_row, const uint8_t* codes, const void* scale, const float* dual, double* sums) {
-    const Written written{codes, by_row ? nullptr : (const uint8_t*)scale, (const float*)scale, dual};
+             int64_t by_row, const uint8_t* qdata, const void* scale, const float* dual, double* sums) {
+    const Written written{qdata, by_row ? nullptr : (const uint8_t*)scale, (const float*)scale, dual};
     return as(x, type, [=](auto* values) {
         return spread({rows, length, threads}, length, 8, [=](const Run& run) {
             Energy all;

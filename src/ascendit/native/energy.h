@@ -26,7 +26,7 @@ struct Energy {  // sums of every eighth value
 };
 
 struct Written {  // what an encoder wrote; no `bytes`: a float32 for each row in `scale`
-    const uint8_t *codes, *bytes;
+    const uint8_t *qdata, *bytes;
     const float *scale, *dual;
 };
 
@@ -44,15 +44,15 @@ inline float decoded<Whole>(uint32_t code) {
 template <class E, class T>
 inline void add(Energy& sum, const T* x, const uint8_t* code, float by, float dual) {
     float wider[BLOCK], values[BLOCK];
-    uint8_t codes[BLOCK];
-    std::memcpy(codes, code, BLOCK * E::bits / 8);
+    uint8_t qdata[BLOCK];
+    std::memcpy(qdata, code, BLOCK * E::bits / 8);
     if (E::packed) {
         uint16_t pairs[BLOCK / 2];  // little endian: the low nibble comes first
         for (int i = 0; i < BLOCK / 2; ++i) pairs[i] = uint16_t((code[i] | code[i] << 4) & 0x0F0F);
-        std::memcpy(codes, pairs, BLOCK);
+        std::memcpy(qdata, pairs, BLOCK);
     }
     for (int i = 0; i < BLOCK; ++i) wider[i] = wide(x[i]);
-    for (int i = 0; i < BLOCK; ++i) values[i] = decoded<E>(codes[i]) * by * dual;
+    for (int i = 0; i < BLOCK; ++i) values[i] = decoded<E>(qdata[i]) * by * dual;
     for (int start = 0; start < BLOCK; start += Energy::APART)
         for (int i = 0; i < Energy::APART; ++i) {
             const double signal = wider[start + i], noise = signal - double(values[start + i]);
@@ -66,7 +66,7 @@ template <class E, class T>
 void add_row(Energy& sum, const T* x, int64_t row, int64_t length, const Written& w) {
     constexpr int BYTES = BLOCK * E::bits / 8;
     const int64_t blocks = (length + BLOCK - 1) / BLOCK, groups = (length + GROUP - 1) / GROUP;
-    const uint8_t* code = w.codes + row * ((length * E::bits + 7) / 8);
+    const uint8_t* code = w.qdata + row * ((length * E::bits + 7) / 8);
     x += row * length;
     for (int64_t b = 0; b < blocks; ++b) {
         const uint8_t byte = w.bytes ? w.bytes[row * blocks + b] : 0;

@@ -131,28 +131,28 @@ void smooth(int64_t M, int64_t K, int64_t threads, const bf16* x, const float* b
 }
 
 // How many blocks of a weight hold numbers that are no bfloat16, or NaN. bits: 8 for e4m3, 4 for e2m1.
-int64_t doubtful_blocks(int64_t bits, int64_t N, int64_t K, int64_t threads, const uint8_t* codes,
+int64_t doubtful_blocks(int64_t bits, int64_t N, int64_t K, int64_t threads, const uint8_t* qdata,
                         const uint8_t* scale) {
     int64_t sum = 0;
 #pragma omp parallel for num_threads(int(threads)) reduction(+ : sum)
     for (int64_t n = 0; n < N; ++n)
-        sum += bits == 8 ? doubtful_of_row(BlockRows<E4M3>{codes, scale, K}, n)
-                         : doubtful_of_row(BlockRows<E2M1>{codes, scale, K}, n);
+        sum += bits == 8 ? doubtful_of_row(BlockRows<E4M3>{qdata, scale, K}, n)
+                         : doubtful_of_row(BlockRows<E2M1>{qdata, scale, K}, n);
     return sum;
 }
 
 // All tiles of a weight, one after the other; the last channels filled up to COLUMNS. Row scales are left out.
-void decode_tiles(int64_t kind, int64_t N, int64_t K, int64_t threads, const uint8_t* codes, const uint8_t* scale,
+void decode_tiles(int64_t kind, int64_t N, int64_t K, int64_t threads, const uint8_t* qdata, const uint8_t* scale,
                   uint32_t* tiles) {
 #pragma omp parallel for num_threads(int(threads)) schedule(dynamic)
     for (int64_t n = 0; n < N; n += COLUMNS) {
         uint32_t* tile = tiles + n * (K / 2);
         if (kind == FP8)
-            fill(Fp8Rows{codes, K}, n, N, 0, K, tile);
+            fill(Fp8Rows{qdata, K}, n, N, 0, K, tile);
         else if (kind == MXFP8)
-            fill(BlockRows<E4M3>{codes, scale, K}, n, N, 0, K, tile);
+            fill(BlockRows<E4M3>{qdata, scale, K}, n, N, 0, K, tile);
         else
-            fill(BlockRows<E2M1>{codes, scale, K}, n, N, 0, K, tile);
+            fill(BlockRows<E2M1>{qdata, scale, K}, n, N, 0, K, tile);
     }
 }
 }

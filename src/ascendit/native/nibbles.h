@@ -30,18 +30,18 @@ struct Doubled {
     }
 };
 
-inline __m256i packed_at(const uint8_t* codes, int64_t numbers) {  // at most 64 of them, else zeros
-    return numbers >= 64 ? _mm256_loadu_si256((const __m256i*)codes)
-                         : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)codes));
+inline __m256i packed_at(const uint8_t* qdata, int64_t numbers) {  // at most 64 of them, else zeros
+    return numbers >= 64 ? _mm256_loadu_si256((const __m256i*)qdata)
+                         : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)qdata));
 }
 
 struct NibbleRows {
     static constexpr int per_step = 4;
-    const uint8_t *codes, *scale;
+    const uint8_t *qdata, *scale;
     int64_t length;
     Doubled doubled{SHIFT};
 
-    const uint8_t* at(int64_t row, int64_t k) const { return codes + (row * length + k) / 2; }
+    const uint8_t* at(int64_t row, int64_t k) const { return qdata + (row * length + k) / 2; }
     __m512i steps(int64_t row, int64_t k, int64_t end) const { return doubled(packed_at(at(row, k), end - k)); }
 };
 
@@ -63,9 +63,9 @@ struct NibbleToken {
     int32_t surplus[STRETCH / BLOCK];
 
     // Of `numbers` codes.
-    void fill(const Doubled& doubled, const uint8_t* codes, const uint8_t* scales, int64_t numbers) {
+    void fill(const Doubled& doubled, const uint8_t* qdata, const uint8_t* scales, int64_t numbers) {
         for (int64_t k = 0; k < numbers; k += 2 * BLOCK) {
-            const __m512i v = doubled(packed_at(codes + k / 2, numbers - k));
+            const __m512i v = doubled(packed_at(qdata + k / 2, numbers - k));
             _mm512_storeu_si512(bytes + k, v);
             const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(SHIFT), v);
             surplus[k / BLOCK] = -_mm512_mask_reduce_add_epi32(0x00FF, sums);

@@ -65,19 +65,19 @@ int64_t spread(Shape s, int64_t unit, int bits, F f) {
 // one(x, out, unit of the run, values) for each unit of a run; the sum of what it returns. A short unit is filled
 // up with zeros first, and only the codes that it has are kept.
 template <int UNIT, int BITS, class T, class F>
-int64_t each(const Run& run, const T* x, uint8_t* codes, F one) {
+int64_t each(const Run& run, const T* x, uint8_t* qdata, F one) {
     constexpr int BYTES = UNIT * BITS / 8;
     int64_t sum = 0;
-    const bool keep_codes = codes != nullptr;
+    const bool keep_codes = qdata != nullptr;
     x += run.value;
-    if (keep_codes) codes += run.code;
-    for (int64_t i = 0; i < run.full; ++i) sum += one(x + i * UNIT, codes + i * BYTES, i, int64_t(UNIT));
+    if (keep_codes) qdata += run.code;
+    for (int64_t i = 0; i < run.full; ++i) sum += one(x + i * UNIT, qdata + i * BYTES, i, int64_t(UNIT));
     if (run.tail) {
         T filled[UNIT] = {};
         uint8_t out[BYTES];
         std::memcpy(filled, x + run.full * UNIT, run.tail * sizeof(T));
         sum += one(filled, out, run.full, run.tail);
-        if (keep_codes) std::memcpy(codes + run.full * BYTES, out, (run.tail * BITS + 7) / 8);
+        if (keep_codes) std::memcpy(qdata + run.full * BYTES, out, (run.tail * BITS + 7) / 8);
     }
     return sum;
 }

@@ -54,8 +54,8 @@ struct Decoder<E4M3> {
         }
         twice = _mm512_loadu_si512(index);
     }
-    __m512i operator()(const uint8_t* codes) const {
-        const __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)codes));
+    __m512i operator()(const uint8_t* qdata) const {
+        const __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)qdata));
         const __m512i code = _mm512_permutexvar_epi8(twice, both);  // each of them in both bytes
         __m512i v = _mm512_mask2_permutex2var_epi8(high[0], code, 0xAAAAAAAAAAAAAAAA, high[1]);
         v = _mm512_mask2_permutex2var_epi8(low[0], v, 0x5555555555555555, low[1]);
@@ -69,8 +69,8 @@ struct Decoder<E2M1> {
         static const E2m1Table values;
         table = _mm512_load_si512(values.value);
     }
-    __m512i operator()(const uint8_t* codes) const {
-        const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)codes));
+    __m512i operator()(const uint8_t* qdata) const {
+        const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)qdata));
         return _mm512_permutexvar_epi16(_mm512_or_si512(byte, _mm512_slli_epi32(byte, 12)), table);
     }
 };
@@ -82,9 +82,9 @@ inline __m512i scaled(__m512i values, int byte) {
 
 // Whether a block holds NaN or numbers that are no normal bfloat16; a block of zeros has any scale.
 template <class E>
-inline bool outside(const Decoder<E>& decode, const uint8_t* codes, int byte) {
+inline bool outside(const Decoder<E>& decode, const uint8_t* qdata, int byte) {
     if (byte == NAN_BYTE) return true;
-    const __m512i magnitude = _mm512_and_si512(decode(codes), _mm512_set1_epi16(0x7FFF));
+    const __m512i magnitude = _mm512_and_si512(decode(qdata), _mm512_set1_epi16(0x7FFF));
     if (_mm512_cmpge_epi16_mask(magnitude, _mm512_set1_epi16(0x7F80))) return true;
     return (byte < Exact<E>::first || byte > Exact<E>::last) && _mm512_test_epi16_mask(magnitude, magnitude);
 }
@@ -94,11 +94,11 @@ inline bool outside(const Decoder<E>& decode, const uint8_t* codes, int byte) {
 template <class E>
 struct BlockRows {  // MX: codes and scale bytes
     static constexpr int per_step = 2;
-    const uint8_t *codes, *scale;
+    const uint8_t *qdata, *scale;
     int64_t length;
     Decoder<E> decode{};
 
-    const uint8_t* at(int64_t row, int64_t k) const { return codes + (row * length + k) * E::bits / 8; }
+    const uint8_t* at(int64_t row, int64_t k) const { return qdata + (row * length + k) * E::bits / 8; }
     __m512i steps(int64_t row, int64_t k, int64_t) const {
         return scaled(decode(at(row, k)), scale[row * (length / BLOCK) + k / BLOCK]);
     }
@@ -106,20 +106,20 @@ struct BlockRows {  // MX: codes and scale bytes
 
 struct Fp8Rows {  // e4m3 whose scale comes at the end
     static constexpr int per_step = 2;
-    const uint8_t* codes;
+    const uint8_t* qdata;
     int64_t length;
     Decoder<E4M3> decode{};
 
-    const uint8_t* at(int64_t row, int64_t k) const { return codes + row * length + k; }
+    const uint8_t* at(int64_t row, int64_t k) const { return qdata + row * length + k; }
     __m512i steps(int64_t row, int64_t k, int64_t) const { return decode(at(row, k)); }
 };
 
 struct ByteRows {  // int8 plus 128, unsigned as one side of a product must be
     static constexpr int per_step = 4;
-    const uint8_t* codes;
+    const uint8_t* qdata;
     int64_t length;
 
-    const uint8_t* at(int64_t row, int64_t k) const { return codes + row * length + k; }
+    const uint8_t* at(int64_t row, int64_t k) const { return qdata + row * length + k; }
     __m512i steps(int64_t row, int64_t k, int64_t end) const {
         const __mmask64 here = end - k >= 64 ? ~0ull : (1ull << (end - k)) - 1;
         return _mm512_xor_si512(_mm512_maskz_loadu_epi8(here, at(row, k)), _mm512_set1_epi8(int8_t(0x80)));

@@ -95,7 +95,7 @@ class Schemes:
 
     def prepare_weight(
         self,
-        codes: Tensor,
+        qdata: Tensor,
         scale: Tensor,
         dual_scale: Tensor | None,
         bias: Tensor | None,
@@ -111,8 +111,8 @@ class Schemes:
         UsageError when the tensors do not fit `scheme`.
         """
         weight = scheme_of(scheme).weight
-        shape = (codes.shape[0], width or codes.shape[1] * (2 if lookup(weight).packed else 1))
-        encoded = Encoded(codes, scale, dual_scale, weight, -1, shape)
+        shape = (qdata.shape[0], width or qdata.shape[1] * (2 if lookup(weight).packed else 1))
+        encoded = Encoded(qdata, scale, dual_scale, weight, -1, shape)
         place = torch.device(self.device.torch_name)
         return self.kernel(scheme).prepare(encoded, bias, place, nz=nz or self.nz)
 

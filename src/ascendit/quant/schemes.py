@@ -44,9 +44,9 @@ class Scheme:
     """For `inspect` and the documentation."""
 
     @property
-    def codes_dtype(self) -> str:
+    def qdata_dtype(self) -> str:
         """Dtype of the codes, as a safetensors header spells it."""
-        return _SAFETENSORS[FORMATS[self.weight].codes_dtype]
+        return _SAFETENSORS[FORMATS[self.weight].qdata_dtype]
 
     @property
     def packed(self) -> bool:
@@ -68,10 +68,10 @@ class Scheme:
         """Role -> (dtype, shape) of codes and scales of a quantized layer with a decoded weight [n, k]."""
         if not self.weight:
             return {}
-        codes, scale, dual = FORMATS[self.weight].shapes((n, k))
+        qdata, scale, dual = FORMATS[self.weight].shapes((n, k))
         scale_dtype = "U8" if self.block else "F32"
         every = {
-            "weight": (self.codes_dtype, codes),
+            "weight": (self.qdata_dtype, qdata),
             "weight_scale": (scale_dtype, scale),
             "weight_scale_inv": (scale_dtype, scale),
             "weight_offset": ("F32", (n, 1)),

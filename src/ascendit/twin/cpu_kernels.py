@@ -93,5 +93,5 @@ def linear(tokens: Encoded, weight: Encoded, bias: Tensor | None, dtype: torch.d
     scheme = LINEAR_SCHEMES["w4a8" if mixed else weight.format]
     kernel = _linears_on_a_cpu()[scheme.name]
     m, k = tokens.shape
-    a = Activation(scheme, (m,), k, dtype, tokens.codes, tokens.scale, tokens.dual_scale)
+    a = Activation(scheme, (m,), k, dtype, tokens.qdata, tokens.scale, tokens.dual_scale)
     return kernel.call(a, kernel.prepare(weight, bias, _CPU))

@@ -115,7 +115,7 @@ def _attention() -> Iterator[Sample]:
 
 def _rows(a5: bool) -> Iterator[Sample]:
     x, w = rand(5, 96), rand(16, 96, seed=1)
-    codes, scale = call("npu_dynamic_quant", x)
+    qdata, scale = call("npu_dynamic_quant", x)
     weight, weight_scale = call("npu_dynamic_quant", w)
     yield Sample("int8", "npu_dynamic_quant", (x,))
     yield Sample("int8, smoothed", "npu_dynamic_quant", (x,), {"smooth_scales": rand(96).abs()})
@@ -123,18 +123,18 @@ def _rows(a5: bool) -> Iterator[Sample]:
     yield Sample("static int8", "npu_quantize", (x, rand(96).abs() + 1, None, torch.qint8, -1))
     matmul, rest = "npu_quant_matmul", {"pertoken_scale": scale, "output_dtype": 15}
     yield Sample(
-        "int8 matmul", matmul, (codes, weight.t(), weight_scale.to(BF16)), {**rest, "bias": rand(16)}
+        "int8 matmul", matmul, (qdata, weight.t(), weight_scale.to(BF16)), {**rest, "bias": rand(16)}
     )
     wide = {**rest, "bias": rand(16, dtype=FP32)}
-    yield Sample("int8 matmul, float32", matmul, (codes, weight.t(), weight_scale), wide)
+    yield Sample("int8 matmul, float32", matmul, (qdata, weight.t(), weight_scale), wide)
     yield Sample(
-        "int8 matmul to fp16", matmul, (codes, weight.t(), weight_scale), {**rest, "output_dtype": 5}
+        "int8 matmul to fp16", matmul, (qdata, weight.t(), weight_scale), {**rest, "output_dtype": 5}
     )
-    yield Sample("static int8 matmul", matmul, (codes, weight.t(), weight_scale), {"output_dtype": 5})
+    yield Sample("static int8 matmul", matmul, (qdata, weight.t(), weight_scale), {"output_dtype": 5})
     param = call("npu_trans_quant_param", weight_scale)
-    yield Sample("static int8 matmul, packed scale", matmul, (codes, weight.t(), param), {"output_dtype": 5})
+    yield Sample("static int8 matmul, packed scale", matmul, (qdata, weight.t(), param), {"output_dtype": 5})
     if a5:
-        yield Sample("int8 matmul, NZ", matmul, (codes, weight, weight_scale), rest, nz=1)
+        yield Sample("int8 matmul, NZ", matmul, (qdata, weight, weight_scale), rest, nz=1)
     yield Sample("int8 weight", "npu_weight_quant_batchmatmul", (x, weight.t(), weight_scale.to(BF16)))
 
 
@@ -164,8 +164,8 @@ def _quantizers() -> Iterator[Sample]:
     yield Sample("dual level", "npu_dynamic_dual_level_mx_quant", (rand(3, 640),))
     smooth = {"smooth_scale": rand(640).abs()}
     yield Sample("dual level, smoothed", "npu_dynamic_dual_level_mx_quant", (rand(3, 640),), smooth)
-    codes, scale = call(mx, x, dst_type=FP8_E4M3)
-    yield Sample("values again", "npu_anti_mx_quant", (codes, scale))
+    qdata, scale = call(mx, x, dst_type=FP8_E4M3)
+    yield Sample("values again", "npu_anti_mx_quant", (qdata, scale))
     yield Sample("fp8", "npu_dynamic_quant", (x,), {"dst_type": torch.float8_e4m3fn})
     block = {"dst_type": FP8_E4M3, "row_block_size": 128, "col_block_size": 128}
     yield Sample("fp8 in blocks", "npu_dynamic_block_quant", (rand(2, 200, 128),), block)
@@ -230,8 +230,8 @@ def _only_a5() -> Iterator[Sample]:
 
 def _blocks(t: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     size = {"row_block_size": rows, "col_block_size": 128}
-    codes, scale = call("npu_dynamic_block_quant", t, dst_type=FP8_E4M3, **size)
-    return codes[None], scale[None]
+    qdata, scale = call("npu_dynamic_block_quant", t, dst_type=FP8_E4M3, **size)
+    return qdata[None], scale[None]
 
 
 def _only_a2_a3() -> Iterator[Sample]:

@@ -166,9 +166,9 @@ class RecipeSteps:
             encoded = encoder(rows)
             if (bad_row := first_bad_row(encoded)) is not None:
                 raise not_finite(self.applied.expert.name, name, start + bad_row)
-            codes = as_bytes(encoded.codes[:, kept])
+            qdata = as_bytes(encoded.qdata[:, kept])
             wide = self.dialect.container(layer.scheme) == "e4m3"
-            yield name, recode(codes, info.shape[1], "packed", "e4m3") if wide else codes
+            yield name, recode(qdata, info.shape[1], "packed", "e4m3") if wide else qdata
             scales["weight_scale"] += as_bytes(encoded.scale)
             if encoded.dual_scale is not None:
                 scales["weight_dual_scale"] += as_bytes(encoded.dual_scale)

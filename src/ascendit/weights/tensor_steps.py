@@ -381,8 +381,8 @@ def _e4m3_of_bytes() -> Table:
     """Byte of two codes -> two e4m3 numbers, the first in the low byte."""
     import numpy as np
 
-    codes, numbers = np.arange(256), np.asarray(_E4M3, np.uint16)
-    return np.asarray(numbers[codes & 15] | numbers[codes >> 4] << 8, "<u2")
+    qdata, numbers = np.arange(256), np.asarray(_E4M3, np.uint16)
+    return np.asarray(numbers[qdata & 15] | numbers[qdata >> 4] << 8, "<u2")
 
 
 @functools.cache
@@ -422,7 +422,7 @@ def tile_scales(info: TensorInfo, reader: RowReader) -> torch.Tensor:
     return torch.frombuffer(wide, dtype=torch.float32).view(info.shape)
 
 
-def tile_values(codes: torch.Tensor, scale: torch.Tensor, row: int, column: int = 0) -> torch.Tensor:
+def tile_values(qdata: torch.Tensor, scale: torch.Tensor, row: int, column: int = 0) -> torch.Tensor:
     """FP8 [n, k] from `row` and `column` of a weight on -> float32 code x scale of its tile.
 
     `scale`: float32 [ceil(N / 128), ceil(K / 128)], the `weight_scale_inv` of the whole weight. Equal to
@@ -430,7 +430,7 @@ def tile_values(codes: torch.Tensor, scale: torch.Tensor, row: int, column: int 
     """
     import torch
 
-    values = codes.to(torch.float32)
+    values = qdata.to(torch.float32)
     for start in range(row // FP8_TILE * FP8_TILE, row + len(values), FP8_TILE):
         factors = scale[start // FP8_TILE].repeat_interleave(FP8_TILE)
         values[max(start - row, 0) : start - row + FP8_TILE] *= factors[column : column + values.shape[1]]

@@ -105,7 +105,7 @@ def test_with_mul_scale_and_another_rule(way, scheme, emulate):
     wanted = mx.encode(
         smooth_input(x, mul_scale).flatten(0, 1), LINEAR_SCHEMES[scheme].activation, scale_rule=rule
     )
-    assert torch.equal(a.codes.view(torch.uint8), wanted.codes.view(torch.uint8))
+    assert torch.equal(a.qdata.view(torch.uint8), wanted.qdata.view(torch.uint8))
     assert torch.equal(a.scale, wanted.scale)
     out = ops.quantized_linear(a, ops.prepare_weight(*on_disk(encoded, bias), scheme))
     oracle = plain.quantized_linear(a, plain.prepare_weight(*on_disk(encoded, bias), scheme))
@@ -119,7 +119,7 @@ def test_what_was_prepared_comes_back_and_takes_no_more_memory(way, scheme, emul
     encoded, bias = weight_of(scheme, 128, 1024)
     weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
     back = ops.stored(weight)
-    for part in ("codes", "scale", "dual_scale"):
+    for part in ("qdata", "scale", "dual_scale"):
         left, right = getattr(back, part), getattr(encoded, part)
         assert left is right is None or torch.equal(left.view(torch.uint8), right.view(torch.uint8))
     small = sum(t.nbytes for t in on_disk(encoded, bias) if t is not None)
@@ -201,14 +201,14 @@ def test_zeros(way, scheme):
 def test_int8_sums_are_exact_at_their_largest(way):
     """Every product has the same sign: the sum is as far from zero as it can be."""
     ops = schemes()
-    codes = torch.full((3, 1 << 16), -128, dtype=torch.int8)
-    codes[1], codes[2, ::2] = 127, 127
+    qdata = torch.full((3, 1 << 16), -128, dtype=torch.int8)
+    qdata[1], qdata[2, ::2] = 127, 127
     scale = torch.ones(3, 1)
-    weight = ops.prepare_weight(codes, scale, None, None, "int8")
+    weight = ops.prepare_weight(qdata, scale, None, None, "int8")
     x = torch.full((2, 1 << 16), 127.0)
     x[1].neg_()
     out = ops.quantized_linear(ops.quantize_activation(x, "int8"), weight)
-    assert torch.equal(out, (x.double() @ codes.double().t()).float())
+    assert torch.equal(out, (x.double() @ qdata.double().t()).float())
 
 
 # ---- shapes, threads, choices -------------------------------------------------------------------

@@ -75,9 +75,9 @@ def tokens() -> None:
                     ):
                         same(found, wanted)
                     if format != "mxfp4_dualscale":
-                        codes = triton_linear.to_codes(x, format, rule, mul_scale)
+                        qdata = triton_linear.to_codes(x, format, rule, mul_scale)
                         for found, wanted in zip(
-                            codes, steps.to_codes(x, format, rule, mul_scale), strict=True
+                            qdata, steps.to_codes(x, format, rule, mul_scale), strict=True
                         ):
                             same(found, wanted)
 

@@ -35,12 +35,12 @@ def mxfp8(a: Tensor, b: Tensor, a_tiles: Tensor, b_tiles: Tensor) -> Tensor:
     _rows(a, b, 16)
     assert a.dtype == b.dtype == torch.float8_e4m3fn and a.shape[1] % 32 == 0
     values = []
-    for codes, tiles in ((a, a_tiles), (b, b_tiles)):
-        rows, blocks = codes.shape[0], codes.shape[1] // 32
+    for qdata, tiles in ((a, a_tiles), (b, b_tiles)):
+        rows, blocks = qdata.shape[0], qdata.shape[1] // 32
         assert tiles.dtype == torch.uint8 and tiles.is_contiguous()
         assert tiles.numel() == -(-rows // 128) * 128 * -(-blocks // 4) * 4
         scale = layouts.from_cuda_tiles(tiles, rows, blocks)
-        values.append(mx.decode(Encoded(codes.contiguous(), scale, None, "mxfp8", -1, tuple(codes.shape))))
+        values.append(mx.decode(Encoded(qdata.contiguous(), scale, None, "mxfp8", -1, tuple(qdata.shape))))
     return values[0] @ values[1].t()
 
 

@@ -90,8 +90,8 @@ def test_what_was_prepared_comes_back_and_is_small(schemes_of, form, scheme, n, 
     ops, (encoded, bias) = schemes_of(form), weight_of(scheme, n, k)
     weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
     back = ops.stored(weight)
-    assert back.codes.dtype == encoded.codes.dtype and back.shape == encoded.shape
-    assert torch.equal(back.codes.view(torch.uint8), encoded.codes.view(torch.uint8))
+    assert back.qdata.dtype == encoded.qdata.dtype and back.shape == encoded.shape
+    assert torch.equal(back.qdata.view(torch.uint8), encoded.qdata.view(torch.uint8))
     assert torch.equal(back.scale, encoded.scale)
     for found, wanted in ((weight.bias, bias), (back.dual_scale, encoded.dual_scale)):
         assert (found is None) == (wanted is None)
@@ -295,4 +295,4 @@ def test_on_a_card_the_model_gets_these_numbers(scheme, tokens, caplog):
         out = ops.quantized_linear(ops.quantize_activation(x.cuda(), scheme), weight)
     assert mx.sqnr(exact(x, scheme, encoded, bias).float(), out.cpu()) > 50
     assert f"linear layers in {scheme} on cuda -> cuda: " in caplog.text
-    assert torch.equal(ops.stored(weight).codes.cpu().view(torch.uint8), encoded.codes.view(torch.uint8))
+    assert torch.equal(ops.stored(weight).qdata.cpu().view(torch.uint8), encoded.qdata.view(torch.uint8))

@@ -52,11 +52,11 @@ def test_fractal_nz_gives_the_same_numbers(chip, scheme):
     encoded, bias = weight_of(scheme, 32, 64)
     a = ops.quantize_activation(tokens_of(4, 64), scheme)
     plain, blocked = (ops.prepare_weight(*on_disk(encoded, bias), scheme, nz=nz) for nz in (False, True))
-    assert int(torch.ops.npu.get_npu_format(blocked.codes)) == 29
+    assert int(torch.ops.npu.get_npu_format(blocked.qdata)) == 29
     assert torch.equal(ops.quantized_linear(a, plain), ops.quantized_linear(a, blocked))
     for weight in (plain, blocked):
         back = ops.stored(weight)
-        assert torch.equal(back.codes.view(torch.uint8), encoded.codes.view(torch.uint8))
+        assert torch.equal(back.qdata.view(torch.uint8), encoded.qdata.view(torch.uint8))
         assert torch.equal(back.scale, encoded.scale)
         if encoded.dual_scale is not None and back.dual_scale is not None:
             assert torch.equal(back.dual_scale, encoded.dual_scale)
@@ -87,7 +87,7 @@ def test_mul_scale():
     for scheme in ("int8", "mxfp4_dualscale"):
         got = ops.quantize_activation(x, scheme, mul_scale)
         wanted = ops.quantize_activation(smooth_input(x, mul_scale), scheme)
-        assert torch.equal(got.codes, wanted.codes) and torch.equal(got.scale, wanted.scale)
+        assert torch.equal(got.qdata, wanted.qdata) and torch.equal(got.scale, wanted.scale)
 
 
 @pytest.mark.parametrize(
@@ -95,11 +95,11 @@ def test_mul_scale():
 )
 def test_scale_rules_are_those_of_mx(scheme, rule):
     x = tokens_of(6, 96)
-    codes = [
-        bind(device).quantized.quantize_activation(x, scheme, rule=rule).codes.view(torch.uint8)
+    qdata = [
+        bind(device).quantized.quantize_activation(x, scheme, rule=rule).qdata.view(torch.uint8)
         for device in ("cpu", "twin:a5")
     ]
-    assert torch.equal(*codes)
+    assert torch.equal(*qdata)
 
 
 def test_rules_that_no_kernel_has():
@@ -131,10 +131,10 @@ def test_shapes_that_no_fp4_matmul_takes(scheme):
                 ops.prepare_weight(*on_disk(encoded, bias), scheme)
             assert e.value.code == "E-QNT-01" and "an even K above 2" in e.value.needs
     assert not any("npu" in name for name in seen.launched)
-    codes, scale = torch.zeros(16, 33, dtype=torch.uint8), torch.zeros(16, 3, dtype=torch.uint8)
+    qdata, scale = torch.zeros(16, 33, dtype=torch.uint8), torch.zeros(16, 3, dtype=torch.uint8)
     dual = torch.ones(16, 1, 1) if "dual" in scheme else None
     with pytest.raises(UsageError, match="N = 16 and K = 65"):
-        ops.prepare_weight(codes, scale, dual, None, scheme, width=65)
+        ops.prepare_weight(qdata, scale, dual, None, scheme, width=65)
     mxfp8, _ = weight_of("mxfp8", 16, 65)  # a short last block is fine
     ops.prepare_weight(*on_disk(mxfp8, None), "mxfp8")
 
@@ -162,9 +162,9 @@ def test_nz_is_for_schemes_that_leave_a_choice():
     ops = bind("twin:a5", nz=True).quantized
     for scheme, layout in (("int8", 29), ("fp8", 2), ("mxfp8", 29), ("mxfp4", 29), ("mxfp4_dualscale", 29)):
         weight = ops.prepare_weight(*on_disk(*weight_of(scheme, 16, 64)), scheme)
-        assert int(torch.ops.npu.get_npu_format(weight.codes)) == layout
+        assert int(torch.ops.npu.get_npu_format(weight.qdata)) == layout
     plain = bind("twin:a5").quantized.prepare_weight(*on_disk(*weight_of("int8", 16, 64)), "int8")
-    assert int(torch.ops.npu.get_npu_format(plain.codes)) == 2
+    assert int(torch.ops.npu.get_npu_format(plain.qdata)) == 2
 
 
 def test_a_cast_that_stays_nd_is_told(monkeypatch):

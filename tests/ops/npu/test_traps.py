@@ -64,10 +64,10 @@ def test_2_scales_come_in_pairs_and_an_odd_block_is_filled_with_byte_0(scheme: s
 @pytest.mark.parametrize("scheme", MX)
 def test_3_weight_and_scale_are_both_transposed_views(scheme: str) -> None:
     weight, seen = layer(scheme)
-    for t in (weight.codes, weight.scale):
+    for t in (weight.qdata, weight.scale):
         assert t.stride(0) < t.stride(1) and t.transpose(0, 1).is_contiguous() and not t.is_contiguous()
     given = matmul(seen)
-    assert given["x2"].data_ptr() == weight.codes.data_ptr()
+    assert given["x2"].data_ptr() == weight.qdata.data_ptr()
     assert given["scale"].data_ptr() == weight.scale.data_ptr()
     with pytest.raises(TwinError, match="x2 tensor and scale tensor's transpose are not same"):
         torch.ops.npu.npu_quant_matmul(**given | {"scale": given["scale"].contiguous()})
@@ -122,7 +122,7 @@ def test_8_the_dual_level_weight_is_fractal_nz_cast_as_int8() -> None:
         weight = ops.prepare_weight(*tensors, "mxfp4_dualscale")
     (given,) = seen.named("npu_format_cast")
     assert (given["acl_format"], given["customize_dtype"]) == (29, 1) and given["self"].dtype == torch.int8
-    assert int(torch.ops.npu.get_npu_format(weight.codes)) == 29
+    assert int(torch.ops.npu.get_npu_format(weight.qdata)) == 29
     assert weight.dual_scale is not None and weight.dual_scale.shape == (2, 16)
     assert weight.dual_scale.is_contiguous() and weight.scale.shape == (16, 9, 2)
 

@@ -162,15 +162,15 @@ def test_fp8_attention_in_blocks() -> None:
         "input_layout": "BNSD",
         "out_dtype": torch.bfloat16,
     }
-    codes = [c[None] for c, _ in coded]
-    out = npu.npu_fused_infer_attention_score_v2(*codes, **modes, **scaled, **named)[0]
+    qdata = [c[None] for c, _ in coded]
+    out = npu.npu_fused_infer_attention_score_v2(*qdata, **modes, **scaled, **named)[0]
     decoded = [
         c.double() * s[None].double().repeat_interleave(r, 2)[:, :, : c.shape[2]]
-        for (c, (_, s), r) in zip(codes, coded, (128, 256, 256), strict=True)
+        for (c, (_, s), r) in zip(qdata, coded, (128, 256, 256), strict=True)
     ]
     close(out, exact(*decoded)[0])
     assert 20 < sqnr(exact(q, k, v)[0], out) < 60
-    again = mindie.fused_infer_attention_score_v2(*codes, **modes, **scaled, **named)[0]
+    again = mindie.fused_infer_attention_score_v2(*qdata, **modes, **scaled, **named)[0]
     assert torch.equal(out, again)
 
 

@@ -53,12 +53,12 @@ def test_norm_and_quantizer_in_one_launch() -> None:
     x, gamma = torch.randn(4, 96).bfloat16(), torch.randn(96)
     y, scale, rstd = npu.npu_rms_norm_dynamic_mx_quant(x, gamma, dst_type=292)
     normed, wanted = npu.npu_rms_norm(x, gamma)
-    codes, scales = npu.npu_dynamic_mx_quant(normed, dst_type=292)
-    assert torch.equal(y.float(), codes.float()) and torch.equal(scale, scales) and torch.equal(rstd, wanted)
+    qdata, scales = npu.npu_dynamic_mx_quant(normed, dst_type=292)
+    assert torch.equal(y.float(), qdata.float()) and torch.equal(scale, scales) and torch.equal(rstd, wanted)
     y, total, scale, rstd = npu.npu_add_rms_norm_dynamic_mx_quant(x, x, gamma.bfloat16())
     normed, wanted, added = npu.npu_add_rms_norm(x, x, gamma.bfloat16())
-    codes, scales = npu.npu_dynamic_mx_quant(normed)
-    assert torch.equal(y, codes) and torch.equal(total, added) and torch.equal(scale, scales)
+    qdata, scales = npu.npu_dynamic_mx_quant(normed)
+    assert torch.equal(y, qdata) and torch.equal(total, added) and torch.equal(scale, scales)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -206,9 +206,9 @@ def test_fp4_is_packed_low_nibble_first() -> None:
 
 def test_fp8_containers_of_fp4_become_packed() -> None:
     """How MindIE-SD takes MXFP4 weights that are stored one number to a byte."""
-    codes = torch.randint(0, 16, (4, 32), dtype=torch.uint8)
-    container = elements.to_values(codes, FP4).to(torch.float8_e4m3fn)
-    assert torch.equal(npu.npu_dtype_cast(container, 296), elements.pack(codes))
+    qdata = torch.randint(0, 16, (4, 32), dtype=torch.uint8)
+    container = elements.decode(qdata, FP4).to(torch.float8_e4m3fn)
+    assert torch.equal(npu.npu_dtype_cast(container, 296), elements.pack(qdata))
 
 
 def test_int4_is_packed_eight_to_an_int32() -> None:

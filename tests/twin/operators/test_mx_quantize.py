@@ -111,12 +111,12 @@ RULES: list[tuple[int, dict[str, Any]]] = [
 def test_codes_and_scales_are_the_oracles(target: int, rest: dict[str, Any], dtype: torch.dtype) -> None:
     x = blocks(dtype, spread=8 if dtype == torch.float16 else 20)
     y, scale = npu.npu_dynamic_mx_quant(x, dst_type=target, **rest)
-    codes = bytes_of(y, target).view(-1, 32)
+    qdata = bytes_of(y, target).view(-1, 32)
     algorithm, top = rest.get("scale_alg", 0), rest.get("dst_type_max", 0.0)
     for i, block in enumerate(x.view(-1, 32).double().tolist()):
         byte, wanted = oracle(block, target, algorithm, top, rest.get("round_mode", "rint"))
         assert scale.flatten()[i].item() == byte, i
-        assert codes[i].tolist() == wanted, i
+        assert qdata[i].tolist() == wanted, i
 
 
 @pytest.mark.parametrize(
@@ -149,13 +149,13 @@ def test_bits_are_those_of_mx_for_every_mantissa_of_the_maximum(
         y, scale = y[kept], scale[kept]
         wanted = mx.encode(x[kept], form, scale_rule=rule)
     assert torch.equal(layouts.from_pairs(scale, 1), wanted.scale)
-    codes, theirs = bytes_of(y, target), bytes_of(wanted.codes, target)
+    qdata, theirs = bytes_of(y, target), bytes_of(wanted.qdata, target)
     if rest.get("scale_alg") == 1 or rest.get("dst_type_max") == 7.25:
-        assert torch.equal(codes, theirs)
+        assert torch.equal(qdata, theirs)
     else:  # a block of byte 0 is multiplied by 0
         tiny = wanted.scale[:, 0] == 0
-        assert torch.equal(codes[~tiny], theirs[~tiny])
-        assert not (codes[tiny] & (SIGN[target] - 1)).any() and tiny.any()
+        assert torch.equal(qdata[~tiny], theirs[~tiny])
+        assert not (qdata[tiny] & (SIGN[target] - 1)).any() and tiny.any()
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((3, 96), -1), ((70, 96), 0), ((2, 160, 6), 1), ((2, 33), -1)])
@@ -188,8 +188,8 @@ def test_a_block_that_is_not_finite_spoils_only_itself() -> None:
         plain = layouts.from_pairs(scale, 3)
         bad = torch.eye(4, 3, dtype=torch.bool)
         assert torch.equal(plain == 255, bad)
-        codes = bytes_of(y, target).view(4, 3, 32)
-        assert not codes[bad].any() and (codes[~bad] != 0).all()
+        qdata = bytes_of(y, target).view(4, 3, 32)
+        assert not qdata[bad].any() and (qdata[~bad] != 0).all()
 
 
 def test_zeros_and_subnormal_blocks_become_zeros() -> None:
@@ -268,7 +268,7 @@ def test_dual_level_bits_are_those_of_mx(length: int, dtype: torch.dtype) -> Non
     assert wanted.dual_scale is not None
     assert torch.equal(coarse, wanted.dual_scale.squeeze(-1))
     assert torch.equal(layouts.from_pairs(fine, math.ceil(length / 32)), wanted.scale)
-    assert torch.equal(y, wanted.codes)
+    assert torch.equal(y, wanted.qdata)
 
 
 def test_dual_level_smooths_in_the_dtype_of_the_input() -> None:

@@ -30,7 +30,7 @@ def apart(ours: Tensor, exact: Tensor) -> float:
 def coded(x: Tensor, form: str) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, paired scales and float64 values, by `mx` alone."""
     encoded = mx.encode(x, form, scale_rule="floor")
-    return encoded.codes, layouts.to_pairs(encoded.scale), mx.decode(encoded).double()
+    return encoded.qdata, layouts.to_pairs(encoded.scale), mx.decode(encoded).double()
 
 
 def operands(m: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,9 +68,9 @@ def test_mx_activation_of_three_axes_and_a_plain_weight() -> None:
 def test_mxfp4_weight_packed_along_its_rows() -> None:
     x, w, _ = operands(3, 8, 64)
     (q, s, a), (_, ws, b) = coded(x, "mxfp4"), coded(w, "mxfp4")
-    nibbles = mx.encode(w, "mxfp4", scale_rule="floor").codes
-    codes = torch.stack((nibbles & 15, nibbles >> 4), -1).flatten(-2).t()  # [K, N]
-    packed = (codes[:, 0::2] | (codes[:, 1::2] << 4)).contiguous()  # [K, N / 2]
+    nibbles = mx.encode(w, "mxfp4", scale_rule="floor").qdata
+    qdata = torch.stack((nibbles & 15, nibbles >> 4), -1).flatten(-2).t()  # [K, N]
+    packed = (qdata[:, 0::2] | (qdata[:, 1::2] << 4)).contiguous()  # [K, N / 2]
     rest = {**MX, "x1_dtype": E2M1, "x2_dtype": E2M1, "pertoken_scale": s, "output_dtype": torch.float32}
     y = npu.npu_quant_matmul(q, packed, ws.transpose(0, 1).contiguous(), **rest)
     assert apart(y, a @ b.t()) < LIMIT
@@ -185,7 +185,7 @@ def dual(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     encoded = mx.encode(x, "mxfp4_dualscale", scale_rule="floor")
     assert encoded.dual_scale is not None
     values = mx.decode(encoded).double()
-    return encoded.codes, encoded.dual_scale.squeeze(-1), layouts.to_pairs(encoded.scale), values
+    return encoded.qdata, encoded.dual_scale.squeeze(-1), layouts.to_pairs(encoded.scale), values
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(4, 32, 512), (3, 16, 8960), (5, 20, 640)])

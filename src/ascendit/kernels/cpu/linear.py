@@ -120,7 +120,7 @@ def prepare_weight(
 ) -> PreparedWeight:
     """As on disk; a `FallbackWeight` if the tiles cannot hold it."""
     weight = reference.prepare_weight(encoded, bias, device)
-    weight = replace(weight, codes=weight.codes.contiguous(), scale=weight.scale.contiguous())
+    weight = replace(weight, qdata=weight.qdata.contiguous(), scale=weight.scale.contiguous())
     if _fits(weight):
         return weight
     return FallbackWeight(**{f.name: getattr(weight, f.name) for f in fields(weight)})
@@ -135,7 +135,7 @@ def prepare_tiles(
         return weight
     n, k = weight.shape
     tiles = torch.empty(-(-n // COLUMNS) * COLUMNS, k, dtype=torch.bfloat16)
-    at = weight.codes.data_ptr(), weight.scale.data_ptr(), tiles.data_ptr()
+    at = weight.qdata.data_ptr(), weight.scale.data_ptr(), tiles.data_ptr()
     _call("decode_tiles", KINDS[weight.scheme], n, k, torch.get_num_threads(), *at)
     return replace(weight, decoded=tiles)
 
@@ -147,7 +147,7 @@ def _fits(weight: PreparedWeight) -> bool:
     if weight.scheme in ("int8", "fp8"):
         return weight.scheme == "fp8" or k <= LARGEST_INT_WIDTH
     bits = 8 if weight.scheme == "mxfp8" else 4
-    at = weight.codes.data_ptr(), weight.scale.data_ptr()
+    at = weight.qdata.data_ptr(), weight.scale.data_ptr()
     return not _call("doubtful_blocks", bits, n, k, torch.get_num_threads(), *at)
 
 
@@ -169,7 +169,7 @@ def quantize_activation(
 
 def quantized_linear(a: Activation, weight: PreparedWeight) -> Tensor:
     """See `Schemes.quantized_linear`."""
-    m, (n, k) = a.codes.shape[0], weight.shape
+    m, (n, k) = a.qdata.shape[0], weight.shape
     if isinstance(weight, FallbackWeight):
         return torch_linear(a, weight)
     wide = a.dtype != torch.bfloat16
@@ -178,7 +178,7 @@ def quantized_linear(a: Activation, weight: PreparedWeight) -> Tensor:
     int8, decoded = scheme == "int8", None if scheme in IN_BYTES else weight.decoded
     work = _room(min(m, CHUNK) * -(-k // STRETCH) * STRETCH * 2)
     sums = torch.empty(m, dtype=torch.int32) if int8 else None
-    tensors = (a.codes, a.scale, a.dual_scale, weight.codes, weight.scale, weight.dual_scale)
+    tensors = (a.qdata, a.scale, a.dual_scale, weight.qdata, weight.scale, weight.dual_scale)
     at = (_at(t) for t in (*tensors, decoded, weight.bias, work, sums, out))
     doubtful = _call("linear", KINDS[scheme], m, n, k, torch.get_num_threads(), *at, wide)
     if doubtful:
@@ -219,7 +219,7 @@ def torch_linear(a: Activation, weight: PreparedWeight) -> Tensor:
         return _int8_linear(a, weight)
     if a.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         columns = _weight_columns(weight) if weight.decoded is None else weight.decoded
-        tokens = None if columns is None else _bf16(a.codes, a.scale, a.scheme.activation, a.width)
+        tokens = None if columns is None else _bf16(a.qdata, a.scale, a.scheme.activation, a.width)
         if columns is not None and tokens is not None:
             ones = tokens.new_ones(tokens.shape[0], columns.shape[1] - a.width)
             return F.linear(torch.cat((tokens, ones), 1), columns).view(*a.lead, weight.shape[0])
@@ -228,7 +228,7 @@ def torch_linear(a: Activation, weight: PreparedWeight) -> Tensor:
 
 def _int8_linear(a: Activation, weight: PreparedWeight) -> Tensor:
     """int32 sums, and then the scales of token and channel and the bias in float32."""
-    sums = torch._int_mm(a.codes, weight.codes.t())
+    sums = torch._int_mm(a.qdata, weight.qdata.t())
     out = sums.to(torch.float32).mul_(a.scale.view(-1, 1)).mul_(weight.scale.view(1, -1))
     if weight.bias is not None:
         out += weight.bias
@@ -237,7 +237,7 @@ def _int8_linear(a: Activation, weight: PreparedWeight) -> Tensor:
 
 def _weight_columns(weight: PreparedWeight) -> Tensor | None:
     """bfloat16 [N, K], with a bias [N, K + 3]; None where that is not exact."""
-    values = _bf16(weight.codes, weight.scale, weight.scheme, weight.shape[1])
+    values = _bf16(weight.qdata, weight.scale, weight.scheme, weight.shape[1])
     if values is None or weight.bias is None:
         return values
     left, parts = weight.bias, [values]
@@ -247,7 +247,7 @@ def _weight_columns(weight: PreparedWeight) -> Tensor | None:
     return torch.cat(parts, 1) if not bool(left.any()) else None
 
 
-def _bf16(codes: Tensor, scale: Tensor, name: str, width: int) -> Tensor | None:
+def _bf16(qdata: Tensor, scale: Tensor, name: str, width: int) -> Tensor | None:
     """As `mx.decode`, bfloat16 [rows, width]; None where a block may hold a number that is none."""
     form = lookup(name)
     if form.kind != "block" or form.element is None or width % form.block:
@@ -258,8 +258,8 @@ def _bf16(codes: Tensor, scale: Tensor, name: str, width: int) -> Tensor | None:
     if bool((odd & (scale != scales.NAN_BYTE)).any()):
         return None
     if form.packed:
-        values = elements.values_of(codes, form.element, width).to(torch.bfloat16)
+        values = elements.decode_stored(qdata, form.element, width).to(torch.bfloat16)
     else:
-        values = codes.view(torch.float8_e4m3fn).to(torch.bfloat16)
+        values = qdata.view(torch.float8_e4m3fn).to(torch.bfloat16)
     powers = scales.from_bytes(scale).to(torch.bfloat16)
     return values.view(-1, form.block).mul_(powers.view(-1, 1)).view(-1, width)

@@ -146,10 +146,10 @@ def _trial(
 def problem_of_kernel(scheme: str, kernel: QuantLinearKernel, device: torch.device) -> str | None:
     """What is wrong with a kernel on a device, None if it gives the numbers of `mx`."""
     for tokens, dtype in ((24, torch.float32), (FEW_TOKENS + 24, torch.bfloat16)):
-        x, codes, bias, wanted = _sample(scheme, tokens, dtype)
+        x, qdata, bias, wanted = _sample(scheme, tokens, dtype)
 
-        def compute(x: Tensor = x, codes: Encoded = codes, bias: Tensor = bias) -> Tensor:
-            weight = kernel.prepare(codes, bias, device)
+        def compute(x: Tensor = x, qdata: Encoded = qdata, bias: Tensor = bias) -> Tensor:
+            weight = kernel.prepare(qdata, bias, device)
             return kernel.call(kernel.quantize_activation(x.to(device), scheme), weight)
 
         if found := problem_of(compute, wanted, ERROR_LIMITS[dtype]):
@@ -173,7 +173,7 @@ def _sample(scheme: str, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Encod
     draw = torch.Generator().manual_seed(5)
     row, n, k = LINEAR_SCHEMES[scheme], 72, 544
     x = torch.randn(tokens, k, generator=draw).to(dtype)
-    codes = encode(torch.randn(n, k, generator=draw), row.weight)
+    qdata = encode(torch.randn(n, k, generator=draw), row.weight)
     bias = torch.randn(n, generator=draw)
     a = encode(x, row.activation, scale_rule=row.rule)
-    return x, codes, bias, decode(a).double() @ decode(codes).double().t() + bias.double()
+    return x, qdata, bias, decode(a).double() @ decode(qdata).double().t() + bias.double()

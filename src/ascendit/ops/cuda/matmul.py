@@ -106,12 +106,12 @@ class DequantizedMatmul:
             out = self._grouped(a, weight)
         elif has_outer_scales(weight.scheme):
             out = self._scaled(a, weight)
-        elif self.steps.matmul and weight.decoded is None and a.codes.shape[0] <= FEW_TOKENS:
-            out = self.steps.matmul(a.codes, None, reference.stored(weight), None, weight.bias, a.dtype)
+        elif self.steps.matmul and weight.decoded is None and a.qdata.shape[0] <= FEW_TOKENS:
+            out = self.steps.matmul(a.qdata, None, reference.stored(weight), None, weight.bias, a.dtype)
         elif a.dtype == torch.bfloat16:
-            out = self.narrow(a.codes, self._decode(weight))
+            out = self.narrow(a.qdata, self._decode(weight))
         else:
-            out = self.wide(a.codes, self._decode(weight)).to(a.dtype)
+            out = self.wide(a.qdata, self._decode(weight)).to(a.dtype)
         return out.view(*a.lead, -1)
 
     def _decode(self, weight: PreparedWeight) -> Tensor:
@@ -122,9 +122,9 @@ class DequantizedMatmul:
     def _scaled(self, a: Activation, weight: PreparedWeight) -> Tensor:
         """int8 and fp8: a scale for each token and channel multiplies the sums."""
         decoded, column = self._decode(weight), weight.scale.flatten()
-        out = a.codes.new_empty(a.codes.shape[0], weight.shape[0], dtype=a.dtype)
+        out = a.qdata.new_empty(a.qdata.shape[0], weight.shape[0], dtype=a.dtype)
         for rows in row_pieces(*out.shape):
-            sums = self.wide(a.codes[rows], decoded)
+            sums = self.wide(a.qdata[rows], decoded)
             self.steps.finish(sums, a.scale[rows], column, weight.bias, out[rows])
         return out
 
@@ -132,16 +132,16 @@ class DequantizedMatmul:
         """Dual scale: those of a token and of a channel for a group of 512 multiply the sum of the group."""
         encoded = reference.stored(weight)
         if self.steps.matmul:
-            return self.steps.matmul(a.codes, a.scale, encoded, weight.decoded, weight.bias, a.dtype)
+            return self.steps.matmul(a.qdata, a.scale, encoded, weight.decoded, weight.bias, a.dtype)
         decoded, k = self._decode(weight), weight.shape[1]
         dual = outer_scale(encoded)
         assert dual is not None
-        out = a.codes.new_empty(a.codes.shape[0], weight.shape[0], dtype=a.dtype)
+        out = a.qdata.new_empty(a.qdata.shape[0], weight.shape[0], dtype=a.dtype)
         for rows in row_pieces(*out.shape):
             total = torch.zeros(out[rows].shape, device=out.device)
             for g in range(dual.shape[1]):
                 columns = slice(g * GROUP, min((g + 1) * GROUP, k))
-                sums = self.wide(a.codes[rows, columns], decoded[:, columns])
+                sums = self.wide(a.qdata[rows, columns], decoded[:, columns])
                 total += sums * a.scale[rows, g, None] * dual[:, g]
             self.steps.finish(total, None, None, weight.bias, out[rows])
         return out
@@ -219,17 +219,17 @@ class ScaledMatmul:
         """Codes [padded(N), padded(K)], FP4 two to a byte; scales float32 [N], or E8M0 in CUDA's tiles."""
         n, k = encoded.shape
         form, scale = lookup(encoded.format), encoded.scale.to(device)
-        filling = padded(k) // (2 if form.packed else 1) - encoded.codes.shape[1]
-        raw = encoded.codes.to(device).view(torch.uint8)
+        filling = padded(k) // (2 if form.packed else 1) - encoded.qdata.shape[1]
+        raw = encoded.qdata.to(device).view(torch.uint8)
         if filling or padded(n) > n:  # else the codes stay where they are: F.pad would copy them
             raw = F.pad(raw, (0, filling, 0, padded(n) - n))
-        codes = raw.view(getattr(torch, form.codes_dtype))
+        qdata = raw.view(getattr(torch, form.qdata_dtype))
         if has_outer_scales(encoded.format):
             scale = scale.flatten()
         else:
             scale = layouts.to_cuda_tiles(F.pad(scale, (0, 0, 0, padded(n) - n)))
         wide = None if bias is None else bias.to(device, torch.float32)
-        weight = PreparedWeight(encoded.format, (n, k), codes, scale, bias=wide)
+        weight = PreparedWeight(encoded.format, (n, k), qdata, scale, bias=wide)
         return replace(weight, decoded=_e4m3(weight)) if self.once and form.packed else weight
 
     def stored(self, weight: PreparedWeight) -> Encoded:
@@ -237,50 +237,50 @@ class ScaledMatmul:
         n, k = weight.shape
         form, scale = lookup(weight.scheme), weight.scale
         width = -(-k // 2) if form.packed else k
-        codes = weight.codes.view(torch.uint8)[:n, :width].contiguous().view(weight.codes.dtype)
+        qdata = weight.qdata.view(torch.uint8)[:n, :width].contiguous().view(weight.qdata.dtype)
         if has_outer_scales(weight.scheme):
             scale = scale.view(-1, 1)
         else:
             scale = layouts.from_cuda_tiles(scale, padded(n), -(-k // 32))[:n].contiguous()
-        return Encoded(codes, scale, None, weight.scheme, -1, weight.shape)
+        return Encoded(qdata, scale, None, weight.scheme, -1, weight.shape)
 
     def quantize_activation(
         self, x: Tensor, scheme: str, mul_scale: Tensor | None = None, rule: str | None = None
     ) -> Activation:
         """Codes [M, padded(K)]; scales float32 [M], or E8M0 in CUDA's tiles."""
         row = scheme_of(scheme)
-        codes, scale = self.steps.to_codes(x.flatten(0, -2), row.activation, rule or row.rule, mul_scale)
+        qdata, scale = self.steps.to_codes(x.flatten(0, -2), row.activation, rule or row.rule, mul_scale)
         if scale.dtype == torch.uint8:
             scale = layouts.to_cuda_tiles(scale)
-        return Activation(row, tuple(x.shape[:-1]), x.shape[-1], x.dtype, codes, scale)
+        return Activation(row, tuple(x.shape[:-1]), x.shape[-1], x.dtype, qdata, scale)
 
     def quantized_linear(self, a: Activation, weight: PreparedWeight) -> Tensor:
         """See `Schemes.quantized_linear`."""
         outer = has_outer_scales(weight.scheme)
-        out = a.codes.new_empty(a.codes.shape[0], weight.shape[0], dtype=a.dtype)
-        codes = _e4m3(weight) if lookup(weight.scheme).packed else weight.codes
+        out = a.qdata.new_empty(a.qdata.shape[0], weight.shape[0], dtype=a.dtype)
+        qdata = _e4m3(weight) if lookup(weight.scheme).packed else weight.qdata
         for rows in row_pieces(*out.shape):
-            scale = a.scale[rows] if outer else _tiles(a.scale, rows, codes.shape[1])
-            sums = self._sums(a.codes[rows], codes, scale, weight)
+            scale = a.scale[rows] if outer else _tiles(a.scale, rows, qdata.shape[1])
+            sums = self._sums(a.qdata[rows], qdata, scale, weight)
             row, column = (scale, weight.scale) if outer else (None, None)
             self.steps.finish(sums, row, column, weight.bias, out[rows])
         return out.view(*a.lead, -1)
 
-    def _sums(self, a: Tensor, codes: Tensor, scale: Tensor, weight: PreparedWeight) -> Tensor:
+    def _sums(self, a: Tensor, qdata: Tensor, scale: Tensor, weight: PreparedWeight) -> Tensor:
         if weight.scheme == "fp8":
-            return self.fp8(a, codes)
+            return self.fp8(a, qdata)
         if weight.scheme != "int8":
-            return self.mxfp8(a, codes, scale, weight.scale)
+            return self.mxfp8(a, qdata, scale, weight.scale)
         rows = a.shape[0]
         a = F.pad(a, (0, 0, 0, LEAST_ROWS - rows)) if rows < LEAST_ROWS else a
-        return self.int8(a, codes)[:rows]
+        return self.int8(a, qdata)[:rows]
 
 
 def _e4m3(weight: PreparedWeight) -> Tensor:
     """The codes of FP4 as those of e4m3, [padded(N), padded(K)]."""
     if weight.decoded is not None:
         return weight.decoded
-    pairs = _pairs(weight.codes.device)[weight.codes.to(torch.int32)]
+    pairs = _pairs(weight.qdata.device)[weight.qdata.to(torch.int32)]
     return pairs.view(torch.float8_e4m3fn)
 
 

@@ -26,7 +26,7 @@ BIAS_PARTS = 3
 """bfloat16 numbers of 8 bits each, for the 24 of a float32."""
 ALIGNMENT = 64
 """Numbers: rows of values begin at a multiple of 128 bytes."""
-CODES_ALIGNMENT = 32
+QDATA_ALIGNMENT = 32
 """Of N and K of codes for a matmul of the card, filled up with zeros: 16 for scaled_mm, 8 for _int_mm, whole
 blocks for MX."""
 GROUP = 512
@@ -54,7 +54,7 @@ def width_of(k: int) -> int:
 
 def padded(n: int) -> int:
     """The next multiple of CODES_ALIGNMENT."""
-    return -(-n // CODES_ALIGNMENT) * CODES_ALIGNMENT
+    return -(-n // QDATA_ALIGNMENT) * QDATA_ALIGNMENT
 
 
 def has_outer_scales(format: str) -> bool:
@@ -83,15 +83,15 @@ def to_codes(x: Tensor, format: str, rule: str, mul_scale: Tensor | None) -> tup
     """
     k = x.shape[1]
     e = encode(x if mul_scale is None else smooth_input(x, mul_scale), format, scale_rule=rule)
-    codes = layouts.to_e4m3_container(e.codes, k) if lookup(format).packed else e.codes
-    raw = torch.nn.functional.pad(codes.view(torch.uint8), (0, padded(k) - k))
-    return raw.view(codes.dtype), e.scale.flatten() if has_outer_scales(format) else e.scale
+    qdata = layouts.to_e4m3_container(e.qdata, k) if lookup(format).packed else e.qdata
+    raw = torch.nn.functional.pad(qdata.view(torch.uint8), (0, padded(k) - k))
+    return raw.view(qdata.dtype), e.scale.flatten() if has_outer_scales(format) else e.scale
 
 
 def decode_weight(encoded: Encoded, bias: Tensor | None) -> Tensor:
     """A weight [N, K] -> bfloat16 [N, width], without what multiplies the sums; the bias behind it."""
     n, k = encoded.shape
-    values = torch.zeros(n, width_of(k), dtype=torch.bfloat16, device=encoded.codes.device)
+    values = torch.zeros(n, width_of(k), dtype=torch.bfloat16, device=encoded.qdata.device)
     values[:, :k] = decode(inner(encoded), torch.bfloat16)
     if bias is not None and not has_outer_scales(encoded.format):
         values[:, k : k + BIAS_PARTS] = in_parts(bias)
@@ -115,8 +115,8 @@ def inner(e: Encoded) -> Encoded:
     """The same without what multiplies the sums: its numbers are bfloat16 numbers."""
     kind = lookup(e.format).kind
     if kind == "dual":
-        return Encoded(e.codes, e.scale, None, "mxfp4", e.axis, e.shape)
-    return Encoded(e.codes, torch.ones_like(e.scale), None, e.format, e.axis, e.shape) if kind == "row" else e
+        return Encoded(e.qdata, e.scale, None, "mxfp4", e.axis, e.shape)
+    return Encoded(e.qdata, torch.ones_like(e.scale), None, e.format, e.axis, e.shape) if kind == "row" else e
 
 
 def outer_scale(e: Encoded) -> Tensor | None:

@@ -68,7 +68,7 @@ def _rounded(f, LIKE: tl.constexpr):
 
 @jit
 def _to_element(f, MBITS: tl.constexpr, EMIN: tl.constexpr, MAX: tl.constexpr):
-    """float32 -> the nearest number of an element, as float32, saturated; `mx.elements.to_codes`."""
+    """float32 -> the nearest number of an element, as float32, saturated; `mx.elements.encode`."""
     bits = _bits(f)
     magnitude = tl.minimum(_float(bits & 0x7FFFFFFF), MAX)
     exponent = tl.maximum((_bits(magnitude) >> 23) - 127, EMIN)
@@ -197,18 +197,18 @@ def quantize_rows(
 
 
 @jit
-def _codes(codes_ptr, columns, inside, KIND: tl.constexpr):
+def _codes(qdata_ptr, columns, inside, KIND: tl.constexpr):
     """int32 codes; of a byte with two of them the even one is in the low half."""
     if KIND == "e2m1":
-        byte = tl.load(codes_ptr + columns // 2, mask=inside, other=0).to(tl.int32)
+        byte = tl.load(qdata_ptr + columns // 2, mask=inside, other=0).to(tl.int32)
         return (byte >> ((columns & 1) * 4)) & 0xF
     else:
-        return tl.load(codes_ptr + columns, mask=inside, other=0).to(tl.int32)
+        return tl.load(qdata_ptr + columns, mask=inside, other=0).to(tl.int32)
 
 
 @jit
 def decode_weight(
-    codes_ptr, scale_ptr, bias_ptr, out_ptr, K, width, stride, blocks,
+    qdata_ptr, scale_ptr, bias_ptr, out_ptr, K, width, stride, blocks,
     KIND: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Codes [N, K] -> bfloat16 [N, width]: code x scale of its block of 32; exact. SCALED: there are blocks.
@@ -219,7 +219,7 @@ def decode_weight(
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     columns = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     inside = columns < K
-    value = _value_of(_codes(codes_ptr + row * stride, columns, inside, KIND), KIND)
+    value = _value_of(_codes(qdata_ptr + row * stride, columns, inside, KIND), KIND)
     if SCALED:
         byte = tl.load(scale_ptr + row * blocks + block, mask=block < blocks, other=0)
         value = value * _scale_of(byte)[:, None]
@@ -239,27 +239,27 @@ def decode_weight(
 
 @jit
 def _weight_tile(
-    codes_ptr, scale_ptr, k, stride_in, K, blocks,
+    qdata_ptr, scale_ptr, k, stride_in, K, blocks,
     KIND: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """[BN, BK] of a weight, decoded; the pointers are columns [BN, 1] of the starts of rows."""
     if KIND == "bf16":
         columns = k + tl.arange(0, BK)[None, :]
-        return tl.load(codes_ptr + columns, mask=columns < K, other=0.0).to(DOT)
+        return tl.load(qdata_ptr + columns, mask=columns < K, other=0.0).to(DOT)
     else:
         if KIND == "e2m1":
             half = k // 2 + tl.arange(0, BK // 2)[None, :]
             if EVEN:
-                byte = tl.load(codes_ptr + half).to(tl.int32)
+                byte = tl.load(qdata_ptr + half).to(tl.int32)
             else:
-                byte = tl.load(codes_ptr + half, mask=half * 2 < K, other=0).to(tl.int32)
+                byte = tl.load(qdata_ptr + half, mask=half * 2 < K, other=0).to(tl.int32)
             code = tl.reshape(tl.join(byte & 0xF, byte >> 4), (BN, BK))
         else:
             columns = k + tl.arange(0, BK)[None, :]
             if EVEN:
-                code = tl.load(codes_ptr + columns).to(tl.int32)
+                code = tl.load(qdata_ptr + columns).to(tl.int32)
             else:
-                code = tl.load(codes_ptr + columns, mask=columns < K, other=0).to(tl.int32)
+                code = tl.load(qdata_ptr + columns, mask=columns < K, other=0).to(tl.int32)
         block = k // 32 + tl.arange(0, BK // 32)[None, :]
         if EVEN:
             byte = tl.load(scale_ptr + block)
@@ -271,7 +271,7 @@ def _weight_tile(
 
 @jit
 def matmul(
-    x_ptr, codes_ptr, scale_ptr, dual_x_ptr, dual_w_ptr, bias_ptr, out_ptr,
+    x_ptr, qdata_ptr, scale_ptr, dual_x_ptr, dual_w_ptr, bias_ptr, out_ptr,
     M, N, K, stride_x, stride, blocks, groups,
     KIND: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TALL: tl.constexpr,
@@ -291,20 +291,20 @@ def matmul(
     from_m = tl.where(m < M, m, 0).to(tl.int64)
     from_n = tl.where(n < N, n, 0).to(tl.int64)
     x_rows = x_ptr + from_m[None, :] * stride_x + tl.arange(0, BK)[:, None]
-    codes_rows = codes_ptr + from_n[:, None] * stride
+    qdata_rows = qdata_ptr + from_n[:, None] * stride
     scale_rows = scale_ptr + from_n[:, None] * blocks
     total = tl.zeros([BN, BM], tl.float32)
     if GROUP:
         for g in range(groups):
             part = tl.zeros([BN, BM], tl.float32)
             for k in range(g * GROUP, tl.minimum(g * GROUP + GROUP, K), BK):
-                w = _weight_tile(codes_rows, scale_rows, k, stride, K, blocks, KIND, BN, BK, EVEN, DOT)
+                w = _weight_tile(qdata_rows, scale_rows, k, stride, K, blocks, KIND, BN, BK, EVEN, DOT)
                 part = tl.dot(w, tl.load(x_rows + k).to(DOT), part)
             level0 = tl.load(dual_w_ptr + from_n * groups + g)
             total += part * level0[:, None] * tl.load(dual_x_ptr + from_m * groups + g)[None, :]
     else:
         for k in range(0, K, BK):
-            w = _weight_tile(codes_rows, scale_rows, k, stride, K, blocks, KIND, BN, BK, EVEN, DOT)
+            w = _weight_tile(qdata_rows, scale_rows, k, stride, K, blocks, KIND, BN, BK, EVEN, DOT)
             total = tl.dot(w, tl.load(x_rows + k).to(DOT), total)
     if BIAS:
         total += tl.load(bias_ptr + from_n)[:, None]

@@ -45,7 +45,7 @@ def to_values(x: Tensor, format: str, rule: str, mul_scale: Tensor | None) -> tu
         return PLAIN.to_values(x, format, rule, mul_scale)
     values = torch.empty(m, width_of(k), dtype=torch.bfloat16, device=x.device)
     if form.kind == "row":
-        return values, _quantize_rows(x, format, mul_scale, values, codes=False)
+        return values, _quantize_rows(x, format, mul_scale, values, qdata=False)
     outer = torch.empty(m, -(-k // GROUP), device=x.device) if form.coarse else None
     _quantize_blocks(x, format, rule, mul_scale, values, None, outer)
     return values, outer
@@ -56,13 +56,13 @@ def to_codes(x: Tensor, format: str, rule: str, mul_scale: Tensor | None) -> tup
     m, k = x.shape
     if not _has_kernel(format, rule):
         return PLAIN.to_codes(x, format, rule, mul_scale)
-    codes = torch.empty(m, padded(k), dtype=torch.int8 if format == "int8" else torch.uint8, device=x.device)
+    qdata = torch.empty(m, padded(k), dtype=torch.int8 if format == "int8" else torch.uint8, device=x.device)
     if lookup(format).kind == "row":
-        scale = _quantize_rows(x, format, mul_scale, codes, codes=True)
+        scale = _quantize_rows(x, format, mul_scale, qdata, qdata=True)
     else:
         scale = torch.empty(m, -(-k // 32), dtype=torch.uint8, device=x.device)
-        _quantize_blocks(x, format, rule, mul_scale, codes, scale, None)
-    return codes if format == "int8" else codes.view(torch.float8_e4m3fn), scale
+        _quantize_blocks(x, format, rule, mul_scale, qdata, scale, None)
+    return qdata if format == "int8" else qdata.view(torch.float8_e4m3fn), scale
 
 
 def _has_kernel(format: str, rule: str) -> bool:
@@ -94,13 +94,13 @@ def _quantize_blocks(
     )  # fmt: skip
 
 
-def _quantize_rows(x: Tensor, format: str, mul: Tensor | None, out: Tensor, *, codes: bool) -> Tensor:
+def _quantize_rows(x: Tensor, format: str, mul: Tensor | None, out: Tensor, *, qdata: bool) -> Tensor:
     x, scale = dense_rows(x), torch.empty(x.shape[0], device=x.device)
     element = lookup(format).element
     launch(
         triton_kernels.quantize_rows, (x.shape[0],), x, _or(mul, x), out, scale, x.shape[1],
         out.shape[1], x.stride(0), STEP=1 / (element.max if element else 127), FP8=element is not None,
-        CODES=codes, SMOOTH=mul is not None, BLOCK=ROW_BLOCK,
+        CODES=qdata, SMOOTH=mul is not None, BLOCK=ROW_BLOCK,
     )  # fmt: skip
     return scale
 
@@ -108,13 +108,13 @@ def _quantize_rows(x: Tensor, format: str, mul: Tensor | None, out: Tensor, *, c
 def decode_weight(encoded: Encoded, bias: Tensor | None) -> Tensor:
     """See `steps.decode_weight`."""
     n, k = encoded.shape
-    width, codes, outer = width_of(k), _raw(encoded), has_outer_scales(encoded.format)
+    width, qdata, outer = width_of(k), _raw(encoded), has_outer_scales(encoded.format)
     bias = None if outer else bias
-    values = torch.empty(n, width, dtype=torch.bfloat16, device=codes.device)
+    values = torch.empty(n, width, dtype=torch.bfloat16, device=qdata.device)
     scaled = lookup(encoded.format).kind != "row"
     launch(
-        triton_kernels.decode_weight, (n, -(-width // (GROUP * GROUPS_PER_PROGRAM))), codes, encoded.scale,
-        _or(bias, codes), values, k, width, codes.stride(0), encoded.scale.shape[1], KIND=_kind(encoded),
+        triton_kernels.decode_weight, (n, -(-width // (GROUP * GROUPS_PER_PROGRAM))), qdata, encoded.scale,
+        _or(bias, qdata), values, k, width, qdata.stride(0), encoded.scale.shape[1], KIND=_kind(encoded),
         SCALED=scaled, BIAS=bias is not None, BLOCKS=GROUP * GROUPS_PER_PROGRAM // 32,
     )  # fmt: skip
     return values
@@ -166,7 +166,7 @@ def _kind(encoded: Encoded) -> str:
 
 def _raw(encoded: Encoded) -> Tensor:
     """Codes as bytes: Triton needs no float8 for them."""
-    return encoded.codes if encoded.codes.dtype == torch.int8 else encoded.codes.view(torch.uint8)
+    return encoded.qdata if encoded.qdata.dtype == torch.int8 else encoded.qdata.view(torch.uint8)
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -55,38 +55,38 @@ def prepare_weight(
     """
     scheme = encoded.format
     _check_shape(scheme, *encoded.shape)
-    codes = encoded.codes.to(device)
-    codes = codes.view(getattr(torch, lookup(scheme).codes_dtype))
+    qdata = encoded.qdata.to(device)
+    qdata = qdata.view(getattr(torch, lookup(scheme).qdata_dtype))
     scale, dual = _scales(encoded)
     scale = scale.to(device)
     if scheme == "mxfp4_dualscale" or (nz and scheme in NZ_SCHEMES):
-        codes = _to_nz(codes, internal_format)
+        qdata = _to_nz(qdata, internal_format)
     if scheme != "mxfp4_dualscale":
-        codes = codes.transpose(0, 1)
+        qdata = qdata.transpose(0, 1)
         scale = scale.transpose(0, 1) if scale.dim() == 3 else scale
     wide = None if bias is None else bias.to(device, torch.float32)
     row = wide.to(torch.bfloat16).view(1, -1) if wide is not None and scheme == "mxfp4" else None
     n, k = encoded.shape
     return PreparedWeight(
-        scheme, (n, k), codes, scale, None if dual is None else dual.to(device), bias=wide, row_bias=row
+        scheme, (n, k), qdata, scale, None if dual is None else dual.to(device), bias=wide, row_bias=row
     )
 
 
 def stored(weight: PreparedWeight) -> Encoded:
     """The inverse of `prepare_weight`."""
-    codes, scale = weight.codes, weight.scale
+    qdata, scale = weight.qdata, weight.scale
     if weight.scheme != "mxfp4_dualscale":
-        codes = codes.transpose(0, 1)
+        qdata = qdata.transpose(0, 1)
         scale = scale.transpose(0, 1) if scale.dim() == 3 else scale
-    if int(torch.ops.npu.get_npu_format(codes)) == FRACTAL_NZ:  # as it was cast: a5 refuses a transposed view
-        codes = torch.ops.npu.npu_format_cast(codes, ND)
+    if int(torch.ops.npu.get_npu_format(qdata)) == FRACTAL_NZ:  # as it was cast: a5 refuses a transposed view
+        qdata = torch.ops.npu.npu_format_cast(qdata, ND)
     form = lookup(weight.scheme)
-    codes = codes.contiguous().view(getattr(torch, form.codes_dtype))
+    qdata = qdata.contiguous().view(getattr(torch, form.qdata_dtype))
     if form.kind == "row":
-        return Encoded(codes, scale.view(-1, 1), None, weight.scheme, -1, weight.shape)
+        return Encoded(qdata, scale.view(-1, 1), None, weight.scheme, -1, weight.shape)
     plain = layouts.from_pairs(scale, -(-weight.shape[1] // 32))
     dual = None if weight.dual_scale is None else layouts.from_npu_dual(weight.dual_scale)
-    return Encoded(codes, plain, dual, weight.scheme, -1, weight.shape)
+    return Encoded(qdata, plain, dual, weight.scheme, -1, weight.shape)
 
 
 def _scales(encoded: Encoded) -> tuple[Tensor, Tensor | None]:
@@ -108,16 +108,16 @@ def _check_shape(scheme: str, n: int, k: int) -> None:
         )
 
 
-def _to_nz(codes: Tensor, internal_format: Callable[[], AbstractContextManager[Any]]) -> Tensor:
+def _to_nz(qdata: Tensor, internal_format: Callable[[], AbstractContextManager[Any]]) -> Tensor:
     """FRACTAL_NZ. Packed FP4 is cast as int8 bytes: a uint8 cast blocks it as 8-bit numbers."""
     given: dict[str, Any] = {}
-    if codes.dtype == torch.uint8:
-        codes, given = codes.view(torch.int8), {"customize_dtype": torch.int8}
+    if qdata.dtype == torch.uint8:
+        qdata, given = qdata.view(torch.int8), {"customize_dtype": torch.int8}
     with internal_format():
-        cast: Tensor = torch.ops.npu.npu_format_cast(codes, FRACTAL_NZ, **given)
+        cast: Tensor = torch.ops.npu.npu_format_cast(qdata, FRACTAL_NZ, **given)
     if (found := int(torch.ops.npu.get_npu_format(cast))) != FRACTAL_NZ:
         raise EnvironmentProblem(
-            f"npu_format_cast of a weight {tuple(codes.shape)} gave format {found}",
+            f"npu_format_cast of a weight {tuple(qdata.shape)} gave format {found}",
             needs="29 (FRACTAL_NZ)",
             fix="ascendit doctor: torch_npu and CANN may not belong together; without nz only"
             " mxfp4_dualscale needs it",
@@ -156,21 +156,21 @@ def quantize_activation(
 
 def _per_token(tokens: Tensor, rule: str, **given: Any) -> tuple[Tensor, ...]:
     _only("amax", rule)
-    codes, scale = torch.ops.npu.npu_dynamic_quant(tokens, **given)
-    return codes, scale
+    qdata, scale = torch.ops.npu.npu_dynamic_quant(tokens, **given)
+    return qdata, scale
 
 
 def _mx(tokens: Tensor, rule: str, dst_type: int) -> tuple[Tensor, ...]:
-    codes, scale = torch.ops.npu.npu_dynamic_mx_quant(
+    qdata, scale = torch.ops.npu.npu_dynamic_mx_quant(
         tokens, dst_type=dst_type, **scale_algorithm(rule, dst_type)
     )
-    return codes, scale
+    return qdata, scale
 
 
 def _dual(tokens: Tensor, rule: str) -> tuple[Tensor, ...]:
     _only("floor", rule)
-    codes, level0, level1 = torch.ops.npu.npu_dynamic_dual_level_mx_quant(tokens)
-    return codes, level1, level0
+    qdata, level0, level1 = torch.ops.npu.npu_dynamic_dual_level_mx_quant(tokens)
+    return qdata, level1, level0
 
 
 QUANTIZERS: Mapping[str, Callable[[Tensor, str], tuple[Tensor, ...]]] = {
@@ -217,15 +217,15 @@ def quantized_linear(a: Activation, weight: PreparedWeight) -> Tensor:
 def _plain(a: Activation, w: PreparedWeight) -> Tensor:
     """int8 and fp8: one float32 scale a token, one a channel."""
     out: Tensor = torch.ops.npu.npu_quant_matmul(
-        a.codes, w.codes, w.scale, pertoken_scale=a.scale, bias=w.bias, output_dtype=a.dtype
+        a.qdata, w.qdata, w.scale, pertoken_scale=a.scale, bias=w.bias, output_dtype=a.dtype
     )
     return out
 
 
 def _block_scaled(a: Activation, w: PreparedWeight, bias: Tensor | None, **given: Any) -> Tensor:
     out: Tensor = torch.ops.npu.npu_quant_matmul(
-        a.codes,
-        w.codes,
+        a.qdata,
+        w.qdata,
         w.scale,
         pertoken_scale=a.scale,
         bias=bias,
@@ -253,7 +253,7 @@ def _w4a8(a: Activation, w: PreparedWeight) -> Tensor:
 
 def _dual_level(a: Activation, w: PreparedWeight) -> Tensor:
     out: Tensor = torch.ops.npu.npu_dual_level_quant_matmul(
-        a.codes, w.codes, a.dual_scale, w.dual_scale, a.scale, w.scale, bias=w.bias, output_dtype=a.dtype
+        a.qdata, w.qdata, a.dual_scale, w.dual_scale, a.scale, w.scale, bias=w.bias, output_dtype=a.dtype
     )
     return out
 

@@ -67,8 +67,8 @@ def block_sparse_attention(**given: Any) -> Iterator[Any]:
     scales = (a.q_dequant_scale, a.k_dequant_scale, a.v_dequant_scale)
     scaled = [s is not None for s in scales]
     a.require(a.inner_precise == 4, "sparse.inner_precise_a5", chip=current_chip())
-    in_codes = fp8 and all(scaled) and a.block_shape[1] % 256 == 0
-    a.require(in_codes or (a.query.dtype in HALF_DTYPES and not any(scaled)), "sparse.fp8", scaled=scaled)
+    in_qdata = fp8 and all(scaled) and a.block_shape[1] % 256 == 0
+    a.require(in_qdata or (a.query.dtype in HALF_DTYPES and not any(scaled)), "sparse.fp8", scaled=scaled)
     core.check_attention_scale("scale_value", a.scale_value, 1.0, z.d)
     dtype = torch.bfloat16 if fp8 else a.query.dtype
     yield Out(core.shape_of(z, "BNSD"), dtype), Out((z.b, z.n, z.s, 1), torch.float32)

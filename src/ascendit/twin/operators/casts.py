@@ -33,10 +33,10 @@ def npu_dtype_cast(self: Tensor, dtype: int, input_dtype: int | None) -> Iterato
     values = self
     if input_dtype in _FP4:
         raw = elements.unpack(self.contiguous().view(torch.uint8), self.shape[-1] * 2)
-        values = elements.to_values(raw, TARGETS[input_dtype].element)
+        values = elements.decode(raw, TARGETS[input_dtype].element)
     if dtype in _FP4:
         wide = values.to(torch.float32)
-        yield elements.pack(elements.to_codes(wide.nan_to_num(0.0), TARGETS[dtype].element, "rint"))
+        yield elements.pack(elements.encode(wide.nan_to_num(0.0), TARGETS[dtype].element, "rint"))
     else:
         yield values.to(contract.DTYPE_OF_NUMBER[dtype], copy=True)
 

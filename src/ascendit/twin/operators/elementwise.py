@@ -113,8 +113,8 @@ def npu_add_rms_norm_dynamic_mx_quant(**given: Any) -> Iterator[Any]:
     x = a.x1
     _check_pair(x, a.x2)
     axis, target, rule = _mx_rule(a, x)
-    codes, scale = mx_quantize.outs(tuple(x.shape), axis, target, 32)
-    yield codes, _same(x), scale, _rstd(x, a.gamma)
+    qdata, scale = mx_quantize.outs(tuple(x.shape), axis, target, 32)
+    yield qdata, _same(x), scale, _rstd(x, a.gamma)
     total = x.to(torch.float32) + a.x2.to(torch.float32)
     quantized, scales, rstd = _rms_in_mx(a, total, x.dtype, axis, target, rule)
     yield quantized, total.to(x.dtype), scales, rstd

@@ -104,20 +104,20 @@ def check_input(x: Tensor, axis: int, target: TargetFormat) -> int:
 
 def outs(shape: tuple[int, ...], axis: int, target: TargetFormat, block: int) -> tuple[Out, Out]:
     """Codes, and scales in pairs with a last axis of 2."""
-    codes = (*shape[:-1], shape[-1] // 2) if target.packed else shape
+    qdata = (*shape[:-1], shape[-1] // 2) if target.packed else shape
     pairs = math.ceil(math.ceil(shape[axis] / block) / 2)
-    return Out(codes, target.dtype), Out((*shape[:axis], pairs, *shape[axis + 1 :], 2), torch.uint8)
+    return Out(qdata, target.dtype), Out((*shape[:axis], pairs, *shape[axis + 1 :], 2), torch.uint8)
 
 
 def to_mx(x: Tensor, axis: int, target: TargetFormat, rule: ScaleRule) -> tuple[Tensor, Tensor]:
     """Codes and paired scales of `x`, as `outs` describes them."""
     length = x.shape[axis]
     blocks = scales.split_blocks(x.movedim(axis, -1), rule.block)
-    codes, scale = encode_blocks(blocks, target.element, rule)
-    codes = scales.join_blocks(codes, length).movedim(-1, axis)
+    qdata, scale = encode_blocks(blocks, target.element, rule)
+    qdata = scales.join_blocks(qdata, length).movedim(-1, axis)
     if target.packed:
-        codes = elements.pack(codes)
-    return codes.contiguous().view(target.dtype), layouts.to_pairs(scale.movedim(-1, axis), axis)
+        qdata = elements.pack(qdata)
+    return qdata.contiguous().view(target.dtype), layouts.to_pairs(scale.movedim(-1, axis), axis)
 
 
 def encode_blocks(blocks: Tensor, element: Element, rule: ScaleRule) -> tuple[Tensor, Tensor]:
@@ -136,8 +136,8 @@ def encode_blocks(blocks: Tensor, element: Element, rule: ScaleRule) -> tuple[Te
     else:
         byte, multiplies = _cublas(amax, rule.dst_type_max or element.max, rule), amax > 0
     reciprocal = torch.where(multiplies, scales.power_of_two((_BIAS - byte).to(torch.int32)), 0.0)
-    codes = elements.to_codes(wide * reciprocal.unsqueeze(-1), element, ROUND_MODES[rule.rounding])
-    return codes.where(finite.unsqueeze(-1), 0), byte.where(finite, scales.NAN_BYTE).to(torch.uint8)
+    qdata = elements.encode(wide * reciprocal.unsqueeze(-1), element, ROUND_MODES[rule.rounding])
+    return qdata.where(finite.unsqueeze(-1), 0), byte.where(finite, scales.NAN_BYTE).to(torch.uint8)
 
 
 def _cublas(amax: Tensor, largest: float, rule: ScaleRule) -> Tensor:
@@ -154,12 +154,12 @@ def _cublas(amax: Tensor, largest: float, rule: ScaleRule) -> Tensor:
     return torch.where(amax > 0, biased + up.to(torch.int32), 0)
 
 
-def dequantize(codes: Tensor, scale: Tensor, axis: int, element: Element) -> Tensor:
+def dequantize(qdata: Tensor, scale: Tensor, axis: int, element: Element) -> Tensor:
     """float32 values of codes (packed if 4 bits) with paired scales along `axis`."""
-    raw, scale = codes.view(torch.uint8), scale.view(torch.uint8)
+    raw, scale = qdata.view(torch.uint8), scale.view(torch.uint8)
     if element.bits == 4:
         raw = elements.unpack(raw, raw.shape[-1] * 2)
-    values = elements.to_values(raw, element).movedim(axis, -1)
+    values = elements.decode(raw, element).movedim(axis, -1)
     count = -(-values.shape[-1] // 32)
     plain = scales.from_bytes(layouts.from_pairs(scale, count, axis).movedim(axis, -1))
     blocks = scales.split_blocks(values, 32) * plain.unsqueeze(-1)
@@ -209,8 +209,8 @@ def npu_dynamic_dual_level_mx_quant(
     if smooth_scale is not None:
         right = tuple(smooth_scale.shape) == (length,) and smooth_scale.dtype == input.dtype
         require(right, "mx.smooth_scale", smooth_scale=smooth_scale, length=length, input=input)
-    codes, level1 = outs(tuple(input.shape), axis, target, 32)
-    yield codes, Out((*input.shape[:-1], math.ceil(length / 512)), torch.float32), level1
+    qdata, level1 = outs(tuple(input.shape), axis, target, 32)
+    yield qdata, Out((*input.shape[:-1], math.ceil(length / 512)), torch.float32), level1
     x = input if smooth_scale is None else input * smooth_scale
     groups = scales.split_blocks(x, 512)
     level0 = groups.where(groups.isfinite(), 0).abs().amax(-1).to(torch.float32) * (1 / 6)

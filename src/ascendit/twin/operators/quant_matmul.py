@@ -61,13 +61,13 @@ def _operands(call: Call, x2: Tensor, mode: str) -> tuple[Encoded, Encoded, Tens
         return None
     k = call.x1.shape[-1] * (2 if mode == "mxfp4" else 1)
 
-    def encoded(name: str, codes: Tensor, scale: Tensor) -> Encoded:
+    def encoded(name: str, qdata: Tensor, scale: Tensor) -> Encoded:
         if mode == "fp8":
-            scale = scale.view(-1, 1).expand(len(codes), 1)
+            scale = scale.view(-1, 1).expand(len(qdata), 1)
         else:
             scale = layouts.from_pairs(scale.view(torch.uint8), -(-k // 32))
-        codes = codes.view(getattr(torch, lookup(name).codes_dtype))
-        return Encoded(codes, scale, None, name, -1, (len(codes), k))
+        qdata = qdata.view(getattr(torch, lookup(name).qdata_dtype))
+        return Encoded(qdata, scale, None, name, -1, (len(qdata), k))
 
     first, second = OPERAND_FORMATS[mode]
     tokens = encoded(first, call.x1, call.pertoken_scale)
@@ -123,9 +123,9 @@ def _fp8(call: Call, x2: Tensor) -> Tensor:
     return _biased(out * call.scale * call.pertoken_scale.unsqueeze(-1), call.bias)
 
 
-def _element_of(codes: Tensor, number: int | None) -> Element:
+def _element_of(qdata: Tensor, number: int | None) -> Element:
     """The format of one code; only packed FP4 is passed with the `number` of its dtype."""
-    fp8 = E5M2 if codes.dtype == torch.float8_e5m2 else E4M3
+    fp8 = E5M2 if qdata.dtype == torch.float8_e5m2 else E4M3
     return fp8 if number is None else E2M1
 
 
@@ -193,11 +193,11 @@ def npu_dual_level_quant_matmul(**arguments: Any) -> Iterator[Any]:
     yield cpu_kernels.linear(tokens, weight, a.bias, dtype)
 
 
-def _dual_level_encoded(codes: Tensor, pairs: Tensor, coarse: Tensor) -> Encoded:
+def _dual_level_encoded(qdata: Tensor, pairs: Tensor, coarse: Tensor) -> Encoded:
     """Packed codes [R, K / 2], pairs [R, K / 64, 2] and coarse scales [R, K / 512, 1]."""
-    k = 2 * codes.shape[1]
+    k = 2 * qdata.shape[1]
     fine = layouts.from_pairs(pairs.view(torch.uint8), -(-k // 32))
-    return Encoded(codes.view(torch.uint8), fine, coarse, "mxfp4_dualscale", -1, (len(codes), k))
+    return Encoded(qdata.view(torch.uint8), fine, coarse, "mxfp4_dualscale", -1, (len(qdata), k))
 
 
 def _check_dual_level_matrices(a: Call, x1: Tensor, x2: Tensor) -> None:

@@ -38,11 +38,11 @@ def _encode(steps: Tensor, dst_type: int | None) -> Tensor:
     if dst_type in _FP8:
         element, dtype = _FP8[dst_type]
         infinite = torch.where(steps.isinf(), steps.sign() * element.max, clean)
-        return elements.to_codes(infinite, element, "rint").view(dtype)
+        return elements.encode(infinite, element, "rint").view(dtype)
     return torch.round(clean).clamp(-128, 127).to(torch.int8)
 
 
-def _codes_dtype(dst_type: int | None) -> torch.dtype:
+def _qdata_dtype(dst_type: int | None) -> torch.dtype:
     return _FP8[dst_type][1] if dst_type in _FP8 else torch.int8
 
 
@@ -65,7 +65,7 @@ def npu_dynamic_quant(input: Tensor, smooth_scales: Tensor | None, **rest: Any) 
     if smooth_scales is not None:
         right = tuple(smooth_scales.shape) == (width,) and smooth_scales.dtype == input.dtype
         require(right, "rows.smooth_scales", smooth_scales=smooth_scales, width=width, input=input)
-    yield Out(tuple(input.shape), _codes_dtype(a.dst_type)), Out(tuple(kept), torch.float32)
+    yield Out(tuple(input.shape), _qdata_dtype(a.dst_type)), Out(tuple(kept), torch.float32)
     x = input.to(torch.float32)
     if smooth_scales is not None:
         x = x * smooth_scales.to(torch.float32)
@@ -105,7 +105,7 @@ def npu_dynamic_block_quant(x: Tensor, min_scale: float, dst_type: int, **rest: 
     plain = a.round_mode == "rint" and a.dst_type_max == 0 and min_scale >= 0
     a.require(plain, "rows.block_options", min_scale=min_scale)
     high, wide = math.ceil(x.shape[-2] / row), math.ceil(x.shape[-1] / column)
-    yield Out(tuple(x.shape), _codes_dtype(dst_type)), Out((*x.shape[:-2], high, wide), torch.float32)
+    yield Out(tuple(x.shape), _qdata_dtype(dst_type)), Out((*x.shape[:-2], high, wide), torch.float32)
     padded = torch.nn.functional.pad(x.to(torch.float32), (0, -x.shape[-1] % column, 0, -x.shape[-2] % row))
     tiles = padded.unflatten(-1, (wide, -1)).unflatten(-3, (high, -1))  # [.., high, row, wide, col]
     amax = tiles.where(tiles.isfinite(), 0).abs().amax((-3, -1))
@@ -137,7 +137,7 @@ def npu_quantize(
     yield torch.round(steps).clamp(-128, 127).to(torch.int8)
 
 
-def times_tiles(codes: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
+def times_tiles(qdata: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
     """float32 of codes [.., R, C] times one scale per tile of `rows` x `columns`, [.., tiles, tiles]."""
-    full = scale.repeat_interleave(rows, -2)[..., : codes.shape[-2], :].repeat_interleave(columns, -1)
-    return codes.to(torch.float32) * full[..., : codes.shape[-1]]
+    full = scale.repeat_interleave(rows, -2)[..., : qdata.shape[-2], :].repeat_interleave(columns, -1)
+    return qdata.to(torch.float32) * full[..., : qdata.shape[-1]]
