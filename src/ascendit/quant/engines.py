@@ -52,7 +52,7 @@ ENGINES: dict[str, Engine] = {
                 "mxfp4_dualscale": "its loader of dual-scale layers fails with an AttributeError",
                 "float_block_linears": "it looks up excluded layers of a block under other names and fails",
                 "outside_blocks": _PLAIN.format("embedders"),
-                "added_kv": "it has no layers for cross-attention with image tokens",
+                "added_kv": "it has no names for the layers of cross-attention with image tokens",
                 **{f"odd_blocks:{s}": _ODD for s in ("mxfp8", "mxfp4")},
                 **dict.fromkeys(("smoothed:int8", "smoothed:mxfp8", "smoothed:bf16"), _SGLANG_DROPS),
             },
