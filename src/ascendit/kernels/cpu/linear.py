@@ -46,7 +46,7 @@ BLOCK, COLUMNS, STRETCH, CHUNK = 32, 64, 512, 1024
 _kept = threading.local()
 LINEAR_SIGNATURES = {
     "linear": "iiiii" + "p" * 11 + "i",
-    "doubtful_blocks": "iiiipp",
+    "unsupported_blocks": "iiiipp",
     "decode_tiles": "iiiippp",
     "smooth": "iiippp",
 }
@@ -148,7 +148,7 @@ def _fits(weight: PreparedWeight) -> bool:
         return weight.scheme == "fp8" or k <= LARGEST_INT_WIDTH
     bits = 8 if weight.scheme == "mxfp8" else 4
     at = weight.qdata.data_ptr(), weight.scale.data_ptr()
-    return not _call("doubtful_blocks", bits, n, k, torch.get_num_threads(), *at)
+    return not _call("unsupported_blocks", bits, n, k, torch.get_num_threads(), *at)
 
 
 # ---- compiled: activations and products ---------------------------------------------------------
