@@ -1,7 +1,7 @@
 """Compile the C++ sources of this folder on first use, into a cache.
 
-Failures never raise: without a compiler, the required instructions or a writable cache, the reason is logged once
-and callers use PyTorch. The sources need only the headers of the compiler.
+Failures never raise: without a compiler, the required instructions or a writable cache, the reason is logged
+once and callers use PyTorch. The sources need only the headers of the compiler.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FLAGS: tuple[str, ...] = (
     *("-fno-math-errno", "-fno-trapping-math"),  # otherwise rounding is not vectorized
 )
 EXTRA: dict[str, tuple[str, ...]] = dict.fromkeys(("elementwise", "encode"), ("-ffp-contract=off",))
-"""Source -> additional flags. Without contraction, a product and a sum are rounded separately, as in PyTorch."""
+"""Source -> additional flags. This one rounds a product and a sum separately, as PyTorch does."""
 OPTIONAL: tuple[tuple[str, ...], ...] = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 """Tried in this order, since some compilers lack a flag. Without OpenMP the kernels are single-threaded."""
 NEEDS: dict[str, frozenset[str]] = {
