@@ -204,5 +204,5 @@ def test_the_report_shows_the_encoder_that_runs():
 def test_every_source_has_a_row():
     from ascendit.native import build
 
-    assert set(machine.NATIVE_SOURCES) == set(build.NEEDS) == {p.stem for p in build.HERE.glob("*.cpp")}
+    assert set(machine.NATIVE_SOURCES) == set(build.NEEDS) == {p.stem for p in build.SOURCES.glob("*.cpp")}
     assert machine.compiled_kernels in machine.PROBES
