@@ -170,7 +170,7 @@ def load_recipe(name_or_path: str, scheme: str | None = None, scale_rule: str | 
     if is_omni_config(name_or_path):
         config, name = read_omni_config(name_or_path), "quantization_config"
         _check_no_scheme(name, scheme, scale_rule)
-        about = "from a quantization_config of vLLM-Omni"
+        about = "as vLLM-Omni reads it"
         return Recipe(name=name, about=about, rules=config.rules, step_policy=config.step_policy)
     path = Path(name_or_path)
     is_path = path.suffix == ".toml" or len(path.parts) > 1
