@@ -128,7 +128,7 @@ def current_chip() -> str:
     return STATE.chip
 
 
-def gate(name: str, mode: str = "") -> None:
+def check_capability(name: str, mode: str = "") -> None:
     """Refuse what this chip has no kernel for, by `ascendit.device.operator_support.CAPABILITIES`."""
     chip = current_chip()
     row = capability(name, mode)
@@ -150,7 +150,7 @@ def run(name: str, /, *args: Any, **kwargs: Any) -> Any:
     bound = signature(name).bind(args, kwargs)
     if name not in OPERATORS:
         refuse_uncomputed(name)
-    gate(name)
+    check_capability(name)
     with torch.no_grad():
         steps = OPERATORS[name](**bound)
         outs = next(steps)
@@ -163,7 +163,7 @@ def run(name: str, /, *args: Any, **kwargs: Any) -> Any:
 def fake(name: str, /, *args: Any, **kwargs: Any) -> Any:
     """Check the call and give empty results, for meta and fake tensors."""
     bound = signature(name).bind(args, kwargs)
-    gate(name)
+    check_capability(name)
     outs: Outs = next(OPERATORS[name](**bound))
     like = next(tensors_in(list(bound.values())), None)
     device = "meta" if like is None else like.device

@@ -13,7 +13,7 @@ from ascendit.mx import elements
 from ascendit.twin import STATE, contract, nz
 from ascendit.twin.contract import refuse, require
 from ascendit.twin.operators.mx_quantize import TARGETS
-from ascendit.twin.registry import Out, current_chip, gate, operator
+from ascendit.twin.registry import Out, check_capability, current_chip, operator
 
 _FP4 = (contract.FP4_E2M1, contract.FP4_E1M2)
 
@@ -61,7 +61,7 @@ def npu_format_cast(
 ) -> Iterator[Any]:
     """To FRACTAL_NZ (29), or back to a plain format."""
     if customize_dtype is not None:
-        gate("npu_format_cast", "customize_dtype")
+        check_capability("npu_format_cast", "customize_dtype")
     if acl_format != nz.FRACTAL_NZ:
         require(acl_format in (nz.ND, nz.NCHW, nz.NCDHW), "cast.format", acl_format=acl_format)
         require(current_chip() != "a5" or nz.fractal(self) is None or self.is_contiguous(), "cast.strided_nz")

@@ -12,8 +12,8 @@ from ascendit.twin import contract
 from ascendit.twin.contract import HALF_DTYPES, Call
 from ascendit.twin.operators import attention_inputs as core
 from ascendit.twin.operators import mx_quantize
-from ascendit.twin.operators.row_quantize import times_tiles
-from ascendit.twin.registry import Out, gate, operator
+from ascendit.twin.operators.row_quantize import dequantize_tiles
+from ascendit.twin.registry import Out, check_capability, operator
 
 _MASKS = (torch.bool, torch.uint8, torch.int8)
 _OUTPUTS = {"BNSD_BSND": "BSND", "BSH_BNSD": "BNSD", "BSND_BNSD": "BNSD", "NTD_TND": "TND", "TND_NTD": "NTD"}
@@ -89,7 +89,7 @@ def _second(name: str, a: Call) -> Iterator[Any]:
     _check(a, [n for n, v in vars(a).items() if isinstance(v, Tensor) and n not in known])
     out_dtype, decode = a.query.dtype, None
     if quantized:
-        gate(name, "quantized")
+        check_capability(name, "quantized")
         wanted = a.out_dtype
         number = contract.number_of(wanted) if isinstance(wanted, torch.dtype) else wanted
         out_dtype = contract.output_dtype(number, (torch.bfloat16, torch.float16), "FP8 attention")
@@ -127,7 +127,7 @@ def times_block_scales(t: Tensor, scale: Tensor) -> Tensor:
     """
     rows = next(r for r in (128, 256, 512, 64, t.shape[-2]) if -(-t.shape[-2] // r) == scale.shape[-2])
     columns = next(c for c in (128, 64, t.shape[-1]) if -(-t.shape[-1] // c) == scale.shape[-1])
-    return times_tiles(t, scale, rows, columns)
+    return dequantize_tiles(t, scale, rows, columns)
 
 
 @operator("npu_fused_infer_attention_score_v2")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ascendit.twin.contract import FLOAT_DTYPES, require
-from ascendit.twin.registry import Out, gate, operator
+from ascendit.twin.registry import Out, check_capability, operator
 
 
 def turned(x: Tensor, mode: str) -> Tensor:
@@ -62,7 +62,7 @@ def npu_apply_rotary_pos_emb(
 ) -> Iterator[Any]:
     """Query and key in one launch, in place."""
     if rotary_mode != "half":
-        gate("npu_apply_rotary_pos_emb", "interleave")
+        check_capability("npu_apply_rotary_pos_emb", "interleave")
     known = rotary_mode in ("half", "interleave") and layout in ("BSND", "TND", "SBND", "BNSD")
     require(known, "rope.apply_mode", rotary_mode=rotary_mode, layout=layout)
     axes = len(layout)
