@@ -52,7 +52,7 @@ def _largest(dst_type: int | None) -> float:
 
 @operator("npu_dynamic_quant")
 def npu_dynamic_quant(input: Tensor, smooth_scales: Tensor | None, **options: Any) -> Iterator[Any]:
-    """int8 or FP8 qdata of `input` [.., K], float32 scale a row, tensor or channel (aclnnDynamicQuantV2)."""
+    """int8 or FP8 of `input` [.., K], and float32 scales per row, tensor or channel (aclnnDynamicQuantV2)."""
     a = Call(**options)
     _mode("npu_dynamic_quant", a.dst_type)
     require(input.dim() > 1, "rows.axes")
