@@ -91,7 +91,7 @@ def apply(npu: Any) -> None:
 
 
 def import_torch_npu() -> Any:
-    """The module torch_npu, which ascendit's commands stop `import torch` from loading automatically.
+    """Import torch_npu, which `import torch` does not load under ascendit's commands.
 
     Raises EnvironmentProblem (E-ENV-03) if it is not installed or cannot be imported.
     """

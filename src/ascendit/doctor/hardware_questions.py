@@ -62,7 +62,7 @@ def _ones(rows: int, k: int) -> tuple[Tensor, Tensor]:
 def _order_of_sums(call: Caller) -> str:
     """Add one large block and many small ones, then subtract the large one; the remainder shows the order."""
     (q, s1), (w, s2) = _ones(16, 4096), _ones(16, 4096)
-    s1[:, 0, 0] = s1[:, -1, 1] = ONE + 25  # 32 x 2^25: adding 32 to it is less than half a step of float32
+    s1[:, 0, 0] = s1[:, -1, 1] = ONE + 25  # 32 x 2^25, where 32 is less than half a step of float32
     signs = torch.ones(16, 4096)
     signs[:, -32:] = -1
     remainder = float(_mx_matmul(call, (q.float() * signs).to(torch.float8_e4m3fn), s1, w, s2)[0, 0])
@@ -72,7 +72,7 @@ def _order_of_sums(call: Caller) -> str:
 
 
 def _odd_scales(call: Caller) -> str:
-    """Rows of the activation with scale byte 255, and with bytes 0."""
+    """Multiply a row with a scale byte of 255, and one with scale bytes of 0."""
     (q, s1), (w, s2) = _ones(16, 64), _ones(16, 64)
     s1[0, 0, 0] = 255
     s1[1] = 0

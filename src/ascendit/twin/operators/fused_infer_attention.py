@@ -103,7 +103,7 @@ def _version_2(name: str, a: Call) -> Iterator[Any]:
 
 
 def _dequantizer(a: Call, modes: tuple[int, ...]) -> Any:
-    """Function of query, key, value. Probabilities stay float32; if a card quantizes them is undocumented."""
+    """Dequantizer of query, key and value. Probabilities stay float32; a card may quantize them."""
     scales = [getattr(a, name) for name in _SCALES]
     scaled = [isinstance(s, Tensor) for s in scales]
     a.require(modes in ((7, 7, 7), (6, 6, 8)) and all(scaled), "infer.modes", modes=modes, scaled=scaled)
