@@ -41,11 +41,6 @@ class ProbeRow:
     data: dict[str, Any] = field(default_factory=dict)
     """`detected` as data."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """The row for JSON."""
-        row = asdict(self)
-        return {"found" if key == "detected" else key: value for key, value in row.items()}
-
 
 @dataclass(frozen=True)
 class DoctorReport:
@@ -77,7 +72,8 @@ class DoctorReport:
     def as_dict(self) -> dict[str, Any]:
         """The report in JSON, for `--json` and bug reports."""
         ready = {"cpu": self.ok, "npu": self.npu}
-        return {"ok": self.ok, "ready": ready, "rows": [row.as_dict() for row in self.rows]}
+        rows = [{"found" if k == "detected" else k: v for k, v in asdict(r).items()} for r in self.rows]
+        return {"ok": self.ok, "ready": ready, "rows": rows}
 
 
 Probe = Callable[[], list[ProbeRow]]

@@ -88,10 +88,7 @@ def check_attention_scale(name: str, value: float, default: float, d: int) -> No
 
 
 def check_mask(mask: Tensor | None, z: Sizes, dtypes: tuple[torch.dtype, ...]) -> None:
-    """TwinError (E-TWN-01) unless None, or of one of `dtypes` and [S, keys], [B, S, keys] or [B, N, S, keys].
-
-    Additive masks are refused: a mask of these operators selects the keys to leave out.
-    """
+    """TwinError (E-TWN-01) unless None or one of `dtypes`, and [S, keys], [B, S, keys] or [B, N, S, keys]."""
     if mask is None:
         return
     require(mask.dtype in dtypes, "attention.mask_dtype", mask=mask, dtypes=dtypes)
@@ -122,10 +119,7 @@ def length_mask(z: Sizes, lengths: Sequence[int] | None) -> Tensor | None:
 def packed_sequences(
     z: Sizes, ends_q: Sequence[int] | None, ends_kv: Sequence[int] | None
 ) -> list[tuple[slice, slice]]:
-    """Slices of queries and keys of each sequence, from cumulative lengths without a leading 0.
-
-    TwinError (E-TWN-01) for invalid lengths.
-    """
+    """Query and key slices of each sequence, from cumulative lengths. TwinError (E-TWN-01) if invalid."""
     ends_q, ends_kv = ends_q or (), ends_kv or ()
     require(0 < len(ends_q) == len(ends_kv), "attention.packed_lengths")
     for name, ends, total in (("q", ends_q, z.s), ("kv", ends_kv, z.keys)):
@@ -144,10 +138,7 @@ def attend_in(
     hidden: Tensor | None = None,
     runs: Sequence[tuple[slice, slice]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attend` on one layout, with output in another.
-
-    Largest scores and sums are float32 [B, N, S], or [S, N] for packed sequences (`runs`).
-    """
+    """`attend` from one layout to another; float32 scores and sums are [S, N] if packed (`runs`)."""
     q, k, v = (to_bnsd(t, layouts[0], h) for t, h in zip(tensors, (z.n, z.kv, z.kv), strict=True))
     if runs is None:
         out, top, total = attend(q, k, v, scale, hidden)
@@ -188,10 +179,7 @@ def attend(
 def combined_mask(
     mask: Tensor | None, z: Sizes, windows: tuple[int, int], lengths: Sequence[int] | None = None
 ) -> Tensor | None:
-    """bool [.., S, keys], True where a key is masked out by the mask, its windows or a length.
-
-    The windows apply only with a mask, as on the card.
-    """
+    """bool [.., S, keys], True where the mask, a length or, if there is a mask, a window masks a key out."""
     window = None if mask is None else _window_mask(z, *windows)
     combined = None
     for single in (masked_out(mask, z), length_mask(z, lengths), window):

@@ -165,10 +165,7 @@ def npu_layer_norm_eval(
 def npu_add_layer_norm(
     x1: Tensor, x2: Tensor, gamma: Tensor, beta: Tensor, epsilon: float, additional_output: bool
 ) -> Iterator[Any]:
-    """(y, mean, rstd, x1 + x2) of x1, x2 [.., D], mean and rstd float32 [.., 1].
-
-    Without `additional_output` the last output is zeros instead of the sum.
-    """
+    """(y, float32 mean and rstd [.., 1], x1 + x2) of x1, x2 [.., D]; zeros if no `additional_output`."""
     _check_pair(x1, x2)
     check_layer(x1, tuple(gamma.shape), gamma, beta)
     row = _rstd(x1, gamma)
@@ -230,10 +227,7 @@ def npu_swiglu(self: Tensor, dim: int) -> Iterator[Any]:
 
 @operator("npu_geglu")
 def npu_geglu(self: Tensor, dim: int, approximate: int, activate_left: bool) -> Iterator[Any]:
-    """(value * gelu(gate), gelu(gate)) of the halves of `self` [.., 2 D, ..] along `dim`, float dtype.
-
-    The gate is the second half unless `activate_left`.
-    """
+    """(value * gelu(gate), gelu(gate)) of `self` [.., 2 D], float dtype; gate last unless `activate_left`."""
     require(approximate in (0, 1), "norm.geglu_approximate", approximate=approximate)
     half = Out(_half_shape(self, dim), self.dtype)
     yield half, half

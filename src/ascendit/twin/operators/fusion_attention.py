@@ -94,7 +94,7 @@ def npu_ring_attention_update(**arguments: Any) -> Iterator[Any]:
     a = Call(**arguments)
     previous, current = a.prev_attn_out, a.cur_attn_out
     a.require(a.input_layout in ("SBH", "TND"), "fusion.ring_layout")
-    same = previous.shape == current.shape and previous.dtype == current.dtype
+    same = (previous.shape, previous.dtype) == (current.shape, current.dtype)
     a.require(same, "fusion.ring_shapes")
     softmax = Out(tuple(a.prev_softmax_max.shape), torch.float32)
     yield Out(tuple(previous.shape), previous.dtype), softmax, softmax
