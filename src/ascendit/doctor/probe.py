@@ -104,10 +104,10 @@ def read(path: Path) -> str:
 def command(args: Sequence[str]) -> str:
     """The output of a command, "" if it is not installed, fails or takes too long."""
     try:
-        done = _run(args, COMMAND_SECONDS)
+        result = _run(args, COMMAND_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout if done.returncode == 0 else ""
+    return result.stdout if result.returncode == 0 else ""
 
 
 def _run(
@@ -126,13 +126,13 @@ def child(code: str, *, plugins: bool = False) -> dict[str, Any]:
     """
     env = None if plugins else environment.without_device_plugins()
     try:
-        done = _run((sys.executable, "-W", "ignore", "-c", code), PROBE_SECONDS, env)
+        result = _run((sys.executable, "-W", "ignore", "-c", code), PROBE_SECONDS, env)
     except subprocess.TimeoutExpired:
         return {"error": f"no answer in {PROBE_SECONDS:g} s", "late": True}
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"ended with code {result.returncode}"]
         return {"error": lines[-1]}
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    answer: dict[str, Any] = json.loads(result.stdout.strip().splitlines()[-1])
     return answer
 
 
