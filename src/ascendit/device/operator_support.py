@@ -254,7 +254,7 @@ def no_matmul_for(device: object, chip: str, scheme: str) -> EnvironmentProblem:
     chips = [c for c in CHIPS.values() if scheme in native_on(c.name)]
     native = ["bf16", *(s for s in SCHEMES if s in native_on(chip))]
     return EnvironmentProblem(
-        f"scheme {scheme} on {device}, which is a {CHIPS[chip].product} without a matmul for it",
+        f"scheme {scheme} on {device}: the {CHIPS[chip].product} has no matmul for it",
         needs=f"{' or '.join(f'{c.product}, {c.name}' for c in chips)}; {chip} has " + " and ".join(native),
         fix="quantize to int8, or use --emulate decode-on-use: the same numbers, slower",
         code="E-CAP-01",
