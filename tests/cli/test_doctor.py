@@ -26,13 +26,13 @@ def test_the_table(run, monkeypatch, ready):
     rows = (
         ProbeRow(
             item="torch",
-            found="2.13.0",
+            detected="2.13.0",
             needed=">= 2.9",
             status="ok" if ready else "too old",
             fix="pip",
             required=True,
         ),
-        ProbeRow(item="NPU device", found="none", status="absent", fix="not shown"),
+        ProbeRow(item="NPU device", detected="none", status="absent", fix="not shown"),
     )
     monkeypatch.setattr(machine, "PROBES", probes(*rows))
     ended = run("doctor")
@@ -46,7 +46,7 @@ def test_the_table(run, monkeypatch, ready):
 
 
 def test_json(run, monkeypatch):
-    monkeypatch.setattr(machine, "PROBES", probes(ProbeRow(item="torch", found="2.13.0")))
+    monkeypatch.setattr(machine, "PROBES", probes(ProbeRow(item="torch", detected="2.13.0")))
     told = run("doctor", "--json").json
     assert told["ok"] is True
     assert [row["item"] for row in told["rows"]] == ["torch", "burning"]
@@ -57,7 +57,8 @@ def test_json(run, monkeypatch):
     ("status", "words"), [("ok", "ready to run on the NPU"), ("broken", "not ready to run on")]
 )
 def test_an_npu_has_a_verdict_of_its_own(run, monkeypatch, status, words):
-    rows = (ProbeRow(item="CANN toolkit", found="9.1.0", status=status, fix="source set_env.sh", part="npu"),)
+    fix = "source set_env.sh"
+    rows = (ProbeRow(item="CANN toolkit", detected="9.1.0", status=status, fix=fix, part="npu"),)
     monkeypatch.setattr(machine, "PROBES", probes(*rows))
     ended = run("doctor")
     assert ended.code == 0  # the CPU does

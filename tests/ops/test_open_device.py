@@ -202,9 +202,9 @@ def test_every_setting_is_applied_and_told(npu, caplog):
     assert npu.told == [{"jit_compile": False}, "set_device 1"]
     assert npu.config.allow_internal_format is npu.matmul.allow_hf32 is npu.conv.allow_hf32 is False
     for v in npu_runtime.VARIABLES:
-        assert os.environ[v.name] == v.value and f"{v.name}={v.value}: {v.why}" in caplog.text
+        assert os.environ[v.name] == v.value and f"{v.name}={v.value}: {v.reason}" in caplog.text
     for s in npu_runtime.SETTINGS:
-        assert f"torch.npu: {s.path}={s.value}: {s.why}" in caplog.text
+        assert f"torch.npu: {s.path}={s.value}: {s.reason}" in caplog.text
     assert "npu:1: Atlas 350 (Ascend 950), chip a5" in caplog.text
 
 

@@ -56,7 +56,9 @@ def _check_machine(out: Output) -> int:
 
     with out.work():
         report = examine()
-    cells = [(r.item, r.found, r.needed, r.status, "" if r.status in NO_FIX else r.fix) for r in report.rows]
+    cells = [
+        (r.item, r.detected, r.needed, r.status, "" if r.status in NO_FIX else r.fix) for r in report.rows
+    ]
     rows = columns([("item", "found", "needed", "status", "fix"), *cells])
     out.result(report.as_dict(), [*rows, "", *report.verdicts()])
     return 0 if report.ok else 3
