@@ -142,7 +142,7 @@ def test_a_step_in_w4a8_is_nearer_to_the_weights_than_one_in_w4a4():
         state.step = step
         outs.append(model(x, 500.0, state))
     plain = model.prepare(grid, text)
-    assert state.now.precision == "stored" and plain.now.precision == "stored"
+    assert state.current.precision == "stored" and plain.current.precision == "stored"
     assert not torch.equal(*outs)
     assert torch.equal(model(x, 500.0, plain), outs[1])
 
