@@ -357,7 +357,10 @@ class QuantLinear(nn.Linear):
     # ---- moving and state dicts -----------------------------------------------------------------
 
     def check_apply(self, fn: Callable[[Tensor], Tensor]) -> torch.device:
-        """The device that `fn` moves tensors [..] to. UsageError E-QNT-03 for a cast or meta."""
+        """The device that `fn` moves tensors [..] to.
+
+        UsageError E-QNT-03 if `fn` changes the dtype or moves to the meta device.
+        """
         floats = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device))
         integers = fn(torch.empty(0, dtype=torch.uint8, device=self.device))
         if floats.device.type == "meta":

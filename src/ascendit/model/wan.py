@@ -199,7 +199,7 @@ class WanTransformer(nn.Module):
     ) -> Shared:
         """Tensors shared by the CFG branches: RoPE tables and, later, the modulation of the current step.
 
-        `timesteps`: those of the run, embedded now so that no step waits for a copy to the device. `part`:
+        `timesteps`: those of the run, embedded here so that no step waits for a copy. `part`:
         the tokens to compute. `other`: from the other expert, to share an equal RoPE table.
         """
         part = part or range(num_tokens(grid))

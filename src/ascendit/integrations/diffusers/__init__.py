@@ -119,7 +119,7 @@ class AscenditConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
-    """Replaces linears by quantized layers on the meta device and fills them while Diffusers streams tensors.
+    """Creates quantized layers, first on the meta device, and fills them while Diffusers streams tensors.
 
     Until its weight arrives, a layer has the tensor names and shapes of the file, which Diffusers compares.
     """
@@ -153,7 +153,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
             raise UsageError(
                 f"a device map with {', '.join(sorted(devices))}",
-                needs="every quantized layer on the device that computes it",
+                needs="all quantized layers on their compute device",
                 fix="leave device_map out and call pipe.enable_model_cpu_offload()",
             )
 
