@@ -65,10 +65,7 @@ class LinearInput:
         return smoothed
 
     def output(self, layer: QuantLinear, scheme: str) -> Tensor:
-        """The output [.., N] of `layer`, in the input's dtype.
-
-        Computed together with the other layers of its group; each output is returned once and then released.
-        """
+        """The output [.., N] of `layer` in x's dtype; computed for its group, released on return."""
         group, mul_scale = layer.group, layer._parameters["mul_scale"]
         outputs = self._outputs.setdefault((id(group), scheme, _address(mul_scale)), {})
         if layer not in outputs:
@@ -121,10 +118,7 @@ class FusedGroup:
         return sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in owned)
 
     def weight_for(self, layer: QuantLinear) -> tuple[PreparedWeight, Sequence[QuantLinear]]:
-        """The prepared weight [sum of N, K] (dtypes as `PreparedWeight`) and the layers whose rows it holds.
-
-        UsageError E-QNT-03 for a cast parameter.
-        """
+        """A weight and the layers of its rows. See `PreparedWeight`. UsageError E-QNT-03 for a cast."""
         if self._copied:
             self._copied = False
             self.fuse()
@@ -277,10 +271,7 @@ class QuantLinear(nn.Linear):
     def from_encoded(
         cls, encoded: Encoded, bias: Tensor | None, *, schemes: Schemes, **options: Any
     ) -> QuantLinear:
-        """A single layer from a weight [N, K] quantized along K and a bias [N], dtypes as in `Encoded`.
-
-        `options`: `compute_dtype` and `mul_scale` of `fused_linears`.
-        """
+        """Layer of a weight [N, K] quantized along K, dtypes as `Encoded`. `options`: of `fused_linears`."""
         (n, k), tensors = encoded.shape, stored_tensors(encoded, bias)
         options = {"compute_dtype": torch.bfloat16} | options
         return fused_linears(tensors, [n], encoded.format, schemes, width=k, **options)[0]
@@ -299,10 +290,7 @@ class QuantLinear(nn.Linear):
     def forward(
         self, x: Tensor | LinearInput, precision: Precision = "stored", multiply: Multiply = F.linear
     ) -> Tensor:
-        """x [.., K] -> [.., N], in x's dtype. `multiply`: the matmul of a BF16 step.
-
-        UsageError E-QNT-03 for an input on another device or a cast parameter.
-        """
+        """x [.., K] -> [.., N] in x's dtype. `multiply`: for BF16 steps. UsageError for another device."""
         source, precision = x if isinstance(x, LinearInput) else LinearInput(x), precision_of(self, precision)
         if precision == "bf16" and self.floats is not None:
             return multiply(source.x, *self.floats)
@@ -357,10 +345,7 @@ class QuantLinear(nn.Linear):
     # ---- moving and state dicts -----------------------------------------------------------------
 
     def check_apply(self, fn: Callable[[Tensor], Tensor]) -> torch.device:
-        """The device that `fn` moves tensors [..] to.
-
-        UsageError E-QNT-03 if `fn` changes the dtype or moves to the meta device.
-        """
+        """The device that `fn` moves tensors [..] to. UsageError E-QNT-03 for another dtype, or meta."""
         floats = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device))
         integers = fn(torch.empty(0, dtype=torch.uint8, device=self.device))
         if floats.device.type == "meta":

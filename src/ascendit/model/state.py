@@ -153,10 +153,7 @@ class DenoiseState:
     def run_attention(
         self, kind: AttentionKind, block: int, hidden: Tensor, forward: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """One attention with its Q, K, V and output layers: [B, S, D] -> [B, S, D], same dtype.
-
-        `kind`: `self` or `text`, which includes the image.
-        """
+        """One attention with its Q, K, V and output layers: [B, S, D] -> same shape and dtype."""
         return forward(hidden)
 
     def attend(self, kind: AttentionKind, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

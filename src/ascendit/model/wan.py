@@ -272,10 +272,7 @@ class WanTransformer(nn.Module):
     def modulation(
         self, timesteps: Timesteps, spans: Spans, sinusoids: Mapping[float, Tensor] | None = None
     ) -> Modulation:
-        """Shift, scale and gate of every block for R distinct timesteps: R rows instead of one per token.
-
-        `sinusoids`: precomputed embeddings [1, freq_dim], float32, by timestep.
-        """
+        """Modulation rows of R timesteps. `sinusoids`: timestep -> float32 [1, freq_dim], if precomputed."""
         e, ops, ready = self.condition_embedder, self.ops, sinusoids or {}
         rows = [ready[t] if t in ready else self.sinusoids((t,)) for t in timesteps]
         sinusoid = rows[0] if len(rows) == 1 else torch.cat(rows)

@@ -56,9 +56,6 @@ class Schemes:
     A scheme is native (the device has its matmul) or emulated (the weight is dequantized and multiplied: same
     numbers, slower). On an Ascend chip a scheme is emulated only if `wish.emulate` is set; CPU and CUDA
     emulate schemes without a matmul automatically and log it.
-
-    Shapes: x [.., K] with M rows, weight [N, K]. Layouts of `Activation` and `PreparedWeight` are private to
-    a kernel.
     """
 
     device: Device
@@ -70,10 +67,7 @@ class Schemes:
     _selected: dict[str, QuantLinearKernel] = field(default_factory=dict, init=False)
 
     def kernel(self, scheme: str) -> QuantLinearKernel:
-        """The kernel of `scheme`.
-
-        UsageError E-USE-01 for an unknown scheme, EnvironmentProblem E-CAP-01 for one not on this chip.
-        """
+        """The kernel of `scheme`. UsageError if unknown, EnvironmentProblem E-CAP-01 if not on this chip."""
         if (kernel := self._selected.get(scheme)) is None:
             scheme_of(scheme)
             kernel = cast(QuantLinearKernel, select(scheme, self.device, self.wish))
@@ -114,9 +108,8 @@ class Schemes:
 
         `qdata` [N, K] (packed FP4 [N, K / 2]), `scale` and `dual_scale`: shapes and dtypes of `mx.Encoded`;
         `bias` [N] of any float dtype, or None. The rows of Q, K and V may be concatenated along N. `width`:
-        K, needed if it is odd and packed. `nz`: FRACTAL_NZ for this weight.
-
-        UsageError if the tensors do not match `scheme`, E-QNT-01 if the kernel does not support the shape.
+        K, needed if it is odd and packed. `nz`: FRACTAL_NZ for this weight. UsageError if the tensors do not
+        match `scheme`, E-QNT-01 if the kernel does not support the shape.
         """
         weight = scheme_of(scheme).weight
         shape = (qdata.shape[0], width or qdata.shape[1] * (2 if lookup(weight).packed else 1))
@@ -141,14 +134,10 @@ class Schemes:
         return self.kernel(scheme).quantize_activation(x, scheme, mul_scale, rule)
 
     def quantized_linear(self, a: Activation, weight: PreparedWeight) -> Tensor:
-        """x @ weight.T + bias -> [.., N] in x's dtype (float32 accumulation, rounded once).
-
-        UsageError E-USE-01 if scheme or K of activation and weight differ.
-        """
+        """x @ weight.T + bias -> [.., N] in x's dtype. UsageError E-USE-01 if scheme or K do not match."""
         if a.scheme.weight != weight.scheme or a.width != weight.shape[1]:
             raise UsageError(
-                f"an activation of K = {a.width} for {a.scheme.name} with a weight {weight.shape} in"
-                f" {weight.scheme}",
+                f"K = {a.width} in {a.scheme.name} with a weight {weight.shape} in {weight.scheme}",
                 needs=f"a weight [N, {a.width}] in {a.scheme.weight}",
                 fix=f"quantize the activation for {weight.scheme}",
             )
@@ -170,10 +159,7 @@ def to_emulate(value: object) -> Emulate | None:
 
 
 def parse_rules(text: str | None) -> dict[str, str]:
-    """Parse text such as `mxfp8=floor,mxfp4=max:7` to scheme -> scale rule of its activation.
-
-    UsageError E-USE-01 for an unknown scheme or a rule that its format does not have.
-    """
+    """Parse `mxfp8=floor,mxfp4=max:7` to scheme -> scale rule. UsageError E-USE-01 for an unknown one."""
     rules = {}
     if text is not None and not isinstance(text, str):
         raise UsageError(
@@ -205,15 +191,13 @@ class Ops:
     gelu: Function
     attention: Function
     mean_square: Function = reference.mean_square
-    """`mean_square` and `rms_scale` are `rms_norm` in two phases, so that ranks with part of the heads can
-    reduce between them."""
+    """With `rms_scale`, `rms_norm` in two phases, so that ranks that divide the heads can reduce between."""
     rms_scale: Function = reference.rms_scale
     attention_kernels: Mapping[str, Function] = dataclasses.field(default_factory=dict)
     """Name -> attention kernel that a step of the schedule can select."""
     quantized: Schemes
     """Quantized linear layers: prepare_weight, quantize_activation, quantized_linear."""
     prepared: Mapping[str, Prepare] = dataclasses.field(default_factory=dict)
-    """Operator -> its `Kernel.prepare`."""
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Operator -> `backend: reason`."""
 
@@ -248,13 +232,10 @@ def bind(
     """Bind the operators to `device` ("cpu", "cuda:1", "twin:a5"). `force`: None or "reference".
 
     `fast_layernorm`: use MindIE-SD's layer norm if the device has it. `emulate`: dequantize weights of
-    schemes without a matmul on each use, or once; Ascend chips refuse such schemes otherwise.
-    `activation_rule`: scale rules of activations that differ from the default, such as
-    `mxfp8=floor,mxfp4=max:7`. `attention`: name of an NPU kernel in `ops/npu/kernels.py`; None: the best one.
-    `nz`: weights in FRACTAL_NZ if the NPU supports both layouts.
-
-    UsageError E-USE-01 for an invalid option or an `attention` that the device does not have;
-    EnvironmentProblem if the device cannot be opened.
+    schemes without a matmul, which Ascend chips refuse otherwise. `activation_rule`: scale rules that differ
+    from the default, such as `mxfp8=floor,mxfp4=max:7`. `attention`: an NPU kernel of `ops/npu/kernels.py`,
+    None for the best. `nz`: weights in FRACTAL_NZ if the NPU supports both layouts. UsageError E-USE-01 for
+    an invalid option, EnvironmentProblem if the device is missing.
     """
     if force not in (None, "reference"):
         raise UsageError(

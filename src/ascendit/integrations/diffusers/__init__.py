@@ -6,10 +6,9 @@
     config = AscenditConfig("mxfp8")                                 # quantizes any model while it loads
     model = FluxTransformer2DModel.from_pretrained(folder, quantization_config=config)
 
-A folder whose config.json lacks `quantization_config`, as SGLang's do, needs
-`quantization_config=AscenditConfig()`, in a `PipelineQuantizationConfig(quant_mapping=..)` for a pipeline.
-Diffusers prefers the `quantization_config` of the folder to the argument; use `bind_` after loading to change
-how layers compute.
+A folder without `quantization_config` in config.json, as SGLang's, needs
+`quantization_config=AscenditConfig()`, for a pipeline in a `PipelineQuantizationConfig(quant_mapping=..)`.
+Diffusers prefers the folder's config to the argument; use `bind_` after loading to change how layers compute.
 """
 
 from __future__ import annotations
@@ -87,10 +86,7 @@ class AscenditConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_method: str = METHOD,
         **stored: Any,
     ) -> None:
-        """`quant_method` and `stored` are the keys of `quantization_config` in config.json.
-
-        UsageError E-USE-01 for several of recipe and scheme, or an unknown argument.
-        """
+        """`quant_method` and `stored`: from config.json. UsageError E-USE-01 for unknown arguments."""
         recipes = [x for x in (recipe_or_scheme, scheme, recipe) if x is not None]
         if len(recipes) > 1:
             raise UsageError(
@@ -143,7 +139,6 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._awaited: set[str] = set()
         """Tensors of quantized and smoothed layers that are not loaded yet."""
         self._schemes: dict[str, Schemes] = {}
-        """Device -> its operators."""
 
     # ---- hooks of Diffusers, in the order of their calls ----------------------------------------
 
@@ -153,7 +148,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
             raise UsageError(
                 f"a device map with {', '.join(sorted(devices))}",
-                needs="all quantized layers on their compute device",
+                needs="no offloading while the model is loaded",
                 fix="leave device_map out and call pipe.enable_model_cpu_offload()",
             )
 
@@ -215,10 +210,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         unexpected_keys: list[str],
         **kwargs: Any,
     ) -> None:
-        """Load one tensor from `state_dict` in its stored shape [..] and dtype; `param_value` was cast.
-
-        Errors as `check_values` and `check_weight`.
-        """
+        """Load a tensor [..] of `state_dict` in its stored dtype. As `check_values` and `check_weight`."""
         name, _, role = param_name.rpartition(".")
         tensor, layer = state_dict[param_name], model.get_submodule(name)
         if self._chosen is None:

@@ -40,13 +40,9 @@ class LinearSteps:
 
     name: str
     fake_quantize: Callable[[Tensor, str, str, Tensor | None], tuple[Tensor, Tensor | None]]
-    """Activation [M, K] -> bfloat16 [M, width_of(K)], quantized and dequantized; and its outer scales."""
     quantize: Callable[[Tensor, str, str, Tensor | None], tuple[Tensor, Tensor]]
-    """Activation [M, K] -> qdata [M, padded(K)] (int8 or float8_e4m3fn) and scales."""
     decode_weight: Callable[[Encoded, Tensor | None], Tensor]
-    """Weight [N, K] and bias [N] -> bfloat16 [N, width_of(K)]."""
     finish: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor], None]
-    """Sums [M, N] -> output [M, N]: multiply by the scales, add the bias, round once."""
     matmul: (
         Callable[[Tensor, Tensor | None, Encoded, Tensor | None, Tensor | None, torch.dtype], Tensor] | None
     )

@@ -64,7 +64,7 @@ KERNELS: tuple[Kernel, ...] = (
         "attention",
         "npu",
         attention.fused_infer_attention,
-        "only on request; graph capture works; copies heads that are not contiguous",
+        "on request; supports graph capture, copies heads that are not contiguous",
         "npu_fused_infer_attention_score_v2",
         name="fused_infer",
         on_request=True,
