@@ -75,7 +75,7 @@ def test_flux_report_says_what_was_done() -> None:
             "norm_out.linear",
             "proj_out",
         ),
-        "makes modulation, one row for a sample": (
+        "modulation layer, one row per sample": (
             "transformer_blocks.*.norm1.linear",
             "transformer_blocks.*.norm1_context.linear",
             "single_transformer_blocks.*.norm.linear",
@@ -97,7 +97,7 @@ def test_qwen_modulation_and_hunyuan_refiner_are_kept_until_they_are_named() -> 
     qwen, _ = other_models.build("qwen_image")
     report = ascendit.quantize_(qwen, "int8")
     assert not [name for name in coded(qwen) if "_mod." in name]
-    assert "transformer_blocks.*.img_mod.1" in report.kept["makes modulation, one row for a sample"]
+    assert "transformer_blocks.*.img_mod.1" in report.kept["modulation layer, one row per sample"]
     hunyuan, _ = other_models.build("hunyuan_video")
     assert not [name for name in coded(hunyuan) if "refiner" in name]
 
@@ -143,8 +143,8 @@ def test_layers_that_no_matmul_takes_are_kept_with_the_reason() -> None:
     assert list(coded(model)) == ["blocks.0.to_out.0"]
     assert report.kept == {
         "smaller than 32": ("blocks.*.gate",),
-        "K is no multiple of 32": ("blocks.1.to_out.0",),
-        "N is no multiple of 16": ("blocks.2.to_out.0",),
+        "K is not a multiple of 32": ("blocks.1.to_out.0",),
+        "N is not a multiple of 16": ("blocks.2.to_out.0",),
     }
 
 
@@ -223,9 +223,9 @@ def spoiled(how: str) -> nn.Module:
         ("meta", "1.weight is on the meta device"),
         ("float8", "1.weight is float8_e4m3fn"),
         ("small", "smaller than 32: 0, 1"),
-        ("none", "no linear layer inside"),
+        ("none", "contains no linear layer"),
         ("odd", "a Odd, which does more than multiply"),
-        ("twice", "codes already, as 0"),
+        ("twice", "already quantized, such as 0"),
     ],
 )
 def test_what_cannot_be_quantized_is_left_alone(how: str, text: str) -> None:
@@ -267,7 +267,7 @@ def test_a_chip_refuses_what_it_has_no_matmul_for_and_emulates_when_asked() -> N
 def test_tokens_of_another_device_are_refused() -> None:
     plain = nn.Sequential(nn.Linear(64, 64))
     ascendit.quantize_(plain, "int8")
-    with pytest.raises(UsageError, match="tokens on meta for a layer in int8 on cpu") as e:
+    with pytest.raises(UsageError, match="an input on meta for a layer in int8 on cpu") as e:
         plain(torch.empty(2, 64, device="meta"))
     assert e.value.code == "E-QNT-03" and "enable_model_cpu_offload" in e.value.fix
 

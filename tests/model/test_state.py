@@ -257,8 +257,8 @@ def test_text_keys_follow_the_precision_of_the_step(
         for state.step in range(4):
             fresh = model.prepare(model.grid_of(x), text, steps=steps, step=state.step)
             assert torch.equal(model(x, 500.0, state), model(x, 500.0, fresh)), state.step
-    assert [r.getMessage() for r in caplog.records if "again" in r.getMessage()] == [
-        "transformer, step 2: text keys and values again, w4a4"
+    assert [r.getMessage() for r in caplog.records if "recomputing" in r.getMessage()] == [
+        "transformer, step 2: recomputing text keys and values, w4a4"
     ]
 
 

@@ -31,7 +31,7 @@ from ascendit.twin import STATE
 
 def test_no_cuda_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(EnvironmentProblem, match="sees no CUDA device") as e:
+    with pytest.raises(EnvironmentProblem, match="reports no CUDA device") as e:
         open_device("cuda:1")
     assert e.value.code == "E-ENV-03"
 
@@ -40,7 +40,9 @@ def test_a_card_too_few():
     check_index(Device("cuda", 1), 2)
     with pytest.raises(EnvironmentProblem) as e:
         check_index(Device("npu", 2), 2)
-    assert e.value.got == "device npu:2: this machine has 2 of them" and e.value.needs == "npu:0 to npu:1"
+    assert (
+        e.value.got == "device npu:2: this machine has 2 such devices" and e.value.needs == "npu:0 to npu:1"
+    )
     with pytest.raises(EnvironmentProblem, match="has 0 of them"):
         check_index(Device("npu"), 0)
 
@@ -236,7 +238,7 @@ def test_variables_are_set_before_torch_npu_is_imported(npu, monkeypatch):
 
 
 def test_no_such_card(npu):
-    with pytest.raises(EnvironmentProblem, match="npu:2: this machine has 2 of them"):
+    with pytest.raises(EnvironmentProblem, match="npu:2: this machine has 2 such devices"):
         open_device("npu:2")
 
 
