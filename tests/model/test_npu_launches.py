@@ -257,7 +257,7 @@ def velocity(model: WanTransformer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("chip", "scheme"), [("a2", "int8"), ("a5", "mxfp8"), ("a5", "mxfp4")])
-def test_fractal_nz_where_it_is_asked_for(chip: str, scheme: str, tiny_t2v_single: Path) -> None:
+def test_fractal_nz_on_request(chip: str, scheme: str, tiny_t2v_single: Path) -> None:
     online = Online.of(scheme, None)
     plain = on_codes(tiny_t2v_single, chip, online)
     blocked = on_codes(tiny_t2v_single, chip, online, nz=True)
@@ -265,7 +265,7 @@ def test_fractal_nz_where_it_is_asked_for(chip: str, scheme: str, tiny_t2v_singl
     assert torch.equal(velocity(plain), velocity(blocked))
 
 
-def test_codes_in_nz_have_the_state_dict_of_the_disk_and_take_it(tiny_t2v_single: Path) -> None:
+def test_nz_weights_save_and_load_the_stored_state_dict(tiny_t2v_single: Path) -> None:
     """They replace the parameters of their group: nothing is held twice."""
     online = Online.of("mxfp4_dualscale", None)
     model = on_codes(tiny_t2v_single, "a5", online)

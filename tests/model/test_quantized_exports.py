@@ -147,7 +147,7 @@ def test_a_step_in_w4a8_is_nearer_to_the_weights_than_one_in_w4a4():
     assert torch.equal(model(x, 500.0, plain), outs[1])
 
 
-def test_heads_that_no_file_tells_are_asked_for(tmp_path):
+def test_an_unknown_number_of_heads_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="number of attention heads is unknown") as e:
         load_transformer(recognise(exports.INT8).experts[0], bind("cpu"))
     assert e.value.code == "E-CKP-06" and "--base" in e.value.fix

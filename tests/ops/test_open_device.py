@@ -197,7 +197,7 @@ def npu(monkeypatch):
     return fake
 
 
-def test_every_setting_is_applied_and_told(npu, caplog):
+def test_every_setting_is_applied_and_logged(npu, caplog):
     with caplog.at_level("INFO", logger="ascendit"):
         device = open_device("npu:1")
     assert device == Device("npu", 1, "a5")

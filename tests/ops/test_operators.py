@@ -212,7 +212,7 @@ def test_a_scheme_that_the_chip_lacks_says_who_has_it(chip, scheme):
 
 
 @pytest.mark.usefixtures("twin")
-def test_emulation_is_the_reference_and_is_told(caplog):
+def test_emulation_is_the_reference_and_is_logged(caplog):
     with caplog.at_level("INFO", logger="ascendit"):
         free, forced = bind("twin:a2", emulate=True).quantized, bind("cpu").quantized
         encoded, bias = weight_of("mxfp8", 8, 64)

@@ -331,7 +331,7 @@ def test_casts_are_refused_before_anything_is_cast(folder: Any) -> None:
         model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
 
 
-def test_fusing_into_codes_is_refused(folder: Any) -> None:
+def test_fusing_into_quantized_weights_is_refused(folder: Any) -> None:
     """It would be lost, or make floats of them; looking at a weight is no harm."""
     model = load(folder("mxfp8") / "transformer")
     wanted, layer = output(model), model.blocks[0].attn1.to_q
@@ -417,7 +417,7 @@ def test_calls_that_make_no_sense(
     assert e.value.code == code
 
 
-def test_codes_are_not_quantized_again(folder: Any, tmp_path: Path) -> None:
+def test_quantized_weights_are_not_quantized_again(folder: Any, tmp_path: Path) -> None:
     ascendit.repack(folder("int8"), tmp_path / "s", engine="sglang")
     with pytest.raises(UsageError, match="which is already quantized") as e:
         load(tmp_path / "s/transformer", AscenditConfig("mxfp8"))

@@ -165,7 +165,7 @@ def test_nz_is_for_schemes_that_leave_a_choice():
     assert int(torch.ops.npu.get_npu_format(plain.qdata)) == 2
 
 
-def test_a_cast_that_stays_nd_is_told(monkeypatch):
+def test_a_cast_that_stays_nd_is_an_error(monkeypatch):
     ops = bind("twin:a2").quantized
     encoded, bias = weight_of("int8", 16, 64)
     monkeypatch.setattr(npu_linear, "internal_format", lambda device, allowed: _nothing())

@@ -159,7 +159,7 @@ def problem_of_kernel(scheme: str, kernel: QuantLinearKernel, device: torch.devi
 
 
 def problem_of(compute: Callable[[], Tensor], expected: Tensor, limit: float) -> str:
-    """The problem of a result [..] compared to float64 `expected`; "" if its relative error is in `limit`."""
+    """The problem of a result [..], "" if its relative error to float64 `expected` is below `limit`."""
     expected = expected.cpu()
     try:
         error = float((compute().cpu().double() - expected).norm() / expected.norm())
