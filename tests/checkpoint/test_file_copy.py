@@ -213,8 +213,8 @@ def test_problems_of_the_disk_in_words(tmp_path: Path, monkeypatch: pytest.Monke
     e = write_error(tmp_path, full.value, 3 << 30)
     assert str(e).splitlines() == [
         f"[E-ENV-04] 3,221,225,472 bytes (3.00 GiB) to write below {tmp_path}, 1,073,741,824 bytes available",
-        "  needs  2,147,483,648 bytes more: room for the whole output, within the quota and the limit on the"
-        " size of one file",
+        "  needs  2,147,483,648 more bytes: space for the complete output, within the quota and the maximum"
+        " file size",
         "  try    free disk space, or choose another disk with -o",
     ]
     quota = write_error(tmp_path, OSError(errno.EDQUOT, "Disk quota exceeded"), 10)

@@ -108,7 +108,7 @@ def test_two_entries_of_one_name(tmp_path: Path) -> None:
     assert "blocks.0.self_attn.q.linear.weight, which both map to blocks.0.attn1.to_q.weight" in e.got
 
 
-def test_a_key_that_stands_there_twice(tmp_path: Path) -> None:
+def test_a_duplicate_key(tmp_path: Path) -> None:
     path = tmp_path / "quant_model_description.json"
     path.write_text('{"head.head.bias": "FLOAT", "head.head.bias": "W8A8_MXFP8"}')
     with pytest.raises(CheckpointError, match="duplicate key") as e:

@@ -350,7 +350,7 @@ def test_a_link_that_leads_nowhere(tmp_path: Path, target: str) -> None:
 
 def test_no_weights(tmp_path: Path) -> None:
     (tmp_path / f"{STEM}.bin").touch()
-    assert f"there is {STEM}.bin" in cannot_open(tmp_path, "E-CKP-02").got
+    assert f"it has {STEM}.bin" in cannot_open(tmp_path, "E-CKP-02").got
     assert "no folder" in cannot_open(tmp_path / "none", "E-CKP-02").got
 
 

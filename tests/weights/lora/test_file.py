@@ -56,7 +56,7 @@ def test_a_damaged_file(tmp_path: Path) -> None:
 
 
 def test_no_tensors(tmp_path: Path) -> None:
-    assert "holds no tensors" in error(save(tmp_path / "a.safetensors", {}).path, "E-LRA-01").got
+    assert "has no tensors" in error(save(tmp_path / "a.safetensors", {}).path, "E-LRA-01").got
 
 
 SETTINGS = {
@@ -73,7 +73,7 @@ SETTINGS = {
     ),
     "pattern is an expression": (
         {"transformer.lora_alpha": 1, "transformer.alpha_pattern": {r".*\d": 1}},
-        "which is no layer's name",
+        "which is not a layer name",
     ),
     "pattern without a number": (
         {"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"to_q": None}},

@@ -205,7 +205,7 @@ def test_keys_for_the_other_expert_than_the_file_is_given_for(tmp_path: Path, ex
     with pytest.raises(CheckpointError) as e:
         Folds.open([LoraSource(two_experts(tmp_path), 1.0, expert)], expert, shapes())
     assert f"{other}.{KEY}: for {other}, but the file was passed for {expert}" in e.value.got
-    assert e.value.fix == f"give the file without {expert}= before it"
+    assert e.value.fix == f"pass the file without {expert}="
 
 
 def test_keys_for_an_expert_that_the_model_lacks(tmp_path: Path) -> None:

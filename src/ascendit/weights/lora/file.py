@@ -118,7 +118,7 @@ def unusable_keys(path: Path, total: int, problems: list[Problem]) -> Checkpoint
     more = f"; and {len(problems) - MAX_SHOWN_KEYS} more" if len(problems) > MAX_SHOWN_KEYS else ""
     return CheckpointError(
         f"{path}: {len(problems)} of {total} keys cannot be used: {shown}{more}",
-        needs="keys that all change a tensor of this model; none is skipped silently",
+        needs="a LoRA in which every key changes a tensor of this model; no key is skipped silently",
         fix=problems[0].fix,
         code="E-LRA-01",
     )
