@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 
-from ascendit.checkpoint.layer_format import Container
+from ascendit.checkpoint.layer_format import Packing
 from ascendit.mx.formats import FORMATS, resolve_rule
 from ascendit.names import QUANTIZED_ROLES
 from ascendit.quant.schemes import (
@@ -164,4 +164,4 @@ def test_types_that_spell_the_schemes_agree_with_the_table() -> None:
     assert get_args(literal) == tuple(SCHEMES)
     methods = {name for name, s in SCHEMES.items() if s.vllm_omni_key}
     assert {m.value for m in AscenditMethod} == {"ascendit", *methods}
-    assert set(get_args(Container)) == {"plain", "packed", "e4m3", "bf16"}
+    assert set(get_args(Packing)) == {"plain", "packed", "e4m3", "bf16"}

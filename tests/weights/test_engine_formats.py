@@ -1,4 +1,4 @@
-"""Each engine's dialect against the loaders of `engines.py`, and what each engine cannot load."""
+"""The format of each engine against the loaders of `engines.py`, and checkpoints that engines cannot load."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ascendit.convert.repack import repack
 from ascendit.errors import UsageError
 from ascendit.quant.engines import ENGINES
-from ascendit.weights.engine_formats import check_engine, dialect_for, model_kind, traits_of, wan_config
+from ascendit.weights.engine_formats import check_engine, model_kind, target_format, traits_of, wan_config
 
 REFUSED = {
     (exports.DUAL, "sglang"): "its loader of dual-scale layers fails",
@@ -56,7 +56,7 @@ def test_real_exports(source: Path, engine: str, canonical_first: bool, tmp_path
 
 
 def test_the_loaders_see_what_is_wrong(tmp_path: Path) -> None:
-    """The canonical folder is none of the dialects, and each loader says so."""
+    """Each loader rejects the canonical folder."""
     repack(exports.DUAL, tmp_path / "dual")
     repack(exports.INT8, tmp_path / "int8")
     repack(exports.MXFP4, tmp_path / "fp4")
@@ -241,17 +241,18 @@ def test_traits(layers: dict[str, str], trait: str) -> None:
     check_engine("sglang", plain, "transformer")
 
 
-def test_names_of_dialects() -> None:
-    assert dialect_for(None) == dialect_for(None, "diffusers") and dialect_for(None).naming == "diffusers"
-    assert dialect_for(None, "wan").naming == dialect_for("mindie").naming == "wan"
+def test_target_formats() -> None:
+    assert target_format(None) == target_format(None, "diffusers")
+    assert target_format(None).naming == "diffusers"
+    assert target_format(None, "wan").naming == target_format("mindie").naming == "wan"
     with pytest.raises(UsageError, match="--for tensorrt") as e:
-        dialect_for("tensorrt")
+        target_format("tensorrt")
     assert e.value.code == "E-USE-01" and "vllm-omni, sglang, mindie" in e.value.needs
     with pytest.raises(UsageError, match="--to wan with --for sglang") as e:
-        dialect_for("sglang", "wan")
+        target_format("sglang", "wan")
     assert "sglang 0.5.23 reads these names" in e.value.needs
     with pytest.raises(UsageError, match="--to comfy"):
-        dialect_for(None, "comfy")
+        target_format(None, "comfy")
 
 
 def test_kind_and_config_of_the_original() -> None:

@@ -9,7 +9,7 @@ from ascendit.checkpoint.component import EXPERTS, Part, read_json
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.reader import Shards
-from ascendit.checkpoint.transformer import Misfit, read_expert
+from ascendit.checkpoint.transformer import TensorMismatch, read_expert
 from ascendit.errors import AscenditError, CheckpointError
 from ascendit.family import WanSpec
 from ascendit.inspect.engines import runs_on
@@ -72,7 +72,7 @@ def _inspect_part(part: Part) -> PartReport:
             named["expert"] = read_expert(part)
     except AscenditError as e:
         named["problem"] = e
-        if isinstance(e, Misfit):
+        if isinstance(e, TensorMismatch):
             named |= e.checks
     return PartReport(**named)
 

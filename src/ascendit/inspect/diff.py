@@ -160,8 +160,8 @@ def _linear(expert: Expert, name: str) -> dict[ChangeKind, Any]:
     if layer is None:
         return {"scheme": dtype_name(weight.dtype), "smoothing": None, "shape": list(weight.shape)}
     scheme = dtype_name(weight.dtype) if layer.scheme == "bf16" else layer.scheme
-    if layer.scheme != "bf16" and layer.container in ("e4m3", "bf16"):
-        scheme = f"{scheme} {CONTAINERS[layer.container].partition(',')[0]}"
+    if layer.scheme != "bf16" and layer.packing in ("e4m3", "bf16"):
+        scheme = f"{scheme} {CONTAINERS[layer.packing].partition(',')[0]}"
     smoothing = "mul_scale" if "mul_scale" in layer.tensors else None
     return {"scheme": scheme, "smoothing": smoothing, "shape": list(layer.shape)}
 
@@ -202,7 +202,8 @@ def _expert_configs(a: Expert, b: Expert) -> list[dict[str, Any]]:
     configs = []
     for expert in (a, b):
         config = {**WanConfig().to_dict(), **_without_versions(expert.config)}
-        config |= {f"quantization_config.{key}": value for key, value in (expert.marker or {}).items()}
+        quantization = expert.quantization_config or {}
+        config |= {f"quantization_config.{key}": value for key, value in quantization.items()}
         configs.append({key: value for key, value in config.items() if key not in unsure})
     return configs
 

@@ -23,7 +23,7 @@ from ascendit.inspect.transformer_report import ExpertSummary
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.schemes import FP8_TILES, METHOD, scheme_after_reading
 from ascendit.report import columns, group_by
-from ascendit.weights.engine_formats import DIALECTS, Dialect, traits_of
+from ascendit.weights.engine_formats import ENGINE_FORMATS, TargetFormat, traits_of
 
 VerdictWord = Literal["runs", "repack", "no"]
 
@@ -73,8 +73,8 @@ def runs_on(layout: Layout, found: Sequence[ExpertSummary]) -> RunsOn:
         command = ""
         if reason := next(filter(None, (verdicts[name] for verdicts in needs)), ""):
             verdict = "no"
-        elif reason := next(_obstacles(DIALECTS[name], layout, experts), ""):
-            verdict, command = "repack", _command(layout, name, DIALECTS[name])
+        elif reason := next(_obstacles(ENGINE_FORMATS[name], layout, experts), ""):
+            verdict, command = "repack", _command(layout, name, ENGINE_FORMATS[name])
         engines.append(EngineVerdict(name, engine.version, verdict, reason, command))
     return RunsOn(engines=tuple(engines), chips=chips_for(schemes))
 
@@ -89,13 +89,13 @@ def traits(summary: ExpertSummary) -> frozenset[str]:
     return traits_of(every, shapes, dict.fromkeys(expert.smoothed))
 
 
-def _command(layout: Layout, engine: str, dialect: Dialect) -> str:
+def _command(layout: Layout, engine: str, dialect: TargetFormat) -> str:
     """The line that makes what the engine wants; `--base` where the other parts are missing."""
     base = " --base MODEL" if layout.kind != "diffusers" and dialect.naming == "diffusers" else ""
     return f"ascendit repack {shlex.quote(str(layout.root))} -o DST --for {engine}{base}"
 
 
-def _obstacles(dialect: Dialect, layout: Layout, experts: Sequence[Expert]) -> Iterator[str]:
+def _obstacles(dialect: TargetFormat, layout: Layout, experts: Sequence[Expert]) -> Iterator[str]:
     """What must change before the engine reads the files, most important first."""
     layers = [layer for e in experts for layer in e.layers.values()]
     if any(layer.scheme == FP8_TILES for layer in layers):
@@ -105,8 +105,8 @@ def _obstacles(dialect: Dialect, layout: Layout, experts: Sequence[Expert]) -> I
     if dialect.naming == "diffusers" and layout.kind != "diffusers":
         yield "it wants a whole pipeline folder"
     for layer in layers:
-        as_numbers = dialect.unpacked and layer.container == "bf16"  # they fit into E4M3
-        if dialect.container(layer.scheme) != layer.container and not as_numbers:
+        as_numbers = dialect.unpacked and layer.packing == "bf16"  # they fit into E4M3
+        if dialect.packing(layer.scheme) != layer.packing and not as_numbers:
             yield f"it wants FP4 {'one to an element' if dialect.unpacked else 'two to a byte'}"
         yield from _tensor_obstacles(dialect, layer)
     if any(layer.scheme != "bf16" for layer in layers):
@@ -115,11 +115,11 @@ def _obstacles(dialect: Dialect, layout: Layout, experts: Sequence[Expert]) -> I
         yield from _file_obstacles(experts)
 
 
-def _tensor_obstacles(dialect: Dialect, layer: Layer) -> Iterator[str]:
+def _tensor_obstacles(dialect: TargetFormat, layer: Layer) -> Iterator[str]:
     has = layer.tensors.keys()
     if layer.scheme == "int8" and ("weight_offset" in has) != dialect.offset:
         yield f"it wants int8 {'with' if dialect.offset else 'without'} weight_offset"
-    if layer.scheme in dialect.ones and "mul_scale" not in has:
+    if layer.scheme in dialect.unit_mul_scale and "mul_scale" not in has:
         yield f"it wants a mul_scale in every {layer.scheme} layer"
     if "mul_scale" not in has:
         return
@@ -128,15 +128,15 @@ def _tensor_obstacles(dialect: Dialect, layer: Layer) -> Iterator[str]:
         yield f"it wants smoothed layers {'with' if dialect.export else 'without'} .linear. and .div."
 
 
-def _description_obstacles(dialect: Dialect, experts: Sequence[Expert]) -> Iterator[str]:
+def _description_obstacles(dialect: TargetFormat, experts: Sequence[Expert]) -> Iterator[str]:
     """vLLM-Omni goes by config.json alone, the others by the manifest."""
     if dialect.engine == "vllm-omni":
-        markers = [e.marker for e in experts if e.layers]
+        markers = [e.quantization_config for e in experts if e.layers]
         if any(marker is None or marker.get("quant_method") == METHOD for marker in markers):
             yield "it wants its own quantization_config in config.json"
     elif any(e.manifest is None for e in experts):
         yield "it wants quant_model_description.json"
-    elif dialect.aliases and any(_lacks_aliases(e) for e in experts):
+    elif dialect.manifest_only and any(_lacks_aliases(e) for e in experts):
         yield "it wants <layer>.div.mul_scale in the manifest"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ascendit.checkpoint.layout import WORDS, Layout
+from ascendit.checkpoint.layout import KIND_LABELS, Layout
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import AscenditError
@@ -97,7 +97,7 @@ class ModelReport:
 
     def lines(self) -> list[str]:
         """For a terminal: titled blocks in two columns."""
-        end = self.layout.pipeline if self.is_pipeline else WORDS[self.layout.kind]
+        end = self.layout.pipeline if self.is_pipeline else KIND_LABELS[self.layout.kind]
         shape = f"{self.spec} of the Wan family" if self.spec else "no row of the Wan family has this shape"
         blocks = [
             ("Model", [f"{self.layout.name}   layout {self.layout.kind}   {end}"]),

@@ -156,7 +156,7 @@ class ExpertSummary:
                 rows[layer.name] = StoredRow(
                     name=layer.name,
                     scheme=layer.scheme,
-                    container=layer.container,
+                    container=layer.packing,
                     shape=layer.shape,
                     tensors=tuple((r, layer.tensors[r]) for r in STORED_ROLES if r in layer.tensors),
                 )
@@ -165,7 +165,7 @@ class ExpertSummary:
     @cached_property
     def schemes(self) -> tuple[SchemeCount, ...]:
         """Its schemes, most layers first."""
-        kinds = group_by(self.expert.layers.values(), lambda layer: (layer.scheme, layer.container))
+        kinds = group_by(self.expert.layers.values(), lambda layer: (layer.scheme, layer.packing))
         counts = [
             SchemeCount(
                 scheme=scheme,
@@ -241,7 +241,7 @@ class ExpertSummary:
             words = [ORIGINS[expert.origin]] if ORIGINS[expert.origin] else []
             words.append("original Wan names" if expert.naming == "wan" else "Diffusers names")
             words += ["manifest"] if expert.manifest is not None else []
-            words += ["quantization_config"] if expert.marker is not None else []
+            words += ["quantization_config"] if expert.quantization_config is not None else []
             origin = [", ".join(words)]
             origin += [f"unsure: {expert.config_problem}"] if expert.config_problem else []
         return {
@@ -257,7 +257,7 @@ class ExpertSummary:
         return {
             **selected(self.expert, "origin", "naming"),
             "manifest": self.expert.manifest is not None,
-            "marker": self.expert.marker,
+            "marker": self.expert.quantization_config,
             **selected(self, "schemes", "kept"),
             "kept_layers": len(self.kept_layers),
             **selected(self, "kept_dtypes", "smoothed", "attention", "rotated"),

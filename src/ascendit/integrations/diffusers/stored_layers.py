@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from ascendit.checkpoint.component import TRANSFORMER, Part, read_json
-from ascendit.checkpoint.layer_format import STORED_ROLES, Layer, possible
+from ascendit.checkpoint.layer_format import STORED_ROLES, Layer, possible_schemes
 from ascendit.checkpoint.reader import Shards, TensorInfo
 from ascendit.checkpoint.transformer import read_expert
 from ascendit.errors import CheckpointError
@@ -51,7 +51,7 @@ def _by_dtype(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[str, 
     layers: dict[str, Layer] = {}
     for name in dict.fromkeys(name for name, _, _ in scales):
         roles = {role: info for role in STORED_ROLES if (info := tensors.get(f"{name}.{role}")) is not None}
-        options = possible(roles) if "weight" in roles else {}
+        options = possible_schemes(roles) if "weight" in roles else {}
         if name not in linears or not options:
             raise _unsupported(name, "not a linear layer of the model, or of an unknown scheme")
         scheme = next(iter(options))
