@@ -118,12 +118,12 @@ def test_while_the_model_loads_the_first_interrupt_stops(run, painter, monkeypat
 @pytest.mark.parametrize(
     ("words", "got"),
     [
-        (["--demo"], "no check was asked for"),
+        (["--demo"], "no check"),
         (["--adherence"], "no model"),
         (["dir", "--demo", "--adherence"], "--demo and a MODEL"),
         (["--demo", "--adherence", "--seeds", "0"], "--seeds 0"),
         (["--demo", "--adherence", "--limit", "0"], "0 scenes"),
-        (["--demo", "--adherence", "--quality"], "two checks at a time"),
+        (["--demo", "--adherence", "--quality"], "two checks in one call"),
         (["--demo", "--quality", "--limit", "0"], "0 scenes"),
         (["--demo", "--quality", "--jobs", "0"], "--jobs 0"),
         (["--demo", "--quality", "--case", "mxfp6"], "case 'mxfp6'"),
