@@ -94,7 +94,7 @@ def test_the_page(run, found):
     assert lines[0] == "Self-check of npu, chip a5 torch 1.0 cann 1.0 mindiesd 1.0 driver 1.0"
     assert lines[2:5] == ["Undocumented behaviour", "Which?", "that"]
     assert "npu_rotary_mul 1 exact 93 12" in lines
-    assert "1 others 1 fine - - not called by ascendit" in lines
+    assert "1 others 1 passed - - not called by ascendit" in lines
     assert "rope 1 exact - - npu: npu_rotary_mul" in lines
     assert lines[-1] == "passed: 4 checks"
 

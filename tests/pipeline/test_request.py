@@ -217,7 +217,7 @@ def test_timesteps_and_another_number_of_steps_are_refused() -> None:
         resolve(CASCADE, "a", timesteps=[1000, 500], num_inference_steps=4)
     got, needs, fix, code = text_of(error)
     assert (got, needs) == ("2 timesteps and 4 steps", "as many steps as timesteps")
-    assert (fix, code) == ("give only one of the two", "E-REQ-03")
+    assert (fix, code) == ("pass only one of them", "E-REQ-03")
 
 
 # --- against the model
@@ -311,7 +311,7 @@ def test_one_expert_takes_nothing_for_a_second(extra: dict[str, float]) -> None:
         resolve(SINGLE, "a", **extra)
     got, needs, fix, code = text_of(error)
     assert (got, needs) == ("a second guidance scale or a boundary", "Wan2.1-T2V-14B has one expert")
-    assert (fix, code) == ("give one guidance scale and no boundary", "E-REQ-03")
+    assert (fix, code) == ("pass one guidance scale and no boundary", "E-REQ-03")
 
 
 def test_two_experts_need_a_boundary() -> None:

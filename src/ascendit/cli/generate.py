@@ -44,7 +44,7 @@ ARGS = typer.Argument(metavar="[MODEL] PROMPT", hidden=True)  # explained in the
 PARAMETERS = (
     inspect.Parameter("ctx", KEYWORD_ONLY, annotation=typer.Context),
     inspect.Parameter("args", KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, ARGS]),
-    _flag("demo", bool, "Use the small demo model included in ascendit."),
+    _flag("demo", bool, "Use the small demo model included with ascendit."),
     _flag("output", Path, FILES, "FILE", "-o --output"),
     _flag("seed", int, "The same seed gives the same video; default: random, and printed.", "N"),
     _flag("num_inference_steps", int, "Number of denoising steps.", "N", "--steps"),
@@ -70,7 +70,7 @@ def generate(ctx: typer.Context, **params: Any) -> None:
     """Make a video from a prompt.
 
     MODEL is a folder, hf:org/name or ms:org/name; omit it with --demo. Quote the PROMPT.
-    Settings without a flag get the model's defaults.
+    Everything else gets the model's defaults.
 
     ascendit generate --demo "a red circle moves right on a black background"
     """

@@ -48,7 +48,7 @@ Alpha = Annotated[
 Device = Annotated[str | None, flag("--device NAME", "With --calibrate: device of the model; default cpu.")]
 Set = Annotated[
     list[str] | None,
-    flag("--set KEY=VALUE", "With --calibrate: request field, as num_inference_steps=20; repeatable."),
+    flag("--set KEY=VALUE", "With --calibrate: a request field, like num_inference_steps=20; repeatable."),
 ]
 Force = Annotated[bool, flag("--force", "Allow quantization that is known to lose accuracy.")]
 Report = Annotated[bool, flag("--report", "Measure every layer and list the ten worst.")]

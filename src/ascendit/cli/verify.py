@@ -25,7 +25,7 @@ def verify(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="Folder of a model of the demo world.")
     ] = None,
-    demo: Annotated[bool, flag("--demo", "Use the small demo model included in ascendit.")] = False,
+    demo: Annotated[bool, flag("--demo", "Use the small demo model included with ascendit.")] = False,
     adherence: Annotated[
         bool, flag("--adherence", "Check from pixels whether videos match their prompts.")
     ] = False,
@@ -55,8 +55,8 @@ def verify(
         verify_adherence(out, name, range(seeds), limit, report, swap_experts)
         return
     if swap_experts:
-        needs = "--adherence, the check that it is a control for"
-        raise UsageError("--swap-experts with --quality", needs=needs, fix="omit --swap-experts")
+        got, needs = "--swap-experts with --quality", "--adherence, which it is a control for"
+        raise UsageError(got, needs=needs, fix="omit --swap-experts")
     if jobs < 1:
         raise UsageError(f"--jobs {jobs}", needs="at least 1", fix="--jobs 1")
     verify_quality(out, name, cases or (), range(seeds), 192 if limit is None else limit, jobs, report)
@@ -66,7 +66,7 @@ def _check_call(model: str | None, *, demo: bool, checks: int, seeds: int, repor
     """Check the flags and return the model's name. Raises UsageError for an invalid call."""
     if checks != 1:
         raise UsageError(
-            "two checks in one call" if checks else "no check",
+            "two checks in one call" if checks else "no check selected",
             needs="one check: --adherence or --quality",
             fix="ascendit verify --demo --adherence",
         )
@@ -184,7 +184,7 @@ def _quality_error(quality: Quality) -> QualityError | None:
         return None
     losses = (f"{row.name} loses {row.lost(quality.base)}, at most {row.allowed()}" for row in failed)
     return QualityError(
-        f"too many of {len(quality.base.right)} videos are wrong but right in BF16: {'; '.join(losses)}",
+        f"of {len(quality.base.right)} videos, too many are right in BF16 and wrong here: {'; '.join(losses)}",
         needs="losses within the limit of each case",
         fix="see the layers in --report FILE; use another scale rule, or a recipe that excludes more layers",
         code="E-OUT-03",

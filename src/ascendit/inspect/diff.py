@@ -32,7 +32,7 @@ SAME_HEADERS = "same headers and configs, different numbers"
 
 HEAD_KEYS = ("num_attention_heads", "attention_head_dim")
 VERSION_KEYS = ("transformers_version", "torch_dtype", "dtype")
-"""Keys of a config about the program that wrote it; keys with a leading underscore are too."""
+"""Keys of a config about the program that wrote it; also all keys with a leading underscore."""
 
 _Changes = Iterator[tuple[ChangeKind, str, Any, Any]]
 

@@ -158,7 +158,7 @@ def _file_obstacles(experts: Sequence[Expert]) -> Iterator[str]:
         if not manifest.is_file():
             yield f"needs {manifest.name}"
         if any(_is_refused(f) for f in (*files, manifest) if f.exists()):
-            yield "refuses links and files that others can read (chmod 640)"
+            yield "refuses links and files that others can read; use chmod 640"
 
 
 def _is_refused(file: Path) -> bool:

@@ -202,7 +202,7 @@ def denoise(
     cancel: Stop | None,
     on_step: OnStep = lambda i, latents: None,
 ) -> Tensor:
-    """Denoise noise to latents [1, z, F, h, w], float32: encode, then one solver step per timestep.
+    """Clean latents [1, z, F, h, w], float32, from noise: encode, then one solver step per timestep.
 
     Steps, noise levels, coefficients and the switch of experts are Python numbers, computed before the loop,
     so that the loop never synchronises with the device. Raises Cancelled, and QualityError (E-OUT-01).

@@ -97,7 +97,7 @@ class GenerateRequest(Checked):
     def _as_many_steps_as_timesteps(self) -> Self:
         if self.timesteps is not None and len(self.timesteps) != self.num_inference_steps:
             got = f"{len(self.timesteps)} timesteps and {self.num_inference_steps} steps"
-            raise RequestError(got, needs="as many steps as timesteps", fix="give only one of the two")
+            raise RequestError(got, needs="as many steps as timesteps", fix="pass only one of them")
         return self
 
     @property
@@ -208,7 +208,7 @@ def check(request: GenerateRequest, defaults: Defaults) -> None:
         raise RequestError(f"image {request.image}", needs=needs, fix=fix, code="E-REQ-04")
     second = (request.guidance_scale_2, request.boundary_ratio)
     if defaults.num_experts == 1 and second != (None, None):
-        fix = "give one guidance scale and no boundary"
+        fix = "pass one guidance scale and no boundary"
         raise RequestError("a second guidance scale or a boundary", needs=f"{model} has one expert", fix=fix)
     if defaults.num_experts == 2 and request.boundary_ratio is None:
         needs = "boundary_ratio between 0 and 1 (the folder's model_index.json has no value)"
