@@ -297,9 +297,9 @@ def escape(text: str) -> str:
 
 def settings_table() -> str:
     """What `--set` and `--config` know."""
-    from ascendit.cli.generate_options import KNOWN
+    from ascendit.cli.generate_options import KEYS
 
-    words = {key: value_text(hint) for key, hint in KNOWN.items()}
+    words = {key: value_text(hint) for key, hint in KEYS.items()}
     words["max_memory"] = "a size, as 24GiB or 8e9"
     return table(("key", "value"), ((f"`{key}`", text) for key, text in words.items()))
 

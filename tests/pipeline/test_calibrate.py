@@ -85,9 +85,9 @@ def test_statistics_are_those_of_hooks_on_diffusers_model(tiny_t2v_single: Path)
     model = pipe.transformer
     x, text = torch.randn(1, 16, 3, 4, 6), torch.randn(1, 20, tiny.TEXT_DIM)
     inputs = calibrate.inputs_of(pipe, 8)
-    watched = calibrate.watched(pipe, inputs, torch.Generator().manual_seed(0))
+    with_recording = calibrate.with_recording(pipe, inputs, torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        ours = model(x, 700.0, model.prepare(model.grid_of(x), text, make=watched.make_state))
+        ours = model(x, 700.0, model.prepare(model.grid_of(x), text, make=with_recording.make_state))
     inputs = {name.removeprefix("transformer."): found for name, found in inputs.items()}
 
     theirs = WanTransformer3DModel.from_pretrained(tiny_t2v_single / "transformer").eval()
