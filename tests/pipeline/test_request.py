@@ -507,5 +507,5 @@ def test_direct_construction_raises_the_same_errors() -> None:
         GenerateRequest(**fields | {"fps": 0})
     with pytest.raises(UsageError, match=r"request has unknown fields: \['size'\]"):
         GenerateRequest(**fields | {"size": 4})
-    with pytest.raises(UsageError, match="no seed"):
+    with pytest.raises(UsageError, match="seed missing"):
         GenerateRequest(**{k: v for k, v in fields.items() if k != "seed"})

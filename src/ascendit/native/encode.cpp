@@ -111,7 +111,7 @@ extern "C" {
 
 const char* instructions() { return INSTRUCTIONS; }
 
-// Request large pages for new memory, before it is quantized: the cost is per page.
+// Request large pages for new memory, before it is written: the cost is per page.
 int64_t prefer_large_pages(void* memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     const uintptr_t page = 1 << 21, first = ((uintptr_t)memory + page - 1) / page * page;
