@@ -43,7 +43,7 @@ def test_a_card_too_few():
     assert (
         e.value.got == "device npu:2: this machine has 2 such devices" and e.value.needs == "npu:0 to npu:1"
     )
-    with pytest.raises(EnvironmentProblem, match="has 0 of them"):
+    with pytest.raises(EnvironmentProblem, match="has 0 such devices"):
         check_index(Device("npu"), 0)
 
 
