@@ -161,7 +161,7 @@ def test_names_that_are_unusual_and_legal(source: Path, verb: str, name: bytes) 
 
 @pytest.mark.parametrize("verb", WRITERS)
 def test_too_little_room(source: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
-    monkeypatch.setattr("ascendit.checkpoint.file_copy.room_for", lambda path: 1000)
+    monkeypatch.setattr("ascendit.checkpoint.file_copy.available_bytes", lambda path: 1000)
     error = refused(verb, source, source.parent / "out", "E-ENV-04")
     assert isinstance(error, EnvironmentProblem)
     assert "1,000" in error.got

@@ -219,6 +219,6 @@ def test_problems_of_the_disk_in_words(tmp_path: Path, monkeypatch: pytest.Monke
     ]
     quota = write_error(tmp_path, OSError(errno.EDQUOT, "Disk quota exceeded"), 10)
     assert quota.code == "E-ENV-04" and quota.got.endswith("(Disk quota exceeded)")
-    assert quota.needs.startswith("room for the whole output, within the quota")
+    assert quota.needs.startswith("space for the complete output, within the quota")
     other = write_error(tmp_path, OSError(errno.EROFS, "Read-only file system"))
     assert (other.code, other.got) == ("E-ENV-02", f"cannot write in {tmp_path}: Read-only file system")

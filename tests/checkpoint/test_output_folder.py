@@ -114,10 +114,7 @@ def test_without_resume_the_rest_goes(tmp_path: Path, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO, "ascendit"), stage(tmp_path / "out") as staging:
         assert os.listdir(staging.path) == []
         assert staging.journal.count == 0
-    assert (
-        f"removing {folder}, the output of a killed run: the resume option would have continued"
-        in caplog.text
-    )
+    assert f"removing {folder}, the output of a killed run: the resume option would" in caplog.text
     assert os.listdir(tmp_path) == []
 
 

@@ -229,11 +229,7 @@ Q = f"{FIRST}.weight"
             "E-CKP-04",
             f"{FIRST}.mul_scale is F32 [32]",
         ),
-        (
-            lambda t: t.update({f"{FIRST}.weight_offset": ("F32", (64, 1))}),
-            "E-CKP-04",
-            "not part of its scheme",
-        ),
+        (lambda t: t.update({f"{FIRST}.weight_offset": ("F32", (64, 1))}), "E-CKP-04", "not part of its"),
         (lambda t: t.pop("blocks.1.attn2.to_k.bias"), "E-CKP-04", "1 missing (blocks.1.attn2.to_k.bias)"),
         (lambda t: t.update({"extra": ("F32", ())}), "E-CKP-04", "1 unexpected (extra)"),
         (lambda t: t.update({f"{FIRST}.input_scale": ("F32", ())}), "E-CKP-04", "1 unexpected"),

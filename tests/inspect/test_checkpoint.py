@@ -286,7 +286,7 @@ def test_what_diffusers_writes_is_whole(tiny_folder: Callable[[str], Path], buil
 
 DAMAGES = {
     "truncate_shard": ("E-CKP-02", "truncated"),
-    "not_safetensors": ("E-CKP-02", "no safetensors file"),
+    "not_safetensors": ("E-CKP-02", "not a safetensors file"),
     "no_weights": ("E-CKP-02", "no diffusion_pytorch_model.safetensors"),
     "drop_tensor": ("E-CKP-04", "1 missing"),
     "extra_tensor": ("E-CKP-04", "1 unexpected"),

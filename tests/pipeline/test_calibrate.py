@@ -382,7 +382,7 @@ def test_what_was_calibrated_is_not_run_again(
         quantize(bf16, tmp_path / "out", scheme="mxfp4", calibrate=calibrator(), on_progress=stop)
     with pytest.raises(UsageError, match="E-USE-01") as error:
         quantize(bf16, tmp_path / "out", scheme="mxfp4", calibrate=calibrator(alpha=0.8), resume=True)
-    assert "did something else" in error.value.got
+    assert "is from a run with another source" in error.value.got
     monkeypatch.setattr(calibrate, "load", None)
     quantize(bf16, tmp_path / "out", scheme="mxfp4", calibrate=calibrator(), resume=True)
     assert contents(tmp_path / "out") == contents(smoothed)
@@ -438,7 +438,7 @@ def test_options_that_do_not_go(bf16: Path, tmp_path: Path, options: dict[str, A
 
 def test_models_that_do_not_go(bf16: Path, smoothed: Path, tiny_i2v_cascade: Path, tmp_path: Path) -> None:
     bare = bf16 / "transformer"
-    assert "no video can be made" in refused("E-CKP-01", bare, tmp_path, calibrate=calibrator())
+    assert "it cannot generate videos alone" in refused("E-CKP-01", bare, tmp_path, calibrate=calibrator())
     assert "quantized already" in refused("E-QNT-01", smoothed, tmp_path, calibrate=calibrator())
     text = refused("E-REQ-04", tiny_i2v_cascade, tmp_path, calibrate=calibrator())
     assert "prompt 1 has no image" in text and "<tab>" in text
