@@ -184,7 +184,7 @@ def _quality_error(quality: Quality) -> QualityError | None:
         return None
     losses = (f"{row.name} loses {row.lost(quality.base)}, at most {row.allowed()}" for row in failed)
     return QualityError(
-        f"of {len(quality.base.right)} videos, too many are right in BF16 and wrong here: {'; '.join(losses)}",
+        f"too many of {len(quality.base.right)} videos are right in BF16 only: {'; '.join(losses)}",
         needs="losses within the limit of each case",
         fix="see the layers in --report FILE; use another scale rule, or a recipe that excludes more layers",
         code="E-OUT-03",
