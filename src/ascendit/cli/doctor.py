@@ -37,16 +37,20 @@ def doctor(
 ) -> None:
     """Check this machine and its libraries. Prints a fix for each problem."""
     out: Output = ctx.obj
-    options = {flag: value for flag, value in (("--device", device), ("--out", file)) if value is not None}
-    if not self_check and options:
+    if not self_check:
+        _refuse_flags({"--device": device, "--out": file})
+    code = _check_device(device or DEFAULT_DEVICE, file, out) if self_check else _check_machine(out)
+    if code:
+        ctx.exit(code)
+
+
+def _refuse_flags(flags: dict[str, object]) -> None:
+    if options := {flag: value for flag, value in flags.items() if value is not None}:
         raise UsageError(
             f"{' and '.join(options)} without --self-check",
             needs="--self-check with these flags",
             fix=f"ascendit doctor --self-check {' '.join(f'{k} {v}' for k, v in options.items())}",
         )
-    code = _check_device(device or DEFAULT_DEVICE, file, out) if self_check else _check_machine(out)
-    if code:
-        raise typer.Exit(code)
 
 
 def _check_machine(out: Output) -> int:

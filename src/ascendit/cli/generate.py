@@ -74,8 +74,7 @@ def generate(ctx: typer.Context, **params: Any) -> None:
 
     ascendit generate --demo "a red circle moves right on a black background"
     """
-    if params["num_frames"] is not None and params["seconds"] is not None:
-        raise typer.BadParameter("use --frames or --seconds, not both", ctx=ctx)
+    _check_length(ctx, params)
     from ascendit.cli.generate_options import read_call
 
     out: Output = ctx.obj
@@ -101,6 +100,11 @@ def generate(ctx: typer.Context, **params: Any) -> None:
 
 
 generate.__dict__["__signature__"] = inspect.Signature(PARAMETERS)
+
+
+def _check_length(ctx: typer.Context, params: dict[str, Any]) -> None:
+    if params["num_frames"] is not None and params["seconds"] is not None:
+        raise typer.BadParameter("use --frames or --seconds, not both", ctx=ctx)
 
 
 def _prepare(call: Call, output: Path | None, *, overwrite: bool) -> tuple[Prepared, Path]:

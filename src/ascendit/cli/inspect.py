@@ -24,11 +24,9 @@ def inspect(
 ) -> None:
     """Show the contents of a checkpoint. Parts, schemes, engines, limits, problems; reads headers only."""
     out: Output = ctx.obj
-    if other is not None and layers:
-        raise UsageError("--layers and --diff", needs="one of them", fix="omit one; --json has all")
-    ok = _diff(out, path, other) if other is not None else _inspect(out, path, layers)
+    ok = _diff(out, path, other, layers) if other is not None else _inspect(out, path, layers)
     if not ok:
-        raise typer.Exit(1)
+        ctx.exit(1)
 
 
 def _inspect(out: Output, path: str, layers: bool) -> bool:
@@ -42,7 +40,9 @@ def _inspect(out: Output, path: str, layers: bool) -> bool:
     return report.ok
 
 
-def _diff(out: Output, path: str, other: str) -> bool:
+def _diff(out: Output, path: str, other: str, layers: bool) -> bool:
+    if layers:
+        raise UsageError("--layers and --diff", needs="one of them", fix="omit one; --json has all")
     from ascendit.inspect.diff import diff
 
     with out.work():

@@ -97,10 +97,10 @@ def common(
     """Wan video diffusion on Ascend NPUs, CUDA or a plain CPU. Start with: ascendit doctor"""
     if version:
         print(f"ascendit {__version__}")
-        raise typer.Exit()
+        ctx.exit()
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
-        raise typer.Exit(2)
+        ctx.exit(2)
     if ctx.invoked_subcommand != "doctor":  # doctor examines the unmodified `import torch`
         disable_device_plugins()  # with torch_npu but without CANN, `import torch` would raise
     _set_up_log(ctx.obj)

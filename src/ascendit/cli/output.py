@@ -51,7 +51,7 @@ class Output:
     def result(self, data: dict[str, Any], lines: Iterable[str], error: AscenditError | None = None) -> None:
         """Print the result of a command: `data` with `--json`, else `lines`.
 
-        With `error`, print it too and raise typer.Exit with its exit code.
+        With `error`, a QualityError, print it too and raise typer.Exit with its exit code.
         """
         self.emit(data | ({"error": error.as_dict()} if error else {}))
         for line in lines:

@@ -54,11 +54,7 @@ def verify(
     if not quality:
         verify_adherence(out, name, range(seeds), limit, report, swap_experts)
         return
-    if swap_experts:
-        got, needs = "--swap-experts with --quality", "--adherence, which it is a control for"
-        raise UsageError(got, needs=needs, fix="omit --swap-experts")
-    if jobs < 1:
-        raise UsageError(f"--jobs {jobs}", needs="at least 1", fix="--jobs 1")
+    _check_quality_call(jobs, swap_experts)
     verify_quality(out, name, cases or (), range(seeds), 192 if limit is None else limit, jobs, report)
 
 
@@ -77,6 +73,14 @@ def _check_call(model: str | None, *, demo: bool, checks: int, seeds: int, repor
     if report is not None:
         check_report("--report", report)
     return model or "demo"
+
+
+def _check_quality_call(jobs: int, swap_experts: bool) -> None:
+    if swap_experts:
+        got, needs = "--swap-experts with --quality", "--adherence, which it is a control for"
+        raise UsageError(got, needs=needs, fix="omit --swap-experts")
+    if jobs < 1:
+        raise UsageError(f"--jobs {jobs}", needs="at least 1", fix="--jobs 1")
 
 
 class Tally:
@@ -184,7 +188,7 @@ def _quality_error(quality: Quality) -> QualityError | None:
         return None
     losses = (f"{row.name} loses {row.lost(quality.base)}, at most {row.allowed()}" for row in failed)
     return QualityError(
-        f"of {len(quality.base.right)} videos, too many right in BF16 are wrong here: {'; '.join(losses)}",
+        f"too many of {len(quality.base.right)} videos are right in BF16 only: {'; '.join(losses)}",
         needs="losses within the limit of each case",
         fix="see the layers in --report FILE; use another scale rule, or a recipe that excludes more layers",
         code="E-OUT-03",
