@@ -81,7 +81,7 @@ def main() -> None:
     pipe = ascendit.load(args.model)
     videos = []
     for scene in pick(12, rng_seed=args.seed):
-        note = " (not in training)" if scene.triple in world.kept_back() else ""
+        note = " (not in training)" if scene.triple in world.held_out() else ""
         print(f"{scene.prompt()}{note}", flush=True)
         videos.append((scene.prompt() + note, pipe.generate(scene.prompt(), seed=args.seed).frames))
     contact_sheet(videos, args.out)

@@ -21,7 +21,7 @@ from demo_data import WORDINGS
 from ascendit.demo import world
 from ascendit.device.chip import CHIPS
 from ascendit.device.operator_support import chips_for
-from ascendit.errors import CODES, AscenditError
+from ascendit.errors import ERROR_CODES, AscenditError
 from ascendit.family import SPECS, Size, WanSpec
 from ascendit.names import ROLES
 from ascendit.quant.engines import ENGINES, engines_for
@@ -232,7 +232,8 @@ def recipes_table() -> str:
 
 
 def error_codes_table() -> str:
-    return table(("code", "meaning"), ((f'<a id="{c.lower()}"></a>`{c}`', text) for c, text in CODES.items()))
+    rows = ((f'<a id="{code.lower()}"></a>`{code}`', text) for code, text in ERROR_CODES.items())
+    return table(("code", "meaning"), rows)
 
 
 def classes(base: type[AscenditError] = AscenditError) -> Iterator[type[AscenditError]]:
@@ -294,9 +295,9 @@ def escape(text: str) -> str:
 
 def settings_table() -> str:
     """The keys of `--set` and `--config`."""
-    from ascendit.cli.generate_options import KNOWN
+    from ascendit.cli.generate_options import KEYS
 
-    values = {key: value_text(hint) for key, hint in KNOWN.items()}
+    values = {key: value_text(hint) for key, hint in KEYS.items()}
     values["max_memory"] = "a size, as 24GiB or 8e9"
     return table(("key", "value"), ((f"`{key}`", text) for key, text in values.items()))
 
@@ -364,8 +365,8 @@ def npu_versions_table() -> str:
 def npu_settings_table() -> str:
     from ascendit.device.npu_runtime import SETTINGS, VARIABLES
 
-    rows = [(f"`{v.name}`", f"`{v.value}`", v.why) for v in VARIABLES]
-    rows += [(f"`torch.npu`: `{s.path}`", f"`{s.value}`", s.why) for s in SETTINGS]
+    rows = [(f"`{v.name}`", f"`{v.value}`", v.reason) for v in VARIABLES]
+    rows += [(f"`torch.npu`: `{s.path}`", f"`{s.value}`", s.reason) for s in SETTINGS]
     return table(("setting", "value", "reason"), rows)
 
 

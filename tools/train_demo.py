@@ -117,7 +117,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def training_scenes() -> list[world.Scene]:
-    back = world.kept_back()
+    back = world.held_out()
     return [s for s in world.scenes() if s.triple not in back]
 
 
@@ -130,7 +130,7 @@ def clip(rng: np.random.Generator, scene: world.Scene, frames: int, start: int =
 
 def clip_batch(rng: np.random.Generator, n: int, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Videos [n, 3, F, H, W] and the loss weight of each pixel [n, 1, F, H, W] (5 on the thing)."""
-    every = list(world.scenes())  # the VAE may see every look; what is kept back is the sentence
+    every = list(world.scenes())  # the VAE may see every look; only sentences are held out
     xs = []
     for _ in range(n):
         scene = every[rng.integers(len(every))]

@@ -66,7 +66,7 @@ def test_the_output_exists(source: Path, verb: str, what: Callable[[Path], None]
 )
 def test_the_output_lies_in_the_input(source: Path, verb: str, place: str) -> None:
     (source.parent / "link").symlink_to("model")
-    assert "lies in the source" in refused(verb, source, source / place, "E-USE-06").got
+    assert "is inside the source" in refused(verb, source, source / place, "E-USE-06").got
 
 
 @pytest.mark.parametrize("verb", WRITERS)

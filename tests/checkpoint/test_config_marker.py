@@ -34,7 +34,7 @@ def test_the_fused_names_of_a_marker(tmp_path: Path) -> None:
     marker["ignored_layers"] = names[1:]
     write_json(tmp_path / "config.json", CONFIG | {"quantization_config": marker})
     got = refused(path, "E-CKP-07")
-    assert "config.json says mxfp4_dualscale, and its tensors are weight BF16 [64, 64]" in got
+    assert "config.json says mxfp4_dualscale, but its tensors are weight BF16 [64, 64]" in got
 
 
 def test_fp8_in_tiles_by_its_config(tmp_path: Path) -> None:
@@ -55,18 +55,18 @@ def test_an_order_to_quantize_while_loading_says_nothing_about_the_weights(tmp_p
         (
             {"quant_method": "mxfp8", "is_checkpoint_mxfp8_serialized": True},
             "E-CKP-07",
-            "config.json says mxfp8, and",
+            "config.json says mxfp8, but",
         ),
         (
             {"quant_method": "mxfp4", "is_checkpoint_mxfp4_serialized": True},
             "E-CKP-07",
-            "config.json says mxfp4, and",
+            "config.json says mxfp4, but",
         ),
         ("mxfp8", "E-CKP-06", "is a JSON str"),
         ({}, "E-CKP-06", "names no quant_method"),
-        ({"quant_method": "mxfp8", "ignored_layers": [1]}, "E-CKP-06", "no list of names"),
+        ({"quant_method": "mxfp8", "ignored_layers": [1]}, "E-CKP-06", "not a list of names"),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, "E-CKP-04", "in tiles of [64, 64]"),
-        ({"quant_method": "gguf", "is_checkpoint_gguf_serialized": True}, "E-CKP-04", "quantized by gguf"),
+        ({"quant_method": "gguf", "is_checkpoint_gguf_serialized": True}, "E-CKP-04", "quantized with gguf"),
     ],
 )
 @pytest.mark.parametrize("with_manifest", [False, True])

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ascendit.checkpoint.file_copy import (
-    check_room,
+    available_bytes,
+    check_free_space,
     copy_file,
     move_bytes,
     reserve,
-    room_for,
     write_error,
 )
 from ascendit.errors import CheckpointError
@@ -158,7 +158,7 @@ def test_a_source_that_ends_too_early(
     with pytest.raises(CheckpointError) as e:
         move_bytes(files[0], 1000, files[1], 0, len(DATA), source=Path("a/model.safetensors"))
     assert e.value.code == "E-CKP-02"
-    assert e.value.got == f"a/model.safetensors: truncated while it was read, at byte {len(DATA)}"
+    assert e.value.got == f"a/model.safetensors: truncated during the read, at byte {len(DATA)}"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
@@ -194,7 +194,7 @@ def test_reserved_room_is_taken_and_not_seen(tmp_path: Path, monkeypatch: pytest
         pytest.skip("this file system cannot reserve")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert room_for(tmp_path) == 1000 + state.st_blocks * 512
+    assert available_bytes(tmp_path) == 1000 + state.st_blocks * 512
 
 
 def test_reserving_where_it_cannot_be_done(tmp_path: Path) -> None:
@@ -207,14 +207,14 @@ def test_reserving_where_it_cannot_be_done(tmp_path: Path) -> None:
 def test_problems_of_the_disk_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 30)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    check_room(tmp_path, 1 << 30)
+    check_free_space(tmp_path, 1 << 30)
     with pytest.raises(OSError) as full:
-        check_room(tmp_path, 3 << 30)
+        check_free_space(tmp_path, 3 << 30)
     e = write_error(tmp_path, full.value, 3 << 30)
     assert str(e).splitlines() == [
-        f"[E-ENV-04] 3,221,225,472 bytes (3.00 GiB) to write below {tmp_path}, 1,073,741,824 free there",
-        "  needs  2,147,483,648 bytes more: room for the whole output, within the quota and the limit on the"
-        " size of one file",
+        f"[E-ENV-04] 3,221,225,472 bytes (3.00 GiB) to write below {tmp_path}, 1,073,741,824 bytes available",
+        "  needs  2,147,483,648 more bytes: space for the complete output, within the quota and the maximum"
+        " file size",
         "  try    free disk space, or choose another disk with -o",
     ]
     quota = write_error(tmp_path, OSError(errno.EDQUOT, "Disk quota exceeded"), 10)

@@ -25,7 +25,7 @@ def test_scale_bytes() -> None:
     check_scale_bytes(bytes(range(255)), "x.weight_scale")
     check_scale_bytes(b"", "x.weight_scale")
     e = refused(check_scale_bytes, bytes([0, 254, 255, 1, 255]), "x.weight_scale")
-    assert e.got == "x.weight_scale has 2 scales of NaN (byte 255), the first at byte 2"
+    assert e.got == "x.weight_scale has 2 NaN scales (byte 255), the first at byte 2"
     refused(check_scale_bytes, memoryview(bytearray(b"\xff")), "x")
 
 

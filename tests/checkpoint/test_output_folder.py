@@ -83,7 +83,7 @@ def test_complete_files_outlive_ctrl_c(
             (staging.path / "f").write_text("xyz")
             staging.journal.add(staging.path / "f", 3)
             raise error
-    assert f"kept {rest(dst)}: resume goes on with it" in caplog.text
+    assert f"kept {rest(dst)}: the resume option continues it" in caplog.text
     with stage(dst, resume=True) as staging:
         assert (staging.path / "f").read_text() == "xyz"
         done = staging.journal.complete(staging.path / "f")
@@ -114,7 +114,10 @@ def test_without_resume_the_rest_goes(tmp_path: Path, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.INFO, "ascendit"), stage(tmp_path / "out") as staging:
         assert os.listdir(staging.path) == []
         assert staging.journal.count == 0
-    assert f"removing {folder}, which a killed run has left: resume would have gone on" in caplog.text
+    assert (
+        f"removing {folder}, the output of a killed run: the resume option would have continued"
+        in caplog.text
+    )
     assert os.listdir(tmp_path) == []
 
 
@@ -122,7 +125,7 @@ def test_resume_of_another_work_is_refused_and_touches_nothing(tmp_path: Path) -
     folder = left(tmp_path / "out", fingerprint="other")
     before = kill.contents(folder)
     e = refused(tmp_path / "out", "E-USE-01", resume=True)
-    assert e.got == f"{folder} was left by a run that did something else"
+    assert e.got == f"{folder} is from a run with another source, other options or another version"
     assert "--resume" in e.fix
     assert kill.contents(folder) == before
     stage(tmp_path / "out", fingerprint="other", resume=True).publish()
@@ -187,7 +190,7 @@ def test_what_is_not_ours_is_never_removed(tmp_path: Path, kind: str) -> None:
         folder.symlink_to(other)
     for resume in (False, True):
         e = refused(tmp_path / "out", "E-USE-03", resume=resume)
-        assert e.got == f"{folder} is there, and it is not the work of a killed run"
+        assert e.got == f"{folder} exists, and it is not the output of a killed run"
     assert os.path.lexists(folder)
     if kind == "link":
         assert (other / "out" / "f").exists()
@@ -255,7 +258,7 @@ def test_output_and_input_inside_each_other(tmp_path: Path, form: str) -> None:
     if form == "the rest of a run":
         left(dst)
     e = refused(dst, "E-USE-06", sources=(tmp_path / "elsewhere", source))
-    assert e.needs == "output and sources beside each other"
+    assert e.needs == "an output folder that is not inside a source, nor around it"
     assert source.exists() and (model / "transformer").is_dir()
 
 
@@ -309,7 +312,7 @@ def test_two_runs_of_one_output(tmp_path: Path) -> None:
             with pytest.raises(UsageError) as e:
                 stage(dst, resume=resume)
             assert e.value.code == "E-USE-03"
-            assert e.value.got == f"another run is writing .out.partial in {tmp_path} at this moment"
+            assert e.value.got == f"another run is writing .out.partial in {tmp_path}"
         staging.publish()
     assert kill.contents(dst) == {"f": b"x"}
     assert "exists already" in refused(dst, "E-USE-03").got
@@ -365,7 +368,7 @@ def test_nothing_that_came_meanwhile_is_replaced(tmp_path: Path, kind: str) -> N
                 (dst / "g").write_text("y")
         staging.publish()
     assert e.value.code == "E-USE-03"
-    assert e.value.got == f"{dst} came while this run was writing"
+    assert e.value.got == f"{dst} was created by another program during this run"
     assert str(staging.path) in e.value.fix
     assert kill.contents(staging.path) == {"f": b"x"}, "hours of work are not thrown away"
     if kind in ("empty", "folder"):
@@ -380,7 +383,7 @@ def test_nothing_that_came_meanwhile_is_replaced(tmp_path: Path, kind: str) -> N
 def test_too_little_room_is_known_before_anything_is_written(tmp_path: Path) -> None:
     needed = shutil.disk_usage(tmp_path).free * 2
     e = refused(tmp_path / "out", "E-ENV-04", needs_bytes=needed)
-    assert e.got.startswith(f"{needed:,} bytes (") and "free there" in e.got
+    assert e.got.startswith(f"{needed:,} bytes (") and "bytes available" in e.got
     assert e.needs.split()[0].replace(",", "").isdigit(), "how much is missing"
     assert os.listdir(tmp_path) == []
 
@@ -445,7 +448,7 @@ for how in ("shards", "copy", "json", "known"):
     assert done.returncode == 0, done.stderr
     lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
     assert [line[:2] for line in lines] == [[how, "E-ENV-04"] for how in ("shards", "copy", "json", "known")]
-    assert all("free there" in line[2] for line in lines)
+    assert all("bytes available" in line[2] for line in lines)
     assert lines[3][2].startswith("2,097,152 bytes")
 
 

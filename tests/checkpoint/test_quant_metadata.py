@@ -37,8 +37,8 @@ def test_a_real_one() -> None:
     assert manifest.tensors["blocks.0.attn1.q_rot"] == "FLOAT"
     assert manifest.tensors["scale_shift_table"] == "FLOAT"
     assert len(manifest.entries()) == len(json.loads(path.read_text()))
-    claim = manifest.claims()["blocks.0.attn2.to_out.0"]
-    assert (claim.scheme, claim.words) == (
+    claim = manifest.declared_schemes()["blocks.0.attn2.to_out.0"]
+    assert (claim.scheme, claim.label) == (
         "mxfp8",
         "quant_model_description_w8a8_mxfp8.json says W8A8_MXFP8",
     )
@@ -76,7 +76,7 @@ def test_names_come_without_wrappers_and_leftovers(tmp_path: Path) -> None:
         "blocks.0.attn1.to_q.mul_scale",
         "blocks.0.attn1.fa3_q.scale",
     ]
-    assert manifest.claims()["blocks.0.attn1.to_q"].scheme == "mxfp4"
+    assert manifest.declared_schemes()["blocks.0.attn1.to_q"].scheme == "mxfp4"
     merged = {
         "scale_shift_table": "FLOAT",
         "blocks.0.norm2.weight": "FLOAT",
@@ -105,13 +105,13 @@ def test_a_type_that_nobody_here_knows(tmp_path: Path, kind: str) -> None:
 def test_two_entries_of_one_name(tmp_path: Path) -> None:
     data = {"blocks.0.self_attn.q.weight": "FLOAT", "blocks.0.self_attn.q.linear.weight": "FLOAT"}
     e = refused(tmp_path, data, "E-CKP-09")
-    assert "blocks.0.self_attn.q.linear.weight, which are both blocks.0.attn1.to_q.weight" in e.got
+    assert "blocks.0.self_attn.q.linear.weight, which both map to blocks.0.attn1.to_q.weight" in e.got
 
 
-def test_a_key_that_stands_there_twice(tmp_path: Path) -> None:
+def test_a_duplicate_key(tmp_path: Path) -> None:
     path = tmp_path / "quant_model_description.json"
     path.write_text('{"head.head.bias": "FLOAT", "head.head.bias": "W8A8_MXFP8"}')
-    with pytest.raises(CheckpointError, match="stands there twice") as e:
+    with pytest.raises(CheckpointError, match="duplicate key") as e:
         read_manifest(path, "wan")
     assert e.value.code == "E-CKP-06"
 

@@ -17,7 +17,7 @@ FIRST = "blocks.0.attn1.to_q"
 
 
 def schemes(expert: Expert) -> dict[tuple[str, str], int]:
-    return dict(Counter((layer.scheme, layer.container) for layer in expert.layers.values()))
+    return dict(Counter((layer.scheme, layer.packing) for layer in expert.layers.values()))
 
 
 @pytest.mark.parametrize("container", ["packed", "e4m3", "bf16"])
@@ -32,7 +32,9 @@ def test_containers_of_fp4(tmp_path: Path, container: str, scheme: str, by: str)
     assert schemes(expert) == {(scheme, container): len(LINEARS)}
     assert expert.layers["blocks.1.ffn.net.2"].shape == (64, 80)
     assert expert.config == CONFIG
-    assert (expert.marker, expert.origin) == ((marker, "vllm-omni") if by == "marker" else (None, "sglang"))
+    assert (expert.quantization_config, expert.origin) == (
+        (marker, "vllm-omni") if by == "marker" else (None, "sglang")
+    )
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "fp8_128x128"])
@@ -94,7 +96,7 @@ def test_a_smoothed_layer_without_its_mul_scale(tmp_path: Path) -> None:
     tensors = coded(floats(), [FIRST], "mxfp4_dualscale")
     wrapped = {name.replace(f"{FIRST}.", f"{FIRST}.linear."): tensor for name, tensor in tensors.items()}
     got = refused(stored.write(tmp_path / "a.safetensors", wrapped), "E-CKP-08")
-    assert f"{FIRST}.linear.weight is that of a smoothed layer, and {FIRST} has no mul_scale" in got
+    assert f"{FIRST}.linear.weight belongs to a smoothed layer, but {FIRST} has no mul_scale" in got
 
 
 @pytest.mark.parametrize(
@@ -103,4 +105,4 @@ def test_a_smoothed_layer_without_its_mul_scale(tmp_path: Path) -> None:
 def test_dtypes_of_no_known_format(tmp_path: Path, weight: str, scale: str) -> None:
     tensors = floats() | {f"{FIRST}.weight": (weight, (64, 64)), f"{FIRST}.weight_scale": (scale, (64, 2))}
     got = refused(stored.folder(tmp_path, tensors), "E-CKP-07")
-    assert f"{FIRST}: nothing says how it is quantized, and its tensors are weight {weight} [64, 64]" in got
+    assert f"{FIRST}: no file declares its scheme, but its tensors are weight {weight} [64, 64]" in got

@@ -193,10 +193,10 @@ def test_buffers_of_all_kinds(tmp_path: Path, view: str) -> None:
 @pytest.mark.parametrize(
     "calls,says",
     [
-        ([("b", 4)], "b comes before its turn, which is that of a"),
-        ([("a", 5)], "a has 4 bytes, not more"),
-        ([("a", 3), ("b", 1)], "b comes before its turn"),
-        ([("a", 4), ("b", 4), ("a", 1)], "all is written"),
+        ([("b", 4)], "b is out of order, a is next"),
+        ([("a", 5)], "a has only 4 bytes"),
+        ([("a", 3), ("b", 1)], "b is out of order"),
+        ([("a", 4), ("b", 4), ("a", 1)], "all tensors are written"),
     ],
 )
 def test_bytes_out_of_turn_are_refused(tmp_path: Path, calls: list[tuple[str, int]], says: str) -> None:
@@ -284,7 +284,7 @@ def test_a_source_that_shrinks_is_named(tmp_path: Path, hashed: bool) -> None:
         with ShardWriter(out, [TensorSpec("w", "U8", (9000,))], hash=hashed) as writer:
             writer.move(infos["w"], "w")
     assert e.value.code == "E-CKP-02"
-    assert e.value.got == f"{file}: truncated while it was read, at byte 5000"
+    assert e.value.got == f"{file}: truncated during the read, at byte 5000"
 
 
 def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_complete_files_are_left_alone(tmp_path: Path) -> None:
     assert again is not None and again.count == 1
     with ShardWriter(out, specs, max_shard_bytes=200, journal=again) as writer:
         assert [writer.done(n) for n in tensors] == [True] * 2 + [False] * 4
-        with pytest.raises(AssertionError, match="w0 comes before its turn, which is that of w2"):
+        with pytest.raises(AssertionError, match="w0 is out of order, w2 is next"):
             writer.append("w0", bytes(100))
         for name in ("w2", "w3", "w4", "w5"):
             writer.append(name, raw(tensors[name]))
@@ -385,7 +385,7 @@ def test_a_full_disk_says_how_much_is_needed(tmp_path: Path, hashed: bool) -> No
     assert e.value.code == "E-ENV-04"
     size = writer.shards[0].nbytes
     assert e.value.got.startswith(f"{size:,} bytes (0.00 GiB) to write below {tmp_path}, ")
-    assert e.value.got.endswith("free there (No space left on device)")
+    assert e.value.got.endswith("bytes available (No space left on device)")
 
 
 def test_a_limit_on_the_file_size_is_a_full_disk(tmp_path: Path) -> None:

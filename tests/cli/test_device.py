@@ -97,7 +97,7 @@ def test_fast_layernorm_from_the_environment_and_over_it(
 ) -> None:
     monkeypatch.setenv("FAST_LAYERNORM", "1")
     ended = run("generate", model, "a cat", "-o", tmp_path / "a.gif")
-    assert "note: FAST_LAYERNORM=1: layer norms by MindIE-SD" in ended.err
+    assert "note: FAST_LAYERNORM=1: MindIE-SD's layer norm" in ended.err
     assert fake.loaded[-1][1]["fast_layernorm"] is True
     assert "--set fast_layernorm=true" in ended.out + ended.err
     ended = run("generate", model, "a cat", "--set", "fast_layernorm=false", "-o", tmp_path / "b.gif")

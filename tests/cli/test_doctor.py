@@ -26,19 +26,19 @@ def test_the_table(run, monkeypatch, ready):
     rows = (
         ProbeRow(
             item="torch",
-            found="2.13.0",
+            detected="2.13.0",
             needed=">= 2.9",
             status="ok" if ready else "too old",
             fix="pip",
             required=True,
         ),
-        ProbeRow(item="NPU device", found="none", status="absent", fix="not shown"),
+        ProbeRow(item="NPU device", detected="none", status="absent", fix="not shown"),
     )
     monkeypatch.setattr(machine, "PROBES", probes(*rows))
     ended = run("doctor")
     assert ended.code == (0 if ready else 3)
     header, torch, npu, burning, _, verdict = ended.out.splitlines()
-    assert header.split() == ["item", "found", "needed", "status", "fix"]
+    assert header.split() == ["item", "detected", "needed", "status", "fix"]
     assert torch.startswith("torch") and torch.split()[4:] == (["ok"] if ready else ["too", "old", "pip"])
     assert npu.endswith("absent")
     assert "OSError: no such device" in burning and burning.endswith("probe failed")
@@ -46,7 +46,7 @@ def test_the_table(run, monkeypatch, ready):
 
 
 def test_json(run, monkeypatch):
-    monkeypatch.setattr(machine, "PROBES", probes(ProbeRow(item="torch", found="2.13.0")))
+    monkeypatch.setattr(machine, "PROBES", probes(ProbeRow(item="torch", detected="2.13.0")))
     told = run("doctor", "--json").json
     assert told["ok"] is True
     assert [row["item"] for row in told["rows"]] == ["torch", "burning"]
@@ -57,7 +57,8 @@ def test_json(run, monkeypatch):
     ("status", "words"), [("ok", "ready to run on the NPU"), ("broken", "not ready to run on")]
 )
 def test_an_npu_has_a_verdict_of_its_own(run, monkeypatch, status, words):
-    rows = (ProbeRow(item="CANN toolkit", found="9.1.0", status=status, fix="source set_env.sh", part="npu"),)
+    fix = "source set_env.sh"
+    rows = (ProbeRow(item="CANN toolkit", detected="9.1.0", status=status, fix=fix, part="npu"),)
     monkeypatch.setattr(machine, "PROBES", probes(*rows))
     ended = run("doctor")
     assert ended.code == 0  # the CPU does
@@ -92,9 +93,9 @@ def test_the_page(run, found):
     assert ended.code == 0
     lines = [" ".join(line.split()) for line in ended.out.splitlines()]
     assert lines[0] == "Self-check of npu, chip a5 torch 1.0 cann 1.0 mindiesd 1.0 driver 1.0"
-    assert lines[2:5] == ["What no document answers", "Which?", "that"]
+    assert lines[2:5] == ["Undocumented behaviour", "Which?", "that"]
     assert "npu_rotary_mul 1 exact 93 12" in lines
-    assert "1 others 1 fine - - not called by ascendit" in lines
+    assert "1 others 1 passed - - not called by ascendit" in lines
     assert "rope 1 exact - - npu: npu_rotary_mul" in lines
     assert lines[-1] == "passed: 4 checks"
 
@@ -121,7 +122,7 @@ def test_the_page_of_a_card_that_errs(run, found):
     )
     ended = run("doctor", "--self-check")
     assert ended.code == 1
-    assert "the twin thinks: y" in ended.out and "a rope: ended with code -6" in ended.out
+    assert "the twin assumes: y" in ended.out and "a rope: ended with code -6" in ended.out
     assert "silu: 3.0 dB (not called by ascendit)" in ended.out
     assert ended.out.splitlines()[-1] == "failed: npu_rotary_mul; 1 answers differ from the twin's"
 
@@ -135,7 +136,7 @@ def test_the_file_and_json_hold_the_same(run, found, tmp_path: Path):
     assert refused.code == 2 and "E-USE-03" in refused.err and json.loads(file.read_text()) == told
     file.unlink()
     ended = run("doctor", "--self-check", "--out", file)
-    assert f"{file} holds all of it" in ended.err
+    assert f"{file} has the full results" in ended.err
 
 
 def test_a_file_that_cannot_be_written_is_told_first(run, found, monkeypatch, tmp_path: Path):

@@ -78,7 +78,7 @@ def test_dry_run_loads_nothing(run, fake, model, tmp_path, monkeypatch):
     assert f"would run  ascendit-demo in {model}" in ended.out
     assert "num_frames             5\n" in ended.out or "num_frames           5\n" in ended.out
     assert "num_inference_steps  16  (default)" in ended.out
-    assert "family.py" in ended.out and "32 video and 512 text tokens, two passes for each step" in ended.out
+    assert "family.py" in ended.out and "32 video and 512 text tokens, two passes per step" in ended.out
     assert "replay" in words and "--seed" in words
     assert not (tmp_path / "outputs").exists()
 
@@ -110,7 +110,7 @@ def test_nothing_is_overwritten_unasked(run, fake, model, tmp_path):
 
 def test_frames_and_seconds_together(run, model):
     ended = run("generate", model, "a cat", "--frames", "5", "--seconds", "1")
-    assert ended.code == 2 and "give --frames or --seconds, not both" in ended.err
+    assert ended.code == 2 and "use --frames or --seconds, not both" in ended.err
 
 
 def test_environment_variables_are_told(run, fake, model, monkeypatch, tmp_path):
@@ -207,7 +207,7 @@ def test_no_model_in_the_folder(run, tmp_path):
 def test_the_config_of_a_video_made_elsewhere(run, fake, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"model": "gone", "request": {"prompt": "a cat"}}))
     ended = run("generate", "--config", tmp_path / "a.json")
-    assert ended.code == 2 and ended.err.startswith("error[E-USE-02]: no model at gone, which ")
+    assert ended.code == 2 and ended.err.startswith("error[E-USE-02]: no model at gone, named in ")
     assert "name MODEL on the command line: ascendit generate MODEL 'a cat' --config " in ended.err
     ended = run("generate", "--config", tmp_path / "a.json", "missing", "a cat")
     assert ended.code == 2 and "no model at missing\n" in ended.err

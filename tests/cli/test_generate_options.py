@@ -135,7 +135,7 @@ def parse(words):
     ctx = group.get_command(None, "generate").make_context("generate", list(words), obj=None)
     p = dict(ctx.params)
     return call(
-        p["words"],
+        p["args"],
         demo=p["demo"],
         flags=p,
         settings=p["settings"] or [],

@@ -53,7 +53,7 @@ def test_diff_exits_with_1_when_something_differs(run, tmp_path):
     a = write_expert(tmp_path / "a", floats())
     b = write_expert(tmp_path / "b", floats() | {"proj_out.bias": ("F32", (64,))})
     same = run("inspect", a, "--diff", a)
-    assert same.code == 0 and same.out.splitlines()[-1].endswith("are the same")
+    assert same.code == 0 and same.out.splitlines()[-1].endswith("same headers and configs")
     other = run("inspect", a, "--diff", b)
     assert other.code == 1 and "bf16 -> fp32   bias of proj_out" in other.out
     data = run("inspect", a, "--diff", b, "--json")
@@ -79,5 +79,5 @@ def test_layers_and_diff_do_not_go_together(run, tmp_path):
     assert ended.err.splitlines() == [
         "error[E-USE-01]: --layers and --diff",
         "  needs  one of them",
-        "  try    leave one out; --json has all",
+        "  try    omit one; --json has all",
     ]

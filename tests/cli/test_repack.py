@@ -32,7 +32,7 @@ def call():
 def test_it_writes_and_reports(call, tmp_path: Path) -> None:
     ended = call(exports.MXFP8, "-o", tmp_path / "out", "--check")
     assert ended.exit_code == 0
-    assert "10 mxfp8" in ended.stdout and "decode to the same numbers, sha256" in ended.stdout
+    assert "10 mxfp8" in ended.stdout and "decode to the same values, sha256" in ended.stdout
     assert (tmp_path / "out" / "transformer" / "quant_model_description.json").is_file()
 
 

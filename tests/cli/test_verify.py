@@ -50,22 +50,22 @@ def painter(monkeypatch):
 def test_pass(run, painter):
     ended = run("verify", "--demo", "--adherence", "--limit", "20", "--seeds", "2")
     assert ended.code == 0
-    assert "40/40" in ended.out and "kept back" in ended.out
+    assert "40/40" in ended.out and "held out" in ended.out
     assert "PASS  all videos   100.0%   at least 90%" in ended.out
-    assert "PASS  kept back    100.0%   at least 85%" in ended.out
+    assert "PASS  held out     100.0%   at least 85%" in ended.out
     assert "judged 40/40  right 100.0%" in ended.err
     assert sum(line.startswith("judged") for line in ended.err.splitlines()) <= 11
 
 
-def test_fail_on_what_was_kept_back(run, painter, tmp_path):
-    painter.wrong = set(world.kept_back())
+def test_fail_on_held_out_scenes(run, painter, tmp_path):
+    painter.wrong = set(world.held_out())
     report = tmp_path / "new" / "report.json"
     ended = run("verify", "--demo", "--adherence", "--limit", "40", "--seeds", "1", "--report", report)
     assert ended.code == 1
-    assert "FAIL  kept back      0.0%   at least 85%" in ended.out
+    assert "FAIL  held out       0.0%   at least 85%" in ended.out
     error = ended.err[ended.err.index("error[") :]
     assert error.startswith(
-        "error[E-OUT-03]: prompt adherence is below its limit: all videos 85.0%, kept back 0.0%"
+        "error[E-OUT-03]: prompt adherence is below its limit: all videos 85.0%, held out 0.0%"
     )
     told = json.loads(report.read_text())
     assert told["pass"] is False and told["kept_back"]["everything"] == 0 and told["kept_back"]["shape"] == 0
@@ -90,7 +90,7 @@ def test_a_black_video_is_a_wrong_answer(run, painter):
 def test_a_group_without_videos_is_not_judged(run, painter):
     ended = run("verify", "--demo", "--adherence", "--limit", "1", "--seeds", "1")
     assert ended.code == 0
-    assert "-     kept back" in ended.out
+    assert "-     held out" in ended.out
 
 
 def test_cancelled(run, painter, monkeypatch):
@@ -118,12 +118,12 @@ def test_while_the_model_loads_the_first_interrupt_stops(run, painter, monkeypat
 @pytest.mark.parametrize(
     ("words", "got"),
     [
-        (["--demo"], "no check was asked for"),
+        (["--demo"], "no check"),
         (["--adherence"], "no model"),
         (["dir", "--demo", "--adherence"], "--demo and a MODEL"),
         (["--demo", "--adherence", "--seeds", "0"], "--seeds 0"),
         (["--demo", "--adherence", "--limit", "0"], "0 scenes"),
-        (["--demo", "--adherence", "--quality"], "two checks at a time"),
+        (["--demo", "--adherence", "--quality"], "two checks in one call"),
         (["--demo", "--quality", "--limit", "0"], "0 scenes"),
         (["--demo", "--quality", "--jobs", "0"], "--jobs 0"),
         (["--demo", "--quality", "--case", "mxfp6"], "case 'mxfp6'"),

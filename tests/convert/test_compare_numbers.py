@@ -64,7 +64,7 @@ def test_one_changed_byte_is_found(export: Path, name: str, tmp_path: Path) -> N
         raw[-1] += 1 if raw[-1] < 120 else -1
 
     other = exports.changed(export, tmp_path / "other", change)
-    with pytest.raises(CheckpointError, match=r"1 of \d+ tensors .* came out otherwise: ") as e:
+    with pytest.raises(CheckpointError, match=r"1 of \d+ tensors .* differ in the output: ") as e:
         compare_numbers(read(export), read(other))
     assert e.value.code == "E-CKP-10"
     assert exports.diffusers_name(name).rpartition(".")[0] in e.value.got
@@ -86,7 +86,7 @@ def test_a_wrong_rewrite_does_not_get_out(tmp_path: Path, monkeypatch: pytest.Mo
 
     wide = exports.changed(exports.MXFP4, tmp_path / "wide", widen)
     monkeypatch.setattr(tensor_steps, "recode", swapped)
-    with pytest.raises(CheckpointError, match="10 of .* came out otherwise") as e:
+    with pytest.raises(CheckpointError, match="10 of .* differ in the output") as e:
         repack(wide, tmp_path / "out", check=True)
     assert e.value.code == "E-CKP-10" and not (tmp_path / "out").exists()
     monkeypatch.undo()

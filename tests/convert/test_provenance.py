@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from ascendit import __version__
 from ascendit.checkpoint.layout import Layout
 from ascendit.convert import provenance
-from ascendit.convert.provenance import Made
+from ascendit.convert.provenance import ConversionRecord
 
 
 def layout(root: Path, name: str = "Wan2.2-T2V-A14B") -> Layout:
@@ -21,8 +21,8 @@ def layout(root: Path, name: str = "Wan2.2-T2V-A14B") -> Layout:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Made:
-    return Made(
+def made(tmp_path: Path) -> ConversionRecord:
+    return ConversionRecord(
         verb="quantize",
         layout=layout(tmp_path),
         model_kind="t2v",
@@ -85,7 +85,7 @@ def test_the_body_has_recipe_size_lora_and_command(made):
     text = provenance.model_card(made, "small")
     assert "# small\n" in text and "| Recipe | default: every linear \\| of the blocks |" in text
     assert "| Linear layers | 800 mxfp8, 12 bf16 |" in text and "8.33 (transformers" in text
-    assert "| LoRA | style.safetensors at 0.5 |" in text and "\nA paragraph.\n" in text
+    assert "| LoRA | style.safetensors with weight 0.5 |" in text and "\nA paragraph.\n" in text
     assert f"```bash\n{made.command}\n```" in text and f"| ascendit | {__version__} |" in text
 
 
@@ -120,6 +120,6 @@ def test_command_line_quotes_repeats_and_leaves_out(tmp_path):
 
 
 def test_both_files_are_written(made, tmp_path):
-    provenance.write_made(tmp_path, made, "small")
+    provenance.write_record_and_card(tmp_path, made, "small")
     assert (tmp_path / "README.md").read_text() == provenance.model_card(made, "small")
     assert json.loads((tmp_path / "ascendit.json").read_text()) == provenance.ascendit_json(made)

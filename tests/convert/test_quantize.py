@@ -319,7 +319,7 @@ def test_a_lora_that_does_not_fit_stops_before_anything_is_written(model, dst):
     ("engine", "scheme"),
     [("vllm-omni", "mxfp4"), ("vllm-omni", "int8"), ("sglang", "mxfp4"), ("mindie", "mxfp8")],
 )
-def test_a_dialect_is_what_repack_makes_of_the_folder(tmp_path, engine, scheme):
+def test_engine_format_equals_a_repacked_folder(tmp_path, engine, scheme):
     from ascendit.convert.repack import repack
 
     model = write_model(tmp_path / "model", ffn_dim=192)
@@ -356,7 +356,7 @@ def test_nan_names_the_layer_and_the_row(tmp_path, dst, monkeypatch):
     monkeypatch.setattr(reader, "BLOCK_BYTES", 10 * 128)
     for scheme in ("mxfp8", "int8", "mxfp4_dualscale"):
         error = refused("E-QNT-01", CheckpointError, folder, dst, scheme=scheme)
-        assert f"{Q}.weight holds NaN or infinity in row 37" in error.got and f"--keep {Q}" in error.fix
+        assert f"{Q}.weight has NaN or infinity in row 37" in error.got and f"--keep {Q}" in error.fix
     quantize(folder, dst, scheme="mxfp8", keep=[Q])
     assert read(dst / "transformer")[f"{Q}.weight"][37, 3] == torch.inf
 
@@ -453,7 +453,7 @@ def test_sqnr_of_every_layer_and_the_ten_worst(model, dst):
         assert value == pytest.approx(exact, abs=0.01), layer
     assert [v for _, v in expert.worst] == sorted(expert.sqnr.values())[:10]
     card = (dst / "README.md").read_text()
-    assert "Signal to quantization noise" in card and f"`{expert.worst[0][0]}`" in card
+    assert "Signal to quantization noise ratio" in card and f"`{expert.worst[0][0]}`" in card
     assert len(report.as_dict()["experts"][0]["sqnr_db"]) == 20
 
 
@@ -465,7 +465,7 @@ def test_a_dry_run_writes_nothing(model, dst):
     assert (report.bytes_after, report.schemes) == (done.bytes_after, done.schemes)
     assert "nothing written" in "\n".join(report.lines()) and report.warnings == ()
     again = quantize(model, dst, scheme="mxfp8", dry_run=True)
-    assert again.warnings == (f"{dst} exists already: a run would stop there",)
+    assert again.warnings == (f"{dst} exists already: without --dry-run this is an error",)
 
 
 def test_progress_counts_every_byte_of_the_source(model, dst):

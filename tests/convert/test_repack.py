@@ -205,7 +205,7 @@ def test_a_number_that_is_no_fp4_is_refused(tmp_path: Path) -> None:
 
     source = exports.changed(exports.MXFP4, tmp_path / "source", spoil)
     with pytest.raises(
-        CheckpointError, match=r"blocks\.0\.ffn\.2\.weight holds 1 numbers that are not in FP4"
+        CheckpointError, match=r"blocks\.0\.ffn\.2\.weight has 1 values that are not in FP4"
     ) as e:
         repack(source, tmp_path / "out")
     assert e.value.code == "E-CKP-04"
@@ -406,7 +406,7 @@ def test_the_output_may_not_exist_nor_lie_inside(tmp_path: Path) -> None:
         repack(exports.MXFP8, tmp_path / "out")
     assert e.value.code == "E-USE-03"
     source = exports.changed(exports.MXFP8, tmp_path / "source", lambda found, told: None)
-    with pytest.raises(UsageError, match="lies in the source") as e:
+    with pytest.raises(UsageError, match="is inside the source") as e:
         repack(source, source / "out")
     assert e.value.code == "E-USE-06"
 
@@ -429,7 +429,7 @@ def base_for(source: Path, tmp_path: Path, **changes: Any) -> Path:
 def test_a_base_gives_the_other_parts_and_the_configs(copy: bool, tmp_path: Path) -> None:
     base = base_for(exports.INT8, tmp_path, rope_max_seq_len=77)
     report = repack(exports.INT8, tmp_path / "out", base=base, copy=copy)
-    assert report.warnings == () and set(report.placed) >= {"text_encoder", "vae", "model_index.json"}
+    assert report.warnings == () and set(report.linked) >= {"text_encoder", "vae", "model_index.json"}
     for part in ("scheduler", "text_encoder", "tokenizer", "vae"):
         assert contents(tmp_path / "out" / part) == contents(base / part)
         assert (tmp_path / "out" / part).is_symlink() is not copy
@@ -439,7 +439,7 @@ def test_a_base_gives_the_other_parts_and_the_configs(copy: bool, tmp_path: Path
         assert (config["num_attention_heads"], config["rope_max_seq_len"]) == (2, 77)
         assert config["quantization_config"]["quant_method"] == "int8"
     again = repack(tmp_path / "out", tmp_path / "again")
-    assert again.placed == report.placed, "a pipeline folder is its own base"
+    assert again.linked == report.linked, "a pipeline folder is its own base"
     assert config_of(tmp_path / "again" / "transformer") == config_of(tmp_path / "out" / "transformer")
 
 
@@ -453,10 +453,10 @@ def test_without_heads_the_config_has_null_and_a_warning(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"num_layers": 7}, r"that it lacks: blocks\.6"),
-        ({"num_layers": 5}, r"that the base lacks: blocks\.5"),
+        ({"num_layers": 7}, r"missing: blocks\.6"),
+        ({"num_layers": 5}, r"not in the base: blocks\.5"),
         ({"ffn_dim": 256}, r"ffn\.net\.0\.proj\.\w+ \[128.* is \[256"),
-        ({"num_attention_heads": 4}, r"of other shapes"),
+        ({"num_attention_heads": 4}, r"with another shape"),
     ],
 )
 def test_a_base_of_another_shape(changes: dict[str, int], told: str, tmp_path: Path) -> None:

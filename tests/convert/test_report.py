@@ -51,7 +51,7 @@ def test_quantize_on_a_screen() -> None:
         "Recipe         default",
         "LoRA           style.safetensors at 0.5",
         "transformer    80 mxfp8, 6 bf16   3.0 MiB -> 1.5 MiB   8.00 bits/weight",
-        "  kept         patch_embedding, proj_out  (outside the blocks)",
+        "  excluded     patch_embedding, proj_out  (outside the blocks)",
         "transformer_2  1 bf16, 2 int8   3.0 MiB -> 1.5 MiB   8.00 bits/weight",
         "Size           6.0 MiB -> 3.0 MiB  (50%)   8.00 bits/weight",
         "Also           vae, LICENSE",
@@ -63,7 +63,7 @@ def test_quantize_on_a_screen() -> None:
 
 def test_a_dry_run_says_where_it_would_write() -> None:
     dry = replace(QUANTIZED, dry_run=True)
-    assert dry.lines()[-1] == "Dry run        nothing written; it would be out"
+    assert dry.lines()[-1] == "Dry run        nothing written; the output would be out"
     assert dry.gib_per_s == 0.0 and dry.as_dict()["dry_run"] is True
 
 
@@ -82,13 +82,13 @@ def test_what_was_measured_comes_after_the_rows() -> None:
     assert "Time         2.0 s" in lines  # no speed: a calibration took part of it
     start = lines.index("")
     assert lines[start + 1 : start + 4] == [
-        "transformer: the 10 worst of 12 layers, SQNR in dB",
+        "transformer: SQNR of the weights in dB, the 10 worst of 12 layers",
         "  blocks.11.attn1.to_q   19.00",
         "  blocks.10.attn1.to_q   20.00",
     ]
     assert lines[-7:] == [
         "",
-        "transformer: SQNR in dB of the outputs of 2 layers on captured tokens",
+        "transformer: SQNR in dB of the outputs of 2 layers with captured activations",
         "                       without  smoothed    gain",
         "  blocks.1.attn1.to_q    10.00      9.00   -1.00",
         "  blocks.0.attn1.to_q    20.00     22.50   +2.50",
@@ -141,7 +141,7 @@ REPACKED = RepackReport(
             num_checked=299,
         ),
     ),
-    placed=("vae",),
+    linked=("vae",),
     warnings=("mind the gap",),
     dry_run=False,
     seconds=1.0,
@@ -153,9 +153,9 @@ def test_repack_on_a_screen() -> None:
         "Source       export  (an export of msModelSlim)",
         "Layout       diffusers names",
         "transformer  80 int8, 6 bf16",
-        "             300 tensors, 298 under another name, none left over",
-        "             1.0 MiB as they were, 1.0 KiB rewritten (80 packed, 2 rounded)",
-        "             299 tensors decode to the same numbers, sha256 ab12",
+        "             all 300 tensors, 298 of them renamed",
+        "             1.0 MiB unchanged, 1.0 KiB rewritten (80 packed, 2 rounded)",
+        "             299 tensors decode to the same values, sha256 ab12",
         "Size         1.0 MiB   8.01 bits/weight",
         "Also         vae",
         "Warning      mind the gap",
@@ -166,8 +166,8 @@ def test_repack_on_a_screen() -> None:
     assert plain.lines()[1:5] == [
         "Layout       for sglang",
         "transformer  80 int8, 6 bf16",
-        "             300 tensors, 298 under another name, none left over",
-        "             1.0 MiB as they were",
+        "             all 300 tensors, 298 of them renamed",
+        "             1.0 MiB unchanged",
     ]
     assert not plain.checked and "checked" not in plain.as_dict()["experts"][0]
 

@@ -65,9 +65,9 @@ ACROSS = line((20, 32), (44, 32))
 def test_ground_truth_is_read_right() -> None:
     result = score(true_readings(), SCENES)
     print("\n" + result.table())
-    assert result.overall.total == 432 and result.kept_back.total == 66
+    assert result.overall.total == 432 and result.held_out.total == 66
     assert result.overall.share() >= 0.99
-    assert result.kept_back.share() >= 0.97
+    assert result.held_out.share() >= 0.97
 
 
 def blur(video: Video, rng: Rng) -> NDArray[np.float64]:
@@ -158,14 +158,14 @@ def test_wide_pictures() -> None:
 def seen(video: Video, scene: Scene) -> adherence.Mask:
     """The mask of the thing, which the readings are taken from."""
     ground = np.array(world.BACKGROUNDS[scene.background], np.float32)
-    mask = adherence._find(adherence._box3(adherence._shrink(video)), ground)
+    mask = adherence._find_object(adherence._box3(adherence._shrink(video)), ground)
     assert not isinstance(mask, str), mask
     return mask
 
 
 def test_evidence() -> None:
     video = render(SCENE, MOTION)
-    assert judge(video).why == ()
+    assert judge(video).reasons == ()
     mask = seen(video, SCENE)
     assert mask.centre.shape == (17, 2)
     assert np.allclose(mask.centre + 0.5, line((21, 32), (43, 32)), atol=0.1)
@@ -204,14 +204,14 @@ def test_shuffled_labels_score_chance(seed: int) -> None:
 def test_a_static_thing_has_no_direction() -> None:
     for shape in world.SHAPES:
         r = judge(paint([covered(shape, line((32, 32), (32, 32)))], [(230, 25, 25)]))
-        assert names(r) == ("red", shape, None, "black") and "does not move" in r.why[0]
+        assert names(r) == ("red", shape, None, "black") and "does not move" in r.reasons[0]
 
 
 @pytest.mark.parametrize("ground", [0, 128, 255])
 def test_an_empty_video_shows_nothing_but_its_background(ground: int) -> None:
     r = judge(np.full((17, 64, 64, 3), ground, np.uint8))
     assert names(r)[:3] == (None, None, None) and r.background in world.BACKGROUNDS
-    assert "nothing stands out" in r.why[0]
+    assert "no object differs" in r.reasons[0]
 
 
 def test_noise_shows_nothing() -> None:
@@ -240,7 +240,7 @@ PAIRS = {
 def test_two_things_are_not_one(name: str) -> None:
     colours, alphas = zip(*PAIRS[name], strict=True)
     r = judge(paint(list(alphas), list(colours), ground=128))
-    assert names(r) == (None, None, None, "gray") and "more than one thing" in r.why[0]
+    assert names(r) == (None, None, None, "gray") and "more than one object" in r.reasons[0]
 
 
 def wrong_shapes() -> dict[str, NDArray[np.float32]]:
@@ -260,7 +260,7 @@ def wrong_shapes() -> dict[str, NDArray[np.float32]]:
 @pytest.mark.parametrize("name", list(wrong_shapes()))
 def test_other_shapes_have_no_name(name: str) -> None:
     r = judge(paint([wrong_shapes()[name]], [(20, 205, 220)]))
-    assert r.shape is None and r.why
+    assert r.shape is None and r.reasons
 
 
 def test_a_thing_that_changes_its_shape_has_none() -> None:
@@ -298,7 +298,7 @@ def test_unsteady_but_straight_motion_counts() -> None:
 )
 def test_other_colours_have_no_name(rgb: tuple[int, int, int]) -> None:
     r = judge(paint([covered("circle", ACROSS)], [rgb]))
-    assert names(r) == (None, "circle", "right", "black") and str(rgb) in r.why[0]
+    assert names(r) == (None, "circle", "right", "black") and str(rgb) in r.reasons[0]
 
 
 def test_a_thing_of_two_colours_has_none() -> None:
@@ -307,7 +307,7 @@ def test_a_thing_of_two_colours_has_none() -> None:
     early = whole * (np.arange(17) < 9)[:, None, None]
     for part in (left, early):
         r = judge(paint([whole, part], [(230, 25, 25), (245, 215, 20)]))
-        assert r.colour is None and r.why
+        assert r.colour is None and r.reasons
 
 
 def test_a_background_of_two_parts_or_another_colour_has_no_name() -> None:
@@ -358,7 +358,7 @@ def test_measure_adherence_counts_and_keeps_failures() -> None:
     assert result.overall.total == len(calls) == 12 and result.overall.everything == 10
     assert [(f.scene, f.seed) for f in result.failures] == [(SCENE, 1), (scenes[0], 2)]
     assert result.overall.direction == 10 and result.overall.colour == 11
-    assert result.failures[1].reading.why == ("the video is black",)
+    assert result.failures[1].reading.reasons == ("the video is black",)
     data = json.loads(json.dumps(result.as_dict()))
     right = {"colour": 11, "shape": 11, "direction": 10, "background": 11, "everything": 10}
     assert data["overall"] == {"total": 12, **right, "share": 0.8333}
@@ -366,12 +366,12 @@ def test_measure_adherence_counts_and_keeps_failures() -> None:
     assert first["prompt"] == SCENE.prompt() and first["read"]["direction"] is None
 
 
-def test_seen_and_kept_back_are_counted_apart() -> None:
-    back = world.kept_back()
+def test_trained_and_held_out_are_counted_apart() -> None:
+    back = world.held_out()
     wrong = [r if s.triple not in back else Reading() for r, s in zip(true_readings(), SCENES, strict=True)]
     result = score(wrong, SCENES)
-    assert (result.seen.total, result.kept_back.total, result.kept_back.everything) == (366, 66, 0)
-    assert result.seen.share() >= 0.99
+    assert (result.trained.total, result.held_out.total, result.held_out.everything) == (366, 66, 0)
+    assert result.trained.share() >= 0.99
     rows = result.table().splitlines()
     assert [row.split()[0] for row in rows] == ["right", *ATTRIBUTES, "everything"]
     assert rows[-1].endswith("0/66    0.0%")
@@ -388,7 +388,7 @@ def test_pick_spreads_over_every_attribute(n: int) -> None:
     scenes = pick(n, rng_seed=9)
     assert len(set(scenes)) == n and scenes == pick(n, rng_seed=9)
     assert n == 432 or set(scenes) != set(pick(n, rng_seed=10))
-    assert sum(s.triple in world.kept_back() for s in scenes) == round(n * 66 / 432)
+    assert sum(s.triple in world.held_out() for s in scenes) == round(n * 66 / 432)
     for column, values in zip(zip(*scenes, strict=True), (6, 3, 8, 3), strict=True):
         counts = Counter(column)
         assert len(counts) == values and max(counts.values()) - min(counts.values()) <= max(2, n // 40)

@@ -102,7 +102,7 @@ def test_swapped_experts_do_not(frames: Callable[[str, int], Any]) -> None:
 
 
 def test_other_wordings_say_the_same(demo: Pipeline) -> None:
-    scenes = [s for s in adherence.pick(40, rng_seed=1) if s.triple not in world.kept_back()][:16]
+    scenes = [s for s in adherence.pick(40, rng_seed=1) if s.triple not in world.held_out()][:16]
     right = 0
     for i, scene in enumerate(scenes):
         frames = demo.generate(caption(scene, 1 + i % 7, i % 3), seed=5).frames
@@ -138,7 +138,7 @@ def test_stock_wan_pipeline_runs_it_with_its_own_defaults() -> None:
 def test_adherence_over_all_combinations(demo: Pipeline) -> None:
     result = adherence.measure_adherence(frames_of(demo), list(world.scenes()), [0, 1])
     assert result.overall.share() >= 0.90, result.table()
-    assert result.kept_back.share() >= 0.85, result.table()
+    assert result.held_out.share() >= 0.85, result.table()
 
 
 def test_training_script_is_the_one_that_made_it() -> None:

@@ -30,20 +30,20 @@ def test_shapes_are_unlike_in_outline() -> None:
 
 
 def test_an_unknown_shape_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown shape 'star', known: circle, square, triangle"):
+    with pytest.raises(ValueError, match="unknown shape 'star', not one of circle, square, triangle"):
         world.coverage("star", np.zeros(1, np.float32), np.zeros(1, np.float32), 1.0)
 
 
-def test_kept_back_never_changes() -> None:
-    text = "\n".join("/".join(t) for t in sorted(world.kept_back()))
+def test_held_out_never_changes() -> None:
+    text = "\n".join("/".join(t) for t in sorted(world.held_out()))
     assert (
         hashlib.sha256(text.encode()).hexdigest()
         == "e19698f0a4862dba18291acf6ef74312987a6c4c4612ebfaefd29d472fe5f3be"
     )
 
 
-def test_kept_back_is_15_percent_and_balanced() -> None:
-    held = world.kept_back()
+def test_held_out_is_15_percent_and_balanced() -> None:
+    held = world.held_out()
     every = set(itertools.product(world.COLOURS, world.SHAPES, world.DIRECTIONS))
     assert held < every and len(held) == 22 == round(0.15 * len(every))
     for part in range(3):
@@ -55,8 +55,8 @@ def test_kept_back_is_15_percent_and_balanced() -> None:
         assert seen == {(t[a], t[b]) for t in every}
 
 
-def test_a_triple_is_kept_back_on_every_background() -> None:
-    triples = world.kept_back()
+def test_a_triple_is_held_out_on_every_background() -> None:
+    triples = world.held_out()
     held = [s for s in world.scenes() if s.triple in triples]
     assert len(held) == 22 * len(world.BACKGROUNDS)
 

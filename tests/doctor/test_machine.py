@@ -61,10 +61,10 @@ def test_a_probe_that_fails_is_a_row_and_the_others_go_on():
     def _leaving() -> list[ProbeRow]:
         sys.exit("bye")
 
-    report = examine([_broken_card, _leaving, lambda: [ProbeRow(item="x", found="1", required=True)]])
+    report = examine([_broken_card, _leaving, lambda: [ProbeRow(item="x", detected="1", required=True)]])
     assert [r.status for r in report.rows] == ["probe failed", "probe failed", "ok"]
     assert report.rows[0].item == "broken card"
-    assert report.rows[0].found == "RuntimeError: dcmi init failed"
+    assert report.rows[0].detected == "RuntimeError: dcmi init failed"
     assert report.ok
 
 
@@ -90,8 +90,8 @@ def test_this_machine():
         | rows(machine._disk)
         | rows(machine._ascendit)
     )
-    assert found["Python"].status == "ok" and found["Python"].found.startswith("3.")
-    assert "GiB free" in found["memory"].found and "GiB free" in found["this folder"].found
+    assert found["Python"].status == "ok" and found["Python"].detected.startswith("3.")
+    assert "GiB free" in found["memory"].detected and "GiB free" in found["this folder"].detected
     assert {"platform", "CPU", "ascendit", "demo model"} <= set(found)
     libraries = rows(machine._libraries)
     assert {"torch", "diffusers", "transformers", "safetensors", "PyAV"} <= set(libraries)
@@ -129,14 +129,14 @@ def test_a_child_that_hangs(monkeypatch):
 
 def test_torch_works(child):
     row = rows(machine._torch_imports)["import torch"]
-    assert row.status == "ok" and row.found == "works, 2 threads, CPU kernels AVX2"
+    assert row.status == "ok" and row.detected == "works, 2 threads, CPU kernels AVX2"
     assert rows(machine._cuda)["CUDA device"].status == "absent"
 
 
 def test_torch_is_broken(child):
     child[""] = {"error": "ImportError: libcudart.so.12"}
     report = examine([machine._torch_imports, machine._cuda])
-    assert report.rows[0].status == "broken" and report.rows[0].found == "ImportError: libcudart.so.12"
+    assert report.rows[0].status == "broken" and report.rows[0].detected == "ImportError: libcudart.so.12"
     assert not report.ok
 
 
@@ -150,7 +150,7 @@ def test_torch_is_late(child):
 def test_cuda(child):
     child[""] = {"cuda": [["H200", 139 * 2**30]], "capability": "AVX512", "threads": 8}
     row = rows(machine._cuda)["CUDA device"]
-    assert row.status == "ok" and row.found == "H200 139 GiB"
+    assert row.status == "ok" and row.detected == "H200 139 GiB"
 
 
 def test_codec(child):
@@ -165,7 +165,7 @@ def test_torch_npu_without_cann_breaks_torch_itself(child, monkeypatch):
     pretend(monkeypatch, versions={}, specs={"torch_npu"})
     child["plain"] = {"error": "ImportError: libhccl.so: cannot open shared object file"}
     row = rows(machine._torch_imports)["import torch"]
-    assert row.status == "broken" and "libhccl.so" in row.found
+    assert row.status == "broken" and "libhccl.so" in row.detected
     assert row.fix.startswith(npu.source_line()) and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in row.fix
     assert not examine([machine._torch_imports]).ok
 
@@ -183,26 +183,26 @@ def test_which_kernels_are_compiled(monkeypatch):
     found = rows(machine.compiled_kernels)
     assert set(found) == {f"kernel: {name}" for name in ("encode", "attention", "linear", "elementwise")}
     assert all(r.status == "ok" and not r.required for r in found.values())
-    assert found["kernel: encode"].found == "native, compiled from native/encode.cpp"
+    assert found["kernel: encode"].detected == "native, compiled from native/encode.cpp"
 
 
 def test_a_kernel_that_cannot_be_compiled_says_why_and_hinders_nothing(monkeypatch):
     monkeypatch.setattr(machine, "native", lambda name: Built(None, "no C++ compiler (g++) on PATH"))
     told = examine([machine.compiled_kernels])
     assert told.ok and {r.status for r in told.rows} == {"absent"}
-    assert told.rows[0].found == "PyTorch instead: no C++ compiler (g++) on PATH"
+    assert told.rows[0].detected == "PyTorch instead: no C++ compiler (g++) on PATH"
 
 
 def test_the_report_shows_the_encoder_that_runs():
     from ascendit.mx import native_encoder
 
     built = native_encoder.library()
-    found = rows(machine.compiled_kernels)["kernel: encode"].found
+    found = rows(machine.compiled_kernels)["kernel: encode"].detected
     assert found == (f"native, {built.reason}" if built.library else f"PyTorch instead: {built.reason}")
 
 
 def test_every_source_has_a_row():
     from ascendit.native import build
 
-    assert set(machine.NATIVE_SOURCES) == set(build.NEEDS) == {p.stem for p in build.HERE.glob("*.cpp")}
+    assert set(machine.NATIVE_SOURCES) == set(build.NEEDS) == {p.stem for p in build.SOURCES.glob("*.cpp")}
     assert machine.compiled_kernels in machine.PROBES

@@ -11,7 +11,15 @@ import pytest
 
 from ascendit.doctor import npu, probe
 from ascendit.doctor.machine import PYTHON_LIBRARIES, examine
-from ascendit.doctor.npu import DRIVERS, MINDIESD, VERSION_SETS, FoundVersions, advise, begins, match_versions
+from ascendit.doctor.npu import (
+    DRIVERS,
+    MINDIESD,
+    VERSION_SETS,
+    InstalledVersions,
+    advise,
+    begins,
+    match_versions,
+)
 from ascendit.doctor.probe import ProbeRow, at_least
 
 A5 = {"name": "Ascend950PR", "memory": 112 * 2**30}
@@ -88,14 +96,14 @@ def test_a_machine_without_any_of_it(machine: Machine) -> None:
 def test_a_whole_machine(whole: Machine) -> None:
     found = rows()
     assert {r.status for r in found.values()} == {"ok"}, found
-    assert found["CANN toolkit"].found == f"9.1.0 in {whole.root}/Ascend/cann"
-    assert found["CANN libraries"].found == "6 of 6"
-    assert found["Ascend driver"].found == "25.7.RC1"
-    assert found["NPU device files"].found == f"8 x {whole.root}/dev/davinci0"
-    assert found["NPU device"].found == "8 x Ascend950PR, 112 GiB, Atlas 350 (Ascend 950): a5"
+    assert found["CANN toolkit"].detected == f"9.1.0 in {whole.root}/Ascend/cann"
+    assert found["CANN libraries"].detected == "6 of 6"
+    assert found["Ascend driver"].detected == "25.7.RC1"
+    assert found["NPU device files"].detected == f"8 x {whole.root}/dev/davinci0"
+    assert found["NPU device"].detected == "8 x Ascend950PR, 112 GiB, Atlas 350 (Ascend 950): a5"
     assert found["NPU device"].data["chip"] == "a5"
-    assert found["versions together"].found == "torch 2.10.0, torch_npu 2.10.0.post4, CANN 9.1.0"
-    assert found["torch_npu operators"].found == "11 of 11"
+    assert found["versions together"].detected == "torch 2.10.0, torch_npu 2.10.0.post4, CANN 9.1.0"
+    assert found["torch_npu operators"].detected == "11 of 11"
     assert found["MindIE-SD operators"].data["needed"] == ["mindiesd::layernorm", "mindiesd::adaln_v2"]
     report = examine(npu.NPU_PROBES)
     assert report.npu is True
@@ -108,8 +116,8 @@ def test_cann_that_is_not_sourced(whole: Machine, monkeypatch: pytest.MonkeyPatc
     found = rows()
     line = f"source {whole.root}/Ascend/cann/set_env.sh"
     assert found["CANN toolkit"].status == "broken" and found["CANN toolkit"].fix == line
-    assert found["CANN toolkit"].found.endswith("set_env.sh not sourced")
-    assert found["NPU device"].fix == line and "libhccl.so" in found["NPU device"].found
+    assert found["CANN toolkit"].detected.endswith("set_env.sh not sourced")
+    assert found["NPU device"].fix == line and "libhccl.so" in found["NPU device"].detected
     assert found["NPU operators"].status == "not checked"
     assert found["versions together"].status == "ok"  # the version is read from the disk all the same
     assert examine(npu.NPU_PROBES).npu is False
@@ -125,13 +133,13 @@ def test_torch_npu_without_cann(machine: Machine) -> None:
 
 def test_a_sourced_folder_that_is_gone_and_libraries_that_are(machine: Machine) -> None:
     machine.set("ASCEND_HOME_PATH", str(machine.root / "gone"))
-    assert rows()["CANN toolkit"].found.endswith("gone, which does not exist")
+    assert rows()["CANN toolkit"].detected.endswith("gone, which does not exist")
     folder = machine.install_cann()
     (folder / "lib64" / "libopapi.so").unlink()
     (folder / "lib64" / "libhccl.so").unlink()
     row = rows()["CANN libraries"]
     assert row.status == "broken" and row.data == {"missing": ["libhccl.so", "libopapi.so"]}
-    assert row.found == "4 of 6: libhccl.so, libopapi.so not found" and "ops package" in row.fix
+    assert row.detected == "4 of 6: libhccl.so, libopapi.so missing" and "ops package" in row.fix
     machine.write("elsewhere/libopapi.so")
     machine.write("elsewhere/libhccl.so")
     machine.set("LD_LIBRARY_PATH", str(machine.root / "elsewhere"))
@@ -159,7 +167,7 @@ def test_torch_npu_of_another_torch(whole: Machine) -> None:
     assert found["torch_npu"].status == "broken" and found["torch_npu"].fix.endswith("torch 2.12.0+cpu")
     row = found["versions together"]
     assert row.status == "broken" and row.data["row"]["torch"] == "2.10.0"
-    assert row.found == "torch 2.12.0+cpu is not the 2.10.0 of torch_npu 2.10.0.post4"
+    assert row.detected == "torch 2.12.0+cpu, but torch_npu 2.10.0.post4 needs 2.10.0"
     assert row.fix == "install a published row: torch 2.12.0, torch_npu 2.12.0.post2, CANN 9.1"
     assert examine(npu.NPU_PROBES).npu is False
 
@@ -173,7 +181,7 @@ def test_torch_npu_missing_beside_cann(machine: Machine) -> None:
 def test_a_version_in_no_table_hinders_nothing(whole: Machine) -> None:
     whole.packages |= {"torch_npu": "2.10.0.post9"}
     row = rows()["versions together"]
-    assert row.status == "unlisted" and "torch_npu 2.10.0.post9 is in no published table" in row.found
+    assert row.status == "unlisted" and "torch_npu 2.10.0.post9 is in no published table" in row.detected
     assert row.fix.startswith("if it does not run, install a published row: torch 2.10.0")
     assert examine(npu.NPU_PROBES).npu is True
 
@@ -187,7 +195,7 @@ def test_device_files_of_a_container(whole: Machine) -> None:
 def test_no_right_to_the_cards(whole: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("davinci3"))
     row = rows()["NPU device files"]
-    assert row.status == "broken" and f"no access to {whole.root}/dev/davinci3" in row.found
+    assert row.status == "broken" and f"no access to {whole.root}/dev/davinci3" in row.detected
     assert row.fix.startswith("sudo usermod -aG ") and row.fix.endswith("$USER, then log in again")
 
 
@@ -202,14 +210,14 @@ def test_the_driver_by_npu_smi_or_not_at_all(whole: Machine, monkeypatch: pytest
     text = "+----+\n| npu-smi 25.5.1                   Version: 25.5.1                |\n"
     monkeypatch.setattr(probe, "command", lambda words: text if words == ("npu-smi", "info") else "")
     found = rows()
-    assert found["Ascend driver"].found == "25.5.1"
-    assert "driver 25.5.1 is not among those published for CANN 9.1.0" in found["versions together"].found
+    assert found["Ascend driver"].detected == "25.5.1"
+    assert "driver 25.5.1 is not among those published for CANN 9.1.0" in found["versions together"].detected
 
 
 def test_operators_that_this_torch_npu_lacks(whole: Machine) -> None:
     whole.told["operators"] = [n for n in whole.told["operators"] if "dual_level" not in n]
     row = rows()["torch_npu operators"]
-    assert row.status == "broken" and row.found.startswith("9 of 11: no npu_dynamic_dual_level_mx_quant")
+    assert row.status == "broken" and row.detected.startswith("9 of 11: no npu_dynamic_dual_level_mx_quant")
     assert len(row.data["missing"]) == 2
     whole.told["soc"] = 220  # a2 is asked for none of them
     assert rows()["torch_npu operators"].status == "ok"
@@ -233,7 +241,7 @@ def test_mindiesd_that_cannot_be_imported(whole: Machine, problem: str, status: 
 def test_a_chip_that_wan_does_not_run_on(whole: Machine) -> None:
     whole.told["soc"] = 103
     row = rows()["NPU device"]
-    assert row.status == "broken" and "SoC number 103" in row.found and "Atlas A2" in row.needed
+    assert row.status == "broken" and "SoC number 103" in row.detected and "Atlas A2" in row.needed
 
 
 def test_one_probe_that_raises_leaves_the_others(whole: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,46 +313,46 @@ def test_the_first_row_is_the_torch_npu_whose_schemas_are_frozen() -> None:
 @pytest.mark.parametrize("stack", [s for s in VERSION_SETS if s.cann], ids=str)
 def test_each_row_matches_itself(stack) -> None:
     found = match_versions(
-        FoundVersions(torch=f"{stack.torch}+cpu", torch_npu=stack.torch_npu, cann=stack.cann)
+        InstalledVersions(torch=f"{stack.torch}+cpu", torch_npu=stack.torch_npu, cann=stack.cann)
     )
     assert found.stack == stack and not found.wrong and not found.unlisted
 
 
 def test_another_cann_and_another_torch() -> None:
-    found = match_versions(FoundVersions(torch="2.11.0", torch_npu="2.10.0", cann="8.5.0"))
+    found = match_versions(InstalledVersions(torch="2.11.0", torch_npu="2.10.0", cann="8.5.0"))
     assert found.wrong == (
-        "torch 2.11.0 is not the 2.10.0 of torch_npu 2.10.0",
-        "CANN 8.5.0 is not the 9.0.0 of torch_npu 2.10.0",
+        "torch 2.11.0, but torch_npu 2.10.0 needs 2.10.0",
+        "CANN 8.5.0, but torch_npu 2.10.0 needs 9.0.0",
     )
 
 
 def test_what_no_page_tells() -> None:
-    found = match_versions(FoundVersions(torch="2.13.0", torch_npu="2.13.0", cann="9.1.0"))
+    found = match_versions(InstalledVersions(torch="2.13.0", torch_npu="2.13.0", cann="9.1.0"))
     assert found.unlisted == ("no CANN is published for torch_npu 2.13.0",) and not found.wrong
-    assert match_versions(FoundVersions(torch_npu="2.14.0")).unlisted == (
+    assert match_versions(InstalledVersions(torch_npu="2.14.0")).unlisted == (
         "torch_npu 2.14.0 is in no published table",
     )
 
 
 def test_mindiesd_and_driver_beside_cann() -> None:
-    machine = FoundVersions(
+    machine = InstalledVersions(
         torch="2.9.0", torch_npu="2.9.0", cann="8.5.0", mindiesd="3.1.0", driver="24.1.rc3"
     )
     words = match_versions(machine).unlisted
     assert words[0] == "MindIE-SD 3.1.0 is not among those published for CANN 8.5.0: 3.0.0, 2.3.0"
     assert words[1].startswith("driver 24.1.rc3 is not among those published for CANN 8.5.0: 25.5")
     assert not match_versions(
-        FoundVersions(torch_npu="2.9.0", cann="8.5.0", mindiesd="2.3.0", driver="25.3.2")
+        InstalledVersions(torch_npu="2.9.0", cann="8.5.0", mindiesd="2.3.0", driver="25.3.2")
     ).unlisted
 
 
 @pytest.mark.parametrize(
     ("found", "torch_npu"),
     [
-        (FoundVersions(torch="2.11.0", cann="9.1.0"), "2.11.0.post2"),
-        (FoundVersions(torch="2.15.0", cann="8.5.0"), "2.9.0"),
-        (FoundVersions(torch="2.10.0"), "2.10.0.post6"),
-        (FoundVersions(), "2.12.0.post2"),
+        (InstalledVersions(torch="2.11.0", cann="9.1.0"), "2.11.0.post2"),
+        (InstalledVersions(torch="2.15.0", cann="8.5.0"), "2.9.0"),
+        (InstalledVersions(torch="2.10.0"), "2.10.0.post6"),
+        (InstalledVersions(), "2.12.0.post2"),
     ],
 )
 def test_which_row_to_install(found, torch_npu) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ascendit.doctor.operator_cases import Result, compare_results, described, worst
+from ascendit.doctor.operator_cases import Result, compare_results, describe, worst
 
 BASE = Result(part="operator", name="a case", operator="npu_some")
 
@@ -84,7 +84,7 @@ def test_int8_codes_that_are_two_steps_off() -> None:
 
 def test_shape_dtype_and_several_results() -> None:
     found = compare_results(BASE, ramp(3, 4), ramp(4, 3))
-    assert found.error == "bfloat16 [3, 4] came, not bfloat16 [4, 3]"
+    assert found.error == "got bfloat16 [3, 4], not bfloat16 [4, 3]"
     empty, seed = torch.empty(0), 7
     found = compare_results(BASE, (ramp(2), ramp(3) + 1, empty, seed), (ramp(2), ramp(3), empty, 9))
     assert found.verdict == "wrong" and found.db is not None
@@ -100,5 +100,5 @@ def test_what_is_not_called_cannot_fail() -> None:
 
 
 def test_arguments_in_words() -> None:
-    assert described(ramp(2, 3).t()) == "bfloat16 [3, 2] strides [1, 3]"
-    assert described([1, 1, 32]) == "[1, 1, 32]" and described("BSND") == "'BSND'"
+    assert describe(ramp(2, 3).t()) == "bfloat16 [3, 2] strides [1, 3]"
+    assert describe([1, 1, 32]) == "[1, 1, 32]" and describe("BSND") == "'BSND'"

@@ -92,7 +92,7 @@ def test_one_wrong_scale_byte_is_seen(bent) -> None:
     bent("npu_dynamic_mx_quant", one_off)
     failed = self_check("twin:a5").failed
     assert {"npu_dynamic_mx_quant", "linear in mxfp8"} <= {r.operator for r in failed}
-    assert any("of the codes differ" in r.error for r in failed)
+    assert any("of the elements differ" in r.error for r in failed)
 
 
 def test_an_operator_that_raises_is_reported_and_the_rest_goes_on(bent) -> None:
@@ -118,11 +118,11 @@ def test_an_answer_other_than_the_twins(bent) -> None:
         return (torch.ones_like(out[0]), torch.ones_like(out[1]))
 
     bent("npu_dynamic_quant", ignores)
-    row = named(self_check("twin:a2"))["question: What does the int8 quantizer make of zeros, inf and nan?"]
+    row = named(self_check("twin:a2"))["question: How does the int8 quantizer treat zeros, inf and nan?"]
     assert row.verdict == "differs" and row.answer == "; ".join(
-        f"{name}: scale 1, codes [1]" for name in ("zeros", "inf", "nan")
+        f"{name}: scale 1, values [1]" for name in ("zeros", "inf", "nan")
     )
-    assert row.expected.startswith("zeros: scale 0, codes [0]")
+    assert row.expected.startswith("zeros: scale 0, values [0]")
 
 
 def test_what_is_not_installed_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def answers(question: Callable[..., str], change: Callable[[str, Any, dict[str, 
 
 def test_readings_of_smooth_scale() -> None:
     ask = hardware_questions._smooth_scale
-    assert answers(ask, lambda name, out, kwargs: out) == "multiplied in the dtype of the tokens"
+    assert answers(ask, lambda name, out, kwargs: out) == "multiplied in the dtype of the activation"
 
     def call(name: str, x: torch.Tensor, smooth_scale: torch.Tensor | None = None) -> Any:
         return twin.call(name, x)
@@ -178,7 +178,7 @@ def test_readings_of_the_order_of_sums() -> None:
 
 def test_questions_for_a_card_alone_say_so_on_a_twin() -> None:
     found = [r for r in self_check("twin:a5").part("question") if r.answer == hardware_questions.NO_TWIN]
-    assert len(found) == sum(q.only is not None for q in hardware_questions.QUESTIONS) == 3
+    assert len(found) == sum(q.card_only is not None for q in hardware_questions.QUESTIONS) == 3
 
 
 def test_the_speed_of_formats_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,10 +194,10 @@ def test_the_speed_of_formats_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> N
 def test_inputs_keep_their_strides_and_are_copies() -> None:
     card = CheckedDevice(parse_device("cpu"))
     for t in (torch.rand(4, 6).t(), torch.rand(2, 3, 4).permute(2, 0, 1), torch.rand(3).expand(2, 3)):
-        copy = card.put(t)
+        copy = card.to_device(t)
         assert torch.equal(copy, t) and copy.data_ptr() != t.data_ptr()
         assert t.stride() == copy.stride() or 0 in t.stride()
-    assert card.put([torch.ones(1), 2, "x"])[1:] == [2, "x"]
+    assert card.to_device([torch.ones(1), 2, "x"])[1:] == [2, "x"]
 
 
 def test_on_the_cpu_the_bound_functions_are_checked() -> None:
@@ -311,7 +311,7 @@ def test_a_device_that_is_refused(children) -> None:
 def test_a_child_that_never_starts(children) -> None:
     with pytest.raises(EnvironmentProblem) as e:
         children(start="sys.exit(3)")
-    assert "ended with code 3 before its first check" in e.value.got and e.value.fix == "ascendit doctor"
+    assert "ended with code 3 before its first check" in e.value.got and e.value.fix == "run ascendit doctor"
 
 
 def test_the_real_child(capsys: pytest.CaptureFixture[str]) -> None:

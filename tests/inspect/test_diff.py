@@ -57,7 +57,7 @@ def test_a_folder_and_its_copy(tmp_path: Path) -> None:
     folder = model(tmp_path / "a", dict.fromkeys(LINEARS, "mxfp8"))
     found = diff(folder, shutil.copytree(folder, tmp_path / "b"))
     assert found.same and found.changes == ()
-    assert found.lines()[-1] == "Result     headers and configs are the same"
+    assert found.lines()[-1] == "Result     same headers and configs"
     assert f"Values     {NOT_COMPARED}" in found.lines()
 
 
@@ -110,7 +110,7 @@ def test_container_smoothing_and_attention(tmp_path: Path) -> None:
     write_expert(other / "transformer", tensors, manifest=described)
     found = diff(plain, other)
     assert kinds(found) == {"scheme", "smoothing", "attention", "tensor"}
-    assert set(named(found, "scheme").values()) == {("mxfp4", "mxfp4 in an FP8 container")}
+    assert set(named(found, "scheme").values()) == {("mxfp4", "mxfp4 unpacked to FP8")}
     assert named(found, "smoothing") == {LINEARS[0]: (None, "mul_scale")}
     assert named(found, "attention") == {"blocks.2.attn1": (None, "FP8_DYNAMIC")}
     assert named(found, "tensor")["blocks.2.attn1.q_rot"] == (None, "bf16 [64, 64]")
@@ -200,7 +200,7 @@ def test_hashes_when_both_have_them(tmp_path: Path) -> None:
     write_json(tmp_path / "b" / "ascendit.json", {"files": dict.fromkeys(files, "bb")})
     other = diff(tmp_path / "a", tmp_path / "b")
     assert (other.hashes, other.changes, other.same) == ("different", (), False)
-    assert other.lines()[-1] == "Result     the same headers and configs, other numbers"
+    assert other.lines()[-1] == "Result     same headers and configs, different numbers"
     write_json(tmp_path / "b" / "ascendit.json", {"files": {"transformer/other": "aa"}})
     assert diff(tmp_path / "a", tmp_path / "b").hashes == NOT_COMPARED
 

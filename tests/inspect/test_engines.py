@@ -23,11 +23,11 @@ from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.transformer import read_expert
 from ascendit.errors import UsageError
 from ascendit.inspect.checkpoint import inspect
-from ascendit.inspect.engines import EngineVerdict, RunsOn, runs_on
+from ascendit.inspect.engines import Compatibility, RunsOn, runs_on
 from ascendit.inspect.transformer_report import ExpertSummary
 from ascendit.names import block_linears
 from ascendit.quant.engines import ENGINES
-from ascendit.report import plain
+from ascendit.report import json_data
 
 LINEARS = block_linears(CONFIG)
 
@@ -49,7 +49,7 @@ def verdicts(path: Path) -> dict[str, str]:
     return by_engine(judged(path))
 
 
-def engine(path: Path, name: str) -> EngineVerdict:
+def engine(path: Path, name: str) -> Compatibility:
     return next(e for e in judged(path).engines if e.engine == name)
 
 
@@ -91,41 +91,41 @@ def test_mxfp8_in_one_folder_for_two_engines(tmp_path: Path) -> None:
     assert by_engine(found) == {"vllm-omni": "runs", "sglang": "runs", "mindie": "repack"}
     mindie = next(e for e in found.engines if e.engine == "mindie")
     assert mindie.command == f"ascendit repack {tmp_path} -o DST --for mindie"
-    assert mindie.reason == "it wants original Wan names"
-    assert mindie.text() == "after repack --for mindie   (it wants original Wan names)"
+    assert mindie.reason == "needs original Wan names"
+    assert mindie.text() == "after repack --for mindie   (needs original Wan names)"
     assert found.chips == {"a2": "emulated", "a3": "emulated", "a5": "native"}
-    assert plain(found)["engines"][0]["verdict"] == "runs"
+    assert json_data(found)["engines"][0]["verdict"] == "runs"
 
 
 def test_what_says_it_is_quantized(tmp_path: Path) -> None:
     unmarked = pipeline(tmp_path / "a", "mxfp8", marker=False)
-    assert engine(unmarked, "vllm-omni").reason == "it wants its own quantization_config in config.json"
+    assert engine(unmarked, "vllm-omni").reason == "needs its own quantization_config in config.json"
     assert engine(unmarked, "sglang").verdict == "runs"
     undescribed = pipeline(tmp_path / "b", "mxfp8", described=False)
     assert engine(undescribed, "vllm-omni").verdict == "runs"
-    assert engine(undescribed, "sglang").reason == "it wants quant_model_description.json"
+    assert engine(undescribed, "sglang").reason == "needs quant_model_description.json"
 
 
 def test_fp4_packed_and_not(tmp_path: Path) -> None:
     packed = pipeline(tmp_path / "a", "mxfp4")
     assert verdicts(packed) == {"vllm-omni": "repack", "sglang": "runs", "mindie": "repack"}
-    assert engine(packed, "vllm-omni").reason == "it wants FP4 one to an element"
+    assert engine(packed, "vllm-omni").reason == "needs FP4 unpacked to FP8"
     for container in ("F8_E4M3", "BF16"):
         apart = pipeline(tmp_path / container, "mxfp4", container=container)
         assert verdicts(apart) == {"vllm-omni": "runs", "sglang": "repack", "mindie": "repack"}
-        assert engine(apart, "sglang").reason == "it wants FP4 two to a byte"
+        assert engine(apart, "sglang").reason == "needs FP4 packed two per byte"
 
 
 def test_int8_offsets(tmp_path: Path) -> None:
     folder = pipeline(tmp_path, "int8")
-    assert engine(folder, "vllm-omni").reason == "it wants int8 without weight_offset"
+    assert engine(folder, "vllm-omni").reason == "needs int8 without weight_offset"
     assert engine(folder, "sglang").verdict == "runs"
     assert judged(folder).chips == {"a2": "native", "a3": "native", "a5": "native"}
 
 
 def test_dual_scale(tmp_path: Path) -> None:
     folder = pipeline(tmp_path, "mxfp4_dualscale", container="F8_E4M3")
-    assert engine(folder, "vllm-omni").reason == "it wants a mul_scale in every mxfp4_dualscale layer"
+    assert engine(folder, "vllm-omni").reason == "needs a mul_scale in every mxfp4_dualscale layer"
     sglang = engine(folder, "sglang")
     assert sglang.verdict == "no" and sglang.reason == ENGINES["sglang"].refuses["mxfp4_dualscale"]
     assert sglang.command == "" and sglang.text().startswith("no: ")
@@ -151,7 +151,7 @@ def test_what_mindie_refuses(tmp_path: Path) -> None:
     folder, _ = export(tmp_path / "a")
     [weights] = folder.glob("*.safetensors")
     weights.chmod(0o644)
-    assert "anyone may read" in engine(folder, "mindie").reason
+    assert "others can read" in engine(folder, "mindie").reason
     weights.chmod(0o640)
     moved = weights.rename(tmp_path / "elsewhere.safetensors")
     weights.symlink_to(moved)
@@ -163,7 +163,7 @@ def test_what_mindie_refuses(tmp_path: Path) -> None:
 
 def test_a_second_name_in_the_manifest_of_smoothed_layers(tmp_path: Path) -> None:
     folder = pipeline(tmp_path, "mxfp4", smoothed=LINEARS)
-    assert engine(folder, "sglang").reason == "it wants <layer>.div.mul_scale in the manifest"
+    assert engine(folder, "sglang").reason == "needs <layer>.div.mul_scale in the manifest"
     described = folder / "transformer" / "quant_model_description.json"
     names = json.loads(described.read_text())
     write_json(described, names | {f"{layer}.div.mul_scale": "FLOAT" for layer in LINEARS})
@@ -233,7 +233,7 @@ def test_what_is_written_for_an_engine_runs_there(tmp_path: Path, engine_name: s
         assert runs_on_of(tmp_path / "theirs", engine_name).verdict == "runs"
 
 
-def runs_on_of(path: Path, name: str) -> EngineVerdict:
+def runs_on_of(path: Path, name: str) -> Compatibility:
     """The verdict for a folder whose other parts are words in files."""
     layout = recognise(path)
     found = runs_on(layout, [ExpertSummary(read_expert(part)) for part in layout.experts])

@@ -99,7 +99,7 @@ def test_a_mixed_recipe_and_what_it_kept(tmp_path: Path) -> None:
     report = inspect(tmp_path)
     counts = {c.scheme: c.layers for c in only(report).schemes}
     assert counts == {"mxfp4": 19, "mxfp8": 10}
-    assert row(report, "Kept") == [
+    assert row(report, "Excluded") == [
         "bf16: patch_embedding, condition_embedder.*, blocks.0, blocks.3.attn2.to_out.0, proj_out"
     ]
     assert len(row(report, "Format")) == 3
@@ -110,7 +110,7 @@ def test_a_mixed_recipe_and_what_it_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("container", "bits", "words"),
-    [("packed", 4.25, "two in a byte"), ("F8_E4M3", 8.25, "in an FP8 container"), ("BF16", 16.25, "BF16")],
+    [("packed", 4.25, "packed two per byte"), ("F8_E4M3", 8.25, "unpacked to FP8"), ("BF16", 16.25, "BF16")],
 )
 def test_fp4_by_its_real_bits(tmp_path: Path, container: str, bits: float, words: str) -> None:
     layers = dict.fromkeys(LINEARS, "mxfp4")
@@ -139,7 +139,7 @@ def test_smoothed_rotated_and_attention(tmp_path: Path) -> None:
     assert "blocks.0.ffn.net.2" in row(report, "Smoothed")[0]
     assert [c.scheme for c in summary.schemes] == ["mxfp4", "bf16"]
     assert "W*s" in row(report, "Format")[1]
-    assert "blocks.0.ffn.net.2" in row(report, "Kept")[0]
+    assert "blocks.0.ffn.net.2" in row(report, "Excluded")[0]
     assert summary.values == sum(_product(shape) for _, shape in floats().values())
 
 
@@ -193,7 +193,7 @@ def test_a_pipeline_with_two_unlike_experts(tmp_path: Path) -> None:
     assert report.ok and report.is_pipeline
     texts = row(report, "Format")
     assert texts[0].startswith("transformer: mxfp8 ") and texts[1].startswith("transformer_2: mxfp4 ")
-    assert len(row(report, "Kept")) == 1  # alike in both, said once
+    assert len(row(report, "Excluded")) == 1  # alike in both, said once
     assert row(report, "Made by") == ["ascendit 9 quantize, recipe mine"]
     assert [p.expert.origin for p in report.experts if p.expert] == ["ascendit", "ascendit"]
     assert report.as_dict()["ascendit"]["recipe"] == {"name": "mine"}

@@ -12,7 +12,14 @@ from torch import nn
 
 from ascendit import mx
 from ascendit.errors import UsageError
-from ascendit.model.linear import QuantLinear, SmoothLinear, Tokens, fused_linears, linear, stored_tensors
+from ascendit.model.linear import (
+    LinearInput,
+    QuantLinear,
+    SmoothLinear,
+    fused_linears,
+    linear,
+    stored_tensors,
+)
 from ascendit.mx.smoothing import smooth_input
 from ascendit.ops.operators import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
@@ -38,7 +45,7 @@ def tokens(k: int = 64) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("scheme", STORED)
-def test_it_is_a_linear_whose_output_is_decoded_tokens_times_decoded_weight(scheme):
+def test_output_is_the_decoded_activation_times_the_decoded_weight(scheme):
     m, x = layer(scheme), tokens()
     assert m.bias is not None
     encoded, bias = weight_of(scheme)
@@ -64,7 +71,7 @@ def group_of(*seeds: int, scheme: str = "mxfp8") -> tuple[list[QuantLinear], lis
     return made, [e for e, _ in parts]
 
 
-def test_joined_layers_quantize_and_multiply_once(monkeypatch):
+def test_fused_layers_quantize_and_multiply_once(monkeypatch):
     layers, parts = group_of(1, 2, 3)
     alone = [
         QuantLinear.from_encoded(e, m.bias, schemes=OPS.quantized) for e, m in zip(parts, layers, strict=True)
@@ -81,14 +88,14 @@ def test_joined_layers_quantize_and_multiply_once(monkeypatch):
 
     for name in ("quantize_activation", "quantized_linear"):
         monkeypatch.setattr(kind, name, spy(name, getattr(kind, name)))
-    t = Tokens(tokens())
+    t = LinearInput(tokens())
     outs = [linear(OPS, m, t) for m in layers]
     assert calls == ["quantize_activation", "quantized_linear"]
     assert all(torch.equal(out, m(tokens())) for out, m in zip(outs, alone, strict=True))
     assert torch.equal(linear(OPS, layers[0], t), outs[0])  # asked again, it is made again
 
 
-def test_layers_that_share_tokens_but_not_a_weight_share_the_codes_of_the_tokens(monkeypatch):
+def test_layers_with_one_input_but_different_groups_quantize_it_once(monkeypatch):
     mul = torch.rand(64) + 0.5
     layers = [layer("mxfp8"), layer("mxfp8"), layer("mxfp8", mul_scale=mul), layer("mxfp8", mul_scale=mul)]
     seen: list[Any] = []
@@ -99,7 +106,7 @@ def test_layers_that_share_tokens_but_not_a_weight_share_the_codes_of_the_tokens
         return plain(*given)
 
     monkeypatch.setattr(type(OPS.quantized), "quantize_activation", spy)
-    t = Tokens(tokens())
+    t = LinearInput(tokens())
     outs = [linear(OPS, m, t) for m in layers]
     assert len(seen) == 2 and seen[0] is None and seen[1].data_ptr() == mul.data_ptr()
     assert torch.equal(outs[2], layer("mxfp8")(smooth_input(tokens(), mul)))
@@ -136,7 +143,7 @@ def test_state_dict_is_the_disk_and_comes_back(scheme):
     )
     blank.load_state_dict(state)
     assert torch.equal(blank["to_q"](tokens()), m["to_q"](tokens()))
-    with pytest.raises(RuntimeError, match="codes of"):
+    with pytest.raises(RuntimeError, match="loaded unchanged"):
         blank.load_state_dict(state | {"to_q.weight": torch.zeros(24, 64)})
     with pytest.raises(RuntimeError, match="Missing key"):
         blank.load_state_dict({k: v for k, v in state.items() if "scale" not in k})
@@ -181,12 +188,12 @@ def storage_of(m: QuantLinear) -> int:
 
 
 def outputs(layers: list[QuantLinear]) -> list[torch.Tensor]:
-    t = Tokens(tokens())
+    t = LinearInput(tokens())
     return [linear(OPS, m, t) for m in layers]
 
 
 @pytest.mark.parametrize("scheme", STORED)
-def test_members_are_rows_of_one_storage_and_fused_again_after_a_move(scheme, monkeypatch):
+def test_layers_are_rows_of_one_storage_and_fused_again_after_a_move(scheme, monkeypatch):
     layers, _ = group_of(1, 2, 3, scheme=scheme)
     wanted, calls = outputs(layers), count_products(monkeypatch)
     storages = {storage_of(m) for m in layers}
@@ -199,7 +206,7 @@ def test_members_are_rows_of_one_storage_and_fused_again_after_a_move(scheme, mo
     assert len({storage_of(m) for m in layers} | storages) == 2 and held
 
 
-def test_parameters_that_others_replace_are_multiplied_alone_and_not_kept(monkeypatch):
+def test_replaced_parameters_are_multiplied_alone_and_not_cached(monkeypatch):
     layers, _ = group_of(1, 2, 3)
     wanted = outputs(layers)
     for m in layers:
@@ -242,7 +249,7 @@ def test_a_copy_is_fused_when_it_first_computes(again, inference, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(outputs(layers), wanted, strict=True)) and len(prepared) == 1
 
 
-def test_what_is_written_into_a_parameter_is_used():
+def test_writes_to_a_parameter_are_used():
     once = bind("cpu", "reference", emulate="decode-once").quantized
     encoded, bias = weight_of("int8")
     m: Any = QuantLinear.from_encoded(encoded, bias, schemes=once)
@@ -310,7 +317,7 @@ def test_a_state_dict_that_does_not_fit_is_refused(change, text):
     assert torch.equal(m["to_q"](tokens()), before)
 
 
-def test_scales_of_nan_and_kept_floats_refuse_a_state_dict():
+def test_scales_of_nan_and_stored_floats_refuse_a_state_dict():
     m = nn.ModuleDict({"to_q": layer("mxfp8", mul_scale=torch.ones(64) * 2)})
     state = m.state_dict()
     for role, value in (
@@ -321,14 +328,14 @@ def test_scales_of_nan_and_kept_floats_refuse_a_state_dict():
             m.load_state_dict(state | {f"to_q.{role}": value})
     kept: Any = m["to_q"]
     kept.floats = (torch.zeros(24, 64), None)
-    with pytest.raises(RuntimeError, match="load the model anew"):
+    with pytest.raises(RuntimeError, match="load the model again"):
         m.load_state_dict(state)
 
 
-def test_joined_layers_that_come_to_read_tokens_otherwise_stay_right():
+def test_fused_layers_with_a_changed_mul_scale_stay_correct():
     layers, parts = group_of(1, 2, 3)
     layers[1].mul_scale = nn.Parameter(torch.rand(64) + 0.5, requires_grad=False)
-    t = Tokens(tokens())
+    t = LinearInput(tokens())
     for m in layers:
         assert torch.equal(linear(OPS, m, t), m(tokens()))
     alone = QuantLinear.from_encoded(

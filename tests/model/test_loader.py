@@ -65,7 +65,7 @@ def test_damage_is_named_before_a_tensor_is_read(
     how: str, code: str, text: str, tiny_t2v_cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny.damage(tiny.copy(tiny_t2v_cascade, tmp_path / "m"), how)
-    monkeypatch.setattr(ModelSink, "_room", lambda *a: pytest.fail("read a tensor of a damaged model"))
+    monkeypatch.setattr(ModelSink, "_buffer", lambda *a: pytest.fail("read a tensor of a damaged model"))
     with pytest.raises(CheckpointError) as e:
         load(folder)
     assert e.value.code == code and text in str(e.value), str(e.value)

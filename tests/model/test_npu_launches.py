@@ -257,7 +257,7 @@ def velocity(model: WanTransformer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("chip", "scheme"), [("a2", "int8"), ("a5", "mxfp8"), ("a5", "mxfp4")])
-def test_fractal_nz_where_it_is_asked_for(chip: str, scheme: str, tiny_t2v_single: Path) -> None:
+def test_fractal_nz_on_request(chip: str, scheme: str, tiny_t2v_single: Path) -> None:
     online = Online.of(scheme, None)
     plain = on_codes(tiny_t2v_single, chip, online)
     blocked = on_codes(tiny_t2v_single, chip, online, nz=True)
@@ -265,7 +265,7 @@ def test_fractal_nz_where_it_is_asked_for(chip: str, scheme: str, tiny_t2v_singl
     assert torch.equal(velocity(plain), velocity(blocked))
 
 
-def test_codes_in_nz_have_the_state_dict_of_the_disk_and_take_it(tiny_t2v_single: Path) -> None:
+def test_nz_weights_save_and_load_the_stored_state_dict(tiny_t2v_single: Path) -> None:
     """They replace the parameters of their group: nothing is held twice."""
     online = Online.of("mxfp4_dualscale", None)
     model = on_codes(tiny_t2v_single, "a5", online)
@@ -299,6 +299,6 @@ def test_the_layout_is_made_again_after_a_way_to_the_host(
         assert group.schemes.device.kind == "cpu" and group.schemes.rules == (
             {"mxfp4": "max:7"} if rule else {}
         )
-        assert not group.packed and len(list(group.members[0].parameters())) > 2
+        assert not group.packed and len(list(group.layers[0].parameters())) > 2
         group.fuse(operators.schemes_on("npu:0", group.schemes))
     assert formats(model) == layout and torch.equal(velocity(model), before)

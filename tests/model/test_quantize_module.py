@@ -63,7 +63,7 @@ def test_it_is_still_a_module(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(other_models.output(other, call), wanted)
 
 
-def test_flux_report_says_what_was_done() -> None:
+def test_flux_report() -> None:
     model, _ = other_models.build("flux", torch.bfloat16)
     report = ascendit.quantize_(model, "mxfp8", keep=["single_transformer_blocks.1.*"])
     assert report.schemes == {"mxfp8": 29, "bf16": 19}
@@ -75,7 +75,7 @@ def test_flux_report_says_what_was_done() -> None:
             "norm_out.linear",
             "proj_out",
         ),
-        "makes modulation, one row for a sample": (
+        "modulation layer, one row per sample": (
             "transformer_blocks.*.norm1.linear",
             "transformer_blocks.*.norm1_context.linear",
             "single_transformer_blocks.*.norm.linear",
@@ -93,11 +93,11 @@ def test_flux_report_says_what_was_done() -> None:
     assert report.as_dict()["layers"] == {"mxfp8": 29, "bf16": 19}
 
 
-def test_qwen_modulation_and_hunyuan_refiner_are_kept_until_they_are_named() -> None:
+def test_qwen_modulation_and_hunyuan_refiner_are_excluded_by_default() -> None:
     qwen, _ = other_models.build("qwen_image")
     report = ascendit.quantize_(qwen, "int8")
     assert not [name for name in coded(qwen) if "_mod." in name]
-    assert "transformer_blocks.*.img_mod.1" in report.kept["makes modulation, one row for a sample"]
+    assert "transformer_blocks.*.img_mod.1" in report.kept["modulation layer, one row per sample"]
     hunyuan, _ = other_models.build("hunyuan_video")
     assert not [name for name in coded(hunyuan) if "refiner" in name]
 
@@ -137,14 +137,14 @@ class Block(nn.Module):
         return y
 
 
-def test_layers_that_no_matmul_takes_are_kept_with_the_reason() -> None:
+def test_layers_without_a_matmul_are_excluded_with_the_reason() -> None:
     model = nn.ModuleDict({"blocks": nn.ModuleList([Block(), Block(72, 64), Block(64, 72)])})
     report = ascendit.quantize_(model, "mxfp8")
     assert list(coded(model)) == ["blocks.0.to_out.0"]
     assert report.kept == {
         "smaller than 32": ("blocks.*.gate",),
-        "K is no multiple of 32": ("blocks.1.to_out.0",),
-        "N is no multiple of 16": ("blocks.2.to_out.0",),
+        "K is not a multiple of 32": ("blocks.1.to_out.0",),
+        "N is not a multiple of 16": ("blocks.2.to_out.0",),
     }
 
 
@@ -223,12 +223,12 @@ def spoiled(how: str) -> nn.Module:
         ("meta", "1.weight is on the meta device"),
         ("float8", "1.weight is float8_e4m3fn"),
         ("small", "smaller than 32: 0, 1"),
-        ("none", "no linear layer inside"),
+        ("none", "contains no linear layer"),
         ("odd", "a Odd, which does more than multiply"),
-        ("twice", "codes already, as 0"),
+        ("twice", "already quantized, such as 0"),
     ],
 )
-def test_what_cannot_be_quantized_is_left_alone(how: str, text: str) -> None:
+def test_a_refused_module_is_unchanged(how: str, text: str) -> None:
     module = spoiled(how)
     kinds = [type(m) for m in module.modules()]
     with pytest.raises(UsageError, match=text) as e:
@@ -246,7 +246,7 @@ def test_unknown_scheme_or_recipe_is_named() -> None:
 
 
 @pytest.mark.usefixtures("twin")
-def test_a_chip_refuses_what_it_has_no_matmul_for_and_emulates_when_asked() -> None:
+def test_a_chip_refuses_schemes_without_a_matmul_and_emulates_on_request() -> None:
     model, call = other_models.build("flux", torch.bfloat16)
     with pytest.raises(EnvironmentProblem, match="mxfp8 on twin:a2") as e:
         ascendit.quantize_(model, "mxfp8", device="twin:a2")
@@ -264,10 +264,10 @@ def test_a_chip_refuses_what_it_has_no_matmul_for_and_emulates_when_asked() -> N
     assert mx.sqnr(wanted, other_models.output(model, call)) > 20
 
 
-def test_tokens_of_another_device_are_refused() -> None:
+def test_an_input_on_another_device_is_refused() -> None:
     plain = nn.Sequential(nn.Linear(64, 64))
     ascendit.quantize_(plain, "int8")
-    with pytest.raises(UsageError, match="tokens on meta for a layer in int8 on cpu") as e:
+    with pytest.raises(UsageError, match="an input on meta for a layer in int8 on cpu") as e:
         plain(torch.empty(2, 64, device="meta"))
     assert e.value.code == "E-QNT-03" and "enable_model_cpu_offload" in e.value.fix
 

@@ -125,7 +125,7 @@ def test_a_real_export_runs_a_forward(export, caplog):
 
 def test_q_k_and_v_are_one_where_they_agree():
     model = load(experts_of(exports.DUAL)[0])
-    sizes = {n: len(m.group.members) for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    sizes = {n: len(m.group.layers) for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert {count for n, count in sizes.items() if n.endswith(("attn1.to_q", "attn1.to_v"))} == {3}
     assert {count for n, count in sizes.items() if n.endswith("attn2.to_k")} == {2}
     assert {count for n, count in sizes.items() if n.endswith(("attn2.to_q", "ffn.net.2", "to_out.0"))} == {1}
@@ -142,12 +142,12 @@ def test_a_step_in_w4a8_is_nearer_to_the_weights_than_one_in_w4a4():
         state.step = step
         outs.append(model(x, 500.0, state))
     plain = model.prepare(grid, text)
-    assert state.now.precision == "stored" and plain.now.precision == "stored"
+    assert state.current.precision == "stored" and plain.current.precision == "stored"
     assert not torch.equal(*outs)
     assert torch.equal(model(x, 500.0, plain), outs[1])
 
 
-def test_heads_that_no_file_tells_are_asked_for(tmp_path):
+def test_an_unknown_number_of_heads_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="number of attention heads is unknown") as e:
         load_transformer(recognise(exports.INT8).experts[0], bind("cpu"))
     assert e.value.code == "E-CKP-06" and "--base" in e.value.fix

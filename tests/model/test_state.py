@@ -142,7 +142,7 @@ def test_run_blocks_can_leave_blocks_out(tiny_t2v_single: Path) -> None:
 
 
 @torch.inference_mode()
-def test_run_model_can_give_what_was_there_before(tiny_t2v_single: Path) -> None:
+def test_run_model_can_return_a_cached_output(tiny_t2v_single: Path) -> None:
     class Kept(Counted):
         last: Tensor | None = None
 
@@ -207,7 +207,7 @@ class ByToken(DenoiseState):
 
 @pytest.mark.parametrize("part", [range(6), range(4, 11), range(7, TOKENS)])
 @torch.inference_mode()
-def test_a_part_of_the_tokens_is_that_part_of_the_whole(tiny_ti2v: Path, part: range) -> None:
+def test_a_part_of_the_sequence_equals_that_part_of_the_output(tiny_ti2v: Path, part: range) -> None:
     model = load(tiny_ti2v)
     x, text = inputs(model)
     grid, given = model.grid_of(x), ((0.0, 700.0), (6, TOKENS - 6))
@@ -257,8 +257,8 @@ def test_text_keys_follow_the_precision_of_the_step(
         for state.step in range(4):
             fresh = model.prepare(model.grid_of(x), text, steps=steps, step=state.step)
             assert torch.equal(model(x, 500.0, state), model(x, 500.0, fresh)), state.step
-    assert [r.getMessage() for r in caplog.records if "again" in r.getMessage()] == [
-        "transformer, step 2: text keys and values again, w4a4"
+    assert [r.getMessage() for r in caplog.records if "recomputing" in r.getMessage()] == [
+        "transformer, step 2: recomputing text keys and values, w4a4"
     ]
 
 

@@ -22,13 +22,13 @@ from ascendit.native import build
 VALUES = {"max:": ("6", "7", "7.25", "12"), "msms:ceil_x:": ("6", "7.25", "12", "search")}
 RULES = [
     (name, rule + value)
-    for name, form in FORMATS.items()
-    if form.kind != "tile"
-    for rule in form.rules
+    for name, fmt in FORMATS.items()
+    if fmt.kind != "tile"
+    for rule in fmt.rules
     for value in VALUES.get(rule, ("",))
     if (rule, value) != ("max:", "7")
 ]
-DEFAULTS = [(name, form.default_rule) for name, form in FORMATS.items() if form.kind != "tile"]
+DEFAULTS = [(name, fmt.default_rule) for name, fmt in FORMATS.items() if fmt.kind != "tile"]
 
 
 @pytest.fixture(params=encoders.WAYS)
@@ -96,10 +96,10 @@ OTHERS: dict[str, Callable[[], Tensor]] = {
 
 
 @cache
-def wanted(name: str, form: str, rule: str) -> tuple[Tensor, Encoded]:
+def wanted(name: str, fmt: str, rule: str) -> tuple[Tensor, Encoded]:
     torch.manual_seed(0)
     x = {**BF16, **OTHERS}[name]()
-    return x, reference_encode(x, form, scale_rule=rule)
+    return x, reference_encode(x, fmt, scale_rule=rule)
 
 
 def differing(a: Encoded, b: Encoded) -> dict[str, int]:
@@ -134,79 +134,79 @@ def redone(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 # ---- the bits -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("form", "rule"), RULES)
-def test_every_rule_is_the_reference(way: str, form: str, rule: str) -> None:
+@pytest.mark.parametrize(("fmt", "rule"), RULES)
+def test_every_rule_is_the_reference(way: str, fmt: str, rule: str) -> None:
     names = [*BF16, *(n for n in OTHERS if n.startswith("float32") or not rule.startswith("msms:"))]
-    if way == "aarch64" and (form, rule) not in DEFAULTS:
+    if way == "aarch64" and (fmt, rule) not in DEFAULTS:
         names = names[:4]
     for name in names:
-        x, expected = wanted(name, form, rule)
-        assert not differing(expected, encode(x, form, scale_rule=rule)), (way, name)
+        x, expected = wanted(name, fmt, rule)
+        assert not differing(expected, encode(x, fmt, scale_rule=rule)), (way, name)
 
 
-@pytest.mark.parametrize(("form", "rule"), DEFAULTS)
-def test_a_hundred_thousand_blocks(form: str, rule: str) -> None:
-    check_many(form, rule, seeds=range(3))
+@pytest.mark.parametrize(("fmt", "rule"), DEFAULTS)
+def test_a_hundred_thousand_blocks(fmt: str, rule: str) -> None:
+    check_many(fmt, rule, seeds=range(3))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "rule"), RULES)
-def test_a_million_blocks(form: str, rule: str) -> None:
-    check_many(form, rule, seeds=range(33))
+@pytest.mark.parametrize(("fmt", "rule"), RULES)
+def test_a_million_blocks(fmt: str, rule: str) -> None:
+    check_many(fmt, rule, seeds=range(33))
 
 
-def check_many(form: str, rule: str, seeds: range) -> None:
+def check_many(fmt: str, rule: str, seeds: range) -> None:
     """Each magnitude that a bfloat16 has is the largest of a block, in random order; so for each seed."""
     amax = every_finite_amax()
     for seed in seeds:
         order = torch.randperm(amax.numel(), generator=torch.Generator().manual_seed(seed))
         blocks = torch.cat((blocks_of(amax[order], seed), random_blocks(256, seed)))
         x = blocks.view(-1, 32 * (257 if seed % 2 else 128))
-        assert not differing(reference_encode(x, form, scale_rule=rule), encode(x, form, scale_rule=rule))
+        assert not differing(reference_encode(x, fmt, scale_rule=rule), encode(x, fmt, scale_rule=rule))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("form", "rule"), [r for r in RULES if not r[1].startswith("msms:")])
-def test_a_million_blocks_of_other_types(form: str, rule: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("fmt", "rule"), [r for r in RULES if not r[1].startswith("msms:")])
+def test_a_million_blocks_of_other_types(fmt: str, rule: str, dtype: torch.dtype) -> None:
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randint(-(2**31), 2**31, (1600, 1024), generator=generator).to(torch.int32).view(dtype)
         smaller = torch.randint(-24, 1, x.shape, generator=generator)
         x = torch.ldexp(x.where(x.isfinite(), 1.0).float(), smaller).to(dtype)
-        assert not differing(reference_encode(x, form, scale_rule=rule), encode(x, form, scale_rule=rule))
+        assert not differing(reference_encode(x, fmt, scale_rule=rule), encode(x, fmt, scale_rule=rule))
 
 
 @pytest.mark.parametrize("rounding", ["half_away", "floor"])
-@pytest.mark.parametrize("form", ["mxfp8", "mxfp4", "mxfp4_dualscale", "int8"])
-def test_other_roundings_are_the_reference(form: str, rounding: str) -> None:
+@pytest.mark.parametrize("fmt", ["mxfp8", "mxfp4", "mxfp4_dualscale", "int8"])
+def test_other_roundings_are_the_reference(fmt: str, rounding: str) -> None:
     x = spread(50, 600).bfloat16()
-    assert not differing(reference_encode(x, form, rounding=rounding), encode(x, form, rounding=rounding))
+    assert not differing(reference_encode(x, fmt, rounding=rounding), encode(x, fmt, rounding=rounding))
 
 
-@pytest.mark.parametrize("form", ["mxfp8", "mxfp4_dualscale", "int8"])
-def test_any_axis_and_any_number_of_axes(way: str, form: str) -> None:
+@pytest.mark.parametrize("fmt", ["mxfp8", "mxfp4_dualscale", "int8"])
+def test_any_axis_and_any_number_of_axes(way: str, fmt: str) -> None:
     if way == "aarch64":
         pytest.skip("nothing that depends on the processor")
     x = torch.randn(3, 70, 5).bfloat16()
     for axis in range(3):
-        assert not differing(reference_encode(x, form, axis=axis), encode(x, form, axis=axis))
-    assert not differing(reference_encode(x.flatten(), form), encode(x.flatten(), form))
-    assert encode(x[:0], form).shape == (0, 70, 5)
+        assert not differing(reference_encode(x, fmt, axis=axis), encode(x, fmt, axis=axis))
+    assert not differing(reference_encode(x.flatten(), fmt), encode(x.flatten(), fmt))
+    assert encode(x[:0], fmt).shape == (0, 70, 5)
 
 
 @pytest.mark.parametrize(
-    ("form", "rule"), [*DEFAULTS, ("mxfp8", "msms:mse_round"), ("mxfp4", "msms:ceil_x:search")]
+    ("fmt", "rule"), [*DEFAULTS, ("mxfp8", "msms:mse_round"), ("mxfp4", "msms:ceil_x:search")]
 )
 @pytest.mark.parametrize("length", [5120, 5120 + 40])
-def test_threads_do_not_matter(form: str, rule: str, length: int) -> None:
+def test_threads_do_not_matter(fmt: str, rule: str, length: int) -> None:
     x = torch.randn(110, length).bfloat16()
     torch.set_num_threads(1)
-    alone = encode(x, form, scale_rule=rule)
+    alone = encode(x, fmt, scale_rule=rule)
     for threads in (2, 5):
         torch.set_num_threads(threads)
-        assert not differing(alone, encode(x, form, scale_rule=rule))
-    assert not differing(alone, reference_encode(x, form, scale_rule=rule))
+        assert not differing(alone, encode(x, fmt, scale_rule=rule))
+    assert not differing(alone, reference_encode(x, fmt, scale_rule=rule))
 
 
 # ---- the choice ---------------------------------------------------------------------------------
@@ -217,9 +217,9 @@ def kinds() -> dict[tuple[str, str, torch.dtype], str]:
     found = {}
     for name, rule in RULES:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            form = lookup(name)
-            rounding = "half_away" if rule.startswith("msms:") and form.block else "rint"
-            encode_with = encoder.encoder(form, rule, rounding, dtype)
+            fmt = lookup(name)
+            rounding = "half_away" if rule.startswith("msms:") and fmt.block else "rint"
+            encode_with = encoder.encoder(fmt, rule, rounding, dtype)
             function = getattr(encode_with, "func", encode_with)
             module = function.__module__.rpartition(".")[2]
             found[name, rule, dtype] = f"{module}.{function.__qualname__.partition('.')[0]}"
@@ -315,17 +315,17 @@ def test_early_powers_are_those_of_torch_log2() -> None:
         assert torch.log2(numbers).floor().tolist() == [i - 128, i - 127]
 
 
-@pytest.mark.parametrize("form", ["mxfp8", "mxfp4", "mxfp4_dualscale", "int8"])
+@pytest.mark.parametrize("fmt", ["mxfp8", "mxfp4", "mxfp4_dualscale", "int8"])
 @pytest.mark.parametrize("shape", [(5, encoder.PIECE + 40), (700, 1544)])
 def test_pytorch_on_threads_and_in_pieces(
-    form: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    fmt: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoders.take("pytorch", monkeypatch)
     torch.set_num_threads(2)
     x = spoiled(torch.randn(shape)).bfloat16()
-    found = encode(x, form)
+    found = encode(x, fmt)
     encoders.forget()
-    assert not differing(reference_encode(x, form), found)
+    assert not differing(reference_encode(x, fmt), found)
     assert torch.get_num_threads() == 2
 
 

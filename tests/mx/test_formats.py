@@ -40,7 +40,7 @@ def test_an_unknown_format_names_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "rule"),
+    ("fmt", "rule"),
     [
         ("mxfp8", "floor"),
         ("mxfp8", "msms:mse_round"),
@@ -52,12 +52,12 @@ def test_an_unknown_format_names_the_known_ones() -> None:
         ("int8", "msms:int8_legacy"),
     ],
 )
-def test_rules_that_a_format_has(form: str, rule: str) -> None:
-    assert resolve_rule(FORMATS[form], rule) == rule
+def test_rules_that_a_format_has(fmt: str, rule: str) -> None:
+    assert resolve_rule(FORMATS[fmt], rule) == rule
 
 
 @pytest.mark.parametrize(
-    ("form", "rule"),
+    ("fmt", "rule"),
     [
         ("mxfp8", "max:7"),
         ("mxfp8", "rceil"),
@@ -73,9 +73,9 @@ def test_rules_that_a_format_has(form: str, rule: str) -> None:
         ("int8", "ceil"),
     ],
 )
-def test_rules_that_a_format_has_not(form: str, rule: str) -> None:
+def test_rules_that_a_format_has_not(fmt: str, rule: str) -> None:
     with pytest.raises(UsageError, match="scale rule") as caught:
-        resolve_rule(FORMATS[form], rule)
+        resolve_rule(FORMATS[fmt], rule)
     assert caught.value.code == "E-USE-01"
     assert caught.value.needs.startswith("one of ")
 

@@ -42,15 +42,15 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("form", MINMAX)
-def test_minmax_vectors(form: str, mode: str) -> None:
-    file, qdata = MINMAX[form]
+@pytest.mark.parametrize("fmt", MINMAX)
+def test_minmax_vectors(fmt: str, mode: str) -> None:
+    file, qdata = MINMAX[fmt]
     vectors = stored(file)
     dtype, rule = MODES[mode]
     cases = {key.split(".")[0] for key in vectors}
     assert len(cases) == 7
     for case in cases:
-        encoded = encode(vectors[f"{case}.w_bf16"].to(dtype), form, scale_rule=rule)
+        encoded = encode(vectors[f"{case}.w_bf16"].to(dtype), fmt, scale_rule=rule)
         assert_same(encoded.qdata, vectors[f"{case}.{mode}.{qdata}"])
         assert_same(encoded.scale, vectors[f"{case}.{mode}.scale_u8"])
 
@@ -84,8 +84,8 @@ EXPORTS = [
 ]
 
 
-@pytest.mark.parametrize(("file", "recipe", "form", "rule"), EXPORTS)
-def test_layers_of_exports(file: str, recipe: str, form: str, rule: str) -> None:
+@pytest.mark.parametrize(("file", "recipe", "fmt", "rule"), EXPORTS)
+def test_layers_of_exports(file: str, recipe: str, fmt: str, rule: str) -> None:
     tensors = stored(file)
     names = [
         key.removesuffix(".weight_scale")
@@ -99,11 +99,11 @@ def test_layers_of_exports(file: str, recipe: str, form: str, rule: str) -> None
         weight = tensors[f"source/{layer}.weight"]
         if recipe.endswith("smooth"):
             weight = smooth_weight(weight, tensors[f"{recipe}/{layer}.div.mul_scale"])
-        encoded = encode(weight, form, scale_rule=rule)
+        encoded = encode(weight, fmt, scale_rule=rule)
         assert_same(encoded.qdata, tensors[f"{name}.weight"])
         assert_same(
             encoded.scale,
-            tensors[f"{name}.weight_scale"].float() if form == "int8" else tensors[f"{name}.weight_scale"],
+            tensors[f"{name}.weight_scale"].float() if fmt == "int8" else tensors[f"{name}.weight_scale"],
         )
         if encoded.dual_scale is not None:
             assert_same(encoded.dual_scale, tensors[f"{name}.weight_dual_scale"])
@@ -121,13 +121,13 @@ RULES = sorted(
 @pytest.mark.parametrize("rule", RULES)
 def test_quantizers(rule: str, case: str, dtype: torch.dtype) -> None:
     vectors = stored("rules")
-    form, name = rule.split(".", 1)
+    fmt, name = rule.split(".", 1)
     key = f"{case}.{rule}.{str(dtype).removeprefix('torch.')}"
     if f"{key}.codes" not in vectors:
         assert (case, name) == ("ragged", "fouroversix")
         pytest.skip("msModelSlim refuses a K that is no multiple of 32 here")
     x = vectors[case].to(dtype)
-    encoded = encode(x, form, scale_rule=f"msms:{name}")
+    encoded = encode(x, fmt, scale_rule=f"msms:{name}")
     assert_same(encoded.qdata, vectors[f"{key}.codes"])
     assert_same(encoded.scale, vectors[f"{key}.scale"])
     if encoded.dual_scale is not None:
@@ -135,7 +135,7 @@ def test_quantizers(rule: str, case: str, dtype: torch.dtype) -> None:
     if name == "ceil_x:search":
         best = vectors[f"{key}.c"].item()
         assert msmodelslim.best_ceil_x(msmodelslim.ceil_x_sums(x)) == best
-        assert_same(encode(x, form, scale_rule=f"msms:ceil_x:{best:g}").qdata, vectors[f"{key}.codes"])
+        assert_same(encode(x, fmt, scale_rule=f"msms:ceil_x:{best:g}").qdata, vectors[f"{key}.codes"])
 
 
 def test_there_are_eight_rules() -> None:

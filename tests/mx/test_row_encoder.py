@@ -18,7 +18,7 @@ from ascendit.mx.codec import Encoded, decode, encode, sqnr
 from ascendit.mx.formats import FORMATS
 from ascendit.mx.row_encoder import RowEncoder, ScaleSearch, first_bad_row
 
-WRITTEN = [name for name, form in FORMATS.items() if form.kind != "tile"]
+WRITTEN = [name for name, fmt in FORMATS.items() if fmt.kind != "tile"]
 
 
 @pytest.fixture(params=["native", "x86-64", "aarch64", "pytorch"])
@@ -29,11 +29,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 RULES = [
-    (form.name, rule + ("7.25" if rule.endswith(":") else ""), dtype)
-    for form in FORMATS.values()
-    for rule in form.rules
+    (fmt.name, rule + ("7.25" if rule.endswith(":") else ""), dtype)
+    for fmt in FORMATS.values()
+    for rule in fmt.rules
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    if form.kind != "tile" and not (rule.startswith("msms:") and dtype == torch.float16)
+    if fmt.kind != "tile" and not (rule.startswith("msms:") and dtype == torch.float16)
 ]
 
 
@@ -46,12 +46,12 @@ def tensors(encoded: Encoded) -> list[Tensor]:
     return [raw(t).clone() for t in parts if t is not None]
 
 
-@pytest.mark.parametrize("form", WRITTEN)
-def test_pieces_are_the_whole(way: str, form: str) -> None:
+@pytest.mark.parametrize("fmt", WRITTEN)
+def test_pieces_are_the_whole(way: str, fmt: str) -> None:
     x = weight()
-    encoder = RowEncoder(form, 1111, max_rows=32)
+    encoder = RowEncoder(fmt, 1111, max_rows=32)
     pieces = [tensors(encoder(piece)) for piece in x.split(32)]
-    for found, expected in zip(zip(*pieces, strict=True), tensors(encode(x, form)), strict=True):
+    for found, expected in zip(zip(*pieces, strict=True), tensors(encode(x, fmt)), strict=True):
         assert torch.equal(torch.cat(found), expected)
 
 
@@ -65,42 +65,42 @@ def uneven_weight(rows: int, length: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("length", [32, 100, 33, 1030])
-@pytest.mark.parametrize(("form", "rule", "dtype"), RULES)
-def test_every_rule_is_that_of_encode(form: str, rule: str, dtype: torch.dtype, length: int) -> None:
+@pytest.mark.parametrize(("fmt", "rule", "dtype"), RULES)
+def test_every_rule_is_that_of_encode(fmt: str, rule: str, dtype: torch.dtype, length: int) -> None:
     encoder = RowEncoder(
-        form, length, dtype=dtype, max_rows=64, scale_rule=rule, measure=True, buffers=3, threads=1
+        fmt, length, dtype=dtype, max_rows=64, scale_rule=rule, measure=True, buffers=3, threads=1
     )
     rows = uneven_weight(50, length, dtype)
     for count in (50, 7):  # each buffer is used again
         coded = [encoder(rows[:count]) for _ in range(4)][-1]
         assert first_bad_row(coded) is None
         for found, expected in zip(
-            tensors(coded), tensors(encode(rows[:count], form, scale_rule=rule)), strict=True
+            tensors(coded), tensors(encode(rows[:count], fmt, scale_rule=rule)), strict=True
         ):
             assert torch.equal(found, expected)
     encoder.restart()
     encoder(rows)
-    decoded = decode(encode(rows, form, scale_rule=rule))
+    decoded = decode(encode(rows, fmt, scale_rule=rule))
     assert encoder.sqnr == pytest.approx(sqnr(rows, decoded), abs=1e-3)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("form", ["mxfp8", "mxfp4", "mxfp4_dualscale", "int8", "fp8"])
-def test_a_row_that_is_not_finite_is_found(way: str, form: str, value: float) -> None:
+@pytest.mark.parametrize("fmt", ["mxfp8", "mxfp4", "mxfp4_dualscale", "int8", "fp8"])
+def test_a_row_that_is_not_finite_is_found(way: str, fmt: str, value: float) -> None:
     rows = uneven_weight(50, 100, torch.bfloat16)
     rows[17, 99] = rows[30, 0] = value
-    encoded = RowEncoder(form, 100, max_rows=64)(rows)
+    encoded = RowEncoder(fmt, 100, max_rows=64)(rows)
     assert first_bad_row(encoded) == 17
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("form", WRITTEN)
-def test_signal_and_noise(way: str, form: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("fmt", WRITTEN)
+def test_signal_and_noise(way: str, fmt: str, dtype: torch.dtype) -> None:
     x = weight(dtype=dtype)
-    encoder = RowEncoder(form, 1111, max_rows=32, dtype=dtype, measure=True)
+    encoder = RowEncoder(fmt, 1111, max_rows=32, dtype=dtype, measure=True)
     for piece in x.split(32):
         encoder(piece)
-    wide, back = x.double(), decode(reference_encode(x, form)).double()
+    wide, back = x.double(), decode(reference_encode(x, fmt)).double()
     assert encoder.sums[0].item() == pytest.approx(float(wide.square().sum()), rel=1e-12)
     assert encoder.sums[1].item() == pytest.approx(float((wide - back).square().sum()), rel=1e-12)
     assert encoder.sqnr == pytest.approx(sqnr(x, back), abs=1e-4)
@@ -219,7 +219,7 @@ def test_wrong_rows(rows: Tensor, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "options"),
+    ("fmt", "options"),
     [
         ("nf4", {}),
         ("mxfp8", {"scale_rule": "best"}),
@@ -227,7 +227,7 @@ def test_wrong_rows(rows: Tensor, text: str) -> None:
         ("fp8_128x128", {}),
     ],
 )
-def test_wrong_encoders(form: str, options: dict) -> None:
+def test_wrong_encoders(fmt: str, options: dict) -> None:
     with pytest.raises(UsageError) as caught:
-        RowEncoder(form, 64, max_rows=2, **options)
+        RowEncoder(fmt, 64, max_rows=2, **options)
     assert caught.value.code == "E-USE-01"

@@ -89,4 +89,4 @@ def test_factors_follow_the_formula_and_are_bounded_below() -> None:
 def test_a_damaged_mul_scale_is_refused(bad: list[float]) -> None:
     with pytest.raises(UsageError, match="mul_scale of shape") as caught:
         smoothing.smooth_weight(torch.ones(3, 2), torch.tensor(bad))
-    assert caught.value.needs == "2 finite numbers above zero"
+    assert caught.value.needs == "2 finite values above zero"

@@ -25,9 +25,9 @@ DTYPES = {
 }
 
 
-def compare(x: Tensor, form: str, rule: str, scale: Tensor, qdata: Tensor) -> None:
+def compare(x: Tensor, fmt: str, rule: str, scale: Tensor, qdata: Tensor) -> None:
     """Scales all equal; codes equal in every block with another byte than 0."""
-    encoded = encode(x, form, scale_rule=rule)
+    encoded = encode(x, fmt, scale_rule=rule)
     assert torch.equal(encoded.scale, scale)
     bytes_per_block = qdata.shape[-1] // scale.shape[-1]
     differ = (raw(encoded.qdata) != qdata).unflatten(-1, (-1, bytes_per_block)).any(-1)
@@ -35,12 +35,12 @@ def compare(x: Tensor, form: str, rule: str, scale: Tensor, qdata: Tensor) -> No
     assert int((scale != 0).sum()) > 0.8 * scale.numel()
 
 
-@pytest.mark.parametrize("form", DTYPES)
+@pytest.mark.parametrize("fmt", DTYPES)
 @pytest.mark.parametrize("rule", SAME)
-def test_frozen(form: str, rule: str) -> None:
+def test_frozen(fmt: str, rule: str) -> None:
     vectors = load_file(FIXTURES / "torchao" / "to_mx.safetensors")
-    key = f"x.{form}.{SAME[rule]}"
-    compare(vectors["x"], form, rule, vectors[f"{key}.scale"], vectors[f"{key}.codes"])
+    key = f"x.{fmt}.{SAME[rule]}"
+    compare(vectors["x"], fmt, rule, vectors[f"{key}.scale"], vectors[f"{key}.codes"])
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +55,24 @@ def torchao() -> Any:
     return module.to_mx, ScaleCalculationMode
 
 
-def compare_live(torchao: Any, x: Tensor, form: str, rule: str) -> None:
+def compare_live(torchao: Any, x: Tensor, fmt: str, rule: str) -> None:
     to_mx, modes = torchao
-    scale, qdata = to_mx(x, DTYPES[form], 32, modes[SAME[rule]])
-    compare(x, form, rule, scale.view(torch.uint8), qdata.view(torch.uint8))
+    scale, qdata = to_mx(x, DTYPES[fmt], 32, modes[SAME[rule]])
+    compare(x, fmt, rule, scale.view(torch.uint8), qdata.view(torch.uint8))
 
 
-@pytest.mark.parametrize("form", DTYPES)
+@pytest.mark.parametrize("fmt", DTYPES)
 @pytest.mark.parametrize("rule", SAME)
-def test_a_third_of_all_bf16_amax(torchao: Any, form: str, rule: str) -> None:
-    compare_live(torchao, blocks_of(every_finite_amax()[::3], seed=0), form, rule)
+def test_a_third_of_all_bf16_amax(torchao: Any, fmt: str, rule: str) -> None:
+    compare_live(torchao, blocks_of(every_finite_amax()[::3], seed=0), fmt, rule)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", DTYPES)
+@pytest.mark.parametrize("fmt", DTYPES)
 @pytest.mark.parametrize("rule", SAME)
-def test_a_million_blocks(torchao: Any, form: str, rule: str) -> None:
+def test_a_million_blocks(torchao: Any, fmt: str, rule: str) -> None:
     for seed in range(20):
-        compare_live(torchao, random_blocks(50_000, seed), form, rule)
+        compare_live(torchao, random_blocks(50_000, seed), fmt, rule)
 
 
 def test_cuda_tiles(torchao: Any) -> None:

@@ -31,7 +31,7 @@ from ascendit.twin import STATE
 
 def test_no_cuda_here(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(EnvironmentProblem, match="sees no CUDA device") as e:
+    with pytest.raises(EnvironmentProblem, match="reports no CUDA device") as e:
         open_device("cuda:1")
     assert e.value.code == "E-ENV-03"
 
@@ -40,7 +40,9 @@ def test_a_card_too_few():
     check_index(Device("cuda", 1), 2)
     with pytest.raises(EnvironmentProblem) as e:
         check_index(Device("npu", 2), 2)
-    assert e.value.got == "device npu:2: this machine has 2 of them" and e.value.needs == "npu:0 to npu:1"
+    assert (
+        e.value.got == "device npu:2: this machine has 2 such devices" and e.value.needs == "npu:0 to npu:1"
+    )
     with pytest.raises(EnvironmentProblem, match="has 0 of them"):
         check_index(Device("npu"), 0)
 
@@ -195,16 +197,16 @@ def npu(monkeypatch):
     return fake
 
 
-def test_every_setting_is_applied_and_told(npu, caplog):
+def test_every_setting_is_applied_and_logged(npu, caplog):
     with caplog.at_level("INFO", logger="ascendit"):
         device = open_device("npu:1")
     assert device == Device("npu", 1, "a5")
     assert npu.told == [{"jit_compile": False}, "set_device 1"]
     assert npu.config.allow_internal_format is npu.matmul.allow_hf32 is npu.conv.allow_hf32 is False
     for v in npu_runtime.VARIABLES:
-        assert os.environ[v.name] == v.value and f"{v.name}={v.value}: {v.why}" in caplog.text
+        assert os.environ[v.name] == v.value and f"{v.name}={v.value}: {v.reason}" in caplog.text
     for s in npu_runtime.SETTINGS:
-        assert f"torch.npu: {s.path}={s.value}: {s.why}" in caplog.text
+        assert f"torch.npu: {s.path}={s.value}: {s.reason}" in caplog.text
     assert "npu:1: Atlas 350 (Ascend 950), chip a5" in caplog.text
 
 
@@ -236,7 +238,7 @@ def test_variables_are_set_before_torch_npu_is_imported(npu, monkeypatch):
 
 
 def test_no_such_card(npu):
-    with pytest.raises(EnvironmentProblem, match="npu:2: this machine has 2 of them"):
+    with pytest.raises(EnvironmentProblem, match="npu:2: this machine has 2 such devices"):
         open_device("npu:2")
 
 

@@ -176,7 +176,7 @@ def test_misfits_are_named():
     for scheme, width in (("mxfp4", 64), ("mxfp8", 32)):
         with pytest.raises(UsageError) as e:
             ops.quantized_linear(ops.quantize_activation(x[..., :width], scheme), weight)
-        assert f"tokens of {width} for {scheme}" in e.value.got and "mxfp8" in e.value.fix
+        assert f"K = {width} in {scheme}" in e.value.got and "mxfp8" in e.value.fix
     with pytest.raises(UsageError, match="scale"):
         ops.prepare_weight(encoded.qdata, encoded.scale[:4], None, bias, "mxfp8")
     with pytest.raises(UsageError) as e:
@@ -212,7 +212,7 @@ def test_a_scheme_that_the_chip_lacks_says_who_has_it(chip, scheme):
 
 
 @pytest.mark.usefixtures("twin")
-def test_emulation_is_the_reference_and_is_told(caplog):
+def test_emulation_is_the_reference_and_is_logged(caplog):
     with caplog.at_level("INFO", logger="ascendit"):
         free, forced = bind("twin:a2", emulate=True).quantized, bind("cpu").quantized
         encoded, bias = weight_of("mxfp8", 8, 64)
@@ -225,7 +225,7 @@ def test_emulation_is_the_reference_and_is_told(caplog):
     assert torch.equal(*outs)
     assert caplog.text.count("linear layers in mxfp8 on twin:a2 -> reference: emulated") == 1
     assert "linear layers in mxfp8 on cpu -> " in caplog.text
-    assert "linear layers in int8 on twin:a2 -> npu: native: its own matmul" in caplog.text
+    assert "linear layers in int8 on twin:a2 -> npu: native: NPU matmul" in caplog.text
 
 
 @pytest.mark.usefixtures("twin")

@@ -72,9 +72,9 @@ def test_black_videos_are_refused(frames: Frames, text: str) -> None:
 @pytest.mark.parametrize(
     ("frames", "text"),
     [
-        (np.full((5, 64, 64, 3), (127, 3, 200), np.uint8), "one colour, rgb(127, 3, 200)"),
-        (noise(128, 1), "one colour, rgb(128, 128, 128)"),
-        (np.full((1, 8, 8, 3), 255, np.uint8), "one colour"),
+        (np.full((5, 64, 64, 3), (127, 3, 200), np.uint8), "a single colour, rgb(127, 3, 200)"),
+        (noise(128, 1), "a single colour, rgb(128, 128, 128)"),
+        (np.full((1, 8, 8, 3), 255, np.uint8), "a single colour"),
     ],
 )
 def test_one_colour_is_a_warning(frames: Frames, text: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -81,7 +81,7 @@ def test_a_damaged_header_and_a_step_too_many_are_found_without_weights(
 def test_pixels_travel_beside_the_request(tiny_folder: Any) -> None:
     options = LoadOptions(model=str(tiny_folder("i2v_cascade")))
     name, pixels = name_image(torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)))
-    with pytest.raises(RequestError, match="no pixels of this name"):
+    with pytest.raises(RequestError, match="no pixels for image"):
         prepare(options, PROMPT, image=name)
     shape = {"width": 64, "height": 64, **SMALL}
     prepared = prepare(options, PROMPT, image=name, pixels=pixels, **shape)

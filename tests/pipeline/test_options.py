@@ -17,7 +17,7 @@ import ascendit
 from ascendit.cli.generate_options import read_call
 from ascendit.errors import UsageError
 from ascendit.pipeline.job import prepare_model
-from ascendit.pipeline.options import FLAGS, OPTIONS, LoadOptions, load_words
+from ascendit.pipeline.options import FLAGS, OPTIONS, LoadOptions, load_args
 from ascendit.pipeline.request import resolve
 from ascendit.schedule import Step, StepSchedule
 
@@ -71,7 +71,7 @@ def test_json_round_trip() -> None:
 def test_defaults_of_load_are_recorded_but_no_words_of_the_line() -> None:
     record = LoadOptions(model="demo").record
     request = resolve(SINGLE, "a cat", seed=7)
-    assert record == {"device": "cpu", "text_on": "device"} and load_words(record) == []
+    assert record == {"device": "cpu", "text_on": "device"} and load_args(record) == []
     assert request.replay_line("demo", load=record) == request.replay_line("demo")
 
 
@@ -109,7 +109,7 @@ def test_an_empty_schedule_switches_the_policy_of_a_recipe_off(tmp_path: Path) -
     recipe.write_text('step_policy = "0:w4a8"\n[[rules]]\nlayers = "*"\nscheme = "mxfp4"\n')
     options = LoadOptions(model="demo", recipe=str(recipe), step_policy=StepSchedule())  # type: ignore[arg-type]
     assert prepare_model(options).schedule == StepSchedule()
-    assert load_words(options.record)[-2:] == ["--step-policy", "default:stored"]
+    assert load_args(options.record)[-2:] == ["--step-policy", "default:stored"]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_an_empty_schedule_switches_the_policy_of_a_recipe_off(tmp_path: Path) -
 def test_a_schedule_that_text_cannot_say_is_refused(schedule: StepSchedule) -> None:
     with pytest.raises(UsageError, match="step_policy=StepSchedule") as error:
         LoadOptions(model="demo", step_policy=schedule)  # type: ignore[arg-type]
-    assert error.value.code == "E-USE-01" and "precisions alone" in error.value.needs
+    assert error.value.code == "E-USE-01" and "without attention or cache" in error.value.needs
 
 
 @pytest.mark.parametrize("keep", ["a.*;b", "a.* b", "a.*,b", ["a.*", "b"], ("a.*", "b")])
@@ -142,7 +142,7 @@ def test_patterns_are_text_or_a_sequence(keep: Any) -> None:
         ),
         ({"emulate": "often"}, "emulate=often", "emulate: decode-on-use or decode-once"),
         ({"device": "gpu"}, "device 'gpu'", "cpu, cuda, cuda:N, npu, npu:N, twin:a2, twin:a3, twin:a5"),
-        ({"step_policy": 5}, "step policy '5': a int, no text", None),
+        ({"step_policy": 5}, "step policy '5': it has type int, not text", None),
         ({"activation_rule": 7}, "activation_rule 7", "activation_rule: text"),
         ({"nz": "perhaps"}, "nz 'perhaps'", "nz: true or false"),
         ({"keep": 5}, "keep 5", "keep: text"),
@@ -170,7 +170,7 @@ def test_a_wrong_option_is_refused(options: dict[str, Any], got: str, needs: str
 def test_max_memory_is_bytes_in_the_options_the_record_and_the_replay_line(text: Any, size: int) -> None:
     options = LoadOptions(model="demo", max_memory=text)
     assert options.record["max_memory"] == size
-    assert load_words(options.record) == ["--max-memory", str(size)]
+    assert load_args(options.record) == ["--max-memory", str(size)]
     flags = {"max_memory": str(text)}
     for layer in ({"flags": flags, "settings": []}, {"flags": {}, "settings": [f"max_memory={text}"]}):
         asked = read_call(["a"], demo=True, config=None, **layer)  # type: ignore[arg-type]

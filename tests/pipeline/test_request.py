@@ -20,7 +20,7 @@ from wan_defaults import CASCADE, I2V, I2V_21, SINGLE, TI2V, defaults_of
 
 from ascendit.errors import RequestError, UsageError
 from ascendit.pipeline.defaults import Defaults
-from ascendit.pipeline.request import MAX_SEED, GenerateRequest, name_image, picture_of, resolve
+from ascendit.pipeline.request import MAX_SEED, GenerateRequest, image_of, name_image, resolve
 
 FIELDS = set(GenerateRequest.model_fields)
 
@@ -89,7 +89,7 @@ def test_an_unknown_argument_is_refused_with_the_known_ones() -> None:
         resolve(CASCADE, "a", steps=4, guidance=2)
     got, needs, _, code = text_of(error)
     assert got == "unknown argument: guidance, steps" and code == "E-USE-01"
-    assert needs == "arguments among " + ", ".join(sorted(FIELDS - {"prompt"}))
+    assert needs == "one of " + ", ".join(sorted(FIELDS - {"prompt"}))
 
 
 def test_a_request_is_frozen() -> None:
@@ -131,7 +131,7 @@ def test_guidance_up_to_1_needs_no_unconditional_pass(
 
 WHOLE = "a whole number, "
 NUMBER = "a number of at least 0"
-FALLING = "falling numbers above 0, at most 1000, for example 1000,750,500,250"
+DECREASING = "decreasing numbers above 0, at most 1000, for example 1000,750,500,250"
 BAD: list[tuple[str, Any, str]] = [
     ("num_inference_steps", 0, WHOLE + "1 to 1000"),
     ("num_inference_steps", 1001, WHOLE + "1 to 1000"),
@@ -163,14 +163,14 @@ BAD: list[tuple[str, Any, str]] = [
     ("max_sequence_length", 513, WHOLE + "1 to 512"),
     ("negative_prompt", 3, "text"),
     ("image", 3, "the path of an image"),
-    ("timesteps", (1000, 1000), FALLING),
-    ("timesteps", (500, 750), FALLING),
-    ("timesteps", (1001, 500), FALLING),
-    ("timesteps", (500, 0), FALLING),
-    ("timesteps", (math.nan,), FALLING),
-    ("timesteps", (), FALLING),
-    ("timesteps", "1000,500", FALLING),
-    ("timesteps", 500, FALLING),
+    ("timesteps", (1000, 1000), DECREASING),
+    ("timesteps", (500, 750), DECREASING),
+    ("timesteps", (1001, 500), DECREASING),
+    ("timesteps", (500, 0), DECREASING),
+    ("timesteps", (math.nan,), DECREASING),
+    ("timesteps", (), DECREASING),
+    ("timesteps", "1000,500", DECREASING),
+    ("timesteps", 500, DECREASING),
 ]
 
 
@@ -217,7 +217,7 @@ def test_timesteps_and_another_number_of_steps_are_refused() -> None:
         resolve(CASCADE, "a", timesteps=[1000, 500], num_inference_steps=4)
     got, needs, fix, code = text_of(error)
     assert (got, needs) == ("2 timesteps and 4 steps", "as many steps as timesteps")
-    assert (fix, code) == ("give only one of the two", "E-REQ-03")
+    assert (fix, code) == ("pass only one of them", "E-REQ-03")
 
 
 # --- against the model
@@ -229,7 +229,7 @@ def test_frames_off_the_rule_name_the_two_nearest(frames: int, low: int, high: i
         resolve(CASCADE, "a", num_frames=frames)
     assert text_of(error) == (
         f"{frames} frames",
-        "a number of frames of the form 4n+1 (Wan2.2-T2V-A14B)",
+        "4n+1 frames (Wan2.2-T2V-A14B)",
         f"--frames {low} or --frames {high}",
         "E-REQ-01",
     )
@@ -263,7 +263,7 @@ def test_sizes_off_the_multiple_name_the_two_nearest(
         resolve(defaults, "a", width=asked[0], height=asked[1])
     assert text_of(error) == (
         f"size {asked[0]}x{asked[1]}",
-        f"width and height that are multiples of {defaults.size_multiple} ({defaults.model})",
+        f"width and height in multiples of {defaults.size_multiple} ({defaults.model})",
         f"--size {low} or --size {high}",
         "E-REQ-02",
     )
@@ -297,7 +297,7 @@ def test_image_rules() -> None:
     assert text_of(error) == (
         "image x.png",
         "Wan2.2-T2V-A14B is text-to-video and takes no image",
-        "leave the image out, or use an I2V or TI2V model",
+        "omit the image, or use an I2V or TI2V model",
         "E-REQ-04",
     )
     assert resolve(I2V, "a", image="x.png").image == "x.png"
@@ -311,7 +311,7 @@ def test_one_expert_takes_nothing_for_a_second(extra: dict[str, float]) -> None:
         resolve(SINGLE, "a", **extra)
     got, needs, fix, code = text_of(error)
     assert (got, needs) == ("a second guidance scale or a boundary", "Wan2.1-T2V-14B has one expert")
-    assert (fix, code) == ("give one guidance scale and no boundary", "E-REQ-03")
+    assert (fix, code) == ("pass one guidance scale and no boundary", "E-REQ-03")
 
 
 def test_two_experts_need_a_boundary() -> None:
@@ -438,7 +438,7 @@ def test_a_replay_line_as_a_user_sees_it() -> None:
 @pytest.mark.parametrize(
     ("text", "got"),
     [
-        ("{", "request is no JSON: "),
+        ("{", "request is not JSON: "),
         ("[1]", "request has unknown fields: list"),
         ("null", "request has unknown fields: NoneType"),
         ('{"steps": 4, "size": 1}', "request has unknown fields: ['size', 'steps']"),
@@ -486,13 +486,13 @@ def test_a_request_with_pixels_is_json_and_finds_them_by_their_name() -> None:
     array = np.zeros((6, 4, 3), np.uint8)
     name, pixels = name_image(array)
     request = GenerateRequest.from_json(resolve(I2V, "a", image=name).to_json())
-    assert np.array_equal(picture_of(request, pixels), array)
-    assert picture_of(resolve(TI2V, "a"), pixels) is None
-    with pytest.raises(RequestError, match="no pixels of this name") as error:
-        picture_of(request, {})
+    assert np.array_equal(image_of(request, pixels), array)
+    assert image_of(resolve(TI2V, "a"), pixels) is None
+    with pytest.raises(RequestError, match="no pixels for image") as error:
+        image_of(request, {})
     assert error.value.code == "E-REQ-04" and "--image FILE" in error.value.fix
-    with pytest.raises(RequestError, match="other pixels of this name") as error:
-        picture_of(request, {str(name): array + 1})
+    with pytest.raises(RequestError, match="other pixels for image") as error:
+        image_of(request, {str(name): array + 1})
     assert error.value.code == "E-REQ-04"
 
 

@@ -386,7 +386,7 @@ def test_folders_with_other_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.tex").write_text("mine")
     (tmp_path / "dir.mp4").mkdir()
-    with refused(UsageError, "E-USE-03", "holds thesis.tex"):
+    with refused(UsageError, "E-USE-03", "contains thesis.tex"):
         make().save(f"{tmp_path}/out/", overwrite=True)
     with refused(UsageError, "E-USE-03", "is a folder"):
         make().save(tmp_path / "dir.mp4", overwrite=True)
@@ -486,7 +486,7 @@ def test_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, name: str) -> 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
     try:
-        with refused(EnvironmentProblem, "E-ENV-02", "cannot write in", "room on the disk"):
+        with refused(EnvironmentProblem, "E-ENV-02", "cannot write in", "free disk space"):
             noise.save(tmp_path / name)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

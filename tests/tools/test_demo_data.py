@@ -157,6 +157,6 @@ def test_a_direction_word_holds_its_directions() -> None:
 
 def test_the_calibration_prompts_are_those_of_the_training_set() -> None:
     """All of them, in all wordings, in an order in which neighbours differ (gcd(157, 366) = 1)."""
-    shown = [scene for scene in world.scenes() if scene.triple not in world.kept_back()]
+    shown = [scene for scene in world.scenes() if scene.triple not in world.held_out()]
     lines = (DEMO.parent / "calibration_prompts.txt").read_text(encoding="utf-8").splitlines()
     assert lines == [caption(shown[i * 157 % len(shown)], i, i) for i in range(len(shown))]

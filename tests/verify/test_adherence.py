@@ -14,25 +14,25 @@ from ascendit.verify.adherence import adherence_error, check_adherence, verdict_
 
 
 def result(seen: int, back: int, of: int = 10) -> Adherence:
-    return Adherence(seen=Counts(total=of, everything=seen), kept_back=Counts(total=of, everything=back))
+    return Adherence(trained=Counts(total=of, everything=seen), held_out=Counts(total=of, everything=back))
 
 
 def test_each_group_has_its_limit() -> None:
     assert adherence_error(result(10, 9)) is None
     error = adherence_error(result(10, 8))
     assert error is not None and error.code == "E-OUT-03" and error.exit_code == 1
-    assert error.got == "prompt adherence is below its limit: kept back 80.0%"
-    assert error.needs == "all videos at least 90%, kept back at least 85%"
+    assert error.got == "prompt adherence is below its limit: held out 80.0%"
+    assert error.needs == "all videos at least 90%, held out at least 85%"
     assert list(verdict_lines(result(10, 8))) == [
         "PASS  all videos    90.0%   at least 90%",
-        "FAIL  kept back     80.0%   at least 85%",
+        "FAIL  held out      80.0%   at least 85%",
     ]
 
 
 def test_a_group_without_videos_is_not_judged() -> None:
-    empty = Adherence(seen=Counts(total=4, everything=4), kept_back=Counts())
+    empty = Adherence(trained=Counts(total=4, everything=4), held_out=Counts())
     assert adherence_error(empty) is None
-    assert list(verdict_lines(empty))[1].startswith("-     kept back")
+    assert list(verdict_lines(empty))[1].startswith("-     held out")
 
 
 def pipeline(transformer_2: object) -> Any:
@@ -53,7 +53,7 @@ def test_a_video_that_is_refused_is_a_wrong_answer() -> None:
     told: list[bool] = []
     found = check_adherence(pipeline("low"), pick(2), [0, 1], on_video=lambda case, right: told.append(right))
     assert found.overall.total == 4 and found.overall.everything == 0 and told == [False] * 4
-    assert [f.reading.why for f in found.failures if f.seed == 1] == [("black",)] * 2
+    assert [f.reading.reasons for f in found.failures if f.seed == 1] == [("black",)] * 2
 
 
 def test_the_control_swaps_two_experts() -> None:
@@ -61,5 +61,5 @@ def test_the_control_swaps_two_experts() -> None:
     check_adherence(pipe, pick(1), [0], swap_experts=True)
     assert (pipe.transformer, pipe.transformer_2) == ("low", "high")
     pipe.transformer_2 = None
-    with pytest.raises(UsageError, match="--swap-experts with one expert"):
+    with pytest.raises(UsageError, match="--swap-experts for a model with one expert"):
         check_adherence(pipe, pick(1), [0], swap_experts=True)

@@ -1,4 +1,4 @@
-"""Each engine's dialect against the loaders of `engines.py`, and what each engine cannot load."""
+"""The format of each engine against the loaders of `engines.py`, and checkpoints that engines cannot load."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor
 from ascendit.convert.repack import repack
 from ascendit.errors import UsageError
 from ascendit.quant.engines import ENGINES
-from ascendit.weights.engine_formats import check_engine, dialect_for, model_kind, traits_of, wan_config
+from ascendit.weights.engine_formats import check_engine, model_kind, target_format, traits_of, wan_config
 
 REFUSED = {
     (exports.DUAL, "sglang"): "its loader of dual-scale layers fails",
-    (exports.SMOOTH, "vllm-omni"): "it drops mul_scale",
+    (exports.SMOOTH, "vllm-omni"): "it silently ignores mul_scale",
     (exports.SMOOTH, "sglang"): "its loader of dual-scale layers fails",
-    (exports.LEGACY, "vllm-omni"): "embedders and proj_out as plain layers",
-    (exports.LEGACY, "sglang"): "embedders as plain layers",
+    (exports.LEGACY, "vllm-omni"): "embedders and proj_out as unquantized layers",
+    (exports.LEGACY, "sglang"): "embedders as unquantized layers",
 }
 
 
@@ -56,7 +56,7 @@ def test_real_exports(source: Path, engine: str, canonical_first: bool, tmp_path
 
 
 def test_the_loaders_see_what_is_wrong(tmp_path: Path) -> None:
-    """The canonical folder is none of the dialects, and each loader says so."""
+    """Each loader rejects the canonical folder."""
     repack(exports.DUAL, tmp_path / "dual")
     repack(exports.INT8, tmp_path / "int8")
     repack(exports.MXFP4, tmp_path / "fp4")
@@ -161,23 +161,28 @@ def test_smoothed_layers_for_sglang(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("export", "change", "engine", "why"),
     [
-        (exports.MXFP8, keep("blocks.0.ffn.0"), "sglang", "kept layers of a block by other names"),
-        (exports.MXFP8, keep("blocks.0.self_attn.q"), "vllm-omni", "one is kept and another quantized"),
-        (exports.MXFP8, smooth(), "vllm-omni", "it drops mul_scale in layers that are not MXFP4"),
-        (exports.MXFP8, smooth(), "sglang", "it knows mul_scale in mxfp4 alone"),
-        (exports.SHARDED, smooth(), "vllm-omni", "it drops mul_scale in layers that are not MXFP4"),
-        (exports.SHARDED, smooth(only="ffn"), "sglang", "it knows mul_scale in mxfp4 alone"),
+        (exports.MXFP8, keep("blocks.0.ffn.0"), "sglang", "excluded layers of a block under other names"),
+        (exports.MXFP8, keep("blocks.0.self_attn.q"), "vllm-omni", "only some of them are quantized"),
+        (exports.MXFP8, smooth(), "vllm-omni", "it silently ignores mul_scale in layers that are not MXFP4"),
+        (exports.MXFP8, smooth(), "sglang", "it reads mul_scale only in mxfp4 layers"),
+        (
+            exports.SHARDED,
+            smooth(),
+            "vllm-omni",
+            "it silently ignores mul_scale in layers that are not MXFP4",
+        ),
+        (exports.SHARDED, smooth(only="ffn"), "sglang", "it reads mul_scale only in mxfp4 layers"),
         (
             exports.MXFP4,
             smooth(alike=False),
             "vllm-omni",
-            "Q, K and V of self-attention; their mul_scale differ",
+            "Q, K and V of self-attention, but their mul_scale differ",
         ),
         (
             exports.MXFP4,
             smooth(only="attn.q"),
             "vllm-omni",
-            "Q, K and V of self-attention; their mul_scale differ",
+            "Q, K and V of self-attention, but their mul_scale differ",
         ),
     ],
 )
@@ -213,7 +218,7 @@ def test_two_schemes_in_one_model(tmp_path: Path) -> None:
 
 def test_nothing_quantized_is_nothing_for_mindie(tmp_path: Path) -> None:
     source = exports.EXPORTS.parent / "source_models" / exports.SINGLE
-    with pytest.raises(UsageError, match=r"\(no quantized layer\): it reads exports of quantized models"):
+    with pytest.raises(UsageError, match=r"\(no quantized layer\): it reads only quantized models"):
         repack(source, tmp_path / "out", engine="mindie")
     repack(source, tmp_path / "out", engine="vllm-omni")
     assert problems(tmp_path / "out", "vllm-omni") == []
@@ -236,17 +241,18 @@ def test_traits(layers: dict[str, str], trait: str) -> None:
     check_engine("sglang", plain, "transformer")
 
 
-def test_names_of_dialects() -> None:
-    assert dialect_for(None) == dialect_for(None, "diffusers") and dialect_for(None).naming == "diffusers"
-    assert dialect_for(None, "wan").naming == dialect_for("mindie").naming == "wan"
+def test_target_formats() -> None:
+    assert target_format(None) == target_format(None, "diffusers")
+    assert target_format(None).naming == "diffusers"
+    assert target_format(None, "wan").naming == target_format("mindie").naming == "wan"
     with pytest.raises(UsageError, match="--for tensorrt") as e:
-        dialect_for("tensorrt")
+        target_format("tensorrt")
     assert e.value.code == "E-USE-01" and "vllm-omni, sglang, mindie" in e.value.needs
     with pytest.raises(UsageError, match="--to wan with --for sglang") as e:
-        dialect_for("sglang", "wan")
+        target_format("sglang", "wan")
     assert "sglang 0.5.23 reads these names" in e.value.needs
     with pytest.raises(UsageError, match="--to comfy"):
-        dialect_for(None, "comfy")
+        target_format(None, "comfy")
 
 
 def test_kind_and_config_of_the_original() -> None:

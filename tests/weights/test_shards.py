@@ -21,7 +21,7 @@ from ascendit.convert.repack import repack
 from ascendit.errors import UsageError
 from ascendit.family import WanConfig
 from ascendit.model.linear import QuantLinear
-from ascendit.model.loader import applied_layers, load_expert, part_of
+from ascendit.model.loader import applied_layers, load_expert, sharded
 from ascendit.model.wan import WanTransformer
 from ascendit.model.weight_loader import ModelSink
 from ascendit.names import expected_tensors
@@ -102,12 +102,12 @@ def model_of(recipe: RecipeSteps, shards: LayerShards) -> WanTransformer:
     with torch.device("meta"):
         model = WanTransformer(WanConfig.from_dict(expert.config), ops)
     whole = applied_layers(recipe.applied)
-    layers = {name: part_of(layer, shard_of(shards, name)) for name, layer in whole.items()}
+    layers = {name: sharded(layer, shard_of(shards, name)) for name, layer in whole.items()}
     schemes = {name: layer.scheme for name, layer in layers.items()}
     steps = cut_steps(recipe.plan(), expert, schemes, shards)
     with RowReader() as reader:
         sink = ModelSink(
-            model, reader, steps, layers, device="cpu", dtype=torch.bfloat16, wide=model.KEEP_FP32
+            model, reader, steps, layers, device="cpu", dtype=torch.bfloat16, float32=model.KEEP_FP32
         )
         run_steps(steps, reader, sink)
     return model

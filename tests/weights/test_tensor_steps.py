@@ -27,7 +27,7 @@ from ascendit.checkpoint.writer import TensorSpec
 from ascendit.convert.repack import repack
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.mx.codec import Encoded
-from ascendit.weights.engine_formats import Dialect, dialect_for, traits_of
+from ascendit.weights.engine_formats import TargetFormat, target_format, traits_of
 from ascendit.weights.tensor_steps import (
     Piece,
     Sink,
@@ -46,8 +46,8 @@ def test_each_tensor_has_one_step() -> None:
     for source in exports.ALL:
         for part in recognise(source).experts:
             expert = read_expert(part)
-            for dialect in (Dialect(), dialect_for("vllm-omni"), dialect_for("mindie")):
-                steps = stored_steps(expert, dialect)
+            for target in (TargetFormat(), target_format("vllm-omni"), target_format("mindie")):
+                steps = stored_steps(expert, target)
                 used = [info for step in steps for info in step.sources]
                 assert sorted(x.name for x in used) == sorted(x.name for x in expert.tensors.values())
                 assert all(step.name == step.specs[0].name for step in steps if step.specs)
@@ -213,7 +213,7 @@ def test_all_other_numbers_are_refused(container: str, dtype: type) -> None:
     values = bits.view(dtype).astype(np.float32)
     bad = ~np.isin(values, NUMBERS)
     for pattern in np.flatnonzero(bad)[:: 1 if container == "e4m3" else 997]:
-        with pytest.raises(CheckpointError, match="x holds 1 numbers that are not in FP4") as e:
+        with pytest.raises(CheckpointError, match="x has 1 values that are not in FP4") as e:
             recode(bits[[pattern, 0]].tobytes(), 2, container, "packed", "x")
         assert e.value.code == "E-CKP-04"
     good = bits[~bad]
@@ -233,7 +233,7 @@ def test_floats_are_widened_exactly(dtype: str) -> None:
 
 @pytest.mark.parametrize("value", [0.1, 1e300, 1e-60])
 def test_float64_that_does_not_fit(value: float) -> None:
-    with pytest.raises(CheckpointError, match="scale holds float64 numbers that float32 cannot hold") as e:
+    with pytest.raises(CheckpointError, match="scale has float64 values that float32 cannot represent") as e:
         to_float32(np.array([1.0, value]).tobytes(), "F64", "scale")
     assert e.value.code == "E-CKP-04"
 

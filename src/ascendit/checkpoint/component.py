@@ -1,4 +1,4 @@
-"""One component of a model and the small readers that every other module of `checkpoint` builds on."""
+"""One component of a model, and the JSON reader and errors that the other modules of `checkpoint` use."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from ascendit.errors import CheckpointError
 
 TRANSFORMER = "WanTransformer3DModel"
 PART_CLASSES = {"transformer": TRANSFORMER, "transformer_2": TRANSFORMER, "vae": "AutoencoderKLWan"}
-"""The parts that ascendit itself depends on, and the one class it knows for each."""
+"""Components that ascendit runs itself -> the only supported class."""
 EXPERTS = ("transformer", "transformer_2")
 STEM = "diffusion_pytorch_model"
 MAX_JSON = 100_000_000
-"""Bytes. The index of the largest Wan model has 150 kB."""
+"""Size limit of a JSON file in bytes. The index of the largest Wan model has 150 kB."""
 CONFIG_FILES = {
     "scheduler": ("scheduler_config.json",),
     "tokenizer": ("tokenizer_config.json",),
     "image_processor": ("preprocessor_config.json", "processor_config.json"),
 }
-"""Parts without weights, and the file names that their config may have."""
+"""Components without weights -> possible names of their config file."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One component of a model, most often in a folder of its own."""
+    """One component of a model, usually a folder."""
 
     name: str
-    """As in `model_index.json`; of a transformer `transformer` or `transformer_2`, in every layout."""
+    """As in `model_index.json`; transformers are `transformer` and `transformer_2` in every layout."""
     path: Path
-    """Its folder, or the one weight file that it is."""
+    """Its folder, or its single weight file."""
     library: str = "diffusers"
     """`diffusers` or `transformers`."""
     class_name: str = TRANSFORMER
     config: dict[str, Any] = field(default_factory=dict)
     """As stored: Diffusers' or the original Wan config; `{}` if absent."""
     files: tuple[Path, ...] = ()
-    """The weight files where their names do not follow from `stem`."""
+    """The weight files, if their names do not follow from `stem`."""
     index: Path | None = None
-    """The index of the weight files, where its name does not follow from `stem`."""
+    """The index of the weight files, if its name does not follow from `stem`."""
 
     @property
     def stem(self) -> str:
-        """How its weight files begin, for `Shards.open`."""
+        """Prefix of the names of its weight files, for `Shards.open`."""
         return "model" if self.library == "transformers" else STEM
 
     @property
@@ -56,16 +56,19 @@ class Part:
 
     @property
     def folder(self) -> Path:
-        """The folder of its JSON files."""
+        """The folder with its JSON files."""
         return self.path.parent if self.files == (self.path,) else self.path
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises CheckpointError E-CKP-06 that names the file, for a key twice too."""
+    """Return the JSON object in `path`.
+
+    Raises CheckpointError E-CKP-06 if it is missing, unreadable, not a JSON object or has duplicate keys.
+    """
     try:
         status = path.stat()
-        if status.st_size > MAX_JSON or not is_plain(status):
-            raise _bad_json(path, "no regular file, or too long")
+        if status.st_size > MAX_JSON or not is_file_or_folder(status):
+            raise _bad_json(path, "not a regular file, or too large")
         data = loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as e:
         problem = "missing" if isinstance(e, FileNotFoundError) else f"unreadable ({e.strerror})"
@@ -79,36 +82,38 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def loads(text: str) -> Any:
     """Parse JSON. ValueError or RecursionError for invalid JSON, duplicate keys and lone surrogates."""
-    data = json.loads(text, object_pairs_hook=_once)
+    data = json.loads(text, object_pairs_hook=_unique_keys)
     if "\\ud" in text.lower():
         json.dumps(data, ensure_ascii=False).encode()
     return data
 
 
-def is_plain(status: os.stat_result) -> bool:
-    """Whether opening it returns at once: a file or a folder, no pipe and no device."""
+def is_file_or_folder(status: os.stat_result) -> bool:
+    """Opening a file or folder returns at once; opening a pipe or device may block."""
     return stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
-        raise ValueError("a name stands there twice")
+        raise ValueError("duplicate key")
     return data
 
 
 def stays_inside(name: str) -> bool:
-    """Whether a file name from an index or a hub is relative and never leaves its folder, on any system."""
+    """Whether a file name from an index or a hub is relative and stays in its folder, on every system."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     leaves = windows.drive or windows.root or posix.is_absolute() or ".." in windows.parts or "\0" in name
     return bool(posix.parts) and not leaves
 
 
-def other_class(file: Path, found: object, supported: tuple[str, ...], part: str = "") -> CheckpointError:
-    """E-CKP-05: the config in `file` names another class than those supported."""
-    what = f"{part} is" if part else "the pipeline is"
+def unsupported_class(
+    file: Path, class_name: object, supported: tuple[str, ...], part: str = ""
+) -> CheckpointError:
+    """E-CKP-05: the config in `file` names an unsupported class."""
     return CheckpointError(
-        f"{file}: {what} {found if isinstance(found, str) else 'of no named class'}",
+        f"{file}: {part or 'the pipeline'} "
+        + (f"is {class_name}" if isinstance(class_name, str) else "has no class name"),
         needs=f"{' or '.join(supported)}: ascendit runs Wan text-to-video and image-to-video models",
         fix="give the folder of a supported Wan model",
         code="E-CKP-05",
@@ -116,11 +121,11 @@ def other_class(file: Path, found: object, supported: tuple[str, ...], part: str
 
 
 def unreadable(file: Path | str, problem: str) -> CheckpointError:
-    """E-CKP-02: a weight file whose header was read before has changed since."""
+    """E-CKP-02: a weight file has changed since its header was read."""
     return CheckpointError(
         f"{file}: {problem}",
-        needs="source files that stay as they are until the run is over",
-        fix="find what changed the file; download it again if it is damaged",
+        needs="source files that do not change during the run",
+        fix="stop the program that changes the file; download it again if it is damaged",
         code="E-CKP-02",
     )
 
@@ -129,6 +134,6 @@ def _bad_json(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is {problem}",
         needs=f"a JSON object in {path.name}",
-        fix="download the file again, or restore it from where the model came from",
+        fix="download the file again, or restore it from the source of the model",
         code="E-CKP-06",
     )

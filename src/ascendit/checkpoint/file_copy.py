@@ -1,4 +1,4 @@
-"""Bytes copied from file to file by the kernel, disk space reserved, and errors of writing in words."""
+"""Copy bytes between files in the kernel, reserve disk space, and explain write errors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ascendit.checkpoint.component import unreadable
 from ascendit.errors import EnvironmentProblem
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""The disk, the quota or the largest file that is allowed has been reached."""
+"""The disk is full, or the quota or the maximum file size is reached."""
 PAGE = 4096  # bytes; the block size of most file systems
 _UNABLE = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
-"""Errors of copy_file_range between two files that it cannot copy. EPERM: containers that forbid the call."""
+"""copy_file_range does not support these two files. EPERM: containers that forbid the call."""
 _LARGE = 1 << 30  # bytes in one call; no call moves 2 GiB
-_BUFFER = 1 << 20  # bytes; stays in the processor's cache
-_PIPE = 1 << 16  # bytes that the kernel moves at once; 1.6 x as fast when they begin at a multiple of it
+_BUFFER = 1 << 20  # bytes; fits into the CPU cache
+_PIPE = 1 << 16  # bytes per step in the kernel; copies that start at a multiple are 1.6 x as fast
 _KEEP_SIZE = 1  # of <linux/falloc.h>
 
 
@@ -35,14 +35,16 @@ def move_bytes(
     *,
     source: Path | str = "the source",
 ) -> None:
-    """Copy `count` bytes from one open file to a place in another, which grows if it must.
+    """Copy `count` bytes from one open file to an offset in another; the target grows if needed.
 
-    By copy_file_range (a file system may share the blocks, a server copy by itself); what that cannot do goes
-    through a small buffer. Raises CheckpointError E-CKP-02, which names `source`, when that file ends too
-    early; OSError when the target cannot be written.
+    Uses copy_file_range (a file system may share the blocks, a file server may copy them), and a small buffer
+    where the call is not supported. Raises CheckpointError E-CKP-02, which names `source`, if that file ends
+    too early; OSError if the target cannot be written.
     """
     shift, end = dst_offset - src_offset, src_offset + count
-    if shift % PAGE == 0:  # the head apart: the rest is aligned to pipes, blocks
+    if (
+        shift % PAGE == 0
+    ):  # copy the head separately, so that the remaining bytes are aligned to pipes and blocks
         head = min(src_offset + -dst_offset % _PIPE, end)
         _by_buffer(src_fd, src_offset, head, dst_fd, shift, source)
         src_offset = head
@@ -66,37 +68,37 @@ def _by_buffer(src_fd: int, start: int, end: int, dst_fd: int, shift: int, sourc
 
 
 def read_pieces(fd: int, start: int, end: int, source: Path | str) -> Iterator[memoryview]:
-    """The bytes from `start` to `end`, 1 MiB at most, in a buffer that is used again.
+    """Yield the bytes from `start` to `end` in pieces of at most 1 MiB, all in the same buffer.
 
-    Raises CheckpointError E-CKP-02, which names `source`, if the file ends before.
+    Raises CheckpointError E-CKP-02, which names `source`, if the file ends before `end`.
     """
     buffer = memoryview(bytearray(min(_BUFFER, max(end - start, 0))))
     while start < end:
         if not (count := os.preadv(fd, [buffer[: end - start]], start)):
-            raise unreadable(source, f"truncated while it was read, at byte {start}")
+            raise unreadable(source, f"truncated during the read, at byte {start}")
         yield buffer[:count]
         start += count
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> None:
-    """All of `data` (bytes) at this place. Raises OSError."""
+    """Write all of `data` (bytes) at `offset`. Raises OSError."""
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done : done + _LARGE], offset + done)
 
 
 def copy_file(src: Path, dst: Path) -> None:
-    """A new regular file with the bytes of another; never a second name for it. Raises OSError, E-CKP-02."""
+    """Copy a file to a new regular file, never a hard link. Raises OSError, CheckpointError E-CKP-02."""
     with open(src, "rb", buffering=0) as old, open(dst, "wb", buffering=0) as new:
         size = os.fstat(old.fileno()).st_size
         move_bytes(old.fileno(), 0, new.fileno(), 0, size, source=src)
 
 
 def reserve(fd: int, count: int) -> None:
-    """Take `count` bytes of disk for a file without changing its size, so that a full disk shows at once.
+    """Reserve `count` bytes of disk for a file, without changing its size, to detect a full disk early.
 
-    Writing into reserved space is faster too (1.7 x on ext4). Nothing happens where the file system cannot
-    do it (posix_fallocate would write there instead). Raises OSError, one of `FULL`.
+    Writing into reserved space is also faster (1.7 x on ext4). Does nothing if the file system does not
+    support it (posix_fallocate would write the bytes). Raises OSError with an errno of `FULL`.
     """
     if count > 0 and (call := _fallocate()):
         if call(fd, _KEEP_SIZE, 0, count) and (number := ctypes.get_errno()) in FULL:
@@ -111,21 +113,21 @@ def _fallocate() -> Any:
     return call
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Raise OSError ENOSPC when `needed` bytes do not fit below `folder`, what is there included."""
-    if needed > room_for(folder):
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raise OSError ENOSPC if `needed` bytes do not fit into `folder`; see `available_bytes`."""
+    if needed > available_bytes(folder):
         raise OSError(errno.ENOSPC, "")
 
 
-def room_for(folder: Path) -> int:
-    """Bytes that files below `folder` may have: what is free there, and what they occupy already."""
-    taken = sum(path.lstat().st_blocks * 512 for path in folder.rglob("*") if not path.is_dir())
-    return taken + (shutil.disk_usage(folder).free if folder.is_dir() else 0)
+def available_bytes(folder: Path) -> int:
+    """Bytes available to files below `folder`: free disk space plus the bytes they already occupy."""
+    used = sum(path.lstat().st_blocks * 512 for path in folder.rglob("*") if not path.is_dir())
+    return used + (shutil.disk_usage(folder).free if folder.is_dir() else 0)
 
 
 @contextmanager
 def writing(folder: Path, needed: int) -> Iterator[None]:
-    """Turn an OSError into the error for the user. `needed`: bytes that this run writes below `folder`."""
+    """Convert an OSError by `write_error`. `needed`: bytes that this run writes below `folder`."""
     try:
         yield
     except OSError as e:
@@ -133,20 +135,20 @@ def writing(folder: Path, needed: int) -> Iterator[None]:
 
 
 def write_error(folder: Path, error: OSError, needed: int = 0) -> EnvironmentProblem:
-    """E-ENV-04 for a full disk, with the bytes needed and free; E-ENV-02 for all else."""
+    """E-ENV-04 for a full disk, with the bytes needed and free; E-ENV-02 for any other error."""
     if error.errno not in FULL:
         return EnvironmentProblem(
             f"cannot write in {folder}: {error.strerror or error}",
-            needs="a folder that can be written",
-            fix="choose another place with -o",
+            needs="a writable folder",
+            fix="choose another folder with -o",
             code="E-ENV-02",
         )
-    free = room_for(folder)
-    got = f"{needed:,} bytes ({needed / 2**30:.2f} GiB) to write below {folder}, {free:,} free there"
-    rule = "room for the whole output, within the quota and the limit on the size of one file"
+    free = available_bytes(folder)
+    got = f"{needed:,} bytes ({needed / 2**30:.2f} GiB) to write below {folder}, {free:,} bytes available"
+    rule = "space for the complete output, within the quota and the maximum file size"
     return EnvironmentProblem(
         f"{got} ({error.strerror})" if error.strerror else got,
-        needs=f"{needed - free:,} bytes more: {rule}" if needed > free else rule,
+        needs=f"{needed - free:,} more bytes: {rule}" if needed > free else rule,
         fix="free disk space, or choose another disk with -o",
         code="E-ENV-04",
     )

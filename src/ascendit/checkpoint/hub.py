@@ -1,10 +1,10 @@
-"""From the name of a model to its folder: a path, "demo", or a download pinned to a revision. No torch.
+"""Resolve the name of a model to its folder: a path, "demo", or a download pinned to a revision. No torch.
 
-    hf:org/name[@revision]      through `huggingface_hub`, which reads HF_ENDPOINT, HF_HOME and the token
-    ms:org/name[@revision]      the list of files from the HTTP API of ModelScope, the files as above
+    hf:org/name[@revision]      by `huggingface_hub`, which reads HF_ENDPOINT, HF_HOME and the token
+    ms:org/name[@revision]      file list from ModelScope's HTTP API, files downloaded as above
 
-Both caches have the same shape, so that a folder tells its own source:
-`<cache>/models--org--name/snapshots/<revision>/`. No environment variable is read here.
+Both caches use the layout `<cache>/models--org--name/snapshots/<revision>/`, so the path of a folder names
+its source. This module reads no environment variables.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
 logger = logging.getLogger("ascendit")
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "models" / "demo"
-"""The model that comes with the package."""
+"""The model that is part of the package."""
 
 MODELSCOPE = "https://modelscope.cn"
 _USELESS = "msgpack h5 ckpt onnx bin png jpg jpeg gif webp svg mp4 mov webm".split()
 SKIPPED = tuple(f"*.{e}" for ending in _USELESS for e in (ending, ending.upper()))
-"""What no model folder needs: weights in formats that are not read, pictures, videos."""
+"""Files that are not downloaded: weights in formats that ascendit does not read, pictures, videos."""
 EXPERT_WEIGHTS = ("transformer/*.safetensors*", "transformer_2/*.safetensors*")
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def model_folder(model: str | Path, *, experts: bool = True) -> Path:
-    """The folder of "demo", a path, hf:org/name or ms:org/name (with "@revision").
+    """Return the folder of a path, "demo", hf:org/name or ms:org/name (with optional "@revision").
 
-    `experts`: False when the weights of its transformers are not wanted, which need not be downloaded then.
-    Raises UsageError E-USE-02 if there is no such folder.
+    `experts`: False to skip the download of the transformers' weights. Raises UsageError E-USE-02 for a
+    missing path, EnvironmentProblem E-ENV-01 for a missing demo model, and the errors of `fetch`.
     """
     name = str(model)
     if name == "demo":
         if not DEMO.is_dir():
             raise EnvironmentProblem(
                 f"the demo model is not in this installation ({DEMO})",
-                needs="the weights that come with the package",
+                needs="the weights that are part of the package",
                 fix="install ascendit again, or: python tools/train_demo.py "
                 "--export src/ascendit/demo/models/demo",
                 code="E-ENV-01",
@@ -61,7 +61,7 @@ def model_folder(model: str | Path, *, experts: bool = True) -> Path:
         raise UsageError(
             f"no model at {name}",
             needs="a folder, hf:org/name, ms:org/name, or demo",
-            fix="correct the path, or put hf: before a name on Hugging Face",
+            fix="correct the path; for a model on Hugging Face, write hf:org/name",
             code="E-USE-02",
         )
     return path
@@ -75,13 +75,13 @@ def fetch(
     endpoint: str | None = None,
     experts: bool = True,
 ) -> Path:
-    """Download what is not in the cache yet, and return the folder. Its name is the revision it is pinned to.
+    """Download the files that are not in the cache, and return the folder. Its name is the pinned revision.
 
-    `revision`: branch, tag or commit; also as `@revision` in `name`. `cache`: folder; None = the one of
-    `huggingface_hub`, or `~/.cache/ascendit/modelscope`. `endpoint`: another server that speaks the same API.
-    `experts`: False leaves the weights of the transformers out, from Hugging Face (ModelScope: all files).
-    Without network a complete cached copy serves. Raises UsageError E-HUB-01 for a name or revision that
-    is not there, EnvironmentProblem E-HUB-01 for network, access and damaged downloads.
+    `revision`: branch, tag or commit; also as `@revision` in `name`. `cache`: folder; default: the cache of
+    `huggingface_hub`, or `~/.cache/ascendit/modelscope`. `endpoint`: another server with the same API.
+    `experts`: False skips the transformers' weights (Hugging Face only; ModelScope downloads all files).
+    Without network, a complete cached copy is used. Raises UsageError E-HUB-01 for an unknown name or
+    revision, EnvironmentProblem E-HUB-01 for network errors, missing access and damaged downloads.
     """
     from huggingface_hub import errors
 
@@ -98,45 +98,45 @@ def fetch(
         raise
     except errors.GatedRepoError as e:
         fix = f"accept the licence on the page of {repo}, then `hf auth login`"
-        raise _trouble(model, "access must be asked for", fix) from e
+        raise _download_error(model, "the model is gated: access must be requested", fix) from e
     except errors.RevisionNotFoundError as e:
-        raise _unknown(model, "no such revision", "give a branch, tag or commit of this model") from e
+        raise _unknown_model(model, "no such revision", "give a branch, tag or commit of this model") from e
     except errors.RepositoryNotFoundError as e:
         fix = "correct the name; `hf auth login` if the model is private"
-        raise _unknown(model, "no such model, or it is private", fix) from e
-    except Exception as e:  # httpx, OSError, checks of the library: all are trouble with this download
-        fix = "check network, HF_ENDPOINT and free disk space, then run it again: finished files are kept"
+        raise _unknown_model(model, "no such model, or it is private", fix) from e
+    except Exception as e:  # httpx, OSError, checks of the library: the download failed
+        fix = "check network, HF_ENDPOINT and free disk space, then run it again: complete files are kept"
         if isinstance(e, OSError) and e.filename:
             fix = f"make {e.filename} writable, or give another cache folder"
-        raise _trouble(model, _first_line(e), fix) from e
+        raise _download_error(model, _first_line(e), fix) from e
     logger.info("%s:%s@%s in %s", hub, repo, path.name, path)
     return path
 
 
 def _parse(name: str, revision: str | None) -> tuple[str, str, str | None]:
     """(hub, org/name, revision)."""
-    hub, _, rest = name.partition(":")
-    repo, _, written = rest.partition("@")
-    revisions = {r for r in (revision, written) if r}
-    good = hub in ("hf", "ms") and _REPO.fullmatch(repo) and ".." not in repo and "--" not in repo
-    if not good or len(revisions) > 1 or not all(stays_inside(r) and r != "." for r in revisions):
+    hub, _, path = name.partition(":")
+    repo, _, suffix = path.partition("@")
+    revisions = {r for r in (revision, suffix) if r}
+    valid = hub in ("hf", "ms") and _REPO.fullmatch(repo) and ".." not in repo and "--" not in repo
+    if not valid or len(revisions) > 1 or not all(stays_inside(r) and r != "." for r in revisions):
         raise UsageError(
             f"hub name {name!r}" + (f" with revision {revision!r}" if revision else ""),
-            needs="hf:org/name or ms:org/name, and one revision at most (hf:org/name@revision)",
-            fix="for example hf:Wan-AI/Wan2.2-TI2V-5B-Diffusers; a folder is given by its path alone",
+            needs="hf:org/name or ms:org/name, with at most one revision (hf:org/name@revision)",
+            fix="for example hf:Wan-AI/Wan2.2-TI2V-5B-Diffusers; for a local folder, pass its path",
             code="E-HUB-01",
         )
     return hub, repo, revisions.pop() if revisions else None
 
 
-def _unknown(what: str, why: str, fix: str) -> UsageError:
-    needs = "a model and revision that the hub has and that you may read"
-    return UsageError(f"{what}: {why}", needs=needs, fix=fix, code="E-HUB-01")
+def _unknown_model(model: str, reason: str, fix: str) -> UsageError:
+    needs = "an existing model and revision that you have access to"
+    return UsageError(f"{model}: {reason}", needs=needs, fix=fix, code="E-HUB-01")
 
 
-def _trouble(what: str, why: object, fix: str) -> EnvironmentProblem:
-    needs = "the hub within reach, or a complete copy in the cache"
-    return EnvironmentProblem(f"{what}: {why}", needs=needs, fix=fix, code="E-HUB-01")
+def _download_error(model: str, reason: object, fix: str) -> EnvironmentProblem:
+    needs = "a reachable hub, or a complete copy in the cache"
+    return EnvironmentProblem(f"{model}: {reason}", needs=needs, fix=fix, code="E-HUB-01")
 
 
 def _first_line(error: BaseException) -> str:
@@ -157,8 +157,8 @@ def _huggingface(
     options: dict[str, Any] = {"cache_dir": cache, "endpoint": endpoint, "ignore_patterns": skipped}
     path = Path(snapshot_download(repo, revision=revision, **options))
     for link in path.rglob("*"):
-        # The cache name of a large file is its sha256, and the library compares sizes only. Two seconds are
-        # for file systems with coarse clocks.
+        # A large file is named by its sha256 in the cache, and the library compares only sizes. Two seconds
+        # allow for file systems with coarse timestamps.
         blob = link.resolve()
         if _SHA256.fullmatch(blob.name) and blob.stat().st_mtime > begun - 2:
             _check(model, str(link.relative_to(path)), blob, blob.name, link)
@@ -166,14 +166,14 @@ def _huggingface(
 
 
 def _check(model: str, name: str, file: Path, sha256: str, *links: Path) -> None:
-    """Remove a damaged file, and links to it. Raises EnvironmentProblem E-HUB-01."""
+    """Remove a damaged file and the links to it. Raises EnvironmentProblem E-HUB-01."""
     with open(file, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     if digest != sha256:
         for path in (*links, file):
             path.unlink()
-        problem = f"{name} arrived damaged (sha256 {digest[:12]}..., not {sha256})"
-        raise _trouble(model, problem, "run it again: only this file is downloaded anew")
+        problem = f"{name} was damaged during the download (sha256 {digest[:12]}..., not {sha256})"
+        raise _download_error(model, problem, "run it again: only this file is downloaded again")
 
 
 # ---- ModelScope ---------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ _TIMEOUT = 30  # seconds without a byte
 
 
 def _modelscope(model: str, repo: str, revision: str, cache: Path, endpoint: str) -> Path:
-    """Files arrive in `<revision>.part`, each checked, and the folder gets its name when it is complete."""
+    """Download into `<revision>.part`, check each file, and rename the folder when it is complete."""
     from filelock import FileLock
 
     home = Path(os.path.abspath(cache)) / f"models--{repo.replace('/', '--')}"
@@ -197,7 +197,7 @@ def _modelscope(model: str, repo: str, revision: str, cache: Path, endpoint: str
         raise
     except Exception as e:
         if ref.is_file() and (snapshots / ref.read_text()).is_dir():
-            logger.warning("%s: hub out of reach (%s); using the cached copy", model, _first_line(e))
+            logger.warning("%s: hub not reachable (%s); using the cached copy", model, _first_line(e))
             return snapshots / ref.read_text()
         raise
     content = sorted(
@@ -209,36 +209,36 @@ def _modelscope(model: str, repo: str, revision: str, cache: Path, endpoint: str
         if not snapshot.is_dir():
             _fill(snapshot, files, base, model, commit or revision)
         ref.parent.mkdir(exist_ok=True)
-        written = ref.with_name(ref.name + ".part")
-        written.write_text(snapshot.name)
-        written.replace(ref)
+        partial = ref.with_name(ref.name + ".part")
+        partial.write_text(snapshot.name)
+        partial.replace(ref)
     return snapshot
 
 
 def _listing(base: str, model: str, revision: str) -> tuple[list[dict[str, Any]], str | None]:
-    """The files worth having, and the commit they belong to if the hub names it."""
+    """Return the files to download, and their commit if the hub reports it."""
     from huggingface_hub import get_session
 
     query = {"Revision": revision, "Recursive": "True"}
     response = get_session().get(f"{base}/files", params=query, timeout=_TIMEOUT)
     if response.status_code == 404:
-        raise _unknown(model, "no such model, revision or file", "correct the name or the revision")
+        raise _unknown_model(model, "no such model, revision or file", "correct the name or the revision")
     if response.status_code in (401, 403):
-        fix = "download it with ModelScope's own tool, logged in, and give the path of the folder"
-        raise _trouble(model, f"access refused (HTTP {response.status_code})", fix)
+        fix = "download it with ModelScope's own tool, logged in, and pass the path of the folder"
+        raise _download_error(model, f"access refused (HTTP {response.status_code})", fix)
     response.raise_for_status()
     try:
         answer = json.loads(response.content)
         if answer.get("Success") is False:
-            raise _unknown(model, str(answer.get("Message")), "correct the name or the revision")
+            raise _unknown_model(model, str(answer.get("Message")), "correct the name or the revision")
         files = [file for file in answer["Data"]["Files"] if file["Type"] != "tree"]
         outside = [file["Path"] for file in files if not stays_inside(file["Path"])]
         latest = str((answer["Data"].get("LatestCommitter") or {}).get("Id"))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise OSError(f"answer not understood ({type(e).__name__})") from e
+        raise OSError(f"unexpected response ({type(e).__name__})") from e
     if outside:
         got = f"the hub names a file outside the folder: {outside[0]!r}"
-        raise _trouble(model, got, "do not use this model")
+        raise _download_error(model, got, "do not use this model")
     files = [file for file in files if _is_wanted(file["Path"])]
     return files, next((c for c in (revision, latest) if _COMMIT.fullmatch(c)), None)
 
@@ -248,14 +248,14 @@ def _is_wanted(path: str) -> bool:
 
 
 def _fill(snapshot: Path, files: list[dict[str, Any]], base: str, model: str, revision: str) -> None:
-    """Download what is missing into `<snapshot>.part`, and rename it."""
+    """Download the missing files into `<snapshot>.part`, and rename it."""
     part = snapshot.with_name(snapshot.name + ".part")
     part.mkdir(exist_ok=True)
     missing = [file for file in files if not (part / file["Path"]).is_file()]
     needed = sum(file.get("Size") or 0 for file in missing)
     if (free := shutil.disk_usage(part).free) < needed:
         got = f"{needed / 2**30:.1f} GiB to download, {free / 2**30:.1f} GiB free"
-        raise _trouble(model, got, "free disk space")
+        raise _download_error(model, got, "free disk space")
     for file in missing:
         query = urlencode({"Revision": revision, "FilePath": file["Path"]})
         _download(f"{base}?{query}", part / file["Path"], file, model)
@@ -263,7 +263,7 @@ def _fill(snapshot: Path, files: list[dict[str, Any]], base: str, model: str, re
 
 
 def _download(url: str, target: Path, file: dict[str, Any], model: str) -> None:
-    """Into `<name>.incomplete`, taken up where it broke off; renamed when size and sha256 are right."""
+    """Download into `<name>.incomplete`, resuming it, and rename it once size and sha256 are correct."""
     from huggingface_hub.file_download import http_get
 
     partial, size = target.with_name(target.name + ".incomplete"), file.get("Size")

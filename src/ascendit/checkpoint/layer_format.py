@@ -1,8 +1,8 @@
-"""Which linear layers are quantized, by the dtypes and shapes of their tensors; and whether scales are valid.
+"""Detect quantized linear layers from the dtypes and shapes of their tensors, and check the values of scales.
 
-Tools store one format in different ways: FP4 two to a byte, or as numbers in e4m3 or BF16; int8 scales as
-float32 [N, 1], or as BF16 [N, 1] or [1] from older tools. The headers say that a scale has the right shape;
-only its bytes say whether it is one. Neither torch nor numpy is needed.
+Tools store the same number format differently: FP4 packed two per byte, or one value per e4m3 or BF16
+element; int8 scales as float32 [N, 1], or as BF16 [N, 1] or [1] by older tools. Shapes are checked from the
+headers, values from the bytes. Imports neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -17,111 +17,116 @@ from ascendit.errors import CheckpointError
 from ascendit.names import is_linear, listed
 from ascendit.quant.schemes import STORED_SCHEMES
 
-Container = Literal["plain", "packed", "e4m3", "bf16"]
-"""How codes are stored: as the format says; FP4 two to a byte; FP4 numbers, each in a wider element."""
+Packing = Literal["plain", "packed", "e4m3", "bf16"]
+"""Storage of quantized weights: as the format defines; FP4 two per byte; FP4 one per e4m3 or BF16 element."""
 
 FLOAT_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 BYTE_SCALES = frozenset({"U8", "F8_E8M0"})
-"""One E8M0 byte to a block; both spellings are the same bytes."""
+"""One E8M0 byte per block; both dtypes have the same bytes."""
 SCALE_ROLES = ("weight_scale", "weight_scale_inv", "weight_offset", "weight_dual_scale")
 STORED_ROLES = ("weight", *SCALE_ROLES, "mul_scale", "bias")
-_CODES = frozenset({"I8", "U8", "F8_E4M3", "F8_E5M2"})
-"""A weight of one of these wants a scale; any other type but a float is a damaged file."""
-_FP4: dict[str, Container] = {"U8": "packed", "F8_E4M3": "e4m3", "BF16": "bf16"}
+_QUANTIZED_DTYPES = frozenset({"I8", "U8", "F8_E4M3", "F8_E5M2"})
+"""Dtypes of weights that need a scale. Any other dtype that is not a float means a damaged file."""
+_FP4: dict[str, Packing] = {"U8": "packed", "F8_E4M3": "e4m3", "BF16": "bf16"}
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer that is stored as codes and scales, or whose input is smoothed."""
+    """A linear layer that is quantized, or whose input is smoothed."""
 
     name: str
     """`blocks.0.attn1.to_q`."""
     scheme: str
-    """A key of `STORED_SCHEMES`; `bf16`: smoothed, not quantized."""
+    """A key of `STORED_SCHEMES`; `bf16`: smoothed but not quantized."""
     shape: tuple[int, int]
     """(N, K) of the decoded weight."""
-    container: Container
+    packing: Packing
     tensors: dict[str, TensorInfo]
     """Role (`weight`, `weight_scale`, `mul_scale`, `bias`, ...) -> where it is stored."""
 
 
 @dataclass(frozen=True)
-class Claim:
-    """What a manifest or config says about a layer."""
+class DeclaredScheme:
+    """The scheme of a layer according to a manifest or config."""
 
     scheme: str
-    words: str
+    label: str
     """`quant_model_description.json says W8A8_MXFP8`."""
 
 
-def read_layers(tensors: Mapping[str, TensorInfo], claims: Mapping[str, Claim]) -> dict[str, Layer]:
-    """The layers among `tensors` that are not plain floating point, in the order of `tensors`.
+def read_layers(
+    tensors: Mapping[str, TensorInfo], declared: Mapping[str, DeclaredScheme]
+) -> dict[str, Layer]:
+    """Return the quantized and smoothed layers among `tensors`, in the order of `tensors`.
 
-    Raises CheckpointError E-CKP-08 for half of a pair, E-CKP-07 where a claim does not fit the dtypes,
-    E-CKP-04 for shapes that do not belong together.
+    Raises CheckpointError E-CKP-08 for a weight without scales or the reverse, E-CKP-07 if a declared scheme
+    does not match the dtypes, E-CKP-04 for inconsistent shapes.
     """
     groups = _groups(tensors)
-    if halves := [problem for name, roles in groups.items() for problem in _halves(name, roles)]:
-        raise _unpaired(halves)
+    if unpaired := [problem for name, roles in groups.items() for problem in _unpaired_tensors(name, roles)]:
+        raise _unpaired(unpaired)
     layers: dict[str, Layer] = {}
     missing: list[str] = []
-    disagree: list[str] = []
+    mismatched: list[str] = []
     for name, roles in groups.items():
         if "weight" not in roles:  # a bias alone: `read_expert` reports the missing weight
             continue
-        if roles["weight"].dtype not in FLOAT_DTYPES | _CODES and not set(SCALE_ROLES) & roles.keys():
-            continue  # `read_expert` reports the type
-        claim = claims.get(name)
-        options = possible(roles)
-        scheme = claim.scheme if claim else next(iter(options), "")
-        words = claim.words if claim else "nothing says how it is quantized"
+        if (
+            roles["weight"].dtype not in FLOAT_DTYPES | _QUANTIZED_DTYPES
+            and not set(SCALE_ROLES) & roles.keys()
+        ):
+            continue  # `read_expert` reports the dtype
+        declaration = declared.get(name)
+        options = possible_schemes(roles)
+        scheme = declaration.scheme if declaration else next(iter(options), "")
+        label = declaration.label if declaration else "no file declares its scheme"
         if scheme == "mxfp4_dualscale" and "mxfp4" in options:
-            missing.append(f"{name}.weight_dual_scale is missing ({words})")
+            missing.append(f"{name}.weight_dual_scale is missing ({label})")
         elif scheme not in options:
-            disagree.append(f"{name}: {words}, and its tensors are {_dtypes(roles)}")
+            mismatched.append(f"{name}: {label}, but its tensors are {_dtypes(roles)}")
         elif scheme != "bf16" or "mul_scale" in roles:
-            container = options[scheme]
-            layers[name] = Layer(name, scheme, _decoded(roles, container), container, roles)
+            packing = options[scheme]
+            layers[name] = Layer(name, scheme, _decoded(roles, packing), packing, roles)
     if missing:
         raise _unpaired(missing)
-    if disagree:
-        raise disagreement(disagree)
+    if mismatched:
+        raise disagreement(mismatched)
     if wrong := [problem for layer in layers.values() for problem in _misshapen(layer)]:
         raise CheckpointError(
             f"{len(wrong)} tensors of quantized layers are misshapen: {listed(wrong)}",
-            needs="scales and biases of the shape that their weight asks for",
+            needs="scales and biases of the shapes that follow from their weight",
             fix="download or export the model again",
             code="E-CKP-04",
         )
     return layers
 
 
-def possible(roles: Mapping[str, TensorInfo]) -> dict[str, Container]:
-    """Scheme -> container of all that the dtypes of one layer can be, the likeliest first."""
+def possible_schemes(roles: Mapping[str, TensorInfo]) -> dict[str, Packing]:
+    """Return scheme -> packing for each scheme that matches the dtypes of one layer, the likeliest first."""
     weight, scale = roles["weight"].dtype, roles.get("weight_scale")
     scales = _scales(roles)
     if not scales:
         return {"bf16": "plain"} if weight in FLOAT_DTYPES else {}
-    found: dict[str, Container] = {}
+    packings: dict[str, Packing] = {}
     for scheme in STORED_SCHEMES.values():
         if _scales(scheme.roles) != scales:
             continue
         if scale is not None and scale.dtype not in (BYTE_SCALES if scheme.block else FLOAT_DTYPES):
             continue
         if scheme.packed and weight in _FP4:
-            found[scheme.name] = _FP4[weight]
+            packings[scheme.name] = _FP4[weight]
         elif weight == scheme.qdata_dtype:
-            found[scheme.name] = "plain"
-    return found
+            packings[scheme.name] = "plain"
+    return packings
 
 
 def _scales(roles: Iterable[str]) -> set[str]:
-    """Those that tell one scheme from another: the offset of int8 may be left out."""
+    """The roles that distinguish schemes; the offset of int8 is optional."""
     return {"weight_scale", "weight_scale_inv", "weight_dual_scale"} & set(roles)
 
 
 def _groups(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    """Layer -> role -> tensor, of the linear layers that are not plain weight and bias."""
+    """Layer -> role -> tensor of every linear layer."""
     groups: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
         layer, _, role = name.rpartition(".")
@@ -130,37 +135,37 @@ def _groups(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo
     return groups
 
 
-def _halves(name: str, roles: Mapping[str, TensorInfo]) -> list[str]:
-    """What lacks its other half, whatever the scheme."""
+def _unpaired_tensors(name: str, roles: Mapping[str, TensorInfo]) -> list[str]:
+    """Problems with weights that lack scales and scales that lack a weight, for any scheme."""
     scales = [role for role in (*SCALE_ROLES, "mul_scale") if role in roles]
     if "weight" not in roles:
         return [f"{name}.{role} has no weight" for role in scales]
     weight = roles["weight"].dtype
     if "mul_scale" not in roles and roles["weight"].name.endswith(".linear.weight"):
-        return [f"{roles['weight'].name} is that of a smoothed layer, and {name} has no mul_scale"]
+        return [f"{roles['weight'].name} belongs to a smoothed layer, but {name} has no mul_scale"]
     if "weight_scale" in roles and "weight_scale_inv" in roles:
         return [f"{name} has both weight_scale and weight_scale_inv"]
     if not {"weight_scale", "weight_scale_inv"} & roles.keys():
         lone = [role for role in ("weight_offset", "weight_dual_scale") if role in roles]
         if lone:
             return [f"{name}.{role} has no weight_scale" for role in lone]
-        if weight in _CODES:
+        if weight in _QUANTIZED_DTYPES:
             return [f"{name}.weight ({weight}) has no scale"]
     return []
 
 
-def _decoded(roles: Mapping[str, TensorInfo], container: Container) -> tuple[int, int]:
-    """(N, K); of a weight that is no matrix one that fits nothing. An odd K is known by `mul_scale` only."""
+def _decoded(roles: Mapping[str, TensorInfo], packing: Packing) -> tuple[int, int]:
+    """(N, K); (0, 0) for a weight that is not a matrix. Only `mul_scale` shows that a packed K is odd."""
     shape = roles["weight"].shape
     rows, columns = shape if len(shape) == 2 else (0, 0)
-    if container == "packed":
+    if packing == "packed":
         columns *= 2
         columns -= "mul_scale" in roles and roles["mul_scale"].shape == (columns - 1,)
     return rows, columns
 
 
 def _misshapen(layer: Layer) -> Iterable[str]:
-    """The tensors of a layer whose shape or dtype does not follow from its weight."""
+    """Problems with tensors of a layer whose shape or dtype does not follow from its weight."""
     if len(layer.tensors["weight"].shape) != 2:
         yield f"{layer.name}.weight is {list(layer.tensors['weight'].shape)}, not a matrix"
         return
@@ -168,12 +173,12 @@ def _misshapen(layer: Layer) -> Iterable[str]:
         info = layer.tensors[role]
         shapes, dtypes = _allowed(layer.scheme, role, *layer.shape)
         if info.shape not in shapes or info.dtype not in dtypes:
-            wanted = f"{' or '.join(sorted(dtypes))} {list(shapes[0])}" if shapes else "of this scheme"
-            yield f"{layer.name}.{role} is {info.dtype} {list(info.shape)}, not {wanted}"
+            expected = f"{' or '.join(sorted(dtypes))} {list(shapes[0])}" if shapes else "part of its scheme"
+            yield f"{layer.name}.{role} is {info.dtype} {list(info.shape)}, not {expected}"
 
 
 def _allowed(scheme: str, role: str, rows: int, columns: int) -> tuple[list[tuple[int, ...]], frozenset[str]]:
-    """The shapes and dtypes that a tensor beside a weight [rows, columns] may have."""
+    """Allowed shapes and dtypes of a tensor of a layer with the weight [rows, columns]."""
     if role == "bias":
         return [(rows,)], FLOAT_DTYPES
     if role == "mul_scale":
@@ -186,7 +191,7 @@ def _allowed(scheme: str, role: str, rows: int, columns: int) -> tuple[list[tupl
         return [shape], BYTE_SCALES
     if role == "weight_dual_scale":
         return [shape, shape[:2]], FLOAT_DTYPES
-    if shape == (rows, 1) and role != "weight_scale_inv":  # older tools drop the axis, or have one for all
+    if shape == (rows, 1) and role != "weight_scale_inv":  # older tools drop the axis, or store one value
         dtypes = FLOAT_DTYPES | {"I8", "I32"} if role == "weight_offset" else FLOAT_DTYPES
         return [shape, (rows,), (1,), (1, 1), ()], dtypes
     return [shape], FLOAT_DTYPES
@@ -201,27 +206,27 @@ def _dtypes(roles: Mapping[str, TensorInfo]) -> str:
 def disagreement(problems: list[str]) -> CheckpointError:
     """E-CKP-07: two sources contradict each other about a layer."""
     return CheckpointError(
-        f"{len(problems)} layers are described in two ways: {listed(problems, 3)}",
-        needs="manifest, quantization_config and the dtypes of the tensors to say the same",
-        fix="put the JSON files and the weights of one export together, or export again",
+        f"contradictory schemes for {len(problems)} layers: {listed(problems, 3)}",
+        needs="manifest, quantization_config and tensor dtypes that agree",
+        fix="use the JSON files and the weights of the same export, or export again",
         code="E-CKP-07",
     )
 
 
 def _unpaired(problems: list[str]) -> CheckpointError:
     return CheckpointError(
-        f"{len(problems)} weights and scales do not pair: {listed(problems)}",
-        needs="each quantized weight with its scales, and each scale with its weight",
+        f"{len(problems)} unpaired weights or scales: {listed(problems)}",
+        needs="all scales of each quantized weight, and the weight of each scale",
         fix="copy the missing files, or download or export the model again",
         code="E-CKP-08",
     )
 
 
-# ---- the bytes of scales ------------------------------------------------------------------------
+# ---- values of scales ---------------------------------------------------------------------------
 
 
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}
-"""Bits of +inf. Positive finite numbers are the patterns 1 to this - 1, read as unsigned."""
+"""Bit pattern of +inf. As unsigned integers, positive finite numbers are 1 to this - 1."""
 _UNSIGNED: dict[str, Literal["H", "I", "Q"]] = {"BF16": "H", "F16": "H", "F32": "I", "F64": "Q"}
 _BYTES = {dtype: DTYPE_BITS[dtype] // 8 for dtype in FLOAT_DTYPES}
 _NAN_SCALE = re.compile(rb"\xff")
@@ -229,43 +234,37 @@ _NOT_ZERO = re.compile(rb"[^\x00]")
 
 
 def check_scale_bytes(data: Buffer, name: str) -> None:
-    """E8M0 scales: no byte may be 255, which is NaN. Raises CheckpointError E-CKP-08."""
-    if found := _NAN_SCALE.search(data):
+    """Raise CheckpointError E-CKP-08 if a byte of E8M0 scales is 255, which is NaN."""
+    if match := _NAN_SCALE.search(data):
         count = bytes(data).count(255)
         raise _invalid(
-            f"{name} has {count} scales of NaN (byte 255), the first at byte {found.start()}",
+            f"{name} has {count} NaN scales (byte 255), the first at byte {match.start()}",
             "E8M0 bytes 0 to 254: 2^(byte - 127)",
         )
 
 
 def check_zero(data: Buffer, dtype: str, name: str) -> None:
-    """Offsets of a symmetric format: every one 0, or -0. `dtype` in safetensors' spelling.
-
-    Raises CheckpointError E-CKP-08.
-    """
+    """Raise CheckpointError E-CKP-08 unless all offsets are 0 or -0. `dtype`: safetensors name."""
     if not _NOT_ZERO.search(data):
         return
     raw = bytearray(data)
     if (size := _BYTES.get(dtype)) is not None:
         signs = raw[size - 1 :: size]
         raw[size - 1 :: size] = signs.replace(b"\x80", b"\x00")
-    if found := _NOT_ZERO.search(raw):
-        place = found.start() // _BYTES.get(dtype, 1)
+    if match := _NOT_ZERO.search(raw):
+        index = match.start() // _BYTES.get(dtype, 1)
         raise _invalid(
-            f"{name} is not zero (element {place})",
-            "symmetric quantization: offsets of 0; ascendit has no asymmetric int8",
+            f"{name} is not zero (element {index})",
+            "symmetric quantization, with offsets of 0; ascendit does not support asymmetric int8",
         )
 
 
 def check_positive(data: Buffer, dtype: str, name: str) -> None:
-    """Floating-point scales: every one finite and above 0. `dtype`: BF16, F16, F32 or F64.
-
-    Raises CheckpointError E-CKP-08.
-    """
+    """Raise CheckpointError E-CKP-08 unless all values are finite and above 0. `dtype`: of floats."""
     values = memoryview(data).cast("B").cast(_UNSIGNED[dtype])
     if not values or 0 < min(values) and max(values) < _INFINITY[dtype]:
         return
-    bad = [place for place, bits in enumerate(values) if not 0 < bits < _INFINITY[dtype]]
+    bad = [index for index, bits in enumerate(values) if not 0 < bits < _INFINITY[dtype]]
     raise _invalid(
         f"{name} has {len(bad)} values that are zero, negative or not finite, the first at element {bad[0]}",
         "finite scales above 0",
@@ -273,19 +272,20 @@ def check_positive(data: Buffer, dtype: str, name: str) -> None:
 
 
 def check_float_scale(data: Buffer, dtype: str, name: str) -> None:
-    """Floating-point scales of rows, groups or tiles: finite, and 0 at least, for a row of zeros.
+    """Raise CheckpointError E-CKP-08 unless all scales are finite and at least 0, for rows of zeros.
 
-    `dtype`: BF16, F16, F32 or F64. Raises CheckpointError E-CKP-08.
+
+    `dtype`: BF16, F16, F32 or F64.
     """
     limit, minus_zero = _INFINITY[dtype], 1 << (8 * _BYTES[dtype] - 1)
     values = memoryview(data).cast("B").cast(_UNSIGNED[dtype])
     if not values or max(values) < limit:
         return
-    bad = [place for place, bits in enumerate(values) if bits >= limit and bits != minus_zero]
+    bad = [index for index, bits in enumerate(values) if bits >= limit and bits != minus_zero]
     if bad:
         raise _invalid(
             f"{name} has {len(bad)} scales that are negative or not finite, the first at element {bad[0]}",
-            "finite scales; msModelSlim writes NaN for 512 zeros in a row, which no engine can run",
+            "finite scales; msModelSlim writes NaN for a group of 512 zeros, which no engine can run",
         )
 
 
@@ -293,6 +293,6 @@ def _invalid(got: str, needs: str) -> CheckpointError:
     return CheckpointError(
         got,
         needs=needs,
-        fix="download or export the model again; if the source is like this, its quantization went wrong",
+        fix="download the model again, or quantize it again if the source has the same values",
         code="E-CKP-08",
     )

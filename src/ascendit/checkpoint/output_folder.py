@@ -1,7 +1,7 @@
-"""A folder that appears complete, by one rename, or not at all; and what is linked or copied into it.
+"""Write an output folder that appears complete, by one rename, or not at all; link or copy files into it.
 
-A run that writes DST works in `<parent>/.<name>.partial/<name>`, with `journal.json` beside that. The folder
-`.partial` is locked while the run lives; the system ends the lock when the process dies, however it dies.
+A run that writes DST works in `<parent>/.<name>.partial/<name>`, with `journal.json` next to it. The folder
+`.partial` is locked during the run; the system releases the lock when the process ends for any reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from ascendit.checkpoint.file_copy import FULL, check_room, copy_file, write_error, writing
+from ascendit.checkpoint.file_copy import FULL, check_free_space, copy_file, write_error, writing
 from ascendit.errors import Cancelled, CheckpointError, UsageError
 
 logger = logging.getLogger("ascendit")
@@ -26,20 +26,18 @@ JOURNAL = "journal.json"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-# ---- which files of a run are complete ----------------------------------------------------------
+# ---- the journal of complete files --------------------------------------------------------------
 
 
 class CompleteFile(NamedTuple):
-    """One complete file."""
-
     nbytes: int
     sha256: str | None
 
 
 class Journal:
-    """A JSON file that is replaced in one step whenever a file under `root` is complete.
+    """The complete files below `root`, stored as a JSON file that is replaced atomically for each new one.
 
-    `fingerprint`: what the run does, namely source, scheme, recipe and versions.
+    `fingerprint`: hash of the source, options and version of the run.
     """
 
     def __init__(self, path: Path, root: Path, fingerprint: str) -> None:
@@ -50,8 +48,8 @@ class Journal:
 
     @classmethod
     def read(cls, path: Path, root: Path) -> Self | None:
-        """What a run has left. None if it is unreadable, or the machine has restarted since: what a killed
-        process has written may still be in the system's cache, which a power failure loses."""
+        """Read the journal of a killed run. None if it is invalid or the machine has restarted since: a power
+        failure loses written bytes that were still in the page cache."""
         try:
             data = json.loads(path.read_bytes())
             journal = cls(path, root, str(data["fingerprint"]))
@@ -62,21 +60,21 @@ class Journal:
 
     @property
     def count(self) -> int:
-        """How many files are complete."""
+        """Number of complete files."""
         return len(self._done)
 
     def complete(self, file: Path) -> CompleteFile | None:
-        """The entry of `file` if it is complete; its size on disk is compared."""
+        """The entry of `file`, if it exists and its size on disk matches."""
         done = self._done.get(os.path.relpath(file, self.root))
         return done if done and file.is_file() and file.stat().st_size == done.nbytes else None
 
     def add(self, file: Path, nbytes: int, sha256: str | None = None) -> None:
-        """`file` is complete: its last byte is written. Raises OSError."""
+        """Record that `file` is completely written. Raises OSError."""
         self._done[os.path.relpath(file, self.root)] = CompleteFile(nbytes, sha256)
         self.write()
 
     def write(self) -> None:
-        """Replace the file. Raises OSError."""
+        """Replace the journal file. Raises OSError."""
         data = {"fingerprint": self.fingerprint, "boot": _boot(), "files": self._done}
         new = self.path.with_name(f"{self.path.name}.new")
         new.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
@@ -84,7 +82,7 @@ class Journal:
 
 
 def _boot() -> str:
-    """The system's id of this boot; "" if it has none."""
+    """The id of this boot; "" if the system has none."""
     try:
         return _BOOT.read_text(encoding="ascii").strip()
     except OSError:
@@ -95,15 +93,15 @@ def _boot() -> str:
 
 
 class Staging:
-    """`path` is where to write; `publish` makes it `dst`. As a context manager it removes what is unfinished.
+    """Write into `path`; `publish` renames it to `dst`. As a context manager it removes unfinished output.
 
-    `sources`: files and folders that are read. `fingerprint`: what is done to them, in full; with `resume`
-    the complete files of a killed run with the same fingerprint are kept. `needs_bytes`: size of the output.
-    After Ctrl-C complete files are kept for `resume`; after other errors only if `keep` is set.
+    `sources`: files and folders that are read. `fingerprint`: identifies sources, options and version;
+    `resume` reuses the complete files of a killed run with the same fingerprint. `needs_bytes`: size of the
+    output. Complete files are kept for `resume` after Ctrl-C; after other errors only if `keep` is set.
 
-    Raises UsageError: E-USE-03 `dst` exists, or another run writes it at this moment; E-USE-06 `dst` and a
-    source are nested; E-USE-01 no name, or `resume` with other options or sources. EnvironmentProblem:
-    E-ENV-04 too little room, E-ENV-02 not writable.
+    Raises UsageError E-USE-03 if `dst` exists or another run is writing it, E-USE-06 if `dst` and a source
+    are nested, E-USE-01 if `dst` has no name, or for `resume` with other options or sources;
+    EnvironmentProblem E-ENV-04 for a full disk, E-ENV-02 if the folder is not writable.
     """
 
     def __init__(
@@ -121,44 +119,44 @@ class Staging:
         self._needs = needs_bytes
         _check_apart(self.dst, self._folder, sources)
         _check_free(self.dst)
-        self._made = [p for p in (*reversed(self.dst.parent.parents), self.dst.parent) if not p.exists()]
+        self._created = [p for p in (*reversed(self.dst.parent.parents), self.dst.parent) if not p.exists()]
         self._lock = -1
         self.path = self._folder / self.dst.name
         with ExitStack() as undo, writing(self._folder, needs_bytes):
             undo.callback(self._release)
             self.dst.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self._folder)
-            _check_free(self.dst)  # a run that has just ended
-            self.journal = self._take_over(fingerprint, resume)
+            _check_free(self.dst)  # again: another run may have published it before the lock
+            self.journal = self._open_journal(fingerprint, resume)
             if not self.journal.count:
                 undo.callback(self._clear)
-            check_room(self._folder, needs_bytes)
+            check_free_space(self._folder, needs_bytes)
             undo.pop_all()
 
-    def _take_over(self, fingerprint: str, resume: bool) -> Journal:
-        """Keep or remove what a killed run has left."""
+    def _open_journal(self, fingerprint: str, resume: bool) -> Journal:
+        """Reuse or remove the output of a killed run."""
         file = self._folder / JOURNAL
         names = set(os.listdir(self._folder))
         if names - {JOURNAL + ".new"} and JOURNAL not in names:
-            raise _in_the_way(self._folder)
+            raise _name_taken(self._folder)
         old = Journal.read(file, self.path)
         if resume and old:
             if old.fingerprint != fingerprint:
                 raise UsageError(
-                    f"{self._folder} was left by a run that did something else",
-                    needs="the same source, options and version as the run that is taken up again",
-                    fix="run it without --resume, which starts anew, or with the options of that run",
+                    f"{self._folder} is from a run with another source, other options or another version",
+                    needs="the same source, options and version as the run to resume",
+                    fix="run it without --resume, which starts from the beginning, or with the same options",
                 )
-            logger.info("going on with %s: %d files are complete", self._folder, old.count)
+            logger.info("resuming %s: %d files are complete", self._folder, old.count)
             self.path.mkdir(exist_ok=True)
             return old
         if JOURNAL in names:
-            why = (
+            reason = (
                 "it is damaged, or the machine has restarted"
                 if resume
-                else "resume would have gone on with it"
+                else "the resume option would have continued it"
             )
-            logger.info("removing %s, which a killed run has left: %s", self._folder, why)
+            logger.info("removing %s, the output of a killed run: %s", self._folder, reason)
         if self.path.exists():
             shutil.rmtree(self.path)
         journal = Journal(file, self.path, fingerprint)
@@ -167,18 +165,18 @@ class Staging:
         return journal
 
     def publish(self) -> None:
-        """Rename the folder to `dst`. If that came meanwhile the work is kept: UsageError E-USE-03."""
+        """Rename the folder to `dst`. Raises UsageError E-USE-03 if it exists; the output is not lost."""
         with writing(self._folder, self._needs):
             if os.path.lexists(self.dst):  # os.rename would replace an empty folder
                 self.keep = True
                 raise UsageError(
-                    f"{self.dst} came while this run was writing",
-                    needs="a free name: nothing is overwritten",
-                    fix=f"the output is complete in {self.path}; move it where you want it",
+                    f"{self.dst} was created by another program during this run",
+                    needs="a name that does not exist: nothing is overwritten",
+                    fix=f"the output is complete in {self.path}; move it to another name",
                     code="E-USE-03",
                 )
             os.rename(self.path, self.dst)
-        self._made = []
+        self._created = []
         self._clear()
         self._release()
 
@@ -193,7 +191,7 @@ class Staging:
             problem = write_error(self._folder, error, self._needs)
         stopped = isinstance(error, KeyboardInterrupt | Cancelled) and self.journal.count > 0
         if self.keep or stopped:
-            logger.info("kept %s: resume goes on with it", self._folder)
+            logger.info("kept %s: the resume option continues it", self._folder)
         else:
             self._clear()
         self._release()
@@ -201,15 +199,15 @@ class Staging:
             raise problem from error
 
     def _clear(self) -> None:
-        """Remove all; the journal last, so that a rest is known for what it is."""
+        """Remove the output, then the journal, so that a partly removed output is still recognised."""
         shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):
             (self._folder / f"{JOURNAL}.new").unlink(missing_ok=True)
             (self._folder / JOURNAL).unlink(missing_ok=True)
 
     def _release(self) -> None:
-        """End the lock, and remove the empty folders that this run has made."""
-        for folder in (*([self._folder] if self._lock >= 0 else []), *reversed(self._made)):
+        """Release the lock, and remove the empty folders that this run has created."""
+        for folder in (*([self._folder] if self._lock >= 0 else []), *reversed(self._created)):
             with suppress(OSError):
                 os.rmdir(folder)
         if self._lock >= 0:
@@ -218,15 +216,15 @@ class Staging:
 
 
 def _absolute(dst: Path) -> Path:
-    """Absolute, links of its parent resolved; its own name is not followed."""
+    """Absolute path. Links are resolved in its parents, not in its own name."""
     if "\0" in str(dst) or (dst.name in ("", "..") and not os.path.lexists(dst)):
         raise UsageError(
             f"the output {str(dst)!r} has no name",
-            needs="the name of a folder that will be made",
+            needs="the name of a new folder",
             fix="for example -o models/wan-mxfp8",
         )
-    whole = dst.name in ("", "..")  # "." and "/" and "a/..": they exist, and are refused for that
-    return Path(os.path.realpath(dst)) if whole else Path(os.path.realpath(dst.parent)) / dst.name
+    nameless = dst.name in ("", "..")  # ".", "/", "a/..": existing folders, which `_check_free` rejects
+    return Path(os.path.realpath(dst)) if nameless else Path(os.path.realpath(dst.parent)) / dst.name
 
 
 def _check_free(dst: Path) -> None:
@@ -235,8 +233,8 @@ def _check_free(dst: Path) -> None:
     kind = "link" if dst.is_symlink() else "folder" if dst.is_dir() else "file"
     raise UsageError(
         f"the output {dst} exists already: a {kind}",
-        needs="a name that is free: nothing is overwritten",
-        fix="choose another with -o, or remove what is there",
+        needs="a name that does not exist: nothing is overwritten",
+        fix=f"choose another name with -o, or remove the {kind}",
         code="E-USE-03",
     )
 
@@ -247,41 +245,41 @@ def _check_apart(dst: Path, folder: Path, sources: Sequence[Path]) -> None:
         if real.is_relative_to(folder):
             problem = f"{source} is the unfinished output of a run"
         elif dst.is_relative_to(real):
-            problem = f"the output {dst} lies in the source {source}"
+            problem = f"the output {dst} is inside the source {source}"
         elif real.is_relative_to(dst):
-            problem = f"{source} lies in {dst}"
+            problem = f"the source {source} is inside the output {dst}"
         else:
             continue
         raise UsageError(
             problem,
-            needs="output and sources beside each other",
+            needs="an output folder that is not inside a source, nor around it",
             fix=f"for example -o {real.parent / (real.name + '-new')}",
             code="E-USE-06",
         )
 
 
 def _lock(folder: Path) -> int:
-    """Make the folder, or find it, and lock it: its descriptor. Until then nothing in it may be touched."""
+    """Create the folder if needed, lock it, and return its descriptor. Only the lock owner may change it."""
     while True:
         try:
             folder.mkdir(exist_ok=True)
         except FileExistsError as e:
-            raise _in_the_way(folder) from e
+            raise _name_taken(folder) from e
         try:
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:  # its run has just ended
             continue
         except OSError as e:
             if folder.is_symlink():
-                raise _in_the_way(folder) from e
+                raise _name_taken(folder) from e
             raise
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             os.close(fd)
             raise UsageError(
-                f"another run is writing {folder.name} in {folder.parent} at this moment",
-                needs="one run for each output",
+                f"another run is writing {folder.name} in {folder.parent}",
+                needs="one run per output",
                 fix="wait for it, or choose another output with -o",
                 code="E-USE-03",
             ) from e
@@ -293,27 +291,27 @@ def _lock(folder: Path) -> int:
         os.close(fd)
 
 
-def _in_the_way(folder: Path) -> UsageError:
+def _name_taken(folder: Path) -> UsageError:
     return UsageError(
-        f"{folder} is there, and it is not the work of a killed run",
+        f"{folder} exists, and it is not the output of a killed run",
         needs="this name for the unfinished output",
-        fix="move it away, or choose another output with -o",
+        fix="move it to another name, or choose another output with -o",
         code="E-USE-03",
     )
 
 
-# ---- parts of a model that are taken over as they are -------------------------------------------
+# ---- components that are linked or copied -------------------------------------------------------
 
 MAX_FILES = 100_000
-"""In one folder that is copied; more come from a maze of links."""
+"""Limit for one copied folder; only nested links exceed it."""
 
 
 def link_or_copy(src: Path, dst: Path, *, copy: bool) -> None:
-    """Make `dst` a link to the real place of the file or folder `src`, or a copy of it.
+    """Make `dst` a link to the resolved path of the file or folder `src`, or a copy of it.
 
-    In a copy every link is followed (hub caches link to their blobs), so that it depends on nothing; a file
-    that is there in full already, from a killed run, is left. Raises CheckpointError E-CKP-03 for links in a
-    circle or to nothing, and for what is neither file nor folder; OSError when `dst` cannot be written.
+    A copy follows every link (hub caches link to their blobs), so it is self-contained; complete files of a
+    killed run are not copied again. Raises CheckpointError E-CKP-03 for cyclic and dangling links and for
+    anything but files and folders; OSError if `dst` cannot be written.
     """
     real = _real(src)
     if copy:
@@ -327,11 +325,11 @@ def link_or_copy(src: Path, dst: Path, *, copy: bool) -> None:
 
 
 def _copy(real: Path, dst: Path, above: tuple[tuple[int, int], ...], count: list[int]) -> None:
-    """`above`: device and inode of the folders that lead here."""
+    """`above`: device and inode of the parent folders."""
     state = real.stat()
     count[0] += 1
     if count[0] > MAX_FILES:
-        raise _bad_link(real, f"more than {MAX_FILES} files and folders, links followed")
+        raise _bad_link(real, f"more than {MAX_FILES} files and folders, including linked ones")
     if dst.is_symlink():
         dst.unlink()
     if stat.S_ISREG(state.st_mode):
@@ -340,7 +338,7 @@ def _copy(real: Path, dst: Path, above: tuple[tuple[int, int], ...], count: list
     elif not stat.S_ISDIR(state.st_mode):
         raise _bad_link(real, "neither a file nor a folder")
     elif (own := (state.st_dev, state.st_ino)) in above:
-        raise _bad_link(real, "a link leads back to a folder that it lies in")
+        raise _bad_link(real, "a link leads back to a folder that contains it")
     else:
         dst.mkdir(exist_ok=True)
         for name in sorted(os.listdir(real)):
@@ -354,10 +352,10 @@ def _real(path: Path) -> Path:
         raise _bad_link(path, e.strerror or str(e)) from e
 
 
-def _bad_link(path: Path, why: str) -> CheckpointError:
+def _bad_link(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: {why}",
-        needs="files and folders, or links that end at one",
-        fix="download this part of the model again",
+        f"{path}: {problem}",
+        needs="files and folders, or links to them",
+        fix="download this component of the model again",
         code="E-CKP-03",
     )

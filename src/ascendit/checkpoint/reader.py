@@ -1,11 +1,11 @@
-"""Tensors on disk: strict safetensors headers, the files of one part, tensors read in blocks of rows.
+"""Read tensors on disk: strict safetensors headers, the files of one component, tensors in blocks of rows.
 
-`read_header` checks a file without reading a byte of its tensors. `Shards` joins the headers of one part.
-`RowReader` reads tensors, or one rank's part of them, into memory that is used again.
-torch and numpy are imported by the calls that need them.
+`read_header` checks a file without reading its tensors. `Shards` joins the headers of one component.
+`RowReader` reads tensors, or one rank's shard of them, into a reused buffer. torch and numpy are imported by
+the functions that need them.
 
-Files are not mapped: the pages of one would count as memory of this process, and a shrinking file would kill
-it.
+Files are not memory-mapped: mapped pages would count as memory of this process, and a file that shrinks would
+kill it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeGuard
 
-from ascendit.checkpoint.component import STEM, Part, is_plain, loads, read_json, stays_inside, unreadable
+from ascendit.checkpoint.component import (
+    STEM,
+    Part,
+    is_file_or_folder,
+    loads,
+    read_json,
+    stays_inside,
+    unreadable,
+)
 from ascendit.errors import CheckpointError
 from ascendit.names import listed, problem_counts
 
@@ -42,9 +50,9 @@ TORCH_DTYPES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F4": "float4_e2m1fn_x2",
 }
-"""safetensors spelling -> name in torch. F4 holds two elements in a byte, so its last axis is halved."""
+"""safetensors dtype -> torch dtype. F4 stores two elements per byte, so its last axis is halved in torch."""
 DTYPE_BITS = {name: 8 if name == "BOOL" else int(re.findall(r"\d+", name)[0]) for name in TORCH_DTYPES}
-"""safetensors spelling -> bits of one element."""
+"""safetensors dtype -> bits per element."""
 
 
 # ---- headers ------------------------------------------------------------------------------------
@@ -58,7 +66,7 @@ class TensorInfo:
 
     name: str
     dtype: str
-    """In safetensors' spelling: `BF16`, `F32`, `F8_E4M3`, ..."""
+    """safetensors name: `BF16`, `F32`, `F8_E4M3`, ..."""
     shape: tuple[int, ...]
     file: Path
     start: int
@@ -70,14 +78,14 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a safetensors file, by name, in the order of the bytes.
+    """Return the tensors of a safetensors file by name, in the order of their bytes.
 
-    Raises CheckpointError E-CKP-02 that says what is wrong: an impossible length, a header that
-    is no JSON object, sizes that disagree with shape and dtype, overlaps, gaps, a truncated file.
+    Raises CheckpointError E-CKP-02, with the reason, for an invalid length, a header that is not a JSON
+    object, sizes that do not match shape and dtype, overlaps, gaps, and truncated files.
     """
     try:
-        if not is_plain(os.stat(path)):
-            raise _broken(path, "no regular file")
+        if not is_file_or_folder(os.stat(path)):
+            raise _broken(path, "not a regular file")
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             header = _read_json_header(path, f, size)
@@ -88,7 +96,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     infos.sort(key=lambda info: (info.start, info.end))
     for info in infos:
         if info.end > size:
-            raise _broken(path, f"truncated: {info.name} ends at byte {info.end}, the file at {size}")
+            raise _broken(path, f"truncated: {info.name} ends at byte {info.end}, but the file at {size}")
         if info.start != position:
             problem = "overlaps the tensor before it" if info.start < position else "leaves a gap before it"
             raise _broken(path, f"{info.name} {problem} (starts at byte {info.start}, not {position})")
@@ -99,12 +107,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _read_json_header(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
-    """The header object, read from the start of a file of `size` bytes."""
+    """Read the header object at the start of a file of `size` bytes."""
     if len(prefix := file.read(8)) < 8:
         raise _broken(path, f"{size} bytes long, too short for a header" if size else "empty")
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER:
-        raise _broken(path, f"no safetensors file (header of {length} bytes)")
+        raise _broken(path, f"not a safetensors file (header of {length} bytes)")
     if 8 + length > size:
         raise _broken(path, f"truncated: header of {length} bytes in a file of {size}")
     try:
@@ -117,16 +125,16 @@ def _read_json_header(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, entry: object, offset: int) -> TensorInfo:
-    """Check one entry of the header: dtype known, shape legal, bytes = shape x dtype."""
+    """Check one header entry: known dtype, valid shape, bytes = shape x dtype."""
     if not isinstance(entry, dict):
-        raise _broken(path, f"entry of {name} is no object")
+        raise _broken(path, f"the entry of {name} is not an object")
     dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _broken(path, f"{name} has the unknown dtype {dtype!r}")
     if not _naturals(shape):
-        raise _broken(path, f"{name} has the shape {shape!r}")
+        raise _broken(path, f"{name} has the invalid shape {shape!r}")
     if not _naturals(span) or len(span) != 2 or span[0] > span[1]:
-        raise _broken(path, f"{name} has the offsets {span!r}")
+        raise _broken(path, f"{name} has the invalid offsets {span!r}")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (span[1] - span[0]):
         raise _broken(path, f"{name} has {span[1] - span[0]} bytes; {dtype} {shape} takes {bits / 8:g}")
@@ -140,30 +148,30 @@ def _naturals(values: object) -> TypeGuard[list[int]]:
 def _broken(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: {problem}",
-        needs="a whole safetensors file",
+        needs="a complete safetensors file",
         fix="download the file again and compare its size and sha256 with the source",
         code="E-CKP-02",
     )
 
 
-# ---- the files of one part ----------------------------------------------------------------------
+# ---- the files of one component -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The weight files of one part, seen as one set of tensors: their headers."""
+    """The headers of all weight files of one component, as one set of tensors."""
 
     tensors: dict[str, TensorInfo]
-    """In the order of the files, and of the bytes in each."""
+    """In the order of the files, and of the bytes in each file."""
     files: tuple[Path, ...]
 
     @classmethod
     def open(cls, folder: Path, stem: str = STEM) -> Self:
-        """`<stem>.safetensors`, or `<stem>.safetensors.index.json` and the shards it names.
+        """Read and check the headers of `<stem>.safetensors`, or of the shards in its `.index.json`.
 
-        Every header is read and checked. Raises CheckpointError: E-CKP-02 for a missing or damaged
-        file, E-CKP-03 for an index that names a missing file or one outside the folder, E-CKP-04 for
-        an index that disagrees with the shards, E-CKP-06 for an index that is no JSON.
+        Raises CheckpointError E-CKP-02 for a missing or damaged file, E-CKP-03 for an index that lists a
+        missing file or one outside the folder, E-CKP-04 for an index that does not match the shards, E-CKP-06
+        for an index that is not JSON.
         """
         folder = Path(folder)
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
@@ -175,22 +183,24 @@ class Shards:
         if single.exists() and single not in shards.files:
             raise CheckpointError(
                 f"{folder} has both {single.name} and {index.name}",
-                needs="one of them; they can hold different weights",
-                fix="remove the one that is out of date",
+                needs="only one of them: they may contain different weights",
+                fix="remove the outdated one",
                 code="E-CKP-03",
             )
         return shards
 
     @classmethod
     def of_index(cls, index: Path) -> Self:
-        """The shards that an index file names; errors as in `open`."""
+        """Read the shards listed in an index file. Raises CheckpointError as `open`."""
         weight_map = _weight_map(index)
         names = sorted(set(weight_map.values()))
-        files = tuple(dict.fromkeys(index.parent / name for name in names))  # it may spell one in two ways
-        if missing := [path.name for path in files if not os.path.isfile(path)]:  # False for a name too long
+        files = tuple(dict.fromkeys(index.parent / name for name in names))  # `a` and `./a` are one file
+        if missing := [
+            path.name for path in files if not os.path.isfile(path)
+        ]:  # False if a name is too long
             raise CheckpointError(
-                f"{index} names {len(files)} files, and {len(missing)} missing: {listed(missing)}",
-                needs="every shard that the index names, in the same folder",
+                f"{index} lists {len(files)} files, {len(missing)} of them missing: {listed(missing)}",
+                needs="every shard that the index lists, in the same folder",
                 fix="download the missing files",
                 code="E-CKP-03",
             )
@@ -198,16 +208,16 @@ class Shards:
 
     @classmethod
     def of_files(cls, files: Sequence[Path]) -> Self:
-        """These files of one folder, without an index. A tensor that is in two of them is E-CKP-09."""
+        """Read files without an index. CheckpointError E-CKP-02 if damaged, E-CKP-09 for duplicates."""
         tensors: dict[str, TensorInfo] = {}
         for path in files:
             for name, info in read_header(path).items():
                 if name in tensors:
                     first = tensors[name].file.name
                     raise CheckpointError(
-                        f"{name} stands in {first} and again in {path.name}, in {path.parent}",
-                        needs="each tensor once",
-                        fix="remove the files that belong to another model or an older run",
+                        f"{name} is in both {first} and {path.name}, in {path.parent}",
+                        needs="each tensor in one file",
+                        fix="remove the files of another model or an older run",
                         code="E-CKP-09",
                     )
                 tensors[name] = info
@@ -215,7 +225,7 @@ class Shards:
 
     @classmethod
     def of_part(cls, part: Part) -> Self:
-        """The weight files of `part`, wherever its layout keeps them."""
+        """Read the weight files of `part`. Raises as `open` and `of_files`."""
         if part.index is not None:
             return cls.of_index(part.index)
         return cls.of_files(part.files) if part.files else cls.open(part.path, part.stem)
@@ -226,23 +236,23 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(
             f"{index} has no weight_map",
-            needs="an object that maps each tensor to the file that holds it",
+            needs="an object that maps each tensor to its file",
             fix="download the file again",
             code="E-CKP-06",
         )
     # Links inside the folder may point elsewhere (hub caches); names may not.
     if outside := [name for name in sorted(weight_map.values()) if not stays_inside(name)]:
         raise CheckpointError(
-            f"{index} names {outside[0]!r}, which is not inside the folder",
-            needs="names of files beside the index",
-            fix="get the model from a source you trust",
+            f"{index} lists {outside[0]!r}, which is not inside the folder",
+            needs="names of files in the folder of the index",
+            fix="download the model from a trusted source",
             code="E-CKP-03",
         )
     return weight_map
 
 
 def _join(index: Path, weight_map: dict[str, str], files: tuple[Path, ...]) -> dict[str, TensorInfo]:
-    """The tensors of all shards; each must be where `weight_map` says, and nowhere else."""
+    """The tensors of all shards. Each must be in the file that `weight_map` lists, and in no other."""
     tensors: dict[str, TensorInfo] = {}
     unmapped: list[str] = []
     for path in files:
@@ -252,32 +262,32 @@ def _join(index: Path, weight_map: dict[str, str], files: tuple[Path, ...]) -> d
             else:
                 unmapped.append(f"{name} in {path.name}")
     absent = [f"{name} in {weight_map[name]}" for name in weight_map if name not in tensors]
-    kinds = {"not where the index says": absent, "in a shard and not in the index": unmapped}
+    kinds = {"not in the listed shard": absent, "in a shard but not in the index": unmapped}
     if not (problems := problem_counts(kinds)):
         return tensors
     raise CheckpointError(
-        f"{index} disagrees with its shards: {problems}",
-        needs="an index that says exactly what the shards hold",
+        f"{index} does not match its shards: {problems}",
+        needs="an index that lists exactly the tensors of the shards",
         fix="download the index and the shards again; they are from different versions",
         code="E-CKP-04",
     )
 
 
 def _no_weights(file: Path) -> CheckpointError:
-    """`file`: the name that weights in one file would have."""
-    folder, fix = file.parent, "download the weights of this part, in safetensors format"
+    """`file`: the expected path of weights in a single file."""
+    folder, fix = file.parent, "download the weights of this component, in safetensors format"
     if file.is_symlink():
         return CheckpointError(
-            f"{file} is a link to {os.readlink(file)}, which leads to no file",
-            needs="the weights themselves, or a link to them",
-            fix="copy the file that the link is meant for, or make the link anew",
+            f"{file} is a dangling symlink to {os.readlink(file)}",
+            needs="the weight file, or a link to it",
+            fix="copy the weight file, or correct the link",
             code="E-CKP-03",
         )
     got = f"no {file.name} in {folder}" if folder.is_dir() else f"no folder {folder}"
     others = [p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".pth", ".pt")]
     needs = f"{file.name}, or {file.name}.index.json and its shards"
     return CheckpointError(
-        got + (f" (there is {listed(others)})" if others else ""), needs=needs, fix=fix, code="E-CKP-02"
+        got + (f" (it has {listed(others)})" if others else ""), needs=needs, fix=fix, code="E-CKP-02"
     )
 
 
@@ -289,9 +299,9 @@ _LARGE = 1 << 30  # bytes in one call; no system reads 2 GiB
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """One rank's part of a tensor: `count` rows (axis 0) or columns (axis 1) from `start`; whole by default.
+    """One rank's shard of a tensor: `count` rows (axis 0) or columns (axis 1) from `start`; default: all.
 
-    Counted in elements of the tensor as it is stored.
+    Counted in elements of the stored tensor.
     """
 
     axis: int = 0
@@ -300,7 +310,7 @@ class ShardSpec:
     """None: to the end."""
 
     def of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the part."""
+        """The shape of the shard of a tensor of `shape`."""
         if self == WHOLE:
             return shape
         count = shape[self.axis] - self.start if self.count is None else self.count
@@ -312,9 +322,9 @@ WHOLE = ShardSpec()
 
 
 class RowReader:
-    """Reads tensors, or one rank's part of them, from files that stay open until `close`.
+    """Read tensors, or one rank's shard of them, from files that stay open until `close`.
 
-    Every call raises CheckpointError E-CKP-02 if the file has shrunk or gone since its header was read.
+    Every method raises CheckpointError E-CKP-02 if a file was truncated or removed after its header was read.
     """
 
     def __init__(self) -> None:
@@ -329,11 +339,11 @@ class RowReader:
         multiple: int = 1,
         block_bytes: int | None = None,
     ) -> Iterator[tuple[int, memoryview]]:
-        """(index of the row in the tensor, bytes of the rows), from the first row of the part to its last.
+        """Yield (index of the first row in the tensor, bytes of the rows) for all rows of the shard.
 
         The bytes are valid until the next block is read.
         """
-        first, count, row_bytes = _part(info, shard)
+        first, count, row_bytes = _shard_rows(info, shard)
         step = max((block_bytes or BLOCK_BYTES) // max(row_bytes, 1) // multiple * multiple, multiple)
         if self._buffer is None or step * row_bytes > len(self._buffer):
             self._buffer = memoryview(mmap.mmap(-1, max(step * row_bytes, BLOCK_BYTES)))
@@ -344,19 +354,19 @@ class RowReader:
             yield start, view
 
     def whole(self, info: TensorInfo, shard: ShardSpec = WHOLE) -> bytes:
-        """All bytes of a small tensor, or of a part of it, in memory of their own."""
-        _, count, row_bytes = _part(info, shard)
+        """Return all bytes of a small tensor, or of a shard of it, as a copy."""
+        _, count, row_bytes = _shard_rows(info, shard)
         data = bytearray(count * row_bytes)
         self.into(info, memoryview(data), shard)
         return bytes(data)
 
     def into(self, info: TensorInfo, view: memoryview, shard: ShardSpec = WHOLE) -> None:
-        """All bytes of a tensor, or of a part of it, into `view`."""
-        first, count, row_bytes = _part(info, shard)
+        """Read all bytes of a tensor, or of a shard of it, into `view`."""
+        first, count, row_bytes = _shard_rows(info, shard)
         self._read_rows(info, shard, first, count, view[: count * row_bytes])
 
     def tensor(self, info: TensorInfo, shard: ShardSpec = WHOLE) -> torch.Tensor:
-        """A tensor, or a part of it, on the CPU, in memory of its own."""
+        """Return a tensor, or a shard of it, in a new CPU tensor of the stored dtype and shape [N, ...]."""
         import torch
 
         shape = shard.of(info.shape)
@@ -368,7 +378,7 @@ class RowReader:
         return tensor
 
     def _read_rows(self, info: TensorInfo, shard: ShardSpec, start: int, rows: int, view: memoryview) -> None:
-        """Rows of the part from row `start` of the tensor on. Columns are read row by row."""
+        """Read `rows` rows of the shard from row `start` of the tensor. Columns are read row by row."""
         stride = rows_of(info)[1]
         if shard.axis == 0:
             self._read(info, info.start + start * stride, view)
@@ -382,11 +392,11 @@ class RowReader:
         fd = self.open(info.file)
         while len(view):
             if not (count := os.preadv(fd, [view[:_LARGE]], offset)):
-                raise unreadable(info.file, f"truncated while it was read, in {info.name}")
+                raise unreadable(info.file, f"truncated during the read of {info.name}")
             view, offset = view[count:], offset + count
 
     def open(self, file: Path) -> int:
-        """The descriptor of a file, which `close` closes."""
+        """Return the descriptor of a file. Raises CheckpointError E-CKP-02 if it cannot be opened."""
         if file not in self._files:
             try:
                 fd = self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
@@ -397,7 +407,7 @@ class RowReader:
         return self._files[file]
 
     def close(self) -> None:
-        """Close the files. A later call opens them again."""
+        """Close the files. Later calls open them again."""
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -408,8 +418,8 @@ class RowReader:
         self.close()
 
 
-def _part(info: TensorInfo, shard: ShardSpec) -> tuple[int, int, int]:
-    """(first row, number of rows, bytes of one row) of a part."""
+def _shard_rows(info: TensorInfo, shard: ShardSpec) -> tuple[int, int, int]:
+    """(first row, number of rows, bytes of one row) of a shard."""
     count, row_bytes = rows_of(info)
     if shard == WHOLE:
         return 0, count, row_bytes
@@ -420,7 +430,7 @@ def _part(info: TensorInfo, shard: ShardSpec) -> tuple[int, int, int]:
 
 
 def rows_of(info: TensorInfo) -> tuple[int, int]:
-    """(number of rows, bytes of one): rows lie along the first axis; a scalar is one row."""
+    """(number of rows, bytes per row). Rows are along the first axis; a scalar is one row."""
     count = info.shape[0] if info.shape else 1
     return count, info.nbytes // max(count, 1)
 
@@ -429,30 +439,30 @@ def rows_of(info: TensorInfo) -> tuple[int, int]:
 
 
 def as_tensor(view: memoryview, info: TensorInfo) -> torch.Tensor:
-    """The rows in `view` as a tensor [rows, ...] of the dtype of `info`. It shares the memory."""
+    """Return the rows in `view` as a tensor [rows, ...] with the dtype of `info`, sharing the memory."""
     import torch
 
     dtype: torch.dtype = getattr(torch, TORCH_DTYPES[info.dtype])
     flat = torch.frombuffer(view, dtype=dtype)
-    rest = info.shape[1:]
-    return flat.view(-1, *rest) if math.prod(rest) else flat
+    row_shape = info.shape[1:]
+    return flat.view(-1, *row_shape) if math.prod(row_shape) else flat
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, which must outlive the view."""
+    """Return the bytes of a contiguous tensor [...] of any dtype, which must outlive the view."""
     import torch
 
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def float_bytes(data: Buffer, dtype: str) -> bytes:
-    """BF16, F16 or F32 numbers as F32, exact."""
+    """Convert the bytes of BF16, F16 or F32 numbers to F32, exactly."""
     if dtype == "F32":
         return bytes(data)
     if dtype == "BF16":  # the upper half of a float32
-        wide = bytearray(2 * len(data))
-        wide[2::4], wide[3::4] = data[0::2], data[1::2]
-        return bytes(wide)
+        as_float32 = bytearray(2 * len(data))
+        as_float32[2::4], as_float32[3::4] = data[0::2], data[1::2]
+        return bytes(as_float32)
     import numpy as np
 
     assert dtype == "F16", dtype

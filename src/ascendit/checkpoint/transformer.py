@@ -1,12 +1,12 @@
-"""One transformer under Diffusers names, whatever layout it is stored in. Headers and JSON only, no torch.
+"""Read one transformer in any layout and describe it with Diffusers names. Headers and JSON only, no torch.
 
-`read_expert` takes what several tools write for the same thing and ends with one description of it, or
-with an error. Authority: the manifest, else `quantization_config` in config.json, else the dtypes of the
-tensors; two that disagree are an error that names both.
+`read_expert` reads the formats of several tools and returns one `Expert`. The scheme of a layer is declared
+by the manifest, else by `quantization_config` in config.json, else by the dtypes of its tensors; a
+contradiction is an error that names both sources.
 
-A transformer that came without a Diffusers config gets one from its shapes: original configs lack `text_dim`,
+Without a Diffusers config, the config is derived from the shapes: original configs lack `text_dim`,
 `patch_size` and the image layers, msModelSlim writes none for a cascade, single files have none. The shapes
-say all of it but the number of heads.
+determine everything except the number of heads.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer, read_layers
 from ascendit.checkpoint.quant_metadata import (
     CONFIG_KEY,
     Manifest,
-    Marker,
+    QuantizationConfig,
     find_manifest,
     read_manifest,
-    read_marker,
+    read_quantization_config,
 )
 from ascendit.checkpoint.reader import Shards, TensorInfo
 from ascendit.errors import CheckpointError
@@ -48,34 +48,34 @@ from ascendit.quant.schemes import FP8_TILES
 
 Origin = Literal["float", "msmodelslim", "vllm-omni", "sglang", "ascendit", "fp8-block"]
 ATTENTION_TENSOR = re.compile(r"(blocks\.[0-9]+\.attn[12]\.)(?:[qk]_rot|fa3?_[qkv]\.(?:scale|offset))")
-"""Tensors of a quantized attention that no config foretells: rotations, and static scales."""
+"""Tensors of a quantized attention that do not follow from the config: rotations and static scales."""
 
 HEAD_DIM = WanConfig.attention_head_dim
-"""Of every published Wan model."""
+"""Head size of every published Wan model."""
 
 
 @dataclass(frozen=True)
 class Expert:
-    """One transformer. `tensors` and `layers` go by Diffusers names; `TensorInfo.name` is that on disk."""
+    """One transformer. `tensors` and `layers` have Diffusers names; `TensorInfo.name` is the stored name."""
 
     name: str
     """`transformer` or `transformer_2`."""
     path: Path
-    """Its folder, or its one file."""
+    """Its folder, or its single file."""
     config: dict[str, Any]
-    """Of a WanTransformer3DModel, without `quantization_config`."""
+    """Config of a WanTransformer3DModel, without `quantization_config`."""
     config_problem: str | None
-    """What the files do not tell, such as the number of heads, which is then null in `config`."""
+    """Why a value, such as the number of heads, could not be determined; it is null in `config`."""
     naming: Naming
     tensors: dict[str, TensorInfo]
-    """All of them, in the order of the files; those that Diffusers passes over are left out."""
+    """All tensors in the order of the files, except those that Diffusers ignores."""
     layers: dict[str, Layer]
-    """Those that are quantized or smoothed; the other linear layers are plain floating point."""
+    """The quantized and smoothed layers; the other linear layers are floating point."""
     manifest: dict[str, str] | None
-    """Tensors, attentions and what is said about the whole file, in this order."""
+    """Entries of tensors, of attentions and of the file, in this order."""
     attention: dict[str, str]
     """`<attn>.quant_type` -> its value."""
-    marker: dict[str, Any] | None
+    quantization_config: dict[str, Any] | None
     """`quantization_config` of config.json, as stored."""
     origin: Origin
 
@@ -85,47 +85,47 @@ class Expert:
         return tuple(name for name, layer in self.layers.items() if "mul_scale" in layer.tensors)
 
 
-class Misfit(CheckpointError):
-    """E-CKP-04: not the tensors of the model that the config describes. `checks` has all their names."""
+class TensorMismatch(CheckpointError):
+    """E-CKP-04: the tensors do not match the config. `checks` has all their names."""
 
     def __init__(self, got: str, *, needs: str, checks: Mapping[str, tuple[str, ...]]) -> None:
         fix = "download the weights and config.json again, both from the same revision"
         super().__init__(got, needs=needs, fix=fix, code="E-CKP-04")
         self.checks = checks
-        """missing, unexpected, misshapen, mistyped -> names as the files have them."""
+        """missing, unexpected, misshapen, mistyped -> stored names."""
 
 
 def read_expert(part: Part) -> Expert:
-    """Read the headers and JSON files of one transformer, and check that they fit together.
+    """Read the headers and JSON files of one transformer, and check that they are consistent.
 
     Raises CheckpointError: E-CKP-02, -03, -04, -06 for damaged files as `Shards.open` does; E-CKP-01 for
-    tensors of another model; E-CKP-09 when two tensors come to one name; E-CKP-08 for weights and scales
-    that do not pair; E-CKP-07 when manifest, marker and dtypes disagree; E-CKP-04 for tensors that are
-    missing, left over, misshapen or mistyped, or that the manifest does not name.
+    tensors of another model; E-CKP-09 if two tensors map to one name; E-CKP-08 for unpaired weights and
+    scales; E-CKP-07 if manifest, quantization_config and dtypes contradict each other; E-CKP-04 for tensors
+    that are missing, unexpected, misshapen, mistyped, or not listed in the manifest.
     """
     stored = Shards.of_part(part).tensors
     if (naming := naming_of(stored)) is None:
         raise CheckpointError(
-            f"{part.path} holds no Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
+            f"{part.path} is not a Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
             needs="tensors such as patch_embedding.weight and blocks.0.self_attn.q.weight",
-            fix="give the file or folder of the diffusion transformer",
+            fix="pass the file or folder of the diffusion transformer",
             code="E-CKP-01",
         )
     tensors = _canonical(stored, naming)
-    # A lone file has no manifest: one beside it may belong to other weights.
+    # A manifest next to a single file may belong to other weights.
     path = None if part.files == (part.path,) else find_manifest(part.folder)
     manifest = read_manifest(path, naming) if path else None
-    marker = read_marker(part.config, tolerant=manifest is not None)
-    told = manifest.claims() if manifest else {}
-    layers = read_layers(tensors, (marker.claims(tensors) if marker else {}) | told)
+    quantization = read_quantization_config(part.config, tolerant=manifest is not None)
+    declared = manifest.declared_schemes() if manifest else {}
+    layers = read_layers(tensors, (quantization.declared_schemes(tensors) if quantization else {}) | declared)
     config, problem = _config(part, tensors, layers)
-    expected = expected_tensors(_countable(config, tensors))
-    layers = {name: _narrowed(layer, expected) for name, layer in layers.items()}
+    expected = expected_tensors(_config_with_heads(config, tensors))
+    layers = {name: _with_odd_columns(layer, expected) for name, layer in layers.items()}
     _check_tensors(part, config, expected, naming, tensors, layers)
     if manifest:
         manifest.check(tensors, layers)
-    if marker:
-        marker.check(tensors, layers, told)
+    if quantization:
+        quantization.check(tensors, layers, declared)
     return Expert(
         name=part.name,
         path=part.path,
@@ -136,13 +136,13 @@ def read_expert(part: Part) -> Expert:
         layers=layers,
         manifest=manifest.entries() if manifest else None,
         attention=manifest.attention if manifest else {},
-        marker=part.config.get(CONFIG_KEY),
-        origin=_origin(part, naming, layers, manifest, marker),
+        quantization_config=part.config.get(CONFIG_KEY),
+        origin=_origin(part, naming, layers, manifest, quantization),
     )
 
 
 def _canonical(stored: Mapping[str, TensorInfo], naming: Naming) -> dict[str, TensorInfo]:
-    """The tensors by Diffusers name, without those that the model does not have and Diffusers skips."""
+    """The tensors by Diffusers name, without those that Diffusers ignores because the model lacks them."""
     tensors: dict[str, TensorInfo] = {}
     for name, info in stored.items():
         new = canonical(name, naming)
@@ -150,9 +150,9 @@ def _canonical(stored: Mapping[str, TensorInfo], naming: Naming) -> dict[str, Te
             continue
         if new in tensors:
             raise CheckpointError(
-                f"{tensors[new].name} and {name} are both {new}",
+                f"{tensors[new].name} and {name} both map to {new}",
                 needs="each tensor once, under one name",
-                fix="remove one of the two; they come from different tools or versions",
+                fix="remove one of the two; they are from different tools or versions",
                 code="E-CKP-09",
             )
         tensors[new] = info
@@ -162,7 +162,7 @@ def _canonical(stored: Mapping[str, TensorInfo], naming: Naming) -> dict[str, Te
 def _config(
     part: Part, tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]
 ) -> tuple[dict[str, Any], str | None]:
-    """A Diffusers config, and what it lacks. One that is there is taken as it is."""
+    """(Diffusers config, problem). A stored Diffusers config is used unchanged."""
     original = not part.config or part.config.get("_class_name", TRANSFORMER) != TRANSFORMER
     if not original:
         return {key: value for key, value in part.config.items() if key != CONFIG_KEY}, None
@@ -177,7 +177,7 @@ def _check_tensors(
     tensors: Mapping[str, TensorInfo],
     layers: Mapping[str, Layer],
 ) -> None:
-    """Raise E-CKP-04 unless these are, decoded, the tensors that are expected."""
+    """Raise TensorMismatch unless the decoded tensors are the expected ones."""
     shapes = _decoded_shapes(tensors, layers)
     head_dim = config.get("attention_head_dim")
     own = {f"{layer.name}.{role}" for layer in layers.values() for role in layer.tensors}
@@ -187,40 +187,40 @@ def _check_tensors(
         for name in extra
         if (match := ATTENTION_TENSOR.fullmatch(name)) and f"{match[1]}to_q.weight" in expected
     }
-    both = [name for name in tensors if name in expected]
+    common = [name for name in tensors if name in expected]
     problems = {
         "missing": [on_disk(name, naming) for name in expected if name not in tensors],
         "unexpected": [tensors[name].name for name in extra if name not in rotations],
         "misshapen": [
             f"{tensors[name].name} {list(shapes[name])}, not {list(expected[name])}"
-            for name in both
+            for name in common
             if shapes[name] != expected[name]
         ]
-        + _odd_rotations(rotations, head_dim),
+        + _rotation_problems(rotations, head_dim),
         "mistyped": [
             f"{tensors[name].name} {tensors[name].dtype}"
-            for name in (*both, *(n for n in rotations if n.endswith("_rot")))
+            for name in (*common, *(n for n in rotations if n.endswith("_rot")))
             if name not in own and tensors[name].dtype not in FLOAT_DTYPES
         ],
     }
     if wrong := [f"{len(names)} {kind} ({listed(names)})" for kind, names in problems.items() if names]:
-        raise Misfit(
-            f"{part.path} is no whole {TRANSFORMER} of its config: {'; '.join(wrong)}",
+        raise TensorMismatch(
+            f"{part.path} does not match the {TRANSFORMER} of its config: {'; '.join(wrong)}",
             needs=f"exactly the {len(expected)} tensors of this {TRANSFORMER}, floating point or quantized",
             checks={kind: tuple(names) for kind, names in problems.items()},
         )
 
 
-def _narrowed(layer: Layer, expected: Shapes) -> Layer:
-    """With an odd K where the model has one: half a byte of each packed row is then empty."""
+def _with_odd_columns(layer: Layer, expected: Shapes) -> Layer:
+    """The layer with an odd K if the model has one: the last packed byte of each row then has one element."""
     rows, columns = layer.shape
-    if layer.container == "packed" and expected.get(f"{layer.name}.weight") == (rows, columns - 1):
+    if layer.packing == "packed" and expected.get(f"{layer.name}.weight") == (rows, columns - 1):
         return replace(layer, shape=(rows, columns - 1))
     return layer
 
 
-def _countable(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """`config` for counting tensors: one head as wide as the model where the number of heads is unknown."""
+def _config_with_heads(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """`config`, with one head of the width of the model if the number of heads is unknown."""
     if config.get("num_attention_heads", 1) is not None:
         return dict(config)
     patch = tensors.get("patch_embedding.weight")
@@ -228,8 +228,8 @@ def _countable(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> 
     return {**config, "num_attention_heads": 1, "attention_head_dim": width}
 
 
-def _odd_rotations(rotations: Mapping[str, TensorInfo], head_dim: object) -> list[str]:
-    """Rotation matrices that are not [D, D], D the size of a head, or of which one lacks the other."""
+def _rotation_problems(rotations: Mapping[str, TensorInfo], head_dim: object) -> list[str]:
+    """Rotation matrices that are not [D, D] with D the head size, or lack the one of Q or K."""
     wrong = []
     for name, info in rotations.items():
         if not name.endswith("_rot"):
@@ -248,9 +248,9 @@ def _origin(
     naming: Naming,
     layers: Mapping[str, Layer],
     manifest: Manifest | None,
-    marker: Marker | None,
+    quantization: QuantizationConfig | None,
 ) -> Origin:
-    """Which tool wrote this."""
+    """The tool that wrote the checkpoint."""
     if not layers and manifest is None:
         return "float"
     if part.files != (part.path,) and any(
@@ -259,16 +259,16 @@ def _origin(
         return "ascendit"
     if any(layer.scheme == FP8_TILES for layer in layers.values()):
         return "fp8-block"
-    if marker:
+    if quantization:
         return "vllm-omni"
     return "sglang" if naming == "diffusers" and manifest else "msmodelslim"
 
 
-# ---- what an expert holds -----------------------------------------------------------------------
+# ---- decoded shapes -----------------------------------------------------------------------------
 
 
 def shapes_of(expert: Expert) -> dict[str, tuple[int, ...]]:
-    """Every weight, bias and table by its Diffusers name, weights as they are when decoded."""
+    """Diffusers name -> decoded shape of every weight, bias and table."""
     return _decoded_shapes(expert.tensors, expert.layers)
 
 
@@ -282,7 +282,7 @@ def _decoded_shapes(
 
 
 def num_weights(expert: Expert) -> int:
-    """Numbers of the model, scales not counted."""
+    """Number of parameters of the model, without scales."""
     return sum(math.prod(shape) for shape in shapes_of(expert).values())
 
 
@@ -290,21 +290,21 @@ def num_weights(expert: Expert) -> int:
 
 _SAME = ("qk_norm", "rope_max_seq_len", "added_kv_proj_dim", "image_dim", "pos_embed_seq_len")
 _FIXED: dict[str, Any] = {"_class_name": TRANSFORMER, **{key: getattr(WanConfig, key) for key in _SAME}}
-"""What every Wan model has, and null for layers that not every one has."""
+"""Values of every Wan model, and null for optional layers."""
 
 
 def diffusers_config(raw: Mapping[str, Any], shapes: Shapes) -> tuple[dict[str, Any], str | None]:
-    """(config of a WanTransformer3DModel, what could not be determined).
+    """Return (config of a WanTransformer3DModel, reason why a value could not be determined).
 
     `raw`: an original Wan config, or empty. `shapes`: decoded shapes by Diffusers name. Raises
-    CheckpointError E-CKP-04 when the two contradict each other, E-CKP-06 for a value that is no number.
+    CheckpointError E-CKP-04 if the two contradict each other, E-CKP-06 for a value that is not a number.
     """
-    found = _from_shapes(shapes)
-    given = _from_wan(raw)
+    derived = _from_shapes(shapes)
+    stored = _from_wan(raw)
     if wrong := [
-        f"{key} = {value} in config.json, {found[key]} by the shapes"
-        for key, value in given.items()
-        if found.get(key) is not None and found[key] != value
+        f"{key} = {value} in config.json, {derived[key]} from the shapes"
+        for key, value in stored.items()
+        if derived.get(key) is not None and derived[key] != value
     ]:
         raise CheckpointError(
             f"config.json and the tensors contradict each other: {listed(wrong)}",
@@ -312,22 +312,22 @@ def diffusers_config(raw: Mapping[str, Any], shapes: Shapes) -> tuple[dict[str, 
             fix="download the weights and config.json again, both from the same revision",
             code="E-CKP-04",
         )
-    told = {**given, **{key: value for key, value in found.items() if value is not None}}
-    heads, head_dim, problem = _heads(raw, told.pop("dim", None), shapes)
-    config = {**_FIXED, **told, "eps": _eps(raw)}
+    sizes = {**stored, **{key: value for key, value in derived.items() if value is not None}}
+    heads, head_dim, problem = _heads(raw, sizes.pop("dim", None), shapes)
+    config = {**_FIXED, **sizes, "eps": _eps(raw)}
     config |= {"num_attention_heads": heads, "attention_head_dim": head_dim}
     return dict(sorted(config.items())), problem
 
 
 def _from_wan(raw: Mapping[str, Any]) -> dict[str, int]:
-    """The dimensions in an original config, by their keys here."""
+    """The dimensions in an original config, by their Diffusers keys."""
     keys = {"dim": "dim", "ffn_dim": "ffn_dim", "freq_dim": "freq_dim", "num_layers": "num_layers"}
     keys |= {"in_dim": "in_channels", "out_dim": "out_channels", "text_dim": "text_dim"}
     return {new: whole_number(old, raw[old]) for old, new in keys.items() if old in raw}
 
 
 def _from_shapes(shapes: Shapes) -> dict[str, Any]:
-    """What the shapes say; None for what they do not."""
+    """The values that follow from the shapes; None if unknown."""
 
     def size(name: str, axis: int, rank: int = 2) -> int | None:
         shape = shapes.get(name, ())
@@ -364,7 +364,7 @@ def _numbered(name: str) -> bool:
 def _heads(
     raw: Mapping[str, Any], dim: int | None, shapes: Shapes
 ) -> tuple[int | None, int | None, str | None]:
-    """(heads, head size, problem): by the config, a rotation matrix, or the head size all Wan models have."""
+    """(heads, head size, problem), from the config, a rotation matrix, or the head size of all Wan models."""
     if dim is None:
         return None, None, "the number of attention heads is unknown"
     if "num_heads" in raw:
@@ -377,7 +377,7 @@ def _heads(
     if dim % head_dim == 0:
         return dim // head_dim, head_dim, None
     problem = (
-        f"the number of attention heads is unknown: no config.json says it, and the width {dim} is no "
+        f"the number of attention heads is unknown: it is in no config.json, and the width {dim} is not a "
         f"multiple of {HEAD_DIM}, the head size of every published Wan model"
     )
     return None, None, problem

@@ -1,12 +1,12 @@
-"""Safetensors shards written as a stream: every header is known beforehand, the bytes follow in order.
+"""Write safetensors shards as a stream: headers first, then the bytes of the tensors in order. No torch.
 
     with ShardWriter(folder, specs) as writer:
         for spec in specs:
             if not writer.done(spec.name):
-                writer.append(spec.name, data)      # in as many pieces as you like
+                writer.append(spec.name, data)      # in any number of pieces
 
-Names of files, index and metadata are those that Diffusers writes. No torch. Like `cp`, nothing is forced
-to the disk: a killed process loses nothing that was written, a power failure may.
+File names, index and metadata are the same as Diffusers'. Like `cp`, it does not call fsync: written bytes
+survive a killed process, but perhaps not a power failure.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from ascendit.checkpoint.reader import DTYPE_BITS, RowReader, TensorInfo
 MAX_SHARD_BYTES = 5_000_000_000
 
 Data = bytes | bytearray | memoryview | mmap.mmap
-"""Of a NumPy array it is `array.data`."""
+"""For a NumPy array, pass `array.data`."""
 
 
-# ---- what goes into which file, at which byte ---------------------------------------------------
+# ---- the layout of the files --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class TensorSpec:
 
     name: str
     dtype: str
-    """In safetensors' spelling: `BF16`, `F32`, `F8_E4M3`, ..."""
+    """safetensors name: `BF16`, `F32`, `F8_E4M3`, ..."""
     shape: tuple[int, ...]
     source_start: int | None = field(default=None, compare=False)
-    """Where its bytes begin in the file they will be moved from. The header is padded so that both files have
-    them at the same place in a page, which makes moving 1.7 x as fast (and sharing of blocks possible)."""
+    """Offset of its bytes in the source file, if they are copied. The header is padded to give them the same
+    offset within a page in both files: copying is then 1.7 x as fast, and blocks can be shared."""
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +66,7 @@ class ShardLayout:
 
     @property
     def nbytes(self) -> int:
-        """Size of the file."""
+        """Size of the file in bytes."""
         return len(self.header) + sum(spec.nbytes for spec in self.specs)
 
 
@@ -78,9 +78,12 @@ def lay_out_shards(
     max_shard_bytes: int | None = MAX_SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[ShardLayout, ...]:
-    """Files for `specs`, in their order. A new one begins where `max_shard_bytes` of tensors would be passed;
-    None: one file. No tensor is split. `metadata` is `{"format": "pt"}` unless given."""
-    assert specs and len({spec.name for spec in specs}) == len(specs), "no tensor, or a name twice"
+    """Distribute `specs` over files, in order and without splitting tensors.
+
+    A file has at most `max_shard_bytes` of tensors, unless one tensor is larger; None: one file.
+    `metadata`: default `{"format": "pt"}`.
+    """
+    assert specs and len({spec.name for spec in specs}) == len(specs), "no tensors, or a duplicate name"
     groups: list[list[TensorSpec]] = [[]]
     filled = 0
     for spec in specs:
@@ -100,10 +103,10 @@ def lay_out_shards(
 
 
 def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """Padded with spaces to a multiple of 8 bytes, as the safetensors library does, and to the page that most
-    bytes have in their sources."""
+    """The header, padded with spaces to a multiple of 8 bytes, like the safetensors library, and so that most
+    bytes have the same offset within a page as in their sources."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    weights: Counter[int] = Counter()  # where the first tensor would have to begin, modulo a page -> bytes
+    weights: Counter[int] = Counter()  # required offset of the first tensor within a page -> bytes
     offset = 0
     for spec in specs:
         end = offset + spec.nbytes
@@ -122,10 +125,11 @@ def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
 
 
 class ShardWriter:
-    """Writes the files of one expert. Space for all of them is reserved before the first byte of a tensor.
+    """Write the files of one expert. Reserves the disk space of all files before the first tensor.
 
-    `hash`: sha256 of each file, in a thread. `journal`: files in it are complete, and are added when they
-    are. Raises EnvironmentProblem E-ENV-04 when the disk is full, E-ENV-02 when it cannot be written.
+    `hash`: compute the sha256 of each file, in a thread. `journal`: its files are not written again; complete
+    files are added to it. Raises EnvironmentProblem E-ENV-04 if the disk is full, E-ENV-02 if it is not
+    writable.
     """
 
     def __init__(
@@ -149,9 +153,9 @@ class ShardWriter:
         todo = [shard for shard in self.shards if not self._is_complete(shard, hash)]
         self._needed = sum(shard.nbytes for shard in todo)
         self._missing = {spec.name for shard in todo for spec in shard.specs}
-        self._left = deque(_places(todo))
-        self._filled = 0  # bytes of the first of _left
-        self._fd = -1  # of its file
+        self._pending = deque(_tensor_offsets(todo))
+        self._filled = 0  # bytes written of the first pending tensor
+        self._fd = -1  # its file
         self._sources = RowReader()
         self._closed = False
         self._pool = ThreadPoolExecutor(1, "ascendit-sha256") if hash and todo else None
@@ -165,20 +169,20 @@ class ShardWriter:
                     self._complete(shard)
 
     def done(self, name: str) -> bool:
-        """Whether an earlier run has completed the file of this tensor: leave it out."""
+        """Whether an earlier run has completed the file of this tensor; it must not be appended again."""
         return name not in self._missing
 
     def append(self, name: str, data: Data) -> None:
-        """The next bytes of tensor `name`; any C-contiguous buffer, free to be used again on return."""
+        """Write the next bytes of tensor `name`, a C-contiguous buffer that may be reused after the call."""
         view = memoryview(data)
         if view.nbytes:
             view = view.cast("B")
-            self._write(name, len(view), lambda fd, offset: self._put(fd, view, offset))
+            self._write(name, len(view), lambda fd, offset: self._write_and_hash(fd, view, offset))
 
     def move(self, info: TensorInfo, name: str) -> None:
-        """The whole of tensor `name`, from the place that `info` gives; in the kernel where it can.
+        """Copy tensor `name` from its source `info`, in the kernel if possible.
 
-        Raises CheckpointError E-CKP-02 when the source cannot be read to its end.
+        Raises CheckpointError E-CKP-02 if the source is truncated or cannot be read.
         """
         if info.nbytes:
             source = self._sources.open(info.file)
@@ -188,15 +192,15 @@ class ShardWriter:
                     move_bytes(source, info.start, fd, offset, info.nbytes, source=info.file)
                     return
                 for piece in read_pieces(source, info.start, info.end, info.file):
-                    self._put(fd, piece, offset)
+                    self._write_and_hash(fd, piece, offset)
                     offset += len(piece)
 
             self._write(name, info.nbytes, copy)
 
     def close(self) -> dict[str, str]:
-        """Write the index if there are several files; {file name: sha256} if hashed, else {}."""
+        """Write the index if there are several files. Return {file name: sha256} with `hash`, else {}."""
         if not self._closed:
-            assert not self._left, f"{self._left[0][1].name} is not complete"
+            assert not self._pending, f"{self._pending[0][1].name} is not complete"
             with self._guarded():
                 self._write_index()
             self._release()
@@ -211,7 +215,7 @@ class ShardWriter:
         self._release()
 
     def _is_complete(self, shard: ShardLayout, hash: bool) -> bool:
-        """Whether the journal has this file, with just this header, and its sha256 if that is wanted."""
+        """Whether the journal has this file with the same header, and its sha256 if `hash`."""
         entry = self._journal.complete(shard.file) if self._journal else None
         if not entry or entry.nbytes != shard.nbytes or (hash and not entry.sha256):
             return False
@@ -224,27 +228,27 @@ class ShardWriter:
             self._sha256[shard.file.name] = entry.sha256
         return same
 
-    def _put(self, fd: int, piece: memoryview, offset: int) -> None:
-        """Write bytes, and hash the same bytes meanwhile."""
+    def _write_and_hash(self, fd: int, piece: memoryview, offset: int) -> None:
+        """Write bytes, and hash them at the same time if `hash`."""
         hashing = self._pool.submit(self._digest.update, piece) if self._pool else None
         write_at(fd, piece, offset)
         if hashing:
             hashing.result()
 
     def _write(self, name: str, count: int, write: Callable[[int, int], None]) -> None:
-        """Let `write(fd, offset)` put the next `count` bytes of a tensor in their place."""
-        assert self._left and not self._closed, f"{name}: all is written"
-        shard, spec, start = self._left[0]
-        assert spec.name == name, f"{name} comes before its turn, which is that of {spec.name}"
-        assert self._filled + count <= spec.nbytes, f"{name} has {spec.nbytes} bytes, not more"
+        """Write the next `count` bytes of a tensor with `write(fd, offset)`."""
+        assert self._pending and not self._closed, f"{name}: all tensors are written"
+        shard, spec, start = self._pending[0]
+        assert spec.name == name, f"{name} is out of order, {spec.name} is next"
+        assert self._filled + count <= spec.nbytes, f"{name} has only {spec.nbytes} bytes"
         with self._guarded():
             fd = self._open_target(shard)
             write(fd, start + self._filled)
             self._filled += count
             if self._filled == spec.nbytes:
-                self._left.popleft()
+                self._pending.popleft()
                 self._filled = 0
-                if not self._left or self._left[0][0] is not shard:
+                if not self._pending or self._pending[0][0] is not shard:
                     self._complete(shard)
 
     def _complete(self, shard: ShardLayout) -> None:
@@ -272,7 +276,7 @@ class ShardWriter:
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Close the files on any error, after which nothing can be written, and say what went wrong."""
+        """On an error, close the files for good and convert an OSError for the user."""
         try:
             with writing(self.folder, self._needed):
                 yield
@@ -290,8 +294,8 @@ class ShardWriter:
             self._fd = -1
 
 
-def _places(shards: Sequence[ShardLayout]) -> Iterator[tuple[ShardLayout, TensorSpec, int]]:
-    """Each tensor that has bytes, with its file and its place there."""
+def _tensor_offsets(shards: Sequence[ShardLayout]) -> Iterator[tuple[ShardLayout, TensorSpec, int]]:
+    """Each non-empty tensor with its file and its offset in the file."""
     for shard in shards:
         offset = len(shard.header)
         for spec in shard.specs:

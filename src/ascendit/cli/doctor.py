@@ -1,4 +1,4 @@
-"""`ascendit doctor`: does this machine have what is needed, and does its device compute what it should?"""
+"""`ascendit doctor`: check this machine and its libraries, and the operators of a device."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ if TYPE_CHECKING:
     from ascendit.doctor.self_check import SelfCheck
 
 DEFAULT_DEVICE = "npu"
-"""The device that is checked where none is named: what a self-check is for."""
+"""The default device of a self-check."""
 SHOWN_VERSIONS = ("torch", "torch_npu", "cann", "mindiesd", "driver")
 
 
 def doctor(
     ctx: typer.Context,
     self_check: Annotated[
-        bool, flag("--self-check", "Run every operator of a device and compare its numbers.")
+        bool, flag("--self-check", "Run every operator of a device and compare the results.")
     ] = False,
     device: Annotated[
-        str | None, flag("--device NAME", "To self-check: npu (default), npu:1, twin:a5, cuda, cpu.")
+        str | None, flag("--device NAME", "With --self-check: npu (default), npu:1, twin:a5, cuda, cpu.")
     ] = None,
     file: Annotated[
-        Path | None, flag("--out FILE.json", "Write what the self-check found, to send in.")
+        Path | None, flag("--out FILE.json", "With --self-check: write the results, for a bug report.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check this machine and its libraries. Says how to fix what is wrong."""
+    """Check this machine and its libraries. Prints a fix for each problem."""
     out: Output = ctx.obj
     options = {flag: value for flag, value in (("--device", device), ("--out", file)) if value is not None}
     if not self_check and options:
         raise UsageError(
             f"{' and '.join(options)} without --self-check",
-            needs="--self-check, which these belong to",
+            needs="--self-check with these flags",
             fix=f"ascendit doctor --self-check {' '.join(f'{k} {v}' for k, v in options.items())}",
         )
     code = _check_device(device or DEFAULT_DEVICE, file, out) if self_check else _check_machine(out)
@@ -50,20 +50,22 @@ def doctor(
 
 
 def _check_machine(out: Output) -> int:
-    """Print what this machine has. The exit code: 0 ready, 3 not."""
+    """Print the report of this machine. Returns the exit code: 0 if it is ready, 3 if not."""
     from ascendit.doctor.machine import examine
     from ascendit.doctor.probe import NO_FIX
 
     with out.work():
         report = examine()
-    cells = [(r.item, r.found, r.needed, r.status, "" if r.status in NO_FIX else r.fix) for r in report.rows]
-    rows = columns([("item", "found", "needed", "status", "fix"), *cells])
+    cells = [
+        (r.item, r.detected, r.needed, r.status, "" if r.status in NO_FIX else r.fix) for r in report.rows
+    ]
+    rows = columns([("item", "detected", "needed", "status", "fix"), *cells])
     out.result(report.as_dict(), [*rows, "", *report.verdicts()])
     return 0 if report.ok else 3
 
 
 def _check_device(device: str, file: Path | None, out: Output) -> int:
-    """Run the self-check, print its page, write its file. The exit code: 0 passed, 1 not."""
+    """Run the self-check, print and write its results. Returns the exit code: 0 if it passed, 1 if not."""
     from ascendit.device.device import parse_device
     from ascendit.environment import disable_device_plugins
 
@@ -72,39 +74,39 @@ def _check_device(device: str, file: Path | None, out: Output) -> int:
         if file.is_dir() or not file.parent.is_dir():
             raise UsageError(
                 f"--out {file}",
-                needs="a file in a folder that exists",
+                needs="a file in an existing folder",
                 fix="--out self-check.json",
                 code="E-USE-02",
             )
         check_report("--out", file)
-    disable_device_plugins()  # a card's own torch_npu is imported by name
+    disable_device_plugins()  # the self-check imports torch_npu explicitly
     from ascendit.doctor.self_check import self_check
 
     with out.work():
         check = self_check(name)
-    told = check.as_dict()
-    out.result(told, page(check))
+    data = check.as_dict()
+    out.result(data, page(check))
     if file is not None:
-        write_report(file, told)
-        out.note(f"{file} holds all of it: attach it to a report")
+        write_report(file, data)
+        out.note(f"{file} has the full results; attach it to a bug report")
     return 0 if check.ok else 1
 
 
 def page(check: SelfCheck) -> Iterator[str]:
-    """One page: questions, operators, functions, verdict."""
+    """Lines for a terminal: questions, operators, functions, result."""
     versions = check.about["versions"]
-    known = "   ".join(f"{name} {versions[name]}" for name in SHOWN_VERSIONS if versions[name])
-    yield f"Self-check of {check.device}{f', chip {check.chip}' if check.chip else ''}   {known}"
+    shown = "   ".join(f"{name} {versions[name]}" for name in SHOWN_VERSIONS if versions[name])
+    yield f"Self-check of {check.device}{f', chip {check.chip}' if check.chip else ''}   {shown}"
     if questions := check.part("question"):
-        yield "\nWhat no document answers"
+        yield "\nUndocumented behaviour"
         for r in questions:
             yield f"  {r.name}\n    {r.answer or r.error}"
             if r.verdict == "differs":
-                yield f"    the twin thinks: {r.expected}"
+                yield f"    the twin assumes: {r.expected}"
     if check.part("operator"):
-        yield "\nOperators against the twin's numbers"
+        yield "\nOperators, compared with the twin"
         yield from _rows("operator", _operators(check))
-    yield "\nOperators and layers as they are bound, against plain PyTorch"
+    yield "\nSelected kernels and layers, compared with plain PyTorch"
     yield from _rows(
         "function", ((r.name, "1", *_numbers(r), r.error or r.how) for r in check.part("function"))
     )
@@ -116,20 +118,20 @@ def _rows(first: str, rows: Iterable[tuple[str, ...]]) -> list[str]:
 
 
 def _operators(check: SelfCheck) -> Iterator[tuple[str, ...]]:
-    """A row for each that ascendit calls, and for others that are not as expected; the rest in one."""
+    """A row per operator that ascendit calls or that fails; one row for all others."""
     from ascendit.doctor.self_check import summary
 
-    fine = []
+    passed = []
     for name, results in check.by_operator().items():
-        found = summary(results)
-        if not found.used and found.verdict in ("exact", "close"):
-            fine.append(name)
+        result = summary(results)
+        if not result.used and result.verdict in ("exact", "close"):
+            passed.append(name)
             continue
-        remark = f"{found.name}: {found.error}" if found.error else ""
-        remark += "" if found.used else " (not called by ascendit)"
-        yield name, str(len(results)), *_numbers(found), remark.strip()
-    if fine:
-        yield f"{len(fine)} others", str(len(fine)), "fine", "-", "-", "not called by ascendit"
+        remark = f"{result.name}: {result.error}" if result.error else ""
+        remark += "" if result.used else " (not called by ascendit)"
+        yield name, str(len(results)), *_numbers(result), remark.strip()
+    if passed:
+        yield f"{len(passed)} others", str(len(passed)), "passed", "-", "-", "not called by ascendit"
 
 
 def _numbers(r: Result) -> tuple[str, str, str]:
@@ -142,8 +144,8 @@ def _numbers(r: Result) -> tuple[str, str, str]:
 
 def _verdict(check: SelfCheck) -> str:
     differ = sum(r.verdict == "differs" for r in check.results)
-    tail = f"; {differ} answers differ from the twin's" if differ else ""
+    note = f"; {differ} answers differ from the twin's" if differ else ""
     if check.ok:
-        return f"passed: {len(check.results)} checks{tail}"
+        return f"passed: {len(check.results)} checks{note}"
     names = ", ".join(dict.fromkeys(r.operator for r in check.failed)) or "nothing was checked"
-    return f"failed: {names}{tail}"
+    return f"failed: {names}{note}"

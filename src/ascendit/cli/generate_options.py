@@ -1,7 +1,7 @@
-"""What one `generate` call asks for: words, flags, `--set`, environment and `--config` in one place.
+"""The options of one `generate` call, from arguments, flags, `--set`, environment and `--config`.
 
-One layer is a dict of known keys, whose values are brought into the types of LoadOptions and GenerateRequest.
-`merge` puts layers over each other: flags > --set > environment > --config.
+Each source gives a layer: a dict of known keys, with values of the types of LoadOptions and GenerateRequest.
+Precedence: flags > --set > environment > --config (`merge`).
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ from ascendit.environment import read_environment
 from ascendit.errors import UsageError
 from ascendit.pipeline.options import VARIABLES, LoadOptions
 from ascendit.pipeline.request import GenerateRequest
-from ascendit.validation import bad_value, plain_kind
+from ascendit.validation import bad_value, non_optional
 
-KNOWN: dict[str, Any] = {
+KEYS: dict[str, Any] = {
     **{name: field.annotation for name, field in GenerateRequest.model_fields.items()},
     **{name: field.annotation for name, field in LoadOptions.model_fields.items()},
     "seconds": float,
     "metadata": bool,
 }
-"""Every key that `--set` and `--config` take, with its type. `none` takes a value of a config away, where
-None is among the types."""
+"""Every key of `--set` and `--config`, with its type. `none` resets a key whose type includes None."""
 
-# A value higher up makes these lower ones meaningless.
+# A key in a higher layer removes these keys from the lower layers.
 _REPLACES = {
     "guidance_scale": ("guidance_scale_2",),
     "timesteps": ("num_inference_steps",),
@@ -46,41 +45,41 @@ _REPLACES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A call that was understood, before it met a model."""
+    """A parsed call, not yet checked against a model."""
 
     options: LoadOptions
     prompt: str
     fields: dict[str, Any]
-    """Fields of GenerateRequest that were given, without the prompt; `seconds` too."""
+    """The fields of GenerateRequest that were set, without the prompt; also `seconds`."""
     metadata: bool = True
     model_from: Path | None = None
-    """The file that names the model, None where the command line does."""
+    """The config file that names the model; None if the command line does."""
     notes: tuple[str, ...] = ()
-    """What the environment variables did."""
+    """Effects of environment variables."""
 
 
 def read_call(
-    words: list[str], *, demo: bool, flags: Mapping[str, Any], settings: Iterable[str], config: Path | None
+    args: list[str], *, demo: bool, flags: Mapping[str, Any], settings: Iterable[str], config: Path | None
 ) -> Call:
-    """Put words and layers of one call together. Raises UsageError.
+    """Combine all sources of a call. Raises UsageError (E-USE-01, E-USE-02).
 
-    `words`: MODEL PROMPT, PROMPT, or nothing where a config has both. `flags`: the parameters of
-    `generate`; those that are no keys, `SPLIT` aside, have no effect here.
+    `args`: MODEL PROMPT, PROMPT, or empty if a config has both. `flags`: the parameters of `generate`;
+    those that are neither keys nor in `SPLIT` are ignored.
     """
     environment, notes = read_environment(VARIABLES)
     algo = environment.pop("attention", None)
-    given = {key: value for key, value in flags.items() if key in KNOWN and value is not None}
+    flag_values = {key: value for key, value in flags.items() if key in KEYS and value is not None}
     for flag, split in SPLIT.items():
         if flags.get(flag) is not None:
-            given |= split(flags[flag])
+            flag_values |= split(flags[flag])
     layers = [
         read_config(config) if config else {},
         environment,
         parse_settings(settings),
-        typed_layer(given, where="flags"),
+        typed_layer(flag_values, source="flags"),
     ]
     values = {k: v for k, v in merge(*layers).items() if v is not None}
-    model, prompt = _model_and_prompt(words, demo, values.pop("model", None), values.pop("prompt", None))
+    model, prompt = _model_and_prompt(args, demo, values.pop("model", None), values.pop("prompt", None))
     load = {name: values.pop(name) for name in LoadOptions.model_fields if name in values}
     if algo and parse_device(load.get("device", "cpu")).has_attention_kernels:
         load.setdefault("attention", algo)
@@ -94,26 +93,26 @@ def read_call(
     )
 
 
-def _model_and_prompt(words: list[str], demo: bool, model: str | None, prompt: str | None) -> tuple[str, str]:
-    """Read the positional words: MODEL PROMPT, less what `--demo` or a config names already."""
-    given = "demo" if demo else model
-    wanted = [name for name, value in (("MODEL", given), ("PROMPT", prompt)) if value is None]
-    if len(words) == len(wanted):
-        named = dict(zip(wanted, words, strict=True))
-    elif len(words) == 1 and not wanted:  # a prompt on the command line wins over the one in the config
-        named = {"PROMPT": words[0]}
-    elif len(words) == 2 and not demo:
-        named = {"MODEL": words[0], "PROMPT": words[1]}
+def _model_and_prompt(args: list[str], demo: bool, model: str | None, prompt: str | None) -> tuple[str, str]:
+    """Model and prompt from the arguments, `--demo` and the config, which `model` and `prompt` come from."""
+    default = "demo" if demo else model
+    needed = [name for name, value in (("MODEL", default), ("PROMPT", prompt)) if value is None]
+    if len(args) == len(needed):
+        named = dict(zip(needed, args, strict=True))
+    elif len(args) == 1 and not needed:  # a prompt on the command line overrides the config
+        named = {"PROMPT": args[0]}
+    elif len(args) == 2 and not demo:
+        named = {"MODEL": args[0], "PROMPT": args[1]}
     else:
-        got = f"{len(words)} words: {shlex.join(words)}" if words else "no model and no prompt"
-        needs = " and ".join(wanted or ["at most PROMPT"]) + ", the prompt in quotes"
+        got = f"{len(args)} arguments: {shlex.join(args)}" if args else "no model and no prompt"
+        needs = " and ".join(needed or ["at most PROMPT"]) + ", with the prompt in quotes"
         fix = 'ascendit generate --demo "a red circle moves right on a black background"'
         raise UsageError(got, needs=needs, fix=fix)
-    return named.get("MODEL") or given or "", named.get("PROMPT", prompt) or ""
+    return named.get("MODEL") or default or "", named.get("PROMPT", prompt) or ""
 
 
 def merge(*layers: dict[str, Any]) -> dict[str, Any]:
-    """One dict of all layers; later ones win."""
+    """All layers in one dict; later ones override earlier ones."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for name in [k for k, v in layer.items() if v is not None]:
@@ -124,15 +123,15 @@ def merge(*layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_size(text: str) -> dict[str, int]:
-    """`832x480` or `832*480`: width and height."""
-    found = re.fullmatch(r"\s*(\d+)\s*[xX*×]\s*(\d+)\s*", text)
-    if not found:
+    """Width and height from `832x480` or `832*480`. Raises UsageError (E-USE-01)."""
+    match = re.fullmatch(r"\s*(\d+)\s*[xX*×]\s*(\d+)\s*", text)
+    if not match:
         raise UsageError(f"--size {text}", needs="width x height in pixels", fix="--size 832x480")
-    return {"width": int(found[1]), "height": int(found[2])}
+    return {"width": int(match[1]), "height": int(match[2])}
 
 
 def parse_guidance(text: str) -> dict[str, float]:
-    """`4` for every expert, or `4,3` for the high-noise and the low-noise one."""
+    """Guidance scales from `4`, or from `4,3` for high and low noise. Raises UsageError (E-USE-01)."""
     parts = text.split(",")
     try:
         numbers = [float(p) for p in parts]
@@ -145,11 +144,11 @@ def parse_guidance(text: str) -> dict[str, float]:
 
 
 def parse_timesteps(text: str) -> dict[str, tuple[float, ...]]:
-    """`1000,750,500,250`."""
+    """Timesteps from `1000,750,500,250`. Raises UsageError (E-USE-01)."""
     try:
         return {"timesteps": tuple(float(t) for t in text.split(","))}
     except ValueError:
-        needs = "falling numbers with commas between them"
+        needs = "decreasing numbers, separated by commas"
         raise UsageError(f"--timesteps {text}", needs=needs, fix="--timesteps 1000,750,500,250") from None
 
 
@@ -158,25 +157,25 @@ SPLIT: dict[str, Callable[[str], dict[str, Any]]] = {
     "guidance": parse_guidance,
     "own_timesteps": parse_timesteps,
 }
-"""Flags that are no keys by themselves -> their keys."""
+"""Flags that set other keys -> the parser that returns these keys."""
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """`KEY=VALUE` words onto a layer. Raises UsageError E-USE-01, with the known keys for an unknown one."""
+    """The layer of `KEY=VALUE` settings. Raises UsageError (E-USE-01) for bad syntax, keys or values."""
     layer: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UsageError(f"--set {setting}", needs="KEY=VALUE", fix="--set solver=euler")
         layer[key.strip()] = value
-    return typed_layer(layer, where="--set")
+    return typed_layer(layer, source="--set")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The layer in a TOML file, or in the JSON that is written beside a video.
+    """The layer of a TOML file, or of the JSON beside a video.
 
-    Older ones of a video have no `source` and `load`, and name the model alone.
-    Raises UsageError: E-USE-02 when it is absent, E-USE-01 when it cannot be read or has unknown keys.
+    JSON files of older versions have `model` only, without `source` and `load`.
+    Raises UsageError: E-USE-02 for a missing or unreadable file, E-USE-01 for bad syntax, keys or values.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -185,42 +184,42 @@ def read_config(path: Path) -> dict[str, Any]:
         got, needs = f"--config {path}: {e.strerror}", "a TOML file, or the .json beside a video"
         raise UsageError(got, needs=needs, fix="correct the path", code="E-USE-02") from e
     except ValueError as e:  # TOML, JSON and UTF-8 errors alike
-        needs = "TOML, or JSON with one object"
+        needs = "a TOML file, or JSON with one object"
         raise UsageError(f"--config {path}: {e}", needs=needs, fix="correct the file") from e
     if not isinstance(data, dict):
         needs = "one table of keys and values"
         raise UsageError(f"--config {path}", needs=needs, fix="correct the file")
-    if isinstance(data.get("request"), dict):  # of a video; the rest of its facts has no effect
+    if isinstance(data.get("request"), dict):  # the JSON beside a video; other keys are ignored
         model, load = data.get("source") or data.get("model"), data.get("load")
         named = {"model": model} if isinstance(model, str) and model else {}
         data = {**named, **(load if isinstance(load, dict) else {}), **data["request"]}
-    return typed_layer(data, where=f"--config {path}")
+    return typed_layer(data, source=f"--config {path}")
 
 
-def typed_layer(layer: dict[str, Any], *, where: str) -> dict[str, Any]:
-    """`layer` with every value in its type. Raises UsageError E-USE-01."""
-    if unknown := sorted(set(layer) - set(KNOWN)):
-        close = get_close_matches(unknown[0], KNOWN, n=1)
-        fix = f"did you mean {close[0]}?" if close else "ascendit generate --help tells which flags there are"
-        needs = f"keys among {', '.join(sorted(KNOWN))}"
-        raise UsageError(f"{where}: unknown key {', '.join(unknown)}", needs=needs, fix=fix)
-    return {key: _typed(key, value, where) for key, value in layer.items()}
+def typed_layer(layer: dict[str, Any], *, source: str) -> dict[str, Any]:
+    """`layer` with values converted to their types. Raises UsageError (E-USE-01) for bad keys or values."""
+    if unknown := sorted(set(layer) - set(KEYS)):
+        close = get_close_matches(unknown[0], KEYS, n=1)
+        fix = f"did you mean {close[0]}?" if close else "see ascendit generate --help"
+        needs = f"one of {', '.join(sorted(KEYS))}"
+        raise UsageError(f"{source}: unknown key {', '.join(unknown)}", needs=needs, fix=fix)
+    return {key: _typed(key, value, source) for key, value in layer.items()}
 
 
-def _typed(key: str, value: Any, where: str) -> Any:
-    hint, kind = KNOWN[key], plain_kind(KNOWN[key])
-    row = get_origin(kind) is tuple
-    if (value is None or value == "none") and (row or kind != hint):
+def _typed(key: str, value: Any, source: str) -> Any:
+    hint, kind = KEYS[key], non_optional(KEYS[key])
+    is_tuple = get_origin(kind) is tuple
+    if (value is None or value == "none") and (is_tuple or kind != hint):
         return None
-    words = isinstance(value, str) and (kind is bool or get_origin(kind) is Literal)
-    if key in LoadOptions.model_fields and not words:
-        return value  # LoadOptions reads it
+    is_name = isinstance(value, str) and (kind is bool or get_origin(kind) is Literal)
+    if key in LoadOptions.model_fields and not is_name:
+        return value  # LoadOptions validates it
     try:
-        if not row:
-            read = TypeAdapter(kind)
-            text = isinstance(value, str)
-            return read.validate_strings(value) if text else read.validate_python(value, strict=True)
+        if not is_tuple:
+            adapter = TypeAdapter(kind)
+            is_text = isinstance(value, str)
+            return adapter.validate_strings(value) if is_text else adapter.validate_python(value, strict=True)
         items = value.split(",") if isinstance(value, str) else value
         return tuple(TypeAdapter(kind).validate_python(items, strict=False))
     except ValidationError:
-        raise bad_value(key, value, hint, where) from None
+        raise bad_value(key, value, hint, source) from None

@@ -1,4 +1,4 @@
-"""Ctrl-C: it asks a run to stop between two steps, then stops it at once."""
+"""Ctrl-C: the first stops a run between two steps, the second immediately."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def cancelled() -> Cancelled:
     """The error that ends a command after Ctrl-C."""
     return Cancelled(
         "cancelled",
-        needs="nothing; no file was left behind",
+        needs="nothing: no file was written",
         fix="run the same command again",
     )
 
 
 class Interrupt:
-    """The first Ctrl-C asks the run to stop between two steps, the second stops at once.
+    """The first Ctrl-C sets `event`, the `cancel` of a run; the second raises KeyboardInterrupt.
 
-    `event` goes to the run as `cancel=`. Outside the main thread Ctrl-C is left as it is.
+    Has no effect outside the main thread.
     """
 
     def __init__(self, *, silent: bool = False) -> None:
@@ -42,7 +42,7 @@ class Interrupt:
             signal.signal(signal.SIGINT, before)
 
     def check(self) -> None:
-        """Raise Cancelled if Ctrl-C came."""
+        """Raise Cancelled (E-CAN-01) after a Ctrl-C."""
         if self.event.is_set():
             raise cancelled()
 
@@ -51,5 +51,5 @@ class Interrupt:
             raise KeyboardInterrupt
         self.event.set()
         if not self._silent:
-            # Not print: the signal may have come in the middle of one.
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+            # not print(): the signal may interrupt another print()
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop immediately\n")

@@ -1,7 +1,7 @@
-"""`ascendit`: the commands, the flags that several of them share, and how each may end.
+"""`ascendit`: the table of commands, their shared flags, and the mapping of errors to exit codes.
 
 Exit codes: 0 done, 1 a check failed, 2 usage, 3 environment, 4 out of memory, 130 cancelled.
-Nothing heavy is imported here: `ascendit --help` takes under 0.3 s.
+Commands are imported when they run: `ascendit --help` takes under 0.3 s.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ascendit.cli.output import Output, report_fault
+from ascendit.cli.output import Output, report_internal_error
 from ascendit.environment import disable_device_plugins
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError, is_out_of_memory, out_of_memory
 from ascendit.version import __version__
@@ -23,34 +23,34 @@ from ascendit.version import __version__
 COMMANDS = {
     "generate": "Make a video from a prompt.",
     "quantize": "Quantize the transformers of a model.",
-    "repack": "Write a checkpoint in another layout.",
-    "inspect": "Show what a checkpoint holds.",
-    "verify": "Check that a model does what it is asked.",
+    "repack": "Convert a checkpoint to another layout.",
+    "inspect": "Show the contents of a checkpoint.",
+    "verify": "Check the quality of a model's videos.",
     "doctor": "Check this machine and its libraries.",
 }
-"""Name of a command, which is that of its module and function -> the first sentence of its help."""
+"""Command (also the name of its module and function) -> the first sentence of its help."""
 COMMON = {"-q": "quiet", "--quiet": "quiet", "-v": "verbose", "--verbose": "verbose"}
 ANY_MODEL = "Model folder or file in any layout, demo, hf:org/name or ms:org/name."
 
 
 def flag(shown: str, help: str) -> Any:
-    """A flag for `Annotated`. `shown`: its names and what it takes, as in the help: `-o, --output DST`."""
-    words = shown.replace(",", "").split()
-    metavar = None if words[-1].startswith("-") else words.pop()
-    return typer.Option(*words, metavar=metavar, help=help)
+    """A flag for `Annotated`. `shown`: its names and metavar as in the help, like `-o, --output DST`."""
+    names = shown.replace(",", "").split()
+    metavar = None if names[-1].startswith("-") else names.pop()
+    return typer.Option(*names, metavar=metavar, help=help)
 
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help=ANY_MODEL)]
-Target = Annotated[Path, flag("-o, --output DST", "The new folder.")]
-Engine = Annotated[str | None, flag("--for ENGINE", "Write what vllm-omni, sglang or mindie loads.")]
+Target = Annotated[Path, flag("-o, --output DST", "Folder to create.")]
+Engine = Annotated[str | None, flag("--for ENGINE", "Write the files for vllm-omni, sglang or mindie.")]
 Copy = Annotated[bool, flag("--copy", "Copy the other components instead of linking them.")]
-Resume = Annotated[bool, flag("--resume", "Go on where the same command was killed.")]
+Resume = Annotated[bool, flag("--resume", "Continue an interrupted run of the same command.")]
 DryRun = Annotated[bool, flag("--dry-run", "Show the plan; write nothing.")]
 Json = Annotated[bool, flag("--json", "Print one JSON object and nothing else.")]
 
 
 def chosen(ctx: typer.Context, without: Collection[str] = ()) -> dict[str, Any]:
-    """The values of this call, by the names of its parameters; neither those left out nor `--json`."""
+    """Parameter name -> value for the parameters that were set, except `--json` and those in `without`."""
     return {k: v for k, v in ctx.params.items() if v is not None and k not in ("as_json", *without)}
 
 
@@ -60,18 +60,18 @@ class Group(TyperGroup):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         names: dict[str, Any] = dict.fromkeys(COMMANDS)
-        self.commands = names  # a command is made, and its module imported, when it is asked for
+        self.commands = names  # get_command imports a command's module on demand
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of this name, or None."""
         if cmd_name not in COMMANDS:
             return None
-        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-        alone.command(cmd_name)(getattr(importlib.import_module(f"ascendit.cli.{cmd_name}"), cmd_name))
-        return typer.main.get_command(alone)
+        single = typer.Typer(add_completion=False, rich_markup_mode=None)
+        single.command(cmd_name)(getattr(importlib.import_module(f"ascendit.cli.{cmd_name}"), cmd_name))
+        return typer.main.get_command(single)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """The list in the help, without an import of the commands."""
+        """The list of commands in the help, without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
@@ -88,9 +88,9 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def common(
     ctx: typer.Context,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the result only.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the result.")] = False,
     verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Print what is decided and why; tracebacks.")
+        bool, typer.Option("-v", "--verbose", help="Print decisions with their reasons, and tracebacks.")
     ] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
@@ -101,48 +101,48 @@ def common(
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
         raise typer.Exit(2)
-    if ctx.invoked_subcommand != "doctor":  # it looks at what `import torch` does by itself
-        disable_device_plugins()  # with torch_npu and no CANN, `import torch` would raise
+    if ctx.invoked_subcommand != "doctor":  # doctor examines the unmodified `import torch`
+        disable_device_plugins()  # with torch_npu but without CANN, `import torch` would raise
     _set_up_log(ctx.obj)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script: run `argv` (default: the command line) and return the exit code."""
-    words, output = common_flags(list(sys.argv[1:] if argv is None else argv))
+    args, output = common_flags(list(sys.argv[1:] if argv is None else argv))
     command = typer.main.get_command(app)
     try:
-        code = command.main(words, "ascendit", standalone_mode=False, obj=output)
+        code = command.main(args, "ascendit", standalone_mode=False, obj=output)
     except (Exception, KeyboardInterrupt) as error:
         return end(error, output)
-    if code == 130:  # typer's word for a Ctrl-C
+    if code == 130:  # typer's exit code after Ctrl-C
         return end(KeyboardInterrupt(), output)
     return code or 0
 
 
-def common_flags(words: list[str]) -> tuple[list[str], Output]:
-    """`-q` and `-v` may stand anywhere before `--`; typer wants them first."""
-    end_of_flags = words.index("--") if "--" in words else len(words)
-    flags = [w for w in words[:end_of_flags] if w in COMMON]
-    named = {COMMON[w] for w in flags}
-    output = Output(quiet="quiet" in named, verbose="verbose" in named, json="--json" in words[:end_of_flags])
-    rest = [w for w in words[:end_of_flags] if w not in COMMON] + words[end_of_flags:]
-    return flags + rest, output
+def common_flags(args: list[str]) -> tuple[list[str], Output]:
+    """Move `-q` and `-v`, which are allowed anywhere before `--`, to the front, as typer expects."""
+    end = args.index("--") if "--" in args else len(args)
+    flags = [arg for arg in args[:end] if arg in COMMON]
+    names = {COMMON[flag] for flag in flags}
+    output = Output(quiet="quiet" in names, verbose="verbose" in names, json="--json" in args[:end])
+    remaining = [arg for arg in args[:end] if arg not in COMMON] + args[end:]
+    return flags + remaining, output
 
 
 def end(error: BaseException, output: Output) -> int:
-    """Tell what went wrong and return the exit code."""
+    """Print the error and return its exit code."""
     from ascendit.cli.interruptions import cancelled
 
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         error = cancelled()
-    elif hasattr(error, "format_message"):  # typer's usage errors; their class moved between versions
+    elif hasattr(error, "format_message"):  # a usage error of typer; its class differs between versions
         error = _usage(error)
     elif is_out_of_memory(error):
         error = out_of_memory(error)
     elif isinstance(error, ImportError) and not (error.name or "").startswith("ascendit"):
         error = EnvironmentProblem(
             f"{error.name or 'a library'} cannot be imported: {error}",
-            needs="the libraries that ascendit was installed with",
+            needs="the libraries that ascendit depends on",
             fix="ascendit doctor",
             code="E-ENV-01",
         )
@@ -153,7 +153,7 @@ def end(error: BaseException, output: Output) -> int:
             traceback.print_exception(error, file=sys.stderr)
         output.fail(error.as_dict())
         return error.exit_code
-    return report_fault(error, output)
+    return report_internal_error(error, output)
 
 
 def _usage(error: Any) -> UsageError:
@@ -164,7 +164,7 @@ def _usage(error: Any) -> UsageError:
 
 
 def _set_up_log(output: Output) -> None:
-    """Messages of ascendit on stderr: warnings, with -v decisions too, with -q errors only."""
+    """Log to stderr: warnings and errors; with -v also decisions, with -q errors only."""
     import logging
 
     level = logging.INFO if output.verbose else logging.ERROR if output.quiet else logging.WARNING

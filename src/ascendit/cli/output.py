@@ -1,4 +1,4 @@
-"""What the commands print: results on stdout, everything else on stderr."""
+"""Output of the commands: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ascendit.version import __version__, installed
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """How much is printed, and in which form."""
+    """The amount of output, and whether it is text or JSON."""
 
     quiet: bool = False
     verbose: bool = False
@@ -25,31 +25,34 @@ class Output:
 
     @property
     def silent(self) -> bool:
-        """Nothing but the result is shown."""
+        """Whether only the result is printed."""
         return self.quiet or self.json
 
     def line(self, text: str = "") -> None:
-        """One line of the result."""
+        """Print one line of the result."""
         if not self.json:
             print(text)
 
     def detail(self, text: str) -> None:
-        """A line of the result that `--quiet` leaves out."""
+        """Print a line of the result, except with `--quiet`."""
         if not self.quiet:
             self.line(text)
 
     def note(self, text: str) -> None:
-        """One line about what is going on, on stderr."""
+        """Print a note on stderr."""
         if not self.silent:
             print(f"note: {text}", file=sys.stderr)
 
     def emit(self, data: dict[str, Any]) -> None:
-        """The one JSON object of a `--json` run."""
+        """Print the JSON object of a `--json` run."""
         if self.json:
             print(to_json(data))
 
     def result(self, data: dict[str, Any], lines: Iterable[str], error: AscenditError | None = None) -> None:
-        """What a command found: `data` with `--json`, else `lines`. With `error` the command ends here."""
+        """Print the result of a command: `data` with `--json`, else `lines`.
+
+        With `error`, print it too and raise typer.Exit with its exit code.
+        """
         self.emit(data | ({"error": error.as_dict()} if error else {}))
         for line in lines:
             self.line(line)
@@ -59,69 +62,72 @@ class Output:
             raise typer.Exit(error.exit_code)
 
     def fail(self, error: dict[str, str]) -> None:
-        """An error in its parts, as the one JSON object or as text on stderr."""
+        """Print an error: as the JSON object, or as text on stderr. `error`: from `AscenditError.as_dict`."""
         if self.json:
             self.emit({"error": error})
         else:
             print_error(error)
 
     def work(self) -> AbstractContextManager[object]:
-        """Libraries at work: what they print goes to stderr, so that stdout holds the result alone."""
+        """Redirect output of libraries to stderr, so that stdout has the result only."""
         return redirect_stdout(sys.stderr)
 
 
 def quiet_libraries() -> None:
-    """Turn off the bars that transformers draws while it loads: there is one of our own."""
+    """Turn off the loading bars of transformers; ascendit shows its own."""
     try:
         from transformers.utils import logging
     except ImportError:
-        return  # loading will say it better
+        return  # reported when the model loads
     logging.disable_progress_bar()
 
 
 def to_json(data: dict[str, Any]) -> str:
-    """Indented JSON; paths and other objects become text."""
+    """Indented JSON, with paths and other objects as text."""
     import json
 
     return json.dumps(data, indent=2, ensure_ascii=False, default=str)
 
 
 def check_report(flag: str, file: Path) -> None:
-    """Raise unless `file` is a free name that can be written: before the work, which may take long."""
+    """Check before a long run that the report can be written.
+
+    Raises UsageError (E-USE-03) if `file` exists, EnvironmentProblem (E-ENV-02) without a writable folder.
+    """
     from ascendit.pipeline.video import check_writable
 
     if file.exists():
         raise UsageError(
             f"{flag} {file} exists already",
-            needs="a name that is free: reports are not written over",
-            fix="another name, or remove the file",
+            needs="a new name: reports are not overwritten",
+            fix="use another name, or remove the file",
             code="E-USE-03",
         )
     check_writable(file)
 
 
 def write_report(file: Path, data: dict[str, Any]) -> None:
-    """`data` as JSON, in a folder that is made."""
+    """Write `data` as JSON; creates the folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(to_json(data) + "\n", encoding="utf-8")
 
 
 def print_error(error: dict[str, str]) -> None:
-    """Got / needs / try on stderr. `error`: as from `AscenditError.as_dict`."""
+    """Print got / needs / try on stderr. `error`: from `AscenditError.as_dict`."""
     head, first = f"error[{error['code']}]", error["got"]
-    rest = f"  needs  {error['needs']}\n  try    {error['try']}"
+    details = f"  needs  {error['needs']}\n  try    {error['try']}"
     if not sys.stderr.isatty():
-        print(f"{head}: {first}\n{rest}", file=sys.stderr)
+        print(f"{head}: {first}\n{details}", file=sys.stderr)
         return
     from rich.console import Console
     from rich.text import Text
 
-    text = Text.assemble((head, "bold red"), f": {first}\n{rest}")
+    text = Text.assemble((head, "bold red"), f": {first}\n{details}")
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 
-def report_fault(error: BaseException, output: Output) -> int:
-    """An exception nobody expected: short on screen, the traceback in a log file. Returns exit code 1."""
+def report_internal_error(error: BaseException, output: Output) -> int:
+    """Print an unexpected exception briefly and write its traceback to a log file. Returns exit code 1."""
     import tempfile
     import traceback
 
@@ -132,21 +138,21 @@ def report_fault(error: BaseException, output: Output) -> int:
         log.write(f"{versions()}\n{sys.argv}\n{trace}")
     if output.verbose:
         print(trace, file=sys.stderr, end="")
-    told = {
+    data = {
         "code": "internal",
         "got": f"internal error, {type(error).__name__}: {str(error).strip() or 'no message'}",
-        "needs": "nothing from you: this is a fault in ascendit or in a library",
+        "needs": "a fix in ascendit or in a library: this is a bug",
         "try": f"report it with the log {log.name}; ascendit -v shows the traceback",
         "log": log.name,
     }
-    output.fail(told)
+    output.fail(data)
     return 1
 
 
 def versions() -> dict[str, str]:
-    """Versions of what makes a video, without importing any of it."""
+    """Versions of Python, ascendit and its main libraries, without importing them."""
     import platform
 
     packages = ("torch", "diffusers", "transformers")
-    known = dict.fromkeys(packages, "not installed") | installed(*packages)
-    return {"python": platform.python_version(), "ascendit": __version__, **known}
+    libraries = dict.fromkeys(packages, "not installed") | installed(*packages)
+    return {"python": platform.python_version(), "ascendit": __version__, **libraries}

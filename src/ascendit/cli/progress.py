@@ -1,4 +1,4 @@
-"""How a run or a conversion is shown: a bar on a terminal, a plain line every 10 % elsewhere, or nothing."""
+"""Progress of runs and conversions: a bar on a terminal, otherwise a plain line every 10 %, or nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REDRAW = 0.1  # seconds; a conversion reports every few MiB
 
 @contextmanager
 def progress_view(*, silent: bool) -> Iterator[ProgressView]:
-    """The view for the place where stderr goes. A bar is gone when this ends."""
+    """The view for the current stderr. A bar is removed at the end."""
     if silent:
         yield ProgressView()
     elif not sys.stderr.isatty():
@@ -34,11 +34,11 @@ def progress_view(*, silent: bool) -> Iterator[ProgressView]:
 
 
 class ProgressView:
-    """Shows nothing; the base of the other two. Call it with each event."""
+    """Base class of the views, which shows nothing. Call it with each event."""
 
     def __init__(self) -> None:
         self.stage = ""
-        """Of the last event; `quantize` tells by it whether the float model was running."""
+        """Stage of the last event; `quantize` uses it to detect errors of the float model."""
         self._seconds: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def __call__(self, event: Progress) -> None:
@@ -50,28 +50,28 @@ class ProgressView:
         self.show(event)
 
     def show(self, event: Progress, text: str = "") -> None:
-        """Put the event on the screen, or not. `text`: instead of its own."""
+        """Show the event. `text`: replaces its own text."""
 
     def text(self, event: Progress) -> str:
-        """`denoise (low-noise expert) 23/40  4.1 s/step  eta 1:10  38.2 GiB`, or what `_bytes` makes."""
+        """`denoise (low-noise expert) 23/40  4.1 s/step  eta 1:10  38.2 GiB`; for bytes, see `_bytes`."""
         if event.unit == "byte":
             return _bytes(event)
-        words = [event.stage]
+        texts = [event.stage]
         if event.expert is not None:
-            words[0] += f" ({EXPERT_TITLES.get(event.expert, event.expert)})"
+            texts[0] += f" ({EXPERT_TITLES.get(event.expert, event.expert)})"
         if event.total > 1:
-            words[0] += f" {event.step}/{event.total}"
+            texts[0] += f" {event.step}/{event.total}"
         if event.stage == "denoise" and self._seconds:
             pace = sum(self._seconds) / len(self._seconds)
             shown = f"{pace:.1f}" if pace >= 1 else f"{pace:.2g}"
-            words += [f"{shown} s/step", f"eta {show_seconds(replace(event, seconds=pace).eta or 0)}"]
+            texts += [f"{shown} s/step", f"eta {show_seconds(replace(event, seconds=pace).eta or 0)}"]
         if event.memory_bytes:
-            words.append(show_bytes(event.memory_bytes))
-        return "  ".join(words)
+            texts.append(show_bytes(event.memory_bytes))
+        return "  ".join(texts)
 
 
 class LineView(ProgressView):
-    """Plain lines: one when a stage or an expert begins, then one for every 10 % of its steps."""
+    """Plain lines: one when a stage or an expert starts, then one per 10 % of its steps."""
 
     def __init__(self, file: IO[str] | None = None) -> None:
         super().__init__()
@@ -79,16 +79,16 @@ class LineView(ProgressView):
         self._last: tuple[object, ...] = ()
 
     def show(self, event: Progress, text: str = "") -> None:
-        """Print a line when there is news."""
+        """Print a line if the stage, the expert or the share in steps of 10 % has changed."""
         counted = event.unit == "byte" or event.total > 1
-        news = (event.stage, event.expert, 10 * event.step // max(event.total, 1) if counted else 0)
-        if news != self._last and (event.step or event.unit == "byte" or not counted):
-            self._last = news
+        state = (event.stage, event.expert, 10 * event.step // max(event.total, 1) if counted else 0)
+        if state != self._last and (event.step or event.unit == "byte" or not counted):
+            self._last = state
             print(text or self.text(event), file=self._file or sys.stderr, flush=True)
 
 
 class BarView(ProgressView):
-    """One live line with a bar, while `bars` is entered."""
+    """One live line with a bar, inside the context of `bars`."""
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
@@ -102,13 +102,13 @@ class BarView(ProgressView):
         self._drawn = ("", 0.0)
 
     def show(self, event: Progress, text: str = "") -> None:
-        """Move the bar, at most every `REDRAW` seconds within a stage."""
+        """Update the bar, at most every `REDRAW` seconds within a stage."""
         from rich.markup import escape
 
-        now, (stage, drawn) = time.monotonic(), self._drawn
-        if event.stage == stage and event.step < event.total and now - drawn < REDRAW:
+        seconds, (stage, drawn) = time.monotonic(), self._drawn
+        if event.stage == stage and event.step < event.total and seconds - drawn < REDRAW:
             return
-        self._drawn = (event.stage, now)
+        self._drawn = (event.stage, seconds)
         total = event.total if event.total > 1 else None
         description = escape(text or self.text(event))
         self.bars.update(self._task, description=description, completed=event.step, total=total)
@@ -117,12 +117,12 @@ class BarView(ProgressView):
 def _bytes(event: Progress) -> str:
     """`transformer_2  61 %  34.1 GiB of 56.2 GiB  2.81 GiB/s  eta 0:08`."""
     share = 100 * event.step // max(event.total, 1)
-    words = [event.stage, f"{share} %", f"{show_bytes(event.step)} of {show_bytes(event.total)}"]
+    texts = [event.stage, f"{share} %", f"{show_bytes(event.step)} of {show_bytes(event.total)}"]
     if event.speed:
-        words.append(f"{event.speed / 2**30:.2f} GiB/s")
+        texts.append(f"{event.speed / 2**30:.2f} GiB/s")
     if event.eta:
-        words.append(f"eta {show_seconds(event.eta)}")
-    return "  ".join(words)
+        texts.append(f"eta {show_seconds(event.eta)}")
+    return "  ".join(texts)
 
 
 def show_seconds(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""`ascendit quantize`: a float checkpoint becomes a quantized one."""
+"""`ascendit quantize`: convert a float checkpoint to a quantized one."""
 
 from __future__ import annotations
 
@@ -25,33 +25,35 @@ Recipe = Annotated[
     ),
 ]
 ScaleRule = Annotated[
-    str | None, flag("--scale-rule RULE", "Another scale rule for --scheme, as msms:minmax.")
+    str | None, flag("--scale-rule RULE", "Scale rule for --scheme, for example msms:minmax.")
 ]
-Keep = Annotated[list[str] | None, flag("--keep PATTERN", "Layers that stay as they are; repeatable.")]
+Keep = Annotated[list[str] | None, flag("--keep PATTERN", "Layers to exclude from quantization; repeatable.")]
 Lora = Annotated[
     list[str] | None,
     flag(
         "--lora FILE[:WEIGHT]",
-        "Fold it in first; transformer=FILE or transformer_2=FILE for one expert; repeatable.",
+        "LoRA to fold in first; transformer=FILE or transformer_2=FILE for one expert; repeatable.",
     ),
 ]
 Calibrate = Annotated[
     str | None,
     flag(
         "--calibrate PROMPTS",
-        "Smooth the inputs by what these prompts show: a file, one on a line, or a number for demo.",
+        "Smooth layer inputs by running prompts: a file with one per line, or a number for demo.",
     ),
 ]
-Alpha = Annotated[float | None, flag("--alpha X", "With --calibrate, how much moves into the weights; 0.9.")]
-Device = Annotated[str | None, flag("--device NAME", "With --calibrate, where the model runs; cpu.")]
+Alpha = Annotated[
+    float | None, flag("--alpha X", "With --calibrate: smoothing strength, 0 to 1; default 0.9.")
+]
+Device = Annotated[str | None, flag("--device NAME", "With --calibrate: device of the model; default cpu.")]
 Set = Annotated[
     list[str] | None,
-    flag("--set KEY=VALUE", "With --calibrate, of its videos: num_inference_steps=20; repeatable."),
+    flag("--set KEY=VALUE", "With --calibrate: a request field, like num_inference_steps=20; repeatable."),
 ]
-Force = Annotated[bool, flag("--force", "Also where accuracy is known to suffer.")]
-Report = Annotated[bool, flag("--report", "Measure every layer; list the ten worst.")]
+Force = Annotated[bool, flag("--force", "Allow quantization that is known to lose accuracy.")]
+Report = Annotated[bool, flag("--report", "Measure every layer and list the ten worst.")]
 Hash = Annotated[
-    bool, flag("--hash", "Put the sha256 of every file into ascendit.json; takes as long again.")
+    bool, flag("--hash", "Write the sha256 of every file into ascendit.json; takes about twice as long.")
 ]
 
 
@@ -77,7 +79,7 @@ def quantize(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize the transformers of a model. Streams, so a small machine can do a large model.
+    """Quantize the transformers of a model. Weights are streamed: memory use does not depend on model size.
 
     ascendit quantize hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers -o Wan2.2-T2V-A14B-mxfp8 --scheme mxfp8
     """
@@ -87,8 +89,8 @@ def quantize(
     options = chosen(ctx, without=("calibrate", "alpha", "device", "settings"))
     with out.work(), progress_view(silent=out.silent) as view, _ended_early(view):
         calibrator = _calibrator(calibrate, alpha, device, settings or [], view)
-        done = run(**options, calibrate=calibrator, on_progress=view)
-    out.result(done.as_dict(), done.lines())
+        result = run(**options, calibrate=calibrator, on_progress=view)
+    out.result(result.as_dict(), result.lines())
 
 
 def _calibrator(
@@ -99,8 +101,8 @@ def _calibrator(
             if value is not None:
                 raise UsageError(
                     f"{flag} {value} without --calibrate",
-                    needs="--calibrate PROMPTS: the model is run for nothing else",
-                    fix=f"leave {flag} out, or add --calibrate",
+                    needs="--calibrate PROMPTS: only calibration runs the model",
+                    fix=f"omit {flag}, or add --calibrate",
                 )
         return None
     from ascendit.pipeline.calibrate import Calibrator
@@ -112,7 +114,7 @@ def _calibrator(
 
 
 def _fields(settings: list[str]) -> dict[str, Any]:
-    """Fields of the request that a calibration runs with."""
+    """Request fields for the calibration run."""
     from ascendit.cli.generate_options import parse_settings
     from ascendit.pipeline.request import GenerateRequest
 
@@ -120,28 +122,28 @@ def _fields(settings: list[str]) -> dict[str, Any]:
     if wrong := sorted(set(layer) - ({*GenerateRequest.model_fields} - {"prompt", "image"})):
         raise UsageError(
             f"--set {wrong[0]} with --calibrate",
-            needs="a value of its videos, as num_inference_steps, height, width, num_frames",
-            fix="leave it out",
+            needs="a request field such as num_inference_steps, height, width or num_frames",
+            fix="omit it",
         )
     return layer
 
 
 @contextmanager
 def _ended_early(view: ProgressView) -> Iterator[None]:
-    """Ctrl-C, and too little memory for a calibration, as errors that say how to continue."""
+    """Convert Ctrl-C and out-of-memory during calibration to errors that say how to continue."""
     try:
         yield
     except KeyboardInterrupt as e:
         raise Cancelled(
             "cancelled",
-            needs="nothing; there is no output, and files that are whole wait beside its place",
-            fix="the same command with --resume goes on, without it starts anew",
+            needs="nothing: no output was written; completed files are stored for --resume",
+            fix="run the same command with --resume to continue, without it to start over",
         ) from e
     except Exception as e:
         if view.stage in ("load", "denoise") and is_out_of_memory(e):
             raise OutOfMemory(
                 "out of memory while the float model ran to calibrate",
-                needs="memory for the model as it is, with text encoder and VAE",
-                fix="--device with more memory; without --calibrate a small machine does it",
+                needs="memory for the unquantized model, with text encoder and VAE",
+                fix="use a --device with more memory, or omit --calibrate",
             ) from e
         raise

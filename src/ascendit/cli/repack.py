@@ -1,4 +1,4 @@
-"""`ascendit repack`: a checkpoint in another layout, with the same numbers."""
+"""`ascendit repack`: convert a checkpoint to another layout, with the same numbers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ascendit.cli.output import Output
 
 Base = Annotated[
     str | None,
-    flag("--base MODEL", "Diffusers folder of the same model, which gives text encoder, VAE and configs."),
+    flag("--base MODEL", "Diffusers folder of the same model, for text encoder, VAE and configs."),
 ]
-To = Annotated[str | None, flag("--to NAMES", "diffusers (default) or wan: whose names and folders.")]
-Check = Annotated[bool, flag("--check", "Decode both sides and compare every number.")]
+To = Annotated[str | None, flag("--to NAMES", "Tensor names and folders: diffusers (default) or wan.")]
+Check = Annotated[bool, flag("--check", "Decode source and output, and compare every value.")]
 
 
 def repack(
@@ -30,7 +30,7 @@ def repack(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint in another layout. Not one number changes; bytes go from file to file in the kernel.
+    """Convert a checkpoint to another layout. Values do not change; bytes are copied by the kernel.
 
     ascendit repack msmodelslim-export -o Wan2.2-T2V-A14B-mxfp8 --base hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers
     """
@@ -39,5 +39,5 @@ def repack(
 
     out: Output = ctx.obj
     with out.work(), progress_view(silent=out.silent) as view:
-        done = run(**chosen(ctx), on_progress=view)
-    out.result(done.as_dict(), done.lines())
+        result = run(**chosen(ctx), on_progress=view)
+    out.result(result.as_dict(), result.lines())

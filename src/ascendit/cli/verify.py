@@ -1,4 +1,4 @@
-"""`ascendit verify`: does a model do what it is asked? `--quality`: the table of what quantization costs."""
+"""`ascendit verify`: check the quality of a model's videos, or of every way to quantize it."""
 
 from __future__ import annotations
 
@@ -23,30 +23,31 @@ if TYPE_CHECKING:
 def verify(
     ctx: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Folder of a model of the demo's world.")
+        str | None, typer.Argument(metavar="[MODEL]", help="Folder of a model of the demo world.")
     ] = None,
-    demo: Annotated[bool, flag("--demo", "Use the small model that comes with ascendit.")] = False,
+    demo: Annotated[bool, flag("--demo", "Use the small demo model included with ascendit.")] = False,
     adherence: Annotated[
-        bool, flag("--adherence", "Judge from the pixels whether videos follow their prompts.")
+        bool, flag("--adherence", "Check from pixels whether videos match their prompts.")
     ] = False,
     quality: Annotated[
-        bool, flag("--quality", "Hold every scheme and recipe against BF16: a table in Markdown.")
+        bool, flag("--quality", "Compare every scheme and recipe with BF16: a Markdown table.")
     ] = False,
     cases: Annotated[
-        list[str] | None, flag("--case NAME", "With --quality: only this row, or a recipe's file.")
+        list[str] | None, flag("--case NAME", "With --quality: only this row, or a recipe file; repeatable.")
     ] = None,
-    seeds: Annotated[int | None, flag("--seeds N", "Seeds for each prompt; 2, with --quality 1.")] = None,
+    seeds: Annotated[int | None, flag("--seeds N", "Seeds per prompt; default 2, with --quality 1.")] = None,
     limit: Annotated[
-        int | None, flag("--limit N", "Take N of the 432 prompts, evenly spread; all, with --quality 192.")
+        int | None,
+        flag("--limit N", "Number of prompts, evenly spread; default 432, with --quality 192."),
     ] = None,
-    jobs: Annotated[int, flag("--jobs N", "With --quality: videos that are made at a time.")] = 1,
-    report: Annotated[Path | None, flag("--report FILE", "Write the counts as JSON.")] = None,
+    jobs: Annotated[int, flag("--jobs N", "With --quality: videos generated in parallel.")] = 1,
+    report: Annotated[Path | None, flag("--report FILE", "Write the results to a JSON file.")] = None,
     as_json: Json = False,
     swap_experts: Annotated[
-        bool, flag("--swap-experts", "Control: the experts in each other's place.")
+        bool, flag("--swap-experts", "With --adherence: exchange the experts, as a control.")
     ] = False,
 ) -> None:
-    """Check that a model does what it is asked. Prints the counts, and PASS or FAIL."""
+    """Check the quality of a model's videos. Prints counts, and PASS or FAIL."""
     out: Output = ctx.obj
     seeds = seeds if seeds is not None else 1 if quality else 2
     name = _check_call(model, demo=demo, checks=adherence + quality, seeds=seeds, report=report)
@@ -54,19 +55,19 @@ def verify(
         verify_adherence(out, name, range(seeds), limit, report, swap_experts)
         return
     if swap_experts:
-        needs = "--adherence, which it is the control of"
-        raise UsageError("--swap-experts with --quality", needs=needs, fix="leave it out")
+        got, needs = "--swap-experts with --quality", "--adherence, which it is a control for"
+        raise UsageError(got, needs=needs, fix="omit --swap-experts")
     if jobs < 1:
         raise UsageError(f"--jobs {jobs}", needs="at least 1", fix="--jobs 1")
     verify_quality(out, name, cases or (), range(seeds), 192 if limit is None else limit, jobs, report)
 
 
 def _check_call(model: str | None, *, demo: bool, checks: int, seeds: int, report: Path | None) -> str:
-    """The model's name. Raises UsageError for a call that cannot be done, before anything runs."""
+    """Check the flags and return the model's name. Raises UsageError for an invalid call."""
     if checks != 1:
         raise UsageError(
-            "two checks at a time" if checks else "no check was asked for",
-            needs="the name of one check: --adherence or --quality",
+            "two checks in one call" if checks else "no check selected",
+            needs="one check: --adherence or --quality",
             fix="ascendit verify --demo --adherence",
         )
     if demo == (model is not None):
@@ -79,23 +80,23 @@ def _check_call(model: str | None, *, demo: bool, checks: int, seeds: int, repor
 
 
 class Tally:
-    """Shows how many videos are made, and how many of the current case are right."""
+    """Shows the number of videos, and how many of the current case are right."""
 
     def __init__(self, view: ProgressView, total: int) -> None:
         self._view, self._total, self._done = view, total, 0
-        self._case, self._made, self._right = "", 0, 0
+        self._case, self._in_case, self._right = "", 0, 0
         self._start = time.perf_counter()
 
     def __call__(self, case: str, right: bool) -> None:
-        """One more video of this case; its name is "" if it is the only one."""
+        """Count one more video of this case; the name of a single case is ""."""
         if case != self._case:
-            self._case, self._made, self._right = case, 0, 0
+            self._case, self._in_case, self._right = case, 0, 0
         self._done += 1
-        self._made += 1
+        self._in_case += 1
         self._right += right
         text = f"judged {self._done}/{self._total}  right {self._right / self._done:.1%}"
         if case:
-            text = f"{case}: right {self._right}/{self._made}   video {self._done}/{self._total}"
+            text = f"{case}: right {self._right}/{self._in_case}   video {self._done}/{self._total}"
         pace = (time.perf_counter() - self._start) / self._done
         text += f"  {pace:.2g} s/video  eta {show_seconds(pace * (self._total - self._done))}"
         self._view.show(Progress(stage="denoise", step=self._done, total=self._total), text)
@@ -104,7 +105,7 @@ class Tally:
 def verify_adherence(
     out: Output, model: str, seeds: Sequence[int], limit: int | None, report: Path | None, swap_experts: bool
 ) -> None:
-    """Judge the videos, print the counts and the verdicts. Exits with 1 when a group is below its limit."""
+    """Judge the videos, print counts and verdicts. Exits with code 1 if a group is below its limit."""
     from ascendit.demo import world
     from ascendit.demo.adherence import pick
     from ascendit.pipeline.job import load
@@ -121,7 +122,7 @@ def verify_adherence(
                 pipe, scenes, seeds, swap_experts=swap_experts, cancel=interrupt.event, on_video=tally
             )
     error = adherence_error(result)
-    told = result.as_dict() | {
+    data = result.as_dict() | {
         "model": model,
         "seeds": len(seeds),
         "swapped_experts": swap_experts,
@@ -130,8 +131,8 @@ def verify_adherence(
         "seconds": round(time.perf_counter() - start, 1),
     }
     if report is not None:
-        write_report(report, told)
-    out.result(told, [result.table(), *verdict_lines(result)], error)
+        write_report(report, data)
+    out.result(data, [result.table(), *verdict_lines(result)], error)
 
 
 def verify_quality(
@@ -143,48 +144,48 @@ def verify_quality(
     jobs: int,
     report: Path | None,
 ) -> None:
-    """Measure, print the table and the verdicts. Exits with 1 when a case is below its limit.
+    """Measure, print the table and the verdicts. Exits with code 1 if a case is over its limit.
 
-    `report` is written anew after each row: it takes long, and what is done is not lost.
+    `report` is rewritten after each row, so that an interrupted run keeps its results.
     """
     from ascendit.demo.adherence import pick
     from ascendit.verify.quality import choose, default_cases, measure_quality
 
     start = time.perf_counter()
 
-    def told(quality: Quality) -> dict[str, object]:
-        good = all(kept for _, kept in quality.verdicts())
-        return quality.as_dict() | {"pass": good, "seconds": round(time.perf_counter() - start, 1)}
+    def report_data(quality: Quality) -> dict[str, object]:
+        passed = all(within for _, within in quality.verdicts())
+        return quality.as_dict() | {"pass": passed, "seconds": round(time.perf_counter() - start, 1)}
 
     def on_row(quality: Quality) -> None:
         if report is not None:
-            write_report(report, told(quality))
+            write_report(report, report_data(quality))
 
-    scenes, chosen = pick(limit), choose(names) if names else default_cases()
+    scenes, cases = pick(limit), choose(names) if names else default_cases()
     quiet_libraries()
     with out.work(), progress_view(silent=out.silent) as view, Interrupt(silent=out.silent) as interrupt:
-        tally = Tally(view, len(scenes) * len(seeds) * (1 + len(chosen)))
+        tally = Tally(view, len(scenes) * len(seeds) * (1 + len(cases)))
         quality = measure_quality(
-            model, chosen, scenes, seeds, jobs=jobs, cancel=interrupt.event, on_video=tally, on_row=on_row
+            model, cases, scenes, seeds, jobs=jobs, cancel=interrupt.event, on_video=tally, on_row=on_row
         )
-    out.result(told(quality), _quality_lines(quality), _quality_error(quality))
+    out.result(report_data(quality), _quality_lines(quality), _quality_error(quality))
 
 
 def _quality_lines(quality: Quality) -> Iterator[str]:
     yield quality.table()
-    for row, kept in quality.verdicts():
-        word = "PASS" if kept else "FAIL"
-        yield f"{word:<6}{row.name:<18}{row.lost(quality.base):>4} lost   at most {row.allowed()}"
+    for row, within in quality.verdicts():
+        verdict = "PASS" if within else "FAIL"
+        yield f"{verdict:<6}{row.name:<18}{row.lost(quality.base):>4} lost   at most {row.allowed()}"
 
 
 def _quality_error(quality: Quality) -> QualityError | None:
-    failed = [row for row, kept in quality.verdicts() if not kept]
+    failed = [row for row, within in quality.verdicts() if not within]
     if not failed:
         return None
-    words = (f"{row.name} loses {row.lost(quality.base)}, at most {row.allowed()}" for row in failed)
+    losses = (f"{row.name} loses {row.lost(quality.base)}, at most {row.allowed()}" for row in failed)
     return QualityError(
-        f"of {len(quality.base.right)} videos too many are wrong that BF16 gets right: {'; '.join(words)}",
-        needs="no more than the limit of each case",
-        fix="look at the layers in --report FILE; another scale rule, or a recipe that keeps more layers",
+        f"of {len(quality.base.right)} videos, too many right in BF16 are wrong here: {'; '.join(losses)}",
+        needs="losses within the limit of each case",
+        fix="see the layers in --report FILE; use another scale rule, or a recipe that excludes more layers",
         code="E-OUT-03",
     )

@@ -1,4 +1,4 @@
-"""One expert as a folder: its plan of tensors run into shards, and the JSON files beside them. No torch."""
+"""Write one expert as a folder: run its steps into weight files, and write its JSON files. No torch."""
 
 from __future__ import annotations
 
@@ -18,90 +18,90 @@ from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES, Data, ShardWriter, TensorSpec
 from ascendit.convert import provenance
 from ascendit.progress import Advance
-from ascendit.quant.vllm_omni_config import marker_for
+from ascendit.quant.vllm_omni_config import quantization_config_for
 from ascendit.version import __version__
-from ascendit.weights.engine_formats import Dialect, task_config
+from ascendit.weights.engine_formats import TargetFormat, task_config
 from ascendit.weights.tensor_steps import WAITING, Sink, TensorStep, run_steps, smoothed_in
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertOutput:
-    """What is written of one expert; names are Diffusers' here, the dialect's in the files."""
+    """The output of one expert. Names are Diffusers names; `target` maps them to stored names."""
 
     source: Expert
     folder: str
-    """Inside the output; `.` for the output itself."""
-    dialect: Dialect
+    """Relative to the output; `.` for the output itself."""
+    target: TargetFormat
     steps: list[TensorStep]
     config: Mapping[str, Any]
-    """Of a WanTransformer3DModel."""
+    """Config of a WanTransformer3DModel."""
     layers: Mapping[str, str]
-    """Linears of the blocks, and others that are quantized or smoothed -> scheme."""
+    """Linear layers of the blocks, and others that are quantized or smoothed -> scheme."""
     attention: Mapping[str, str]
     """`<attn>.quant_type` -> its value in the manifest."""
-    more_entries: Mapping[str, str] = field(default_factory=dict)
-    """Entries of the source's manifest that stay true."""
+    other_entries: Mapping[str, str] = field(default_factory=dict)
+    """Entries of the source's manifest that are still valid."""
 
     @property
     def specs(self) -> list[TensorSpec]:
-        """Every tensor, in the order of the files."""
+        """All tensors in the order of the files."""
         return [spec for step in self.steps for spec in step.specs]
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.specs)
 
     @property
     def disk_names(self) -> dict[str, str]:
-        """Diffusers name -> name in the files."""
+        """Diffusers name -> stored name."""
         smoothed = smoothed_in(self.steps)
-        return {spec.name: self.dialect.on_disk(spec.name, smoothed) for spec in self.specs}
+        return {spec.name: self.target.on_disk(spec.name, smoothed) for spec in self.specs}
 
 
 def fingerprint(outputs: Iterable[ExpertOutput], parts: Sequence[object], more: Iterable[Path] = ()) -> str:
-    """The same for two runs that write the same bytes from the same files.
+    """A hash that is equal for two runs that write the same bytes from the same files.
 
-    `parts`: what else decides about the bytes, with a `repr` that says it. `more`: other files that are read.
+    `parts`: other values that determine the bytes, hashed by their `repr`. `more`: other source files.
     """
     outputs = list(outputs)
     files = {info.file for output in outputs for info in output.source.tensors.values()} | set(more)
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
-    layouts = [(output.folder, output.config, output.dialect, output.specs) for output in outputs]
+    layouts = [(output.folder, output.config, output.target, output.specs) for output in outputs]
     return hashlib.sha256(repr((__version__, stamps, layouts, parts)).encode()).hexdigest()
 
 
 class WriteBehind(Sink):
-    """Calls `append` and `move` of a writer in their order, a little later, from a thread of its own.
+    """Calls `append` and `move` of a writer from a separate thread, in the same order.
 
-    So the next rows are encoded while these are written. What goes wrong there is raised by the next call
-    here. As a context manager it ends the thread; the writer is the caller's to close.
+    The next rows are encoded while the previous ones are written. An error in the thread is raised by a later
+    call. As a context manager it ends the thread; the caller closes the writer.
     """
 
     def __init__(self, writer: ShardWriter, names: Mapping[str, str] | None = None) -> None:
-        """`names`: Diffusers name -> name in the file, where they differ."""
+        """`names`: Diffusers name -> stored name, for names that differ."""
         self._writer, self._names = writer, names or {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ascendit-write")
         self._waiting: deque[Future[None]] = deque()
 
     def done(self, name: str) -> bool:
-        """As of the writer: known from the beginning."""
+        """Whether the tensor is complete from an earlier run."""
         return self._writer.done(self._names.get(name, name))
 
     def append(self, name: str, data: Data) -> None:
-        """The next bytes of a tensor. Waits while as many pieces as may are on their way."""
-        self._put(self._writer.append, self._names.get(name, name), data)
+        """Write the next bytes of a tensor. Blocks while WAITING pieces are not written yet."""
+        self._submit(self._writer.append, self._names.get(name, name), data)
 
     def move(self, step: TensorStep) -> None:
-        """A whole tensor from another file, in the kernel where it can."""
-        self._put(self._writer.move, step.sources[0], self._names.get(step.name, step.name))
+        """Copy a complete tensor from its source, in the kernel if possible."""
+        self._submit(self._writer.move, step.sources[0], self._names.get(step.name, step.name))
 
     def flush(self) -> None:
-        """Wait until all is written."""
+        """Wait until everything is written."""
         while self._waiting:
             self._waiting.popleft().result()
 
-    def _put(self, call: Callable[..., None], *args: Any) -> None:
+    def _submit(self, call: Callable[..., None], *args: Any) -> None:
         while len(self._waiting) >= WAITING:
             self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(call, *args))
@@ -126,20 +126,21 @@ def write_expert(
     encode_all: bool = False,
     align: bool = False,
 ) -> dict[str, str]:
-    """Write the files of one expert; path in the output -> sha256 of the weights with `hash`.
+    """Write the files of one expert. Returns path in the output -> sha256 of the weight files with `hash`.
 
-    `encode_all`: as for `run_steps`. `hash_json`: of the JSON files too. `align`: tensors start at the same
-    offset within a page as in the source, which makes moving faster. Raises as `run_steps` and `ShardWriter`.
+    `encode_all`: see `run_steps`. `hash_json`: hash the JSON files too. `align`: tensors start at the same
+    offset within a page as in the source, which makes copying faster. Raises the errors of `run_steps` and
+    `ShardWriter`.
     """
-    dialect, names = output.dialect, output.disk_names
-    stem, manifest_file = dialect.file_names(model_quant_type(output.layers))
+    target, names = output.target, output.disk_names
+    stem, manifest_file = target.file_names(model_quant_type(output.layers))
     folder = staging.path / output.folder
     folder.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(
         folder,
-        [_in_file(step, spec, names, align) for step in output.steps for spec in step.specs],
+        [_stored_spec(step, spec, names, align) for step in output.steps for spec in step.specs],
         stem=stem,
-        max_shard_bytes=None if dialect.export else max_shard_bytes,
+        max_shard_bytes=None if target.export else max_shard_bytes,
         hash=hash,
         journal=staging.journal,
     )
@@ -149,26 +150,26 @@ def write_expert(
         digests = writer.close()
     private = [shard.file for shard in writer.shards]
     written = [folder / "config.json"]
-    marker = marker_for(output.layers, smoothed_in(output.steps))
-    provenance.write_json(written[0], dialect.config(output.config, marker))
-    if dialect.export:
+    quantization = quantization_config_for(output.layers, smoothed_in(output.steps))
+    provenance.write_json(written[0], target.config(output.config, quantization))
+    if target.export:
         written.append(folder / "configuration.json")
         provenance.write_json(written[-1], task_config(output.config))
     if output.attention or any(name.endswith("_scale") for name in names):
         written.append(folder / manifest_file)
-        manifest = dialect.manifest(output.layers, list(names), output.attention, output.more_entries)
+        manifest = target.manifest(output.layers, list(names), output.attention, output.other_entries)
         written[-1].write_text(json.dumps(manifest, indent=4) + "\n", encoding="utf-8")
         private.append(written[-1])
-    if dialect.export:
+    if target.export:
         for file in private:
             file.chmod(0o640)
     if hash_json:
         written += folder.glob("*.index.json")
         digests |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in written}
-    place = folder.relative_to(staging.path)
-    return {(place / name).as_posix(): digest for name, digest in digests.items()}
+    relative = folder.relative_to(staging.path)
+    return {(relative / name).as_posix(): digest for name, digest in digests.items()}
 
 
-def _in_file(step: TensorStep, spec: TensorSpec, names: Mapping[str, str], align: bool) -> TensorSpec:
+def _stored_spec(step: TensorStep, spec: TensorSpec, names: Mapping[str, str], align: bool) -> TensorSpec:
     start = step.sources[0].start if align and step.how == "move" else None
     return replace(spec, name=names[spec.name], source_start=start)

@@ -1,8 +1,8 @@
-"""What goes with the weights: `ascendit.json`, the model card, and the other parts of the model. No torch.
+"""Write the record `ascendit.json`, the model card and the other components of a model. No torch.
 
-Record and card hold no date, no path of this machine and nothing else that differs between two runs of the
-same command, so equal inputs give equal folders. The other parts come from the base of a repacked
-transformer, its published Diffusers folder.
+Record and card contain no dates, local paths or anything else that differs between two runs of the same
+command, so equal inputs give equal folders. The other components of a repacked transformer are those of its
+base, the published Diffusers folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendit.checkpoint.hub import model_folder
-from ascendit.checkpoint.layout import INDEX_FILE, RECORD_FILE, WORDS, Layout, recognise
+from ascendit.checkpoint.layout import INDEX_FILE, KIND_LABELS, RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.output_folder import link_or_copy
 from ascendit.checkpoint.quant_metadata import CONFIG_KEY
 from ascendit.checkpoint.transformer import Expert, shapes_of
@@ -31,12 +31,12 @@ CARD_FILE = "README.md"
 RECORD_VERSION = 1
 PIPELINE_TAGS = {"t2v": "text-to-video", "i2v": "image-to-video", "ti2v": "text-to-video"}
 _LICENCE_KEYS = ("license", "license_name", "license_link")
-_CARD_LIMIT = 1 << 20  # bytes of a source's README.md that are looked at
+_CARD_LIMIT = 1 << 20  # bytes; a larger README.md of the source is not read
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """How a folder was made; the same for both verbs. What is empty is left out."""
+class ConversionRecord:
+    """How a folder was created by `quantize` or `repack`. Empty values are omitted from the files."""
 
     verb: str
     """quantize or repack."""
@@ -45,80 +45,80 @@ class Made:
     model_kind: str
     """t2v, i2v, ti2v."""
     command: str
-    """A line that makes the folder again, see `command_line`."""
+    """The command line that creates the folder again, see `command_line`."""
     files: Mapping[str, str]
-    """Path in the folder -> sha256, if they were computed."""
+    """Path in the folder -> sha256; empty if not computed."""
     schemes: Mapping[str, int]
     """Scheme -> number of linear layers, over all experts."""
     bits_per_weight: float
     recipe: Mapping[str, Any] = field(default_factory=dict)
     loras: Sequence[Mapping[str, Any]] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
-    """Anything else that belongs into `ascendit.json`."""
+    """Other entries of `ascendit.json`."""
     notes: Sequence[str] = ()
     """Paragraphs for the card."""
 
 
-def ascendit_json(made: Made) -> dict[str, Any]:
-    """The record: where the folder comes from, what was done, and the sha256 of each file that was hashed."""
+def ascendit_json(record: ConversionRecord) -> dict[str, Any]:
+    """The content of `ascendit.json`: source, command, recipe, versions, and the sha256 of hashed files."""
     data: dict[str, Any] = {
         "version": RECORD_VERSION,
-        "made_by": f"ascendit {__version__} {made.verb}",
+        "made_by": f"ascendit {__version__} {record.verb}",
         "versions": _versions(),
-        "command": made.command,
-        "source": {"name": source_name(made.layout), "layout": made.layout.kind},
-        "model_kind": made.model_kind,
-        "layers": dict(made.schemes),
-        "bits_per_weight": round(made.bits_per_weight, 3),
-        "recipe": dict(made.recipe),
-        "loras": [dict(lora) for lora in made.loras],
-        **made.details,
-        "files": dict(sorted(made.files.items())),
+        "command": record.command,
+        "source": {"name": source_name(record.layout), "layout": record.layout.kind},
+        "model_kind": record.model_kind,
+        "layers": dict(record.schemes),
+        "bits_per_weight": round(record.bits_per_weight, 3),
+        "recipe": dict(record.recipe),
+        "loras": [dict(lora) for lora in record.loras],
+        **record.details,
+        "files": dict(sorted(record.files.items())),
     }
     return {key: value for key, value in data.items() if value not in ({}, [])}
 
 
-def model_card(made: Made, name: str) -> str:
-    """README.md for a hub: YAML front matter, then what the folder is. `name`: of the folder."""
+def model_card(record: ConversionRecord, name: str) -> str:
+    """The content of README.md for a hub: YAML front matter and a description. `name`: of the folder."""
     from huggingface_hub import CardData  # 0.1 s
 
-    base = made.layout.source
+    base = record.layout.source
     front = {
-        "base_model": base.rsplit("@", 1)[0] if base else printable(made.layout.name),
+        "base_model": base.rsplit("@", 1)[0] if base else printable(record.layout.name),
         "base_model_relation": "quantized",
         "library_name": "diffusers",
-        "pipeline_tag": PIPELINE_TAGS[made.model_kind],
-        "tags": ["ascendit", *(scheme for scheme in made.schemes if scheme != "bf16")],
-        **_licence(made.layout.root),
+        "pipeline_tag": PIPELINE_TAGS[record.model_kind],
+        "tags": ["ascendit", *(scheme for scheme in record.schemes if scheme != "bf16")],
+        **_licence(record.layout.root),
     }
-    layers = ", ".join(f"{count} {scheme}" for scheme, count in made.schemes.items())
-    rows = [("Made from", source_name(made.layout)), ("Linear layers", layers)]
-    rows.append(("Bits per weight", f"{made.bits_per_weight:.2f} (transformers, scales included)"))
-    if about := made.recipe.get("about"):
-        rows.insert(1, ("Recipe", f"{made.recipe['name']}: {about}"))
-    rows += [("LoRA", f"{lora['file']} at {lora['weight']:g}") for lora in made.loras]
+    layers = ", ".join(f"{count} {scheme}" for scheme, count in record.schemes.items())
+    rows = [("Source", source_name(record.layout)), ("Linear layers", layers)]
+    rows.append(("Bits per weight", f"{record.bits_per_weight:.2f} (transformers, scales included)"))
+    if about := record.recipe.get("about"):
+        rows.insert(1, ("Recipe", f"{record.recipe['name']}: {about}"))
+    rows += [("LoRA", f"{lora['file']} with weight {lora['weight']:g}") for lora in record.loras]
     rows += [(key, version) for key, version in _versions().items()]
     lines = ["---", CardData(**front).to_yaml(), "---", "", f"# {name}", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows), ""]
-    lines += ["```bash", made.command, "```", ""]
-    for note in made.notes:
+    lines += ["Created with:", "", "```bash", record.command, "```", ""]
+    for note in record.notes:
         lines += [note, ""]
-    hashes = " and the sha256 of each file" if made.files else ""
+    hashes = ", and the sha256 of each file" if record.files else ""
     lines += [
-        f"`{RECORD_FILE}` has the rules and their scale rules{hashes};",
-        "`quant_model_description.json` beside the weights has the scheme of every tensor.",
+        f"`{RECORD_FILE}` contains the quantization rules with their scale rules{hashes}.",
+        "`quant_model_description.json` in the folder of the weights lists the scheme of every tensor.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def write_made(folder: Path, made: Made, name: str) -> None:
-    """Write both files into `folder`. `name`: what the folder will be called."""
-    write_json(folder / RECORD_FILE, ascendit_json(made))
-    (folder / CARD_FILE).write_text(model_card(made, printable(name)), encoding="utf-8")
+def write_record_and_card(folder: Path, record: ConversionRecord, name: str) -> None:
+    """Write `ascendit.json` and README.md into `folder`. `name`: final name of the folder."""
+    write_json(folder / RECORD_FILE, ascendit_json(record))
+    (folder / CARD_FILE).write_text(model_card(record, printable(name)), encoding="utf-8")
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Indented JSON with a newline at the end."""
+    """Write indented JSON with a newline at the end."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -128,32 +128,31 @@ def source_name(layout: Layout) -> str:
 
 
 def printable(name: str) -> str:
-    """A file name as text that can be written: bytes that are no UTF-8 as `\\xe9`."""
+    """A file name as valid text: bytes that are not UTF-8 become `\\xe9`."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str, object]]) -> str:
-    """`ascendit quantize hf:org/name@rev -o name --scheme mxfp8`: folders by their names alone.
+    """`ascendit quantize hf:org/name@rev -o name --scheme mxfp8`, with the names of folders, not their paths.
 
-    A flag with None or False is left out, True stands without a value, a list repeats the flag.
+    A flag with None or False is omitted, True adds the flag without a value, a list repeats the flag.
     """
     hub = "ms" if "modelscope" in layout.root.parts else "hf"
     source = f"{hub}:{layout.source}" if layout.source else printable(layout.name)
-    words = ["ascendit", verb, source, "-o", printable(dst.name)]
-    for flag, value in flags:
-        values = value if isinstance(value, list | tuple) else [value]
-        for one in values:
-            if one is True:
-                words.append(flag)
-            elif one is not None and one is not False:
-                words += [flag, str(one)]
-    return shlex.join(words)
+    args = ["ascendit", verb, source, "-o", printable(dst.name)]
+    for flag, setting in flags:
+        for value in setting if isinstance(setting, list | tuple) else [setting]:
+            if value is True:
+                args.append(flag)
+            elif value is not None and value is not False:
+                args += [flag, str(value)]
+    return shlex.join(args)
 
 
 def outputs_table(expert: str, outputs: Outputs) -> str:
-    """Signal to noise of what comes out, with and without smoothing, as Markdown."""
+    """The SQNR of layer outputs with and without smoothing, as Markdown."""
     rows = [f"| {name} | {q.plain:.2f} | {q.smoothed:.2f} |" for name, q in outputs.rows(0)]
-    head = f"Signal to noise of the outputs of `{expert}` on captured tokens, in dB, mean over the blocks:"
+    head = f"SQNR of the layer outputs of `{expert}` on captured activations in dB, mean over the blocks:"
     return "\n".join([head, "", "| layers | without smoothing | smoothed |", "|---|---|---|", *rows])
 
 
@@ -162,13 +161,13 @@ def _cell(text: str) -> str:
 
 
 def _licence(root: Path) -> dict[str, Any]:
-    """The licence lines of the source's own card, if that can be read."""
+    """The licence entries of the source's card, if it has a readable one."""
     from huggingface_hub import metadata_load
 
     card = root / CARD_FILE
     try:
         data = metadata_load(card) if card.stat().st_size <= _CARD_LIMIT else None
-    except Exception:  # no card, no text, or no YAML
+    except Exception:  # no card, not text, or invalid YAML
         return {}
     return {key: value for key, value in (data or {}).items() if key in _LICENCE_KEYS and value}
 
@@ -182,17 +181,21 @@ _LICENCE = re.compile(r"(?:LICEN[CS]E|NOTICE)\b", re.IGNORECASE)
 
 
 def read_base(base: Path | str, source: Layout) -> Layout:
-    """The layout of `--base`. UsageError E-USE-01 unless it is a pipeline folder with as many experts."""
+    """Read the layout of `--base`.
+
+    Raises UsageError E-USE-01 if it is not a pipeline folder, CheckpointError E-CKP-04 for another number of
+    experts, and the errors of `model_folder` and `recognise`.
+    """
     layout = recognise(model_folder(base, experts=False))
     if layout.kind != "diffusers":
         raise UsageError(
-            f"--base {base} is {WORDS[layout.kind]}",
+            f"--base {base} is {KIND_LABELS[layout.kind]}",
             needs=f"a Diffusers folder with {INDEX_FILE}, text encoder and VAE",
-            fix="give the published folder of the model, for example hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+            fix="pass the published folder of the model, for example hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers",
         )
     if len(layout.experts) != len(source.experts):
         raise _other_model(
-            f"{source.root} has {_experts(source)}, --base {layout.root} has {_experts(layout)}",
+            f"{source.root} has {_experts(source)}, but --base {layout.root} has {_experts(layout)}",
         )
     return layout
 
@@ -202,43 +205,45 @@ def _experts(layout: Layout) -> str:
 
 
 def config_from(base: Layout, expert: Expert) -> dict[str, Any]:
-    """The config of this expert in `base`.
+    """Return the config of this expert in `base`.
 
-    Raises CheckpointError E-CKP-04, which names both, if the base is of another shape.
+    Raises CheckpointError E-CKP-04, which names both, if the shapes of the base differ.
     """
     config = base.part(expert.name).config
-    wanted, found = expected_tensors(config), shapes_of(expert)
-    unlike = [f"{n} {list(found[n])} is {list(s)} there" for n, s in wanted.items() if found.get(n, s) != s]
-    lacking = [name for name in wanted if name not in found]
-    model = {n for n in found if n.endswith((".weight", ".bias", "scale_shift_table", ".pos_embed"))}
-    extra = [n for n in model - wanted.keys() if not any(part in n for part in TOLERATED)]
-    kinds = {"of other shapes": unlike, "that it lacks": lacking, "that the base lacks": extra}
+    expected, shapes = expected_tensors(config), shapes_of(expert)
+    misshapen = [
+        f"{n} {list(shapes[n])}, not {list(s)}" for n, s in expected.items() if shapes.get(n, s) != s
+    ]
+    missing = [name for name in expected if name not in shapes]
+    model = {n for n in shapes if n.endswith((".weight", ".bias", "scale_shift_table", ".pos_embed"))}
+    extra = [n for n in model - expected.keys() if not any(part in n for part in TOLERATED)]
+    kinds = {"with another shape": misshapen, "missing": missing, "not in the base": extra}
     if problems := problem_counts(kinds, 2):
-        raise _other_model(f"{expert.path} does not fit --base {base.root}: {problems}")
+        raise _other_model(f"{expert.path} does not match --base {base.root}: {problems}")
     return {key: value for key, value in config.items() if key != CONFIG_KEY}
 
 
 def _other_model(got: str) -> CheckpointError:
     return CheckpointError(
         got,
-        needs="a base of the same model: as many experts, the same layers and shapes",
-        fix="give the Diffusers folder of the model that was quantized, or leave --base out",
+        needs="a base of the same model: the same number of experts, layers and shapes",
+        fix="pass the Diffusers folder of the model that was quantized, or omit --base",
         code="E-CKP-04",
     )
 
 
-def place_parts(base: Layout, folder: Path, *, copy: bool) -> tuple[str, ...]:
-    """Put everything but the transformers into `folder`, linked unless `copy`. Returns what was placed.
+def add_components(base: Layout, folder: Path, *, copy: bool) -> tuple[str, ...]:
+    """Link, or copy if `copy`, all components except the transformers into `folder`. Returns their names.
 
-    Its index and its licences are copied in any case.
+    `model_index.json` and licences are always copied.
     """
-    placed = []
+    added = []
     for name, part in base.parts.items():
         if part not in base.experts:
             link_or_copy(part.path, folder / name, copy=copy)
-            placed.append(name)
+            added.append(name)
     licences = sorted(p.name for p in base.root.iterdir() if p.is_file() and _LICENCE.match(p.name))
     for file in [INDEX_FILE, *licences]:
         shutil.copyfile(base.root / file, folder / file)
-        placed.append(file)
-    return tuple(placed)
+        added.append(file)
+    return tuple(added)

@@ -1,9 +1,9 @@
-"""BF16 -> quantized: any float checkpoint that `checkpoint.layout` knows becomes a complete folder, streamed.
+"""Quantize a float checkpoint in any layout of `checkpoint.layout` into a new, complete folder.
 
     report = quantize("Wan2.2-T2V-A14B-Diffusers", "Wan2.2-T2V-A14B-mxfp8", scheme="mxfp8")
 
-Weights go through in blocks of rows, so memory use does not depend on the size of the model. The folder is
-written beside its place and renamed at the end: it appears complete or not at all.
+Weights are processed in blocks of rows, so memory use does not depend on the size of the model. The folder is
+written under a temporary name and renamed at the end: it appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from ascendit.convert.calibration import (
     smoothable,
 )
 from ascendit.convert.expert_folder import ExpertOutput, fingerprint, write_expert
-from ascendit.convert.report import Outputs, QuantizedExpert, QuantizeReport, calibration_words
+from ascendit.convert.report import Outputs, QuantizedExpert, QuantizeReport, calibration_text
 from ascendit.errors import UsageError
 from ascendit.family import Task
 from ascendit.progress import Meter, OnProgress
 from ascendit.quant.recipe import Recipe, load_recipe, no_scheme
 from ascendit.weights.applied_recipe import AppliedRecipe, apply_recipe, check_kind, warnings_for
-from ascendit.weights.engine_formats import Dialect, check_engine, dialect_for, model_kind
+from ascendit.weights.engine_formats import TargetFormat, check_engine, model_kind, target_format
 from ascendit.weights.lora.fold import Folds, LoraSource, parse_lora
 from ascendit.weights.recipe_steps import RecipeSteps
 
 Smoothing = Mapping[str, Mapping[str, torch.Tensor]]
 """Expert -> layer -> mul_scale, float32 [K]."""
-SMALL = 1 << 20
-"""Bytes; files at the top of a model that are larger than this are no part of it."""
+MAX_COPIED_BYTES = 1 << 20
+"""Larger files at the top of the source folder are not copied."""
 _NOT_COPIED = {provenance.CARD_FILE, RECORD_FILE, MANIFEST_FILE}
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".index.json")
 
@@ -77,27 +77,28 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize the transformers of the model at `src` into the new folder `dst`.
 
-    `scheme`: mxfp8, mxfp4, mxfp4_dualscale, int8, fp8, for a recipe that leaves it open (`default` does).
-    `recipe`: a name of `recipe_names()` or a TOML file. `scale_rule`: one of the scheme's in `mx.formats`.
-    `keep`: patterns of layers that stay as they are. `loras`: folded in before anything else, in this order.
-    `smoothing`: weights are multiplied by 1 / mul_scale, which is stored. `calibrate`: a
-    `pipeline.calibrate.Calibrator`, which runs the model to find that smoothing. `engine`: write its dialect.
-    `copy`: other components are copied, not linked. `resume`: go on where a killed run with the same
-    arguments stopped. `force`: quantize where accuracy is known to suffer. `report`: measure SQNR. `hash`:
-    the sha256 of every file goes into `ascendit.json`, which takes as long as all the rest. `dry_run`: check
-    only.
+    `scheme`: mxfp8, mxfp4, mxfp4_dualscale, int8, fp8, for a recipe without a fixed scheme (such as
+    `default`). `recipe`: a name of `recipe_names()` or a TOML file. `scale_rule`: one of the scheme's in
+    `mx.formats`. `keep`: patterns of layers that are not quantized. `loras`: LoRA files that are folded
+    first, in order. `smoothing`: expert -> layer -> mul_scale, float32 [K], which is stored; weights are
+    multiplied by 1 / mul_scale. `calibrate`: a `pipeline.calibrate.Calibrator`, which runs the model to
+    compute the smoothing. `engine`: write the format of this engine. `copy`: copy other components instead of
+    linking them. `resume`: continue a killed run with the same arguments. `force`: quantize even if a loss of
+    accuracy is known. `report`: measure SQNR. `hash`: store the sha256 of every file in `ascendit.json`;
+    doubles the run time. `dry_run`: only check and report.
 
-    Raises UsageError: E-USE-01 for arguments that do not go together, E-USE-02 for a missing source or
-    recipe, E-USE-03 and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 and E-QNT-02,
-    E-ENG-01; CheckpointError for damaged sources and LoRA files; EnvironmentProblem E-ENV-04 for a full disk.
+    Raises UsageError: E-USE-01 for incompatible arguments, E-USE-02 for a missing source or recipe, E-USE-03
+    and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 and E-QNT-02 for models that
+    the recipe does not support, E-ENG-01 for the engine; CheckpointError for damaged sources and LoRA files;
+    EnvironmentProblem E-ENV-04 for a full disk.
     """
     if scheme is None and recipe is None:
         raise no_scheme("quantize")
     if calibrate is not None and smoothing:
         raise UsageError(
             "both smoothing and calibrate",
-            needs="one of them: a calibration makes the smoothing",
-            fix="leave one out",
+            needs="only one of them: a calibration computes the smoothing",
+            fix="omit one of them",
         )
     files = tuple(parse_lora(lora) if isinstance(lora, str) else lora for lora in loras)
     flags: list[tuple[str, object]] = [
@@ -118,7 +119,7 @@ def quantize(
         recipe=load_recipe(recipe or "default", scheme, scale_rule),
         keep=tuple(keep),
         loras=files,
-        dialect=dialect_for(engine),
+        target=target_format(engine),
         smoothing=smoothing or {},
         calibrate=calibrate,
         max_shard_bytes=max_shard_bytes,
@@ -135,30 +136,30 @@ def quantize(
 
 @dataclass
 class QuantizeJob:
-    """One run: everything that is decided before the first byte is written."""
+    """One run, with everything that is decided before the first byte is written."""
 
     layout: Layout
     dst: Path
     recipe: Recipe
     keep: tuple[str, ...]
     loras: tuple[LoraSource, ...]
-    dialect: Dialect
+    target: TargetFormat
     smoothing: Smoothing
     calibrate: Calibrate | None
-    """Makes `smoothing`, once everything else is known to be right."""
+    """Computes `smoothing`, after all other checks."""
     max_shard_bytes: int | None
     copy: bool
     measure: bool
     hash: bool
     flags: list[tuple[str, object]]
-    """The command line, without what names no file of the model; files by their names alone."""
+    """The flags of the command line for the model card, with file names instead of paths."""
     kind: Task = field(init=False)
     experts: list[RecipeSteps] = field(init=False)
     planned: dict[str, ExpertOutput] = field(init=False)
-    """Expert -> its output before a calibration, which changes smoothing factors, never a size."""
+    """Expert -> its output before a calibration, which changes smoothing factors but not sizes."""
     outputs: dict[str, Outputs] = field(init=False, default_factory=dict)
     files: dict[str, str] = field(init=False, default_factory=dict)
-    """Path in the folder -> sha256, if asked for."""
+    """Path in the folder -> sha256, with `hash`."""
     calibration: Mapping[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -168,38 +169,42 @@ class QuantizeJob:
             raise UsageError(
                 f"smoothing for {', '.join(unknown)}",
                 needs=f"one of {', '.join(names)}",
-                fix="name the experts as the model does",
+                fix="use the expert names of the model",
                 code="E-USE-05",
             )
         self.kind = model_kind(experts[0].config)
         self.experts = []
         for expert in experts:
             smoothing = self.smoothing.get(expert.name)
-            one = apply_recipe(expert, self.recipe, self.kind, keep=self.keep, smoothing=smoothing)
+            applied = apply_recipe(expert, self.recipe, self.kind, keep=self.keep, smoothing=smoothing)
             if self.calibrate is not None:
-                one = replace(one, smoothing=placeholders(one))
+                applied = replace(applied, smoothing=placeholders(applied))
             shapes = {name: info.shape for name, info in expert.tensors.items()}
             folds = Folds.open(self.loras, expert.name, shapes, experts=names)
-            self.experts.append(RecipeSteps(one, self.dialect, folds, measure=self.measure))
+            self.experts.append(RecipeSteps(applied, self.target, folds, measure=self.measure))
 
     @property
     def applied(self) -> list[AppliedRecipe]:
-        """What becomes of each expert."""
+        """The applied recipe of each expert."""
         return [expert.applied for expert in self.experts]
 
     def check(self, force: bool) -> None:
-        """Refuse before any work what cannot come out well; plan the rest."""
+        """Check the run and plan its outputs.
+
+        Raises UsageError E-QNT-01 if nothing would be quantized, E-QNT-02 for a known loss of accuracy
+        without `force`, E-ENG-01 if the engine cannot run the output, and the errors of `calibrate.record`.
+        """
         used = {scheme for applied in self.applied for scheme in applied.schemes}
         if not used - {"bf16"}:
             keep = f" with --keep {' '.join(self.keep)}" if self.keep else ""
             raise UsageError(
                 f"recipe {self.recipe.name}{keep} quantizes no layer",
-                needs="at least one layer in another scheme than bf16",
-                fix="keep fewer layers; `ascendit repack` changes the layout of a model alone",
+                needs="at least one layer with a scheme other than bf16",
+                fix="exclude fewer layers; to change only the layout of a model, use `ascendit repack`",
                 code="E-QNT-01",
             )
         check_kind(self.kind, used, self.layout.name, force=force)
-        if (engine := self.dialect.engine) is not None:
+        if (engine := self.target.engine) is not None:
             for applied in self.applied:
                 check_engine(engine, applied.traits, f"{self.layout.name}/{applied.expert.name}")
         if self.calibrate is not None:
@@ -209,21 +214,21 @@ class QuantizeJob:
     # ---- writing --------------------------------------------------------------------------------
 
     def output_of(self, expert: RecipeSteps) -> ExpertOutput:
-        """What is written of one expert."""
+        """The planned output of one expert."""
         applied, source = expert.applied, expert.applied.expert
-        asked = {f"{a.name}{QUANT_TYPE}": a.quant_type for a in applied.attention if a.quant_type}
+        attention = {f"{a.name}{QUANT_TYPE}": a.quant_type for a in applied.attention if a.quant_type}
         return ExpertOutput(
             source=source,
-            folder=self.dialect.folder(source.name, len(self.experts)),
-            dialect=self.dialect,
+            folder=self.target.folder(source.name, len(self.experts)),
+            target=self.target,
             steps=expert.plan(),
             config=source.config,
-            layers=applied.inside,
-            attention=source.attention | asked,
+            layers=applied.layer_schemes,
+            attention=source.attention | attention,
         )
 
     def run(self, resume: bool, on_progress: OnProgress | None) -> QuantizeReport:
-        """Write the folder."""
+        """Write the folder. Raises the errors of `Staging`, `Calibrate` and `write_expert`."""
         start = time.perf_counter()
         sources = [self.layout.root, *(x.expert.path for x in self.applied), *(x.path for x in self.loras)]
         needed = sum(output.nbytes for output in self.planned.values())
@@ -235,32 +240,35 @@ class QuantizeJob:
             resume=resume,
             needs_bytes=needed,
         ) as staging:
-            found = self._calibrate(staging)
+            statistics = self._calibrate(staging)
             total = sum(applied.bytes_before for applied in self.applied)
-            if self.measure and found:  # each smoothed weight is read once more
+            if self.measure and statistics:  # each smoothed weight is read a second time
                 total += sum(x.weight(name).nbytes for x in self.applied for name in smoothable(x))
             meter = Meter(total, on_progress)
             for expert in self.experts:
-                self._write(expert, staging, meter, found)
+                self._write(expert, staging, meter, statistics)
             for source, name in self._others():
                 link_or_copy(source, staging.path / name, copy=self.copy or source.is_file())
-            provenance.write_made(staging.path, self.made(), self.dst.name)
+            provenance.write_record_and_card(staging.path, self.record(), self.dst.name)
             (staging.path / STATISTICS).unlink(missing_ok=True)
             staging.publish()
         return self.report(time.perf_counter() - start)
 
     def _calibrate(self, staging: Staging) -> ExpertStatistics:
-        """Run the model, or take what a killed run has found, and put the factors in their places."""
+        """Run the model, or read the statistics of a killed run, and set the smoothing of each expert."""
         if self.calibrate is None:
             return {}
         rows = SAMPLED_ROWS if self.measure else 0
-        found = self.calibrate(self.layout, self.loras, rows, staging.journal)
+        statistics = self.calibrate(self.layout, self.loras, rows, staging.journal)
         for expert in self.experts:
-            made = mul_scales(expert.applied, found.get(expert.applied.expert.name, {}), self.calibrate.alpha)
-            expert.applied = replace(expert.applied, smoothing=made)
-        return found
+            inputs = statistics.get(expert.applied.expert.name, {})
+            smoothing = mul_scales(expert.applied, inputs, self.calibrate.alpha)
+            expert.applied = replace(expert.applied, smoothing=smoothing)
+        return statistics
 
-    def _write(self, expert: RecipeSteps, staging: Staging, meter: Meter, found: ExpertStatistics) -> None:
+    def _write(
+        self, expert: RecipeSteps, staging: Staging, meter: Meter, statistics: ExpertStatistics
+    ) -> None:
         name = expert.applied.expert.name
         self.files |= write_expert(
             self.output_of(expert),
@@ -271,45 +279,47 @@ class QuantizeJob:
             max_shard_bytes=self.max_shard_bytes,
             encode_all=self.measure,
         )
-        if self.measure and found:
+        if self.measure and statistics:
             with RowReader() as reader:
                 advance = meter.advance_in(f"outputs of {name}")
-                self.outputs[name] = output_quality(expert, found[name], reader, advance)
+                self.outputs[name] = output_quality(expert, statistics[name], reader, advance)
 
     def _others(self) -> list[tuple[Path, str]]:
-        """Components and small files that come along, as (path, name in the folder)."""
-        if self.layout.kind != "diffusers" or self.dialect.naming != "diffusers":
+        """Other components and small files to link or copy, as (path, name in the folder)."""
+        if self.layout.kind != "diffusers" or self.target.naming != "diffusers":
             return []
         experts = {part.name for part in self.layout.experts}
         others = [(part.path, part.name) for part in self.layout.parts.values() if part.name not in experts]
         for path in sorted(self.layout.root.iterdir()):
             if not path.is_file() or path.name.startswith(".") or path.name in _NOT_COPIED:
                 continue
-            if path.name == INDEX_FILE or (not path.name.endswith(_WEIGHTS) and path.stat().st_size <= SMALL):
+            if path.name == INDEX_FILE or (
+                not path.name.endswith(_WEIGHTS) and path.stat().st_size <= MAX_COPIED_BYTES
+            ):
                 others.append((path, path.name))
         return others
 
-    # ---- what is said about it ------------------------------------------------------------------
+    # ---- reports --------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """The same for two runs that write the same bytes."""
+        """A hash that is equal for two runs that write the same bytes."""
         parts: list[Any] = [self.recipe.as_dict(), self.keep, self.max_shard_bytes, self.loras]
-        if self.calibrate is not None:  # its statistics are kept, and a run that goes on reads them
+        if self.calibrate is not None:  # a resumed run reads the saved statistics
             parts += [dict(self.calibration), self.measure]
         for expert, layers in self.smoothing.items():
             parts += [(expert, name, scale.tolist()) for name, scale in layers.items()]
         return fingerprint(self.planned.values(), parts, more=[lora.path for lora in self.loras])
 
-    def made(self) -> provenance.Made:
-        """For the card and `ascendit.json`."""
+    def record(self) -> provenance.ConversionRecord:
+        """The record of this run for `ascendit.json` and the model card."""
         report = self.report(0.0)
-        details: dict[str, Any] = {"keep": list(self.keep), "engine": self.dialect.engine}
+        details: dict[str, Any] = {"keep": list(self.keep), "engine": self.target.engine}
         details["calibration"] = dict(self.calibration)
         if self.measure:
             details["worst_sqnr_db"] = {
                 x.name: {n: round(db, 2) for n, db in x.worst} for x in report.experts
             }
-        return provenance.Made(
+        return provenance.ConversionRecord(
             verb="quantize",
             layout=self.layout,
             model_kind=self.kind,
@@ -324,11 +334,11 @@ class QuantizeJob:
         )
 
     def report(self, seconds: float, *, dry_run: bool = False) -> QuantizeReport:
-        """What happened, or would."""
+        """The report of the run, or of the planned run with `dry_run`."""
         loras = [{"file": x.path.name, "weight": x.weight, "expert": x.expert or "all"} for x in self.loras]
         warnings = warnings_for(self.applied, self.recipe, self.kind)
         if dry_run and os.path.lexists(self.dst):
-            warnings.append(f"{self.dst} exists already: a run would stop there")
+            warnings.append(f"{self.dst} exists already: without --dry-run this is an error")
         return QuantizeReport(
             path=self.dst,
             source=provenance.source_name(self.layout),
@@ -340,7 +350,7 @@ class QuantizeJob:
             linked=tuple(name for _, name in self._others()),
             loras=tuple(loras),
             calibration=self.calibration,
-            engine=self.dialect.engine,
+            engine=self.target.engine,
             warnings=tuple(warnings),
         )
 
@@ -349,7 +359,7 @@ class QuantizeJob:
         return QuantizedExpert(
             name=applied.expert.name,
             schemes=applied.schemes,
-            kept=applied.kept,
+            kept=applied.excluded,
             bytes_before=applied.bytes_before,
             bytes_after=self.planned[applied.expert.name].nbytes,
             num_weights=num_weights(applied.expert),
@@ -359,22 +369,24 @@ class QuantizeJob:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder, links followed."""
+    """Bytes of a file, or of all files below a folder, with links followed."""
     files = [path] if path.is_file() else path.rglob("*")
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _notes(report: QuantizeReport) -> list[str]:
-    """Paragraphs of the card: what was kept, what was measured, what to know."""
+    """Paragraphs of the model card: layers that are not quantized, measurements, warnings."""
     notes = []
     if report.calibration:
-        notes.append(f"Smoothed as msModelSlim does: {calibration_words(report.calibration)}.")
+        notes.append(f"Smoothed with msModelSlim's method: {calibration_text(report.calibration)}.")
     for expert in report.experts:
-        kept = [f"- {', '.join(f'`{name}`' for name in names)}: {why}" for why, names in expert.kept.items()]
-        notes.append("\n".join([f"Kept as they were in `{expert.name}`:", "", *kept]))
+        excluded = [
+            f"- {', '.join(f'`{name}`' for name in names)}: {reason}" for reason, names in expert.kept.items()
+        ]
+        notes.append("\n".join([f"Layers of `{expert.name}` that are not quantized:", "", *excluded]))
         if expert.sqnr:
             rows = [f"| `{layer}` | {value:.2f} |" for layer, value in expert.worst]
-            head = [f"Signal to quantization noise of `{expert.name}`, the worst layers in dB:", ""]
+            head = [f"Signal to quantization noise ratio of the worst layers of `{expert.name}`, in dB:", ""]
             notes.append("\n".join([*head, "| layer | dB |", "|---|---|", *rows]))
         if expert.outputs.layers:
             notes.append(provenance.outputs_table(expert.name, expert.outputs))

@@ -1,13 +1,13 @@
-"""Checkpoint to checkpoint without a change of one number: other names, files, containers.
+"""Convert a checkpoint to other names, files and packings without changing a number.
 
     repack("wan22_w8a8_mxfp8_export", "wan22-mxfp8", base="hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers")
 
-Bytes that stay as they are go from file to file, in the kernel where it can; the others are written some rows
-at a time by `weights.tensor_steps`. What an engine cannot load is refused before anything is written. torch
-is imported for FP8 in tiles and for `check` only.
+Unchanged bytes are copied between files, in the kernel if possible; other tensors are converted some rows at
+a time by `weights.tensor_steps`. A format that an engine cannot load is an error before anything is written.
+torch is imported only for FP8 in tiles and for `check`.
 
-`check` decodes both sides, some rows at a time, and hashes them. It shares no code with `tensor_steps`:
-containers are undone by value, scales are read as stored.
+`check` decodes source and output, some rows at a time, and compares hashes of the values. It shares no code
+with `tensor_steps`: it decodes packed values and scales from the stored bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ascendit import mx
 from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer
-from ascendit.checkpoint.layout import RECORD_FILE, WORDS, Layout, recognise
+from ascendit.checkpoint.layout import KIND_LABELS, RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.output_folder import Staging
 from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes, as_tensor
 from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
@@ -39,7 +39,7 @@ from ascendit.mx.formats import FORMATS
 from ascendit.names import listed
 from ascendit.progress import Advance, Meter, OnProgress
 from ascendit.quant.schemes import FP8_TILES, SCHEMES, STORED_SCHEMES
-from ascendit.weights.engine_formats import Dialect, check_engine, dialect_for, model_kind, traits_of
+from ascendit.weights.engine_formats import TargetFormat, check_engine, model_kind, target_format, traits_of
 from ascendit.weights.tensor_steps import (
     Piece,
     Sink,
@@ -54,7 +54,7 @@ from ascendit.weights.tensor_steps import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-WAYS = {
+REWRITE_LABELS = {
     "widen": "to float32",
     "repeat": "to one scale for each row",
     "recode": "FP4 in another container",
@@ -78,33 +78,35 @@ def repack(
 ) -> RepackReport:
     """Write the checkpoint at `src` as the folder `dst`, with the same numbers.
 
-    `src`: a path in any layout that `checkpoint.layout` knows, or hf:/ms: and a name. `base`: the Diffusers
-    folder of the model, which gives the other parts and the configs. `to`: `diffusers` (default) or `wan`.
-    `engine`: a key of `ENGINES`, for its dialect. `check`: decode both sides and compare. `copy`: copy
-    other parts instead of linking them. `resume`: go on where a killed run ended. `dry_run`: only report.
+    `src`: a path in any layout of `checkpoint.layout`, hf:org/name or ms:org/name. `base`: the Diffusers
+    folder of the model, for the other components and the configs. `to`: `diffusers` (default) or `wan` names.
+    `engine`: a key of `ENGINES`, to write its format. `check`: decode source and output and compare. `copy`:
+    copy other components instead of linking them. `resume`: continue a killed run. `dry_run`: only check and
+    report.
 
-    Raises UsageError (E-ENG-01: what the engine cannot load; E-USE-01/02/03/06), CheckpointError (E-CKP-..),
-    EnvironmentProblem (E-ENV-02, E-ENV-04).
+    Raises UsageError E-ENG-01 if the engine cannot load the checkpoint, E-USE-01/02/03/06 for arguments and
+    paths; CheckpointError E-CKP-.. for the source and the base; EnvironmentProblem E-ENV-02, E-ENV-04 for the
+    disk.
     """
     started = time.monotonic()
     dst = Path(dst).expanduser()
-    dialect = dialect_for(engine, to)
+    target = target_format(engine, to)
     source = recognise(model_folder(src))
-    given = None if base is None else provenance.read_base(base, source)
-    parts = given or (source if source.kind == "diffusers" else None)  # a pipeline is its own base
-    parts = parts if dialect.naming == "diffusers" else None
-    outputs = _outputs(source, dialect, given)
+    base_layout = None if base is None else provenance.read_base(base, source)
+    pipeline = base_layout or (source if source.kind == "diffusers" else None)  # a pipeline is its own base
+    pipeline = pipeline if target.naming == "diffusers" else None
+    outputs = _outputs(source, target, base_layout)
     report = RepackReport(
         path=dst,
         source=provenance.source_name(source),
-        layout=WORDS[source.kind],
-        to=dialect.naming,
+        layout=KIND_LABELS[source.kind],
+        to=target.naming,
         engine=engine,
         experts=tuple(_expert_report(output) for output in outputs),
-        placed=tuple(name for name, part in parts.parts.items() if part not in parts.experts)
-        if parts
+        linked=tuple(name for name, part in pipeline.parts.items() if part not in pipeline.experts)
+        if pipeline
         else (),
-        warnings=_warnings(outputs, dialect, parts),
+        warnings=_warnings(outputs, target, pipeline),
         dry_run=dry_run,
         seconds=0.0,
     )
@@ -112,65 +114,65 @@ def repack(
         return replace(report, seconds=time.monotonic() - started)
     with Staging(
         dst,
-        sources=[layout.root for layout in (source, given) if layout],
+        sources=[layout.root for layout in (source, base_layout) if layout],
         fingerprint=fingerprint(outputs, (check, copy)),
         resume=resume,
         needs_bytes=report.bytes_after,
     ) as staging:
-        meter = Meter(sum(step.bytes_read() for output in outputs for step in output.steps), on_progress)
+        meter = Meter(sum(step.source_bytes() for output in outputs for step in output.steps), on_progress)
         files: dict[str, str] = {}
         for output in outputs:
             advance = meter.advance_in(output.source.name)
             files |= write_expert(output, staging, advance, hash=check, align=True)
-        if parts:
-            report = replace(report, placed=provenance.place_parts(parts, staging.path, copy=copy))
+        if pipeline:
+            report = replace(report, linked=provenance.add_components(pipeline, staging.path, copy=copy))
         if check:
             report = _check(report, outputs, staging.path, on_progress)
         flags = [("--base", base), ("--to", to), ("--for", engine), ("--check", check)]
         command = provenance.command_line("repack", source, dst, flags)
-        made = _made(source, report, command, files, model_kind(outputs[0].config))
-        provenance.write_made(staging.path, made, dst.name)
+        record = _record(source, report, command, files, model_kind(outputs[0].config))
+        provenance.write_record_and_card(staging.path, record, dst.name)
         staging.publish()
     return replace(report, seconds=time.monotonic() - started)
 
 
-# ---- what is decided first ----------------------------------------------------------------------
+# ---- the plan -----------------------------------------------------------------------------------
 
 
-def _outputs(source: Layout, dialect: Dialect, base: Layout | None) -> list[ExpertOutput]:
-    """Every expert as it will be written. Raises what can be known before anything is."""
+def _outputs(source: Layout, target: TargetFormat, base: Layout | None) -> list[ExpertOutput]:
+    """Plan the output of every expert. All checks of the source are here, before anything is written."""
     outputs = []
     for part in source.experts:
         expert = read_expert(part)
         config = provenance.config_from(base, expert) if base else expert.config
-        layers, steps = schemes_of(expert), stored_steps(expert, dialect)
-        if dialect.engine is not None:
+        layers, steps = schemes_of(expert), stored_steps(expert, target)
+        if target.engine is not None:
             shapes = {name: layer.shape for name, layer in expert.layers.items()}
-            check_engine(dialect.engine, traits_of(layers, shapes, smoothing_of(expert)), expert.name)
+            check_engine(target.engine, traits_of(layers, shapes, smoothing_of(expert)), expert.name)
         lost = expert.tensors.keys() - {spec.name for step in steps for spec in step.specs}
         outputs.append(
             ExpertOutput(
                 source=expert,
-                folder=dialect.folder(expert.name, len(source.experts)),
-                dialect=dialect,
+                folder=target.folder(expert.name, len(source.experts)),
+                target=target,
                 steps=steps,
                 config=config,
                 layers=layers,
                 attention=expert.attention,
-                more_entries={k: v for k, v in (expert.manifest or {}).items() if k not in lost},
+                other_entries={k: v for k, v in (expert.manifest or {}).items() if k not in lost},
             )
         )
     return outputs
 
 
-# ---- what was done ------------------------------------------------------------------------------
+# ---- the report and the record ------------------------------------------------------------------
 
 
 def _check(
     report: RepackReport, outputs: list[ExpertOutput], folder: Path, on_progress: OnProgress | None
 ) -> RepackReport:
-    """The report with the digests of all numbers, once they are equal on both sides."""
-    read = sum(step.bytes_read() for output in outputs for step in output.steps)
+    """Compare source and output, and add the digests to the report."""
+    read = sum(step.source_bytes() for output in outputs for step in output.steps)
     advance = Meter(read + report.bytes_after, on_progress).advance_in("check")
     experts = []
     for expert, output, part in zip(report.experts, outputs, recognise(folder).experts, strict=True):
@@ -179,14 +181,13 @@ def _check(
     return replace(report, experts=tuple(experts))
 
 
-def _made(
+def _record(
     source: Layout, report: RepackReport, command: str, files: dict[str, str], kind: Task
-) -> provenance.Made:
-    """For ascendit.json and the model card."""
+) -> provenance.ConversionRecord:
     details: dict[str, Any] = {"engine": report.engine} if report.engine else {}
     if report.checked:
         details["decoded_sha256"] = {expert.name: expert.decoded_sha256 for expert in report.experts}
-    return provenance.Made(
+    return provenance.ConversionRecord(
         verb="repack",
         layout=source,
         model_kind=kind,
@@ -200,16 +201,19 @@ def _made(
 
 
 def _recipe_of(source: Layout) -> dict[str, Any]:
-    """The recipe in the record of a folder that ascendit wrote: it stays true."""
+    """The recipe in the source's `ascendit.json`, which is still valid."""
     file = source.root / RECORD_FILE
     recipe = read_json(file).get("recipe") if file.is_file() else None
     return recipe if isinstance(recipe, dict) and isinstance(recipe.get("name"), str) else {}
 
 
 def _expert_report(output: ExpertOutput) -> RepackedExpert:
-    source, rewritten = output.source, [step for step in output.steps if step.how in WAYS and step.specs]
+    source, rewritten = (
+        output.source,
+        [step for step in output.steps if step.how in REWRITE_LABELS and step.specs],
+    )
     before = {source.tensors[name].name for name in output.disk_names if name in source.tensors}
-    rewritten_bytes = sum(step.bytes_made() for step in rewritten)
+    rewritten_bytes = sum(step.output_bytes() for step in rewritten)
     return RepackedExpert(
         name=source.name,
         folder=output.folder,
@@ -220,56 +224,56 @@ def _expert_report(output: ExpertOutput) -> RepackedExpert:
         moved_bytes=output.nbytes - rewritten_bytes,
         rewritten_bytes=rewritten_bytes,
         num_weights=num_weights(source),
-        rewritten=Counter(WAYS[step.how] for step in rewritten),
+        rewritten=Counter(REWRITE_LABELS[step.how] for step in rewritten),
     )
 
 
-def _warnings(outputs: list[ExpertOutput], dialect: Dialect, parts: Layout | None) -> tuple[str, ...]:
+def _warnings(outputs: list[ExpertOutput], target: TargetFormat, pipeline: Layout | None) -> tuple[str, ...]:
     unchanged = [output.source for output in outputs if output.config == output.source.config]
     texts = [source.config_problem for source in unchanged if source.config_problem]
-    if dialect.engine == "mindie" and any("bf16" in output.layers.values() for output in outputs):
-        texts.append("MindIE-SD takes what is not quantized from the float checkpoint: keep that at hand")
-    if parts is None and dialect.naming == "diffusers":
-        texts.append("only the transformers were written; --base MODEL adds the other parts")
+    if target.engine == "mindie" and any("bf16" in output.layers.values() for output in outputs):
+        texts.append("MindIE-SD also needs the float checkpoint, for the layers that are not quantized")
+    if pipeline is None and target.naming == "diffusers":
+        texts.append("only transformers in the output; --base MODEL adds the other components")
     return tuple(dict.fromkeys(texts))
 
 
-# ---- the numbers of two experts -----------------------------------------------------------------
+# ---- comparison of two experts ------------------------------------------------------------------
 
 Rows = Callable[[RowReader], Iterator["Tensor"]]
 _TILE, _GROUP = FORMATS[FP8_TILES].block, SCHEMES["mxfp4_dualscale"].group
 
 
 def compare_numbers(source: Expert, written: Expert, advance: Advance = no_progress) -> dict[str, str]:
-    """The digests of both, if they agree. CheckpointError E-CKP-10, which names the tensors, if not."""
+    """Return the digests, equal for both, or raise CheckpointError E-CKP-10, which names the tensors."""
     before, after = digests(source, advance), digests(written, advance)
     wrong = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} of {len(before)} tensors of {source.path} came out otherwise: {listed(wrong)}",
-            needs="the same numbers before and after",
-            fix="run it again; if it happens again, check disk and memory, and report it with this message",
+            f"{len(wrong)} of {len(before)} tensors of {source.path} differ in the output: {listed(wrong)}",
+            needs="the same values in source and output",
+            fix="run it again; if it fails again, check disk and memory, and report it with this message",
             code="E-CKP-10",
         )
     return before
 
 
 class Checker(Sink):
-    """Keeps the sha256 of each tensor and nothing else."""
+    """A sink that computes the sha256 of each tensor."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Any] = {}
 
     def append(self, name: str, data: Data) -> None:
-        """The next bytes of a tensor."""
+        """Hash the next bytes of a tensor."""
         self.sums.setdefault(name, hashlib.sha256()).update(data)
 
 
 def digests(expert: Expert, advance: Advance = no_progress) -> dict[str, str]:
-    """Name -> sha256 of the numbers, as float32, little-endian, by rows.
+    """Return name -> sha256 of the decoded values, as little-endian float32 in row order.
 
-    A quantized layer has one entry for its decoded weight; its scales are in it, zero offsets in none. A
-    `mul_scale` of ones, which changes nothing, has none either. `advance(name, bytes read)` after some rows.
+    A quantized layer has one entry for its decoded weight, which includes its scales. Offsets, which are
+    zero, and a `mul_scale` of ones have no entry. Calls `advance(name, bytes read)` after some rows.
     """
     checker = Checker()
     with RowReader() as reader:
@@ -278,7 +282,7 @@ def digests(expert: Expert, advance: Advance = no_progress) -> dict[str, str]:
 
 
 def decoded_steps(expert: Expert, reader: RowReader) -> list[TensorStep]:
-    """A plan that makes every number of an expert, as float32."""
+    """Plan the steps that decode all tensors of an expert to float32."""
 
     def step(name: str, shape: tuple[int, ...], sources: Sequence[TensorInfo], rows: Rows) -> TensorStep:
         def make(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
@@ -287,24 +291,24 @@ def decoded_steps(expert: Expert, reader: RowReader) -> list[TensorStep]:
         specs = (TensorSpec(name, "F32", shape),)
         return TensorStep(name=name, how="rows", specs=specs, sources=tuple(sources), make=make)
 
-    steps, inside = [], set()
+    steps, used = [], set()
     for name, layer in expert.layers.items():
-        parts = [info for role, info in layer.tensors.items() if role not in ("bias", "mul_scale")]
-        inside |= set(parts)
-        steps.append(step(f"{name}.weight", layer.shape, parts, functools.partial(decoded, layer)))
+        sources = [info for role, info in layer.tensors.items() if role not in ("bias", "mul_scale")]
+        used |= set(sources)
+        steps.append(step(f"{name}.weight", layer.shape, sources, functools.partial(decoded, layer)))
     for name, info in expert.tensors.items():
-        if info not in inside and not (name.endswith(".mul_scale") and _is_ones(info, reader)):
-            steps.append(step(name, info.shape, (info,), functools.partial(_plain, info)))
+        if info not in used and not (name.endswith(".mul_scale") and _is_ones(info, reader)):
+            steps.append(step(name, info.shape, (info,), functools.partial(_as_float32, info)))
     return steps
 
 
 def combined(digests_by_name: dict[str, str]) -> str:
-    """One sha256 over all names and digests, in the order of the names."""
+    """One sha256 of all names and digests, in the order of the names."""
     lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests_by_name.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _plain(info: TensorInfo, reader: RowReader) -> Iterator[Tensor]:
+def _as_float32(info: TensorInfo, reader: RowReader) -> Iterator[Tensor]:
     import torch
 
     for _, view in reader.blocks(info):
@@ -313,29 +317,29 @@ def _plain(info: TensorInfo, reader: RowReader) -> Iterator[Tensor]:
 
 
 def _is_ones(info: TensorInfo, reader: RowReader) -> bool:
-    return all(bool((rows == 1).all()) for rows in _plain(info, reader))
+    return all(bool((rows == 1).all()) for rows in _as_float32(info, reader))
 
 
 def decoded(layer: Layer, reader: RowReader) -> Iterator[Tensor]:
-    """The weight of a layer as float32 rows [n, K]; FP8 in tiles is rounded to bfloat16 on the way."""
+    """Decode the weight of a layer to float32 rows [n, K]; FP8 in tiles is rounded to bfloat16 first."""
     import torch
 
     if layer.scheme == "bf16":
-        yield from _plain(layer.tensors["weight"], reader)
+        yield from _as_float32(layer.tensors["weight"], reader)
         return
     weight, tiled = layer.tensors["weight"], layer.scheme == FP8_TILES
-    wide = layer.container not in ("plain", "packed")  # FP4 as numbers of another type
-    scales = {role: _whole(info, reader) for role, info in layer.tensors.items() if "scale" in role}
-    format = "mxfp8" if wide else "mxfp4" if "weight_dual_scale" in scales else layer.scheme
+    unpacked = layer.packing not in ("plain", "packed")  # FP4 values in e4m3 or BF16 elements
+    scales = {role: _read_scale(info, reader) for role, info in layer.tensors.items() if "scale" in role}
+    format = "mxfp8" if unpacked else "mxfp4" if "weight_dual_scale" in scales else layer.scheme
     scale, dual = scales["weight_scale_inv" if tiled else "weight_scale"], scales.get("weight_dual_scale")
     if not STORED_SCHEMES[layer.scheme].block and not tiled:
         scale = scale.reshape(-1, 1).expand(layer.shape[0], 1)
     for start, view in reader.blocks(weight, multiple=_TILE):
         qdata = as_tensor(view, weight)
         stop, step = start + len(qdata), _TILE if tiled else 1
-        part = scale[start // step : -(-stop // step)]
-        qdata = qdata.to(torch.float8_e4m3fn) if wide else qdata
-        encoded = mx.Encoded(qdata, part, None, format, -1, (len(qdata), layer.shape[1]))
+        row_scale = scale[start // step : -(-stop // step)]
+        qdata = qdata.to(torch.float8_e4m3fn) if unpacked else qdata
+        encoded = mx.Encoded(qdata, row_scale, None, format, -1, (len(qdata), layer.shape[1]))
         values = mx.decode(encoded, torch.bfloat16 if tiled else torch.float32).to(torch.float32)
         if dual is not None:
             factors = dual.reshape(layer.shape[0], -1)[start:stop].repeat_interleave(_GROUP, -1)
@@ -343,8 +347,8 @@ def decoded(layer: Layer, reader: RowReader) -> Iterator[Tensor]:
         yield values
 
 
-def _whole(info: TensorInfo, reader: RowReader) -> Tensor:
-    """A scale in memory: E8M0 as uint8, others as float32."""
+def _read_scale(info: TensorInfo, reader: RowReader) -> Tensor:
+    """Read a scale: E8M0 as uint8, others as float32."""
     import torch
 
     data = bytearray(reader.whole(info))

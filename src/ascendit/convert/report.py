@@ -1,4 +1,4 @@
-"""What `quantize` and `repack` report about a run: plain data, for a terminal and for `--json`. No torch."""
+"""Reports of `quantize` and `repack`: plain data, for a terminal and for `--json`. No torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ascendit.report import columns, counted, group_by, human_bytes, plain, selected, titled, totals
+from ascendit.report import columns, counted, group_by, human_bytes, json_data, selected, titled, totals
 
-# ---- both ---------------------------------------------------------------------------------------
+# ---- common to both -----------------------------------------------------------------------------
 
 
 def add_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Sums by scheme, in the order in which schemes come; bf16 last."""
+    """Sums per scheme, in order of first occurrence, bf16 last."""
     total = totals(counts)
     if "bf16" in total:
         total["bf16"] = total.pop("bf16")
@@ -23,7 +23,7 @@ def add_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedExpert:
-    """One transformer. A kind of report adds `bytes_after`, the bytes of all its tensors as written."""
+    """One transformer. Subclasses add `bytes_after`, the bytes of all written tensors."""
 
     name: str
     schemes: Mapping[str, int]
@@ -37,10 +37,10 @@ class ConvertedExpert:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """The whole run."""
+    """One run of `quantize` or `repack`."""
 
     path: Path
-    """The folder that was written, or would be."""
+    """The output folder; with `dry_run` it was not written."""
     source: str
     experts: tuple[Any, ...]
     dry_run: bool
@@ -55,36 +55,36 @@ class ConversionReport:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of the experts' tensors as written."""
+        """Bytes of the written tensors of all experts."""
         return sum(expert.bytes_after for expert in self.experts)
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of all stored tensors, scales included, over the parameters of the source."""
+        """Bits of all written tensors, scales included, divided by the number of parameters."""
         num_weights: int = sum(expert.num_weights for expert in self.experts)
         return 8 * self.bytes_after / max(num_weights, 1)
 
     @property
     def bytes_done(self) -> int:
-        """What the speed is measured in."""
+        """Bytes for the throughput."""
         return self.bytes_after
 
     @property
     def gib_per_s(self) -> float:
-        """`bytes_done` per second, 0 for a dry run."""
+        """Throughput in GiB/s, 0 for a dry run."""
         return 0.0 if self.dry_run else self.bytes_done / 2**30 / max(self.seconds, 1e-9)
 
     def measured(self) -> dict[str, float]:
-        """Its rounded numbers, for `--json`."""
+        """Rounded measurements, for `--json`."""
         return {name: round(getattr(self, name), 3) for name in ("bits_per_weight", "seconds", "gib_per_s")}
 
     def closing(self, also: Sequence[str], engine: str | None = None, speed: bool = True) -> list[list[str]]:
-        """The last rows for a terminal: what else was placed, warnings, time."""
+        """The last rows for a terminal: other components and files, warnings, time."""
         rows = [["Also", ", ".join(also)]] if also else []
         rows += [["Engine", engine]] if engine else []
         rows += [["Warning", warning] for warning in self.warnings]
         if self.dry_run:
-            return [*rows, ["Dry run", f"nothing written; it would be {self.path}"]]
+            return [*rows, ["Dry run", f"nothing written; the output would be {self.path}"]]
         pace = f", {self.gib_per_s:.2f} GiB/s" if speed else ""
         return [*rows, ["Time", f"{self.seconds:.1f} s{pace}"]]
 
@@ -96,7 +96,7 @@ WORST = 10
 
 @dataclass(frozen=True, kw_only=True)
 class OutputQuality:
-    """Signal to noise in dB of a layer's output on captured tokens: weight and tokens quantized."""
+    """SQNR in dB of a layer's output on captured activations, with weight and activation quantized."""
 
     plain: float
     smoothed: float
@@ -108,91 +108,94 @@ class OutputQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """`OutputQuality` of the layers of one expert."""
+    """The output quality of the layers of one expert."""
 
     layers: Mapping[str, OutputQuality] = field(default_factory=dict)
 
     @property
     def mean(self) -> OutputQuality:
-        """Over all layers, of the dB."""
+        """Mean in dB over all layers."""
         return _mean(list(self.layers.values()))
 
     @property
     def kinds(self) -> dict[str, OutputQuality]:
-        """Place in a block (`attn1.to_q`) -> mean over all blocks."""
+        """Name within a block (`attn1.to_q`) -> mean over all blocks."""
         kinds = group_by(self.layers, lambda name: re.sub(r"^blocks\.\d+\.", "", name))
         return {kind: _mean([self.layers[name] for name in names]) for kind, names in kinds.items()}
 
     def rows(self, worst: int) -> list[tuple[str, OutputQuality]]:
-        """For a table: the `worst` smoothed layers, the mean of each kind, the mean of all."""
-        found = sorted(self.layers.items(), key=lambda item: item[1].smoothed)[:worst]
-        found += [(f"mean of {kind}", quality) for kind, quality in self.kinds.items()]
-        return [*found, ("mean", self.mean)]
+        """Rows of a table: the `worst` smoothed layers, the mean of each kind, the mean of all layers."""
+        rows = sorted(self.layers.items(), key=lambda item: item[1].smoothed)[:worst]
+        rows += [(f"mean of {kind}", quality) for kind, quality in self.kinds.items()]
+        return [*rows, ("mean", self.mean)]
 
 
-def _mean(every: Sequence[OutputQuality]) -> OutputQuality:
-    count = max(len(every), 1)
+def _mean(layers: Sequence[OutputQuality]) -> OutputQuality:
+    count = max(len(layers), 1)
     return OutputQuality(
-        plain=sum(q.plain for q in every) / count, smoothed=sum(q.smoothed for q in every) / count
+        plain=sum(q.plain for q in layers) / count, smoothed=sum(q.smoothed for q in layers) / count
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedExpert(ConvertedExpert):
-    """One transformer."""
+    """One quantized transformer."""
 
     kept: Mapping[str, tuple[str, ...]]
-    """Why -> layers that stayed as they were, in few words (`blocks.0-4`)."""
+    """Reason -> layers that were not quantized, abbreviated (`blocks.0-4`)."""
     bytes_before: int
     bytes_after: int
     sqnr: Mapping[str, float] = field(default_factory=dict)
-    """Layer -> signal to quantization noise in dB; empty without `report`."""
+    """Layer -> signal to quantization noise ratio of its weight in dB; empty without `report`."""
     outputs: Outputs = field(default_factory=Outputs)
-    """The same of what comes out of smoothed layers, and would without smoothing; from a calibration."""
+    """SQNR of the outputs of smoothed layers, with and without smoothing; from a calibration."""
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of all stored tensors, scales included, over the parameters of the source."""
+        """Bits of all written tensors, scales included, divided by the number of parameters."""
         return 8 * self.bytes_after / max(self.num_weights, 1)
 
     @property
     def worst(self) -> list[tuple[str, float]]:
-        """The ten layers with the least SQNR, the worst first."""
+        """The ten layers with the lowest SQNR, the worst first."""
         return sorted(self.sqnr.items(), key=lambda item: item[1])[:WORST]
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        data = {"name": self.name, "layers": plain(self.schemes)}
+        data = {"name": self.name, "layers": json_data(self.schemes)}
         data |= selected(self, "kept", "bytes_before", "bytes_after")
         data["bits_per_weight"] = round(self.bits_per_weight, 3)
         if self.sqnr:
             data["sqnr_db"] = {layer: round(value, 2) for layer, value in self.sqnr.items()}
             data["worst"] = [layer for layer, _ in self.worst]
         if self.outputs.layers:
-            data["output_sqnr_db"] = plain(self.outputs.layers)
-            data["output_sqnr_db_mean"] = plain(self.outputs.mean)
+            data["output_sqnr_db"] = json_data(self.outputs.layers)
+            data["output_sqnr_db_mean"] = json_data(self.outputs.mean)
         return data
 
     def rows(self) -> list[list[str]]:
-        """For a terminal: schemes and sizes, then what was kept."""
+        """Rows for a terminal: schemes and sizes, then the layers that were not quantized."""
         sizes = f"{human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}"
         first = [self.name, f"{self.counts()}   {sizes}   {self.bits_per_weight:.2f} bits/weight"]
-        return [first, *(["  kept", f"{', '.join(layers)}  ({why})"] for why, layers in self.kept.items())]
+        excluded = (f"{', '.join(layers)}  ({reason})" for reason, layers in self.kept.items())
+        return [first, *(["  excluded", text] for text in excluded)]
 
     def worst_lines(self) -> list[str]:
-        """The worst layers with their SQNR, if it was measured."""
+        """Lines with the worst layers, if SQNR was measured."""
         if not self.sqnr:
             return []
-        head = f"{self.name}: the {len(self.worst)} worst of {len(self.sqnr)} layers, SQNR in dB"
+        head = (
+            f"{self.name}: SQNR of the weights in dB, the {len(self.worst)} worst of {len(self.sqnr)} layers"
+        )
         rows = [(layer, f"{value:6.2f}") for layer, value in self.worst]
         return ["", head, *columns(rows, indent="  ")]
 
     def output_lines(self) -> list[str]:
-        """The same of the layers' outputs, if a calibration measured them."""
+        """Lines with the SQNR of layer outputs, if a calibration measured it."""
         if not self.outputs.layers:
             return []
         number = len(self.outputs.layers)
-        head = f"{self.name}: SQNR in dB of the outputs of {number} layers on captured tokens"
+        head = f"{self.name}: SQNR in dB of the outputs of {number} layers with captured activations"
         rows = [("", "without", "smoothed", "  gain")]
         for name, q in self.outputs.rows(WORST):
             gain = q.smoothed - q.plain
@@ -202,7 +205,7 @@ class QuantizedExpert(ConvertedExpert):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeReport(ConversionReport):
-    """The whole run."""
+    """One run of `quantize`."""
 
     recipe: str
     model_kind: str
@@ -211,7 +214,7 @@ class QuantizeReport(ConversionReport):
     """Other components and files that were linked or copied."""
     loras: tuple[Mapping[str, Any], ...] = ()
     calibration: Mapping[str, Any] = field(default_factory=dict)
-    """How the inputs were captured that the smoothing is from: alpha, prompts, steps."""
+    """How the activations for smoothing were captured: alpha, prompts, steps."""
 
     @property
     def bytes_before(self) -> int:
@@ -220,7 +223,7 @@ class QuantizeReport(ConversionReport):
 
     @property
     def bytes_done(self) -> int:
-        """Those of the source."""
+        """Bytes of the source."""
         return self.bytes_before
 
     def as_dict(self) -> dict[str, Any]:
@@ -230,12 +233,12 @@ class QuantizeReport(ConversionReport):
         return data | selected(self, "experts", "linked", "loras", "calibration", "warnings")
 
     def lines(self) -> list[str]:
-        """For a terminal: titled rows, then the ten worst layers of each expert."""
+        """Lines for a terminal: titled rows, then the ten worst layers of each expert."""
         ratio = self.bytes_after / max(self.bytes_before, 1)
         size = f"{human_bytes(self.bytes_before)} -> {human_bytes(self.bytes_after)}  ({ratio:.0%})"
         rows = [["Source", f"{self.source}  ({self.model_kind})"], ["Recipe", self.recipe]]
         rows += [["LoRA", f"{lora['file']} at {lora['weight']:g}"] for lora in self.loras]
-        rows += [["Smoothing", calibration_words(self.calibration)]] if self.calibration else []
+        rows += [["Smoothing", calibration_text(self.calibration)]] if self.calibration else []
         rows += [row for expert in self.experts for row in expert.rows()]
         rows += [["Size", f"{size}   {self.bits_per_weight:.2f} bits/weight"]]
         rows += self.closing(self.linked, self.engine, speed=not self.calibration)
@@ -244,8 +247,8 @@ class QuantizeReport(ConversionReport):
         return lines + [line for expert in self.experts for line in expert.output_lines()]
 
 
-def calibration_words(record: Mapping[str, Any]) -> str:
-    """`alpha 0.9, from 4 prompts of 16 steps at 64x64, 17 frames`."""
+def calibration_text(record: Mapping[str, Any]) -> str:
+    """A calibration as text: `alpha 0.9, from 4 prompts of 16 steps at 64x64, 17 frames`."""
     videos = f"{record['steps']} steps at {record['size']}, {record['frames']} frames"
     return f"alpha {record['alpha']:g}, from {counted(record['prompts'], 'prompt')} of {videos}"
 
@@ -255,76 +258,77 @@ def calibration_words(record: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RepackedExpert(ConvertedExpert):
-    """One transformer."""
+    """One repacked transformer."""
 
     folder: str
-    """Below the output; `.` when it is the output."""
+    """Relative to the output; `.` for the output itself."""
     origin: str
-    """Who wrote the source."""
+    """The tool that wrote the source."""
     num_tensors: int
-    """Written."""
+    """Number of written tensors."""
     num_renamed: int
     moved_bytes: int
-    """Bytes that are as they were."""
+    """Bytes of unchanged tensors."""
     rewritten_bytes: int
-    """Bytes of tensors that were stored otherwise."""
+    """Bytes of tensors in another representation."""
     rewritten: Mapping[str, int]
-    """What was done -> number of tensors."""
+    """Kind of change -> number of tensors."""
     decoded_sha256: str = ""
-    """Of all numbers, the same before and after; empty without `check`."""
+    """sha256 of all decoded values, equal before and after; empty without `check`."""
     num_checked: int = 0
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of all tensors as written."""
+        """Bytes of all written tensors."""
         return self.moved_bytes + self.rewritten_bytes
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
         data = selected(self, "name", "folder", "origin")
-        data |= {"layers": plain(self.schemes), "tensors": self.num_tensors, "renamed": self.num_renamed}
+        data |= {"layers": json_data(self.schemes), "tensors": self.num_tensors, "renamed": self.num_renamed}
         data |= selected(self, "moved_bytes", "rewritten_bytes", "rewritten")
         if self.decoded_sha256:
             data |= {"checked": self.num_checked, "decoded_sha256": self.decoded_sha256}
         return data
 
     def texts(self) -> list[str]:
-        """For a terminal: schemes, tensors, bytes and what was checked."""
-        moved = f"{human_bytes(self.moved_bytes)} as they were"
+        """Rows for a terminal: schemes, tensors, bytes, and the result of `check`."""
+        sizes = f"{human_bytes(self.moved_bytes)} unchanged"
         if self.rewritten:
-            ways = ", ".join(f"{count} {way}" for way, count in self.rewritten.items())
-            moved += f", {human_bytes(self.rewritten_bytes)} rewritten ({ways})"
-        renamed = f"{self.num_tensors} tensors, {self.num_renamed} under another name, none left over"
-        same = f"{self.num_checked} tensors decode to the same numbers, sha256 {self.decoded_sha256}"
-        return [self.counts(), renamed, moved, *([same] if self.decoded_sha256 else [])]
+            changes = ", ".join(f"{count} {change}" for change, count in self.rewritten.items())
+            sizes += f", {human_bytes(self.rewritten_bytes)} rewritten ({changes})"
+        tensors = f"all {self.num_tensors} tensors, {self.num_renamed} of them renamed"
+        checked = f"{self.num_checked} tensors decode to the same values, sha256 {self.decoded_sha256}"
+        return [self.counts(), tensors, sizes, *([checked] if self.decoded_sha256 else [])]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepackReport(ConversionReport):
-    """The whole run. Every tensor of the source is in it: one that cannot be placed is an error."""
+    """One run of `repack`. It covers every tensor of the source: an unexpected tensor is an error."""
 
     layout: str
-    """Of the source, in words."""
+    """Label of the layout of the source."""
     to: str
     experts: tuple[RepackedExpert, ...]
-    placed: tuple[str, ...]
-    """Other parts that were linked or copied."""
+    linked: tuple[str, ...]
+    """Other components and files that were linked or copied."""
 
     @property
     def checked(self) -> bool:
-        """Whether all numbers were compared."""
+        """Whether all values were compared."""
         return all(expert.decoded_sha256 for expert in self.experts)
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
         data = selected(self, "path", "source", "layout", "to", "engine", "dry_run", "checked")
         data |= {"layers": self.schemes, "bytes": self.bytes_after, **self.measured()}
-        return data | selected(self, "experts", "placed", "warnings")
+        data |= selected(self, "experts", "linked", "warnings")
+        return {"placed" if key == "linked" else key: value for key, value in data.items()}
 
     def lines(self) -> list[str]:
-        """For a terminal: titled rows."""
+        """Lines for a terminal: titled rows."""
         rows = [("Source", [f"{self.source}  ({self.layout})"])]
         rows += [("Layout", [f"for {self.engine}" if self.engine else f"{self.to} names"])]
         rows += [(expert.name, expert.texts()) for expert in self.experts]
         rows += [("Size", [f"{human_bytes(self.bytes_after)}   {self.bits_per_weight:.2f} bits/weight"])]
-        return columns([*titled(rows), *self.closing(self.placed)])
+        return columns([*titled(rows), *self.closing(self.linked)])

@@ -1,12 +1,12 @@
-"""Does a video show what its prompt asked for? Read back from pixels, with no neural judge.
+"""Prompt adherence: whether a video shows its prompt, measured from pixels without a neural judge.
 
-`judge` measures one video of the synthetic world (`world.py`) and names what it sees, or says why
-it cannot. `measure_adherence` generates and judges many prompts; `score` counts readings that
-stand already. A reading never looks at the prompt, so shuffled prompts must score chance.
+`judge` names the attributes of one video of the synthetic world (`world.py`), or gives reasons why it cannot.
+`measure_adherence` generates and judges many prompts; `score` counts existing readings. `judge` never sees
+the prompt, so shuffled prompts must score chance.
 
-How `judge` reads: the plain background is the median of the border; what differs from it is the
-thing, as a soft mask per frame; the mask's centroid gives the path, the middle of the mask the
-colour, and the mean of the masks, aligned by centroid, is compared with the true shapes.
+Method: the background is the median of the border. Pixels that differ from it are the object, as a soft mask
+per frame. The mask's centroid gives the path, its middle the colour, and the mean of the masks, aligned by
+centroid, is compared with the true shapes.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from ascendit.errors import QualityError, UsageError
 
 ATTRIBUTES = Scene._fields
 MIN_FRAMES = 5
-# Lengths below are in pixels of a picture whose short side is about 64, colours in 0 to 255.
-COLOUR_LIMIT = 70.0  # RGB distance to a name; the names are 144 apart, so these balls do not touch
-GROUND_LIMIT = 60.0  # the same for backgrounds, which are 221 apart
-CONTRAST_LIMIT = 60.0  # least RGB distance between thing and background; the world's least is 122
-AREA_LIMIT = (0.008, 0.35)  # share of the picture that one thing covers
+# Lengths are in pixels of a frame with a short side of about 64, colours are 0 to 255.
+COLOUR_LIMIT = 70.0  # maximum RGB distance to a named colour; named colours are 144 apart
+GROUND_LIMIT = 60.0  # maximum RGB distance to a named background; these are 221 apart
+CONTRAST_LIMIT = 60.0  # minimum RGB distance between object and background; 122 in the world
+AREA_LIMIT = (0.008, 0.35)  # share of the frame that the object covers
 SPREAD_LIMIT = 0.7  # mean square radius * pi / area: circle 0.50, square 0.52, triangle 0.60, a pair > 0.75
-SEEN_LIMIT = 0.75  # share of the frames that must show the one thing; also of its pixels for its colour
+SHARE_LIMIT = 0.75  # minimum share of the frames that show one object, and of its pixels with its colour
 TRAVEL_LIMIT = 5.0
-STEADY_LIMIT = 0.85  # least share of the path's variance that steady motion explains
-SIDEWAYS_LIMIT = 0.08  # most rms distance from the line, as a share of the travel
-SHAPE_LIMIT = 0.85  # least soft IoU with the best template
-SHAPE_MARGIN = 0.01  # and its least lead over the second shape
+STEADY_LIMIT = 0.85  # minimum share of the path's variance that uniform motion explains
+SIDEWAYS_LIMIT = 0.08  # maximum rms distance from the line, as a share of the travel
+SHAPE_LIMIT = 0.85  # minimum soft IoU with the best template
+SHAPE_MARGIN = 0.01  # minimum lead over the second-best shape
 
 Floats = NDArray[np.float32]
 RGB = tuple[int, int, int]
@@ -45,58 +45,58 @@ RGB = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a video shows: a name of `world`, or None where it cannot be read."""
+    """The attributes of a video: names of `world`, or None if unreadable."""
 
     colour: str | None = None
     shape: str | None = None
     direction: str | None = None
     background: str | None = None
-    why: tuple[str, ...] = ()
-    """One sentence for each thing that could not be read."""
+    reasons: tuple[str, ...] = ()
+    """One sentence per unreadable attribute."""
 
     def right(self, scene: Scene) -> dict[str, bool]:
-        """For each attribute, whether it is as asked."""
+        """Attribute -> whether it matches the scene."""
         return {name: getattr(self, name) == getattr(scene, name) for name in ATTRIBUTES}
 
 
 class Mask(NamedTuple):
-    """The thing in each frame that shows it."""
+    """The object in the frames that show it."""
 
     weight: Floats  # [F, h, w], share of the pixel, 0 to 1
     area: Floats  # [F]
     centre: Floats  # [F, 2], x and y in pixel indices
     frame: NDArray[np.intp]  # [F], number of the frame
-    whole: NDArray[np.bool_]  # [F], whether it is clear of the picture's rim
+    complete: NDArray[np.bool_]  # [F], whether the object is clear of the frame's edge
 
-    def clear(self, least: int) -> Mask:
-        """Only whole frames, if there are `least`: at the rim neither centroid nor shape is right."""
-        k = self.whole
+    def only_complete(self, least: int) -> Mask:
+        """The frames with the complete object, if at least `least`: at the edge, its centroid is wrong."""
+        k = self.complete
         if k.sum() < least:
             return self
         return Mask(self.weight[k], self.area[k], self.centre[k], self.frame[k], k[k])
 
 
 def judge(frames: NDArray[np.uint8]) -> Reading:
-    """Read one video, uint8 [F, H, W, 3], F >= 5. Raises UsageError for another kind of array."""
+    """Read one video, uint8 [F, H, W, 3] with F >= 5. Raises UsageError (E-USE-01) for another array."""
     video = _shrink(_checked(frames))
     edge = np.concatenate([video[:, (0, -1)].reshape(-1, 3), video[:, :, (0, -1)].reshape(-1, 3)])
     ground = np.median(edge, axis=0)
-    plain = np.median(np.abs(edge - ground), axis=0).max() < 0.5 * GROUND_LIMIT
-    background = _nearest(ground, world.BACKGROUNDS, GROUND_LIMIT) if plain else None
-    why = "" if background else f"background {_rgb(ground)} is not plain {', '.join(world.BACKGROUNDS)}"
+    uniform = np.median(np.abs(edge - ground), axis=0).max() < 0.5 * GROUND_LIMIT
+    background = _nearest(ground, world.BACKGROUNDS, GROUND_LIMIT) if uniform else None
+    reason = "" if background else f"background {_rgb(ground)} is not plain {', '.join(world.BACKGROUNDS)}"
     smooth = _box3(video)
-    mask = _find(smooth, ground.astype(np.float32))
+    mask = _find_object(smooth, ground.astype(np.float32))
     if isinstance(mask, str):
-        return Reading(background=background, why=tuple(filter(None, (why, mask))))
-    direction, why_path = _direction(mask, len(video), min(video.shape[1:3]))
-    shape, why_shape = _shape(mask)
-    colour, why_colour = _colour(smooth, mask)
+        return Reading(background=background, reasons=tuple(filter(None, (reason, mask))))
+    direction, path_reason = _direction(mask, len(video), min(video.shape[1:3]))
+    shape, shape_reason = _shape(mask)
+    colour, colour_reason = _colour(smooth, mask)
     return Reading(
         colour=colour,
         shape=shape,
         direction=direction,
         background=background,
-        why=tuple(filter(None, (why, why_path, why_shape, why_colour))),
+        reasons=tuple(filter(None, (reason, path_reason, shape_reason, colour_reason))),
     )
 
 
@@ -106,7 +106,7 @@ def _checked(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if shape[0] >= MIN_FRAMES and min(shape[1:3]) >= 16:
             return frames
     raise UsageError(
-        f"a video of shape {shape} and type {dtype or type(frames).__name__}",
+        f"a video of shape {shape} and dtype {dtype or type(frames).__name__}",
         needs=f"uint8 [frames, height, width, 3], at least {MIN_FRAMES} frames of 16x16",
         fix="pass video.frames",
     )
@@ -123,7 +123,7 @@ def _shrink(frames: NDArray[np.uint8]) -> Floats:
 
 
 def _box3(x: Floats) -> Floats:
-    """Mean over 3 x 3 pixels of [N, h, w, ...]: takes out flicker and most of the noise."""
+    """Mean over 3 x 3 pixels of [N, h, w, ...]: removes flicker and most of the noise."""
     p = np.pad(x, [(0, 0), (1, 1), (1, 1)] + [(0, 0)] * (x.ndim - 3), mode="edge")
     p = p[:, :-2] + p[:, 1:-1] + p[:, 2:]
     p = p[:, :, :-2] + p[:, :, 1:-1] + p[:, :, 2:]
@@ -131,58 +131,59 @@ def _box3(x: Floats) -> Floats:
 
 
 def _ramp(x: Floats) -> Floats:
-    """Smoothed coverage to weight: steeper, one half stays one half, faint remains are dropped."""
+    """Smoothed coverage to weight: steeper around one half, and zero for faint pixels."""
     return np.asarray(np.clip(2 * x - 0.5, 0, 1), np.float32)
 
 
-def _find(smooth: Floats, ground: Floats) -> Mask | str:
-    """The one thing that stands out from the background, or why there is none."""
+def _find_object(smooth: Floats, ground: Floats) -> Mask | str:
+    """The one object in front of the background, or the reason for finding none."""
     n, h, w, _ = smooth.shape
     off = smooth - ground
     far = np.sqrt(np.einsum("fhwc,fhwc->fhw", off, off))
-    top = h * w - max(h * w // 100, 1)  # the distance that the farthest percent of pixels exceeds
+    top = h * w - max(h * w // 100, 1)  # index of the 99th percentile
     contrast = float(np.median(np.partition(far.reshape(n, -1), top, axis=1)[:, top]))
     if contrast < CONTRAST_LIMIT:
-        return f"nothing stands out from the background (contrast {contrast:.0f})"
+        return f"no object differs from the background (contrast {contrast:.0f})"
     weight = _ramp(far / contrast)
     area = weight.sum((1, 2))
     typical = float(np.median(area))
     if not AREA_LIMIT[0] < typical / (h * w) < AREA_LIMIT[1]:
-        return f"what stands out covers {typical / (h * w):.1%} of the picture"
+        return f"the object covers {typical / (h * w):.1%} of the frame"
     x, y = np.arange(w, dtype=np.float32), np.arange(h, dtype=np.float32)
-    columns, rows, some = weight.sum(1), weight.sum(2), np.maximum(area, 1e-6)
-    cx, cy = columns @ x / some, rows @ y / some
-    square_radius = columns @ x**2 / some - cx**2 + rows @ y**2 / some - cy**2
+    columns, rows, total = weight.sum(1), weight.sum(2), np.maximum(area, 1e-6)
+    cx, cy = columns @ x / total, rows @ y / total
+    square_radius = columns @ x**2 / total - cx**2 + rows @ y**2 / total - cy**2
     rim = weight[:, (0, -1)].sum((1, 2)) + weight[:, :, (0, -1)].sum((1, 2))
     shown = (area > 0.3 * typical) & (area < 3 * typical)
-    one = shown & (square_radius * np.pi / some < SPREAD_LIMIT)
-    if shown.sum() < SEEN_LIMIT * n:
-        return f"only {shown.sum()} of {n} frames show the thing"
-    if one.sum() < SEEN_LIMIT * shown.sum():
-        return f"more than one thing in {shown.sum() - one.sum()} of {shown.sum()} frames"
-    return Mask(weight[one], area[one], np.stack([cx, cy], 1)[one], np.flatnonzero(one), rim[one] < 1)
+    single = shown & (square_radius * np.pi / total < SPREAD_LIMIT)
+    if shown.sum() < SHARE_LIMIT * n:
+        return f"only {shown.sum()} of {n} frames show the object"
+    if single.sum() < SHARE_LIMIT * shown.sum():
+        return f"more than one object in {shown.sum() - single.sum()} of {shown.sum()} frames"
+    centre = np.stack([cx, cy], 1)
+    return Mask(weight[single], area[single], centre[single], np.flatnonzero(single), rim[single] < 1)
 
 
 def _direction(mask: Mask, frames: int, size: int) -> tuple[str | None, str]:
-    """Direction of the least-squares line through the centroids, and what is wrong with it."""
-    mask = mask.clear(least=max(4, frames // 2))
+    """(direction of the least-squares line through the centroids, "") or (None, reason)."""
+    mask = mask.only_complete(least=max(4, frames // 2))
     t = (mask.frame - mask.frame.mean()).astype(np.float32)
     path = mask.centre - mask.centre.mean(0)
     speed = t @ path / (t @ t)
     step = float(np.hypot(*speed))
     travel = step * (frames - 1)
     if travel < TRAVEL_LIMIT * min(1.0, size / 64):
-        return None, f"it does not move ({travel:.1f} px)"
+        return None, f"the object does not move ({travel:.1f} px)"
     unit = speed / step
     steady = 1 - float(((path - t[:, None] * speed) ** 2).sum() / (path**2).sum())
     sideways = math.sqrt(float(((path @ np.array([-unit[1], unit[0]])) ** 2).mean())) / travel
     if steady < STEADY_LIMIT or sideways > SIDEWAYS_LIMIT:
-        return None, f"its path is not straight (steady {steady:.2f}, sideways {sideways:.2f})"
+        return None, f"the path is not straight (steady {steady:.2f}, sideways {sideways:.2f})"
     return max(world.DIRECTIONS, key=lambda d: float(unit @ np.array(world.DIRECTIONS[d]))), ""
 
 
 def _colour(smooth: Floats, mask: Mask) -> tuple[str | None, str]:
-    """Median colour well inside the thing, named if most of its pixels have the same name."""
+    """(median colour well inside the object, "") or (None, reason)."""
     _, h, w, _ = smooth.shape
     dx, dy = np.arange(w) - mask.centre[:, :1], np.arange(h) - mask.centre[:, 1:]
     inner = (dx[:, None, :] ** 2 + dy[:, :, None] ** 2) * np.pi < 0.4 * mask.area[:, None, None]
@@ -190,16 +191,16 @@ def _colour(smooth: Floats, mask: Mask) -> tuple[str | None, str]:
     rgb = np.median(pixels, axis=0)
     name = _nearest(rgb, world.COLOURS, COLOUR_LIMIT)
     if name is None:
-        return None, f"colour {_rgb(rgb)} is far from every name"
+        return None, f"colour {_rgb(rgb)} is far from every named colour"
     off = pixels - np.array(world.COLOURS[name], np.float32)
     share = float((np.square(off).sum(1) < (1.2 * COLOUR_LIMIT) ** 2).mean())
-    if share < SEEN_LIMIT:
-        return None, f"only {share:.0%} of the thing is {name}"
+    if share < SHARE_LIMIT:
+        return None, f"only {share:.0%} of the object is {name}"
     return name, ""
 
 
 def _nearest(rgb: NDArray[Any], names: Mapping[str, RGB], limit: float) -> str | None:
-    """Nearest name in RGB. For these palettes it keeps shifted colours apart better than Lab or hue."""
+    """Nearest name in RGB, which separates shifted colours of these palettes better than Lab or hue."""
     name = min(names, key=lambda n: math.dist(rgb, names[n]))
     return name if math.dist(rgb, names[name]) < limit else None
 
@@ -214,8 +215,8 @@ UNIT_AREA = {"circle": math.pi, "square": 4 * 0.92**2, "triangle": 3 * math.sqrt
 
 
 def _shape(mask: Mask) -> tuple[str | None, str]:
-    """Shape of the aligned mean mask, if the first and the second half of the video agree on it."""
-    mask = mask.clear(least=2)
+    """(shape of the aligned mean mask, "") if both halves of the video agree, or (None, reason)."""
+    mask = mask.only_complete(least=2)
     half = 4 * math.ceil((1.7 * math.sqrt(np.median(mask.area) / math.pi) + 2) / 4)
     windows = _aligned(mask, half)
     scores = _shape_scores(windows.mean(0))
@@ -224,18 +225,18 @@ def _shape(mask: Mask) -> tuple[str | None, str]:
     steady = all(s[best] == max(s.values()) for s in halves)
     if steady and scores[best] >= SHAPE_LIMIT and scores[best] - scores[second] >= SHAPE_MARGIN:
         return best, ""
-    return None, "no shape fits throughout: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items())
+    return None, "no shape fits in both halves: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items())
 
 
 def _shape_scores(mean: Floats) -> dict[str, float]:
-    """Soft IoU with each shape, the best over a small range of sizes and edge widths."""
+    """Soft IoU with each shape: the maximum over a small range of sizes and edge widths."""
     area, scores = float(mean.sum()), {}
     for shape, unit_area in UNIT_AREA.items():
         middle = math.sqrt(area / unit_area)
         radii = sorted({round(4 * middle * f) / 4 for f in (0.92, 0.96, 1.0, 1.04, 1.08)})
         t = np.stack([_template(shape, r, soft, len(mean) // 2) for r in radii for soft in (1.0, 3.0)])
-        both = np.minimum(t, mean).sum((1, 2))
-        scores[shape] = float((both / (t.sum((1, 2)) + area - both)).max())
+        overlap = np.minimum(t, mean).sum((1, 2))
+        scores[shape] = float((overlap / (t.sum((1, 2)) + area - overlap)).max())
     return scores
 
 
@@ -252,7 +253,7 @@ def _aligned(mask: Mask, half: int) -> Floats:
 
 @lru_cache(maxsize=4096)
 def _template(shape: str, radius: float, soft: float, half: int) -> Floats:
-    """What `_aligned` gives for the true shape with an edge `soft` pixels wide."""
+    """The window of `_aligned` for the true shape with an edge `soft` pixels wide."""
     g = np.arange(-half, half + 1, dtype=np.float32) / soft
     sharp = world.coverage(shape, g[None], g[:, None], radius / soft)
     return _ramp(_box3(sharp[None])[0])
@@ -260,7 +261,7 @@ def _template(shape: str, radius: float, soft: float, half: int) -> Floats:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """How many of `total` videos are right, for each attribute and in everything."""
+    """How many of `total` videos are right, per attribute and in all of them (`everything`)."""
 
     total: int = 0
     colour: int = 0
@@ -270,7 +271,7 @@ class Counts:
     everything: int = 0
 
     def share(self, name: str = "everything") -> float:
-        """Share that is right, 0 to 1; 0 when nothing was judged."""
+        """Share of right videos, 0 to 1; 0 without videos."""
         return float(getattr(self, name)) / self.total if self.total else 0.0
 
     def __add__(self, other: Counts) -> Counts:
@@ -278,7 +279,7 @@ class Counts:
 
 
 class Failure(NamedTuple):
-    """A video that does not show what was asked."""
+    """A video that does not match its scene."""
 
     scene: Scene
     seed: int | None
@@ -287,22 +288,22 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Adherence:
-    """Counts on triples that training showed, on those kept back (`world.kept_back`), and the failures."""
+    """Counts for triples in the training set, for held-out ones (`world.held_out`), and the failures."""
 
-    seen: Counts
-    kept_back: Counts
+    trained: Counts
+    held_out: Counts
     failures: tuple[Failure, ...] = ()
 
     @property
     def overall(self) -> Counts:
-        """Seen and kept back together."""
-        return self.seen + self.kept_back
+        """Trained and held-out triples together."""
+        return self.trained + self.held_out
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: counts, and for each failure what was asked and what was read."""
-        rows = {"overall": self.overall, "seen": self.seen, "kept_back": self.kept_back}
+        """Plain data for JSON: the counts, and prompt and reading of each failure."""
+        rows = {"overall": self.overall, "seen": self.trained, "kept_back": self.held_out}
         failures = [
-            {"prompt": f.scene.prompt(), "seed": f.seed, "why": list(f.reading.why)}
+            {"prompt": f.scene.prompt(), "seed": f.seed, "why": list(f.reading.reasons)}
             | {"read": {a: getattr(f.reading, a) for a in ATTRIBUTES}}
             for f in self.failures
         ]
@@ -310,8 +311,8 @@ class Adherence:
         return counts | {"failures": failures}
 
     def table(self) -> str:
-        """Lines of plain text: one row for each attribute, counts and percent."""
-        groups = {"all videos": self.overall, "seen in training": self.seen, "kept back": self.kept_back}
+        """A plain-text table: one row per attribute, with counts and percentages."""
+        groups = {"all videos": self.overall, "seen in training": self.trained, "held out": self.held_out}
         lines = ["right".ljust(12) + "".join(name.rjust(20) for name in groups)]
         for name in (*ATTRIBUTES, "everything"):
             cells = [f"{getattr(c, name)}/{c.total} {c.share(name):7.1%}" for c in groups.values()]
@@ -325,58 +326,58 @@ def measure_adherence(
     seeds: Sequence[int],
     on_result: Callable[[Scene, int, Reading], None] | None = None,
 ) -> Adherence:
-    """Generate `make(prompt, seed)` -> uint8 [F, H, W, 3] for every scene and seed, and judge each.
+    """Generate `make(prompt, seed)` -> uint8 [F, H, W, 3] for every scene and seed, and judge the videos.
 
-    A video that the pipeline refuses (QualityError: black, not finite) counts as all wrong.
+    A video that the pipeline refuses (QualityError: black, not finite) counts as wrong in everything.
     """
-    asked = [(scene, seed) for seed in seeds for scene in scenes]
+    videos = [(scene, seed) for seed in seeds for scene in scenes]
     readings = []
-    for scene, seed in asked:
+    for scene, seed in videos:
         try:
             reading = judge(make(scene.prompt(), seed))
         except QualityError as e:
-            reading = Reading(why=(e.got,))
+            reading = Reading(reasons=(e.got,))
         readings.append(reading)
         if on_result:
             on_result(scene, seed, reading)
-    return score(readings, [scene for scene, _ in asked], [seed for _, seed in asked])
+    return score(readings, [scene for scene, _ in videos], [seed for _, seed in videos])
 
 
 def score(readings: Iterable[Reading], scenes: Sequence[Scene], seeds: Sequence[int] = ()) -> Adherence:
-    """Count readings against the scenes asked for, in the same order. All lengths must be equal."""
-    back = world.kept_back()
+    """Count right readings of `scenes`, in the same order. All lengths must be equal."""
+    held_out = world.held_out()
     numbers: Sequence[int | None] = seeds or [None] * len(scenes)
     counts, failures = [Counts(), Counts()], []
     for reading, scene, seed in zip(readings, scenes, numbers, strict=True):
         right = reading.right(scene)
-        good = all(right.values())
-        counts[scene.triple in back] += Counts(
-            total=1, everything=int(good), **{k: int(v) for k, v in right.items()}
+        all_right = all(right.values())
+        counts[scene.triple in held_out] += Counts(
+            total=1, everything=int(all_right), **{k: int(v) for k, v in right.items()}
         )
-        if not good:
+        if not all_right:
             failures.append(Failure(scene, seed, reading))
-    return Adherence(seen=counts[0], kept_back=counts[1], failures=tuple(failures))
+    return Adherence(trained=counts[0], held_out=counts[1], failures=tuple(failures))
 
 
 def pick(n: int, rng_seed: int = 0) -> list[Scene]:
-    """`n` different scenes, spread evenly over every attribute, with the share of kept-back triples
-    that all scenes have (at least one of them from n = 4). Raises UsageError unless 1 <= n <= 432.
+    """`n` different scenes, balanced over every attribute, with the world's share of held-out triples
+    (at least one from n = 4). Raises UsageError (E-USE-01) unless 1 <= n <= 432.
     """
-    every = list(world.scenes())
-    if not 1 <= n <= len(every):
-        needs = f"1 to {len(every)} scenes"
-        raise UsageError(f"{n} scenes", needs=needs, fix="ask for fewer, or add seeds")
+    scenes = list(world.scenes())
+    if not 1 <= n <= len(scenes):
+        needs = f"1 to {len(scenes)} scenes"
+        raise UsageError(f"{n} scenes", needs=needs, fix="use fewer scenes, or more seeds")
     rng = np.random.default_rng(rng_seed)
-    back = world.kept_back()
+    held_out = world.held_out()
     pools: dict[bool, list[Scene]] = {True: [], False: []}
-    for i in rng.permutation(len(every)):
-        pools[every[i].triple in back].append(every[i])
-    num_back = round(n * len(pools[True]) / len(every))
-    taken: list[Scene] = []
-    values = [len({s[a] for s in every}) for a in range(len(ATTRIBUTES))]
-    for kept in [True] * num_back + [False] * (n - num_back):
-        used = [[s[a] for s in taken] for a in range(len(ATTRIBUTES))]
-        best = min(pools[kept], key=lambda s: sum(values[a] * used[a].count(v) for a, v in enumerate(s)))
-        pools[kept].remove(best)
-        taken.append(best)
-    return [taken[i] for i in rng.permutation(n)]
+    for i in rng.permutation(len(scenes)):
+        pools[scenes[i].triple in held_out].append(scenes[i])
+    num_held_out = round(n * len(pools[True]) / len(scenes))
+    picked: list[Scene] = []
+    values = [len({s[a] for s in scenes}) for a in range(len(ATTRIBUTES))]
+    for pool in [pools[True]] * num_held_out + [pools[False]] * (n - num_held_out):
+        used = [[s[a] for s in picked] for a in range(len(ATTRIBUTES))]
+        best = min(pool, key=lambda s: sum(values[a] * used[a].count(v) for a, v in enumerate(s)))
+        pool.remove(best)
+        picked.append(best)
+    return [picked[i] for i in rng.permutation(n)]

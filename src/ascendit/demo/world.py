@@ -1,7 +1,7 @@
-"""The synthetic world of the demo model: what its prompts can say, and the shapes that they name.
+"""The synthetic world of the demo model: one moving object on a plain background, and its prompts.
 
-One moving thing on a plain background. `tools/demo_data.py` renders it for training, the adherence check
-(`adherence.py`) reads it back from pixels, and the tests hold the two against each other.
+`tools/demo_data.py` renders it for training, `adherence.py` reads it back from pixels, and tests compare the
+two.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 
 
 class Scene(NamedTuple):
-    """What a prompt asks for."""
+    """The content of a prompt."""
 
     colour: str
     shape: str
@@ -56,11 +56,11 @@ class Scene(NamedTuple):
 
     @property
     def triple(self) -> tuple[str, str, str]:
-        """The part that is kept back as a whole: (colour, shape, direction)."""
+        """(colour, shape, direction), the unit of held-out combinations."""
         return (self.colour, self.shape, self.direction)
 
     def prompt(self) -> str:
-        """The sentence for this scene: training has it in more wordings."""
+        """The standard sentence for this scene; training uses other wordings too."""
         return f"a {self.colour} {self.shape} moves {self.direction} on a {self.background} background"
 
 
@@ -70,29 +70,30 @@ def scenes() -> Iterator[Scene]:
         yield Scene(c, s, d, b)
 
 
-def kept_back() -> frozenset[tuple[str, str, str]]:
-    """The 22 of 144 triples (15 %) that training never shows, in any wording.
+def held_out() -> frozenset[tuple[str, str, str]]:
+    """The 22 of 144 triples (15 %) that are not in the training set, in any wording.
 
-    Drawn by hash, then balanced: no colour, shape or direction loses more than a quarter of its
-    triples, so that each word is still learnt from its other combinations.
+    Drawn by hash and balanced: at least three quarters of the triples of each colour, shape and direction
+    remain in training, so that every word is learnt.
     """
     triples = list(itertools.product(COLOURS, SHAPES, DIRECTIONS))
     order = sorted(triples, key=lambda t: hashlib.sha256("/".join(t).encode()).hexdigest())
     limit = {"colour": 5, "shape": 9, "direction": 4}
-    held: list[tuple[str, str, str]] = []
+    chosen: list[tuple[str, str, str]] = []
     for t in order:
-        counts = [sum(h[i] == t[i] for h in held) for i in range(3)]
+        counts = [sum(c[i] == t[i] for c in chosen) for i in range(3)]
         if counts[0] < limit["colour"] and counts[1] < limit["shape"] and counts[2] < limit["direction"]:
-            held.append(t)
-        if len(held) == round(0.15 * len(triples)):
+            chosen.append(t)
+        if len(chosen) == round(0.15 * len(triples)):
             break
-    return frozenset(held)
+    return frozenset(chosen)
 
 
 def coverage(shape: str, x: NDArray[np.float32], y: NDArray[np.float32], r: float) -> NDArray[np.float32]:
     """Share of each pixel that the shape covers, with a one-pixel soft edge.
 
-    `x`, `y`: offsets from the shape's centre in pixels, any shape. Returns values in [0, 1].
+    `x`, `y`: offsets from its centre in pixels, float32 of any shape; `r`: its radius. Returns float32 in
+    [0, 1]. Raises ValueError for an unknown shape.
     """
     if shape == "circle":
         inside = r - np.hypot(x, y)
@@ -102,5 +103,5 @@ def coverage(shape: str, x: NDArray[np.float32], y: NDArray[np.float32], r: floa
         h = 0.72 * r  # distance from the centroid to each side
         inside = np.minimum(h - y, h - (math.sqrt(0.75) * np.abs(x) - 0.5 * y))
     else:
-        raise ValueError(f"unknown shape {shape!r}, known: {', '.join(SHAPES)}")
+        raise ValueError(f"unknown shape {shape!r}, not one of {', '.join(SHAPES)}")
     return np.clip(inside + 0.5, 0.0, 1.0).astype(np.float32)

@@ -1,7 +1,7 @@
-"""Is everything here that ascendit needs? One row per thing: found, needed, status, fix.
+"""Check the requirements of ascendit on this machine, one row per requirement.
 
-Each probe is on its own: what goes wrong in one becomes a row, and the others go on. Libraries that can
-take the process down with them, or take seconds, are imported in a child process.
+Probes are independent: an error in one becomes a row, and the others still run. Libraries that may crash the
+process, or take seconds to import, are imported in a child process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PYTHON_LIBRARIES = {
     "pillow": "10.1",
     "av": "13",
 }
-"""Oldest versions that ascendit runs with; the same as in `pyproject.toml`."""
+"""Oldest supported versions, the same as in `pyproject.toml`."""
 MEMORY_GIB = 2.0
 DISK_GIB = 1.0
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "i8mm")
@@ -52,7 +52,7 @@ GIB = 2**30
 
 
 def examine(probes: Sequence[Probe] | None = None) -> DoctorReport:
-    """Run every probe. Never raises: a probe that fails is a row."""
+    """Run every probe. Does not raise: a probe that raises becomes a row."""
     rows: list[ProbeRow] = []
     for probe in PROBES if probes is None else probes:
         try:
@@ -64,10 +64,10 @@ def examine(probes: Sequence[Probe] | None = None) -> DoctorReport:
 
 
 def _python() -> list[ProbeRow]:
-    found = platform.python_version()
-    status: Status = "ok" if at_least(found, PYTHON) else "too old"
+    version = platform.python_version()
+    status: Status = "ok" if at_least(version, PYTHON) else "too old"
     fix = f"install Python {PYTHON} or newer"
-    row = ProbeRow("Python", found, needed=f">= {PYTHON}", status=status, fix=fix, required=True)
+    row = ProbeRow("Python", version, needed=f">= {PYTHON}", status=status, fix=fix, required=True)
     return [row, ProbeRow("platform", f"{platform.system()} {platform.release()} {platform.machine()}")]
 
 
@@ -88,65 +88,64 @@ def _memory() -> list[ProbeRow]:
     limit = read(Path("/sys/fs/cgroup/memory.max")).strip()
     total = min(total, int(limit)) if limit.isdigit() else total
     free = min(sizes.get("MemAvailable", total), total)
-    found, needed = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free", f"{MEMORY_GIB:g} GiB for the demo"
+    detected, needed = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free", f"{MEMORY_GIB:g} GiB for the demo"
     status: Status = "ok" if free >= MEMORY_GIB * GIB else "too little"
-    return [ProbeRow("memory", found, needed=needed, status=status, fix="close other programs")]
+    return [ProbeRow("memory", detected, needed=needed, status=status, fix="close other programs")]
 
 
 def _disk() -> list[ProbeRow]:
     free = shutil.disk_usage(Path.cwd()).free
     writable = os.access(Path.cwd(), os.W_OK)
-    found = f"{free / GIB:.1f} GiB free" + ("" if writable else ", not writable")
-    good = free >= DISK_GIB * GIB and writable
-    fix = "work in another folder, or write with -o elsewhere"
-    needed = f"{DISK_GIB:g} GiB, writable"
-    return [ProbeRow("this folder", found, needed=needed, status="ok" if good else "too little", fix=fix)]
+    detected = f"{free / GIB:.1f} GiB free" + ("" if writable else ", not writable")
+    status: Status = "ok" if free >= DISK_GIB * GIB and writable else "too little"
+    fix = "work in another folder, or write to another one with -o"
+    return [ProbeRow("this folder", detected, needed=f"{DISK_GIB:g} GiB, writable", status=status, fix=fix)]
 
 
 def _compiler() -> list[ProbeRow]:
-    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     row = ProbeRow(
-        "C++ compiler", found or "none", needed="optional, for native code", fix="install g++ or clang++"
+        "C++ compiler", compiler or "none", needed="optional, for native code", fix="install g++ or clang++"
     )
-    return [row if found else replace(row, status="absent")]
+    return [row if compiler else replace(row, status="absent")]
 
 
 def _ascendit() -> list[ProbeRow]:
     version = installed("ascendit").get("ascendit", "not installed, run from source")
     package = ProbeRow("ascendit", f"{version} in {Path(ascendit.__file__).parent}")
-    fix = "reinstall ascendit; a checkout needs its large files"
+    fix = "reinstall ascendit; in a git checkout, also fetch its large files"
     demo = ProbeRow("demo model", "present", needed="for --demo", fix=fix)
     if not (DEMO / "model_index.json").is_file():
-        demo = replace(demo, found="none", status="missing")
+        demo = replace(demo, detected="none", status="missing")
     return [package, demo]
 
 
 def _libraries() -> list[ProbeRow]:
     versions, rows = installed(*PYTHON_LIBRARIES), []
     for name, needed in PYTHON_LIBRARIES.items():
-        found = versions.get(name)
-        status: Status = "missing" if found is None else "ok" if at_least(found, needed) else "too old"
+        version = versions.get(name)
+        status: Status = "missing" if version is None else "ok" if at_least(version, needed) else "too old"
         label = "PyAV" if name == "av" else name
         fix = f'pip install "{name}>={needed}"'
-        row = ProbeRow(label, found or "none", needed=f">= {needed}", status=status, fix=fix, required=True)
+        row = ProbeRow(label, version or "none", needed=f">= {needed}", status=status, fix=fix, required=True)
         rows.append(row)
     return rows
 
 
 def _torch_imports() -> list[ProbeRow]:
     if find_spec("torch") is None:
-        return []  # the row of the libraries says it
+        return []  # reported by the row of the library
     row = ProbeRow("import torch", "works", needed="works", required=True)
-    told = _torch()
-    if "error" in told:
-        return [failed(row, told, fix="pip install --force-reinstall torch")]
-    row = replace(row, found=f"works, {told['threads']} threads, CPU kernels {told['capability']}")
+    answer = _torch()
+    if "error" in answer:
+        return [failed(row, answer, fix="pip install --force-reinstall torch")]
+    row = replace(row, detected=f"works, {answer['threads']} threads, CPU kernels {answer['capability']}")
     if find_spec("torch_npu") is None:
         return [row]
-    plain = child("import json, torch; print(json.dumps({}))", plugins=True)
-    if "error" in plain:  # torch loads torch_npu by itself, and that needs CANN
+    with_plugins = child("import json, torch; print(json.dumps({}))", plugins=True)
+    if "error" in with_plugins:  # torch loads torch_npu automatically, which needs CANN
         fix = f"{npu.source_line()}, or export TORCH_DEVICE_BACKEND_AUTOLOAD=0 to run without the NPU"
-        row = failed(row, {**plain, "error": f"with torch_npu: {plain['error']}"}, fix=fix)
+        row = failed(row, {**with_plugins, "error": f"with torch_npu: {with_plugins['error']}"}, fix=fix)
     return [row]
 
 
@@ -154,40 +153,40 @@ def _video_codec() -> list[ProbeRow]:
     row = ProbeRow("H.264 (libx264)", "present", needed="to write .mp4", required=True)
     fix = "pip install --force-reinstall av"
     if find_spec("av") is None:
-        return [replace(row, found="no PyAV", status="missing", fix=fix)]
-    told = child("import json, av; print(json.dumps({'x264': 'libx264' in av.codecs_available}))")
-    if "error" in told:
-        return [failed(row, told, fix=fix)]
-    return [row if told["x264"] else replace(row, found="none", status="missing", fix=fix)]
+        return [replace(row, detected="no PyAV", status="missing", fix=fix)]
+    answer = child("import json, av; print(json.dumps({'x264': 'libx264' in av.codecs_available}))")
+    if "error" in answer:
+        return [failed(row, answer, fix=fix)]
+    return [row if answer["x264"] else replace(row, detected="none", status="missing", fix=fix)]
 
 
 def _cuda() -> list[ProbeRow]:
     row = ProbeRow("CUDA device", "none", needed="optional", status="absent", fix="not needed on the CPU")
-    told = _torch() if find_spec("torch") else {}
-    if not told.get("cuda"):
+    answer = _torch() if find_spec("torch") else {}
+    if not answer.get("cuda"):
         return [row]
-    names = ", ".join(f"{name} {size / GIB:.0f} GiB" for name, size in told["cuda"])
-    return [replace(row, found=names, status="ok", fix="")]
+    names = ", ".join(f"{name} {size / GIB:.0f} GiB" for name, size in answer["cuda"])
+    return [replace(row, detected=names, status="ok", fix="")]
 
 
 NATIVE_SOURCES = {
     "encode": "quantizing weights",
     "attention": "attention on a CPU",
-    "linear": "linear layers on codes on a CPU",
+    "linear": "quantized matmuls on a CPU",
     "elementwise": "norms, RoPE and GELU on a CPU",
 }
-"""Source in `native/` -> what it is for."""
+"""Source in `native/` -> its use."""
 
 
 def compiled_kernels() -> list[ProbeRow]:
-    """One row for each source. What was never compiled is compiled now, which takes seconds."""
+    """One row per native source. Compiles those that are not compiled yet, which takes seconds."""
     rows = []
     for name, use in NATIVE_SOURCES.items():
         built = native(name)
         row = ProbeRow(f"kernel: {name}", f"native, {built.reason}", needed=f"optional, for {use}")
         if built.library is None:
-            found = f"PyTorch instead: {built.reason}"
-            row = replace(row, found=found, status="absent", fix="not needed: it is slower")
+            detected = f"PyTorch instead: {built.reason}"
+            row = replace(row, detected=detected, status="absent", fix="not needed: it is slower")
         rows.append(row)
     return rows
 

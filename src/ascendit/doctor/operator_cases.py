@@ -1,6 +1,6 @@
 """Cases of the self-check: operators of a card against the twin, bound functions against plain PyTorch.
 
-Operators are called by name on inputs made on the CPU, and timed. What a case raises is a result too.
+Operators are called by name on inputs made on the CPU, and timed. An exception in a case is a result too.
 """
 
 from __future__ import annotations
@@ -33,48 +33,48 @@ from ascendit.twin.registry import tensors_in
 log = logging.getLogger("ascendit")
 
 Caller = Callable[..., Any]
-"""`call(name, *args, **kwargs)` with tensors on the CPU, results on the CPU."""
+"""`call(name, *args, **kwargs)` with arguments and results on the CPU."""
 RUNS = 5
 
 
-# ---- a result, and the comparison that gives it -------------------------------------------------
+# ---- results and their comparison ---------------------------------------------------------------
 
 Verdict = Literal["exact", "close", "wrong", "error", "crashed", "not installed", "answered", "differs"]
-"""exact: bit for bit. close: within the limit. answered, differs: a question, as the twin tells it or not."""
+"""exact: bit-identical. close: within the limit. answered, differs: same answer as the twin, or another."""
 BAD = ("wrong", "error", "crashed")
 ORDER: tuple[Verdict, ...] = (
     "crashed", "error", "wrong", "differs", "not installed", "close", "answered", "exact"
 )  # fmt: skip
 """Worst first."""
 DECIBELS = {"bfloat16": 50.0, "float16": 60.0, "float32": 80.0}
-"""What a result in this dtype must reach: power of the expected one over that of the difference."""
+"""Minimum signal-to-noise ratio for each dtype: power of the expected result over that of the difference."""
 ATTENTION_DECIBELS = 40.0
-"""Attention kernels may keep probabilities in 16 bits."""
-INT8_SHARE, CODE_SHARE = 0.01, 0.001
-"""int8 codes that may be off by one step; other codes and E8M0 scales that may differ."""
+"""Lower, because attention kernels may store probabilities in 16 bits."""
+INT8_SHARE, BYTE_SHARE = 0.01, 0.001
+"""Share of int8 values that may be off by one; of other elements and E8M0 scales that may differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One case. `part`: question, operator or function."""
+    """Result of one case. `part`: question, operator or function."""
 
     part: str
     name: str
     operator: str
     used: bool = True
-    """Whether ascendit calls it; only these decide whether the check is passed."""
+    """Whether ascendit calls it; other results do not fail the check."""
     verdict: Verdict = "exact"
     arguments: tuple[str, ...] = ()
-    """Dtype and shape of each tensor, words for the rest."""
+    """Dtype and shape of tensors, repr of other arguments."""
     max_abs: float | None = None
     max_rel: float | None = None
     db: float | None = None
-    """None where nothing differs."""
+    """None if nothing differs."""
     different: float | None = None
-    """Share of the codes that differ, for results that are codes."""
+    """Share of elements that differ, for quantized results."""
     microseconds: float | None = None
     how: str = ""
-    """For functions: which operator was chosen, and why."""
+    """For functions: the selected kernel and the reason."""
     answer: str = ""
     expected: str = ""
     error: str = ""
@@ -85,15 +85,15 @@ class Result:
 
 
 def worst(results: Iterable[Result]) -> Result:
-    """The first with the worst verdict. Raises ValueError if there is none."""
+    """The first result with the worst verdict. ValueError if `results` is empty."""
     return min(results, key=lambda r: ORDER.index(r.verdict))
 
 
 def compare_results(base: Result, actual: Any, expected: Any, *, db: float | None = None) -> Result:
-    """`base` with the verdict of two results: tensors, tuples of them, or whole numbers. All on the CPU.
+    """`base` with the verdict on `actual`. Both results are on the CPU: tensors, tuples of tensors, or ints.
 
-    `db`: the limit for floats instead of that of their dtype. Only an operator whose whole result is a number
-    is judged by it; numbers beside tensors, as seeds are, may be anything.
+    `db`: limit for float tensors instead of the limit of their dtype. Ints are compared only if they are the
+    only result; next to tensors they are ignored, since they may be random seeds.
     """
     if isinstance(expected, int):
         if actual == expected:
@@ -107,25 +107,25 @@ def compare_results(base: Result, actual: Any, expected: Any, *, db: float | Non
     return replace(
         base,
         verdict=first.verdict,
-        max_abs=most(r.max_abs for r in results),
-        max_rel=most(r.max_rel for r in results),
-        db=least(r.db for r in results),
-        different=most(r.different for r in results),
+        max_abs=largest(r.max_abs for r in results),
+        max_rel=largest(r.max_rel for r in results),
+        db=smallest(r.db for r in results),
+        different=largest(r.different for r in results),
         error=first.error,
     )
 
 
 def _pair(base: Result, actual: Tensor, expected: Tensor, db: float | None) -> Result:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return replace(base, verdict="wrong", error=f"{described(actual)} came, not {described(expected)}")
+        return replace(base, verdict="wrong", error=f"got {describe(actual)}, not {describe(expected)}")
     name = str(expected.dtype).removeprefix("torch.")
     if name not in DECIBELS:
-        return _codes(base, actual, expected)
-    return _floats(base, actual, expected, DECIBELS[name] if db is None else db)
+        return _compare_bytes(base, actual, expected)
+    return _compare_floats(base, actual, expected, DECIBELS[name] if db is None else db)
 
 
-def _codes(base: Result, actual: Tensor, expected: Tensor) -> Result:
-    """Codes, scales as bytes and packed words: equal, or hardly different."""
+def _compare_bytes(base: Result, actual: Tensor, expected: Tensor) -> Result:
+    """Compare qdata, E8M0 scales and packed integers: a small share of elements may differ."""
     if expected.dtype.is_floating_point:
         actual, expected = actual.view(torch.uint8), expected.view(torch.uint8)
     step = (actual.to(torch.int64) - expected.to(torch.int64)).abs()
@@ -133,19 +133,19 @@ def _codes(base: Result, actual: Tensor, expected: Tensor) -> Result:
     if share == 0:
         return replace(base, different=0.0)
     small = expected.dtype == torch.int8 and int(step.max()) <= 1
-    limit = INT8_SHARE if small else CODE_SHARE if expected.element_size() == 1 else 0.0
+    limit = INT8_SHARE if small else BYTE_SHARE if expected.element_size() == 1 else 0.0
     if share <= limit:
         return replace(base, verdict="close", different=share)
-    where = [int(i) for i in (step != 0).nonzero()[0]]
-    error = f"{share:.2%} of the codes differ (at most {limit:.1%}), the first at {where}"
+    index = [int(i) for i in (step != 0).nonzero()[0]]
+    error = f"{share:.2%} of the elements differ (at most {limit:.1%}), the first at {index}"
     return replace(base, verdict="wrong", different=share, error=error)
 
 
-def _floats(base: Result, actual: Tensor, expected: Tensor, limit: float) -> Result:
+def _compare_floats(base: Result, actual: Tensor, expected: Tensor, limit: float) -> Result:
     a, e = actual.double(), expected.double()
     finite = e.isfinite()
     if not torch.equal(a.isfinite(), finite) or not torch.equal(a[~finite].isnan(), e[~finite].isnan()):
-        error = "NaN or infinity where the expected is finite, or not there"
+        error = "NaN or infinity where the expected result is finite, or the reverse"
         return replace(base, verdict="wrong", error=error)
     a, e = a[finite], e[finite]
     gap = (a - e).abs()
@@ -154,24 +154,25 @@ def _floats(base: Result, actual: Tensor, expected: Tensor, limit: float) -> Res
     size = float(e.abs().max())
     noise, signal = float(gap.square().sum()), float(e.square().sum())
     db = decibels(signal, noise) if signal else 0.0
-    found = replace(base, max_abs=float(gap.max()), max_rel=float(gap.max()) / size if size else None, db=db)
+    max_rel = float(gap.max()) / size if size else None
+    result = replace(base, max_abs=float(gap.max()), max_rel=max_rel, db=db)
     if db >= limit:
-        return replace(found, verdict="close")
-    return replace(found, verdict="wrong", error=f"{db:.1f} dB, at least {limit:g} needed")
+        return replace(result, verdict="close")
+    return replace(result, verdict="wrong", error=f"{db:.1f} dB, at least {limit:g} needed")
 
 
-def most(values: Iterable[float | None]) -> float | None:
-    """The largest; None stands for no number."""
+def largest(values: Iterable[float | None]) -> float | None:
+    """The largest value, ignoring None; None if there is no other."""
     return max((v for v in values if v is not None), default=None)
 
 
-def least(values: Iterable[float | None]) -> float | None:
-    """The smallest; None stands for no number."""
+def smallest(values: Iterable[float | None]) -> float | None:
+    """The smallest value, ignoring None; None if there is no other."""
     return min((v for v in values if v is not None), default=None)
 
 
-def described(value: Any) -> str:
-    """`bfloat16 [5, 96]`, with its strides where it is not contiguous; other values as they are."""
+def describe(value: Any) -> str:
+    """A tensor as `bfloat16 [5, 96]`, with strides if it is not contiguous; the repr of other values."""
     if not isinstance(value, torch.Tensor):
         return repr(value)
     name = str(value.dtype).removeprefix("torch.")
@@ -183,41 +184,42 @@ def described(value: Any) -> str:
 
 
 class CheckedDevice:
-    """One open device. `real`: it has a speed of its own, and so repeats are timed."""
+    """An open device. `real`: hardware rather than a twin or the CPU, so calls are repeated for timing."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self.real = device.backend.tensors != "cpu"
 
     def call(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """torch.ops.npu.NAME, or torch.ops.mindiesd for `mindiesd::NAME`, on arguments on the device."""
-        namespace, _, rest = name.rpartition("::")
-        return getattr(getattr(torch.ops, namespace or "npu"), rest)(*args, **kwargs)
+        """torch.ops.npu.NAME, or torch.ops.mindiesd.NAME for `mindiesd::NAME`, of arguments on the device."""
+        namespace, _, base = name.rpartition("::")
+        return getattr(getattr(torch.ops, namespace or "npu"), base)(*args, **kwargs)
 
     def on_cpu(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """`call`, on inputs that are copied to the device and results that are copied back."""
-        return self.back(self.call(name, *map(self.put, args), **{k: self.put(v) for k, v in kwargs.items()}))
+        """`call` with arguments copied to the device and results copied back to the CPU."""
+        moved = {key: self.to_device(value) for key, value in kwargs.items()}
+        return self.to_cpu(self.call(name, *map(self.to_device, args), **moved))
 
-    def put(self, value: Any) -> Any:
-        """A copy on the device, with the same strides: some operators read them."""
+    def to_device(self, value: Any) -> Any:
+        """A copy on the device, with the same strides, which some operators read."""
         if isinstance(value, list | tuple):
-            return [self.put(v) for v in value]
+            return [self.to_device(v) for v in value]
         if not isinstance(value, Tensor):
             return value
         strides = value.stride()
         order = sorted(range(value.dim()), key=lambda axis: -strides[axis])
-        back = sorted(range(value.dim()), key=order.__getitem__)
-        plain = value.permute(order).contiguous()
-        return plain.to(self.device.torch_name, copy=True).permute(back)
+        inverse = sorted(range(value.dim()), key=order.__getitem__)
+        contiguous = value.permute(order).contiguous()
+        return contiguous.to(self.device.torch_name, copy=True).permute(inverse)
 
-    def back(self, value: Any) -> Any:
-        """A copy on the CPU. The kernel must have ended for that, so what went wrong in it is told here."""
+    def to_cpu(self, value: Any) -> Any:
+        """A copy on the CPU. Waits for the kernel, so errors of the kernel are raised here."""
         if isinstance(value, list | tuple):
-            return tuple(self.back(v) for v in value)
+            return tuple(self.to_cpu(v) for v in value)
         return value.to("cpu", copy=True) if isinstance(value, Tensor) else value
 
     def seconds(self, run: Callable[[], Any]) -> float:
-        """Median of a few runs, each waited for; of one where there is no device to wait for."""
+        """Median time of `RUNS` synchronized runs; of one run if the device is not `real`."""
         times = []
         for _ in range(RUNS if self.real else 1):
             synchronize(self.device)
@@ -228,7 +230,7 @@ class CheckedDevice:
         return statistics.median(times)
 
     def works(self) -> bool:
-        """Whether the device still computes: after some faults it refuses everything until a new process."""
+        """Whether the device still computes: after some faults it fails every call until the process ends."""
         try:
             (torch.ones(4, device=self.device.torch_name) * 2).cpu()
         except RuntimeError:
@@ -241,14 +243,14 @@ class CheckedDevice:
 
 @dataclass(frozen=True)
 class CheckCase:
-    """One thing to find out. `run` gives `base` with the verdict, and may raise anything."""
+    """One check. `run` returns `base` with the verdict, and may raise any exception."""
 
     base: Result
     run: Callable[[CheckedDevice, Result], Result]
 
 
 def run_case(card: CheckedDevice, case: CheckCase) -> Result:
-    """The result of one case; what it raises is one too."""
+    """The result of one case. Does not raise: an exception is a result with the verdict `error`."""
     try:
         return case.run(card, case.base)
     except Exception as e:
@@ -257,7 +259,7 @@ def run_case(card: CheckedDevice, case: CheckCase) -> Result:
 
 
 def shorter(text: str, size: int = 300) -> str:
-    """The first line of an error, in a report of one page."""
+    """The first line of an error, cut to `size` characters."""
     line = next((line for line in text.splitlines() if line.strip()), "")
     return re.sub(r"\s+", " ", line)[:size]
 
@@ -266,7 +268,7 @@ def shorter(text: str, size: int = 300) -> str:
 
 
 def operator_cases(device: Device) -> Iterator[CheckCase]:
-    """Every sample of the twin, for the chip of this device. Nothing where it has none."""
+    """All samples of the twin for the chip of this device; none if it has no chip."""
     if not device.chip:
         return
     used = {row.operator for row in CAPABILITIES if row.used_for}
@@ -288,18 +290,18 @@ def _operator(card: CheckedDevice, base: Result, sample: Any) -> Result:
         return card.call(name, *args, **kwargs)
 
     with internal_format(card.device, True):
-        first = sample.run(called, card.put)
+        first = sample.run(called, card.to_device)
     expected = sample.run(twin.call, lambda t: t.clone())
-    if sample.operator == "npu_format_cast":  # a copy to the CPU would hide the order of the bytes
+    if sample.operator == "npu_format_cast":  # a copy to the CPU would hide the byte order
         first = card.call("npu_format_cast", first, ND)
         expected = twin.call("npu_format_cast", expected, ND)
     name, args, kwargs = last
-    given = (*map(described, args), *(f"{k}={described(v)}" for k, v in kwargs.items()))
-    base = replace(base, arguments=given)
-    actual = card.back(first)
+    arguments = (*map(describe, args), *(f"{k}={describe(v)}" for k, v in kwargs.items()))
+    base = replace(base, arguments=arguments)
+    actual = card.to_cpu(first)
     limit = ATTENTION_DECIBELS if "attention" in name or name == "mindiesd::la" else None
-    found = compare_results(base, actual, expected, db=limit)
-    return replace(found, microseconds=card.seconds(lambda: card.call(name, *args, **kwargs)) * 1e6)
+    result = compare_results(base, actual, expected, db=limit)
+    return replace(result, microseconds=card.seconds(lambda: card.call(name, *args, **kwargs)) * 1e6)
 
 
 # ---- bound functions against plain PyTorch ------------------------------------------------------
@@ -309,21 +311,21 @@ TOKENS, TEXT, HEADS, HEAD, OUT = 48, 12, 4, 64, 96
 WIDTH = HEADS * HEAD
 BF16 = torch.bfloat16
 SMOOTHED, NZ = ", smoothed", ", FRACTAL_NZ"
-"""Variants of a quantized layer, behind its name."""
+"""Suffixes of the names of quantized layers."""
 
 PREPARED = {"rope": slice(1, 3), "adaln": slice(1, 3), "gated_residual": slice(2, 3)}
-"""Operator -> its arguments that `Ops.prepare` may lay out once."""
+"""Operator -> arguments that `Ops.prepare` can convert once."""
 
 
 def function_cases(device: Device) -> Iterator[CheckCase]:
-    """Every dense operator and quantized linear layer that is bound on this device, against the plain one."""
+    """All dense operators and quantized linear layers bound on this device, against plain PyTorch."""
     ops = bind(device)
     inputs = _inputs()
     assert set(inputs) == set(OPERATOR_NAMES), "a new operator needs its inputs here"
     for name, args in inputs.items():
         base = Result(part="function", name=name, operator=name, how=ops.choices[name])
-        plain = getattr(reference, name)
-        yield CheckCase(base, partial(_dense, ops=ops, name=name, plain=plain, args=args))
+        expected = getattr(reference, name)
+        yield CheckCase(base, partial(_dense, ops=ops, name=name, expected=expected, args=args))
     for scheme in LINEAR_SCHEMES:
         if device.chip and scheme not in device.native_schemes:
             continue
@@ -333,7 +335,7 @@ def function_cases(device: Device) -> Iterator[CheckCase]:
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:
-    """The same float32 numbers on every machine."""
+    """Normal random numbers [*shape] in float32, the same on every machine."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
@@ -357,38 +359,40 @@ def _inputs() -> dict[str, tuple[Any, ...]]:
 
 
 def _dense(
-    card: CheckedDevice, base: Result, ops: Any, name: str, plain: Callable[..., Tensor], args: Any
+    card: CheckedDevice, base: Result, ops: Any, name: str, expected: Callable[..., Tensor], args: Any
 ) -> Result:
-    given = [card.put(a) if isinstance(a, Tensor) else a for a in args]
-    if (where := PREPARED.get(name)) is not None:
-        given[where] = ops.prepare(name, *given[where], dtype=BF16)
+    moved = [card.to_device(a) if isinstance(a, Tensor) else a for a in args]
+    if (indices := PREPARED.get(name)) is not None:
+        moved[indices] = ops.prepare(name, *moved[indices], dtype=BF16)
     bound = getattr(ops, name)
-    base = replace(base, arguments=tuple(map(described, args)))
+    base = replace(base, arguments=tuple(map(describe, args)))
     limit = ATTENTION_DECIBELS if name == "attention" else None
-    found = compare_results(base, card.back(bound(*given)), plain(*args), db=limit)
-    return replace(found, microseconds=card.seconds(lambda: bound(*given)) * 1e6)
+    result = compare_results(base, card.to_cpu(bound(*moved)), expected(*args), db=limit)
+    return replace(result, microseconds=card.seconds(lambda: bound(*moved)) * 1e6)
 
 
 def _linear(card: CheckedDevice, base: Result, schemes: Any, scheme: str, variant: str) -> Result:
-    """One layer [OUT, K]: the weight must come back as it was stored, the product be the plain one."""
+    """One layer [OUT, K]: the prepared weight converts back to the stored one, and the product is correct."""
     k = 1024 if scheme == "mxfp4_dualscale" else WIDTH
     stored, bias = mx.encode(seeded(OUT, k), LINEAR_SCHEMES[scheme].weight), seeded(OUT)
     mul_scale = seeded(k).abs() + 0.5 if variant == SMOOTHED else None
     x = seeded(1, TOKENS, k, seed=2).to(BF16)
-    given = (stored.qdata, stored.scale, stored.dual_scale, bias, LINEAR_SCHEMES[scheme].weight)
-    weight = schemes.prepare_weight(*given, nz=variant == NZ)
-    tokens = schemes.quantize_activation(card.put(x), scheme, card.put(mul_scale))
+    tensors = (stored.qdata, stored.scale, stored.dual_scale, bias, LINEAR_SCHEMES[scheme].weight)
+    weight = schemes.prepare_weight(*tensors, nz=variant == NZ)
+    activation = schemes.quantize_activation(card.to_device(x), scheme, card.to_device(mul_scale))
     kernel = schemes.kernel(scheme)
-    arguments = (described(x), f"weight {LINEAR_SCHEMES[scheme].weight} {[OUT, k]}")
+    arguments = (describe(x), f"weight {LINEAR_SCHEMES[scheme].weight} {[OUT, k]}")
     base = replace(base, how=kernel.reason, arguments=arguments)
-    again = schemes.stored(weight)
-    for part in ("qdata", "scale", "dual_scale"):
-        here, there = getattr(stored, part), card.back(getattr(again, part))
-        if here is not None and not torch.equal(here.view(torch.uint8), there.view(torch.uint8)):
-            return replace(base, verdict="wrong", error=f"{part} of the weight do not come back as stored")
+    restored = schemes.stored(weight)
+    for role in ("qdata", "scale", "dual_scale"):
+        before, after = getattr(stored, role), card.to_cpu(getattr(restored, role))
+        if before is not None and not torch.equal(before.view(torch.uint8), after.view(torch.uint8)):
+            return replace(
+                base, verdict="wrong", error=f"{role} of the prepared weight differs from the stored"
+            )
     host = torch.device("cpu")
-    plain = reference.quantized_linear(
+    expected = reference.quantized_linear(
         reference.quantize_activation(x, scheme, mul_scale), reference.prepare_weight(stored, bias, host)
     )
-    found = compare_results(base, card.back(kernel.call(tokens, weight)), plain)
-    return replace(found, microseconds=card.seconds(lambda: kernel.call(tokens, weight)) * 1e6)
+    result = compare_results(base, card.to_cpu(kernel.call(activation, weight)), expected)
+    return replace(result, microseconds=card.seconds(lambda: kernel.call(activation, weight)) * 1e6)

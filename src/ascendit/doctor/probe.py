@@ -1,7 +1,7 @@
-"""What the probes of `doctor` share: the row that each gives, the report of all rows, and how they look.
+"""Shared by the probes of `doctor`: the row of a probe, the report, and helpers to run commands.
 
-They look at versions, at files that may be absent, and into a Python of their own: a library that can take
-the process down with it, or hang, is imported in a child process with a time limit.
+Probes read versions and files that may be absent. A library that may crash or hang the process is imported in
+a child process with a time limit.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ascendit import environment
 Status = Literal[
     "ok", "missing", "too old", "too little", "broken", "unlisted", "absent", "not checked", "probe failed"
 ]
-"""`unlisted`: works or does not, no public table says. `absent`: not here, and nothing asks for it."""
+"""`unlisted`: in no public table, may work. `absent`: not installed and not needed."""
 NO_FIX = ("ok", "absent")
-"""Nothing to do about these."""
+"""Statuses that need no fix."""
 
 
 @dataclass(frozen=True)
@@ -30,49 +30,50 @@ class ProbeRow:
     """One line of the report."""
 
     item: str
-    found: str
+    detected: str
     needed: str = "-"
     status: Status = "ok"
     fix: str = ""
     required: bool = False
-    """Whether nothing runs on the CPU without it."""
+    """Whether a run on the CPU needs it."""
     part: str = ""
-    """`npu` for what a run on an Ascend card needs."""
+    """`npu` for requirements of a run on an Ascend card."""
     data: dict[str, Any] = field(default_factory=dict)
-    """What `found` says, for programs."""
+    """`detected` as data."""
 
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """All rows."""
+    """The rows of all probes."""
 
     rows: tuple[ProbeRow, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether everything is here that a run on the CPU needs."""
+        """Whether all requirements of a run on the CPU are met."""
         return all(row.status == "ok" for row in self.rows if row.required)
 
     @property
     def npu(self) -> bool | None:
-        """Whether an Ascend card can be used; None where there is nothing of one."""
+        """Whether an Ascend card can be used; None if the machine has no part of one."""
         states = {row.status for row in self.rows if row.part == "npu"}
         if states <= {"absent"}:
             return None
         return self.ok and states <= {"ok", "unlisted"}
 
     def verdicts(self) -> list[str]:
-        """A line for the CPU, and one for an Ascend card if there is anything of one."""
+        """A line for the CPU, and one for an Ascend card if the machine has any part of one."""
         lines = ["ready to run on the CPU" if self.ok else "not ready: see the rows with a fix"]
         if self.npu is not None:
-            ready = "ready to run on the NPU: ascendit doctor --self-check tries it"
+            ready = "ready to run on the NPU: check it with ascendit doctor --self-check"
             lines.append(ready if self.npu else "not ready to run on an NPU: see the rows with a fix")
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`, which is what a bug report should hold."""
+        """The report in JSON, for `--json` and bug reports."""
         ready = {"cpu": self.ok, "npu": self.npu}
-        return {"ok": self.ok, "ready": ready, "rows": [asdict(row) for row in self.rows]}
+        rows = [{"found" if k == "detected" else k: v for k, v in asdict(r).items()} for r in self.rows]
+        return {"ok": self.ok, "ready": ready, "rows": rows}
 
 
 Probe = Callable[[], list[ProbeRow]]
@@ -83,61 +84,61 @@ COMMAND_SECONDS = 20.0
 
 def version_numbers(text: str) -> tuple[int, ...]:
     """The leading numbers of a version: (2, 13, 0) for 2.13.0+cpu."""
-    found = re.match(r"\d+(\.\d+)*", text)
-    return tuple(int(n) for n in found[0].split(".")) if found else ()
+    match = re.match(r"\d+(\.\d+)*", text)
+    return tuple(int(n) for n in match[0].split(".")) if match else ()
 
 
-def at_least(found: str, needed: str) -> bool:
+def at_least(version: str, needed: str) -> bool:
     """Compare versions by their leading numbers: 2.13.0+cpu is at least 2.9."""
-    return version_numbers(found) >= version_numbers(needed)
+    return version_numbers(version) >= version_numbers(needed)
 
 
 def read(path: Path) -> str:
-    """The text of a file, "" where it cannot be read."""
+    """The text of a file, "" if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
 
-def command(words: Sequence[str]) -> str:
-    """What a command prints, "" where it is absent, fails or takes too long."""
+def command(args: Sequence[str]) -> str:
+    """The output of a command, "" if it is not installed, fails or takes too long."""
     try:
-        done = _run(words, COMMAND_SECONDS)
+        result = _run(args, COMMAND_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout if done.returncode == 0 else ""
+    return result.stdout if result.returncode == 0 else ""
 
 
 def _run(
-    words: Sequence[str], seconds: float, env: dict[str, str] | None = None
+    args: Sequence[str], seconds: float, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, timeout=seconds, env=env)
+    return subprocess.run(args, capture_output=True, text=True, timeout=seconds, env=env)
 
 
 PROBE_SECONDS = 120.0
 
 
 def child(code: str, *, plugins: bool = False) -> dict[str, Any]:
-    """The JSON that `code` prints last in a Python of its own, or `{"error": ...}`. Warnings are dropped.
+    """Run `code` in a new Python process; return the JSON of its last line, or `{"error": ...}`.
 
-    `plugins`: let `import torch` load torch_npu by itself, as it does where nothing forbids it.
+    `plugins`: let `import torch` load torch_npu automatically, which is torch's default.
     """
     env = None if plugins else environment.without_device_plugins()
     try:
-        done = _run((sys.executable, "-W", "ignore", "-c", code), PROBE_SECONDS, env)
+        result = _run((sys.executable, "-W", "ignore", "-c", code), PROBE_SECONDS, env)
     except subprocess.TimeoutExpired:
         return {"error": f"no answer in {PROBE_SECONDS:g} s", "late": True}
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"ended with code {result.returncode}"]
         return {"error": lines[-1]}
-    told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return told
+    answer: dict[str, Any] = json.loads(result.stdout.strip().splitlines()[-1])
+    return answer
 
 
-def failed(row: ProbeRow, told: dict[str, Any], *, fix: str) -> ProbeRow:
-    """The row for a child process that did not do what it should."""
-    if told.get("late"):
+def failed(row: ProbeRow, answer: dict[str, Any], *, fix: str) -> ProbeRow:
+    """The row for a child process that failed."""
+    if answer.get("late"):
         again = "run ascendit doctor again when the machine is less busy"
-        return replace(row, found=told["error"], status="probe failed", fix=again)
-    return replace(row, found=told["error"], status="broken", fix=fix)
+        return replace(row, detected=answer["error"], status="probe failed", fix=again)
+    return replace(row, detected=answer["error"], status="broken", fix=fix)

@@ -1,12 +1,12 @@
-"""`doctor --self-check`: what a device computes, against what it should.
+"""`doctor --self-check`: compare the results of a device with the expected ones.
 
-On an NPU or a twin: the questions that no document answers, every operator against the twin's numbers, and
-the operators and quantized layers as they are bound against plain PyTorch. On a CPU or a CUDA card the last.
+On an NPU or a twin: undocumented questions, every operator against the twin's numbers, and the bound
+operators and quantized layers against plain PyTorch. On a CPU or a CUDA card: only the last.
 
-A real card is checked in a child process: a kernel that crashes or hangs takes only that along. The child
-prints one line of JSON before and one after each case, behind a mark, since libraries print too. When it
-dies, is silent for too long, or its card answers nothing more after a fault, the running case has crashed and
-a new child goes on with the next one.
+A real card is checked in a child process, in case a kernel crashes or hangs. The child prints a line of JSON
+before and after each case, with a prefix, since libraries print too. If the child dies, is silent for too
+long, or its card stops working after a fault, the running case counts as crashed and a new child runs the
+next case.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from typing import IO, Any
 from ascendit import environment, twin
 from ascendit.device.device import Device, parse_device
 from ascendit.doctor.hardware_questions import question_cases
-from ascendit.doctor.npu import found_versions
+from ascendit.doctor.npu import installed_versions
 from ascendit.doctor.operator_cases import (
     CheckCase,
     CheckedDevice,
     Result,
     function_cases,
-    least,
-    most,
+    largest,
     operator_cases,
     run_case,
+    smallest,
     worst,
 )
 from ascendit.errors import AscenditError, EnvironmentProblem
@@ -43,13 +43,13 @@ from ascendit.report import group_by
 from ascendit.version import __version__, installed
 
 FORMAT = 1
-"""Of the JSON; goes up when the meaning of a key changes."""
+"""Version of the JSON format; increases if the meaning of a key changes."""
 PARTS = ("question", "operator", "function")
 
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """Everything that was found out on one device."""
+    """All results of one device."""
 
     device: str
     chip: str | None
@@ -58,7 +58,7 @@ class SelfCheck:
 
     @property
     def failed(self) -> list[Result]:
-        """What ascendit calls and must not rely on here."""
+        """Failed cases of operators that ascendit calls."""
         return [r for r in self.results if r.failed]
 
     @property
@@ -69,11 +69,11 @@ class SelfCheck:
         return [r for r in self.results if r.part == name]
 
     def by_operator(self) -> dict[str, list[Result]]:
-        """The samples of each operator, those that ascendit calls first."""
+        """Results by operator, those that ascendit calls first."""
         return group_by(sorted(self.part("operator"), key=lambda r: not r.used), lambda r: r.operator)
 
     def as_dict(self) -> dict[str, Any]:
-        """The file to send in: no paths, no names of users or hosts."""
+        """The report for JSON; has no paths, user names or host names."""
         head = {"format": FORMAT, "verdict": "passed" if self.ok else "failed", "device": self.device}
         failed = list(dict.fromkeys(r.operator for r in self.failed))
         parts = {f"{part}s": [asdict(r) for r in self.part(part)] for part in PARTS}
@@ -83,50 +83,52 @@ class SelfCheck:
 def self_check(name: str) -> SelfCheck:
     """Run every case on the device of this name.
 
-    UsageError for no such device, EnvironmentProblem E-ENV-03 for one that is not here. Nothing else raises.
+    UsageError (E-USE-01) for an invalid name, EnvironmentProblem (E-ENV-03) if the device is not available.
     """
-    wanted = parse_device(name)
-    if wanted.backend.tensors == "cpu":
-        device = open_device(wanted)
+    parsed = parse_device(name)
+    if parsed.backend.tensors == "cpu":
+        device = open_device(parsed)
         card = CheckedDevice(device)
-        here = tuple(run_case(card, case) for case in all_cases(device))
-        return SelfCheck(name, device.chip, here, _about())
+        completed = tuple(run_case(card, case) for case in all_cases(device))
+        return SelfCheck(name, device.chip, completed, _about())
     chip, results = in_children(name)
     return SelfCheck(name, chip, tuple(results), _about())
 
 
 def all_cases(device: Device) -> list[CheckCase]:
-    """Every case for an open device, in the order in which they are run."""
+    """All cases for an open device, in the order of their run."""
     if device.kind == "npu":
-        twin.use(str(device.chip))  # its functions alone: the operators under torch.ops are the card's
+        twin.use(str(device.chip))  # only its functions: the operators under torch.ops are the card's
     return [*question_cases(device), *operator_cases(device), *function_cases(device)]
 
 
 def summary(results: list[Result]) -> Result:
-    """Samples of one operator as one: the worst verdict, the lowest dB, the longest time."""
-    longest = most(r.microseconds for r in results)
-    return replace(worst(results), db=least(r.db for r in results), microseconds=longest)
+    """Results of one operator as one: the worst verdict, the lowest dB, the longest time."""
+    longest = largest(r.microseconds for r in results)
+    return replace(worst(results), db=smallest(r.db for r in results), microseconds=longest)
 
 
 def _about() -> dict[str, Any]:
-    found = found_versions()
     versions = {"ascendit": __version__, "python": platform.python_version()}
-    versions |= {**vars(found), **installed("numpy")}
+    versions |= {**vars(installed_versions()), **installed("numpy")}
     machine = f"{platform.system()} {platform.release()} {platform.machine()}"
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"made": now, "machine": machine, "versions": versions}
+    timestamp = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"made": timestamp, "machine": machine, "versions": versions}
 
 
 MARK = "ascendit-self-check "
 START_SECONDS, CASE_SECONDS = 300.0, 120.0
-"""Until the first case: torch_npu and the first kernels are loaded. For one case."""
+"""Time limits: for loading torch_npu and the first kernels, and for one case."""
 
 Command = Callable[[int], Sequence[str]]
-"""The words of a child that begins with this case."""
+"""Command line of a child that starts with this case."""
 
 
 def in_children(name: str, command: Command | None = None) -> tuple[str | None, list[Result]]:
-    """The chip of device `name`, and the results of all cases; a new child goes on where one ended."""
+    """The chip of device `name` and the results of all cases; if a child ends, a new one continues.
+
+    EnvironmentProblem: E-ENV-03 if the device does not start, or the error of `open_device` in the child.
+    """
     command = command or (
         lambda first: (sys.executable, "-m", "ascendit.doctor.self_check", name, str(first))
     )
@@ -145,8 +147,8 @@ def in_children(name: str, command: Command | None = None) -> tuple[str | None, 
                 results.append(_result(line["result"]))
                 running = None
             elif "refused" in line:
-                told = line["refused"]
-                raise EnvironmentProblem(told["got"], needs=told["needs"], fix=told["try"], code=told["code"])
+                e = line["refused"]
+                raise EnvironmentProblem(e["got"], needs=e["needs"], fix=e["try"], code=e["code"])
             else:
                 end = line["end"]
         if end == "done":
@@ -158,23 +160,23 @@ def in_children(name: str, command: Command | None = None) -> tuple[str | None, 
             raise EnvironmentProblem(
                 f"device {name}: {end} before its first check",
                 needs="a device that starts",
-                fix="ascendit doctor",
+                fix="run ascendit doctor",
                 code="E-ENV-03",
             )
 
 
-def _lines(words: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What one child tells; last `{"end": "done"}`, or why it ended without."""
+def _lines(args: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The JSON lines of one child; the last is `{"end": "done"}` or has the reason for an early end."""
     child = subprocess.Popen(
-        words, stdout=subprocess.PIPE, text=True, env=environment.without_device_plugins(), errors="replace"
+        args, stdout=subprocess.PIPE, text=True, env=environment.without_device_plugins(), errors="replace"
     )
-    told: queue.Queue[str | None] = queue.Queue()
+    output: queue.Queue[str | None] = queue.Queue()
     assert child.stdout is not None
-    reader = threading.Thread(target=_read, args=(child.stdout, told), daemon=True)
+    reader = threading.Thread(target=_read, args=(child.stdout, output), daemon=True)
     reader.start()
     limit, done = START_SECONDS, False
     try:
-        while (text := told.get(timeout=limit)) is not None:
+        while (text := output.get(timeout=limit)) is not None:
             if text.startswith(MARK):
                 line = json.loads(text.removeprefix(MARK))
                 done = done or line.get("end") == "done"
@@ -193,38 +195,38 @@ def _lines(words: Sequence[str]) -> Iterator[dict[str, Any]]:
         child.stdout.close()
 
 
-def _read(stream: IO[str], told: queue.Queue[str | None]) -> None:
+def _read(stream: IO[str], output: queue.Queue[str | None]) -> None:
     for text in stream:
-        told.put(text)
-    told.put(None)
+        output.put(text)
+    output.put(None)
 
 
-def _result(told: dict[str, Any]) -> Result:
-    return Result(**{**told, "arguments": tuple(told["arguments"])})
+def _result(fields: dict[str, Any]) -> Result:
+    return Result(**{**fields, "arguments": tuple(fields["arguments"])})
 
 
 def main(name: str, first: int) -> None:
-    """Run the cases from `first` on, and tell each."""
+    """Run the cases from index `first` on, and print a JSON line before and after each."""
     out = sys.stdout
 
-    def tell(**line: Any) -> None:
+    def send(**line: Any) -> None:
         print(MARK + json.dumps(line), file=out, flush=True)
 
     try:
         device = open_device(name)
     except AscenditError as e:
-        tell(refused=e.as_dict())
+        send(refused=e.as_dict())
         return
-    tell(chip=device.chip)
+    send(chip=device.chip)
     card = CheckedDevice(device)
     for case in all_cases(device)[first:]:
-        tell(begins=asdict(case.base))
+        send(begins=asdict(case.base))
         result = run_case(card, case)
-        tell(result=asdict(result))
+        send(result=asdict(result))
         if result.verdict != "exact" and not card.works():
-            tell(end="the device answers nothing any more after this case")
+            send(end="the device stopped working after this case")
             return
-    tell(end="done")
+    send(end="done")
 
 
 if __name__ == "__main__":

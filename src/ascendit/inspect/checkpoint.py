@@ -1,4 +1,4 @@
-"""What a checkpoint of any layout holds, and whether it is complete. Headers and JSON only, no torch."""
+"""Inspect a checkpoint of any layout: contents, formats, completeness. Headers and JSON only, no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ascendit.checkpoint.component import EXPERTS, Part, read_json
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import RECORD_FILE, Layout, recognise
 from ascendit.checkpoint.reader import Shards
-from ascendit.checkpoint.transformer import Misfit, read_expert
+from ascendit.checkpoint.transformer import TensorMismatch, read_expert
 from ascendit.errors import AscenditError, CheckpointError
 from ascendit.family import WanSpec
 from ascendit.inspect.engines import runs_on
@@ -24,8 +24,8 @@ NEEDED_FOR_IMAGE_TOKENS = ("image_encoder", "image_processor")
 def inspect(path: Path | str) -> ModelReport:
     """Read the configs and headers of a checkpoint: a folder, a file, "demo", hf:org/name or ms:org/name.
 
-    Problems inside a recognised model are in the report; for others it raises what `recognise` raises. A
-    layout that holds transformers alone is complete without the other parts of a pipeline.
+    Problems of a recognised model are in the report; raises as `recognise` for anything else. A layout with
+    transformers only is complete without the other parts of a pipeline.
     """
     layout = recognise(model_folder(path))
     problems = _missing_parts(layout) if layout.kind == "diffusers" else []
@@ -37,14 +37,14 @@ def inspect(path: Path | str) -> ModelReport:
     except (AscenditError, TypeError, ValueError, LookupError, AttributeError) as e:
         problems.append(e if isinstance(e, AscenditError) else _bad_config(layout, e))
     experts = [p.summary for p in parts if p.summary is not None]
-    understood = len(experts) == len(layout.experts)
+    readable = len(experts) == len(layout.experts)
     return ModelReport(
         layout=layout,
-        family=defaults.spec if defaults else _family(layout, experts) if understood else None,
+        family=defaults.spec if defaults else _family(layout, experts) if readable else None,
         defaults=defaults,
         parts=parts,
         problems=tuple(problems),
-        runs_on=runs_on(layout, experts) if understood and not problems else None,
+        runs_on=runs_on(layout, experts) if readable and not problems else None,
         record=_record(layout),
     )
 
@@ -61,24 +61,24 @@ def _missing_parts(layout: Layout) -> list[AscenditError]:
 
 
 def _inspect_part(part: Part) -> PartReport:
-    named: dict[str, Any] = {"name": part.name, "library": part.library, "class_name": part.class_name}
+    fields: dict[str, Any] = {"name": part.name, "library": part.library, "class_name": part.class_name}
     if not part.has_weights:
-        return PartReport(**named)
+        return PartReport(**fields)
     try:
         shards = Shards.of_part(part)
-        named["tensors"] = tuple(shards.tensors.values())
-        named["files"] = len(shards.files)
+        fields["tensors"] = tuple(shards.tensors.values())
+        fields["files"] = len(shards.files)
         if part.name in EXPERTS:
-            named["expert"] = read_expert(part)
+            fields["expert"] = read_expert(part)
     except AscenditError as e:
-        named["problem"] = e
-        if isinstance(e, Misfit):
-            named |= e.checks
-    return PartReport(**named)
+        fields["problem"] = e
+        if isinstance(e, TensorMismatch):
+            fields |= e.checks
+    return PartReport(**fields)
 
 
 def _family(layout: Layout, experts: list[ExpertSummary]) -> WanSpec | None:
-    """The row of the Wan family with these dimensions, where there is no pipeline to ask."""
+    """The row of `family.py` with these dimensions, for a checkpoint without a pipeline."""
     config = experts[0].expert.config
     if config.get("num_attention_heads") is None or config.get("attention_head_dim") is None:
         return None
@@ -86,7 +86,7 @@ def _family(layout: Layout, experts: list[ExpertSummary]) -> WanSpec | None:
 
 
 def _record(layout: Layout) -> dict[str, Any] | None:
-    """`ascendit.json` at the top of the model; a damaged one is as good as none."""
+    """`ascendit.json` in the model folder; None if absent or damaged."""
     folder = layout.root if layout.root.is_dir() else layout.root.parent
     if layout.kind == "file" or not (folder / RECORD_FILE).is_file():
         return None
@@ -98,8 +98,8 @@ def _record(layout: Layout) -> dict[str, Any] | None:
 
 def _bad_config(layout: Layout, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"a config of {layout.root} holds a value of the wrong kind: {error}",
-        needs="configs as the model's authors wrote them",
+        f"a config of {layout.root} has a value of the wrong type: {error}",
+        needs="the original configs of the model's authors",
         fix="download the JSON files again",
         code="E-CKP-06",
     )

@@ -1,7 +1,7 @@
-"""Two checkpoints side by side, whatever their layouts: names are compared as Diffusers has them.
+"""Compare two checkpoints of any layout, by the Diffusers names of their tensors.
 
-Headers and configs only. Equal headers do not make equal numbers: `Diff.hashes` says whether those could be
-compared, which takes the sha256 that ascendit leaves in `ascendit.json`. torch is not imported.
+Reads headers and configs only, no torch. Equal headers do not imply equal numbers: these are compared by the
+sha256 in `ascendit.json`, if both checkpoints have them (`Diff.hashes`).
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from ascendit.checkpoint.transformer import Expert
 from ascendit.family import WanConfig
 from ascendit.inspect.checkpoint import inspect
 from ascendit.inspect.report import ModelReport, PartReport
-from ascendit.inspect.transformer_report import CONTAINERS, ExpertSummary, dtype_name
+from ascendit.inspect.transformer_report import PACKINGS, ExpertSummary, dtype_name
 from ascendit.names import grouped, sort_names
-from ascendit.report import columns, group_by, human_bytes, plain, titled
+from ascendit.report import columns, counted, group_by, human_bytes, json_data, titled
 
 ChangeKind = Literal["part", "tensor", "scheme", "smoothing", "shape", "dtype", "attention", "config"]
 LAYER_KINDS = ("scheme", "smoothing", "attention")
-"""Changes of these kinds have the name of a layer, the others that of a tensor."""
-MAX_LINES = 12  # lines for one kind of difference on a screen; --json has all
+"""Changes of these kinds name a layer, the others a tensor."""
+MAX_LINES = 12  # printed per kind of difference; --json has all
 MAX_WIDTH = 100
 TITLE_WIDTH = 9
 NOT_COMPARED = "not compared: headers only (both need the sha256 of the same files in ascendit.json)"
-SAME_HEADERS = "the same headers and configs, other numbers"
+SAME_HEADERS = "same headers and configs, different numbers"
 
 HEAD_KEYS = ("num_attention_heads", "attention_head_dim")
 VERSION_KEYS = ("transformers_version", "torch_dtype", "dtype")
-"""Keys of a config that say who wrote it and how; keys with a leading underscore do so too."""
+"""Keys of a config about the program that wrote it; also all keys with a leading underscore."""
 
-_Found = Iterator[tuple[ChangeKind, str, Any, Any]]
+_Changes = Iterator[tuple[ChangeKind, str, Any, Any]]
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that differs. `a`, `b`: plain values; None where that side has no such thing."""
+    """One difference. `a`, `b`: the plain values of both sides; None if a side has none."""
 
     part: str
     kind: ChangeKind
@@ -50,26 +50,26 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Diff:
-    """What differs between the checkpoints `a` and `b`."""
+    """The differences between the checkpoints `a` and `b`."""
 
     a: ModelReport
     b: ModelReport
     changes: tuple[Change, ...]
     hashes: str
-    """`same`, `different`, or why they say nothing."""
+    """`same`, `different`, or the reason for not comparing them."""
 
     @property
     def same(self) -> bool:
-        """Whether nothing differs that was compared."""
+        """Whether no difference was detected."""
         return not self.changes and self.hashes != "different"
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`: plain data."""
+        """Plain data for `--json`."""
         sides = {"a": _side(self.a), "b": _side(self.b)}
-        return {"same": self.same, **sides, "hashes": self.hashes, "changes": plain(self.changes)}
+        return {"same": self.same, **sides, "hashes": self.hashes, "changes": json_data(self.changes)}
 
     def lines(self) -> list[str]:
-        """For a terminal."""
+        """Lines for a terminal."""
         sides = {"A": self.a, "B": self.b}
         head = [(title, _side_text(_side(report))) for title, report in sides.items()]
         head += [
@@ -85,17 +85,17 @@ class Diff:
         ratio = f"   {after / before:.3f} x" if before else ""
         size = f"{human_bytes(before)} -> {human_bytes(after)} in the transformers{ratio}"
         source = "" if self.hashes == NOT_COMPARED else " by the sha256 in ascendit.json"
-        verdict = f"{len(self.changes)} differences"
+        result = counted(len(self.changes), "difference")
         if not self.changes:
-            verdict = "headers and configs are the same" if self.same else SAME_HEADERS
-        end = [("Bytes", size), ("Values", f"{self.hashes}{source}"), ("Result", verdict)]
+            result = "same headers and configs" if self.same else SAME_HEADERS
+        end = [("Bytes", size), ("Values", f"{self.hashes}{source}"), ("Result", result)]
         return [*lines, "", *columns(end, first_width=TITLE_WIDTH)]
 
 
 def diff(a: Path | str | ModelReport, b: Path | str | ModelReport) -> Diff:
-    """Compare two checkpoints of any layout; paths as for `inspect`, or what it returned.
+    """Compare two checkpoints of any layout: paths as for `inspect`, or its reports.
 
-    Raises what `inspect` raises. An expert that could not be understood is compared by the names on disk.
+    Raises as `inspect`. An expert that could not be read as a Wan transformer is compared by names on disk.
     """
     a = a if isinstance(a, ModelReport) else inspect(a)
     b = b if isinstance(b, ModelReport) else inspect(b)
@@ -107,13 +107,13 @@ def diff(a: Path | str | ModelReport, b: Path | str | ModelReport) -> Diff:
 
 
 def _file_hashes(report: ModelReport) -> dict[str, Any]:
-    """Weight file -> sha256, as it was when ascendit wrote it."""
+    """Weight file -> sha256 at the time ascendit wrote it."""
     files = (report.record or {}).get("files")
     entries = files.items() if isinstance(files, dict) else ()
     return {name: value for name, value in entries if name.endswith(".safetensors")}
 
 
-# ---- what differs -------------------------------------------------------------------------------
+# ---- differences --------------------------------------------------------------------------------
 
 
 def _changes(a: ModelReport, b: ModelReport) -> Iterator[Change]:
@@ -137,7 +137,7 @@ def _changes(a: ModelReport, b: ModelReport) -> Iterator[Change]:
             yield Change("model_index.json", "config", *pair)
 
 
-def _expert_changes(one: ExpertSummary, other: ExpertSummary) -> _Found:
+def _expert_changes(one: ExpertSummary, other: ExpertSummary) -> _Changes:
     a, b = one.expert, other.expert
     shared = dict.fromkeys(name for name in one.linears if name in set(other.linears))
     alike: set[str] = set()
@@ -155,19 +155,19 @@ def _expert_changes(one: ExpertSummary, other: ExpertSummary) -> _Found:
 
 
 def _linear(expert: Expert, name: str) -> dict[ChangeKind, Any]:
-    """What is compared of a linear layer. Scheme: `mxfp4`, `mxfp4 in an FP8 container`, `bf16`, `fp32`."""
+    """The compared facts of a linear layer. Scheme: `mxfp4`, `mxfp4 unpacked to FP8`, `bf16`, `fp32`."""
     layer, weight = expert.layers.get(name), expert.tensors[f"{name}.weight"]
     if layer is None:
         return {"scheme": dtype_name(weight.dtype), "smoothing": None, "shape": list(weight.shape)}
     scheme = dtype_name(weight.dtype) if layer.scheme == "bf16" else layer.scheme
-    if layer.scheme != "bf16" and layer.container in ("e4m3", "bf16"):
-        scheme = f"{scheme} {CONTAINERS[layer.container].partition(',')[0]}"
+    if layer.scheme != "bf16" and layer.packing in ("e4m3", "bf16"):
+        scheme = f"{scheme} {PACKINGS[layer.packing].partition(',')[0]}"
     smoothing = "mul_scale" if "mul_scale" in layer.tensors else None
     return {"scheme": scheme, "smoothing": smoothing, "shape": list(layer.shape)}
 
 
 def _others(expert: Expert, shared: Mapping[str, None], alike: set[str]) -> dict[str, TensorInfo]:
-    """What is compared one by one: not the codes, and the scales only of layers that are alike."""
+    """Tensors to compare one by one: no quantized weights, and scales only of layers with the same scheme."""
     others = {}
     for name, info in expert.tensors.items():
         layer, _, role = name.rpartition(".")
@@ -177,7 +177,7 @@ def _others(expert: Expert, shared: Mapping[str, None], alike: set[str]) -> dict
     return others
 
 
-def _tensor_changes(a: Mapping[str, TensorInfo], b: Mapping[str, TensorInfo]) -> _Found:
+def _tensor_changes(a: Mapping[str, TensorInfo], b: Mapping[str, TensorInfo]) -> _Changes:
     for name in dict.fromkeys([*a, *b]):
         x, y = a.get(name), b.get(name)
         if x is None or y is None:
@@ -194,16 +194,18 @@ def _stored(info: TensorInfo | None) -> str | None:
 
 
 def _expert_configs(a: Expert, b: Expert) -> list[dict[str, Any]]:
-    """Configs as they are understood: with Diffusers' defaults, `quantization_config` key by key.
+    """Configs to compare: with Diffusers' defaults, and `quantization_config` key by key.
 
-    Without the number of heads if one side does not know it.
+    Without the number of heads if one side does not have it.
     """
-    unsure = HEAD_KEYS if a.config_problem or b.config_problem else ()
+    unknown = HEAD_KEYS if a.config_problem or b.config_problem else ()
     configs = []
     for expert in (a, b):
         config = {**WanConfig().to_dict(), **_without_versions(expert.config)}
-        config |= {f"quantization_config.{key}": value for key, value in (expert.marker or {}).items()}
-        configs.append({key: value for key, value in config.items() if key not in unsure})
+        config |= {
+            f"quantization_config.{key}": value for key, value in (expert.quantization_config or {}).items()
+        }
+        configs.append({key: value for key, value in config.items() if key not in unknown})
     return configs
 
 
@@ -218,7 +220,7 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str
             yield key, x, y
 
 
-# ---- the words for it ---------------------------------------------------------------------------
+# ---- text ---------------------------------------------------------------------------------------
 
 
 def _side(report: ModelReport) -> dict[str, Any]:
@@ -234,58 +236,58 @@ def _side(report: ModelReport) -> dict[str, Any]:
 
 
 def _side_text(side: Mapping[str, Any]) -> str:
-    words = [side["name"], f"layout {side['kind']}", side["format"], human_bytes(side["nbytes"])]
-    return "   ".join([*words, side["path"]])
+    texts = [side["name"], f"layout {side['kind']}", side["format"], human_bytes(side["nbytes"])]
+    return "   ".join([*texts, side["path"]])
 
 
-def _blocks(changes: Iterable[Change], found: Diff) -> Iterator[tuple[str, list[str]]]:
-    """Title and lines: equal changes of many layers share a line; those of a config have one each."""
-    alike = group_by(changes, _what)
-    for title, whats in group_by(alike, lambda what: what[0]).items():
-        texts = [_alike_text(alike[what], found) for what in whats]
+def _blocks(changes: Iterable[Change], result: Diff) -> Iterator[tuple[str, list[str]]]:
+    """Title and lines: equal changes of many layers share a line; changes of a config have one each."""
+    alike = group_by(changes, _line_key)
+    for title, keys in group_by(alike, lambda key: key[0]).items():
+        texts = [_alike_text(alike[key], result) for key in keys]
         more = [f"and {len(texts) - MAX_LINES} more; --json has all"] if len(texts) > MAX_LINES else []
         yield title, texts[:MAX_LINES] + more
 
 
-def _what(change: Change) -> tuple[str, ...]:
-    """Title first; changes that have all of it in common are alike."""
+def _line_key(change: Change) -> tuple[str, ...]:
+    """Changes with an equal key share a line; the first item is the title."""
     if change.kind in ("tensor", "part"):
         return (f"only in {'A' if change.b is None else 'B'}",)
     alone = (change.name,) if change.kind == "config" else ()
     return (change.kind, _text(change.a), _text(change.b), *alone)
 
 
-def _alike_text(members: list[Change], found: Diff) -> str:
-    first, names = members[0], [c.name for c in members]
+def _alike_text(changes: list[Change], result: Diff) -> str:
+    first, names = changes[0], [c.name for c in changes]
     step = f"{_text(first.a)} -> {_text(first.b)}"
     if first.kind == "config":
         return f"{first.name}  {step}"
-    words = ", ".join(names if first.kind == "part" else _words(first, names, found))
-    many = f"   ({len(names)})" if len(names) > 1 else ""
-    return f"{words}{many}" if first.kind in ("tensor", "part") else f"{step}   {words}{many}"
+    text = ", ".join(names if first.kind == "part" else _grouped_names(first, names, result))
+    count = f"   ({len(names)})" if len(names) > 1 else ""
+    return f"{text}{count}" if first.kind in ("tensor", "part") else f"{step}   {text}{count}"
 
 
-def _words(change: Change, names: list[str], found: Diff) -> Iterator[str]:
-    """`blocks.0-4` for layers, `bias of blocks.0-4` for tensors; no group says more than it means."""
-    parts = [part for report in (found.a, found.b) for part in report.parts if part.name == change.part]
-    every = sort_names({*names, *(name for part in parts for name in _names_like(change, part))})
+def _grouped_names(change: Change, names: list[str], result: Diff) -> Iterator[str]:
+    """`blocks.0-4` for layers, `bias of blocks.0-4` for tensors; groups never include unchanged names."""
+    parts = [part for report in (result.a, result.b) for part in report.parts if part.name == change.part]
+    all_names = sort_names({*names, *(name for part in parts for name in _names_like(change, part))})
     if change.kind in LAYER_KINDS:
-        yield from grouped(names, every)
+        yield from grouped(names, all_names)
         return
-    owners = _by_role(every)
-    for role, chosen in _by_role(names).items():
-        words = ", ".join(grouped(chosen, owners[role]))
-        yield f"{role} of {words}" if words else role
+    owners = _by_role(all_names)
+    for role, changed in _by_role(names).items():
+        text = ", ".join(grouped(changed, owners[role]))
+        yield f"{role} of {text}" if text else role
 
 
 def _by_role(names: Iterable[str]) -> dict[str, dict[str, None]]:
-    """Last part of a name -> what comes before it, in order."""
+    """Last component of a name -> the prefixes before it, in order."""
     by_role = group_by(names, lambda name: name.rpartition(".")[2])
     return {r: dict.fromkeys(n.rpartition(".")[0] for n in group if "." in n) for r, group in by_role.items()}
 
 
 def _names_like(change: Change, part: PartReport) -> Iterable[str]:
-    """The names of the sort that `change` has."""
+    """All names in `part` of the kind that `change` names."""
     if part.summary is None:
         return (t.name for t in part.tensors)
     if change.kind == "attention":

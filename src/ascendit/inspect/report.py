@@ -1,4 +1,4 @@
-"""What `inspect` found: plain data, as lines for a terminal and as a dict for `--json`. No torch."""
+"""The report of `inspect`: plain data, lines for a terminal, a dict for `--json`. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ascendit.checkpoint.layout import WORDS, Layout
+from ascendit.checkpoint.layout import KIND_LABELS, Layout
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import AscenditError
@@ -16,41 +16,42 @@ from ascendit.family import WanSpec
 from ascendit.inspect.engines import RunsOn
 from ascendit.inspect.transformer_report import ExpertSummary, StoredRow, dtype_name, tensor_row
 from ascendit.pipeline.defaults import Defaults
-from ascendit.report import columns, counted, human_bytes, plain, selected, titled, totals
+from ascendit.report import columns, counted, human_bytes, json_data, selected, titled, totals
 
 TENSOR_CHECKS = ("missing", "unexpected", "misshapen", "mistyped")
-EXPERT_TITLES = ("Kept", "Smoothed", "Attention", "Origin")
+EXPERT_TITLES = ("Excluded", "Smoothed", "Attention", "Origin")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReport:
-    """A model on disk. `ok` says that nothing was found that would stop its weights from being used."""
+    """A model on disk."""
 
     layout: Layout
     family: WanSpec | None
-    """The row of the Wan family that has this shape."""
+    """The row of `family.py` with these dimensions."""
     defaults: Defaults | None
-    """None where there is no pipeline, or its configs are so damaged that there are none (see `problems`)."""
+    """None without a pipeline, or with damaged configs (see `problems`)."""
     parts: tuple[PartReport, ...]
     problems: tuple[AscenditError, ...]
-    """All of them, those of the parts too."""
+    """All problems, including those of the parts."""
     runs_on: RunsOn | None = None
-    """None when an expert could not be understood."""
+    """None if an expert could not be read as a Wan transformer, or there are problems."""
     record: dict[str, Any] | None = None
-    """`ascendit.json`, where ascendit wrote the folder."""
+    """`ascendit.json`, if ascendit wrote the folder."""
 
     @property
     def ok(self) -> bool:
+        """Whether the weights can be used: no problem was detected."""
         return not self.problems
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether text encoder, VAE and the other parts are here too, not the transformers alone."""
+        """Whether the checkpoint is a pipeline folder, not transformers only."""
         return self.layout.kind == "diffusers"
 
     @property
     def spec(self) -> str | None:
-        """Name of the row of the Wan family."""
+        """Name of the row of `family.py`."""
         return self.family.name if self.family else None
 
     @property
@@ -60,13 +61,13 @@ class ModelReport:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Over the experts; None when no header of theirs could be read."""
+        """Over all experts; None if no header could be read."""
         total = sum(p.values for p in self.experts)
         return 8 * sum(p.nbytes for p in self.experts) / total if total else None
 
     @property
     def limits(self) -> dict[str, Any]:
-        """What can be asked of the model, and what it runs with when nothing is asked."""
+        """Limits and default values of requests."""
         if self.defaults is None:
             return {}
         d = self.defaults
@@ -79,7 +80,7 @@ class ModelReport:
         }
 
     def as_dict(self, *, layers: bool = False) -> dict[str, Any]:
-        """For `--json`: plain data. `layers`: every layer and tensor too."""
+        """Plain data for `--json`. `layers`: with every layer and tensor."""
         data = {
             "name": self.layout.name,
             "ok": self.ok,
@@ -89,20 +90,20 @@ class ModelReport:
             "pipeline": self.layout.pipeline if self.is_pipeline else None,
             **selected(self, "spec", "bits_per_weight", "parts", "runs_on", "limits"),
             "ascendit": self.record,
-            "problems": plain(self.problems),
+            "problems": json_data(self.problems),
         }
         if layers:
             data["layers"] = [{"part": p.name, **row.as_dict()} for p in self.parts for row in p.rows]
         return data
 
     def lines(self) -> list[str]:
-        """For a terminal: titled blocks in two columns."""
-        end = self.layout.pipeline if self.is_pipeline else WORDS[self.layout.kind]
-        shape = f"{self.spec} of the Wan family" if self.spec else "no row of the Wan family has this shape"
+        """Lines for a terminal: titled blocks in two columns."""
+        contents = self.layout.pipeline if self.is_pipeline else KIND_LABELS[self.layout.kind]
+        family = f"{self.spec} of the Wan family" if self.spec else "no known model of the Wan family"
         blocks = [
-            ("Model", [f"{self.layout.name}   layout {self.layout.kind}   {end}"]),
+            ("Model", [f"{self.layout.name}   layout {self.layout.kind}   {contents}"]),
             ("Source", [self.layout.source or str(self.layout.root)]),
-            ("Matches", [shape]),
+            ("Matches", [family]),
             ("Parts", _part_lines(self.parts)),
             ("Format", self._formats()),
             *((title, _per_expert(self.experts, title)) for title in EXPERT_TITLES),
@@ -115,17 +116,17 @@ class ModelReport:
         return columns(titled(blocks), first_width=9)
 
     def problem_texts(self) -> list[str]:
-        """Code, part and what was found."""
+        """Code, part and description of each problem."""
         owners = {id(p.problem): p.name for p in self.parts}
         texts = []
         for problem in self.problems:
             owner = owners.get(id(problem), "")
-            said = f"{owner}: " if owner and owner not in problem.got else ""
-            texts.append(f"{problem.code}  {said}{problem.got}")
+            prefix = f"{owner}: " if owner and owner not in problem.got else ""
+            texts.append(f"{problem.code}  {prefix}{problem.got}")
         return texts
 
     def layer_lines(self) -> list[str]:
-        """For `--layers`: part and name, scheme, shape, bytes and what is stored; a layer with its scales."""
+        """Lines for `--layers`: one per layer (with its scales) or other tensor."""
         rows = [
             (f"{p.name}.{row.name}", row.scheme, str(list(row.shape)), str(row.nbytes), row.stored())
             for p in self.parts
@@ -157,12 +158,12 @@ class ModelReport:
 
 
 def _per_expert(parts: Iterable[PartReport], title: str) -> list[str]:
-    """Lines about each expert; said once when all are alike."""
-    found = {p.name: p.summary.texts()[title] if p.summary else [] for p in parts}
-    texts = list(found.values())
+    """Lines about each expert; printed once if all are equal."""
+    by_expert = {p.name: p.summary.texts()[title] if p.summary else [] for p in parts}
+    texts = list(by_expert.values())
     if all(t == texts[0] for t in texts):
         return list(texts[0]) if texts else []
-    return [f"{name}: {line}" for name, lines in found.items() for line in lines or ["-"]]
+    return [f"{name}: {line}" for name, lines in by_expert.items() for line in lines or ["-"]]
 
 
 def _part_lines(parts: Iterable[PartReport]) -> list[str]:
@@ -194,24 +195,24 @@ def _defaults(d: Defaults) -> str:
     guidance = f"guidance {d.guidance_scale:g}"
     if d.guidance_scale_2 is not None:
         guidance += f" (high noise) / {d.guidance_scale_2:g} (low noise)"
-    words = [f"{d.width}x{d.height}", f"{d.num_frames} frames", f"{d.fps} fps"]
-    words.append(f"{d.num_inference_steps} steps")
-    words += [guidance, f"shift {d.shift_for(d.width, d.height):g}", d.solver]
-    words += [f"boundary {d.boundary_ratio:g}"] if d.boundary_ratio is not None else []
-    return ", ".join(words)
+    values = [f"{d.width}x{d.height}", f"{d.num_frames} frames", f"{d.fps} fps"]
+    values.append(f"{d.num_inference_steps} steps")
+    values += [guidance, f"shift {d.shift_for(d.width, d.height):g}", d.solver]
+    values += [f"boundary {d.boundary_ratio:g}"] if d.boundary_ratio is not None else []
+    return ", ".join(values)
 
 
 def _most_first(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Sums by key, the largest first."""
+    """Sums by key, largest first."""
     return dict(sorted(totals(counts).items(), key=lambda item: -item[1]))
 
 
-# ---- one part of a model ------------------------------------------------------------------------
+# ---- parts --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartReport:
-    """One part of the model."""
+    """One part of a model: transformer, VAE, text encoder, ..."""
 
     name: str
     library: str
@@ -219,16 +220,16 @@ class PartReport:
     tensors: tuple[TensorInfo, ...] = ()
     files: int = 0
     missing: tuple[str, ...] = ()
-    """Names the class needs and the files lack. Checked for the experts, as are the next three."""
+    """Tensors that the class needs and the files lack. This field and the next three: experts only."""
     unexpected: tuple[str, ...] = ()
     misshapen: tuple[str, ...] = ()
-    """`name [found], not [needed]`; the shape of a quantized weight is that of its numbers."""
+    """`name [actual], not [expected]`; decoded shapes for quantized weights."""
     mistyped: tuple[str, ...] = ()
-    """`name dtype`, where the dtype is no float and the layer is not quantized."""
+    """`name dtype`, for tensors of unquantized layers whose dtype is not a float."""
     problem: AscenditError | None = None
-    """Why the part cannot be used."""
+    """The error that makes the part unusable."""
     expert: Expert | None = None
-    """The transformer under Diffusers names; None for other parts, and where it cannot be understood."""
+    """The transformer by Diffusers names; None for other parts, and if it could not be read."""
 
     @property
     def nbytes(self) -> int:
@@ -240,26 +241,26 @@ class PartReport:
 
     @property
     def values(self) -> int:
-        """Number of weights."""
+        """Number of decoded values."""
         if self.summary is not None:
             return self.summary.values
         return sum(math.prod(t.shape) for t in self.tensors)
 
     @property
     def dtypes(self) -> dict[str, int]:
-        """Bytes in each dtype (safetensors spelling), most first."""
+        """safetensors' dtype name -> bytes, most first."""
         return _most_first({t.dtype: t.nbytes} for t in self.tensors)
 
     @property
     def rows(self) -> tuple[StoredRow, ...]:
-        """One for each layer of codes and each other tensor."""
+        """One row per linear layer with a scheme and per other tensor."""
         if self.summary is not None:
             return self.summary.rows
         return tuple(tensor_row(t.name, t) for t in self.tensors)
 
     @cached_property
     def format(self) -> str:
-        """`mxfp8+bf16`, `bf16+fp32`: schemes and float dtypes, those with most bytes first."""
+        """`mxfp8+bf16`, `bf16+fp32`: schemes and float dtypes, most bytes first."""
         return "+".join(_most_first({row.format: row.nbytes} for row in self.rows))
 
     def as_dict(self) -> dict[str, Any]:
@@ -267,6 +268,6 @@ class PartReport:
             **selected(self, "name", "library", "class_name", "files", "nbytes", "dtypes", "format"),
             "tensors": len(self.tensors),
             **selected(self, *TENSOR_CHECKS),
-            "problem": plain(self.problem),
-            "expert": plain(self.summary),
+            "problem": json_data(self.problem),
+            "expert": json_data(self.summary),
         }

@@ -1,4 +1,4 @@
-"""What one transformer is made of, in counts and words: schemes, bits, what stayed float. No torch."""
+"""The summary of one transformer: schemes, bits, layers excluded from quantization. No torch."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from ascendit.quant.schemes import STORED_SCHEMES
 from ascendit.report import counted, group_by, selected
 
 _ATTENTION = re.compile(r".*\.attn[12]")
-CONTAINERS = {
+PACKINGS = {
     "plain": "",
-    "packed": "two in a byte",
-    "e4m3": "in an FP8 container, one in a byte",
-    "bf16": "in a BF16 container, one in two bytes",
+    "packed": "packed two per byte",
+    "e4m3": "unpacked to FP8, one per byte",
+    "bf16": "unpacked to BF16, one per two bytes",
 }
 ORIGINS = {
     "msmodelslim": "msModelSlim",
-    "vllm-omni": "the merge tool of vLLM-Omni",
-    "sglang": "the repack tool of SGLang",
+    "vllm-omni": "vLLM-Omni's merge tool",
+    "sglang": "SGLang's repack tool",
     "ascendit": "ascendit",
     "fp8-block": "FP8 in 128 x 128 tiles",
     "float": "",
 }
-SPELLING = {
+DTYPE_NAMES = {
     "BF16": "bf16",
     "F16": "fp16",
     "F32": "fp32",
@@ -46,7 +46,7 @@ SPELLING = {
 
 @dataclass(frozen=True, kw_only=True)
 class SchemeCount:
-    """The layers of one scheme in one kind of container."""
+    """The layers with one scheme and packing."""
 
     scheme: str
     container: str
@@ -54,24 +54,24 @@ class SchemeCount:
     values: int
     """Decoded weights."""
     nbytes: int
-    """Of codes and scales, biases left out."""
+    """Of quantized weights and scales, without biases."""
 
     @property
     def bits(self) -> float:
-        """Bits on disk for one weight, scales included."""
+        """Bits on disk per weight, with scales."""
         return 8 * self.nbytes / self.values if self.values else 0.0
 
     @property
     def manifest(self) -> str | None:
-        """msModelSlim's word for the scheme."""
+        """msModelSlim's name of the scheme."""
         return STORED_SCHEMES[self.scheme].manifest or None
 
     def text(self) -> str:
-        how = STORED_SCHEMES[self.scheme].text
-        if where := CONTAINERS[self.container]:
-            how = how.replace(" values", f" values {where}", 1)
+        storage = STORED_SCHEMES[self.scheme].text
+        if packing := PACKINGS[self.container]:
+            storage = storage.replace(" values", f" values {packing}", 1)
         name = f"   (msModelSlim: {self.manifest})" if self.manifest not in (None, FLOAT) else ""
-        return f"{self.scheme}   {counted(self.layers, 'layer')}   {how}   {self.bits:.2f} bits{name}"
+        return f"{self.scheme}   {counted(self.layers, 'layer')}   {storage}   {self.bits:.2f} bits{name}"
 
     def as_dict(self) -> dict[str, Any]:
         return selected(self, "scheme", "container", "layers", "values", "nbytes", "bits", "manifest")
@@ -83,12 +83,12 @@ class StoredRow:
 
     name: str
     scheme: str
-    """A scheme for a layer of codes or a smoothed one; `float` for every other tensor."""
+    """The scheme of a quantized or smoothed layer; `float` for every other tensor."""
     container: str
     shape: tuple[int, ...]
-    """Decoded."""
+    """Decoded shape."""
     tensors: tuple[tuple[str, TensorInfo], ...]
-    """(role, where it is stored); the role of a tensor on its own is ""."""
+    """(role, location on disk); the role of a single tensor is ""."""
 
     @property
     def nbytes(self) -> int:
@@ -96,16 +96,16 @@ class StoredRow:
 
     @property
     def format(self) -> str:
-        """Its scheme, or its dtype where that is a float."""
+        """The scheme, or the dtype of a float tensor."""
         return dtype_name(self.tensors[0][1].dtype) if self.scheme in ("float", "bf16") else self.scheme
 
     def stored(self) -> str:
         """`e4m3, weight_scale uint8 [5120, 160]`."""
-        words = []
+        texts = []
         for role, info in self.tensors:
             dtype = dtype_name(info.dtype)
-            words.append(dtype if role in ("", "weight") else f"{role} {dtype} {list(info.shape)}")
-        return ", ".join(words)
+            texts.append(dtype if role in ("", "weight") else f"{role} {dtype} {list(info.shape)}")
+        return ", ".join(texts)
 
     def as_dict(self) -> dict[str, Any]:
         tensors = [
@@ -116,24 +116,24 @@ class StoredRow:
 
 
 def dtype_name(dtype: str) -> str:
-    """safetensors' spelling of a dtype -> ours: `BF16` is bf16."""
-    return SPELLING.get(dtype, dtype.lower())
+    """safetensors' dtype name -> the name in reports: `BF16` -> `bf16`."""
+    return DTYPE_NAMES.get(dtype, dtype.lower())
 
 
 def tensor_row(name: str, info: TensorInfo) -> StoredRow:
-    """The row of a tensor that belongs to no layer."""
+    """The row of a tensor outside the layers with a scheme."""
     return StoredRow(name=name, scheme="float", container="plain", shape=info.shape, tensors=(("", info),))
 
 
 @dataclass(frozen=True)
 class ExpertSummary:
-    """An expert in counts and grouped names. Everything is computed once, when it is first asked for."""
+    """An expert in counts and grouped names, computed lazily and cached."""
 
     expert: Expert
 
     @cached_property
     def linears(self) -> tuple[str, ...]:
-        """Every layer with a matrix, in the order of the model. Norms have vectors and are none."""
+        """Every layer with a weight matrix, in model order; so no norms."""
         names: dict[str, None] = {}
         for name, info in self.expert.tensors.items():
             layer, _, role = name.rpartition(".")
@@ -143,7 +143,7 @@ class ExpertSummary:
 
     @cached_property
     def rows(self) -> tuple[StoredRow, ...]:
-        """Every layer of codes with its scales, and every other tensor, in the order of the model."""
+        """Every layer with a scheme (with its scales) and every other tensor, in model order."""
         layers = self.expert.layers.values()
         layer_of = {info.name: layer for layer in layers for info in layer.tensors.values()}
         rows: dict[str, StoredRow] = {}
@@ -156,7 +156,7 @@ class ExpertSummary:
                 rows[layer.name] = StoredRow(
                     name=layer.name,
                     scheme=layer.scheme,
-                    container=layer.container,
+                    container=layer.packing,
                     shape=layer.shape,
                     tensors=tuple((r, layer.tensors[r]) for r in STORED_ROLES if r in layer.tensors),
                 )
@@ -164,8 +164,8 @@ class ExpertSummary:
 
     @cached_property
     def schemes(self) -> tuple[SchemeCount, ...]:
-        """Its schemes, most layers first."""
-        kinds = group_by(self.expert.layers.values(), lambda layer: (layer.scheme, layer.container))
+        """The schemes with their layer counts, most layers first."""
+        groups = group_by(self.expert.layers.values(), lambda layer: (layer.scheme, layer.packing))
         counts = [
             SchemeCount(
                 scheme=scheme,
@@ -174,7 +174,7 @@ class ExpertSummary:
                 values=sum(math.prod(layer.shape) for layer in layers),
                 nbytes=sum(info.nbytes for x in layers for role, info in x.tensors.items() if role != "bias"),
             )
-            for (scheme, container), layers in kinds.items()
+            for (scheme, container), layers in groups.items()
         ]
         return tuple(sorted(counts, key=lambda c: -c.layers))
 
@@ -184,40 +184,40 @@ class ExpertSummary:
 
     @cached_property
     def values(self) -> int:
-        """Number of weights of the model: codes and floats; scales, offsets and rotations are not counted."""
+        """Number of decoded values, without scales, offsets and rotations."""
         shapes = shapes_of(self.expert).items()
         return sum(math.prod(shape) for name, shape in shapes if not ATTENTION_TENSOR.fullmatch(name))
 
     @cached_property
     def kept_layers(self) -> tuple[str, ...]:
-        """The linear layers (and the patch embedding) that are stored as floats."""
+        """The linear layers and the patch embedding, if stored as floats."""
         layers = self.expert.layers
         return tuple(n for n in self.linears if n not in layers or layers[n].scheme == "bf16")
 
     @cached_property
     def kept(self) -> tuple[str, ...]:
-        """The same, grouped."""
+        """`kept_layers`, with grouped names."""
         return grouped(self.kept_layers, self.linears)
 
     @property
     def kept_dtypes(self) -> tuple[str, ...]:
-        """What they are stored in."""
+        """The dtypes of `kept_layers`."""
         return tuple(sorted({dtype_name(self.expert.tensors[f"{n}.weight"].dtype) for n in self.kept_layers}))
 
     @cached_property
     def smoothed(self) -> tuple[str, ...]:
-        """The layers whose input is multiplied by a stored `mul_scale`."""
+        """The layers with a `mul_scale`, which multiplies their input."""
         return grouped(self.expert.smoothed, self.linears)
 
     @cached_property
     def attentions(self) -> tuple[str, ...]:
-        """Every attention of the model, however it is stored."""
-        found = (_ATTENTION.match(name) for name in self.linears)
-        return tuple(dict.fromkeys(match[0] for match in found if match))
+        """All attention modules."""
+        matches = (_ATTENTION.match(name) for name in self.linears)
+        return tuple(dict.fromkeys(match[0] for match in matches if match))
 
     @cached_property
     def attention(self) -> dict[str, tuple[str, ...]]:
-        """How attention is quantized: value of `quant_type` -> the attentions that have it."""
+        """Attention quantization: value of `quant_type` -> the attention modules with it."""
         by_value = group_by(self.expert.attention, self.expert.attention.__getitem__)
         return {
             value: grouped((key.removesuffix(QUANT_TYPE) for key in keys), self.attentions)
@@ -226,7 +226,7 @@ class ExpertSummary:
 
     @cached_property
     def rotated(self) -> tuple[str, ...]:
-        """The attentions that come with rotation matrices."""
+        """The attention modules with rotation matrices."""
         names = {n.rpartition(".")[0] for n in self.expert.tensors if n.endswith((".q_rot", ".k_rot"))}
         return grouped(names, self.attentions)
 
@@ -235,29 +235,29 @@ class ExpertSummary:
         expert = self.expert
         attention = [f"{value}: {', '.join(names)}" for value, names in self.attention.items()]
         attention += [f"rotated: {', '.join(self.rotated)}"] if self.rotated else []
-        kept = f"{'+'.join(self.kept_dtypes)}: {', '.join(self.kept)}"
+        excluded = f"{'+'.join(self.kept_dtypes)}: {', '.join(self.kept)}"
         origin: list[str] = []
         if expert.origin != "float" or expert.naming != "diffusers":
-            words = [ORIGINS[expert.origin]] if ORIGINS[expert.origin] else []
-            words.append("original Wan names" if expert.naming == "wan" else "Diffusers names")
-            words += ["manifest"] if expert.manifest is not None else []
-            words += ["quantization_config"] if expert.marker is not None else []
-            origin = [", ".join(words)]
-            origin += [f"unsure: {expert.config_problem}"] if expert.config_problem else []
+            facts = [ORIGINS[expert.origin]] if ORIGINS[expert.origin] else []
+            facts.append("original Wan names" if expert.naming == "wan" else "Diffusers names")
+            facts += ["manifest"] if expert.manifest is not None else []
+            facts += ["quantization_config"] if expert.quantization_config is not None else []
+            origin = [", ".join(facts)]
+            origin += [f"uncertain: {expert.config_problem}"] if expert.config_problem else []
         return {
             "Format": [count.text() for count in self.schemes],
-            "Kept": [kept] if self.is_quantized and self.kept else [],
+            "Excluded": [excluded] if self.is_quantized and self.kept else [],
             "Smoothed": [f"{', '.join(self.smoothed)} (mul_scale)"] if self.smoothed else [],
             "Attention": attention,
             "Origin": origin,
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Plain data for `--json`."""
         return {
             **selected(self.expert, "origin", "naming"),
             "manifest": self.expert.manifest is not None,
-            "marker": self.expert.marker,
+            "marker": self.expert.quantization_config,
             **selected(self, "schemes", "kept"),
             "kept_layers": len(self.kept_layers),
             **selected(self, "kept_dtypes", "smoothed", "attention", "rotated"),

@@ -1,13 +1,13 @@
-"""The record of one implementation of one operator: `Kernel`.
+"""`Kernel`: one implementation of one operator.
 
-A kernel is a function, `call`, with what is needed to choose it: its backend, what it needs, and the reason
-that the log shows. `prepare` lays out once what many calls share: the tables of RoPE, the rows of a
-modulation, a weight. `ops/select.py` chooses; `kernels/reference.py` has the contract of each operator.
+A kernel is a function, `call`, with the data to choose it: its backend, its requirements and the reason shown
+in the log. `prepare` converts tensors that many calls share once: RoPE tables, modulation rows, weights.
+`ops/select.py` chooses a kernel; `kernels/reference.py` documents the contract of each operator.
 
 A linear layer in a scheme of `quant/schemes.py` is a `QuantLinearKernel`:
 
-    weight = kernel.prepare(encoded, bias, device)                # once, when it is loaded -> PreparedWeight
-    a = kernel.quantize_activation(x, scheme, mul_scale)          # once for Q, K and V     -> Activation
+    weight = kernel.prepare(encoded, bias, device)                # once, at load       -> PreparedWeight
+    a = kernel.quantize_activation(x, scheme, mul_scale)          # once for Q, K and V -> Activation
     y = kernel.call(a, weight)                                    # x's dtype, x's leading axes
 """
 
@@ -26,7 +26,7 @@ from ascendit.quant.schemes import Scheme
 Function = Callable[..., Tensor]
 Prepare = Callable[..., Any]
 Emulate = Literal["decode-on-use", "decode-once"]
-"""For schemes without a matmul: weights are dequantized on each call, or once, which takes memory."""
+"""When weights of schemes without a matmul are dequantized: on each call, or once, which takes memory."""
 
 
 @dataclass(frozen=True)
@@ -39,29 +39,33 @@ class Kernel:
     """cpu, cuda, npu or reference."""
     call: Function
     reason: str
-    """Why it is taken, for the log."""
+    """Why it is chosen, for the log."""
     needs: str = ""
-    """What it calls that may be absent: an operator of torch.ops, a compiled source, Triton."""
+    """A requirement that may be absent: an operator of torch.ops, a compiled source, Triton."""
     prepare: Prepare | None = None
     name: str = ""
-    """What a `Wish` calls it by."""
+    """The name by which a `Wish` selects it."""
     on_request: bool = False
-    """Taken only if a `Wish` names it."""
+    """Chosen only if a `Wish` names it."""
     missing: Callable[[], str] = str
-    """Why it cannot be used on this device, "" if it can. Called only when no better kernel was found."""
+    """Why it cannot be used on this device, "" if it can. Called only if no better kernel is usable."""
 
 
 @dataclass(frozen=True, eq=False)
 class Activation:
-    """A quantized activation in the layout of its kernel, for one or more weights."""
+    """A quantized activation in the layout of its kernel, for one or more weights.
+
+    In the reference layout `qdata` is [M, K] (packed FP4: uint8 [M, K / 2]) with the dtype of the format, and
+    scales are as in `mx.Encoded`.
+    """
 
     scheme: Scheme
     lead: tuple[int, ...]
-    """The axes before the last one; the codes have them as one."""
+    """The leading axes of the activation; M is their product."""
     width: int
-    """K, as numbers."""
+    """K, in elements."""
     dtype: torch.dtype
-    """Of the activation before quantization, and so of the output."""
+    """dtype of the activation before quantization and of the output."""
     qdata: Tensor
     scale: Tensor
     dual_scale: Tensor | None = None
@@ -69,31 +73,31 @@ class Activation:
 
 @dataclass(frozen=True, eq=False)
 class PreparedWeight:
-    """A quantized weight in the layout of its kernel; `QuantLinearKernel.stored` is the way back."""
+    """A quantized weight in the layout of its kernel; `QuantLinearKernel.stored` restores the stored one."""
 
     scheme: str
-    """Of the weight: never w4a8."""
+    """The scheme of the weight: never w4a8."""
     shape: tuple[int, int]
-    """N and K, as numbers."""
+    """N and K, in elements."""
     qdata: Tensor
     scale: Tensor
     dual_scale: Tensor | None = None
     bias: Tensor | None = None
     """float32 [N]."""
     row_bias: Tensor | None = None
-    """The bias as W4A8 on an NPU takes it, bfloat16 [1, N]."""
+    """The bias as W4A8 on an NPU needs it, bfloat16 [1, N]."""
     decoded: Tensor | None = None
-    """Dequantized once, [N, K]; dtype and layout are the kernel's own."""
+    """The dequantized weight [N, K] of decode-once; dtype and layout depend on the kernel."""
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Those that it has."""
-        parts = (self.qdata, self.scale, self.dual_scale, self.bias, self.row_bias, self.decoded)
-        return [t for t in parts if t is not None]
+        """All tensors that are not None, of any shape [..] and dtype."""
+        tensors = (self.qdata, self.scale, self.dual_scale, self.bias, self.row_bias, self.decoded)
+        return [t for t in tensors if t is not None]
 
     @property
     def nbytes(self) -> int:
-        """Of all its tensors."""
+        """Bytes of all tensors."""
         return sum(t.nbytes for t in self.tensors)
 
 
@@ -101,19 +105,19 @@ class PreparedWeight:
 class QuantLinearKernel(Kernel):
     """A linear layer in one scheme: `call(Activation, PreparedWeight)` -> [.., N].
 
-    `reason` begins with `native: ` or `emulated: `. Arguments of the others: see `Schemes`.
+    `reason` begins with `native: ` or `emulated: `. `Schemes` documents the functions.
     """
 
     prepare: Callable[..., PreparedWeight]
-    """(encoded, bias, torch device, *, nz): `nz` is a wish that only an NPU can grant."""
+    """(encoded, bias, torch device, *, nz) -> PreparedWeight. Only NPU kernels use `nz`."""
     quantize_activation: Callable[..., Activation]
     stored: Callable[[PreparedWeight], Encoded]
-    """The codes and scales as on disk."""
+    """The inverse of `prepare`."""
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What a user asks for in place of the fastest kernels."""
+    """A user's requests that replace the fastest kernels."""
 
     reference: bool = False
     """Plain PyTorch everywhere."""
@@ -123,5 +127,5 @@ class Wish:
 
 
 def in_dtype(*rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """A `Kernel.prepare`: rows of a modulation in the dtype of the hidden states."""
+    """A `Kernel.prepare`: cast modulation rows [.., D] to the dtype of the hidden states."""
     return tuple(t.to(dtype) for t in rows)

@@ -1,4 +1,4 @@
-"""Components of Diffusers and transformers: text encoder, image encoder, VAE, tokenizer. Loaded strictly."""
+"""Strict loading of Diffusers and transformers components: text encoder, image encoder, VAE, tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ascendit.names import listed
 
 
 def default_dtype(specs: Iterable[TensorSpec | TensorInfo], device: str) -> torch.dtype:
-    """The dtype most bytes are stored in, on a CPU; bfloat16 elsewhere."""
+    """On a CPU the dtype that most bytes of `specs` have; on other devices bfloat16."""
     if device != "cpu":
         return torch.bfloat16
     count: Counter[str] = Counter()
@@ -30,31 +30,31 @@ def default_dtype(specs: Iterable[TensorSpec | TensorInfo], device: str) -> torc
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars and reports of transformers; what is wrong is said by our own error."""
-    from transformers.utils import logging as chatter
+    """Silence the progress bars and reports of transformers; our own errors report problems."""
+    from transformers.utils import logging as library_log
 
-    level, bar = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
-    chatter.set_verbosity_error()
-    chatter.disable_progress_bar()
+    level, bar = library_log.get_verbosity(), library_log.is_progress_bar_enabled()
+    library_log.set_verbosity_error()
+    library_log.disable_progress_bar()
     try:
         yield
     finally:
-        chatter.set_verbosity(level)
+        library_log.set_verbosity(level)
         if bar:
-            chatter.enable_progress_bar()
+            library_log.enable_progress_bar()
 
 
 def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
-    """A text encoder, image encoder or VAE through transformers or Diffusers, on the CPU, strict.
+    """Load a text encoder, image encoder or VAE on the CPU through transformers or Diffusers.
 
-    `dtype` None = as stored. The libraries fill gaps with random weights and only log it; here a gap is
-    CheckpointError E-CKP-04.
+    `dtype`: None for the stored one. CheckpointError E-CKP-04 for missing, unexpected or mismatched tensors:
+    the libraries initialize missing weights randomly and only log it.
     """
     stored = Shards.open(part.path, part.stem).tensors.values()
     dtype = dtype or default_dtype(stored, "cpu")
     cls = getattr(importlib.import_module(part.library), part.class_name)
     options: dict[str, Any] = {"torch_dtype": dtype}
-    if part.library == "transformers":  # it names misshapen tensors only when told not to stop at them
+    if part.library == "transformers":  # else it stops at a mismatched tensor without naming it
         options = {"dtype": dtype, "ignore_mismatched_sizes": True}
     try:
         with quiet():
@@ -65,24 +65,24 @@ def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
         raise CheckpointError(
             f"{part.path}: {str(e).splitlines()[0]}",
             needs=f"a folder that {part.library} loads as {part.class_name}",
-            fix="download the part again",
+            fix="download the component again",
             code="E-CKP-04",
         ) from e
     kinds = ("missing keys", "unexpected keys", "mismatched keys")
-    wrong = {kind: [str(name) for name in info.get(kind.replace(" ", "_")) or ()] for kind in kinds}
-    if any(wrong.values()):
+    problems = {kind: [str(name) for name in info.get(kind.replace(" ", "_")) or ()] for kind in kinds}
+    if any(problems.values()):
         raise CheckpointError(
             f"{part.path}: "
-            + "; ".join(f"{kind}: {listed(names)}" for kind, names in wrong.items() if names),
+            + "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names),
             needs=f"exactly the tensors of this {part.class_name}",
-            fix="download the part again, or check that config.json and the weights belong together",
+            fix="download the component again, or check that config.json matches the weights",
             code="E-CKP-04",
         )
     return model.eval().requires_grad_(False)
 
 
 def load_processor(part: Part) -> Any:
-    """A tokenizer or image processor; configs only."""
+    """Load a tokenizer or image processor, which have no weights."""
     cls = getattr(importlib.import_module(part.library), part.class_name)
     with quiet():
         return cls.from_pretrained(part.path, local_files_only=True)

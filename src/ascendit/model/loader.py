@@ -1,11 +1,11 @@
-"""Fill a model from disk: built on the meta device, tensor by tensor, strict.
+"""Load a transformer strictly: built on the meta device and filled tensor by tensor.
 
     expert = read_expert(part)
-    model = load_expert(expert, None, bind("cpu"))          # floats, or codes by their manifest
+    model = load_expert(expert, None, bind("cpu"))          # as stored: floats, or quantized layers
     model = load_expert(expert, Online.of("mxfp8", None).apply(expert), bind("cpu"))
 
-Names, shapes and dtypes are compared from the headers before a byte of a tensor is read. A quantized layer
-never exists as floats: beside the model itself there are some rows, or one tensor, at a time.
+Names, shapes and dtypes are checked from the headers before any tensor is read. Weights are quantized while
+they are read, so memory holds the model and at most one float tensor, or a few rows of one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ascendit.model.linear import QuantLinear
 from ascendit.model.wan import WanTransformer
 from ascendit.model.weight_loader import ModelSink, StoredLinear, nbytes
 from ascendit.ops.operators import Ops
-from ascendit.quant.layer_rules import say_attention
+from ascendit.quant.layer_rules import warn_about_attention
 from ascendit.quant.schemes import scheme_after_reading
 from ascendit.weights.applied_recipe import AppliedRecipe
 from ascendit.weights.recipe_steps import RecipeSteps
@@ -48,23 +48,23 @@ def load_expert(
     floats: bool = False,
     shards: LayerShards = MappingProxyType({}),
 ) -> WanTransformer:
-    """The transformer of `expert`, quantized by `applied`, or as it is stored.
+    """Load the transformer of `expert`, quantized by `applied` or, with None, as stored.
 
-    `dtype`: of the activation and of what is not quantized; None = as stored, on a CPU, else bfloat16. What
-    Diffusers keeps in float32 is kept here too. `floats`: BF16 weights are kept beside the codes. `shards`:
-    layer -> the rows or columns that this rank holds, see `weights.shards`; nothing else of it is read, with
-    the exception in `RecipeSteps`. Raises CheckpointError E-CKP-06 for a config that is no Wan transformer's,
-    E-CKP-08 for invalid scales; UsageError E-USE-05 for a part that a layer does not have; EnvironmentProblem
-    E-CAP-01 for a scheme that this chip has no matmul for.
+    `dtype`: of the hidden states and of parameters that are not quantized; None = the stored dtype on a CPU,
+    else bfloat16. Parameters that Diffusers keeps in float32 are float32 for any dtype. `floats`: store BF16
+    weights of quantized layers too. `shards`: layer -> the rows or columns of this rank (`weights.shards`);
+    only these are read, with the exception in `RecipeSteps`. Raises CheckpointError E-CKP-06 for a config
+    that is not a Wan transformer's and E-CKP-08 for invalid scales; UsageError E-USE-05 for a shard outside
+    its layer; EnvironmentProblem E-CAP-01 for a scheme without a matmul on this chip.
     """
     if expert.config.get("num_attention_heads", 1) is None:
         raise CheckpointError(
-            f"{expert.path}: {expert.config_problem or 'config.json does not tell the number of heads'}",
+            f"{expert.path}: {expert.config_problem or 'config.json lacks the number of heads'}",
             needs="the config.json of the model",
-            fix="ascendit repack it with --base MODEL, or put config.json beside the weights",
+            fix="run ascendit repack with --base MODEL, or copy config.json next to the weights",
             code="E-CKP-06",
         )
-    say_attention(expert.name, expert.attention.values(), expert.path)
+    warn_about_attention(expert.name, expert.attention.values(), expert.path)
     with torch.device("meta"):
         model = WanTransformer(WanConfig.from_dict(expert.config), ops)
     with RowReader() as reader:
@@ -73,15 +73,15 @@ def load_expert(
         for scheme in set(schemes.values()) - {"bf16"}:
             ops.quantized.kernel(scheme)
         plan = RecipeSteps(applied).plan() if applied else stored_steps(expert)
-        plan = [step for step in plan if step.name.removesuffix(".mul_scale") not in layers]  # read already
+        plan = [step for step in plan if step.name.removesuffix(".mul_scale") not in layers]  # already read
         steps = cut_steps(plan, expert, schemes, shards)
-        layers = {name: part_of(layer, shard_of(shards, name)) for name, layer in layers.items()}
-        plain = (s for step in steps for s in step.specs if s.name.rpartition(".")[0] not in layers)
-        dtype = dtype or default_dtype(plain, device)
-        sink = ModelSink(model, reader, steps, layers, device=device, dtype=dtype, wide=model.KEEP_FP32)
+        layers = {name: sharded(layer, shard_of(shards, name)) for name, layer in layers.items()}
+        unquantized = (s for step in steps for s in step.specs if s.name.rpartition(".")[0] not in layers)
+        dtype = dtype or default_dtype(unquantized, device)
+        sink = ModelSink(model, reader, steps, layers, device=device, dtype=dtype, float32=model.KEEP_FP32)
         run_steps(steps, reader, sink)
         if floats and applied:
-            keep_floats(model, applied, reader, device=device, dtype=dtype, shards=shards)
+            load_floats(model, applied, reader, device=device, dtype=dtype, shards=shards)
     used = ", ".join(f"{n} {s}" for s, n in Counter(x.scheme for x in layers.values()).items())
     log.info(
         "%s: %s%s on %s, %.2f GiB",
@@ -91,7 +91,7 @@ def load_expert(
 
 
 def applied_layers(applied: AppliedRecipe) -> dict[str, StoredLinear]:
-    """The layers that a recipe quantizes or smooths."""
+    """The layers that a recipe quantizes or smooths, by name."""
     smoothing = applied.smoothing
     return {
         layer.name: StoredLinear(layer.scheme, applied.weight(layer.name).shape[1], smoothing.get(layer.name))
@@ -101,7 +101,7 @@ def applied_layers(applied: AppliedRecipe) -> dict[str, StoredLinear]:
 
 
 def stored_layers(expert: Expert, reader: RowReader) -> dict[str, StoredLinear]:
-    """The layers that are codes on disk, or smoothed, with their `mul_scale`."""
+    """Layers that are stored quantized or smoothed. CheckpointError E-CKP-08 for an invalid `mul_scale`."""
     layers = {}
     for name, layer in expert.layers.items():
         scheme, scale = scheme_after_reading(layer.scheme), None
@@ -114,15 +114,15 @@ def stored_layers(expert: Expert, reader: RowReader) -> dict[str, StoredLinear]:
     return layers
 
 
-def part_of(layer: StoredLinear, shard: ShardSpec) -> StoredLinear:
-    """One rank's part of a layer; a `mul_scale` of ones, which changes nothing, is left out."""
+def sharded(layer: StoredLinear, shard: ShardSpec) -> StoredLinear:
+    """One rank's shard of a layer. A `mul_scale` of ones is dropped, since it has no effect."""
     columns, scale = columns_of(shard), layer.mul_scale
     if scale is not None:
         scale = None if bool((scale == 1).all()) else scale[columns]
     return StoredLinear(layer.scheme, len(range(layer.width)[columns]), scale)
 
 
-def keep_floats(
+def load_floats(
     model: WanTransformer,
     applied: AppliedRecipe,
     reader: RowReader,
@@ -131,14 +131,14 @@ def keep_floats(
     dtype: torch.dtype,
     shards: LayerShards,
 ) -> None:
-    """Give every quantized layer its weight and bias as they were, for steps in BF16."""
+    """Store the unquantized weight and bias on every quantized layer, for steps in BF16."""
     with torch.device("meta"):
-        plain = WanTransformer(model.config, model.ops)
+        unquantized = WanTransformer(model.config, model.ops)
     recipe = RecipeSteps(replace(applied, layers=(), smoothing={}))
     linears = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     steps = [step for step in recipe.plan() if step.name.rpartition(".")[0] in linears]
     steps = cut_steps(steps, applied.expert, {}, shards)
-    run_steps(steps, reader, ModelSink(plain, reader, steps, {}, device=device, dtype=dtype))
+    run_steps(steps, reader, ModelSink(unquantized, reader, steps, {}, device=device, dtype=dtype))
     for name, module in linears.items():
-        kept: Any = plain.get_submodule(name)
-        module.floats = (kept.weight.detach(), None if kept.bias is None else kept.bias.detach())
+        linear: Any = unquantized.get_submodule(name)
+        module.floats = (linear.weight.detach(), None if linear.bias is None else linear.bias.detach())

@@ -1,4 +1,4 @@
-"""A recipe that is applied while a model loads, with the same checks that `quantize` makes. No torch."""
+"""Quantization while a model loads, with the same checks as `quantize`. No torch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ log = logging.getLogger("ascendit")
 
 @dataclass(frozen=True)
 class Online:
-    """What becomes of each layer of a float checkpoint on its way into memory."""
+    """How the layers of a float checkpoint are quantized while they are loaded."""
 
     recipe: Recipe | None
-    """None: every layer stays a float, which codes cannot."""
+    """None: load every layer unquantized, which needs a float checkpoint."""
     keep: tuple[str, ...] = ()
     force: bool = False
 
@@ -32,21 +32,21 @@ class Online:
     def of(
         cls, scheme: str | None, recipe: str | None, keep: Sequence[str] | None = (), *, force: bool = False
     ) -> Online | None:
-        """From what a user says; None where a model is taken as it is. Errors as `load_recipe`."""
+        """From options; None to load as stored. UsageError E-USE-01 for `keep` alone, or as `load_recipe`."""
         keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
         if recipe is None and scheme in (None, "bf16"):
             if keep:
                 raise UsageError(
                     f"keep {' '.join(keep)} without a scheme",
-                    needs="a scheme or a recipe: without one every layer stays as it is stored",
-                    fix="add --scheme mxfp8, or leave it out",
+                    needs="a scheme or a recipe: without one, every layer is loaded as stored",
+                    fix="add --scheme mxfp8, or leave keep out",
                 )
             return None if scheme is None else cls(None)
         return cls(load_recipe(recipe or "default", scheme), keep, force)
 
     def apply(self, expert: Expert) -> AppliedRecipe | None:
-        """UsageError: E-QNT-01 for weights that are codes already, E-QNT-02 for FP4 on TI2V without force,
-        E-USE-05 for a pattern that fits no layer."""
+        """Apply the recipe to a checkpoint. UsageError: E-QNT-01 for weights that are already quantized,
+        E-QNT-02 for FP4 on TI2V without force, E-USE-05 for a pattern that matches no layer."""
         if self.recipe is None:
             check_source(expert)
             return None
@@ -57,27 +57,27 @@ class Online:
         return applied
 
 
-def schemes_in(found: Sequence[tuple[Expert, AppliedRecipe | None]]) -> set[str]:
-    """Those of the quantized layers: by the recipe that is applied, or as stored."""
+def schemes_in(experts: Sequence[tuple[Expert, AppliedRecipe | None]]) -> set[str]:
+    """The schemes of the layers of `experts`, quantized by the applied recipe or as stored."""
     return {
         scheme
-        for expert, applied in found
+        for expert, applied in experts
         for scheme in (applied.schemes if applied else schemes_of(expert).values())
     }
 
 
 def policy_for(
-    asked: str | None,
+    requested: str | None,
     online: Online | None,
     layout: Layout,
-    found: Sequence[tuple[Expert, AppliedRecipe | None]],
+    experts: Sequence[tuple[Expert, AppliedRecipe | None]],
 ) -> StepSchedule:
-    """What was asked for, else the recipe's: of this load, or of the `quantize` that wrote the folder.
+    """The requested schedule, else that of this load's recipe, else that of the recipe of the folder.
 
-    UsageError E-USE-01 for a precision that no weight of the model has.
+    UsageError E-USE-01 for a precision that the weights of the model do not have.
     """
-    if asked is not None:
-        policy = StepSchedule.parse(asked)
+    if requested is not None:
+        policy = StepSchedule.parse(requested)
     elif online is not None:
         policy = online.recipe.step_policy if online.recipe else StepSchedule()
     else:
@@ -86,6 +86,6 @@ def policy_for(
         text = recipe.get("step_policy") if isinstance(recipe, dict) else None
         policy = StepSchedule.parse(text) if isinstance(text, str) and text else StepSchedule()
     if policy != StepSchedule():
-        policy.check_schemes(schemes_in(found), floats=all(applied for _, applied in found))
+        policy.check_schemes(schemes_in(experts), floats=all(applied for _, applied in experts))
         log.info("step policy %s", policy)
     return policy

@@ -1,10 +1,9 @@
-"""What a denoising run remembers, outside of the modules, and the seams at which runs differ.
+"""State of a denoising run, and the hooks that caches, attention policies and parallel layouts override.
 
-One `DenoiseState` per request, expert and CFG branch. It holds what does not change from step to step (RoPE
-tables, text keys and values) and the modulation of the current step; modules keep none of it. The model asks
-it for whatever a step, a cache, an attention policy or a parallel layout may change: `run_model`,
-`run_blocks`, `run_attention`, `attend`, `linear`, `norm`, `gather`. Here these are plain calls, in a subclass
-that is given to `WanTransformer.prepare(make=)` something else.
+There is one `DenoiseState` per request, expert and CFG branch. It holds the step-invariant tensors (RoPE
+tables, text keys and values) and the modulation of the current step; modules hold no state. The model calls
+`run_model`, `run_blocks`, `run_attention`, `attend`, `linear`, `norm` and `gather` of the state. Here they
+are plain calls; a subclass passed to `WanTransformer.prepare(make=)` can replace them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ascendit.geometry import Grid, num_tokens
 from ascendit.kernels.reference import Spans
-from ascendit.model.linear import Tokens, linear, precision_of
+from ascendit.model.linear import LinearInput, linear, precision_of
 from ascendit.ops.operators import Ops
 from ascendit.schedule import Precision, Step
 
@@ -30,17 +29,17 @@ AttentionKind = Literal["self", "text", "image"]
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values [B, L, H, d]."""
 Timesteps = tuple[float, ...]
-"""Distinct ones, in the order of the sequence; `Spans` has the number of tokens of each."""
+"""Distinct timesteps in the order of the sequence; `Spans` has the number of tokens of each."""
 
 
 @dataclass(frozen=True)
 class RopeTable:
-    """Angles of every token of a grid: cos and sin [S, d/2] float32, or as `Ops.prepare` made of them."""
+    """Rotation of every token of a grid: cos and sin [S, d/2] float32, or the layout of `Ops.prepare`."""
 
     cos: Tensor
     sin: Tensor
-    made_for: tuple[Any, ...] = ()
-    """What the numbers depend on: models that agree in it share a table."""
+    key: tuple[Any, ...] = ()
+    """All that the values depend on; experts with equal keys share a table."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ class Modulation:
     """Rows of shift, scale and gate, one for each distinct timestep in the sequence.
 
     `norms`: shift and scale of a block's two norms, [num_layers, 2, 2, R, D]. `gates`: its two gates,
-    [num_layers, 2, R, D]. `out`: shift and scale of the last norm, [2, R, D]. float32, or as `Ops.prepare`
-    made of them.
+    [num_layers, 2, R, D]. `out`: shift and scale of the last norm, [2, R, D]. float32, or the dtype of
+    `Ops.prepare`.
     """
 
     spans: Spans
@@ -60,38 +59,39 @@ class Modulation:
 
 @dataclass(frozen=True)
 class Shared:
-    """What the two CFG branches of one expert have in common; made once, used by both.
+    """Tensors that the two CFG branches of one expert share.
 
-    All that belongs to a place in the sequence comes from here: RoPE, spans and the patches of latents. A
-    part is cut out here alone and joined by `DenoiseState.gather`; all but attention works token by token.
+    Everything that depends on the position in the sequence is sliced here: RoPE, spans and latent patches.
+    With sequence parallelism a rank computes `part` of the tokens, and `DenoiseState.gather` joins the parts;
+    only attention mixes tokens.
     """
 
     grid: Grid
     rope: RopeTable
-    """Of `part`."""
+    """The rows of `part`."""
     part: range
-    """The tokens of the sequence that are computed."""
+    """The tokens of the sequence that are computed here."""
     sinusoids: dict[float, Tensor] = field(default_factory=dict)
-    """Timestep -> what the time embedder sees of it, [1, freq_dim]; of those that were known beforehand."""
+    """Timestep -> input of the time embedder, [1, freq_dim] float32, for timesteps announced to `share`."""
     modulation: dict[tuple[Timesteps, Spans], Modulation] = field(default_factory=dict)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """Those of the part, of the whole sequence [B, S, ..]; a view."""
+        """The tokens of `part`: a view of the sequence [B, S, ..] in its dtype."""
         return x[:, self.part.start : self.part.stop]
 
     def rows(self, timesteps: Timesteps, spans: Spans | None) -> tuple[Timesteps, Spans]:
-        """The timesteps that occur in the part, and their spans. `spans`: of the sequence, None: one."""
-        whole = num_tokens(self.grid)
-        spans = spans or (whole,)
-        assert len(spans) == len(timesteps) and sum(spans) == whole, (spans, timesteps)
+        """The timesteps that occur in `part`, and their spans. `spans`: of the sequence; None means one."""
+        length = num_tokens(self.grid)
+        spans = spans or (length,)
+        assert len(spans) == len(timesteps) and sum(spans) == length, (spans, timesteps)
         edges = [min(max(edge, self.part.start), self.part.stop) for edge in accumulate(spans, initial=0)]
-        kept = [(t, b - a) for t, (a, b) in zip(timesteps, pairwise(edges), strict=True) if b > a]
-        return tuple(t for t, _ in kept), tuple(length for _, length in kept)
+        rows = [(t, b - a) for t, (a, b) in zip(timesteps, pairwise(edges), strict=True) if b > a]
+        return tuple(t for t, _ in rows), tuple(span for _, span in rows)
 
     def modulation_for(
         self, timesteps: Timesteps, spans: Spans, make: Callable[[], Modulation]
     ) -> Modulation:
-        """The rows of this step; computed by the first branch that asks, then kept until the next step."""
+        """The modulation of this step, computed by the first branch and cached until the next step."""
         key = (timesteps, spans)
         if key not in self.modulation:
             self.modulation.clear()
@@ -101,50 +101,51 @@ class Shared:
 
 @dataclass(eq=False)
 class DenoiseState:
-    """One request, one expert, one CFG branch."""
+    """The state of one request, one expert and one CFG branch."""
 
     ops: Ops
     shared: Shared
     steps: Sequence[Step] = (Step(),)
-    """What the schedule says of each step of the run."""
+    """The schedule of the run, one entry per step."""
     step: int = 0
     expert: str = "transformer"
     branch: int = 0
-    """0: with the prompt; 1: without it."""
+    """0: conditional (the prompt); 1: unconditional (the negative prompt)."""
     agree: Callable[[float], float] = float
-    """A number that this rank would act on -> the one that all ranks act on. Once a step; see `predict`."""
+    """This rank's value of a number -> the value that all ranks use. Called once per step, see `predict`."""
     reduce_mean: Callable[[Tensor], Tensor] | None = None
-    """A mean over this rank's channels -> over all of them, where a rank has some of the heads."""
+    """Mean over this rank's channels -> mean over all channels; set if the heads are divided among ranks."""
     context: dict[AttentionKind, Tensor] = field(default_factory=dict)
-    """`text`, and `image` (Wan2.1 I2V): the hidden states [B, L, D] that keys and values are made of."""
+    """`text`, and `image` for Wan2.1 I2V: hidden states [B, L, D], the input of the K and V projections."""
     keys: dict[AttentionKind, list[KeyValue]] = field(default_factory=dict)
-    """Keys and values of the same, one pair for each block."""
-    keys_in: Precision | None = None
-    """The precision of the step that they were made in."""
+    """Keys and values of each context, one pair per block."""
+    keys_precision: Precision | None = None
+    """The precision of the step that computed `keys`."""
 
     @property
-    def now(self) -> Step:
-        """The current one of `steps`."""
+    def current(self) -> Step:
+        """The schedule entry of the current step."""
         return self.steps[self.step]
 
     def keys_change(self, layers: Iterable[Any]) -> bool:
-        """Whether these layers make other keys and values in this step than in the one they were made in."""
-        before, self.keys_in = self.keys_in, self.now.precision
+        """Whether `layers` compute in another precision in this step than when `keys` were computed."""
+        before, precision = self.keys_precision, self.current.precision
+        self.keys_precision = precision
         if before is None:
             return True
-        changed = any(precision_of(m, before) != precision_of(m, self.keys_in) for m in layers)
+        changed = any(precision_of(m, before) != precision_of(m, precision) for m in layers)
         if changed:
-            log.info("%s, step %d: text keys and values again, %s", self.expert, self.step, self.keys_in)
+            log.info("%s, step %d: recomputing text keys and values, %s", self.expert, self.step, precision)
         return changed
 
     def run_model(self, x: Tensor, t: Timesteps, forward: Callable[[Tensor, Timesteps], Tensor]) -> Tensor:
-        """Latents [B, C, F, H, W] -> velocity."""
+        """Latents [B, in_channels, F, H, W] in any float dtype -> velocity [B, out_channels, F, H, W]."""
         return forward(x, t)
 
     def run_blocks(
         self, blocks: Iterable[Any], hidden: Tensor, modulation: Modulation, run_block: Callable[..., Tensor]
     ) -> Tensor:
-        """Hidden states [B, S, D] before the first block -> after the last, by `run_block(i, block, ..)`."""
+        """Hidden states [B, S, D], bfloat16 or float32, before the first block -> after the last block."""
         for i, block in enumerate(blocks):
             hidden = run_block(i, block, hidden, modulation)
         return hidden
@@ -152,43 +153,43 @@ class DenoiseState:
     def run_attention(
         self, kind: AttentionKind, block: int, hidden: Tensor, forward: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """One attention with its Q, K, V and output layers, `self` or `text` (image included): [B, S, D]."""
+        """One attention with its Q, K, V and output layers: [B, S, D] -> same shape and dtype."""
         return forward(hidden)
 
     def attend(self, kind: AttentionKind, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v, q [B, S, H, d], by the kernel of the current step."""
-        name = self.now.attention
+        """`reference.attention` by the kernel of the current step: q [B, S, H, d] -> same shape and dtype."""
+        name = self.current.attention
         kernel = self.ops.attention if name is None else self.ops.attention_kernels[name]
         return kernel(q, k, v)
 
-    def linear(self, layer: Any, x: Tensor | Tokens) -> Tensor:
-        """A linear layer of a block, in the precision of the current step."""
-        return linear(self.ops, layer, x, self.now.precision)
+    def linear(self, layer: Any, x: Tensor | LinearInput) -> Tensor:
+        """A linear layer of a block in the precision of the current step: x [.., K] -> [.., N], x's dtype."""
+        return linear(self.ops, layer, x, self.current.precision)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """RMS norm over the channels of all heads, [B, S, D]; in two phases where a rank has some of them."""
+        """RMS norm of [B, S, D] over all heads, in x's dtype; in two phases if ranks divide the heads."""
         if self.reduce_mean is None:
             return self.ops.rms_norm(x, weight, eps)
         return self.ops.rms_scale(x, self.reduce_mean(self.ops.mean_square(x)), weight, eps)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Patches of the velocity, [B, S, ..] of this rank's part of the sequence -> of the whole."""
+        """Velocity patches [B, S, ..] of this rank's part -> those of the whole sequence, same dtype."""
         return x
 
 
 def rope_table(
     grid: Grid, head_dim: int, theta: float = 10000.0, device: torch.device | str = "cpu"
 ) -> RopeTable:
-    """Angles of 3-D rotary embedding: a third of the head each for frame, row and column.
+    """Angles of the 3-D rotary embedding of Diffusers' WanRotaryPosEmbed.
 
-    Row and column get 2 * (head_dim // 6) channels each, the frame axis the rest, as Diffusers'
-    WanRotaryPosEmbed. Drawn up in float64 on the CPU (no NPU has it), kept in float32.
+    Row and column get 2 * (head_dim // 6) channels each, the frame axis the remaining ones. Computed in
+    float64 on the CPU (NPUs lack it) and stored in float32.
     """
     side = 2 * (head_dim // 6)
-    places = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid))  # [S, 3]
+    positions = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in grid))  # [S, 3]
     angles = []
     for axis, channels in enumerate((head_dim - 2 * side, side, side)):
         power = torch.arange(0, channels, 2, dtype=torch.float64)[: channels // 2] / channels
-        angles.append(places[:, axis, None] * (1.0 / theta**power))
+        angles.append(positions[:, axis, None] * (1.0 / theta**power))
     table = torch.cat(angles, dim=-1)
     return RopeTable(table.cos().float().to(device), table.sin().float().to(device))

@@ -1,15 +1,15 @@
-"""The Wan transformer: Diffusers' parameter names, its own forward on the operators it is given.
+"""The Wan transformer, with Diffusers' parameter names and a forward built on `Ops`.
 
-It knows no device, no precision, no cache and no parallel layout: the operators know the device, and the
-state what a step does; linears of the blocks, norms over heads and attention go through it. Covers T2V,
-I2V with concatenated channels, TI2V with one timestep for the first frame and another for the rest, and
-Wan2.1 I2V's image cross-attention.
+The module is independent of device, precision, cache and parallel layout. `Ops` is bound to a device; the
+`DenoiseState` runs the linears of the blocks, the norms over heads and the attention as the step requires.
+Supports T2V, I2V with concatenated channels, TI2V with a separate timestep for the first frame, and Wan2.1
+I2V's image cross-attention.
 
-    state = model.prepare(grid, text)                 # once for each prompt: RoPE, text keys and values
+    state = model.prepare(grid, text)                 # once per prompt: RoPE, text keys and values
     for t in timesteps:
-        v = model(x, t, state)                        # 8 of the 10 linears of a block: text K/V are kept
+        v = model(x, t, state)                        # 8 of 10 linears per block: text K/V are cached
 
-Shapes: B videos, S video tokens, L text tokens, D width, H heads, d head size, R distinct timesteps.
+Shapes: B videos, S video tokens, L text tokens, D hidden size, H heads, d head size, R distinct timesteps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ascendit.family import WanConfig
 from ascendit.geometry import Grid, num_tokens, patch_grid
 from ascendit.kernels.reference import Spans
-from ascendit.model.linear import QuantLinear, Tokens, linear
+from ascendit.model.linear import LinearInput, QuantLinear, linear
 from ascendit.model.state import (
     DenoiseState,
     KeyValue,
@@ -39,7 +39,7 @@ from ascendit.ops.operators import Ops
 
 
 class Attention(nn.Module):
-    """Parameters of one attention; `added_kv_proj_dim` adds keys and values for image tokens."""
+    """One attention. `added_kv_proj_dim` adds keys and values for image tokens."""
 
     def __init__(self, config: WanConfig, cross: bool) -> None:
         super().__init__()
@@ -54,43 +54,45 @@ class Attention(nn.Module):
             self.norm_added_k = nn.RMSNorm(d)
 
     def key_layers(self, kind: str) -> tuple[nn.Module, nn.Module, nn.RMSNorm]:
-        """Those that make keys and values of a context."""
+        """The K projection, V projection and K norm of a context, `text` or `image`."""
         if kind == "image":
             return self.add_k_proj, self.add_v_proj, self.norm_added_k
         return self.to_k, self.to_v, self.norm_k
 
-    def keys(self, kind: str, x: Tokens, state: DenoiseState) -> KeyValue:
+    def keys(self, kind: str, x: LinearInput, state: DenoiseState) -> KeyValue:
         """Keys and values of a context [B, L, D]."""
         to_k, to_v, norm = self.key_layers(kind)
-        v = state.linear(to_v, x)  # a part of a joint product: copied once, not on every step
+        v = state.linear(to_v, x)  # a slice of a fused output: made contiguous once, not in every step
         return self.normed(to_k, norm, x, state), self.heads(v.contiguous())
 
     def attend_self(self, i: int, state: DenoiseState, x: Tensor) -> Tensor:
-        """Self-attention of block `i` on [B, S, D]."""
-        ops, rope, tokens = state.ops, state.shared.rope, Tokens(x)  # quantized once for Q, K and V
-        q = self.normed(self.to_q, self.norm_q, tokens, state)
-        k = self.normed(self.to_k, self.norm_k, tokens, state)
-        v = self.heads(state.linear(self.to_v, tokens))
+        """Self-attention of block `i`: [B, S, D] -> [B, S, D], same dtype."""
+        ops, rope, shared = state.ops, state.shared.rope, LinearInput(x)  # quantized once for Q, K and V
+        q = self.normed(self.to_q, self.norm_q, shared, state)
+        k = self.normed(self.to_k, self.norm_k, shared, state)
+        v = self.heads(state.linear(self.to_v, shared))
         q, k = ops.rope(q, rope.cos, rope.sin), ops.rope(k, rope.cos, rope.sin)
         return state.linear(self.to_out[0], state.attend("self", i, q, k, v).flatten(2))
 
     def attend_context(self, i: int, state: DenoiseState, x: Tensor) -> Tensor:
-        """Cross-attention of block `i` on [B, S, D], to the text and to the image."""
+        """Cross-attention of block `i` to text and image: [B, S, D] -> [B, S, D], same dtype."""
         q = self.normed(self.to_q, self.norm_q, x, state)
-        parts = [state.attend(kind, i, q, *keys[i]) for kind, keys in state.keys.items()]
-        return state.linear(self.to_out[0], sum(parts[1:], parts[0]).flatten(2))
+        outputs = [state.attend(kind, i, q, *keys[i]) for kind, keys in state.keys.items()]
+        return state.linear(self.to_out[0], sum(outputs[1:], outputs[0]).flatten(2))
 
-    def normed(self, layer: nn.Module, norm: nn.RMSNorm, x: Tensor | Tokens, state: DenoiseState) -> Tensor:
-        """Q or K, [B, S, H, d]."""
+    def normed(
+        self, layer: nn.Module, norm: nn.RMSNorm, x: Tensor | LinearInput, state: DenoiseState
+    ) -> Tensor:
+        """Q or K: x [B, S, D] -> [B, S, H, d], x's dtype."""
         return self.heads(state.norm(state.linear(layer, x), norm.weight, self.eps))
 
     def heads(self, x: Tensor) -> Tensor:
-        """[B, S, D] -> [B, S, H, d]."""
+        """Split the heads: [B, S, D] -> [B, S, H, d], same dtype."""
         return x.view(*x.shape[:2], -1, self.head_dim)
 
 
 class FeedForward(nn.Module):
-    """Two linears at `net.0.proj` and `net.2`, as Diffusers names them; the activation is the caller's."""
+    """Two linears, named `net.0.proj` and `net.2` as in Diffusers; the caller applies the GELU."""
 
     def __init__(self, dim: int, inner: int, out: int) -> None:
         super().__init__()
@@ -99,7 +101,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention, feed-forward."""
+    """Transformer block: self-attention, cross-attention, feed-forward."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -111,7 +113,7 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, config.dim))
 
     def forward(self, i: int, x: Tensor, mod: Modulation, state: DenoiseState) -> Tensor:
-        """Hidden states [B, S, D] before block `i` -> after it."""
+        """Hidden states [B, S, D], bfloat16 or float32, before block `i` -> after it."""
         ops, eps, spans = state.ops, self.eps, mod.spans
         (shift, scale), (c_shift, c_scale) = mod.norms[i]  # each [R, D]
         gate, c_gate = mod.gates[i]
@@ -126,7 +128,7 @@ class Block(nn.Module):
 
 
 class ImageEmbedder(nn.Module):
-    """CLIP tokens to width D: norm1, feed-forward, norm2 (Wan2.1 I2V)."""
+    """CLIP tokens to hidden size D: norm1, feed-forward, norm2 (Wan2.1 I2V)."""
 
     def __init__(self, config: WanConfig, image_dim: int) -> None:
         super().__init__()
@@ -137,7 +139,7 @@ class ImageEmbedder(nn.Module):
 
 
 class ConditionEmbedder(nn.Module):
-    """Timestep, text and image to the width of the model."""
+    """Embeds timestep, text and image in the hidden size of the model."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -154,10 +156,10 @@ class ConditionEmbedder(nn.Module):
 
 
 class WanTransformer(nn.Module):
-    """Predicts the velocity of the latents. Build it on the meta device; `model/loader.py` fills it."""
+    """Predicts the velocity of the latents. Built on the meta device and filled by `model/loader.py`."""
 
-    # Kept in float32 whatever the run's dtype, as Diffusers' `_keep_in_fp32_modules`.
     KEEP_FP32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+    """Stored in float32 for any dtype, as Diffusers' `_keep_in_fp32_modules`."""
 
     def __init__(self, config: WanConfig, ops: Ops) -> None:
         super().__init__()
@@ -171,23 +173,23 @@ class WanTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the hidden states."""
+        """The dtype of the hidden states."""
         return self.patch_embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.patch_embedding.weight.device
 
     def _apply(self, fn: Any, recurse: bool = True) -> WanTransformer:
-        """A cast that a layer on codes refuses changes nothing at all."""
+        """Check every quantized layer first, so that a refused cast changes nothing."""
         for module in self.modules():
             if isinstance(module, QuantLinear):
                 module.check_apply(fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def grid_of(self, x: Tensor) -> Grid:
-        """Patches along frames, height and width of latents [B, C, F, H, W]."""
+        """Patches along frames, height and width of latents [B, C, F, H, W], any dtype."""
         return patch_grid(x.shape[2:], self.config.patch_size)
 
     # ---- once for each prompt -------------------------------------------------------------------
@@ -195,26 +197,26 @@ class WanTransformer(nn.Module):
     def share(
         self, grid: Grid, timesteps: Timesteps = (), *, part: range | None = None, other: Shared | None = None
     ) -> Shared:
-        """What the CFG branches have in common: RoPE tables, and the modulation of the current step.
+        """Tensors shared by the CFG branches: RoPE tables and, later, the modulation of the current step.
 
-        `timesteps`: those that will come, so that no step waits for a copy to the device. `part`: the tokens
-        that are computed. `other`: of the other expert, for a RoPE table that is the same.
+        `timesteps`: those of the run, embedded here so that no step waits for a copy. `part`:
+        the tokens to compute. `other`: from the other expert, to share an equal RoPE table.
         """
         part = part or range(num_tokens(grid))
-        made_for = (grid, part, self.config.attention_head_dim, self.dtype, self.device)
-        if other is not None and other.rope.made_for == made_for:
+        key = (grid, part, self.config.attention_head_dim, self.dtype, self.device)
+        if other is not None and other.rope.key == key:
             rope = other.rope
         else:
             table = rope_table(grid, self.config.attention_head_dim, device=self.device)
             pair = (t[part.start : part.stop] for t in (table.cos, table.sin))
             cos, sin = self.ops.prepare("rope", *pair, dtype=self.dtype)
-            rope = RopeTable(cos, sin, made_for)
+            rope = RopeTable(cos, sin, key)
         rows = self.sinusoids(timesteps).split(1) if timesteps else ()
         return Shared(grid, rope, part, dict(zip(timesteps, rows, strict=True)))
 
     def prepare(
         self,
-        where: Grid | Shared,
+        grid: Grid | Shared,
         text: Tensor,
         image: Tensor | None = None,
         *,
@@ -222,13 +224,13 @@ class WanTransformer(nn.Module):
         make: Callable[..., DenoiseState] = DenoiseState,
         **run: Any,
     ) -> DenoiseState:
-        """Everything of one CFG branch that no step changes; text keys and values for its first step.
+        """The state of one CFG branch, with text keys and values for its first step.
 
-        `where`: a grid, or what `share` made for it and another branch uses too. text [B, L, text_dim];
-        image [B, T, image_dim] CLIP tokens or None. `timesteps`: as for `share`. `make`: the kind of state;
-        `run`: its `steps`, `step`, `expert`, `branch`.
+        `grid`: a grid, or the result of `share` that another branch uses too. text [B, L, text_dim] and image
+        [B, T, image_dim] (CLIP tokens, or None) in any float dtype. `timesteps`: as for `share`. `make`: the
+        class of the state; `run`: its `steps`, `step`, `expert`, `branch`.
         """
-        shared = where if isinstance(where, Shared) else self.share(where, timesteps)
+        shared = grid if isinstance(grid, Shared) else self.share(grid, timesteps)
         state = make(self.ops, shared, **run)
         state.context["text"] = self._embed_text(text.to(self.device, self.dtype))
         if image is not None:
@@ -237,13 +239,13 @@ class WanTransformer(nn.Module):
         return state
 
     def _make_keys(self, state: DenoiseState) -> None:
-        """Keys and values of text and image in every block, unless this step would make the same again."""
+        """Compute keys and values of text and image in every block, unless those in `state` are valid."""
         layers = {kind: [b.attn2.key_layers(kind) for b in self.blocks] for kind in state.context}
-        if not state.keys_change(m for parts in layers.values() for part in parts for m in part):
+        if not state.keys_change(m for blocks in layers.values() for block in blocks for m in block):
             return
         state.keys.clear()
         for kind in layers:
-            x = Tokens(state.context[kind])  # quantized once for all blocks
+            x = LinearInput(state.context[kind])  # quantized once for all blocks
             state.keys[kind] = [b.attn2.keys(kind, x, state) for b in self.blocks]
 
     def _embed_text(self, text: Tensor) -> Tensor:
@@ -261,18 +263,18 @@ class WanTransformer(nn.Module):
     # ---- once for each step ---------------------------------------------------------------------
 
     def sinusoids(self, timesteps: Timesteps) -> Tensor:
-        """What the time embedder sees of R timesteps, [R, freq_dim] float32; drawn up on the CPU."""
+        """Sinusoidal embedding of R timesteps, the input of the time embedder: [R, freq_dim] float32."""
         half = self.config.freq_dim // 2
         power = torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / half)
         angle = torch.tensor(timesteps, dtype=torch.float32)[:, None] * power.exp()[None, :]
         return torch.cat([angle.cos(), angle.sin()], -1).to(self.device)
 
     def modulation(
-        self, timesteps: Timesteps, spans: Spans, known: Mapping[float, Tensor] | None = None
+        self, timesteps: Timesteps, spans: Spans, sinusoids: Mapping[float, Tensor] | None = None
     ) -> Modulation:
-        """Shift, scale and gate of every block for R distinct timesteps: R rows, not one for each token."""
-        e, ops = self.condition_embedder, self.ops
-        rows = [known[t] if known and t in known else self.sinusoids((t,)) for t in timesteps]
+        """Modulation rows of R timesteps. `sinusoids`: timestep -> float32 [1, freq_dim], if precomputed."""
+        e, ops, ready = self.condition_embedder, self.ops, sinusoids or {}
+        rows = [ready[t] if t in ready else self.sinusoids((t,)) for t in timesteps]
         sinusoid = rows[0] if len(rows) == 1 else torch.cat(rows)
         first: Any = e.time_embedder.linear_1
         dtype = first.compute_dtype if isinstance(first, QuantLinear) else first.weight.dtype
@@ -289,16 +291,16 @@ class WanTransformer(nn.Module):
     def forward(
         self, x: Tensor, timestep: float | Timesteps, state: DenoiseState, spans: Spans | None = None
     ) -> Tensor:
-        """One denoising forward: latents [B, in_channels, F, H, W] -> velocity [B, out_channels, F, H, W].
+        """One forward pass: latents [B, in_channels, F, H, W] -> velocity [B, out_channels, F, H, W].
 
-        `timestep`: one number, or R numbers with `spans`, the count of neighbouring tokens that each is
-        for (TI2V: the tokens of the given first frame are at 0).
+        Latents in any float dtype; the velocity has the dtype of the model. `timestep`: one number, or R
+        numbers with `spans`, the number of consecutive tokens of each (TI2V: the first frame has timestep 0).
         """
         shared = state.shared
         timesteps = timestep if isinstance(timestep, tuple) else (float(timestep),)
 
         def velocity(x: Tensor, t: Timesteps) -> Tensor:
-            if state.keys_in != state.now.precision:
+            if state.keys_precision != state.current.precision:
                 self._make_keys(state)
             rows, lengths = shared.rows(t, spans)
             make = partial(self.modulation, rows, lengths, shared.sinusoids)
@@ -316,7 +318,7 @@ class WanTransformer(nn.Module):
     # ---- shapes ---------------------------------------------------------------------------------
 
     def _patchify(self, x: Tensor, shared: Shared) -> Tensor:
-        """[B, C, F, H, W] -> [B, S, D], of the part. A convolution of stride = kernel is one matmul."""
+        """[B, C, F, H, W] -> [B, S, D] of this rank's part. Convolution with stride = kernel, as a matmul."""
         (pf, ph, pw), (f, h, w), b = self.config.patch_size, self.grid_of(x), x.shape[0]
         x = x.to(self.dtype).view(b, -1, f, pf, h, ph, w, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
         m = self.patch_embedding

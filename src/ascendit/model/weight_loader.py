@@ -1,8 +1,8 @@
-"""A model on the meta device as a `Sink`: floats become parameters, codes become quantized layers.
+"""Weight loader: a `Sink` that fills a model on the meta device with parameters and quantized layers.
 
-Layers that read the same activation are fused along N: Q, K and V of self-attention, K and V of
-cross-attention, if they agree in scheme and `mul_scale`. The host tensors of a fused group are made before
-its first rows come and handed over with the last, so nothing is held twice.
+Layers that read the same activation are fused along N if they have the same scheme and `mul_scale`: Q, K and
+V of self-attention, K and V of cross-attention. The host tensors of a fused group are allocated before its
+first rows arrive and passed on after the last, so nothing is held twice.
 """
 
 from __future__ import annotations
@@ -20,52 +20,52 @@ from ascendit.errors import CheckpointError, UsageError
 from ascendit.model.linear import QuantLinear, SmoothLinear, fused_linears
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.operators import Schemes
-from ascendit.quant.fusion import leader_of
+from ascendit.quant.fusion import first_in_group
 from ascendit.weights.tensor_steps import Sink, TensorStep
 
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """One layer that is quantized, smoothed, or both."""
+    """A layer that is quantized, smoothed, or both."""
 
     scheme: str
-    """bf16: smoothed only."""
+    """bf16 if it is only smoothed."""
     width: int
-    """K, of its part if it is divided."""
+    """K, of this rank's shard."""
     mul_scale: Tensor | None = None
-    """float32 [K] on the CPU; None: none, or ones, which change nothing."""
+    """float32 [K] on the CPU; None if absent or all ones."""
 
 
 @dataclass
 class _Group:
-    """Layers that become one weight; a layer that is only smoothed is alone."""
+    """Layers fused into one weight, or a single layer that is only smoothed."""
 
     layer: StoredLinear
-    """What all of them are like; its `mul_scale` is on the device."""
+    """The properties that all layers share; its `mul_scale` is on the device."""
     specs: dict[str, dict[str, TensorSpec]] = field(default_factory=dict)
-    """Layer -> role -> the tensor that will come."""
+    """Layer -> role -> expected tensor."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    """Role -> host tensor of all layers, one after the other along N."""
+    """Role -> host tensor of all layers, concatenated along N."""
     missing: set[str] = field(default_factory=set)
-    """Names of tensors that are not complete."""
+    """Names of incomplete tensors."""
 
     def memory(self, layer: str, role: str) -> Tensor:
-        """The rows of one layer in the host tensor of `role`."""
+        """The rows of one layer in the host tensor of `role`, allocated on first use."""
         sizes = [specs[role].shape[0] for specs in self.specs.values()]
         if role not in self.tensors:
             spec = self.specs[layer][role]
             self.tensors[role] = torch.empty((sum(sizes), *spec.shape[1:]), dtype=torch_dtype(spec))
-        member = list(self.specs).index(layer)
-        return self.tensors[role][sum(sizes[:member]) : sum(sizes[: member + 1])]
+        index = list(self.specs).index(layer)
+        return self.tensors[role][sum(sizes[:index]) : sum(sizes[: index + 1])]
 
     def linears(self, schemes: Schemes, compute_dtype: torch.dtype) -> list[QuantLinear]:
-        """The layers on their device; the host tensors are given away. CheckpointError E-CKP-08."""
+        """Move the layers to their device and release the host tensors. CheckpointError E-CKP-08."""
         tensors, self.tensors = self.tensors, {}
         names = ", ".join(self.specs)
         if (bias := tensors.get("bias")) is not None and not bool(bias.isfinite().all()):
             raise CheckpointError(
                 f"{names}: a bias that is not finite",
-                needs="finite numbers",
+                needs="finite values",
                 fix="download or export the model again",
                 code="E-CKP-08",
             )
@@ -86,10 +86,10 @@ class _Group:
 
 
 class ModelSink(Sink):
-    """Takes every tensor of a plan into `model`; what the model does not have, as rotations, is passed over.
+    """Writes the tensors of a plan into `model` and ignores those it does not have, such as rotations.
 
-    `layers`: those that are quantized or smoothed. `dtype`: of the other parameters, but those with a part of
-    their name in `wide` stay in float32.
+    `layers`: the quantized or smoothed layers. `dtype`: of the other parameters, except those whose name has
+    a component in `float32`.
     """
 
     def __init__(
@@ -101,30 +101,30 @@ class ModelSink(Sink):
         *,
         device: str,
         dtype: torch.dtype,
-        wide: tuple[str, ...] = (),
+        float32: tuple[str, ...] = (),
     ) -> None:
         self._model, self._reader = model, reader
-        self._device, self._dtype, self._wide = device, dtype, wide
+        self._device, self._dtype, self._float32 = device, dtype, float32
         self._specs = {spec.name: spec for step in steps for spec in step.specs}
         self._groups = self._grouped(layers)
         self._parameters = {name for name, _ in model.named_parameters()}
-        self._filling, self._tensor, self._left = "", torch.empty(0), memoryview(b"")
+        self._name, self._tensor, self._remaining = "", torch.empty(0), memoryview(b"")
 
     def append(self, name: str, data: Data) -> None:
-        """The next bytes of a tensor."""
-        if (room := self._room(name)) is not None:
-            piece = memoryview(data).cast("B")
-            room[: len(piece)] = piece
-            self._filled(len(piece))
+        """Write the next bytes of a tensor."""
+        if (buffer := self._buffer(name)) is not None:
+            chunk = memoryview(data).cast("B")
+            buffer[: len(chunk)] = chunk
+            self._advance(len(chunk))
 
     def move(self, step: TensorStep) -> None:
-        """A tensor, or its part, read from its file into its place."""
-        if (room := self._room(step.name)) is not None:
-            self._reader.into(step.sources[0], room, step.shard)
-            self._filled(len(room))
+        """Read a tensor, or its shard, from its file directly into the model's memory."""
+        if (buffer := self._buffer(step.name)) is not None:
+            self._reader.into(step.sources[0], buffer, step.shard)
+            self._advance(len(buffer))
 
     def _grouped(self, layers: Mapping[str, StoredLinear]) -> dict[str, _Group]:
-        """Layer -> its group: members of a family that agree in scheme, K, smoothing and bias, else alone."""
+        """Layer -> its group: layers with one input, scheme, K, smoothing and bias, else alone."""
         roles: dict[str, dict[str, TensorSpec]] = {name: {} for name in layers}
         for spec in self._specs.values():
             name, _, role = spec.name.rpartition(".")
@@ -136,21 +136,21 @@ class ModelSink(Sink):
         for name, layer in layers.items():
             key: tuple[object, ...] = (name,)
             scale = layer.mul_scale
-            if scale is not None:  # layers that are smoothed alike share one tensor
+            if scale is not None:  # equal factors share one tensor
                 digest = hashlib.sha256(as_bytes(scale)).digest()
                 scale = scales[digest] if digest in scales else scale.to(self._device)
                 scales[digest] = scale
             if layer.scheme != "bf16":
-                key = (leader_of(name), layer.scheme, layer.width, id(scale), "bias" in roles[name])
+                key = (first_in_group(name), layer.scheme, layer.width, id(scale), "bias" in roles[name])
             group = groups.setdefault(key, _Group(replace(layer, mul_scale=scale)))
             group.specs[name] = roles[name]
             group.missing |= {spec.name for spec in roles[name].values()}
             by_layer[name] = group
         return by_layer
 
-    def _room(self, name: str) -> memoryview | None:
-        """What is left to fill of a tensor; None for one that the model does not have."""
-        if name != self._filling:
+    def _buffer(self, name: str) -> memoryview | None:
+        """The unfilled bytes of a tensor; None if the model does not have it."""
+        if name != self._name:
             layer, _, role = name.rpartition(".")
             if (group := self._groups.get(layer)) is not None and role in group.specs[layer]:
                 self._tensor = group.memory(layer, role)
@@ -158,21 +158,21 @@ class ModelSink(Sink):
                 self._tensor = torch.empty(self._specs[name].shape, dtype=torch_dtype(self._specs[name]))
             else:
                 return None
-            assert not self._left, f"{self._filling} is not complete"
-            self._filling, self._left = name, as_bytes(self._tensor)
-        return self._left
+            assert not self._remaining, f"{self._name} is not complete"
+            self._name, self._remaining = name, as_bytes(self._tensor)
+        return self._remaining
 
-    def _filled(self, count: int) -> None:
-        """Count bytes. A complete float takes its place; the last tensor of a group makes its layers."""
-        self._left = self._left[count:]
-        if self._left:
+    def _advance(self, count: int) -> None:
+        """Count written bytes. Register a complete parameter, or the layers of a complete group."""
+        self._remaining = self._remaining[count:]
+        if self._remaining:
             return
-        owner, _, leaf = self._filling.rpartition(".")
+        owner, _, leaf = self._name.rpartition(".")
         if (group := self._groups.get(owner)) is None:
-            parameter = nn.Parameter(self._placed(self._filling, self._tensor), requires_grad=False)
+            parameter = nn.Parameter(self._moved(self._name, self._tensor), requires_grad=False)
             self._model.get_submodule(owner).register_parameter(leaf, parameter)
             return
-        group.missing.discard(self._filling)
+        group.missing.discard(self._name)
         if not group.missing:
             for name, module in zip(group.specs, self._linears(group), strict=True):
                 self._model.set_submodule(name, module)
@@ -182,22 +182,22 @@ class ModelSink(Sink):
             return group.linears(self._model.ops.quantized, self._dtype)
         assert group.layer.mul_scale is not None
         name = next(iter(group.specs))
-        parts = {role: self._placed(f"{name}.{role}", x) for role, x in group.tensors.items()}
-        return [SmoothLinear(parts["weight"], parts.get("bias"), group.layer.mul_scale)]
+        tensors = {role: self._moved(f"{name}.{role}", x) for role, x in group.tensors.items()}
+        return [SmoothLinear(tensors["weight"], tensors.get("bias"), group.layer.mul_scale)]
 
-    def _placed(self, name: str, value: Tensor) -> Tensor:
-        """A float tensor on the device, in its dtype there."""
-        keep = any(part in name.split(".") for part in self._wide)
-        return value.to(self._device, torch.float32 if keep else self._dtype)
+    def _moved(self, name: str, value: Tensor) -> Tensor:
+        """A float tensor on the device of the model, in its dtype there."""
+        float32 = any(component in name.split(".") for component in self._float32)
+        return value.to(self._device, torch.float32 if float32 else self._dtype)
 
 
 def torch_dtype(spec: TensorSpec) -> torch.dtype:
-    """Of a tensor that is to hold `spec`."""
-    found: torch.dtype = getattr(torch, TORCH_DTYPES[spec.dtype])
-    return found
+    """The torch dtype of the tensor that `spec` describes."""
+    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[spec.dtype])
+    return dtype
 
 
 def nbytes(model: nn.Module) -> int:
-    """Bytes of parameters, buffers, codes and scales."""
-    kept = sum(m.extra_nbytes for m in model.modules() if isinstance(m, QuantLinear))
-    return kept + sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    """Bytes of parameters and buffers, and of weights prepared for kernels."""
+    extra = sum(m.extra_nbytes for m in model.modules() if isinstance(m, QuantLinear))
+    return extra + sum(t.nbytes for t in [*model.parameters(), *model.buffers()])

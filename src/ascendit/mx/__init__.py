@@ -1,10 +1,10 @@
-"""Numbers: how a tensor becomes codes and scales, and comes back. Pure tensor functions, no files, no device.
+"""Number formats: encode a tensor into quantized values and scales, and decode it. No files, no devices.
 
     from ascendit import mx
-    encoded = mx.encode(weight, "mxfp8")                         # codes, scale, format, axis, shape
-    again = mx.decode(encoded, torch.bfloat16)
+    encoded = mx.encode(weight, "mxfp8")                         # qdata, scale, format, axis, shape
+    decoded = mx.decode(encoded, torch.bfloat16)
 
-Each name is fetched when it is first used, so that the tables in `mx.formats` can be read without torch.
+Names are imported on first use, so that the tables in `mx.formats` can be read without torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ascendit.mx.codec import Encoded, decode, encode, sqnr
     from ascendit.mx.formats import FORMATS, Format
 
-_WHERE = {
+_MODULES = {
     **dict.fromkeys(("FORMATS", "Format"), "ascendit.mx.formats"),
     **dict.fromkeys(("Encoded", "decode", "encode", "sqnr"), "ascendit.mx.codec"),
 }
@@ -25,9 +25,9 @@ __all__ = ["FORMATS", "Encoded", "Format", "decode", "encode", "sqnr"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module 'ascendit.mx' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_WHERE[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

@@ -1,7 +1,7 @@
 """The number formats as one table: element, block, scale rules, bits per value. No torch here.
 
 Sources: OCP Microscaling Formats (MX) v1.0 for the elements, the block of 32 and E8M0; the Ascend operators
-npu_dynamic_mx_quant and npu_dynamic_dual_level_mx_quant for the rules `floor`, `ceil`, `max` and for the two
+npu_dynamic_mx_quant and npu_dynamic_dual_level_mx_quant for the rules `floor`, `ceil`, `max` and the two
 levels of `mxfp4_dualscale`; msModelSlim 26.1.0 for the rules `msms:*`.
 """
 
@@ -13,17 +13,17 @@ from typing import Literal
 from ascendit.errors import UsageError
 
 Kind = Literal["block", "dual", "row", "tile"]
-"""block: one E8M0 scale per 32 values. dual: the same on values already divided by one float32 per 512.
-row: one float32 per row. tile: one float32 per 128 x 128 square, only decoded."""
+"""block: one E8M0 scale per 32 values. dual: the same, on values divided by a float32 scale per 512 values.
+row: one float32 scale per row. tile: one float32 scale per 128 x 128 values, read-only."""
 
 ROUNDINGS = ("rint", "half_away", "floor")
-"""rint: to the nearest, ties to the even code (IEEE, OCP; NPU "rint"). half_away: ties away from zero (NPU
+"""rint: to nearest, ties to even (IEEE, OCP; NPU "rint"). half_away: to nearest, ties away from zero (NPU
 "round"). floor: towards minus infinity (NPU "floor")."""
 
 CEIL_X_LIMITS = (6.0, 12.0)
-"""Both for `max:<m>` (NPU `dst_type_max`) and for `msms:ceil_x:<c>`."""
+"""Smallest and largest number in `max:<m>` (NPU `dst_type_max`) and `msms:ceil_x:<c>`."""
 SEARCH = "msms:ceil_x:search"
-"""The `msms:ceil_x:<c>` that errs least on the whole weight."""
+"""The `msms:ceil_x:<c>` with the least squared error over the whole weight."""
 
 
 Shape = tuple[int, ...]
@@ -31,9 +31,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Element:
-    """A small float: 1 sign bit, `ebits` of exponent, `mbits` of mantissa; subnormals, no way to overflow.
+    """A small float: 1 sign bit, `ebits` of exponent, `mbits` of mantissa; subnormals. Encoding saturates.
 
-    `emax` is the exponent of the largest number, `max` that number. Encoding saturates at `max`.
+    `max` is the largest value, `emax` its exponent.
     """
 
     name: str
@@ -42,11 +42,11 @@ class Element:
     emax: int
     max: float
     nan: int | None
-    """The code that stands for NaN, None where the format has none."""
+    """The encoding of NaN; None if there is no NaN."""
 
     @property
     def emin(self) -> int:
-        """Exponent of the smallest normal number, which is also that of the subnormals."""
+        """Exponent of the smallest normal value, and of the subnormals."""
         return 2 - (1 << (self.ebits - 1))
 
     @property
@@ -68,13 +68,13 @@ class Format:
     element: Element | None
     """None for int8."""
     qdata_dtype: str
-    """Name of the torch dtype of the codes. In a uint8 the even 4-bit code is in the low nibble."""
+    """Name of the torch dtype of the quantized tensor. Packed FP4: the even index is in the low nibble."""
     rules: tuple[str, ...]
-    """The first is the default."""
+    """Scale rules; the first is the default."""
     block: int = 0
-    """Values that share one scale; 0: a whole row. For `tile` the side of the square."""
+    """Values per scale; 0: one scale per row. For `tile` the side of the tile."""
     coarse: int = 0
-    """Values that share one `dual_scale`; 0: there is none."""
+    """Values per `dual_scale`; 0 if the format has none."""
 
     @property
     def default_rule(self) -> str:
@@ -85,7 +85,7 @@ class Format:
         return self.element is not None and self.element.bits == 4
 
     def shapes(self, shape: Shape, axis: int = -1) -> tuple[Shape, Shape, Shape | None]:
-        """Of codes, scale and dual_scale of a tensor [.., K, ..] with K at `axis`; no dual_scale: None."""
+        """Shapes of qdata, scale and dual_scale (or None) of a tensor [.., K, ..] with K at `axis`."""
         axis %= len(shape)
         length = shape[axis]
 
@@ -167,7 +167,7 @@ FORMATS: dict[str, Format] = {
 
 
 def lookup(name: str) -> Format:
-    """The row of this name. UsageError E-USE-01 lists the names if there is none."""
+    """The format of this name. Raises UsageError (E-USE-01) if it is unknown."""
     if name not in FORMATS:
         raise UsageError(
             f"number format {name!r}",
@@ -177,24 +177,24 @@ def lookup(name: str) -> Format:
     return FORMATS[name]
 
 
-def resolve_rule(form: Format, rule: str | None) -> str:
-    """The rule to use: the format's default for None, else `rule` if this format has it.
+def resolve_rule(fmt: Format, rule: str | None) -> str:
+    """`rule`, or the default of the format for None.
 
-    `max:<m>` and `msms:ceil_x:<c>` take a number from 6 to 12, `msms:ceil_x:` also the word `search`.
-    UsageError E-USE-01 otherwise.
+    `max:<m>` and `msms:ceil_x:<c>` take a number from 6 to 12, `msms:ceil_x:` also `search`.
+    Raises UsageError (E-USE-01) if the format does not support the rule.
     """
     if rule is None:
-        return form.default_rule
-    if rule in form.rules and not rule.endswith(":"):
+        return fmt.default_rule
+    if rule in fmt.rules and not rule.endswith(":"):
         return rule
     head, _, value = rule.rpartition(":")
-    if f"{head}:" in form.rules and (_in_limits(value) or (head == "msms:ceil_x" and value == "search")):
+    if f"{head}:" in fmt.rules and (_in_limits(value) or (head == "msms:ceil_x" and value == "search")):
         return rule
     low, high = CEIL_X_LIMITS
     raise UsageError(
-        f"scale rule {rule!r} for {form.name}",
-        needs="one of " + ", ".join(f"{r}<number>" if r.endswith(":") else r for r in form.rules),
-        fix=f"a number is {low:g} to {high:g}, as in max:7; msms:ceil_x:search looks for it",
+        f"scale rule {rule!r} for {fmt.name}",
+        needs="one of " + ", ".join(f"{r}<number>" if r.endswith(":") else r for r in fmt.rules),
+        fix=f"use a number from {low:g} to {high:g}, as in max:7; msms:ceil_x:search finds the best one",
     )
 
 
@@ -206,20 +206,20 @@ def _in_limits(text: str) -> bool:
     return CEIL_X_LIMITS[0] <= value <= CEIL_X_LIMITS[1]
 
 
-def resolve_rounding(form: Format, rule: str, rounding: str | None) -> str:
-    """The rounding to use: `rint` for None. msModelSlim's rules fix their own and take only that.
+def resolve_rounding(fmt: Format, rule: str, rounding: str | None) -> str:
+    """`rounding`, or the default for None: `rint`, or the fixed rounding of msModelSlim's rules.
 
-    UsageError E-USE-01 otherwise.
+    Raises UsageError (E-USE-01) if the format or the rule does not support it.
     """
     fixed = None
     if rule.startswith("msms:"):
-        fixed = "rint" if form.kind == "row" else "half_away"
+        fixed = "rint" if fmt.kind == "row" else "half_away"
     allowed = (fixed,) if fixed else ROUNDINGS
     chosen = rounding or fixed or "rint"
     if chosen not in allowed:
         raise UsageError(
-            f"rounding {rounding!r} for {form.name} with scale rule {rule!r}",
+            f"rounding {rounding!r} for {fmt.name} with scale rule {rule!r}",
             needs=f"one of {', '.join(allowed)}",
-            fix="leave rounding out",
+            fix="omit rounding",
         )
     return chosen

@@ -1,4 +1,4 @@
-"""Encoding a weight that is never in memory as a whole: some rows at a time, into the same buffers."""
+"""Encode a weight in blocks of rows, into reused buffers, so that it is never in memory completely."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ascendit.mx.scales import NAN_BYTE
 
 
 class RowEncoder:
-    """Rows of a weight [N, K], on the CPU -> `Encoded`, bit-identical to `mx.encode` of those rows.
+    """Encodes rows of a weight [N, K] on the CPU, bit-identical to `mx.encode` of those rows.
 
-    `length` is K. `buffers`: how many results are valid at a time. `threads`: of the compiled kernels, by
-    default those of PyTorch. With `measure`, `sums` has those of x^2 and (x - decoded)^2 over all rows since
-    the last `restart`, float64 [2]. UsageError E-USE-01 for what does not go together, and for
-    `msms:ceil_x:search`, which must see the whole weight: `ScaleSearch` gives the rule to use instead.
+    `length`: K. `buffers`: how many results are valid at a time. `threads`: of the compiled kernels, default
+    PyTorch's number. With `measure`, `sums`, float64 [2], are those of x^2 and (x - decoded)^2 over all rows
+    since the last `restart`. Raises UsageError (E-USE-01) if format, rule, rounding or dtype do not fit, and
+    for `msms:ceil_x:search`, which needs the complete weight: use the rule from `ScaleSearch` instead.
     """
 
     def __init__(
@@ -35,24 +35,24 @@ class RowEncoder:
         buffers: int = 1,
         threads: int | None = None,
     ) -> None:
-        form = lookup(format)
-        rule = resolve_rule(form, scale_rule)
-        mode = resolve_rounding(form, rule, rounding)
-        check_dtype(dtype, form, rule)
+        fmt = lookup(format)
+        rule = resolve_rule(fmt, scale_rule)
+        mode = resolve_rounding(fmt, rule, rounding)
+        check_dtype(dtype, fmt, rule)
         if rule == SEARCH:
             raise UsageError(
                 f"scale rule {rule!r} for some rows of a weight",
-                needs="one constant for the whole weight",
-                fix="look for it with mx.row_encoder.ScaleSearch, and give its rule",
+                needs="a rule with one constant for the whole weight",
+                fix="find it with mx.row_encoder.ScaleSearch, and pass its rule",
             )
-        self._form, self._length, self._dtype, self._max_rows = form, length, dtype, max_rows
+        self._fmt, self._length, self._dtype, self._max_rows = fmt, length, dtype, max_rows
         self._measure, self._threads = measure, threads
-        self._encode = encoder.encoder(form, rule, mode, dtype, threads)
-        self._buffers = [encoder.empty_parts(form, max_rows, length) for _ in range(buffers)]
+        self._encode = encoder.encoder(fmt, rule, mode, dtype, threads)
+        self._buffers = [encoder.empty_parts(fmt, max_rows, length) for _ in range(buffers)]
         self.sums = torch.zeros(2, dtype=torch.float64)
 
     def __call__(self, rows: Tensor) -> Encoded:
-        """[n, K], n at most `max_rows` -> views of the next buffer, valid until its next turn."""
+        """Rows [n, K], n up to `max_rows` -> views of the next buffer, valid until that buffer is reused."""
         if rows.dtype != self._dtype or rows.ndim != 2 or not 0 < len(rows) <= self._max_rows:
             raise _wrong_rows(rows, f"{self._dtype} [1 to {self._max_rows}, {self._length}]")
         if rows.shape[1] != self._length:
@@ -66,51 +66,51 @@ class RowEncoder:
         return self._encoded(out)
 
     def _encoded(self, parts: Parts) -> Encoded:
-        qdata = parts.qdata.view(getattr(torch, self._form.qdata_dtype))
+        qdata = parts.qdata.view(getattr(torch, self._fmt.qdata_dtype))
         dual = None if parts.dual is None else parts.dual.unsqueeze(-1)
-        return Encoded(qdata, parts.scale, dual, self._form.name, -1, (len(qdata), self._length))
+        return Encoded(qdata, parts.scale, dual, self._fmt.name, -1, (len(qdata), self._length))
 
     def _add_energies(self, rows: Tensor, parts: Parts) -> None:
-        if native_encoder.add_energies(rows, parts, self._form, self.sums, self._threads):
+        if native_encoder.add_energies(rows, parts, self._fmt, self.sums, self._threads):
             return
         step = max(1, encoder.REFERENCE_PIECE // self._length)
         for start in range(0, len(rows), step):
-            wide = rows[start : start + step].to(torch.float64)
-            noise = wide - decode(self._encoded(parts.rows(start, start + step))).to(torch.float64)
-            self.sums += torch.stack((wide.square().sum(), noise.square().sum()))
+            piece = rows[start : start + step].to(torch.float64)
+            noise = piece - decode(self._encoded(parts.rows(start, start + step))).to(torch.float64)
+            self.sums += torch.stack((piece.square().sum(), noise.square().sum()))
 
     def restart(self) -> None:
-        """Forget what was measured."""
+        """Set `sums` to zero."""
         self.sums.zero_()
 
     @property
     def sqnr(self) -> float:
-        """Signal to quantization noise in dB, as `mx.sqnr`: inf without noise, NaN if not finite."""
+        """Signal to quantization noise ratio in dB since `restart`: inf without noise, NaN if not finite."""
         return decibels(*self.sums.tolist())
 
 
 def first_bad_row(encoded: Encoded) -> int | None:
-    """The first row of a weight [N, K] that held an infinity or a NaN."""
+    """First row of a quantized weight [N, K] (any dtype) whose input had an infinity or a NaN, or None."""
     scale = encoded.scale
     if scale.is_floating_point():
         bad = scale.isnan().flatten().nonzero()
         return int(bad[0]) if len(bad) else None
-    found = scale.numpy().tobytes().find(NAN_BYTE)  # a search of bytes takes no threads
-    return None if found < 0 else found // scale.shape[1]
+    index = scale.numpy().tobytes().find(NAN_BYTE)  # single-threaded, unlike an operator of PyTorch
+    return None if index < 0 else index // scale.shape[1]
 
 
 class ScaleSearch:
-    """`msms:ceil_x:search` for a weight that is read in pieces: one constant for the whole of it."""
+    """`msms:ceil_x:search` for a weight that is read in blocks of rows: one constant for all of them."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(len(msmodelslim.CEIL_X_CANDIDATES), dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
-        """Some rows, bfloat16 or float32 [n, K], on the CPU."""
+        """Add rows [n, K], bfloat16 or float32, on the CPU."""
         encoder.add_ceil_x_sums(rows.detach().contiguous(), self._sums)
 
     def best(self) -> str:
-        """The rule, as `msms:ceil_x:7.25`: what `mx.encode` finds on the whole tensor."""
+        """The rule, e.g. `msms:ceil_x:7.25`, the same as `mx.encode` finds for the complete tensor."""
         return f"msms:ceil_x:{msmodelslim.best_ceil_x(self._sums.tolist()):g}"
 
 
@@ -118,5 +118,5 @@ def _wrong_rows(rows: Tensor, needs: str) -> UsageError:
     return UsageError(
         f"rows {rows.dtype} {tuple(rows.shape)}",
         needs=needs,
-        fix="give what the encoder was made for",
+        fix="pass rows of the dtype and length that this RowEncoder was created for",
     )

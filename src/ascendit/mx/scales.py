@@ -1,6 +1,6 @@
-"""E8M0 scales: from the largest magnitude of a block to a power of two, by integers on float32 bits.
+"""E8M0 scales: the largest magnitude of a block -> a power of two, by integer arithmetic on float32 bits.
 
-Every rule but msModelSlim's is two integers (`thresholds`): with amax = 1.frac x 2^E,
+All rules except msModelSlim's have two integers (`thresholds`). With amax = 1.frac x 2^E,
 
     exponent = E - shift + (frac > threshold),   clamped to [-127, 127],   byte = exponent + 127
 
@@ -14,11 +14,11 @@ Every rule but msModelSlim's is two integers (`thresholds`): with amax = 1.frac 
 | max:<m> | ceil(log2(amax / m)), e2m1              | NPU scale_alg 2 with dst_type_max m             |
 
 Zero and tiny blocks get byte 0 = 2^-127 and are divided by exactly that. A block with an infinity or a NaN
-gets byte 255, which is NaN (OCP MX v1.0 5.4.1; NPU, all algorithms), and its codes are NaN where the element
-has one, else 0. Known differences: the NPU's algorithms 0 and 2 also turn every block of byte 0 into zeros;
+gets byte 255, which is NaN (OCP MX v1.0 5.4.1; NPU, all algorithms), and its elements are NaN, or 0 if the
+element has no NaN. Known differences: the NPU's algorithms 0 and 2 also set blocks of byte 0 to zeros;
 torchao divides a block of byte 0 by 2^-126 (RCEIL: by 1), gives a block with an infinity a finite scale, and
-its RCEIL takes log2 in float32, which for float32 input may miss a quotient just above a power of two (a few
-blocks in a million).
+its RCEIL computes log2 in float32, which may miss a quotient of float32 input just above a power of two (a
+few blocks in a million).
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ _FRACTION = (1 << 23) - 1
 
 
 def split_blocks(rows: Tensor, block: int) -> Tensor:
-    """[..., K] -> [..., ceil(K / block), block], same dtype; the last block is filled up with zeros."""
-    short = -rows.shape[-1] % block
-    if short:
-        rows = torch.nn.functional.pad(rows, (0, short))
+    """[.., K] -> [.., ceil(K / block), block], same dtype; the last block is padded with zeros."""
+    padding = -rows.shape[-1] % block
+    if padding:
+        rows = torch.nn.functional.pad(rows, (0, padding))
     blocks: Tensor = rows.unflatten(-1, (-1, block))
     return blocks
 
 
 def join_blocks(blocks: Tensor, length: int) -> Tensor:
-    """[..., n, block] -> [..., length]: the inverse of `split_blocks`, without the filling."""
+    """[.., n, block] -> [.., length], same dtype: the inverse of `split_blocks`, without the padding."""
     return blocks.flatten(-2)[..., :length]
 
 
 def exponent_and_fraction(x: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 -> int32 (E, frac) with |x| = (1 + frac / 2^23) 2^E. Zeros and subnormals give E = -127."""
+    """float32 [..] -> int32 E, frac [..]: |x| = (1 + frac / 2^23) 2^E. Zeros and subnormals give E = -127."""
     bits = x.contiguous().view(torch.int32) & 0x7FFFFFFF
     return (bits >> 23) - BIAS, bits & _FRACTION
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
-    """int32 in [-127, 127] -> float32 2^exponent, exact (2^-127 is a subnormal number)."""
+    """int32 in [-127, 127] -> float32 2^exponent, same shape, exact (2^-127 is subnormal)."""
     bits = torch.where(exponent > -BIAS, (exponent + BIAS) << 23, 1 << 22)
     return bits.to(torch.int32).view(torch.float32)
 
 
 def thresholds(rule: str, element: Element) -> tuple[int, int]:
-    """(shift, threshold) of a rule, see above. `rule` is one of floor, ceil, pow2, even, max:<m>."""
+    """(shift, threshold) of a rule, see above. `rule`: floor, ceil, pow2, even or max:<m>."""
     if rule == "floor":
         return element.emax, _FRACTION
     if rule == "pow2":
@@ -75,16 +75,16 @@ def thresholds(rule: str, element: Element) -> tuple[int, int]:
 
 
 def fraction_mask(rule: str, element: Element) -> int:
-    """The bits of `frac` that a rule looks at. `max:6` and `max:7` cut amax to bfloat16, as the NPU does.
+    """The bits of `frac` that a rule uses. `max:6` and `max:7` truncate amax to bfloat16, as the NPU does.
 
-    Float32 input only is touched by this.
+    This affects float32 input only.
     """
-    cut = element is E2M1 and rule.startswith("max:") and float(rule[4:]) in (6.0, 7.0)
-    return _FRACTION & ~0xFFFF if cut else _FRACTION
+    truncate = element is E2M1 and rule.startswith("max:") and float(rule[4:]) in (6.0, 7.0)
+    return _FRACTION & ~0xFFFF if truncate else _FRACTION
 
 
 def shared_exponents(amax: Tensor, element: Element, rule: str) -> Tensor:
-    """float32 magnitudes -> int32 exponents in [-127, 127]; what comes out for inf and NaN has no meaning."""
+    """float32 magnitudes [..] -> int32 exponents [..] in [-127, 127], meaningless for inf and NaN."""
     exponent, fraction = exponent_and_fraction(amax)
     fraction = fraction & fraction_mask(rule, element)
     shift, threshold = thresholds(rule, element)
@@ -92,17 +92,17 @@ def shared_exponents(amax: Tensor, element: Element, rule: str) -> Tensor:
 
 
 def every_bf16_amax() -> Tensor:
-    """bfloat16 [32768]: every number that is not negative, by its bits; infinity and NaN at the end."""
+    """bfloat16 [32768]: all non-negative values in the order of their bits; infinity and NaN at the end."""
     return torch.arange(0x8000, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 
 
 def to_bytes(exponents: Tensor, finite: Tensor) -> Tensor:
-    """int32 exponents, cut to [-127, 127] -> uint8 E8M0, 255 where not `finite`."""
+    """int32 exponents [..], clamped to [-127, 127] -> uint8 E8M0 [..], 255 where not `finite` (bool [..])."""
     return torch.where(finite, exponents.clamp(-BIAS, BIAS) + BIAS, NAN_BYTE).to(torch.uint8)
 
 
 def from_bytes(scale: Tensor) -> Tensor:
-    """uint8 E8M0 -> float32 powers of two, NaN for byte 255 (OCP MX v1.0 5.4.1)."""
+    """uint8 E8M0 [..] -> float32 powers of two [..], NaN for byte 255 (OCP MX v1.0 5.4.1)."""
     exponents = scale.to(torch.int32) - BIAS
     value = power_of_two(exponents.clamp(max=BIAS))
     return torch.where(scale == NAN_BYTE, torch.nan, value)

@@ -10,5 +10,5 @@ from ascendit.kernels.kernel import Kernel, Wish
 
 
 def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
-    """The best of each operator first; one for each scheme. The C++ sources are compiled on first use."""
+    """All kernels, the best of each operator first. The C++ sources are compiled on first use."""
     return (*elementwise.list_kernels(), *attention.list_kernels(), *linear.list_kernels(wish.emulate))

@@ -1,9 +1,9 @@
-"""Running backends: open a device, make it current, wait for it, ask what it uses.
+"""Open a device, make it current, synchronize it, measure its memory.
 
-    device = open_device("twin:a5")     # checked, present, set up
+    device = open_device("twin:a5")     # checked and set up
     activate(device)                    # before each run: another device may have been used since
 
-`ascendit.device` holds the data; torch, torch_npu and the twin are started here.
+`ascendit.device` holds the data; this module starts torch, torch_npu and the twin.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ log = logging.getLogger("ascendit")
 
 
 def open_device(name: object) -> Device:
-    """The device of this name (or an open one again), present and set up.
+    """Open a device by name, or an open one again: check that it is present, and set it up.
 
-    UsageError E-USE-01: no such name. EnvironmentProblem E-ENV-03: this machine does not have it.
+    UsageError E-USE-01 for an unknown name, EnvironmentProblem E-ENV-03 if this machine does not have it.
     """
     device = name if isinstance(name, Device) else parse_device(name)
     if device.kind == "npu":
@@ -45,7 +45,7 @@ def open_device(name: object) -> Device:
 
 
 def activate(device: Device) -> None:
-    """Make it the one that operators run on; before each run, since another may have been used since."""
+    """Make `device` the current one of torch or the twin."""
     if device.kind == "twin":
         if twin.chip() != device.chip:
             twin.enable(str(device.chip))
@@ -54,13 +54,13 @@ def activate(device: Device) -> None:
 
 
 def synchronize(device: Device) -> None:
-    """Wait until all that was launched is done."""
+    """Wait until all launched kernels have finished."""
     if api := _api(device):
         api.synchronize()
 
 
 def memory_bytes(device: Device) -> int:
-    """In use: by torch on the device, or by this process. 0 where the system does not say."""
+    """Bytes in use by torch on an accelerator, or by this process on a host; 0 if unknown."""
     if api := _api(device):
         return int(api.memory_allocated(device.index))
     try:
@@ -71,17 +71,17 @@ def memory_bytes(device: Device) -> int:
 
 
 def to_dtype(device: Device, dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Of the denoiser: a torch dtype, or None for "as stored". UsageError for one it does not run in."""
+    """The torch dtype of the denoiser, None for the stored one. UsageError for one it does not run in."""
     name = device.dtype_name(dtype)
-    number: torch.dtype | None = None if name is None else getattr(torch, name)
-    return number
+    torch_dtype: torch.dtype | None = None if name is None else getattr(torch, name)
+    return torch_dtype
 
 
 @contextlib.contextmanager
 def internal_format(device: Device, allowed: bool) -> Iterator[None]:
-    """Whether npu_format_cast gives FRACTAL_NZ on a2 and a3, which keep ND without it; a5 always does.
+    """Allow npu_format_cast to return FRACTAL_NZ on a2 and a3, which return ND otherwise; a5 always does.
 
-    Set back at the end.
+    The setting is restored at the end.
     """
     if device.kind == "twin":
         before = STATE.internal_format
@@ -91,7 +91,7 @@ def internal_format(device: Device, allowed: bool) -> Iterator[None]:
         finally:
             STATE.internal_format = before
     elif device.kind == "npu" and device.chip != "a5":
-        config = _api(device).config  # it can be set and not be read; `npu_runtime` switched it off
+        config = _api(device).config  # write-only; `npu_runtime` switched it off
         config.allow_internal_format = allowed
         try:
             yield
@@ -102,10 +102,10 @@ def internal_format(device: Device, allowed: bool) -> Iterator[None]:
 
 
 def hide_torch_npu(device: Device) -> None:
-    """Keep an installed torch_npu out of this process, if it may not or cannot be loaded beside `device`.
+    """Prevent the import of an installed torch_npu if it conflicts with `device` or cannot be loaded.
 
-    accelerate, Diffusers and transformers import it where they find it, and so fail without CANN. With CANN
-    it may be loaded beside a CPU, but not beside the twin.
+    accelerate, Diffusers and transformers import it if it is installed, which fails without CANN. With CANN
+    it may be loaded together with a CPU, but not with the twin.
     """
     if "torch_npu" in sys.modules or find_spec("torch_npu") is None:
         return
@@ -120,10 +120,10 @@ def show_torch_npu() -> None:
 
 
 def check_index(device: Device, count: int) -> None:
-    """EnvironmentProblem E-ENV-03 unless there are that many cards."""
+    """EnvironmentProblem E-ENV-03 if the index of `device` is not below `count`."""
     if (device.index or 0) >= count:
         raise EnvironmentProblem(
-            f"device {device}: this machine has {count} of them",
+            f"device {device}: this machine has {count} such devices",
             needs=f"{device.kind}:0 to {device.kind}:{count - 1}" if count else f"a card for {device.kind}",
             fix=f"--device {device.kind}:0" if count else "--device cpu, or ascendit doctor",
             code="E-ENV-03",
@@ -133,30 +133,30 @@ def check_index(device: Device, count: int) -> None:
 def _check_cuda(device: Device) -> None:
     if not torch.cuda.is_available():
         raise EnvironmentProblem(
-            f"device {device}: this PyTorch sees no CUDA device",
-            needs="a CUDA build of torch, a driver and a card",
-            fix="--device cpu, or ascendit doctor",
+            f"device {device}: PyTorch reports no CUDA device",
+            needs="a CUDA build of torch, a driver and a GPU",
+            fix="use --device cpu, or run ascendit doctor",
             code="E-ENV-03",
         )
     check_index(device, torch.cuda.device_count())
 
 
 def _start_npu(device: Device) -> Device:
-    """Import torch_npu, apply every setting, choose the card; the device with its chip.
+    """Import torch_npu, apply all settings, select the card; returns the device with its chip.
 
-    EnvironmentProblem E-ENV-03 when torch_npu, CANN, the card or a chip that Wan runs on is missing.
+    EnvironmentProblem E-ENV-03 if torch_npu, CANN, the card or a supported chip is missing.
     """
     npu_runtime.set_variables()
     show_torch_npu()
     npu = npu_runtime.import_torch_npu().npu
     check_index(device, npu.device_count())
     chip = npu_runtime.find_chip(npu)
-    npu_runtime.load_mindiesd()  # before the settings: importing it switches allow_internal_format on
+    npu_runtime.load_mindiesd()  # before the settings, since its import switches allow_internal_format on
     npu_runtime.apply(npu)
     log.info("%s: %s, chip %s", device, chip.product, chip.name)
     return replace(device, chip=chip.name)
 
 
 def _api(device: Device) -> Any:
-    """torch.cuda or torch.npu, None on a host."""
+    """torch.cuda or torch.npu; None for a device on the host."""
     return None if device.backend.tensors == "cpu" else getattr(torch, device.backend.tensors)

@@ -1,12 +1,12 @@
-"""The operators of the denoiser, and its quantized linear layers, bound once for one device.
+"""The operators of the denoiser and its quantized linear layers, bound to one device.
 
-`bind("twin:a5")` gives an `Ops`: a frozen set of functions that is handed to the model. There is no global
-choice and no look at `tensor.device`. `select` chooses; each choice is logged with its reason.
-`force="reference"` takes plain PyTorch everywhere. In `Ops.quantized` an activation is quantized once and
-multiplied with each weight that shares it:
+`bind("twin:a5")` returns an `Ops`: an immutable set of functions that is passed to the model. Nothing is
+global, and no operator looks at `tensor.device`. `select` chooses each kernel; the choice is logged with its
+reason. `force="reference"` uses plain PyTorch everywhere. `Ops.quantized` quantizes an activation once for
+all weights that it is multiplied with:
 
     ops = bind("twin:a5").quantized
-    weight = ops.prepare_weight(codes, scale, None, bias, "mxfp8")     # once, when it is loaded
+    weight = ops.prepare_weight(qdata, scale, None, bias, "mxfp8")     # once, at load
     a = ops.quantize_activation(x, "mxfp8", mul_scale)                 # once for Q, K and V
     y = ops.quantized_linear(a, weight)                                # x's dtype, x's leading axes
 """
@@ -43,7 +43,7 @@ from ascendit.quant.schemes import scheme_of
 log = logging.getLogger("ascendit")
 
 FAST_LAYERNORM = "fast_layernorm"
-"""The kernel of MindIE-SD by its name."""
+"""Name of the layer norm kernel of MindIE-SD."""
 
 
 # ---- quantized linear layers --------------------------------------------------------------------
@@ -51,23 +51,23 @@ FAST_LAYERNORM = "fast_layernorm"
 
 @dataclass(frozen=True, eq=False)
 class Schemes:
-    """The quantized linear layers of one device. A scheme is native, or decoded and multiplied.
+    """The quantized linear layers of one device.
 
-    Where a chip has no matmul for a scheme, decoding is only done when `emulate` asks for it: it is slower,
-    and never chosen in silence. Kinds of device without a chip of the table decode what they have no matmul
-    for, and log it.
+    A scheme is native (the device has its matmul) or emulated (the weight is dequantized and multiplied: same
+    numbers, slower). On an Ascend chip a scheme is emulated only if `wish.emulate` is set; CPU and CUDA
+    emulate schemes without a matmul automatically and log it.
     """
 
     device: Device
     wish: Wish = Wish()
     rules: Mapping[str, str] = field(default_factory=dict)
-    """Scheme -> scale rule of its activation, where it is not the default."""
+    """Scheme -> scale rule of its activation, if it is not the default."""
     nz: bool = False
-    """Weights in FRACTAL_NZ where an NPU takes both layouts."""
+    """Store weights in FRACTAL_NZ if the NPU supports both layouts for a scheme."""
     _selected: dict[str, QuantLinearKernel] = field(default_factory=dict, init=False)
 
     def kernel(self, scheme: str) -> QuantLinearKernel:
-        """The one for `scheme`. UsageError: no such scheme. EnvironmentProblem E-CAP-01: not on this chip."""
+        """The kernel of `scheme`. UsageError if unknown, EnvironmentProblem E-CAP-01 if not on this chip."""
         if (kernel := self._selected.get(scheme)) is None:
             scheme_of(scheme)
             kernel = cast(QuantLinearKernel, select(scheme, self.device, self.wish))
@@ -78,19 +78,19 @@ class Schemes:
         return kernel
 
     def check(self, used: Iterable[str]) -> None:
-        """Before anything loads: `used` are the schemes that a model computes in, w4a8 among them.
+        """Check the schemes `used` by a model (w4a8 included) before it is loaded.
 
-        EnvironmentProblem E-CAP-01 for one that is not on this chip; UsageError E-USE-01 for a scale rule
-        that nothing would follow.
+        EnvironmentProblem E-CAP-01 for a scheme not on this chip; UsageError E-USE-01 for a scale rule of an
+        unused scheme.
         """
-        found = set(used) - {"bf16"}
-        for scheme in sorted(found):
+        schemes = set(used) - {"bf16"}
+        for scheme in sorted(schemes):
             self.kernel(scheme)
-        if idle := sorted(self.rules.keys() - found):
+        if unused := sorted(self.rules.keys() - schemes):
             raise UsageError(
-                f"activation_rule for {', '.join(idle)}, which no layer computes in",
-                needs=f"rules for {', '.join(sorted(found)) or 'a quantized model'}",
-                fix="leave it out, or name the scheme that is there",
+                f"activation_rule for {', '.join(unused)}, which no layer uses",
+                needs=f"rules for {', '.join(sorted(schemes)) or 'a quantized model'}",
+                fix="leave it out, or name a scheme of the model",
             )
 
     def prepare_weight(
@@ -104,72 +104,74 @@ class Schemes:
         width: int | None = None,
         nz: bool = False,
     ) -> PreparedWeight:
-        """Tensors as on disk (`mx.Encoded` for a weight [N, K]), moved to the device in its layout, once.
+        """Move a stored weight to the device, in the layout of its kernel.
 
-        `codes` of Q, K and V may be joined along N first, their scales and biases likewise. `width`: K, where
-        it is odd and two codes share a byte. `nz`: for this weight, as `Schemes.nz` for all of them.
-        UsageError when the tensors do not fit `scheme`.
+        `qdata` [N, K] (packed FP4 [N, K / 2]), `scale` and `dual_scale`: shapes and dtypes of `mx.Encoded`;
+        `bias` [N] of any float dtype, or None. The rows of Q, K and V may be concatenated along N. `width`:
+        K, needed if it is odd and packed. `nz`: FRACTAL_NZ for this weight. UsageError if the tensors do not
+        match `scheme`, E-QNT-01 if the kernel does not support the shape.
         """
         weight = scheme_of(scheme).weight
         shape = (qdata.shape[0], width or qdata.shape[1] * (2 if lookup(weight).packed else 1))
         encoded = Encoded(qdata, scale, dual_scale, weight, -1, shape)
-        place = torch.device(self.device.torch_name)
-        return self.kernel(scheme).prepare(encoded, bias, place, nz=nz or self.nz)
+        device = torch.device(self.device.torch_name)
+        return self.kernel(scheme).prepare(encoded, bias, device, nz=nz or self.nz)
 
     def stored(self, weight: PreparedWeight) -> Encoded:
-        """The codes and scales that `weight` was prepared from, in the layout of the disk."""
+        """The inverse of `prepare_weight`: qdata [N, K] and scales in the dtypes and layout of the disk."""
         return self.kernel(weight.scheme).stored(weight)
 
     def quantize_activation(
         self, x: Tensor, scheme: str, mul_scale: Tensor | None = None, rule: str | None = None
     ) -> Activation:
-        """Tokens [.., K] in bfloat16 or float16 (float32 where it is emulated) to codes.
+        """Quantize an activation x [.., K] in bfloat16 or float16, and on CPU and CUDA also float32.
 
-        `mul_scale`: float32 [K] that multiplies them first. `rule`: a scale rule of the format; None: as
-        `rules` says, else the scheme's.
+        `mul_scale`: float32 [K] that multiplies x first, rounded to x's dtype. `rule`: a scale rule of the
+        format; None: the one in `rules`, else the default of the scheme. UsageError E-USE-01 for a rule or
+        dtype that the kernel does not support.
         """
         rule = rule or self.rules.get(scheme)
         return self.kernel(scheme).quantize_activation(x, scheme, mul_scale, rule)
 
     def quantized_linear(self, a: Activation, weight: PreparedWeight) -> Tensor:
-        """[.., N] in the dtype of the tokens. UsageError if the two were not quantized for each other."""
+        """x @ weight.T + bias -> [.., N] in x's dtype. UsageError E-USE-01 if scheme or K do not match."""
         if a.scheme.weight != weight.scheme or a.width != weight.shape[1]:
             raise UsageError(
-                f"tokens of {a.width} for {a.scheme.name} with a weight {weight.shape} in {weight.scheme}",
+                f"K = {a.width} in {a.scheme.name} with a weight {weight.shape} in {weight.scheme}",
                 needs=f"a weight [N, {a.width}] in {a.scheme.weight}",
-                fix=f"quantize the tokens for {weight.scheme}",
+                fix=f"quantize the activation for {weight.scheme}",
             )
         return self.kernel(a.scheme.name).call(a, weight)
 
 
 def schemes_on(device: str, like: Schemes) -> Schemes:
-    """The quantized linear layers of another device, chosen as those of `like` were."""
+    """The quantized linear layers of another device, with the options of `like`."""
     return replace(like, device=_device(device))
 
 
 def to_emulate(value: object) -> Emulate | None:
-    """True, False, None or a word as `Emulate`. UsageError E-USE-01 for another word."""
-    words = get_args(Emulate)
-    found: Emulate | None = words[0] if value is True else None if value is False else value  # type: ignore[assignment]
-    if found is not None and found not in words:
-        raise UsageError(f"emulate={value}", needs=" or ".join(words), fix=f"--emulate {words[0]}")
-    return found
+    """Parse True, False, None or the name of a mode. UsageError E-USE-01 for another value."""
+    modes = get_args(Emulate)
+    mode: Emulate | None = modes[0] if value is True else None if value is False else value  # type: ignore[assignment]
+    if mode is not None and mode not in modes:
+        raise UsageError(f"emulate={value}", needs=" or ".join(modes), fix=f"--emulate {modes[0]}")
+    return mode
 
 
 def parse_rules(text: str | None) -> dict[str, str]:
-    """`mxfp8=floor,mxfp4=max:7` as scheme -> scale rule of the activation. UsageError E-USE-01."""
-    found = {}
+    """Parse `mxfp8=floor,mxfp4=max:7` to scheme -> scale rule. UsageError E-USE-01 for an unknown one."""
+    rules = {}
     if text is not None and not isinstance(text, str):
         raise UsageError(
             f"activation_rule {text!r}",
-            needs="text, as mxfp8=floor,mxfp4=max:7",
+            needs="text such as mxfp8=floor,mxfp4=max:7",
             fix="leave it out for the defaults",
         )
-    for word in text.split(",") if text else ():
-        scheme, _, rule = word.partition("=")
-        row = scheme_of(scheme.strip())
-        found[row.name] = resolve_rule(lookup(row.activation), rule.strip() or "?")
-    return found
+    for item in text.split(",") if text else ():
+        name, _, rule = item.partition("=")
+        scheme = scheme_of(name.strip())
+        rules[scheme.name] = resolve_rule(lookup(scheme.activation), rule.strip() or "?")
+    return rules
 
 
 # ---- all operators ------------------------------------------------------------------------------
@@ -177,7 +179,7 @@ def parse_rules(text: str | None) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """The operators of the denoiser, by name. Contracts: `ascendit.kernels.reference`."""
+    """The operators of the denoiser. `kernels/reference.py` documents their shapes and dtypes."""
 
     linear: Function
     rms_norm: Function
@@ -189,26 +191,26 @@ class Ops:
     gelu: Function
     attention: Function
     mean_square: Function = reference.mean_square
-    """With `rms_scale`, `rms_norm` in two phases, between which ranks that have some of the heads reduce."""
+    """With `rms_scale`, `rms_norm` in two phases, so that ranks that divide the heads can reduce between."""
     rms_scale: Function = reference.rms_scale
     attention_kernels: Mapping[str, Function] = dataclasses.field(default_factory=dict)
-    """Name -> a kernel that a step can ask for in the place of `attention`."""
+    """Name -> attention kernel that a step of the schedule can select."""
     quantized: Schemes
     """Quantized linear layers: prepare_weight, quantize_activation, quantized_linear."""
     prepared: Mapping[str, Prepare] = dataclasses.field(default_factory=dict)
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Operator -> `backend: reason`."""
 
-    def prepare(self, operator: str, *given: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """What `operator` takes besides tokens of `dtype`, in the form in which it does least.
+    def prepare(self, operator: str, *tensors: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Convert arguments of `operator` once to the layout of its kernel; `dtype`: of the hidden states.
 
-        For what is made once and used many times: cos and sin of `rope`, the rows of `adaln` and
-        `gated_residual`. The operators take these as they are too, and then do it on every call.
+        cos and sin [S, d/2] of `rope`; scale and shift [.., D] of `adaln`; gate [.., D] of `gated_residual`.
+        Unprepared tensors work too, but are converted on every call.
         """
         if operator not in self.prepared:
-            return given
-        ready: tuple[Tensor, ...] = self.prepared[operator](*given, dtype=dtype)
-        return ready
+            return tensors
+        prepared: tuple[Tensor, ...] = self.prepared[operator](*tensors, dtype=dtype)
+        return prepared
 
 
 OPERATOR_NAMES = tuple(
@@ -227,41 +229,41 @@ def bind(
     attention: str | None = None,
     nz: bool = False,
 ) -> Ops:
-    """The operators for `device` ("cpu", "cuda:1", "twin:a5"). `force`: None or "reference".
+    """Bind the operators to `device` ("cpu", "cuda:1", "twin:a5"). `force`: None or "reference".
 
-    `fast_layernorm`: layer norms by MindIE-SD where the device has it. `emulate`: schemes that the device has
-    no matmul for are decoded on each use, or once; a chip refuses them without it. `activation_rule`: scale
-    rules of the tokens, as `mxfp8=floor,mxfp4=max:7`, for schemes where it is not the default one.
-    `attention`: a kernel of an NPU by its name in `ops/npu/kernels.py`; None: the best. `nz`: weights in
-    FRACTAL_NZ where an NPU takes both layouts. UsageError for an `attention` that the device does not have.
+    `fast_layernorm`: use MindIE-SD's layer norm if the device has it. `emulate`: dequantize weights of
+    schemes without a matmul, which Ascend chips refuse otherwise. `activation_rule`: scale rules that differ
+    from the default, such as `mxfp8=floor,mxfp4=max:7`. `attention`: an NPU kernel of `ops/npu/kernels.py`,
+    None for the best. `nz`: weights in FRACTAL_NZ if the NPU supports both layouts. UsageError E-USE-01 for
+    an invalid option, EnvironmentProblem if the device is missing.
     """
     if force not in (None, "reference"):
         raise UsageError(
             f"ops={force}",
-            needs="reference, or nothing for the fastest of this device",
+            needs="reference, or nothing for the fastest kernels of this device",
             fix="--set ops=reference",
         )
-    found = _device(device)
-    if attention is not None and (force or not found.has_attention_kernels):
+    device = _device(device)
+    if attention is not None and (force or not device.has_attention_kernels):
         raise UsageError(
-            f"attention={attention} with {'ops=reference' if force else f'device {found}'}",
-            needs="an NPU or a twin: it names one of their kernels",
+            f"attention={attention} with {'ops=reference' if force else f'device {device}'}",
+            needs="an NPU or a twin, whose kernels it names",
             fix="leave attention out",
         )
-    wish = _wish(found, force, to_emulate(emulate), fast_layernorm, attention)
-    chosen = {name: select(name, found, wish) for name in OPERATOR_NAMES}
+    wish = _wish(device, force, to_emulate(emulate), fast_layernorm, attention)
+    chosen = {name: select(name, device, wish) for name in OPERATOR_NAMES}
     for reason in dict.fromkeys(k.reason for k in chosen.values()):
         names = ", ".join(n for n, k in chosen.items() if k.reason == reason)
-        log.info("operators on %s: %s -> %s (--set ops=reference for the plain ones)", found, names, reason)
+        log.info("operators on %s: %s -> %s (--set ops=reference for plain PyTorch)", device, names, reason)
     return Ops(
         **{n: k.call for n, k in chosen.items()},
-        **{name: select(name, found, wish).call for name in PHASES},
+        **{name: select(name, device, wish).call for name in PHASES},
         attention_kernels={
             k.name: k.call
-            for k in (() if wish.reference else kernels_of(found, wish))
+            for k in (() if wish.reference else kernels_of(device, wish))
             if k.operator == "attention" and k.name and not k.missing()
         },
-        quantized=Schemes(found, wish, parse_rules(activation_rule), nz),
+        quantized=Schemes(device, wish, parse_rules(activation_rule), nz),
         prepared={n: k.prepare for n, k in chosen.items() if k.prepare},
         choices={n: k.reason for n, k in chosen.items()},
     )
@@ -279,12 +281,12 @@ def _wish(
         names["layer_norm"] = FAST_LAYERNORM
     elif fast_layernorm:
         log.warning(
-            "%s: MindIE-SD has no operators on %s, layer norms stay as they are", FAST_LAYERNORM, device
+            "%s: MindIE-SD has no operators on %s; using the default layer norm", FAST_LAYERNORM, device
         )
     return replace(wish, names=names)
 
 
 def _device(device: Device | str) -> Device:
-    """Open, if its operators depend on the chip: an NPU tells its own only then."""
-    found = parse_device(device) if isinstance(device, str) else device
-    return open_device(found) if found.operators == "npu" else found
+    """Parse a device, and open an NPU or twin, whose operators depend on the chip."""
+    device = parse_device(device) if isinstance(device, str) else device
+    return open_device(device) if device.operators == "npu" else device

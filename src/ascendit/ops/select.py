@@ -1,8 +1,8 @@
-"""Choose a kernel: `select(operator, device, wish)` takes the first one that the device has.
+"""Choose a kernel: `select(operator, device, wish)` returns the first one that works on the device.
 
-Each backend has one module with `list_kernels(device, wish)`: its kernels for every operator and every
-scheme of quantized linear layers, the best first. The module is imported when a device of that backend is
-first used, so a CPU never loads Triton or the NPU's calls.
+Each backend has a module with `list_kernels(device, wish)`: its kernels for every operator and every scheme
+of quantized linear layers, best first. The module is imported when a device of that backend is first used, so
+a CPU never imports Triton or NPU code.
 """
 
 from __future__ import annotations
@@ -33,61 +33,62 @@ KERNEL_LISTS = {
 def kernels_of(device: Device, wish: Wish) -> Sequence[Kernel]:
     """Every kernel that this device may have, the best of each operator first."""
     backend: Any = importlib.import_module(KERNEL_LISTS[device.operators])
-    found: Sequence[Kernel] = backend.list_kernels(device, wish)
-    return found
+    kernels: Sequence[Kernel] = backend.list_kernels(device, wish)
+    return kernels
 
 
 def select(operator: str, device: Device, wish: Wish) -> Kernel:
-    """The first kernel of `operator` that `device` has, plain PyTorch if it has none.
+    """The first kernel of `operator` that works on `device`, plain PyTorch if there is none.
 
-    `operator`: a field of `Ops`, or the scheme of a quantized linear layer. What was passed over is part of
-    the reason. UsageError E-USE-01: no kernel has the name that `wish` asks for. EnvironmentProblem E-CAP-01:
-    it is not on this device; or the chip has no matmul for the scheme and `wish` does not say `emulate`.
+    `operator`: a field of `Ops`, or the scheme of a quantized linear layer. The reason of the result includes
+    the problems of skipped kernels. UsageError E-USE-01 if no kernel has the name in `wish`.
+    EnvironmentProblem E-CAP-01 if that kernel does not work on this device, or if the chip has no matmul for
+    the scheme and `wish.emulate` is None.
     """
-    wanted = None if wish.reference else wish.names.get(operator)
+    requested = None if wish.reference else wish.names.get(operator)
     listed = () if wish.reference else [k for k in kernels_of(device, wish) if k.operator == operator]
-    if wanted is not None and wanted not in [k.name for k in listed]:
-        _no_such_name(operator, wanted, listed)
-    passed: list[str] = []
-    for kernel in sorted(listed, key=lambda k: k.name != wanted):
-        if kernel.on_request and kernel.name != wanted:
+    if requested is not None and requested not in [k.name for k in listed]:
+        _unknown_name(operator, requested, listed)
+    skipped: list[str] = []
+    for kernel in sorted(listed, key=lambda k: k.name != requested):
+        if kernel.on_request and kernel.name != requested:
             continue
         if problem := kernel.missing():
-            passed.append(problem)
-            if kernel.name == wanted:
+            skipped.append(problem)
+            if kernel.name == requested:
                 _not_on_this_device(kernel, problem)
             continue
-        return replace(kernel, reason="; ".join((kernel.reason, *passed)))
-    return _plain(operator, device, wish)
+        return replace(kernel, reason="; ".join((kernel.reason, *skipped)))
+    return _reference_kernel(operator, device, wish)
 
 
-def _plain(operator: str, device: Device, wish: Wish) -> Kernel:
+def _reference_kernel(operator: str, device: Device, wish: Wish) -> Kernel:
     if operator not in LINEAR_SCHEMES:
-        why = "asked for" if wish.reference else f"{device.operators} has no faster form"
-        return Kernel(operator, "reference", getattr(reference, operator), f"reference: {why}")
+        reason = "requested" if wish.reference else f"{device.operators} has no faster kernel"
+        return Kernel(operator, "reference", getattr(reference, operator), f"reference: {reason}")
     if device.chip and wish.emulate is None:
         raise no_matmul_for(device, device.chip, operator)
-    reason = "emulated: decoded and multiplied, the same numbers, slower"
+    reason = "emulated: dequantized and multiplied, the same numbers, slower"
     return reference.quant_linear_kernel(operator, wish.emulate, reason)
 
 
-def _no_such_name(operator: str, wanted: str, listed: Sequence[Kernel]) -> None:
+def _unknown_name(operator: str, requested: str, listed: Sequence[Kernel]) -> None:
     names = [k.name for k in listed if k.name]
     raise UsageError(
-        f"{operator}={wanted}",
+        f"{operator}={requested}",
         needs=" or ".join(names),
         fix=f"--set {operator}={names[0]}, or leave it out" if names else "leave it out",
     )
 
 
 def _not_on_this_device(kernel: Kernel, problem: str) -> None:
-    """For a kernel asked for by name: another attention is an error, another layer norm is a warning."""
+    """A requested kernel does not work: a warning for a layer norm, an error for an attention."""
     if kernel.operator == "layer_norm":
-        log.warning("%s: %s, layer norms stay as they are", kernel.name, problem)
+        log.warning("%s: %s; using the default layer norm", kernel.name, problem)
         return
     raise EnvironmentProblem(
         f"{kernel.operator}={kernel.name}: {problem}",
         needs=kernel.needs,
-        fix=f"leave {kernel.operator} out: the best kernel of the chip is taken",
+        fix=f"leave {kernel.operator} out to use the best kernel of the chip",
         code="E-CAP-01",
     )

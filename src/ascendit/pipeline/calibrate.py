@@ -1,10 +1,10 @@
-"""Calibration: run the float model over prompts and record each layer's input: max|x| per channel, some rows.
+"""Calibration: run the float model on prompts; record max |x| per channel and sample rows of layer inputs.
 
     ascendit.quantize("demo", "demo-fp4", scheme="mxfp4_dualscale", calibrate=Calibrator(prompts=4))
 
-Prompts are a text file with one on each line, or some of the demo model's own; a line may begin with the
-first frame and a tab, for models that start from an image. The model is not changed: its state
-notes what the layers are given. Layers that share an input (Q, K and V) are known by their first.
+Prompts come from a text file, one per line, or from the demo model's own list. For image-to-video models a
+line starts with the path of the first frame and a tab. The model is unchanged: a DenoiseState subclass
+records the inputs. Layers that share an input (Q, K and V) are recorded once, under the first one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ascendit.checkpoint.output_folder import Journal
 from ascendit.convert.calibration import ALPHA, STATISTICS, ExpertStatistics, Statistics, check_alpha
 from ascendit.device.device import parse_device
 from ascendit.errors import UsageError
-from ascendit.model.linear import Tokens
+from ascendit.model.linear import LinearInput
 from ascendit.model.state import DenoiseState
 from ascendit.model.wan import WanTransformer
 from ascendit.names import is_block_linear
@@ -38,11 +38,11 @@ from ascendit.pipeline.generate import Pipeline, denoise
 from ascendit.pipeline.job import load
 from ascendit.pipeline.request import GenerateRequest, open_image, resolve
 from ascendit.progress import OnProgress, Progress
-from ascendit.quant.fusion import leader_of
+from ascendit.quant.fusion import first_in_group
 from ascendit.weights.lora.fold import Folds, LoraSource
 
 Prompt = tuple[str, Path | None]
-"""The text, and the first frame."""
+"""(text, path of the first frame)."""
 PARTS = ("weight_amax", "amax", "keys", "rows")
 """Tensors of an `Input`."""
 
@@ -52,19 +52,19 @@ PARTS = ("weight_amax", "amax", "keys", "rows")
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrator:
-    """What `quantize(calibrate=)` takes."""
+    """The calibration run of `quantize(calibrate=)`."""
 
     prompts: str | Path | int | Sequence[str]
-    """A file with one prompt on each line, the prompts, or how many of the demo model's own."""
+    """A file with one prompt per line, the prompts themselves, or a number of the demo model's prompts."""
     alpha: float = ALPHA
     device: str = "cpu"
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of GenerateRequest that are not the model's defaults: `num_inference_steps`, `height`, .."""
+    """GenerateRequest fields that override the model's defaults: `num_inference_steps`, `height`, ..."""
     on_progress: OnProgress | None = None
 
     @property
     def flags(self) -> list[tuple[str, object]]:
-        """For the command line in the model card; a file by its name alone."""
+        """Flags for the command line in the model card; a file without its folder."""
         shown = self.prompts
         if not isinstance(shown, int):
             shown = Path(shown).name if isinstance(shown, str | Path) else "-"
@@ -76,7 +76,10 @@ class Calibrator:
         ]
 
     def record(self, layout: Layout) -> dict[str, Any]:
-        """What would be run. Raises UsageError and CheckpointError before a weight is read."""
+        """The settings of the run, for `ascendit.json`.
+
+        Raises UsageError and CheckpointError as `requests`, before any weight is read.
+        """
         check_alpha(self.alpha)
         device = parse_device(self.device)
         requests = self.requests(layout)
@@ -88,7 +91,7 @@ class Calibrator:
                 content[-1][1] = hashlib.sha256(Path(request.image).read_bytes()).hexdigest()
         first = requests[0]
         guidance = (first.guidance_scale, first.guidance_scale_2)
-        made = {
+        record = {
             "alpha": self.alpha,
             "prompts": len(requests),
             "prompts_sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
@@ -98,33 +101,33 @@ class Calibrator:
             "guidance": [g for g in guidance if g is not None],
             "device": str(device),
         }
-        return made | ({"settings": dict(self.fields)} if self.fields else {})
+        return record | ({"settings": dict(self.fields)} if self.fields else {})
 
     def requests(self, layout: Layout) -> list[GenerateRequest]:
-        """One for each prompt, with the model's own steps, size and guidance, and its number as its seed.
+        """One request per prompt, with the model's defaults; the seed is the number of the prompt.
 
-        CheckpointError E-CKP-01: transformers alone cannot be run. UsageError E-REQ-04 for a missing image or
-        one too many; others as `read_prompts`.
+        Raises CheckpointError (E-CKP-01) if the folder holds transformers only, UsageError (E-REQ-04) for a
+        missing or superfluous image, and as `read_prompts`.
         """
         layout.require_pipeline()
         defaults = defaults_for(layout)
-        made = []
+        requests = []
         for i, (prompt, image) in enumerate(read_prompts(self.prompts, defaults)):
             if defaults.task == "i2v" and image is None:
                 raise UsageError(
                     f"prompt {i + 1} has no image, and {defaults.model} starts from one",
-                    needs="lines of the form FILE<tab>PROMPT, FILE being the first frame",
-                    fix="put the image and a tab before the prompt",
+                    needs="lines FILE<tab>PROMPT, where FILE is the first frame",
+                    fix="start the line with the image path and a tab",
                     code="E-REQ-04",
                 )
             path = None if image is None else str(image)
-            made.append(resolve(defaults, prompt, image=path, **{"seed": i} | dict(self.fields)))
-        return made
+            requests.append(resolve(defaults, prompt, image=path, **{"seed": i} | dict(self.fields)))
+        return requests
 
     def __call__(
         self, layout: Layout, loras: Sequence[LoraSource], rows: int, journal: Journal
     ) -> ExpertStatistics:
-        """Run all prompts, or those that a killed run has left; keep `rows` tokens of each input."""
+        """Run the prompts that `journal` has no results for, and sample `rows` rows of each input."""
         requests = self.requests(layout)
         file = journal.root / STATISTICS
         done, inputs = _read(file, rows) if journal.complete(file) else (0, {})
@@ -136,18 +139,18 @@ class Calibrator:
                 image = None if requests[i].image is None else open_image(requests[i].image)
                 generator = torch.Generator().manual_seed(i)
                 report = partial(self._report, i, len(requests))
-                denoise(watched(pipe, inputs, generator), requests[i], image, report, None)
+                denoise(with_recording(pipe, inputs, generator), requests[i], image, report, None)
                 _write(file, i + 1, inputs)
                 journal.add(file, file.stat().st_size)
-        found: dict[str, dict[str, Statistics]] = {}
-        for key, seen in inputs.items():
-            name, _, leader = key.partition(".")
-            if len(seen.amax):
-                found.setdefault(name, {})[leader] = seen.statistics()
-        return found
+        statistics: dict[str, dict[str, Statistics]] = {}
+        for key, recorded in inputs.items():
+            expert, _, layer = key.partition(".")
+            if len(recorded.amax):
+                statistics.setdefault(expert, {})[layer] = recorded.statistics()
+        return statistics
 
     def _report(self, prompt: int, prompts: int, event: Progress) -> None:
-        """The steps of all prompts as one run."""
+        """Report the steps of all prompts as one run."""
         if self.on_progress is not None and event.stage == "denoise":
             step = prompt * event.total + event.step
             self.on_progress(replace(event, step=step, total=prompts * event.total))
@@ -155,7 +158,7 @@ class Calibrator:
 
 @torch.no_grad()
 def fold_loras(experts: Mapping[str, WanTransformer], loras: Sequence[LoraSource]) -> None:
-    """Fold LoRA files into the parameters as `quantize` does: the layers see what they will see then."""
+    """Fold LoRA files into the parameters as `quantize` does, so that the layers get the same inputs."""
     for expert, model in experts.items():
         parameters = dict(model.named_parameters())
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
@@ -164,84 +167,84 @@ def fold_loras(experts: Mapping[str, WanTransformer], loras: Sequence[LoraSource
             parameters[name].copy_(folds.fold(name, parameters[name].cpu(), 0))
 
 
-# ---- inputs of the layers -----------------------------------------------------------------------
+# ---- layer inputs -------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class Input:
-    """What is known of one input: the largest |x| of each channel, and tokens that were drawn evenly.
+    """Statistics of one input: the largest |x| per channel, and a uniform sample of at most `limit` rows.
 
-    Each token draws a number; those with the smallest numbers stay. So any count of calls, of any length,
-    gives an even sample, and memory stays at `limit` tokens.
+    Every row draws a random key, and the rows with the smallest keys are kept: a uniform sample over any
+    number of calls, in constant memory.
     """
 
     weight_amax: Tensor
     limit: int
     amax: Tensor = torch.empty(0)
-    """float32 [K]; empty while nothing is seen."""
+    """float32 [K]; empty before the first call."""
     keys: Tensor = torch.empty(0)
     rows: Tensor = torch.empty(0)
 
     def add(self, x: Tensor, generator: torch.Generator) -> None:
-        """Hidden states [.., K] on any device."""
+        """Record hidden states [.., K], any float dtype and device."""
         x = x.detach().reshape(-1, x.shape[-1])
-        top = torch.maximum(x.amax(0), -x.amin(0)).to(torch.float32)  # without a copy of x, as x.abs() is
-        self.amax = torch.maximum(self.amax.to(top.device), top) if len(self.amax) else top
+        amax = torch.maximum(x.amax(0), -x.amin(0)).to(torch.float32)  # x.abs() would copy x
+        self.amax = torch.maximum(self.amax.to(amax.device), amax) if len(self.amax) else amax
         if not self.limit:
             return
         keys = torch.rand(len(x), generator=generator)
         if len(self.keys) == self.limit:
-            taken = (keys < self.keys[-1]).nonzero().squeeze(1)
+            chosen = (keys < self.keys[-1]).nonzero().squeeze(1)
         else:
-            taken = torch.arange(len(x))
-        keys = torch.cat((self.keys, keys[taken]))
-        rows = x[taken.to(x.device)].cpu()
+            chosen = torch.arange(len(x))
+        keys = torch.cat((self.keys, keys[chosen]))
+        rows = x[chosen.to(x.device)].cpu()
         rows = torch.cat((self.rows.to(rows.dtype), rows))
         order = keys.argsort()[: self.limit]
         self.keys, self.rows = keys[order], rows[order]
 
     def statistics(self) -> Statistics:
-        """On the CPU."""
+        """The statistics on the CPU: `amax` float32 [K], `rows` [n, K]."""
         return Statistics(self.amax.cpu(), self.weight_amax, self.rows.view(-1, len(self.weight_amax)))
 
 
-def watched(pipe: Pipeline, inputs: Mapping[str, Input], generator: torch.Generator) -> Pipeline:
-    """The same pipeline, which notes what layers are given: `transformer.blocks.0.attn1.to_q` in `inputs`."""
+def with_recording(pipe: Pipeline, inputs: Mapping[str, Input], generator: torch.Generator) -> Pipeline:
+    """The pipeline with a state that records the layers named in `inputs` (`expert.layer`)."""
     experts = nn.ModuleDict(pipe.experts)
-    layers = {id(experts.get_submodule(name)): seen for name, seen in inputs.items()}
+    layers = {id(experts.get_submodule(name)): recorded for name, recorded in inputs.items()}
 
-    class Watched(DenoiseState):
-        def linear(self, layer: Any, x: Tensor | Tokens) -> Tensor:
-            if (seen := layers.get(id(layer))) is not None:
-                seen.add(x.x if isinstance(x, Tokens) else x, generator)
+    class RecordingState(DenoiseState):
+        def linear(self, layer: Any, x: Tensor | LinearInput) -> Tensor:
+            if (recorded := layers.get(id(layer))) is not None:
+                recorded.add(x.x if isinstance(x, LinearInput) else x, generator)
             return super().linear(layer, x)
 
-    return replace(pipe, make_state=Watched)
+    return replace(pipe, make_state=RecordingState)
 
 
 def inputs_of(pipe: Pipeline, limit: int) -> dict[str, Input]:
-    """The inputs of the linears of the blocks, each by its first reader, `expert.layer`; nothing is seen."""
+    """Empty records for the inputs of the blocks' linear layers, by `expert.layer` of the first reader."""
     weights: dict[str, Tensor] = {}
     for name, module in nn.ModuleDict(pipe.experts).named_modules():
         if isinstance(module, nn.Linear) and is_block_linear(name.partition(".")[2]):
-            leader, top = leader_of(name), module.weight.detach().abs().amax(0).float().cpu()
-            weights[leader] = torch.maximum(weights.get(leader, top), top)
-    return {leader: Input(top, limit) for leader, top in weights.items()}
+            first, amax = first_in_group(name), module.weight.detach().abs().amax(0).float().cpu()
+            weights[first] = torch.maximum(weights.get(first, amax), amax)
+    return {first: Input(amax, limit) for first, amax in weights.items()}
 
 
-# ---- between two runs ---------------------------------------------------------------------------
+# ---- results of finished prompts ----------------------------------------------------------------
 
 
 def _write(file: Path, done: int, inputs: Mapping[str, Input]) -> None:
-    """Replace `file` in one step."""
-    named = {f"{key}:{part}": getattr(seen, part) for key, seen in inputs.items() for part in PARTS}
+    """Replace `file` atomically."""
+    named = {f"{key}:{part}": getattr(recorded, part) for key, recorded in inputs.items() for part in PARTS}
     new = file.with_name(f"{file.name}.new")
     save_file({k: t.cpu().contiguous() for k, t in named.items()}, new, metadata={"prompts": str(done)})
     os.replace(new, file)
 
 
 def _read(file: Path, limit: int) -> tuple[int, dict[str, Input]]:
-    """(how many prompts are done, what they gave)."""
+    """(number of finished prompts, their statistics)."""
     parts: dict[str, dict[str, Tensor]] = {}
     with safe_open(file, framework="pt") as f:
         for name in f.keys():
@@ -253,13 +256,14 @@ def _read(file: Path, limit: int) -> tuple[int, dict[str, Input]]:
 # ---- prompts ------------------------------------------------------------------------------------
 
 
-def read_prompts(given: str | Path | int | Sequence[str], defaults: Defaults) -> list[Prompt]:
-    """Prompts and their first frames. `given`: a file, `demo`, a number of the demo model's, or the prompts.
+def read_prompts(source: str | Path | int | Sequence[str], defaults: Defaults) -> list[Prompt]:
+    """Prompts and their first frames from a file, `demo`, a number of demo prompts, or a list of prompts.
 
-    UsageError E-USE-01: no prompts in it, or the demo's for another model; E-USE-02: no such file or image.
+    Raises UsageError: E-USE-01 without prompts, or for demo prompts with another model; E-USE-02 for a
+    missing file or image.
     """
-    text = str(given) if isinstance(given, str | Path | int) else ""
-    if text == "demo" or text.lstrip("-").isdecimal():  # of its training set: neighbours differ in everything
+    text = str(source) if isinstance(source, str | Path | int) else ""
+    if text == "demo" or text.lstrip("-").isdecimal():  # adjacent lines differ in every attribute
         if defaults.spec is None or defaults.spec.name != "ascendit-demo":
             _refuse(f"prompts of the demo model for {defaults.model}")
         lines = (DEMO.parent / "calibration_prompts.txt").read_text(encoding="utf-8").splitlines()
@@ -267,10 +271,10 @@ def read_prompts(given: str | Path | int | Sequence[str], defaults: Defaults) ->
         if not 1 <= count <= len(lines):
             _refuse(f"{count} prompts of the demo model, which has {len(lines)}")
         return [(line, None) for line in lines[:count]]
-    if isinstance(given, str | Path):
-        return _from_file(Path(given).expanduser())
-    assert not isinstance(given, int)
-    return [(line, None) for line in given] or _refuse("no prompts")
+    if isinstance(source, str | Path):
+        return _from_file(Path(source).expanduser())
+    assert not isinstance(source, int)
+    return [(line, None) for line in source] or _refuse("no prompts")
 
 
 def _from_file(path: Path) -> list[Prompt]:
@@ -294,10 +298,10 @@ def _from_file(path: Path) -> list[Prompt]:
 def _refuse(got: str) -> NoReturn:
     raise UsageError(
         got,
-        needs="a text file with one prompt on each line, or a number for the demo model's own",
-        fix="--calibrate prompts.txt with prompts like those it will be used for; --calibrate 8 for the demo",
+        needs="a text file with one prompt per line, or the number of demo prompts for the demo model",
+        fix="--calibrate prompts.txt with prompts like those of real use; --calibrate 8 for the demo",
     )
 
 
-def _absent(path: Path, what: str) -> UsageError:
-    return UsageError(f"no file {path}", needs=what, fix="correct the path", code="E-USE-02")
+def _absent(path: Path, needs: str) -> UsageError:
+    return UsageError(f"no file {path}", needs=needs, fix="correct the path", code="E-USE-02")

@@ -1,6 +1,6 @@
-"""What a folder runs with when the request does not say: a row of `family.py`, then the folder's own files.
+"""Default request values of a model: from its row in `family.py`, else from the folder's own files.
 
-Configs only: no weights are opened, and torch is not imported.
+Reads configs only; no weights, no torch.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ log = logging.getLogger("ascendit")
 
 Solver = Literal["unipc", "euler"]
 
-# Values of Diffusers' WanPipeline.__call__, for a Wan-class model that matches no row.
+# Defaults of Diffusers' WanPipeline.__call__, for a model without a row in `family.py`.
 GENERIC = {"width": 832, "height": 480, "num_frames": 81, "num_inference_steps": 50, "guidance_scale": 5.0}
 SOLVERS: dict[str, Solver] = {"UniPCMultistepScheduler": "unipc", "FlowMatchEulerDiscreteScheduler": "euler"}
-# Settings that would change the numbers, and the only values the solvers here have.
+# Scheduler settings that change the numbers, with the only values that these solvers implement.
 _OFF = "use_dynamic_shifting use_karras_sigmas use_exponential_sigmas use_beta_sigmas".split()
-_PLAIN = dict.fromkeys(_OFF, False) | {"shift_terminal": None, "num_train_timesteps": 1000}
-PLAIN_EULER = _PLAIN | {"invert_sigmas": False, "stochastic_sampling": False}
-PLAIN_UNIPC: dict[str, Any] = {
+_SUPPORTED = dict.fromkeys(_OFF, False) | {"shift_terminal": None, "num_train_timesteps": 1000}
+SUPPORTED_EULER = _SUPPORTED | {"invert_sigmas": False, "stochastic_sampling": False}
+SUPPORTED_UNIPC: dict[str, Any] = {
     "solver_order": 2,
     "solver_type": "bh2",
     "prediction_type": "flow_prediction",
@@ -33,25 +33,25 @@ PLAIN_UNIPC: dict[str, Any] = {
     "predict_x0": True,
     "lower_order_final": True,
     "final_sigmas_type": "zero",
-    **_PLAIN,
+    **_SUPPORTED,
     "thresholding": False,
     "disable_corrector": [],
     "solver_p": None,
 }
-OF_THE_FAMILY = (
+FAMILY_FIELDS = (
     *("num_frames", "fps", "num_inference_steps", "flow_shift"),
     *("guidance_scale", "guidance_scale_2", "boundary_ratio"),
 )
 UNIPC_DEFAULTS = {"prediction_type": "epsilon", "use_flow_sigmas": False}
-"""Of the class, where not in the file."""
+"""Defaults of the class, for settings that the file omits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """What a loaded model runs with when the request does not say, and what it can run at all."""
+    """Default request values of a model, and its limits."""
 
     model: str
-    """Name for messages and metadata."""
+    """Its name in messages and metadata."""
     task: Task
     num_experts: int
     width: int
@@ -68,21 +68,21 @@ class Defaults:
     max_sequence_length: int = 512
     solver: Solver = "unipc"
     sources: tuple[str, ...] = ()
-    """Where the values came from, for the log: a row of `family.py`, the folder's own files."""
+    """Origin of the values, for the log: a row of `family.py`, or files of the folder."""
     spec: WanSpec | None = None
 
     def shift_for(self, width: int, height: int) -> float:
-        """`flow_shift` for this size; some models have one for each size."""
+        """`flow_shift` for this size; for some models it depends on the size."""
         return self.spec.shift_for(width, height) if self.spec else self.flow_shift
 
 
 def defaults_for(layout: Layout) -> Defaults:
-    """Defaults of a recognised folder. Which row or file each came from is in `sources`, and logged."""
+    """Defaults of a recognised folder; logs their origin. Raises CheckpointError as `scheduler_of`."""
     config = layout.experts[0].config
     experts, vae = len(layout.experts), VaeConfig.from_dict(layout.part("vae").config)
     channels = config.get("in_channels", WanConfig.in_channels)
     task: Task = "i2v" if channels != (config.get("out_channels") or WanConfig.out_channels) else "t2v"
-    if layout.index.get("expand_timesteps"):  # starts from text alone, or from an image
+    if layout.index.get("expand_timesteps"):  # with or without a first image
         task = "ti2v"
     spec = spec_of(config, experts, layout.name)
     if spec is not None and spec.task != task:
@@ -92,15 +92,15 @@ def defaults_for(layout: Layout) -> Defaults:
     multiple = geometry.size_multiple(vae.scale_factor_spatial, patch_size)
     if spec is not None:
         notes = [f"steps, shift, guidance, size, frames, fps: {spec.name} (family.py)"]
-        values: dict[str, Any] = {name: getattr(spec, name) for name in OF_THE_FAMILY}
+        values: dict[str, Any] = {name: getattr(spec, name) for name in FAMILY_FIELDS}
         values["width"], values["height"] = spec.sizes[0]
         solver = "unipc"
     else:
-        notes.append("size, frames, steps, guidance: generic, this shape is no published Wan model")
+        notes.append("size, frames, steps, guidance: generic, no published Wan model has these dimensions")
         second = GENERIC["guidance_scale"] if experts == 2 else None
         values = {**GENERIC, "fps": 16, "flow_shift": folder_shift, "guidance_scale_2": second}
         values["boundary_ratio"] = layout.index.get("boundary_ratio") if experts == 2 else None
-        for side in ("width", "height"):  # moved onto this model's grid
+        for side in ("width", "height"):  # rounded down to this model's multiple
             values[side] = max(1, int(GENERIC[side]) // multiple) * multiple
     for note in notes:
         log.info("defaults of %s: %s", layout.name, note)
@@ -118,7 +118,7 @@ def defaults_for(layout: Layout) -> Defaults:
 
 
 def spec_of(config: dict[str, Any], num_experts: int, folder_name: str) -> WanSpec | None:
-    """The row of `family.py` with the dimensions and channels of this config, whatever its task."""
+    """The row of `family.py` with the dimensions and channels of this config, for any task."""
     return match_spec(
         dim=config.get("num_attention_heads", WanConfig.num_attention_heads)
         * config.get("attention_head_dim", WanConfig.attention_head_dim),
@@ -132,7 +132,10 @@ def spec_of(config: dict[str, Any], num_experts: int, folder_name: str) -> WanSp
 
 
 def scheduler_of(layout: Layout) -> tuple[Solver, float, list[str]]:
-    """(solver, shift, notes) that the folder's own scheduler asks for."""
+    """(solver, shift, notes) from the folder's scheduler.
+
+    Raises CheckpointError: E-CKP-05 for another scheduler class, E-CKP-06 for an unsupported setting.
+    """
     if "scheduler" not in layout.parts:
         return "unipc", 5.0, ["solver, shift: UniPC, 5 (the folder has no scheduler)"]
     part = layout.parts["scheduler"]
@@ -141,22 +144,20 @@ def scheduler_of(layout: Layout) -> tuple[Solver, float, list[str]]:
         raise CheckpointError(
             f"{part.path} is a {name}",
             needs=f"{' or '.join(SOLVERS)}",
-            fix="put the scheduler_config.json of the model's authors there",
+            fix="restore the scheduler_config.json of the model's authors",
             code="E-CKP-05",
         )
     solver = SOLVERS[name]
-    plain = PLAIN_UNIPC if solver == "unipc" else PLAIN_EULER
-    given = {**(UNIPC_DEFAULTS if solver == "unipc" else {}), **part.config}
-    other = [
-        f"{k}={given[k]!r}" for k, v in plain.items() if k in given and (given[k] or None) != (v or None)
-    ]
-    if other:
+    supported = SUPPORTED_UNIPC if solver == "unipc" else SUPPORTED_EULER
+    config = {**(UNIPC_DEFAULTS if solver == "unipc" else {}), **part.config}
+    wrong = [k for k, v in supported.items() if k in config and (config[k] or None) != (v or None)]
+    if wrong:
         raise CheckpointError(
-            f"{part.path} asks for {', '.join(other)}",
-            needs="the plain flow-matching solvers that Wan models use: "
-            + ", ".join(f"{k}={plain[k.split('=')[0]]!r}" for k in (o.split("=")[0] for o in other)),
-            fix="put the scheduler_config.json of the model's authors there",
+            f"{part.path} sets {', '.join(f'{k}={config[k]!r}' for k in wrong)}",
+            needs="the flow-matching settings of Wan models: "
+            + ", ".join(f"{k}={supported[k]!r}" for k in wrong),
+            fix="restore the scheduler_config.json of the model's authors",
             code="E-CKP-06",
         )
-    shift = float(given.get("flow_shift", given.get("shift", 1.0)) or 1.0)
+    shift = float(config.get("flow_shift", config.get("shift", 1.0)) or 1.0)
     return solver, shift, [f"solver, shift: {name}, {shift:g} (the folder's scheduler_config.json)"]

@@ -1,4 +1,4 @@
-"""Success means a good video: decoded values become pixels, finite and not black, or the run has failed."""
+"""Decoded values to pixels, and the checks that fail a run: values that are not finite, a black video."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ FLAT_LEVELS, FLAT_STD = 20, 1.5
 """Flat: each channel's standard deviation over the whole video is under `FLAT_STD` levels, and at most
 `FLAT_SHARE` of all pixels are more than `FLAT_LEVELS` away from the mean colour."""
 FLAT_SHARE = 1e-5
-"""4 pixels of an 832x480 frame: a small thing that moves on a plain background is a video."""
+"""4 pixels of an 832x480 frame, so that a small object on a plain background passes."""
 
 
 def to_uint8(x: Any) -> Frames:
-    """Decoded values to pixels, rounded as Diffusers' VideoProcessor and numpy_to_pil do it.
+    """Convert decoded values to pixels, rounded as Diffusers' VideoProcessor and numpy_to_pil do it.
 
-    `x`: torch tensor (any device and float type) or array, [3, F, H, W], in [-1, 1]; what lies outside
-    is clipped. Returns uint8 [F, H, W, 3]. Raises QualityError E-OUT-01 if any value is nan or infinite.
+    `x`: tensor (any device and float dtype) or array, [3, F, H, W], clipped to [-1, 1]. Returns uint8
+    [F, H, W, 3]. Raises QualityError (E-OUT-01) if any value is NaN or infinite.
     """
     assert x.ndim == 4 and x.shape[0] == 3, f"[3, F, H, W] expected, got {tuple(x.shape)}"
     frames = np.empty((*x.shape[1:], 3), np.uint8)
     bad: dict[int, int] = {}
-    for i in range(len(frames)):  # one by one: a whole 720p video in float32 takes 1 GB
-        values = x[:, i] * 0.5 + 0.5  # in the type of x, as Diffusers
+    for i in range(len(frames)):  # one frame at a time: a 720p video takes 1 GB in float32
+        values = x[:, i] * 0.5 + 0.5  # in the dtype of x, as Diffusers does
         if hasattr(values, "detach"):
             values = values.detach().float().cpu().numpy()
         values = np.asarray(values, np.float32)
@@ -43,22 +43,21 @@ def to_uint8(x: Any) -> Frames:
         else:
             frames[i] = (values.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
     if bad:
-        which = ", ".join(map(str, list(bad)[:8])) + (", ..." if len(bad) > 8 else "")
+        numbers = ", ".join(map(str, list(bad)[:8])) + (", ..." if len(bad) > 8 else "")
         raise QualityError(
             f"{sum(bad.values())} of {frames.size} values are nan or infinite, "
-            f"in {len(bad)} of {len(frames)} frames ({which})",
+            f"in {len(bad)} of {len(frames)} frames ({numbers})",
             needs="finite values in every frame",
-            fix="look for damaged weights with: ascendit inspect MODEL; or load with dtype float32",
+            fix="check the weights with: ascendit inspect MODEL; or load with dtype float32",
             code="E-OUT-01",
         )
     return frames
 
 
 def check_not_flat(frames: Frames) -> None:
-    """Raise QualityError E-OUT-02 if the whole video is black (`BLACK_LEVEL`); warn if it is one colour.
+    """Raise QualityError (E-OUT-02) if the video is black (`BLACK_LEVEL`); warn if it is a single colour.
 
-    `frames`: uint8 [F, H, W, 3]. A dark or plain background with a small thing on it passes. One colour is
-    no failure: a model with random weights, as tests have them, gives nothing else.
+    `frames`: uint8 [F, H, W, 3]. A single colour is no failure: models with random weights produce it.
     """
     counts = np.zeros((3, 256), np.int64)
     for frame in frames:
@@ -68,8 +67,8 @@ def check_not_flat(frames: Frames) -> None:
     if (counts[:, BLACK_LEVEL + 1 :].sum(1) <= FLAT_SHARE * total).all():
         raise QualityError(
             f"the video is black: its mean level is {mean.mean():.1f} of 255, in all {len(frames)} frames",
-            needs="a picture in at least one frame",
-            fix="another --seed or more --steps; if that does not help: ascendit inspect MODEL",
+            needs="visible content in at least one frame",
+            fix="try another --seed or more --steps; if that does not help: ascendit inspect MODEL",
             code="E-OUT-02",
         )
     away = np.abs(levels - mean[:, None])
@@ -77,4 +76,4 @@ def check_not_flat(frames: Frames) -> None:
     outside = (counts * (away > FLAT_LEVELS)).sum(1) / total
     if (std < FLAT_STD).all() and (outside <= FLAT_SHARE).all():
         r, g, b = mean.round().astype(int)
-        log.warning("the video is one colour, rgb(%d, %d, %d), in all %d frames", r, g, b, len(frames))
+        log.warning("the video is a single colour, rgb(%d, %d, %d), in all %d frames", r, g, b, len(frames))

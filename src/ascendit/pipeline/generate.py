@@ -1,4 +1,4 @@
-"""From a request to frames. `denoise` is the algorithm; read it first.
+"""From a request to frames. The algorithm is `denoise`.
 
 pipe = ascendit.load("demo")
 video = pipe.generate("a red circle moves right on a black background", seed=7)
@@ -27,7 +27,7 @@ from ascendit.ops.operators import Ops
 from ascendit.pipeline.condition import Condition, make_condition
 from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.frame_checks import check_not_flat, to_uint8
-from ascendit.pipeline.request import GenerateRequest, check, name_image, open_image, picture_of, resolve
+from ascendit.pipeline.request import GenerateRequest, check, image_of, name_image, open_image, resolve
 from ascendit.pipeline.solver import TRAIN_STEPS, make_solver
 from ascendit.pipeline.video import Video
 from ascendit.progress import OnProgress, Progress
@@ -36,21 +36,21 @@ from ascendit.text.encoders import ImageEncoder, TextEncoder
 from ascendit.vae.autoencoder import VideoCoder
 
 OnStep = Callable[[int, Tensor], None]
-"""Called after each step with its number and the latents [1, z, F, h, w] that it leaves."""
+"""Called after each step with its number and the latents after it, [1, z, F, h, w] float32."""
 
 
 class Stop(Protocol):
-    """Anything that can say "stop", for example threading.Event."""
+    """A cancellation signal, for example threading.Event."""
 
     def is_set(self) -> bool: ...
 
 
 @dataclass
 class Pipeline:
-    """A loaded Wan model: two experts or one, its encoders and VAE, on one device.
+    """A loaded Wan model on one device: one or two experts, encoders and VAE.
 
-    One video at a time: the VAE of Diffusers keeps a cache while it decodes. Two pipelines may run in two
-    threads, unless they are twins of two chips: a process is one chip at a time.
+    Generates one video at a time: Diffusers' VAE caches state while it decodes. Two pipelines may run in
+    two threads, except twins of different chips: a process emulates one chip at a time.
     """
 
     layout: Layout
@@ -63,23 +63,23 @@ class Pipeline:
     transformer_2: WanTransformer | None = None
     clip: ImageEncoder | None = None
     source: str = ""
-    """What was given to `load`; a video's replay line names it."""
+    """The model as passed to `load`, for the replay line of a video."""
     policy: StepSchedule = field(default_factory=StepSchedule)
-    """Which precision each step runs in."""
+    """The precision of each step."""
     loaded: Mapping[str, Any] = field(default_factory=dict)
-    """The options that were given to `load`, as `LoadOptions.record` has them; a video keeps them."""
+    """The options of `load`, from `LoadOptions.record`; stored with each video."""
     make_state: Callable[..., DenoiseState] = DenoiseState
-    """What the model asks at its seams: a cache, an attention policy or a layout is a subclass."""
+    """Makes the state that the model calls; caches and attention policies are subclasses."""
     predict: Callable[..., Tensor] = field(default_factory=lambda: predict)
 
     @property
     def experts(self) -> dict[str, WanTransformer]:
-        """By name, high noise first."""
-        both = {"transformer": self.transformer, "transformer_2": self.transformer_2}
-        return {name: expert for name, expert in both.items() if expert is not None}
+        """The experts by name, high noise first."""
+        experts = {"transformer": self.transformer, "transformer_2": self.transformer_2}
+        return {name: expert for name, expert in experts.items() if expert is not None}
 
     def request(self, prompt: str, **fields: Any) -> GenerateRequest:
-        """A full request: what is left out comes from the model. Raises RequestError."""
+        """A complete request; omitted fields get the model's defaults. Raises as `request.resolve`."""
         return resolve(self.defaults, prompt, **fields)
 
     def generate(
@@ -100,9 +100,10 @@ class Pipeline:
         cancel: Stop | None = None,
         **more: Any,
     ) -> Video:
-        """One video. Names are Diffusers'; what is None comes from the model. `more`: other request fields.
+        """Generate one video. None means the model's default; names follow Diffusers.
 
-        `image`: path, PIL image, uint8 array [H, W, 3] or float tensor [3, H, W] in [0, 1].
+        `image`: path, PIL image, uint8 array [H, W, 3] or float tensor [3, H, W] in [0, 1]. `more`: other
+        fields of GenerateRequest. Raises as `request` and `run`.
         """
         name, pixels = name_image(image)
         request = self.request(
@@ -129,17 +130,17 @@ class Pipeline:
         on_progress: OnProgress | None = None,
         cancel: Stop | None = None,
     ) -> Video:
-        """The video of a full request. `pixels`: of an image that is named by its content, by this name.
+        """Generate the video of a complete request. `pixels`: image by name, for one named by its content.
 
-        Raises RequestError E-REQ-04 if the pixels of its image are not given; Cancelled between two steps;
-        QualityError when the frames are not finite, or black.
+        Raises RequestError (E-REQ-04) if the pixels of its image are missing, Cancelled between two steps,
+        QualityError (E-OUT-01, E-OUT-02) if the frames are not finite or are black.
         """
         check(request, self.defaults)
         self.policy.check_steps(request.num_inference_steps)
         activate(self.device)
         start = time.perf_counter()
         report = on_progress or (lambda event: None)
-        latents = denoise(self, request, picture_of(request, pixels or {}), report, cancel)
+        latents = denoise(self, request, image_of(request, pixels or {}), report, cancel)
         stop_if(cancel)
         report(Progress(stage="decode", total=1, memory_bytes=memory_bytes(self.device)))
         frames = to_uint8(self.vae.decode(latents)[0])
@@ -157,7 +158,7 @@ class Pipeline:
         )
 
     def warm_up(self, request: GenerateRequest | None = None) -> float:
-        """Run one step at the request's size, so that the first real one pays for nothing else; seconds."""
+        """Run one step at the request's size, so that the first video starts warm. Returns seconds."""
         request = request or self.request("", image="black" if self.defaults.task == "i2v" else None)
         one = GenerateRequest(**{**vars(request), "num_inference_steps": 1, "timesteps": None})
         start = time.perf_counter()
@@ -176,18 +177,20 @@ def predict(
     guidance: float,
     agree: Callable[[float], float] | None = None,
 ) -> Tensor:
-    """Velocity of one step, float32: with the prompt; without it too, where guidance asks for the difference.
+    """Velocity of one step, float32 [1, z, F, h, w], from the model input `x` [1, C, F, h, w].
 
-    CFG parallel replaces it: a branch on each rank. `agree`: a float of this rank -> rank 0's, for the one
-    decision a step that a cache may take; None: the states' own.
+    Two states: with classifier-free guidance. CFG parallelism replaces this function: one branch per
+    rank. `agree` maps a float of this rank to that of rank 0, for the one decision per step of a cache.
     """
     velocities: list[Tensor] = []
     for state in states:
         if agree is not None:
             state.agree = agree
         velocities.append(experts[state.expert](x, timesteps, state, spans).float())
-    velocity, *plain = velocities
-    return plain[0] + guidance * (velocity - plain[0]) if plain else velocity
+    velocity, *unconditional = velocities
+    if not unconditional:
+        return velocity
+    return unconditional[0] + guidance * (velocity - unconditional[0])
 
 
 @torch.inference_mode()
@@ -199,12 +202,11 @@ def denoise(
     cancel: Stop | None,
     on_step: OnStep = lambda i, latents: None,
 ) -> Tensor:
-    """Noise to clean latents [1, z, F, h, w], float32: encode, then one solver step for each timestep.
+    """Clean latents [1, z, F, h, w], float32, from noise: encode, then one solver step per timestep.
 
-    Every step, level, coefficient and the switch of experts is a Python number before the loop starts,
-    so that the loop never waits for the device. `on_step`: called with the latents that each step leaves.
+    Steps, noise levels, coefficients and the switch of experts are Python numbers, computed before the loop,
+    so that the loop never synchronises with the device. Raises Cancelled, and QualityError (E-OUT-01).
     """
-    # what the prompt and the image say
     report(Progress(stage="encode", total=1, memory_bytes=memory_bytes(pipe.device)))
     prompts = [request.prompt] + [request.negative_prompt] * request.do_classifier_free_guidance
     texts = pipe.text.encode(prompts, request.max_sequence_length)
@@ -216,7 +218,7 @@ def denoise(
     timesteps = solver.schedule.timesteps
     steps = pipe.policy.resolve(len(timesteps))
     boundary = TRAIN_STEPS * request.boundary_ratio if request.boundary_ratio is not None else None
-    # grids and tables of both experts now: the switch between them waits for nothing
+    # for both experts before the loop, so that the switch costs nothing
     shared = share(pipe.experts, latents, condition, timesteps)
 
     states: list[DenoiseState] = []
@@ -250,7 +252,7 @@ def denoise(
 
 
 def noise(pipe: Pipeline, request: GenerateRequest) -> Tensor:
-    """The same on every device: drawn on the CPU, then moved. float32 [1, z, F, h, w]."""
+    """Initial latents [1, z, F, h, w], float32. Drawn on the CPU, so equal on every device."""
     shape = pipe.vae.latent_shape(request.num_frames, request.height, request.width)
     generator = torch.Generator("cpu").manual_seed(request.seed)
     return torch.randn(shape, generator=generator, dtype=torch.float32).to(pipe.device.torch_name)
@@ -259,29 +261,29 @@ def noise(pipe: Pipeline, request: GenerateRequest) -> Tensor:
 def share(
     experts: Mapping[str, WanTransformer], latents: Tensor, condition: Condition, timesteps: Timesteps
 ) -> dict[str, Shared]:
-    """What the CFG branches of each expert have in common, for all timesteps; one RoPE table for both."""
-    made: dict[str, Shared] = {}
+    """Inputs that the CFG branches of each expert share in all steps; `latents` float32 [1, z, F, h, w]."""
+    shared: dict[str, Shared] = {}
     for name, expert in experts.items():
         grid = expert.grid_of(latents)
         rows = dict.fromkeys(row for t in timesteps for row in condition.timesteps(t, grid)[0])
-        made[name] = expert.share(grid, tuple(rows), other=made.get("transformer"))
-    return made
+        shared[name] = expert.share(grid, tuple(rows), other=shared.get("transformer"))
+    return shared
 
 
 def finite(latents: Tensor) -> Tensor:
-    """Refuse NaN and infinity before the VAE spends time on them."""
+    """The latents [1, z, F, h, w], float32. Raises QualityError (E-OUT-01) if one is NaN or infinite."""
     bad = int((~latents.isfinite()).sum())
     if bad:
         raise QualityError(
             f"{bad} of {latents.numel()} latents are not finite",
-            needs="finite numbers: a NaN here is a broken or badly quantized weight",
-            fix="ascendit inspect the model; try --set dtype=float32 or --set ops=reference",
+            needs="finite values; a NaN usually means a damaged or badly quantized weight",
+            fix="check the model with ascendit inspect; try --set dtype=float32 or --set ops=reference",
             code="E-OUT-01",
         )
     return latents
 
 
 def stop_if(cancel: Stop | None) -> None:
-    """Raise Cancelled when the caller has asked to stop."""
+    """Raise Cancelled (E-CAN-01) if the caller has cancelled the run."""
     if cancel is not None and cancel.is_set():
         raise Cancelled("cancelled", needs="nothing: no file was written", fix="run the command again")

@@ -1,10 +1,10 @@
-"""One video from options and a request: `prepare` checks all that needs no weights, `run` makes it.
+"""One video from options and a request: `prepare` checks everything except weights, `run` generates.
 
     prepared = prepare(LoadOptions(model="demo"), "a red circle moves right", seed=7)
     video = run(prepared)
 
-Every header is read once: `run`, and `load` for a pipeline that makes many videos, build from what was read.
-No torch before something is built.
+Headers are read once, by `prepare`; `run`, and `load` for a pipeline that makes many videos, reuse them.
+torch is imported only when a pipeline is built.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ascendit.family import VaeConfig, WanConfig
 from ascendit.model.quantize_on_load import Online, policy_for, schemes_in
 from ascendit.pipeline.defaults import defaults_for
 from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_signature
-from ascendit.pipeline.request import GenerateRequest, picture_of, resolve
+from ascendit.pipeline.request import GenerateRequest, image_of, resolve
 from ascendit.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A request that fits its model."""
+    """A request that has been checked against its model."""
 
     model: PreparedModel
     request: GenerateRequest
     pixels: Mapping[str, Any] = field(default_factory=dict)
-    """Of the first image, by its name in the request."""
+    """The first image, by its name in the request."""
 
     @property
     def replay(self) -> str:
-        """The command that makes this video again; the JSON beside the video has the same."""
+        """The command that reproduces this video; also in the JSON beside the video."""
         options = self.model.options
         return self.request.replay_line(options.model, load=options.record)
 
@@ -58,18 +58,17 @@ class Prepared:
 
 
 def prepare_model(options: LoadOptions) -> PreparedModel:
-    """Read configs and headers, and check that the model can be loaded as `options` say.
+    """Read configs and headers, and check that the model can be loaded with `options`.
 
     Raises UsageError for options that do not fit the model or each other, CheckpointError for a damaged
-    folder, EnvironmentProblem E-CAP-01 for a scheme that the named chip has no matmul for.
+    folder, EnvironmentProblem (E-CAP-01) for a scheme without a matmul on the chip.
     """
     device = parse_device(options.device)
     layout = recognise(model_folder(options.model))
     layout.require_pipeline()
     online = Online.of(options.scheme, options.recipe, options.keep, force=options.force)
-    # By headers alone: mistakes are reported before anything loads.
-    read = [read_expert(part) for part in layout.experts]
-    experts = tuple((expert, online.apply(expert) if online else None) for expert in read)
+    headers = [read_expert(part) for part in layout.experts]
+    experts = tuple((expert, online.apply(expert) if online else None) for expert in headers)
     schedule = policy_for(options.step_policy, online, layout, experts)
     if options.emulate is None and options.ops is None:
         device.check_schemes(schemes_in(experts))
@@ -93,10 +92,10 @@ def prepare(
     seconds: float | None = None,
     **fields: Any,
 ) -> Prepared:
-    """Everything about one video that can be checked without weights.
+    """Check one video as far as possible without weights.
 
-    `fields`: of GenerateRequest; what is left out comes from the model. `seconds`: in place of `num_frames`.
-    `pixels`: of an image that is named by its content. Raises as `prepare_model`, and RequestError.
+    `fields`: of GenerateRequest; omitted ones get the model's defaults. `seconds`: instead of `num_frames`.
+    `pixels`: image by name, for one named by its content. Raises as `prepare_model` and `request.resolve`.
     """
     model = prepare_model(options)
     defaults = model.defaults
@@ -105,16 +104,16 @@ def prepare(
         fields["num_frames"] = geometry.frames_for(seconds, fps, defaults.frame_stride)
     request = resolve(defaults, prompt, **fields)
     model.schedule.check_steps(request.num_inference_steps)
-    picture = picture_of(request, pixels or {})
+    picture = image_of(request, pixels or {})
     return Prepared(model=model, request=request, pixels={request.image: picture} if request.image else {})
 
 
 def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -> Pipeline:
     """Load a model: a folder, "demo", "hf:org/name" or "ms:org/name" (with "@revision").
 
-    A quantized folder needs no option; `scheme`, or a `recipe` by name or TOML file, quantizes a float model
-    while it loads, as `ascendit.quantize` would. `on_progress` is called with each Progress event. Raises as
-    `prepare_model` before a weight is read, and as `load.build`.
+    A quantized folder needs no option. `scheme`, or `recipe` by name or TOML file, quantizes a float model
+    while it loads, as `ascendit.quantize` does. `on_progress` is called with each Progress event. Raises as
+    `prepare_model` before any weight is read, and as `load.build`.
     """
     prepared = prepare_model(LoadOptions.model_validate({"model": model, **options}))
     from ascendit.pipeline.load import build
@@ -129,9 +128,9 @@ load.__doc__ = f"{load.__doc__}\n" + "\n".join(f"    `{name}`: {row.help}" for n
 
 
 def run(prepared: Prepared, events: OnProgress | None = None, cancel: Stop | None = None) -> Video:
-    """Load the model and make the video. `events` is called with each step, `cancel` stops between two.
+    """Load the model and generate the video. `events` gets each Progress event; `cancel` stops between steps.
 
-    Raises as `load.build` and `Pipeline.run`, and OutOfMemory E-MEM-01 with the stage it came in.
+    Raises as `load.build` and `Pipeline.run`, and OutOfMemory (E-MEM-01) with the stage that failed.
     """
     from ascendit.pipeline.load import build
 

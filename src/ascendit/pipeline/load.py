@@ -1,4 +1,4 @@
-"""Build a pipeline from what `job.prepare_model` has read and decided: what of loading needs torch."""
+"""Build a pipeline from the result of `job.prepare_model`: the part of loading that needs torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from ascendit.vae.autoencoder import VideoCoder
 
 
 def build(model: PreparedModel, on_progress: OnProgress | None = None) -> Pipeline:
-    """The pipeline of a prepared model.
+    """Load the weights of a prepared model onto its device.
 
-    Raises EnvironmentProblem: E-ENV-03 without the device, E-CAP-01 for a scheme that its chip has no matmul
-    for; UsageError E-USE-01 for an operator or scale rule that the device does not have; CheckpointError for
-    weights that are damaged.
+    Raises EnvironmentProblem: E-ENV-03 without the device, E-CAP-01 for a scheme without a matmul on it;
+    UsageError (E-USE-01) for an operator or scale rule that it lacks; CheckpointError for damaged weights.
     """
     options, layout, experts, schedule = model.options, model.layout, model.experts, model.schedule
     device = open_device(model.device)
@@ -35,26 +34,26 @@ def build(model: PreparedModel, on_progress: OnProgress | None = None) -> Pipeli
     )
     ops.quantized.check(schemes_in(experts) | ({"w4a8"} & schedule.precisions))
     total = 3 + len(experts)
-    put = device.torch_name
+    torch_name = device.torch_name
     report = on_progress or (lambda event: None)
 
     def done(step: int) -> None:
         report(Progress(stage="load", step=step, total=total, memory_bytes=memory_bytes(device)))
 
     done(0)
-    text = TextEncoder(layout, device=put, text_on=options.text_on)
+    text = TextEncoder(layout, device=torch_name, text_on=options.text_on)
     done(1)
-    vae = VideoCoder(layout, device=put, dtype=getattr(torch, model.vae_dtype))
+    vae = VideoCoder(layout, device=torch_name, dtype=getattr(torch, model.vae_dtype))
     done(2)
     needs_clip = layout.experts[0].config.get("image_dim") is not None
     gelu = None if device.exact_gelu else ops.gelu
-    clip = ImageEncoder(layout, device=put, gelu=gelu) if needs_clip else None
+    clip = ImageEncoder(layout, device=torch_name, gelu=gelu) if needs_clip else None
     done(3)
-    number = None if model.dtype is None else getattr(torch, model.dtype)
+    dtype = None if model.dtype is None else getattr(torch, model.dtype)
+    floats = "bf16" in schedule.precisions
     models = []
     for expert, applied in experts:
-        floats = "bf16" in schedule.precisions
-        models.append(load_expert(expert, applied, ops, device=put, dtype=number, floats=floats))
+        models.append(load_expert(expert, applied, ops, device=torch_name, dtype=dtype, floats=floats))
         done(3 + len(models))
     return Pipeline(
         layout=layout,

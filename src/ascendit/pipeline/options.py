@@ -1,8 +1,8 @@
-"""LoadOptions: every option of loading a model, once. Validated, frozen, JSON round trip. No torch.
+"""LoadOptions: the one table of options for loading a model. Validated, frozen, JSON round trip. No torch.
 
-A row of the table gives an option its type, default, help, flag and environment variable. From it come the
-flags of `generate`, the keys of `--set` and `--config`, the arguments of `ascendit.load`, the record beside a
-video and the replay line.
+Each row has the type, default, help, flag and environment variable of an option. From them come the flags of
+`generate`, the keys of `--set` and `--config`, the arguments of `ascendit.load`, the record beside a video
+and the replay line.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Option:
-    """What a row says besides type and default; a `Variable` beside it also sets the option."""
+    """Help and flag of an option. An `environment.Variable` in the same row can set the option too."""
 
     help: str
     metavar: str | None = None
-    """Of its flag; None: it has no flag, and is set by `--set KEY=VALUE`."""
+    """Metavar of its flag; None if it has no flag and is set by `--set KEY=VALUE`."""
     hidden: bool = False
-    """Whether `--help` leaves its flag out."""
+    """Omit the flag from `--help`."""
 
 
 POWERS = {None: 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -55,12 +55,12 @@ def _device(name: object) -> str:
 
 
 def _dtype(value: object) -> str | None:
-    """A name or a torch.dtype; `Device.dtype_name` checks what a device supports."""
+    """A name or a torch.dtype. `Device.dtype_name` checks it against the device."""
     return None if value is None else str(value).removeprefix("torch.")
 
 
 def _patterns(value: object) -> object:
-    """Text with spaces, commas or semicolons between the patterns, or a sequence of them."""
+    """Patterns from text, separated by spaces, commas or semicolons, or from a sequence."""
     if isinstance(value, str):
         return tuple(pattern for pattern in re.split(r"[\s;,]+", value) if pattern)
     if isinstance(value, (list, tuple)):
@@ -69,27 +69,27 @@ def _patterns(value: object) -> object:
 
 
 def _schedule(value: object) -> object:
-    """Text; UsageError for a StepSchedule that is more than its text can say."""
+    """A schedule as text. Raises UsageError for a StepSchedule that its text cannot express."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, StepSchedule):
-        return StepSchedule.parse(value)  # type: ignore[arg-type]  # it refuses what is no text
-    text = str(value) or "default:stored"  # an option that is empty would leave the recipe's own
+        return StepSchedule.parse(value)  # type: ignore[arg-type]  # raises UsageError: not text
+    text = str(value) or "default:stored"  # an empty option would select the recipe's schedule
     if StepSchedule.parse(text) != value:
-        needs = "precisions alone, the steps rising: attention and cache of a step are no option"
+        needs = "a schedule of precisions with ascending steps, without attention or cache settings"
         raise UsageError(f"step_policy={value!r}", needs=needs, fix=f"step_policy={text!r}")
     return text
 
 
 def _bytes(value: object) -> object:
-    """A size in bytes, or text as 24GiB, 16 GB or 8e9. UsageError E-USE-01 for another text and for 0."""
+    """Bytes from a number or text such as 24GiB, 16 GB or 8e9. Raises UsageError for other text and for 0."""
     if value is None:
         return None
-    found = re.fullmatch(r"(\d{1,18}(?:\.\d+)?(?:e\+?\d\d?)?) ?(?:([KMGT])(i?))?B?", str(value).strip())
-    number, prefix, binary = found.groups() if found else ("0", None, None)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?(?:e\+?\d\d?)?) ?(?:([KMGT])(i?))?B?", str(value).strip())
+    number, prefix, binary = match.groups() if match else ("0", None, None)
     size = int(float(number) * (1024 if binary else 1000) ** POWERS[prefix])
     if size < 1:
-        needs = "a size above 0, in bytes or with KB, MB, GB, TB, KiB, MiB, GiB or TiB"
+        needs = "a size above 0, in bytes or in KB, MB, GB, TB, KiB, MiB, GiB or TiB"
         raise UsageError(f"max_memory={value}", needs=needs, fix="--max-memory 24GiB")
     return size
 
@@ -101,19 +101,19 @@ def _emulate(value: object) -> object:
 
 
 class LoadOptions(Checked):
-    """How a model is loaded: plain values, whatever Python callers pass."""
+    """Options for loading a model, as plain JSON values."""
 
     title = "load"
 
-    model: Annotated[str, BeforeValidator(_path), Option("A folder, demo, hf:org/name or ms:org/name.")]
+    model: Annotated[str, BeforeValidator(_path), Option("Folder, demo, hf:org/name or ms:org/name.")]
     device: Annotated[
         str,
         BeforeValidator(_device),
-        Option("cpu (default), cuda:1, npu:0, or an NPU's twin on the CPU: twin:a5.", "NAME"),
+        Option("cpu (default), cuda:1, npu:0, or twin:a5 (an NPU emulated on the CPU).", "NAME"),
     ] = "cpu"
     text_on: Annotated[
         Literal["cpu", "device", "drop"],
-        Option("Text encoder on cpu, on device (default), or drop it after use.", "WHERE", hidden=True),
+        Option("Text encoder: cpu, device (default), or drop (free it after use).", "WHERE", hidden=True),
         Variable(
             "T5_LOAD_CPU",
             {"1": "cpu"},
@@ -123,38 +123,38 @@ class LoadOptions(Checked):
     ] = "device"
     scheme: Annotated[
         Literal["bf16", "int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"] | None,
-        Option("Quantize a BF16 model while it loads: mxfp8, mxfp4, int8, ...", "NAME"),
+        Option("Quantize a BF16 model while loading: mxfp8, mxfp4, int8, ...", "NAME"),
     ] = None
     recipe: Annotated[
         str | None,
         BeforeValidator(_path),
-        Option("The same by a recipe, or a TOML file of your own.", "NAME"),
+        Option("Quantize by a recipe: its name or a TOML file.", "NAME"),
     ] = None
     step_policy: Annotated[
         str | None,
         BeforeValidator(_schedule),
-        Option('Precision by step, as "0-1:w4a8,default:w4a4".', "STEPS:HOW,.."),
+        Option('Precision per step, for example "0-1:w4a8,default:w4a4".', "STEPS:HOW,.."),
     ] = None
     emulate: Annotated[
         Literal["decode-on-use", "decode-once"] | None,
         BeforeValidator(_emulate),
-        Option("Where a chip lacks the scheme: decode-on-use, or decode-once (faster).", "HOW"),
+        Option("If the chip lacks the scheme: decode-on-use, or decode-once (faster).", "HOW"),
     ] = None
     keep: Annotated[
         tuple[str, ...],
         BeforeValidator(_patterns),
-        Option("Patterns of layers that stay as they are stored."),
+        Option("Patterns of layers to exclude from quantization."),
     ] = ()
-    activation_rule: Annotated[str | None, Option("Scale rules of activations, as mxfp4=max:7.")] = None
+    activation_rule: Annotated[str | None, Option("Activation scale rules, for example mxfp4=max:7.")] = None
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         PlainValidator(_dtype),
-        Option("Of the denoiser; default as stored on a CPU, else bfloat16."),
+        Option("dtype of the denoiser; default: as stored on a CPU, else bfloat16."),
     ] = None
     vae_dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
         PlainValidator(_dtype),
-        Option("Default float32; bfloat16 takes two thirds of the time, about 50 dB from it."),
+        Option("dtype of the VAE; default float32. bfloat16: two thirds of the time, about 50 dB PSNR."),
     ] = None
     ops: Annotated[
         Literal["auto", "reference"] | None,
@@ -163,84 +163,84 @@ class LoadOptions(Checked):
     ] = None
     attention: Annotated[
         Literal["fusion", "fused_infer"] | None,
-        Option("The attention kernel of an NPU."),
+        Option("Attention kernel on an NPU."),
         Variable(
             "ALGO",
             {"0": "fusion", "3": "fused_infer"},
             "attention={} on an NPU (--set attention overrides it)",
         ),
     ] = None
-    nz: Annotated[bool, Option("Weights in FRACTAL_NZ where an NPU takes both layouts.")] = False
+    nz: Annotated[bool, Option("Use FRACTAL_NZ weights where an NPU accepts both layouts.")] = False
     fast_layernorm: Annotated[
         bool,
-        Option("Layer norms by MindIE-SD where the device has it."),
+        Option("Use MindIE-SD's layer norm where available."),
         Variable(
             "FAST_LAYERNORM",
             {"1": True},
-            "layer norms by MindIE-SD where the device has it, the same numbers (--set fast_layernorm=false "
-            "overrides it)",
+            "MindIE-SD's layer norm where available, the same numbers (--set fast_layernorm=false overrides "
+            "it)",
             switch=True,
         ),
     ] = False
-    force: Annotated[bool, Option("Quantize where accuracy is known to suffer.")] = False
+    force: Annotated[bool, Option("Allow quantization that is known to lose accuracy.")] = False
     max_memory: Annotated[
         int | None,
         BeforeValidator(_bytes),
-        Option("Memory to stay below, as 24GiB or 8e9: recorded, not enforced yet.", "SIZE", hidden=True),
+        Option("Memory limit, for example 24GiB or 8e9; recorded, not enforced yet.", "SIZE", hidden=True),
     ] = None
 
     @property
     def record(self) -> dict[str, Any]:
-        """The options that shape a video, for the JSON beside it; without those that are None or off."""
+        """The options that affect a video, for the JSON beside it; without empty and false ones."""
         values = self.model_dump(mode="json", exclude={"model"})
         return {name: value for name, value in values.items() if value not in (None, False, [])}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedModel:
-    """A model that can be loaded as asked: what was read from its configs and headers, and decided."""
+    """A model that has been checked against its options: its configs, headers and resolved settings."""
 
     options: LoadOptions
     layout: Layout
     defaults: Defaults
     device: Device
-    """By its name; it is not open."""
+    """Parsed from its name, not opened."""
     dtype: str | None
-    """Of the denoiser; None: as stored."""
+    """dtype of the denoiser; None: as stored."""
     vae_dtype: str
     experts: tuple[tuple[Expert, AppliedRecipe | None], ...]
-    """Each with the recipe that quantizes it on its way into memory."""
+    """Each expert with the recipe that quantizes it while loading, or None."""
     schedule: StepSchedule
 
 
 def _rows(kind: type[Row]) -> dict[str, Row]:
-    """Option -> what its row says of this kind."""
+    """Option name -> its metadata of type `kind`, for the options that have one."""
     fields = LoadOptions.model_fields.items()
     return {name: x for name, field in fields for x in field.metadata if isinstance(x, kind)}
 
 
 OPTIONS = _rows(Option)
 FLAGS = {name: f"--{name.replace('_', '-')}" for name, row in OPTIONS.items() if row.metavar}
-"""Option -> its flag."""
+"""Option name -> its flag."""
 VARIABLES = _rows(Variable)
-"""Option -> the environment variable that sets it."""
+"""Option name -> the environment variable that sets it."""
 
 
-def load_words(record: Mapping[str, Any]) -> list[str]:
-    """`record` as flags and `--set` of a replay line, without values that are the default."""
-    words = []
+def load_args(record: Mapping[str, Any]) -> list[str]:
+    """`record` as command-line arguments: flags and `--set`, without default values."""
+    args = []
     for name, field in LoadOptions.model_fields.items():
         value = record.get(name)
         if value and value != field.default:
             text = ";".join(value) if isinstance(value, list) else "true" if value is True else str(value)
-            words.append([FLAGS[name], text] if name in FLAGS else ["--set", f"{name}={text}"])
-    return [word for pair in words for word in pair]
+            args += [FLAGS[name], text] if name in FLAGS else ["--set", f"{name}={text}"]
+    return args
 
 
 def load_signature(*more: inspect.Parameter) -> inspect.Signature:
-    """The signature of a function that takes the options of loading by name, the model first, and `more`."""
+    """The signature of a function with parameter `model`, the other load options as keywords, and `more`."""
     fields = LoadOptions.model_fields
-    found = inspect.signature(LoadOptions).parameters.values()
-    model, *options = (p.replace(annotation=fields[p.name].annotation) for p in found)
+    parameters = inspect.signature(LoadOptions).parameters.values()
+    model, *options = (p.replace(annotation=fields[p.name].annotation) for p in parameters)
     model = model.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return inspect.Signature([model, *options, *more])

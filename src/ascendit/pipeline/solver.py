@@ -1,11 +1,11 @@
-"""The two samplers of flow-matching Wan models, equal to Diffusers' to 1e-6.
+"""The two solvers of flow-matching Wan models, UniPC and Euler; equal to Diffusers' to 1e-6.
 
-All coefficients are Python floats, worked out before the loop: no device ever solves a linear system
-(Diffusers' UniPC calls `torch.linalg.solve` at each step, which no NPU has) and nothing is read back.
+All coefficients are Python floats, computed before the loop: no device solves a linear system (Diffusers'
+UniPC calls `torch.linalg.solve` in each step, which NPUs lack) and nothing is read back.
 
 UniPC (Zhao et al. 2023, B(h) = e^h - 1, order 2, data prediction): with lambda = log(alpha / sigma),
 alpha = 1 - sigma and h the step in lambda, predictor and corrector are linear in the last sample, the
-last two predictions of the clean sample x0 and, for the corrector, the new one.
+last two predictions of the clean sample x0 and, for the corrector, the new prediction.
 """
 
 from __future__ import annotations
@@ -25,54 +25,54 @@ TRAIN_STEPS = 1000
 
 @dataclass(frozen=True)
 class Schedule:
-    """`timesteps` [n] as the model sees them; `sigmas` [n + 1], the last is 0."""
+    """`timesteps` [n], the inputs of the model; `sigmas` [n + 1], the last is 0."""
 
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
 
 
 class Solver(Protocol):
-    """Steps from noise to video. One instance for each run."""
+    """Integrates from noise to latents. One instance per run."""
 
     schedule: Schedule
 
     def step(self, i: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Latents after step `i` from the model's velocity and the latents before it, both float32."""
+        """The sample after step `i`, from the velocity and the previous sample; float32 [1, z, F, h, w]."""
 
 
 def make_solver(request: GenerateRequest) -> Solver:
-    """The solver of a request, its schedule ready."""
+    """The solver of a request, with its schedule."""
     if request.solver == "euler":
         return Euler(euler_schedule(request.num_inference_steps, request.flow_shift, request.timesteps))
     return UniPC(unipc_schedule(request.num_inference_steps, request.flow_shift, request.timesteps))
 
 
 def shifted(sigma: float, shift: float) -> float:
-    """Move a noise level towards 1: shift * s / (1 + (shift - 1) * s)."""
+    """The shifted noise level: shift * s / (1 + (shift - 1) * s)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def float32(x: float) -> float:
-    """The nearest float32; schedules are kept in it, and 1 - sigma of the first step depends on it."""
+    """Round to float32, the dtype of Diffusers' schedules: 1 - sigma of the first step depends on it."""
     return float(struct.unpack("f", struct.pack("f", x))[0])
 
 
 def unipc_schedule(steps: int, shift: float, timesteps: tuple[float, ...] | None = None) -> Schedule:
-    """As Diffusers' UniPCMultistepScheduler with use_flow_sigmas: timesteps are cut to whole numbers."""
+    """The schedule of Diffusers' UniPCMultistepScheduler with use_flow_sigmas: timesteps are truncated."""
     if timesteps is None:
         last = 1 / TRAIN_STEPS
         levels = [1 + (last - 1) * i / steps for i in range(steps)]
     else:
         levels = [t / TRAIN_STEPS for t in timesteps]
     sigmas = [shifted(s, shift) for s in levels]
-    if abs(sigmas[0] - 1) < 1e-6:  # log(1 - sigma) must exist
+    if abs(sigmas[0] - 1) < 1e-6:  # log(1 - sigma) must be finite
         sigmas[0] -= 1e-6
-    whole = tuple(float(int(s * TRAIN_STEPS)) for s in sigmas)
-    return Schedule(whole, (*(float32(s) for s in sigmas), 0.0))
+    truncated = tuple(float(int(s * TRAIN_STEPS)) for s in sigmas)
+    return Schedule(truncated, (*(float32(s) for s in sigmas), 0.0))
 
 
 def euler_schedule(steps: int, shift: float, timesteps: tuple[float, ...] | None = None) -> Schedule:
-    """As Diffusers' FlowMatchEulerDiscreteScheduler: its last level is shifted twice."""
+    """The schedule of Diffusers' FlowMatchEulerDiscreteScheduler: the last level is shifted twice."""
     if timesteps is None:
         last = shifted(1 / TRAIN_STEPS, shift)
         levels = [1 + (last - 1) * i / max(steps - 1, 1) for i in range(steps)]
@@ -84,7 +84,7 @@ def euler_schedule(steps: int, shift: float, timesteps: tuple[float, ...] | None
 
 @dataclass
 class Euler:
-    """x + (sigma' - sigma) v."""
+    """Euler's method: x + (sigma' - sigma) v."""
 
     schedule: Schedule
 
@@ -96,7 +96,7 @@ class Euler:
 
 @dataclass(frozen=True)
 class Update:
-    """x_new = sample * x + current * m0 + previous * m1 + new * m_new, each a clean-sample prediction."""
+    """x' = sample * x + current * m0 + previous * m1 + new * m_new; each m predicts the clean sample."""
 
     sample: float
     current: float
@@ -106,15 +106,15 @@ class Update:
 
 @dataclass
 class UniPC:
-    """Order 2, with the corrector at each step but the first."""
+    """UniPC of order 2, with the corrector in every step but the first."""
 
     schedule: Schedule
     predict: list[Update] = field(default_factory=list)
     correct: list[Update] = field(default_factory=list)
     _clean: list[Tensor] = field(default_factory=list)
-    """Predictions of the clean sample, the newest last; at most two."""
+    """The last two predictions of the clean sample, newest last."""
     _last: Tensor | None = None
-    """The corrected sample of the step before."""
+    """The corrected sample of the previous step."""
 
     def __post_init__(self) -> None:
         sigmas = self.schedule.sigmas
@@ -150,30 +150,30 @@ def log_snr(sigma: float) -> float:
 
 
 def predictor(sigma: float, sigma_next: float, older: float | None) -> Update:
-    """UniP from `sigma` to `sigma_next`; `older` is the level before, None for order 1."""
-    if sigma_next == 0:  # lambda is infinite: the clean sample itself
+    """UniP from `sigma` to `sigma_next`; `older`: the previous level, None for order 1."""
+    if sigma_next == 0:  # lambda is infinite: the result is the clean sample
         return Update(0.0, 1.0)
     h = log_snr(sigma_next) - log_snr(sigma)
     phi = math.expm1(-h)
     alpha = 1 - sigma_next
-    lean = 0.0
+    previous = 0.0
     if older is not None:
-        lean = -alpha * phi * 0.5 / ((log_snr(older) - log_snr(sigma)) / h)  # rho of UniP-2 is 1/2
-    return Update(sigma_next / sigma, -alpha * phi - lean, lean)
+        previous = -alpha * phi * 0.5 / ((log_snr(older) - log_snr(sigma)) / h)  # rho of UniP-2 is 1/2
+    return Update(sigma_next / sigma, -alpha * phi - previous, previous)
 
 
 def corrector(sigma: float, sigma_next: float, older: float | None) -> Update:
-    """UniC for the step just taken, given the prediction at its end."""
+    """UniC from `sigma` to `sigma_next`, with the prediction at `sigma_next`; `older` as in `predictor`."""
     h = log_snr(sigma_next) - log_snr(sigma)
     phi = math.expm1(-h)
     alpha = 1 - sigma_next
-    rho1, rho2, ratio = 0.0, 0.5, 1.0  # of UniC-1
-    if older is not None:  # the 2x2 system [1 1; ratio 1] rho = b, in closed form
+    rho1, rho2, ratio = 0.0, 0.5, 1.0  # UniC-1
+    if older is not None:  # the 2x2 system [1 1; ratio 1] rho = b, solved explicitly
         ratio = (log_snr(older) - log_snr(sigma)) / h
         g2 = phi / -h - 1
         g3 = g2 / -h - 0.5
         b1, b2 = g2 / phi, 2 * g3 / phi
         rho1 = (b1 - b2) / (1 - ratio)
         rho2 = b1 - rho1
-    back, ahead = -alpha * phi * rho1 / ratio, -alpha * phi * rho2
-    return Update(sigma_next / sigma, -alpha * phi - back - ahead, back, ahead)
+    previous, new = -alpha * phi * rho1 / ratio, -alpha * phi * rho2
+    return Update(sigma_next / sigma, -alpha * phi - previous - new, previous, new)

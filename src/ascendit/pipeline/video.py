@@ -1,8 +1,8 @@
-"""Video: frames in memory, and how they become a file.
+"""Video: frames in memory, and saving them to a file.
 
-`Video.save` writes mp4, webm, gif or png frames: whole or not at all, and never over another file.
-`check_output` makes the same refusals before an expensive run. The encoders are in `video_codecs.py`, the
-checks of the pixels in `frame_checks.py`.
+`Video.save` writes mp4, webm, gif or png frames: completely or not at all, and never over another file.
+`check_output` runs the same checks before an expensive run. `video_codecs.py` has the encoders,
+`frame_checks.py` the checks of the pixels.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from ascendit.version import installed
 
 AnyPath = str | os.PathLike[str]
 
-KNOWN = ".mp4, .webm, .gif, .png (one frame: a file, more: a folder of frames), or a folder with / at the end"
+EXTENSIONS = ".mp4, .webm, .gif, .png (one frame: a file; more: a folder of frames), or / for a folder"
 
 
 class Target(NamedTuple):
-    """Where a video goes: `kind` is mp4, webm, gif, png (one file) or folder (of png)."""
+    """Output path of a video: `kind` is mp4, webm, gif, png (one file) or folder (of png)."""
 
     path: Path
     kind: str
@@ -43,35 +43,35 @@ class Target(NamedTuple):
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of what shapes a video; absent packages are left out."""
+    """Versions of Python and the installed packages that affect a video."""
     packages = ("ascendit", "torch", "torch_npu", "diffusers", "transformers", "numpy", "av")
     return {"python": platform.python_version(), **installed(*packages)}
 
 
 @dataclass(eq=False, repr=False)
 class Video:
-    """What a run gives back. Raises UsageError (E-USE-01) where `frames` or `fps` make no video."""
+    """The result of a run. Raises UsageError (E-USE-01) for invalid `frames` or `fps`."""
 
     frames: Frames
     """uint8 [F, H, W, 3], RGB."""
     fps: int
     request: GenerateRequest | None = None
     model: str = ""
-    """Its name; `source` is what `load` was given."""
+    """Name of the model."""
     versions: dict[str, str] = field(default_factory=installed_versions)
     seconds: float = 0.0
-    """Time the run took."""
+    """Duration of the run."""
     source: str = ""
-    """The model as `load` was given it: demo, a folder, a name on a hub. Empty where it was not `load`."""
+    """The model as passed to `load`: demo, a folder or a hub name. Empty for pipelines not from `load`."""
     loaded: Mapping[str, Any] = field(default_factory=dict)
-    """How it was loaded, as `LoadOptions.record` has it."""
+    """The options of `load`, from `LoadOptions.record`."""
 
     def __post_init__(self) -> None:
         x = self.frames
         is_array = isinstance(x, np.ndarray)
         if not is_array or x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not x.size:
             kind = f"{x.dtype} {list(x.shape)}" if is_array else type(x).__name__
-            rule = "a numpy array, uint8 [F, H, W, 3], at least one frame"
+            rule = "a numpy array, uint8 [F, H, W, 3], with at least one frame"
             raise UsageError(f"frames are {kind}", needs=rule, fix="convert decoded values with to_uint8")
         if isinstance(self.fps, bool) or not isinstance(self.fps, int) or self.fps < 1:
             raise UsageError(f"fps is {self.fps!r}", needs="a whole number of at least 1", fix="fps=16")
@@ -81,9 +81,9 @@ class Video:
         return f"Video({n} frames, {w}x{h}, {self.fps} fps, model={self.model!r})"
 
     def describe(self) -> dict[str, Any]:
-        """What made this video, ready for JSON: it goes into the file and beside it."""
+        """Metadata as plain data for JSON: stored in the file and beside it."""
         n, h, w, _ = self.frames.shape
-        r, again = self.request, self.source or self.model
+        r, model = self.request, self.source or self.model
         return {
             "prompt": r.prompt if r else None,
             "seed": r.seed if r else None,
@@ -97,25 +97,25 @@ class Video:
             "seconds": round(self.seconds, 3),
             "versions": self.versions,
             "request": json.loads(r.to_json()) if r else None,
-            "replay": r.replay_line(again, load=self.loaded) if r and again else None,
+            "replay": r.replay_line(model, load=self.loaded) if r and model else None,
         }
 
     def save(self, path: AnyPath, *, metadata: bool = True, overwrite: bool = False) -> Path:
-        """Write the video and, beside it, `<name>.json`; returns the path of the file or folder made.
+        """Write the video and `<name>.json` beside it; returns the path of the file or folder.
 
-        The extension decides: .mp4 (H.264), .webm (VP9), .gif, .png. `out.png` is one file for one
-        frame; more frames become `out/frame_0000.png` and so on, as for a path ending with `/`.
-        `metadata=False` writes nothing about the request, in the file or beside it; a gif has it beside only.
+        The extension selects the format: .mp4 (H.264), .webm (VP9), .gif, .png. One frame becomes the file
+        `out.png`; more become `out/frame_0000.png`, ..., as for a path ending with `/`. `metadata=False`
+        writes nothing about the request, in the file or beside it; a gif has it beside only.
 
-        Raises UsageError E-USE-01 (extension, size or fps the format cannot hold) and E-USE-03 (the
-        name is taken), EnvironmentProblem E-ENV-01 (library) and E-ENV-02 (folder). On any failure,
-        Ctrl-C included, nothing half-written stays.
+        Raises UsageError: E-USE-01 for an unsupported extension, size or fps, E-USE-03 for an existing
+        output; EnvironmentProblem: E-ENV-01 without the library, E-ENV-02 without a writable folder. After a
+        failure, including Ctrl-C, no partial file remains.
         """
         record = self.describe() if metadata else None
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
-        # A lone surrogate, from a prompt that is no valid text, becomes the JSON escape for it.
+        # Lone surrogates, from a prompt that is not valid text, become JSON escapes.
         sidecar = text.encode("utf-8", "backslashreplace") if metadata else None
-        # How long it took stays beside the file, so that the same frames make the same bytes.
+        # The duration is stored beside the file only, so that equal frames give equal bytes.
         inside = json.dumps({k: v for k, v in record.items() if k != "seconds"}) if record else ""
         target = check_output(path, self.frames.shape[:3], self.fps, sidecar=sidecar, overwrite=overwrite)
         write, folder = WRITERS[target.kind], target.path.parent
@@ -132,14 +132,14 @@ class Video:
         return target.path
 
 
-# ---- where it goes ------------------------------------------------------------------------------
+# ---- output path --------------------------------------------------------------------------------
 
 
 def default_name(prompt: str, seed: int, when: datetime) -> Path:
-    """`outputs/20261120-193012_calico-cat-piano_s42.mp4`: time, at most 40 letters of prompt, seed."""
-    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    """`outputs/20261120-193012_calico-cat-piano_s42.mp4`: time, at most 40 characters of the prompt, seed."""
+    ascii_prompt = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     slug = ""
-    for word in re.findall("[a-z0-9]+", plain):
+    for word in re.findall("[a-z0-9]+", ascii_prompt):
         longer = f"{slug}-{word}" if slug else word[:40]
         if len(longer) > 40:
             break
@@ -156,9 +156,9 @@ def check_output(
     sidecar: bytes | None = b"",
     overwrite: bool = False,
 ) -> Target:
-    """Raise before the run what `Video.save` would raise after it; returns where save would write.
+    """The target of `Video.save`. Raises the UsageError or EnvironmentProblem that `save` would raise.
 
-    `shape`: (frames, height, width). `sidecar`: what the `.json` beside will hold, None for no `.json`.
+    `shape`: (frames, height, width). `sidecar`: content of the `.json` beside the video, None for no `.json`.
     """
     try:
         target = _locate(path, shape[0])
@@ -171,9 +171,9 @@ def check_output(
 
 
 def check_writable(path: AnyPath) -> None:
-    """Raise EnvironmentProblem (E-ENV-02) if no file can be made where `path` would be.
+    """Raise EnvironmentProblem (E-ENV-02) if `path` cannot be created.
 
-    Makes and removes a file, since permission bits say little: root, read-only mounts, /proc.
+    Creates and removes a file: permission bits say little about root, read-only mounts and /proc.
     """
     folder = Path(path).parent
     try:
@@ -187,27 +187,27 @@ def check_writable(path: AnyPath) -> None:
 
 def _locate(path: AnyPath, num_frames: int) -> Target:
     file, suffix = Path(path), Path(path).suffix.lower()
-    known = suffix == ".png" or suffix[1:] in CODECS
-    if file.name and (os.fspath(path).endswith("/") or (file.is_dir() and not known)):
+    is_format = suffix == ".png" or suffix[1:] in CODECS
+    if file.name and (os.fspath(path).endswith("/") or (file.is_dir() and not is_format)):
         return Target(file, "folder", file.with_name(f"{file.name}.json"))
     if suffix == ".png" and num_frames > 1:
         return Target(file.with_suffix(""), "folder", file.with_suffix(".json"))
-    if known:
+    if is_format:
         return Target(file, suffix[1:], file.with_suffix(".json"))
     name = file.with_suffix(".mp4") if file.name else "out.mp4"
-    rule = f"a name that ends in {KNOWN}"
-    raise UsageError(f"cannot tell a format from {os.fspath(path)!r}", needs=rule, fix=f"-o {name}")
+    rule = f"a name that ends in {EXTENSIONS}"
+    raise UsageError(f"unknown video format of {os.fspath(path)!r}", needs=rule, fix=f"-o {name}")
 
 
 def _check_format(target: Target, shape: tuple[int, ...], fps: int) -> None:
-    """What the container can hold, and whether its library is here."""
+    """Check that the format supports this size and rate, and that its encoder is installed."""
     _, height, width = shape
     if target.kind == "mp4" and (width % 2 or height % 2):
-        rule = "even width and height (H.264 yuv420p); a video is not resized or cropped to fit"
+        rule = "even width and height (H.264 yuv420p); videos are never resized or cropped"
         others = " or ".join(str(target.path.with_suffix(s)) for s in (".webm", ".gif", ".png"))
         raise UsageError(f"{width}x{height} pixels in an mp4", needs=rule, fix=f"-o {others}")
     if target.kind == "gif" and fps > 50:
-        rule = "at most 50 fps: gif counts in 1/100 s, and players slow down what is faster"
+        rule = "at most 50 fps: gif delays are in 1/100 s, and players slow down faster files"
         raise UsageError(f"{fps} fps in a gif", needs=rule, fix=f"-o {target.path.with_suffix('.mp4')}")
     if target.kind not in ("mp4", "webm"):
         import_library("PIL", "pillow")
@@ -219,20 +219,20 @@ def _check_format(target: Target, shape: tuple[int, ...], fps: int) -> None:
     except ValueError as e:
         raise EnvironmentProblem(
             f"this PyAV has no {codec} encoder",
-            needs=f"{codec}, which the wheels on PyPI include",
+            needs=f"{codec}, which is in the wheels on PyPI",
             fix="pip install --force-reinstall av",
             code="E-ENV-01",
         ) from e
 
 
 def _check_free(target: Target, sidecar: bytes | None, overwrite: bool) -> None:
-    """Nothing is clobbered. An equal `.json` is no conflict: `a.mp4` and `a.gif` of one video share it."""
+    """Refuse an existing output. An equal `.json` is allowed: `a.mp4` and `a.gif` of one video share it."""
     path = target.path
     if target.kind == "folder" and path.is_dir():
         names = sorted(p.name for p in path.iterdir())
         others = [n for n in names if not re.fullmatch(r"frame_\d+\.png", n)]
         if others or (names and not overwrite):
-            raise _taken(target, f"holds {', '.join((others or names)[:3])}")
+            raise _taken(target, f"contains {', '.join((others or names)[:3])}")
     elif os.path.lexists(path) and (not overwrite or path.is_dir() or target.kind == "folder"):
         raise _taken(target, "is a folder" if path.is_dir() else "exists already")
     if sidecar is not None and not overwrite and os.path.lexists(target.sidecar):
@@ -240,30 +240,30 @@ def _check_free(target: Target, sidecar: bytes | None, overwrite: bool) -> None:
             raise _taken(target, f"needs {target.sidecar} beside it, which exists already")
 
 
-def _taken(target: Target, why: str) -> UsageError:
+def _taken(target: Target, reason: str) -> UsageError:
     path, slash = target.path, "/" if target.kind == "folder" else ""
     names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in count(2))
     free = next(p for p in names if not (os.path.lexists(p) or os.path.lexists(p.with_suffix(".json"))))
-    rule = "a free name: nothing is overwritten unasked (--overwrite, overwrite=True)"
-    return UsageError(f"{path}{slash} {why}", needs=rule, fix=f"-o {free}{slash}", code="E-USE-03")
+    rule = "a new name; files are overwritten only with --overwrite (overwrite=True)"
+    return UsageError(f"{path}{slash} {reason}", needs=rule, fix=f"-o {free}{slash}", code="E-USE-03")
 
 
 def _not_writable(folder: Path, e: OSError) -> EnvironmentProblem:
     return EnvironmentProblem(
         f"cannot write in {folder}: {e.strerror or e}",
-        needs="a folder that can be written, with room on the disk",
-        fix="choose another place with -o FILE",
+        needs="a writable folder with free disk space",
+        fix="choose another folder with -o FILE",
         code="E-ENV-02",
     )
 
 
-# ---- how it is written --------------------------------------------------------------------------
+# ---- writing ------------------------------------------------------------------------------------
 
 
 def _publish(target: Target, new: Path, sidecar: bytes | None, overwrite: bool) -> None:
-    """Move into place, the `.json` first: where the video is, everything is."""
+    """Move the files to the target, the `.json` first, so that a visible video is complete."""
     if not overwrite and os.path.lexists(target.sidecar):
-        sidecar = None  # an equal one, which is not ours to remove
+        sidecar = None  # an equal file exists, and must survive a failure below
     if sidecar is not None:
         new.with_name("sidecar").write_bytes(sidecar)
         _move(new.with_name("sidecar"), target.sidecar, overwrite)
@@ -283,10 +283,10 @@ def _publish(target: Target, new: Path, sidecar: bytes | None, overwrite: bool) 
 def _move(new: Path, path: Path, overwrite: bool) -> None:
     if not overwrite:
         try:
-            os.link(new, path)  # unlike a rename, fails if another run took the name meanwhile
+            os.link(new, path)  # unlike a rename, fails if another run has created the file meanwhile
             return
         except FileExistsError:
             raise
-        except OSError:  # a file system without hard links
+        except OSError:  # no hard links on this file system
             pass
     os.replace(new, path)

@@ -1,7 +1,7 @@
-"""Frames into a file: mp4, webm, gif, png. Naming, refusing and renaming are `video.py`'s.
+"""Encode frames to mp4, webm, gif or png files. `video.py` chooses, checks and renames the files.
 
-Pixels become BT.709 YUV in limited range and the stream says so, else players guess by size and
-saturated colours shift. Nothing is ever resized or cropped.
+Pixels become BT.709 YUV in limited range, and the stream is tagged so: otherwise players guess from the size
+and saturated colours shift. Frames are never resized or cropped.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 from ascendit.errors import EnvironmentProblem
 from ascendit.pipeline.frame_checks import Frames
 
-CODECS: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {  # encoder, its options, the container's
-    "mp4": (  # x264 writes the same file each time with one thread and without code that depends on alignment
+CODECS: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {  # encoder, its options, container options
+    "mp4": (  # one thread and no alignment-dependent code: x264 output is reproducible
         "libx264",
         {"crf": "18", "threads": "1", "x264-params": "cpu-independent=1"},
         {"movflags": "+faststart+use_metadata_tags"},
@@ -26,18 +26,19 @@ CODECS: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {  # encoder, it
     "webm": ("libvpx-vp9", {"crf": "18", "b": "0", "cpu-used": "4", "row-mt": "1"}, {}),
     "gif": ("gif", {}, {"loop": "0"}),
 }
-BT709, LIMITED, FULL = 1, 1, 2  # FFmpeg's numbers; BT.709 is 1 as matrix, primaries and transfer
-PALETTE_PIXELS = 1 << 16  # that a GIF's palette is made from, besides one of each coarse colour
-NUM_COLOURS = 255  # of a GIF; the last index is for pixels that do not change
+BT709, LIMITED, FULL = 1, 1, 2  # FFmpeg's constants; BT.709 is 1 as matrix, primaries and transfer
+PALETTE_PIXELS = 1 << 16  # sampled for the palette of a GIF, besides one pixel of each coarse colour
+NUM_COLOURS = 255  # of a GIF; the last index marks unchanged pixels
 
 
 def import_library(module: str, package: str) -> Any:
+    """Import an optional module. Raises EnvironmentProblem (E-ENV-01) if that fails."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
         raise EnvironmentProblem(
             f"{module} cannot be imported: {e}",
-            needs=f"{package}, to read and write videos",
+            needs=f"{package}, to write videos and images",
             fix=f"pip install {package}",
             code="E-ENV-01",
         ) from e
@@ -46,7 +47,7 @@ def import_library(module: str, package: str) -> Any:
 def _encode(
     pictures: Iterable[Any], frames: Frames, fps: int, new: Path, kind: str, comment: str = ""
 ) -> None:
-    """`pictures`, a frame of PyAV for each of `frames`, into a new container."""
+    """Encode `pictures`, the PyAV frames of `frames`, into a new container."""
     codec, options, container_options = CODECS[kind]
     with import_library("av", "av").open(
         str(new), "w", format=kind, options={**container_options, "fflags": "+bitexact"}
@@ -75,9 +76,9 @@ def _write_stream(frames: Frames, fps: int, new: Path, kind: str, comment: str) 
 
 
 def _write_gif(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> None:
-    """One palette for the whole video, so that still parts do not flicker. A GIF holds no comment.
+    """Write a GIF with one palette for all frames, so that static areas do not flicker. It has no comment.
 
-    Pillow makes the palette and dithers, FFmpeg writes: Pillow would join frames that are equal.
+    Pillow makes the palette and dithers; FFmpeg writes, because Pillow merges equal frames.
     """
     av, images = import_library("av", "av"), import_library("PIL.Image", "pillow")
     palette = _palette(images, frames)
@@ -92,9 +93,9 @@ def _write_gif(frames: Frames, fps: int, new: Path, kind: str, comment: str) -> 
 
 
 def _palette(images: Any, frames: Frames) -> Frames:
-    """[256, 3] colours for all frames; what is over repeats the first one and is never the nearest.
+    """uint8 [256, 3] colours for all frames; unused entries repeat the first colour.
 
-    From pixels at even distances, and one of each of 4096 coarse colours: a small thing keeps its colour.
+    From evenly spaced pixels, and one pixel of each of 4096 coarse colours: small objects keep their colour.
     """
     pixels = frames.reshape(-1, 3)
     coarse = np.zeros((4096, 3), np.uint8)
@@ -103,7 +104,7 @@ def _palette(images: Any, frames: Frames) -> Frames:
         high = (frame.reshape(-1, 3) >> 4).astype(np.uint16)
         index = high @ np.array([256, 16, 1], np.uint16)
         coarse[index], present[index] = frame.reshape(-1, 3), True
-    step = len(pixels) // PALETTE_PIXELS | 1  # odd, so that it meets every column
+    step = len(pixels) // PALETTE_PIXELS | 1  # odd, so that it reaches every column
     sample = np.concatenate([pixels[::step], coarse[present]])
     image = images.fromarray(sample[None]).quantize(NUM_COLOURS, method=images.Quantize.MAXCOVERAGE, kmeans=1)
     colours = np.array(image.getpalette()[: 3 * NUM_COLOURS], np.uint8).reshape(-1, 3)

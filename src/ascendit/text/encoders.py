@@ -1,4 +1,4 @@
-"""Encoders of prompt and first image, through transformers: tensors as WanPipeline has them, to the bit."""
+"""Text and image encoders, from transformers; bit-identical to WanPipeline."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ log = logging.getLogger("ascendit")
 
 
 def clean_prompt(text: str) -> str:
-    """As the training captions were cleaned: broken Unicode mended, entities resolved, spaces folded."""
+    """Clean a prompt like the training captions: fix broken Unicode, resolve entities, collapse spaces."""
     import ftfy
 
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
 class TextEncoder:
-    """Prompts to embeddings [1, max_sequence_length, text_dim], zero behind the last token.
+    """UMT5: prompts to embeddings [1, max_sequence_length, text_dim], zero after the last token.
 
-    `text_on`: where UMT5 lives. `cpu`: stays in host memory (T5_LOAD_CPU=1); `device`: beside the
-    denoiser; `drop`: read when a prompt must be encoded, then let go.
+    `text_on`: `cpu` stays in host memory (T5_LOAD_CPU=1), `device` is on the device of the denoiser, `drop`
+    loads the model for each new prompt and frees it.
     """
 
     def __init__(self, layout: Layout, *, device: str, text_on: Literal["cpu", "device", "drop"]) -> None:
@@ -36,24 +36,27 @@ class TextEncoder:
         self.device = device if text_on != "cpu" else "cpu"
         self.tokenizer = load_processor(layout.part("tokenizer"))
         self.model = None if text_on == "drop" else self._load()
-        self._seen: dict[tuple[str, int], Tensor] = {}
+        self._cache: dict[tuple[str, int], Tensor] = {}
 
     def _load(self) -> Any:
         return load_library_part(self.part).to(self.device)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str], max_sequence_length: int) -> list[Tensor]:
-        """One embedding for each prompt, on this encoder's device. The last eight prompts are remembered."""
-        wanted = [(clean_prompt(p), max_sequence_length) for p in prompts]
-        new = [key for key in dict.fromkeys(wanted) if key not in self._seen]
+        """Embeddings [1, max_sequence_length, text_dim] in the encoder's dtype and device, one per prompt.
+
+        Those of the last eight prompts are cached.
+        """
+        keys = [(clean_prompt(p), max_sequence_length) for p in prompts]
+        new = [key for key in dict.fromkeys(keys) if key not in self._cache]
         if new:
             model = self.model if self.model is not None else self._load()
             for key in new:
-                self._seen[key] = self._encode_one(model, *key)
-        out = [self._seen[key] for key in wanted]
-        while len(self._seen) > 8:
-            self._seen.pop(next(iter(self._seen)))
-        return out
+                self._cache[key] = self._encode_one(model, *key)
+        embeddings = [self._cache[key] for key in keys]
+        while len(self._cache) > 8:
+            self._cache.pop(next(iter(self._cache)))
+        return embeddings
 
     def _encode_one(self, model: Any, prompt: str, length: int) -> Tensor:
         tokens = self.tokenizer(
@@ -68,16 +71,16 @@ class TextEncoder:
         mask = tokens.attention_mask
         used = int(mask.sum())
         if used == length:
-            log.warning("the prompt fills all %d tokens; what lies behind them is not used", length)
+            log.warning("the prompt fills all %d tokens; any text beyond them is ignored", length)
         hidden = model(tokens.input_ids.to(self.device), mask.to(self.device)).last_hidden_state
         hidden[:, used:] = 0
         return hidden  # type: ignore[no-any-return]
 
 
 class ImageEncoder:
-    """CLIP tokens of an image (Wan2.1 I2V): the last hidden layer but one.
+    """CLIP image encoder (Wan2.1 I2V): an image to the hidden states of the second-to-last layer.
 
-    `gelu`: what computes the exact GELU where F.gelu does not; None: F.gelu.
+    `gelu`: exact GELU for devices whose F.gelu is not exact; None: F.gelu.
     """
 
     def __init__(
@@ -90,10 +93,10 @@ class ImageEncoder:
         if gelu is not None:
             for module in self.model.modules():
                 if type(module) is GELUActivation:
-                    module.forward = gelu  # its other activations stay
+                    module.forward = gelu
 
     @torch.inference_mode()
     def encode(self, image: Any) -> Tensor:
-        """PIL image -> [1, tokens, image_dim]."""
+        """Hidden states [1, tokens, image_dim] of a PIL image, in the encoder's dtype."""
         pixels = self.processor(images=image, return_tensors="pt").to(self.device)
         return self.model(**pixels, output_hidden_states=True).hidden_states[-2]  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""The VAE, through Diffusers: videos to normalised latents and back, as WanPipeline does, to the bit."""
+"""The VAE, from Diffusers: videos to normalised latents and back; bit-identical to WanPipeline."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from ascendit.model.library_component import load_library_part
 
 
 class VideoCoder:
-    """The VAE, with the statistics that its latents are normalised by."""
+    """The VAE, with mean and standard deviation of its latents."""
 
     def __init__(self, layout: Layout, *, device: str, dtype: torch.dtype | None = torch.float32) -> None:
         self.model, self.device = load_library_part(layout.part("vae"), dtype=dtype).to(device), device
         c = self.model.config
         self.z_dim, self.stride, self.frame_stride = c.z_dim, c.scale_factor_spatial, c.scale_factor_temporal
-        # Rounded to the VAE's dtype and used as a product, as WanPipeline does.
+        # A multiplication by 1/std, rounded to the VAE's dtype, as in WanPipeline.
         self.mean = torch.tensor(c.latents_mean, device=device).view(1, -1, 1, 1, 1)
         self.inverse_std = 1.0 / torch.tensor(c.latents_std, device=device).view(1, -1, 1, 1, 1)
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
-        """[1, z_dim, F, H, W] of a video."""
+        """Shape of the latents of a video, [1, z_dim, F, h, w]."""
         strides = {"frame_stride": self.frame_stride, "stride": self.stride}
         return 1, self.z_dim, *latent_grid(num_frames, height, width, **strides)
 
     @torch.inference_mode()
     def encode(self, video: Tensor) -> Tensor:
-        """Video [1, 3, F, H, W] in [-1, 1] -> normalised latents, float32, no sampling."""
+        """Video [1, 3, F, H, W] in [-1, 1] -> normalised latents [1, z_dim, f, h, w], float32, unsampled."""
         mode = self.model.encode(video.to(self.device, self.model.dtype)).latent_dist.mode()
         latents: Tensor = (mode.float() - self.mean) * self.inverse_std
         return latents
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents -> video [1, 3, F, H, W], about [-1, 1]."""
+        """Normalised latents [1, z_dim, f, h, w] -> video [1, 3, F, H, W], about [-1, 1], in its dtype."""
         dtype = self.model.dtype
         z = latents.to(self.device, dtype) / self.inverse_std.to(dtype) + self.mean.to(dtype)
         return self.model.decode(z, return_dict=False)[0]  # type: ignore[no-any-return]

@@ -1,11 +1,10 @@
-"""What quantization costs: every scheme and recipe against BF16, same prompts, same seeds, no neural judge.
+"""Quality after quantization: schemes and recipes against BF16 with the same prompts and seeds.
 
     quality = measure_quality("demo", default_cases(), pick(192), [0], jobs=2)
     print(quality.table())
 
-For each case: the signal to noise of every layer's output on rows of a BF16 run; how far the latents are
-after each step; PSNR and SSIM of the frames; and which videos still show what was asked (`adherence.judge`).
-The pipeline is the one that `ascendit.load` gives.
+For each case: SQNR of every layer's output on sampled inputs of a BF16 run, distance of the latents after
+each step, PSNR and SSIM of the frames, and the number of videos that match their prompt (`adherence.judge`).
 """
 
 from __future__ import annotations
@@ -28,26 +27,26 @@ from ascendit.errors import QualityError, UsageError
 from ascendit.model.linear import QuantLinear
 from ascendit.names import is_block_linear
 from ascendit.ops.open_device import activate
-from ascendit.pipeline.calibrate import inputs_of, watched
+from ascendit.pipeline.calibrate import inputs_of, with_recording
 from ascendit.pipeline.frame_checks import Frames, to_uint8
 from ascendit.pipeline.generate import Pipeline, Stop, denoise
 from ascendit.pipeline.job import load
 from ascendit.pipeline.request import GenerateRequest
-from ascendit.quant.fusion import leader_of
+from ascendit.quant.fusion import first_in_group
 from ascendit.quant.recipe import recipe_names
 from ascendit.quant.schemes import QUANTIZED
 from ascendit.verify.metrics import cosine, output_sqnr, psnr, relative_l2, ssim
 from ascendit.verify.quality_table import Quality, QualityCase, QualityRow
 
-LAYER_TOKENS = 512
-"""How many tokens of each input a layer is measured on."""
+LAYER_ROWS = 512
+"""Sampled rows of its input that a layer is measured on."""
 STORED = ("weight", "weight_scale", "weight_dual_scale")
-"""What counts as bits of a weight."""
+"""Tensors that count towards the bits per weight."""
 
 OnVideo = Callable[[str, bool], None]
-"""Called with the case and whether its video is right; by any thread, one at a time."""
+"""Called with the case and whether its video is right, by one thread at a time."""
 OnRow = Callable[[Quality], None]
-"""Called with all rows so far whenever one is done."""
+"""Called with all rows so far whenever a row is finished."""
 
 
 # ---- cases --------------------------------------------------------------------------------------
@@ -59,7 +58,7 @@ _POLICIES = ("default:w4a8", "0-3:w4a8,default:w4a4")
 
 
 def default_cases() -> tuple[QualityCase, ...]:
-    """Every scheme, MXFP4 by step policies, and every recipe that is shipped."""
+    """Every scheme, MXFP4 with step policies, and every recipe of ascendit."""
     options = {name: {"scheme": name} for name in QUANTIZED}
     options |= {f"mxfp4, {p}": {"scheme": "mxfp4", "step_policy": p} for p in _POLICIES}
     options |= {name: {"recipe": name} for name in recipe_names() if name != "default"}
@@ -67,18 +66,18 @@ def default_cases() -> tuple[QualityCase, ...]:
 
 
 def choose(names: Sequence[str]) -> tuple[QualityCase, ...]:
-    """The cases of these names; a recipe's file or a scheme is one too. UsageError E-USE-01."""
-    known = {case.name: case for case in default_cases()}
-    found = []
+    """The cases of these names: default cases, or TOML files of recipes. Raises UsageError (E-USE-01)."""
+    defaults = {case.name: case for case in default_cases()}
+    cases = []
     for name in names:
-        if name not in known and not name.endswith(".toml"):
+        if name not in defaults and not name.endswith(".toml"):
             raise UsageError(
                 f"case {name!r}",
-                needs=f"one of {'; '.join(known)}; or the TOML file of a recipe",
-                fix="check the spelling",
+                needs=f"one of {'; '.join(defaults)}; or the TOML file of a recipe",
+                fix="check the name",
             )
-        found.append(known.get(name) or QualityCase(name=name, options={"recipe": name}))
-    return tuple(found)
+        cases.append(defaults.get(name) or QualityCase(name=name, options={"recipe": name}))
+    return tuple(cases)
 
 
 # ---- the measurement ----------------------------------------------------------------------------
@@ -86,7 +85,7 @@ def choose(names: Sequence[str]) -> tuple[QualityCase, ...]:
 
 def measure_quality(
     model: str,
-    chosen: Sequence[QualityCase],
+    cases: Sequence[QualityCase],
     scenes: Sequence[Scene],
     seeds: Sequence[int],
     *,
@@ -97,28 +96,29 @@ def measure_quality(
     on_row: OnRow | None = None,
     **fields: Any,
 ) -> Quality:
-    """Run `chosen` and BF16 on every scene and seed. `jobs` threads make videos, each on its share of the
-    processors. `fields`: of the request, where they are not the model's defaults.
+    """Generate every scene and seed with BF16 and each of `cases`, and compare.
 
-    Raises what `load` raises, UsageError for a model that is quantized already, and Cancelled.
+    `jobs`: threads that generate videos, each with its share of the CPU cores. `fields`: request fields
+    that override the model's defaults. Raises as `load`, UsageError (E-USE-01) for a quantized model, and
+    Cancelled.
     """
-    asked = [(scene, seed) for seed in seeds for scene in scenes]
+    videos = [(scene, seed) for seed in seeds for scene in scenes]
     rows: list[QualityRow] = []
     base: list[Trace] = []
-    known: dict[bytes, QualityRow] = {}
-    for case in (BASE, *chosen):
+    measured: dict[bytes, QualityRow] = {}
+    for case in (BASE, *cases):
         pipes = [load(model, device=device, dtype="bfloat16", **case.options) for _ in range(jobs)]  # type: ignore[arg-type]
-        requests = [pipes[0].request(scene.prompt(), seed=seed, **fields) for scene, seed in asked]
+        requests = [pipes[0].request(scene.prompt(), seed=seed, **fields) for scene, seed in videos]
         if case is BASE:
-            plain, inputs = check_float(pipes[0], model), layer_inputs(pipes[0], requests[0], cancel)
-        mark = fingerprint(pipes[0])
-        if mark not in known:
-            tell = partial(on_video, case.name) if on_video else None
-            made = make_videos(pipes, requests, [scene for scene, _ in asked], cancel, tell)
-            base = base or made
-            bits, layers = bits_per_weight(pipes[0]), layer_sqnr(plain, pipes[0], inputs)
-            known[mark] = compare_traces(made, base, bits, layers)
-        rows.append(replace(known[mark], **vars(case)))
+            float_pipe, inputs = check_float(pipes[0], model), layer_inputs(pipes[0], requests[0], cancel)
+        key = fingerprint(pipes[0])
+        if key not in measured:
+            on_result = partial(on_video, case.name) if on_video else None
+            traces = make_videos(pipes, requests, [scene for scene, _ in videos], cancel, on_result)
+            base = base or traces
+            bits, layers = bits_per_weight(pipes[0]), layer_sqnr(float_pipe, pipes[0], inputs)
+            measured[key] = compare_traces(traces, base, bits, layers)
+        rows.append(replace(measured[key], **vars(case)))
         quality = Quality(
             model=model, device=device, prompts=len(scenes), seeds=tuple(seeds), rows=tuple(rows)
         )
@@ -129,13 +129,13 @@ def measure_quality(
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One video as it was made."""
+    """One video with its latents."""
 
     latents: Tensor
-    """After each step, float32 [steps, C, F, H, W]; zeros after numbers that were not finite."""
+    """After each step, float32 [steps, C, F, H, W]; zeros in place of values that are not finite."""
     frames: Frames
     right: bool = False
-    """Everything in it is as asked."""
+    """Whether it matches its prompt."""
 
 
 def make_videos(
@@ -143,51 +143,51 @@ def make_videos(
     requests: Sequence[GenerateRequest],
     scenes: Sequence[Scene],
     cancel: Stop | None,
-    tell: Callable[[bool], None] | None,
+    on_result: Callable[[bool], None] | None,
 ) -> list[Trace]:
-    """One for each request. Each of several pipelines has a thread, and its share of the processors."""
+    """The video of each request. Every pipeline has its own thread and share of the CPU cores."""
     jobs, threads, lock = len(pipes), torch.get_num_threads(), threading.Lock()
 
-    def share(member: int) -> list[Trace]:
+    def run_job(job: int) -> list[Trace]:
         torch.set_num_threads(max(1, threads // jobs))
-        made = []
-        for request, scene in zip(requests[member::jobs], scenes[member::jobs], strict=True):
-            one = trace(pipes[member], request, cancel)
-            made.append(replace(one, right=all(judge(one.frames).right(scene).values())))
+        traces = []
+        for request, scene in zip(requests[job::jobs], scenes[job::jobs], strict=True):
+            video = trace(pipes[job], request, cancel)
+            traces.append(replace(video, right=all(judge(video.frames).right(scene).values())))
             with lock:
-                if tell:
-                    tell(made[-1].right)
-        return made
+                if on_result:
+                    on_result(traces[-1].right)
+        return traces
 
     try:
-        if jobs == 1:  # in this thread, where a second Ctrl-C stops at once
-            return share(0)
+        if jobs == 1:  # in the main thread, where a second Ctrl-C stops immediately
+            return run_job(0)
         with ThreadPoolExecutor(jobs) as pool:
-            parts = list(pool.map(share, range(jobs)))
+            by_job = list(pool.map(run_job, range(jobs)))
     finally:
         torch.set_num_threads(threads)
-    return [parts[i % jobs][i // jobs] for i in range(len(requests))]
+    return [by_job[i % jobs][i // jobs] for i in range(len(requests))]
 
 
 def fingerprint(pipe: Pipeline) -> bytes:
-    """The same for pipelines that make the same videos: of every weight, and of the steps' precisions."""
-    found = hashlib.sha256(str(pipe.policy).encode())
+    """Hash of all weights and of the step schedule: equal for pipelines that make the same videos."""
+    digest = hashlib.sha256(str(pipe.policy).encode())
     for name, tensor in nn.ModuleDict(pipe.experts).state_dict().items():
-        found.update(f"{name} {tensor.dtype}".encode())
-        found.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
-    return found.digest()
+        digest.update(f"{name} {tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def compare_traces(
-    made: Sequence[Trace], base: Sequence[Trace], bits: float, layers: Mapping[str, float]
+    traces: Sequence[Trace], base: Sequence[Trace], bits: float, layers: Mapping[str, float]
 ) -> QualityRow:
-    """Each video beside the one that BF16 made of the same request."""
-    pairs = list(zip(made, base, strict=True))
+    """Compare each video with the BF16 video of the same request."""
+    pairs = list(zip(traces, base, strict=True))
     steps = [list(zip(a.latents, b.latents, strict=True)) for a, b in pairs]
     return QualityRow(
         bits=bits,
         layers=layers,
-        right=tuple(one.right for one in made),
+        right=tuple(video.right for video in traces),
         psnr=tuple(psnr(a.frames, b.frames) for a, b in pairs),
         ssim=tuple(ssim(a.frames, b.frames) for a, b in pairs),
         cosine=tuple(tuple(cosine(x, y) for x, y in video) for video in steps),
@@ -196,12 +196,12 @@ def compare_traces(
 
 
 def check_float(pipe: Pipeline, model: str) -> Pipeline:
-    """The pipeline. UsageError E-USE-01 if it has codes already."""
+    """The pipeline. Raises UsageError (E-USE-01) if it is quantized."""
     if any(isinstance(m, QuantLinear) for m in nn.ModuleDict(pipe.experts).modules()):
         raise UsageError(
             f"{model} is quantized",
-            needs="the float model: each case is quantized while it loads, and held against BF16",
-            fix="give the folder that it was quantized from",
+            needs="the float model: each case is quantized while it loads, and compared with BF16",
+            fix="pass the float model that it was quantized from",
         )
     return pipe
 
@@ -210,48 +210,50 @@ def check_float(pipe: Pipeline, model: str) -> Pipeline:
 
 
 def trace(pipe: Pipeline, request: GenerateRequest, cancel: Stop | None = None) -> Trace:
-    """Make a video and keep the latents of its steps. One that is not finite ends in zeros."""
+    """Generate a video and record the latents of its steps. If it is not finite, its frames are black."""
     steps: list[Tensor] = []
     try:
         activate(pipe.device)
-        last = denoise(pipe, request, None, lambda event: None, cancel, lambda i, x: steps.append(x[0].cpu()))
-        frames = to_uint8(pipe.vae.decode(last)[0])
+        final = denoise(
+            pipe, request, None, lambda event: None, cancel, lambda i, x: steps.append(x[0].cpu())
+        )
+        frames = to_uint8(pipe.vae.decode(final)[0])
     except QualityError:
         frames = np.zeros((request.num_frames, request.height, request.width, 3), np.uint8)
     return Trace(torch.stack(steps).nan_to_num(0, 0, 0), frames)
 
 
-# ---- the layers ---------------------------------------------------------------------------------
+# ---- layers -------------------------------------------------------------------------------------
 
 
 def layer_inputs(pipe: Pipeline, request: GenerateRequest, cancel: Stop | None = None) -> dict[str, Tensor]:
-    """`expert.layer`, the first that reads an input -> some of its rows [n, K], over all steps."""
-    inputs = inputs_of(pipe, LAYER_TOKENS)
+    """`expert.layer` of an input's first reader -> rows [n, K], bf16, sampled over all steps."""
+    inputs = inputs_of(pipe, LAYER_ROWS)
     generator = torch.Generator().manual_seed(0)
-    denoise(watched(pipe, inputs, generator), request, None, lambda event: None, cancel)
-    return {layer: seen.statistics().rows for layer, seen in inputs.items()}
+    denoise(with_recording(pipe, inputs, generator), request, None, lambda event: None, cancel)
+    return {layer: recorded.statistics().rows for layer, recorded in inputs.items()}
 
 
 @torch.inference_mode()
-def layer_sqnr(plain: Pipeline, pipe: Pipeline, inputs: Mapping[str, Tensor]) -> dict[str, float]:
-    """`expert/layer` -> dB: what a quantized layer makes of the rows, against x W^T of the floats.
+def layer_sqnr(float_pipe: Pipeline, pipe: Pipeline, inputs: Mapping[str, Tensor]) -> dict[str, float]:
+    """`expert/layer` -> SQNR in dB of a quantized layer's output, against x W^T with the float weight.
 
-    In the precision that the schedule has for most steps. The bias is in neither.
+    `inputs`: rows [n, K], bf16. In the schedule's default precision, and without the bias.
     """
-    found = {}
-    floats = nn.ModuleDict(plain.experts)
+    sqnr = {}
+    floats = nn.ModuleDict(float_pipe.experts)
     for name, module in nn.ModuleDict(pipe.experts).named_modules():
-        if not isinstance(module, QuantLinear) or (x := inputs.get(leader_of(name))) is None:
+        if not isinstance(module, QuantLinear) or (x := inputs.get(first_in_group(name))) is None:
             continue
         weight: Any = floats.get_submodule(name).weight
         y = module(x.to(module.device), pipe.policy.default.precision).float().cpu()
         bias = 0 if module.bias is None else module.bias.cpu()
-        found[name.replace(".", "/", 1)] = output_sqnr(y - bias, x.float() @ weight.float().cpu().t())
-    return found
+        sqnr[name.replace(".", "/", 1)] = output_sqnr(y - bias, x.float() @ weight.float().cpu().t())
+    return sqnr
 
 
 def bits_per_weight(pipe: Pipeline) -> float:
-    """Of the linears of the blocks, scales included, biases left out."""
+    """Bits per weight of the blocks' linear layers, with scales and without biases."""
     size = count = 0
     for name, module in nn.ModuleDict(pipe.experts).named_modules():
         if not isinstance(module, nn.Linear) or not is_block_linear(name.partition(".")[2]):

@@ -1,4 +1,4 @@
-"""The quality table: one row for each way to quantize, as Markdown and as JSON. No torch."""
+"""The quality table: one row per quantization case, as Markdown and as JSON. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from ascendit.report import selected
 
 BASIS = 192
-"""The number of videos that limits are for."""
+"""The number of videos that `most_lost` refers to."""
 MEASURES = (
     "bits, per weight",
     "layers dB, worst / median",
@@ -20,55 +20,55 @@ MEASURES = (
     "PSNR dB, median / least",
     "SSIM, median / least",
 )
-"""The columns between the name of a case and its counts."""
+"""The columns between name and counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualityCase:
-    """One way to quantize. `options` are what `ascendit.load` takes besides model and device."""
+    """One way to quantize. `options`: of `ascendit.load`, besides model and device."""
 
     name: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
     most_lost: int | None = None
-    """How many of `BASIS` videos it may get wrong that BF16 gets right; None: no limit."""
+    """Allowed number of `BASIS` videos that are right with BF16 and wrong here; None: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualityRow(QualityCase):
-    """One case, measured. Tuples have one entry for each video, in one order for all cases."""
+    """The measurements of one case. Tuples have one entry per video, in the same order for all cases."""
 
     bits: float
-    """Per weight of the linears of the blocks, with scales."""
+    """Per weight of the blocks' linear layers, with scales."""
     layers: Mapping[str, float] = field(default_factory=dict)
-    """Layer -> signal to noise of its output in dB; those in BF16 are left out."""
+    """Quantized layer -> SQNR of its output in dB."""
     right: tuple[bool, ...]
     psnr: tuple[float, ...]
     ssim: tuple[float, ...]
     cosine: tuple[tuple[float, ...], ...]
-    """Video -> step -> of the latents after it with those of BF16."""
+    """Per video and step: cosine similarity of the latents after the step with those of BF16."""
     distance: tuple[tuple[float, ...], ...]
-    """The same, |difference| / |latents of BF16|."""
+    """Per video and step: relative L2 distance of the latents, |difference| / |latents of BF16|."""
 
     @property
     def per_step(self) -> dict[str, list[float]]:
-        """Medians over the videos, one number for each step."""
+        """Medians over the videos, one number per step."""
         videos = {"cosine": self.cosine, "relative_l2": self.distance}
         return {name: [median(step) for step in zip(*x, strict=True)] for name, x in videos.items()}
 
     def lost(self, base: QualityRow) -> int:
-        """Videos that are right in `base` and not here."""
+        """Number of videos that are right in `base` and wrong here."""
         return sum(a and not b for a, b in zip(base.right, self.right, strict=True))
 
     def won(self, base: QualityRow) -> int:
-        """Videos that are right here and not in `base`."""
+        """Number of videos that are right here and wrong in `base`."""
         return base.lost(self)
 
     def allowed(self) -> int | None:
-        """The limit for as many videos as there are, rounded up."""
+        """The limit for this number of videos, rounded up; None: no limit."""
         return None if self.most_lost is None else math.ceil(self.most_lost * len(self.right) / BASIS)
 
     def as_dict(self, base: QualityRow) -> dict[str, Any]:
-        """For JSON: medians and extremes, and every layer."""
+        """Plain data for JSON: medians, extremes and every layer."""
         steps = {key: [round(x, 6) for x in values] for key, values in self.per_step.items()}
         worst = min(self.layers, key=lambda name: self.layers[name], default=None)
         return {
@@ -96,17 +96,17 @@ class QualityRow(QualityCase):
         }
 
     def cells(self, base: QualityRow) -> list[str]:
-        """One line of the table."""
+        """The cells of this row."""
         values, right = self.layers.values(), f"{sum(self.right)}"
         layers = f"{min(values):.1f} / {median(values):.1f}" if values else "-"
         head = [self.name, f"{self.bits:.2f}", layers]
         if self is base:
             return [*head, "-", "-", "-", "-", right, "-"]
-        cos, away = self.per_step.values()
+        cos, distance = self.per_step.values()
         return [
             *head,
             f"{cos[0]:.4f} / {cos[-1]:.4f} / {min(map(min, self.cosine)):.4f}",
-            f"{away[0]:.4f} / {away[-1]:.4f} / {max(map(max, self.distance)):.4f}",
+            f"{distance[0]:.4f} / {distance[-1]:.4f} / {max(map(max, self.distance)):.4f}",
             f"{median(self.psnr):.1f} / {min(self.psnr):.1f}",
             f"{median(self.ssim):.4f} / {min(self.ssim):.4f}",
             right,
@@ -116,7 +116,7 @@ class QualityRow(QualityCase):
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """All rows; the first is BF16, which the others are held against."""
+    """All rows; the first is the BF16 baseline."""
 
     model: str
     device: str
@@ -126,17 +126,17 @@ class Quality:
 
     @property
     def base(self) -> QualityRow:
-        """BF16."""
+        """The BF16 baseline."""
         return self.rows[0]
 
     def verdicts(self) -> Iterable[tuple[QualityRow, bool]]:
-        """The rows that have a limit, and whether they keep it."""
+        """The rows with a limit, and whether they are within it."""
         for row in self.rows:
             if (limit := row.allowed()) is not None:
                 yield row, row.lost(self.base) <= limit
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain data for JSON."""
         return {
             **selected(self, "model", "device", "prompts", "seeds"),
             "videos": len(self.base.right),
@@ -144,7 +144,7 @@ class Quality:
         }
 
     def table(self) -> str:
-        """Markdown."""
+        """The table in Markdown."""
         head = ["case", *MEASURES, f"right of {len(self.base.right)}", "lost / won"]
         lines = [head, ["---"] * len(head), *(row.cells(self.base) for row in self.rows)]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)

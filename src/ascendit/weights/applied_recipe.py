@@ -1,4 +1,4 @@
-"""A recipe applied to one expert: what becomes of each layer. Headers only, no torch."""
+"""A recipe applied to one expert: the scheme of each layer, and checks. Headers only, no torch."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from ascendit.report import group_by
 from ascendit.weights.engine_formats import traits_of
 
 TILES = "F8_E4M3"
-"""Dtype of weights in tiles, the only non-float dtype of a source."""
+"""Dtype of FP8 weights in tiles, the only quantized weights that a source may have."""
 
 
 @dataclass(frozen=True)
 class AppliedRecipe(LayerSchemes):
-    """One expert and the schemes of its layers, by Diffusers' names."""
+    """One expert and the schemes of its layers, with Diffusers names."""
 
     expert: Expert
     layers: tuple[LayerScheme, ...]
     """Every linear layer, in the order of the model."""
     attention: tuple[AttentionScheme, ...]
     round_to: str
-    """`BF16`, or "": as the source has it."""
+    """`BF16`, or "" for the dtype of the source."""
     smoothing: Mapping[str, Any] = field(default_factory=dict)
     """Layer -> mul_scale, float32 [K]."""
 
     def weight(self, layer: str) -> TensorInfo:
-        """Where the weight [N, K] of a layer is stored in the source."""
+        """The header entry of the weight [N, K] of a layer in the source."""
         return self.expert.tensors[f"{layer}.weight"]
 
     def dtype(self, info: TensorInfo) -> str:
-        """The dtype of a float tensor once it is read: BF16 from tiles, and where the recipe rounds."""
+        """The dtype of a float tensor after reading: BF16 for FP8 in tiles, or if the recipe rounds."""
         if info.dtype not in (*FLOAT_DTYPES, TILES):
             return info.dtype
         return self.round_to or ("BF16" if info.dtype == TILES else info.dtype)
 
     @property
     def traits(self) -> frozenset[str]:
-        """What matters to an engine."""
-        shapes = {name: self.weight(name).shape for name in self.coded}
+        """Properties that engines check, see `traits_of`."""
+        shapes = {name: self.weight(name).shape for name in self.quantized}
         smoothing = {name: scale.float().numpy().tobytes() for name, scale in self.smoothing.items()}
-        return traits_of(self.inside, shapes, smoothing)
+        return traits_of(self.layer_schemes, shapes, smoothing)
 
     @property
-    def inside(self) -> dict[str, str]:
-        """Linears of the blocks, and others that are quantized or smoothed -> scheme."""
+    def layer_schemes(self) -> dict[str, str]:
+        """Linear layers of the blocks, and others that are quantized or smoothed -> scheme."""
         return {
             layer.name: layer.scheme
             for layer in self.layers
@@ -63,15 +63,15 @@ class AppliedRecipe(LayerSchemes):
 
     @property
     def bytes_before(self) -> int:
-        """Of the tensors of the source."""
+        """Bytes of the tensors of the source."""
         return sum(info.nbytes for info in self.expert.tensors.values())
 
     @property
-    def kept(self) -> dict[str, tuple[str, ...]]:
-        """Why -> layers that stay as they are, grouped."""
+    def excluded(self) -> dict[str, tuple[str, ...]]:
+        """Reason -> layers that are not quantized, grouped."""
         names = [layer.name for layer in self.layers]
-        reasons = group_by((x for x in self.layers if x.scheme == "bf16"), lambda layer: layer.why)
-        return {why: grouped((x.name for x in layers), names) for why, layers in reasons.items()}
+        reasons = group_by((x for x in self.layers if x.scheme == "bf16"), lambda layer: layer.reason)
+        return {reason: grouped((x.name for x in layers), names) for reason, layers in reasons.items()}
 
 
 def apply_recipe(
@@ -82,10 +82,10 @@ def apply_recipe(
     keep: Sequence[str] = (),
     smoothing: Mapping[str, Any] | None = None,
 ) -> AppliedRecipe:
-    """What `recipe` makes of `expert`. `smoothing`: layer -> mul_scale.
+    """Apply `recipe` to `expert`. `smoothing`: layer -> mul_scale, float32 [K].
 
-    UsageError: E-QNT-01 for a source that is quantized already, one whose heads are unknown where rotations
-    are asked for, a layer that its scale rule cannot take; E-USE-05 for patterns and smoothing that fit no
+    Raises UsageError E-QNT-01 for a source that is quantized already, rotations without a known number of
+    heads, or a layer that its scale rule does not support; E-USE-05 for patterns and smoothing that match no
     layer.
     """
     check_source(expert)
@@ -96,21 +96,21 @@ def apply_recipe(
     if any(a.rotate for a in attention):
         _check_rotation(expert)
     applied = AppliedRecipe(expert, layers, attention, recipe.round_to.upper(), smoothing)
-    for layer in applied.coded.values():
+    for layer in applied.quantized.values():
         _check_layer(applied, layer)
     return applied
 
 
 def check_source(expert: Expert) -> None:
-    """UsageError E-QNT-01 unless the weights are floats, or FP8 in tiles, which is read as BF16."""
-    found = {layer.scheme for layer in expert.layers.values()} - {FP8_TILES}
-    if not found:
+    """Raise UsageError E-QNT-01 unless the weights are floats, or FP8 in tiles, which is read as BF16."""
+    quantized = {layer.scheme for layer in expert.layers.values()} - {FP8_TILES}
+    if not quantized:
         return
-    schemes = ", ".join(sorted(found - {"bf16"})) or "smoothed weights"
+    schemes = ", ".join(sorted(quantized - {"bf16"})) or "smoothed weights"
     raise UsageError(
         f"{expert.path} is quantized already ({schemes}, {expert.origin})",
-        needs="weights in BF16, float16 or float32: codes of codes lose twice",
-        fix="give the BF16 original; `ascendit repack` takes this one as it is into another layout",
+        needs="weights in BF16, float16 or float32: re-quantizing quantized weights compounds the error",
+        fix="pass the BF16 original; `ascendit repack` converts quantized weights to another layout",
         code="E-QNT-01",
     )
 
@@ -118,33 +118,33 @@ def check_source(expert: Expert) -> None:
 def check_kind(
     kind: str | None, schemes: Iterable[str], name: str, *, force: bool, way: str = "--force"
 ) -> None:
-    """UsageError E-QNT-02 for W4A4 on a TI2V-5B model. `way`: how to ask for it all the same."""
-    if kind == "ti2v" and (found := sorted(set(schemes) & set(FP4))) and not force:
+    """Raise UsageError E-QNT-02 for W4A4 on a TI2V-5B model unless `force`, set by the option `way`."""
+    if kind == "ti2v" and (w4a4 := sorted(set(schemes) & set(FP4))) and not force:
         raise UsageError(
-            f"{name} is a TI2V-5B model, and {', '.join(found)} is W4A4",
-            needs=f"{way}: vLLM-Omni's documentation reports a visible loss of accuracy for this pair",
-            fix=f"--scheme mxfp8, or {way} to do it all the same",
+            f"{name} is a TI2V-5B model, and {', '.join(w4a4)} is W4A4",
+            needs=f"{way}: vLLM-Omni's documentation reports a visible loss of accuracy for this combination",
+            fix=f"use the scheme mxfp8, or add {way} to accept the loss",
             code="E-QNT-02",
         )
 
 
 def warnings_for(experts: Iterable[AppliedRecipe], recipe: Recipe, kind: Task) -> list[str]:
-    """What a user should know before using the result: shapes, kinds, gaps."""
+    """Warnings about the result: recipes for other models, unknown config values, problematic shapes."""
     texts = []
     if recipe.kinds and kind not in recipe.kinds:
         published = ", ".join(recipe.kinds)
         texts.append(
-            f"{recipe.name} is published for {published}; its rules were taken for this {kind} model"
+            f"recipe {recipe.name} is published for {published}, and was applied to this {kind} model"
         )
     for applied in experts:
         texts += [applied.expert.config_problem] if applied.expert.config_problem else []
-        for text, names in _shape_trouble(applied).items():
+        for text, names in _shape_warnings(applied).items():
             texts.append(f"{text}: {', '.join(grouped(names, (layer.name for layer in applied.layers)))}")
     return list(dict.fromkeys(texts))
 
 
 def head_dim(expert: Expert) -> int:
-    """Channels of one head."""
+    """Head size D of the attention."""
     size: int = expert.config.get("attention_head_dim", WanConfig.attention_head_dim)
     return size
 
@@ -154,8 +154,8 @@ def _check_rotation(expert: Expert) -> None:
         raise UsageError(
             f"rotated attention in {expert.path}: "
             + (expert.config_problem or f"heads of {head_dim(expert)} values, not a power of two"),
-            needs="a config.json that tells the heads; a Hadamard matrix has 2^n rows",
-            fix="put the model's config.json beside the weights, or take a recipe without rotation",
+            needs="a config.json with the number of heads, and a head size that is a power of two",
+            fix="copy the model's config.json next to the weights, or use a recipe without rotation",
             code="E-QNT-01",
         )
 
@@ -172,8 +172,8 @@ def _check_layer(applied: AppliedRecipe, layer: LayerScheme) -> None:
     if (layer.scale_rule or "").startswith("msms:") and dtype == "F16":
         raise UsageError(
             f"{layer.name} is float16, and scale rule {layer.scale_rule} is msModelSlim's",
-            needs="BF16 or float32 weights: msModelSlim's arithmetic has no float16",
-            fix='add round_to = "bf16" to the recipe, or leave the scale rule out',
+            needs="BF16 or float32 weights: msModelSlim's arithmetic does not support float16",
+            fix='add round_to = "bf16" to the recipe, or omit the scale rule',
             code="E-QNT-01",
         )
 
@@ -184,22 +184,23 @@ def _check_smoothing(expert: Expert, smoothing: Mapping[str, Any], layers: set[s
         if name not in layers or info is None or tuple(scale.shape) != info.shape[1:]:
             raise UsageError(
                 f"smoothing of {name!r} with a mul_scale of shape {tuple(scale.shape)}",
-                needs="a linear layer of this model, and one factor for each of its input channels",
-                fix="take the mul_scale of the same model",
+                needs="a linear layer of this model, and one factor per input channel",
+                fix="use the mul_scale of the same model",
                 code="E-USE-05",
             )
 
 
-def _shape_trouble(applied: AppliedRecipe) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name, layer in applied.coded.items():
+def _shape_warnings(applied: AppliedRecipe) -> dict[str, list[str]]:
+    """Warning -> layers."""
+    warnings: dict[str, list[str]] = {}
+    for name, layer in applied.quantized.items():
         k, scheme = applied.weight(name).shape[1], SCHEMES[layer.scheme]
         if scheme.packed and k % 2:
-            found.setdefault("odd K, which the NPU's FP4 operators do not take", []).append(name)
+            warnings.setdefault("K is odd, which the NPU's FP4 operators do not support", []).append(name)
         elif scheme.group and k % scheme.group:
-            text = f"K is no multiple of {scheme.group}, so the last group is short"
-            found.setdefault(f"{text}: no tensor parallelism over K", []).append(name)
+            text = f"K is not a multiple of {scheme.group}, so the last group is partial"
+            warnings.setdefault(f"{text}: no tensor parallelism over K", []).append(name)
         elif scheme.block and k % scheme.block:
-            text = f"K is no multiple of {scheme.block}, so the last block is short"
-            found.setdefault(f"{text}: other engines may refuse it", []).append(name)
-    return found
+            text = f"K is not a multiple of {scheme.block}, so the last block is partial"
+            warnings.setdefault(f"{text}: other engines may reject it", []).append(name)
+    return warnings

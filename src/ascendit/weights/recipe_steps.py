@@ -1,4 +1,4 @@
-"""The steps of a float expert that is quantized: rows are read, folded, rounded, smoothed and encoded."""
+"""Plan the steps that quantize a float expert: read rows, fold LoRA files, round, smooth and encode."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ascendit.names import sort_names
 from ascendit.quant.layer_rules import LayerScheme
 from ascendit.quant.schemes import SCHEMES
 from ascendit.weights.applied_recipe import TILES, AppliedRecipe, head_dim
-from ascendit.weights.engine_formats import CANONICAL, Dialect, layer_specs
+from ascendit.weights.engine_formats import CANONICAL, TargetFormat, layer_specs
 from ascendit.weights.lora.fold import Folds
 from ascendit.weights.shards import columns_of
 from ascendit.weights.tensor_steps import (
@@ -41,43 +41,43 @@ from ascendit.weights.tensor_steps import (
     tile_values,
 )
 
-SMALLER = 4
-"""Blocks of rows that are worked on are so many times smaller: each has copies in float32."""
-MOST_THREADS = 4
-"""Threads that encode: no disk can feed more. Half of PyTorch's, if that is less: the others write."""
+BLOCK_DIVISOR = 4
+"""Divisor of the block size when rows are processed in float32, which needs several copies."""
+MAX_ENCODER_THREADS = 4
+"""Limit of encoder threads, enough for any disk. At most half of PyTorch's threads: the others write."""
 
 
 class RecipeSteps:
-    """What `applied` makes of an expert, as a plan of steps and as plain rows.
+    """The output of an applied recipe, as a plan of steps and as float rows.
 
-    `folds`: LoRA files, added first. `measure`: while the steps run, `sqnr` gets that of each layer, in dB.
-    Steps that `weights.shards` has cut read their part alone, with one exception: columns of int8 and fp8,
-    whose scale for each row needs whole rows.
+    `folds`: LoRA files, added first. `measure`: the steps store the SQNR of each layer in `sqnr`, in dB.
+    Steps cut by `weights.shards` read only their shard, except for columns of int8 and fp8: the scale of a
+    row needs the complete row.
     """
 
     def __init__(
         self,
         applied: AppliedRecipe,
-        dialect: Dialect = CANONICAL,
+        target: TargetFormat = CANONICAL,
         folds: Folds | None = None,
         *,
         measure: bool = False,
     ) -> None:
-        self.applied, self.dialect, self.folds = applied, dialect, folds
+        self.applied, self.target, self.folds = applied, target, folds
         self.sqnr: dict[str, float] = {}
         self._measure = measure
         self._encoder = functools.lru_cache(maxsize=1)(self._new_encoder)
 
     def plan(self) -> list[TensorStep]:
-        """In the order of the output."""
-        expert, coded = self.applied.expert, self.applied.coded
+        """Return the steps in output order."""
+        expert, quantized = self.applied.expert, self.applied.quantized
         steps: dict[str, TensorStep] = {}
-        for step in stored_steps(expert, self.dialect):
+        for step in stored_steps(expert, self.target):
             layer, _, role = step.name.rpartition(".")
-            if layer in coded and role == "weight":
-                step = self._layer(coded[layer])
-            elif layer in coded or self._changed(step.name):
-                dtype = "F32" if layer in coded else self.applied.dtype(step.sources[0])
+            if layer in quantized and role == "weight":
+                step = self._layer(quantized[layer])
+            elif layer in quantized or self._changed(step.name):
+                dtype = "F32" if layer in quantized else self.applied.dtype(step.sources[0])
                 specs = (replace(step.specs[0], dtype=dtype),)
                 step = replace(step, how="rows", specs=specs, make=self._float_rows)
             steps[step.name] = step
@@ -94,15 +94,15 @@ class RecipeSteps:
         return [steps[name] for name in sort_names(steps)]
 
     def _smoothing(self) -> Mapping[str, Tensor]:
-        """As given; ones where the engine that reads the result requires a factor."""
-        ones = [name for name, layer in self.applied.coded.items() if layer.scheme in self.dialect.ones]
-        return {name: torch.ones(self.applied.weight(name).shape[1]) for name in ones} | dict(
-            self.applied.smoothing
-        )
+        """Layer -> mul_scale; ones if the target requires it and the recipe has none."""
+        required = self.target.unit_mul_scale
+        unsmoothed = [name for name, layer in self.applied.quantized.items() if layer.scheme in required]
+        ones = {name: torch.ones(self.applied.weight(name).shape[1]) for name in unsmoothed}
+        return ones | dict(self.applied.smoothing)
 
     def _layer(self, layer: LayerScheme) -> TensorStep:
         tensors, name = self.applied.expert.tensors, f"{layer.name}.weight"
-        specs = layer_specs(layer.name, layer.scheme, tensors[name].shape, bias=False, dialect=self.dialect)
+        specs = layer_specs(layer.name, layer.scheme, tensors[name].shape, bias=False, target=self.target)
         return TensorStep(
             name=name,
             how="encode",
@@ -112,7 +112,7 @@ class RecipeSteps:
         )
 
     def _changed(self, name: str) -> bool:
-        """Whether the values differ from those in the file."""
+        """Whether the values differ from the stored ones."""
         info = self.applied.expert.tensors[name]
         folded = self.folds is not None and name in self.folds.names
         smoothed = name.endswith(".weight") and name.removesuffix(".weight") in self.applied.smoothing
@@ -121,10 +121,11 @@ class RecipeSteps:
     def rows(
         self, reader: RowReader, name: str, shard: ShardSpec = WHOLE, *, small: bool = False
     ) -> Iterator[tuple[int, Tensor]]:
-        """(row of the tensor, rows from there on) of its part; the rows are valid until the next come.
+        """Yield (index of the first row, float rows [n, K]) of the shard, valid until the next block.
 
-        FP8 in tiles is decoded to BF16; LoRA files are folded in; what the recipe rounds is rounded; smoothed
-        weights are multiplied. `small`: for a caller that copies rows in float32.
+        Decodes FP8 in tiles to BF16, folds LoRA files, rounds to the recipe's dtype and multiplies smoothed
+        weights. `small`: smaller blocks, for a caller that copies rows in float32. Raises CheckpointError
+        E-CKP-08 for invalid tile scales, E-LRA-01 for LoRA values that are not finite.
         """
         info, columns = self.applied.expert.tensors[name], columns_of(shard)
         inverse = self.applied.expert.tensors.get(f"{name}_scale_inv")
@@ -135,7 +136,7 @@ class RecipeSteps:
             info,
             shard=shard,
             multiple=FP8_TILE if info.dtype == TILES else 1,
-            block_bytes=max(BLOCK_BYTES // SMALLER, 1) if small or self._changed(name) else None,
+            block_bytes=max(BLOCK_BYTES // BLOCK_DIVISOR, 1) if small or self._changed(name) else None,
         ):
             rows = as_tensor(view, part)
             if tiles is not None:
@@ -151,24 +152,24 @@ class RecipeSteps:
             yield step.name, as_bytes(rows.to(dtype))
 
     def _encode(self, layer: LayerScheme, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
-        """Codes while rows are read, then scales."""
+        """Yield the quantized weights while rows are read, then the scales."""
         name, info = step.name, step.sources[0]
-        by_rows = step.shard.axis == 1 and not SCHEMES[layer.scheme].block
-        part, kept = (WHOLE, columns_of(step.shard)) if by_rows else (step.shard, slice(None))
+        full_rows = step.shard.axis == 1 and not SCHEMES[layer.scheme].block
+        shard, columns = (WHOLE, columns_of(step.shard)) if full_rows else (step.shard, slice(None))
         rule = self.scale_rule(reader, layer)
         scales = {"weight_scale": bytearray(), "weight_dual_scale": bytearray()}
         encoder = None
-        for start, rows in self.rows(reader, name, part):
+        for start, rows in self.rows(reader, name, shard):
             if encoder is None:
-                form = SCHEMES[layer.scheme].weight
-                encoder = self._encoder(form, rule, rows.shape[1], rows.dtype, len(rows))
+                fmt = SCHEMES[layer.scheme].weight
+                encoder = self._encoder(fmt, rule, rows.shape[1], rows.dtype, len(rows))
                 encoder.restart()
             encoded = encoder(rows)
             if (bad_row := first_bad_row(encoded)) is not None:
                 raise not_finite(self.applied.expert.name, name, start + bad_row)
-            qdata = as_bytes(encoded.qdata[:, kept])
-            wide = self.dialect.container(layer.scheme) == "e4m3"
-            yield name, recode(qdata, info.shape[1], "packed", "e4m3") if wide else qdata
+            qdata = as_bytes(encoded.qdata[:, columns])
+            unpack = self.target.packing(layer.scheme) == "e4m3"
+            yield name, recode(qdata, info.shape[1], "packed", "e4m3") if unpack else qdata
             scales["weight_scale"] += as_bytes(encoded.scale)
             if encoded.dual_scale is not None:
                 scales["weight_dual_scale"] += as_bytes(encoded.dual_scale)
@@ -178,23 +179,21 @@ class RecipeSteps:
             role = spec.name.rpartition(".")[2]
             yield spec.name, scales.get(role) or bytes(spec.nbytes)  # an offset is zeros
 
-    def _new_encoder(
-        self, form: str, rule: str, length: int, dtype: torch.dtype, max_rows: int
-    ) -> RowEncoder:
-        """Kept for the next layer; codes must outlive WAITING pieces that are not written yet."""
+    def _new_encoder(self, fmt: str, rule: str, length: int, dtype: torch.dtype, max_rows: int) -> RowEncoder:
+        """An encoder that is cached for the next layer, with a buffer for each piece not written yet."""
         return RowEncoder(
-            form,
+            fmt,
             length,
             dtype=dtype,
             max_rows=max_rows,
             scale_rule=rule,
             measure=self._measure,
             buffers=WAITING + 1,
-            threads=min(max(torch.get_num_threads() // 2, 1), MOST_THREADS),
+            threads=min(max(torch.get_num_threads() // 2, 1), MAX_ENCODER_THREADS),
         )
 
     def scale_rule(self, reader: RowReader, layer: LayerScheme) -> str:
-        """The rule of a layer; a constant that is searched for errs least over the whole weight."""
+        """The scale rule of a layer; SEARCH selects the one with the smallest error on the weight."""
         assert layer.scale_rule is not None
         if layer.scale_rule != SEARCH:
             return layer.scale_rule
@@ -210,10 +209,10 @@ def _constant(tensor: Tensor, step: TensorStep, reader: RowReader) -> Iterator[P
 
 
 def not_finite(expert: str, name: str, row: int) -> CheckpointError:
-    """A weight that has no codes."""
+    """E-QNT-01: a weight that cannot be quantized."""
     return CheckpointError(
-        f"{expert}: {name} holds NaN or infinity in row {row}",
-        needs="finite weights: a block without a scale (byte 255) is refused by every reader",
-        fix=f"download the model again, or keep the layer: --keep {name.removesuffix('.weight')}",
+        f"{expert}: {name} has NaN or infinity in row {row}",
+        needs="finite weights: every reader rejects a block with a NaN scale (byte 255)",
+        fix=f"download the model again, or exclude the layer: --keep {name.removesuffix('.weight')}",
         code="E-QNT-01",
     )

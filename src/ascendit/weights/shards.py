@@ -1,8 +1,8 @@
-"""One rank's part of a linear layer -> the part of each of its tensors, codes and scales alike. No torch.
+"""Map one rank's shard of a linear layer to shards of its tensors: weight, scales and bias. No torch.
 
-A part is given in output features (axis 0, N) or input features (axis 1, K) of the layer. Columns must begin
-and end on the blocks that share a scale. A bias belongs to the rows: with columns each rank reads all of it,
-and the caller lets one rank add it.
+A shard is a range of output features (axis 0, N) or input features (axis 1, K) of the layer. Ranges of K must
+begin and end at the blocks that share a scale. A bias is sharded only along N: for ranges of K each rank
+reads all of it, and the caller adds it on one rank.
 """
 
 from __future__ import annotations
@@ -17,21 +17,20 @@ from ascendit.quant.schemes import STORED_SCHEMES, scheme_after_reading
 from ascendit.weights.tensor_steps import TensorStep
 
 LayerShards = Callable[[str], ShardSpec] | Mapping[str, ShardSpec]
-"""Layer -> the part of it that is wanted; a layer that a mapping does not name is whole."""
+"""Layer -> its shard; layers that are missing from a mapping are complete."""
 
 
 def shard_of(shards: LayerShards, layer: str) -> ShardSpec:
-    """The part of one layer."""
+    """The shard of one layer."""
     return shards.get(layer, WHOLE) if isinstance(shards, Mapping) else shards(layer)
 
 
 def cut_steps(
     steps: Iterable[TensorStep], expert: Expert, schemes: Mapping[str, str], shards: LayerShards
 ) -> list[TensorStep]:
-    """The steps that make the parts alone, and read nothing else where they can.
+    """Restrict steps to shards, so that they read no other bytes where possible.
 
-    `schemes`: layer -> scheme in which it comes out, if not in bf16. UsageError E-USE-05 for a part that a
-    layer does not have.
+    `schemes`: layer -> output scheme; default bf16. Raises UsageError E-USE-05 for an invalid shard.
     """
     cut = []
     for step in steps:
@@ -45,19 +44,20 @@ def cut_steps(
 
 
 def _cut(step: TensorStep, shard: ShardSpec, shape: tuple[int, ...], scheme: str) -> TensorStep:
-    def part(name: str, stored: tuple[int, ...]) -> ShardSpec:
+    def tensor_shard(name: str, stored: tuple[int, ...]) -> ShardSpec:
         return role_shard(shard, name.rpartition(".")[2], stored, shape, scheme)
 
-    specs = (replace(s, shape=part(s.name, s.shape).of(s.shape)) for s in step.specs)
+    specs = (replace(s, shape=tensor_shard(s.name, s.shape).of(s.shape)) for s in step.specs)
     source = step.sources[0].shape if step.sources else ()
-    return replace(step, specs=tuple(specs), shard=part(step.name, source))
+    return replace(step, specs=tuple(specs), shard=tensor_shard(step.name, source))
 
 
 def check_shard(layer: str, scheme: str, shape: tuple[int, ...], shard: ShardSpec) -> ShardSpec:
-    """The part of a layer with a weight of `shape`, with its count. UsageError E-USE-05 if there is none.
+    """Return the shard of a layer with a weight of `shape`, with its count filled in.
 
-    `scheme`: a key of `quant.schemes.STORED_SCHEMES`. A part along K is a multiple of 32 in MX schemes and of
-    512 in `mxfp4_dualscale`, but for the end of the last one.
+    `scheme`: a key of `quant.schemes.STORED_SCHEMES`. Ranges of K are multiples of 32 in MX schemes and of
+    512 in `mxfp4_dualscale`, except for the end of the last one. Raises UsageError E-USE-05 for an invalid
+    shard.
     """
     if shard == WHOLE:
         return shard
@@ -67,12 +67,14 @@ def check_shard(layer: str, scheme: str, shape: tuple[int, ...], shard: ShardSpe
     unit = (row.group or row.block or 1) if shard.axis == 1 else 1
     fits = 0 <= shard.start < stop <= size
     if not fits or shard.start % unit or (stop % unit and stop != size):
-        words = "rows" if shard.axis == 0 else "columns"
+        axis = "rows" if shard.axis == 0 else "columns"
         raise UsageError(
-            f"{words} {shard.start} to {stop} of {layer} ({scheme}, {list(shape)})",
-            needs=f"a part of its {size} {words}"
-            + (f" in groups of {unit}, of which it has {-(-size // unit)}" if unit > 1 else ""),
-            fix=f"begin and end at multiples of {unit}" if unit > 1 else "give a start and a count inside it",
+            f"{axis} {shard.start} to {stop} of {layer} ({scheme}, {list(shape)})",
+            needs=f"a range of its {size} {axis}"
+            + (f" in blocks of {unit}, of which it has {-(-size // unit)}" if unit > 1 else ""),
+            fix=f"begin and end at multiples of {unit}"
+            if unit > 1
+            else "use a start and a count in this range",
             code="E-USE-05",
         )
     return replace(shard, count=stop - shard.start)
@@ -81,9 +83,10 @@ def check_shard(layer: str, scheme: str, shape: tuple[int, ...], shard: ShardSpe
 def role_shard(
     shard: ShardSpec, role: str, stored: tuple[int, ...], shape: tuple[int, ...], scheme: str
 ) -> ShardSpec:
-    """The part of one tensor of a layer. `stored`: its shape on disk, `shape`: that of the decoded weight.
+    """The shard of one tensor of a layer. `stored`: its shape on disk, `shape`: of the decoded weight.
 
-    Scales by rows and a bias are whole for columns, `mul_scale` for rows; so is one scale for all rows.
+    Complete for columns: scales per row and the bias. Complete for rows: `mul_scale`. A single scale for all
+    rows is always complete.
     """
     if shard == WHOLE:
         return WHOLE
@@ -101,7 +104,7 @@ def role_shard(
 
 
 def columns_of(shard: ShardSpec) -> slice:
-    """The input features of a part; all of them for a part of the rows."""
+    """The input features of a shard; all of them for a shard of rows."""
     if shard.axis == 0 or shard == WHOLE:
         return slice(None)
     return slice(shard.start, None if shard.count is None else shard.start + shard.count)

@@ -1,10 +1,9 @@
 """One transformer as a stream of canonical tensors: a plan is a list of `TensorStep`.
 
-`stored_steps` plans an expert as it is stored: tensors get another container, wider floats, or one row made
-many; numbers never change. `weights.recipe_steps` plans one that is quantized on the way. `run_steps` gives
-the tensors of either to a `Sink`: a folder, a model or a checker. Each step makes its bytes some rows at a
-time, so that no tensor is ever complete in memory. No torch at import: numpy is imported by the calls, torch
-only for FP8 in tiles.
+`stored_steps` plans an expert without changing its numbers: it changes the packing, converts floats to
+float32 and repeats single scales. `weights.recipe_steps` plans an expert that is quantized. `run_steps`
+passes the tensors to a `Sink`: a folder, a model or a checker. A step processes some rows at a time, so no
+tensor is ever complete in memory. No torch at import: functions import numpy, and torch for FP8 in tiles.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from ascendit.mx.formats import FORMATS
 from ascendit.names import is_block_linear, sort_names
 from ascendit.progress import Advance
 from ascendit.quant.schemes import FP8_TILES, scheme_after_reading
-from ascendit.weights.engine_formats import CANONICAL, Dialect, layer_specs
+from ascendit.weights.engine_formats import CANONICAL, TargetFormat, layer_specs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,45 +51,45 @@ How = Literal["move", "copy", "widen", "repeat", "recode", "untile", "fill", "ro
 Check = Callable[[Any, str, str], None]
 """(bytes, dtype, name): raises for scales, offsets or factors that are invalid."""
 Piece = tuple[str, Data]
-"""Name of a tensor, and its next bytes."""
+"""(name of a tensor, its next bytes)."""
 Make = Callable[["TensorStep", RowReader], Iterator[Piece]]
 WAITING = 2
-"""Pieces that a sink holds on to, at most, after `append` has returned; a ring of buffers needs one more."""
+"""Maximum number of pieces that a sink still uses after `append` returns; a ring buffer needs one more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorStep:
-    """One tensor, or those of one quantized layer: what they are, and the way to them from the source."""
+    """How one tensor, or all tensors of one quantized layer, are produced from the source."""
 
     name: str
-    """Of the first tensor; Diffusers' name, as all of them."""
+    """Diffusers name of the first tensor."""
     how: How
-    """move: bytes as they are, by the kernel where it can; copy: as they are, but seen; widen: to float32;
-    repeat: one number for all rows; recode: FP4 in another container; untile: FP8 in tiles to bfloat16;
-    fill: without a source; rows: folded, rounded or smoothed; encode: a layer's codes and scales."""
+    """move: unchanged, copied in the kernel if possible; copy: unchanged, but checked; widen: to float32;
+    repeat: one value for all rows; recode: FP4 in another packing; untile: FP8 in tiles to bfloat16;
+    fill: without a source; rows: folded, rounded or smoothed; encode: quantized weight and scales."""
     specs: tuple[TensorSpec, ...]
-    """The tensors, in the order they are made; none: the source is only checked."""
+    """The tensors in the order they are produced; empty: the source is only checked."""
     sources: tuple[TensorInfo, ...] = ()
     shard: ShardSpec = WHOLE
-    """The part of the first source that is read."""
+    """The shard of the first source that is read."""
     check: Check | None = None
     make: Make | None = None
-    """How its bytes are made; None: they are those of the source, checked, and widened for `widen`."""
+    """Produces the bytes; None: the bytes of the source, checked, and converted for `widen`."""
 
-    def bytes_made(self) -> int:
-        """Of all its tensors."""
+    def output_bytes(self) -> int:
+        """Bytes of all its tensors."""
         return sum(spec.nbytes for spec in self.specs)
 
-    def bytes_read(self) -> int:
-        """Of all its sources, whole."""
+    def source_bytes(self) -> int:
+        """Bytes of all its sources, including those outside the shard."""
         return sum(info.nbytes for info in self.sources)
 
     def produce(self, reader: RowReader) -> Iterator[Piece]:
-        """The bytes of its tensors, in order.
+        """Yield the bytes of its tensors in order.
 
-        A piece of `encode` is valid until WAITING more have been made, others until the next.
-        Raises CheckpointError E-CKP-08 for an invalid scale, offset or smoothing factor, E-CKP-04 for a
-        number in a wide container that is no FP4 number.
+        A piece of `encode` is valid until WAITING more are produced, other pieces until the next one. Raises
+        CheckpointError E-CKP-08 for an invalid scale, offset or smoothing factor, E-CKP-04 for an element
+        that is not an FP4 value.
         """
         return (self.make or _copy)(self, reader)
 
@@ -101,30 +100,30 @@ def smoothed_in(steps: Iterable[TensorStep]) -> set[str]:
     return {name.removesuffix(".mul_scale") for name in names if name.endswith(".mul_scale")}
 
 
-# ---- where the tensors of a plan go ----------------------------------------------------------------
+# ---- the receiver of the tensors ----------------------------------------------------------------
 
 
 class Sink:
-    """Takes tensors under their Diffusers names, in the order of the plan."""
+    """Receives tensors with Diffusers names, in the order of the plan."""
 
     def done(self, name: str) -> bool:
-        """Whether an earlier run has left this tensor here."""
+        """Whether the tensor is complete from an earlier run."""
         return False
 
     def append(self, name: str, data: Data) -> None:
-        """The next bytes of a tensor. They stay as they are until WAITING more have come, or `flush`."""
+        """Receive the next bytes of a tensor. They are valid until WAITING more calls, or `flush`."""
         raise NotImplementedError
 
     def move(self, step: TensorStep) -> None:
-        """The one tensor of a step that leaves its source as it is."""
+        """Receive the tensor of a `move` step, which is unchanged."""
         raise NotImplementedError
 
     def flush(self) -> None:
-        """Return when no piece is needed any more."""
+        """Return once no received piece is in use."""
 
 
 def no_progress(name: str, count: int, skipped: bool = False) -> None:
-    """No progress is reported."""
+    """No-op progress callback."""
 
 
 def run_steps(
@@ -135,34 +134,33 @@ def run_steps(
     advance: Advance = no_progress,
     encode_all: bool = False,
 ) -> None:
-    """Make every tensor that the sink does not have yet.
+    """Produce every tensor that the sink does not have yet.
 
-    `advance`: gets the bytes of the sources of a step while it runs. `encode_all`: layers that an earlier run
-    has written are encoded again, to be measured. Raises CheckpointError: E-CKP-08 for invalid scales,
-    E-CKP-04 for values that FP4 cannot hold, E-CKP-02 for files that shrink, E-QNT-01 for weights that are
-    not finite.
+    `advance`: receives the number of source bytes processed. `encode_all`: encode layers written by an
+    earlier run again, to measure them. Raises CheckpointError E-CKP-08 for invalid scales, E-CKP-04 for
+    values that are not in FP4, E-CKP-02 for truncated files, E-QNT-01 for weights that are not finite.
     """
     for step in steps:
         done = bool(step.specs) and all(sink.done(spec.name) for spec in step.specs)
         if done and not (encode_all and step.how == "encode"):
-            advance(step.name, step.bytes_read(), True)
+            advance(step.name, step.source_bytes(), True)
         elif step.how == "move":
             sink.move(step)
-            advance(step.name, step.bytes_read())
+            advance(step.name, step.source_bytes())
         else:
             _make(step, reader, sink, advance)
 
 
 def _make(step: TensorStep, reader: RowReader, sink: Sink, advance: Advance) -> None:
-    """Give the pieces of one step; the bytes of its sources are reported as those of its tensors come."""
-    made, reported, total, weight = 0, 0, step.bytes_made(), step.bytes_read()
+    """Pass the pieces of one step to the sink; progress is in source bytes, in proportion to the output."""
+    produced, reported, total, weight = 0, 0, step.output_bytes(), step.source_bytes()
     for name, data in step.produce(reader):
         if not sink.done(name):
             sink.append(name, data)
             if step.how != "encode":
                 sink.flush()
-        made += memoryview(data).nbytes
-        done = min(weight, weight * made // max(total, 1))
+        produced += memoryview(data).nbytes
+        done = min(weight, weight * produced // max(total, 1))
         advance(name, done - reported)
         reported = done
     if reported < weight:
@@ -179,12 +177,12 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def stored_steps(expert: Expert, dialect: Dialect = CANONICAL) -> list[TensorStep]:
-    """Every tensor of the source has its place in one step; names were checked when it was read.
+def stored_steps(expert: Expert, target: TargetFormat = CANONICAL) -> list[TensorStep]:
+    """Plan all tensors of a stored expert; each tensor of the source is used by one step.
 
-    `dialect`: which tensors a layer has, and in which container.
+    `target`: determines the tensors of a layer and their packing.
     """
-    steps = [step for layer in expert.layers.values() for step in _layer(layer, dialect)]
+    steps = [step for layer in expert.layers.values() for step in _layer(layer, target)]
     used = {info for step in steps for info in step.sources}
     steps += [moved(name, info) for name, info in expert.tensors.items() if info not in used]
     by_name = {step.name: step for step in steps}
@@ -192,13 +190,13 @@ def stored_steps(expert: Expert, dialect: Dialect = CANONICAL) -> list[TensorSte
 
 
 def moved(name: str, info: TensorInfo) -> TensorStep:
-    """A tensor that stays as it is."""
+    """A step for a tensor that does not change."""
     spec = TensorSpec(name, info.dtype, info.shape)
     return TensorStep(name=name, how="move", specs=(spec,), sources=(info,))
 
 
-def _layer(layer: Layer, dialect: Dialect) -> Iterator[TensorStep]:
-    """The tensors of one linear layer; an offset that is not among them is checked all the same."""
+def _layer(layer: Layer, target: TargetFormat) -> Iterator[TensorStep]:
+    """The steps of one linear layer. A stored offset is checked even if the target has none."""
     scheme = scheme_after_reading(layer.scheme)
     specs = layer_specs(
         layer.name,
@@ -207,7 +205,7 @@ def _layer(layer: Layer, dialect: Dialect) -> Iterator[TensorStep]:
         bias="bias" in layer.tensors,
         mul_scale="mul_scale" in layer.tensors,
         float_dtype=layer.tensors["weight"].dtype if layer.scheme == "bf16" else "BF16",
-        dialect=dialect,
+        target=target,
     )
     for spec in specs:
         role = spec.name.rpartition(".")[2]
@@ -216,23 +214,23 @@ def _layer(layer: Layer, dialect: Dialect) -> Iterator[TensorStep]:
             value = 1.0 if role == "mul_scale" else 0.0
             yield TensorStep(name=spec.name, how="fill", specs=(spec,), make=functools.partial(_fill, value))
         elif role == "weight":
-            yield _weight(layer, spec, info, dialect.container(layer.scheme))
+            yield _weight(layer, spec, info, target.packing(layer.scheme))
         elif role == "bias" and scheme == "bf16":
             yield moved(spec.name, info)
         else:
             yield _scale(role, spec, info)
-    if (info := layer.tensors.get("weight_offset")) is not None and not dialect.offset:
+    if (info := layer.tensors.get("weight_offset")) is not None and not target.offset:
         name = f"{layer.name}.weight_offset"
         yield TensorStep(name=name, how="copy", specs=(), sources=(info,), check=check_zero)
 
 
-def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, container: str) -> TensorStep:
+def _weight(layer: Layer, spec: TensorSpec, info: TensorInfo, packing: str) -> TensorStep:
     if layer.scheme == FP8_TILES:
         sources = (info, layer.tensors["weight_scale_inv"])
         return TensorStep(name=spec.name, how="untile", specs=(spec,), sources=sources, make=_untile)
-    if layer.container == container:
+    if layer.packing == packing:
         return replace(moved(spec.name, info), specs=(spec,))
-    make = functools.partial(_recode, layer.container, container)
+    make = functools.partial(_recode, layer.packing, packing)
     return TensorStep(name=spec.name, how="recode", specs=(spec,), sources=(info,), make=make)
 
 
@@ -249,9 +247,9 @@ def _scale(role: str, spec: TensorSpec, info: TensorInfo) -> TensorStep:
 
 
 def schemes_of(expert: Expert) -> dict[str, str]:
-    """Every linear of the blocks, and every other layer that is quantized or smoothed -> scheme, in order.
+    """All linear layers of the blocks, and other quantized or smoothed layers -> scheme, in model order.
 
-    FP8 in tiles is `bf16` here: that is what becomes of it.
+    FP8 in tiles is `bf16`, its scheme after reading.
     """
     named = [name.removesuffix(".weight") for name in expert.tensors if name.endswith(".weight")]
     layers = {name: "bf16" for name in named if is_block_linear(name)}
@@ -260,7 +258,7 @@ def schemes_of(expert: Expert) -> dict[str, str]:
 
 
 def smoothing_of(expert: Expert) -> dict[str, bytes]:
-    """Layer -> its `mul_scale` on disk, as float32."""
+    """Layer -> the bytes of its stored `mul_scale`, as float32 [K]. Raises as `to_float32`."""
     infos = {name: expert.layers[name].tensors["mul_scale"] for name in expert.smoothed}
     with RowReader() as reader:
         return {n: to_float32(reader.whole(x), x.dtype, x.name) for n, x in infos.items()}
@@ -287,7 +285,7 @@ def _fill(value: float, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
 
 
 def _checked(step: TensorStep, info: TensorInfo, data: Any) -> Any:
-    """The bytes, as float32 where those are made. Offsets, which are zeros then, may be of any type."""
+    """The checked bytes, as float32 for `widen` and `repeat`. Offsets may have any dtype: they are zeros."""
     if step.check is not None:
         step.check(data, info.dtype, info.name)
     if step.how not in ("widen", "repeat"):
@@ -302,29 +300,29 @@ def _check_e8m0(data: Any, dtype: str, name: str) -> None:
 
 
 def to_float32(data: bytes | memoryview, dtype: str, name: str) -> bytes:
-    """Float numbers as float32, exact. CheckpointError E-CKP-04 for float64 that float32 cannot hold."""
+    """Convert float bytes to float32. CheckpointError E-CKP-04 for float64 that float32 cannot represent."""
     if dtype != "F64":
         return float_bytes(bytes(data), dtype)
     import numpy as np
 
-    wide = np.frombuffer(data, np.float64)
+    float64 = np.frombuffer(data, np.float64)
     with np.errstate(over="ignore"):
-        narrow = wide.astype(np.float32)
-    if not np.array_equal(narrow.astype(np.float64), wide, equal_nan=True):
+        float32 = float64.astype(np.float32)
+    if not np.array_equal(float32.astype(np.float64), float64, equal_nan=True):
         raise CheckpointError(
-            f"{name} holds float64 numbers that float32 cannot hold",
-            needs="scales and biases in float32, or in a type that fits into it",
+            f"{name} has float64 values that float32 cannot represent",
+            needs="scales and biases with values that fit into float32",
             fix="export the model again; no known tool writes float64",
             code="E-CKP-04",
         )
-    return narrow.tobytes()
+    return float32.tobytes()
 
 
 # ---- FP4 ----------------------------------------------------------------------------------------
 
 _E4M3 = [sign | x for sign in (0, 0x80) for x in (0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C)]
 _BF16 = [s | x for s in (0, 0x8000) for x in (0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0)]
-"""0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives: the numbers of E2M1 in the order of their codes."""
+"""0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives: the E2M1 values in the order of their bit patterns."""
 _NAN, _NO_BYTE = 0x7F, 0xFFFF
 
 
@@ -336,9 +334,10 @@ def _recode(source: str, target: str, step: TensorStep, reader: RowReader) -> It
 
 
 def recode(rows: bytes | memoryview, length: int, source: str, target: str, name: str = "") -> bytes:
-    """FP4 rows of `length` numbers from one container to another: `packed`, `e4m3`, `bf16` (source only).
+    """Convert FP4 rows of `length` values between packings: `packed`, `e4m3`, `bf16` (source only).
 
-    Packed: two codes in a byte, the even index in the low nibble; an odd row ends with code 0.
+    Packed: two elements per byte, the even index in the low nibble; a row of odd length ends with a zero
+    nibble. Raises CheckpointError E-CKP-04 for values that are not in FP4.
     """
     import numpy as np
 
@@ -350,25 +349,25 @@ def recode(rows: bytes | memoryview, length: int, source: str, target: str, name
     if source == "bf16":
         numbers = _e4m3_of_bf16()[numbers.view(np.uint16)]
     if target == "e4m3":
-        found, bad = numbers, bool((numbers == _NAN).any())
+        recoded, bad = numbers, bool((numbers == _NAN).any())
     else:
         even = np.pad(numbers.reshape(-1, length), ((0, 0), (0, 1))) if length % 2 else numbers
-        found = _bytes_of_e4m3()[even.reshape(-1).view(np.uint16)]
-        bad = int(found.max(initial=0)) == _NO_BYTE
+        recoded = _bytes_of_e4m3()[even.reshape(-1).view(np.uint16)]
+        bad = int(recoded.max(initial=0)) == _NO_BYTE
     if bad:
         count = int((~np.isin(numbers, _E4M3)).sum())
         raise CheckpointError(
-            f"{name} holds {count} numbers that are not in FP4",
-            needs="0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, in a layer that the manifest calls FP4",
-            fix="export the model again; this file and its manifest do not belong together",
+            f"{name} has {count} values that are not in FP4",
+            needs="0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, because the manifest says FP4",
+            fix="export the model again; this file and its manifest are from different exports",
             code="E-CKP-04",
         )
-    return bytes(found.astype(np.uint8, copy=False).tobytes())
+    return bytes(recoded.astype(np.uint8, copy=False).tobytes())
 
 
 @functools.cache
 def _e4m3_of_bf16() -> Table:
-    """Bits of a bfloat16 number -> e4m3; NaN for what is not in E2M1."""
+    """Bit pattern of a bfloat16 value -> e4m3; NaN for values that are not in E2M1."""
     import numpy as np
 
     table = np.full(1 << 16, _NAN, np.uint8)
@@ -378,7 +377,7 @@ def _e4m3_of_bf16() -> Table:
 
 @functools.cache
 def _e4m3_of_bytes() -> Table:
-    """Byte of two codes -> two e4m3 numbers, the first in the low byte."""
+    """Byte of two FP4 elements -> two e4m3 values, the first in the low byte."""
     import numpy as np
 
     qdata, numbers = np.arange(256), np.asarray(_E4M3, np.uint16)
@@ -387,7 +386,7 @@ def _e4m3_of_bytes() -> Table:
 
 @functools.cache
 def _bytes_of_e4m3() -> Table:
-    """Two e4m3 numbers, the first in the low byte -> byte of two codes, or `_NO_BYTE`."""
+    """Two e4m3 values, the first in the low byte -> byte of two FP4 elements, or `_NO_BYTE`."""
     import numpy as np
 
     table = np.full(1 << 16, _NO_BYTE, np.uint16)
@@ -398,35 +397,36 @@ def _bytes_of_e4m3() -> Table:
 # ---- FP8 in tiles -------------------------------------------------------------------------------
 
 FP8_TILE = FORMATS[FP8_TILES].block
-"""Rows and columns of a tile: 128."""
+"""128 rows and columns per tile."""
 
 
 def _untile(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
-    """Code x scale of its tile in float32, rounded once to bfloat16."""
+    """Element x tile scale in float32, rounded once to bfloat16."""
     import torch
 
     weight, inverse = step.sources
     scale, column = tile_scales(inverse, reader), step.shard.start if step.shard.axis else 0
-    part = replace(weight, shape=step.shard.of(weight.shape))
+    shard = replace(weight, shape=step.shard.of(weight.shape))
     for start, view in reader.blocks(weight, shard=step.shard, multiple=FP8_TILE):
-        yield step.name, as_bytes(tile_values(as_tensor(view, part), scale, start, column).to(torch.bfloat16))
+        values = tile_values(as_tensor(view, shard), scale, start, column)
+        yield step.name, as_bytes(values.to(torch.bfloat16))
 
 
 def tile_scales(info: TensorInfo, reader: RowReader) -> torch.Tensor:
-    """`weight_scale_inv` of a weight in tiles, float32 [ceil(N / 128), ceil(K / 128)]."""
+    """Read and check `weight_scale_inv`, float32 [ceil(N / 128), ceil(K / 128)]. CheckpointError E-CKP-08."""
     import torch
 
     data = reader.whole(info)
     check_float_scale(data, info.dtype, info.name)
-    wide = bytearray(to_float32(data, info.dtype, info.name))
-    return torch.frombuffer(wide, dtype=torch.float32).view(info.shape)
+    values = bytearray(to_float32(data, info.dtype, info.name))
+    return torch.frombuffer(values, dtype=torch.float32).view(info.shape)
 
 
 def tile_values(qdata: torch.Tensor, scale: torch.Tensor, row: int, column: int = 0) -> torch.Tensor:
-    """FP8 [n, k] from `row` and `column` of a weight on -> float32 code x scale of its tile.
+    """Decode FP8 [n, k], which starts at `row` and `column` of a weight [N, K], to float32 [n, k].
 
-    `scale`: float32 [ceil(N / 128), ceil(K / 128)], the `weight_scale_inv` of the whole weight. Equal to
-    `mx.decode` of fp8_128x128 on those rows, in a third of the memory.
+    `scale`: float32 [ceil(N / 128), ceil(K / 128)], the `weight_scale_inv` of the complete weight. Same
+    values as `mx.decode` of fp8_128x128, with a third of the memory.
     """
     import torch
 

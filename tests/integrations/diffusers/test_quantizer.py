@@ -331,14 +331,14 @@ def test_casts_are_refused_before_anything_is_cast(folder: Any) -> None:
         model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
 
 
-def test_fusing_into_codes_is_refused(folder: Any) -> None:
+def test_fusing_into_quantized_weights_is_refused(folder: Any) -> None:
     """It would be lost, or make floats of them; looking at a weight is no harm."""
     model = load(folder("mxfp8") / "transformer")
     wanted, layer = output(model), model.blocks[0].attn1.to_q
     for fuse in (model.fuse_qkv_projections, lambda: layer.weight.data.add_(1)):
-        with pytest.raises(UsageError, match="layer on codes") as e:
+        with pytest.raises(UsageError, match="weight.data of a quantized layer") as e:
             fuse()
-        assert e.value.code == "E-QNT-03" and "fuse first" in e.value.fix
+        assert e.value.code == "E-QNT-03" and "fuse before" in e.value.fix
     assert torch.equal(output(model), wanted)
     x = torch.randn(3, layer.in_features)
     made = torch.nn.functional.linear(x, layer.weight, layer.bias)
@@ -399,7 +399,7 @@ def test_another_layout_is_sent_to_repack(folder: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "config", "code", "text"),
     [
-        ("", {}, "E-USE-01", "which holds no codes"),
+        ("", {}, "E-USE-01", "which is not quantized"),
         ("", {"scheme": "mxfp8", "keep": ["blocks.7.*"]}, "E-USE-05", "blocks.7"),
         ("", {"scheme": "mxfp8", "recipe": "ascend-w4a4"}, "E-USE-01", "2 of recipe and scheme"),
         ("", {"scheme": "mxfp8", "keeps": ["*"]}, "E-USE-01", "keeps="),
@@ -417,9 +417,9 @@ def test_calls_that_make_no_sense(
     assert e.value.code == code
 
 
-def test_codes_are_not_quantized_again(folder: Any, tmp_path: Path) -> None:
+def test_quantized_weights_are_not_quantized_again(folder: Any, tmp_path: Path) -> None:
     ascendit.repack(folder("int8"), tmp_path / "s", engine="sglang")
-    with pytest.raises(UsageError, match="which holds codes") as e:
+    with pytest.raises(UsageError, match="which is already quantized") as e:
         load(tmp_path / "s/transformer", AscenditConfig("mxfp8"))
     assert e.value.code == "E-QNT-01"
 

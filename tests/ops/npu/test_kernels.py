@@ -93,7 +93,7 @@ def test_attention_by_its_word(chip):
     plain, fusion, infer = (bind(f"twin:{chip}", attention=w) for w in (None, "fusion", "fused_infer"))
     assert plain.attention is fusion.attention is fusion_attention
     assert infer.attention is fused_infer_attention
-    assert infer.choices["attention"].startswith("npu: npu_fused_infer_attention_score_v2: asked for")
+    assert infer.choices["attention"].startswith("npu: npu_fused_infer_attention_score_v2: on request")
     q, k, v = arguments("attention", torch.bfloat16, (S,))
     with torch.no_grad(), Recorder() as seen:
         assert db(fusion.attention(q, k, v), infer.attention(q, k, v)) > 50
@@ -116,9 +116,9 @@ def test_attention_that_cannot_be_had(monkeypatch):
 @pytest.mark.parametrize(("head", "dtype"), [(24, torch.bfloat16), (32, torch.float32), (528, torch.float16)])
 def test_heads_that_the_infer_kernel_does_not_take(head, dtype):
     q = torch.randn(1, 3, 1, head).to(dtype)
-    with Recorder() as seen, pytest.raises(UsageError, match=f"heads of {head} in {str(dtype)[6:]}") as e:
+    with Recorder() as seen, pytest.raises(UsageError, match=f"head size {head} in {str(dtype)[6:]}") as e:
         bind("twin:a5", attention="fused_infer").attention(q, q, q)
-    assert e.value.fix == "--set attention=fusion, which takes them"
+    assert e.value.fix == "use --set attention=fusion, which supports it"
     assert not {n for n in seen.launched if n.startswith("npu_")}
 
 
@@ -152,13 +152,16 @@ def test_an_operator_that_is_not_defined_is_not_chosen():
 def test_fast_layernorm_takes_mindiesds(caplog):
     assert bind("twin:a5").layer_norm is elementwise.layer_norm
     ops = bind("twin:a5", fast_layernorm=True)
-    assert ops.layer_norm is elementwise.mindiesd_layer_norm and "asked for it" in ops.choices["layer_norm"]
+    assert (
+        ops.layer_norm is elementwise.mindiesd_layer_norm
+        and "only with fast_layernorm" in ops.choices["layer_norm"]
+    )
     given = arguments("layer_norm", torch.bfloat16, (S,))
     with torch.no_grad(), Recorder() as seen:
         got = ops.layer_norm(*given)
     assert db(reference.layer_norm(*given), got) > 52
     assert seen.launched == {"mindiesd::layernorm": 1}
-    assert "layer norms stay" not in caplog.text
+    assert "default layer norm" not in caplog.text
     assert bind("cpu", fast_layernorm=True).layer_norm is bind("cpu").layer_norm
     assert "MindIE-SD has no operators on cpu" in caplog.text
 
@@ -166,7 +169,7 @@ def test_fast_layernorm_takes_mindiesds(caplog):
 def test_fast_layernorm_where_mindiesd_is_absent(monkeypatch, caplog):
     monkeypatch.setattr(kernels, "missing", lambda call, chip: "not here" if "mindiesd" in call else "")
     assert bind("twin:a5", fast_layernorm=True).layer_norm is elementwise.layer_norm
-    assert "fast_layernorm: not here, layer norms stay as they are" in caplog.text
+    assert "fast_layernorm: not here; using the default layer norm" in caplog.text
 
 
 def test_the_oracle_can_be_forced():

@@ -116,7 +116,7 @@ def test_rules_that_no_kernel_has():
 
 
 def test_float32_tokens_are_refused():
-    with pytest.raises(UsageError, match="tokens of torch.float32 for int8") as e:
+    with pytest.raises(UsageError, match="an activation in torch.float32 for int8") as e:
         bind("twin:a5").quantized.quantize_activation(torch.randn(4, 64), "int8")
     assert e.value.fix == "--set dtype=bfloat16"
 
@@ -151,9 +151,7 @@ def test_tokens_and_weight_belong_together():
     ops = bind("twin:a5").quantized
     weight = ops.prepare_weight(*on_disk(*weight_of("mxfp8", 16, 64)), "mxfp8")
     for scheme, k in (("mxfp4", 64), ("mxfp8", 96), ("w4a8", 64)):
-        with pytest.raises(
-            UsageError, match=rf"tokens of {k} for {scheme} with a weight \(16, 64\) in mxfp8"
-        ):
+        with pytest.raises(UsageError, match=rf"K = {k} in {scheme} with a weight \(16, 64\) in mxfp8"):
             ops.quantized_linear(ops.quantize_activation(tokens_of(2, k), scheme), weight)
 
 
@@ -167,16 +165,16 @@ def test_nz_is_for_schemes_that_leave_a_choice():
     assert int(torch.ops.npu.get_npu_format(plain.qdata)) == 2
 
 
-def test_a_cast_that_stays_nd_is_told(monkeypatch):
+def test_a_cast_that_stays_nd_is_an_error(monkeypatch):
     ops = bind("twin:a2").quantized
     encoded, bias = weight_of("int8", 16, 64)
     monkeypatch.setattr(npu_linear, "internal_format", lambda device, allowed: _nothing())
     with (
         pytest.warns(UserWarning, match="returns ND"),
-        pytest.raises(EnvironmentProblem, match="gave format 2") as e,
+        pytest.raises(EnvironmentProblem, match="returned format 2") as e,
     ):
         ops.prepare_weight(*on_disk(encoded, bias), "int8", nz=True)
-    assert e.value.needs == "29 (FRACTAL_NZ)" and e.value.code == "E-CAP-01"
+    assert e.value.needs == "format 29 (FRACTAL_NZ)" and e.value.code == "E-CAP-01"
 
 
 def _nothing():

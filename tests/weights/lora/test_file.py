@@ -35,18 +35,18 @@ def test_a_pickle_is_refused_unread(tmp_path: Path, suffix: str) -> None:
     path.write_bytes(b"cos\nsystem\n")
     found = error(path, "E-USE-01")
     assert isinstance(found, UsageError)
-    assert "a pickle can run any code" in found.got
+    assert "a pickle can run arbitrary code" in found.got
     assert "safetensors.torch.save_file" in found.fix
 
 
 def test_a_folder_is_refused_and_its_files_named(tmp_path: Path) -> None:
     save(tmp_path / "pytorch_lora_weights.safetensors", PAIR)
-    assert "is a folder, which holds pytorch_lora_weights.safetensors" in error(tmp_path, "E-USE-01").got
+    assert "is a folder with pytorch_lora_weights.safetensors" in error(tmp_path, "E-USE-01").got
 
 
 def test_another_ending(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    assert "is no .safetensors file" in error(tmp_path / "a.gguf", "E-USE-01").got
+    assert "is not a .safetensors file" in error(tmp_path / "a.gguf", "E-USE-01").got
 
 
 def test_a_damaged_file(tmp_path: Path) -> None:
@@ -56,14 +56,14 @@ def test_a_damaged_file(tmp_path: Path) -> None:
 
 
 def test_no_tensors(tmp_path: Path) -> None:
-    assert "holds no tensors" in error(save(tmp_path / "a.safetensors", {}).path, "E-LRA-01").got
+    assert "has no tensors" in error(save(tmp_path / "a.safetensors", {}).path, "E-LRA-01").got
 
 
 SETTINGS = {
     "not JSON": ("{", "not JSON"),
     "nested too deep": ("[" * 100_000, "not JSON"),
-    "dora": ({"transformer.use_dora": True}, "DoRA is not folded"),
-    "lokr": ({"transformer.peft_type": "LOKR"}, "PEFT's LOKR is not folded"),
+    "dora": ({"transformer.use_dora": True}, "DoRA is not supported"),
+    "lokr": ({"transformer.peft_type": "LOKR"}, "PEFT's LOKR is not supported"),
     "alpha is a word": ({"transformer.lora_alpha": "8"}, "lora_alpha = '8'"),
     "alpha is nan": ('{"transformer.lora_alpha": NaN}', "lora_alpha = nan"),
     "alpha is zero": ({"transformer.lora_alpha": 0}, "lora_alpha = 0"),
@@ -73,7 +73,7 @@ SETTINGS = {
     ),
     "pattern is an expression": (
         {"transformer.lora_alpha": 1, "transformer.alpha_pattern": {r".*\d": 1}},
-        "which is no layer's name",
+        "which is not a layer name",
     ),
     "pattern without a number": (
         {"transformer.lora_alpha": 1, "transformer.alpha_pattern": {"to_q": None}},
@@ -93,7 +93,7 @@ def test_settings_that_cannot_be_followed(tmp_path: Path, case: str) -> None:
 def test_settings_beside_the_file(tmp_path: Path) -> None:
     source = save(tmp_path / "adapter_model.safetensors", PAIR)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true}')
-    assert "DoRA is not folded" in error(source.path, "E-LRA-01").got
+    assert "DoRA is not supported" in error(source.path, "E-LRA-01").got
     (tmp_path / "adapter_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="not an object"):
         Folds.open([source], "transformer", shapes())

@@ -130,7 +130,7 @@ def test_adapter_names_are_left_out() -> None:
         ("x.lokr_t2", "Tucker"),
         ("x.b2.weight", "GLoRA"),
         ("x.oft_R.default.weight", "OFT"),
-        ("x.weight", "whole tensor"),
+        ("x.weight", "complete tensor"),
     ],
 )
 def test_kinds_that_are_not_folded(name: str, words: str) -> None:
@@ -144,7 +144,9 @@ def test_no_suffix_is_refused_and_used() -> None:
 
 def test_the_nearest_name_is_of_the_same_block() -> None:
     targets = Targets(expected_tensors({}))
-    assert targets.why_not(split_key("blocks.7.attn1.to_w.lora_A.weight")).endswith(
-        "near: blocks.7.attn1.to_v"
+    assert targets.reason_missing(split_key("blocks.7.attn1.to_w.lora_A.weight")).endswith(
+        "similar: blocks.7.attn1.to_v"
     )
-    assert targets.why_not(split_key("blocks.40.attn1.to_q.lora_A.weight")) == "the model has 40 blocks"
+    assert (
+        targets.reason_missing(split_key("blocks.40.attn1.to_q.lora_A.weight")) == "the model has 40 blocks"
+    )

@@ -32,33 +32,36 @@ def refused(tmp_path: Path, tensors: dict[str, Tensor], **extra: Any) -> Checkpo
 BAD: dict[str, tuple[dict[str, Tensor], str]] = {
     "misspelt": (
         {f"{Q}x.diff": DOWN},
-        f"1 of 1 keys cannot be used: {Q}x.diff: no such layer; near: blocks.0.self_attn.q",
+        f"1 of 1 keys cannot be used: {Q}x.diff: no such layer; similar: blocks.0.self_attn.q",
     ),
     "misspelt, kohya": (
         {"lora_unet_blocks_0_self_attn_qq.diff": DOWN},
-        "lora_unet_blocks_0_self_attn_qq.diff: no such layer; near: blocks_0_self_attn_q",
+        "lora_unet_blocks_0_self_attn_qq.diff: no such layer; similar: blocks_0_self_attn_q",
     ),
     "nothing alike": ({"foo.diff": DOWN}, "foo.diff: no such layer"),
     "another model": ({"double_blocks.0.img_attn.qkv.lora_A.weight": DOWN}, "no such layer"),
     "block too high": ({"transformer.blocks.2.attn1.to_q.lora_A.weight": DOWN}, "the model has 2 blocks"),
-    "text encoder": ({"lora_te1_encoder_q.lora_down.weight": DOWN}, "a text encoder's LoRA is not folded"),
+    "text encoder": (
+        {"lora_te1_encoder_q.lora_down.weight": DOWN},
+        "LoRAs of text encoders are not supported",
+    ),
     "text encoder of diffusers": ({"text_encoder.q.lora_A.weight": DOWN}, "a text encoder's LoRA"),
-    "no suffix": ({"diffusion_model.blocks": DOWN}, "no known kind of LoRA has such a key"),
+    "no suffix": ({"diffusion_model.blocks": DOWN}, "not a key of a supported kind of LoRA"),
     "whole tensor": ({f"{Q}.weight": DOWN}, "a whole tensor, not a change"),
-    "dora of kohya": (PAIR | {f"{Q}.dora_scale": DOWN}, "q.dora_scale: DoRA is not folded"),
-    "dora of peft": (PAIR | {f"{Q}.lora_magnitude_vector": DOWN}, "DoRA is not folded"),
-    "dora of peft, newer": (PAIR | {f"{Q}.lora_magnitude_vector.weight": DOWN}, "DoRA is not folded"),
+    "dora of kohya": (PAIR | {f"{Q}.dora_scale": DOWN}, "q.dora_scale: DoRA is not supported"),
+    "dora of peft": (PAIR | {f"{Q}.lora_magnitude_vector": DOWN}, "DoRA is not supported"),
+    "dora of peft, newer": (PAIR | {f"{Q}.lora_magnitude_vector.weight": DOWN}, "DoRA is not supported"),
     "set": ({f"{Q}.set_weight": DOWN}, "it replaces the weight"),
     "reshape": (PAIR | {f"{Q}.reshape_weight": torch.tensor([24, 24])}, "changes the shape"),
     "tucker": (PAIR | {f"{Q}.lora_mid.weight": DOWN}, "Tucker"),
     "tucker loha": ({f"{Q}.hada_t1": DOWN}, "Tucker"),
-    "glora": ({f"{Q}.a1.weight": DOWN}, "GLoRA is not folded"),
-    "oft": ({f"{Q}.oft_blocks": DOWN}, "OFT is not folded"),
+    "glora": ({f"{Q}.a1.weight": DOWN}, "GLoRA is not supported"),
+    "oft": ({f"{Q}.oft_blocks": DOWN}, "OFT is not supported"),
     "up missing": (
         {f"{Q}.lora_down.weight": DOWN},
-        "q.lora_down.weight: half of a pair: up of this layer is missing",
+        "q.lora_down.weight: incomplete: up of this layer is missing",
     ),
-    "down missing": ({f"{Q}.lora_B.weight": UP}, "half of a pair: down of this layer is missing"),
+    "down missing": ({f"{Q}.lora_B.weight": UP}, "incomplete: down of this layer is missing"),
     "a quarter of loha": ({f"{Q}.hada_w1_a": UP, f"{Q}.hada_w1_b": DOWN}, "hada_w2_a and hada_w2_b of this"),
     "half of lokr": ({f"{Q}.lokr_w1": UP}, "lokr_w2 of this layer is missing"),
     "half of a lokr factor": (
@@ -69,21 +72,21 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
         {f"{Q}.lokr_w1": UP, f"{Q}.lokr_w1_a": UP, f"{Q}.lokr_w1_b": UP, f"{Q}.lokr_w2": UP},
         "either lokr_w1 or its halves",
     ),
-    "alpha alone": ({f"{Q}.alpha": torch.tensor(1.0)}, "q.alpha: no factors of this layer to scale"),
+    "alpha alone": ({f"{Q}.alpha": torch.tensor(1.0)}, "q.alpha: the factors that it scales are missing"),
     "alpha of a difference": (
         {f"{Q}.diff": torch.ones(24, 24), f"{Q}.alpha": torch.tensor(1.0)},
-        "q.alpha: no factors of this layer to scale",
+        "q.alpha: the factors that it scales are missing",
     ),
     "bias of no up": ({f"{Q}.lora_B.bias": torch.ones(24)}, "the factors of this layer are missing"),
-    "alpha of two": (PAIR | {f"{Q}.alpha": torch.ones(2)}, "q.alpha: F32 [2] holds no number"),
-    "alpha zero": (PAIR | {f"{Q}.alpha": torch.zeros(1)}, "holds no number to scale by"),
-    "alpha nan": (PAIR | {f"{Q}.alpha": torch.tensor(torch.nan)}, "holds no number to scale by"),
-    "alpha is bool": (PAIR | {f"{Q}.alpha": torch.tensor(True)}, "BOOL [] holds no number"),
+    "alpha of two": (PAIR | {f"{Q}.alpha": torch.ones(2)}, "q.alpha: F32 [2] is not a valid scale"),
+    "alpha zero": (PAIR | {f"{Q}.alpha": torch.zeros(1)}, "is not a valid scale"),
+    "alpha nan": (PAIR | {f"{Q}.alpha": torch.tensor(torch.nan)}, "is not a valid scale"),
+    "alpha is bool": (PAIR | {f"{Q}.alpha": torch.tensor(True)}, "BOOL [] is not a valid scale"),
     "whole numbers": (
         {f"{Q}.lora_A.weight": DOWN.to(torch.int8), f"{Q}.lora_B.weight": UP},
-        "q.lora_A.weight: I8 [2, 24] holds no floating-point rows",
+        "q.lora_A.weight: I8 [2, 24] is not a floating-point tensor with rows",
     ),
-    "no axes": ({f"{Q}.diff": torch.tensor(1.0)}, "F32 [] holds no floating-point rows"),
+    "no axes": ({f"{Q}.diff": torch.tensor(1.0)}, "F32 [] is not a floating-point tensor with rows"),
     "ranks differ": (
         {f"{Q}.lora_A.weight": DOWN, f"{Q}.lora_B.weight": torch.ones(24, 3)},
         "ranks differ (up [24, 3], down [2, 24])",
@@ -91,15 +94,15 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
     "rank nothing": ({f"{Q}.lora_A.weight": DOWN[:0], f"{Q}.lora_B.weight": UP[:, :0]}, "ranks differ"),
     "another width": (
         {f"{Q}.lora_A.weight": torch.ones(2, 5120), f"{Q}.lora_B.weight": torch.ones(5120, 2)},
-        "makes [5120, 5120], which is no change of the [24, 24] of blocks.0.attn1.to_q.weight",
+        "its product [5120, 5120] does not match the [24, 24] of blocks.0.attn1.to_q.weight",
     ),
     "another width, difference": (
         {f"{Q}.diff_b": torch.ones(25)},
-        "q.diff_b: [25] is no change of the [24] of blocks.0.attn1.to_q.bias",
+        "q.diff_b: [25] does not match the [24] of blocks.0.attn1.to_q.bias",
     ),
     "difference turned round": (
         {"diffusion_model.blocks.0.ffn.0.diff": torch.ones(24, 200)},
-        "[24, 200] is no change of the [200, 24]",
+        "[24, 200] does not match the [200, 24]",
     ),
     "two widths of loha": (
         {
@@ -112,20 +115,20 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
     ),
     "another size of lokr": (
         {f"{Q}.lokr_w1": UP, f"{Q}.lokr_w2": DOWN},
-        "makes [48, 48], which is no change",
+        "its product [48, 48] does not match",
     ),
     "another kernel": (
         {
             "diffusion_model.patch_embedding.lora_down.weight": torch.ones(2, 8, 2, 2, 1),
             "diffusion_model.patch_embedding.lora_up.weight": torch.ones(24, 2, 1, 1, 1),
         },
-        "down [2, 8, 2, 2, 1] has another kernel than the [24, 8, 1, 2, 2]",
+        "down [2, 8, 2, 2, 1] has another kernel size than the [24, 8, 1, 2, 2]",
     ),
     "more channels in": (
         {"diffusion_model.patch_embedding.diff": torch.ones(24, 36, 1, 2, 2)},
-        "[24, 36, 1, 2, 2] is no change of the [24, 8, 1, 2, 2] of patch_embedding.weight",
+        "[24, 36, 1, 2, 2] does not match the [24, 8, 1, 2, 2] of patch_embedding.weight",
     ),
-    "bias of another width": (PAIR | {f"{Q}.lora_B.bias": torch.ones(2)}, "F32 [2] is no change of"),
+    "bias of another width": (PAIR | {f"{Q}.lora_B.bias": torch.ones(2)}, "F32 [2] does not match"),
     "no bias there": (
         {"diffusion_model.blocks.0.self_attn.norm_q.diff_b": torch.ones(24)},
         "this layer has no bias",
@@ -153,7 +156,7 @@ def test_image_layers_on_a_model_that_takes_no_image(tmp_path: Path, name: str) 
     tensors = {f"{key}.lora_down.weight": DOWN, f"{key}.lora_up.weight": UP}
     error = refused(tmp_path, tensors)
     assert "2 of 2 keys" in error.got
-    assert "takes no CLIP image tokens; this LoRA is for a Wan2.1 image-to-video model" in error.got
+    assert "has no CLIP image input; this LoRA is for a Wan2.1 image-to-video model" in error.got
     assert "use a LoRA made for this model" in error.fix
     source = LoraSource(tmp_path / "a.safetensors")
     assert len(Folds.open([source], "transformer", shapes(**IMAGE)).names) == 1
@@ -172,7 +175,7 @@ def test_a_lora_for_another_width_says_so(tmp_path: Path) -> None:
     factors = matrices(wide, layers)
     tensors = write(factors, "transformer.{}".format, ".lora_A.weight", ".lora_B.weight")
     error = refused(tmp_path, tensors)
-    assert "makes [48, 48], which is no change of the [24, 24]" in error.got
+    assert "its product [48, 48] does not match the [24, 24]" in error.got
     assert error.fix == "use a LoRA made for a model of this width and kind"
 
 
@@ -204,8 +207,8 @@ def test_keys_for_the_other_expert_than_the_file_is_given_for(tmp_path: Path, ex
     other = {"transformer": "transformer_2", "transformer_2": "transformer"}[expert]
     with pytest.raises(CheckpointError) as e:
         Folds.open([LoraSource(two_experts(tmp_path), 1.0, expert)], expert, shapes())
-    assert f"{other}.{KEY}: for {other}, and the file is given for {expert}" in e.value.got
-    assert e.value.fix == f"give the file without {expert}= before it"
+    assert f"{other}.{KEY}: for {other}, but the file was passed for {expert}" in e.value.got
+    assert e.value.fix == f"pass the file without {expert}="
 
 
 def test_keys_for_an_expert_that_the_model_lacks(tmp_path: Path) -> None:

@@ -1,14 +1,14 @@
-"""Diffusers loads folders that ascendit wrote, and quantizes others while it loads them.
+"""Diffusers quantizer: load folders written by ascendit, or quantize models while Diffusers loads them.
 
     import ascendit.integrations.diffusers                           # registers the quantizer
-    pipe = WanPipeline.from_pretrained("Wan2.2-T2V-A14B-mxfp8")      # a folder with a marker in config.json
+    pipe = WanPipeline.from_pretrained("Wan2.2-T2V-A14B-mxfp8")      # config.json has a quantization_config
 
-    config = AscenditConfig("mxfp8")                                 # quantizes any model as it loads
+    config = AscenditConfig("mxfp8")                                 # quantizes any model while it loads
     model = FluxTransformer2DModel.from_pretrained(folder, quantization_config=config)
 
-A folder without a marker, as SGLang's are, needs `quantization_config=AscenditConfig()`, a pipeline in a
-`PipelineQuantizationConfig(quant_mapping=..)`. Diffusers lets a marker win over a config that is given; how
-layers compute is changed later with `bind_`.
+A folder without `quantization_config` in config.json, as SGLang's, needs
+`quantization_config=AscenditConfig()`, for a pipeline in a `PipelineQuantizationConfig(quant_mapping=..)`.
+Diffusers prefers the folder's config to the argument; use `bind_` after loading to change how layers compute.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from ascendit.model.quantize_module import (
     check_weight,
     encode_weight,
     linears_of,
-    marker_of,
     module_schemes,
+    quantization_config_of,
     rounded,
     wan_config_of,
 )
@@ -56,7 +56,7 @@ log = logging.getLogger("ascendit")
 
 
 class AscenditMethod(StrEnum):
-    """The `quant_method` in config.json: the scheme in a marker, else `ascendit`."""
+    """The `quant_method` in config.json: the scheme, for folders that vLLM-Omni can read, else `ascendit`."""
 
     ASCENDIT = METHOD
     INT8 = "int8"
@@ -66,9 +66,10 @@ class AscenditMethod(StrEnum):
 
 
 class AscenditConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """For `quantization_config=`. Nothing given: the folder holds codes. A scheme or recipe: quantize it.
+    """The `quantization_config` argument of Diffusers' `from_pretrained`.
 
-    The arguments are those of `ascendit.quantize_`.
+    With a scheme or recipe, a float model is quantized while it loads; without, the folder must be quantized.
+    Other arguments as in `ascendit.quantize_`.
     """
 
     def __init__(
@@ -83,46 +84,46 @@ class AscenditConfig(QuantizationConfigMixin):  # type: ignore[misc]
         activation_rule: str | None = None,
         force: bool = False,
         quant_method: str = METHOD,
-        **marker: Any,
+        **stored: Any,
     ) -> None:
-        """`quant_method` and `marker` come from config.json."""
-        given = [x for x in (recipe_or_scheme, scheme, recipe) if x is not None]
-        if len(given) > 1:
+        """`quant_method` and `stored`: from config.json. UsageError E-USE-01 for unknown arguments."""
+        recipes = [x for x in (recipe_or_scheme, scheme, recipe) if x is not None]
+        if len(recipes) > 1:
             raise UsageError(
-                f"{len(given)} of recipe and scheme: {', '.join(map(str, given))}",
+                f"{len(recipes)} of recipe and scheme: {', '.join(map(str, recipes))}",
                 needs="one of them",
                 fix="AscenditConfig(scheme=...), or AscenditConfig(recipe=...)",
             )
-        if marker and quant_method == METHOD:
+        if stored and quant_method == METHOD:
             raise UsageError(
-                f"AscenditConfig({', '.join(f'{key}=' for key in marker)})",
+                f"AscenditConfig({', '.join(f'{key}=' for key in stored)})",
                 needs="recipe_or_scheme, keep, device, emulate, activation_rule or force",
                 fix="check the spelling",
             )
         self.quant_method = AscenditMethod(quant_method)
-        self.recipe = as_recipe(given[0]) if given else None
+        self.recipe = as_recipe(recipes[0]) if recipes else None
         self.keep, self.device, self.emulate = tuple(keep), device, emulate
         self.activation_rule, self.force = activation_rule, force
-        self.marker = {"quant_method": self.quant_method.value, **marker}
+        self.stored = {"quant_method": self.quant_method.value, **stored}
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json gets: no more than the marker, so that other engines read it too."""
-        return dict(self.marker)
+        """`quantization_config` for config.json, with only the keys that other engines read too."""
+        return dict(self.stored)
 
     to_diff_dict = to_dict
-    """Diffusers asks for it when it prints a config."""
+    """Called by Diffusers to print a config."""
 
 
 class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
-    """Quantized layers take their places on the meta device, then their tensors as Diffusers streams them.
+    """Creates quantized layers, first on the meta device, and fills them while Diffusers streams tensors.
 
-    Until its weight arrives, a layer has the names and shapes on disk, which Diffusers looks at.
+    Until its weight arrives, a layer has the tensor names and shapes of the file, which Diffusers compares.
     """
 
     use_keep_in_fp32_modules = True
     supports_parallel_loading = False
     is_serializable = True
-    """`save_pretrained` writes the tensors of the disk again."""
+    """`save_pretrained` writes the stored tensors."""
     is_trainable = False
 
     def __init__(self, quantization_config: AscenditConfig, **kwargs: Any) -> None:
@@ -134,37 +135,37 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """Every linear layer -> scheme."""
         self._smoothed: list[str] = []
         self._chosen: ModuleSchemes | None = None
-        """What the recipe makes of a float model; None for a folder of quantized layers."""
+        """The schemes of a float model by the recipe; None for a quantized folder."""
         self._awaited: set[str] = set()
-        """Tensors of quantized and smoothed layers that have not arrived."""
+        """Tensors of quantized and smoothed layers that are not loaded yet."""
         self._schemes: dict[str, Schemes] = {}
 
-    # ---- what Diffusers calls, in this order ----------------------------------------------------
+    # ---- hooks of Diffusers, in the order of their calls ----------------------------------------
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """UsageError for a device map that offloads."""
-        places = {str(x) for x in device_map.values()} if isinstance(device_map, dict) else set()
-        if "disk" in places or ("cpu" in places and len(places) > 1):
+        """UsageError E-USE-01 for a device map that offloads."""
+        devices = {str(x) for x in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in devices or ("cpu" in devices and len(devices) > 1):
             raise UsageError(
-                f"a device map with {', '.join(sorted(places))}",
-                needs="every quantized layer on a device that computes",
+                f"a device map with {', '.join(sorted(devices))}",
+                needs="no offloading while the model is loaded",
                 fix="leave device_map out and call pipe.enable_model_cpu_offload()",
             )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
-        """As asked; where nothing is, Diffusers takes float32."""
+        """Remember the compute dtype; Diffusers' default is float32."""
         self._dtype = torch_dtype or torch.float32
         return torch_dtype
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[Any]) -> list[str]:
-        """Take note of the files; leave out what only the attention of an NPU uses."""
+        """Remember the files, and drop tensors that only the attention of an NPU uses."""
         self._files = [Path(file) for file in checkpoint_files]
         return [key for key in loaded_keys if not ATTENTION_TENSOR.fullmatch(key)]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        """Decide which tensors are awaited. Errors as `read_stored_layers` and `module_schemes`."""
+        """Replace the layers to load. Errors as `read_stored_layers` and `module_schemes`."""
         stored = read_stored_layers(model, self._files)
-        self._check_asked(bool(stored))
+        self._check_recipe(bool(stored))
         linears = linears_of(model)
         self._layers = dict.fromkeys(linears, "bf16")
         if stored:
@@ -174,21 +175,21 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 for role, t in layer.tensors.items():
                     dtype = getattr(torch, TORCH_DTYPES[t.dtype])
                     tensors[role] = torch.empty(t.shape, dtype=dtype, device="meta")
-                self._put(model, name, layer.shape, tensors)
+                self._replace(model, name, layer.shape, tensors)
             self._smoothed = [name for name, layer in stored.items() if "mul_scale" in layer.tensors]
         else:
             self._choose_layers(model, linears)
         for scheme in set(self._layers.values()) - {"bf16"}:
-            self._on(self._config.device or "cpu").kernel(scheme)
+            self._schemes_on(self._config.device or "cpu").kernel(scheme)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        """CheckpointError E-CKP-04 where a quantized layer lacks a tensor."""
+        """CheckpointError E-CKP-04 if a quantized layer lacks a tensor."""
         if lost := sorted(self._awaited.intersection(missing_keys)):
             raise _incomplete(lost)
         return missing_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rounded first where the recipe says so."""
+        """Round the tensors ([..], any dtype) to bfloat16 if the recipe says so."""
         if self._config.recipe and self._config.recipe.round_to:
             return {name: rounded(tensor) for name, tensor in state_dict.items()}
         return state_dict
@@ -196,7 +197,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Any, **kwargs: Any
     ) -> bool:
-        """Whether this tensor belongs to a quantized layer."""
+        """Whether this tensor ([..], any dtype) belongs to a quantized layer."""
         return param_name in self._awaited
 
     def create_quantized_param(
@@ -209,12 +210,12 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         unexpected_keys: list[str],
         **kwargs: Any,
     ) -> None:
-        """Take a tensor as it is on disk: `param_value` was cast, scales and biases too."""
+        """Load a tensor [..] of `state_dict` in its stored dtype. As `check_values` and `check_weight`."""
         name, _, role = param_name.rpartition(".")
         tensor, layer = state_dict[param_name], model.get_submodule(name)
         if self._chosen is None:
             check_values(param_name, tensor)
-            # A copy: the tensor maps a file, all of which would stay mapped.
+            # Copied, because the tensor would keep the whole file mapped.
             tensors = {role: tensor.clone(memory_format=torch.contiguous_format)}
         elif role == "bias":
             rounding = bool(self._chosen.round_to)
@@ -222,74 +223,75 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         else:
             check_weight(self._chosen, name, tensor)
             tensors = stored_tensors(encode_weight(self._chosen, name, tensor))
-        place = self._on(self._config.device or str(torch.device(target_device))).device.torch_name
+        target = self._config.device or str(torch.device(target_device))
+        device = self._schemes_on(target).device.torch_name
         if isinstance(layer, QuantLinear):
-            layer.take({role: t.to(place) for role, t in tensors.items()})
+            layer.set_tensors({role: t.to(device) for role, t in tensors.items()})
         else:
             dtype = torch.float32 if role == "mul_scale" else self._dtype
-            layer.register_parameter(role, nn.Parameter(tensors[role].to(place, dtype), requires_grad=False))
+            layer.register_parameter(role, nn.Parameter(tensors[role].to(device, dtype), requires_grad=False))
         self._awaited.discard(param_name)
         if not self._awaited:
             for m in model.modules():
                 if isinstance(m, QuantLinear):
-                    m.group.fuse(self._on(self._config.device or str(m.device)))
+                    m.group.fuse(self._schemes_on(self._config.device or str(m.device)))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        """Say in the config what the model has become; each model gets a config of its own."""
+        """Record the quantization in the model's config; each model gets its own copy."""
         if self._awaited:
             raise _incomplete(sorted({name.rpartition(".")[0] for name in self._awaited}))
         wan = wan_config_of(model) is not None
         config = copy.copy(self._config)
-        config.marker = marker_of(self._layers, smoothed=self._smoothed, wan=wan)
+        config.stored = quantization_config_of(self._layers, smoothed=self._smoothed, wan=wan)
         self.quantization_config = self._config = config
         register: Any = model.register_to_config
         register(quantization_config=config)
         return model
 
-    # ---- parts ----------------------------------------------------------------------------------
+    # ---- helpers --------------------------------------------------------------------------------
 
     def _choose_layers(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
-        """The layers of a float model that the recipe quantizes."""
+        """Replace the layers of a float model that the recipe quantizes."""
         assert self._config.recipe is not None
         chosen = module_schemes(model, self._config.recipe, self._config.keep, force=self._config.force)
         self._layers, self._chosen = {s.name: s.scheme for s in chosen.layers}, chosen
-        for name in chosen.coded:
+        for name in chosen.quantized:
             floats = {r: torch.empty_like(p, device="meta") for r, p in linears[name].named_parameters()}
-            self._put(model, name, (linears[name].out_features, linears[name].in_features), floats)
+            self._replace(model, name, (linears[name].out_features, linears[name].in_features), floats)
 
-    def _put(
+    def _replace(
         self, model: nn.Module, name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]
     ) -> None:
-        """A layer in its place; `tensors`: role -> what is on disk, on the meta device."""
+        """Replace a linear; `tensors`: role -> the tensor of the file, on the meta device."""
         self._awaited |= {f"{name}.{role}" for role in tensors}
-        made: QuantLinear | SmoothLinear
+        layer: QuantLinear | SmoothLinear
         if (scheme := self._layers[name]) == "bf16":
-            made = SmoothLinear(tensors["weight"], tensors.get("bias"), tensors["mul_scale"])
+            layer = SmoothLinear(tensors["weight"], tensors.get("bias"), tensors["mul_scale"])
         else:
             smooth = tensors.get("mul_scale")
-            made = QuantLinear(scheme, shape, tensors, compute_dtype=self._dtype, mul_scale=smooth)
-            FusedGroup([made], self._on(self._config.device or "cpu"))
-        model.set_submodule(name, made)
+            layer = QuantLinear(scheme, shape, tensors, compute_dtype=self._dtype, mul_scale=smooth)
+            FusedGroup([layer], self._schemes_on(self._config.device or "cpu"))
+        model.set_submodule(name, layer)
 
-    def _check_asked(self, stored: bool) -> None:
-        """UsageError: a recipe for codes, or none for floats."""
+    def _check_recipe(self, stored: bool) -> None:
+        """UsageError: E-QNT-01 for a recipe with quantized weights, E-USE-01 for none with float weights."""
         recipe = self._config.recipe
-        what = str(self._files[0].parent) if self._files else "this file"
+        source = str(self._files[0].parent) if self._files else "this file"
         if stored and recipe:
             raise UsageError(
-                f"recipe {recipe.name} for {what}, which holds codes",
-                needs="weights in floating point, or a config without a recipe",
-                fix="AscenditConfig() loads it as it is",
+                f"recipe {recipe.name} for {source}, which is already quantized",
+                needs="floating-point weights, or a config without a recipe",
+                fix="load it with AscenditConfig()",
                 code="E-QNT-01",
             )
         if not stored and not recipe:
             raise UsageError(
-                f"no scheme for {what}, which holds no codes",
-                needs="a folder that ascendit wrote, or a scheme to quantize with",
+                f"no scheme for {source}, which is not quantized",
+                needs="a folder written by ascendit, or a scheme to quantize with",
                 fix='AscenditConfig("mxfp8")',
             )
 
-    def _on(self, device: str) -> Schemes:
+    def _schemes_on(self, device: str) -> Schemes:
         if device not in self._schemes:
             c = self._config
             ops = bind(device, emulate=c.emulate, activation_rule=c.activation_rule)
@@ -300,29 +302,29 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 def _incomplete(names: Sequence[str]) -> CheckpointError:
     return CheckpointError(
         f"{len(names)} tensors of quantized layers are missing: {listed(names)}",
-        needs="weight and bias of every layer that is to be quantized",
+        needs="all tensors of every quantized layer",
         fix="download the model again",
         code="E-CKP-04",
     )
 
 
 def register() -> None:
-    """Make Diffusers know the methods. One that another library has registered stays theirs; it is logged.
+    """Register the methods with Diffusers; a name that another library has registered is logged and left.
 
-    EnvironmentProblem E-ENV-01 for a Diffusers that does not tell a quantizer which files it reads.
+    EnvironmentProblem E-ENV-01 for a Diffusers that does not pass the checkpoint files to the quantizer.
     """
     if not hasattr(DiffusersQuantizer, "maybe_update_loaded_keys"):
         raise EnvironmentProblem(
             f"Diffusers {diffusers.__version__}",
-            needs="0.39 or newer, to load codes; ascendit.quantize_ works with older ones too",
+            needs="0.39 or newer to load quantized folders; ascendit.quantize_ works with older versions too",
             fix="pip install -U diffusers",
             code="E-ENV-01",
         )
     for method in AscenditMethod:
-        known = auto.AUTO_QUANTIZER_MAPPING.setdefault(method.value, AscenditQuantizer)
+        registered = auto.AUTO_QUANTIZER_MAPPING.setdefault(method.value, AscenditQuantizer)
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(method.value, AscenditConfig)
-        if known is not AscenditQuantizer:
-            log.warning("quant_method %s of Diffusers is that of %s, not ascendit's", method.value, known)
+        if registered is not AscenditQuantizer:
+            log.warning("Diffusers' quant_method %s is %s, not ascendit's", method.value, registered)
 
 
 register()

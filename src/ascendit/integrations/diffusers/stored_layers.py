@@ -1,7 +1,7 @@
-"""Which layers of a Diffusers folder are quantized or smoothed, by headers and JSON only.
+"""The quantized and smoothed layers of a Diffusers folder, from headers and JSON only.
 
-Only what `ascendit quantize`, `ascendit repack` and `save_pretrained` write is taken; other layouts go
-through `ascendit repack` first.
+Reads only the layout of `ascendit quantize`, `ascendit repack` and `save_pretrained`; run `ascendit repack`
+on other layouts first.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from pathlib import Path
 from torch import nn
 
 from ascendit.checkpoint.component import TRANSFORMER, Part, read_json
-from ascendit.checkpoint.layer_format import STORED_ROLES, Layer, possible
+from ascendit.checkpoint.layer_format import STORED_ROLES, Layer, possible_schemes
 from ascendit.checkpoint.reader import Shards, TensorInfo
 from ascendit.checkpoint.transformer import read_expert
 from ascendit.errors import CheckpointError
 from ascendit.names import listed
-from ascendit.quant.layer_rules import say_attention
+from ascendit.quant.layer_rules import warn_about_attention
 from ascendit.quant.schemes import FP8_TILES, SCHEMES
 
 
 def read_stored_layers(model: nn.Module, files: Sequence[Path]) -> dict[str, Layer]:
-    """Layer -> its tensors on disk, of those that are quantized or smoothed; {} if all are plain floats.
+    """The quantized and smoothed layers by name; {} if all weights are floats.
 
     CheckpointError: as `read_expert` for a Wan transformer; E-CKP-04 for layers in another layout, and for
-    codes of what is no linear layer of `model`.
+    quantized weights that are not of a linear layer of `model`.
     """
     if not files or any(file.suffix != ".safetensors" for file in files):
         return {}
@@ -35,48 +35,48 @@ def read_stored_layers(model: nn.Module, files: Sequence[Path]) -> dict[str, Lay
         expert = read_expert(
             Part("transformer", folder, "diffusers", TRANSFORMER, config, files=tuple(files))
         )
-        say_attention(expert.name, expert.attention.values(), expert.path)
-        found = expert.layers
+        warn_about_attention(expert.name, expert.attention.values(), expert.path)
+        layers = expert.layers
     else:
-        found = _by_dtype(model, Shards.of_files(files).tensors)
-    for layer in found.values():
+        layers = _by_dtype(model, Shards.of_files(files).tensors)
+    for layer in layers.values():
         _check_canonical(layer)
-    return dict(found)
+    return dict(layers)
 
 
 def _by_dtype(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[str, Layer]:
-    """The layers of a model of any class: its shapes and the dtypes on disk tell what they are."""
+    """The layers of a model of any class, identified by its shapes and the stored dtypes."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    marks = [name.rpartition(".") for name in tensors if name.endswith((".weight_scale", ".mul_scale"))]
-    found: dict[str, Layer] = {}
-    for name in dict.fromkeys(name for name, _, _ in marks):
+    scales = [name.rpartition(".") for name in tensors if name.endswith((".weight_scale", ".mul_scale"))]
+    layers: dict[str, Layer] = {}
+    for name in dict.fromkeys(name for name, _, _ in scales):
         roles = {role: info for role in STORED_ROLES if (info := tensors.get(f"{name}.{role}")) is not None}
-        options = possible(roles) if "weight" in roles else {}
+        options = possible_schemes(roles) if "weight" in roles else {}
         if name not in linears or not options:
-            raise _foreign(name, "which is no linear layer of the model, or of no scheme that is known")
+            raise _unsupported(name, "not a linear layer of the model, or of an unknown scheme")
         scheme = next(iter(options))
         shape = (linears[name].out_features, linears[name].in_features)
-        found[name] = Layer(name, scheme, shape, options[scheme], roles)
-    return found
+        layers[name] = Layer(name, scheme, shape, options[scheme], roles)
+    return layers
 
 
 def _check_canonical(layer: Layer) -> None:
-    """E-CKP-04 unless every tensor is named, shaped and stored as in a canonical folder."""
+    """CheckpointError E-CKP-04 unless all tensors have the names, shapes and dtypes of a canonical folder."""
     if layer.scheme == FP8_TILES:
-        raise _foreign(layer.name, "FP8 in tiles of 128 x 128")
+        raise _unsupported(layer.name, "FP8 in tiles of 128 x 128")
     (n, k), floats = layer.shape, layer.tensors["weight"].dtype
-    wanted = SCHEMES[layer.scheme].tensors(n, k) or {"weight": (floats, (n, k)), "bias": (floats, (n,))}
-    wanted = {"bias": ("F32", (n,)), "mul_scale": ("F32", (k,))} | wanted
-    have = {role: (info.dtype, info.shape) for role, info in layer.tensors.items()}
-    wrong = [f"{r} {have[r]}, not {wanted.get(r)}" for r in have if have[r] != wanted.get(r)]
-    if wrong or any(info.name != f"{layer.name}.{role}" for role, info in layer.tensors.items()):
-        raise _foreign(layer.name, listed(wrong) or "under other names")
+    expected = SCHEMES[layer.scheme].tensors(n, k) or {"weight": (floats, (n, k)), "bias": (floats, (n,))}
+    expected = {"bias": ("F32", (n,)), "mul_scale": ("F32", (k,))} | expected
+    stored = {role: (info.dtype, info.shape) for role, info in layer.tensors.items()}
+    problems = [f"{r} {stored[r]}, not {expected.get(r)}" for r in stored if stored[r] != expected.get(r)]
+    if problems or any(info.name != f"{layer.name}.{role}" for role, info in layer.tensors.items()):
+        raise _unsupported(layer.name, listed(problems) or "its tensors have other names")
 
 
-def _foreign(name: str, what: str) -> CheckpointError:
+def _unsupported(name: str, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"{name}: {what}",
-        needs="layers on codes as ascendit writes them",
-        fix="ascendit repack SRC -o DST, and load DST",
+        f"{name}: {problem}",
+        needs="quantized layers in ascendit's own layout",
+        fix="run ascendit repack SRC -o DST, and load DST",
         code="E-CKP-04",
     )

@@ -1,7 +1,7 @@
-"""Dense attention on a CPU, by PyTorch or in C++ on BF16 tokens (`native/attention.cpp`).
+"""Dense attention on a CPU, in PyTorch or in C++ for bfloat16 (`native/attention.cpp`).
 
-PyTorch's blocked attention takes 34 % of a denoiser's forward on a CPU for 12.5 % of its work; the one in C++
-runs on the processor's BF16 products. Float32 tokens and odd head sizes go to PyTorch.
+PyTorch's blocked attention takes 34 % of the time of a denoiser's forward on a CPU for 12.5 % of its FLOPs;
+the C++ kernel uses the BF16 instructions of the processor. float32 and other head sizes use PyTorch.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ LARGEST_HEAD = 256
 
 
 def list_kernels() -> tuple[Kernel, ...]:
-    """The best first."""
+    """The attention kernels, best first."""
     fused = Kernel("attention", "cpu", attention, "cpu: fused PyTorch kernel")
     built = declared(native("attention"), {"attention_bf16": "ppppppiiii"}, None)
     if built.library is None:
         return (fused,)
-    reason = f"native: {built.reason}, for BF16 tokens"
+    reason = f"native: {built.reason}, for BF16 activations"
     compiled = _compiled(built.library.attention_bf16)
     return Kernel("attention", "cpu", compiled, reason, "native/attention.cpp"), fused
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `reference.attention`. PyTorch's blocked kernel: scores in float32, never stored."""
+    """As `reference.attention`, by PyTorch's blocked kernel: float32 scores that are never stored."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
 
 
 def _compiled(call: Any) -> Function:
     def compiled(q: Tensor, k: Tensor, v: Tensor, sums: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """As `reference.attention`, as exact as its rounding to BF16.
+        """As `reference.attention`, up to BF16 rounding.
 
-        `sums`: float32 [B, H, S] each, to be filled where `fits_attention`: the largest score of each query,
-        and the sum of exponentials below it.
+        `sums`: two float32 outputs [B, H, S], written if `fits_attention`: the largest score of each query,
+        and the sum of exp(score - largest).
         """
         if not fits_attention(q, k, v):
             return attention(q, k, v)
@@ -58,6 +58,6 @@ def _compiled(call: Any) -> Function:
 
 
 def fits_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the C++ attention takes these [B, S, H, d]."""
+    """Whether the C++ attention supports these bfloat16 [B, S, H, d]: d a multiple of 32, at most 256."""
     d = q.shape[3]
     return all_bf16(q, k, v) and not d % 32 and d <= LARGEST_HEAD and math.prod(k.shape) > 0

@@ -1,11 +1,11 @@
-"""Norms, modulation, RoPE and GELU on a CPU: the numbers of `reference`, in fewer passes over memory.
+"""Norms, modulation, RoPE and GELU on a CPU: the operators of `reference` in fewer passes over memory.
 
-In PyTorch: its CPU layer norm takes BF16 tokens with float32 weights in one kernel, and AdaLN is a layer norm
-whose weight is `1 + scale`; a rotation is one complex product. In C++ (`native/elementwise.cpp`), for BF16
-tokens: one pass over memory, float32 inside, rounded once; other dtypes go to the PyTorch form.
+In PyTorch: the CPU layer norm accepts BF16 hidden states with float32 weights in one kernel, AdaLN is a layer
+norm with the weight `1 + scale`, and a rotation is one complex product. In C++ (`native/elementwise.cpp`),
+for BF16: one pass over memory, computed in float32 and rounded once; other dtypes use PyTorch.
 
-The twin computes with these too (`twin/cpu_kernels.py`), so what differs between a video made on a CPU and
-one made by the Ascend path is the path, never the arithmetic.
+The twin computes with these too (`twin/cpu_kernels.py`), so a video of the CPU path and one of the Ascend
+path differ by the path and not by the arithmetic.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ SOURCE = "elementwise"
 
 
 def list_kernels() -> tuple[Kernel, ...]:
-    """The best of each operator first. Rows of a modulation are rounded, because an NPU takes no others."""
+    """The kernels, the best of each operator first. Modulation rows are rounded as on an NPU."""
     reason = "cpu: fused PyTorch kernel"
     fused = (Kernel(f.__name__, "cpu", f, reason, prepare=PREPARED_ROWS.get(f.__name__)) for f in FUSED)
     return (*_compiled_kernels(), *fused)
 
 
 def _compiled_kernels() -> Iterator[Kernel]:
-    """None without a compiler."""
+    """The C++ kernels; none without a compiler."""
     signatures = {f"{operator}_bf16": types for operator, (*_, types) in COMPILED.items()}
     built = declared(native(SOURCE), signatures, None)
     if built.library is None:
         return
-    reason = f"native: {built.reason}, for BF16 tokens"
-    for operator, (compiled, plain, tensors, _) in COMPILED.items():
-        call = _for_bf16(compiled, plain, tensors, getattr(built.library, f"{operator}_bf16"))
+    reason = f"native: {built.reason}, for BF16 activations"
+    for operator, (compiled, fallback, tensors, _) in COMPILED.items():
+        call = _for_bf16(compiled, fallback, tensors, getattr(built.library, f"{operator}_bf16"))
         yield Kernel(operator, "cpu", call, reason, f"native/{SOURCE}.cpp", PREPARED_ROWS.get(operator))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `reference.rms_norm`. Two passes over x; the rest is one number a token."""
+    """As `reference.rms_norm`, in two passes over x."""
     return rms_scale(x, mean_square(x), weight, eps)
 
 
@@ -61,12 +61,12 @@ def rms_scale(x: Tensor, mean_square: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """As `reference.layer_norm`. One kernel."""
+    """As `reference.layer_norm`, in one kernel."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def adaln(x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, eps: float) -> Tensor:
-    """As `reference.adaln`. One kernel for each span, and one row of D for `1 + scale`."""
+    """As `reference.adaln`, with one kernel per span."""
     weight, shift, shape = scale.float() + 1, shift.float(), x.shape[-1:]
     if len(spans) == 1:
         return F.layer_norm(x, shape, weight[0], shift[0], eps)
@@ -76,7 +76,7 @@ def adaln(x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, eps: float) -> 
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
-    """As `reference.gated_residual`. The sum is float32 and is rounded once."""
+    """As `reference.gated_residual`: summed in float32 and rounded once."""
     if len(spans) == 1:
         return torch.addcmul(x, y, gate[0]).to(x.dtype)
     out = torch.empty_like(x)
@@ -89,34 +89,34 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `reference.rope`."""
-    turn = torch.complex(cos, sin)[:, None, :]  # [S, 1, d/2]
+    rotation = torch.complex(cos, sin)[:, None, :]  # [S, 1, d/2]
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """As `reference.gelu_tanh`. One kernel."""
+    """As `reference.gelu_tanh`, in one kernel."""
     return F.gelu(x, approximate="tanh")
 
 
 def gelu(x: Tensor) -> Tensor:
-    """As `reference.gelu`. One kernel."""
+    """As `reference.gelu`, in one kernel."""
     return F.gelu(x)
 
 
 PHASES: tuple[Function, ...] = (mean_square, rms_scale)
 FUSED: tuple[Function, ...] = (rms_norm, *PHASES, layer_norm, adaln, gated_residual, rope, gelu_tanh, gelu)
 PREPARED_ROWS = {"adaln": in_dtype, "gated_residual": in_dtype}
-"""Operator -> how its rows are prepared."""
+"""Operator -> `Kernel.prepare` of its modulation rows."""
 
 
 def all_bf16(*tensors: Tensor) -> bool:
-    """Whether a compiled kernel for BF16 takes these."""
+    """Whether all tensors ([..]) are bfloat16 on the CPU."""
     return all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)
 
 
 def pointers(*tensors: Tensor) -> tuple[int, ...]:
-    """Addresses of the first elements."""
+    """Addresses of tensors [..] of any dtype."""
     return tuple(t.data_ptr() for t in tensors)
 
 
@@ -159,14 +159,14 @@ COMPILED: dict[str, tuple[Function, Function, int, str]] = {
     "rope": (_rope, rope, 1, "ppppiii"),
     "gelu_tanh": (_gelu_tanh, gelu_tanh, 1, "ppi"),
 }
-"""Operator -> as compiled; in PyTorch for other dtypes; how many of its first arguments must be BF16; the
-arguments of `<operator>_bf16` as `declared` takes them."""
+"""Operator -> compiled function, PyTorch function for other dtypes, number of leading arguments that must be
+BF16, and the signature of `<operator>_bf16` for `declared`."""
 
 
-def _for_bf16(compiled: Function, plain: Function, tensors: int, call: Any) -> Function:
-    """`compiled` by the C function `call` where the first `tensors` arguments are BF16, else `plain`."""
+def _for_bf16(compiled: Function, fallback: Function, tensors: int, call: Any) -> Function:
+    """`compiled` with the C function `call` if the first `tensors` arguments are BF16, else `fallback`."""
 
     def chosen(*args: Any) -> Tensor:
-        return compiled(call, *args) if all_bf16(*args[:tensors]) else plain(*args)
+        return compiled(call, *args) if all_bf16(*args[:tensors]) else fallback(*args)
 
     return chosen

@@ -1,8 +1,8 @@
-"""The kernels of a CUDA card: PyTorch's own, and dense operators by Triton where they are right on that card.
+"""The kernels of a CUDA GPU: PyTorch's own, and dense operators in Triton if they are correct on that GPU.
 
-Contracts: `kernels/reference.py`. What it does in five to ten passes over memory, Triton does in one. PyTorch
-has no fused kernel for these: its layer norm and RMS norm on CUDA want weights in the dtype of the hidden
-states, and a weight of BF16 rounds 1 + scale.
+Contracts are in `kernels/reference.py`. The Triton operators take one pass over memory instead of five to
+ten. PyTorch has no fused kernel for them: its CUDA layer norm and RMS norm need weights in the dtype of the
+hidden states, and a BF16 weight would round 1 + scale.
 """
 
 from __future__ import annotations
@@ -27,56 +27,56 @@ from ascendit.ops.cuda.triton_linear import dense_rows, launch, triton_steps
 
 log = logging.getLogger("ascendit")
 ERROR_LIMIT = 4e-3
-"""Largest relative error of an operator on bfloat16 tokens that is right."""
+"""Largest relative error of a correct operator on bfloat16 hidden states."""
 
 _CALLS: tuple[Function, ...] = (gelu_tanh, gelu, *PHASES, attention)
 PYTORCH = tuple(Kernel(f.__name__, "cuda", f, "cuda: fused PyTorch kernel") for f in _CALLS)
-"""PyTorch has a fused kernel for these, called as on a CPU."""
+"""Operators with a fused PyTorch kernel, called as on a CPU."""
 
 
 def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
-    """The best of each operator first."""
+    """All kernels, the best of each operator first."""
     return (*triton_kernels_on(device.torch_name), *PYTORCH, *linear.list_kernels(device, wish.emulate))
 
 
-def triton_kernels_on(place: str) -> tuple[Kernel, ...]:
-    """Each is tried when it is chosen: it must give the numbers of `reference` on that very card."""
+def triton_kernels_on(device: str) -> tuple[Kernel, ...]:
+    """The dense operators in Triton. Before its first use each must reproduce `reference` on this GPU."""
     fast, version = triton_steps()
     if fast is None or not torch.cuda.is_available():
         return ()
     reason = f"cuda: one pass over memory by Triton {version}"
     return tuple(
-        Kernel(f.__name__, "cuda", f, reason, "Triton", missing=partial(problem_of_operator, f, place))
+        Kernel(f.__name__, "cuda", f, reason, "Triton", missing=partial(problem_of_operator, f, device))
         for f in (rms_norm, layer_norm, adaln, gated_residual, rope)
     )
 
 
 @functools.cache
-def problem_of_operator(function: Function, place: str) -> str:
-    """What is wrong with an operator on a device, "" if it gives the numbers of `reference`. Logged."""
-    given = _sample(place)[function.__name__]
-    wanted = getattr(reference, function.__name__)(*given).double()
-    found = linear.problem_of(lambda: function(*given), wanted, ERROR_LIMIT)
-    if found:
-        log.info("%s on %s is not computed by Triton: %s", function.__name__, place, found)
-    return found
+def problem_of_operator(function: Function, device: str) -> str:
+    """Describe and log the problem of an operator on a device; "" if it reproduces `reference`."""
+    args = _sample(device)[function.__name__]
+    expected = getattr(reference, function.__name__)(*args).double()
+    problem = linear.problem_of(lambda: function(*args), expected, ERROR_LIMIT)
+    if problem:
+        log.info("%s on %s does not use Triton: %s", function.__name__, device, problem)
+    return problem
 
 
-def _sample(place: str) -> dict[str, tuple[Any, ...]]:
-    """Operator -> arguments, tokens in bfloat16. The user's seed is not touched."""
-    draw = torch.Generator().manual_seed(5)
+def _sample(device: str) -> dict[str, tuple[Any, ...]]:
+    """Operator -> arguments, with bfloat16 hidden states. Uses its own generator."""
+    generator = torch.Generator().manual_seed(5)
 
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draw).to(place)
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
 
-    x, y, heads = (numbers(1, 9, 192).to(torch.bfloat16) for _ in range(3))
-    rows, spans = [numbers(2, 192) for _ in range(3)], (2, 7)
+    x, y, heads = (random(1, 9, 192).to(torch.bfloat16) for _ in range(3))
+    rows, spans = [random(2, 192) for _ in range(3)], (2, 7)
     return {
         "rms_norm": (x, rows[0][0], 1e-6),
         "layer_norm": (x, rows[0][0], rows[1][0], 1e-6),
         "adaln": (x, rows[0], rows[1], spans, 1e-6),
         "gated_residual": (x, y, rows[2], spans),
-        "rope": (heads.unflatten(2, (6, 32)), numbers(9, 16), numbers(9, 16)),
+        "rope": (heads.unflatten(2, (6, 32)), random(9, 16), random(9, 16)),
     }
 
 
@@ -102,17 +102,17 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def adaln(x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, eps: float) -> Tensor:
-    """As `reference.adaln`. One kernel for each span."""
+    """As `reference.adaln`, with one kernel per span."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for r, (part, to) in enumerate(zip(x.split(spans, dim=1), out.split(spans, dim=1), strict=True)):
-        _normalize(part, scale[r], shift[r], 1.0, eps, to)
+    for r, (segment, to) in enumerate(zip(x.split(spans, dim=1), out.split(spans, dim=1), strict=True)):
+        _normalize(segment, scale[r], shift[r], 1.0, eps, to)
     return out
 
 
 def _normalize(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, one: float, eps: float, out: Tensor
 ) -> None:
-    """x [B, S, D] into out [B, S, D], whose tokens lie side by side."""
+    """out = layer_norm(x) * (one + scale) + shift. x and out [B, S, D]; the tokens of out are contiguous."""
     x = dense_rows(x)
     batch, length, d = x.shape
     launch(
@@ -123,7 +123,7 @@ def _normalize(
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
-    """As `reference.gated_residual`. One kernel for each span."""
+    """As `reference.gated_residual`, with one kernel per span."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     d = x.shape[-1]
     for r, (a, b, to) in enumerate(
@@ -140,26 +140,26 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `reference.rope`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tokens = dense_rows(x.flatten(2))
-    pairs = tokens.shape[2] // 2
+    flat = dense_rows(x.flatten(2))
+    pairs = flat.shape[2] // 2
     launch(
-        triton_kernels.rope, (x.shape[1], x.shape[0]), tokens, cos.contiguous(), sin.contiguous(), out, pairs,
-        cos.shape[1], tokens.stride(0), tokens.stride(1), out.stride(0), **_size(pairs),
+        triton_kernels.rope, (x.shape[1], x.shape[0]), flat, cos.contiguous(), sin.contiguous(), out, pairs,
+        cos.shape[1], flat.stride(0), flat.stride(1), out.stride(0), **_size(pairs),
     )  # fmt: skip
     return out
 
 
 def _flat(x: Tensor) -> Tensor:
-    """[rows, D], a view where the strides allow it."""
+    """x [.., D] as [rows, D], without a copy if the strides allow it."""
     return dense_rows(x.reshape(-1, x.shape[-1]))
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer is needed, though the kernel will not use it."""
+    """A launch needs a pointer even for an absent tensor."""
     return other if tensor is None else tensor.contiguous()
 
 
-def _size(numbers: int) -> dict[str, Any]:
-    """Numbers of one program, and warps: 16 to 32 of them for each thread."""
-    block = 1 << (numbers - 1).bit_length()
+def _size(elements: int) -> dict[str, Any]:
+    """Block size of one program, and its warps: 16 to 32 elements per thread."""
+    block = 1 << (elements - 1).bit_length()
     return {"BLOCK": block, "num_warps": max(1, min(16, block // 1024))}

@@ -1,11 +1,12 @@
 """Linear, norms, AdaLN, RoPE and GELU on an Ascend NPU, by torch.ops.npu, torch.ops.mindiesd and aten.
 
-What a card does differently from a CPU:
-- F.gelu is the tanh form on a2 and a3 whatever it is told; npu_gelu listens. npu_fast_gelu is neither.
-- F.rms_norm is six kernels. npu_rms_norm takes a float32 gamma beside BF16 hidden states.
-- npu_rotary_mul cuts its tables to the dtype of its input, so that goes in as float32; cos and sin hold each
-  number of a pair twice. a5 silently accepts any `rotary_mode`.
-- adaln takes its rows in the dtype of the hidden states only; aten layer_norm takes float32 ones too.
+Differences between an NPU and a CPU:
+- F.gelu always computes the tanh approximation on a2 and a3; npu_gelu computes the requested one.
+  npu_fast_gelu is neither.
+- F.rms_norm launches six kernels. npu_rms_norm accepts a float32 gamma with BF16 hidden states.
+- npu_rotary_mul rounds its tables to the dtype of its input, which is therefore cast to float32. cos and sin
+  hold each value of a pair twice. a5 silently accepts any `rotary_mode`.
+- mindiesd adaln needs scale and shift in the dtype of the hidden states; aten layer_norm accepts float32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ascendit.kernels.reference import Spans
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `reference.linear`. The kernel sees [tokens, K]."""
+    """As `reference.linear`. The kernel gets 2-D rows [M, K]."""
     return F.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
 
 
@@ -32,12 +33,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """As `reference.layer_norm`. Weight and bias in one dtype: that of x, or float32."""
+    """As `reference.layer_norm`. Weight and bias have one dtype: that of x, or float32."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def mindiesd_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """As `reference.layer_norm`; impl_mode 0 is the precise one."""
+    """As `reference.layer_norm`, with impl_mode 0, the precise one."""
     out: Tensor = torch.ops.mindiesd.layernorm(x, x.shape[-1:], weight, bias, eps, 0)[0]
     return out
 
@@ -45,25 +46,25 @@ def mindiesd_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, e
 def layer_norm_adaln(x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, eps: float) -> Tensor:
     """As `reference.adaln`: a layer norm with the weight 1 + scale, in float32."""
 
-    def one(part: Tensor, r: int) -> Tensor:
-        return F.layer_norm(part, part.shape[-1:], scale[r].float() + 1, shift[r].float(), eps)
+    def norm(segment: Tensor, r: int) -> Tensor:
+        return F.layer_norm(segment, segment.shape[-1:], scale[r].float() + 1, shift[r].float(), eps)
 
-    return _by_span(one, x, spans)
+    return _by_span(norm, x, spans)
 
 
 def mindiesd_adaln(x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, eps: float) -> Tensor:
-    """As `reference.adaln` with the rows rounded to x's dtype; for a2 and a3."""
+    """As `reference.adaln`, with scale and shift rounded to x's dtype; for a2 and a3."""
     return _mindiesd_adaln(torch.ops.mindiesd.adaln, x, scale, shift, spans, eps)
 
 
 def mindiesd_adaln_v2(x: Tensor, scale: Tensor, shift: Tensor, spans: Spans, eps: float) -> Tensor:
-    """As `reference.adaln` with the rows rounded to x's dtype; for a5."""
+    """As `reference.adaln`, with scale and shift rounded to x's dtype; for a5."""
 
-    def first(*given: Any) -> Tensor:
-        out: Tensor = torch.ops.mindiesd.adaln_v2(*given)[0]
+    def adaln_v2(*args: Any) -> Tensor:
+        out: Tensor = torch.ops.mindiesd.adaln_v2(*args)[0]
         return out
 
-    return _mindiesd_adaln(first, x, scale, shift, spans, eps)
+    return _mindiesd_adaln(adaln_v2, x, scale, shift, spans, eps)
 
 
 def _mindiesd_adaln(
@@ -71,22 +72,22 @@ def _mindiesd_adaln(
 ) -> Tensor:
     scale, shift = scale.to(x.dtype), shift.to(x.dtype)
 
-    def one(part: Tensor, r: int) -> Tensor:
-        rows = (t[r].expand(part.shape[0], -1) for t in (scale, shift))  # one row for each sample
-        return call(part, *rows, None, None, eps)
+    def norm(segment: Tensor, r: int) -> Tensor:
+        rows = (t[r].expand(segment.shape[0], -1) for t in (scale, shift))  # one row per sample
+        return call(segment, *rows, None, None, eps)
 
-    return _by_span(one, x, spans)
+    return _by_span(norm, x, spans)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, spans: Spans) -> Tensor:
-    """As `reference.gated_residual` with rows rounded to x's dtype; float32 ones would cost four kernels."""
+    """As `reference.gated_residual`, with the gate rounded to x's dtype: float32 would take four kernels."""
     gate = gate.to(x.dtype)
-    parts = y.split(spans, dim=1)
-    return _by_span(lambda part, r: torch.addcmul(part, parts[r], gate[r]), x, spans)
+    ys = y.split(spans, dim=1)
+    return _by_span(lambda segment, r: torch.addcmul(segment, ys[r], gate[r]), x, spans)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As `reference.rope`, and with tables from `prepare_rope`. Rotates in float32."""
+    """As `reference.rope`; also accepts tables from `prepare_rope`. Rotates in float32."""
     if cos.dim() == 2:
         cos, sin = prepare_rope(cos, sin, dtype=x.dtype)
     out: Tensor = torch.ops.npu.npu_rotary_mul(x.float(), cos, sin, rotary_mode="interleave")
@@ -94,7 +95,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def prepare_rope(*tables: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """cos and sin [S, d/2] -> [1, S, 1, d], each number twice; float32 whatever the tokens are."""
+    """cos and sin [S, d/2] -> [1, S, 1, d] with each value twice; float32 for any `dtype`."""
     return tuple(torch.stack((t, t), -1).flatten(-2)[None, :, None, :].float() for t in tables)
 
 
@@ -110,8 +111,8 @@ def gelu(x: Tensor) -> Tensor:
     return out
 
 
-def _by_span(one: Callable[[Tensor, int], Tensor], x: Tensor, spans: Spans) -> Tensor:
-    """`one(tokens, row)` for each span, side by side."""
+def _by_span(function: Callable[[Tensor, int], Tensor], x: Tensor, spans: Spans) -> Tensor:
+    """Concatenate `function(segment, row)` over the segments of `spans`."""
     if len(spans) == 1:
-        return one(x, 0)
-    return torch.cat([one(part, r) for r, part in enumerate(x.split(spans, dim=1))], 1)
+        return function(x, 0)
+    return torch.cat([function(segment, r) for r, segment in enumerate(x.split(spans, dim=1))], 1)

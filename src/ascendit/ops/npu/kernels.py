@@ -1,8 +1,8 @@
-"""The kernels of an Ascend NPU and its twin, the best of each operator first; a chip takes the first it has.
+"""The kernels of an Ascend NPU and its twin, the best of each operator first.
 
-Which chip has what is in `device/operator_support.py`; `hasattr` alone does not tell, since torch_npu has
-every name on every chip. MindIE-SD's own RoPE and attention are not listed: on every chip they call the
-operators that are.
+`device/operator_support.py` lists the operators of each chip; `hasattr` is not enough, since torch_npu has
+every name on every chip. MindIE-SD's RoPE and attention are not listed, because they call operators listed
+here.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ def _kernel(operator: str, needs: str, call: Function, reason: str, prepare: Pre
     return Kernel(operator, "npu", call, reason, needs, prepare)
 
 
-NORM, FUSED = "one kernel, float32 weights beside BF16 tokens", "one kernel for norm, scale and shift"
+NORM, FUSED = "one kernel, float32 weights with BF16 hidden states", "one kernel for norm, scale and shift"
 KERNELS: tuple[Kernel, ...] = (
-    _kernel("linear", "aten::linear", elementwise.linear, "one kernel on [tokens, K]"),
+    _kernel("linear", "aten::linear", elementwise.linear, "one kernel on [M, K]"),
     _kernel("rms_norm", "npu_rms_norm", elementwise.rms_norm, "one kernel over all heads instead of six"),
     Kernel(
         "layer_norm",
         "npu",
         elementwise.mindiesd_layer_norm,
-        "one kernel, its precise mode; only where fast_layernorm asked for it",
+        "one kernel in its precise mode; only with fast_layernorm",
         "mindiesd::layernorm",
         name="fast_layernorm",
         on_request=True,
@@ -39,24 +39,24 @@ KERNELS: tuple[Kernel, ...] = (
     _kernel("adaln", "mindiesd::adaln_v2", elementwise.mindiesd_adaln_v2, FUSED, in_dtype),
     _kernel("adaln", "mindiesd::adaln", elementwise.mindiesd_adaln, FUSED, in_dtype),
     _kernel(
-        "adaln", "aten::layer_norm", elementwise.layer_norm_adaln, "a layer norm whose weight is 1 + scale"
+        "adaln", "aten::layer_norm", elementwise.layer_norm_adaln, "a layer norm with the weight 1 + scale"
     ),
     _kernel("gated_residual", "aten::addcmul", elementwise.gated_residual, "one kernel", in_dtype),
     _kernel(
         "rope", "npu_rotary_mul", elementwise.rope, "interleaved pairs, in float32", elementwise.prepare_rope
     ),
-    _kernel("gelu_tanh", "npu_gelu", elementwise.gelu_tanh, "the tanh form on every chip"),
+    _kernel("gelu_tanh", "npu_gelu", elementwise.gelu_tanh, "the tanh approximation on every chip"),
     _kernel(
         "gelu",
         "npu_gelu",
         elementwise.gelu,
-        "the exact form on every chip, where F.gelu is tanh on a2 and a3",
+        "exact on every chip, while F.gelu is the tanh approximation on a2 and a3",
     ),
     Kernel(
         "attention",
         "npu",
         attention.fusion_attention,
-        "BSND as the model has it, nothing is transposed",
+        "BSND, the model's layout: no transposes",
         "npu_fusion_attention",
         name="fusion",
     ),
@@ -64,17 +64,17 @@ KERNELS: tuple[Kernel, ...] = (
         "attention",
         "npu",
         attention.fused_infer_attention,
-        "asked for; can be captured in a graph, copies heads that are not contiguous",
+        "on request; supports graph capture, copies heads that are not contiguous",
         "npu_fused_infer_attention_score_v2",
         name="fused_infer",
         on_request=True,
     ),
 )
-"""The dense operators. `needs`: the operator of torch.ops that is called."""
+"""The dense operators. `needs`: the operator of torch.ops that it calls."""
 
 
 def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
-    """Those of `KERNELS`, and the schemes that this chip has a matmul for."""
+    """`KERNELS`, and the quantized linear kernels of this chip."""
     chip = str(device.chip)
     return (*(_on(chip, k) for k in KERNELS), *linear.list_kernels(device))
 
@@ -85,7 +85,7 @@ def _on(chip: str, kernel: Kernel) -> Kernel:
 
 
 def missing(call: str, chip: str) -> str:
-    """Why `call` cannot be made on `chip`, "" if it can."""
+    """Why the operator `call` cannot be used on `chip`, "" if it can."""
     namespace, _, name = call.rpartition("::")
     if namespace == "aten":
         return ""

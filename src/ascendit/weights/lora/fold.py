@@ -1,12 +1,12 @@
 """Fold LoRA files into float weights, some rows at a time, before they are quantized.
 
-`Folds.open` reads the headers of all files and says which tensors of an expert change; `fold` adds, in the
-order of the files, and rounds once. Every key is used or the run stops and names it. Factors are read when
-their tensor is folded and forgotten after it.
+`Folds.open` reads the headers of all files and determines the changed tensors of an expert; `fold` adds the
+changes in the order of the files, and rounds once. A key that cannot be used is an error. The factors of a
+tensor are in memory only while it is folded.
 
-It adds in float64: the same weight must get the same bits in blocks of any size, on one thread or many. In
-float32 it would not. Libraries sum a product in an order that depends on the threads, and up to one element
-in a hundred differs in its last bit. In float64 a sum of products of 16-bit factors is as good as exact.
+Sums are in float64, so that a weight gets the same bits for every block size and number of threads. In
+float32 the order of a sum depends on the threads, and up to one element in a hundred differs in its last bit.
+In float64, sums of products of 16-bit factors are practically exact.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ascendit.weights.lora.file import (
     LoraFile,
     Problem,
     Rows,
-    gaps,
-    misfit,
+    missing_roles,
     open_file,
     rank_of,
-    refused,
     roles_of,
+    shape_problem,
+    unusable_keys,
 )
 from ascendit.weights.lora.keys import Key, Targets, refusal
 
@@ -42,23 +42,25 @@ if TYPE_CHECKING:
     import torch
 
 
-# ---- which files, and for which expert ----------------------------------------------------------
+# ---- the files and their experts ----------------------------------------------------------------
 
-EXPERT_WORDS = {"transformer": "transformer", "transformer_2": "transformer_2"} | dict(
+EXPERT_NAMES = {"transformer": "transformer", "transformer_2": "transformer_2"} | dict(
     zip(("high", "low"), EXPERTS, strict=True)
 )
-"""What may stand before `=`; `high` and `low` are the noise that an expert works on."""
-_FORM = "FILE[:WEIGHT], or transformer=FILE[:WEIGHT] (also high=) and transformer_2=FILE[:WEIGHT] (also low=)"
+"""Allowed before `=` -> expert; `high` and `low` are its noise levels."""
+_SYNTAX = (
+    "FILE[:WEIGHT], or transformer=FILE[:WEIGHT] (also high=) and transformer_2=FILE[:WEIGHT] (also low=)"
+)
 
 
 @dataclass(frozen=True)
 class LoraSource:
-    """A LoRA file, how strong it is, and the expert it is for."""
+    """A LoRA file, its weight and its expert. Raises UsageError E-USE-01 for an invalid weight or expert."""
 
     path: Path
     weight: float = 1.0
     expert: str | None = None
-    """`transformer` or `transformer_2`; None: every expert, or the one that each key's prefix names."""
+    """`transformer` or `transformer_2`; None: every expert, or the one in the prefix of each key."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight) or self.weight == 0:
@@ -68,37 +70,37 @@ class LoraSource:
 
 
 def parse_lora(text: str) -> LoraSource:
-    """`FILE[:WEIGHT]` or `EXPERT=FILE[:WEIGHT]`; FILE may hold colons and `=`. Raises UsageError E-USE-01."""
+    """Parse `FILE[:WEIGHT]` or `EXPERT=FILE[:WEIGHT]`; FILE may contain `:` and `=`. UsageError E-USE-01."""
     head, equals, tail = text.partition("=")
-    expert = EXPERT_WORDS.get(head.strip()) if equals else None
-    rest = tail if expert else text
-    file, colon, number = rest.rpartition(":")
+    expert = EXPERT_NAMES.get(head.strip()) if equals else None
+    path = tail if expert else text
+    file, colon, number = path.rpartition(":")
     weight = 1.0
     try:
         if colon:
-            weight, rest = float(number), file
+            weight, path = float(number), file
     except ValueError:
         if file.endswith(".safetensors"):
             got = f"LoRA weight {number!r} in {text!r}"
             raise _bad_source(got, "a number after the last colon") from None
-    if not rest:
-        raise _bad_source(f"no LoRA file in {text!r}", _FORM)
-    return LoraSource(Path(rest), weight, expert)
+    if not path:
+        raise _bad_source(f"no LoRA file in {text!r}", _SYNTAX)
+    return LoraSource(Path(path), weight, expert)
 
 
 def _bad_source(got: str, needs: str) -> UsageError:
-    return UsageError(got, needs=needs, fix=f"write {_FORM}")
+    return UsageError(got, needs=needs, fix=f"write {_SYNTAX}")
 
 
 # ---- folding ------------------------------------------------------------------------------------
 
 PRODUCT_ROWS = 64
-"""Rows of one matrix product, at multiples of it and always whole, whatever rows are asked for: how a product
-is summed depends on its size too. Small, so that its float64 stays in the cache."""
+"""Rows of one matrix product. Products are always computed in these blocks, because the order of a sum
+depends on the size of the product. Small enough for the CPU cache in float64."""
 
 
 class Folds:
-    """What all LoRA files do to one expert."""
+    """The changes of one expert by all LoRA files."""
 
     def __init__(self, shapes: Shapes, deltas: Sequence[Delta]) -> None:
         self._shapes = shapes
@@ -112,21 +114,21 @@ class Folds:
     ) -> Self:
         """Read the headers of `sources` and match their keys with `shapes`, the tensors of `expert`.
 
-        `experts`: all that the model has, so that a file for one which it lacks is refused. Raises
-        CheckpointError E-LRA-01 for keys that cannot be used (the first five by name, and how many more),
-        E-CKP-02 for a damaged file; UsageError E-USE-01 and E-USE-02 for what is no LoRA file.
+        `experts`: all experts of the model. Raises CheckpointError E-LRA-01 for keys that cannot be used (the
+        first five, and the number of others), E-CKP-02 for a damaged file; UsageError E-USE-01 for another
+        file type, or a file for an expert that the model does not have, E-USE-02 for a missing file.
         """
         targets = Targets(shapes)
         deltas = [delta for source in sources for delta in _read(source, expert, targets, experts)]
         return cls(shapes, deltas)
 
     def fold(self, name: str, rows: torch.Tensor, start: int, columns: slice | None = None) -> torch.Tensor:
-        """`rows` [n, ...] of the tensor `name`, the first being row `start`, with all files added.
+        """Add all files to `rows` [n, ...] of the tensor `name`, which begin at row `start`.
 
-        `columns`: those of the second axis that `rows` hold, with the bits that they have in the whole.
-
-        Computed in float64, rounded once to the dtype of `rows`, which are not changed. The same row gets
-        the same bits however the tensor is cut. A tensor that no file changes comes back as it is.
+        `columns`: the range of the second axis in `rows`; default: all. Computed in float64 and rounded once
+        to the dtype of `rows`. The bits of an element do not depend on rows and columns. Returns a new
+        tensor, or `rows` itself if no file changes the tensor. Raises CheckpointError E-LRA-01 for values
+        that are not finite.
         """
         if name not in self.names or not len(rows):
             return rows
@@ -139,15 +141,15 @@ class Folds:
         for first in range(start // PRODUCT_ROWS * PRODUCT_ROWS, stop, PRODUCT_ROWS):
             last = min(first + PRODUCT_ROWS, full[0])
             begin, end = max(first, start), min(last, stop)
-            part = rows[begin - start : end - start]
-            total = part.to(torch.float64).reshape(len(part), -1)
+            block = rows[begin - start : end - start]
+            total = block.to(torch.float64).reshape(len(block), -1)
             for delta in deltas:
                 total += delta(first, last)[begin - first : end - first][:, columns or slice(None)]
-            result[begin - start : end - start] = total.view(part.shape)
+            result[begin - start : end - start] = total.view(block.shape)
         return result
 
     def _open(self, name: str) -> list[Rows]:
-        """The factors of one tensor; those of the tensor before it are forgotten."""
+        """Read the factors of one tensor; those of the previous tensor are freed."""
         if name not in self._opened:
             self._opened = {}
             self._opened = {name: [delta.open() for delta in self._deltas[name]]}
@@ -155,18 +157,18 @@ class Folds:
 
 
 def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection[str]) -> list[Delta]:
-    """The keys of one file that are for `expert`. Raises E-LRA-01 for all that cannot be used."""
+    """Read the changes of `expert` in one file. CheckpointError E-LRA-01 for keys that cannot be used."""
     if source.expert is not None and source.expert not in experts:
         raise _bad_source(
             f"LoRA {source.path} is for {source.expert}",
-            f"one of {', '.join(experts)}: the model has no other",
+            f"one of {', '.join(experts)}: the model has no other expert",
         )
     file = open_file(source.path)
     reader = DeltaReader(file, targets, source.weight)
     if source.expert not in (None, expert):
         return []
-    mine = []
-    # `transformer.` stands before the keys of any expert; beside `transformer_2.` it means the first.
+    keys = []
+    # The prefix `transformer.` means any expert, but the first one in files that also have `transformer_2.`.
     names_experts = any(key.expert == "transformer_2" for key in file.keys)
     for key in file.keys:
         named = key.expert if names_experts else None
@@ -175,26 +177,26 @@ def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection
         elif source.expert is not None and named not in (None, expert):
             reader.problem(
                 key,
-                f"for {named}, and the file is given for {expert}",
-                f"give the file without {expert}= before it",
+                f"for {named}, but the file was passed for {expert}",
+                f"pass the file without {expert}=",
             )
         elif named in (None, expert):
-            mine.append(key)
-    for target, group in reader.groups(mine).items():
+            keys.append(key)
+    for target, group in reader.groups(keys).items():
         reader.read_group(target, group)
     if reader.problems:
-        raise refused(source.path, len(file.keys), reader.problems)
+        raise unusable_keys(source.path, len(file.keys), reader.problems)
     return reader.deltas
 
 
-# ---- from the keys of a file to changes ---------------------------------------------------------
+# ---- match the keys of a file with tensors ------------------------------------------------------
 
 _INTEGERS = ("I64", "I32", "I16", "I8", "U8")
-_OTHER_MODEL = "use a LoRA made for a model of this width and kind"
+_OTHER_MODEL = "use a LoRA for a model of this width and kind"
 
 
 class DeltaReader:
-    """Collects `deltas` and `problems` of a file."""
+    """Collects the `deltas` and `problems` of a file."""
 
     def __init__(self, file: LoraFile, targets: Targets, weight: float) -> None:
         self.file = file
@@ -203,18 +205,18 @@ class DeltaReader:
         self.problems: list[Problem] = []
         self.deltas: list[Delta] = []
 
-    def problem(self, key: Key, why: str, fix: str = Problem.fix) -> None:
-        """Note that `key` cannot be used."""
-        self.problems.append(Problem(key.name, why, fix))
+    def problem(self, key: Key, reason: str, fix: str = Problem.fix) -> None:
+        """Record that `key` cannot be used."""
+        self.problems.append(Problem(key.name, reason, fix))
 
     def groups(self, keys: Iterable[Key]) -> dict[str, dict[str, Key]]:
-        """Target -> role -> key. `diff_b` and `diff_m` are the `diff` of another tensor of the layer."""
+        """Target -> role -> key. `diff_b` and `diff_m` become the `diff` of another tensor of the layer."""
         groups: dict[str, dict[str, Key]] = {}
         for key in keys:
             if key.role is None:
-                self.problem(key, refusal(key.name) or "no known kind of LoRA has such a key")
+                self.problem(key, refusal(key.name) or "not a key of a supported kind of LoRA")
             elif (target := self.targets.find(key)) is None:
-                self.problem(key, self.targets.why_not(key))
+                self.problem(key, self.targets.reason_missing(key))
             else:
                 role = "diff" if key.role in ("diff_b", "diff_m") else key.role
                 first = groups.setdefault(target, {}).setdefault(role, key)
@@ -223,14 +225,14 @@ class DeltaReader:
         return groups
 
     def read_group(self, target: str, group: dict[str, Key]) -> None:
-        """One tensor: factors with `alpha`, a whole difference, or both."""
+        """Add the changes of one tensor: factors with `alpha`, a difference, or both."""
         alpha, up_bias = group.get("alpha"), group.get("up_bias")
-        found = {kind: {role: group[role] for role in roles_of(kind) if role in group} for kind in FACTORS}
-        if alpha and not any(keys for kind, keys in found.items() if kind != "diff"):
-            self.problem(alpha, "no factors of this layer to scale")
-        if up_bias and not found["lora"]:
+        modules = {kind: {role: group[role] for role in roles_of(kind) if role in group} for kind in FACTORS}
+        if alpha and not any(keys for kind, keys in modules.items() if kind != "diff"):
+            self.problem(alpha, "the factors that it scales are missing")
+        if up_bias and not modules["lora"]:
             self.problem(up_bias, "the factors of this layer are missing")
-        for kind, keys in found.items():
+        for kind, keys in modules.items():
             if keys and (infos := self._checked(kind, keys, target)) is not None:
                 scale = self.weight * self._scale(kind, keys, infos, alpha)
                 self.deltas.append(Delta(kind, target, infos, scale))
@@ -238,30 +240,31 @@ class DeltaReader:
                     self._add_bias(target, up_bias, scale)
 
     def _checked(self, kind: str, keys: dict[str, Key], target: str) -> dict[str, TensorInfo] | None:
-        """Where the tensors of a module lie; None, and problems, when one is missing or does not fit."""
+        """The header entries of a module; None, and problems, if one is missing or does not match."""
         infos = {role: self.file.infos[key.name] for role, key in keys.items()}
-        if missing := gaps(kind, keys):
+        if missing := missing_roles(kind, keys):
             for key in keys.values():
-                half = f"half of a pair: {missing} of this layer is missing"
-                self.problem(key, half, "get the whole file again")
+                self.problem(
+                    key, f"incomplete: {missing} of this layer is missing", "download the file again"
+                )
             return None
         bad = [role for role, info in infos.items() if info.dtype not in FACTOR_DTYPES or not info.shape]
         for role in bad:
             dtype, sizes = infos[role].dtype, list(infos[role].shape)
-            self.problem(keys[role], f"{dtype} {sizes} holds no floating-point rows")
+            self.problem(keys[role], f"{dtype} {sizes} is not a floating-point tensor with rows")
         if bad:
             return None
         shape = self.targets.shapes[target]
-        if why := misfit(kind, infos, shape):
-            self.problem(next(iter(keys.values())), f"{why} of {target}", _OTHER_MODEL)
+        if problem := shape_problem(kind, infos, shape):
+            self.problem(next(iter(keys.values())), f"{problem} of {target}", _OTHER_MODEL)
             return None
-        # A modulation table may lack the first axis of size 1: rows are counted as in the model.
+        # A modulation table may lack the first axis of size 1: use the rows of the model.
         return {"diff": replace(infos["diff"], shape=shape)} if kind == "diff" else infos
 
     def _scale(
         self, kind: str, keys: dict[str, Key], infos: dict[str, TensorInfo], alpha: Key | None
     ) -> float:
-        """alpha / rank, or 1. Differences and a LoKr of two whole factors have no rank and are not scaled."""
+        """alpha / rank, or 1. Differences and a LoKr of two complete factors have no rank: no scaling."""
         if (rank := rank_of(kind, infos)) is None:
             return 1.0
         if alpha is not None:
@@ -276,14 +279,14 @@ class DeltaReader:
             with RowReader() as reader:
                 value = float(reader.tensor(info).item())
         if not math.isfinite(value) or value == 0:
-            self.problem(key, f"{info.dtype} {list(info.shape)} holds no number to scale by")
+            self.problem(key, f"{info.dtype} {list(info.shape)} is not a valid scale")
         return value
 
     def _add_bias(self, weight: str, key: Key, scale: float) -> None:
-        """PEFT's `lora_B.bias`: part of what `up` gives, so it is scaled like it."""
+        """Add PEFT's `lora_B.bias`, part of the output of `up` and scaled like it."""
         bias = weight.removesuffix(".weight") + ".bias"
         info = self.file.infos[key.name]
         if info.shape != self.targets.shapes.get(bias) or info.dtype not in FACTOR_DTYPES:
-            self.problem(key, f"{info.dtype} {list(info.shape)} is no change of {bias}", _OTHER_MODEL)
+            self.problem(key, f"{info.dtype} {list(info.shape)} does not match {bias}", _OTHER_MODEL)
         else:
             self.deltas.append(Delta("diff", bias, {"diff": info}, scale))
