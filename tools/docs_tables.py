@@ -417,7 +417,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale-rules": rules_table,
     "format-rules": format_rules_table,
     "recipes": recipes_table,
-    "error-codes": error_codes_table,
+    "errors": error_codes_table,
     "exits": exits_table,
     "commands": commands_table,
     "flags": lambda: flags_table(""),
