@@ -1,12 +1,12 @@
-# Everything a newcomer needs. `make` alone lists it.
+# The commands of development. `make` alone lists them.
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FAST := not slow and not cuda and not npu
-# A worker for each processor. The tests of a file stay on one, as they share what their fixtures make.
+# One worker per processor. All tests of a file run on the same worker, because they share fixtures.
 WORKERS := auto
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-# What `make check` tests: these folders without these files, which take seconds for each test or start processes.
+# `make check` tests these folders, without the files that take seconds per test or start processes.
 QUICK := tests/test_*.py $(addprefix tests/,checkpoint device inspect kernels model mx ops quant twin weights)
 NOT_QUICK := mx/test_encoder.py mx/test_row_encoder.py twin/test_install.py weights/lora/test_fold.py
 DEMO := a red circle moves right on a black background
@@ -18,19 +18,19 @@ VIDEO := outputs/demo.mp4
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(STAMP)  ## make .venv with ascendit and the development tools
+install: $(STAMP)  ## make .venv and install ascendit with the development tools
 
-# Runs again when one of these files is newer. The first Python of at least 3.11 is taken; a shim that
-# does not start counts as absent.
+# Runs again when one of these files is newer. Takes the first Python of at least 3.11; skips a shim that
+# does not start.
 $(STAMP): pyproject.toml constraints.txt
-	@set -e; found=; if [ ! -x $(BIN)/python ]; then \
+	@set -e; chosen=; if [ ! -x $(BIN)/python ]; then \
 	  for python in python3 python3.13 python3.12 python3.11; do \
-	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then found=$$python; break; fi; \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then chosen=$$python; break; fi; \
 	  done; \
-	  if [ -z "$$found" ]; then echo "ascendit needs Python 3.11 or newer; none found on PATH" >&2; exit 3; fi; \
-	  echo "making $(VENV) with $$($$found --version)"; \
-	  $$found -m venv $(VENV) || { \
-	    echo "$$found cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv)" >&2; \
+	  if [ -z "$$chosen" ]; then echo "ascendit needs Python 3.11 or newer; PATH has none" >&2; exit 3; fi; \
+	  echo "making $(VENV) with $$($$chosen --version)"; \
+	  $$chosen -m venv $(VENV) || { \
+	    echo "$$chosen cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv)" >&2; \
 	    rm -rf $(VENV); exit 3; }; \
 	fi
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: install  ## make a video with the embedded demo model
+demo: install  ## generate a video with the embedded demo model
 	$(BIN)/ascendit generate --demo "$(DEMO)" -o $(VIDEO) --seed 42 --overwrite
 	@echo "The video is $(CURDIR)/$(VIDEO)"
 
@@ -53,15 +53,16 @@ check: lint  ## style, types and the quick tests, in about a minute
 test: lint  ## style, types and every test that needs no accelerator
 	$(BIN)/pytest -m "$(FAST)" $(PARALLEL)
 
-test-all: lint  ## all tests; those without their hardware are skipped with the reason
+test-all: lint  ## every test; those that lack their hardware are skipped with the reason
 	$(BIN)/pytest
 
-fix: install  ## let ruff correct and format
+fix: install  ## correct and format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: install  ## write the generated tables into README.md and docs/
+docs: install  ## renew the tables and pictures in README.md and docs/
 	$(BIN)/python tools/docs_tables.py
+	$(BIN)/python tools/draw_architecture.py
 
 bench: install  ## run every file in benchmarks/
 	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done

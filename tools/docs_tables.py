@@ -1,10 +1,9 @@
-"""Write the tables of README.md and docs/ from the code, so that no page tells an old default or flag.
+"""Write the tables of README.md and docs/ from the code, so that no page shows an old default or flag.
 
-    python tools/docs_tables.py            # renews the tables
-    python tools/docs_tables.py --check    # changes nothing; exit code 1 and the names of stale pages
+    python tools/docs_tables.py            # renew the tables
+    python tools/docs_tables.py --check    # write nothing; exit code 1 and the names of stale pages
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; its name is a key of `TABLES`.
-A test runs the check.
+A table is between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of `TABLES`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES, STORED_SCHEMES
 
 REPO = Path(__file__).resolve().parents[1]
-PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -67,11 +66,11 @@ def boundary_text(spec: WanSpec) -> str:
 
 def defaults_table() -> str:
     head = ("model", "input", "size", "frames", "fps", "steps", "shift", "guidance", "boundary")
-    words = {"t2v": "text", "i2v": "image + text", "ti2v": "text, image optional"}
+    inputs = {"t2v": "text", "i2v": "image + text", "ti2v": "text, image optional"}
     return table(
         head,
         (
-            (s.name, words[s.task], size_text(s.sizes[0]), s.num_frames, s.fps, s.num_inference_steps)
+            (s.name, inputs[s.task], size_text(s.sizes[0]), s.num_frames, s.fps, s.num_inference_steps)
             + (shift_text(s), guidance_text(s), boundary_text(s))
             for s in SPECS.values()
         ),
@@ -94,7 +93,7 @@ def shapes_table() -> str:
 
 
 def element_bits(name: str) -> int:
-    """Bits of one value in a format, scales left out; "" is BF16."""
+    """Bits of one element, without scales. `name`: a format; "" is BF16."""
     from ascendit.mx.formats import FORMATS
 
     if not name:
@@ -104,13 +103,13 @@ def element_bits(name: str) -> int:
 
 
 def bits_per_value(name: str) -> float:
-    """Bits of one value, scales of blocks included; those of rows and tiles (32 bits each) left out."""
+    """Bits of one element with block scales, without the scales of rows and tiles (32 bits each)."""
     from ascendit.mx.formats import FORMATS
 
     bits = float(element_bits(name))
-    if form := FORMATS.get(name):
-        bits += 8 / form.block if form.kind in ("block", "dual") else 0.0
-        bits += 32 / form.coarse if form.coarse else 0.0
+    if fmt := FORMATS.get(name):
+        bits += 8 / fmt.block if fmt.kind in ("block", "dual") else 0.0
+        bits += 32 / fmt.coarse if fmt.coarse else 0.0
     return bits
 
 
@@ -119,12 +118,11 @@ def schemes_table() -> str:
 
     def row(name: str) -> tuple[object, ...]:
         scheme = SCHEMES[name]
-        form = FORMATS.get(scheme.weight)
-        words = scheme.text if form else "floats"
+        weights = scheme.text if scheme.weight in FORMATS else "floats"
         bits = f"{element_bits(scheme.activation)}", f"{bits_per_value(scheme.weight):g}"
-        return f"`{name}`", words, *bits, f"`{scheme.manifest}`"
+        return f"`{name}`", weights, *bits, f"`{scheme.manifest}`"
 
-    head = ("scheme", "weights", "bits of activations", "bits of a weight", "msModelSlim's word")
+    head = ("scheme", "weights", "bits of activations", "bits of a weight", "manifest value")
     return table(head, (row(name) for name in SCHEMES))
 
 
@@ -150,29 +148,29 @@ TRAITS = {
     "added_kv": "cross-attention with image tokens (Wan2.1 I2V)",
     "unquantized": "no quantized layer",
 }
-"""The traits of `quant.engines.Engine.refuses` in words; `odd_blocks:` and `smoothed:` take a scheme."""
+"""Trait of `quant.engines.Engine.refuses` -> text. `odd_blocks:` and `smoothed:` are followed by a scheme."""
 
 
 def traits_table() -> str:
-    def words(trait: str) -> str:
-        kind, colon, scheme = trait.partition(":")
+    def label(trait: str) -> str:
+        name, colon, scheme = trait.partition(":")
         if not colon:
             return TRAITS[trait]
         odd = f"`{scheme}` where K / 32 is odd"
-        return {"odd_blocks": odd, "smoothed": f"`{scheme}` layers with a `mul_scale`"}[kind]
+        return {"odd_blocks": odd, "smoothed": f"`{scheme}` layers with a `mul_scale`"}[name]
 
     rows: list[tuple[str, str, str]] = []
     for engine in ENGINES.values():
         by_reason: dict[str, list[str]] = {}
-        for trait, why in engine.refuses.items():
+        for trait, reason in engine.refuses.items():
             if trait not in STORED_SCHEMES:
-                by_reason.setdefault(why, []).append(words(trait))
-        rows += [(engine.name, "; ".join(found), why) for why, found in by_reason.items()]
+                by_reason.setdefault(reason, []).append(label(trait))
+        rows += [(engine.name, "; ".join(labels), reason) for reason, labels in by_reason.items()]
     return table(("engine", "does not load", "because"), rows)
 
 
 def tensors_table() -> str:
-    """What a layer [N, K] has on disk, from the specs that the writers use; like schemes share a row."""
+    """The tensors of a layer [N, K] on disk, by the specs of the writers. Equal schemes share a row."""
     from ascendit.weights.engine_formats import layer_specs
 
     symbols = {5: "N", 2048: "K", 1024: "K/2", 64: "ceil(K/32)", 4: "ceil(K/512)", 1: "1"}
@@ -183,16 +181,16 @@ def tensors_table() -> str:
             dtype = "as in the source" if name == "bf16" else f"`{spec.dtype}`"
             schemes.setdefault((spec.name, dtype, f"[{shape}]"), []).append(name)
     order = [f"layer.{role}" for role in ROLES]
-    found = sorted(schemes.items(), key=lambda item: order.index(item[0][0]))
+    by_role = sorted(schemes.items(), key=lambda item: order.index(item[0][0]))
     rows = (
         (f"`{tensor.replace('layer', '<layer>')}`", shape, dtype, ", ".join(names))
-        for (tensor, dtype, shape), names in found
+        for (tensor, dtype, shape), names in by_role
     )
     return table(("tensor", "shape", "dtype", "schemes"), rows)
 
 
 def rules_table() -> str:
-    """The table in the docstring of `mx/scales.py`, rows that go on joined."""
+    """The table in the docstring of `mx/scales.py`; continued rows are joined."""
     from ascendit.mx import scales
 
     lines = [line for line in (scales.__doc__ or "").splitlines() if line.startswith("|")]
@@ -211,10 +209,10 @@ def format_rules_table() -> str:
     from ascendit.mx.formats import FORMATS
 
     def rows() -> Iterator[tuple[str, str, str]]:
-        for form in FORMATS.values():
-            names = [f"`{rule}{'X' if rule.endswith(':') else ''}`" for rule in form.rules]
+        for fmt in FORMATS.values():
+            names = [f"`{rule}{'X' if rule.endswith(':') else ''}`" for rule in fmt.rules]
             if names:
-                yield f"`{form.name}`", names[0], ", ".join(names[1:]) or "-"
+                yield f"`{fmt.name}`", names[0], ", ".join(names[1:]) or "-"
 
     return table(("format", "default", "others"), rows())
 
@@ -227,13 +225,13 @@ def recipes_table() -> str:
             recipe = load_recipe(name, "mxfp8" if name == "default" else None)
             yield f"`{name}`", ", ".join(recipe.kinds) or "all", recipe.about, escape(recipe.source) or "-"
 
-    return table(("recipe", "made for", "what it does", "from"), rows())
+    return table(("recipe", "made for", "effect", "source"), rows())
 
 
 # ---- errors -------------------------------------------------------------------------------------
 
 
-def codes_table() -> str:
+def error_codes_table() -> str:
     rows = ((f'<a id="{code.lower()}"></a>`{code}`', text) for code, text in ERROR_CODES.items())
     return table(("code", "meaning"), rows)
 
@@ -291,29 +289,27 @@ def summary(cmd: Any) -> str:
 
 
 def escape(text: str) -> str:
-    """`text` so that Markdown shows it as it is, inside a table too."""
+    """`text` escaped for a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def settings_table() -> str:
-    """What `--set` and `--config` know."""
+    """The keys of `--set` and `--config`."""
     from ascendit.cli.generate_options import KEYS
 
-    words = {key: value_text(hint) for key, hint in KEYS.items()}
-    words["max_memory"] = "a size, as 24GiB or 8e9"
-    return table(("key", "value"), ((f"`{key}`", text) for key, text in words.items()))
+    values = {key: value_text(hint) for key, hint in KEYS.items()}
+    values["max_memory"] = "a size, as 24GiB or 8e9"
+    return table(("key", "value"), ((f"`{key}`", text) for key, text in values.items()))
 
 
 def value_text(hint: Any) -> str:
-    """A type in words: `int | None` is a whole number."""
-    kinds = (
-        [kind for kind in get_args(hint) if kind is not NoneType] if NoneType in get_args(hint) else [hint]
-    )
-    if get_origin(kinds[0]) is Literal:
-        return " or ".join(f"`{choice}`" for choice in get_args(kinds[0]))
-    words = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
-    words |= {tuple[float, ...]: "numbers", tuple[str, ...]: "patterns, with a space or ; between"}
-    return words[kinds[0]]
+    """Text for a type: `int | None` is a whole number."""
+    types = [t for t in get_args(hint) if t is not NoneType] if NoneType in get_args(hint) else [hint]
+    if get_origin(types[0]) is Literal:
+        return " or ".join(f"`{choice}`" for choice in get_args(types[0]))
+    texts: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
+    texts |= {tuple[float, ...]: "numbers", tuple[str, ...]: "patterns, separated by spaces or ;"}
+    return texts[types[0]]
 
 
 # ---- devices ------------------------------------------------------------------------------------
@@ -327,35 +323,35 @@ def npu_operators_table() -> str:
         chips = ", ".join(c for c in CHIPS if capability(k.needs).on(c) == "yes")
         return f"`{k.operator}`", f"`{k.needs}`", chips, k.reason
 
-    return table(("operator", "computed by", "chips", "why"), (row(k) for k in KERNELS))
+    return table(("operator", "kernel", "chips", "reason"), (row(k) for k in KERNELS))
 
 
 def npu_capabilities_table() -> str:
-    """What each chip has, from the table that the twin and `doctor` obey too."""
+    """The operators of each chip, from the table that the twin and `doctor` use."""
     from ascendit.device.operator_support import CAPABILITIES
 
-    words = {"yes": "yes", "cann": "no", "adapter": "no", "unknown": "not documented"}
+    answers = {"yes": "yes", "cann": "no", "adapter": "no", "unknown": "not documented"}
 
     def row(c: Any) -> tuple[object, ...]:
         name = f"`{c.operator}`" + (f", {c.mode}" if c.mode else "")
         return (
             name,
             c.used_for or "-",
-            *(words[c.on(chip)] for chip in CHIPS),
+            *(answers[c.on(chip)] for chip in CHIPS),
             c.dtypes or "-",
             c.layout or "-",
         )
 
     rows = (row(c) for c in sorted(CAPABILITIES, key=lambda c: not c.used_for))
-    return table(("operator", "ascendit calls it for", *CHIPS, "dtypes", "layout"), rows)
+    return table(("operator", "used for", *CHIPS, "dtypes", "layout"), rows)
 
 
 def npu_versions_table() -> str:
     from ascendit.doctor.npu import DRIVERS, MINDIESD, VERSION_SETS, begins
 
     def beside(known: Any, cann: str | None) -> str:
-        found = [v for c, versions in known.items() if cann and begins(c, cann) for v in versions]
-        return ", ".join(dict.fromkeys(found)) or "?"
+        matching = [v for c, versions in known.items() if cann and begins(c, cann) for v in versions]
+        return ", ".join(dict.fromkeys(matching)) or "?"
 
     def row(s: Any) -> tuple[object, ...]:
         tail = (beside(MINDIESD, s.cann), beside(DRIVERS, s.cann), f"[page]({s.source})")
@@ -371,13 +367,13 @@ def npu_settings_table() -> str:
 
     rows = [(f"`{v.name}`", f"`{v.value}`", v.reason) for v in VARIABLES]
     rows += [(f"`torch.npu`: `{s.path}`", f"`{s.value}`", s.reason) for s in SETTINGS]
-    return table(("setting", "value", "why"), rows)
+    return table(("setting", "value", "reason"), rows)
 
 
 def linear_schemes_table() -> str:
     from ascendit.device.operator_support import native_on
 
-    head = ("scheme", "activation", "its scale rule", "weight", *CHIPS)
+    head = ("scheme", "activation", "scale rule", "weight", *CHIPS)
     native = {chip: native_on(chip) for chip in CHIPS}
     return table(
         head,
@@ -389,7 +385,7 @@ def linear_schemes_table() -> str:
     )
 
 
-# ---- the demo's world ---------------------------------------------------------------------------
+# ---- the demo's scenes --------------------------------------------------------------------------
 
 
 def world_table() -> str:
@@ -421,7 +417,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale-rules": rules_table,
     "format-rules": format_rules_table,
     "recipes": recipes_table,
-    "codes": codes_table,
+    "errors": error_codes_table,
     "exits": exits_table,
     "commands": commands_table,
     "flags": lambda: flags_table(""),
@@ -442,8 +438,8 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def rewrite(text: str) -> str:
-    """`text` with every table made new. Raises KeyError for a name that is not in `TABLES`."""
-    return PLACE.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}{m[3]}", text)
+    """`text` with current tables. KeyError for a name that is not in `TABLES`."""
+    return TABLE.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}{m[3]}", text)
 
 
 def pages() -> list[Path]:
@@ -452,7 +448,7 @@ def pages() -> list[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a page is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a page is stale")
     check = parser.parse_args().check
     stale = [(page, new) for page in pages() if (new := rewrite(old := page.read_text())) != old]
     for page, new in stale:

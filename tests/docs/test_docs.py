@@ -1,9 +1,9 @@
-"""The pages tell the truth: tables are those of the code, links lead somewhere, and the examples run.
+"""The pages are correct: tables match the code, links resolve, and the examples run.
 
-Every `bash` and `python` block is run once, in page order, in one folder for each page. Two marks may stand
-on the line before a block: `<!-- no-test: reason -->`, and `<!-- exit: 2 E-REQ-01 -->` for one that must
-fail so. `make` lines are tried with `make -n`: their targets exist. A `text` block after a command is the
-screen that it shows.
+Every `bash` and `python` block runs once, in page order, in one folder per page. The line before a block may
+be `<!-- no-test: reason -->`, or `<!-- exit: 2 E-REQ-01 -->` for one that must fail with this exit code and
+error. `make` lines run with `make -n`, which checks that their targets exist. A `text` block after a command
+shows its output.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DEMO = REPO / "src" / "ascendit" / "demo" / "models" / "demo"
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 SHOWN = ("doctor.md", "inspect.md", "quantize.md", "repack.md")
-"""The pages whose screens are compared."""
+"""The pages whose output blocks are compared."""
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 SECONDS = 300
 
@@ -37,7 +37,7 @@ class Block(NamedTuple):
     language: str
     code: str
     no_test: str
-    """Why it is not run; empty for one that is."""
+    """Reason not to run it; empty: it runs."""
     exit_code: int = 0
     error: str = ""
 
@@ -48,15 +48,15 @@ class Block(NamedTuple):
 
 def blocks(page: Path) -> Iterator[Block]:
     text = page.read_text(encoding="utf-8")
-    for found in BLOCK.finditer(text):
-        mark = found["mark"] or ""
+    for match in BLOCK.finditer(text):
+        mark = match["mark"] or ""
         no_test = mark.removeprefix("no-test: ") if mark.startswith("no-test: ") else ""
         code, _, error = (
             mark.removeprefix("exit: ").partition(" ") if mark.startswith("exit: ") else ("0", "", "")
         )
-        line = text.count("\n", 0, found.start("code"))
+        line = text.count("\n", 0, match.start("code"))
         name = str(page.relative_to(REPO))
-        yield Block(name, line, found["language"], found["code"], no_test, int(code), error)
+        yield Block(name, line, match["language"], match["code"], no_test, int(code), error)
 
 
 Done = subprocess.CompletedProcess[str]
@@ -76,14 +76,14 @@ def tables() -> ModuleType:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_tables_are_those_of_the_code(page: Path, tables: ModuleType) -> None:
+def test_tables_match_the_code(page: Path, tables: ModuleType) -> None:
     text = page.read_text(encoding="utf-8")
-    assert text.count("<!-- table: ") == text.count("<!-- end -->") == len(tables.PLACE.findall(text))
+    assert text.count("<!-- table: ") == text.count("<!-- end -->") == len(tables.TABLE.findall(text))
     assert tables.rewrite(text) == text, "stale: run `make docs`"
 
 
-def test_every_table_is_shown_and_an_old_one_is_seen(tables: ModuleType) -> None:
-    shown = {name for page in PAGES for _, name, _ in tables.PLACE.findall(page.read_text(encoding="utf-8"))}
+def test_every_table_is_shown_and_an_old_one_is_noticed(tables: ModuleType) -> None:
+    shown = {name for page in PAGES for _, name, _ in tables.TABLE.findall(page.read_text(encoding="utf-8"))}
     assert shown == set(tables.TABLES)
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     assert "| Wan2.2-T2V-A14B | text | 1280x720 | 81 | 16 | 40 | 12 | 4 / 3 | 0.875 |" in readme
@@ -91,7 +91,7 @@ def test_every_table_is_shown_and_an_old_one_is_seen(tables: ModuleType) -> None
 
 
 def anchors(page: Path) -> set[str]:
-    """What `page.md#...` may lead to: headings as GitHub names them, and `<a id>`."""
+    """Anchors of a page: headings as GitHub names them, and `<a id>`."""
     text = page.read_text(encoding="utf-8")
     headings = re.findall(r"^#+ (.*)$", text, re.M)
     named = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
@@ -99,7 +99,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_resolve(page: Path) -> None:
     broken = []
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         if target.startswith("https://"):
@@ -121,11 +121,11 @@ def test_errors_in_the_pages_exist() -> None:
         assert codes <= set(ERROR_CODES), page.name
 
 
-def test_changelog_knows_this_version() -> None:
+def test_the_changelog_has_this_version() -> None:
     import ascendit
 
-    found = re.findall(r"^## \[([\d.]+)\]", (REPO / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
-    assert found[0] == ascendit.__version__
+    versions = re.findall(r"^## \[([\d.]+)\]", (REPO / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert versions[0] == ascendit.__version__
 
 
 # ---- examples -----------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_changelog_knows_this_version() -> None:
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `ascendit` and `python` of this interpreter, to stand first on PATH."""
+    """A folder with `ascendit` and `python` of this interpreter, for the front of PATH."""
     folder = tmp_path_factory.mktemp("bin")
     for name, start in (("python", ""), ("ascendit", "-m ascendit")):
         file = folder / name
@@ -144,7 +144,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """For each page the folder in which its blocks run."""
+    """Page -> the folder in which its blocks run."""
     return {page: tmp_path_factory.mktemp("page") for page in {block.page for block in BLOCKS}}
 
 
@@ -152,12 +152,12 @@ def run(block: Block, folder: Path, commands: Path) -> Done:
     environment = {**os.environ, "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "NO_COLOR": "1"}
     source = os.pathsep.join(filter(None, [str(REPO / "src"), os.environ.get("PYTHONPATH", "")]))
     environment["PYTHONPATH"] = source
-    words = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
+    interpreter = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
     code = block.code
     if code.startswith("make "):
         folder, code = REPO, re.sub(r"^make ", "make -n ", code, flags=re.M)
     return subprocess.run(
-        [*words, code],
+        [*interpreter, code],
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -169,7 +169,7 @@ def run(block: Block, folder: Path, commands: Path) -> Done:
 
 @pytest.fixture(scope="module")
 def ran(folders: dict[str, Path], commands: Path) -> Callable[[Block], Done]:
-    """How a block ends in the folder of its page; it is run when that is first asked."""
+    """Runs a block in the folder of its page, once."""
     return cache(lambda block: run(block, folders[block.page], commands))
 
 
@@ -186,29 +186,29 @@ def test_the_example_runs(block: Block, ran: Callable[[Block], Done]) -> None:
 
 
 def shown_errors() -> list[tuple[Block, str]]:
-    """Each block that must fail by an error and has a `text` block after it, with that text."""
-    found = []
+    """Each block that must fail with an error and is followed by a `text` block, with that text."""
+    shown = []
     for page in PAGES:
-        every = list(blocks(page))
-        pairs = zip(every, every[1:], strict=False)
-        found += [(a, b.code) for a, b in pairs if a.error and b.language == "text"]
-    return found
+        page_blocks = list(blocks(page))
+        pairs = zip(page_blocks, page_blocks[1:], strict=False)
+        shown += [(a, b.code) for a, b in pairs if a.error and b.language == "text"]
+    return shown
 
 
 @pytest.mark.parametrize(("block", "text"), shown_errors(), ids=lambda x: getattr(x, "page", ""))
-def test_the_error_shown_is_the_one_that_comes(block: Block, text: str, ran: Callable[[Block], Done]) -> None:
+def test_the_error_shown_is_the_one_raised(block: Block, text: str, ran: Callable[[Block], Done]) -> None:
     if not DEMO.exists():
         pytest.skip("the demo model is not in src/ascendit/demo/models")
     assert ran(block).stderr.strip() == text.strip()
 
 
 def folded(text: str) -> str:
-    """Columns may be wider than a page."""
+    """The text with single spaces: columns may be wider than a page."""
     return "".join(" ".join(line.split()) + "\n" for line in text.strip().splitlines())
 
 
 def pattern(shown: str) -> str:
-    """`...` stands for anything, on a line of its own for any number of lines."""
+    """A regular expression for an output block: `...` matches anything, a line of it any number of lines."""
     lines = []
     for line in folded(shown).splitlines():
         exact = re.escape(line).replace(re.escape("..."), ".*")
@@ -217,32 +217,32 @@ def pattern(shown: str) -> str:
 
 
 @pytest.mark.parametrize("page", SHOWN)
-def test_what_the_page_shows_is_what_comes(page: str, ran: Callable[[Block], Done]) -> None:
+def test_the_output_shown_is_the_real_one(page: str, ran: Callable[[Block], Done]) -> None:
     if not DEMO.exists():
         pytest.skip("the demo model is not in src/ascendit/demo/models")
     compared = 0
-    every = list(blocks(REPO / "docs" / page))
-    for block, after in zip(every, [*every[1:], None], strict=True):
+    page_blocks = list(blocks(REPO / "docs" / page))
+    for block, after in zip(page_blocks, [*page_blocks[1:], None], strict=True):
         if block.language != "bash" or block.no_test:
             continue
         done = ran(block)
         if after is None or after.language != "text":
             continue
-        came = done.stderr if block.exit_code == 2 else done.stdout
-        assert re.fullmatch(pattern(after.code), folded(came)), done.stdout + done.stderr
+        output = done.stderr if block.exit_code == 2 else done.stdout
+        assert re.fullmatch(pattern(after.code), folded(output)), done.stdout + done.stderr
         compared += 1
     assert compared > 0
 
 
-def test_the_report_on_a_new_model_is_the_one_that_comes(ran: Callable[[Block], Done]) -> None:
-    every = list(blocks(REPO / "docs" / "new-models.md"))
-    code, shown = (next(b for b in every if b.language == kind) for kind in ("python", "text"))
+def test_the_report_on_a_new_model_is_the_real_one(ran: Callable[[Block], Done]) -> None:
+    page_blocks = list(blocks(REPO / "docs" / "new-models.md"))
+    code, shown = (next(b for b in page_blocks if b.language == kind) for kind in ("python", "text"))
     done = ran(code)
     assert done.stdout == shown.code, done.stderr
 
 
 EXAMPLE_OUTPUTS = {"01_generate.py": "out.mp4", "02_quantize.py": "out"}
-"""What each writes when it is given this argument."""
+"""Example -> its argument, the file or folder that it writes."""
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "examples").glob("*.py")), ids=lambda p: p.name)
