@@ -225,7 +225,7 @@ def test_emulation_is_the_reference_and_is_told(caplog):
     assert torch.equal(*outs)
     assert caplog.text.count("linear layers in mxfp8 on twin:a2 -> reference: emulated") == 1
     assert "linear layers in mxfp8 on cpu -> " in caplog.text
-    assert "linear layers in int8 on twin:a2 -> npu: native: its own matmul" in caplog.text
+    assert "linear layers in int8 on twin:a2 -> npu: native: NPU matmul" in caplog.text
 
 
 @pytest.mark.usefixtures("twin")

@@ -123,7 +123,7 @@ def test_what_was_prepared_comes_back_and_takes_no_more_memory(way, scheme, emul
         left, right = getattr(back, part), getattr(encoded, part)
         assert left is right is None or torch.equal(left.view(torch.uint8), right.view(torch.uint8))
     small = sum(t.nbytes for t in on_disk(encoded, bias) if t is not None)
-    wide = way == "plain" and scheme not in cpu_linear.IN_BF16
+    wide = way == "plain" and scheme not in cpu_linear.BF16_EXACT_SCHEMES
     decoded = (4 if wide else 2) * 128 * (1024 + 3) if emulate and scheme != "int8" else 0
     assert back.format == encoded.format and weight.nbytes <= small + decoded
     if emulate and scheme == "mxfp8":
@@ -250,7 +250,7 @@ def test_each_scheme_says_how_it_is_computed(way):
         words = "once" if emulate else "on each use"
         found = {k.operator: k for k in cpu_linear.list_kernels(emulate)}
         assert list(found) == list(LINEAR_SCHEMES)
-        in_bytes = cpu_linear.IN_BYTES if way == "compiled" else ("int8",)
+        in_bytes = cpu_linear.INT8_DOT_SCHEMES if way == "compiled" else ("int8",)
         for scheme, kernel in found.items():
             start = "native: " if scheme in in_bytes else "emulated: decoded"
             assert kernel.reason.startswith(start), scheme

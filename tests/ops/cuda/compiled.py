@@ -18,7 +18,7 @@ target: Any = importlib.import_module("triton.backends.compiler")
 tl: Any = importlib.import_module("triton.language")
 
 POINTERS = {
-    "x_ptr": "*bf16", "mul_ptr": "*fp32", "out_ptr": "*bf16", "scale_ptr": "*u8", "codes_ptr": "*u8",
+    "x_ptr": "*bf16", "mul_ptr": "*fp32", "out_ptr": "*bf16", "scale_ptr": "*u8", "qdata_ptr": "*u8",
     "dual_ptr": "*fp32", "dual_x_ptr": "*fp32", "dual_w_ptr": "*fp32", "bias_ptr": "*fp32",
     "sums_ptr": "*i32", "row_ptr": "*fp32", "column_ptr": "*fp32", "weight_ptr": "*fp32",
     "shift_ptr": "*fp32", "y_ptr": "*bf16", "gate_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32",
@@ -52,7 +52,7 @@ def kinds(capability: int) -> dict[str, str]:
         shift, threshold = scales.thresholds(rule, element)
         given = {
             "DUAL": False,
-            "CODES": False,
+            "QDATA": False,
             "ONES": 3,
             "SMOOTH": True,
             "GROUPS": triton_linear.GROUPS_PER_PROGRAM,
@@ -65,26 +65,26 @@ def kinds(capability: int) -> dict[str, str]:
             triton_kernels.quantize_blocks,
             given,
             {},
-            **({"out_ptr": "*u8"} if given["CODES"] else {}),
+            **({"out_ptr": "*u8"} if given["QDATA"] else {}),
         )
 
     def matmul(kind: str, group: int, tile: tuple[int, int, int]) -> str:
-        given = {"KIND": kind, "GROUP": group, "BIAS": True, "EVEN": True, "DOT": tl.bfloat16, "TALL": 8}
+        given = {"KIND": kind, "GROUP": group, "BIAS": True, "EVEN": True, "DOT": tl.bfloat16, "GROUP_M": 8}
         given |= dict(zip(("BM", "BN", "BK"), tile, strict=True))
-        types = {"codes_ptr": "*bf16"} if kind == "bf16" else {}
+        types = {"qdata_ptr": "*bf16"} if kind == "bf16" else {}
         return compiled(capability, triton_kernels.matmul, given, {"num_warps": 8, "num_stages": 3}, **types)
 
     def dense(name: str, **given: Any) -> str:
         kernel = getattr(triton_kernels, name)
         return compiled(capability, kernel, {**given, "BLOCK": 8192}, {"num_warps": 8}, scale_ptr="*fp32")
 
-    rows = {"STEP": 1 / 127, "FP8": False, "CODES": True, "SMOOTH": False, "BLOCK": 1024}
+    rows = {"STEP": 1 / 127, "FP8": False, "QDATA": True, "SMOOTH": False, "BLOCK": 1024}
     decode = {"KIND": "e2m1", "SCALED": True, "BIAS": True, "BLOCKS": 32}
     ends = {"ROW": True, "COLUMN": True, "BIAS": True, "BLOCK": 1024}
     return {
         "quantize_blocks": blocks(E4M3, "ceil"),
         "quantize_blocks dual": blocks(E2M1, "floor", DUAL=True),
-        "quantize_blocks codes": blocks(E2M1, "floor", CODES=True),
+        "quantize_blocks qdata": blocks(E2M1, "floor", QDATA=True),
         "quantize_rows": compiled(capability, triton_kernels.quantize_rows, rows, {}, out_ptr="*i8"),
         "decode_weight": compiled(capability, triton_kernels.decode_weight, decode, {}),
         "finish": compiled(capability, triton_kernels.finish, ends, {}),

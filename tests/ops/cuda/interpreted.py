@@ -69,15 +69,15 @@ def tokens() -> None:
             for format, rules in RULES.items():
                 for rule in rules if dtype == torch.bfloat16 else rules[:1]:
                     for found, wanted in zip(
-                        triton_linear.to_values(x, format, rule, mul_scale),
-                        steps.to_values(x, format, rule, mul_scale),
+                        triton_linear.fake_quantize(x, format, rule, mul_scale),
+                        steps.fake_quantize(x, format, rule, mul_scale),
                         strict=True,
                     ):
                         same(found, wanted)
                     if format != "mxfp4_dualscale":
-                        qdata = triton_linear.to_codes(x, format, rule, mul_scale)
+                        qdata = triton_linear.quantize(x, format, rule, mul_scale)
                         for found, wanted in zip(
-                            qdata, steps.to_codes(x, format, rule, mul_scale), strict=True
+                            qdata, steps.quantize(x, format, rule, mul_scale), strict=True
                         ):
                             same(found, wanted)
 
@@ -89,8 +89,8 @@ def strided() -> None:
         rule = lookup(format).default_rule
         for view in (x[:, 64:160], x[:, :96].t().contiguous().t(), x[:0, :64]):
             same(
-                triton_linear.to_values(view, format, rule, None)[0],
-                steps.to_values(view, format, rule, None)[0],
+                triton_linear.fake_quantize(view, format, rule, None)[0],
+                steps.fake_quantize(view, format, rule, None)[0],
             )
 
 
@@ -114,7 +114,7 @@ def products() -> None:
         for m, n, k in ((19, 20, 1088), (16, 16, 64), (40, 33, 96)):
             encoded = mx.encode(torch.randn(n, k), format)
             x, bias = torch.randn(m, k), torch.randn(n) if m != 16 else None
-            values, outer = steps.to_values(x, format, lookup(format).default_rule, None)
+            values, outer = steps.fake_quantize(x, format, lookup(format).default_rule, None)
             wanted = mx.decode(mx.encode(x, format)).double() @ mx.decode(encoded).double().t()
             wanted = wanted if bias is None else wanted + bias
             for decoded in (None, steps.decode_weight(encoded, bias)):
@@ -183,11 +183,11 @@ CHECKS = {c.__name__: c for c in (tokens, strided, weights, products, ends, form
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    triton_linear.DOT, triton_linear.MATMUL_TILE, triton_linear.LARGE_MATMUL_TILE, triton_linear.MANY = (
+    triton_linear.DOT, triton_linear.MATMUL_TILE, triton_linear.LARGE_MATMUL_TILE, triton_linear.MANY_ROWS = (
         "float32",
         (16, 16, 64),
         (32, 16, 32),
         32,
     )
-    matmul.FEW_TOKENS = 16
+    matmul.FEW_ROWS = 16
     CHECKS[sys.argv[1]]()

@@ -17,7 +17,7 @@ from ascendit.kernels.kernel import QuantLinearKernel, Wish
 from ascendit.ops import select as selection
 from ascendit.ops.cuda import linear, matmul, triton_linear
 from ascendit.ops.cuda.linear import CudaCard, candidates, problem_of_kernel, with_trials
-from ascendit.ops.cuda.steps import PLAIN, in_parts, to_values, width_of
+from ascendit.ops.cuda.steps import PLAIN, fake_quantize, split_bias, width_of
 from ascendit.ops.operators import Schemes, bind
 from ascendit.ops.select import select
 from ascendit.quant.schemes import LINEAR_SCHEMES
@@ -112,8 +112,8 @@ def test_a_weight_for_the_matmul_of_a_card_is_as_small_as_its_codes():
 
 @pytest.mark.parametrize("scheme", ["int8", "mxfp8", "mxfp4", "mxfp4_dualscale"])
 def test_long_inputs_go_through_memory_in_pieces(monkeypatch, scheme):
-    monkeypatch.setattr(matmul, "PIECE_BYTES", 1)
-    assert list(matmul.row_pieces(300, 8)) == [slice(0, 256), slice(256, 300)]
+    monkeypatch.setattr(matmul, "CHUNK_BYTES", 1)
+    assert list(matmul.row_chunks(300, 8)) == [slice(0, 256), slice(256, 300)]
     encoded, bias = weight_of(scheme, 24, 64)
     x = tokens_of(150, 64, torch.float32)
     forms: list[Any] = [dequantized(PLAIN), scaled(PLAIN)]
@@ -126,9 +126,9 @@ def test_long_inputs_go_through_memory_in_pieces(monkeypatch, scheme):
 
 def test_a_bias_in_three_parts_is_the_bias():
     bias = torch.cat([torch.randn(100) * 10.0**e for e in (-6, 0, 6)])
-    parts = in_parts(bias)
+    parts = split_bias(bias)
     assert parts.dtype == torch.bfloat16 and torch.equal(parts.double().sum(1).float(), bias)
-    values, outer = to_values(torch.ones(2, 100), "mxfp8", "ceil", None)
+    values, outer = fake_quantize(torch.ones(2, 100), "mxfp8", "ceil", None)
     assert width_of(100) == 128 and outer is None
     assert values[0].tolist() == [1.0] * 103 + [0.0] * 25
 
@@ -138,7 +138,7 @@ def test_the_setting_for_bfloat16_sums_is_put_back():
     before = cuda.allow_bf16_reduced_precision_reduction
     a, b = torch.randn(4, 64).bfloat16(), torch.randn(8, 64).bfloat16()
     torch.testing.assert_close(
-        matmul.narrow_product(a, b).float(), a.float() @ b.float().t(), rtol=0.01, atol=0.1
+        matmul.bf16_product(a, b).float(), a.float() @ b.float().t(), rtol=0.01, atol=0.1
     )
     assert cuda.allow_bf16_reduced_precision_reduction == before
 
@@ -153,13 +153,13 @@ def test_the_calls_for_a_card_are_those_that_pytorch_knows():
     found = {
         "int8": matmul.int8_product(meta(40, 64, dtype=torch.int8), meta(32, 64, dtype=torch.int8)),
         "fp8": matmul.fp8_product(meta(40, 64, dtype=f8), meta(32, 64, dtype=f8)),
-        "wide": matmul.wide_product(meta(40, 64), meta(32, 64)),
-        "narrow": matmul.narrow_product(meta(40, 64), meta(32, 64)),
+        "float32": matmul.float32_product(meta(40, 64), meta(32, 64)),
+        "bf16": matmul.bf16_product(meta(40, 64), meta(32, 64)),
     }
     if hasattr(torch.nn.functional, "scaled_mm"):
         found["mxfp8"] = matmul.mxfp8_product(meta(40, 64, dtype=f8), meta(32, 64, dtype=f8), *tiles)
     assert {tuple(out.shape) for out in found.values()} == {(40, 32)}
-    dtypes = {"int8": torch.int32, "narrow": torch.bfloat16}
+    dtypes = {"int8": torch.int32, "bf16": torch.bfloat16}
     assert all(out.dtype == dtypes.get(name, torch.float32) for name, out in found.items())
 
 
@@ -206,7 +206,7 @@ def test_reasons_name_how_and_by_what():
     assert reasons((9, 0))["mxfp8"][0] == "emulated: decoded to BF16 on each use by Triton 3.9"
     once = reasons((9, 0), "decode-once", triton=False)["mxfp8"]
     assert once == ["emulated: decoded once to BF16 by PyTorch, Triton is not installed"]
-    assert reasons((9, 0))["int8"][0] == "native: torch._int_mm, the rest by Triton 3.9"
+    assert reasons((9, 0))["int8"][0] == "native: torch._int_mm, other steps by Triton 3.9"
 
 
 def kernel(reason: str) -> QuantLinearKernel:
@@ -219,7 +219,7 @@ def test_a_kernel_that_is_wrong_on_this_card_is_passed_over_and_named(monkeypatc
 
     def wrong(scheme, kernel):
         asked.append(scheme)
-        return {row[0]: "RuntimeError: no such kernel", row[1]: "its numbers are wrong"}.get(kernel)
+        return {row[0]: "RuntimeError: no such kernel", row[1]: "wrong results"}.get(kernel)
 
     listed = with_trials(row, wrong)
     monkeypatch.setattr(selection, "kernels_of", lambda device, wish: listed)
@@ -229,10 +229,7 @@ def test_a_kernel_that_is_wrong_on_this_card_is_passed_over_and_named(monkeypatc
     assert (
         w4a8.reason
         == mxfp4.reason
-        == (
-            "emulated: by PyTorch; not scaled_mm: RuntimeError: no such kernel;"
-            " not by Triton: its numbers are wrong"
-        )
+        == ("emulated: by PyTorch; not scaled_mm: RuntimeError: no such kernel; not by Triton: wrong results")
     )
     assert asked == ["mxfp4", "w4a8"] * 3
     assert select("int8", CPU, Wish()).backend == "reference"
@@ -247,8 +244,8 @@ def test_the_check_accepts_right_forms_and_sees_wrong_ones(scheme):
     before = torch.get_rng_state()
     assert problem_of_kernel(scheme, good.kernel(scheme, ""), HOST) is None
     assert torch.equal(torch.get_rng_state(), before)
-    shifted = matmul.DequantizedMatmul(PLAIN, False, lambda a, b: good.wide(a, b) * 1.01, good.narrow)
-    assert "its numbers are wrong, by" in str(problem_of_kernel(scheme, shifted.kernel(scheme, ""), HOST))
+    shifted = matmul.DequantizedMatmul(PLAIN, False, lambda a, b: good.float32(a, b) * 1.01, good.bf16)
+    assert "relative error" in str(problem_of_kernel(scheme, shifted.kernel(scheme, ""), HOST))
 
     def refuse(a, b):
         raise RuntimeError("no kernel for this card\nand more")

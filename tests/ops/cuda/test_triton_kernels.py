@@ -43,7 +43,7 @@ def test_the_kernels_have_the_numbers_of_the_plain_steps(check):
 def test_the_kernels_compile_and_multiply_on_tensor_cores(capability):
     lines = dict(line.split(": ") for line in run("compiled.py", capability).splitlines())
     assert set(lines) == {
-        "quantize_blocks", "quantize_blocks dual", "quantize_blocks codes", "quantize_rows", "decode_weight",
+        "quantize_blocks", "quantize_blocks dual", "quantize_blocks qdata", "quantize_rows", "decode_weight",
         "finish", "rms_norm", "layer_norm", "gated_residual", "rope", "matmul e4m3", "matmul e2m1",
         "matmul e2m1 dual", "matmul bf16",
     }  # fmt: skip

@@ -116,7 +116,7 @@ def test_rules_that_no_kernel_has():
 
 
 def test_float32_tokens_are_refused():
-    with pytest.raises(UsageError, match="tokens of torch.float32 for int8") as e:
+    with pytest.raises(UsageError, match="an activation in torch.float32 for int8") as e:
         bind("twin:a5").quantized.quantize_activation(torch.randn(4, 64), "int8")
     assert e.value.fix == "--set dtype=bfloat16"
 
@@ -173,10 +173,10 @@ def test_a_cast_that_stays_nd_is_told(monkeypatch):
     monkeypatch.setattr(npu_linear, "internal_format", lambda device, allowed: _nothing())
     with (
         pytest.warns(UserWarning, match="returns ND"),
-        pytest.raises(EnvironmentProblem, match="gave format 2") as e,
+        pytest.raises(EnvironmentProblem, match="returned format 2") as e,
     ):
         ops.prepare_weight(*on_disk(encoded, bias), "int8", nz=True)
-    assert e.value.needs == "29 (FRACTAL_NZ)" and e.value.code == "E-CAP-01"
+    assert e.value.needs == "format 29 (FRACTAL_NZ)" and e.value.code == "E-CAP-01"
 
 
 def _nothing():

@@ -1,22 +1,23 @@
-"""Quantized linear layers on a CPU, compiled (`native/linear.cpp`) or by PyTorch.
+"""CPU kernels of quantized linear layers: compiled (`native/linear.cpp`) or PyTorch.
 
-Weights stay as they are on disk, in memory too. `native/linear.cpp` makes tiles of them that stay in the
-cache, which costs a few percent of the product:
+Weights keep their stored layout in memory. `native/linear.cpp` unpacks tiles of them that fit the cache; this
+takes a few percent of the matmul:
 
-- int8: products of bytes, summed exactly, on AVX-512 VNNI; twice as fast as BF16.
-- mxfp4 and its dual scale: twice a number is a whole number up to 12, so blocks are products of bytes too,
-  exact, and their sums are scaled in float32.
-- mxfp8, fp8, w4a8: a code times a power of two is a BF16 number, so the product runs on AVX-512 BF16 with
-  sums in float32. Decoded once, a weight takes the memory of BF16 besides, and saves those few percent.
+- int8: exact int8 dot products on AVX-512 VNNI, twice as fast as BF16.
+- mxfp4, mxfp4_dualscale: twice an FP4 value is an integer of at most 12, so each block is an exact int8 dot
+  product too; the sums are scaled in float32.
+- mxfp8, fp8, w4a8: an element times a power of two is exact in BF16, so the matmul runs on AVX-512 BF16 with
+  float32 accumulation. With decode-once the weight is also stored in BF16, which saves those few percent.
 
-Values that BF16 does not have (below 2^-126, above 2^103), a K that is no multiple of 32, and machines
-without such a processor or without a compiler go to PyTorch:
+PyTorch takes over for values outside BF16 (below 2^-126, above 2^103), for a K that is not a multiple of 32,
+and on machines without AVX-512 or a compiler:
 
-- int8: `torch._int_mm` sums the products exactly.
-- mxfp8, mxfp4 and w4a8 where oneDNN multiplies BF16: both sides decoded to BF16, which is exact. PyTorch
-  rounds the sums before it adds a bias; so the bias goes in as three more columns of the weight, whose BF16
-  numbers sum up to it, times tokens of 1. Then there is one rounding, as with a float32 bias.
-- The rest (fp8, dual scales, tokens in other dtypes, numbers that BF16 does not have): decoded to float32.
+- int8: `torch._int_mm`, exact sums.
+- mxfp8, mxfp4 and w4a8 if oneDNN has a BF16 matmul: both operands dequantized to BF16, which is exact.
+  PyTorch would round the sums before adding a bias, so the bias is split into three extra BF16 columns of the
+  weight that add up to it, multiplied by ones. The result is rounded once, as with a float32 bias.
+- All others (fp8, dual scales, activations of other dtypes, values not representable in BF16): dequantized to
+  float32.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ from ascendit.quant.schemes import LINEAR_SCHEMES
 
 KINDS = {"int8": 0, "fp8": 1, "mxfp8": 2, "mxfp4": 3, "mxfp4_dualscale": 4, "w4a8": 5}
 """Scheme -> its number in linear.cpp."""
-IN_BYTES = ("int8", "mxfp4", "mxfp4_dualscale")
-"""Schemes whose compiled products need no decoding. A weight in mxfp4 may still meet tokens in w4a8."""
+INT8_DOT_SCHEMES = ("int8", "mxfp4", "mxfp4_dualscale")
+"""Schemes multiplied as int8 without dequantization. An mxfp4 weight may still get a w4a8 activation."""
 BLOCK, COLUMNS, STRETCH, CHUNK = 32, 64, 512, 1024
-"""Values of an MX block; channels and values of a tile; tokens that linear.cpp takes at a time."""
-_kept = threading.local()
+"""Elements of an MX block; output channels and K of a tile; rows that linear.cpp takes at a time."""
+_thread = threading.local()
 LINEAR_SIGNATURES = {
     "linear": "iiiii" + "p" * 11 + "i",
     "doubtful_blocks": "iiiipp",
@@ -51,31 +52,31 @@ LINEAR_SIGNATURES = {
     "smooth": "iiippp",
 }
 LARGEST_INT_WIDTH = 1 << 16
-"""Above this K sums of int8 products might leave int32."""
-IN_BF16 = ("mxfp8", "mxfp4", "w4a8")
-"""Schemes whose numbers are BF16, scales and all."""
+"""Largest K whose int8 dot product cannot overflow int32."""
+BF16_EXACT_SCHEMES = ("mxfp8", "mxfp4", "w4a8")
+"""Schemes whose dequantized values, scales included, are exact in BF16."""
 BIAS_COLUMNS = 3
-"""For a float32 bias: 3 x 8 bits of mantissa."""
+"""BF16 columns that hold a float32 bias: 3 x 8 bits of mantissa."""
 
 
 @functools.cache
 def library() -> Built:
-    """The compiled kernels, or why there are none."""
+    """The compiled kernels, or the reason for their absence."""
     return declared(native("linear"), LINEAR_SIGNATURES)
 
 
 def list_kernels(emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:
-    """One for each scheme. Emulated are those that are decoded to another format first."""
+    """One kernel for each scheme; those that dequantize first are labelled emulated."""
     built, once = library(), emulate == "decode-once"
     if built.library is None:
         return tuple(_torch_kernel(scheme, emulate, built.reason) for scheme in LINEAR_SCHEMES)
-    how = "decoded once to BF16" if once else "decoded tile by tile to BF16 on each use"
+    method = "decoded once to BF16" if once else "decoded tile by tile to BF16 on each use"
     return tuple(
         QuantLinearKernel(
             scheme,
             "cpu",
             quantized_linear,
-            f"{'native: products of bytes' if scheme in IN_BYTES else f'emulated: {how}'}, {built.reason}",
+            f"{'native: int8 dot' if scheme in INT8_DOT_SCHEMES else f'emulated: {method}'}, {built.reason}",
             needs="native/linear.cpp",
             prepare=prepare_tiles if once else prepare_weight,
             quantize_activation=quantize_activation,
@@ -85,17 +86,17 @@ def list_kernels(emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:
     )
 
 
-def _torch_kernel(scheme: str, emulate: Emulate | None, why: str) -> QuantLinearKernel:
-    """Without the compiled kernels; `why` there are none."""
+def _torch_kernel(scheme: str, emulate: Emulate | None, absence: str) -> QuantLinearKernel:
+    """The PyTorch kernel. `absence`: why the compiled one is missing."""
     once = emulate == "decode-once"
-    how = f"emulated: decoded {'once' if once else 'on each use'} to"
+    method = f"emulated: decoded {'once' if once else 'on each use'} to"
     prepare = reference.prepare_weight
     if scheme == "int8":
-        reason = f"native: torch._int_mm, {why}"
-    elif scheme in IN_BF16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        reason, prepare = f"{how} BF16 by PyTorch, {why}", prepare_columns if once else prepare
+        reason = f"native: torch._int_mm, {absence}"
+    elif scheme in BF16_EXACT_SCHEMES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        reason, prepare = f"{method} BF16 by PyTorch, {absence}", prepare_columns if once else prepare
     else:
-        return reference.quant_linear_kernel(scheme, emulate, f"{how} float32 by PyTorch, {why}")
+        return reference.quant_linear_kernel(scheme, emulate, f"{method} float32 by PyTorch, {absence}")
     return QuantLinearKernel(
         scheme,
         "cpu",
@@ -112,16 +113,16 @@ def _torch_kernel(scheme: str, emulate: Emulate | None, why: str) -> QuantLinear
 
 @dataclass(frozen=True, eq=False)
 class FallbackWeight(PreparedWeight):
-    """One that the tiles cannot hold; PyTorch multiplies it."""
+    """A weight that linear.cpp does not support; PyTorch multiplies it."""
 
 
 def prepare_weight(
     encoded: Encoded, bias: Tensor | None, device: torch.device, *, nz: bool = False
 ) -> PreparedWeight:
-    """As on disk; a `FallbackWeight` if the tiles cannot hold it."""
+    """Weight [N, K] and scales as stored, bias [N] float32; `FallbackWeight` if linear.cpp cannot use it."""
     weight = reference.prepare_weight(encoded, bias, device)
     weight = replace(weight, qdata=weight.qdata.contiguous(), scale=weight.scale.contiguous())
-    if _fits(weight):
+    if _is_supported(weight):
         return weight
     return FallbackWeight(**{f.name: getattr(weight, f.name) for f in fields(weight)})
 
@@ -129,26 +130,27 @@ def prepare_weight(
 def prepare_tiles(
     encoded: Encoded, bias: Tensor | None, device: torch.device, *, nz: bool = False
 ) -> PreparedWeight:
-    """The same with its tiles, bfloat16 [N up to a multiple of 64, K]: 3 to 5 times the memory."""
+    """`prepare_weight` with `decoded`, bfloat16 tiles [N rounded up to 64, K]: 3 to 5 times the memory."""
     weight = prepare_weight(encoded, bias, device)
     if isinstance(weight, FallbackWeight) or weight.scheme in ("int8", "mxfp4_dualscale"):
         return weight
     n, k = weight.shape
     tiles = torch.empty(-(-n // COLUMNS) * COLUMNS, k, dtype=torch.bfloat16)
-    at = weight.qdata.data_ptr(), weight.scale.data_ptr(), tiles.data_ptr()
-    _call("decode_tiles", KINDS[weight.scheme], n, k, torch.get_num_threads(), *at)
+    pointers = weight.qdata.data_ptr(), weight.scale.data_ptr(), tiles.data_ptr()
+    _call("decode_tiles", KINDS[weight.scheme], n, k, torch.get_num_threads(), *pointers)
     return replace(weight, decoded=tiles)
 
 
-def _fits(weight: PreparedWeight) -> bool:
+def _is_supported(weight: PreparedWeight) -> bool:
+    """Whether linear.cpp can multiply this weight exactly."""
     n, k = weight.shape
     if k % BLOCK or not n:
         return False
     if weight.scheme in ("int8", "fp8"):
         return weight.scheme == "fp8" or k <= LARGEST_INT_WIDTH
     bits = 8 if weight.scheme == "mxfp8" else 4
-    at = weight.qdata.data_ptr(), weight.scale.data_ptr()
-    return not _call("doubtful_blocks", bits, n, k, torch.get_num_threads(), *at)
+    pointers = weight.qdata.data_ptr(), weight.scale.data_ptr()
+    return not _call("doubtful_blocks", bits, n, k, torch.get_num_threads(), *pointers)
 
 
 # ---- compiled: activations and products ---------------------------------------------------------
@@ -157,12 +159,12 @@ def _fits(weight: PreparedWeight) -> bool:
 def quantize_activation(
     x: Tensor, scheme: str, mul_scale: Tensor | None = None, rule: str | None = None
 ) -> Activation:
-    """See `Schemes.quantize_activation`; `mul_scale` in one pass."""
+    """See `Schemes.quantize_activation`. Multiplies by `mul_scale` in one compiled pass."""
     if mul_scale is not None and x.dtype == torch.bfloat16 and mul_scale.shape == x.shape[-1:]:
-        x, by = x.contiguous(), mul_scale.to(torch.float32).contiguous()
+        x, factors = x.contiguous(), mul_scale.to(torch.float32).contiguous()
         smoothed, k = torch.empty_like(x), x.shape[-1]
-        at = x.data_ptr(), by.data_ptr(), smoothed.data_ptr()
-        _call("smooth", x.numel() // max(k, 1), k, torch.get_num_threads(), *at)
+        pointers = x.data_ptr(), factors.data_ptr(), smoothed.data_ptr()
+        _call("smooth", x.numel() // max(k, 1), k, torch.get_num_threads(), *pointers)
         x, mul_scale = smoothed, None
     return reference.quantize_activation(x, scheme, mul_scale, rule)
 
@@ -172,33 +174,33 @@ def quantized_linear(a: Activation, weight: PreparedWeight) -> Tensor:
     m, (n, k) = a.qdata.shape[0], weight.shape
     if isinstance(weight, FallbackWeight):
         return torch_linear(a, weight)
-    wide = a.dtype != torch.bfloat16
-    out = torch.empty(m, n, dtype=torch.float32 if wide else torch.bfloat16)
+    to_float32 = a.dtype != torch.bfloat16
+    out = torch.empty(m, n, dtype=torch.float32 if to_float32 else torch.bfloat16)
     scheme = a.scheme.name
-    int8, decoded = scheme == "int8", None if scheme in IN_BYTES else weight.decoded
-    work = _room(min(m, CHUNK) * -(-k // STRETCH) * STRETCH * 2)
+    int8, decoded = scheme == "int8", None if scheme in INT8_DOT_SCHEMES else weight.decoded
+    workspace = _workspace(min(m, CHUNK) * -(-k // STRETCH) * STRETCH * 2)
     sums = torch.empty(m, dtype=torch.int32) if int8 else None
     tensors = (a.qdata, a.scale, a.dual_scale, weight.qdata, weight.scale, weight.dual_scale)
-    at = (_at(t) for t in (*tensors, decoded, weight.bias, work, sums, out))
-    doubtful = _call("linear", KINDS[scheme], m, n, k, torch.get_num_threads(), *at, wide)
-    if doubtful:
+    pointers = (_pointer(t) for t in (*tensors, decoded, weight.bias, workspace, sums, out))
+    unsupported = _call("linear", KINDS[scheme], m, n, k, torch.get_num_threads(), *pointers, to_float32)
+    if unsupported:
         return torch_linear(a, replace(weight, decoded=None))
     return out.to(a.dtype).view(*a.lead, n)
 
 
-def _room(nbytes: int) -> Tensor:
-    """Memory for the tokens of a chunk, kept by each thread: 28 MB for K = 13824. Fresh pages cost time."""
-    found: Tensor | None = getattr(_kept, "room", None)
-    if found is None or found.nbytes < nbytes:
-        found = _kept.room = torch.empty(nbytes, dtype=torch.uint8)
-    return found
+def _workspace(nbytes: int) -> Tensor:
+    """Scratch memory for a chunk of rows, reused by each thread (28 MB for K = 13824): new pages are slow."""
+    workspace: Tensor | None = getattr(_thread, "workspace", None)
+    if workspace is None or workspace.nbytes < nbytes:
+        workspace = _thread.workspace = torch.empty(nbytes, dtype=torch.uint8)
+    return workspace
 
 
-def _call(name: str, *given: int) -> int:
-    return int(getattr(library().library, name)(*given))
+def _call(name: str, *args: int) -> int:
+    return int(getattr(library().library, name)(*args))
 
 
-def _at(tensor: Tensor | None) -> int:
+def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -208,26 +210,26 @@ def _at(tensor: Tensor | None) -> int:
 def prepare_columns(
     encoded: Encoded, bias: Tensor | None, device: torch.device, *, nz: bool = False
 ) -> PreparedWeight:
-    """The same with `decoded`: bfloat16 [N, K + 3], the bias in the last columns."""
+    """`reference.prepare_weight` with `decoded`: bfloat16 [N, K + 3], the bias in the last columns."""
     weight = reference.prepare_weight(encoded, bias, device)
     return replace(weight, decoded=_weight_columns(weight))
 
 
 def torch_linear(a: Activation, weight: PreparedWeight) -> Tensor:
-    """See `Schemes.quantized_linear`. `weight.decoded` is from `prepare_columns`, or None."""
-    if a.scheme.name == "int8" and 1 < a.width <= LARGEST_INT_WIDTH:  # _int_mm errs at K = 1
+    """See `Schemes.quantized_linear`. `weight.decoded` comes from `prepare_columns`, or is None."""
+    if a.scheme.name == "int8" and 1 < a.width <= LARGEST_INT_WIDTH:  # _int_mm is wrong at K = 1
         return _int8_linear(a, weight)
     if a.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         columns = _weight_columns(weight) if weight.decoded is None else weight.decoded
-        tokens = None if columns is None else _bf16(a.qdata, a.scale, a.scheme.activation, a.width)
-        if columns is not None and tokens is not None:
-            ones = tokens.new_ones(tokens.shape[0], columns.shape[1] - a.width)
-            return F.linear(torch.cat((tokens, ones), 1), columns).view(*a.lead, weight.shape[0])
+        rows = None if columns is None else _bf16(a.qdata, a.scale, a.scheme.activation, a.width)
+        if columns is not None and rows is not None:
+            ones = rows.new_ones(rows.shape[0], columns.shape[1] - a.width)
+            return F.linear(torch.cat((rows, ones), 1), columns).view(*a.lead, weight.shape[0])
     return reference.quantized_linear(a, replace(weight, decoded=None))
 
 
 def _int8_linear(a: Activation, weight: PreparedWeight) -> Tensor:
-    """int32 sums, and then the scales of token and channel and the bias in float32."""
+    """int32 sums, multiplied by the scales of row and channel in float32, plus the float32 bias."""
     sums = torch._int_mm(a.qdata, weight.qdata.t())
     out = sums.to(torch.float32).mul_(a.scale.view(-1, 1)).mul_(weight.scale.view(1, -1))
     if weight.bias is not None:
@@ -236,30 +238,30 @@ def _int8_linear(a: Activation, weight: PreparedWeight) -> Tensor:
 
 
 def _weight_columns(weight: PreparedWeight) -> Tensor | None:
-    """bfloat16 [N, K], with a bias [N, K + 3]; None where that is not exact."""
+    """Weight as bfloat16 [N, K], or [N, K + 3] with a bias; None if that is not exact."""
     values = _bf16(weight.qdata, weight.scale, weight.scheme, weight.shape[1])
     if values is None or weight.bias is None:
         return values
-    left, parts = weight.bias, [values]
+    remainder, columns = weight.bias, [values]
     for _ in range(BIAS_COLUMNS):
-        parts.append(left.to(torch.bfloat16).unsqueeze(1))
-        left = left - parts[-1].squeeze(1).to(torch.float32)
-    return torch.cat(parts, 1) if not bool(left.any()) else None
+        columns.append(remainder.to(torch.bfloat16).unsqueeze(1))
+        remainder = remainder - columns[-1].squeeze(1).to(torch.float32)
+    return torch.cat(columns, 1) if not bool(remainder.any()) else None
 
 
 def _bf16(qdata: Tensor, scale: Tensor, name: str, width: int) -> Tensor | None:
-    """As `mx.decode`, bfloat16 [rows, width]; None where a block may hold a number that is none."""
-    form = lookup(name)
-    if form.kind != "block" or form.element is None or width % form.block:
+    """`mx.decode` as bfloat16 [rows, width]; None if a block may hold a value that is not exact in BF16."""
+    fmt = lookup(name)
+    if fmt.kind != "block" or fmt.element is None or width % fmt.block:
         return None
-    first = 1 - (form.element.emin - form.element.mbits)
-    last = 2 * scales.BIAS - form.element.emax
-    odd = (scale < first) | (scale > last)
-    if bool((odd & (scale != scales.NAN_BYTE)).any()):
+    lowest = 1 - (fmt.element.emin - fmt.element.mbits)
+    highest = 2 * scales.BIAS - fmt.element.emax
+    outside = (scale < lowest) | (scale > highest)
+    if bool((outside & (scale != scales.NAN_BYTE)).any()):
         return None
-    if form.packed:
-        values = elements.decode_stored(qdata, form.element, width).to(torch.bfloat16)
+    if fmt.packed:
+        values = elements.decode_stored(qdata, fmt.element, width).to(torch.bfloat16)
     else:
         values = qdata.view(torch.float8_e4m3fn).to(torch.bfloat16)
     powers = scales.from_bytes(scale).to(torch.bfloat16)
-    return values.view(-1, form.block).mul_(powers.view(-1, 1)).view(-1, width)
+    return values.view(-1, fmt.block).mul_(powers.view(-1, 1)).view(-1, width)

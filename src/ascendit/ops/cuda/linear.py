@@ -1,4 +1,4 @@
-"""Quantized linear layers on a CUDA card: which kernel computes which scheme, by what the card has.
+"""Choose the kernel of each quantized scheme on a CUDA GPU, by compute capability and PyTorch version.
 
 | scheme             | native from | by                                                       |
 |--------------------|-------------|----------------------------------------------------------|
@@ -7,14 +7,14 @@
 | mxfp8, mxfp4, w4a8 | sm100       | torch.nn.functional.scaled_mm, PyTorch 2.10, blocks of 32 |
 | mxfp4_dualscale    | never       |                                                          |
 
-Else a weight is decoded to bfloat16, which is exact, and multiplied with sums in float32. It stays codes in
-memory: that of one layer is decoded, on each use; or all of them once (`decode-once`).
+Otherwise a weight is dequantized to bfloat16, which is exact, and multiplied with float32 accumulation. It is
+stored quantized and dequantized one layer at a time on each use, or all layers once (`decode-once`).
 
-`matmul` has the kernels, `steps` and `triton_linear` what they are made of. Cards below sm80 take the plain
-kernel of `kernels/reference.py`.
+`matmul` has the kernels, `steps` and `triton_linear` the operations they consist of. GPUs below sm80 use the
+reference kernel of `kernels/reference.py`.
 
-Before a kernel is taken, it must give the numbers of `mx` on that very card, on a few tokens: what a version
-of PyTorch, CUDA or Triton refuses or gets wrong is passed over, and the reason says so.
+Before a kernel is used, it must reproduce `mx` on this GPU for a small input. A kernel that this version of
+PyTorch, CUDA or Triton rejects or computes wrongly is skipped, and the reason in the log says so.
 """
 
 from __future__ import annotations
@@ -32,49 +32,49 @@ from ascendit.device.device import Device
 from ascendit.kernels.kernel import Emulate, QuantLinearKernel
 from ascendit.mx.codec import Encoded, decode, encode
 from ascendit.ops.cuda import triton_linear
-from ascendit.ops.cuda.matmul import FEW_TOKENS, DequantizedMatmul, ScaledMatmul
+from ascendit.ops.cuda.matmul import FEW_ROWS, DequantizedMatmul, ScaledMatmul
 from ascendit.ops.cuda.steps import PLAIN, LinearSteps
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 log = logging.getLogger("ascendit")
 
-LEAST = (8, 0)
-"""Of compute capability: bfloat16 on tensor cores."""
+MIN_CAPABILITY = (8, 0)
+"""Compute capability with bfloat16 on tensor cores."""
 NATIVE: Mapping[str, tuple[tuple[int, int], str]] = {
     "int8": ((8, 0), "torch._int_mm"),
     "fp8": ((8, 9), "torch._scaled_mm"),
     "mxfp8": ((10, 0), "scaled_mm with blocks of 32"),
-    "mxfp4": ((10, 0), "scaled_mm with blocks of 32, FP4 put into e4m3"),
+    "mxfp4": ((10, 0), "scaled_mm with blocks of 32, FP4 stored as e4m3"),
 }
-"""Scheme of a weight -> compute capability from which its matmul is there, and its name."""
+"""Scheme of a weight -> lowest compute capability that has its matmul, and the name of that matmul."""
 ERROR_LIMITS: Mapping[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 4e-3}
-"""Dtype of tokens -> largest relative error of a kernel that is right."""
+"""Dtype of the activation -> largest relative error of a correct kernel."""
 
 
 @dataclass(frozen=True)
 class CudaCard:
-    """What is asked of a card."""
+    """The properties of a GPU that decide its kernels."""
 
     name: str
     capability: tuple[int, int]
     scaled_mm: bool
     """Whether this PyTorch has torch.nn.functional.scaled_mm."""
     hip: bool = False
-    """An AMD card: its numbers of capability mean something else."""
+    """An AMD GPU, whose capability numbers have another meaning."""
 
     @classmethod
     def of(cls, device: Device) -> CudaCard | None:
-        """That of a `cuda` device; None where there is none."""
+        """The GPU of a `cuda` device, None without CUDA."""
         if not torch.cuda.is_available():
             return None
-        where = torch.device(device.torch_name)
+        gpu = torch.device(device.torch_name)
         scaled_mm = hasattr(torch.nn.functional, "scaled_mm")
-        capability = torch.cuda.get_device_capability(where)
-        return cls(torch.cuda.get_device_name(where), capability, scaled_mm, torch.version.hip is not None)
+        capability = torch.cuda.get_device_capability(gpu)
+        return cls(torch.cuda.get_device_name(gpu), capability, scaled_mm, torch.version.hip is not None)
 
 
 def list_kernels(device: Device, emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:
-    """Best first; a kernel is tried when it is next in line, once for each card and process."""
+    """The kernels of a GPU, best first. Each is checked before its first use, once per GPU and process."""
     card = CudaCard.of(device)
     return () if card is None else _kernels(card, torch.device(device.torch_name), emulate)
 
@@ -86,31 +86,32 @@ def _kernels(card: CudaCard, device: torch.device, emulate: Emulate | None) -> t
 
 
 def candidates(
-    card: CudaCard, emulate: Emulate | None, fast: LinearSteps | None, why: str
+    card: CudaCard, emulate: Emulate | None, fast: LinearSteps | None, triton: str
 ) -> tuple[QuantLinearKernel, ...]:
-    """The kernels that a card might have, one operator for each scheme of a weight, the best first.
+    """The kernels that a GPU may have, one operator for each scheme of a weight, best first.
 
-    `fast`: the steps in Triton; `why`: its version, or why there are none.
+    `fast`: the steps in Triton; `triton`: its version, or why it is missing.
     """
-    if card.capability < LEAST:
+    if card.capability < MIN_CAPABILITY:
         return ()
     once = emulate == "decode-once"
-    how = "decoded once to BF16" if once else "decoded to BF16 on each use"
-    triton = f"Triton {why}" if fast else f"PyTorch, {why}"
-    steps = [(s, triton if s is fast or fast is None else s.name) for s in (fast, PLAIN) if s]
-    found: list[QuantLinearKernel] = []
+    method = "decoded once to BF16" if once else "decoded to BF16 on each use"
+    label = f"Triton {triton}" if fast else f"PyTorch, {triton}"
+    steps = [(s, label if s is fast or fast is None else s.name) for s in (fast, PLAIN) if s]
+    kernels: list[QuantLinearKernel] = []
     for scheme in dict.fromkeys(s.weight for s in LINEAR_SCHEMES.values()):
         if matmul := _native(scheme, card):
-            reason = f"native: {matmul}, the rest by"
-            found += [ScaledMatmul(s, once).kernel(scheme, f"{reason} {by}") for s, by in steps]
-        found += [DequantizedMatmul(s, once).kernel(scheme, f"emulated: {how} by {by}") for s, by in steps]
-    return tuple(found)
+            reason = f"native: {matmul}, other steps by"
+            kernels += [ScaledMatmul(s, once).kernel(scheme, f"{reason} {by}") for s, by in steps]
+        reason = f"emulated: {method}"
+        kernels += [DequantizedMatmul(s, once).kernel(scheme, f"{reason} by {by}") for s, by in steps]
+    return tuple(kernels)
 
 
 def _native(scheme: str, card: CudaCard) -> str | None:
-    """The name of the matmul that this card has, if it has one."""
-    least, name = NATIVE.get(scheme, ((99, 0), ""))
-    if card.hip or card.capability < least or (scheme.startswith("mx") and not card.scaled_mm):
+    """The name of this GPU's matmul for a scheme, None without one."""
+    required, name = NATIVE.get(scheme, ((99, 0), ""))
+    if card.hip or card.capability < required or (scheme.startswith("mx") and not card.scaled_mm):
         return None
     return name
 
@@ -118,16 +119,16 @@ def _native(scheme: str, card: CudaCard) -> str | None:
 def with_trials(
     listed: Iterable[QuantLinearKernel], problem: Callable[[str, QuantLinearKernel], str | None]
 ) -> tuple[QuantLinearKernel, ...]:
-    """A kernel for every scheme, which is missing if it has a `problem` in any scheme of its weight.
+    """One kernel per scheme, which counts as missing if `problem` finds one in any scheme of its weight.
 
-    w4a8 and mxfp4 share a weight, and so the kernel and its trial.
+    w4a8 and mxfp4 share a weight, and therefore the kernel and its trial.
     """
-    found: list[QuantLinearKernel] = []
+    kernels: list[QuantLinearKernel] = []
     for kernel in listed:
         schemes = [s.name for s in LINEAR_SCHEMES.values() if s.weight == kernel.operator]
         trial = functools.cache(partial(_trial, kernel, schemes, problem))
-        found += [replace(kernel, operator=s, missing=trial) for s in schemes]
-    return tuple(found)
+        kernels += [replace(kernel, operator=s, missing=trial) for s in schemes]
+    return tuple(kernels)
 
 
 def _trial(
@@ -135,45 +136,45 @@ def _trial(
     schemes: list[str],
     problem: Callable[[str, QuantLinearKernel], str | None],
 ) -> str:
-    """Why this kernel is passed over, "" if it is right."""
-    wrong = [p for s in schemes if (p := problem(s, kernel))]
-    if not wrong:
+    """Why this kernel is skipped, "" if it is correct."""
+    problems = [p for s in schemes if (p := problem(s, kernel))]
+    if not problems:
         return ""
-    log.debug("%s is not taken for %s: %s", kernel.reason, kernel.operator, "; ".join(wrong))
-    return f"not {kernel.reason.partition(': ')[2]}: {wrong[0]}"
+    log.debug("%s is not used for %s: %s", kernel.reason, kernel.operator, "; ".join(problems))
+    return f"not {kernel.reason.partition(': ')[2]}: {problems[0]}"
 
 
 def problem_of_kernel(scheme: str, kernel: QuantLinearKernel, device: torch.device) -> str | None:
-    """What is wrong with a kernel on a device, None if it gives the numbers of `mx`."""
-    for tokens, dtype in ((24, torch.float32), (FEW_TOKENS + 24, torch.bfloat16)):
-        x, qdata, bias, wanted = _sample(scheme, tokens, dtype)
+    """Describe the problem of a kernel on a device; None if it reproduces `mx`."""
+    for rows, dtype in ((24, torch.float32), (FEW_ROWS + 24, torch.bfloat16)):
+        x, encoded, bias, expected = _sample(scheme, rows, dtype)
 
-        def compute(x: Tensor = x, qdata: Encoded = qdata, bias: Tensor = bias) -> Tensor:
-            weight = kernel.prepare(qdata, bias, device)
+        def compute(x: Tensor = x, encoded: Encoded = encoded, bias: Tensor = bias) -> Tensor:
+            weight = kernel.prepare(encoded, bias, device)
             return kernel.call(kernel.quantize_activation(x.to(device), scheme), weight)
 
-        if found := problem_of(compute, wanted, ERROR_LIMITS[dtype]):
-            return found
+        if problem := problem_of(compute, expected, ERROR_LIMITS[dtype]):
+            return problem
     return None
 
 
-def problem_of(compute: Callable[[], Tensor], wanted: Tensor, limit: float) -> str:
-    """What is wrong with a result on a card, "" if its relative error is below `limit`."""
-    wanted = wanted.cpu()
+def problem_of(compute: Callable[[], Tensor], expected: Tensor, limit: float) -> str:
+    """The problem of a result [..] compared to float64 `expected`; "" if its relative error is in `limit`."""
+    expected = expected.cpu()
     try:
-        error = float((compute().cpu().double() - wanted).norm() / wanted.norm())
-    except Exception as e:  # a compiler, a driver or PyTorch: each has its own
+        error = float((compute().cpu().double() - expected).norm() / expected.norm())
+    except Exception as e:  # compilers, drivers and PyTorch raise types of their own
         return f"{type(e).__name__}: {(str(e).strip() or 'no text').splitlines()[0][:120]}"
-    return "" if error < limit else f"its numbers are wrong, by {error:.1e} of them"
+    return "" if error < limit else f"relative error {error:.1e} exceeds {limit:g}"
 
 
 @functools.cache
-def _sample(scheme: str, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Encoded, Tensor, Tensor]:
-    """Tokens, an encoded weight, a bias, and their product in float64. The user's seed is not touched."""
-    draw = torch.Generator().manual_seed(5)
-    row, n, k = LINEAR_SCHEMES[scheme], 72, 544
-    x = torch.randn(tokens, k, generator=draw).to(dtype)
-    qdata = encode(torch.randn(n, k, generator=draw), row.weight)
-    bias = torch.randn(n, generator=draw)
-    a = encode(x, row.activation, scale_rule=row.rule)
-    return x, qdata, bias, decode(a).double() @ decode(qdata).double().t() + bias.double()
+def _sample(scheme: str, rows: int, dtype: torch.dtype) -> tuple[Tensor, Encoded, Tensor, Tensor]:
+    """Activation, quantized weight, bias and their float64 result. Uses its own generator."""
+    generator = torch.Generator().manual_seed(5)
+    resolved, n, k = LINEAR_SCHEMES[scheme], 72, 544
+    x = torch.randn(rows, k, generator=generator).to(dtype)
+    encoded = encode(torch.randn(n, k, generator=generator), resolved.weight)
+    bias = torch.randn(n, generator=generator)
+    a = encode(x, resolved.activation, scale_rule=resolved.rule)
+    return x, encoded, bias, decode(a).double() @ decode(encoded).double().t() + bias.double()

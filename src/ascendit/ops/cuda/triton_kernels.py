@@ -1,9 +1,9 @@
 # mypy: ignore-errors
-"""The kernels of `triton_linear.py` and `kernels.py`, in Triton's language, which only looks like Python.
+"""Triton kernels of `triton_linear.py` and `kernels.py`.
 
-Numbers are taken apart as bits, so that codes and scales are those of `mx.reference` to the bit, subnormal
-numbers too. They compile for a card, and run under TRITON_INTERPRET=1 on a CPU, which is how they are tested;
-its bfloat16 is cut off and cannot be multiplied, hence `_rounded` and DOT.
+They work on the bits of floats, so that quantized values and scales equal those of `mx.reference` to the bit,
+subnormals included. They also run under TRITON_INTERPRET=1 on a CPU, which is how they are tested; the
+interpreter truncates to bfloat16 and cannot multiply it, hence `_rounded` and DOT.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def _scale_of(byte):
 
 @jit
 def _to_even(f):
-    """To the nearest whole number, |f| < 2^22."""
+    """Round to the nearest integer, ties to even; |f| < 2^22."""
     return (f + 12582912.0) - 12582912.0
 
 
 @jit
 def _rounded(f, LIKE: tl.constexpr):
-    """float32 -> LIKE, to nearest even."""
+    """float32 -> LIKE, rounded to nearest even."""
     if LIKE == tl.bfloat16:
         bits = _bits(f)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
@@ -68,7 +68,7 @@ def _rounded(f, LIKE: tl.constexpr):
 
 @jit
 def _to_element(f, MBITS: tl.constexpr, EMIN: tl.constexpr, MAX: tl.constexpr):
-    """float32 -> the nearest number of an element, as float32, saturated; `mx.elements.encode`."""
+    """float32 -> the nearest value of an element format, as float32, saturated (`mx.elements.encode`)."""
     bits = _bits(f)
     magnitude = tl.minimum(_float(bits & 0x7FFFFFFF), MAX)
     exponent = tl.maximum((_bits(magnitude) >> 23) - 127, EMIN)
@@ -79,33 +79,33 @@ def _to_element(f, MBITS: tl.constexpr, EMIN: tl.constexpr, MAX: tl.constexpr):
 
 @jit
 def _to_e4m3(f):
-    """A float32 that is an e4m3 number -> its code; e2m1 numbers are such numbers. NaN -> 127."""
+    """float32 values of e4m3, which include those of e2m1 -> e4m3 bit pattern, uint8. NaN -> 127."""
     bits = _bits(f)
     body = bits & 0x7FFFFFFF
     small = (_float(body) * 512.0).to(tl.int32)
-    code = tl.where(body >= 0x3C800000, (body >> 20) - 960, small)  # from 2^-6 on it is normal
-    code = tl.where(body > 0x7F800000, 0x7F, code | ((bits >> 24) & 0x80))
-    return code.to(tl.uint8)
+    out = tl.where(body >= 0x3C800000, (body >> 20) - 960, small)  # normal from 2^-6 on
+    out = tl.where(body > 0x7F800000, 0x7F, out | ((bits >> 24) & 0x80))
+    return out.to(tl.uint8)
 
 
 @jit
-def _value_of(code, KIND: tl.constexpr):
-    """int32 code -> float32. KIND: "e4m3", "e2m1", "int8"."""
+def _value_of(bits, KIND: tl.constexpr):
+    """Bit pattern of an element in int32 -> float32. KIND: "e4m3", "e2m1", "int8"."""
     if KIND == "e4m3":
-        value = _float(((code & 0x7F) << 20) | ((code & 0x80) << 24)) * 1.329227995784916e36  # 2^120
-        return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+        value = _float(((bits & 0x7F) << 20) | ((bits & 0x80) << 24)) * 1.329227995784916e36  # 2^120
+        return tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
     elif KIND == "e2m1":
-        return _float(((code & 7) << 22) | ((code & 8) << 28)) * 8.507059173023462e37  # 2^126
+        return _float(((bits & 7) << 22) | ((bits & 8) << 28)) * 8.507059173023462e37  # 2^126
     else:
-        return code.to(tl.float32)
+        return bits.to(tl.float32)
 
 
-# ---- tokens -------------------------------------------------------------------------------------
+# ---- activations --------------------------------------------------------------------------------
 
 
 @jit
-def _tokens(x_ptr, mul_ptr, columns, inside, SMOOTH: tl.constexpr):
-    """float32, times mul_scale and rounded to the dtype of the tokens."""
+def _load_activation(x_ptr, mul_ptr, columns, inside, SMOOTH: tl.constexpr):
+    """Load as float32; SMOOTH: times mul_scale, rounded to the dtype of the activation."""
     x = tl.load(x_ptr + columns, mask=inside, other=0.0)
     f = x.to(tl.float32)
     if SMOOTH:
@@ -118,19 +118,20 @@ def quantize_blocks(
     x_ptr, mul_ptr, out_ptr, scale_ptr, dual_ptr, K, width, stride_x, blocks, groups,
     SHIFT: tl.constexpr, THRESHOLD: tl.constexpr, MASK: tl.constexpr,
     MBITS: tl.constexpr, EMIN: tl.constexpr, MAX: tl.constexpr, NAN: tl.constexpr,
-    SMOOTH: tl.constexpr, DUAL: tl.constexpr, CODES: tl.constexpr, ONES: tl.constexpr, GROUPS: tl.constexpr,
+    SMOOTH: tl.constexpr, DUAL: tl.constexpr, QDATA: tl.constexpr, ONES: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Tokens [M, K] in blocks of 32: decoded bfloat16 [M, width], or e4m3 codes and scale bytes (CODES).
+    """Quantize an activation [M, K] in blocks of 32. Output: dequantized bfloat16 [M, width]; or, with QDATA,
+    e4m3 qdata [M, width] and E8M0 scales [M, blocks].
 
-    One program for GROUPS x 512 numbers of a token. DUAL: level 0 goes to `dual_ptr`, and is not decoded.
-    ONES: that many ones follow the K numbers, which a weight's columns of bias are multiplied with.
+    One program for GROUPS x 512 elements of a row. DUAL: level 0 is stored at `dual_ptr`, not multiplied in.
+    ONES: number of ones after the K values, which are multiplied by the bias columns of a weight.
     """
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     block = group[:, None] * 16 + tl.arange(0, 16)[None, :]
     columns = block[:, :, None] * 32 + tl.arange(0, 32)[None, None, :]
     inside = columns < K
-    f = _tokens(x_ptr + row * stride_x, mul_ptr, columns, inside, SMOOTH)
+    f = _load_activation(x_ptr + row * stride_x, mul_ptr, columns, inside, SMOOTH)
     magnitude = _bits(f) & 0x7FFFFFFF
     bad = tl.max(magnitude, 2) >= 0x7F800000
     if DUAL:
@@ -147,9 +148,9 @@ def quantize_blocks(
     exponent = (amax >> 23) - 127 - SHIFT + ((amax & MASK) > THRESHOLD).to(tl.int32)
     exponent = tl.minimum(tl.maximum(exponent, -127), 127)
     value = _to_element(f * _power(-exponent)[:, :, None], MBITS, EMIN, MAX)
-    if CODES:
-        code = tl.where(bad[:, :, None], NAN, _to_e4m3(value))
-        tl.store(out_ptr + row * width + columns, tl.where(inside, code, 0), mask=columns < width)
+    if QDATA:
+        bits = tl.where(bad[:, :, None], NAN, _to_e4m3(value))
+        tl.store(out_ptr + row * width + columns, tl.where(inside, bits, 0), mask=columns < width)
         byte = tl.where(bad, 255, exponent + 127).to(tl.uint8)
         tl.store(scale_ptr + row * blocks + block, byte, mask=block < blocks)
     else:
@@ -161,17 +162,18 @@ def quantize_blocks(
 @jit
 def quantize_rows(
     x_ptr, mul_ptr, out_ptr, scale_ptr, K, width, stride_x,
-    STEP: tl.constexpr, FP8: tl.constexpr, CODES: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr, FP8: tl.constexpr, QDATA: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tokens [M, K], one scale each: codes [M, width] (CODES) or their values in bfloat16; float32 [M].
+    """Quantize an activation [M, K] with one float32 scale per row, stored in [M]. Output [M, width]: qdata
+    (QDATA), else the elements as bfloat16, not scaled.
 
-    One program for a token. It reads the token twice, the second time from the cache.
+    One program per row. It reads the row twice, the second time from the cache.
     """
     row = tl.program_id(0).to(tl.int64)
     top = tl.zeros([BLOCK], tl.int32)
     for start in range(0, K, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        f = _tokens(x_ptr + row * stride_x, mul_ptr, columns, columns < K, SMOOTH)
+        f = _load_activation(x_ptr + row * stride_x, mul_ptr, columns, columns < K, SMOOTH)
         top = tl.maximum(top, _bits(f) & 0x7FFFFFFF)
     amax = tl.max(top, 0)
     bad = amax >= 0x7F800000
@@ -179,17 +181,17 @@ def quantize_rows(
     divisor = tl.where(scale == 0.0, float("inf"), scale)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        f = _tokens(x_ptr + row * stride_x, mul_ptr, columns, columns < K, SMOOTH)
+        f = _load_activation(x_ptr + row * stride_x, mul_ptr, columns, columns < K, SMOOTH)
         steps = tl.div_rn(tl.where(bad, 0.0, f), tl.zeros([BLOCK], tl.float32) + divisor)
         if FP8:
             value = tl.where(bad & (columns < K), float("nan"), _to_element(steps, 3, -6, 448.0))
         else:
             value = tl.minimum(tl.maximum(_to_even(steps), -128.0), 127.0)
-        if CODES:
-            code = _to_e4m3(value) if FP8 else value.to(tl.int8)
+        if QDATA:
+            out = _to_e4m3(value) if FP8 else value.to(tl.int8)
         else:
-            code = _rounded(value, tl.bfloat16)
-        tl.store(out_ptr + row * width + columns, code, mask=columns < width)
+            out = _rounded(value, tl.bfloat16)
+        tl.store(out_ptr + row * width + columns, out, mask=columns < width)
     tl.store(scale_ptr + row, tl.where(bad, float("nan"), scale))
 
 
@@ -197,8 +199,8 @@ def quantize_rows(
 
 
 @jit
-def _codes(qdata_ptr, columns, inside, KIND: tl.constexpr):
-    """int32 codes; of a byte with two of them the even one is in the low half."""
+def _load_elements(qdata_ptr, columns, inside, KIND: tl.constexpr):
+    """Bit patterns of elements in int32. Of two FP4 elements in a byte, the one of even index is low."""
     if KIND == "e2m1":
         byte = tl.load(qdata_ptr + columns // 2, mask=inside, other=0).to(tl.int32)
         return (byte >> ((columns & 1) * 4)) & 0xF
@@ -211,15 +213,15 @@ def decode_weight(
     qdata_ptr, scale_ptr, bias_ptr, out_ptr, K, width, stride, blocks,
     KIND: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Codes [N, K] -> bfloat16 [N, width]: code x scale of its block of 32; exact. SCALED: there are blocks.
+    """Dequantize a weight [N, K] to bfloat16 [N, width], exactly. SCALED: multiply by the block scales.
 
-    BIAS: the float32 bias follows the K numbers, in three parts of eight bits that add up to it.
+    BIAS: the float32 bias follows the K values, split into three bfloat16 values that add up to it.
     """
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     columns = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     inside = columns < K
-    value = _value_of(_codes(qdata_ptr + row * stride, columns, inside, KIND), KIND)
+    value = _value_of(_load_elements(qdata_ptr + row * stride, columns, inside, KIND), KIND)
     if SCALED:
         byte = tl.load(scale_ptr + row * blocks + block, mask=block < blocks, other=0)
         value = value * _scale_of(byte)[:, None]
@@ -234,7 +236,7 @@ def decode_weight(
     tl.store(out_ptr + row * width + columns, _rounded(value, tl.bfloat16), mask=columns < width)
 
 
-# ---- products -----------------------------------------------------------------------------------
+# ---- matmuls ------------------------------------------------------------------------------------
 
 
 @jit
@@ -242,7 +244,7 @@ def _weight_tile(
     qdata_ptr, scale_ptr, k, stride_in, K, blocks,
     KIND: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """[BN, BK] of a weight, decoded; the pointers are columns [BN, 1] of the starts of rows."""
+    """A dequantized tile [BN, BK] of a weight; the pointers [BN, 1] are those of its rows."""
     if KIND == "bf16":
         columns = k + tl.arange(0, BK)[None, :]
         return tl.load(qdata_ptr + columns, mask=columns < K, other=0.0).to(DOT)
@@ -253,20 +255,20 @@ def _weight_tile(
                 byte = tl.load(qdata_ptr + half).to(tl.int32)
             else:
                 byte = tl.load(qdata_ptr + half, mask=half * 2 < K, other=0).to(tl.int32)
-            code = tl.reshape(tl.join(byte & 0xF, byte >> 4), (BN, BK))
+            bits = tl.reshape(tl.join(byte & 0xF, byte >> 4), (BN, BK))
         else:
             columns = k + tl.arange(0, BK)[None, :]
             if EVEN:
-                code = tl.load(qdata_ptr + columns).to(tl.int32)
+                bits = tl.load(qdata_ptr + columns).to(tl.int32)
             else:
-                code = tl.load(qdata_ptr + columns, mask=columns < K, other=0).to(tl.int32)
+                bits = tl.load(qdata_ptr + columns, mask=columns < K, other=0).to(tl.int32)
         block = k // 32 + tl.arange(0, BK // 32)[None, :]
         if EVEN:
             byte = tl.load(scale_ptr + block)
         else:
             byte = tl.load(scale_ptr + block, mask=block < blocks, other=0)
         scale = tl.reshape(tl.broadcast_to(_scale_of(byte)[:, :, None], (BN, BK // 32, 32)), (BN, BK))
-        return (_value_of(code, KIND) * scale).to(DOT)
+        return (_value_of(bits, KIND) * scale).to(DOT)
 
 
 @jit
@@ -274,20 +276,20 @@ def matmul(
     x_ptr, qdata_ptr, scale_ptr, dual_x_ptr, dual_w_ptr, bias_ptr, out_ptr,
     M, N, K, stride_x, stride, blocks, groups,
     KIND: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TALL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = x [M, >= K] bfloat16 times the decoded weight [N, K], + float32 bias, rounded once.
+    """out [M, N] = x [M, >= K] bfloat16 @ dequantized weight [N, K].T + float32 bias [N], rounded once.
 
-    The weight is the left operand: it goes from its codes to the tensor cores through registers. GROUP: 512
-    where tokens and channels have a float32 scale for each group of that many, which multiplies its sum.
+    The weight is the left operand, so that it is dequantized in registers and goes to the tensor cores from
+    there. GROUP: 512 for a dual scale: the sum of each group is multiplied by its scales of row and channel.
     """
     pid = tl.program_id(0)
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    first = pid // (TALL * columns) * TALL
-    tall = tl.minimum(rows - first, TALL)
-    inner = pid % (TALL * columns)
-    m = (first + inner % tall) * BM + tl.arange(0, BM)
-    n = inner // tall * BN + tl.arange(0, BN)
+    first = pid // (GROUP_M * columns) * GROUP_M
+    group_m = tl.minimum(rows - first, GROUP_M)
+    inner = pid % (GROUP_M * columns)
+    m = (first + inner % group_m) * BM + tl.arange(0, BM)
+    n = inner // group_m * BN + tl.arange(0, BN)
     from_m = tl.where(m < M, m, 0).to(tl.int64)
     from_n = tl.where(n < N, n, 0).to(tl.int64)
     x_rows = x_ptr + from_m[None, :] * stride_x + tl.arange(0, BK)[:, None]
@@ -296,20 +298,20 @@ def matmul(
     total = tl.zeros([BN, BM], tl.float32)
     if GROUP:
         for g in range(groups):
-            part = tl.zeros([BN, BM], tl.float32)
+            group_sum = tl.zeros([BN, BM], tl.float32)
             for k in range(g * GROUP, tl.minimum(g * GROUP + GROUP, K), BK):
                 w = _weight_tile(qdata_rows, scale_rows, k, stride, K, blocks, KIND, BN, BK, EVEN, DOT)
-                part = tl.dot(w, tl.load(x_rows + k).to(DOT), part)
+                group_sum = tl.dot(w, tl.load(x_rows + k).to(DOT), group_sum)
             level0 = tl.load(dual_w_ptr + from_n * groups + g)
-            total += part * level0[:, None] * tl.load(dual_x_ptr + from_m * groups + g)[None, :]
+            total += group_sum * level0[:, None] * tl.load(dual_x_ptr + from_m * groups + g)[None, :]
     else:
         for k in range(0, K, BK):
             w = _weight_tile(qdata_rows, scale_rows, k, stride, K, blocks, KIND, BN, BK, EVEN, DOT)
             total = tl.dot(w, tl.load(x_rows + k).to(DOT), total)
     if BIAS:
         total += tl.load(bias_ptr + from_n)[:, None]
-    where = out_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(where, _rounded(total, out_ptr.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))
+    outs = out_ptr + m.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(outs, _rounded(total, out_ptr.dtype.element_ty), mask=(m[None, :] < M) & (n[:, None] < N))
 
 
 @jit
@@ -317,7 +319,7 @@ def finish(
     sums_ptr, row_ptr, column_ptr, bias_ptr, out_ptr, N, stride,
     ROW: tl.constexpr, COLUMN: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """int32 or float32 sums [m, stride] -> out [m, N]: times the scales, + the bias, rounded once."""
+    """out [M, N] = int32 or float32 sums [M, stride] * scales + bias, rounded once."""
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
@@ -331,7 +333,7 @@ def finish(
     tl.store(out_ptr + row * N + n, _rounded(f, out_ptr.dtype.element_ty), mask=inside)
 
 
-# ---- dense operators: one program for a token, whose D numbers are in registers -----------------
+# ---- dense operators: one program per token, whose D values fit the registers -------------------
 
 
 @jit
@@ -383,18 +385,18 @@ def gated_residual(
 
 @jit
 def rope(
-    x_ptr, cos_ptr, sin_ptr, out_ptr, pairs, turns, stride_batch, stride, out_batch, BLOCK: tl.constexpr
+    x_ptr, cos_ptr, sin_ptr, out_ptr, pairs, angles, stride_batch, stride, out_batch, BLOCK: tl.constexpr
 ):
-    """(a, b) -> (a cos - b sin, a sin + b cos) for each of the `pairs` of a token; heads share `turns`."""
+    """(a, b) -> (a cos - b sin, a sin + b cos) for the `pairs` of a token. Each head has `angles` of them."""
     token, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     pair = tl.arange(0, BLOCK)
-    both = pair[:, None] * 2 + tl.arange(0, 2)[None, :]
-    inside = both < 2 * pairs
-    x = tl.load(x_ptr + batch * stride_batch + token * stride + both, mask=inside, other=0.0)
+    i = pair[:, None] * 2 + tl.arange(0, 2)[None, :]
+    inside = i < 2 * pairs
+    x = tl.load(x_ptr + batch * stride_batch + token * stride + i, mask=inside, other=0.0)
     a, b = tl.split(x.to(tl.float32))
-    turn = token * turns + pair % turns
-    c = tl.load(cos_ptr + turn, mask=pair < pairs, other=0.0)
-    s = tl.load(sin_ptr + turn, mask=pair < pairs, other=0.0)
+    angle = token * angles + pair % angles
+    c = tl.load(cos_ptr + angle, mask=pair < pairs, other=0.0)
+    s = tl.load(sin_ptr + angle, mask=pair < pairs, other=0.0)
     f = tl.join(a * c - b * s, a * s + b * c)
     out_ptr += batch * out_batch + token * 2 * pairs
-    tl.store(out_ptr + both, _rounded(f, out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + i, _rounded(f, out_ptr.dtype.element_ty), mask=inside)

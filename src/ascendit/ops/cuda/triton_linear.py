@@ -1,4 +1,4 @@
-"""The steps of `steps.py` by the kernels of `triton_kernels.py`: one pass over memory each."""
+"""The steps of `steps.py` in Triton (`triton_kernels.py`), each in one pass over memory."""
 
 from __future__ import annotations
 
@@ -16,46 +16,49 @@ from ascendit.ops.cuda import steps, triton_kernels
 from ascendit.ops.cuda.steps import BIAS_PARTS, GROUP, PLAIN, LinearSteps, has_outer_scales, padded, width_of
 
 GROUPS_PER_PROGRAM = 2
-"""Groups of 512 numbers that one program encodes or decodes."""
+"""Groups of 512 elements that one program quantizes or dequantizes."""
 ROW_BLOCK = 1024
+"""Elements of a row that one program processes at a time."""
 MATMUL_TILE, LARGE_MATMUL_TILE = (128, 128, 64), (256, 128, 64)
-"""Tokens, channels and numbers of K that one program of `matmul` takes at a time. The large one is for more
-than MANY tokens; with a dual scale, and so two sums for each pair, the registers cannot hold it."""
-MANY = 1024
-TALL = 8
-"""Tiles of tokens that run one below the other, so that they read the same weight from the cache."""
+"""Rows, channels and K of one tile of `matmul`. The large one is for more than MANY_ROWS rows; with a dual
+scale, which needs two accumulators, it does not fit the registers."""
+MANY_ROWS = 1024
+GROUP_M = 8
+"""Consecutive row tiles that run together, so that they read the same weight from the cache."""
 DOT = "bfloat16"
-"""Type in which tiles are multiplied. The interpreter can only do float32."""
+"""dtype in which tiles are multiplied. The interpreter supports only float32."""
 
 
 @functools.cache
 def triton_steps() -> tuple[LinearSteps | None, str]:
-    """The steps in Triton, or None, and why."""
+    """The steps in Triton and its version; or None and the reason."""
     if triton_kernels.triton is None:
         return None, "Triton is not installed"
     return LinearSteps(
-        "Triton", to_values, to_codes, decode_weight, finish, matmul
+        "Triton", fake_quantize, quantize, decode_weight, finish, matmul
     ), triton_kernels.triton.__version__
 
 
-def to_values(x: Tensor, format: str, rule: str, mul_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """See `steps.to_values`."""
-    form, m, k = lookup(format), *x.shape
+def fake_quantize(
+    x: Tensor, format: str, rule: str, mul_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """See `steps.fake_quantize`."""
+    fmt, m, k = lookup(format), *x.shape
     if not _has_kernel(format, rule):
-        return PLAIN.to_values(x, format, rule, mul_scale)
+        return PLAIN.fake_quantize(x, format, rule, mul_scale)
     values = torch.empty(m, width_of(k), dtype=torch.bfloat16, device=x.device)
-    if form.kind == "row":
+    if fmt.kind == "row":
         return values, _quantize_rows(x, format, mul_scale, values, qdata=False)
-    outer = torch.empty(m, -(-k // GROUP), device=x.device) if form.coarse else None
+    outer = torch.empty(m, -(-k // GROUP), device=x.device) if fmt.coarse else None
     _quantize_blocks(x, format, rule, mul_scale, values, None, outer)
     return values, outer
 
 
-def to_codes(x: Tensor, format: str, rule: str, mul_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See `steps.to_codes`."""
+def quantize(x: Tensor, format: str, rule: str, mul_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `steps.quantize`."""
     m, k = x.shape
     if not _has_kernel(format, rule):
-        return PLAIN.to_codes(x, format, rule, mul_scale)
+        return PLAIN.quantize(x, format, rule, mul_scale)
     qdata = torch.empty(m, padded(k), dtype=torch.int8 if format == "int8" else torch.uint8, device=x.device)
     if lookup(format).kind == "row":
         scale = _quantize_rows(x, format, mul_scale, qdata, qdata=True)
@@ -66,7 +69,7 @@ def to_codes(x: Tensor, format: str, rule: str, mul_scale: Tensor | None) -> tup
 
 
 def _has_kernel(format: str, rule: str) -> bool:
-    """The rules that are two integers; msModelSlim's are not. UsageError for one that does not exist."""
+    """Whether Triton implements a scale rule: all but msModelSlim's. UsageError for an unknown rule."""
     return not resolve_rule(lookup(format), rule).startswith("msms:")
 
 
@@ -89,7 +92,7 @@ def _quantize_blocks(
         triton_kernels.quantize_blocks, (x.shape[0], programs), x, _or(mul, x), out, _or(scale, x),
         _or(dual, x), x.shape[1], width, x.stride(0), -(-x.shape[1] // 32), groups,
         SHIFT=shift, THRESHOLD=threshold, MASK=scales.fraction_mask(rule, element), **_constants(element),
-        SMOOTH=mul is not None, DUAL=dual is not None, CODES=scale is not None,
+        SMOOTH=mul is not None, DUAL=dual is not None, QDATA=scale is not None,
         ONES=0 if has_outer_scales(format) else BIAS_PARTS, GROUPS=GROUPS_PER_PROGRAM,
     )  # fmt: skip
 
@@ -100,7 +103,7 @@ def _quantize_rows(x: Tensor, format: str, mul: Tensor | None, out: Tensor, *, q
     launch(
         triton_kernels.quantize_rows, (x.shape[0],), x, _or(mul, x), out, scale, x.shape[1],
         out.shape[1], x.stride(0), STEP=1 / (element.max if element else 127), FP8=element is not None,
-        CODES=qdata, SMOOTH=mul is not None, BLOCK=ROW_BLOCK,
+        QDATA=qdata, SMOOTH=mul is not None, BLOCK=ROW_BLOCK,
     )  # fmt: skip
     return scale
 
@@ -139,22 +142,23 @@ def matmul(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Values [M, width] times a weight [N, K] on codes, decoded tile by tile, or `decoded` [N, width].
+    """values [M, width_of(K)] bfloat16 @ weight.T + bias [N] float32 -> [M, N] in `dtype`, rounded once.
 
-    + bias, float32 [N]; rounded once to `dtype`. `outer`: for the dual scale [M, groups], else None.
+    The weight is `decoded` [N, width_of(K)] bfloat16, or `encoded` [N, K], dequantized tile by tile. `outer`:
+    float32 [M, groups] for the dual scale, else None.
     """
     m, (n, k) = values.shape[0], encoded.shape
     out = torch.empty(m, n, dtype=dtype, device=values.device)
     weight = _raw(encoded) if decoded is None else decoded
     dual = steps.outer_scale(encoded)
-    tokens, channels, depth = LARGE_MATMUL_TILE if outer is None and m > MANY else MATMUL_TILE
+    rows, channels, depth = LARGE_MATMUL_TILE if outer is None and m > MANY_ROWS else MATMUL_TILE
     launch(
-        triton_kernels.matmul, (-(-m // tokens) * -(-n // channels),), values, weight, encoded.scale,
+        triton_kernels.matmul, (-(-m // rows) * -(-n // channels),), values, weight, encoded.scale,
         _or(outer, values), _or(dual, values), _or(bias, values), out, m, n, k, values.stride(0),
         weight.stride(0), encoded.scale.shape[1], -(-k // GROUP),
         KIND=_kind(encoded) if decoded is None else "bf16", GROUP=0 if outer is None else GROUP,
         BIAS=bias is not None, EVEN=k % depth == 0, DOT=getattr(triton_kernels.tl, DOT),
-        BM=tokens, BN=channels, BK=depth, TALL=TALL, num_warps=8, num_stages=3,
+        BM=rows, BN=channels, BK=depth, GROUP_M=GROUP_M, num_warps=8, num_stages=3,
     )  # fmt: skip
     return out
 
@@ -165,17 +169,17 @@ def _kind(encoded: Encoded) -> str:
 
 
 def _raw(encoded: Encoded) -> Tensor:
-    """Codes as bytes: Triton needs no float8 for them."""
+    """qdata as int8 or uint8: Triton does not need the float8 dtype."""
     return encoded.qdata if encoded.qdata.dtype == torch.int8 else encoded.qdata.view(torch.uint8)
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """With the numbers of a row side by side."""
+    """`x` [.., D] of any dtype with a contiguous last axis; a copy only if needed."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A pointer is needed, though the kernel will not use it."""
+    """A launch needs a pointer even for an absent tensor."""
     return other if tensor is None else tensor
 
 
@@ -187,11 +191,11 @@ def _constants(element: Element) -> dict[str, Any]:
 
 
 def launch(
-    kernel: Callable[..., Any], grid: tuple[int, ...], first: Tensor, *args: Any, **given: Any
+    kernel: Callable[..., Any], grid: tuple[int, ...], first: Tensor, *args: Any, **constants: Any
 ) -> None:
-    """On the card of `first`, which need not be the current one."""
+    """Run a Triton kernel on the device of `first` ([..], any dtype), which need not be the current one."""
     if 0 in grid:
         return
     launcher: Any = kernel
     with torch.cuda.device_of(first):
-        launcher[grid](first, *args, **given, enable_fp_fusion=False)
+        launcher[grid](first, *args, **constants, enable_fp_fusion=False)

@@ -1,12 +1,12 @@
-"""Quantized linear layers with the matmuls of an Ascend NPU; `kernels/reference.py` has the contract.
+"""Quantized linear layers by the matmuls of an Ascend NPU; the contract is in `kernels/reference.py`.
 
-Layouts are made once, in `prepare_weight`: a weight [N, K] and its scales in pairs [N, K / 64, 2] both as
-transposed views (a contiguous scale is refused), packed FP4 as uint8, level 0 of the dual scale as
-[K / 512, N], the bias as float32. FRACTAL_NZ is a cast of its own; nothing may slice or copy it afterwards.
+`prepare_weight` converts the layouts once: a weight [N, K] and its paired scales [N, K / 64, 2] become
+transposed views (a contiguous scale is refused), packed FP4 is uint8, level 0 of the dual scale is
+[K / 512, N], the bias is float32. FRACTAL_NZ is a separate cast; it may not be sliced or copied afterwards.
 
-Every call names its dtypes: E8M0 scales are uint8, so without `scale_dtype` CANN misreads them; without
-`output_dtype` the result is int8; FP4 is the number 296, since torch.float4_e2m1fn_x2 makes torch_npu
-allocate twice the length; and `x1_dtype` is for packed bytes only, never for float8.
+Every call passes its dtypes: E8M0 scales are uint8, which CANN misreads without `scale_dtype`; without
+`output_dtype` the result is int8; FP4 is the number 296, since torch_npu allocates twice the length for
+torch.float4_e2m1fn_x2; and `x1_dtype` is for packed bytes only, never for float8.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from ascendit.twin.nz import FRACTAL_NZ, ND
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16)
 NZ_SCHEMES = ("int8", "mxfp8", "mxfp4")
-"""Where FRACTAL_NZ is a choice. mxfp4_dualscale has no other; of fp8 no document says that it has one."""
+"""Schemes that may use FRACTAL_NZ. mxfp4_dualscale always does; for fp8 it is not documented."""
 W4A8_K = 8
-"""What K must be a multiple of."""
+"""K of w4a8 must be a multiple of this."""
 
 
 # ---- weights ------------------------------------------------------------------------------------
@@ -48,10 +48,10 @@ def prepare_weight(
     nz: bool = False,
     internal_format: Callable[[], AbstractContextManager[Any]],
 ) -> PreparedWeight:
-    """See `Schemes.prepare_weight`. Dual-scale weights are FRACTAL_NZ in any case, as their matmul wants.
+    """See `Schemes.prepare_weight`. Dual-scale weights are always FRACTAL_NZ, which their matmul requires.
 
-    `internal_format`: allows FRACTAL_NZ while a weight is cast. UsageError E-QNT-01 for a shape that the
-    matmul does not take, before anything is moved.
+    `internal_format`: context that allows FRACTAL_NZ during the cast. UsageError E-QNT-01 for a shape that
+    the matmul does not support, before anything is moved; EnvironmentProblem E-CAP-01 if the cast fails.
     """
     scheme = encoded.format
     _check_shape(scheme, *encoded.shape)
@@ -64,33 +64,33 @@ def prepare_weight(
     if scheme != "mxfp4_dualscale":
         qdata = qdata.transpose(0, 1)
         scale = scale.transpose(0, 1) if scale.dim() == 3 else scale
-    wide = None if bias is None else bias.to(device, torch.float32)
-    row = wide.to(torch.bfloat16).view(1, -1) if wide is not None and scheme == "mxfp4" else None
+    bias = None if bias is None else bias.to(device, torch.float32)
+    row = bias.to(torch.bfloat16).view(1, -1) if bias is not None and scheme == "mxfp4" else None
     n, k = encoded.shape
     return PreparedWeight(
-        scheme, (n, k), qdata, scale, None if dual is None else dual.to(device), bias=wide, row_bias=row
+        scheme, (n, k), qdata, scale, None if dual is None else dual.to(device), bias=bias, row_bias=row
     )
 
 
 def stored(weight: PreparedWeight) -> Encoded:
-    """The inverse of `prepare_weight`."""
+    """The inverse of `prepare_weight`: qdata [N, K] and scales in the dtypes and layout of the disk."""
     qdata, scale = weight.qdata, weight.scale
     if weight.scheme != "mxfp4_dualscale":
         qdata = qdata.transpose(0, 1)
         scale = scale.transpose(0, 1) if scale.dim() == 3 else scale
-    if int(torch.ops.npu.get_npu_format(qdata)) == FRACTAL_NZ:  # as it was cast: a5 refuses a transposed view
+    if int(torch.ops.npu.get_npu_format(qdata)) == FRACTAL_NZ:  # after transposing back: a5 refuses a view
         qdata = torch.ops.npu.npu_format_cast(qdata, ND)
-    form = lookup(weight.scheme)
-    qdata = qdata.contiguous().view(getattr(torch, form.qdata_dtype))
-    if form.kind == "row":
+    fmt = lookup(weight.scheme)
+    qdata = qdata.contiguous().view(getattr(torch, fmt.qdata_dtype))
+    if fmt.kind == "row":
         return Encoded(qdata, scale.view(-1, 1), None, weight.scheme, -1, weight.shape)
-    plain = layouts.from_pairs(scale, -(-weight.shape[1] // 32))
+    unpaired = layouts.from_pairs(scale, -(-weight.shape[1] // 32))
     dual = None if weight.dual_scale is None else layouts.from_npu_dual(weight.dual_scale)
-    return Encoded(qdata, plain, dual, weight.scheme, -1, weight.shape)
+    return Encoded(qdata, unpaired, dual, weight.scheme, -1, weight.shape)
 
 
 def _scales(encoded: Encoded) -> tuple[Tensor, Tensor | None]:
-    """float32 [N], or pairs [N, K / 64, 2] filled up with byte 0 and level 0 as [K / 512, N]."""
+    """float32 [N]; for MX pairs [N, K / 64, 2], padded with byte 0, and level 0 as [K / 512, N]."""
     if lookup(encoded.format).kind == "row":
         return encoded.scale.flatten(), None
     dual = None if encoded.dual_scale is None else layouts.to_npu_dual(encoded.dual_scale)
@@ -98,29 +98,29 @@ def _scales(encoded: Encoded) -> tuple[Tensor, Tensor | None]:
 
 
 def _check_shape(scheme: str, n: int, k: int) -> None:
-    """FP4 matmuls read two codes from a byte along K; a short last block of 32 is fine in all of them."""
+    """FP4 matmuls read two elements per byte along K. A partial last block of 32 is supported."""
     if lookup(scheme).packed and (k % 2 or k <= 2 or n < 2):
         raise UsageError(
             f"a weight of N = {n} and K = {k} in {scheme}",
             needs="an even K above 2 and N above 1 for the FP4 matmuls of an NPU",
-            fix="keep this layer: --keep PATTERN, or a recipe that gives it mxfp8",
+            fix="exclude this layer with --keep PATTERN, or use a recipe with mxfp8 for it",
             code="E-QNT-01",
         )
 
 
 def _to_nz(qdata: Tensor, internal_format: Callable[[], AbstractContextManager[Any]]) -> Tensor:
-    """FRACTAL_NZ. Packed FP4 is cast as int8 bytes: a uint8 cast blocks it as 8-bit numbers."""
-    given: dict[str, Any] = {}
+    """Cast to FRACTAL_NZ. Packed FP4 is cast as int8: a cast of uint8 would block it as 8-bit elements."""
+    options: dict[str, Any] = {}
     if qdata.dtype == torch.uint8:
-        qdata, given = qdata.view(torch.int8), {"customize_dtype": torch.int8}
+        qdata, options = qdata.view(torch.int8), {"customize_dtype": torch.int8}
     with internal_format():
-        cast: Tensor = torch.ops.npu.npu_format_cast(qdata, FRACTAL_NZ, **given)
-    if (found := int(torch.ops.npu.get_npu_format(cast))) != FRACTAL_NZ:
+        cast: Tensor = torch.ops.npu.npu_format_cast(qdata, FRACTAL_NZ, **options)
+    if (layout := int(torch.ops.npu.get_npu_format(cast))) != FRACTAL_NZ:
         raise EnvironmentProblem(
-            f"npu_format_cast of a weight {tuple(qdata.shape)} gave format {found}",
-            needs="29 (FRACTAL_NZ)",
-            fix="ascendit doctor: torch_npu and CANN may not belong together; without nz only"
-            " mxfp4_dualscale needs it",
+            f"npu_format_cast of a weight {tuple(qdata.shape)} returned format {layout}",
+            needs="format 29 (FRACTAL_NZ)",
+            fix="check with ascendit doctor that torch_npu and CANN match; without nz only mxfp4_dualscale"
+            " needs this format",
             code="E-CAP-01",
         )
     return cast
@@ -132,44 +132,47 @@ def _to_nz(qdata: Tensor, internal_format: Callable[[], AbstractContextManager[A
 def quantize_activation(
     x: Tensor, scheme: str, mul_scale: Tensor | None = None, rule: str | None = None
 ) -> Activation:
-    """See `Schemes.quantize_activation`. One kernel, and one more with a `mul_scale`."""
-    row = scheme_of(scheme)
+    """See `Schemes.quantize_activation`. One kernel, two with `mul_scale`.
+
+    UsageError E-QNT-01 for a K that W4A8 does not support, E-USE-01 for another dtype or scale rule.
+    """
+    resolved = scheme_of(scheme)
     if scheme == "w4a8" and x.shape[-1] % W4A8_K:
         raise UsageError(
             f"K = {x.shape[-1]} in w4a8",
             needs=f"a multiple of {W4A8_K} for the W4A8 matmul of an NPU",
-            fix="--step-policy default:w4a4, or keep this layer: --keep PATTERN",
+            fix="use --step-policy default:w4a4, or exclude this layer with --keep PATTERN",
             code="E-QNT-01",
         )
     if x.dtype not in ACTIVATION_DTYPES:
         raise UsageError(
-            f"tokens of {x.dtype} for {scheme}",
+            f"an activation in {x.dtype} for {scheme}",
             needs="bfloat16 or float16, which the quantizers of an NPU take",
             fix="--set dtype=bfloat16",
         )
-    tokens = x.flatten(0, -2)
+    rows = x.flatten(0, -2)
     if mul_scale is not None:
-        tokens = torch.mul(tokens, mul_scale, out=torch.empty_like(tokens))  # float32, rounded once
-    given = QUANTIZERS[row.activation](tokens, rule or row.rule)
-    return Activation(row, tuple(x.shape[:-1]), x.shape[-1], x.dtype, *given)
+        rows = torch.mul(rows, mul_scale, out=torch.empty_like(rows))  # in float32, rounded once
+    quantized = QUANTIZERS[resolved.activation](rows, rule or resolved.rule)
+    return Activation(resolved, tuple(x.shape[:-1]), x.shape[-1], x.dtype, *quantized)
 
 
-def _per_token(tokens: Tensor, rule: str, **given: Any) -> tuple[Tensor, ...]:
-    _only("amax", rule)
-    qdata, scale = torch.ops.npu.npu_dynamic_quant(tokens, **given)
+def _per_token(rows: Tensor, rule: str, **options: Any) -> tuple[Tensor, ...]:
+    _check_rule("amax", rule)
+    qdata, scale = torch.ops.npu.npu_dynamic_quant(rows, **options)
     return qdata, scale
 
 
-def _mx(tokens: Tensor, rule: str, dst_type: int) -> tuple[Tensor, ...]:
+def _mx(rows: Tensor, rule: str, dst_type: int) -> tuple[Tensor, ...]:
     qdata, scale = torch.ops.npu.npu_dynamic_mx_quant(
-        tokens, dst_type=dst_type, **scale_algorithm(rule, dst_type)
+        rows, dst_type=dst_type, **scale_algorithm(rule, dst_type)
     )
     return qdata, scale
 
 
-def _dual(tokens: Tensor, rule: str) -> tuple[Tensor, ...]:
-    _only("floor", rule)
-    qdata, level0, level1 = torch.ops.npu.npu_dynamic_dual_level_mx_quant(tokens)
+def _dual(rows: Tensor, rule: str) -> tuple[Tensor, ...]:
+    _check_rule("floor", rule)
+    qdata, level0, level1 = torch.ops.npu.npu_dynamic_dual_level_mx_quant(rows)
     return qdata, level1, level0
 
 
@@ -183,25 +186,28 @@ QUANTIZERS: Mapping[str, Callable[[Tensor, str], tuple[Tensor, ...]]] = {
 
 
 def scale_algorithm(rule: str, dst_type: int) -> dict[str, Any]:
-    """A scale rule of `mx.formats` as arguments of npu_dynamic_mx_quant. UsageError for others."""
+    """Arguments of npu_dynamic_mx_quant for a scale rule of `mx.formats`.
+
+    UsageError E-USE-01 for a rule that the operator does not have.
+    """
     if rule == "floor":
         return {"scale_alg": 0}
     if rule == "ceil" and dst_type == FP8_E4M3:
         return {"scale_alg": 1}
     if rule.startswith("max:") and dst_type == FP4_E2M1:
         return {"scale_alg": 2, "dst_type_max": float(rule.removeprefix("max:"))}
-    raise _no_rule(rule, "floor, ceil" if dst_type == FP8_E4M3 else "floor, max:<6 to 12>")
+    raise _unsupported_rule(rule, "floor, ceil" if dst_type == FP8_E4M3 else "floor, max:<6 to 12>")
 
 
-def _only(known: str, rule: str) -> None:
-    if rule != known:
-        raise _no_rule(rule, known)
+def _check_rule(supported: str, rule: str) -> None:
+    if rule != supported:
+        raise _unsupported_rule(rule, supported)
 
 
-def _no_rule(rule: str, known: str) -> UsageError:
+def _unsupported_rule(rule: str, supported: str) -> UsageError:
     return UsageError(
         f"scale rule {rule!r} for an activation on an NPU",
-        needs=known,
+        needs=supported,
         fix="leave the rule out",
     )
 
@@ -214,15 +220,15 @@ def quantized_linear(a: Activation, weight: PreparedWeight) -> Tensor:
     return MATMULS[a.scheme.name](a, weight).view(*a.lead, weight.shape[0])
 
 
-def _plain(a: Activation, w: PreparedWeight) -> Tensor:
-    """int8 and fp8: one float32 scale a token, one a channel."""
+def _per_channel(a: Activation, w: PreparedWeight) -> Tensor:
+    """int8 and fp8: one float32 scale per token and per output channel."""
     out: Tensor = torch.ops.npu.npu_quant_matmul(
         a.qdata, w.qdata, w.scale, pertoken_scale=a.scale, bias=w.bias, output_dtype=a.dtype
     )
     return out
 
 
-def _block_scaled(a: Activation, w: PreparedWeight, bias: Tensor | None, **given: Any) -> Tensor:
+def _block_scaled(a: Activation, w: PreparedWeight, bias: Tensor | None, **options: Any) -> Tensor:
     out: Tensor = torch.ops.npu.npu_quant_matmul(
         a.qdata,
         w.qdata,
@@ -232,7 +238,7 @@ def _block_scaled(a: Activation, w: PreparedWeight, bias: Tensor | None, **given
         output_dtype=a.dtype,
         scale_dtype=SCALE_E8M0,
         pertoken_scale_dtype=SCALE_E8M0,
-        **given,
+        **options,
     )
     return out
 
@@ -246,7 +252,7 @@ def _mxfp4(a: Activation, w: PreparedWeight) -> Tensor:
 
 
 def _w4a8(a: Activation, w: PreparedWeight) -> Tensor:
-    """The bias [1, N] has the dtype of the output here; bfloat16 was prepared."""
+    """The bias [1, N] must have the dtype of the output; it was prepared as bfloat16."""
     bias = None if w.row_bias is None else w.row_bias.to(a.dtype)
     return _block_scaled(a, w, bias, group_sizes=[0, 0, 32], x2_dtype=FP4_E2M1)
 
@@ -259,8 +265,8 @@ def _dual_level(a: Activation, w: PreparedWeight) -> Tensor:
 
 
 MATMULS: Mapping[str, Callable[[Activation, PreparedWeight], Tensor]] = {
-    "int8": _plain,
-    "fp8": _plain,
+    "int8": _per_channel,
+    "fp8": _per_channel,
     "mxfp8": _mxfp8,
     "mxfp4": _mxfp4,
     "mxfp4_dualscale": _dual_level,
@@ -269,14 +275,14 @@ MATMULS: Mapping[str, Callable[[Activation, PreparedWeight], Tensor]] = {
 
 
 def list_kernels(device: Device) -> tuple[QuantLinearKernel, ...]:
-    """The schemes that this chip has a matmul for; the others are refused, or decoded where asked."""
+    """One kernel for each scheme that this chip has a matmul for; others are refused or emulated."""
     prepare = partial(prepare_weight, internal_format=partial(internal_format, device, True))
     return tuple(
         QuantLinearKernel(
             scheme,
             "npu",
             quantized_linear,
-            "native: its own matmul",
+            "native: NPU matmul",
             prepare=prepare,
             quantize_activation=quantize_activation,
             stored=stored,
