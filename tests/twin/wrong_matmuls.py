@@ -23,13 +23,13 @@ MATMUL: list[Case] = [
         "contiguous scale",
         lambda: mxfp8(set_to("scale", contiguous)),
         "tensor and scale tensor's transpose are",
-        "never",
+        "without",
     ),
     (
         "contiguous weight",
         lambda: mxfp8(set_to("x2", contiguous)),
         "scale tensor's transpose are not same",
-        "never",
+        "without",
     ),
     (
         "no scale_dtype",
@@ -53,7 +53,7 @@ MATMUL: list[Case] = [
         "float scale",
         lambda: mxfp8(set_to("scale", lambda t: t.float())),
         "the byte size of scale is4",
-        "as npu_dyn",
+        "npu_dynamic_mx_quant",
     ),
     (
         "no group_sizes",
@@ -113,7 +113,7 @@ MATMUL: list[Case] = [
         "scale K",
         lambda: mxfp8(set_to("scale", lambda t: t[:2])),
         "k dimension of scale and pertoken_scale must",
-        "fill",
+        "pad an odd",
     ),
     ("plain scale", lambda: mxfp8(set_to("scale", lambda t: t.flatten(1))), r"scale \(3, 64\)", "to_pairs"),
     (
@@ -122,7 +122,7 @@ MATMUL: list[Case] = [
         "when the pertoken_scale is None",
         r"group_sizes=\[1",
     ),
-    ("offset", lambda: mxfp8(offset=torch.ones(32)), "offset is given", "leave offset out"),
+    ("offset", lambda: mxfp8(offset=torch.ones(32)), "offset is set", "leave offset out"),
     (
         "fp4 without dtype",
         lambda: fp4(x1_dtype=None),

@@ -1,13 +1,13 @@
-"""The twin: the operators of an Ascend NPU on CPU tensors, with its rules, its layouts and its numbers.
+"""The twin: the operators of an Ascend NPU on CPU tensors, with the same checks, layouts and numbers.
 
     import ascendit.twin
     ascendit.twin.enable("a5")                         # torch.ops.npu.*, torch.ops.mindiesd.*
     q, s = torch.ops.npu.npu_dynamic_mx_quant(x, dst_type=292)
     ascendit.twin.launches()                           # {"npu_dynamic_mx_quant": 1}
 
-All 440 schemas of torch_npu 2.13.0 and MindIE-SD 3.1.0 are defined; those that a Wan stack calls are
-computed, the others say so by name. A call that the card refuses, or reads wrongly in silence, is a
-`TwinError` that says what to do. Importing this imports no torch.
+All 440 schemas of torch_npu 2.13.0 and MindIE-SD 3.1.0 are defined. The operators that a Wan stack calls are
+computed; the others raise an error with their name. A call that the card refuses, or silently misreads,
+raises a `TwinError` with a fix. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -26,32 +26,36 @@ __all__ = ["allow_internal_format", "call", "chip", "disable", "enable", "launch
 
 @dataclass
 class State:
-    """One for the whole process, as the operators under torch.ops are."""
+    """State of the process: the operators under torch.ops exist once per process too."""
 
     chip: str | None = None
     """a2, a3 or a5; None while the twin is off."""
     internal_format: bool = False
     """`torch.npu.config.allow_internal_format`; a5 ignores it."""
     launches: dict[str, int] = field(default_factory=dict)
-    """Operator -> calls that were computed."""
+    """Operator -> number of computed calls."""
 
 
 STATE = State()
 
 
 def enable(chip: str, *, fake_module: bool = False) -> None:
-    """Define the operators under torch.ops for `chip`: a2, a3 or a5. Again with another chip changes it.
+    """Define the operators under torch.ops for `chip`: a2, a3 or a5. A second call changes the chip.
 
-    `fake_module`: also provide a minimal `torch_npu`, so that other code written for NPUs runs; see
-    `ascendit.twin.install`. TwinImportError if torch_npu is loaded, which from now on cannot be.
+    `fake_module`: also provide a minimal `torch_npu`, for other code written for NPUs; see
+    `ascendit.twin.install`. While the twin is enabled, `import torch_npu` fails. Raises UsageError (E-USE-01)
+    for an unknown chip, TwinImportError (E-TWN-02) if torch_npu is loaded already.
     """
     _check(chip)
-    _keep_torch_npu_out()
+    _disable_torch_npu()
     _module("install").install(chip, with_module=fake_module)
 
 
 def use(chip: str) -> None:
-    """Choose the chip for `call` alone. Nothing is defined, so this goes beside a loaded torch_npu."""
+    """Set the chip for `call` only. Defines no operators, so torch_npu may be loaded.
+
+    Raises UsageError (E-USE-01) for an unknown chip.
+    """
     _check(chip)
     STATE.chip = chip
 
@@ -63,32 +67,35 @@ def disable() -> None:
 
 
 def chip() -> str | None:
-    """The chip that is switched on, None if the twin is off."""
+    """The current chip, None if the twin is not enabled."""
     return STATE.chip
 
 
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
-    """One operator as a plain function: `call("npu_rms_norm", x, gamma)`, `call("mindiesd::adaln", ...)`."""
+    """Call an operator as a function: `call("npu_rms_norm", x, gamma)`, `call("mindiesd::adaln", ...)`.
+
+    Raises TwinError (E-TWN-01, E-CAP-01) for a call that the card refuses.
+    """
     return _module("operators").call(name, *args, **kwargs)
 
 
 def launches() -> dict[str, int]:
-    """Calls that were computed since `reset`, by operator."""
+    """Number of computed calls since `reset`, by operator."""
     return dict(STATE.launches)
 
 
 def reset() -> None:
-    """Set the counts of `launches` to nothing."""
+    """Clear the counts of `launches`."""
     STATE.launches.clear()
 
 
 def allow_internal_format(value: bool) -> None:
-    """torch.npu.config.allow_internal_format: without it a2 and a3 keep every weight in ND. a5 ignores it."""
+    """Set torch.npu.config.allow_internal_format. Without it, a2 and a3 keep weights in ND. a5 ignores it."""
     STATE.internal_format = value
 
 
 def _module(name: str) -> Any:
-    """A module of the twin, and so torch and every operator: loaded at the first use."""
+    """Import a module of the twin, which imports torch, on first use."""
     return importlib.import_module(f"ascendit.twin.{name}")
 
 
@@ -101,7 +108,7 @@ def _check(chip: str) -> None:
         )
 
 
-def _keep_torch_npu_out() -> None:
-    """`import torch` would load an installed torch_npu by itself."""
+def _disable_torch_npu() -> None:
+    """`import torch` would load an installed torch_npu automatically."""
     if "torch" not in sys.modules:
         environment.disable_device_plugins()

@@ -1,7 +1,7 @@
-"""What every operator's contract is written with: the errors, and the numbers that stand for dtypes.
+"""Shared by the argument checks of all operators: the errors, and the numbers of dtypes.
 
-Errors are RuntimeErrors, as torch_npu raises them, with what to do; their texts are `data/refusals.toml`. An
-`int` argument of an operator takes a dtype's number: torch's own, or one of torch_npu's.
+Errors are RuntimeErrors, like torch_npu's, with a fix; their texts are in `data/refusals.toml`. An `int`
+argument of an operator takes the number of a dtype: one of torch's or one of torch_npu's.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import torch
 from ascendit.errors import AscenditError, EnvironmentProblem
 
 CONTRACT, CHIP, IMPORT = "E-TWN-01", "E-CAP-01", "E-TWN-02"
-"""Codes: a call against the contract; an operator this chip lacks; two torch_npu in one process."""
+"""Error codes: invalid arguments; an operator that the chip lacks; torch_npu and the twin in one process."""
 
 
 class TwinError(AscenditError, RuntimeError):
-    """A call that the card refuses, or misreads in silence. `got` is the vendor's text where it is known."""
+    """A call that the card refuses or silently misreads. `got` is the vendor's text if known."""
 
 
 class TwinImportError(EnvironmentProblem, ImportError):
-    """torch_npu and the twin exclude each other in one process."""
+    """torch_npu and the twin cannot be used in the same process."""
 
 
-class _Words(string.Formatter):
-    """`str.format` with words for tensors and dtypes: `{x.shape}`, `{number:dtype}`, `{dtypes:or}`."""
+class _Formatter(string.Formatter):
+    """`str.format` with formats for tensors and dtypes: `{x.shape}`, `{number:dtype}`, `{dtypes:or}`."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
         match format_spec:
@@ -42,7 +42,7 @@ class _Words(string.Formatter):
             case "[]":
                 return str(list(value))
             case "dtype":
-                return spell_dtype(value)
+                return dtype_label(value)
             case "tensor":
                 return str(value is not None and (tuple(value.shape), value.dtype))
         value = tuple(value) if isinstance(value, torch.Size) else value
@@ -51,30 +51,30 @@ class _Words(string.Formatter):
 
 @functools.cache
 def refusals() -> Mapping[str, Mapping[str, Mapping[str, str]]]:
-    """Family -> refusal -> its got, needs and fix, with places for `_Words`."""
+    """Family -> refusal -> its templates of got, needs and fix, for `_Formatter`."""
     text = (Path(__file__).parent / "data" / "refusals.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
 
 
 def refuse(refusal: str, /, **values: Any) -> NoReturn:
-    """Raise TwinError for a call against the contract. `refusal`: family.name of `data/refusals.toml`."""
+    """Raise TwinError (E-TWN-01). `refusal`: family.name of `data/refusals.toml`; `values`: for its texts."""
     family, _, name = refusal.partition(".")
-    row = {key: _Words().vformat(text, (), values) for key, text in refusals()[family][name].items()}
+    row = {key: _Formatter().vformat(text, (), values) for key, text in refusals()[family][name].items()}
     raise TwinError(row["got"], needs=row["needs"], fix=row["fix"], code=CONTRACT)
 
 
-def require(holds: bool, refusal: str, /, **values: Any) -> None:
-    """`refuse` unless `holds`."""
-    if not holds:
+def require(condition: bool, refusal: str, /, **values: Any) -> None:
+    """Raise TwinError (E-TWN-01) unless `condition`; see `refuse`."""
+    if not condition:
         refuse(refusal, **values)
 
 
 class Call(types.SimpleNamespace):
-    """The arguments of one call by name, for an operator with many; a refusal may name each of them."""
+    """The arguments of one call by name, for operators with many; texts of refusals may use them."""
 
-    def require(self, holds: bool, refusal: str, /, **values: Any) -> None:
-        """`refuse` unless `holds`."""
-        if not holds:
+    def require(self, condition: bool, refusal: str, /, **values: Any) -> None:
+        """Raise TwinError (E-TWN-01) unless `condition`; see `refuse`."""
+        if not condition:
             refuse(refusal, **(vars(self) | values))
 
 
@@ -91,7 +91,7 @@ DTYPE_NUMBERS: dict[str, int] = {
     "float4_e2m1fn_x2": FP4_E2M1,
     "float4_e1m2fn_x2": FP4_E1M2,
 }
-"""Attributes of torch_npu that are numbers, not torch dtypes."""
+"""Attributes of torch_npu that are numbers rather than torch dtypes."""
 
 DTYPE_OF_NUMBER: dict[int, torch.dtype] = {
     0: torch.uint8,
@@ -118,7 +118,7 @@ DTYPE_OF_NUMBER: dict[int, torch.dtype] = {
     FP8_E5M2: torch.float8_e5m2,
     FP8_E4M3: torch.float8_e4m3fn,
 }
-"""Number -> torch dtype, for those torch has a dtype for. 256 on are torch_npu's."""
+"""Number -> torch dtype, for numbers with a torch dtype. Numbers from 256 on are torch_npu's."""
 
 _NUMBER_OF_DTYPE = {dtype: number for number, dtype in reversed(DTYPE_OF_NUMBER.items())}
 
@@ -128,22 +128,22 @@ HALF_DTYPES = FLOAT_DTYPES[:2]
 
 
 def number_of(dtype: torch.dtype) -> int:
-    """The number that torch's binding passes for a torch.dtype."""
+    """The number that torch's binding passes for a torch.dtype. KeyError for a dtype without one."""
     return _NUMBER_OF_DTYPE[dtype]
 
 
-def spell_dtype(number: int | None) -> str:
-    """A number as a user writes it."""
+def dtype_label(number: int | None) -> str:
+    """Name and number of a dtype: `torch_npu.float4_e2m1fn_x2 (296)`."""
     for name, value in DTYPE_NUMBERS.items():
         if value == number:
             return f"torch_npu.{name} ({number})"
     return f"{DTYPE_OF_NUMBER[number]} ({number})" if number in DTYPE_OF_NUMBER else str(number)
 
 
-def output_dtype(number: int | None, allowed: tuple[torch.dtype, ...], what: str) -> torch.dtype:
-    """The torch dtype of an `output_dtype`. Refuses None, which means int8, and dtypes not `allowed`."""
+def output_dtype(number: int | None, allowed: tuple[torch.dtype, ...], operator: str) -> torch.dtype:
+    """The torch dtype of an `output_dtype`. TwinError (E-TWN-01) if not `allowed`, or None (int8)."""
     dtype = None if number is None else DTYPE_OF_NUMBER.get(number)
-    got = "None, which means int8" if number is None else spell_dtype(number)
-    require(dtype in allowed, "call.output_dtype", got=got, operator=what, allowed=allowed)
+    got = "None, which means int8" if number is None else dtype_label(number)
+    require(dtype in allowed, "call.output_dtype", got=got, operator=operator, allowed=allowed)
     assert dtype is not None
     return dtype

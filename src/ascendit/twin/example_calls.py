@@ -1,7 +1,7 @@
-"""Right calls, one or more of each operator that the twin computes: for tests, and for the first card.
+"""Valid calls of every operator that the twin computes, for tests and for `doctor --self-check`.
 
-`samples()` makes its inputs on the CPU with the twin itself; weights that must be FRACTAL_NZ are cast in
-`run`, so that on a card the card casts them.
+`samples()` makes its inputs on the CPU with the twin. Weights that must be FRACTAL_NZ are cast in `run`, so
+on a card the card casts them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 @dataclass(frozen=True)
 class Sample:
-    """One call. `nz`: the argument that is cast to FRACTAL_NZ first, `packed` if it is FP4."""
+    """One call. `nz`: index of the argument that is first cast to FRACTAL_NZ; `packed`: it is packed FP4."""
 
     name: str
     operator: str
@@ -33,7 +33,7 @@ class Sample:
     packed: bool = False
 
     def run(self, caller: Callable[..., Any], move: Callable[[Tensor], Tensor] = lambda t: t) -> Any:
-        """`caller(operator, *args, **kwargs)` on inputs that `move` put where they belong."""
+        """Call `caller(operator, *args, **kwargs)` with each tensor [..] of any dtype moved by `move`."""
 
         def moved(value: Any) -> Any:
             if isinstance(value, list):
@@ -49,7 +49,7 @@ class Sample:
 
 
 def samples() -> Iterator[Sample]:
-    """The calls of the current chip."""
+    """Sample calls for the current chip."""
     a5 = current_chip() == "a5"
     yield from _norms()
     yield from _attention()
@@ -64,7 +64,7 @@ def samples() -> Iterator[Sample]:
 
 
 def rand(*shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
-    """The same numbers on every machine."""
+    """Normal random numbers [*shape] of `dtype`, the same on every machine."""
     generator = torch.Generator().manual_seed(seed + math.prod(shape))
     return torch.randn(*shape, generator=generator).to(dtype)
 
@@ -121,20 +121,20 @@ def _rows(a5: bool) -> Iterator[Sample]:
     yield Sample("int8, smoothed", "npu_dynamic_quant", (x,), {"smooth_scales": rand(96).abs()})
     yield Sample("int8, per tensor", "npu_dynamic_quant", (x,), {"quant_mode": "pertensor"})
     yield Sample("static int8", "npu_quantize", (x, rand(96).abs() + 1, None, torch.qint8, -1))
-    matmul, rest = "npu_quant_matmul", {"pertoken_scale": scale, "output_dtype": 15}
+    matmul, options = "npu_quant_matmul", {"pertoken_scale": scale, "output_dtype": 15}
     yield Sample(
-        "int8 matmul", matmul, (qdata, weight.t(), weight_scale.to(BF16)), {**rest, "bias": rand(16)}
+        "int8 matmul", matmul, (qdata, weight.t(), weight_scale.to(BF16)), {**options, "bias": rand(16)}
     )
-    wide = {**rest, "bias": rand(16, dtype=FP32)}
-    yield Sample("int8 matmul, float32", matmul, (qdata, weight.t(), weight_scale), wide)
+    float32_bias = {**options, "bias": rand(16, dtype=FP32)}
+    yield Sample("int8 matmul, float32", matmul, (qdata, weight.t(), weight_scale), float32_bias)
     yield Sample(
-        "int8 matmul to fp16", matmul, (qdata, weight.t(), weight_scale), {**rest, "output_dtype": 5}
+        "int8 matmul to fp16", matmul, (qdata, weight.t(), weight_scale), {**options, "output_dtype": 5}
     )
     yield Sample("static int8 matmul", matmul, (qdata, weight.t(), weight_scale), {"output_dtype": 5})
     param = call("npu_trans_quant_param", weight_scale)
     yield Sample("static int8 matmul, packed scale", matmul, (qdata, weight.t(), param), {"output_dtype": 5})
     if a5:
-        yield Sample("int8 matmul, NZ", matmul, (qdata, weight, weight_scale), rest, nz=1)
+        yield Sample("int8 matmul, NZ", matmul, (qdata, weight, weight_scale), options, nz=1)
     yield Sample("int8 weight", "npu_weight_quant_batchmatmul", (x, weight.t(), weight_scale.to(BF16)))
 
 
@@ -182,9 +182,9 @@ def _mx_matmuls() -> Iterator[Sample]:
     w4, ws4 = call("npu_dynamic_mx_quant", w, scale_alg=2, dst_type_max=7.0)
     bias = rand(32, dtype=FP32)
     scales = dict.fromkeys(("scale_dtype", "pertoken_scale_dtype"), SCALE_E8M0)
-    rest = {**scales, "output_dtype": BF16, "group_sizes": [1, 1, 32], "bias": bias}
-    mx8 = {**rest, "pertoken_scale": s8}
-    fp4 = {**rest, "pertoken_scale": s4, "x1_dtype": FP4_E2M1, "x2_dtype": FP4_E2M1}
+    options = {**scales, "output_dtype": BF16, "group_sizes": [1, 1, 32], "bias": bias}
+    mx8 = {**options, "pertoken_scale": s8}
+    fp4 = {**options, "pertoken_scale": s4, "x1_dtype": FP4_E2M1, "x2_dtype": FP4_E2M1}
     yield Sample("mxfp8 matmul", matmul, (q8, w8.t(), ws8.transpose(0, 1)), mx8)
     deep = {**mx8, "pertoken_scale": s8[None], "bias": None, "output_dtype": FP32}
     yield Sample("mxfp8 matmul of 3 axes", matmul, (q8[None], w8.t(), ws8.transpose(0, 1)), deep)
@@ -199,8 +199,8 @@ def _mx_matmuls() -> Iterator[Sample]:
     g8, gs = call("npu_dynamic_quant", w, dst_type=FP8_E4M3)
     row = {"pertoken_scale": fs, "output_dtype": BF16, "bias": bias}
     yield Sample("fp8 matmul", matmul, (f8, g8.t(), gs), row)
-    token = rand(6, 2, dtype=FP32).abs()
-    tiles = {"pertoken_scale": token, "output_dtype": BF16, "group_sizes": [1, 128, 128]}
+    tile_scale = rand(6, 2, dtype=FP32).abs()
+    tiles = {"pertoken_scale": tile_scale, "output_dtype": BF16, "group_sizes": [1, 128, 128]}
     yield Sample("fp8 matmul in blocks", matmul, (f8, g8.t(), rand(1, 2, dtype=FP32).abs().t()), tiles)
     dual = "npu_dynamic_dual_level_mx_quant"
     q, s0, s1 = call(dual, rand(6, 640))
@@ -212,12 +212,11 @@ def _mx_matmuls() -> Iterator[Sample]:
 def _only_a5() -> Iterator[Sample]:
     x, rows = rand(2, 6, 64), rand(2, 64)
     yield Sample("adaln", "mindiesd::adaln_v2", (x, rows, rows, None, None, 1e-6))
-    heads, cos, both = rand(1, 5, 2, 32), rand(1, 5, 1, 32), {"rotary_mode": "interleave"}
-    yield Sample("rope of both", "npu_apply_rotary_pos_emb", (heads.clone(), heads.clone(), cos, cos), both)
+    heads, cos, mode = rand(1, 5, 2, 32), rand(1, 5, 1, 32), {"rotary_mode": "interleave"}
+    yield Sample("rope of both", "npu_apply_rotary_pos_emb", (heads.clone(), heads.clone(), cos, cos), mode)
     fp8 = [_blocks(rand(2, 300, 128, seed=s), rows) for s, rows in ((1, 128), (2, 256), (3, 256))]
     modes = {f"{n}_quant_mode": 7 for n in ("query", "key", "value")}
-    given = dict(zip(("query", "key", "value"), (s for _, s in fp8), strict=True))
-    scaled = {f"dequant_scale_{n}": s for n, s in given.items()}
+    scaled = {f"dequant_scale_{n}": s for n, (_, s) in zip(("query", "key", "value"), fp8, strict=True)}
     named = {"num_query_heads": 2, "softmax_scale": 128**-0.5, "input_layout": "BNSD", "out_dtype": BF16}
     infer = "fused_infer_attention_score_v2"
     for name in (f"npu_{infer}", f"mindiesd::{infer}"):
@@ -244,11 +243,11 @@ def _only_a2_a3() -> Iterator[Sample]:
     yield Sample("prompt attention", "npu_prompt_flash_attention", (q, q, q), named)
     mask = torch.ones(1, 2, 3, 3, dtype=torch.int8).triu()
     sparse = {"q_input_layout": "BNSD", "kv_input_layout": "BNSD", "num_key_value_heads": 2}
-    rest = {**sparse, "scale_value": 0.125, "inner_precise": 0}
-    yield Sample("sparse attention", "npu_block_sparse_attention", (q, q, q, mask, [128, 128]), rest)
+    options = {**sparse, "scale_value": 0.125, "inner_precise": 0}
+    yield Sample("sparse attention", "npu_block_sparse_attention", (q, q, q, mask, [128, 128]), options)
     laser = rand(1, 2, 256, 128, dtype=torch.float16)
-    more = {"scale_value": 128**-0.5, "head_num": 2}
-    yield Sample("laser attention", "mindiesd::la", (laser, laser, laser), more)
+    options = {"scale_value": 128**-0.5, "head_num": 2}
+    yield Sample("laser attention", "mindiesd::la", (laser, laser, laser), options)
     packed = rand(300, 2, 64)
     index = torch.arange(3).expand(3, 2, 3).contiguous()
     rain = (packed, packed, packed, index, torch.full((3, 2), 2), [128, 128])

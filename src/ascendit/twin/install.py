@@ -1,10 +1,10 @@
-"""Define the operators under torch.ops, and keep torch_npu out of the process while they are there.
+"""Define the operators under torch.ops, and block `import torch_npu` while they are defined.
 
-`ascendit.twin.enable("a5", fake_module=True)` also provides a minimal `torch_npu` for code that imports it.
-It offers what can be true on a CPU: every npu_* operator, the numbers of torch_npu's own dtypes, and a
-`torch.npu` whose `is_available()` is False and whose `synchronize`, `empty_cache`, .. do nothing. There is no
-device "npu": tensors stay on the CPU. It has a ModuleSpec, without which importing accelerate and Diffusers
-fails. Anything else is an AttributeError, as on an older torch_npu.
+`ascendit.twin.enable("a5", fake_module=True)` also provides a minimal `torch_npu` for code that imports it:
+all npu_* operators, the numbers of torch_npu's dtypes, and a `torch.npu` whose `is_available()` is False and
+whose `synchronize`, `empty_cache`, .. do nothing. There is no device "npu": tensors stay on the CPU. The
+module has a ModuleSpec, which accelerate and Diffusers need when they are imported. Other attributes raise
+AttributeError, as in an older torch_npu.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ _LIBRARIES: list[torch.library.Library] = []
 
 
 def install(chip: str, *, with_module: bool) -> None:
-    """Define every frozen schema, computed or refused by name. A second call changes the chip."""
+    """Define every frozen schema; if installed already, only change the chip.
+
+    Raises TwinImportError (E-TWN-02) if torch_npu is loaded or the operators are defined already.
+    """
     real = sys.modules.get("torch_npu")
     if real is not None and not is_ours(real):
         raise TwinImportError(
             "torch_npu is loaded in this process",
-            needs="a process without it: the twin defines the same operators",
+            needs="a process without torch_npu: the twin defines the same operators",
             fix='ascendit.twin.use("a5") and ascendit.twin.call(...), which define nothing',
             code=IMPORT,
         )
@@ -62,38 +65,39 @@ def _define(namespace: str) -> torch.library.Library:
     try:
         for name, schema in frozen(namespace).items():
             library.define(schema)
-            ours = name if namespace == "npu" else f"{namespace}::{name}"
-            if ours in OPERATORS:
-                library.impl(name, functools.partial(run, ours), "CPU")
-                library.impl(name, functools.partial(fake, ours), "Meta")
+            key = name if namespace == "npu" else f"{namespace}::{name}"
+            if key in OPERATORS:
+                library.impl(name, functools.partial(run, key), "CPU")
+                library.impl(name, functools.partial(fake, key), "Meta")
             else:
-                library.impl(name, functools.partial(refuse_uncomputed, ours), "CompositeExplicitAutograd")
+                library.impl(name, functools.partial(refuse_uncomputed, key), "CompositeExplicitAutograd")
     except RuntimeError as e:
         library._destroy()
         raise TwinImportError(
             f"torch.ops.{namespace} cannot be defined: {str(e).splitlines()[0]}",
-            needs="a process in which nothing else defined these operators",
-            fix="enable the twin before other packages load theirs, or use another process",
+            needs="a process in which no other package has defined these operators",
+            fix="enable the twin before other packages define them, or use another process",
             code=IMPORT,
         ) from e
     return library
 
 
 class Guard(importlib.abc.MetaPathFinder):
-    """Refuses `import torch_npu`. Who only asks if it is there (find_spec) gets the usual answer."""
+    """Import hook that blocks `import torch_npu` but leaves `importlib.util.find_spec` alone."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """Raises TwinImportError (E-TWN-02) for `import torch_npu`."""
         if fullname != "torch_npu":
             return None
-        # A question comes from importlib.util; Diffusers and accelerate ask while they are imported. Frames:
-        # 0 here, 1 _find_spec, 2 who wants to know.
+        # Diffusers and accelerate call importlib.util.find_spec on import. Frames: 0 this function,
+        # 1 _find_spec, 2 its caller.
         if sys._getframe(2).f_globals.get("__name__") == "importlib.util":
             return None
         raise TwinImportError(
-            f"import torch_npu while the twin of {STATE.chip} is enabled in this process",
-            needs="torch_npu or the twin, never both: they define the same operators",
+            f"import torch_npu while the {STATE.chip} twin is enabled in this process",
+            needs="either torch_npu or the twin: they define the same operators",
             fix="use another process, or enable(chip, fake_module=True) for code that imports torch_npu",
             code=IMPORT,
         )
@@ -107,12 +111,12 @@ _MARK = "ascendit_twin"
 
 
 def is_ours(module: Any) -> bool:
-    """Whether this `torch_npu` is the one made here."""
+    """Whether this `torch_npu` is the module made by `add_module`."""
     return getattr(module, "__dict__", {}).get(_MARK) is True
 
 
 def add_module() -> None:
-    """Put `torch_npu`, `torch_npu.npu` and `torch.npu` in place; a second call does nothing."""
+    """Install `torch_npu`, `torch_npu.npu` and `torch.npu`, unless they are installed already."""
     if is_ours(sys.modules.get("torch_npu")):
         return
     npu = _torch_npu_npu()
@@ -125,7 +129,7 @@ def add_module() -> None:
 
 
 def remove_module() -> None:
-    """Take them away again."""
+    """Undo `add_module`."""
     if is_ours(sys.modules.get("torch_npu")):
         for name in ("torch_npu", "torch_npu.npu", "torch.npu"):
             sys.modules.pop(name, None)
@@ -133,16 +137,18 @@ def remove_module() -> None:
 
 
 class _TorchNpu(types.ModuleType):
-    """`torch_npu`: operators by name."""
+    """The module `torch_npu`: operators are its attributes."""
 
     def __getattr__(self, name: str) -> Any:
         if name in {n.partition(".")[0] for n in frozen("npu")}:
             return getattr(torch.ops.npu, name)
-        raise AttributeError(f"module 'torch_npu' has no attribute {name!r}: this is ascendit's twin of it")
+        raise AttributeError(
+            f"module 'torch_npu' has no attribute {name!r}: this is the module of ascendit's twin"
+        )
 
 
 class _Config:
-    """`torch.npu.config`; a5 ignores the flag, as the card does."""
+    """`torch.npu.config`; a5 ignores the flag, like the card."""
 
     @property
     def allow_internal_format(self) -> bool:
@@ -159,8 +165,8 @@ def _new_module(name: str, kind: type[types.ModuleType] = types.ModuleType) -> t
     return module
 
 
-_NOTHING = ("synchronize", "empty_cache", "set_device", "set_compile_mode", "manual_seed")
-"""Functions of `torch.npu` that do nothing here."""
+_NO_OPS = ("synchronize", "empty_cache", "set_device", "set_compile_mode", "manual_seed")
+"""Functions of `torch.npu` that do nothing on the twin."""
 
 
 def _torch_npu_npu() -> types.ModuleType:
@@ -177,7 +183,7 @@ def _torch_npu_npu() -> types.ModuleType:
         get_device_name=lambda device=None: CHIPS[current_chip()].soc_name,
         get_soc_version=soc_version,
         config=_Config(),
-        **dict.fromkeys(_NOTHING, lambda *args, **kwargs: None),
+        **dict.fromkeys(_NO_OPS, lambda *args, **kwargs: None),
     )
     vars(npu)["utils"] = types.SimpleNamespace(get_soc_version=soc_version)
     return npu

@@ -1,13 +1,13 @@
-"""The operators by name: their frozen schemas, and a decorator that registers a body for one.
+"""Operators by name: their frozen schemas, and a decorator that registers the implementation of one.
 
     @operator("npu_silu")
-    def npu_silu(self):                                  # every argument of the schema, by name
-        require(self.dim() > 0, ...)                     # 1. the contract
-        yield Out(tuple(self.shape), self.dtype)         # 2. what comes out; a fake stops here
-        yield torch.nn.functional.silu(self)             # 3. the numbers
+    def npu_silu(self):                                  # all arguments of the schema, by name
+        require(self.dim() > 0, ...)                     # 1. check the arguments
+        yield Out(tuple(self.shape), self.dtype)         # 2. shapes and dtypes of the outputs
+        yield torch.nn.functional.silu(self)             # 3. the outputs
 
-so a fake and the numbers cannot disagree: what part 3 gives is checked against part 2 on every call. Schemas
-are those of torch_npu 2.13.0 and MindIE-SD 3.1.0.
+A call on fake tensors ends after step 2. Every other call checks the outputs of step 3 against step 2, so the
+two always agree. Schemas are those of torch_npu 2.13.0 and MindIE-SD 3.1.0.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ VERSIONS: Mapping[str, str] = {"npu": "torch_npu_2.13.0", "mindiesd": "mindiesd_
 """Namespace of torch.ops -> file in `twin/data`."""
 
 UNDEFINABLE = frozenset({"as_strided_", "new_empty_strided"})
-"""Entries of the frozen list that are a name without a schema, as they are in the wheel."""
+"""Entries that have a name but no schema in the wheel."""
 
 
 @functools.cache
 def frozen(namespace: str) -> Mapping[str, str]:
-    """Operator name with overload -> schema, as `Library.define` takes it."""
+    """Operator name with overload -> schema in the syntax of `Library.define`."""
     text = resources.files("ascendit.twin").joinpath("data", f"{VERSIONS[namespace]}.json").read_text()
     schemas: dict[str, str] = json.loads(text)["schemas"]
     return {name: schema for name, schema in schemas.items() if name not in UNDEFINABLE}
 
 
 def split(name: str) -> tuple[str, str]:
-    """`mindiesd::adaln` -> (mindiesd, adaln); a name alone is one of `npu`."""
-    namespace, _, rest = name.rpartition("::")
-    return namespace or "npu", rest
+    """`mindiesd::adaln` -> (mindiesd, adaln); the default namespace is `npu`."""
+    namespace, _, base = name.rpartition("::")
+    return namespace or "npu", base
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,19 @@ class Signature:
     text: str
     names: tuple[str, ...]
     positional: int
-    """How many may be given without a name."""
+    """Number of arguments that may be positional."""
     defaults: Mapping[str, Any]
     integers: frozenset[str]
-    """Arguments of type int: these take a torch.dtype too, as torch's own binding does."""
+    """Arguments of type int, which also take a torch.dtype, as in torch's binding."""
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Every argument by name. Refuses unknown, missing and surplus ones in the dispatcher's words."""
+        """All arguments by name. TwinError (E-TWN-01) for unknown, missing or surplus ones, as in torch."""
         unknown = [k for k in kwargs if k not in self.names or k in self.names[: len(args)]]
         if unknown or len(args) > self.positional:
-            what = f"{len(args)} positional arguments"
-            what = f"Unknown keyword argument '{unknown[0]}'" if unknown else what
-            refuse("call.surplus", what=what, self=self, names=", ".join(self.names) or "nothing")
+            problem = f"{len(args)} positional arguments"
+            if unknown:
+                problem = f"Unknown keyword argument '{unknown[0]}'"
+            refuse("call.surplus", problem=problem, self=self, names=", ".join(self.names) or "nothing")
         bound = {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
         required = [n for n in self.names if n not in self.defaults]
         missing = [n for n in required if n not in bound]
@@ -77,14 +78,14 @@ class Signature:
 
 @functools.cache
 def signature(name: str) -> Signature:
-    """The signature of an operator by its name, `npu_rms_norm` or `mindiesd::adaln`."""
-    namespace, rest = split(name)
-    if namespace not in VERSIONS or rest not in frozen(namespace):
+    """The signature of `npu_rms_norm` or `mindiesd::adaln`. TwinError (E-TWN-01) for an unknown name."""
+    namespace, base = split(name)
+    if namespace not in VERSIONS or base not in frozen(namespace):
         refuse("call.name", name=name)
-    parsed = torch._C.parse_schema(frozen(namespace)[rest])
+    parsed = torch._C.parse_schema(frozen(namespace)[base])
     arguments = parsed.arguments
     return Signature(
-        f"{namespace}::{rest}",
+        f"{namespace}::{base}",
         str(parsed),
         tuple(a.name for a in arguments),
         sum(not a.kwarg_only for a in arguments),
@@ -95,7 +96,7 @@ def signature(name: str) -> Signature:
 
 @dataclass(frozen=True)
 class Out:
-    """Shape and dtype of one tensor that an operator returns."""
+    """Shape and dtype of one output tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -105,11 +106,11 @@ Outs = Out | int | tuple[Out | int, ...]
 Body = Callable[..., Iterator[Any]]
 
 OPERATORS: dict[str, Body] = {}
-"""Operator name -> body: `npu_rms_norm`, `mindiesd::adaln`."""
+"""Operator name, `npu_rms_norm` or `mindiesd::adaln`, -> implementation."""
 
 
 def operator(name: str) -> Callable[[Body], Body]:
-    """Register the body of an operator of the frozen schemas."""
+    """Register the implementation of an operator of the frozen schemas."""
 
     def register(body: Body) -> Body:
         assert name not in OPERATORS, name
@@ -120,7 +121,7 @@ def operator(name: str) -> Callable[[Body], Body]:
 
 
 def current_chip() -> str:
-    """The chip that calls are checked for. TwinError if the twin is off."""
+    """The chip that calls are checked for. TwinError (E-CAP-01) if the twin is not enabled."""
     if STATE.chip is None:
         raise TwinError(
             "the twin is not enabled", needs="a chip", fix='ascendit.twin.enable("a5")', code=CHIP
@@ -128,29 +129,29 @@ def current_chip() -> str:
     return STATE.chip
 
 
-def gate(name: str, mode: str = "") -> None:
-    """Refuse what this chip has no kernel for, by `ascendit.device.operator_support.CAPABILITIES`."""
+def check_capability(name: str, mode: str = "") -> None:
+    """TwinError (E-CAP-01) if the chip has no kernel for this, by `operator_support.CAPABILITIES`."""
     chip = current_chip()
     row = capability(name, mode)
     answer = row.on(chip)
     if answer == "yes":
         return
-    what = f"{name} {mode}".strip()
+    label = f"{name} {mode}".strip()
     got = {
         "adapter": row.message,
         "cann": f"NPU function error: call {row.aclnn or name} failed, error code is 361001",
-        "unknown": f"no public document says that {what} runs here",
+        "unknown": f"no public document says that {label} runs on this chip",
     }[answer]
-    where = ", ".join(f"{CHIPS[c].product} ({c})" for c in row.chips)
-    raise TwinError(f"{got} [{what} on {chip}]", needs=where, fix=row.instead, code=CHIP)
+    chips = ", ".join(f"{CHIPS[c].product} ({c})" for c in row.chips)
+    raise TwinError(f"{got} [{label} on {chip}]", needs=chips, fix=row.instead, code=CHIP)
 
 
 def run(name: str, /, *args: Any, **kwargs: Any) -> Any:
-    """Check the call and compute it. Counts one launch."""
+    """Check and compute a call, and count it as a launch. TwinError (E-TWN-01, E-CAP-01) if it is refused."""
     bound = signature(name).bind(args, kwargs)
     if name not in OPERATORS:
         refuse_uncomputed(name)
-    gate(name)
+    check_capability(name)
     with torch.no_grad():
         steps = OPERATORS[name](**bound)
         outs = next(steps)
@@ -161,37 +162,37 @@ def run(name: str, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def fake(name: str, /, *args: Any, **kwargs: Any) -> Any:
-    """Check the call and give empty results, for meta and fake tensors."""
+    """Check a call on meta or fake tensors and return empty outputs. TwinError as in `run`."""
     bound = signature(name).bind(args, kwargs)
-    gate(name)
+    check_capability(name)
     outs: Outs = next(OPERATORS[name](**bound))
     like = next(tensors_in(list(bound.values())), None)
     device = "meta" if like is None else like.device
-    made = tuple(
+    empty = tuple(
         o if isinstance(o, int) else torch.empty(o.shape, dtype=o.dtype, device=device)
         for o in (outs if isinstance(outs, tuple) else (outs,))
     )
-    return made if isinstance(outs, tuple) else made[0]
+    return empty if isinstance(outs, tuple) else empty[0]
 
 
 def refuse_uncomputed(name: str, /, *args: Any, **kwargs: Any) -> None:
-    """An operator of the frozen schemas that the twin does not compute."""
-    namespace, rest = split(name)
-    refuse("call.uncomputed", namespace=namespace, rest=rest, computed=sorted(OPERATORS))
+    """TwinError (E-TWN-01) for an operator of the frozen schemas that the twin does not compute."""
+    namespace, base = split(name)
+    refuse("call.uncomputed", namespace=namespace, base=base, computed=sorted(OPERATORS))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in a value, and in lists and tuples of values."""
+    """The tensors [..] of any dtype in a value, or in nested lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
-        for part in value:
-            yield from tensors_in(part)
+        for item in value:
+            yield from tensors_in(item)
 
 
 def _check(name: str, outs: Outs, result: Any) -> None:
-    """Part 3 must give what part 2 said: ours to get right."""
+    """The outputs of step 3 must match step 2; a mismatch is a bug of the twin."""
     assert isinstance(result, tuple) == isinstance(outs, tuple), name
     for out, value in zip(outs, result, strict=True) if isinstance(outs, tuple) else ((outs, result),):
-        given = Out(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
-        assert given == out, (name, given, out)
+        actual = Out(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+        assert actual == out, (name, actual, out)

@@ -1,6 +1,6 @@
-"""The operators that the twin computes, by family. Importing this registers them all.
+"""The operators that the twin computes, by family. Importing this package registers all of them.
 
-`call` is one of them as a plain function; `ascendit.twin.install` puts them under torch.ops.
+`call` runs one as a function; `ascendit.twin.install` defines them under torch.ops.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from ascendit.twin.registry import current_chip, run, signature
 
 
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
-    """One operator as a plain function, through no dispatcher: `call("npu_rms_norm", x, gamma)`.
+    """Call an operator without the dispatcher: `call("npu_rms_norm", x, gamma)`.
 
-    A torch.dtype may stand for an int argument, as in torch.ops.
+    A torch.dtype may be passed for an int argument, as in torch.ops. TwinError as in `registry.run`.
     """
     current_chip()
-    known = signature(name)
-    named = dict(zip(known.names, args, strict=False)) | kwargs
+    schema = signature(name)
+    named = dict(zip(schema.names, args, strict=False)) | kwargs
     numbers = {
         key: contract.number_of(value)
         for key, value in named.items()
-        if key in known.integers and isinstance(value, torch.dtype)
+        if key in schema.integers and isinstance(value, torch.dtype)
     }
-    positional = [numbers.get(n, a) for n, a in zip(known.names, args, strict=False)]
+    positional = [numbers.get(n, a) for n, a in zip(schema.names, args, strict=False)]
     positional += args[len(positional) :]
     return run(name, *positional, **{k: numbers.get(k, v) for k, v in kwargs.items()})

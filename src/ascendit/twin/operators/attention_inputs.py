@@ -1,6 +1,6 @@
-"""What the attention operators share: layouts, masks, lengths, and softmax attention in float32.
+"""Shared by the attention operators: layouts, masks, lengths, and softmax attention in float32.
 
-A mask is True, or 1, where a key is masked OUT; F.scaled_dot_product_attention means the opposite.
+A mask is True, or 1, where a key is masked OUT, the opposite of F.scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LAYOUTS = ("BSH", "SBH", "BSND", "BNSD", "NSD", "TND", "NTD")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Batch, query heads, key heads, tokens, keys, head size, head size of the values. Packed: batch 1."""
+    """Batch, query heads, key heads, queries, keys, head size, head size of the values. Packed: batch 1."""
 
     b: int
     n: int
@@ -34,32 +34,32 @@ class Sizes:
 
 
 def _axis(t: Tensor, layout: str, name: str) -> int | None:
-    at = layout.find(name)
-    return int(t.shape[at]) if at >= 0 else None
+    axis = layout.find(name)
+    return int(t.shape[axis]) if axis >= 0 else None
 
 
 def sizes(query: Tensor, key: Tensor, value: Tensor, layout: str, heads: int, kv_heads: int) -> Sizes:
-    """Refuses shapes that do not fit the layout and the numbers of heads."""
+    """Sizes of query, key, value [..], any dtype. TwinError (E-TWN-01) if layout or heads do not fit."""
     call = Call(query=query, key=key, value=value, layout=layout, heads=heads)
     call.require(layout in _LAYOUTS, "attention.layout")
     call.require(heads > 0, "attention.heads")
     kv = kv_heads or heads
     for name, t in (("query", query), ("key", key), ("value", value)):
         call.require(t.dim() == len(layout), "attention.axes", name=name, t=t, axes=len(layout))
-    found = heads if "H" in layout else _axis(query, layout, "N")
-    found_kv = _axis(key, layout, "N") or kv
-    matching = found == heads and heads % kv == 0 and heads % found_kv == 0
-    call.require(matching and (found_kv == kv or not kv_heads), "attention.head_num", kv=kv)
+    query_axis = heads if "H" in layout else _axis(query, layout, "N")
+    key_axis = _axis(key, layout, "N") or kv
+    divisible = query_axis == heads and heads % kv == 0 and heads % key_axis == 0
+    call.require(divisible and (key_axis == kv or not kv_heads), "attention.head_num", kv=kv)
     s, keys, values = (_axis(t, layout, "T" if "T" in layout else "S") or 0 for t in (query, key, value))
-    per_head = ((query, heads), (key, found_kv), (value, found_kv))
+    per_head = ((query, heads), (key, key_axis), (value, key_axis))
     d, dk, dv = (_axis(t, layout, "D") or t.shape[-1] // h for t, h in per_head)
     b, batch = (_axis(t, layout, "B") or 1 for t in (query, key))
     call.require(d == dk >= dv and keys == values and batch == b, "attention.shapes")
-    return Sizes(b, heads, found_kv, s, keys, d, dv)
+    return Sizes(b, heads, key_axis, s, keys, d, dv)
 
 
 def to_bnsd(t: Tensor, layout: str, heads: int) -> Tensor:
-    """Any layout -> [B, N, S, D]; a packed one has batch 1."""
+    """Any layout -> [B, N, S, D], same dtype; B is 1 for a packed layout."""
     if layout in ("BSH", "SBH"):
         t, layout = t.unflatten(-1, (heads, -1)), layout.replace("H", "ND")
     if layout in ("NSD", "TND", "NTD"):
@@ -68,7 +68,7 @@ def to_bnsd(t: Tensor, layout: str, heads: int) -> Tensor:
 
 
 def from_bnsd(t: Tensor, layout: str) -> Tensor:
-    """The inverse, contiguous."""
+    """[B, N, S, D] -> any layout, contiguous, same dtype."""
     if layout in ("BSH", "SBH"):
         return t.permute(["BNSD".index(a) for a in layout.replace("H", "ND")]).flatten(-2).contiguous()
     if layout in ("NSD", "TND", "NTD"):
@@ -83,12 +83,15 @@ def shape_of(z: Sizes, layout: str) -> tuple[int, ...]:
 
 
 def check_attention_scale(name: str, value: float, default: float, d: int) -> None:
-    """The default of these operators is never what attention means."""
+    """TwinError (E-TWN-01) for the operators' default scale, which is wrong for attention."""
     require(value != default or d == 1, "attention.scale", name=name, value=value, d=d, root=d**-0.5)
 
 
 def check_mask(mask: Tensor | None, z: Sizes, dtypes: tuple[torch.dtype, ...]) -> None:
-    """dtype and shape. An additive mask is refused: this one says which keys to leave out."""
+    """TwinError (E-TWN-01) unless None, or of one of `dtypes` and [S, keys], [B, S, keys] or [B, N, S, keys].
+
+    Additive masks are refused: a mask of these operators selects the keys to leave out.
+    """
     if mask is None:
         return
     require(mask.dtype in dtypes, "attention.mask_dtype", mask=mask, dtypes=dtypes)
@@ -97,7 +100,7 @@ def check_mask(mask: Tensor | None, z: Sizes, dtypes: tuple[torch.dtype, ...]) -
 
 
 def masked_out(mask: Tensor | None, z: Sizes) -> Tensor | None:
-    """bool, broadcast to [B, N, S, keys]. Refuses a row with no key left: its result has no meaning."""
+    """bool, broadcast to [B, N, S, keys]. TwinError (E-TWN-01) if a query has no key left."""
     if mask is None:
         return None
     out = mask.to(torch.bool)
@@ -106,28 +109,31 @@ def masked_out(mask: Tensor | None, z: Sizes) -> Tensor | None:
     return out
 
 
-def by_length(z: Sizes, lengths: Sequence[int] | None) -> Tensor | None:
-    """A mask of the keys beyond each sample's length, [B, 1, 1, keys]."""
+def length_mask(z: Sizes, lengths: Sequence[int] | None) -> Tensor | None:
+    """bool [B, 1, 1, keys], True beyond each sample's length. TwinError (E-TWN-01) for invalid lengths."""
     if lengths is None:
         return None
     fits = len(lengths) in (1, z.b) and all(0 < n <= z.keys for n in lengths)
     require(fits, "attention.lengths", lengths=lengths, z=z)
-    each = torch.tensor(list(lengths)).expand(z.b)
-    return torch.arange(z.keys) >= each[:, None, None, None]
+    limits = torch.tensor(list(lengths)).expand(z.b)
+    return torch.arange(z.keys) >= limits[:, None, None, None]
 
 
-def pieces(
+def packed_sequences(
     z: Sizes, ends_q: Sequence[int] | None, ends_kv: Sequence[int] | None
 ) -> list[tuple[slice, slice]]:
-    """The sequences of a packed batch, from cumulative lengths without a leading zero."""
+    """Slices of queries and keys of each sequence, from cumulative lengths without a leading 0.
+
+    TwinError (E-TWN-01) for invalid lengths.
+    """
     ends_q, ends_kv = ends_q or (), ends_kv or ()
     require(0 < len(ends_q) == len(ends_kv), "attention.packed_lengths")
     for name, ends, total in (("q", ends_q, z.s), ("kv", ends_kv, z.keys)):
         shortest = min(b - a for a, b in pairwise((0, *ends)))
-        rising = shortest >= (0 if name == "kv" else 1) and ends[-1] == total
-        require(rising, "attention.packed_ends", name=name, ends=ends, total=total)
-    both = zip(pairwise((0, *ends_q)), pairwise((0, *ends_kv)), strict=True)
-    return [(slice(*q), slice(*kv)) for q, kv in both]
+        valid = shortest >= (0 if name == "kv" else 1) and ends[-1] == total
+        require(valid, "attention.packed_ends", name=name, ends=ends, total=total)
+    bounds = zip(pairwise((0, *ends_q)), pairwise((0, *ends_kv)), strict=True)
+    return [(slice(*q), slice(*kv)) for q, kv in bounds]
 
 
 def attend_in(
@@ -138,7 +144,10 @@ def attend_in(
     hidden: Tensor | None = None,
     runs: Sequence[tuple[slice, slice]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attend` from one layout into another. Largest scores and sums [B, N, S], packed (`runs`) [S, N]."""
+    """`attend` on one layout, with output in another.
+
+    Largest scores and sums are float32 [B, N, S], or [S, N] for packed sequences (`runs`).
+    """
     q, k, v = (to_bnsd(t, layouts[0], h) for t, h in zip(tensors, (z.n, z.kv, z.kv), strict=True))
     if runs is None:
         out, top, total = attend(q, k, v, scale, hidden)
@@ -154,8 +163,8 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[B, N, S, D] -> output, largest score and sum of exponentials per query, float32 [B, N, S].
 
-    Without a mask as a CPU attends, where it can, and the output in q's dtype; else in float32, over blocks
-    of 256 queries. Fewer key heads than query heads: each serves its group.
+    Without a mask the CPU kernel is used if it supports the inputs, with output in q's dtype; otherwise
+    float32 in blocks of 256 queries. If there are fewer key heads than query heads, each serves a group.
     """
     if out_mask is None and cpu_kernels.can_attend(q, k, v, scale):
         return cpu_kernels.attend(q, k, v, scale)
@@ -176,20 +185,23 @@ def attend(
     return torch.cat(outs, 2), torch.cat(tops, 2), torch.cat(sums, 2)
 
 
-def hidden_keys(
+def combined_mask(
     mask: Tensor | None, z: Sizes, windows: tuple[int, int], lengths: Sequence[int] | None = None
 ) -> Tensor | None:
-    """Keys masked out by a mask, by its windows of tokens, which mean nothing without one, or by a length."""
-    masks = (masked_out(mask, z), by_length(z, lengths), None if mask is None else _band(z, *windows))
-    hidden = None
-    for part in masks:
-        if part is not None:
-            hidden = part if hidden is None else hidden | part
-    return hidden
+    """bool [.., S, keys], True where a key is masked out by the mask, its windows or a length.
+
+    The windows apply only with a mask, as on the card.
+    """
+    window = None if mask is None else _window_mask(z, *windows)
+    combined = None
+    for single in (masked_out(mask, z), length_mask(z, lengths), window):
+        if single is not None:
+            combined = single if combined is None else combined | single
+    return combined
 
 
-def _band(z: Sizes, before: int, after: int) -> Tensor | None:
-    """Keys more than `before` back or `after` ahead of a query, masked out, [S, keys]."""
+def _window_mask(z: Sizes, before: int, after: int) -> Tensor | None:
+    """bool [S, keys], True for keys more than `before` behind or `after` ahead of a query."""
     if before >= max(z.s, z.keys) and after >= max(z.s, z.keys):
         return None
     step = torch.arange(z.keys)[None, :] - torch.arange(z.s)[:, None]

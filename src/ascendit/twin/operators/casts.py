@@ -13,14 +13,14 @@ from ascendit.mx import elements
 from ascendit.twin import STATE, contract, nz
 from ascendit.twin.contract import refuse, require
 from ascendit.twin.operators.mx_quantize import TARGETS
-from ascendit.twin.registry import Out, current_chip, gate, operator
+from ascendit.twin.registry import Out, check_capability, current_chip, operator
 
 _FP4 = (contract.FP4_E2M1, contract.FP4_E1M2)
 
 
 @operator("npu_dtype_cast")
 def npu_dtype_cast(self: Tensor, dtype: int, input_dtype: int | None) -> Iterator[Any]:
-    """To another dtype; FP4 (296, 297) is packed two to a byte, the even index in the low nibble."""
+    """`self` [.., K] in another dtype; FP4 (296, 297) is packed [.., K / 2], even index in the low nibble."""
     shape = list(self.shape)
     if input_dtype in _FP4:
         require(bool(shape) and self.element_size() == 1, "cast.fp4_scalar")
@@ -35,8 +35,8 @@ def npu_dtype_cast(self: Tensor, dtype: int, input_dtype: int | None) -> Iterato
         raw = elements.unpack(self.contiguous().view(torch.uint8), self.shape[-1] * 2)
         values = elements.decode(raw, TARGETS[input_dtype].element)
     if dtype in _FP4:
-        wide = values.to(torch.float32)
-        yield elements.pack(elements.encode(wide.nan_to_num(0.0), TARGETS[dtype].element, "rint"))
+        finite = values.to(torch.float32).nan_to_num(0.0)
+        yield elements.pack(elements.encode(finite, TARGETS[dtype].element, "rint"))
     else:
         yield values.to(contract.DTYPE_OF_NUMBER[dtype], copy=True)
 
@@ -49,7 +49,7 @@ def _npu_dtype_cast(self: Tensor, dtype: torch.dtype) -> Iterator[Any]:
 
 @operator("get_npu_format")
 def get_npu_format(self: Tensor) -> Iterator[Any]:
-    """29 for FRACTAL_NZ, else 2, 0 or 30 by the number of axes."""
+    """Format of `self` [..], any dtype: 29 for FRACTAL_NZ, else 2, 0 or 30 by its number of axes."""
     number = nz.format_of(self)
     yield number
     yield number
@@ -59,9 +59,9 @@ def get_npu_format(self: Tensor) -> Iterator[Any]:
 def npu_format_cast(
     self: Tensor, acl_format: int, customize_dtype: int | None, input_dtype: int | None
 ) -> Iterator[Any]:
-    """To FRACTAL_NZ (29), or back to a plain format."""
+    """`self` [.., R, C], any dtype, in FRACTAL_NZ (29) or back in ND (2, 0, 30)."""
     if customize_dtype is not None:
-        gate("npu_format_cast", "customize_dtype")
+        check_capability("npu_format_cast", "customize_dtype")
     if acl_format != nz.FRACTAL_NZ:
         require(acl_format in (nz.ND, nz.NCHW, nz.NCDHW), "cast.format", acl_format=acl_format)
         require(current_chip() != "a5" or nz.fractal(self) is None or self.is_contiguous(), "cast.strided_nz")
@@ -83,8 +83,8 @@ def npu_format_cast(
 
 
 def _check_nz(t: Tensor, customize_dtype: int | None, input_dtype: int | None) -> None:
-    given = "a FRACTAL_NZ tensor" if nz.fractal(t) else t.shape
-    require(t.dim() >= 2 and nz.fractal(t) is None, "cast.no_matrix", tensor=given)
+    label = "a FRACTAL_NZ tensor" if nz.fractal(t) else t.shape
+    require(t.dim() >= 2 and nz.fractal(t) is None, "cast.no_matrix", tensor=label)
     require(current_chip() != "a5" or t.shape[-1] > 1, "cast.one_column", t=t)
     if customize_dtype is not None and (customize_dtype != 1 or t.dtype != torch.int8):
         refuse("cast.customize_dtype", customize_dtype=customize_dtype, t=t)

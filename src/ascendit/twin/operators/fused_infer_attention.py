@@ -1,4 +1,4 @@
-"""npu_fused_infer_attention_score, its second version, and MindIE-SD's FP8 form of it."""
+"""npu_fused_infer_attention_score, its version 2, and MindIE-SD's FP8 variant."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ascendit.twin import contract
 from ascendit.twin.contract import HALF_DTYPES, Call
 from ascendit.twin.operators import attention_inputs as core
 from ascendit.twin.operators import mx_quantize
-from ascendit.twin.operators.row_quantize import times_tiles
-from ascendit.twin.registry import Out, gate, operator
+from ascendit.twin.operators.row_quantize import dequantize_tiles
+from ascendit.twin.registry import Out, check_capability, operator
 
 _MASKS = (torch.bool, torch.uint8, torch.int8)
 _OUTPUTS = {"BNSD_BSND": "BSND", "BSH_BNSD": "BNSD", "BSND_BNSD": "BNSD", "NTD_TND": "TND", "TND_NTD": "NTD"}
@@ -24,7 +24,7 @@ _FIRST = frozenset(
     + ("atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "softmax_lse_flag", "sparse_mode")
     + ("inner_precise", "block_size", "antiquant_mode", "key_antiquant_mode", "value_antiquant_mode")
 )
-"""Arguments of the first version that are looked at, or mean nothing without others."""
+"""Arguments of version 1 that are read, or that have no effect without others."""
 
 
 def _attention(
@@ -34,9 +34,9 @@ def _attention(
     ends: tuple[Any, Any],
     lse: bool,
     out_dtype: torch.dtype,
-    decode: Any = None,
+    dequantize: Any = None,
 ) -> Iterator[Any]:
-    """What both versions do. `decode` turns quantized query, key and value into float32 ones."""
+    """Both versions. `dequantize` converts quantized query, key and value to float32."""
     layout = a.input_layout.partition("_")[0]
     layout_out = _OUTPUTS.get(a.input_layout, layout)
     for name in _QKV:
@@ -47,20 +47,20 @@ def _attention(
     scale = getattr(a, scale_name)
     core.check_attention_scale(scale_name, scale, 1.0, z.d)
     core.check_mask(a.atten_mask, z, _MASKS)
-    runs = core.pieces(z, *ends) if "T" in layout else None
+    runs = core.packed_sequences(z, *ends) if "T" in layout else None
     stats = (0,) if not lse else (z.s, z.n, 1) if runs else (z.b, z.n, z.s, 1)
     yield Out(core.shape_of(z, layout_out), out_dtype), Out(stats, torch.float32)
     qkv = (a.query, a.key, a.value)
     windows = (a.pre_tokens, a.next_tokens)
-    hidden = None if runs else core.hidden_keys(a.atten_mask, z, windows, ends[1])
-    wide = decode(*qkv) if decode else qkv
-    out, top, total = core.attend_in(wide, z, (layout, layout_out), scale, hidden, runs)
+    masked = None if runs else core.combined_mask(a.atten_mask, z, windows, ends[1])
+    inputs = dequantize(*qkv) if dequantize else qkv
+    out, top, total = core.attend_in(inputs, z, (layout, layout_out), scale, masked, runs)
     row = (top + torch.log(total)).unsqueeze(-1).contiguous() if lse else torch.empty(0)
     yield out.to(out_dtype), row
 
 
 def _check(a: Call, unused: Collection[str]) -> None:
-    """Arguments that the twin does not compute, and causal masks."""
+    """Refuse arguments that the twin does not compute, and causal masks."""
     extra = [n for n in unused if getattr(a, n) is not None and not n.endswith("_dtype")]
     a.require(not extra, "infer.unused", extra=extra)
     a.require(a.sparse_mode in (0, 1), "infer.sparse_mode")
@@ -72,45 +72,45 @@ def _check_dtypes(a: Call) -> None:
 
 
 @operator("npu_fused_infer_attention_score")
-def npu_fused_infer_attention_score(**given: Any) -> Iterator[Any]:
-    """(out, lse); lse [B, N, S, 1] with softmax_lse_flag, else empty."""
-    a = Call(**given)
-    _check(a, [n for n in given if n not in _FIRST])
+def npu_fused_infer_attention_score(**arguments: Any) -> Iterator[Any]:
+    """(out, lse); lse is float32 [B, N, S, 1] with softmax_lse_flag, else empty."""
+    a = Call(**arguments)
+    _check(a, [n for n in arguments if n not in _FIRST])
     _check_dtypes(a)
     ends = (a.actual_seq_lengths, a.actual_seq_lengths_kv)
     yield from _attention(a, a.num_heads, "scale", ends, a.softmax_lse_flag, a.query.dtype)
 
 
-def _second(name: str, a: Call) -> Iterator[Any]:
-    """Version 2, in bfloat16 or with FP8 codes and their scales."""
+def _version_2(name: str, a: Call) -> Iterator[Any]:
+    """Version 2, in bfloat16 or float16, or in FP8 with scales."""
     modes = (a.query_quant_mode, a.key_quant_mode, a.value_quant_mode)
     quantized = a.query.dtype == torch.float8_e4m3fn
-    known = (*_QKV, "atten_mask", *(_SCALES if quantized else ()))
-    _check(a, [n for n, v in vars(a).items() if isinstance(v, Tensor) and n not in known])
-    out_dtype, decode = a.query.dtype, None
+    computed = (*_QKV, "atten_mask", *(_SCALES if quantized else ()))
+    _check(a, [n for n, v in vars(a).items() if isinstance(v, Tensor) and n not in computed])
+    out_dtype, dequantize = a.query.dtype, None
     if quantized:
-        gate(name, "quantized")
-        wanted = a.out_dtype
-        number = contract.number_of(wanted) if isinstance(wanted, torch.dtype) else wanted
+        check_capability(name, "quantized")
+        number = a.out_dtype
+        number = contract.number_of(number) if isinstance(number, torch.dtype) else number
         out_dtype = contract.output_dtype(number, (torch.bfloat16, torch.float16), "FP8 attention")
-        decode = _decoder(a, modes)
+        dequantize = _dequantizer(a, modes)
     else:
         _check_dtypes(a)
-        a.require(modes == (0, 0, 0), "infer.modes_without_codes", modes=modes)
+        a.require(modes == (0, 0, 0), "infer.modes_without_qdata", modes=modes)
     ends = (a.actual_seq_qlen, a.actual_seq_kvlen)
     lse = a.return_softmax_lse
-    yield from _attention(a, a.num_query_heads, "softmax_scale", ends, lse, out_dtype, decode)
+    yield from _attention(a, a.num_query_heads, "softmax_scale", ends, lse, out_dtype, dequantize)
 
 
-def _decoder(a: Call, modes: tuple[int, ...]) -> Any:
-    """Codes to numbers; the probabilities stay float32, which the card may quantize (not documented)."""
+def _dequantizer(a: Call, modes: tuple[int, ...]) -> Any:
+    """Function of query, key, value. Probabilities stay float32; if a card quantizes them is undocumented."""
     scales = [getattr(a, name) for name in _SCALES]
     scaled = [isinstance(s, Tensor) for s in scales]
     a.require(modes in ((7, 7, 7), (6, 6, 8)) and all(scaled), "infer.modes", modes=modes, scaled=scaled)
     if modes == (7, 7, 7):
-        right = a.input_layout.startswith("BNSD") and all(s.dim() == 4 and s.shape[0] == 1 for s in scales)
-        a.require(right, "infer.block_scales", shapes=[tuple(s.shape) for s in scales])
-        return lambda *qkv: [times_block_scales(t, s) for t, s in zip(qkv, scales, strict=True)]
+        valid = a.input_layout.startswith("BNSD") and all(s.dim() == 4 and s.shape[0] == 1 for s in scales)
+        a.require(valid, "infer.block_scales", shapes=[tuple(s.shape) for s in scales])
+        return lambda *qkv: [dequantize_blocks(t, s) for t, s in zip(qkv, scales, strict=True)]
     dtypes = {getattr(a, f"{name}_dtype") for name in _SCALES}
     a.require(a.input_layout == "TND" and dtypes == {contract.SCALE_E8M0}, "infer.mx_scales")
     element = mx_quantize.TARGETS[contract.FP8_E4M3].element
@@ -120,23 +120,23 @@ def _decoder(a: Call, modes: tuple[int, ...]) -> Any:
     ]
 
 
-def times_block_scales(t: Tensor, scale: Tensor) -> Tensor:
-    """float32 of codes [.., S, D] with one scale per tile, [.., blocks of S, blocks of D].
+def dequantize_blocks(t: Tensor, scale: Tensor) -> Tensor:
+    """float32 of qdata [.., S, D] with a scale per tile, [.., blocks of S, blocks of D].
 
-    The tile is found from the sizes: 128, 256 or 512 rows, 64 or 128 columns.
+    The tile size follows from the shapes: 128, 256 or 512 rows, 64 or 128 columns.
     """
     rows = next(r for r in (128, 256, 512, 64, t.shape[-2]) if -(-t.shape[-2] // r) == scale.shape[-2])
     columns = next(c for c in (128, 64, t.shape[-1]) if -(-t.shape[-1] // c) == scale.shape[-1])
-    return times_tiles(t, scale, rows, columns)
+    return dequantize_tiles(t, scale, rows, columns)
 
 
 @operator("npu_fused_infer_attention_score_v2")
-def npu_fused_infer_attention_score_v2(**given: Any) -> Iterator[Any]:
-    """(out, lse); lse [B, N, S, 1] with return_softmax_lse, else empty."""
-    yield from _second("npu_fused_infer_attention_score_v2", Call(**given))
+def npu_fused_infer_attention_score_v2(**arguments: Any) -> Iterator[Any]:
+    """(out, lse); lse is float32 [B, N, S, 1] with return_softmax_lse, else empty."""
+    yield from _version_2("npu_fused_infer_attention_score_v2", Call(**arguments))
 
 
 @operator("mindiesd::fused_infer_attention_score_v2")
-def fused_infer_attention_score_v2(**given: Any) -> Iterator[Any]:
-    """As npu_fused_infer_attention_score_v2, in MindIE-SD's own kernel on a5."""
-    yield from _second("mindiesd::fused_infer_attention_score_v2", Call(**given))
+def fused_infer_attention_score_v2(**arguments: Any) -> Iterator[Any]:
+    """Same as npu_fused_infer_attention_score_v2, in MindIE-SD's own kernel on a5."""
+    yield from _version_2("mindiesd::fused_infer_attention_score_v2", Call(**arguments))

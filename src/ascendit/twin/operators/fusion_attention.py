@@ -17,16 +17,16 @@ _SCALES = ("deq_scale1", "quant_scale1", "deq_scale2", "quant_scale2", "quant_of
 
 
 def _check(a: Call, unused: tuple[str, ...]) -> None:
-    """Causal masks, and arguments that the twin does not compute."""
+    """Refuse causal masks and arguments that the twin does not compute."""
     a.require(a.sparse_mode in (0, 1), "fusion.sparse_mode")
     extra = [name for name in unused if getattr(a, name) is not None]
     a.require(not extra, "infer.unused", extra=extra)
 
 
 @operator("npu_fusion_attention")
-def npu_fusion_attention(**given: Any) -> Iterator[Any]:
-    """(out, softmax_max, softmax_sum, empty, 0, 0, 0). Maximum and sum come 8 times, [B, N, S, 8]."""
-    a = Call(**given)
+def npu_fusion_attention(**arguments: Any) -> Iterator[Any]:
+    """(out, softmax_max, softmax_sum, empty, 0, 0, 0); max and sum: float32 [B, N, S, 8], 8 equal values."""
+    a = Call(**arguments)
     a.require(a.keep_prob == 1.0, "fusion.keep_prob")
     _check(a, ("pse", "padding_mask", "prefix", "sink", "dropout_mask"))
     layout, dtype = a.input_layout.upper(), a.query.dtype
@@ -36,22 +36,25 @@ def npu_fusion_attention(**given: Any) -> Iterator[Any]:
     a.require(z.d <= 768, "fusion.head_size", z=z)
     core.check_attention_scale("scale", a.scale, 1.0, z.d)
     core.check_mask(a.atten_mask, z, _MASKS)
-    runs = core.pieces(z, a.actual_seq_qlen, a.actual_seq_kvlen) if layout == "TND" else None
+    runs = core.packed_sequences(z, a.actual_seq_qlen, a.actual_seq_kvlen) if layout == "TND" else None
     stats = (z.s, z.n, 8) if runs else (z.b, z.n, z.s, 8)
     softmax = Out(stats, torch.float32)
     yield Out(core.shape_of(z, layout), dtype), softmax, softmax, Out((0,), dtype), 0, 0, 0
-    hidden = core.hidden_keys(a.atten_mask, z, (a.pre_tockens, a.next_tockens))
+    masked = core.combined_mask(a.atten_mask, z, (a.pre_tockens, a.next_tockens))
     qkv = (a.query, a.key, a.value)
-    out, *sums = core.attend_in(qkv, z, (layout, layout), a.scale, hidden, runs)
-    lanes = [t.unsqueeze(-1).expand(stats).contiguous() for t in sums]
-    yield out.to(dtype), *lanes, a.query.new_empty(0), 0, 0, 0
+    out, *sums = core.attend_in(qkv, z, (layout, layout), a.scale, masked, runs)
+    repeated = [t.unsqueeze(-1).expand(stats).contiguous() for t in sums]
+    yield out.to(dtype), *repeated, a.query.new_empty(0), 0, 0, 0
 
 
 @operator("npu_prompt_flash_attention")
-def npu_prompt_flash_attention(**given: Any) -> Iterator[Any]:
-    """Attention of a2 and a3. Without a mask the token windows are not looked at; with one they are, and the
-    default next_tokens=0 then makes the attention causal."""
-    a = Call(**given)
+def npu_prompt_flash_attention(**arguments: Any) -> Iterator[Any]:
+    """Attention on a2 and a3, in the layout of `input_layout`.
+
+    With a mask, pre_tokens and next_tokens apply too, and the default next_tokens=0 makes the attention
+    causal.
+    """
+    a = Call(**arguments)
     _check(a, ("padding_mask", "pse_shift", *_SCALES))
     layout, _, layout_out = a.input_layout.partition("_")
     dtype = a.query.dtype
@@ -63,22 +66,22 @@ def npu_prompt_flash_attention(**given: Any) -> Iterator[Any]:
     layouts = (layout, layout_out or layout)
     yield Out(core.shape_of(z, layouts[1]), dtype)
     windows = (a.pre_tokens, a.next_tokens)
-    hidden = core.hidden_keys(a.atten_mask, z, windows, a.actual_seq_lengths_kv)
-    yield core.attend_in((a.query, a.key, a.value), z, layouts, a.scale_value, hidden)[0].to(dtype)
+    masked = core.combined_mask(a.atten_mask, z, windows, a.actual_seq_lengths_kv)
+    yield core.attend_in((a.query, a.key, a.value), z, layouts, a.scale_value, masked)[0].to(dtype)
 
 
 @operator("npu_attention_update")
 def npu_attention_update(lse: list[Tensor], local_out: list[Tensor], update_type: int) -> Iterator[Any]:
-    """Merge partial attention: outputs weighted by exp(lse). lse [T, N or 1], outputs [T, D]; (out, lse)."""
-    right = len(lse) == len(local_out) > 0 and update_type in (0, 1)
+    """(out, lse) of partial attention merged by exp(lse): lse [T, N or 1], out [T, D], float dtypes."""
+    valid = len(lse) == len(local_out) > 0 and update_type in (0, 1)
     counts = {"count": len(lse), "outputs": len(local_out)}
-    require(right, "fusion.update_counts", **counts, update_type=update_type)
+    require(valid, "fusion.update_counts", **counts, update_type=update_type)
     yield Out(tuple(local_out[0].shape), local_out[0].dtype), Out(tuple(lse[0].shape), lse[0].dtype)
     stacked = torch.stack([t.to(torch.float32) for t in lse])
     total = torch.logsumexp(stacked, 0)
     weights = torch.exp(stacked - total)
-    parts = [t.to(torch.float32) * _like(w, t) for w, t in zip(weights, local_out, strict=True)]
-    yield torch.stack(parts).sum(0).to(local_out[0].dtype), total.to(lse[0].dtype)
+    weighted = [t.to(torch.float32) * _like(w, t) for w, t in zip(weights, local_out, strict=True)]
+    yield torch.stack(weighted).sum(0).to(local_out[0].dtype), total.to(lse[0].dtype)
 
 
 def _like(weight: Tensor, out: Tensor) -> Tensor:
@@ -86,25 +89,26 @@ def _like(weight: Tensor, out: Tensor) -> Tensor:
 
 
 @operator("npu_ring_attention_update")
-def npu_ring_attention_update(**given: Any) -> Iterator[Any]:
+def npu_ring_attention_update(**arguments: Any) -> Iterator[Any]:
     """Merge two results of npu_fusion_attention: outputs SBH, maxima and sums [B, N, S, 8]."""
-    a = Call(**given)
-    before, now = a.prev_attn_out, a.cur_attn_out
+    a = Call(**arguments)
+    previous, current = a.prev_attn_out, a.cur_attn_out
     a.require(a.input_layout in ("SBH", "TND"), "fusion.ring_layout")
-    a.require(before.shape == now.shape and before.dtype == now.dtype, "fusion.ring_shapes")
+    same = previous.shape == current.shape and previous.dtype == current.dtype
+    a.require(same, "fusion.ring_shapes")
     softmax = Out(tuple(a.prev_softmax_max.shape), torch.float32)
-    yield Out(tuple(before.shape), before.dtype), softmax, softmax
+    yield Out(tuple(previous.shape), previous.dtype), softmax, softmax
     top = torch.maximum(a.prev_softmax_max, a.cur_softmax_max)
     sums = ((a.prev_softmax_sum, a.prev_softmax_max), (a.cur_softmax_sum, a.cur_softmax_max))
     shares = [s * torch.exp(m - top) for s, m in sums]
     total = shares[0] + shares[1]
     merged = torch.zeros((), dtype=torch.float32)
-    for out, share in zip((before, now), shares, strict=True):
+    for out, share in zip((previous, current), shares, strict=True):
         weight = (share / total)[..., 0]  # [B, N, S], TND: [T, N]
-        wide = out.to(torch.float32)
+        values = out.to(torch.float32)
         if a.input_layout == "SBH":
-            heads = wide.unflatten(-1, (weight.shape[1], -1))
+            heads = values.unflatten(-1, (weight.shape[1], -1))
             merged = merged + (heads * weight.permute(2, 0, 1).unsqueeze(-1)).flatten(-2)
         else:
-            merged = merged + wide * weight.unsqueeze(-1)
-    yield merged.to(before.dtype), top, total
+            merged = merged + values * weight.unsqueeze(-1)
+    yield merged.to(previous.dtype), top, total

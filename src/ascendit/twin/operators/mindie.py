@@ -45,7 +45,7 @@ def _adaln(x: Tensor, scale: Tensor, shift: Tensor, weight: Any, bias: Any, epsi
 def adaln(
     x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float | None
 ) -> Iterator[Any]:
-    """layer_norm(x) (1 + scale) + shift on a2 and a3; weight and bias in the dtype of x."""
+    """layer_norm(x) * (1 + scale) + shift on a2 and a3: x [B, S, H], others in the dtype of x."""
     _check_adaln(x, scale, shift, weight, bias)
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
@@ -58,7 +58,7 @@ def adaln(
 def adaln_v2(
     x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float | None
 ) -> Iterator[Any]:
-    """(out, mean, rstd) on a5; mean and rstd [B, S, 1] in the dtype of x."""
+    """(out, mean, rstd) on a5; mean and rstd [B, S, 1] in the dtype of x [B, S, H]."""
     _check_adaln(x, scale, shift, weight, bias)
     row = Out((*x.shape[:-1], 1), x.dtype)
     yield Out(tuple(x.shape), x.dtype), row, row
@@ -74,7 +74,10 @@ def layernorm(
     eps: float,
     impl_mode: int,
 ) -> Iterator[Any]:
-    """(out, mean, rstd) in the dtype of the input. impl_mode 0 is precise; 1 (fast), 2 (float16) do as 0."""
+    """(out, mean, rstd) of `input` [.., *normalized_shape], in its dtype.
+
+    impl_mode is 0 (precise), 1 (fast) or 2 (float16); the twin computes all three as 0.
+    """
     require(impl_mode in (0, 1, 2), "mindie.impl_mode", impl_mode=impl_mode)
     shape = tuple(normalized_shape)
     elementwise.check_layer(input, shape, weight, bias)
@@ -89,12 +92,12 @@ def layernorm(
 
 
 @operator("mindiesd::la")
-def la(**given: Any) -> Iterator[Any]:
-    """(lse, out), float32: laser attention of a2 and a3.
+def la(**arguments: Any) -> Iterator[Any]:
+    """(lse [B, N, S], out [B, N, S, D]), float32: laser attention on a2 and a3.
 
-    With sequences filled up to 256, `pre_tokens` below 256 says how many keys at the end are filling.
+    A `pre_tokens` below 256 is the number of padding keys at the end of sequences padded to multiples of 256.
     """
-    a = Call(**given)
+    a = Call(**arguments)
     masked = any(m is not None for m in (a.atten_mask, a.alibi_mask, a.drop_mask))
     a.require(not masked and a.input_layout == "BNSD" and a.keep_prob == 1.0, "mindie.la_masks")
     a.require(a.query.dtype == a.key.dtype == a.value.dtype == torch.float16, "mindie.la_dtype")
@@ -102,7 +105,7 @@ def la(**given: Any) -> Iterator[Any]:
     a.require(z.s % 256 == 0 and z.keys % 256 == 0 and z.d == 128, "mindie.la_sizes", z=z)
     core.check_attention_scale("scale_value", a.scale_value, 1.0, z.d)
     yield Out((z.b, z.n, z.s), torch.float32), Out(tuple(a.query.shape), torch.float32)
-    filling = a.pre_tokens if a.pre_tokens < 256 else 0
-    hidden = core.by_length(z, [z.keys - filling])
-    out, top, total = core.attend(a.query, a.key, a.value, a.scale_value, hidden)
+    padding = a.pre_tokens if a.pre_tokens < 256 else 0
+    masked = core.length_mask(z, [z.keys - padding])
+    out, top, total = core.attend(a.query, a.key, a.value, a.scale_value, masked)
     yield (top + torch.log(total)).to(torch.float32), out.to(torch.float32)

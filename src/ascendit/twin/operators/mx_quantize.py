@@ -1,8 +1,8 @@
-"""MX quantizers of the Ascend 950: codes and E8M0 scales, bit for bit as the kernels give them.
+"""MX quantizers of the Ascend 950: elements and E8M0 scales, bit-identical to its kernels.
 
-The codes are `mx`'s; three things are the NPU's own: a block whose scale is byte 0 is multiplied by 0 under
-the algorithms 0 and 2, float16 becomes bfloat16 before algorithm 2 looks for the largest value, and a block
-with an infinity or a NaN gets byte 255 and codes 0 (the cast saturates and makes NaN zero).
+They encode by `mx`, with three rules of the NPU: algorithms 0 and 2 multiply a block by 0 if its scale byte
+is 0, algorithm 2 rounds float16 to bfloat16 before it takes the largest value, and a block with an infinity
+or a NaN gets scale byte 255 and elements 0 (the cast saturates and turns NaN into 0).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BIAS = scales.BIAS
 
 @dataclass(frozen=True)
 class _Uniform(Element):
-    """e1m2: its two binades have one step, 0.25."""
+    """e1m2: both of its binades have the step 0.25."""
 
     @property
     def emin(self) -> int:
@@ -39,7 +39,7 @@ E1M2 = _Uniform("e1m2", ebits=1, mbits=2, emax=0, max=1.75, nan=None)
 
 @dataclass(frozen=True)
 class TargetFormat:
-    """An element with the torch dtype of its codes and the scale algorithms it has."""
+    """An element format, the torch dtype of its qdata, and its scale algorithms."""
 
     element: Element
     dtype: torch.dtype
@@ -62,7 +62,7 @@ TARGETS: dict[int, TargetFormat] = {
 
 @dataclass(frozen=True)
 class ScaleRule:
-    """How npu_dynamic_mx_quant finds a scale."""
+    """How npu_dynamic_mx_quant computes a scale."""
 
     algorithm: int = 0
     rounding: str = "rint"
@@ -72,13 +72,13 @@ class ScaleRule:
 
 
 def target_of(dst_type: int) -> TargetFormat:
-    """Refuses what is no MX element, torch.float4_e2m1fn_x2 among them."""
+    """The format of a `dst_type`. TwinError (E-TWN-01) for others, including torch.float4_e2m1fn_x2."""
     require(dst_type in TARGETS, "mx.dst_type", dst_type=dst_type)
     return TARGETS[dst_type]
 
 
 def check_rule(rule: ScaleRule, target: TargetFormat, dtype: torch.dtype) -> None:
-    """The combinations that aclnnDynamicMxQuantV3 has."""
+    """TwinError (E-TWN-01) for a combination that aclnnDynamicMxQuantV3 does not have."""
     name = target.element.name
     modes = tuple(ROUND_MODES) if target.packed else ("rint",)
     require(rule.rounding in modes, "mx.round_mode", rule=rule, name=name, modes=modes)
@@ -88,12 +88,12 @@ def check_rule(rule: ScaleRule, target: TargetFormat, dtype: torch.dtype) -> Non
     require(rule.dst_type_max == 0 or scaled, "mx.dst_type_max", rule=rule, name=name)
     bounded = rule.max_low_bound > 0 and rule.algorithm == 1
     require(rule.max_low_bound == 0 or bounded, "mx.max_low_bound", rule=rule)
-    wide = rule.algorithm != 2 and dtype != torch.float32
-    require(rule.block == 32 or wide, "mx.wide_block", rule=rule, dtype=dtype)
+    any_block = rule.algorithm != 2 and dtype != torch.float32
+    require(rule.block == 32 or any_block, "mx.large_block", rule=rule, dtype=dtype)
 
 
 def check_input(x: Tensor, axis: int, target: TargetFormat) -> int:
-    """`axis` from the front. Refuses dtypes, shapes and axes the kernel does not take."""
+    """`axis` counted from 0; x [..] of a float dtype. TwinError (E-TWN-01) for other inputs."""
     require(x.dtype in FLOAT_DTYPES and 1 <= x.dim() <= 7, "mx.input", x=x)
     require(-x.dim() <= axis < x.dim(), "mx.axis", first=-x.dim(), last=x.dim() - 1)
     require(not target.packed or x.shape[-1] % 2 == 0, "mx.fp4_odd")
@@ -103,14 +103,14 @@ def check_input(x: Tensor, axis: int, target: TargetFormat) -> int:
 
 
 def outs(shape: tuple[int, ...], axis: int, target: TargetFormat, block: int) -> tuple[Out, Out]:
-    """Codes, and scales in pairs with a last axis of 2."""
+    """Outputs for an input of `shape`: qdata, and scales in pairs with a last axis of 2."""
     qdata = (*shape[:-1], shape[-1] // 2) if target.packed else shape
     pairs = math.ceil(math.ceil(shape[axis] / block) / 2)
     return Out(qdata, target.dtype), Out((*shape[:axis], pairs, *shape[axis + 1 :], 2), torch.uint8)
 
 
 def to_mx(x: Tensor, axis: int, target: TargetFormat, rule: ScaleRule) -> tuple[Tensor, Tensor]:
-    """Codes and paired scales of `x`, as `outs` describes them."""
+    """qdata of x [..] in the dtype of `target`, and paired uint8 scales along `axis`; shapes as in `outs`."""
     length = x.shape[axis]
     blocks = scales.split_blocks(x.movedim(axis, -1), rule.block)
     qdata, scale = encode_blocks(blocks, target.element, rule)
@@ -121,10 +121,10 @@ def to_mx(x: Tensor, axis: int, target: TargetFormat, rule: ScaleRule) -> tuple[
 
 
 def encode_blocks(blocks: Tensor, element: Element, rule: ScaleRule) -> tuple[Tensor, Tensor]:
-    """[.., n, block] -> uint8 codes of the same shape, E8M0 bytes [.., n]."""
+    """[.., n, block] -> uint8 elements, one per byte, of the same shape, and E8M0 bytes [.., n]."""
     finite = blocks.isfinite().all(-1)
-    wide = blocks.where(finite.unsqueeze(-1), 0).to(torch.float32)
-    amax = wide.abs().amax(-1)
+    values = blocks.where(finite.unsqueeze(-1), 0).to(torch.float32)
+    amax = values.abs().amax(-1)
     if rule.algorithm == 2 and rule.dst_type_max in (0, 6, 7):
         if blocks.dtype == torch.float16:
             amax = amax.to(torch.bfloat16).to(torch.float32)
@@ -136,14 +136,15 @@ def encode_blocks(blocks: Tensor, element: Element, rule: ScaleRule) -> tuple[Te
     else:
         byte, multiplies = _cublas(amax, rule.dst_type_max or element.max, rule), amax > 0
     reciprocal = torch.where(multiplies, scales.power_of_two((_BIAS - byte).to(torch.int32)), 0.0)
-    qdata = elements.encode(wide * reciprocal.unsqueeze(-1), element, ROUND_MODES[rule.rounding])
+    qdata = elements.encode(values * reciprocal.unsqueeze(-1), element, ROUND_MODES[rule.rounding])
     return qdata.where(finite.unsqueeze(-1), 0), byte.where(finite, scales.NAN_BYTE).to(torch.uint8)
 
 
 def _cublas(amax: Tensor, largest: float, rule: ScaleRule) -> Tensor:
-    """int32 bytes of algorithm 1, and of 2 with another dst_type_max: amax / largest, up to a power of two.
+    """int32 scale bytes: amax / largest, rounded up to a power of two.
 
-    The division is a product with float32(1 / largest); subnormal quotients round up under algorithm 1 only.
+    For algorithm 1, and algorithm 2 with a dst_type_max other than 0, 6 and 7. The division is a product with
+    float32(1 / largest); subnormal quotients round up under algorithm 1 only.
     """
     inverse = torch.tensor(1.0) / torch.tensor(largest)
     exponent, fraction = scales.exponent_and_fraction(amax.clamp(min=rule.max_low_bound) * inverse)
@@ -155,21 +156,21 @@ def _cublas(amax: Tensor, largest: float, rule: ScaleRule) -> Tensor:
 
 
 def dequantize(qdata: Tensor, scale: Tensor, axis: int, element: Element) -> Tensor:
-    """float32 values of codes (packed if 4 bits) with paired scales along `axis`."""
+    """float32 values of qdata [..], packed if 4 bits, with paired scales along `axis`."""
     raw, scale = qdata.view(torch.uint8), scale.view(torch.uint8)
     if element.bits == 4:
         raw = elements.unpack(raw, raw.shape[-1] * 2)
     values = elements.decode(raw, element).movedim(axis, -1)
     count = -(-values.shape[-1] // 32)
-    plain = scales.from_bytes(layouts.from_pairs(scale, count, axis).movedim(axis, -1))
-    blocks = scales.split_blocks(values, 32) * plain.unsqueeze(-1)
+    factors = scales.from_bytes(layouts.from_pairs(scale, count, axis).movedim(axis, -1))
+    blocks = scales.split_blocks(values, 32) * factors.unsqueeze(-1)
     return scales.join_blocks(blocks, values.shape[-1]).movedim(-1, axis)
 
 
 @operator("npu_dynamic_mx_quant")
-def npu_dynamic_mx_quant(input: Tensor, axis: int, dst_type: int, **rest: Any) -> Iterator[Any]:
-    """Codes along `axis` and their scales in pairs (aclnnDynamicMxQuantV3)."""
-    a = Call(**rest)
+def npu_dynamic_mx_quant(input: Tensor, axis: int, dst_type: int, **options: Any) -> Iterator[Any]:
+    """qdata of `input` [..] in dtype `dst_type`, and paired scales along `axis` (aclnnDynamicMxQuantV3)."""
+    a = Call(**options)
     target = target_of(dst_type)
     axis = check_input(input, axis, target)
     rule = ScaleRule(a.scale_alg or 0, a.round_mode, a.dst_type_max, a.max_low_bound, a.block_size)
@@ -182,33 +183,33 @@ def npu_dynamic_mx_quant(input: Tensor, axis: int, dst_type: int, **rest: Any) -
 def npu_anti_mx_quant(
     x: Tensor, mxscale: Tensor, axis: int | None, dst_type: int | None, src_type: int | None
 ) -> Iterator[Any]:
-    """The values again (aclnnAntiMxQuant); an FP4 input doubles its last axis."""
+    """x [.., K], or packed FP4 [.., K / 2], dequantized to [.., K] of dtype `dst_type` (aclnnAntiMxQuant)."""
     target = target_of(contract.FP8_E4M3 if src_type is None else src_type)
-    right = x.element_size() == 1 and (x.dtype == target.dtype or target.packed)
-    require(right, "mx.codes", x=x, src_type=src_type, target=target)
-    at = (-1 if axis is None else axis) % x.dim()
+    valid = x.element_size() == 1 and (x.dtype == target.dtype or target.packed)
+    require(valid, "mx.qdata", x=x, src_type=src_type, target=target)
+    axis = (-1 if axis is None else axis) % x.dim()
     dtype = contract.output_dtype(15 if dst_type is None else dst_type, FLOAT_DTYPES, "npu_anti_mx_quant")
     shape = (*x.shape[:-1], x.shape[-1] * 2) if target.packed else tuple(x.shape)
-    wanted = outs(shape, at, target, 32)[1].shape
-    right = tuple(mxscale.shape) == wanted and mxscale.element_size() == 1
-    require(right, "mx.scale", mxscale=mxscale, wanted=wanted)
+    scale_shape = outs(shape, axis, target, 32)[1].shape
+    valid = tuple(mxscale.shape) == scale_shape and mxscale.element_size() == 1
+    require(valid, "mx.scale", mxscale=mxscale, scale_shape=scale_shape)
     yield Out(shape, dtype)
-    yield dequantize(x.contiguous(), mxscale.view(torch.uint8), at, target.element).to(dtype).contiguous()
+    yield dequantize(x.contiguous(), mxscale.view(torch.uint8), axis, target.element).to(dtype).contiguous()
 
 
 @operator("npu_dynamic_dual_level_mx_quant")
 def npu_dynamic_dual_level_mx_quant(
     input: Tensor, smooth_scale: Tensor | None, round_mode: str
 ) -> Iterator[Any]:
-    """FP4 codes, a float32 scale per 512 values and an E8M0 scale per 32 (aclnnDynamicDualLevelMxQuant)."""
+    """`input` [.., K] -> FP4 [.., K / 2], float32 scales [.., K / 512], E8M0 scales [.., K / 64, 2]."""
     target = TARGETS[contract.FP4_E2M1]
     require(input.dtype in HALF_DTYPES, "mx.dual_input", input=input)
     axis = check_input(input, -1, target)
     check_rule(ScaleRule(rounding=round_mode), target, input.dtype)
     length = input.shape[-1]
     if smooth_scale is not None:
-        right = tuple(smooth_scale.shape) == (length,) and smooth_scale.dtype == input.dtype
-        require(right, "mx.smooth_scale", smooth_scale=smooth_scale, length=length, input=input)
+        valid = tuple(smooth_scale.shape) == (length,) and smooth_scale.dtype == input.dtype
+        require(valid, "mx.smooth_scale", smooth_scale=smooth_scale, length=length, input=input)
     qdata, level1 = outs(tuple(input.shape), axis, target, 32)
     yield qdata, Out((*input.shape[:-1], math.ceil(length / 512)), torch.float32), level1
     x = input if smooth_scale is None else input * smooth_scale

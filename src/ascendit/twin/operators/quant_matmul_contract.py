@@ -1,8 +1,8 @@
-"""What npu_quant_matmul takes: which mode its arguments mean, and what each mode refuses.
+"""Argument checks of npu_quant_matmul: the mode that a call selects, and the checks of that mode.
 
-Texts are those of torch_npu's adapter and Meta kernel. On a card the eager adapter runs few of these checks:
-a call without group_sizes or scale_dtype reaches CANN, which fails or takes another mode; a contiguous scale
-is misread. The twin makes all the checks.
+Error texts are those of torch_npu's adapter and Meta kernel. On a card the eager adapter runs few of these
+checks: a call without group_sizes or scale_dtype reaches CANN, which fails or selects another mode, and a
+contiguous scale is misread. The twin runs all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ascendit.twin.contract import SCALE_E8M0, Call
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-WIDE = (BF16, FP16, FP32)
+OUTPUT_DTYPES = (BF16, FP16, FP32)
 
 Shape = tuple[int, ...]
 Checked = tuple[Shape, torch.dtype]
@@ -25,13 +25,13 @@ Checked = tuple[Shape, torch.dtype]
 
 
 def mode_of(c: Call) -> str:
-    """int8, static, fp8, mxfp8, mxfp4, w4a8 or block. Refuses other pairs of dtypes."""
+    """int8, static, fp8, mxfp8, mxfp4, w4a8 or block. TwinError (E-TWN-01) for other pairs of dtypes."""
     fp4, sides = contract.FP4_E2M1, (("x1", c.x1, c.x1_dtype), ("x2", c.x2, c.x2_dtype))
     for name, tensor, dtype in sides:
-        native = dtype is not None and (dtype != fp4 or tensor.dtype in (*FP8, *WIDE))
+        native = dtype is not None and (dtype != fp4 or tensor.dtype in (*FP8, *OUTPUT_DTYPES))
         c.require(not native, "matmul.dtype_of_native", name=name, dtype=dtype, tensor=tensor)
         one_byte = dtype is None or tensor.element_size() == 1
-        c.require(one_byte, "matmul.dtype_of_wide", name=name, tensor=tensor)
+        c.require(one_byte, "matmul.dtype_itemsize", name=name, tensor=tensor)
     if c.x1_dtype == c.x2_dtype == fp4:
         return "mxfp4"
     if c.x1.dtype == torch.float8_e4m3fn and c.x2_dtype == fp4:
@@ -41,7 +41,9 @@ def mode_of(c: Call) -> str:
     if c.x1.dtype in FP8 and c.x2.dtype in FP8 and c.x2_dtype is None:
         return _fp8_mode(c)
     packed = [name for name, tensor, dtype in sides if tensor.dtype == torch.uint8 and not dtype]
-    advice = f"pass {packed[0]}_dtype=torch_npu.float4_e2m1fn_x2" if packed else "quantize both sides alike"
+    advice = "quantize x1 and x2 to the same format"
+    if packed:
+        advice = f"pass {packed[0]}_dtype=torch_npu.float4_e2m1fn_x2"
     contract.refuse("matmul.dtypes", **vars(c), advice=advice)
 
 
@@ -54,14 +56,14 @@ def _fp8_mode(c: Call) -> str:
 
 
 def is_transposed(t: Tensor) -> bool:
-    """A view whose last two axes are exchanged, as the adapter tells: strides (1, rows)."""
+    """Whether `t` [.., R, C] of any dtype is a transposed view, by the adapter's rule: strides (1, R)."""
     if t.dim() < 2 or t.shape[-1] == t.shape[-2] == 1:
         return False
     return t.stride(-2) == 1 and t.stride(-1) == t.shape[-2]
 
 
 def check(c: Call, mode: str) -> Checked:
-    """Refuses what this mode does not take."""
+    """Shape and dtype of the output. TwinError (E-TWN-01) for arguments that `mode` does not take."""
     if mode in SCALE_AND_BIAS:
         return _check_channels(c, mode)
     return _check_block(c) if mode == "block" else _check_mx(c, mode)
@@ -79,31 +81,31 @@ SCALE_AND_BIAS: Mapping[str, Mapping[torch.dtype, tuple[Dtypes, Dtypes]]] = {
         FP16: ((torch.int64, FP32), (torch.int32,)),
         BF16: ((FP32, BF16), (torch.int32, BF16, FP32)),
     },
-    "fp8": dict.fromkeys(WIDE, ((FP32,), (FP32,))),
+    "fp8": dict.fromkeys(OUTPUT_DTYPES, ((FP32,), (FP32,))),
 }
-"""Mode -> dtype of the output -> dtypes of `scale` and of the bias that go with it."""
-_WORDS = {"int8": "int8 with a scale per token", "static": "static int8", "fp8": "FP8"}
+"""Mode -> dtype of the output -> the dtypes allowed for `scale` and for the bias."""
+_LABELS = {"int8": "int8 with a scale per token", "static": "static int8", "fp8": "FP8"}
 _BIAS_FIX = {"int8": "bias in float32, or in the dtype of the output", "static": "quant_bias in int32"}
 _FP32_BIAS = "bias.float(), once, when the weight is loaded"
 
 
 def _check_channels(c: Call, mode: str) -> Checked:
-    """int8, static int8 and fp8. 1-D scales: [N] or [1] of x2, [M] of x1."""
+    """int8, static int8 and fp8: `scale` [N] or [1], `pertoken_scale` [M]."""
     n = c.x2.shape[-1]
     _check_matrices(c, c.x1.shape[-1], c.x2.shape[-2], fix="x2 = weight.t() for a weight [N, K]")
     c.require(mode != "fp8" or c.pertoken_scale is not None, "matmul.fp8_scale")
     c.require(not c.group_sizes or not any(c.group_sizes), "matmul.no_groups")
     c.require(mode == "static" or c.offset is None, "matmul.offset")
     number = 1 if mode == "static" and c.output_dtype is None else c.output_dtype
-    out = contract.output_dtype(number, tuple(SCALE_AND_BIAS[mode]), _WORDS[mode])
+    out = contract.output_dtype(number, tuple(SCALE_AND_BIAS[mode]), _LABELS[mode])
     scales, biases = SCALE_AND_BIAS[mode][out]
     c.require(mode != "int8" or out == BF16 or c.scale.dtype != BF16, "matmul.bf16_scale")
     c.require(c.scale.dim() == 1, "matmul.scale_axes", n=n)
     c.require(c.scale.shape[0] in (1, n), "matmul.scale_length", n=n)
     c.require(c.scale.dtype in scales, "matmul.scale_dtype", allowed=scales)
-    if (token := c.pertoken_scale) is not None:
-        c.require(token.dim() == 1 and c.x1.dim() == 2, "matmul.pertoken_axes")
-        c.require(len(token) == len(c.x1) and token.dtype == FP32, "matmul.pertoken")
+    if (pertoken := c.pertoken_scale) is not None:
+        c.require(pertoken.dim() == 1 and c.x1.dim() == 2, "matmul.pertoken_axes")
+        c.require(len(pertoken) == len(c.x1) and pertoken.dtype == FP32, "matmul.pertoken")
     _check_bias(c, n, biases, _BIAS_FIX.get(mode, _FP32_BIAS))
     c.require(c.offset is None or (out == torch.int8 and c.offset.dim() == 1), "matmul.static_offset")
     return (*c.x1.shape[:-1], n), out
@@ -113,14 +115,14 @@ def _check_block(c: Call) -> Checked:
     k, n = c.x1.shape[-1], c.x2.shape[-1]
     _check_matrices(c, k, c.x2.shape[-2], fix="x2 = weight.t() for a weight [N, K]")
     groups = list(c.group_sizes)
-    right = groups in ([1, 128, 128], [128, 128, 128]) and c.x1.dim() == 2
-    c.require(right, "matmul.block_groups", groups=groups)
+    valid = groups in ([1, 128, 128], [128, 128, 128]) and c.x1.dim() == 2
+    c.require(valid, "matmul.block_groups", groups=groups)
     c.require(c.offset is None, "matmul.offset")
-    rows, wide, high = -(-len(c.x1) // groups[0]), -(-k // 128), -(-n // 128)
-    given = None if c.pertoken_scale is None else tuple(c.pertoken_scale.shape)
-    _check_shapes(c, "matmul.block_scales", given, (rows, wide), (wide, high))
+    m_tiles, k_tiles, n_tiles = -(-len(c.x1) // groups[0]), -(-k // 128), -(-n // 128)
+    pertoken = None if c.pertoken_scale is None else tuple(c.pertoken_scale.shape)
+    _check_shapes(c, "matmul.block_scales", pertoken, (m_tiles, k_tiles), (k_tiles, n_tiles))
     c.require(is_transposed(c.scale) == is_transposed(c.x2), "matmul.transposes")
-    out = contract.output_dtype(c.output_dtype, WIDE, "128 x 128 blocks")
+    out = contract.output_dtype(c.output_dtype, OUTPUT_DTYPES, "128 x 128 blocks")
     c.require(c.bias is None, "matmul.block_bias")
     return (*c.x1.shape[:-1], n), out
 
@@ -140,7 +142,7 @@ def _check_mx(c: Call, mode: str) -> Checked:
         c.require(not fp8 or c.x2.dtype == torch.float8_e4m3fn, "matmul.nz_e5m2")
         c.require(fp8 or tag.customized, "matmul.nz_fp4")
         c.require(not w4a8 or k1 % 8 == n % 8 == 0, "matmul.nz_w4a8", k=k1, n=n)
-    out = contract.output_dtype(c.output_dtype, WIDE[:2] if w4a8 else WIDE, mode)
+    out = contract.output_dtype(c.output_dtype, OUTPUT_DTYPES[:2] if w4a8 else OUTPUT_DTYPES, mode)
     if not w4a8:
         _check_bias(c, n, (FP32,), _FP32_BIAS)
     elif c.bias is not None:
@@ -150,7 +152,7 @@ def _check_mx(c: Call, mode: str) -> Checked:
 
 
 def _mx_sizes(c: Call, mode: str, transposed: bool) -> tuple[int, int, int]:
-    """N, K of x1, K of x2, with packed FP4 counted in numbers."""
+    """N, K of x1, K of x2, counted in elements for packed FP4."""
     rows, columns = c.x2.shape[-2:]
     if mode == "mxfp8":
         return columns, c.x1.shape[-1], rows
@@ -161,7 +163,7 @@ def _mx_sizes(c: Call, mode: str, transposed: bool) -> tuple[int, int, int]:
 
 
 def _check_scale_dtypes(c: Call) -> None:
-    """E8M0 scales are uint8, so the call must say what they are."""
+    """E8M0 scales are uint8, so the call must name their dtype."""
     c.require(c.pertoken_scale is not None, "matmul.mx_pertoken")
     for name in ("scale", "pertoken_scale"):
         dtype, tensor = getattr(c, f"{name}_dtype"), getattr(c, name)
@@ -185,12 +187,12 @@ def _check_groups(c: Call, allowed: list[list[int]], mode: str) -> None:
 
 def _check_mx_scales(c: Call, n: int, k: int, transposed: bool) -> None:
     pairs = -(-k // 64)
-    wanted = ((*c.x1.shape[:-1], pairs, 2), (pairs, n, 2))
-    given = tuple(c.pertoken_scale.shape)
-    apart = len(given) >= 2 and c.scale.dim() == 3 and given[-2] != len(c.scale)
-    _check_shapes(c, "matmul.mx_blocks" if apart else "matmul.mx_scales", given, *wanted)
-    alike = (c.scale.stride() == (2, 2 * pairs, 1) or 1 in (n, pairs)) == transposed
-    c.require(alike or (c.scale.is_contiguous() and not transposed), "matmul.transposes")
+    expected = ((*c.x1.shape[:-1], pairs, 2), (pairs, n, 2))
+    pertoken = tuple(c.pertoken_scale.shape)
+    k_differs = len(pertoken) >= 2 and c.scale.dim() == 3 and pertoken[-2] != len(c.scale)
+    _check_shapes(c, "matmul.mx_blocks" if k_differs else "matmul.mx_scales", pertoken, *expected)
+    same_layout = (c.scale.stride() == (2, 2 * pairs, 1) or 1 in (n, pairs)) == transposed
+    c.require(same_layout or (c.scale.is_contiguous() and not transposed), "matmul.transposes")
 
 
 def _check_matrices(c: Call, k1: int, k2: int, fix: str) -> None:
@@ -201,10 +203,14 @@ def _check_matrices(c: Call, k1: int, k2: int, fix: str) -> None:
     c.require(c.y_scale is None, "matmul.y_scale")
 
 
-def _check_shapes(c: Call, refusal: str, given: Shape | None, wanted1: Shape, wanted2: Shape) -> None:
-    """`pertoken_scale`, of shape `given`, has shape `wanted1`, and `scale` has `wanted2`."""
-    shapes = {"given1": given, "given2": tuple(c.scale.shape), "wanted1": wanted1, "wanted2": wanted2}
-    c.require((given, shapes["given2"]) == (wanted1, wanted2), refusal, **shapes)
+def _check_shapes(
+    c: Call, refusal: str, pertoken: Shape | None, expected_pertoken: Shape, expected_scale: Shape
+) -> None:
+    """`pertoken`: the shape of `pertoken_scale`."""
+    scale = tuple(c.scale.shape)
+    shapes = {"pertoken_shape": pertoken, "scale_shape": scale}
+    shapes |= {"expected_pertoken": expected_pertoken, "expected_scale": expected_scale}
+    c.require((pertoken, scale) == (expected_pertoken, expected_scale), refusal, **shapes)
 
 
 def _check_bias(c: Call, n: int, allowed: Dtypes, fix: str) -> None:

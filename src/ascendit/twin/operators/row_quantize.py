@@ -1,4 +1,4 @@
-"""Quantizers with float32 scales: per token, per tile, and with scales that are given."""
+"""Quantizers with float32 scales: dynamic ones per row or per tile, and static ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ascendit.mx import elements
 from ascendit.mx.formats import Element
 from ascendit.twin.contract import FLOAT_DTYPES, HALF_DTYPES, Call, require
 from ascendit.twin.operators.mx_quantize import TARGETS
-from ascendit.twin.registry import Out, current_chip, gate, operator
+from ascendit.twin.registry import Out, check_capability, current_chip, operator
 
 _FP8: dict[int, tuple[Element, torch.dtype]] = {
     number: (target.element, target.dtype) for number, target in TARGETS.items() if not target.packed
@@ -23,23 +23,23 @@ _INT8 = (1, 12)
 
 
 def _mode(name: str, dst_type: int | None) -> str:
-    """`int8` or `fp8`, after the chip was asked."""
+    """`int8` or `fp8`. TwinError if the chip has no kernel for it."""
     dst_type = 1 if dst_type is None else dst_type
     mode = "int8" if dst_type in _INT8 else "fp8"
     require(mode == "int8" or dst_type in _FP8, "rows.dst_type", dst_type=dst_type, name=name)
-    gate(name, mode)
+    check_capability(name, mode)
     return mode
 
 
 def _encode(steps: Tensor, dst_type: int | None) -> Tensor:
-    """Steps to the nearest codes, ties to even, saturated. NaN becomes 0, as the cast has it. Contiguous."""
+    """x / scale rounded to the nearest element, ties to even, saturated; NaN becomes 0. Contiguous."""
     steps = steps.contiguous()
-    clean = steps.where(steps.isfinite(), 0)
+    finite = steps.where(steps.isfinite(), 0)
     if dst_type in _FP8:
         element, dtype = _FP8[dst_type]
-        infinite = torch.where(steps.isinf(), steps.sign() * element.max, clean)
-        return elements.encode(infinite, element, "rint").view(dtype)
-    return torch.round(clean).clamp(-128, 127).to(torch.int8)
+        saturated = torch.where(steps.isinf(), steps.sign() * element.max, finite)
+        return elements.encode(saturated, element, "rint").view(dtype)
+    return torch.round(finite).clamp(-128, 127).to(torch.int8)
 
 
 def _qdata_dtype(dst_type: int | None) -> torch.dtype:
@@ -51,35 +51,35 @@ def _largest(dst_type: int | None) -> float:
 
 
 @operator("npu_dynamic_quant")
-def npu_dynamic_quant(input: Tensor, smooth_scales: Tensor | None, **rest: Any) -> Iterator[Any]:
-    """Codes and float32 scale per token (aclnnDynamicQuantV2), per tensor or per channel."""
-    a = Call(**rest)
+def npu_dynamic_quant(input: Tensor, smooth_scales: Tensor | None, **options: Any) -> Iterator[Any]:
+    """int8 or FP8 of `input` [.., K], and float32 scales per row, tensor or channel (aclnnDynamicQuantV2)."""
+    a = Call(**options)
     _mode("npu_dynamic_quant", a.dst_type)
     require(input.dim() > 1, "rows.axes")
     require(input.dtype in HALF_DTYPES, "mx.dual_input", input=input)
     *lead, width = input.shape
-    kept = {"pertoken": lead, "pertensor": [1], "perchannel": [*lead[:-1], width]}.get(a.quant_mode)
-    plain = a.group_index is None and a.dst_type_max == 0
-    a.require(kept is not None and plain, "rows.mode", grouped=a.group_index is not None)
-    assert kept is not None
+    scale_shape = {"pertoken": lead, "pertensor": [1], "perchannel": [*lead[:-1], width]}.get(a.quant_mode)
+    computed = scale_shape is not None and a.group_index is None and a.dst_type_max == 0
+    a.require(computed, "rows.mode", grouped=a.group_index is not None)
+    assert scale_shape is not None
     if smooth_scales is not None:
-        right = tuple(smooth_scales.shape) == (width,) and smooth_scales.dtype == input.dtype
-        require(right, "rows.smooth_scales", smooth_scales=smooth_scales, width=width, input=input)
-    yield Out(tuple(input.shape), _qdata_dtype(a.dst_type)), Out(tuple(kept), torch.float32)
+        valid = tuple(smooth_scales.shape) == (width,) and smooth_scales.dtype == input.dtype
+        require(valid, "rows.smooth_scales", smooth_scales=smooth_scales, width=width, input=input)
+    yield Out(tuple(input.shape), _qdata_dtype(a.dst_type)), Out(tuple(scale_shape), torch.float32)
     x = input.to(torch.float32)
     if smooth_scales is not None:
         x = x * smooth_scales.to(torch.float32)
-    along = {"pertoken": -1, "pertensor": None, "perchannel": -2}[a.quant_mode]
-    amax = x.abs().amax() if along is None else x.abs().amax(along, keepdim=True)
-    steps, scale = _steps(x, amax, _largest(a.dst_type))
-    yield _encode(steps, a.dst_type), scale.reshape(kept)
+    axis = {"pertoken": -1, "pertensor": None, "perchannel": -2}[a.quant_mode]
+    amax = x.abs().amax() if axis is None else x.abs().amax(axis, keepdim=True)
+    steps, scale = _divide_by_scale(x, amax, _largest(a.dst_type))
+    yield _encode(steps, a.dst_type), scale.reshape(scale_shape)
 
 
-def _steps(x: Tensor, amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+def _divide_by_scale(x: Tensor, amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
     """x in units of the scale, and the scale.
 
-    a5 divides by amax x (1 / 127), a2 and a3 multiply by 127 / amax: one code in 6000 differs between the
-    two. A row of zeros has scale 0 and codes 0 on both.
+    a5 divides by amax * (1 / 127), a2 and a3 multiply by 127 / amax: one value in 6000 rounds differently. A
+    row of zeros has scale 0 and quantized values 0 on all chips.
     """
     if current_chip() == "a5":
         scale = amax * (1 / largest)
@@ -89,25 +89,25 @@ def _steps(x: Tensor, amax: Tensor, largest: float) -> tuple[Tensor, Tensor]:
 
 
 @operator("npu_dynamic_block_quant")
-def npu_dynamic_block_quant(x: Tensor, min_scale: float, dst_type: int, **rest: Any) -> Iterator[Any]:
-    """Codes, and the float32 scale that gives values back, per tile (aclnnDynamicBlockQuantV2).
+def npu_dynamic_block_quant(x: Tensor, min_scale: float, dst_type: int, **options: Any) -> Iterator[Any]:
+    """int8 or FP8 qdata of x [.., M, K] and a float32 scale per tile (aclnnDynamicBlockQuantV2).
 
-    The scale is amax / largest; the formula in torch_npu's document is its inverse and wrong.
+    The scale is amax / largest, which multiplies qdata; torch_npu's documentation wrongly gives its inverse.
     """
-    a = Call(**rest)
+    a = Call(**options)
     _mode("npu_dynamic_block_quant", dst_type)
     chip, row, column = current_chip(), a.row_block_size, a.col_block_size
     rows, columns = ((1, 64, 128, 256, 512), (64, 128, 192, 256)) if chip == "a5" else ((1,), (1, 128))
     floats = FLOAT_DTYPES if chip == "a5" else HALF_DTYPES
     require(x.dim() in (2, 3) and x.dtype in floats, "rows.block_input", x=x, floats=floats)
-    known = row in rows and column in columns
-    a.require(known, "rows.block_sizes", chip=chip, rows=rows, columns=columns)
-    plain = a.round_mode == "rint" and a.dst_type_max == 0 and min_scale >= 0
-    a.require(plain, "rows.block_options", min_scale=min_scale)
-    high, wide = math.ceil(x.shape[-2] / row), math.ceil(x.shape[-1] / column)
-    yield Out(tuple(x.shape), _qdata_dtype(dst_type)), Out((*x.shape[:-2], high, wide), torch.float32)
+    a.require(row in rows and column in columns, "rows.block_sizes", chip=chip, rows=rows, columns=columns)
+    computed = a.round_mode == "rint" and a.dst_type_max == 0 and min_scale >= 0
+    a.require(computed, "rows.block_options", min_scale=min_scale)
+    m_tiles, k_tiles = math.ceil(x.shape[-2] / row), math.ceil(x.shape[-1] / column)
+    yield Out(tuple(x.shape), _qdata_dtype(dst_type)), Out((*x.shape[:-2], m_tiles, k_tiles), torch.float32)
     padded = torch.nn.functional.pad(x.to(torch.float32), (0, -x.shape[-1] % column, 0, -x.shape[-2] % row))
-    tiles = padded.unflatten(-1, (wide, -1)).unflatten(-3, (high, -1))  # [.., high, row, wide, col]
+    # [.., m_tiles, row, k_tiles, column]
+    tiles = padded.unflatten(-1, (k_tiles, -1)).unflatten(-3, (m_tiles, -1))
     amax = tiles.where(tiles.isfinite(), 0).abs().amax((-3, -1))
     scale = amax / _largest(dst_type)
     if min_scale > 0:
@@ -120,11 +120,11 @@ def npu_dynamic_block_quant(x: Tensor, min_scale: float, dst_type: int, **rest: 
 def npu_quantize(
     self: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: int, axis: int, div_mode: bool
 ) -> Iterator[Any]:
-    """int8 codes with scales and zero points that are given, for static W8A8 (aclnnQuantize)."""
+    """int8 of `self` [..] with static scales and zero points [N] or [1] along `axis` (aclnnQuantize)."""
     require(dtype in _INT8, "rows.static_dtype", dtype=dtype)
     length = self.shape[axis]
-    right = scales.dim() == 1 and scales.shape[0] in (1, length)
-    require(right, "rows.static_scales", scales=scales, axis=axis, self=self, length=length)
+    valid = scales.dim() == 1 and scales.shape[0] in (1, length)
+    require(valid, "rows.static_scales", scales=scales, axis=axis, self=self, length=length)
     yield Out(tuple(self.shape), torch.int8)
 
     def aligned(t: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def npu_quantize(
     yield torch.round(steps).clamp(-128, 127).to(torch.int8)
 
 
-def times_tiles(qdata: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
-    """float32 of codes [.., R, C] times one scale per tile of `rows` x `columns`, [.., tiles, tiles]."""
+def dequantize_tiles(qdata: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
+    """float32 of qdata [.., R, C] times a scale [.., R / rows, C / columns] per tile."""
     full = scale.repeat_interleave(rows, -2)[..., : qdata.shape[-2], :].repeat_interleave(columns, -1)
     return qdata.to(torch.float32) * full[..., : qdata.shape[-1]]
