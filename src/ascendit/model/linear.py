@@ -354,9 +354,8 @@ class QuantLinear(nn.Linear):
     def check_dtypes(self) -> None:
         """UsageError E-QNT-03 if something has cast a parameter, as mixed precision of FSDP2 does."""
         form = lookup(self.scheme)
-        dtypes = {"weight": getattr(torch, form.qdata_dtype)}
-        if form.kind in ("block", "dual"):
-            dtypes["weight_scale"] = torch.uint8
+        names = {"weight": form.qdata_dtype, "weight_scale": form.scale_dtype}
+        dtypes = {role: getattr(torch, name) for role, name in names.items()}
         for role, t in self.named_parameters():
             if t.dtype != dtypes.get(role, torch.float32):
                 raise self._refused(t.dtype)

@@ -50,7 +50,7 @@ class Encoded:
         expected = zip(("qdata", "scale", "dual_scale"), fmt.shapes(self.shape, axis), strict=True)
         dtypes = {
             "qdata": (getattr(torch, fmt.qdata_dtype), torch.int8 if fmt.element is None else torch.uint8),
-            "scale": (torch.uint8,) if fmt.kind in ("block", "dual") else (torch.float32,),
+            "scale": (getattr(torch, fmt.scale_dtype),),
             "dual_scale": (torch.float32,),
         }
         for name, shape in expected:

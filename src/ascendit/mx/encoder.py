@@ -49,7 +49,7 @@ def empty_parts(fmt: Format, rows: int, length: int) -> Parts:
         native_encoder.prefer_large_pages(
             torch.empty(qdata, dtype=torch.uint8 if fmt.element else torch.int8)
         ),
-        torch.empty(scale, dtype=torch.uint8 if fmt.block else torch.float32),
+        torch.empty(scale, dtype=getattr(torch, fmt.scale_dtype)),
         torch.empty(dual[:2]) if dual else None,
     )
 

@@ -81,6 +81,11 @@ class Format:
         return self.rules[0]
 
     @property
+    def scale_dtype(self) -> str:
+        """Name of the torch dtype of a scale: uint8 (E8M0) or float32."""
+        return "uint8" if self.kind in ("block", "dual") else "float32"
+
+    @property
     def packed(self) -> bool:
         return self.element is not None and self.element.bits == 4
 

@@ -14,7 +14,7 @@ METHOD = "ascendit"
 """The `quant_method` of a config that leaves the schemes to the manifest, or to the tensors."""
 FP8_TILES = "fp8_128x128"
 """FP8 in 128 x 128 tiles, as some published models have it. Only read: loading and repacking make it BF16."""
-_SAFETENSORS = {"int8": "I8", "uint8": "U8", "float8_e4m3fn": "F8_E4M3"}
+_SAFETENSORS = {"int8": "I8", "uint8": "U8", "float8_e4m3fn": "F8_E4M3", "float32": "F32"}
 """Name of a dtype in torch -> in a safetensors header."""
 
 
@@ -69,7 +69,7 @@ class Scheme:
         if not self.weight:
             return {}
         qdata, scale, dual = FORMATS[self.weight].shapes((n, k))
-        scale_dtype = "U8" if self.block else "F32"
+        scale_dtype = _SAFETENSORS[FORMATS[self.weight].scale_dtype]
         every = {
             "weight": (self.qdata_dtype, qdata),
             "weight_scale": (scale_dtype, scale),
