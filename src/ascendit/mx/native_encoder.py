@@ -46,7 +46,7 @@ def encoder(
 ) -> Encoder | None:
     """A compiled encoder, or None if unsupported. `threads`: default PyTorch's number of threads."""
     lib = library().library
-    if lib is None or not (rounding == "rint" or rule.startswith("msms:")):
+    if lib is None or fmt.kind == "tile" or not (rounding == "rint" or rule.startswith("msms:")):
         return None
     if fmt.kind == "row":
         variant = 2 if rule.startswith("msms:") else 1 if fmt.element else 0
@@ -82,10 +82,10 @@ def add_ceil_x_sums(rows: Tensor, sums: Tensor) -> bool:
 def add_energies(rows: Tensor, parts: Parts, fmt: Format, sums: Tensor, threads: int | None = None) -> bool:
     """Add sum x^2 and sum (x - decoded)^2 of rows [n, K] to `sums`, float64 [2].
 
-    Returns False if there are no compiled kernels.
+    Returns False if there is no compiled kernel.
     """
     lib = library().library
-    if lib is None:
+    if lib is None or fmt.kind == "tile":
         return False
     element = ELEMENT_NUMBERS[fmt.element.name] if fmt.element else INT8
     dual = 0 if parts.dual is None else parts.dual.data_ptr()

@@ -164,7 +164,7 @@ class RecipeSteps:
                 encoder = self._encoder(form, rule, rows.shape[1], rows.dtype, len(rows))
                 encoder.restart()
             encoded = encoder(rows)
-            if (bad_row := first_bad_row(encoded)) is not None:
+            if (bad_row := first_bad_row(encoded, rows)) is not None:
                 raise not_finite(self.applied.expert.name, name, start + bad_row)
             qdata = as_bytes(encoded.qdata[:, kept])
             wide = self.dialect.container(layer.scheme) == "e4m3"
