@@ -26,7 +26,7 @@ from ascendit.checkpoint.reader import as_bytes
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.kernels.kernel import Activation, PreparedWeight
 from ascendit.mx.codec import Encoded, decode
-from ascendit.mx.formats import lookup
+from ascendit.mx.formats import Format, lookup
 from ascendit.mx.smoothing import smooth_input
 from ascendit.ops.operators import Ops, Schemes, schemes_on
 from ascendit.quant.schemes import SCHEMES, scheme_of
@@ -196,12 +196,13 @@ class FusedGroup:
         rows = [p for m in self.members if (p := m._parameters[role]) is not None]
         if len(rows) < 2:
             return rows[0].data if rows else None
-        first, shape = rows[0].data, (sum(self._sizes), *rows[0].shape[1:])
+        sizes = [len(t) for t in rows]
+        first, shape = rows[0].data, (sum(sizes), *rows[0].shape[1:])
         one_storage = len({t.untyped_storage().data_ptr() for t in rows}) == 1
         if one_storage and all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in pairwise(rows)):
             return first.as_strided(shape, first.stride())
         joined = torch.cat([t.data for t in rows])
-        for t, view in zip(rows, joined.split(self._sizes), strict=True):
+        for t, view in zip(rows, joined.split(sizes), strict=True):
             t.data = view
         return joined
 
@@ -457,8 +458,8 @@ def fused_linears(
     """Layers that read one activation and share one matmul, on the device of `schemes`.
 
     `tensors`: role -> the rows of all members one after another, as stored: weight, weight_scale and, where
-    the scheme has them, weight_dual_scale and bias. `sizes`: N of each member. `width`: K. `mul_scale`:
-    float32 [K] on the device. UsageError when the tensors do not fit `scheme`.
+    the scheme has them, weight_dual_scale and bias. `sizes`: N of each member, multiples of `Format.tile`.
+    `width`: K. `mul_scale`: float32 [K] on the device. UsageError when the tensors do not fit `scheme`.
     """
     form = lookup(scheme_of(scheme).weight)
     dual, shape = tensors.get("weight_dual_scale"), (sum(sizes), width)
@@ -469,13 +470,31 @@ def fused_linears(
     moved = {role: t.to(place, torch.float32 if role == "bias" else t.dtype) for role, t in tensors.items()}
     moved["weight"] = moved["weight"].view(getattr(torch, form.qdata_dtype))
     shared = _parameter(mul_scale)
-    layers, start = [], 0
-    for n in sizes:
-        rows = {role: t[start : start + n] for role, t in moved.items()}
-        layers.append(QuantLinear(form.name, (n, width), rows, compute_dtype=compute_dtype, mul_scale=shared))
-        start += n
+    heights = [_heights(form, n, width) for n in sizes]
+    rows = {role: t.split([height[role] for height in heights]) for role, t in moved.items()}
+    layers = [
+        QuantLinear(
+            form.name,
+            (n, width),
+            {role: parts[i] for role, parts in rows.items()},
+            compute_dtype=compute_dtype,
+            mul_scale=shared,
+        )
+        for i, n in enumerate(sizes)
+    ]
     FusedGroup(layers, schemes)
     return layers
+
+
+def _heights(fmt: Format, n: int, k: int) -> dict[str, int]:
+    """Role -> number of rows of that tensor in a layer [n, k]."""
+    qdata, scale, dual = fmt.shapes((n, k))
+    return {
+        "weight": qdata[0],
+        "weight_scale": scale[0],
+        "weight_dual_scale": dual[0] if dual else 0,
+        "bias": n,
+    }
 
 
 def _parameter(t: Tensor | None) -> nn.Parameter | None:

@@ -21,6 +21,7 @@ from ascendit.model.linear import QuantLinear, SmoothLinear, fused_linears
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.operators import Schemes
 from ascendit.quant.fusion import leader_of
+from ascendit.quant.schemes import SCHEMES
 from ascendit.weights.tensor_steps import Sink, TensorStep
 
 
@@ -124,7 +125,10 @@ class ModelSink(Sink):
             self._filled(len(room))
 
     def _grouped(self, layers: Mapping[str, StoredLinear]) -> dict[str, _Group]:
-        """Layer -> its group: members of a family that agree in scheme, K, smoothing and bias, else alone."""
+        """Layer -> its group: members of a family that agree in scheme, K, smoothing and bias, else alone.
+
+        In a scheme with tiles, rows of two members must not meet in one tile.
+        """
         roles: dict[str, dict[str, TensorSpec]] = {name: {} for name in layers}
         for spec in self._specs.values():
             name, _, role = spec.name.rpartition(".")
@@ -140,7 +144,9 @@ class ModelSink(Sink):
                 digest = hashlib.sha256(as_bytes(scale)).digest()
                 scale = scales[digest] if digest in scales else scale.to(self._device)
                 scales[digest] = scale
-            if layer.scheme != "bf16":
+            if layer.scheme != "bf16" and not roles[name]["weight"].shape[0] % (
+                SCHEMES[layer.scheme].tile or 1
+            ):
                 key = (leader_of(name), layer.scheme, layer.width, id(scale), "bias" in roles[name])
             group = groups.setdefault(key, _Group(replace(layer, mul_scale=scale)))
             group.specs[name] = roles[name]

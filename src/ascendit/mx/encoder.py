@@ -101,7 +101,7 @@ def _encode_by_reference(fmt: Format, rule: str, rounding: str, rows: Tensor, ou
 
 
 def piece_encoder(fmt: Format, rule: str, rounding: str, dtype: torch.dtype) -> Encoder | None:
-    """A PyTorch encoder for `rint`, or None: msModelSlim's rules, tiles, blocks of other dtypes than bfloat16."""
+    """A PyTorch encoder, or None: other rounding, msModelSlim's rules, tiles, blocks not of bfloat16."""
     if rounding != "rint" or rule.startswith("msms:") or fmt.kind == "tile":
         return None
     if fmt.kind != "row" and dtype != torch.bfloat16:

@@ -60,6 +60,11 @@ class Scheme:
         return form.block if form and form.kind in ("block", "dual") else 0
 
     @property
+    def tile(self) -> int:
+        """Rows, and elements of K, that share a float32 scale; 0 if no two rows share one."""
+        return FORMATS[self.weight].tile if self.weight else 0
+
+    @property
     def group(self) -> int:
         """Elements of K that share a coarse float32 scale; 0 if there is none."""
         return FORMATS[self.weight].coarse if self.weight else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -119,12 +120,19 @@ class RecipeSteps:
         return folded or smoothed or self.applied.dtype(info) != info.dtype
 
     def rows(
-        self, reader: RowReader, name: str, shard: ShardSpec = WHOLE, *, small: bool = False
+        self,
+        reader: RowReader,
+        name: str,
+        shard: ShardSpec = WHOLE,
+        *,
+        small: bool = False,
+        multiple: int = 1,
     ) -> Iterator[tuple[int, Tensor]]:
         """(row of the tensor, rows from there on) of its part; the rows are valid until the next come.
 
         FP8 in tiles is decoded to BF16; LoRA files are folded in; what the recipe rounds is rounded; smoothed
-        weights are multiplied. `small`: for a caller that copies rows in float32.
+        weights are multiplied. `small`: for a caller that copies rows in float32. `multiple`: of rows in each
+        piece but the last.
         """
         info, columns = self.applied.expert.tensors[name], columns_of(shard)
         inverse = self.applied.expert.tensors.get(f"{name}_scale_inv")
@@ -134,7 +142,7 @@ class RecipeSteps:
         for start, view in reader.blocks(
             info,
             shard=shard,
-            multiple=FP8_TILE if info.dtype == TILES else 1,
+            multiple=math.lcm(multiple, FP8_TILE if info.dtype == TILES else 1),
             block_bytes=max(BLOCK_BYTES // SMALLER, 1) if small or self._changed(name) else None,
         ):
             rows = as_tensor(view, part)
@@ -153,15 +161,15 @@ class RecipeSteps:
     def _encode(self, layer: LayerScheme, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
         """Codes while rows are read, then scales."""
         name, info = step.name, step.sources[0]
-        by_rows = step.shard.axis == 1 and not SCHEMES[layer.scheme].block
+        row = SCHEMES[layer.scheme]
+        by_rows = step.shard.axis == 1 and not (row.block or row.tile)
         part, kept = (WHOLE, columns_of(step.shard)) if by_rows else (step.shard, slice(None))
         rule = self.scale_rule(reader, layer)
         scales = {"weight_scale": bytearray(), "weight_dual_scale": bytearray()}
         encoder = None
-        for start, rows in self.rows(reader, name, part):
+        for start, rows in self.rows(reader, name, part, multiple=row.tile or 1):
             if encoder is None:
-                form = SCHEMES[layer.scheme].weight
-                encoder = self._encoder(form, rule, rows.shape[1], rows.dtype, len(rows))
+                encoder = self._encoder(row.weight, rule, rows.shape[1], rows.dtype, len(rows))
                 encoder.restart()
             encoded = encoder(rows)
             if (bad_row := first_bad_row(encoded, rows)) is not None:
