@@ -77,7 +77,7 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize the transformers of the model at `src` into the new folder `dst`.
 
-    `scheme`: mxfp8, mxfp4, mxfp4_dualscale, int8, fp8, for a recipe that leaves it open (`default` does).
+    `scheme`: one of `quant.schemes.QUANTIZED`, for a recipe that leaves it open (`default` does).
     `recipe`: a name of `recipe_names()` or a TOML file. `scale_rule`: one of the scheme's in `mx.formats`.
     `keep`: patterns of layers that stay as they are. `loras`: folded in before anything else, in this order.
     `smoothing`: weights are multiplied by 1 / mul_scale, which is stored. `calibrate`: a

@@ -202,7 +202,7 @@ def quantize_(
 ) -> ModuleReport:
     """Quantize linear layers of `module` in place, and say which.
 
-    `recipe_or_scheme`: mxfp8, mxfp4, mxfp4_dualscale, int8, fp8; or a recipe, by name or TOML file. `keep`:
+    `recipe_or_scheme`: one of `quant.schemes.QUANTIZED`; or a recipe, by name or TOML file. `keep`:
     patterns of layers that stay as they are. `device`: where it is to run ("cuda", "npu", "twin:a5"); None:
     where it lies. `emulate`: as in `load`, for schemes that the device has no matmul for. `activation_rule`:
     scale rules of the tokens. `force`: quantize where accuracy is known to suffer.

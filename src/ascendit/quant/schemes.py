@@ -6,6 +6,7 @@ A new scheme is a row here and a row of `mx.formats`; beside them only kernels n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from ascendit.errors import UsageError
 from ascendit.mx.formats import FORMATS
@@ -152,6 +153,11 @@ STORED_SCHEMES = {s.name: s for s in _ROWS if s.roles}
 """What a checkpoint may hold."""
 SCHEMES = {name: s for name, s in STORED_SCHEMES.items() if name != FP8_TILES}
 """What `quantize` and `repack` write, and what a recipe names."""
+if TYPE_CHECKING:
+    SchemeName = str
+else:
+    SchemeName = Literal[tuple(SCHEMES)]
+"""The type of an option that takes a scheme."""
 QUANTIZED = tuple(name for name, s in SCHEMES.items() if s.weight)
 """`SCHEMES` without `bf16`."""
 LINEAR_SCHEMES = {s.name: s for s in _ROWS if s.activation}
