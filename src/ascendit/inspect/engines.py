@@ -21,7 +21,7 @@ from ascendit.checkpoint.transformer import Expert
 from ascendit.device.operator_support import Support, chips_for
 from ascendit.inspect.transformer_report import ExpertSummary
 from ascendit.quant.engines import ENGINES, engines_for
-from ascendit.quant.schemes import FP8_TILES, METHOD, scheme_after_reading
+from ascendit.quant.schemes import FP8_TILES, METHOD, STORED_SCHEMES, scheme_after_reading
 from ascendit.report import columns, group_by
 from ascendit.weights.engine_formats import DIALECTS, Dialect, traits_of
 
@@ -117,8 +117,9 @@ def _obstacles(dialect: Dialect, layout: Layout, experts: Sequence[Expert]) -> I
 
 def _tensor_obstacles(dialect: Dialect, layer: Layer) -> Iterator[str]:
     has = layer.tensors.keys()
-    if layer.scheme == "int8" and ("weight_offset" in has) != dialect.offset:
-        yield f"it wants int8 {'with' if dialect.offset else 'without'} weight_offset"
+    has_offset = "weight_offset" in STORED_SCHEMES[layer.scheme].roles
+    if has_offset and ("weight_offset" in has) != dialect.offset:
+        yield f"it wants {layer.scheme} {'with' if dialect.offset else 'without'} weight_offset"
     if layer.scheme in dialect.ones and "mul_scale" not in has:
         yield f"it wants a mul_scale in every {layer.scheme} layer"
     if "mul_scale" not in has:

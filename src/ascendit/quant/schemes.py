@@ -41,6 +41,10 @@ class Scheme:
     """The key of `quantization_config` by which vLLM-Omni knows quantized weights; "": no such method."""
     vllm_omni_smooth: bool = False
     """vLLM-Omni reads a `mul_scale` in these layers."""
+    not_in_engines: str = ""
+    """Why none of `quant.engines` loads it; empty if one does."""
+    most_lost: int | None = None
+    """How many of 192 videos the quality table lets it lose against BF16; None: no limit."""
     text: str = ""
     """For `inspect` and the documentation."""
 
@@ -86,6 +90,7 @@ class Scheme:
         return {role: every[role] for role in self.roles}
 
 
+_FP8_ENGINES = "it does not read FP8 with float scales as it lies here"
 _ROWS = (
     Scheme(name="bf16", roles=("weight",), manifest="FLOAT", text="float values of a smoothed layer (W*s)"),
     Scheme(
@@ -96,6 +101,7 @@ _ROWS = (
         roles=("weight", "weight_scale", "weight_offset"),
         manifest="W8A8_DYNAMIC",
         vllm_omni_key="is_checkpoint_int8_serialized",
+        most_lost=2,
         text="int8 values, one float scale per row",
     ),
     Scheme(
@@ -105,6 +111,7 @@ _ROWS = (
         rule="amax",
         roles=("weight", "weight_scale"),
         manifest="WFP8AFP8_DYNAMIC",
+        not_in_engines=_FP8_ENGINES,
         text="e4m3 values, one float scale per row",
     ),
     Scheme(
@@ -115,6 +122,7 @@ _ROWS = (
         roles=("weight", "weight_scale"),
         manifest="W8A8_MXFP8",
         vllm_omni_key="is_checkpoint_mxfp8_serialized",
+        most_lost=2,
         text="e4m3 values, E8M0 scale per 32 along K",
     ),
     Scheme(
@@ -145,6 +153,7 @@ _ROWS = (
         name=FP8_TILES,
         weight=FP8_TILES,
         roles=("weight", "weight_scale_inv"),
+        not_in_engines=_FP8_ENGINES,
         text="e4m3 values, one float scale per 128 x 128 tile",
     ),
 )
