@@ -40,7 +40,7 @@ def test_a_bad_value():
 
 def test_precision_needs_nothing():
     options, (note,) = read({"PRECISION": "1"})
-    assert note == "PRECISION=1: nothing left to do, noise is always drawn on the CPU" and options == {}
+    assert note == "PRECISION=1: no effect, noise is always drawn on the CPU" and options == {}
 
 
 @pytest.mark.parametrize("name", ["USE_SUB_HEAD", "OVERLAP"])
@@ -95,4 +95,4 @@ def test_algo_names_a_kernel_of_an_npu():
     found = [read({"ALGO": n})[0] for n in ("0", "3", "1", "")]
     assert found == [{"attention": "fusion"}, {"attention": "fused_infer"}, {}, {}]
     assert "attention=fused_infer on an NPU" in read({"ALGO": "3"})[1][0]
-    assert "ALGO=1: not used by this version, it has 0, 3" in read({"ALGO": "1"})[1][0]
+    assert "ALGO=1: not used by this version, which supports 0, 3" in read({"ALGO": "1"})[1][0]

@@ -116,21 +116,21 @@ def test_a_class_whose_errors_mostly_have_one_code_has_it_as_the_default() -> No
 
 
 def test_codes_are_well_formed_and_described() -> None:
-    for code, text in errors.CODES.items():
+    for code, text in errors.ERROR_CODES.items():
         assert re.fullmatch(r"E-[A-Z]{3}-\d\d", code), code
         assert text and not text.endswith("."), code
-    assert len(set(errors.CODES.values())) == len(errors.CODES)
+    assert len(set(errors.ERROR_CODES.values())) == len(errors.ERROR_CODES)
 
 
 def test_every_code_in_the_sources_is_in_the_table() -> None:
-    unknown = {c: files for c, files in codes_in_sources().items() if c not in errors.CODES}
+    unknown = {c: files for c, files in codes_in_sources().items() if c not in errors.ERROR_CODES}
     assert not unknown
 
 
 def test_every_code_in_the_table_is_used_or_reserved() -> None:
-    unused = set(errors.CODES) - set(codes_in_sources()) - set(default_codes().values())
+    unused = set(errors.ERROR_CODES) - set(codes_in_sources()) - set(default_codes().values())
     assert unused - RESERVED == set(), "in the table, raised nowhere"
-    assert set(errors.CODES) >= RESERVED
+    assert set(errors.ERROR_CODES) >= RESERVED
 
 
 def test_every_raise_gives_needs_fix_and_code() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ascendit.report import columns, counted, group_by, human_bytes, plain, selected, titled, totals
+from ascendit.report import columns, counted, group_by, human_bytes, json_data, selected, titled, totals
 
 
 def test_columns_are_as_wide_as_their_widest_cell_and_end_without_blanks() -> None:
@@ -75,6 +75,6 @@ class Own:
 def test_plain_data() -> None:
     record = Outer(Inner(Path("a/b"), more={"x": (Own(), None)}))
     expected = {"path": "a/b", "sizes": [1, 2], "more": {"x": [{"own": 1}, None]}}
-    assert plain(record) == {"inner": expected, "verdict": "runs"}
+    assert json_data(record) == {"inner": expected, "verdict": "runs"}
     assert selected(record, "bits", "inner") == {"bits": 4.25, "inner": expected}
-    assert json.dumps(plain([record, True, 1.5, "text"]))
+    assert json.dumps(json_data([record, True, 1.5, "text"]))

@@ -48,11 +48,11 @@ def test_stored_is_written_too():
         ("", "no precision"),
         ("0-1", "0-1 has no precision"),
         ("0-1:w4a16", "'w4a16' is not one of w4a4, w4a8, bf16"),
-        ("1-0:w4a8", "runs backwards"),
-        ("first:w4a8", "'first' is no step"),
-        ("0:w4a8,0:bf16", "step 0 stands twice"),
-        ("default:w4a8,default:w4a4", "default stands twice"),
-        ("-1:w4a8", "'-1' is no step"),
+        ("1-0:w4a8", "is in reverse order"),
+        ("first:w4a8", "'first' is not a step"),
+        ("0:w4a8,0:bf16", "step 0 is named twice"),
+        ("default:w4a8,default:w4a4", "default is named twice"),
+        ("-1:w4a8", "'-1' is not a step"),
     ],
 )
 def test_nonsense_is_told(text, problem):
@@ -63,7 +63,7 @@ def test_nonsense_is_told(text, problem):
 
 def test_steps_beyond_the_last_are_refused():
     StepSchedule.parse("0-5:w4a8").check_steps(6)
-    with pytest.raises(RequestError, match="names step 6, and there are 6 steps") as e:
+    with pytest.raises(RequestError, match="names step 6, but there are 6 steps") as e:
         StepSchedule.parse("0-9:w4a8").check_steps(6)
     assert e.value.code == "E-REQ-03" and "0 to 5" in e.value.needs
 
@@ -71,8 +71,8 @@ def test_steps_beyond_the_last_are_refused():
 def test_a_precision_needs_its_weights():
     policy = StepSchedule.parse("0:w4a8")
     policy.check_schemes({"mxfp4", "bf16"}, floats=False)
-    with pytest.raises(UsageError, match="no layer is in mxfp4; there are bf16, mxfp8"):
+    with pytest.raises(UsageError, match="no layer is in mxfp4; the model has bf16, mxfp8"):
         policy.check_schemes({"mxfp8", "bf16"}, floats=True)
-    with pytest.raises(UsageError, match="this model has codes only"):
+    with pytest.raises(UsageError, match="this model has only quantized weights"):
         StepSchedule.parse("0:bf16").check_schemes({"mxfp4"}, floats=False)
     StepSchedule.parse("0:bf16").check_schemes({"int8"}, floats=True)

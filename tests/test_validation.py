@@ -20,7 +20,7 @@ class Inner(Model):
 
 class Outer(Model):
     title = "the file"
-    entries: Annotated[tuple[Inner, ...], described("entries is no list of tables")] = ()
+    entries: Annotated[tuple[Inner, ...], described("entries is not a list of tables")] = ()
     count: int = 1
 
     @field_validator("count")
@@ -36,10 +36,10 @@ class Outer(Model):
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        ({"entry": 1, "a": 2}, "the file has a, entry; known are count, entries"),
-        ({"entries": "x"}, "entries is no list of tables"),
-        ({"entries": [1]}, "entries is no list of tables"),
-        ({"entries": [{"size": 1}]}, "an entry has size; known are sizes"),
+        ({"entry": 1, "a": 2}, "the file has a, entry; allowed are count, entries"),
+        ({"entries": "x"}, "entries is not a list of tables"),
+        ({"entries": [1]}, "entries is not a list of tables"),
+        ({"entries": [{"size": 1}]}, "an entry has size; allowed are sizes"),
         ({"entries": [{}, {"sizes": [1, "{b}"]}]}, "sizes = [1, '{b}'], not a list of numbers"),
         ({"count": 10}, "count 10 is too much"),
         ({"count": None}, "count: Input should be a valid integer"),
@@ -48,7 +48,7 @@ class Outer(Model):
 def test_the_first_problem_is_what_the_user_reads(data: object, text: str) -> None:
     with pytest.raises(ValidationError) as e:
         Outer.model_validate(data)
-    error = usage_error(e.value, where="my.toml", needs="entries", fix="correct it")
+    error = usage_error(e.value, source="my.toml", needs="entries", fix="correct it")
     assert error.got == f"my.toml: {text}"
     assert (error.needs, error.fix, error.code) == ("entries", "correct it", "E-USE-01")
 
@@ -59,5 +59,5 @@ def test_an_error_of_ours_passes() -> None:
 
 
 def test_a_text_that_cannot_be_read() -> None:
-    error = usage_error(ValueError("line 1"), where="my.toml", syntax="TOML", needs="n", fix="f")
+    error = usage_error(ValueError("line 1"), source="my.toml", syntax="TOML", needs="n", fix="f")
     assert error.got == "my.toml: it is not TOML (line 1)"

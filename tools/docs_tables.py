@@ -22,7 +22,7 @@ from demo_data import WORDINGS
 from ascendit.demo import world
 from ascendit.device.chip import CHIPS
 from ascendit.device.operator_support import chips_for
-from ascendit.errors import CODES, AscenditError
+from ascendit.errors import ERROR_CODES, AscenditError
 from ascendit.family import SPECS, Size, WanSpec
 from ascendit.names import ROLES
 from ascendit.quant.engines import ENGINES, engines_for
@@ -234,7 +234,8 @@ def recipes_table() -> str:
 
 
 def codes_table() -> str:
-    return table(("code", "meaning"), ((f'<a id="{c.lower()}"></a>`{c}`', text) for c, text in CODES.items()))
+    rows = ((f'<a id="{code.lower()}"></a>`{code}`', text) for code, text in ERROR_CODES.items())
+    return table(("code", "meaning"), rows)
 
 
 def classes(base: type[AscenditError] = AscenditError) -> Iterator[type[AscenditError]]:

@@ -1,10 +1,10 @@
-"""ascendit: run Wan video diffusion on Ascend NPUs, CUDA or a plain CPU, with the same numbers.
+"""ascendit: run Wan video diffusion on Ascend NPUs, CUDA GPUs or a plain CPU, with the same numbers.
 
     import ascendit
     pipe = ascendit.load("demo")
     pipe.generate("a red circle moves right on a black background", seed=7).save("circle.mp4")
 
-Importing this package imports no torch; each name is fetched when it is first used.
+Importing this package does not import torch; names are imported on first use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ascendit.pipeline.request import GenerateRequest
     from ascendit.pipeline.video import Video
 
-_WHERE = {
+_MODULES = {
     "AscenditError": "ascendit.errors",
     "GenerateRequest": "ascendit.pipeline.request",
     "Pipeline": "ascendit.pipeline.generate",
@@ -37,9 +37,11 @@ _WHERE = {
     "repack": "ascendit.convert.repack",
 }
 
-_PACKAGES = ("mx",)  # reached by `ascendit.mx.encode` too, without importing them by name
+_PACKAGES = ("mx",)  # also reached as `ascendit.mx.encode`, without importing the package
 
-for _folder in ("inspect",):  # named like a function: imported first, no later import can hide the function
+for _folder in (
+    "inspect",
+):  # has the name of a function: imported first, so that a later import cannot hide the function
     importlib.import_module(f"ascendit.{_folder}")
     del globals()[_folder]
 
@@ -60,9 +62,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return importlib.import_module(f"ascendit.{name}")
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module 'ascendit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_WHERE[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 

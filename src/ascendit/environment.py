@@ -1,8 +1,8 @@
-"""The one place that reads environment variables.
+"""Environment variables. No other module reads them.
 
-Ascend users steer other runtimes with `ALGO`, `FAST_LAYERNORM`, `USE_SUB_HEAD`, `T5_LOAD_CPU`,
-`PRECISION` and `OVERLAP`. `read_environment` maps what they mean onto our options, whose table names the
-variable of each; flags win over all of them.
+Ascend users control other runtimes with `ALGO`, `FAST_LAYERNORM`, `USE_SUB_HEAD`, `T5_LOAD_CPU`,
+`PRECISION` and `OVERLAP`. `read_environment` maps them to the options of ascendit; the table of options names
+the variable of each. Flags override them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 from ascendit.errors import UsageError
 
 TOOLKIT_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
-"""Set by CANN's `set_env.sh`: the folder of the toolkit."""
+"""Set by CANN's `set_env.sh` to the folder of the toolkit."""
 
 _NOT_USED = {
-    "PRECISION": "nothing left to do, noise is always drawn on the CPU",
+    "PRECISION": "no effect, noise is always drawn on the CPU",
     "USE_SUB_HEAD": "not used by this version, attention is not split by heads",
-    "OVERLAP": "not used by this version, there is nothing to overlap on one device",
+    "OVERLAP": "not used by this version, one device has nothing to overlap",
 }
 
 
@@ -31,19 +31,19 @@ class Variable:
 
     name: str
     values: Mapping[str, Any]
-    """Its text -> the option's value."""
+    """Text of the variable -> value of the option."""
     effect: str
-    """For a note; `{}` is the option's value."""
+    """Text of the note; `{}` is replaced by the value of the option."""
     switch: bool = False
-    """Whether it takes 0, on, off, true, false, yes and no beside 1."""
+    """Whether it accepts 0, on, off, true, false, yes and no as well as 1."""
 
 
 def read_environment(
     variables: Mapping[str, Variable], environ: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(option -> value, one note for each variable that is set: what it does, or that it does nothing).
+    """Return option -> value, and a note on the effect of each variable that is set.
 
-    `variables`: option -> the variable that sets it. Raises UsageError E-USE-01 for a bad value of a switch.
+    `variables`: option -> the variable that sets it. Raises UsageError (E-USE-01) for an invalid switch.
     """
     environ = os.environ if environ is None else environ
     options, notes = {}, []
@@ -56,20 +56,20 @@ def read_environment(
             options[option] = values[text]
             notes.append(f"{name}={text}: {variable.effect.format(values[text])}")
         elif text:
-            notes.append(f"{name}={text}: not used by this version, it has {', '.join(values)}")
-    notes += [f"{name}={environ[name]}: {why}" for name, why in _NOT_USED.items() if environ.get(name)]
+            notes.append(f"{name}={text}: not used by this version, which supports {', '.join(values)}")
+    notes += [f"{name}={environ[name]}: {reason}" for name, reason in _NOT_USED.items() if environ.get(name)]
     return options, tuple(notes)
 
 
 def set_missing(values: Mapping[str, str]) -> dict[str, str]:
-    """Set each variable that is not set; what the others were set to."""
-    kept = {name: os.environ[name] for name in values if os.environ.get(name)}
-    os.environ.update({name: value for name, value in values.items() if name not in kept})
-    return kept
+    """Set the variables that are unset or empty; return the values of the others."""
+    existing = {name: os.environ[name] for name in values if os.environ.get(name)}
+    os.environ.update({name: value for name, value in values.items() if name not in existing})
+    return existing
 
 
 def toolkit_folder(environ: Mapping[str, str] | None = None) -> Path | None:
-    """The CANN toolkit that this shell has sourced, or None."""
+    """Folder of the CANN toolkit whose `set_env.sh` this shell has sourced, or None."""
     environ = os.environ if environ is None else environ
     for name in TOOLKIT_VARIABLES:
         if environ.get(name):
@@ -84,13 +84,13 @@ def library_folders(environ: Mapping[str, str] | None = None) -> tuple[Path, ...
 
 
 def without_device_plugins(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment for a child process in which `import torch` loads no torch_npu by itself."""
+    """Environment for a child process in which `import torch` does not load torch_npu automatically."""
     environ = os.environ if environ is None else environ
     return {**environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 
 def disable_device_plugins() -> None:
-    """From now on `import torch` loads no torch_npu by itself, in this process and in its children."""
+    """Stop `import torch` from loading torch_npu automatically, in this process and its children."""
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 
 

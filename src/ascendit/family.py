@@ -1,4 +1,4 @@
-"""Pure data: the Wan family, one row per model, and the configs of transformer and VAE.
+"""The Wan family as data, one row per model, and the configs of transformer and VAE.
 
 Sources: `wan/configs/*.py` and `generate.py` of Wan-Video/Wan2.2 and Wan-Video/Wan2.1; Diffusers'
 WanTransformer3DModel. No torch here.
@@ -19,11 +19,11 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class WanSpec:
-    """What one Wan model expects and how its authors run it. Defaults are those of Wan2.1-T2V-14B."""
+    """Dimensions of one Wan model, and its authors' settings. Defaults are those of Wan2.1-T2V-14B."""
 
     name: str
     task: Task
-    """t2v: text only; i2v: image and text; ti2v: text, image optional."""
+    """t2v: text only; i2v: text and image; ti2v: text, image optional."""
     num_experts: int = 1
     dim: int = 5120
     """Width of the transformer: heads x head size."""
@@ -38,11 +38,11 @@ class WanSpec:
     num_inference_steps: int = 50
     flow_shift: float = 5.0
     guidance_scale: float = 5.0
-    """For the only expert, or the high-noise one."""
+    """Of the only expert, or of the high-noise expert."""
     guidance_scale_2: float | None = None
-    """For the low-noise expert of a cascade."""
+    """Of the low-noise expert."""
     boundary_ratio: float | None = None
-    """Share of the 1000 training timesteps at which the low-noise expert takes over."""
+    """Timestep / 1000 below which the low-noise expert runs."""
     image_cross_attention: bool = False
     """Wan2.1 I2V: CLIP image tokens in the cross-attention."""
     flow_shift_by_size: Mapping[Size, float] = field(default_factory=dict)
@@ -111,7 +111,7 @@ SPECS: dict[str, WanSpec] = {
             task="t2v",
             sizes=_P720 + _P480,
         ),
-        # 480P and 720P have the same shape; the folder's name tells them apart, else the size does.
+        # 480P and 720P have the same dimensions; the name of the folder distinguishes them, else the size.
         WanSpec(
             name="Wan2.1-I2V-14B-480P",
             task="i2v",
@@ -161,21 +161,21 @@ def match_spec(
     image_cross_attention: bool,
     folder_name: str = "",
 ) -> WanSpec | None:
-    """The row whose shape this is, or None. Of rows that share a shape, the one the folder's name holds.
+    """The model with these dimensions, or None; if there are several, the one named in `folder_name`.
 
-    The name never makes a match by itself: only dimensions, channels and experts do.
+    The name alone never decides: dimensions, channels and number of experts must match.
     """
-    found = [
+    matches = [
         s
         for s in SPECS.values()
         if (s.dim, s.num_layers, s.in_channels, s.out_channels, s.num_experts, s.image_cross_attention)
         == (dim, num_layers, in_channels, out_channels, num_experts, image_cross_attention)
     ]
-    if len(found) > 1:
+    if len(matches) > 1:
         text = folder_name.lower()
-        named = [s for s in found if s.name.rsplit("-", 1)[-1].lower() in text]
-        found = named or found[-1:]
-    return found[0] if found else None
+        named = [s for s in matches if s.name.rsplit("-", 1)[-1].lower() in text]
+        matches = named or matches[-1:]
+    return matches[0] if matches else None
 
 
 # ---- config.json of transformer and VAE ---------------------------------------------------------
@@ -209,42 +209,45 @@ class WanConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> WanConfig:
-        """From the parsed JSON. Keys with an underscore are Diffusers' bookkeeping; others must be known."""
-        known = {f.name for f in fields(cls)}
-        given = {k: v for k, v in data.items() if not k.startswith("_") and k != "quantization_config"}
-        if unknown := sorted(set(given) - known):
+        """From parsed JSON, without the keys that Diffusers adds (with a leading underscore).
+
+        Raises CheckpointError (E-CKP-06) for an unknown key or another `qk_norm`.
+        """
+        allowed = {f.name for f in fields(cls)}
+        values = {k: v for k, v in data.items() if not k.startswith("_") and k != "quantization_config"}
+        if unknown := sorted(set(values) - allowed):
             raise CheckpointError(
                 f"config.json of the transformer has unknown keys: {', '.join(unknown)}",
-                needs=f"keys of WanTransformer3DModel: {', '.join(sorted(known))}",
+                needs=f"keys of WanTransformer3DModel: {', '.join(sorted(allowed))}",
                 fix="use a Wan2.1 or Wan2.2 text- or image-to-video checkpoint",
                 code="E-CKP-06",
             )
-        if given.get("qk_norm", cls.qk_norm) != cls.qk_norm:
+        if values.get("qk_norm", cls.qk_norm) != cls.qk_norm:
             raise CheckpointError(
-                f"qk_norm {given['qk_norm']!r}",
-                needs=f"{cls.qk_norm}, the only one Wan models have",
+                f"qk_norm {values['qk_norm']!r}",
+                needs=f"{cls.qk_norm}, as in all Wan models",
                 fix="correct config.json",
                 code="E-CKP-06",
             )
-        given["patch_size"] = tuple(given.get("patch_size", cls.patch_size))
-        given["out_channels"] = given.get("out_channels") or given.get("in_channels", cls.in_channels)
-        return cls(**given)
+        values["patch_size"] = tuple(values.get("patch_size", cls.patch_size))
+        values["out_channels"] = values.get("out_channels") or values.get("in_channels", cls.in_channels)
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """As `config.json` has it: key -> value, lists in place of tuples."""
+        """The content of `config.json`, with lists instead of tuples."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class VaeConfig:
-    """What sizes need of `config.json` of an AutoencoderKLWan; names and defaults are Diffusers'."""
+    """The strides in `config.json` of an AutoencoderKLWan; names and defaults are Diffusers'."""
 
     scale_factor_spatial: int = 8
-    """Pixels per latent, in height and in width."""
+    """Pixels per latent, in height and width."""
     scale_factor_temporal: int = 4
-    """Frames per latent frame, after the first."""
+    """Frames per latent frame, except the first."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> VaeConfig:
-        """From the parsed JSON; other keys are left to Diffusers."""
+        """From parsed JSON; ignores all other keys."""
         return cls(**{f.name: int(data.get(f.name, f.default)) for f in fields(cls)})

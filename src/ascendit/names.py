@@ -1,10 +1,9 @@
-"""Names, order and shapes of the tensors of a Wan transformer, as Diffusers and others spell them. No torch.
+"""Names, order and shapes of the tensors of a Wan transformer, in several name styles. No torch.
 
-`expected_tensors` says from a config which tensors there must be. `to_diffusers` and `to_wan` translate one
-name, each the exact inverse of the other. Their tables are those of Diffusers'
-`scripts/convert_wan_to_diffusers.py`; names are matched as whole parts between dots, not replaced wherever
-they occur. `canonical` first takes off what tools put around a name. `grouped`, `ranges` and `listed` shorten
-lists of names for people.
+`expected_tensors` lists the tensors of a config. `to_diffusers` and `to_wan` translate one name and are exact
+inverses. Their tables are from Diffusers' `scripts/convert_wan_to_diffusers.py`, but match complete parts
+between dots instead of substrings. `canonical` also removes prefixes and wrappers that tools add. `grouped`,
+`ranges` and `listed` shorten lists of names for messages.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 MAX_LAYERS = 10_000
 TOLERATED = ("norm_added_q",)
-"""Parts of names that Wan2.1 I2V folders may hold and the model does not have; Diffusers skips them too."""
+"""Parts of names in Wan2.1 I2V folders that the model does not use; Diffusers ignores them too."""
 
 
 # ---- the tensors of a model ---------------------------------------------------------------------
@@ -32,16 +31,15 @@ _SIZES = (
     *("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim"),
     *("ffn_dim", "num_layers", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len"),
 )
-"""Keys of a config that are whole numbers and decide shapes."""
+"""Integer keys of a config that determine shapes."""
 _OPTIONAL = ("out_channels", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
-"""May be null: as many channels out as in, or no such layer."""
+"""Keys that may be null: `out_channels` equals `in_channels`, or the layer does not exist."""
 
 
 def expected_tensors(config: dict[str, Any]) -> Shapes:
-    """Every tensor of a WanTransformer3DModel with this `config.json`, and its shape.
+    """Name -> shape of all tensors of a WanTransformer3DModel with this `config.json`.
 
-    Keys that the config leaves out have Diffusers' defaults. Raises CheckpointError E-CKP-06 for a
-    value that is no dimension.
+    Missing keys have Diffusers' defaults. Raises CheckpointError (E-CKP-06) for an invalid dimension.
     """
     values = _dimensions(config)
     dim = values["num_attention_heads"] * values["attention_head_dim"]
@@ -102,7 +100,7 @@ def _norm(name: str, dim: int) -> Shapes:
 
 
 def _dimensions(config: dict[str, Any]) -> dict[str, int]:
-    """The whole numbers of a config; 0 stands for null."""
+    """The integer keys of a config; 0 for null."""
     values = {}
     for key in _SIZES:
         value = config.get(key, getattr(WanConfig, key))
@@ -121,28 +119,28 @@ def _patch_size(config: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def whole_number(key: str, value: object) -> int:
-    """A dimension in a config. CheckpointError E-CKP-06 unless it is a whole number above 0."""
+    """A dimension in a config. Raises CheckpointError (E-CKP-06) unless it is a whole number above 0."""
     if type(value) is not int or not 0 < value < 2**31:
         raise bad_value(key, value, "a whole number above 0")
     return value
 
 
 def bad_value(key: str, value: object, needs: str) -> CheckpointError:
-    """E-CKP-06: a config.json whose `key` has a value that no Wan transformer can have."""
+    """E-CKP-06 for a `key` of config.json whose value is invalid for a Wan transformer."""
     return CheckpointError(
         f"config.json of a transformer has {key} = {value!r:.60}",
         needs=f"{key}: {needs}",
-        fix="restore config.json from where the model came from",
+        fix="restore config.json from the source of the model",
         code="E-CKP-06",
     )
 
 
 # ---- layers -------------------------------------------------------------------------------------
 
-CODED_ROLES = ("weight", "weight_scale", "weight_offset", "weight_dual_scale")
-"""Codes and scales of a quantized linear layer: `<layer>.weight_scale`."""
-ROLES = (*CODED_ROLES, "mul_scale", "bias")
-"""Every tensor that a linear layer may have, in the order in which they are written."""
+QUANTIZED_ROLES = ("weight", "weight_scale", "weight_offset", "weight_dual_scale")
+"""Quantized weight and scales of a linear layer, as in `<layer>.weight_scale`."""
+ROLES = (*QUANTIZED_ROLES, "mul_scale", "bias")
+"""All tensors that a linear layer may have, in the order they are written."""
 
 _OUTSIDE = {
     "head.modulation": "scale_shift_table",
@@ -159,7 +157,7 @@ _OUTSIDE = {
     "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
     "head.head": "proj_out",
 }
-"""Modules outside the blocks, original Wan's name -> Diffusers', in the order of the model."""
+"""Modules outside the blocks, original name -> Diffusers name, in the order of the model."""
 _TOP = tuple(name for name in _OUTSIDE.values() if name != "proj_out") + ("blocks", "proj_out")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k", "q_rot", "k_rot")
 _IN_BLOCK = (
@@ -171,7 +169,7 @@ _IN_BLOCK = (
     "ffn.net.0.proj",
     "ffn.net.2",
 )
-"""The order of the model."""
+"""Modules of a block in the order of the model."""
 _NOT_LINEAR = re.compile(r"(?:.*\.)?(?:scale_shift_table|patch_embedding|norm\w*|pos_embed|[qk]_rot|blocks)")
 _TOP_LINEARS = tuple(name for name in _TOP if not _NOT_LINEAR.fullmatch(name))
 _BLOCK_LINEARS = tuple(name for name in _IN_BLOCK if not _NOT_LINEAR.fullmatch(name))
@@ -179,25 +177,25 @@ _BLOCK = re.compile(r"blocks\.(?:0|[1-9][0-9]{0,4})\.")
 
 
 def is_linear(name: str) -> bool:
-    """Whether a Wan transformer can have a linear layer of this name."""
+    """Whether this is the name of a linear layer of a Wan transformer."""
     return is_block_linear(name) or name in _TOP_LINEARS
 
 
 def is_block_linear(name: str) -> bool:
-    """Whether `name` is a linear layer of a block, one of those that recipes quantize."""
-    found = _BLOCK.match(name)
-    return found is not None and name[found.end() :] in _BLOCK_LINEARS
+    """Whether `name` is a linear layer of a block; recipes quantize these."""
+    match = _BLOCK.match(name)
+    return match is not None and name[match.end() :] in _BLOCK_LINEARS
 
 
 def block_linears(config: dict[str, Any]) -> tuple[str, ...]:
-    """The linear layers inside the blocks, which recipes quantize, in the order of the model."""
+    """The linear layers in the blocks, in the order of the model; recipes quantize these."""
     values = _dimensions(config)
     inside = [layer for layer in _BLOCK_LINEARS if values["added_kv_proj_dim"] or "add_" not in layer]
     return tuple(f"blocks.{index}.{layer}" for index in range(values["num_layers"]) for layer in inside)
 
 
 def all_linears(config: dict[str, Any]) -> tuple[str, ...]:
-    """The embedders, the linear layers of the blocks, and `proj_out`, in the order of the model."""
+    """All linear layers in the order of the model: embedders, blocks, `proj_out`."""
     image = _dimensions(config)["image_dim"]
     *before, last = (layer for layer in _TOP_LINEARS if image or "image_embedder" not in layer)
     return (*before, *block_linears(config), last)
@@ -212,26 +210,26 @@ _BLOCK_NAME = re.compile(r"blocks\.(\d+)\.(.+)", re.ASCII)
 
 
 def sort_names(names: Iterable[str]) -> list[str]:
-    """Tensor names in canonical order: as the model is built, blocks by number, roles as in `ROLES`.
+    """Tensor names in canonical order: modules in model order, blocks by number, roles as in `ROLES`.
 
-    Names that the model does not have come last, in their block if they name one, sorted. The order depends
-    on the names alone, so the same tensors give the same file wherever they come from.
+    Unknown names come last in alphabetical order, in their block if they have one. The order depends only on
+    the names, so that the same tensors from any source give the same file.
     """
     return sorted(names, key=_sort_key)
 
 
 def _sort_key(name: str) -> tuple[int, int, int, int, str]:
-    found = _BLOCK_NAME.fullmatch(name)
-    inner = found[2] if found else name
-    ranks = _BLOCK_RANK if found else _TOP_RANK
+    match = _BLOCK_NAME.fullmatch(name)
+    inner = match[2] if match else name
+    ranks = _BLOCK_RANK if match else _TOP_RANK
     stem, _, role = inner.rpartition(".")
     if inner in ranks:
         stem, role = inner, ""
-    place = ranks.get(stem, len(ranks))
-    role_place = _ROLE_RANK.get(role, len(ROLES))
-    if found:
-        return (_TOP_RANK["blocks"], int(found[1]), place, role_place, name)
-    return (place, 0, 0, role_place, name)
+    rank = ranks.get(stem, len(ranks))
+    role_rank = _ROLE_RANK.get(role, len(ROLES))
+    if match:
+        return (_TOP_RANK["blocks"], int(match[1]), rank, role_rank, name)
+    return (rank, 0, 0, role_rank, name)
 
 
 # ---- original Wan names -------------------------------------------------------------------------
@@ -242,7 +240,7 @@ _LAYERS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"} | {name: name
 _INSIDE = {
     "modulation": "scale_shift_table",
     "norm1": "norm1",
-    "norm3": "norm2",  # Wan numbers them by class, Diffusers by their order: norm1, cross-attention, ffn
+    "norm3": "norm2",  # Diffusers numbers norms in order of use: norm1, cross-attention, ffn
     "norm2": "norm3",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
@@ -252,35 +250,35 @@ _INSIDE = {
     "cross_attn.v_img": "attn2.add_v_proj",
     "cross_attn.norm_k_img": "attn2.norm_added_k",
 }
-"""Within a block."""
+"""Modules in a block, original name -> Diffusers name."""
 
 
 def to_diffusers(name: str) -> str | None:
-    """The Diffusers name of an original Wan tensor or module; None when Wan has no such module.
+    """The Diffusers name of an original Wan tensor or module, or None if Wan has no such module.
 
-    What follows the module (`.weight`, `.weight_scale`, `.linear.bias`, `.lora_A.weight`) is kept as it is.
+    The text after the module (`.weight`, `.weight_scale`, `.linear.bias`, `.lora_A.weight`) is unchanged.
     """
     return _translate(name, _OUTSIDE, _INSIDE)
 
 
 def to_wan(name: str) -> str | None:
     """The inverse of `to_diffusers`: the original Wan name of a Diffusers tensor or module, or None."""
-    return _translate(name, _OUTSIDE_BACK, _INSIDE_BACK)
+    return _translate(name, _OUTSIDE_INVERSE, _INSIDE_INVERSE)
 
 
 def _inverse(table: dict[str, str]) -> dict[str, str]:
-    back = {new: old for old, new in table.items()}
-    assert len(back) == len(table)
-    return back
+    inverse = {new: old for old, new in table.items()}
+    assert len(inverse) == len(table)
+    return inverse
 
 
-_OUTSIDE_BACK, _INSIDE_BACK = _inverse(_OUTSIDE), _inverse(_INSIDE)
+_OUTSIDE_INVERSE, _INSIDE_INVERSE = _inverse(_OUTSIDE), _inverse(_INSIDE)
 
 
 def _translate(name: str, outside: dict[str, str], inside: dict[str, str]) -> str | None:
-    """Replace the module at the start of `name`, whole parts only."""
-    found = _BLOCK.match(name)
-    start, table = (found.end(), inside) if found else (0, outside)
+    """Replace the longest module at the start of `name` that is in a table; None if there is none."""
+    match = _BLOCK.match(name)
+    start, table = (match.end(), inside) if match else (0, outside)
     end = len(name)
     while end > start:
         if (new := table.get(name[start:end])) is not None:
@@ -289,29 +287,29 @@ def _translate(name: str, outside: dict[str, str], inside: dict[str, str]) -> st
     return None
 
 
-# ---- names as tools spell them ------------------------------------------------------------------
+# ---- names written by tools ---------------------------------------------------------------------
 
 Naming = Literal["diffusers", "wan"]
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-"""What ComfyUI and others put before every name of a transformer."""
+"""Prefixes that ComfyUI and others add to all names of a transformer."""
 _WRAPPED = re.compile(r"\.linear(\.(?:weight(?:_\w+)?|bias))$|\.div(\.mul_scale)$")
-"""msModelSlim moves a smoothed layer X to `X.linear` and puts `X.div.mul_scale` before it."""
-_LEFTOVER = re.compile(r"(\.attn[12]\.)to_((?:[qk]_rot|quant_type))$")
-"""SGLang and vLLM-Omni replace `self_attn.q` wherever it stands, in `self_attn.q_rot` too."""
+"""msModelSlim moves a smoothed layer X to `X.linear` and adds `X.div.mul_scale`."""
+_HALF_TRANSLATED = re.compile(r"(\.attn[12]\.)to_((?:[qk]_rot|quant_type))$")
+"""SGLang and vLLM-Omni replace the substring `self_attn.q`, also in `self_attn.q_rot`."""
 
 
 def naming_of(names: Iterable[str]) -> Naming | None:
-    """Whose names these are; None when no name is one of a Wan transformer."""
+    """The name style of these names, or None if none of them is a name of a Wan transformer."""
     votes = {"diffusers": 0, "wan": 0}
-    known = False
+    any_match = False
     for name in names:
-        bare = unwrapped(name)
-        wan, diffusers = to_diffusers(bare) is not None, to_wan(bare) is not None
-        known |= wan or diffusers
+        inner = unwrapped(name)
+        wan, diffusers = to_diffusers(inner) is not None, to_wan(inner) is not None
+        any_match |= wan or diffusers
         votes["wan"] += wan and not diffusers
         votes["diffusers"] += diffusers and not wan
-    if not known:
+    if not any_match:
         return None
     return "wan" if votes["wan"] > votes["diffusers"] else "diffusers"
 
@@ -319,26 +317,26 @@ def naming_of(names: Iterable[str]) -> Naming | None:
 def canonical(name: str, naming: Naming) -> str:
     """The Diffusers name of a tensor or manifest entry, without prefix and wrapper.
 
-    `naming` decides where both tell different things by one name, as `norm2` does. A name that nobody
-    knows comes back without its prefix.
+    `naming` resolves names that differ in meaning, such as `norm2`. Unknown names are returned without their
+    prefix.
     """
-    bare = unwrapped(name)
-    if naming == "diffusers" and to_wan(bare) is not None:
-        return bare
-    return to_diffusers(bare) or _LEFTOVER.sub(r"\1\2", bare)
+    inner = unwrapped(name)
+    if naming == "diffusers" and to_wan(inner) is not None:
+        return inner
+    return to_diffusers(inner) or _HALF_TRANSLATED.sub(r"\1\2", inner)
 
 
 def unwrapped(name: str) -> str:
-    """`name` without the prefix of a model and the wrapper of a smoothed layer."""
+    """`name` without the prefix of a transformer and the wrapper of a smoothed layer."""
     for prefix in PREFIXES:
         if name.startswith(prefix):
             name = name[len(prefix) :]
             break
-    return _WRAPPED.sub(lambda found: found[1] or found[2], name)
+    return _WRAPPED.sub(lambda match: match[1] or match[2], name)
 
 
 def on_disk(name: str, naming: Naming) -> str:
-    """A Diffusers name as the files spell it, for messages."""
+    """A Diffusers name in the name style of the files, for messages."""
     return (to_wan(name) or name) if naming == "wan" else name
 
 
@@ -346,59 +344,59 @@ def on_disk(name: str, naming: Naming) -> str:
 
 
 def grouped(chosen: Iterable[str], among: Iterable[str]) -> tuple[str, ...]:
-    """The names of `chosen`, a subset of `among`, in as few words as are exact.
+    """The shortest exact patterns for the names `chosen`, a subset of `among`, in the order of `among`.
 
-    A part of the name tree that is chosen whole is one word: `condition_embedder.*`; blocks that are
-    chosen alike share one: `blocks.0-4` whole, `blocks.5,7-9.ffn.*` in part. In the order of `among`.
+    A subtree of names that is chosen completely is one pattern: `condition_embedder.*`. Blocks with the same
+    choice share one: `blocks.0-4` if complete, `blocks.5,7-9.ffn.*` if partial.
     """
-    wanted = set(chosen)
-    every = list(among)
-    sizes = Counter(node for name in every for node in _nodes(name))
-    hits = Counter(node for name in every if name in wanted for node in _nodes(name))
-    words: dict[tuple[str, str, str], list[int]] = {}
-    for name in every:
-        if name in wanted:
-            head, number, rest = _split(_whole(name, sizes, hits))
-            numbers = words.setdefault((head, "#" if number is not None else "", rest), [])
+    selected = set(chosen)
+    names = list(among)
+    sizes = Counter(node for name in names for node in _nodes(name))
+    hits = Counter(node for name in names if name in selected for node in _nodes(name))
+    patterns: dict[tuple[str, str, str], list[int]] = {}
+    for name in names:
+        if name in selected:
+            head, number, tail = _split(_highest_complete(name, sizes, hits))
+            numbers = patterns.setdefault((head, "#" if number is not None else "", tail), [])
             if number is not None and number not in numbers[-1:]:
                 numbers.append(number)
-    blocks = {int(n) for _, n, _ in map(_split, every) if n is not None}
-    return tuple(_word(head, numbers, rest, blocks) for (head, _, rest), numbers in words.items())
+    blocks = {int(n) for _, n, _ in map(_split, names) if n is not None}
+    return tuple(_pattern(head, numbers, tail, blocks) for (head, _, tail), numbers in patterns.items())
 
 
 def _nodes(name: str) -> list[str]:
-    """The nodes of the name tree from the root to `name`, itself included."""
+    """The nodes of the name tree from the root to `name`, inclusive."""
     return list(itertools.accumulate(name.split("."), "{}.{}".format))
 
 
-def _whole(name: str, sizes: Counter[str], hits: Counter[str]) -> str:
-    """The highest node above `name` of which everything is chosen, with `.*` if it is more than the name.
+def _highest_complete(name: str, sizes: Counter[str], hits: Counter[str]) -> str:
+    """The highest ancestor of `name` that is chosen completely, with `.*`, or `name` if there is none.
 
-    Never `blocks` itself: its children are blocks, and are counted.
+    Never `blocks`, whose children are grouped by number.
     """
     above = (node for node in _nodes(name)[:-1] if node != "blocks" and sizes[node] > 1)
     return next((f"{node}.*" for node in above if sizes[node] == hits[node]), name)
 
 
 def _split(node: str) -> tuple[str, int | None, str]:
-    """`blocks.3.ffn.*` -> ("blocks", 3, ".ffn.*"); a whole block has the rest ""."""
-    head, _, tail = node.partition(".")
-    number, _, rest = tail.partition(".")
+    """`blocks.3.ffn.*` -> ("blocks", 3, ".ffn.*"); the tail of a complete block is ""."""
+    head, _, inner = node.partition(".")
+    number, _, tail = inner.partition(".")
     if head != "blocks" or not number.isdecimal():
         return node, None, ""
-    return head, int(number), f".{rest}" if rest not in ("", "*") else ""
+    return head, int(number), f".{tail}" if tail not in ("", "*") else ""
 
 
-def _word(head: str, numbers: list[int], rest: str, blocks: Collection[int]) -> str:
+def _pattern(head: str, numbers: list[int], tail: str, blocks: Collection[int]) -> str:
     if not numbers:
         return head
-    if set(numbers) == blocks and not rest:
+    if set(numbers) == blocks and not tail:
         return f"{head}.*"
-    return f"{head}.{ranges(numbers)}{rest}"
+    return f"{head}.{ranges(numbers)}{tail}"
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """`0-4,7`."""
+    """Whole numbers as text: `0-4,7`."""
     spans: list[list[int]] = []
     for number in sorted(numbers):
         if spans and number == spans[-1][1] + 1:
@@ -409,12 +407,12 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def problem_counts(kinds: Mapping[str, Collection[str]], limit: int = 5) -> str:
-    """`2 missing: a, b; 1 left over: c`: the kinds that have names, with the number and the first of them."""
+    """`2 missing: a, b; 1 unexpected: c`: for each kind with names, their number and the first `limit`."""
     return "; ".join(f"{len(names)} {kind}: {listed(names, limit)}" for kind, names in kinds.items() if names)
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:
-    """The first names, sorted, and how many more there are."""
+    """The first `limit` names, sorted, and how many more there are."""
     ordered = sorted(names)
     more = len(ordered) - limit
     return ", ".join(itertools.islice(ordered, limit)) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""What reports share: columns for a terminal, sizes and counts in words, plain data for JSON. No torch."""
+"""Helpers of reports: columns for a terminal, sizes and counts as text, data for JSON. No torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ K = TypeVar("K")
 
 
 def columns(rows: Iterable[Sequence[str]], *, indent: str = "", first_width: int = 0) -> list[str]:
-    """Lines of a table: cells padded to the widest of their column, two spaces between, none at the end.
+    """Lines of a table: cells padded to the width of their column, two spaces between, no trailing spaces.
 
-    A column can be aligned to the right by cells that are. `first_width`: at least, of the first column.
+    Right-aligned columns need cells of equal width. `first_width`: minimum width of the first column.
     """
     rows = list(rows)
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
@@ -25,10 +25,10 @@ def columns(rows: Iterable[Sequence[str]], *, indent: str = "", first_width: int
 
 
 def titled(blocks: Iterable[tuple[str, Iterable[str]]]) -> Iterator[tuple[str, str]]:
-    """Rows of two columns from blocks of text: a title beside the first line of its block."""
-    for title, texts in blocks:
-        for index, text in enumerate(texts):
-            yield ("" if index else title), text
+    """Rows (title, line) of blocks of text, the title only in the first row of its block."""
+    for title, lines in blocks:
+        for index, line in enumerate(lines):
+            yield ("" if index else title), line
 
 
 def human_bytes(nbytes: int) -> str:
@@ -45,7 +45,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """The items of each key, in the order in which keys come."""
+    """Key -> its items, in the order of first occurrence."""
     groups: dict[K, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -53,7 +53,7 @@ def group_by(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 
 def totals(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """Sums by key, in the order in which keys come."""
+    """Key -> sum, in the order of first occurrence."""
     total: dict[str, int] = {}
     for count in counts:
         for key, number in count.items():
@@ -61,21 +61,21 @@ def totals(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     return total
 
 
-def plain(value: Any) -> Any:
-    """Plain data for JSON: records as their `as_dict` or their fields, paths as text, tuples as lists."""
+def json_data(value: Any) -> Any:
+    """`value` as JSON data: records by `as_dict` or by their fields, paths as text, tuples as lists."""
     if hasattr(value, "as_dict"):
         return value.as_dict()
     if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: json_data(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: json_data(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [json_data(item) for item in value]
     if isinstance(value, Enum):
         return value.value
     return str(value) if isinstance(value, Path) else value
 
 
 def selected(record: object, *names: str) -> dict[str, Any]:
-    """The attributes `names` of a record, as plain data."""
-    return {name: plain(getattr(record, name)) for name in names}
+    """The attributes `names` of a record as JSON data."""
+    return {name: json_data(getattr(record, name)) for name in names}

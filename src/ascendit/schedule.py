@@ -1,12 +1,12 @@
-"""What each denoising step does: its precision, attention kernel and cache. Resolved before the loop.
+"""Step schedule: precision, attention kernel and cache of each denoising step. No torch.
 
     schedule = StepSchedule.parse("0-1:w4a8,default:w4a4")   # the first two steps with 8-bit activations
-    schedule = StepSchedule.parse("0,47-49:bf16")            # these in BF16, whose weights are kept too
+    schedule = StepSchedule.parse("0,47-49:bf16")            # these in BF16; needs BF16 weights in memory too
     steps = schedule.resolve(50)                             # a `Step` for each
 
-W4A8 and W4A4 share one MXFP4 weight; layers in another scheme run as they are stored. A schedule belongs to a
-request's state and is never written onto a layer. A step is run by one expert, so what holds for an expert is
-written for its steps. No torch.
+It is resolved before the loop. W4A8 and W4A4 share one MXFP4 weight; layers in other schemes run in their own
+precision. A schedule belongs to the state of a request and never changes a layer. One expert runs a step, so
+a setting for an expert is a setting for its steps.
 """
 
 from __future__ import annotations
@@ -19,104 +19,104 @@ from typing import Any, Literal, get_args
 from ascendit.errors import RequestError, UsageError
 
 Precision = Literal["stored", "w4a4", "w4a8", "bf16"]
-"""`stored`: as the scheme of the layer says, for MXFP4 the same as `w4a4`."""
+"""`stored`: the precision of the layer's scheme, for MXFP4 the same as `w4a4`."""
 PRECISIONS = tuple(p for p in get_args(Precision) if p != "stored")
 _SPAN = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one denoising step does."""
+    """Settings of one denoising step."""
 
     precision: Precision = "stored"
     attention: str | None = None
-    """The name of a kernel in `Ops.attention_kernels`; None: the one that is bound."""
+    """Name of a kernel in `Ops.attention_kernels`; None: the default kernel."""
     cache: str | None = None
-    """The action of a cache; None: everything is computed."""
+    """Action of the cache; None: compute everything."""
 
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """Step -> what it does; the first step is 0."""
+    """Settings by step; the first step is 0."""
 
     steps: tuple[tuple[int, Step], ...] = ()
-    """Rising, each step once."""
+    """In ascending order, each step once."""
     default: Step = Step()
 
     @classmethod
     def parse(cls, text: str) -> StepSchedule:
-        """`STEPS:PRECISION` with commas between them; STEPS is `default`, `3`, `0-4`, or more of them.
+        """Parse a list of `STEPS:PRECISION` with commas; STEPS is `default`, `3`, `0-4`, or a list of these.
 
-        UsageError E-USE-01 for anything else, and for a step that is named twice.
+        Raises UsageError (E-USE-01) for any other text, or a step that is named twice.
         """
         if not isinstance(text, str):
-            raise _bad(str(text), f"a {type(text).__name__}, no text")
-        found: dict[Any, Step] = {}
-        waiting: list[str] = []
-        for word in text.split(","):
-            name, colon, precision = (part.strip() for part in word.partition(":"))
-            waiting.append(name)
+            raise _bad(str(text), f"it has type {type(text).__name__}, not text")
+        settings: dict[Any, Step] = {}
+        pending: list[str] = []
+        for item in text.split(","):
+            name, colon, precision = (part.strip() for part in item.partition(":"))
+            pending.append(name)
             if not colon:
                 continue
             if precision not in get_args(Precision):
                 raise _bad(text, f"{precision!r} is not one of {', '.join(PRECISIONS)}")
-            for span in waiting:
+            for span in pending:
                 for step in ("default",) if span == "default" else _span(span, text):
-                    if step in found:
-                        raise _bad(text, f"{step if step == 'default' else f'step {step}'} stands twice")
-                    found[step] = Step(precision)  # type: ignore[arg-type]
-            waiting = []
-        if waiting:
-            raise _bad(text, f"{', '.join(waiting) or 'a part'} has no precision")
-        default = found.pop("default", Step())
-        return cls(tuple(sorted(found.items())), default)
+                    if step in settings:
+                        raise _bad(text, f"{step if step == 'default' else f'step {step}'} is named twice")
+                    settings[step] = Step(precision)  # type: ignore[arg-type]
+            pending = []
+        if pending:
+            raise _bad(text, f"{', '.join(pending) or 'an item'} has no precision")
+        default = settings.pop("default", Step())
+        return cls(tuple(sorted(settings.items())), default)
 
     def at(self, step: int) -> Step:
-        """What this step does."""
+        """The settings of this step."""
         return dict(self.steps).get(step, self.default)
 
     def resolve(self, count: int) -> tuple[Step, ...]:
-        """What each of `count` steps does."""
+        """The settings of each of `count` steps."""
         return tuple(self.at(step) for step in range(count))
 
     @property
     def precisions(self) -> frozenset[Precision]:
-        """All that occur."""
+        """All precisions in use."""
         return frozenset(step.precision for step in (self.default, *dict(self.steps).values()))
 
     def check_steps(self, count: int) -> None:
-        """RequestError E-REQ-03 if a step beyond the last is named."""
+        """Raises RequestError (E-REQ-03) if the schedule names a step beyond the last of `count`."""
         beyond = [step for step, _ in self.steps if step >= count]
         if beyond:
             raise RequestError(
-                f"step policy {self} names step {beyond[0]}, and there are {count} steps",
+                f"step policy {self} names step {beyond[0]}, but there are {count} steps",
                 needs=f"steps 0 to {count - 1}: the first step is 0",
-                fix="correct --step-policy, or ask for more --steps",
+                fix="correct --step-policy, or increase --steps",
             )
 
     def check_schemes(self, schemes: Iterable[str], *, floats: bool) -> None:
-        """UsageError E-USE-01 for a precision that this model has no weights for.
+        """Raises UsageError (E-USE-01) for a precision that this model has no weights for.
 
-        `schemes`: those of its layers. `floats`: BF16 weights are at hand for every layer.
+        `schemes`: of its layers. `floats`: whether BF16 weights of all layers are available.
         """
-        found = set(schemes)
-        if found <= {"bf16"}:
+        schemes = set(schemes)
+        if schemes <= {"bf16"}:
             raise UsageError(
-                f"step policy {self}, and no layer is quantized",
+                f"step policy {self}, but no layer is quantized",
                 needs="a quantized model, or a BF16 one and a scheme",
-                fix="add --scheme mxfp4, or leave --step-policy out",
+                fix="add --scheme mxfp4, or omit --step-policy",
             )
         if "bf16" in self.precisions and not floats:
             raise UsageError(
-                f"step policy {self} wants BF16 steps, and this model has codes only",
+                f"step policy {self} has BF16 steps, but this model has only quantized weights",
                 needs="the BF16 model, quantized while it is loaded",
-                fix="give the BF16 folder and --scheme or --recipe",
+                fix="use the BF16 folder with --scheme or --recipe",
             )
-        if self.precisions & {"w4a4", "w4a8"} and "mxfp4" not in found:
+        if self.precisions & {"w4a4", "w4a8"} and "mxfp4" not in schemes:
             raise UsageError(
-                f"step policy {self}, and no layer is in mxfp4; there are {', '.join(sorted(found))}",
+                f"step policy {self}, but no layer is in mxfp4; the model has {', '.join(sorted(schemes))}",
                 needs="MXFP4 weights, which W4A4 and W4A8 share",
-                fix="--scheme mxfp4, or leave --step-policy out",
+                fix="use --scheme mxfp4, or omit --step-policy",
             )
 
     def __str__(self) -> str:
@@ -126,24 +126,24 @@ class StepSchedule:
                 spans[-1] = (spans[-1][0], step, precision)
             else:
                 spans.append((step, step, precision))
-        words = [f"{a}:{p}" if a == b else f"{a}-{b}:{p}" for a, b, p in spans]
-        rest = self.default.precision
-        return ",".join([*words, *([] if rest == "stored" else [f"default:{rest}"])])
+        items = [f"{a}:{p}" if a == b else f"{a}-{b}:{p}" for a, b, p in spans]
+        default = self.default.precision
+        return ",".join([*items, *([] if default == "stored" else [f"default:{default}"])])
 
 
-def _span(word: str, text: str) -> range:
-    found = _SPAN.fullmatch(word)
-    if not found:
-        raise _bad(text, f"{word!r} is no step")
-    first, last = int(found[1]), int(found[2] or found[1])
+def _span(item: str, text: str) -> range:
+    match = _SPAN.fullmatch(item)
+    if not match:
+        raise _bad(text, f"{item!r} is not a step")
+    first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
-        raise _bad(text, f"{word} runs backwards")
+        raise _bad(text, f"{item} is in reverse order")
     return range(first, last + 1)
 
 
 def _bad(text: str, problem: str) -> UsageError:
     return UsageError(
         f"step policy {text!r}: {problem}",
-        needs=f"STEPS:PRECISION, .., the first step is 0; precisions {', '.join(PRECISIONS)}",
-        fix="--step-policy 0-1:w4a8,default:w4a4",
+        needs=f"STEPS:PRECISION, .., the first step is 0; precisions: {', '.join(PRECISIONS)}",
+        fix="for example --step-policy 0-1:w4a8,default:w4a4",
     )

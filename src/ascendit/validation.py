@@ -1,14 +1,14 @@
-"""Values from outside, checked by pydantic: base classes for models, and its errors turned into ours.
+"""Input validation by pydantic: base classes for models, and conversion of its errors to ascendit's.
 
-    class Rule(Model):                 # a part of a file: `usage_error` names the file
+    class Rule(Model):                 # part of a file; `usage_error` adds the name of the file
         title = "a rule"
         kinds: Annotated[tuple[Task, ...], described("kinds = {got}, not a list of t2v, i2v, ti2v")] = ()
 
-    class LoadOptions(Checked):        # what a caller fills in: a wrong field is reported by its name
+    class LoadOptions(Checked):        # filled in by a caller; errors name the field
         title = "load"
         nz: bool = False
 
-An error of ascendit that a validator raises passes through pydantic as it is.
+AscenditErrors raised in a validator pass through pydantic unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pydantic_core import PydanticCustomError
 
 from ascendit.errors import RequestError, UsageError
 
-KINDS: dict[Any, tuple[str, str]] = {
+TYPE_LABELS: dict[Any, tuple[str, str]] = {
     str: ("text", "some text"),
     int: ("a whole number", "16"),
     float: ("a number", "2.5"),
@@ -39,29 +39,29 @@ KINDS: dict[Any, tuple[str, str]] = {
     tuple[float, ...]: ("numbers", "1000,750,500,250"),
     tuple[str, ...]: ("text", "some text"),
 }
-"""Type -> in words, an example."""
+"""Type -> label, example."""
 
 
 class Model(BaseModel):
-    """Frozen, and without other keys than its fields."""
+    """Frozen; rejects keys that are not fields."""
 
     model_config = ConfigDict(frozen=True)
     title: ClassVar[str] = "it"
-    """Its name in messages."""
+    """Name in messages."""
 
     @model_validator(mode="before")
     @classmethod
-    def _known_keys(cls, data: Any) -> Any:
+    def _reject_unknown_keys(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and (unknown := sorted(set(data) - set(cls.model_fields))):
-            known = ", ".join(sorted(cls.model_fields))
-            raise problem(f"{cls.title} has {', '.join(unknown)}; known are {known}", unknown=unknown)
+            allowed = ", ".join(sorted(cls.model_fields))
+            raise problem(f"{cls.title} has {', '.join(unknown)}; allowed are {allowed}", unknown=unknown)
         return data
 
 
 class Checked(Model):
-    """A model that raises UsageError, never pydantic's own error.
+    """A model that raises UsageError (E-USE-01) instead of pydantic's errors.
 
-    E-USE-01, or RequestError E-REQ-03 for a field whose rule is its description.
+    A field with a description raises RequestError (E-REQ-03); the description is the rule.
     """
 
     @model_validator(mode="wrap")
@@ -73,17 +73,17 @@ class Checked(Model):
             raise cls._usage_error(error) from error
 
     def to_json(self) -> str:
-        """One JSON object with every field."""
+        """A JSON object with all fields."""
         return json.dumps(self.model_dump(), ensure_ascii=False, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The inverse of `to_json`. Unknown fields are refused with the list of known ones."""
+        """The inverse of `to_json`. Raises UsageError (E-USE-01) for invalid JSON or unknown fields."""
         try:
             return cls.model_validate(json.loads(text))
         except json.JSONDecodeError as e:
-            got, needs = f"{cls.title} is no JSON: {e}", "one JSON object"
-            raise UsageError(got, needs=needs, fix="pass what to_json wrote") from e
+            got, needs = f"{cls.title} is not JSON: {e}", "one JSON object"
+            raise UsageError(got, needs=needs, fix="pass the output of to_json") from e
 
     @classmethod
     def _usage_error(cls, error: ValidationError) -> UsageError:
@@ -93,28 +93,28 @@ class Checked(Model):
             needs = f"fields among {', '.join(sorted(cls.model_fields))}"
             got = f"{cls.title} has unknown fields: {unknown}"
             return UsageError(got, needs=needs, fix="remove or correct them")
-        wrong = [p for p in problems if p["type"] != "missing"]
-        if not wrong:
+        invalid = [p for p in problems if p["type"] != "missing"]
+        if not invalid:
             missing = ", ".join(str(p["loc"][0]) for p in problems)
-            got = f"{cls.title} is incomplete or of a wrong type: no {missing}"
-            return UsageError(got, needs="every field without a default", fix="pass what to_json wrote")
-        name, value = str(wrong[0]["loc"][0]), wrong[0]["input"]
+            got = f"{cls.title} is incomplete or of a wrong type: {missing} missing"
+            return UsageError(got, needs="every field without a default", fix="pass the output of to_json")
+        name, value = str(invalid[0]["loc"][0]), invalid[0]["input"]
         field = cls.model_fields[name]
         if field.description is None:
             return bad_value(name, value, field.annotation)
-        fix = f"give {name} a legal value, or leave it out for the model's own"
+        fix = f"set {name} to a valid value, or omit it for the model's default"
         return RequestError(f"{name} is {value!r}", needs=f"{name}: {field.description}", fix=fix)
 
 
 def problem(text: str, **context: Any) -> PydanticCustomError:
-    """What a validator raises: `text` is what the user reads."""
+    """An error to raise in a validator, with `text` as its message."""
     return PydanticCustomError("problem", "{text}", {"text": text, **context})
 
 
 def described(text: str) -> WrapValidator:
-    """For `Annotated`: what is said of a value of another type. `{got}` becomes the value.
+    """For `Annotated`: `text` replaces the ValidationError for a value of wrong type; `{got}` is the value.
 
-    A nested error keeps its own message.
+    Nested errors keep their own messages.
     """
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -128,26 +128,26 @@ def described(text: str) -> WrapValidator:
     return WrapValidator(check)
 
 
-def usage_error(error: ValueError, *, where: str, needs: str, fix: str, syntax: str = "") -> UsageError:
-    """`<where>: <problem>` of the first thing that pydantic found, or of a text that is no `syntax`."""
+def usage_error(error: ValueError, *, source: str, needs: str, fix: str, syntax: str = "") -> UsageError:
+    """E-USE-01 with `<source>: <problem>`: pydantic's first error, or a text that is not `syntax`."""
     text = f"it is not {syntax} ({error})"
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         key = "" if first["type"] == "problem" else f"{'.'.join(map(str, first['loc']))}: "
         text = key + first["msg"]
-    return UsageError(f"{where}: {text}", needs=needs, fix=fix)
+    return UsageError(f"{source}: {text}", needs=needs, fix=fix)
 
 
-def bad_value(name: str, value: object, hint: Any, where: str = "") -> UsageError:
-    """UsageError E-USE-01 for a value that is not of the type `hint`. `where`: what it was read from."""
-    kind = plain_kind(hint)
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    words, example = (" or ".join(choices), choices[0]) if choices else KINDS[kind]
-    got = f"{name}={value}" if choices or where else f"{name} {value!r}"
-    return UsageError(f"{where} {got}".strip(), needs=f"{name}: {words}", fix=f"{name}={example}")
+def bad_value(name: str, value: object, hint: Any, source: str = "") -> UsageError:
+    """E-USE-01 for a value that is not of the type `hint`. `source`: the file or flag that it comes from."""
+    value_type = non_optional(hint)
+    choices = get_args(value_type) if get_origin(value_type) is Literal else ()
+    label, example = (" or ".join(choices), choices[0]) if choices else TYPE_LABELS[value_type]
+    got = f"{name}={value}" if choices or source else f"{name} {value!r}"
+    return UsageError(f"{source} {got}".strip(), needs=f"{name}: {label}", fix=f"{name}={example}")
 
 
-def plain_kind(hint: Any) -> Any:
-    """The type of a value that is not None."""
-    kinds = get_args(hint)
-    return next(k for k in kinds if k is not NoneType) if NoneType in kinds else hint
+def non_optional(hint: Any) -> Any:
+    """The type `hint` without None."""
+    types = get_args(hint)
+    return next(t for t in types if t is not NoneType) if NoneType in types else hint

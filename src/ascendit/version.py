@@ -1,10 +1,10 @@
-"""Versions: of ascendit, in a module that imports nothing, and of installed packages."""
+"""Versions of ascendit and of installed packages. Imports nothing at module level."""
 
 __version__ = "0.1.0"
 
 
 def installed(*packages: str) -> dict[str, str]:
-    """Versions from package metadata, nothing imported; absent packages are left out."""
+    """Package -> version from package metadata, without importing it; absent packages are omitted."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {}

@@ -114,11 +114,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_errors_in_the_pages_exist() -> None:
-    from ascendit.errors import CODES
+    from ascendit.errors import ERROR_CODES
 
     for page in PAGES:
         codes = set(re.findall(r"E-[A-Z]{3}-\d\d", page.read_text(encoding="utf-8")))
-        assert codes <= set(CODES), page.name
+        assert codes <= set(ERROR_CODES), page.name
 
 
 def test_changelog_knows_this_version() -> None:

@@ -27,7 +27,7 @@ from ascendit.inspect.engines import EngineVerdict, RunsOn, runs_on
 from ascendit.inspect.transformer_report import ExpertSummary
 from ascendit.names import block_linears
 from ascendit.quant.engines import ENGINES
-from ascendit.report import plain
+from ascendit.report import json_data
 
 LINEARS = block_linears(CONFIG)
 
@@ -94,7 +94,7 @@ def test_mxfp8_in_one_folder_for_two_engines(tmp_path: Path) -> None:
     assert mindie.reason == "it wants original Wan names"
     assert mindie.text() == "after repack --for mindie   (it wants original Wan names)"
     assert found.chips == {"a2": "emulated", "a3": "emulated", "a5": "native"}
-    assert plain(found)["engines"][0]["verdict"] == "runs"
+    assert json_data(found)["engines"][0]["verdict"] == "runs"
 
 
 def test_what_says_it_is_quantized(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from ascendit.mx.codec import Encoded, decode, encode
 from ascendit.names import is_block_linear
 from ascendit.pipeline import calibrate
 from ascendit.pipeline.calibrate import Calibrator, Input
-from ascendit.quant.fusion import leader_of
+from ascendit.quant.fusion import first_in_group
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 SMALL: dict[str, Any] = {
@@ -109,12 +109,12 @@ def test_statistics_are_those_of_hooks_on_diffusers_model(tiny_t2v_single: Path)
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
     assert len(found) == 20 and len(inputs) == 2 * 7
     for name, amax in found.items():
-        got = inputs[leader_of(name)].statistics()
+        got = inputs[first_in_group(name)].statistics()
         torch.testing.assert_close(got.input_amax, amax, rtol=1e-4, atol=1e-5)
         assert got.rows.shape == (8, linears[name].in_features)
         assert bool((got.rows.abs().amax(0) <= got.input_amax).all())
     for leader in inputs:
-        group = [m.weight for n, m in linears.items() if leader_of(n) == leader]
+        group = [m.weight for n, m in linears.items() if first_in_group(n) == leader]
         assert torch.equal(inputs[leader].weight_amax, torch.cat(group).detach().abs().amax(0)), leader
 
 
@@ -170,7 +170,7 @@ def test_groups_are_those_of_a_real_export() -> None:
     assert len(data) == 60
     for a in data:
         for b in data:
-            assert (data[a] == data[b]) == (leader_of(a) == leader_of(b)), (a, b)
+            assert (data[a] == data[b]) == (first_in_group(a) == first_in_group(b)), (a, b)
 
 
 # ---- the formula --------------------------------------------------------------------------------
@@ -193,9 +193,9 @@ def test_mul_scale_and_weight_are_msmodelslims(bf16: Path, tmp_path: Path, alpha
         layers = [n.removesuffix(".mul_scale") for n in written if n.endswith(".mul_scale")]
         assert len(layers) == 20 and all(map(is_block_linear, layers))
         for layer in layers:
-            group = [n for n in layers if leader_of(n) == leader_of(layer)]
+            group = [n for n in layers if first_in_group(n) == first_in_group(layer)]
             top = torch.stack([source[f"{n}.weight"].abs().amax(0) for n in group]).amax(0)
-            s = factors(stats[expert][leader_of(layer)].input_amax, top, alpha)
+            s = factors(stats[expert][first_in_group(layer)].input_amax, top, alpha)
             assert same(written[f"{layer}.mul_scale"], 1 / s.float())
             qdata = encode(source[f"{layer}.weight"] * s, "mxfp4_dualscale")  # one rounding, in bfloat16
             assert same(written[f"{layer}.weight"], qdata.qdata) and qdata.dual_scale is not None

@@ -106,7 +106,7 @@ def test_experts_whose_recipes_differ(tmp_path):
         ({"keep": ["blocks.0.*"]}, UsageError, "E-USE-01", "without a scheme"),
         ({"scheme": "mxfp8", "step_policy": "0:w4a8"}, UsageError, "E-USE-01", "no layer is in mxfp4"),
         ({"step_policy": "0:w4a9"}, UsageError, "E-USE-01", "w4a9"),
-        ({"step_policy": 5}, UsageError, "E-USE-01", "a int, no text"),
+        ({"step_policy": 5}, UsageError, "E-USE-01", "it has type int, not text"),
         ({"step_policy": "0:bf16"}, UsageError, "E-USE-01", "no layer is quantized"),
         ({"scheme": "mxfp8", "activation_rule": 7}, UsageError, "E-USE-01", "activation_rule 7"),
         ({"scheme": "mxfp8", "keep": "blocks.99.*"}, UsageError, "E-USE-05", "blocks.99"),

@@ -142,7 +142,7 @@ def test_patterns_are_text_or_a_sequence(keep: Any) -> None:
         ),
         ({"emulate": "often"}, "emulate=often", "emulate: decode-on-use or decode-once"),
         ({"device": "gpu"}, "device 'gpu'", "cpu, cuda, cuda:N, npu, npu:N, twin:a2, twin:a3, twin:a5"),
-        ({"step_policy": 5}, "step policy '5': a int, no text", None),
+        ({"step_policy": 5}, "step policy '5': it has type int, not text", None),
         ({"activation_rule": 7}, "activation_rule 7", "activation_rule: text"),
         ({"nz": "perhaps"}, "nz 'perhaps'", "nz: true or false"),
         ({"keep": 5}, "keep 5", "keep: text"),

@@ -19,7 +19,7 @@ from ascendit.kernels.cpu import attention
 from ascendit.model.linear import QuantLinear
 from ascendit.ops.open_device import activate
 from ascendit.pipeline.generate import Pipeline
-from ascendit.quant.fusion import leader_of
+from ascendit.quant.fusion import first_in_group
 from ascendit.verify.metrics import output_sqnr, psnr
 from ascendit.verify.quality import layer_inputs
 
@@ -136,7 +136,7 @@ def layers_between(scheme: str) -> dict[str, float]:
         experts = [pipe.experts[name] for pipe in pipes]
         for layer, module in experts[0].named_modules():
             if isinstance(module, QuantLinear):
-                x = inputs[f"{name}.{leader_of(layer)}"][:128]
+                x = inputs[f"{name}.{first_in_group(layer)}"][:128]
                 outs = []
                 for pipe, expert in zip(pipes, experts, strict=True):
                     activate(pipe.device)
@@ -188,7 +188,7 @@ def test_steps_in_bf16_are_those_of_the_floats() -> None:
 
 def test_a_policy_beyond_the_last_step_or_without_its_weights() -> None:
     pipe = ascendit.load("demo", scheme="mxfp4", step_policy="0-9:w4a8")
-    with pytest.raises(UsageError, match="names step 3, and there are 3 steps") as e:
+    with pytest.raises(UsageError, match="names step 3, but there are 3 steps") as e:
         frames(pipe, **SHORT)
     assert e.value.code == "E-REQ-03"
     with pytest.raises(UsageError, match="no layer is in mxfp4") as e:

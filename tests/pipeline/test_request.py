@@ -438,7 +438,7 @@ def test_a_replay_line_as_a_user_sees_it() -> None:
 @pytest.mark.parametrize(
     ("text", "got"),
     [
-        ("{", "request is no JSON: "),
+        ("{", "request is not JSON: "),
         ("[1]", "request has unknown fields: list"),
         ("null", "request has unknown fields: NoneType"),
         ('{"steps": 4, "size": 1}', "request has unknown fields: ['size', 'steps']"),

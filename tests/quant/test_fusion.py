@@ -8,9 +8,9 @@ from ascendit.names import block_linears, is_block_linear
 from ascendit.quant.fusion import (
     GROUPS,
     VLLM_OMNI,
+    first_in_group,
     fused_with,
     layers_of_module,
-    leader_of,
     patterns_of_module,
     vllm_omni_module,
     vllm_omni_modules,
@@ -39,7 +39,7 @@ def test_names_of_the_tables_are_layers() -> None:
     ],
 )
 def test_leader(layer: str, leader: str) -> None:
-    assert leader_of(layer) == leader
+    assert first_in_group(layer) == leader
 
 
 def test_modules_of_vllm_omni() -> None:

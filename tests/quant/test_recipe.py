@@ -130,10 +130,10 @@ def test_keep_wins_over_every_rule_and_says_so():
     found = {
         p.name: p for p in recipe.layer_schemes(T2V, model_kind="t2v", keep=["blocks.0.*", "*.ffn.net.2"])
     }
-    assert found["blocks.0.attn1.to_q"].why == "--keep blocks.0.*"
+    assert found["blocks.0.attn1.to_q"].reason == "--keep blocks.0.*"
     assert found["blocks.6.ffn.net.2"].scheme == "bf16"
-    assert found["blocks.1.attn1.to_q"].why == "default: *"
-    assert found["proj_out"].why == "not a linear of the blocks"
+    assert found["blocks.1.attn1.to_q"].reason == "default: *"
+    assert found["proj_out"].reason == "not a linear of the blocks"
 
 
 def test_keep_takes_original_names_and_layers_that_are_kept_anyhow():
@@ -191,7 +191,7 @@ def test_layers_that_no_rule_names_stay(tmp_path):
     recipe = load_recipe(write(tmp_path, '[[rules]]\nlayers = "*.ffn.*"\nscheme = "fp8"\n'))
     found = {p.name: p for p in recipe.layer_schemes(T2V, model_kind="t2v")}
     assert found["blocks.0.attn1.to_q"].scheme == "bf16"
-    assert found["blocks.0.attn1.to_q"].why == "no rule names it"
+    assert found["blocks.0.attn1.to_q"].reason == "no rule names it"
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -234,18 +234,18 @@ def test_what_contradicts_is_said():
     [
         ("[[rules]\n", "it is not TOML"),
         ("about = 'x'\n", "it has no [[rules]]"),
-        ("about = 1\n[[rules]]\nlayers='*'\nscheme='int8'\n", "about and source are no text"),
-        ("rule = 1\n[[rules]]\nlayers='*'\nscheme='int8'\n", "the file has rule; known are about"),
-        ("rules = 'x'\n", "rules is no list of tables"),
-        ("[[rules]]\nlayer='*'\nscheme='int8'\n", "a rule has layer; known are"),
+        ("about = 1\n[[rules]]\nlayers='*'\nscheme='int8'\n", "about and source are not texts"),
+        ("rule = 1\n[[rules]]\nlayers='*'\nscheme='int8'\n", "the file has rule; allowed are about"),
+        ("rules = 'x'\n", "rules is not a list of tables"),
+        ("[[rules]]\nlayer='*'\nscheme='int8'\n", "a rule has layer; allowed are"),
         ("[[rules]]\nlayers=3\nscheme='int8'\n", "layers = 3, not a pattern"),
         ("[[rules]]\nlayers=[]\nscheme='int8'\n", "layers = [], not a pattern"),
         ("[[rules]]\nlayers='*'\nscheme='int9'\n", "scheme 'int9' in "),
         ("[[rules]]\nlayers='*'\nscheme=['int8']\n", "rules.0.scheme: Input should be a valid string"),
         ("[[rules]]\nscheme='int8'\n", "rules.0.layers: Field required"),
-        ("step_policy = 1\n[[rules]]\nlayers='*'\nscheme='int8'\n", "step_policy 1 is no text"),
+        ("step_policy = 1\n[[rules]]\nlayers='*'\nscheme='int8'\n", "step_policy 1 is not a text"),
         ("[[rules]]\nlayers='*'\nscheme='bf16'\nscale_rule='ceil'\n", "bf16, which has no scales"),
-        ("[[rules]]\nlayers='*'\nscheme='int8'\nscale_rule=7\n", "scale_rule 7 is no text"),
+        ("[[rules]]\nlayers='*'\nscheme='int8'\nscale_rule=7\n", "scale_rule 7 is not a text"),
         ("[[rules]]\nlayers='*'\nscheme='int8'\nkinds=['v2v']\n", "kinds = ['v2v']"),
         ("[[rules]]\nlayers='*'\nscheme='int8'\n[[attention]]\nlayers='*'\nrotate=1\n", "rotate 1 is"),
         ("[[rules]]\nlayers='*'\nscheme='int8'\n[[attention]]\nlayers='*'\nquant_type='X'\n", "'X' is not"),
@@ -279,14 +279,14 @@ def test_a_file_may_name_its_recipe(tmp_path):
     text = 'name = "mine"\nstep_policy = "0:w4a8"\n[[rules]]\nlayers = "*"\nscheme = "mxfp4"\n'
     recipe = load_recipe(write(tmp_path, text))
     assert recipe.name == "mine" and str(recipe.step_policy) == "0:w4a8"
-    assert recipe.layer_schemes(T2V, model_kind="t2v")[5].why.startswith("mine: ")
+    assert recipe.layer_schemes(T2V, model_kind="t2v")[5].reason.startswith("mine: ")
 
 
 def test_what_a_recipe_says_stays_as_it_is():
     recipe = load_recipe("default", "mxfp8")
     with pytest.raises(ValidationError, match="frozen"):
         recipe.rules = ()
-    with pytest.raises(ValidationError, match="a rule has layer; known are"):
+    with pytest.raises(ValidationError, match="a rule has layer; allowed are"):
         LayerRule.model_validate({"layer": "*", "scheme": "int8"})
 
 

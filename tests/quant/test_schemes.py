@@ -12,7 +12,7 @@ import pytest
 
 from ascendit.checkpoint.layer_format import Container
 from ascendit.mx.formats import FORMATS, resolve_rule
-from ascendit.names import CODED_ROLES
+from ascendit.names import QUANTIZED_ROLES
 from ascendit.quant.schemes import (
     FP4,
     FP8_TILES,
@@ -68,7 +68,7 @@ def test_a_row_is_complete(name: str) -> None:
     assert s.weight in FORMATS and s.activation in FORMATS and s.manifest and s.text
     assert resolve_rule(FORMATS[s.activation], s.rule) == s.rule
     assert s.roles[:2] == ("weight", "weight_scale")
-    assert list(s.roles) == [role for role in CODED_ROLES if role in s.roles], "the order of writing"
+    assert list(s.roles) == [role for role in QUANTIZED_ROLES if role in s.roles], "the order of writing"
     assert FORMATS[s.activation].packed == (name in FP4)
 
 

@@ -50,11 +50,11 @@ def test_steps_and_scale_rule():
         ({"method": "mxfp8", "ignored_layer": []}, "it has ignored_layer"),
         ({"method": "awq"}, "method 'awq' is not one of"),
         ({"method": "mxfp8", "num_bf16_fallback_layers": 5}, "belongs to mxfp4_dualscale"),
-        ({"method": "mxfp4_dualscale", "num_bf16_fallback_layers": -1}, "no number of blocks"),
+        ({"method": "mxfp4_dualscale", "num_bf16_fallback_layers": -1}, "not a number of blocks"),
         ({"method": "mxfp4_dualscale", "w4a8_fallback_steps": [0]}, "belongs to mxfp4"),
-        ({"method": "mxfp4", "w4a8_fallback_steps": "0-1"}, "no list of steps"),
+        ({"method": "mxfp4", "w4a8_fallback_steps": "0-1"}, "not a list of steps"),
         ({"method": "mxfp4", "mxfp4_scale_alg": 1}, "mxfp4_scale_alg 1"),
-        ({"method": "mxfp4", "ignored_layers": "x"}, "no list of names"),
+        ({"method": "mxfp4", "ignored_layers": "x"}, "not a list of names"),
         ({"method": "mxfp8", "mxfp4_scale_alg": 0}, "mxfp4_scale_alg belongs to mxfp4, not to mxfp8"),
         ({"method": "mxfp4", "mxfp4_scale_alg": True}, "mxfp4_scale_alg True"),
         ({"ignored_layers": []}, "method: Field required"),
@@ -80,5 +80,5 @@ def test_a_name_that_fits_no_layer_is_an_error_where_vllm_omni_passes_it_over():
         assert e.value.code == "E-USE-05"
     with pytest.raises(UsageError, match="not JSON"):
         load_recipe("{method: mxfp8}")
-    with pytest.raises(UsageError, match="scheme in every rule"):
+    with pytest.raises(UsageError, match="all rules of this one have a scheme"):
         load_recipe('{"method": "mxfp8"}', "int8")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ascendit.checkpoint.quant_metadata import manifest_for, model_quant_type
 from ascendit.names import ROLES, block_linears, expected_tensors, is_block_linear, sort_names
-from ascendit.quant.vllm_omni_config import marker_for
+from ascendit.quant.vllm_omni_config import quantization_config_for
 from ascendit.weights.engine_formats import layer_specs
 
 CONFIG = {
@@ -151,17 +151,23 @@ def all_in(scheme: str, *kept: str) -> dict[str, str]:
     ],
 )
 def test_marker_of_one_scheme(scheme: str, key: str) -> None:
-    assert marker_for(all_in(scheme)) == {"quant_method": scheme, key: True, "ignored_layers": []}
+    assert quantization_config_for(all_in(scheme)) == {
+        "quant_method": scheme,
+        key: True,
+        "ignored_layers": [],
+    }
     layer = "blocks.11.attn2.to_out.0"
-    assert (marker_for(all_in(scheme, layer)) or {})["ignored_layers"] == ["blocks.11.attn2.to_out"]
+    assert (quantization_config_for(all_in(scheme, layer)) or {})["ignored_layers"] == [
+        "blocks.11.attn2.to_out"
+    ]
 
 
 def test_marker_of_smoothed_layers() -> None:
     layers = all_in("mxfp4", "blocks.0.ffn.net.2")
     coded = [name for name, scheme in layers.items() if scheme == "mxfp4"]
-    assert (marker_for(layers, coded) or {})["require_smooth_scale"] is True
-    assert "require_smooth_scale" not in (marker_for(layers, coded[:-1]) or {})
-    assert "require_smooth_scale" not in (marker_for(all_in("mxfp4_dualscale"), coded) or {})
+    assert (quantization_config_for(layers, coded) or {})["require_smooth_scale"] is True
+    assert "require_smooth_scale" not in (quantization_config_for(layers, coded[:-1]) or {})
+    assert "require_smooth_scale" not in (quantization_config_for(all_in("mxfp4_dualscale"), coded) or {})
 
 
 @pytest.mark.parametrize(
@@ -177,11 +183,11 @@ def test_marker_of_smoothed_layers() -> None:
     ids=["fp8", "mixed", "embedder", "half of qkv", "smoothed mxfp8", "smoothed and kept"],
 )
 def test_what_the_marker_cannot_say(layers: dict[str, str], smoothed: tuple[str, ...]) -> None:
-    assert marker_for(layers, smoothed) == {"quant_method": "ascendit"}
+    assert quantization_config_for(layers, smoothed) == {"quant_method": "ascendit"}
 
 
 def test_floats_have_no_marker() -> None:
-    assert marker_for(all_in("bf16")) is None
+    assert quantization_config_for(all_in("bf16")) is None
 
 
 def test_block_linears_are_known_by_name() -> None:

@@ -19,10 +19,10 @@ from ascendit.weights.engine_formats import check_engine, dialect_for, model_kin
 
 REFUSED = {
     (exports.DUAL, "sglang"): "its loader of dual-scale layers fails",
-    (exports.SMOOTH, "vllm-omni"): "it drops mul_scale",
+    (exports.SMOOTH, "vllm-omni"): "it silently ignores mul_scale",
     (exports.SMOOTH, "sglang"): "its loader of dual-scale layers fails",
-    (exports.LEGACY, "vllm-omni"): "embedders and proj_out as plain layers",
-    (exports.LEGACY, "sglang"): "embedders as plain layers",
+    (exports.LEGACY, "vllm-omni"): "embedders and proj_out as unquantized layers",
+    (exports.LEGACY, "sglang"): "embedders as unquantized layers",
 }
 
 
@@ -161,23 +161,28 @@ def test_smoothed_layers_for_sglang(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("export", "change", "engine", "why"),
     [
-        (exports.MXFP8, keep("blocks.0.ffn.0"), "sglang", "kept layers of a block by other names"),
-        (exports.MXFP8, keep("blocks.0.self_attn.q"), "vllm-omni", "one is kept and another quantized"),
-        (exports.MXFP8, smooth(), "vllm-omni", "it drops mul_scale in layers that are not MXFP4"),
-        (exports.MXFP8, smooth(), "sglang", "it knows mul_scale in mxfp4 alone"),
-        (exports.SHARDED, smooth(), "vllm-omni", "it drops mul_scale in layers that are not MXFP4"),
-        (exports.SHARDED, smooth(only="ffn"), "sglang", "it knows mul_scale in mxfp4 alone"),
+        (exports.MXFP8, keep("blocks.0.ffn.0"), "sglang", "excluded layers of a block under other names"),
+        (exports.MXFP8, keep("blocks.0.self_attn.q"), "vllm-omni", "only some of them are quantized"),
+        (exports.MXFP8, smooth(), "vllm-omni", "it silently ignores mul_scale in layers that are not MXFP4"),
+        (exports.MXFP8, smooth(), "sglang", "it reads mul_scale only in mxfp4 layers"),
+        (
+            exports.SHARDED,
+            smooth(),
+            "vllm-omni",
+            "it silently ignores mul_scale in layers that are not MXFP4",
+        ),
+        (exports.SHARDED, smooth(only="ffn"), "sglang", "it reads mul_scale only in mxfp4 layers"),
         (
             exports.MXFP4,
             smooth(alike=False),
             "vllm-omni",
-            "Q, K and V of self-attention; their mul_scale differ",
+            "Q, K and V of self-attention, but their mul_scale differ",
         ),
         (
             exports.MXFP4,
             smooth(only="attn.q"),
             "vllm-omni",
-            "Q, K and V of self-attention; their mul_scale differ",
+            "Q, K and V of self-attention, but their mul_scale differ",
         ),
     ],
 )
@@ -213,7 +218,7 @@ def test_two_schemes_in_one_model(tmp_path: Path) -> None:
 
 def test_nothing_quantized_is_nothing_for_mindie(tmp_path: Path) -> None:
     source = exports.EXPORTS.parent / "source_models" / exports.SINGLE
-    with pytest.raises(UsageError, match=r"\(no quantized layer\): it reads exports of quantized models"):
+    with pytest.raises(UsageError, match=r"\(no quantized layer\): it reads only quantized models"):
         repack(source, tmp_path / "out", engine="mindie")
     repack(source, tmp_path / "out", engine="vllm-omni")
     assert problems(tmp_path / "out", "vllm-omni") == []

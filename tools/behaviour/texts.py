@@ -55,7 +55,7 @@ def flags(place: Place) -> Records:
 def codes(place: Place) -> Records:
     """Error codes and what they mean; classes with their bases and exit codes."""
     errors: Any = importlib.import_module("ascendit.errors")
-    for code, meaning in errors.CODES.items():
+    for code, meaning in errors.ERROR_CODES.items():
         yield f"codes/{code}/meaning", meaning
     for name, value in vars(errors).items():
         if isinstance(value, type) and issubclass(value, errors.AscenditError):

@@ -23,7 +23,7 @@ from ascendit.checkpoint.layer_format import Claim, Layer, disagreement
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.names import (
-    CODED_ROLES,
+    QUANTIZED_ROLES,
     ROLES,
     Naming,
     canonical,
@@ -97,9 +97,9 @@ class Manifest:
         layer = layers.get(owner)
         scheme = layer.scheme if layer else "bf16"
         said = MANIFEST_SCHEMES.get(kind, "bf16")
-        if said == scheme and (role in CODED_ROLES or said == "bf16"):
+        if said == scheme and (role in QUANTIZED_ROLES or said == "bf16"):
             return ""
-        if role not in CODED_ROLES and said in ("bf16", scheme):  # AscendV1: biases with the layer's type
+        if role not in QUANTIZED_ROLES and said in ("bf16", scheme):  # AscendV1: biases with the layer's type
             return ""
         return f"{name}: {self.path.name} says {kind}, and the layer is {scheme}"
 
@@ -181,7 +181,7 @@ def manifest_for(
     for name in names:
         layer, _, role = name.rpartition(".")
         if layer in layers and role in ROLES:
-            manifest[name] = SCHEMES[layers[layer]].manifest if role in CODED_ROLES else FLOAT
+            manifest[name] = SCHEMES[layers[layer]].manifest if role in QUANTIZED_ROLES else FLOAT
         else:
             manifest[name] = found.get(name, FLOAT)
     manifest |= attention

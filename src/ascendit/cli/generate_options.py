@@ -23,7 +23,7 @@ from ascendit.environment import read_environment
 from ascendit.errors import UsageError
 from ascendit.pipeline.options import VARIABLES, LoadOptions
 from ascendit.pipeline.request import GenerateRequest
-from ascendit.validation import bad_value, plain_kind
+from ascendit.validation import bad_value, non_optional
 
 KNOWN: dict[str, Any] = {
     **{name: field.annotation for name, field in GenerateRequest.model_fields.items()},
@@ -208,7 +208,7 @@ def typed_layer(layer: dict[str, Any], *, where: str) -> dict[str, Any]:
 
 
 def _typed(key: str, value: Any, where: str) -> Any:
-    hint, kind = KNOWN[key], plain_kind(KNOWN[key])
+    hint, kind = KNOWN[key], non_optional(KNOWN[key])
     row = get_origin(kind) is tuple
     if (value is None or value == "none") and (row or kind != hint):
         return None

@@ -21,7 +21,7 @@ from ascendit.errors import UsageError
 from ascendit.mx.codec import decibels, decode, encode
 from ascendit.mx.smoothing import smooth_input, smooth_weight, smoothing_factors, to_mul_scale
 from ascendit.names import is_block_linear
-from ascendit.quant.fusion import leader_of
+from ascendit.quant.fusion import first_in_group
 from ascendit.quant.schemes import SCHEMES
 from ascendit.weights.applied_recipe import AppliedRecipe
 from ascendit.weights.lora.fold import LoraSource
@@ -75,7 +75,7 @@ class Calibrate(Protocol):
 
 def smoothable(applied: AppliedRecipe) -> list[str]:
     """The layers that a calibration smooths: linears of the blocks that are quantized."""
-    return [name for name in applied.coded if is_block_linear(name)]
+    return [name for name in applied.quantized if is_block_linear(name)]
 
 
 def placeholders(applied: AppliedRecipe) -> dict[str, torch.Tensor]:
@@ -92,7 +92,7 @@ def mul_scales(
     """
     made: dict[str, torch.Tensor] = {}
     for name in smoothable(applied):
-        stats = found.get(leader_of(name))
+        stats = found.get(first_in_group(name))
         if stats is None or not bool(stats.input_amax.isfinite().all()):
             why = "was never run" if stats is None else "has inputs that are not finite"
             raise UsageError(
@@ -133,7 +133,7 @@ def output_quality(
     """
     layers = {}
     for name in smoothable(expert.applied):
-        rows = found[leader_of(name)].rows
+        rows = found[first_in_group(name)].rows
         if len(rows):
             layers[name] = _quality(expert, name, rows, reader)
         advance(name, expert.applied.weight(name).nbytes)
@@ -141,7 +141,7 @@ def output_quality(
 
 
 def _quality(expert: RecipeSteps, name: str, x: Tensor, reader: RowReader) -> OutputQuality:
-    layer, scale = expert.applied.coded[name], expert.applied.smoothing[name]
+    layer, scale = expert.applied.quantized[name], expert.applied.smoothing[name]
     plain = RecipeSteps(replace(expert.applied, smoothing={}), folds=expert.folds)
 
     def decoded(tensor: Tensor, rule: str) -> Tensor:

@@ -18,7 +18,7 @@ from ascendit.checkpoint.transformer import Expert
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES, Data, ShardWriter, TensorSpec
 from ascendit.convert import provenance
 from ascendit.progress import Advance
-from ascendit.quant.vllm_omni_config import marker_for
+from ascendit.quant.vllm_omni_config import quantization_config_for
 from ascendit.version import __version__
 from ascendit.weights.engine_formats import Dialect, task_config
 from ascendit.weights.tensor_steps import WAITING, Sink, TensorStep, run_steps, smoothed_in
@@ -149,7 +149,7 @@ def write_expert(
         digests = writer.close()
     private = [shard.file for shard in writer.shards]
     written = [folder / "config.json"]
-    marker = marker_for(output.layers, smoothed_in(output.steps))
+    marker = quantization_config_for(output.layers, smoothed_in(output.steps))
     provenance.write_json(written[0], dialect.config(output.config, marker))
     if dialect.export:
         written.append(folder / "configuration.json")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ascendit.report import columns, counted, group_by, human_bytes, plain, selected, titled, totals
+from ascendit.report import columns, counted, group_by, human_bytes, json_data, selected, titled, totals
 
 # ---- both ---------------------------------------------------------------------------------------
 
@@ -162,15 +162,15 @@ class QuantizedExpert(ConvertedExpert):
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        data = {"name": self.name, "layers": plain(self.schemes)}
+        data = {"name": self.name, "layers": json_data(self.schemes)}
         data |= selected(self, "kept", "bytes_before", "bytes_after")
         data["bits_per_weight"] = round(self.bits_per_weight, 3)
         if self.sqnr:
             data["sqnr_db"] = {layer: round(value, 2) for layer, value in self.sqnr.items()}
             data["worst"] = [layer for layer, _ in self.worst]
         if self.outputs.layers:
-            data["output_sqnr_db"] = plain(self.outputs.layers)
-            data["output_sqnr_db_mean"] = plain(self.outputs.mean)
+            data["output_sqnr_db"] = json_data(self.outputs.layers)
+            data["output_sqnr_db_mean"] = json_data(self.outputs.mean)
         return data
 
     def rows(self) -> list[list[str]]:
@@ -282,7 +282,7 @@ class RepackedExpert(ConvertedExpert):
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
         data = selected(self, "name", "folder", "origin")
-        data |= {"layers": plain(self.schemes), "tensors": self.num_tensors, "renamed": self.num_renamed}
+        data |= {"layers": json_data(self.schemes), "tensors": self.num_tensors, "renamed": self.num_renamed}
         data |= selected(self, "moved_bytes", "rewritten_bytes", "rewritten")
         if self.decoded_sha256:
             data |= {"checked": self.num_checked, "decoded_sha256": self.decoded_sha256}

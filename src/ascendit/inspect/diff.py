@@ -19,7 +19,7 @@ from ascendit.inspect.checkpoint import inspect
 from ascendit.inspect.report import ModelReport, PartReport
 from ascendit.inspect.transformer_report import CONTAINERS, ExpertSummary, dtype_name
 from ascendit.names import grouped, sort_names
-from ascendit.report import columns, group_by, human_bytes, plain, titled
+from ascendit.report import columns, group_by, human_bytes, json_data, titled
 
 ChangeKind = Literal["part", "tensor", "scheme", "smoothing", "shape", "dtype", "attention", "config"]
 LAYER_KINDS = ("scheme", "smoothing", "attention")
@@ -66,7 +66,7 @@ class Diff:
     def as_dict(self) -> dict[str, Any]:
         """For `--json`: plain data."""
         sides = {"a": _side(self.a), "b": _side(self.b)}
-        return {"same": self.same, **sides, "hashes": self.hashes, "changes": plain(self.changes)}
+        return {"same": self.same, **sides, "hashes": self.hashes, "changes": json_data(self.changes)}
 
     def lines(self) -> list[str]:
         """For a terminal."""

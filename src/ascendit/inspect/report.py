@@ -16,7 +16,7 @@ from ascendit.family import WanSpec
 from ascendit.inspect.engines import RunsOn
 from ascendit.inspect.transformer_report import ExpertSummary, StoredRow, dtype_name, tensor_row
 from ascendit.pipeline.defaults import Defaults
-from ascendit.report import columns, counted, human_bytes, plain, selected, titled, totals
+from ascendit.report import columns, counted, human_bytes, json_data, selected, titled, totals
 
 TENSOR_CHECKS = ("missing", "unexpected", "misshapen", "mistyped")
 EXPERT_TITLES = ("Kept", "Smoothed", "Attention", "Origin")
@@ -89,7 +89,7 @@ class ModelReport:
             "pipeline": self.layout.pipeline if self.is_pipeline else None,
             **selected(self, "spec", "bits_per_weight", "parts", "runs_on", "limits"),
             "ascendit": self.record,
-            "problems": plain(self.problems),
+            "problems": json_data(self.problems),
         }
         if layers:
             data["layers"] = [{"part": p.name, **row.as_dict()} for p in self.parts for row in p.rows]
@@ -267,6 +267,6 @@ class PartReport:
             **selected(self, "name", "library", "class_name", "files", "nbytes", "dtypes", "format"),
             "tensors": len(self.tensors),
             **selected(self, *TENSOR_CHECKS),
-            "problem": plain(self.problem),
-            "expert": plain(self.summary),
+            "problem": json_data(self.problem),
+            "expert": json_data(self.summary),
         }

@@ -28,7 +28,7 @@ from ascendit.model.linear import QuantLinear
 from ascendit.model.wan import WanTransformer
 from ascendit.model.weight_loader import ModelSink, StoredLinear, nbytes
 from ascendit.ops.operators import Ops
-from ascendit.quant.layer_rules import say_attention
+from ascendit.quant.layer_rules import warn_about_attention
 from ascendit.quant.schemes import scheme_after_reading
 from ascendit.weights.applied_recipe import AppliedRecipe
 from ascendit.weights.recipe_steps import RecipeSteps
@@ -64,7 +64,7 @@ def load_expert(
             fix="ascendit repack it with --base MODEL, or put config.json beside the weights",
             code="E-CKP-06",
         )
-    say_attention(expert.name, expert.attention.values(), expert.path)
+    warn_about_attention(expert.name, expert.attention.values(), expert.path)
     with torch.device("meta"):
         model = WanTransformer(WanConfig.from_dict(expert.config), ops)
     with RowReader() as reader:

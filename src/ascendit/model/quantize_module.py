@@ -31,10 +31,10 @@ from ascendit.mx.codec import INPUT_DTYPES, Encoded, check_dtype, encode
 from ascendit.mx.formats import Format, lookup, resolve_rule
 from ascendit.names import all_linears, block_linears, grouped, is_block_linear
 from ascendit.ops.operators import bind
-from ascendit.quant.layer_rules import OUTSIDE, LayerScheme, LayerSchemes, say_attention
+from ascendit.quant.layer_rules import OUTSIDE, LayerScheme, LayerSchemes, warn_about_attention
 from ascendit.quant.recipe import Recipe, load_recipe
 from ascendit.quant.schemes import METHOD, QUANTIZED, SCHEMES
-from ascendit.quant.vllm_omni_config import marker_for
+from ascendit.quant.vllm_omni_config import quantization_config_for
 from ascendit.report import group_by
 from ascendit.weights.applied_recipe import check_kind
 from ascendit.weights.engine_formats import model_kind
@@ -69,7 +69,9 @@ class ModuleSchemes(LayerSchemes):
     def kept(self) -> dict[str, tuple[str, ...]]:
         """Why -> layers that stay as they are, in few words: `*` for the number of a block."""
         names = [layer.name for layer in self.layers]
-        kept = group_by((layer for layer in self.layers if layer.scheme == "bf16"), lambda layer: layer.why)
+        kept = group_by(
+            (layer for layer in self.layers if layer.scheme == "bf16"), lambda layer: layer.reason
+        )
         return {why: _in_few_words([layer.name for layer in x], names) for why, x in kept.items()}
 
 
@@ -111,12 +113,12 @@ def module_schemes(
     asked = recipe.attention_schemes(config, model_kind=kind) if config and kind else ()
     attention = {a.name: a.quant_type for a in asked if a.quant_type}
     chosen = ModuleSchemes(tuple(layers.values()), recipe.round_to, attention, kind)
-    if not chosen.coded:
+    if not chosen.quantized:
         kept = "; ".join(f"{why}: {', '.join(words[:3])}" for why, words in chosen.kept.items())
         raise _refused(module, f"no layer is left ({kept})", "take another recipe")
     if kind:
         check_kind(kind, chosen.schemes, type(module).__name__, force=force, way="force=True")
-    say_attention(type(module).__name__, attention.values())
+    warn_about_attention(type(module).__name__, attention.values())
     return chosen
 
 
@@ -214,16 +216,16 @@ def quantize_(
     chosen = module_schemes(module, as_recipe(recipe_or_scheme), keep, force=force)
     linears = linears_of(module)
     places = group_by(module.named_modules(remove_duplicate=False), lambda named: id(named[1]))
-    for layer in chosen.coded:
+    for layer in chosen.quantized:
         check_weight(chosen, layer, linears[layer].weight)
-    where = device or str(linears[next(iter(chosen.coded))].weight.device)
+    where = device or str(linears[next(iter(chosen.quantized))].weight.device)
     schemes = bind(where, emulate=emulate, activation_rule=activation_rule).quantized
     schemes.check(chosen.schemes)
     before, num_weights = nbytes(module), sum(p.numel() for p in module.parameters())
     if chosen.round_to:
         for parameter in module.parameters():
             parameter.data = rounded(parameter.data)
-    for layer in chosen.coded:
+    for layer in chosen.quantized:
         linear = linears.pop(layer)
         compute_dtype = linear.weight.dtype
         bias = None if linear.bias is None else linear.bias.detach()
@@ -308,7 +310,7 @@ def encode_weight(chosen: ModuleSchemes, layer: str, weight: Tensor) -> Encoded:
 
 
 def _form(chosen: ModuleSchemes, layer: str) -> tuple[Format, str | None]:
-    rule = chosen.coded[layer]
+    rule = chosen.quantized[layer]
     return lookup(SCHEMES[rule.scheme].weight), rule.scale_rule
 
 
@@ -320,4 +322,4 @@ def rounded(t: Tensor) -> Tensor:
 def marker_of(layers: Mapping[str, str], *, smoothed: Sequence[str] = (), wan: bool) -> dict[str, Any]:
     """`quantization_config` for Diffusers' config.json. `layers`: every linear layer -> scheme."""
     inside = {name: s for name, s in layers.items() if s in QUANTIZED or is_block_linear(name)}
-    return (marker_for(inside, smoothed) if wan else None) or {"quant_method": METHOD}
+    return (quantization_config_for(inside, smoothed) if wan else None) or {"quant_method": METHOD}

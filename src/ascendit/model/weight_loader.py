@@ -20,7 +20,7 @@ from ascendit.errors import CheckpointError, UsageError
 from ascendit.model.linear import QuantLinear, SmoothLinear, fused_linears
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.operators import Schemes
-from ascendit.quant.fusion import leader_of
+from ascendit.quant.fusion import first_in_group
 from ascendit.quant.schemes import SCHEMES
 from ascendit.weights.tensor_steps import Sink, TensorStep
 
@@ -144,10 +144,9 @@ class ModelSink(Sink):
                 digest = hashlib.sha256(as_bytes(scale)).digest()
                 scale = scales[digest] if digest in scales else scale.to(self._device)
                 scales[digest] = scale
-            if layer.scheme != "bf16" and not roles[name]["weight"].shape[0] % (
-                SCHEMES[layer.scheme].tile or 1
-            ):
-                key = (leader_of(name), layer.scheme, layer.width, id(scale), "bias" in roles[name])
+            rows = roles[name]["weight"].shape[0] if layer.scheme != "bf16" else 0
+            if rows and not rows % (SCHEMES[layer.scheme].tile or 1):
+                key = (first_in_group(name), layer.scheme, layer.width, id(scale), "bias" in roles[name])
             group = groups.setdefault(key, _Group(replace(layer, mul_scale=scale)))
             group.specs[name] = roles[name]
             group.missing |= {spec.name for spec in roles[name].values()}

@@ -38,7 +38,7 @@ from ascendit.pipeline.generate import Pipeline, denoise
 from ascendit.pipeline.job import load
 from ascendit.pipeline.request import GenerateRequest, open_image, resolve
 from ascendit.progress import OnProgress, Progress
-from ascendit.quant.fusion import leader_of
+from ascendit.quant.fusion import first_in_group
 from ascendit.weights.lora.fold import Folds, LoraSource
 
 Prompt = tuple[str, Path | None]
@@ -224,7 +224,7 @@ def inputs_of(pipe: Pipeline, limit: int) -> dict[str, Input]:
     weights: dict[str, Tensor] = {}
     for name, module in nn.ModuleDict(pipe.experts).named_modules():
         if isinstance(module, nn.Linear) and is_block_linear(name.partition(".")[2]):
-            leader, top = leader_of(name), module.weight.detach().abs().amax(0).float().cpu()
+            leader, top = first_in_group(name), module.weight.detach().abs().amax(0).float().cpu()
             weights[leader] = torch.maximum(weights.get(leader, top), top)
     return {leader: Input(top, limit) for leader, top in weights.items()}
 

@@ -1,7 +1,7 @@
-"""Which linear layers of a Wan block are fused, and what engines call them. No torch.
+"""Fused groups of linear layers in a Wan block, and the names of fused modules in engines. No torch.
 
-Layers of a group read one input: they share smoothing factors and one quantization of the activation, and
-those in one scheme are multiplied as one matrix. Groups are those of msModelSlim's `iter_smooth` for Wan.
+Layers of a group have the same input: they share smoothing factors and one quantization of the activation,
+and those with the same scheme are one matmul. The groups are those of msModelSlim's `iter_smooth` for Wan.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ GROUPS = (
     ("attn2.to_k", "attn2.to_v"),
     ("attn2.add_k_proj", "attn2.add_v_proj"),
 )
-"""Inside a block. Every other layer is alone."""
+"""Names in a block. All other layers are not fused."""
 VLLM_OMNI = {
     "attn1.to_qkv": GROUPS[0],
     "attn1.to_out": ("attn1.to_out.0",),
@@ -21,40 +21,40 @@ VLLM_OMNI = {
     "ffn.net_0.proj": ("ffn.net.0.proj",),
     "ffn.net_2": ("ffn.net.2",),
 }
-"""vLLM-Omni's module inside a block -> the layers it holds. Other layers have Diffusers' names there."""
+"""vLLM-Omni's module in a block -> its layers. Other layers have Diffusers' names there."""
 
-_LEADERS = {layer: group[0] for group in GROUPS for layer in group}
+_FIRST = {layer: group[0] for group in GROUPS for layer in group}
 _MODULES = {layer: module for module, layers in VLLM_OMNI.items() for layer in layers}
 _LEAVES = {
     module.partition(".")[2]: tuple(layer.partition(".")[2] for layer in layers)
     for module, layers in VLLM_OMNI.items()
     if module.startswith("attn")
 }
-"""Module inside an attention -> layers: `to_qkv` -> `to_q`, `to_k`, `to_v`."""
+"""Module in an attention -> layers: `to_qkv` -> `to_q`, `to_k`, `to_v`."""
 _FEED_FORWARD = ((".ffn.net_0.", ".ffn.net.0."), (".ffn.net_2", ".ffn.net.2"))
-"""What to replace in a name, or in a pattern such as `*.ffn.net_0.*`."""
+"""Replacements in a name, or in a pattern such as `*.ffn.net_0.*`."""
 
 
-def leader_of(layer: str) -> str:
-    """The first layer of the group: `blocks.0.attn1.to_q` for its K and V; the layer itself if alone."""
-    owner, inner = _split(layer, _LEADERS)
-    return owner + _LEADERS.get(inner, inner)
+def first_in_group(layer: str) -> str:
+    """First layer of the fused group, e.g. `blocks.0.attn1.to_q` for its K and V; `layer` if not fused."""
+    owner, inner = _split(layer, _FIRST)
+    return owner + _FIRST.get(inner, inner)
 
 
 def vllm_omni_module(layer: str) -> str:
-    """The module of vLLM-Omni that holds a layer of a block: `blocks.0.attn1.to_qkv`."""
+    """The module of vLLM-Omni that contains a layer of a block, e.g. `blocks.0.attn1.to_qkv`."""
     owner, inner = _split(layer, _MODULES)
     return owner + _MODULES.get(inner, inner)
 
 
 def layers_of_module(module: str) -> tuple[str, ...]:
-    """The layers that a module of vLLM-Omni holds: `blocks.0.attn1.to_qkv` is three. Others as they are."""
+    """The layers of a module of vLLM-Omni, e.g. three for `blocks.0.attn1.to_qkv`; other names unchanged."""
     owner, inner = _split(module, VLLM_OMNI)
     return tuple(owner + layer for layer in VLLM_OMNI[inner]) if owner else (module,)
 
 
 def patterns_of_module(module: str) -> tuple[str, ...]:
-    """As `layers_of_module`, for patterns of vLLM-Omni's names too: `*.to_out`, `blocks.*.ffn.net_2`."""
+    """Like `layers_of_module`, but also for patterns: `*.to_out`, `blocks.*.ffn.net_2`."""
     for theirs, ours in _FEED_FORWARD:
         module = module.replace(theirs, ours)
     owner, dot, leaf = module.rpartition(".")
@@ -62,20 +62,20 @@ def patterns_of_module(module: str) -> tuple[str, ...]:
 
 
 def fused_with(layer: str) -> tuple[str, ...]:
-    """The layers that vLLM-Omni holds in one module with this one, itself among them."""
+    """The layers in the same module of vLLM-Omni, including `layer`."""
     return layers_of_module(vllm_omni_module(layer))
 
 
-def vllm_omni_modules(kept: Iterable[str], coded: Collection[str]) -> list[str] | None:
-    """vLLM-Omni's modules for the layers `kept`; None if one of Q, K, V is kept and another is `coded`."""
-    kept = list(kept)
-    if any(other in coded for name in kept for other in fused_with(name)):
+def vllm_omni_modules(excluded: Iterable[str], quantized: Collection[str]) -> list[str] | None:
+    """vLLM-Omni's modules of the `excluded` layers; None if one also has `quantized` layers."""
+    excluded = list(excluded)
+    if any(other in quantized for name in excluded for other in fused_with(name)):
         return None
-    return list(dict.fromkeys(map(vllm_omni_module, kept)))
+    return list(dict.fromkeys(map(vllm_omni_module, excluded)))
 
 
 def _split(name: str, inside: Iterable[str]) -> tuple[str, str]:
-    """(`blocks.0.`, `attn1.to_q`) where the end is one of `inside`, else ("", name)."""
+    """(`blocks.0.`, `attn1.to_q`) if `name` ends with one of `inside`, else ("", name)."""
     for inner in inside:
         if name.endswith(f".{inner}"):
             return name[: -len(inner)], inner

@@ -1,31 +1,30 @@
-"""Which layer gets which scheme: ordered rules over real layer names, as data. No torch.
+"""Recipes: ordered rules that assign schemes to layers by name. No torch.
 
-A recipe is a TOML file. Those of ascendit are in `recipes/`; a path names any other.
+A recipe is a TOML file, either a built-in one in `recipes/` or any other path.
 
     about = "MXFP4 after five blocks of MXFP8"
-    name = "mixed"                 # optional: else that of the file
-    kinds = ["t2v"]                # optional: model kinds it is made for; on others it runs with a warning
-    round_to = "bf16"              # optional: every tensor is rounded to this before anything else
+    name = "mixed"                 # optional; default: the name of the file
+    kinds = ["t2v"]                # optional: intended model kinds; others get a warning
+    round_to = "bf16"              # optional: round every tensor to this dtype first
     step_policy = "0-1:w4a8"       # optional: denoising steps in another precision, see `schedule`
 
     [[rules]]                      # the last rule that matches a layer wins
     layers = "*"                   # a pattern or a list of them; `*` crosses dots
-    scheme = "mxfp4"               # left out: the scheme that is asked for
-    scale_rule = "max:7"           # optional, a rule of `mx.formats`; left out: the default of the scheme
+    scheme = "mxfp4"               # if omitted: the scheme that the user requests
+    scale_rule = "max:7"           # optional, a rule of `mx.formats`; default: that of the scheme
 
     [[rules]]
     layers = "blocks.[0-4].*"
     scheme = "mxfp8"
-    kinds = ["t2v"]                # optional: the rule is for these model kinds alone
+    kinds = ["t2v"]                # optional: the rule applies only to these model kinds
 
-    [[attention]]                  # entries for the attention of an NPU; key by key the last one wins
+    [[attention]]                  # entries for attention on an NPU; for each key the last one wins
     layers = "*.attn1"
-    quant_type = "FP8_DYNAMIC"     # msModelSlim's words; "" takes it away
+    quant_type = "FP8_DYNAMIC"     # msModelSlim's name; "" removes it
     rotate = true                  # store Hadamard rotations q_rot and k_rot
 
-A pattern is compared with Diffusers' name of a layer and with the original Wan one. It means linears of the
-blocks; only one that matches none of these reaches embedders, `time_proj` and `proj_out`. One that matches
-nothing is an error.
+A pattern is matched against Diffusers' and original Wan names of the linear layers in blocks; if it matches
+none, against embedders, `time_proj` and `proj_out`. A pattern that matches no layer is an error.
 """
 
 from __future__ import annotations
@@ -60,26 +59,28 @@ from ascendit.validation import Model, described, problem, usage_error
 FOLDER = Path(__file__).parent / "recipes"
 
 
-def _schedule(given: object) -> object:
-    if not isinstance(given, str):
-        return given
-    return StepSchedule.parse(given) if given else StepSchedule()
+def _schedule(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return StepSchedule.parse(value) if value else StepSchedule()
 
 
-Text = Annotated[str, described("about and source are no text")]
+Text = Annotated[str, described("about and source are not texts")]
 RoundTo = Annotated[Literal["", "bf16"], described('round_to {got} is not "bf16"')]
 Schedule = Annotated[
     InstanceOf[StepSchedule],
     BeforeValidator(_schedule),
     PlainSerializer(str),
-    described("step_policy {got} is no text"),
+    described("step_policy {got} is not a text"),
 ]
-Rules = Annotated[tuple[LayerRule, ...], described("rules is no list of tables, [[rules]]")]
-Attention = Annotated[tuple[AttentionRule, ...], described("attention is no list of tables, [[attention]]")]
+Rules = Annotated[tuple[LayerRule, ...], described("rules is not a list of tables, [[rules]]")]
+Attention = Annotated[
+    tuple[AttentionRule, ...], described("attention is not a list of tables, [[attention]]")
+]
 
 
 class Recipe(Model):
-    """Rules in order, the last that matches wins."""
+    """Ordered rules; the last match wins."""
 
     title = "the file"
     name: str
@@ -87,7 +88,7 @@ class Recipe(Model):
     source: Text = ""
     kinds: Kinds = ()
     round_to: RoundTo = ""
-    """`bf16`: as msModelSlim's `convert_model_dtype`, which its recipes have; "": as the source has it."""
+    """`bf16`: as `convert_model_dtype` in msModelSlim's recipes; "": keep the dtype of the source."""
     step_policy: Schedule = StepSchedule()
     rules: Rules = ()
     attention: Attention = ()
@@ -101,75 +102,75 @@ class Recipe(Model):
     def layer_schemes(
         self, config: Mapping[str, Any], *, model_kind: Task, keep: Sequence[str] = ()
     ) -> tuple[LayerScheme, ...]:
-        """Every linear layer of the model, in its order. `keep`: patterns of layers that stay BF16.
+        """All linear layers of the model in its order. `keep`: patterns of layers that stay in BF16.
 
-        UsageError E-USE-05 for a pattern that matches no layer.
+        Raises UsageError (E-USE-05) for a pattern that matches no layer.
         """
-        blocks, every = block_linears(_known(config)), all_linears(_known(config))
+        blocks, linears = block_linears(_without_nulls(config)), all_linears(_without_nulls(config))
         inside = frozenset(blocks)
         layers = {
-            n: LayerScheme(n, "bf16", None, "no rule names it" if n in inside else OUTSIDE) for n in every
+            n: LayerScheme(n, "bf16", None, "no rule names it" if n in inside else OUTSIDE) for n in linears
         }
-        return tuple((layers | self.ruled(blocks, every, model_kind, keep)).values())
+        return tuple((layers | self.ruled(blocks, linears, model_kind, keep)).values())
 
     def ruled(
         self,
         inside: Sequence[str],
-        every: Sequence[str],
+        linears: Sequence[str],
         model_kind: Task | None,
         keep: Sequence[str] = (),
         *,
         fix: str = LIST_LAYERS,
     ) -> dict[str, LayerScheme]:
-        """The layers that a rule, or `keep` after them, matches; the last one wins.
+        """Name -> scheme of the layers that the rules, and then `keep`, match; the last match wins.
 
-        A pattern means layers of `inside`; only one that matches none of these reaches the others of `every`.
-        UsageError E-USE-05, with `fix`, for one that matches nothing.
+        A pattern is matched against `inside`, and only without a match there against all `linears`.
+        Raises UsageError (E-USE-05), with `fix`, for a pattern that matches no layer.
         """
         rules = [(rule, self.name) for rule in self.rules if not rule.kinds or model_kind in rule.kinds]
         rules += [(LayerRule(layers=(pattern,), scheme="bf16"), "--keep") for pattern in keep]
         return {
-            name: LayerScheme(name, rule.scheme or "bf16", rule.scale_rule, why)
-            for rule, why, names in matches(rules, (inside, every), fix=fix)
+            name: LayerScheme(name, rule.scheme or "bf16", rule.scale_rule, reason)
+            for rule, reason, names in matches(rules, (inside, linears), fix=fix)
             for name in names
         }
 
     def attention_schemes(
         self, config: Mapping[str, Any], *, model_kind: Task
     ) -> tuple[AttentionScheme, ...]:
-        """The attentions that get an entry or rotations. UsageError E-USE-05 as in `layer_schemes`."""
-        linears = block_linears(_known(config))
-        every = tuple(dict.fromkeys(n.rsplit(".to_q", 1)[0] for n in linears if n.endswith(".to_q")))
-        found = {name: AttentionScheme(name, "", False) for name in every}
+        """The attentions with an entry or rotations. Raises UsageError (E-USE-05) like `layer_schemes`."""
+        linears = block_linears(_without_nulls(config))
+        attentions = tuple(dict.fromkeys(n.rsplit(".to_q", 1)[0] for n in linears if n.endswith(".to_q")))
+        schemes = {name: AttentionScheme(name, "", False) for name in attentions}
         rules = [(rule, self.name) for rule in self.attention if not rule.kinds or model_kind in rule.kinds]
-        for rule, _, names in matches(rules, (every,), wan_attention):
-            said = rule.model_dump(include={"quant_type", "rotate"}, exclude_none=True)
-            found |= {name: replace(found[name], **said) for name in names}
-        return tuple(a for a in found.values() if a.quant_type or a.rotate)
+        for rule, _, names in matches(rules, (attentions,), wan_attention):
+            changes = rule.model_dump(include={"quant_type", "rotate"}, exclude_none=True)
+            schemes |= {name: replace(schemes[name], **changes) for name in names}
+        return tuple(a for a in schemes.values() if a.quant_type or a.rotate)
 
     def as_dict(self) -> dict[str, Any]:
-        """For `ascendit.json`: enough to write the same TOML again."""
+        """As JSON data for `ascendit.json`, enough to recreate the TOML."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with ascendit, `default` first."""
+    """Names of the built-in recipes, `default` first."""
     names = sorted(path.stem for path in FOLDER.glob("*.toml"))
     return sorted(names, key=lambda name: name != "default")
 
 
 def load_recipe(name_or_path: str, scheme: str | None = None, scale_rule: str | None = None) -> Recipe:
-    """A recipe by name or by the path of its TOML file (ends in .toml, or has a slash), or from vLLM-Omni's
-    `quantization_config` as JSON.
+    """Load a recipe by name, by path of a TOML file (ends in .toml, or has a slash), or from the JSON text of
+    vLLM-Omni's `quantization_config`.
 
-    `scheme` and `scale_rule` go into the rules that name no scheme. Raises UsageError: E-USE-02 for a name
-    or file that is not there, E-USE-01 for a file that is no recipe, a scheme that is missing or unknown, one
-    that the recipe has no place for, and a scale rule that its scheme does not have.
+    `scheme` and `scale_rule` are filled into the rules without a scheme. Raises UsageError: E-USE-02 for an
+    unknown name or missing file; E-USE-01 for a file that is not a recipe, a missing or unknown scheme, a
+    scheme although all rules have one, and a scale rule that the scheme does not support.
     """
     if is_omni_config(name_or_path):
         config, name = read_omni_config(name_or_path), "quantization_config"
         _check_no_scheme(name, scheme, scale_rule)
-        about = "as vLLM-Omni reads it"
+        about = "from a quantization_config of vLLM-Omni"
         return Recipe(name=name, about=about, rules=config.rules, step_policy=config.step_policy)
     path = Path(name_or_path)
     is_path = path.suffix == ".toml" or len(path.parts) > 1
@@ -182,28 +183,28 @@ def load_recipe(name_or_path: str, scheme: str | None = None, scale_rule: str | 
         raise UsageError(
             f"no recipe {name_or_path!r}",
             needs=f"one of {', '.join(recipe_names())}, or the path of a TOML file",
-            fix="check the spelling; a file of your own ends in .toml",
+            fix="check the spelling; the name of a recipe file ends in .toml",
             code="E-USE-02",
         ) from e
-    except ValueError as e:  # not TOML, not UTF-8, or pydantic's
+    except ValueError as e:  # not TOML, not UTF-8, or an error of pydantic
         raise usage_error(
             e,
-            where=str(file),
+            source=str(file),
             syntax="TOML",
             needs="a recipe: TOML with [[rules]], each with layers, scheme and scale_rule",
-            fix=f"correct it; {FOLDER / 'ascend-w8a8f8.toml'} is one to copy from",
+            fix=f"correct the file; {FOLDER / 'ascend-w8a8f8.toml'} is an example",
         ) from e
 
 
 def _filled(recipe: Recipe, scheme: str | None, scale_rule: str | None) -> tuple[LayerRule, ...]:
-    """The rules, with what is asked for in those that leave the scheme open."""
-    opened = [rule for rule in recipe.rules if rule.scheme is None]
-    if opened and scheme is None:
+    """The rules, with `scheme` and `scale_rule` filled into those without a scheme."""
+    open_rules = [rule for rule in recipe.rules if rule.scheme is None]
+    if open_rules and scheme is None:
         raise no_scheme(f"recipe {recipe.name}")
-    if not opened:
+    if not open_rules:
         _check_no_scheme(recipe.name, scheme, scale_rule)
-    asked = {"scheme": scheme, "scale_rule": scale_rule}
-    filled = {rule: LayerRule(**asked | rule.model_dump(exclude_none=True)) for rule in opened}
+    requested = {"scheme": scheme, "scale_rule": scale_rule}
+    filled = {rule: LayerRule(**requested | rule.model_dump(exclude_none=True)) for rule in open_rules}
     return tuple(filled.get(rule, rule) for rule in recipe.rules)
 
 
@@ -211,21 +212,21 @@ def _check_no_scheme(name: str, scheme: str | None, scale_rule: str | None) -> N
     if (scheme, scale_rule) != (None, None):
         raise UsageError(
             f"scheme {scheme}{f' with scale rule {scale_rule}' if scale_rule else ''} for the recipe {name}",
-            needs="a recipe that leaves the scheme open; this one has a scheme in every rule",
-            fix="leave --scheme and --scale-rule out, or take the recipe default",
+            needs="a recipe with a rule without a scheme; all rules of this one have a scheme",
+            fix="omit --scheme and --scale-rule, or use the recipe default",
         )
 
 
-def no_scheme(what: str) -> UsageError:
-    """Neither scheme nor a recipe that has one."""
+def no_scheme(subject: str) -> UsageError:
+    """E-USE-01: neither a scheme nor a recipe with schemes."""
     return UsageError(
-        f"{what} without a scheme",
-        needs=f"a scheme ({', '.join(QUANTIZED)}), or a recipe that says it"
+        f"{subject} without a scheme",
+        needs=f"a scheme ({', '.join(QUANTIZED)}), or a recipe with schemes"
         f" ({', '.join(name for name in recipe_names() if name != 'default')})",
         fix="add --scheme mxfp8",
     )
 
 
-def _known(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what the files did not tell, such as the number of heads; layers do not depend on it."""
+def _without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without unknown values, such as the number of heads of some files; layers do not depend on them."""
     return {key: value for key, value in config.items() if value is not None}

@@ -1,6 +1,6 @@
-"""The schemes as one table: how a linear layer is stored and computes, and what tools call it. No torch.
+"""The table of schemes: storage and computation of a linear layer, and its names in other tools. No torch.
 
-A new scheme is a row here and a row of `mx.formats`; beside them only kernels need to know it.
+A new scheme is a row here and a row in `mx.formats`; apart from them, only kernels depend on it.
 """
 
 from __future__ import annotations
@@ -12,85 +12,85 @@ from ascendit.errors import UsageError
 from ascendit.mx.formats import FORMATS
 
 METHOD = "ascendit"
-"""The `quant_method` of a config that leaves the schemes to the manifest, or to the tensors."""
+"""`quant_method` of a config whose schemes are determined by the manifest, or by the tensors."""
 FP8_TILES = "fp8_128x128"
-"""FP8 in 128 x 128 tiles, as some published models have it. Only read: loading and repacking make it BF16."""
+"""FP8 in 128 x 128 tiles, in some published models. Read-only: loading and repacking convert it to BF16."""
 _SAFETENSORS = {"int8": "I8", "uint8": "U8", "float8_e4m3fn": "F8_E4M3", "float32": "F32"}
-"""Name of a dtype in torch -> in a safetensors header."""
+"""Name of a torch dtype -> name in a safetensors header."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """One scheme. Formats are rows of `mx.formats.FORMATS`."""
+    """One scheme. Formats are keys of `mx.formats.FORMATS`."""
 
     name: str
     weight: str = ""
-    """Format of the weight; "": floating point, as the source has it."""
+    """Format of the weight; "": floating point, in the dtype of the source."""
     activation: str = ""
     """Format of the activation; "": floating point."""
     rule: str = ""
-    """Default scale rule of the activation. It differs from that of a weight in the same format for MXFP4."""
+    """Default scale rule of the activation; for MXFP4 it differs from that of the weight."""
     roles: tuple[str, ...] = ()
-    """The tensors of a layer on disk without `mul_scale` and `bias`, in the order they are written. Empty: a
-    step's choice for weights that are stored in another scheme."""
+    """The tensors of a layer in a checkpoint without `mul_scale` and `bias`, in the order they are written.
+    Empty: only chosen per step, for weights in another scheme."""
     manifest: str = ""
-    """msModelSlim's word for it, the value in `quant_model_description.json`."""
+    """msModelSlim's name of the scheme, the value in `quant_model_description.json`."""
     manifest_alias: str = ""
-    """MindIE-SD's second word for it; only read."""
+    """MindIE-SD's other name of the scheme; read-only."""
     vllm_omni_key: str = ""
-    """The key of `quantization_config` by which vLLM-Omni knows quantized weights; "": no such method."""
+    """Key of `quantization_config` that marks quantized weights for vLLM-Omni; "": not supported there."""
     vllm_omni_smooth: bool = False
-    """vLLM-Omni reads a `mul_scale` in these layers."""
+    """Whether vLLM-Omni reads a `mul_scale` in these layers."""
     not_in_engines: str = ""
-    """Why none of `quant.engines` loads it; empty if one does."""
+    """Why none of `quant.engines` loads the scheme; "" if one does."""
     most_lost: int | None = None
-    """How many of 192 videos the quality table lets it lose against BF16; None: no limit."""
+    """Limit of the quality table: videos of 192 that fail and that BF16 gets right; None: no limit."""
     text: str = ""
-    """For `inspect` and the documentation."""
+    """Description for `inspect` and the documentation."""
 
     @property
     def qdata_dtype(self) -> str:
-        """Dtype of the codes, as a safetensors header spells it."""
+        """Dtype of the quantized weight, as in a safetensors header."""
         return _SAFETENSORS[FORMATS[self.weight].qdata_dtype]
 
     @property
     def packed(self) -> bool:
-        """Two codes share a byte of the weight."""
+        """Whether a byte of the weight has two values."""
         return bool(self.weight) and FORMATS[self.weight].packed
 
     @property
     def block(self) -> int:
-        """Elements of K that share an E8M0 scale; 0 if the scheme is not MX."""
-        form = FORMATS.get(self.weight)
-        return form.block if form and form.kind in ("block", "dual") else 0
+        """Elements along K per E8M0 scale; 0 if the scheme is not MX."""
+        fmt = FORMATS.get(self.weight)
+        return fmt.block if fmt and fmt.kind in ("block", "dual") else 0
 
     @property
     def tile(self) -> int:
-        """Rows, and elements of K, that share a float32 scale; 0 if no two rows share one."""
+        """Rows, and elements along K, per float32 scale; 0 if no two rows share one."""
         return FORMATS[self.weight].tile if self.weight else 0
 
     @property
     def group(self) -> int:
-        """Elements of K that share a coarse float32 scale; 0 if there is none."""
+        """Elements along K per coarse float32 scale; 0 if the scheme has none."""
         return FORMATS[self.weight].coarse if self.weight else 0
 
     def tensors(self, n: int, k: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Role -> (dtype, shape) of codes and scales of a quantized layer with a decoded weight [n, k]."""
+        """Role -> (dtype, shape) of quantized weight and scales of a layer with a weight [n, k]."""
         if not self.weight:
             return {}
         qdata, scale, dual = FORMATS[self.weight].shapes((n, k))
         scale_dtype = _SAFETENSORS[FORMATS[self.weight].scale_dtype]
-        every = {
+        tensors = {
             "weight": (self.qdata_dtype, qdata),
             "weight_scale": (scale_dtype, scale),
             "weight_scale_inv": (scale_dtype, scale),
             "weight_offset": ("F32", (n, 1)),
             "weight_dual_scale": ("F32", dual or ()),
         }
-        return {role: every[role] for role in self.roles}
+        return {role: tensors[role] for role in self.roles}
 
 
-_FP8_ENGINES = "it does not read FP8 with float scales as it lies here"
+_FP8_ENGINES = "it does not read FP8 with float scales in this layout"
 _ROWS = (
     Scheme(name="bf16", roles=("weight",), manifest="FLOAT", text="float values of a smoothed layer (W*s)"),
     Scheme(
@@ -159,37 +159,37 @@ _ROWS = (
 )
 
 STORED_SCHEMES = {s.name: s for s in _ROWS if s.roles}
-"""What a checkpoint may hold."""
+"""Schemes that a checkpoint may have."""
 SCHEMES = {name: s for name, s in STORED_SCHEMES.items() if name != FP8_TILES}
-"""What `quantize` and `repack` write, and what a recipe names."""
+"""Schemes that `quantize` and `repack` write, and that a recipe may name."""
 if TYPE_CHECKING:
     SchemeName = str
 else:
     SchemeName = Literal[tuple(SCHEMES)]
-"""The type of an option that takes a scheme."""
+"""Type of an option whose value is one of `SCHEMES`."""
 QUANTIZED = tuple(name for name, s in SCHEMES.items() if s.weight)
 """`SCHEMES` without `bf16`."""
 LINEAR_SCHEMES = {s.name: s for s in _ROWS if s.activation}
-"""How a quantized layer computes: `QUANTIZED` and `w4a8`, by which a step multiplies MXFP4 weights."""
+"""Schemes that a quantized layer computes in: `QUANTIZED`, and `w4a8` for MXFP4 weights in some steps."""
 FP4 = tuple(name for name in QUANTIZED if SCHEMES[name].packed)
-"""Those with 4-bit weights and activations."""
+"""Schemes with 4-bit weights and activations."""
 MANIFEST_SCHEMES = {
-    word: name for name, s in SCHEMES.items() for word in (s.manifest, s.manifest_alias) if word
+    value: name for name, s in SCHEMES.items() for value in (s.manifest, s.manifest_alias) if value
 }
-"""Word in a manifest -> scheme."""
+"""Value in a manifest -> scheme."""
 
 
 def scheme_after_reading(stored: str) -> str:
-    """The scheme of a stored layer once it is loaded or repacked: FP8 in tiles becomes `bf16`."""
+    """The scheme of a stored layer after loading or repacking: FP8 in tiles becomes `bf16`."""
     return "bf16" if stored == FP8_TILES else stored
 
 
 def scheme_of(name: str) -> Scheme:
-    """How a quantized layer computes in this scheme. UsageError E-USE-01 lists the names if there is none."""
+    """The scheme of a quantized layer by name. Raises UsageError (E-USE-01) if it is unknown."""
     if name not in LINEAR_SCHEMES:
         raise UsageError(
-            f"scheme {name!r} for a linear layer on codes",
+            f"scheme {name!r} for a quantized layer",
             needs=", ".join(LINEAR_SCHEMES),
-            fix="check the spelling; bf16 layers are no codes",
+            fix="check the spelling; bf16 layers are not quantized",
         )
     return LINEAR_SCHEMES[name]

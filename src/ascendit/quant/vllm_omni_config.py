@@ -1,10 +1,10 @@
-"""vLLM-Omni's `quantization_config`: read as a recipe for floats, written for quantized weights. No torch.
+"""vLLM-Omni's `quantization_config`: read as a recipe, written for quantized weights. No torch.
 
     {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 5, "ignored_layers": ["blocks.7.ffn.net_2"]}
 
-Reading: `num_bf16_fallback_layers` are leading blocks, 5 by default and for mxfp4_dualscale alone;
-`ignored_layers` names modules, the fused `to_qkv` too. There a name that fits nothing is passed over; here it
-is an error. Writing: `marker_for`, for config.json of a transformer.
+Reading: `num_bf16_fallback_layers` is a number of leading blocks, only for mxfp4_dualscale, default 5;
+`ignored_layers` names modules, including the fused `to_qkv`. A name that matches no layer is an error, while
+vLLM-Omni ignores it. Writing: `quantization_config_for`, for config.json of a transformer.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _OWNERS = {
     "w4a8_fallback_steps": "mxfp4",
     "mxfp4_scale_alg": "mxfp4",
 }
-"""Key -> the one method that has it."""
+"""Key -> the only method that supports it."""
 _SCALE_RULES = {0: "floor", 2: "max:7"}
-LEADING = 5
+_DEFAULT_BF16_BLOCKS = 5
 
 Natural = Annotated[StrictInt, Field(ge=0)]
-LayerCount = Annotated[Natural, described("num_bf16_fallback_layers {got} is no number of blocks")]
-Steps = Annotated[tuple[Natural, ...], described("w4a8_fallback_steps {got} is no list of steps")]
-Names = Annotated[tuple[Name, ...], described("ignored_layers {got} is no list of names")]
+LayerCount = Annotated[Natural, described("num_bf16_fallback_layers {got} is not a number of blocks")]
+Steps = Annotated[tuple[Natural, ...], described("w4a8_fallback_steps {got} is not a list of steps")]
+Names = Annotated[tuple[Name, ...], described("ignored_layers {got} is not a list of names")]
 ScaleAlgorithm = Annotated[
     str,
     BeforeValidator(lambda number: _SCALE_RULES.get(number) if type(number) is int else None),
@@ -45,17 +45,17 @@ ScaleAlgorithm = Annotated[
 
 
 class OmniConfig(Model):
-    """The JSON, once its aliases are replaced."""
+    """The JSON, with aliases replaced."""
 
     method: str
     ignored_layers: Names | None = None
     num_bf16_fallback_layers: LayerCount | None = None
     w4a8_fallback_steps: Steps | None = None
     mxfp4_scale_alg: ScaleAlgorithm | None = None
-    """As a scale rule of ours."""
+    """Converted to a scale rule of ascendit."""
 
     @model_validator(mode="after")
-    def _fits_the_method(self) -> Self:
+    def _check_method(self) -> Self:
         if self.method not in METHODS:
             raise problem(f"method {self.method!r} is not one of {', '.join(METHODS)}")
         for key, method in _OWNERS.items():
@@ -65,68 +65,70 @@ class OmniConfig(Model):
 
     @property
     def rules(self) -> tuple[LayerRule, ...]:
-        """Those of a recipe, the last that matches wins."""
+        """Rules of a recipe; the last match wins."""
         leading = self.num_bf16_fallback_layers
         if leading is None:
-            leading = LEADING if self.method == "mxfp4_dualscale" else 0
+            leading = _DEFAULT_BF16_BLOCKS if self.method == "mxfp4_dualscale" else 0
         blocks = tuple(f"blocks.{n}.*" for n in range(leading))
         ignored = tuple(layer for name in self.ignored_layers or () for layer in patterns_of_module(name))
-        kept = (LayerRule(layers=layers, scheme="bf16") for layers in (blocks, ignored) if layers)
-        return LayerRule(layers=("*",), scheme=self.method, scale_rule=self.mxfp4_scale_alg), *kept
+        excluded = (LayerRule(layers=layers, scheme="bf16") for layers in (blocks, ignored) if layers)
+        return LayerRule(layers=("*",), scheme=self.method, scale_rule=self.mxfp4_scale_alg), *excluded
 
     @property
     def step_policy(self) -> StepSchedule:
-        """The steps with 8-bit activations."""
+        """The schedule of the steps with 8-bit activations."""
         steps = sorted(set(self.w4a8_fallback_steps or ()))
         return StepSchedule(tuple((step, Step("w4a8")) for step in steps))
 
 
 def is_omni_config(text: str) -> bool:
-    """Whether what was given as a recipe is this JSON."""
+    """Whether the text of a recipe option is this JSON instead of a name or path."""
     return text.lstrip().startswith("{")
 
 
 def read_omni_config(text: str) -> OmniConfig:
-    """The JSON as a model. UsageError E-USE-01 for what it cannot mean."""
+    """Parse the JSON. Raises UsageError (E-USE-01) if it is invalid."""
     try:
         config = json.loads(text)
-        named = {_ALIASES[key]: value for key, value in config.items() if key in _ALIASES}
-        return OmniConfig.model_validate(named | {k: v for k, v in config.items() if k not in _ALIASES})
+        renamed = {_ALIASES[key]: value for key, value in config.items() if key in _ALIASES}
+        return OmniConfig.model_validate(renamed | {k: v for k, v in config.items() if k not in _ALIASES})
     except ValueError as e:
         raise usage_error(
             e,
-            where="quantization_config",
+            source="quantization_config",
             syntax="JSON",
             needs=f"vLLM-Omni's JSON with {', '.join(sorted({*OmniConfig.model_fields, *_ALIASES}))}",
             fix='{"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 5, "ignored_layers": []}',
         ) from e
 
 
-def marker_for(layers: Mapping[str, str], smoothed: Collection[str] = ()) -> dict[str, Any] | None:
-    """`quantization_config` for config.json, in keys that vLLM-Omni 0.30 knows; None for floats.
+def quantization_config_for(
+    layers: Mapping[str, str], smoothed: Collection[str] = ()
+) -> dict[str, Any] | None:
+    """`quantization_config` for config.json, with keys of vLLM-Omni 0.30; None if no layer is quantized.
 
-    `layers`: every linear of the blocks (and others that are quantized) -> scheme, `bf16` for those that are
-    kept; `smoothed`: those with a `mul_scale`. `ignored_layers` holds the kept ones, by the names of its
-    modules: `attn1.to_qkv`, `to_out`, `ffn.net_0.proj`, `ffn.net_2`.
+    `layers`: all linear layers of the blocks (and other quantized layers) -> scheme, `bf16` if excluded.
+    `smoothed`: layers with a `mul_scale`. `ignored_layers` lists the excluded layers by vLLM-Omni's modules:
+    `attn1.to_qkv`, `to_out`, `ffn.net_0.proj`, `ffn.net_2`.
 
-    Its schema cannot say two schemes, FP8 by rows, a quantized layer outside the blocks, a Q without its K
-    and V, smoothing in a scheme or in a kept layer where it knows none. Then the method is ascendit's own:
-    Diffusers asks ascendit, and vLLM-Omni stops instead of taking codes for weights.
+    vLLM-Omni's schema cannot represent two schemes, rowwise FP8, quantized layers outside the blocks, partly
+    quantized Q, K and V, or smoothing of excluded layers or in some schemes. The method is then `ascendit`:
+    Diffusers loads it by ascendit, and vLLM-Omni stops instead of reading quantized weights as floats.
     """
     own = {"quant_method": METHOD}
-    coded = {name: scheme for name, scheme in layers.items() if scheme in QUANTIZED}
-    if not coded:
+    quantized = {name: scheme for name, scheme in layers.items() if scheme in QUANTIZED}
+    if not quantized:
         return None
-    method, *more = set(coded.values())
+    method, *more = set(quantized.values())
     scheme = SCHEMES[method]
-    if more or not scheme.vllm_omni_key or not all(map(is_block_linear, coded)):
+    if more or not scheme.vllm_omni_key or not all(map(is_block_linear, quantized)):
         return own
-    if not set(smoothed) <= (set(coded) if scheme.vllm_omni_smooth else set()):
+    if not set(smoothed) <= (set(quantized) if scheme.vllm_omni_smooth else set()):
         return own
-    kept = [name for name in sort_names(layers) if name not in coded and is_block_linear(name)]
-    if (ignored := vllm_omni_modules(kept, coded)) is None:
+    excluded = [name for name in sort_names(layers) if name not in quantized and is_block_linear(name)]
+    if (ignored := vllm_omni_modules(excluded, quantized)) is None:
         return own
-    marker: dict[str, Any] = {"quant_method": method, scheme.vllm_omni_key: True}
-    if method == "mxfp4" and set(smoothed) == set(coded):
-        marker["require_smooth_scale"] = True
-    return marker | {"ignored_layers": ignored}
+    config: dict[str, Any] = {"quant_method": method, scheme.vllm_omni_key: True}
+    if method == "mxfp4" and set(smoothed) == set(quantized):
+        config["require_smooth_scale"] = True
+    return config | {"ignored_layers": ignored}

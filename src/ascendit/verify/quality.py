@@ -33,7 +33,7 @@ from ascendit.pipeline.frame_checks import Frames, to_uint8
 from ascendit.pipeline.generate import Pipeline, Stop, denoise
 from ascendit.pipeline.job import load
 from ascendit.pipeline.request import GenerateRequest
-from ascendit.quant.fusion import leader_of
+from ascendit.quant.fusion import first_in_group
 from ascendit.quant.recipe import recipe_names
 from ascendit.quant.schemes import QUANTIZED, SCHEMES
 from ascendit.verify.metrics import cosine, output_sqnr, psnr, relative_l2, ssim
@@ -241,7 +241,7 @@ def layer_sqnr(plain: Pipeline, pipe: Pipeline, inputs: Mapping[str, Tensor]) ->
     found = {}
     floats = nn.ModuleDict(plain.experts)
     for name, module in nn.ModuleDict(pipe.experts).named_modules():
-        if not isinstance(module, QuantLinear) or (x := inputs.get(leader_of(name))) is None:
+        if not isinstance(module, QuantLinear) or (x := inputs.get(first_in_group(name))) is None:
             continue
         weight: Any = floats.get_submodule(name).weight
         y = module(x.to(module.device), pipe.policy.default.precision).float().cpu()

@@ -48,7 +48,7 @@ class AppliedRecipe(LayerSchemes):
     @property
     def traits(self) -> frozenset[str]:
         """What matters to an engine."""
-        shapes = {name: self.weight(name).shape for name in self.coded}
+        shapes = {name: self.weight(name).shape for name in self.quantized}
         smoothing = {name: scale.float().numpy().tobytes() for name, scale in self.smoothing.items()}
         return traits_of(self.inside, shapes, smoothing)
 
@@ -70,7 +70,7 @@ class AppliedRecipe(LayerSchemes):
     def kept(self) -> dict[str, tuple[str, ...]]:
         """Why -> layers that stay as they are, grouped."""
         names = [layer.name for layer in self.layers]
-        reasons = group_by((x for x in self.layers if x.scheme == "bf16"), lambda layer: layer.why)
+        reasons = group_by((x for x in self.layers if x.scheme == "bf16"), lambda layer: layer.reason)
         return {why: grouped((x.name for x in layers), names) for why, layers in reasons.items()}
 
 
@@ -96,7 +96,7 @@ def apply_recipe(
     if any(a.rotate for a in attention):
         _check_rotation(expert)
     applied = AppliedRecipe(expert, layers, attention, recipe.round_to.upper(), smoothing)
-    for layer in applied.coded.values():
+    for layer in applied.quantized.values():
         _check_layer(applied, layer)
     return applied
 
@@ -192,7 +192,7 @@ def _check_smoothing(expert: Expert, smoothing: Mapping[str, Any], layers: set[s
 
 def _shape_trouble(applied: AppliedRecipe) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for name, layer in applied.coded.items():
+    for name, layer in applied.quantized.items():
         k, scheme = applied.weight(name).shape[1], SCHEMES[layer.scheme]
         if scheme.packed and k % 2:
             found.setdefault("odd K, which the NPU's FP4 operators do not take", []).append(name)

@@ -71,7 +71,7 @@ class RecipeSteps:
 
     def plan(self) -> list[TensorStep]:
         """In the order of the output."""
-        expert, coded = self.applied.expert, self.applied.coded
+        expert, coded = self.applied.expert, self.applied.quantized
         steps: dict[str, TensorStep] = {}
         for step in stored_steps(expert, self.dialect):
             layer, _, role = step.name.rpartition(".")
@@ -96,7 +96,7 @@ class RecipeSteps:
 
     def _smoothing(self) -> Mapping[str, Tensor]:
         """As given; ones where the engine that reads the result requires a factor."""
-        ones = [name for name, layer in self.applied.coded.items() if layer.scheme in self.dialect.ones]
+        ones = [name for name, layer in self.applied.quantized.items() if layer.scheme in self.dialect.ones]
         return {name: torch.ones(self.applied.weight(name).shape[1]) for name in ones} | dict(
             self.applied.smoothing
         )

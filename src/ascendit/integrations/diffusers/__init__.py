@@ -253,7 +253,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         assert self._config.recipe is not None
         chosen = module_schemes(model, self._config.recipe, self._config.keep, force=self._config.force)
         self._layers, self._chosen = {s.name: s.scheme for s in chosen.layers}, chosen
-        for name in chosen.coded:
+        for name in chosen.quantized:
             floats = {r: torch.empty_like(p, device="meta") for r, p in linears[name].named_parameters()}
             self._put(model, name, (linears[name].out_features, linears[name].in_features), floats)
 

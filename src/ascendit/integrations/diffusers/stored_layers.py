@@ -17,7 +17,7 @@ from ascendit.checkpoint.reader import Shards, TensorInfo
 from ascendit.checkpoint.transformer import read_expert
 from ascendit.errors import CheckpointError
 from ascendit.names import listed
-from ascendit.quant.layer_rules import say_attention
+from ascendit.quant.layer_rules import warn_about_attention
 from ascendit.quant.schemes import FP8_TILES, SCHEMES
 
 
@@ -35,7 +35,7 @@ def read_stored_layers(model: nn.Module, files: Sequence[Path]) -> dict[str, Lay
         expert = read_expert(
             Part("transformer", folder, "diffusers", TRANSFORMER, config, files=tuple(files))
         )
-        say_attention(expert.name, expert.attention.values(), expert.path)
+        warn_about_attention(expert.name, expert.attention.values(), expert.path)
         found = expert.layers
     else:
         found = _by_dtype(model, Shards.of_files(files).tensors)
