@@ -12,7 +12,14 @@ from torch import nn
 
 from ascendit import mx
 from ascendit.errors import UsageError
-from ascendit.model.linear import QuantLinear, SmoothLinear, Tokens, fused_linears, linear, stored_tensors
+from ascendit.model.linear import (
+    LinearInput,
+    QuantLinear,
+    SmoothLinear,
+    fused_linears,
+    linear,
+    stored_tensors,
+)
 from ascendit.mx.smoothing import smooth_input
 from ascendit.ops.operators import bind
 from ascendit.quant.schemes import LINEAR_SCHEMES
@@ -81,7 +88,7 @@ def test_joined_layers_quantize_and_multiply_once(monkeypatch):
 
     for name in ("quantize_activation", "quantized_linear"):
         monkeypatch.setattr(kind, name, spy(name, getattr(kind, name)))
-    t = Tokens(tokens())
+    t = LinearInput(tokens())
     outs = [linear(OPS, m, t) for m in layers]
     assert calls == ["quantize_activation", "quantized_linear"]
     assert all(torch.equal(out, m(tokens())) for out, m in zip(outs, alone, strict=True))
@@ -99,7 +106,7 @@ def test_layers_that_share_tokens_but_not_a_weight_share_the_codes_of_the_tokens
         return plain(*given)
 
     monkeypatch.setattr(type(OPS.quantized), "quantize_activation", spy)
-    t = Tokens(tokens())
+    t = LinearInput(tokens())
     outs = [linear(OPS, m, t) for m in layers]
     assert len(seen) == 2 and seen[0] is None and seen[1].data_ptr() == mul.data_ptr()
     assert torch.equal(outs[2], layer("mxfp8")(smooth_input(tokens(), mul)))
@@ -136,7 +143,7 @@ def test_state_dict_is_the_disk_and_comes_back(scheme):
     )
     blank.load_state_dict(state)
     assert torch.equal(blank["to_q"](tokens()), m["to_q"](tokens()))
-    with pytest.raises(RuntimeError, match="codes of"):
+    with pytest.raises(RuntimeError, match="loaded unchanged"):
         blank.load_state_dict(state | {"to_q.weight": torch.zeros(24, 64)})
     with pytest.raises(RuntimeError, match="Missing key"):
         blank.load_state_dict({k: v for k, v in state.items() if "scale" not in k})
@@ -181,7 +188,7 @@ def storage_of(m: QuantLinear) -> int:
 
 
 def outputs(layers: list[QuantLinear]) -> list[torch.Tensor]:
-    t = Tokens(tokens())
+    t = LinearInput(tokens())
     return [linear(OPS, m, t) for m in layers]
 
 
@@ -321,14 +328,14 @@ def test_scales_of_nan_and_kept_floats_refuse_a_state_dict():
             m.load_state_dict(state | {f"to_q.{role}": value})
     kept: Any = m["to_q"]
     kept.floats = (torch.zeros(24, 64), None)
-    with pytest.raises(RuntimeError, match="load the model anew"):
+    with pytest.raises(RuntimeError, match="load the model again"):
         m.load_state_dict(state)
 
 
 def test_joined_layers_that_come_to_read_tokens_otherwise_stay_right():
     layers, parts = group_of(1, 2, 3)
     layers[1].mul_scale = nn.Parameter(torch.rand(64) + 0.5, requires_grad=False)
-    t = Tokens(tokens())
+    t = LinearInput(tokens())
     for m in layers:
         assert torch.equal(linear(OPS, m, t), m(tokens()))
     alone = QuantLinear.from_encoded(

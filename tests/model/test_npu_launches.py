@@ -299,6 +299,6 @@ def test_the_layout_is_made_again_after_a_way_to_the_host(
         assert group.schemes.device.kind == "cpu" and group.schemes.rules == (
             {"mxfp4": "max:7"} if rule else {}
         )
-        assert not group.packed and len(list(group.members[0].parameters())) > 2
+        assert not group.packed and len(list(group.layers[0].parameters())) > 2
         group.fuse(operators.schemes_on("npu:0", group.schemes))
     assert formats(model) == layout and torch.equal(velocity(model), before)

@@ -267,7 +267,7 @@ def test_a_chip_refuses_what_it_has_no_matmul_for_and_emulates_when_asked() -> N
 def test_tokens_of_another_device_are_refused() -> None:
     plain = nn.Sequential(nn.Linear(64, 64))
     ascendit.quantize_(plain, "int8")
-    with pytest.raises(UsageError, match="tokens on meta for a layer in int8 on cpu") as e:
+    with pytest.raises(UsageError, match="an input on meta for a layer in int8 on cpu") as e:
         plain(torch.empty(2, 64, device="meta"))
     assert e.value.code == "E-QNT-03" and "enable_model_cpu_offload" in e.value.fix
 

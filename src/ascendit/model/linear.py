@@ -1,14 +1,15 @@
-"""Quantized linear layers as modules: quantize the activation, multiply; the operators of the scheme do both.
+"""Quantized linear layers as modules: quantize the activation and multiply, with the operators of the scheme.
 
     m = QuantLinear.from_encoded(mx.encode(w, "mxfp8"), bias, schemes=bind("cpu").quantized)
     y = m(x)                                   # x's dtype
 
-    tokens = Tokens(x)                         # Q, K and V read the same activation:
-    q, k, v = (linear(ops, m, tokens) for m in (to_q, to_k, to_v))     # one quantization, one matmul
+    shared = LinearInput(x)                    # Q, K and V read the same activation:
+    q, k, v = (linear(ops, m, shared) for m in (to_q, to_k, to_v))     # one quantization, one matmul
 
-Codes and scales are parameters of the layer, named and shaped as on disk, so moving, state dicts, offloading
-and FSDP2 are PyTorch's own. Layers of a `FusedGroup` hold neighbouring rows of one storage: the first that
-is asked multiplies for all of them. Where their rows are elsewhere, each layer multiplies by itself.
+Quantized weights and scales are parameters of the layer, with the names and shapes they have on disk, so
+moving, state dicts, offloading and FSDP2 work as in PyTorch. The layers of a `FusedGroup` hold consecutive
+rows of one storage, and the first one called multiplies for all of them. If something has replaced their
+parameters, each layer multiplies alone.
 """
 
 from __future__ import annotations
@@ -35,45 +36,49 @@ from ascendit.weights.tensor_steps import CHECKS
 
 Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 FUSED_ROLES = ("weight", "weight_scale", "weight_dual_scale", "bias")
-"""Parameters whose rows the members of a group share."""
+"""Parameters of a layer that are rows of a tensor of its group."""
 
 
-class Tokens:
-    """An activation that one or more linear layers read; quantized once for each way that they ask for."""
+class LinearInput:
+    """Input of one or more linear layers; quantized once per scheme and smoothing."""
 
     def __init__(self, x: Tensor) -> None:
+        """`x`: hidden states [.., K] in a float dtype."""
         self.x = x
-        self._made: dict[tuple[str, int], Any] = {}
-        self._products: dict[tuple[int, str, int], dict[QuantLinear, Tensor]] = {}
+        self._cache: dict[tuple[str, int], Any] = {}
+        self._outputs: dict[tuple[int, str, int], dict[QuantLinear, Tensor]] = {}
 
     def activation(self, schemes: Schemes, scheme: str, mul_scale: Tensor | None) -> Activation:
-        """Quantized. Layers that are smoothed alike share the memory of `mul_scale`."""
+        """The input times `mul_scale` (float32 [K]), quantized; equal factors share one tensor."""
         key = (scheme, _address(mul_scale))
-        if key not in self._made:
-            self._made[key] = schemes.quantize_activation(self.x, scheme, mul_scale)
-        quantized: Activation = self._made[key]
+        if key not in self._cache:
+            self._cache[key] = schemes.quantize_activation(self.x, scheme, mul_scale)
+        quantized: Activation = self._cache[key]
         return quantized
 
     def smoothed(self, mul_scale: Tensor) -> Tensor:
-        """Times `mul_scale`, in the dtype of the activation."""
+        """The input times `mul_scale` (float32 [K]): [.., K] in its own dtype."""
         key = ("smoothed", _address(mul_scale))
-        if key not in self._made:
-            self._made[key] = smooth_input(self.x, mul_scale)
-        product: Tensor = self._made[key]
-        return product
+        if key not in self._cache:
+            self._cache[key] = smooth_input(self.x, mul_scale)
+        smoothed: Tensor = self._cache[key]
+        return smoothed
 
-    def product(self, layer: QuantLinear, scheme: str) -> Tensor:
-        """[.., N] of one layer; computed for all of its group that read alike, and given away once."""
+    def output(self, layer: QuantLinear, scheme: str) -> Tensor:
+        """The output [.., N] of `layer`, in the input's dtype.
+
+        Computed together with the other layers of its group; each output is returned once and then released.
+        """
         group, mul_scale = layer.group, layer._parameters["mul_scale"]
-        parts = self._products.setdefault((id(group), scheme, _address(mul_scale)), {})
-        if layer not in parts:
-            weight, members = group.weight_for(layer)
+        outputs = self._outputs.setdefault((id(group), scheme, _address(mul_scale)), {})
+        if layer not in outputs:
+            weight, layers = group.weight_for(layer)
             schemes = group.schemes
             y = schemes.quantized_linear(self.activation(schemes, scheme, mul_scale), weight)
-            if len(members) == 1:
+            if len(layers) == 1:
                 return y
-            parts |= zip(members, y.split([m.out_features for m in members], dim=-1), strict=True)
-        return parts.pop(layer)
+            outputs |= zip(layers, y.split([m.out_features for m in layers], dim=-1), strict=True)
+        return outputs.pop(layer)
 
 
 def _address(mul_scale: Tensor | None) -> int:
@@ -81,92 +86,96 @@ def _address(mul_scale: Tensor | None) -> int:
 
 
 class FusedGroup:
-    """Layers of one scheme and one K that read one activation, multiplied as one matrix.
+    """Layers of one scheme and one K that read the same activation, multiplied as one matrix by `schemes`.
 
-    `schemes` computes. The prepared weight is kept while the parameters are those that it was made from.
-    Parameters that something else has replaced (FSDP2, hooks that offload) are prepared on each call and
-    nothing of them is kept: the memory is theirs.
+    The prepared weight stays valid as long as the parameters it was prepared from are unchanged. Parameters
+    that something else has replaced (FSDP2, offloading hooks) are prepared on each call and not cached,
+    because that code controls their memory.
     """
 
-    def __init__(self, members: Sequence[QuantLinear], schemes: Schemes) -> None:
-        self.members, self.schemes = tuple(members), schemes
+    def __init__(self, layers: Sequence[QuantLinear], schemes: Schemes) -> None:
+        self.layers, self.schemes = tuple(layers), schemes
         self.weight: PreparedWeight | None = None
-        self._made_from: list[tuple[dict[str, Any], str, int, int]] = []
+        self._sources: list[tuple[dict[str, Any], str, int, int]] = []
+        """Parameters that `weight` was prepared from: their dictionary, role, address and version."""
         self._copied = False
-        for m in members:
+        for m in layers:
             m.group = self
         self.fuse()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For `copy` and `pickle`: a copy has other addresses, and is fused when it first computes."""
+        """For `copy` and `pickle`: a copy has new addresses and is fused again at its first call."""
         weight = self.weight if self.packed else None
-        return vars(self) | {"weight": weight, "_made_from": [], "_copied": True}
+        return vars(self) | {"weight": weight, "_sources": [], "_copied": True}
 
     @property
     def packed(self) -> bool:
-        """The kernel's layout of the codes is another one, as FRACTAL_NZ: it replaces the parameters."""
-        return self.weight is not None and self.members[0]._parameters["weight"] is None
+        """Whether the kernel's layout of the weight differs (FRACTAL_NZ) and has replaced the parameters."""
+        return self.weight is not None and self.layers[0]._parameters["weight"] is None
 
     @property
     def extra_nbytes(self) -> int:
-        """Of what the prepared weight has beside the parameters."""
-        owned = {p.untyped_storage().data_ptr() for m in self.members for p in m.parameters()}
-        parts = () if self.weight is None else self.weight.tensors
-        return sum(t.nbytes for t in parts if t.untyped_storage().data_ptr() not in owned)
+        """Bytes of the prepared weight in addition to the parameters."""
+        owned = {p.untyped_storage().data_ptr() for m in self.layers for p in m.parameters()}
+        tensors = () if self.weight is None else self.weight.tensors
+        return sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in owned)
 
     def weight_for(self, layer: QuantLinear) -> tuple[PreparedWeight, Sequence[QuantLinear]]:
-        """A prepared weight, and the layers whose rows it has. UsageError E-QNT-03 for a cast parameter."""
+        """The prepared weight [sum of N, K] (dtypes as `PreparedWeight`) and the layers whose rows it holds.
+
+        UsageError E-QNT-03 for a cast parameter.
+        """
         if self._copied:
             self._copied = False
             self.fuse()
         if self.weight is not None and (self._unchanged() or self.packed):
-            return self.weight, self.members
+            return self.weight, self.layers
         self.weight = None
         layer.check_dtypes()
-        self._follow(layer.device)
+        self._use_device(layer.device)
         return self._prepare(map(layer._parameters.get, FUSED_ROLES), layer), (layer,)
 
     def fuse(self, schemes: Schemes | None = None) -> None:
-        """Lay the rows of all members out one after another, as the kernel wants them.
+        """Make the rows of all layers consecutive and prepare them for the kernel.
 
-        Not while members are on several devices or on the meta device, or FSDP2 shards them. `schemes`: to
-        compute with others from now on.
+        Does nothing while the layers are on several devices, on the meta device, or sharded by FSDP2.
+        `schemes`: replaces the operators of the group.
         """
         if schemes is not None:
             self.unpack()
             self.schemes = schemes
         elif self._unchanged():
             return
-        tensors = [p for m in self.members for p in map(m._parameters.get, FUSED_ROLES) if p is not None]
+        tensors = [p for m in self.layers for p in map(m._parameters.get, FUSED_ROLES) if p is not None]
         devices = {t.device for t in tensors}
         if len(devices) > 1 or tensors[0].is_meta or any(type(t) is not nn.Parameter for t in tensors):
             return
-        self._follow(tensors[0].device)
+        self._use_device(tensors[0].device)
         self._share_mul_scale()
-        joined = [self._joined(role) for role in FUSED_ROLES]
-        self.weight, qdata = self._prepare(joined, self.members[0]), joined[0]
+        fused = [self._fused(role) for role in FUSED_ROLES]
+        self.weight, qdata = self._prepare(fused, self.layers[0]), fused[0]
         assert qdata is not None
         if self.weight.qdata.untyped_storage().data_ptr() != qdata.untyped_storage().data_ptr():
-            for m in self.members:
+            for m in self.layers:
                 m._parameters["weight"] = None
-        self._made_from = [
+        self._sources = [
             (m._parameters, role, t.data_ptr(), -1 if t.is_inference() else t._version)
-            for m in self.members
+            for m in self.layers
             for role in FUSED_ROLES
             if (t := m._parameters[role]) is not None
         ]
 
     def unpack(self) -> None:
-        """Make the codes parameters again, as stored."""
+        """Restore the weights as parameters in their stored layout."""
         if self.packed:
-            for m, rows in zip(self.members, self._unpacked(), strict=True):
+            for m, rows in zip(self.layers, self._unpacked(), strict=True):
                 m._parameters["weight"] = _parameter(rows)
             self.weight = None
 
     def qdata(self, layer: QuantLinear) -> Tensor:
-        """Of one member, as stored."""
+        """The quantized weight [N, K] of one layer in its stored layout and dtype."""
         qdata = layer._parameters["weight"]
-        return self._unpacked()[self.members.index(layer)] if qdata is None else qdata
+        return self._unpacked()[self.layers.index(layer)] if qdata is None else qdata
 
     def _unpacked(self) -> tuple[Tensor, ...]:
         assert self.weight is not None
@@ -175,25 +184,25 @@ class FusedGroup:
 
     @property
     def _sizes(self) -> list[int]:
-        return [m.out_features for m in self.members]
+        return [m.out_features for m in self.layers]
 
     def _unchanged(self) -> bool:
-        """Whether the parameters are as prepared; writes by `.data` or to inference tensors are not seen."""
-        for parameters, role, address, version in self._made_from:
+        """Whether the parameters are unchanged; misses writes via `.data` and to inference tensors."""
+        for parameters, role, address, version in self._sources:
             t = parameters[role]
             if t is None or t.data_ptr() != address or (version >= 0 and t._version != version):
                 return False
         return self.weight is not None
 
-    def _follow(self, device: torch.device) -> None:
-        """Compute where the parameters are."""
+    def _use_device(self, device: torch.device) -> None:
+        """Switch to the operators of the parameters' device."""
         bound = torch.device(self.schemes.device.torch_name)  # `cuda` is `cuda:0`
         if (bound.type, bound.index or 0) != (device.type, device.index or 0):
             self.schemes = schemes_on(str(device), self.schemes)
 
-    def _joined(self, role: str) -> Tensor | None:
-        """The rows of all members as one tensor; they become views of it."""
-        rows = [p for m in self.members if (p := m._parameters[role]) is not None]
+    def _fused(self, role: str) -> Tensor | None:
+        """The rows of all layers as one tensor; the parameters become views of it."""
+        rows = [p for m in self.layers if (p := m._parameters[role]) is not None]
         if len(rows) < 2:
             return rows[0].data if rows else None
         sizes = [len(t) for t in rows]
@@ -201,47 +210,47 @@ class FusedGroup:
         one_storage = len({t.untyped_storage().data_ptr() for t in rows}) == 1
         if one_storage and all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in pairwise(rows)):
             return first.as_strided(shape, first.stride())
-        joined = torch.cat([t.data for t in rows])
-        for t, view in zip(rows, joined.split(sizes), strict=True):
+        fused = torch.cat([t.data for t in rows])
+        for t, view in zip(rows, fused.split(sizes), strict=True):
             t.data = view
-        return joined
+        return fused
 
     def _share_mul_scale(self) -> None:
-        """Equal factors become one parameter again: a move may have made copies of it."""
-        first = self.members[0]._parameters["mul_scale"]
-        for m in self.members[1:]:
+        """Make equal factors one parameter again: a move may have copied them."""
+        first = self.layers[0]._parameters["mul_scale"]
+        for m in self.layers[1:]:
             other = m._parameters["mul_scale"]
             if first is not None and other is not None and torch.equal(first, other):
                 m._parameters["mul_scale"] = first
 
     def _prepare(self, tensors: Iterable[Tensor | None], layer: QuantLinear) -> PreparedWeight:
-        parts: Any = [None if t is None else t.detach() for t in tensors]
-        qdata, scale, dual, bias = parts
+        detached: Any = [None if t is None else t.detach() for t in tensors]
+        qdata, scale, dual, bias = detached
         k = layer.in_features
         return self.schemes.prepare_weight(qdata, scale, dual, bias, layer.scheme, width=k)
 
 
 class DecodedWeight(Tensor):
-    """A decoded copy of a quantized weight, to read. `data` is refused: what is written there would be lost.
+    """A read-only dequantized copy of a quantized weight. `data` is refused: writes to it would be lost.
 
-    What is computed with one is a plain tensor.
+    Results of computations with it are plain tensors.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
-        """UsageError E-QNT-03. PEFT and Diffusers fuse through it."""
+        """Always raises UsageError E-QNT-03: PEFT and Diffusers fuse through `data` [N, K], in any dtype."""
         raise UsageError(
-            "weight.data of a layer on codes",
-            needs="a weight in floating point, to fuse a LoRA or projections into it",
-            fix="fuse first and quantize then; a LoRA that is not fused works beside the codes",
+            "weight.data of a quantized layer",
+            needs="a floating-point weight, to fuse a LoRA or projections into it",
+            fix="fuse before quantizing, or use the LoRA without fusing it",
             code="E-QNT-03",
         )
 
 
 class QuantLinear(nn.Linear):
-    """A quantized linear layer; its parameters are as stored on disk. It can be moved, and not be cast."""
+    """A quantized linear layer whose parameters have their stored layout. It can be moved but not cast."""
 
     group: FusedGroup
     weight_scale: nn.Parameter
@@ -257,57 +266,63 @@ class QuantLinear(nn.Linear):
         mul_scale: Tensor | None = None,
     ) -> None:
         """`shape`: N and K. `tensors`: role -> tensor as stored. `mul_scale`: float32 [K] that multiplies the
-        activation. A `FusedGroup` must take the layer before it computes."""
+        activation. The layer must be added to a `FusedGroup` before its first call."""
         nn.Module.__init__(self)
         self.out_features, self.in_features = shape
         self.scheme, self.compute_dtype = scheme, compute_dtype
         self.floats: tuple[Tensor, Tensor | None] | None = None
-        """Weight and bias before quantization, for steps that a schedule wants in BF16."""
-        self.take(dict.fromkeys(FUSED_ROLES) | dict(tensors) | {"mul_scale": mul_scale})
+        """Weight [N, K] and bias [N] before quantization, for the BF16 steps of a schedule."""
+        self.set_tensors(dict.fromkeys(FUSED_ROLES) | dict(tensors) | {"mul_scale": mul_scale})
 
     @classmethod
     def from_encoded(
         cls, encoded: Encoded, bias: Tensor | None, *, schemes: Schemes, **options: Any
     ) -> QuantLinear:
-        """One layer by itself, of a weight [N, K] with blocks along K. `options`: as in `fused_linears`."""
+        """A single layer from a weight [N, K] quantized along K and a bias [N], dtypes as in `Encoded`.
+
+        `options`: `compute_dtype` and `mul_scale` of `fused_linears`.
+        """
         (n, k), tensors = encoded.shape, stored_tensors(encoded, bias)
         options = {"compute_dtype": torch.bfloat16} | options
         return fused_linears(tensors, [n], encoded.format, schemes, width=k, **options)[0]
 
-    def take(self, tensors: Mapping[str, Tensor | None]) -> None:
-        """Parameters by their roles, as stored."""
+    def set_tensors(self, tensors: Mapping[str, Tensor | None]) -> None:
+        """Set parameters by role: weight [N, K], weight_scale etc. in the stored shapes and dtypes."""
         scale = tensors.get("weight_scale")
         if scale is not None and "weight_offset" in SCHEMES[self.scheme].roles:
             tensors = {"weight_offset": torch.zeros_like(scale)} | dict(tensors)
         for role, t in tensors.items():
-            # Past `register_parameter`: the property `weight` is the decoded weight, the parameter the codes.
+            # Not by `register_parameter`: the attribute `weight` is a property.
             self._parameters[role] = _parameter(t)
 
     # ---- computing ------------------------------------------------------------------------------
 
     def forward(
-        self, x: Tensor | Tokens, precision: Precision = "stored", multiply: Multiply = F.linear
+        self, x: Tensor | LinearInput, precision: Precision = "stored", multiply: Multiply = F.linear
     ) -> Tensor:
-        """[.., K] -> [.., N]. `multiply`: for a step in BF16. UsageError E-QNT-03 for another device."""
-        tokens, precision = x if isinstance(x, Tokens) else Tokens(x), precision_of(self, precision)
+        """x [.., K] -> [.., N], in x's dtype. `multiply`: the matmul of a BF16 step.
+
+        UsageError E-QNT-03 for an input on another device or a cast parameter.
+        """
+        source, precision = x if isinstance(x, LinearInput) else LinearInput(x), precision_of(self, precision)
         if precision == "bf16" and self.floats is not None:
-            return multiply(tokens.x, *self.floats)
-        if tokens.x.device != self.device:
+            return multiply(source.x, *self.floats)
+        if source.x.device != self.device:
             raise UsageError(
-                f"tokens on {tokens.x.device} for a layer in {self.scheme} on {self.device}",
+                f"an input on {source.x.device} for a layer in {self.scheme} on {self.device}",
                 needs="both on one device",
                 fix="model.to(device), or pipe.enable_model_cpu_offload()",
                 code="E-QNT-03",
             )
-        return tokens.product(self, "w4a8" if precision == "w4a8" else self.scheme)
+        return source.output(self, "w4a8" if precision == "w4a8" else self.scheme)
 
-    # ---- what tools see -------------------------------------------------------------------------
+    # ---- reading a layer ------------------------------------------------------------------------
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Decoded [N, K] in `compute_dtype`; a new tensor each time, which cannot be written to the layer.
+        """Dequantized [N, K] in `compute_dtype`: a new tensor on each access; writing to it changes nothing.
 
-        FSDP2 and the hooks of accelerate look up their parameters by attribute: they get the codes.
+        FSDP2 and accelerate's hooks look up parameters by attribute; they get the quantized weight.
         """
         qdata = self._parameters["weight"]
         hooked = qdata is not None and (type(qdata) is not nn.Parameter or "_old_forward" in self.__dict__)
@@ -316,7 +331,7 @@ class QuantLinear(nn.Linear):
         return decode(self.encoded()).to(self.compute_dtype).as_subclass(DecodedWeight)
 
     def encoded(self) -> Encoded:
-        """Codes and scales as stored."""
+        """Quantized weight [N, K] and scales as stored, dtypes as in `Encoded`."""
         scale, dual = self.weight_scale.data, self._parameters["weight_dual_scale"]
         qdata = self.group.qdata(self).data
         shape = (self.out_features, self.in_features)
@@ -324,38 +339,38 @@ class QuantLinear(nn.Linear):
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are."""
-        scale: Any = self._parameters["weight_scale"]  # attributes of a module are looked up slowly
+        """The device of the parameters."""
+        scale: Any = self._parameters["weight_scale"]  # attribute access of nn.Module is slow
         device: torch.device = scale.device
         return device
 
     @property
     def extra_nbytes(self) -> int:
-        """Of what it keeps beside its parameters: floats, and what the kernel of its group prepared."""
-        prepared = self.group.extra_nbytes if self is self.group.members[0] else 0
+        """Bytes besides the parameters: `floats` and, for the first layer of a group, its prepared weight."""
+        prepared = self.group.extra_nbytes if self is self.group.layers[0] else 0
         return prepared + sum(t.nbytes for t in self.floats or () if t is not None)
 
     def extra_repr(self) -> str:
-        members = len(self.group.members)
-        joined = f", one of {members} joined" if members > 1 else ""
-        return f"{self.in_features}, {self.out_features}, {self.scheme}{joined}"
+        size = len(self.group.layers)
+        fused = f", one of {size} fused" if size > 1 else ""
+        return f"{self.in_features}, {self.out_features}, {self.scheme}{fused}"
 
-    # ---- as a module ----------------------------------------------------------------------------
+    # ---- moving and state dicts -----------------------------------------------------------------
 
     def check_apply(self, fn: Callable[[Tensor], Tensor]) -> torch.device:
-        """Where `fn` would move it. UsageError E-QNT-03 for a cast, and for the meta device."""
-        probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device))
-        as_bytes = fn(torch.empty(0, dtype=torch.uint8, device=self.device))
-        if probe.device.type == "meta":
+        """The device that `fn` moves tensors [..] to. UsageError E-QNT-03 for a cast or meta."""
+        floats = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device))
+        integers = fn(torch.empty(0, dtype=torch.uint8, device=self.device))
+        if floats.device.type == "meta":
             raise self._refused("meta")
-        if probe.dtype != self.compute_dtype or as_bytes.dtype != torch.uint8:
-            raise self._refused(probe.dtype)
-        return probe.device
+        if floats.dtype != self.compute_dtype or integers.dtype != torch.uint8:
+            raise self._refused(floats.dtype)
+        return floats.device
 
     def check_dtypes(self) -> None:
-        """UsageError E-QNT-03 if something has cast a parameter, as mixed precision of FSDP2 does."""
-        form = lookup(self.scheme)
-        names = {"weight": form.qdata_dtype, "weight_scale": form.scale_dtype}
+        """UsageError E-QNT-03 if a parameter was cast, as FSDP2's mixed precision does."""
+        fmt = lookup(self.scheme)
+        names = {"weight": fmt.qdata_dtype, "weight_scale": fmt.scale_dtype}
         dtypes = {role: getattr(torch, name) for role, name in names.items()}
         for role, t in self.named_parameters():
             if t.dtype != dtypes.get(role, torch.float32):
@@ -364,14 +379,13 @@ class QuantLinear(nn.Linear):
     def _refused(self, to: object) -> UsageError:
         return UsageError(
             f"a layer in {self.scheme} to {to}",
-            needs=f"another device at most: codes are no numbers that can be cast; it computes in"
-            f" {self.compute_dtype}",
-            fix="move it without a dtype, and load it with the dtype that you want",
+            needs=f"a device only: a quantized layer cannot be cast; it computes in {self.compute_dtype}",
+            fix="move it without a dtype, and choose the dtype when loading",
             code="E-QNT-03",
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """A move goes to every tensor, as bytes, so that `fn` casts no scales and no float8 codes."""
+        """Apply `fn` to the bytes of each tensor, so that it does not cast scales or float8 weights."""
         if self.check_apply(fn) != self.device:
             self.group.unpack()
         super()._apply(  # type: ignore[no-untyped-call]
@@ -392,33 +406,33 @@ class QuantLinear(nn.Linear):
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,
         missing: list[str], unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
-        """Nothing is taken from a state dict that lacks a tensor of the layer or has an invalid one."""
-        wanted = self.state_dict()
-        tensors = {role: t for role in wanted if (t := state_dict.get(f"{prefix}{role}")) is not None}
+        """Load nothing if the state dict lacks a tensor of the layer or has an invalid one."""
+        expected = self.state_dict()
+        tensors = {role: t for role in expected if (t := state_dict.get(f"{prefix}{role}")) is not None}
         problems = {
-            role: text for role, t in tensors.items() if (text := self._misfit(role, t, wanted[role]))
+            role: text for role, t in tensors.items() if (text := self._problem_of(role, t, expected[role]))
         }
         if self.floats is not None:
-            problems["weight"] = "BF16 weights are kept beside the codes; load the model anew"
+            problems["weight"] = "the layer also stores BF16 weights; load the model again instead"
         errors += [f"{prefix}{role}: {text}" for role, text in problems.items()]
-        if problems or len(tensors) < len(wanted):
-            missing += [f"{prefix}{role}" for role in wanted if role not in tensors]
+        if problems or len(tensors) < len(expected):
+            missing += [f"{prefix}{role}" for role in expected if role not in tensors]
             return
         smooth = self.mul_scale
         if smooth is not None and not torch.equal(smooth, tensors["mul_scale"].to(smooth.device)):
             self.mul_scale = _parameter(torch.empty_like(smooth))  # other layers share the old one
         self.group.unpack()
-        self.group.weight = None  # the tensors of inference mode have no version that would tell
+        self.group.weight = None  # inference tensors have no version that shows the change
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.group.fuse()
 
-    def _misfit(self, role: str, tensor: Tensor, wanted: Tensor) -> str:
-        """What is wrong with a tensor of a state dict, or "": another shape or dtype, invalid numbers."""
-        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
-            got, needs = (f"{t.dtype} {list(t.shape)}" for t in (tensor, wanted))
-            return f"{got}, not {needs}; codes of {self.scheme} are taken as they are"
+    def _problem_of(self, role: str, tensor: Tensor, expected: Tensor) -> str:
+        """The problem of a tensor of a state dict (shape, dtype or invalid values), "" if it is valid."""
+        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+            got, needs = (f"{t.dtype} {list(t.shape)}" for t in (tensor, expected))
+            return f"{got}, not {needs}; {self.scheme} tensors are loaded unchanged"
         if role == "bias":
-            return "" if bool(tensor.isfinite().all()) else "numbers that are not finite"
+            return "" if bool(tensor.isfinite().all()) else "values that are not finite"
         try:
             check_values(role, tensor)
         except CheckpointError as e:
@@ -427,12 +441,13 @@ class QuantLinear(nn.Linear):
 
 
 def check_values(name: str, tensor: Tensor) -> None:
-    """CheckpointError E-CKP-08 for scales, offsets and factors of a quantized layer that are invalid."""
+    """Raises CheckpointError (E-CKP-08) for invalid values of a scale, an offset or mul_scale [..], float32
+    or uint8. Weights and biases are not checked."""
     role = name.rpartition(".")[2]
     if role in ("weight", "bias"):
         return
-    part = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a state dict of FSDP2
-    data = as_bytes(part.detach().cpu().contiguous())
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # from a state dict of FSDP2
+    data = as_bytes(local.detach().cpu().contiguous())
     if tensor.dtype == torch.uint8:
         check_scale_bytes(data, name)
     else:
@@ -440,7 +455,7 @@ def check_values(name: str, tensor: Tensor) -> None:
 
 
 def stored_tensors(encoded: Encoded, bias: Tensor | None = None) -> dict[str, Tensor]:
-    """Role -> tensor of an encoded weight [N, K] and its bias."""
+    """Role -> tensor of a quantized weight [N, K] and its bias [N], in their dtypes, without absent roles."""
     tensors = zip(FUSED_ROLES, (encoded.qdata, encoded.scale, encoded.dual_scale, bias), strict=True)
     return {role: t for role, t in tensors if t is not None}
 
@@ -455,26 +470,26 @@ def fused_linears(
     compute_dtype: torch.dtype,
     mul_scale: Tensor | None = None,
 ) -> list[QuantLinear]:
-    """Layers that read one activation and share one matmul, on the device of `schemes`.
+    """Layers that read the same activation and share one matmul, on the device of `schemes`.
 
-    `tensors`: role -> the rows of all members one after another, as stored: weight, weight_scale and, where
-    the scheme has them, weight_dual_scale and bias. `sizes`: N of each member, multiples of `Format.tile`.
-    `width`: K. `mul_scale`: float32 [K] on the device. UsageError when the tensors do not fit `scheme`.
+    `tensors`: role -> rows of all layers concatenated, as stored: weight [sum of N, K], weight_scale and, if
+    the scheme has them, weight_dual_scale and bias. `sizes`: N of each layer, multiples of `Format.tile`.
+    `width`: K. `mul_scale`: float32 [K] on the device. UsageError if the tensors do not match `scheme`.
     """
-    form = lookup(scheme_of(scheme).weight)
+    fmt = lookup(scheme_of(scheme).weight)
     dual, shape = tensors.get("weight_dual_scale"), (sum(sizes), width)
-    Encoded(tensors["weight"], tensors["weight_scale"], dual, form.name, -1, shape)  # checks
+    Encoded(tensors["weight"], tensors["weight_scale"], dual, fmt.name, -1, shape)  # checks
     schemes.kernel(scheme)
-    place = torch.device(schemes.device.torch_name)
+    device = torch.device(schemes.device.torch_name)
     tensors = {role: t for role, t in tensors.items() if role in FUSED_ROLES}
-    moved = {role: t.to(place, torch.float32 if role == "bias" else t.dtype) for role, t in tensors.items()}
-    moved["weight"] = moved["weight"].view(getattr(torch, form.qdata_dtype))
+    moved = {role: t.to(device, torch.float32 if role == "bias" else t.dtype) for role, t in tensors.items()}
+    moved["weight"] = moved["weight"].view(getattr(torch, fmt.qdata_dtype))
     shared = _parameter(mul_scale)
-    heights = [_heights(form, n, width) for n in sizes]
+    heights = [_heights(fmt, n, width) for n in sizes]
     rows = {role: t.split([height[role] for height in heights]) for role, t in moved.items()}
     layers = [
         QuantLinear(
-            form.name,
+            fmt.name,
             (n, width),
             {role: parts[i] for role, parts in rows.items()},
             compute_dtype=compute_dtype,
@@ -502,7 +517,7 @@ def _parameter(t: Tensor | None) -> nn.Parameter | None:
 
 
 class SmoothLinear(nn.Linear):
-    """A linear layer in floating point whose activation is multiplied by `mul_scale` [K] first."""
+    """A floating-point linear layer whose input is first multiplied by `mul_scale`, float32 [K]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, mul_scale: Tensor) -> None:
         nn.Module.__init__(self)
@@ -512,24 +527,24 @@ class SmoothLinear(nn.Linear):
         self.mul_scale = nn.Parameter(mul_scale, requires_grad=False)
 
     def forward(
-        self, x: Tensor | Tokens, precision: Precision = "stored", multiply: Multiply = F.linear
+        self, x: Tensor | LinearInput, precision: Precision = "stored", multiply: Multiply = F.linear
     ) -> Tensor:
-        """[.., K] -> [.., N], as `QuantLinear.forward`; there is one precision."""
-        tokens = x if isinstance(x, Tokens) else Tokens(x)
-        return multiply(tokens.smoothed(self.mul_scale), self.weight, self.bias)
+        """x [.., K] -> [.., N], in x's dtype, for any `precision`."""
+        source = x if isinstance(x, LinearInput) else LinearInput(x)
+        return multiply(source.smoothed(self.mul_scale), self.weight, self.bias)
 
 
-def linear(ops: Ops, m: Any, x: Tensor | Tokens, precision: Precision = "stored") -> Tensor:
-    """The output of the layer `m`, whichever kind of layer it is; outside of the blocks as stored."""
+def linear(ops: Ops, m: Any, x: Tensor | LinearInput, precision: Precision = "stored") -> Tensor:
+    """Apply the layer `m`, quantized or not: x [.., K] -> [.., N], in x's dtype."""
     if isinstance(m, (QuantLinear, SmoothLinear)):
         out: Tensor = m(x, precision, ops.linear)
         return out
-    return ops.linear(x.x if isinstance(x, Tokens) else x, m.weight, m.bias)
+    return ops.linear(x.x if isinstance(x, LinearInput) else x, m.weight, m.bias)
 
 
-def precision_of(m: Any, wanted: Precision) -> Precision:
-    """The precision in which a layer computes a step that wants `wanted`."""
+def precision_of(m: Any, requested: Precision) -> Precision:
+    """The precision in which a layer computes a step that requests `requested`."""
     if isinstance(m, QuantLinear):
-        if (wanted == "bf16" and m.floats is not None) or (wanted == "w4a8" and m.scheme == "mxfp4"):
-            return wanted
+        if (requested == "bf16" and m.floats is not None) or (requested == "w4a8" and m.scheme == "mxfp4"):
+            return requested
     return "stored"

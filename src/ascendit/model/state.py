@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ascendit.geometry import Grid, num_tokens
 from ascendit.kernels.reference import Spans
-from ascendit.model.linear import Tokens, linear, precision_of
+from ascendit.model.linear import LinearInput, linear, precision_of
 from ascendit.ops.operators import Ops
 from ascendit.schedule import Precision, Step
 
@@ -161,7 +161,7 @@ class DenoiseState:
         kernel = self.ops.attention if name is None else self.ops.attention_kernels[name]
         return kernel(q, k, v)
 
-    def linear(self, layer: Any, x: Tensor | Tokens) -> Tensor:
+    def linear(self, layer: Any, x: Tensor | LinearInput) -> Tensor:
         """A linear layer of a block, in the precision of the current step."""
         return linear(self.ops, layer, x, self.now.precision)
 

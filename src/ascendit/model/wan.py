@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ascendit.family import WanConfig
 from ascendit.geometry import Grid, num_tokens, patch_grid
 from ascendit.kernels.reference import Spans
-from ascendit.model.linear import QuantLinear, Tokens, linear
+from ascendit.model.linear import LinearInput, QuantLinear, linear
 from ascendit.model.state import (
     DenoiseState,
     KeyValue,
@@ -59,7 +59,7 @@ class Attention(nn.Module):
             return self.add_k_proj, self.add_v_proj, self.norm_added_k
         return self.to_k, self.to_v, self.norm_k
 
-    def keys(self, kind: str, x: Tokens, state: DenoiseState) -> KeyValue:
+    def keys(self, kind: str, x: LinearInput, state: DenoiseState) -> KeyValue:
         """Keys and values of a context [B, L, D]."""
         to_k, to_v, norm = self.key_layers(kind)
         v = state.linear(to_v, x)  # a part of a joint product: copied once, not on every step
@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
     def attend_self(self, i: int, state: DenoiseState, x: Tensor) -> Tensor:
         """Self-attention of block `i` on [B, S, D]."""
-        ops, rope, tokens = state.ops, state.shared.rope, Tokens(x)  # quantized once for Q, K and V
+        ops, rope, tokens = state.ops, state.shared.rope, LinearInput(x)  # quantized once for Q, K and V
         q = self.normed(self.to_q, self.norm_q, tokens, state)
         k = self.normed(self.to_k, self.norm_k, tokens, state)
         v = self.heads(state.linear(self.to_v, tokens))
@@ -80,7 +80,9 @@ class Attention(nn.Module):
         parts = [state.attend(kind, i, q, *keys[i]) for kind, keys in state.keys.items()]
         return state.linear(self.to_out[0], sum(parts[1:], parts[0]).flatten(2))
 
-    def normed(self, layer: nn.Module, norm: nn.RMSNorm, x: Tensor | Tokens, state: DenoiseState) -> Tensor:
+    def normed(
+        self, layer: nn.Module, norm: nn.RMSNorm, x: Tensor | LinearInput, state: DenoiseState
+    ) -> Tensor:
         """Q or K, [B, S, H, d]."""
         return self.heads(state.norm(state.linear(layer, x), norm.weight, self.eps))
 
@@ -243,7 +245,7 @@ class WanTransformer(nn.Module):
             return
         state.keys.clear()
         for kind in layers:
-            x = Tokens(state.context[kind])  # quantized once for all blocks
+            x = LinearInput(state.context[kind])  # quantized once for all blocks
             state.keys[kind] = [b.attn2.keys(kind, x, state) for b in self.blocks]
 
     def _embed_text(self, text: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from ascendit.checkpoint.output_folder import Journal
 from ascendit.convert.calibration import ALPHA, STATISTICS, ExpertStatistics, Statistics, check_alpha
 from ascendit.device.device import parse_device
 from ascendit.errors import UsageError
-from ascendit.model.linear import Tokens
+from ascendit.model.linear import LinearInput
 from ascendit.model.state import DenoiseState
 from ascendit.model.wan import WanTransformer
 from ascendit.names import is_block_linear
@@ -211,9 +211,9 @@ def watched(pipe: Pipeline, inputs: Mapping[str, Input], generator: torch.Genera
     layers = {id(experts.get_submodule(name)): seen for name, seen in inputs.items()}
 
     class Watched(DenoiseState):
-        def linear(self, layer: Any, x: Tensor | Tokens) -> Tensor:
+        def linear(self, layer: Any, x: Tensor | LinearInput) -> Tensor:
             if (seen := layers.get(id(layer))) is not None:
-                seen.add(x.x if isinstance(x, Tokens) else x, generator)
+                seen.add(x.x if isinstance(x, LinearInput) else x, generator)
             return super().linear(layer, x)
 
     return replace(pipe, make_state=Watched)

@@ -224,7 +224,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             tensors = stored_tensors(encode_weight(self._chosen, name, tensor))
         place = self._on(self._config.device or str(torch.device(target_device))).device.torch_name
         if isinstance(layer, QuantLinear):
-            layer.take({role: t.to(place) for role, t in tensors.items()})
+            layer.set_tensors({role: t.to(place) for role, t in tensors.items()})
         else:
             dtype = torch.float32 if role == "mul_scale" else self._dtype
             layer.register_parameter(role, nn.Parameter(tensors[role].to(place, dtype), requires_grad=False))
