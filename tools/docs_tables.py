@@ -369,8 +369,8 @@ def npu_versions_table() -> str:
 def npu_settings_table() -> str:
     from ascendit.device.npu_runtime import SETTINGS, VARIABLES
 
-    rows = [(f"`{v.name}`", f"`{v.value}`", v.why) for v in VARIABLES]
-    rows += [(f"`torch.npu`: `{s.path}`", f"`{s.value}`", s.why) for s in SETTINGS]
+    rows = [(f"`{v.name}`", f"`{v.value}`", v.reason) for v in VARIABLES]
+    rows += [(f"`torch.npu`: `{s.path}`", f"`{s.value}`", s.reason) for s in SETTINGS]
     return table(("setting", "value", "why"), rows)
 
 

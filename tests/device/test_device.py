@@ -52,6 +52,6 @@ def test_names_of_dtypes():
     cpu, twin = parse_device("cpu"), parse_device("twin:a5")
     assert cpu.dtype_name(None) is None and twin.dtype_name(None) == "bfloat16"
     assert cpu.dtype_name("float16") == twin.dtype_name(torch.float16) == "float16"
-    assert [k for k, b in BACKENDS.items() if not b.wide] == ["npu", "twin"]
+    assert [k for k, b in BACKENDS.items() if not b.has_float64] == ["npu", "twin"]
     with pytest.raises(UsageError):
         cpu.dtype_name("int8")

@@ -26,7 +26,7 @@ def test_variables_of_the_user_stay(variables, monkeypatch, caplog):
     monkeypatch.setenv("TASK_QUEUE_ENABLE", "0")
     with caplog.at_level("INFO", logger="ascendit"):
         npu_runtime.set_variables()
-    assert os.environ["TASK_QUEUE_ENABLE"] == "0" and "TASK_QUEUE_ENABLE=0: kept as it was set" in caplog.text
+    assert os.environ["TASK_QUEUE_ENABLE"] == "0" and "TASK_QUEUE_ENABLE=0: set by the user" in caplog.text
 
 
 def test_a_torch_npu_without_a_setting_is_told(caplog):

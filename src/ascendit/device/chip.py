@@ -1,4 +1,4 @@
-"""Ascend chips as data: SoC numbers, and the memory and published peaks of each variant. No torch here."""
+"""Ascend chips as data: SoC numbers, and memory and published peak rates per variant. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class ChipVariant:
     memory_gbps: int
     link_gbps: int | None = None
     source: str
-    """Where the figures are from; `derived` and `unconfirmed` where they are."""
+    """Source of the figures; says which are `derived` or `unconfirmed`."""
 
 
 @dataclass(frozen=True)
 class Chip:
-    """`soc_versions`: what `torch_npu.npu.get_soc_version()` says. `soc_name`: one name of such a device."""
+    """`soc_versions`: values of `torch_npu.npu.get_soc_version()`. `soc_name`: a device name of this chip."""
 
     name: str
     product: str
@@ -38,7 +38,7 @@ class Chip:
 
     @property
     def variants(self) -> tuple[ChipVariant, ...]:
-        """What it is sold as, the usual one first."""
+        """Its variants on sale, the most common first."""
         return tuple(ChipVariant(**row) for row in _rows()[self.name])
 
 
@@ -58,5 +58,5 @@ CHIPS: dict[str, Chip] = {
 
 
 def chip_of(soc_version: int) -> Chip | None:
-    """The chip with this SoC number, None for one that Wan does not run on."""
+    """The chip with this SoC number, None if Wan does not run on it."""
     return next((c for c in CHIPS.values() if soc_version in c.soc_versions), None)

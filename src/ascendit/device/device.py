@@ -1,11 +1,11 @@
-"""Where a model runs, named by one string: cpu, cuda[:N], npu[:N], twin:a2, twin:a3 or twin:a5.
+"""Device names: cpu, cuda[:N], npu[:N], twin:a2, twin:a3 or twin:a5.
 
     device = parse_device("twin:a5")
-    device.torch_name                   # "cpu": where its tensors are
-    device.operators                    # "npu": which family of operators computes on it
+    device.torch_name                   # "cpu": the device of its tensors
+    device.operators                    # "npu": its family of operators
 
-Pure data: kinds of device and what they differ in are one table, `BACKENDS`. `ops/open_device.py` opens one.
-Importing this imports no torch, so a wrong name is reported before torch is loaded.
+The kinds of devices are a table, `BACKENDS`; `ops/open_device.py` opens a device. This module does not import
+torch, so an invalid name is reported before torch is loaded.
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ from ascendit.errors import UsageError
 from ascendit.quant.schemes import QUANTIZED
 
 DENOISER_DTYPES = ("float32", "bfloat16", "float16")
-"""What the denoiser may be told to run in."""
+"""Allowed dtypes of the denoiser."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """What a kind of device is like."""
+    """Properties of a kind of device."""
 
     operators: str
     """Family of operators: cpu, cuda or npu."""
     tensors: str
-    """torch's name for where the tensors are."""
+    """torch's name of the device of the tensors."""
     dtype: str | None
-    """Of the denoiser where the user says nothing; None: as stored."""
-    wide: bool = True
-    """Whether it has float64 and complex numbers. Where not, sinusoids and RoPE are float32 there."""
+    """Default dtype of the denoiser; None: the stored dtype."""
+    has_float64: bool = True
+    """Whether it has float64 and complex numbers. If not, sinusoids and RoPE are computed in float32."""
 
 
 BACKENDS: Mapping[str, Backend] = {
     "cpu": Backend(operators="cpu", tensors="cpu", dtype=None),
     "cuda": Backend(operators="cuda", tensors="cuda", dtype="bfloat16"),
-    "npu": Backend(operators="npu", tensors="npu", dtype="bfloat16", wide=False),
-    "twin": Backend(operators="npu", tensors="cpu", dtype="bfloat16", wide=False),
+    "npu": Backend(operators="npu", tensors="npu", dtype="bfloat16", has_float64=False),
+    "twin": Backend(operators="npu", tensors="cpu", dtype="bfloat16", has_float64=False),
 }
 DEVICE_NAMES = "cpu, cuda, cuda:N, npu, npu:N, " + ", ".join(f"twin:{chip}" for chip in CHIPS)
 
 
 @dataclass(frozen=True)
 class Device:
-    """One place to run. `chip`: a2, a3 or a5; that of an NPU is known once it is open."""
+    """A device. `chip`: a2, a3 or a5; for an NPU it is set when the device is opened."""
 
     kind: str
     index: int | None = None
     chip: str | None = None
 
     def __str__(self) -> str:
-        """The name as a user writes it."""
-        tail = self.chip if self.kind == "twin" else self.index
-        return self.kind if tail is None else f"{self.kind}:{tail}"
+        """The device name that `parse_device` accepts."""
+        suffix = self.chip if self.kind == "twin" else self.index
+        return self.kind if suffix is None else f"{self.kind}:{suffix}"
 
     @property
     def backend(self) -> Backend:
@@ -70,57 +70,57 @@ class Device:
 
     @property
     def exact_gelu(self) -> bool:
-        """Whether F.gelu does what it is told; a2 and a3 compute the tanh form whatever that is."""
+        """Whether F.gelu can be exact; a2 and a3 always compute the tanh approximation."""
         return self.chip not in ("a2", "a3")
 
     @property
     def torch_name(self) -> str:
-        """For `.to(...)`: `cuda:1`, `npu:0`, and `cpu` for the twin."""
+        """Argument for `.to(...)`: `cuda:1`, `npu:0`; `cpu` for the twin."""
         return self.backend.tensors if self.index is None else f"{self.backend.tensors}:{self.index}"
 
     @property
     def native_schemes(self) -> frozenset[str]:
-        """The quantized schemes that its chip has a matmul for; none where it has no chip of the table."""
+        """The quantized schemes with a matmul on its chip; empty if the chip is not set."""
         return native_on(self.chip) if self.chip else frozenset()
 
     def check_schemes(self, schemes: Iterable[str]) -> None:
-        """EnvironmentProblem E-CAP-01 for a scheme that its chip has no matmul for, where its name tells."""
+        """EnvironmentProblem (E-CAP-01) for a scheme without a matmul on its chip, if known."""
         for scheme in sorted(set(schemes) & set(QUANTIZED)):
             if self.chip is not None and scheme not in self.native_schemes:
                 raise no_matmul_for(self, self.chip, scheme)
 
     @property
     def has_attention_kernels(self) -> bool:
-        """Whether there are several dense attention kernels to choose from, by `attention=`."""
+        """Whether `attention=` can select between several dense attention kernels."""
         return self.operators == "npu"
 
     def dtype_name(self, dtype: object) -> str | None:
-        """torch's name for the denoiser's dtype, None for "as stored".
+        """torch's name of the denoiser's dtype, None for the stored dtype.
 
-        `dtype`: such a name, a torch.dtype, or None for this device's default. UsageError E-USE-01 for one
-        that the denoiser does not run in.
+        `dtype`: such a name, a torch.dtype, or None for this device's default. UsageError (E-USE-01) unless
+        it is one of `DENOISER_DTYPES`.
         """
         if dtype is None:
-            found = self.backend.dtype
+            name = self.backend.dtype
         else:
-            found = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
-        if found == "float64" and self.backend.wide:
-            return found  # for tests that need an oracle; no flag gives it
-        if found is not None and found not in DENOISER_DTYPES:
+            name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
+        if name == "float64" and self.backend.has_float64:
+            return name  # only for tests that need an oracle
+        if name is not None and name not in DENOISER_DTYPES:
             raise UsageError(
-                f"dtype={found} on {self}",
+                f"dtype={name} on {self}",
                 needs=" or ".join(DENOISER_DTYPES),
                 fix="--set dtype=bfloat16",
             )
-        return found
+        return name
 
 
 def parse_device(name: object) -> Device:
-    """The device of this name; nothing is looked at. UsageError E-USE-01 for a name that is none."""
+    """The device of this name, not opened. UsageError (E-USE-01) for an invalid name."""
     text = str(name)
-    found = re.fullmatch(r"(cuda|npu)(?::(\d+))?", text)
-    if found:
-        return Device(found[1], None if found[2] is None else int(found[2]))
+    match = re.fullmatch(r"(cuda|npu)(?::(\d+))?", text)
+    if match:
+        return Device(match[1], None if match[2] is None else int(match[2]))
     kind, _, chip = text.partition(":")
     if text == "cpu" or (kind == "twin" and chip in CHIPS):
         return Device(kind, chip=chip or None)

@@ -1,8 +1,7 @@
-"""What a real NPU is started with: torch_npu, its settings, the chip. Only this file changes any of them.
+"""NPU runtime settings: import torch_npu, apply its settings, detect the chip. No other file changes these.
 
-`ops/open_device.py` calls these in order. Environment variables are set before torch_npu is imported, and
-only those that the user left out. Each setting is logged with its reason. `SETTINGS` is data; `apply` takes
-any object for `torch.npu`, so a test needs no card.
+`ops/open_device.py` calls these functions in order. Environment variables are set before torch_npu is
+imported, and only if the user has not set them. Each setting is logged with its reason.
 """
 
 from __future__ import annotations
@@ -21,59 +20,61 @@ log = logging.getLogger("ascendit")
 
 @dataclass(frozen=True)
 class Variable:
-    """An environment variable that torch_npu reads when it starts."""
+    """An environment variable that torch_npu reads on import."""
 
     name: str
     value: str
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class Setting:
-    """An attribute of torch.npu, or with `call` a function of it whose argument has that name."""
+    """An attribute of torch.npu, or with `call` a function of torch.npu with an argument of this name."""
 
     path: str
     value: bool
-    why: str
+    reason: str
     call: str = ""
 
 
 VARIABLES = (
     Variable(
-        "PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True", "memory does not break up over sizes of videos"
+        "PYTORCH_NPU_ALLOC_CONF",
+        "expandable_segments:True",
+        "avoids allocator fragmentation across video sizes",
     ),
-    Variable("TASK_QUEUE_ENABLE", "2", "launches are prepared by a second thread"),
-    Variable("CPU_AFFINITY_CONF", "1", "threads stay near their card"),
+    Variable("TASK_QUEUE_ENABLE", "2", "a second thread prepares launches"),
+    Variable("CPU_AFFINITY_CONF", "1", "threads run on the cores near their card"),
 )
 SETTINGS = (
     Setting(
         "jit_compile",
         False,
-        "kernels come compiled with CANN; else each new shape waits for a compiler",
+        "uses the precompiled kernels of CANN; otherwise each new shape waits for a compiler",
         call="set_compile_mode",
     ),
     Setting(
         "config.allow_internal_format",
         False,
-        "weights keep the layout they are given; FRACTAL_NZ is asked for by name",
+        "weights keep their layout; FRACTAL_NZ is requested explicitly",
     ),
-    Setting("matmul.allow_hf32", False, "float32 means float32"),
-    Setting("conv.allow_hf32", False, "float32 means float32, in the VAE too"),
+    Setting("matmul.allow_hf32", False, "float32 matmuls stay in float32"),
+    Setting("conv.allow_hf32", False, "float32 convolutions stay in float32, as in the VAE"),
 )
 
 
 def set_variables() -> None:
-    """Set what the user did not, and log each."""
-    kept = environment.set_missing({v.name: v.value for v in VARIABLES})
+    """Set the variables that the user has not set, and log all of them."""
+    user_values = environment.set_missing({v.name: v.value for v in VARIABLES})
     for v in VARIABLES:
-        if v.name in kept:
-            log.info("%s=%s: kept as it was set", v.name, kept[v.name])
+        if v.name in user_values:
+            log.info("%s=%s: set by the user, not changed", v.name, user_values[v.name])
         else:
-            log.info("%s=%s: %s (export %s=... overrides it)", v.name, v.value, v.why, v.name)
+            log.info("%s=%s: %s (export %s=... overrides it)", v.name, v.value, v.reason, v.name)
 
 
 def apply(npu: Any) -> None:
-    """Apply `SETTINGS` to torch.npu, and log each. What this torch_npu does not have is logged too."""
+    """Apply `SETTINGS` to torch.npu, and log each of them; a setting that it does not have is a warning."""
     for s in SETTINGS:
         *parents, name = (s.call or s.path).split(".")
         owner = npu
@@ -86,11 +87,14 @@ def apply(npu: Any) -> None:
             getattr(owner, name)(**{s.path: s.value})
         else:
             setattr(owner, name, s.value)
-        log.info("torch.npu: %s=%s: %s", s.path, s.value, s.why)
+        log.info("torch.npu: %s=%s: %s", s.path, s.value, s.reason)
 
 
 def import_torch_npu() -> Any:
-    """The module; `import torch` need not have loaded it, and with ascendit's commands does not."""
+    """The module torch_npu, which ascendit's commands stop `import torch` from loading automatically.
+
+    Raises EnvironmentProblem (E-ENV-03) if it is not installed or cannot be imported.
+    """
     try:
         return importlib.import_module("torch_npu")
     except AscenditError:  # the twin's guard
@@ -100,8 +104,8 @@ def import_torch_npu() -> Any:
             raise _unusable(e) from e
         raise EnvironmentProblem(
             "device npu: torch_npu is not installed",
-            needs="torch_npu with the minor version of torch, and CANN",
-            fix='pip install "ascendit[npu]"; --device twin:a5 runs the same calls without a card',
+            needs="torch_npu of the same minor version as torch, and CANN",
+            fix='pip install "ascendit[npu]"; or --device twin:a5, which runs the same calls without a card',
             code="E-ENV-03",
         ) from e
     except (ImportError, OSError, RuntimeError) as e:
@@ -109,7 +113,7 @@ def import_torch_npu() -> Any:
 
 
 def find_chip(npu: Any) -> Chip:
-    """By the SoC number. EnvironmentProblem for a chip that has none of the kernels Wan needs."""
+    """The chip by its SoC number. EnvironmentProblem (E-ENV-03) if ascendit does not support it."""
     number = int(npu.get_soc_version())
     chip = chip_of(number)
     if chip is None:
@@ -118,19 +122,19 @@ def find_chip(npu: Any) -> Chip:
             needs=", ".join(
                 f"{c.product}: {c.soc_versions[0]} to {c.soc_versions[-1]}" for c in CHIPS.values()
             ),
-            fix="--device cpu, or another card",
+            fix="use --device cpu, or another card",
             code="E-ENV-03",
         )
     return chip
 
 
 def load_mindiesd() -> None:
-    """Import MindIE-SD where it is installed: that defines torch.ops.mindiesd. It is never required."""
+    """Import MindIE-SD if installed, which defines torch.ops.mindiesd. It is optional."""
     try:
         module = importlib.import_module("mindiesd")
     except ModuleNotFoundError as e:
         if e.name == "mindiesd":
-            log.info("MindIE-SD is not installed: AdaLN takes two kernels instead of one")
+            log.info("MindIE-SD is not installed: AdaLN runs as two kernels instead of one")
         else:
             log.warning("MindIE-SD cannot be imported, so it is not used: %s", e)
     except Exception as e:
@@ -142,7 +146,7 @@ def load_mindiesd() -> None:
 def _unusable(e: Exception) -> EnvironmentProblem:
     return EnvironmentProblem(
         f"device npu: torch_npu cannot be imported: {str(e).splitlines()[0] if str(e) else type(e).__name__}",
-        needs="the CANN toolkit that this torch_npu belongs to, in the environment of this shell",
-        fix="source /usr/local/Ascend/ascend-toolkit/set_env.sh, then ascendit doctor",
+        needs="the CANN toolkit of this torch_npu, in the environment of this shell",
+        fix="source /usr/local/Ascend/ascend-toolkit/set_env.sh, then run ascendit doctor",
         code="E-ENV-03",
     )

@@ -1,6 +1,6 @@
-"""Which chips have which operator, as one table, and so which schemes a chip has a matmul for. No torch here.
+"""Table of the operators of each chip, and the quantized schemes that follow from it. Imports no torch.
 
-The twin's gates, the documentation and `doctor` read this table. Gate on it, never on `hasattr`: torch_npu
+The twin's checks, the documentation and `doctor` read this table. Check it instead of `hasattr`: torch_npu
 has the name of every operator on every chip, and many calls fail only inside CANN.
 """
 
@@ -17,54 +17,55 @@ from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES
 Support = Literal["native", "emulated"]
 
 Answer = Literal["yes", "cann", "adapter", "unknown"]
-"""yes: there is a kernel. cann: torch_npu takes the call, CANN refuses it. adapter: torch_npu refuses it.
-unknown: no public document says, so nothing here relies on it."""
+"""yes: there is a kernel. cann: torch_npu accepts the call and CANN refuses it. adapter: torch_npu refuses
+it. unknown: not documented, so ascendit does not use it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capability:
-    """One operator, or one mode of it, on three chips. An operator that is not in the table runs on all."""
+    """One operator, or one mode of it, on the three chips. Operators without a row run on all chips."""
 
     operator: str
     """A name of `torch.ops.npu`, or `mindiesd::` and a name."""
     mode: str = ""
-    """What the twin calls it; empty for the whole operator."""
+    """The twin's name of the mode; empty for the operator in all modes."""
     scheme: str = ""
-    """The row of `quant.schemes.LINEAR_SCHEMES` it computes, if it does one."""
+    """The row of `quant.schemes.LINEAR_SCHEMES` that it computes, if any."""
     a2: Answer = "yes"
     a3: Answer = "yes"
     a5: Answer = "yes"
     aclnn: str = ""
-    """The CANN interface that is asked."""
+    """The CANN interface that it calls."""
     dtypes: str = ""
     layout: str = ""
     message: str = ""
-    """What the adapter says where it refuses."""
+    """Error of the adapter on chips where it refuses the call."""
     instead: str = ""
-    """What to do where it does not run."""
+    """The alternative on chips where it does not run."""
     used_for: str = ""
-    """What ascendit calls it for; empty if it does not."""
+    """Its use in ascendit; empty if ascendit does not call it."""
 
     def on(self, chip: str) -> Answer:
+        """Support on `chip`: a2, a3 or a5."""
         answer: Answer = getattr(self, chip)
         return answer
 
     @property
     def chips(self) -> tuple[str, ...]:
-        """Where it runs."""
+        """The chips that it runs on."""
         return tuple(c for c in CHIPS if self.on(c) == "yes")
 
 
 # ---- the table ----------------------------------------------------------------------------------
 
-_INT8 = "on a2 and a3 int8 is native; other schemes run with --emulate, same numbers, slower"
+_INT8 = "on a2 and a3 int8 is native; other schemes run with --emulate: same numbers, slower"
 _NO_ACLNN = (
     "Current device only support aclnn operator, but current operator {0} do not have aclnn implementation"
 )
 _FUSED, _MM, _QUANT_MATMUL = "npu_fusion_attention", "npu_quant_matmul", "aclnnQuantMatmulV5"
 _ROW_QUANT, _BLOCK_QUANT = "npu_dynamic_quant", "npu_dynamic_block_quant"
 _INFER, _FLOATS = "fused_infer_attention_score_v2", "fp16 bf16 fp32"
-_T_VIEW = "x2 [K, N] a transposed view of [N, K], scale likewise; or FRACTAL_NZ"
+_T_VIEW = "x2 [K, N] and scale as transposed views; or FRACTAL_NZ"
 
 _A5_ONLY = {"a2": "cann", "a3": "cann"}
 _A5_ADAPTER = {"a2": "adapter", "a3": "adapter"}
@@ -74,24 +75,23 @@ _NOT_A5_ADAPTER = {"a5": "adapter"}
 _BF16_ATTENTION = {**_A5_ONLY, "instead": "bf16 attention, which every chip has"}
 
 
-def _row(operator: str, mode: str = "", /, **rest: str) -> Capability:
-    return Capability(operator=operator, mode=mode, **rest)  # type: ignore[arg-type]
+def _row(operator: str, mode: str = "", /, **fields: str) -> Capability:
+    return Capability(operator=operator, mode=mode, **fields)  # type: ignore[arg-type]
 
 
-def _row_quantizer(scheme: str, **rest: str) -> Capability:
-    return _row(
-        _ROW_QUANT, scheme, used_for=f"tokens in {scheme}", scheme=scheme, aclnn="aclnnDynamicQuantV2", **rest
-    )
+def _row_quantizer(scheme: str, **fields: str) -> Capability:
+    use = f"activations in {scheme}"
+    return _row(_ROW_QUANT, scheme, used_for=use, scheme=scheme, aclnn="aclnnDynamicQuantV2", **fields)
 
 
-def _matmul(scheme: str, **rest: str) -> Capability:
-    return _row(_MM, scheme, used_for=f"linear in {scheme}", scheme=scheme, aclnn=_QUANT_MATMUL, **rest)
+def _matmul(scheme: str, **fields: str) -> Capability:
+    return _row(_MM, scheme, used_for=f"linear in {scheme}", scheme=scheme, aclnn=_QUANT_MATMUL, **fields)
 
 
 def _only_torch(operator: str, function: str) -> Capability:
-    """An operator without a CANN kernel on a5, beside a `function` of PyTorch's own."""
-    plain = f"torch.nn.functional.{function}, which every chip has"
-    return _row(operator, message=_NO_ACLNN.format(operator), instead=plain, **_NOT_A5_ADAPTER)
+    """An operator without a CANN kernel on a5, which torch.nn.functional has as `function`."""
+    instead = f"torch.nn.functional.{function}, which every chip has"
+    return _row(operator, message=_NO_ACLNN.format(operator), instead=instead, **_NOT_A5_ADAPTER)
 
 
 CAPABILITIES: tuple[Capability, ...] = (
@@ -100,12 +100,12 @@ CAPABILITIES: tuple[Capability, ...] = (
     _row("npu_gelu", used_for="gelu", aclnn="aclnnGeluV2", dtypes=_FLOATS),
     _row(_FUSED, used_for="attention", aclnn="aclnnFlashAttentionScoreV4", dtypes=_FLOATS),
     _row(
-        "npu_format_cast", used_for="weights in FRACTAL_NZ", layout="a2, a3: with allow_internal_format only"
+        "npu_format_cast", used_for="weights in FRACTAL_NZ", layout="a2, a3: only with allow_internal_format"
     ),
     _row("get_npu_format", used_for="weights in FRACTAL_NZ"),
     _row(
         "npu_dynamic_mx_quant",
-        used_for="tokens in mxfp8 and mxfp4",
+        used_for="activations in mxfp8 and mxfp4",
         aclnn="aclnnDynamicMxQuantV3",
         dtypes=f"{_FLOATS} -> e4m3 e5m2 e2m1",
         **_MX,
@@ -113,7 +113,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     _row("npu_anti_mx_quant", aclnn="aclnnAntiMxQuant", **_MX),
     _row(
         "npu_dynamic_dual_level_mx_quant",
-        used_for="tokens in mxfp4_dualscale",
+        used_for="activations in mxfp4_dualscale",
         aclnn="aclnnDynamicDualLevelMxQuant",
         dtypes="fp16 bf16 -> e2m1",
         **_MX,
@@ -127,7 +127,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     _matmul(
         "int8",
         dtypes="int8 x int8, fp32 per token, fp32 or bf16 per channel",
-        layout="x2 [K, N], any; or FRACTAL_NZ",
+        layout="x2 [K, N] with any strides; or FRACTAL_NZ",
     ),
     _matmul("fp8", dtypes="e4m3 x e4m3, fp32", **_MX),
     _matmul("mxfp8", dtypes="e4m3 e5m2, e8m0 scales", layout=_T_VIEW, **_MX),
@@ -227,16 +227,16 @@ CAPABILITIES: tuple[Capability, ...] = (
 _ROWS = {(row.operator, row.mode): row for row in CAPABILITIES}
 
 
-# ---- questions to it ----------------------------------------------------------------------------
+# ---- queries ------------------------------------------------------------------------------------
 
 
 def capability(operator: str, mode: str = "") -> Capability:
-    """The row of an operator and mode. Without one of its own it runs on every chip."""
+    """The row of an operator and mode; one with `yes` for every chip if the table has none."""
     return _ROWS.get((operator, mode), Capability(operator=operator, mode=mode))
 
 
 def native_on(chip: str) -> frozenset[str]:
-    """The quantized schemes, `w4a8` among them, whose every operator has a kernel on this chip."""
+    """The quantized schemes, including `w4a8`, with kernels for all of their operators on this chip."""
     rows: dict[str, list[Answer]] = {}
     for row in CAPABILITIES:
         rows.setdefault(row.scheme, []).append(row.on(chip))
@@ -244,18 +244,18 @@ def native_on(chip: str) -> frozenset[str]:
 
 
 def chips_for(schemes: Collection[str]) -> dict[str, Support]:
-    """Chip -> `native` when it has the matmul of each of these schemes; others are decoded and multiplied."""
-    wanted = set(schemes) - {"bf16"}
-    return {chip: "native" if wanted <= native_on(chip) else "emulated" for chip in CHIPS}
+    """Chip -> `native` if it has a matmul for every scheme, else `emulated` (weights are dequantized)."""
+    quantized = set(schemes) - {"bf16"}
+    return {chip: "native" if quantized <= native_on(chip) else "emulated" for chip in CHIPS}
 
 
 def no_matmul_for(device: object, chip: str, scheme: str) -> EnvironmentProblem:
-    """E-CAP-01 for a scheme that `chip` has no matmul for; says who has it, and what this one has."""
-    have = [c for c in CHIPS.values() if scheme in native_on(c.name)]
-    here = ["bf16", *(s for s in SCHEMES if s in native_on(chip))]
+    """EnvironmentProblem (E-CAP-01) for a scheme without a matmul on `chip`, with the chips that have one."""
+    chips = [c for c in CHIPS.values() if scheme in native_on(c.name)]
+    native = ["bf16", *(s for s in SCHEMES if s in native_on(chip))]
     return EnvironmentProblem(
-        f"scheme {scheme} on {device}, a {CHIPS[chip].product}: it has no matmul for it",
-        needs=f"{' or '.join(f'{c.product}, {c.name}' for c in have)}; {chip} has " + " and ".join(here),
-        fix="quantize to int8; or --emulate decode-on-use: the same numbers, slower",
+        f"scheme {scheme} on {device}, which is a {CHIPS[chip].product} without a matmul for it",
+        needs=f"{' or '.join(f'{c.product}, {c.name}' for c in chips)}; {chip} has " + " and ".join(native),
+        fix="quantize to int8, or use --emulate decode-on-use: the same numbers, slower",
         code="E-CAP-01",
     )

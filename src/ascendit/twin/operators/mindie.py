@@ -98,8 +98,8 @@ def la(**arguments: Any) -> Iterator[Any]:
     A `pre_tokens` below 256 is the number of padding keys at the end of sequences padded to multiples of 256.
     """
     a = Call(**arguments)
-    masked = any(m is not None for m in (a.atten_mask, a.alibi_mask, a.drop_mask))
-    a.require(not masked and a.input_layout == "BNSD" and a.keep_prob == 1.0, "mindie.la_masks")
+    has_mask = any(m is not None for m in (a.atten_mask, a.alibi_mask, a.drop_mask))
+    a.require(not has_mask and a.input_layout == "BNSD" and a.keep_prob == 1.0, "mindie.la_masks")
     a.require(a.query.dtype == a.key.dtype == a.value.dtype == torch.float16, "mindie.la_dtype")
     z = core.sizes(a.query, a.key, a.value, "BNSD", a.head_num, 0)
     a.require(z.s % 256 == 0 and z.keys % 256 == 0 and z.d == 128, "mindie.la_sizes", z=z)
