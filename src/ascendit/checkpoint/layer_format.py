@@ -8,7 +8,7 @@ only its bytes say whether it is one. Neither torch nor numpy is needed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,7 +86,9 @@ def read_layers(tensors: Mapping[str, TensorInfo], claims: Mapping[str, Claim]) 
         raise _unpaired(missing)
     if disagree:
         raise disagreement(disagree)
-    if wrong := [problem for layer in layers.values() for problem in _misshapen(layer)]:
+    if wrong := [
+        text for x in layers.values() for text in _misshapen(x.name, x.scheme, x.container, x.tensors)
+    ]:
         raise CheckpointError(
             f"{len(wrong)} tensors of quantized layers are misshapen: {listed(wrong)}",
             needs="scales and biases of the shape that their weight asks for",
@@ -97,7 +99,7 @@ def read_layers(tensors: Mapping[str, TensorInfo], claims: Mapping[str, Claim]) 
 
 
 def possible(roles: Mapping[str, TensorInfo]) -> dict[str, Container]:
-    """Scheme -> container of all that the dtypes of one layer can be, the likeliest first."""
+    """Scheme -> container of all that the dtypes of one layer can be; those with the right shapes first."""
     weight, scale = roles["weight"].dtype, roles.get("weight_scale")
     scales = _scales(roles)
     if not scales:
@@ -112,7 +114,7 @@ def possible(roles: Mapping[str, TensorInfo]) -> dict[str, Container]:
             found[scheme.name] = _FP4[weight]
         elif weight == scheme.qdata_dtype:
             found[scheme.name] = "plain"
-    return found
+    return dict(sorted(found.items(), key=lambda item: any(_misshapen("", item[0], item[1], roles))))
 
 
 def _scales(roles: Iterable[str]) -> set[str]:
@@ -159,17 +161,19 @@ def _decoded(roles: Mapping[str, TensorInfo], container: Container) -> tuple[int
     return rows, columns
 
 
-def _misshapen(layer: Layer) -> Iterable[str]:
+def _misshapen(
+    name: str, scheme: str, container: Container, roles: Mapping[str, TensorInfo]
+) -> Iterator[str]:
     """The tensors of a layer whose shape or dtype does not follow from its weight."""
-    if len(layer.tensors["weight"].shape) != 2:
-        yield f"{layer.name}.weight is {list(layer.tensors['weight'].shape)}, not a matrix"
+    if len(roles["weight"].shape) != 2:
+        yield f"{name}.weight is {list(roles['weight'].shape)}, not a matrix"
         return
-    for role in [role for role in layer.tensors if role != "weight"]:
-        info = layer.tensors[role]
-        shapes, dtypes = _allowed(layer.scheme, role, *layer.shape)
+    for role in [role for role in roles if role != "weight"]:
+        info = roles[role]
+        shapes, dtypes = _allowed(scheme, role, *_decoded(roles, container))
         if info.shape not in shapes or info.dtype not in dtypes:
             wanted = f"{' or '.join(sorted(dtypes))} {list(shapes[0])}" if shapes else "of this scheme"
-            yield f"{layer.name}.{role} is {info.dtype} {list(info.shape)}, not {wanted}"
+            yield f"{name}.{role} is {info.dtype} {list(info.shape)}, not {wanted}"
 
 
 def _allowed(scheme: str, role: str, rows: int, columns: int) -> tuple[list[tuple[int, ...]], frozenset[str]]:
