@@ -324,15 +324,16 @@ def decoded(layer: Layer, reader: RowReader) -> Iterator[Tensor]:
         yield from _plain(layer.tensors["weight"], reader)
         return
     weight, tiled = layer.tensors["weight"], layer.scheme == FP8_TILES
+    scheme = STORED_SCHEMES[layer.scheme]
     wide = layer.container not in ("plain", "packed")  # FP4 as numbers of another type
     scales = {role: _whole(info, reader) for role, info in layer.tensors.items() if "scale" in role}
     format = "mxfp8" if wide else "mxfp4" if "weight_dual_scale" in scales else layer.scheme
     scale, dual = scales["weight_scale_inv" if tiled else "weight_scale"], scales.get("weight_dual_scale")
-    if not STORED_SCHEMES[layer.scheme].block and not tiled:
+    if not scheme.block and not scheme.tile:
         scale = scale.reshape(-1, 1).expand(layer.shape[0], 1)
     for start, view in reader.blocks(weight, multiple=_TILE):
         qdata = as_tensor(view, weight)
-        stop, step = start + len(qdata), _TILE if tiled else 1
+        stop, step = start + len(qdata), scheme.tile or 1
         part = scale[start // step : -(-stop // step)]
         qdata = qdata.to(torch.float8_e4m3fn) if wide else qdata
         encoded = mx.Encoded(qdata, part, None, format, -1, (len(qdata), layer.shape[1]))
