@@ -68,7 +68,7 @@ def _compiled(march: str) -> build.Built:
     if compiler is None or LEVELS.get(march) not in build.processor_flags():
         return build.Built(None, f"no compiler, or no {march} processor")
     target = Path(mkdtemp()) / f"encode-{march}.so"
-    build._compile(compiler, build.HERE / "encode.cpp", target, ((f"-march={march}", "-fopenmp"),))
+    build._compile(compiler, build.SOURCES / "encode.cpp", target, ((f"-march={march}", "-fopenmp"),))
     return build.declared(build.Built(ctypes.CDLL(str(target)), march), native_encoder.ENCODER_SIGNATURES)
 
 
@@ -82,7 +82,7 @@ def _emulated() -> build.Built:
         return build.Built(None, "no aarch64-linux-gnu-g++, or no qemu-aarch64")
     target = Path(mkdtemp()) / "encode-aarch64"
     flags = [f for f in (*build.FLAGS, *build.EXTRA["encode"]) if f not in ("-shared", "-fPIC")]
-    command = [compiler, *flags, "-static", f"-I{build.HERE}", str(HARNESS), "-o", str(target)]
+    command = [compiler, *flags, "-static", f"-I{build.SOURCES}", str(HARNESS), "-o", str(target)]
     subprocess.run(command, check=True, timeout=300)
     library: Any = Emulated([emulator, str(target)])
     return build.Built(library, "aarch64")

@@ -56,10 +56,10 @@ def test_the_encoder_says_what_it_was_compiled_for() -> None:
 @pytest.mark.usefixtures("unoptimized")
 def test_a_header_that_changed_is_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build.native("encode")
-    shutil.copytree(build.HERE, tmp_path / "src", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    shutil.copytree(build.SOURCES, tmp_path / "src", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     header = tmp_path / "src" / "floats.h"
     header.write_text(header.read_text() + "// changed\n")
-    monkeypatch.setattr(build, "HERE", tmp_path / "src")
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "src")
     build.native.cache_clear()
     assert build.native("encode").library is not None
     assert len(list((tmp_path / "cache").iterdir())) == 2
@@ -77,7 +77,7 @@ def test_flags_that_a_compiler_does_not_know_are_left_out(monkeypatch: pytest.Mo
 def test_sources_and_headers_are_in_the_package() -> None:
     project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["ascendit"]
-    for path in build.HERE.iterdir():
+    for path in build.SOURCES.iterdir():
         if path.suffix not in (".py", "") and path.name != "__pycache__":
             assert any(PurePath(f"native/{path.name}").match(pattern) for pattern in patterns), path.name
 
@@ -86,9 +86,9 @@ def test_sources_and_headers_are_in_the_package() -> None:
 def test_another_source_is_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build.native("elementwise")
     (tmp_path / "src").mkdir()
-    text = (build.HERE / "elementwise.cpp").read_text()
+    text = (build.SOURCES / "elementwise.cpp").read_text()
     (tmp_path / "src/elementwise.cpp").write_text(text + "// changed\n")
-    monkeypatch.setattr(build, "HERE", tmp_path / "src")
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "src")
     build.native.cache_clear()
     assert build.native("elementwise").library is not None
     assert len(list((tmp_path / "cache").iterdir())) == 2
@@ -106,7 +106,7 @@ def old_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
 
 def broken_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     (tmp_path / "attention.cpp").write_text("this is not C++")
-    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
     monkeypatch.setattr(build, "processor_flags", lambda: build.NEEDS["attention"])
     return "failed"
 

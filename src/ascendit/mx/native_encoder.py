@@ -106,12 +106,12 @@ def _table_encoder(lib: ctypes.CDLL, fmt: Format, rule: str, threads: int | None
         mask = torch.empty_like(out.scale) if is_msms else None
         pointers = tables.data_ptr(), out.qdata.data_ptr(), out.scale.data_ptr(), _pointer(mask)
         if len(tables) == 2:
-            unsupported = lib.encode_choice(rows.data_ptr(), *_shape(rows, threads), element, *pointers)
+            unresolved = lib.encode_choice(rows.data_ptr(), *_shape(rows, threads), element, *pointers)
         else:
-            unsupported = lib.encode_table(
+            unresolved = lib.encode_table(
                 rows.data_ptr(), *_shape(rows, threads), element, is_msms, *pointers
             )
-        if unsupported and mask is not None:
+        if unresolved and mask is not None:
             reference.encode_marked(rows, out, mask, fmt, rule, "half_away")
 
     return encode

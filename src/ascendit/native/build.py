@@ -1,7 +1,7 @@
-"""Compile the C++ sources of this folder on first use, into a cache. Nothing here may make an import fail.
+"""Compile the C++ sources of this folder on first use, into a cache.
 
-No compiler, a processor without the instructions, a cache that cannot be written: the reason is logged
-once, and the callers keep their PyTorch path. They need the compiler's own headers only.
+Failures never raise: without a compiler, the required instructions or a writable cache, the reason is logged once
+and callers use PyTorch. The sources need only the headers of the compiler.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from typing import Any
 
 log = logging.getLogger("ascendit")
 
-HERE = Path(__file__).parent
+SOURCES = Path(__file__).parent
 CACHE = Path("~/.cache/ascendit/native")
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS: tuple[str, ...] = (
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-w"),
-    *("-fno-math-errno", "-fno-trapping-math"),  # or roundings do not become vector instructions
+    *("-fno-math-errno", "-fno-trapping-math"),  # otherwise rounding is not vectorized
 )
 EXTRA: dict[str, tuple[str, ...]] = dict.fromkeys(("elementwise", "encode"), ("-ffp-contract=off",))
-"""Source -> more flags. Off: a product and a sum round twice, as in PyTorch."""
+"""Source -> additional flags. Without contraction, a product and a sum are rounded separately, as in PyTorch."""
 OPTIONAL: tuple[tuple[str, ...], ...] = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
-"""Tried one after the other, for compilers that lack one. Without OpenMP there is one thread only."""
+"""Tried in this order, since some compilers lack a flag. Without OpenMP the kernels are single-threaded."""
 NEEDS: dict[str, frozenset[str]] = {
     "attention": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
     "elementwise": frozenset(),
     "encode": frozenset(),
     "linear": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni", "avx512vbmi"}),
 }
-"""Source -> what the processor must have, as Linux spells it."""
+"""Source -> required processor features, by their names in Linux."""
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
 @dataclass(frozen=True)
 class Built:
-    """A loaded library, or why there is none."""
+    """A loaded library, or the reason why there is none."""
 
     library: ctypes.CDLL | None
     reason: str
@@ -53,7 +53,7 @@ class Built:
 
 @functools.cache
 def native(name: str) -> Built:
-    """The compiled `<name>.cpp`. Never raises; the answer is remembered for the process."""
+    """The compiled `<name>.cpp`. Never raises; cached for the process."""
     try:
         library = ctypes.CDLL(str(_compiled(name)))
         built = Built(library, f"compiled from native/{name}.cpp{_instructions(library)}")
@@ -64,20 +64,20 @@ def native(name: str) -> Built:
 
 
 def declared(built: Built, signatures: Mapping[str, str], result: Any = ctypes.c_int64) -> Built:
-    """The same, with the types of its functions, which all return `result`.
+    """Declare the types of the functions of a library, which all return `result`; return `built`.
 
-    `signatures`: function -> its arguments, a letter each: p pointer, i int64, f float32.
+    `signatures`: function -> one letter per argument: p pointer, i int64, f float32.
     """
     if built.library is not None:
-        for name, kinds in signatures.items():
+        for name, letters in signatures.items():
             function = getattr(built.library, name)
-            function.argtypes = [_TYPES[kind] for kind in kinds]
+            function.argtypes = [_TYPES[letter] for letter in letters]
             function.restype = result
     return built
 
 
 def _instructions(library: ctypes.CDLL) -> str:
-    """What a library says of itself, if it does: which instructions were chosen when it was compiled."""
+    """The instruction set that a library was compiled for, if it has a function that returns it."""
     if not hasattr(library, "instructions"):
         return ""
     library.instructions.restype = ctypes.c_char_p
@@ -85,20 +85,20 @@ def _instructions(library: ctypes.CDLL) -> str:
 
 
 class _Unavailable(Exception):
-    """Why there can be no native library here."""
+    """The reason why there is no native library on this machine."""
 
 
 def _compiled(name: str) -> Path:
-    lacking = sorted(NEEDS[name] - processor_flags())
-    if lacking:
-        raise _Unavailable(f"this processor has no {', '.join(lacking)}")
+    missing = sorted(NEEDS[name] - processor_flags())
+    if missing:
+        raise _Unavailable(f"this processor has no {', '.join(missing)}")
     compiler = find_compiler()
     if compiler is None:
         raise _Unavailable(f"no C++ compiler ({', '.join(COMPILERS)}) on PATH")
-    source = HERE / f"{name}.cpp"
+    source = SOURCES / f"{name}.cpp"
     version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, timeout=30).stdout
     key = hashlib.sha256(version + repr((FLAGS, EXTRA.get(name), OPTIONAL)).encode())
-    for path in (source, *sorted(HERE.glob("*.h"))):
+    for path in (source, *sorted(SOURCES.glob("*.h"))):
         key.update(path.read_bytes())
     key.update(" ".join(sorted(processor_flags())).encode())
     target = CACHE.expanduser() / f"{name}-{key.hexdigest()[:16]}.so"
@@ -109,40 +109,42 @@ def _compiled(name: str) -> Path:
 
 
 def find_compiler() -> str | None:
-    """The first of COMPILERS that is on PATH."""
+    """The first of COMPILERS on PATH, or None."""
     return next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
 def _compile(compiler: str, source: Path, target: Path, optional: tuple[tuple[str, ...], ...]) -> None:
-    """With the first of the `optional` flags that work. Under a name of its own, then renamed: two processes
-    may do this at once."""
+    """Compile with the first working set of `optional` flags.
+
+    The library is written under a temporary name and then renamed, since two processes may compile at once.
+    """
     log.info("compiling %s once, with %s", source.name, compiler)
-    handle, new = tempfile.mkstemp(dir=target.parent, suffix=".so")
+    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".so")
     os.close(handle)
     problem = "?"
     try:
         for flags in optional:
-            command = [compiler, *FLAGS, *EXTRA.get(source.stem, ()), *flags, str(source), "-o", new]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
-            if done.returncode == 0:
-                os.chmod(new, 0o755)
-                os.replace(new, target)
+            command = [compiler, *FLAGS, *EXTRA.get(source.stem, ()), *flags, str(source), "-o", temporary]
+            result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+            if result.returncode == 0:
+                os.chmod(temporary, 0o755)
+                os.replace(temporary, target)
                 return
-            problem = problem if problem != "?" else (done.stderr.strip().splitlines() or ["?"])[0]
+            problem = problem if problem != "?" else (result.stderr.strip().splitlines() or ["?"])[0]
         raise _Unavailable(f"{compiler} failed: {problem}")
     finally:
-        Path(new).unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
 
 
 @functools.cache
 def processor_flags() -> frozenset[str]:
-    """Instruction sets as Linux lists them, and the architecture. Empty where the system does not say."""
+    """Processor features listed by Linux, and the architecture; only the architecture on other systems."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
     for line in text.splitlines():
-        word, _, flags = line.partition(":")
-        if word.strip().lower() in ("flags", "features"):
+        key, _, flags = line.partition(":")
+        if key.strip().lower() in ("flags", "features"):
             return frozenset(flags.split()) | {platform.machine()}
     return frozenset({platform.machine()})

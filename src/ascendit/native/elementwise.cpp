@@ -1,4 +1,4 @@
-// One pass over memory each, on BF16 tokens: float32 inside, rounded once to nearest even.
+// Elementwise operators on BF16, each in one pass: computed in float32 and rounded once to nearest even.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -7,21 +7,21 @@ namespace {
 
 using bf16 = uint16_t;
 
-inline float wide(bf16 x) {
+inline float to_float(bf16 x) {
     const uint32_t bits = uint32_t(x) << 16;
     float f;
     std::memcpy(&f, &bits, 4);
     return f;
 }
 
-inline bf16 narrow(float f) {
+inline bf16 to_bf16(float f) {
     uint32_t bits;
     std::memcpy(&bits, &f, 4);
     const bf16 rounded = bf16((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
     return f != f ? bf16(0x7FC0) : rounded;
 }
 
-inline float fused(float a, float b, float c) {  // a b + c; elsewhere products are rounded, as in PyTorch
+inline float fused(float a, float b, float c) {  // a b + c; all other products are rounded, as in PyTorch
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     return std::fma(a, b, c);
 #else
@@ -30,8 +30,8 @@ inline float fused(float a, float b, float c) {  // a b + c; elsewhere products 
 }
 
 inline float exp2f_fast(float x) {  // relative error under 2e-7 for |x| < 126
-    const float whole = std::nearbyintf(x);
-    const float f = x - whole;
+    const float integer = std::nearbyintf(x);
+    const float f = x - integer;
     float p = 1.5403530e-4f;
     p = fused(p, f, 1.3333558e-3f);
     p = fused(p, f, 9.6181291e-3f);
@@ -39,7 +39,7 @@ inline float exp2f_fast(float x) {  // relative error under 2e-7 for |x| < 126
     p = fused(p, f, 2.4022651e-1f);
     p = fused(p, f, 6.9314718e-1f);
     p = fused(p, f, 1.0f);
-    const int32_t power = (int32_t(whole) + 127) << 23;
+    const int32_t power = (int32_t(integer) + 127) << 23;
     float scale;
     std::memcpy(&scale, &power, 4);
     return p * scale;
@@ -54,12 +54,12 @@ void gelu_tanh_bf16(const bf16* x, bf16* out, int64_t n) {
     const float c = -2.0f * 0.7978845608028654f * 1.44269504089f;
 #pragma omp parallel for simd schedule(static)
     for (int64_t i = 0; i < n; ++i) {
-        const float f = wide(x[i]);
+        const float f = to_float(x[i]);
         float u = c * (f + 0.044715f * f * f * f);
-        const bool gone = u > 125.0f;  // 1 + tanh is 0 in float32 long before
-        u = gone ? 125.0f : (u < -125.0f ? -125.0f : u);
-        const float y = gone ? -0.0f : f / (1.0f + exp2f_fast(u));
-        out[i] = narrow(f != f ? f : y);
+        const bool vanishes = u > 125.0f;  // 1 + tanh is 0 in float32
+        u = vanishes ? 125.0f : (u < -125.0f ? -125.0f : u);
+        const float y = vanishes ? -0.0f : f / (1.0f + exp2f_fast(u));
+        out[i] = to_bf16(f != f ? f : y);
     }
 }
 
@@ -71,14 +71,14 @@ void rms_norm_bf16(const bf16* x, const float* weight, bf16* out, int64_t rows, 
         bf16* to = out + r * D;
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < D; ++i) sum += wide(from[i]) * wide(from[i]);
+        for (int64_t i = 0; i < D; ++i) sum += to_float(from[i]) * to_float(from[i]);
         const float inverse = 1.0f / std::sqrt(sum / float(D) + eps);
 #pragma omp simd
-        for (int64_t i = 0; i < D; ++i) to[i] = narrow(wide(from[i]) * inverse * weight[i]);
+        for (int64_t i = 0; i < D; ++i) to[i] = to_bf16(to_float(from[i]) * inverse * weight[i]);
     }
 }
 
-// Pairs (x[2i], x[2i+1]) of every head turned by the token's angles. x [S, H, d]; cos, sin [S, d / 2].
+// Rotate pairs (x[2i], x[2i+1]) of each head by the angles of the token. x [S, H, d]; cos, sin [S, d / 2].
 void rope_bf16(const bf16* x, const float* cos, const float* sin, bf16* out, int64_t S, int64_t H, int64_t d) {
 #pragma omp parallel for schedule(static)
     for (int64_t s = 0; s < S; ++s)
@@ -87,22 +87,22 @@ void rope_bf16(const bf16* x, const float* cos, const float* sin, bf16* out, int
             bf16* to = out + (s * H + h) * d;
 #pragma omp simd
             for (int64_t i = 0; i < d / 2; ++i) {
-                const float a = wide(from[2 * i]), b = wide(from[2 * i + 1]);
+                const float a = to_float(from[2 * i]), b = to_float(from[2 * i + 1]);
                 const float c = cos[s * (d / 2) + i], t = sin[s * (d / 2) + i];
-                to[2 * i] = narrow(a * c - b * t);
-                to[2 * i + 1] = narrow(a * t + b * c);
+                to[2 * i] = to_bf16(a * c - b * t);
+                to[2 * i + 1] = to_bf16(a * t + b * c);
             }
         }
 }
 
-// out = x + y * gate, for `rows` tokens that share one gate [D]
+// out = x + y * gate; x, y, out [rows, D], gate [D]
 void gated_residual_bf16(const bf16* x, const bf16* y, const float* gate, bf16* out, int64_t rows, int64_t D) {
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
 #pragma omp simd
         for (int64_t i = 0; i < D; ++i) {
             const int64_t at = r * D + i;
-            out[at] = narrow(wide(x[at]) + wide(y[at]) * gate[i]);
+            out[at] = to_bf16(to_float(x[at]) + to_float(y[at]) * gate[i]);
         }
     }
 }

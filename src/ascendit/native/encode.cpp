@@ -1,10 +1,10 @@
-// Encoding to MX formats, int8 and fp8: to the bit what `mx.reference` gives, at the speed of memory.
+// Encode to MX formats, int8 and fp8: bit-identical to `mx.reference`, at memory speed.
 //
-// Layout: x [rows, K] contiguous; codes [rows, K], of 4 bits [rows, ceil(K / 2)]; scale uint8 [rows, ceil(K / 32)]
-// or float32 [rows]; dual float32 [rows, ceil(K / 512)]. A short last block is filled up with zeros.
-// `table` has the scale byte for the bits of each bfloat16 magnitude: the rules stay in one place, in Python.
-// What cannot be decided here is marked in `doubtful`, a byte for each unit, and counted by the return value.
-// `type` of x: 0 bfloat16, 1 float16, 2 float32. `element`: 0 e4m3, 1 e5m2, 2 e2m1, 3 int8.
+// Layout: x [rows, K] contiguous; qdata [rows, K], FP4 [rows, ceil(K / 2)]; scale uint8 [rows, ceil(K / 32)] or
+// float32 [rows]; dual float32 [rows, ceil(K / 512)]. A partial last block is padded with zeros.
+// `table`: scale byte by the bits of each bfloat16 magnitude, so that the rules are defined only in Python.
+// Units that `mx.reference` must encode again are marked in `unresolved`, a byte per unit, and counted by the
+// return value. `type` of x: 0 bfloat16, 1 float16, 2 float32. `element`: 0 e4m3, 1 e5m2, 2 e2m1, 3 int8.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -19,7 +19,7 @@ using namespace ascendit;
 
 namespace {
 
-// f(x) with x as what it is.
+// f(x) with x cast to a pointer of its type.
 template <class F>
 int64_t as(const void* x, int64_t type, F f) {
     if (type == 0) return f((const bf16*)x);
@@ -35,46 +35,46 @@ int64_t with(int64_t element, F f) {
     return f(E2M1{});
 }
 
-// one(x, codes, scale) for each block of a run; the blocks that it is not sure of are marked.
+// one(x, qdata, scale) for each block of a run; it returns whether the block is unresolved.
 template <class E, class T, class F>
-int64_t blocks_of(const Run& run, const T* x, uint8_t* qdata, uint8_t* scale, uint8_t* doubtful, F one) {
+int64_t blocks_of(const Run& run, const T* x, uint8_t* qdata, uint8_t* scale, uint8_t* unresolved, F one) {
     return each<BLOCK, E::bits>(run, x, qdata, [=](const T* from, uint8_t* out, int64_t i, int64_t) {
-        const bool doubt = one(from, out, scale + run.unit + i);
-        if (doubtful) doubtful[run.unit + i] = doubt;
-        return doubt;
+        const bool again = one(from, out, scale + run.unit + i);
+        if (unresolved) unresolved[run.unit + i] = again;
+        return again;
     });
 }
 
 template <class E, class T, class F>
-int64_t over_blocks(const T* x, Shape s, uint8_t* qdata, uint8_t* scale, uint8_t* doubtful, F one) {
+int64_t over_blocks(const T* x, Shape s, uint8_t* qdata, uint8_t* scale, uint8_t* unresolved, F one) {
     return spread(s, BLOCK, E::bits,
-                  [=](const Run& run) { return blocks_of<E>(run, x, qdata, scale, doubtful, one); });
+                  [=](const Run& run) { return blocks_of<E>(run, x, qdata, scale, unresolved, one); });
 }
 
-// The same for bfloat16 under a rule that is a table, many at a time.
+// The same for bfloat16 and a rule from a table, in batches.
 template <class E, Rounding R>
 int64_t over_batches(const bf16* x, Shape s, const uint8_t* table, uint8_t* qdata, uint8_t* scale,
-                     uint8_t* doubtful) {
+                     uint8_t* unresolved) {
     const auto one = [=](const bf16* from, uint8_t* out, uint8_t* to) {
         return encode_block<E, R>(from, table, out, to);
     };
     constexpr int64_t BYTES = BATCH * E::block_bytes;
     const bool large = s.rows * s.length * E::bits / 8 >= LARGE;
     return spread(s, BLOCK, E::bits, [=](Run run) {
-        uint8_t near[BYTES];
-        Batch<E, R> batches[2];  // this and the next, in turn
+        uint8_t buffer[BYTES];
+        Batch<E, R> batches[2];  // this and the next, alternating
         int64_t sum = 0;
-        if (run.full >= BATCH) batches[0].find_scales(x + run.value, table, scale + run.unit);
+        if (run.full >= BATCH) batches[0].compute_scales(x + run.value, table, scale + run.unit);
         for (int turn = 0; run.full >= BATCH; run.skip(BATCH, BATCH * BLOCK, BYTES), turn ^= 1) {
             const Batch<E, R>& batch = batches[turn];
             prefetch_ahead(batch.x, BATCH * BLOCK * sizeof(bf16));
             if (run.full >= 2 * BATCH)
-                batches[turn ^ 1].find_scales(batch.x + BATCH * BLOCK, table, batch.scale + BATCH);
-            uint8_t* out = qdata + run.code;
-            sum += batch.encode(table, large ? near : out, doubtful + run.unit);
-            if (large) write_past_cache(out, near, BYTES);
+                batches[turn ^ 1].compute_scales(batch.x + BATCH * BLOCK, table, batch.scale + BATCH);
+            uint8_t* out = qdata + run.byte;
+            sum += batch.encode(table, large ? buffer : out, unresolved + run.unit);
+            if (large) write_past_cache(out, buffer, BYTES);
         }
-        return sum + blocks_of<E>(run, x, qdata, scale, R == Rounding::msms ? doubtful : nullptr, one);
+        return sum + blocks_of<E>(run, x, qdata, scale, R == Rounding::msms ? unresolved : nullptr, one);
     });
 }
 
@@ -85,22 +85,22 @@ int64_t over_groups(const Dual& rule, const T* x, Shape s, uint8_t* qdata, uint8
     return spread(s, GROUP, E2M1::bits, [=](const Run& run) {
         uint8_t* first = scale + run.row * blocks_per_row + run.at * (GROUP / BLOCK);
         return each<GROUP, E2M1::bits>(run, x, qdata, [=](const T* from, uint8_t* out, int64_t i, int64_t values) {
-            uint8_t near[GROUP / 2];
+            uint8_t buffer[GROUP / 2];
             const bool past = large && values == GROUP;
-            encode_group(rule, from, int((values + BLOCK - 1) / BLOCK), past ? near : out,
+            encode_group(rule, from, int((values + BLOCK - 1) / BLOCK), past ? buffer : out,
                          first + i * (GROUP / BLOCK), dual + run.unit + i);
-            if (past) write_past_cache(out, near, GROUP / 2);
+            if (past) write_past_cache(out, buffer, GROUP / 2);
             return 0;
         });
     });
 }
 
-template <class Kind, class T>
-int64_t over_rows(const Kind& kind, const T* x, Shape s, uint8_t* qdata, float* scale) {
+template <class RowFormat, class T>
+int64_t over_rows(const RowFormat& format, const T* x, Shape s, uint8_t* qdata, float* scale) {
     const bool large = s.rows * s.length >= LARGE;
     return spread(s, s.length, 8, [=](const Run& run) {
         for (int64_t i = run.unit; i < run.unit + run.full; ++i)
-            encode_row(kind, x + i * s.length, s.length, qdata + i * s.length, scale + i, large);
+            encode_row(format, x + i * s.length, s.length, qdata + i * s.length, scale + i, large);
         return 0;
     });
 }
@@ -111,7 +111,7 @@ extern "C" {
 
 const char* instructions() { return INSTRUCTIONS; }
 
-// Fresh memory that is about to be written in large pages, where the system has them: their number is what costs.
+// Request large pages for new memory, before it is quantized: the cost is per page.
 int64_t prefer_large_pages(void* memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     const uintptr_t page = 1 << 21, first = ((uintptr_t)memory + page - 1) / page * page;
@@ -122,7 +122,7 @@ int64_t prefer_large_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-// memcpy on threads, for benchmarks to compare with.
+// Multithreaded memcpy, as a baseline of benchmarks.
 int64_t copy_bytes(const uint8_t* x, uint8_t* out, int64_t count, int64_t threads) {
     return spread({1, count, threads}, 4096, 8, [=](const Run& run) {
         std::memcpy(out + run.value, x + run.value, run.full * 4096 + run.tail);
@@ -130,30 +130,30 @@ int64_t copy_bytes(const uint8_t* x, uint8_t* out, int64_t count, int64_t thread
     });
 }
 
-// A rule that is a table. msms: its rounding. Only msms has doubts.
+// A rule from a table. msms: msModelSlim's rounding, the only one with unresolved blocks.
 int64_t encode_table(const bf16* x, int64_t rows, int64_t length, int64_t threads, int64_t element, int64_t msms,
-                     const uint8_t* table, uint8_t* qdata, uint8_t* scale, uint8_t* doubtful) {
+                     const uint8_t* table, uint8_t* qdata, uint8_t* scale, uint8_t* unresolved) {
     const Shape s{rows, length, threads};
     return with(element, [=](auto e) {
         using E = decltype(e);
-        if (msms) return over_batches<E, Rounding::msms>(x, s, table, qdata, scale, doubtful);
-        return over_batches<E, Rounding::rint>(x, s, table, qdata, scale, doubtful);
+        if (msms) return over_batches<E, Rounding::msms>(x, s, table, qdata, scale, unresolved);
+        return over_batches<E, Rounding::rint>(x, s, table, qdata, scale, unresolved);
     });
 }
 
 // msModelSlim's mse_round and fouroversix; tables [2, 32768].
 int64_t encode_choice(const bf16* x, int64_t rows, int64_t length, int64_t threads, int64_t element,
-                      const uint8_t* tables, uint8_t* qdata, uint8_t* scale, uint8_t* doubtful) {
+                      const uint8_t* tables, uint8_t* qdata, uint8_t* scale, uint8_t* unresolved) {
     return with(element, [=](auto e) {
         using E = decltype(e);
-        return over_blocks<E>(x, {rows, length, threads}, qdata, scale, doubtful,
+        return over_blocks<E>(x, {rows, length, threads}, qdata, scale, unresolved,
                               [=](const bf16* from, uint8_t* out, uint8_t* to) {
                                   return choose_block<E>(from, tables, out, to);
                               });
     });
 }
 
-// A rule of two integers and a mask, see `Rule`, for every type of x.
+// A rule of two integers and a mask, see `Rule`, for all types of x.
 int64_t encode_rule(const void* x, int64_t type, int64_t rows, int64_t length, int64_t threads, int64_t element,
                     int64_t shift, int64_t threshold, int64_t mask, uint8_t* qdata, uint8_t* scale) {
     const Rule rule{int(shift), uint32_t(threshold), uint32_t(mask)};
@@ -169,7 +169,7 @@ int64_t encode_rule(const void* x, int64_t type, int64_t rows, int64_t length, i
     });
 }
 
-// Dual scale of bfloat16 or float32: the NPU's with the table of `floor`, or msModelSlim's with that of log2.
+// Dual scale of bfloat16 or float32: the NPU's rule with the table of `floor`, or msModelSlim's with `early`.
 int64_t encode_dual(const void* x, int64_t type, int64_t rows, int64_t length, int64_t threads, const uint8_t* table,
                     const int32_t* early, uint8_t* qdata, uint8_t* scale, float* dual) {
     const Shape s{rows, length, threads};
@@ -180,7 +180,7 @@ int64_t encode_dual(const void* x, int64_t type, int64_t rows, int64_t length, i
     return type == 0 ? run((const bf16*)x) : run((const float*)x);
 }
 
-// One scale for a row. kind: 0 int8, 1 fp8, 2 msModelSlim's int8 with `lowest` -128 or -127.
+// One scale per row. kind: 0 int8, 1 fp8, 2 msModelSlim's int8 with `lowest` -128 or -127.
 int64_t encode_rows(const void* x, int64_t type, int64_t rows, int64_t length, int64_t threads, int64_t kind,
                     int64_t lowest, uint8_t* qdata, float* scale) {
     const Shape s{rows, length, threads};
@@ -192,35 +192,35 @@ int64_t encode_rows(const void* x, int64_t type, int64_t rows, int64_t length, i
     });
 }
 
-// Adds the squared errors under each of 25 constants to `sums`; tables [3, 32768], see `Search`.
+// Add the squared errors for each of 25 candidates to `sums`; tables [3, 32768], see `Search`.
 int64_t search(const bf16* x, int64_t rows, int64_t length, int64_t threads, const uint8_t* tables, double* sums) {
     return spread({rows, length, threads}, BLOCK, 8, [=](const Run& run) {
-        Search found;
+        Search partial;
         each<BLOCK, 8>(run, x, (uint8_t*)nullptr, [&](const bf16* from, uint8_t*, int64_t, int64_t) {
-            found.add(from, tables);
+            partial.add(from, tables);
             return 0;
         });
 #pragma omp critical
-        found.add_to(sums);
+        partial.add_to(sums);
         return 0;
     });
 }
 
-// Adds signal and noise to `sums`. scale: E8M0 bytes for blocks of 32, or for `by_row` a float32 for a row.
+// Add signal and noise to `sums`. scale: E8M0 bytes of blocks of 32, or with `by_row` a float32 per row.
 int64_t measure(const void* x, int64_t type, int64_t rows, int64_t length, int64_t threads, int64_t element,
              int64_t by_row, const uint8_t* qdata, const void* scale, const float* dual, double* sums) {
-    const Written written{qdata, by_row ? nullptr : (const uint8_t*)scale, (const float*)scale, dual};
+    const Quantized quantized{qdata, by_row ? nullptr : (const uint8_t*)scale, (const float*)scale, dual};
     return as(x, type, [=](auto* values) {
         return spread({rows, length, threads}, length, 8, [=](const Run& run) {
-            Energy all;
+            Energy energy;
             for (int64_t row = run.unit; row < run.unit + run.full; ++row) {
-                if (element == 0) add_row<E4M3>(all, values, row, length, written);
-                if (element == 1) add_row<E5M2>(all, values, row, length, written);
-                if (element == 2) add_row<E2M1>(all, values, row, length, written);
-                if (element == 3) add_row<Whole>(all, values, row, length, written);
+                if (element == 0) add_row<E4M3>(energy, values, row, length, quantized);
+                if (element == 1) add_row<E5M2>(energy, values, row, length, quantized);
+                if (element == 2) add_row<E2M1>(energy, values, row, length, quantized);
+                if (element == 3) add_row<Int8Element>(energy, values, row, length, quantized);
             }
 #pragma omp critical
-            all.add_to(sums);
+            energy.add_to(sums);
             return 0;
         });
     });

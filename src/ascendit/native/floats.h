@@ -1,4 +1,4 @@
-// bfloat16, float16 and float32 as bits, and the small floats that MX formats are made of.
+// bfloat16, float16 and float32 as bits, and the elements of MX formats.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -10,7 +10,7 @@ struct half {  // IEEE float16
     uint16_t bits;
 };
 
-// A small float as `mx.formats.Element` has it; `largest` and `nan` are codes.
+// See `mx.formats.Element`; `largest` and `nan` are encodings.
 template <int EBITS, int MBITS, int EMAX, int LARGEST, int NAN_CODE>
 struct Element {
     static constexpr int bits = 1 + EBITS + MBITS, mbits = MBITS, emax = EMAX, emin = 2 - (1 << (EBITS - 1));
@@ -40,7 +40,7 @@ inline float power_of_two(int exponent) {  // exponent in [-127, 127]
     return from_bits(exponent > -BIAS ? uint32_t(exponent + BIAS) << 23 : 1u << 22);
 }
 
-// |x| as bits, which are ordered as the numbers are; the bits of infinity; such bits as a float32.
+// Bits of |x|, in the same order as the values; `Input`: the bits of infinity, and bits to float32.
 inline uint32_t magnitude(bf16 x) { return x & 0x7FFF; }
 inline uint32_t magnitude(half x) { return x.bits & 0x7FFF; }
 inline uint32_t magnitude(float x) { return to_bits(x) & 0x7FFFFFFF; }
@@ -66,37 +66,37 @@ struct Input<float> {
     static float widen(uint32_t bits) { return from_bits(bits); }
 };
 
-// float32 of the same value. A NaN of float16 becomes an infinity; nobody looks at its value.
-inline float wide(bf16 x) { return from_bits(uint32_t(x) << 16); }
-inline float wide(half x) {
+// To float32, exact. A float16 NaN becomes an infinity, since its value is never used.
+inline float to_float(bf16 x) { return from_bits(uint32_t(x) << 16); }
+inline float to_float(half x) {
     return from_bits(to_bits(Input<half>::widen(magnitude(x))) | uint32_t(x.bits & 0x8000) << 16);
 }
-inline float wide(float x) { return x; }
+inline float to_float(float x) { return x; }
 
-// float32, not NaN, rounded to bfloat16, ties to even.
-inline bf16 narrow(float f) {
+// float32, not NaN, to bfloat16, ties to even.
+inline bf16 to_bf16(float f) {
     const uint32_t bits = to_bits(f);
     return bf16((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// Bits of the largest magnitude; infinity or more if one is not finite.
+// Bits of the largest magnitude; at least those of infinity if a value is not finite.
 template <class T>
 inline uint32_t largest_of(const T* x, int64_t n) {
-    uint32_t most = 0;
-    for (int64_t i = 0; i < n; ++i) most = magnitude(x[i]) > most ? magnitude(x[i]) : most;
-    return most;
+    uint32_t top = 0;
+    for (int64_t i = 0; i < n; ++i) top = magnitude(x[i]) > top ? magnitude(x[i]) : top;
+    return top;
 }
 template <>
 inline uint32_t largest_of(const bf16* x, int64_t n) {  // in 16-bit lanes
-    uint16_t most = 0;
+    uint16_t top = 0;
     for (int64_t i = 0; i < n; ++i) {
         const uint16_t bits = x[i] & 0x7FFF;
-        most = bits > most ? bits : most;
+        top = bits > top ? bits : top;
     }
-    return most;
+    return top;
 }
 
-// The value of a code without its sign.
+// The value of an encoding without its sign.
 template <class E>
 inline float value_of(uint32_t code) {
     const float normal = from_bits((code << (23 - E::mbits)) + (uint32_t(E::emin + BIAS - 1) << 23));

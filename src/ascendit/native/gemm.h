@@ -1,4 +1,4 @@
-// Tokens times a tile of a weight: sums in float32 or int32, kept for all tokens of a task.
+// Tokens times a tile of a weight: sums in float32 or int32, stored for all tokens of a task.
 #pragma once
 #include <immintrin.h>
 
@@ -10,9 +10,9 @@
 
 namespace ascendit {
 
-constexpr int ROWS = 6, VECTORS = COLUMNS / LANES;  // tokens and vectors of channels whose sums fill the registers
+constexpr int ROWS = 6, VECTORS = COLUMNS / LANES;  // sums of ROWS tokens x VECTORS vectors fill the registers
 
-inline __m512i pair_of(const void* p) {  // one step of a token in every lane
+inline __m512i pair_of(const void* p) {  // one step of a token, in every lane
     int32_t step;
     std::memcpy(&step, p, 4);
     return _mm512_set1_epi32(step);
@@ -33,18 +33,18 @@ struct Int8Dot {  // the weight is unsigned
 template <int R>
 using Sums = __m512[R][VECTORS];
 
-// Tokens and their factors of a group; null: none.
+// Dual scales of a group, for tokens and channels.
 struct Factors {
     const float *token, *channel;
     int64_t stride;  // of the tokens
 };
 
-// [R][COLUMNS] in memory to registers, or zeros.
+// Load [R][COLUMNS] sums, or zeros.
 template <int R>
-inline void load_sums(const float* from, bool there, Sums<R>& sum) {
+inline void load_sums(const float* from, bool load, Sums<R>& sum) {
     for (int r = 0; r < R; ++r)
         for (int j = 0; j < VECTORS; ++j)
-            sum[r][j] = there ? _mm512_load_ps(from + r * COLUMNS + j * LANES) : _mm512_setzero_ps();
+            sum[r][j] = load ? _mm512_load_ps(from + r * COLUMNS + j * LANES) : _mm512_setzero_ps();
 }
 
 template <int R>
@@ -53,7 +53,7 @@ inline void store_sums(const Sums<R>& sum, float* to) {
         for (int j = 0; j < VECTORS; ++j) _mm512_store_ps(to + r * COLUMNS + j * LANES, sum[r][j]);
 }
 
-// to (+)= sum * factors
+// to (+)= sum * token * channel
 template <int R>
 inline void add_scaled(const Sums<R>& sum, const Factors& f, bool add, float* to) {
     for (int r = 0; r < R; ++r)
@@ -65,7 +65,7 @@ inline void add_scaled(const Sums<R>& sum, const Factors& f, bool add, float* to
         }
 }
 
-// sum += tokens x tile, `stride` steps from token to token.
+// sum += tokens x tile; `stride`: steps between tokens.
 template <class Dot, int R>
 inline void multiply(const uint32_t* tokens, int64_t stride, const uint32_t* tile, int64_t steps, Sums<R>& sum) {
     for (int64_t s = 0; s < steps; ++s, tile += COLUMNS) {
@@ -78,7 +78,7 @@ inline void multiply(const uint32_t* tokens, int64_t stride, const uint32_t* til
     }
 }
 
-// f of min(rows, MOST) as a constant.
+// Call f with min(rows, MOST) as a compile-time constant.
 template <int MOST, class F>
 inline void with_rows(int64_t rows, F f) {
     if constexpr (MOST > 1)

@@ -1,5 +1,5 @@
-// A block of 32 values as 16-bit lanes in registers as wide as the processor has: AVX-512 takes one, AVX2 two,
-// NEON and SSE2 four. Vector types of GCC and Clang do the arithmetic; what they cannot say is spelled out.
+// A block of 32 values as 16-bit lanes: one register with AVX-512, two with AVX2, four with NEON and SSE2.
+// Arithmetic uses vector types of GCC and Clang, and intrinsics for operations that they lack.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -67,19 +67,19 @@ inline uint32_t largest(const Lanes& v) {
 #if defined(__aarch64__)
     return vmaxvq_u16((uint16x8_t)top);
 #else
-    uint16_t most = 0;
-    for (int i = 0; i < LANES; ++i) most = top[i] > most ? top[i] : most;
-    return most;
+    uint16_t result = 0;
+    for (int i = 0; i < LANES; ++i) result = top[i] > result ? top[i] : result;
+    return result;
 #endif
 #endif
 }
 
-constexpr int BATCH = 16;  // blocks whose scales are found before their codes
+constexpr int BATCH = 16;  // blocks whose scales are computed before they are encoded
 
-// The largest magnitudes of 16 bfloat16 blocks. In AVX-512 halves of two blocks become one register, four times.
+// The largest magnitudes of 16 bfloat16 blocks. AVX-512: merges halves of two registers into one, four times.
 inline void largest_of_batch(const uint16_t* x, uint16_t* out) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-    const auto block = [=](int slot) {  // in the order in which they come out
+    const auto block = [=](int slot) {  // in output order
         const __m512i v = _mm512_loadu_si512(x + BLOCK * (slot % 4 * 4 + slot / 4));
         return _mm512_and_si512(v, _mm512_set1_epi16(0x7FFF));
     };
@@ -105,13 +105,13 @@ inline void largest_of_batch(const uint16_t* x, uint16_t* out) {
 #endif
 }
 
-// Compilers must not know what is in memory: they would keep 16 scalars in a register and pick them out of it.
+// Hide the content of memory from the compiler, which would otherwise extract 16 scalars from a register.
 template <class T>
 inline void hide(T& memory) {
     asm("" : "+m"(memory));
 }
 
-inline U16 smaller(U16 a, uint16_t b) {  // GCC makes two instructions of what the processor has
+inline U16 smaller(U16 a, uint16_t b) {  // GCC uses two instructions instead of one
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
     return (U16)_mm512_min_epu16((__m512i)a, _mm512_set1_epi16(int16_t(b)));
 #elif defined(__AVX2__)
@@ -121,12 +121,12 @@ inline U16 smaller(U16 a, uint16_t b) {  // GCC makes two instructions of what t
 #endif
 }
 
-// value << count for counts of 0 to MOST, 0 for negative counts; for more than MOST it may be anything.
-template <int MOST>
+// value << count for counts from 0 to MAX, 0 for negative counts; undefined above MAX.
+template <int MAX>
 inline U16 shifted(U16 value, I16 count) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
     return (U16)_mm512_sllv_epi16((__m512i)value, (__m512i)count);
-#elif defined(__AVX2__)  // there is no such shift: a product with 2^count, looked up by the low byte
+#elif defined(__AVX2__)  // no 16-bit variable shift: multiply by 2^count, looked up by the low byte
     const __m256i powers = _mm256_broadcastsi128_si256(_mm_set_epi64x(0, 0x8040201008040201));
     const __m256i least = _mm256_max_epi16((__m256i)count, _mm256_set1_epi16(-1));
     const __m256i index = _mm256_or_si256(least, _mm256_set1_epi16(int16_t(0x8000)));
@@ -135,7 +135,7 @@ inline U16 shifted(U16 value, I16 count) {
     return (U16)vshlq_u16((uint16x8_t)value, (int16x8_t)count) & (U16)(count >= int16_t(0));
 #else
     U16 out = value & (U16)(count == int16_t(0));
-    for (int n = 1; n <= MOST; ++n) out |= (value << n) & (U16)(count == int16_t(n));
+    for (int n = 1; n <= MAX; ++n) out |= (value << n) & (U16)(count == int16_t(n));
     return out;
 #endif
 }

@@ -1,11 +1,11 @@
-// out = tokens x weight^T + bias on codes: each weight is decoded tile by tile, into memory that stays in the
-// cache, as often as there are CHUNK tokens. Needs AVX-512 with BF16, VNNI and VBMI.
+// Quantized linear: out = activation x weight^T + bias. The weight is decoded tile by tile into a buffer that stays
+// in the cache, once per CHUNK tokens; a token is a row of the activation. Needs AVX-512 with BF16, VNNI and VBMI.
 //
-// Layout: as `mx.Encoded`: codes [rows, K], of 4 bits [rows, K / 2]; scale uint8 [rows, K / 32] or float32 [rows];
-// dual float32 [rows, ceil(K / 512)]; K a multiple of 32. bias float32 [N] or null. out [M, N].
-// mxfp8, fp8 and w4a8: numbers become bfloat16, exactly, and sums are float32; what is none under its scale is
-// counted by the return value, and `out` has no meaning then. int8: exact in int32. mxfp4 and its dual scale:
-// blocks exact in int32, sums of them in float32.
+// Layout of both, as in `mx.Encoded`: qdata [rows, K], FP4 [rows, K / 2]; scale uint8 [rows, K / 32] or float32
+// [rows]; dual float32 [rows, ceil(K / 512)]; K a multiple of 32. bias float32 [N] or null. out [M, N].
+// mxfp8, fp8 and w4a8: values are converted to bfloat16 exactly, sums are float32; the return value counts blocks
+// with a value that is not a normal bfloat16, and `out` is then invalid. int8: exact in int32. mxfp4 and its dual
+// scale: each block exact in int32, sums of blocks in float32.
 #include "products.h"
 
 using namespace ascendit;
@@ -16,7 +16,7 @@ constexpr int64_t WORTH_A_TASK = 96;  // tokens
 
 inline __mmask16 channels(int64_t left) { return left >= LANES ? 0xFFFF : left > 0 ? (1u << left) - 1 : 0; }
 
-// Scales of rows, bias, one rounding.
+// Apply the scales of rows and the bias, and round once.
 void finish(const Call& c, int64_t m, int64_t n, const float* sums) {
     const bool by_row = c.kind == INT8 || c.kind == FP8;
     const __m512 token_scale = _mm512_set1_ps(by_row ? ((const float*)c.token_scale)[m] : 1.0f);
@@ -28,7 +28,7 @@ void finish(const Call& c, int64_t m, int64_t n, const float* sums) {
             v = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)v, _mm512_set1_epi32(128 * c.token_sums[m])));
         if (by_row) {
             v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(here, (const float*)c.weight_scale + n + j));
-            v = _mm512_mul_ps(v, token_scale);  // last: it may be huge, where the weight's is small
+            v = _mm512_mul_ps(v, token_scale);  // last, since it may be huge and the scale of the weight small
         }
         if (c.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(here, c.bias + n + j));
         const int64_t at = m * c.N + n + j;
@@ -39,7 +39,7 @@ void finish(const Call& c, int64_t m, int64_t n, const float* sums) {
     }
 }
 
-// The tokens [first, last) of the chunk that begins at `start`, COLUMNS channels from n.
+// Tokens [first, last) of the chunk at `start`, times COLUMNS channels from n.
 template <class Product>
 void panel(const Call& c, const Product& product, int64_t start, int64_t first, int64_t last, int64_t n,
            const Memory& memory) {
@@ -47,7 +47,7 @@ void panel(const Call& c, const Product& product, int64_t start, int64_t first, 
     for (int64_t k = 0; k < c.K; k += product.width) {
         const Piece piece{n, k, std::min(c.K, k + product.width)};
         Piece next{n, piece.end, std::min(c.K, piece.end + product.width)};
-        if (piece.end == c.K) next = {n + COLUMNS * c.threads, 0, std::min(c.K, product.width)};  // most likely
+        if (piece.end == c.K) next = {n + COLUMNS * c.threads, 0, std::min(c.K, product.width)};  // likely next
         product.make_tile(piece, memory);
         for (int64_t m = first; m < last; m += Product::together) {
             float* sums = memory.sums + (m - first) * COLUMNS;
@@ -60,10 +60,10 @@ void panel(const Call& c, const Product& product, int64_t start, int64_t first, 
     for (int64_t m = first; m < last; ++m) finish(c, m, n, memory.sums + (m - first) * COLUMNS);
 }
 
-// Prepares each chunk of tokens on all threads, then deals out the panels.
+// Prepare each chunk of tokens on all threads, then distribute the panels.
 template <class Product>
 int64_t run(const Call& c, const Product& product) {
-    int64_t doubtful = 0;
+    int64_t unsupported = 0;
     const int64_t chunk = c.chunk();
     const int64_t wanted = (4 * c.threads + c.panels() - 1) / c.panels();
     const int64_t pieces = std::max<int64_t>(1, std::min(wanted, chunk / WORTH_A_TASK));
@@ -73,15 +73,15 @@ int64_t run(const Call& c, const Product& product) {
         const Memory memory(size);
         for (int64_t start = 0; start < c.M; start += chunk) {
             const int64_t stop = std::min(c.M, start + chunk);
-#pragma omp for schedule(static) reduction(+ : doubtful)
-            for (int64_t m = start; m < stop; ++m) doubtful += product.prepare(m, m - start);
+#pragma omp for schedule(static) reduction(+ : unsupported)
+            for (int64_t m = start; m < stop; ++m) unsupported += product.prepare(m, m - start);
 #pragma omp for schedule(dynamic) collapse(2)
             for (int64_t first = start; first < stop; first += size)
                 for (int64_t p = 0; p < c.panels(); ++p)
                     panel(c, product, start, first, std::min(stop, first + size), p * COLUMNS, memory);
         }
     }
-    return doubtful;
+    return unsupported;
 }
 
 template <class Dot, class Rows, class PreparePart>
@@ -89,7 +89,7 @@ int64_t run_steps(const Call& c, const Rows& rows, PreparePart prepare) {
     return run(c, StepProduct<Dot, Rows, PreparePart>{c, rows, prepare});
 }
 
-// Tokens and weight to bfloat16.
+// Both sides as bfloat16.
 template <class Tokens, class Rows>
 int64_t run_bf16(const Call& c, const Tokens& tokens, const Rows& rows) {
     return run_steps<Bf16Dot>(c, rows, [tokens](int64_t m, int64_t k, int64_t end, uint8_t* out) {
@@ -123,25 +123,25 @@ int64_t linear(int64_t kind, int64_t M, int64_t N, int64_t K, int64_t threads, c
     }
 }
 
-// Tokens times a number for each channel, rounded to bfloat16.
-void smooth(int64_t M, int64_t K, int64_t threads, const bf16* x, const float* by, bf16* out) {
+// out = x * mul_scale, x [M, K], mul_scale [K], rounded to bfloat16.
+void smooth(int64_t M, int64_t K, int64_t threads, const bf16* x, const float* mul_scale, bf16* out) {
 #pragma omp parallel for num_threads(int(threads))
     for (int64_t m = 0; m < M; ++m)
-        for (int64_t k = 0; k < K; ++k) out[m * K + k] = narrow(wide(x[m * K + k]) * by[k]);
+        for (int64_t k = 0; k < K; ++k) out[m * K + k] = to_bf16(to_float(x[m * K + k]) * mul_scale[k]);
 }
 
-// How many blocks of a weight hold numbers that are no bfloat16, or NaN. bits: 8 for e4m3, 4 for e2m1.
-int64_t doubtful_blocks(int64_t bits, int64_t N, int64_t K, int64_t threads, const uint8_t* qdata,
-                        const uint8_t* scale) {
+// Number of blocks of a weight with NaN or values that are not normal bfloat16. bits: 8 for e4m3, 4 for e2m1.
+int64_t unsupported_blocks(int64_t bits, int64_t N, int64_t K, int64_t threads, const uint8_t* qdata,
+                           const uint8_t* scale) {
     int64_t sum = 0;
 #pragma omp parallel for num_threads(int(threads)) reduction(+ : sum)
     for (int64_t n = 0; n < N; ++n)
-        sum += bits == 8 ? doubtful_of_row(BlockRows<E4M3>{qdata, scale, K}, n)
-                         : doubtful_of_row(BlockRows<E2M1>{qdata, scale, K}, n);
+        sum += bits == 8 ? unsupported_in_row(BlockRows<E4M3>{qdata, scale, K}, n)
+                         : unsupported_in_row(BlockRows<E2M1>{qdata, scale, K}, n);
     return sum;
 }
 
-// All tiles of a weight, one after the other; the last channels filled up to COLUMNS. Row scales are left out.
+// Write all tiles of a weight; the last channels are padded to COLUMNS. Row scales are not applied.
 void decode_tiles(int64_t kind, int64_t N, int64_t K, int64_t threads, const uint8_t* qdata, const uint8_t* scale,
                   uint32_t* tiles) {
 #pragma omp parallel for num_threads(int(threads)) schedule(dynamic)

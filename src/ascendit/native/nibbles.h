@@ -1,5 +1,5 @@
-// MXFP4 times MXFP4 in bytes: twice a 4-bit number is a whole number up to 12, so the products of a block of 32
-// are summed exactly in integers, eight steps of four, and then scaled in float32. Needs AVX-512 VNNI.
+// MXFP4 times MXFP4 in int8: twice an FP4 value is an integer up to 12, so the products of a block of 32 are summed
+// exactly in integers, in eight steps of four, and then scaled in float32. Needs AVX-512 VNNI.
 #pragma once
 #include <immintrin.h>
 
@@ -8,11 +8,11 @@
 
 namespace ascendit {
 
-constexpr int SHIFT = 12;  // makes the numbers of a weight unsigned
+constexpr int SHIFT = 12;  // makes the values of a weight unsigned
 constexpr int BLOCK_STEPS = BLOCK / 4;
-constexpr int TOGETHER = 3;  // tokens; their sums in integers and in float32 fill the registers
+constexpr int TOGETHER = 3;  // tokens at a time; their integer and float32 sums fill the registers
 
-// Packed codes -> bytes of twice their numbers plus `shift`.
+// Packed FP4 -> bytes, twice the values plus `shift`.
 struct Doubled {
     __m512i table;
     explicit Doubled(int shift) {
@@ -30,8 +30,8 @@ struct Doubled {
     }
 };
 
-inline __m256i packed_at(const uint8_t* qdata, int64_t numbers) {  // at most 64 of them, else zeros
-    return numbers >= 64 ? _mm256_loadu_si256((const __m256i*)qdata)
+inline __m256i packed_at(const uint8_t* qdata, int64_t count) {  // up to 64 values, padded with zeros
+    return count >= 64 ? _mm256_loadu_si256((const __m256i*)qdata)
                          : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)qdata));
 }
 
@@ -45,8 +45,8 @@ struct NibbleRows {
     __m512i steps(int64_t row, int64_t k, int64_t end) const { return doubled(packed_at(at(row, k), end - k)); }
 };
 
-// The scales of COLUMNS channels over the blocks from k to `end`: float32 [blocks][COLUMNS], a quarter of each for
-// the two factors of 2.
+// The scales of COLUMNS channels for the blocks from k to `end`: float32 [blocks][COLUMNS], divided by 4 because both
+// sides of the product are doubled.
 inline void fill_scales(const NibbleRows& rows, int64_t n, int64_t N, int64_t k, int64_t end, float* out) {
     for (int64_t block = k / BLOCK; block < end / BLOCK; ++block, out += COLUMNS)
         for (int i = 0; i < COLUMNS; ++i) {
@@ -55,23 +55,23 @@ inline void fill_scales(const NibbleRows& rows, int64_t n, int64_t N, int64_t k,
         }
 }
 
-// A stretch of a token: bytes, and for each block its scale and what SHIFT added to its sum, to be taken off again.
-constexpr int STRETCH = 512;  // numbers, as many as have one dual scale
+// A stretch of a token: bytes, and for each block its scale and minus the sum that SHIFT adds.
+constexpr int STRETCH = 512;  // values, which share one dual scale
 struct NibbleToken {
     int8_t bytes[STRETCH];
     float scale[STRETCH / BLOCK];
     int32_t surplus[STRETCH / BLOCK];
 
-    // Of `numbers` codes.
-    void fill(const Doubled& doubled, const uint8_t* qdata, const uint8_t* scales, int64_t numbers) {
-        for (int64_t k = 0; k < numbers; k += 2 * BLOCK) {
-            const __m512i v = doubled(packed_at(qdata + k / 2, numbers - k));
+    // From `count` packed values.
+    void fill(const Doubled& doubled, const uint8_t* qdata, const uint8_t* scales, int64_t count) {
+        for (int64_t k = 0; k < count; k += 2 * BLOCK) {
+            const __m512i v = doubled(packed_at(qdata + k / 2, count - k));
             _mm512_storeu_si512(bytes + k, v);
             const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(SHIFT), v);
             surplus[k / BLOCK] = -_mm512_mask_reduce_add_epi32(0x00FF, sums);
             surplus[k / BLOCK + 1] = -_mm512_mask_reduce_add_epi32(0xFF00, sums);
         }
-        for (int64_t b = 0; b < numbers / BLOCK; ++b)
+        for (int64_t b = 0; b < count / BLOCK; ++b)
             scale[b] = scales[b] == NAN_BYTE ? from_bits(0x7FC00000) : power_of_two(scales[b] - BIAS);
     }
 };
@@ -89,7 +89,7 @@ inline void multiply_nibbles(const NibbleToken* tokens, int64_t blocks, const ui
             __m512i weight[VECTORS];
             for (int j = 0; j < VECTORS; ++j) {
                 weight[j] = _mm512_load_si512(tile + j * LANES);
-                asm("" : "+v"(weight[j]));  // or GCC loads it again for each token
+                asm("" : "+v"(weight[j]));  // otherwise GCC reloads it for each token
             }
             for (int r = 0; r < R; ++r) {
                 const __m512i token = pair_of(tokens[r].bytes + b * BLOCK + 4 * s);
@@ -97,11 +97,11 @@ inline void multiply_nibbles(const NibbleToken* tokens, int64_t blocks, const ui
             }
         }
         for (int r = 0; r < R; ++r) {
-            const __m512 by = _mm512_set1_ps(tokens[r].scale[b]);
+            const __m512 scale = _mm512_set1_ps(tokens[r].scale[b]);
             for (int j = 0; j < VECTORS; ++j) {
-                const __m512 whole = _mm512_cvtepi32_ps((__m512i)sum[r][j]);
-                const __m512 product = _mm512_mul_ps(whole, _mm512_load_ps(scales + j * LANES));
-                total[r][j] = _mm512_fmadd_ps(product, by, total[r][j]);
+                const __m512 as_float = _mm512_cvtepi32_ps((__m512i)sum[r][j]);
+                const __m512 product = _mm512_mul_ps(as_float, _mm512_load_ps(scales + j * LANES));
+                total[r][j] = _mm512_fmadd_ps(product, scale, total[r][j]);
             }
         }
     }

@@ -1,5 +1,5 @@
-// The ways to multiply, each with its tiles. A product makes the tile of some channels and then adds tokens x tile
-// to sums [token][COLUMNS]; `together` tokens at a time.
+// Products, each with its own tiles. A product fills the tile of some channels and then adds tokens x tile to sums
+// [token][COLUMNS], `together` tokens at a time.
 #pragma once
 #include <memory>
 
@@ -9,9 +9,9 @@
 
 namespace ascendit {
 
-constexpr int64_t CHUNK = 1024, STEPS = 256, GROUP = 512;  // tokens, steps of a tile, numbers with a dual scale
+constexpr int64_t CHUNK = 1024, STEPS = 256, GROUP = 512;  // tokens, steps of a tile, values per dual scale
 
-enum Kind : int64_t { INT8, FP8, MXFP8, MXFP4, DUAL, W4A8 };  // of a weight with its tokens
+enum Kind : int64_t { INT8, FP8, MXFP8, MXFP4, DUAL, W4A8 };  // scheme of weight and activation
 
 struct Call {
     int64_t kind, M, N, K, threads;
@@ -19,19 +19,19 @@ struct Call {
     const float* token_dual;
     const uint8_t *weight, *weight_scale;
     const float* weight_dual;
-    const uint32_t* decoded;  // tiles of a weight that was decoded before, or null
+    const uint32_t* decoded;  // tiles from decode_tiles, or null
     const float* bias;
-    uint8_t* work;        // for CHUNK tokens: 2 bytes for each number, of which there are a multiple of 512
-    int32_t* token_sums;  // [M], int8
+    uint8_t* work;        // for CHUNK tokens: 2 bytes per value, K rounded up to 512
+    int32_t* token_sums;  // [M], int8 only
     void* out;
-    int64_t wide;  // out is float32, not bfloat16
+    int64_t wide;  // out is float32 instead of bfloat16
 
     int64_t panels() const { return (N + COLUMNS - 1) / COLUMNS; }
     int64_t groups() const { return (K + GROUP - 1) / GROUP; }
     int64_t chunk() const { return std::min(CHUNK, M); }
 };
 
-struct Memory {  // of one thread
+struct Memory {  // buffers of one thread
     const std::unique_ptr<uint32_t[]> room;
     uint32_t* const tile;
     float *const scales, *const factors, *const sums;
@@ -43,14 +43,14 @@ struct Memory {  // of one thread
           sums(factors + COLUMNS) {}
 };
 
-// Some channels [n, n + COLUMNS) and numbers [k, end).
+// Channels [n, n + COLUMNS) and values [k, end).
 struct Piece {
     int64_t n, k, end;
 };
 
-// Asks for the share `i` of `of` of what a piece is made of: a few lines for each group of tokens.
+// Prefetch share `i` of `of` of the source of a piece: a few cache lines per group of tokens.
 template <class Rows>
-inline void prefetch_codes(const Rows& rows, int64_t N, const Piece& p, int64_t i, int64_t of) {
+inline void prefetch_rows(const Rows& rows, int64_t N, const Piece& p, int64_t i, int64_t of) {
     for (int64_t row = p.n + COLUMNS * i / of; row < p.n + COLUMNS * (i + 1) / of && row < N; ++row)
         for (const uint8_t *at = rows.at(row, p.k), *stop = rows.at(row, p.end); at < stop; at += 64)
             _mm_prefetch((const char*)at, _MM_HINT_T1);
@@ -69,7 +69,7 @@ inline Factors factors_of(const Call& c, int64_t m, int64_t k, const Memory& mem
     return {c.token_dual + m * c.groups() + k / GROUP, memory.factors, c.groups()};
 }
 
-// Steps of bfloat16 or bytes, summed up by the processor. prepare_part(m, k, end, out) makes those of a token.
+// Steps of bfloat16 or bytes, summed by dot-product instructions. prepare_part(m, k, end, out) writes those of a token.
 template <class Dot, class Rows, class PreparePart>
 struct StepProduct {
     static constexpr int64_t together = ROWS, width = STEPS * Rows::per_step;
@@ -88,11 +88,11 @@ struct StepProduct {
         if (!c.decoded) fill(rows, p.n, c.N, p.k, p.end, memory.tile);
     }
     void prefetch(const Piece& p, int64_t i, int64_t of) const {
-        if (!c.decoded) return prefetch_codes(rows, c.N, p, i, of);
+        if (!c.decoded) return prefetch_rows(rows, c.N, p, i, of);
         if (p.n < c.N) prefetch_tile(decoded(p), (p.end - p.k) / Rows::per_step, i, of);
     }
     const uint32_t* decoded(const Piece& p) const { return c.decoded + (p.n * c.K + p.k * COLUMNS) / Rows::per_step; }
-    // m: the token; at: the same counted in the chunk.
+    // m: index of the token; at: its index in the chunk.
     template <int R>
     void multiply_rows(const Piece& p, int64_t m, int64_t at, const Memory& memory, float* to) const {
         const uint32_t* tokens = (const uint32_t*)streams.at(p.k / width, at);
@@ -103,7 +103,7 @@ struct StepProduct {
     }
 };
 
-// 4-bit numbers as bytes. A tile is as wide as a group of the dual scale, which also keeps it in the first cache.
+// FP4 as bytes. A tile has the width of a dual-scale group, which also fits the L1 cache.
 struct NibbleProduct {
     static constexpr int64_t together = TOGETHER, width = STRETCH;
     static_assert(STRETCH == GROUP && sizeof(NibbleToken) <= 2 * STRETCH);
@@ -124,7 +124,7 @@ struct NibbleProduct {
         fill_scales(rows, p.n, c.N, p.k, p.end, memory.scales);
         if (c.kind == DUAL) fill_factors(c, p, memory.factors);
     }
-    void prefetch(const Piece& p, int64_t i, int64_t of) const { prefetch_codes(rows, c.N, p, i, of); }
+    void prefetch(const Piece& p, int64_t i, int64_t of) const { prefetch_rows(rows, c.N, p, i, of); }
     template <int R>
     void multiply_rows(const Piece& p, int64_t m, int64_t at, const Memory& memory, float* to) const {
         Sums<R> sum;

@@ -10,42 +10,42 @@ namespace ascendit {
 
 constexpr int GROUP = 512;
 
-inline float not_zero(float by) { return by == 0.0f ? INFINITY : by; }
+inline float not_zero(float divisor) { return divisor == 0.0f ? INFINITY : divisor; }
 
-// A group with infinities or NaN: they count as 0, and their blocks are marked afterwards.
+// A group with infinities or NaN, which are set to 0; `mark` then sets their blocks to NaN.
 template <class T>
 struct Cleaned {
     T values[GROUP];
-    bool spoiled[GROUP / BLOCK];
+    bool nonfinite[GROUP / BLOCK];
 
     explicit Cleaned(const T* x) {
         for (int b = 0; b < GROUP / BLOCK; ++b) {
-            spoiled[b] = largest_of(x + b * BLOCK, BLOCK) >= Input<T>::infinity;
+            nonfinite[b] = largest_of(x + b * BLOCK, BLOCK) >= Input<T>::infinity;
             for (int i = b * BLOCK; i < (b + 1) * BLOCK; ++i)
                 values[i] = magnitude(x[i]) >= Input<T>::infinity ? T{} : x[i];
         }
     }
     void mark(int blocks, uint8_t* out, uint8_t* scale) const {
         for (int b = 0; b < blocks; ++b)
-            if (spoiled[b]) spoiled_block<E2M1>(out + b * E2M1::block_bytes, scale + b);
+            if (nonfinite[b]) nan_block<E2M1>(out + b * E2M1::block_bytes, scale + b);
     }
 };
 
-// npu_dynamic_dual_level_mx_quant: values over max / 6 are rounded to bfloat16, if they came so.
+// npu_dynamic_dual_level_mx_quant: values / (max / 6), rounded to the dtype of the input.
 struct NpuDual {
-    const uint8_t* table;  // of the rule `floor`
+    const uint8_t* table;  // of rule `floor`
 
     static float scale(float amax) {
         const float dual = amax * float(1.0 / 6.0);
         return dual < 0x1p-126f ? 0.0f : dual;
     }
     void blocks(const bf16* x, float dual, int count, uint8_t* out, uint8_t* scale) const {
-        const float by = not_zero(dual);
+        const float divisor = not_zero(dual);
         bf16 divided[GROUP];
-        for (int i = 0; i < GROUP; ++i) divided[i] = narrow(wide(x[i]) / by);
+        for (int i = 0; i < GROUP; ++i) divided[i] = to_bf16(to_float(x[i]) / divisor);
         if (count == BATCH) {
             Batch<E2M1, Rounding::rint> batch;
-            batch.find_scales(divided, table, scale);
+            batch.compute_scales(divided, table, scale);
             batch.encode(table, out, nullptr);
             return;
         }
@@ -53,32 +53,32 @@ struct NpuDual {
             encode_block<E2M1, Rounding::rint>(divided + b * BLOCK, table, out + b * E2M1::block_bytes, scale + b);
     }
     void blocks(const float* x, float dual, int count, uint8_t* out, uint8_t* scale) const {
-        const float by = not_zero(dual);
+        const float divisor = not_zero(dual);
         const Rule floor{E2M1::emax, 0x7FFFFF, 0x7FFFFF};
         float divided[BLOCK];
         for (int b = 0; b < count; ++b) {
-            for (int i = 0; i < BLOCK; ++i) divided[i] = x[b * BLOCK + i] / by;
+            for (int i = 0; i < BLOCK; ++i) divided[i] = x[b * BLOCK + i] / divisor;
             encode_block<E2M1>(divided, floor, out + b * E2M1::block_bytes, scale + b);
         }
     }
 };
 
-// msModelSlim: all in float32.
+// msModelSlim: all steps in float32.
 struct MsmsDual {
-    const int32_t* early;  // by biased exponent: how many floats below that power of two log2 rounds up to it
+    const int32_t* early;  // by biased exponent: how many floats below the power of two torch.log2 rounds up to it
 
     static float scale(float amax) { return amax / 6.0f; }
 
     template <class T>
     void blocks(const T* x, float dual, int count, uint8_t* out, uint8_t* scale) const {
-        const float by = not_zero(dual);
+        const float divisor = not_zero(dual);
         float divided[GROUP];
-        for (int i = 0; i < GROUP; ++i) divided[i] = wide(x[i]) / by;
+        for (int i = 0; i < GROUP; ++i) divided[i] = to_float(x[i]) / divisor;
         for (int b = 0; b < count; ++b) {
             const float* values = divided + b * BLOCK;
             const uint32_t bits = to_bits(from_bits(largest_of(values, BLOCK)) / 0.875f + 9.6e-7f);
             const int exponent = int((bits + early[(bits >> 23) + 1]) >> 23) - BIAS - E2M1::emax;
-            store_codes<E2M1, Rounding::msms>(values, exponent, out + b * E2M1::block_bytes);
+            store_encoded<E2M1, Rounding::msms>(values, exponent, out + b * E2M1::block_bytes);
             scale[b] = uint8_t(exponent + BIAS);
         }
     }
@@ -99,59 +99,60 @@ inline void encode_group(const Dual& rule, const T* x, int count, uint8_t* out, 
     clean.mark(count, out, scale);
 }
 
-// ---- whole rows ---------------------------------------------------------------------------------
+// ---- one scale per row --------------------------------------------------------------------------
 
-// float32 to the nearest whole number, ties to even, cut to [lowest, 127].
-inline uint8_t whole(float x, int lowest) {
+// float32 to the nearest integer, ties to even, clamped to [lowest, 127].
+inline uint8_t to_int8(float x, int lowest) {
     const int n = int(to_bits(x + 12582912.0f)) - int(to_bits(12582912.0f));
     return uint8_t(std::min(std::max(n, lowest), 127));
 }
 
-// A kind of row has its scale, and its code for a quotient by the scale.
+// A row format defines the scale, the encoding of x / scale, and the encoding of rows that are not finite.
 struct Int8 {  // npu_dynamic_quant
-    static constexpr int spoiled = 0;
+    static constexpr int nonfinite = 0;
     static float scale(float amax) { return amax * float(1.0 / 127.0); }
-    uint8_t code(float steps) const { return whole(steps, -128); }
+    uint8_t encode(float steps) const { return to_int8(steps, -128); }
 };
 
 struct Fp8 {
-    static constexpr int spoiled = E4M3::nan;
+    static constexpr int nonfinite = E4M3::nan;
     static float scale(float amax) { return amax * float(1.0 / 448.0); }
-    uint8_t code(float steps) const { return code_of<E4M3, Rounding::rint>(steps, steps); }
+    uint8_t encode(float steps) const { return encode_value<E4M3, Rounding::rint>(steps, steps); }
 };
 
 template <bool ROUNDED>
-struct MsmsInt8 {  // steps in the type of the weight, rounded if that is bfloat16
-    static constexpr int spoiled = 0;
+struct MsmsInt8 {  // each step in the dtype of the weight; ROUNDED: bfloat16
+    static constexpr int nonfinite = 0;
     int lowest;
-    static float step(float x) { return ROUNDED ? wide(narrow(x)) : x; }
+    static float step(float x) { return ROUNDED ? to_float(to_bf16(x)) : x; }
     static float scale(float amax) { return std::max(step(amax / 127.0f), 0x1p-23f); }
-    uint8_t code(float steps) const { return whole(step(steps), lowest); }
+    uint8_t encode(float steps) const { return to_int8(step(steps), lowest); }
 };
 
-template <class Kind, class T>
-inline void codes_of_row(const Kind kind, const T* __restrict x, int64_t n, float by, uint8_t* __restrict out) {
-    for (int64_t i = 0; i < n; ++i) out[i] = kind.code(wide(x[i]) / by);
+template <class RowFormat, class T>
+inline void encode_values(const RowFormat format, const T* __restrict x, int64_t n, float divisor,
+                          uint8_t* __restrict out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = format.encode(to_float(x[i]) / divisor);
 }
 
-template <class Kind, class T>
-inline void encode_row(const Kind kind, const T* x, int64_t n, uint8_t* out, float* scale, bool large) {
+template <class RowFormat, class T>
+inline void encode_row(const RowFormat format, const T* x, int64_t n, uint8_t* out, float* scale, bool large) {
     const uint32_t top = largest_of(x, n);
     if (top >= Input<T>::infinity) {
         *scale = NAN;
-        std::memset(out, kind.spoiled, n);
+        std::memset(out, format.nonfinite, n);
         return;
     }
-    *scale = kind.scale(Input<T>::widen(top));
-    const float by = not_zero(*scale);
+    *scale = format.scale(Input<T>::widen(top));
+    const float divisor = not_zero(*scale);
     int64_t at = 0;
     for (constexpr int STEP = 512; large && at + STEP <= n; at += STEP) {
-        uint8_t near[STEP];
+        uint8_t buffer[STEP];
         prefetch_ahead(x + at + n - AHEAD / sizeof(T), STEP * sizeof(T));  // of the next row
-        codes_of_row(kind, x + at, STEP, by, near);
-        write_past_cache(out + at, near, STEP);
+        encode_values(format, x + at, STEP, divisor, buffer);
+        write_past_cache(out + at, buffer, STEP);
     }
-    codes_of_row(kind, x + at, n - at, by, out + at);
+    encode_values(format, x + at, n - at, divisor, out + at);
 }
 
 }  // namespace ascendit

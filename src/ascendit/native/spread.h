@@ -1,4 +1,4 @@
-// A tensor [rows, K] cut into units (blocks of 32, groups of 512, whole rows) and dealt to threads.
+// Divides a tensor [rows, K] into units (blocks of 32, groups of 512, or rows) and distributes them over threads.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -9,29 +9,29 @@
 namespace ascendit {
 
 struct Shape {
-    int64_t rows, length, threads;  // at most that many threads
+    int64_t rows, length, threads;  // at most `threads` threads
 };
 
-struct Run {  // neighbouring units of one row
-    int64_t value, code, unit;  // where they begin: index of the value, of the byte of codes, of the unit
-    int64_t row, at;            // the row, and the unit counted in it
-    int64_t full;               // units that have all their values
-    int64_t tail;               // values of a last one that is short; 0: there is none
+struct Run {  // consecutive units of one row
+    int64_t value, byte, unit;  // index of the first value, byte of qdata, and unit
+    int64_t row, at;            // the row, and the first unit in it
+    int64_t full;               // complete units
+    int64_t tail;               // values of a partial last unit, or 0
 
     void skip(int64_t units, int64_t values, int64_t bytes) {
-        value += values, code += bytes, unit += units, at += units, full -= units;
+        value += values, byte += bytes, unit += units, at += units, full -= units;
     }
 };
 
-constexpr int64_t WORTH_A_THREAD = 1 << 17;  // values; encoding fewer is quicker than waking a thread
-constexpr int64_t AT_A_TIME = 1 << 19;       // values, at most; a thread that other programs hold up takes fewer
+constexpr int64_t WORTH_A_THREAD = 1 << 17;  // values; waking a thread takes longer than encoding fewer
+constexpr int64_t MAX_TASK = 1 << 19;        // values; small tasks balance the load if other programs run
 
-// f(run) for all units of `unit` values with codes of `bits`, as the threads get to them; the sum of what f returns.
+// Call f(run) for all units of `unit` values of `bits` bits, on threads; returns the sum of the results.
 template <class F>
 int64_t spread(Shape s, int64_t unit, int bits, F f) {
-    if (s.length % unit == 0) s = {1, s.length * s.rows, s.threads};  // rows lie end to end, in all tensors
+    if (s.length % unit == 0) s = {1, s.length * s.rows, s.threads};  // rows are contiguous in all tensors
     const int64_t per_row = (s.length + unit - 1) / unit, all = s.rows * per_row;
-    const int64_t stride = (s.length * bits + 7) / 8;  // a row of 4-bit codes ends with a whole byte
+    const int64_t stride = (s.length * bits + 7) / 8;  // rows of FP4 begin at a byte
     const auto stretch = [&](int64_t first, int64_t last) {
         int64_t sum = 0;
         while (first < last) {
@@ -46,7 +46,7 @@ int64_t spread(Shape s, int64_t unit, int bits, F f) {
 #ifdef _OPENMP
     const int threads = int(std::min(s.threads, 1 + s.rows * s.length / WORTH_A_THREAD));
     if (threads > 1) {
-        const int64_t values = std::min(AT_A_TIME, s.rows * s.length / (4 * threads));
+        const int64_t values = std::min(MAX_TASK, s.rows * s.length / (4 * threads));
         const int64_t step = std::max<int64_t>(1, values / unit);
         int64_t sum = 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(+ : sum)
@@ -62,22 +62,22 @@ int64_t spread(Shape s, int64_t unit, int bits, F f) {
     return sum;
 }
 
-// one(x, out, unit of the run, values) for each unit of a run; the sum of what it returns. A short unit is filled
-// up with zeros first, and only the codes that it has are kept.
+// Call one(x, out, unit of the run, values) for each unit of a run; returns the sum of the results. A partial unit
+// is padded with zeros, and only its own values are written.
 template <int UNIT, int BITS, class T, class F>
 int64_t each(const Run& run, const T* x, uint8_t* qdata, F one) {
     constexpr int BYTES = UNIT * BITS / 8;
     int64_t sum = 0;
-    const bool keep_codes = qdata != nullptr;
+    const bool has_output = qdata != nullptr;
     x += run.value;
-    if (keep_codes) qdata += run.code;
+    if (has_output) qdata += run.byte;
     for (int64_t i = 0; i < run.full; ++i) sum += one(x + i * UNIT, qdata + i * BYTES, i, int64_t(UNIT));
     if (run.tail) {
-        T filled[UNIT] = {};
+        T padded[UNIT] = {};
         uint8_t out[BYTES];
-        std::memcpy(filled, x + run.full * UNIT, run.tail * sizeof(T));
-        sum += one(filled, out, run.full, run.tail);
-        if (keep_codes) std::memcpy(qdata + run.full * BYTES, out, (run.tail * BITS + 7) / 8);
+        std::memcpy(padded, x + run.full * UNIT, run.tail * sizeof(T));
+        sum += one(padded, out, run.full, run.tail);
+        if (has_output) std::memcpy(qdata + run.full * BYTES, out, (run.tail * BITS + 7) / 8);
     }
     return sum;
 }

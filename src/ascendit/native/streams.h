@@ -1,4 +1,4 @@
-// Moving much data through little cache.
+// Prefetch and non-temporal stores for large tensors.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -8,16 +8,16 @@
 
 namespace ascendit {
 
-constexpr int64_t LARGE = 1 << 24;  // bytes of codes: fewer had better stay in the cache, for whoever reads them next
-constexpr int AHEAD = 4096;         // bytes: what is asked for now is here when it is needed
+constexpr int64_t LARGE = 1 << 24;  // bytes of output; smaller tensors stay in the cache for the next reader
+constexpr int AHEAD = 4096;         // bytes; prefetch distance
 constexpr int LINE = 64;
 
-// Ask for `bytes` of memory that begin AHEAD of x.
+// Prefetch `bytes` that begin AHEAD of x.
 inline void prefetch_ahead(const void* x, int bytes) {
     for (int at = 0; at < bytes; at += LINE) __builtin_prefetch((const void*)((uintptr_t)x + AHEAD + at));
 }
 
-// memcpy of whole lines from the cache to memory, without reading there first.
+// memcpy of complete cache lines by non-temporal stores, if `to` is aligned.
 inline void write_past_cache(uint8_t* to, const uint8_t* from, int64_t bytes) {
 #if defined(__SSE2__)
     if ((uintptr_t)to % LINE == 0) {
@@ -38,7 +38,7 @@ inline void write_past_cache(uint8_t* to, const uint8_t* from, int64_t bytes) {
     std::memcpy(to, from, bytes);
 }
 
-// What was written past the cache is there for everyone.
+// Make non-temporal stores visible to other threads.
 inline void end_of_writes() {
 #if defined(__SSE2__)
     _mm_sfence();

@@ -1,7 +1,7 @@
-// Codes of a weight [N, K] to tiles in the order in which the processor multiplies. Needs AVX-512 with VBMI.
+// A quantized weight [N, K] to tiles in the order of multiplication. Needs AVX-512 with VBMI.
 //
-// A tile has COLUMNS channels side by side; a step is a 32-bit lane of each: two bfloat16 or four bytes that
-// lie next to each other along K. Scales that are powers of two go into the exponent, which is exact.
+// A tile has COLUMNS adjacent channels; a step is a 32-bit lane of each: two bfloat16 or four bytes adjacent along K.
+// Scales that are powers of two are added to the exponent, which is exact.
 #pragma once
 #include <immintrin.h>
 
@@ -13,14 +13,14 @@ namespace ascendit {
 
 constexpr int COLUMNS = 64, LANES = 16, BLOCK = 32;
 
-// Scale bytes under which every number of a block is a normal bfloat16, and far from the largest.
+// Scale bytes for which all values of a block are normal bfloat16, with headroom for sums.
 template <class E>
 struct Exact {
-    static constexpr int smallest = E::emin - E::mbits, room = 24;  // exponent of the smallest number; for sums
+    static constexpr int smallest = E::emin - E::mbits, room = 24;  // exponent of the smallest value; bits for sums
     static constexpr int first = -126 - smallest + BIAS, last = 127 - E::emax + BIAS - room;
 };
 
-// The bfloat16 of each code without its sign, low and high bytes apart.
+// The bfloat16 of each e4m3 magnitude, low and high bytes separately.
 struct E4m3Table {
     alignas(64) uint8_t low[128], high[128];
     E4m3Table() {
@@ -31,14 +31,14 @@ struct E4m3Table {
     }
 };
 struct E2m1Table {
-    alignas(64) uint16_t value[32];  // twice, since a lookup takes five bits
+    alignas(64) uint16_t value[32];  // repeated, since a lookup uses five bits
     E2m1Table() {
         for (int code = 0; code < 32; ++code)
             value[code] = uint16_t(to_bits(value_of<E2M1>(code & 7)) >> 16 | (code & 8) << 12);
     }
 };
 
-// 32 codes -> 32 bfloat16.
+// 32 elements -> 32 bfloat16.
 template <class E>
 struct Decoder;
 template <>
@@ -56,7 +56,7 @@ struct Decoder<E4M3> {
     }
     __m512i operator()(const uint8_t* qdata) const {
         const __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)qdata));
-        const __m512i code = _mm512_permutexvar_epi8(twice, both);  // each of them in both bytes
+        const __m512i code = _mm512_permutexvar_epi8(twice, both);  // each in both bytes of a lane
         __m512i v = _mm512_mask2_permutex2var_epi8(high[0], code, 0xAAAAAAAAAAAAAAAA, high[1]);
         v = _mm512_mask2_permutex2var_epi8(low[0], v, 0x5555555555555555, low[1]);
         return _mm512_ternarylogic_epi32(v, code, _mm512_set1_epi16(int16_t(0x8000)), 0xF8);  // v | (code & sign)
@@ -76,23 +76,23 @@ struct Decoder<E2M1> {
 };
 
 inline __m512i scaled(__m512i values, int byte) {
-    const __mmask32 some = _mm512_test_epi16_mask(values, _mm512_set1_epi16(0x7FFF));  // zeros stay
+    const __mmask32 some = _mm512_test_epi16_mask(values, _mm512_set1_epi16(0x7FFF));  // zeros are unchanged
     return _mm512_mask_add_epi16(values, some, values, _mm512_set1_epi16(int16_t((byte - BIAS) * 128)));
 }
 
-// Whether a block holds NaN or numbers that are no normal bfloat16; a block of zeros has any scale.
+// Whether a block has NaN or values that are not normal bfloat16. A block of zeros may have any scale.
 template <class E>
-inline bool outside(const Decoder<E>& decode, const uint8_t* qdata, int byte) {
+inline bool unsupported(const Decoder<E>& decode, const uint8_t* qdata, int byte) {
     if (byte == NAN_BYTE) return true;
     const __m512i magnitude = _mm512_and_si512(decode(qdata), _mm512_set1_epi16(0x7FFF));
     if (_mm512_cmpge_epi16_mask(magnitude, _mm512_set1_epi16(0x7F80))) return true;
     return (byte < Exact<E>::first || byte > Exact<E>::last) && _mm512_test_epi16_mask(magnitude, magnitude);
 }
 
-// ---- where the steps of a row come from ---------------------------------------------------------
+// ---- sources of the steps of a row --------------------------------------------------------------
 
 template <class E>
-struct BlockRows {  // MX: codes and scale bytes
+struct BlockRows {  // MX: qdata and scale bytes
     static constexpr int per_step = 2;
     const uint8_t *qdata, *scale;
     int64_t length;
@@ -104,7 +104,7 @@ struct BlockRows {  // MX: codes and scale bytes
     }
 };
 
-struct Fp8Rows {  // e4m3 whose scale comes at the end
+struct Fp8Rows {  // e4m3, scaled after the sum
     static constexpr int per_step = 2;
     const uint8_t* qdata;
     int64_t length;
@@ -114,7 +114,7 @@ struct Fp8Rows {  // e4m3 whose scale comes at the end
     __m512i steps(int64_t row, int64_t k, int64_t) const { return decode(at(row, k)); }
 };
 
-struct ByteRows {  // int8 plus 128, unsigned as one side of a product must be
+struct ByteRows {  // int8 plus 128, since one side of the product must be unsigned
     static constexpr int per_step = 4;
     const uint8_t* qdata;
     int64_t length;
@@ -153,7 +153,7 @@ inline void transpose(__m512i (&v)[LANES]) {  // 16 x 16 lanes
     }
 }
 
-// Channels from `n` and numbers [k, end) -> tile [steps][COLUMNS]. Channels that are not there repeat the last.
+// Channels from `n`, values [k, end) -> tile [steps][COLUMNS]. Channels beyond the last repeat it.
 template <class Rows>
 inline void fill(const Rows& rows, int64_t n, int64_t N, int64_t k, int64_t end, uint32_t* tile) {
     for (; k < end; k += LANES * Rows::per_step, tile += LANES * COLUMNS)

@@ -65,7 +65,7 @@ BLOCK, COLUMNS, STRETCH, CHUNK = 32, 64, 512, 1024
 _thread = threading.local()
 LINEAR_SIGNATURES = {
     "linear": "iiiii" + "p" * 11 + "i",
-    "doubtful_blocks": "iiiipp",
+    "unsupported_blocks": "iiiipp",
     "decode_tiles": "iiiippp",
     "smooth": "iiippp",
 }
@@ -168,7 +168,7 @@ def _is_supported(weight: PreparedWeight) -> bool:
         return k <= LARGEST_INT_WIDTH or fmt.element is not None
     bits = 4 if fmt.packed else 8
     pointers = weight.qdata.data_ptr(), weight.scale.data_ptr()
-    return not _call("doubtful_blocks", bits, n, k, torch.get_num_threads(), *pointers)
+    return not _call("unsupported_blocks", bits, n, k, torch.get_num_threads(), *pointers)
 
 
 # ---- compiled: activations and products ---------------------------------------------------------
