@@ -28,6 +28,7 @@ ENCODER_SIGNATURES = {
     "encode_rule": "piiiiiiiipp",
     "encode_dual": "piiiippppp",
     "encode_rows": "piiiiiipp",
+    "encode_tiles": "piiiiipp",
     "search": "piiipp",
     "measure": "piiiiiipppp",
     "prefer_large_pages": "pi",
