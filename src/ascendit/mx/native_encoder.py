@@ -47,8 +47,10 @@ def encoder(
 ) -> Encoder | None:
     """A compiled encoder, or None if unsupported. `threads`: default PyTorch's number of threads."""
     lib = library().library
-    if lib is None or fmt.kind == "tile" or not (rounding == "rint" or rule.startswith("msms:")):
+    if lib is None or not (rounding == "rint" or rule.startswith("msms:")):
         return None
+    if fmt.kind == "tile":
+        return _by_numbers(lib.encode_tiles, threads, 1 if fmt.element else 0)
     if fmt.kind == "row":
         variant = 2 if rule.startswith("msms:") else 1 if fmt.element else 0
         return _by_numbers(lib.encode_rows, threads, variant, -127 if rule == "msms:int8_legacy" else -128)

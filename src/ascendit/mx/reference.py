@@ -143,7 +143,7 @@ def _encode_tiles(rows: Tensor, fmt: Format, rounding: str) -> tuple[Tensor, Ten
     """
     (n, k), tile = rows.shape, fmt.tile
     padded = torch.nn.functional.pad(rows, (0, -k % tile, 0, -n % tile))
-    tiles = padded.unflatten(1, (-1, tile)).unflatten(0, (-1, tile))  # [.., tile, .., tile]
+    tiles = padded.unflatten(1, (-(-k // tile), tile)).unflatten(0, (-(-n // tile), tile))
     finite = tiles.isfinite().all(3, keepdim=True).all(1, keepdim=True)
     values = tiles.where(finite, 0).to(torch.float32)
     scale = values.abs().amax((1, 3), keepdim=True) / fmt.largest
