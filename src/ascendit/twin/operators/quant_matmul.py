@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendit.kernels import int8_tiles
+from ascendit.kernels.reference import int8_tile_matmul
 from ascendit.mx import elements, layouts
 from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import E2M1, E4M3, E5M2, Element, lookup
@@ -156,7 +156,7 @@ def _int8_block(call: Call, x2: Tensor) -> Tensor:
 
     A chip adds up the blocks in float32, so the last bits may differ.
     """
-    return int8_tiles.multiply(call.x1, call.pertoken_scale, x2.mT, call.scale.mT, call.bias)
+    return int8_tile_matmul(call.x1, call.pertoken_scale, x2.mT, call.scale.mT, call.bias)
 
 
 def _add_bias(out: Tensor, bias: Tensor | None) -> Tensor:
