@@ -65,7 +65,8 @@ def int8(change: Callable[[dict[str, Any]], Any] = lambda a: None, **rest: Any) 
 def int8_blocks(change: Callable[[dict[str, Any]], Any] = lambda a: None, **rest: Any) -> Any:
     """A right int8 matmul with a scale per 128 x 128, with something changed."""
     q, w = (torch.ones(n, 512, dtype=torch.int8) for n in (6, 256))
-    arguments = {"x1": q, "x2": w.t(), "scale": torch.ones(2, 4).t(), "pertoken_scale": torch.ones(6, 4)}
+    arguments: dict[str, Any] = {"x1": q, "x2": w.t(), "scale": torch.ones(2, 4).t()}
+    arguments["pertoken_scale"] = torch.ones(6, 4)
     arguments |= {"bias": torch.zeros(256), "output_dtype": BF16, "group_sizes": [1, 128, 128]} | rest
     change(arguments)
     return npu.npu_quant_matmul(**arguments)

@@ -63,14 +63,14 @@ class SchemeCount:
 
     @property
     def manifest(self) -> str | None:
-        """msModelSlim's word for the scheme."""
+        """Name of the scheme in a manifest."""
         return STORED_SCHEMES[self.scheme].manifest or None
 
     def text(self) -> str:
         how = STORED_SCHEMES[self.scheme].text
         if where := CONTAINERS[self.container]:
             how = how.replace(" values", f" values {where}", 1)
-        name = f"   (msModelSlim: {self.manifest})" if self.manifest not in (None, FLOAT) else ""
+        name = f"   (manifest: {self.manifest})" if self.manifest not in (None, FLOAT) else ""
         return f"{self.scheme}   {counted(self.layers, 'layer')}   {how}   {self.bits:.2f} bits{name}"
 
     def as_dict(self) -> dict[str, Any]:
