@@ -57,6 +57,7 @@ def test_the_builders_themselves_are_right_calls() -> None:
         "fp4",
         "w4a8",
         "int8",
+        "int8_blocks",
         "dual",
         "turn",
         "fusion",

@@ -77,7 +77,7 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize the transformers of the model at `src` into the new folder `dst`.
 
-    `scheme`: mxfp8, mxfp4, mxfp4_dualscale, int8, fp8, for a recipe without a fixed scheme (such as
+    `scheme`: one of `quant.schemes.QUANTIZED`, for a recipe without a fixed scheme (such as
     `default`). `recipe`: a name of `recipe_names()` or a TOML file. `scale_rule`: one of the scheme's in
     `mx.formats`. `keep`: patterns of layers that are not quantized. `loras`: LoRA files that are folded
     first, in order. `smoothing`: expert -> layer -> mul_scale, float32 [K], which is stored; weights are

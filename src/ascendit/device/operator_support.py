@@ -135,6 +135,13 @@ CAPABILITIES: tuple[Capability, ...] = (
     _matmul("w4a8", dtypes="e4m3 x e2m1, e8m0 scales", layout=_T_VIEW, **_MX),
     _row(_MM, "block", aclnn=_QUANT_MATMUL, dtypes="e4m3, fp32 per 128 x 128", **_MX),
     _row(
+        _MM,
+        "int8_block",
+        aclnn=_QUANT_MATMUL,
+        dtypes="int8, fp32 per 128 x 128 and per 1 x 128, fp32 bias -> bf16",
+        layout="x2 [K, N] a transposed view; a2, a3: K a multiple of 512, N of 256, with a bias",
+    ),
+    _row(
         "npu_dual_level_quant_matmul",
         used_for="linear in mxfp4_dualscale",
         scheme="mxfp4_dualscale",

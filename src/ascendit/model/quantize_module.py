@@ -205,7 +205,7 @@ def quantize_(
 ) -> ModuleReport:
     """Quantize linear layers of `module` in place and report which.
 
-    `recipe_or_scheme`: mxfp8, mxfp4, mxfp4_dualscale, int8, fp8; or a recipe, by name or TOML file. `keep`:
+    `recipe_or_scheme`: one of `quant.schemes.QUANTIZED`; or a recipe, by name or TOML file. `keep`:
     patterns of layers to exclude. `device`: the device to run on ("cuda", "npu", "twin:a5"); None: the
     current one. `emulate`: as in `load`, for schemes without a matmul on the device. `activation_rule`: scale
     rules of activations. `force`: quantize even if accuracy is known to suffer.

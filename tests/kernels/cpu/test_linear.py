@@ -123,8 +123,10 @@ def test_what_was_prepared_comes_back_and_takes_no_more_memory(way, scheme, emul
         left, right = getattr(back, part), getattr(encoded, part)
         assert left is right is None or torch.equal(left.view(torch.uint8), right.view(torch.uint8))
     small = sum(t.nbytes for t in on_disk(encoded, bias) if t is not None)
-    wide = way == "plain" and scheme not in cpu_linear.BF16_EXACT_SCHEMES
-    decoded = (4 if wide else 2) * 128 * (1024 + 3) if emulate and scheme != "int8" else 0
+    wide = way == "plain" and not cpu_linear.VARIANTS[scheme].bf16_exact
+    decoded = (
+        (4 if wide else 2) * 128 * (1024 + 3) if emulate and scheme not in cpu_linear.INT8_LINEARS else 0
+    )
     assert back.format == encoded.format and weight.nbytes <= small + decoded
     if emulate and scheme == "mxfp8":
         assert weight.nbytes > 2 * small
@@ -250,9 +252,10 @@ def test_each_scheme_says_how_it_is_computed(way):
         words = "once" if emulate else "on each use"
         found = {k.operator: k for k in cpu_linear.list_kernels(emulate)}
         assert list(found) == list(LINEAR_SCHEMES)
-        in_bytes = cpu_linear.INT8_DOT_SCHEMES if way == "compiled" else ("int8",)
+        dots = [scheme for scheme, variant in cpu_linear.VARIANTS.items() if variant.int8_dot]
+        native = dots if way == "compiled" else cpu_linear.INT8_LINEARS
         for scheme, kernel in found.items():
-            start = "native: " if scheme in in_bytes else "emulated: decoded"
+            start = "native: " if scheme in native else "emulated: decoded"
             assert kernel.reason.startswith(start), scheme
             if way == "plain" and scheme in ("fp8", "mxfp4_dualscale"):
                 assert "float32" in kernel.reason
