@@ -19,7 +19,10 @@ from ascendit.mx.formats import FORMATS
 from ascendit.mx.row_encoder import RowEncoder
 
 TILES = [name for name, f in FORMATS.items() if f.tile]
-ELEMENTS: dict[str, tuple[Any, int]] = {"fp8_128x128": (ml_dtypes.float8_e4m3fn, 448)}
+ELEMENTS: dict[str, tuple[Any, int]] = {
+    "fp8_128x128": (ml_dtypes.float8_e4m3fn, 448),
+    "int8_block": (np.int8, 127),
+}
 """Format -> dtype in NumPy and its largest number."""
 SHAPES = [(256, 128), (200, 301), (1, 129), (130, 1), (1, 1)]
 edges = st.integers(1, 300)

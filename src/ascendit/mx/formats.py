@@ -168,6 +168,14 @@ FORMATS: dict[str, Format] = {
             qdata_dtype="int8",
             rules=("amax", "msms:int8", "msms:int8_legacy"),
         ),
+        Format(
+            name="int8_block",
+            kind="tile",
+            element=None,
+            qdata_dtype="int8",
+            block=128,
+            rules=("amax",),
+        ),
         Format(name="fp8", kind="row", element=E4M3, qdata_dtype="float8_e4m3fn", rules=("amax",)),
         Format(
             name="fp8_128x128",

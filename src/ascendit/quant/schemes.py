@@ -34,7 +34,7 @@ class Scheme:
     """The tensors of a layer in a checkpoint without `mul_scale` and `bias`, in the order they are written.
     Empty: only chosen per step, for weights in another scheme."""
     manifest: str = ""
-    """msModelSlim's name of the scheme, the value in `quant_model_description.json`."""
+    """Name of the scheme in `quant_model_description.json`: msModelSlim's, ascendit's own for int8_block."""
     manifest_alias: str = ""
     """MindIE-SD's other name of the scheme; read-only."""
     vllm_omni_key: str = ""
@@ -103,6 +103,17 @@ _ROWS = (
         vllm_omni_key="is_checkpoint_int8_serialized",
         most_lost=2,
         text="int8 values, one float scale per row",
+    ),
+    Scheme(
+        name="int8_block",
+        weight="int8_block",
+        activation="int8_block",
+        rule="amax",
+        roles=("weight", "weight_scale"),
+        manifest="W8A8_BLOCK128",
+        not_in_engines="it does not read int8 with one scale per 128 x 128 values",
+        most_lost=2,
+        text="int8 values, one float scale per 128 x 128 tile",
     ),
     Scheme(
         name="fp8",

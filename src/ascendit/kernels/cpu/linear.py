@@ -4,6 +4,7 @@ Weights keep their stored layout in memory. `native/linear.cpp` unpacks tiles of
 takes a few percent of the matmul:
 
 - int8: exact int8 dot products on AVX-512 VNNI, twice as fast as BF16.
+- int8_block: the same for each 128 of K; their sums, times the scales of both tiles, are added in float64.
 - mxfp4, mxfp4_dualscale: twice an FP4 value is an integer of at most 12, so each block is an exact int8 dot
   product too; the sums are scaled in float32.
 - mxfp8, fp8, w4a8: an element times a power of two is exact in BF16, so the matmul runs on AVX-512 BF16 with
@@ -12,7 +13,7 @@ takes a few percent of the matmul:
 PyTorch takes over for values outside BF16 (below 2^-126, above 2^103), for a K that is not a multiple of 32,
 and on machines without AVX-512 or a compiler:
 
-- int8: `torch._int_mm`, exact sums.
+- int8: `torch._int_mm`, exact sums. int8_block: float32 matmuls of 128 of K, exact too.
 - mxfp8, mxfp4 and w4a8 if oneDNN has a BF16 matmul: both operands dequantized to BF16, which is exact.
   PyTorch would round the sums before adding a bias, so the bias is split into three extra BF16 columns of the
   weight that add up to it, multiplied by ones. The result is rounded once, as with a float32 bias.
@@ -54,6 +55,7 @@ class Variant:
 
 VARIANTS: Mapping[str, Variant] = {
     "int8": Variant(0, int8_dot=True),
+    "int8_block": Variant(6, int8_dot=True),
     "fp8": Variant(1),
     "mxfp8": Variant(2, bf16_exact=True),
     "mxfp4": Variant(3, int8_dot=True, bf16_exact=True),
@@ -162,6 +164,8 @@ def prepare_tiles(
 def _is_supported(weight: PreparedWeight) -> bool:
     """Whether linear.cpp can multiply this weight exactly."""
     (n, k), fmt = weight.shape, lookup(weight.scheme)
+    if fmt.tile:
+        return n > 0
     if k % BLOCK or not n:
         return False
     if fmt.scale_dtype == "float32":
@@ -258,8 +262,15 @@ def _int8_linear(a: Activation, weight: PreparedWeight) -> Tensor:
     return out.to(a.dtype).view(*a.lead, weight.shape[0])
 
 
+def _int8_block_linear(a: Activation, weight: PreparedWeight) -> Tensor:
+    """See `reference.int8_tile_matmul`."""
+    out = reference.int8_tile_matmul(a.qdata, a.scale, weight.qdata, weight.scale, weight.bias)
+    return out.to(a.dtype).view(*a.lead, weight.shape[0])
+
+
 INT8_LINEARS: Mapping[str, tuple[str, Callable[[Activation, PreparedWeight], Tensor]]] = {
-    "int8": ("torch._int_mm", _int8_linear)
+    "int8": ("torch._int_mm", _int8_linear),
+    "int8_block": ("exact float32 products of 128 of K", _int8_block_linear),
 }
 """Scheme -> the integer product of PyTorch: its name and the function."""
 
