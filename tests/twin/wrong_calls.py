@@ -420,7 +420,7 @@ A2: list[Case] = [
         "mx_quant",
         lambda: mx_quant(),
         "call aclnnDynamicMxQuantV3 failed, error code is 361001",
-        "int8 is native",
+        "int8 and int8_block are native",
     ),
     (
         "dual quant",
