@@ -368,7 +368,7 @@ REST: list[Case] = [
     (
         "cast to hifloat8",
         lambda: npu.npu_dtype_cast(rand(2, 4), 290),
-        r"Parameter\(dtype\) enum value:290",
+        r"Parameter\(dtype\) enum value:290 not found in TORCH_DTYPE_ENUM_VALUE_TO_SCALAR_TYPE_MAP",
         "no int4",
     ),
     (
