@@ -56,7 +56,7 @@ def test_every_rule(tmp_path, monkeypatch, scheme, rule, dtype):
 def test_without_a_compiler_the_folder_is_the_same(tmp_path: Path, monkeypatch, scheme: str) -> None:
     folder = write_transformer(tmp_path / "model")
     quantize(folder, tmp_path / "a", scheme=scheme)
-    encoders.take("pytorch", monkeypatch)
+    encoders.use("pytorch", monkeypatch)
     quantize(folder, tmp_path / "b", scheme=scheme, report=True)
     encoders.forget()
     ours, theirs = read(tmp_path / "a" / "transformer"), read(tmp_path / "b" / "transformer")
