@@ -157,7 +157,7 @@ GAUSSIAN_SQNR = {
 
 
 @pytest.mark.parametrize(
-    ("case", "wanted"), GAUSSIAN_SQNR.items(), ids=lambda v: "-".join(v) if isinstance(v, tuple) else v
+    ("case", "expected"), GAUSSIAN_SQNR.items(), ids=lambda v: "-".join(v) if isinstance(v, tuple) else v
 )
 def test_gaussian_sqnr_equals_torchao_and_msmodelslim(case: tuple[str, str], expected: float) -> None:
     """The values were measured with their code on Gaussian BF16 weights."""
@@ -262,7 +262,7 @@ def test_int8_equals_npu_dynamic_quant() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rounding", "wanted"),
+    ("rounding", "expected"),
     [("rint", [2, -2, 4, -4]), ("half_away", [3, -3, 4, -4]), ("floor", [2, -3, 3, -4])],
 )
 def test_int8_roundings(rounding: str, expected: list[int]) -> None:
