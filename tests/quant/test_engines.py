@@ -51,7 +51,7 @@ def test_engine_versions() -> None:
 
 
 def test_engines_refer_to_schemes_of_the_table() -> None:
-    requirements = {
+    traits = {
         "mixed",
         "split_qkv",
         "unlike_qkv",
@@ -61,6 +61,6 @@ def test_engines_refer_to_schemes_of_the_table() -> None:
         "unquantized",
     }
     for engine in ENGINES.values():
-        for key in engine.refuses.keys() - requirements:
-            requirement, _, scheme = key.rpartition(":")
-            assert scheme in STORED_SCHEMES and requirement in ("", "smoothed", "odd_blocks"), key
+        for key in engine.refuses.keys() - traits:
+            trait, _, scheme = key.rpartition(":")
+            assert scheme in STORED_SCHEMES and trait in ("", "smoothed", "odd_blocks"), key
