@@ -28,7 +28,7 @@ def table() -> str:
         "",
         "Small models with every kind of damage that `inspect`, `repack` and `quantize` must refuse.",
         "`make.py` makes them from complete models (`models.py`) when tests run. `test_broken.py` passes",
-        "each to each verb, and checks the code below, that the input is untouched and that no output is left.",
+        "each to each verb, and checks the code below, an untouched input and that no output is left.",
         "`test_fuzz.py` does random damage. The files in `raw` are committed: their exact bytes matter.",
         "",
         "`python -m broken.make --committed` writes this table. Empty field: the verb cannot see the damage.",
