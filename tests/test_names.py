@@ -224,7 +224,7 @@ def test_a_real_original_model_loads_into_diffusers(model: str) -> None:
     assert torch.equal(network.blocks[0].norm2.weight, stored["blocks.0.norm3.weight"])
 
 
-# ---- spellings of other tools --------------------------------------------------------------------
+# ---- names of other tools ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

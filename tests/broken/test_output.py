@@ -219,7 +219,7 @@ def test_a_folder_without_write_permission(source: Path, verb: str) -> None:
         source.parent.chmod(0o700)
 
 
-# ---- while it runs ------------------------------------------------------------------------------------
+# ---- changes during the run ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verb", WRITERS)
@@ -227,7 +227,7 @@ def test_a_folder_without_write_permission(source: Path, verb: str) -> None:
 def test_a_source_that_changes_while_it_is_read(
     source: Path, monkeypatch: pytest.MonkeyPatch, verb: str, change: str
 ) -> None:
-    """After its header was read. There is no output, and the error is one of ascendit's."""
+    """After its header was read. There is no output, and the error is an ascendit error."""
     from ascendit.checkpoint import output_folder
 
     weights = source / "transformer_2" / WEIGHTS

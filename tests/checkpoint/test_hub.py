@@ -408,7 +408,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, server: StandIn) -> None
     assert "writable" in e.fix
 
 
-# ---- from a name to a folder ---------------------------------------------------------------------
+# ---- folder of a name ----------------------------------------------------------------------------
 
 
 def test_cache_folders(tmp_path, monkeypatch):

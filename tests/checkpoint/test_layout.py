@@ -132,7 +132,7 @@ def test_a_folder_of_no_supported_layout(tmp_path: Path, files: dict[str, Any], 
         assert supported in e.needs
 
 
-def test_a_file_that_is_no_safetensors(tmp_path: Path) -> None:
+def test_a_file_that_is_not_safetensors(tmp_path: Path) -> None:
     (tmp_path / "model.pth").write_bytes(b"")
     assert "does not end in .safetensors" in refused(tmp_path / "model.pth", "E-CKP-01").got
 
@@ -242,7 +242,7 @@ def test_folders_written_by_diffusers(tiny_folder: Callable[[str], Path], build:
     assert ("image_encoder" in layout.parts) == (build == "i2v_21")
 
 
-# ---- transformers that stand alone --------------------------------------------------------------
+# ---- standalone transformers --------------------------------------------------------------------
 
 WAN_CONFIG = {"_class_name": "WanModel", "dim": 64, "model_type": "t2v"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -256,15 +256,15 @@ def touch(path: Path) -> Path:
     return path
 
 
-def kinds(path: Path) -> tuple[str, list[tuple[str, str]]]:
+def layout_of(path: Path) -> tuple[str, list[tuple[str, str]]]:
     layout = recognise(path)
     assert (layout.index, layout.pipeline) == ({}, "")
-    return layout.kind, [(part.name, part.path.name) for part in layout.experts]
+    return layout.kind, [(expert.name, expert.path.name) for expert in layout.experts]
 
 
 def test_a_pipeline_without_its_index(wan: Path) -> None:
     (wan / "model_index.json").unlink()
-    assert kinds(wan) == (
+    assert layout_of(wan) == (
         "transformers-only",
         [("transformer", "transformer"), ("transformer_2", "transformer_2")],
     )
@@ -274,7 +274,7 @@ def test_a_pipeline_without_its_index(wan: Path) -> None:
 
 
 def test_a_standalone_transformer(wan: Path) -> None:
-    assert kinds(wan / "transformer_2") == ("transformer", [("transformer", "transformer_2")])
+    assert layout_of(wan / "transformer_2") == ("transformer", [("transformer", "transformer_2")])
     touch(wan / "transformer_2" / WEIGHTS)
     layout = recognise(wan / "transformer_2" / WEIGHTS)  # its only file; the config in the folder is used
     assert (layout.kind, layout.experts[0].config["num_layers"]) == ("transformer", 2)
@@ -283,7 +283,7 @@ def test_a_standalone_transformer(wan: Path) -> None:
 def test_a_wan_folder(tmp_path: Path) -> None:
     write(tmp_path / "config.json", WAN_CONFIG)
     touch(tmp_path / WEIGHTS)
-    assert kinds(tmp_path) == ("wan", [("transformer", tmp_path.name)])
+    assert layout_of(tmp_path) == ("wan", [("transformer", tmp_path.name)])
     assert recognise(tmp_path).experts[0].config == WAN_CONFIG
 
 
@@ -295,9 +295,9 @@ def test_a_wan_cascade(tmp_path: Path, prefix: str) -> None:
         ("transformer", f"{prefix}high_noise_model"),
         ("transformer_2", f"{prefix}low_noise_model"),
     ]
-    assert kinds(tmp_path) == ("wan", experts)
+    assert layout_of(tmp_path) == ("wan", experts)
     alone = tmp_path / f"{prefix}low_noise_model"
-    assert kinds(alone) == ("wan", [("transformer", alone.name)])
+    assert layout_of(alone) == ("wan", [("transformer", alone.name)])
 
 
 def test_one_expert_of_a_cascade(tmp_path: Path) -> None:
@@ -330,12 +330,12 @@ def test_an_export(tmp_path: Path, files: list[str]) -> None:
     for file in files:
         touch(tmp_path / file)
     write(tmp_path / DESCRIPTION, {})
-    assert kinds(tmp_path) == ("msmodelslim", [("transformer", tmp_path.name)])
-    part = recognise(tmp_path).experts[0]
-    assert [file.name for file in part.files] == files
+    assert layout_of(tmp_path) == ("msmodelslim", [("transformer", tmp_path.name)])
+    expert = recognise(tmp_path).experts[0]
+    assert [file.name for file in expert.files] == files
     index = write_index(tmp_path, files)
-    part = recognise(tmp_path).experts[0]
-    assert (part.index, part.files) == (index, ())
+    expert = recognise(tmp_path).experts[0]
+    assert (expert.index, expert.files) == (index, ())
 
 
 def write_index(folder: Path, files: list[str]) -> Path:
@@ -382,9 +382,9 @@ def test_one_file(tmp_path: Path) -> None:
     for path in (file, tmp_path):
         layout = recognise(path)
         assert (layout.kind, layout.name) == ("file", path.name.removesuffix(".safetensors"))
-        part = layout.experts[0]
-        assert (part.name, part.path, part.files, part.config) == ("transformer", file, (file,), {})
-        assert part.folder == tmp_path
+        expert = layout.experts[0]
+        assert (expert.name, expert.path, expert.files, expert.config) == ("transformer", file, (file,), {})
+        assert expert.folder == tmp_path
     touch(tmp_path / "other.safetensors")
     assert recognise(file).experts[0].path == file
     assert "pass one of them" in refused(tmp_path, "E-CKP-01").got

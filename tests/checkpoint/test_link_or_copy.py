@@ -65,7 +65,7 @@ def test_a_resumed_run_links_and_copies_again(tmp_path: Path) -> None:
     assert (folder / "deep" / "w.safetensors").read_text() == "weights", "never written through a link"
 
 
-def bad(src: Path, dst: Path, copy: bool) -> str:
+def error_text(src: Path, dst: Path, copy: bool) -> str:
     with pytest.raises(CheckpointError) as e:
         link_or_copy(src, dst, copy=copy)
     assert e.value.code == "E-CKP-03"
@@ -77,8 +77,8 @@ def test_link_loops_and_dangling_links(tmp_path: Path, copy: bool) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     (tmp_path / "c").symlink_to("nothing")
-    assert bad(tmp_path / "a", tmp_path / "out", copy).endswith("a: Too many levels of symbolic links")
-    assert bad(tmp_path / "c", tmp_path / "out", copy).endswith("c: No such file or directory")
+    assert error_text(tmp_path / "a", tmp_path / "out", copy).endswith("a: Too many levels of symbolic links")
+    assert error_text(tmp_path / "c", tmp_path / "out", copy).endswith("c: No such file or directory")
     assert not os.path.lexists(tmp_path / "out")
 
 
@@ -88,7 +88,7 @@ def test_a_copy_of_a_folder_with_a_loop(tmp_path: Path, target: str) -> None:
     (folder / "a").mkdir(parents=True)
     (folder / "a" / "f").write_text("x")
     (folder / "a" / "again").symlink_to(target)
-    assert "leads back to a folder" in bad(folder, tmp_path / "out", True)
+    assert "leads back to a folder" in error_text(folder, tmp_path / "out", True)
 
 
 def test_one_folder_under_two_names_is_not_a_loop(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_number_of_copied_files_is_limited(tmp_path: Path, monkeypatch: pyte
         for name in ("x", "y"):
             (tmp_path / f"d{i}" / name).symlink_to(f"../d{i + 1}")
     (tmp_path / "d12").mkdir()
-    assert "more than 50 files" in bad(tmp_path / "d0", tmp_path / "out", True)
+    assert "more than 50 files" in error_text(tmp_path / "d0", tmp_path / "out", True)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
@@ -127,4 +127,4 @@ def test_only_files_and_folders_are_copied(tmp_path: Path, kind: str) -> None:
                 s.bind("odd")
             finally:
                 os.chdir(previous)
-    assert bad(folder, tmp_path / "out", True).endswith(": neither a file nor a folder")
+    assert error_text(folder, tmp_path / "out", True).endswith(": neither a file nor a folder")

@@ -300,7 +300,7 @@ except Exception as e:
             assert "Permission denied" in done.stdout
 
 
-# ---- two at once
+# ---- concurrent runs
 
 
 def test_two_runs_of_one_output(tmp_path: Path) -> None:

@@ -94,11 +94,11 @@ def test_wrappers_and_leftovers_are_removed_from_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["W8A8", "W8A16", "W4A4_DYNAMIC", "W4A8_MXFP", "W4A4_MXFP4_SVD", "W8A8_MXFP8 ", ""]
+    "quant_type", ["W8A8", "W8A16", "W4A4_DYNAMIC", "W4A8_MXFP", "W4A4_MXFP4_SVD", "W8A8_MXFP8 ", ""]
 )
-def test_an_unknown_type(tmp_path: Path, kind: str) -> None:
-    e = refused(tmp_path, {"blocks.7.self_attn.q.weight": kind}, "E-CKP-04")
-    assert f"blocks.7.self_attn.q.weight is {kind}" in e.got
+def test_an_unknown_type(tmp_path: Path, quant_type: str) -> None:
+    e = refused(tmp_path, {"blocks.7.self_attn.q.weight": quant_type}, "E-CKP-04")
+    assert f"blocks.7.self_attn.q.weight is {quant_type}" in e.got
     assert "W4A4_MXFP4_DUALSCALE" in e.needs
 
 

@@ -181,18 +181,18 @@ def test_damage_is_an_error_or_harmless(tmp_path: Path, cut: int, flip: int, to:
     """A cut file is always refused; a changed byte gives an ascendit error or a header that fits the file."""
     file = tmp_path / "a.safetensors"
     save_file({"a": torch.arange(20.0), "b": torch.ones(3, 4, dtype=torch.int8)}, file)
-    whole = file.read_bytes()
-    file.write_bytes(whole[: min(cut, len(whole) - 1)])
+    content = file.read_bytes()
+    file.write_bytes(content[: min(cut, len(content) - 1)])
     refused(file)
-    damaged = bytearray(whole)
-    damaged[flip % len(whole)] = to
+    damaged = bytearray(content)
+    damaged[flip % len(content)] = to
     file.write_bytes(damaged)
     try:
         header = read_header(file)
     except CheckpointError as e:
         assert e.code == "E-CKP-02"
     else:
-        assert max(info.end for info in header.values()) == len(whole)
+        assert max(info.end for info in header.values()) == len(content)
 
 
 def sharded(folder: Path) -> dict[str, torch.Tensor]:
@@ -440,8 +440,8 @@ def test_a_slice_of_a_tensor(
         blocks = list(
             (start, bytes(view)) for start, view in reader.blocks(info, shard=shard, block_bytes=1000)
         )
-        for part in (view, reader.tensor(info, shard)):
-            assert same(part, expected)
+        for result in (view, reader.tensor(info, shard)):
+            assert same(result, expected)
         for data in (reader.whole(info, shard), b"".join(data for _, data in blocks)):
             assert data == bytes(as_bytes(expected))
         assert blocks[0][0] == (shard.start if shard.axis == 0 else 0) and len(blocks) > 1
@@ -496,8 +496,8 @@ def test_half_a_surrogate_pair_is_not_a_name(tmp_path: Path) -> None:
 
 def test_a_file_with_two_names_in_an_index_counts_once(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "x.safetensors")
-    where = {"a": "x.safetensors", "b": "./x.safetensors"}
-    (tmp_path / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    weight_map = {"a": "x.safetensors", "b": "./x.safetensors"}
+    (tmp_path / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     shards = Shards.open(tmp_path)
     assert shards.files == (tmp_path / "x.safetensors",)
     assert list(shards.tensors) == ["a", "b"]
@@ -515,7 +515,7 @@ def test_files_without_an_index(tmp_path: Path) -> None:
     assert e.value.code == "E-CKP-09"
 
 
-# ---- blocks of rows ------------------------------------------------------------------------------
+# ---- row blocks ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -535,12 +535,12 @@ def test_concatenated_blocks_equal_the_tensor(stored):
     values, infos = stored
     with RowReader() as reader:
         for name, tensor in values.items():
-            parts: list[torch.Tensor] = []
+            blocks: list[torch.Tensor] = []
             for start, view in reader.blocks(infos[name], block_bytes=128):
-                assert start == sum(len(part) for part in parts)
-                parts.append(as_tensor(view, infos[name]).clone())
-            whole = torch.cat(parts).view(tensor.shape)
-            assert torch.equal(whole.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), name
+                assert start == sum(len(block) for block in blocks)
+                blocks.append(as_tensor(view, infos[name]).clone())
+            joined = torch.cat(blocks).view(tensor.shape)
+            assert torch.equal(joined.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), name
             assert reader.whole(infos[name]) == bytes(as_bytes(tensor))
 
 

@@ -53,9 +53,9 @@ def test_real_exports(path: Path) -> None:
     layout = recognise(path)
     source = recognise(FIXTURES / "source_models" / path.name.partition("__")[0])
     assert layout.kind == "msmodelslim"
-    assert [part.name for part in layout.experts] == [part.name for part in source.experts]
-    for part, origin in zip(layout.experts, source.experts, strict=True):
-        expert, before = read_expert(part), read_expert(origin)
+    assert [e.name for e in layout.experts] == [e.name for e in source.experts]
+    for exported, origin in zip(layout.experts, source.experts, strict=True):
+        expert, before = read_expert(exported), read_expert(origin)
         assert (expert.origin, expert.naming, before.origin) == ("msmodelslim", "wan", "float")
         assert schemes(expert) == REAL[path.name]
         present = {key for key, value in expert.config.items() if value is not None}
@@ -92,7 +92,7 @@ def test_smoothed_but_not_quantized() -> None:
     assert layer.tensors["mul_scale"].name == "blocks.3.cross_attn.o.div.mul_scale"
 
 
-# ---- layouts and spellings ----------------------------------------------------------------------
+# ---- layouts and name styles --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [CONFIG, IMAGE], ids=["t2v", "image"])
@@ -140,10 +140,12 @@ def test_files_of_ascendv1(tmp_path: Path, saver: str) -> None:
     manifest |= {n: "W8A8_MXFP8" for n in names if tensors[n][0] in ("F8_E4M3", "U8")}
     parts = [names] if saver == "one file" else [names[:60], names[60:]]
     files = [f"quant_model_weights-0000{i + 1}-of-0000{len(parts)}.safetensors" for i in range(len(parts))]
-    for file, part in zip(files, parts, strict=True):
-        stored.write(tmp_path / file, {name: tensors[name] for name in part})
+    for file, names_of_file in zip(files, parts, strict=True):
+        stored.write(tmp_path / file, {name: tensors[name] for name in names_of_file})
     if saver == "index":
-        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        weight_map = {
+            name: file for file, names_of_file in zip(files, parts, strict=True) for name in names_of_file
+        }
         write_json(tmp_path / "quant_model_weights.safetensors.index.json", {"weight_map": weight_map})
     write_json(tmp_path / MANIFEST, manifest)
     expert = read(tmp_path)
@@ -273,12 +275,12 @@ Q = f"{FIRST}.weight"
 def test_damaged_tensors(tmp_path: Path, change: Change, code: str, message: str) -> None:
     tensors = dict(QUANTIZED)
     change(tensors)
-    manifest = {name: kind for name, kind in TYPES.items() if name in tensors}
+    manifest = {name: quant_type for name, quant_type in TYPES.items() if name in tensors}
     manifest |= {name: "FLOAT" for name in tensors if name not in TYPES}
-    got = refused(
+    text = refused(
         stored.folder(tmp_path, tensors, manifest=manifest if "both" not in message else None), code
     )
-    assert message in got
+    assert message in text
 
 
 def test_a_layer_with_only_a_bias(tmp_path: Path) -> None:
@@ -339,8 +341,8 @@ def test_a_tensor_that_the_manifest_does_not_name(tmp_path: Path) -> None:
 
 def test_a_tensor_in_two_files(tmp_path: Path) -> None:
     names = list(wan(floats()))
-    for i, part in enumerate((names[:40], names[39:])):
-        tensors = {name: t for name, t in wan(floats()).items() if name in part}
+    for i, file_names in enumerate((names[:40], names[39:])):
+        tensors = {name: t for name, t in wan(floats()).items() if name in file_names}
         stored.write(tmp_path / f"quant_model_weights-0000{i + 1}-of-00002.safetensors", tensors)
     message = refused(tmp_path, "E-CKP-09")
     assert "is in both quant_model_weights-00001-of-00002.safetensors and" in message
@@ -353,8 +355,8 @@ def test_two_manifests(tmp_path: Path) -> None:
 
 
 def test_an_index_with_path_tricks(tmp_path: Path) -> None:
-    where = dict.fromkeys(wan(floats()), "../outside.safetensors")
-    write_json(tmp_path / "a" / "quant_model_weight.safetensors.index.json", {"weight_map": where})
+    weight_map = dict.fromkeys(wan(floats()), "../outside.safetensors")
+    write_json(tmp_path / "a" / "quant_model_weight.safetensors.index.json", {"weight_map": weight_map})
     stored.write(tmp_path / "outside.safetensors", wan(floats()))
     write_json(tmp_path / "a" / MANIFEST, {})
     refused(tmp_path / "a", "E-CKP-02")  # no weights in its folder
@@ -402,10 +404,12 @@ def test_the_reader_handles_malformed_input(
         name: (d, tuple(shape)) for name, (d, shape) in tensors.items()
     }
     changed = {name: tensor for name, tensor in changed.items() if name not in dropped}
-    whole = None if class_name is None else CONFIG | {"_class_name": class_name} | config
+    full_config = None if class_name is None else CONFIG | {"_class_name": class_name} | config
     for old in tmp_path.iterdir():
         old.unlink()
-    stored.folder(tmp_path, changed, config=whole, manifest=None if manifest is None else TYPES | manifest)
+    stored.folder(
+        tmp_path, changed, config=full_config, manifest=None if manifest is None else TYPES | manifest
+    )
     try:
         expert = read(tmp_path)
     except AscenditError:
@@ -413,7 +417,7 @@ def test_the_reader_handles_malformed_input(
     assert expert.layers
 
 
-# ---- cost ---------------------------------------------------------------------------------------
+# ---- memory and time ----------------------------------------------------------------------------
 
 LARGE = {"_class_name": "WanTransformer3DModel", "num_layers": 40}
 

@@ -187,7 +187,7 @@ def test_buffers_of_all_kinds(tmp_path: Path, view: str) -> None:
     assert_same(tmp_path, {"w": tensor})
 
 
-# ---- our own mistakes
+# ---- programming errors
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_a_missing_source_is_named(tmp_path: Path) -> None:
     assert e.value.code == "E-CKP-02"
 
 
-# ---- taken up again
+# ---- resuming
 
 
 def test_complete_files_are_not_written_again(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_complete_files_are_not_written_again(tmp_path: Path) -> None:
         for name in ("w0", "w1", "w2"):
             writer.append(name, raw(tensors[name]))
         raise RuntimeError
-    kept = writer.shards[0].file.stat()
+    status = writer.shards[0].file.stat()
     again = Journal.read(tmp_path / "journal.json", out)
     assert again is not None and again.count == 1
     with ShardWriter(out, specs, max_shard_bytes=200, journal=again) as writer:
@@ -319,10 +319,10 @@ def test_complete_files_are_not_written_again(tmp_path: Path) -> None:
         for name in ("w2", "w3", "w4", "w5"):
             writer.append(name, raw(tensors[name]))
     assert_same(out, tensors)
-    assert writer.shards[0].file.stat().st_mtime_ns == kept.st_mtime_ns, "it was not written again"
-    whole = ShardWriter(out, specs, max_shard_bytes=200, journal=again)
-    assert all(whole.done(n) for n in tensors)
-    assert whole.close() == {}
+    assert writer.shards[0].file.stat().st_mtime_ns == status.st_mtime_ns, "it was not written again"
+    complete = ShardWriter(out, specs, max_shard_bytes=200, journal=again)
+    assert all(complete.done(n) for n in tensors)
+    assert complete.close() == {}
 
 
 @pytest.mark.parametrize("difference", ["other header", "size", "gone", "no hash"])
@@ -412,7 +412,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert e.value.code == "E-ENV-02"
 
 
-# ---- cost
+# ---- memory and time
 
 
 def test_writing_needs_little_memory_and_no_torch(tmp_path: Path) -> None:

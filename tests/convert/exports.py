@@ -70,8 +70,8 @@ def merged_name(name: str) -> str:
 def diffusers_name(name: str) -> str:
     """`merged_name`, except for `self_attn.q_rot`, `self_attn.quant_type`, which belong to no projection."""
     new = merged_name(name)
-    for word in ("q_rot", "k_rot", "quant_type"):
-        new = new.replace(f"to_{word}", word)
+    for role in ("q_rot", "k_rot", "quant_type"):
+        new = new.replace(f"to_{role}", role)
     return new
 
 

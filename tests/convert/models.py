@@ -38,7 +38,7 @@ OTHERS = {
     "other_model.bin": "no part of it",
     ".gitattributes": "*.safetensors filter=lfs",
 }
-"""Files beside the transformers."""
+"""Other files of the folder."""
 Edit = Callable[[dict[str, Tensor]], None]
 
 

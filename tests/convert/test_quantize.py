@@ -99,8 +99,8 @@ def test_the_folder_is_complete_and_readable(model, dst):
     expert = read_expert(layout.experts[0])
     assert {layer.scheme for layer in expert.layers.values()} == {"mxfp8"} and len(expert.layers) == 18
     assert expert.config == CONFIG
-    marker = json_of(dst / "transformer_2" / "config.json")["quantization_config"]
-    assert marker == {
+    quantization_config = json_of(dst / "transformer_2" / "config.json")["quantization_config"]
+    assert quantization_config == {
         "quant_method": "mxfp8",
         "is_checkpoint_mxfp8_serialized": True,
         "ignored_layers": ["blocks.1.ffn.net_0.proj", "blocks.1.ffn.net_2"],
@@ -156,9 +156,9 @@ def test_shards_and_their_index(model, dst):
     files = sorted({p.name for p in folder.glob("*.safetensors")})
     assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
     quantize(model, dst.parent / "one", scheme="mxfp8", max_shard_bytes=None)
-    whole = read(dst.parent / "one" / "transformer")
-    assert all(same(tensor, whole[name]) for name, tensor in read(folder).items())
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+    one_file = read(dst.parent / "one" / "transformer")
+    assert all(same(tensor, one_file[name]) for name, tensor in read(folder).items())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in one_file.values())
 
 
 @pytest.mark.parametrize("rule", ["msms:ceil_x:search", "max:7"])
@@ -352,7 +352,7 @@ def test_a_scheme_that_the_engine_cannot_load_is_refused_first(model, dst):
     assert "sglang" in error.got
 
 
-# ---- refusals -----------------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------
 
 
 def test_nan_names_the_layer_and_the_row(tmp_path, dst, monkeypatch):

@@ -180,14 +180,14 @@ def canonical(source: Path, target: Path) -> dict[str, bytes]:
     return exports.without_padding(weights_and_json(target))
 
 
-@pytest.mark.parametrize("container", ["e4m3", "bf16"])
+@pytest.mark.parametrize("dtype", ["e4m3", "bf16"])
 @pytest.mark.parametrize("source", [exports.MXFP4, exports.DUAL, exports.SMOOTH], ids=lambda f: f.name)
-def test_fp4_in_a_wider_dtype_is_packed(source: Path, container: str, tmp_path: Path) -> None:
+def test_fp4_in_a_wider_dtype_is_packed(source: Path, dtype: str, tmp_path: Path) -> None:
     def widen(tensors: dict[str, Tensor], types: dict[str, Any]) -> None:
         for name, tensor in tensors.items():
             if tensor.dtype == torch.uint8 and name.endswith("weight"):
                 unpacked = exports.unpacked(tensor)
-                tensors[name] = unpacked.to(torch.float8_e4m3fn if container == "e4m3" else torch.bfloat16)
+                tensors[name] = unpacked.to(torch.float8_e4m3fn if dtype == "e4m3" else torch.bfloat16)
 
     unpacked = exports.changed(source, tmp_path / "wide", widen)
     report = repack(unpacked, tmp_path / "out", check=True)
@@ -483,7 +483,7 @@ def test_a_base_that_is_not_a_pipeline(tmp_path: Path) -> None:
     assert e.value.code == "E-USE-01"
 
 
-# ---- the run itself -----------------------------------------------------------------------------
+# ---- the run ------------------------------------------------------------------------------------
 
 
 def test_a_dry_run_reports_everything_and_writes_nothing(tmp_path: Path) -> None:

@@ -63,11 +63,11 @@ def test_fp4_as_e4m3(length: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     qdata = torch.randint(0, 16, (3, length), dtype=torch.uint8, generator=generator)
     packed = elements.pack(qdata)
-    container = layouts.to_e4m3_container(packed, length)
+    as_e4m3 = layouts.to_e4m3_container(packed, length)
     values = elements.decode(qdata, E2M1)
-    assert container.dtype == torch.float8_e4m3fn
-    assert torch.equal(container.float(), values)
-    assert torch.equal(torch.signbit(container.float()), torch.signbit(values))
+    assert as_e4m3.dtype == torch.float8_e4m3fn
+    assert torch.equal(as_e4m3.float(), values)
+    assert torch.equal(torch.signbit(as_e4m3.float()), torch.signbit(values))
 
 
 def test_layouts_of_a_wrong_shape() -> None:

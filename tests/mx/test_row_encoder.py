@@ -72,10 +72,10 @@ def test_every_rule_equals_encode(fmt: str, rule: str, dtype: torch.dtype, lengt
     )
     rows = uneven_weight(50, length, dtype)
     for count in (50, 7):  # reuses each buffer
-        coded = [encoder(rows[:count]) for _ in range(4)][-1]
-        assert first_bad_row(coded) is None
+        encoded = [encoder(rows[:count]) for _ in range(4)][-1]
+        assert first_bad_row(encoded) is None
         for actual, expected in zip(
-            tensors(coded), tensors(encode(rows[:count], fmt, scale_rule=rule)), strict=True
+            tensors(encoded), tensors(encode(rows[:count], fmt, scale_rule=rule)), strict=True
         ):
             assert torch.equal(actual, expected)
     encoder.restart()
@@ -177,9 +177,9 @@ def test_the_search_in_pieces_equals_that_of_the_complete_weight(
     for piece in x.split(7):
         search.add(piece)
     assert search._sums.tolist() == pytest.approx(msmodelslim.ceil_x_sums(x), rel=1e-12)
-    whole = reference_encode(x, "mxfp4", scale_rule="msms:ceil_x:search")
+    complete = reference_encode(x, "mxfp4", scale_rule="msms:ceil_x:search")
     expected = reference_encode(x, "mxfp4", scale_rule=search.best())
-    assert torch.equal(whole.qdata, expected.qdata) and torch.equal(whole.scale, expected.scale)
+    assert torch.equal(complete.qdata, expected.qdata) and torch.equal(complete.scale, expected.scale)
 
 
 def test_the_first_of_equal_errors_wins(variant: str) -> None:

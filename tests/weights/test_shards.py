@@ -78,22 +78,22 @@ class Reads:
         return load().state_dict(), self.count
 
 
-def cut(name: str, whole: Tensor, shards: dict[str, ShardSpec]) -> Tensor:
+def cut(name: str, tensor: Tensor, shards: dict[str, ShardSpec]) -> Tensor:
     """The shard of a tensor, by the rules of its role."""
     layer, _, role = name.rpartition(".")
     if layer not in shards:
-        return whole
+        return tensor
     start, count = shards[layer].start, shards[layer].count
     assert count is not None
     stop = start + count
     if shards[layer].axis == 0:
-        return whole if role == "mul_scale" else whole[start:stop]
+        return tensor if role == "mul_scale" else tensor[start:stop]
     if role == "mul_scale":
-        return whole[start:stop]
-    if role in ("bias", "weight_offset") or (role == "weight_scale" and whole.shape[1] == 1):
-        return whole
-    unit = {"weight": HIDDEN // whole.shape[1], "weight_scale": 32, "weight_dual_scale": 512}[role]
-    return whole[:, start // unit : -(-stop // unit)]
+        return tensor[start:stop]
+    if role in ("bias", "weight_offset") or (role == "weight_scale" and tensor.shape[1] == 1):
+        return tensor
+    unit = {"weight": HIDDEN // tensor.shape[1], "weight_scale": 32, "weight_dual_scale": 512}[role]
+    return tensor[:, start // unit : -(-stop // unit)]
 
 
 def model_of(recipe: RecipeSteps, shards: LayerShards) -> WanTransformer:
@@ -101,8 +101,8 @@ def model_of(recipe: RecipeSteps, shards: LayerShards) -> WanTransformer:
     expert, ops = recipe.applied.expert, bind("cpu")
     with torch.device("meta"):
         model = WanTransformer(WanConfig.from_dict(expert.config), ops)
-    whole = applied_layers(recipe.applied)
-    layers = {name: sharded(layer, shard_of(shards, name)) for name, layer in whole.items()}
+    layers_of_recipe = applied_layers(recipe.applied)
+    layers = {name: sharded(layer, shard_of(shards, name)) for name, layer in layers_of_recipe.items()}
     schemes = {name: layer.scheme for name, layer in layers.items()}
     steps = cut_steps(recipe.plan(), expert, schemes, shards)
     with RowReader() as reader:
@@ -116,12 +116,12 @@ def model_of(recipe: RecipeSteps, shards: LayerShards) -> WanTransformer:
 def check(load: Any, monkeypatch: pytest.MonkeyPatch, shards: dict[str, ShardSpec]) -> tuple[int, int]:
     """Compare; return the bytes read for the complete model and for the shards."""
     reads = Reads(monkeypatch)
-    whole, all_bytes = reads.of(load)
+    tensors, total_bytes = reads.of(load)
     shard_tensors, shard_bytes = reads.of(lambda: load(shards=shards))
-    assert shard_tensors.keys() == whole.keys()
-    for name, tensor in whole.items():
+    assert shard_tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
         assert same(shard_tensors[name], cut(name, tensor, shards)), name
-    return all_bytes, shard_bytes
+    return total_bytes, shard_bytes
 
 
 def unread_bytes(expert: Expert, shards: dict[str, ShardSpec]) -> int:
@@ -130,8 +130,8 @@ def unread_bytes(expert: Expert, shards: dict[str, ShardSpec]) -> int:
     for name, info in expert.tensors.items():
         if name.endswith(".mul_scale"):
             continue
-        whole = torch.empty(info.shape, dtype=torch.uint8)
-        count += info.nbytes - info.nbytes * cut(name, whole, shards).numel() // whole.numel()
+        placeholder = torch.empty(info.shape, dtype=torch.uint8)
+        count += info.nbytes - info.nbytes * cut(name, placeholder, shards).numel() // placeholder.numel()
     return count
 
 
@@ -159,8 +159,8 @@ def test_stored_schemes(
     def load(**kw: Any) -> Any:
         return load_expert(expert, None, bind("cpu"), **kw)
 
-    whole, shard_bytes = check(load, monkeypatch, shards)
-    assert whole - shard_bytes == unread_bytes(expert, shards)
+    total_bytes, shard_bytes = check(load, monkeypatch, shards)
+    assert total_bytes - shard_bytes == unread_bytes(expert, shards)
 
 
 @pytest.mark.parametrize("shards", [ROWS, COLUMNS], ids=["rows", "columns"])
@@ -196,9 +196,9 @@ def test_encoded_during_loading(
             return load_expert(expert, applied, bind("cpu"), shards=shards or {})
         return model_of(RecipeSteps(applied, folds=folds), shards or {})
 
-    whole, shard_bytes = check(load, monkeypatch, shards)
+    total_bytes, shard_bytes = check(load, monkeypatch, shards)
     by_rows = shards is COLUMNS and not SCHEMES[scheme].block
-    assert whole - shard_bytes == (0 if by_rows else unread_bytes(expert, shards))
+    assert total_bytes - shard_bytes == (0 if by_rows else unread_bytes(expert, shards))
 
 
 @pytest.mark.parametrize("scheme", ["mxfp8", "int8"])
@@ -220,9 +220,9 @@ def test_the_shards_compute_the_complete_output(floats: Path) -> None:
     """Row shards give slices of the output, column shards sums; the bias is in each shard."""
     expert = expert_in(floats)
     applied = apply_recipe(expert, load_recipe("default", "mxfp8"), "t2v")
-    whole = load_expert(expert, applied, bind("cpu"))
+    complete = load_expert(expert, applied, bind("cpu"))
     x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected, total = whole.get_submodule(DOWN)(x).float(), torch.zeros(5, WIDTH)
+    expected, total = complete.get_submodule(DOWN)(x).float(), torch.zeros(5, WIDTH)
     for start, count in ((0, 608), (608, 608)):
         model = load_expert(expert, applied, bind("cpu"), shards={DOWN: ShardSpec(1, start, count)})
         module: Any = model.get_submodule(DOWN)
@@ -233,7 +233,7 @@ def test_the_shards_compute_the_complete_output(floats: Path) -> None:
     module = model.get_submodule(UP)
     assert (module.in_features, module.out_features) == (WIDTH, 500)
     y = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert torch.equal(module(y), whole.get_submodule(UP)(y)[:, 300:800])
+    assert torch.equal(module(y), complete.get_submodule(UP)(y)[:, 300:800])
 
 
 @pytest.mark.parametrize("shards", [{DOWN: ShardSpec(1, 192, 320)}, {DOWN: ShardSpec(0, 30, 20)}])

@@ -44,8 +44,8 @@ from ascendit.weights.tensor_steps import (
 
 def test_each_tensor_has_one_step() -> None:
     for source in exports.ALL:
-        for part in recognise(source).experts:
-            expert = read_expert(part)
+        for expert_part in recognise(source).experts:
+            expert = read_expert(expert_part)
             for target in (TargetFormat(), target_format("vllm-omni"), target_format("mindie")):
                 steps = stored_steps(expert, target)
                 used = [info for step in steps for info in step.sources]
@@ -219,21 +219,21 @@ def test_every_packing_has_the_same_values(rows: int, length: int, seed: int) ->
 def test_values_outside_fp4_are_refused(packing: str, dtype: type) -> None:
     bits = np.arange(256, dtype=np.uint8) if packing == "e4m3" else np.arange(65536, dtype=np.uint16)
     values = bits.view(dtype).astype(np.float32)
-    bad = ~np.isin(values, NUMBERS)
-    for pattern in np.flatnonzero(bad)[:: 1 if packing == "e4m3" else 997]:
+    invalid = ~np.isin(values, NUMBERS)
+    for pattern in np.flatnonzero(invalid)[:: 1 if packing == "e4m3" else 997]:
         with pytest.raises(CheckpointError, match="x has 1 values that are not in FP4") as e:
             recode(bits[[pattern, 0]].tobytes(), 2, packing, "packed", "x")
         assert e.value.code == "E-CKP-04"
-    good = bits[~bad]
-    assert len(good) == 16 and len(recode(good.tobytes(), 16, packing, "packed")) == 8
+    valid = bits[~invalid]
+    assert len(valid) == 16 and len(recode(valid.tobytes(), 16, packing, "packed")) == 8
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
 def test_floats_are_converted_exactly(dtype: str) -> None:
-    kinds = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+    dtypes = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
     bits = np.arange(65536, dtype=np.uint16)
     values = bits.view(np.float16 if dtype == "F16" else ml_dtypes.bfloat16)
-    values = values[np.isfinite(values.astype(np.float32))].astype(kinds[dtype])
+    values = values[np.isfinite(values.astype(np.float32))].astype(dtypes[dtype])
     converted = np.frombuffer(to_float32(values.tobytes(), dtype, "x"), np.float32)
     assert np.array_equal(converted, values.astype(np.float32))
     assert np.array_equal(np.signbit(converted), np.signbit(values))
@@ -250,6 +250,6 @@ def test_float64_that_float32_cannot_represent(value: float) -> None:
 def test_tiles_equal_mx_decode(shape):
     qdata = torch.randn(shape).to(torch.float8_e4m3fn)
     scale = torch.rand(-(-shape[0] // 128), -(-shape[1] // 128))
-    whole = mx.decode(Encoded(qdata, scale, None, "fp8_128x128", -1, shape), torch.float32)
+    decoded = mx.decode(Encoded(qdata, scale, None, "fp8_128x128", -1, shape), torch.float32)
     blocks = [tile_values(qdata[i : i + 256], scale, i) for i in range(0, shape[0], 256)]
-    assert torch.equal(torch.cat(blocks), whole)
+    assert torch.equal(torch.cat(blocks), decoded)

@@ -198,10 +198,10 @@ def test_diffusers_drops_them() -> None:
     )
 
     shape = shapes()
-    kept = write(matrices(shape, WAN), comfyui, ".lora_down.weight", ".lora_up.weight")
+    base = write(matrices(shape, WAN), comfyui, ".lora_down.weight", ".lora_up.weight")
     dropped = ["blocks.0.diff_m", "head.diff_m", "blocks.0.norm3.diff", "patch_embedding.diff"]
-    tensors = kept | {f"diffusion_model.{name}": torch.ones(1) for name in dropped}
-    assert len(convert(dict(tensors))) == len(kept)
+    tensors = base | {f"diffusion_model.{name}": torch.ones(1) for name in dropped}
+    assert len(convert(dict(tensors))) == len(base)
 
 
 def test_modulation_may_lack_its_first_axis(tmp_path: Path) -> None:
@@ -305,11 +305,13 @@ def test_files_add_up_and_are_rounded_once(tmp_path: Path) -> None:
 def test_bf16_weights_are_the_nearest_to_the_exact_sum(tmp_path: Path) -> None:
     shape = shapes()
     factors, others = matrices(shape, WAN), matrices(shape, WAN, rank=7, seed=2)
-    one = save(
+    first = save(
         tmp_path / "a.safetensors", write(factors, comfyui, ".lora_down.weight", ".lora_up.weight", 1.0)
     )
-    two = save(tmp_path / "b.safetensors", write(others, kohya, ".lora_down.weight", ".lora_up.weight", 14.0))
-    folds = Folds.open([LoraSource(one.path, 0.3), LoraSource(two.path, -0.7)], "transformer", shape)
+    second = save(
+        tmp_path / "b.safetensors", write(others, kohya, ".lora_down.weight", ".lora_up.weight", 14.0)
+    )
+    folds = Folds.open([LoraSource(first.path, 0.3), LoraSource(second.path, -0.7)], "transformer", shape)
     before = weights(shape, torch.bfloat16)
     after = fold_all(folds, before)
     differing = 0
@@ -356,18 +358,18 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folds, Tensor, Tens
 def test_blocks_of_any_size_get_the_same_bits(
     large: tuple[Folds, Tensor, Tensor], block: int, threads: int
 ) -> None:
-    folds, weight, whole = large
+    folds, weight, folded_weight = large
     name = "blocks.0.ffn.net.0.proj.weight"
     torch.set_num_threads(threads)
-    parts = [folds.fold(name, weight[i : i + block], i) for i in range(0, len(weight), block)]
-    assert torch.equal(torch.cat(parts), whole)
+    pieces = [folds.fold(name, weight[i : i + block], i) for i in range(0, len(weight), block)]
+    assert torch.equal(torch.cat(pieces), folded_weight)
 
 
 def test_columns_have_the_bits_of_the_complete_tensor(large: tuple[Folds, Tensor, Tensor]) -> None:
-    folds, weight, whole = large
+    folds, weight, folded_weight = large
     name, columns = "blocks.0.ffn.net.0.proj.weight", slice(32, 97)
     folded = folds.fold(name, weight[50:120, columns], 50, columns)
-    assert torch.equal(folded, whole[50:120, columns])
+    assert torch.equal(folded, folded_weight[50:120, columns])
 
 
 @pytest.mark.parametrize("columns", [None, slice(None)])
@@ -380,10 +382,10 @@ def test_a_slice_of_columns_needs_its_range(
 
 
 def test_the_input_rows_are_not_changed(large: tuple[Folds, Tensor, Tensor]) -> None:
-    folds, weight, whole = large
+    folds, weight, folded_weight = large
     name = "blocks.0.ffn.net.0.proj.weight"
     before = weight.clone()
-    assert torch.equal(folds.fold(name, weight[10:20].T.contiguous().T, 10), whole[10:20])
+    assert torch.equal(folds.fold(name, weight[10:20].T.contiguous().T, 10), folded_weight[10:20])
     assert torch.equal(weight, before)
     assert folds.fold(name, weight[:0], 0).shape == (0, weight.shape[1])
 
@@ -442,7 +444,7 @@ def test_the_adapter_config_of_peft_scales(tmp_path: Path) -> None:
     )
 
 
-# ---- which expert ----------------------------------------------------------------------------------
+# ---- experts ---------------------------------------------------------------------------------------
 
 
 def two_experts(tmp_path: Path) -> LoraSource:
@@ -504,7 +506,7 @@ def test_quantize_folds_before_it_quantizes(tmp_path: Path) -> None:
         )
 
 
-# ---- the command line's words -----------------------------------------------------------------------
+# ---- command line values ----------------------------------------------------------------------------
 
 OPTIONS = {
     "x.safetensors": ("x.safetensors", 1.0, None),
