@@ -260,8 +260,8 @@ def test_fp8_in_tiles(
 @pytest.mark.parametrize(
     ("scheme", "shard", "message"),
     [
-        ("mxfp8", ShardSpec(1, 16, 608), "groups of 32, of which it has 38"),
-        ("mxfp4_dualscale", ShardSpec(1, 512, 512 + 32), "groups of 512, of which it has 3"),
+        ("mxfp8", ShardSpec(1, 16, 608), "blocks of 32, of which it has 38"),
+        ("mxfp4_dualscale", ShardSpec(1, 512, 512 + 32), "blocks of 512, of which it has 3"),
         ("mxfp4", ShardSpec(1, 1216, 32), "its 1216 columns"),
         ("int8", ShardSpec(0, 60, 32), "its 64 rows"),
         ("bf16", ShardSpec(0, 3, 0), "its 64 rows"),
