@@ -113,7 +113,7 @@ def test_an_operator_that_ascendit_does_not_call_does_not_change_the_verdict(alt
     assert check.ok and by_name(check)["operator: fast gelu"].verdict == "wrong"
 
 
-def test_an_answer_other_than_the_twins(alter) -> None:
+def test_an_answer_that_differs_from_the_twins_is_reported(alter) -> None:
     def ignores(out: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (torch.ones_like(out[0]), torch.ones_like(out[1]))
 

@@ -43,7 +43,7 @@ def ours(folder: str, scheme: str) -> tuple[WanTransformer, Run]:
 
 @contextmanager
 def gathered(*modules: Any) -> Iterator[None]:
-    """Unshard `modules`: text keys and values use layers of the blocks outside of the forward hooks."""
+    """Unshard `modules`: text keys and values use layers of the blocks before their forward hooks run."""
     wrapped = [m for m in modules if hasattr(m, "unshard")]
     for m in wrapped:
         m.unshard()

@@ -2,7 +2,7 @@
 
 Views are free. Diffusers' model of two layers launches 219 on the same stack. A quantized model has 6
 quantizations and 6 matmuls per block from the second step on. The first step has one matmul more per block,
-and quantizes the text once per `mul_scale`. `tools/npu_conformance.py` counts the same on the real dispatcher.
+and quantizes the text once per `mul_scale`. `tools/npu_conformance.py` counts them on the real dispatcher.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def test_a_block(chip: str, tiny_t2v_single: Path, monkeypatch: pytest.MonkeyPat
 
 def test_two_timesteps_cost_less_than_a_second_forward(tiny_ti2v: Path) -> None:
     model = tiny(tiny_ti2v, "a5")
-    one, two = forward(model), forward(model, (0.0, 500.0), (ROW, TOKENS - ROW))
-    assert one.launched.total() < two.launched.total() <= one.launched.total() + 9 * 2 + 4
+    single, double = forward(model), forward(model, (0.0, 500.0), (ROW, TOKENS - ROW))
+    assert single.launched.total() < double.launched.total() <= single.launched.total() + 9 * 2 + 4
 
 
 @pytest.mark.parametrize("name", ["t2v_single", "ti2v", "i2v_cascade"])
@@ -166,8 +166,8 @@ def test_every_scheme(chip: str, scheme: str, tiny_t2v_single: Path) -> None:
 
 def test_steps_in_w4a8_cost_the_same(tiny_t2v_single: Path) -> None:
     model = quantized_model(tiny_t2v_single, "a5", Online.of("mxfp4", None))
-    plain = two_steps(model)
-    assert two_steps(model, "default:w4a8") == plain
+    stored = two_steps(model)
+    assert two_steps(model, "default:w4a8") == stored
 
 
 def test_text_keys_are_recomputed_if_the_precision_changes_them(tiny_t2v_single: Path) -> None:
@@ -227,7 +227,7 @@ def smoothed(tiny_t2v_single: Path, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize(("scheme", "chip"), [("int8", "a2"), ("mxfp8", "a5"), ("mxfp4_dualscale", "a5")])
 def test_a_smoothed_checkpoint(scheme: str, chip: str, smoothed: Callable[..., Path]) -> None:
-    """The product with `mul_scale` is one kernel; the text is quantized once for each one."""
+    """The product with `mul_scale` is one kernel; the text is quantized once per `mul_scale`."""
     alike, apart = (two_steps(quantized_model(smoothed(scheme, alike=a), chip)) for a in (True, False))
     assert quantized_launches(alike[0]) == (6 * LAYERS + 1, 7 * LAYERS)
     assert quantized_launches(apart[0]) == (6 * LAYERS + LAYERS, 7 * LAYERS)
@@ -259,24 +259,24 @@ def velocity(model: WanTransformer) -> torch.Tensor:
 @pytest.mark.parametrize(("chip", "scheme"), [("a2", "int8"), ("a5", "mxfp8"), ("a5", "mxfp4")])
 def test_fractal_nz_on_request(chip: str, scheme: str, tiny_t2v_single: Path) -> None:
     online = Online.of(scheme, None)
-    plain = quantized_model(tiny_t2v_single, chip, online)
+    nd = quantized_model(tiny_t2v_single, chip, online)
     blocked = quantized_model(tiny_t2v_single, chip, online, nz=True)
-    assert formats(plain) == {2} and formats(blocked) == {29}
-    assert torch.equal(velocity(plain), velocity(blocked))
+    assert formats(nd) == {2} and formats(blocked) == {29}
+    assert torch.equal(velocity(nd), velocity(blocked))
 
 
 def test_nz_weights_save_and_load_the_stored_state_dict(tiny_t2v_single: Path) -> None:
     """They replace the parameters of their group, so that no weight is in memory twice."""
     online = Online.of("mxfp4_dualscale", None)
     model = quantized_model(tiny_t2v_single, "a5", online)
-    plain = load_transformer(
+    on_cpu = load_transformer(
         recognise(tiny_t2v_single).parts["transformer"], bind("cpu"), dtype=torch.bfloat16, online=online
     )
-    before, state, expected = velocity(model), model.state_dict(), plain.state_dict()
+    before, state, expected = velocity(model), model.state_dict(), on_cpu.state_dict()
     assert formats(model) == {29} and state.keys() == expected.keys()
     assert all(torch.equal(t, expected[name]) for name, t in state.items())
     extra = sum(m.extra_nbytes for m in model.modules() if isinstance(m, QuantLinear))
-    layers: list[Any] = [m for m in plain.modules() if isinstance(m, QuantLinear)]
+    layers: list[Any] = [m for m in on_cpu.modules() if isinstance(m, QuantLinear)]
     qdata = sum(m._parameters["weight"].nbytes for m in layers)
     assert qdata <= extra < 1.5 * qdata
     assert "blocks.0.attn1.to_q.weight" not in dict(model.named_parameters())

@@ -117,7 +117,7 @@ def test_a_rule_can_name_layers_that_are_excluded_by_default(tmp_path: Path) -> 
     assert other_models.output(model, call).isfinite().all()
 
 
-def test_a_pattern_that_fits_nothing_is_an_error() -> None:
+def test_a_pattern_that_matches_nothing_is_an_error() -> None:
     model, _ = other_models.build("flux")
     with pytest.raises(UsageError, match="single_transformer_blocks") as e:
         ascendit.quantize_(model, "mxfp8", keep=["single_blocks.*"])
@@ -150,22 +150,22 @@ def test_layers_without_a_matmul_are_excluded_with_the_reason() -> None:
     }
 
 
-def test_a_block_or_a_module_without_blocks_is_quantized_whole() -> None:
+def test_all_layers_of_a_block_or_of_a_module_without_blocks_are_quantized() -> None:
     block = Block()
     assert ascendit.quantize_(block, "int8").schemes == {"int8": 1, "bf16": 1}
-    plain = nn.Sequential(nn.Linear(64, 128, bias=False), nn.GELU(), nn.Linear(128, 64))
+    model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.GELU(), nn.Linear(128, 64))
     x = torch.randn(3, 5, 64)
-    expected = plain(x)
-    ascendit.quantize_(plain, load_recipe("default", "int8"))
-    assert list(quantized_layers(plain)) == ["0", "2"] and plain[0].bias is None
-    assert mx.sqnr(expected, plain(x)) > 30
-    assert not plain(x).requires_grad
+    expected = model(x)
+    ascendit.quantize_(model, load_recipe("default", "int8"))
+    assert list(quantized_layers(model)) == ["0", "2"] and model[0].bias is None
+    assert mx.sqnr(expected, model(x)) > 30
+    assert not model(x).requires_grad
 
 
 def test_the_float_weights_are_freed() -> None:
-    plain = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    old = [weakref.ref(m.weight) for m in plain]
-    ascendit.quantize_(plain, "mxfp4")
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    old = [weakref.ref(m.weight) for m in model]
+    ascendit.quantize_(model, "mxfp4")
     gc.collect()
     assert [ref() for ref in old] == [None, None]
 
@@ -174,24 +174,24 @@ def test_memory_never_exceeds_the_module_and_one_layer(monkeypatch: pytest.Monke
     """When a layer is encoded, all layers before it are already quantized."""
     from ascendit.model import quantize_module
 
-    plain, counts = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]), []
+    model, counts = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]), []
     encode = quantize_module.encode_weight
 
     def watch(*args: Any) -> Any:
-        counts.append(len(quantized_layers(plain)))
+        counts.append(len(quantized_layers(model)))
         return encode(*args)
 
     monkeypatch.setattr(quantize_module, "encode_weight", watch)
-    ascendit.quantize_(plain, "mxfp8")
+    ascendit.quantize_(model, "mxfp8")
     assert counts == [0, 1, 2, 3]
 
 
 def test_a_layer_that_is_used_twice_stays_shared() -> None:
     shared = nn.Linear(64, 64)
-    plain = nn.Sequential(shared, nn.GELU(), shared)
-    ascendit.quantize_(plain, "int8")
-    assert isinstance(plain[0], QuantLinear) and plain[0] is plain[2]
-    assert plain(torch.randn(2, 64)).isfinite().all()
+    model = nn.Sequential(shared, nn.GELU(), shared)
+    ascendit.quantize_(model, "int8")
+    assert isinstance(model[0], QuantLinear) and model[0] is model[2]
+    assert model(torch.randn(2, 64)).isfinite().all()
 
 
 class Odd(nn.Linear):
@@ -200,7 +200,7 @@ class Odd(nn.Linear):
 
 def unsupported(how: str) -> nn.Module:
     last = nn.Linear(64, 64)
-    plain = nn.Sequential(nn.Linear(64, 64), last)
+    model = nn.Sequential(nn.Linear(64, 64), last)
     if how == "nan":
         last.weight.data[3, 4] = torch.nan
     elif how == "meta":
@@ -214,8 +214,8 @@ def unsupported(how: str) -> nn.Module:
     elif how == "odd":
         return nn.Sequential(Odd(64, 64))
     elif how == "twice":
-        ascendit.quantize_(plain, "int8")
-    return plain
+        ascendit.quantize_(model, "int8")
+    return model
 
 
 @pytest.mark.parametrize(
@@ -267,10 +267,10 @@ def test_a_chip_refuses_schemes_without_a_matmul_and_emulates_on_request() -> No
 
 
 def test_an_input_on_another_device_is_refused() -> None:
-    plain = nn.Sequential(nn.Linear(64, 64))
-    ascendit.quantize_(plain, "int8")
+    model = nn.Sequential(nn.Linear(64, 64))
+    ascendit.quantize_(model, "int8")
     with pytest.raises(UsageError, match="an input on meta for a layer in int8 on cpu") as e:
-        plain(torch.empty(2, 64, device="meta"))
+        model(torch.empty(2, 64, device="meta"))
     assert e.value.code == "E-QNT-03" and "enable_model_cpu_offload" in e.value.fix
 
 

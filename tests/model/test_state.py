@@ -110,7 +110,7 @@ def test_attend_can_replace_one_attention(tiny_t2v_single: Path) -> None:
     model = load(tiny_t2v_single)
     changed = velocity(model, make=NoText)
     assert not torch.equal(changed, velocity(model))
-    model.blocks[1].attn2.to_out[0].weight.data.zero_()  # the same by its weights
+    model.blocks[1].attn2.to_out[0].weight.data.zero_()  # the same change in the weights
     assert torch.equal(velocity(model), changed)
 
 
@@ -128,7 +128,7 @@ def test_run_attention_skips_the_layers_around_it_too(tiny_t2v_single: Path) -> 
     assert len(state.calls("linear")) == (2 + 4) * BLOCKS  # text K and V; Q and output, the feed-forward
 
 
-def test_run_blocks_can_leave_blocks_out(tiny_t2v_single: Path) -> None:
+def test_run_blocks_can_skip_blocks(tiny_t2v_single: Path) -> None:
     class First(DenoiseState):
         def run_blocks(self, blocks: Any, hidden: Any, modulation: Any, run_block: Any) -> Tensor:
             out: Tensor = run_block(0, blocks[0], hidden, modulation)
@@ -166,11 +166,11 @@ def test_a_step_names_its_attention_kernel(tiny_t2v_single: Path) -> None:
         calls.append(tuple(q.shape))
         return model.ops.attention(q, k, v[:, :1].expand_as(v))
 
-    plain = velocity(model)
+    default = velocity(model)
     model.ops = replace(model.ops, attention_kernels={"sparse": sparse})
     steps = StepSchedule(((1, Step(attention="sparse")),)).resolve(2)
-    assert torch.equal(velocity(model, steps=steps), plain) and not calls
-    assert not torch.equal(velocity(model, steps=steps, step=1), plain)
+    assert torch.equal(velocity(model, steps=steps), default) and not calls
+    assert not torch.equal(velocity(model, steps=steps, step=1), default)
     assert (
         calls == [(1, TOKENS, model.config.num_attention_heads, model.config.attention_head_dim)] * 2 * BLOCKS
     )
@@ -183,12 +183,12 @@ def test_a_rank_with_some_of_the_channels_reduces_between_the_phases_of_a_norm(t
         means.append(mean)
         return mean
 
-    plain = velocity(model)
-    torch.testing.assert_close(velocity(model, reduce_mean=reduce_mean), plain, rtol=1e-5, atol=1e-5)
+    default = velocity(model)
+    torch.testing.assert_close(velocity(model, reduce_mean=reduce_mean), default, rtol=1e-5, atol=1e-5)
     assert (
         len(means) == 4 * BLOCKS and {t.shape[-1] for t in means} == {1} and means[0].dtype == torch.float32
     )
-    assert not torch.allclose(velocity(model, reduce_mean=lambda mean: 4 * mean), plain, rtol=1e-2)
+    assert not torch.allclose(velocity(model, reduce_mean=lambda mean: 4 * mean), default, rtol=1e-2)
 
 
 # ---- a part of the sequence ---------------------------------------------------------------------

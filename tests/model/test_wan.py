@@ -110,7 +110,7 @@ def test_first_and_last_frame_tokens_equal_diffusers() -> None:
 
 
 @torch.inference_mode()
-def test_bfloat16_is_as_near_to_float32_as_diffusers_is(tiny_t2v_single: Path) -> None:
+def test_bfloat16_is_as_close_to_float32_as_diffusers_is(tiny_t2v_single: Path) -> None:
     exact, _ = pair(tiny_t2v_single)
     ours, theirs = pair(tiny_t2v_single, dtype=torch.bfloat16)
     x, text = inputs(ours)

@@ -237,7 +237,7 @@ def test_variables_are_set_before_torch_npu_is_imported(npu, monkeypatch):
     assert values == {v.name: v.value for v in npu_runtime.VARIABLES}
 
 
-def test_no_such_card(npu):
+def test_a_missing_card_is_refused(npu):
     with pytest.raises(EnvironmentProblem, match="npu:2: this machine has 2 such devices"):
         open_device("npu:2")
 

@@ -32,7 +32,7 @@ CASES = [("a5", *c) for c in (*wrong.MX_QUANT, *MATMUL, *wrong.OTHERS, *wrong.A5
     [(c, *fields) for c, _, *fields in CASES],
     ids=[f"{c}-{n}" for c, n, *_ in CASES],
 )
-def test_refused(
+def test_a_wrong_call_is_refused(
     on: Callable[[str], None], chip: str, call: Callable[[], Any], refusal: str, fix: str
 ) -> None:
     on(chip)

@@ -108,7 +108,7 @@ def test_quantized_linear_layers(scheme: str, k: int) -> None:
     assert torch.equal(*results)
 
 
-def test_a_weight_in_fractal_nz_gives_the_same() -> None:
+def test_a_weight_in_fractal_nz_gives_the_same_output() -> None:
     x, e = bf16(1, 50, 192), mx.encode(bf16(96, 192), "mxfp4")
     results = []
     for ops, nz in zip((o.quantized for o in cpu_and_twin()), (False, True), strict=True):

@@ -145,7 +145,7 @@ def test_the_chip_can_be_changed_and_must_be_one_of_three() -> None:
     assert caught.value.code == "E-USE-01" and ascendit.twin.chip() == "a2"
 
 
-def test_off_and_on_again() -> None:
+def test_the_twin_can_be_disabled_and_enabled_again() -> None:
     ascendit.twin.disable()
     assert ascendit.twin.chip() is None and not hasattr(torch.ops.npu, "npu_rms_norm")
     with pytest.raises(TwinError, match=r"the twin is not enabled.*\n.*\n.*enable\(\"a5\"\)"):
@@ -246,7 +246,7 @@ except ImportError as e:
     assert "torch.ops.mindiesd cannot be defined" in text and "enable the twin before other packages" in text
 
 
-def test_a_torch_npu_for_other_peoples_code() -> None:
+def test_a_fake_torch_npu_module_for_other_packages() -> None:
     code = """
 import importlib.util
 import ascendit.twin

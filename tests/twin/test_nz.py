@@ -36,7 +36,7 @@ def test_a_cast_back_restores_the_tensor(shape: tuple[int, ...], dtype: torch.dt
     assert torch.equal(back.view(torch.uint8), w.view(torch.uint8)) and npu.get_npu_format(back) != 29
 
 
-def test_a_plain_read_gives_other_numbers() -> None:
+def test_reading_nz_as_nd_gives_other_numbers() -> None:
     w = torch.randn(48, 96).bfloat16()
     packed = cast(w)
     assert not torch.equal(packed, w) and not torch.equal(packed.clone(), w)
@@ -57,14 +57,14 @@ def test_the_tag_is_on_the_storage() -> None:
     assert [npu.get_npu_format(torch.empty([1] * n)) for n in (2, 3, 4, 5)] == [2, 2, 0, 30]
 
 
-def test_a_matmul_reads_it_transposed_and_refuses_parts() -> None:
+def test_a_matmul_reads_nz_transposed_and_refuses_slices() -> None:
     w, x = torch.randn(32, 64).bfloat16(), torch.randn(4, 64).bfloat16()
     (q, s), (wq, ws) = npu.npu_dynamic_quant(x), npu.npu_dynamic_quant(w)
-    plain = npu.npu_quant_matmul(q, wq.t(), ws, pertoken_scale=s, output_dtype=torch.bfloat16)
+    expected = npu.npu_quant_matmul(q, wq.t(), ws, pertoken_scale=s, output_dtype=torch.bfloat16)
     for weight in (cast(wq).t(), cast(wq.t().contiguous())):
-        assert torch.equal(plain, npu.npu_quant_matmul(q, weight, ws, pertoken_scale=s, output_dtype=15))
+        assert torch.equal(expected, npu.npu_quant_matmul(q, weight, ws, pertoken_scale=s, output_dtype=15))
     misread = npu.npu_quant_matmul(q, cast(wq).clone().t(), ws, pertoken_scale=s, output_dtype=15)
-    assert (misread - plain).float().norm() > 0.5 * plain.float().norm()
+    assert (misread - expected).float().norm() > 0.5 * expected.float().norm()
     with pytest.raises(
         TwinError, match=r"a view \(64, 16\).*FRACTAL_NZ.*\n.*whole tensor.*\n.*slice or reshape before"
     ):
@@ -75,14 +75,14 @@ def test_mxfp8_and_mxfp4_weights() -> None:
     x, w = torch.randn(4, 128).bfloat16(), torch.randn(32, 128).bfloat16()
     mx = {"scale_dtype": 293, "pertoken_scale_dtype": 293, "group_sizes": [1, 1, 32], "output_dtype": 15}
     (q, s), (wq, ws) = (npu.npu_dynamic_mx_quant(t, dst_type=292) for t in (x, w))
-    plain = npu.npu_quant_matmul(q, wq.t(), ws.transpose(0, 1), pertoken_scale=s, **mx)
+    expected = npu.npu_quant_matmul(q, wq.t(), ws.transpose(0, 1), pertoken_scale=s, **mx)
     blocked = npu.npu_quant_matmul(q, cast(wq).t(), ws.transpose(0, 1), pertoken_scale=s, **mx)
-    assert torch.equal(plain, blocked)
+    assert torch.equal(expected, blocked)
     (q, s), (wq, ws) = (npu.npu_dynamic_mx_quant(t) for t in (x, w))
     fp4 = {**mx, "x1_dtype": 296, "x2_dtype": 296, "pertoken_scale": s}
-    plain = npu.npu_quant_matmul(q, wq.t(), ws.transpose(0, 1), **fp4)
+    expected = npu.npu_quant_matmul(q, wq.t(), ws.transpose(0, 1), **fp4)
     weight = npu.npu_format_cast(wq.view(torch.int8), 29, customize_dtype=torch.int8)
-    assert torch.equal(plain, npu.npu_quant_matmul(q, weight.t(), ws.transpose(0, 1), **fp4))
+    assert torch.equal(expected, npu.npu_quant_matmul(q, weight.t(), ws.transpose(0, 1), **fp4))
     with pytest.raises(TwinError, match=r"cast without customize_dtype"):
         npu.npu_quant_matmul(q, cast(wq).t(), ws.transpose(0, 1), **fp4)
 

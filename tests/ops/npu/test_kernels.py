@@ -81,7 +81,7 @@ def test_linear_flattens_its_input_to_two_axes():
 
 
 @pytest.mark.parametrize("keys", [S, 21])
-def test_the_other_attention_kernel(keys):
+def test_fused_infer_attention(keys):
     bind("twin:a5")
     q, k, v = (torch.randn(1, n, H, D_HEAD).to(torch.bfloat16) for n in (S, keys, keys))
     k = k.transpose(1, 2).contiguous().transpose(1, 2)  # strided; the operator takes contiguous keys only
@@ -150,7 +150,7 @@ def test_without_mindiesd(monkeypatch):
     assert "adaln" not in ops.prepared  # its rows stay float32
 
 
-def test_an_operator_that_is_not_defined_is_not_chosen():
+def test_an_operator_that_is_not_defined_is_not_selected():
     assert kernels.missing("mindiesd::adaln_v2", "a2") == "mindiesd::adaln_v2 does not run on a2"
     assert kernels.missing("npu_rms_norm", "a5") == "npu_rms_norm is not installed"  # the twin is off here
     assert kernels.missing("aten::layer_norm", "a5") == ""

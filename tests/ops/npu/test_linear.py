@@ -51,10 +51,10 @@ def test_fractal_nz_gives_the_same_numbers(chip, scheme):
     ops = bind(f"twin:{chip}").quantized
     encoded, bias = weight_of(scheme, 32, 64)
     a = ops.quantize_activation(activation_of(4, 64), scheme)
-    plain, blocked = (ops.prepare_weight(*on_disk(encoded, bias), scheme, nz=nz) for nz in (False, True))
-    assert int(torch.ops.npu.get_npu_format(blocked.qdata)) == 29
-    assert torch.equal(ops.quantized_linear(a, plain), ops.quantized_linear(a, blocked))
-    for weight in (plain, blocked):
+    nd, nz_weight = (ops.prepare_weight(*on_disk(encoded, bias), scheme, nz=nz) for nz in (False, True))
+    assert int(torch.ops.npu.get_npu_format(nz_weight.qdata)) == 29
+    assert torch.equal(ops.quantized_linear(a, nd), ops.quantized_linear(a, nz_weight))
+    for weight in (nd, nz_weight):
         back = ops.stored(weight)
         assert torch.equal(back.qdata.view(torch.uint8), encoded.qdata.view(torch.uint8))
         assert torch.equal(back.scale, encoded.scale)

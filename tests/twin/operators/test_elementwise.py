@@ -155,7 +155,7 @@ def test_rotation_by_halves_and_of_query_and_key() -> None:
     close(k, exact)
 
 
-def test_interleave_rope_has_another_order_than_wan() -> None:
+def test_interleave_rope_has_another_order_than_wans() -> None:
     x = torch.randn(1, 2, 5, 64)
     cos, sin, _ = table(5, 64, "11SD")
     ours, wans = npu.npu_interleave_rope(x, cos, sin), npu.npu_rotary_mul(x, cos, sin, "interleave")

@@ -46,7 +46,7 @@ def test_a_row_of_zeros_stays_zero(on: Callable[[str], None], chip: str) -> None
 @pytest.mark.parametrize(
     ("mode", "shape"), [("pertoken", (2, 5)), ("pertensor", (1,)), ("perchannel", (2, 16))]
 )
-def test_other_directions(mode: str, shape: tuple[int, ...]) -> None:
+def test_other_quant_modes(mode: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(2, 5, 16).half()
     qdata, scale = npu.npu_dynamic_quant(x, quant_mode=mode)
     assert tuple(scale.shape) == shape
