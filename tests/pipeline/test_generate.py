@@ -299,7 +299,7 @@ def test_image_models_need_a_valid_image(tiny_i2v_cascade: Path, tmp_path: Path)
         pipe.generate(PROMPT, **SMALL)
     bad = tmp_path / "photo.png"
     bad.write_text("not a picture")
-    with pytest.raises(UsageError, match="no image that can be read") as e:
+    with pytest.raises(UsageError, match="is not a readable image") as e:
         pipe.generate(PROMPT, image=bad, **SMALL)
     assert e.value.code == "E-USE-04"
     with pytest.raises(UsageError, match=r"an array \[4, 4\]"):
