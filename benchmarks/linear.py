@@ -1,12 +1,12 @@
-"""Quantized linear layers against bf16 `F.linear`: tokens quantized on each call, bias and scales included.
+"""Quantized linear layers against bf16 `F.linear`: activations quantized in each call, with bias and scales.
 
     python benchmarks/linear.py                    # 512 tokens, the linears of Wan 1.3B and 14B, 2 threads
     python benchmarks/linear.py --tokens 1 --shape 5120 5120
     python benchmarks/linear.py --plain            # as without a compiler
 
-All in one run, interleaved, medians. `once` keeps a decoded BF16 weight; without it codes are decoded on each
-call. The error is that of the output against a float64 product of the decoded numbers; BF16's own rounding is
-1.7e-3. Memory is that of the weight with its scales, against BF16.
+Medians of one interleaved run. `once` stores a dequantized BF16 weight; otherwise weights are dequantized in
+each call. The error is that of the output against a float64 product of the dequantized values; rounding to
+BF16 alone makes 1.7e-3. Memory is that of the weight with its scales, relative to BF16.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ascendit.quant.schemes import LINEAR_SCHEMES
 SHAPES = [(1536, 1536), (1536, 8960), (8960, 1536), (5120, 5120), (5120, 13824), (13824, 5120)]
 """K, N."""
 ROWS = 8
-"""Tokens of which the error is measured."""
+"""Rows of the activation for which the error is measured."""
 
 
 @dataclass
@@ -48,34 +48,34 @@ class Row:
 
 
 def truth_of(x: Tensor, scheme: str, weight: Tensor, bias: Tensor) -> Tensor:
-    tokens = mx.decode(
+    activation = mx.decode(
         mx.encode(x[:ROWS], LINEAR_SCHEMES[scheme].activation, scale_rule=LINEAR_SCHEMES[scheme].rule)
     )
-    coded = mx.decode(mx.encode(weight, LINEAR_SCHEMES[scheme].weight))
-    return torch.stack([(coded.double() @ t) for t in tokens.double()]) + bias.double()
+    decoded = mx.decode(mx.encode(weight, LINEAR_SCHEMES[scheme].weight))
+    return torch.stack([(decoded.double() @ row) for row in activation.double()]) + bias.double()
 
 
 def rows_of(tokens: int, k: int, n: int, schemes: list[str], emulate: list[Emulate]) -> dict[str, Row]:
     device = parse_device("cpu")
     x = torch.randn(tokens, k).to(torch.bfloat16)
     weight, bias = (torch.randn(n, k) * 0.02).to(torch.bfloat16), torch.randn(n)
-    short = bias.to(torch.bfloat16)
-    wide = x[:ROWS].double() @ weight.double().t() + short.double()
-    rows = {"bf16": Row(lambda: F.linear(x, weight, short), wide)}
+    bf16_bias = bias.to(torch.bfloat16)
+    exact = x[:ROWS].double() @ weight.double().t() + bf16_bias.double()
+    rows = {"bf16": Row(lambda: F.linear(x, weight, bf16_bias), exact)}
     for scheme in schemes:
         encoded = mx.encode(weight, LINEAR_SCHEMES[scheme].weight)
         truth = truth_of(x, scheme, weight, bias)
-        for how in emulate:
-            ops = Schemes(device, Wish(emulate=how))
-            if how == "decode-once" and ops.kernel(scheme).reason.startswith("native"):
+        for emulation in emulate:
+            ops = Schemes(device, Wish(emulate=emulation))
+            if emulation == "decode-once" and ops.kernel(scheme).reason.startswith("native"):
                 continue
-            ready = ops.prepare_weight(encoded.qdata, encoded.scale, encoded.dual_scale, bias, scheme)
+            prepared = ops.prepare_weight(encoded.qdata, encoded.scale, encoded.dual_scale, bias, scheme)
 
-            def run(s: str = scheme, o: Schemes = ops, w: object = ready) -> Tensor:
+            def run(s: str = scheme, o: Schemes = ops, w: object = prepared) -> Tensor:
                 return o.quantized_linear(o.quantize_activation(x, s), w)  # type: ignore[arg-type]
 
-            name = f"{scheme}, once" if how == "decode-once" else scheme
-            rows[name] = Row(run, truth, ready.nbytes / weight.nbytes)
+            name = f"{scheme}, once" if emulation == "decode-once" else scheme
+            rows[name] = Row(run, truth, prepared.nbytes / weight.nbytes)
     return rows
 
 
@@ -95,10 +95,10 @@ def main() -> None:
         cpu_linear.library = lambda: Built(None, "--plain")  # type: ignore[assignment]
     load, shapes = os.getloadavg()[0], args.shape or SHAPES
     cells: dict[str, list[str]] = {}
-    facts: dict[str, str] = {}
+    properties: dict[str, str] = {}
     for k, n in shapes:
         rows = rows_of(args.tokens, k, n, args.schemes, ["decode-on-use", "decode-once"])
-        facts |= {name: f"{row.memory:.2f} | {row.error():.1e}" for name, row in rows.items()}
+        properties |= {name: f"{row.memory:.2f} | {row.error():.1e}" for name, row in rows.items()}
         seconds = interleaved({name: row.run for name, row in rows.items()}, args.reps)
         base, least = statistics.median(seconds["bf16"]), min(seconds["bf16"])
         for name, s in seconds.items():
@@ -110,7 +110,7 @@ def main() -> None:
     print(f"| scheme | {' | '.join(f'{k} x {n}' for k, n in shapes)} | memory | error |")
     print("|---|" + "---|" * (len(shapes) + 2))
     for name, row in cells.items():
-        print(f"| {name} | {' | '.join(row)} | {facts[name]} |")
+        print(f"| {name} | {' | '.join(row)} | {properties[name]} |")
 
 
 if __name__ == "__main__":
