@@ -47,7 +47,7 @@ class Motion:
     radius: float
     """Half of the extent: the radius of a circle; squares and triangles are scaled to a similar area."""
     travel: float
-    """Length of the whole path."""
+    """Length of the path."""
     centre: tuple[float, float]
     """Middle of the path (x, y)."""
 

@@ -66,7 +66,7 @@ def test_diff_of_a_missing_folder_is_an_error_not_a_difference(run, tmp_path):
     assert run("inspect", a, "--diff", tmp_path / "none").code == 2
 
 
-def test_a_damaged_model_is_not_the_same_as_itself(run, tmp_path):
+def test_diff_of_a_damaged_model_with_itself_fails(run, tmp_path):
     tensors = floats()
     del tensors["proj_out.bias"]
     a = write_expert(tmp_path / "a", tensors)

@@ -260,7 +260,7 @@ def log_of(err: str) -> str:
     return Path(match[1]).read_text()
 
 
-def test_a_fault_leaves_a_log_and_shows_the_traceback_with_v(run, model, monkeypatch):
+def test_an_internal_error_writes_a_log_and_shows_the_traceback_with_v(run, model, monkeypatch):
     fail_with(monkeypatch, ZeroDivisionError("division by zero"))
     text = log_of(run("inspect", model).err)
     assert "Traceback" in text and "ZeroDivisionError" in text and "torch" in text

@@ -217,7 +217,7 @@ def pattern(shown: str) -> str:
 
 
 @pytest.mark.parametrize("page", SHOWN)
-def test_the_output_shown_is_the_real_one(page: str, ran: Callable[[Block], Done]) -> None:
+def test_shown_output_is_current(page: str, ran: Callable[[Block], Done]) -> None:
     if not DEMO.exists():
         pytest.skip("the demo model is not in src/ascendit/demo/models")
     compared = 0
@@ -234,7 +234,7 @@ def test_the_output_shown_is_the_real_one(page: str, ran: Callable[[Block], Done
     assert compared > 0
 
 
-def test_the_report_on_a_new_model_is_the_real_one(ran: Callable[[Block], Done]) -> None:
+def test_the_report_on_a_new_model_is_current(ran: Callable[[Block], Done]) -> None:
     page_blocks = list(blocks(REPO / "docs" / "new-models.md"))
     code, shown = (next(b for b in page_blocks if b.language == kind) for kind in ("python", "text"))
     done = ran(code)

@@ -194,7 +194,7 @@ def test_a_missing_tensor(demo: Path) -> None:
     assert any("transformer_2" in line and "DAMAGED" in line for line in report.lines())
 
 
-def test_a_whole_block_missing(demo: Path) -> None:
+def test_a_missing_block(demo: Path) -> None:
     write_json(demo / "transformer_2" / "config.json", {**DEMO, "num_layers": 9})
     report = broken(demo, "E-CKP-04", "27 missing", "blocks.8.attn1.norm_k.weight", "and 22 more")
     assert report.defaults is not None

@@ -237,7 +237,7 @@ def test_a_damaged_side_is_still_compared(tmp_path: Path) -> None:
 
 
 def test_an_unknown_number_of_heads_is_no_difference(tmp_path: Path) -> None:
-    small = CONFIG | {"attention_head_dim": 32}  # 64 wide: no head size of 128 fits
+    small = CONFIG | {"attention_head_dim": 32}  # a width of 64 has no heads of 128
     write_expert(tmp_path / "a", floats(small), small)
     write_weights(tmp_path / "b.safetensors", {str(to_wan(n)): s for n, s in floats(small).items()})
     result = diff(tmp_path / "a", tmp_path / "b.safetensors")

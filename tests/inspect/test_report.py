@@ -182,7 +182,7 @@ def test_one_row_for_a_quantized_layer(tmp_path: Path) -> None:
     assert "layers" not in report.as_dict()
 
 
-def test_a_pipeline_with_two_unlike_experts(tmp_path: Path) -> None:
+def test_experts_with_different_schemes(tmp_path: Path) -> None:
     write_pipeline(tmp_path, experts=2)
     for name, scheme in (("transformer", "mxfp8"), ("transformer_2", "mxfp4")):
         layers = dict.fromkeys(LINEARS, scheme)

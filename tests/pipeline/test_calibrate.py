@@ -161,7 +161,7 @@ def test_layers_on_image_tokens_are_a_group_of_their_own(tiny_i2v_21: Path, tmp_
     assert same(k, v) and not same(k, tensors["blocks.0.attn2.to_k.mul_scale"])
 
 
-def test_groups_are_those_of_a_real_export() -> None:
+def test_groups_match_a_real_export() -> None:
     """Two layers have the same `mul_scale` in the export exactly if they are in one group here."""
     expert = read_expert(recognise(SMOOTH).experts[0])
     with_scale = {

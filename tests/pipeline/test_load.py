@@ -175,7 +175,7 @@ def test_a_tiled_fp8_checkpoint_loads_as_bf16(tmp_path):
     )
 
 
-def test_layouts_are_recognised_alike(tmp_path):
+def test_a_repacked_folder_makes_the_same_video(tmp_path):
     ascendit.quantize("demo", tmp_path / "q", scheme="mxfp4", engine="vllm-omni")
     ascendit.repack(tmp_path / "q", tmp_path / "r")
     a, b = ascendit.load(tmp_path / "q"), ascendit.load(tmp_path / "r")

@@ -100,7 +100,7 @@ def test_a_request_is_frozen() -> None:
 # --- guidance
 
 
-def test_one_guidance_number_is_for_both_experts() -> None:
+def test_one_guidance_scale_applies_to_both_experts() -> None:
     request = resolve(CASCADE, "a", guidance_scale=6.0)
     assert (request.guidance_for(high=True), request.guidance_for(high=False)) == (6.0, 6.0)
     request = resolve(CASCADE, "a", guidance_scale=6.0, guidance_scale_2=2.0)

@@ -30,7 +30,7 @@ print(len(files))
 
 @pytest.mark.parametrize(("kind", "count"), [("mp4", 20), ("webm", 5), ("gif", 5)])
 def test_the_same_frames_make_the_same_file(kind: str, count: int, tmp_path: Path) -> None:
-    """In a small process: there x264 without `cpu-independent` writes a dozen different files."""
+    """In a small process, x264 without `cpu-independent` writes a dozen different files."""
     command = [sys.executable, "-c", CODE, kind, str(tmp_path), str(count)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "1", done.stdout + done.stderr

@@ -101,12 +101,12 @@ of the host."""
 def rows(runs: Mapping[str, Any]) -> tuple[Sequence[str], list[tuple[str, ...]]]:
     """Head and rows: a row for each variant. The last columns: launches of a later step on each chip."""
     head = (*HEAD, *(f"launches, {chip}" for chip in runs))
-    names = dict.fromkeys(name for one in runs.values() for name in one["video"]["ways"])
+    names = dict.fromkeys(name for run in runs.values() for name in run["video"]["ways"])
     return head, [_row(name, runs) for name in names]
 
 
 def _row(name: str, runs: Mapping[str, Any]) -> tuple[str, ...]:
-    by_chip = {chip: one["video"]["ways"].get(name) for chip, one in runs.items()}
+    by_chip = {chip: run["video"]["ways"].get(name) for chip, run in runs.items()}
     ways = [way for way in by_chip.values() if way]
     first = [next(step for step in steps(way) if step.first) for way in ways]
     later = [next(step for step in steps(way) if not step.first) for way in ways]

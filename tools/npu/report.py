@@ -90,19 +90,19 @@ def _call_problems(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"{len(row['launched'])} kernels instead of {most}: {', '.join(row['launched'])}"
 
 
-def _run_problems(one: Mapping[str, Any]) -> Iterator[str]:
+def _run_problems(run: Mapping[str, Any]) -> Iterator[str]:
     """Problems of a complete model on one chip."""
-    control = [line for line in one["fallbacks"] if CONTROL in line]
-    yield from (line for line in one["fallbacks"] if line not in control)
-    if not control or not one["controls"]["item"]:
-        yield f"a fall-back or a wait is not detected: {control}, {one['controls']}"
-    yield from (f"schema of mindiesd::{name}" for name, same in one["mindiesd"].items() if not same)
+    control = [line for line in run["fallbacks"] if CONTROL in line]
+    yield from (line for line in run["fallbacks"] if line not in control)
+    if not control or not run["controls"]["item"]:
+        yield f"a fall-back or a wait is not detected: {control}, {run['controls']}"
+    yield from (f"schema of mindiesd::{name}" for name, same in run["mindiesd"].items() if not same)
     for part, most in (("forward", FORWARD), ("block", BLOCK)):
-        if (count := one["model"][part]["launches"]) > most:
+        if (count := run["model"][part]["launches"]) > most:
             yield f"{part}: {count} launches, at most {most} are allowed"
-        if one["model"][part]["host"]:
-            yield f"{part}: the host waits or copies: {', '.join(one['model'][part]['host'])}"
-    yield from loop.problems(one["video"])
+        if run["model"][part]["host"]:
+            yield f"{part}: the host waits or copies: {', '.join(run['model'][part]['host'])}"
+    yield from loop.problems(run["video"])
 
 
 # ---- as text ------------------------------------------------------------------------------------
@@ -152,8 +152,8 @@ def launches(report: Mapping[str, Any]) -> list[str]:
         ("diffusers", "bf16: the same by Diffusers"),
         ("block", "bf16: a block of it"),
     ):
-        rows.append((label, *(str(one["model"][part]["launches"]) for one in runs.values())))
-    decode = (one["video"]["decode"] for one in runs.values())
+        rows.append((label, *(str(run["model"][part]["launches"]) for run in runs.values())))
+    decode = (run["video"]["decode"] for run in runs.values())
     rows.append(("decoding by the demo's VAE", *(f"{d['launches']}, {len(d['host'])} waits" for d in decode)))
     names = [r["name"] for r in report["calls"] if r["name"].endswith((": quantize", ": matmul"))]
     for name in dict.fromkeys(n for n in names if "bias" not in n):
