@@ -208,7 +208,7 @@ def test_the_config_of_a_video_whose_model_is_missing(run, fake, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"model": "gone", "request": {"prompt": "a cat"}}))
     ended = run("generate", "--config", tmp_path / "a.json")
     assert ended.code == 2 and ended.err.startswith("error[E-USE-02]: no model at gone, named in ")
-    assert "name MODEL on the command line: ascendit generate MODEL 'a cat' --config " in ended.err
+    assert "pass MODEL on the command line: ascendit generate MODEL 'a cat' --config " in ended.err
     ended = run("generate", "--config", tmp_path / "a.json", "missing", "a cat")
     assert ended.code == 2 and "no model at missing\n" in ended.err
     for args in (["--demo"], ["demo", "a cat"], ["--set", "model=demo"]):
