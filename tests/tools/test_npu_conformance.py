@@ -157,7 +157,7 @@ def test_a_report_without_problems(tool: Any) -> None:
     report = make_report(tool)
     assert report["problems"] == [] and report["accepted"] == {"a2": 0, "a3": 0, "a5": 2}
     text = tool("npu.report").text(report)
-    assert "| rope              | npu_rotary_mul    | a5   | a5      |" in text and "0 problems" in text
+    assert "| rope                | npu_rotary_mul    | a5   | a5      |" in text and "0 problems" in text
     assert "| bf16: a forward of two layers | 72          |" in text
 
 
