@@ -265,6 +265,13 @@ def test_each_scheme_says_how_it_is_computed(way):
         assert all(k.reason.endswith(wanted) for k in found.values())
 
 
+def test_a_scheme_that_is_not_compiled_runs_in_pytorch(way, monkeypatch):
+    monkeypatch.setattr(cpu_linear, "VARIANTS", {k: v for k, v in cpu_linear.VARIANTS.items() if k != "fp8"})
+    kernels = {kernel.operator: kernel for kernel in cpu_linear.list_kernels(None)}
+    assert kernels.keys() == LINEAR_SCHEMES.keys()
+    assert "decoded on each use to float32 by PyTorch" in kernels["fp8"].reason
+
+
 def test_without_bf16_products_float32_is_multiplied_and_decoded_once_if_asked(monkeypatch):
     monkeypatch.setattr(cpu_linear, "library", lambda: Built(None, "no C++ compiler"))
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
