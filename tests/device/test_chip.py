@@ -84,4 +84,4 @@ def test_chips_by_scheme() -> None:
 def test_a_scheme_without_a_matmul_is_refused() -> None:
     error = no_matmul_for("twin:a2", "a2", "w4a8")
     assert error.code == "E-CAP-01" and "has no matmul for it" in str(error)
-    assert "needs  Atlas 350 (Ascend 950), a5; a2 has bf16 and int8 and int8_block" in str(error)
+    assert "needs  Atlas 350 (Ascend 950), a5; a2 has bf16, int8, int8_block" in str(error)

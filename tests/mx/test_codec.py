@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ascendit.errors import UsageError
 from ascendit.mx.codec import Encoded, decibels, decode, encode, sqnr
-from ascendit.mx.formats import FORMATS
+from ascendit.mx.formats import E5M2, FORMATS, Format
 
 ROW_FORMATS = [name for name, f in FORMATS.items() if not f.tile]
 """Formats in which no two rows share a scale; `test_tiles` has the others."""
@@ -375,3 +375,17 @@ def test_the_cap_replaces_infinity() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_decibels_of_non_finite_values_are_nan(bad: float) -> None:
     assert math.isnan(decibels(bad, 1.0)) and math.isnan(decibels(1.0, bad, cap=99.0))
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        Format(name="new", kind="row", element=E5M2, qdata_dtype="float8_e5m2", rules=("amax",)),
+        Format(name="new", kind="tile", element=None, qdata_dtype="int8", block=64, rules=("amax",)),
+    ],
+)
+def test_a_new_format_is_not_encoded_as_another(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, "new", fmt)
+    x = torch.randn(70, 130).bfloat16()
+    back = decode(encode(x, "new"))
+    assert sqnr(x, back) > 20

@@ -72,6 +72,7 @@ def test_rules_of_a_format(fmt: str, rule: str) -> None:
         ("mxfp4", "msms:dualscale"),
         ("mxfp4_dualscale", "max:7"),
         ("int8", "ceil"),
+        ("int8_block", "msms:int8"),
     ],
 )
 def test_rules_that_a_format_lacks(fmt: str, rule: str) -> None:
@@ -79,6 +80,7 @@ def test_rules_that_a_format_lacks(fmt: str, rule: str) -> None:
         resolve_rule(FORMATS[fmt], rule)
     assert caught.value.code == "E-USE-01"
     assert caught.value.needs.startswith("one of ")
+    assert ("number" in caught.value.fix) == (fmt == "mxfp4")
 
 
 def test_msmodelslim_rules_have_their_own_rounding() -> None:

@@ -139,7 +139,7 @@ def test_patterns_are_text_or_a_sequence(keep: Any) -> None:
         (
             {"scheme": "mxfp6"},
             "scheme=mxfp6",
-            "scheme: bf16 or int8 or fp8 or mxfp8 or mxfp4 or mxfp4_dualscale",
+            "scheme: bf16 or int8 or int8_block or fp8 or mxfp8 or mxfp4 or mxfp4_dualscale",
         ),
         ({"emulate": "often"}, "emulate=often", "emulate: decode-on-use or decode-once"),
         ({"device": "gpu"}, "device 'gpu'", "cpu, cuda, cuda:N, npu, npu:N, twin:a2, twin:a3, twin:a5"),

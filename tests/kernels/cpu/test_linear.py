@@ -264,6 +264,13 @@ def test_the_reason_names_the_implementation_of_each_scheme(way):
         assert all(k.reason.endswith(suffix) for k in kernels.values())
 
 
+def test_a_scheme_that_is_not_compiled_runs_in_pytorch(way, monkeypatch):
+    monkeypatch.setattr(cpu_linear, "VARIANTS", {k: v for k, v in cpu_linear.VARIANTS.items() if k != "fp8"})
+    kernels = {kernel.operator: kernel for kernel in cpu_linear.list_kernels(None)}
+    assert kernels.keys() == LINEAR_SCHEMES.keys()
+    assert "decoded on each use to float32 by PyTorch" in kernels["fp8"].reason
+
+
 def test_without_bf16_matmul_float32_is_used_and_decoded_once_on_request(monkeypatch):
     monkeypatch.setattr(cpu_linear, "library", lambda: Built(None, "no C++ compiler"))
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)

@@ -95,6 +95,13 @@ def test_int8_in_tiles(on: Callable[[str], None]) -> None:
     assert limited.eq(1e-3).all()  # the limit is 1 / min_scale
 
 
+def test_tiles_of_no_rows() -> None:
+    qdata, scale = npu.npu_dynamic_block_quant(
+        torch.ones(0, 200).bfloat16(), dst_type=1, row_block_size=128, col_block_size=128
+    )
+    assert tuple(qdata.shape) == (0, 200) and tuple(scale.shape) == (0, 2)
+
+
 def test_static_int8() -> None:
     x, scales = torch.randn(4, 16).bfloat16(), torch.rand(16) / 20 + 0.01
     zeros = torch.randint(-5, 5, (16,)).float()
