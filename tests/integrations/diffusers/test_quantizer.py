@@ -373,7 +373,7 @@ def edit(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "code", "text"),
     [
-        ("nan", "E-CKP-08", "blocks.1.ffn.net.0.proj.weight_scale has 1 scales of NaN"),
+        ("nan", "E-CKP-08", "blocks.1.ffn.net.0.proj.weight_scale has 1 NaN scales"),
         ("lost", "E-CKP-04", "blocks.1.ffn.net.0.proj.bias"),
         ("half", "E-CKP-08", "blocks.1.ffn.net.0.proj"),
         ("manifest", "E-CKP-07", "blocks.0.attn1.to_q"),
