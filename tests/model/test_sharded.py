@@ -1,4 +1,4 @@
-"""FSDP2 over a quantized model: each rank holds half of the codes and scales, and the numbers stay."""
+"""FSDP2 on a quantized model: each rank holds half of the weights and scales, and outputs are unchanged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_each_rank_holds_half_and_the_output_is_the_same(
 ) -> None:
     ranks = gloo("model.sharded:forward", build, str(tiny_t2v_single), scheme)
     for rank in ranks:
-        assert rank["same"] == [True] * 3 and rank["kept"]
+        assert rank["same"] == [True] * 3 and rank["rows"]
         assert rank["held"] == rank["after"] == pytest.approx(rank["before"] / 2, rel=0.01)
     assert sum(rank["held"] for rank in ranks) == ranks[0]["before"]
 

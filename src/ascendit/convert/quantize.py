@@ -88,9 +88,9 @@ def quantize(
     doubles the run time. `dry_run`: only check and report.
 
     Raises UsageError: E-USE-01 for incompatible arguments, E-USE-02 for a missing source or recipe, E-USE-03
-    and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 and E-QNT-02 for models that
-    the recipe does not support, E-ENG-01 for the engine; CheckpointError for damaged sources and LoRA files;
-    EnvironmentProblem E-ENV-04 for a full disk.
+    and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 for a model or layer that
+    cannot be quantized, E-QNT-02 for a known loss of accuracy without `force`, E-ENG-01 for the engine;
+    CheckpointError for damaged sources and LoRA files; EnvironmentProblem E-ENV-04 for a full disk.
     """
     if scheme is None and recipe is None:
         raise no_scheme("quantize")

@@ -122,12 +122,15 @@ CAPABILITIES: tuple[Capability, ...] = (
     _row("npu_add_rms_norm_dynamic_mx_quant", aclnn="aclnnAddRmsNormDynamicMxQuant", **_MX),
     _row_quantizer("int8", dtypes="fp16 bf16 -> int8"),
     _row_quantizer("fp8", dtypes="-> e4m3 e5m2", **_MX),
+    _row(_BLOCK_QUANT, "int8", aclnn="aclnnDynamicBlockQuantV2", layout="a2, a3: row 1, col 1 or 128"),
     _row(
         _BLOCK_QUANT,
-        "int8",
-        used_for="activations in int8_block, on a5",
+        "int8_block",
+        used_for="activations in int8_block",
         aclnn="aclnnDynamicBlockQuantV2",
-        layout="a2, a3: row 1, col 1 or 128",
+        layout="row 128, col 128",
+        instead="operators of PyTorch",
+        **_A5_ONLY,
     ),
     _row(_BLOCK_QUANT, "fp8", aclnn="aclnnDynamicBlockQuantV2", **_MX),
     _matmul(

@@ -189,8 +189,8 @@ class ModuleReport(QuantizedExpert):
     def lines(self) -> list[str]:
         """The report as lines of text."""
         mib = [f"{n / 2**20:.1f} MiB" for n in (self.bytes_before, self.bytes_after)]
-        kept = [f"  kept  {', '.join(names)}  ({reason})" for reason, names in self.kept.items()]
-        return [f"{self.name}: {self.counts()}   {mib[0]} -> {mib[1]}", *kept]
+        excluded = [f"  excluded  {', '.join(names)}  ({reason})" for reason, names in self.kept.items()]
+        return [f"{self.name}: {self.counts()}   {mib[0]} -> {mib[1]}", *excluded]
 
 
 def quantize_(

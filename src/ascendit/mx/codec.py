@@ -5,7 +5,7 @@
 - Blocks run along `axis`; a partial last block or group is padded with zeros, which are not stored.
 - FP4 is packed along `axis` too: `encode(x, f, axis=a)` is `encode(x.movedim(a, -1), f)` moved back.
 - A block, row or group of zeros decodes to zeros. A block or row with an infinity or a NaN decodes to NaN.
-- Values beyond the largest element saturate. An element times its scale of 2^128 decodes to infinity.
+- Values beyond the largest element saturate. A value that is rounded up to 2^128 decodes to infinity.
 """
 
 from __future__ import annotations

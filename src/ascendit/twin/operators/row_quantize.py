@@ -138,6 +138,6 @@ def npu_quantize(
 
 
 def dequantize_tiles(qdata: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
-    """float32 of qdata [.., R, C] times a scale [.., R / rows, C / columns] per tile."""
+    """float32 of qdata [.., R, C] times `scale` [.., tiles, tiles], one per tile of `rows` x `columns`."""
     full = scale.repeat_interleave(rows, -2)[..., : qdata.shape[-2], :].repeat_interleave(columns, -1)
     return qdata.to(torch.float32) * full[..., : qdata.shape[-1]]
