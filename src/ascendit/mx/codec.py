@@ -60,7 +60,7 @@ class Encoded:
                 dtype = "" if tensor is None else tensor.dtype
                 raise UsageError(
                     f"{name} {actual} {dtype} for {self.format} of {self.shape}",
-                    needs=f"{name} {shape} of {' or '.join(map(str, dtypes[name]))}",
+                    needs=f"{name} {shape} of {' or '.join(dict.fromkeys(map(str, dtypes[name])))}",
                     fix="pass the tensors as mx.encode returns them; mx.layouts converts device layouts back",
                 )
 
