@@ -85,7 +85,7 @@ class StepSchedule:
         return frozenset(step.precision for step in (self.default, *dict(self.steps).values()))
 
     def check_steps(self, count: int) -> None:
-        """Raises RequestError (E-REQ-03) if the schedule names a step beyond the last of `count`."""
+        """Raise RequestError (E-REQ-03) if the schedule names a step beyond the last of `count`."""
         beyond = [step for step, _ in self.steps if step >= count]
         if beyond:
             raise RequestError(
@@ -95,7 +95,7 @@ class StepSchedule:
             )
 
     def check_schemes(self, schemes: Iterable[str], *, floats: bool) -> None:
-        """Raises UsageError (E-USE-01) for a precision that this model has no weights for.
+        """Raise UsageError (E-USE-01) for a precision that this model has no weights for.
 
         `schemes`: of its layers. `floats`: whether BF16 weights of all layers are available.
         """

@@ -63,7 +63,7 @@ class Part:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`.
 
-    Raises CheckpointError E-CKP-06 if it is missing, unreadable, not a JSON object or has duplicate keys.
+    Raises CheckpointError (E-CKP-06) if it is missing, unreadable, not a JSON object or has duplicate keys.
     """
     try:
         status = path.stat()

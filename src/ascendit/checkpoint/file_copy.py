@@ -38,8 +38,8 @@ def move_bytes(
     """Copy `count` bytes from one open file to an offset in another; the target grows if needed.
 
     Uses copy_file_range (a file system may share the blocks, a file server may copy them), and a small buffer
-    where the call is not supported. Raises CheckpointError E-CKP-02, which names `source`, if that file ends
-    too early; OSError if the target cannot be written.
+    where the call is not supported. Raises CheckpointError (E-CKP-02), which names `source`, if that file
+    ends too early; OSError if the target cannot be written.
     """
     shift, end = dst_offset - src_offset, src_offset + count
     if (
@@ -70,7 +70,7 @@ def _by_buffer(src_fd: int, start: int, end: int, dst_fd: int, shift: int, sourc
 def read_pieces(fd: int, start: int, end: int, source: Path | str) -> Iterator[memoryview]:
     """Yield the bytes from `start` to `end` in pieces of at most 1 MiB, all in the same buffer.
 
-    Raises CheckpointError E-CKP-02, which names `source`, if the file ends before `end`.
+    Raises CheckpointError (E-CKP-02), which names `source`, if the file ends before `end`.
     """
     buffer = memoryview(bytearray(min(_BUFFER, max(end - start, 0))))
     while start < end:
@@ -88,7 +88,7 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
 
 
 def copy_file(src: Path, dst: Path) -> None:
-    """Copy a file to a new regular file, never a hard link. Raises OSError, CheckpointError E-CKP-02."""
+    """Copy a file to a new regular file, never a hard link. Raises OSError, CheckpointError (E-CKP-02)."""
     with open(src, "rb", buffering=0) as old, open(dst, "wb", buffering=0) as new:
         size = os.fstat(old.fileno()).st_size
         move_bytes(old.fileno(), 0, new.fileno(), 0, size, source=src)

@@ -40,8 +40,8 @@ _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 def model_folder(model: str | Path, *, experts: bool = True) -> Path:
     """Return the folder of a path, "demo", hf:org/name or ms:org/name (with optional "@revision").
 
-    `experts`: False to skip the download of the transformers' weights. Raises UsageError E-USE-02 for a
-    missing path, EnvironmentProblem E-ENV-01 for a missing demo model, and the errors of `fetch`.
+    `experts`: False to skip the download of the transformers' weights. Raises UsageError (E-USE-02) for a
+    missing path, EnvironmentProblem (E-ENV-01) for a missing demo model, and the errors of `fetch`.
     """
     name = str(model)
     if name == "demo":
@@ -80,8 +80,8 @@ def fetch(
     `revision`: branch, tag or commit; also as `@revision` in `name`. `cache`: folder; default: the cache of
     `huggingface_hub`, or `~/.cache/ascendit/modelscope`. `endpoint`: another server with the same API.
     `experts`: False skips the transformers' weights (Hugging Face only; ModelScope downloads all files).
-    Without network, a complete cached copy is used. Raises UsageError E-HUB-01 for an unknown name or
-    revision, EnvironmentProblem E-HUB-01 for network errors, missing access and damaged downloads.
+    Without network, a complete cached copy is used. Raises UsageError (E-HUB-01) for an unknown name or
+    revision, EnvironmentProblem (E-HUB-01) for network errors, missing access and damaged downloads.
     """
     from huggingface_hub import errors
 
@@ -166,7 +166,7 @@ def _huggingface(
 
 
 def _check(model: str, name: str, file: Path, sha256: str, *links: Path) -> None:
-    """Remove a damaged file and the links to it. Raises EnvironmentProblem E-HUB-01."""
+    """Remove a damaged file and the links to it. Raises EnvironmentProblem (E-HUB-01)."""
     with open(file, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     if digest != sha256:

@@ -59,7 +59,7 @@ def read_layers(
 ) -> dict[str, Layer]:
     """Return the quantized and smoothed layers among `tensors`, in the order of `tensors`.
 
-    Raises CheckpointError E-CKP-08 for a weight without scales or the reverse, E-CKP-07 if a declared scheme
+    Raises CheckpointError: E-CKP-08 for a weight without scales or the reverse, E-CKP-07 if a declared scheme
     does not match the dtypes, E-CKP-04 for inconsistent shapes.
     """
     groups = _groups(tensors)
@@ -234,7 +234,7 @@ _NOT_ZERO = re.compile(rb"[^\x00]")
 
 
 def check_scale_bytes(data: Buffer, name: str) -> None:
-    """Raise CheckpointError E-CKP-08 if a byte of E8M0 scales is 255, which is NaN."""
+    """Raise CheckpointError (E-CKP-08) if a byte of E8M0 scales is 255, which is NaN."""
     if match := _NAN_SCALE.search(data):
         count = bytes(data).count(255)
         raise _invalid(
@@ -244,7 +244,7 @@ def check_scale_bytes(data: Buffer, name: str) -> None:
 
 
 def check_zero(data: Buffer, dtype: str, name: str) -> None:
-    """Raise CheckpointError E-CKP-08 unless all offsets are 0 or -0. `dtype`: safetensors name."""
+    """Raise CheckpointError (E-CKP-08) unless all offsets are 0 or -0. `dtype`: safetensors name."""
     if not _NOT_ZERO.search(data):
         return
     raw = bytearray(data)
@@ -260,7 +260,7 @@ def check_zero(data: Buffer, dtype: str, name: str) -> None:
 
 
 def check_positive(data: Buffer, dtype: str, name: str) -> None:
-    """Raise CheckpointError E-CKP-08 unless all values are finite and above 0. `dtype`: of floats."""
+    """Raise CheckpointError (E-CKP-08) unless all values are finite and above 0. `dtype`: of floats."""
     values = memoryview(data).cast("B").cast(_UNSIGNED[dtype])
     if not values or 0 < min(values) and max(values) < _INFINITY[dtype]:
         return
@@ -272,8 +272,7 @@ def check_positive(data: Buffer, dtype: str, name: str) -> None:
 
 
 def check_float_scale(data: Buffer, dtype: str, name: str) -> None:
-    """Raise CheckpointError E-CKP-08 unless all scales are finite and at least 0, for rows of zeros.
-
+    """Raise CheckpointError (E-CKP-08) unless all scales are finite and at least 0, for rows of zeros.
 
     `dtype`: BF16, F16, F32 or F64.
     """

@@ -73,7 +73,7 @@ class Layout:
         return f"{snapshot[0]}/{snapshot[1]}@{self.root.name}" if snapshot else None
 
     def part(self, name: str) -> Part:
-        """Return the component `name`. Raises CheckpointError E-CKP-02 if it is missing."""
+        """Return the component `name`. Raises CheckpointError (E-CKP-02) if it is missing."""
         if name not in self.parts:
             raise CheckpointError(
                 f"{self.root} has no {name}",
@@ -84,7 +84,7 @@ class Layout:
         return self.parts[name]
 
     def require_pipeline(self) -> None:
-        """Raise CheckpointError E-CKP-01 unless this is a complete pipeline, which can generate videos."""
+        """Raise CheckpointError (E-CKP-01) unless this is a complete pipeline, which can generate videos."""
         if self.kind != "diffusers":
             raise CheckpointError(
                 f"{self.root} is {KIND_LABELS[self.kind]}; it cannot generate videos alone",
@@ -98,7 +98,7 @@ class Layout:
 def recognise(path: Path | str) -> Layout:
     """Return the layout of the folder or file at `path`.
 
-    Raises UsageError E-USE-02 if `path` does not exist; CheckpointError E-CKP-01 for an unknown kind,
+    Raises UsageError (E-USE-02) if `path` does not exist; CheckpointError: E-CKP-01 for an unknown kind,
     E-CKP-05 for an unsupported model class, E-CKP-06 for a missing or unreadable config, E-CKP-02 and
     E-CKP-03 for missing folders or weight files, E-CKP-07 for experts in different formats.
     """

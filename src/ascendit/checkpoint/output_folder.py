@@ -99,9 +99,9 @@ class Staging:
     `resume` reuses the complete files of a killed run with the same fingerprint. `needs_bytes`: size of the
     output. Complete files are kept for `resume` after Ctrl-C; after other errors only if `keep` is set.
 
-    Raises UsageError E-USE-03 if `dst` exists or another run is writing it, E-USE-06 if `dst` and a source
+    Raises UsageError: E-USE-03 if `dst` exists or another run is writing it, E-USE-06 if `dst` and a source
     are nested, E-USE-01 if `dst` has no name, or for `resume` with other options or sources;
-    EnvironmentProblem E-ENV-04 for a full disk, E-ENV-02 if the folder is not writable.
+    EnvironmentProblem: E-ENV-04 for a full disk, E-ENV-02 if the folder is not writable.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Staging:
         return journal
 
     def publish(self) -> None:
-        """Rename the folder to `dst`. Raises UsageError E-USE-03 if it exists; the output is not lost."""
+        """Rename the folder to `dst`. Raises UsageError (E-USE-03) if it exists; the output is not lost."""
         with writing(self._folder, self._needs):
             if os.path.lexists(self.dst):  # os.rename would replace an empty folder
                 self.keep = True
@@ -310,7 +310,7 @@ def link_or_copy(src: Path, dst: Path, *, copy: bool) -> None:
     """Make `dst` a link to the resolved path of the file or folder `src`, or a copy of it.
 
     A copy follows every link (hub caches link to their blobs), so it is self-contained; complete files of a
-    killed run are not copied again. Raises CheckpointError E-CKP-03 for cyclic and dangling links and for
+    killed run are not copied again. Raises CheckpointError (E-CKP-03) for cyclic and dangling links and for
     anything but files and folders; OSError if `dst` cannot be written.
     """
     real = _real(src)

@@ -113,7 +113,7 @@ def _parents(tensors: Iterable[str]) -> set[str]:
 
 
 def find_manifest(folder: Path) -> Path | None:
-    """The manifest in `folder`, if any. Raises CheckpointError E-CKP-07 if there are several."""
+    """The manifest in `folder`, if any. Raises CheckpointError (E-CKP-07) if there are several."""
     manifests = sorted(p for p in folder.glob(MANIFEST_GLOB) if p.is_file())
     if len(manifests) > 1:
         raise CheckpointError(
@@ -128,7 +128,7 @@ def find_manifest(folder: Path) -> Path | None:
 def read_manifest(path: Path, naming: Naming) -> Manifest:
     """Read a manifest.
 
-    Raises CheckpointError E-CKP-06 if it is damaged, E-CKP-04, which names the layers, for unknown types,
+    Raises CheckpointError: E-CKP-06 if it is damaged, E-CKP-04, which names the layers, for unknown types,
     E-CKP-09 if two entries map to the same tensor.
     """
     tensors: dict[str, str] = {}
@@ -231,7 +231,7 @@ class QuantizationConfig:
     def check(
         self, tensors: Iterable[str], layers: Mapping[str, Layer], others: Mapping[str, DeclaredScheme]
     ) -> None:
-        """Raise CheckpointError E-CKP-07 unless the layers have these schemes and the ignored layers exist.
+        """Raise CheckpointError (E-CKP-07) unless the layers have these schemes and the ignored layers exist.
 
         `others`: schemes declared by the manifest, for the message.
         """
@@ -258,7 +258,7 @@ class QuantizationConfig:
 def read_quantization_config(config: Mapping[str, Any], *, tolerant: bool) -> QuantizationConfig | None:
     """Read the `quantization_config`; None if absent, or if the weights on disk are not quantized.
 
-    `tolerant`: ignore an unknown method, because a manifest exists. Raises CheckpointError E-CKP-06 if it is
+    `tolerant`: ignore an unknown method, because a manifest exists. Raises CheckpointError: E-CKP-06 if it is
     damaged, E-CKP-04 for an unknown method.
     """
     raw = config.get(CONFIG_KEY)

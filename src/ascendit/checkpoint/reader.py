@@ -80,7 +80,7 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a safetensors file by name, in the order of their bytes.
 
-    Raises CheckpointError E-CKP-02, with the reason, for an invalid length, a header that is not a JSON
+    Raises CheckpointError (E-CKP-02), with the reason, for an invalid length, a header that is not a JSON
     object, sizes that do not match shape and dtype, overlaps, gaps, and truncated files.
     """
     try:
@@ -169,7 +169,7 @@ class Shards:
     def open(cls, folder: Path, stem: str = STEM) -> Self:
         """Read and check the headers of `<stem>.safetensors`, or of the shards in its `.index.json`.
 
-        Raises CheckpointError E-CKP-02 for a missing or damaged file, E-CKP-03 for an index that lists a
+        Raises CheckpointError: E-CKP-02 for a missing or damaged file, E-CKP-03 for an index that lists a
         missing file or one outside the folder, E-CKP-04 for an index that does not match the shards, E-CKP-06
         for an index that is not JSON.
         """
@@ -208,7 +208,10 @@ class Shards:
 
     @classmethod
     def of_files(cls, files: Sequence[Path]) -> Self:
-        """Read files without an index. CheckpointError E-CKP-02 if damaged, E-CKP-09 for duplicates."""
+        """Read files without an index.
+
+        Raises CheckpointError: E-CKP-02 if damaged, E-CKP-09 for duplicates.
+        """
         tensors: dict[str, TensorInfo] = {}
         for path in files:
             for name, info in read_header(path).items():
@@ -324,7 +327,8 @@ WHOLE = ShardSpec()
 class RowReader:
     """Read tensors, or one rank's shard of them, from files that stay open until `close`.
 
-    Every method raises CheckpointError E-CKP-02 if a file was truncated or removed after its header was read.
+    Every method raises CheckpointError (E-CKP-02) if a file was truncated or removed after its header was
+    read.
     """
 
     def __init__(self) -> None:
@@ -396,7 +400,7 @@ class RowReader:
             view, offset = view[count:], offset + count
 
     def open(self, file: Path) -> int:
-        """Return the descriptor of a file. Raises CheckpointError E-CKP-02 if it cannot be opened."""
+        """Return the descriptor of a file. Raises CheckpointError (E-CKP-02) if it cannot be opened."""
         if file not in self._files:
             try:
                 fd = self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)

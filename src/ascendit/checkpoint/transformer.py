@@ -297,7 +297,7 @@ def diffusers_config(raw: Mapping[str, Any], shapes: Shapes) -> tuple[dict[str, 
     """Return (config of a WanTransformer3DModel, reason why a value could not be determined).
 
     `raw`: an original Wan config, or empty. `shapes`: decoded shapes by Diffusers name. Raises
-    CheckpointError E-CKP-04 if the two contradict each other, E-CKP-06 for a value that is not a number.
+    CheckpointError: E-CKP-04 if the two contradict each other, E-CKP-06 for a value that is not a number.
     """
     derived = _from_shapes(shapes)
     stored = _from_wan(raw)

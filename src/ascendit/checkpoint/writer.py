@@ -128,7 +128,7 @@ class ShardWriter:
     """Write the files of one expert. Reserves the disk space of all files before the first tensor.
 
     `hash`: compute the sha256 of each file, in a thread. `journal`: its files are not written again; complete
-    files are added to it. Raises EnvironmentProblem E-ENV-04 if the disk is full, E-ENV-02 if it is not
+    files are added to it. Raises EnvironmentProblem: E-ENV-04 if the disk is full, E-ENV-02 if it is not
     writable.
     """
 
@@ -182,7 +182,7 @@ class ShardWriter:
     def move(self, info: TensorInfo, name: str) -> None:
         """Copy tensor `name` from its source `info`, in the kernel if possible.
 
-        Raises CheckpointError E-CKP-02 if the source is truncated or cannot be read.
+        Raises CheckpointError (E-CKP-02) if the source is truncated or cannot be read.
         """
         if info.nbytes:
             source = self._sources.open(info.file)

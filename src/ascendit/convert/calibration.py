@@ -88,7 +88,7 @@ def mul_scales(
 ) -> dict[str, torch.Tensor]:
     """Return layer -> mul_scale, float32 [K]: msModelSlim's 1 / s, computed in the dtype that is quantized.
 
-    Raises UsageError E-QNT-01 for a layer without inputs in the calibration, or with non-finite ones.
+    Raises UsageError (E-QNT-01) for a layer without inputs in the calibration, or with non-finite ones.
     """
     scales: dict[str, torch.Tensor] = {}
     for name in smoothable(applied):
@@ -111,7 +111,7 @@ def mul_scales(
 
 
 def check_alpha(alpha: float) -> None:
-    """Raise UsageError E-USE-01 unless 0 <= alpha <= 1."""
+    """Raise UsageError (E-USE-01) unless 0 <= alpha <= 1."""
     if not 0 <= alpha <= 1:
         raise UsageError(
             f"alpha {alpha:g}",

@@ -183,8 +183,8 @@ _LICENCE = re.compile(r"(?:LICEN[CS]E|NOTICE)\b", re.IGNORECASE)
 def read_base(base: Path | str, source: Layout) -> Layout:
     """Read the layout of `--base`.
 
-    Raises UsageError E-USE-01 if it is not a pipeline folder, CheckpointError E-CKP-04 for another number of
-    experts, and the errors of `model_folder` and `recognise`.
+    Raises UsageError (E-USE-01) if it is not a pipeline folder, CheckpointError (E-CKP-04) for another number
+    of experts, and the errors of `model_folder` and `recognise`.
     """
     layout = recognise(model_folder(base, experts=False))
     if layout.kind != "diffusers":
@@ -207,7 +207,7 @@ def _experts(layout: Layout) -> str:
 def config_from(base: Layout, expert: Expert) -> dict[str, Any]:
     """Return the config of this expert in `base`.
 
-    Raises CheckpointError E-CKP-04, which names both, if the shapes of the base differ.
+    Raises CheckpointError (E-CKP-04), which names both, if the shapes of the base differ.
     """
     config = base.part(expert.name).config
     expected, shapes = expected_tensors(config), shapes_of(expert)

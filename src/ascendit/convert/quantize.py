@@ -90,7 +90,7 @@ def quantize(
     Raises UsageError: E-USE-01 for incompatible arguments, E-USE-02 for a missing source or recipe, E-USE-03
     and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 and E-QNT-02 for models that
     the recipe does not support, E-ENG-01 for the engine; CheckpointError for damaged sources and LoRA files;
-    EnvironmentProblem E-ENV-04 for a full disk.
+    EnvironmentProblem (E-ENV-04) for a full disk.
     """
     if scheme is None and recipe is None:
         raise no_scheme("quantize")
@@ -191,7 +191,7 @@ class QuantizeJob:
     def check(self, force: bool) -> None:
         """Check the run and plan its outputs.
 
-        Raises UsageError E-QNT-01 if nothing would be quantized, E-QNT-02 for a known loss of accuracy
+        Raises UsageError: E-QNT-01 if nothing would be quantized, E-QNT-02 for a known loss of accuracy
         without `force`, E-ENG-01 if the engine cannot run the output, and the errors of `calibrate.record`.
         """
         used = {scheme for applied in self.applied for scheme in applied.schemes}

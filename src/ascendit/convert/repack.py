@@ -84,9 +84,9 @@ def repack(
     copy other components instead of linking them. `resume`: continue a killed run. `dry_run`: only check and
     report.
 
-    Raises UsageError E-ENG-01 if the engine cannot load the checkpoint, E-USE-01/02/03/06 for arguments and
-    paths; CheckpointError E-CKP-.. for the source and the base; EnvironmentProblem E-ENV-02, E-ENV-04 for the
-    disk.
+    Raises UsageError: E-ENG-01 if the engine cannot load the checkpoint, E-USE-01/02/03/06 for arguments and
+    paths; CheckpointError E-CKP-.. for the source and the base; EnvironmentProblem (E-ENV-02, E-ENV-04) for
+    the disk.
     """
     started = time.monotonic()
     dst = Path(dst).expanduser()
@@ -245,7 +245,7 @@ _TILE, _GROUP = FORMATS[FP8_TILES].block, SCHEMES["mxfp4_dualscale"].group
 
 
 def compare_numbers(source: Expert, written: Expert, advance: Advance = no_progress) -> dict[str, str]:
-    """Return the digests, equal for both, or raise CheckpointError E-CKP-10, which names the tensors."""
+    """Return the digests, equal for both, or raise CheckpointError (E-CKP-10), which names the tensors."""
     before, after = digests(source, advance), digests(written, advance)
     wrong = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if wrong:

@@ -84,7 +84,7 @@ class Device:
         return native_on(self.chip) if self.chip else frozenset()
 
     def check_schemes(self, schemes: Iterable[str]) -> None:
-        """EnvironmentProblem (E-CAP-01) for a scheme without a matmul on its chip, if known."""
+        """Raise EnvironmentProblem (E-CAP-01) for a scheme without a matmul on its chip, if known."""
         for scheme in sorted(set(schemes) & set(QUANTIZED)):
             if self.chip is not None and scheme not in self.native_schemes:
                 raise no_matmul_for(self, self.chip, scheme)
@@ -97,8 +97,8 @@ class Device:
     def dtype_name(self, dtype: object) -> str | None:
         """torch's name of the denoiser's dtype, None for the stored dtype.
 
-        `dtype`: such a name, a torch.dtype, or None for this device's default. UsageError (E-USE-01) unless
-        it is one of `DENOISER_DTYPES`.
+        `dtype`: such a name, a torch.dtype, or None for this device's default. Raises UsageError (E-USE-01)
+        unless it is one of `DENOISER_DTYPES`.
         """
         if dtype is None:
             name = self.backend.dtype
@@ -116,7 +116,7 @@ class Device:
 
 
 def parse_device(name: object) -> Device:
-    """The device of this name, not opened. UsageError (E-USE-01) for an invalid name."""
+    """The device of this name, not opened. Raises UsageError (E-USE-01) for an invalid name."""
     text = str(name)
     match = re.fullmatch(r"(cuda|npu)(?::(\d+))?", text)
     if match:

@@ -113,7 +113,7 @@ def import_torch_npu() -> Any:
 
 
 def find_chip(npu: Any) -> Chip:
-    """The chip by its SoC number. EnvironmentProblem (E-ENV-03) if ascendit does not support it."""
+    """The chip by its SoC number. Raises EnvironmentProblem (E-ENV-03) if ascendit does not support it."""
     number = int(npu.get_soc_version())
     chip = chip_of(number)
     if chip is None:

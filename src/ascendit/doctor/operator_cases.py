@@ -85,7 +85,7 @@ class Result:
 
 
 def worst(results: Iterable[Result]) -> Result:
-    """The first result with the worst verdict. ValueError if `results` is empty."""
+    """The first result with the worst verdict. Raises ValueError if `results` is empty."""
     return min(results, key=lambda r: ORDER.index(r.verdict))
 
 

@@ -83,7 +83,8 @@ class SelfCheck:
 def self_check(name: str) -> SelfCheck:
     """Run every case on the device of this name.
 
-    UsageError (E-USE-01) for an invalid name, EnvironmentProblem (E-ENV-03) if the device is not available.
+    Raises UsageError (E-USE-01) for an invalid name, EnvironmentProblem (E-ENV-03) if the device is not
+    available.
     """
     parsed = parse_device(name)
     if parsed.backend.tensors == "cpu":
@@ -127,7 +128,8 @@ Command = Callable[[int], Sequence[str]]
 def in_children(name: str, command: Command | None = None) -> tuple[str | None, list[Result]]:
     """The chip of device `name` and the results of all cases; if a child ends, a new one continues.
 
-    EnvironmentProblem: E-ENV-03 if the device does not start, or the error of `open_device` in the child.
+    Raises EnvironmentProblem: E-ENV-03 if the device does not start, or the error of `open_device` in the
+    child.
     """
     command = command or (
         lambda first: (sys.executable, "-m", "ascendit.doctor.self_check", name, str(first))

@@ -47,8 +47,8 @@ def quiet() -> Iterator[None]:
 def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
     """Load a text encoder, image encoder or VAE on the CPU through transformers or Diffusers.
 
-    `dtype`: None for the stored one. CheckpointError E-CKP-04 for missing, unexpected or mismatched tensors:
-    the libraries initialize missing weights randomly and only log it.
+    `dtype`: None for the stored one. Raises CheckpointError (E-CKP-04) for missing, unexpected or mismatched
+    tensors: the libraries initialize missing weights randomly and only log it.
     """
     stored = Shards.open(part.path, part.stem).tensors.values()
     dtype = dtype or default_dtype(stored, "cpu")

@@ -118,7 +118,10 @@ class FusedGroup:
         return sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in owned)
 
     def weight_for(self, layer: QuantLinear) -> tuple[PreparedWeight, Sequence[QuantLinear]]:
-        """A weight and the layers of its rows. See `PreparedWeight`. UsageError E-QNT-03 for a cast."""
+        """A weight and the layers of its rows.
+
+        See `PreparedWeight`. Raises UsageError (E-QNT-03) for a cast.
+        """
         if self._copied:
             self._copied = False
             self.fuse()
@@ -233,7 +236,7 @@ class DecodedWeight(Tensor):
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
-        """Always raises UsageError E-QNT-03: PEFT and Diffusers fuse through `data` [N, K], in any dtype."""
+        """Always raises UsageError (E-QNT-03): PEFT and Diffusers fuse through `data` [N, K], in any dtype."""
         raise UsageError(
             "weight.data of a quantized layer",
             needs="a floating-point weight, to fuse a LoRA or projections into it",
@@ -290,7 +293,10 @@ class QuantLinear(nn.Linear):
     def forward(
         self, x: Tensor | LinearInput, precision: Precision = "stored", multiply: Multiply = F.linear
     ) -> Tensor:
-        """x [.., K] -> [.., N] in x's dtype. `multiply`: for BF16 steps. UsageError for another device."""
+        """x [.., K] -> [.., N] in x's dtype.
+
+        `multiply`: for BF16 steps. Raises UsageError for another device.
+        """
         source, precision = x if isinstance(x, LinearInput) else LinearInput(x), precision_of(self, precision)
         if precision == "bf16" and self.floats is not None:
             return multiply(source.x, *self.floats)
@@ -345,7 +351,10 @@ class QuantLinear(nn.Linear):
     # ---- moving and state dicts -----------------------------------------------------------------
 
     def check_apply(self, fn: Callable[[Tensor], Tensor]) -> torch.device:
-        """The device that `fn` moves tensors [..] to. UsageError E-QNT-03 for another dtype, or meta."""
+        """The device that `fn` moves tensors [..] to.
+
+        Raises UsageError (E-QNT-03) for another dtype, or meta.
+        """
         floats = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device))
         integers = fn(torch.empty(0, dtype=torch.uint8, device=self.device))
         if floats.device.type == "meta":
@@ -355,7 +364,7 @@ class QuantLinear(nn.Linear):
         return floats.device
 
     def check_dtypes(self) -> None:
-        """UsageError E-QNT-03 if a parameter was cast, as FSDP2's mixed precision does."""
+        """Raise UsageError (E-QNT-03) if a parameter was cast, as FSDP2's mixed precision does."""
         fmt = lookup(self.scheme)
         dtypes = {"weight": getattr(torch, fmt.qdata_dtype)}
         if fmt.kind in ("block", "dual"):
@@ -429,8 +438,9 @@ class QuantLinear(nn.Linear):
 
 
 def check_values(name: str, tensor: Tensor) -> None:
-    """Raises CheckpointError (E-CKP-08) for invalid values of a scale, an offset or mul_scale [..], float32
-    or uint8. Weights and biases are not checked."""
+    """Raise CheckpointError (E-CKP-08) for invalid values of a scale, an offset or mul_scale [..], float32 or
+    uint8. Weights and biases are not checked.
+    """
     role = name.rpartition(".")[2]
     if role in ("weight", "bias"):
         return
@@ -462,7 +472,7 @@ def fused_linears(
 
     `tensors`: role -> rows of all layers concatenated, as stored: weight [sum of N, K], weight_scale and, if
     the scheme has them, weight_dual_scale and bias. `sizes`: N of each layer. `width`: K. `mul_scale`:
-    float32 [K] on the device. UsageError if the tensors do not match `scheme`.
+    float32 [K] on the device. Raises UsageError if the tensors do not match `scheme`.
     """
     fmt = lookup(scheme_of(scheme).weight)
     dual, shape = tensors.get("weight_dual_scale"), (sum(sizes), width)

@@ -53,9 +53,9 @@ def load_expert(
     `dtype`: of the hidden states and of parameters that are not quantized; None = the stored dtype on a CPU,
     else bfloat16. Parameters that Diffusers keeps in float32 are float32 for any dtype. `floats`: store BF16
     weights of quantized layers too. `shards`: layer -> the rows or columns of this rank (`weights.shards`);
-    only these are read, with the exception in `RecipeSteps`. Raises CheckpointError E-CKP-06 for a config
-    that is not a Wan transformer's and E-CKP-08 for invalid scales; UsageError E-USE-05 for a shard outside
-    its layer; EnvironmentProblem E-CAP-01 for a scheme without a matmul on this chip.
+    only these are read, with the exception in `RecipeSteps`. Raises CheckpointError: E-CKP-06 for a config
+    that is not a Wan transformer's and E-CKP-08 for invalid scales; UsageError (E-USE-05) for a shard outside
+    its layer; EnvironmentProblem (E-CAP-01) for a scheme without a matmul on this chip.
     """
     if expert.config.get("num_attention_heads", 1) is None:
         raise CheckpointError(
@@ -101,7 +101,10 @@ def applied_layers(applied: AppliedRecipe) -> dict[str, StoredLinear]:
 
 
 def stored_layers(expert: Expert, reader: RowReader) -> dict[str, StoredLinear]:
-    """Layers that are stored quantized or smoothed. CheckpointError E-CKP-08 for an invalid `mul_scale`."""
+    """Layers that are stored quantized or smoothed.
+
+    Raises CheckpointError (E-CKP-08) for an invalid `mul_scale`.
+    """
     layers = {}
     for name, layer in expert.layers.items():
         scheme, scale = scheme_after_reading(layer.scheme), None

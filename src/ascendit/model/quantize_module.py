@@ -88,7 +88,7 @@ def module_schemes(
 ) -> ModuleSchemes:
     """Apply `recipe` to the names and shapes of `module`. `keep`: patterns of layers to exclude.
 
-    UsageError: E-QNT-01 if the module is already quantized or no layer can be quantized, E-USE-05 for a
+    Raises UsageError: E-QNT-01 if the module is already quantized or no layer can be quantized, E-USE-05 for a
     pattern that matches no layer, E-QNT-02 for FP4 on TI2V-5B without `force`.
     """
     linears = linears_of(module)
@@ -212,7 +212,7 @@ def quantize_(
 
     The module is unchanged if a check fails. Raises UsageError: E-USE-01 and E-USE-02 as `load_recipe`,
     E-USE-05 for patterns that match nothing, E-QNT-01 for a module that cannot be quantized, E-QNT-02 for FP4
-    on TI2V-5B; EnvironmentProblem E-CAP-01 for a scheme without a matmul on the device.
+    on TI2V-5B; EnvironmentProblem (E-CAP-01) for a scheme without a matmul on the device.
     """
     chosen = module_schemes(module, as_recipe(recipe_or_scheme), keep, force=force)
     linears = linears_of(module)
@@ -282,7 +282,7 @@ def bind_(
 
 
 def check_weight(chosen: ModuleSchemes, layer: str, weight: Tensor) -> None:
-    """UsageError E-QNT-01 for a weight [N, K] that is not loaded, not finite or not of a float dtype.
+    """Raise UsageError (E-QNT-01) for a weight [N, K] that is not loaded, not finite or not of a float dtype.
 
     E-USE-01 for a dtype that the scale rule does not support.
     """

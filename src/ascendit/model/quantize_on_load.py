@@ -32,7 +32,10 @@ class Online:
     def of(
         cls, scheme: str | None, recipe: str | None, keep: Sequence[str] | None = (), *, force: bool = False
     ) -> Online | None:
-        """From options; None to load as stored. UsageError E-USE-01 for `keep` alone, or as `load_recipe`."""
+        """From options; None to load as stored.
+
+        Raises UsageError (E-USE-01) for `keep` alone, or as `load_recipe`.
+        """
         keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
         if recipe is None and scheme in (None, "bf16"):
             if keep:
@@ -45,8 +48,11 @@ class Online:
         return cls(load_recipe(recipe or "default", scheme), keep, force)
 
     def apply(self, expert: Expert) -> AppliedRecipe | None:
-        """Apply the recipe to a checkpoint. UsageError: E-QNT-01 for weights that are already quantized,
-        E-QNT-02 for FP4 on TI2V without force, E-USE-05 for a pattern that matches no layer."""
+        """Apply the recipe to a checkpoint.
+
+        Raises UsageError: E-QNT-01 for weights that are already quantized, E-QNT-02 for FP4 on TI2V without
+        force, E-USE-05 for a pattern that matches no layer.
+        """
         if self.recipe is None:
             check_source(expert)
             return None
@@ -74,7 +80,7 @@ def policy_for(
 ) -> StepSchedule:
     """The requested schedule, else that of this load's recipe, else that of the recipe of the folder.
 
-    UsageError E-USE-01 for a precision that the weights of the model do not have.
+    Raises UsageError (E-USE-01) for a precision that the weights of the model do not have.
     """
     if requested is not None:
         policy = StepSchedule.parse(requested)

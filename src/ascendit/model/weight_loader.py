@@ -59,7 +59,7 @@ class _Group:
         return self.tensors[role][sum(sizes[:index]) : sum(sizes[: index + 1])]
 
     def linears(self, schemes: Schemes, compute_dtype: torch.dtype) -> list[QuantLinear]:
-        """Move the layers to their device and release the host tensors. CheckpointError E-CKP-08."""
+        """Move the layers to their device and release the host tensors. Raises CheckpointError (E-CKP-08)."""
         tensors, self.tensors = self.tensors, {}
         names = ", ".join(self.specs)
         if (bias := tensors.get("bias")) is not None and not bool(bias.isfinite().all()):

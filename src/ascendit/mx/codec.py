@@ -107,7 +107,7 @@ def encode(
 
 
 def check_dtype(dtype: torch.dtype, fmt: Format, rule: str) -> None:
-    """Raises UsageError (E-USE-01) if the format is read-only, or the rule does not support this dtype."""
+    """Raise UsageError (E-USE-01) if the format is read-only, or the rule does not support this dtype."""
     allowed = (torch.bfloat16, torch.float32) if rule.startswith("msms:") else INPUT_DTYPES
     if fmt.kind == "tile":
         raise UsageError(

@@ -41,9 +41,9 @@ def select(operator: str, device: Device, wish: Wish) -> Kernel:
     """The first kernel of `operator` that works on `device`, plain PyTorch if there is none.
 
     `operator`: a field of `Ops`, or the scheme of a quantized linear layer. The reason of the result includes
-    the problems of skipped kernels. UsageError E-USE-01 if no kernel has the name in `wish`.
-    EnvironmentProblem E-CAP-01 if that kernel does not work on this device, or if the chip has no matmul for
-    the scheme and `wish.emulate` is None.
+    the problems of skipped kernels. Raises UsageError (E-USE-01) if no kernel has the name in `wish`. Raises
+    EnvironmentProblem (E-CAP-01) if that kernel does not work on this device, or if the chip has no matmul
+    for the scheme and `wish.emulate` is None.
     """
     requested = None if wish.reference else wish.names.get(operator)
     listed = () if wish.reference else [k for k in kernels_of(device, wish) if k.operator == operator]

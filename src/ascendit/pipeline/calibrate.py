@@ -259,8 +259,8 @@ def _read(file: Path, limit: int) -> tuple[int, dict[str, Input]]:
 def read_prompts(source: str | Path | int | Sequence[str], defaults: Defaults) -> list[Prompt]:
     """Prompts and their first frames from a file, `demo`, a number of demo prompts, or a list of prompts.
 
-    Raises UsageError: E-USE-01 without prompts, or for demo prompts with another model; E-USE-02 for a
-    missing file or image.
+    Raises UsageError: E-USE-01 without prompts, or for demo prompts with another model; E-USE-02 for a missing
+    file or image.
     """
     text = str(source) if isinstance(source, str | Path | int) else ""
     if text == "demo" or text.lstrip("-").isdecimal():  # adjacent lines differ in every attribute

@@ -107,9 +107,9 @@ class Video:
         `out.png`; more become `out/frame_0000.png`, ..., as for a path ending with `/`. `metadata=False`
         writes nothing about the request, in the file or beside it; a gif has it beside only.
 
-        Raises UsageError: E-USE-01 for an unsupported extension, size or fps, E-USE-03 for an existing
-        output; EnvironmentProblem: E-ENV-01 without the library, E-ENV-02 without a writable folder. After a
-        failure, including Ctrl-C, no partial file remains.
+        Raises UsageError: E-USE-01 for an unsupported extension, size or fps, E-USE-03 for an existing output;
+        EnvironmentProblem: E-ENV-01 without the library, E-ENV-02 without a writable folder. After a failure,
+        including Ctrl-C, no partial file remains.
         """
         record = self.describe() if metadata else None
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"

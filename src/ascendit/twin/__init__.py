@@ -52,7 +52,10 @@ def enable(chip: str, *, fake_module: bool = False) -> None:
 
 
 def use(chip: str) -> None:
-    """Set the chip for `call` only; torch_npu may be loaded. UsageError (E-USE-01) for an unknown chip."""
+    """Set the chip for `call` only; torch_npu may be loaded.
+
+    Raises UsageError (E-USE-01) for an unknown chip.
+    """
     _check(chip)
     STATE.chip = chip
 
@@ -69,7 +72,10 @@ def chip() -> str | None:
 
 
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
-    """Call an operator, `npu_rms_norm` or `mindiesd::adaln`. TwinError (E-TWN-01, E-CAP-01) if refused."""
+    """Call an operator, `npu_rms_norm` or `mindiesd::adaln`.
+
+    Raises TwinError (E-TWN-01, E-CAP-01) if refused.
+    """
     return _module("operators").call(name, *args, **kwargs)
 
 

@@ -88,7 +88,7 @@ class Guard(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Raises TwinImportError (E-TWN-02) for `import torch_npu`."""
+        """Raise TwinImportError (E-TWN-02) for `import torch_npu`."""
         if fullname != "torch_npu":
             return None
         # Diffusers and accelerate call importlib.util.find_spec on import. Frames: 0 this function,

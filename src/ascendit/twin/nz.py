@@ -63,7 +63,7 @@ def to_nz(t: Tensor, customized: bool) -> Tensor:
 
 
 def from_nz(t: Tensor) -> Tensor:
-    """`t` [.., R, C], any dtype, in ND. TwinError (E-TWN-01) for views other than its transpose."""
+    """`t` [.., R, C], any dtype, in ND. Raises TwinError (E-TWN-01) for views other than its transpose."""
     tag = fractal(t)
     assert tag is not None
     *batch, rows, columns = tag.shape

@@ -84,7 +84,7 @@ def apply_recipe(
 ) -> AppliedRecipe:
     """Apply `recipe` to `expert`. `smoothing`: layer -> mul_scale, float32 [K].
 
-    Raises UsageError E-QNT-01 for a source that is quantized already, rotations without a known number of
+    Raises UsageError: E-QNT-01 for a source that is quantized already, rotations without a known number of
     heads, or a layer that its scale rule does not support; E-USE-05 for patterns and smoothing that match no
     layer.
     """
@@ -102,7 +102,7 @@ def apply_recipe(
 
 
 def check_source(expert: Expert) -> None:
-    """Raise UsageError E-QNT-01 unless the weights are floats, or FP8 in tiles, which is read as BF16."""
+    """Raise UsageError (E-QNT-01) unless the weights are floats, or FP8 in tiles, which is read as BF16."""
     quantized = {layer.scheme for layer in expert.layers.values()} - {FP8_TILES}
     if not quantized:
         return
@@ -118,7 +118,7 @@ def check_source(expert: Expert) -> None:
 def check_kind(
     kind: str | None, schemes: Iterable[str], name: str, *, force: bool, way: str = "--force"
 ) -> None:
-    """Raise UsageError E-QNT-02 for W4A4 on a TI2V-5B model unless `force`, set by the option `way`."""
+    """Raise UsageError (E-QNT-02) for W4A4 on a TI2V-5B model unless `force`, set by the option `way`."""
     if kind == "ti2v" and (w4a4 := sorted(set(schemes) & set(FP4))) and not force:
         raise UsageError(
             f"{name} is a TI2V-5B model, and {', '.join(w4a4)} is W4A4",

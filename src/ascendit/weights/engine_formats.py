@@ -150,7 +150,10 @@ ENGINE_FORMATS: dict[str, TargetFormat] = {
 
 
 def target_format(engine: str | None, to: str | None = None) -> TargetFormat:
-    """The format of `--for` and `--to`. UsageError E-USE-01 if one is unknown or they are incompatible."""
+    """The format of `--for` and `--to`.
+
+    Raises UsageError (E-USE-01) if one is unknown or they are incompatible.
+    """
     namings = {None: ("diffusers", "wan"), "mindie": ("wan",)}.get(engine, ("diffusers",))
     if engine is not None and engine not in ENGINE_FORMATS:
         raise UsageError(
@@ -201,7 +204,7 @@ def traits_of(
 
 
 def check_engine(engine: str | None, traits: frozenset[str], expert: str) -> None:
-    """Raise UsageError E-ENG-01 if `engine` cannot run an expert with these traits."""
+    """Raise UsageError (E-ENG-01) if `engine` cannot run an expert with these traits."""
     reasons = engines_for(traits)
     if engine is None or not (reason := reasons[engine]):
         return

@@ -124,7 +124,7 @@ class RecipeSteps:
         """Yield (index of the first row, float rows [n, K]) of the shard, valid until the next block.
 
         Decodes FP8 in tiles to BF16, folds LoRA files, rounds to the recipe's dtype and multiplies smoothed
-        weights. `small`: smaller blocks, for a caller that copies rows in float32. Raises CheckpointError
+        weights. `small`: smaller blocks, for a caller that copies rows in float32. Raises CheckpointError:
         E-CKP-08 for invalid tile scales, E-LRA-01 for LoRA values that are not finite.
         """
         info, columns = self.applied.expert.tensors[name], columns_of(shard)

@@ -30,7 +30,7 @@ def cut_steps(
 ) -> list[TensorStep]:
     """Restrict steps to shards, so that they read no other bytes where possible.
 
-    `schemes`: layer -> output scheme; default bf16. Raises UsageError E-USE-05 for an invalid shard.
+    `schemes`: layer -> output scheme; default bf16. Raises UsageError (E-USE-05) for an invalid shard.
     """
     cut = []
     for step in steps:
@@ -56,7 +56,7 @@ def check_shard(layer: str, scheme: str, shape: tuple[int, ...], shard: ShardSpe
     """Return the shard of a layer with a weight of `shape`, with its count filled in.
 
     `scheme`: a key of `quant.schemes.STORED_SCHEMES`. Ranges of K are multiples of 32 in MX schemes and of
-    512 in `mxfp4_dualscale`, except for the end of the last one. Raises UsageError E-USE-05 for an invalid
+    512 in `mxfp4_dualscale`, except for the end of the last one. Raises UsageError (E-USE-05) for an invalid
     shard.
     """
     if shard == WHOLE:

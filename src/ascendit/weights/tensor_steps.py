@@ -88,7 +88,7 @@ class TensorStep:
         """Yield the bytes of its tensors in order.
 
         A piece of `encode` is valid until WAITING more are produced, other pieces until the next one. Raises
-        CheckpointError E-CKP-08 for an invalid scale, offset or smoothing factor, E-CKP-04 for an element
+        CheckpointError: E-CKP-08 for an invalid scale, offset or smoothing factor, E-CKP-04 for an element
         that is not an FP4 value.
         """
         return (self.make or _copy)(self, reader)
@@ -137,7 +137,7 @@ def run_steps(
     """Produce every tensor that the sink does not have yet.
 
     `advance`: receives the number of source bytes processed. `encode_all`: encode layers written by an
-    earlier run again, to measure them. Raises CheckpointError E-CKP-08 for invalid scales, E-CKP-04 for
+    earlier run again, to measure them. Raises CheckpointError: E-CKP-08 for invalid scales, E-CKP-04 for
     values that are not in FP4, E-CKP-02 for truncated files, E-QNT-01 for weights that are not finite.
     """
     for step in steps:
@@ -300,7 +300,10 @@ def _check_e8m0(data: Any, dtype: str, name: str) -> None:
 
 
 def to_float32(data: bytes | memoryview, dtype: str, name: str) -> bytes:
-    """Convert float bytes to float32. CheckpointError E-CKP-04 for float64 that float32 cannot represent."""
+    """Convert float bytes to float32.
+
+    Raises CheckpointError (E-CKP-04) for float64 that float32 cannot represent.
+    """
     if dtype != "F64":
         return float_bytes(bytes(data), dtype)
     import numpy as np
@@ -337,7 +340,7 @@ def recode(rows: bytes | memoryview, length: int, source: str, target: str, name
     """Convert FP4 rows of `length` values between packings: `packed`, `e4m3`, `bf16` (source only).
 
     Packed: two elements per byte, the even index in the low nibble; a row of odd length ends with a zero
-    nibble. Raises CheckpointError E-CKP-04 for values that are not in FP4.
+    nibble. Raises CheckpointError (E-CKP-04) for values that are not in FP4.
     """
     import numpy as np
 
@@ -413,7 +416,10 @@ def _untile(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
 
 
 def tile_scales(info: TensorInfo, reader: RowReader) -> torch.Tensor:
-    """Read and check `weight_scale_inv`, float32 [ceil(N / 128), ceil(K / 128)]. CheckpointError E-CKP-08."""
+    """Read and check `weight_scale_inv`, float32 [ceil(N / 128), ceil(K / 128)].
+
+    Raises CheckpointError (E-CKP-08).
+    """
     import torch
 
     data = reader.whole(info)

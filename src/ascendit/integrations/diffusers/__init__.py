@@ -86,7 +86,10 @@ class AscenditConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_method: str = METHOD,
         **stored: Any,
     ) -> None:
-        """`quant_method` and `stored`: from config.json. UsageError E-USE-01 for unknown arguments."""
+        """`quant_method` and `stored`: from config.json.
+
+        Raises UsageError (E-USE-01) for unknown arguments.
+        """
         recipes = [x for x in (recipe_or_scheme, scheme, recipe) if x is not None]
         if len(recipes) > 1:
             raise UsageError(
@@ -143,7 +146,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     # ---- hooks of Diffusers, in the order of their calls ----------------------------------------
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """UsageError E-USE-01 for a device map that offloads."""
+        """Raise UsageError (E-USE-01) for a device map that offloads."""
         devices = {str(x) for x in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
             raise UsageError(
@@ -183,7 +186,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             self._schemes_on(self._config.device or "cpu").kernel(scheme)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        """CheckpointError E-CKP-04 if a quantized layer lacks a tensor."""
+        """Raise CheckpointError (E-CKP-04) if a quantized layer lacks a tensor."""
         if lost := sorted(self._awaited.intersection(missing_keys)):
             raise _incomplete(lost)
         return missing_keys
@@ -274,7 +277,9 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         model.set_submodule(name, layer)
 
     def _check_recipe(self, stored: bool) -> None:
-        """UsageError: E-QNT-01 for a recipe with quantized weights, E-USE-01 for none with float weights."""
+        """Raise UsageError: E-QNT-01 for a recipe with quantized weights, E-USE-01 for none with float
+        weights.
+        """
         recipe = self._config.recipe
         source = str(self._files[0].parent) if self._files else "this file"
         if stored and recipe:
@@ -311,7 +316,8 @@ def _incomplete(names: Sequence[str]) -> CheckpointError:
 def register() -> None:
     """Register the methods with Diffusers; a name that another library has registered is logged and left.
 
-    EnvironmentProblem E-ENV-01 for a Diffusers that does not pass the checkpoint files to the quantizer.
+    Raises EnvironmentProblem (E-ENV-01) for a Diffusers that does not pass the checkpoint files to the
+    quantizer.
     """
     if not hasattr(DiffusersQuantizer, "maybe_update_loaded_keys"):
         raise EnvironmentProblem(

@@ -69,7 +69,10 @@ def quantize(x: Tensor, format: str, rule: str, mul_scale: Tensor | None) -> tup
 
 
 def _has_kernel(format: str, rule: str) -> bool:
-    """Whether Triton implements a scale rule: all but msModelSlim's. UsageError for an unknown rule."""
+    """Whether Triton implements a scale rule: all but msModelSlim's.
+
+    Raises UsageError for an unknown rule.
+    """
     return not resolve_rule(lookup(format), rule).startswith("msms:")
 
 

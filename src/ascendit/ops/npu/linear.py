@@ -50,8 +50,9 @@ def prepare_weight(
 ) -> PreparedWeight:
     """See `Schemes.prepare_weight`. Dual-scale weights are always FRACTAL_NZ, which their matmul requires.
 
-    `internal_format`: context that allows FRACTAL_NZ during the cast. UsageError E-QNT-01 for a shape that
-    the matmul does not support, before anything is moved; EnvironmentProblem E-CAP-01 if the cast fails.
+    `internal_format`: context that allows FRACTAL_NZ during the cast. Raises UsageError (E-QNT-01) for a
+    shape that the matmul does not support, before anything is moved; EnvironmentProblem (E-CAP-01) if the
+    cast fails.
     """
     scheme = encoded.format
     _check_shape(scheme, *encoded.shape)
@@ -134,7 +135,7 @@ def quantize_activation(
 ) -> Activation:
     """See `Schemes.quantize_activation`. One kernel, two with `mul_scale`.
 
-    UsageError E-QNT-01 for a K that W4A8 does not support, E-USE-01 for another dtype or scale rule.
+    Raises UsageError: E-QNT-01 for a K that W4A8 does not support, E-USE-01 for another dtype or scale rule.
     """
     resolved = scheme_of(scheme)
     if scheme == "w4a8" and x.shape[-1] % W4A8_K:
@@ -188,7 +189,7 @@ QUANTIZERS: Mapping[str, Callable[[Tensor, str], tuple[Tensor, ...]]] = {
 def scale_algorithm(rule: str, dst_type: int) -> dict[str, Any]:
     """Arguments of npu_dynamic_mx_quant for a scale rule of `mx.formats`.
 
-    UsageError E-USE-01 for a rule that the operator does not have.
+    Raises UsageError (E-USE-01) for a rule that the operator does not have.
     """
     if rule == "floor":
         return {"scale_alg": 0}

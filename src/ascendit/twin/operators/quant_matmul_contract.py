@@ -25,7 +25,10 @@ Checked = tuple[Shape, torch.dtype]
 
 
 def mode_of(c: Call) -> str:
-    """int8, static, fp8, mxfp8, mxfp4, w4a8 or block. TwinError (E-TWN-01) for other pairs of dtypes."""
+    """int8, static, fp8, mxfp8, mxfp4, w4a8 or block.
+
+    Raises TwinError (E-TWN-01) for other pairs of dtypes.
+    """
     fp4, sides = contract.FP4_E2M1, (("x1", c.x1, c.x1_dtype), ("x2", c.x2, c.x2_dtype))
     for name, tensor, dtype in sides:
         native = dtype is not None and (dtype != fp4 or tensor.dtype in (*FP8, *OUTPUT_DTYPES))
@@ -63,7 +66,7 @@ def is_transposed(t: Tensor) -> bool:
 
 
 def check(c: Call, mode: str) -> Checked:
-    """Shape and dtype of the output. TwinError (E-TWN-01) for arguments that `mode` does not take."""
+    """Shape and dtype of the output. Raises TwinError (E-TWN-01) for arguments that `mode` does not take."""
     if mode in SCALE_AND_BIAS:
         return _check_channels(c, mode)
     return _check_block(c) if mode == "block" else _check_mx(c, mode)

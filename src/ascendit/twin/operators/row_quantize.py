@@ -23,7 +23,7 @@ _INT8 = (1, 12)
 
 
 def _mode(name: str, dst_type: int | None) -> str:
-    """`int8` or `fp8`. TwinError if the chip has no kernel for it."""
+    """`int8` or `fp8`. Raises TwinError if the chip has no kernel for it."""
     dst_type = 1 if dst_type is None else dst_type
     mode = "int8" if dst_type in _INT8 else "fp8"
     require(mode == "int8" or dst_type in _FP8, "rows.dst_type", dst_type=dst_type, name=name)

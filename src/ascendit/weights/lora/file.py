@@ -80,7 +80,7 @@ class LoraFile:
 def open_file(path: Path) -> LoraFile:
     """Read the header of a LoRA file.
 
-    Raises UsageError E-USE-02 for a missing file, E-USE-01 for one that is not safetensors; CheckpointError
+    Raises UsageError: E-USE-02 for a missing file, E-USE-01 for one that is not safetensors; CheckpointError:
     E-CKP-02 for a damaged file, E-LRA-01 for a file without keys or with unsupported settings.
     """
     if not path.exists():
@@ -153,7 +153,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def _scaling(path: Path, config: dict[str, Any]) -> Scaling:
-    """Read a PEFT configuration. Raises CheckpointError E-LRA-01 for unsupported settings."""
+    """Read a PEFT configuration. Raises CheckpointError (E-LRA-01) for unsupported settings."""
     alpha, exceptions = config.get("lora_alpha"), config.get("alpha_pattern") or {}
     kind = config.get("peft_type") or "LORA"
     if kind != "LORA":
@@ -207,13 +207,16 @@ class Delta:
     """WEIGHT x alpha / rank."""
 
     def open(self) -> Rows:
-        """Read the factors. Raises CheckpointError E-LRA-01 for a value that is not finite."""
+        """Read the factors. Raises CheckpointError (E-LRA-01) for a value that is not finite."""
         rows = _kronecker(self.tensors) if self.kind == "lokr" else _product(self.tensors, self.kind)
         return lambda start, stop: rows(start, stop).mul_(self.scale)
 
 
 def read_rows(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-    """Read rows as [stop - start, K] float64. CheckpointError E-LRA-01 for values that are not finite."""
+    """Read rows as [stop - start, K] float64.
+
+    Raises CheckpointError (E-LRA-01) for values that are not finite.
+    """
     import torch
 
     shard = ShardSpec(0, start, stop - start)

@@ -55,7 +55,10 @@ _SYNTAX = (
 
 @dataclass(frozen=True)
 class LoraSource:
-    """A LoRA file, its weight and its expert. Raises UsageError E-USE-01 for an invalid weight or expert."""
+    """A LoRA file, its weight and its expert.
+
+    Raises UsageError (E-USE-01) for an invalid weight or expert.
+    """
 
     path: Path
     weight: float = 1.0
@@ -70,7 +73,10 @@ class LoraSource:
 
 
 def parse_lora(text: str) -> LoraSource:
-    """Parse `FILE[:WEIGHT]` or `EXPERT=FILE[:WEIGHT]`; FILE may contain `:` and `=`. UsageError E-USE-01."""
+    """Parse `FILE[:WEIGHT]` or `EXPERT=FILE[:WEIGHT]`; FILE may contain `:` and `=`.
+
+    Raises UsageError (E-USE-01).
+    """
     head, equals, tail = text.partition("=")
     expert = EXPERT_NAMES.get(head.strip()) if equals else None
     path = tail if expert else text
@@ -114,9 +120,9 @@ class Folds:
     ) -> Self:
         """Read the headers of `sources` and match their keys with `shapes`, the tensors of `expert`.
 
-        `experts`: all experts of the model. Raises CheckpointError E-LRA-01 for keys that cannot be used (the
-        first five, and the number of others), E-CKP-02 for a damaged file; UsageError E-USE-01 for another
-        file type, or a file for an expert that the model does not have, E-USE-02 for a missing file.
+        `experts`: all experts of the model. Raises CheckpointError: E-LRA-01 for keys that cannot be used
+        (the first five, and the number of others), E-CKP-02 for a damaged file; UsageError: E-USE-01 for
+        another file type, or a file for an expert that the model does not have, E-USE-02 for a missing file.
         """
         targets = Targets(shapes)
         deltas = [delta for source in sources for delta in _read(source, expert, targets, experts)]
@@ -127,7 +133,7 @@ class Folds:
 
         `columns`: the range of the second axis in `rows`; default: all. Computed in float64 and rounded once
         to the dtype of `rows`. The bits of an element do not depend on rows and columns. Returns a new
-        tensor, or `rows` itself if no file changes the tensor. Raises CheckpointError E-LRA-01 for values
+        tensor, or `rows` itself if no file changes the tensor. Raises CheckpointError (E-LRA-01) for values
         that are not finite.
         """
         if name not in self.names or not len(rows):
@@ -157,7 +163,10 @@ class Folds:
 
 
 def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection[str]) -> list[Delta]:
-    """Read the changes of `expert` in one file. CheckpointError E-LRA-01 for keys that cannot be used."""
+    """Read the changes of `expert` in one file.
+
+    Raises CheckpointError (E-LRA-01) for keys that cannot be used.
+    """
     if source.expert is not None and source.expert not in experts:
         raise _bad_source(
             f"LoRA {source.path} is for {source.expert}",
