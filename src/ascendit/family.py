@@ -1,7 +1,7 @@
 """The Wan family as data, one row per model, and the configs of transformer and VAE.
 
 Sources: `wan/configs/*.py` and `generate.py` of Wan-Video/Wan2.2 and Wan-Video/Wan2.1; Diffusers'
-WanTransformer3DModel. No torch here.
+WanTransformer3DModel. Does not import torch.
 """
 
 from __future__ import annotations
@@ -161,9 +161,9 @@ def match_spec(
     image_cross_attention: bool,
     folder_name: str = "",
 ) -> WanSpec | None:
-    """The model with these dimensions, or None; if there are several, the one named in `folder_name`.
+    """Find the model with these dimensions, else None; if several match, the one named in `folder_name`.
 
-    The name alone never decides: dimensions, channels and number of experts must match.
+    Dimensions, channels and number of experts must match; the name alone never decides.
     """
     matches = [
         s
@@ -211,7 +211,7 @@ class WanConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> WanConfig:
         """From parsed JSON, without the keys that Diffusers adds (with a leading underscore).
 
-        Raises CheckpointError (E-CKP-06) for an unknown key or another `qk_norm`.
+        Raises CheckpointError (E-CKP-06) for an unknown key or an unsupported `qk_norm`.
         """
         allowed = {f.name for f in fields(cls)}
         values = {k: v for k, v in data.items() if not k.startswith("_") and k != "quantization_config"}

@@ -1,4 +1,4 @@
-"""Helpers of reports: columns for a terminal, sizes and counts as text, data for JSON. No torch."""
+"""Helpers of reports: columns for a terminal, sizes and counts as text, data for JSON."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def totals(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def json_data(value: Any) -> Any:
-    """`value` as JSON data: records by `as_dict` or by their fields, paths as text, tuples as lists."""
+    """Convert `value` to JSON data: records by `as_dict` or their fields, paths to text, tuples to lists."""
     if hasattr(value, "as_dict"):
         return value.as_dict()
     if is_dataclass(value):

@@ -1,4 +1,4 @@
-"""Step schedule: precision, attention kernel and cache of each denoising step. No torch.
+"""Step schedule: precision, attention kernel and cache of each denoising step. Does not import torch.
 
     schedule = StepSchedule.parse("0-1:w4a8,default:w4a4")   # the first two steps with 8-bit activations
     schedule = StepSchedule.parse("0,47-49:bf16")            # these in BF16; needs BF16 weights in memory too
@@ -85,7 +85,9 @@ class StepSchedule:
         return frozenset(step.precision for step in (self.default, *dict(self.steps).values()))
 
     def check_steps(self, count: int) -> None:
-        """Raise RequestError (E-REQ-03) if the schedule names a step beyond the last of `count`."""
+        """Raise RequestError (E-REQ-03) if the schedule names a step that a run of `count` steps does not
+        have.
+        """
         beyond = [step for step, _ in self.steps if step >= count]
         if beyond:
             raise RequestError(
@@ -97,7 +99,7 @@ class StepSchedule:
     def check_schemes(self, schemes: Iterable[str], *, floats: bool) -> None:
         """Raise UsageError (E-USE-01) for a precision that this model has no weights for.
 
-        `schemes`: of its layers. `floats`: whether BF16 weights of all layers are available.
+        `schemes`: schemes of its layers. `floats`: whether BF16 weights of all layers are available.
         """
         schemes = set(schemes)
         if schemes <= {"bf16"}:

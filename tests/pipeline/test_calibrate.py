@@ -439,7 +439,7 @@ def test_options_that_do_not_go(bf16: Path, tmp_path: Path, options: dict[str, A
 def test_models_that_do_not_go(bf16: Path, smoothed: Path, tiny_i2v_cascade: Path, tmp_path: Path) -> None:
     bare = bf16 / "transformer"
     assert "it cannot generate videos alone" in refused("E-CKP-01", bare, tmp_path, calibrate=calibrator())
-    assert "quantized already" in refused("E-QNT-01", smoothed, tmp_path, calibrate=calibrator())
+    assert "already quantized" in refused("E-QNT-01", smoothed, tmp_path, calibrate=calibrator())
     text = refused("E-REQ-04", tiny_i2v_cascade, tmp_path, calibrate=calibrator())
     assert "prompt 1 has no image" in text and "<tab>" in text
     both: dict[str, Any] = {"smoothing": {"transformer": {LAYER: torch.ones(64)}}, "calibrate": calibrator()}

@@ -1,4 +1,4 @@
-"""Copy bytes between files in the kernel, reserve disk space, and explain write errors."""
+"""Copy bytes between files without passing them through Python, reserve disk space, explain write errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ascendit.checkpoint.component import unreadable
 from ascendit.errors import EnvironmentProblem
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""The disk is full, or the quota or the maximum file size is reached."""
+"""The disk is full, or a quota or the maximum file size has been reached."""
 PAGE = 4096  # bytes; the block size of most file systems
 _UNABLE = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 """copy_file_range does not support these two files. EPERM: containers that forbid the call."""
@@ -127,7 +127,7 @@ def available_bytes(folder: Path) -> int:
 
 @contextmanager
 def writing(folder: Path, needed: int) -> Iterator[None]:
-    """Convert an OSError by `write_error`. `needed`: bytes that this run writes below `folder`."""
+    """Convert an OSError with `write_error`. `needed`: bytes that this run writes below `folder`."""
     try:
         yield
     except OSError as e:
@@ -135,7 +135,7 @@ def writing(folder: Path, needed: int) -> Iterator[None]:
 
 
 def write_error(folder: Path, error: OSError, needed: int = 0) -> EnvironmentProblem:
-    """E-ENV-04 for a full disk, with the bytes needed and free; E-ENV-02 for any other error."""
+    """The error E-ENV-04 for a full disk, with the bytes needed and free; E-ENV-02 for other write errors."""
     if error.errno not in FULL:
         return EnvironmentProblem(
             f"cannot write in {folder}: {error.strerror or error}",

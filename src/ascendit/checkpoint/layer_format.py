@@ -37,7 +37,7 @@ class Layer:
     name: str
     """`blocks.0.attn1.to_q`."""
     scheme: str
-    """A key of `STORED_SCHEMES`; `bf16`: smoothed but not quantized."""
+    """A key of `STORED_SCHEMES`; `bf16` if smoothed but not quantized."""
     shape: tuple[int, int]
     """(N, K) of the decoded weight."""
     packing: Packing
@@ -93,8 +93,8 @@ def read_layers(
         raise disagreement(mismatched)
     if wrong := [problem for layer in layers.values() for problem in _misshapen(layer)]:
         raise CheckpointError(
-            f"{len(wrong)} tensors of quantized layers are misshapen: {listed(wrong)}",
-            needs="scales and biases of the shapes that follow from their weight",
+            f"{len(wrong)} tensors of quantized layers have the wrong shape: {listed(wrong)}",
+            needs="scales and biases that match the shape of their weight",
             fix="download or export the model again",
             code="E-CKP-04",
         )
@@ -155,7 +155,7 @@ def _unpaired_tensors(name: str, roles: Mapping[str, TensorInfo]) -> list[str]:
 
 
 def _decoded(roles: Mapping[str, TensorInfo], packing: Packing) -> tuple[int, int]:
-    """(N, K); (0, 0) for a weight that is not a matrix. Only `mul_scale` shows that a packed K is odd."""
+    """(N, K); (0, 0) for a weight that is not a matrix. Only `mul_scale` reveals that a packed K is odd."""
     shape = roles["weight"].shape
     rows, columns = shape if len(shape) == 2 else (0, 0)
     if packing == "packed":
@@ -204,7 +204,7 @@ def _dtypes(roles: Mapping[str, TensorInfo]) -> str:
 
 
 def disagreement(problems: list[str]) -> CheckpointError:
-    """E-CKP-07: two sources contradict each other about a layer."""
+    """The error E-CKP-07 for sources that contradict each other about the scheme of a layer."""
     return CheckpointError(
         f"contradictory schemes for {len(problems)} layers: {listed(problems, 3)}",
         needs="manifest, quantization_config and tensor dtypes that agree",
@@ -260,7 +260,7 @@ def check_zero(data: Buffer, dtype: str, name: str) -> None:
 
 
 def check_positive(data: Buffer, dtype: str, name: str) -> None:
-    """Raise CheckpointError (E-CKP-08) unless all values are finite and above 0. `dtype`: of floats."""
+    """Raise CheckpointError (E-CKP-08) unless all values are finite and above 0. `dtype`: a float dtype."""
     values = memoryview(data).cast("B").cast(_UNSIGNED[dtype])
     if not values or 0 < min(values) and max(values) < _INFINITY[dtype]:
         return
@@ -272,7 +272,7 @@ def check_positive(data: Buffer, dtype: str, name: str) -> None:
 
 
 def check_float_scale(data: Buffer, dtype: str, name: str) -> None:
-    """Raise CheckpointError (E-CKP-08) unless all scales are finite and at least 0, for rows of zeros.
+    """Raise CheckpointError (E-CKP-08) unless all scales are finite and at least 0 (0: a row of zeros).
 
     `dtype`: BF16, F16, F32 or F64.
     """
@@ -292,6 +292,6 @@ def _invalid(got: str, needs: str) -> CheckpointError:
     return CheckpointError(
         got,
         needs=needs,
-        fix="download the model again, or quantize it again if the source has the same values",
+        fix="download the model again; if the published file is damaged too, quantize it again",
         code="E-CKP-08",
     )

@@ -1,4 +1,4 @@
-"""Detect the kind of model in a folder or file, from JSON and file names. Opens no weights, no torch.
+"""Detect the kind of model in a folder or file from its JSON files and file names. Opens no weights.
 
 `recognise` looks for a Diffusers pipeline folder, then for transformers without the other components:
 original Wan folders, msModelSlim exports, Diffusers transformers and single files.
@@ -87,7 +87,7 @@ class Layout:
         """Raise CheckpointError (E-CKP-01) unless this is a complete pipeline, which can generate videos."""
         if self.kind != "diffusers":
             raise CheckpointError(
-                f"{self.root} is {KIND_LABELS[self.kind]}; it cannot generate videos alone",
+                f"{self.root} is {KIND_LABELS[self.kind]}; it cannot generate videos on its own",
                 needs=f"a Diffusers folder with {INDEX_FILE}, text encoder and VAE",
                 fix=f"ascendit repack {self.root} --base MODEL -o DST, where MODEL is the Diffusers folder "
                 "of the same model, then use DST",

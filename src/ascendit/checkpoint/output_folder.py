@@ -48,8 +48,10 @@ class Journal:
 
     @classmethod
     def read(cls, path: Path, root: Path) -> Self | None:
-        """Read the journal of a killed run. None if it is invalid or the machine has restarted since: a power
-        failure loses written bytes that were still in the page cache."""
+        """Read the journal of a killed run; None if it is invalid or from an earlier boot.
+
+        A power failure may have lost bytes that were still in the page cache.
+        """
         try:
             data = json.loads(path.read_bytes())
             journal = cls(path, root, str(data["fingerprint"]))
@@ -97,7 +99,7 @@ class Staging:
 
     `sources`: files and folders that are read. `fingerprint`: identifies sources, options and version;
     `resume` reuses the complete files of a killed run with the same fingerprint. `needs_bytes`: size of the
-    output. Complete files are kept for `resume` after Ctrl-C; after other errors only if `keep` is set.
+    output. After Ctrl-C, complete files are kept for `resume`; after other errors, only if `keep` is set.
 
     Raises UsageError: E-USE-03 if `dst` exists or another run is writing it, E-USE-06 if `dst` and a source
     are nested, E-USE-01 if `dst` has no name, or for `resume` with other options or sources;
@@ -232,7 +234,7 @@ def _check_free(dst: Path) -> None:
         return
     kind = "link" if dst.is_symlink() else "folder" if dst.is_dir() else "file"
     raise UsageError(
-        f"the output {dst} exists already: a {kind}",
+        f"the output {dst} already exists: a {kind}",
         needs="a name that does not exist: nothing is overwritten",
         fix=f"choose another name with -o, or remove the {kind}",
         code="E-USE-03",
@@ -252,7 +254,7 @@ def _check_apart(dst: Path, folder: Path, sources: Sequence[Path]) -> None:
             continue
         raise UsageError(
             problem,
-            needs="an output folder that is not inside a source, nor around it",
+            needs="an output folder that neither is inside a source folder nor contains one",
             fix=f"for example -o {real.parent / (real.name + '-new')}",
             code="E-USE-06",
         )

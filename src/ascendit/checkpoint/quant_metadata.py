@@ -5,8 +5,8 @@ The manifest, `quant_model_description*.json`, is a flat JSON object. Tensor nam
 `version`, `group_size`, ...) describe the file.
 
 The `quantization_config` of config.json, as in vLLM-Omni and FP8 checkpoints, sets one scheme for all linear
-layers of the blocks except `ignored_layers`. It is ignored unless it says that the weights on disk are
-quantized already.
+layers of the blocks except `ignored_layers`. It is ignored unless it states that the weights on disk are
+already quantized.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ class Manifest:
         }
 
     def check(self, tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]) -> None:
-        """Raise CheckpointError unless it lists exactly `tensors` (E-CKP-04) with their types (E-CKP-07)."""
+        """Raise CheckpointError unless the manifest lists exactly `tensors` (E-CKP-04), with their types
+        (E-CKP-07).
+        """
         unlisted = [name for name in tensors if name not in self.tensors]
         absent = [name for name in self.tensors if name not in tensors]
         parents = _parents(tensors)
@@ -118,7 +120,7 @@ def find_manifest(folder: Path) -> Path | None:
     if len(manifests) > 1:
         raise CheckpointError(
             f"{folder} has {len(manifests)} manifests: {', '.join(p.name for p in manifests)}",
-            needs="one manifest, that of the weights in the folder",
+            needs="one manifest, for the weights in the folder",
             fix="move the manifests of other exports to separate folders",
             code="E-CKP-07",
         )
@@ -196,7 +198,9 @@ def manifest_for(
 
 
 def model_quant_type(layers: Mapping[str, str]) -> str:
-    """Type of the last quantized layer, as in msModelSlim: of the blocks, else of any; FLOAT if none."""
+    """Type of the last quantized layer, preferably of the blocks, as in msModelSlim; FLOAT if none is
+    quantized.
+    """
     quantized = [name for name, scheme in layers.items() if scheme in QUANTIZED]
     last = sort_names([name for name in quantized if is_block_linear(name)] or quantized)[-1:]
     return SCHEMES[layers[last[0]]].manifest if last else FLOAT
@@ -215,7 +219,7 @@ class QuantizationConfig:
     scheme: str
     method: str
     ignored: frozenset[str]
-    """Diffusers names of layers, and other names that it lists."""
+    """`ignored_layers`: layers by their Diffusers names, other names unchanged."""
 
     def declared_schemes(self, tensors: Iterable[str]) -> dict[str, DeclaredScheme]:
         """Layer -> scheme of each linear layer of the blocks among `tensors`."""

@@ -191,7 +191,7 @@ class Shards:
 
     @classmethod
     def of_index(cls, index: Path) -> Self:
-        """Read the shards listed in an index file. Raises CheckpointError as `open`."""
+        """Read the shards listed in an index file. Raises CheckpointError as in `open`."""
         weight_map = _weight_map(index)
         names = sorted(set(weight_map.values()))
         files = tuple(dict.fromkeys(index.parent / name for name in names))  # `a` and `./a` are one file
@@ -228,7 +228,7 @@ class Shards:
 
     @classmethod
     def of_part(cls, part: Part) -> Self:
-        """Read the weight files of `part`. Raises as `open` and `of_files`."""
+        """Read the weight files of `part`. Raises the errors of `open` and `of_files`."""
         if part.index is not None:
             return cls.of_index(part.index)
         return cls.of_files(part.files) if part.files else cls.open(part.path, part.stem)
@@ -304,7 +304,7 @@ _LARGE = 1 << 30  # bytes in one call; no system reads 2 GiB
 class ShardSpec:
     """One rank's shard of a tensor: `count` rows (axis 0) or columns (axis 1) from `start`; default: all.
 
-    Counted in elements of the stored tensor.
+    `start` and `count` are in elements of the stored tensor.
     """
 
     axis: int = 0
@@ -453,7 +453,7 @@ def as_tensor(view: memoryview, info: TensorInfo) -> torch.Tensor:
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor [...] of any dtype, which must outlive the view."""
+    """Return the bytes of a contiguous tensor [..] of any dtype. The tensor must outlive the view."""
     import torch
 
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -15,7 +15,7 @@ def cancelled() -> Cancelled:
     """The error that ends a command after Ctrl-C."""
     return Cancelled(
         "cancelled",
-        needs="nothing: no file was written",
+        needs="no cleanup: no file was written",
         fix="run the same command again",
     )
 

@@ -107,7 +107,7 @@ def common(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script: run `argv` (default: the command line) and return the exit code."""
+    """Entry point of the console script: run `argv` (default: the command line) and return the exit code."""
     args, output = common_flags(list(sys.argv[1:] if argv is None else argv))
     command = typer.main.get_command(app)
     try:

@@ -50,7 +50,7 @@ class ProgressView:
         self.show(event)
 
     def show(self, event: Progress, text: str = "") -> None:
-        """Show the event. `text`: replaces its own text."""
+        """Show the event. `text`: shown instead of the event's own text."""
 
     def text(self, event: Progress) -> str:
         """`denoise (low-noise expert) 23/40  4.1 s/step  eta 1:10  38.2 GiB`; for bytes, see `_bytes`."""
@@ -79,7 +79,7 @@ class LineView(ProgressView):
         self._last: tuple[object, ...] = ()
 
     def show(self, event: Progress, text: str = "") -> None:
-        """Print a line if the stage, the expert or the share in steps of 10 % has changed."""
+        """Print a line if the stage or the expert has changed, or another 10 % is done."""
         counted = event.unit == "byte" or event.total > 1
         state = (event.stage, event.expert, 10 * event.step // max(event.total, 1) if counted else 0)
         if state != self._last and (event.step or event.unit == "byte" or not counted):

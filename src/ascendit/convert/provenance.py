@@ -1,7 +1,9 @@
-"""Write the record `ascendit.json`, the model card and the other components of a model. No torch.
+"""Write the record `ascendit.json`, the model card and the other components of a model.
+
+Does not import torch.
 
 Record and card contain no dates, local paths or anything else that differs between two runs of the same
-command, so equal inputs give equal folders. The other components of a repacked transformer are those of its
+command, so equal inputs give equal folders. The other components of a repacked transformer come from its
 base, the published Diffusers folder.
 """
 
@@ -79,7 +81,7 @@ def ascendit_json(record: ConversionRecord) -> dict[str, Any]:
 
 
 def model_card(record: ConversionRecord, name: str) -> str:
-    """The content of README.md for a hub: YAML front matter and a description. `name`: of the folder."""
+    """The content of README.md for a hub: YAML front matter and a description. `name`: name of the folder."""
     from huggingface_hub import CardData  # 0.1 s
 
     base = record.layout.source
@@ -183,8 +185,8 @@ _LICENCE = re.compile(r"(?:LICEN[CS]E|NOTICE)\b", re.IGNORECASE)
 def read_base(base: Path | str, source: Layout) -> Layout:
     """Read the layout of `--base`.
 
-    Raises UsageError (E-USE-01) if it is not a pipeline folder, CheckpointError (E-CKP-04) for another number
-    of experts, and the errors of `model_folder` and `recognise`.
+    Raises UsageError (E-USE-01) if it is not a pipeline folder, CheckpointError (E-CKP-04) if the number of
+    experts differs, and the errors of `model_folder` and `recognise`.
     """
     layout = recognise(model_folder(base, experts=False))
     if layout.kind != "diffusers":

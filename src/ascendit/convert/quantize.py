@@ -77,7 +77,7 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize the transformers of the model at `src` into the new folder `dst`.
 
-    `scheme`: mxfp8, mxfp4, mxfp4_dualscale, int8, fp8, for a recipe without a fixed scheme (such as
+    `scheme`: mxfp8, mxfp4, mxfp4_dualscale, int8 or fp8, for a recipe that does not fix one (such as
     `default`). `recipe`: a name of `recipe_names()` or a TOML file. `scale_rule`: one of the scheme's in
     `mx.formats`. `keep`: patterns of layers that are not quantized. `loras`: LoRA files that are folded
     first, in order. `smoothing`: expert -> layer -> mul_scale, float32 [K], which is stored; weights are
@@ -136,7 +136,7 @@ def quantize(
 
 @dataclass
 class QuantizeJob:
-    """One run, with everything that is decided before the first byte is written."""
+    """One run of `quantize`, with everything that is decided before the first byte is written."""
 
     layout: Layout
     dst: Path
@@ -302,7 +302,7 @@ class QuantizeJob:
     # ---- reports --------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """A hash that is equal for two runs that write the same bytes."""
+        """A hash that is the same for two runs that write the same bytes."""
         parts: list[Any] = [self.recipe.as_dict(), self.keep, self.max_shard_bytes, self.loras]
         if self.calibrate is not None:  # a resumed run reads the saved statistics
             parts += [dict(self.calibration), self.measure]
@@ -338,7 +338,7 @@ class QuantizeJob:
         loras = [{"file": x.path.name, "weight": x.weight, "expert": x.expert or "all"} for x in self.loras]
         warnings = warnings_for(self.applied, self.recipe, self.kind)
         if dry_run and os.path.lexists(self.dst):
-            warnings.append(f"{self.dst} exists already: without --dry-run this is an error")
+            warnings.append(f"{self.dst} already exists: without --dry-run this is an error")
         return QuantizeReport(
             path=self.dst,
             source=provenance.source_name(self.layout),

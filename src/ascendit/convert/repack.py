@@ -2,11 +2,11 @@
 
     repack("wan22_w8a8_mxfp8_export", "wan22-mxfp8", base="hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers")
 
-Unchanged bytes are copied between files, in the kernel if possible; other tensors are converted some rows at
-a time by `weights.tensor_steps`. A format that an engine cannot load is an error before anything is written.
-torch is imported only for FP8 in tiles and for `check`.
+Unchanged bytes are copied between files, by system calls if possible; other tensors are converted a few rows
+at a time, see `weights.tensor_steps`. If the engine cannot load the result, an error is raised before
+anything is written. torch is imported only for FP8 in tiles and for `check`.
 
-`check` decodes source and output, some rows at a time, and compares hashes of the values. It shares no code
+`check` decodes source and output, a few rows at a time, and compares hashes of the values. It shares no code
 with `tensor_steps`: it decodes packed values and scales from the stored bytes.
 """
 
@@ -84,9 +84,9 @@ def repack(
     copy other components instead of linking them. `resume`: continue a killed run. `dry_run`: only check and
     report.
 
-    Raises UsageError: E-ENG-01 if the engine cannot load the checkpoint, E-USE-01/02/03/06 for arguments and
-    paths; CheckpointError E-CKP-.. for the source and the base; EnvironmentProblem (E-ENV-02, E-ENV-04) for
-    the disk.
+    Raises UsageError: E-ENG-01 if the engine cannot load the checkpoint, E-USE-01, -02, -03 and -06 for
+    arguments and paths; CheckpointError (E-CKP-..) for the source and the base; EnvironmentProblem (E-ENV-02,
+    E-ENV-04) for the disk.
     """
     started = time.monotonic()
     dst = Path(dst).expanduser()
@@ -140,7 +140,7 @@ def repack(
 
 
 def _outputs(source: Layout, target: TargetFormat, base: Layout | None) -> list[ExpertOutput]:
-    """Plan the output of every expert. All checks of the source are here, before anything is written."""
+    """Plan the output of every expert. All checks of the source happen here, before anything is written."""
     outputs = []
     for part in source.experts:
         expert = read_expert(part)
@@ -273,7 +273,7 @@ def digests(expert: Expert, advance: Advance = no_progress) -> dict[str, str]:
     """Return name -> sha256 of the decoded values, as little-endian float32 in row order.
 
     A quantized layer has one entry for its decoded weight, which includes its scales. Offsets, which are
-    zero, and a `mul_scale` of ones have no entry. Calls `advance(name, bytes read)` after some rows.
+    zero, and a `mul_scale` of ones have no entry. Calls `advance(name, bytes read)` as rows are read.
     """
     checker = Checker()
     with RowReader() as reader:

@@ -1,4 +1,4 @@
-"""Reports of `quantize` and `repack`: plain data, for a terminal and for `--json`. No torch."""
+"""Reports of `quantize` and `repack`: plain data, for a terminal and for `--json`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ WORST = 10
 
 @dataclass(frozen=True, kw_only=True)
 class OutputQuality:
-    """SQNR in dB of a layer's output on captured activations, with weight and activation quantized."""
+    """SQNR in dB of a layer's output on captured activations, with both weight and activation quantized."""
 
     plain: float
     smoothed: float

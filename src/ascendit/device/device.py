@@ -25,7 +25,7 @@ DENOISER_DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """Properties of a kind of device."""
+    """Properties shared by all devices of one kind."""
 
     operators: str
     """Family of operators: cpu, cuda or npu."""
@@ -84,7 +84,9 @@ class Device:
         return native_on(self.chip) if self.chip else frozenset()
 
     def check_schemes(self, schemes: Iterable[str]) -> None:
-        """Raise EnvironmentProblem (E-CAP-01) for a scheme without a matmul on its chip, if known."""
+        """Raise EnvironmentProblem (E-CAP-01) if the chip is known and has no matmul for one of these
+        schemes.
+        """
         for scheme in sorted(set(schemes) & set(QUANTIZED)):
             if self.chip is not None and scheme not in self.native_schemes:
                 raise no_matmul_for(self, self.chip, scheme)
@@ -95,10 +97,10 @@ class Device:
         return self.operators == "npu"
 
     def dtype_name(self, dtype: object) -> str | None:
-        """torch's name of the denoiser's dtype, None for the stored dtype.
+        """torch's name of the denoiser's dtype; None for the stored dtype.
 
         `dtype`: such a name, a torch.dtype, or None for this device's default. Raises UsageError (E-USE-01)
-        unless it is one of `DENOISER_DTYPES`.
+        for a dtype not in `DENOISER_DTYPES`.
         """
         if dtype is None:
             name = self.backend.dtype
@@ -116,7 +118,7 @@ class Device:
 
 
 def parse_device(name: object) -> Device:
-    """The device of this name, not opened. Raises UsageError (E-USE-01) for an invalid name."""
+    """Parse a device name; the device is not opened. Raises UsageError (E-USE-01) for an invalid name."""
     text = str(name)
     match = re.fullmatch(r"(cuda|npu)(?::(\d+))?", text)
     if match:

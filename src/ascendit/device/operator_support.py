@@ -1,4 +1,4 @@
-"""Table of the operators of each chip, and the quantized schemes that follow from it. Imports no torch.
+"""Table of the operators of each chip, and the quantized schemes they allow. Does not import torch.
 
 The twin's checks, the documentation and `doctor` read this table. Check it instead of `hasattr`: torch_npu
 has the name of every operator on every chip, and many calls fail only inside CANN.
@@ -39,11 +39,11 @@ class Capability:
     dtypes: str = ""
     layout: str = ""
     message: str = ""
-    """Error of the adapter on chips where it refuses the call."""
+    """Error text of the adapter on chips where it refuses the call."""
     instead: str = ""
     """The alternative on chips where it does not run."""
     used_for: str = ""
-    """Its use in ascendit; empty if ascendit does not call it."""
+    """How ascendit uses it; empty if ascendit does not call it."""
 
     def on(self, chip: str) -> Answer:
         """Support on `chip`: a2, a3 or a5."""
@@ -89,7 +89,7 @@ def _matmul(scheme: str, **fields: str) -> Capability:
 
 
 def _only_torch(operator: str, function: str) -> Capability:
-    """An operator without a CANN kernel on a5, which torch.nn.functional has as `function`."""
+    """An operator without a CANN kernel on a5; `function` of torch.nn.functional replaces it."""
     instead = f"torch.nn.functional.{function}, which every chip has"
     return _row(operator, message=_NO_ACLNN.format(operator), instead=instead, **_NOT_A5_ADAPTER)
 
@@ -250,7 +250,7 @@ def chips_for(schemes: Collection[str]) -> dict[str, Support]:
 
 
 def no_matmul_for(device: object, chip: str, scheme: str) -> EnvironmentProblem:
-    """EnvironmentProblem (E-CAP-01) for a scheme without a matmul on `chip`, with the chips that have one."""
+    """The error E-CAP-01 for a scheme without a matmul on `chip`; lists the chips that have one."""
     chips = [c for c in CHIPS.values() if scheme in native_on(c.name)]
     native = ["bf16", *(s for s in SCHEMES if s in native_on(chip))]
     return EnvironmentProblem(

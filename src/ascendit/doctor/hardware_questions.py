@@ -2,7 +2,7 @@
 
 `ask` takes a function that calls operators on CPU inputs, and returns the answer as text. It runs on the card
 and on the twin, so a report shows where the twin is wrong. Answers are coarse, so that only relevant
-differences show. Questions with `card_only` have no answer on the twin.
+differences are reported. Questions with `card_only` have no answer on the twin.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EVERY, A5 = ("a2", "a3", "a5"), ("a5",)
 
 @dataclass(frozen=True)
 class Question:
-    """A question about `operator`. `card_only`: computes the answer from the card, without the twin."""
+    """A question about `operator`. `card_only`: computes the answer on the card; the twin has none."""
 
     text: str
     operator: str

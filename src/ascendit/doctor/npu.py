@@ -107,7 +107,11 @@ class InstalledVersions:
 
 @dataclass(frozen=True)
 class VersionMatch:
-    """`stack`: the row of this torch_npu. `wrong`: versions of other rows. `unlisted`: versions of no row."""
+    """Result of `match_versions`.
+
+    `stack`: the row of this torch_npu. `wrong`: installed versions that contradict it. `unlisted`: installed
+    versions that are in no row.
+    """
 
     stack: VersionSet | None
     wrong: tuple[str, ...] = ()
@@ -115,7 +119,7 @@ class VersionMatch:
 
 
 def match_versions(versions: InstalledVersions) -> VersionMatch:
-    """The row of the installed torch_npu, and the other versions that do not belong to it."""
+    """Find the row of the installed torch_npu and the other installed versions that contradict it."""
     public = (versions.torch_npu or "").partition("+")[0]  # 2.10.0+cpu -> 2.10.0
     stack = next((s for s in VERSION_SETS if s.torch_npu == public), None)
     wrong, unlisted = [], []
@@ -144,7 +148,7 @@ def advise(versions: InstalledVersions) -> VersionSet:
 
 
 def _same_minor(version: str | None, other: str) -> bool:
-    """Whether major and minor version are equal, as of 2.13.0+cpu and 2.13.1."""
+    """Whether major and minor version are equal, as in 2.13.0+cpu and 2.13.1."""
     return version_numbers(version or "")[:2] == version_numbers(other)[:2]
 
 
@@ -225,7 +229,7 @@ def driver_version() -> str | None:
 
 
 def driver() -> list[ProbeRow]:
-    """The kernel driver of the cards."""
+    """The driver of the cards."""
     if not cards():
         return []
     version = driver_version()

@@ -47,9 +47,10 @@ ORDER: tuple[Verdict, ...] = (
 )  # fmt: skip
 """Worst first."""
 DECIBELS = {"bfloat16": 50.0, "float16": 60.0, "float32": 80.0}
-"""Minimum signal-to-noise ratio for each dtype: power of the expected result over that of the difference."""
+"""Minimum signal-to-noise ratio in dB for each dtype: power of the expected result over power of the
+difference."""
 ATTENTION_DECIBELS = 40.0
-"""Lower, because attention kernels may store probabilities in 16 bits."""
+"""Lower limits, because attention kernels may store probabilities in 16 bits."""
 INT8_SHARE, BYTE_SHARE = 0.01, 0.001
 """Share of int8 values that may be off by one; of other elements and E8M0 scales that may differ."""
 
@@ -162,12 +163,12 @@ def _compare_floats(base: Result, actual: Tensor, expected: Tensor, limit: float
 
 
 def largest(values: Iterable[float | None]) -> float | None:
-    """The largest value, ignoring None; None if there is no other."""
+    """The largest value, ignoring None; None if there are no values."""
     return max((v for v in values if v is not None), default=None)
 
 
 def smallest(values: Iterable[float | None]) -> float | None:
-    """The smallest value, ignoring None; None if there is no other."""
+    """The smallest value, ignoring None; None if there are no values."""
     return min((v for v in values if v is not None), default=None)
 
 

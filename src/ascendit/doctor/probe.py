@@ -1,4 +1,4 @@
-"""Shared by the probes of `doctor`: the row of a probe, the report, and helpers to run commands.
+"""Shared code of the probes of `doctor`: the row of a probe, the report, helpers to run commands.
 
 Probes read versions and files that may be absent. A library that may crash or hang the process is imported in
 a child process with a time limit.
@@ -20,7 +20,7 @@ from ascendit import environment
 Status = Literal[
     "ok", "missing", "too old", "too little", "broken", "unlisted", "absent", "not checked", "probe failed"
 ]
-"""`unlisted`: in no public table, may work. `absent`: not installed and not needed."""
+"""`unlisted`: in no public table, but may work. `absent`: not installed and not needed."""
 NO_FIX = ("ok", "absent")
 """Statuses that need no fix."""
 

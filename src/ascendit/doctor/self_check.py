@@ -81,7 +81,7 @@ class SelfCheck:
 
 
 def self_check(name: str) -> SelfCheck:
-    """Run every case on the device of this name.
+    """Run every case on the device with this name.
 
     Raises UsageError (E-USE-01) for an invalid name, EnvironmentProblem (E-ENV-03) if the device is not
     available.
@@ -104,7 +104,7 @@ def all_cases(device: Device) -> list[CheckCase]:
 
 
 def summary(results: list[Result]) -> Result:
-    """Results of one operator as one: the worst verdict, the lowest dB, the longest time."""
+    """Merge the results of one operator: the worst verdict, the lowest dB, the longest time."""
     longest = largest(r.microseconds for r in results)
     return replace(worst(results), db=smallest(r.db for r in results), microseconds=longest)
 
@@ -126,7 +126,7 @@ Command = Callable[[int], Sequence[str]]
 
 
 def in_children(name: str, command: Command | None = None) -> tuple[str | None, list[Result]]:
-    """The chip of device `name` and the results of all cases; if a child ends, a new one continues.
+    """Run all cases in child processes; if one dies, a new one continues. Returns the chip and the results.
 
     Raises EnvironmentProblem: E-ENV-03 if the device does not start, or the error of `open_device` in the
     child.

@@ -1,7 +1,7 @@
 """Compare two checkpoints of any layout, by the Diffusers names of their tensors.
 
-Reads headers and configs only, no torch. Equal headers do not imply equal numbers: these are compared by the
-sha256 in `ascendit.json`, if both checkpoints have them (`Diff.hashes`).
+Reads only headers and configs. Equal headers do not imply equal numbers: those are compared by the sha256 in
+`ascendit.json`, if both checkpoints have it (`Diff.hashes`).
 """
 
 from __future__ import annotations
@@ -93,9 +93,10 @@ class Diff:
 
 
 def diff(a: Path | str | ModelReport, b: Path | str | ModelReport) -> Diff:
-    """Compare two checkpoints of any layout: paths as for `inspect`, or its reports.
+    """Compare two checkpoints of any layout: paths as accepted by `inspect`, or reports of it.
 
-    Raises as `inspect`. An expert that could not be read as a Wan transformer is compared by names on disk.
+    Raises the errors of `inspect`. An expert that could not be read as a Wan transformer is compared by its
+    names on disk.
     """
     a = a if isinstance(a, ModelReport) else inspect(a)
     b = b if isinstance(b, ModelReport) else inspect(b)
@@ -155,7 +156,10 @@ def _expert_changes(one: ExpertSummary, other: ExpertSummary) -> _Changes:
 
 
 def _linear(expert: Expert, name: str) -> dict[ChangeKind, Any]:
-    """The compared facts of a linear layer. Scheme: `mxfp4`, `mxfp4 unpacked to FP8`, `bf16`, `fp32`."""
+    """The properties of a linear layer that are compared.
+
+    Scheme: `mxfp4`, `mxfp4 unpacked to FP8`, `bf16`, `fp32`.
+    """
     layer, weight = expert.layers.get(name), expert.tensors[f"{name}.weight"]
     if layer is None:
         return {"scheme": dtype_name(weight.dtype), "smoothing": None, "shape": list(weight.shape)}

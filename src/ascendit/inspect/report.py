@@ -1,4 +1,4 @@
-"""The report of `inspect`: plain data, lines for a terminal, a dict for `--json`. No torch."""
+"""The report of `inspect`: plain data, lines for a terminal, a dict for `--json`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ModelReport:
     family: WanSpec | None
     """The row of `family.py` with these dimensions."""
     defaults: Defaults | None
-    """None without a pipeline, or with damaged configs (see `problems`)."""
+    """None if the checkpoint is not a pipeline or its configs are damaged (see `problems`)."""
     parts: tuple[PartReport, ...]
     problems: tuple[AscenditError, ...]
     """All problems, including those of the parts."""
@@ -116,7 +116,7 @@ class ModelReport:
         return columns(titled(blocks), first_width=9)
 
     def problem_texts(self) -> list[str]:
-        """Code, part and description of each problem."""
+        """Each problem as text: code, part and description."""
         owners = {id(p.problem): p.name for p in self.parts}
         texts = []
         for problem in self.problems:
@@ -223,7 +223,7 @@ class PartReport:
     """Tensors that the class needs and the files lack. This field and the next three: experts only."""
     unexpected: tuple[str, ...] = ()
     misshapen: tuple[str, ...] = ()
-    """`name [actual], not [expected]`; decoded shapes for quantized weights."""
+    """`name [actual], not [expected]`; shapes of quantized weights are decoded shapes."""
     mistyped: tuple[str, ...] = ()
     """`name dtype`, for tensors of unquantized layers whose dtype is not a float."""
     problem: AscenditError | None = None

@@ -1,4 +1,4 @@
-"""The summary of one transformer: schemes, bits, layers excluded from quantization. No torch."""
+"""The summary of one transformer: schemes, bits, layers excluded from quantization."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SchemeCount:
     values: int
     """Decoded weights."""
     nbytes: int
-    """Of quantized weights and scales, without biases."""
+    """Bytes of quantized weights and scales, without biases."""
 
     @property
     def bits(self) -> float:
@@ -133,7 +133,7 @@ class ExpertSummary:
 
     @cached_property
     def linears(self) -> tuple[str, ...]:
-        """Every layer with a weight matrix, in model order; so no norms."""
+        """Every layer with a weight matrix, in model order; norms have none."""
         names: dict[str, None] = {}
         for name, info in self.expert.tensors.items():
             layer, _, role = name.rpartition(".")

@@ -118,9 +118,9 @@ class FusedGroup:
         return sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in owned)
 
     def weight_for(self, layer: QuantLinear) -> tuple[PreparedWeight, Sequence[QuantLinear]]:
-        """A weight and the layers of its rows.
+        """The prepared weight and the layers whose rows it holds.
 
-        See `PreparedWeight`. Raises UsageError (E-QNT-03) for a cast.
+        See `PreparedWeight`. Raises UsageError (E-QNT-03) if a parameter was cast.
         """
         if self._copied:
             self._copied = False
@@ -227,7 +227,7 @@ class FusedGroup:
 
 
 class DecodedWeight(Tensor):
-    """A read-only dequantized copy of a quantized weight. `data` is refused: writes to it would be lost.
+    """A read-only dequantized copy of a quantized weight. Access to `data` is refused: writes would be lost.
 
     Results of computations with it are plain tensors.
     """
@@ -236,9 +236,11 @@ class DecodedWeight(Tensor):
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
-        """Always raises UsageError (E-QNT-03): PEFT and Diffusers fuse through `data` [N, K], in any dtype."""
+        """Always raises UsageError (E-QNT-03): PEFT and Diffusers fuse a LoRA through `data` ([N, K], any
+        dtype).
+        """
         raise UsageError(
-            "weight.data of a quantized layer",
+            "access to weight.data of a quantized layer",
             needs="a floating-point weight, to fuse a LoRA or projections into it",
             fix="fuse before quantizing, or use the LoRA without fusing it",
             code="E-QNT-03",
@@ -274,7 +276,10 @@ class QuantLinear(nn.Linear):
     def from_encoded(
         cls, encoded: Encoded, bias: Tensor | None, *, schemes: Schemes, **options: Any
     ) -> QuantLinear:
-        """Layer of a weight [N, K] quantized along K, dtypes as `Encoded`. `options`: of `fused_linears`."""
+        """Layer of a weight [N, K] quantized along K, dtypes as in `Encoded`.
+
+        `options`: arguments of `fused_linears`.
+        """
         (n, k), tensors = encoded.shape, stored_tensors(encoded, bias)
         options = {"compute_dtype": torch.bfloat16} | options
         return fused_linears(tensors, [n], encoded.format, schemes, width=k, **options)[0]
@@ -295,7 +300,7 @@ class QuantLinear(nn.Linear):
     ) -> Tensor:
         """x [.., K] -> [.., N] in x's dtype.
 
-        `multiply`: for BF16 steps. Raises UsageError for another device.
+        `multiply`: for BF16 steps. Raises UsageError if x is on another device.
         """
         source, precision = x if isinstance(x, LinearInput) else LinearInput(x), precision_of(self, precision)
         if precision == "bf16" and self.floats is not None:
@@ -353,7 +358,7 @@ class QuantLinear(nn.Linear):
     def check_apply(self, fn: Callable[[Tensor], Tensor]) -> torch.device:
         """The device that `fn` moves tensors [..] to.
 
-        Raises UsageError (E-QNT-03) for another dtype, or meta.
+        Raises UsageError (E-QNT-03) if it changes the dtype or moves to meta.
         """
         floats = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device))
         integers = fn(torch.empty(0, dtype=torch.uint8, device=self.device))
@@ -375,7 +380,7 @@ class QuantLinear(nn.Linear):
 
     def _refused(self, to: object) -> UsageError:
         return UsageError(
-            f"a layer in {self.scheme} to {to}",
+            f"a cast of a layer in {self.scheme} to {to}",
             needs=f"a device only: a quantized layer cannot be cast; it computes in {self.compute_dtype}",
             fix="move it without a dtype, and choose the dtype when loading",
             code="E-QNT-03",
@@ -403,7 +408,7 @@ class QuantLinear(nn.Linear):
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,
         missing: list[str], unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
-        """Load nothing if the state dict lacks a tensor of the layer or has an invalid one."""
+        """Load nothing if a tensor of the layer is missing from the state dict or invalid."""
         expected = self.state_dict()
         tensors = {role: t for role in expected if (t := state_dict.get(f"{prefix}{role}")) is not None}
         problems = {

@@ -50,12 +50,12 @@ def load_expert(
 ) -> WanTransformer:
     """Load the transformer of `expert`, quantized by `applied` or, with None, as stored.
 
-    `dtype`: of the hidden states and of parameters that are not quantized; None = the stored dtype on a CPU,
-    else bfloat16. Parameters that Diffusers keeps in float32 are float32 for any dtype. `floats`: store BF16
+    `dtype`: dtype of the hidden states and of parameters that are not quantized; None: the stored dtype on a
+    CPU, else bfloat16. Parameters that Diffusers keeps in float32 are always float32. `floats`: store BF16
     weights of quantized layers too. `shards`: layer -> the rows or columns of this rank (`weights.shards`);
-    only these are read, with the exception in `RecipeSteps`. Raises CheckpointError: E-CKP-06 for a config
-    that is not a Wan transformer's and E-CKP-08 for invalid scales; UsageError (E-USE-05) for a shard outside
-    its layer; EnvironmentProblem (E-CAP-01) for a scheme without a matmul on this chip.
+    only these are read, with the exception in `RecipeSteps`. Raises CheckpointError: E-CKP-06 for a config of
+    another model, E-CKP-08 for invalid scales; UsageError (E-USE-05) for a shard outside its layer;
+    EnvironmentProblem (E-CAP-01) for a scheme without a matmul on this chip.
     """
     if expert.config.get("num_attention_heads", 1) is None:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Quantization while a model loads, with the same checks as `quantize`. No torch."""
+"""Quantization while a model loads, with the same checks as `quantize`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Online:
     def of(
         cls, scheme: str | None, recipe: str | None, keep: Sequence[str] | None = (), *, force: bool = False
     ) -> Online | None:
-        """From options; None to load as stored.
+        """Parse the options; None means that weights are loaded as stored.
 
-        Raises UsageError (E-USE-01) for `keep` alone, or as `load_recipe`.
+        Raises UsageError (E-USE-01) for `keep` without a scheme or recipe, and the errors of `load_recipe`.
         """
         keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
         if recipe is None and scheme in (None, "bf16"):
@@ -42,7 +42,7 @@ class Online:
                 raise UsageError(
                     f"keep {' '.join(keep)} without a scheme",
                     needs="a scheme or a recipe: without one, every layer is loaded as stored",
-                    fix="add --scheme mxfp8, or leave keep out",
+                    fix="add --scheme mxfp8, or omit keep",
                 )
             return None if scheme is None else cls(None)
         return cls(load_recipe(recipe or "default", scheme), keep, force)
@@ -78,9 +78,10 @@ def policy_for(
     layout: Layout,
     experts: Sequence[tuple[Expert, AppliedRecipe | None]],
 ) -> StepSchedule:
-    """The requested schedule, else that of this load's recipe, else that of the recipe of the folder.
+    """The requested step schedule, else the one of the recipe of this load, else the one stored in the
+    folder.
 
-    Raises UsageError (E-USE-01) for a precision that the weights of the model do not have.
+    Raises UsageError (E-USE-01) for a precision that the weights of the model do not support.
     """
     if requested is not None:
         policy = StepSchedule.parse(requested)

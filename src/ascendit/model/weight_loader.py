@@ -64,7 +64,7 @@ class _Group:
         names = ", ".join(self.specs)
         if (bias := tensors.get("bias")) is not None and not bool(bias.isfinite().all()):
             raise CheckpointError(
-                f"{names}: a bias that is not finite",
+                f"{names}: the bias has NaN or infinite values",
                 needs="finite values",
                 fix="download or export the model again",
                 code="E-CKP-08",
@@ -86,10 +86,10 @@ class _Group:
 
 
 class ModelSink(Sink):
-    """Writes the tensors of a plan into `model` and ignores those it does not have, such as rotations.
+    """Writes the tensors of a plan into `model`; ignores tensors that the model lacks, such as rotations.
 
-    `layers`: the quantized or smoothed layers. `dtype`: of the other parameters, except those whose name has
-    a component in `float32`.
+    `layers`: the quantized or smoothed layers. `dtype`: dtype of the other parameters, except those with a
+    part of their name in `float32`.
     """
 
     def __init__(

@@ -28,12 +28,10 @@ class Encoded:
     """A quantized tensor and its scales. For a weight [N, K] and `axis=-1`: the tensors of a checkpoint.
 
     `qdata`: [.., K], packed formats [.., ceil(K / 2)]; int8, float8_e4m3fn, float8_e5m2 or uint8, depending
-    on the format (float8 may also be passed as uint8).
-    `scale`: E8M0 uint8 [.., ceil(K / 32)]; int8 and fp8: float32 [.., 1]; fp8_128x128: float32
-    [ceil(N / 128), ceil(K / 128)].
-    `dual_scale`: float32 [.., ceil(K / 512), 1] for mxfp4_dualscale, else None.
-    `shape`: of the decoded tensor. `axis`: the one that blocks run along, of length K.
-    Raises UsageError (E-USE-01) if a shape or dtype does not match the format.
+    on the format (float8 may also be passed as uint8). `scale`: E8M0 uint8 [.., ceil(K / 32)]; int8 and fp8:
+    float32 [.., 1]; fp8_128x128: float32 [ceil(N / 128), ceil(K / 128)]. `dual_scale`: float32 [.., ceil(K /
+    512), 1] for mxfp4_dualscale, else None. `shape`: shape of the decoded tensor. `axis`: the axis that
+    blocks run along, of length K. Raises UsageError (E-USE-01) if a shape or dtype does not match the format.
     """
 
     qdata: Tensor
@@ -97,7 +95,7 @@ def encode(
         raise UsageError(
             f"axis {axis} of a tensor {tuple(x.shape)} is empty",
             needs="at least one value",
-            fix="leave empty tensors out",
+            fix="skip empty tensors",
         )
     parts = encoder.encode_rows(x.detach().movedim(last, -1).contiguous(), fmt, rule, mode)
     qdata, scale, dual = (None if p is None else p.movedim(-1, last).contiguous() for p in parts)
@@ -154,7 +152,7 @@ def decode(encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _decode_tiles(encoded: Encoded, fmt: Format) -> Tensor:
-    """FP8 weight [N, K] with `weight_scale_inv` -> float32: element x scale of its tile."""
+    """Dequantize an FP8 weight [N, K] with `weight_scale_inv` to float32: element x scale of its tile."""
     assert fmt.element is not None
     values = elements.decode_stored(encoded.qdata.view(torch.uint8), fmt.element, encoded.shape[-1])
     scale = encoded.scale
@@ -164,10 +162,10 @@ def _decode_tiles(encoded: Encoded, fmt: Format) -> Tensor:
 
 
 def sqnr(a: Tensor, b: Tensor) -> float:
-    """Signal to quantization noise ratio in dB, 10 log10(sum a^2 / sum (a - b)^2), of a signal `a` [..].
+    """Signal-to-quantization-noise ratio in dB, 10 log10(sum a^2 / sum (a - b)^2), of a signal `a` [..].
 
-    `b` has the same shape; any dtype. Sums are float32. inf if they are equal, -inf if only `a` is zero, nan
-    if either is not finite. Raises UsageError (E-USE-01) if the shapes differ.
+    `b` has the same shape; both may have any dtype. Sums are float32. inf if they are equal, -inf if only `a`
+    is zero, nan if either is not finite. Raises UsageError (E-USE-01) if the shapes differ.
     """
     signal, other = a.detach().to(torch.float32), b.detach().to(torch.float32)
     if signal.shape != other.shape:

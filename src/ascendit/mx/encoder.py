@@ -58,7 +58,8 @@ def empty_parts(fmt: Format, rows: int, length: int) -> Parts:
 def encoder(fmt: Format, rule: str, rounding: str, dtype: torch.dtype, threads: int | None = None) -> Encoder:
     """The fastest encoder on this machine; cached.
 
-    `threads`: of the compiled kernels; default: PyTorch's number of threads, which all other encoders use.
+    `threads`: threads of the compiled kernels; default: PyTorch's number of threads, which all other encoders
+    use.
     """
     if rule == SEARCH:
         return functools.partial(_encode_after_search, fmt, rounding)
@@ -93,7 +94,9 @@ def _encode_by_reference(fmt: Format, rule: str, rounding: str, rows: Tensor, ou
 
 
 def piece_encoder(fmt: Format, rule: str, rounding: str, dtype: torch.dtype) -> Encoder | None:
-    """A PyTorch encoder for `rint`, or None: msModelSlim's rules and blocks of other dtypes than bfloat16."""
+    """A PyTorch encoder for `rint`; None for msModelSlim's rules and for blocks in other dtypes than
+    bfloat16.
+    """
     if rounding != "rint" or rule.startswith("msms:") or (fmt.kind != "row" and dtype != torch.bfloat16):
         return None
     return _in_pieces({"row": _row_step, "dual": _dual_step}.get(fmt.kind, _block_step), fmt, rule)

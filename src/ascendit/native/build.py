@@ -32,7 +32,8 @@ FLAGS: tuple[str, ...] = (
 EXTRA: dict[str, tuple[str, ...]] = dict.fromkeys(("elementwise", "encode"), ("-ffp-contract=off",))
 """Source -> additional flags. This one rounds a product and a sum separately, as PyTorch does."""
 OPTIONAL: tuple[tuple[str, ...], ...] = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
-"""Tried in this order, since some compilers lack a flag. Without OpenMP the kernels are single-threaded."""
+"""Sets of flags, tried in this order, since some compilers lack a flag. Without OpenMP the kernels are
+single-threaded."""
 NEEDS: dict[str, frozenset[str]] = {
     "attention": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
     "elementwise": frozenset(),
@@ -45,7 +46,7 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 @dataclass(frozen=True)
 class Built:
-    """A loaded library, or the reason why there is none."""
+    """A loaded library, or the reason why it is unavailable."""
 
     library: ctypes.CDLL | None
     reason: str

@@ -72,9 +72,9 @@ def memory_bytes(device: Device) -> int:
 
 
 def to_dtype(device: Device, dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The torch dtype of the denoiser, None for the stored one.
+    """The torch dtype of the denoiser; None for the stored dtype.
 
-    Raises UsageError for one it does not run in.
+    Raises UsageError for a dtype that the denoiser does not support.
     """
     name = device.dtype_name(dtype)
     torch_dtype: torch.dtype | None = None if name is None else getattr(torch, name)
@@ -106,7 +106,7 @@ def internal_format(device: Device, allowed: bool) -> Iterator[None]:
 
 
 def hide_torch_npu(device: Device) -> None:
-    """Prevent the import of an installed torch_npu if it conflicts with `device` or cannot be loaded.
+    """Block the import of an installed torch_npu if it conflicts with `device` or cannot be loaded.
 
     accelerate, Diffusers and transformers import it if it is installed, which fails without CANN. With CANN
     it may be loaded together with a CPU, but not with the twin.

@@ -43,7 +43,7 @@ class Condition:
         return torch.cat([self.first, latents[:, :, 1:]], dim=2)
 
     def timesteps(self, t: float, grid: Grid) -> tuple[tuple[float, ...], tuple[int, ...]]:
-        """(timesteps, token counts): one segment, or the image's frame at 0 and the other frames at `t`."""
+        """(timesteps, token counts): one segment; or the image's frame at 0, then the other frames at `t`."""
         f, h, w = grid
         if self.first is None or f == 1:
             return ((t,) if self.first is None else (0.0,)), (f * h * w,)

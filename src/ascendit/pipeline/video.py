@@ -50,7 +50,10 @@ def installed_versions() -> dict[str, str]:
 
 @dataclass(eq=False, repr=False)
 class Video:
-    """The result of a run. Raises UsageError (E-USE-01) for invalid `frames` or `fps`."""
+    """A generated video: frames, frame rate and metadata.
+
+    Raises UsageError (E-USE-01) for invalid `frames` or `fps`.
+    """
 
     frames: Frames
     """uint8 [F, H, W, 3], RGB."""
@@ -107,9 +110,9 @@ class Video:
         `out.png`; more become `out/frame_0000.png`, ..., as for a path ending with `/`. `metadata=False`
         writes nothing about the request, in the file or beside it; a gif has it beside only.
 
-        Raises UsageError: E-USE-01 for an unsupported extension, size or fps, E-USE-03 for an existing output;
-        EnvironmentProblem: E-ENV-01 without the library, E-ENV-02 without a writable folder. After a failure,
-        including Ctrl-C, no partial file remains.
+        Raises UsageError: E-USE-01 for an unsupported extension, size or fps, E-USE-03 for an existing
+        output; EnvironmentProblem: E-ENV-01 if the library is missing, E-ENV-02 if the folder is not
+        writable. After a failure, including Ctrl-C, no partial file remains.
         """
         record = self.describe() if metadata else None
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
@@ -126,7 +129,7 @@ class Video:
                 write(self.frames, self.fps, new, target.kind, inside)
                 _publish(target, new, sidecar, overwrite)
         except FileExistsError as e:
-            raise _taken(target, "exists already") from e
+            raise _taken(target, "already exists") from e
         except OSError as e:
             raise _not_writable(folder, e) from e
         return target.path
@@ -234,10 +237,10 @@ def _check_free(target: Target, sidecar: bytes | None, overwrite: bool) -> None:
         if others or (names and not overwrite):
             raise _taken(target, f"contains {', '.join((others or names)[:3])}")
     elif os.path.lexists(path) and (not overwrite or path.is_dir() or target.kind == "folder"):
-        raise _taken(target, "is a folder" if path.is_dir() else "exists already")
+        raise _taken(target, "is a folder" if path.is_dir() else "already exists")
     if sidecar is not None and not overwrite and os.path.lexists(target.sidecar):
         if not target.sidecar.is_file() or target.sidecar.read_bytes() != sidecar:
-            raise _taken(target, f"needs {target.sidecar} beside it, which exists already")
+            raise _taken(target, f"needs {target.sidecar} beside it, which already exists")
 
 
 def _taken(target: Target, reason: str) -> UsageError:

@@ -1,4 +1,4 @@
-"""Rules of a recipe, and how their patterns match layer names. No torch."""
+"""Rules of a recipe, and how their patterns match layer names. Does not import torch."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class LayerRule(Model):
     title = "a rule"
     layers: Patterns
     scheme: str | None = None
-    """None: open, filled in by the scheme that the user requests."""
+    """None: the scheme that the user requests is filled in."""
     scale_rule: ScaleRule | None = Field(default=None, validate_default=True)
     """If omitted, the default of the scheme; None for bf16."""
     kinds: Kinds = ()

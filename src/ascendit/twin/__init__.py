@@ -44,7 +44,7 @@ def enable(chip: str, *, fake_module: bool = False) -> None:
 
     `fake_module`: also provide a minimal `torch_npu`, for other code written for NPUs; see
     `ascendit.twin.install`. While the twin is enabled, `import torch_npu` fails. Raises UsageError (E-USE-01)
-    for an unknown chip, TwinImportError (E-TWN-02) if torch_npu is loaded already.
+    for an unknown chip, TwinImportError (E-TWN-02) if torch_npu is already loaded.
     """
     _check(chip)
     _disable_torch_npu()

@@ -1,4 +1,4 @@
-"""Arithmetic of the twin's dense operators, done by the CPU kernels of `kernels/cpu`.
+"""Arithmetic of the twin's dense operators, with the kernels of `kernels/cpu`.
 
 The CPU kernels round where the chips do, so a model makes the same frames on the CPU and on the twin, and a
 difference between the two is a bug in the NPU path. Both are tested against plain PyTorch.

@@ -64,7 +64,7 @@ class Signature:
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments by name.
 
-        Raises TwinError (E-TWN-01) for unknown, missing or surplus ones, as in torch.
+        Raises TwinError (E-TWN-01) for unknown, missing or too many arguments, as in torch.
         """
         unknown = [k for k in kwargs if k not in self.names or k in self.names[: len(args)]]
         if unknown or len(args) > self.positional:
@@ -136,7 +136,9 @@ def current_chip() -> str:
 
 
 def check_capability(name: str, mode: str = "") -> None:
-    """Raise TwinError (E-CAP-01) if the chip has no kernel for this, by `operator_support.CAPABILITIES`."""
+    """Raise TwinError (E-CAP-01) if the chip has no kernel for this call, see
+    `operator_support.CAPABILITIES`.
+    """
     chip = current_chip()
     row = capability(name, mode)
     answer = row.on(chip)
@@ -171,7 +173,7 @@ def run(name: str, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def fake(name: str, /, *args: Any, **kwargs: Any) -> Any:
-    """Check a call on meta or fake tensors and return empty outputs. TwinError as in `run`."""
+    """Check a call on meta or fake tensors and return empty outputs. Raises the errors of `run`."""
     bound = signature(name).bind(args, kwargs)
     check_capability(name)
     outs: Outs = next(OPERATORS[name](**bound))

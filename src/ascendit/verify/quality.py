@@ -39,7 +39,7 @@ from ascendit.verify.metrics import cosine, output_sqnr, psnr, relative_l2, ssim
 from ascendit.verify.quality_table import Quality, QualityCase, QualityRow
 
 LAYER_ROWS = 512
-"""Sampled rows of its input that a layer is measured on."""
+"""Number of sampled input rows that each layer is measured on."""
 STORED = ("weight", "weight_scale", "weight_dual_scale")
 """Tensors that count towards the bits per weight."""
 
@@ -98,9 +98,9 @@ def measure_quality(
 ) -> Quality:
     """Generate every scene and seed with BF16 and each of `cases`, and compare.
 
-    `jobs`: threads that generate videos, each with its share of the CPU cores. `fields`: request fields
-    that override the model's defaults. Raises as `load`, UsageError (E-USE-01) for a quantized model, and
-    Cancelled.
+    `jobs`: threads that generate videos, each with its share of the CPU cores. `fields`: request fields that
+    override the model's defaults. Raises the errors of `load`, UsageError (E-USE-01) for a quantized model,
+    and Cancelled.
     """
     videos = [(scene, seed) for seed in seeds for scene in scenes]
     rows: list[QualityRow] = []
@@ -210,7 +210,10 @@ def check_float(pipe: Pipeline, model: str) -> Pipeline:
 
 
 def trace(pipe: Pipeline, request: GenerateRequest, cancel: Stop | None = None) -> Trace:
-    """Generate a video and record the latents of its steps. If it is not finite, its frames are black."""
+    """Generate a video and record the latents of its steps.
+
+    If it has NaN or infinite values, its frames are black.
+    """
     steps: list[Tensor] = []
     try:
         activate(pipe.device)
@@ -238,7 +241,7 @@ def layer_inputs(pipe: Pipeline, request: GenerateRequest, cancel: Stop | None =
 def layer_sqnr(float_pipe: Pipeline, pipe: Pipeline, inputs: Mapping[str, Tensor]) -> dict[str, float]:
     """`expert/layer` -> SQNR in dB of a quantized layer's output, against x W^T with the float weight.
 
-    `inputs`: rows [n, K], bf16. In the schedule's default precision, and without the bias.
+    `inputs`: rows [n, K], bf16. Computed in the schedule's default precision, without the bias.
     """
     sqnr = {}
     floats = nn.ModuleDict(float_pipe.experts)

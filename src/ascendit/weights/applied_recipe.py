@@ -1,4 +1,4 @@
-"""A recipe applied to one expert: the scheme of each layer, and checks. Headers only, no torch."""
+"""A recipe applied to one expert: the scheme of each layer, and checks. Reads only headers."""
 
 from __future__ import annotations
 
@@ -84,9 +84,9 @@ def apply_recipe(
 ) -> AppliedRecipe:
     """Apply `recipe` to `expert`. `smoothing`: layer -> mul_scale, float32 [K].
 
-    Raises UsageError: E-QNT-01 for a source that is quantized already, rotations without a known number of
-    heads, or a layer that its scale rule does not support; E-USE-05 for patterns and smoothing that match no
-    layer.
+    Raises UsageError: E-QNT-01 for a source that is already quantized, rotations if the number of heads is
+    unknown, or a layer that its scale rule does not support; E-USE-05 for patterns and smoothing that match
+    no layer.
     """
     check_source(expert)
     layers = recipe.layer_schemes(expert.config, model_kind=kind, keep=keep)
@@ -108,7 +108,7 @@ def check_source(expert: Expert) -> None:
         return
     schemes = ", ".join(sorted(quantized - {"bf16"})) or "smoothed weights"
     raise UsageError(
-        f"{expert.path} is quantized already ({schemes}, {expert.origin})",
+        f"{expert.path} is already quantized ({schemes}, {expert.origin})",
         needs="weights in BF16, float16 or float32: re-quantizing quantized weights compounds the error",
         fix="pass the BF16 original; `ascendit repack` converts quantized weights to another layout",
         code="E-QNT-01",

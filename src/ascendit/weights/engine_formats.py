@@ -1,4 +1,6 @@
-"""The format of output folders: ascendit's own (`--to diffusers`, `--to wan`) and of each engine. No torch.
+"""The format of output folders: ascendit's own (`--to diffusers`, `--to wan`) and of each engine.
+
+Does not import torch.
 
 From the source of the wheels of vLLM-Omni 0.30.0, SGLang 0.5.23 and MindIE-SD 3.1.0; not run on a card:
 
@@ -47,7 +49,7 @@ class TargetFormat:
     offset: bool = True
     """int8 layers have a `weight_offset`."""
     unit_mul_scale: tuple[str, ...] = ()
-    """Schemes whose layers without a `mul_scale` get one of ones."""
+    """Schemes whose layers get a `mul_scale` of ones if they have none."""
     manifest_only: bool = False
     """No `quantization_config` in config.json; the manifest also lists `<layer>.div.mul_scale`."""
     export: bool = False
@@ -159,7 +161,7 @@ def target_format(engine: str | None, to: str | None = None) -> TargetFormat:
         raise UsageError(
             f"--for {engine}",
             needs=f"one of {', '.join(ENGINE_FORMATS)}",
-            fix="omit --for to write the folder that ascendit runs",
+            fix="omit --for to write ascendit's own format",
         )
     if to is not None and to not in namings:
         reader = f"{engine} {ENGINES[engine].version} reads" if engine else "ascendit writes"
@@ -214,8 +216,7 @@ def check_engine(engine: str | None, traits: frozenset[str], expert: str) -> Non
     raise UsageError(
         f"{program} cannot run {expert} ({schemes}): {reason}",
         needs=f"layers that {program} can load",
-        fix="omit --for to write the folder that ascendit runs"
-        + (f"; {others} can run it" if others else ""),
+        fix="omit --for to write ascendit's own format" + (f"; {others} can run it" if others else ""),
         code="E-ENG-01",
     )
 

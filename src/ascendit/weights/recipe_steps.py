@@ -209,7 +209,7 @@ def _constant(tensor: Tensor, step: TensorStep, reader: RowReader) -> Iterator[P
 
 
 def not_finite(expert: str, name: str, row: int) -> CheckpointError:
-    """E-QNT-01: a weight that cannot be quantized."""
+    """The error E-QNT-01 for a weight with NaN or infinite values."""
     return CheckpointError(
         f"{expert}: {name} has NaN or infinity in row {row}",
         needs="finite weights: every reader rejects a block with a NaN scale (byte 255)",

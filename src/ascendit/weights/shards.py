@@ -1,8 +1,10 @@
-"""Map one rank's shard of a linear layer to shards of its tensors: weight, scales and bias. No torch.
+"""Map one rank's shard of a linear layer to shards of its tensors: weight, scales and bias.
+
+Does not import torch.
 
 A shard is a range of output features (axis 0, N) or input features (axis 1, K) of the layer. Ranges of K must
-begin and end at the blocks that share a scale. A bias is sharded only along N: for ranges of K each rank
-reads all of it, and the caller adds it on one rank.
+begin and end at boundaries of the blocks that share a scale. A bias is sharded only along N: for ranges of K
+each rank reads all of it, and the caller adds it on one rank.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from ascendit.quant.schemes import STORED_SCHEMES, scheme_after_reading
 from ascendit.weights.tensor_steps import TensorStep
 
 LayerShards = Callable[[str], ShardSpec] | Mapping[str, ShardSpec]
-"""Layer -> its shard; layers that are missing from a mapping are complete."""
+"""Layer -> its shard; layers that are not in the mapping are complete."""
 
 
 def shard_of(shards: LayerShards, layer: str) -> ShardSpec:
@@ -83,7 +85,7 @@ def check_shard(layer: str, scheme: str, shape: tuple[int, ...], shard: ShardSpe
 def role_shard(
     shard: ShardSpec, role: str, stored: tuple[int, ...], shape: tuple[int, ...], scheme: str
 ) -> ShardSpec:
-    """The shard of one tensor of a layer. `stored`: its shape on disk, `shape`: of the decoded weight.
+    """The shard of one tensor of a layer. `stored`: its shape on disk. `shape`: shape of the decoded weight.
 
     Complete for columns: scales per row and the bias. Complete for rows: `mul_scale`. A single scale for all
     rows is always complete.

@@ -2,8 +2,8 @@
 
 `stored_steps` plans an expert without changing its numbers: it changes the packing, converts floats to
 float32 and repeats single scales. `weights.recipe_steps` plans an expert that is quantized. `run_steps`
-passes the tensors to a `Sink`: a folder, a model or a checker. A step processes some rows at a time, so no
-tensor is ever complete in memory. No torch at import: functions import numpy, and torch for FP8 in tiles.
+passes the tensors to a `Sink`: a folder, a model or a checker. A step processes a few rows at a time, so no
+tensor is ever complete in memory. Functions import numpy, and torch only for FP8 in tiles.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class TensorStep:
     name: str
     """Diffusers name of the first tensor."""
     how: How
-    """move: unchanged, copied in the kernel if possible; copy: unchanged, but checked; widen: to float32;
-    repeat: one value for all rows; recode: FP4 in another packing; untile: FP8 in tiles to bfloat16;
-    fill: without a source; rows: folded, rounded or smoothed; encode: quantized weight and scales."""
+    """move: unchanged, copied by a system call if possible; copy: unchanged, but checked; widen: to float32;
+    repeat: one value for all rows; recode: FP4 in another packing; untile: FP8 in tiles to bfloat16; fill:
+    without a source; rows: folded, rounded or smoothed; encode: quantized weight and scales."""
     specs: tuple[TensorSpec, ...]
     """The tensors in the order they are produced; empty: the source is only checked."""
     sources: tuple[TensorInfo, ...] = ()
@@ -77,11 +77,11 @@ class TensorStep:
     """Produces the bytes; None: the bytes of the source, checked, and converted for `widen`."""
 
     def output_bytes(self) -> int:
-        """Bytes of all its tensors."""
+        """Bytes of all tensors that it produces."""
         return sum(spec.nbytes for spec in self.specs)
 
     def source_bytes(self) -> int:
-        """Bytes of all its sources, including those outside the shard."""
+        """Bytes of all source tensors, including bytes outside the shard."""
         return sum(info.nbytes for info in self.sources)
 
     def produce(self, reader: RowReader) -> Iterator[Piece]:
@@ -138,7 +138,7 @@ def run_steps(
 
     `advance`: receives the number of source bytes processed. `encode_all`: encode layers written by an
     earlier run again, to measure them. Raises CheckpointError: E-CKP-08 for invalid scales, E-CKP-04 for
-    values that are not in FP4, E-CKP-02 for truncated files, E-QNT-01 for weights that are not finite.
+    values that FP4 cannot represent, E-CKP-02 for truncated files, E-QNT-01 for weights that are not finite.
     """
     for step in steps:
         done = bool(step.specs) and all(sink.done(spec.name) for spec in step.specs)
@@ -258,7 +258,7 @@ def schemes_of(expert: Expert) -> dict[str, str]:
 
 
 def smoothing_of(expert: Expert) -> dict[str, bytes]:
-    """Layer -> the bytes of its stored `mul_scale`, as float32 [K]. Raises as `to_float32`."""
+    """Layer -> the bytes of its stored `mul_scale`, as float32 [K]. Raises the errors of `to_float32`."""
     infos = {name: expert.layers[name].tensors["mul_scale"] for name in expert.smoothed}
     with RowReader() as reader:
         return {n: to_float32(reader.whole(x), x.dtype, x.name) for n, x in infos.items()}
@@ -340,7 +340,7 @@ def recode(rows: bytes | memoryview, length: int, source: str, target: str, name
     """Convert FP4 rows of `length` values between packings: `packed`, `e4m3`, `bf16` (source only).
 
     Packed: two elements per byte, the even index in the low nibble; a row of odd length ends with a zero
-    nibble. Raises CheckpointError (E-CKP-04) for values that are not in FP4.
+    nibble. Raises CheckpointError (E-CKP-04) for values that FP4 cannot represent.
     """
     import numpy as np
 
@@ -360,7 +360,7 @@ def recode(rows: bytes | memoryview, length: int, source: str, target: str, name
     if bad:
         count = int((~np.isin(numbers, _E4M3)).sum())
         raise CheckpointError(
-            f"{name} has {count} values that are not in FP4",
+            f"{name} has {count} values that FP4 cannot represent",
             needs="0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, because the manifest says FP4",
             fix="export the model again; this file and its manifest are from different exports",
             code="E-CKP-04",

@@ -24,8 +24,8 @@ from ascendit.quant.schemes import FP8_TILES, SCHEMES
 def read_stored_layers(model: nn.Module, files: Sequence[Path]) -> dict[str, Layer]:
     """The quantized and smoothed layers by name; {} if all weights are floats.
 
-    Raises CheckpointError: as `read_expert` for a Wan transformer; E-CKP-04 for layers in another layout, and
-    for quantized weights that are not of a linear layer of `model`.
+    Raises the errors of `read_expert` for a Wan transformer; CheckpointError (E-CKP-04) for layers in another
+    layout, and for quantized weights that do not belong to a linear layer of `model`.
     """
     if not files or any(file.suffix != ".safetensors" for file in files):
         return {}

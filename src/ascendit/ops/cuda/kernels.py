@@ -53,7 +53,7 @@ def triton_kernels_on(device: str) -> tuple[Kernel, ...]:
 
 @functools.cache
 def problem_of_operator(function: Function, device: str) -> str:
-    """Describe and log the problem of an operator on a device; "" if it reproduces `reference`."""
+    """Describe and log how an operator fails on a device; "" if it reproduces `reference`."""
     args = _sample(device)[function.__name__]
     expected = getattr(reference, function.__name__)(*args).double()
     problem = linear.problem_of(lambda: function(*args), expected, ERROR_LIMIT)

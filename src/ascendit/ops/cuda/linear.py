@@ -64,7 +64,7 @@ class CudaCard:
 
     @classmethod
     def of(cls, device: Device) -> CudaCard | None:
-        """The GPU of a `cuda` device, None without CUDA."""
+        """The GPU of a `cuda` device; None if CUDA is not available."""
         if not torch.cuda.is_available():
             return None
         gpu = torch.device(device.torch_name)
@@ -109,7 +109,7 @@ def candidates(
 
 
 def _native(scheme: str, card: CudaCard) -> str | None:
-    """The name of this GPU's matmul for a scheme, None without one."""
+    """The name of this GPU's matmul for a scheme; None if it has none."""
     required, name = NATIVE.get(scheme, ((99, 0), ""))
     if card.hip or card.capability < required or (scheme.startswith("mx") and not card.scaled_mm):
         return None

@@ -189,7 +189,7 @@ QUANTIZERS: Mapping[str, Callable[[Tensor, str], tuple[Tensor, ...]]] = {
 def scale_algorithm(rule: str, dst_type: int) -> dict[str, Any]:
     """Arguments of npu_dynamic_mx_quant for a scale rule of `mx.formats`.
 
-    Raises UsageError (E-USE-01) for a rule that the operator does not have.
+    Raises UsageError (E-USE-01) for a rule that the operator does not support.
     """
     if rule == "floor":
         return {"scale_alg": 0}
@@ -209,7 +209,7 @@ def _unsupported_rule(rule: str, supported: str) -> UsageError:
     return UsageError(
         f"scale rule {rule!r} for an activation on an NPU",
         needs=supported,
-        fix="leave the rule out",
+        fix="omit the rule",
     )
 
 

@@ -1,4 +1,4 @@
-"""Shared by the attention operators: layouts, masks, lengths, and softmax attention in float32.
+"""Shared code of the attention operators: layouts, masks, lengths, and softmax attention in float32.
 
 A mask is True, or 1, where a key is masked OUT, the opposite of F.scaled_dot_product_attention.
 """
@@ -39,7 +39,7 @@ def _axis(t: Tensor, layout: str, name: str) -> int | None:
 
 
 def sizes(query: Tensor, key: Tensor, value: Tensor, layout: str, heads: int, kv_heads: int) -> Sizes:
-    """Sizes of query, key, value [..], any dtype.
+    """Sizes of query, key and value ([..] of any dtype).
 
     Raises TwinError (E-TWN-01) if layout or heads do not fit.
     """
@@ -62,7 +62,7 @@ def sizes(query: Tensor, key: Tensor, value: Tensor, layout: str, heads: int, kv
 
 
 def to_bnsd(t: Tensor, layout: str, heads: int) -> Tensor:
-    """Any layout -> [B, N, S, D], same dtype; B is 1 for a packed layout."""
+    """Convert from any layout to [B, N, S, D], same dtype; B is 1 for a packed layout."""
     if layout in ("BSH", "SBH"):
         t, layout = t.unflatten(-1, (heads, -1)), layout.replace("H", "ND")
     if layout in ("NSD", "TND", "NTD"):
@@ -71,7 +71,7 @@ def to_bnsd(t: Tensor, layout: str, heads: int) -> Tensor:
 
 
 def from_bnsd(t: Tensor, layout: str) -> Tensor:
-    """[B, N, S, D] -> any layout, contiguous, same dtype."""
+    """Convert [B, N, S, D] to any layout: contiguous, same dtype."""
     if layout in ("BSH", "SBH"):
         return t.permute(["BNSD".index(a) for a in layout.replace("H", "ND")]).flatten(-2).contiguous()
     if layout in ("NSD", "TND", "NTD"):
@@ -91,8 +91,8 @@ def check_attention_scale(name: str, value: float, default: float, d: int) -> No
 
 
 def check_mask(mask: Tensor | None, z: Sizes, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raise TwinError (E-TWN-01) unless None or one of `dtypes`, and [S, keys], [B, S, keys] or [B, N, S,
-    keys].
+    """Raise TwinError (E-TWN-01) unless the mask is None, or of one of `dtypes` and a shape that the
+    operators take: [S, keys], [B, S, keys] or [B, N, S, keys].
     """
     if mask is None:
         return
@@ -102,7 +102,10 @@ def check_mask(mask: Tensor | None, z: Sizes, dtypes: tuple[torch.dtype, ...]) -
 
 
 def masked_out(mask: Tensor | None, z: Sizes) -> Tensor | None:
-    """bool, broadcast to [B, N, S, keys]. Raises TwinError (E-TWN-01) if a query has no key left."""
+    """The mask as bool, broadcast to [B, N, S, keys].
+
+    Raises TwinError (E-TWN-01) if a query has no key left.
+    """
     if mask is None:
         return None
     out = mask.to(torch.bool)

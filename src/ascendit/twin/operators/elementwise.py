@@ -142,7 +142,7 @@ def moments(x: Tensor, axes: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def check_layer(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> None:
-    """Raise TwinError (E-TWN-01) unless x is [.., *shape] in a float dtype, and weight and bias are [*shape]."""
+    """Raise TwinError (E-TWN-01) unless x is [.., *shape] in a float dtype, weight and bias [*shape]."""
     last = 0 < len(shape) <= x.dim() and tuple(x.shape[-len(shape) :]) == shape
     require(x.dtype in FLOAT_DTYPES and last, "norm.normalized_shape", shape=shape, x=x)
     for name, tensor in (("weight", weight), ("bias", bias)):

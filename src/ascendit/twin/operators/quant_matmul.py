@@ -41,7 +41,7 @@ OPERAND_FORMATS = {
 def npu_quant_matmul(**arguments: Any) -> Iterator[Any]:
     """x1 [.., M, K] @ x2 [K, N] -> [.., M, N] (aclnnQuantMatmulV5, ...WeightNz).
 
-    `scale` belongs to x2, `pertoken_scale` to x1. Raises TwinError: see `quant_matmul_contract`.
+    `scale` belongs to x2, `pertoken_scale` to x1. Raises the errors of `quant_matmul_contract`.
     """
     call = Call(**arguments)
     mode = mode_of(call)

@@ -25,9 +25,9 @@ Checked = tuple[Shape, torch.dtype]
 
 
 def mode_of(c: Call) -> str:
-    """int8, static, fp8, mxfp8, mxfp4, w4a8 or block.
+    """The mode of a call: int8, static, fp8, mxfp8, mxfp4, w4a8 or block.
 
-    Raises TwinError (E-TWN-01) for other pairs of dtypes.
+    Raises TwinError (E-TWN-01) for any other pair of dtypes.
     """
     fp4, sides = contract.FP4_E2M1, (("x1", c.x1, c.x1_dtype), ("x2", c.x2, c.x2_dtype))
     for name, tensor, dtype in sides:
@@ -66,7 +66,7 @@ def is_transposed(t: Tensor) -> bool:
 
 
 def check(c: Call, mode: str) -> Checked:
-    """Shape and dtype of the output. Raises TwinError (E-TWN-01) for arguments that `mode` does not take."""
+    """Shape and dtype of the output. Raises TwinError (E-TWN-01) for arguments that are invalid in `mode`."""
     if mode in SCALE_AND_BIAS:
         return _check_channels(c, mode)
     return _check_block(c) if mode == "block" else _check_mx(c, mode)

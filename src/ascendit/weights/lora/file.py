@@ -112,7 +112,7 @@ def _not_safetensors(path: Path) -> UsageError:
 
 
 def unusable_keys(path: Path, total: int, problems: list[Problem]) -> CheckpointError:
-    """E-LRA-01: the first keys that cannot be used, and the number of others."""
+    """The error E-LRA-01 with the first keys that cannot be used, and the number of others."""
     problems = sorted(problems, key=lambda problem: problem.key)
     shown = "; ".join(f"{p.key}: {p.reason}" for p in problems[:MAX_SHOWN_KEYS])
     more = f"; and {len(problems) - MAX_SHOWN_KEYS} more" if len(problems) > MAX_SHOWN_KEYS else ""
@@ -207,7 +207,10 @@ class Delta:
     """WEIGHT x alpha / rank."""
 
     def open(self) -> Rows:
-        """Read the factors. Raises CheckpointError (E-LRA-01) for a value that is not finite."""
+        """Read the factors; return a function that computes rows of the change.
+
+        Raises CheckpointError (E-LRA-01) for a value that is not finite.
+        """
         rows = _kronecker(self.tensors) if self.kind == "lokr" else _product(self.tensors, self.kind)
         return lambda start, stop: rows(start, stop).mul_(self.scale)
 

@@ -1,4 +1,4 @@
-"""Fold LoRA files into float weights, some rows at a time, before they are quantized.
+"""Fold LoRA files into float weights, a few rows at a time, before they are quantized.
 
 `Folds.open` reads the headers of all files and determines the changed tensors of an expert; `fold` adds the
 changes in the order of the files, and rounds once. A key that cannot be used is an error. The factors of a
@@ -63,7 +63,7 @@ class LoraSource:
     path: Path
     weight: float = 1.0
     expert: str | None = None
-    """`transformer` or `transformer_2`; None: every expert, or the one in the prefix of each key."""
+    """`transformer` or `transformer_2`; None: every expert, or the expert named in the prefix of each key."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight) or self.weight == 0:
@@ -155,7 +155,7 @@ class Folds:
         return result
 
     def _open(self, name: str) -> list[Rows]:
-        """Read the factors of one tensor; those of the previous tensor are freed."""
+        """Read the factors of one tensor, and free the factors of the previous tensor."""
         if name not in self._opened:
             self._opened = {}
             self._opened = {name: [delta.open() for delta in self._deltas[name]]}

@@ -1,8 +1,8 @@
 """Keys of LoRA files: their prefixes and suffixes, and the tensor of a Wan transformer that they change.
 
-Tables and look-ups, no torch. A key is `<prefix><path><suffix>`. The path is the original Wan or Diffusers
-name of a layer, in kohya's files with `_` for each dot. It is looked up among the tensors of the model, so
-that `cross_attn_k_img` and `time_embedding_0` are unambiguous.
+Tables and look-ups. A key is `<prefix><path><suffix>`. The path is the original Wan or Diffusers name of a
+layer, in kohya's files with `_` for each dot. It is looked up among the tensors of the model, so that
+`cross_attn_k_img` and `time_embedding_0` are unambiguous.
 
 Sources: `comfy/lora.py`, `comfy/lora_convert.py` and `comfy/weight_adapter` of ComfyUI, `convert_lora.py`
 and `networks/` of musubi-tuner, `loaders/lora_conversion_utils.py` of Diffusers, PEFT's saved adapters.
