@@ -78,7 +78,7 @@ def toolkit_folder(environ: Mapping[str, str] | None = None) -> Path | None:
 
 
 def library_folders(environ: Mapping[str, str] | None = None) -> tuple[Path, ...]:
-    """The folders of LD_LIBRARY_PATH."""
+    """The folders listed in LD_LIBRARY_PATH."""
     environ = os.environ if environ is None else environ
     return tuple(Path(p) for p in environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if p)
 

@@ -78,12 +78,12 @@ class AscenditError(Exception):
         return f"[{self.code}] {self.got}\n  needs  {self.needs}\n  try    {self.fix}"
 
     def as_dict(self) -> dict[str, str]:
-        """As JSON data, for `--json` and the server."""
+        """Plain data for `--json` and the server."""
         return {"code": self.code, "got": self.got, "needs": self.needs, "try": self.fix}
 
 
 class UsageError(AscenditError):
-    """The call is invalid or cannot be carried out."""
+    """The call is invalid, or cannot be carried out as requested."""
 
     exit_code = 2
 

@@ -209,7 +209,7 @@ class WanConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> WanConfig:
-        """From parsed JSON, without the keys that Diffusers adds (with a leading underscore).
+        """Make a config from parsed JSON, without the keys that Diffusers adds (with a leading underscore).
 
         Raises CheckpointError (E-CKP-06) for an unknown key or an unsupported `qk_norm`.
         """
@@ -249,5 +249,5 @@ class VaeConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> VaeConfig:
-        """From parsed JSON; ignores all other keys."""
+        """Make a config from parsed JSON; all other keys are ignored."""
         return cls(**{f.name: int(data.get(f.name, f.default)) for f in fields(cls)})

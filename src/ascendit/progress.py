@@ -65,7 +65,7 @@ class Meter:
         self._start = time.perf_counter()
 
     def advance_in(self, stage: str) -> Advance:
-        """The function that counts bytes of this stage."""
+        """Return the function that counts the bytes of this stage."""
 
         def advance(name: str, count: int, skipped: bool = False) -> None:
             self._done += count

@@ -32,7 +32,7 @@ def titled(blocks: Iterable[tuple[str, Iterable[str]]]) -> Iterator[tuple[str, s
 
 
 def human_bytes(nbytes: int) -> str:
-    """`10.6 GiB`, `14.1 MiB`, `512 B`."""
+    """Bytes as text: `10.6 GiB`, `14.1 MiB`, `512 B`."""
     for unit, exponent in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if nbytes >= 1 << exponent:
             return f"{nbytes / (1 << exponent):.1f} {unit}"
@@ -40,7 +40,7 @@ def human_bytes(nbytes: int) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 file`, `2 files`."""
+    """A count with its noun: `1 file`, `2 files`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

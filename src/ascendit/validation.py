@@ -43,7 +43,7 @@ TYPE_LABELS: dict[Any, tuple[str, str]] = {
 
 
 class Model(BaseModel):
-    """Frozen; rejects keys that are not fields."""
+    """Base class of frozen models that reject unknown keys."""
 
     model_config = ConfigDict(frozen=True)
     title: ClassVar[str] = "it"

@@ -35,7 +35,7 @@ class Layer:
     """A linear layer that is quantized, or whose input is smoothed."""
 
     name: str
-    """`blocks.0.attn1.to_q`."""
+    """Diffusers name, for example `blocks.0.attn1.to_q`."""
     scheme: str
     """A key of `STORED_SCHEMES`; `bf16` if smoothed but not quantized."""
     shape: tuple[int, int]
@@ -51,7 +51,7 @@ class DeclaredScheme:
 
     scheme: str
     label: str
-    """`quant_model_description.json says W8A8_MXFP8`."""
+    """Text for messages, for example `quant_model_description.json says W8A8_MXFP8`."""
 
 
 def read_layers(
@@ -198,7 +198,7 @@ def _allowed(scheme: str, role: str, rows: int, columns: int) -> tuple[list[tupl
 
 
 def _dtypes(roles: Mapping[str, TensorInfo]) -> str:
-    """`weight I8 [64, 64], weight_scale F32 [64, 1]`."""
+    """Dtypes and shapes as text, for example `weight I8 [64, 64], weight_scale F32 [64, 1]`."""
     shown = [role for role in STORED_ROLES if role in roles and role != "bias"]
     return ", ".join(f"{role} {roles[role].dtype} {list(roles[role].shape)}" for role in shown)
 

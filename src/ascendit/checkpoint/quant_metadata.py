@@ -60,7 +60,7 @@ class Manifest:
     """Keys that describe the file; values that are not strings, as JSON."""
 
     def entries(self) -> dict[str, str]:
-        """All entries in one dict."""
+        """All entries in one dict, as in the file."""
         return {**self.tensors, **self.attention, **self.metadata}
 
     def declared_schemes(self) -> dict[str, DeclaredScheme]:
@@ -94,7 +94,7 @@ class Manifest:
             raise disagreement(wrong)
 
     def _mismatch(self, name: str, kind: str, layers: Mapping[str, Layer]) -> str:
-        """The problem with one entry, or ""."""
+        """Describe the problem with one entry; "" if it is valid."""
         owner, _, role = name.rpartition(".")
         layer = layers.get(owner)
         scheme = layer.scheme if layer else "bf16"

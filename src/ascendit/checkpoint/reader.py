@@ -313,7 +313,7 @@ class ShardSpec:
     """None: to the end."""
 
     def of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the shard of a tensor of `shape`."""
+        """The shape of this shard of a tensor with the shape `shape`."""
         if self == WHOLE:
             return shape
         count = shape[self.axis] - self.start if self.count is None else self.count

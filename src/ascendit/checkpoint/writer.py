@@ -32,7 +32,7 @@ from ascendit.checkpoint.reader import DTYPE_BITS, RowReader, TensorInfo
 MAX_SHARD_BYTES = 5_000_000_000
 
 Data = bytes | bytearray | memoryview | mmap.mmap
-"""For a NumPy array, pass `array.data`."""
+"""Bytes to write. For a NumPy array, pass `array.data`."""
 
 
 # ---- the layout of the files --------------------------------------------------------------------
@@ -40,7 +40,7 @@ Data = bytes | bytearray | memoryview | mmap.mmap
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written."""
+    """Name, dtype and shape of a tensor to be written."""
 
     name: str
     dtype: str
@@ -57,7 +57,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """One file to be written."""
+    """Name, header and tensors of a file to be written."""
 
     file: Path
     specs: tuple[TensorSpec, ...]

@@ -42,7 +42,7 @@ class Interrupt:
             signal.signal(signal.SIGINT, before)
 
     def check(self) -> None:
-        """Raise Cancelled (E-CAN-01) after a Ctrl-C."""
+        """Raise Cancelled (E-CAN-01) if Ctrl-C was pressed."""
         if self.event.is_set():
             raise cancelled()
 

@@ -126,12 +126,12 @@ def _bytes(event: Progress) -> str:
 
 
 def show_seconds(seconds: float) -> str:
-    """`0:07`, `1:10`, `1:02:03`."""
+    """Seconds as text: `0:07`, `1:10`, `1:02:03`."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
 def show_bytes(size: int) -> str:
-    """`38.2 GiB`, or `412 MiB` below one GiB."""
+    """Bytes as text: `38.2 GiB`; below one GiB, `412 MiB`."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -52,7 +52,7 @@ ExpertStatistics = Mapping[str, Mapping[str, Statistics]]
 
 
 class Calibrate(Protocol):
-    """Runs the model of a layout on several prompts."""
+    """A callable that runs a model on several prompts."""
 
     @property
     def alpha(self) -> float: ...

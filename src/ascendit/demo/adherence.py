@@ -60,7 +60,7 @@ class Reading:
 
 
 class Mask(NamedTuple):
-    """The object in the frames that show it."""
+    """Where the object is, in the frames that show it."""
 
     weight: Floats  # [F, h, w], share of the pixel, 0 to 1
     area: Floats  # [F]
@@ -296,7 +296,7 @@ class Adherence:
 
     @property
     def overall(self) -> Counts:
-        """Trained and held-out triples together."""
+        """The counts over trained and held-out triples."""
         return self.trained + self.held_out
 
     def as_dict(self) -> dict[str, Any]:

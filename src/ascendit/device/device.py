@@ -55,7 +55,7 @@ class Device:
     chip: str | None = None
 
     def __str__(self) -> str:
-        """The device name that `parse_device` accepts."""
+        """The device name, which `parse_device` accepts."""
         suffix = self.chip if self.kind == "twin" else self.index
         return self.kind if suffix is None else f"{self.kind}:{suffix}"
 
@@ -65,7 +65,7 @@ class Device:
 
     @property
     def operators(self) -> str:
-        """cpu, cuda or npu."""
+        """Its family of operators: cpu, cuda or npu."""
         return self.backend.operators
 
     @property

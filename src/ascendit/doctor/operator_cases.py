@@ -75,7 +75,7 @@ class Result:
     """Share of elements that differ, for quantized results."""
     microseconds: float | None = None
     how: str = ""
-    """For functions: the selected kernel and the reason."""
+    """The selected kernel and the reason; "" for operators."""
     answer: str = ""
     expected: str = ""
     error: str = ""

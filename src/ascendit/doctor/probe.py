@@ -137,7 +137,7 @@ def child(code: str, *, plugins: bool = False) -> dict[str, Any]:
 
 
 def failed(row: ProbeRow, answer: dict[str, Any], *, fix: str) -> ProbeRow:
-    """The row for a child process that failed."""
+    """Make the row for a child process that failed."""
     if answer.get("late"):
         again = "run ascendit doctor again when the machine is less busy"
         return replace(row, detected=answer["error"], status="probe failed", fix=again)

@@ -39,7 +39,7 @@ _Changes = Iterator[tuple[ChangeKind, str, Any, Any]]
 
 @dataclass(frozen=True)
 class Change:
-    """One difference. `a`, `b`: the plain values of both sides; None if a side has none."""
+    """One difference. `a`, `b`: the values on both sides as plain data; None if absent."""
 
     part: str
     kind: ChangeKind
@@ -60,7 +60,7 @@ class Diff:
 
     @property
     def same(self) -> bool:
-        """Whether no difference was detected."""
+        """Whether there are no differences."""
         return not self.changes and self.hashes != "different"
 
     def as_dict(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ Verdict = Literal["runs", "repack", "no"]
 
 @dataclass(frozen=True)
 class Compatibility:
-    """Whether one engine can run the checkpoint."""
+    """Whether, and how, one engine can run the checkpoint."""
 
     engine: str
     version: str

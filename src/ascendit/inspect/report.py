@@ -24,7 +24,7 @@ EXPERT_TITLES = ("Excluded", "Smoothed", "Attention", "Origin")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReport:
-    """A model on disk."""
+    """Contents of a model on disk."""
 
     layout: Layout
     family: WanSpec | None
@@ -212,7 +212,7 @@ def _most_first(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class PartReport:
-    """One part of a model: transformer, VAE, text encoder, ..."""
+    """Contents of one part of a model: transformer, VAE, text encoder, ..."""
 
     name: str
     library: str

@@ -100,7 +100,7 @@ class StoredRow:
         return dtype_name(self.tensors[0][1].dtype) if self.scheme in ("float", "bf16") else self.scheme
 
     def stored(self) -> str:
-        """`e4m3, weight_scale uint8 [5120, 160]`."""
+        """Dtypes and scales as text, for example `e4m3, weight_scale uint8 [5120, 160]`."""
         texts = []
         for role, info in self.tensors:
             dtype = dtype_name(info.dtype)
@@ -143,7 +143,7 @@ class ExpertSummary:
 
     @cached_property
     def rows(self) -> tuple[StoredRow, ...]:
-        """Every layer with a scheme (with its scales) and every other tensor, in model order."""
+        """One row per layer with a scheme (scales included) and per other tensor, in model order."""
         layers = self.expert.layers.values()
         layer_of = {info.name: layer for layer in layers for info in layer.tensors.values()}
         rows: dict[str, StoredRow] = {}

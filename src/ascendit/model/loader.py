@@ -48,14 +48,14 @@ def load_expert(
     floats: bool = False,
     shards: LayerShards = MappingProxyType({}),
 ) -> WanTransformer:
-    """Load the transformer of `expert`, quantized by `applied` or, with None, as stored.
+    """Load the transformer of `expert`, quantized by `applied` or as stored if `applied` is None.
 
     `dtype`: dtype of the hidden states and of parameters that are not quantized; None: the stored dtype on a
     CPU, else bfloat16. Parameters that Diffusers keeps in float32 are always float32. `floats`: store BF16
     weights of quantized layers too. `shards`: layer -> the rows or columns of this rank (`weights.shards`);
-    only these are read, with the exception in `RecipeSteps`. Raises CheckpointError: E-CKP-06 for a config of
-    another model, E-CKP-08 for invalid scales; UsageError (E-USE-05) for a shard outside its layer;
-    EnvironmentProblem (E-CAP-01) for a scheme without a matmul on this chip.
+    only these are read, except for columns of int8 and fp8 (see `RecipeSteps`). Raises CheckpointError:
+    E-CKP-06 for a config of another model, E-CKP-08 for invalid scales; UsageError (E-USE-05) for a shard
+    outside its layer; EnvironmentProblem (E-CAP-01) for a scheme without a matmul on this chip.
     """
     if expert.config.get("num_attention_heads", 1) is None:
         raise CheckpointError(

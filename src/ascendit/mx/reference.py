@@ -48,9 +48,11 @@ def encode_rows(rows: Tensor, fmt: Format, rule: str, rounding: str) -> Parts:
 
 
 def encode_marked(rows: Tensor, out: Parts, mask: Tensor, fmt: Format, rule: str, rounding: str) -> None:
-    """Encode again, into `out`, the units of rows [n, K] with nonzero `mask`, bool or uint8 [n, units].
+    """Encode the marked units of rows [n, K] again, into `out`.
 
-    A unit is encoded independently of all others: a group, a block, or a row.
+    `mask`: bool or uint8 [n, units], nonzero if marked.
+
+    A unit is a group, a block or a row: the values that are encoded independently of all others.
     """
     size = fmt.coarse or fmt.block or rows.shape[1]
     row, unit = mask.nonzero(as_tuple=True)

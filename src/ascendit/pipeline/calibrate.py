@@ -150,7 +150,7 @@ class Calibrator:
         return statistics
 
     def _report(self, prompt: int, prompts: int, event: Progress) -> None:
-        """Report the steps of all prompts as one run."""
+        """Report the steps of all prompts as if they were one run."""
         if self.on_progress is not None and event.stage == "denoise":
             step = prompt * event.total + event.step
             self.on_progress(replace(event, step=step, total=prompts * event.total))

@@ -84,9 +84,10 @@ class GenerateRequest(Checked):
     """Decreasing positions in the unshifted schedule, in (0, 1000]; `flow_shift` is applied to them.
     Four-step distilled Wan models use `1000,750,500,250`."""
     guidance_scale: Annotated[float, Guidance]
-    """For the only or the high-noise expert. At 1 or below, no unconditional pass runs, as in Diffusers."""
+    """Guidance of the only expert or the high-noise expert. At 1 or below, no unconditional pass runs, as in
+    Diffusers."""
     guidance_scale_2: Annotated[float | None, Guidance] = None
-    """For the low-noise expert; None: `guidance_scale`."""
+    """Guidance of the low-noise expert; None: `guidance_scale`."""
     flow_shift: Annotated[float, _number("a number above 0", gt=0)]
     boundary_ratio: Annotated[float | None, _number("a number between 0 and 1", gt=0, lt=1)] = None
     solver: Annotated[Solver, Field(description="unipc or euler")] = "unipc"

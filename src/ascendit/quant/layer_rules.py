@@ -30,7 +30,7 @@ LIST_LAYERS = "correct the pattern; `*` crosses dots, and `ascendit inspect SRC 
 
 @dataclass(frozen=True)
 class LayerScheme:
-    """The scheme of one linear layer, and the reason."""
+    """The scheme of one linear layer, and the rule that determined it."""
 
     name: str
     scheme: str
@@ -46,7 +46,7 @@ class AttentionScheme:
     """The entries stored for one attention."""
 
     name: str
-    """For example `blocks.0.attn1`."""
+    """Diffusers name, for example `blocks.0.attn1`."""
     quant_type: str
     """Value of `<name>.quant_type` in the manifest; "": no entry."""
     rotate: bool

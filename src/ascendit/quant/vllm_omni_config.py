@@ -45,7 +45,7 @@ ScaleAlgorithm = Annotated[
 
 
 class OmniConfig(Model):
-    """The JSON, with aliases replaced."""
+    """The parsed JSON, with aliases replaced."""
 
     method: str
     ignored_layers: Names | None = None

@@ -129,7 +129,7 @@ def measure_quality(
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One video with its latents."""
+    """A video, and the latents of its steps."""
 
     latents: Tensor
     """After each step, float32 [steps, C, F, H, W]; zeros in place of values that are not finite."""

@@ -63,7 +63,7 @@ class AppliedRecipe(LayerSchemes):
 
     @property
     def bytes_before(self) -> int:
-        """Bytes of the tensors of the source."""
+        """Bytes of all tensors of the source."""
         return sum(info.nbytes for info in self.expert.tensors.values())
 
     @property

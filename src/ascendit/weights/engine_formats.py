@@ -245,7 +245,7 @@ def wan_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def task_config(config: Mapping[str, Any]) -> dict[str, str]:
-    """configuration.json of the original models."""
+    """The content of configuration.json, as in the original models."""
     task = "image-to-video" if model_kind(config) == "i2v" else "text-to-video-synthesis"
     return {"framework": "Pytorch", "task": task}
 

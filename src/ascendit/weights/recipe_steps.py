@@ -69,7 +69,7 @@ class RecipeSteps:
         self._encoder = functools.lru_cache(maxsize=1)(self._new_encoder)
 
     def plan(self) -> list[TensorStep]:
-        """Return the steps in output order."""
+        """Return the steps in the order of the output."""
         expert, quantized = self.applied.expert, self.applied.quantized
         steps: dict[str, TensorStep] = {}
         for step in stored_steps(expert, self.target):

@@ -119,7 +119,7 @@ class Sink:
         raise NotImplementedError
 
     def flush(self) -> None:
-        """Return once no received piece is in use."""
+        """Wait until no received piece is in use."""
 
 
 def no_progress(name: str, count: int, skipped: bool = False) -> None:
@@ -136,9 +136,10 @@ def run_steps(
 ) -> None:
     """Produce every tensor that the sink does not have yet.
 
-    `advance`: receives the number of source bytes processed. `encode_all`: encode layers written by an
-    earlier run again, to measure them. Raises CheckpointError: E-CKP-08 for invalid scales, E-CKP-04 for
-    values that FP4 cannot represent, E-CKP-02 for truncated files, E-QNT-01 for weights that are not finite.
+    `advance`: receives the number of source bytes processed. `encode_all`: also encode layers that an
+    earlier run has written, to measure them. Raises CheckpointError: E-CKP-08 for invalid scales, E-CKP-04
+    for values that FP4 cannot represent, E-CKP-02 for truncated files, E-QNT-01 for weights that are not
+    finite.
     """
     for step in steps:
         done = bool(step.specs) and all(sink.done(spec.name) for spec in step.specs)
@@ -190,7 +191,7 @@ def stored_steps(expert: Expert, target: TargetFormat = CANONICAL) -> list[Tenso
 
 
 def moved(name: str, info: TensorInfo) -> TensorStep:
-    """A step for a tensor that does not change."""
+    """Plan a tensor that does not change."""
     spec = TensorSpec(name, info.dtype, info.shape)
     return TensorStep(name=name, how="move", specs=(spec,), sources=(info,))
 

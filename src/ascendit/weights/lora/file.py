@@ -60,7 +60,9 @@ class Scaling:
     """Divide by sqrt(rank), as rsLoRA does."""
 
     def of(self, path: str, rank: int) -> float:
-        """The scale of a layer without an `alpha` tensor."""
+        """alpha / rank (rsLoRA: alpha / sqrt(rank)) of a layer without an `alpha` tensor; 1 if no alpha is
+        set.
+        """
         named = (a for end, a in self.exceptions.items() if path == end or path.endswith(f".{end}"))
         alpha = next(named, self.alpha)
         return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.over_root else rank)

@@ -73,7 +73,7 @@ _BLOCK = re.compile(r"blocks[._](\d+)(?:[._]|$)")
 
 @dataclass(frozen=True)
 class Key:
-    """A parsed key of a LoRA file."""
+    """A key of a LoRA file, split into its parts."""
 
     name: str
     """The complete key."""
