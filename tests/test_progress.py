@@ -52,7 +52,7 @@ def test_steps_have_a_pace() -> None:
 def test_the_meter_counts_over_stages() -> None:
     told: list[Progress] = []
     meter = Meter(10, told.append)
-    first, second = meter.advance_in("transformer"), meter.advance_in("check")
+    first, second = meter.stage_counter("transformer"), meter.stage_counter("check")
     first("a", 3, skipped=True)
     second("b", 4)
     assert [(p.stage, p.name, p.step, p.skipped) for p in told] == [
@@ -60,7 +60,7 @@ def test_the_meter_counts_over_stages() -> None:
         ("check", "b", 7, 3),
     ]
     assert {(p.total, p.unit) for p in told} == {(10, "byte")} and told[1].seconds >= told[0].seconds > 0
-    Meter(1, None).advance_in("quiet")("a", 1)
+    Meter(1, None).stage_counter("quiet")("a", 1)
 
 
 def test_it_is_light() -> None:

@@ -21,7 +21,7 @@ from ascendit.family import WanConfig
 Shapes = dict[str, tuple[int, ...]]
 
 MAX_LAYERS = 10_000
-TOLERATED = ("norm_added_q",)
+IGNORED_PARTS = ("norm_added_q",)
 """Parts of names in Wan2.1 I2V folders that the model does not use; Diffusers ignores them too."""
 
 

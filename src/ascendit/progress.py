@@ -64,7 +64,7 @@ class Meter:
         self._on_progress = on_progress
         self._start = time.perf_counter()
 
-    def advance_in(self, stage: str) -> Advance:
+    def stage_counter(self, stage: str) -> Advance:
         """Return the function that counts the bytes of this stage."""
 
         def advance(name: str, count: int, skipped: bool = False) -> None:

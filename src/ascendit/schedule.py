@@ -71,13 +71,13 @@ class StepSchedule:
         default = settings.pop("default", Step())
         return cls(tuple(sorted(settings.items())), default)
 
-    def at(self, step: int) -> Step:
+    def settings_of(self, step: int) -> Step:
         """The settings of this step."""
         return dict(self.steps).get(step, self.default)
 
     def resolve(self, count: int) -> tuple[Step, ...]:
         """The settings of each of `count` steps."""
-        return tuple(self.at(step) for step in range(count))
+        return tuple(self.settings_of(step) for step in range(count))
 
     @property
     def precisions(self) -> frozenset[Precision]:
@@ -123,7 +123,7 @@ class StepSchedule:
 
     def __str__(self) -> str:
         spans: list[tuple[int, int, Precision]] = []
-        for step, precision in ((step, self.at(step).precision) for step, _ in self.steps):
+        for step, precision in ((step, self.settings_of(step).precision) for step, _ in self.steps):
             if spans and spans[-1][1:] == (step - 1, precision):
                 spans[-1] = (spans[-1][0], step, precision)
             else:

@@ -186,7 +186,7 @@ def test_one_wrong_attribute_is_the_only_one_found_wrong() -> None:
     }
     for asked, (name, values) in itertools.product(pick(6, rng_seed=4), choices.items()):
         for value in set(values) - {getattr(asked, name)}:
-            right = judge(true_video(asked._replace(**{name: value}), 4)).right(asked)
+            right = judge(true_video(asked._replace(**{name: value}), 4)).matches(asked)
             assert right == {a: a != name for a in ATTRIBUTES}, (asked, name, value)
 
 

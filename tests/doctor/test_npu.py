@@ -41,7 +41,7 @@ class Machine:
         monkeypatch.setattr(
             npu, "installed", lambda *names: {n: self.packages[n] for n in names if n in self.packages}
         )
-        monkeypatch.setattr(probe, "command", lambda words: "")
+        monkeypatch.setattr(probe, "run_command", lambda words: "")
         monkeypatch.setattr(npu, "npu_in_a_child", lambda: self.told)
 
     def write(self, path: str, text: str = "") -> Path:
@@ -208,7 +208,7 @@ def test_the_driver_by_npu_smi_or_not_at_all(whole: Machine, monkeypatch: pytest
     (whole.root / "Ascend" / "driver" / "version.info").unlink()
     assert rows()["Ascend driver"].status == "unlisted"
     text = "+----+\n| npu-smi 25.5.1                   Version: 25.5.1                |\n"
-    monkeypatch.setattr(probe, "command", lambda words: text if words == ("npu-smi", "info") else "")
+    monkeypatch.setattr(probe, "run_command", lambda words: text if words == ("npu-smi", "info") else "")
     found = rows()
     assert found["Ascend driver"].detected == "25.5.1"
     assert "driver 25.5.1 is not among those published for CANN 9.1.0" in found["versions together"].detected

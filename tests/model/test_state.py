@@ -24,7 +24,7 @@ TOKENS, BLOCKS = 18, 2
 
 
 def load(folder: Path, scheme: str | None = None, **kw: Any) -> WanTransformer:
-    online = Online.of(scheme, None) if scheme else None
+    online = Online.from_options(scheme, None) if scheme else None
     return load_transformer(recognise(folder).parts["transformer"], bind("cpu"), online=online, **kw)
 
 
@@ -216,9 +216,9 @@ def test_a_part_of_the_sequence_equals_that_part_of_the_output(tiny_ti2v: Path, 
     assert torch.equal(cut.rope.sin, whole.rope.sin[part.start : part.stop])
     states: list[Any] = [model.prepare(s, text, make=ByToken) for s in (whole, cut)]
     velocities = [model(x, given[0], state, given[1]) for state in states]
-    out, of_part = (state.patches for state in states)
-    assert of_part.shape[1] == len(part) and velocities[0].shape == velocities[1].shape
-    torch.testing.assert_close(of_part, out[:, part.start : part.stop], rtol=1e-4, atol=1e-5)
+    out, from_part = (state.patches for state in states)
+    assert from_part.shape[1] == len(part) and velocities[0].shape == velocities[1].shape
+    torch.testing.assert_close(from_part, out[:, part.start : part.stop], rtol=1e-4, atol=1e-5)
 
 
 def test_spans_of_a_part(tiny_ti2v: Path) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 from ascendit.checkpoint.component import unreadable
 from ascendit.errors import EnvironmentProblem
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The disk is full, or a quota or the maximum file size has been reached."""
 PAGE = 4096  # bytes; the block size of most file systems
-_UNABLE = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
+_UNSUPPORTED_ERRNOS = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 """copy_file_range does not support these two files. EPERM: containers that forbid the call."""
 _LARGE = 1 << 30  # bytes in one call; no call moves 2 GiB
 _BUFFER = 1 << 20  # bytes; fits into the CPU cache
@@ -56,7 +56,7 @@ def move_bytes(
                 break
             src_offset += done
     except OSError as e:
-        if e.errno not in _UNABLE:
+        if e.errno not in _UNSUPPORTED_ERRNOS:
             raise
     _by_buffer(src_fd, src_offset, end, dst_fd, shift, source)
 
@@ -98,10 +98,10 @@ def reserve(fd: int, count: int) -> None:
     """Reserve `count` bytes of disk for a file, without changing its size, to detect a full disk early.
 
     Writing into reserved space is also faster (1.7 x on ext4). Does nothing if the file system does not
-    support it (posix_fallocate would write the bytes). Raises OSError with an errno of `FULL`.
+    support it (posix_fallocate would write the bytes). Raises OSError with an errno of `DISK_FULL_ERRNOS`.
     """
     if count > 0 and (call := _fallocate()):
-        if call(fd, _KEEP_SIZE, 0, count) and (number := ctypes.get_errno()) in FULL:
+        if call(fd, _KEEP_SIZE, 0, count) and (number := ctypes.get_errno()) in DISK_FULL_ERRNOS:
             raise OSError(number, os.strerror(number))
 
 
@@ -136,7 +136,7 @@ def writing(folder: Path, needed: int) -> Iterator[None]:
 
 def write_error(folder: Path, error: OSError, needed: int = 0) -> EnvironmentProblem:
     """The error E-ENV-04 for a full disk, with the bytes needed and free; E-ENV-02 for other write errors."""
-    if error.errno not in FULL:
+    if error.errno not in DISK_FULL_ERRNOS:
         return EnvironmentProblem(
             f"cannot write in {folder}: {error.strerror or error}",
             needs="a writable folder",

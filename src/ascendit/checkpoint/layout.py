@@ -340,7 +340,7 @@ def _export_part(folder: Path, name: str, files: Sequence[str], config: dict[str
 
 
 def _named_by(index: Path) -> set[str]:
-    """The file names in an index; `Shards.of_index` reports invalid ones."""
+    """The file names in an index; `Shards.from_index` reports invalid ones."""
     weight_map = read_json(index).get("weight_map")
     return {v for v in weight_map.values() if isinstance(v, str)} if isinstance(weight_map, dict) else set()
 

@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from ascendit.checkpoint.file_copy import FULL, check_free_space, copy_file, write_error, writing
+from ascendit.checkpoint.file_copy import DISK_FULL_ERRNOS, check_free_space, copy_file, write_error, writing
 from ascendit.errors import Cancelled, CheckpointError, UsageError
 
 logger = logging.getLogger("ascendit")
@@ -189,7 +189,7 @@ class Staging:
         if self._lock < 0:  # published
             return
         problem = None
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
             problem = write_error(self._folder, error, self._needs)
         stopped = isinstance(error, KeyboardInterrupt | Cancelled) and self.journal.count > 0
         if self.keep or stopped:

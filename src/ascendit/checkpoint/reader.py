@@ -179,7 +179,7 @@ class Shards:
             if not single.exists():
                 raise _no_weights(single)
             return cls(read_header(single), (single,))
-        shards = cls.of_index(index)
+        shards = cls.from_index(index)
         if single.exists() and single not in shards.files:
             raise CheckpointError(
                 f"{folder} has both {single.name} and {index.name}",
@@ -190,7 +190,7 @@ class Shards:
         return shards
 
     @classmethod
-    def of_index(cls, index: Path) -> Self:
+    def from_index(cls, index: Path) -> Self:
         """Read the shards listed in an index file. Raises CheckpointError as in `open`."""
         weight_map = _weight_map(index)
         names = sorted(set(weight_map.values()))
@@ -207,7 +207,7 @@ class Shards:
         return cls(_join(index, weight_map, files), files)
 
     @classmethod
-    def of_files(cls, files: Sequence[Path]) -> Self:
+    def from_files(cls, files: Sequence[Path]) -> Self:
         """Read files without an index.
 
         Raises CheckpointError: E-CKP-02 if damaged, E-CKP-09 for duplicates.
@@ -227,11 +227,11 @@ class Shards:
         return cls(tensors, tuple(files))
 
     @classmethod
-    def of_part(cls, part: Part) -> Self:
-        """Read the weight files of `part`. Raises the errors of `open` and `of_files`."""
+    def from_part(cls, part: Part) -> Self:
+        """Read the weight files of `part`. Raises the errors of `open` and `from_files`."""
         if part.index is not None:
-            return cls.of_index(part.index)
-        return cls.of_files(part.files) if part.files else cls.open(part.path, part.stem)
+            return cls.from_index(part.index)
+        return cls.from_files(part.files) if part.files else cls.open(part.path, part.stem)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -312,7 +312,7 @@ class ShardSpec:
     count: int | None = None
     """None: to the end."""
 
-    def of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of this shard of a tensor with the shape `shape`."""
         if self == WHOLE:
             return shape
@@ -335,7 +335,7 @@ class RowReader:
         self._buffer: memoryview | None = None
         self._files: dict[Path, int] = {}
 
-    def blocks(
+    def read_blocks(
         self,
         info: TensorInfo,
         *,
@@ -357,28 +357,28 @@ class RowReader:
             self._read_rows(info, shard, start, rows, view)
             yield start, view
 
-    def whole(self, info: TensorInfo, shard: ShardSpec = WHOLE) -> bytes:
+    def read_all(self, info: TensorInfo, shard: ShardSpec = WHOLE) -> bytes:
         """Return all bytes of a small tensor, or of a shard of it, as a copy."""
         _, count, row_bytes = _shard_rows(info, shard)
         data = bytearray(count * row_bytes)
-        self.into(info, memoryview(data), shard)
+        self.read_into(info, memoryview(data), shard)
         return bytes(data)
 
-    def into(self, info: TensorInfo, view: memoryview, shard: ShardSpec = WHOLE) -> None:
+    def read_into(self, info: TensorInfo, view: memoryview, shard: ShardSpec = WHOLE) -> None:
         """Read all bytes of a tensor, or of a shard of it, into `view`."""
         first, count, row_bytes = _shard_rows(info, shard)
         self._read_rows(info, shard, first, count, view[: count * row_bytes])
 
-    def tensor(self, info: TensorInfo, shard: ShardSpec = WHOLE) -> torch.Tensor:
+    def read_tensor(self, info: TensorInfo, shard: ShardSpec = WHOLE) -> torch.Tensor:
         """Return a tensor, or a shard of it, in a new CPU tensor of the stored dtype and shape [N, ...]."""
         import torch
 
-        shape = shard.of(info.shape)
+        shape = shard.shape_of(info.shape)
         if info.dtype == "F4":
             shape = (*shape[:-1], shape[-1] // 2)
         tensor = torch.empty(shape, dtype=getattr(torch, TORCH_DTYPES[info.dtype]))
         if tensor.numel():
-            self.into(info, as_bytes(tensor), shard)
+            self.read_into(info, as_bytes(tensor), shard)
         return tensor
 
     def _read_rows(self, info: TensorInfo, shard: ShardSpec, start: int, rows: int, view: memoryview) -> None:
@@ -427,7 +427,7 @@ def _shard_rows(info: TensorInfo, shard: ShardSpec) -> tuple[int, int, int]:
     count, row_bytes = rows_of(info)
     if shard == WHOLE:
         return 0, count, row_bytes
-    shape = shard.of(info.shape)
+    shape = shard.shape_of(info.shape)
     if shard.axis == 0:
         return shard.start, shape[0], row_bytes
     return 0, count, row_bytes // info.shape[1] * shape[1]

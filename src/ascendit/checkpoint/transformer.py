@@ -32,8 +32,8 @@ from ascendit.checkpoint.reader import Shards, TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.family import WanConfig
 from ascendit.names import (
+    IGNORED_PARTS,
     MAX_LAYERS,
-    TOLERATED,
     Naming,
     Shapes,
     bad_value,
@@ -103,7 +103,7 @@ def read_expert(part: Part) -> Expert:
     scales; E-CKP-07 if manifest, quantization_config and dtypes contradict each other; E-CKP-04 for tensors
     that are missing, unexpected, of the wrong shape or dtype, or not listed in the manifest.
     """
-    stored = Shards.of_part(part).tensors
+    stored = Shards.from_part(part).tensors
     if (naming := naming_of(stored)) is None:
         raise CheckpointError(
             f"{part.path} is not a Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
@@ -146,7 +146,7 @@ def _canonical(stored: Mapping[str, TensorInfo], naming: Naming) -> dict[str, Te
     tensors: dict[str, TensorInfo] = {}
     for name, info in stored.items():
         new = canonical(name, naming)
-        if any(f".{word}." in new for word in TOLERATED):
+        if any(f".{word}." in new for word in IGNORED_PARTS):
             continue
         if new in tensors:
             raise CheckpointError(

@@ -113,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = command.main(args, "ascendit", standalone_mode=False, obj=output)
     except (Exception, KeyboardInterrupt) as error:
-        return end(error, output)
+        return report_error(error, output)
     if code == 130:  # typer's exit code after Ctrl-C
-        return end(KeyboardInterrupt(), output)
+        return report_error(KeyboardInterrupt(), output)
     return code or 0
 
 
@@ -129,7 +129,7 @@ def common_flags(args: list[str]) -> tuple[list[str], Output]:
     return flags + remaining, output
 
 
-def end(error: BaseException, output: Output) -> int:
+def report_error(error: BaseException, output: Output) -> int:
     """Print the error and return its exit code."""
     from ascendit.cli.interruptions import cancelled
 

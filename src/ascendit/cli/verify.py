@@ -153,7 +153,7 @@ def verify_quality(
     `report` is rewritten after each row, so that an interrupted run keeps its results.
     """
     from ascendit.demo.adherence import pick
-    from ascendit.verify.quality import choose, default_cases, measure_quality
+    from ascendit.verify.quality import choose_cases, default_cases, measure_quality
 
     start = time.perf_counter()
 
@@ -165,7 +165,7 @@ def verify_quality(
         if report is not None:
             write_report(report, report_data(quality))
 
-    scenes, cases = pick(limit), choose(names) if names else default_cases()
+    scenes, cases = pick(limit), choose_cases(names) if names else default_cases()
     quiet_libraries()
     with out.work(), progress_view(silent=out.silent) as view, Interrupt(silent=out.silent) as interrupt:
         tally = Tally(view, len(scenes) * len(seeds) * (1 + len(cases)))

@@ -26,7 +26,7 @@ from ascendit.checkpoint.quant_metadata import CONFIG_KEY
 from ascendit.checkpoint.transformer import Expert, shapes_of
 from ascendit.convert.report import Outputs
 from ascendit.errors import CheckpointError, UsageError
-from ascendit.names import TOLERATED, expected_tensors, problem_counts
+from ascendit.names import IGNORED_PARTS, expected_tensors, problem_counts
 from ascendit.version import __version__, installed
 
 CARD_FILE = "README.md"
@@ -218,7 +218,7 @@ def config_from(base: Layout, expert: Expert) -> dict[str, Any]:
     ]
     missing = [name for name in expected if name not in shapes]
     model = {n for n in shapes if n.endswith((".weight", ".bias", "scale_shift_table", ".pos_embed"))}
-    extra = [n for n in model - expected.keys() if not any(part in n for part in TOLERATED)]
+    extra = [n for n in model - expected.keys() if not any(part in n for part in IGNORED_PARTS)]
     kinds = {"with another shape": misshapen, "missing": missing, "not in the base": extra}
     if problems := problem_counts(kinds, 2):
         raise _other_model(f"{expert.path} does not match --base {base.root}: {problems}")

@@ -232,7 +232,7 @@ class QuantizeJob:
         start = time.perf_counter()
         sources = [self.layout.root, *(x.expert.path for x in self.applied), *(x.path for x in self.loras)]
         needed = sum(output.nbytes for output in self.planned.values())
-        needed += sum(_size(path) for path, _ in self._others() if self.copy or path.is_file())
+        needed += sum(_size(path) for path, _ in self._other_files() if self.copy or path.is_file())
         with Staging(
             self.dst,
             sources=list(dict.fromkeys(sources)),
@@ -247,7 +247,7 @@ class QuantizeJob:
             meter = Meter(total, on_progress)
             for expert in self.experts:
                 self._write(expert, staging, meter, statistics)
-            for source, name in self._others():
+            for source, name in self._other_files():
                 link_or_copy(source, staging.path / name, copy=self.copy or source.is_file())
             provenance.write_record_and_card(staging.path, self.record(), self.dst.name)
             (staging.path / STATISTICS).unlink(missing_ok=True)
@@ -273,7 +273,7 @@ class QuantizeJob:
         self.files |= write_expert(
             self.output_of(expert),
             staging,
-            meter.advance_in(name),
+            meter.stage_counter(name),
             hash=self.hash,
             hash_json=self.hash,
             max_shard_bytes=self.max_shard_bytes,
@@ -281,10 +281,10 @@ class QuantizeJob:
         )
         if self.measure and statistics:
             with RowReader() as reader:
-                advance = meter.advance_in(f"outputs of {name}")
+                advance = meter.stage_counter(f"outputs of {name}")
                 self.outputs[name] = output_quality(expert, statistics[name], reader, advance)
 
-    def _others(self) -> list[tuple[Path, str]]:
+    def _other_files(self) -> list[tuple[Path, str]]:
         """Other components and small files to link or copy, as (path, name in the folder)."""
         if self.layout.kind != "diffusers" or self.target.naming != "diffusers":
             return []
@@ -347,7 +347,7 @@ class QuantizeJob:
             experts=tuple(self._expert_report(expert) for expert in self.experts),
             dry_run=dry_run,
             seconds=seconds,
-            linked=tuple(name for _, name in self._others()),
+            linked=tuple(name for _, name in self._other_files()),
             loras=tuple(loras),
             calibration=self.calibration,
             engine=self.target.engine,

@@ -122,7 +122,7 @@ def repack(
         meter = Meter(sum(step.source_bytes() for output in outputs for step in output.steps), on_progress)
         files: dict[str, str] = {}
         for output in outputs:
-            advance = meter.advance_in(output.source.name)
+            advance = meter.stage_counter(output.source.name)
             files |= write_expert(output, staging, advance, hash=check, align=True)
         if pipeline:
             report = replace(report, linked=provenance.add_components(pipeline, staging.path, copy=copy))
@@ -173,7 +173,7 @@ def _check(
 ) -> RepackReport:
     """Compare source and output, and add the digests to the report."""
     read = sum(step.source_bytes() for output in outputs for step in output.steps)
-    advance = Meter(read + report.bytes_after, on_progress).advance_in("check")
+    advance = Meter(read + report.bytes_after, on_progress).stage_counter("check")
     experts = []
     for expert, output, part in zip(report.experts, outputs, recognise(folder).experts, strict=True):
         sums = compare_numbers(output.source, read_expert(part), advance)
@@ -311,7 +311,7 @@ def combined(digests_by_name: dict[str, str]) -> str:
 def _as_float32(info: TensorInfo, reader: RowReader) -> Iterator[Tensor]:
     import torch
 
-    for _, view in reader.blocks(info):
+    for _, view in reader.read_blocks(info):
         rows = as_tensor(view, info)
         yield rows.to(torch.float32) if info.dtype in FLOAT_DTYPES else rows
 
@@ -334,7 +334,7 @@ def decoded(layer: Layer, reader: RowReader) -> Iterator[Tensor]:
     scale, dual = scales["weight_scale_inv" if tiled else "weight_scale"], scales.get("weight_dual_scale")
     if not STORED_SCHEMES[layer.scheme].block and not tiled:
         scale = scale.reshape(-1, 1).expand(layer.shape[0], 1)
-    for start, view in reader.blocks(weight, multiple=_TILE):
+    for start, view in reader.read_blocks(weight, multiple=_TILE):
         qdata = as_tensor(view, weight)
         stop, step = start + len(qdata), _TILE if tiled else 1
         row_scale = scale[start // step : -(-stop // step)]
@@ -351,6 +351,6 @@ def _read_scale(info: TensorInfo, reader: RowReader) -> Tensor:
     """Read a scale: E8M0 as uint8, others as float32."""
     import torch
 
-    data = bytearray(reader.whole(info))
+    data = bytearray(reader.read_all(info))
     values = as_tensor(memoryview(data), info).reshape(info.shape)
     return values.to(torch.float32) if info.dtype in FLOAT_DTYPES else values.view(torch.uint8)

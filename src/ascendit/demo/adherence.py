@@ -54,7 +54,7 @@ class Reading:
     reasons: tuple[str, ...] = ()
     """One sentence per unreadable attribute."""
 
-    def right(self, scene: Scene) -> dict[str, bool]:
+    def matches(self, scene: Scene) -> dict[str, bool]:
         """Attribute -> whether it matches the scene."""
         return {name: getattr(self, name) == getattr(scene, name) for name in ATTRIBUTES}
 
@@ -349,7 +349,7 @@ def score(readings: Iterable[Reading], scenes: Sequence[Scene], seeds: Sequence[
     numbers: Sequence[int | None] = seeds or [None] * len(scenes)
     counts, failures = [Counts(), Counts()], []
     for reading, scene, seed in zip(readings, scenes, numbers, strict=True):
-        right = reading.right(scene)
+        right = reading.matches(scene)
         all_right = all(right.values())
         counts[scene.triple in held_out] += Counts(
             total=1, everything=int(all_right), **{k: int(v) for k, v in right.items()}

@@ -45,7 +45,7 @@ class Capability:
     used_for: str = ""
     """How ascendit uses it; empty if ascendit does not call it."""
 
-    def on(self, chip: str) -> Answer:
+    def support_on(self, chip: str) -> Answer:
         """Support on `chip`: a2, a3 or a5."""
         answer: Answer = getattr(self, chip)
         return answer
@@ -53,7 +53,7 @@ class Capability:
     @property
     def chips(self) -> tuple[str, ...]:
         """The chips that it runs on."""
-        return tuple(c for c in CHIPS if self.on(c) == "yes")
+        return tuple(c for c in CHIPS if self.support_on(c) == "yes")
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def native_on(chip: str) -> frozenset[str]:
     """The quantized schemes, including `w4a8`, with kernels for all of their operators on this chip."""
     rows: dict[str, list[Answer]] = {}
     for row in CAPABILITIES:
-        rows.setdefault(row.scheme, []).append(row.on(chip))
+        rows.setdefault(row.scheme, []).append(row.support_on(chip))
     return frozenset(s for s in LINEAR_SCHEMES if s in rows and set(rows[s]) == {"yes"})
 
 

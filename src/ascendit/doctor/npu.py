@@ -222,9 +222,11 @@ def _group(path: str) -> str:
 
 def driver_version() -> str | None:
     """From the driver's version.info, else from npu-smi; containers often have only one of them."""
-    match = re.search(r"^Version\s*=\s*([\w.]+)", probe.read(ASCEND / "driver" / "version.info"), re.M | re.I)
+    match = re.search(
+        r"^Version\s*=\s*([\w.]+)", probe.read_text(ASCEND / "driver" / "version.info"), re.M | re.I
+    )
     if match is None and cards():
-        match = re.search(r"Version:\s*([\w.]+)", probe.command(("npu-smi", "info")))
+        match = re.search(r"Version:\s*([\w.]+)", probe.run_command(("npu-smi", "info")))
     return match[1] if match else None
 
 
@@ -244,7 +246,7 @@ def driver() -> list[ProbeRow]:
 def cann_version(folder: Path) -> str | None:
     """The version, as 9.1.0. In `version.cfg` it follows an internal number: [7.6.0.1.220:8.2.RC1]."""
     for name in VERSION_FILES:
-        text = probe.read(folder / name.format(arch=platform.machine()))
+        text = probe.read_text(folder / name.format(arch=platform.machine()))
         if match := re.search(r"version\s*=\s*\[?([^\s\]]+)", text, re.I):
             versions = [item for item in match[1].split(":") if item[:1].isdigit()]
             return versions[-1] if versions else match[1]
@@ -398,7 +400,7 @@ def operators() -> list[ProbeRow]:
 
 def used_operators(chip: str | None) -> list[str]:
     """The operators that ascendit calls, all of them or only those of `chip`, from the capability table."""
-    rows = [r for r in CAPABILITIES if r.used_for and (chip is None or r.on(chip) == "yes")]
+    rows = [r for r in CAPABILITIES if r.used_for and (chip is None or r.support_on(chip) == "yes")]
     return list(dict.fromkeys(r.operator for r in rows))
 
 
@@ -427,7 +429,7 @@ print(json.dumps({"cards": cards, "soc": soc, "mindiesd": problem, "operators": 
 @cache
 def npu_in_a_child() -> dict[str, Any]:
     """Cards, SoC number, operators, and the import error of MindIE-SD; or `{"error": ...}`."""
-    return probe.child(f"NAMES = {used_operators(None)!r}\n{_CODE}")
+    return probe.run_child(f"NAMES = {used_operators(None)!r}\n{_CODE}")
 
 
 NPU_PROBES: tuple[Probe, ...] = (

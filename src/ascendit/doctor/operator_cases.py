@@ -256,10 +256,10 @@ def run_case(card: CheckedDevice, case: CheckCase) -> Result:
         return case.run(card, case.base)
     except Exception as e:
         log.info("self-check: %s raised", case.base.name, exc_info=True)
-        return replace(case.base, verdict="error", error=shorter(f"{type(e).__name__}: {e}"))
+        return replace(case.base, verdict="error", error=shortened(f"{type(e).__name__}: {e}"))
 
 
-def shorter(text: str, size: int = 300) -> str:
+def shortened(text: str, size: int = 300) -> str:
     """The first line of an error, cut to `size` characters."""
     line = next((line for line in text.splitlines() if line.strip()), "")
     return re.sub(r"\s+", " ", line)[:size]

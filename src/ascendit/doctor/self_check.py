@@ -65,18 +65,18 @@ class SelfCheck:
     def ok(self) -> bool:
         return bool(self.results) and not self.failed
 
-    def part(self, name: str) -> list[Result]:
+    def results_of(self, name: str) -> list[Result]:
         return [r for r in self.results if r.part == name]
 
     def by_operator(self) -> dict[str, list[Result]]:
         """Results by operator, those that ascendit calls first."""
-        return group_by(sorted(self.part("operator"), key=lambda r: not r.used), lambda r: r.operator)
+        return group_by(sorted(self.results_of("operator"), key=lambda r: not r.used), lambda r: r.operator)
 
     def as_dict(self) -> dict[str, Any]:
         """The report for JSON; has no paths, user names or host names."""
         head = {"format": FORMAT, "verdict": "passed" if self.ok else "failed", "device": self.device}
         failed = list(dict.fromkeys(r.operator for r in self.failed))
-        parts = {f"{part}s": [asdict(r) for r in self.part(part)] for part in PARTS}
+        parts = {f"{part}s": [asdict(r) for r in self.results_of(part)] for part in PARTS}
         return {**head, "chip": self.chip, "failed": failed, **self.about, **parts}
 
 

@@ -65,7 +65,7 @@ def _inspect_part(part: Part) -> PartReport:
     if not part.has_weights:
         return PartReport(**fields)
     try:
-        shards = Shards.of_part(part)
+        shards = Shards.from_part(part)
         fields["tensors"] = tuple(shards.tensors.values())
         fields["files"] = len(shards.files)
         if part.name in EXPERTS:

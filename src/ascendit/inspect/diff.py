@@ -150,7 +150,7 @@ def _expert_changes(one: ExpertSummary, other: ExpertSummary) -> _Changes:
                 yield kind, f"{name}.weight" if kind == "shape" else name, x[kind], y[kind]
         if x["scheme"] == y["scheme"]:
             alike.add(name)
-    yield from _tensor_changes(_others(a, shared, alike), _others(b, shared, alike))
+    yield from _tensor_changes(_other_tensors(a, shared, alike), _other_tensors(b, shared, alike))
     for key, xs, ys in _differing(a.attention, b.attention):
         yield "attention", key.removesuffix(QUANT_TYPE), xs, ys
 
@@ -170,7 +170,7 @@ def _linear(expert: Expert, name: str) -> dict[ChangeKind, Any]:
     return {"scheme": scheme, "smoothing": smoothing, "shape": list(layer.shape)}
 
 
-def _others(expert: Expert, shared: Mapping[str, None], alike: set[str]) -> dict[str, TensorInfo]:
+def _other_tensors(expert: Expert, shared: Mapping[str, None], alike: set[str]) -> dict[str, TensorInfo]:
     """Tensors to compare one by one: no quantized weights, and scales only of layers with the same scheme."""
     others = {}
     for name, info in expert.tensors.items():

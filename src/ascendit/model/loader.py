@@ -2,7 +2,7 @@
 
     expert = read_expert(part)
     model = load_expert(expert, None, bind("cpu"))          # as stored: floats, or quantized layers
-    model = load_expert(expert, Online.of("mxfp8", None).apply(expert), bind("cpu"))
+    model = load_expert(expert, Online.from_options("mxfp8", None).apply(expert), bind("cpu"))
 
 Names, shapes and dtypes are checked from the headers before any tensor is read. Weights are quantized while
 they are read, so memory holds the model and at most one float tensor, or a few rows of one.
@@ -109,7 +109,7 @@ def stored_layers(expert: Expert, reader: RowReader) -> dict[str, StoredLinear]:
     for name, layer in expert.layers.items():
         scheme, scale = scheme_after_reading(layer.scheme), None
         if (info := layer.tensors.get("mul_scale")) is not None:
-            data = reader.whole(info)
+            data = reader.read_all(info)
             check_positive(data, info.dtype, info.name)
             scale = torch.frombuffer(bytearray(to_float32(data, info.dtype, info.name)), dtype=torch.float32)
         if scheme != "bf16" or scale is not None:

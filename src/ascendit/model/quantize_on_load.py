@@ -29,7 +29,7 @@ class Online:
     force: bool = False
 
     @classmethod
-    def of(
+    def from_options(
         cls, scheme: str | None, recipe: str | None, keep: Sequence[str] | None = (), *, force: bool = False
     ) -> Online | None:
         """Parse the options; None means that weights are loaded as stored.

@@ -120,7 +120,7 @@ class ModelSink(Sink):
     def move(self, step: TensorStep) -> None:
         """Read a tensor, or its shard, from its file directly into the model's memory."""
         if (buffer := self._buffer(step.name)) is not None:
-            self._reader.into(step.sources[0], buffer, step.shard)
+            self._reader.read_into(step.sources[0], buffer, step.shard)
             self._advance(len(buffer))
 
     def _grouped(self, layers: Mapping[str, StoredLinear]) -> dict[str, _Group]:

@@ -254,7 +254,7 @@ def denoise(
         seconds, memory = time.perf_counter() - start, memory_bytes(pipe.device)
         event = Progress(stage="denoise", step=i + 1, total=len(timesteps), expert=name, timestep=t)
         report(replace(event, seconds=seconds, memory_bytes=memory))
-    return finite(condition.finish(latents))
+    return check_finite(condition.finish(latents))
 
 
 def noise(pipe: Pipeline, request: GenerateRequest) -> Tensor:
@@ -276,7 +276,7 @@ def share(
     return shared
 
 
-def finite(latents: Tensor) -> Tensor:
+def check_finite(latents: Tensor) -> Tensor:
     """The latents [1, z, F, h, w], float32. Raises QualityError (E-OUT-01) if one is NaN or infinite."""
     bad = int((~latents.isfinite()).sum())
     if bad:

@@ -66,7 +66,7 @@ def prepare_model(options: LoadOptions) -> PreparedModel:
     device = parse_device(options.device)
     layout = recognise(model_folder(options.model))
     layout.require_pipeline()
-    online = Online.of(options.scheme, options.recipe, options.keep, force=options.force)
+    online = Online.from_options(options.scheme, options.recipe, options.keep, force=options.force)
     headers = [read_expert(part) for part in layout.experts]
     experts = tuple((expert, online.apply(expert) if online else None) for expert in headers)
     schedule = policy_for(options.step_policy, online, layout, experts)

@@ -25,7 +25,7 @@ __all__ = ["allow_internal_format", "call", "chip", "disable", "enable", "launch
 
 
 @dataclass
-class State:
+class TwinState:
     """State of the process: the operators under torch.ops exist once per process too."""
 
     chip: str | None = None
@@ -36,7 +36,7 @@ class State:
     """Operator -> number of computed calls."""
 
 
-STATE = State()
+STATE = TwinState()
 
 
 def enable(chip: str, *, fake_module: bool = False) -> None:

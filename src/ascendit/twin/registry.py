@@ -141,7 +141,7 @@ def check_capability(name: str, mode: str = "") -> None:
     """
     chip = current_chip()
     row = capability(name, mode)
-    answer = row.on(chip)
+    answer = row.support_on(chip)
     if answer == "yes":
         return
     label = f"{name} {mode}".strip()

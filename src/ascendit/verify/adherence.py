@@ -43,7 +43,7 @@ def check_adherence(
 
     def on_result(scene: Scene, seed: int, reading: Reading) -> None:
         if on_video:
-            on_video("", all(reading.right(scene).values()))
+            on_video("", all(reading.matches(scene).values()))
 
     return measure_adherence(make, scenes, seeds, on_result)
 

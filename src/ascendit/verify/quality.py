@@ -65,7 +65,7 @@ def default_cases() -> tuple[QualityCase, ...]:
     return tuple(QualityCase(name=n, options=o, most_lost=_LIMITS.get(n)) for n, o in options.items())
 
 
-def choose(names: Sequence[str]) -> tuple[QualityCase, ...]:
+def choose_cases(names: Sequence[str]) -> tuple[QualityCase, ...]:
     """The cases of these names: default cases, or TOML files of recipes. Raises UsageError (E-USE-01)."""
     defaults = {case.name: case for case in default_cases()}
     cases = []
@@ -153,7 +153,7 @@ def make_videos(
         traces = []
         for request, scene in zip(requests[job::jobs], scenes[job::jobs], strict=True):
             video = trace(pipes[job], request, cancel)
-            traces.append(replace(video, right=all(judge(video.frames).right(scene).values())))
+            traces.append(replace(video, right=all(judge(video.frames).matches(scene).values())))
             with lock:
                 if on_result:
                     on_result(traces[-1].right)

@@ -131,8 +131,8 @@ class RecipeSteps:
         inverse = self.applied.expert.tensors.get(f"{name}_scale_inv")
         tiles = None if inverse is None else tile_scales(inverse, reader)
         smoothing = self.applied.smoothing.get(name.removesuffix(".weight"))
-        part = replace(info, shape=shard.of(info.shape))
-        for start, view in reader.blocks(
+        part = replace(info, shape=shard.shape_of(info.shape))
+        for start, view in reader.read_blocks(
             info,
             shard=shard,
             multiple=FP8_TILE if info.dtype == TILES else 1,

@@ -49,7 +49,7 @@ def _cut(step: TensorStep, shard: ShardSpec, shape: tuple[int, ...], scheme: str
     def tensor_shard(name: str, stored: tuple[int, ...]) -> ShardSpec:
         return role_shard(shard, name.rpartition(".")[2], stored, shape, scheme)
 
-    specs = (replace(s, shape=tensor_shard(s.name, s.shape).of(s.shape)) for s in step.specs)
+    specs = (replace(s, shape=tensor_shard(s.name, s.shape).shape_of(s.shape)) for s in step.specs)
     source = step.sources[0].shape if step.sources else ()
     return replace(step, specs=tuple(specs), shard=tensor_shard(step.name, source))
 

@@ -262,7 +262,7 @@ def smoothing_of(expert: Expert) -> dict[str, bytes]:
     """Layer -> the bytes of its stored `mul_scale`, as float32 [K]. Raises the errors of `to_float32`."""
     infos = {name: expert.layers[name].tensors["mul_scale"] for name in expert.smoothed}
     with RowReader() as reader:
-        return {n: to_float32(reader.whole(x), x.dtype, x.name) for n, x in infos.items()}
+        return {n: to_float32(reader.read_all(x), x.dtype, x.name) for n, x in infos.items()}
 
 
 # ---- the bytes of a step ------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def smoothing_of(expert: Expert) -> dict[str, bytes]:
 
 def _copy(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     (info,) = step.sources
-    for _, view in reader.blocks(info, shard=step.shard):
+    for _, view in reader.read_blocks(info, shard=step.shard):
         data = _checked(step, info, view)
         if step.specs:
             yield step.name, data
@@ -278,7 +278,7 @@ def _copy(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
 
 def _repeat(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     (info,) = step.sources
-    yield step.name, _checked(step, info, reader.whole(info)) * math.prod(step.specs[0].shape)
+    yield step.name, _checked(step, info, reader.read_all(info)) * math.prod(step.specs[0].shape)
 
 
 def _fill(value: float, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
@@ -332,8 +332,8 @@ _NAN, _NO_BYTE = 0x7F, 0xFFFF
 
 def _recode(source: str, target: str, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     (info,) = step.sources
-    length = step.specs[0].shape[-1] if source == "packed" else step.shard.of(info.shape)[-1]
-    for _, view in reader.blocks(info, shard=step.shard):
+    length = step.specs[0].shape[-1] if source == "packed" else step.shard.shape_of(info.shape)[-1]
+    for _, view in reader.read_blocks(info, shard=step.shard):
         yield step.name, recode(view, length, source, target, info.name)
 
 
@@ -410,8 +410,8 @@ def _untile(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
 
     weight, inverse = step.sources
     scale, column = tile_scales(inverse, reader), step.shard.start if step.shard.axis else 0
-    shard = replace(weight, shape=step.shard.of(weight.shape))
-    for start, view in reader.blocks(weight, shard=step.shard, multiple=FP8_TILE):
+    shard = replace(weight, shape=step.shard.shape_of(weight.shape))
+    for start, view in reader.read_blocks(weight, shard=step.shard, multiple=FP8_TILE):
         values = tile_values(as_tensor(view, shard), scale, start, column)
         yield step.name, as_bytes(values.to(torch.bfloat16))
 
@@ -423,7 +423,7 @@ def tile_scales(info: TensorInfo, reader: RowReader) -> torch.Tensor:
     """
     import torch
 
-    data = reader.whole(info)
+    data = reader.read_all(info)
     check_float_scale(data, info.dtype, info.name)
     values = bytearray(to_float32(data, info.dtype, info.name))
     return torch.frombuffer(values, dtype=torch.float32).view(info.shape)

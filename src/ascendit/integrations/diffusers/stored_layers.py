@@ -38,7 +38,7 @@ def read_stored_layers(model: nn.Module, files: Sequence[Path]) -> dict[str, Lay
         warn_about_attention(expert.name, expert.attention.values(), expert.path)
         layers = expert.layers
     else:
-        layers = _by_dtype(model, Shards.of_files(files).tensors)
+        layers = _by_dtype(model, Shards.from_files(files).tensors)
     for layer in layers.values():
         _check_canonical(layer)
     return dict(layers)

@@ -63,7 +63,7 @@ class CudaCard:
     """An AMD GPU, whose capability numbers have another meaning."""
 
     @classmethod
-    def of(cls, device: Device) -> CudaCard | None:
+    def from_device(cls, device: Device) -> CudaCard | None:
         """The GPU of a `cuda` device; None if CUDA is not available."""
         if not torch.cuda.is_available():
             return None
@@ -75,7 +75,7 @@ class CudaCard:
 
 def list_kernels(device: Device, emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:
     """The kernels of a GPU, best first. Each is checked before its first use, once per GPU and process."""
-    card = CudaCard.of(device)
+    card = CudaCard.from_device(device)
     return () if card is None else _kernels(card, torch.device(device.torch_name), emulate)
 
 

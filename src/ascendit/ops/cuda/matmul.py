@@ -165,12 +165,14 @@ def fp8_product(a: Tensor, b: Tensor) -> Tensor:
 
     Scales are applied later: PyTorch's row-wise matmul would round before the bias.
     """
-    one = _one(a.device)
-    return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=False)
+    unit = _unit_scale(a.device)
+    return torch._scaled_mm(
+        a, b.t(), scale_a=unit, scale_b=unit, out_dtype=torch.float32, use_fast_accum=False
+    )
 
 
 @functools.cache
-def _one(device: torch.device) -> Tensor:
+def _unit_scale(device: torch.device) -> Tensor:
     return torch.ones((), device=device)
 
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from ascendit.checkpoint.component import EXPERTS, read_json
 from ascendit.checkpoint.reader import RowReader, ShardSpec, TensorInfo, read_header
 from ascendit.errors import CheckpointError, UsageError
-from ascendit.weights.lora.keys import IGNORED, Key, split_key
+from ascendit.weights.lora.keys import IGNORED, LoraKey, split_key
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,7 @@ class Scaling:
     over_root: bool = False
     """Divide by sqrt(rank), as rsLoRA does."""
 
-    def of(self, path: str, rank: int) -> float:
+    def scale_of(self, path: str, rank: int) -> float:
         """alpha / rank (rsLoRA: alpha / sqrt(rank)) of a layer without an `alpha` tensor; 1 if no alpha is
         set.
         """
@@ -74,7 +74,7 @@ class LoraFile:
 
     path: Path
     infos: Mapping[str, TensorInfo]
-    keys: tuple[Key, ...]
+    keys: tuple[LoraKey, ...]
     scalings: Mapping[str | None, Scaling]
     """Expert in the prefix of a key -> its settings."""
 
@@ -226,7 +226,7 @@ def read_rows(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
 
     shard = ShardSpec(0, start, stop - start)
     with RowReader() as reader:
-        rows = reader.tensor(info, shard).to(torch.float64).reshape(stop - start, -1)
+        rows = reader.read_tensor(info, shard).to(torch.float64).reshape(stop - start, -1)
     if not torch.isfinite(rows).all():
         raise CheckpointError(
             f"{info.file}: {info.name} has values that are not finite",

@@ -36,7 +36,7 @@ from ascendit.weights.lora.file import (
     shape_problem,
     unusable_keys,
 )
-from ascendit.weights.lora.keys import Key, Targets, refusal
+from ascendit.weights.lora.keys import LoraKey, Targets, refusal
 
 if TYPE_CHECKING:
     import torch
@@ -214,13 +214,13 @@ class DeltaReader:
         self.problems: list[Problem] = []
         self.deltas: list[Delta] = []
 
-    def problem(self, key: Key, reason: str, fix: str = Problem.fix) -> None:
+    def problem(self, key: LoraKey, reason: str, fix: str = Problem.fix) -> None:
         """Record that `key` cannot be used."""
         self.problems.append(Problem(key.name, reason, fix))
 
-    def groups(self, keys: Iterable[Key]) -> dict[str, dict[str, Key]]:
+    def groups(self, keys: Iterable[LoraKey]) -> dict[str, dict[str, LoraKey]]:
         """Target -> role -> key. `diff_b` and `diff_m` become the `diff` of another tensor of the layer."""
-        groups: dict[str, dict[str, Key]] = {}
+        groups: dict[str, dict[str, LoraKey]] = {}
         for key in keys:
             if key.role is None:
                 self.problem(key, refusal(key.name) or "not a key of a supported kind of LoRA")
@@ -233,7 +233,7 @@ class DeltaReader:
                     self.problem(key, f"means the same as {first.name}")
         return groups
 
-    def read_group(self, target: str, group: dict[str, Key]) -> None:
+    def read_group(self, target: str, group: dict[str, LoraKey]) -> None:
         """Add the changes of one tensor: factors with `alpha`, a difference, or both."""
         alpha, up_bias = group.get("alpha"), group.get("up_bias")
         modules = {kind: {role: group[role] for role in roles_of(kind) if role in group} for kind in FACTORS}
@@ -248,7 +248,7 @@ class DeltaReader:
                 if kind == "lora" and up_bias:
                     self._add_bias(target, up_bias, scale)
 
-    def _checked(self, kind: str, keys: dict[str, Key], target: str) -> dict[str, TensorInfo] | None:
+    def _checked(self, kind: str, keys: dict[str, LoraKey], target: str) -> dict[str, TensorInfo] | None:
         """The header entries of a module; None, and problems, if one is missing or does not match."""
         infos = {role: self.file.infos[key.name] for role, key in keys.items()}
         if missing := missing_roles(kind, keys):
@@ -271,7 +271,7 @@ class DeltaReader:
         return {"diff": replace(infos["diff"], shape=shape)} if kind == "diff" else infos
 
     def _scale(
-        self, kind: str, keys: dict[str, Key], infos: dict[str, TensorInfo], alpha: Key | None
+        self, kind: str, keys: dict[str, LoraKey], infos: dict[str, TensorInfo], alpha: LoraKey | None
     ) -> float:
         """alpha / rank, or 1. Differences and a LoKr of two complete factors have no rank: no scaling."""
         if (rank := rank_of(kind, infos)) is None:
@@ -279,19 +279,19 @@ class DeltaReader:
         if alpha is not None:
             return self._alpha(alpha) / rank
         key, scalings = next(iter(keys.values())), self.file.scalings
-        return scalings.get(key.expert, scalings[None]).of(key.path, rank) if kind == "lora" else 1.0
+        return scalings.get(key.expert, scalings[None]).scale_of(key.path, rank) if kind == "lora" else 1.0
 
-    def _alpha(self, key: Key) -> float:
+    def _alpha(self, key: LoraKey) -> float:
         info = self.file.infos[key.name]
         value = 0.0
         if math.prod(info.shape) == 1 and info.dtype in FACTOR_DTYPES + _INTEGERS:
             with RowReader() as reader:
-                value = float(reader.tensor(info).item())
+                value = float(reader.read_tensor(info).item())
         if not math.isfinite(value) or value == 0:
             self.problem(key, f"{info.dtype} {list(info.shape)} is not a valid scale")
         return value
 
-    def _add_bias(self, weight: str, key: Key, scale: float) -> None:
+    def _add_bias(self, weight: str, key: LoraKey, scale: float) -> None:
         """Add PEFT's `lora_B.bias`, part of the output of `up` and scaled like it."""
         bias = weight.removesuffix(".weight") + ".bias"
         info = self.file.infos[key.name]
