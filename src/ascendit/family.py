@@ -204,7 +204,7 @@ class WanConfig:
 
     @property
     def dim(self) -> int:
-        """Width D."""
+        """Hidden size D: heads x head size."""
         return self.num_attention_heads * self.attention_head_dim
 
     @classmethod

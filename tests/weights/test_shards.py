@@ -260,11 +260,11 @@ def test_fp8_in_tiles(
 @pytest.mark.parametrize(
     ("scheme", "shard", "words"),
     [
-        ("mxfp8", ShardSpec(1, 16, 608), "groups of 32, of which it has 38"),
-        ("mxfp4_dualscale", ShardSpec(1, 512, 512 + 32), "groups of 512, of which it has 3"),
-        ("mxfp4", ShardSpec(1, 1216, 32), "its 1216 columns"),
-        ("int8", ShardSpec(0, 60, 32), "its 64 rows"),
-        ("bf16", ShardSpec(0, 3, 0), "its 64 rows"),
+        ("mxfp8", ShardSpec(1, 16, 608), "columns 0 to 1216, in complete blocks of 32"),
+        ("mxfp4_dualscale", ShardSpec(1, 512, 512 + 32), "columns 0 to 1216, in complete blocks of 512"),
+        ("mxfp4", ShardSpec(1, 1216, 32), "columns 0 to 1216"),
+        ("int8", ShardSpec(0, 60, 32), "rows 0 to 64"),
+        ("bf16", ShardSpec(0, 3, 0), "rows 0 to 64"),
     ],
 )
 def test_parts_that_a_layer_does_not_have(scheme: str, shard: ShardSpec, words: str, floats: Path) -> None:

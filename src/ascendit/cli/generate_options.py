@@ -123,7 +123,7 @@ def merge(*layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_size(text: str) -> dict[str, int]:
-    """Width and height from `832x480` or `832*480`. Raises UsageError (E-USE-01)."""
+    """Parse width and height: `832x480` or `832*480`. Raises UsageError (E-USE-01)."""
     match = re.fullmatch(r"\s*(\d+)\s*[xX*×]\s*(\d+)\s*", text)
     if not match:
         raise UsageError(f"--size {text}", needs="width x height in pixels", fix="--size 832x480")
@@ -131,7 +131,7 @@ def parse_size(text: str) -> dict[str, int]:
 
 
 def parse_guidance(text: str) -> dict[str, float]:
-    """Guidance scales from `4`, or from `4,3` for high and low noise. Raises UsageError (E-USE-01)."""
+    """Parse guidance scales: `4`, or `4,3` for high and low noise. Raises UsageError (E-USE-01)."""
     parts = text.split(",")
     try:
         numbers = [float(p) for p in parts]
@@ -144,7 +144,7 @@ def parse_guidance(text: str) -> dict[str, float]:
 
 
 def parse_timesteps(text: str) -> dict[str, tuple[float, ...]]:
-    """Timesteps from `1000,750,500,250`. Raises UsageError (E-USE-01)."""
+    """Parse timesteps such as `1000,750,500,250`. Raises UsageError (E-USE-01)."""
     try:
         return {"timesteps": tuple(float(t) for t in text.split(","))}
     except ValueError:

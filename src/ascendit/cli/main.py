@@ -34,7 +34,10 @@ ANY_MODEL = "Model folder or file in any layout, demo, hf:org/name or ms:org/nam
 
 
 def flag(shown: str, help: str) -> Any:
-    """A flag for `Annotated`. `shown`: its names and metavar as in the help, like `-o, --output DST`."""
+    """Make a flag for `Annotated`.
+
+    `shown`: names and metavar as in the help, for example `-o, --output DST`.
+    """
     names = shown.replace(",", "").split()
     metavar = None if names[-1].startswith("-") else names.pop()
     return typer.Option(*names, metavar=metavar, help=help)

@@ -109,7 +109,7 @@ class Tally:
 def verify_adherence(
     out: Output, model: str, seeds: Sequence[int], limit: int | None, report: Path | None, swap_experts: bool
 ) -> None:
-    """Judge the videos, print counts and verdicts. Exits with code 1 if a group is below its limit."""
+    """Judge the videos, and print counts and verdicts. Exits with code 1 if a group is below its limit."""
     from ascendit.demo import world
     from ascendit.demo.adherence import pick
     from ascendit.pipeline.job import load
@@ -148,7 +148,9 @@ def verify_quality(
     jobs: int,
     report: Path | None,
 ) -> None:
-    """Measure, print the table and the verdicts. Exits with code 1 if a case is over its limit.
+    """Measure every case, and print the table and the verdicts.
+
+    Exits with code 1 if a case is over its limit.
 
     `report` is rewritten after each row, so that an interrupted run keeps its results.
     """

@@ -88,7 +88,7 @@ class WriteBehind(Sink):
         self._waiting: deque[Future[None]] = deque()
 
     def done(self, name: str) -> bool:
-        """Whether the tensor is complete from an earlier run."""
+        """Whether an earlier run has completed the tensor."""
         return self._writer.done(self._names.get(name, name))
 
     def append(self, name: str, data: Data) -> None:

@@ -75,7 +75,7 @@ class ConversionReport:
         return 0.0 if self.dry_run else self.bytes_done / 2**30 / max(self.seconds, 1e-9)
 
     def measured(self) -> dict[str, float]:
-        """Rounded measurements, for `--json`."""
+        """Measurements, rounded for `--json`."""
         return {name: round(getattr(self, name), 3) for name in ("bits_per_weight", "seconds", "gib_per_s")}
 
     def closing(self, also: Sequence[str], engine: str | None = None, speed: bool = True) -> list[list[str]]:

@@ -69,7 +69,9 @@ class Mask(NamedTuple):
     complete: NDArray[np.bool_]  # [F], whether the object is clear of the frame's edge
 
     def only_complete(self, least: int) -> Mask:
-        """The frames with the complete object, if at least `least`: at the edge, its centroid is wrong."""
+        """Only the frames that show the complete object, if at least `least` do: at the edge, its centroid
+        is wrong.
+        """
         k = self.complete
         if k.sum() < least:
             return self

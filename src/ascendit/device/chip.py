@@ -29,7 +29,10 @@ class ChipVariant:
 
 @dataclass(frozen=True)
 class Chip:
-    """`soc_versions`: values of `torch_npu.npu.get_soc_version()`. `soc_name`: a device name of this chip."""
+    """One Ascend chip.
+
+    `soc_versions`: values of `torch_npu.npu.get_soc_version()`. `soc_name`: a device name of this chip.
+    """
 
     name: str
     product: str

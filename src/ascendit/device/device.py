@@ -48,7 +48,7 @@ DEVICE_NAMES = "cpu, cuda, cuda:N, npu, npu:N, " + ", ".join(f"twin:{chip}" for 
 
 @dataclass(frozen=True)
 class Device:
-    """A device. `chip`: a2, a3 or a5; for an NPU it is set when the device is opened."""
+    """A device to run on. `chip`: a2, a3 or a5; for an NPU it is set when the device is opened."""
 
     kind: str
     index: int | None = None

@@ -132,7 +132,7 @@ def find_chip(npu: Any) -> Chip:
 
 
 def load_mindiesd() -> None:
-    """Import MindIE-SD if installed, which defines torch.ops.mindiesd. It is optional."""
+    """Import MindIE-SD, which defines torch.ops.mindiesd, if it is installed."""
     try:
         module = importlib.import_module("mindiesd")
     except ModuleNotFoundError as e:

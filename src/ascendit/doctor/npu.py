@@ -244,7 +244,10 @@ def driver() -> list[ProbeRow]:
 
 
 def cann_version(folder: Path) -> str | None:
-    """The version, as 9.1.0. In `version.cfg` it follows an internal number: [7.6.0.1.220:8.2.RC1]."""
+    """The version of CANN, such as 9.1.0.
+
+    In `version.cfg` it follows an internal number: [7.6.0.1.220:8.2.RC1].
+    """
     for name in VERSION_FILES:
         text = probe.read_text(folder / name.format(arch=platform.machine()))
         if match := re.search(r"version\s*=\s*\[?([^\s\]]+)", text, re.I):

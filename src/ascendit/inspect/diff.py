@@ -93,7 +93,7 @@ class Diff:
 
 
 def diff(a: Path | str | ModelReport, b: Path | str | ModelReport) -> Diff:
-    """Compare two checkpoints of any layout: paths as accepted by `inspect`, or reports of it.
+    """Compare two checkpoints of any layout: paths as accepted by `inspect`, or its reports.
 
     Raises the errors of `inspect`. An expert that could not be read as a Wan transformer is compared by its
     names on disk.

@@ -80,7 +80,7 @@ class ModelReport:
         }
 
     def as_dict(self, *, layers: bool = False) -> dict[str, Any]:
-        """Plain data for `--json`. `layers`: with every layer and tensor."""
+        """Plain data for `--json`. `layers`: include every layer and tensor."""
         data = {
             "name": self.layout.name,
             "ok": self.ok,

@@ -57,7 +57,7 @@ class LinearInput:
         return quantized
 
     def smoothed(self, mul_scale: Tensor) -> Tensor:
-        """The input times `mul_scale` (float32 [K]): [.., K] in its own dtype."""
+        """The input times `mul_scale` (float32 [K]): [.., K] in the dtype of the input."""
         key = ("smoothed", _address(mul_scale))
         if key not in self._cache:
             self._cache[key] = smooth_input(self.x, mul_scale)

@@ -21,7 +21,7 @@ log = logging.getLogger("ascendit")
 
 @dataclass(frozen=True)
 class Online:
-    """How the layers of a float checkpoint are quantized while they are loaded."""
+    """How to quantize the layers of a float checkpoint while they load."""
 
     recipe: Recipe | None
     """None: load every layer unquantized, which needs a float checkpoint."""
@@ -78,8 +78,7 @@ def policy_for(
     layout: Layout,
     experts: Sequence[tuple[Expert, AppliedRecipe | None]],
 ) -> StepSchedule:
-    """The requested step schedule, else the one of the recipe of this load, else the one stored in the
-    folder.
+    """Choose the step schedule: the requested one, else the recipe's, else the one stored in the folder.
 
     Raises UsageError (E-USE-01) for a precision that the weights of the model do not support.
     """

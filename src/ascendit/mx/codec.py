@@ -79,12 +79,12 @@ def encode(
 ) -> Encoded:
     """Quantize `x` [.., K, ..], bfloat16, float16 or float32, with K at `axis`.
 
-    Returns an `Encoded`, whose tensors have the shapes and dtypes listed there.
-    `format`: a name in `formats.FORMATS`. `scale_rule`: one of its rules, the first by default.
-    `rounding`: rint (default), half_away or floor; msModelSlim's rules fix their own.
-    float16 is encoded directly; the NPU converts it to bfloat16 first (other ties with max:6 and max:7).
-    Raises UsageError (E-USE-01) for an unknown format, a rule, rounding or dtype that the format does not
-    support, an `axis` out of range, or an empty axis.
+    Returns an `Encoded`, whose tensors have the shapes and dtypes listed there. `format`: a name in
+    `formats.FORMATS`. `scale_rule`: one of its rules, the first by default. `rounding`: rint (default),
+    half_away or floor; msModelSlim's rules have a fixed rounding. float16 is encoded directly; the NPU
+    converts it to bfloat16 first (other ties with max:6 and max:7). Raises UsageError (E-USE-01) for an
+    unknown format, a rule, rounding or dtype that the format does not support, an `axis` out of range, or an
+    empty axis.
     """
     fmt = lookup(format)
     rule = resolve_rule(fmt, scale_rule)

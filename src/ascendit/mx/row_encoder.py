@@ -93,7 +93,9 @@ class RowEncoder:
 
 
 def first_bad_row(encoded: Encoded) -> int | None:
-    """First row of a quantized weight [N, K] (any dtype) whose input had an infinity or a NaN, or None."""
+    """First row of a quantized weight [N, K] (any dtype) whose input had an infinity or a NaN; None if all
+    were finite.
+    """
     scale = encoded.scale
     if scale.is_floating_point():
         bad = scale.isnan().flatten().nonzero()
@@ -119,7 +121,7 @@ class ScaleSearch:
 
 def _wrong_rows(rows: Tensor, needs: str) -> UsageError:
     return UsageError(
-        f"rows {rows.dtype} {tuple(rows.shape)}",
+        f"rows of shape {tuple(rows.shape)} and dtype {rows.dtype}",
         needs=needs,
         fix="pass rows of the dtype and length that this RowEncoder was created for",
     )

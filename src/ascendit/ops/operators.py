@@ -121,7 +121,7 @@ class Schemes:
         return self.kernel(scheme).prepare(encoded, bias, device, nz=nz or self.nz)
 
     def stored(self, weight: PreparedWeight) -> Encoded:
-        """The inverse of `prepare_weight`: qdata [N, K] and scales in the dtypes and layout of the disk."""
+        """The inverse of `prepare_weight`: qdata [N, K] and scales, in dtypes and layout as on disk."""
         return self.kernel(weight.scheme).stored(weight)
 
     def quantize_activation(

@@ -67,7 +67,7 @@ def disable() -> None:
 
 
 def chip() -> str | None:
-    """The current chip, None if the twin is not enabled."""
+    """The current chip; None if the twin is not enabled."""
     return STATE.chip
 
 

@@ -60,7 +60,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def relative_l2(a: Tensor, reference: Tensor) -> float:
-    """|a - reference| / |reference| of two tensors [...] of one shape, any dtype."""
+    """|a - reference| / |reference| of two tensors [..] of one shape and any dtype."""
     reference = reference.double()
     norm = float(reference.norm())
     distance = float((a.double() - reference).norm())

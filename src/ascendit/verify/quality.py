@@ -145,7 +145,7 @@ def make_videos(
     cancel: Stop | None,
     on_result: Callable[[bool], None] | None,
 ) -> list[Trace]:
-    """The video of each request. Every pipeline has its own thread and share of the CPU cores."""
+    """Make the video of each request. Every pipeline has its own thread and share of the CPU cores."""
     jobs, threads, lock = len(pipes), torch.get_num_threads(), threading.Lock()
 
     def run_job(job: int) -> list[Trace]:
@@ -170,7 +170,7 @@ def make_videos(
 
 
 def fingerprint(pipe: Pipeline) -> bytes:
-    """Hash of all weights and of the step schedule: equal for pipelines that make the same videos."""
+    """Hash of all weights and of the step schedule: the same for pipelines that make the same videos."""
     digest = hashlib.sha256(str(pipe.policy).encode())
     for name, tensor in nn.ModuleDict(pipe.experts).state_dict().items():
         digest.update(f"{name} {tensor.dtype}".encode())
@@ -196,7 +196,7 @@ def compare_traces(
 
 
 def check_float(pipe: Pipeline, model: str) -> Pipeline:
-    """The pipeline. Raises UsageError (E-USE-01) if it is quantized."""
+    """Return the pipeline. Raises UsageError (E-USE-01) if it is quantized."""
     if any(isinstance(m, QuantLinear) for m in nn.ModuleDict(pipe.experts).modules()):
         raise UsageError(
             f"{model} is quantized",

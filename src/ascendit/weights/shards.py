@@ -72,8 +72,8 @@ def check_shard(layer: str, scheme: str, shape: tuple[int, ...], shard: ShardSpe
         axis = "rows" if shard.axis == 0 else "columns"
         raise UsageError(
             f"{axis} {shard.start} to {stop} of {layer} ({scheme}, {list(shape)})",
-            needs=f"a range of its {size} {axis}"
-            + (f" in blocks of {unit}, of which it has {-(-size // unit)}" if unit > 1 else ""),
+            needs=f"a range within {axis} 0 to {size}"
+            + (f", in complete blocks of {unit}" if unit > 1 else ""),
             fix=f"begin and end at multiples of {unit}"
             if unit > 1
             else "use a start and a count in this range",

@@ -107,7 +107,7 @@ class Sink:
     """Receives tensors with Diffusers names, in the order of the plan."""
 
     def done(self, name: str) -> bool:
-        """Whether the tensor is complete from an earlier run."""
+        """Whether an earlier run has completed the tensor."""
         return False
 
     def append(self, name: str, data: Data) -> None:

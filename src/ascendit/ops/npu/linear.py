@@ -1,4 +1,4 @@
-"""Quantized linear layers by the matmuls of an Ascend NPU; the contract is in `kernels/reference.py`.
+"""Quantized linear layers with the matmuls of an Ascend NPU; the contract is in `kernels/reference.py`.
 
 `prepare_weight` converts the layouts once: a weight [N, K] and its paired scales [N, K / 64, 2] become
 transposed views (a contiguous scale is refused), packed FP4 is uint8, level 0 of the dual scale is
@@ -74,7 +74,7 @@ def prepare_weight(
 
 
 def stored(weight: PreparedWeight) -> Encoded:
-    """The inverse of `prepare_weight`: qdata [N, K] and scales in the dtypes and layout of the disk."""
+    """The inverse of `prepare_weight`: qdata [N, K] and scales, in dtypes and layout as on disk."""
     qdata, scale = weight.qdata, weight.scale
     if weight.scheme != "mxfp4_dualscale":
         qdata = qdata.transpose(0, 1)

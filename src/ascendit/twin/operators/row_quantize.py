@@ -52,7 +52,9 @@ def _largest(dst_type: int | None) -> float:
 
 @operator("npu_dynamic_quant")
 def npu_dynamic_quant(input: Tensor, smooth_scales: Tensor | None, **options: Any) -> Iterator[Any]:
-    """int8 or FP8 of `input` [.., K], and float32 scales per row, tensor or channel (aclnnDynamicQuantV2)."""
+    """int8 or FP8 qdata of `input` [.., K], and float32 scales per row, tensor or channel
+    (aclnnDynamicQuantV2).
+    """
     a = Call(**options)
     _mode("npu_dynamic_quant", a.dst_type)
     require(input.dim() > 1, "rows.axes")
@@ -120,7 +122,7 @@ def npu_dynamic_block_quant(x: Tensor, min_scale: float, dst_type: int, **option
 def npu_quantize(
     self: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: int, axis: int, div_mode: bool
 ) -> Iterator[Any]:
-    """int8 of `self` [..] with static scales and zero points [N] or [1] along `axis` (aclnnQuantize)."""
+    """int8 qdata of `self` [..], with static scales and zero points [N] or [1] along `axis` (aclnnQuantize)."""
     require(dtype in _INT8, "rows.static_dtype", dtype=dtype)
     length = self.shape[axis]
     valid = scales.dim() == 1 and scales.shape[0] in (1, length)
@@ -138,6 +140,6 @@ def npu_quantize(
 
 
 def dequantize_tiles(qdata: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
-    """float32 of qdata [.., R, C] times a scale [.., R / rows, C / columns] per tile."""
+    """Dequantize qdata [.., R, C] to float32, with one scale per tile: [.., R / rows, C / columns]."""
     full = scale.repeat_interleave(rows, -2)[..., : qdata.shape[-2], :].repeat_interleave(columns, -1)
     return qdata.to(torch.float32) * full[..., : qdata.shape[-1]]
