@@ -119,7 +119,10 @@ def _patch_size(config: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def whole_number(key: str, value: object) -> int:
-    """A dimension in a config. Raises CheckpointError (E-CKP-06) unless it is a whole number above 0."""
+    """Return a dimension from a config.
+
+    Raises CheckpointError (E-CKP-06) unless it is a whole number above 0.
+    """
     if type(value) is not int or not 0 < value < 2**31:
         raise bad_value(key, value, "a whole number above 0")
     return value

@@ -47,7 +47,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 
 
 class Scene(NamedTuple):
-    """What a prompt names: colour, shape, direction and background."""
+    """A scene as a prompt describes it: colour, shape, direction and background."""
 
     colour: str
     shape: str

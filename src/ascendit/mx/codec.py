@@ -64,7 +64,7 @@ class Encoded:
 
 
 def checked_axis(axis: int, ndim: int) -> int:
-    """`axis` as an index from the front. Raises UsageError (E-USE-01) if it is out of range."""
+    """Return `axis` counted from the front. Raises UsageError (E-USE-01) if it is out of range."""
     if not -ndim <= axis < ndim:
         raise UsageError(
             f"axis {axis} of a tensor with {ndim} axes",

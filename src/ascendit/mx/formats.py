@@ -167,7 +167,7 @@ FORMATS: dict[str, Format] = {
 
 
 def lookup(name: str) -> Format:
-    """The format of this name. Raises UsageError (E-USE-01) if it is unknown."""
+    """Return the format with this name. Raises UsageError (E-USE-01) if it is unknown."""
     if name not in FORMATS:
         raise UsageError(
             f"number format {name!r}",

@@ -122,7 +122,7 @@ def npu_dynamic_block_quant(x: Tensor, min_scale: float, dst_type: int, **option
 def npu_quantize(
     self: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: int, axis: int, div_mode: bool
 ) -> Iterator[Any]:
-    """int8 qdata of `self` [..], with static scales and zero points [N] or [1] along `axis` (aclnnQuantize)."""
+    """int8 qdata of `self` [..] with static scales, zero points [N] or [1] along `axis` (aclnnQuantize)."""
     require(dtype in _INT8, "rows.static_dtype", dtype=dtype)
     length = self.shape[axis]
     valid = scales.dim() == 1 and scales.shape[0] in (1, length)
