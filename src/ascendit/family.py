@@ -38,9 +38,9 @@ class WanSpec:
     num_inference_steps: int = 50
     flow_shift: float = 5.0
     guidance_scale: float = 5.0
-    """Of the only expert, or of the high-noise expert."""
+    """Guidance scale of the only expert, or of the high-noise expert."""
     guidance_scale_2: float | None = None
-    """Of the low-noise expert."""
+    """Guidance scale of the low-noise expert."""
     boundary_ratio: float | None = None
     """Timestep / 1000 below which the low-noise expert runs."""
     image_cross_attention: bool = False

@@ -13,7 +13,7 @@ class Progress:
     """One event: `step` of `total` are done in this stage; both are 0 in a stage without steps."""
 
     stage: str
-    """Of a run: `load`, `encode`, `denoise`, `decode`; of a conversion: `transformer`, `check`, ..."""
+    """Stage of a run: `load`, `encode`, `denoise`, `decode`; of a conversion: `transformer`, `check`, ..."""
     name: str = ""
     """The last tensor or file processed."""
     step: int = 0

@@ -40,7 +40,7 @@ class StepSchedule:
     """Settings by step; the first step is 0."""
 
     steps: tuple[tuple[int, Step], ...] = ()
-    """In ascending order, each step once."""
+    """(step, settings) in ascending order, each step once."""
     default: Step = Step()
 
     @classmethod

@@ -162,7 +162,7 @@ class Shards:
     """The headers of all weight files of one component, as one set of tensors."""
 
     tensors: dict[str, TensorInfo]
-    """In the order of the files, and of the bytes in each file."""
+    """All tensors, in the order of the files and of the bytes in each file."""
     files: tuple[Path, ...]
 
     @classmethod

@@ -221,7 +221,7 @@ def _group(path: str) -> str:
 
 
 def driver_version() -> str | None:
-    """From the driver's version.info, else from npu-smi; containers often have only one of them."""
+    """Read the version from the driver's version.info, else from npu-smi: containers often have only one."""
     match = re.search(
         r"^Version\s*=\s*([\w.]+)", probe.read_text(ASCEND / "driver" / "version.info"), re.M | re.I
     )

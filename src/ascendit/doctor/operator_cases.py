@@ -91,7 +91,9 @@ def worst(results: Iterable[Result]) -> Result:
 
 
 def compare_results(base: Result, actual: Any, expected: Any, *, db: float | None = None) -> Result:
-    """`base` with the verdict on `actual`. Both results are on the CPU: tensors, tuples of tensors, or ints.
+    """Return `base` with the verdict on `actual`.
+
+    Both results are on the CPU: tensors, tuples of tensors, or ints.
 
     `db`: limit for float tensors instead of the limit of their dtype. Ints are compared only if they are the
     only result; next to tensors they are ignored, since they may be random seeds.

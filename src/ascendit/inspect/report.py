@@ -61,7 +61,7 @@ class ModelReport:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Over all experts; None if no header could be read."""
+        """Bits per weight over all experts; None if no header could be read."""
         total = sum(p.values for p in self.experts)
         return 8 * sum(p.nbytes for p in self.experts) / total if total else None
 

@@ -231,7 +231,7 @@ class ExpertSummary:
         return grouped(names, self.attentions)
 
     def texts(self) -> dict[str, list[str]]:
-        """Title -> lines for a terminal."""
+        """Title of a block -> its lines for a terminal."""
         expert = self.expert
         attention = [f"{value}: {', '.join(names)}" for value, names in self.attention.items()]
         attention += [f"rotated: {', '.join(self.rotated)}"] if self.rotated else []

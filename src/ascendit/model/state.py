@@ -166,7 +166,7 @@ class DenoiseState:
         return kernel(q, k, v)
 
     def linear(self, layer: Any, x: Tensor | LinearInput) -> Tensor:
-        """A linear layer of a block in the precision of the current step: x [.., K] -> [.., N], x's dtype."""
+        """Apply a linear layer in the precision of the current step: x [.., K] -> [.., N], x's dtype."""
         return linear(self.ops, layer, x, self.current.precision)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

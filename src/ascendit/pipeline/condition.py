@@ -31,7 +31,9 @@ class Condition:
     """[1, T, image_dim]: CLIP tokens for the image cross-attention."""
 
     def model_input(self, latents: Tensor) -> Tensor:
-        """The input of the model, float32, from `latents` [1, z, F, h, w]."""
+        """The model's input [1, C, F, h, w], float32: `latents` [1, z, F, h, w] combined with the image, if
+        any.
+        """
         if self.channels is not None:
             return torch.cat([latents, self.channels], dim=1)
         return self.finish(latents)

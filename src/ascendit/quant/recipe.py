@@ -102,7 +102,7 @@ class Recipe(Model):
     def layer_schemes(
         self, config: Mapping[str, Any], *, model_kind: Task, keep: Sequence[str] = ()
     ) -> tuple[LayerScheme, ...]:
-        """All linear layers of the model, in model order. `keep`: patterns of layers that stay in BF16.
+        """The scheme of every linear layer, in model order. `keep`: patterns of layers that stay in BF16.
 
         Raises UsageError (E-USE-05) for a pattern that matches no layer.
         """
@@ -149,7 +149,7 @@ class Recipe(Model):
         return tuple(a for a in schemes.values() if a.quant_type or a.rotate)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON data for `ascendit.json`, enough to recreate the TOML."""
+        """JSON data for `ascendit.json`, sufficient to recreate the TOML file."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
@@ -228,5 +228,7 @@ def no_scheme(subject: str) -> UsageError:
 
 
 def _without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without unknown values, such as the number of heads of some files; layers do not depend on them."""
+    """The config without unknown values (some files lack the number of heads), which layers do not depend
+    on.
+    """
     return {key: value for key, value in config.items() if value is not None}

@@ -91,7 +91,7 @@ class TargetFormat:
         attention: Mapping[str, str],
         source_entries: Mapping[str, str],
     ) -> dict[str, str]:
-        """The manifest with the stored names; arguments as for `checkpoint.quant_metadata.manifest_for`."""
+        """The manifest with the stored names; arguments as in `checkpoint.quant_metadata.manifest_for`."""
         smoothed = {name.removesuffix(".mul_scale") for name in names if name.endswith(".mul_scale")}
         entries = manifest_for(layers, names, attention, source_entries)
         quant_type = entries.pop("model_quant_type")

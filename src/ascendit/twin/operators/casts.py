@@ -20,7 +20,7 @@ _FP4 = (contract.FP4_E2M1, contract.FP4_E1M2)
 
 @operator("npu_dtype_cast")
 def npu_dtype_cast(self: Tensor, dtype: int, input_dtype: int | None) -> Iterator[Any]:
-    """`self` [.., K] in another dtype; FP4 (296, 297) is packed [.., K / 2], even index in the low nibble."""
+    """Cast `self` [.., K] to a dtype; FP4 (296, 297) is packed [.., K / 2], even index in the low nibble."""
     shape = list(self.shape)
     if input_dtype in _FP4:
         require(bool(shape) and self.element_size() == 1, "cast.fp4_scalar")

@@ -198,7 +198,9 @@ def npu_dual_level_quant_matmul(**arguments: Any) -> Iterator[Any]:
 
 
 def _dual_level_encoded(qdata: Tensor, pairs: Tensor, coarse: Tensor) -> Encoded:
-    """From packed qdata [R, K / 2], paired scales [R, K / 64, 2] and coarse scales [R, K / 512, 1]."""
+    """Make an `Encoded` from packed qdata [R, K / 2], paired scales [R, K / 64, 2] and coarse scales [R, K /
+    512, 1].
+    """
     k = 2 * qdata.shape[1]
     fine = layouts.from_pairs(pairs.view(torch.uint8), -(-k // 32))
     return Encoded(qdata.view(torch.uint8), fine, coarse, "mxfp4_dualscale", -1, (len(qdata), k))
