@@ -50,7 +50,7 @@ lint: install  ## style and types
 check: lint  ## style, types and the quick tests, in about a minute
 	$(BIN)/pytest -m "$(FAST)" $(PARALLEL) $(QUICK) $(addprefix --ignore=tests/,$(NOT_QUICK))
 
-test: lint  ## style, types and every test that needs no accelerator
+test: lint  ## style, types and every test that is not slow and needs no accelerator
 	$(BIN)/pytest -m "$(FAST)" $(PARALLEL)
 
 test-all: lint  ## every test; those that lack their hardware are skipped with the reason

@@ -1,12 +1,13 @@
-"""Quantized linear layers against bf16 `F.linear`: tokens quantized on each call, bias and scales included.
+"""Quantized linear layers against bf16 `F.linear`, quantization of the activation, bias and scales included.
 
     python benchmarks/linear.py                    # 512 tokens, the linears of Wan 1.3B and 14B, 2 threads
     python benchmarks/linear.py --tokens 1 --shape 5120 5120
-    python benchmarks/linear.py --plain            # as without a compiler
+    python benchmarks/linear.py --product          # the activation is quantized before, not timed
+    python benchmarks/linear.py --plain            # without the compiled kernels
 
-All in one run, interleaved, medians. `once` keeps a decoded BF16 weight; without it codes are decoded on each
-call. The error is that of the output against a float64 product of the decoded numbers; BF16's own rounding is
-1.7e-3. Memory is that of the weight with its scales, against BF16.
+All in one run, interleaved, medians. `once` stores a decoded BF16 weight; without it the weight is decoded on
+each call. The error compares the output with a float64 product of the decoded values; rounding to BF16 alone
+is 1.7e-3. Memory is that of the weight with its scales, relative to BF16.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +28,15 @@ from torch import Tensor
 from ascendit import mx
 from ascendit.device.device import parse_device
 from ascendit.kernels.cpu import linear as cpu_linear
-from ascendit.kernels.kernel import Emulate, Wish
+from ascendit.kernels.kernel import Activation, Emulate, PreparedWeight, Wish
 from ascendit.native.build import Built
 from ascendit.ops.operators import Schemes
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
 SHAPES = [(1536, 1536), (1536, 8960), (8960, 1536), (5120, 5120), (5120, 13824), (13824, 5120)]
 """K, N."""
-ROWS = 8
-"""Tokens of which the error is measured."""
+ROWS, BLOCK_ROWS = 8, 128
+"""Rows of the activation whose error is measured; rows that share scales in `int8_block`."""
 
 
 @dataclass
@@ -48,20 +50,25 @@ class Row:
 
 
 def truth_of(x: Tensor, scheme: str, weight: Tensor, bias: Tensor) -> Tensor:
-    tokens = mx.decode(
-        mx.encode(x[:ROWS], LINEAR_SCHEMES[scheme].activation, scale_rule=LINEAR_SCHEMES[scheme].rule)
-    )
-    coded = mx.decode(mx.encode(weight, LINEAR_SCHEMES[scheme].weight))
-    return torch.stack([(coded.double() @ t) for t in tokens.double()]) + bias.double()
+    row = LINEAR_SCHEMES[scheme]
+    activation = mx.decode(mx.encode(x[:BLOCK_ROWS], row.activation, scale_rule=row.rule))[:ROWS]
+    decoded = mx.decode(mx.encode(weight, row.weight))
+    return torch.stack([(decoded.double() @ a) for a in activation.double()]) + bias.double()
 
 
-def rows_of(tokens: int, k: int, n: int, schemes: list[str], emulate: list[Emulate]) -> dict[str, Row]:
+def layer(ops: Schemes, quantize: Callable[[], Activation], weight: PreparedWeight) -> Tensor:
+    return ops.quantized_linear(quantize(), weight)
+
+
+def rows_of(
+    tokens: int, k: int, n: int, schemes: list[str], emulate: list[Emulate], product: bool
+) -> dict[str, Row]:
     device = parse_device("cpu")
     x = torch.randn(tokens, k).to(torch.bfloat16)
     weight, bias = (torch.randn(n, k) * 0.02).to(torch.bfloat16), torch.randn(n)
-    short = bias.to(torch.bfloat16)
-    wide = x[:ROWS].double() @ weight.double().t() + short.double()
-    rows = {"bf16": Row(lambda: F.linear(x, weight, short), wide)}
+    bf16_bias = bias.to(torch.bfloat16)
+    truth = x[:ROWS].double() @ weight.double().t() + bf16_bias.double()
+    rows = {"bf16": Row(lambda: F.linear(x, weight, bf16_bias), truth)}
     for scheme in schemes:
         encoded = mx.encode(weight, LINEAR_SCHEMES[scheme].weight)
         truth = truth_of(x, scheme, weight, bias)
@@ -71,11 +78,12 @@ def rows_of(tokens: int, k: int, n: int, schemes: list[str], emulate: list[Emula
                 continue
             ready = ops.prepare_weight(encoded.qdata, encoded.scale, encoded.dual_scale, bias, scheme)
 
-            def run(s: str = scheme, o: Schemes = ops, w: object = ready) -> Tensor:
-                return o.quantized_linear(o.quantize_activation(x, s), w)  # type: ignore[arg-type]
+            quantize: Callable[[], Activation] = partial(ops.quantize_activation, x, scheme)
+            if product:
+                quantize = cache(quantize)
 
             name = f"{scheme}, once" if how == "decode-once" else scheme
-            rows[name] = Row(run, truth, ready.nbytes / weight.nbytes)
+            rows[name] = Row(partial(layer, ops, quantize, ready), truth, ready.nbytes / weight.nbytes)
     return rows
 
 
@@ -87,6 +95,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=list(LINEAR_SCHEMES), choices=list(LINEAR_SCHEMES))
     parser.add_argument("--reps", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--product", action="store_true")
     parser.add_argument("--plain", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -97,7 +106,7 @@ def main() -> None:
     cells: dict[str, list[str]] = {}
     facts: dict[str, str] = {}
     for k, n in shapes:
-        rows = rows_of(args.tokens, k, n, args.schemes, ["decode-on-use", "decode-once"])
+        rows = rows_of(args.tokens, k, n, args.schemes, ["decode-on-use", "decode-once"], args.product)
         facts |= {name: f"{row.memory:.2f} | {row.error():.1e}" for name, row in rows.items()}
         seconds = interleaved({name: row.run for name, row in rows.items()}, args.reps)
         base, least = statistics.median(seconds["bf16"]), min(seconds["bf16"])

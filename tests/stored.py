@@ -63,6 +63,10 @@ def roles(scheme: str, shape: tuple[int, int], container: str = "") -> Tensors:
     fp4 = {"e4m3": ("F8_E4M3", shape), "bf16": ("BF16", shape)}.get(container, ("U8", (n, math.ceil(k / 2))))
     table: dict[str, Tensors] = {
         "int8": {"weight": ("I8", shape), "weight_scale": ("F32", (n, 1)), "weight_offset": ("F32", (n, 1))},
+        "int8_block": {
+            "weight": ("I8", shape),
+            "weight_scale": ("F32", (math.ceil(n / 128), math.ceil(k / 128))),
+        },
         "fp8": {"weight": ("F8_E4M3", shape), "weight_scale": ("F32", (n, 1))},
         "mxfp8": {"weight": ("F8_E4M3", shape), "weight_scale": blocks},
         "mxfp4": {"weight": fp4, "weight_scale": blocks},

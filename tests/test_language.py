@@ -37,10 +37,10 @@ NAMES = frozenset(
 ALLOWED = re.compile(
     r"\bin[- ]place\b|\b(?:error|exit|status)[- _]codes\b"
     r"|\bdatetime\.now\b|\bwhat\(\)|output\.put\(|shutil\.which\b"
-    r"|\"(?:found|given|placed)\"",
+    r"|\"(?:found|given|placed)\"|\} not found in TORCH_DTYPE_ENUM_VALUE",
     re.IGNORECASE,
 )
-"""Terms of the field, names of other libraries, and three keys of `--json` output."""
+"""Terms of the field, names of other libraries, three keys of `--json` output, an error text of torch_npu."""
 BANNED = re.compile(
     rf"(?<![A-Za-z])(?:{WORDS}|(?:{'|'.join(PHRASES)}))(?![A-Za-z])", re.IGNORECASE | re.MULTILINE
 )

@@ -173,10 +173,11 @@ def tensors_table() -> str:
     """The tensors of a layer [N, K] on disk, by the specs of the writers. Equal schemes share a row."""
     from ascendit.weights.engine_formats import layer_specs
 
-    symbols = {5: "N", 2048: "K", 1024: "K/2", 64: "ceil(K/32)", 4: "ceil(K/512)", 1: "1"}
+    symbols = {300: "N", 2048: "K", 1024: "K/2", 64: "ceil(K/32)", 4: "ceil(K/512)", 1: "1"}
+    symbols |= {3: "ceil(N/128)", 16: "ceil(K/128)"}
     schemes: dict[tuple[str, str, str], list[str]] = {}
     for name in SCHEMES:
-        for spec in layer_specs("layer", name, (5, 2048), bias=True, mul_scale=name != "bf16"):
+        for spec in layer_specs("layer", name, (300, 2048), bias=True, mul_scale=name != "bf16"):
             shape = ", ".join(symbols[size] for size in spec.shape)
             dtype = "as in the source" if name == "bf16" else f"`{spec.dtype}`"
             schemes.setdefault((spec.name, dtype, f"[{shape}]"), []).append(name)

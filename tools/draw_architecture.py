@@ -224,7 +224,7 @@ def draw_overview() -> str:
 
 DEVICES = (
     ("cpu", "any machine"),
-    ("cuda", "NVIDIA, AMD"),
+    ("cuda", "NVIDIA card"),
     ("npu", "Ascend card"),
     ("twin:a5", "Ascend on a CPU"),
 )

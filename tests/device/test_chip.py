@@ -69,11 +69,12 @@ def test_what_the_documents_say() -> None:
 
 def test_each_quantized_scheme_has_its_matmul() -> None:
     schemes = {row.scheme for row in CAPABILITIES if "matmul" in row.operator} - {""}
-    assert schemes == {"int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale", "w4a8"}
+    assert schemes == {"int8", "int8_block", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale", "w4a8"}
 
 
 def test_chips_by_scheme() -> None:
-    assert chips_for({"int8", "bf16"}) == dict.fromkeys(("a2", "a3", "a5"), "native")
+    for scheme in ("int8", "int8_block"):
+        assert chips_for({scheme, "bf16"}) == dict.fromkeys(("a2", "a3", "a5"), "native")
     for scheme in ("mxfp8", "mxfp4", "mxfp4_dualscale", "fp8"):
         assert chips_for({scheme}) == {"a2": "emulated", "a3": "emulated", "a5": "native"}
     assert chips_for({"int8", "mxfp8"})["a2"] == "emulated"
@@ -83,4 +84,4 @@ def test_chips_by_scheme() -> None:
 def test_what_a_chip_has_no_matmul_for() -> None:
     error = no_matmul_for("twin:a2", "a2", "w4a8")
     assert error.code == "E-CAP-01" and "has no matmul for it" in str(error)
-    assert "needs  Atlas 350 (Ascend 950), a5; a2 has bf16 and int8" in str(error)
+    assert "needs  Atlas 350 (Ascend 950), a5; a2 has bf16 and int8 and int8_block" in str(error)

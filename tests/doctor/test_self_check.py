@@ -323,7 +323,7 @@ def test_a_child_that_never_starts(children) -> None:
 
 def test_the_real_child(capsys: pytest.CaptureFixture[str]) -> None:
     """From the last but one case on, on the CPU; and on a device that this machine lacks."""
-    main("cpu", 19)
+    main("cpu", 21)
     lines = [json.loads(t.removeprefix(MARK)) for t in capsys.readouterr().out.splitlines()]
     assert [next(iter(line)) for line in lines] == ["chip", "begins", "result", "begins", "result", "end"]
     assert lines[2]["result"]["name"] == "w4a8 linear" and lines[2]["result"]["verdict"] in ("exact", "close")

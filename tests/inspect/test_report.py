@@ -79,7 +79,7 @@ def test_each_scheme_in_a_canonical_folder(tmp_path: Path, scheme: str) -> None:
     text = row(report, "Format")[0]
     assert text.startswith(f"{scheme}   8 layers   ") and f"{BITS[scheme]:.2f} bits" in text
     assert {"int8": "W8A8_DYNAMIC", "mxfp4_dualscale": "W4A4_MXFP4_DUALSCALE"}.get(
-        scheme, "msModelSlim"
+        scheme, "(manifest: "
     ) in text
     assert row(report, "Checks")[1] == "not a complete pipeline: repack with --base MODEL to run it"
 

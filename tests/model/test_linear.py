@@ -22,7 +22,7 @@ from ascendit.model.linear import (
 )
 from ascendit.mx.smoothing import smooth_input
 from ascendit.ops.operators import bind
-from ascendit.quant.schemes import LINEAR_SCHEMES
+from ascendit.quant.schemes import LINEAR_SCHEMES, SCHEMES
 
 OPS = bind("cpu", "reference")
 STORED = sorted(s for s in LINEAR_SCHEMES if s != "w4a8")
@@ -63,7 +63,8 @@ def test_output_is_the_decoded_activation_times_the_decoded_weight(scheme):
 
 
 def group_of(*seeds: int, scheme: str = "mxfp8") -> tuple[list[QuantLinear], list[mx.Encoded]]:
-    parts = [weight_of(scheme, n=8 * (i + 1), seed=seed) for i, seed in enumerate(seeds)]
+    unit = SCHEMES[scheme].tile or 8
+    parts = [weight_of(scheme, n=unit * (i + 1), seed=seed) for i, seed in enumerate(seeds)]
     each = [stored_tensors(e, bias) for e, bias in parts]
     tensors = {role: torch.cat([t[role] for t in each]) for role in each[0]}
     sizes = [e.shape[0] for e, _ in parts]

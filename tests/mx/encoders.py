@@ -99,6 +99,7 @@ class Emulated:
         "encode_rows",
         "search",
         "measure",
+        "encode_tiles",
     )
 
     def __init__(self, command: list[str]) -> None:
@@ -150,6 +151,7 @@ def _sizes(name: str, arguments: tuple[int, ...]) -> list[int]:
         "encode_rule": {0: values, 9: qdata, 10: blocks},
         "encode_dual": {0: values, 5: 0x8000, 6: 1024, 7: qdata, 8: blocks, 9: dual},
         "encode_rows": {0: values, 7: qdata, 8: scale},
+        "encode_tiles": {0: values, 6: qdata, 7: -(-rows // 128) * -(-length // 128) * 4},
         "search": {0: values, 4: 3 * 0x8000, 5: 25 * 8},
         "measure": {0: values, 7: qdata, 8: scale, 9: dual, 10: 16},
     }[name]

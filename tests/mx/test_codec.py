@@ -18,10 +18,11 @@ from ascendit.errors import UsageError
 from ascendit.mx.codec import Encoded, decibels, decode, encode, sqnr
 from ascendit.mx.formats import FORMATS
 
-WRITTEN = [name for name, f in FORMATS.items() if f.kind != "tile"]
+BY_ROWS = [name for name, f in FORMATS.items() if not f.tile]
+"""Formats in which no two rows share a scale; `test_tiles` has the others."""
 RULES = [
     (name, rule + ("7.25" if rule.endswith(":") else ""))
-    for name in WRITTEN
+    for name in BY_ROWS
     for rule in FORMATS[name].rules
     if rule != "max:"
 ]
@@ -86,7 +87,7 @@ def test_rows_do_not_see_each_other(fmt: str, rule: str) -> None:
     assert torch.equal(whole, torch.cat(parts))
 
 
-@pytest.mark.parametrize("fmt", WRITTEN)
+@pytest.mark.parametrize("fmt", BY_ROWS)
 def test_a_short_last_block_is_one_that_was_filled_with_zeros(fmt: str) -> None:
     x = torch.randn(3, 541).to(torch.bfloat16)
     short, full = encode(x, fmt), encode(torch.nn.functional.pad(x, (0, 1024 - 541)), fmt)
@@ -277,18 +278,6 @@ def test_fp8_rows() -> None:
     np.testing.assert_array_equal(raw(encoded.qdata).numpy(), qdata.view(np.uint8))
 
 
-@pytest.mark.parametrize("shape", [(256, 128), (200, 300), (1, 129)])
-def test_fp8_tiles_are_decoded(shape: tuple[int, int]) -> None:
-    qdata = torch.randn(shape).to(torch.float8_e4m3fn)
-    scale = torch.rand(-(-shape[0] // 128), -(-shape[1] // 128)) + 0.5
-    encoded = Encoded(qdata, scale, None, "fp8_128x128", -1, shape)
-    wanted = qdata.float().clone()
-    for i in range(shape[0]):
-        for j in range(0, shape[1], 128):
-            wanted[i, j : j + 128] *= scale[i // 128, j // 128]
-    assert torch.equal(decode(encoded), wanted)
-
-
 def test_float16_and_non_contiguous_input() -> None:
     x = torch.randn(64, 48)
     assert torch.equal(decode(encode(x.t(), "mxfp8")), decode(encode(x.t().contiguous(), "mxfp8")))
@@ -326,7 +315,7 @@ def test_sqnr() -> None:
         (torch.zeros(2, 32), "mxfp8", {"axis": 2}, "axis 2 of a tensor with 2 axes"),
         (torch.zeros(()), "mxfp8", {}, "axis -1 of a tensor with 0 axes"),
         (torch.zeros(2, 0), "int8", {}, r"axis -1 of a tensor \(2, 0\) is empty"),
-        (torch.zeros(2, 32), "fp8_128x128", {}, "encode to fp8_128x128"),
+        (torch.zeros(2, 2, 32), "fp8_128x128", {}, r"a tensor \(2, 2, 32\) for fp8_128x128"),
     ],
 )
 def test_errors_of_encode(x: Tensor, fmt: str, kwargs: dict[str, Any], text: str) -> None:

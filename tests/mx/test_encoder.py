@@ -23,12 +23,11 @@ VALUES = {"max:": ("6", "7", "7.25", "12"), "msms:ceil_x:": ("6", "7.25", "12", 
 RULES = [
     (name, rule + value)
     for name, fmt in FORMATS.items()
-    if fmt.kind != "tile"
     for rule in fmt.rules
     for value in VALUES.get(rule, ("",))
     if (rule, value) != ("max:", "7")
 ]
-DEFAULTS = [(name, fmt.default_rule) for name, fmt in FORMATS.items() if fmt.kind != "tile"]
+DEFAULTS = [(name, fmt.default_rule) for name, fmt in FORMATS.items()]
 
 
 @pytest.fixture(params=encoders.WAYS)

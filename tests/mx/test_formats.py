@@ -16,6 +16,7 @@ def test_the_table_holds_these_formats() -> None:
         "mxfp4": ("block", 32, 0, "max:7"),
         "mxfp4_dualscale": ("dual", 32, 512, "floor"),
         "int8": ("row", 0, 0, "amax"),
+        "int8_block": ("tile", 128, 0, "amax"),
         "fp8": ("row", 0, 0, "amax"),
         "fp8_128x128": ("tile", 128, 0, "amax"),
     }

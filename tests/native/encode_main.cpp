@@ -31,6 +31,7 @@ static int64_t call(int64_t function, const int64_t* a) {
         case 4: return called(encode_rows, a);
         case 5: return called(search, a);
         case 6: return called(measure, a);
+        case 7: return called(encode_tiles, a);
     }
     std::abort();
 }

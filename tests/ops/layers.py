@@ -10,7 +10,7 @@ from ascendit.kernels.kernel import Activation
 from ascendit.mx.codec import Encoded
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
-NATIVE = {"a2": {"int8"}, "a3": {"int8"}, "a5": set(LINEAR_SCHEMES)}
+NATIVE = {**dict.fromkeys(("a2", "a3"), {"int8", "int8_block"}), "a5": set(LINEAR_SCHEMES)}
 
 
 def weight_of(scheme: str, n: int, k: int, *, bias: bool = True) -> tuple[Encoded, Tensor | None]:

@@ -188,7 +188,7 @@ def test_misfits_are_named():
 
 
 def test_native_schemes_by_chip():
-    assert native_on("a2") == native_on("a3") == {"int8"}
+    assert native_on("a2") == native_on("a3") == {"int8", "int8_block"}
     assert native_on("a5") == set(LINEAR_SCHEMES)
     assert parse_device("twin:a5").native_schemes == native_on("a5")
     assert parse_device("cpu").native_schemes == frozenset()
@@ -196,7 +196,7 @@ def test_native_schemes_by_chip():
 
 @pytest.mark.usefixtures("twin")
 @pytest.mark.parametrize("chip", ["a2", "a3"])
-@pytest.mark.parametrize("scheme", [s for s in LINEAR_SCHEMES if s != "int8"])
+@pytest.mark.parametrize("scheme", [s for s in LINEAR_SCHEMES if not s.startswith("int8")])
 def test_a_scheme_that_the_chip_lacks_says_who_has_it(chip, scheme):
     ops = bind(f"twin:{chip}").quantized
     encoded, bias = weight_of(scheme, 8, 64)

@@ -64,16 +64,15 @@ def quantized(
     for layer, scheme in schemes.items():
         n, k = tensors[f"{layer}.weight"][1]
         fp4 = ("U8", (n, k // 2)) if container == "packed" else (container, (n, k))
-        qdata = {"int8": ("I8", (n, k)), "mxfp4": fp4, "mxfp4_dualscale": fp4}.get(
-            scheme, ("F8_E4M3", (n, k))
-        )
+        int8 = dict.fromkeys(("int8", "int8_block"), ("I8", (n, k)))
+        qdata = {**int8, "mxfp4": fp4, "mxfp4_dualscale": fp4}.get(scheme, ("F8_E4M3", (n, k)))
         tensors[f"{layer}.weight"] = qdata
+        tiles = ("F32", (math.ceil(n / 128), math.ceil(k / 128)))
         if scheme == "fp8_128x128":
-            tensors[f"{layer}.weight_scale_inv"] = ("F32", (math.ceil(n / 128), math.ceil(k / 128)))
+            tensors[f"{layer}.weight_scale_inv"] = tiles
             continue
-        tensors[f"{layer}.weight_scale"] = (
-            ("F32", (n, 1)) if scheme in ("int8", "fp8") else ("U8", (n, math.ceil(k / 32)))
-        )
+        rows = dict.fromkeys(("int8", "fp8"), ("F32", (n, 1))) | {"int8_block": tiles}
+        tensors[f"{layer}.weight_scale"] = rows.get(scheme, ("U8", (n, math.ceil(k / 32))))
         if scheme == "int8":
             tensors[f"{layer}.weight_offset"] = ("F32", (n, 1))
         if scheme == "mxfp4_dualscale":

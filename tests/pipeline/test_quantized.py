@@ -27,8 +27,9 @@ pytestmark = pytest.mark.usefixtures("twin")
 PROMPT = "a red circle moves right on a black background"
 SHORT: dict[str, Any] = {"num_inference_steps": 3, "num_frames": 5}
 MX = ("mxfp8", "mxfp4", "mxfp4_dualscale", "w4a8")
-SCHEMES = ("int8", "fp8", *MX)
+SCHEMES = ("int8", "int8_block", "fp8", *MX)
 PLACES = [(s, d) for s in SCHEMES for d in ("cpu", "twin:a5")] + [("int8", "twin:a2"), ("int8", "twin:a3")]
+PLACES += [("int8_block", "twin:a2")]
 CLOSE_DB, LAYER_DB = 45.0, 50.0
 
 
@@ -98,7 +99,7 @@ def test_a_chip_without_the_matmul_says_so_or_emulates(scheme: str) -> None:
 # ---- the CPU and the twin -----------------------------------------------------------------------
 
 
-SAME = [*((s, "a5") for s in ("bf16", *SCHEMES)), ("bf16", "a2")]
+SAME = [*((s, "a5") for s in ("bf16", *SCHEMES)), ("bf16", "a2"), ("int8_block", "a2")]
 """(scheme, chip) of the same bytes as on the CPU. On a2 and a3 the quantizer of int8 divides otherwise."""
 compiled = pytest.mark.skipif(
     not attention.list_kernels()[0].needs, reason="without the C++ attention a CPU rounds its weights to BF16"

@@ -20,6 +20,7 @@ from ascendit.quant.schemes import SCHEMES, STORED_SCHEMES
         ({"mxfp8", "mxfp4"}, {"sglang", "mindie"}),
         ({"mxfp4", "mxfp4_dualscale"}, {"mindie"}),
         ({"fp8"}, set()),
+        ({"int8_block"}, set()),
         ({"fp8_128x128"}, set()),
     ],
     ids=lambda names: "+".join(sorted(names)) or "none",  # the own order of a set differs by process

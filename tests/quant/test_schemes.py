@@ -30,6 +30,7 @@ SRC = Path(__file__).resolve().parents[2] / "src" / "ascendit"
 PUBLISHED: dict[str, tuple[Any, ...]] = {
     "bf16": ("", "", "", "FLOAT", "", False),
     "int8": ("int8", "int8", "amax", "W8A8_DYNAMIC", "is_checkpoint_int8_serialized", False),
+    "int8_block": ("int8_block", "int8_block", "amax", "W8A8_BLOCK128", "", False),
     "fp8": ("fp8", "fp8", "amax", "WFP8AFP8_DYNAMIC", "", False),
     "mxfp8": ("mxfp8", "mxfp8", "ceil", "W8A8_MXFP8", "is_checkpoint_mxfp8_serialized", False),
     "mxfp4": ("mxfp4", "mxfp4", "floor", "W4A4_MXFP4", "is_checkpoint_mxfp4_serialized", True),
@@ -51,7 +52,7 @@ def test_rows() -> None:
 
 
 def test_views() -> None:
-    assert list(SCHEMES) == ["bf16", "int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"]
+    assert list(SCHEMES) == ["bf16", "int8", "int8_block", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"]
     assert ("bf16", *QUANTIZED) == tuple(SCHEMES)
     assert list(LINEAR_SCHEMES) == [*QUANTIZED, "w4a8"]
     assert list(STORED_SCHEMES) == [*SCHEMES, FP8_TILES]
@@ -80,6 +81,7 @@ def test_a_row_is_complete(name: str) -> None:
             "int8",
             {"weight": ("I8", (3, 1041)), "weight_scale": ("F32", (3, 1)), "weight_offset": ("F32", (3, 1))},
         ),
+        ("int8_block", {"weight": ("I8", (3, 1041)), "weight_scale": ("F32", (1, 9))}),
         ("fp8", {"weight": ("F8_E4M3", (3, 1041)), "weight_scale": ("F32", (3, 1))}),
         ("mxfp8", {"weight": ("F8_E4M3", (3, 1041)), "weight_scale": ("U8", (3, 33))}),
         ("mxfp4", {"weight": ("U8", (3, 521)), "weight_scale": ("U8", (3, 33))}),
@@ -100,7 +102,7 @@ def test_tensors(name: str, wanted: dict[str, Any]) -> None:
 
 def test_block_and_group() -> None:
     assert {name: (s.block, s.group) for name, s in STORED_SCHEMES.items()} == {
-        **dict.fromkeys(("bf16", "int8", "fp8", FP8_TILES), (0, 0)),
+        **dict.fromkeys(("bf16", "int8", "int8_block", "fp8", FP8_TILES), (0, 0)),
         **dict.fromkeys(("mxfp8", "mxfp4"), (32, 0)),
         "mxfp4_dualscale": (32, 512),
     }
@@ -119,8 +121,8 @@ def test_the_table_needs_no_torch() -> None:
 NAMES = {*STORED_SCHEMES, *LINEAR_SCHEMES}
 KERNELS = ("ops", "kernels", "twin")
 """They say which function computes a scheme."""
-SPELLED = {"integrations/diffusers/__init__.py", "pipeline/options.py"}
-"""Types that a checker reads; held to the table below."""
+SPELLED = {"integrations/diffusers/__init__.py"}
+"""A type that a checker reads; held to the table below."""
 
 
 def groups_of_names(tree: ast.AST) -> list[tuple[int, list[str]]]:

@@ -57,6 +57,7 @@ def test_the_builders_themselves_are_right_calls() -> None:
         "fp4",
         "w4a8",
         "int8",
+        "int8_blocks",
         "dual",
         "turn",
         "fusion",
@@ -80,7 +81,8 @@ def test_fp8_and_fp4_matmuls_on_a2_are_refused_with_both_ways_out(
         return npu.npu_quant_matmul(**arguments)
 
     with pytest.raises(
-        TwinError, match=rf"aclnnQuantMatmulV5 failed.*{mode} on a2.*\n.*a5.*\n.*int8 is native.*--emul"
+        TwinError,
+        match=rf"aclnnQuantMatmulV5 failed.*{mode} on a2.*\n.*a5.*\n.*int8 and int8_block are native.*--emul",
     ):
         calls.get(mode, fp8)(lambda arguments: on("a2"))
 

@@ -62,6 +62,16 @@ def int8(change: Callable[[dict[str, Any]], Any] = lambda a: None, **rest: Any) 
     return npu.npu_quant_matmul(**arguments)
 
 
+def int8_blocks(change: Callable[[dict[str, Any]], Any] = lambda a: None, **rest: Any) -> Any:
+    """A right int8 matmul with a scale per 128 x 128, with something changed."""
+    q, w = (torch.ones(n, 512, dtype=torch.int8) for n in (6, 256))
+    arguments: dict[str, Any] = {"x1": q, "x2": w.t(), "scale": torch.ones(2, 4).t()}
+    arguments["pertoken_scale"] = torch.ones(6, 4)
+    arguments |= {"bias": torch.zeros(256), "output_dtype": BF16, "group_sizes": [1, 128, 128]} | rest
+    change(arguments)
+    return npu.npu_quant_matmul(**arguments)
+
+
 def dual(change: Callable[[list[Any]], Any] = lambda a: None, **rest: Any) -> Any:
     """A right dual-level matmul with something changed."""
     (q, s0, s1), (w, w0, w1) = (npu.npu_dynamic_dual_level_mx_quant(rand(n, 640)) for n in (6, 32))
@@ -358,7 +368,7 @@ REST: list[Case] = [
     (
         "cast to hifloat8",
         lambda: npu.npu_dtype_cast(rand(2, 4), 290),
-        r"Parameter\(dtype\) enum value:290",
+        r"Parameter\(dtype\) enum value:290 not found in TORCH_DTYPE_ENUM_VALUE_TO_SCALAR_TYPE_MAP",
         "no int4",
     ),
     (
@@ -389,10 +399,28 @@ REST: list[Case] = [
 
 A2: list[Case] = [
     (
+        "int8 blocks, K",
+        lambda: int8_blocks(
+            x1=torch.ones(6, 384, dtype=torch.int8),
+            x2=torch.ones(256, 384, dtype=torch.int8).t(),
+            scale=torch.ones(2, 3).t(),
+            pertoken_scale=torch.ones(6, 3),
+        ),
+        "G-B Scene: K = 384 and N = 256",
+        "pad",
+    ),
+    (
+        "int8 blocks, x2 [K, N]",
+        lambda: int8_blocks(lambda a: a.update(x2=a["x2"].contiguous(), scale=a["scale"].contiguous())),
+        "Only transposeX2 = true",
+        r"weight_scale.t\(\)",
+    ),
+    ("int8 blocks, no bias", lambda: int8_blocks(bias=None), "no bias with 128 x 128", "zeros"),
+    (
         "mx_quant",
         lambda: mx_quant(),
         "call aclnnDynamicMxQuantV3 failed, error code is 361001",
-        "int8 is native",
+        "int8 and int8_block are native",
     ),
     (
         "dual quant",

@@ -65,6 +65,7 @@ def test_every_scheme_and_every_recipe_has_a_row() -> None:
     assert sum("step_policy" in o for o in given) >= 2
     assert {c.name: c.most_lost for c in default_cases() if c.most_lost is not None} == {
         "int8": 2,
+        "int8_block": 2,
         "mxfp8": 2,
         "recommended-fp4": 6,
     }

@@ -40,6 +40,8 @@ UP, DOWN, QKV = "blocks.0.ffn.net.0.proj", "blocks.0.ffn.net.2", "blocks.0.attn1
 ROWS = {UP: ShardSpec(0, 300, 500)} | {f"{QKV}{x}": ShardSpec(0, 32, 32) for x in "qkv"}
 ROWS |= {f"blocks.0.attn1.norm_{x}": ShardSpec(0, 32, 32) for x in "qk"}
 COLUMNS = {DOWN: ShardSpec(1, 512, 704)}
+TILE_ROWS = {UP: ShardSpec(0, 256, 512)}
+"""For a scheme in tiles of 128 x 128, which are not cut."""
 LAYERS = {layer: layer for layer in (UP, DOWN, f"{QKV}q", f"{QKV}k", f"{QKV}v")}
 
 
@@ -86,6 +88,9 @@ def cut(name: str, whole: Tensor, shards: dict[str, ShardSpec]) -> Tensor:
     start, count = shards[layer].start, shards[layer].count
     assert count is not None
     stop = start + count
+    if role == "weight_scale" and len(whole) < WIDTH:  # one per 128 x 128
+        tiles = slice(start // 128, -(-stop // 128))
+        return whole[tiles] if shards[layer].axis == 0 else whole[:, tiles]
     if shards[layer].axis == 0:
         return whole if role == "mul_scale" else whole[start:stop]
     if role == "mul_scale":
@@ -150,6 +155,7 @@ def test_stored_codes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In both containers of FP4, and with a `mul_scale` where the engine takes one."""
+    shards = TILE_ROWS if SCHEMES[scheme].tile and shards is ROWS else shards
     folder = floats
     if scheme != "bf16":
         folder, smooth = tmp_path / "m", {} if engine else {"transformer": smoothing}
@@ -177,6 +183,7 @@ def test_encoded_while_it_is_read(
 ) -> None:
     """A scale for each row needs whole rows: columns of int8 and fp8 are read whole."""
     monkeypatch.setattr("ascendit.weights.recipe_steps.BLOCK_BYTES", 100 * 2 * WIDTH)
+    shards = TILE_ROWS if SCHEMES[scheme].tile and shards is ROWS else shards
     expert = expert_in(floats)
     folds = None
     if changed:
@@ -197,7 +204,7 @@ def test_encoded_while_it_is_read(
         return model_of(RecipeSteps(applied, folds=folds), shards or {})
 
     whole, part = check(load, monkeypatch, shards)
-    by_rows = shards is COLUMNS and not SCHEMES[scheme].block
+    by_rows = shards is COLUMNS and not (SCHEMES[scheme].block or SCHEMES[scheme].tile)
     assert whole - part == (0 if by_rows else spared(expert, shards))
 
 
@@ -264,6 +271,8 @@ def test_fp8_in_tiles(
         ("mxfp4_dualscale", ShardSpec(1, 512, 512 + 32), "columns 0 to 1216, in complete blocks of 512"),
         ("mxfp4", ShardSpec(1, 1216, 32), "columns 0 to 1216"),
         ("int8", ShardSpec(0, 60, 32), "rows 0 to 64"),
+        ("int8_block", ShardSpec(0, 32, 32), "rows 0 to 64, in complete blocks of 128"),
+        ("int8_block", ShardSpec(1, 64, 128), "columns 0 to 1216, in complete blocks of 128"),
         ("bf16", ShardSpec(0, 3, 0), "rows 0 to 64"),
     ],
 )

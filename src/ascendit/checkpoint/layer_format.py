@@ -8,7 +8,7 @@ headers, values from the bytes. Imports neither torch nor numpy.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -91,7 +91,9 @@ def read_layers(
         raise _unpaired(missing)
     if mismatched:
         raise disagreement(mismatched)
-    if wrong := [problem for layer in layers.values() for problem in _misshapen(layer)]:
+    if wrong := [
+        text for x in layers.values() for text in _misshapen(x.name, x.scheme, x.packing, x.tensors)
+    ]:
         raise CheckpointError(
             f"{len(wrong)} tensors of quantized layers have the wrong shape: {listed(wrong)}",
             needs="scales and biases that match the shape of their weight",
@@ -102,7 +104,10 @@ def read_layers(
 
 
 def possible_schemes(roles: Mapping[str, TensorInfo]) -> dict[str, Packing]:
-    """Return scheme -> packing for each scheme that matches the dtypes of one layer, the likeliest first."""
+    """Return scheme -> packing for each scheme that matches the dtypes of one layer.
+
+    Schemes that match the shapes too come first.
+    """
     weight, scale = roles["weight"].dtype, roles.get("weight_scale")
     scales = _scales(roles)
     if not scales:
@@ -117,7 +122,7 @@ def possible_schemes(roles: Mapping[str, TensorInfo]) -> dict[str, Packing]:
             packings[scheme.name] = _FP4[weight]
         elif weight == scheme.qdata_dtype:
             packings[scheme.name] = "plain"
-    return packings
+    return dict(sorted(packings.items(), key=lambda item: any(_misshapen("", item[0], item[1], roles))))
 
 
 def _scales(roles: Iterable[str]) -> set[str]:
@@ -164,17 +169,17 @@ def _decoded(roles: Mapping[str, TensorInfo], packing: Packing) -> tuple[int, in
     return rows, columns
 
 
-def _misshapen(layer: Layer) -> Iterable[str]:
+def _misshapen(name: str, scheme: str, packing: Packing, roles: Mapping[str, TensorInfo]) -> Iterator[str]:
     """Problems with tensors of a layer whose shape or dtype does not follow from its weight."""
-    if len(layer.tensors["weight"].shape) != 2:
-        yield f"{layer.name}.weight is {list(layer.tensors['weight'].shape)}, not a matrix"
+    if len(roles["weight"].shape) != 2:
+        yield f"{name}.weight is {list(roles['weight'].shape)}, not a matrix"
         return
-    for role in [role for role in layer.tensors if role != "weight"]:
-        info = layer.tensors[role]
-        shapes, dtypes = _allowed(layer.scheme, role, *layer.shape)
+    for role in [role for role in roles if role != "weight"]:
+        info = roles[role]
+        shapes, dtypes = _allowed(scheme, role, *_decoded(roles, packing))
         if info.shape not in shapes or info.dtype not in dtypes:
             expected = f"{' or '.join(sorted(dtypes))} {list(shapes[0])}" if shapes else "part of its scheme"
-            yield f"{layer.name}.{role} is {info.dtype} {list(info.shape)}, not {expected}"
+            yield f"{name}.{role} is {info.dtype} {list(info.shape)}, not {expected}"
 
 
 def _allowed(scheme: str, role: str, rows: int, columns: int) -> tuple[list[tuple[int, ...]], frozenset[str]]:

@@ -12,11 +12,12 @@ from ascendit.cli.main import Copy, DryRun, Engine, Json, Resume, Source, Target
 from ascendit.cli.output import Output, quiet_libraries
 from ascendit.cli.progress import ProgressView, progress_view
 from ascendit.errors import Cancelled, OutOfMemory, UsageError, is_out_of_memory
+from ascendit.quant.schemes import QUANTIZED
 
 if TYPE_CHECKING:
     from ascendit.pipeline.calibrate import Calibrator
 
-Scheme = Annotated[str | None, flag("--scheme NAME", "mxfp8, mxfp4, mxfp4_dualscale, int8 or fp8.")]
+Scheme = Annotated[str | None, flag("--scheme NAME", f"{', '.join(QUANTIZED)}.")]
 Recipe = Annotated[
     str | None,
     flag(

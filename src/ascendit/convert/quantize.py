@@ -77,7 +77,7 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize the transformers of the model at `src` into the new folder `dst`.
 
-    `scheme`: mxfp8, mxfp4, mxfp4_dualscale, int8 or fp8, for a recipe that does not fix one (such as
+    `scheme`: one of `quant.schemes.QUANTIZED`, for a recipe that does not fix one (such as
     `default`). `recipe`: a name of `recipe_names()` or a TOML file. `scale_rule`: one of the scheme's in
     `mx.formats`. `keep`: patterns of layers that are not quantized. `loras`: LoRA files that are folded
     first, in order. `smoothing`: expert -> layer -> mul_scale, float32 [K], which is stored; weights are
@@ -88,9 +88,9 @@ def quantize(
     doubles the run time. `dry_run`: only check and report.
 
     Raises UsageError: E-USE-01 for incompatible arguments, E-USE-02 for a missing source or recipe, E-USE-03
-    and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 and E-QNT-02 for models that
-    the recipe does not support, E-ENG-01 for the engine; CheckpointError for damaged sources and LoRA files;
-    EnvironmentProblem (E-ENV-04) for a full disk.
+    and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 for a model or layer that
+    cannot be quantized, E-QNT-02 for a known loss of accuracy without `force`, E-ENG-01 for the engine;
+    CheckpointError for damaged sources and LoRA files; EnvironmentProblem (E-ENV-04) for a full disk.
     """
     if scheme is None and recipe is None:
         raise no_scheme("quantize")

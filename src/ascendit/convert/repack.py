@@ -328,15 +328,16 @@ def decoded(layer: Layer, reader: RowReader) -> Iterator[Tensor]:
         yield from _as_float32(layer.tensors["weight"], reader)
         return
     weight, tiled = layer.tensors["weight"], layer.scheme == FP8_TILES
+    scheme = STORED_SCHEMES[layer.scheme]
     unpacked = layer.packing not in ("plain", "packed")  # FP4 values in e4m3 or BF16 elements
     scales = {role: _read_scale(info, reader) for role, info in layer.tensors.items() if "scale" in role}
     format = "mxfp8" if unpacked else "mxfp4" if "weight_dual_scale" in scales else layer.scheme
     scale, dual = scales["weight_scale_inv" if tiled else "weight_scale"], scales.get("weight_dual_scale")
-    if not STORED_SCHEMES[layer.scheme].block and not tiled:
+    if not scheme.block and not scheme.tile:
         scale = scale.reshape(-1, 1).expand(layer.shape[0], 1)
     for start, view in reader.read_blocks(weight, multiple=_TILE):
         qdata = as_tensor(view, weight)
-        stop, step = start + len(qdata), _TILE if tiled else 1
+        stop, step = start + len(qdata), scheme.tile or 1
         row_scale = scale[start // step : -(-stop // step)]
         qdata = qdata.to(torch.float8_e4m3fn) if unpacked else qdata
         encoded = mx.Encoded(qdata, row_scale, None, format, -1, (len(qdata), layer.shape[1]))

@@ -58,7 +58,7 @@ class Capability:
 
 # ---- the table ----------------------------------------------------------------------------------
 
-_INT8 = "on a2 and a3 int8 is native; other schemes run with --emulate: same numbers, slower"
+_INT8 = "on a2 and a3 int8 and int8_block are native; other schemes run with --emulate: same numbers, slower"
 _NO_ACLNN = (
     "Current device only support aclnn operator, but current operator {0} do not have aclnn implementation"
 )
@@ -123,6 +123,15 @@ CAPABILITIES: tuple[Capability, ...] = (
     _row_quantizer("int8", dtypes="fp16 bf16 -> int8"),
     _row_quantizer("fp8", dtypes="-> e4m3 e5m2", **_MX),
     _row(_BLOCK_QUANT, "int8", aclnn="aclnnDynamicBlockQuantV2", layout="a2, a3: row 1, col 1 or 128"),
+    _row(
+        _BLOCK_QUANT,
+        "int8_block",
+        used_for="activations in int8_block",
+        aclnn="aclnnDynamicBlockQuantV2",
+        layout="row 128, col 128",
+        instead="operators of PyTorch",
+        **_A5_ONLY,
+    ),
     _row(_BLOCK_QUANT, "fp8", aclnn="aclnnDynamicBlockQuantV2", **_MX),
     _matmul(
         "int8",
@@ -134,6 +143,11 @@ CAPABILITIES: tuple[Capability, ...] = (
     _matmul("mxfp4", dtypes="e2m1 x e2m1, e8m0 scales", layout=_T_VIEW, **_MX),
     _matmul("w4a8", dtypes="e4m3 x e2m1, e8m0 scales", layout=_T_VIEW, **_MX),
     _row(_MM, "block", aclnn=_QUANT_MATMUL, dtypes="e4m3, fp32 per 128 x 128", **_MX),
+    _matmul(
+        "int8_block",
+        dtypes="int8, fp32 per 128 x 128 and per 1 x 128, fp32 bias -> bf16",
+        layout="x2 [K, N] a transposed view; a2, a3: K a multiple of 512, N of 256, with a bias",
+    ),
     _row(
         "npu_dual_level_quant_matmul",
         used_for="linear in mxfp4_dualscale",

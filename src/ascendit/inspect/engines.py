@@ -23,7 +23,7 @@ from ascendit.checkpoint.transformer import Expert
 from ascendit.device.operator_support import Support, chips_for
 from ascendit.inspect.transformer_report import ExpertSummary
 from ascendit.quant.engines import ENGINES, engines_for
-from ascendit.quant.schemes import FP8_TILES, METHOD, scheme_after_reading
+from ascendit.quant.schemes import FP8_TILES, METHOD, STORED_SCHEMES, scheme_after_reading
 from ascendit.report import columns, group_by
 from ascendit.weights.engine_formats import ENGINE_FORMATS, TargetFormat, traits_of
 
@@ -119,8 +119,9 @@ def _obstacles(target: TargetFormat, layout: Layout, experts: Sequence[Expert]) 
 
 def _tensor_obstacles(target: TargetFormat, layer: Layer) -> Iterator[str]:
     roles = layer.tensors.keys()
-    if layer.scheme == "int8" and ("weight_offset" in roles) != target.offset:
-        yield f"needs int8 {'with' if target.offset else 'without'} weight_offset"
+    has_offset = "weight_offset" in STORED_SCHEMES[layer.scheme].roles
+    if has_offset and ("weight_offset" in roles) != target.offset:
+        yield f"needs {layer.scheme} {'with' if target.offset else 'without'} weight_offset"
     if layer.scheme in target.unit_mul_scale and "mul_scale" not in roles:
         yield f"needs a mul_scale in every {layer.scheme} layer"
     if "mul_scale" not in roles:

@@ -63,14 +63,14 @@ class SchemeCount:
 
     @property
     def manifest(self) -> str | None:
-        """msModelSlim's name of the scheme."""
+        """Name of the scheme in a manifest."""
         return STORED_SCHEMES[self.scheme].manifest or None
 
     def text(self) -> str:
         storage = STORED_SCHEMES[self.scheme].text
         if packing := PACKINGS[self.container]:
             storage = storage.replace(" values", f" values {packing}", 1)
-        name = f"   (msModelSlim: {self.manifest})" if self.manifest not in (None, FLOAT) else ""
+        name = f"   (manifest: {self.manifest})" if self.manifest not in (None, FLOAT) else ""
         return f"{self.scheme}   {counted(self.layers, 'layer')}   {storage}   {self.bits:.2f} bits{name}"
 
     def as_dict(self) -> dict[str, Any]:

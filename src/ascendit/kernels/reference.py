@@ -14,6 +14,7 @@ differ only in the order of summation; an NPU also rounds the bias of W4A8 to th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -159,6 +160,48 @@ def quantized_linear(a: Activation, weight: PreparedWeight) -> Tensor:
     if weight.bias is not None:
         out += weight.bias
     return out.to(a.dtype).view(*a.lead, weight.shape[0])
+
+
+INT8_TILE, INT8_ROWS = 128, 1024
+"""K per scale, and rows of the first matrix per pass, whose float64 sums stay small."""
+Int8Product = Callable[[Tensor, Tensor], Tensor]
+"""int8 [M, k] times int8 [N, k].T, k up to 128 -> exact sums [M, N], int32 or float32."""
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """int8 [M, k] times int8 [N, k].T -> float32 [M, N], exact: 128 products of int8 stay below 2^24."""
+    return a.to(torch.float32) @ b.to(torch.float32).t()
+
+
+def int8_tile_matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    product: Int8Product = int8_product,
+) -> Tensor:
+    """int8 `a` [M, K] times int8 `b` [N, K].T, both with a scale per 128 of K, plus bias -> float32 [M, N].
+
+    Scales: float32 [rows, ceil(K / 128)], or [ceil(rows / 128), ceil(K / 128)] for one per 128 x 128; bias
+    float32 [N]. The exact sum over each 128 of K times both scales is added up in float64, rounded once.
+    """
+    (m, n), out = (len(a), len(b)), torch.empty(len(a), len(b), device=a.device)
+    a_rows, b_rows = _scale_of_rows(a_scale, m), _scale_of_rows(b_scale, n)
+    for start in range(0, m, INT8_ROWS):
+        rows = slice(start, start + INT8_ROWS)
+        total = torch.zeros(len(a[rows]), n, dtype=torch.float64, device=a.device)
+        for i, (x, y) in enumerate(zip(a[rows].split(INT8_TILE, 1), b.split(INT8_TILE, 1), strict=True)):
+            total += product(x, y).to(torch.float64) * (a_rows[rows, i, None] * b_rows[:, i])
+        out[rows] = total if bias is None else total + bias
+    return out
+
+
+def _scale_of_rows(scale: Tensor, rows: int) -> Tensor:
+    """float64 [rows, ..]."""
+    if len(scale) != rows:
+        scale = scale.repeat_interleave(INT8_TILE, 0)[:rows]
+    return scale.to(torch.float64)
 
 
 def quant_linear_kernel(scheme: str, emulate: Emulate | None, reason: str) -> QuantLinearKernel:

@@ -27,7 +27,7 @@ from ascendit.checkpoint.reader import as_bytes
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.kernels.kernel import Activation, PreparedWeight
 from ascendit.mx.codec import Encoded, decode
-from ascendit.mx.formats import lookup
+from ascendit.mx.formats import Format, lookup
 from ascendit.mx.smoothing import smooth_input
 from ascendit.ops.operators import Ops, Schemes, schemes_on
 from ascendit.quant.schemes import SCHEMES, scheme_of
@@ -202,12 +202,13 @@ class FusedGroup:
         rows = [p for m in self.layers if (p := m._parameters[role]) is not None]
         if len(rows) < 2:
             return rows[0].data if rows else None
-        first, shape = rows[0].data, (sum(self._sizes), *rows[0].shape[1:])
+        sizes = [len(t) for t in rows]
+        first, shape = rows[0].data, (sum(sizes), *rows[0].shape[1:])
         one_storage = len({t.untyped_storage().data_ptr() for t in rows}) == 1
         if one_storage and all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in pairwise(rows)):
             return first.as_strided(shape, first.stride())
         fused = torch.cat([t.data for t in rows])
-        for t, view in zip(rows, fused.split(self._sizes), strict=True):
+        for t, view in zip(rows, fused.split(sizes), strict=True):
             t.data = view
         return fused
 
@@ -371,9 +372,8 @@ class QuantLinear(nn.Linear):
     def check_dtypes(self) -> None:
         """Raise UsageError (E-QNT-03) if a parameter was cast, as FSDP2's mixed precision does."""
         fmt = lookup(self.scheme)
-        dtypes = {"weight": getattr(torch, fmt.qdata_dtype)}
-        if fmt.kind in ("block", "dual"):
-            dtypes["weight_scale"] = torch.uint8
+        names = {"weight": fmt.qdata_dtype, "weight_scale": fmt.scale_dtype}
+        dtypes = {role: getattr(torch, name) for role, name in names.items()}
         for role, t in self.named_parameters():
             if t.dtype != dtypes.get(role, torch.float32):
                 raise self._refused(t.dtype)
@@ -476,8 +476,9 @@ def fused_linears(
     """Layers that read the same activation and share one matmul, on the device of `schemes`.
 
     `tensors`: role -> rows of all layers concatenated, as stored: weight [sum of N, K], weight_scale and, if
-    the scheme has them, weight_dual_scale and bias. `sizes`: N of each layer. `width`: K. `mul_scale`:
-    float32 [K] on the device. Raises UsageError if the tensors do not match `scheme`.
+    the scheme has them, weight_dual_scale and bias. `sizes`: N of each layer, multiples of `Format.tile`.
+    `width`: K. `mul_scale`: float32 [K] on the device. Raises UsageError if the tensors do not match
+    `scheme`.
     """
     fmt = lookup(scheme_of(scheme).weight)
     dual, shape = tensors.get("weight_dual_scale"), (sum(sizes), width)
@@ -488,13 +489,31 @@ def fused_linears(
     moved = {role: t.to(device, torch.float32 if role == "bias" else t.dtype) for role, t in tensors.items()}
     moved["weight"] = moved["weight"].view(getattr(torch, fmt.qdata_dtype))
     shared = _parameter(mul_scale)
-    layers, start = [], 0
-    for n in sizes:
-        rows = {role: t[start : start + n] for role, t in moved.items()}
-        layers.append(QuantLinear(fmt.name, (n, width), rows, compute_dtype=compute_dtype, mul_scale=shared))
-        start += n
+    heights = [_heights(fmt, n, width) for n in sizes]
+    rows = {role: t.split([height[role] for height in heights]) for role, t in moved.items()}
+    layers = [
+        QuantLinear(
+            fmt.name,
+            (n, width),
+            {role: parts[i] for role, parts in rows.items()},
+            compute_dtype=compute_dtype,
+            mul_scale=shared,
+        )
+        for i, n in enumerate(sizes)
+    ]
     FusedGroup(layers, schemes)
     return layers
+
+
+def _heights(fmt: Format, n: int, k: int) -> dict[str, int]:
+    """Role -> number of rows of that tensor in a layer [n, k]."""
+    qdata, scale, dual = fmt.shapes((n, k))
+    return {
+        "weight": qdata[0],
+        "weight_scale": scale[0],
+        "weight_dual_scale": dual[0] if dual else 0,
+        "bias": n,
+    }
 
 
 def _parameter(t: Tensor | None) -> nn.Parameter | None:

@@ -192,8 +192,8 @@ class ModuleReport(QuantizedExpert):
     def lines(self) -> list[str]:
         """The report as lines of text."""
         mib = [f"{n / 2**20:.1f} MiB" for n in (self.bytes_before, self.bytes_after)]
-        kept = [f"  kept  {', '.join(names)}  ({reason})" for reason, names in self.kept.items()]
-        return [f"{self.name}: {self.counts()}   {mib[0]} -> {mib[1]}", *kept]
+        excluded = [f"  excluded  {', '.join(names)}  ({reason})" for reason, names in self.kept.items()]
+        return [f"{self.name}: {self.counts()}   {mib[0]} -> {mib[1]}", *excluded]
 
 
 def quantize_(
@@ -208,7 +208,7 @@ def quantize_(
 ) -> ModuleReport:
     """Quantize linear layers of `module` in place; return a report.
 
-    `recipe_or_scheme`: mxfp8, mxfp4, mxfp4_dualscale, int8, fp8; or a recipe, by name or TOML file. `keep`:
+    `recipe_or_scheme`: one of `quant.schemes.QUANTIZED`; or a recipe, by name or TOML file. `keep`:
     patterns of layers to exclude. `device`: the device to run on ("cuda", "npu", "twin:a5"); None: the
     current one. `emulate`: as in `load`, for schemes without a matmul on the device. `activation_rule`: scale
     rules of activations. `force`: quantize even if accuracy is known to suffer.

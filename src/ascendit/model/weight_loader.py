@@ -21,6 +21,7 @@ from ascendit.model.linear import QuantLinear, SmoothLinear, fused_linears
 from ascendit.model.wan import WanTransformer
 from ascendit.ops.operators import Schemes
 from ascendit.quant.fusion import first_in_group
+from ascendit.quant.schemes import SCHEMES
 from ascendit.weights.tensor_steps import Sink, TensorStep
 
 
@@ -124,7 +125,10 @@ class ModelSink(Sink):
             self._advance(len(buffer))
 
     def _grouped(self, layers: Mapping[str, StoredLinear]) -> dict[str, _Group]:
-        """Layer -> its group: layers with one input, scheme, K, smoothing and bias, else alone."""
+        """Layer -> its group: layers with one input, scheme, K, smoothing and bias, else alone.
+
+        In a scheme with tiles, a tile never holds rows of two layers.
+        """
         roles: dict[str, dict[str, TensorSpec]] = {name: {} for name in layers}
         for spec in self._specs.values():
             name, _, role = spec.name.rpartition(".")
@@ -140,7 +144,8 @@ class ModelSink(Sink):
                 digest = hashlib.sha256(as_bytes(scale)).digest()
                 scale = scales[digest] if digest in scales else scale.to(self._device)
                 scales[digest] = scale
-            if layer.scheme != "bf16":
+            rows = roles[name]["weight"].shape[0] if layer.scheme != "bf16" else 0
+            if rows and not rows % (SCHEMES[layer.scheme].tile or 1):
                 key = (first_in_group(name), layer.scheme, layer.width, id(scale), "bias" in roles[name])
             group = groups.setdefault(key, _Group(replace(layer, mul_scale=scale)))
             group.specs[name] = roles[name]

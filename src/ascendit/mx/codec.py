@@ -5,7 +5,7 @@
 - Blocks run along `axis`; a partial last block or group is padded with zeros, which are not stored.
 - FP4 is packed along `axis` too: `encode(x, f, axis=a)` is `encode(x.movedim(a, -1), f)` moved back.
 - A block, row or group of zeros decodes to zeros. A block or row with an infinity or a NaN decodes to NaN.
-- Values beyond the largest element saturate. An element times its scale of 2^128 decodes to infinity.
+- Values beyond the largest element saturate. A value that is rounded up to 2^128 decodes to infinity.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ class Encoded:
     """A quantized tensor and its scales. For a weight [N, K] and `axis=-1`: the tensors of a checkpoint.
 
     `qdata`: [.., K], packed formats [.., ceil(K / 2)]; int8, float8_e4m3fn, float8_e5m2 or uint8, depending
-    on the format (float8 may also be passed as uint8). `scale`: E8M0 uint8 [.., ceil(K / 32)]; int8 and fp8:
-    float32 [.., 1]; fp8_128x128: float32 [ceil(N / 128), ceil(K / 128)]. `dual_scale`: float32 [.., ceil(K /
-    512), 1] for mxfp4_dualscale, else None. `shape`: shape of the decoded tensor. `axis`: the axis that
-    blocks run along, of length K. Raises UsageError (E-USE-01) if a shape or dtype does not match the format.
+    on the format (float8 may also be passed as uint8).
+    `scale`: E8M0 uint8 [.., ceil(K / 32)]; int8 and fp8: float32 [.., 1]; tiles: float32
+    [ceil(N / 128), ceil(K / 128)].
+    `dual_scale`: float32 [.., ceil(K / 512), 1] for mxfp4_dualscale, else None.
+    `shape`: shape of the decoded tensor. `axis`: the axis that blocks run along, of length K.
+    Raises UsageError (E-USE-01) if a shape or dtype does not match the format.
     """
 
     qdata: Tensor
@@ -48,7 +50,7 @@ class Encoded:
         expected = zip(("qdata", "scale", "dual_scale"), fmt.shapes(self.shape, axis), strict=True)
         dtypes = {
             "qdata": (getattr(torch, fmt.qdata_dtype), torch.int8 if fmt.element is None else torch.uint8),
-            "scale": (torch.uint8,) if fmt.kind in ("block", "dual") else (torch.float32,),
+            "scale": (getattr(torch, fmt.scale_dtype),),
             "dual_scale": (torch.float32,),
         }
         for name, shape in expected:
@@ -97,6 +99,12 @@ def encode(
             needs="at least one value",
             fix="skip empty tensors",
         )
+    if fmt.tile and x.ndim != 2:
+        raise UsageError(
+            f"a tensor {tuple(x.shape)} for {fmt.name}",
+            needs=f"a matrix: {fmt.tile} x {fmt.tile} values share one scale",
+            fix="flatten the leading axes first: x.flatten(0, -2)",
+        )
     parts = encoder.encode_rows(x.detach().movedim(last, -1).contiguous(), fmt, rule, mode)
     qdata, scale, dual = (None if p is None else p.movedim(-1, last).contiguous() for p in parts)
     assert qdata is not None and scale is not None
@@ -105,14 +113,8 @@ def encode(
 
 
 def check_dtype(dtype: torch.dtype, fmt: Format, rule: str) -> None:
-    """Raise UsageError (E-USE-01) if the format is read-only, or the rule does not support this dtype."""
+    """Raise UsageError (E-USE-01) if the rule does not support this dtype."""
     allowed = (torch.bfloat16, torch.float32) if rule.startswith("msms:") else INPUT_DTYPES
-    if fmt.kind == "tile":
-        raise UsageError(
-            f"encode to {fmt.name}",
-            needs="a format that ascendit writes; this one is read-only",
-            fix="use fp8 (one scale per row) or mxfp8",
-        )
     if dtype not in allowed:
         raise UsageError(
             f"a tensor of {dtype} for {fmt.name} with scale rule {rule!r}",
@@ -134,11 +136,7 @@ def decode(encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
     length = encoded.shape[last]
     qdata = encoded.qdata.movedim(last, -1)
     scale = encoded.scale.movedim(last, -1)
-    if fmt.element is None:
-        values = qdata.to(torch.float32)
-    else:
-        raw = qdata.contiguous().view(torch.uint8)
-        values = elements.decode_stored(raw, fmt.element, length)
+    values = _elements(qdata, fmt, length)
     if fmt.kind == "row":
         values = values * scale
     else:
@@ -152,13 +150,19 @@ def decode(encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _decode_tiles(encoded: Encoded, fmt: Format) -> Tensor:
-    """Dequantize an FP8 weight [N, K] with `weight_scale_inv` to float32: element x scale of its tile."""
-    assert fmt.element is not None
-    values = elements.decode_stored(encoded.qdata.view(torch.uint8), fmt.element, encoded.shape[-1])
+    """Dequantize a matrix [N, K] to float32: element x scale of its tile. The last tiles may be short."""
+    values = _elements(encoded.qdata, fmt, encoded.shape[-1])
     scale = encoded.scale
     for axis, length in enumerate(encoded.shape):
-        scale = scale.repeat_interleave(fmt.block, axis).narrow(axis, 0, length)
+        scale = scale.repeat_interleave(fmt.tile, axis).narrow(axis, 0, length)
     return values * scale
+
+
+def _elements(qdata: Tensor, fmt: Format, length: int) -> Tensor:
+    """float32 [.., length], without a scale."""
+    if fmt.element is None:
+        return qdata.to(torch.float32)
+    return elements.decode_stored(qdata.contiguous().view(torch.uint8), fmt.element, length)
 
 
 def sqnr(a: Tensor, b: Tensor) -> float:

@@ -37,6 +37,8 @@ def encode_rows(rows: Tensor, fmt: Format, rule: str, rounding: str) -> Parts:
     flat = rows.view(-1, rows.shape[-1])
     out = empty_parts(fmt, *flat.shape)
     encoder(fmt, rule, rounding, rows.dtype)(flat, out)
+    if rows.ndim == 2:
+        return out
     qdata, scale, dual = (None if p is None else p.view(*rows.shape[:-1], -1) for p in out)
     assert qdata is not None and scale is not None
     return Parts(qdata, scale, dual)
@@ -49,7 +51,7 @@ def empty_parts(fmt: Format, rows: int, length: int) -> Parts:
         native_encoder.prefer_large_pages(
             torch.empty(qdata, dtype=torch.uint8 if fmt.element else torch.int8)
         ),
-        torch.empty(scale, dtype=torch.uint8 if fmt.block else torch.float32),
+        torch.empty(scale, dtype=getattr(torch, fmt.scale_dtype)),
         torch.empty(dual[:2]) if dual else None,
     )
 
@@ -84,20 +86,26 @@ def _encode_after_search(fmt: Format, rounding: str, rows: Tensor, out: Parts) -
     encoder(fmt, rule, rounding, rows.dtype)(rows, out)
 
 
+def reference_rows(fmt: Format, length: int) -> int:
+    """Rows of `length` values per call of the reference, a multiple of `Format.tile`."""
+    unit = fmt.tile or 1
+    return max(1, REFERENCE_PIECE // length // unit) * unit
+
+
 def _encode_by_reference(fmt: Format, rule: str, rounding: str, rows: Tensor, out: Parts) -> None:
-    step = max(1, REFERENCE_PIECE // rows.shape[-1])
+    step = reference_rows(fmt, rows.shape[-1])
     for start in range(0, rows.shape[0], step):
         piece = reference.encode_rows(rows[start : start + step], fmt, rule, rounding)
-        for to, part in zip(out.rows(start, start + step), piece, strict=True):
+        for to, part in zip(out.rows(start, start + step, fmt.tile), piece, strict=True):
             if to is not None and part is not None:
                 to.copy_(part)
 
 
 def piece_encoder(fmt: Format, rule: str, rounding: str, dtype: torch.dtype) -> Encoder | None:
-    """A PyTorch encoder for `rint`; None for msModelSlim's rules and for blocks in other dtypes than
-    bfloat16.
-    """
-    if rounding != "rint" or rule.startswith("msms:") or (fmt.kind != "row" and dtype != torch.bfloat16):
+    """A PyTorch encoder; None for other roundings, msModelSlim's rules, tiles, and blocks not in bfloat16."""
+    if rounding != "rint" or rule.startswith("msms:") or fmt.kind == "tile":
+        return None
+    if fmt.kind != "row" and dtype != torch.bfloat16:
         return None
     return _in_pieces({"row": _row_step, "dual": _dual_step}.get(fmt.kind, _block_step), fmt, rule)
 
@@ -162,7 +170,7 @@ def _row_step(fmt: Format, rule: str, rows: Tensor, out: Parts) -> Tensor:
     """See `reference._encode_scaled_rows`."""
     values = rows.to(torch.float32, copy=True)
     amax = values.abs().amax(-1, keepdim=True)
-    torch.mul(amax, 1 / (fmt.element.max if fmt.element else 127), out=out.scale)
+    torch.mul(amax, 1 / fmt.largest, out=out.scale)
     values.div_(torch.where(out.scale == 0, torch.inf, out.scale))
     if fmt.element is None:
         out.qdata.copy_(values.round_().clamp_(-128, 127))

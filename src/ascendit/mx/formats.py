@@ -14,7 +14,7 @@ from ascendit.errors import UsageError
 
 Kind = Literal["block", "dual", "row", "tile"]
 """block: one E8M0 scale per 32 values. dual: the same, on values divided by a float32 scale per 512 values.
-row: one float32 scale per row. tile: one float32 scale per 128 x 128 values, read-only."""
+row: one float32 scale per row. tile: one float32 scale per 128 x 128 values of a matrix."""
 
 ROUNDINGS = ("rint", "half_away", "floor")
 """rint: to nearest, ties to even (IEEE, OCP; NPU "rint"). half_away: to nearest, ties away from zero (NPU
@@ -79,6 +79,21 @@ class Format:
     @property
     def default_rule(self) -> str:
         return self.rules[0]
+
+    @property
+    def largest(self) -> float:
+        """The largest number of the element."""
+        return self.element.max if self.element else 127.0
+
+    @property
+    def tile(self) -> int:
+        """Rows and columns of a square with one scale; 0 for the other kinds."""
+        return self.block if self.kind == "tile" else 0
+
+    @property
+    def scale_dtype(self) -> str:
+        """Name of the torch dtype of a scale: uint8 (E8M0) or float32."""
+        return "uint8" if self.kind in ("block", "dual") else "float32"
 
     @property
     def packed(self) -> bool:
@@ -152,6 +167,14 @@ FORMATS: dict[str, Format] = {
             element=None,
             qdata_dtype="int8",
             rules=("amax", "msms:int8", "msms:int8_legacy"),
+        ),
+        Format(
+            name="int8_block",
+            kind="tile",
+            element=None,
+            qdata_dtype="int8",
+            block=128,
+            rules=("amax",),
         ),
         Format(name="fp8", kind="row", element=E4M3, qdata_dtype="float8_e4m3fn", rules=("amax",)),
         Format(

@@ -65,9 +65,9 @@ def scale_candidates(amax: Tensor, element: Element, rule: str) -> tuple[Tensor,
 
 
 def encode_dual(rows: Tensor, coarse: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[.., K] -> uint8 encodings [.., n, block], int32 exponents [.., n], float32 dual [.., K / coarse].
+    """[.., K] -> uint8 encodings [.., n, block], int32 exponents [.., n], float32 dual [.., groups].
 
-    dual = max|w| / 6 over `coarse` values, then MXFP4 minmax in float32 on w / dual.
+    A group has `coarse` values. dual = max|w| / 6 of a group, then MXFP4 minmax in float32 on w / dual.
     """
     groups = split_blocks(rows.to(torch.float32), coarse)
     dual = groups.abs().amax(-1) / E2M1.max

@@ -28,6 +28,7 @@ ENCODER_SIGNATURES = {
     "encode_rule": "piiiiiiiipp",
     "encode_dual": "piiiippppp",
     "encode_rows": "piiiiiipp",
+    "encode_tiles": "piiiiipp",
     "search": "piiipp",
     "measure": "piiiiiipppp",
     "prefer_large_pages": "pi",
@@ -48,6 +49,8 @@ def encoder(
     lib = library().library
     if lib is None or not (rounding == "rint" or rule.startswith("msms:")):
         return None
+    if fmt.kind == "tile":
+        return _by_numbers(lib.encode_tiles, threads, 1 if fmt.element else 0)
     if fmt.kind == "row":
         variant = 2 if rule.startswith("msms:") else 1 if fmt.element else 0
         return _by_numbers(lib.encode_rows, threads, variant, -127 if rule == "msms:int8_legacy" else -128)
@@ -85,10 +88,10 @@ def add_ceil_x_sums(rows: Tensor, sums: Tensor) -> bool:
 def add_energies(rows: Tensor, parts: Parts, fmt: Format, sums: Tensor, threads: int | None = None) -> bool:
     """Add sum x^2 and sum (x - decoded)^2 of rows [n, K] to `sums`, float64 [2].
 
-    Returns False if there are no compiled kernels.
+    Returns False if there is no compiled kernel.
     """
     lib = library().library
-    if lib is None:
+    if lib is None or fmt.kind == "tile":
         return False
     element = ELEMENT_NUMBERS[fmt.element.name] if fmt.element else INT8
     dual = 0 if parts.dual is None else parts.dual.data_ptr()

@@ -25,10 +25,11 @@ class Parts(NamedTuple):
     scale: Tensor
     dual: Tensor | None
 
-    def rows(self, first: int, last: int) -> Parts:
-        """Views of rows `first` to `last`, exclusive."""
-        qdata, scale, dual = self
-        return Parts(qdata[first:last], scale[first:last], None if dual is None else dual[first:last])
+    def rows(self, first: int, last: int, tile: int = 0) -> Parts:
+        """Views of rows `first` to `last`, exclusive. `tile`: `Format.tile`, which divides `first`."""
+        (qdata, scale, dual), unit = self, tile or 1
+        scale = scale[first // unit : -(-last // unit)]
+        return Parts(qdata[first:last], scale, None if dual is None else dual[first:last])
 
 
 Encoder = Callable[[Tensor, Parts], None]
@@ -45,6 +46,8 @@ def encode_rows(rows: Tensor, fmt: Format, rule: str, rounding: str) -> Parts:
         qdata, scale = _encode_blocks(rows, fmt, rule, rounding)
     elif fmt.kind == "dual":
         qdata, scale, dual = _encode_dual(rows, fmt, rule, rounding)
+    elif fmt.kind == "tile":
+        qdata, scale = _encode_tiles(rows, fmt, rounding)
     else:
         qdata, scale = _encode_scaled_rows(rows, fmt, rule, rounding)
     return Parts(elements.pack(qdata) if fmt.packed else qdata, scale, dual)
@@ -132,12 +135,31 @@ def _encode_scaled_rows(rows: Tensor, fmt: Format, rule: str, rounding: str) -> 
         qdata, scale = msmodelslim.encode_int8(rows, -127 if rule.endswith("legacy") else -128)
         return qdata, scale.where(finite, torch.nan)
     values = rows.to(torch.float32)
-    scale = values.abs().amax(-1, keepdim=True) * (1 / (fmt.element.max if fmt.element else 127))
+    scale = values.abs().amax(-1, keepdim=True) * (1 / fmt.largest)
+    return _quantized(values, scale, finite, fmt, rounding), scale.where(finite, torch.nan)
+
+
+def _encode_tiles(rows: Tensor, fmt: Format, rounding: str) -> tuple[Tensor, Tensor]:
+    """[N, K] -> int8 or uint8 qdata [N, K] and float32 scale [ceil(N / tile), ceil(K / tile)].
+
+    npu_dynamic_block_quant on A5: scale = amax / 127 or / 448, qdata = round(x / scale). A tile of zeros has
+    scale 0, a tile that is not finite NaN. The last tiles may be short.
+    """
+    (n, k), tile = rows.shape, fmt.tile
+    padded = torch.nn.functional.pad(rows, (0, -k % tile, 0, -n % tile))
+    tiles = padded.unflatten(1, (-(-k // tile), tile)).unflatten(0, (-(-n // tile), tile))
+    finite = tiles.isfinite().all(3, keepdim=True).all(1, keepdim=True)
+    values = tiles.where(finite, 0).to(torch.float32)
+    scale = values.abs().amax((1, 3), keepdim=True) / fmt.largest
+    qdata = _quantized(values, scale, finite, fmt, rounding).flatten(2).flatten(0, 1)[:n, :k]
+    return qdata, scale.where(finite, torch.nan)[:, 0, :, 0]
+
+
+def _quantized(values: Tensor, scale: Tensor, finite: Tensor, fmt: Format, rounding: str) -> Tensor:
+    """float32 values [..] / scale, rounded -> int8 or uint8 [..]; NaN, for int8 0, where not `finite`."""
     steps = values / torch.where(scale == 0, torch.inf, scale)
-    if fmt.element is None:
-        negative = steps < 0
-        magnitude = elements.round_steps(steps.abs(), negative, rounding)
-        qdata = magnitude.where(~negative, -magnitude).clamp(-128, 127).to(torch.int8)
-    else:
-        qdata = elements.encode(steps, fmt.element, rounding).where(finite, fmt.element.nan or 0)
-    return qdata, scale.where(finite, torch.nan)
+    if fmt.element is not None:
+        return elements.encode(steps, fmt.element, rounding).where(finite, fmt.element.nan or 0)
+    negative = steps < 0
+    magnitude = elements.round_steps(steps.abs(), negative, rounding)
+    return magnitude.where(~negative, -magnitude).clamp(-128, 127).to(torch.int8)

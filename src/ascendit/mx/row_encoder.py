@@ -53,14 +53,17 @@ class RowEncoder:
         self.sums = torch.zeros(2, dtype=torch.float64)
 
     def __call__(self, rows: Tensor) -> Encoded:
-        """Rows [n, K], n up to `max_rows` -> views of the next buffer, valid until that buffer is reused."""
+        """Rows [n, K], n up to `max_rows` -> views of the next buffer, valid until that buffer is reused.
+
+        Of a format in tiles, all calls but the last of a weight take a multiple of `Format.tile` rows.
+        """
         if rows.dtype != self._dtype or rows.ndim != 2 or not 0 < len(rows) <= self._max_rows:
             raise _wrong_rows(rows, f"{self._dtype} [1 to {self._max_rows}, {self._length}]")
         if rows.shape[1] != self._length:
             raise _wrong_rows(rows, f"rows of {self._length}")
         rows = rows.detach().contiguous()
         self._buffers.append(buffer := self._buffers.pop(0))
-        out = buffer.rows(0, len(rows))
+        out = buffer.rows(0, len(rows), self._fmt.tile)
         self._encode(rows, out)
         if self._measure:
             self._add_energies(rows, out)
@@ -74,10 +77,10 @@ class RowEncoder:
     def _add_energies(self, rows: Tensor, parts: Parts) -> None:
         if native_encoder.add_energies(rows, parts, self._fmt, self.sums, self._threads):
             return
-        step = max(1, encoder.REFERENCE_PIECE // self._length)
+        step = encoder.reference_rows(self._fmt, self._length)
         for start in range(0, len(rows), step):
             piece = rows[start : start + step].to(torch.float64)
-            noise = piece - decode(self._encoded(parts.rows(start, start + step))).to(torch.float64)
+            noise = piece - decode(self._encoded(parts.rows(start, start + step, self._fmt.tile)))
             self.sums += torch.stack((piece.square().sum(), noise.square().sum()))
 
     def restart(self) -> None:
@@ -92,16 +95,17 @@ class RowEncoder:
         return decibels(*self.sums.tolist())
 
 
-def first_bad_row(encoded: Encoded) -> int | None:
-    """First row of a quantized weight [N, K] (any dtype) whose input had an infinity or a NaN; None if all
-    were finite.
+def first_bad_row(encoded: Encoded, rows: Tensor) -> int | None:
+    """Index of the first of `rows` [n, K] with an infinity or a NaN; None if all are finite.
+
+    `encoded`: the same rows, quantized (any dtype).
     """
     scale = encoded.scale
     if scale.is_floating_point():
-        bad = scale.isnan().flatten().nonzero()
-        return int(bad[0]) if len(bad) else None
-    index = scale.numpy().tobytes().find(NAN_BYTE)  # single-threaded, unlike an operator of PyTorch
-    return None if index < 0 else index // scale.shape[1]
+        bad = bool(scale.isnan().any())
+    else:
+        bad = NAN_BYTE in scale.numpy().tobytes()  # single-threaded, unlike an operator of PyTorch
+    return int((~rows.isfinite().all(1)).nonzero()[0]) if bad else None
 
 
 class ScaleSearch:

@@ -13,6 +13,7 @@
 #include "choose.h"
 #include "energy.h"
 #include "rows.h"
+#include "scaled_tiles.h"
 #include "spread.h"
 
 using namespace ascendit;
@@ -189,6 +190,16 @@ int64_t encode_rows(const void* x, int64_t type, int64_t rows, int64_t length, i
         if (kind == 1) return over_rows(Fp8{}, values, s, qdata, scale);
         if (type == 0) return over_rows(MsmsInt8<true>{int(lowest)}, values, s, qdata, scale);
         return over_rows(MsmsInt8<false>{int(lowest)}, values, s, qdata, scale);
+    });
+}
+
+// One scale per tile of 128 x 128 values: scale float32 [ceil(rows / 128), ceil(length / 128)]. kind: 0 int8, 1 fp8.
+int64_t encode_tiles(const void* x, int64_t type, int64_t rows, int64_t length, int64_t threads, int64_t kind,
+                     uint8_t* qdata, float* scale) {
+    const Shape s{rows, length, threads};
+    return as(x, type, [=](auto* values) {
+        if (kind == 0) return over_tiles(Int8{}, 127.0f, values, s, qdata, scale);
+        return over_tiles(Fp8{}, 448.0f, values, s, qdata, scale);
     });
 }
 

@@ -5,7 +5,8 @@
 // [rows]; dual float32 [rows, ceil(K / 512)]; K a multiple of 32. bias float32 [N] or null. out [M, N].
 // mxfp8, fp8 and w4a8: values are converted to bfloat16 exactly, sums are float32; the return value counts blocks
 // with a value that is not a normal bfloat16, and `out` is then invalid. int8: exact in int32. mxfp4 and its dual
-// scale: each block exact in int32, sums of blocks in float32.
+// scale: each block exact in int32, sums of blocks in float32. int8_block: see int8_block.h.
+#include "int8_block.h"
 #include "products.h"
 
 using namespace ascendit;
@@ -119,6 +120,7 @@ int64_t linear(int64_t kind, int64_t M, int64_t N, int64_t K, int64_t threads, c
             return run_bf16(c, BlockRows<E4M3>{tokens, token_scale, K}, BlockRows<E4M3>{weight, weight_scale, K});
         case W4A8:
             return run_bf16(c, BlockRows<E4M3>{tokens, token_scale, K}, BlockRows<E2M1>{weight, weight_scale, K});
+        case INT8_BLOCK: return BlockProduct{c}.run();
         default: return run(c, NibbleProduct{c, NibbleRows{weight, weight_scale, K}});
     }
 }

@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, PlainValidator
 from ascendit.device.device import Device, parse_device
 from ascendit.environment import Variable
 from ascendit.errors import UsageError
+from ascendit.quant.schemes import SchemeName
 from ascendit.schedule import StepSchedule
 from ascendit.validation import Checked
 
@@ -125,7 +126,7 @@ class LoadOptions(Checked):
         ),
     ] = "device"
     scheme: Annotated[
-        Literal["bf16", "int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"] | None,
+        SchemeName | None,
         Option("Quantize a BF16 model while loading: mxfp8, mxfp4, int8, ...", "NAME"),
     ] = None
     recipe: Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from ascendit.quant.schemes import FP8_TILES, STORED_SCHEMES
+from ascendit.quant.schemes import STORED_SCHEMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Engine:
         return next((reason for trait, reason in self.refuses.items() if trait in traits), "")
 
 
-_FP8 = dict.fromkeys(("fp8", FP8_TILES), "it does not read FP8 with float scales in this layout")
+_UNKNOWN = {name: s.not_in_engines for name, s in STORED_SCHEMES.items() if s.not_in_engines}
 _OMNI_DROPS = "it silently ignores mul_scale in layers that are not MXFP4"
 _SGLANG_DROPS = "it reads mul_scale only in mxfp4 layers and silently ignores it elsewhere"
 _ODD = "it stores block scales in pairs, and a layer has an odd number of them (K / 32)"
@@ -35,7 +35,7 @@ ENGINES: dict[str, Engine] = {
             name="vllm-omni",
             version="0.30.0",
             refuses={
-                **_FP8,
+                **_UNKNOWN,
                 "mixed": "its config.json names one scheme for all quantized layers",
                 "split_qkv": "it fuses Q, K and V of self-attention, but only some of them are quantized",
                 "unlike_qkv": "it fuses Q, K and V of self-attention, but their mul_scale differ",
@@ -48,7 +48,7 @@ ENGINES: dict[str, Engine] = {
             name="sglang",
             version="0.5.23",
             refuses={
-                **_FP8,
+                **_UNKNOWN,
                 "mxfp4_dualscale": "its loader of dual-scale layers fails with an AttributeError",
                 "float_block_linears": "it looks up excluded layers of a block under other names and fails",
                 "outside_blocks": _PLAIN.format("embedders"),
@@ -60,7 +60,7 @@ ENGINES: dict[str, Engine] = {
         Engine(
             name="mindie",
             version="3.1.0",
-            refuses={**_FP8, "unquantized": "it reads only quantized models"},
+            refuses={**_UNKNOWN, "unquantized": "it reads only quantized models"},
         ),
     )
 }

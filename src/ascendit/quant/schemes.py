@@ -8,6 +8,7 @@ A new scheme is a row here and a row in `mx.formats`; apart from them, only kern
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from ascendit.errors import UsageError
 from ascendit.mx.formats import FORMATS
@@ -16,7 +17,7 @@ METHOD = "ascendit"
 """`quant_method` of a config whose schemes are determined by the manifest, or by the tensors."""
 FP8_TILES = "fp8_128x128"
 """FP8 in 128 x 128 tiles, in some published models. Read-only: loading and repacking convert it to BF16."""
-_SAFETENSORS = {"int8": "I8", "uint8": "U8", "float8_e4m3fn": "F8_E4M3"}
+_SAFETENSORS = {"int8": "I8", "uint8": "U8", "float8_e4m3fn": "F8_E4M3", "float32": "F32"}
 """Name of a torch dtype -> name in a safetensors header."""
 
 
@@ -35,13 +36,17 @@ class Scheme:
     """The tensors of a layer in a checkpoint without `mul_scale` and `bias`, in the order they are written.
     Empty: only chosen per step, for weights in another scheme."""
     manifest: str = ""
-    """msModelSlim's name of the scheme, the value in `quant_model_description.json`."""
+    """Name of the scheme in `quant_model_description.json`: msModelSlim's, ascendit's own for int8_block."""
     manifest_alias: str = ""
     """MindIE-SD's other name of the scheme; read-only."""
     vllm_omni_key: str = ""
     """Key of `quantization_config` that marks quantized weights for vLLM-Omni; "": not supported there."""
     vllm_omni_smooth: bool = False
     """Whether vLLM-Omni reads a `mul_scale` in these layers."""
+    not_in_engines: str = ""
+    """Why none of `quant.engines` loads the scheme; "" if one does."""
+    most_lost: int | None = None
+    """Limit of the quality table: videos of 192 that fail and that BF16 gets right; None: no limit."""
     text: str = ""
     """Description for `inspect` and the documentation."""
 
@@ -62,6 +67,11 @@ class Scheme:
         return fmt.block if fmt and fmt.kind in ("block", "dual") else 0
 
     @property
+    def tile(self) -> int:
+        """Rows, and elements along K, per float32 scale; 0 if no two rows share one."""
+        return FORMATS[self.weight].tile if self.weight else 0
+
+    @property
     def group(self) -> int:
         """Elements along K per coarse float32 scale; 0 if the scheme has none."""
         return FORMATS[self.weight].coarse if self.weight else 0
@@ -71,7 +81,7 @@ class Scheme:
         if not self.weight:
             return {}
         qdata, scale, dual = FORMATS[self.weight].shapes((n, k))
-        scale_dtype = "U8" if self.block else "F32"
+        scale_dtype = _SAFETENSORS[FORMATS[self.weight].scale_dtype]
         tensors = {
             "weight": (self.qdata_dtype, qdata),
             "weight_scale": (scale_dtype, scale),
@@ -82,6 +92,7 @@ class Scheme:
         return {role: tensors[role] for role in self.roles}
 
 
+_FP8_ENGINES = "it does not read FP8 with float scales in this layout"
 _ROWS = (
     Scheme(name="bf16", roles=("weight",), manifest="FLOAT", text="float values of a smoothed layer (W*s)"),
     Scheme(
@@ -92,7 +103,19 @@ _ROWS = (
         roles=("weight", "weight_scale", "weight_offset"),
         manifest="W8A8_DYNAMIC",
         vllm_omni_key="is_checkpoint_int8_serialized",
+        most_lost=2,
         text="int8 values, one float scale per row",
+    ),
+    Scheme(
+        name="int8_block",
+        weight="int8_block",
+        activation="int8_block",
+        rule="amax",
+        roles=("weight", "weight_scale"),
+        manifest="W8A8_BLOCK128",
+        not_in_engines="it does not read int8 with one scale per 128 x 128 values",
+        most_lost=2,
+        text="int8 values, one float scale per 128 x 128 tile",
     ),
     Scheme(
         name="fp8",
@@ -101,6 +124,7 @@ _ROWS = (
         rule="amax",
         roles=("weight", "weight_scale"),
         manifest="WFP8AFP8_DYNAMIC",
+        not_in_engines=_FP8_ENGINES,
         text="e4m3 values, one float scale per row",
     ),
     Scheme(
@@ -111,6 +135,7 @@ _ROWS = (
         roles=("weight", "weight_scale"),
         manifest="W8A8_MXFP8",
         vllm_omni_key="is_checkpoint_mxfp8_serialized",
+        most_lost=2,
         text="e4m3 values, E8M0 scale per 32 along K",
     ),
     Scheme(
@@ -141,6 +166,7 @@ _ROWS = (
         name=FP8_TILES,
         weight=FP8_TILES,
         roles=("weight", "weight_scale_inv"),
+        not_in_engines=_FP8_ENGINES,
         text="e4m3 values, one float scale per 128 x 128 tile",
     ),
 )
@@ -149,6 +175,11 @@ STORED_SCHEMES = {s.name: s for s in _ROWS if s.roles}
 """Schemes that a checkpoint may have."""
 SCHEMES = {name: s for name, s in STORED_SCHEMES.items() if name != FP8_TILES}
 """Schemes that `quantize` and `repack` write, and that a recipe may name."""
+if TYPE_CHECKING:
+    SchemeName = str
+else:
+    SchemeName = Literal[tuple(SCHEMES)]
+"""Type of an option whose value is one of `SCHEMES`."""
 QUANTIZED = tuple(name for name, s in SCHEMES.items() if s.weight)
 """`SCHEMES` without `bf16`."""
 LINEAR_SCHEMES = {s.name: s for s in _ROWS if s.activation}

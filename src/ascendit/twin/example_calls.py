@@ -131,6 +131,11 @@ def _rows(a5: bool) -> Iterator[Sample]:
         "int8 matmul to fp16", matmul, (qdata, weight.t(), weight_scale), {**options, "output_dtype": 5}
     )
     yield Sample("static int8 matmul", matmul, (qdata, weight.t(), weight_scale), {"output_dtype": 5})
+    tiles = {"group_sizes": [1, 128, 128], "output_dtype": BF16, "bias": rand(256, dtype=FP32)}
+    tiles["pertoken_scale"] = rand(5, 4, dtype=FP32).abs()
+    blocks = [torch.ones(n, 512, dtype=torch.int8) for n in (5, 256)]
+    tile_scale = rand(2, 4, dtype=FP32).abs()
+    yield Sample("int8 matmul in blocks", matmul, (blocks[0], blocks[1].t(), tile_scale.t()), tiles)
     param = call("npu_trans_quant_param", weight_scale)
     yield Sample("static int8 matmul, packed scale", matmul, (qdata, weight.t(), param), {"output_dtype": 5})
     if a5:

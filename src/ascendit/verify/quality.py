@@ -34,7 +34,7 @@ from ascendit.pipeline.job import load
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.quant.fusion import first_in_group
 from ascendit.quant.recipe import recipe_names
-from ascendit.quant.schemes import QUANTIZED
+from ascendit.quant.schemes import QUANTIZED, SCHEMES
 from ascendit.verify.metrics import cosine, output_sqnr, psnr, relative_l2, ssim
 from ascendit.verify.quality_table import Quality, QualityCase, QualityRow
 
@@ -53,7 +53,7 @@ OnRow = Callable[[Quality], None]
 
 
 BASE = QualityCase(name="bf16")
-_LIMITS = {"int8": 2, "mxfp8": 2, "recommended-fp4": 6}
+_LIMITS = {name: SCHEMES[name].most_lost for name in QUANTIZED} | {"recommended-fp4": 6}
 _POLICIES = ("default:w4a8", "0-3:w4a8,default:w4a4")
 
 

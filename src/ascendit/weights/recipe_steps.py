@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -119,13 +120,20 @@ class RecipeSteps:
         return folded or smoothed or self.applied.dtype(info) != info.dtype
 
     def rows(
-        self, reader: RowReader, name: str, shard: ShardSpec = WHOLE, *, small: bool = False
+        self,
+        reader: RowReader,
+        name: str,
+        shard: ShardSpec = WHOLE,
+        *,
+        small: bool = False,
+        multiple: int = 1,
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield (index of the first row, float rows [n, K]) of the shard, valid until the next block.
 
         Decodes FP8 in tiles to BF16, folds LoRA files, rounds to the recipe's dtype and multiplies smoothed
-        weights. `small`: smaller blocks, for a caller that copies rows in float32. Raises CheckpointError:
-        E-CKP-08 for invalid tile scales, E-LRA-01 for LoRA values that are not finite.
+        weights. `small`: smaller blocks, for a caller that copies rows in float32. `multiple`: the rows of
+        each block but the last are a multiple of this. Raises CheckpointError: E-CKP-08 for invalid tile
+        scales, E-LRA-01 for LoRA values that are not finite.
         """
         info, columns = self.applied.expert.tensors[name], columns_of(shard)
         inverse = self.applied.expert.tensors.get(f"{name}_scale_inv")
@@ -135,7 +143,7 @@ class RecipeSteps:
         for start, view in reader.read_blocks(
             info,
             shard=shard,
-            multiple=FP8_TILE if info.dtype == TILES else 1,
+            multiple=math.lcm(multiple, FP8_TILE if info.dtype == TILES else 1),
             block_bytes=max(BLOCK_BYTES // BLOCK_DIVISOR, 1) if small or self._changed(name) else None,
         ):
             rows = as_tensor(view, part)
@@ -154,18 +162,18 @@ class RecipeSteps:
     def _encode(self, layer: LayerScheme, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
         """Yield the quantized weights while rows are read, then the scales."""
         name, info = step.name, step.sources[0]
-        full_rows = step.shard.axis == 1 and not SCHEMES[layer.scheme].block
+        row = SCHEMES[layer.scheme]
+        full_rows = step.shard.axis == 1 and not (row.block or row.tile)
         shard, columns = (WHOLE, columns_of(step.shard)) if full_rows else (step.shard, slice(None))
         rule = self.scale_rule(reader, layer)
         scales = {"weight_scale": bytearray(), "weight_dual_scale": bytearray()}
         encoder = None
-        for start, rows in self.rows(reader, name, shard):
+        for start, rows in self.rows(reader, name, shard, multiple=row.tile or 1):
             if encoder is None:
-                fmt = SCHEMES[layer.scheme].weight
-                encoder = self._encoder(fmt, rule, rows.shape[1], rows.dtype, len(rows))
+                encoder = self._encoder(row.weight, rule, rows.shape[1], rows.dtype, len(rows))
                 encoder.restart()
             encoded = encoder(rows)
-            if (bad_row := first_bad_row(encoded)) is not None:
+            if (bad_row := first_bad_row(encoded, rows)) is not None:
                 raise not_finite(self.applied.expert.name, name, start + bad_row)
             qdata = as_bytes(encoded.qdata[:, columns])
             unpack = self.target.packing(layer.scheme) == "e4m3"

@@ -58,15 +58,15 @@ def check_shard(layer: str, scheme: str, shape: tuple[int, ...], shard: ShardSpe
     """Return the shard of a layer with a weight of `shape`, with its count filled in.
 
     `scheme`: a key of `quant.schemes.STORED_SCHEMES`. Ranges of K are multiples of 32 in MX schemes and of
-    512 in `mxfp4_dualscale`, except for the end of the last one. Raises UsageError (E-USE-05) for an invalid
-    shard.
+    512 in `mxfp4_dualscale`; in schemes with tiles, ranges of both axes are multiples of the tile. The last
+    range may end at any row or column. Raises UsageError (E-USE-05) for an invalid shard.
     """
     if shard == WHOLE:
         return shard
     size = shape[shard.axis] if 0 <= shard.axis < min(len(shape), 2) else 0
     stop = size if shard.count is None else shard.start + shard.count
     row = STORED_SCHEMES[scheme_after_reading(scheme)]
-    unit = (row.group or row.block or 1) if shard.axis == 1 else 1
+    unit = (row.group or row.block or row.tile or 1) if shard.axis == 1 else row.tile or 1
     fits = 0 <= shard.start < stop <= size
     if not fits or shard.start % unit or (stop % unit and stop != size):
         axis = "rows" if shard.axis == 0 else "columns"
@@ -94,15 +94,15 @@ def role_shard(
         return WHOLE
     if role == "mul_scale":
         return WHOLE if shard.axis == 0 else replace(shard, axis=0)
-    if shard.axis == 0:
-        return shard if stored[:1] == shape[:1] else WHOLE
     row = STORED_SCHEMES[scheme_after_reading(scheme)]
+    if shard.axis == 0 and not (row.tile and role == "weight_scale"):
+        return shard if stored[:1] == shape[:1] else WHOLE
     packed = 2 if stored[1:2] != shape[1:2] else 1
-    unit = {"weight": packed, "weight_scale": row.block, "weight_dual_scale": row.group}.get(role, 0)
+    unit = {"weight": packed, "weight_scale": row.block or row.tile, "weight_dual_scale": row.group}.get(role)
     if not unit or shard.count is None:
         return WHOLE
     first, stop = shard.start // unit, -(-(shard.start + shard.count) // unit)
-    return ShardSpec(1, first, stop - first)
+    return ShardSpec(shard.axis, first, stop - first)
 
 
 def columns_of(shard: ShardSpec) -> slice:

@@ -30,7 +30,7 @@ FORMS = [
     for make in (scaled, dequantized)
     for scheme in LINEAR_SCHEMES
     for once in (False, True)
-    if make is dequantized or scheme != "mxfp4_dualscale"
+    if scheme != "int8_block" and (make is dequantized or scheme != "mxfp4_dualscale")
 ]
 
 
@@ -101,6 +101,25 @@ def test_what_was_prepared_comes_back_and_is_small(schemes_of, form, scheme, n, 
     if not form.once and isinstance(form, matmul.DequantizedMatmul):
         assert weight.decoded is None
         assert weight.nbytes == sum(t.nbytes for t in on_disk(encoded, bias) if t is not None)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 20, 40), (40, 24, 544), (150, 130, 256), (1, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_int8_in_tiles_is_exact_up_to_one_rounding(schemes_of, m, n, k, dtype):
+    """On a CPU torch._int_mm takes the padded sizes too."""
+    ops, (encoded, bias) = schemes_of(matmul.TileMatmul()), weight_of("int8_block", n, k)
+    x = tokens_of(m, k, dtype)
+    weight = ops.prepare_weight(*on_disk(encoded, bias), "int8_block")
+    a = ops.quantize_activation(x, "int8_block")
+    assert bias is not None
+    out, total = ops.quantized_linear(a, weight), bias.double().expand(2 * m, n)
+    for i in range(a.scale.shape[1]):
+        at = slice(128 * i, 128 * i + 128)
+        tokens, channels = (s[:, i].double().repeat_interleave(128) for s in (a.scale, encoded.scale))
+        sums = a.qdata[:, at].double() @ encoded.qdata[:, at].double().t()
+        total = total + sums * tokens[: 2 * m, None] * channels[:n]
+    assert torch.equal(out, total.float().to(dtype).view(2, m, n))
+    assert torch.equal(ops.stored(weight).qdata, encoded.qdata)
 
 
 def test_a_weight_for_the_matmul_of_a_card_is_as_small_as_its_codes():
@@ -180,12 +199,12 @@ def reasons(capability, emulate=None, *, triton=True, scaled_mm=True, hip=False)
 @pytest.mark.parametrize(
     ("capability", "native"),
     [
-        ((8, 0), {"int8"}),
-        ((8, 6), {"int8"}),
-        ((8, 9), {"int8", "fp8"}),
-        ((9, 0), {"int8", "fp8"}),
-        ((10, 0), {"int8", "fp8", "mxfp8", "mxfp4"}),
-        ((12, 0), {"int8", "fp8", "mxfp8", "mxfp4"}),
+        ((8, 0), {"int8", "int8_block"}),
+        ((8, 6), {"int8", "int8_block"}),
+        ((8, 9), {"int8", "int8_block", "fp8"}),
+        ((9, 0), {"int8", "int8_block", "fp8"}),
+        ((10, 0), {"int8", "int8_block", "fp8", "mxfp8", "mxfp4"}),
+        ((12, 0), {"int8", "int8_block", "fp8", "mxfp8", "mxfp4"}),
     ],
 )
 def test_native_schemes_by_capability(capability, native):
@@ -197,7 +216,7 @@ def test_native_schemes_by_capability(capability, native):
 
 def test_older_pytorch_cards_of_amd_and_old_cards():
     found = reasons((10, 0), scaled_mm=False)
-    assert {s for s, row in found.items() if row[0].startswith("native: ")} == {"int8", "fp8"}
+    assert {s for s, row in found.items() if row[0].startswith("native: ")} == {"int8", "int8_block", "fp8"}
     assert all(row[0].startswith("emulated: ") for row in reasons((9, 4), hip=True).values())
     assert reasons((7, 5)) == {}
 
@@ -238,7 +257,7 @@ def test_a_kernel_that_is_wrong_on_this_card_is_passed_over_and_named(monkeypatc
     assert select("mxfp4", CPU, Wish()).backend == "reference"
 
 
-@pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
+@pytest.mark.parametrize("scheme", [s for s in LINEAR_SCHEMES if s != "int8_block"])
 def test_the_check_accepts_right_forms_and_sees_wrong_ones(scheme):
     good = dequantized(PLAIN)
     before = torch.get_rng_state()

@@ -46,7 +46,7 @@ def test_float16_tokens(scheme):
     assert out.dtype == torch.float16 and mx.sqnr(exact(x, scheme, encoded, bias).float(), out) > 50
 
 
-@pytest.mark.parametrize(("chip", "scheme"), [p for p in PAIRS if p[1] != "fp8"])
+@pytest.mark.parametrize(("chip", "scheme"), [p for p in PAIRS if p[1] not in ("fp8", "int8_block")])
 def test_fractal_nz_gives_the_same_numbers(chip, scheme):
     ops = bind(f"twin:{chip}").quantized
     encoded, bias = weight_of(scheme, 32, 64)
@@ -74,11 +74,12 @@ def test_one_kernel_to_quantize_and_one_to_multiply():
             for _ in range(3):
                 ops.quantized_linear(a, weight)
         quantizers = sum(n for name, n in seen.launched.items() if "dynamic" in name)
-        assert (quantizers, seen.launched.total()) == (1, 4), (scheme, seen.launched)
+        copies = 1 if scheme == "int8_block" else 0  # of scales, for every row
+        assert (quantizers, seen.launched.total()) == (1, 4 + copies), (scheme, seen.launched)
         mul_scale = torch.rand(64) + 0.1
         with torch.no_grad(), Recorder() as smoothed:
             ops.quantize_activation(x, scheme, mul_scale)
-        assert smoothed.launched.total() == 2 and smoothed.launched["mul"] == 1
+        assert smoothed.launched.total() == 2 + copies and smoothed.launched["mul"] == 1
 
 
 def test_mul_scale():
@@ -113,6 +114,21 @@ def test_rules_that_no_kernel_has():
     ):
         with pytest.raises(UsageError, match=f"scale rule '{rule}'"):
             ops.quantize_activation(tokens_of(2, 64), scheme, rule=rule)
+
+
+@pytest.mark.parametrize(("chip", "n", "k"), [("a2", 256, 512), ("a3", 512, 8960), ("a5", 100, 8960)])
+def test_int8_in_tiles_pads_only_where_the_chip_needs_it(chip, n, k):
+    ops = bind(f"twin:{chip}").quantized
+    encoded, bias = weight_of("int8_block", n, k)
+    weight = ops.prepare_weight(*on_disk(encoded, bias), "int8_block")
+    shares = weight.qdata.untyped_storage().data_ptr() == encoded.qdata.untyped_storage().data_ptr()
+    assert shares == (chip == "a5" or k == 512)
+    assert tuple(weight.qdata.shape) == (k if chip == "a5" else -(-k // 512) * 512, n)
+
+
+def test_int8_in_tiles_takes_bfloat16_alone():
+    with pytest.raises(UsageError, match="an activation in torch.float16 for int8_block"):
+        bind("twin:a5").quantized.quantize_activation(torch.randn(4, 64).half(), "int8_block")
 
 
 def test_float32_tokens_are_refused():

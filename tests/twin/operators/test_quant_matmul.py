@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -165,6 +166,32 @@ def test_fp8_per_token_and_in_blocks() -> None:
     big = tiles.repeat_interleave(128, 0)[:150].repeat_interleave(128, 1)[:, :200].double()
     wide = rows.repeat_interleave(128, 1)[:, :200].double()
     assert apart(y, (q.double() * wide) @ (wq.double() * big).t()) < LIMIT
+
+
+@pytest.mark.parametrize(
+    ("chip", "m", "n", "k"),
+    [("a5", 5, 150, 200), ("a5", 3, 7, 1), ("a5", 300, 20, 128), ("a2", 130, 256, 512)],
+)
+def test_int8_in_blocks(on: Callable[[str], None], chip: str, m: int, n: int, k: int) -> None:
+    on(chip)
+    generator = np.random.default_rng(m)
+    q, w = (generator.integers(-128, 128, (rows, k), dtype=np.int8) for rows in (m, n))
+    rows, tiles = (generator.random((x, -(-k // 128)), dtype=np.float32) for x in (m, -(-n // 128)))
+    bias = generator.standard_normal(n, dtype=np.float32)
+    total = np.zeros((m, n)) + bias
+    for i in range(rows.shape[1]):
+        at = slice(128 * i, 128 * i + 128)
+        sums = q[:, at].astype(np.float64) @ w[:, at].astype(np.float64).T
+        total += (
+            sums * rows[:, i, None].astype(np.float64) * np.repeat(tiles[:, i], 128)[:n].astype(np.float64)
+        )
+    args = [torch.from_numpy(x) for x in (q, w, tiles, rows, bias)]
+    y = npu.npu_quant_matmul(
+        args[0], args[1].t(), args[2].t(), pertoken_scale=args[3], bias=args[4],
+        output_dtype=torch.bfloat16, group_sizes=[1, 128, 128],
+    )  # fmt: skip
+    wanted = torch.from_numpy(total.astype(np.float32)).to(torch.bfloat16)
+    assert torch.equal(y, wanted)
 
 
 def test_a_nan_scale_makes_its_row_nan() -> None:

@@ -4,6 +4,7 @@ Weights keep their stored layout in memory. `native/linear.cpp` unpacks tiles of
 takes a few percent of the matmul:
 
 - int8: exact int8 dot products on AVX-512 VNNI, twice as fast as BF16.
+- int8_block: the same for each 128 of K; their sums, times the scales of both tiles, are added in float64.
 - mxfp4, mxfp4_dualscale: twice an FP4 value is an integer of at most 12, so each block is an exact int8 dot
   product too; the sums are scaled in float32.
 - mxfp8, fp8, w4a8: an element times a power of two is exact in BF16, so the matmul runs on AVX-512 BF16 with
@@ -12,7 +13,7 @@ takes a few percent of the matmul:
 PyTorch takes over for values outside BF16 (below 2^-126, above 2^103), for a K that is not a multiple of 32,
 and on machines without AVX-512 or a compiler:
 
-- int8: `torch._int_mm`, exact sums.
+- int8: `torch._int_mm`, exact sums. int8_block: float32 matmuls of 128 of K, exact too.
 - mxfp8, mxfp4 and w4a8 if oneDNN has a BF16 matmul: both operands dequantized to BF16, which is exact.
   PyTorch would round the sums before adding a bias, so the bias is split into three extra BF16 columns of the
   weight that add up to it, multiplied by ones. The result is rounded once, as with a float32 bias.
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -38,10 +40,28 @@ from ascendit.mx.formats import lookup
 from ascendit.native.build import Built, declared, native
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
-KINDS = {"int8": 0, "fp8": 1, "mxfp8": 2, "mxfp4": 3, "mxfp4_dualscale": 4, "w4a8": 5}
-"""Scheme -> its number in linear.cpp."""
-INT8_DOT_SCHEMES = ("int8", "mxfp4", "mxfp4_dualscale")
-"""Schemes multiplied as int8 without dequantization. An mxfp4 weight may still get a w4a8 activation."""
+
+@dataclass(frozen=True)
+class Variant:
+    """How this processor multiplies in one scheme."""
+
+    kind: int
+    """Number of the scheme in linear.cpp."""
+    int8_dot: bool = False
+    """Multiplied as int8 without dequantization."""
+    bf16_exact: bool = False
+    """The dequantized values, scales included, are exact in BF16."""
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "int8": Variant(0, int8_dot=True),
+    "int8_block": Variant(6, int8_dot=True),
+    "fp8": Variant(1),
+    "mxfp8": Variant(2, bf16_exact=True),
+    "mxfp4": Variant(3, int8_dot=True, bf16_exact=True),
+    "mxfp4_dualscale": Variant(4, int8_dot=True),
+    "w4a8": Variant(5, bf16_exact=True),
+}
 BLOCK, COLUMNS, STRETCH, CHUNK = 32, 64, 512, 1024
 """Elements of an MX block; output channels and K of a tile; rows that linear.cpp takes at a time."""
 _thread = threading.local()
@@ -53,8 +73,6 @@ LINEAR_SIGNATURES = {
 }
 LARGEST_INT_WIDTH = 1 << 16
 """Largest K whose int8 dot product cannot overflow int32."""
-BF16_EXACT_SCHEMES = ("mxfp8", "mxfp4", "w4a8")
-"""Schemes whose dequantized values, scales included, are exact in BF16."""
 BIAS_COLUMNS = 3
 """BF16 columns that hold a float32 bias: 3 x 8 bits of mantissa."""
 
@@ -76,7 +94,7 @@ def list_kernels(emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:
             scheme,
             "cpu",
             quantized_linear,
-            f"{'native: int8 dot' if scheme in INT8_DOT_SCHEMES else f'emulated: {method}'}, {built.reason}",
+            f"{'native: int8 dot' if VARIANTS[scheme].int8_dot else f'emulated: {method}'}, {built.reason}",
             needs="native/linear.cpp",
             prepare=prepare_tiles if once else prepare_weight,
             quantize_activation=quantize_activation,
@@ -91,9 +109,9 @@ def _torch_kernel(scheme: str, emulate: Emulate | None, absence: str) -> QuantLi
     once = emulate == "decode-once"
     method = f"emulated: decoded {'once' if once else 'on each use'} to"
     prepare = reference.prepare_weight
-    if scheme == "int8":
-        reason = f"native: torch._int_mm, {absence}"
-    elif scheme in BF16_EXACT_SCHEMES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if scheme in INT8_LINEARS:
+        reason = f"native: {INT8_LINEARS[scheme][0]}, {absence}"
+    elif VARIANTS[scheme].bf16_exact and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         reason, prepare = f"{method} BF16 by PyTorch, {absence}", prepare_columns if once else prepare
     else:
         return reference.quant_linear_kernel(scheme, emulate, f"{method} float32 by PyTorch, {absence}")
@@ -134,23 +152,27 @@ def prepare_tiles(
 ) -> PreparedWeight:
     """`prepare_weight`, and `decoded` as bfloat16 tiles [N rounded up to 64, K]: 3 to 5 times the memory."""
     weight = prepare_weight(encoded, bias, device)
-    if isinstance(weight, FallbackWeight) or weight.scheme in ("int8", "mxfp4_dualscale"):
+    if isinstance(weight, FallbackWeight) or all(
+        VARIANTS[s.name].int8_dot for s in LINEAR_SCHEMES.values() if s.weight == weight.scheme
+    ):
         return weight
     n, k = weight.shape
     tiles = torch.empty(-(-n // COLUMNS) * COLUMNS, k, dtype=torch.bfloat16)
     pointers = weight.qdata.data_ptr(), weight.scale.data_ptr(), tiles.data_ptr()
-    _call("decode_tiles", KINDS[weight.scheme], n, k, torch.get_num_threads(), *pointers)
+    _call("decode_tiles", VARIANTS[weight.scheme].kind, n, k, torch.get_num_threads(), *pointers)
     return replace(weight, decoded=tiles)
 
 
 def _is_supported(weight: PreparedWeight) -> bool:
     """Whether linear.cpp can multiply this weight exactly."""
-    n, k = weight.shape
+    (n, k), fmt = weight.shape, lookup(weight.scheme)
+    if fmt.tile:
+        return n > 0
     if k % BLOCK or not n:
         return False
-    if weight.scheme in ("int8", "fp8"):
-        return weight.scheme == "fp8" or k <= LARGEST_INT_WIDTH
-    bits = 8 if weight.scheme == "mxfp8" else 4
+    if fmt.scale_dtype == "float32":
+        return k <= LARGEST_INT_WIDTH or fmt.element is not None
+    bits = 4 if fmt.packed else 8
     pointers = weight.qdata.data_ptr(), weight.scale.data_ptr()
     return not _call("unsupported_blocks", bits, n, k, torch.get_num_threads(), *pointers)
 
@@ -179,12 +201,13 @@ def quantized_linear(a: Activation, weight: PreparedWeight) -> Tensor:
     to_float32 = a.dtype != torch.bfloat16
     out = torch.empty(m, n, dtype=torch.float32 if to_float32 else torch.bfloat16)
     scheme = a.scheme.name
-    int8, decoded = scheme == "int8", None if scheme in INT8_DOT_SCHEMES else weight.decoded
+    variant, int8 = VARIANTS[scheme], scheme == "int8"
     workspace = _workspace(min(m, CHUNK) * -(-k // STRETCH) * STRETCH * 2)
     sums = torch.empty(m, dtype=torch.int32) if int8 else None
     tensors = (a.qdata, a.scale, a.dual_scale, weight.qdata, weight.scale, weight.dual_scale)
+    decoded = None if variant.int8_dot else weight.decoded
     pointers = (_pointer(t) for t in (*tensors, decoded, weight.bias, workspace, sums, out))
-    unsupported = _call("linear", KINDS[scheme], m, n, k, torch.get_num_threads(), *pointers, to_float32)
+    unsupported = _call("linear", variant.kind, m, n, k, torch.get_num_threads(), *pointers, to_float32)
     if unsupported:
         return torch_linear(a, replace(weight, decoded=None))
     return out.to(a.dtype).view(*a.lead, n)
@@ -219,8 +242,8 @@ def prepare_columns(
 
 def torch_linear(a: Activation, weight: PreparedWeight) -> Tensor:
     """See `Schemes.quantized_linear`. `weight.decoded` comes from `prepare_columns`, or is None."""
-    if a.scheme.name == "int8" and 1 < a.width <= LARGEST_INT_WIDTH:  # _int_mm is wrong at K = 1
-        return _int8_linear(a, weight)
+    if a.scheme.name in INT8_LINEARS:
+        return INT8_LINEARS[a.scheme.name][1](a, weight)
     if a.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         columns = _weight_columns(weight) if weight.decoded is None else weight.decoded
         rows = None if columns is None else _bf16(a.qdata, a.scale, a.scheme.activation, a.width)
@@ -232,11 +255,26 @@ def torch_linear(a: Activation, weight: PreparedWeight) -> Tensor:
 
 def _int8_linear(a: Activation, weight: PreparedWeight) -> Tensor:
     """int32 sums, multiplied by the scales of row and channel in float32, plus the float32 bias."""
+    if not 1 < a.width <= LARGEST_INT_WIDTH:  # _int_mm is wrong at K = 1
+        return reference.quantized_linear(a, weight)
     sums = torch._int_mm(a.qdata, weight.qdata.t())
     out = sums.to(torch.float32).mul_(a.scale.view(-1, 1)).mul_(weight.scale.view(1, -1))
     if weight.bias is not None:
         out += weight.bias
     return out.to(a.dtype).view(*a.lead, weight.shape[0])
+
+
+def _int8_block_linear(a: Activation, weight: PreparedWeight) -> Tensor:
+    """See `reference.int8_tile_matmul`."""
+    out = reference.int8_tile_matmul(a.qdata, a.scale, weight.qdata, weight.scale, weight.bias)
+    return out.to(a.dtype).view(*a.lead, weight.shape[0])
+
+
+INT8_LINEARS: Mapping[str, tuple[str, Callable[[Activation, PreparedWeight], Tensor]]] = {
+    "int8": ("torch._int_mm", _int8_linear),
+    "int8_block": ("exact float32 products of 128 of K", _int8_block_linear),
+}
+"""Scheme -> the integer product of PyTorch: its name and the function."""
 
 
 def _weight_columns(weight: PreparedWeight) -> Tensor | None:

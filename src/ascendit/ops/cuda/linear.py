@@ -3,6 +3,7 @@
 | scheme             | native from | by                                                       |
 |--------------------|-------------|----------------------------------------------------------|
 | int8               | sm80        | torch._int_mm                                            |
+| int8_block         | sm80        | torch._int_mm for each 128 of K                          |
 | fp8                | sm89        | torch._scaled_mm                                         |
 | mxfp8, mxfp4, w4a8 | sm100       | torch.nn.functional.scaled_mm, PyTorch 2.10, blocks of 32 |
 | mxfp4_dualscale    | never       |                                                          |
@@ -29,10 +30,12 @@ import torch
 from torch import Tensor
 
 from ascendit.device.device import Device
+from ascendit.kernels import reference
 from ascendit.kernels.kernel import Emulate, QuantLinearKernel
 from ascendit.mx.codec import Encoded, decode, encode
+from ascendit.mx.formats import lookup
 from ascendit.ops.cuda import triton_linear
-from ascendit.ops.cuda.matmul import FEW_ROWS, DequantizedMatmul, ScaledMatmul
+from ascendit.ops.cuda.matmul import FEW_ROWS, DequantizedMatmul, ScaledMatmul, TileMatmul
 from ascendit.ops.cuda.steps import PLAIN, LinearSteps
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
@@ -42,6 +45,7 @@ MIN_CAPABILITY = (8, 0)
 """Compute capability with bfloat16 on tensor cores."""
 NATIVE: Mapping[str, tuple[tuple[int, int], str]] = {
     "int8": ((8, 0), "torch._int_mm"),
+    "int8_block": ((8, 0), "torch._int_mm for each 128 of K"),
     "fp8": ((8, 9), "torch._scaled_mm"),
     "mxfp8": ((10, 0), "scaled_mm with blocks of 32"),
     "mxfp4": ((10, 0), "scaled_mm with blocks of 32, FP4 stored as e4m3"),
@@ -100,7 +104,14 @@ def candidates(
     steps = [(s, label if s is fast or fast is None else s.name) for s in (fast, PLAIN) if s]
     kernels: list[QuantLinearKernel] = []
     for scheme in dict.fromkeys(s.weight for s in LINEAR_SCHEMES.values()):
-        if matmul := _native(scheme, card):
+        matmul = _native(scheme, card)
+        if lookup(scheme).tile:
+            if matmul:
+                kernels.append(TileMatmul().kernel(scheme, f"native: {matmul}, other steps by PyTorch"))
+            reason = f"emulated: {method.replace('BF16', 'float32')} by PyTorch"
+            kernels.append(reference.quant_linear_kernel(scheme, emulate, reason))
+            continue
+        if matmul:
             reason = f"native: {matmul}, other steps by"
             kernels += [ScaledMatmul(s, once).kernel(scheme, f"{reason} {by}") for s, by in steps]
         reason = f"emulated: {method}"

@@ -294,6 +294,41 @@ class ScaledMatmul:
         return self.int8(a, qdata)[:rows]
 
 
+@dataclass(frozen=True)
+class TileMatmul:
+    """Kernel of int8_block: one exact int8 matmul per 128 of K, scaled and added up in float64.
+
+    `int8`: as in `ScaledMatmul`.
+    """
+
+    int8: Callable[[Tensor, Tensor], Tensor] = int8_product
+
+    def kernel(self, scheme: str, reason: str) -> QuantLinearKernel:
+        return QuantLinearKernel(
+            scheme,
+            "cuda",
+            self.quantized_linear,
+            reason,
+            prepare=reference.prepare_weight,
+            quantize_activation=reference.quantize_activation,
+            stored=reference.stored,
+        )
+
+    def quantized_linear(self, a: Activation, weight: PreparedWeight) -> Tensor:
+        """See `Schemes.quantized_linear`."""
+        out = reference.int8_tile_matmul(
+            a.qdata, a.scale, weight.qdata, weight.scale, weight.bias, self._padded_product
+        )
+        return out.to(a.dtype).view(*a.lead, weight.shape[0])
+
+    def _padded_product(self, a: Tensor, b: Tensor) -> Tensor:
+        """int8 [M, k] times int8 [N, k].T -> int32 [M, N]; torch._int_mm takes only some sizes."""
+        (m, k), n = a.shape, len(b)
+        a = F.pad(a, (0, padded(k) - k, 0, max(INT8_MIN_ROWS - m, 0)))
+        b = F.pad(b, (0, padded(k) - k, 0, padded(n) - n))
+        return self.int8(a.contiguous(), b.contiguous())[:m, :n]
+
+
 def _e4m3(weight: PreparedWeight) -> Tensor:
     """An FP4 weight as float8_e4m3fn, [padded(N), padded(K)]."""
     if weight.decoded is not None:

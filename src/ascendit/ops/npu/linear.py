@@ -13,17 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ascendit.device.device import Device
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels.kernel import Activation, PreparedWeight, QuantLinearKernel
+from ascendit.kernels.reference import INT8_TILE
 from ascendit.mx import layouts
-from ascendit.mx.codec import Encoded
+from ascendit.mx.codec import Encoded, encode
 from ascendit.mx.formats import lookup
 from ascendit.ops.open_device import internal_format
 from ascendit.quant.schemes import scheme_of
@@ -151,11 +154,14 @@ def quantize_activation(
             needs="bfloat16 or float16, which the quantizers of an NPU take",
             fix="--set dtype=bfloat16",
         )
-    rows = x.flatten(0, -2)
-    if mul_scale is not None:
-        rows = torch.mul(rows, mul_scale, out=torch.empty_like(rows))  # in float32, rounded once
-    quantized = QUANTIZERS[resolved.activation](rows, rule or resolved.rule)
+    quantized = QUANTIZERS[resolved.activation](_smoothed(x, mul_scale), rule or resolved.rule)
     return Activation(resolved, tuple(x.shape[:-1]), x.shape[-1], x.dtype, *quantized)
+
+
+def _smoothed(x: Tensor, mul_scale: Tensor | None) -> Tensor:
+    """x [.., K] as rows [M, K], times `mul_scale` [K] in float32 and rounded once."""
+    rows = x.flatten(0, -2)
+    return rows if mul_scale is None else torch.mul(rows, mul_scale, out=torch.empty_like(rows))
 
 
 def _per_token(rows: Tensor, rule: str, **options: Any) -> tuple[Tensor, ...]:
@@ -275,11 +281,118 @@ MATMULS: Mapping[str, Callable[[Activation, PreparedWeight], Tensor]] = {
 }
 
 
+# ---- int8 with one scale per 128 x 128 ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TileMatmul:
+    """Kernel of int8_block: npu_quant_matmul with group_sizes [1, 128, 128], which gives bfloat16.
+
+    No chip takes an int8 activation with one scale per 128 x 128: each scale is repeated for its 128 rows.
+    a2 and a3 require K in multiples of 512, N in multiples of 256 and a bias, so qdata, scales and bias are
+    padded with zeros. Only a5 quantizes 128 x 128 values by one operator; a2 and a3 use PyTorch's.
+    """
+
+    chip: str
+
+    @property
+    def multiples(self) -> tuple[int, int]:
+        """Of N and K."""
+        return (1, 1) if self.chip == "a5" else (256, 512)
+
+    def kernel(self, scheme: str) -> QuantLinearKernel:
+        quantizer = "npu_dynamic_block_quant" if self.chip == "a5" else "PyTorch"
+        return QuantLinearKernel(
+            scheme,
+            "npu",
+            self.quantized_linear,
+            f"native: NPU matmul in blocks of 128 x 128, activation quantized by {quantizer}",
+            prepare=self.prepare_weight,
+            quantize_activation=self.quantize_activation,
+            stored=self.stored,
+        )
+
+    def prepare_weight(
+        self, encoded: Encoded, bias: Tensor | None, device: torch.device, *, nz: bool = False
+    ) -> PreparedWeight:
+        """int8 [K, N] and float32 scale [K / 128, N / 128] as transposed views; bias float32 [N].
+
+        `nz` is ignored: this matmul does not take FRACTAL_NZ.
+        """
+        (n, k), (rows, columns) = encoded.shape, map(_padded_size, encoded.shape, self.multiples)
+        qdata = _padded(encoded.qdata.to(device), rows, columns)
+        scale = _padded(encoded.scale.to(device), -(-rows // INT8_TILE), -(-columns // INT8_TILE))
+        if bias is not None or self.chip != "a5":
+            values = torch.zeros(n) if bias is None else bias
+            bias = F.pad(values.to(device, torch.float32), (0, rows - n))
+        return PreparedWeight(encoded.format, (n, k), qdata.t(), scale.t(), bias=bias)
+
+    def stored(self, weight: PreparedWeight) -> Encoded:
+        """The inverse of `prepare_weight`: int8 [N, K] and float32 scale [ceil(N / 128), ceil(K / 128)]."""
+        n, k = weight.shape
+        qdata = weight.qdata.t()[:n, :k].contiguous()
+        scale = weight.scale.t()[: -(-n // INT8_TILE), : -(-k // INT8_TILE)].contiguous()
+        return Encoded(qdata, scale, None, weight.scheme, -1, weight.shape)
+
+    def quantize_activation(
+        self, x: Tensor, scheme: str, mul_scale: Tensor | None = None, rule: str | None = None
+    ) -> Activation:
+        """See `Schemes.quantize_activation`. int8 [M, K], float32 scale [M, ceil(K / 128)], padded along K.
+
+        UsageError E-USE-01 for another dtype than bfloat16, or another scale rule.
+        """
+        resolved = scheme_of(scheme)
+        _check_rule(resolved.rule, rule or resolved.rule)
+        if x.dtype != torch.bfloat16:
+            raise UsageError(
+                f"an activation in {x.dtype} for {scheme}",
+                needs="bfloat16, the output dtype of this matmul of an NPU",
+                fix="--set dtype=bfloat16",
+            )
+        rows = _smoothed(x, mul_scale)
+        if self.chip == "a5":
+            qdata, scale = torch.ops.npu.npu_dynamic_block_quant(
+                rows, dst_type=torch.int8, row_block_size=INT8_TILE, col_block_size=INT8_TILE
+            )
+        else:
+            encoded = encode(rows, resolved.activation)
+            qdata, scale = encoded.qdata, encoded.scale
+        (m, k), columns = rows.shape, _padded_size(x.shape[-1], self.multiples[1])
+        scale = scale.unsqueeze(1).expand(-1, INT8_TILE, -1).flatten(0, 1)[:m].contiguous()
+        scale = _padded(scale, m, -(-columns // INT8_TILE))
+        return Activation(resolved, tuple(x.shape[:-1]), k, x.dtype, _padded(qdata, m, columns), scale)
+
+    def quantized_linear(self, a: Activation, weight: PreparedWeight) -> Tensor:
+        """See `Schemes.quantized_linear`. Runs one kernel."""
+        out: Tensor = torch.ops.npu.npu_quant_matmul(
+            a.qdata,
+            weight.qdata,
+            weight.scale,
+            pertoken_scale=a.scale,
+            bias=weight.bias,
+            output_dtype=a.dtype,
+            group_sizes=[1, INT8_TILE, INT8_TILE],
+        )
+        return out[:, : weight.shape[0]].reshape(*a.lead, weight.shape[0])
+
+
+def _padded_size(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _padded(t: Tensor, rows: int, columns: int) -> Tensor:
+    """A matrix padded with zeros to [rows, columns]; `t` if it has that shape, where F.pad would copy it."""
+    below, right = rows - t.shape[0], columns - t.shape[1]
+    return F.pad(t, (0, right, 0, below)) if below or right else t
+
+
 def list_kernels(device: Device) -> tuple[QuantLinearKernel, ...]:
     """One kernel for each scheme that this chip has a matmul for; others are refused or emulated."""
     prepare = partial(prepare_weight, internal_format=partial(internal_format, device, True))
     return tuple(
-        QuantLinearKernel(
+        TileMatmul(str(device.chip)).kernel(scheme)
+        if lookup(scheme_of(scheme).weight).tile
+        else QuantLinearKernel(
             scheme,
             "npu",
             quantized_linear,

@@ -207,7 +207,7 @@ def npu_anti_mx_quant(
 def npu_dynamic_dual_level_mx_quant(
     input: Tensor, smooth_scale: Tensor | None, round_mode: str
 ) -> Iterator[Any]:
-    """`input` [.., K] -> FP4 [.., K / 2], float32 scales [.., K / 512], E8M0 scales [.., K / 64, 2]."""
+    """`input` [.., K] -> FP4 [.., K / 2], and scales: float32 per 512 values, paired E8M0 per 32."""
     target = TARGETS[contract.FP4_E2M1]
     require(input.dtype in HALF_DTYPES, "mx.dual_input", input=input)
     axis = check_input(input, -1, target)

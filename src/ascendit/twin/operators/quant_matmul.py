@@ -1,9 +1,9 @@
 """The quantized matmuls: `npu_quant_matmul`, `npu_dual_level_quant_matmul`, `npu_weight_quant_batchmatmul`.
 
-npu_quant_matmul has seven modes: int8, static int8, fp8, MXFP8, MXFP4, W4A8 and 128 x 128 blocks;
-`quant_matmul_contract` checks the arguments of each. npu_dual_level_quant_matmul multiplies FP4 by FP4 with
-an E8M0 scale per 32 values and a float32 scale per 512. npu_weight_quant_batchmatmul is W8A16 and W4A16: it
-dequantizes the weight before the product.
+npu_quant_matmul has eight modes: int8, static int8, fp8, MXFP8, MXFP4, W4A8, 128 x 128 blocks of FP8 and of
+int8; `quant_matmul_contract` checks the arguments of each. npu_dual_level_quant_matmul multiplies FP4 by FP4
+with an E8M0 scale per 32 values and a float32 scale per 512. npu_weight_quant_batchmatmul is W8A16 and W4A16:
+it dequantizes the weight before the product.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ascendit.kernels.reference import int8_tile_matmul
 from ascendit.mx import elements, layouts
 from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import E2M1, E4M3, E5M2, Element, lookup
@@ -150,6 +151,14 @@ def _block(call: Call, x2: Tensor) -> Tensor:
     return a @ dequantize_tiles(x2, call.scale, 128, 128)
 
 
+def _int8_block(call: Call, x2: Tensor) -> Tensor:
+    """int8 with a float32 scale per 128 x 128 tile of x2 and per 128 of a row of x1, plus the bias.
+
+    A chip adds up the blocks in float32, so the last bits may differ.
+    """
+    return int8_tile_matmul(call.x1, call.pertoken_scale, x2.mT, call.scale.mT, call.bias)
+
+
 def _add_bias(out: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + bias.to(torch.float32)
 
@@ -159,6 +168,7 @@ MODES = {
     **dict.fromkeys(("mxfp8", "mxfp4", "w4a8"), _mx),
     "fp8": _fp8,
     "block": _block,
+    "int8_block": _int8_block,
 }
 """Mode -> function of the float32 product, before the output cast."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ascendit.twin import contract, nz
 from ascendit.twin.contract import SCALE_E8M0, Call
+from ascendit.twin.registry import current_chip
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -25,9 +26,9 @@ Checked = tuple[Shape, torch.dtype]
 
 
 def mode_of(c: Call) -> str:
-    """The mode of a call: int8, static, fp8, mxfp8, mxfp4, w4a8 or block.
+    """The mode of a call, a key of `quant_matmul.MODES`.
 
-    Raises TwinError (E-TWN-01) for any other pair of dtypes.
+    Raises TwinError (E-TWN-01) for pairs of dtypes without a mode.
     """
     fp4, sides = contract.FP4_E2M1, (("x1", c.x1, c.x1_dtype), ("x2", c.x2, c.x2_dtype))
     for name, tensor, dtype in sides:
@@ -40,7 +41,9 @@ def mode_of(c: Call) -> str:
     if c.x1.dtype == torch.float8_e4m3fn and c.x2_dtype == fp4:
         return "w4a8"
     if c.x1.dtype == c.x2.dtype == torch.int8 and c.x1_dtype is c.x2_dtype is None:
-        return "int8" if c.pertoken_scale is not None else "static"
+        if c.pertoken_scale is None:
+            return "static"
+        return "int8_block" if _has_tiles(c) else "int8"
     if c.x1.dtype in FP8 and c.x2.dtype in FP8 and c.x2_dtype is None:
         return _fp8_mode(c)
     packed = [name for name, tensor, dtype in sides if tensor.dtype == torch.uint8 and not dtype]
@@ -51,11 +54,14 @@ def mode_of(c: Call) -> str:
 
 
 def _fp8_mode(c: Call) -> str:
-    groups = list(c.group_sizes or [])
-    if groups[-1:] == [128]:
+    if _has_tiles(c):
         return "block"
-    byte_scales = c.scale.element_size() == 1 or c.scale_dtype is not None or groups
+    byte_scales = c.scale.element_size() == 1 or c.scale_dtype is not None or c.group_sizes
     return "mxfp8" if byte_scales else "fp8"
+
+
+def _has_tiles(c: Call) -> bool:
+    return list(c.group_sizes or [])[-1:] == [128]
 
 
 def is_transposed(t: Tensor) -> bool:
@@ -69,7 +75,7 @@ def check(c: Call, mode: str) -> Checked:
     """Shape and dtype of the output. Raises TwinError (E-TWN-01) for arguments that are invalid in `mode`."""
     if mode in SCALE_AND_BIAS:
         return _check_channels(c, mode)
-    return _check_block(c) if mode == "block" else _check_mx(c, mode)
+    return _check_block(c, mode) if mode in ("block", "int8_block") else _check_mx(c, mode)
 
 
 Dtypes = tuple[torch.dtype, ...]
@@ -114,20 +120,39 @@ def _check_channels(c: Call, mode: str) -> Checked:
     return (*c.x1.shape[:-1], n), out
 
 
-def _check_block(c: Call) -> Checked:
+def _check_block(c: Call, mode: str) -> Checked:
+    """A scale per 128 x 128 of x2, and per 128 of a row of x1; of FP8 also per 128 x 128 of x1."""
     k, n = c.x1.shape[-1], c.x2.shape[-1]
     _check_matrices(c, k, c.x2.shape[-2], fix="x2 = weight.t() for a weight [N, K]")
-    groups = list(c.group_sizes)
+    groups, int8 = list(c.group_sizes), mode == "int8_block"
+    c.require(not int8 or groups == [1, 128, 128], "matmul.int8_block_groups", groups=groups)
     valid = groups in ([1, 128, 128], [128, 128, 128]) and c.x1.dim() == 2
     c.require(valid, "matmul.block_groups", groups=groups)
     c.require(c.offset is None, "matmul.offset")
     m_tiles, k_tiles, n_tiles = -(-len(c.x1) // groups[0]), -(-k // 128), -(-n // 128)
     pertoken = None if c.pertoken_scale is None else tuple(c.pertoken_scale.shape)
     _check_shapes(c, "matmul.block_scales", pertoken, (m_tiles, k_tiles), (k_tiles, n_tiles))
-    c.require(is_transposed(c.scale) == is_transposed(c.x2), "matmul.transposes")
-    out = contract.output_dtype(c.output_dtype, OUTPUT_DTYPES, "128 x 128 blocks")
-    c.require(c.bias is None, "matmul.block_bias")
+    transposed = is_transposed(c.x2)
+    same = is_transposed(c.scale) == transposed or (int8 and 1 in c.scale.shape)
+    c.require(same, "matmul.transposes")
+    out = contract.output_dtype(c.output_dtype, (BF16,) if int8 else OUTPUT_DTYPES, "128 x 128 blocks")
+    if int8:
+        _check_int8_block(c, k, n)
+    else:
+        c.require(c.bias is None, "matmul.block_bias")
     return (*c.x1.shape[:-1], n), out
+
+
+def _check_int8_block(c: Call, k: int, n: int) -> None:
+    """The kernel of a2 and a3 needs whole tiles of its own, a transposed x2 and a bias."""
+    floats = c.scale.dtype == c.pertoken_scale.dtype == FP32
+    c.require(floats, "matmul.int8_block_scales")
+    c.require(nz.fractal(c.x2) is None, "matmul.int8_block_nz")
+    _check_bias(c, n, (FP32,), _FP32_BIAS)
+    if (chip := current_chip()) != "a5":
+        c.require(k % 512 == n % 256 == 0, "matmul.int8_block_sizes", k=k, n=n, chip=chip)
+        c.require(is_transposed(c.x2), "matmul.int8_block_x2", chip=chip)
+        c.require(c.bias is not None, "matmul.int8_block_bias", chip=chip)
 
 
 def _check_mx(c: Call, mode: str) -> Checked:

@@ -140,6 +140,6 @@ def npu_quantize(
 
 
 def dequantize_tiles(qdata: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
-    """Dequantize qdata [.., R, C] to float32, with one scale per tile: [.., R / rows, C / columns]."""
+    """Dequantize qdata [.., R, C] to float32; `scale` [.., tiles, tiles]: one per `rows` x `columns` tile."""
     full = scale.repeat_interleave(rows, -2)[..., : qdata.shape[-2], :].repeat_interleave(columns, -1)
     return qdata.to(torch.float32) * full[..., : qdata.shape[-1]]
