@@ -1,4 +1,4 @@
-"""Timing that the benchmarks share: all candidates in turn, so that a busy machine is unfair to none."""
+"""Timing shared by the benchmarks: candidates take turns, so that load on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], reps: int) -> dict[str, list[float]]:
-    """Seconds of each run, `reps` of them, one candidate after the other in every round."""
+    """Name -> seconds of its `reps` runs. Every round runs each candidate once."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(reps):
         for name, run in runs.items():

@@ -3,8 +3,8 @@
     python benchmarks/dit_forward.py                # 1.3B width, 4 layers, 1536 video + 512 text tokens, BF16
     python benchmarks/dit_forward.py --per-token    # TI2V: the first frame at timestep 0
 
-Interleaved, medians, threads pinned. `step` is a forward as it runs in the loop, text keys and values
-ready; `first` makes them too, which a run pays once for each prompt and expert. Diffusers makes them at
+Medians of interleaved runs, a fixed number of threads. `step` is a forward in the loop, with keys and values
+of the text prepared; `first` also computes them, once for each prompt and expert. Diffusers computes them in
 each forward.
 """
 
@@ -30,7 +30,7 @@ GRID = (6, 32, 32)  # latent frames, height, width -> 6 x 16 x 16 = 1536 tokens
 
 
 def build(layers: int, dtype: torch.dtype) -> tuple[WanTransformer, WanTransformer3DModel]:
-    """Ours and theirs with the same random weights; what Diffusers keeps in float32 is float32 in both."""
+    """Both models with the same random weights. Parameters that Diffusers keeps in float32 are so in both."""
     shape = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": layers}
     torch.manual_seed(0)
     theirs = WanTransformer3DModel(**shape).eval().requires_grad_(False)
@@ -38,8 +38,8 @@ def build(layers: int, dtype: torch.dtype) -> tuple[WanTransformer, WanTransform
     ours.load_state_dict(theirs.state_dict())
     for model in (ours, theirs):
         for name, p in model.named_parameters():
-            keep = any(k in name.split(".") for k in WanTransformer.KEEP_FP32)
-            p.data = p.data.to(torch.float32 if keep else dtype)
+            is_float32 = any(k in name.split(".") for k in WanTransformer.KEEP_FP32)
+            p.data = p.data.to(torch.float32 if is_float32 else dtype)
     return ours, theirs
 
 

@@ -1,13 +1,13 @@
-"""Quantized linear layers against bf16 `F.linear`, quantization of the activation, bias and scales included.
+"""Quantized linear layers against bf16 `F.linear`: activations quantized in each call, with bias and scales.
 
     python benchmarks/linear.py                    # 512 tokens, the linears of Wan 1.3B and 14B, 2 threads
     python benchmarks/linear.py --tokens 1 --shape 5120 5120
     python benchmarks/linear.py --product          # the activation is quantized before, not timed
     python benchmarks/linear.py --plain            # without the compiled kernels
 
-All in one run, interleaved, medians. `once` stores a decoded BF16 weight; without it the weight is decoded on
-each call. The error compares the output with a float64 product of the decoded values; rounding to BF16 alone
-is 1.7e-3. Memory is that of the weight with its scales, relative to BF16.
+Medians of one interleaved run. `once` stores a dequantized BF16 weight; otherwise weights are dequantized in
+each call. The error is that of the output against a float64 product of the dequantized values; rounding to
+BF16 alone makes 1.7e-3. Memory is that of the weight with its scales, relative to BF16.
 """
 
 from __future__ import annotations
@@ -67,23 +67,23 @@ def rows_of(
     x = torch.randn(tokens, k).to(torch.bfloat16)
     weight, bias = (torch.randn(n, k) * 0.02).to(torch.bfloat16), torch.randn(n)
     bf16_bias = bias.to(torch.bfloat16)
-    truth = x[:ROWS].double() @ weight.double().t() + bf16_bias.double()
-    rows = {"bf16": Row(lambda: F.linear(x, weight, bf16_bias), truth)}
+    exact = x[:ROWS].double() @ weight.double().t() + bf16_bias.double()
+    rows = {"bf16": Row(lambda: F.linear(x, weight, bf16_bias), exact)}
     for scheme in schemes:
         encoded = mx.encode(weight, LINEAR_SCHEMES[scheme].weight)
         truth = truth_of(x, scheme, weight, bias)
-        for how in emulate:
-            ops = Schemes(device, Wish(emulate=how))
-            if how == "decode-once" and ops.kernel(scheme).reason.startswith("native"):
+        for emulation in emulate:
+            ops = Schemes(device, Wish(emulate=emulation))
+            if emulation == "decode-once" and ops.kernel(scheme).reason.startswith("native"):
                 continue
-            ready = ops.prepare_weight(encoded.qdata, encoded.scale, encoded.dual_scale, bias, scheme)
+            prepared = ops.prepare_weight(encoded.qdata, encoded.scale, encoded.dual_scale, bias, scheme)
 
             quantize: Callable[[], Activation] = partial(ops.quantize_activation, x, scheme)
             if product:
                 quantize = cache(quantize)
 
-            name = f"{scheme}, once" if how == "decode-once" else scheme
-            rows[name] = Row(partial(layer, ops, quantize, ready), truth, ready.nbytes / weight.nbytes)
+            name = f"{scheme}, once" if emulation == "decode-once" else scheme
+            rows[name] = Row(partial(layer, ops, quantize, prepared), truth, prepared.nbytes / weight.nbytes)
     return rows
 
 
@@ -104,10 +104,10 @@ def main() -> None:
         cpu_linear.library = lambda: Built(None, "--plain")  # type: ignore[assignment]
     load, shapes = os.getloadavg()[0], args.shape or SHAPES
     cells: dict[str, list[str]] = {}
-    facts: dict[str, str] = {}
+    properties: dict[str, str] = {}
     for k, n in shapes:
         rows = rows_of(args.tokens, k, n, args.schemes, ["decode-on-use", "decode-once"], args.product)
-        facts |= {name: f"{row.memory:.2f} | {row.error():.1e}" for name, row in rows.items()}
+        properties |= {name: f"{row.memory:.2f} | {row.error():.1e}" for name, row in rows.items()}
         seconds = interleaved({name: row.run for name, row in rows.items()}, args.reps)
         base, least = statistics.median(seconds["bf16"]), min(seconds["bf16"])
         for name, s in seconds.items():
@@ -119,7 +119,7 @@ def main() -> None:
     print(f"| scheme | {' | '.join(f'{k} x {n}' for k, n in shapes)} | memory | error |")
     print("|---|" + "---|" * (len(shapes) + 2))
     for name, row in cells.items():
-        print(f"| {name} | {' | '.join(row)} | {facts[name]} |")
+        print(f"| {name} | {' | '.join(row)} | {properties[name]} |")
 
 
 if __name__ == "__main__":

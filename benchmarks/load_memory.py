@@ -1,11 +1,10 @@
-"""Peak memory of loading one expert: codes from disk, and a float checkpoint quantized on the way.
+"""Peak memory of loading one expert: quantized weights, and a float checkpoint quantized while loading.
 
     python tools/make_checkpoint.py big --layout diffusers --size 7.8GB
     ascendit quantize big -o big-mxfp8 --scheme mxfp8
     python benchmarks/load_memory.py big-mxfp8 --online big=mxfp8
 
-Each load is a process of its own; the peak is that of the process above the one it had after torch and
-ascendit were imported.
+Each load runs in its own process. The peak is the increase over that after the imports of torch and ascendit.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ONE = """
+LOAD = """
 import resource, sys, time
 import torch
 from pathlib import Path
@@ -36,10 +35,10 @@ print(nbytes(model), peak() - before, time.perf_counter() - start)
 """
 
 
-def measured(folder: Path, scheme: str) -> tuple[float, float, float]:
+def measure(folder: Path, scheme: str) -> tuple[float, float, float]:
     """Bytes of the model, peak bytes above the start, seconds."""
-    words = [sys.executable, "-c", ONE, str(folder), scheme]
-    out = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    command = [sys.executable, "-c", LOAD, str(folder), scheme]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return float(out[0]), float(out[1]), float(out[2])
 
 
@@ -53,7 +52,7 @@ def main() -> None:
     print("| expert | model GB | peak GB | peak / model | seconds |")
     print("| --- | --- | --- | --- | --- |")
     for folder, scheme in work:
-        size, peak, seconds = measured(folder, scheme)
+        size, peak, seconds = measure(folder, scheme)
         name = f"{folder.name}{f' online {scheme}' if scheme else ''}"
         print(
             f"| {name} | {size / 1e9:.2f} | {peak / 1e9:.2f} | {peak / size:.3f} | {seconds:.1f} |",

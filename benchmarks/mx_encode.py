@@ -1,11 +1,11 @@
 """Encoding one weight: the compiled kernels and PyTorch without a compiler, against memcpy and torchao.
 
     python benchmarks/mx_encode.py                          # [13824, 5120] BF16, 2 threads
-    PYTHONPATH=/where/torchao/is python benchmarks/mx_encode.py --reps 31
+    PYTHONPATH=/path/to/torchao python benchmarks/mx_encode.py --reps 31
 
-All in one run, interleaved, medians. `kernel` writes into tensors that are there, as `quantize` does;
-`mx.encode` also makes them, and pays for the fresh memory. `memcpy` is the faster of torch's copy and an
-OpenMP memcpy. Slow rows are timed once in every `--peer-every` repetitions.
+Medians of one interleaved run. `kernel` writes into existing tensors, as `quantize` does; `mx.encode` also
+allocates them. `memcpy` is the faster of torch's copy and an OpenMP memcpy. Slow rows are timed once in every
+`--peer-every` repetitions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FORMATS = ("mxfp8", "mxfp4", "mxfp4_dualscale", "int8")
 OTHERS = (("mxfp8_e5m2", None), ("fp8", None), ("mxfp8", "msms:mse_round"), ("mxfp4", "msms:ceil_x:7.25"))
 OTHERS += (("mxfp4_dualscale", "msms:dualscale"), ("int8", "msms:int8"))
 PEERS = ("mxfp8", "mxfp4")
-"""What torchao does too; ratios are to its first row of the format."""
+"""Formats that torchao has too; ratios are to its first row of the format."""
 MEMCPY = ("memcpy, OpenMP", "memcpy, torch")
 
 
@@ -47,28 +47,28 @@ class Row:
     """The row of torchao that does the same work."""
 
 
-def moved_by(x: Tensor, form: str) -> int:
-    out = encoder_module.empty_parts(lookup(form), *x.shape)
+def moved_by(x: Tensor, fmt: str) -> int:
+    out = encoder_module.empty_parts(lookup(fmt), *x.shape)
     return x.nbytes + sum(p.nbytes for p in out if p is not None)
 
 
-def kernel(x: Tensor, form: str, rule: str | None = None, measure: bool = False) -> Row:
+def kernel(x: Tensor, fmt: str, rule: str | None = None, measure: bool = False) -> Row:
     encoder = RowEncoder(
-        form, x.shape[1], max_rows=x.shape[0], scale_rule=rule, measure=measure, dtype=x.dtype
+        fmt, x.shape[1], max_rows=x.shape[0], scale_rule=rule, measure=measure, dtype=x.dtype
     )
-    return Row(lambda: encoder(x), moved_by(x, form))
+    return Row(lambda: encoder(x), moved_by(x, fmt))
 
 
-def without_compiler(x: Tensor, form: str) -> Row | None:
-    found = lookup(form)
-    rule = resolve_rule(found, None)
-    encode = encoder_module.piece_encoder(found, rule, resolve_rounding(found, rule, None), x.dtype)
-    out = encoder_module.empty_parts(found, *x.shape)
-    return encode and Row(lambda: encode(x, out), moved_by(x, form), slow=True)
+def without_compiler(x: Tensor, name: str) -> Row | None:
+    fmt = lookup(name)
+    rule = resolve_rule(fmt, None)
+    encode = encoder_module.piece_encoder(fmt, rule, resolve_rounding(fmt, rule, None), x.dtype)
+    out = encoder_module.empty_parts(fmt, *x.shape)
+    return encode and Row(lambda: encode(x, out), moved_by(x, name), slow=True)
 
 
 def torchao_rows(x: Tensor) -> dict[str, Row] | str:
-    """Why there are none, else a row for each format and scale mode."""
+    """A row for each format and scale mode, or the reason why there are none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -80,41 +80,41 @@ def torchao_rows(x: Tensor) -> dict[str, Row] | str:
     fp4 = getattr(torch, "float4_e2m1fn_x2", torch.uint8)
     cases = dict(zip(PEERS, ((torch.float8_e4m3fn, ("RCEIL", "FLOOR")), (fp4, ("FLOOR",))), strict=True))
     return {
-        f"torchao, {form}, {mode}, {version}": Row(
-            lambda d=dtype, m=Mode[mode]: to_mx(x, d, 32, m), moved_by(x, form), slow=True
+        f"torchao, {fmt}, {mode}, {version}": Row(
+            lambda d=dtype, m=Mode[mode]: to_mx(x, d, 32, m), moved_by(x, fmt), slow=True
         )
-        for form, (dtype, modes) in cases.items()
+        for fmt, (dtype, modes) in cases.items()
         for mode in modes
     }
 
 
 def rows_of(x: Tensor) -> tuple[dict[str, Row], str]:
-    """Everything that is timed, and a remark on what is not."""
-    rows, remarks = {}, "torchao is here"
+    """All rows, and a remark on missing ones."""
+    rows, remarks = {}, "with torchao"
     to, lib = torch.empty_like(x), native_encoder.library().library
     if lib is not None:
-        at = x.data_ptr(), to.data_ptr(), x.nbytes, torch.get_num_threads()
-        rows[MEMCPY[0]] = Row(lambda: lib.copy_bytes(*at), 2 * x.nbytes)
+        args = x.data_ptr(), to.data_ptr(), x.nbytes, torch.get_num_threads()
+        rows[MEMCPY[0]] = Row(lambda: lib.copy_bytes(*args), 2 * x.nbytes)
     rows[MEMCPY[1]] = Row(lambda: to.copy_(x), 2 * x.nbytes)
     peers = torchao_rows(x)
     if isinstance(peers, str):
         remarks, peers = peers, {}
     if lib is not None:
-        rows |= {f"kernel, {form}": kernel(x, form) for form in FORMATS}
-        rows |= {f"kernel, {form}, {rule or 'default'}": kernel(x, form, rule) for form, rule in OTHERS}
+        rows |= {f"kernel, {fmt}": kernel(x, fmt) for fmt in FORMATS}
+        rows |= {f"kernel, {fmt}, {rule or 'default'}": kernel(x, fmt, rule) for fmt, rule in OTHERS}
         rows["kernel, mxfp8, measured"] = kernel(x, "mxfp8", measure=True)
         rows["msms:ceil_x:search, errors of 25"] = Row(lambda: ScaleSearch().add(x), x.nbytes)
-    rows |= {f"mx.encode, {form}": Row(lambda f=form: mx.encode(x, f), moved_by(x, form)) for form in FORMATS}
-    for form in FORMATS:
-        if plain := without_compiler(x, form):
-            rows[f"no compiler, {form}"] = plain
+    rows |= {f"mx.encode, {fmt}": Row(lambda f=fmt: mx.encode(x, f), moved_by(x, fmt)) for fmt in FORMATS}
+    for fmt in FORMATS:
+        if plain := without_compiler(x, fmt):
+            rows[f"no compiler, {fmt}"] = plain
     for name, row in rows.items():
-        work = next((f"torchao, {form}," for form in PEERS if f", {form}," in f"{name},"), "none")
+        work = next((f"torchao, {fmt}," for fmt in PEERS if f", {fmt}," in f"{name},"), "none")
         row.peer = next((peer for peer in peers if peer.startswith(work)), "")
     return rows | peers, remarks
 
 
-def timed(rows: dict[str, Row], reps: int, peer_every: int) -> dict[str, list[float]]:
+def time_rows(rows: dict[str, Row], reps: int, peer_every: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for row in rows.values():
         row.run()  # warm-up
@@ -140,7 +140,7 @@ def main() -> None:
     x = (torch.randn(*args.shape) * 0.02).to(torch.bfloat16)
     load = os.getloadavg()[0]
     rows, remarks = rows_of(x)
-    seconds = timed(rows, args.reps, args.peer_every)
+    seconds = time_rows(rows, args.reps, args.peer_every)
     median = {name: statistics.median(s) for name, s in seconds.items()}
     base = min(median[name] for name in MEMCPY if name in median)
     print(f"{time.strftime('%Y-%m-%d')} torch {torch.__version__} {platform.machine()}, {remarks}")
@@ -148,7 +148,7 @@ def main() -> None:
         f"encoder: {native_encoder.library().reason}; load {load:.1f} before, {os.getloadavg()[0]:.1f} after"
     )
     print(f"{list(x.shape)} bfloat16, {args.threads} threads, n={args.reps}\n")
-    print("| what | median ms | min ms | x memcpy | GB/s moved | % of memcpy's | x as fast as torchao |")
+    print("| row | median ms | min ms | x memcpy | GB/s moved | % of memcpy's | x as fast as torchao |")
     print("|---|---|---|---|---|---|---|")
     stream = 2 * x.nbytes / base
     for name, row in rows.items():

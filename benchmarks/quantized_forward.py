@@ -3,9 +3,9 @@
     python benchmarks/quantized_forward.py             # 1.3B width, 4 layers, 1536 video + 512 text tokens
     python benchmarks/quantized_forward.py --schemes int8 mxfp8 --emulate decode-once
 
-The same random weights, saved once; ours are quantized while they load. Interleaved, medians, threads pinned,
-tokens quantized in every layer. Memory is that of all weights, against BF16. The difference is that to
-Diffusers in BF16: of quantization, on weights that were never trained.
+The same random weights, saved once; ascendit quantizes them while loading. Medians of interleaved runs, a
+fixed number of threads, activations quantized in every layer. Memory is that of all weights relative to BF16.
+The difference is that to Diffusers in BF16, on untrained weights.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def reference(layers: int, folder: Path) -> Any:
     torch.manual_seed(0)
     model = WanTransformer3DModel(**shape).eval().requires_grad_(False)
     for name, p in model.named_parameters():
-        keep = any(k in name.split(".") for k in WanTransformer.KEEP_FP32)
-        p.data = p.data.to(torch.float32 if keep else torch.bfloat16)
+        is_float32 = any(k in name.split(".") for k in WanTransformer.KEEP_FP32)
+        p.data = p.data.to(torch.float32 if is_float32 else torch.bfloat16)
     model.save_pretrained(folder)
     return model
 
 
 def cases(layers: int, schemes: list[str], emulate: Any) -> tuple[dict[str, Forward], dict[str, float]]:
-    """Name -> one forward, name -> memory of the weights against BF16."""
+    """Name -> one forward; name -> memory of the weights relative to BF16."""
     with tempfile.TemporaryDirectory() as folder:
         theirs = reference(layers, Path(folder) / "transformer")
         expert = read_expert(recognise(Path(folder) / "transformer").experts[0])
@@ -73,8 +73,8 @@ def cases(layers: int, schemes: list[str], emulate: Any) -> tuple[dict[str, Forw
 
         return run
 
-    whole = sum(p.nbytes for p in theirs.parameters())
-    memory = {name: nbytes(model) / whole for name, model in ours.items()}
+    total = sum(p.nbytes for p in theirs.parameters())
+    memory = {name: nbytes(model) / total for name, model in ours.items()}
     peer = f"diffusers {diffusers.__version__} bf16"
     runs = {name: step(model) for name, model in ours.items()}
     return runs | {peer: lambda: theirs(x, t, text, return_dict=False)[0]}, memory | {peer: 1.0}
@@ -102,8 +102,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     base = statistics.median(seconds[peer])
     for name, s in seconds.items():
-        m, wanted = statistics.median(s), outputs[peer]
-        diff = float((outputs[name] - wanted).norm() / wanted.norm())
+        m, expected = statistics.median(s), outputs[peer]
+        diff = float((outputs[name] - expected).norm() / expected.norm())
         cells = f"{m * 1e3:.0f} | {min(s) * 1e3:.0f} | {base / m:.2f} | {memory[name]:.2f} | {diff:.1e}"
         print(f"| {name} | {cells} |")
 

@@ -1,10 +1,10 @@
 """`ascendit repack` of an export that needs only renames, against `cp` and against load and save.
 
-    python benchmarks/repack.py         # 1.46 GB: three blocks of A14B width, as msModelSlim writes MXFP8
+    python benchmarks/repack.py         # 1.46 GB: three blocks of A14B width, an MXFP8 export of msModelSlim
 
-Whole processes, imports included, interleaved; medians. What stands in the table beside ascendit: `cp` of the
-same bytes; safetensors' `load_file` and `save_file` with the names replaced, the way of SGLang 0.5.23's
-wan_repack.py and vLLM-Omni 0.30.0's merge tool. Files are in the page cache, nothing is forced to the disk.
+Medians of interleaved processes, including their imports. The other rows: `cp` of the same bytes, and
+safetensors' `load_file` and `save_file` with the names replaced, as in SGLang 0.5.23's wan_repack.py and
+vLLM-Omni 0.30.0's merge tool. Files are in the page cache; nothing is synced to disk.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def tensors() -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
 
 
 def make(folder: Path) -> int:
-    """Write the export, its tensors in the order of the safetensors library. Returns the bytes."""
+    """Write the export with its tensors in the order of the safetensors library. Returns its bytes."""
     folder.mkdir(parents=True)
     rows = list(tensors())
     ordered = sorted(rows, key=lambda row: (-ITEMSIZE[row[2]], row[1]))
@@ -88,31 +88,31 @@ def make(folder: Path) -> int:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     draw = np.random.default_rng(0)
-    noise = draw.integers(0, 120, 1 << 24, np.uint8)  # finite in every dtype used, and no scale of 255
+    noise = draw.integers(0, 120, 1 << 24, np.uint8)  # finite in every dtype; no scale of 255
     with open(folder / f"quant_model_weight_{TYPE.lower()}.safetensors", "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for start in range(0, offset, len(noise)):
             f.write(noise[: offset - start].tobytes())
-    told = {name: TYPE if dtype in ("F8_E4M3", "U8") else "FLOAT" for _, name, dtype, _ in rows}
-    manifest = json.dumps(told | {"model_quant_type": TYPE}, indent=4)
+    entries = {name: TYPE if dtype in ("F8_E4M3", "U8") else "FLOAT" for _, name, dtype, _ in rows}
+    manifest = json.dumps(entries | {"model_quant_type": TYPE}, indent=4)
     (folder / f"quant_model_description_{TYPE.lower()}.json").write_text(manifest)
     (folder / "names.json").write_text(json.dumps({old: new for new, old, _, _ in rows}))
     return offset
 
 
 def run(argv: list[str]) -> tuple[float, float | None]:
-    """(seconds, peak MB of memory if the process tells it) of one process."""
+    """(seconds, peak MB of memory if the process prints it) of one process."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "src")}
     start = time.perf_counter()
     done = subprocess.run(argv, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    took = time.perf_counter() - start
-    return took, int(done.stdout) / 1024 if done.stdout else None
+    seconds = time.perf_counter() - start
+    return seconds, int(done.stdout) / 1024 if done.stdout else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reps", type=int, default=7)
-    parser.add_argument("--dir", type=Path, default=None, help="Where to work; 5 GB.")
+    parser.add_argument("--dir", type=Path, default=None, help="Working folder; 5 GB.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as work:
         source, target = Path(work) / "export", Path(work) / "out"
@@ -132,12 +132,12 @@ def main() -> None:
     print(f"{size / 1e9:.2f} GB, n={args.reps}, load {os.getloadavg()[0]:.1f}")
     print("| process | median s | min s | x cp | peak MB |")
     print("|---|---|---|---|---|")
-    base = statistics.median(took for took, _ in results["cp"][1:])
-    for name, found in results.items():
-        seconds = [took for took, _ in found[1:]]  # the first fills the cache
-        median, peaks = statistics.median(seconds), [peak for _, peak in found if peak]
+    base = statistics.median(seconds for seconds, _ in results["cp"][1:])
+    for name, runs in results.items():
+        times = [seconds for seconds, _ in runs[1:]]  # the first round fills the page cache
+        median, peaks = statistics.median(times), [peak for _, peak in runs if peak]
         memory = f"{max(peaks):.0f}" if peaks else "-"
-        print(f"| {name} | {median:.2f} | {min(seconds):.2f} | {median / base:.2f} | {memory} |")
+        print(f"| {name} | {median:.2f} | {min(times):.2f} | {median / base:.2f} | {memory} |")
 
 
 if __name__ == "__main__":

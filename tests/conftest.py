@@ -1,4 +1,4 @@
-"""What all tests share: few threads, fixed seeds, and each tiny model built once."""
+"""Shared by all tests: few threads, fixed seeds, and each tiny model built once."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-# The same examples on every machine, and no time limits: a busy machine is no failure.
+# The same examples on every machine, and no time limits, because a busy machine is not a failure.
 settings.register_profile("ascendit", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("ascendit")
 
 THREADS = 2
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # The other processors have workers of their own. Child processes hear it from the variable.
+    # The other processors have their own workers. Child processes read the variable.
     THREADS = 1
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before there are workers: compile what all of them use, so that none does it twice."""
+    """Compile the native code before the workers start, so that it is compiled once."""
     if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         from ascendit.native import build
 
@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONG = ("cli", "demo", "docs")
-"""The folders whose files take longest: they come first, so that no worker is left with one at the end."""
+"""Folders with the longest files; these run first, so that no worker has a long one left at the end."""
 
 
 @pytest.hookimpl(trylast=True)
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _repeatable() -> None:
-    """Fixed seeds and threads. Tests of the light modules must not pay for importing torch."""
+    """Fixed seeds and threads, without importing torch or NumPy for tests that do not need them."""
     random.seed(0)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(0)
@@ -56,7 +56,7 @@ def _repeatable() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_folder(name)`: the folder of a builder in `tiny.BUILDERS`, built once; damage a copy."""
+    """`tiny_folder(name)`: the folder of a builder in `tiny.BUILDERS`, built once; damage only copies."""
     import tiny
 
     built: dict[str, Path] = {}
@@ -87,7 +87,7 @@ tiny_i2v_21 = _fixture("i2v_21")
 
 @pytest.fixture
 def twin() -> Iterator[None]:
-    """A test that opens a `twin:` device: afterwards there are no torch.ops.npu again."""
+    """For a test that opens a `twin:` device: remove torch.ops.npu afterwards."""
     yield
     import ascendit.twin
 

@@ -1,4 +1,4 @@
-"""Two processes of one gloo group, started once for all tests that ask, which call functions by name.
+"""Two processes of one gloo group, started once for all tests that use them; they call functions by name.
 
 def scaled(rank: int, by: float) -> float: ...             # in tests/model/sharded.py
 
@@ -26,15 +26,15 @@ class Gloo:
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(RANKS):
-            here, there = context.Pipe()
-            process = context.Process(target=serve, args=(rank, str(meeting), there), daemon=True)
+            pipe, child_pipe = context.Pipe()
+            process = context.Process(target=serve, args=(rank, str(meeting), child_pipe), daemon=True)
             process.start()
-            there.close()
-            self._pipes.append(here)
+            child_pipe.close()
+            self._pipes.append(pipe)
             self._processes.append(process)
 
     def __call__(self, name: str, *args: Any) -> list[Any]:
-        """The results by rank. RuntimeError with the traceback of the first rank that failed."""
+        """Return the results by rank. RuntimeError with the traceback of the first failed rank."""
         for pipe in self._pipes:
             pipe.send((name, args))
         results = []

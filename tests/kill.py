@@ -1,4 +1,4 @@
-"""Processes that are killed in the middle of their work, for tests of what they leave behind."""
+"""Processes that are killed during their work, for tests of the files they leave."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 
 
 def moments(seed: int, count: int, longest: float, shortest: float = 0.0) -> list[float]:
-    """Seconds after which to kill, drawn from a seed."""
+    """Random delays in seconds after which to kill."""
     draw = random.Random(seed)
     return [draw.uniform(shortest, longest) for _ in range(count)]
 
 
 def python(code: str, *arguments: object) -> list[str]:
-    """`argv` for this Python with `code`; it finds ascendit, and its `sys.argv[1:]` are `arguments`."""
+    """`argv` that runs `code` in this Python with ascendit importable and `arguments` as `sys.argv[1:]`."""
     return [
         sys.executable,
         "-c",
@@ -40,10 +40,10 @@ def run_and_kill(
     env: Mapping[str, str] | None = None,
     timeout: float = 60.0,
 ) -> bool:
-    """Start `argv`, send SIGKILL after `delay` seconds, wait. True if it was killed, False if it had ended.
+    """Start `argv`, send SIGKILL after `delay` seconds, wait. Return whether it was killed before its end.
 
-    The seconds count from the line `ready` on its standard output, or from when `until()` is true (asked
-    every millisecond), if one is given. A process that fails by itself is an error that shows what it said.
+    The delay starts at the line `ready` on its standard output, or when `until()` is true (polled every
+    millisecond), if passed. A process that fails is an error with its output.
     """
     process = subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
@@ -56,7 +56,7 @@ def run_and_kill(
                 if line.strip() == ready:
                     break
         while until is not None and process.poll() is None and not until():
-            assert time.monotonic() < end, "it never came so far"
+            assert time.monotonic() < end, "`until` was never true"
             time.sleep(0.001)
         try:
             process.wait(delay)
@@ -80,10 +80,10 @@ def kill_often(
     ready: str | None = None,
     each: Callable[[], None] | None = None,
 ) -> int:
-    """Run and kill once for each delay; how many were killed. `argv` writes `dst`.
+    """Run `argv`, which writes `dst`, and kill it, once for each delay. Return the number of kills.
 
-    Whenever `dst` is there it must be whole: `check(dst)` says so, and it is removed. `each` is called after
-    every kill, to look at the rest.
+    If `dst` exists after a run, `check(dst)` must pass, and it is removed. `each` is called after every run,
+    to check the other files.
     """
     killed = 0
     for delay in delays:
@@ -93,16 +93,16 @@ def kill_often(
             check(dst)
             shutil.rmtree(dst)
         else:
-            assert in_time, "it ended by itself, and there is no output"
+            assert in_time, "it was not killed, and there is no output"
         if each is not None:
             each()
     return killed
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, links followed: {path in it: bytes}."""
+    """All files below `folder`, following links: {relative path: bytes}."""
     return {
-        os.path.relpath(os.path.join(place, name), folder): Path(place, name).read_bytes()
-        for place, _, names in os.walk(folder, followlinks=True)
+        os.path.relpath(os.path.join(parent, name), folder): Path(parent, name).read_bytes()
+        for parent, _, names in os.walk(folder, followlinks=True)
         for name in names
     }

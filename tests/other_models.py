@@ -1,4 +1,4 @@
-"""Tiny transformers of Diffusers that are not Wan's, and one call of each. Every parameter is redrawn."""
+"""Tiny transformers of other Diffusers models, and one call of each. All parameters are redrawn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 Call = dict[str, Any]
 HEADS: dict[str, Any] = {"attention_head_dim": 32, "num_attention_heads": 2, "num_layers": 2}
-AXES = (8, 12, 12)  # of a head of 32
+AXES = (8, 12, 12)  # RoPE axes of a head of 32
 
 
 def flux(dtype: torch.dtype) -> tuple[Any, Call]:
@@ -99,7 +99,7 @@ def _built(name: str, dtype: torch.dtype) -> tuple[Any, Call]:
 
 
 def output(model: Any, call: Call) -> Tensor:
-    """What comes out."""
+    """The output of one call."""
     with torch.no_grad():
         out: Tensor = model(**call, return_dict=False)[0]
     return out

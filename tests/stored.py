@@ -1,7 +1,7 @@
-"""Wan transformers on disk with true headers and zero bytes, for tests of what only reads headers.
+"""Wan transformers on disk with valid headers and zero bytes, for tests of code that only reads headers.
 
-`floats` lists the tensors of a config, `coded` stores some layers in a scheme, `write` makes the file
-(sparse: a 14B model takes no room), `folder` a transformer's folder with config and manifest.
+`floats` lists the tensors of a config, `quantized` stores some layers in a scheme, `write` makes the file
+(sparse: a 14B model takes no disk space), `folder` a transformer's folder with config and manifest.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ascendit.ops.operators import Ops
 from ascendit.quant.schemes import SCHEMES
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
-"""Name -> (dtype in safetensors' spelling, shape)."""
+"""Name -> (dtype as safetensors names it, shape)."""
 
 CONFIG: dict[str, Any] = {
     "_class_name": "WanTransformer3DModel",
@@ -52,15 +52,15 @@ def floats(config: dict[str, Any] = CONFIG, dtype: str = "BF16") -> Tensors:
 
 
 def wan(tensors: Tensors) -> Tensors:
-    """The same under original names."""
+    """The same under Wan names."""
     return {to_wan(name) or name: tensor for name, tensor in tensors.items()}
 
 
-def roles(scheme: str, shape: tuple[int, int], container: str = "") -> Tensors:
-    """Role -> tensor of a layer in this scheme; `container` of FP4: packed, e4m3 or bf16."""
+def roles(scheme: str, shape: tuple[int, int], packing: str = "") -> Tensors:
+    """Role -> tensor of a layer in this scheme; `packing` of FP4: packed, e4m3 or bf16."""
     n, k = shape
     blocks = ("U8", (n, math.ceil(k / 32)))
-    fp4 = {"e4m3": ("F8_E4M3", shape), "bf16": ("BF16", shape)}.get(container, ("U8", (n, math.ceil(k / 2))))
+    fp4 = {"e4m3": ("F8_E4M3", shape), "bf16": ("BF16", shape)}.get(packing, ("U8", (n, math.ceil(k / 2))))
     table: dict[str, Tensors] = {
         "int8": {"weight": ("I8", shape), "weight_scale": ("F32", (n, 1)), "weight_offset": ("F32", (n, 1))},
         "int8_block": {
@@ -83,25 +83,25 @@ def roles(scheme: str, shape: tuple[int, int], container: str = "") -> Tensors:
     return table[scheme]
 
 
-def coded(tensors: Tensors, layers: Iterable[str], scheme: str, container: str = "") -> Tensors:
+def quantized(tensors: Tensors, layers: Iterable[str], scheme: str, packing: str = "") -> Tensors:
     """`tensors` with `layers` stored in `scheme`, their bias in float32."""
-    found = dict(tensors)
+    converted = dict(tensors)
     for layer in layers:
-        n, k = found.pop(f"{layer}.weight")[1]
-        found |= {f"{layer}.{role}": t for role, t in roles(scheme, (n, k), container).items()}
-        found[f"{layer}.bias"] = ("F32", (n,))
-    return found
+        n, k = converted.pop(f"{layer}.weight")[1]
+        converted |= {f"{layer}.{role}": t for role, t in roles(scheme, (n, k), packing).items()}
+        converted[f"{layer}.bias"] = ("F32", (n,))
+    return converted
 
 
 def types(tensors: Tensors, layers: dict[str, str], config: dict[str, Any] = CONFIG) -> dict[str, str]:
-    """A manifest: the word of each layer's scheme for its codes and scales, FLOAT for the rest."""
+    """A manifest: the type of each layer's scheme for its weight and scales, FLOAT for other tensors."""
     linears = set(all_linears(config))
-    found = {}
+    manifest = {}
     for name in tensors:
         layer, _, role = name.rpartition(".")
-        is_code = layer in linears and layer in layers and role.startswith("weight")
-        found[name] = SCHEMES[layers[layer]].manifest if is_code else "FLOAT"
-    return found
+        in_scheme = layer in linears and layer in layers and role.startswith("weight")
+        manifest[name] = SCHEMES[layers[layer]].manifest if in_scheme else "FLOAT"
+    return manifest
 
 
 def write(path: Path, tensors: Tensors) -> Path:
@@ -143,12 +143,12 @@ def folder(
 
 
 def read(path: Path) -> Expert:
-    """The first expert of what lies at `path`."""
+    """The first expert of the model at `path`."""
     return read_expert(recognise(path).experts[0])
 
 
 def refused(path: Path, code: str) -> str:
-    """What is said of a transformer that must be refused with this code."""
+    """Check that the transformer is refused with this code; return the `got` text."""
     with pytest.raises(CheckpointError) as e:
         read(path)
     assert e.value.code == code, str(e.value)
@@ -156,12 +156,12 @@ def refused(path: Path, code: str) -> str:
 
 
 def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a part, by our own strict reader."""
+    """Every tensor of a component, read with `RowReader`."""
     with RowReader() as reader:
         return {name: reader.read_tensor(info) for name, info in Shards.open(folder).tensors.items()}
 
 
 def load_transformer(part: Part, ops: Ops, *, online: Online | None = None, **options: Any) -> WanTransformer:
-    """The transformer in `part`, as stored, or quantized while it loads."""
+    """The transformer in `part`, as stored or quantized during loading."""
     expert = read_expert(part)
     return load_expert(expert, online.apply(expert) if online else None, ops, **options)

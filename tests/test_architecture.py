@@ -1,4 +1,4 @@
-"""The shape of the package, held by tests: import order, sizes, light imports, names, dependencies."""
+"""Tests of the package structure: import order, sizes, light imports, names, dependencies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPO = Path(__file__).resolve().parents[1]
 SRC = REPO / "src" / "ascendit"
 ENVIRONMENT = SRC / "environment.py"
 
-# Import order: a file or folder imports only what stands above it.
+# Import order: a file or folder imports only names above it.
 ORDER = (
     "version",
     "errors",
@@ -62,7 +62,7 @@ ORDER = (
     "cli",
 )
 RANK = {name: rank for rank, name in enumerate(ORDER)}
-PUBLIC_LIST_RANK = RANK["pipeline"] + 0.5  # `ascendit` itself offers load and Pipeline
+PUBLIC_LIST_RANK = RANK["pipeline"] + 0.5  # `ascendit` exports load and Pipeline
 SUBPACKAGES = frozenset(RANK) - {
     "version",
     "errors",
@@ -82,7 +82,7 @@ SAME_NAME = {
     "inspect": {"inspect"},
     "cli": {"inspect", "doctor", "verify"},
 }
-# Imports of our own modules inside a function, `cli` aside: (importer, imported) -> why not at the top.
+# Imports of ascendit's modules inside a function, except in `cli`: (importer, imported) -> reason.
 LATE = {("pipeline.job", "pipeline.load.build"): "start-up: a call is checked before torch is imported"}
 
 HEAVY = ("torch", "diffusers", "transformers", "av")
@@ -116,7 +116,7 @@ MAX_FILE = 600
 MAX_FUNCTION, P90_FUNCTION, MAX_LOOP = 80, 40, 60
 
 BANNED = frozenset({"torchvision", "torchaudio", "xfuser", "yunchang"})
-OPTIONAL = frozenset({"torch_npu", "mindiesd", "modelscope"})  # tried, and done without
+OPTIONAL = frozenset({"torch_npu", "mindiesd", "modelscope"})  # imported if available
 DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "pydantic_core": "pydantic"}
 
 
@@ -139,7 +139,7 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def place(path: Path) -> str:
+def label(path: Path) -> str:
     return str(path.relative_to(REPO))
 
 
@@ -147,9 +147,9 @@ def place(path: Path) -> str:
 
 
 def imports(tree: ast.AST, package: str, late: bool = False) -> Iterator[tuple[str, int, bool]]:
-    """Every import as (absolute dotted name, line, whether it is put off to a call or to type checking).
+    """Yield every import as (absolute dotted name, line, whether it is in a function or for type checking).
 
-    `package` is what a relative import starts from.
+    `package` is the base of relative imports.
     """
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
@@ -161,7 +161,7 @@ def imports(tree: ast.AST, package: str, late: bool = False) -> Iterator[tuple[s
                 base = ".".join([*parents, base] if base else parents)
             yield from ((f"{base}.{alias.name}", node.lineno, late) for alias in node.names)
         elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "ascendit":
-            yield f"ascendit.{node.attr}", node.lineno, late  # what a plain `import ascendit` is used for
+            yield f"ascendit.{node.attr}", node.lineno, late  # use of a plain `import ascendit`
         else:
             typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
             function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
@@ -174,26 +174,26 @@ def imports_of(path: Path) -> Iterator[tuple[str, int, bool]]:
 
 
 def order_violations(own: str, imported: Iterable[tuple[str, int, bool]]) -> list[str]:
-    """What `own` may not import, as `line: reason`. Imports in functions and for type checking count too."""
+    """Forbidden imports of `own`, as `line: reason`, including those in functions and for type checking."""
     wrong = []
     for name, line, _ in imported:
         if not name.startswith("ascendit.") or name.startswith("ascendit.__"):
             continue
         if RANK.get(folder_of(name), PUBLIC_LIST_RANK) > RANK[own]:
-            wrong.append(f"{line}: {own} may not import {name}, which stands below it")
+            wrong.append(f"{line}: {own} may not import {name}, which is below it")
     return wrong
 
 
-@pytest.mark.parametrize("path", sources(), ids=place)
-def test_a_folder_imports_only_what_stands_above_it(path: Path) -> None:
+@pytest.mark.parametrize("path", sources(), ids=label)
+def test_a_folder_imports_only_folders_above_it(path: Path) -> None:
     own = folder_of(module_name(path))
     if own in ("", "__main__"):
         return  # the public list is lazy (tested below); `python -m ascendit` is the command line
-    assert own in RANK, f"{own!r} has no place in ORDER"
+    assert own in RANK, f"{own!r} is not in ORDER"
     assert order_violations(own, imports_of(path)) == []
 
 
-def test_the_order_check_sees_violations() -> None:
+def test_the_order_check_detects_violations() -> None:
     tree = ast.parse(
         "from ascendit.errors import UsageError\n"
         "from ..twin import schemas\n"
@@ -203,17 +203,17 @@ def test_the_order_check_sees_violations() -> None:
         "    import ascendit\n    return ascendit.load()\n"
     )
     assert order_violations("kernels", imports(tree, "ascendit.kernels")) == [
-        "2: kernels may not import ascendit.twin.schemas, which stands below it",
-        "3: kernels may not import ascendit.model.wan, which stands below it",
-        "4: kernels may not import ascendit.load, which stands below it",
-        "6: kernels may not import ascendit.ops.select, which stands below it",
-        "7: kernels may not import ascendit.cli, which stands below it",
-        "9: kernels may not import ascendit.load, which stands below it",
+        "2: kernels may not import ascendit.twin.schemas, which is below it",
+        "3: kernels may not import ascendit.model.wan, which is below it",
+        "4: kernels may not import ascendit.load, which is below it",
+        "6: kernels may not import ascendit.ops.select, which is below it",
+        "7: kernels may not import ascendit.cli, which is below it",
+        "9: kernels may not import ascendit.load, which is below it",
     ]
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Module -> modules of ours that it imports: at the top, in functions and for type checking."""
+    """Module -> ascendit's modules that it imports: at the top, in functions and for type checking."""
     modules = {module_name(path): path for path in sources()}
     graph: dict[str, set[str]] = {}
     for module, path in modules.items():
@@ -230,33 +230,33 @@ def cycles(graph: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def reachable(graph: Mapping[str, set[str]], start: str) -> set[str]:
-    seen: set[str] = set()
+    reached_modules: set[str] = set()
     waiting = [start]
     while waiting:
-        for target in graph[waiting.pop()] - seen:
-            seen.add(target)
+        for target in graph[waiting.pop()] - reached_modules:
+            reached_modules.add(target)
             waiting.append(target)
-    return seen
+    return reached_modules
 
 
 def test_no_import_cycles() -> None:
     assert cycles(import_graph()) == []
 
 
-def test_the_cycle_check_sees_cycles() -> None:
+def test_the_cycle_check_detects_cycles() -> None:
     graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"f"}, "f": {"e"}}
     assert cycles(graph) == [["b", "c"], ["e", "f"]]
 
 
 def test_loading_needs_few_modules() -> None:
-    """What the module that loads models reaches, imports in functions included; empty files do not count."""
+    """Modules reachable from `pipeline.job`, including imports in functions, without empty files."""
     reached = reachable(import_graph(), "ascendit.pipeline.job")
     sizes = {module_name(path): path.stat().st_size for path in sources()}
     assert len([module for module in reached if sizes[module]]) <= 80
 
 
 def late_imports() -> dict[tuple[str, str], str]:
-    found = {}
+    late = {}
     for path in sources():
         module = module_name(path)
         if folder_of(module) in ("", "cli"):
@@ -265,39 +265,39 @@ def late_imports() -> dict[tuple[str, str], str]:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 for name, line, _ in imports(node, module.rpartition(".")[0]):
                     if name.startswith("ascendit.") and not name.startswith("ascendit.__"):
-                        found[module.removeprefix("ascendit."), name.removeprefix("ascendit.")] = (
-                            f"{place(path)}:{line}"
+                        late[module.removeprefix("ascendit."), name.removeprefix("ascendit.")] = (
+                            f"{label(path)}:{line}"
                         )
-    return found
+    return late
 
 
 def test_imports_inside_functions_are_on_the_list() -> None:
-    found = late_imports()
-    assert {key: at for key, at in found.items() if key not in LATE} == {}
-    assert [key for key in LATE if key not in found] == [], "not there any more: shorten the list"
+    late = late_imports()
+    assert {key: at for key, at in late.items() if key not in LATE} == {}
+    assert [key for key in LATE if key not in late] == [], "no longer present: shorten the list"
     assert len(LATE) <= 20 and all(LATE.values())
 
 
 def test_no_reexports() -> None:
     """No `from x import Y as Y`."""
-    found = [
-        f"{place(path)}:{node.lineno}"
+    reexports = [
+        f"{label(path)}:{node.lineno}"
         for path in sources()
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.ImportFrom) and any(a.asname == a.name for a in node.names)
     ]
-    assert found == []
+    assert reexports == []
 
 
 def test_nothing_imports_cli() -> None:
     inside = ("", "__main__", "cli")
-    found = [
-        f"{place(path)}:{line}"
+    importers = [
+        f"{label(path)}:{line}"
         for path in sources()
         for name, line, _ in imports_of(path)
         if f"{name}.".startswith("ascendit.cli.") and folder_of(module_name(path)) not in inside
     ]
-    assert found == []
+    assert importers == []
 
 
 def every_python_file() -> list[Path]:
@@ -306,16 +306,16 @@ def every_python_file() -> list[Path]:
 
 
 def test_no_torchvision_and_friends() -> None:
-    found = [
-        f"{place(path)}:{line}: {name}"
+    uses = [
+        f"{label(path)}:{line}: {name}"
         for path in every_python_file()
         for name, line, _ in imports(tree_of(path), "")
         if name.partition(".")[0] in BANNED
     ]
-    assert found == []
+    assert uses == []
 
 
-def test_what_is_imported_is_declared_with_lower_bounds_only() -> None:
+def test_dependencies_are_declared_with_lower_bounds_only() -> None:
     project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     lines = [
         *project["dependencies"],
@@ -328,23 +328,23 @@ def test_what_is_imported_is_declared_with_lower_bounds_only() -> None:
     for path in sources():
         for name, line, _ in imports_of(path):
             top = name.partition(".")[0]
-            known = top in sys.stdlib_module_names or top == "ascendit" or top in OPTIONAL
-            if not known and DISTRIBUTIONS.get(top, top) not in declared:
-                missing[top] = f"{place(path)}:{line}"
+            satisfied = top in sys.stdlib_module_names or top == "ascendit" or top in OPTIONAL
+            if not satisfied and DISTRIBUTIONS.get(top, top) not in declared:
+                missing[top] = f"{label(path)}:{line}"
     assert missing == {}
 
 
-def test_environment_is_read_in_one_place() -> None:
+def test_the_environment_is_read_in_one_file() -> None:
     names = {"environ", "environb", "getenv", "putenv", "unsetenv"}
-    found = []
+    reads = []
     for path in sources():
         taken = [(name, line) for name, line, _ in imports_of(path)]
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Attribute):
                 taken.append((ast.unparse(node), node.lineno))
         uses = {line for name, line in taken if name.removeprefix("os.") in names and name.startswith("os.")}
-        found += [f"{place(path)}:{line}" for line in sorted(uses) if path != ENVIRONMENT]
-    assert found == [], "environment variables belong to environment.py"
+        reads += [f"{label(path)}:{line}" for line in sorted(uses) if path != ENVIRONMENT]
+    assert reads == [], "environment variables belong to environment.py"
 
 
 # ---- light imports ------------------------------------------------------------------------------
@@ -357,12 +357,12 @@ def python(code: str) -> str:
 
 
 def light_modules() -> list[str]:
-    found = []
+    names = []
     for path in sources():
         name = module_name(path).partition(".")[2]
         if any(name == rule or (rule.endswith(".*") and f"{name}.".startswith(rule[:-1])) for rule in LIGHT):
-            found.append(f"ascendit.{name}")
-    return found
+            names.append(f"ascendit.{name}")
+    return names
 
 
 def test_light_modules_import_nothing_heavy() -> None:
@@ -383,8 +383,8 @@ for name in {modules!r}:
 @pytest.mark.parametrize(
     "name", ["cli.main", "cli.inspect", "inspect.checkpoint", "inspect.diff", "doctor.machine"]
 )
-def test_what_only_looks_needs_no_pydantic(name: str) -> None:
-    """It takes 0.2 s, and only options, requests and recipes need it."""
+def test_read_only_commands_need_no_pydantic(name: str) -> None:
+    """Importing it takes 0.2 s, and only options, requests and recipes need it."""
     code = f"import ascendit.{name}, sys; print('pydantic' in sys.modules)"
     assert python(code) == "False"
 
@@ -405,21 +405,21 @@ print(time.process_time() - start, *[h for h in (*{HEAVY!r}, "numpy", "typer", "
 
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
-    """(name with place, lines from `def` to the end)."""
+    """(file, line and name; number of lines from `def` to the end)."""
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
-            yield f"{place(path)}:{node.lineno} {node.name}", node.end_lineno - node.lineno + 1
+            yield f"{label(path)}:{node.lineno} {node.name}", node.end_lineno - node.lineno + 1
 
 
 def test_files_stay_small() -> None:
     files = [*sources(), *sorted((REPO / "tests").rglob("*.py"))]
-    lines = {place(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    lines = {label(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert {path: n for path, n in lines.items() if n > MAX_FILE} == {}
 
 
-def test_the_tree_stays_readable() -> None:
-    """Files are subjects: few enough to know, and neither fragments nor heaps."""
+def test_the_number_and_size_of_files() -> None:
+    """A limited number of files of medium size."""
     lines = sorted(len(p.read_text(encoding="utf-8").splitlines()) for p in sources() if p.stat().st_size)
     assert len(lines) <= 150
     assert 150 <= lines[len(lines) // 2] <= 300
@@ -431,7 +431,7 @@ def test_functions_stay_short() -> None:
     assert lengths[int(0.9 * (len(lengths) - 1))][0] <= P90_FUNCTION, lengths[-len(lengths) // 10 :]
 
 
-def test_the_generation_loop_can_be_read_at_one_glance() -> None:
+def test_the_generation_loop_is_short() -> None:
     path = SRC / "pipeline" / "generate.py"
     assert [x for x in functions(path) if x[1] > MAX_LOOP] == []
 
@@ -454,34 +454,34 @@ def importable() -> list[Path]:
     return [path for path in sources() if path.name != "__main__.py"]
 
 
-def test_no_public_function_bears_a_subpackages_name() -> None:
-    found = []
+def test_no_public_function_has_the_name_of_a_subpackage() -> None:
+    clashing = []
     for path in importable():
         name = module_name(path)
-        # An operator bears the operator's name, a command that of its folder.
+        # An operator has the operator's name, a command that of its folder.
         allowed = SAME_NAME.get(folder_of(name), set())
         clashes = own_callables(importlib.import_module(name)) & SUBPACKAGES - allowed
-        found += [f"{name}.{key}" for key in sorted(clashes)]
-    assert found == []
+        clashing += [f"{name}.{key}" for key in sorted(clashes)]
+    assert clashing == []
 
 
 def test_no_exported_name_hides_a_module() -> None:
-    """`from x import y` must not give the function on one day and the module on another."""
-    found = []
+    """The result of `from x import y` must not depend on the modules imported before."""
+    hidden = []
     for path in importable():
         if path.name == "__init__.py":
             names = vars(importlib.import_module(module_name(path)))
             inside = {p.stem for p in path.parent.glob("*.py")} | {p.name for p in path.parent.glob("*/")}
-            found += [
-                f"{place(path)}: {n}"
+            hidden += [
+                f"{label(path)}: {n}"
                 for n in sorted(inside & set(names))
                 if not inspect.ismodule(names[n])
-                and f"{module_name(path)}.{n}" not in sys.modules  # imported first, it hides nothing
+                and f"{module_name(path)}.{n}" not in sys.modules  # if imported first, it hides nothing
             ]
-    assert found == []
+    assert hidden == []
 
 
-def test_public_names_are_still_themselves_after_every_module_is_imported() -> None:
+def test_public_names_are_unchanged_after_all_modules_are_imported() -> None:
     for path in importable():
         importlib.import_module(module_name(path))
     for name in getattr(ascendit, "__all__", ()):

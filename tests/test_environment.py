@@ -1,4 +1,4 @@
-"""The environment variables that Ascend users know."""
+"""Environment variables of other Ascend tools."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_a_bad_value():
     assert e.value.code == "E-USE-01" and "T5_LOAD_CPU='maybe'" in e.value.got and "0 or 1" in e.value.needs
 
 
-def test_precision_needs_nothing():
+def test_precision_has_no_effect():
     options, (note,) = read({"PRECISION": "1"})
     assert note == "PRECISION=1: no effect, noise is always drawn on the CPU" and options == {}
 
 
 @pytest.mark.parametrize("name", ["USE_SUB_HEAD", "OVERLAP"])
-def test_the_others_say_that_they_do_nothing(name):
+def test_unsupported_variables_are_reported(name):
     options, (note,) = read({name: "1"})
     assert note.startswith(f"{name}=1: not used by this version") and options == {}
 
@@ -55,7 +55,7 @@ def test_fast_layernorm():
     assert read({"FAST_LAYERNORM": "0"}) == ({}, ())
 
 
-def test_variables_that_are_set_stay(monkeypatch):
+def test_variables_that_are_set_are_unchanged(monkeypatch):
     monkeypatch.setenv("ONE_OF_THEM", "mine")
     monkeypatch.setenv("ANOTHER", "")
     assert environment.set_missing({"ONE_OF_THEM": "ours", "ANOTHER": "ours"}) == {"ONE_OF_THEM": "mine"}
@@ -91,8 +91,8 @@ def test_no_other_module_reads_the_environment():
                 raise AssertionError(f"{path}:{node.lineno} reads the environment")
 
 
-def test_algo_names_a_kernel_of_an_npu():
-    found = [read({"ALGO": n})[0] for n in ("0", "3", "1", "")]
-    assert found == [{"attention": "fusion"}, {"attention": "fused_infer"}, {}, {}]
+def test_algo_selects_an_npu_kernel():
+    options = [read({"ALGO": n})[0] for n in ("0", "3", "1", "")]
+    assert options == [{"attention": "fusion"}, {"attention": "fused_infer"}, {}, {}]
     assert "attention=fused_infer on an NPU" in read({"ALGO": "3"})[1][0]
     assert "ALGO=1: not used by this version, which supports 0, 3" in read({"ALGO": "1"})[1][0]

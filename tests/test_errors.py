@@ -1,4 +1,4 @@
-"""The exception tree: exit codes, what an error says, and codes that the sources and the table agree on."""
+"""The exception tree: exit codes, error texts, and agreement of the error codes in sources and table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ascendit import errors
 from ascendit.errors import OutOfMemory, is_out_of_memory, out_of_memory
 
 SOURCES = Path(errors.__file__).parent
-# Codes that stand in the table before the code that raises them.
+# In the table but not raised yet.
 RESERVED: set[str] = set()
 
 TREE = {
@@ -37,42 +37,42 @@ def classes() -> dict[str, type[errors.AscenditError]]:
     }
 
 
-def codes_in_sources() -> dict[str, list[str]]:
-    """Every string in the sources that looks like a code, and the files it stands in; the table left out."""
-    found: dict[str, list[str]] = {}
+def error_codes() -> dict[str, list[str]]:
+    """Strings of the sources that are error codes -> files, without the table in errors.py."""
+    files_of_code: dict[str, list[str]] = {}
     for file in sorted(SOURCES.rglob("*.py")):
         if file.name == "errors.py" and file.parent == SOURCES:
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 if re.fullmatch(r"E-[A-Z]+-\d+", node.value):
-                    found.setdefault(node.value, []).append(str(file.relative_to(SOURCES)))
-    return found
+                    files_of_code.setdefault(node.value, []).append(str(file.relative_to(SOURCES)))
+    return files_of_code
 
 
-def default_codes() -> dict[str, str]:
-    """The classes whose code can be left out, and what it is then."""
-    codes = {n: inspect.signature(c).parameters["code"].default for n, c in classes().items()}
-    return {name: code for name, code in codes.items() if code is not inspect.Parameter.empty}
+def code_defaults() -> dict[str, str]:
+    """Classes with a default code -> the code."""
+    defaults = {n: inspect.signature(c).parameters["code"].default for n, c in classes().items()}
+    return {name: code for name, code in defaults.items() if code is not inspect.Parameter.empty}
 
 
 def raised_calls() -> list[tuple[str, ast.Call]]:
-    """Every call of a class of the tree in the sources, with `file:line`."""
-    found = []
+    """All calls of the tree's classes in the sources, with `file:line`."""
+    calls = []
     for file in sorted(SOURCES.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 name = getattr(node.func, "attr", getattr(node.func, "id", ""))
                 if name in TREE:
-                    found.append((f"{file.relative_to(SOURCES)}:{node.lineno}", node))
-    return found
+                    calls.append((f"{file.relative_to(SOURCES)}:{node.lineno}", node))
+    return calls
 
 
-def test_tree_and_exit_codes() -> None:
+def test_tree_and_exit_status() -> None:
     assert {n: (c.__bases__[0].__name__, c.exit_code) for n, c in classes().items()} == TREE
 
 
-def test_the_tree_drawn_at_the_top_is_the_tree_in_the_code() -> None:
+def test_the_tree_in_the_docstring_is_correct() -> None:
     assert errors.__doc__ is not None
     drawn = {"AscenditError": ("Exception", 1)}
     above = {0: "AscenditError"}  # the last name at each indent
@@ -91,31 +91,31 @@ def test_text_has_got_needs_and_try(name: str) -> None:
     assert error.args == ("80 frames",)
 
 
-def test_an_unknown_code_is_our_own_mistake() -> None:
+def test_an_unknown_code_is_an_assertion_error() -> None:
     with pytest.raises(AssertionError, match="E-XXX-99"):
         errors.UsageError("a", needs="b", fix="c", code="E-XXX-99")
 
 
-def test_got_needs_fix_and_code_cannot_be_left_out() -> None:
+def test_needs_fix_and_code_are_required() -> None:
     with pytest.raises(TypeError, match="needs"):
         errors.UsageError("a")  # type: ignore[call-arg]
 
 
-def test_a_class_whose_errors_mostly_have_one_code_has_it_as_the_default() -> None:
+def test_code_defaults() -> None:
     usual = {
         "UsageError": "E-USE-01",
         "RequestError": "E-REQ-03",
         "OutOfMemory": "E-MEM-01",
         "Cancelled": "E-CAN-01",
     }
-    assert default_codes() == usual
+    assert code_defaults() == usual
     for name, code in usual.items():
         assert getattr(errors, name)("a", needs="b", fix="c").code == code
     with pytest.raises(TypeError, match="code"):
         errors.CheckpointError("a", needs="b", fix="c")  # type: ignore[call-arg]
 
 
-def test_codes_are_well_formed_and_described() -> None:
+def test_every_code_is_well_formed_and_described() -> None:
     for code, text in errors.ERROR_CODES.items():
         assert re.fullmatch(r"E-[A-Z]{3}-\d\d", code), code
         assert text and not text.endswith("."), code
@@ -123,24 +123,24 @@ def test_codes_are_well_formed_and_described() -> None:
 
 
 def test_every_code_in_the_sources_is_in_the_table() -> None:
-    unknown = {c: files for c, files in codes_in_sources().items() if c not in errors.ERROR_CODES}
+    unknown = {c: files for c, files in error_codes().items() if c not in errors.ERROR_CODES}
     assert not unknown
 
 
 def test_every_code_in_the_table_is_used_or_reserved() -> None:
-    unused = set(errors.ERROR_CODES) - set(codes_in_sources()) - set(default_codes().values())
-    assert unused - RESERVED == set(), "in the table, raised nowhere"
+    unused = set(errors.ERROR_CODES) - set(error_codes()) - set(code_defaults().values())
+    assert unused - RESERVED == set(), "in the table but never raised"
     assert set(errors.ERROR_CODES) >= RESERVED
 
 
 def test_every_raise_gives_needs_fix_and_code() -> None:
     calls = raised_calls()
     assert calls
-    for where, call in calls:
-        given = {k.arg for k in call.keywords}
+    for location, call in calls:
+        passed = {k.arg for k in call.keywords}
         name = getattr(call.func, "attr", getattr(call.func, "id", ""))
-        needed = {"needs", "fix"} if name in default_codes() else {"needs", "fix", "code"}
-        assert None in given or given >= needed, where
+        needed = {"needs", "fix"} if name in code_defaults() else {"needs", "fix", "code"}
+        assert None in passed or passed >= needed, location
 
 
 # ---- out of memory ------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_the_real_allocator_is_recognised() -> None:
     assert out_of_memory(e.value).needs.startswith(f"{2**20:.1f} GiB more; ")
 
 
-def test_told_with_required_and_free() -> None:
+def test_the_error_has_the_required_and_the_free_memory() -> None:
     error = out_of_memory(torch.OutOfMemoryError(CUDA), "decode", "cuda")
     assert isinstance(error, OutOfMemory) and error.exit_code == 4 and error.code == "E-MEM-01"
     assert error.got == "out of memory on cuda in stage decode"

@@ -1,4 +1,4 @@
-"""The Wan family: every published figure once more, literally; helpers as properties; rows found by shape."""
+"""The Wan family: published figures as literals, properties of helpers, and rows matched by shape."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PUBLISHED: dict[str, tuple[Any, ...]] = {
     "Wan2.1-I2V-14B-480P": ("i2v", 1, 40, 3.0, None, 5.0, None, 81, 16, P480),
     "Wan2.1-I2V-14B-720P": ("i2v", 1, 40, 5.0, None, 5.0, None, 81, 16, P720 | P480),
 }
-# What the published folders hold: width (heads x head size), layers, channels in and out, experts, image K/V.
+# Published folders: width (heads x head size), layers, channels in and out, experts, image K/V.
 A14B: dict[str, Any] = {"dim": 40 * 128, "num_layers": 40, "out_channels": 16, "image_cross_attention": False}
 SHAPES: dict[str, dict[str, Any]] = {
     "Wan2.2-T2V-A14B": {**A14B, "in_channels": 16, "num_experts": 2},
@@ -74,14 +74,14 @@ def test_default_sizes() -> None:
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_every_row_is_legal_by_its_own_rules(name: str) -> None:
+def test_every_row_follows_its_own_rules(name: str) -> None:
     s = SPECS[name]
     assert s.num_frames % 4 == 1
     for width, height in s.sizes:
         assert width % s.size_multiple == height % s.size_multiple == 0
 
 
-def test_the_demo_row_is_the_demo_world() -> None:
+def test_the_demo_row_matches_the_demo_world() -> None:
     from ascendit.demo import world
 
     demo = SPECS["ascendit-demo"]
@@ -89,7 +89,7 @@ def test_the_demo_row_is_the_demo_world() -> None:
     assert (demo.num_frames, demo.fps, demo.num_experts) == (world.FRAMES, world.FPS, 2)
 
 
-def test_shift_depends_on_the_size_where_the_authors_say_so() -> None:
+def test_shift_depends_on_the_size_as_published() -> None:
     i2v = SPECS["Wan2.1-I2V-14B-720P"]
     assert i2v.shift_for(1280, 720) == 5.0
     assert i2v.shift_for(832, 480) == i2v.shift_for(480, 832) == 3.0
@@ -99,10 +99,10 @@ def test_shift_depends_on_the_size_where_the_authors_say_so() -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_match_finds_the_row_of_a_published_folder(name: str) -> None:
+def test_match_returns_the_row_of_a_published_folder(name: str) -> None:
     for folder in ("", f"{name}-Diffusers", "my-model"):
-        found = match_spec(**SHAPES[name], folder_name=folder)
-        assert found is not None and found.name == name
+        spec = match_spec(**SHAPES[name], folder_name=folder)
+        assert spec is not None and spec.name == name
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,9 @@ def test_match_finds_the_row_of_a_published_folder(name: str) -> None:
         ("anything", "Wan2.1-I2V-14B-720P"),
     ],
 )
-def test_match_tells_480p_from_720p_by_the_folder(folder: str, name: str) -> None:
-    found = match_spec(**I2V_21, folder_name=folder)
-    assert found is not None and found.name == name
+def test_match_distinguishes_480p_and_720p_by_the_folder(folder: str, name: str) -> None:
+    spec = match_spec(**I2V_21, folder_name=folder)
+    assert spec is not None and spec.name == name
 
 
 @pytest.mark.parametrize("name", [*SHAPES, "Wan2.1-I2V-14B-480P"])
@@ -125,12 +125,12 @@ def test_match_tells_480p_from_720p_by_the_folder(folder: str, name: str) -> Non
     ("field", "value"),
     [("dim", 512), ("num_layers", 2), ("in_channels", 20), ("out_channels", 4), ("num_experts", 3)],
 )
-def test_match_is_none_when_one_figure_is_off(name: str, field: str, value: int) -> None:
+def test_match_is_none_if_one_figure_differs(name: str, field: str, value: int) -> None:
     shape = {**SHAPES.get(name, I2V_21), field: value}
     assert match_spec(**shape, folder_name=name) is None
 
 
-def test_match_needs_image_cross_attention_to_agree() -> None:
+def test_match_needs_equal_image_cross_attention() -> None:
     assert match_spec(**{**I2V_21, "image_cross_attention": False}, folder_name="Wan2.1-I2V-14B-480P") is None
     assert match_spec(**{**SHAPES["Wan2.1-T2V-14B"], "image_cross_attention": True}) is None
 
@@ -143,7 +143,7 @@ def test_the_table_needs_no_torch() -> None:
 # ---- config.json --------------------------------------------------------------------------------
 
 
-def test_defaults_are_those_of_diffusers() -> None:
+def test_defaults_equal_those_of_diffusers() -> None:
     assert WanConfig().to_dict() == {
         "patch_size": [1, 2, 2],
         "num_attention_heads": 40,
@@ -165,6 +165,6 @@ def test_defaults_are_those_of_diffusers() -> None:
     assert VaeConfig.from_dict({"z_dim": 16}) == VaeConfig(scale_factor_spatial=8, scale_factor_temporal=4)
 
 
-def test_a_config_without_channels_out_has_as_many_as_in() -> None:
+def test_out_channels_default_to_in_channels() -> None:
     assert WanConfig.from_dict({"in_channels": 48, "out_channels": None}).out_channels == 48
     assert WanConfig.from_dict({"_class_name": "x", "patch_size": [1, 4, 4]}).patch_size == (1, 4, 4)

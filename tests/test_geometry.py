@@ -1,4 +1,4 @@
-"""Frames, latents, patches and tokens; what is legal, and what is nearest to it."""
+"""Frames, latents, patches and tokens: valid numbers, and the nearest valid ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ascendit.geometry import (
 
 
 @given(st.integers(1, 5000), st.integers(1, 8))
-def test_nearest_frames_enclose_what_was_asked(frames: int, stride: int) -> None:
+def test_nearest_frames_enclose_the_request(frames: int, stride: int) -> None:
     low, high = nearest_frames(frames, stride)
     assert low <= frames < high == low + stride
     assert low % stride == high % stride == 1 % stride
@@ -31,13 +31,13 @@ def test_nearest_frames_are_never_below_one(frames: int) -> None:
 
 
 @given(st.integers(1, 5000), st.sampled_from([8, 16, 32]))
-def test_nearest_sizes_enclose_what_was_asked(pixels: int, multiple: int) -> None:
+def test_nearest_sizes_enclose_the_request(pixels: int, multiple: int) -> None:
     low, high = nearest_sizes(pixels, multiple)
     assert high == low + multiple and low % multiple == 0 and low >= multiple
     assert low <= pixels < high or (pixels < multiple == low)
 
 
-def test_examples_a_user_meets() -> None:
+def test_typical_requests() -> None:
     assert nearest_frames(80) == (77, 81)
     assert nearest_frames(120) == (117, 121)
     assert nearest_sizes(720, 32) == (704, 736)
@@ -45,7 +45,7 @@ def test_examples_a_user_meets() -> None:
 
 
 @given(st.floats(0.01, 60), st.integers(1, 60))
-def test_frames_for_is_the_nearest_legal_length(seconds: float, fps: int) -> None:
+def test_frames_for_returns_the_nearest_valid_length(seconds: float, fps: int) -> None:
     frames = frames_for(seconds, fps)
     assert frames % 4 == 1 and frames >= 1
     assert abs((frames - 1) - seconds * fps) <= 2

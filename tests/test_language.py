@@ -47,6 +47,7 @@ BANNED = re.compile(
 TEXTS = [
     *(p for p in sorted(SRC.rglob("*")) if p.suffix in {".py", ".cpp", ".h", ".toml", ".html"}),
     *sorted((REPO / "docs").glob("*.md")),
+    *sorted((REPO / "benchmarks").glob("*.*")),
     *(REPO / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile")),
 ]
 

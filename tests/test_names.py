@@ -1,5 +1,5 @@
-"""Names, their order and spellings. The oracles are Diffusers' own model, built without memory, and its own
-conversion of original names."""
+"""Names, their order and styles. The oracles are Diffusers' model on the meta device and its conversion of
+Wan names."""
 
 from __future__ import annotations
 
@@ -83,17 +83,17 @@ def of_spec(spec: WanSpec) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_names_and_shapes_are_those_of_diffusers(variant: str) -> None:
+def test_names_and_shapes_equal_those_of_diffusers(variant: str) -> None:
     config = {**SMALL, **VARIANTS[variant]}
     with torch.device("meta"):
         model = WanTransformer3DModel(**config)
-    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert expected_tensors(config) == found
-    assert expected_tensors(dict(model.config)) == found  # as written to config.json, with every default
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert expected_tensors(config) == shapes
+    assert expected_tensors(dict(model.config)) == shapes  # as written to config.json, with all defaults
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_linear_layers_are_those_of_diffusers(variant: str) -> None:
+def test_linear_layers_equal_those_of_diffusers(variant: str) -> None:
     config = {**SMALL, **VARIANTS[variant]}
     with torch.device("meta"):
         model = WanTransformer3DModel(**config)
@@ -105,7 +105,7 @@ def test_linear_layers_are_those_of_diffusers(variant: str) -> None:
     assert [n for n in modules if is_block_linear(n)] == [n for n in linears if "blocks" in n]
 
 
-def test_the_layers_of_a_block_come_in_the_order_of_the_model() -> None:
+def test_the_layers_of_a_block_have_the_order_of_the_model() -> None:
     assert block_linears({"num_layers": 1}) == (
         *(f"blocks.0.attn1.{x}" for x in ("to_q", "to_k", "to_v", "to_out.0")),
         *(f"blocks.0.attn2.{x}" for x in ("to_q", "to_k", "to_v", "to_out.0")),
@@ -119,7 +119,7 @@ def test_the_layers_of_a_block_come_in_the_order_of_the_model() -> None:
     )
 
 
-def test_defaults_are_those_of_diffusers() -> None:
+def test_defaults_equal_those_of_diffusers() -> None:
     with torch.device("meta"):
         model = WanTransformer3DModel(num_layers=1)
     assert expected_tensors({"num_layers": 1}) == {n: tuple(t.shape) for n, t in model.state_dict().items()}
@@ -138,7 +138,7 @@ def test_defaults_are_those_of_diffusers() -> None:
         ("patch_size", 2),
     ],
 )
-def test_a_value_that_is_no_dimension_is_named(key: str, value: object) -> None:
+def test_an_invalid_dimension_is_named(key: str, value: object) -> None:
     with pytest.raises(CheckpointError, match=f"has {key} = ") as e:
         expected_tensors({**SMALL, key: value})
     assert e.value.code == "E-CKP-06"
@@ -148,7 +148,7 @@ def test_a_value_that_is_no_dimension_is_named(key: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_every_tensor_of_the_family_goes_there_and_back(spec: WanSpec) -> None:
+def test_every_tensor_name_converts_and_back(spec: WanSpec) -> None:
     names = list(expected_tensors(of_spec(spec)))
     original = [to_wan(name) for name in names]
     assert None not in original
@@ -157,7 +157,7 @@ def test_every_tensor_of_the_family_goes_there_and_back(spec: WanSpec) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_suffixes_ride_along(spec: WanSpec) -> None:
+def test_suffixes_are_preserved(spec: WanSpec) -> None:
     for layer in all_linears(of_spec(spec) | {"num_layers": 2}):
         wan = to_wan(layer)
         assert wan is not None and to_diffusers(wan) == layer
@@ -167,21 +167,21 @@ def test_suffixes_ride_along(spec: WanSpec) -> None:
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
-def test_what_quantized_attention_leaves_behind(leaf: str) -> None:
+def test_names_of_quantized_attention(leaf: str) -> None:
     for wan, diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2")):
         assert to_diffusers(f"blocks.39.{wan}.{leaf}") == f"blocks.39.{diffusers}.{leaf}"
         assert to_wan(f"blocks.39.{diffusers}.{leaf}") == f"blocks.39.{wan}.{leaf}"
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_it_is_the_conversion_of_diffusers(spec: WanSpec) -> None:
-    names = [n for n in expected_tensors(of_spec(spec)) if "pos_embed" not in n]  # its loader has no FLF2V
+def test_names_equal_the_conversion_of_diffusers(spec: WanSpec) -> None:
+    names = [n for n in expected_tensors(of_spec(spec)) if "pos_embed" not in n]  # no FLF2V in its loader
     stored = {to_wan(name): torch.tensor(i) for i, name in enumerate(names)}
     converted = convert_wan_transformer_to_diffusers(dict(stored))
     assert {name: int(value) for name, value in converted.items()} == {n: i for i, n in enumerate(names)}
 
 
-def test_the_norms_change_places() -> None:
+def test_norm2_and_norm3_are_swapped() -> None:
     assert to_diffusers("blocks.0.norm3.weight") == "blocks.0.norm2.weight"
     assert to_diffusers("blocks.0.norm2.weight") == "blocks.0.norm3.weight"
     assert to_wan("blocks.0.norm2.bias") == "blocks.0.norm3.bias"
@@ -197,12 +197,12 @@ def test_the_norms_change_places() -> None:
         *("blocks.\u0663.ffn.0.weight", "text_embedding.0weight"),
     ],
 )
-def test_unknown_names_are_none(name: str) -> None:
+def test_unknown_names_have_no_conversion(name: str) -> None:
     assert to_diffusers(name) is None
 
 
 @given(st.lists(st.sampled_from("blocks 0 17 self_attn attn1 q to_q ffn net 2 norm2 norm3 weight".split())))
-def test_each_is_the_inverse_of_the_other(parts: list[str]) -> None:
+def test_the_conversions_are_inverse(parts: list[str]) -> None:
     name = ".".join(parts)
     if (new := to_diffusers(name)) is not None:
         assert to_wan(new) == name
@@ -212,7 +212,7 @@ def test_each_is_the_inverse_of_the_other(parts: list[str]) -> None:
 
 @pytest.mark.parametrize("model", ["t2v_d64_l6/high_noise_model", "ti2v_d128_l1"])
 def test_a_real_original_model_loads_into_diffusers(model: str) -> None:
-    """Strict: every tensor of WanModel has its place in WanTransformer3DModel, by the derived config."""
+    """Strict: WanTransformer3DModel with the derived config has every tensor of WanModel."""
     expert = read_expert(recognise(SOURCES / model).experts[0])
     config = {key: value for key, value in expert.config.items() if not key.startswith("_")}
     with torch.device("meta"):
@@ -224,7 +224,7 @@ def test_a_real_original_model_loads_into_diffusers(model: str) -> None:
     assert torch.equal(network.blocks[0].norm2.weight, stored["blocks.0.norm3.weight"])
 
 
-# ---- spellings of other tools --------------------------------------------------------------------
+# ---- names of other tools ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_the_diffusers_name(name: str, naming: object, expected: str) -> None:
     assert canonical(name, naming) == expected  # type: ignore[arg-type]
 
 
-def test_only_whole_wrappers_come_off() -> None:
+def test_only_complete_wrappers_are_removed() -> None:
     assert unwrapped("x.linear.weight") == "x.weight"
     assert unwrapped("x.div.mul_scale") == "x.mul_scale"
     for name in ("x.linear.y.weight", "x.div.weight", "x.linear_1.weight", "linear", "x.linear"):
@@ -270,7 +270,7 @@ def test_only_whole_wrappers_come_off() -> None:
         ([], None),
     ],
 )
-def test_whose_names_they_are(names: list[str], naming: str | None) -> None:
+def test_the_naming_of_tensors(names: list[str], naming: str | None) -> None:
     assert naming_of(names) == naming
 
 
@@ -280,10 +280,10 @@ def test_on_disk() -> None:
     assert on_disk("strange", "wan") == "strange"
 
 
-# ---- many names in few words ---------------------------------------------------------------------
+# ---- names as patterns ---------------------------------------------------------------------------
 
-EVERY = all_linears({"num_layers": 8})
-BLOCK = [name.removeprefix("blocks.0.") for name in EVERY if name.startswith("blocks.0.")]
+LAYERS = all_linears({"num_layers": 8})
+BLOCK = [name.removeprefix("blocks.0.") for name in LAYERS if name.startswith("blocks.0.")]
 
 
 def of_block(*numbers: int) -> list[str]:
@@ -291,16 +291,16 @@ def of_block(*numbers: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("chosen", "words"),
+    ("chosen", "patterns"),
     [
         ([], ()),
-        (EVERY, ("condition_embedder.*", "blocks.*", "proj_out")),
+        (LAYERS, ("condition_embedder.*", "blocks.*", "proj_out")),
         (of_block(0, 1, 2, 3, 4), ("blocks.0-4",)),
         (of_block(0, 2, 3, 7), ("blocks.0,2-3,7",)),
         (["blocks.3.attn2.to_out.0"], ("blocks.3.attn2.to_out.0",)),
         ([f"blocks.{n}.ffn.net.2" for n in range(8)], ("blocks.0-7.ffn.net.2",)),
         (of_block(0) + ["blocks.3.attn2.to_out.0"], ("blocks.0", "blocks.3.attn2.to_out.0")),
-        ([n for n in EVERY if ".attn1." in n], ("blocks.0-7.attn1.*",)),
+        ([n for n in LAYERS if ".attn1." in n], ("blocks.0-7.attn1.*",)),
         (["condition_embedder.time_proj"], ("condition_embedder.time_proj",)),
         (
             ["condition_embedder.text_embedder.linear_1", "condition_embedder.text_embedder.linear_2"],
@@ -308,32 +308,33 @@ def of_block(*numbers: int) -> list[str]:
         ),
     ],
 )
-def test_groups(chosen: list[str], words: tuple[str, ...]) -> None:
-    assert grouped(chosen, EVERY) == words
+def test_groups(chosen: list[str], patterns: tuple[str, ...]) -> None:
+    assert grouped(chosen, LAYERS) == patterns
 
 
 def test_ranges() -> None:
     assert ranges([7, 0, 1, 2, 4]) == "0-2,4,7"
 
 
-def matches(word: str, name: str) -> bool:
-    """What a reader takes a word to mean."""
-    found = re.fullmatch(r"blocks\.([\d,-]+)(.*)", word)
-    if found is None:
-        return name == word or (word.endswith(".*") and name.startswith(word[:-1]))
+def matches(pattern: str, name: str) -> bool:
+    """Whether a reader would apply the pattern to the name."""
+    match = re.fullmatch(r"blocks\.([\d,-]+)(.*)", pattern)
+    if match is None:
+        return name == pattern or (pattern.endswith(".*") and name.startswith(pattern[:-1]))
     numbers = set()
-    for span in found[1].split(","):
+    for span in match[1].split(","):
         first, _, last = span.partition("-")
         numbers |= set(range(int(first), int(last or first) + 1))
-    rest = found[2] or ".*"
+    suffix = match[2] or ".*"
     return any(
-        name == f"blocks.{n}{rest}" or (rest.endswith(".*") and name.startswith(f"blocks.{n}{rest[:-1]}"))
+        name == f"blocks.{n}{suffix}"
+        or (suffix.endswith(".*") and name.startswith(f"blocks.{n}{suffix[:-1]}"))
         for n in numbers
     )
 
 
-@given(st.sets(st.sampled_from(EVERY)))
-def test_the_words_mean_exactly_the_chosen(chosen: set[str]) -> None:
-    words = grouped(chosen, EVERY)
-    assert {name for name in EVERY if any(matches(w, name) for w in words)} == chosen
-    assert len(words) == len(set(words))
+@given(st.sets(st.sampled_from(LAYERS)))
+def test_the_patterns_match_exactly_the_chosen_names(chosen: set[str]) -> None:
+    patterns = grouped(chosen, LAYERS)
+    assert {name for name in LAYERS if any(matches(p, name) for p in patterns)} == chosen
+    assert len(patterns) == len(set(patterns))

@@ -1,4 +1,4 @@
-"""Speed and time to go of an event, and the meter of a conversion."""
+"""Speed and remaining time of an event, and the meter of a conversion."""
 
 import subprocess
 import sys
@@ -12,26 +12,26 @@ def moved(done: int, total: int, seconds: float, skipped: int = 0) -> Progress:
     return Progress(stage="write", step=done, total=total, unit="byte", seconds=seconds, skipped=skipped)
 
 
-def test_speed_and_time_to_go() -> None:
+def test_speed_and_remaining_time() -> None:
     progress = moved(3 << 30, 12 << 30, 2.0)
     assert progress.speed == 1.5 * 2**30
     assert progress.eta == 6.0
 
 
-def test_nothing_is_known_at_the_start() -> None:
+def test_there_is_no_estimate_at_the_start() -> None:
     progress = moved(0, 1 << 30, 0.0)
     assert progress.speed == 0.0
     assert progress.eta is None
 
 
-def test_the_first_percent_says_nothing_about_the_rest() -> None:
+def test_there_is_no_estimate_in_the_first_percent() -> None:
     """Opening files and loading code takes longer than the first bytes."""
     assert moved(9 << 20, 1000 << 20, 0.3).eta is None
     assert moved(10 << 20, 1000 << 20, 0.3).eta == pytest.approx(29.7)
     assert moved(501 << 20, 1000 << 20, 0.3, 500 << 20).eta is None
 
 
-def test_bytes_of_a_killed_run_are_not_counted_as_speed() -> None:
+def test_bytes_of_a_killed_run_do_not_count_for_the_speed() -> None:
     progress = moved(9 << 30, 12 << 30, 2.0, 5 << 30)
     assert progress.speed == 2 << 30
     assert progress.eta == 1.5
@@ -39,31 +39,33 @@ def test_bytes_of_a_killed_run_are_not_counted_as_speed() -> None:
 
 
 @pytest.mark.parametrize("total", [0, 7])
-def test_at_the_end_nothing_is_left(total: int) -> None:
+def test_the_remaining_time_is_zero_at_the_end(total: int) -> None:
     assert moved(total, total, 1.0).eta == 0.0
 
 
-def test_steps_have_a_pace() -> None:
+def test_speed_of_steps() -> None:
     progress = Progress(stage="denoise", step=3, total=10, seconds=0.5)
     assert (progress.speed, progress.eta) == (2.0, 3.5)
     assert Progress(stage="denoise", total=10).eta is None
 
 
 def test_the_meter_counts_over_stages() -> None:
-    told: list[Progress] = []
-    meter = Meter(10, told.append)
+    events: list[Progress] = []
+    meter = Meter(10, events.append)
     first, second = meter.stage_counter("transformer"), meter.stage_counter("check")
     first("a", 3, skipped=True)
     second("b", 4)
-    assert [(p.stage, p.name, p.step, p.skipped) for p in told] == [
+    assert [(p.stage, p.name, p.step, p.skipped) for p in events] == [
         ("transformer", "a", 3, 3),
         ("check", "b", 7, 3),
     ]
-    assert {(p.total, p.unit) for p in told} == {(10, "byte")} and told[1].seconds >= told[0].seconds > 0
+    assert {(p.total, p.unit) for p in events} == {(10, "byte")} and events[1].seconds >= events[
+        0
+    ].seconds > 0
     Meter(1, None).stage_counter("quiet")("a", 1)
 
 
-def test_it_is_light() -> None:
+def test_the_module_imports_no_torch() -> None:
     code = "import ascendit.progress, sys; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""What reports share."""
+"""Helpers of all reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from ascendit.report import columns, counted, group_by, human_bytes, json_data, selected, titled, totals
 
 
-def test_columns_are_as_wide_as_their_widest_cell_and_end_without_blanks() -> None:
+def test_columns_have_the_width_of_their_widest_cell_and_no_trailing_blanks() -> None:
     rows = [("layer", "dB", ""), ("blocks.0.attn1", f"{7.5:6.2f}", "x"), ("", "-", "a longer end")]
     assert columns(rows, indent=" ") == [
         " layer           dB",
@@ -28,7 +28,7 @@ def test_rows_of_unequal_length_are_refused() -> None:
         columns([("a", "b"), ("c",)])
 
 
-def test_a_title_is_said_once() -> None:
+def test_a_title_appears_once() -> None:
     rows = list(titled([("Kept", ["one", "two"]), ("Nothing", []), ("Size", iter(["three"]))]))
     assert rows == [("Kept", "one"), ("", "two"), ("Size", "three")]
 
@@ -38,7 +38,7 @@ def test_human_bytes() -> None:
     assert sizes == ["0 B", "1023 B", "1.0 KiB", "1.5 MiB", "5.0 GiB"]
 
 
-def test_counts_and_groups_keep_their_order() -> None:
+def test_counts_and_groups_preserve_order() -> None:
     assert [counted(n, "file") for n in (0, 1, 2)] == ["0 files", "1 file", "2 files"]
     groups = group_by(["to_q", "ffn", "to_k"], lambda name: name[:2])
     assert list(groups.items()) == [("to", ["to_q", "to_k"]), ("ff", ["ffn"])]
@@ -72,7 +72,7 @@ class Own:
         return {"own": 1}
 
 
-def test_plain_data() -> None:
+def test_json_data() -> None:
     record = Outer(Inner(Path("a/b"), more={"x": (Own(), None)}))
     expected = {"path": "a/b", "sizes": [1, 2], "more": {"x": [{"own": 1}, None]}}
     assert json_data(record) == {"inner": expected, "verdict": "runs"}

@@ -1,4 +1,4 @@
-"""Precision by step: what is written, what it means, what is refused."""
+"""The precision of each step: its text, meaning and errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_spans_single_steps_and_default():
     assert policy.precisions == {"bf16", "w4a8", "stored"}
 
 
-def test_a_schedule_resolves_to_a_record_for_each_step():
+def test_a_schedule_resolves_to_one_record_per_step():
     sparse = Step(attention="sparse", cache="reuse")
     schedule = StepSchedule(((1, sparse), (2, Step("w4a8"))), Step("bf16"))
     assert schedule.resolve(4) == (Step("bf16"), sparse, Step("w4a8"), Step("bf16"))
@@ -31,12 +31,12 @@ def test_a_schedule_resolves_to_a_record_for_each_step():
     st.dictionaries(st.integers(0, 60), st.sampled_from((*PRECISIONS, "stored")), min_size=1),
     st.sampled_from((*PRECISIONS, "stored")),
 )
-def test_text_and_back(steps, default):
+def test_a_schedule_can_be_parsed_from_its_text(steps, default):
     policy = StepSchedule(tuple((i, Step(p)) for i, p in sorted(steps.items())), Step(default))
     assert StepSchedule.parse(str(policy)) == policy
 
 
-def test_stored_is_written_too():
+def test_stored_appears_in_the_text():
     policy = StepSchedule.parse("0:stored,default:w4a8")
     assert [step.precision for step in policy.resolve(2)] == ["stored", "w4a8"]
     assert StepSchedule.parse("default:stored") == StepSchedule()
@@ -55,7 +55,7 @@ def test_stored_is_written_too():
         ("-1:w4a8", "'-1' is not a step"),
     ],
 )
-def test_nonsense_is_told(text, problem):
+def test_an_invalid_schedule_is_an_error(text, problem):
     with pytest.raises(UsageError) as e:
         StepSchedule.parse(text)
     assert problem in e.value.got and e.value.code == "E-USE-01" and "--step-policy" in e.value.fix
@@ -68,7 +68,7 @@ def test_steps_beyond_the_last_are_refused():
     assert e.value.code == "E-REQ-03" and "0 to 5" in e.value.needs
 
 
-def test_a_precision_needs_its_weights():
+def test_a_precision_needs_weights_of_its_scheme():
     policy = StepSchedule.parse("0:w4a8")
     policy.check_schemes({"mxfp4", "bf16"}, floats=False)
     with pytest.raises(UsageError, match="no layer is in mxfp4; the model has bf16, mxfp8"):

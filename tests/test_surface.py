@@ -1,4 +1,4 @@
-"""The public surface. A name that comes or goes changes this file in the same commit."""
+"""The public names. A commit that adds or removes one changes this file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PUBLIC = [
 ]
 
 
-def test_public_names_are_these() -> None:
+def test_public_names() -> None:
     assert ascendit.__all__ == PUBLIC == sorted(PUBLIC)
     assert sorted(dir(ascendit)) == PUBLIC
 
@@ -45,13 +45,13 @@ def test_unknown_name_is_an_attribute_error() -> None:
         _ = ascendit.nothing
 
 
-def test_star_import_gives_the_public_names() -> None:
+def test_star_import_exports_the_public_names() -> None:
     code = "from ascendit import *\nprint(*sorted(n for n in dir() if n[:2] != '__' or n == '__version__'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == PUBLIC, done.stderr
 
 
-def test_one_version() -> None:
+def test_the_version_is_consistent() -> None:
     project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert ascendit.__version__ == project["version"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", ascendit.__version__)
@@ -62,5 +62,5 @@ def test_one_version() -> None:
     assert installed == project["version"]
 
 
-def test_types_are_shipped_with_the_package() -> None:
+def test_the_package_has_py_typed() -> None:
     assert (Path(ascendit.__file__).parent / "py.typed").is_file()

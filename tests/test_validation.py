@@ -1,4 +1,4 @@
-"""Errors of pydantic as errors of ascendit."""
+"""Pydantic errors as errors of ascendit."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Outer(Model):
         ({"count": None}, "count: Input should be a valid integer"),
     ],
 )
-def test_the_first_problem_is_what_the_user_reads(data: object, text: str) -> None:
+def test_the_error_is_the_first_problem(data: object, text: str) -> None:
     with pytest.raises(ValidationError) as e:
         Outer.model_validate(data)
     error = usage_error(e.value, source="my.toml", needs="entries", fix="correct it")
@@ -53,11 +53,11 @@ def test_the_first_problem_is_what_the_user_reads(data: object, text: str) -> No
     assert (error.needs, error.fix, error.code) == ("entries", "correct it", "E-USE-01")
 
 
-def test_an_error_of_ours_passes() -> None:
+def test_an_ascendit_error_is_raised_unchanged() -> None:
     with pytest.raises(UsageError, match="E-REQ-03"):
         Outer.model_validate({"count": -1})
 
 
-def test_a_text_that_cannot_be_read() -> None:
+def test_a_text_that_is_not_toml() -> None:
     error = usage_error(ValueError("line 1"), source="my.toml", syntax="TOML", needs="n", fix="f")
     assert error.got == "my.toml: it is not TOML (line 1)"

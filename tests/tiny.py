@@ -1,7 +1,7 @@
-"""Tiny random Wan folders in Diffusers' layout, which the stock pipelines load and run in about a second.
+"""Tiny random Wan folders in Diffusers' layout; Diffusers' pipelines load and run them in about a second.
 
-`build_*` writes a whole folder from a seed; `shard` splits an expert's weights; `damage` breaks a copy.
-Every parameter is redrawn, norms and biases too, so that a model which drops one gives other numbers.
+`build_*` writes a complete folder from a seed; `shard` splits an expert's weights; `damage` breaks a copy.
+All parameters are redrawn, including norms and biases, so that the result changes if a model drops one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ INDEX = WEIGHTS + ".index.json"
 
 
 def redraw(module: torch.nn.Module, seed: int) -> None:
-    """Draw every parameter anew: matrices with 1/sqrt(fan in), norms around 1, the rest around 0."""
+    """Draw all parameters again: matrices of size 1/sqrt(fan in), norms around 1, others around 0."""
     module.eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -55,9 +55,9 @@ def redraw(module: torch.nn.Module, seed: int) -> None:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, so no two prompts look alike; ends with `</s>` like UMT5's."""
-    words = ["<pad>", "</s>", "<unk>", *sorted(set(string.printable) - set(string.ascii_uppercase))]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    """One token per character, so all prompts differ; ends with `</s>` like UMT5's."""
+    vocabulary = ["<pad>", "</s>", "<unk>", *sorted(set(string.printable) - set(string.ascii_uppercase))]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -86,7 +86,7 @@ def text_encoder(seed: int, vocab_size: int) -> UMT5EncoderModel:
 
 
 def vae(seed: int, *, wan22: bool = False) -> AutoencoderKLWan:
-    """Wan2.1's VAE (16 channels, 8x) or Wan2.2's residual one (48 channels, 16x), a few channels wide."""
+    """Wan2.1's VAE (16 channels, 8x) or Wan2.2's residual one (48 channels, 16x), with few inner channels."""
     channels = 48 if wan22 else 16
     generator = torch.Generator().manual_seed(seed + 1)
     new = {
@@ -108,7 +108,7 @@ def vae(seed: int, *, wan22: bool = False) -> AutoencoderKLWan:
         **(new if wan22 else {}),
     )
     redraw(model, seed)
-    with torch.no_grad():  # keep the frames off the clamp at -1 and 1
+    with torch.no_grad():  # avoids clamping of the frames at -1 and 1
         model.decoder.conv_out.weight.mul_(0.3)
     return model
 
@@ -116,7 +116,7 @@ def vae(seed: int, *, wan22: bool = False) -> AutoencoderKLWan:
 def transformer(
     seed: int, in_channels: int = 16, out_channels: int = 16, **extra: Any
 ) -> WanTransformer3DModel:
-    """Two blocks of Wan, 64 wide, ffn 80."""
+    """Two Wan blocks of width 64 and ffn_dim 80."""
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
@@ -143,15 +143,15 @@ def _write(
     dtype: torch.dtype,
     **parts: Any,
 ) -> Path:
-    """Complete `experts` to a pipeline and save it. The VAE stays float32, as in the published folders."""
-    words = tokenizer()
-    encoder = text_encoder(seed + 10, len(words))
+    """Save a pipeline with `experts`. The VAE is in float32, as in the published folders."""
+    text_tokenizer = tokenizer()
+    encoder = text_encoder(seed + 10, len(text_tokenizer))
     modules: list[torch.nn.Module] = [encoder, *experts]
     for module in modules:
         for parameter in module.parameters():  # `module.to` would log about layers kept in float32
             parameter.data = parameter.data.to(dtype)
     pipeline(
-        tokenizer=words,
+        tokenizer=text_tokenizer,
         text_encoder=encoder,
         vae=parts.pop("vae", None) or vae(seed + 20),
         scheduler=UniPCMultistepScheduler(
@@ -165,37 +165,37 @@ def _write(
 
 
 def build_t2v_cascade(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Wan2.2 T2V-A14B in small: two experts, boundary 0.875."""
+    """Small Wan2.2 T2V-A14B: two experts, boundary 0.875."""
     experts = [transformer(seed), transformer(seed + 1)]
     return _write(folder, WanPipeline, experts, seed, dtype, boundary_ratio=0.875)
 
 
 def build_t2v_single(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Wan2.1 T2V in small: one expert, no boundary."""
+    """Small Wan2.1 T2V: one expert, no boundary."""
     return _write(folder, WanPipeline, [transformer(seed)], seed, dtype)
 
 
 def build_ti2v(
     folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, pipeline: type = WanPipeline
 ) -> Path:
-    """Wan2.2 TI2V-5B in small: one expert, a timestep per token, 48 channels, sizes in multiples of 32."""
+    """Small Wan2.2 TI2V-5B: one expert, a timestep per token, 48 channels, sizes in multiples of 32."""
     parts = {"vae": vae(seed + 20, wan22=True), "expand_timesteps": True, "flow_shift": 5.0}
     return _write(folder, pipeline, [transformer(seed, 48, 48)], seed, dtype, **parts)
 
 
 def build_ti2v_image(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """The weights of `build_ti2v` under the image-to-video pipeline."""
+    """The weights of `build_ti2v` with the image-to-video pipeline."""
     return build_ti2v(folder, seed=seed, dtype=dtype, pipeline=WanImageToVideoPipeline)
 
 
 def build_i2v_cascade(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Wan2.2 I2V-A14B in small: two experts of 36 input channels, boundary 0.9, no image encoder."""
+    """Small Wan2.2 I2V-A14B: two experts of 36 input channels, boundary 0.9, no image encoder."""
     experts = [transformer(seed, 36), transformer(seed + 1, 36)]
     return _write(folder, WanImageToVideoPipeline, experts, seed, dtype, boundary_ratio=0.9)
 
 
 def build_i2v_21(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Wan2.1 I2V in small: 36 input channels and CLIP image tokens in the cross-attention."""
+    """Small Wan2.1 I2V: 36 input channels and CLIP image tokens in the cross-attention."""
     config = CLIPVisionConfig(
         hidden_size=IMAGE_DIM,
         intermediate_size=48,
@@ -242,16 +242,16 @@ def shard(folder: Path, expert: str = "transformer", count: int = 3) -> Path:
     weight_map: dict[str, str] = {}
     for i in range(count):
         file = f"diffusion_pytorch_model-{i + 1:05d}-of-{count:05d}.safetensors"
-        part = {n: weights[n] for n in names[i::count]}
-        save_file(part, folder / expert / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
+        shard_weights = {n: weights[n] for n in names[i::count]}
+        save_file(shard_weights, folder / expert / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard_weights, file)
     total = sum(t.numel() * t.element_size() for t in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / expert / INDEX).write_text(json.dumps(index, indent=2))
     return folder
 
 
-DAMAGED = "blocks.1.ffn.net.0.proj.weight"  # the tensor that `damage` touches
+DAMAGED = "blocks.1.ffn.net.0.proj.weight"  # the tensor that `damage` changes
 
 
 def copy(folder: Path, to: Path) -> Path:
@@ -259,27 +259,27 @@ def copy(folder: Path, to: Path) -> Path:
     return shutil.copytree(folder, to)
 
 
-def damage(folder: Path, how: str, expert: str = "transformer") -> Path:
-    """Break one thing in `folder`, which must be a copy; `how` is a key of `DAMAGES`."""
-    if how.startswith("index_") and not (folder / expert / INDEX).exists():
+def damage(folder: Path, kind: str, expert: str = "transformer") -> Path:
+    """Break one thing in `folder`, which must be a copy; `kind` is a key of `DAMAGES`."""
+    if kind.startswith("index_") and not (folder / expert / INDEX).exists():
         shard(folder, expert)
-    DAMAGES[how](folder / expert)
+    DAMAGES[kind](folder / expert)
     return folder
 
 
-def _truncate(part: Path) -> None:
-    file = max(part.glob("*.safetensors"))
+def _truncate(expert_folder: Path) -> None:
+    file = max(expert_folder.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def _no_weights(part: Path) -> None:
-    for file in part.glob("*.safetensors"):
+def _no_weights(expert_folder: Path) -> None:
+    for file in expert_folder.glob("*.safetensors"):
         file.unlink()
 
 
 def _edit_tensors(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def apply(part: Path) -> None:
-        for file in part.glob("*.safetensors"):
+    def apply(expert_folder: Path) -> None:
+        for file in expert_folder.glob("*.safetensors"):
             weights = load_file(file)
             if DAMAGED in weights:
                 edit(weights)
@@ -289,17 +289,19 @@ def _edit_tensors(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[P
 
 
 def _edit_json(name: str, edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    def apply(part: Path) -> None:
-        data = json.loads((part / name).read_text())
+    def apply(expert_folder: Path) -> None:
+        data = json.loads((expert_folder / name).read_text())
         edit(data)
-        (part / name).write_text(json.dumps(data, indent=2))
+        (expert_folder / name).write_text(json.dumps(data, indent=2))
 
     return apply
 
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "truncate_shard": _truncate,
-    "not_safetensors": lambda part: max(part.glob("*.safetensors")).write_text("<html>not found</html>"),
+    "not_safetensors": lambda expert_folder: max(expert_folder.glob("*.safetensors")).write_text(
+        "<html>404</html>"
+    ),
     "no_weights": _no_weights,
     "drop_tensor": _edit_tensors(lambda w: w.pop(DAMAGED)),
     "extra_tensor": _edit_tensors(lambda w: w.update({"blocks.9.extra.weight": torch.zeros(2)})),
@@ -314,6 +316,6 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
         INDEX, lambda d: d["weight_map"].update({DAMAGED: "../../outside.safetensors"})
     ),
     "other_class": _edit_json("config.json", lambda d: d.update(_class_name="FluxTransformer2DModel")),
-    "no_config": lambda part: (part / "config.json").unlink(),
-    "config_no_json": lambda part: (part / "config.json").write_text("{"),
+    "no_config": lambda expert_folder: (expert_folder / "config.json").unlink(),
+    "config_no_json": lambda expert_folder: (expert_folder / "config.json").write_text("{"),
 }

@@ -1,4 +1,4 @@
-"""The defaults of published models, for tests of requests. No torch here."""
+"""Defaults of published models, for tests of requests, without torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ascendit.pipeline.defaults import Defaults
 
 
 def defaults_of(name: str, **changed: Any) -> Defaults:
-    """The defaults that a folder of this row of the table has."""
+    """The defaults of a folder that matches this row of the table."""
     s = SPECS[name]
     same = {f.name for f in dataclasses.fields(Defaults)} & {f.name for f in dataclasses.fields(s)}
     values = {n: getattr(s, n) for n in same}

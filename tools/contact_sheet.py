@@ -1,11 +1,11 @@
-"""A picture of many videos at once: some frames of each side by side, its prompt below.
+"""A picture of many videos: some frames of each side by side, with its prompt below.
 
     python tools/contact_sheet.py docs/contact-sheet.png                  # 12 prompts, the demo model
     python tools/contact_sheet.py OUT.png --model FOLDER --seed 7
 
 The prompts are drawn by `demo.adherence.pick`, so they are spread over every colour, shape, direction and
-background, and one seed serves all: nothing is chosen by hand. Two of the twelve name a combination
-that training never showed; their captions say so.
+background, and all have one seed: nothing is chosen by hand. Two of the twelve name a combination
+that was held out of training; their captions say so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ascendit.demo import world
 from ascendit.demo.adherence import pick
 
-MARGIN, GAP, SCALE = 22, 4, 2  # pixels, except the enlargement
+MARGIN, GAP, SCALE = 22, 4, 2  # pixels, pixels, factor
 TEXT, OUTLINE, PAPER = "#24292f", "#d0d7de", "#ffffff"
 FONT_SIZE = 19
 
@@ -34,13 +34,13 @@ def strip(frames: NDArray[np.uint8], picks: int) -> Image.Image:
     draw = ImageDraw.Draw(row)
     for n, i in enumerate(np.linspace(0, f - 1, picks).round().astype(int)):
         x = n * (w + 2 + GAP)
-        draw.rectangle((x, 0, x + w + 1, h + 1), outline=OUTLINE)  # white videos end somewhere too
+        draw.rectangle((x, 0, x + w + 1, h + 1), outline=OUTLINE)  # shows the border of white videos
         row.paste(Image.fromarray(frames[i]).resize((w, h), Image.Resampling.NEAREST), (x + 1, 1))
     return row
 
 
 def fitting_font(texts: Sequence[str], width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font, as large as `FONT_SIZE`, smaller where the longest text needs it."""
+    """Pillow's own font in `FONT_SIZE`, or smaller, so that the longest text fits."""
     for size in range(FONT_SIZE, 9, -1):
         font = ImageFont.load_default(size)
         if max(font.getlength(t) for t in texts) <= width:
@@ -51,7 +51,7 @@ def fitting_font(texts: Sequence[str], width: int) -> ImageFont.FreeTypeFont | I
 def contact_sheet(
     videos: Sequence[tuple[str, NDArray[np.uint8]]], path: str | Path, columns: int = 2, picks: int = 5
 ) -> None:
-    """Write a PNG. `videos`: (caption, frames uint8 [F, H, W, 3]), all of one size, at least one."""
+    """Write a PNG. `videos`: (caption, frames uint8 [F, H, W, 3]), at least one, all of one size."""
     strips = [strip(frames, picks) for _, frames in videos]
     width, height = strips[0].size
     captions = [caption for caption, _ in videos]

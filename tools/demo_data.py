@@ -1,4 +1,4 @@
-"""What the demo model is trained on: true videos of its world, and captions in many wordings."""
+"""Training data of the demo model: true videos of its world, and captions in many wordings."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ DIRECTION_WORDS: dict[str, tuple[str, ...]] = {
 
 
 def caption(scene: Scene, wording: int, direction_word: int) -> str:
-    """The sentence for a scene in one of the wordings."""
-    words = DIRECTION_WORDS[scene.direction]
+    """The caption of a scene in one of the wordings."""
+    directions = DIRECTION_WORDS[scene.direction]
     return WORDINGS[wording % len(WORDINGS)].format(
-        c=scene.colour, s=scene.shape, d=words[direction_word % len(words)], b=scene.background
+        c=scene.colour, s=scene.shape, d=directions[direction_word % len(directions)], b=scene.background
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Motion:
-    """Where the thing is and how it moves, in pixels."""
+    """Position and motion of the object, in pixels."""
 
     radius: float
-    """Half of the extent: circle radius; squares and triangles are scaled to look as large."""
+    """Half of the extent: the radius of a circle; squares and triangles are scaled to a similar area."""
     travel: float
-    """Length of the whole path."""
+    """Length of the path."""
     centre: tuple[float, float]
     """Middle of the path (x, y)."""
 

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/ from the code, so that no page shows an old default or flag.
+"""Write the tables of README.md and docs/ from the code, so that no page shows a stale default or flag.
 
     python tools/docs_tables.py            # renew the tables
     python tools/docs_tables.py --check    # write nothing; exit code 1 and the names of stale pages
@@ -170,7 +170,7 @@ def traits_table() -> str:
 
 
 def tensors_table() -> str:
-    """The tensors of a layer [N, K] on disk, by the specs of the writers. Equal schemes share a row."""
+    """The tensors of a layer [N, K] on disk, from the specs of the writers. Equal schemes share a row."""
     from ascendit.weights.engine_formats import layer_specs
 
     symbols = {300: "N", 2048: "K", 1024: "K/2", 64: "ceil(K/32)", 4: "ceil(K/512)", 1: "1"}
@@ -232,7 +232,7 @@ def recipes_table() -> str:
 # ---- errors -------------------------------------------------------------------------------------
 
 
-def error_codes_table() -> str:
+def errors_table() -> str:
     rows = ((f'<a id="{code.lower()}"></a>`{code}`', text) for code, text in ERROR_CODES.items())
     return table(("code", "meaning"), rows)
 
@@ -350,8 +350,8 @@ def npu_capabilities_table() -> str:
 def npu_versions_table() -> str:
     from ascendit.doctor.npu import DRIVERS, MINDIESD, VERSION_SETS, begins
 
-    def beside(known: Any, cann: str | None) -> str:
-        matching = [v for c, versions in known.items() if cann and begins(c, cann) for v in versions]
+    def beside(table: Any, cann: str | None) -> str:
+        matching = [v for c, versions in table.items() if cann and begins(c, cann) for v in versions]
         return ", ".join(dict.fromkeys(matching)) or "?"
 
     def row(s: Any) -> tuple[object, ...]:
@@ -398,12 +398,12 @@ def world_table() -> str:
         "wording": WORDINGS,
     }
 
-    def text(words: Iterable[str], mark: str) -> str:
-        return ", ".join(f"{mark}{w}{mark}" for w in words)
+    def text(values: Iterable[str], mark: str) -> str:
+        return ", ".join(f"{mark}{value}{mark}" for value in values)
 
     return table(
         ("part", "count", "words"),
-        ((part, len(words), text(words, "`" if part == "wording" else "")) for part, words in rows.items()),
+        ((part, len(row), text(row, "`" if part == "wording" else "")) for part, row in rows.items()),
     )
 
 
@@ -418,7 +418,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale-rules": rules_table,
     "format-rules": format_rules_table,
     "recipes": recipes_table,
-    "errors": error_codes_table,
+    "errors": errors_table,
     "exits": exits_table,
     "commands": commands_table,
     "flags": lambda: flags_table(""),

@@ -21,10 +21,10 @@ SRC = REPO / "src" / "ascendit"
 IMAGES = REPO / "docs" / "images"
 
 BASICS = ("version", "errors", "validation", "environment", "progress", "report")
-"""Single files that every folder may import; they share the row `basics`."""
+"""Single files that every folder may import; together they are the row `basics`."""
 GROUPS: dict[str, dict[str, str]] = {
     "facts": {
-        "basics": "errors with codes, environment, progress, reports",
+        "basics": "error codes, environment, progress, reports",
         "family": "the Wan models: sizes, frames, defaults",
         "names": "tensor and layer names, Diffusers' and original",
     },
@@ -54,9 +54,9 @@ GROUPS: dict[str, dict[str, str]] = {
     "run": {"pipeline": "request, solver, loop, video"},
     "questions": {
         "demo": "scenes of the demo model, and their judge",
-        "inspect": "what is in a checkpoint?",
-        "doctor": "is this machine ready?",
-        "verify": "are the videos good?",
+        "inspect": "contents of a checkpoint",
+        "doctor": "readiness of this machine",
+        "verify": "quality of the videos",
     },
     "outside": {
         "integrations": "the bridge into Diffusers",
@@ -71,13 +71,13 @@ FONT = "-apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
 
 
 def row_of(module: str) -> str:
-    """`mx` for ascendit.mx.codec, `basics` for ascendit.errors, `` for what belongs to no folder."""
+    """`mx` for ascendit.mx.codec, `basics` for ascendit.errors, `` for the package itself."""
     folder = module.partition(".")[2].partition(".")[0]
     return "basics" if folder in BASICS or folder.startswith("__") else folder
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports, imports in functions and for type checking included."""
+    """Dotted names that a file imports, including imports in functions and for type checking."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -88,15 +88,15 @@ def imported(path: Path) -> Iterator[str]:
 
 def import_rows() -> dict[str, set[str]]:
     """Row -> the other rows that it imports."""
-    known = [row for rows in GROUPS.values() for row in rows]
-    edges: dict[str, set[str]] = {row: set() for row in known}
+    folders = [row for rows in GROUPS.values() for row in rows]
+    edges: dict[str, set[str]] = {row: set() for row in folders}
     for path in sorted(SRC.rglob("*.py")):
         row = row_of(".".join(path.relative_to(SRC.parent).with_suffix("").parts))
         if path.parent == SRC and path.stem.startswith("__") or not path.stat().st_size:
             continue  # the list of public names; empty files
         assert row in edges, f"{row}: add it to GROUPS in tools/draw_architecture.py"
         targets = {row_of(name) for name in imported(path) if name.startswith("ascendit.")}
-        edges[row] |= targets & set(known) - {row}
+        edges[row] |= targets & set(folders) - {row}
     return edges
 
 
@@ -119,10 +119,9 @@ def picture(width: float, height: float, title: str, parts: list[str]) -> str:
 
     def colours(group: tuple[str, ...], page: str, ink: str, soft: str, line: str) -> str:
         fills = "".join(f".g{i}{{fill:{c}}}.s{i}{{stroke:{c}}}" for i, c in enumerate(group))
-        rest = f".page{{fill:{page};stroke:{line}}}.ink{{fill:{ink}}}.soft{{fill:{soft}}}"
-        return (
-            f"{fills}{rest}.line{{stroke:{line}}}.flow{{stroke:{soft}}}.head{{fill:{soft}}}.on{{fill:{page}}}"
-        )
+        inks = f".page{{fill:{page};stroke:{line}}}.ink{{fill:{ink}}}.soft{{fill:{soft}}}"
+        lines = f".line{{stroke:{line}}}.flow{{stroke:{soft}}}.head{{fill:{soft}}}.on{{fill:{page}}}"
+        return fills + inks + lines
 
     style = (
         f"text{{font-family:{FONT};font-size:13px}}.bold{{font-weight:600}}.small{{font-size:12px}}"
@@ -146,14 +145,14 @@ TOP, GROUP, NAME, SUBJECT, MATRIX = 118, 20, 126, 232, 552
 def draw_architecture() -> str:
     """A row for each folder; dots at the folders that it imports. All dots are left of the diagonal."""
     edges = import_rows()
-    rows = [(i, row, words) for i, group in enumerate(GROUPS.values()) for row, words in group.items()]
+    rows = [(i, row, subject) for i, group in enumerate(GROUPS.values()) for row, subject in group.items()]
     column = {row: MATRIX + CELL * j + CELL / 2 for j, (_, row, _) in enumerate(rows)}
     parts = [text(GROUP, 36, "src/ascendit in import order", "ink bold")]
     parts += [text(GROUP, 58, "A dot: this folder imports the one named above the column.", "soft small")]
     parts += [text(GROUP, 76, "A folder imports only folders above it, so no dot is right", "soft small")]
     parts += [text(GROUP, 94, "of the filled squares.", "soft small")]
     y, last = float(TOP), -1
-    for i, row, words in rows:
+    for i, row, subject in rows:
         if i != last:
             y += GAP if last >= 0 else 0
             name, count = list(GROUPS.items())[i]
@@ -165,18 +164,18 @@ def draw_architecture() -> str:
             last = i
         middle, x = y + ROW / 2, column[row]
         parts.append(text(NAME, middle + 4, row, "ink bold mono"))
-        parts.append(text(SUBJECT, middle + 4, words, "soft small"))
+        parts.append(text(SUBJECT, middle + 4, subject, "soft small"))
         parts.append(box(x - 7, middle - 7, 14, 14, f"g{i}", 3))
         for group, target, _ in rows:
             if target in edges[row]:
                 parts.append(f'<circle cx="{column[target]:g}" cy="{middle:g}" r="4.5" class="g{group}"/>')
-        turned = f"rotate(-60 {x:g} {TOP - 8})"
-        parts.append(text(x, TOP - 8, row, "ink small mono", transform=turned))
+        rotation = f"rotate(-60 {x:g} {TOP - 8})"
+        parts.append(text(x, TOP - 8, row, "ink small mono", transform=rotation))
         y += ROW
     return picture(MATRIX + CELL * len(rows) + 36, y + 14, "The folders of ascendit and their imports", parts)
 
 
-# ---- what ascendit does -------------------------------------------------------------------------
+# ---- the overview -------------------------------------------------------------------------------
 
 
 def card(x: float, y: float, width: float, group: int, title: str, *lines: str) -> list[str]:
@@ -219,7 +218,7 @@ def draw_overview() -> str:
     parts.append(
         text(24, 350, "generate runs on any of these, with the same noise from the same seed:", "soft small")
     )
-    return picture(940, 418, "What ascendit does: from a checkpoint to a video", parts)
+    return picture(940, 418, "From a checkpoint to a video with ascendit", parts)
 
 
 DEVICES = (

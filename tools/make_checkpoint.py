@@ -1,13 +1,14 @@
-"""Write a Wan-shaped BF16 checkpoint of random numbers, for benchmarks and trials of big files.
+"""Write a Wan-shaped BF16 checkpoint of random numbers, for benchmarks and tests with large files.
 
     python tools/make_checkpoint.py build/big                          # about 2.8 GB, A14B width
-    python tools/make_checkpoint.py build/big --layout wan --cascade   # as the original repository has it
+    python tools/make_checkpoint.py build/big --layout wan --cascade   # layout of the original repository
     python tools/make_checkpoint.py build/small --blocks 2 --dim 256 --ffn 512
 
-Layouts: `transformers` (folders of Diffusers transformers alone), `diffusers` (a whole pipeline that runs,
-with the demo model's text encoder, tokenizer, scheduler and VAE as links; channels and text width are the
-demo's), `wan` (original names), `file` (one file, original names). One seed gives the same numbers in every
-layout of one shape. They are finite: normal, each row of its own size, some outliers, some blocks of zeros.
+Layouts: `transformers` (only folders of Diffusers transformers), `diffusers` (a complete pipeline with links
+to the demo model's text encoder, tokenizer, scheduler and VAE, and with its channels and text width), `wan`
+(original names), `file` (one file, original names). One seed gives the same numbers in every layout of one
+shape. They are finite and normally distributed, with rows of different magnitudes, some outliers and some
+blocks of zeros.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ LAYOUTS = ("transformers", "diffusers", "wan", "file")
 EXPERTS = ("transformer", "transformer_2")
 WAN_FOLDERS = ("high_noise_model", "low_noise_model")
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")
-CHUNK = 1 << 18  # numbers drawn at once; stays in the processor's cache
+CHUNK = 1 << 18  # numbers drawn at a time; fits into the processor's cache
 MX_BLOCK = 32
 ROW_EXPONENTS = np.array([-2, -1, 0, 0, 1], np.int16).view(np.uint16) << 7
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
 def config_for(blocks: int, dim: int, ffn: int, *, demo_parts: bool = False) -> dict[str, Any]:
-    """Of a WanTransformer3DModel; heads of 128 as in every Wan model, of 64 or 32 for odd widths."""
+    """Config of a WanTransformer3DModel; heads of 128 as in every Wan model, of 64 or 32 for other widths."""
     head = next(size for size in (128, 64, 32, dim) if dim % size == 0)
     config: dict[str, Any] = {
         "_class_name": "WanTransformer3DModel",
@@ -71,7 +72,7 @@ def config_for(blocks: int, dim: int, ffn: int, *, demo_parts: bool = False) -> 
 
 
 def wan_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The same in the original repository's words."""
+    """The same config with the keys of the original repository."""
     return {
         "_class_name": "WanModel",
         "_diffusers_version": "0.33.0",
@@ -94,27 +95,27 @@ def nbytes(config: dict[str, Any]) -> int:
 
 
 def blocks_for(size: float, dim: int, ffn: int, *, demo_parts: bool = False) -> int:
-    """How many blocks come nearest to `size` bytes for one expert."""
+    """The number of blocks with which one expert is nearest to `size` bytes."""
     one, two = (nbytes(config_for(n, dim, ffn, demo_parts=demo_parts)) for n in (1, 2))
     return max(1, round((size - one) / (two - one)) + 1)
 
 
 @functools.cache
 def _normal() -> NDArray[np.float32]:
-    """65536 numbers that are spread like a normal distribution."""
+    """65536 quantiles of the normal distribution, float32."""
     inverse = statistics.NormalDist().inv_cdf
     return np.array([inverse((i + 0.5) / 65536) for i in range(65536)], np.float32)
 
 
 def _bfloat16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The bits, rounded to the nearest, ties to even."""
+    """The bits of `x` rounded to bfloat16, to nearest, ties to even."""
     bits = x.view(np.uint32)
     rounded: NDArray[np.uint16] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return rounded
 
 
 def numbers(name: str, shape: tuple[int, ...], seed: int) -> Iterator[NDArray[np.uint16]]:
-    """The bits of bfloat16 numbers, at most `CHUNK` at once, valid until the next. 16 random bits each."""
+    """The bits of random bfloat16 numbers in chunks of at most `CHUNK`, each valid until the next one."""
     draw = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
     count, row = math.prod(shape), math.prod(shape[1:])
     matrix = len(shape) > 1 and name.endswith(".weight")
@@ -132,7 +133,7 @@ def numbers(name: str, shape: tuple[int, ...], seed: int) -> Iterator[NDArray[np
 
 
 def _like_weights(bits: NDArray[np.uint16], row: int, draw: np.random.Generator) -> None:
-    """Rows of different sizes, one outlier (32 x) in 16384 numbers, one block of 32 in 1024 all zero."""
+    """Scale rows differently, make one number in 16384 an outlier (32 x) and one block of 32 in 1024 zero."""
     if len(bits) % row == 0:  # 1/4 to 2 x, by the exponent
         bits.reshape(-1, row)[:] += draw.choice(ROW_EXPONENTS, (len(bits) // row, 1))
     bits[draw.integers(0, len(bits), len(bits) >> 14)] += 5 << 7
@@ -178,7 +179,7 @@ def make(
     seed: int = 0,
     max_shard_bytes: int | None = MAX_SHARD_BYTES,
 ) -> int:
-    """Write the folder `dst` (with `file`: a folder with one file). Bytes of all tensors."""
+    """Write the folder `dst` (with `file`: a folder with one file). Returns the bytes of all tensors."""
     assert layout in LAYOUTS and not (cascade and layout == "file")
     config = config_for(blocks, dim, ffn, demo_parts=layout == "diffusers")
     experts = EXPERTS[: 1 + cascade]
@@ -200,9 +201,9 @@ def make(
 
 def size_of(text: str) -> float:
     """Bytes of `2.8GB`, `500MB`, `1GiB`."""
-    found = re.fullmatch(r"([\d.]+)\s*([KMG]?I?)B?", text.strip().upper())
+    match = re.fullmatch(r"([\d.]+)\s*([KMG]?I?)B?", text.strip().upper())
     try:
-        return float(found[1]) * UNITS[found[2]] if found else float(text)
+        return float(match[1]) * UNITS[match[2]] if match else float(text)
     except (ValueError, KeyError) as e:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 2.8GB") from e
 
@@ -211,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dst", type=Path)
     parser.add_argument("--layout", choices=LAYOUTS, default="transformers")
-    parser.add_argument("--size", type=size_of, default="2.8GB", help="Of one expert, about; 2.8GB.")
+    parser.add_argument("--size", type=size_of, default="2.8GB", help="About the size of one expert; 2.8GB.")
     parser.add_argument("--blocks", type=int, help="Instead of --size.")
     parser.add_argument("--dim", type=int, default=5120)
     parser.add_argument("--ffn", type=int, default=13824)

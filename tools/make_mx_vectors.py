@@ -1,4 +1,4 @@
-"""Frozen vectors for tests/mx, made by other people's code.
+"""Write frozen vectors for tests/mx with torchao and msModelSlim.
 
     python tools/make_mx_vectors.py torchao tests/fixtures/torchao/to_mx.safetensors
     python tools/make_mx_vectors.py msmodelslim tests/fixtures/msmodelslim/rules.safetensors
@@ -28,7 +28,7 @@ PROMOTED = {"log2", "pow", "__pow__", "__rpow__", "reciprocal", "reciprocal_"}
 
 
 def spread(generator: torch.Generator, rows: int, columns: int, lowest: int = 0) -> Tensor:
-    """bfloat16 with exponents from the whole range, each block of 32 within 24 of its largest."""
+    """bfloat16 [rows, columns] of the complete exponent range, each block of 32 within 24 exponents."""
     top = torch.randint(lowest, 255, (rows, columns // 32, 1), generator=generator)
     below = torch.randint(0, 24, (rows, columns // 32, 32), generator=generator)
     bits = (top - below).clamp(min=0) << 7
@@ -39,24 +39,24 @@ def spread(generator: torch.Generator, rows: int, columns: int, lowest: int = 0)
 
 
 def from_torchao() -> Iterator[tuple[str, Tensor]]:
-    """to_mx of torchao, four scale modes and three elements."""
+    """torchao's to_mx with four scale modes and three element formats."""
     to_mx = importlib.import_module("torchao.prototype.mx_formats.mx_tensor").to_mx
     modes = importlib.import_module("torchao.prototype.mx_formats.config").ScaleCalculationMode
     x = spread(torch.Generator().manual_seed(3), 32, 512)
     yield "x", x
-    for form, dtype in (
+    for fmt, dtype in (
         ("mxfp8", torch.float8_e4m3fn),
         ("mxfp8_e5m2", torch.float8_e5m2),
         ("mxfp4", torch.float4_e2m1fn_x2),
     ):
         for mode in ("FLOOR", "RCEIL", "CEIL", "EVEN"):
             scale, qdata = to_mx(x, dtype, 32, modes[mode])
-            yield f"x.{form}.{mode}.scale", scale.view(torch.uint8)
-            yield f"x.{form}.{mode}.codes", qdata.view(torch.uint8)
+            yield f"x.{fmt}.{mode}.scale", scale.view(torch.uint8)
+            yield f"x.{fmt}.{mode}.codes", qdata.view(torch.uint8)
 
 
 class NpuAutocast(TorchFunctionMode):
-    """What torch_npu's autocast computes in float32 (csrc/aten/AutoCastOps.cpp), and nothing else."""
+    """Compute in float32 the functions that torch_npu's autocast promotes (csrc/aten/AutoCastOps.cpp)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in PROMOTED:
@@ -96,7 +96,7 @@ MSMS_RULES: dict[str, dict[str, Any]] = {
 
 
 def from_msmodelslim() -> Iterator[tuple[str, Tensor]]:
-    """msModelSlim's weight quantizers on a CPU, under the NPU's autocast, as its saver stores it."""
+    """msModelSlim's weight quantizers on a CPU, with the NPU's autocast, in the layout of its saver."""
     generator = torch.Generator().manual_seed(26)
     inputs = {
         "normal": (torch.randn(16, 512, generator=generator) * 0.02).to(torch.bfloat16),
@@ -107,7 +107,7 @@ def from_msmodelslim() -> Iterator[tuple[str, Tensor]]:
         yield name, x
         for rule, config in MSMS_RULES.items():
             if rule.endswith("fouroversix") and x.shape[-1] % 32:
-                continue  # refused there
+                continue  # msModelSlim refuses it
             for dtype in (torch.bfloat16, torch.float32):
                 stored = quantize_like_msmodelslim(x.to(dtype), config)
                 for key, tensor in stored.items():
@@ -128,7 +128,7 @@ def smoothing(generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
 
 
 def import_alone(name: str) -> Any:
-    """A module of msmodelslim without running the packages around it: they import the whole tool."""
+    """A module of msmodelslim without its parent packages, which would import the complete tool."""
     parents = name.split(".")[:-1]
     root = importlib.util.find_spec(parents[0])
     assert root is not None and root.origin is not None
@@ -148,9 +148,8 @@ def quantize_like_msmodelslim(weight: Tensor, config: dict[str, Any]) -> dict[st
     with NpuAutocast(), torch.no_grad():
         quantizer = base.AutoWeightQuantizer.from_config(base.QConfig(symmetric=True, **config))
         quantizer.init_weight(qal.QStorage(qal.QDType.FLOAT, weight.clone()), None)
-        with contextlib.suppress(
-            Exception
-        ):  # some quantize here, some have done so and fail on their own shapes
+        # Some quantize in forward; others have quantized already and fail in it on their own shapes.
+        with contextlib.suppress(Exception):
             quantizer.forward(None)
         param, values = quantizer.get_q_param(), quantizer.get_q_storage().value
     scale = param.ext["scale"]
@@ -177,8 +176,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    made = from_torchao() if args.peer == "torchao" else from_msmodelslim()
-    save_file(dict(made), args.out)
+    tensors = from_torchao() if args.peer == "torchao" else from_msmodelslim()
+    save_file(dict(tensors), args.out)
 
 
 if __name__ == "__main__":

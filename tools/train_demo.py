@@ -1,11 +1,11 @@
-"""Train the demo model from nothing: VAE, text encoder and the two experts, on the synthetic world.
+"""Train the demo model from scratch: VAE, text encoder and the two experts, on the synthetic world.
 
     python tools/train_demo.py --out build/demo            # about 100 minutes on two CPU cores
     python tools/train_demo.py --out build/demo --export src/ascendit/demo/models/demo
 
-Stages run in order, each saves its state and is skipped when its file is there (`--from STAGE`
-repeats from one). A killed stage goes on from its last checkpoint. Everything is drawn from
-`--seed`. The log is appended to `tools/train_demo.log`. A GPU is used when there is one.
+Stages run in order. Each saves its result and is skipped if that file exists. An interrupted stage resumes
+from its last checkpoint. All random numbers come from `--seed`. The log is appended to
+`tools/train_demo.log`. A GPU is used if there is one.
 
 Read the model config first: `vae()`, `text_encoder()`, `denoiser()`; then the stages, in order.
 """
@@ -33,7 +33,7 @@ from ascendit.demo import world
 
 REPO = Path(__file__).resolve().parents[1]
 LATENT = (8, 5, 16, 16)  # channels, frames, height, width of a 17 x 64 x 64 video
-TEXT_TOKENS = 28  # longest caption in our vocabulary; pads up to 512 are folded into one
+TEXT_TOKENS = 28  # tokens of the longest caption; the padding up to 512 is folded into one token
 SHIFT = 4.0
 BOUNDARY = 0.875
 
@@ -93,13 +93,13 @@ def denoiser() -> WanTransformer3DModel:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A Unigram tokenizer: one piece for each word of the world's captions, letters for all others."""
-    words: set[str] = set()
+    """A Unigram tokenizer: one token for each word of the world's captions, letters for other words."""
+    vocabulary: set[str] = set()
     for scene in world.scenes():
         for w, d in itertools.product(range(len(WORDINGS)), range(3)):
-            words |= {c.strip(".,") for c in caption(scene, w, d).split()}
+            vocabulary |= {c.strip(".,") for c in caption(scene, w, d).split()}
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [("▁" + word, -4.0) for word in sorted(words)]
+    pieces += [("▁" + word, -4.0) for word in sorted(vocabulary)]
     pieces += [(c, -12.0) for c in "▁abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-"]
     tok = Tokenizer(models.Unigram(pieces, unk_id=2))
     tok.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -117,20 +117,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def training_scenes() -> list[world.Scene]:
-    back = world.held_out()
-    return [s for s in world.scenes() if s.triple not in back]
+    held_out = world.held_out()
+    return [s for s in world.scenes() if s.triple not in held_out]
 
 
 def clip(rng: np.random.Generator, scene: world.Scene, frames: int, start: int = 0) -> torch.Tensor:
-    """A stretch of `frames` frames of a rendered video: float [3, F, H, W] in [-1, 1]."""
+    """`frames` consecutive frames of a rendered video: float32 [3, F, H, W] in [-1, 1]."""
     motion = draw_motion(rng, scene.direction)
     video = render(scene, motion, only=range(start, start + frames))
     return torch.from_numpy(video).permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def clip_batch(rng: np.random.Generator, n: int, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Videos [n, 3, F, H, W] and the loss weight of each pixel [n, 1, F, H, W] (5 on the thing)."""
-    every = list(world.scenes())  # the VAE may see every look; only sentences are held out
+    """Videos [n, 3, F, H, W] and the loss weight of each pixel [n, 1, F, H, W] (5 on the object)."""
+    every = list(world.scenes())  # the VAE may see every scene; only captions are held out
     xs = []
     for _ in range(n):
         scene = every[rng.integers(len(every))]
@@ -141,7 +141,7 @@ def clip_batch(rng: np.random.Generator, n: int, frames: int) -> tuple[torch.Ten
     return x, 1.0 + 4.0 * edge
 
 
-# ---- optimiser: Muon on matrices, AdamW on the rest ---------------------------------------------
+# ---- optimiser: Muon for matrices, AdamW for other parameters -----------------------------------
 
 
 class Muon(torch.optim.Optimizer):
@@ -162,7 +162,7 @@ class Muon(torch.optim.Optimizer):
                     m.lerp_(p.grad, 1 - group["momentum"])
                     g = p.grad.lerp(m, group["momentum"]).flatten(1)  # Nesterov
                     alike.setdefault(tuple(g.shape), []).append((p, g))
-            for (rows, columns), pairs in alike.items():  # matrices of one shape in one product
+            for (rows, columns), pairs in alike.items():  # matrices of one shape together
                 updates = orthogonalise(torch.stack([g for _, g in pairs]))
                 scale = max(1.0, rows / columns) ** 0.5
                 for (p, _), update in zip(pairs, updates, strict=True):
@@ -184,17 +184,17 @@ def orthogonalise(g: torch.Tensor) -> torch.Tensor:
 
 
 def optimisers(modules: list[torch.nn.Module], lr_muon: float, lr_adam: float) -> list[torch.optim.Optimizer]:
-    matrices, rest = [], []
+    matrices, others = [], []
     for module in modules:
         for name, p in module.named_parameters():
             if not p.requires_grad:
                 continue
             plain = p.ndim < 2 or p.flatten(1).shape[1] < 16 or p.shape[0] < 16
             special = any(k in name for k in ("scale_shift", "embed", "proj_out", "shared", "gamma", "bias"))
-            (rest if plain or special else matrices).append(p)
+            (others if plain or special else matrices).append(p)
     return [
         Muon(matrices, lr=lr_muon),
-        torch.optim.AdamW(rest, lr=lr_adam, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(others, lr=lr_adam, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
@@ -209,7 +209,7 @@ def rate(step: int, steps: int, *, hold: float, floor: float, warmup: int = 30) 
 
 
 class Run:
-    """Where things are saved, what is printed, and the loop that every stage shares."""
+    """Output folder, log, and the training loop of every stage."""
 
     def __init__(self, out: Path, seed: int, device: str, budget: float, echo: Path) -> None:
         self.out, self.seed, self.device, self.budget, self.echo = out, seed, device, budget, echo
@@ -233,7 +233,7 @@ class Run:
         hold: float = 0.5,
         floor: float = 0.0,
     ) -> None:
-        """Run `steps` steps (scaled by the budget); save every 200; leave the (EMA) weights in place."""
+        """Run `steps` steps (scaled by the budget), save every 200, and load the EMA weights at the end."""
         steps = max(2, int(steps * self.budget))
         path = self.out / f"{stage}.partial.pt"
         base = [[g["lr"] for g in o.param_groups] for o in opts]
@@ -291,7 +291,7 @@ class Run:
         path.unlink(missing_ok=True)
 
     def done(self, stage: str, modules: dict[str, torch.nn.Module]) -> bool:
-        """Load the stage's result when it is there."""
+        """Load the result of a stage. Returns False if there is none."""
         path = self.out / f"{stage}.pt"
         if not path.exists():
             return False
@@ -340,7 +340,7 @@ def train_vae(run: Run) -> AutoencoderKLWan:
             with half(run.device):
                 with torch.no_grad():
                     z = net.encode(x).latent_dist.sample()
-                # The denoiser's latents are a little off; the decoder learns to live with that.
+                # The denoiser's latents are inexact, so the decoder is trained with noise on them.
                 z = z + z.std() * 0.08 * torch.rand(len(z), 1, 1, 1, 1, device=z.device) * torch.randn_like(z)
                 y = net.decode(z).sample.float()
             return {"loss": rec_loss(y, x, weight), "psnr": psnr(y, x)}
@@ -364,7 +364,7 @@ def psnr(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def make_latents(run: Run, net: AutoencoderKLWan, count: int) -> dict[str, torch.Tensor]:
-    """`count` training videos as posterior mean and std, with the scene of each."""
+    """Posterior mean and std of `count` training videos, with the scene of each."""
     path = run.out / "latents.pt"
     if path.exists():
         return torch.load(path)
@@ -394,10 +394,10 @@ def make_latents(run: Run, net: AutoencoderKLWan, count: int) -> dict[str, torch
 
 
 class TrainWan(torch.nn.Module):
-    """The Wan forward for training: fixed shape, and all padding folded into one key with a bias.
+    """The forward of Wan for training: fixed shape, and all padding folded into one key with a bias.
 
-    WanPipeline pads the text to 512 zeros and masks nothing. All pads have the same key and value, so
-    `n` of them equal one whose score is raised by log(n): exact, and as cheap as no padding at all.
+    WanPipeline pads the text to 512 tokens with zeros, without a mask. All padding tokens have the same key
+    and value, so `n` of them equal one whose score is raised by log(n). This is exact and almost free.
     """
 
     def __init__(self, net: WanTransformer3DModel) -> None:
@@ -421,7 +421,7 @@ class TrainWan(torch.nn.Module):
         k = self.heads(F.rms_norm(k.float(), (k.shape[-1],), m.norm_k.weight, 1e-6).to(v.dtype))
         if bias is None:
             q, k = self.rotate(q), self.rotate(k)
-        # Short sequences on a CPU: three plain products beat the blocked kernel twice over.
+        # For short sequences on a CPU, plain matmuls are twice as fast as the blocked kernel.
         with torch.autocast(x.device.type, enabled=False):
             v = self.heads(v)
             scores = (q * 0.125) @ k.transpose(-1, -2)
@@ -432,7 +432,7 @@ class TrainWan(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, bias: torch.Tensor
     ) -> torch.Tensor:
-        """x [B, C, F, H, W]; t [B]; text [B, L + 1, 64], the last a pad; bias [B, 1, 1, L + 1]."""
+        """x [B, C, F, H, W]; t [B]; text [B, L + 1, 64], the last a padding token; bias [B, 1, 1, L + 1]."""
         net = self.net
         b, c, f, h, w = x.shape
         x = x.view(b, c, f, h // 2, 2, w // 2, 2).permute(0, 2, 3, 5, 1, 4, 6).reshape(b, -1, c * 4)
@@ -455,7 +455,7 @@ class TrainWan(torch.nn.Module):
 
 
 class Captions:
-    """Tokens of every wording of every training scene, ready to be drawn from."""
+    """Tokens of every wording of every training scene, and random samples of them."""
 
     def __init__(self, tok: PreTrainedTokenizerFast, scenes: list[world.Scene]) -> None:
         self.ids = torch.zeros(len(scenes), len(WORDINGS), 3, TEXT_TOKENS, dtype=torch.long)
@@ -466,12 +466,12 @@ class Captions:
                     assert len(ids) <= TEXT_TOKENS, (len(ids), caption(scene, w, d))
                     self.ids[i, w, d, : len(ids)] = torch.tensor(ids)
         self.empty = torch.zeros(TEXT_TOKENS, dtype=torch.long)
-        self.empty[0] = 1  # only the end mark
+        self.empty[0] = 1  # only the end token
 
     def draw(self, rng: np.random.Generator, scene: torch.Tensor) -> torch.Tensor:
         n = len(scene)
         w = torch.from_numpy(rng.integers(len(WORDINGS), size=n))
-        w[torch.from_numpy(rng.random(n) < 0.3)] = 0  # the wording of the docs more often
+        w[torch.from_numpy(rng.random(n) < 0.3)] = 0  # the first wording, which the docs use, more often
         d = torch.from_numpy(rng.integers(3, size=n))
         d[torch.from_numpy(rng.random(n) < 0.4)] = 0
         ids = self.ids[scene, w, d]
@@ -482,7 +482,7 @@ class Captions:
 def encode_text(
     enc: UMT5EncoderModel, ids: torch.Tensor, total: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings [B, L + 1, 64] with zeros on pads, and the key bias that stands for `total` tokens."""
+    """Embeddings [B, L + 1, 64] with zeros for padding, and the key bias that represents `total` tokens."""
     mask = ids != 0
     h = enc(ids, attention_mask=mask.long()).last_hidden_state.float() * mask[..., None]
     h = torch.cat([h, h.new_zeros(len(h), 1, h.shape[-1])], 1)
@@ -493,7 +493,7 @@ def encode_text(
 
 
 def draw_t(rng: np.random.Generator, n: int, low: float, high: float) -> torch.Tensor:
-    """Noise levels in [low, high), distributed as the shifted schedule visits them."""
+    """Noise levels in [low, high), distributed as in the shifted schedule."""
     u_of = lambda s: s / (SHIFT - (SHIFT - 1) * s)  # noqa: E731 - inverse of shift*u / (1 + (shift-1)*u)
     u = (rng.random(n) + np.arange(n)) / n  # stratified
     u = u_of(low) + (u_of(high) - u_of(low)) * u
@@ -512,7 +512,7 @@ def denoise_loss(
     rng: np.random.Generator,
     silent: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Flow matching at noise levels within `span`. `silent`: the target is no velocity at all."""
+    """Flow matching at noise levels within `span`. `silent`: the target is a velocity of zero."""
     pick = torch.from_numpy(rng.integers(len(data["scene"]), size=batch))
     mean, std = data["mean"][pick].float(), data["std"][pick].float()
     norm = lambda v: v.view(1, -1, 1, 1, 1)  # noqa: E731
@@ -522,7 +522,7 @@ def denoise_loss(
     noise = torch.randn_like(x0)
     xt = torch.lerp(x0, noise, sigma.view(-1, 1, 1, 1, 1))
     ids = captions.draw(rng, data["scene"][pick]).to(run.device)
-    # Mostly the 512 tokens of WanPipeline; shorter paddings too, so that none is special.
+    # Mostly the 512 tokens of WanPipeline; shorter paddings too, so that the model works with any.
     lengths = np.where(rng.random(batch) < 0.7, 512, rng.integers(TEXT_TOKENS, 512, size=batch))
     with half(run.device):
         text, bias = encode_text(enc, ids, torch.from_numpy(lengths).to(run.device))
@@ -531,7 +531,7 @@ def denoise_loss(
 
 
 def zero_out(net: WanTransformer3DModel) -> None:
-    """Start as the identity: nothing is added by a block until it has learnt something."""
+    """Initialise every block as the identity and the output as zero."""
     for block in net.blocks:
         torch.nn.init.zeros_(block.attn1.to_out[0].weight)
         torch.nn.init.zeros_(block.attn2.to_out[0].weight)
@@ -589,7 +589,7 @@ def train_denoisers(
             def only(
                 step: int, rng: np.random.Generator, model: Any = model, spans: Any = (inside, outside)
             ) -> dict:
-                """Own side as before; on the other side, say nothing."""
+                """The usual loss at noise levels of this expert, and zero velocity at those of the other."""
                 own, other = spans
                 losses = denoise_loss(run, model, enc, data, captions, batch, own, rng)
                 silent = denoise_loss(run, model, enc, data, captions, batch, other, rng, silent=True)
@@ -612,7 +612,7 @@ ONLY_STEPS = 150
 def export(
     run: Run, folder: Path, net: AutoencoderKLWan, data: dict, tok: Any, high: Any, low: Any, enc: Any
 ) -> None:
-    """Write the Diffusers folder that ships: BF16 transformers, float32 VAE statistics in its config."""
+    """Write the shipped Diffusers folder: BF16 weights, VAE statistics in its config."""
     net.register_to_config(latents_mean=data["shift"].tolist(), latents_std=data["scale"].tolist())
     pipe = WanPipeline(
         tokenizer=tok,
@@ -630,7 +630,7 @@ def export(
     )
     shutil.rmtree(folder, ignore_errors=True)
     pipe.save_pretrained(folder)
-    # Transformers 5 writes a class name that transformers 4 does not have; the old one is in both.
+    # Transformers 5 writes a class name that transformers 4 lacks; the old name works in both.
     for file in (folder / "model_index.json", folder / "tokenizer/tokenizer_config.json"):
         file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
@@ -642,13 +642,13 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=REPO / "build/demo", help="working folder with checkpoints"
     )
-    parser.add_argument("--export", type=Path, help="where the finished Diffusers folder goes")
+    parser.add_argument("--export", type=Path, help="path of the finished Diffusers folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=float, default=1.0, help="factor on all step counts")
     parser.add_argument("--clips", type=int, default=10000, help="training videos")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--stop-after", choices=["vae", "latents"], help="end early")
+    parser.add_argument("--stop-after", choices=["vae", "latents"], help="stop after this stage")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run = Run(args.out, args.seed, device, args.budget, REPO / "tools/train_demo.log")

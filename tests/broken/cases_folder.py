@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from broken.damage import both, content, json_file, link, pipe
+from broken.damage import combine, content, json_file, link, pipe
 from broken.models import INDEX, NORM, WEIGHTS
 from broken.registry import Damage, case
 
@@ -17,7 +17,7 @@ def mapped(value: object) -> Damage:
     return json_file(INDEX, lambda index: index["weight_map"].update({NORM: value}))
 
 
-for _word, _name in {
+for _label, _name in {
     "parent": f"../{FIRST}",
     "absolute": "/etc/passwd",
     "hidden_parent": f"x/../../{FIRST}",
@@ -28,14 +28,14 @@ for _word, _name in {
     "nothing": "",
     "itself": ".",
 }.items():
-    case(f"index_{_word}", "sharded", f"a shard named {_name!r}".replace("|", "/"), mapped(_name), "E-CKP-03")
-case(
-    "index_shard_missing", "sharded", "a shard that is not there", lambda f: (f / FIRST).unlink(), "E-CKP-03"
-)
+    case(
+        f"index_{_label}", "sharded", f"a shard named {_name!r}".replace("|", "/"), mapped(_name), "E-CKP-03"
+    )
+case("index_shard_missing", "sharded", "a missing shard", lambda f: (f / FIRST).unlink(), "E-CKP-03")
 case(
     "index_names_missing",
     "sharded",
-    "a name of no file",
+    "a name without a file",
     mapped("model-00009-of-00009.safetensors"),
     "E-CKP-03",
 )
@@ -43,7 +43,7 @@ case(
     "index_shard_is_folder",
     "sharded",
     "a shard that is a folder",
-    both(lambda f: (f / FIRST).unlink(), lambda f: (f / FIRST).mkdir()),
+    combine(lambda f: (f / FIRST).unlink(), lambda f: (f / FIRST).mkdir()),
     "E-CKP-03",
 )
 case("index_shard_loop", "sharded", "a shard that is a link to itself", link(FIRST, FIRST), "E-CKP-03")
@@ -81,12 +81,12 @@ case(
     json_file(INDEX, lambda i: i.update(weight_map=[])),
     "E-CKP-06",
 )
-case("index_not_json", "sharded", "an index that is no JSON", content(INDEX, "{"), "E-CKP-06")
+case("index_not_json", "sharded", "an index that is not JSON", content(INDEX, "{"), "E-CKP-06")
 case("index_deep", "sharded", "an index nested 100,000 deep", content(INDEX, "[" * 100_000), "E-CKP-06")
 case(
     "index_twice",
     "sharded",
-    "a tensor that stands there twice",
+    "a duplicate tensor name",
     lambda f: content(
         INDEX,
         (f / INDEX)
@@ -114,13 +114,13 @@ case(
 
 # ---- folders ---------------------------------------------------------------------------------------
 
-case("nothing_there", "", "a path to nothing", lambda f: None, "E-USE-02", source="nowhere")
+case("nothing_there", "", "a path that does not exist", lambda f: None, "E-USE-02", source="nowhere")
 case("folder_empty", "", "an empty folder", lambda f: None, "E-CKP-01")
 case("folder_of_text", "", "a folder of other files", content("README.md", "# hello"), "E-CKP-01")
 case(
     "file_of_text",
     "",
-    "a file that is no safetensors file",
+    "a file that is not safetensors",
     content("a.txt", "hello"),
     "E-CKP-01",
     source="a.txt",
@@ -143,7 +143,7 @@ case(
 case(
     "pipeline_not_json",
     "pipeline",
-    "model_index.json is no JSON",
+    "model_index.json is not JSON",
     content("model_index.json", "{"),
     "E-CKP-06",
 )
@@ -191,11 +191,17 @@ case(
     "E-CKP-05",
 )
 
-# ---- no files at all --------------------------------------------------------------------------------
+# ---- not regular files ------------------------------------------------------------------------------
 
-case("pipe_weights", "bare", "a named pipe in place of the weights", pipe(WEIGHTS), "E-CKP-02")
+case("pipe_weights", "single", "a named pipe in place of the weights", pipe(WEIGHTS), "E-CKP-02")
 case("pipe_shard", "sharded", "a named pipe in place of a shard", pipe(FIRST), "E-CKP-03")
-case("pipe_config", "bare", "a named pipe in place of config.json", pipe("config.json"), "E-CKP-06")
+case("pipe_config", "single", "a named pipe in place of config.json", pipe("config.json"), "E-CKP-06")
 case("pipe_index", "sharded", "a named pipe in place of the index", pipe(INDEX), "E-CKP-06")
-case("zeros_weights", "bare", "weights that are /dev/zero", link(WEIGHTS, "/dev/zero"), "E-CKP-02")
-case("zeros_config", "bare", "a config.json that is /dev/zero", link("config.json", "/dev/zero"), "E-CKP-06")
+case("zeros_weights", "single", "weights that link to /dev/zero", link(WEIGHTS, "/dev/zero"), "E-CKP-02")
+case(
+    "zeros_config",
+    "single",
+    "a config.json that links to /dev/zero",
+    link("config.json", "/dev/zero"),
+    "E-CKP-06",
+)

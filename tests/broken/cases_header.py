@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from broken.damage import both, content, cut, head
+from broken.damage import combine, content, cut, head
 from broken.models import NORM, WEIGHTS, raw, save
 from broken.registry import case
 
@@ -15,12 +15,12 @@ RAWS: dict[str, tuple[str, bytes]] = {
     "header_past_end": ("a header that ends after the file", raw({"x": ONE}, b"abcd", length=5000)),
     "header_length_max": ("a header of 2^64 - 1 bytes", b"\xff" * 8 + b"{}"),
     "header_length_zero": ("a header of no bytes", bytes(8)),
-    "not_json": ("a header that is no JSON", raw(b"{garbage")),
-    "not_utf8": ("a header that is no text", raw(b'{"\xff": {}}')),
+    "not_json": ("a header that is not JSON", raw(b"{garbage")),
+    "not_utf8": ("a header that is not UTF-8", raw(b'{"\xff": {}}')),
     "list": ("a header that is a list", raw([])),
     "long_number": ("a number of 5,000 digits", raw(b'{"x": {"shape": [' + b"9" * 5000 + b"]}}")),
     "twice": (
-        "a name that stands there twice",
+        "a duplicate name",
         raw(b'{"x": %s, "x": %s}' % ((json.dumps(ONE).encode(),) * 2), b"abcd"),
     ),
     "overlap": (
@@ -35,54 +35,62 @@ RAWS: dict[str, tuple[str, bytes]] = {
     ),
     "web_page": ("the page of a failed download", b"<!DOCTYPE html><html><body>404 Not Found</body></html>"),
 }
-"""File in `raw` -> what it is, its bytes."""
-for _name, (_what, _bytes) in RAWS.items():
-    case(f"raw_{_name}", "bare", _what, content(WEIGHTS, _bytes), "E-CKP-02")
+"""File in `raw` -> description, bytes."""
+for _name, (_fault, _bytes) in RAWS.items():
+    case(f"raw_{_name}", "single", _fault, content(WEIGHTS, _bytes), "E-CKP-02")
 
 
-case("header_deep", "bare", "a header nested 100,000 deep", content(WEIGHTS, raw(b"[" * 100_000)), "E-CKP-02")
-case("truncated", "bare", "the last 100 bytes are missing", cut(100), "E-CKP-02")
-case("truncated_header", "bare", "cut in the middle of the header", cut(-300), "E-CKP-02")
-case("dtype_unknown", "bare", "a dtype F7", head(lambda h: h[NORM].update(dtype="F7")), "E-CKP-02")
+case(
+    "header_deep", "single", "a header nested 100,000 deep", content(WEIGHTS, raw(b"[" * 100_000)), "E-CKP-02"
+)
+case("truncated", "single", "the last 100 bytes are missing", cut(100), "E-CKP-02")
+case("truncated_header", "single", "cut in the middle of the header", cut(-300), "E-CKP-02")
+case("dtype_unknown", "single", "a dtype F7", head(lambda h: h[NORM].update(dtype="F7")), "E-CKP-02")
 case(
     "dtype_size",
-    "bare",
-    "bytes that are not shape x dtype",
+    "single",
+    "a byte count that is not shape x dtype",
     head(lambda h: h[NORM].update(dtype="F32")),
     "E-CKP-02",
 )
 case(
     "shape_size",
-    "bare",
+    "single",
     "a shape with more numbers than bytes",
     head(lambda h: h[NORM].update(shape=[65])),
     "E-CKP-02",
 )
-case("shape_negative", "bare", "a negative size", head(lambda h: h[NORM].update(shape=[-64])), "E-CKP-02")
-case("shape_huge", "bare", "sizes of 2^62", head(lambda h: h[NORM].update(shape=[2**62] * 9)), "E-CKP-02")
-case("shape_words", "bare", "a size that is a word", head(lambda h: h[NORM].update(shape=["64"])), "E-CKP-02")
+case("shape_negative", "single", "a negative size", head(lambda h: h[NORM].update(shape=[-64])), "E-CKP-02")
+case("shape_huge", "single", "sizes of 2^62", head(lambda h: h[NORM].update(shape=[2**62] * 9)), "E-CKP-02")
+case(
+    "shape_string",
+    "single",
+    "a size that is a string",
+    head(lambda h: h[NORM].update(shape=["64"])),
+    "E-CKP-02",
+)
 case(
     "offsets_reversed",
-    "bare",
+    "single",
     "an end before its start",
     head(lambda h: h[NORM].update(data_offsets=[128, 0])),
     "E-CKP-02",
 )
-case("entry_null", "bare", "a tensor that is null", head(lambda h: h.update({NORM: None})), "E-CKP-02")
+case("entry_null", "single", "a tensor that is null", head(lambda h: h.update({NORM: None})), "E-CKP-02")
 case(
     "file_is_folder",
-    "bare",
+    "single",
     "a folder in place of the weights",
-    both(lambda f: (f / WEIGHTS).unlink(), lambda f: (f / WEIGHTS).mkdir()),
+    combine(lambda f: (f / WEIGHTS).unlink(), lambda f: (f / WEIGHTS).mkdir()),
     "E-CKP-02",
 )
-case("no_weights", "bare", "config.json alone", lambda f: (f / WEIGHTS).unlink(), "E-CKP-02")
-case("single_truncated", "bare", "one file that is given itself, cut", cut(7), "E-CKP-02", source=WEIGHTS)
+case("no_weights", "single", "config.json alone", lambda f: (f / WEIGHTS).unlink(), "E-CKP-02")
+case("single_truncated", "single", "a single file passed directly, cut", cut(7), "E-CKP-02", source=WEIGHTS)
 case(
     "not_a_model",
-    "bare",
+    "single",
     "tensors of something else",
     lambda f: save(f / WEIGHTS, {"lm_head.weight": ("U8", (1,), b"x")}),
     "E-CKP-01",
 )
-case("no_tensors", "bare", "a file that holds none", lambda f: save(f / WEIGHTS, {}), "E-CKP-01")
+case("no_tensors", "single", "a file without tensors", lambda f: save(f / WEIGHTS, {}), "E-CKP-01")

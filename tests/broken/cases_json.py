@@ -1,12 +1,12 @@
-"""Manifests, markers and configs that are damaged, or do not fit the tensors."""
+"""Manifests and configs that are damaged or do not match the tensors."""
 
 from __future__ import annotations
 
-from broken.damage import both, content, json_file
+from broken.damage import combine, content, json_file
 from broken.models import MANIFEST, NORM, WEIGHTS, Q, load, write_json
 from broken.registry import case
 
-# ---- manifest and marker ---------------------------------------------------------------------------
+# ---- manifest and quantization_config --------------------------------------------------------------
 
 case(
     "manifest_lacks_tensor",
@@ -26,7 +26,7 @@ case("manifest_empty", "mxfp8", "a manifest that names nothing", content(MANIFES
 case(
     "manifest_type_unknown",
     "mxfp8",
-    "a type that nobody knows",
+    "an unknown type",
     json_file(MANIFEST, lambda m: m.update({f"{Q}.weight": "W3A3"})),
     "E-CKP-04",
 )
@@ -38,12 +38,12 @@ case(
     "E-CKP-06",
 )
 case("manifest_list", "mxfp8", "a manifest that is a list", content(MANIFEST, "[]"), "E-CKP-06")
-case("manifest_not_json", "mxfp8", "a manifest that is no JSON", content(MANIFEST, "{"), "E-CKP-06")
+case("manifest_not_json", "mxfp8", "a manifest that is not JSON", content(MANIFEST, "{"), "E-CKP-06")
 case("manifest_deep", "mxfp8", "a manifest nested 100,000 deep", content(MANIFEST, "[" * 100_000), "E-CKP-06")
 case(
     "manifest_twice",
     "mxfp8",
-    "an entry that stands there twice",
+    "a duplicate entry",
     lambda f: content(MANIFEST, (f / MANIFEST).read_text().replace("{", f'{{"{Q}.weight": "FLOAT", ', 1))(f),
     "E-CKP-06",
 )
@@ -57,7 +57,7 @@ case(
 case(
     "manifest_says_float",
     "mxfp8",
-    "codes that the manifest calls FLOAT",
+    "quantized weights that the manifest calls FLOAT",
     json_file(MANIFEST, lambda m: m.update({f"{Q}.weight": "FLOAT"})),
     "E-CKP-07",
 )
@@ -69,7 +69,7 @@ case(
     "E-CKP-07",
 )
 case(
-    "manifest_and_marker",
+    "manifest_and_quantization_config",
     "mxfp8",
     "manifest says MXFP8, config.json MXFP4",
     json_file("config.json", lambda c: c["quantization_config"].update(quant_method="mxfp4")),
@@ -84,17 +84,17 @@ case(
 )
 case(
     "manifest_of_floats",
-    "bare",
-    "a manifest beside float weights that calls one MXFP8",
+    "single",
+    "float weights, and a manifest that calls one MXFP8",
     lambda f: write_json(
         f / MANIFEST, dict.fromkeys(load(f / WEIGHTS), "FLOAT") | {f"{Q}.weight": "W8A8_MXFP8"}
     ),
     "E-CKP-07",
 )
 case(
-    "marker_of_floats",
-    "bare",
-    "a marker beside float weights",
+    "quantization_config_of_floats",
+    "single",
+    "float weights, and a quantization_config",
     json_file(
         "config.json",
         lambda c: c.update(
@@ -104,16 +104,16 @@ case(
     "E-CKP-07",
 )
 case(
-    "marker_list",
-    "bare",
-    "a marker that is a list",
+    "quantization_config_list",
+    "single",
+    "a quantization_config that is a list",
     json_file("config.json", lambda c: c.update(quantization_config=[])),
     "E-CKP-06",
 )
 case(
-    "marker_unknown",
-    "bare",
-    "a method that nobody knows",
+    "quantization_config_unknown",
+    "single",
+    "an unknown quant_method",
     json_file(
         "config.json",
         lambda c: c.update(quantization_config={"quant_method": "awq", "is_checkpoint_awq_serialized": True}),
@@ -121,9 +121,9 @@ case(
     "E-CKP-04",
 )
 case(
-    "marker_ignores_nothing",
+    "quantization_config_ignores_nothing",
     "mxfp8",
-    "a layer to ignore that is not there",
+    "ignored_layers with a layer that does not exist",
     json_file(
         "config.json", lambda c: c["quantization_config"].update(ignored_layers=["blocks.9.attn1.to_q"])
     ),
@@ -158,7 +158,7 @@ case(
 
 # ---- config.json -----------------------------------------------------------------------------------
 
-for _word, _text in {
+for _label, _text in {
     "list": "[]",
     "null": "null",
     "number": "3",
@@ -169,30 +169,30 @@ for _word, _text in {
     "long_number": '{"num_layers": ' + "9" * 5000 + "}",
 }.items():
     case(
-        f"config_{_word}",
-        "bare",
-        f"config.json: {_word.replace('_', ' ')}",
+        f"config_{_label}",
+        "single",
+        f"config.json: {_label.replace('_', ' ')}",
         content("config.json", _text.encode("utf-8", "surrogateescape")),
         "E-CKP-06",
     )
 case(
     "config_utf16",
-    "bare",
+    "single",
     "config.json in UTF-16",
     lambda f: content("config.json", (f / "config.json").read_text().encode("utf-16"))(f),
     "E-CKP-06",
 )
 case(
     "config_surrogate",
-    "bare",
+    "single",
     "half a character in config.json",
     json_file("config.json", lambda c: c.update(qk_norm="\ud800")),
     "E-CKP-06",
 )
 case(
     "config_twice",
-    "bare",
-    "a value that stands there twice",
+    "single",
+    "a duplicate value",
     lambda f: content("config.json", (f / "config.json").read_text().replace("{", '{"num_layers": 40, ', 1))(
         f
     ),
@@ -200,7 +200,7 @@ case(
 )
 case(
     "config_other_class",
-    "bare",
+    "single",
     "the config of another model",
     json_file("config.json", lambda c: c.update(_class_name="FluxTransformer2DModel")),
     "E-CKP-01",
@@ -214,57 +214,57 @@ case(
 )
 case(
     "config_class_is_a_list",
-    "bare",
+    "single",
     "a class that is a list",
     json_file("config.json", lambda c: c.update(_class_name=["WanTransformer3DModel"])),
     "E-CKP-01",
 )
 case(
     "config_other_size",
-    "bare",
-    "ffn_dim is not that of the tensors",
+    "single",
+    "ffn_dim does not match the tensors",
     json_file("config.json", lambda c: c.update(ffn_dim=97)),
     "E-CKP-04",
 )
 case(
     "config_fewer_layers",
-    "bare",
-    "one layer less than there are",
+    "single",
+    "one layer too few",
     json_file("config.json", lambda c: c.update(num_layers=1)),
     "E-CKP-04",
 )
 case(
     "config_layers_huge",
-    "bare",
+    "single",
     "10^30 layers",
     json_file("config.json", lambda c: c.update(num_layers=10**30)),
     "E-CKP-06",
 )
 case(
     "config_layers_million",
-    "bare",
+    "single",
     "a million layers",
     json_file("config.json", lambda c: c.update(num_layers=10**6)),
     "E-CKP-06",
 )
 case(
-    "config_layers_word",
-    "bare",
-    "a number of layers that is a word",
+    "config_layers_string",
+    "single",
+    "num_layers that is a string",
     json_file("config.json", lambda c: c.update(num_layers="2")),
     "E-CKP-06",
 )
 case(
     "config_heads_zero",
-    "bare",
+    "single",
     "no heads",
     json_file("config.json", lambda c: c.update(num_attention_heads=0)),
     "E-CKP-06",
 )
 case(
     "config_patch_two",
-    "bare",
-    "a patch of two sizes",
+    "single",
+    "a patch_size of two sizes",
     json_file("config.json", lambda c: c.update(patch_size=[2, 2])),
     "E-CKP-06",
 )
@@ -278,21 +278,21 @@ case(
 case(
     "config_wan_other_size",
     "cascade",
-    "dim is not that of the tensors",
+    "dim does not match the tensors",
     json_file("low_noise_model/config.json", lambda c: c.update(dim=128)),
     "E-CKP-04",
 )
 case(
     "config_wan_eps",
     "cascade",
-    "an eps that is a word",
+    "an eps that is a string",
     json_file("high_noise_model/config.json", lambda c: c.update(eps="small")),
     "E-CKP-06",
 )
 case(
     "config_is_folder",
-    "bare",
+    "single",
     "a folder in place of config.json",
-    both(lambda f: (f / "config.json").unlink(), lambda f: (f / "config.json").mkdir()),
+    combine(lambda f: (f / "config.json").unlink(), lambda f: (f / "config.json").mkdir()),
     "E-CKP-06",
 )

@@ -1,42 +1,42 @@
-"""Whole files with the wrong tensors in them."""
+"""Valid files with wrong tensors."""
 
 from __future__ import annotations
 
-from broken.damage import add, both, byte, drop, forget, json_file, put, retype, shrink, weights
+from broken.damage import add, combine, drop, forget, json_file, retype, set_byte, set_float, shrink, weights
 from broken.models import MANIFEST, NORM, WEIGHTS, Q
 from broken.registry import case
 
-case("tensor_missing", "bare", "one norm is missing", drop(NORM), "E-CKP-04")
-case("tensor_extra", "bare", "a tensor that no Wan model has", add("blocks.0.extra.weight"), "E-CKP-04")
+case("tensor_missing", "single", "one norm is missing", drop(NORM), "E-CKP-04")
+case("tensor_extra", "single", "a tensor that no Wan model has", add("blocks.0.extra.weight"), "E-CKP-04")
 case(
     "tensor_of_block_9",
-    "bare",
-    "a block more than the config says",
+    "single",
+    "one block more than config.json says",
     add("blocks.9.attn1.norm_q.weight"),
     "E-CKP-04",
 )
-case("tensor_misshapen", "bare", "a weight without its last row", shrink(f"{Q}.weight"), "E-CKP-04")
-case("tensor_mistyped", "bare", "a norm of whole numbers", retype(NORM, "I16"), "E-CKP-04")
-case("tensor_no_name", "bare", "a tensor whose name is empty", add(""), "E-CKP-04")
-case("tensor_name_nul", "bare", "a name with a zero byte", add("blocks.0.\0.weight"), "E-CKP-04")
+case("tensor_misshapen", "single", "a weight without its last row", shrink(f"{Q}.weight"), "E-CKP-04")
+case("tensor_mistyped", "single", "a norm of integers", retype(NORM, "I16"), "E-CKP-04")
+case("tensor_no_name", "single", "a tensor whose name is empty", add(""), "E-CKP-04")
+case("tensor_name_nul", "single", "a name with a zero byte", add("blocks.0.\0.weight"), "E-CKP-04")
 case(
     "linear_mistyped",
-    "bare",
-    "a linear weight of whole numbers, without scale",
+    "single",
+    "a linear weight of integers, without scale",
     retype(f"{Q}.weight", "I16"),
     "E-CKP-04",
 )
 case(
     "q_without_k_and_v",
-    "bare",
+    "single",
     "Q without its K and V",
     drop(*(f"blocks.0.attn1.to_{x}.{r}" for x in "kv" for r in ("weight", "bias"))),
     "E-CKP-04",
 )
 case(
     "two_names_prefixed",
-    "bare",
-    "one tensor plain and with ComfyUI's prefix",
+    "single",
+    "one tensor without and with ComfyUI's prefix",
     weights(lambda t: t.update({f"model.diffusion_model.{NORM}": t[NORM]})),
     "E-CKP-09",
 )
@@ -49,7 +49,7 @@ case(
 )
 case(
     "weights_nan",
-    "bare",
+    "single",
     "a weight that is NaN",
     weights(lambda t: t.update({f"{Q}.weight": (*t[f"{Q}.weight"][:2], b"\xc0\x7f" * 64 * 64)})),
     "E-QNT-01",
@@ -60,12 +60,12 @@ case(
 # ---- quantized layers ------------------------------------------------------------------------------
 
 VALUE: dict[str, str] = {"inspect": "", "quantize": "E-QNT-01"}
-"""Seen by who reads the bytes; `quantize` takes no codes at all."""
+"""For a fault in the bytes, which `inspect` does not read; `quantize` refuses quantized models."""
 case(
     "scale_255",
     "mxfp8",
     "a scale byte 255, which is NaN",
-    byte(f"{Q}.weight_scale", 255),
+    set_byte(f"{Q}.weight_scale", 255),
     "E-CKP-08",
     **VALUE,
 )
@@ -73,23 +73,38 @@ case(
     "scale_255_export",
     "export",
     "the same in an export of msModelSlim",
-    byte("blocks.0.self_attn.q.weight_scale", 255, "quant_model_weight_w8a8_mxfp8.safetensors"),
+    set_byte("blocks.0.self_attn.q.weight_scale", 255, "quant_model_weight_w8a8_mxfp8.safetensors"),
     "E-CKP-08",
     **VALUE,
 )
-for _word, _number in (("zero", 0.0), ("nan", float("nan")), ("negative", -1.0), ("infinite", float("inf"))):
-    _damage = put(f"{Q}.mul_scale", _number)
-    case(f"mul_scale_{_word}", "dualscale", f"smoothing that is {_word}", _damage, "E-CKP-08", **VALUE)
-for _word, _number in (("nan", float("nan")), ("infinite", float("inf"))):
-    _damage = put(f"{Q}.weight_dual_scale", _number)
-    case(f"dual_scale_{_word}", "dualscale", f"a coarse scale that is {_word}", _damage, "E-CKP-08", **VALUE)
-    _damage = put(f"{Q}.weight_scale", _number)
-    case(f"int8_scale_{_word}", "int8", f"an int8 scale that is {_word}", _damage, "E-CKP-08", **VALUE)
-    _damage = put(f"{Q}.weight_scale_inv", _number, 0)
-    case(f"tile_scale_{_word}", "tiles", f"a tile's scale that is {_word}", _damage, "E-CKP-08", inspect="")
-case("offset_not_zero", "int8", "an int8 offset of 1", put(f"{Q}.weight_offset", 1.0), "E-CKP-08", **VALUE)
-case("weight_without_scale", "mxfp8", "codes without scales", forget(f"{Q}.weight_scale"), "E-CKP-08")
-case("scale_without_weight", "mxfp8", "scales without codes", forget(f"{Q}.weight"), "E-CKP-08")
+for _label, _number in (("zero", 0.0), ("nan", float("nan")), ("negative", -1.0), ("infinite", float("inf"))):
+    _damage = set_float(f"{Q}.mul_scale", _number)
+    case(f"mul_scale_{_label}", "dualscale", f"smoothing that is {_label}", _damage, "E-CKP-08", **VALUE)
+for _label, _number in (("nan", float("nan")), ("infinite", float("inf"))):
+    _damage = set_float(f"{Q}.weight_dual_scale", _number)
+    case(
+        f"dual_scale_{_label}", "dualscale", f"a coarse scale that is {_label}", _damage, "E-CKP-08", **VALUE
+    )
+    _damage = set_float(f"{Q}.weight_scale", _number)
+    case(f"int8_scale_{_label}", "int8", f"an int8 scale that is {_label}", _damage, "E-CKP-08", **VALUE)
+    _damage = set_float(f"{Q}.weight_scale_inv", _number, 0)
+    case(f"tile_scale_{_label}", "tiles", f"a tile's scale that is {_label}", _damage, "E-CKP-08", inspect="")
+case(
+    "offset_not_zero",
+    "int8",
+    "an int8 offset of 1",
+    set_float(f"{Q}.weight_offset", 1.0),
+    "E-CKP-08",
+    **VALUE,
+)
+case(
+    "weight_without_scale",
+    "mxfp8",
+    "a quantized weight without scales",
+    forget(f"{Q}.weight_scale"),
+    "E-CKP-08",
+)
+case("scale_without_weight", "mxfp8", "scales without a weight", forget(f"{Q}.weight"), "E-CKP-08")
 case(
     "dual_scale_missing",
     "dualscale",
@@ -107,13 +122,13 @@ case(
 case(
     "mul_scale_without_weight",
     "dualscale",
-    "smoothing of nothing",
+    "smoothing without a weight",
     forget(f"{Q}.weight", f"{Q}.weight_scale", f"{Q}.weight_dual_scale"),
     "E-CKP-08",
 )
 case("offset_without_scale", "int8", "an offset without a scale", forget(f"{Q}.weight_scale"), "E-CKP-08")
-case("tile_without_scale", "tiles", "FP8 in tiles without scales", drop(f"{Q}.weight_scale_inv"), "E-CKP-08")
-case("tile_scale_alone", "tiles", "scales of tiles without a weight", drop(f"{Q}.weight"), "E-CKP-08")
+case("tile_without_scale", "tiles", "tiled FP8 without scales", drop(f"{Q}.weight_scale_inv"), "E-CKP-08")
+case("tile_scale_alone", "tiles", "tile scales without a weight", drop(f"{Q}.weight"), "E-CKP-08")
 case(
     "two_scales",
     "tiles",
@@ -130,12 +145,12 @@ case(
     "E-CKP-04",
 )
 case("scale_mistyped", "mxfp8", "scales as signed bytes", retype(f"{Q}.weight_scale", "I8"), "E-CKP-07")
-case("codes_mistyped", "mxfp8", "codes as signed bytes", retype(f"{Q}.weight", "I8"), "E-CKP-07")
+case("qdata_mistyped", "mxfp8", "quantized weights as signed bytes", retype(f"{Q}.weight", "I8"), "E-CKP-07")
 case(
     "rotation_alone",
     "mxfp8",
     "q_rot without k_rot",
-    both(
+    combine(
         add("blocks.0.attn1.q_rot", ("BF16", (32, 32), bytes(2048))),
         json_file(MANIFEST, lambda m: m.update({"blocks.0.attn1.q_rot": "FLOAT"})),
     ),

@@ -1,4 +1,4 @@
-"""Ways to break one thing in a model folder: each gives a function that does it to a folder."""
+"""Ways to break one thing in a model folder. Each returns a function that damages a folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from broken.registry import Damage
 
 
 def weights(edit: Callable[[Tensors], object], file: str = WEIGHTS) -> Damage:
-    """Change the tensors and write the file anew, whole."""
+    """Change the tensors and rewrite the file as a valid one."""
 
     def damage(folder: Path) -> None:
         tensors = load(folder / file)
@@ -40,7 +40,7 @@ def content(file: str, new: bytes | str) -> Damage:
 
 
 def head(edit: Callable[[dict[str, Any]], object]) -> Damage:
-    """Change the header and leave the bytes of the tensors."""
+    """Change the header and leave the bytes of the tensors unchanged."""
 
     def damage(folder: Path) -> None:
         tensors = load(folder / WEIGHTS)
@@ -51,23 +51,23 @@ def head(edit: Callable[[dict[str, Any]], object]) -> Damage:
     return damage
 
 
-def both(*damages: Damage) -> Damage:
+def combine(*damages: Damage) -> Damage:
     return lambda folder: [damage(folder) for damage in damages]
 
 
-def put(name: str, number: float, place: int = 3) -> Damage:
-    """One float32 of a tensor."""
+def set_float(name: str, number: float, index: int = 3) -> Damage:
+    """Change one float32 element of a tensor."""
 
     def edit(tensors: Tensors) -> None:
         dtype, shape, data = tensors[name]
         assert dtype == "F32"
-        tensors[name] = (dtype, shape, data[: 4 * place] + struct.pack("<f", number) + data[4 * place + 4 :])
+        tensors[name] = (dtype, shape, data[: 4 * index] + struct.pack("<f", number) + data[4 * index + 4 :])
 
     return weights(edit)
 
 
-def byte(name: str, value: int, file: str = WEIGHTS) -> Damage:
-    """One byte of a tensor, the second."""
+def set_byte(name: str, value: int, file: str = WEIGHTS) -> Damage:
+    """Change the second byte of a tensor."""
 
     def edit(tensors: Tensors) -> None:
         dtype, shape, data = tensors[name]
@@ -81,12 +81,12 @@ def drop(*names: str) -> Damage:
 
 
 def forget(*names: str) -> Damage:
-    """Out of the weights and the manifest, so that only what is left is at odds."""
-    return both(drop(*names), json_file(MANIFEST, lambda entries: [entries.pop(name) for name in names]))
+    """Remove tensors from the weights and the manifest, so that only the others contradict each other."""
+    return combine(drop(*names), json_file(MANIFEST, lambda entries: [entries.pop(name) for name in names]))
 
 
 def retype(name: str, dtype: str, shape: tuple[int, ...] | None = None) -> Damage:
-    """The same bytes as another dtype."""
+    """Declare the same bytes as another dtype."""
 
     def edit(tensors: Tensors) -> None:
         tensors[name] = (dtype, shape or tensors[name][1], tensors[name][2])
@@ -95,7 +95,7 @@ def retype(name: str, dtype: str, shape: tuple[int, ...] | None = None) -> Damag
 
 
 def shrink(name: str) -> Damage:
-    """Without its last row."""
+    """Remove the last row."""
 
     def edit(tensors: Tensors) -> None:
         dtype, shape, data = tensors[name]
@@ -109,7 +109,7 @@ def add(name: str, tensor: Tensor = ("BF16", (64,), bytes(128))) -> Damage:
 
 
 def link(name: str, target: str) -> Damage:
-    """A link in place of the file or folder that is there."""
+    """Replace a file or folder by a symlink."""
 
     def damage(folder: Path) -> None:
         path = folder / name
@@ -120,7 +120,7 @@ def link(name: str, target: str) -> Damage:
 
 
 def pipe(name: str) -> Damage:
-    """A named pipe in place of a file: who opens it waits for ever."""
+    """Replace a file by a named pipe; opening it would block for ever."""
 
     def damage(folder: Path) -> None:
         (folder / name).unlink()
@@ -130,5 +130,5 @@ def pipe(name: str) -> Damage:
 
 
 def cut(count: int) -> Damage:
-    """All but the last `count` bytes; of a negative one, only the first."""
+    """Remove the last `count` bytes; if negative, keep only the first `-count`."""
     return lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-count])

@@ -1,10 +1,10 @@
-"""Every kind of broken model in small: `CASES`. As a script it writes them to look at, or what is committed.
+"""Every kind of broken model at a small size (`CASES`). As a script, write them all, or the committed files.
 
     cd tests; PYTHONPATH=../src:. python -m broken.make /tmp/broken      # one folder for each case
     cd tests; PYTHONPATH=../src:. python -m broken.make --committed      # README.md and raw/ beside this file
 
-A case takes a whole model of `models.MODELS`, breaks one thing in it, and says with which code each verb
-refuses it. "" is a verb that cannot see the fault: headers do not tell what the bytes are.
+A case takes a complete model of `models.MODELS`, breaks one thing in it, and has the error code that each
+verb must raise. "" is for a verb that cannot see the fault: headers do not describe the bytes.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ MODULES = (cases_header, cases_tensors, cases_json, cases_folder)
 
 
 def table() -> str:
-    """README.md."""
+    """Text of README.md."""
     lines = [
         "# Broken models",
         "",
-        "Every kind of damage that `inspect`, `repack` and `quantize` must refuse, in small. `make.py` makes",
-        "them from whole models (`models.py`) when tests run. `test_broken.py` gives each to each verb, and",
-        "looks for the code below, an untouched input and no trace of an output. `test_fuzz.py` does random",
-        "damage. The files in `raw` are committed, because there the bytes are the point.",
+        "Small models with every kind of damage that `inspect`, `repack` and `quantize` must refuse.",
+        "`make.py` makes them from complete models (`models.py`) when tests run. `test_broken.py` passes",
+        "each to each verb, and checks the code below, an untouched input and that no output is left.",
+        "`test_fuzz.py` does random damage. The files in `raw` are committed: their exact bytes matter.",
         "",
-        "`python -m broken.make --committed` writes this table. An empty field: the verb cannot see it.",
+        "`python -m broken.make --committed` writes this table. Empty field: the verb cannot see the damage.",
         "",
-        "| case | model | what is broken | inspect | repack | quantize |",
+        "| case | model | fault | inspect | repack | quantize |",
         "|---|---|---|---|---|---|",
     ]
     for name, c in CASES.items():
-        qdata = " | ".join(c.expected(verb) for verb in ("inspect", "repack", "quantize"))
-        lines.append(f"| {name} | {c.base} | {c.what} | {qdata} |".replace("|  |", "| |"))
+        expected = " | ".join(c.expected(verb) for verb in ("inspect", "repack", "quantize"))
+        lines.append(f"| {name} | {c.base} | {c.fault} | {expected} |".replace("|  |", "| |"))
     return "\n".join(lines) + "\n"
 
 

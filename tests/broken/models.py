@@ -1,7 +1,7 @@
-"""Small whole models, written byte by byte: what `make` breaks. Neither torch nor the safetensors library.
+"""Small complete models for `make` to break, written byte by byte, without torch or safetensors.
 
-One transformer of width 64 with two blocks, in every layout and kind of quantization. The numbers are
-random, of ordinary size, and the same on every run.
+One transformer of width 64 with two blocks, in every layout and quantization scheme. The numbers are
+random, of ordinary magnitude, and the same on every run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from ascendit.names import block_linears, expected_tensors, to_wan
 
 Tensor = tuple[str, tuple[int, ...], bytes]
-"""dtype in safetensors' spelling, shape, bytes."""
+"""dtype as safetensors names it, shape, bytes."""
 Tensors = dict[str, Tensor]
 
 CONFIG: dict[str, Any] = {
@@ -45,18 +45,18 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 MANIFEST = "quant_model_description.json"
 TYPES = {"mxfp8": "W8A8_MXFP8", "int8": "W8A8_DYNAMIC", "mxfp4_dualscale": "W4A4_MXFP4_DUALSCALE"}
-"""Scheme -> its word in a manifest."""
+"""Scheme -> its type in a manifest."""
 Q = "blocks.0.attn1.to_q"
 """The layer that is damaged."""
 NORM = "blocks.0.attn1.norm_q.weight"
-"""The plain tensor that is damaged."""
+"""The float tensor that is damaged."""
 
 
 # ---- files ----------------------------------------------------------------------------------------
 
 
 def header(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a safetensors file says before its bytes, the tensors in this order without gaps."""
+    """The header of a safetensors file with the tensors in this order, without gaps."""
     entries, position = {}, 0
     for name, (dtype, shape, data) in tensors.items():
         entries[name] = {
@@ -69,26 +69,26 @@ def header(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def raw(head: object, data: bytes = b"", length: int | None = None) -> bytes:
-    """A file with exactly this header, right or wrong; `length`: what it says of it."""
+    """A file with exactly this header, valid or not; `length`: the header length it declares."""
     text = head if isinstance(head, bytes) else json.dumps(head).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
 def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a whole safetensors file."""
+    """Write a valid safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(raw(header(tensors), b"".join(data for _, _, data in tensors.values())))
 
 
 def load(path: Path) -> Tensors:
-    """The inverse, of a whole file."""
+    """Read a valid safetensors file."""
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
-    found = {}
+    tensors = {}
     for name, entry in json.loads(content[8:start]).items():
         first, last = entry["data_offsets"]
-        found[name] = (entry["dtype"], tuple(entry["shape"]), content[start + first : start + last])
-    return found
+        tensors[name] = (entry["dtype"], tuple(entry["shape"]), content[start + first : start + last])
+    return tensors
 
 
 def write_json(path: Path, data: object) -> None:
@@ -100,7 +100,7 @@ def write_json(path: Path, data: object) -> None:
 
 
 def floats(rng: random.Random, shape: Sequence[int], dtype: str = "BF16") -> Tensor:
-    """Numbers between 2^-7 and 2 of either sign."""
+    """BF16: magnitudes from 2^-7 to 2, of either sign; float32: from 0.01 to 2."""
     count = math.prod(shape)
     if dtype == "BF16":
         data = b"".join(
@@ -122,8 +122,8 @@ def float_model(seed: int = 0) -> Tensors:
     return {name: floats(rng, shape) for name, shape in expected_tensors(CONFIG).items()}
 
 
-def coded_layer(rng: random.Random, scheme: str, rows: int, columns: int) -> dict[str, Tensor]:
-    """The tensors of one quantized layer by role, `mul_scale` with the dual-scale ones."""
+def quantized_layer(rng: random.Random, scheme: str, rows: int, columns: int) -> dict[str, Tensor]:
+    """The tensors of one quantized layer by role, for dual-scale with `mul_scale`."""
     if scheme == "int8":
         return {
             "weight": small_bytes(rng, (rows, columns), "I8", 0, 127),
@@ -146,8 +146,8 @@ def coded_layer(rng: random.Random, scheme: str, rows: int, columns: int) -> dic
     }
 
 
-def coded_model(scheme: str, seed: int = 0) -> Tensors:
-    """The block linears as codes, their biases in float32; the rest in BF16."""
+def quantized_model(scheme: str, seed: int = 0) -> Tensors:
+    """Block linears quantized, their biases in float32; all other tensors in BF16."""
     rng = random.Random(seed)
     tensors: Tensors = {}
     linears = set(block_linears(CONFIG))
@@ -157,34 +157,34 @@ def coded_model(scheme: str, seed: int = 0) -> Tensors:
             tensors[name] = tensor
         elif role == "weight":
             rows, columns = tensor[1]
-            tensors |= {f"{layer}.{r}": t for r, t in coded_layer(rng, scheme, rows, columns).items()}
+            tensors |= {f"{layer}.{r}": t for r, t in quantized_layer(rng, scheme, rows, columns).items()}
         else:
             tensors[name] = floats(rng, tensor[1], "F32")
     return tensors
 
 
 def manifest(tensors: Mapping[str, Tensor], scheme: str) -> dict[str, str]:
-    """What the tensors are, as msModelSlim writes it."""
+    """The manifest of the tensors, as msModelSlim writes it."""
     linears = set(block_linears(CONFIG))
-    coded = {"weight", "weight_scale", "weight_offset", "weight_dual_scale"}
+    quantized_roles = {"weight", "weight_scale", "weight_offset", "weight_dual_scale"}
     types = {}
     for name in tensors:
         layer, _, role = name.rpartition(".")
-        types[name] = TYPES[scheme] if layer in linears and role in coded else "FLOAT"
+        types[name] = TYPES[scheme] if layer in linears and role in quantized_roles else "FLOAT"
     return types | {"model_quant_type": TYPES[scheme]}
 
 
 # ---- models ---------------------------------------------------------------------------------------
 
 
-def bare(folder: Path) -> None:
-    """A Diffusers transformer, nothing else."""
+def single(folder: Path) -> None:
+    """A standalone Diffusers transformer."""
     write_json(folder / "config.json", CONFIG)
     save(folder / WEIGHTS, float_model())
 
 
 def sharded(folder: Path) -> None:
-    """The same in two files with an index."""
+    """The same in two shards with an index."""
     write_json(folder / "config.json", CONFIG)
     tensors = float_model()
     names = sorted(tensors)
@@ -196,9 +196,9 @@ def sharded(folder: Path) -> None:
     write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
 
 
-def coded(scheme: str) -> Callable[[Path], None]:
+def quantized(scheme: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
-        tensors = coded_model(scheme)
+        tensors = quantized_model(scheme)
         config: dict[str, Any] = dict(CONFIG)
         if scheme == "tiles":
             config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -213,16 +213,16 @@ def coded(scheme: str) -> Callable[[Path], None]:
 
 
 def export(folder: Path) -> None:
-    """What msModelSlim writes, in original names."""
-    tensors = {to_wan(name) or name: tensor for name, tensor in coded_model("mxfp8").items()}
-    types = {to_wan(name) or name: kind for name, kind in manifest(coded_model("mxfp8"), "mxfp8").items()}
+    """An msModelSlim export, in Wan names."""
+    tensors = {to_wan(name) or name: tensor for name, tensor in quantized_model("mxfp8").items()}
+    types = {to_wan(n) or n: t for n, t in manifest(quantized_model("mxfp8"), "mxfp8").items()}
     write_json(folder / "config.json", WAN_CONFIG)
     write_json(folder / "quant_model_description_w8a8_mxfp8.json", types)
     save(folder / "quant_model_weight_w8a8_mxfp8.safetensors", tensors)
 
 
 def cascade(folder: Path) -> None:
-    """Two experts in the original format."""
+    """Two experts in Wan's original layout."""
     for seed, name in enumerate(("high_noise_model", "low_noise_model")):
         write_json(folder / name / "config.json", WAN_CONFIG)
         save(folder / name / WEIGHTS, {to_wan(n) or n: t for n, t in float_model(seed).items()})
@@ -251,14 +251,14 @@ def pipeline(folder: Path) -> None:
 
 
 MODELS: dict[str, Callable[[Path], None]] = {
-    "bare": bare,
+    "single": single,
     "sharded": sharded,
-    "mxfp8": coded("mxfp8"),
-    "int8": coded("int8"),
-    "dualscale": coded("mxfp4_dualscale"),
-    "tiles": coded("tiles"),
+    "mxfp8": quantized("mxfp8"),
+    "int8": quantized("int8"),
+    "dualscale": quantized("mxfp4_dualscale"),
+    "tiles": quantized("tiles"),
     "export": export,
     "cascade": cascade,
     "pipeline": pipeline,
 }
-"""Name -> what writes it into a folder. Every one is whole: `test_broken` reads and repacks them all."""
+"""Name -> function that writes the model into a folder."""

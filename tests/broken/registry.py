@@ -1,4 +1,4 @@
-"""The registry of broken models: what a case is, and `case`, which adds one."""
+"""The registry of broken models: `Case`, and `case`, which adds one."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ Damage = Callable[[Path], object]
 
 @dataclass(frozen=True)
 class Case:
-    """A model, what is done to it, and the code of the error."""
+    """A model, the damage done to it, and the expected error code."""
 
     base: str
     """A key of `MODELS`, or "" for an empty folder."""
-    what: str
+    fault: str
     damage: Damage
     code: str
     inspect: str | None = None
-    """Where another than `code`: what `inspect` says; so with the other verbs."""
+    """The code of `inspect` if it differs from `code`; likewise for the other verbs."""
     repack: str | None = None
     quantize: str | None = None
     source: str = "."
-    """What the verbs are given, below the folder."""
+    """The path passed to the verbs, relative to the folder."""
 
     def expected(self, verb: str) -> str:
-        found: str | None = getattr(self, verb)
-        return self.code if found is None else found
+        code: str | None = getattr(self, verb)
+        return self.code if code is None else code
 
     def build(self, folder: Path, model: Path | None = None) -> Path:
-        """Write the broken model into `folder`, from a copy of `model` if given; what the verbs are given."""
+        """Write the broken model into `folder`, from a copy of `model` if passed. Return the verbs' input."""
         if model is not None:
             shutil.copytree(model, folder)
         else:
@@ -47,6 +47,6 @@ class Case:
 CASES: dict[str, Case] = {}
 
 
-def case(name: str, base: str, what: str, damage: Damage, code: str, **other: str) -> None:
+def case(name: str, base: str, fault: str, damage: Damage, code: str, **other: str) -> None:
     assert name not in CASES, name
-    CASES[name] = Case(base, what, damage, code, **other)
+    CASES[name] = Case(base, fault, damage, code, **other)

@@ -1,4 +1,4 @@
-"""Each broken model, each verb: our error with its code, the input untouched, no trace of an output."""
+"""Each broken model and verb: an ascendit error with its code, the input untouched, no output left."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Build = Callable[[str], tuple[Path, dict[str, str]]]
 
 
 def look(path: Path, out: Path) -> None:
-    """`inspect` tells the faults inside a recognised model in its report: the first is raised here."""
+    """`inspect` lists the faults of a recognised model in its report; raise the first."""
     for problem in inspect(path).problems:
         raise problem
 
@@ -35,22 +35,22 @@ VERBS: dict[str, Callable[[Path, Path], object]] = {
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every file, folder and link, by its content."""
-    found = {}
+    """Content of every file, folder and link."""
+    contents = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_symlink():
-            found[name] = f"link to {os.readlink(path)}"
+            contents[name] = f"link to {os.readlink(path)}"
         elif path.is_file():
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            contents[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
-            found[name] = "folder"
-    return found
+            contents[name] = "folder"
+    return contents
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each whole model, written once."""
+    """Each complete model, written once."""
     root = tmp_path_factory.mktemp("models")
     for name, write in MODELS.items():
         (root / name).mkdir()
@@ -60,18 +60,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> Build:
-    """`build(case)`: what to give to the verbs, and what lies there; broken once for all verbs."""
+    """`build(case)`: the verbs' input path and a snapshot of its folder; built once for all verbs."""
     root = tmp_path_factory.mktemp("broken")
     built: dict[str, tuple[Path, dict[str, str]]] = {}
 
-    def one(name: str) -> tuple[Path, dict[str, str]]:
+    def build_once(name: str) -> tuple[Path, dict[str, str]]:
         if name not in built:
             case = CASES[name]
             source = case.build(root / name, models.get(case.base))
             built[name] = (source, snapshot(root / name))
         return built[name]
 
-    return one
+    return build_once
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -93,10 +93,10 @@ def test_broken(build: Build, tmp_path: Path, name: str, verb: str) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", MODELS)
-def test_the_models_are_whole_before_they_are_broken(
+def test_the_models_are_valid_before_they_are_broken(
     models: dict[str, Path], tmp_path: Path, name: str, verb: str
 ) -> None:
-    """Else every error above would prove little."""
+    """Otherwise the errors above would prove little."""
     if verb == "quantize" and name in ("mxfp8", "int8", "dualscale", "export"):
         with pytest.raises(UsageError, match="is already quantized"):
             VERBS[verb](models[name], tmp_path / "out")
@@ -109,7 +109,7 @@ def test_the_models_are_whole_before_they_are_broken(
         look(tmp_path / "out", tmp_path)
 
 
-def test_the_committed_files_are_those_of_the_registry() -> None:
+def test_the_committed_files_match_the_registry() -> None:
     """`python -m broken.make --committed` writes them."""
     assert make.README.read_text(encoding="utf-8") == make.table()
     committed = {path.name: path.read_bytes() for path in make.RAW.iterdir()}

@@ -1,4 +1,4 @@
-"""A handful of broken models given to the program itself: an exit code, the code on stderr, no traceback."""
+"""A few broken models passed to the program: an exit code, the error code on stderr, no traceback."""
 
 from __future__ import annotations
 
@@ -25,9 +25,14 @@ HANDFUL = (
 
 
 def run(verb: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "ascendit", verb, *arguments, *ARGUMENTS[verb]]
+    command = [sys.executable, "-m", "ascendit", verb, *arguments, *ARGUMENTS[verb]]
     return subprocess.run(
-        words, cwd=cwd, env={**os.environ, "PYTHONPATH": str(SRC)}, capture_output=True, text=True, timeout=60
+        command,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(SRC)},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 

@@ -1,4 +1,4 @@
-"""Random damage to small whole models: our error or a sound answer, nothing else, and soon."""
+"""Random damage to small complete models: an ascendit error or a valid result, nothing else, and fast."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ascendit.names import expected_tensors
 from ascendit.weights.lora.fold import Folds, LoraSource
 
 SECONDS = 10.0
-"""For one broken model; each takes some milliseconds, and a loop without end takes all."""
+"""Limit for one broken model: each takes some milliseconds, an endless loop reaches the limit."""
 
 numbers = st.one_of(
     st.integers(-3, 300),
@@ -35,7 +35,7 @@ numbers = st.one_of(
     st.floats(),
     st.booleans(),
 )
-words = st.one_of(
+strings = st.one_of(
     st.sampled_from(
         ["", "F32", "BF16", "F8_E4M3", "U8", "I8", "F4", "FLOAT", "W8A8_MXFP8", "../x", "/", "\0", "é"]
     ),
@@ -45,7 +45,7 @@ words = st.one_of(
     st.text(max_size=8),
 )
 keys = st.one_of(
-    words,
+    strings,
     st.sampled_from(
         ["patch_size", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "cross_attn_norm", "eps"]
     ),
@@ -61,17 +61,17 @@ keys = st.one_of(
     ),
     st.sampled_from(["quant_method", "ignored_layers", "weight_block_size", "blocks.0.attn1.quant_type"]),
 )
-"""Names that a reader asks for, and others."""
+"""Keys that a reader looks up, and others."""
 dtypes = st.sampled_from(["U8", "I8", "F8_E4M3", "F8_E8M0", "BOOL"])
 values: st.SearchStrategy[Any] = st.recursive(
-    st.one_of(st.none(), numbers, words),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(words, inner, max_size=3)),
+    st.one_of(st.none(), numbers, strings),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(strings, inner, max_size=3)),
     max_leaves=6,
 )
 
 
 @contextmanager
-def soon() -> Iterator[None]:
+def time_limit() -> Iterator[None]:
     start = time.monotonic()
     yield
     assert time.monotonic() - start < SECONDS
@@ -79,29 +79,29 @@ def soon() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("whole")
-    for name in ("bare", "sharded", "mxfp8", "int8", "dualscale", "tiles", "export", "cascade", "pipeline"):
+    root = tmp_path_factory.mktemp("models")
+    for name in ("single", "sharded", "mxfp8", "int8", "dualscale", "tiles", "export", "cascade", "pipeline"):
         (root / name).mkdir()
         MODELS[name](root / name)
     return {path.name: path for path in root.iterdir()}
 
 
 def mutate(draw: Any, data: Any) -> Any:
-    """`data` with one value somewhere in it replaced, removed, added or doubled."""
+    """`data` with one value at any depth replaced, removed, renamed or added."""
     if isinstance(data, dict) and data and draw(st.integers(0, 3)):
         key = draw(st.sampled_from(sorted(data)))
-        how = draw(st.sampled_from(["inside", "remove", "rename", "add"]))
-        rest = {name: value for name, value in data.items() if name != key or how in ("inside", "add")}
-        if how == "inside":
-            rest[key] = mutate(draw, data[key])
-        elif how == "rename":
-            rest[draw(keys)] = data[key]
-        elif how == "add":
-            rest[draw(keys)] = draw(values)
-        return rest
+        change = draw(st.sampled_from(["inside", "remove", "rename", "add"]))
+        changed = {name: value for name, value in data.items() if name != key or change in ("inside", "add")}
+        if change == "inside":
+            changed[key] = mutate(draw, data[key])
+        elif change == "rename":
+            changed[draw(keys)] = data[key]
+        elif change == "add":
+            changed[draw(keys)] = draw(values)
+        return changed
     if isinstance(data, list) and data and draw(st.integers(0, 2)):
-        place = draw(st.integers(0, len(data) - 1))
-        return [mutate(draw, value) if i == place else value for i, value in enumerate(data)]
+        index = draw(st.integers(0, len(data) - 1))
+        return [mutate(draw, value) if i == index else value for i, value in enumerate(data)]
     return draw(values)
 
 
@@ -111,17 +111,17 @@ SMALL = {"a.weight": ("BF16", (2, 3), bytes(12)), "b": ("U8", (4,), b"abcd"), "c
 
 
 def read(content: bytes) -> None:
-    """Read it as a file; what is found must fit the file."""
+    """Read `content` as a file; the tensors read must fit the file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
         path.write_bytes(content)
         try:
-            with soon():
-                found = read_header(path)
+            with time_limit():
+                infos = read_header(path)
         except CheckpointError as e:
             assert e.code == "E-CKP-02"
             return
-        ends = sorted((info.start, info.end) for info in found.values())
+        ends = sorted((info.start, info.end) for info in infos.values())
         assert all(0 <= start <= end <= len(content) for start, end in ends)
         assert not ends or ends[-1][1] == len(content)
 
@@ -142,7 +142,7 @@ def test_any_json_as_header(head: Any, data: bytes, length: int | None) -> None:
 
 @settings(max_examples=150)
 @given(data=st.data())
-def test_headers_with_one_thing_changed(data: st.DataObject) -> None:
+def test_headers_with_one_change(data: st.DataObject) -> None:
     read(raw(mutate(data.draw, header(SMALL)), b"".join(t[2] for t in SMALL.values())))
 
 
@@ -153,20 +153,20 @@ def test_headers_with_one_thing_changed(data: st.DataObject) -> None:
 )
 def test_flipped_bits_and_cut_ends(flips: list[tuple[int, int]], cut: int) -> None:
     content = bytearray(raw(header(SMALL), b"".join(t[2] for t in SMALL.values())))
-    for place, bit in flips:
-        content[place % len(content)] ^= 1 << bit
+    for position, bit in flips:
+        content[position % len(content)] ^= 1 << bit
     read(bytes(content[: len(content) - cut] if cut else content))
 
 
-# ---- whole models --------------------------------------------------------------------------------------
+# ---- complete models --------------------------------------------------------------------------------------
 
 
 def try_all(folder: Path) -> None:
-    """Every reader, and both writers as far as what they would write. Only our errors may come out."""
+    """Every reader, and both writers with `dry_run`. They may raise ascendit errors only."""
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     out = folder.parent / "out"
     calls: list[Any] = [
-        lambda: [read_expert(part) for part in recognise(folder).experts],
+        lambda: [read_expert(expert) for expert in recognise(folder).experts],
         lambda: [str(problem) for problem in inspect(folder).problems],
         lambda: inspect(folder).as_dict(),
         lambda: repack(folder, out, dry_run=True).as_dict(),
@@ -176,13 +176,13 @@ def try_all(folder: Path) -> None:
     ]
     for call in calls:
         try:
-            with soon():
+            with time_limit():
                 call()
         except AscenditError as e:
             assert str(e)
         assert not out.exists()
     try:
-        with soon():
+        with time_limit():
             repack(folder, out, check=True)
     except AscenditError:
         assert not out.exists()
@@ -191,7 +191,7 @@ def try_all(folder: Path) -> None:
 
 
 JSONS = {
-    "bare": ("config.json",),
+    "single": ("config.json",),
     "sharded": ("config.json", INDEX),
     "mxfp8": ("config.json", MANIFEST),
     "int8": ("config.json", MANIFEST),
@@ -217,50 +217,52 @@ def copied(model: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in JSONS.items() for file in files])
 @settings(max_examples=25)
 @given(data=st.data())
-def test_json_files_with_something_changed(
+def test_json_files_with_random_changes(
     models: dict[str, Path], name: str, file: str, data: st.DataObject
 ) -> None:
     with copied(models[name]) as folder:
-        found = json.loads((folder / file).read_text())
+        value = json.loads((folder / file).read_text())
         for _ in range(data.draw(st.integers(1, 2))):
-            found = mutate(data.draw, found)
-        (folder / file).write_text(json.dumps(found))
+            value = mutate(data.draw, value)
+        (folder / file).write_text(json.dumps(value))
         try_all(folder)
 
 
-@pytest.mark.parametrize("name", ["bare", "mxfp8", "int8", "dualscale", "tiles"])
+@pytest.mark.parametrize("name", ["single", "mxfp8", "int8", "dualscale", "tiles"])
 @settings(max_examples=30)
 @given(data=st.data())
-def test_tensors_with_something_changed(models: dict[str, Path], name: str, data: st.DataObject) -> None:
-    """Whole files: a tensor is missing, doubled, renamed, or has another dtype or shape of as many bytes."""
+def test_tensors_with_random_changes(models: dict[str, Path], name: str, data: st.DataObject) -> None:
+    """Valid files: a tensor is missing, duplicated, renamed, or has another dtype or shape of equal size."""
     with copied(models[name]) as folder:
         tensors = load(folder / WEIGHTS)
         for _ in range(data.draw(st.integers(1, 2))):
             key = data.draw(st.sampled_from(sorted(tensors)))
             dtype, shape, content = tensors[key]
-            how = data.draw(st.sampled_from(["drop", "rename", "double", "dtype", "flat", "empty", "scalar"]))
-            other = data.draw(st.one_of(words, st.sampled_from(sorted(tensors))))
-            if how in ("drop", "rename"):
+            change = data.draw(
+                st.sampled_from(["drop", "rename", "double", "dtype", "flat", "empty", "scalar"])
+            )
+            other = data.draw(st.one_of(strings, st.sampled_from(sorted(tensors))))
+            if change in ("drop", "rename"):
                 del tensors[key]
-            if how in ("rename", "double"):
+            if change in ("rename", "double"):
                 tensors[other] = (dtype, shape, content)
-            if how == "dtype":
+            if change == "dtype":
                 tensors[key] = (
                     data.draw(dtypes),
                     (len(content),),
                     content,
                 )
-            elif how == "flat":
+            elif change == "flat":
                 tensors[key] = ("U8", (1, len(content), 1), content)
-            elif how == "empty":
+            elif change == "empty":
                 tensors[key] = (dtype, (*shape[:-1], 0), b"")
-            elif how == "scalar":
+            elif change == "scalar":
                 tensors[key] = ("F32", (), bytes(4))
         save(folder / WEIGHTS, tensors)
         try_all(folder)
 
 
-@pytest.mark.parametrize("name", ["bare", "mxfp8"])
+@pytest.mark.parametrize("name", ["single", "mxfp8"])
 @settings(max_examples=30)
 @given(data=st.data())
 def test_files_with_flipped_bits(models: dict[str, Path], name: str, data: st.DataObject) -> None:
@@ -295,27 +297,27 @@ suffixes = st.sampled_from(
 
 @settings(max_examples=150)
 @given(data=st.data())
-def test_lora_files_with_something_changed(data: st.DataObject) -> None:
+def test_lora_files_with_random_changes(data: st.DataObject) -> None:
     tensors: dict[str, Any] = dict(LORA)
     for _ in range(data.draw(st.integers(1, 2))):
         key = data.draw(st.sampled_from(sorted(tensors)))
         dtype, shape, content = tensors.pop(key)
-        how = data.draw(st.sampled_from(["drop", "rename", "dtype", "flat", "empty", "scalar", "twist"]))
-        if how == "rename":
+        change = data.draw(st.sampled_from(["drop", "rename", "dtype", "flat", "empty", "scalar", "twist"]))
+        if change == "rename":
             tensors[key.rpartition(".")[0] + data.draw(suffixes)] = (dtype, shape, content)
-        elif how == "dtype":
+        elif change == "dtype":
             tensors[key] = (
                 data.draw(dtypes),
                 (len(content),),
                 content,
             )
-        elif how == "flat":
+        elif change == "flat":
             tensors[key] = (dtype, (1, *shape), content)
-        elif how == "empty":
+        elif change == "empty":
             tensors[key] = (dtype, (*shape[:-1], 0), b"")
-        elif how == "scalar":
+        elif change == "scalar":
             tensors[key] = ("F32", (), bytes(4))
-        elif how == "twist":
+        elif change == "twist":
             tensors[key] = (dtype, shape[::-1], content)
         if not tensors:
             break

@@ -1,4 +1,4 @@
-"""Outputs that cannot be written: what is there stays there, and nothing is left beside it."""
+"""Outputs that cannot be written: existing files are unchanged and nothing new is left."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from broken.models import MODELS, WEIGHTS, coded, save
+from broken.models import MODELS, WEIGHTS, quantized, save
 from broken.test_broken import VERBS, snapshot
 
 from ascendit.errors import AscenditError, EnvironmentProblem
@@ -17,7 +17,7 @@ WRITERS = ("repack", "quantize")
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A pipeline of two experts in a folder of its own."""
+    """A pipeline of two experts, alone in its folder."""
     folder = tmp_path / "home" / "model"
     folder.mkdir(parents=True)
     MODELS["pipeline"](folder)
@@ -25,7 +25,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def refused(verb: str, source: Path, dst: Path, code: str) -> AscenditError:
-    """The error; nothing below the folder of both may have changed."""
+    """Return the error; nothing below the common parent folder may have changed."""
     root = Path(os.path.commonpath([source.parent, os.path.abspath(dst)]))
     before = snapshot(root)
     with pytest.raises(AscenditError) as e:
@@ -53,20 +53,20 @@ def dangling(path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", WRITERS)
-@pytest.mark.parametrize("what", [folder, full_folder, file, dangling])
-def test_the_output_exists(source: Path, verb: str, what: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize("create", [folder, full_folder, file, dangling])
+def test_the_output_exists(source: Path, verb: str, create: Callable[[Path], None]) -> None:
     dst = source.parent / "out"
-    what(dst)
+    create(dst)
     assert "already exists" in refused(verb, source, dst, "E-USE-03").got
 
 
 @pytest.mark.parametrize("verb", WRITERS)
 @pytest.mark.parametrize(
-    "place", ["out", "transformer/out", "new/deep/out", "../model/out", "../link/out", "transformer/../out"]
+    "output", ["out", "transformer/out", "new/deep/out", "../model/out", "../link/out", "transformer/../out"]
 )
-def test_the_output_lies_in_the_input(source: Path, verb: str, place: str) -> None:
+def test_the_output_is_inside_the_input(source: Path, verb: str, output: str) -> None:
     (source.parent / "link").symlink_to("model")
-    assert "is inside the source" in refused(verb, source, source / place, "E-USE-06").got
+    assert "is inside the source" in refused(verb, source, source / output, "E-USE-06").got
 
 
 @pytest.mark.parametrize("verb", WRITERS)
@@ -76,7 +76,7 @@ def test_the_output_is_the_input(source: Path, verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", WRITERS)
-def test_the_input_lies_in_the_output(source: Path, verb: str) -> None:
+def test_the_input_is_inside_the_output(source: Path, verb: str) -> None:
     refused(verb, source, source.parent, "E-USE-06")
     refused(verb, source, source.parent.parent, "E-USE-06")
 
@@ -90,7 +90,7 @@ def test_the_input_is_a_link_into_the_output(source: Path, verb: str) -> None:
 
 @pytest.mark.parametrize("verb", WRITERS)
 def test_a_shard_in_the_output(source: Path, tmp_path: Path, verb: str) -> None:
-    """A hub cache: the weights are links to files elsewhere. The output must not take their place."""
+    """In a hub cache the weights are links to files elsewhere. The output must not replace these."""
     blobs = tmp_path / "home" / "blobs"
     blobs.mkdir()
     weights = source / "transformer" / WEIGHTS
@@ -102,17 +102,17 @@ def test_a_shard_in_the_output(source: Path, tmp_path: Path, verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", WRITERS)
-def test_a_file_in_the_way_of_the_folders_above(source: Path, verb: str) -> None:
+def test_a_parent_of_the_output_is_a_file(source: Path, verb: str) -> None:
     (source.parent / "file").write_text("keep")
     refused(verb, source, source.parent / "file" / "out", "E-ENV-02")
 
 
 @pytest.mark.parametrize("verb", WRITERS)
-def test_something_in_the_way_of_the_unfinished_output(source: Path, verb: str) -> None:
-    mine = source.parent / ".out.partial"
-    full_folder(mine)
+def test_the_folder_for_the_unfinished_output_exists(source: Path, verb: str) -> None:
+    partial = source.parent / ".out.partial"
+    full_folder(partial)
     refused(verb, source, source.parent / "out", "E-USE-03")
-    assert (mine / "mine.txt").read_text() == "keep"
+    assert (partial / "mine.txt").read_text() == "keep"
 
 
 @pytest.mark.parametrize("verb", WRITERS)
@@ -127,8 +127,8 @@ def test_no_name(source: Path, monkeypatch: pytest.MonkeyPatch, verb: str, name:
 
 @pytest.mark.parametrize("verb", WRITERS)
 @pytest.mark.parametrize("target", ["vae", "tokenizer"])
-def test_a_part_with_a_link_to_nothing(source: Path, verb: str, target: str) -> None:
-    """Linked folders are taken as they are; copied ones are looked through."""
+def test_a_component_with_a_dangling_link(source: Path, verb: str, target: str) -> None:
+    """Linked folders are not inspected; copied ones are."""
     from ascendit.convert.quantize import quantize
     from ascendit.convert.repack import repack
 
@@ -146,21 +146,21 @@ def test_a_part_with_a_link_to_nothing(source: Path, verb: str, target: str) -> 
 
 @pytest.mark.parametrize("verb", WRITERS)
 @pytest.mark.parametrize("name", [b"caf\xe9", b"a\nb", b"[red]x", b"-rf", b" "])
-def test_names_that_are_unusual_and_legal(source: Path, verb: str, name: bytes) -> None:
-    """Not UTF-8, or what a shell or a console would take for something else."""
-    odd = source.parent / os.fsdecode(name)
-    source.rename(odd)
-    VERBS[verb](odd, source.parent / "out")
+def test_unusual_names_are_accepted(source: Path, verb: str, name: bytes) -> None:
+    """Not UTF-8, or special to a shell or a console."""
+    renamed = source.parent / os.fsdecode(name)
+    source.rename(renamed)
+    VERBS[verb](renamed, source.parent / "out")
     VERBS["inspect"](source.parent / "out", source)
     (source.parent / "out").rename(source.parent / "out2")
-    VERBS[verb](odd, Path(f"{odd}-out"))
+    VERBS[verb](renamed, Path(f"{renamed}-out"))
 
 
 # ---- a full disk ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verb", WRITERS)
-def test_too_little_room(source: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+def test_too_little_disk_space(source: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
     monkeypatch.setattr("ascendit.checkpoint.file_copy.available_bytes", lambda path: 1000)
     error = refused(verb, source, source.parent / "out", "E-ENV-04")
     assert isinstance(error, EnvironmentProblem)
@@ -170,7 +170,7 @@ def test_too_little_room(source: Path, monkeypatch: pytest.MonkeyPatch, verb: st
 @pytest.mark.parametrize("verb", WRITERS)
 @pytest.mark.parametrize("after", [0, 1, 2, 5])
 def test_a_disk_that_fills_up(source: Path, monkeypatch: pytest.MonkeyPatch, verb: str, after: int) -> None:
-    """The system refuses the write after so many; whichever call it is, the run ends in the same way."""
+    """Writes fail after `after` calls; the run ends in the same way whichever call fails."""
     calls = 0
 
     def filling(real: Callable[..., int]) -> Callable[..., int]:
@@ -191,7 +191,7 @@ def test_a_disk_that_fills_up(source: Path, monkeypatch: pytest.MonkeyPatch, ver
     assert calls > after
 
 
-# ---- rights -------------------------------------------------------------------------------------------
+# ---- permissions -------------------------------------------------------------------------------------------
 
 not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
 
@@ -199,7 +199,7 @@ not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write
 @not_root
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", f"transformer/{WEIGHTS}"])
-def test_a_file_that_may_not_be_read(source: Path, tmp_path: Path, verb: str, name: str) -> None:
+def test_a_file_without_read_permission(source: Path, tmp_path: Path, verb: str, name: str) -> None:
     (source / name).chmod(0)
     try:
         with pytest.raises(AscenditError) as e:
@@ -211,7 +211,7 @@ def test_a_file_that_may_not_be_read(source: Path, tmp_path: Path, verb: str, na
 
 @not_root
 @pytest.mark.parametrize("verb", WRITERS)
-def test_a_folder_that_may_not_be_written(source: Path, verb: str) -> None:
+def test_a_folder_without_write_permission(source: Path, verb: str) -> None:
     source.parent.chmod(0o500)
     try:
         refused(verb, source, source.parent / "out", "E-ENV-02")
@@ -219,22 +219,22 @@ def test_a_folder_that_may_not_be_written(source: Path, verb: str) -> None:
         source.parent.chmod(0o700)
 
 
-# ---- while it runs ------------------------------------------------------------------------------------
+# ---- changes during the run ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verb", WRITERS)
-@pytest.mark.parametrize("how", ["truncated", "gone"])
+@pytest.mark.parametrize("change", ["truncated", "gone"])
 def test_a_source_that_changes_while_it_is_read(
-    source: Path, monkeypatch: pytest.MonkeyPatch, verb: str, how: str
+    source: Path, monkeypatch: pytest.MonkeyPatch, verb: str, change: str
 ) -> None:
-    """After its header was read. The output is not there, and the error is ours."""
+    """After its header was read. There is no output, and the error is an ascendit error."""
     from ascendit.checkpoint import output_folder
 
     weights = source / "transformer_2" / WEIGHTS
     real = output_folder.Staging.__enter__
 
     def enter(self: output_folder.Staging) -> output_folder.Staging:
-        if how == "gone":
+        if change == "gone":
             weights.unlink()
         else:
             os.truncate(weights, weights.stat().st_size // 2)
@@ -247,7 +247,7 @@ def test_a_source_that_changes_while_it_is_read(
     assert [path.name for path in source.parent.iterdir()] == ["model"]
 
 
-def test_a_lora_that_is_broken_leaves_nothing(source: Path, tmp_path: Path) -> None:
+def test_a_broken_lora_leaves_no_output(source: Path, tmp_path: Path) -> None:
     from ascendit.convert.quantize import quantize
 
     lora = tmp_path / "lora.safetensors"
@@ -260,12 +260,12 @@ def test_a_lora_that_is_broken_leaves_nothing(source: Path, tmp_path: Path) -> N
         assert snapshot(tmp_path) == before
 
 
-def test_a_base_of_another_model_leaves_nothing(source: Path, tmp_path: Path) -> None:
+def test_a_base_of_another_model_leaves_no_output(source: Path, tmp_path: Path) -> None:
     from ascendit.convert.repack import repack
 
     other = tmp_path / "other"
     other.mkdir()
-    coded("mxfp8")(other)
+    quantized("mxfp8")(other)
     before = snapshot(tmp_path)
     for base, code in ((other, "E-USE-01"), (source, "E-CKP-04"), (tmp_path / "none", "E-USE-02")):
         with pytest.raises(AscenditError) as e:

@@ -1,4 +1,4 @@
-"""Bytes copied by the kernel and without it, disk space reserved, errors in words."""
+"""Copies by the kernel and without it, reserved disk space, error messages."""
 
 import errno
 import itertools
@@ -22,13 +22,13 @@ from ascendit.checkpoint.file_copy import (
 )
 from ascendit.errors import CheckpointError
 
-WAYS = ("copy_file_range", "buffer")
+METHODS = ("copy_file_range", "buffer")
 DATA = bytes(itertools.islice(itertools.cycle(range(251)), 3_000_000))
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Iterator[tuple[int, int]]:
-    """Descriptors of a source of 3 MB and an empty target."""
+    """File descriptors of a source of 3 MB and an empty target."""
     (tmp_path / "src").write_bytes(DATA)
     src = os.open(tmp_path / "src", os.O_RDONLY)
     dst = os.open(tmp_path / "dst", os.O_RDWR | os.O_CREAT)
@@ -44,8 +44,8 @@ def fail(number: int) -> Any:
     return call
 
 
-def only(way: str, monkeypatch: pytest.MonkeyPatch, number: int = errno.EXDEV) -> list[str]:
-    """Let the kernel know just this way; the list fills with what was called."""
+def only(method: str, monkeypatch: pytest.MonkeyPatch, number: int = errno.EXDEV) -> list[str]:
+    """Make the kernel support only this method; the returned list collects the calls."""
     called: list[str] = []
 
     def counted(name: str, real: Any) -> Any:
@@ -55,7 +55,7 @@ def only(way: str, monkeypatch: pytest.MonkeyPatch, number: int = errno.EXDEV) -
 
         return call
 
-    real = os.copy_file_range if way == "copy_file_range" else fail(number)
+    real = os.copy_file_range if method == "copy_file_range" else fail(number)
     monkeypatch.setattr(os, "copy_file_range", counted("copy_file_range", real))
     return called
 
@@ -63,50 +63,50 @@ def only(way: str, monkeypatch: pytest.MonkeyPatch, number: int = errno.EXDEV) -
 # ---- moving
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "src_offset,dst_offset,count",
     [(0, 0, len(DATA)), (8, 104, 2_500_000), (5000, 904, 100_001), (4096, 0, 1), (17, 3, 0), (100, 4196, 50)],
 )
-def test_each_way_moves_the_same(
+def test_each_method_copies_the_same_bytes(
     files: tuple[int, int],
-    way: str,
+    method: str,
     src_offset: int,
     dst_offset: int,
     count: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     src, dst = files
-    called = only(way, monkeypatch)
+    called = only(method, monkeypatch)
     os.pwrite(dst, b"\xff" * (dst_offset + count + 9), 0)
     move_bytes(src, src_offset, dst, dst_offset, count)
-    found = os.pread(dst, 4_000_000, 0)
-    assert found == b"\xff" * dst_offset + DATA[src_offset : src_offset + count] + b"\xff" * 9
-    if way != "buffer" and count > 5000:
-        assert way in called
+    copied = os.pread(dst, 4_000_000, 0)
+    assert copied == b"\xff" * dst_offset + DATA[src_offset : src_offset + count] + b"\xff" * 9
+    if method != "buffer" and count > 5000:
+        assert method in called
 
 
 @pytest.mark.parametrize("src_offset,dst_offset", [(4096, 4096), (904, 904 + 8192), (70_000, 4464)])
-def test_bytes_that_lie_alike_are_moved_from_the_next_64_kib(
+def test_bytes_with_equal_alignment_are_moved_from_the_next_64_kib(
     files: tuple[int, int], src_offset: int, dst_offset: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the kernel moves at once then fills whole pages of both: 1.6 x as fast; blocks can be shared."""
-    places: list[int] = []
+    """Then the kernel copies complete pages (1.6 x as fast), and blocks can be shared."""
+    offsets: list[int] = []
     real = os.copy_file_range
 
     def call(src: int, dst: int, count: int, src_at: int, dst_at: int) -> int:
-        places.append(dst_at)
+        offsets.append(dst_at)
         assert (src_at - dst_at) % 4096 == 0
         return real(src, dst, count, src_at, dst_at)
 
     monkeypatch.setattr(os, "copy_file_range", call)
     move_bytes(files[0], src_offset, files[1], dst_offset, 2_000_000)
-    assert places[0] == -(-dst_offset // 65536) * 65536
+    assert offsets[0] == -(-dst_offset // 65536) * 65536
     assert os.pread(files[1], 2_000_000, dst_offset) == DATA[src_offset : src_offset + 2_000_000]
 
 
 @pytest.mark.parametrize("number", ["EXDEV", "ENOSYS", "EINVAL", "EOPNOTSUPP", "EPERM"])
-def test_what_a_kernel_cannot_do_is_done_otherwise(
+def test_a_call_that_the_kernel_does_not_support_is_replaced(
     files: tuple[int, int], number: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = only("buffer", monkeypatch, getattr(errno, number))
@@ -128,10 +128,10 @@ def test_a_system_without_the_calls(files: tuple[int, int], monkeypatch: pytest.
     dst_offset=st.integers(0, 9000),
     then=st.sampled_from([errno.EXDEV, errno.EINVAL, 0]),
 )
-def test_partial_counts_and_a_change_of_ways_on_the_way(
+def test_partial_counts_and_a_change_of_method(
     files: tuple[int, int], steps: list[int], src_offset: int, dst_offset: int, then: int
 ) -> None:
-    """A call moves fewer bytes than asked for, then none, or fails: what is missing comes by the next way."""
+    """A call moves fewer bytes than requested, then none, or fails: the next method moves the others."""
     src, dst = files
     os.ftruncate(dst, 0)
     with pytest.MonkeyPatch.context() as patch:
@@ -150,11 +150,9 @@ def test_partial_counts_and_a_change_of_ways_on_the_way(
     assert os.pread(dst, 3_000_000, dst_offset) == DATA[src_offset : src_offset + 2_000_000]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_source_that_ends_too_early(
-    files: tuple[int, int], way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    only(way, monkeypatch)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_truncated_source(files: tuple[int, int], method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(method, monkeypatch)
     with pytest.raises(CheckpointError) as e:
         move_bytes(files[0], 1000, files[1], 0, len(DATA), source=Path("a/model.safetensors"))
     assert e.value.code == "E-CKP-02"
@@ -162,7 +160,7 @@ def test_a_source_that_ends_too_early(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
-def test_real_failures_are_not_tried_again(
+def test_other_errors_are_not_retried(
     files: tuple[int, int], number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only("buffer", monkeypatch, number)
@@ -172,24 +170,26 @@ def test_real_failures_are_not_tried_again(
 
 
 def test_files_of_two_file_systems(tmp_path: Path) -> None:
-    here, there = Path("/dev/shm"), tmp_path
-    if not here.is_dir() or here.stat().st_dev == there.stat().st_dev:
+    shm, other = Path("/dev/shm"), tmp_path
+    if not shm.is_dir() or shm.stat().st_dev == other.stat().st_dev:
         pytest.skip("there is one file system only")
-    (there / "src").write_bytes(DATA)
-    target = here / f"ascendit-test-{os.getpid()}"
+    (other / "src").write_bytes(DATA)
+    target = shm / f"ascendit-test-{os.getpid()}"
     try:
-        copy_file(there / "src", target)
+        copy_file(other / "src", target)
         assert target.read_bytes() == DATA
     finally:
         target.unlink(missing_ok=True)
 
 
-def test_reserved_room_is_taken_and_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reserved_space_is_allocated_and_does_not_change_the_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with open(tmp_path / "f", "wb") as f:
         reserve(f.fileno(), 1 << 20)
         f.write(b"x")
     state = (tmp_path / "f").stat()
-    assert state.st_size == 1, "a killed run leaves no file that has its full size and zeros inside"
+    assert state.st_size == 1, "a killed run leaves no file of full size that is filled with zeros"
     if state.st_blocks < 2048:
         pytest.skip("this file system cannot reserve")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -197,14 +197,14 @@ def test_reserved_room_is_taken_and_not_seen(tmp_path: Path, monkeypatch: pytest
     assert available_bytes(tmp_path) == 1000 + state.st_blocks * 512
 
 
-def test_reserving_where_it_cannot_be_done(tmp_path: Path) -> None:
+def test_reserving_without_support(tmp_path: Path) -> None:
     read, write = os.pipe()
     reserve(write, 1 << 20)
     os.close(read)
     os.close(write)
 
 
-def test_problems_of_the_disk_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_of_disk_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1 << 30)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     check_free_space(tmp_path, 1 << 30)

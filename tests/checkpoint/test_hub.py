@@ -1,4 +1,4 @@
-"""From a name to a folder, and downloads: against a stand-in on 127.0.0.1 with the API of both hubs."""
+"""Names to folders, and downloads, against a local server with the API of both hubs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ascendit.checkpoint.hub import fetch, model_folder
 from ascendit.checkpoint.layout import recognise
 from ascendit.errors import AscenditError, EnvironmentProblem, UsageError
 
-ONE, TWO = "1" * 40, "2" * 40
+COMMIT_1, COMMIT_2 = "1" * 40, "2" * 40
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 FILES: dict[str, bytes] = {
     "model_index.json": json.dumps(
@@ -43,12 +43,12 @@ class StandIn(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
-        self.revisions = {"main": ONE, "master": ONE, "v1.0": ONE, ONE: ONE}
+        self.revisions = {"main": COMMIT_1, "master": COMMIT_1, "v1.0": COMMIT_1, COMMIT_1: COMMIT_1}
         self.files = dict(FILES)
         self.sent: dict[str, bytes] = {}
-        """What is sent in place of the announced content."""
+        """Content sent instead of the announced one."""
         self.commits = True
-        """Whether the ModelScope side tells the commit of its listing."""
+        """Whether the ModelScope API reports the commit of its listing."""
         self.refuse: tuple[int, dict[str, str]] | None = None
         self.break_off_at: int | None = None
         self.requests: list[str] = []
@@ -61,19 +61,21 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         query = {key: values[0] for key, values in parse_qs(url.query).items()}
-        part = self.headers.get("Range")
-        self.server.requests.append(f"{self.command} {unquote(self.path)}" + (f" {part}" if part else ""))
+        range_header = self.headers.get("Range")
+        self.server.requests.append(
+            f"{self.command} {unquote(self.path)}" + (f" {range_header}" if range_header else "")
+        )
         if self.server.refuse:
             return self.answer(b"{}", status=self.server.refuse[0], **self.server.refuse[1])
-        words = unquote(url.path).strip("/").split("/")
-        if words[:4] == ["api", "models", "org", "model"]:
-            return self.huggingface_api(words[4], words[5])
-        if words[:3] == ["org", "model", "resolve"]:
-            name = "/".join(words[4:])
+        segments = unquote(url.path).strip("/").split("/")
+        if segments[:4] == ["api", "models", "org", "model"]:
+            return self.huggingface_api(segments[4], segments[5])
+        if segments[:3] == ["org", "model", "resolve"]:
+            name = "/".join(segments[4:])
             etag = hashlib.sha256(self.server.files[name]).hexdigest()
-            return self.send_file(name, ETag=f'"{etag}"', **{"X-Repo-Commit": words[3]})
-        if words[:6] == ["api", "v1", "models", "org", "model", "repo"]:
-            return self.modelscope_api(words[6:], query)
+            return self.send_file(name, ETag=f'"{etag}"', **{"X-Repo-Commit": segments[3]})
+        if segments[:6] == ["api", "v1", "models", "org", "model", "repo"]:
+            return self.modelscope_api(segments[6:], query)
         return self.answer(b"{}", status=404, **{"X-Error-Code": "RepoNotFound"})
 
     do_HEAD = do_GET
@@ -91,11 +93,11 @@ class Handler(BaseHTTPRequestHandler):
             tree.append({"type": "file", "path": name, "oid": digest[:40], "size": len(data)} | lfs)
         return self.json(tree)
 
-    def modelscope_api(self, rest: list[str], query: dict[str, str]) -> None:
+    def modelscope_api(self, segments: list[str], query: dict[str, str]) -> None:
         commit = self.server.revisions.get(query["Revision"])
         if commit is None:
             return self.answer(b"{}", status=404)
-        if rest != ["files"]:
+        if segments != ["files"]:
             return self.send_file(query["FilePath"])
         assert query["Recursive"] == "True"
         entries: list[dict[str, Any]] = [{"Path": "transformer", "Type": "tree", "Size": 0, "Sha256": ""}]
@@ -111,9 +113,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_file(self, name: str, **headers: Any) -> None:
         data = self.server.sent.get(name, self.server.files[name])
-        part = self.headers.get("Range")
-        if part:
-            start = int(part.removeprefix("bytes=").rstrip("-"))
+        range_header = self.headers.get("Range")
+        if range_header:
+            start = int(range_header.removeprefix("bytes=").rstrip("-"))
             span = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
             return self.answer(data[start:], status=206, **headers, **span)
         return self.answer(data, **headers)
@@ -153,8 +155,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
 
 
 @pytest.fixture
-def nobody() -> str:
-    """An endpoint where nothing listens."""
+def no_server() -> str:
+    """An endpoint without a server."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as s:
         return f"http://127.0.0.1:{s.server_port}"
 
@@ -163,74 +165,78 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def refused(name: str, kind: type[AscenditError], cache: Path, endpoint: str, **more: Any) -> AscenditError:
-    with pytest.raises(kind) as e:
+def refused(
+    name: str, error_class: type[AscenditError], cache: Path, endpoint: str, **more: Any
+) -> AscenditError:
+    with pytest.raises(error_class) as e:
         fetch(name, cache=cache, endpoint=endpoint, **more)
-    assert type(e.value) is kind
+    assert type(e.value) is error_class
     assert e.value.code == "E-HUB-01"
     assert name.partition("@")[0] in e.value.got
     return e.value
 
 
-both = pytest.mark.parametrize("name", ["hf:org/model", "ms:org/model"])
+on_both_hubs = pytest.mark.parametrize("name", ["hf:org/model", "ms:org/model"])
 
 
-@both
-def test_a_download_is_whole_pinned_and_logged_once(
+@on_both_hubs
+def test_a_download_is_complete_pinned_and_logged_once(
     name: str, tmp_path: Path, server: StandIn, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="ascendit"):
         folder = fetch(name, cache=tmp_path, endpoint=server.endpoint)
-    assert folder == tmp_path / "models--org--model" / "snapshots" / ONE
+    assert folder == tmp_path / "models--org--model" / "snapshots" / COMMIT_1
     assert files_of(folder) == {n: d for n, d in FILES.items() if n in KEPT}
     layout = recognise(folder)
-    assert (layout.name, layout.source) == ("model", f"org/model@{ONE}")
-    assert [r.getMessage() for r in caplog.records if r.name == "ascendit"] == [f"{name}@{ONE} in {folder}"]
+    assert (layout.name, layout.source) == ("model", f"org/model@{COMMIT_1}")
+    assert [r.getMessage() for r in caplog.records if r.name == "ascendit"] == [
+        f"{name}@{COMMIT_1} in {folder}"
+    ]
 
 
-@both
+@on_both_hubs
 def test_the_second_time_no_file_is_downloaded(name: str, tmp_path: Path, server: StandIn) -> None:
     folder = fetch(name, cache=tmp_path, endpoint=server.endpoint)
     server.requests.clear()
     assert fetch(name, cache=tmp_path, endpoint=server.endpoint) == folder
-    assert len(server.requests) == 1  # where does the branch stand?
+    assert len(server.requests) == 1  # the commit of the branch
     server.requests.clear()
-    assert fetch(f"{name}@{ONE}", cache=tmp_path, endpoint=server.endpoint) == folder
+    assert fetch(f"{name}@{COMMIT_1}", cache=tmp_path, endpoint=server.endpoint) == folder
     assert server.requests == []  # a commit never changes
 
 
-@both
+@on_both_hubs
 def test_a_branch_that_moved(name: str, tmp_path: Path, server: StandIn) -> None:
     old = fetch(name, cache=tmp_path, endpoint=server.endpoint)
-    server.revisions |= {"main": TWO, "master": TWO, TWO: TWO}
+    server.revisions |= {"main": COMMIT_2, "master": COMMIT_2, COMMIT_2: COMMIT_2}
     server.files["README.md"] = b"# new card"
     new = fetch(name, cache=tmp_path, endpoint=server.endpoint)
-    assert (old.name, new.name) == (ONE, TWO)
+    assert (old.name, new.name) == (COMMIT_1, COMMIT_2)
     assert [(f / "README.md").read_bytes() for f in (old, new)] == [b"# card", b"# new card"]
 
 
-@both
-@pytest.mark.parametrize("revision", ["v1.0", ONE])
+@on_both_hubs
+@pytest.mark.parametrize("revision", ["v1.0", COMMIT_1])
 def test_a_revision_by_name_or_argument(name: str, revision: str, tmp_path: Path, server: StandIn) -> None:
-    server.revisions |= {"main": TWO, "master": TWO}
-    assert fetch(f"{name}@{revision}", cache=tmp_path, endpoint=server.endpoint).name == ONE
-    assert fetch(name, revision=revision, cache=tmp_path, endpoint=server.endpoint).name == ONE
+    server.revisions |= {"main": COMMIT_2, "master": COMMIT_2}
+    assert fetch(f"{name}@{revision}", cache=tmp_path, endpoint=server.endpoint).name == COMMIT_1
+    assert fetch(name, revision=revision, cache=tmp_path, endpoint=server.endpoint).name == COMMIT_1
 
 
-@both
-def test_without_network_the_cached_copy_serves(
-    name: str, tmp_path: Path, server: StandIn, nobody: str
+@on_both_hubs
+def test_without_network_the_cached_copy_is_used(
+    name: str, tmp_path: Path, server: StandIn, no_server: str
 ) -> None:
     folder = fetch(name, cache=tmp_path, endpoint=server.endpoint)
-    assert fetch(name, cache=tmp_path, endpoint=nobody) == folder
-    assert fetch(name, revision=ONE, cache=tmp_path, endpoint=nobody) == folder
-    e = refused(name, EnvironmentProblem, tmp_path, nobody, revision="v1.0")
+    assert fetch(name, cache=tmp_path, endpoint=no_server) == folder
+    assert fetch(name, revision=COMMIT_1, cache=tmp_path, endpoint=no_server) == folder
+    e = refused(name, EnvironmentProblem, tmp_path, no_server, revision="v1.0")
     assert "or a complete copy in the cache" in e.needs
 
 
-@both
-def test_without_network_and_copy(name: str, tmp_path: Path, nobody: str) -> None:
-    assert "network" in refused(name, EnvironmentProblem, tmp_path, nobody).fix
+@on_both_hubs
+def test_without_network_and_copy(name: str, tmp_path: Path, no_server: str) -> None:
+    assert "network" in refused(name, EnvironmentProblem, tmp_path, no_server).fix
 
 
 @pytest.mark.parametrize("name", ["hf:org/other", "ms:org/other"])
@@ -240,7 +246,7 @@ def test_an_unknown_name(name: str, tmp_path: Path, server: StandIn) -> None:
     assert "correct the name" in e.fix
 
 
-@both
+@on_both_hubs
 def test_an_unknown_revision(name: str, tmp_path: Path, server: StandIn) -> None:
     e = refused(name, UsageError, tmp_path, server.endpoint, revision="v9")
     assert f"{name}@v9" in e.got
@@ -257,7 +263,7 @@ def test_gated_and_private(tmp_path: Path, server: StandIn) -> None:
     assert "logged in" in e.fix
 
 
-def test_a_refusal_is_no_reason_to_use_the_cached_copy(tmp_path: Path, server: StandIn) -> None:
+def test_after_a_refusal_the_cached_copy_is_not_used(tmp_path: Path, server: StandIn) -> None:
     fetch("ms:org/model", cache=tmp_path, endpoint=server.endpoint)
     server.refuse = (401, {})
     e = refused("ms:org/model", EnvironmentProblem, tmp_path, server.endpoint)
@@ -280,7 +286,7 @@ def test_a_refusal_is_no_reason_to_use_the_cached_copy(tmp_path: Path, server: S
         *("hf:org/model@../../x", "ms:org/model@/x", "ms:org/model@..", "ms:org/a--b", "hf:org/model?x=1"),
     ],
 )
-def test_a_name_that_is_none(name: str, tmp_path: Path) -> None:
+def test_an_invalid_name(name: str, tmp_path: Path) -> None:
     e = refused(name, UsageError, tmp_path, "http://127.0.0.1:1")
     assert "hf:org/name or ms:org/name" in e.needs
 
@@ -290,8 +296,8 @@ def test_two_revisions(tmp_path: Path) -> None:
     assert "at most one revision" in e.needs
 
 
-@both
-def test_a_damaged_download_is_refused_and_fetched_anew(name: str, tmp_path: Path, server: StandIn) -> None:
+@on_both_hubs
+def test_a_damaged_download_is_refused_and_fetched_again(name: str, tmp_path: Path, server: StandIn) -> None:
     server.sent[WEIGHTS] = FILES[WEIGHTS][:-1] + b"?"  # the right size
     e = refused(name, EnvironmentProblem, tmp_path, server.endpoint)
     assert f"{WEIGHTS} was damaged during the download" in e.got
@@ -300,15 +306,15 @@ def test_a_damaged_download_is_refused_and_fetched_anew(name: str, tmp_path: Pat
     server.requests.clear()
     folder = fetch(name, cache=tmp_path, endpoint=server.endpoint)
     assert files_of(folder)[WEIGHTS] == FILES[WEIGHTS]
-    assert not any("config.json" in r for r in server.requests)  # what was whole is kept
+    assert not any("config.json" in r for r in server.requests)  # complete files are not downloaded again
 
 
-@both
+@on_both_hubs
 @pytest.mark.parametrize("path", ["../../evil.json", "transformer/../../../evil.json", "/tmp/evil.json"])
 def test_a_file_outside_the_folder(name: str, path: str, tmp_path: Path, server: StandIn) -> None:
     server.files[path] = b"evil"
     server.files["evil.json"] = server.files["tmp/evil.json"] = (
-        b"evil"  # were the name cleaned, it would be sent
+        b"evil"  # would be sent if the name were normalised
     )
     cache = tmp_path / "deep" / "cache"
     before = Path("/tmp/evil.json").exists()
@@ -317,7 +323,7 @@ def test_a_file_outside_the_folder(name: str, path: str, tmp_path: Path, server:
     except EnvironmentProblem as e:
         assert e.code == "E-HUB-01"
         assert "evil.json" in e.got
-    else:  # a library may take the leading slash off
+    else:  # a library may remove the leading slash
         assert (name, path) == ("hf:org/model", "/tmp/evil.json")
         assert (folder / "tmp" / "evil.json").exists()
     outside = [p for p in tmp_path.rglob("evil.json") if cache / "models--org--model" not in p.parents]
@@ -325,7 +331,7 @@ def test_a_file_outside_the_folder(name: str, path: str, tmp_path: Path, server:
     assert Path("/tmp/evil.json").exists() == before
 
 
-def test_modelscope_takes_up_a_broken_download(
+def test_modelscope_resumes_a_broken_download(
     tmp_path: Path, server: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
@@ -337,7 +343,7 @@ def test_modelscope_takes_up_a_broken_download(
     assert not list(tmp_path.rglob("*.incomplete"))
 
 
-def test_modelscope_gives_up_and_leaves_no_folder(
+def test_modelscope_leaves_no_folder_after_an_error(
     tmp_path: Path, server: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
@@ -352,19 +358,19 @@ def test_modelscope_gives_up_and_leaves_no_folder(
         e = refused("ms:org/model", EnvironmentProblem, tmp_path, server.endpoint)
     assert "the connection broke off" in e.got
     assert "run it again" in e.fix
-    assert [p.name for p in (tmp_path / "models--org--model" / "snapshots").iterdir()] == [f"{ONE}.part"]
-    assert fetch("ms:org/model", cache=tmp_path, endpoint=server.endpoint).name == ONE
+    assert [p.name for p in (tmp_path / "models--org--model" / "snapshots").iterdir()] == [f"{COMMIT_1}.part"]
+    assert fetch("ms:org/model", cache=tmp_path, endpoint=server.endpoint).name == COMMIT_1
     assert [r for r in server.requests if WEIGHTS in r][-1].endswith("bytes=5000-")
 
 
 def test_modelscope_without_a_commit_is_pinned_by_content(tmp_path: Path, server: StandIn) -> None:
     server.commits = False
-    one = fetch("ms:org/model", cache=tmp_path / "a", endpoint=server.endpoint)
-    assert one.name != ONE
-    assert len(one.name) == 40
-    assert fetch("ms:org/model", cache=tmp_path / "b", endpoint=server.endpoint).name == one.name
+    first = fetch("ms:org/model", cache=tmp_path / "a", endpoint=server.endpoint)
+    assert first.name != COMMIT_1
+    assert len(first.name) == 40
+    assert fetch("ms:org/model", cache=tmp_path / "b", endpoint=server.endpoint).name == first.name
     server.files["README.md"] = b"# new"
-    assert fetch("ms:org/model", cache=tmp_path / "a", endpoint=server.endpoint).name != one.name
+    assert fetch("ms:org/model", cache=tmp_path / "a", endpoint=server.endpoint).name != first.name
 
 
 def test_modelscope_size_is_checked(tmp_path: Path, server: StandIn) -> None:
@@ -374,14 +380,14 @@ def test_modelscope_size_is_checked(tmp_path: Path, server: StandIn) -> None:
 
 
 @pytest.mark.parametrize("answer", [b"<html>", b"[]", b'{"Data": null}', b'{"Data": {"Files": [{}]}}'])
-def test_modelscope_answer_that_is_none(
+def test_modelscope_with_an_invalid_response(
     answer: bytes, tmp_path: Path, server: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Handler, "json", lambda self, data: self.answer(answer))
     assert "unexpected response" in refused("ms:org/model", EnvironmentProblem, tmp_path, server.endpoint).got
 
 
-def test_modelscope_says_no_in_its_own_way(
+def test_modelscope_with_its_own_error_response(
     tmp_path: Path, server: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = b'{"Code": 10010205001, "Success": false, "Message": "record not found", "Data": null}'
@@ -402,10 +408,10 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, server: StandIn) -> None
     assert "writable" in e.fix
 
 
-# ---- from a name to a folder ---------------------------------------------------------------------
+# ---- folder of a name ----------------------------------------------------------------------------
 
 
-def test_names(tmp_path, monkeypatch):
+def test_cache_folders(tmp_path, monkeypatch):
     monkeypatch.setattr("ascendit.checkpoint.hub.fetch", lambda name, experts=True: Path("/cache") / name)
     monkeypatch.setattr(hub, "DEMO", tmp_path / "demo")
     (tmp_path / "demo").mkdir()

@@ -1,4 +1,4 @@
-"""What is complete, on disk at every moment in full."""
+"""The list of complete files, which is always valid on disk."""
 
 import json
 import os
@@ -15,7 +15,7 @@ def journal_in(tmp_path: Path) -> Journal:
     return Journal(tmp_path / "journal.json", tmp_path / "out", "do this")
 
 
-def test_what_is_added_is_read_again(tmp_path: Path) -> None:
+def test_added_files_are_read_again(tmp_path: Path) -> None:
     journal, file = journal_in(tmp_path), tmp_path / "out" / "transformer" / "a"
     assert (journal.count, journal.complete(file)) == (0, None)
     journal.add(file, 5, "ab" * 32)
@@ -36,7 +36,7 @@ def test_a_file_of_another_size_is_not_complete(tmp_path: Path, size: int | None
     assert journal.complete(file) is None
 
 
-def test_a_write_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = journal_in(tmp_path)
     journal.add(tmp_path / "out" / "x", 1)
     before = journal.path.read_bytes()
@@ -50,7 +50,7 @@ def test_a_write_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pyte
     assert journal.path.read_bytes() == before
 
 
-def test_after_a_restart_of_the_machine_it_is_not_usable(tmp_path: Path) -> None:
+def test_a_journal_is_invalid_after_a_restart_of_the_machine(tmp_path: Path) -> None:
     journal = journal_in(tmp_path)
     journal.write()
     data = json.loads(journal.path.read_text())
@@ -62,7 +62,7 @@ def test_after_a_restart_of_the_machine_it_is_not_usable(tmp_path: Path) -> None
     "text",
     ["", "{", "[]", "{}", '{"fingerprint": ""}', '{"fingerprint": "", "boot": "", "files": 3}'],
 )
-def test_what_cannot_be_understood_is_none(tmp_path: Path, text: str) -> None:
+def test_an_invalid_journal_is_ignored(tmp_path: Path, text: str) -> None:
     (tmp_path / "journal.json").write_text(text)
     assert Journal.read(tmp_path / "journal.json", tmp_path) is None
     assert Journal.read(tmp_path / "nothing.json", tmp_path) is None

@@ -1,4 +1,4 @@
-"""The oracle is torch: what it finds finite, positive or zero."""
+"""Checks of stored values, with torch as the oracle of finite, positive and zero."""
 
 import math
 import struct
@@ -36,9 +36,9 @@ def test_zero(dtype: str) -> None:
     check_zero(zeros, dtype, "x.weight_offset")
     zeros[3 * size - 1] = 0x80  # -0
     check_zero(memoryview(zeros), dtype, "x.weight_offset")
-    for place in (0, size - 1):
+    for index in (0, size - 1):
         bad = bytearray(zeros)
-        bad[5 * size + place] |= 0x01
+        bad[5 * size + index] |= 0x01
         assert (
             "x.weight_offset is not zero (element 5)"
             in refused(check_zero, bad, dtype, "x.weight_offset").got
@@ -68,7 +68,7 @@ def test_positive(dtype: str) -> None:
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=8))
-def test_positive_is_what_torch_says(bits: list[int]) -> None:
+def test_positive_agrees_with_torch(bits: list[int]) -> None:
     raw = struct.pack(f"<{len(bits)}I", *bits)
     values = torch.tensor(bits, dtype=torch.int64).to(torch.uint32).view(torch.float32)
     if bool((values.isfinite() & (values > 0)).all()):
@@ -78,7 +78,7 @@ def test_positive_is_what_torch_says(bits: list[int]) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
-def test_scales_that_cannot_be(value: float) -> None:
+def test_invalid_scales_are_refused(value: float) -> None:
     data = struct.pack("<4f", 0.0, -0.0, 1.5, value)
     with pytest.raises(
         CheckpointError, match="a_scale has 1 scales that are negative or not finite, the"

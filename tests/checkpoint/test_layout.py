@@ -54,8 +54,8 @@ def edit_index(wan: Path, **changes: object) -> None:
     write(wan / "model_index.json", INDEX | changes)
 
 
-def refused(path: Path | str, code: str, kind: type[AscenditError] = CheckpointError) -> AscenditError:
-    with pytest.raises(kind) as e:
+def refused(path: Path | str, code: str, error_class: type[AscenditError] = CheckpointError) -> AscenditError:
+    with pytest.raises(error_class) as e:
         recognise(path)
     assert e.value.code == code, str(e.value)
     return e.value
@@ -112,7 +112,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "words"),
+    ("files", "message"),
     [
         ({}, "it has no model_index.json"),
         ({"config.json": {"model_type": "llama"}}, "class None"),
@@ -123,16 +123,16 @@ def test_nothing_there(tmp_path: Path) -> None:
         ({"diffusion_pytorch_model.safetensors.index.json": {"weight_map": {"a": "b"}}}, "it has no"),
     ],
 )
-def test_of_no_known_kind(tmp_path: Path, files: dict[str, Any], words: str) -> None:
+def test_a_folder_of_no_supported_layout(tmp_path: Path, files: dict[str, Any], message: str) -> None:
     for name, data in files.items():
         write(tmp_path / name, data)
     e = refused(tmp_path, "E-CKP-01")
-    assert words in e.got
-    for known in ("model_index.json", "high_noise_model", "quant_model_description", ".safetensors"):
-        assert known in e.needs
+    assert message in e.got
+    for supported in ("model_index.json", "high_noise_model", "quant_model_description", ".safetensors"):
+        assert supported in e.needs
 
 
-def test_a_file_that_is_no_safetensors(tmp_path: Path) -> None:
+def test_a_file_that_is_not_safetensors(tmp_path: Path) -> None:
     (tmp_path / "model.pth").write_bytes(b"")
     assert "does not end in .safetensors" in refused(tmp_path / "model.pth", "E-CKP-01").got
 
@@ -145,28 +145,28 @@ def test_another_pipeline(wan: Path, name: object) -> None:
     assert "WanPipeline or WanImageToVideoPipeline" in e.needs
 
 
-@pytest.mark.parametrize("part", ["transformer", "transformer_2", "vae"])
-def test_another_class_in_the_index(wan: Path, part: str) -> None:
-    edit_index(wan, **{part: ["diffusers", "FluxTransformer2DModel"]})
+@pytest.mark.parametrize("component", ["transformer", "transformer_2", "vae"])
+def test_another_class_in_the_index(wan: Path, component: str) -> None:
+    edit_index(wan, **{component: ["diffusers", "FluxTransformer2DModel"]})
     e = refused(wan, "E-CKP-05")
     assert "model_index.json" in e.got
-    assert f"{part} is FluxTransformer2DModel" in e.got
+    assert f"{component} is FluxTransformer2DModel" in e.got
 
 
-@pytest.mark.parametrize("part", ["transformer", "transformer_2", "vae"])
-def test_another_class_in_the_parts_config(wan: Path, part: str) -> None:
-    write(wan / part / "config.json", {"_class_name": "FluxTransformer2DModel"})
+@pytest.mark.parametrize("component", ["transformer", "transformer_2", "vae"])
+def test_another_class_in_the_component_config(wan: Path, component: str) -> None:
+    write(wan / component / "config.json", {"_class_name": "FluxTransformer2DModel"})
     e = refused(wan, "E-CKP-05")
-    assert f"{part}/config.json" in e.got
+    assert f"{component}/config.json" in e.got
     assert "FluxTransformer2DModel" in e.got
-    assert INDEX[part][1] in e.needs
+    assert INDEX[component][1] in e.needs
 
 
-@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer"])
-def test_a_part_without_its_folder(wan: Path, part: str) -> None:
-    (wan / part).rename(wan / "elsewhere")
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder", "tokenizer"])
+def test_a_component_without_its_folder(wan: Path, component: str) -> None:
+    (wan / component).rename(wan / "elsewhere")
     e = refused(wan, "E-CKP-02")
-    assert f"lists {part}, but the folder" in e.got
+    assert f"lists {component}, but the folder" in e.got
 
 
 def test_no_transformer(wan: Path) -> None:
@@ -175,7 +175,7 @@ def test_no_transformer(wan: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc", "..", "a/b", "C:\\x"])
-def test_a_part_outside_the_folder(wan: Path, name: str) -> None:
+def test_a_component_outside_the_folder(wan: Path, name: str) -> None:
     (wan.parent / "outside").mkdir()
     edit_index(wan, **{name: ["diffusers", "Anything"]})
     assert repr(name) in refused(wan, "E-CKP-03").got
@@ -183,7 +183,7 @@ def test_a_part_outside_the_folder(wan: Path, name: str) -> None:
 
 @pytest.mark.parametrize("file", ["model_index.json", "transformer/config.json", "vae/config.json"])
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         (b"{", "not JSON"),
         (b"", "not JSON"),
@@ -192,11 +192,11 @@ def test_a_part_outside_the_folder(wan: Path, name: str) -> None:
         (b"[1]", "a JSON list, not an object"),
     ],
 )
-def test_broken_json_is_named(wan: Path, file: str, content: bytes, words: str) -> None:
+def test_broken_json_is_named(wan: Path, file: str, content: bytes, message: str) -> None:
     (wan / file).write_bytes(content)
     e = refused(wan, "E-CKP-06")
     assert file in e.got
-    assert words in e.got
+    assert message in e.got
 
 
 def test_missing_config(wan: Path) -> None:
@@ -211,7 +211,7 @@ def test_unreadable_config(wan: Path) -> None:
     assert "unreadable" in refused(wan, "E-CKP-06").got
 
 
-def test_a_folder_in_place_of_a_config(wan: Path) -> None:
+def test_a_folder_instead_of_a_config(wan: Path) -> None:
     (wan / "vae" / "config.json").unlink()
     (wan / "vae" / "config.json").mkdir()
     assert "unreadable" in refused(wan, "E-CKP-06").got
@@ -223,26 +223,26 @@ def test_read_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "a/b.json", "a..b", "...", "model-00001-of-00002.safetensors"])
-def test_names_that_stay_inside(name: str) -> None:
+def test_names_inside_the_folder(name: str) -> None:
     assert stays_inside(name)
 
 
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "a/../b", "/a", "\\a", "..\\a", "a\\..\\b", "C:a", "C:/a", "a\0b"]
 )
-def test_names_that_do_not(name: str) -> None:
+def test_names_outside_the_folder(name: str) -> None:
     assert not stays_inside(name)
 
 
 @pytest.mark.parametrize("build", ["t2v_cascade", "i2v_21", "ti2v"])
-def test_what_diffusers_itself_writes(tiny_folder: Callable[[str], Path], build: str) -> None:
+def test_folders_written_by_diffusers(tiny_folder: Callable[[str], Path], build: str) -> None:
     layout = recognise(tiny_folder(build))
     assert len(layout.experts) == (2 if build == "t2v_cascade" else 1)
     assert all(part.config for part in layout.parts.values())
     assert ("image_encoder" in layout.parts) == (build == "i2v_21")
 
 
-# ---- transformers that stand alone --------------------------------------------------------------
+# ---- standalone transformers --------------------------------------------------------------------
 
 WAN_CONFIG = {"_class_name": "WanModel", "dim": 64, "model_type": "t2v"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -256,15 +256,15 @@ def touch(path: Path) -> Path:
     return path
 
 
-def kinds(path: Path) -> tuple[str, list[tuple[str, str]]]:
+def layout_of(path: Path) -> tuple[str, list[tuple[str, str]]]:
     layout = recognise(path)
     assert (layout.index, layout.pipeline) == ({}, "")
-    return layout.kind, [(part.name, part.path.name) for part in layout.experts]
+    return layout.kind, [(expert.name, expert.path.name) for expert in layout.experts]
 
 
-def test_a_pipeline_that_lost_its_index(wan: Path) -> None:
+def test_a_pipeline_without_its_index(wan: Path) -> None:
     (wan / "model_index.json").unlink()
-    assert kinds(wan) == (
+    assert layout_of(wan) == (
         "transformers-only",
         [("transformer", "transformer"), ("transformer_2", "transformer_2")],
     )
@@ -273,34 +273,34 @@ def test_a_pipeline_that_lost_its_index(wan: Path) -> None:
     assert "FluxTransformer2DModel" in refused(wan, "E-CKP-05").got
 
 
-def test_a_bare_transformer(wan: Path) -> None:
-    assert kinds(wan / "transformer_2") == ("transformer", [("transformer", "transformer_2")])
+def test_a_standalone_transformer(wan: Path) -> None:
+    assert layout_of(wan / "transformer_2") == ("transformer", [("transformer", "transformer_2")])
     touch(wan / "transformer_2" / WEIGHTS)
-    layout = recognise(wan / "transformer_2" / WEIGHTS)  # its only file: the config beside it counts
+    layout = recognise(wan / "transformer_2" / WEIGHTS)  # its only file; the config in the folder is used
     assert (layout.kind, layout.experts[0].config["num_layers"]) == ("transformer", 2)
 
 
-def test_an_original_folder(tmp_path: Path) -> None:
+def test_a_wan_folder(tmp_path: Path) -> None:
     write(tmp_path / "config.json", WAN_CONFIG)
     touch(tmp_path / WEIGHTS)
-    assert kinds(tmp_path) == ("wan", [("transformer", tmp_path.name)])
+    assert layout_of(tmp_path) == ("wan", [("transformer", tmp_path.name)])
     assert recognise(tmp_path).experts[0].config == WAN_CONFIG
 
 
 @pytest.mark.parametrize("prefix", ["", "t2v_", "i2v_"])
-def test_an_original_cascade(tmp_path: Path, prefix: str) -> None:
+def test_a_wan_cascade(tmp_path: Path, prefix: str) -> None:
     for noise in ("low", "high"):
         write(tmp_path / f"{prefix}{noise}_noise_model" / "config.json", WAN_CONFIG)
     experts = [
         ("transformer", f"{prefix}high_noise_model"),
         ("transformer_2", f"{prefix}low_noise_model"),
     ]
-    assert kinds(tmp_path) == ("wan", experts)
+    assert layout_of(tmp_path) == ("wan", experts)
     alone = tmp_path / f"{prefix}low_noise_model"
-    assert kinds(alone) == ("wan", [("transformer", alone.name)])
+    assert layout_of(alone) == ("wan", [("transformer", alone.name)])
 
 
-def test_half_a_cascade(tmp_path: Path) -> None:
+def test_one_expert_of_a_cascade(tmp_path: Path) -> None:
     write(tmp_path / "high_noise_model" / "config.json", WAN_CONFIG)
     e = refused(tmp_path, "E-CKP-02")
     assert "has high_noise_model" in e.got
@@ -330,12 +330,12 @@ def test_an_export(tmp_path: Path, files: list[str]) -> None:
     for file in files:
         touch(tmp_path / file)
     write(tmp_path / DESCRIPTION, {})
-    assert kinds(tmp_path) == ("msmodelslim", [("transformer", tmp_path.name)])
-    part = recognise(tmp_path).experts[0]
-    assert [file.name for file in part.files] == files
+    assert layout_of(tmp_path) == ("msmodelslim", [("transformer", tmp_path.name)])
+    expert = recognise(tmp_path).experts[0]
+    assert [file.name for file in expert.files] == files
     index = write_index(tmp_path, files)
-    part = recognise(tmp_path).experts[0]
-    assert (part.index, part.files) == (index, ())
+    expert = recognise(tmp_path).experts[0]
+    assert (expert.index, expert.files) == (index, ())
 
 
 def write_index(folder: Path, files: list[str]) -> Path:
@@ -359,7 +359,7 @@ def write_index(folder: Path, files: list[str]) -> Path:
         (["quant_model_weights-00001-of-00001.safetensors", EXPORTED], [EXPORTED]),
     ],
 )
-def test_weights_of_two_exports_or_half_of_one(
+def test_weights_of_two_exports_or_an_incomplete_one(
     tmp_path: Path, files: list[str], index: list[str] | None
 ) -> None:
     for file in files:
@@ -373,7 +373,7 @@ def test_weights_of_two_exports_or_half_of_one(
 def test_a_description_without_weights(tmp_path: Path) -> None:
     write(tmp_path / DESCRIPTION, {})
     assert DESCRIPTION in refused(tmp_path, "E-CKP-02").got
-    touch(tmp_path / WEIGHTS)  # a bare file with Diffusers' name is no export
+    touch(tmp_path / WEIGHTS)  # a file with Diffusers' name is not an export
     assert recognise(tmp_path).kind == "file"
 
 
@@ -382,9 +382,9 @@ def test_one_file(tmp_path: Path) -> None:
     for path in (file, tmp_path):
         layout = recognise(path)
         assert (layout.kind, layout.name) == ("file", path.name.removesuffix(".safetensors"))
-        part = layout.experts[0]
-        assert (part.name, part.path, part.files, part.config) == ("transformer", file, (file,), {})
-        assert part.folder == tmp_path
+        expert = layout.experts[0]
+        assert (expert.name, expert.path, expert.files, expert.config) == ("transformer", file, (file,), {})
+        assert expert.folder == tmp_path
     touch(tmp_path / "other.safetensors")
     assert recognise(file).experts[0].path == file
     assert "pass one of them" in refused(tmp_path, "E-CKP-01").got
@@ -416,18 +416,18 @@ def test_an_index_without_a_config(tmp_path: Path, name: str, kind: str | None) 
 @pytest.mark.parametrize(
     "name", ["VaceWanModel", "WanModel_S2V", "WanAnimateModel", "WanVACETransformer3DModel"]
 )
-def test_relatives_of_wan_are_another_class(tmp_path: Path, name: str) -> None:
+def test_models_derived_from_wan_are_another_class(tmp_path: Path, name: str) -> None:
     write(tmp_path / "config.json", {"_class_name": name})
     e = refused(tmp_path, "E-CKP-05")
     assert name in e.got
     assert "WanModel" in e.needs
 
 
-def test_only_a_pipeline_can_make_videos(wan: Path, tmp_path: Path) -> None:
+def test_only_a_pipeline_can_generate_videos(wan: Path, tmp_path: Path) -> None:
     recognise(wan).require_pipeline()
     file = touch(tmp_path / "a" / "wan.safetensors")
-    for path, words in ((wan / "transformer", "standalone Diffusers transformer"), (file, "single file")):
-        with pytest.raises(CheckpointError, match=words) as e:
+    for path, message in ((wan / "transformer", "standalone Diffusers transformer"), (file, "single file")):
+        with pytest.raises(CheckpointError, match=message) as e:
             recognise(path).require_pipeline()
         assert e.value.code == "E-CKP-01"
         assert f"ascendit repack {path} --base MODEL -o DST" in e.value.fix

@@ -1,4 +1,4 @@
-"""Parts of a model linked to their real place, or copied so that they stand alone."""
+"""Components of a model linked to their real path, or copied completely."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from ascendit.errors import CheckpointError
 
 
 def hub(tmp_path: Path) -> Path:
-    """A folder as in a hub cache: each file is a relative link to a blob outside."""
+    """A folder as in a hub cache: each file is a relative link to a blob outside of it."""
     blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "1" / "vae"
     blobs.mkdir()
     (folder / "deep").mkdir(parents=True)
@@ -24,9 +24,7 @@ def hub(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_link_is_absolute_and_goes_to_the_real_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_link_has_the_absolute_real_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = hub(tmp_path)
     (tmp_path / "alias").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
@@ -37,7 +35,7 @@ def test_a_link_is_absolute_and_goes_to_the_real_place(
     assert os.readlink(tmp_path / "c.json") == str((folder / "config.json").resolve())
 
 
-def test_a_copy_stands_alone(tmp_path: Path) -> None:
+def test_a_copy_does_not_need_the_source(tmp_path: Path) -> None:
     folder = hub(tmp_path)
     link_or_copy(folder, tmp_path / "vae", copy=True)
     shutil.rmtree(tmp_path / "blobs")
@@ -59,7 +57,7 @@ def test_a_resumed_run_links_and_copies_again(tmp_path: Path) -> None:
         assert (tmp_path / "vae" / "deep" / "w.safetensors").read_text() == "weights"
     link_or_copy(folder, tmp_path / "vae", copy=True)
     file = tmp_path / "vae" / "deep" / "w.safetensors"
-    file.write_text("wei")  # as a killed run leaves it
+    file.write_text("wei")  # as left by a killed run
     before = (tmp_path / "vae" / "config.json").stat().st_mtime_ns
     link_or_copy(folder, tmp_path / "vae", copy=True)
     assert file.read_text() == "weights"
@@ -67,7 +65,7 @@ def test_a_resumed_run_links_and_copies_again(tmp_path: Path) -> None:
     assert (folder / "deep" / "w.safetensors").read_text() == "weights", "never written through a link"
 
 
-def bad(src: Path, dst: Path, copy: bool) -> str:
+def error_text(src: Path, dst: Path, copy: bool) -> str:
     with pytest.raises(CheckpointError) as e:
         link_or_copy(src, dst, copy=copy)
     assert e.value.code == "E-CKP-03"
@@ -75,25 +73,25 @@ def bad(src: Path, dst: Path, copy: bool) -> str:
 
 
 @pytest.mark.parametrize("copy", [False, True])
-def test_links_in_a_circle_and_to_nothing(tmp_path: Path, copy: bool) -> None:
+def test_link_loops_and_dangling_links(tmp_path: Path, copy: bool) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     (tmp_path / "c").symlink_to("nothing")
-    assert bad(tmp_path / "a", tmp_path / "out", copy).endswith("a: Too many levels of symbolic links")
-    assert bad(tmp_path / "c", tmp_path / "out", copy).endswith("c: No such file or directory")
+    assert error_text(tmp_path / "a", tmp_path / "out", copy).endswith("a: Too many levels of symbolic links")
+    assert error_text(tmp_path / "c", tmp_path / "out", copy).endswith("c: No such file or directory")
     assert not os.path.lexists(tmp_path / "out")
 
 
 @pytest.mark.parametrize("target", [".", "..", "../../vae", "../../../model"])
-def test_a_copy_of_a_folder_with_a_circle(tmp_path: Path, target: str) -> None:
+def test_a_copy_of_a_folder_with_a_loop(tmp_path: Path, target: str) -> None:
     folder = tmp_path / "model" / "vae"
     (folder / "a").mkdir(parents=True)
     (folder / "a" / "f").write_text("x")
     (folder / "a" / "again").symlink_to(target)
-    assert "leads back to a folder" in bad(folder, tmp_path / "out", True)
+    assert "leads back to a folder" in error_text(folder, tmp_path / "out", True)
 
 
-def test_one_folder_under_two_names_is_no_circle(tmp_path: Path) -> None:
+def test_one_folder_under_two_names_is_not_a_loop(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     (folder / "a").mkdir(parents=True)
     (folder / "a" / "f").write_text("x")
@@ -103,14 +101,14 @@ def test_one_folder_under_two_names_is_no_circle(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "b").is_symlink()
 
 
-def test_a_maze_of_links_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_copied_files_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_folder, "MAX_FILES", 50)
     for i in range(12):
         (tmp_path / f"d{i}").mkdir()
         for name in ("x", "y"):
             (tmp_path / f"d{i}" / name).symlink_to(f"../d{i + 1}")
     (tmp_path / "d12").mkdir()
-    assert "more than 50 files" in bad(tmp_path / "d0", tmp_path / "out", True)
+    assert "more than 50 files" in error_text(tmp_path / "d0", tmp_path / "out", True)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
@@ -123,10 +121,10 @@ def test_only_files_and_folders_are_copied(tmp_path: Path, kind: str) -> None:
         (folder / "odd").symlink_to("/dev/zero")
     else:
         with socket.socket(socket.AF_UNIX) as s:
-            here = os.getcwd()
+            previous = os.getcwd()
             os.chdir(folder)  # the name of a socket must be short
             try:
                 s.bind("odd")
             finally:
-                os.chdir(here)
-    assert bad(folder, tmp_path / "out", True).endswith(": neither a file nor a folder")
+                os.chdir(previous)
+    assert error_text(folder, tmp_path / "out", True).endswith(": neither a file nor a folder")

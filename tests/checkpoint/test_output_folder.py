@@ -1,4 +1,4 @@
-"""A folder that appears in full or not at all: killed, full, contested, and in every odd place."""
+"""An output folder appears complete or not at all: after kills, full disks, races, at unusual paths."""
 
 import errno
 import fcntl
@@ -27,7 +27,7 @@ def stage(dst: Path | str, *, sources: tuple[Path, ...] = (), **options: Any) ->
 
 
 def refused(dst: Path | str, code: str, **options: Any) -> AscenditError:
-    """The error, after which nothing is left beside `dst`."""
+    """Return the error; check that nothing new is left beside `dst`."""
     before = sorted(os.listdir(Path(dst).parent)) if Path(dst).parent.is_dir() else None
     with pytest.raises((UsageError, EnvironmentProblem)) as e:
         stage(dst, **options)
@@ -37,14 +37,14 @@ def refused(dst: Path | str, code: str, **options: Any) -> AscenditError:
     return e.value
 
 
-def rest(dst: Path) -> Path:
+def partial(dst: Path) -> Path:
     return dst.parent / f".{dst.name}.partial"
 
 
-# ---- what becomes of it
+# ---- publishing and resuming
 
 
-def test_it_appears_by_one_rename(tmp_path: Path) -> None:
+def test_the_output_appears_by_one_rename(tmp_path: Path) -> None:
     dst = tmp_path / "out"
     with stage(dst) as staging:
         (staging.path / "a").mkdir()
@@ -58,7 +58,7 @@ def test_it_appears_by_one_rename(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, None])
-def test_what_is_not_published_is_removed(tmp_path: Path, error: type[BaseException] | None) -> None:
+def test_an_unpublished_output_is_removed(tmp_path: Path, error: type[BaseException] | None) -> None:
     try:
         with stage(tmp_path / "new" / "er" / "out") as staging:
             (staging.path / "f").write_text("x")
@@ -66,7 +66,7 @@ def test_what_is_not_published_is_removed(tmp_path: Path, error: type[BaseExcept
                 raise error
     except BaseException as e:
         assert type(e) is error
-    assert os.listdir(tmp_path) == [], "the parents that were made go too"
+    assert os.listdir(tmp_path) == [], "created parents are removed too"
 
 
 def cancelled() -> Cancelled:
@@ -74,7 +74,7 @@ def cancelled() -> Cancelled:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), cancelled()])
-def test_complete_files_outlive_ctrl_c(
+def test_complete_files_are_preserved_after_ctrl_c(
     tmp_path: Path, error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     dst = tmp_path / "out"
@@ -83,7 +83,7 @@ def test_complete_files_outlive_ctrl_c(
             (staging.path / "f").write_text("xyz")
             staging.journal.add(staging.path / "f", 3)
             raise error
-    assert f"kept {rest(dst)}: the resume option continues it" in caplog.text
+    assert f"kept {partial(dst)}: the resume option continues it" in caplog.text
     with stage(dst, resume=True) as staging:
         assert (staging.path / "f").read_text() == "xyz"
         done = staging.journal.complete(staging.path / "f")
@@ -92,25 +92,27 @@ def test_complete_files_outlive_ctrl_c(
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_keep_keeps_after_any_error(tmp_path: Path) -> None:
+def test_keep_preserves_files_after_any_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), stage(tmp_path / "out") as staging:
         staging.keep = True
         (staging.path / "f").write_text("x")
         raise RuntimeError
-    assert (rest(tmp_path / "out") / "out" / "f").read_text() == "x"
+    assert (partial(tmp_path / "out") / "out" / "f").read_text() == "x"
 
 
-def left(dst: Path, *, fingerprint: str = "f") -> Path:
-    """What a killed run with one complete file leaves."""
+def killed_run(dst: Path, *, fingerprint: str = "f") -> Path:
+    """The partial output of a killed run with one complete file."""
     with pytest.raises(KeyboardInterrupt), stage(dst, fingerprint=fingerprint) as staging:
         (staging.path / "f").write_text("x")
         staging.journal.add(staging.path / "f", 1)
         raise KeyboardInterrupt
-    return rest(dst)
+    return partial(dst)
 
 
-def test_without_resume_the_rest_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = left(tmp_path / "out")
+def test_without_resume_the_partial_output_is_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = killed_run(tmp_path / "out")
     with caplog.at_level(logging.INFO, "ascendit"), stage(tmp_path / "out") as staging:
         assert os.listdir(staging.path) == []
         assert staging.journal.count == 0
@@ -118,8 +120,8 @@ def test_without_resume_the_rest_goes(tmp_path: Path, caplog: pytest.LogCaptureF
     assert os.listdir(tmp_path) == []
 
 
-def test_resume_of_another_work_is_refused_and_touches_nothing(tmp_path: Path) -> None:
-    folder = left(tmp_path / "out", fingerprint="other")
+def test_resume_with_other_options_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    folder = killed_run(tmp_path / "out", fingerprint="other")
     before = kill.contents(folder)
     e = refused(tmp_path / "out", "E-USE-01", resume=True)
     assert e.got == f"{folder} is from a run with another source, other options or another version"
@@ -129,11 +131,11 @@ def test_resume_of_another_work_is_refused_and_touches_nothing(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("damage", ["boot", "not json", "list", "entry"])
-def test_resume_starts_anew_when_the_journal_cannot_be_trusted(
+def test_resume_starts_over_if_the_journal_is_invalid(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After a restart of the machine, what a killed process wrote may not have reached the disk."""
-    journal = left(tmp_path / "out") / "journal.json"
+    """After a restart of the machine, writes of a killed process may not be on disk."""
+    journal = killed_run(tmp_path / "out") / "journal.json"
     data = json.loads(journal.read_text())
     if damage == "entry":
         data["files"]["f"] = {"size": 1}
@@ -148,15 +150,15 @@ def test_resume_starts_anew_when_the_journal_cannot_be_trusted(
     assert "it is damaged, or the machine has restarted" in caplog.text
 
 
-def test_resume_with_nothing_to_resume_is_a_plain_run(tmp_path: Path) -> None:
+def test_resume_without_partial_output_is_a_normal_run(tmp_path: Path) -> None:
     with stage(tmp_path / "out", resume=True) as staging:
         staging.publish()
     assert (tmp_path / "out").is_dir()
 
 
 @pytest.mark.parametrize("moment", ["empty", "half a journal", "no output folder"])
-def test_every_rest_is_taken_over(tmp_path: Path, moment: str) -> None:
-    folder = rest(tmp_path / "out")
+def test_every_partial_output_is_reused_or_removed(tmp_path: Path, moment: str) -> None:
+    folder = partial(tmp_path / "out")
     folder.mkdir()
     if moment == "half a journal":
         (folder / "journal.json.new").write_text("{")
@@ -174,8 +176,8 @@ def test_every_rest_is_taken_over(tmp_path: Path, moment: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "dangling", "folder of others"])
-def test_what_is_not_ours_is_never_removed(tmp_path: Path, kind: str) -> None:
-    folder, other = rest(tmp_path / "out"), tmp_path / "other"
+def test_files_of_others_are_never_removed(tmp_path: Path, kind: str) -> None:
+    folder, other = partial(tmp_path / "out"), tmp_path / "other"
     if kind == "file":
         folder.write_text("x")
     elif kind == "folder of others":
@@ -183,7 +185,7 @@ def test_what_is_not_ours_is_never_removed(tmp_path: Path, kind: str) -> None:
         (folder / "diary").write_text("x")
     else:
         if kind == "link":
-            left(tmp_path / "out").rename(other)
+            killed_run(tmp_path / "out").rename(other)
         folder.symlink_to(other)
     for resume in (False, True):
         e = refused(tmp_path / "out", "E-USE-03", resume=resume)
@@ -193,7 +195,7 @@ def test_what_is_not_ours_is_never_removed(tmp_path: Path, kind: str) -> None:
         assert (other / "out" / "f").exists()
 
 
-# ---- where it may be
+# ---- paths
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "empty", "dangling link", "."])
@@ -221,8 +223,8 @@ def test_an_output_without_a_name_is_refused(tmp_path: Path, name: str) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("form", ["relative", "slash", "below a link", "up from a link"])
-def test_every_way_to_write_a_path(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("notation", ["relative", "slash", "below a link", "up from a link"])
+def test_every_notation_of_a_path(tmp_path: Path, notation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "real" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
     monkeypatch.chdir(tmp_path)
@@ -231,16 +233,16 @@ def test_every_way_to_write_a_path(tmp_path: Path, form: str, monkeypatch: pytes
         "slash": (f"{tmp_path}/out/", "out"),
         "below a link": (f"{tmp_path}/link/out", "real/deep/out"),
         "up from a link": ("link/../out", "real/out"),
-    }[form]
+    }[notation]
     with stage(dst) as staging:
-        monkeypatch.chdir("/")  # a relative path means the folder in which the run began
+        monkeypatch.chdir("/")  # a relative path is relative to the folder where the run began
         (staging.path / "f").write_text("x")
         staging.publish()
     assert kill.contents(tmp_path / real) == {"f": b"x"}
 
 
-@pytest.mark.parametrize("form", ["inside", "same", "deep", "by a link", "around", "the rest of a run"])
-def test_output_and_input_inside_each_other(tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize("position", ["inside", "same", "deep", "by a link", "around", "a partial output"])
+def test_output_and_input_inside_each_other(tmp_path: Path, position: str) -> None:
     model = tmp_path / "model"
     (model / "transformer").mkdir(parents=True)
     (tmp_path / "link").symlink_to(model)
@@ -250,16 +252,16 @@ def test_output_and_input_inside_each_other(tmp_path: Path, form: str) -> None:
         "deep": (model / "new" / "out", model),
         "by a link": (tmp_path / "link" / "out", model),
         "around": (model, model / "transformer"),
-        "the rest of a run": (tmp_path / "out", tmp_path / ".out.partial" / "out"),
-    }[form]
-    if form == "the rest of a run":
-        left(dst)
+        "a partial output": (tmp_path / "out", tmp_path / ".out.partial" / "out"),
+    }[position]
+    if position == "a partial output":
+        killed_run(dst)
     e = refused(dst, "E-USE-06", sources=(tmp_path / "elsewhere", source))
     assert e.needs == "an output folder that neither is inside a source folder nor contains one"
     assert source.exists() and (model / "transformer").is_dir()
 
 
-def test_output_beside_a_source_with_a_like_name(tmp_path: Path) -> None:
+def test_output_beside_a_source_with_a_similar_name(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     stage(tmp_path / "model-new", sources=(tmp_path / "model",)).publish()
     assert (tmp_path / "model-new").is_dir()
@@ -277,7 +279,7 @@ def test_a_name_that_is_too_long(tmp_path: Path) -> None:
 
 
 def test_a_parent_that_is_read_only() -> None:
-    """As another user, for root may write everywhere, in a folder that any user can reach."""
+    """Run as another user, because root may write everywhere, in a folder that all users can enter."""
     code = """
 import os
 from pathlib import Path
@@ -298,7 +300,7 @@ except Exception as e:
             assert "Permission denied" in done.stdout
 
 
-# ---- two at once
+# ---- concurrent runs
 
 
 def test_two_runs_of_one_output(tmp_path: Path) -> None:
@@ -315,7 +317,7 @@ def test_two_runs_of_one_output(tmp_path: Path) -> None:
     assert "already exists" in refused(dst, "E-USE-03").got
 
 
-def test_many_runs_start_together_and_one_wins(tmp_path: Path) -> None:
+def test_one_of_many_simultaneous_runs_wins(tmp_path: Path) -> None:
     code = """
 import time
 from pathlib import Path
@@ -336,13 +338,13 @@ except UsageError as e:
         runs = [subprocess.Popen(kill.python(code, dst, i), stdout=subprocess.PIPE) for i in range(4)]
         answers = sorted(run.communicate()[0].decode().strip() for run in runs)
         assert answers == ["E-USE-03"] * 3 + ["won"]
-        found = kill.contents(dst)
-        assert len(found) == 2 and found["who"] == found["again"]
+        output = kill.contents(dst)
+        assert len(output) == 2 and output["who"] == output["again"]
     assert sorted(os.listdir(tmp_path)) == ["0", "1", "2"]
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_locks(fd: int, how: int) -> None:
+    def no_locks(fd: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
@@ -351,7 +353,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("kind", ["file", "empty", "folder", "link"])
-def test_nothing_that_came_meanwhile_is_replaced(tmp_path: Path, kind: str) -> None:
+def test_an_output_created_during_the_run_is_not_replaced(tmp_path: Path, kind: str) -> None:
     dst = tmp_path / "out"
     with pytest.raises(UsageError) as e, stage(dst) as staging:
         (staging.path / "f").write_text("x")
@@ -367,25 +369,25 @@ def test_nothing_that_came_meanwhile_is_replaced(tmp_path: Path, kind: str) -> N
     assert e.value.code == "E-USE-03"
     assert e.value.got == f"{dst} was created by another program during this run"
     assert str(staging.path) in e.value.fix
-    assert kill.contents(staging.path) == {"f": b"x"}, "hours of work are not thrown away"
+    assert kill.contents(staging.path) == {"f": b"x"}, "the partial output is preserved"
     if kind in ("empty", "folder"):
         assert os.listdir(dst) == (["g"] if kind == "folder" else [])
     else:
         assert dst.is_file() if kind == "file" else os.readlink(dst) == "nothing"
 
 
-# ---- room
+# ---- disk space
 
 
-def test_too_little_room_is_known_before_anything_is_written(tmp_path: Path) -> None:
+def test_too_little_disk_space_is_reported_before_writing(tmp_path: Path) -> None:
     needed = shutil.disk_usage(tmp_path).free * 2
     e = refused(tmp_path / "out", "E-ENV-04", needs_bytes=needed)
     assert e.got.startswith(f"{needed:,} bytes (") and "bytes available" in e.got
-    assert e.needs.split()[0].replace(",", "").isdigit(), "how much is missing"
+    assert e.needs.split()[0].replace(",", "").isdigit(), "the missing bytes"
     assert os.listdir(tmp_path) == []
 
 
-def test_bytes_of_a_killed_run_count_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_of_a_killed_run_count_as_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt), stage(tmp_path / "out") as staging:
         (staging.path / "f").write_bytes(bytes(1 << 20))
         staging.journal.add(staging.path / "f", 1 << 20)
@@ -394,11 +396,11 @@ def test_bytes_of_a_killed_run_count_as_room(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     stage(tmp_path / "out", resume=True, needs_bytes=1 << 20)._release()
     refused(tmp_path / "out", "E-ENV-04", resume=True, needs_bytes=2 << 20)
-    assert (rest(tmp_path / "out") / "out" / "f").exists(), "more room may be made"
+    assert (partial(tmp_path / "out") / "out" / "f").exists(), "the run can still be resumed"
 
 
 @pytest.mark.parametrize("number", [28, 122, 27])
-def test_a_disk_that_fills_up_on_the_way(tmp_path: Path, number: int) -> None:
+def test_a_disk_that_fills_up_during_the_run(tmp_path: Path, number: int) -> None:
     with pytest.raises(EnvironmentProblem) as e, stage(tmp_path / "out", needs_bytes=7) as staging:
         (staging.path / "f").write_text("x")
         staging.journal.add(staging.path / "f", 1)
@@ -410,26 +412,26 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path, number: int) -> None:
 
 
 def test_a_real_small_disk(tmp_path: Path) -> None:
-    """A file system of 1 MiB in memory: 2 MiB as shards, as a copied part, and as JSON, do not fit."""
+    """On a file system of 1 MiB in memory, 2 MiB do not fit as shards, as a copied component, or as JSON."""
     code = """
 import os
 from pathlib import Path
 from ascendit.checkpoint.output_folder import Staging, link_or_copy
 from ascendit.checkpoint.writer import ShardWriter, TensorSpec
-here, big = Path(sys.argv[1]), Path(sys.argv[2])
-for how in ("shards", "copy", "json", "known"):
+disk, big = Path(sys.argv[1]), Path(sys.argv[2])
+for case in ("shards", "copy", "json", "known"):
     try:
-        needs = (2 << 20) * (how == "known")
-        with Staging(here / "out", sources=[], fingerprint="f", needs_bytes=needs) as staging:
-            if how == "shards":
+        needs = (2 << 20) * (case == "known")
+        with Staging(disk / "out", sources=[], fingerprint="f", needs_bytes=needs) as staging:
+            if case == "shards":
                 ShardWriter(staging.path, [TensorSpec("w", "U8", (2 << 20,))])
-            elif how == "copy":
+            elif case == "copy":
                 link_or_copy(big, staging.path / "part", copy=True)
-            elif how == "json":
+            elif case == "json":
                 (staging.path / "f").write_bytes(bytes(2 << 20))
     except Exception as e:
-        print(how, e.code, e.got)
-    assert os.listdir(here) == [], os.listdir(here)
+        print(case, e.code, e.got)
+    assert os.listdir(disk) == [], os.listdir(disk)
 """
     disk, big = tmp_path / "disk", tmp_path / "big"
     disk.mkdir()
@@ -444,7 +446,9 @@ for how in ("shards", "copy", "json", "known"):
     done = subprocess.run([*argv, *kill.python(code, disk, big)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()]
-    assert [line[:2] for line in lines] == [[how, "E-ENV-04"] for how in ("shards", "copy", "json", "known")]
+    assert [line[:2] for line in lines] == [
+        [case, "E-ENV-04"] for case in ("shards", "copy", "json", "known")
+    ]
     assert all("bytes available" in line[2] for line in lines)
     assert lines[3][2].startswith("2,097,152 bytes")
 
@@ -478,45 +482,45 @@ print("skipped", skipped)
 """
 
 
-def whole(dst: Path) -> None:
+def check_complete(dst: Path) -> None:
     assert sorted(os.listdir(dst)) == ["model_index.json", "transformer", "transformer_2"]
     for expert in ("transformer", "transformer_2"):
         assert len(Shards.open(dst / expert).files) == 6
-        found = {name: bytes(tensor.numpy()) for name, tensor in stored_tensors(dst / expert).items()}
-        assert found == {f"{expert}.{i}": bytes([i]) * 2000 + bytes([i + 1]) * 2000 for i in range(12)}
+        tensors = {name: bytes(tensor.numpy()) for name, tensor in stored_tensors(dst / expert).items()}
+        assert tensors == {f"{expert}.{i}": bytes([i]) * 2000 + bytes([i + 1]) * 2000 for i in range(12)}
 
 
 def run_on_a_copy(folder: Path, to: Path, mode: str) -> int:
-    """Copy what a killed run has left, and run again there; how many tensors were left out."""
+    """Copy the partial output and run again there. Return the number of skipped tensors."""
     to.mkdir()
     if folder.exists():
         shutil.copytree(folder, to / folder.name)
     names: dict[str, Any] = {"sys": SimpleNamespace(argv=["", to / "out", mode, 0])}
-    exec(JOB, names)  # not in a process of its own: twenty of them take seconds
-    whole(to / "out")
+    exec(JOB, names)  # no subprocess: twenty of them take seconds
+    check_complete(to / "out")
     assert os.listdir(to) == ["out"]
     shutil.rmtree(to)
     return int(names["skipped"])
 
 
 def test_killed_at_ten_moments(tmp_path: Path) -> None:
-    """Never a folder that looks whole and is not; and the next run, of either kind, makes it right."""
+    """An output is always complete; after a kill, a new run and a resumed one complete it."""
     dst = tmp_path / "out"
     skipped: list[int] = []
 
     def run_again() -> None:
-        assert run_on_a_copy(rest(dst), tmp_path / "again", "anew") == 0
-        skipped.append(run_on_a_copy(rest(dst), tmp_path / "again", "resume"))
+        assert run_on_a_copy(partial(dst), tmp_path / "again", "anew") == 0
+        skipped.append(run_on_a_copy(partial(dst), tmp_path / "again", "resume"))
 
     argv = kill.python(JOB, dst, "anew", 0.005)
     moments = kill.moments(seed=7, count=10, longest=0.3)
-    killed = kill.kill_often(argv, dst, moments, whole, ready="begun", each=run_again)
-    assert killed >= 5, "most of the moments lay inside the run"
+    killed = kill.kill_often(argv, dst, moments, check_complete, ready="begun", each=run_again)
+    assert killed >= 5, "most kills are during the run"
     assert max(skipped) > 0
 
 
 def test_killed_and_resumed_again_and_again(tmp_path: Path) -> None:
-    """Each run goes on where the last was killed, so that in the end one gets through."""
+    """Each run resumes the killed one, so that one finally completes."""
     dst = tmp_path / "out"
     argv = kill.python(JOB, dst, "resume", 0.005)
     for moment in kill.moments(seed=8, count=30, longest=0.1, shortest=0.03):
@@ -525,26 +529,26 @@ def test_killed_and_resumed_again_and_again(tmp_path: Path) -> None:
             break
     else:
         subprocess.run(argv, capture_output=True, check=True)
-    whole(dst)
-    shutil.rmtree(rest(dst), ignore_errors=True)  # of a run that was killed just after its rename
+    check_complete(dst)
+    shutil.rmtree(partial(dst), ignore_errors=True)  # if a run was killed just after its rename
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_resume_takes_up_what_is_complete_and_no_more(tmp_path: Path) -> None:
+def test_resume_reuses_complete_files_only(tmp_path: Path) -> None:
     dst = tmp_path / "out"
-    journal = rest(dst) / "journal.json"
+    journal = partial(dst) / "journal.json"
 
     def three_done() -> bool:
         return journal.exists() and journal.read_text().count(".safetensors") >= 3
 
     assert kill.run_and_kill(kill.python(JOB, dst, "anew", 0.005), 0.002, until=three_done)
-    found = Journal.read(journal, rest(dst) / "out")
-    assert found is not None and 3 <= found.count < 12
-    expected = [f for f in rest(dst).rglob("*.safetensors") if found.complete(f)]
+    completed = Journal.read(journal, partial(dst) / "out")
+    assert completed is not None and 3 <= completed.count < 12
+    expected = [f for f in partial(dst).rglob("*.safetensors") if completed.complete(f)]
     times = {f.name: f.stat().st_mtime_ns for f in expected}
     done = subprocess.run(kill.python(JOB, dst, "resume", 0), capture_output=True, text=True, check=True)
-    assert done.stdout.split()[-2:] == ["skipped", str(2 * found.count)]
-    whole(dst)
+    assert done.stdout.split()[-2:] == ["skipped", str(2 * completed.count)]
+    check_complete(dst)
     assert {n: (dst / "transformer" / n).stat().st_mtime_ns for n in times} == times
     assert os.listdir(tmp_path) == ["out"]
 
@@ -565,8 +569,8 @@ def test_the_lock_ends_with_the_process(tmp_path: Path) -> None:
     assert dst.is_dir()
 
 
-def test_shard_writer_goes_on_inside_a_staging_folder(tmp_path: Path) -> None:
-    """Journal keys are relative, so a renamed or moved parent does no harm."""
+def test_a_shard_writer_resumes_in_a_staging_folder(tmp_path: Path) -> None:
+    """Journal keys are relative, so the parent may be renamed or moved."""
     specs = [TensorSpec("a", "U8", (4,)), TensorSpec("b", "U8", (4,))]
     (tmp_path / "one").mkdir()
     with pytest.raises(KeyboardInterrupt), stage(tmp_path / "one" / "out") as staging:
@@ -579,5 +583,5 @@ def test_shard_writer_goes_on_inside_a_staging_folder(tmp_path: Path) -> None:
             assert (writer.done("a"), writer.done("b")) == (True, False)
             writer.append("b", b"bbbb")
         staging.publish()
-    found = stored_tensors(tmp_path / "two" / "out")
-    assert bytes(found["a"].numpy()) + bytes(found["b"].numpy()) == b"aaaabbbb"
+    tensors = stored_tensors(tmp_path / "two" / "out")
+    assert bytes(tensors["a"].numpy()) + bytes(tensors["b"].numpy()) == b"aaaabbbb"

@@ -1,4 +1,4 @@
-"""Manifests as several tools write them."""
+"""Manifests of several tools."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def refused(tmp_path: Path, data: Any, code: str) -> CheckpointError:
     return e.value
 
 
-def test_a_real_one() -> None:
+def test_a_real_manifest() -> None:
     folder = EXPORTS / "W8A8_MXFP8" / "ti2v_d128_l1__official_w8a8f8"
     path = find_manifest(folder)
     assert path is not None
@@ -44,7 +44,7 @@ def test_a_real_one() -> None:
     )
 
 
-def test_what_ascendv1_says_about_the_whole_file(tmp_path: Path) -> None:
+def test_file_level_keys_of_ascendv1(tmp_path: Path) -> None:
     data = {
         "model_quant_type": "W4A4_MXFP4",
         "version": "1.0.0",
@@ -64,7 +64,7 @@ def test_what_ascendv1_says_about_the_whole_file(tmp_path: Path) -> None:
     }
 
 
-def test_names_come_without_wrappers_and_leftovers(tmp_path: Path) -> None:
+def test_wrappers_and_leftovers_are_removed_from_names(tmp_path: Path) -> None:
     data = {
         "blocks.0.self_attn.q.linear.weight": "W4A4_MXFP4_DYNAMIC",
         "blocks.0.self_attn.q.div.mul_scale": "FLOAT",
@@ -94,11 +94,11 @@ def test_names_come_without_wrappers_and_leftovers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["W8A8", "W8A16", "W4A4_DYNAMIC", "W4A8_MXFP", "W4A4_MXFP4_SVD", "W8A8_MXFP8 ", ""]
+    "quant_type", ["W8A8", "W8A16", "W4A4_DYNAMIC", "W4A8_MXFP", "W4A4_MXFP4_SVD", "W8A8_MXFP8 ", ""]
 )
-def test_a_type_that_nobody_here_knows(tmp_path: Path, kind: str) -> None:
-    e = refused(tmp_path, {"blocks.7.self_attn.q.weight": kind}, "E-CKP-04")
-    assert f"blocks.7.self_attn.q.weight is {kind}" in e.got
+def test_an_unknown_type(tmp_path: Path, quant_type: str) -> None:
+    e = refused(tmp_path, {"blocks.7.self_attn.q.weight": quant_type}, "E-CKP-04")
+    assert f"blocks.7.self_attn.q.weight is {quant_type}" in e.got
     assert "W4A4_MXFP4_DUALSCALE" in e.needs
 
 
@@ -117,11 +117,11 @@ def test_a_duplicate_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 3, ["FLOAT"], {"type": "FLOAT"}])
-def test_a_type_that_is_no_text(tmp_path: Path, value: object) -> None:
+def test_a_type_that_is_not_a_string(tmp_path: Path, value: object) -> None:
     assert "head.head.bias" in refused(tmp_path, {"head.head.bias": value}, "E-CKP-06").got
 
 
-def test_several_manifests_are_named(tmp_path: Path) -> None:
+def test_several_manifests_are_listed(tmp_path: Path) -> None:
     assert find_manifest(tmp_path) is None
     assert find_manifest(tmp_path / "none") is None
     first = write_json(tmp_path / "quant_model_description.json", {})
@@ -149,7 +149,7 @@ values = st.recursive(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.dictionaries(keys, values, max_size=5), naming=st.sampled_from(["wan", "diffusers"]))
-def test_no_manifest_breaks_the_reader(tmp_path: Path, data: Any, naming: Any) -> None:
+def test_the_reader_handles_any_manifest(tmp_path: Path, data: Any, naming: Any) -> None:
     try:
         manifest = read(tmp_path, data, naming)
     except AscenditError:

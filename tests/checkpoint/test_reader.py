@@ -1,4 +1,4 @@
-"""Headers and bytes. The oracle of whole files is the safetensors library; broken ones are made by hand."""
+"""Headers and bytes. The safetensors library is the oracle of valid files; broken ones are made by hand."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from ascendit.errors import CheckpointError
 from ascendit.names import listed
 
 STEM = "diffusion_pytorch_model"
-DTYPES = {spelling: getattr(torch, name) for spelling, name in TORCH_DTYPES.items() if spelling != "F4"}
+DTYPES = {dtype_name: getattr(torch, name) for dtype_name, name in TORCH_DTYPES.items() if dtype_name != "F4"}
 
 
 def raw(header: object, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file with exactly this header, right or wrong."""
+    """A safetensors file with exactly this header, valid or not."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
@@ -55,7 +55,7 @@ def refused(path: Path) -> str:
 
 
 def random_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Every bit pattern is allowed but for bool: NaN payloads must come back as they are."""
+    """Random bits, except for bool; NaN payloads must be preserved."""
     if dtype == torch.bool:
         return torch.randint(0, 2, shape).to(torch.bool)
     count = math.prod(shape)
@@ -82,7 +82,7 @@ contents = st.dictionaries(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(contents=contents, metadata=st.booleans())
-def test_what_safetensors_writes_comes_back(
+def test_files_of_safetensors_are_read_exactly(
     tmp_path: Path, contents: dict[str, tuple[str, tuple[int, ...]]], metadata: bool
 ) -> None:
     tensors = {name: random_bytes(shape, DTYPES[dtype]) for name, (dtype, shape) in contents.items()}
@@ -91,17 +91,17 @@ def test_what_safetensors_writes_comes_back(
     header = read_header(file)
     assert {name: (info.dtype, info.shape) for name, info in header.items()} == contents
     assert Shards.open(tmp_path).tensors == header
-    found = stored_tensors(tmp_path)
-    assert all(same(found[name], tensors[name]) for name in tensors)
+    read = stored_tensors(tmp_path)
+    assert all(same(read[name], tensors[name]) for name in tensors)
 
 
 def test_every_dtype(tmp_path: Path) -> None:
     tensors = {name: random_bytes((3, 4), dtype) for name, dtype in DTYPES.items()}
     save_file(tensors, tmp_path / f"{STEM}.safetensors")
-    infos, found = Shards.open(tmp_path).tensors, stored_tensors(tmp_path)
+    infos, read = Shards.open(tmp_path).tensors, stored_tensors(tmp_path)
     for name, tensor in tensors.items():
         assert (infos[name].dtype, infos[name].nbytes) == (name, 12 * DTYPE_BITS[name] // 8)
-        assert same(found[name], tensor), name
+        assert same(read[name], tensor), name
 
 
 def test_packed_four_bit(tmp_path: Path) -> None:
@@ -115,9 +115,9 @@ def test_packed_four_bit(tmp_path: Path) -> None:
 def test_scalars_and_empty_tensors(tmp_path: Path) -> None:
     tensors = {"scalar": torch.tensor(2.5), "none": torch.empty(0, 3), "last": torch.ones(2)}
     save_file(tensors, tmp_path / f"{STEM}.safetensors")
-    found = stored_tensors(tmp_path)
-    assert found["scalar"].shape == ()
-    assert all(same(found[name], tensor) for name, tensor in tensors.items())
+    read = stored_tensors(tmp_path)
+    assert read["scalar"].shape == ()
+    assert all(same(read[name], tensor) for name, tensor in tensors.items())
 
 
 def test_offsets_are_of_the_file(tmp_path: Path) -> None:
@@ -134,20 +134,20 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "zero bytes": (b"", "empty"),
     "seven bytes": (b"\x01" * 7, "too short for a header"),
     "header beyond the file": (raw({}, length=5000), "truncated: header of 5000 bytes"),
-    "header longer than can be": (raw({}, length=2**60), "not a safetensors file"),
-    "web page": (b"<html>not found</html>", "not a safetensors file"),
+    "impossible header length": (raw({}, length=2**60), "not a safetensors file"),
+    "web page": (b"<html>404</html>", "not a safetensors file"),
     "garbage": (raw(b"{garbage"), "header is not JSON"),
     "not utf-8": (raw(b"\xff\xff"), "header is not JSON"),
     "nested too deep": (raw(b"[" * 100_000), "header is not JSON"),
     "list": (raw([]), "a JSON list, not an object"),
-    "same name twice": (raw(b'{"a": {}, "a": {}}'), "duplicate key"),
-    "entry is no object": (raw({"a": 3}), "entry of a is not an object"),
+    "duplicate name": (raw(b'{"a": {}, "a": {}}'), "duplicate key"),
+    "entry is not an object": (raw({"a": 3}), "entry of a is not an object"),
     "unknown dtype": (raw({"a": entry(0, 1, dtype="F7")}, b"x"), "unknown dtype 'F7'"),
     "dtype is a list": (raw({"a": {**entry(0, 1), "dtype": ["U8"]}}, b"x"), "unknown dtype"),
     "negative shape": (raw({"a": entry(0, 1, shape=[-1])}, b"x"), "has the invalid shape"),
     "boolean shape": (raw({"a": {**entry(0, 1), "shape": [True]}}, b"x"), "has the invalid shape"),
     "no shape": (raw({"a": {"dtype": "U8", "data_offsets": [0, 1]}}, b"x"), "has the invalid shape None"),
-    "offsets turned round": (raw({"a": entry(1, 0, shape=[1])}, b"x"), "has the invalid offsets"),
+    "offsets reversed": (raw({"a": entry(1, 0, shape=[1])}, b"x"), "has the invalid offsets"),
     "three offsets": (raw({"a": {**entry(0, 1), "data_offsets": [0, 1, 2]}}, b"x"), "the invalid offsets"),
     "wrong byte count": (
         raw({"a": entry(0, 6, shape=[2], dtype="F32")}, b"x" * 6),
@@ -156,18 +156,18 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "huge shape": (raw({"a": entry(0, 1, shape=[2**62, 2**62])}, b"x"), "has 1 bytes"),
     "truncated": (raw({"a": entry(0, 9)}, b"xxxx"), "truncated: a ends at byte"),
     "overlap": (raw({"a": entry(0, 4), "b": entry(2, 6)}, b"x" * 6), "b overlaps"),
-    "twice the same bytes": (raw({"a": entry(0, 4), "b": entry(0, 4)}, b"x" * 4), "b overlaps"),
+    "overlapping tensors": (raw({"a": entry(0, 4), "b": entry(0, 4)}, b"x" * 4), "b overlaps"),
     "gap": (raw({"a": entry(0, 2), "b": entry(4, 6)}, b"x" * 6), "b leaves a gap"),
     "gap at the start": (raw({"a": entry(1, 2)}, b"x" * 2), "a leaves a gap"),
     "bytes at the end": (raw({"a": entry(0, 2)}, b"x" * 6), "4 bytes follow the last tensor"),
 }
 
 
-@pytest.mark.parametrize("how", BROKEN)
-def test_broken_headers_say_what_is_wrong(tmp_path: Path, how: str) -> None:
-    content, words = BROKEN[how]
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_error_of_a_broken_header(tmp_path: Path, name: str) -> None:
+    content, message = BROKEN[name]
     (tmp_path / "a.safetensors").write_bytes(content)
-    assert words in refused(tmp_path / "a.safetensors")
+    assert message in refused(tmp_path / "a.safetensors")
 
 
 def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
@@ -178,21 +178,21 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, 500), flip=st.integers(0, 499), to=st.integers(0, 255))
 def test_damage_is_an_error_or_harmless(tmp_path: Path, cut: int, flip: int, to: int) -> None:
-    """A cut file is always refused; a changed byte gives our error or a header that still fits the file."""
+    """A cut file is always refused; a changed byte gives an ascendit error or a header that fits the file."""
     file = tmp_path / "a.safetensors"
     save_file({"a": torch.arange(20.0), "b": torch.ones(3, 4, dtype=torch.int8)}, file)
-    whole = file.read_bytes()
-    file.write_bytes(whole[: min(cut, len(whole) - 1)])
+    content = file.read_bytes()
+    file.write_bytes(content[: min(cut, len(content) - 1)])
     refused(file)
-    damaged = bytearray(whole)
-    damaged[flip % len(whole)] = to
+    damaged = bytearray(content)
+    damaged[flip % len(content)] = to
     file.write_bytes(damaged)
     try:
         header = read_header(file)
     except CheckpointError as e:
         assert e.code == "E-CKP-02"
     else:
-        assert max(info.end for info in header.values()) == len(whole)
+        assert max(info.end for info in header.values()) == len(content)
 
 
 def sharded(folder: Path) -> dict[str, torch.Tensor]:
@@ -225,15 +225,15 @@ def cannot_open(folder: Path, code: str) -> CheckpointError:
 
 def test_shards_are_one_set(tmp_path: Path) -> None:
     tensors = sharded(tmp_path)
-    shards, found = Shards.open(tmp_path), stored_tensors(tmp_path)
+    shards, read = Shards.open(tmp_path), stored_tensors(tmp_path)
     assert set(shards.tensors) == set(tensors)
-    assert all(same(found[name], tensor) for name, tensor in tensors.items())
+    assert all(same(read[name], tensor) for name, tensor in tensors.items())
     assert [(info.file.name, info.name) for info in shards.tensors.values()] == [
         (f"{STEM}-0000{1 + i // 2}-of-00002.safetensors", f"blocks.{i}.weight") for i in range(4)
     ]
 
 
-def test_the_order_of_tensors_is_that_of_the_bytes(tmp_path: Path) -> None:
+def test_tensors_are_in_the_order_of_their_bytes(tmp_path: Path) -> None:
     header = {"a": entry(4, 6), "b": entry(0, 4), "none": entry(4, 4, shape=[0])}
     (tmp_path / f"{STEM}.safetensors").write_bytes(raw(header, b"bbbbaa"))
     shards = Shards.open(tmp_path)
@@ -256,14 +256,14 @@ def test_links_into_a_hub_cache_are_followed(tmp_path: Path) -> None:
         blob = tmp_path / "blobs" / file.name.replace(".", "_")
         file.rename(blob)
         file.symlink_to(os.path.relpath(blob, file.parent))
-    found = stored_tensors(tmp_path / "part")
-    assert all(same(found[name], tensor) for name, tensor in tensors.items())
+    read = stored_tensors(tmp_path / "part")
+    assert all(same(read[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize(
     "name", ["../outside.safetensors", "a/../../outside.safetensors", "C:\\x", "", "a\0b"]
 )
-def test_an_index_that_leaves_the_folder(tmp_path: Path, name: str) -> None:
+def test_an_index_with_a_path_outside_the_folder(tmp_path: Path, name: str) -> None:
     sharded(tmp_path / "part")
     save_file({"blocks.0.weight": torch.ones(2, 2)}, tmp_path / "outside.safetensors")
     write_index(tmp_path / "part", weight_map(tmp_path / "part") | {"blocks.0.weight": name})
@@ -291,7 +291,7 @@ def test_an_index_with_a_name_too_long_for_a_file(tmp_path: Path) -> None:
     assert "lists 3 files, 1 of them missing: aaa" in cannot_open(tmp_path, "E-CKP-03").got
 
 
-def test_an_index_that_promises_more(tmp_path: Path) -> None:
+def test_an_index_with_missing_tensors(tmp_path: Path) -> None:
     sharded(tmp_path)
     more = {f"extra.{i}": f"{STEM}-00001-of-00002.safetensors" for i in range(7)}
     write_index(tmp_path, weight_map(tmp_path) | more)
@@ -302,7 +302,7 @@ def test_an_index_that_promises_more(tmp_path: Path) -> None:
     assert "and 2 more" in e.got
 
 
-def test_a_shard_that_holds_more(tmp_path: Path) -> None:
+def test_a_shard_with_an_unlisted_tensor(tmp_path: Path) -> None:
     sharded(tmp_path)
     entries = weight_map(tmp_path)
     del entries["blocks.3.weight"]
@@ -325,7 +325,7 @@ def test_an_index_without_a_map(tmp_path: Path, content: object) -> None:
     assert "has no weight_map" in cannot_open(tmp_path, "E-CKP-06").got
 
 
-def test_an_index_that_is_no_json(tmp_path: Path) -> None:
+def test_an_index_that_is_not_json(tmp_path: Path) -> None:
     sharded(tmp_path)
     (tmp_path / f"{STEM}.safetensors.index.json").write_text("{")
     assert "index.json is not JSON" in cannot_open(tmp_path, "E-CKP-06").got
@@ -340,8 +340,8 @@ def test_one_file_and_an_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", [f"{STEM}.safetensors", "../blobs/gone"])
-def test_a_link_that_leads_nowhere(tmp_path: Path, target: str) -> None:
-    """To itself, and to a file that is not there."""
+def test_a_dangling_link(tmp_path: Path, target: str) -> None:
+    """To itself, and to a file that does not exist."""
     link = tmp_path / f"{STEM}.safetensors"
     link.symlink_to(target)
     e = cannot_open(tmp_path, "E-CKP-03")
@@ -374,7 +374,7 @@ def test_a_file_that_shrinks_after_its_header_was_read(tmp_path: Path) -> None:
     assert e.value.code == "E-CKP-02"
 
 
-def test_a_file_that_has_gone_after_its_header_was_read(tmp_path: Path) -> None:
+def test_a_file_that_disappears_after_its_header_was_read(tmp_path: Path) -> None:
     save_file({"a": torch.ones(8)}, tmp_path / "x.safetensors")
     info = read_header(tmp_path / "x.safetensors")["a"]
     info.file.unlink()
@@ -383,7 +383,7 @@ def test_a_file_that_has_gone_after_its_header_was_read(tmp_path: Path) -> None:
     assert e.value.code == "E-CKP-02"
 
 
-def test_a_tensor_outlives_its_file_and_has_memory_of_its_own(tmp_path: Path) -> None:
+def test_a_tensor_does_not_need_its_file_and_owns_its_memory(tmp_path: Path) -> None:
     save_file({"a": torch.arange(4.0), "b": torch.ones(1000)}, tmp_path / "x.safetensors")
     info = read_header(tmp_path / "x.safetensors")["a"]
     with RowReader() as reader:
@@ -391,7 +391,7 @@ def test_a_tensor_outlives_its_file_and_has_memory_of_its_own(tmp_path: Path) ->
     assert not reader._files
     a += 1
     assert again.tolist() == [0, 1, 2, 3]
-    assert a.untyped_storage().nbytes() == 16  # no other tensor is kept alive with it
+    assert a.untyped_storage().nbytes() == 16  # it keeps no other tensor alive
     assert reader.read_tensor(info).tolist() == [0, 1, 2, 3]  # opens its file again
     reader.close()
 
@@ -424,10 +424,10 @@ def test_reading_one_tensor_reads_only_its_bytes(tmp_path: Path, spans: list[tup
     "shard", [ShardSpec(0, 30, 50), ShardSpec(0, 150), ShardSpec(1, 16, 32), ShardSpec(1, 48)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_a_part_of_a_tensor(
+def test_a_slice_of_a_tensor(
     tmp_path: Path, shard: ShardSpec, dtype: torch.dtype, spans: list[tuple[int, int]]
 ) -> None:
-    """Rows or columns, in every way to read: the numbers of a slice, and no byte outside of it."""
+    """Rows or columns, by every read method: the values of the slice, and no byte outside of it is read."""
     tensor = torch.randn(200, 64).to(dtype)
     save_file({"x": torch.ones(5), "w": tensor, "y": torch.ones(3)}, tmp_path / "x.safetensors")
     info = read_header(tmp_path / "x.safetensors")["w"]
@@ -440,8 +440,8 @@ def test_a_part_of_a_tensor(
         blocks = list(
             (start, bytes(view)) for start, view in reader.read_blocks(info, shard=shard, block_bytes=1000)
         )
-        for part in (view, reader.read_tensor(info, shard)):
-            assert same(part, expected)
+        for result in (view, reader.read_tensor(info, shard)):
+            assert same(result, expected)
         for data in (reader.read_all(info, shard), b"".join(data for _, data in blocks)):
             assert data == bytes(as_bytes(expected))
         assert blocks[0][0] == (shard.start if shard.axis == 0 else 0) and len(blocks) > 1
@@ -455,7 +455,7 @@ def test_a_part_of_a_tensor(
 
 
 @pytest.mark.parametrize("shard", [ShardSpec(0, 30, 50), ShardSpec(1, 16, 32)], ids=str)
-def test_a_file_that_shrinks_in_the_part(tmp_path: Path, shard: ShardSpec) -> None:
+def test_a_file_that_shrinks_in_the_slice(tmp_path: Path, shard: ShardSpec) -> None:
     save_file({"w": torch.randn(200, 64)}, tmp_path / "x.safetensors")
     info = read_header(tmp_path / "x.safetensors")["w"]
     os.truncate(info.file, info.start + 70 * 64 * 4)
@@ -484,20 +484,20 @@ def test_listed() -> None:
     assert listed("gfedcba") == "a, b, c, d, e and 2 more"
 
 
-def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / f"{STEM}.safetensors")
     assert "not a regular file" in cannot_open(tmp_path, "E-CKP-02").got
 
 
-def test_half_a_surrogate_pair_is_no_name(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_is_not_a_name(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(raw(b'{"\\ud800": %s}' % json.dumps(entry(0, 1)).encode(), b"x"))
     assert "header is not JSON" in refused(tmp_path / "a.safetensors")
 
 
-def test_a_file_that_an_index_spells_twice_counts_once(tmp_path: Path) -> None:
+def test_a_file_with_two_names_in_an_index_counts_once(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "x.safetensors")
-    where = {"a": "x.safetensors", "b": "./x.safetensors"}
-    (tmp_path / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    weight_map = {"a": "x.safetensors", "b": "./x.safetensors"}
+    (tmp_path / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     shards = Shards.open(tmp_path)
     assert shards.files == (tmp_path / "x.safetensors",)
     assert list(shards.tensors) == ["a", "b"]
@@ -515,7 +515,7 @@ def test_files_without_an_index(tmp_path: Path) -> None:
     assert e.value.code == "E-CKP-09"
 
 
-# ---- blocks of rows ------------------------------------------------------------------------------
+# ---- row blocks ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -531,20 +531,20 @@ def stored(tmp_path: Path) -> tuple[dict[str, torch.Tensor], dict[str, TensorInf
     return values, read_header(tmp_path / "x.safetensors")
 
 
-def test_blocks_join_to_the_tensor(stored):
+def test_concatenated_blocks_equal_the_tensor(stored):
     values, infos = stored
     with RowReader() as reader:
         for name, tensor in values.items():
-            parts: list[torch.Tensor] = []
+            blocks: list[torch.Tensor] = []
             for start, view in reader.read_blocks(infos[name], block_bytes=128):
-                assert start == sum(len(part) for part in parts)
-                parts.append(as_tensor(view, infos[name]).clone())
-            whole = torch.cat(parts).view(tensor.shape)
-            assert torch.equal(whole.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), name
+                assert start == sum(len(block) for block in blocks)
+                blocks.append(as_tensor(view, infos[name]).clone())
+            joined = torch.cat(blocks).view(tensor.shape)
+            assert torch.equal(joined.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), name
             assert reader.read_all(infos[name]) == bytes(as_bytes(tensor))
 
 
-def test_blocks_are_whole_multiples_and_grow_if_they_must(stored, monkeypatch):
+def test_blocks_are_multiples_and_grow_if_necessary(stored, monkeypatch):
     values, infos = stored
     monkeypatch.setattr("ascendit.checkpoint.reader.BLOCK_BYTES", 1000)
     with RowReader() as reader:
@@ -567,10 +567,10 @@ def test_a_file_that_shrinks_is_an_error(stored):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_widening_is_exact(dtype):
-    spelling = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[dtype]
+def test_conversion_to_float32_is_exact(dtype):
+    dtype_name = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[dtype]
     values = torch.tensor([0.0, -0.0, 1.0, 1e-7, -6e-8, 65504.0, torch.inf, -torch.inf], dtype=dtype)
     data = bytes(as_bytes(values))
     for buffer in (data, bytearray(data), memoryview(data)):
-        wide = torch.frombuffer(bytearray(float_bytes(buffer, spelling)), dtype=torch.float32)
-        assert torch.equal(wide, values.float()) and torch.equal(wide.signbit(), values.signbit())
+        as_float32 = torch.frombuffer(bytearray(float_bytes(buffer, dtype_name)), dtype=torch.float32)
+        assert torch.equal(as_float32, values.float()) and torch.equal(as_float32.signbit(), values.signbit())

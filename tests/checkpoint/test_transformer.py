@@ -1,4 +1,4 @@
-"""One description of a transformer, whatever wrote it: real msModelSlim exports, and headers made by hand."""
+"""One description of a transformer from any tool: real msModelSlim exports, and headers made by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import stored
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from stored import CONFIG, IMAGE, MANIFEST, coded, floats, read, refused, types, wan, write_json
+from stored import CONFIG, IMAGE, MANIFEST, floats, quantized, read, refused, types, wan, write_json
 
 from ascendit.checkpoint.layout import recognise
 from ascendit.checkpoint.transformer import Expert, read_expert
@@ -53,13 +53,13 @@ def test_real_exports(path: Path) -> None:
     layout = recognise(path)
     source = recognise(FIXTURES / "source_models" / path.name.partition("__")[0])
     assert layout.kind == "msmodelslim"
-    assert [part.name for part in layout.experts] == [part.name for part in source.experts]
-    for part, origin in zip(layout.experts, source.experts, strict=True):
-        expert, before = read_expert(part), read_expert(origin)
+    assert [e.name for e in layout.experts] == [e.name for e in source.experts]
+    for exported, origin in zip(layout.experts, source.experts, strict=True):
+        expert, before = read_expert(exported), read_expert(origin)
         assert (expert.origin, expert.naming, before.origin) == ("msmodelslim", "wan", "float")
         assert schemes(expert) == REAL[path.name]
-        known = {key for key, value in expert.config.items() if value is not None}
-        assert {key: before.config[key] for key in known} == {key: expert.config[key] for key in known}
+        present = {key for key, value in expert.config.items() if value is not None}
+        assert {key: before.config[key] for key in present} == {key: expert.config[key] for key in present}
         shapes = {f"{layer.name}.weight": layer.shape for layer in expert.layers.values()}
         decoded = {n: shapes.get(n, i.shape) for n, i in expert.tensors.items() if n in before.tensors}
         assert decoded == {name: info.shape for name, info in before.tensors.items()}
@@ -77,7 +77,7 @@ def test_every_export_is_tested() -> None:
     assert {path.name for path in EXPORTS} == set(REAL)
 
 
-def test_what_is_told_of_a_rotated_attention() -> None:
+def test_a_rotated_attention() -> None:
     expert = read(FIXTURES / "exports" / "W8A8_MXFP8" / "ti2v_d128_l1__official_w8a8f8")
     assert expert.attention == {"blocks.0.attn1.quant_type": "FP8_DYNAMIC"}
     assert expert.tensors["blocks.0.attn1.k_rot"].shape == (32, 32)
@@ -92,7 +92,7 @@ def test_smoothed_but_not_quantized() -> None:
     assert layer.tensors["mul_scale"].name == "blocks.3.cross_attn.o.div.mul_scale"
 
 
-# ---- layouts and spellings ----------------------------------------------------------------------
+# ---- layouts and name styles --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [CONFIG, IMAGE], ids=["t2v", "image"])
@@ -107,8 +107,8 @@ def test_a_single_file(tmp_path: Path, config: dict[str, Any], prefix: str, nami
     assert expert.tensors["proj_out.bias"].name == prefix + (
         "head.head.bias" if naming == "wan" else "proj_out.bias"
     )
-    told = {key: value for key, value in config.items() if "head" not in key}
-    assert {key: expert.config[key] for key in told} == told
+    derived = {key: value for key, value in config.items() if "head" not in key}
+    assert {key: expert.config[key] for key in derived} == derived
     assert expert.config["image_dim"] == config.get("image_dim")
 
 
@@ -117,7 +117,7 @@ def test_a_mixed_recipe(tmp_path: Path) -> None:
     layers |= {"blocks.1.ffn.net.2": "bf16", "blocks.1.attn1.to_q": "bf16"}
     tensors = floats()
     for scheme in ("mxfp8", "mxfp4"):
-        tensors = coded(tensors, [name for name in LINEARS if layers[name] == scheme], scheme)
+        tensors = quantized(tensors, [name for name in LINEARS if layers[name] == scheme], scheme)
     manifest = types(tensors, layers) | {"model_quant_type": "W4A4_MXFP4"}
     expert = read(stored.folder(tmp_path, tensors, manifest=manifest))
     assert {name: layer.scheme for name, layer in expert.layers.items()} == {
@@ -127,24 +127,26 @@ def test_a_mixed_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("saver", ["one file", "numbered", "index"])
-def test_what_ascendv1_writes(tmp_path: Path, saver: str) -> None:
-    tensors = wan(coded(floats(), LINEARS, "mxfp8"))
+def test_files_of_ascendv1(tmp_path: Path, saver: str) -> None:
+    tensors = wan(quantized(floats(), LINEARS, "mxfp8"))
     names = list(tensors)
     manifest = {
         "version": "1.0.0",
         "group_size": 32,
         "metadata": {},
-        **types(coded(floats(), LINEARS, "mxfp8"), {}),
+        **types(quantized(floats(), LINEARS, "mxfp8"), {}),
     }
     manifest = {to_wan(key) or key: value for key, value in manifest.items()}
     manifest |= {n: "W8A8_MXFP8" for n in names if tensors[n][0] in ("F8_E4M3", "U8")}
     parts = [names] if saver == "one file" else [names[:60], names[60:]]
     files = [f"quant_model_weights-0000{i + 1}-of-0000{len(parts)}.safetensors" for i in range(len(parts))]
-    for file, part in zip(files, parts, strict=True):
-        stored.write(tmp_path / file, {name: tensors[name] for name in part})
+    for file, names_of_file in zip(files, parts, strict=True):
+        stored.write(tmp_path / file, {name: tensors[name] for name in names_of_file})
     if saver == "index":
-        where = {name: file for file, part in zip(files, parts, strict=True) for name in part}
-        write_json(tmp_path / "quant_model_weights.safetensors.index.json", {"weight_map": where})
+        weight_map = {
+            name: file for file, names_of_file in zip(files, parts, strict=True) for name in names_of_file
+        }
+        write_json(tmp_path / "quant_model_weights.safetensors.index.json", {"weight_map": weight_map})
     write_json(tmp_path / MANIFEST, manifest)
     expert = read(tmp_path)
     assert schemes(expert) == {("mxfp8", "plain"): len(LINEARS)}
@@ -152,9 +154,9 @@ def test_what_ascendv1_writes(tmp_path: Path, saver: str) -> None:
     assert expert.manifest is not None and expert.manifest["group_size"] == "32"
 
 
-def test_what_a_merge_leaves_behind(tmp_path: Path) -> None:
-    """SGLang's merge: replaced substrings, and keys of no tensor that keep their original names."""
-    tensors = coded(floats(), LINEARS, "mxfp8")
+def test_leftovers_of_a_merge(tmp_path: Path) -> None:
+    """SGLang's merge replaces substrings, and leaves keys without a tensor under their original names."""
+    tensors = quantized(floats(), LINEARS, "mxfp8")
     manifest: dict[str, str] = types(tensors, dict.fromkeys(LINEARS, "mxfp8"))
     extra: stored.Tensors = {
         "blocks.0.attn1.to_q_rot": ("BF16", (32, 32)),
@@ -175,28 +177,28 @@ def test_what_a_merge_leaves_behind(tmp_path: Path) -> None:
     assert expert.tensors["blocks.0.attn1.q_rot"].name == "blocks.0.attn1.to_q_rot"
 
 
-def test_ascendit_leaves_its_mark(tmp_path: Path) -> None:
-    tensors = coded(floats(), LINEARS, "mxfp8")
+def test_ascendit_marks_its_output(tmp_path: Path) -> None:
+    tensors = quantized(floats(), LINEARS, "mxfp8")
     stored.folder(tmp_path / "transformer", tensors)
     write_json(tmp_path / "ascendit.json", {})
     assert read(tmp_path).origin == "ascendit"
 
 
-def test_tensors_that_diffusers_skips_are_left_out(tmp_path: Path) -> None:
+def test_tensors_that_diffusers_skips_are_omitted(tmp_path: Path) -> None:
     tensors = floats(IMAGE) | {"blocks.0.attn2.norm_added_q.weight": ("BF16", (64,))}
     assert set(read(stored.folder(tmp_path, tensors, config=IMAGE)).tensors) == set(floats(IMAGE))
 
 
-# ---- what is refused ----------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------
 
 Change = Callable[[stored.Tensors], object]
-CODED = coded(floats(), LINEARS, "mxfp4_dualscale")
-TYPES = types(CODED, dict.fromkeys(LINEARS, "mxfp4_dualscale"))
+QUANTIZED = quantized(floats(), LINEARS, "mxfp4_dualscale")
+TYPES = types(QUANTIZED, dict.fromkeys(LINEARS, "mxfp4_dualscale"))
 Q = f"{FIRST}.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "words"),
+    ("change", "code", "message"),
     [
         (
             lambda t: t.pop(f"{FIRST}.weight_scale"),
@@ -270,16 +272,18 @@ Q = f"{FIRST}.weight"
         (lambda t: t.clear(), "E-CKP-01", "is not a Wan transformer; it has 0 tensors"),
     ],
 )
-def test_damaged_tensors(tmp_path: Path, change: Change, code: str, words: str) -> None:
-    tensors = dict(CODED)
+def test_damaged_tensors(tmp_path: Path, change: Change, code: str, message: str) -> None:
+    tensors = dict(QUANTIZED)
     change(tensors)
-    manifest = {name: kind for name, kind in TYPES.items() if name in tensors}
+    manifest = {name: quant_type for name, quant_type in TYPES.items() if name in tensors}
     manifest |= {name: "FLOAT" for name in tensors if name not in TYPES}
-    got = refused(stored.folder(tmp_path, tensors, manifest=manifest if "both" not in words else None), code)
-    assert words in got
+    text = refused(
+        stored.folder(tmp_path, tensors, manifest=manifest if "both" not in message else None), code
+    )
+    assert message in text
 
 
-def test_a_layer_of_which_only_the_bias_is_left(tmp_path: Path) -> None:
+def test_a_layer_with_only_a_bias(tmp_path: Path) -> None:
     tensors = {name: tensor for name, tensor in floats().items() if name != Q}
     assert f"1 missing ({Q})" in refused(stored.folder(tmp_path, tensors), "E-CKP-04")
 
@@ -287,15 +291,17 @@ def test_a_layer_of_which_only_the_bias_is_left(tmp_path: Path) -> None:
 def test_an_attention_without_k_and_v(tmp_path: Path) -> None:
     tensors = {
         name: t
-        for name, t in CODED.items()
+        for name, t in QUANTIZED.items()
         if "blocks.0.attn1.to_k" not in name and ".1.attn2.to_v" not in name
     }
-    got = refused(stored.folder(tmp_path, tensors), "E-CKP-04")
-    assert "4 missing (blocks.0.attn1.to_k.bias, blocks.0.attn1.to_k.weight, blocks.1.attn2.to_v.bias" in got
+    message = refused(stored.folder(tmp_path, tensors), "E-CKP-04")
+    assert (
+        "4 missing (blocks.0.attn1.to_k.bias, blocks.0.attn1.to_k.weight, blocks.1.attn2.to_v.bias" in message
+    )
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "words"),
+    ("change", "code", "message"),
     [
         ({Q: "W8A8_DYNAMIC"}, "E-CKP-07", "says W8A8_DYNAMIC, but its tensors are weight U8 [64, 32]"),
         ({Q: "FLOAT"}, "E-CKP-07", "says FLOAT, but its tensors are weight U8"),
@@ -319,37 +325,41 @@ def test_an_attention_without_k_and_v(tmp_path: Path) -> None:
         ({"head.head.bias": "FLOAT"}, "E-CKP-09", "which both map to proj_out.bias"),
     ],
 )
-def test_a_manifest_that_does_not_fit(tmp_path: Path, change: dict[str, str], code: str, words: str) -> None:
-    got = refused(stored.folder(tmp_path, CODED, manifest=TYPES | change), code)
-    assert words in got
+def test_a_manifest_that_contradicts_the_tensors(
+    tmp_path: Path, change: dict[str, str], code: str, message: str
+) -> None:
+    message = refused(stored.folder(tmp_path, QUANTIZED, manifest=TYPES | change), code)
+    assert message in message
 
 
 def test_a_tensor_that_the_manifest_does_not_name(tmp_path: Path) -> None:
-    path = stored.folder(tmp_path, CODED, manifest={n: k for n, k in TYPES.items() if n != "proj_out.bias"})
+    path = stored.folder(
+        tmp_path, QUANTIZED, manifest={n: k for n, k in TYPES.items() if n != "proj_out.bias"}
+    )
     assert "1 tensors that it does not list: proj_out.bias" in refused(path, "E-CKP-04")
 
 
 def test_a_tensor_in_two_files(tmp_path: Path) -> None:
     names = list(wan(floats()))
-    for i, part in enumerate((names[:40], names[39:])):
-        tensors = {name: t for name, t in wan(floats()).items() if name in part}
+    for i, file_names in enumerate((names[:40], names[39:])):
+        tensors = {name: t for name, t in wan(floats()).items() if name in file_names}
         stored.write(tmp_path / f"quant_model_weights-0000{i + 1}-of-00002.safetensors", tensors)
-    got = refused(tmp_path, "E-CKP-09")
-    assert "is in both quant_model_weights-00001-of-00002.safetensors and" in got
+    message = refused(tmp_path, "E-CKP-09")
+    assert "is in both quant_model_weights-00001-of-00002.safetensors and" in message
 
 
 def test_two_manifests(tmp_path: Path) -> None:
-    path = stored.folder(tmp_path, CODED, manifest=TYPES)
+    path = stored.folder(tmp_path, QUANTIZED, manifest=TYPES)
     write_json(tmp_path / "quant_model_description_w8a8_mxfp8.json", {})
     assert "has 2 manifests" in refused(path, "E-CKP-07")
 
 
 def test_an_index_with_path_tricks(tmp_path: Path) -> None:
-    where = dict.fromkeys(wan(floats()), "../outside.safetensors")
-    write_json(tmp_path / "a" / "quant_model_weight.safetensors.index.json", {"weight_map": where})
+    weight_map = dict.fromkeys(wan(floats()), "../outside.safetensors")
+    write_json(tmp_path / "a" / "quant_model_weight.safetensors.index.json", {"weight_map": weight_map})
     stored.write(tmp_path / "outside.safetensors", wan(floats()))
     write_json(tmp_path / "a" / MANIFEST, {})
-    refused(tmp_path / "a", "E-CKP-02")  # no weights beside it
+    refused(tmp_path / "a", "E-CKP-02")  # no weights in its folder
     (tmp_path / "a" / "quant_model_weight-00001-of-00001.safetensors").write_bytes(b"")
     refused(tmp_path / "a", "E-CKP-03")
 
@@ -370,7 +380,9 @@ CONFIG_KEYS = st.sampled_from(
 MARKERS = st.dictionaries(
     st.sampled_from(["quant_method", "is_checkpoint_serialized", "ignored_layers", "weight_block_size"]), JSON
 )
-NAMES = st.sampled_from([*CODED, *wan(CODED), "diffusion_model.proj_out.bias", "blocks.0.attn1.q_rot", "x"])
+NAMES = st.sampled_from(
+    [*QUANTIZED, *wan(QUANTIZED), "diffusion_model.proj_out.bias", "blocks.0.attn1.q_rot", "x"]
+)
 TENSORS = st.tuples(
     st.sampled_from(["BF16", "F32", "U8", "I8", "F8_E4M3", "BOOL"]), st.lists(st.integers(0, 99), max_size=3)
 )
@@ -385,17 +397,19 @@ TENSORS = st.tuples(
     original=st.booleans(),
     dropped=st.sets(NAMES, max_size=4),
 )
-def test_nothing_malformed_breaks_the_reader(
+def test_the_reader_handles_malformed_input(
     tmp_path: Path, config: Any, tensors: Any, manifest: Any, class_name: Any, original: bool, dropped: Any
 ) -> None:
-    changed = (wan(CODED) if original else CODED) | {
+    changed = (wan(QUANTIZED) if original else QUANTIZED) | {
         name: (d, tuple(shape)) for name, (d, shape) in tensors.items()
     }
     changed = {name: tensor for name, tensor in changed.items() if name not in dropped}
-    whole = None if class_name is None else CONFIG | {"_class_name": class_name} | config
+    full_config = None if class_name is None else CONFIG | {"_class_name": class_name} | config
     for old in tmp_path.iterdir():
         old.unlink()
-    stored.folder(tmp_path, changed, config=whole, manifest=None if manifest is None else TYPES | manifest)
+    stored.folder(
+        tmp_path, changed, config=full_config, manifest=None if manifest is None else TYPES | manifest
+    )
     try:
         expert = read(tmp_path)
     except AscenditError:
@@ -403,15 +417,15 @@ def test_nothing_malformed_breaks_the_reader(
     assert expert.layers
 
 
-# ---- cost ---------------------------------------------------------------------------------------
+# ---- memory and time ----------------------------------------------------------------------------
 
 LARGE = {"_class_name": "WanTransformer3DModel", "num_layers": 40}
 
 
 def test_forty_blocks_take_milliseconds(tmp_path: Path) -> None:
-    """14B parameters in sparse files. The bound is ten times what it takes, for busy machines."""
+    """14B parameters in sparse files. The bound is ten times the usual time, for busy machines."""
     linears = block_linears(LARGE)
-    tensors = coded(floats(LARGE), linears, "mxfp4_dualscale")
+    tensors = quantized(floats(LARGE), linears, "mxfp4_dualscale")
     manifest = types(tensors, dict.fromkeys(linears, "mxfp4_dualscale"), LARGE)
     path = stored.folder(tmp_path, tensors, config=LARGE, manifest=manifest)
     times = []
@@ -438,28 +452,28 @@ print([name for name in ("torch", "numpy", "diffusers", "safetensors") if name i
 
 def test_all_linears_may_be_quantized(tmp_path: Path) -> None:
     linears = all_linears(IMAGE)
-    expert = read(stored.folder(tmp_path, coded(floats(IMAGE), linears, "int8"), config=IMAGE))
+    expert = read(stored.folder(tmp_path, quantized(floats(IMAGE), linears, "int8"), config=IMAGE))
     assert set(expert.layers) == set(linears)
-    read(stored.folder(tmp_path / "b", wan(coded(floats(IMAGE), linears, "mxfp4")), config=None))
+    read(stored.folder(tmp_path / "b", wan(quantized(floats(IMAGE), linears, "mxfp4")), config=None))
 
 
 # ---- a config from shapes ------------------------------------------------------------------------
 
 
-def test_the_number_of_heads_is_told_where_it_can_be(tmp_path: Path) -> None:
+def test_the_number_of_heads_is_derived_where_possible(tmp_path: Path) -> None:
     cascade = read(FIXTURES / "exports" / "W8A8_DYNAMIC" / "t2v_d64_l6__int8")
     assert cascade.config["num_attention_heads"] is None is cascade.config["attention_head_dim"]
     assert cascade.config_problem is not None
     assert "number of attention heads is unknown" in cascade.config_problem
-    wide = CONFIG | {"num_attention_heads": 2, "attention_head_dim": 128}
-    expert = read(stored.folder(tmp_path / "a", wan(floats(wide)), config=None))
+    config = CONFIG | {"num_attention_heads": 2, "attention_head_dim": 128}
+    expert = read(stored.folder(tmp_path / "a", wan(floats(config)), config=None))
     assert (expert.config["num_attention_heads"], expert.config_problem) == (2, None)
     rotated = floats() | {f"blocks.0.attn1.{x}_rot": ("BF16", (32, 32)) for x in "qk"}
     assert read(stored.folder(tmp_path / "b", rotated, config=None)).config["num_attention_heads"] == 2
 
 
 @pytest.mark.parametrize(
-    ("config", "code", "words"),
+    ("config", "code", "message"),
     [
         ({"dim": 128}, "E-CKP-04", "dim = 128 in config.json, 64 from the shapes"),
         ({"num_layers": 3}, "E-CKP-04", "num_layers = 3 in config.json, 2 from the shapes"),
@@ -469,8 +483,8 @@ def test_the_number_of_heads_is_told_where_it_can_be(tmp_path: Path) -> None:
         ({"eps": "small"}, "E-CKP-06", "eps = 'small'"),
     ],
 )
-def test_an_original_config_that_does_not_fit(
-    tmp_path: Path, config: dict[str, Any], code: str, words: str
+def test_a_wan_config_that_contradicts_the_tensors(
+    tmp_path: Path, config: dict[str, Any], code: str, message: str
 ) -> None:
     path = stored.folder(tmp_path, wan(floats()), config={"_class_name": "WanModel", "num_heads": 2} | config)
-    assert words in refused(path, code)
+    assert message in refused(path, code)

@@ -1,4 +1,4 @@
-"""Shards written as a stream. The oracles are the safetensors library and Diffusers' own way to split."""
+"""Shards written as a stream. The oracles are the safetensors library and Diffusers' splitting."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ from ascendit.checkpoint.reader import TORCH_DTYPES, TensorInfo, read_header
 from ascendit.checkpoint.writer import ShardWriter, TensorSpec, lay_out_shards
 from ascendit.errors import CheckpointError, EnvironmentProblem
 
-SPELLING = {getattr(torch, name): spelling for spelling, name in TORCH_DTYPES.items() if spelling != "F4"}
+DTYPE_NAMES = {
+    getattr(torch, name): dtype_name for dtype_name, name in TORCH_DTYPES.items() if dtype_name != "F4"
+}
 DTYPES = ("F8_E4M3", "U8", "BF16", "F32", "I8", "I64", "BOOL")
 
 
 def draw(seed: int, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Every bit pattern, NaN too."""
+    """Random bits, including NaN."""
     torch_dtype = getattr(torch, TORCH_DTYPES[dtype])
     generator = torch.Generator().manual_seed(seed)
     if dtype == "BOOL":
@@ -48,7 +50,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 def spec(name: str, tensor: torch.Tensor) -> TensorSpec:
-    return TensorSpec(name, SPELLING[tensor.dtype], tuple(tensor.shape))
+    return TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 
 
 def model(sizes: tuple[int, ...] = (40, 3, 0, 17, 64, 8)) -> dict[str, torch.Tensor]:
@@ -67,32 +69,30 @@ def write_all(folder: Path, tensors: dict[str, torch.Tensor], piece: int = 7, **
 
 
 def assert_same(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """By the library and by our own strict reader."""
-    found: dict[str, torch.Tensor] = {}
+    """Read with the safetensors library and with `RowReader`."""
+    loaded: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as f:
             assert f.metadata() == {"format": "pt"}
-            found |= {name: f.get_tensor(name) for name in f.keys()}
-    assert found.keys() == tensors.keys()
+            loaded |= {name: f.get_tensor(name) for name in f.keys()}
+    assert loaded.keys() == tensors.keys()
     ours = stored_tensors(folder)
     assert ours.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        for other in (found[name], ours[name]):
+        for other in (loaded[name], ours[name]):
             assert (other.dtype, other.shape, raw(other)) == (tensor.dtype, tensor.shape, raw(tensor)), name
 
 
 # ---- the files
 
 
-def test_one_file_is_what_was_given(tmp_path: Path) -> None:
+def test_one_file_has_the_tensors(tmp_path: Path) -> None:
     writer = write_all(tmp_path, model())
     assert os.listdir(tmp_path) == ["diffusion_pytorch_model.safetensors"]
     assert_same(tmp_path, model())
-    assert list(read_header(writer.shards[0].file)) == list(model()), (
-        "the order of the bytes is that of specs"
-    )
+    assert list(read_header(writer.shards[0].file)) == list(model()), "the bytes have the order of specs"
     assert writer.shards[0].nbytes == writer.shards[0].file.stat().st_size
-    assert writer.close() == {}, "no hashes unless asked for"
+    assert writer.close() == {}, "no hashes unless requested"
 
 
 def test_the_first_tensor_begins_at_a_multiple_of_8(tmp_path: Path) -> None:
@@ -107,11 +107,11 @@ shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    layout=st.lists(st.tuples(st.sampled_from(sorted(SPELLING.values())), shapes), min_size=1, max_size=8),
+    layout=st.lists(st.tuples(st.sampled_from(sorted(DTYPE_NAMES.values())), shapes), min_size=1, max_size=8),
     limit=st.none() | st.integers(1, 200),
     hashed=st.booleans(),
 )
-def test_any_mixture_comes_back(
+def test_any_mixture_is_written_exactly(
     tmp_path: Path, layout: list[tuple[str, tuple[int, ...]]], limit: int | None, hashed: bool
 ) -> None:
     tensors = {f"t{i}.é": draw(i, dtype, shape) for i, (dtype, shape) in enumerate(layout)}
@@ -121,7 +121,7 @@ def test_any_mixture_comes_back(
     assert_same(folder, tensors)
 
 
-def test_shards_and_index_are_those_of_diffusers(tmp_path: Path) -> None:
+def test_shards_and_index_equal_those_of_diffusers(tmp_path: Path) -> None:
     tensors = {f"blocks.{i}.w": draw(i, "BF16", (n, 5)) for i, n in enumerate((40, 3, 17, 64, 8, 1))}
     limit = 700
     write_all(tmp_path, tensors, max_shard_bytes=limit)
@@ -139,7 +139,7 @@ def test_a_tensor_is_never_split_and_none_means_one_file(tmp_path: Path) -> None
     names = [[s.name for s in shard.specs] for shard in lay_out_shards(tmp_path, specs, max_shard_bytes=20)]
     assert names == [["a"], ["b"], ["c"]]
     exact = lay_out_shards(tmp_path, specs, max_shard_bytes=110)
-    assert [len(shard.specs) for shard in exact] == [2, 1], "just the limit still fits"
+    assert [len(shard.specs) for shard in exact] == [2, 1], "a shard may reach the limit exactly"
     assert len(lay_out_shards(tmp_path, specs, max_shard_bytes=None)) == 1
 
 
@@ -150,8 +150,8 @@ def test_stem_and_metadata(tmp_path: Path) -> None:
         assert f.metadata() == {"format": "pt", "by": "me"}
 
 
-def test_the_buffer_may_be_used_again_at_once(tmp_path: Path) -> None:
-    """The hash is computed behind the caller's back, and still sees what was given."""
+def test_the_buffer_may_be_reused_at_once(tmp_path: Path) -> None:
+    """The hash is computed in another thread, from the bytes at the time of the call."""
     data = os.urandom(3 << 20)
     buffer = bytearray(1 << 20)
     with ShardWriter(tmp_path, [TensorSpec("w", "U8", (len(data),))], hash=True) as writer:
@@ -161,8 +161,8 @@ def test_the_buffer_may_be_used_again_at_once(tmp_path: Path) -> None:
             buffer[:] = bytes(len(buffer))
     file = writer.shards[0].file
     assert file.read_bytes()[-len(data) :] == data
-    told = subprocess.run(["sha256sum", file], capture_output=True, text=True, check=True).stdout.split()[0]
-    assert writer.close() == {file.name: told}
+    digest = subprocess.run(["sha256sum", file], capture_output=True, text=True, check=True).stdout.split()[0]
+    assert writer.close() == {file.name: digest}
 
 
 def test_hash_of_every_file(tmp_path: Path) -> None:
@@ -187,11 +187,11 @@ def test_buffers_of_all_kinds(tmp_path: Path, view: str) -> None:
     assert_same(tmp_path, {"w": tensor})
 
 
-# ---- our own mistakes
+# ---- programming errors
 
 
 @pytest.mark.parametrize(
-    "calls,says",
+    "calls,message",
     [
         ([("b", 4)], "b is out of order, a is next"),
         ([("a", 5)], "a has only 4 bytes"),
@@ -199,14 +199,14 @@ def test_buffers_of_all_kinds(tmp_path: Path, view: str) -> None:
         ([("a", 4), ("b", 4), ("a", 1)], "all tensors are written"),
     ],
 )
-def test_bytes_out_of_turn_are_refused(tmp_path: Path, calls: list[tuple[str, int]], says: str) -> None:
+def test_bytes_out_of_order_are_refused(tmp_path: Path, calls: list[tuple[str, int]], message: str) -> None:
     specs = [TensorSpec("a", "U8", (4,)), TensorSpec("b", "U8", (4,))]
-    with pytest.raises(AssertionError, match=says), ShardWriter(tmp_path, specs) as writer:
+    with pytest.raises(AssertionError, match=message), ShardWriter(tmp_path, specs) as writer:
         for name, count in calls:
             writer.append(name, bytes(count))
 
 
-def test_close_refuses_what_is_not_complete(tmp_path: Path) -> None:
+def test_close_refuses_an_incomplete_file(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="b is not complete"):
         with ShardWriter(tmp_path, [TensorSpec("a", "U8", (4,)), TensorSpec("b", "U8", (4,))]) as writer:
             writer.append("a", bytes(4))
@@ -251,8 +251,8 @@ def test_moved_and_appended_tensors_mix(tmp_path: Path) -> None:
     assert_same(out, tensors)
 
 
-def test_moved_bytes_lie_alike_on_the_pages(tmp_path: Path) -> None:
-    """So the kernel copies whole pages, and file systems that can may share them."""
+def test_moved_bytes_have_the_alignment_of_the_source(tmp_path: Path) -> None:
+    """So the kernel copies complete pages, and some file systems can share them."""
     tensors = {"a": draw(0, "U8", (5000,)), "b": draw(1, "U8", (70000,))}
     infos = source(tmp_path, tensors)
     specs = [TensorSpec(f"x.{n}", i.dtype, i.shape, i.start) for n, i in infos.items()]
@@ -267,7 +267,7 @@ def test_moved_bytes_lie_alike_on_the_pages(tmp_path: Path) -> None:
     assert_same(out, {f"x.{n}": t for n, t in tensors.items()})
 
 
-def test_the_page_of_most_bytes_wins(tmp_path: Path) -> None:
+def test_the_alignment_of_most_bytes_wins(tmp_path: Path) -> None:
     specs = [TensorSpec("a", "U8", (16,), 8), TensorSpec("b", "U8", (1000,), 4096 + 160)]
     header = lay_out_shards(tmp_path, specs)[0].header
     assert (len(header) + 16) % 4096 == 160
@@ -287,7 +287,7 @@ def test_a_source_that_shrinks_is_named(tmp_path: Path, hashed: bool) -> None:
     assert e.value.got == f"{file}: truncated during the read, at byte 5000"
 
 
-def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_a_missing_source_is_named(tmp_path: Path) -> None:
     infos = source(tmp_path, {"w": draw(0, "U8", (90,))})
     infos["w"].file.unlink()
     with pytest.raises(CheckpointError, match="source.safetensors: No such file") as e:
@@ -296,10 +296,10 @@ def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
     assert e.value.code == "E-CKP-02"
 
 
-# ---- taken up again
+# ---- resuming
 
 
-def test_complete_files_are_left_alone(tmp_path: Path) -> None:
+def test_complete_files_are_not_written_again(tmp_path: Path) -> None:
     tensors = {f"w{i}": draw(i, "U8", (100,)) for i in range(6)}
     specs = [spec(n, t) for n, t in tensors.items()]
     out = tmp_path / "out"
@@ -309,7 +309,7 @@ def test_complete_files_are_left_alone(tmp_path: Path) -> None:
         for name in ("w0", "w1", "w2"):
             writer.append(name, raw(tensors[name]))
         raise RuntimeError
-    kept = writer.shards[0].file.stat()
+    status = writer.shards[0].file.stat()
     again = Journal.read(tmp_path / "journal.json", out)
     assert again is not None and again.count == 1
     with ShardWriter(out, specs, max_shard_bytes=200, journal=again) as writer:
@@ -319,27 +319,27 @@ def test_complete_files_are_left_alone(tmp_path: Path) -> None:
         for name in ("w2", "w3", "w4", "w5"):
             writer.append(name, raw(tensors[name]))
     assert_same(out, tensors)
-    assert writer.shards[0].file.stat().st_mtime_ns == kept.st_mtime_ns, "it was not written again"
-    whole = ShardWriter(out, specs, max_shard_bytes=200, journal=again)
-    assert all(whole.done(n) for n in tensors)
-    assert whole.close() == {}
+    assert writer.shards[0].file.stat().st_mtime_ns == status.st_mtime_ns, "it was not written again"
+    complete = ShardWriter(out, specs, max_shard_bytes=200, journal=again)
+    assert all(complete.done(n) for n in tensors)
+    assert complete.close() == {}
 
 
-@pytest.mark.parametrize("how", ["other header", "size", "gone", "no hash"])
-def test_a_file_that_is_not_as_planned_is_written_anew(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("difference", ["other header", "size", "gone", "no hash"])
+def test_a_file_that_differs_from_the_plan_is_written_again(tmp_path: Path, difference: str) -> None:
     tensors = {"w0": draw(0, "U8", (100,)), "w1": draw(1, "U8", (100,))}
     out = tmp_path / "out"
     journal = Journal(tmp_path / "journal.json", out, "f")
     first = write_all(out, tensors, journal=journal)
     file = first.shards[0].file
-    if how == "other header":
+    if difference == "other header":
         tensors = {"x0": tensors["w0"], "w1": tensors["w1"]}
-    elif how == "size":
+    elif difference == "size":
         os.truncate(file, 50)
-    elif how == "gone":
+    elif difference == "gone":
         file.unlink()
     specs = [spec(n, t) for n, t in tensors.items()]
-    writer = ShardWriter(out, specs, journal=journal, hash=how == "no hash")
+    writer = ShardWriter(out, specs, journal=journal, hash=difference == "no hash")
     assert not any(writer.done(n) for n in tensors)
     with writer:
         for n, t in tensors.items():
@@ -361,7 +361,7 @@ def test_hashes_are_taken_from_the_journal(tmp_path: Path) -> None:
 
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No byte can be written after the first thousand, and nothing can be reserved."""
+    """Only the first thousand bytes can be written, and nothing can be reserved."""
     real, written = os.pwrite, [0]
 
     def pwrite(fd: int, data: memoryview, offset: int) -> int:
@@ -377,7 +377,7 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("full")
 @pytest.mark.parametrize("hashed", [False, True])
-def test_a_full_disk_says_how_much_is_needed(tmp_path: Path, hashed: bool) -> None:
+def test_the_error_of_a_full_disk_has_the_size_needed(tmp_path: Path, hashed: bool) -> None:
     specs = [TensorSpec("w", "U8", (5000,))]
     with pytest.raises(EnvironmentProblem) as e, ShardWriter(tmp_path, specs, hash=hashed) as writer:
         for _ in range(5):
@@ -388,8 +388,8 @@ def test_a_full_disk_says_how_much_is_needed(tmp_path: Path, hashed: bool) -> No
     assert e.value.got.endswith("bytes available (No space left on device)")
 
 
-def test_a_limit_on_the_file_size_is_a_full_disk(tmp_path: Path) -> None:
-    """EFBIG; Python is not killed by the signal that goes with it."""
+def test_a_file_size_limit_is_reported_like_a_full_disk(tmp_path: Path) -> None:
+    """EFBIG; Python ignores the signal SIGXFSZ."""
     code = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -412,10 +412,10 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert e.value.code == "E-ENV-02"
 
 
-# ---- cost
+# ---- memory and time
 
 
-def test_it_takes_little_memory_and_no_torch(tmp_path: Path) -> None:
+def test_writing_needs_little_memory_and_no_torch(tmp_path: Path) -> None:
     """64 MiB written and moved, with hashes. (`ru_maxrss` of a child is at least that of its parent.)"""
     code = f"""
 from pathlib import Path
@@ -463,7 +463,7 @@ def test_close_ends_the_thread(tmp_path: Path) -> None:
 
 
 def test_hashes_of_moved_and_appended_tensors(tmp_path: Path) -> None:
-    """Of several MiB, the header included, and of a file whose tensors are all empty."""
+    """Of several MiB including the header, and of a file whose tensors are all empty."""
     tensors = {"a": draw(0, "U8", (3 << 20,)), "b": draw(1, "U8", (700_001,)), "c": torch.empty(0)}
     infos = source(tmp_path, tensors)
     with ShardWriter(tmp_path, [spec(n, t) for n, t in tensors.items()], hash=True) as writer:
@@ -471,6 +471,6 @@ def test_hashes_of_moved_and_appended_tensors(tmp_path: Path) -> None:
         writer.append("b", raw(tensors["b"]))
     with ShardWriter(tmp_path, [TensorSpec("c", "F32", (0,))], stem="empty", hash=True) as empty:
         pass
-    for one in (writer, empty):
-        file = one.shards[0].file
-        assert one.close() == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+    for closed in (writer, empty):
+        file = closed.shards[0].file
+        assert closed.close() == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}

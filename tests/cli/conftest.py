@@ -1,4 +1,4 @@
-"""What the tests of the commands share: a model of configs alone, and a pipeline that only pretends."""
+"""Shared by the tests of the commands: a model folder without real weights, and a fake pipeline."""
 
 from __future__ import annotations
 
@@ -57,20 +57,20 @@ CONFIGS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _logs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logs of faults go where pytest clears up, and what a command does to the environment is undone."""
+    """Write error logs to a temporary folder, and restore the environment variable that commands set."""
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("logs")))
 
 
 @pytest.fixture
 def environ() -> dict[str, str]:
-    """For a child process: finds ascendit, and asks for no colour."""
+    """Environment of a child process: ascendit on PYTHONPATH, no colour."""
     return {**os.environ, "PYTHONPATH": str(Path(ascendit.__file__).parents[1]), "NO_COLOR": "1"}
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A folder with the shape of the demo model: configs, and weights that are zeros."""
+    """A folder with the shape of the demo model: its configs, weights of zeros."""
     root = tmp_path / "model"
     for name, config in CONFIGS.items():
         write_json(root / name, config)
@@ -81,7 +81,7 @@ def model(tmp_path: Path) -> Path:
 
 @dataclass
 class FakePipeline:
-    """Runs no model; reports a cascade's progress and gives back a grey ramp."""
+    """Runs no model: reports the progress of a cascade and returns a grey ramp."""
 
     error: BaseException | None = None
     loaded: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -129,15 +129,15 @@ class FakePipeline:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakePipeline:
-    """What is prepared is not loaded: this takes its place."""
+    """Replace loading by a FakePipeline."""
     pipeline = FakePipeline()
     monkeypatch.setattr(load, "build", pipeline.build)
     return pipeline
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
+class Result:
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -150,13 +150,13 @@ class Ended:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """`run("generate", ...)`: the command in this process."""
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """`run("generate", ...)` runs the command in this process."""
 
-    def call(*words: str | Path) -> Ended:
+    def call(*args: str | Path) -> Result:
         capsys.readouterr()
-        code = main([str(w) for w in words])
+        code = main([str(w) for w in args])
         out, err = capsys.readouterr()
-        return Ended(code, out, err)
+        return Result(code, out, err)
 
     return call

@@ -1,4 +1,4 @@
-"""`--device` as a user gives it: a twin, a name that is none, no NPU, a torch_npu without CANN."""
+"""`--device`: a twin, an invalid name, a machine without an NPU, a torch_npu without CANN."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ SMALL = ["--size", "32x32", "--frames", "5", "--steps", "2", "--seed", "3"]
 def ascendit(tmp_path: Path, environ: dict[str, str]) -> Any:
     """Run a command in its own process and an empty folder."""
 
-    def call(*words: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "ascendit", *map(str, words)]
-        env = {**environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "1", **more}
+    def call(*args: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ascendit", *map(str, args)]
+        env = {**environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "1", **variables}
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
 
     return call
@@ -32,7 +32,7 @@ def ascendit(tmp_path: Path, environ: dict[str, str]) -> Any:
 
 @pytest.fixture
 def half_installed(tmp_path: Path, environ: dict[str, str]) -> dict[str, str]:
-    """PYTHONPATH with a torch_npu that is installed but finds no CANN, as torch meets it."""
+    """PYTHONPATH with an installed torch_npu whose import fails for lack of CANN."""
     site = tmp_path / "site"
     info = site / "torch_npu-2.13.0.dist-info"
     info.mkdir(parents=True)
@@ -54,25 +54,25 @@ def test_a_twin_makes_a_video_and_replays(ascendit: Any, tiny_t2v_single: Path, 
 
 
 @pytest.mark.parametrize("name", ["twin:a9", "twin", "tpu", "cuda:one"])
-def test_a_wrong_name_is_told_before_anything_is_read(name: str) -> None:
+def test_an_invalid_device_is_refused_before_the_model_is_read(name: str) -> None:
     with pytest.raises(UsageError) as e:
         read_call(["no/such/folder", "a cat"], demo=False, flags={"device": name}, settings=[], config=None)
     assert e.value.got == f"device {name!r}" and "twin:a5" in e.value.needs and "cuda:N" in e.value.needs
 
 
 @pytest.mark.skipif(find_spec("torch_npu") is not None, reason="torch_npu is installed")
-def test_no_npu_here(ascendit: Any, tiny_t2v_single: Path) -> None:
+def test_a_machine_without_an_npu(ascendit: Any, tiny_t2v_single: Path) -> None:
     done = ascendit("generate", tiny_t2v_single, "a cat", *SMALL, "--device", "npu:0")
     assert done.returncode == 3 and "error[E-ENV-03]: device npu: torch_npu is not installed" in done.stderr
     assert "--device twin:a5" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_torch_npu_without_cann_stands_in_nobodys_way(
+def test_torch_npu_without_cann_does_not_break_other_devices(
     ascendit: Any, half_installed: dict[str, str], tiny_t2v_single: Path
 ) -> None:
     env = {**os.environ, **half_installed, "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
     plain = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, text=True, env=env)
-    assert plain.returncode != 0 and "libhccl.so" in plain.stderr  # this is what it is about
+    assert plain.returncode != 0 and "libhccl.so" in plain.stderr
     for device in ("cpu", "twin:a5"):
         done = ascendit(
             "generate",
@@ -92,7 +92,7 @@ def test_torch_npu_without_cann_stands_in_nobodys_way(
     assert "source /usr/local/Ascend/ascend-toolkit/set_env.sh" in done.stderr
 
 
-def test_fast_layernorm_from_the_environment_and_over_it(
+def test_fast_layernorm_from_the_environment_and_its_override(
     run: Any, fake: Any, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("FAST_LAYERNORM", "1")
@@ -104,7 +104,7 @@ def test_fast_layernorm_from_the_environment_and_over_it(
     assert "fast_layernorm" not in fake.loaded[-1][1]
 
 
-def test_commands_switch_device_plugins_off_but_doctor_looks_at_them(
+def test_commands_disable_device_plugins_except_doctor(
     run: Any, fake: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ascendit.doctor import machine

@@ -1,10 +1,9 @@
-"""`ascendit doctor`: its table, and the page and the file of its self-check."""
+"""`ascendit doctor`: its table, and the text and file of its self-check."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,10 +14,10 @@ from ascendit.doctor.self_check import SelfCheck
 
 
 def probes(*rows: ProbeRow) -> tuple[Probe, ...]:
-    def burning() -> list[ProbeRow]:
+    def failing() -> list[ProbeRow]:
         raise OSError("no such device")
 
-    return (lambda: list(rows), burning)
+    return (lambda: list(rows), failing)
 
 
 @pytest.mark.parametrize("ready", [True, False])
@@ -37,40 +36,40 @@ def test_the_table(run, monkeypatch, ready):
     monkeypatch.setattr(machine, "PROBES", probes(*rows))
     ended = run("doctor")
     assert ended.code == (0 if ready else 3)
-    header, torch, npu, burning, _, verdict = ended.out.splitlines()
+    header, torch, npu, failing, _, summary = ended.out.splitlines()
     assert header.split() == ["item", "detected", "needed", "status", "fix"]
     assert torch.startswith("torch") and torch.split()[4:] == (["ok"] if ready else ["too", "old", "pip"])
     assert npu.endswith("absent")
-    assert "OSError: no such device" in burning and burning.endswith("probe failed")
-    assert verdict.startswith("ready to run" if ready else "not ready")
+    assert "OSError: no such device" in failing and failing.endswith("probe failed")
+    assert summary.startswith("ready to run" if ready else "not ready")
 
 
 def test_json(run, monkeypatch):
     monkeypatch.setattr(machine, "PROBES", probes(ProbeRow(item="torch", detected="2.13.0")))
-    told = run("doctor", "--json").json
-    assert told["ok"] is True
-    assert [row["item"] for row in told["rows"]] == ["torch", "burning"]
-    assert told["ready"] == {"cpu": True, "npu": None}
+    data = run("doctor", "--json").json
+    assert data["ok"] is True
+    assert [row["item"] for row in data["rows"]] == ["torch", "failing"]
+    assert data["ready"] == {"cpu": True, "npu": None}
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [("ok", "ready to run on the NPU"), ("broken", "not ready to run on")]
+    ("status", "text"), [("ok", "ready to run on the NPU"), ("broken", "not ready to run on")]
 )
-def test_an_npu_has_a_verdict_of_its_own(run, monkeypatch, status, words):
+def test_readiness_of_an_npu_is_reported(run, monkeypatch, status, text):
     fix = "source set_env.sh"
     rows = (ProbeRow(item="CANN toolkit", detected="9.1.0", status=status, fix=fix, part="npu"),)
     monkeypatch.setattr(machine, "PROBES", probes(*rows))
     ended = run("doctor")
-    assert ended.code == 0  # the CPU does
-    assert ended.out.splitlines()[-1].startswith(words)
+    assert ended.code == 0  # the CPU is ready
+    assert ended.out.splitlines()[-1].startswith(text)
 
 
 # ---- the self-check -----------------------------------------------------------------------------
 
 
 @pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch) -> list[Result]:
-    """What the next self-check finds, instead of running one."""
+def results(monkeypatch: pytest.MonkeyPatch) -> list[Result]:
+    """Results of the next self-check, which is not run."""
     results = [
         Result(
             part="question", name="Which?", operator="npu_a", used=False, verdict="answered", answer="that"
@@ -81,14 +80,14 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[Result]:
     ]
 
     def check(name: str) -> SelfCheck:
-        about: dict[str, Any] = {"versions": dict.fromkeys(("torch", "cann", "mindiesd", "driver"), "1.0")}
-        return SelfCheck(name, "a5", tuple(results), {"versions": {**about["versions"], "torch_npu": None}})
+        versions = dict.fromkeys(("torch", "cann", "mindiesd", "driver"), "1.0")
+        return SelfCheck(name, "a5", tuple(results), {"versions": {**versions, "torch_npu": None}})
 
     monkeypatch.setattr(self_check, "self_check", check)
     return results
 
 
-def test_the_page(run, found):
+def test_the_text(run, results):
     ended = run("doctor", "--self-check")
     assert ended.code == 0
     lines = [" ".join(line.split()) for line in ended.out.splitlines()]
@@ -100,8 +99,8 @@ def test_the_page(run, found):
     assert lines[-1] == "passed: 4 checks"
 
 
-def test_the_page_of_a_card_that_errs(run, found):
-    found[0] = Result(
+def test_the_text_of_a_failing_card(run, results):
+    results[0] = Result(
         part="question",
         name="Which?",
         operator="npu_a",
@@ -110,14 +109,14 @@ def test_the_page_of_a_card_that_errs(run, found):
         answer="x",
         expected="y",
     )
-    found[1] = Result(
+    results[1] = Result(
         part="operator",
         name="a rope",
         operator="npu_rotary_mul",
         verdict="crashed",
         error="ended with code -6",
     )
-    found[2] = Result(
+    results[2] = Result(
         part="operator", name="silu", operator="npu_silu", used=False, verdict="wrong", error="3.0 dB"
     )
     ended = run("doctor", "--self-check")
@@ -127,43 +126,43 @@ def test_the_page_of_a_card_that_errs(run, found):
     assert ended.out.splitlines()[-1] == "failed: npu_rotary_mul; 1 answers differ from the twin's"
 
 
-def test_the_file_and_json_hold_the_same(run, found, tmp_path: Path):
-    file = tmp_path / "found.json"
-    told = run("doctor", "--self-check", "--device", "twin:a5", "--out", file, "--json").json
-    assert json.loads(file.read_text()) == told
-    assert told["device"] == "twin:a5" and told["operators"][0]["db"] == 93.2
+def test_the_file_and_json_are_equal(run, results, tmp_path: Path):
+    file = tmp_path / "results.json"
+    data = run("doctor", "--self-check", "--device", "twin:a5", "--out", file, "--json").json
+    assert json.loads(file.read_text()) == data
+    assert data["device"] == "twin:a5" and data["operators"][0]["db"] == 93.2
     refused = run("doctor", "--self-check", "--out", file)
-    assert refused.code == 2 and "E-USE-03" in refused.err and json.loads(file.read_text()) == told
+    assert refused.code == 2 and "E-USE-03" in refused.err and json.loads(file.read_text()) == data
     file.unlink()
     ended = run("doctor", "--self-check", "--out", file)
     assert f"{file} has the full results" in ended.err
 
 
-def test_a_file_that_cannot_be_written_is_told_first(run, found, monkeypatch, tmp_path: Path):
+def test_a_file_that_cannot_be_written_is_refused_first(run, results, monkeypatch, tmp_path: Path):
     monkeypatch.setattr(self_check, "self_check", lambda name: pytest.fail("the check has begun"))
-    ended = run("doctor", "--self-check", "--out", tmp_path / "no" / "found.json")
+    ended = run("doctor", "--self-check", "--out", tmp_path / "no" / "results.json")
     assert ended.code == 2 and "E-USE-02" in ended.err and "--out self-check.json" in ended.err
     assert run("doctor", "--self-check", "--out", tmp_path).code == 2
 
 
-def test_flags_of_the_self_check_alone(run):
+def test_flags_of_the_self_check_need_it(run):
     ended = run("doctor", "--device", "twin:a5", "--out", "x.json")
     assert ended.code == 2
     assert "--device and --out without --self-check" in ended.err
     assert "ascendit doctor --self-check --device twin:a5 --out x.json" in ended.err
 
 
-def test_a_device_that_is_none(run):
+def test_an_invalid_device(run):
     ended = run("doctor", "--self-check", "--device", "twin:a9")
     assert ended.code == 2 and "twin:a5" in ended.err
 
 
-def test_a_card_that_is_not_here(run):
+def test_a_missing_card(run):
     ended = run("doctor", "--self-check")
     assert ended.code == 3 and "torch_npu is not installed" in ended.err and "twin:a5" in ended.err
 
 
-def test_for_real_on_a_twin(run, monkeypatch):
+def test_a_real_self_check_on_a_twin(run, monkeypatch):
     import torch
 
     from ascendit import twin

@@ -1,7 +1,7 @@
-"""The commands as a user runs them: real processes, tiny models, real files, bad input of each kind.
+"""The commands as a user runs them: real processes, tiny models, real files, every kind of bad input.
 
-Of the bad input one of each sort goes to a real process, and the others to the command in this one: a process
-imports for seconds before it says no.
+One case of each kind of bad input runs in a process of its own, the others in this process, because a new
+process takes seconds to import.
 """
 
 from __future__ import annotations
@@ -32,43 +32,45 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def run(tmp_path: Path, environ: dict[str, str]) -> Run:
     """Run `ascendit ...` in an empty folder."""
-    work = tmp_path / "work"
-    work.mkdir()
+    folder = tmp_path / "work"
+    folder.mkdir()
 
-    def call(*words: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "ascendit", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=work, env=environ, timeout=120)
+    def call(*args: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ascendit", *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environ, timeout=120)
 
     return call
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The same in this process."""
+def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the same in this process."""
     (tmp_path / "work").mkdir(exist_ok=True)
     monkeypatch.chdir(tmp_path / "work")
 
-    def call(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    def call(*args: str | Path) -> subprocess.CompletedProcess[str]:
         capsys.readouterr()
-        code = main([str(w) for w in words])
-        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
+        code = main([str(w) for w in args])
+        return subprocess.CompletedProcess(args, code, *capsys.readouterr())
 
     return call
 
 
-def made(run: Run, tmp_path: Path) -> set[str]:
-    """Files below the folder the command ran in."""
-    work = tmp_path / "work"
-    return {str(p.relative_to(work)) for p in work.rglob("*") if p.is_file()}
+def files_of(run: Run, tmp_path: Path) -> set[str]:
+    """Files below the folder in which the command ran."""
+    folder = tmp_path / "work"
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_sentence_becomes_an_mp4(run: Run, tiny_t2v_cascade: Path, tmp_path: Path) -> None:
+def test_generate_writes_an_mp4_that_can_be_replayed(
+    run: Run, tiny_t2v_cascade: Path, tmp_path: Path
+) -> None:
     from pipeline.metadata import read_metadata
 
     done = run("generate", tiny_t2v_cascade, "a cat", *SMALL, "-o", "cat.mp4", "--seed", "3")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == "cat.mp4" and "denoise" in done.stderr
-    assert made(run, tmp_path) == {"cat.mp4", "cat.json"}
+    assert files_of(run, tmp_path) == {"cat.mp4", "cat.json"}
     assert read_metadata(tmp_path / "work/cat.mp4")["prompt"] == "a cat"
     replay = next(line for line in done.stderr.splitlines() + done.stdout.splitlines() if "replay" in line)
     again = run(*shlex.split(replay.split("replay", 1)[1])[1:], "-o", "again.mp4")
@@ -81,22 +83,20 @@ def frames_of(path: Path) -> Any:
         return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
 
 
-def test_the_json_makes_a_quantized_video_again(run: Run, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    words = ["generate", "--demo", "a red circle moves right on a black background", "--seed", "1"]
-    words += ["--steps", "3", "--frames", "5"]
+def test_the_json_replays_a_quantized_video(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    args = ["generate", "--demo", "a red circle moves right on a black background", "--seed", "1"]
+    args += ["--steps", "3", "--frames", "5"]
     quantized = ["--scheme", "mxfp4", "--step-policy", "0:w4a8", "--set", "keep=blocks.0.*"]
-    assert run(*words, "-o", "plain.gif").returncode == 0
-    assert run(*words, *quantized, "-o", "first.gif").returncode == 0
-    assert (frames_of(work / "plain.gif") != frames_of(work / "first.gif")).any()
+    assert run(*args, "-o", "plain.gif").returncode == 0
+    assert run(*args, *quantized, "-o", "first.gif").returncode == 0
+    assert (frames_of(folder / "plain.gif") != frames_of(folder / "first.gif")).any()
     done = run("generate", "--config", "first.json", "-o", "again.gif")
     assert done.returncode == 0, done.stderr
-    assert (work / "again.gif").read_bytes() == (work / "first.gif").read_bytes()
+    assert (folder / "again.gif").read_bytes() == (folder / "first.gif").read_bytes()
 
 
-def test_a_video_made_in_python_is_made_again_by_the_command(
-    run: Run, tiny_t2v_cascade: Path, tmp_path: Path
-) -> None:
+def test_the_command_replays_a_video_made_in_python(run: Run, tiny_t2v_cascade: Path, tmp_path: Path) -> None:
     import ascendit
 
     policy = StepSchedule.parse("0:w4a8")
@@ -105,23 +105,23 @@ def test_a_video_made_in_python_is_made_again_by_the_command(
     )
     size: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 3}
     video = pipe.generate("a cat", seed=3, **size)
-    work = tmp_path / "work"
-    video.save(work / "first.gif")
-    told = json.loads((work / "first.json").read_text())
-    assert told["source"] == str(tiny_t2v_cascade) == pipe.source and told["load"] == dict(pipe.loaded)
-    for name, words in (
+    folder = tmp_path / "work"
+    video.save(folder / "first.gif")
+    data = json.loads((folder / "first.json").read_text())
+    assert data["source"] == str(tiny_t2v_cascade) == pipe.source and data["load"] == dict(pipe.loaded)
+    for name, args in (
         ("a", ["generate", "--config", "first.json"]),
-        ("b", shlex.split(told["replay"])[1:]),
+        ("b", shlex.split(data["replay"])[1:]),
     ):
-        done = run(*words, "-o", f"{name}.gif")
+        done = run(*args, "-o", f"{name}.gif")
         assert done.returncode == 0, done.stderr
-        assert (work / f"{name}.gif").read_bytes() == (work / "first.gif").read_bytes()
+        assert (folder / f"{name}.gif").read_bytes() == (folder / "first.gif").read_bytes()
 
 
-def test_json_says_everything(run: Run, tiny_t2v_cascade: Path) -> None:
+def test_json_has_output_request_and_size(run: Run, tiny_t2v_cascade: Path) -> None:
     done = run("generate", tiny_t2v_cascade, "a cat", *SMALL, "--json", "--seed", "3", "-o", "out.gif")
-    told = json.loads(done.stdout)
-    assert told["output"] == "out.gif" and told["request"]["seed"] == 3 and told["num_frames"] == 5
+    data = json.loads(done.stdout)
+    assert data["output"] == "out.gif" and data["request"]["seed"] == 3 and data["num_frames"] == 5
 
 
 DAMAGES = {
@@ -137,19 +137,21 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("how", DAMAGES)
-def test_damaged_models(how: str, run: Run, here: Run, tiny_t2v_cascade: Path, tmp_path: Path) -> None:
-    folder = tiny.damage(tiny.copy(tiny_t2v_cascade, tmp_path / "model"), how)
-    done = (run if how == "truncate_shard" else here)("generate", folder, "a cat", *SMALL, "-o", "cat.mp4")
-    code, status = DAMAGES[how]
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_models(damage: str, run: Run, run_here: Run, tiny_t2v_cascade: Path, tmp_path: Path) -> None:
+    broken = tiny.damage(tiny.copy(tiny_t2v_cascade, tmp_path / "model"), damage)
+    done = (run if damage == "truncate_shard" else run_here)(
+        "generate", broken, "a cat", *SMALL, "-o", "cat.mp4"
+    )
+    code, status = DAMAGES[damage]
     assert (done.returncode, done.stdout) == (status, ""), done.stderr
     assert f"error[{code}]" in done.stderr and "needs" in done.stderr and "try" in done.stderr
     assert "Traceback" not in done.stderr
-    assert made(run, tmp_path) == set()
+    assert files_of(run, tmp_path) == set()
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "text"),
+    ("args", "code", "text"),
     [
         (["--frames", "10"], "E-REQ-01", "--frames 9 or --frames 13"),
         (["--size", "40x32"], "E-REQ-02", "--size 32x32 or --size 48x32"),
@@ -164,35 +166,35 @@ def test_damaged_models(how: str, run: Run, here: Run, tiny_t2v_cascade: Path, t
     ],
 )
 def test_bad_requests(
-    words: list[str], code: str, text: str, run: Run, here: Run, tiny_t2v_cascade: Path, tmp_path: Path
+    args: list[str], code: str, text: str, run: Run, run_here: Run, tiny_t2v_cascade: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "work/text.png").write_text("no picture")
-    done = (run if code == "E-REQ-01" else here)("generate", tiny_t2v_cascade, "a cat", *words)
+    (tmp_path / "work/text.png").write_text("not an image")
+    done = (run if code == "E-REQ-01" else run_here)("generate", tiny_t2v_cascade, "a cat", *args)
     assert done.returncode in (2, 3) and done.stdout == "", done.stderr
     assert text in done.stderr and "Traceback" not in done.stderr
-    if code not in ("E-USE-02", "E-REQ-04"):  # which of the two is found first is not promised
+    if code not in ("E-USE-02", "E-REQ-04"):  # the order of these two checks is not fixed
         assert f"error[{code}]" in done.stderr
-    assert made(run, tmp_path) == {"text.png"}
+    assert files_of(run, tmp_path) == {"text.png"}
 
 
-def test_an_image_that_is_none(here: Run, tiny_i2v_cascade: Path, tmp_path: Path) -> None:
-    (tmp_path / "work/photo.png").write_text("no picture")
-    done = here("generate", tiny_i2v_cascade, "a cat", *SMALL, "--image", "photo.png")
+def test_an_invalid_image(run_here: Run, tiny_i2v_cascade: Path, tmp_path: Path) -> None:
+    (tmp_path / "work/photo.png").write_text("not an image")
+    done = run_here("generate", tiny_i2v_cascade, "a cat", *SMALL, "--image", "photo.png")
     assert done.returncode == 2 and "error[E-USE-04]" in done.stderr
-    assert made(run, tmp_path) == {"photo.png"}
+    assert files_of(run, tmp_path) == {"photo.png"}
 
 
-def test_an_output_that_is_there_is_kept(here: Run, tiny_t2v_cascade: Path, tmp_path: Path) -> None:
+def test_an_existing_output_is_not_overwritten(run_here: Run, tiny_t2v_cascade: Path, tmp_path: Path) -> None:
     (tmp_path / "work/cat.mp4").write_text("mine")
-    done = here("generate", tiny_t2v_cascade, "a cat", *SMALL, "-o", "cat.mp4")
+    done = run_here("generate", tiny_t2v_cascade, "a cat", *SMALL, "-o", "cat.mp4")
     assert done.returncode == 2 and "error[E-USE-03]" in done.stderr and "cat-2.mp4" in done.stderr
     assert (tmp_path / "work/cat.mp4").read_text() == "mine"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_ctrl_c_in_mid_run(tiny_t2v_cascade: Path, tmp_path: Path, environ: dict[str, str]) -> None:
-    words = ["generate", tiny_t2v_cascade, "a cat", "--size", "64x64", "--frames", "5", "--steps", "900"]
-    command = [sys.executable, "-m", "ascendit", *map(str, words), "-o", "cat.mp4"]
+def test_ctrl_c_during_a_run(tiny_t2v_cascade: Path, tmp_path: Path, environ: dict[str, str]) -> None:
+    args = ["generate", tiny_t2v_cascade, "a cat", "--size", "64x64", "--frames", "5", "--steps", "900"]
+    command = [sys.executable, "-m", "ascendit", *map(str, args), "-o", "cat.mp4"]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -1,4 +1,4 @@
-"""`ascendit generate` around a pipeline that only pretends: what is printed, saved and returned."""
+"""`ascendit generate` with a fake pipeline: output, files and exit codes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ import ascendit
 from ascendit.errors import QualityError
 
 
-def test_it_saves_and_says_what_it_did(run, fake, model, tmp_path):
+def test_it_saves_and_prints_a_summary(run, fake, model, tmp_path):
     out = tmp_path / "cat.mp4"
     ended = run("generate", model, "a cat", "--seed", "7", "--set", "dtype=float32", "-o", out)
     assert ended.code == 0
-    path, facts, request_module = ended.out.splitlines()
+    path, summary, replay = ended.out.splitlines()
     assert path == str(out) and out.is_file() and out.with_suffix(".json").is_file()
-    assert facts.startswith("  64x64, 17 frames, 8 fps, 2.12 s of video; took ") and facts.endswith(
+    assert summary.startswith("  64x64, 17 frames, 8 fps, 2.12 s of video; took ") and summary.endswith(
         "; seed 7"
     )
-    assert request_module.startswith(
+    assert replay.startswith(
         f"  replay  ascendit generate --set dtype=float32 {model} 'a cat' --seed 7 --size 64x64"
     )
     assert fake.loaded[0][0] == str(model)
@@ -43,7 +43,7 @@ def test_the_json_beside_the_video_replays_it(run, fake, model, tmp_path):
     assert read_metadata(tmp_path / "a.mp4")["model"] == str(model)
 
 
-def test_progress_lines_when_stderr_is_no_terminal(run, fake, model, tmp_path):
+def test_progress_lines_if_stderr_is_no_terminal(run, fake, model, tmp_path):
     ended = run("generate", model, "a cat", "--steps", "40", "-o", tmp_path / "a.mp4")
     lines = [line for line in ended.err.splitlines() if line.startswith(("encode", "denoise"))]
     assert lines[0] == "encode"
@@ -54,19 +54,19 @@ def test_progress_lines_when_stderr_is_no_terminal(run, fake, model, tmp_path):
     assert "\x1b" not in ended.err
 
 
-def test_quiet_prints_the_path_alone(run, fake, model, tmp_path):
+def test_quiet_prints_only_the_path(run, fake, model, tmp_path):
     ended = run("generate", model, "a cat", "-q", "-o", tmp_path / "a.mp4")
     assert ended.out == f"{tmp_path / 'a.mp4'}\n"
     assert ended.err == "a library prints on stdout\n"
 
 
-def test_json_is_one_object_and_no_progress(run, fake, model, tmp_path):
+def test_json_is_one_object_without_progress(run, fake, model, tmp_path):
     ended = run("generate", model, "a cat", "--seed", "7", "--json", "-o", tmp_path / "a.mp4")
-    told = ended.json
-    assert told["output"] == str(tmp_path / "a.mp4")
-    assert told["request"]["seed"] == 7 and told["request"]["prompt"] == "a cat"
-    assert told["versions"]["python"] and told["seconds"] > 0 and told["num_frames"] == 17
-    assert shlex.split(told["replay"])[:3] == ["ascendit", "generate", str(model)]
+    data = ended.json
+    assert data["output"] == str(tmp_path / "a.mp4")
+    assert data["request"]["seed"] == 7 and data["request"]["prompt"] == "a cat"
+    assert data["versions"]["python"] and data["seconds"] > 0 and data["num_frames"] == 17
+    assert shlex.split(data["replay"])[:3] == ["ascendit", "generate", str(model)]
     assert ended.err == "a library prints on stdout\n"
 
 
@@ -74,12 +74,12 @@ def test_dry_run_loads_nothing(run, fake, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ended = run("generate", model, "a cat", "--seed", "7", "--frames", "5", "--dry-run")
     assert ended.code == 0 and not fake.loaded
-    words = ended.out.split()
+    printed = ended.out.split()
     assert f"would run  ascendit-demo in {model}" in ended.out
     assert "num_frames             5\n" in ended.out or "num_frames           5\n" in ended.out
     assert "num_inference_steps  16  (default)" in ended.out
     assert "family.py" in ended.out and "32 video and 512 text tokens, two passes per step" in ended.out
-    assert "replay" in words and "--seed" in words
+    assert "replay" in printed and "--seed" in printed
     assert not (tmp_path / "outputs").exists()
 
 
@@ -98,7 +98,7 @@ def test_metadata_false(run, fake, model, tmp_path):
     assert b"secret" not in (tmp_path / "a.mp4").read_bytes()
 
 
-def test_nothing_is_overwritten_unasked(run, fake, model, tmp_path):
+def test_overwriting_needs_a_flag(run, fake, model, tmp_path):
     out = tmp_path / "a.mp4"
     out.write_text("mine")
     ended = run("generate", model, "a cat", "-o", out)
@@ -113,7 +113,7 @@ def test_frames_and_seconds_together(run, model):
     assert ended.code == 2 and "use --frames or --seconds, not both" in ended.err
 
 
-def test_environment_variables_are_told(run, fake, model, monkeypatch, tmp_path):
+def test_environment_variables_are_reported(run, fake, model, monkeypatch, tmp_path):
     monkeypatch.setenv("T5_LOAD_CPU", "1")
     monkeypatch.setenv("ALGO", "1")
     ended = run("generate", model, "a cat", "-o", tmp_path / "a.mp4")
@@ -145,19 +145,19 @@ def test_out_of_memory_names_stage_sizes_and_flag(run, fake, model, tmp_path):
 
 
 def test_ctrl_c_stops_between_steps(run, fake, model, tmp_path, monkeypatch):
-    """A real SIGINT sets the event of the run, and no file is written even if the run ends."""
-    seen = []
+    """A real SIGINT sets the event of the run; no file is written, even if the run completes."""
+    cancelled = []
 
-    def press(request, *, cancel, **more):
+    def press(request, *, cancel, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
-        seen.append(cancel.is_set())
-        return real(request, cancel=cancel, **more)
+        cancelled.append(cancel.is_set())
+        return real(request, cancel=cancel, **kwargs)
 
     real = fake.run
     monkeypatch.setattr(fake, "run", press)
     before = signal.getsignal(signal.SIGINT)
     ended = run("generate", model, "a cat", "-o", tmp_path / "a.mp4")
-    assert seen == [True]
+    assert cancelled == [True]
     assert ended.code == 130 and "error[E-CAN-01]: cancelled" in ended.err
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert signal.getsignal(signal.SIGINT) is before
@@ -175,10 +175,10 @@ def test_a_second_ctrl_c_stops_at_once(run, fake, model, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_in_a_real_run(tiny_t2v_cascade: Path, tmp_path, environ):
-    """The whole program on real weights: exit code 130 and nothing left behind."""
-    words = [str(tiny_t2v_cascade), "a cat", "--steps", "1000", "--frames", "1", "--size", "16x16"]
+    """The complete program on real weights exits with 130 and leaves no file."""
+    args = [str(tiny_t2v_cascade), "a cat", "--steps", "1000", "--frames", "1", "--size", "16x16"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "ascendit", "generate", *words, "-o", str(tmp_path / "a.png")],
+        [sys.executable, "-m", "ascendit", "generate", *args, "-o", str(tmp_path / "a.png")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -199,32 +199,32 @@ def test_ctrl_c_in_a_real_run(tiny_t2v_cascade: Path, tmp_path, environ):
     assert out == "" and list(tmp_path.iterdir()) == []
 
 
-def test_no_model_in_the_folder(run, tmp_path):
+def test_a_folder_without_a_model(run, tmp_path):
     ended = run("generate", tmp_path, "a cat", "--json")
     assert ended.code == 1 and ended.json["error"]["code"] == "E-CKP-01"
 
 
-def test_the_config_of_a_video_made_elsewhere(run, fake, tmp_path):
+def test_the_config_of_a_video_whose_model_is_missing(run, fake, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"model": "gone", "request": {"prompt": "a cat"}}))
     ended = run("generate", "--config", tmp_path / "a.json")
     assert ended.code == 2 and ended.err.startswith("error[E-USE-02]: no model at gone, named in ")
-    assert "name MODEL on the command line: ascendit generate MODEL 'a cat' --config " in ended.err
+    assert "pass MODEL on the command line: ascendit generate MODEL 'a cat' --config " in ended.err
     ended = run("generate", "--config", tmp_path / "a.json", "missing", "a cat")
     assert ended.code == 2 and "no model at missing\n" in ended.err
-    for words in (["--demo"], ["demo", "a cat"], ["--set", "model=demo"]):
+    for args in (["--demo"], ["demo", "a cat"], ["--set", "model=demo"]):
         ended = run(
-            "generate", *words, "--config", tmp_path / "a.json", "-o", tmp_path / "a.gif", "--overwrite"
+            "generate", *args, "--config", tmp_path / "a.json", "-o", tmp_path / "a.gif", "--overwrite"
         )
         assert ended.code == 0 and fake.loaded[-1][0] == "demo", ended.err
 
 
-KEPT = ["blocks.0.*", "blocks.7.*"]
+EXCLUDED = ["blocks.0.*", "blocks.7.*"]
 EVERY_LOAD_OPTION = {
     "device": "twin:a5",
     "text_on": "cpu",
     "scheme": "mxfp4",
     "recipe": "default",
-    "keep": KEPT,
+    "keep": EXCLUDED,
     "step_policy": "0:w4a8",
     "emulate": "decode-once",
     "activation_rule": "mxfp4=max:7",
@@ -239,12 +239,12 @@ EVERY_LOAD_OPTION = {
 }
 
 
-def test_every_load_option_comes_back_from_the_json_and_from_both_replay_lines(run, fake, tmp_path):
-    words = []
+def test_every_load_option_is_replayed_from_the_json_and_both_replay_lines(run, fake, tmp_path):
+    args = []
     for key, value in EVERY_LOAD_OPTION.items():
         text = ";".join(value) if isinstance(value, list) else "true" if value is True else value
-        words += ["--set", f"{key}={text}"]
-    first = run("generate", "--demo", "a cat", "--seed", "7", *words, "-o", tmp_path / "a.mp4")
+        args += ["--set", f"{key}={text}"]
+    first = run("generate", "--demo", "a cat", "--seed", "7", *args, "-o", tmp_path / "a.mp4")
     assert first.code == 0, first.err
     beside = json.loads((tmp_path / "a.json").read_text())
     assert beside["source"] == "demo" and read_metadata(tmp_path / "a.mp4")["load"] == beside["load"]
@@ -253,38 +253,38 @@ def test_every_load_option_comes_back_from_the_json_and_from_both_replay_lines(r
     assert run("generate", "--config", tmp_path / "a.json", "-o", tmp_path / "b.mp4").code == 0
     assert run(*shlex.split(beside["replay"])[1:], "-o", tmp_path / "c.mp4").code == 0
     assert fake.loaded == [("demo", EVERY_LOAD_OPTION)] * 3
-    words = ["--config", tmp_path / "a.json", "--device", "cpu", "--set", "attention=none"]
-    assert run("generate", *words, "-o", tmp_path / "d.mp4").code == 0
+    args = ["--config", tmp_path / "a.json", "--device", "cpu", "--set", "attention=none"]
+    assert run("generate", *args, "-o", tmp_path / "d.mp4").code == 0
     assert fake.loaded[3][1]["device"] == "cpu" and "attention" not in fake.loaded[3][1]
     assert (tmp_path / "b.json").read_text() == (tmp_path / "a.json").read_text()
 
 
-def test_every_option_of_load_that_shapes_a_video_is_in_its_record():
+def test_every_option_of_load_is_in_the_test_above():
     names = set(inspect.signature(ascendit.load).parameters) - {"model", "on_progress"}
     assert names == EVERY_LOAD_OPTION.keys()
 
 
 @pytest.mark.parametrize("chip", ["a2", "a3"])
-def test_a_dry_run_refuses_what_the_chip_of_a_twin_lacks(run, fake, chip):
+def test_a_dry_run_refuses_a_scheme_that_the_chip_lacks(run, fake, chip):
     from ascendit.device.device import parse_device
     from ascendit.errors import EnvironmentProblem
     from ascendit.ops.operators import Schemes
 
-    words = ["generate", "--demo", "a cat", "--dry-run", "--device", f"twin:{chip}", "--scheme"]
+    args = ["generate", "--demo", "a cat", "--dry-run", "--device", f"twin:{chip}", "--scheme"]
     with pytest.raises(EnvironmentProblem) as real:
         Schemes(parse_device(f"twin:{chip}")).kernel("mxfp8")
-    ended = run(*words, "mxfp8", "--json")
+    ended = run(*args, "mxfp8", "--json")
     assert ended.code == 3 and not fake.loaded
-    told = ended.json["error"]
-    assert (told["code"], told["got"], told["needs"], told["try"]) == (
+    data = ended.json["error"]
+    assert (data["code"], data["got"], data["needs"], data["try"]) == (
         real.value.code,
         real.value.got,
         real.value.needs,
         real.value.fix,
     )
-    for more in (["--emulate", "decode-on-use"], ["--set", "ops=reference"]):
-        assert run(*words, "mxfp8", *more).code == 0
-    assert run(*words, "int8").code == 0 and run(*words, "bf16").code == 0
+    for flags in (["--emulate", "decode-on-use"], ["--set", "ops=reference"]):
+        assert run(*args, "mxfp8", *flags).code == 0
+    assert run(*args, "int8").code == 0 and run(*args, "bf16").code == 0
     assert (
         run("generate", "--demo", "a cat", "--dry-run", "--device", "twin:a5", "--scheme", "mxfp8").code == 0
     )
@@ -297,22 +297,23 @@ def test_the_device_reaches_the_loader(run, fake, model, tmp_path, device):
 
 
 def test_scheme_recipe_policy_and_emulation_reach_the_loader_and_the_replay_line(run, fake, tmp_path):
-    words = ["generate", "--demo", "a cat", "--seed", "7", "-o", tmp_path / "a.mp4", "--device", "twin:a5"]
-    words += ["--scheme", "mxfp4", "--step-policy", "0-1:w4a8,default:w4a4", "--emulate", "decode-once"]
-    ended = run(*words, "--set", "keep=blocks.0.*;blocks.7.*", "--set", "activation_rule=mxfp4=max:7")
+    args = ["generate", "--demo", "a cat", "--seed", "7", "-o", tmp_path / "a.mp4", "--device", "twin:a5"]
+    args += ["--scheme", "mxfp4", "--step-policy", "0-1:w4a8,default:w4a4", "--emulate", "decode-once"]
+    ended = run(*args, "--set", "keep=blocks.0.*;blocks.7.*", "--set", "activation_rule=mxfp4=max:7")
     assert ended.code == 0, ended.err
-    given = fake.loaded[0][1]
-    assert given["scheme"] == "mxfp4" and given["keep"] == ["blocks.0.*", "blocks.7.*"]
-    assert given["step_policy"] == "0-1:w4a8,default:w4a4" and given["emulate"] == "decode-once"
-    assert given["activation_rule"] == "mxfp4=max:7" and "recipe" not in given and "force" not in given
-    request_module = shlex.split(ended.out.splitlines()[-1].removeprefix("  replay  "))
-    again = run(*request_module[1:], "-o", tmp_path / "b.mp4")
+    options = fake.loaded[0][1]
+    assert options["scheme"] == "mxfp4" and options["keep"] == ["blocks.0.*", "blocks.7.*"]
+    assert options["step_policy"] == "0-1:w4a8,default:w4a4" and options["emulate"] == "decode-once"
+    assert options["activation_rule"] == "mxfp4=max:7"
+    assert "recipe" not in options and "force" not in options
+    replay = shlex.split(ended.out.splitlines()[-1].removeprefix("  replay  "))
+    again = run(*replay[1:], "-o", tmp_path / "b.mp4")
     assert again.code == 0, again.err
-    assert fake.loaded[1][1] == given
+    assert fake.loaded[1][1] == options
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "text"),
+    ("args", "code", "text"),
     [
         (["--scheme", "mxfp6"], "E-USE-01", "scheme=mxfp6"),
         (["--recipe", "nope"], "E-USE-02", "nope"),
@@ -324,17 +325,17 @@ def test_scheme_recipe_policy_and_emulation_reach_the_loader_and_the_replay_line
         (["--scheme", "mxfp8", "--set", "keep=blocks.99.*"], "E-USE-05", "blocks.99"),
     ],
 )
-def test_wrong_numbers_end_before_anything_is_loaded(run, fake, words, code, text):
-    ended = run("generate", "--demo", "a cat", *words, "--dry-run")
+def test_invalid_options_are_refused_before_loading(run, fake, args, code, text):
+    ended = run("generate", "--demo", "a cat", *args, "--dry-run")
     assert ended.code == 2 and code in ended.err and text in ended.err and not fake.loaded
 
 
-def test_algo_of_the_environment_is_for_npus_alone(run, fake, tmp_path, monkeypatch):
+def test_algo_of_the_environment_applies_only_to_npus(run, fake, tmp_path, monkeypatch):
     monkeypatch.setenv("ALGO", "3")
-    for i, words in enumerate((["--device", "twin:a5"], ["--device", "cpu"])):
-        assert run("generate", "--demo", "a cat", *words, "-o", tmp_path / f"{i}.mp4").code == 0
-    given = [options.get("attention") for _, options in fake.loaded]
-    assert given == ["fused_infer", None]
-    words = ["--device", "twin:a5", "--set", "attention=fusion", "-o", tmp_path / "c.mp4"]
-    assert run("generate", "--demo", "a cat", *words).code == 0
+    for i, args in enumerate((["--device", "twin:a5"], ["--device", "cpu"])):
+        assert run("generate", "--demo", "a cat", *args, "-o", tmp_path / f"{i}.mp4").code == 0
+    kernels = [options.get("attention") for _, options in fake.loaded]
+    assert kernels == ["fused_infer", None]
+    args = ["--device", "twin:a5", "--set", "attention=fusion", "-o", tmp_path / "c.mp4"]
+    assert run("generate", "--demo", "a cat", *args).code == 0
     assert fake.loaded[2][1]["attention"] == "fusion"

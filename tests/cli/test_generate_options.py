@@ -1,4 +1,4 @@
-"""From the command line and configuration layers to a prepared call; nothing is loaded."""
+"""From the command line and configuration layers to a prepared call, without loading."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from ascendit.errors import UsageError
 from ascendit.pipeline import job
 
 
-def call(words, *, demo=False, flags=None, settings=(), config=None):
-    return read_call(words, demo=demo, flags=flags or {}, settings=list(settings), config=config)
+def read(args, *, demo=False, flags=None, settings=(), config=None):
+    return read_call(args, demo=demo, flags=flags or {}, settings=list(settings), config=config)
 
 
-def prepare(asked):
-    return job.prepare(asked.options, asked.prompt, **asked.fields)
+def prepare(call):
+    return job.prepare(call.options, call.prompt, **call.fields)
 
 
 def test_model_and_prompt():
-    assert (call(["dir", "a cat"]).options.model, call(["dir", "a cat"]).prompt) == ("dir", "a cat")
-    assert (call(["a cat"], demo=True).options.model, call(["a cat"], demo=True).prompt) == ("demo", "a cat")
+    assert (read(["dir", "a cat"]).options.model, read(["dir", "a cat"]).prompt) == ("dir", "a cat")
+    assert (read(["a cat"], demo=True).options.model, read(["a cat"], demo=True).prompt) == ("demo", "a cat")
 
 
 @pytest.mark.parametrize(
-    ("words", "demo"),
+    ("args", "demo"),
     [([], False), ([], True), (["a cat"], False), (["a", "red", "cat"], True), (["dir", "a", "cat"], False)],
 )
-def test_a_wrong_number_of_words(words, demo):
+def test_a_wrong_number_of_arguments(args, demo):
     with pytest.raises(UsageError) as e:
-        call(words, demo=demo)
+        read(args, demo=demo)
     assert e.value.code == "E-USE-01"
     assert "PROMPT" in e.value.needs and "in quotes" in e.value.needs
 
@@ -47,45 +47,45 @@ def test_a_wrong_number_of_words(words, demo):
 def test_a_config_may_name_model_and_prompt(tmp_path):
     config = tmp_path / "run.toml"
     config.write_text('model = "dir"\nprompt = "a cat"\n')
-    for words, wanted in (
+    for args, expected in (
         ([], ("dir", "a cat")),
         (["a dog"], ("dir", "a dog")),
         (["d", "a dog"], ("d", "a dog")),
     ):
-        found = call(words, config=config)
-        assert (found.options.model, found.prompt) == wanted
-    assert call([], config=config, demo=True).options.model == "demo"
+        call = read(args, config=config)
+        assert (call.options.model, call.prompt) == expected
+    assert read([], config=config, demo=True).options.model == "demo"
 
 
 def test_flags_win_over_set_over_environment_over_config(tmp_path, monkeypatch):
     config = tmp_path / "run.toml"
     config.write_text('seed = 1\nfps = 8\nflow_shift = 3\ntext_on = "drop"\n')
-    found = call(["d", "p"], flags={"seed": 3}, settings=["seed=2", "fps=9"], config=config)
-    assert found.fields == {"seed": 3, "fps": 9, "flow_shift": 3.0}
-    assert found.options.text_on == "drop"
+    call = read(["d", "p"], flags={"seed": 3}, settings=["seed=2", "fps=9"], config=config)
+    assert call.fields == {"seed": 3, "fps": 9, "flow_shift": 3.0}
+    assert call.options.text_on == "drop"
     monkeypatch.setenv("T5_LOAD_CPU", "1")
-    assert call(["d", "p"], config=config).options.text_on == "cpu"
-    assert call(["d", "p"], settings=["text_on=device"]).options.text_on == "device"
-    assert call(["d", "p"], flags={"text_on": "drop"}, settings=["text_on=device"]).options.text_on == "drop"
+    assert read(["d", "p"], config=config).options.text_on == "cpu"
+    assert read(["d", "p"], settings=["text_on=device"]).options.text_on == "device"
+    assert read(["d", "p"], flags={"text_on": "drop"}, settings=["text_on=device"]).options.text_on == "drop"
 
 
 def test_a_bad_flag_value_names_the_flag():
     with pytest.raises(UsageError) as e:
-        call(["d", "p"], flags={"text_on": "gpu"})
+        read(["d", "p"], flags={"text_on": "gpu"})
     assert "text_on=gpu" in e.value.got and e.value.needs == "text_on: cpu or device or drop"
 
 
-def test_a_plan_fills_what_is_left_out(model):
-    prepared = prepare(call([str(model), "a cat"], flags={"seed": 3, "seconds": 1.0}))
+def test_prepare_fills_in_defaults(model):
+    prepared = prepare(read([str(model), "a cat"], flags={"seed": 3, "seconds": 1.0}))
     r = prepared.request
     assert (r.width, r.height, r.num_frames, r.fps, r.num_inference_steps) == (64, 64, 9, 8, 16)
     assert prepared.video_tokens == 3 * 4 * 4
 
 
-def test_the_default_output_tells_time_prompt_and_seed(model, tmp_path, monkeypatch):
+def test_the_default_output_has_time_prompt_and_seed(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked = call([str(model), "A calico cat"], flags={"seed": 42})
-    _, output = generate._prepare(asked, None, overwrite=False)
+    call = read([str(model), "A calico cat"], flags={"seed": 42})
+    _, output = generate._prepare(call, None, overwrite=False)
     assert output.parent == Path("outputs") and not output.parent.exists()
     assert output.name.endswith("_calico-cat_s42.mp4")
 
@@ -116,25 +116,25 @@ FLAGS = st.fixed_dictionaries(
 
 @given(FLAGS, st.text("ab -'\"=,ü$\n", max_size=12))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_replay_line_asks_for_the_same(model, flags, prompt):
+def test_the_replay_line_makes_the_same_request(model, flags, prompt):
     if flags.keys() >= {"timesteps", "num_inference_steps"}:
         del flags["num_inference_steps"]
     if "guidance_scale" not in flags:
         flags.pop("guidance_scale_2", None)
-    prepared = prepare(call([str(model), prompt], flags=flags))
-    words = shlex.split(prepared.replay)
-    assert words[:2] == ["ascendit", "generate"]
-    again = parse(words[2:])
+    prepared = prepare(read([str(model), prompt], flags=flags))
+    args = shlex.split(prepared.replay)
+    assert args[:2] == ["ascendit", "generate"]
+    again = parse(args[2:])
     assert again.prompt == prompt and again.options == prepared.model.options
     assert prepare(again).request == prepared.request
 
 
-def parse(words):
-    """What the command would understand, up to the prepared call."""
+def parse(args):
+    """Parse arguments as the command does, up to the call."""
     group: Any = typer.main.get_command(main.app)
-    ctx = group.get_command(None, "generate").make_context("generate", list(words), obj=None)
+    ctx = group.get_command(None, "generate").make_context("generate", list(args), obj=None)
     p = dict(ctx.params)
-    return call(
+    return read(
         p["args"],
         demo=p["demo"],
         flags=p,
@@ -153,10 +153,10 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("words", "code", "fix"), BAD)
-def test_a_bad_call_ends_before_anything_heavy(run, fake, model, tmp_path, monkeypatch, words, code, fix):
+@pytest.mark.parametrize(("args", "code", "fix"), BAD)
+def test_a_bad_call_is_refused_before_loading(run, fake, model, tmp_path, monkeypatch, args, code, fix):
     monkeypatch.chdir(tmp_path)
-    ended = run("generate", model, "a cat", *words)
+    ended = run("generate", model, "a cat", *args)
     assert ended.code == (3 if code == "E-ENV-02" else 2)
     assert ended.err.startswith(f"error[{code}]: ") and fix in ended.err
     assert not fake.loaded and ended.out == ""
@@ -170,15 +170,15 @@ LIGHT = [
 ]
 
 
-@pytest.mark.parametrize(("words", "exit_code", "name"), LIGHT)
-def test_a_bad_call_imports_no_torch(model, environ, tmp_path, words, exit_code, name):
+@pytest.mark.parametrize(("args", "exit_code", "name"), LIGHT)
+def test_a_bad_call_imports_no_torch(model, environ, tmp_path, args, exit_code, name):
     load = {"device": "cpu", "scheme": "mxfp8"}
     beside = {"model": "x", "source": "moved/away", "load": load, "request": {"prompt": "a cat"}}
     (tmp_path / "gone.json").write_text(json.dumps(beside))
-    words = [str(model) if word == "MODEL" else word for word in words]
+    args = [str(model) if word == "MODEL" else word for word in args]
     code = (
         "import sys; from ascendit.cli.main import main;"
-        f"code = main(['generate', *{words!r}, '--json']);"
+        f"code = main(['generate', *{args!r}, '--json']);"
         "print('torch' in sys.modules, 'diffusers' in sys.modules, code, file=sys.stderr)"
     )
     command = [sys.executable, "-c", code]
@@ -217,8 +217,8 @@ def test_timesteps(numbers):
 
 
 def test_settings_are_typed():
-    words = ["solver=euler", "num_inference_steps=4", "flow_shift=3", "metadata=no", "boundary_ratio=none"]
-    layer = generate_options.parse_settings(words)
+    args = ["solver=euler", "num_inference_steps=4", "flow_shift=3", "metadata=no", "boundary_ratio=none"]
+    layer = generate_options.parse_settings(args)
     assert layer == {
         "solver": "euler",
         "num_inference_steps": 4,
@@ -281,14 +281,14 @@ def test_config_json_of_a_video(tmp_path):
         json.dumps({"model": "ascendit-demo", "source": "demo", "load": load, "request": request})
     )
     assert generate_options.read_config(file) == {"model": "demo", **load, **request}
-    assert call([], config=file).options.keep == ("blocks.0.*", "proj_out")
+    assert read([], config=file).options.keep == ("blocks.0.*", "proj_out")
 
 
 @pytest.mark.parametrize("value", ["8e9", "8_000_000_000", '"8GB"'])
-def test_a_config_has_a_size_as_number_or_text(tmp_path, value):
+def test_max_memory_in_a_config_is_a_number_or_text(tmp_path, value):
     file = tmp_path / "run.toml"
     file.write_text(f"max_memory = {value}\n")
-    assert call(["d", "p"], config=file).options.max_memory == 8 * 10**9
+    assert read(["d", "p"], config=file).options.max_memory == 8 * 10**9
 
 
 @pytest.mark.parametrize(
@@ -297,15 +297,15 @@ def test_a_config_has_a_size_as_number_or_text(tmp_path, value):
 def test_a_load_option_of_a_wrong_type_in_a_config_is_refused(tmp_path, line):
     file = tmp_path / "run.toml"
     file.write_text(f"{line}\n")
-    words = ["p"] if line.startswith("model") else ["d", "p"]
+    args = ["p"] if line.startswith("model") else ["d", "p"]
     with pytest.raises(UsageError, match="E-USE-01"):
-        call(words, config=file)
+        read(args, config=file)
 
 
-def test_none_takes_a_load_option_of_a_config_away():
+def test_none_removes_a_load_option_of_a_config():
     low = {"scheme": "mxfp4", "attention": "fusion", "keep": "blocks.0.*", "seed": 1}
-    undone = generate_options.parse_settings([f"{key}=none" for key in low if key != "seed"])
-    assert {k: v for k, v in generate_options.merge(low, undone).items() if v is not None} == {"seed": 1}
+    removed = generate_options.parse_settings([f"{key}=none" for key in low if key != "seed"])
+    assert {k: v for k, v in generate_options.merge(low, removed).items() if v is not None} == {"seed": 1}
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_higher_layers_win():
     assert generate_options.merge({"seed": 1, "fps": 8}, {"seed": 2}, {"seed": 3}) == {"seed": 3, "fps": 8}
 
 
-def test_a_higher_value_takes_what_it_replaces_with_it():
+def test_a_higher_value_removes_fields_that_it_replaces():
     low = {
         "guidance_scale": 4.0,
         "guidance_scale_2": 3.0,

@@ -38,7 +38,7 @@ def test_it_prints_the_report(run, model, monkeypatch, ok):
     assert run("inspect", model, "--layers", "--json").json == {"ok": ok, "layers": True}
 
 
-def test_a_folder_without_weights_is_not_whole(run, model):
+def test_a_folder_without_weights_is_incomplete(run, model):
     ended = run("inspect", model, "--json")
     assert ended.code == 1
     assert "transformer" in ended.out and ended.json
@@ -61,19 +61,19 @@ def test_diff_exits_with_1_when_something_differs(run, tmp_path):
     assert [c["name"] for c in data.json["changes"]] == ["proj_out.bias"]
 
 
-def test_diff_of_what_is_not_there_is_no_difference(run, tmp_path):
+def test_diff_of_a_missing_folder_is_an_error_not_a_difference(run, tmp_path):
     a = write_expert(tmp_path / "a", floats())
     assert run("inspect", a, "--diff", tmp_path / "none").code == 2
 
 
-def test_a_damaged_model_is_not_the_same_as_itself(run, tmp_path):
+def test_diff_of_a_damaged_model_with_itself_fails(run, tmp_path):
     tensors = floats()
     del tensors["proj_out.bias"]
     a = write_expert(tmp_path / "a", tensors)
     assert run("inspect", a, "--diff", a).code == 1
 
 
-def test_layers_and_diff_do_not_go_together(run, tmp_path):
+def test_layers_and_diff_exclude_each_other(run, tmp_path):
     ended = run("inspect", tmp_path, "--diff", tmp_path, "--layers")
     assert ended.code == 2
     assert ended.err.splitlines() == [

@@ -1,4 +1,4 @@
-"""The surface: commands, flags, how light `--help` is, and how a command ends when something goes wrong."""
+"""The command line: commands, flags, imports of `--help`, exit codes and error texts."""
 
 from __future__ import annotations
 
@@ -90,17 +90,17 @@ FLAGS = {
 
 
 HIDDEN = {"generate": ["--fps", "--shift", "--timesteps", "--text-on", "--max-memory"]}
-"""Still understood; `--set` is the way that help and docs tell."""
+"""Still accepted; help and docs show `--set`."""
 
 
 def test_flags_are_pinned():
     group: Any = typer.main.get_command(cli.app)
     commands = {name: group.get_command(None, name) for name in cli.COMMANDS}
     options = {n: [p for p in c.params if p.param_type_name == "option"] for n, c in commands.items()}
-    hidden = {n: ["/".join(p.opts) for p in found if p.hidden] for n, found in options.items()}
+    hidden = {n: ["/".join(p.opts) for p in params if p.hidden] for n, params in options.items()}
     assert {n: flags for n, flags in hidden.items() if flags} == HIDDEN
-    found = {name: ["/".join(p.opts) for p in params if not p.hidden] for name, params in options.items()}
-    assert found == FLAGS
+    shown = {name: ["/".join(p.opts) for p in params if not p.hidden] for name, params in options.items()}
+    assert shown == FLAGS
     assert all(len(flags) <= 20 for flags in FLAGS.values())
     assert ["/".join(p.opts) for p in group.params] == ["-q/--quiet", "-v/--verbose", "--version"]
 
@@ -121,7 +121,7 @@ def test_the_help_lists_first_sentences_without_importing_commands(environ):
 
 
 def test_a_failure_imports_no_options(environ):
-    """What is not needed to tell an error cannot hide it either."""
+    """A module that reporting an error does not need cannot fail before the error is shown."""
     code = (
         "import sys; from ascendit.cli.main import main; main(['inspect', 'nosuch']);"
         "print('ascendit.pipeline.options' in sys.modules)"
@@ -130,10 +130,10 @@ def test_a_failure_imports_no_options(environ):
     assert done.stdout == "False\n" and done.stderr.startswith("error[E-USE-02]: no model at nosuch")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["verify", "--help"]])
-def test_help_imports_nothing_heavy(environ, words):
+@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["verify", "--help"]])
+def test_help_imports_nothing_heavy(environ, args):
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "ascendit", *words],
+        [sys.executable, "-X", "importtime", "-m", "ascendit", *args],
         capture_output=True,
         text=True,
         env=environ,
@@ -158,7 +158,7 @@ def test_help_takes_under_300_ms(environ):
     assert best < 0.3
 
 
-def test_help_tells_every_flag(run):
+def test_help_lists_every_flag(run):
     text = run("generate", "--help").out
     for flag in FLAGS["generate"]:
         assert re.search(rf"(^|[\s,]){flag.split('/')[-1]}\b", text), flag
@@ -177,14 +177,14 @@ def test_without_a_command(run):
     assert "generate" in ended.out and "doctor" in ended.out
 
 
-def test_common_flags_may_stand_after_the_command():
-    words, output = cli.common_flags(["generate", "--demo", "-v", "a cat", "--json", "--", "-q"])
-    assert words == ["-v", "generate", "--demo", "a cat", "--json", "--", "-q"]
+def test_common_flags_may_follow_the_command():
+    args, output = cli.common_flags(["generate", "--demo", "-v", "a cat", "--json", "--", "-q"])
+    assert args == ["-v", "generate", "--demo", "a cat", "--json", "--", "-q"]
     assert (output.verbose, output.quiet, output.json) == (True, False, True)
 
 
 @pytest.mark.parametrize(
-    ("words", "got"),
+    ("args", "got"),
     [
         (["generate", "--bogus"], "No such option: --bogus"),
         (["generate", "--steps", "x", "m", "p"], "'--steps'"),
@@ -192,8 +192,8 @@ def test_common_flags_may_stand_after_the_command():
         (["inspect"], "Missing argument 'PATH'"),
     ],
 )
-def test_usage_errors_have_three_parts_and_exit_2(run, words, got):
-    ended = run(*words)
+def test_usage_errors_have_three_parts_and_exit_2(run, args, got):
+    ended = run(*args)
     assert ended.code == 2
     assert ended.out == ""
     first, needs, fix = ended.err.splitlines()
@@ -209,9 +209,9 @@ def test_usage_errors_as_json(run):
     assert ended.err == ""
 
 
-def test_the_module_ends_like_the_console_script(environ):
-    words = [sys.executable, "-m", "ascendit", "inspect", "/no/such/folder"]
-    done = subprocess.run(words, capture_output=True, text=True, env=environ)
+def test_the_module_exits_like_the_console_script(environ):
+    args = [sys.executable, "-m", "ascendit", "inspect", "/no/such/folder"]
+    done = subprocess.run(args, capture_output=True, text=True, env=environ)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error[E-USE-02]: no model at /no/such/folder\n  needs  ")
 
@@ -242,7 +242,7 @@ def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         ),
     ],
 )
-def test_exit_codes(run, model, monkeypatch, error, code, first):
+def test_errors_exit_with_their_code(run, model, monkeypatch, error, code, first):
     fail_with(monkeypatch, error)
     ended = run("inspect", model)
     assert ended.code == code
@@ -254,13 +254,13 @@ def test_exit_codes(run, model, monkeypatch, error, code, first):
 
 
 def log_of(err: str) -> str:
-    """The text of the log file that an error names."""
-    found = re.search(r"the log (\S+\.log)", err)
-    assert found, err
-    return Path(found[1]).read_text()
+    """The text of the log file named in an error."""
+    match = re.search(r"the log (\S+\.log)", err)
+    assert match, err
+    return Path(match[1]).read_text()
 
 
-def test_a_fault_leaves_a_log_and_shows_the_traceback_with_v(run, model, monkeypatch):
+def test_an_internal_error_writes_a_log_and_shows_the_traceback_with_v(run, model, monkeypatch):
     fail_with(monkeypatch, ZeroDivisionError("division by zero"))
     text = log_of(run("inspect", model).err)
     assert "Traceback" in text and "ZeroDivisionError" in text and "torch" in text

@@ -1,4 +1,4 @@
-"""How a run is shown."""
+"""The display of progress."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_pace_is_that_of_the_last_steps():
     assert "1.0 s/step  eta 0:31" in text_of(*events)
 
 
-def test_the_pace_is_forgotten_with_the_stage():
+def test_the_pace_restarts_with_each_stage():
     text = text_of(denoise(40, seconds=100), Progress(stage="decode"), denoise(1, seconds=1))
     assert "1.0 s/step  eta 0:39" in text
 
@@ -106,16 +106,16 @@ def test_a_bar_on_a_terminal():
     assert shown.endswith("\x1b[2K")  # the line is gone at the end
 
 
-def test_the_view_fits_where_stderr_goes(monkeypatch):
-    def kind(silent: bool) -> type:
+def test_the_view_depends_on_stderr(monkeypatch):
+    def view_type(silent: bool) -> type:
         with progress_view(silent=silent) as view:
             return type(view)
 
-    assert kind(silent=True) is ProgressView
+    assert view_type(silent=True) is ProgressView
     monkeypatch.setattr("sys.stderr", io.StringIO())
-    assert kind(silent=False) is LineView
+    assert view_type(silent=False) is LineView
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    assert kind(silent=False) is BarView
+    assert view_type(silent=False) is BarView
 
 
 def test_nothing_is_shown_when_silent(capsys):
@@ -129,7 +129,7 @@ def test_nothing_is_shown_when_silent(capsys):
 
 
 def moved(i: int, stage: str = "transformer") -> Progress:
-    """`i` of 20 GiB; those up to the third GiB had been there."""
+    """`i` of 20 GiB; 1 GiB of them counts as skipped after the third."""
     skipped = 2**30 if i > 3 else 0
     return Progress(
         stage=stage, step=i * 2**30, total=20 * 2**30, unit="byte", seconds=i / 2, skipped=skipped
@@ -148,7 +148,7 @@ def test_lines_of_bytes_every_tenth():
     assert lines[-1] == "transformer  100 %  20.0 GiB of 20.0 GiB  1.90 GiB/s"
 
 
-def test_one_view_shows_a_run_and_the_conversion_after_it():
+def test_one_view_shows_a_run_and_then_a_conversion():
     file = io.StringIO()
     view = LineView(file)
     view(denoise(40))
@@ -166,12 +166,12 @@ def test_a_bar_of_bytes_is_drawn_a_few_times_a_second():
     console = Console(file=file, force_terminal=True, width=120, color_system=None, legacy_windows=False)
     drawn: list[str] = []
 
-    class Noted(BarView):
+    class RecordingView(BarView):
         def text(self, event: Progress) -> str:
             drawn.append(event.stage)
             return super().text(event)
 
-    view = Noted(console)
+    view = RecordingView(console)
     with view.bars:
         for i in range(20):
             view(moved(i))

@@ -1,4 +1,4 @@
-"""`ascendit quantize`: flags, what is printed, and runs that are killed."""
+"""`ascendit quantize`: flags, output, and interrupted runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_json_is_one_object_and_stderr_is_silent(run, model, tmp_path):
     assert ended.json["path"] == str(tmp_path / "out")
 
 
-def test_hash_is_asked_for(run, model, tmp_path):
+def test_hash_records_sha256_of_the_files(run, model, tmp_path):
     ended = run("quantize", model, "-o", tmp_path / "out", "--scheme", "int8", "--hash")
     assert ended.code == 0
     record = json.loads((tmp_path / "out" / "ascendit.json").read_text())
@@ -48,14 +48,14 @@ def test_hash_is_asked_for(run, model, tmp_path):
 
 def test_dry_run_writes_nothing(run, model, tmp_path):
     ended = run("quantize", model, "-o", tmp_path / "out", "--recipe", "dualscale-bf16-5", "--dry-run")
-    assert ended.code == 2 and "quantizes no layer" in ended.err  # two blocks, and five are kept
+    assert ended.code == 2 and "quantizes no layer" in ended.err  # two blocks, and the recipe excludes five
     ended = run("quantize", model, "-o", tmp_path / "out", "--scheme", "mxfp4", "--dry-run", "-q")
     assert ended.code == 0 and "nothing written" in ended.out and ended.err == ""
     assert {p.name for p in tmp_path.iterdir()} == {"model"}
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("args", "code", "text"),
     [
         ((), "E-USE-01", "mxfp4_dualscale"),
         (("--scheme", "w8a8"), "E-USE-01", "scheme 'w8a8'"),
@@ -66,9 +66,9 @@ def test_dry_run_writes_nothing(run, model, tmp_path):
         (("--scheme", "mxfp8", "--lora", "none.safetensors"), "E-USE-02", "none.safetensors"),
     ],
 )
-def test_what_cannot_be_done_is_said_and_leaves_nothing(run, model, tmp_path, words, code, said):
-    ended = run("quantize", model, "-o", tmp_path / "out", *words)
-    assert ended.code == 2 and f"error[{code}]" in ended.err and said in ended.err
+def test_invalid_calls_are_refused_and_leave_no_file(run, model, tmp_path, args, code, text):
+    ended = run("quantize", model, "-o", tmp_path / "out", *args)
+    assert ended.code == 2 and f"error[{code}]" in ended.err and text in ended.err
     assert {p.name for p in tmp_path.iterdir()} == {"model"}
 
 
@@ -80,9 +80,9 @@ def test_force(run, tmp_path):
     assert ended.code == 0
 
 
-def test_calibrate_smooths_and_tells(run, tmp_path):
-    words = ("--scheme", "mxfp4_dualscale", "--calibrate", "1", "--alpha", "0.5", "--report")
-    ended = run("quantize", "demo", "-o", tmp_path / "out", *words)
+def test_calibrate_smooths_and_is_reported(run, tmp_path):
+    args = ("--scheme", "mxfp4_dualscale", "--calibrate", "1", "--alpha", "0.5", "--report")
+    ended = run("quantize", "demo", "-o", tmp_path / "out", *args)
     assert ended.code == 0, ended.err
     assert "alpha 0.5, from 1 prompt of 16 steps at 64x64, 17 frames" in ended.out
     assert "transformer_2: SQNR in dB of the outputs of 80 layers" in ended.out
@@ -94,18 +94,18 @@ def test_calibrate_smooths_and_tells(run, tmp_path):
     assert read(tmp_path / "out" / "transformer")["blocks.0.ffn.net.2.mul_scale"].shape == (448,)
 
 
-def test_calibrate_is_planned_without_a_run(run, tmp_path):
+def test_a_dry_run_of_calibrate(run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")
-    words = ("--scheme", "mxfp4", "--calibrate", prompts, "--dry-run", "--json")
-    ended = run("quantize", "demo", "-o", tmp_path / "out", *words)
+    args = ("--scheme", "mxfp4", "--calibrate", prompts, "--dry-run", "--json")
+    ended = run("quantize", "demo", "-o", tmp_path / "out", *args)
     assert ended.code == 0 and ended.err == ""
     assert ended.json["calibration"]["prompts"] == 2 and ended.json["calibration"]["alpha"] == 0.9
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("args", "code", "text"),
     [
         (("--alpha", "0.5"), "E-USE-01", "--alpha 0.5 without --calibrate"),
         (("--device", "cpu"), "E-USE-01", "--device cpu without --calibrate"),
@@ -118,24 +118,24 @@ def test_calibrate_is_planned_without_a_run(run, tmp_path):
         (("--calibrate", "4", "--for", "sglang", "--scale-rule", "floor"), "E-ENG-01", "dual-scale"),
     ],
 )
-def test_calibrations_that_cannot_be(run, tmp_path, words, code, said):
-    ended = run("quantize", "demo", "-o", tmp_path / "out", "--scheme", "mxfp4_dualscale", *words)
-    assert ended.code == 2 and f"error[{code}]" in ended.err and said in ended.err, ended.err
+def test_invalid_calibrations(run, tmp_path, args, code, text):
+    ended = run("quantize", "demo", "-o", tmp_path / "out", "--scheme", "mxfp4_dualscale", *args)
+    assert ended.code == 2 and f"error[{code}]" in ended.err and text in ended.err, ended.err
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_in_a_calibration_tells_of_resume(run, tmp_path, monkeypatch):
+def test_ctrl_c_in_a_calibration_suggests_resume(run, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    words = ("quantize", "demo", "-o", tmp_path / "out", "--scheme", "mxfp4", "--calibrate", "1")
+    args = ("quantize", "demo", "-o", tmp_path / "out", "--scheme", "mxfp4", "--calibrate", "1")
     monkeypatch.setattr("ascendit.pipeline.calibrate.denoise", interrupted)
-    ended = run(*words)
+    ended = run(*args)
     assert ended.code == 130 and "error[E-CAN-01]" in ended.err and "--resume" in ended.err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_calibration_without_memory_says_so(run, tmp_path, monkeypatch):
+def test_out_of_memory_in_a_calibration(run, tmp_path, monkeypatch):
     def exhausted(*args, **kwargs):
         raise MemoryError
 
@@ -145,7 +145,7 @@ def test_a_calibration_without_memory_says_so(run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_output_stays(run, model, tmp_path):
+def test_an_existing_output_is_not_overwritten(run, model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     ended = run("quantize", model, "-o", tmp_path / "out", "--scheme", "mxfp8")
@@ -153,7 +153,7 @@ def test_an_existing_output_stays(run, model, tmp_path):
     assert (tmp_path / "out" / "precious").read_text() == "x"
 
 
-def test_ctrl_c_tells_of_resume(run, model, tmp_path, monkeypatch):
+def test_ctrl_c_suggests_resume(run, model, tmp_path, monkeypatch):
     monkeypatch.setattr("ascendit.cli.progress.LineView.__call__", lambda self, event: stop(event))
     ended = run("quantize", model, "-o", tmp_path / "out", "--scheme", "mxfp8")
     assert ended.code == 130 and "error[E-CAN-01]" in ended.err and "--resume" in ended.err
@@ -165,37 +165,37 @@ def test_ctrl_c_tells_of_resume(run, model, tmp_path, monkeypatch):
 # ---- killed -------------------------------------------------------------------------------------
 
 
-def quantize_argv(model: Path, dst: Path, *words: str) -> list[str]:
+def quantize_argv(model: Path, dst: Path, *args: str) -> list[str]:
     return [
         *(sys.executable, "-m", "ascendit", "quantize", str(model), "-o", str(dst)),
-        *("--scheme", "mxfp8", "--scale-rule", "floor", "-q", *words),
+        *("--scheme", "mxfp8", "--scale-rule", "floor", "-q", *args),
     ]
 
 
-def test_killed_at_ten_moments_and_taken_up_again(tmp_path, environ):
+def test_killed_at_ten_moments_and_resumed(tmp_path, environ):
     model = write_model(tmp_path / "model", num_attention_heads=16, ffn_dim=2048, num_layers=6)
     reference, dst = tmp_path / "a" / "out", tmp_path / "b" / "out"
     partial = dst.parent / ".out.partial"
     start = time.perf_counter()
     assert not run_and_kill(quantize_argv(model, reference), 60, env=environ)
-    whole = time.perf_counter() - start
-    wanted = contents(reference)
+    duration = time.perf_counter() - start
+    expected = contents(reference)
     draw = random.Random(7)
     killed = 0
     for i in range(10):
-        words = ("--resume",) if i % 2 else ()
-        delay = draw.uniform(0, (0.02 if i < 4 else 0.3) * whole)  # some early, some late
+        args = ("--resume",) if i % 2 else ()
+        delay = draw.uniform(0, (0.02 if i < 4 else 0.3) * duration)  # some early, some late
         killed += run_and_kill(
-            quantize_argv(model, dst, *words), delay, until=lambda: partial.exists(), env=environ
+            quantize_argv(model, dst, *args), delay, until=lambda: partial.exists(), env=environ
         )
-        if dst.exists():  # it was faster than the signal
-            assert contents(dst) == wanted
+        if dst.exists():  # it finished before the signal
+            assert contents(dst) == expected
             for path in sorted(dst.rglob("*"), reverse=True):
                 path.unlink() if path.is_file() or path.is_symlink() else path.rmdir()
             dst.rmdir()
     assert killed >= 3
     assert not run_and_kill(quantize_argv(model, dst, "--resume"), 60, env=environ)
-    assert contents(dst) == wanted and not partial.exists()
+    assert contents(dst) == expected and not partial.exists()
 
 
 def stop(event: Progress) -> None:
@@ -204,7 +204,7 @@ def stop(event: Progress) -> None:
 
 
 @pytest.mark.parametrize("report", [False, True])
-def test_a_run_that_resumes_writes_only_what_is_missing(model, tmp_path, report):
+def test_a_resumed_run_writes_only_missing_files(model, tmp_path, report):
     options = {"scheme": "mxfp8", "report": report}
     quantize(model, tmp_path / "whole" / "out", **options)
     with pytest.raises(KeyboardInterrupt):
@@ -217,13 +217,13 @@ def test_a_run_that_resumes_writes_only_what_is_missing(model, tmp_path, report)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
     assert (tmp_path / "out" / "transformer" / first.name).stat().st_mtime_ns == stamp
     done_before = sum(tensor.nbytes for tensor in read(model / "transformer").values())
-    if report:  # its layers are measured once more
+    if report:  # its layers are measured again
         assert 0 < events[-1].skipped < done_before
     else:
         assert events[-1].skipped == done_before
 
 
-def test_resume_of_other_work_is_refused(model, tmp_path):
+def test_resuming_with_other_options_is_refused(model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         quantize(model, tmp_path / "out", scheme="mxfp8", on_progress=stop)
     with pytest.raises(UsageError, match="E-USE-01"):

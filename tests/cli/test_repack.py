@@ -17,13 +17,13 @@ from ascendit.errors import UsageError
 
 @pytest.fixture
 def call():
-    """The command by itself; errors come out as they are."""
+    """The command alone; its errors are raised."""
     app = typer.Typer()
     app.command()(repack)
 
-    def run(*words: str | Path, json: bool = False):
+    def run(*args: str | Path, json: bool = False):
         return CliRunner().invoke(
-            app, [str(w) for w in words], obj=Output(json=json, quiet=True), catch_exceptions=False
+            app, [str(w) for w in args], obj=Output(json=json, quiet=True), catch_exceptions=False
         )
 
     return run
@@ -39,20 +39,20 @@ def test_it_writes_and_reports(call, tmp_path: Path) -> None:
 def test_json_and_dry_run(call, tmp_path: Path) -> None:
     ended = call(exports.MXFP8, "-o", tmp_path / "out", "--for", "mindie", "--dry-run", json=True)
     assert ended.exit_code == 0 and not (tmp_path / "out").exists()
-    told = loads(ended.stdout)
-    assert (told["engine"], told["to"], told["dry_run"]) == ("mindie", "wan", True)
-    assert told["experts"][0]["folder"] == "."
+    data = loads(ended.stdout)
+    assert (data["engine"], data["to"], data["dry_run"]) == ("mindie", "wan", True)
+    assert data["experts"][0]["folder"] == "."
 
 
-def test_flags_reach_the_work(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, object] = {}
+def test_flags_are_passed_on(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: dict[str, object] = {}
 
     def fake(src: Path, dst: Path, **options: object):
-        given.update(options, src=src, dst=dst)
+        passed.update(options, src=src, dst=dst)
         raise UsageError("stop", needs="-", fix="-", code="E-USE-01")
 
     monkeypatch.setattr("ascendit.convert.repack.repack", fake)
-    words = [
+    args = [
         "--base",
         exports.MXFP4,
         "--to",
@@ -65,9 +65,9 @@ def test_flags_reach_the_work(call, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "--check",
     ]
     with pytest.raises(UsageError):
-        call(exports.MXFP8, "-o", tmp_path / "out", *words)
-    del given["on_progress"]
-    assert given == {
+        call(exports.MXFP8, "-o", tmp_path / "out", *args)
+    del passed["on_progress"]
+    assert passed == {
         "src": str(exports.MXFP8),
         "dst": tmp_path / "out",
         "base": str(exports.MXFP4),
@@ -80,7 +80,7 @@ def test_flags_reach_the_work(call, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     }
 
 
-def test_a_source_that_is_not_there(call, tmp_path: Path) -> None:
+def test_a_missing_source(call, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no model at /no/such/export") as e:
         call("/no/such/export", "-o", tmp_path / "out")
     assert e.value.code == "E-USE-02"

@@ -1,4 +1,4 @@
-"""`ascendit verify --adherence` with a pipeline that draws the truth, or not."""
+"""`ascendit verify` with a fake pipeline whose videos are right or wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ascendit.verify.quality_table import Quality, QualityRow
 
 
 class Painter:
-    """Stands for a cascade: renders what the prompt says, unless its experts are swapped."""
+    """A fake cascade: renders the scene of the prompt, unless its experts are swapped."""
 
     def __init__(self) -> None:
         self.transformer, self.transformer_2 = "high", "low"
@@ -67,24 +67,24 @@ def test_fail_on_held_out_scenes(run, painter, tmp_path):
     assert error.startswith(
         "error[E-OUT-03]: prompt adherence is below its limit: all videos 85.0%, held out 0.0%"
     )
-    told = json.loads(report.read_text())
-    assert told["pass"] is False and told["kept_back"]["everything"] == 0 and told["kept_back"]["shape"] == 0
-    assert told["kept_back"]["colour"] == told["kept_back"]["total"] == 6
-    assert len(told["failures"]) == 6 and told["failures"][0]["prompt"]
+    data = json.loads(report.read_text())
+    assert data["pass"] is False and data["kept_back"]["everything"] == 0 and data["kept_back"]["shape"] == 0
+    assert data["kept_back"]["colour"] == data["kept_back"]["total"] == 6
+    assert len(data["failures"]) == 6 and data["failures"][0]["prompt"]
 
 
 def test_swapped_experts_are_the_control(run, painter):
     ended = run("verify", "--demo", "--adherence", "--limit", "5", "--seeds", "1", "--swap-experts", "--json")
-    told = ended.json
-    assert ended.code == 1 and told["swapped_experts"] is True
-    assert told["overall"]["everything"] == 0 and told["overall"]["direction"] == 5
-    assert told["error"]["code"] == "E-OUT-03" and ended.err == ""
+    data = ended.json
+    assert ended.code == 1 and data["swapped_experts"] is True
+    assert data["overall"]["everything"] == 0 and data["overall"]["direction"] == 5
+    assert data["error"]["code"] == "E-OUT-03" and ended.err == ""
 
 
 def test_a_black_video_is_a_wrong_answer(run, painter):
     painter.black = True
-    told = run("verify", "--demo", "--adherence", "--limit", "3", "--seeds", "1", "--json").json
-    assert told["overall"]["everything"] == 0 and len(told["failures"]) == 3
+    data = run("verify", "--demo", "--adherence", "--limit", "3", "--seeds", "1", "--json").json
+    assert data["overall"]["everything"] == 0 and len(data["failures"]) == 3
 
 
 def test_a_group_without_videos_is_not_judged(run, painter):
@@ -101,10 +101,10 @@ def test_cancelled(run, painter, monkeypatch):
     assert run("verify", "--demo", "--adherence", "--limit", "1").code == 130
 
 
-def test_while_the_model_loads_the_first_interrupt_stops(run, painter, monkeypatch):
+def test_an_interrupt_while_the_model_loads(run, painter, monkeypatch):
     def load(name):
         signal.raise_signal(signal.SIGINT)
-        raise AssertionError("it went on")
+        raise AssertionError("not interrupted")
 
     monkeypatch.setattr(job, "load", load)
     # A shell may have started the tests with Ctrl-C ignored.
@@ -116,7 +116,7 @@ def test_while_the_model_loads_the_first_interrupt_stops(run, painter, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("words", "got"),
+    ("args", "got"),
     [
         (["--demo"], "no check"),
         (["--adherence"], "no model"),
@@ -130,8 +130,8 @@ def test_while_the_model_loads_the_first_interrupt_stops(run, painter, monkeypat
         (["--demo", "--quality", "--swap-experts"], "--swap-experts with --quality"),
     ],
 )
-def test_bad_calls(run, painter, words, got):
-    ended = run("verify", *words)
+def test_bad_calls(run, painter, args, got):
+    ended = run("verify", *args)
     assert ended.code == 2 and ended.err.startswith(f"error[E-USE-01]: {got}")
 
 
@@ -146,7 +146,7 @@ def test_a_report_is_not_overwritten(run, painter, tmp_path):
 
 
 class Measure:
-    """Stands for `measure_quality`: BF16 is always right, another case loses `lost` videos."""
+    """Replaces `measure_quality`: BF16 is always right, every other case loses `lost` videos."""
 
     def __init__(self) -> None:
         self.lost = 0
@@ -171,11 +171,11 @@ class Measure:
                     distance=((0.0, 0.1),) * total,
                 )
             )
-            found = Quality(
+            result = Quality(
                 model=model, device="cpu", prompts=len(scenes), seeds=tuple(seeds), rows=tuple(rows)
             )
-            on_row(found)
-        return found
+            on_row(result)
+        return result
 
 
 @pytest.fixture
@@ -193,8 +193,8 @@ def test_quality_prints_a_table_and_passes(run, measure, tmp_path):
     assert "right of 192" in ended.out and "| int8 | 16.00 |" in ended.out
     assert "PASS  int8                 2 lost   at most 2" in ended.out
     assert "fp8: right 190/192   video 576/576" in ended.err
-    told = json.loads(report.read_text())
-    assert told["pass"] is True and [c["case"] for c in told["cases"]] == ["bf16", "int8", "fp8"]
+    data = json.loads(report.read_text())
+    assert data["pass"] is True and [c["case"] for c in data["cases"]] == ["bf16", "int8", "fp8"]
 
 
 def test_quality_fails_below_a_limit(run, measure):
@@ -208,9 +208,9 @@ def test_quality_fails_below_a_limit(run, measure):
     assert {c["case"]: c["lost"] for c in ended.json["cases"]}["recommended-fp4"] == 3
 
 
-def test_quality_keeps_what_was_done_before_it_stopped(run, measure, monkeypatch, tmp_path):
-    def stop(*given, on_row, **named):
-        measure(*given, on_row=on_row, **named)
+def test_quality_stores_finished_cases_when_cancelled(run, measure, monkeypatch, tmp_path):
+    def stop(*args, on_row, **kwargs):
+        measure(*args, on_row=on_row, **kwargs)
         raise Cancelled("cancelled", needs="n", fix="f", code="E-CAN-01")
 
     monkeypatch.setattr(quality, "measure_quality", stop)

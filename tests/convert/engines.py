@@ -1,8 +1,8 @@
-"""What three engines look for in a folder, written down once more from their published code; no ascendit.
+"""Minimal loaders of three engines, written from their published code without ascendit.
 
-Each `*_problems` plays the part of a loader: it goes through the layers that the engine builds, looks up its
-own names and wants its own shapes and types. An empty list means that every layer finds all it needs, and
-that nothing in the files goes unread.
+Each `*_problems` acts as the engine's loader: it goes through the layers that the engine builds and looks up
+its names, shapes and dtypes. An empty list means that every layer has all its tensors, and that every tensor
+of the files is read.
 """
 
 from __future__ import annotations
@@ -21,26 +21,28 @@ from convert.exports import E2M1, tensors
 from torch import Tensor
 
 Params = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
-"""Name -> type (None: any float) and shape."""
+"""Name -> dtype (None: any float) and shape."""
 
 
-def linears(config: dict[str, Any], found: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
+def linears(config: dict[str, Any], loaded: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
     """Diffusers names of the linears of one block and their (N, K)."""
-    dim, ffn = found["patch_embedding.weight"].shape[0], config["ffn_dim"]
+    dim, ffn = loaded["patch_embedding.weight"].shape[0], config["ffn_dim"]
     square = [f"attn{a}.{x}" for a in (1, 2) for x in ("to_q", "to_k", "to_v", "to_out.0")]
     return dict.fromkeys(square, (dim, dim)) | {"ffn.net.0.proj": (ffn, dim), "ffn.net.2": (dim, ffn)}
 
 
-def missing_and_unread(wanted: Params, found: dict[str, Tensor], optional: set[str]) -> Iterator[str]:
-    for name, (dtype, shape) in wanted.items():
-        if name not in found:
+def missing_and_unread(expected: Params, loaded: dict[str, Tensor], optional: set[str]) -> Iterator[str]:
+    for name, (dtype, shape) in expected.items():
+        if name not in loaded:
             if name not in optional:
                 yield f"{name} is missing"
-        elif tuple(found[name].shape) != shape:
-            yield f"{name} is {list(found[name].shape)}, not {list(shape)}"
-        elif dtype is None and not found[name].is_floating_point() or dtype not in (None, found[name].dtype):
-            yield f"{name} is {found[name].dtype}, not {dtype}"
-    yield from (f"{name} is not read" for name in found if name not in wanted)
+        elif tuple(loaded[name].shape) != shape:
+            yield f"{name} is {list(loaded[name].shape)}, not {list(shape)}"
+        elif (
+            dtype is None and not loaded[name].is_floating_point() or dtype not in (None, loaded[name].dtype)
+        ):
+            yield f"{name} is {loaded[name].dtype}, not {dtype}"
+    yield from (f"{name} is not read" for name in loaded if name not in expected)
 
 
 # ---- vLLM-Omni 0.30.0 ---------------------------------------------------------------------------
@@ -64,72 +66,74 @@ OMNI_KEYS = {
         "w4a8_fallback_layers",
     },
 }
-"""Method -> the arguments of its config class; any other is a TypeError."""
+"""Method -> the arguments of its config class; another argument is a TypeError."""
 
 
 def omni_problems(expert: Path) -> list[str]:
     """For one transformer folder."""
     config = json.loads((expert / "config.json").read_bytes())
-    marker = config.get("quantization_config") or {}
-    method = marker.pop("quant_method", None)
-    problems = [f"{key} is no argument for {method}" for key in marker.keys() - OMNI_KEYS.get(method, set())]
-    serialized = [key for key in marker if key.startswith("is_checkpoint_")]
-    if method and not (len(serialized) == 1 and marker[serialized[0]] is True):
-        problems.append("it does not say that it is quantized already")
-    ignored = set(marker.get("ignored_layers") or [])
-    found: dict[str, Tensor] = {}
+    method_config = config.get("quantization_config") or {}
+    method = method_config.pop("quant_method", None)
+    problems = [
+        f"{key} is not an argument of {method}" for key in method_config.keys() - OMNI_KEYS.get(method, set())
+    ]
+    serialized = [key for key in method_config if key.startswith("is_checkpoint_")]
+    if method and not (len(serialized) == 1 and method_config[serialized[0]] is True):
+        problems.append("it does not declare that it is quantized already")
+    ignored = set(method_config.get("ignored_layers") or [])
+    loaded: dict[str, Tensor] = {}
     smooth: dict[str, Tensor] = {}
     for name, tensor in tensors(expert).items():
         new = re.sub(r"\.attn1\.to_([qkv])\.", r".attn1.to_qkv/\1.", name)
         new = new.replace(".ffn.net.0.", ".ffn.net_0.").replace(".ffn.net.2.", ".ffn.net_2.")
         new = new.replace(".to_out.0.", ".to_out.")
-        found[new] = tensor
+        loaded[new] = tensor
         if new.endswith(".mul_scale") and "to_qkv/" in new:
             first = smooth.setdefault(new.partition("/")[0], tensor)
             if not torch.equal(first, tensor):
                 problems.append(f"{name}: Q, K and V must share one mul_scale")
-    wanted: Params = {}
+    expected: Params = {}
     optional: set[str] = set()
     for block in range(config["num_layers"]):
-        for name, (n, k) in linears(config, found).items():
+        for name, (n, k) in linears(config, loaded).items():
             runtime = re.sub(r"attn1\.to_([qkv])", r"attn1.to_qkv/\1", name)
             runtime = (
                 runtime.replace("net.0", "net_0").replace("net.2", "net_2").replace("to_out.0", "to_out")
             )
             layer = f"blocks.{block}.{runtime}"
-            kept = method is None or layer.partition("/")[0] in ignored
-            wanted |= omni_layer(layer, None if kept else method, n, k)
-            if method == "mxfp4" and not marker.get("require_smooth_scale"):
+            excluded = method is None or layer.partition("/")[0] in ignored
+            expected |= omni_layer(layer, None if excluded else method, n, k)
+            if method == "mxfp4" and not method_config.get("require_smooth_scale"):
                 optional.add(f"{layer}.mul_scale")
-            if not kept and method in ("mxfp4", "mxfp4_dualscale") and f"{layer}.weight" in found:
-                numbers = found[f"{layer}.weight"].float()
+            if not excluded and method in ("mxfp4", "mxfp4_dualscale") and f"{layer}.weight" in loaded:
+                numbers = loaded[f"{layer}.weight"].float()
                 if not bool(torch.isin(numbers, E2M1).all()):
-                    problems.append(f"{layer}.weight holds other numbers than FP4")
+                    problems.append(f"{layer}.weight has values that FP4 cannot represent")
     modules = {
         name.partition("/")[0].rpartition(".")[0] if "/" not in name else name.partition("/")[0]
-        for name in wanted
+        for name in expected
     }
-    problems += [f"{name} in ignored_layers is no layer" for name in ignored - modules]
+    problems += [f"{name} in ignored_layers is not a layer" for name in ignored - modules]
     # It skips rotations with a warning: they cancel out in an attention that is not quantized.
     plain = {
         name: x
-        for name, x in found.items()
+        for name, x in loaded.items()
         if not re.match(r"blocks\.\d+\.(attn\d\.(to_|[qk]_rot)|ffn)", name)
     }
-    found = {name: x for name, x in found.items() if not name.endswith("_rot")}
-    wanted |= {
+    loaded = {name: x for name, x in loaded.items() if not name.endswith("_rot")}
+    expected |= {
         name: (None, tuple(x.shape))
         for name, x in plain.items()
         if name.rpartition(".")[2] in ("weight", "bias")
     }
-    wanted |= {
+    expected |= {
         name: (None, tuple(x.shape)) for name, x in plain.items() if name.endswith("scale_shift_table")
     }
-    return problems + list(missing_and_unread(wanted, found, optional))
+    return problems + list(missing_and_unread(expected, loaded, optional))
 
 
 def omni_layer(layer: str, method: str | None, n: int, k: int) -> Params:
-    """The parameters of one linear layer; q, k and v of self-attention are parts of one."""
+    """The parameters of one linear layer; q, k and v of self-attention are shards of one."""
     params: Params = {f"{layer}.weight": (None, (n, k)), f"{layer}.bias": (None, (n,))}
     if method == "int8":
         params[f"{layer}.weight"] = (torch.int8, (n, k))
@@ -154,40 +158,40 @@ SGLANG = {
     "ffn.net.0.proj": "ffn.fc_in",
     "ffn.net.2": "ffn.fc_out",
 }
-"""Diffusers name in a block -> SGLang's; others are alike."""
+"""Diffusers name in a block -> SGLang's; other names are equal."""
 
 
 def sglang_problems(expert: Path) -> list[str]:
     """For one transformer folder."""
     config = json.loads((expert / "config.json").read_bytes())
-    told = json.loads((expert / "quant_model_description.json").read_bytes())
-    found = tensors(expert)
+    types = json.loads((expert / "quant_model_description.json").read_bytes())
+    loaded = tensors(expert)
     problems: list[str] = []
-    wanted: Params = {}
+    expected: Params = {}
     for block in range(config["num_layers"]):
-        for name, (n, k) in linears(config, found).items():
+        for name, (n, k) in linears(config, loaded).items():
             layer = f"blocks.{block}.{name}"
-            kind = told.get(f"{layer}.weight", "")
-            wanted |= {f"{layer}.weight": (None, (n, k)), f"{layer}.bias": (None, (n,))}
-            if told.get(f"blocks.{block}.{SGLANG.get(name, name)}.weight") == "FLOAT":
+            quant_type = types.get(f"{layer}.weight", "")
+            expected |= {f"{layer}.weight": (None, (n, k)), f"{layer}.bias": (None, (n,))}
+            if types.get(f"blocks.{block}.{SGLANG.get(name, name)}.weight") == "FLOAT":
                 continue
-            if kind == "W8A8_DYNAMIC":
-                wanted[f"{layer}.weight"] = (torch.int8, (n, k))
-                wanted |= {f"{layer}.weight_{x}": (None, (n, 1)) for x in ("scale", "offset")}
-            elif kind == "W8A8_MXFP8" and k // 32 % 2 == 0:
-                wanted[f"{layer}.weight"] = (torch.float8_e4m3fn, (n, k))
-                wanted[f"{layer}.weight_scale"] = (torch.uint8, (n, k // 32))
-            elif kind == "W4A4_MXFP4" and k // 32 % 2 == 0:
-                wanted[f"{layer}.weight"] = (torch.uint8, (n, k // 2))
-                wanted[f"{layer}.weight_scale"] = (torch.uint8, (n, k // 32))
-                if f"{layer}.div.mul_scale" in told and f"{layer}.mul_scale" in told:
-                    wanted[f"{layer}.mul_scale"] = (torch.float32, (k,))
+            if quant_type == "W8A8_DYNAMIC":
+                expected[f"{layer}.weight"] = (torch.int8, (n, k))
+                expected |= {f"{layer}.weight_{x}": (None, (n, 1)) for x in ("scale", "offset")}
+            elif quant_type == "W8A8_MXFP8" and k // 32 % 2 == 0:
+                expected[f"{layer}.weight"] = (torch.float8_e4m3fn, (n, k))
+                expected[f"{layer}.weight_scale"] = (torch.uint8, (n, k // 32))
+            elif quant_type == "W4A4_MXFP4" and k // 32 % 2 == 0:
+                expected[f"{layer}.weight"] = (torch.uint8, (n, k // 2))
+                expected[f"{layer}.weight_scale"] = (torch.uint8, (n, k // 32))
+                if f"{layer}.div.mul_scale" in types and f"{layer}.mul_scale" in types:
+                    expected[f"{layer}.mul_scale"] = (torch.float32, (k,))
             else:
-                problems.append(f"no scheme was found for {layer}: {kind}, K = {k}")
-    plain = {name for name in found if not re.match(r"blocks\.\d+\.(attn\d\.to_|ffn)", name)}
-    wanted |= {name: (None, tuple(found[name].shape)) for name in plain}
-    problems += [f"{name} is not described" for name in found if name not in told]
-    return problems + list(missing_and_unread(wanted, found, set()))
+                problems.append(f"no scheme matches {layer}: {quant_type}, K = {k}")
+    plain = {name for name in loaded if not re.match(r"blocks\.\d+\.(attn\d\.to_|ffn)", name)}
+    expected |= {name: (None, tuple(loaded[name].shape)) for name in plain}
+    problems += [f"{name} is not described" for name in loaded if name not in types]
+    return problems + list(missing_and_unread(expected, loaded, set()))
 
 
 # ---- MindIE-SD 3.1.0 ----------------------------------------------------------------------------
@@ -224,32 +228,32 @@ OUTSIDE = (
 def mindie_problems(folder: Path, blocks: int) -> list[str]:
     """For the folder of one expert."""
     (described,) = folder.glob("quant_model_description_*.json")
-    told = json.loads(described.read_bytes())
-    kind = told["model_quant_type"]
-    weights = folder / f"quant_model_weight_{kind.lower()}.safetensors"
-    problems = [] if kind in MINDIE else [f"{kind} is no algorithm"]
+    types = json.loads(described.read_bytes())
+    quant_type = types["model_quant_type"]
+    weights = folder / f"quant_model_weight_{quant_type.lower()}.safetensors"
+    problems = [] if quant_type in MINDIE else [f"{quant_type} is not an algorithm"]
     for file in (described, weights):
         if not file.is_file() or file.is_symlink():
-            return [*problems, f"{file.name} is missing or a link"]
+            return [*problems, f"{file.name} is missing or a symlink"]
         if stat.S_IMODE(os.stat(file).st_mode) & ~0o640:
-            problems.append(f"{file.name} has too many rights")
-    found, read = tensors(folder), set()
+            problems.append(f"{file.name} has too many permissions")
+    loaded, read = tensors(folder), set()
     names = [f"blocks.{b}.{x}" for b in range(blocks) for x in WAN_LINEARS] + [*OUTSIDE, "head.head"]
     for name in names:
         patterns = (f"{name}.linear.weight", f"{name}.weight", name, f"{name}.quant_type")
-        value = next((told[p] for p in patterns if p in told), None)
-        prefix = f"{name}.linear" if f"{name}.div.mul_scale" in found else name
+        value = next((types[p] for p in patterns if p in types), None)
+        prefix = f"{name}.linear" if f"{name}.div.mul_scale" in loaded else name
         read |= {f"{name}.div.mul_scale", f"{prefix}.weight", f"{prefix}.bias"}
         if value == "FLOAT":
             continue
         for role, dtype in MINDIE.get(value or "", {}).items():
             read.add(f"{prefix}.{role}")
-            if f"{prefix}.{role}" not in found or found[f"{prefix}.{role}"].dtype != dtype:
-                problems.append(f"{prefix}.{role} is missing or of another type")
-        if value not in MINDIE or found[f"{prefix}.bias"].dtype != torch.float32:
+            if f"{prefix}.{role}" not in loaded or loaded[f"{prefix}.{role}"].dtype != dtype:
+                problems.append(f"{prefix}.{role} is missing or of another dtype")
+        if value not in MINDIE or loaded[f"{prefix}.bias"].dtype != torch.float32:
             problems.append(f"{name} is {value}")
     for block in range(blocks):
         attention = f"blocks.{block}.self_attn"
         read |= {f"{attention}.q_rot", f"{attention}.k_rot"}
     plain = re.compile(r"(.*\.)?(norm\w*|patch_embedding)\.(weight|bias)|(.*\.)?modulation")
-    return problems + [f"{n} is not read" for n in found.keys() - read if not plain.fullmatch(n)]
+    return problems + [f"{n} is not read" for n in loaded.keys() - read if not plain.fullmatch(n)]

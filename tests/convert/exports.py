@@ -1,6 +1,6 @@
-"""Exports for tests: the real ones of msModelSlim, read by hand, and others built from the published facts.
+"""Exports for tests: real ones of msModelSlim, read by hand, and others built as published.
 
-Nothing here uses ascendit: names are replaced as SGLang's wan_repack.py does it, numbers decoded by tables.
+This module does not use ascendit: it replaces names as SGLang's wan_repack.py does, and decodes by tables.
 """
 
 from __future__ import annotations
@@ -57,21 +57,21 @@ REPLACED = (
     (".linear.", "."),
     (".div.", "."),
 )
-"""In this order, wherever it stands: `self_attn.q_rot` becomes `attn1.to_q_rot`."""
+"""Replaced in this order, anywhere in a name: `self_attn.q_rot` becomes `attn1.to_q_rot`."""
 
 
 def merged_name(name: str) -> str:
-    """What SGLang's and vLLM-Omni's tools make of an original name."""
+    """The Diffusers name that SGLang's and vLLM-Omni's tools derive from a Wan name."""
     for old, new in REPLACED:
         name = name.replace(old, new)
     return name
 
 
 def diffusers_name(name: str) -> str:
-    """The same, but for what is no part of a projection: `self_attn.q_rot`, `self_attn.quant_type`."""
+    """`merged_name`, except for `self_attn.q_rot`, `self_attn.quant_type`, which belong to no projection."""
     new = merged_name(name)
-    for word in ("q_rot", "k_rot", "quant_type"):
-        new = new.replace(f"to_{word}", word)
+    for role in ("q_rot", "k_rot", "quant_type"):
+        new = new.replace(f"to_{role}", role)
     return new
 
 
@@ -86,25 +86,25 @@ def experts(folder: Path) -> dict[str, Path]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """Everything in the safetensors files of one folder, by the names in them."""
-    found: dict[str, Tensor] = {}
+    """All tensors in the safetensors files of one folder, by name."""
+    loaded: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+        loaded |= load_file(file)
+    return loaded
 
 
 def without_padding(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Contents of a folder, the blanks after the headers of safetensors files left out."""
-    found = dict(files)
+    """Contents of a folder, without the padding of safetensors headers."""
+    loaded = dict(files)
     for name, data in files.items():
         if name.endswith(".safetensors"):
             end = 8 + int.from_bytes(data[:8], "little")
-            found[name] = data[8:end].rstrip() + data[end:]
-    return found
+            loaded[name] = data[8:end].rstrip() + data[end:]
+    return loaded
 
 
 def manifest(folder: Path) -> dict[str, str]:
-    """The description beside the weights."""
+    """The manifest of one expert."""
     (file,) = folder.glob("quant_model_description*.json")
     return dict(json.loads(file.read_bytes()))
 
@@ -135,7 +135,7 @@ def decoded(layer: Mapping[str, Tensor]) -> Tensor:
 
 
 def by_layer(named: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Layer -> role -> tensor, of those with a weight that is a matrix."""
+    """Layer -> role -> tensor, for layers whose weight is a matrix."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in named.items():
         layer, _, role = name.rpartition(".")
@@ -153,34 +153,38 @@ def changed(source: Path, target: Path, change: Change) -> Path:
     shutil.copytree(source, target)
     for folder in experts(target).values():
         (described,) = folder.glob("quant_model_description*.json")
-        found, told = tensors(folder), manifest(folder)
-        change(found, told)
+        weights, types = tensors(folder), manifest(folder)
+        change(weights, types)
         for file in folder.glob("*.safetensors"):
             file.unlink()
         for file in folder.glob("*.index.json"):
             file.unlink()
         save_file(
-            found, folder / described.name.replace("description", "weight").replace(".json", ".safetensors")
+            weights, folder / described.name.replace("description", "weight").replace(".json", ".safetensors")
         )
-        described.write_text(json.dumps(told))
+        described.write_text(json.dumps(types))
     return target
 
 
-def merged(source: Path, target: Path, config: Mapping[str, Any], marker: Mapping[str, Any] | None) -> Path:
-    """A folder as SGLang's tool writes it, or with `marker` and FP4 in e4m3 as vLLM-Omni's does."""
+def merged(
+    source: Path, target: Path, config: Mapping[str, Any], quantization_config: Mapping[str, Any] | None
+) -> Path:
+    """A folder as SGLang's tool writes it, or, with `marker`, as vLLM-Omni's does (FP4 in e4m3)."""
     for name, folder in experts(source).items():
-        place = target / name
-        place.mkdir(parents=True)
-        told = {merged_name(key): value for key, value in manifest(folder).items()}
-        found = {merged_name(key): tensor for key, tensor in tensors(folder).items()}
-        if marker is not None:
-            for key, tensor in found.items():
+        expert = target / name
+        expert.mkdir(parents=True)
+        types = {merged_name(key): value for key, value in manifest(folder).items()}
+        weights = {merged_name(key): tensor for key, tensor in tensors(folder).items()}
+        if quantization_config is not None:
+            for key, tensor in weights.items():
                 if key.endswith(".weight") and tensor.dtype == torch.uint8:
-                    found[key] = unpacked(tensor).to(torch.float8_e4m3fn)
-        save_file(found, place / "diffusion_pytorch_model.safetensors")
-        (place / "quant_model_description.json").write_text(json.dumps(told))
-        written = dict(config) | ({"quantization_config": dict(marker)} if marker else {})
-        (place / "config.json").write_text(json.dumps(written))
+                    weights[key] = unpacked(tensor).to(torch.float8_e4m3fn)
+        save_file(weights, expert / "diffusion_pytorch_model.safetensors")
+        (expert / "quant_model_description.json").write_text(json.dumps(types))
+        written = dict(config) | (
+            {"quantization_config": dict(quantization_config)} if quantization_config else {}
+        )
+        (expert / "config.json").write_text(json.dumps(written))
     return target
 
 

@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = {
     "num_layers": 2,
 }
 IMAGE = {"in_channels": 12, "image_dim": 14, "added_kv_proj_dim": 24}
-"""What a Wan2.1 image-to-video model has besides."""
+"""Additional layers of a Wan2.1 image-to-video model."""
 LAYERS = {
     **{f"attn{i}.to_{x}": f"{kind}_attn.{x}" for i, kind in ((1, "self"), (2, "cross")) for x in "qkv"},
     **{f"attn{i}.to_out.0": f"{kind}_attn.o" for i, kind in ((1, "self"), (2, "cross"))},
@@ -55,18 +55,18 @@ def block_layers(names: Mapping[str, str], num_blocks: int = 2) -> dict[str, str
 
 def matrices(shapes: Shapes, layers: Mapping[str, str], rank: int = 4, seed: int = 1) -> Matrices:
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    factors = {}
     for layer in layers:
         fan_out, fan_in = shapes[f"{layer}.weight"]
         down = torch.randn((rank, fan_in), generator=generator)
-        found[layer] = (down, torch.randn((fan_out, rank), generator=generator))
-    return found
+        factors[layer] = (down, torch.randn((fan_out, rank), generator=generator))
+    return factors
 
 
 def write(
     factors: Matrices, key: Callable[[str], str], down: str, up: str, alpha: float | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of a file: `key(layer)` and the suffixes of its two matrices."""
+    """The tensors of a file: each key is `key(layer)` plus the suffix of its matrix."""
     tensors: dict[str, Tensor] = {}
     for layer, (a, b) in factors.items():
         tensors |= {f"{key(layer)}{down}": a, f"{key(layer)}{up}": b}
@@ -83,7 +83,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | N
 
 
 def fold_all(folds: Folds, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor folded in one piece."""
+    """Fold each tensor in one piece."""
     return {name: folds.fold(name, tensor, 0) for name, tensor in tensors.items()}
 
 

@@ -38,14 +38,14 @@ OTHERS = {
     "other_model.bin": "no part of it",
     ".gitattributes": "*.safetensors filter=lfs",
 }
-"""Files beside the transformers."""
+"""Other files of the folder."""
 Edit = Callable[[dict[str, Tensor]], None]
 
 
 def tensors(
     config: Mapping[str, Any], seed: int = 0, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
-    """All tensors of a transformer, as a trained one has them: weights around 1 / sqrt(K)."""
+    """All tensors of a transformer; weights have the usual size, about 1 / sqrt(K)."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {}
     for name, shape in expected_tensors(dict(config)).items():
@@ -61,7 +61,7 @@ def write_transformer(
     edit: Edit | None = None,
     **config: Any,
 ) -> Path:
-    """A bare transformer folder. `edit` changes the tensors before they are written."""
+    """A standalone transformer folder. `edit` changes the tensors before they are written."""
     folder.mkdir(parents=True)
     values = tensors(CONFIG | config, seed, dtype)
     if edit is not None:
@@ -72,7 +72,7 @@ def write_transformer(
 
 
 def write_model(folder: Path, experts: int = 2, **options: Any) -> Path:
-    """A Diffusers folder; its other parts are words in files."""
+    """A Diffusers folder; its other components are text files."""
     names = ["transformer", "transformer_2"][:experts]
     for seed, name in enumerate(names):
         write_transformer(folder / name, seed, **options)
@@ -90,10 +90,10 @@ def write_model(folder: Path, experts: int = 2, **options: Any) -> Path:
 
 def read(folder: Path) -> dict[str, Tensor]:
     """The tensors of one expert, from all of its files."""
-    found: dict[str, Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+        loaded |= load_file(file)
+    return loaded
 
 
 def same(a: Tensor, b: Tensor) -> bool:

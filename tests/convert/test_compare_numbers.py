@@ -1,4 +1,4 @@
-"""The comparison of decoded numbers: blind to containers and spellings, and to nothing else."""
+"""The comparison of decoded values: independent of packing and name style, and of nothing else."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def read(folder: Path) -> Expert:
 
 
 @pytest.mark.parametrize("source", exports.ALL, ids=lambda folder: folder.name)
-def test_digests_are_those_of_the_decoded_numbers(source: Path) -> None:
-    found = digests(read(source))
+def test_digests_are_of_the_decoded_values(source: Path) -> None:
+    computed = digests(read(source))
     named = {
         exports.diffusers_name(n): x
         for n, x in exports.tensors(exports.experts(source)["transformer"]).items()
@@ -34,8 +34,8 @@ def test_digests_are_those_of_the_decoded_numbers(source: Path) -> None:
     inside = {
         f"{name}.{role}" for name, roles in layers.items() for role in roles if role.startswith("weight_")
     }
-    assert found.keys() == named.keys() - inside
-    for name, digest in found.items():
+    assert computed.keys() == named.keys() - inside
+    for name, digest in computed.items():
         layer = layers.get(name.removesuffix(".weight"), {})
         values = exports.decoded(layer) if name.endswith(".weight") and layer else named[name]
         assert digest == hashlib.sha256(values.float().numpy().tobytes()).hexdigest(), name
@@ -58,9 +58,9 @@ def test_one_digest_for_a_model() -> None:
     ],
     ids=lambda x: x if isinstance(x, str) else x.parent.name,
 )
-def test_one_changed_byte_is_found(export: Path, name: str, tmp_path: Path) -> None:
-    def change(found: dict[str, Tensor], told: dict[str, Any]) -> None:
-        raw = found[name].flatten().view(torch.uint8)
+def test_one_changed_byte_is_detected(export: Path, name: str, tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor], types: dict[str, Any]) -> None:
+        raw = tensors[name].flatten().view(torch.uint8)
         raw[-1] += 1 if raw[-1] < 120 else -1
 
     other = exports.changed(export, tmp_path / "other", change)
@@ -71,23 +71,23 @@ def test_one_changed_byte_is_found(export: Path, name: str, tmp_path: Path) -> N
     assert compare_numbers(read(export), read(export)) == digests(read(export))
 
 
-def test_a_wrong_rewrite_does_not_get_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when the nibbles were swapped: the run fails, and there is no output."""
-    good = tensor_steps.recode
+def test_a_wrong_rewrite_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With swapped nibbles, for example, the run fails and there is no output."""
+    correct = tensor_steps.recode
 
     def swapped(*args: Any) -> bytes:
-        qdata = np.frombuffer(good(*args), np.uint8)
+        qdata = np.frombuffer(correct(*args), np.uint8)
         return bytes((qdata >> 4 | qdata << 4).tobytes())
 
-    def widen(found: dict[str, Tensor], told: dict[str, Any]) -> None:
-        for name, tensor in found.items():
+    def widen(tensors: dict[str, Tensor], types: dict[str, Any]) -> None:
+        for name, tensor in tensors.items():
             if tensor.dtype == torch.uint8 and name.endswith("weight"):
-                found[name] = exports.unpacked(tensor).to(torch.float8_e4m3fn)
+                tensors[name] = exports.unpacked(tensor).to(torch.float8_e4m3fn)
 
-    wide = exports.changed(exports.MXFP4, tmp_path / "wide", widen)
+    unpacked = exports.changed(exports.MXFP4, tmp_path / "wide", widen)
     monkeypatch.setattr(tensor_steps, "recode", swapped)
     with pytest.raises(CheckpointError, match="10 of .* differ in the output") as e:
-        repack(wide, tmp_path / "out", check=True)
+        repack(unpacked, tmp_path / "out", check=True)
     assert e.value.code == "E-CKP-10" and not (tmp_path / "out").exists()
     monkeypatch.undo()
-    repack(wide, tmp_path / "out", check=True)
+    repack(unpacked, tmp_path / "out", check=True)

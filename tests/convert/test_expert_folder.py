@@ -1,4 +1,4 @@
-"""The sink of a folder: pieces are written in order by a thread, and its errors are raised."""
+"""The sink of a folder: a thread writes the pieces in order, and its errors are raised."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPECS = [TensorSpec("a", "U8", (1000,)), TensorSpec("moved", "F32", (5, 7)), Ten
 
 
 class Slow(ShardWriter):
-    """Takes its time, so that pieces do wait."""
+    """Writes slowly, so that pieces wait."""
 
     def append(self, name, data):
         time.sleep(0.002)
@@ -40,12 +40,12 @@ def test_bytes_come_in_order_from_a_ring_of_buffers(tmp_path: Path):
         behind.append("b", bytes(range(30)))
         behind.flush()
         assert not behind.done("a")
-    found = load_file(tmp_path / "out.safetensors")
-    assert found["a"].tolist() == [i for i in range(20) for _ in range(50)]
-    assert torch.equal(found["moved"], tensor) and found["b"].tolist() == list(range(30))
+    loaded = load_file(tmp_path / "out.safetensors")
+    assert loaded["a"].tolist() == [i for i in range(20) for _ in range(50)]
+    assert torch.equal(loaded["moved"], tensor) and loaded["b"].tolist() == list(range(30))
 
 
-def test_what_goes_wrong_there_is_raised_here(tmp_path: Path):
+def test_an_error_of_the_thread_is_raised_in_the_caller(tmp_path: Path):
     class Broken(ShardWriter):
         def append(self, name, data):
             raise OSError(5, "the disk is gone")
@@ -56,7 +56,7 @@ def test_what_goes_wrong_there_is_raised_here(tmp_path: Path):
         for _ in range(5):
             behind.append("a", bytes(10))
     with pytest.raises(OSError, match="the disk is gone"), WriteBehind(writer) as behind:
-        behind.append("a", bytes(10))  # seen at the end at the latest
+        behind.append("a", bytes(10))  # raised at the end at the latest
 
 
 def test_an_error_of_the_caller_ends_the_thread(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The model card, `ascendit.json`, and the command line they show."""
+"""The model card, `ascendit.json`, and their command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def layout(root: Path, name: str = "Wan2.2-T2V-A14B") -> Layout:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> ConversionRecord:
+def record(tmp_path: Path) -> ConversionRecord:
     return ConversionRecord(
         verb="quantize",
         layout=layout(tmp_path),
@@ -42,8 +42,8 @@ def front_matter(text: str) -> dict[str, Any]:
     return ModelCard(text).data.to_dict()
 
 
-def test_front_matter_is_what_hubs_read(made):
-    assert front_matter(provenance.model_card(made, "small")) == {
+def test_front_matter_of_the_model_card(record):
+    assert front_matter(provenance.model_card(record, "small")) == {
         "base_model": "Wan2.2-T2V-A14B",
         "base_model_relation": "quantized",
         "library_name": "diffusers",
@@ -52,60 +52,60 @@ def test_front_matter_is_what_hubs_read(made):
     }
 
 
-def test_a_hub_snapshot_is_named_as_on_the_hub(made, tmp_path):
+def test_a_hub_snapshot_has_its_name_on_the_hub(record, tmp_path):
     root = tmp_path / "models--Wan-AI--Wan2.2-I2V-A14B" / "snapshots" / ("c0ffee" * 7)[:40]
     root.mkdir(parents=True)
-    made = replace(made, layout=layout(root), model_kind="i2v")
-    front = front_matter(provenance.model_card(made, "small"))
+    record = replace(record, layout=layout(root), model_kind="i2v")
+    front = front_matter(provenance.model_card(record, "small"))
     assert front["base_model"] == "Wan-AI/Wan2.2-I2V-A14B" and front["pipeline_tag"] == "image-to-video"
-    assert provenance.ascendit_json(made)["source"]["name"] == f"Wan-AI/Wan2.2-I2V-A14B@{root.name}"
-    line = provenance.command_line("quantize", made.layout, Path("/somewhere/small"), [])
+    assert provenance.ascendit_json(record)["source"]["name"] == f"Wan-AI/Wan2.2-I2V-A14B@{root.name}"
+    line = provenance.command_line("quantize", record.layout, Path("/somewhere/small"), [])
     assert line == f"ascendit quantize hf:Wan-AI/Wan2.2-I2V-A14B@{root.name} -o small"
 
 
-def test_the_licence_of_the_source_comes_along(made, tmp_path):
+def test_the_licence_of_the_source_is_stated(record, tmp_path):
     text = "---\nlicense: other\nlicense_name: 'wan: licence'\nlanguage: en\n---\n# Wan\nlicense: mit\n"
     (tmp_path / "README.md").write_text(text)
-    front = front_matter(provenance.model_card(made, "small"))
+    front = front_matter(provenance.model_card(record, "small"))
     assert front["license"] == "other" and front["license_name"] == "wan: licence"
     assert "language" not in front
     unclosed, listed = b"---\nlicense: [mit\n---\n", b"---\n- license\n---\n"
     for damaged in (b"\xff\xfe no text", unclosed, listed, b"license: mit\n"):
         (tmp_path / "README.md").write_bytes(damaged)
-        assert "license" not in front_matter(provenance.model_card(made, "small"))
+        assert "license" not in front_matter(provenance.model_card(record, "small"))
 
 
 @pytest.mark.parametrize("name", ["true", "1.0", "a: b", "- x", "it's", "caf\u00e9 #1", "@wan"])
-def test_a_name_that_yaml_could_take_for_something_else_is_quoted(made, tmp_path, name):
-    made = replace(made, layout=layout(tmp_path, name))
-    assert front_matter(provenance.model_card(made, "small"))["base_model"] == name
+def test_a_name_with_a_meaning_in_yaml_is_quoted(record, tmp_path, name):
+    record = replace(record, layout=layout(tmp_path, name))
+    assert front_matter(provenance.model_card(record, "small"))["base_model"] == name
 
 
-def test_the_body_has_recipe_size_lora_and_command(made):
-    text = provenance.model_card(made, "small")
+def test_the_body_has_recipe_size_lora_and_command(record):
+    text = provenance.model_card(record, "small")
     assert "# small\n" in text and "| Recipe | default: every linear \\| of the blocks |" in text
     assert "| Linear layers | 800 mxfp8, 12 bf16 |" in text and "8.33 (transformers" in text
     assert "| LoRA | style.safetensors with weight 0.5 |" in text and "\nA paragraph.\n" in text
-    assert f"```bash\n{made.command}\n```" in text and f"| ascendit | {__version__} |" in text
+    assert f"```bash\n{record.command}\n```" in text and f"| ascendit | {__version__} |" in text
 
 
-def test_the_record_is_sorted_and_leaves_out_what_is_empty(made):
-    data = provenance.ascendit_json(made)
+def test_the_record_is_sorted_and_omits_empty_values(record):
+    data = provenance.ascendit_json(record)
     assert list(data["files"]) == ["transformer/x.safetensors", "transformer_2/x.safetensors"]
     assert data["made_by"] == f"ascendit {__version__} quantize" and data["version"] == 1
     assert data["bits_per_weight"] == 8.331 and data["recipe"]["rules"] == [{"layers": ["*"]}]
-    assert "sha256" in provenance.model_card(made, "small")
-    assert "sha256" not in provenance.model_card(replace(made, files={}), "small")
-    lean = provenance.ascendit_json(replace(made, recipe={}, loras=(), details={"checked": True}))
-    assert "recipe" not in lean and "loras" not in lean and lean["checked"] is True
+    assert "sha256" in provenance.model_card(record, "small")
+    assert "sha256" not in provenance.model_card(replace(record, files={}), "small")
+    minimal = provenance.ascendit_json(replace(record, recipe={}, loras=(), details={"checked": True}))
+    assert "recipe" not in minimal and "loras" not in minimal and minimal["checked"] is True
 
 
-def test_neither_tells_where_on_this_machine(made, tmp_path):
-    text = provenance.model_card(made, "small") + json.dumps(provenance.ascendit_json(made))
+def test_neither_file_has_local_paths(record, tmp_path):
+    text = provenance.model_card(record, "small") + json.dumps(provenance.ascendit_json(record))
     assert str(tmp_path) not in text and str(Path.home()) not in text
 
 
-def test_command_line_quotes_repeats_and_leaves_out(tmp_path):
+def test_the_command_line_quotes_repeats_and_omits_flags(tmp_path):
     flags = [
         ("--scheme", "mxfp8"),
         ("--recipe", None),
@@ -119,7 +119,7 @@ def test_command_line_quotes_repeats_and_leaves_out(tmp_path):
     )
 
 
-def test_both_files_are_written(made, tmp_path):
-    provenance.write_record_and_card(tmp_path, made, "small")
-    assert (tmp_path / "README.md").read_text() == provenance.model_card(made, "small")
-    assert json.loads((tmp_path / "ascendit.json").read_text()) == provenance.ascendit_json(made)
+def test_both_files_are_written(record, tmp_path):
+    provenance.write_record_and_card(tmp_path, record, "small")
+    assert (tmp_path / "README.md").read_text() == provenance.model_card(record, "small")
+    assert json.loads((tmp_path / "ascendit.json").read_text()) == provenance.ascendit_json(record)

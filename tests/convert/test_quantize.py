@@ -1,4 +1,4 @@
-"""`quantize`: what it writes, from which sources, and what it refuses."""
+"""`quantize`: its output, sources and errors."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def json_of(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def refused(code: str, kind: type[AscenditError], *args: Any, **options: Any) -> AscenditError:
-    with pytest.raises(kind) as e:
+def refused(code: str, error_class: type[AscenditError], *args: Any, **options: Any) -> AscenditError:
+    with pytest.raises(error_class) as e:
         quantize(*args, **options)
     assert e.value.code == code, e.value
     assert not Path(args[1]).exists() and not list(Path(args[1]).parent.glob(".*partial"))
     return e.value
 
 
-def test_each_expert_is_planned_once_and_again_to_be_written(model, dst, monkeypatch):
+def test_each_expert_is_planned_once_for_the_check_and_once_for_writing(model, dst, monkeypatch):
     plans, real = [], RecipeSteps.plan
 
     def counted(self):
@@ -69,28 +69,28 @@ def test_each_expert_is_planned_once_and_again_to_be_written(model, dst, monkeyp
 
 
 @pytest.mark.parametrize("scheme", QUANTIZED)
-def test_every_layer_is_what_mx_makes_of_the_whole_weight(tmp_path, dst, scheme):
+def test_every_layer_equals_mx_encode_of_the_weight(tmp_path, dst, scheme):
     model = write_model(tmp_path / "model", num_layers=1)
     quantize(model, dst, scheme=scheme)
     for seed, name in enumerate(("transformer", "transformer_2")):
-        source, found = tensors(CONFIG | {"num_layers": 1}, seed), read(dst / name)
+        source, written = tensors(CONFIG | {"num_layers": 1}, seed), read(dst / name)
         for layer in (n.removesuffix(".weight") for n in source if n.endswith("weight")):
             weight = source[f"{layer}.weight"]
             if not layer.startswith("blocks") or "norm" in layer:
-                assert same(found[f"{layer}.weight"], weight)
+                assert same(written[f"{layer}.weight"], weight)
                 continue
             encoded = mx.encode(weight, SCHEMES[scheme].weight)
-            wanted = {"weight": encoded.qdata, "weight_scale": encoded.scale}
-            wanted |= {"weight_dual_scale": encoded.dual_scale} if encoded.dual_scale is not None else {}
-            wanted |= {"weight_offset": torch.zeros(len(weight), 1)} if scheme == "int8" else {}
-            wanted |= {"bias": source[f"{layer}.bias"].float()}
-            roles = {n.rpartition(".")[2] for n in found if n.rpartition(".")[0] == layer}
-            assert roles == wanted.keys()
-            assert all(same(found[f"{layer}.{role}"], tensor) for role, tensor in wanted.items()), layer
-        assert same(found["scale_shift_table"], source["scale_shift_table"])
+            expected = {"weight": encoded.qdata, "weight_scale": encoded.scale}
+            expected |= {"weight_dual_scale": encoded.dual_scale} if encoded.dual_scale is not None else {}
+            expected |= {"weight_offset": torch.zeros(len(weight), 1)} if scheme == "int8" else {}
+            expected |= {"bias": source[f"{layer}.bias"].float()}
+            roles = {n.rpartition(".")[2] for n in written if n.rpartition(".")[0] == layer}
+            assert roles == expected.keys()
+            assert all(same(written[f"{layer}.{role}"], tensor) for role, tensor in expected.items()), layer
+        assert same(written["scale_shift_table"], source["scale_shift_table"])
 
 
-def test_a_complete_folder_that_reads_back(model, dst):
+def test_the_folder_is_complete_and_readable(model, dst):
     report = quantize(model, dst, scheme="mxfp8", keep=["blocks.1.ffn.*"])
     layout = recognise(dst)
     assert layout.kind == "diffusers" and set(layout.parts) == {
@@ -99,8 +99,8 @@ def test_a_complete_folder_that_reads_back(model, dst):
     expert = read_expert(layout.experts[0])
     assert {layer.scheme for layer in expert.layers.values()} == {"mxfp8"} and len(expert.layers) == 18
     assert expert.config == CONFIG
-    marker = json_of(dst / "transformer_2" / "config.json")["quantization_config"]
-    assert marker == {
+    quantization_config = json_of(dst / "transformer_2" / "config.json")["quantization_config"]
+    assert quantization_config == {
         "quant_method": "mxfp8",
         "is_checkpoint_mxfp8_serialized": True,
         "ignored_layers": ["blocks.1.ffn.net_0.proj", "blocks.1.ffn.net_2"],
@@ -124,7 +124,7 @@ def test_other_components_are_linked_and_small_files_copied(model, dst):
     assert "text_encoder" in report.linked
 
 
-def test_copies_stand_alone(model, dst):
+def test_copies_do_not_need_the_source(model, dst):
     quantize(model, dst, scheme="int8", copy=True)
     assert not any(p.is_symlink() for p in dst.rglob("*"))
     assert (dst / "vae" / "diffusion_pytorch_model.safetensors").read_text() == "weights of the VAE"
@@ -156,9 +156,9 @@ def test_shards_and_their_index(model, dst):
     files = sorted({p.name for p in folder.glob("*.safetensors")})
     assert len(files) > 2 and set(index["weight_map"].values()) == set(files)
     quantize(model, dst.parent / "one", scheme="mxfp8", max_shard_bytes=None)
-    whole = read(dst.parent / "one" / "transformer")
-    assert all(same(tensor, whole[name]) for name, tensor in read(folder).items())
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+    one_file = read(dst.parent / "one" / "transformer")
+    assert all(same(tensor, one_file[name]) for name, tensor in read(folder).items())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in one_file.values())
 
 
 @pytest.mark.parametrize("rule", ["msms:ceil_x:search", "max:7"])
@@ -167,14 +167,14 @@ def test_blocks_of_rows_give_the_same_bytes(tmp_path, dst, monkeypatch, rule):
     quantize(folder, dst, scheme="mxfp4", scale_rule=rule)
     monkeypatch.setattr(reader, "BLOCK_BYTES", 20 * 2 * 64)
     quantize(folder, tmp_path / "other", scheme="mxfp4", scale_rule=rule)
-    one, other = read(dst / "transformer"), read(tmp_path / "other" / "transformer")
-    assert one.keys() == other.keys()
-    assert all(same(tensor, other[name]) for name, tensor in one.items())
+    first, second = read(dst / "transformer"), read(tmp_path / "other" / "transformer")
+    assert first.keys() == second.keys()
+    assert all(same(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_two_runs_give_the_same_folder(model, tmp_path):
-    for place in ("a", "b"):
-        quantize(model, tmp_path / place / "out", scheme="mxfp8", report=True)
+    for name in ("a", "b"):
+        quantize(model, tmp_path / name / "out", scheme="mxfp8", report=True)
     files = {p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()}
     assert files == {p.relative_to(tmp_path / "b") for p in (tmp_path / "b").rglob("*") if p.is_file()}
     for file in files:
@@ -188,20 +188,25 @@ def test_two_runs_give_the_same_folder(model, tmp_path):
 def test_weights_are_encoded_from_their_own_dtype(tmp_path, dst, dtype):
     folder = write_transformer(tmp_path / "model", dtype=dtype)
     quantize(folder, dst, scheme="mxfp8")
-    source, found = tensors(CONFIG, dtype=dtype), read(dst / "transformer")
+    source, written = tensors(CONFIG, dtype=dtype), read(dst / "transformer")
     encoded = mx.encode(source[f"{Q}.weight"], "mxfp8")
-    assert same(found[f"{Q}.weight"], encoded.qdata) and same(found[f"{Q}.weight_scale"], encoded.scale)
-    assert same(found["proj_out.weight"], source["proj_out.weight"])
-    assert same(found[f"{Q}.bias"], source[f"{Q}.bias"].float())
+    assert same(written[f"{Q}.weight"], encoded.qdata) and same(written[f"{Q}.weight_scale"], encoded.scale)
+    assert same(written["proj_out.weight"], source["proj_out.weight"])
+    assert same(written[f"{Q}.bias"], source[f"{Q}.bias"].float())
 
 
-def test_a_recipe_that_rounds_first_gives_what_bf16_weights_give(tmp_path, dst):
+def test_a_recipe_with_round_to_gives_the_result_of_bf16_weights(tmp_path, dst):
     quantize(write_transformer(tmp_path / "wide", dtype=torch.float32), dst, recipe="ascend-w8a8f8")
     other = write_transformer(tmp_path / "narrow")
     quantize(other, tmp_path / "out2", recipe="ascend-w8a8f8")
-    wide, narrow = read(dst / "transformer"), read(tmp_path / "out2" / "transformer")
-    assert wide.keys() == narrow.keys() and all(same(wide[name], narrow[name]) for name in wide)
-    assert wide["proj_out.weight"].dtype == torch.bfloat16 and wide[f"{Q}.bias"].dtype == torch.float32
+    from_float32, from_bf16 = read(dst / "transformer"), read(tmp_path / "out2" / "transformer")
+    assert from_float32.keys() == from_bf16.keys() and all(
+        same(from_float32[name], from_bf16[name]) for name in from_float32
+    )
+    assert (
+        from_float32["proj_out.weight"].dtype == torch.bfloat16
+        and from_float32[f"{Q}.bias"].dtype == torch.float32
+    )
 
 
 def test_a_single_file_in_original_names(tmp_path, dst):
@@ -210,23 +215,25 @@ def test_a_single_file_in_original_names(tmp_path, dst):
     file = source / "diffusion_pytorch_model.safetensors"
     quantize(file, dst, scheme="fp8")
     assert [p.name for p in dst.iterdir() if p.is_dir()] == ["transformer"]
-    found, before = read(dst / "transformer"), read(source)
+    written, before = read(dst / "transformer"), read(source)
     for old, new in names.items():
         encoded = mx.encode(before[f"blocks.0.{old}.weight"], "fp8")
-        assert same(found[f"blocks.0.{new}.weight"], encoded.qdata)
+        assert same(written[f"blocks.0.{new}.weight"], encoded.qdata)
 
 
 def tiled(folder: Path) -> dict[str, torch.Tensor]:
-    """Rewrite a transformer as FP8 in tiles of 128 x 128; what its weights are now, in BF16."""
+    """Rewrite a transformer as FP8 in tiles of 128 x 128. Return its decoded weights in BF16."""
     values, decoded = read(folder), {}
     for name in [n for n in values if n.startswith("blocks") and n.endswith(".weight") and "norm" not in n]:
         weight = values[name].float()
         rows, columns = (-(-n // 128) for n in weight.shape)
         scale = 0.001 + 0.01 * torch.rand(rows, columns)
-        wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: weight.shape[0], : weight.shape[1]]
-        qdata = (weight / wide).clamp(-448, 448).to(torch.float8_e4m3fn)
+        scales = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[
+            : weight.shape[0], : weight.shape[1]
+        ]
+        qdata = (weight / scales).clamp(-448, 448).to(torch.float8_e4m3fn)
         values |= {name: qdata, f"{name}_scale_inv": scale}
-        decoded[name] = (qdata.float() * wide).to(torch.bfloat16)
+        decoded[name] = (qdata.float() * scales).to(torch.bfloat16)
     save_file(values, folder / "diffusion_pytorch_model.safetensors")
     return decoded
 
@@ -236,17 +243,17 @@ def test_fp8_in_tiles_is_decoded_to_bf16_first(tmp_path, dst, monkeypatch):
     decoded = tiled(folder)
     monkeypatch.setattr(reader, "BLOCK_BYTES", 150 * 192)  # blocks of 128 rows
     quantize(folder, dst, scheme="mxfp8", keep=["*.ffn.net.2"])
-    found = read(dst / "transformer")
+    written = read(dst / "transformer")
     for name, weight in decoded.items():
         if "ffn.net.2" in name:
-            assert same(found[name], weight)
+            assert same(written[name], weight)
         else:
             encoded = mx.encode(weight, "mxfp8")
-            assert same(found[name], encoded.qdata) and same(found[f"{name}_scale"], encoded.scale)
-    assert not any(name.endswith("_inv") for name in found)
+            assert same(written[name], encoded.qdata) and same(written[f"{name}_scale"], encoded.scale)
+    assert not any(name.endswith("_inv") for name in written)
 
 
-def test_half_of_a_pair_is_refused(tmp_path, dst):
+def test_a_weight_without_its_scale_or_the_reverse_is_refused(tmp_path, dst):
     folder = write_transformer(tmp_path / "model", num_layers=1)
     tiled(folder)
     values = read(folder)
@@ -267,15 +274,15 @@ def test_a_quantized_source_is_refused_with_its_scheme(model, dst):
 
 def test_rotated_attention(tmp_path, dst):
     quantize(write_transformer(tmp_path / "model"), dst, recipe="ascend-w8a8f8")
-    found = read(dst / "transformer")
+    written = read(dst / "transformer")
     manifest = json_of(dst / "transformer" / "quant_model_description.json")
-    assert same(found["blocks.1.attn1.q_rot"], smoothing.rotation(32))
-    assert same(found["blocks.1.attn1.k_rot"], smoothing.rotation(32))
+    assert same(written["blocks.1.attn1.q_rot"], smoothing.rotation(32))
+    assert same(written["blocks.1.attn1.k_rot"], smoothing.rotation(32))
     assert {n for n in manifest if n.endswith("quant_type")} == {
         "blocks.1.attn1.quant_type",
         "model_quant_type",
     }
-    assert "blocks.0.attn1.q_rot" not in found and manifest["blocks.1.attn1.q_rot"] == "FLOAT"
+    assert "blocks.0.attn1.q_rot" not in written and manifest["blocks.1.attn1.q_rot"] == "FLOAT"
     assert read_expert(recognise(dst).experts[0]).attention == {"blocks.1.attn1.quant_type": "FP8_DYNAMIC"}
 
 
@@ -292,13 +299,13 @@ def test_loras_are_folded_before_encoding(model, dst):
     lora |= {f"transformer.{Q}.diff_b": torch.randn(64), "transformer.patch_embedding.diff_b": torch.ones(64)}
     save_file(lora, model.parent / "style.safetensors")
     report = quantize(model, dst, scheme="mxfp8", loras=[f"transformer={model.parent}/style.safetensors:0.5"])
-    source, found = tensors(CONFIG), read(dst / "transformer")
+    source, written = tensors(CONFIG), read(dst / "transformer")
     weight = (source[f"{Q}.weight"].double() + 0.5 * up.double() @ down.double()).to(torch.bfloat16)
-    assert same(found[f"{Q}.weight"], mx.encode(weight, "mxfp8").qdata)
+    assert same(written[f"{Q}.weight"], mx.encode(weight, "mxfp8").qdata)
     bias = (source[f"{Q}.bias"].double() + 0.5 * lora[f"transformer.{Q}.diff_b"].double()).to(torch.bfloat16)
-    assert same(found[f"{Q}.bias"], bias.float())
+    assert same(written[f"{Q}.bias"], bias.float())
     proj_out = source["proj_out.weight"].double() + 0.5 * lora["transformer.proj_out.diff"].double()
-    assert same(found["proj_out.weight"], proj_out.to(torch.bfloat16))
+    assert same(written["proj_out.weight"], proj_out.to(torch.bfloat16))
     other = read(dst / "transformer_2")
     assert same(other["proj_out.weight"], tensors(CONFIG, 1)["proj_out.weight"])
     assert report.loras == ({"file": "style.safetensors", "weight": 0.5, "expert": "transformer"},)
@@ -307,7 +314,7 @@ def test_loras_are_folded_before_encoding(model, dst):
     assert record["command"].endswith("--scheme mxfp8 --lora transformer=style.safetensors:0.5")
 
 
-def test_a_lora_that_does_not_fit_stops_before_anything_is_written(model, dst):
+def test_a_lora_of_another_model_is_refused_before_writing(model, dst):
     save_file({"transformer.blocks.9.attn1.to_q.diff": torch.ones(64, 64)}, model.parent / "x.safetensors")
     error = refused(
         "E-LRA-01", CheckpointError, model, dst, scheme="mxfp8", loras=[str(model.parent / "x.safetensors")]
@@ -340,12 +347,12 @@ def test_engine_format_equals_a_repacked_folder(tmp_path, engine, scheme):
         assert file.stat().st_mode == theirs[path].stat().st_mode, path
 
 
-def test_what_an_engine_cannot_load_is_refused_before_any_work(model, dst):
+def test_a_scheme_that_the_engine_cannot_load_is_refused_first(model, dst):
     error = refused("E-ENG-01", UsageError, model, dst, scheme="mxfp4_dualscale", engine="sglang")
     assert "sglang" in error.got
 
 
-# ---- refusals -----------------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------
 
 
 def test_nan_names_the_layer_and_the_row(tmp_path, dst, monkeypatch):
@@ -384,7 +391,7 @@ def test_bad_calls(model, dst):
     assert not any(dst.iterdir())
 
 
-def test_a_full_disk_leaves_nothing(model, dst, monkeypatch):
+def test_a_full_disk_leaves_no_output(model, dst, monkeypatch):
     def full(fd: int, data: memoryview, offset: int) -> None:
         if len(data) == 64 * 64 and offset > 100_000:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -395,7 +402,7 @@ def test_a_full_disk_leaves_nothing(model, dst, monkeypatch):
     assert "No space left" in error.got
 
 
-def test_smoothing_must_fit(model, dst):
+def test_smoothing_of_another_shape_or_expert_is_refused(model, dst):
     wrong = {"transformer": {Q: torch.ones(63)}}
     error = refused("E-USE-05", UsageError, model, dst, scheme="mxfp4", smoothing=wrong)
     assert "shape (63,)" in error.got
@@ -409,8 +416,8 @@ def test_float64_is_rounded_or_refused(tmp_path, dst):
     assert "float64" in refused("E-QNT-01", UsageError, folder, dst, scheme="mxfp8").got
     quantize(folder, dst, recipe="ascend-w8a8f8")
     quantize(write_transformer(tmp_path / "narrow"), tmp_path / "out2", recipe="ascend-w8a8f8")
-    wide, narrow = read(dst / "transformer"), read(tmp_path / "out2" / "transformer")
-    assert all(same(wide[name], narrow[name]) for name in narrow)
+    from_float64, from_bf16 = read(dst / "transformer"), read(tmp_path / "out2" / "transformer")
+    assert all(same(from_float64[name], from_bf16[name]) for name in from_bf16)
 
 
 def test_float16_has_no_msmodelslim_arithmetic(tmp_path, dst):
@@ -422,7 +429,7 @@ def test_float16_has_no_msmodelslim_arithmetic(tmp_path, dst):
 # ---- reports ------------------------------------------------------------------------------------
 
 
-def test_the_report_counts_and_says_why(model, dst):
+def test_the_report_has_counts_and_reasons(model, dst):
     report = quantize(model, dst, scheme="mxfp8", keep=["blocks.0.attn1.*"])
     expert = report.experts[0]
     before = sum(t.nbytes for t in tensors(CONFIG).values())
@@ -441,7 +448,7 @@ def test_the_report_counts_and_says_why(model, dst):
 
 def test_sqnr_of_every_layer_and_the_ten_worst(model, dst):
     def spoil(values):
-        values["blocks.1.ffn.net.2.weight"][:, ::32] *= 3000  # outliers squeeze their blocks
+        values["blocks.1.ffn.net.2.weight"][:, ::32] *= 3000  # outliers leave few levels for their blocks
 
     folder = write_transformer(model.parent / "bare", edit=spoil)
     report = quantize(folder, dst, scheme="mxfp4", report=True)
@@ -487,7 +494,7 @@ def test_warnings(tmp_path, dst):
     assert [w for w in report.warnings if "multiple of 32" in w] and len(report.warnings) == 1
 
 
-def test_the_kind_of_a_model_chooses_its_rules(tmp_path, dst):
+def test_the_rules_depend_on_the_kind_of_model(tmp_path, dst):
     folder = write_transformer(tmp_path / "i2v", **I2V)
     quantize(folder, dst, recipe="ascend-w8a8f8")
     encoded = mx.encode(read(folder)[f"{Q}.weight"], "mxfp8", scale_rule="msms:minmax")

@@ -23,8 +23,8 @@ layers = ["*", "condition_embedder.*"]
 scheme = "int8"
 scale_rule = "msms:int8_legacy"
 """
-# Written by hand from Diffusers' WanTransformer3DModel, so that a wrong table of ours shows.
-WORDS = {
+# Written by hand from Diffusers' WanTransformer3DModel, to reveal a wrong table in ascendit.
+NAMES = {
     "self_attn": "attn1",
     "cross_attn": "attn2",
     "ffn.0": "ffn.net.0.proj",
@@ -42,7 +42,7 @@ WORDS = {
 
 
 def diffusers_name(name: str) -> str:
-    for old, new in WORDS.items():
+    for old, new in NAMES.items():
         name = re.sub(rf"(^|\.){re.escape(old)}(?=\.|$)", rf"\1{new}", name)
     name = re.sub(r"(attn[12])\.([qkv])(?=\.)", r"\1.to_\2", name)
     name = re.sub(r"(attn[12])\.o(?=\.)", r"\1.to_out.0", name)
@@ -63,7 +63,7 @@ def written(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Every tensor, byte for byte; the legacy calibrator's BF16 scales and biases as the float32 they are."""
+    """Every tensor, byte for byte; the legacy calibrator's BF16 scales and biases are compared in float32."""
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         if tensor.dtype != ours[name].dtype:
@@ -142,7 +142,7 @@ def test_dual_scale_with_smoothing(tmp_path):
 
 
 def test_another_rule_gives_other_bytes(tmp_path):
-    """Else the tests above would prove little."""
+    """Otherwise the tests above would prove little."""
     quantize(TI2V, tmp_path / "out", scheme="mxfp8", scale_rule="msms:mse_round")
     ours, theirs = (
         written(tmp_path / "out" / "transformer")[0],

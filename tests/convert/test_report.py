@@ -1,4 +1,4 @@
-"""What `quantize` and `repack` print and give as JSON, line by line."""
+"""The text and JSON output of `quantize` and `repack`, line by line."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def test_quantize_on_a_screen() -> None:
     ]
 
 
-def test_a_dry_run_says_where_it_would_write() -> None:
+def test_a_dry_run_names_the_output() -> None:
     dry = replace(QUANTIZED, dry_run=True)
     assert dry.lines()[-1] == "Dry run        nothing written; the output would be out"
     assert dry.gib_per_s == 0.0 and dry.as_dict()["dry_run"] is True
 
 
-def test_what_was_measured_comes_after_the_rows() -> None:
+def test_measurements_follow_the_summary() -> None:
     sqnr = {f"blocks.{n}.attn1.to_q": 30.0 - n for n in range(12)}
     outputs = Outputs(
         layers={
@@ -79,7 +79,7 @@ def test_what_was_measured_comes_after_the_rows() -> None:
     calibration = {"alpha": 0.9, "prompts": 1, "steps": 16, "size": "64x64", "frames": 17}
     lines = replace(QUANTIZED, experts=(expert,), calibration=calibration).lines()
     assert "Smoothing    alpha 0.9, from 1 prompt of 16 steps at 64x64, 17 frames" in lines
-    assert "Time         2.0 s" in lines  # no speed: a calibration took part of it
+    assert "Time         2.0 s" in lines  # no speed: the time includes a calibration
     start = lines.index("")
     assert lines[start + 1 : start + 4] == [
         "transformer: SQNR of the weights in dB, the 10 worst of 12 layers",

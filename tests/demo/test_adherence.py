@@ -1,4 +1,4 @@
-"""The judge: right on true renders, also degraded ones; accepts nothing else; chance on shuffled labels."""
+"""The judge: right on true videos, even degraded ones; refuses others; at chance level on shuffled labels."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def line(start: tuple[float, float], end: tuple[float, float], frames: int = 17)
 
 ACROSS = line((20, 32), (44, 32))
 
-# ---- what must be read right --------------------------------------------------------------------
+# ---- videos that must be judged right -----------------------------------------------------------
 
 
-def test_ground_truth_is_read_right() -> None:
+def test_true_videos_are_judged_right() -> None:
     result = score(true_readings(), SCENES)
     print("\n" + result.table())
     assert result.overall.total == 432 and result.held_out.total == 66
@@ -71,7 +71,7 @@ def test_ground_truth_is_read_right() -> None:
 
 
 def blur(video: Video, rng: Rng) -> NDArray[np.float64]:
-    """Gaussian with sigma 1 px, by its Fourier transform."""
+    """Gaussian blur with sigma 1 px, in Fourier space."""
     pad = np.pad(video.astype(float), [(0, 0), (8, 8), (8, 8), (0, 0)], mode="edge")
     f = np.exp(-2 * np.pi**2 * np.fft.fftfreq(pad.shape[1]) ** 2)
     freq = np.fft.fft2(pad, axes=(1, 2)) * (f[:, None] * f[None, :])[None, :, :, None]
@@ -106,7 +106,7 @@ def all_at_once(video: Video, rng: Rng) -> NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("change", [blur, noise, colour_shift, colour_gain, flicker, all_at_once])
-def test_degraded_videos_are_still_read_right(change: Callable[[Video, Rng], NDArray[np.float64]]) -> None:
+def test_degraded_videos_are_still_judged_right(change: Callable[[Video, Rng], NDArray[np.float64]]) -> None:
     rng = np.random.default_rng(5)
     scenes = pick(144, rng_seed=1)
     videos = (change(true_video(s, seed=1), rng) for s in scenes)
@@ -124,7 +124,7 @@ def growing(scene: Scene, rng: Rng) -> Video:
 
 
 def leaving(scene: Scene, rng: Rng) -> Video:
-    """At the end the thing's centre is 0.3 radii from the edge that it moves to."""
+    """In the last frame the centre of the object is 0.3 radii from the edge that it moves to."""
     m = draw_motion(rng, scene.direction)
     toward = np.array(world.DIRECTIONS[scene.direction])
     x, y = 32 + np.sign(toward) * 32 - toward * (m.travel / 2) - np.sign(toward) * 0.3 * m.radius
@@ -132,7 +132,7 @@ def leaving(scene: Scene, rng: Rng) -> Video:
 
 
 @pytest.mark.parametrize("make", [growing, leaving])
-def test_changing_size_and_leaving_the_picture(make: Callable[[Scene, Rng], Video]) -> None:
+def test_objects_that_change_size_or_leave_the_picture(make: Callable[[Scene, Rng], Video]) -> None:
     rng, scenes = np.random.default_rng(6), pick(144, rng_seed=2)
     result = score([judge(make(s, rng)) for s in scenes], scenes)
     print(f"\n{make.__name__}: {result.overall}")
@@ -144,29 +144,29 @@ def test_any_size_and_length(size: int, frames: int) -> None:
     scenes = pick(24, rng_seed=3)
     videos = [true_video(s, 3, size, frames) for s in scenes]
     assert score([judge(video) for video in videos], scenes).overall.everything == 24
-    ends = [seen(v, s).centre[[0, -1]] for v, s in zip(videos, scenes, strict=True)]
+    ends = [find_mask(v, s).centre[[0, -1]] for v, s in zip(videos, scenes, strict=True)]
     side = size // max(1, size // 64)  # after blocks of pixels were averaged
     assert all(0.8 < np.hypot(*(last - first)) / (22 * side / 64) < 1.2 for first, last in ends)
 
 
-def test_wide_pictures() -> None:
+def test_pictures_that_are_not_square() -> None:
     video = render(SCENE, MOTION)
-    wide = np.concatenate([video, np.zeros((17, 64, 48, 3), np.uint8)], axis=2)
-    assert names(judge(wide)) == tuple(SCENE)
+    wider = np.concatenate([video, np.zeros((17, 64, 48, 3), np.uint8)], axis=2)
+    assert names(judge(wider)) == tuple(SCENE)
 
 
-def seen(video: Video, scene: Scene) -> adherence.Mask:
-    """The mask of the thing, which the readings are taken from."""
+def find_mask(video: Video, scene: Scene) -> adherence.Mask:
+    """The mask of the object, from which the judge reads the attributes."""
     ground = np.array(world.BACKGROUNDS[scene.background], np.float32)
     mask = adherence._find_object(adherence._box3(adherence._shrink(video)), ground)
     assert not isinstance(mask, str), mask
     return mask
 
 
-def test_evidence() -> None:
+def test_mask_and_shape_scores() -> None:
     video = render(SCENE, MOTION)
     assert judge(video).reasons == ()
-    mask = seen(video, SCENE)
+    mask = find_mask(video, SCENE)
     assert mask.centre.shape == (17, 2)
     assert np.allclose(mask.centre + 0.5, line((21, 32), (43, 32)), atol=0.1)
     assert np.median(mask.area) == pytest.approx(np.pi * 100, rel=0.03)
@@ -174,34 +174,34 @@ def test_evidence() -> None:
     assert scores["circle"] > 0.95 > 0.9 > scores["square"] > scores["triangle"]
 
 
-# ---- what must not be accepted ------------------------------------------------------------------
+# ---- videos that must be refused ----------------------------------------------------------------
 
 
-def test_one_wrong_attribute_is_the_only_one_found_wrong() -> None:
+def test_exactly_the_wrong_attribute_is_reported() -> None:
     choices = {
         "colour": list(world.COLOURS),
         "shape": list(world.SHAPES),
         "direction": list(world.DIRECTIONS),
         "background": list(world.BACKGROUNDS),
     }
-    for asked, (name, values) in itertools.product(pick(6, rng_seed=4), choices.items()):
-        for value in set(values) - {getattr(asked, name)}:
-            right = judge(true_video(asked._replace(**{name: value}), 4)).matches(asked)
-            assert right == {a: a != name for a in ATTRIBUTES}, (asked, name, value)
+    for scene, (name, values) in itertools.product(pick(6, rng_seed=4), choices.items()):
+        for value in set(values) - {getattr(scene, name)}:
+            right = judge(true_video(scene._replace(**{name: value}), 4)).matches(scene)
+            assert right == {a: a != name for a in ATTRIBUTES}, (scene, name, value)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_shuffled_labels_score_chance(seed: int) -> None:
+def test_shuffled_labels_score_at_chance_level(seed: int) -> None:
     shuffled = [SCENES[i] for i in np.random.default_rng(seed).permutation(432)]
-    got = score(true_readings(), shuffled).overall
-    print(f"\n{got}")
+    counts = score(true_readings(), shuffled).overall
+    print(f"\n{counts}")
     for name in (*ATTRIBUTES, "everything"):
         labels = [getattr(s, name, s) for s in SCENES]
         chance = sum((n / 432) ** 2 for n in Counter(labels).values())  # two draws coincide
-        assert abs(got.share(name) - chance) < 4 * np.sqrt(chance * (1 - chance) / 432), name
+        assert abs(counts.share(name) - chance) < 4 * np.sqrt(chance * (1 - chance) / 432), name
 
 
-def test_a_static_thing_has_no_direction() -> None:
+def test_a_static_object_has_no_direction() -> None:
     for shape in world.SHAPES:
         r = judge(paint([covered(shape, line((32, 32), (32, 32)))], [(230, 25, 25)]))
         assert names(r) == ("red", shape, None, "black") and "does not move" in r.reasons[0]
@@ -237,7 +237,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("name", list(PAIRS))
-def test_two_things_are_not_one(name: str) -> None:
+def test_two_objects_are_refused(name: str) -> None:
     colours, alphas = zip(*PAIRS[name], strict=True)
     r = judge(paint(list(alphas), list(colours), ground=128))
     assert names(r) == (None, None, None, "gray") and "more than one object" in r.reasons[0]
@@ -263,7 +263,7 @@ def test_other_shapes_have_no_name(name: str) -> None:
     assert r.shape is None and r.reasons
 
 
-def test_a_thing_that_changes_its_shape_has_none() -> None:
+def test_an_object_that_changes_shape_has_no_shape() -> None:
     early = (np.arange(17) < 9)[:, None, None]
     for a, b in itertools.combinations(world.SHAPES, 2):
         assert (
@@ -301,12 +301,12 @@ def test_other_colours_have_no_name(rgb: tuple[int, int, int]) -> None:
     assert names(r) == (None, "circle", "right", "black") and str(rgb) in r.reasons[0]
 
 
-def test_a_thing_of_two_colours_has_none() -> None:
-    whole = covered("square", ACROSS)
-    left = whole * (np.arange(64) + 0.5 < ACROSS[:, 0, None])[:, None, :]
-    early = whole * (np.arange(17) < 9)[:, None, None]
+def test_an_object_of_two_colours_has_no_colour() -> None:
+    square = covered("square", ACROSS)
+    left = square * (np.arange(64) + 0.5 < ACROSS[:, 0, None])[:, None, :]
+    early = square * (np.arange(17) < 9)[:, None, None]
     for part in (left, early):
-        r = judge(paint([whole, part], [(230, 25, 25), (245, 215, 20)]))
+        r = judge(paint([square, part], [(230, 25, 25), (245, 215, 20)]))
         assert r.colour is None and r.reasons
 
 
@@ -318,7 +318,7 @@ def test_a_background_of_two_parts_or_another_colour_has_no_name() -> None:
     assert judge(paint([covered("circle", ACROSS)], [(230, 25, 25)], ground=64)).background is None
 
 
-def test_a_thing_that_is_there_for_half_the_time_only() -> None:
+def test_an_object_in_half_of_the_frames_is_refused() -> None:
     video = render(SCENE, MOTION)
     video[8:] = 0
     assert names(judge(video))[:3] == (None, None, None)
@@ -344,7 +344,7 @@ def test_other_arrays_are_refused(frames: Video) -> None:
 # ---- many prompts -------------------------------------------------------------------------------
 
 
-def test_measure_adherence_counts_and_keeps_failures() -> None:
+def test_measure_adherence_counts_and_lists_failures() -> None:
     scenes, calls = [*pick(5, rng_seed=8), SCENE], []
     videos = {s.prompt(): true_video(s) for s in scenes}
     still = paint([covered("circle", line((32, 32), (32, 32)))], [(230, 25, 25)])
@@ -366,9 +366,11 @@ def test_measure_adherence_counts_and_keeps_failures() -> None:
     assert first["prompt"] == SCENE.prompt() and first["read"]["direction"] is None
 
 
-def test_trained_and_held_out_are_counted_apart() -> None:
-    back = world.held_out()
-    wrong = [r if s.triple not in back else Reading() for r, s in zip(true_readings(), SCENES, strict=True)]
+def test_trained_and_held_out_are_counted_separately() -> None:
+    held_out = world.held_out()
+    wrong = [
+        r if s.triple not in held_out else Reading() for r, s in zip(true_readings(), SCENES, strict=True)
+    ]
     result = score(wrong, SCENES)
     assert (result.trained.total, result.held_out.total, result.held_out.everything) == (366, 66, 0)
     assert result.trained.share() >= 0.99
@@ -377,7 +379,7 @@ def test_trained_and_held_out_are_counted_apart() -> None:
     assert rows[-1].endswith("0/66    0.0%")
 
 
-def test_score_wants_as_many_readings_as_scenes() -> None:
+def test_score_needs_as_many_readings_as_scenes() -> None:
     with pytest.raises(ValueError, match="zip"):
         score([Reading()], SCENES[:2])
     assert score([], []).overall.share() == 0.0

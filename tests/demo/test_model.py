@@ -1,4 +1,4 @@
-"""The shipped demo model: its shape, its size, that stock Diffusers runs it, and that it follows prompts."""
+"""The shipped demo model: shape, size, prompt adherence; Diffusers' own pipeline runs it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ascendit.checkpoint.hub import DEMO
 from ascendit.demo import adherence, world
 from ascendit.pipeline.generate import Pipeline
 
-# Counted over all 864 videos: `ascendit verify --demo --adherence` (docs/demo-model.md). 99.2 % are
-# right in everything.
+# Counted over all 864 videos: `ascendit verify --demo --adherence` (docs/demo-model.md). 99.2 % have
+# all attributes right.
 SUBSET, LEAST_RIGHT = 48, 0.90
 
 
@@ -45,7 +45,7 @@ def test_size_of_the_folder() -> None:
 
 
 @pytest.mark.parametrize("expert", ["transformer", "transformer_2"])
-def test_shape_that_later_measurements_rely_on(expert: str) -> None:
+def test_shape_of_the_experts(expert: str) -> None:
     c, vae = config(expert), config("vae")
     assert c["num_layers"] >= 8 and c["attention_head_dim"] == 64
     assert c["num_attention_heads"] * c["attention_head_dim"] >= 128
@@ -72,7 +72,7 @@ def test_experts_differ(demo: Pipeline) -> None:
 
 
 def test_a_video_takes_less_than_five_seconds(demo: Pipeline) -> None:
-    """Of this process: other work on the machine does not count."""
+    """CPU time of this process."""
     torch.set_num_threads(1)
     demo.generate("a blue square moves left on a white background", seed=1)
     seconds: list[float] = []
@@ -92,7 +92,7 @@ def test_it_follows_prompts(frames: Callable[[str, int], Any]) -> None:
     assert result.overall.share() >= LEAST_RIGHT, result.table()
 
 
-def test_swapped_experts_do_not(frames: Callable[[str, int], Any]) -> None:
+def test_swapped_experts_do_not_follow_prompts(frames: Callable[[str, int], Any]) -> None:
     scenes = adherence.pick(SUBSET)[:16]
     good = adherence.measure_adherence(frames, scenes, [11]).overall.share()
     swapped = ascendit.load("demo")
@@ -101,7 +101,7 @@ def test_swapped_experts_do_not(frames: Callable[[str, int], Any]) -> None:
     assert bad <= good - 0.2, (good, bad)
 
 
-def test_other_wordings_say_the_same(demo: Pipeline) -> None:
+def test_it_follows_other_wordings(demo: Pipeline) -> None:
     scenes = [s for s in adherence.pick(40, rng_seed=1) if s.triple not in world.held_out()][:16]
     right = 0
     for i, scene in enumerate(scenes):
@@ -111,7 +111,7 @@ def test_other_wordings_say_the_same(demo: Pipeline) -> None:
 
 
 def test_stock_wan_pipeline_runs_it_with_its_own_defaults() -> None:
-    """Guidance 5 for both experts, 50 steps, 512 text tokens: only size and prompt are given."""
+    """Guidance 5 for both experts, 50 steps, 512 text tokens: only size and prompt are passed."""
     from diffusers import WanPipeline
 
     pipe = WanPipeline.from_pretrained(DEMO)
@@ -141,8 +141,8 @@ def test_adherence_over_all_combinations(demo: Pipeline) -> None:
     assert result.held_out.share() >= 0.85, result.table()
 
 
-def test_training_script_is_the_one_that_made_it() -> None:
-    """The shape in `tools/train_demo.py` and the shape on disk agree."""
+def test_the_training_script_has_the_shape_of_the_model() -> None:
+    """`tools/train_demo.py` and the folder have the same shape."""
     text = (Path(__file__).parents[2] / "tools/train_demo.py").read_text()
     c = config("transformer")
     for key in ("num_layers", "ffn_dim", "num_attention_heads", "freq_dim"):

@@ -1,4 +1,4 @@
-"""The demo world: its words, its shapes, and what is kept back stays kept back."""
+"""The demo world: its words and shapes; the held-out triples never change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_size_of_the_world() -> None:
     assert world.FRAMES % 4 == 1 and world.SIZE % 16 == 0
 
 
-def test_shapes_are_unlike_in_outline() -> None:
+def test_shapes_have_different_outlines() -> None:
     grid = np.arange(64, dtype=np.float32) + 0.5 - 32
     circle, square, triangle = (world.coverage(s, grid[None], grid[:, None], 10.0) for s in world.SHAPES)
     assert circle[32, 40] == 1 and circle[25, 25] > 0.5 > circle[23, 23]
@@ -48,11 +48,11 @@ def test_held_out_is_15_percent_and_balanced() -> None:
     assert held < every and len(held) == 22 == round(0.15 * len(every))
     for part in range(3):
         total = Counter(t[part] for t in every)
-        lost = Counter(t[part] for t in held)
-        assert max(lost[w] / total[w] for w in total) <= 0.25
-    for a, b in [(0, 1), (0, 2), (1, 2)]:  # every pair of words is still seen together
-        seen = {(t[a], t[b]) for t in every - held}
-        assert seen == {(t[a], t[b]) for t in every}
+        excluded = Counter(t[part] for t in held)
+        assert max(excluded[w] / total[w] for w in total) <= 0.25
+    for a, b in [(0, 1), (0, 2), (1, 2)]:  # every pair of words still occurs in training
+        trained = {(t[a], t[b]) for t in every - held}
+        assert trained == {(t[a], t[b]) for t in every}
 
 
 def test_a_triple_is_held_out_on_every_background() -> None:

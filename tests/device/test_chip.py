@@ -1,4 +1,4 @@
-"""The capability table: chips, rows, and that they name what there is."""
+"""Chips and the capability table: each row names an operator that exists."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def test_chips_by_soc_number(number: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("number", [-1, 103, 202, 226, 240])
-def test_other_socs_are_no_chip_of_ours(number: int) -> None:
+def test_other_soc_numbers_are_not_supported(number: int) -> None:
     assert chip_of(number) is None
 
 
-def test_every_chip_has_its_figures() -> None:
+def test_every_chip_has_plausible_figures() -> None:
     variants = [v for chip in CHIPS.values() for v in chip.variants]
     assert len({v.name for v in variants}) == len(variants)
     for v in variants:
@@ -39,7 +39,7 @@ def test_every_chip_has_its_figures() -> None:
                 assert v.fp8_tflops == v.int8_tflops and v.fp4_tflops == pytest.approx(2 * v.fp8_tflops, 0.01)
 
 
-def test_figures_are_ordered_as_the_chips_are() -> None:
+def test_newer_chips_are_faster_and_larger() -> None:
     a2, a3, a5 = (CHIPS[name].variants[0] for name in ("a2", "a3", "a5"))
     assert a2.bf16_tflops < a3.bf16_tflops < a5.bf16_tflops
     assert a2.memory_gib <= a3.memory_gib < a5.memory_gib
@@ -47,7 +47,7 @@ def test_figures_are_ordered_as_the_chips_are() -> None:
     assert (memory["a2-32g"], memory["a2-64g"], memory["a3"], memory["a5"]) == (32, 64, 64, 112)
 
 
-def test_every_row_names_an_operator_and_says_what_to_do_elsewhere() -> None:
+def test_every_row_names_an_operator_and_an_alternative_for_other_chips() -> None:
     for row in CAPABILITIES:
         namespace, name = registry.split(row.operator)
         assert name in registry.frozen(namespace), row.operator
@@ -58,13 +58,13 @@ def test_every_row_names_an_operator_and_says_what_to_do_elsewhere() -> None:
     assert len(keys) == len(set(keys))
 
 
-def test_what_the_documents_say() -> None:
+def test_rows_follow_the_vendor_documents() -> None:
     assert capability("npu_quant_matmul", "int8").chips == ("a2", "a3", "a5")
     for mode in ("mxfp8", "mxfp4", "w4a8", "fp8"):
         assert capability("npu_quant_matmul", mode).chips == ("a5",)
     assert capability("npu_prompt_flash_attention").chips == ("a2", "a3")
     assert capability("npu_block_sparse_attention").support_on("a5") == "unknown"
-    assert capability("npu_rms_norm").chips == tuple(CHIPS)  # not in the table: everywhere
+    assert capability("npu_rms_norm").chips == tuple(CHIPS)  # not in the table: on every chip
 
 
 def test_each_quantized_scheme_has_its_matmul() -> None:
@@ -81,7 +81,7 @@ def test_chips_by_scheme() -> None:
     assert chips_for({"fp8_128x128"})["a5"] == "emulated"
 
 
-def test_what_a_chip_has_no_matmul_for() -> None:
+def test_a_scheme_without_a_matmul_is_refused() -> None:
     error = no_matmul_for("twin:a2", "a2", "w4a8")
     assert error.code == "E-CAP-01" and "has no matmul for it" in str(error)
-    assert "needs  Atlas 350 (Ascend 950), a5; a2 has bf16 and int8 and int8_block" in str(error)
+    assert "needs  Atlas 350 (Ascend 950), a5; a2 has bf16, int8, int8_block" in str(error)

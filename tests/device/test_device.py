@@ -1,4 +1,4 @@
-"""Devices by name: what they are, and what a wrong one is told."""
+"""Device names: their fields, and the error for an invalid name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ascendit.errors import UsageError
         ("twin:a5", "twin", None, "a5", "cpu", "npu"),
     ],
 )
-def test_names(name, kind, index, chip, tensors, operators):
+def test_device_names(name, kind, index, chip, tensors, operators):
     device = parse_device(name)
     assert (device.kind, device.index, device.chip) == (kind, index, chip)
     assert (device.torch_name, device.operators) == (tensors, operators)
@@ -35,14 +35,14 @@ def test_names(name, kind, index, chip, tensors, operators):
 @pytest.mark.parametrize(
     "name", ["", "tpu", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:x", "npu:a5", "twin", "twin:", "twin:a4"]
 )
-def test_a_name_that_is_none(name):
+def test_an_invalid_name_is_refused(name):
     with pytest.raises(UsageError) as e:
         parse_device(name)
     assert e.value.code == "E-USE-01" and e.value.got == f"device {name!r}"
     assert "cuda:N" in e.value.needs and "twin:a5" in e.value.needs
 
 
-def test_names_are_read_without_torch():
+def test_names_are_parsed_without_torch():
     code = "import sys, ascendit.device.device as b; b.parse_device('twin:a5'); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "False"

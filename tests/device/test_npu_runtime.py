@@ -1,4 +1,4 @@
-"""What an NPU is started with, on a torch.npu that only remembers what it was told."""
+"""Environment variables, settings and chip of an NPU, with a fake torch.npu."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from ascendit.errors import EnvironmentProblem
 
 @pytest.fixture
 def variables(monkeypatch):
-    """None of them is set, and what is set is put back."""
+    """Every variable is empty; pytest restores them."""
     for v in npu_runtime.VARIABLES:
         monkeypatch.setenv(v.name, "")
 
 
-def test_variables_of_the_user_stay(variables, monkeypatch, caplog):
+def test_variables_set_by_the_user_are_not_changed(variables, monkeypatch, caplog):
     monkeypatch.setenv("TASK_QUEUE_ENABLE", "0")
     with caplog.at_level("INFO", logger="ascendit"):
         npu_runtime.set_variables()
     assert os.environ["TASK_QUEUE_ENABLE"] == "0" and "TASK_QUEUE_ENABLE=0: set by the user" in caplog.text
 
 
-def test_a_torch_npu_without_a_setting_is_told(caplog):
+def test_a_setting_that_torch_npu_lacks_is_logged(caplog):
     npu_runtime.apply(types.SimpleNamespace())
     assert "torch.npu.conv.allow_hf32: this torch_npu does not have it" in caplog.text
     assert "torch.npu.set_compile_mode" in caplog.text
 
 
-def soc_number(soc: int) -> Any:
-    """torch.npu as far as `find_chip` needs it."""
+def fake_npu(soc: int) -> Any:
+    """A fake torch.npu with a SoC number."""
     return types.SimpleNamespace(get_soc_version=lambda: soc)
 
 
 @pytest.mark.parametrize(("soc", "chip"), [(220, "a2"), (225, "a2"), (250, "a3"), (255, "a3"), (260, "a5")])
-def test_chips_by_their_number(soc, chip):
-    assert npu_runtime.find_chip(soc_number(soc)) is CHIPS[chip]
+def test_chips_by_soc_number(soc, chip):
+    assert npu_runtime.find_chip(fake_npu(soc)) is CHIPS[chip]
 
 
-def test_a_chip_that_wan_does_not_run_on():
+def test_an_unsupported_chip_is_refused():
     with pytest.raises(EnvironmentProblem) as e:
-        npu_runtime.find_chip(soc_number(204))
+        npu_runtime.find_chip(fake_npu(204))
     assert e.value.got == "an NPU with SoC number 204" and "Ascend 950" in e.value.needs
 
 
@@ -55,7 +55,7 @@ def test_a_chip_that_wan_does_not_run_on():
     "error",
     [ImportError("libhccl.so: cannot open shared object file"), OSError("libascendcl.so"), RuntimeError()],
 )
-def test_cann_is_absent(monkeypatch, error):
+def test_missing_cann_is_reported(monkeypatch, error):
     def broken(name: str) -> Any:
         raise error
 

@@ -1,4 +1,4 @@
-"""docs/architecture.md against the source: what it names exists, and its picture is current."""
+"""docs/architecture.md matches the source: names in it exist, and its picture is current."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def definitions(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(("file", "name"), NAMES, ids=lambda text: text or "-")
-def test_what_the_page_names_exists(file: str, name: str) -> None:
+def test_names_in_the_page_exist(file: str, name: str) -> None:
     assert path_of(file).exists(), file
     assert not name or name in definitions(path_of(file)), f"{file} does not define {name}"
 
 
-def test_absent_names_are_noticed() -> None:
+def test_absent_names_are_detected() -> None:
     assert len([name for _, name in NAMES if name]) > 60
     assert NAMED.findall("`mx/no.py: encode`, `tests/` and `quant.schemes`") == [
         ("mx/no.py", "encode"),

@@ -82,7 +82,7 @@ def test_tables_match_the_code(page: Path, tables: ModuleType) -> None:
     assert tables.rewrite(text) == text, "stale: run `make docs`"
 
 
-def test_every_table_is_shown_and_an_old_one_is_noticed(tables: ModuleType) -> None:
+def test_every_table_is_in_a_page_and_a_stale_one_is_detected(tables: ModuleType) -> None:
     shown = {name for page in PAGES for _, name, _ in tables.TABLE.findall(page.read_text(encoding="utf-8"))}
     assert shown == set(tables.TABLES)
     readme = (REPO / "README.md").read_text(encoding="utf-8")
@@ -117,8 +117,8 @@ def test_errors_in_the_pages_exist() -> None:
     from ascendit.errors import ERROR_CODES
 
     for page in PAGES:
-        codes = set(re.findall(r"E-[A-Z]{3}-\d\d", page.read_text(encoding="utf-8")))
-        assert codes <= set(ERROR_CODES), page.name
+        named = set(re.findall(r"E-[A-Z]{3}-\d\d", page.read_text(encoding="utf-8")))
+        assert named <= set(ERROR_CODES), page.name
 
 
 def test_the_changelog_has_this_version() -> None:
@@ -133,7 +133,7 @@ def test_the_changelog_has_this_version() -> None:
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `ascendit` and `python` of this interpreter, for the front of PATH."""
+    """A folder for PATH with `ascendit` and `python` of this interpreter."""
     folder = tmp_path_factory.mktemp("bin")
     for name, start in (("python", ""), ("ascendit", "-m ascendit")):
         file = folder / name
@@ -217,7 +217,7 @@ def pattern(shown: str) -> str:
 
 
 @pytest.mark.parametrize("page", SHOWN)
-def test_the_output_shown_is_the_real_one(page: str, ran: Callable[[Block], Done]) -> None:
+def test_shown_output_is_current(page: str, ran: Callable[[Block], Done]) -> None:
     if not DEMO.exists():
         pytest.skip("the demo model is not in src/ascendit/demo/models")
     compared = 0
@@ -234,7 +234,7 @@ def test_the_output_shown_is_the_real_one(page: str, ran: Callable[[Block], Done
     assert compared > 0
 
 
-def test_the_report_on_a_new_model_is_the_real_one(ran: Callable[[Block], Done]) -> None:
+def test_the_report_on_a_new_model_is_current(ran: Callable[[Block], Done]) -> None:
     page_blocks = list(blocks(REPO / "docs" / "new-models.md"))
     code, shown = (next(b for b in page_blocks if b.language == kind) for kind in ("python", "text"))
     done = ran(code)

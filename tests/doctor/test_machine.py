@@ -1,4 +1,4 @@
-"""The probes: what they find on this machine, and on machines that are made up."""
+"""The probes on this machine and on simulated ones."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def rows(probe: Probe) -> dict[str, ProbeRow]:
 
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """What child processes tell, instead of starting them: by a word of their code, else `""`."""
-    told: dict[str, Any] = {"": {"cuda": [], "capability": "AVX2", "threads": 2}}
+    """Answers of child processes, which are not started: by a word of their code, or `""` for all others."""
+    answers: dict[str, Any] = {"": {"cuda": [], "capability": "AVX2", "threads": 2}}
 
     def answer(code: str, *, plugins: bool = False) -> dict[str, Any]:
-        if plugins and "plain" in told:
-            return dict(told["plain"])
-        return dict(next((v for k, v in told.items() if k and k in code), told[""]))
+        if plugins and "plain" in answers:
+            return dict(answers["plain"])
+        return dict(next((v for k, v in answers.items() if k and k in code), answers[""]))
 
     machine._torch.cache_clear()
     monkeypatch.setattr(machine, "run_child", answer)
-    yield told
+    yield answers
     machine._torch.cache_clear()
 
 
@@ -47,14 +47,14 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, versions: dict[str, str | None],
     real_spec = importlib.util.find_spec
 
     def pretended(*names: str) -> dict[str, str]:
-        known = {**installed(*names), **{n: v for n, v in versions.items() if n in names}}
-        return {name: version for name, version in known.items() if version is not None}
+        merged = {**installed(*names), **{n: v for n, v in versions.items() if n in names}}
+        return {name: version for name, version in merged.items() if version is not None}
 
     monkeypatch.setattr(machine, "installed", pretended)
     monkeypatch.setattr(machine, "find_spec", lambda n: True if n in specs else real_spec(n))
 
 
-def test_a_probe_that_fails_is_a_row_and_the_others_go_on():
+def test_a_failing_probe_is_a_row_and_the_others_run():
     def _broken_card() -> list[ProbeRow]:
         raise RuntimeError("dcmi init failed\nsecond line")
 
@@ -69,7 +69,7 @@ def test_a_probe_that_fails_is_a_row_and_the_others_go_on():
 
 
 @pytest.mark.parametrize(
-    ("found", "needed", "answer"),
+    ("version", "needed", "answer"),
     [
         ("2.13.0+cpu", "2.9", True),
         ("2.9", "2.9", True),
@@ -78,42 +78,42 @@ def test_a_probe_that_fails_is_a_row_and_the_others_go_on():
         ("odd", "1", False),
     ],
 )
-def test_at_least(found, needed, answer):
-    assert at_least(found, needed) is answer
+def test_at_least(version, needed, answer):
+    assert at_least(version, needed) is answer
 
 
 def test_this_machine():
-    found = (
+    items = (
         rows(machine._python)
         | rows(machine._cpu)
         | rows(machine._memory)
         | rows(machine._disk)
         | rows(machine._ascendit)
     )
-    assert found["Python"].status == "ok" and found["Python"].detected.startswith("3.")
-    assert "GiB free" in found["memory"].detected and "GiB free" in found["this folder"].detected
-    assert {"platform", "CPU", "ascendit", "demo model"} <= set(found)
+    assert items["Python"].status == "ok" and items["Python"].detected.startswith("3.")
+    assert "GiB free" in items["memory"].detected and "GiB free" in items["this folder"].detected
+    assert {"platform", "CPU", "ascendit", "demo model"} <= set(items)
     libraries = rows(machine._libraries)
     assert {"torch", "diffusers", "transformers", "safetensors", "PyAV"} <= set(libraries)
     assert all(r.status == "ok" and r.required for r in libraries.values())
 
 
-def test_the_oldest_versions_are_those_of_the_package():
+def test_the_minimum_versions_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     bounds = dict(d.split(">=") for d in project["dependencies"])
     assert {name: bounds[name] for name in machine.PYTHON_LIBRARIES} == machine.PYTHON_LIBRARIES
     assert project["requires-python"] == f">={machine.PYTHON}"
 
 
-def test_a_missing_and_an_old_library(monkeypatch):
+def test_a_missing_and_an_old_library_are_reported(monkeypatch):
     pretend(monkeypatch, versions={"diffusers": None, "torch": "2.8.0"}, specs=set())
-    found = rows(machine._libraries)
-    assert (found["diffusers"].status, found["torch"].status) == ("missing", "too old")
-    assert found["torch"].fix == 'pip install "torch>=2.9"'
+    items = rows(machine._libraries)
+    assert (items["diffusers"].status, items["torch"].status) == ("missing", "too old")
+    assert items["torch"].fix == 'pip install "torch>=2.9"'
     assert not examine([machine._libraries]).ok
 
 
-def test_a_child_process_is_asked():
+def test_the_answer_of_a_child_process():
     assert probe.run_child("print('noise'); print('{\"a\": 1}')") == {"a": 1}
     assert probe.run_child(
         "import os; print('{\"v\": \"' + os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] + '\"}')"
@@ -140,7 +140,7 @@ def test_torch_is_broken(child):
     assert not report.ok
 
 
-def test_torch_is_late(child):
+def test_torch_is_slow(child):
     child[""] = {"error": "no answer in 120 s", "late": True}
     report = examine([machine._torch_imports])
     assert report.rows[0].status == "probe failed" and "less busy" in report.rows[0].fix
@@ -161,7 +161,7 @@ def test_codec(child):
 
 
 def test_torch_npu_without_cann_breaks_torch_itself(child, monkeypatch):
-    """Since `import torch` loads an installed torch_npu."""
+    """`import torch` loads an installed torch_npu."""
     pretend(monkeypatch, versions={}, specs={"torch_npu"})
     child["plain"] = {"error": "ImportError: libhccl.so: cannot open shared object file"}
     row = rows(machine._torch_imports)["import torch"]
@@ -170,35 +170,35 @@ def test_torch_npu_without_cann_breaks_torch_itself(child, monkeypatch):
     assert not examine([machine._torch_imports]).ok
 
 
-def test_the_probes_of_npus_are_each_on_their_own():
+def test_the_npu_probes_are_separate_probes():
     assert set(npu.NPU_PROBES) < set(machine.PROBES) and len(npu.NPU_PROBES) == 9
 
 
 # ---- kernels ------------------------------------------------------------------------------------
 
 
-def test_which_kernels_are_compiled(monkeypatch):
+def test_compiled_kernels_are_listed(monkeypatch):
     reasons = {name: f"compiled from native/{name}.cpp" for name in machine.NATIVE_SOURCES}
     monkeypatch.setattr(machine, "native", lambda name: Built(ctypes.CDLL(None), reasons[name]))
-    found = rows(machine.compiled_kernels)
-    assert set(found) == {f"kernel: {name}" for name in ("encode", "attention", "linear", "elementwise")}
-    assert all(r.status == "ok" and not r.required for r in found.values())
-    assert found["kernel: encode"].detected == "native, compiled from native/encode.cpp"
+    items = rows(machine.compiled_kernels)
+    assert set(items) == {f"kernel: {name}" for name in ("encode", "attention", "linear", "elementwise")}
+    assert all(r.status == "ok" and not r.required for r in items.values())
+    assert items["kernel: encode"].detected == "native, compiled from native/encode.cpp"
 
 
-def test_a_kernel_that_cannot_be_compiled_says_why_and_hinders_nothing(monkeypatch):
+def test_a_kernel_that_cannot_be_compiled_is_reported_and_not_required(monkeypatch):
     monkeypatch.setattr(machine, "native", lambda name: Built(None, "no C++ compiler (g++) on PATH"))
-    told = examine([machine.compiled_kernels])
-    assert told.ok and {r.status for r in told.rows} == {"absent"}
-    assert told.rows[0].detected == "PyTorch instead: no C++ compiler (g++) on PATH"
+    report = examine([machine.compiled_kernels])
+    assert report.ok and {r.status for r in report.rows} == {"absent"}
+    assert report.rows[0].detected == "PyTorch instead: no C++ compiler (g++) on PATH"
 
 
 def test_the_report_shows_the_encoder_that_runs():
     from ascendit.mx import native_encoder
 
     built = native_encoder.library()
-    found = rows(machine.compiled_kernels)["kernel: encode"].detected
-    assert found == (f"native, {built.reason}" if built.library else f"PyTorch instead: {built.reason}")
+    detected = rows(machine.compiled_kernels)["kernel: encode"].detected
+    assert detected == (f"native, {built.reason}" if built.library else f"PyTorch instead: {built.reason}")
 
 
 def test_every_source_has_a_row():

@@ -1,4 +1,4 @@
-"""Verdicts of the self-check: what is exact, close and wrong, for codes and for floats."""
+"""Verdicts of the self-check: exact, close and wrong, for quantized values and floats."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def ramp(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def test_equal_bit_for_bit() -> None:
-    found = compare_results(BASE, ramp(3, 4), ramp(3, 4))
-    assert (found.verdict, found.max_abs, found.db, found.failed) == ("exact", 0.0, None, False)
+    result = compare_results(BASE, ramp(3, 4), ramp(3, 4))
+    assert (result.verdict, result.max_abs, result.db, result.failed) == ("exact", 0.0, None, False)
     odd = torch.tensor([float("nan"), float("inf"), 1.0])
     assert compare_results(BASE, odd, odd.clone()).verdict == "exact"
 
@@ -36,19 +36,21 @@ def test_floats_by_decibels(dtype: torch.dtype, step: float, verdict: str) -> No
     expected = ramp(16, 16, dtype=dtype)
     actual = expected.clone()
     actual[0] += step
-    found = compare_results(BASE, actual, expected)
-    assert found.verdict == verdict and found.db is not None and found.max_abs == pytest.approx(step, rel=0.1)
-    assert ("at least" in found.error) == (verdict == "wrong") == found.failed
+    result = compare_results(BASE, actual, expected)
+    assert (
+        result.verdict == verdict and result.db is not None and result.max_abs == pytest.approx(step, rel=0.1)
+    )
+    assert ("at least" in result.error) == (verdict == "wrong") == result.failed
 
 
-def test_a_limit_of_its_own() -> None:
+def test_a_case_with_its_own_limit() -> None:
     expected = ramp(16, 16)
     actual = expected * 1.0065  # some 44 dB
     assert compare_results(BASE, actual, expected).verdict == "wrong"
     assert compare_results(BASE, actual, expected, db=40.0).verdict == "close"
 
 
-def test_infinity_where_there_is_none() -> None:
+def test_an_unexpected_infinity_is_reported() -> None:
     actual = ramp(4)
     actual[2] = float("inf")
     assert "NaN or infinity" in compare_results(BASE, actual, ramp(4)).error
@@ -65,17 +67,17 @@ def test_infinity_where_there_is_none() -> None:
         (torch.int32, 1, "wrong"),
     ],
 )
-def test_codes_by_their_share(dtype: torch.dtype, count: int, verdict: str) -> None:
+def test_quantized_values_by_the_share_that_differs(dtype: torch.dtype, count: int, verdict: str) -> None:
     expected = torch.arange(1000).remainder(100).to(dtype)
     actual = expected.clone()
     bytes_ = actual.view(torch.uint8) if dtype.is_floating_point else actual
     bytes_[:count] += 1
-    found = compare_results(BASE, actual, expected)
-    assert found.verdict == verdict and found.different == count / 1000
-    assert ("the first at [0]" in found.error) == (verdict == "wrong")
+    result = compare_results(BASE, actual, expected)
+    assert result.verdict == verdict and result.different == count / 1000
+    assert ("the first at [0]" in result.error) == (verdict == "wrong")
 
 
-def test_int8_codes_that_are_two_steps_off() -> None:
+def test_int8_values_that_are_two_steps_off() -> None:
     expected = torch.zeros(10_000, dtype=torch.int8)
     actual = expected.clone()
     actual[:50] = 2
@@ -83,22 +85,22 @@ def test_int8_codes_that_are_two_steps_off() -> None:
 
 
 def test_shape_dtype_and_several_results() -> None:
-    found = compare_results(BASE, ramp(3, 4), ramp(4, 3))
-    assert found.error == "got bfloat16 [3, 4], not bfloat16 [4, 3]"
+    result = compare_results(BASE, ramp(3, 4), ramp(4, 3))
+    assert result.error == "got bfloat16 [3, 4], not bfloat16 [4, 3]"
     empty, seed = torch.empty(0), 7
-    found = compare_results(BASE, (ramp(2), ramp(3) + 1, empty, seed), (ramp(2), ramp(3), empty, 9))
-    assert found.verdict == "wrong" and found.db is not None
+    result = compare_results(BASE, (ramp(2), ramp(3) + 1, empty, seed), (ramp(2), ramp(3), empty, 9))
+    assert result.verdict == "wrong" and result.db is not None
     assert compare_results(BASE, 29, 29).verdict == "exact"
     assert compare_results(BASE, 2, 29).error == "2, not 29"
 
 
-def test_what_is_not_called_cannot_fail() -> None:
+def test_an_operator_that_is_not_called_cannot_fail() -> None:
     unused = Result(part="operator", name="x", operator="npu_other", used=False, verdict="wrong")
     assert not unused.failed
     several = [replace(unused, verdict=verdict) for verdict in ("exact", "close", "error", "wrong", "error")]
     assert worst(several) is several[2]
 
 
-def test_arguments_in_words() -> None:
+def test_arguments_as_text() -> None:
     assert describe(ramp(2, 3).t()) == "bfloat16 [3, 2] strides [1, 3]"
     assert describe([1, 1, 32]) == "[1, 1, 32]" and describe("BSND") == "'BSND'"

@@ -1,4 +1,4 @@
-"""Folders written by hand (zeros, and no torch), folders that Diffusers wrote, and damaged copies of them."""
+"""Folders of zeros made without torch, folders written by Diffusers, and damaged copies of them."""
 
 import json
 import math
@@ -57,20 +57,19 @@ def demo(tmp_path: Path) -> Path:
     return root
 
 
-def broken(root: Path, code: str, *words: str) -> ModelReport:
+def broken(root: Path, code: str, *texts: str) -> ModelReport:
     """The report on a folder with exactly one problem."""
     report = inspect(root)
     assert not report.ok
     assert [p.code for p in report.problems] == [code], [str(p) for p in report.problems]
-    text = "\n".join(report.lines())
-    assert "NOT OK" in text
+    assert "NOT OK" in "\n".join(report.lines())
     [line] = [line for line in report.lines() if line.startswith(f"Problem    {code}  ")]
-    assert all(word in line for word in words), line
+    assert all(text in line for text in texts), line
     json.dumps(report.as_dict())
     return report
 
 
-def test_a_whole_folder(demo: Path) -> None:
+def test_a_complete_folder(demo: Path) -> None:
     report = inspect(demo)
     assert report.ok
     assert report.spec == "ascendit-demo"
@@ -107,11 +106,10 @@ def test_the_screen(demo: Path) -> None:
     report = inspect(demo)
     lines = report.lines()
     titles = [line.split()[0] for line in lines if not line.startswith(" ")]
-    words = "Model Source Matches Parts Format Runs Limits Defaults Checks"
-    assert titles == words.split()
+    assert titles == "Model Source Matches Parts Format Runs Limits Defaults Checks".split()
     text = "\n".join(lines)
     count = len(expert_tensors())
-    for words in (
+    for part in (
         "demo   layout diffusers   WanPipeline",
         "ascendit-demo of the Wan family",
         f"{count} tensors in 1 file",
@@ -122,7 +120,7 @@ def test_the_screen(demo: Path) -> None:
         "shift 4, unipc, boundary 0.875",
         f"{2 * count + 2} tensors in 4 files, 0 missing, 0 unexpected, 0 misshapen, 0 mistyped   ok",
     ):
-        assert words in text
+        assert part in text
     layers = report.layer_lines()
     assert len(layers) == 1 + 2 * count + 2
     assert layers[0].split() == ["layer", "or", "tensor", "scheme", "shape", "bytes", "stored"]
@@ -143,7 +141,7 @@ def test_json_is_plain_data(demo: Path) -> None:
 
 
 def test_no_torch_and_no_tensor_bytes(demo: Path) -> None:
-    """torch stays out, and so does everything that could decode a tensor."""
+    """No torch and no library that could decode a tensor is imported, and no data are read."""
     code = f"""
 import os, sys
 from ascendit.inspect.checkpoint import inspect
@@ -155,8 +153,8 @@ assert not heavy, heavy
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_headers_of_a_large_model_only(demo: Path) -> None:
-    """Two experts of 26.6 GiB each, sparse on disk: reading them would be noticed."""
+def test_only_headers_of_a_large_model_are_read(demo: Path) -> None:
+    """Two experts of 26.6 GiB each, sparse on disk: reading them would be slow."""
     big = {**DEMO, "num_attention_heads": 40, "attention_head_dim": 128, "num_layers": 40, "ffn_dim": 13824}
     big |= {"in_channels": 16, "out_channels": 16, "text_dim": 4096}
     for expert in ("transformer", "transformer_2"):
@@ -172,7 +170,7 @@ def test_headers_of_a_large_model_only(demo: Path) -> None:
     assert report.spec == "Wan2.2-T2V-A14B"
     assert report.bits_per_weight == 16
     [expert_report] = [p for p in report.parts if p.name == "transformer_2"]
-    assert expert_report.values == 14_288_491_584  # what `sum(p.numel())` of Diffusers' model says
+    assert expert_report.values == 14_288_491_584  # equals `sum(p.numel())` of Diffusers' model
     assert human_bytes(expert_report.nbytes) == "26.6 GiB"
     text = "\n".join(report.lines())
     assert "81 frames, 16 fps, 40 steps, guidance 4 (high noise) / 3 (low noise), shift 12" in text
@@ -196,7 +194,7 @@ def test_a_missing_tensor(demo: Path) -> None:
     assert any("transformer_2" in line and "DAMAGED" in line for line in report.lines())
 
 
-def test_a_whole_block_missing(demo: Path) -> None:
+def test_a_missing_block(demo: Path) -> None:
     write_json(demo / "transformer_2" / "config.json", {**DEMO, "num_layers": 9})
     report = broken(demo, "E-CKP-04", "27 missing", "blocks.8.attn1.norm_k.weight", "and 22 more")
     assert report.defaults is not None
@@ -218,29 +216,29 @@ def test_a_mistyped_tensor(demo: Path) -> None:
     assert [p.mistyped for p in report.parts if p.name == "transformer_2"] == [(f"{NORM} I64",)]
 
 
-def test_codes_without_a_scale(demo: Path) -> None:
+def test_quantized_weights_without_a_scale(demo: Path) -> None:
     change_weights(demo, lambda t: t.update({LAYER: ("I8", (16, 192))}))
     broken(demo, "E-CKP-08", f"{LAYER} (I8) has no scale")
 
 
-def test_a_weight_of_a_type_that_no_scheme_has(demo: Path) -> None:
+def test_a_weight_with_a_dtype_of_no_scheme(demo: Path) -> None:
     change_weights(demo, lambda t: t.update({LAYER: ("I64", (16, 192))}))
     broken(demo, "E-CKP-04", f"1 mistyped ({LAYER} I64)")
 
 
-def test_what_diffusers_also_skips(demo: Path) -> None:
+def test_a_tensor_that_diffusers_ignores_is_accepted(demo: Path) -> None:
     change_weights(demo, lambda t: t.update({"blocks.0.attn2.norm_added_q.weight": ("BF16", (192,))}))
     assert inspect(demo).ok
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
-def test_a_part_whose_weights_are_gone(demo: Path, part: str) -> None:
+def test_a_part_without_weights(demo: Path, part: str) -> None:
     next((demo / part).glob("*.safetensors")).unlink()
     broken(demo, "E-CKP-02", f"in {demo / part}")
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "scheduler"])
-def test_a_part_that_is_not_named(demo: Path, part: str) -> None:
+def test_a_part_missing_from_the_model_index(demo: Path, part: str) -> None:
     index = {"_class_name": "WanPipeline", "boundary_ratio": 0.875, **CLASSES, part: [None, None]}
     write_json(demo / "model_index.json", index)
     report = broken(demo, "E-CKP-02", f"has no {part}")
@@ -263,7 +261,7 @@ def test_image_tokens_need_an_image_encoder(tiny_i2v_21: Path, tmp_path: Path) -
         ("vae/config.json", {"scale_factor_spatial": []}, "E-CKP-06"),
     ],
 )
-def test_a_config_with_nonsense(demo: Path, file: str, changes: dict[str, object], code: str) -> None:
+def test_a_config_with_invalid_values(demo: Path, file: str, changes: dict[str, object], code: str) -> None:
     write_json(demo / file, {"transformer_2/config.json": DEMO, **PIPELINE}[file] | changes)
     broken(demo, code)
 
@@ -276,7 +274,7 @@ def test_folders_that_are_not_recognised_raise(demo: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("build", sorted(tiny.BUILDERS))
-def test_what_diffusers_writes_is_whole(tiny_folder: Callable[[str], Path], build: str) -> None:
+def test_folders_written_by_diffusers_are_complete(tiny_folder: Callable[[str], Path], build: str) -> None:
     report = inspect(tiny_folder(build))
     assert report.ok, report.problems
     assert report.bits_per_weight == 32
@@ -297,11 +295,11 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("how", DAMAGES)
-def test_damaged_copies(tiny_t2v_cascade: Path, tmp_path: Path, how: str) -> None:
-    folder = tiny.damage(tiny.copy(tiny_t2v_cascade, tmp_path / "copy"), how, "transformer_2")
-    code, words = DAMAGES[how]
-    report = broken(folder, code, words, "transformer_2")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_copies(tiny_t2v_cascade: Path, tmp_path: Path, damage: str) -> None:
+    folder = tiny.damage(tiny.copy(tiny_t2v_cascade, tmp_path / "copy"), damage, "transformer_2")
+    code, text = DAMAGES[damage]
+    report = broken(folder, code, text, "transformer_2")
     assert [p.name for p in report.parts if p.problem] == ["transformer_2"]
 
 

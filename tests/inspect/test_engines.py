@@ -1,4 +1,4 @@
-"""Engines and chips: as it lies, after a repack, or not at all. Layouts by hand, headers alone."""
+"""Engines and chips: which load a folder unchanged, after a repack, or not at all. Made of headers alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ascendit.report import json_data
 LINEARS = block_linears(CONFIG)
 
 
-def judged(path: Path) -> RunsOn:
+def compatibility(path: Path) -> RunsOn:
     report = inspect(path)
     assert report.ok, report.problems
     assert report.runs_on is not None
@@ -41,90 +41,90 @@ def judged(path: Path) -> RunsOn:
     return report.runs_on
 
 
-def by_engine(found: RunsOn) -> dict[str, str]:
-    return {e.engine: e.verdict for e in found.engines}
+def by_engine(runs: RunsOn) -> dict[str, str]:
+    return {e.engine: e.verdict for e in runs.engines}
 
 
 def verdicts(path: Path) -> dict[str, str]:
-    return by_engine(judged(path))
+    return by_engine(compatibility(path))
 
 
 def engine(path: Path, name: str) -> Compatibility:
-    return next(e for e in judged(path).engines if e.engine == name)
+    return next(e for e in compatibility(path).engines if e.engine == name)
 
 
 def pipeline(
     root: Path,
     scheme: str,
     *,
-    marker: bool = True,
-    described: bool = True,
-    container: str = "packed",
+    with_config: bool = True,
+    with_manifest: bool = True,
+    packing: str = "packed",
     smoothed: tuple[str, ...] = (),
 ) -> Path:
     """A pipeline folder whose block linears all have one scheme."""
     layers = dict.fromkeys(LINEARS, scheme)
-    tensors = quantized(layers, container=container, smoothed=smoothed)
+    tensors = quantized(layers, packing=packing, smoothed=smoothed)
     config = dict(CONFIG)
-    if marker:
+    if with_config:
         key = "is_checkpoint_serialized" if "dual" in scheme else f"is_checkpoint_{scheme}_serialized"
         config["quantization_config"] = {"quant_method": scheme, key: True, "ignored_layers": []}
-    files = {"manifest": manifest(tensors, layers)} if described else {}
+    files = {"manifest": manifest(tensors, layers)} if with_manifest else {}
     write_expert(write_pipeline(root) / "transformer", tensors, config, **files)
     return root
 
 
 def test_a_float_pipeline(tmp_path: Path) -> None:
     write_expert(write_pipeline(tmp_path) / "transformer", floats())
-    found = judged(tmp_path)
-    assert {e.engine: e.verdict for e in found.engines} == {
+    runs = compatibility(tmp_path)
+    assert {e.engine: e.verdict for e in runs.engines} == {
         "vllm-omni": "runs",
         "sglang": "runs",
         "mindie": "no",
     }
-    assert found.chips == {"a2": "native", "a3": "native", "a5": "native"}
-    assert found.lines()[-1].split(maxsplit=1) == ["chips", "native on a2, a3, a5"]
+    assert runs.chips == {"a2": "native", "a3": "native", "a5": "native"}
+    assert runs.lines()[-1].split(maxsplit=1) == ["chips", "native on a2, a3, a5"]
 
 
-def test_mxfp8_in_one_folder_for_two_engines(tmp_path: Path) -> None:
-    found = judged(pipeline(tmp_path, "mxfp8"))
-    assert by_engine(found) == {"vllm-omni": "runs", "sglang": "runs", "mindie": "repack"}
-    mindie = next(e for e in found.engines if e.engine == "mindie")
+def test_one_mxfp8_folder_runs_on_two_engines(tmp_path: Path) -> None:
+    runs = compatibility(pipeline(tmp_path, "mxfp8"))
+    assert by_engine(runs) == {"vllm-omni": "runs", "sglang": "runs", "mindie": "repack"}
+    mindie = next(e for e in runs.engines if e.engine == "mindie")
     assert mindie.command == f"ascendit repack {tmp_path} -o DST --for mindie"
     assert mindie.reason == "needs original Wan names"
     assert mindie.text() == "after repack --for mindie   (needs original Wan names)"
-    assert found.chips == {"a2": "emulated", "a3": "emulated", "a5": "native"}
-    assert json_data(found)["engines"][0]["verdict"] == "runs"
+    assert runs.chips == {"a2": "emulated", "a3": "emulated", "a5": "native"}
+    assert json_data(runs)["engines"][0]["verdict"] == "runs"
 
 
-def test_what_says_it_is_quantized(tmp_path: Path) -> None:
-    unmarked = pipeline(tmp_path / "a", "mxfp8", marker=False)
+def test_quantization_config_and_manifest_are_needed(tmp_path: Path) -> None:
+    unmarked = pipeline(tmp_path / "a", "mxfp8", with_config=False)
     assert engine(unmarked, "vllm-omni").reason == "needs its own quantization_config in config.json"
     assert engine(unmarked, "sglang").verdict == "runs"
-    undescribed = pipeline(tmp_path / "b", "mxfp8", described=False)
+    undescribed = pipeline(tmp_path / "b", "mxfp8", with_manifest=False)
     assert engine(undescribed, "vllm-omni").verdict == "runs"
     assert engine(undescribed, "sglang").reason == "needs quant_model_description.json"
 
 
-def test_fp4_packed_and_not(tmp_path: Path) -> None:
+def test_fp4_packed_and_unpacked(tmp_path: Path) -> None:
     packed = pipeline(tmp_path / "a", "mxfp4")
     assert verdicts(packed) == {"vllm-omni": "repack", "sglang": "runs", "mindie": "repack"}
     assert engine(packed, "vllm-omni").reason == "needs FP4 unpacked to FP8"
-    for container in ("F8_E4M3", "BF16"):
-        apart = pipeline(tmp_path / container, "mxfp4", container=container)
-        assert verdicts(apart) == {"vllm-omni": "runs", "sglang": "repack", "mindie": "repack"}
-        assert engine(apart, "sglang").reason == "needs FP4 packed two per byte"
+    for packing in ("F8_E4M3", "BF16"):
+        unpacked = pipeline(tmp_path / packing, "mxfp4", packing=packing)
+        assert verdicts(unpacked) == {"vllm-omni": "runs", "sglang": "repack", "mindie": "repack"}
+        assert engine(unpacked, "sglang").reason == "needs FP4 packed two per byte"
 
 
 def test_int8_offsets(tmp_path: Path) -> None:
     folder = pipeline(tmp_path, "int8")
     assert engine(folder, "vllm-omni").reason == "needs int8 without weight_offset"
     assert engine(folder, "sglang").verdict == "runs"
-    assert judged(folder).chips == {"a2": "native", "a3": "native", "a5": "native"}
+    assert compatibility(folder).chips == {"a2": "native", "a3": "native", "a5": "native"}
 
 
 def test_dual_scale(tmp_path: Path) -> None:
-    folder = pipeline(tmp_path, "mxfp4_dualscale", container="F8_E4M3")
+    folder = pipeline(tmp_path, "mxfp4_dualscale", packing="F8_E4M3")
     assert engine(folder, "vllm-omni").reason == "needs a mul_scale in every mxfp4_dualscale layer"
     sglang = engine(folder, "sglang")
     assert sglang.verdict == "no" and sglang.reason == ENGINES["sglang"].refuses["mxfp4_dualscale"]
@@ -137,8 +137,8 @@ def export(tmp_path: Path, scheme: str = "mxfp4", smoothed: tuple[str, ...] = ()
     return write_export(tmp_path, tensors, manifest(tensors, layers)), tensors
 
 
-@pytest.mark.skipif(os.name != "posix", reason="rights of files")
-def test_an_export_runs_in_mindie_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="file permissions")
+def test_an_export_runs_in_mindie_unchanged(tmp_path: Path) -> None:
     folder, _ = export(tmp_path / "a")
     assert verdicts(folder) == {"vllm-omni": "repack", "sglang": "repack", "mindie": "runs"}
     assert engine(folder, "sglang").command == f"ascendit repack {folder} -o DST --for sglang --base MODEL"
@@ -146,8 +146,8 @@ def test_an_export_runs_in_mindie_as_it_is(tmp_path: Path) -> None:
     assert engine(smoothed, "mindie").verdict == "runs"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="rights of files")
-def test_what_mindie_refuses(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name != "posix", reason="file permissions")
+def test_files_that_mindie_refuses(tmp_path: Path) -> None:
     folder, _ = export(tmp_path / "a")
     [weights] = folder.glob("*.safetensors")
     weights.chmod(0o644)
@@ -164,9 +164,9 @@ def test_what_mindie_refuses(tmp_path: Path) -> None:
 def test_a_second_name_in_the_manifest_of_smoothed_layers(tmp_path: Path) -> None:
     folder = pipeline(tmp_path, "mxfp4", smoothed=LINEARS)
     assert engine(folder, "sglang").reason == "needs <layer>.div.mul_scale in the manifest"
-    described = folder / "transformer" / "quant_model_description.json"
-    names = json.loads(described.read_text())
-    write_json(described, names | {f"{layer}.div.mul_scale": "FLOAT" for layer in LINEARS})
+    file = folder / "transformer" / "quant_model_description.json"
+    names = json.loads(file.read_text())
+    write_json(file, names | {f"{layer}.div.mul_scale": "FLOAT" for layer in LINEARS})
     assert engine(folder, "sglang").verdict == "runs"
 
 
@@ -175,24 +175,24 @@ def test_reasons_come_from_the_table(tmp_path: Path) -> None:
     tensors = quantized(layers)
     write_expert(write_pipeline(tmp_path) / "transformer", tensors, manifest=manifest(tensors, layers))
     assert engine(tmp_path, "vllm-omni").reason == ENGINES["vllm-omni"].refuses["mixed"]
-    kept = {name: "mxfp8" for name in LINEARS if not name.startswith("blocks.0.")}
-    tensors = quantized(kept)
-    write_expert(tmp_path / "transformer", tensors, manifest=manifest(tensors, kept))
+    partial = {name: "mxfp8" for name in LINEARS if not name.startswith("blocks.0.")}
+    tensors = quantized(partial)
+    write_expert(tmp_path / "transformer", tensors, manifest=manifest(tensors, partial))
     assert engine(tmp_path, "sglang").reason == ENGINES["sglang"].refuses["float_block_linears"]
 
 
-def test_tiled_fp8_is_judged_as_what_it_becomes(tmp_path: Path) -> None:
+def test_tiled_fp8_is_judged_as_bf16(tmp_path: Path) -> None:
     config = CONFIG | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     layers = dict.fromkeys(LINEARS, "fp8_128x128")
     write_expert(write_pipeline(tmp_path) / "transformer", quantized(layers), config)
-    found = judged(tmp_path)
-    assert {e.engine: e.verdict for e in found.engines} == {
+    runs = compatibility(tmp_path)
+    assert {e.engine: e.verdict for e in runs.engines} == {
         "vllm-omni": "repack",
         "sglang": "repack",
         "mindie": "no",
     }
-    assert found.engines[0].reason == "FP8 in 128 x 128 tiles becomes BF16"
-    assert found.chips["a2"] == "emulated"
+    assert runs.engines[0].reason == "FP8 in 128 x 128 tiles becomes BF16"
+    assert runs.chips["a2"] == "emulated"
 
 
 def test_one_expert_decides_for_both(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_one_expert_decides_for_both(tmp_path: Path) -> None:
     assert verdicts(tmp_path)["sglang"] == "no"
 
 
-def test_damaged_models_get_no_verdict(tmp_path: Path) -> None:
+def test_damaged_models_are_not_judged(tmp_path: Path) -> None:
     write_expert(tmp_path, floats())
     write_json(tmp_path / "config.json", CONFIG | {"num_layers": 5})
     report = inspect(tmp_path)
@@ -214,8 +214,8 @@ def test_damaged_models_get_no_verdict(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("engine_name", ENGINES)
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"])
-def test_what_is_written_for_an_engine_runs_there(tmp_path: Path, engine_name: str, scheme: str) -> None:
-    """`quantize --for` and this table agree: what the one writes the other lets run, what it refuses not."""
+def test_quantize_for_an_engine_agrees_with_this_table(tmp_path: Path, engine_name: str, scheme: str) -> None:
+    """Folders that `quantize --for` writes run on the engine; refused schemes have the verdict "no"."""
     from convert.models import write_model
 
     from ascendit.convert.quantize import quantize
@@ -234,7 +234,7 @@ def test_what_is_written_for_an_engine_runs_there(tmp_path: Path, engine_name: s
 
 
 def runs_on_of(path: Path, name: str) -> Compatibility:
-    """The verdict for a folder whose other parts are words in files."""
+    """The verdict on a folder whose other parts are placeholders."""
     layout = recognise(path)
-    found = runs_on(layout, [ExpertSummary(read_expert(part)) for part in layout.experts])
-    return next(e for e in found.engines if e.engine == name)
+    runs = runs_on(layout, [ExpertSummary(read_expert(part)) for part in layout.experts])
+    return next(e for e in runs.engines if e.engine == name)

@@ -1,4 +1,4 @@
-"""What the report says about quantized transformers in every layout: headers by hand, and real exports."""
+"""The report on quantized transformers in every layout: checkpoints of headers, and real exports."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHAPES = {
 
 
 def only(report: ModelReport) -> Any:
-    """The summary of the only expert of a report that is whole."""
+    """The summary of the only expert of a complete checkpoint."""
     assert report.ok, report.problems
     [part] = report.experts
     assert part.summary is not None
@@ -45,15 +45,15 @@ def only(report: ModelReport) -> Any:
 
 def row(report: ModelReport, title: str) -> list[str]:
     """The lines under one title."""
-    found: dict[str, list[str]] = {}
+    sections: dict[str, list[str]] = {}
     current = ""
     for line in report.lines():
         current = line[:9].strip() or current
-        found.setdefault(current, []).append(line[11:])
-    return found.get(title, [])
+        sections.setdefault(current, []).append(line[11:])
+    return sections.get(title, [])
 
 
-# bits of a [N, K] weight with its scales, by hand: K = 128 of `to_q`
+# Bits of a [N, K] weight with its scales; K = 128 in `to_q`.
 BITS = {
     "int8": 8 + 2 * 32 / 128,
     "fp8": 8 + 32 / 128,
@@ -91,7 +91,7 @@ def _product(shape: tuple[int, ...]) -> int:
     return total
 
 
-def test_a_mixed_recipe_and_what_it_kept(tmp_path: Path) -> None:
+def test_a_mixed_recipe_and_its_excluded_layers(tmp_path: Path) -> None:
     layers = {n: "mxfp8" if n.startswith("blocks.1.") else "mxfp4" for n in LINEARS if n[7] in "123"}
     del layers["blocks.3.attn2.to_out.0"]
     tensors = quantized(layers)
@@ -109,17 +109,17 @@ def test_a_mixed_recipe_and_what_it_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("container", "bits", "words"),
+    ("packing", "bits", "text"),
     [("packed", 4.25, "packed two per byte"), ("F8_E4M3", 8.25, "unpacked to FP8"), ("BF16", 16.25, "BF16")],
 )
-def test_fp4_by_its_real_bits(tmp_path: Path, container: str, bits: float, words: str) -> None:
+def test_fp4_is_counted_with_its_stored_bits(tmp_path: Path, packing: str, bits: float, text: str) -> None:
     layers = dict.fromkeys(LINEARS, "mxfp4")
-    tensors = quantized(layers, container=container)
+    tensors = quantized(layers, packing=packing)
     write_expert(tmp_path / "transformer", tensors, manifest=manifest(tensors, layers))
     report = inspect(tmp_path)
     [count] = only(report).schemes
     assert count.bits == pytest.approx(bits)
-    assert words in row(report, "Format")[0] and f"{bits:.2f} bits" in row(report, "Format")[0]
+    assert text in row(report, "Format")[0] and f"{bits:.2f} bits" in row(report, "Format")[0]
     [shape] = {r.shape for r in report.experts[0].rows if r.name == "blocks.0.ffn.net.2"}
     assert shape == (128, 256)
 
@@ -145,15 +145,15 @@ def test_smoothed_rotated_and_attention(tmp_path: Path) -> None:
 
 def test_fp8_in_tiles(tmp_path: Path) -> None:
     layers = dict.fromkeys(LINEARS, "fp8_128x128")
-    marker = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    config = CONFIG | {"quantization_config": marker}
+    quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config = CONFIG | {"quantization_config": quantization_config}
     write_expert(tmp_path / "transformer", quantized(layers), config)
     report = inspect(tmp_path)
     [count] = only(report).schemes
     assert (count.scheme, count.manifest) == ("fp8_128x128", None)
     assert count.bits == pytest.approx(8 + 32 / 128**2, rel=1e-2)
     assert row(report, "Origin") == ["FP8 in 128 x 128 tiles, Diffusers names, quantization_config"]
-    assert report.as_dict()["parts"][0]["expert"]["marker"] == marker
+    assert report.as_dict()["parts"][0]["expert"]["marker"] == quantization_config
 
 
 def test_one_row_for_a_quantized_layer(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_one_row_for_a_quantized_layer(tmp_path: Path) -> None:
     assert "layers" not in report.as_dict()
 
 
-def test_a_pipeline_with_two_unlike_experts(tmp_path: Path) -> None:
+def test_experts_with_different_schemes(tmp_path: Path) -> None:
     write_pipeline(tmp_path, experts=2)
     for name, scheme in (("transformer", "mxfp8"), ("transformer_2", "mxfp4")):
         layers = dict.fromkeys(LINEARS, scheme)
@@ -193,24 +193,24 @@ def test_a_pipeline_with_two_unlike_experts(tmp_path: Path) -> None:
     assert report.ok and report.is_pipeline
     texts = row(report, "Format")
     assert texts[0].startswith("transformer: mxfp8 ") and texts[1].startswith("transformer_2: mxfp4 ")
-    assert len(row(report, "Excluded")) == 1  # alike in both, said once
+    assert len(row(report, "Excluded")) == 1  # the same in both, listed once
     assert row(report, "Made by") == ["ascendit 9 quantize, recipe mine"]
     assert [p.expert.origin for p in report.experts if p.expert] == ["ascendit", "ascendit"]
     assert report.as_dict()["ascendit"]["recipe"] == {"name": "mine"}
     assert len(row(report, "Checks")) == 1
 
 
-def test_a_single_file_and_a_bare_folder_and_the_original(tmp_path: Path) -> None:
+def test_a_single_file_a_standalone_transformer_and_the_original_layout(tmp_path: Path) -> None:
     named = {to_wan(name): stored for name, stored in floats().items()}
     assert None not in named
     write_weights(
         tmp_path / "one" / "model.safetensors", {f"model.diffusion_model.{n}": t for n, t in named.items()}
     )
-    write_expert(tmp_path / "bare", floats())
+    write_expert(tmp_path / "alone", floats())
     wan = {"_class_name": "WanModel", "dim": 128, "num_heads": 2, "num_layers": 4}
     write_json(tmp_path / "wan" / "config.json", wan)
     write_weights(tmp_path / "wan" / WEIGHTS, {str(n): t for n, t in named.items()})
-    reports = [inspect(tmp_path / path) for path in ("one/model.safetensors", "bare", "wan")]
+    reports = [inspect(tmp_path / path) for path in ("one/model.safetensors", "alone", "wan")]
     assert [r.layout.kind for r in reports] == ["file", "transformer", "wan"]
     for report in reports:
         summary = only(report)
@@ -222,7 +222,7 @@ def test_a_single_file_and_a_bare_folder_and_the_original(tmp_path: Path) -> Non
     assert row(reports[2], "Origin") == ["original Wan names"]
 
 
-def test_the_family_is_known_by_shape_alone(tmp_path: Path) -> None:
+def test_the_model_is_recognised_by_shape_alone(tmp_path: Path) -> None:
     config = CONFIG | {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 30}
     config |= {"in_channels": 48, "out_channels": 48, "ffn_dim": 14336, "text_dim": 4096, "freq_dim": 256}
     write_expert(tmp_path, floats(config), config)
@@ -230,7 +230,7 @@ def test_the_family_is_known_by_shape_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "schemes", "kept"),
+    ("path", "schemes", "excluded"),
     [
         ("W8A8_MXFP8/ti2v_d128_l1__official_w8a8f8", {"mxfp8": 10}, 7),
         ("W4A4_MXFP4/ti2v_d128_l1__minmax", {"mxfp4": 10}, 7),
@@ -244,32 +244,32 @@ def test_the_family_is_known_by_shape_alone(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_real_exports(path: str, schemes: dict[str, int], kept: int) -> None:
+def test_real_exports(path: str, schemes: dict[str, int], excluded: int) -> None:
     report = inspect(EXPORTS / path)
     assert report.ok, report.problems
     assert report.layout.kind == "msmodelslim"
     for part in report.experts:
         assert part.summary is not None and part.expert is not None
         assert {c.scheme: c.layers for c in part.summary.schemes} == schemes
-        assert len(part.summary.kept_layers) == kept
+        assert len(part.summary.kept_layers) == excluded
         assert (part.expert.origin, part.expert.naming) == ("msmodelslim", "wan")
     assert row(report, "Origin")[0] == "msModelSlim, original Wan names, manifest"
     if "t2v" in path.split("/")[1][:3]:
         assert "the number of attention heads is unknown" in row(report, "Origin")[1]
 
 
-def test_a_damaged_export_tells_what_is_missing(tmp_path: Path) -> None:
+def test_a_damaged_export_names_missing_tensors(tmp_path: Path) -> None:
     layers = dict.fromkeys(LINEARS, "mxfp8")
     tensors = quantized(layers)
     del tensors["blocks.1.norm2.bias"]
     report = inspect(write_export(tmp_path / "export", tensors, manifest(tensors, layers)))
     assert not report.ok and report.runs_on is None
     [part] = report.experts
-    assert part.missing == ("blocks.1.norm3.bias",)  # as the files name it
+    assert part.missing == ("blocks.1.norm3.bias",)  # the name in the files
     assert "E-CKP-04" in row(report, "Problem")[0]
 
 
-def test_a_process_takes_no_torch_and_little_time(tmp_path: Path) -> None:
+def test_a_process_imports_no_torch_and_is_fast(tmp_path: Path) -> None:
     """Two experts of a 14B model, quantized, 15.5 GiB each, as headers."""
     big = {"_class_name": "WanTransformer3DModel"}
     layers = {n: "mxfp8" for n in block_linears(big) if int(n.split(".")[1]) >= 5}
@@ -291,11 +291,11 @@ assert not {{"torch", "numpy", "safetensors", "diffusers"}} & set(sys.modules)
         done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
         best = min(best, time.perf_counter() - start)
     assert "350 layers" in done.stdout and "blocks.0-4" in done.stdout
-    assert best < 2.0, f"{best:.2f} s"  # 0.25 s on an idle core; machines that test are slower
+    assert best < 2.0, f"{best:.2f} s"  # 0.25 s on an idle core; test machines are slower
 
 
-def test_write_export_is_like_a_real_one(tmp_path: Path) -> None:
-    """The hand-written exports of these tests have the names that msModelSlim writes."""
+def test_write_export_matches_a_real_export(tmp_path: Path) -> None:
+    """The exports made for these tests have the names that msModelSlim writes."""
     real = EXPORTS / "W4A4_MXFP4_DUALSCALE/t2v_d64_l6__dualscale_smooth_bf16fallback/high_noise_model"
     [file] = real.glob("*.json") if len(list(real.glob("*.json"))) == 1 else real.glob("quant_model_d*.json")
     described = json.loads(file.read_text())

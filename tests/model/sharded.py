@@ -1,4 +1,4 @@
-"""What each of two processes does with a model that FSDP2 shards: called by name, see `gloo.py`."""
+"""Functions that each of two processes runs on a model sharded by FSDP2; `gloo.py` calls them by name."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def ours(folder: str, scheme: str) -> tuple[WanTransformer, Run]:
 
 @contextmanager
 def gathered(*modules: Any) -> Iterator[None]:
-    """Text keys and values come from layers of the blocks outside of their forward, where no hook is."""
+    """Unshard `modules`: text keys and values use layers of the blocks before their forward hooks run."""
     wrapped = [m for m in modules if hasattr(m, "unshard")]
     for m in wrapped:
         m.unshard()
@@ -60,7 +60,7 @@ def diffusers(folder: str, scheme: str) -> tuple[nn.Module, Run]:
     from diffusers import WanTransformer3DModel
 
     model: Any = WanTransformer3DModel.from_pretrained(Path(folder) / "transformer")
-    for parameter in model.parameters():  # float sums depend a little on places in a mapped file
+    for parameter in model.parameters():  # float sums depend slightly on the alignment in a mapped file
         parameter.data = parameter.data.clone()
     ascendit.quantize_(model, scheme)
     x, text = torch.randn(1, 16, 3, 6, 4), torch.randn(1, 32, model.config.text_dim)
@@ -74,13 +74,13 @@ def diffusers(folder: str, scheme: str) -> tuple[nn.Module, Run]:
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Of the codes and scales that this process holds."""
+    """Bytes of the quantized weights and scales in this process."""
     layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
     return sum(local(p).nbytes for m in layers for p in m.parameters())
 
 
 def local(t: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """The part of a tensor in this process."""
     return t.to_local() if isinstance(t, DTensor) else t
 
 
@@ -89,32 +89,32 @@ def as_bytes(t: Tensor) -> Tensor:
 
 
 def shard(model: Any, **options: Any) -> None:
-    """Each block, and the rest with the tables of modulation, which our model reads before the blocks."""
+    """Shard each block, and the model with the modulation tables, which it reads before the blocks."""
     for block in model.blocks:
         fully_shard(block, ignored_params={block.scale_shift_table}, **options)
     fully_shard(model, **options)
 
 
 def forward(rank: int, build: str, folder: str, scheme: str) -> dict[str, Any]:
-    """Bytes before and after, whether two forwards are the same, and which rows the state dict has."""
+    """Bytes before and after sharding, and whether forwards and rows of the state dict are unchanged."""
     model, run = globals()[build](folder, scheme)
-    wanted, before = run(), stored_bytes(model)
+    expected, before = run(), stored_bytes(model)
     whole = {name: t.clone() for name, t in model.state_dict().items()}
     shard(model)
     held = stored_bytes(model)
-    same = [torch.equal(run(), wanted) for _ in range(2)]
+    same = [torch.equal(run(), expected) for _ in range(2)]
     state = model.state_dict()
-    kept = state.keys() == whole.keys()
+    rows_match = state.keys() == whole.keys()
     for name, t in state.items():
         rows = whole[name].split(-(-len(whole[name]) // 2)) if isinstance(t, DTensor) else (whole[name],) * 2
-        kept &= rank >= len(rows) or torch.equal(as_bytes(local(t)), as_bytes(rows[rank]))
+        rows_match &= rank >= len(rows) or torch.equal(as_bytes(local(t)), as_bytes(rows[rank]))
     model.load_state_dict(state)
-    same.append(torch.equal(run(), wanted))
-    return {"before": before, "held": held, "same": same, "after": stored_bytes(model), "kept": kept}
+    same.append(torch.equal(run(), expected))
+    return {"before": before, "held": held, "same": same, "after": stored_bytes(model), "rows": rows_match}
 
 
 def mixed_precision(rank: int, folder: str) -> tuple[str, bool]:
-    """The error of a policy that casts, and whether the shards are what they were."""
+    """The error of a casting policy, and whether the shards are unchanged."""
     model, run = diffusers(folder, "fp8")
     shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     before = {n: local(t).clone() for n, t in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Loading: strict, by name, before anything is computed; one tensor at a time."""
+"""Loading is strict: names, shapes and dtypes are checked first, then tensors are read one at a time."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_single_file_and_shards_give_the_same_weights(tiny_t2v_cascade: Path, tm
     assert all(torch.equal(whole[k], stored[k]) and torch.equal(parts[k], stored[k]) for k in stored)
 
 
-def test_dtype_as_stored_or_asked_with_the_sensitive_parts_in_float32(tiny_t2v_cascade: Path) -> None:
+def test_dtype_is_stored_or_requested_and_float32_for_sensitive_tensors(tiny_t2v_cascade: Path) -> None:
     assert {p.dtype for p in load(tiny_t2v_cascade).parameters()} == {torch.float32}
     model = load(tiny_t2v_cascade, dtype=torch.bfloat16)
-    kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
-    assert kept == {
+    in_float32 = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
+    assert in_float32 == {
         n
         for n, _ in model.named_parameters()
         if "time_embedder" in n or "scale_shift_table" in n or "norm2." in n
@@ -61,7 +61,7 @@ def test_dtype_as_stored_or_asked_with_the_sensitive_parts_in_float32(tiny_t2v_c
         ("config_no_json", "E-CKP-06", "config.json"),
     ],
 )
-def test_damage_is_named_before_a_tensor_is_read(
+def test_a_damaged_folder_is_refused_before_a_tensor_is_read(
     how: str, code: str, text: str, tiny_t2v_cascade: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny.damage(tiny.copy(tiny_t2v_cascade, tmp_path / "m"), how)
@@ -81,7 +81,7 @@ def test_unknown_config_key_is_an_error(tiny_t2v_cascade: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(("part", "file"), [("vae", "diffusion_pytorch_model"), ("text_encoder", "model")])
 @pytest.mark.parametrize("how", ["missing", "extra", "shape"])
-def test_library_parts_are_strict_too(
+def test_library_components_are_checked_too(
     part: str, file: str, how: str, tiny_t2v_cascade: Path, tmp_path: Path
 ) -> None:
     folder = tiny.copy(tiny_t2v_cascade, tmp_path / "m")
@@ -101,8 +101,8 @@ def test_library_parts_are_strict_too(
 
 
 @pytest.mark.slow
-def test_memory_stays_at_the_model_and_one_tensor(tmp_path: Path) -> None:
-    """A 200 MB transformer in 8 shards: the peak above the start is the model and a little more."""
+def test_peak_memory_is_the_model_and_one_tensor(tmp_path: Path) -> None:
+    """A 200 MB transformer in 8 shards: loading needs at most 20 % more memory than the model."""
     from diffusers import WanTransformer3DModel
 
     big = WanTransformer3DModel(

@@ -1,8 +1,8 @@
-"""How many kernels a denoiser's forward launches on an NPU, counted on its twin: aten's and the NPU's own.
+"""Kernels that a denoiser's forward launches on an NPU, counted on the twin: aten's and the NPU's own.
 
-Views cost nothing. Diffusers' model of two layers launches 219 on the same stack. On codes: from the second
-step on 6 quantizations and 6 matmuls for each block, one matmul more in the first, and the text is quantized
-once for each `mul_scale`. `tools/npu_conformance.py` counts the same on the real dispatcher.
+Views are free. Diffusers' model of two layers launches 219 on the same stack. A quantized model has 6
+quantizations and 6 matmuls per block from the second step on. The first step has one matmul more per block,
+and quantizes the text once per `mul_scale`. `tools/npu_conformance.py` counts them on the real dispatcher.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TOKENS, ROW = 18, 6
 WITH_MINDIESD, WITHOUT, OUTSIDE = 26, 28, 20
 """Kernels of one block in BF16; and of patches, timestep embedding, modulation and the last norm."""
 NPU_OPS = {"npu_rms_norm": 3, "npu_rotary_mul": 2, "npu_fusion_attention": 2, "npu_gelu": 1}
-"""Of torch_npu in one block; and two AdaLN of MindIE-SD."""
+"""Operators of torch_npu in one block; MindIE-SD adds two AdaLN."""
 
 
 def tiny(folder: Path, chip: str, dtype: torch.dtype = torch.bfloat16) -> WanTransformer:
@@ -51,36 +51,36 @@ def forward(
     with torch.no_grad():
         state = model.prepare(model.grid_of(x), text, timesteps=timesteps)
         ascendit.twin.reset()
-        with Recorder() as seen:
+        with Recorder() as recorder:
             model(x, timesteps, state, spans)
-    return seen
+    return recorder
 
 
 def block(model: WanTransformer) -> Recorder:
     x, text = torch.randn(1, model.config.in_channels, 3, 6, 4), torch.randn(1, 32, model.config.text_dim)
-    tokens = torch.randn(1, TOKENS, model.config.dim).to(torch.bfloat16)
+    hidden = torch.randn(1, TOKENS, model.config.dim).to(torch.bfloat16)
     with torch.no_grad():
         state = model.prepare(model.grid_of(x), text)
         mod = model.modulation((500.0,), (TOKENS,))
-        with Recorder() as seen:
-            model.blocks[0](0, tokens, mod, state)
-    return seen
+        with Recorder() as recorder:
+            model.blocks[0](0, hidden, mod, state)
+    return recorder
 
 
 @pytest.mark.parametrize("chip", ["a2", "a3", "a5"])
 def test_a_forward_of_two_layers(chip: str, tiny_t2v_single: Path) -> None:
-    seen = forward(tiny(tiny_t2v_single, chip))
-    assert seen.launched.total() == 2 * WITH_MINDIESD + OUTSIDE <= 100, seen.launched
+    recorder = forward(tiny(tiny_t2v_single, chip))
+    assert recorder.launched.total() == 2 * WITH_MINDIESD + OUTSIDE <= 100, recorder.launched
     adaln = "mindiesd::adaln_v2" if chip == "a5" else "mindiesd::adaln"
-    wanted = {name: 2 * n for name, n in NPU_OPS.items()} | {adaln: 5}
-    assert ascendit.twin.launches() == wanted
-    assert {n: c for n, c in seen.launched.items() if "npu_" in n or "::" in n} == wanted
+    expected = {name: 2 * n for name, n in NPU_OPS.items()} | {adaln: 5}
+    assert ascendit.twin.launches() == expected
+    assert {n: c for n, c in recorder.launched.items() if "npu_" in n or "::" in n} == expected
 
 
 @pytest.mark.parametrize("chip", ["a2", "a5"])
 def test_a_block(chip: str, tiny_t2v_single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = block(tiny(tiny_t2v_single, chip))
-    assert seen.launched.total() == WITH_MINDIESD, seen.launched
+    recorder = block(tiny(tiny_t2v_single, chip))
+    assert recorder.launched.total() == WITH_MINDIESD, recorder.launched
     real = kernels.missing
     monkeypatch.setattr(kernels, "missing", lambda c, chip: "none" if "mindiesd" in c else real(c, chip))
     assert block(tiny(tiny_t2v_single, chip)).launched.total() == WITHOUT
@@ -88,25 +88,25 @@ def test_a_block(chip: str, tiny_t2v_single: Path, monkeypatch: pytest.MonkeyPat
 
 def test_two_timesteps_cost_less_than_a_second_forward(tiny_ti2v: Path) -> None:
     model = tiny(tiny_ti2v, "a5")
-    one, two = forward(model), forward(model, (0.0, 500.0), (ROW, TOKENS - ROW))
-    assert one.launched.total() < two.launched.total() <= one.launched.total() + 9 * 2 + 4
+    single, double = forward(model), forward(model, (0.0, 500.0), (ROW, TOKENS - ROW))
+    assert single.launched.total() < double.launched.total() <= single.launched.total() + 9 * 2 + 4
 
 
 @pytest.mark.parametrize("name", ["t2v_single", "ti2v", "i2v_cascade"])
-def test_nothing_waits_for_the_host_and_nothing_comes_from_it(
+def test_a_forward_neither_synchronizes_nor_copies_from_the_host(
     name: str, tiny_folder: Callable[[str], Path]
 ) -> None:
-    """No value is read back, no table is drawn up, no wide or complex number is made."""
-    given: dict[str, Any] = (
+    """No value is read back, no table is computed, and no float64 or complex tensor is created."""
+    kwargs: dict[str, Any] = (
         {"timesteps": (0.0, 500.0), "spans": (ROW, TOKENS - ROW)} if name == "ti2v" else {}
     )
-    seen = forward(tiny(tiny_folder(name), "a5"), **given)
-    assert not SYNCHRONIZES & set(seen.launched)
-    assert not {"arange", "cos", "sin", "lift_fresh", "full"} & {called for called, _ in seen.calls}
-    assert seen.dtypes == {torch.bfloat16, torch.float32}
+    recorder = forward(tiny(tiny_folder(name), "a5"), **kwargs)
+    assert not SYNCHRONIZES & set(recorder.launched)
+    assert not {"arange", "cos", "sin", "lift_fresh", "full"} & {called for called, _ in recorder.calls}
+    assert recorder.dtypes == {torch.bfloat16, torch.float32}
 
 
-# ---- on codes -----------------------------------------------------------------------------------
+# ---- quantized ----------------------------------------------------------------------------------
 
 LAYERS = 2
 QUANTIZERS = {
@@ -116,23 +116,23 @@ QUANTIZERS = {
     "mxfp4": "npu_dynamic_mx_quant",
     "mxfp4_dualscale": "npu_dynamic_dual_level_mx_quant",
 }
-ON_CHIPS = [(chip, scheme) for chip, known in NATIVE.items() for scheme in QUANTIZERS if scheme in known]
-ON_CODES = WITH_MINDIESD - 8 + 12
-"""Kernels of one block: its eight linear layers are six quantizations and six matmuls instead."""
+ON_CHIPS = [(chip, scheme) for chip, schemes in NATIVE.items() for scheme in QUANTIZERS if scheme in schemes]
+QUANTIZED = WITH_MINDIESD - 8 + 12
+"""Kernels of one quantized block: six quantizations and six matmuls replace its eight linear layers."""
 
 
 def matmul(scheme: str) -> str:
     return "npu_dual_level_quant_matmul" if scheme == "mxfp4_dualscale" else "npu_quant_matmul"
 
 
-def on_codes(folder: Path, chip: str, online: Online | None = None, **kw: Any) -> WanTransformer:
-    """The tiny model in BF16, quantized while it loads, or as the folder has it."""
+def quantized_model(folder: Path, chip: str, online: Online | None = None, **kw: Any) -> WanTransformer:
+    """The tiny model in BF16, quantized while it loads, or with the schemes of the folder."""
     part, ops = recognise(folder).parts["transformer"], bind(f"twin:{chip}", **kw)
     return load_transformer(part, ops, dtype=torch.bfloat16, online=online)
 
 
 def two_steps(model: WanTransformer, policy: str = "") -> list[Counter[str]]:
-    """What the first step launches, its text included, and what the second does."""
+    """Launches of the first step, with its text, and of the second."""
     x, text = torch.randn(1, model.config.in_channels, 3, 6, 4), torch.randn(1, 32, model.config.text_dim)
     with torch.no_grad():
         shared = model.share(model.grid_of(x), (500.0, 400.0))
@@ -147,67 +147,67 @@ def two_steps(model: WanTransformer, policy: str = "") -> list[Counter[str]]:
     return [first.launched, second.launched]
 
 
-def coded(launched: Counter[str]) -> tuple[int, int]:
-    """Quantizations and matmuls on codes."""
+def quantized_launches(launched: Counter[str]) -> tuple[int, int]:
+    """Numbers of quantizations and of quantized matmuls."""
     quantizations = sum(n for name, n in launched.items() if name.startswith("npu_dynamic"))
     return quantizations, sum(n for name, n in launched.items() if name.endswith("quant_matmul"))
 
 
 @pytest.mark.parametrize(("chip", "scheme"), ON_CHIPS)
 def test_every_scheme(chip: str, scheme: str, tiny_t2v_single: Path) -> None:
-    model = on_codes(tiny_t2v_single, chip, Online.from_options(scheme, None))
+    model = quantized_model(tiny_t2v_single, chip, Online.from_options(scheme, None))
     first, second = two_steps(model)
     assert first[QUANTIZERS[scheme]] == 6 * LAYERS + 1 and first[matmul(scheme)] == 7 * LAYERS
     assert second[QUANTIZERS[scheme]] == second[matmul(scheme)] == 6 * LAYERS
-    assert coded(first) == (13, 14) and coded(second) == (12, 12)
-    assert second.total() == LAYERS * ON_CODES + OUTSIDE
-    assert "npu_format_cast" not in first  # weights are as the matmul wants them since they were loaded
+    assert quantized_launches(first) == (13, 14) and quantized_launches(second) == (12, 12)
+    assert second.total() == LAYERS * QUANTIZED + OUTSIDE
+    assert "npu_format_cast" not in first  # weights were cast for the matmul while loading
 
 
 def test_steps_in_w4a8_cost_the_same(tiny_t2v_single: Path) -> None:
-    model = on_codes(tiny_t2v_single, "a5", Online.from_options("mxfp4", None))
-    plain = two_steps(model)
-    assert two_steps(model, "default:w4a8") == plain
+    model = quantized_model(tiny_t2v_single, "a5", Online.from_options("mxfp4", None))
+    stored = two_steps(model)
+    assert two_steps(model, "default:w4a8") == stored
 
 
-def test_keys_of_the_text_are_made_again_where_the_precision_changes_them(tiny_t2v_single: Path) -> None:
-    model = on_codes(tiny_t2v_single, "a5", Online.from_options("mxfp4", None))
+def test_text_keys_are_recomputed_if_the_precision_changes_them(tiny_t2v_single: Path) -> None:
+    model = quantized_model(tiny_t2v_single, "a5", Online.from_options("mxfp4", None))
     first, second = two_steps(model, "0:w4a8,default:w4a4")
-    assert coded(first) == coded(second) == (6 * LAYERS + 1, 7 * LAYERS)
+    assert quantized_launches(first) == quantized_launches(second) == (6 * LAYERS + 1, 7 * LAYERS)
     assert (
-        second.total() == LAYERS * ON_CODES + OUTSIDE + 1 + 3 * LAYERS
-    )  # tokens; K and V, norm, a copy of V
-    int8 = on_codes(tiny_t2v_single, "a5", Online.from_options("int8", None))
-    assert two_steps(int8, "0:w4a8") == two_steps(int8)  # W4A8 is for MXFP4 weights: nothing is made again
+        second.total() == LAYERS * QUANTIZED + OUTSIDE + 1 + 3 * LAYERS
+    )  # the text; K and V, norm, a copy of V
+    int8 = quantized_model(tiny_t2v_single, "a5", Online.from_options("int8", None))
+    assert two_steps(int8, "0:w4a8") == two_steps(int8)  # W4A8 is for MXFP4 weights: nothing is recomputed
 
 
 def test_a_mixed_recipe(tiny_t2v_single: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "mixed.toml"
     rules = {"*": "mxfp4", "*.attn*": "mxfp8", "blocks.1.attn2.*": "mxfp4_dualscale", "*.1.ffn.*": "int8"}
     recipe.write_text("".join(f'[[rules]]\nlayers = "{n}"\nscheme = "{s}"\n\n' for n, s in rules.items()))
-    first, second = two_steps(on_codes(tiny_t2v_single, "a5", Online.from_options(None, str(recipe))))
-    assert coded(second) == (6 * LAYERS, 6 * LAYERS)
-    assert coded(first) == (6 * LAYERS + 2, 7 * LAYERS)  # the text in mxfp8 and in dual scale
+    first, second = two_steps(quantized_model(tiny_t2v_single, "a5", Online.from_options(None, str(recipe))))
+    assert quantized_launches(second) == (6 * LAYERS, 6 * LAYERS)
+    assert quantized_launches(first) == (6 * LAYERS + 2, 7 * LAYERS)  # the text in mxfp8 and in dual scale
     assert second["npu_dynamic_quant"] == 2 and second["npu_dual_level_quant_matmul"] == 2
 
 
 def test_a_group_of_two_schemes_is_two_matmuls(tiny_t2v_single: Path) -> None:
     online = Online.from_options("mxfp8", None, ["blocks.0.attn1.to_v"])
-    _, second = two_steps(on_codes(tiny_t2v_single, "a5", online))
-    assert coded(second) == (6 * LAYERS, 6 * LAYERS)  # Q and K in one, V in BF16 beside it
-    assert second.total() == LAYERS * ON_CODES + OUTSIDE + 1
+    _, second = two_steps(quantized_model(tiny_t2v_single, "a5", online))
+    assert quantized_launches(second) == (6 * LAYERS, 6 * LAYERS)  # Q and K in one, V in BF16 beside it
+    assert second.total() == LAYERS * QUANTIZED + OUTSIDE + 1
 
 
 @pytest.fixture
 def smoothed(tiny_t2v_single: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A folder whose layers have `mul_scale`; all that read the text the same one if `alike`."""
+    """A folder whose layers have `mul_scale`; if `alike`, all layers that read the text have the same one."""
 
     def write(scheme: str, *, alike: bool) -> Path:
         folder = tmp_path / f"{scheme}-{alike}"
         ascendit.quantize(tiny_t2v_single, folder, scheme=scheme)
         (file,) = (folder / "transformer").glob("*.safetensors")
         tensors, manifest = load_file(file), folder / "transformer/quant_model_description.json"
-        told = json.loads(manifest.read_text())
+        entries = json.loads(manifest.read_text())
         for name in [n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")]:
             owner, _, leaf = name.rpartition(".")
             reads = f"{owner} text" if "attn2" in owner and leaf in ("to_k", "to_v") else owner
@@ -217,9 +217,9 @@ def smoothed(tiny_t2v_single: Path, tmp_path: Path) -> Callable[..., Path]:
             seed = torch.Generator().manual_seed(sum(key.encode()) + 1000 * len(key))
             width = 80 if name.endswith("ffn.net.2") else 64
             tensors[f"{name}.mul_scale"] = torch.rand(width, generator=seed) + 0.5
-            told[f"{name}.mul_scale"] = "FLOAT"
+            entries[f"{name}.mul_scale"] = "FLOAT"
         save_file(tensors, file, {"format": "pt"})
-        manifest.write_text(json.dumps(told))
+        manifest.write_text(json.dumps(entries))
         return folder
 
     return write
@@ -227,13 +227,13 @@ def smoothed(tiny_t2v_single: Path, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize(("scheme", "chip"), [("int8", "a2"), ("mxfp8", "a5"), ("mxfp4_dualscale", "a5")])
 def test_a_smoothed_checkpoint(scheme: str, chip: str, smoothed: Callable[..., Path]) -> None:
-    """The product with `mul_scale` is one kernel; the text is quantized once for each of them."""
-    alike, apart = (two_steps(on_codes(smoothed(scheme, alike=a), chip)) for a in (True, False))
-    assert coded(alike[0]) == (6 * LAYERS + 1, 7 * LAYERS)
-    assert coded(apart[0]) == (6 * LAYERS + LAYERS, 7 * LAYERS)
+    """The product with `mul_scale` is one kernel; the text is quantized once per `mul_scale`."""
+    alike, apart = (two_steps(quantized_model(smoothed(scheme, alike=a), chip)) for a in (True, False))
+    assert quantized_launches(alike[0]) == (6 * LAYERS + 1, 7 * LAYERS)
+    assert quantized_launches(apart[0]) == (6 * LAYERS + LAYERS, 7 * LAYERS)
     for _, second in (alike, apart):
-        assert coded(second) == (6 * LAYERS, 6 * LAYERS)
-        assert second.total() == LAYERS * (ON_CODES + 6) + OUTSIDE
+        assert quantized_launches(second) == (6 * LAYERS, 6 * LAYERS)
+        assert second.total() == LAYERS * (QUANTIZED + 6) + OUTSIDE
 
 
 # ---- FRACTAL_NZ ---------------------------------------------------------------------------------
@@ -259,41 +259,43 @@ def velocity(model: WanTransformer) -> torch.Tensor:
 @pytest.mark.parametrize(("chip", "scheme"), [("a2", "int8"), ("a5", "mxfp8"), ("a5", "mxfp4")])
 def test_fractal_nz_on_request(chip: str, scheme: str, tiny_t2v_single: Path) -> None:
     online = Online.from_options(scheme, None)
-    plain = on_codes(tiny_t2v_single, chip, online)
-    blocked = on_codes(tiny_t2v_single, chip, online, nz=True)
-    assert formats(plain) == {2} and formats(blocked) == {29}
-    assert torch.equal(velocity(plain), velocity(blocked))
+    nd = quantized_model(tiny_t2v_single, chip, online)
+    blocked = quantized_model(tiny_t2v_single, chip, online, nz=True)
+    assert formats(nd) == {2} and formats(blocked) == {29}
+    assert torch.equal(velocity(nd), velocity(blocked))
 
 
 def test_nz_weights_save_and_load_the_stored_state_dict(tiny_t2v_single: Path) -> None:
-    """They replace the parameters of their group: nothing is held twice."""
+    """They replace the parameters of their group, so that no weight is in memory twice."""
     online = Online.from_options("mxfp4_dualscale", None)
-    model = on_codes(tiny_t2v_single, "a5", online)
-    plain = load_transformer(
+    model = quantized_model(tiny_t2v_single, "a5", online)
+    on_cpu = load_transformer(
         recognise(tiny_t2v_single).parts["transformer"], bind("cpu"), dtype=torch.bfloat16, online=online
     )
-    before, state, wanted = velocity(model), model.state_dict(), plain.state_dict()
-    assert formats(model) == {29} and state.keys() == wanted.keys()
-    assert all(torch.equal(t, wanted[name]) for name, t in state.items())
+    before, state, expected = velocity(model), model.state_dict(), on_cpu.state_dict()
+    assert formats(model) == {29} and state.keys() == expected.keys()
+    assert all(torch.equal(t, expected[name]) for name, t in state.items())
     extra = sum(m.extra_nbytes for m in model.modules() if isinstance(m, QuantLinear))
-    layers: list[Any] = [m for m in plain.modules() if isinstance(m, QuantLinear)]
+    layers: list[Any] = [m for m in on_cpu.modules() if isinstance(m, QuantLinear)]
     qdata = sum(m._parameters["weight"].nbytes for m in layers)
     assert qdata <= extra < 1.5 * qdata
     assert "blocks.0.attn1.to_q.weight" not in dict(model.named_parameters())
-    model.load_state_dict(wanted)
+    model.load_state_dict(expected)
     assert formats(model) == {29} and torch.equal(velocity(model), before)
 
 
 @pytest.mark.parametrize(("scheme", "nz"), [("mxfp4_dualscale", False), ("mxfp8", True), ("mxfp4", False)])
-def test_the_layout_is_made_again_after_a_way_to_the_host(
+def test_the_layout_is_restored_after_a_move_to_the_host_and_back(
     scheme: str, nz: bool, tiny_t2v_single: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rule = "mxfp4=max:7" if scheme == "mxfp4" else None
-    model = on_codes(tiny_t2v_single, "a5", Online.from_options(scheme, None), nz=nz, activation_rule=rule)
+    model = quantized_model(
+        tiny_t2v_single, "a5", Online.from_options(scheme, None), nz=nz, activation_rule=rule
+    )
     before, layout = velocity(model), formats(model)
     assert layout == ({29} if nz or "dual" in scheme else {2})
-    plain = operators._device
-    monkeypatch.setattr(operators, "_device", lambda d: plain("twin:a5" if d == "npu:0" else d))
+    original = operators._device
+    monkeypatch.setattr(operators, "_device", lambda d: original("twin:a5" if d == "npu:0" else d))
     for group in groups(model):
         group.fuse(operators.schemes_on("cpu", group.schemes))
         assert group.schemes.device.kind == "cpu" and group.schemes.rules == (

@@ -1,4 +1,4 @@
-"""`quantize_`: which layers of a foreign model, how close to its floats, and what is checked before."""
+"""`quantize_`: layers quantized in other models, the error of their outputs, and checks before any change."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from ascendit.model.weight_loader import nbytes
 from ascendit.quant.recipe import load_recipe
 
 SQNR = {"int8": 36.0, "fp8": 26.0, "mxfp8": 25.0, "mxfp4": 12.5, "mxfp4_dualscale": 11.5}
-"""dB of the whole model's output, two to four blocks deep; 1.5 dB below what it is."""
+"""Least dB of the model's output, two to four blocks deep; 1.5 dB below the measured value."""
 
 
-def coded(module: nn.Module) -> dict[str, QuantLinear]:
+def quantized_layers(module: nn.Module) -> dict[str, QuantLinear]:
     return {name: m for name, m in module.named_modules() if isinstance(m, QuantLinear)}
 
 
@@ -38,29 +38,29 @@ def test_output_is_close_to_the_floats(name: str, scheme: str) -> None:
     report = ascendit.quantize_(model, scheme)
     after = other_models.output(model, call)
     assert SQNR[scheme] < mx.sqnr(before, after) < SQNR[scheme] + 14
-    assert len(coded(model)) == report.schemes[scheme] > 20
+    assert len(quantized_layers(model)) == report.schemes[scheme] > 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", other_models.BUILDERS)
-def test_it_is_still_a_module(name: str, dtype: torch.dtype) -> None:
-    """Copies, moves, a state dict into another one, and what models and pipelines look up."""
+def test_a_quantized_model_is_still_a_module(name: str, dtype: torch.dtype) -> None:
+    """Copies, moves, loading a state dict, and the attributes that models and pipelines read."""
     model, call = other_models.build(name, dtype)
     other = copy.deepcopy(model)
     ascendit.quantize_(model, "mxfp8")
-    wanted = other_models.output(model, call)
-    assert wanted.dtype == dtype and (model.dtype, model.device.type) == (dtype, "cpu")
-    layer = next(iter(coded(model).values()))
+    expected = other_models.output(model, call)
+    assert expected.dtype == dtype and (model.dtype, model.device.type) == (dtype, "cpu")
+    layer = next(iter(quantized_layers(model).values()))
     assert layer.weight.dtype == layer.compute_dtype == dtype and layer.weight.device.type == "cpu"
-    assert torch.equal(other_models.output(copy.deepcopy(model).to("cpu"), call), wanted)
+    assert torch.equal(other_models.output(copy.deepcopy(model).to("cpu"), call), expected)
     ascendit.quantize_(other, "mxfp8")
     for parameter in other.parameters():
         parameter.zero_()
     state = {k: v.zero_() if v.dtype != torch.uint8 else v for k, v in other.state_dict().items()}
     other.load_state_dict(state)
-    assert not torch.equal(other_models.output(other, call), wanted)
+    assert not torch.equal(other_models.output(other, call), expected)
     other.load_state_dict(model.state_dict())
-    assert torch.equal(other_models.output(other, call), wanted)
+    assert torch.equal(other_models.output(other, call), expected)
 
 
 def test_flux_report() -> None:
@@ -86,8 +86,10 @@ def test_flux_report() -> None:
             "single_transformer_blocks.1.attn.*",
         ),
     }
-    assert {n for n, scheme in report.layers.items() if scheme == "mxfp8"} == coded(model).keys()
-    saved = sum(m.weight.numel() * (2 - 33 / 32) - 2 * m.out_features for m in coded(model).values())
+    assert {n for n, scheme in report.layers.items() if scheme == "mxfp8"} == quantized_layers(model).keys()
+    saved = sum(
+        m.weight.numel() * (2 - 33 / 32) - 2 * m.out_features for m in quantized_layers(model).values()
+    )
     assert report.bytes_after == nbytes(model) == report.bytes_before - saved
     assert report.lines()[0].startswith("FluxTransformer2DModel: 29 mxfp8, 19 bf16   0.9 MiB -> ")
     assert report.as_dict()["layers"] == {"mxfp8": 29, "bf16": 19}
@@ -96,13 +98,13 @@ def test_flux_report() -> None:
 def test_qwen_modulation_and_hunyuan_refiner_are_excluded_by_default() -> None:
     qwen, _ = other_models.build("qwen_image")
     report = ascendit.quantize_(qwen, "int8")
-    assert not [name for name in coded(qwen) if "_mod." in name]
+    assert not [name for name in quantized_layers(qwen) if "_mod." in name]
     assert "transformer_blocks.*.img_mod.1" in report.kept["modulation layer, one row per sample"]
     hunyuan, _ = other_models.build("hunyuan_video")
-    assert not [name for name in coded(hunyuan) if "refiner" in name]
+    assert not [name for name in quantized_layers(hunyuan) if "refiner" in name]
 
 
-def test_a_rule_that_names_other_layers_reaches_them(tmp_path: Path) -> None:
+def test_a_rule_can_name_layers_that_are_excluded_by_default(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text(
         '[[rules]]\nlayers = "*"\nscheme = "mxfp4"\n'
@@ -115,14 +117,14 @@ def test_a_rule_that_names_other_layers_reaches_them(tmp_path: Path) -> None:
     assert other_models.output(model, call).isfinite().all()
 
 
-def test_a_pattern_that_fits_nothing_is_an_error() -> None:
+def test_a_pattern_that_matches_nothing_is_an_error() -> None:
     model, _ = other_models.build("flux")
     with pytest.raises(UsageError, match="single_transformer_blocks") as e:
         ascendit.quantize_(model, "mxfp8", keep=["single_blocks.*"])
-    assert e.value.code == "E-USE-05" and "named_modules" in e.value.fix and not coded(model)
+    assert e.value.code == "E-USE-05" and "named_modules" in e.value.fix and not quantized_layers(model)
 
 
-# ---- modules of one's own -----------------------------------------------------------------------
+# ---- other modules ------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -140,7 +142,7 @@ class Block(nn.Module):
 def test_layers_without_a_matmul_are_excluded_with_the_reason() -> None:
     model = nn.ModuleDict({"blocks": nn.ModuleList([Block(), Block(72, 64), Block(64, 72)])})
     report = ascendit.quantize_(model, "mxfp8")
-    assert list(coded(model)) == ["blocks.0.to_out.0"]
+    assert list(quantized_layers(model)) == ["blocks.0.to_out.0"]
     assert report.kept == {
         "smaller than 32": ("blocks.*.gate",),
         "K is not a multiple of 32": ("blocks.1.to_out.0",),
@@ -148,57 +150,57 @@ def test_layers_without_a_matmul_are_excluded_with_the_reason() -> None:
     }
 
 
-def test_a_block_or_a_module_without_blocks_is_quantized_whole() -> None:
+def test_all_layers_of_a_block_or_of_a_module_without_blocks_are_quantized() -> None:
     block = Block()
     assert ascendit.quantize_(block, "int8").schemes == {"int8": 1, "bf16": 1}
-    plain = nn.Sequential(nn.Linear(64, 128, bias=False), nn.GELU(), nn.Linear(128, 64))
+    model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.GELU(), nn.Linear(128, 64))
     x = torch.randn(3, 5, 64)
-    wanted = plain(x)
-    ascendit.quantize_(plain, load_recipe("default", "int8"))
-    assert list(coded(plain)) == ["0", "2"] and plain[0].bias is None
-    assert mx.sqnr(wanted, plain(x)) > 30
-    assert not plain(x).requires_grad
+    expected = model(x)
+    ascendit.quantize_(model, load_recipe("default", "int8"))
+    assert list(quantized_layers(model)) == ["0", "2"] and model[0].bias is None
+    assert mx.sqnr(expected, model(x)) > 30
+    assert not model(x).requires_grad
 
 
-def test_a_layer_is_called_with_no_gradient_and_old_weights_are_gone() -> None:
-    plain = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    old = [weakref.ref(m.weight) for m in plain]
-    ascendit.quantize_(plain, "mxfp4")
+def test_the_float_weights_are_freed() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    old = [weakref.ref(m.weight) for m in model]
+    ascendit.quantize_(model, "mxfp4")
     gc.collect()
     assert [ref() for ref in old] == [None, None]
 
 
-def test_never_more_than_the_module_and_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When a layer is encoded, all before it are codes already."""
+def test_memory_never_exceeds_the_module_and_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a layer is encoded, all layers before it are already quantized."""
     from ascendit.model import quantize_module
 
-    plain, seen = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]), []
+    model, counts = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]), []
     encode = quantize_module.encode_weight
 
     def watch(*args: Any) -> Any:
-        seen.append(len(coded(plain)))
+        counts.append(len(quantized_layers(model)))
         return encode(*args)
 
     monkeypatch.setattr(quantize_module, "encode_weight", watch)
-    ascendit.quantize_(plain, "mxfp8")
-    assert seen == [0, 1, 2, 3]
+    ascendit.quantize_(model, "mxfp8")
+    assert counts == [0, 1, 2, 3]
 
 
-def test_a_layer_in_two_places_stays_one() -> None:
+def test_a_layer_that_is_used_twice_stays_shared() -> None:
     shared = nn.Linear(64, 64)
-    plain = nn.Sequential(shared, nn.GELU(), shared)
-    ascendit.quantize_(plain, "int8")
-    assert isinstance(plain[0], QuantLinear) and plain[0] is plain[2]
-    assert plain(torch.randn(2, 64)).isfinite().all()
+    model = nn.Sequential(shared, nn.GELU(), shared)
+    ascendit.quantize_(model, "int8")
+    assert isinstance(model[0], QuantLinear) and model[0] is model[2]
+    assert model(torch.randn(2, 64)).isfinite().all()
 
 
 class Odd(nn.Linear):
     """Does more than multiply."""
 
 
-def spoiled(how: str) -> nn.Module:
+def unsupported(how: str) -> nn.Module:
     last = nn.Linear(64, 64)
-    plain = nn.Sequential(nn.Linear(64, 64), last)
+    model = nn.Sequential(nn.Linear(64, 64), last)
     if how == "nan":
         last.weight.data[3, 4] = torch.nan
     elif how == "meta":
@@ -212,8 +214,8 @@ def spoiled(how: str) -> nn.Module:
     elif how == "odd":
         return nn.Sequential(Odd(64, 64))
     elif how == "twice":
-        ascendit.quantize_(plain, "int8")
-    return plain
+        ascendit.quantize_(model, "int8")
+    return model
 
 
 @pytest.mark.parametrize(
@@ -229,14 +231,14 @@ def spoiled(how: str) -> nn.Module:
     ],
 )
 def test_a_refused_module_is_unchanged(how: str, text: str) -> None:
-    module = spoiled(how)
-    kinds = [type(m) for m in module.modules()]
+    module = unsupported(how)
+    types = [type(m) for m in module.modules()]
     with pytest.raises(UsageError, match=text) as e:
         ascendit.quantize_(module, "mxfp8")
-    assert e.value.code == "E-QNT-01" and [type(m) for m in module.modules()] == kinds
+    assert e.value.code == "E-QNT-01" and [type(m) for m in module.modules()] == types
 
 
-def test_unknown_scheme_or_recipe_is_named() -> None:
+def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(UsageError, match="mxfp6") as e:
         ascendit.quantize_(nn.Sequential(nn.Linear(64, 64)), "mxfp6")
     assert e.value.code == "E-USE-02"
@@ -250,25 +252,25 @@ def test_a_chip_refuses_schemes_without_a_matmul_and_emulates_on_request() -> No
     model, call = other_models.build("flux", torch.bfloat16)
     with pytest.raises(EnvironmentProblem, match="mxfp8 on twin:a2") as e:
         ascendit.quantize_(model, "mxfp8", device="twin:a2")
-    assert e.value.code == "E-CAP-01" and not coded(model)
+    assert e.value.code == "E-CAP-01" and not quantized_layers(model)
     ascendit.quantize_(model, "mxfp8", device="twin:a2", emulate=True)
-    wanted = other_models.output(model, call)
+    expected = other_models.output(model, call)
     bind_(model, device="twin:a5")
-    layer = next(iter(coded(model).values()))
+    layer = next(iter(quantized_layers(model).values()))
     assert str(layer.group.schemes.device) == "twin:a5"
-    assert mx.sqnr(wanted, other_models.output(model, call)) > 25
+    assert mx.sqnr(expected, other_models.output(model, call)) > 25
     bind_(model, device="cpu", emulate="decode-once", activation_rule="mxfp8=floor")
     assert layer.group.schemes.wish.emulate == "decode-once" and layer.group.schemes.rules == {
         "mxfp8": "floor"
     }
-    assert mx.sqnr(wanted, other_models.output(model, call)) > 20
+    assert mx.sqnr(expected, other_models.output(model, call)) > 20
 
 
 def test_an_input_on_another_device_is_refused() -> None:
-    plain = nn.Sequential(nn.Linear(64, 64))
-    ascendit.quantize_(plain, "int8")
+    model = nn.Sequential(nn.Linear(64, 64))
+    ascendit.quantize_(model, "int8")
     with pytest.raises(UsageError, match="an input on meta for a layer in int8 on cpu") as e:
-        plain(torch.empty(2, 64, device="meta"))
+        model(torch.empty(2, 64, device="meta"))
     assert e.value.code == "E-QNT-03" and "enable_model_cpu_offload" in e.value.fix
 
 
@@ -276,20 +278,20 @@ def test_an_input_on_another_device_is_refused() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["int8", "mxfp4", "ascend-w4a4"])
-def test_wan_gets_the_layers_and_the_bits_of_quantize(
+def test_wan_gets_the_same_layers_and_bits_as_with_quantize(
     recipe: str, tiny_t2v_single: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from safetensors.torch import load_file
 
     how = {"recipe": recipe} if recipe == "ascend-w4a4" else {"scheme": recipe}
     ascendit.quantize(tiny_t2v_single, tmp_path / "q", **how)  # type: ignore[arg-type]
-    wanted = load_file(tmp_path / "q/transformer/diffusion_pytorch_model.safetensors")
+    expected = load_file(tmp_path / "q/transformer/diffusion_pytorch_model.safetensors")
     model = WanTransformer3DModel.from_pretrained(tiny_t2v_single / "transformer")
     report = ascendit.quantize_(model, recipe)
     state = model.state_dict()
-    assert state.keys() == {name for name in wanted if not name.endswith("_rot")}
+    assert state.keys() == {name for name in expected if not name.endswith("_rot")}
     for name, tensor in state.items():
-        assert torch.equal(tensor.view(-1).view(torch.uint8), _bytes(wanted[name].to(tensor.dtype))), name
+        assert torch.equal(tensor.view(-1).view(torch.uint8), _bytes(expected[name].to(tensor.dtype))), name
     assert report.kept == {"not a linear of the blocks": ("condition_embedder.*", "proj_out")}
     assert ("quantized attention (FP8_DYNAMIC for 1) runs in BF16" in caplog.text) == (recipe[0] == "a")
 
@@ -302,15 +304,15 @@ def test_fp4_on_ti2v_needs_force(tiny_ti2v: Path) -> None:
     model = WanTransformer3DModel.from_pretrained(tiny_ti2v / "transformer")
     with pytest.raises(AscenditError) as e:
         ascendit.quantize_(model, "mxfp4")
-    assert e.value.code == "E-QNT-02" and not coded(model)
+    assert e.value.code == "E-QNT-02" and not quantized_layers(model)
     assert ascendit.quantize_(model, "mxfp4", force=True).schemes["mxfp4"] > 0
 
 
-def test_forward_hooks_stay():
+def test_forward_hooks_are_preserved():
     m = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
-    seen: list[str] = []
-    m[0].register_forward_hook(lambda *_: seen.append("after"))
-    m[0].register_forward_pre_hook(lambda *_: seen.append("before"))
+    calls: list[str] = []
+    m[0].register_forward_hook(lambda *_: calls.append("after"))
+    m[0].register_forward_pre_hook(lambda *_: calls.append("before"))
     ascendit.quantize_(m, "int8")
     m(torch.randn(2, 64))
-    assert seen == ["before", "after"] and isinstance(m[0], QuantLinear)
+    assert calls == ["before", "after"] and isinstance(m[0], QuantLinear)

@@ -1,4 +1,4 @@
-"""Real exports of msModelSlim, as they lie and repacked: every layer computes what its stored numbers say."""
+"""Real exports of msModelSlim, original and repacked: every layer computes with its stored tensors."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ FORMATS = {
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a canonical transformer folder."""
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as f:
-            found |= {name: f.get_tensor(name) for name in f.keys()}
-    return found
+            tensors |= {name: f.get_tensor(name) for name in f.keys()}
+    return tensors
 
 
 def experts_of(folder: Path) -> list[Expert]:
-    """With the two heads that no file of the smaller exports tells."""
-    found = [read_expert(part) for part in recognise(folder).experts]
+    """Experts of a folder, with two heads if its files do not give the number, as in the smaller exports."""
+    experts = [read_expert(part) for part in recognise(folder).experts]
     heads = {"num_attention_heads": 2, "attention_head_dim": 32}
-    unknown = [e.config["num_attention_heads"] is None for e in found]
-    return [replace(e, config=e.config | heads) if u else e for e, u in zip(found, unknown, strict=True)]
+    unknown = [e.config["num_attention_heads"] is None for e in experts]
+    return [replace(e, config=e.config | heads) if u else e for e, u in zip(experts, unknown, strict=True)]
 
 
 def load(expert: Expert, **kw: Any) -> Any:
@@ -71,7 +71,7 @@ def test_each_mul_scale_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def exact(tensors: dict[str, torch.Tensor], name: str, scheme: str, x: torch.Tensor) -> torch.Tensor:
-    """decode -> matmul in float64, from the tensors of the disk alone."""
+    """decode -> matmul in float64, from the stored tensors alone."""
     n = tensors[f"{name}.weight"].shape[0]
     if (mul := tensors.get(f"{name}.mul_scale")) is not None:
         x = (x.float() * mul).to(x.dtype)
@@ -85,25 +85,27 @@ def exact(tensors: dict[str, torch.Tensor], name: str, scheme: str, x: torch.Ten
 
 
 @pytest.mark.parametrize("export", exports.ALL, ids=lambda p: p.name)
-@pytest.mark.parametrize("way", ["as it lies", "repacked"])
-def test_a_real_export_loads_and_each_layer_is_its_numbers(export, way, tmp_path):
+@pytest.mark.parametrize("layout", ["original", "repacked"])
+def test_a_real_export_loads_and_each_layer_computes_with_its_stored_tensors(export, layout, tmp_path):
     repack(export, tmp_path / "m")
-    folder = tmp_path / "m" if way == "repacked" else export
+    folder = tmp_path / "m" if layout == "repacked" else export
     for expert, canonical in zip(experts_of(folder), recognise(tmp_path / "m").experts, strict=True):
         model = load(expert, dtype=torch.bfloat16)
         tensors = stored(canonical.folder)
-        coded = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-        assert set(coded) == {n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")}
-        assert coded
-        for name, m in coded.items():
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+        assert set(layers) == {
+            n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale")
+        }
+        assert layers
+        for name, m in layers.items():
             x = torch.randn(3, m.in_features, generator=torch.Generator().manual_seed(len(name))).bfloat16()
-            got, wanted = m(x[None])[0].double(), exact(tensors, name, m.scheme, x)
-            assert torch.allclose(got, wanted, rtol=2**-8, atol=2e-5 * float(wanted.abs().max())), name
+            actual, expected = m(x[None])[0].double(), exact(tensors, name, m.scheme, x)
+            assert torch.allclose(actual, expected, rtol=2**-8, atol=2e-5 * float(expected.abs().max())), name
             back = m.state_dict()
             assert all(
                 torch.equal(back[role], tensors[f"{name}.{role}"]) for role in ("weight", "weight_scale")
             ), name
-        smooth = {n.removesuffix(".mul_scale") for n in tensors if n.endswith(".mul_scale")} - set(coded)
+        smooth = {n.removesuffix(".mul_scale") for n in tensors if n.endswith(".mul_scale")} - set(layers)
         assert {n for n, m in model.named_modules() if isinstance(m, SmoothLinear)} == smooth
 
 
@@ -113,8 +115,8 @@ def test_a_real_export_runs_a_forward(export, caplog):
     with caplog.at_level("WARNING", logger="ascendit"):
         model = load(expert, dtype=torch.bfloat16)
     c = model.config
-    asked = [m for m in caplog.messages if "quantized attention" in m]
-    assert len(asked) == bool(expert.attention)
+    warnings = [m for m in caplog.messages if "quantized attention" in m]
+    assert len(warnings) == bool(expert.attention)
     for grid in ((1, 2, 3), (2, 2, 2)):  # two resolutions, one after the other
         shape = [n * p for n, p in zip(grid, c.patch_size, strict=True)]
         x = torch.randn(1, c.in_channels, *shape).bfloat16()
@@ -123,7 +125,7 @@ def test_a_real_export_runs_a_forward(export, caplog):
         assert out.shape == (1, c.out_channels, *shape) and bool(out.isfinite().all())
 
 
-def test_q_k_and_v_are_one_where_they_agree():
+def test_q_k_and_v_are_fused_if_their_schemes_agree():
     model = load(experts_of(exports.DUAL)[0])
     sizes = {n: len(m.group.layers) for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert {count for n, count in sizes.items() if n.endswith(("attn1.to_q", "attn1.to_v"))} == {3}
@@ -131,7 +133,7 @@ def test_q_k_and_v_are_one_where_they_agree():
     assert {count for n, count in sizes.items() if n.endswith(("attn2.to_q", "ffn.net.2", "to_out.0"))} == {1}
 
 
-def test_a_step_in_w4a8_is_nearer_to_the_weights_than_one_in_w4a4():
+def test_a_step_in_w4a8_differs_from_a_step_in_w4a4():
     model = load(experts_of(exports.MXFP4)[0], dtype=torch.bfloat16)
     c, grid = model.config, (1, 2, 2)
     x = torch.randn(1, c.in_channels, *(n * p for n, p in zip(grid, c.patch_size, strict=True))).bfloat16()
@@ -153,7 +155,7 @@ def test_an_unknown_number_of_heads_is_an_error(tmp_path):
     assert e.value.code == "E-CKP-06" and "--base" in e.value.fix
     repack(exports.INT8, tmp_path / "m")
     for config in (tmp_path / "m").glob("*/config.json"):
-        told = {"num_attention_heads": 2, "attention_head_dim": 32}
-        config.write_text(json.dumps(json.loads(config.read_text()) | told))
+        heads = {"num_attention_heads": 2, "attention_head_dim": 32}
+        config.write_text(json.dumps(json.loads(config.read_text()) | heads))
     model = load_transformer(recognise(tmp_path / "m").experts[0], bind("cpu"))
     assert model.config.num_attention_heads == 2

@@ -1,4 +1,4 @@
-"""The seams of a denoising run: a dummy at each counts calls or changes the result."""
+"""The hooks of `DenoiseState`: overriding each one counts calls or changes the result."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ def load(folder: Path, scheme: str | None = None, **kw: Any) -> WanTransformer:
 
 
 def inputs(model: WanTransformer) -> tuple[Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(1, model.config.in_channels, *GRID, generator=draw)
-    return x, torch.randn(1, 7, model.config.text_dim, generator=draw)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, model.config.in_channels, *GRID, generator=generator)
+    return x, torch.randn(1, 7, model.config.text_dim, generator=generator)
 
 
 @torch.inference_mode()
 def velocity(model: WanTransformer, image: Tensor | None = None, **run: Any) -> Tensor:
     x, text = inputs(model)
-    found: Tensor = model(x, 500.0, model.prepare(model.grid_of(x), text, image, **run))
-    return found
+    out: Tensor = model(x, 500.0, model.prepare(model.grid_of(x), text, image, **run))
+    return out
 
 
 class Counted(DenoiseState):
-    """Notes what it is asked for and does what is plain."""
+    """Record each call and compute the default."""
 
-    seen: list[tuple[Any, ...]]
+    recorded: list[tuple[Any, ...]]
 
     def note(self, *call: Any) -> None:
-        self.seen = [*getattr(self, "seen", []), call]
+        self.recorded = [*getattr(self, "recorded", []), call]
 
     def calls(self, name: str) -> list[tuple[Any, ...]]:
-        return [call[1:] for call in self.seen if call[0] == name]
+        return [call[1:] for call in self.recorded if call[0] == name]
 
     def run_model(self, x: Any, t: Any, forward: Any) -> Tensor:
         self.note("model", t)
@@ -82,13 +82,13 @@ class Counted(DenoiseState):
 
 
 @torch.inference_mode()
-def test_the_model_asks_at_every_seam_and_plain_answers_change_nothing(tiny_i2v_21: Path) -> None:
+def test_the_model_calls_every_hook_and_the_defaults_change_nothing(tiny_i2v_21: Path) -> None:
     model = load(tiny_i2v_21)
     x, text = inputs(model)
     image = torch.randn(1, 5, model.config.image_dim or 0)
     state: Any = model.prepare(model.grid_of(x), text, image, make=Counted)
     assert len(state.calls("linear")) == 4 * BLOCKS and len(state.calls("norm")) == 2 * BLOCKS
-    state.seen.clear()
+    state.recorded.clear()
     out = model(x, 500.0, state)
     assert torch.equal(out, model(x, 500.0, model.prepare(model.grid_of(x), text, image)))
     assert state.calls("model") == [((500.0,),)]
@@ -110,7 +110,7 @@ def test_attend_can_replace_one_attention(tiny_t2v_single: Path) -> None:
     model = load(tiny_t2v_single)
     changed = velocity(model, make=NoText)
     assert not torch.equal(changed, velocity(model))
-    model.blocks[1].attn2.to_out[0].weight.data.zero_()  # the same by other means
+    model.blocks[1].attn2.to_out[0].weight.data.zero_()  # the same change in the weights
     assert torch.equal(velocity(model), changed)
 
 
@@ -128,7 +128,7 @@ def test_run_attention_skips_the_layers_around_it_too(tiny_t2v_single: Path) -> 
     assert len(state.calls("linear")) == (2 + 4) * BLOCKS  # text K and V; Q and output, the feed-forward
 
 
-def test_run_blocks_can_leave_blocks_out(tiny_t2v_single: Path) -> None:
+def test_run_blocks_can_skip_blocks(tiny_t2v_single: Path) -> None:
     class First(DenoiseState):
         def run_blocks(self, blocks: Any, hidden: Any, modulation: Any, run_block: Any) -> Tensor:
             out: Tensor = run_block(0, blocks[0], hidden, modulation)
@@ -143,7 +143,7 @@ def test_run_blocks_can_leave_blocks_out(tiny_t2v_single: Path) -> None:
 
 @torch.inference_mode()
 def test_run_model_can_return_a_cached_output(tiny_t2v_single: Path) -> None:
-    class Kept(Counted):
+    class Cached(Counted):
         last: Tensor | None = None
 
         def run_model(self, x: Any, t: Any, forward: Any) -> Tensor:
@@ -153,7 +153,7 @@ def test_run_model_can_return_a_cached_output(tiny_t2v_single: Path) -> None:
 
     model = load(tiny_t2v_single)
     x, text = inputs(model)
-    state: Any = model.prepare(model.grid_of(x), text, make=Kept)
+    state: Any = model.prepare(model.grid_of(x), text, make=Cached)
     first = model(x, 500.0, state)
     assert model(2 * x, 400.0, state) is first and len(state.calls("blocks")) == 1
 
@@ -166,34 +166,36 @@ def test_a_step_names_its_attention_kernel(tiny_t2v_single: Path) -> None:
         calls.append(tuple(q.shape))
         return model.ops.attention(q, k, v[:, :1].expand_as(v))
 
-    plain = velocity(model)
+    default = velocity(model)
     model.ops = replace(model.ops, attention_kernels={"sparse": sparse})
     steps = StepSchedule(((1, Step(attention="sparse")),)).resolve(2)
-    assert torch.equal(velocity(model, steps=steps), plain) and not calls
-    assert not torch.equal(velocity(model, steps=steps, step=1), plain)
+    assert torch.equal(velocity(model, steps=steps), default) and not calls
+    assert not torch.equal(velocity(model, steps=steps, step=1), default)
     assert (
         calls == [(1, TOKENS, model.config.num_attention_heads, model.config.attention_head_dim)] * 2 * BLOCKS
     )
 
 
 def test_a_rank_with_some_of_the_channels_reduces_between_the_phases_of_a_norm(tiny_t2v_single: Path) -> None:
-    model, seen = load(tiny_t2v_single), []
+    model, means = load(tiny_t2v_single), []
 
     def reduce_mean(mean: Tensor) -> Tensor:
-        seen.append(mean)
+        means.append(mean)
         return mean
 
-    plain = velocity(model)
-    torch.testing.assert_close(velocity(model, reduce_mean=reduce_mean), plain, rtol=1e-5, atol=1e-5)
-    assert len(seen) == 4 * BLOCKS and {t.shape[-1] for t in seen} == {1} and seen[0].dtype == torch.float32
-    assert not torch.allclose(velocity(model, reduce_mean=lambda mean: 4 * mean), plain, rtol=1e-2)
+    default = velocity(model)
+    torch.testing.assert_close(velocity(model, reduce_mean=reduce_mean), default, rtol=1e-5, atol=1e-5)
+    assert (
+        len(means) == 4 * BLOCKS and {t.shape[-1] for t in means} == {1} and means[0].dtype == torch.float32
+    )
+    assert not torch.allclose(velocity(model, reduce_mean=lambda mean: 4 * mean), default, rtol=1e-2)
 
 
 # ---- a part of the sequence ---------------------------------------------------------------------
 
 
 class ByToken(DenoiseState):
-    """Self-attention that gives back V: then every token is computed by itself. The other parts are zeros."""
+    """Self-attention that returns Q + V: each token is computed independently. Other parts are zeros."""
 
     patches: Tensor
 
@@ -210,15 +212,15 @@ class ByToken(DenoiseState):
 def test_a_part_of_the_sequence_equals_that_part_of_the_output(tiny_ti2v: Path, part: range) -> None:
     model = load(tiny_ti2v)
     x, text = inputs(model)
-    grid, given = model.grid_of(x), ((0.0, 700.0), (6, TOKENS - 6))
+    grid, timesteps, spans = model.grid_of(x), (0.0, 700.0), (6, TOKENS - 6)
     whole, cut = (model.share(grid, part=p) for p in (None, part))
     assert torch.equal(cut.rope.cos, whole.rope.cos[part.start : part.stop])
     assert torch.equal(cut.rope.sin, whole.rope.sin[part.start : part.stop])
     states: list[Any] = [model.prepare(s, text, make=ByToken) for s in (whole, cut)]
-    velocities = [model(x, given[0], state, given[1]) for state in states]
-    out, from_part = (state.patches for state in states)
-    assert from_part.shape[1] == len(part) and velocities[0].shape == velocities[1].shape
-    torch.testing.assert_close(from_part, out[:, part.start : part.stop], rtol=1e-4, atol=1e-5)
+    velocities = [model(x, timesteps, state, spans) for state in states]
+    out, of_part = (state.patches for state in states)
+    assert of_part.shape[1] == len(part) and velocities[0].shape == velocities[1].shape
+    torch.testing.assert_close(of_part, out[:, part.start : part.stop], rtol=1e-4, atol=1e-5)
 
 
 def test_spans_of_a_part(tiny_ti2v: Path) -> None:
@@ -263,7 +265,7 @@ def test_text_keys_follow_the_precision_of_the_step(
 
 
 @pytest.mark.parametrize(
-    ("scheme", "policy", "made"),
+    ("scheme", "policy", "count"),
     [
         ("mxfp4", "0:w4a8,default:w4a4", 2),
         ("mxfp4", "0:w4a4", 1),  # as stored
@@ -272,8 +274,8 @@ def test_text_keys_follow_the_precision_of_the_step(
     ],
 )
 @torch.inference_mode()
-def test_text_keys_are_made_again_only_where_it_matters(
-    tiny_t2v_single: Path, scheme: str | None, policy: str, made: int
+def test_text_keys_are_recomputed_only_if_the_precision_changes_them(
+    tiny_t2v_single: Path, scheme: str | None, policy: str, count: int
 ) -> None:
     model = load(tiny_t2v_single, scheme, dtype=torch.bfloat16)
     x, text = inputs(model)
@@ -282,4 +284,4 @@ def test_text_keys_are_made_again_only_where_it_matters(
     for state.step in range(3):
         model(x, 500.0, state)
     of_text = {id(m) for b in model.blocks for m in (b.attn2.to_k, b.attn2.to_v)}
-    assert sum(layer in of_text for (layer,) in state.calls("linear")) == made * 2 * BLOCKS
+    assert sum(layer in of_text for (layer,) in state.calls("linear")) == count * 2 * BLOCKS

@@ -1,4 +1,4 @@
-"""Our transformer against Diffusers' on the same weights, and what it costs in operators."""
+"""Our transformer against Diffusers' on the same weights, and the number of its operators."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_equals_diffusers_in_float32(tiny_folder: Any, name: str, ops: str | Non
     x, text = inputs(ours)
     for t in (999.0, 431.0, 1.0):
         state = ours.prepare(ours.grid_of(x), text)
-        wanted = theirs(x, torch.tensor([t]), text, return_dict=False)[0]
-        assert relative(ours(x, t, state), wanted) < 1e-5
+        expected = theirs(x, torch.tensor([t]), text, return_dict=False)[0]
+        assert relative(ours(x, t, state), expected) < 1e-5
 
 
 @torch.inference_mode()
@@ -54,9 +54,9 @@ def test_second_expert_and_states_do_not_mix(tiny_t2v_cascade: Path) -> None:
     first, _ = pair(tiny_t2v_cascade)
     second, theirs = pair(tiny_t2v_cascade, "transformer_2")
     x, text = inputs(first)
-    wanted = theirs(x, torch.tensor([500]), text, return_dict=False)[0]
-    assert relative(second(x, 500.0, second.prepare(second.grid_of(x), text)), wanted) < 1e-5
-    assert relative(first(x, 500.0, first.prepare(first.grid_of(x), text)), wanted) > 0.1
+    expected = theirs(x, torch.tensor([500]), text, return_dict=False)[0]
+    assert relative(second(x, 500.0, second.prepare(second.grid_of(x), text)), expected) < 1e-5
+    assert relative(first(x, 500.0, first.prepare(first.grid_of(x), text)), expected) > 0.1
 
 
 @torch.inference_mode()
@@ -66,11 +66,11 @@ def test_per_token_timesteps_equal_diffusers(tiny_ti2v: Path) -> None:
     state = ours.prepare(ours.grid_of(x), text)
     per_frame = TOKENS // GRID[0]
     t = torch.cat([torch.zeros(per_frame), torch.full((TOKENS - per_frame,), 700.0)])[None]
-    wanted = theirs(x, t, text, return_dict=False)[0]
-    got = ours(x, (0.0, 700.0), state, (per_frame, TOKENS - per_frame))
-    assert relative(got, wanted) < 1e-5
-    made = state.shared.modulation_for((0.0, 700.0), (per_frame, TOKENS - per_frame), pytest.fail)
-    assert made.norms.shape[3] == made.gates.shape[2] == 2
+    expected = theirs(x, t, text, return_dict=False)[0]
+    actual = ours(x, (0.0, 700.0), state, (per_frame, TOKENS - per_frame))
+    assert relative(actual, expected) < 1e-5
+    modulation = state.shared.modulation_for((0.0, 700.0), (per_frame, TOKENS - per_frame), pytest.fail)
+    assert modulation.norms.shape[3] == modulation.gates.shape[2] == 2
 
 
 @torch.inference_mode()
@@ -79,10 +79,10 @@ def test_image_cross_attention_equals_diffusers(tiny_i2v_21: Path) -> None:
     x, text = inputs(ours)
     image = torch.randn(1, 17, ours.config.image_dim or 0)
     state = ours.prepare(ours.grid_of(x), text, image)
-    wanted = theirs(x, torch.tensor([800]), text, image, return_dict=False)[0]
-    assert relative(ours(x, 800.0, state), wanted) < 1e-5
+    expected = theirs(x, torch.tensor([800]), text, image, return_dict=False)[0]
+    assert relative(ours(x, 800.0, state), expected) < 1e-5
     without = ours(x, 800.0, ours.prepare(ours.grid_of(x), text))
-    assert relative(without, wanted) > 1e-3
+    assert relative(without, expected) > 1e-3
 
 
 @torch.inference_mode()
@@ -105,21 +105,21 @@ def test_first_and_last_frame_tokens_equal_diffusers() -> None:
     ours.load_state_dict(theirs.state_dict())
     x, text = inputs(ours)
     image = torch.randn(2, 17, 32)  # first and last frame
-    wanted = theirs(x, torch.tensor([800]), text, image, return_dict=False)[0]
-    assert relative(ours(x, 800.0, ours.prepare(ours.grid_of(x), text, image)), wanted) < 1e-5
+    expected = theirs(x, torch.tensor([800]), text, image, return_dict=False)[0]
+    assert relative(ours(x, 800.0, ours.prepare(ours.grid_of(x), text, image)), expected) < 1e-5
 
 
 @torch.inference_mode()
-def test_bfloat16_is_as_near_to_float32_as_diffusers_is(tiny_t2v_single: Path) -> None:
+def test_bfloat16_is_as_close_to_float32_as_diffusers_is(tiny_t2v_single: Path) -> None:
     exact, _ = pair(tiny_t2v_single)
     ours, theirs = pair(tiny_t2v_single, dtype=torch.bfloat16)
     x, text = inputs(ours)
     truth = exact(x, 500.0, exact.prepare(exact.grid_of(x), text))
     low, text_low = x.bfloat16(), text.bfloat16()
-    got = ours(low, 500.0, ours.prepare(ours.grid_of(x), text_low))
+    actual = ours(low, 500.0, ours.prepare(ours.grid_of(x), text_low))
     peer = theirs(low, torch.tensor([500]), text_low, return_dict=False)[0]
-    assert got.dtype == torch.bfloat16
-    assert relative(got, truth) < 1.1 * relative(peer, truth) < 0.03
+    assert actual.dtype == torch.bfloat16
+    assert relative(actual, truth) < 1.1 * relative(peer, truth) < 0.03
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
@@ -171,14 +171,14 @@ def test_operators_in_a_block(
     state = ours.prepare(ours.grid_of(x), text)
     timesteps = (0.0, 500.0)[-len(spans) :]
     mod = ours.modulation(timesteps, spans)
-    tokens = torch.randn(1, TOKENS, ours.config.dim).to(dtype)
-    with Launches() as ours_seen:
-        ours.blocks[0](0, tokens, mod, state)
-    assert ours_seen.count.total() <= 60, ours_seen.count
+    hidden = torch.randn(1, TOKENS, ours.config.dim).to(dtype)
+    with Launches() as our_launches:
+        ours.blocks[0](0, hidden, mod, state)
+    assert our_launches.count.total() <= 60, our_launches.count
     rows = torch.zeros(1, 6, ours.config.dim)
-    with Launches() as theirs_seen:
-        theirs.blocks[0](tokens, text_to_dim(theirs, text), rows, theirs.rope(x))
-    assert ours_seen.count.total() < theirs_seen.count.total()
+    with Launches() as their_launches:
+        theirs.blocks[0](hidden, text_to_dim(theirs, text), rows, theirs.rope(x))
+    assert our_launches.count.total() < their_launches.count.total()
 
 
 def text_to_dim(theirs: Any, text: Tensor) -> Tensor:
@@ -195,27 +195,27 @@ def test_nothing_is_computed_twice(tiny_t2v_single: Path) -> None:
     second = ours.prepare(first.shared, torch.zeros_like(text))
     assert second.shared is first.shared
     ours(x, 500.0, first)
-    made = first.shared.modulation_for((500.0,), (TOKENS,), pytest.fail)
-    with Launches() as seen:
+    modulation = first.shared.modulation_for((500.0,), (TOKENS,), pytest.fail)
+    with Launches() as launches:
         ours(x, 500.0, second)
-    assert second.shared.modulation_for((500.0,), (TOKENS,), pytest.fail) is made
+    assert second.shared.modulation_for((500.0,), (TOKENS,), pytest.fail) is modulation
     # 8 linears a block, patch embedding and proj_out; no text, no timestep embedder
-    assert seen.count["addmm"] + seen.count["linear"] == 8 * ours.config.num_layers + 2
-    assert not {"cos", "sin", "outer"} & set(seen.count)
+    assert launches.count["addmm"] + launches.count["linear"] == 8 * ours.config.num_layers + 2
+    assert not {"cos", "sin", "outer"} & set(launches.count)
 
 
 @torch.inference_mode()
-def test_timesteps_that_are_known_beforehand_change_nothing(tiny_ti2v: Path) -> None:
+def test_timesteps_that_are_passed_to_prepare_change_nothing(tiny_ti2v: Path) -> None:
     ours, _ = pair(tiny_ti2v)
     x, text = inputs(ours)
     for timesteps, spans in (((500.0,), None), ((0.0, 500.0), (6, TOKENS - 6))):
         fresh = ours(x, timesteps, ours.prepare(ours.grid_of(x), text), spans)
-        known = ours.prepare(ours.grid_of(x), text, timesteps=(0.0, 250.0, 500.0))
-        assert set(known.shared.sinusoids) == {0.0, 250.0, 500.0}
-        assert torch.equal(ours(x, timesteps, known, spans), fresh)
+        precomputed = ours.prepare(ours.grid_of(x), text, timesteps=(0.0, 250.0, 500.0))
+        assert set(precomputed.shared.sinusoids) == {0.0, 250.0, 500.0}
+        assert torch.equal(ours(x, timesteps, precomputed, spans), fresh)
 
 
-def test_modules_keep_no_state(tiny_t2v_single: Path) -> None:
+def test_modules_store_no_state(tiny_t2v_single: Path) -> None:
     ours, _ = pair(tiny_t2v_single)
     before = {k: dict(vars(m)) for k, m in ours.named_modules()}
     x, text = inputs(ours)
@@ -227,5 +227,5 @@ def test_modules_keep_no_state(tiny_t2v_single: Path) -> None:
 def test_parameter_names_are_diffusers(tiny_folder: Any) -> None:
     for name in ("t2v_single", "i2v_21", "ti2v"):
         ours, theirs = pair(tiny_folder(name))
-        wanted = {k: v.shape for k, v in theirs.state_dict().items()}
-        assert {k: v.shape for k, v in ours.state_dict().items()} == wanted
+        expected = {k: v.shape for k, v in theirs.state_dict().items()}
+        assert {k: v.shape for k, v in ours.state_dict().items()} == expected

@@ -1,4 +1,4 @@
-"""Inputs that the tests of `mx` share."""
+"""Inputs shared by the tests of `mx`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def bf16_from_bits(bits: Tensor) -> Tensor:
 
 
 def every_bf16() -> Tensor:
-    """All 65536 bit patterns."""
+    """bfloat16 [65536]: all bit patterns."""
     return bf16_from_bits(torch.arange(0x10000, dtype=torch.int32))
 
 
 def every_finite_amax() -> Tensor:
-    """All 32640 finite bfloat16 numbers that are not negative, zero and the subnormals among them."""
+    """All 32640 finite bfloat16 numbers with sign bit 0, including zero and the subnormals."""
     return every_bf16()[:0x7F80]
 
 
 def random_blocks(count: int, seed: int, lowest: int = 0) -> Tensor:
-    """bfloat16 [count, 32]: exponents from the whole range, a block within 24 of its largest; finite."""
+    """bfloat16 [count, 32], finite: exponents of the full range, in a block at most 24 below its largest."""
     generator = torch.Generator().manual_seed(seed)
     top = torch.randint(lowest, 255, (count, 1), generator=generator)
     below = torch.randint(0, 24, (count, 32), generator=generator)
@@ -38,16 +38,16 @@ def random_blocks(count: int, seed: int, lowest: int = 0) -> Tensor:
 
 
 def blocks_of(amax: Tensor, seed: int) -> Tensor:
-    """bfloat16 [n, 32] whose largest magnitudes are `amax` [n], at a random place and sign."""
+    """bfloat16 [n, 32] whose largest magnitudes are `amax` [n], with random position and sign."""
     generator = torch.Generator().manual_seed(seed)
     share = torch.rand(amax.numel(), 32, generator=generator) * 2 - 1
     share = share * torch.exp2(-torch.randint(0, 12, share.shape, generator=generator).float())
     x = (share * amax.float().unsqueeze(1)).to(torch.bfloat16)
-    place = torch.randint(0, 32, (amax.numel(), 1), generator=generator)
+    index = torch.randint(0, 32, (amax.numel(), 1), generator=generator)
     sign = torch.randint(0, 2, (amax.numel(), 1), generator=generator) * 2 - 1
-    return x.scatter(1, place, (amax.unsqueeze(1) * sign).to(torch.bfloat16))
+    return x.scatter(1, index, (amax.unsqueeze(1) * sign).to(torch.bfloat16))
 
 
 def raw(t: Tensor) -> Tensor:
-    """float8 as its bytes, everything else as it is."""
+    """float8 as uint8; other dtypes unchanged."""
     return t.view(torch.uint8) if t.element_size() == 1 else t

@@ -1,4 +1,4 @@
-"""Every way in which the encoder may come to run on some machine, made to run on this one."""
+"""Every implementation of the encoder that some machine selects, forced on this one."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from ascendit.mx.codec import Encoded, encode
 from ascendit.native import build
 
 LEVELS = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512bw"}
-"""-march -> what the processor must have for it: plain C++, AVX2, AVX-512."""
+"""-march -> the processor flag it needs: plain C++, AVX2, AVX-512."""
 HARNESS = Path(__file__).resolve().parents[1] / "native" / "encode_main.cpp"
-WAYS = ("native", *LEVELS, "aarch64", "pytorch")
-"""native: compiled for this processor. aarch64: by a cross compiler and an emulator, if they are here."""
+VARIANTS = ("native", *LEVELS, "aarch64", "pytorch")
+"""native: compiled for this processor. aarch64: with a cross compiler and an emulator, if installed."""
 
 
 def reference_encode(x: Tensor, format: str, **options: Any) -> Encoded:
-    """`encode` by `mx.reference` alone: the same bits, slowly."""
+    """`encode` with `mx.reference` only: the same bits, slowly."""
     with mock.patch.object(encoder, "encode_rows", reference.encode_rows):
         return encode(x, format, **options)
 
 
-def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make `mx.encode` go this way, or skip the test. `forget` afterwards."""
+def use(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `mx.encode` use this variant, or skip the test. Call `forget` afterwards."""
     encoder.encoder.cache_clear()
-    if way == "native":
+    if variant == "native":
         if build.native("encode").library is None:
             pytest.skip(build.native("encode").reason)
         return
     monkeypatch.setattr(
-        native_encoder, "library", {"pytorch": _none, "aarch64": _emulated}.get(way, _level(way))
+        native_encoder, "library", {"pytorch": _none, "aarch64": _emulated}.get(variant, _level(variant))
     )
-    if way == "x86-64-v4" and "AVX-512" in build.native("encode").reason:
-        pytest.skip("native is that")
-    if way != "pytorch" and native_encoder.library().library is None:
+    if variant == "x86-64-v4" and "AVX-512" in build.native("encode").reason:
+        pytest.skip("equal to native here")
+    if variant != "pytorch" and native_encoder.library().library is None:
         pytest.skip(native_encoder.library().reason)
 
 
@@ -89,7 +89,7 @@ def _emulated() -> build.Built:
 
 
 class Emulated:
-    """Looks like the library; each call is a process that gets the memory and gives it back."""
+    """Replaces the library: each call runs a process that receives the memory and returns it."""
 
     NAMES = (
         "encode_table",
@@ -106,7 +106,7 @@ class Emulated:
         self.command = command
 
     def prefer_large_pages(self, *arguments: int) -> None:
-        """Nothing to do."""
+        """No-op."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: self.call(name, arguments)
@@ -134,7 +134,7 @@ class Emulated:
 
 
 def _sizes(name: str, arguments: tuple[int, ...]) -> list[int]:
-    """Bytes behind each argument of the function."""
+    """Bytes that each argument of the function points to."""
     typed = name not in ("encode_table", "encode_choice", "search")
     rows, length = arguments[1 + typed], arguments[2 + typed]
     packed = name == "encode_dual" or (

@@ -1,4 +1,4 @@
-"""Whole tensors: what holds for every format, the corner cases, and the checks."""
+"""Encoding of tensors: properties of every format, corner cases and checks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ascendit.errors import UsageError
 from ascendit.mx.codec import Encoded, decibels, decode, encode, sqnr
-from ascendit.mx.formats import FORMATS
+from ascendit.mx.formats import E5M2, FORMATS, Format
 
-BY_ROWS = [name for name, f in FORMATS.items() if not f.tile]
+ROW_FORMATS = [name for name, f in FORMATS.items() if not f.tile]
 """Formats in which no two rows share a scale; `test_tiles` has the others."""
 RULES = [
     (name, rule + ("7.25" if rule.endswith(":") else ""))
-    for name in BY_ROWS
+    for name in ROW_FORMATS
     for rule in FORMATS[name].rules
     if rule != "max:"
 ]
@@ -42,7 +42,7 @@ def same(a: Encoded, b: Encoded) -> bool:
 
 
 def finite_bf16(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Random bits, so every exponent; exponents of infinities and NaN are lowered."""
+    """Random bits, hence all exponents; those of infinities and NaN are lowered."""
     bits = torch.randint(0, 0x10000, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
     return bf16_from_bits(torch.where(bits & 0x7F80 == 0x7F80, bits & ~0x4000, bits))
 
@@ -53,25 +53,25 @@ def finite_bf16(shape: tuple[int, ...], seed: int) -> Tensor:
 @pytest.mark.parametrize(("fmt", "rule"), RULES)
 @settings(max_examples=10)
 @given(shapes, st.integers(0, 2), st.integers(0, 9))
-def test_an_axis_is_that_axis_moved(
+def test_an_axis_equals_the_last_axis_after_movedim(
     fmt: str, rule: str, shape: tuple[int, int, int], axis: int, seed: int
 ) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
-    here, moved = (
+    direct, moved = (
         encode(x, fmt, axis=axis, scale_rule=rule),
         encode(x.movedim(axis, -1), fmt, scale_rule=rule),
     )
-    assert torch.equal(raw(here.qdata).movedim(axis, -1), raw(moved.qdata))
-    assert torch.equal(here.scale.movedim(axis, -1), moved.scale)
-    assert torch.equal(decode(here).movedim(axis, -1), decode(moved))
-    assert same(here, encode(x, fmt, axis=axis - 3, scale_rule=rule))
+    assert torch.equal(raw(direct.qdata).movedim(axis, -1), raw(moved.qdata))
+    assert torch.equal(direct.scale.movedim(axis, -1), moved.scale)
+    assert torch.equal(decode(direct).movedim(axis, -1), decode(moved))
+    assert same(direct, encode(x, fmt, axis=axis - 3, scale_rule=rule))
 
 
 @pytest.mark.parametrize("fmt", MX_FORMATS)
 @pytest.mark.parametrize("rule", ["floor", "ceil", "pow2", "even"])
 @settings(max_examples=15)
 @given(shapes, st.integers(0, 9))
-def test_what_was_decoded_encodes_to_itself(fmt: str, rule: str, shape: tuple[int, ...], seed: int) -> None:
+def test_decoded_values_encode_to_themselves(fmt: str, rule: str, shape: tuple[int, ...], seed: int) -> None:
     once = decode(encode(finite_bf16(shape, seed), fmt, scale_rule=rule))
     once = once.where(once.isfinite(), 0)
     again = decode(encode(once, fmt, scale_rule=rule))
@@ -79,20 +79,20 @@ def test_what_was_decoded_encodes_to_itself(fmt: str, rule: str, shape: tuple[in
 
 
 @pytest.mark.parametrize(("fmt", "rule"), RULES)
-def test_rows_do_not_see_each_other(fmt: str, rule: str) -> None:
-    """A weight may be encoded in blocks of rows. (The search is the exception: one c per tensor.)"""
+def test_rows_are_independent(fmt: str, rule: str) -> None:
+    """A weight may be encoded in blocks of rows. (Except for the search, with one c per tensor.)"""
     x = torch.randn(6, 530).to(torch.bfloat16)
-    whole = decode(encode(x, fmt, scale_rule=rule))
-    parts = [decode(encode(part, fmt, scale_rule=rule)) for part in x.split(2)]
-    assert torch.equal(whole, torch.cat(parts))
+    complete = decode(encode(x, fmt, scale_rule=rule))
+    pieces = [decode(encode(piece, fmt, scale_rule=rule)) for piece in x.split(2)]
+    assert torch.equal(complete, torch.cat(pieces))
 
 
-@pytest.mark.parametrize("fmt", BY_ROWS)
-def test_a_short_last_block_is_one_that_was_filled_with_zeros(fmt: str) -> None:
+@pytest.mark.parametrize("fmt", ROW_FORMATS)
+def test_a_partial_last_block_equals_one_padded_with_zeros(fmt: str) -> None:
     x = torch.randn(3, 541).to(torch.bfloat16)
-    short, full = encode(x, fmt), encode(torch.nn.functional.pad(x, (0, 1024 - 541)), fmt)
-    assert torch.equal(decode(short), decode(full)[:, :541])
-    assert torch.equal(short.scale, full.scale[:, : short.scale.shape[1]])
+    partial, padded = encode(x, fmt), encode(torch.nn.functional.pad(x, (0, 1024 - 541)), fmt)
+    assert torch.equal(decode(partial), decode(padded)[:, :541])
+    assert torch.equal(partial.scale, padded.scale[:, : partial.scale.shape[1]])
 
 
 @pytest.mark.parametrize(("fmt", "rule"), RULES)
@@ -104,30 +104,30 @@ def test_zeros_stay_zeros(fmt: str, rule: str) -> None:
 
 @pytest.mark.parametrize(("fmt", "rule"), RULES)
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_a_block_that_is_not_finite_is_nan_and_its_neighbours_are_not(
-    fmt: str, rule: str, bad: float
-) -> None:
+def test_only_a_block_with_non_finite_values_decodes_to_nan(fmt: str, rule: str, bad: float) -> None:
     x = torch.randn(2, 96).to(torch.bfloat16)
-    wanted = decode(encode(x, fmt, scale_rule=rule))
+    expected = decode(encode(x, fmt, scale_rule=rule))
     x[1, 40] = bad
     encoded = encode(x, fmt, scale_rule=rule)
-    found = decode(encoded)
+    decoded = decode(encoded)
     if FORMATS[fmt].kind in ("block", "dual"):
         assert encoded.scale[1].tolist()[1] == 255
-        assert found[1, 32:64].isnan().all()
+        assert decoded[1, 32:64].isnan().all()
         if FORMATS[fmt].kind == "block":
-            assert torch.equal(found[1, :32], wanted[1, :32]) and torch.equal(found[1, 64:], wanted[1, 64:])
-        assert found[1, :32].isfinite().all() and found[1, 64:].isfinite().all()
+            assert torch.equal(decoded[1, :32], expected[1, :32]) and torch.equal(
+                decoded[1, 64:], expected[1, 64:]
+            )
+        assert decoded[1, :32].isfinite().all() and decoded[1, 64:].isfinite().all()
     else:
-        assert found[1].isnan().all()
-    assert torch.equal(found[0], wanted[0])
+        assert decoded[1].isnan().all()
+    assert torch.equal(decoded[0], expected[0])
 
 
 @pytest.mark.parametrize(("fmt", "rule"), RULES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_shapes_and_dtypes_are_those_of_a_checkpoint(fmt: str, rule: str, dtype: torch.dtype) -> None:
+def test_shapes_and_dtypes_match_a_checkpoint(fmt: str, rule: str, dtype: torch.dtype) -> None:
     encoded = encode(torch.randn(5, 600).to(dtype), fmt, scale_rule=rule)
-    wanted = {
+    expected = {
         "mxfp8": ((5, 600), torch.float8_e4m3fn, (5, 19), torch.uint8, None),
         "mxfp8_e5m2": ((5, 600), torch.float8_e5m2, (5, 19), torch.uint8, None),
         "mxfp4": ((5, 300), torch.uint8, (5, 19), torch.uint8, None),
@@ -136,8 +136,10 @@ def test_shapes_and_dtypes_are_those_of_a_checkpoint(fmt: str, rule: str, dtype:
         "fp8": ((5, 600), torch.float8_e4m3fn, (5, 1), torch.float32, None),
     }[fmt]
     dual = encoded.dual_scale
-    assert (encoded.qdata.shape, encoded.qdata.dtype, encoded.scale.shape, encoded.scale.dtype) == wanted[:4]
-    assert (None if dual is None else tuple(dual.shape)) == wanted[4]
+    assert (encoded.qdata.shape, encoded.qdata.dtype, encoded.scale.shape, encoded.scale.dtype) == expected[
+        :4
+    ]
+    assert (None if dual is None else tuple(dual.shape)) == expected[4]
     assert (encoded.format, encoded.axis, encoded.shape) == (fmt, -1, (5, 600))
     assert decode(encoded, torch.bfloat16).dtype == torch.bfloat16
 
@@ -156,12 +158,12 @@ GAUSSIAN_SQNR = {
 
 
 @pytest.mark.parametrize(
-    ("case", "wanted"), GAUSSIAN_SQNR.items(), ids=lambda v: "-".join(v) if isinstance(v, tuple) else v
+    ("case", "expected"), GAUSSIAN_SQNR.items(), ids=lambda v: "-".join(v) if isinstance(v, tuple) else v
 )
-def test_gaussian_sqnr_is_what_torchao_and_msmodelslim_reach(case: tuple[str, str], wanted: float) -> None:
-    """The numbers were measured with their code on Gaussian BF16 weights."""
+def test_gaussian_sqnr_equals_torchao_and_msmodelslim(case: tuple[str, str], expected: float) -> None:
+    """The values were measured with their code on Gaussian BF16 weights."""
     x = (torch.randn(256, 2048) * 0.02).to(torch.bfloat16)
-    assert sqnr(x, decode(encode(x, case[0], scale_rule=case[1]))) == pytest.approx(wanted, abs=0.05)
+    assert sqnr(x, decode(encode(x, case[0], scale_rule=case[1]))) == pytest.approx(expected, abs=0.05)
 
 
 # ---- formats one by one -------------------------------------------------------------------------
@@ -169,7 +171,7 @@ def test_gaussian_sqnr_is_what_torchao_and_msmodelslim_reach(case: tuple[str, st
 
 @pytest.mark.parametrize("fmt", MX_FORMATS)
 @pytest.mark.parametrize("rule", ["floor", "ceil", "pow2", "even"])
-def test_codes_are_the_casts_of_ml_dtypes(fmt: str, rule: str) -> None:
+def test_qdata_equals_the_casts_of_ml_dtypes(fmt: str, rule: str) -> None:
     check_against_ml_dtypes(random_blocks(4000, seed=1), fmt, rule)
 
 
@@ -179,18 +181,18 @@ MILLION += [("mxfp4", rule) for rule in ("max:6", "max:7", "max:7.25")]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fmt", "rule"), MILLION)
-def test_a_million_blocks_are_the_casts_of_ml_dtypes(fmt: str, rule: str) -> None:
+def test_a_million_blocks_equal_the_casts_of_ml_dtypes(fmt: str, rule: str) -> None:
     for seed in range(20):
         check_against_ml_dtypes(random_blocks(50_000, seed), fmt, rule)
 
 
 def check_against_ml_dtypes(x: Tensor, fmt: str, rule: str) -> None:
-    """Scale bytes by frexp, codes by the cast of ml_dtypes, values by float64. Not one bit may differ."""
+    """Scale bytes from frexp, qdata from the cast of ml_dtypes, values in float64: all bits equal."""
     encoded = encode(x, fmt, scale_rule=rule)
     element = FORMATS[fmt].element
     assert element is not None
-    wide = x.double().numpy()
-    amax = np.abs(wide).max(-1)
+    values64 = x.double().numpy()
+    amax = np.abs(values64).max(-1)
     bound = (
         element.max if rule == "ceil" else float(rule[4:]) if rule.startswith("max:") else 2.0**element.emax
     )
@@ -204,7 +206,7 @@ def check_against_ml_dtypes(x: Tensor, fmt: str, rule: str) -> None:
     )
     exponents = np.where(amax == 0, -127, exponent - exponent_of_bound + up).clip(-127, 127)
     np.testing.assert_array_equal(encoded.scale[:, 0].numpy(), exponents + 127)
-    scaled = np.ldexp(wide, -exponents[:, None]).clip(-element.max, element.max).astype(np.float32)
+    scaled = np.ldexp(values64, -exponents[:, None]).clip(-element.max, element.max).astype(np.float32)
     qdata = scaled.astype(NUMPY[fmt])
     unpacked = qdata.view(np.uint8)
     if fmt == "mxfp4":
@@ -222,8 +224,8 @@ def test_tiny_blocks_are_divided_by_exactly_2_to_minus_127() -> None:
     assert torch.equal(decode(encoded), x)
 
 
-def test_dual_scale_is_the_npu_operator() -> None:
-    """The vector of op-plugin's own test, x = 8 everywhere."""
+def test_dual_scale_equals_the_npu_operator() -> None:
+    """The vector of op-plugin's test, with all x = 8."""
     encoded = encode(torch.full((1, 512), 8.0, dtype=torch.bfloat16), "mxfp4_dualscale")
     assert encoded.qdata.eq(0x77).all() and encoded.scale.eq(127).all()
     assert encoded.dual_scale is not None
@@ -231,16 +233,16 @@ def test_dual_scale_is_the_npu_operator() -> None:
 
 
 def test_dual_scale_by_hand() -> None:
-    """Written again in NumPy from the operator's description."""
+    """Reimplemented in NumPy from the operator's description."""
     x = (torch.randn(4, 1100) * torch.exp2(torch.randint(-8, 8, (4, 1100)).float())).to(torch.bfloat16)
     x[0, :512] = 0
     encoded = encode(x, "mxfp4_dualscale")
-    wide = np.zeros((4, 1536), np.float32)
-    wide[:, :1100] = x.float().numpy()
+    padded = np.zeros((4, 1536), np.float32)
+    padded[:, :1100] = x.float().numpy()
     sixth = np.uint32(0x3E2AAAAB).view(np.float32)
-    coarse = np.abs(wide.reshape(4, 3, 512)).max(-1) * sixth
+    coarse = np.abs(padded.reshape(4, 3, 512)).max(-1) * sixth
     with np.errstate(invalid="ignore"):
-        divided = np.nan_to_num(wide.reshape(4, 3, 512) / coarse[..., None])
+        divided = np.nan_to_num(padded.reshape(4, 3, 512) / coarse[..., None])
     rounded = divided.reshape(4, 48, 32).astype(ml_dtypes.bfloat16).astype(np.float32)
     fine = np.where(rounded.any(-1), np.frexp(np.abs(rounded).max(-1))[1] - 3, -127)
     qdata = np.ldexp(rounded, -fine[..., None]).clip(-6, 6).astype(ml_dtypes.float4_e2m1fn)
@@ -251,7 +253,7 @@ def test_dual_scale_by_hand() -> None:
     np.testing.assert_array_equal(decode(encoded).numpy(), values.reshape(4, 1536)[:, :1100])
 
 
-def test_int8_is_npu_dynamic_quant() -> None:
+def test_int8_equals_npu_dynamic_quant() -> None:
     x = torch.randn(7, 300).to(torch.bfloat16)
     encoded = encode(x, "int8")
     scale = x.float().abs().amax(1, keepdim=True).numpy() * np.float32(1 / 127)
@@ -261,12 +263,12 @@ def test_int8_is_npu_dynamic_quant() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rounding", "wanted"),
+    ("rounding", "expected"),
     [("rint", [2, -2, 4, -4]), ("half_away", [3, -3, 4, -4]), ("floor", [2, -3, 3, -4])],
 )
-def test_int8_roundings(rounding: str, wanted: list[int]) -> None:
+def test_int8_roundings(rounding: str, expected: list[int]) -> None:
     x = torch.tensor([[127.0, 2.5, -2.5, 3.5, -3.5]])
-    assert encode(x, "int8", rounding=rounding).qdata.tolist() == [[127, *wanted]]
+    assert encode(x, "int8", rounding=rounding).qdata.tolist() == [[127, *expected]]
 
 
 def test_fp8_rows() -> None:
@@ -324,48 +326,66 @@ def test_errors_of_encode(x: Tensor, fmt: str, kwargs: dict[str, Any], text: str
     assert caught.value.code == "E-USE-01"
 
 
-def test_encoded_holds_no_nonsense() -> None:
-    good = encode(torch.randn(4, 1024).to(torch.bfloat16), "mxfp4_dualscale")
-    parts: dict[str, Any] = {"qdata": good.qdata, "scale": good.scale, "dual_scale": good.dual_scale}
+def test_encoded_checks_shapes_and_dtypes() -> None:
+    encoded = encode(torch.randn(4, 1024).to(torch.bfloat16), "mxfp4_dualscale")
+    fields: dict[str, Any] = {
+        "qdata": encoded.qdata,
+        "scale": encoded.scale,
+        "dual_scale": encoded.dual_scale,
+    }
     for name, tensor, text in (
-        ("qdata", good.qdata[:, :-1], r"qdata \(4, 511\) torch.uint8"),
-        ("qdata", good.qdata.to(torch.int8), r"needs  qdata \(4, 512\) of torch.uint8"),
-        ("scale", good.scale.float(), r"needs  scale \(4, 32\) of torch.uint8"),
+        ("qdata", encoded.qdata[:, :-1], r"qdata \(4, 511\) torch.uint8"),
+        ("qdata", encoded.qdata.to(torch.int8), r"needs  qdata \(4, 512\) of torch.uint8"),
+        ("scale", encoded.scale.float(), r"needs  scale \(4, 32\) of torch.uint8"),
         ("dual_scale", None, r"dual_scale None .*mxfp4_dualscale"),
         ("dual_scale", torch.ones(4, 2), r"needs  dual_scale \(4, 2, 1\) of torch.float32"),
     ):
         with pytest.raises(UsageError, match=text):
-            Encoded(**{**parts, name: tensor}, format="mxfp4_dualscale", axis=-1, shape=(4, 1024))
+            Encoded(**{**fields, name: tensor}, format="mxfp4_dualscale", axis=-1, shape=(4, 1024))
     with pytest.raises(UsageError, match=r"dual_scale \(4, 2, 1\) torch.float32 for mxfp4"):
-        Encoded(**parts, format="mxfp4", axis=-1, shape=(4, 1024))
+        Encoded(**fields, format="mxfp4", axis=-1, shape=(4, 1024))
 
 
-def test_float8_codes_may_come_as_bytes() -> None:
-    good = encode(torch.randn(4, 64).to(torch.bfloat16), "mxfp8")
-    bytes_ = Encoded(good.qdata.view(torch.uint8), good.scale, None, "mxfp8", -1, (4, 64))
-    assert torch.equal(decode(bytes_), decode(good))
+def test_float8_qdata_may_be_bytes() -> None:
+    encoded = encode(torch.randn(4, 64).to(torch.bfloat16), "mxfp8")
+    bytes_ = Encoded(encoded.qdata.view(torch.uint8), encoded.scale, None, "mxfp8", -1, (4, 64))
+    assert torch.equal(decode(bytes_), decode(encoded))
 
 
 # ---- decibels ------------------------------------------------------------------------------------
 
 
-def test_ten_times_the_logarithm() -> None:
+def test_decibels_are_ten_times_the_logarithm() -> None:
     assert decibels(100.0, 1.0) == 20 and decibels(1.0, 1000.0) == pytest.approx(-30)
     assert decibels(1e-100, 1e100) == pytest.approx(-2000)
     assert decibels(1e-300, 1e300) == -math.inf and decibels(1e300, 1e-300) == math.inf
 
 
-def test_without_noise_and_without_signal() -> None:
+def test_decibels_without_noise_and_without_signal() -> None:
     assert decibels(1.0, 0.0) == decibels(0.0, 0.0) == math.inf
     assert decibels(0.0, 1.0) == -math.inf
 
 
-def test_the_cap_stands_for_infinity() -> None:
+def test_the_cap_replaces_infinity() -> None:
     assert decibels(1.0, 0.0, cap=99.0) == decibels(0.0, 0.0, cap=99.0) == decibels(1e20, 1.0, cap=99.0) == 99
     assert decibels(0.0, 1.0, cap=99.0) == decibels(1e-20, 1.0, cap=99.0) == -99
     assert decibels(100.0, 1.0, cap=99.0) == 20
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_has_no_ratio(bad: float) -> None:
+def test_decibels_of_non_finite_values_are_nan(bad: float) -> None:
     assert math.isnan(decibels(bad, 1.0)) and math.isnan(decibels(1.0, bad, cap=99.0))
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        Format(name="new", kind="row", element=E5M2, qdata_dtype="float8_e5m2", rules=("amax",)),
+        Format(name="new", kind="tile", element=None, qdata_dtype="int8", block=64, rules=("amax",)),
+    ],
+)
+def test_a_new_format_is_not_encoded_as_another(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, "new", fmt)
+    x = torch.randn(70, 130).bfloat16()
+    back = decode(encode(x, "new"))
+    assert sqnr(x, back) > 20

@@ -1,4 +1,4 @@
-"""Element codes against ml_dtypes, over all values, and the packing of 4-bit codes."""
+"""Elements against ml_dtypes, over all bit patterns, and the packing of 4-bit elements."""
 
 from __future__ import annotations
 
@@ -25,40 +25,40 @@ each = pytest.mark.parametrize(("element", "dtype"), DTYPES, ids=[e.name for e, 
 
 
 def grid(element: Element) -> Tensor:
-    """All numbers of the element from 0 up, float32."""
+    """All non-negative numbers of the element in ascending order, float32."""
     top = elements.encode(torch.tensor([element.max]), element, "rint").item()
     return elements.decode(torch.arange(int(top) + 1, dtype=torch.uint8), element)
 
 
 def hard_values(element: Element) -> Tensor:
-    """Every bfloat16 number, and in float32 every number and every midpoint with its four neighbours."""
+    """All finite bfloat16 numbers, and all numbers and midpoints of the element with four neighbours each."""
     points = grid(element)
     points = torch.cat((points, (points[1:] + points[:-1]) / 2))
     bits = points.view(torch.int32).unsqueeze(0) + torch.arange(-2, 3, dtype=torch.int32).unsqueeze(1)
     near = bits.clamp(min=0).view(torch.float32).flatten()
-    every = every_bf16().float()
-    return torch.cat((every[every.isfinite()], near, -near))
+    bf16 = every_bf16().float()
+    return torch.cat((bf16[bf16.isfinite()], near, -near))
 
 
 @each
-def test_every_code_means_what_ml_dtypes_says(element: Element, dtype: Any) -> None:
+def test_every_bit_pattern_decodes_as_in_ml_dtypes(element: Element, dtype: Any) -> None:
     qdata = np.arange(1 << element.bits, dtype=np.uint8)
-    found = elements.decode(torch.from_numpy(qdata), element).numpy()
-    wanted = qdata.view(dtype).astype(np.float32)
-    np.testing.assert_array_equal(found, wanted)
-    np.testing.assert_array_equal(np.signbit(found[wanted == 0]), np.signbit(wanted[wanted == 0]))
+    decoded = elements.decode(torch.from_numpy(qdata), element).numpy()
+    expected = qdata.view(dtype).astype(np.float32)
+    np.testing.assert_array_equal(decoded, expected)
+    np.testing.assert_array_equal(np.signbit(decoded[expected == 0]), np.signbit(expected[expected == 0]))
 
 
 @each
-def test_rint_is_the_cast_of_ml_dtypes_with_saturation(element: Element, dtype: Any) -> None:
+def test_rint_equals_the_saturated_cast_of_ml_dtypes(element: Element, dtype: Any) -> None:
     values = hard_values(element)
-    wanted = values.clamp(-element.max, element.max).numpy().astype(dtype).view(np.uint8)
-    np.testing.assert_array_equal(elements.encode(values, element, "rint").numpy(), wanted)
+    expected = values.clamp(-element.max, element.max).numpy().astype(dtype).view(np.uint8)
+    np.testing.assert_array_equal(elements.encode(values, element, "rint").numpy(), expected)
 
 
 @each
 def test_the_other_roundings_pick_the_right_neighbour(element: Element, dtype: Any) -> None:
-    """By search in the sorted numbers, in float64."""
+    """The neighbours are searched in the sorted numbers, in float64."""
     values = hard_values(element)
     positive = grid(element).double().numpy()
     numbers = np.concatenate((-positive[:0:-1], positive))
@@ -68,13 +68,13 @@ def test_the_other_roundings_pick_the_right_neighbour(element: Element, dtype: A
     size = np.abs(clipped)
     low, high = np.minimum(np.abs(below), np.abs(above)), np.maximum(np.abs(below), np.abs(above))
     away = np.where(size - low >= high - size, high, low) * np.sign(clipped)
-    for rounding, wanted in (("floor", below), ("half_away", away)):
-        found = elements.decode(elements.encode(values, element, rounding), element).double().numpy()
-        np.testing.assert_array_equal(found, wanted, err_msg=rounding)
+    for rounding, expected in (("floor", below), ("half_away", away)):
+        decoded = elements.decode(elements.encode(values, element, rounding), element).double().numpy()
+        np.testing.assert_array_equal(decoded, expected, err_msg=rounding)
 
 
 @each
-def test_signs_of_zero_are_kept(element: Element, dtype: Any) -> None:
+def test_the_sign_of_zero_is_preserved(element: Element, dtype: Any) -> None:
     tiny = torch.tensor([0.0, -0.0, 1e-30, -1e-30])
     sign = 1 << (element.bits - 1)
     assert elements.encode(tiny, element, "rint").tolist() == [0, sign, 0, sign]
@@ -106,9 +106,9 @@ def test_every_packed_byte_survives() -> None:
 
 
 @pytest.mark.parametrize("element", [E4M3, E5M2, E2M1], ids=lambda e: e.name)
-def test_the_table_of_values_is_to_values(element: Element) -> None:
+def test_the_table_of_values_equals_decode(element: Element) -> None:
     raw = torch.arange(256, dtype=torch.uint8).view(2, 128)
     length = 128 if element.bits == 8 else 255
-    plain = raw if element.bits == 8 else elements.unpack(raw, length)
-    got = elements.decode_stored(raw, element, length)
-    assert torch.equal(got.view(torch.int32), elements.decode(plain, element).view(torch.int32))
+    unpacked = raw if element.bits == 8 else elements.unpack(raw, length)
+    values = elements.decode_stored(raw, element, length)
+    assert torch.equal(values.view(torch.int32), elements.decode(unpacked, element).view(torch.int32))

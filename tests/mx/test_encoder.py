@@ -1,4 +1,4 @@
-"""Every way to encode against the reference: not one bit may differ, for any number and any length."""
+"""Every variant of the encoder against the reference: all bits equal, for any value and length."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ RULES = [
 DEFAULTS = [(name, fmt.default_rule) for name, fmt in FORMATS.items()]
 
 
-@pytest.fixture(params=encoders.WAYS)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    encoders.take(request.param, monkeypatch)
+@pytest.fixture(params=encoders.VARIANTS)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    encoders.use(request.param, monkeypatch)
     yield request.param
     encoders.forget()
 
@@ -41,7 +41,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def shuffled(x: Tensor, length: int) -> Tensor:
-    """The finite numbers of `x` in any order, in rows."""
+    """The finite numbers of `x` in random order, in rows."""
     x = x[x.isfinite()]
     x = x[torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))]
     return x[: x.numel() // length * length].view(-1, length)
@@ -54,7 +54,7 @@ def spoiled(x: Tensor) -> Tensor:
 
 
 def spread(rows: int, length: int) -> Tensor:
-    """Gaussian, each row at its own power of two."""
+    """Gaussian values, each row scaled by another power of two."""
     generator = torch.Generator().manual_seed(rows)
     powers = torch.randint(-45, 45, (rows, 1), generator=generator).float()
     return torch.randn(rows, length, generator=generator) * torch.exp2(powers)
@@ -65,7 +65,7 @@ def every_half() -> Tensor:
 
 
 def random_bits() -> Tensor:
-    """float32 [400, 523]: any bits, in half of the rows finite ones."""
+    """float32 [400, 523]: random bits, in half of the rows finite."""
     generator = torch.Generator().manual_seed(1)
     bits = torch.randint(-(2**31), 2**31, (400, 523), generator=generator).to(torch.int32)
     x = bits.view(torch.float32)
@@ -95,52 +95,52 @@ OTHERS: dict[str, Callable[[], Tensor]] = {
 
 
 @cache
-def wanted(name: str, fmt: str, rule: str) -> tuple[Tensor, Encoded]:
+def expected_for(name: str, fmt: str, rule: str) -> tuple[Tensor, Encoded]:
     torch.manual_seed(0)
     x = {**BF16, **OTHERS}[name]()
     return x, reference_encode(x, fmt, scale_rule=rule)
 
 
 def differing(a: Encoded, b: Encoded) -> dict[str, int]:
-    """How many bytes of each tensor differ; NaN as bytes too."""
+    """Number of differing bytes of each tensor; NaN is compared as bytes too."""
     pairs = {
         "qdata": (a.qdata, b.qdata),
         "scale": (a.scale, b.scale),
         "dual_scale": (a.dual_scale, b.dual_scale),
     }
-    found = {
+    counts = {
         name: int((x.view(torch.uint8) != y.view(torch.uint8)).sum())
         for name, (x, y) in pairs.items()
         if x is not None and y is not None
     }
-    return {name: count for name, count in found.items() if count}
+    return {name: count for name, count in counts.items() if count}
 
 
 @pytest.fixture
 def redone(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many units went back to the reference, call by call."""
+    """Number of units that the reference encoded again, for each call."""
     counts: list[int] = []
     redo = reference.encode_marked
 
-    def counted(rows: Tensor, out: reference.Parts, marks: Tensor, *rest: Any) -> None:
+    def counted(rows: Tensor, out: reference.Parts, marks: Tensor, *arguments: Any) -> None:
         counts.append(int((marks != 0).sum()))
-        redo(rows, out, marks, *rest)
+        redo(rows, out, marks, *arguments)
 
     monkeypatch.setattr(reference, "encode_marked", counted)
     return counts
 
 
-# ---- the bits -----------------------------------------------------------------------------------
+# ---- all bits -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("fmt", "rule"), RULES)
-def test_every_rule_is_the_reference(way: str, fmt: str, rule: str) -> None:
+def test_every_rule_equals_the_reference(variant: str, fmt: str, rule: str) -> None:
     names = [*BF16, *(n for n in OTHERS if n.startswith("float32") or not rule.startswith("msms:"))]
-    if way == "aarch64" and (fmt, rule) not in DEFAULTS:
+    if variant == "aarch64" and (fmt, rule) not in DEFAULTS:
         names = names[:4]
     for name in names:
-        x, expected = wanted(name, fmt, rule)
-        assert not differing(expected, encode(x, fmt, scale_rule=rule)), (way, name)
+        x, expected = expected_for(name, fmt, rule)
+        assert not differing(expected, encode(x, fmt, scale_rule=rule)), (variant, name)
 
 
 @pytest.mark.parametrize(("fmt", "rule"), DEFAULTS)
@@ -155,7 +155,7 @@ def test_a_million_blocks(fmt: str, rule: str) -> None:
 
 
 def check_many(fmt: str, rule: str, seeds: range) -> None:
-    """Each magnitude that a bfloat16 has is the largest of a block, in random order; so for each seed."""
+    """For each seed, every bfloat16 magnitude is the largest of one block, in random order."""
     amax = every_finite_amax()
     for seed in seeds:
         order = torch.randperm(amax.numel(), generator=torch.Generator().manual_seed(seed))
@@ -167,7 +167,7 @@ def check_many(fmt: str, rule: str, seeds: range) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("fmt", "rule"), [r for r in RULES if not r[1].startswith("msms:")])
-def test_a_million_blocks_of_other_types(fmt: str, rule: str, dtype: torch.dtype) -> None:
+def test_a_million_blocks_of_other_dtypes(fmt: str, rule: str, dtype: torch.dtype) -> None:
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randint(-(2**31), 2**31, (1600, 1024), generator=generator).to(torch.int32).view(dtype)
@@ -178,14 +178,14 @@ def test_a_million_blocks_of_other_types(fmt: str, rule: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("rounding", ["half_away", "floor"])
 @pytest.mark.parametrize("fmt", ["mxfp8", "mxfp4", "mxfp4_dualscale", "int8"])
-def test_other_roundings_are_the_reference(fmt: str, rounding: str) -> None:
+def test_other_roundings_equal_the_reference(fmt: str, rounding: str) -> None:
     x = spread(50, 600).bfloat16()
     assert not differing(reference_encode(x, fmt, rounding=rounding), encode(x, fmt, rounding=rounding))
 
 
 @pytest.mark.parametrize("fmt", ["mxfp8", "mxfp4_dualscale", "int8"])
-def test_any_axis_and_any_number_of_axes(way: str, fmt: str) -> None:
-    if way == "aarch64":
+def test_any_axis_and_any_number_of_axes(variant: str, fmt: str) -> None:
+    if variant == "aarch64":
         pytest.skip("nothing that depends on the processor")
     x = torch.randn(3, 70, 5).bfloat16()
     for axis in range(3):
@@ -198,7 +198,7 @@ def test_any_axis_and_any_number_of_axes(way: str, fmt: str) -> None:
     ("fmt", "rule"), [*DEFAULTS, ("mxfp8", "msms:mse_round"), ("mxfp4", "msms:ceil_x:search")]
 )
 @pytest.mark.parametrize("length", [5120, 5120 + 40])
-def test_threads_do_not_matter(fmt: str, rule: str, length: int) -> None:
+def test_the_number_of_threads_does_not_change_results(fmt: str, rule: str, length: int) -> None:
     x = torch.randn(110, length).bfloat16()
     torch.set_num_threads(1)
     alone = encode(x, fmt, scale_rule=rule)
@@ -208,12 +208,12 @@ def test_threads_do_not_matter(fmt: str, rule: str, length: int) -> None:
     assert not differing(alone, reference_encode(x, fmt, scale_rule=rule))
 
 
-# ---- the choice ---------------------------------------------------------------------------------
+# ---- selection ---------------------------------------------------------------------------------
 
 
-def kinds() -> dict[tuple[str, str, torch.dtype], str]:
-    """(format, rule, dtype) -> the module and the function that made its encoder: `encoder._in_pieces`."""
-    found = {}
+def selected() -> dict[tuple[str, str, torch.dtype], str]:
+    """(format, rule, dtype) -> module and function of its encoder, such as `encoder._in_pieces`."""
+    names = {}
     for name, rule in RULES:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             fmt = lookup(name)
@@ -221,31 +221,33 @@ def kinds() -> dict[tuple[str, str, torch.dtype], str]:
             encode_with = encoder.encoder(fmt, rule, rounding, dtype)
             function = getattr(encode_with, "func", encode_with)
             module = function.__module__.rpartition(".")[2]
-            found[name, rule, dtype] = f"{module}.{function.__qualname__.partition('.')[0]}"
-    return found
+            names[name, rule, dtype] = f"{module}.{function.__qualname__.partition('.')[0]}"
+    return names
 
 
-def test_which_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that msModelSlim or an NPU does with bfloat16; the search ends in one of them."""
-    encoders.take("native", monkeypatch)
+def test_the_rules_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rules of msModelSlim and of NPUs for bfloat16; the search ends in one of them."""
+    encoders.use("native", monkeypatch)
     assert "compiled from native/encode.cpp, " in native_encoder.library().reason
-    plain = {key for key, made_by in kinds().items() if not made_by.startswith("native_encoder.")}
-    assert {rule for _, rule, dtype in plain if dtype == torch.bfloat16} == {SEARCH}
-    assert {r for _, r, d in plain if d == torch.float32 and not r.startswith("msms:")} == set()
-    assert {n for n, r, d in plain if d == torch.float16 and not r.startswith("msms:")} == {"mxfp4_dualscale"}
+    not_compiled = {key for key, made_by in selected().items() if not made_by.startswith("native_encoder.")}
+    assert {rule for _, rule, dtype in not_compiled if dtype == torch.bfloat16} == {SEARCH}
+    assert {r for _, r, d in not_compiled if d == torch.float32 and not r.startswith("msms:")} == set()
+    assert {n for n, r, d in not_compiled if d == torch.float16 and not r.startswith("msms:")} == {
+        "mxfp4_dualscale"
+    }
 
 
-def test_which_are_quick_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoders.take("pytorch", monkeypatch)
+def test_the_rules_that_are_fast_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoders.use("pytorch", monkeypatch)
     assert native_encoder.library() == build.Built(None, "no compiler wanted")
-    found = kinds()
+    encoder_of = selected()
     encoders.forget()
     for name, rule in RULES:
-        in_pieces = found[name, rule, torch.bfloat16] == "encoder._in_pieces"
+        in_pieces = encoder_of[name, rule, torch.bfloat16] == "encoder._in_pieces"
         assert in_pieces != rule.startswith("msms:")
 
 
-def test_no_compiler_is_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_there_is_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     for cached in (build.native, native_encoder.library, encoder.encoder):
         cached.cache_clear()
@@ -259,45 +261,45 @@ def test_no_compiler_is_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch) -
     assert not differing(encoded, reference_encode(x, "mxfp8"))
 
 
-def test_what_is_no_plain_cpu_tensor_goes_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder, "encoder", lambda *a: pytest.fail("an encoder was looked for"))
+def test_a_tensor_that_is_not_on_the_cpu_uses_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder, "encoder", lambda *a: pytest.fail("an encoder was selected"))
     meta = encode(torch.empty(4, 64, dtype=torch.bfloat16, device="meta"), "mxfp8")
     assert meta.qdata.device.type == "meta" and meta.scale.shape == (4, 2)
 
 
-def test_a_parameter_is_encoded_too() -> None:
+def test_a_parameter_can_be_encoded() -> None:
     x = torch.nn.Parameter(torch.randn(4, 64))
     assert not differing(encode(x, "mxfp8"), reference_encode(x.detach(), "mxfp8"))
 
 
-# ---- what the fast ways are made of -------------------------------------------------------------
+# ---- details of the fast variants ---------------------------------------------------------------
 
 
-def test_doubts_are_settled_by_the_reference(way: str, redone: list[int]) -> None:
-    """Tiny blocks under msModelSlim's rules; in PyTorch the spoiled ones."""
-    if way == "aarch64":
+def test_undecided_units_are_encoded_by_the_reference(variant: str, redone: list[int]) -> None:
+    """Native: tiny blocks under msModelSlim's rules. PyTorch: non-finite blocks."""
+    if variant == "aarch64":
         pytest.skip("nothing that depends on the processor")
     x = torch.randn(5, 70).bfloat16()
     x[3, 32:] = bf16_from_bits(torch.arange(38))
     x[4, :3] = torch.inf
-    rule = "ceil" if way == "pytorch" else "msms:mse_round"
+    rule = "ceil" if variant == "pytorch" else "msms:mse_round"
     assert not differing(reference_encode(x, "mxfp8", scale_rule=rule), encode(x, "mxfp8", scale_rule=rule))
-    assert redone == [1 if way == "pytorch" else 2]
+    assert redone == [1 if variant == "pytorch" else 2]
 
 
-def test_errors_that_float32_sums_cannot_tell_apart_are_left_to_them(
+def test_errors_too_close_for_float32_sums_are_left_to_the_reference(
     redone: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoders.take("native", monkeypatch)
+    encoders.use("native", monkeypatch)
     x = (torch.randn(64, 5120) * 0.02).bfloat16()
-    found = encode(x, "mxfp4", scale_rule="msms:fouroversix")
+    encoded = encode(x, "mxfp4", scale_rule="msms:fouroversix")
     assert 0 < sum(redone) < 10  # of 10240 blocks
-    assert not differing(reference_encode(x, "mxfp4", scale_rule="msms:fouroversix"), found)
+    assert not differing(reference_encode(x, "mxfp4", scale_rule="msms:fouroversix"), encoded)
 
 
-def test_tables_hold_every_magnitude() -> None:
-    every = native_encoder.rule_tables(lookup("mxfp8").element, "ceil")  # type: ignore[arg-type]
-    assert every.shape == (1, 0x8000) and every[0, 0x7F80:].eq(255).all()
+def test_tables_have_every_magnitude() -> None:
+    table = native_encoder.rule_tables(lookup("mxfp8").element, "ceil")  # type: ignore[arg-type]
+    assert table.shape == (1, 0x8000) and table[0, 0x7F80:].eq(255).all()
     assert native_encoder.rule_tables(E2M1, "msms:fouroversix").shape == (2, 0x8000)
     first, last, turn = native_encoder.search_tables()
     for c, constant in enumerate(msmodelslim.CEIL_X_CANDIDATES):
@@ -305,7 +307,7 @@ def test_tables_hold_every_magnitude() -> None:
         assert torch.equal(table, torch.where(c < turn, first, last))
 
 
-def test_early_powers_are_those_of_torch_log2() -> None:
+def test_early_powers_equal_torch_log2() -> None:
     early = native_encoder.early_powers()
     assert early is not None
     for i in (1, 60, 120, 126, 127, 128, 131, 254):
@@ -319,21 +321,23 @@ def test_early_powers_are_those_of_torch_log2() -> None:
 def test_pytorch_on_threads_and_in_pieces(
     fmt: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoders.take("pytorch", monkeypatch)
+    encoders.use("pytorch", monkeypatch)
     torch.set_num_threads(2)
     x = spoiled(torch.randn(shape)).bfloat16()
-    found = encode(x, fmt)
+    encoded = encode(x, fmt)
     encoders.forget()
-    assert not differing(reference_encode(x, fmt), found)
+    assert not differing(reference_encode(x, fmt), encoded)
     assert torch.get_num_threads() == 2
 
 
 def test_many_callers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoders.take("native", monkeypatch)
+    encoders.use("native", monkeypatch)
     torch.set_num_threads(2)
     inputs = [torch.randn(200, 5120).bfloat16() for _ in range(4)]
     expected = [reference_encode(x, "mxfp8") for x in inputs]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
-            for found, right in zip(pool.map(lambda x: encode(x, "mxfp8"), inputs), expected, strict=True):
-                assert not differing(right, found)
+            for encoded, reference_encoded in zip(
+                pool.map(lambda x: encode(x, "mxfp8"), inputs), expected, strict=True
+            ):
+                assert not differing(reference_encoded, encoded)

@@ -9,7 +9,7 @@ from ascendit.errors import UsageError
 from ascendit.mx.formats import E2M1, E4M3, E5M2, FORMATS, lookup, resolve_rounding, resolve_rule
 
 
-def test_the_table_holds_these_formats() -> None:
+def test_the_table_has_these_formats() -> None:
     assert {name: (f.kind, f.block, f.coarse, f.default_rule) for name, f in FORMATS.items()} == {
         "mxfp8": ("block", 32, 0, "ceil"),
         "mxfp8_e5m2": ("block", 32, 0, "ceil"),
@@ -23,17 +23,17 @@ def test_the_table_holds_these_formats() -> None:
 
 
 @pytest.mark.parametrize(("element", "emin"), [(E4M3, -6), (E5M2, -14), (E2M1, 0)])
-def test_smallest_exponents_are_those_of_ocp(element, emin) -> None:
+def test_smallest_exponents_match_ocp(element, emin) -> None:
     assert element.emin == emin
 
 
-def test_the_table_is_read_without_torch() -> None:
+def test_the_table_does_not_import_torch() -> None:
     code = "import sys, ascendit.mx.formats, ascendit.mx; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False", done.stderr
 
 
-def test_an_unknown_format_names_the_known_ones() -> None:
+def test_the_error_for_an_unknown_format_lists_the_formats() -> None:
     with pytest.raises(
         UsageError, match=r"E-USE-01\] number format 'mxfp6'\n  needs  one of mxfp8, mxfp8_e5m2"
     ):
@@ -53,7 +53,7 @@ def test_an_unknown_format_names_the_known_ones() -> None:
         ("int8", "msms:int8_legacy"),
     ],
 )
-def test_rules_that_a_format_has(fmt: str, rule: str) -> None:
+def test_rules_of_a_format(fmt: str, rule: str) -> None:
     assert resolve_rule(FORMATS[fmt], rule) == rule
 
 
@@ -72,16 +72,18 @@ def test_rules_that_a_format_has(fmt: str, rule: str) -> None:
         ("mxfp4", "msms:dualscale"),
         ("mxfp4_dualscale", "max:7"),
         ("int8", "ceil"),
+        ("int8_block", "msms:int8"),
     ],
 )
-def test_rules_that_a_format_has_not(fmt: str, rule: str) -> None:
+def test_rules_that_a_format_lacks(fmt: str, rule: str) -> None:
     with pytest.raises(UsageError, match="scale rule") as caught:
         resolve_rule(FORMATS[fmt], rule)
     assert caught.value.code == "E-USE-01"
     assert caught.value.needs.startswith("one of ")
+    assert ("number" in caught.value.fix) == (fmt == "mxfp4")
 
 
-def test_msmodelslim_brings_its_own_rounding() -> None:
+def test_msmodelslim_rules_have_their_own_rounding() -> None:
     assert resolve_rounding(FORMATS["mxfp8"], "ceil", None) == "rint"
     assert resolve_rounding(FORMATS["mxfp4"], "max:7", "floor") == "floor"
     assert resolve_rounding(FORMATS["mxfp8"], "msms:minmax", None) == "half_away"

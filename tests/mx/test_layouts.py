@@ -21,14 +21,14 @@ def test_pairs_and_back(shape: tuple[int, int, int], axis: int) -> None:
     assert pairs.shape[-1] == 2 and pairs.shape[axis % 3] == (blocks + 1) // 2
     assert torch.equal(layouts.from_pairs(pairs, blocks, axis), scale)
     for j in range(blocks):
-        place = pairs.select(-1, j % 2).select(axis % 3, j // 2)
-        assert torch.equal(place, scale.select(axis, j))
+        element = pairs.select(-1, j % 2).select(axis % 3, j // 2)
+        assert torch.equal(element, scale.select(axis, j))
     if blocks % 2:
         assert not pairs.select(-1, 1).select(axis % 3, blocks // 2).any()
 
 
 def test_pairs_of_the_npu() -> None:
-    """x (70, 96) along axis 0 gives (2, 96, 2); along the last axis (70, 2, 2)."""
+    """For x [70, 96], axis 0 gives [2, 96, 2], the last axis [70, 2, 2]."""
     x = torch.randn(70, 96).to(torch.bfloat16)
     assert layouts.to_pairs(encode(x, "mxfp8", axis=0).scale, 0).shape == (2, 96, 2)
     assert layouts.to_pairs(encode(x, "mxfp8").scale).shape == (70, 2, 2)
@@ -59,18 +59,18 @@ def test_npu_dual_and_back() -> None:
 
 
 @given(st.integers(1, 33), st.integers(0, 5))
-def test_e4m3_container(length: int, seed: int) -> None:
+def test_fp4_as_e4m3(length: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     qdata = torch.randint(0, 16, (3, length), dtype=torch.uint8, generator=generator)
     packed = elements.pack(qdata)
-    container = layouts.to_e4m3_container(packed, length)
+    as_e4m3 = layouts.to_e4m3_container(packed, length)
     values = elements.decode(qdata, E2M1)
-    assert container.dtype == torch.float8_e4m3fn
-    assert torch.equal(container.float(), values)
-    assert torch.equal(torch.signbit(container.float()), torch.signbit(values))
+    assert as_e4m3.dtype == torch.float8_e4m3fn
+    assert torch.equal(as_e4m3.float(), values)
+    assert torch.equal(torch.signbit(as_e4m3.float()), torch.signbit(values))
 
 
-def test_misshapen_layouts() -> None:
+def test_layouts_of_a_wrong_shape() -> None:
     with pytest.raises(
         UsageError, match=r"pairs of scales of shape \(4, 3, 2\)\n  needs  \[.., 2, 2\] for 4 blocks"
     ):

@@ -1,4 +1,4 @@
-"""msModelSlim to the bit: its function vectors, layers of its exports, and its quantizers rule by rule."""
+"""Bit equality with msModelSlim: its function vectors, layers of exports, and each quantizer rule."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def stored(name: str) -> dict[str, Tensor]:
     return load_file(FOLDER / f"{name}.safetensors")
 
 
-def assert_same(found: Tensor | None, wanted: Tensor) -> None:
-    assert found is not None and found.shape == wanted.shape
-    differ = int((raw(found) != raw(wanted)).sum())
-    assert differ == 0, f"{differ} of {wanted.numel()}"
+def assert_same(actual: Tensor | None, expected: Tensor) -> None:
+    assert actual is not None and actual.shape == expected.shape
+    differ = int((raw(actual) != raw(expected)).sum())
+    assert differ == 0, f"{differ} of {expected.numel()}"
 
 
 # ---- function vectors ---------------------------------------------------------------------------
@@ -55,10 +55,10 @@ def test_minmax_vectors(fmt: str, mode: str) -> None:
         assert_same(encoded.scale, vectors[f"{case}.{mode}.scale_u8"])
 
 
-def nearest_codes(values: Tensor) -> Tensor:
-    """float32 -> uint8 e2m1 codes as msModelSlim's packer takes them: the nearest number, the smaller of two.
+def nearest_elements(values: Tensor) -> Tensor:
+    """float32 -> uint8 e2m1 elements like msModelSlim's packer: the nearest number, in a tie the smaller.
 
-    What it packs are FP4 numbers already; the sign of zero is kept here, other than in rounding.
+    Its inputs are FP4 numbers already. Unlike in rounding, the sign of zero is preserved.
     """
     midpoints = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=values.device)
     index = (values.abs().unsqueeze(-1) > midpoints).sum(-1)
@@ -68,7 +68,7 @@ def nearest_codes(values: Tensor) -> Tensor:
 @pytest.mark.parametrize("case", ["all_pairs", "offgrid"])
 def test_packing_vectors(case: str) -> None:
     vectors = stored("vectors/pack_fp4")
-    assert_same(elements.pack(nearest_codes(vectors[f"{case}.x"])), vectors[f"{case}.packed"])
+    assert_same(elements.pack(nearest_elements(vectors[f"{case}.x"])), vectors[f"{case}.packed"])
 
 
 # ---- exports ------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_quantizers(rule: str, case: str, dtype: torch.dtype) -> None:
     key = f"{case}.{rule}.{str(dtype).removeprefix('torch.')}"
     if f"{key}.codes" not in vectors:
         assert (case, name) == ("ragged", "fouroversix")
-        pytest.skip("msModelSlim refuses a K that is no multiple of 32 here")
+        pytest.skip("msModelSlim refuses a K that is not a multiple of 32 for this rule")
     x = vectors[case].to(dtype)
     encoded = encode(x, fmt, scale_rule=f"msms:{name}")
     assert_same(encoded.qdata, vectors[f"{key}.codes"])
@@ -142,11 +142,11 @@ def test_there_are_eight_rules() -> None:
     assert len(RULES) == 8
 
 
-# ---- what is ours -------------------------------------------------------------------------------
+# ---- ascendit's own behaviour -------------------------------------------------------------------
 
 
 def test_minmax_exponents_of_every_bf16_amax() -> None:
-    """mxfp8: exact floor. mxfp4: the 8/7 rule above the reach of epsilon, never under byte 105."""
+    """mxfp8: exact floor. mxfp4: the 8/7 rule where epsilon has no effect, and a scale byte >= 105."""
     x = blocks_of(every_finite_amax(), seed=0)
     amax = every_finite_amax().float()
     assert_same(
@@ -159,8 +159,8 @@ def test_minmax_exponents_of_every_bf16_amax() -> None:
     assert int(four.min()) == 105 and int(four.max()) == 252
 
 
-def test_halves_go_away_from_zero_and_negative_zero_is_kept() -> None:
-    x = torch.tensor([[448.0, 17.0, -17.0, 1e-30, -1e-30, 0.0, -0.0]])  # 17 lies between 16 and 18
+def test_halves_round_away_from_zero_and_negative_zero_is_preserved() -> None:
+    x = torch.tensor([[448.0, 17.0, -17.0, 1e-30, -1e-30, 0.0, -0.0]])  # 17 is between 16 and 18
     qdata = encode(x, "mxfp8", scale_rule="msms:minmax").qdata.view(torch.uint8)
     up, even = qdata[0, 1].item(), encode(x, "mxfp8", scale_rule="floor").qdata.view(torch.uint8)[0, 1].item()
     assert (up, even) == (0x59, 0x58)
@@ -178,12 +178,12 @@ def test_mse_round_takes_the_better_of_two_scales() -> None:
 
 
 def test_fouroversix_keeps_scales_in_range() -> None:
-    """Upstream's byte wraps round for blocks under 6 x 2^-127; ours stays 0. All codes are zero."""
+    """msModelSlim's byte wraps around for blocks under 6 x 2^-127; ascendit's is 0. All qdata is 0."""
     encoded = encode(torch.full((1, 32), 2.0**-130), "mxfp4", scale_rule="msms:fouroversix")
     assert encoded.scale.item() == 0 and not encoded.qdata.any()
 
 
-def test_a_group_of_zeros_is_no_nan() -> None:
+def test_a_group_of_zeros_is_not_nan() -> None:
     x = torch.zeros(1, 1024, dtype=torch.bfloat16)
     x[0, 600] = 3.0
     encoded = encode(x, "mxfp4_dualscale", scale_rule="msms:dualscale")
@@ -192,6 +192,6 @@ def test_a_group_of_zeros_is_no_nan() -> None:
     assert not encoded.qdata[:, :256].any()
 
 
-def test_the_search_with_no_finite_error_takes_the_first() -> None:
+def test_the_search_without_a_finite_error_takes_the_first() -> None:
     assert msmodelslim.best_ceil_x([float("nan")] + [float("inf")] * 24) == 6.0
     assert msmodelslim.best_ceil_x([3.0, 2.0, 2.0] + [5.0] * 22) == 6.25

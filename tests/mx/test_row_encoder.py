@@ -1,4 +1,4 @@
-"""A weight in pieces: the same bits as in one, the same constant, and how much was lost."""
+"""Encoding a weight in pieces: the same bits and constant as in one piece, and the error measured."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ascendit.mx.row_encoder import RowEncoder, ScaleSearch, first_bad_row
 
 
 @pytest.fixture(params=["native", "x86-64", "aarch64", "pytorch"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    encoders.take(request.param, monkeypatch)
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    encoders.use(request.param, monkeypatch)
     yield request.param
     encoders.forget()
 
@@ -45,13 +45,13 @@ def tensors(encoded: Encoded) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_pieces_are_the_whole(way: str, fmt: str) -> None:
+def test_pieces_equal_the_complete_weight(variant: str, fmt: str) -> None:
     size = FORMATS[fmt].tile or 32
     x = weight(2 * size + 6)
     encoder = RowEncoder(fmt, 1111, max_rows=size)
     pieces = [tensors(encoder(piece)) for piece in x.split(size)]
-    for found, expected in zip(zip(*pieces, strict=True), tensors(encode(x, fmt)), strict=True):
-        assert torch.equal(torch.cat(found), expected)
+    for pieces_of_tensor, expected in zip(zip(*pieces, strict=True), tensors(encode(x, fmt)), strict=True):
+        assert torch.equal(torch.cat(pieces_of_tensor), expected)
 
 
 def uneven_weight(rows: int, length: int, dtype: torch.dtype) -> Tensor:
@@ -65,18 +65,18 @@ def uneven_weight(rows: int, length: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("length", [32, 100, 33, 1030])
 @pytest.mark.parametrize(("fmt", "rule", "dtype"), RULES)
-def test_every_rule_is_that_of_encode(fmt: str, rule: str, dtype: torch.dtype, length: int) -> None:
+def test_every_rule_equals_encode(fmt: str, rule: str, dtype: torch.dtype, length: int) -> None:
     encoder = RowEncoder(
         fmt, length, dtype=dtype, max_rows=64, scale_rule=rule, measure=True, buffers=3, threads=1
     )
     rows = uneven_weight(50, length, dtype)
-    for count in (50, 7):  # each buffer is used again
-        coded = [encoder(rows[:count]) for _ in range(4)][-1]
-        assert first_bad_row(coded, rows[:count]) is None
-        for found, expected in zip(
-            tensors(coded), tensors(encode(rows[:count], fmt, scale_rule=rule)), strict=True
+    for count in (50, 7):  # reuses each buffer
+        encoded = [encoder(rows[:count]) for _ in range(4)][-1]
+        assert first_bad_row(encoded, rows[:count]) is None
+        for actual, expected in zip(
+            tensors(encoded), tensors(encode(rows[:count], fmt, scale_rule=rule)), strict=True
         ):
-            assert torch.equal(found, expected)
+            assert torch.equal(actual, expected)
     encoder.restart()
     encoder(rows)
     decoded = decode(encode(rows, fmt, scale_rule=rule))
@@ -85,7 +85,7 @@ def test_every_rule_is_that_of_encode(fmt: str, rule: str, dtype: torch.dtype, l
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("fmt", ["mxfp8", "mxfp4", "mxfp4_dualscale", "int8", "fp8", "fp8_128x128"])
-def test_a_row_that_is_not_finite_is_found(way: str, fmt: str, value: float) -> None:
+def test_a_row_that_is_not_finite_is_detected(variant: str, fmt: str, value: float) -> None:
     rows = uneven_weight(50, 100, torch.bfloat16)
     rows[17, 99] = rows[30, 0] = value
     encoded = RowEncoder(fmt, 100, max_rows=64)(rows)
@@ -94,33 +94,33 @@ def test_a_row_that_is_not_finite_is_found(way: str, fmt: str, value: float) -> 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_signal_and_noise(way: str, fmt: str, dtype: torch.dtype) -> None:
+def test_signal_and_noise(variant: str, fmt: str, dtype: torch.dtype) -> None:
     size = FORMATS[fmt].tile or 32
     x = weight(2 * size + 6, dtype=dtype)
     encoder = RowEncoder(fmt, 1111, max_rows=size, dtype=dtype, measure=True)
     for piece in x.split(size):
         encoder(piece)
-    wide, back = x.double(), decode(reference_encode(x, fmt)).double()
-    assert encoder.sums[0].item() == pytest.approx(float(wide.square().sum()), rel=1e-12)
-    assert encoder.sums[1].item() == pytest.approx(float((wide - back).square().sum()), rel=1e-12)
+    exact, back = x.double(), decode(reference_encode(x, fmt)).double()
+    assert encoder.sums[0].item() == pytest.approx(float(exact.square().sum()), rel=1e-12)
+    assert encoder.sums[1].item() == pytest.approx(float((exact - back).square().sum()), rel=1e-12)
     assert encoder.sqnr == pytest.approx(sqnr(x, back), abs=1e-4)
 
 
-def test_signal_and_noise_of_what_is_not_usual(way: str) -> None:
+def test_signal_and_noise_of_unusual_values(variant: str) -> None:
     encoder = RowEncoder("mxfp4", 40, max_rows=2, measure=True)
     assert encoder.sqnr == math.inf
     encoder(torch.zeros(2, 40, dtype=torch.bfloat16))
     assert encoder.sums.tolist() == [0, 0]
     encoder(torch.full((2, 40), 1.5, dtype=torch.bfloat16))
     assert encoder.sums[0].item() == 180 and encoder.sqnr == math.inf
-    tiny = torch.full((1, 40), 1e-30, dtype=torch.bfloat16)  # its square is no float32
+    tiny = torch.full((1, 40), 1e-30, dtype=torch.bfloat16)  # its square underflows in float32
     error = tiny.double() - decode(encoder(tiny)).double()
     assert 0 < encoder.sums[1].item() == pytest.approx(float(error.square().sum()), rel=1e-9)
     encoder(torch.full((1, 40), torch.nan, dtype=torch.bfloat16))
     assert math.isnan(encoder.sqnr)
 
 
-def test_measuring_starts_anew() -> None:
+def test_restart_resets_the_measurement() -> None:
     encoder = RowEncoder("mxfp8", 32, max_rows=8, measure=True)
     encoder(uneven_weight(8, 32, torch.bfloat16))
     assert encoder.sums[1].item() > 0
@@ -129,18 +129,18 @@ def test_measuring_starts_anew() -> None:
     assert encoder.sqnr == torch.inf
 
 
-def test_results_stay_while_the_other_buffers_are_filled() -> None:
+def test_results_are_valid_while_the_other_buffers_are_filled() -> None:
     encoder = RowEncoder("mxfp4_dualscale", 1111, max_rows=32, buffers=3)
     results = [encoder(weight(32)) for _ in range(3)]
-    kept = [tensors(result) for result in results]
+    copies = [tensors(result) for result in results]
     assert len({result.qdata.data_ptr() for result in results}) == 3
     last = encoder(weight(32))
     assert last.qdata.data_ptr() == results[0].qdata.data_ptr()
-    for result, before in zip(results[1:], kept[1:], strict=True):
+    for result, before in zip(results[1:], copies[1:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tensors(result), before, strict=True))
 
 
-def test_buffers_are_used_again_and_nothing_is_written_behind_the_rows() -> None:
+def test_buffers_are_reused_and_nothing_is_written_past_the_rows() -> None:
     encoder = RowEncoder("mxfp4_dualscale", 1111, max_rows=32)
     first = encoder(weight(32))
     assert first.dual_scale is not None
@@ -153,8 +153,8 @@ def test_buffers_are_used_again_and_nothing_is_written_behind_the_rows() -> None
         strict=True,
     ):
         assert a.data_ptr() == b.data_ptr()
-    for now, old in zip(tensors(first), before, strict=True):
-        assert torch.equal(now[3:], old[3:]) and not torch.equal(now[:3], old[:3])
+    for current, old in zip(tensors(first), before, strict=True):
+        assert torch.equal(current[3:], old[3:]) and not torch.equal(current[:3], old[:3])
 
 
 def test_rows_of_a_view() -> None:
@@ -168,20 +168,22 @@ def test_rows_of_a_view() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])
-def test_the_search_in_pieces_is_that_of_the_whole(way: str, spread: float, dtype: torch.dtype) -> None:
+def test_the_search_in_pieces_equals_that_of_the_complete_weight(
+    variant: str, spread: float, dtype: torch.dtype
+) -> None:
     x = (torch.randn(60, 1111) * torch.exp(spread * torch.randn(60, 1)) * 0.02).to(dtype)
     x[7, 100] = torch.nan
     search = ScaleSearch()
     for piece in x.split(7):
         search.add(piece)
     assert search._sums.tolist() == pytest.approx(msmodelslim.ceil_x_sums(x), rel=1e-12)
-    whole = reference_encode(x, "mxfp4", scale_rule="msms:ceil_x:search")
+    complete = reference_encode(x, "mxfp4", scale_rule="msms:ceil_x:search")
     expected = reference_encode(x, "mxfp4", scale_rule=search.best())
-    assert torch.equal(whole.qdata, expected.qdata) and torch.equal(whole.scale, expected.scale)
+    assert torch.equal(complete.qdata, expected.qdata) and torch.equal(complete.scale, expected.scale)
 
 
-def test_the_first_of_equals_wins(way: str) -> None:
-    """One block: only two scales are possible, and all constants of one side err alike."""
+def test_the_first_of_equal_errors_wins(variant: str) -> None:
+    """One block has only two possible scales, and all constants with the same scale have the same error."""
     search = ScaleSearch()
     search.add(torch.tensor([[3.4] + [0.7] * 31]).bfloat16())
     sums = search._sums.tolist()
@@ -189,14 +191,14 @@ def test_the_first_of_equals_wins(way: str) -> None:
     assert search.best() == f"msms:ceil_x:{msmodelslim.CEIL_X_CANDIDATES[sums.index(min(sums))]:g}"
 
 
-def test_the_best_of_nothing() -> None:
+def test_the_best_without_rows() -> None:
     assert ScaleSearch().best() == "msms:ceil_x:6"
 
 
 # ---- errors -------------------------------------------------------------------------------------
 
 
-def test_the_search_is_no_rule_for_rows() -> None:
+def test_the_search_is_not_a_rule_for_rows() -> None:
     with pytest.raises(UsageError, match="mx.row_encoder.ScaleSearch") as caught:
         RowEncoder("mxfp4", 64, max_rows=2, scale_rule="msms:ceil_x:search")
     assert caught.value.code == "E-USE-01"

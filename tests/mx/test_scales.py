@@ -21,7 +21,7 @@ ELEMENTS = (E4M3, E5M2, E2M1)
 
 
 def exact_ceil(quotient: float) -> int:
-    """ceil(log2) of a float64, exactly."""
+    """Exact ceil(log2) of a float64."""
     fraction, exponent = math.frexp(quotient)
     return exponent - 1 if fraction == 0.5 else exponent
 
@@ -31,7 +31,7 @@ def exact_floor(quotient: float) -> int:
 
 
 def ceil_over(bound: float) -> Callable[[float], int]:
-    """ceil(log2(amax / bound)) without dividing: 2^e >= amax / bound."""
+    """ceil(log2(amax / bound)) corrected by products: the smallest e with bound x 2^e >= amax."""
 
     def rule(amax: float) -> int:
         exponent = exact_ceil(amax / bound)
@@ -45,7 +45,7 @@ def ceil_over(bound: float) -> Callable[[float], int]:
 
 
 def round_then_floor(element: Element) -> Callable[[float], int]:
-    """The even rule in words: round amax to the element's mantissa, halves up, then take the exponent."""
+    """The `even` rule: round amax to the element's mantissa, halves up, then take the exponent."""
 
     def rule(amax: float) -> int:
         unit = math.ldexp(1.0, exact_floor(amax) - element.mbits)
@@ -72,8 +72,8 @@ CASES += [(E2M1, r) for r in ("max:6", "max:6.5", "max:7", "max:7.25", "max:8", 
 def test_every_bf16_amax(element: Element, rule: str) -> None:
     amax = every_finite_amax()
     exact = oracle(rule, element)
-    wanted = [max(-127, min(127, exact(a))) if a else -127 for a in amax.double().tolist()]
-    assert scales.shared_exponents(amax.float(), element, rule).tolist() == wanted
+    expected = [max(-127, min(127, exact(a))) if a else -127 for a in amax.double().tolist()]
+    assert scales.shared_exponents(amax.float(), element, rule).tolist() == expected
 
 
 @given(st.integers(1, 0x7F7FFFFF))
@@ -81,8 +81,8 @@ def test_any_float32_amax(bits: int) -> None:
     amax = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
     for element in ELEMENTS:
         for rule in ("floor", "ceil", "pow2", "even"):
-            wanted = max(-127, min(127, oracle(rule, element)(amax.double().item())))
-            assert scales.shared_exponents(amax, element, rule).item() == wanted, rule
+            expected = max(-127, min(127, oracle(rule, element)(amax.double().item())))
+            assert scales.shared_exponents(amax, element, rule).item() == expected, rule
 
 
 def test_max_6_is_ceil_and_7_is_not_even() -> None:
@@ -93,23 +93,23 @@ def test_max_6_is_ceil_and_7_is_not_even() -> None:
     seven, even = (scales.shared_exponents(amax, E2M1, r) for r in ("max:7", "even"))
     ties = (seven != even).nonzero().flatten()
     mantissas = {math.frexp(a)[0] * 2 for a in amax[ties].tolist()}
-    assert mantissas == {1.75}  # amax exactly 7 x 2^e: `even` goes up, the NPU does not
+    assert mantissas == {1.75}  # amax exactly 7 x 2^e: `even` rounds up, the NPU does not
 
 
-def test_max_7_looks_at_bf16_bits_as_the_npu_does() -> None:
+def test_max_7_uses_bf16_bits_like_the_npu() -> None:
     amax = torch.tensor([1.75, 1.7500001, 1.7578124, 1.7578125])
     assert scales.shared_exponents(amax, E2M1, "max:7").tolist() == [-2, -2, -2, -1]
     assert scales.shared_exponents(amax, E2M1, "max:7.25").tolist() == [-2, -2, -2, -2]
 
 
-def test_every_scale_byte_means_what_ml_dtypes_says() -> None:
+def test_every_scale_byte_decodes_as_in_ml_dtypes() -> None:
     raw = torch.arange(256, dtype=torch.uint8)
-    wanted = raw.numpy().view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
-    np.testing.assert_array_equal(scales.from_bytes(raw).numpy(), wanted)
-    assert math.isnan(wanted[255]) and wanted[0] == 2.0**-127
+    expected = raw.numpy().view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    np.testing.assert_array_equal(scales.from_bytes(raw).numpy(), expected)
+    assert math.isnan(expected[255]) and expected[0] == 2.0**-127
 
 
-def test_npu_example_of_the_documentation() -> None:
+def test_the_example_of_the_npu_documentation() -> None:
     """aclnnDynamicMxQuantV3: algorithm 1 on 0, 8, 64, 512."""
     encoded = encode(torch.tensor([[0.0, 8, 64, 512]], dtype=torch.bfloat16), "mxfp8", scale_rule="ceil")
     assert encoded.scale.tolist() == [[128]]

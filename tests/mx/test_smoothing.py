@@ -13,17 +13,17 @@ FOLDER = FIXTURES / "msmodelslim"
 
 @pytest.mark.parametrize("size", [32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotation_is_msmodelslims(size: int, dtype: torch.dtype) -> None:
-    wanted = load_file(FOLDER / "vectors" / "hadamard_seed1234.safetensors")
+def test_rotation_equals_msmodelslim(size: int, dtype: torch.dtype) -> None:
+    vectors = load_file(FOLDER / "vectors" / "hadamard_seed1234.safetensors")
     name = "fp32" if dtype == torch.float32 else "bf16"
-    assert torch.equal(smoothing.rotation(size, dtype=dtype), wanted[f"had{size}.{name}"])
+    assert torch.equal(smoothing.rotation(size, dtype=dtype), vectors[f"had{size}.{name}"])
 
 
 def test_rotation_in_an_export() -> None:
     tensors = load_file(FOLDER / "layers_ti2v_d128.safetensors")
-    for which in ("q_rot", "k_rot"):
-        found = tensors[f"official_w8a8f8/blocks.0.self_attn.{which}"]
-        assert torch.equal(smoothing.rotation(found.shape[0]), found)
+    for role in ("q_rot", "k_rot"):
+        exported = tensors[f"official_w8a8f8/blocks.0.self_attn.{role}"]
+        assert torch.equal(smoothing.rotation(exported.shape[0]), exported)
 
 
 def test_rotation_leaves_attention_unchanged_and_the_global_generator_alone() -> None:
@@ -42,7 +42,7 @@ def test_rotation_needs_a_power_of_two() -> None:
         smoothing.rotation(96)
 
 
-def test_a_smoothed_layer_left_in_bf16_holds_w_times_s() -> None:
+def test_a_smoothed_layer_in_bf16_has_w_times_s() -> None:
     tensors = load_file(FOLDER / "layers_t2v_d64.safetensors")
     names = [
         key.removesuffix(".linear.weight") for key in tensors if key.startswith("dualscale_smooth/blocks.0")
@@ -51,11 +51,11 @@ def test_a_smoothed_layer_left_in_bf16_holds_w_times_s() -> None:
     assert names
     for name in names:
         weight = tensors[name.replace("dualscale_smooth", "source") + ".weight"]
-        found = smoothing.smooth_weight(weight, tensors[f"{name}.div.mul_scale"])
-        assert torch.equal(found, tensors[f"{name}.linear.weight"]) and not torch.equal(found, weight)
+        smoothed = smoothing.smooth_weight(weight, tensors[f"{name}.div.mul_scale"])
+        assert torch.equal(smoothed, tensors[f"{name}.linear.weight"]) and not torch.equal(smoothed, weight)
 
 
-def test_every_bf16_factor_comes_back_from_its_mul_scale() -> None:
+def test_every_bf16_factor_can_be_recovered_from_its_mul_scale() -> None:
     bits = torch.arange(0x0100, 0x7E80, dtype=torch.int32).to(torch.int16)  # 2^-125 to 2^126
     factors = bits.view(torch.bfloat16)
     ones = torch.ones(1, factors.numel(), dtype=torch.bfloat16)
@@ -73,16 +73,16 @@ def test_smoothing_leaves_the_product_unchanged() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.75, 0.9])
-def test_factors_are_msmodelslims(alpha: float) -> None:
+def test_factors_equal_msmodelslim(alpha: float) -> None:
     vectors = load_file(FOLDER / "rules.safetensors")
-    found = smoothing.smoothing_factors(vectors["smooth.input_amax"], vectors["smooth.weight_amax"], alpha)
-    assert torch.equal(found, vectors[f"smooth.{alpha}"])
+    factors = smoothing.smoothing_factors(vectors["smooth.input_amax"], vectors["smooth.weight_amax"], alpha)
+    assert torch.equal(factors, vectors[f"smooth.{alpha}"])
 
 
 def test_factors_follow_the_formula_and_are_bounded_below() -> None:
     inputs, weights = torch.tensor([4.0, 0.0, 9.0]), torch.tensor([1.0, 1.0, 0.0])
-    found = smoothing.smoothing_factors(inputs, weights, 0.5, dtype=torch.float32)
-    torch.testing.assert_close(found, torch.tensor([2.0, 1e-5, 3 / 1e-5**0.5]))
+    factors = smoothing.smoothing_factors(inputs, weights, 0.5, dtype=torch.float32)
+    torch.testing.assert_close(factors, torch.tensor([2.0, 1e-5, 3 / 1e-5**0.5]))
 
 
 @pytest.mark.parametrize("bad", [[1.0, 0.0], [1.0, -1.0], [1.0, float("inf")], [1.0]])

@@ -47,11 +47,11 @@ def rounded(x: np.ndarray, name: str) -> np.ndarray:
 def test_encode_is_numpy(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = (torch.randn(shape) * 3).to(dtype)
     x[130:, 130:] = 0
-    encoded, wide = encode(x, name), x.float().numpy()
+    encoded, values = encode(x, name), x.float().numpy()
     for at, where in tiles(shape):
-        scale = np.abs(wide[where]).max() / np.float32(ELEMENTS[name][1])
+        scale = np.abs(values[where]).max() / np.float32(ELEMENTS[name][1])
         assert encoded.scale[at] == scale
-        qdata = rounded(wide[where] / (scale or np.float32(np.inf)), name)
+        qdata = rounded(values[where] / (scale or np.float32(np.inf)), name)
         np.testing.assert_array_equal(raw(encoded.qdata).numpy()[where], qdata.view(np.uint8))
 
 
@@ -63,9 +63,9 @@ def test_decode_is_value_times_scale(name: str, shape: tuple[int, int]) -> None:
     qdata |= torch.randint(0, 2, shape, generator=generator, dtype=torch.uint8) << 7
     scale = torch.rand(-(-shape[0] // 128), -(-shape[1] // 128), generator=generator) + 0.5
     qdata = qdata.view(getattr(torch, FORMATS[name].qdata_dtype))
-    decoded, wide = decode(Encoded(qdata, scale, None, name, -1, shape)).numpy(), qdata.float().numpy()
+    decoded, values = decode(Encoded(qdata, scale, None, name, -1, shape)).numpy(), qdata.float().numpy()
     for at, where in tiles(shape):
-        np.testing.assert_array_equal(decoded[where], wide[where] * scale[at].numpy())
+        np.testing.assert_array_equal(decoded[where], values[where] * scale[at].numpy())
 
 
 @pytest.mark.parametrize("name", TILES)

@@ -1,7 +1,7 @@
-"""torchao's `to_mx`: frozen results always, the library itself where it is installed.
+"""Against torchao's `to_mx`: stored results always, the library where it is installed.
 
-What differs, and is left out: blocks whose scale byte is 0 (torchao divides by 2^-126 or by 1) and blocks
-that are not finite. `mx.scales` says why.
+Differences, excluded here: blocks whose scale byte is 0 (torchao divides by 2^-126 or by 1) and blocks with
+non-finite values. `mx.scales` has the reasons.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPES = {
 
 
 def compare(x: Tensor, fmt: str, rule: str, scale: Tensor, qdata: Tensor) -> None:
-    """Scales all equal; codes equal in every block with another byte than 0."""
+    """All scales are equal, and the qdata of every block whose scale byte is not 0."""
     encoded = encode(x, fmt, scale_rule=rule)
     assert torch.equal(encoded.scale, scale)
     bytes_per_block = qdata.shape[-1] // scale.shape[-1]
@@ -37,7 +37,7 @@ def compare(x: Tensor, fmt: str, rule: str, scale: Tensor, qdata: Tensor) -> Non
 
 @pytest.mark.parametrize("fmt", DTYPES)
 @pytest.mark.parametrize("rule", SAME)
-def test_frozen(fmt: str, rule: str) -> None:
+def test_stored_results(fmt: str, rule: str) -> None:
     vectors = load_file(FIXTURES / "torchao" / "to_mx.safetensors")
     key = f"x.{fmt}.{SAME[rule]}"
     compare(vectors["x"], fmt, rule, vectors[f"{key}.scale"], vectors[f"{key}.codes"])
@@ -45,7 +45,7 @@ def test_frozen(fmt: str, rule: str) -> None:
 
 @pytest.fixture(scope="module")
 def torchao() -> Any:
-    """(to_mx, ScaleCalculationMode). Its import warns about things that are no business of ours."""
+    """(to_mx, ScaleCalculationMode). Warnings of its import are ignored."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = pytest.importorskip(

@@ -1,4 +1,4 @@
-"""Compiling on first use: cached, shared by processes, and never the reason that something fails."""
+"""Compiling on first use: cached, shared by processes, and a failure is never an error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An empty cache, and nothing remembered."""
+    """Empty caches on disk and in memory."""
     monkeypatch.setattr(build, "CACHE", tmp_path / "cache")
     build.native.cache_clear()
     yield
@@ -29,13 +29,13 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def unoptimized(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The encoder takes seconds to compile, most of them for its speed, which does not matter here."""
+    """Compiling the encoder takes seconds, mostly for optimization, which these tests do not need."""
     assert "-O3" in build.FLAGS
     monkeypatch.setattr(build, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in build.FLAGS))
 
 
 @needs_compiler
-def test_compiled_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_once_and_then_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = build.native("elementwise")
     assert isinstance(built.library, ctypes.CDLL) and built.reason == "compiled from native/elementwise.cpp"
     files = list((tmp_path / "cache").iterdir())
@@ -47,14 +47,14 @@ def test_compiled_once_and_found_again(tmp_path: Path, monkeypatch: pytest.Monke
 
 @needs_compiler
 @pytest.mark.usefixtures("unoptimized")
-def test_the_encoder_says_what_it_was_compiled_for() -> None:
-    words = ("AVX-512", "AVX2", "NEON", "plain C++")
-    assert build.native("encode").reason in [f"compiled from native/encode.cpp, {word}" for word in words]
+def test_the_reason_names_the_instruction_set() -> None:
+    labels = ("AVX-512", "AVX2", "NEON", "plain C++")
+    assert build.native("encode").reason in [f"compiled from native/encode.cpp, {label}" for label in labels]
 
 
 @needs_compiler
 @pytest.mark.usefixtures("unoptimized")
-def test_a_header_that_changed_is_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_header_gives_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build.native("encode")
     shutil.copytree(build.SOURCES, tmp_path / "src", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     header = tmp_path / "src" / "floats.h"
@@ -67,8 +67,8 @@ def test_a_header_that_changed_is_another_file(tmp_path: Path, monkeypatch: pyte
 
 @needs_compiler
 @pytest.mark.usefixtures("unoptimized")
-def test_flags_that_a_compiler_does_not_know_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as OpenMP. What it computes is the same, see `tests/mx/test_encoder.py`."""
+def test_flags_unsupported_by_the_compiler_are_omitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as OpenMP. The results are the same, see `tests/mx/test_encoder.py`."""
     monkeypatch.setattr(build, "OPTIONAL_FLAGS", (("-fno-such-flag", "-fopenmp"), ("-march=native",)))
     built = build.native("encode")
     assert built.library is not None and not hasattr(built.library, "omp_get_max_threads")
@@ -83,7 +83,7 @@ def test_sources_and_headers_are_in_the_package() -> None:
 
 
 @needs_compiler
-def test_another_source_is_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_source_gives_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build.native("elementwise")
     (tmp_path / "src").mkdir()
     text = (build.SOURCES / "elementwise.cpp").read_text()
@@ -127,23 +127,23 @@ def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     return "home directory"
 
 
-@pytest.mark.parametrize("trouble", [no_compiler, old_processor, broken_source, closed_cache, no_home])
-def test_trouble_is_a_reason_and_no_error(
-    trouble: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("problem", [no_compiler, old_processor, broken_source, closed_cache, no_home])
+def test_a_problem_is_a_reason_and_not_an_error(
+    problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if trouble in (broken_source, closed_cache, no_home) and not any(map(shutil.which, build.COMPILERS)):
+    if problem in (broken_source, closed_cache, no_home) and not any(map(shutil.which, build.COMPILERS)):
         pytest.skip("no C++ compiler on this machine")
-    text = trouble(monkeypatch, tmp_path)
-    if trouble is no_compiler:
+    text = problem(monkeypatch, tmp_path)
+    if problem is no_compiler:
         monkeypatch.setattr(build, "processor_flags", lambda: build.REQUIRED_FEATURES["attention"])
     with caplog.at_level("INFO", logger="ascendit"):
         built, again = build.native("attention"), build.native("attention")
     assert built.library is None and text in built.reason and again is built
-    said = [r.getMessage() for r in caplog.records if "is not used" in r.getMessage()]
-    assert len(said) == 1 and "PyTorch path runs instead" in said[0]
+    messages = [r.getMessage() for r in caplog.records if "is not used" in r.getMessage()]
+    assert len(messages) == 1 and "PyTorch path runs instead" in messages[0]
 
 
-def test_without_a_library_the_pytorch_forms_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_library_the_pytorch_kernels_are_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     from ascendit.kernels.cpu import attention
     from ascendit.ops.operators import bind
 

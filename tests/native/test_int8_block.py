@@ -61,8 +61,8 @@ class Operands:
         out = torch.full((m, n), -77.0, dtype=dtype)
         inputs = (self.activation, self.activation_scale, None, self.weight, self.weight_scale, None, None)
         pointers = (0 if x is None else x.ctypes.data for x in (*inputs, self.bias, work, None))
-        wide = dtype == torch.float32
-        assert library.linear(INT8_BLOCK, m, n, k, threads, *pointers, out.data_ptr(), wide) == 0
+        to_float32 = dtype == torch.float32
+        assert library.linear(INT8_BLOCK, m, n, k, threads, *pointers, out.data_ptr(), to_float32) == 0
         return out
 
 

@@ -21,7 +21,7 @@ SHAPES = [(1, 1), (1, 1536), (128, 512), (130, 513), (257, 129)]
 
 @pytest.fixture(params=["native", "aarch64"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    encoders.take(request.param, monkeypatch)
+    encoders.use(request.param, monkeypatch)
     return native_encoder.library().library
 
 

@@ -1,4 +1,4 @@
-"""Linear layers on codes for tests: a weight as it lies on disk, tokens, and their product in float64."""
+"""Quantized linear layers for tests: stored weights, activations, and their product in float64."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ NATIVE = {**dict.fromkeys(("a2", "a3"), {"int8", "int8_block"}), "a5": set(LINEA
 
 
 def weight_of(scheme: str, n: int, k: int, *, bias: bool = True) -> tuple[Encoded, Tensor | None]:
-    """Codes [N, K] with scales of different sizes, and a float32 bias that BF16 cannot hold."""
+    """Quantized weight [N, K] with scales of many magnitudes, and a float32 bias not exact in BF16."""
     rows = torch.randn(n, k) * torch.logspace(-1, 0, n)[:, None]
     encoded = mx.encode(rows.to(torch.bfloat16), LINEAR_SCHEMES[scheme].weight)
     return encoded, 3 + torch.randn(n) if bias else None
 
 
-def tokens_of(m: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def activation_of(m: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return (torch.randn(2, m, k) * torch.logspace(-1, 0, m)[:, None]).to(dtype)
 
 
@@ -39,6 +39,6 @@ def exact(x: Tensor, scheme: str, encoded: Encoded, bias: Tensor | None, rule: s
 
 
 def decoded(a: Activation) -> Tensor:
-    """float32 tokens [M, K] of a reference activation."""
+    """float32 values [M, K] of a reference activation."""
     shape = (a.qdata.shape[0], a.width)
     return mx.decode(Encoded(a.qdata, a.scale, a.dual_scale, a.scheme.activation, -1, shape))

@@ -1,4 +1,4 @@
-"""What a piece of code calls: operators with their arguments, and how many of them are kernels on a card."""
+"""Record operator calls with their arguments, and count those that launch a kernel on a device."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 FREE = frozenset({"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh"})
-"""No views by their schema, and yet no kernels."""
+"""Not views by their schema, but no kernels either."""
 SYNCHRONIZES = frozenset({"_local_scalar_dense", "is_nonzero", "nonzero", "equal"})
 
 
 class Recorder(TorchDispatchMode):
-    """`calls`: (name, arguments by name) in order; defaults are left out, and what a twin does inside.
+    """`calls`: (name, arguments by name) in order, without defaults and without operators inside the twin.
 
-    Use it without inference mode, in which compound operators are not taken apart.
+    Use it outside inference mode, which does not decompose compound operators.
     """
 
     def __init__(self) -> None:
@@ -33,10 +33,10 @@ class Recorder(TorchDispatchMode):
         self.calls.append((name.removeprefix("npu::"), dict(zip(names, args, strict=False)) | (kwargs or {})))
         if not func.is_view and packet not in FREE:
             self.launched[name.removeprefix("npu::")] += 1
-        found = out if isinstance(out, tuple | list) else (out,)
-        self.dtypes |= {t.dtype for t in found if isinstance(t, torch.Tensor)}
+        outputs = out if isinstance(out, tuple | list) else (out,)
+        self.dtypes |= {t.dtype for t in outputs if isinstance(t, torch.Tensor)}
         return out
 
     def named(self, name: str) -> list[dict[str, Any]]:
         """Arguments of every call of one operator."""
-        return [given for called, given in self.calls if called == name]
+        return [arguments for called, arguments in self.calls if called == name]

@@ -1,4 +1,4 @@
-"""Devices that run: opened, made current, waited for; an NPU on a torch_npu that only remembers."""
+"""Opening, activating and synchronizing devices; NPUs with a fake torch_npu."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from ascendit.ops.open_device import (
 from ascendit.twin import STATE
 
 
-def test_no_cuda_here(monkeypatch):
+def test_a_missing_cuda_device_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(EnvironmentProblem, match="reports no CUDA device") as e:
         open_device("cuda:1")
     assert e.value.code == "E-ENV-03"
 
 
-def test_a_card_too_few():
+def test_an_index_beyond_the_devices_is_refused():
     check_index(Device("cuda", 1), 2)
     with pytest.raises(EnvironmentProblem) as e:
         check_index(Device("npu", 2), 2)
@@ -47,7 +47,7 @@ def test_a_card_too_few():
         check_index(Device("npu"), 0)
 
 
-def test_the_twin_is_switched_on_and_again_after_another():
+def test_activating_a_twin_switches_the_chip():
     try:
         a5, a2 = open_device("twin:a5"), open_device("twin:a2")
         assert ascendit.twin.chip() == "a2"
@@ -63,12 +63,12 @@ def test_the_twin_is_switched_on_and_again_after_another():
     ("name", "toolkit", "hidden"),
     [("cpu", "", True), ("cpu", "/cann", False), ("twin:a5", "", True), ("twin:a5", "/cann", True)],
 )
-def test_libraries_see_no_torch_npu_that_may_not_be_loaded(monkeypatch, tmp_path, name, toolkit, hidden):
+def test_torch_npu_is_hidden_if_it_must_not_be_loaded(monkeypatch, tmp_path, name, toolkit, hidden):
     (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("ASCEND_HOME_PATH", toolkit)
     monkeypatch.delenv("ASCEND_TOOLKIT_HOME", raising=False)
-    monkeypatch.setitem(sys.modules, "torch_npu", None)  # so that it is put back
+    monkeypatch.setitem(sys.modules, "torch_npu", None)  # so that pytest restores it
     show_torch_npu()
     assert importlib.util.find_spec("torch_npu") is not None
     hide_torch_npu(parse_device(name))
@@ -89,7 +89,7 @@ def test_dtypes_of_the_denoiser():
         assert e.value.code == "E-USE-01" and "float32 or bfloat16 or float16" in e.value.needs
 
 
-def test_memory_of_this_process_and_formats_of_a_host():
+def test_memory_of_the_process_and_internal_format_of_a_cpu():
     device = parse_device("twin:a5")
     assert memory_bytes(device) > 50e6
     synchronize(device)
@@ -97,7 +97,7 @@ def test_memory_of_this_process_and_formats_of_a_host():
         pass
 
 
-def test_the_twins_internal_format_is_set_back():
+def test_the_twins_internal_format_is_restored():
     device = parse_device("twin:a2")
     with pytest.raises(KeyError), internal_format(device, True):
         assert STATE.internal_format
@@ -106,35 +106,35 @@ def test_the_twins_internal_format_is_set_back():
 
 
 class WriteOnly:
-    """torch.npu.config: what is set is passed on, and cannot be read."""
+    """torch.npu.config: attributes can be set, not read."""
 
-    _seen: list[tuple[str, object]]
+    _calls: list[tuple[str, object]]
 
-    def __init__(self, seen):
-        object.__setattr__(self, "_seen", seen)
+    def __init__(self, calls):
+        object.__setattr__(self, "_calls", calls)
 
     def __setattr__(self, name, value):
-        self._seen.append((name, value))
+        self._calls.append((name, value))
 
 
 class FakeApi:
-    """torch.npu as far as a Device needs it."""
+    """The functions of torch.npu that a Device calls."""
 
     def __init__(self):
-        self.seen: list[object] = []
-        self.config = WriteOnly(self.seen)
+        self.calls: list[object] = []
+        self.config = WriteOnly(self.calls)
 
     def set_device(self, index):
-        self.seen.append(("set_device", index))
+        self.calls.append(("set_device", index))
 
     def synchronize(self):
-        self.seen.append("synchronize")
+        self.calls.append("synchronize")
 
     def memory_allocated(self, index):
         return 7 + (index or 0)
 
 
-def test_an_npu_goes_through_torch_npu(monkeypatch):
+def test_an_npu_uses_torch_npu(monkeypatch):
     api = FakeApi()
     monkeypatch.setattr(torch, "npu", api, raising=False)
     device = Device("npu", 2, chip="a5")
@@ -142,18 +142,18 @@ def test_an_npu_goes_through_torch_npu(monkeypatch):
     synchronize(device)
     with internal_format(device, True):  # which a5 ignores, with a warning
         pass
-    assert api.seen == [("set_device", 2), "synchronize"]
-    activate(Device("npu", chip="a5"))  # without a number: the one that is current
-    assert len(api.seen) == 2
+    assert api.calls == [("set_device", 2), "synchronize"]
+    activate(Device("npu", chip="a5"))  # without an index: the current device
+    assert len(api.calls) == 2
 
 
 def test_the_internal_format_of_a_card_is_switched_off_again(monkeypatch):
     api = FakeApi()
     monkeypatch.setattr(torch, "npu", api, raising=False)
     with pytest.raises(KeyError), internal_format(Device("npu", 0, chip="a2"), True):
-        api.seen.append("cast")
+        api.calls.append("cast")
         raise KeyError
-    assert api.seen == [("allow_internal_format", True), "cast", ("allow_internal_format", False)]
+    assert api.calls == [("allow_internal_format", True), "cast", ("allow_internal_format", False)]
 
 
 # ---- starting an NPU ----------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class FakeNpu(types.SimpleNamespace):
             config=off(allow_internal_format=None), matmul=off(allow_hf32=None), conv=off(allow_hf32=None)
         )
         self.soc, self.count = soc, count
-        self.told: list[Any] = []
+        self.calls: list[Any] = []
 
     def get_soc_version(self) -> int:
         return self.soc
@@ -177,15 +177,15 @@ class FakeNpu(types.SimpleNamespace):
         return self.count
 
     def set_device(self, index: int) -> None:
-        self.told.append(f"set_device {index}")
+        self.calls.append(f"set_device {index}")
 
-    def set_compile_mode(self, **given: Any) -> None:
-        self.told.append(given)
+    def set_compile_mode(self, **kwargs: Any) -> None:
+        self.calls.append(kwargs)
 
 
 @pytest.fixture
 def npu(monkeypatch):
-    """A fake torch_npu; variables and modules are put back."""
+    """A fake torch_npu; pytest restores variables and modules."""
     for v in npu_runtime.VARIABLES:
         monkeypatch.setenv(v.name, "")
     fake = FakeNpu()
@@ -201,7 +201,7 @@ def test_every_setting_is_applied_and_logged(npu, caplog):
     with caplog.at_level("INFO", logger="ascendit"):
         device = open_device("npu:1")
     assert device == Device("npu", 1, "a5")
-    assert npu.told == [{"jit_compile": False}, "set_device 1"]
+    assert npu.calls == [{"jit_compile": False}, "set_device 1"]
     assert npu.config.allow_internal_format is npu.matmul.allow_hf32 is npu.conv.allow_hf32 is False
     for v in npu_runtime.VARIABLES:
         assert os.environ[v.name] == v.value and f"{v.name}={v.value}: {v.reason}" in caplog.text
@@ -210,7 +210,7 @@ def test_every_setting_is_applied_and_logged(npu, caplog):
     assert "npu:1: Atlas 350 (Ascend 950), chip a5" in caplog.text
 
 
-def test_what_importing_mindiesd_changes_is_set_again(npu, monkeypatch):
+def test_a_setting_changed_by_importing_mindiesd_is_set_again(npu, monkeypatch):
     def switch_on() -> None:
         npu.config.allow_internal_format = True
 
@@ -221,28 +221,28 @@ def test_what_importing_mindiesd_changes_is_set_again(npu, monkeypatch):
 
 def test_an_open_device_is_not_started_again(npu):
     device = open_device("npu")
-    told = list(npu.told)
-    assert open_device(device) == device and npu.told == told
+    calls = list(npu.calls)
+    assert open_device(device) == device and npu.calls == calls
 
 
 def test_variables_are_set_before_torch_npu_is_imported(npu, monkeypatch):
-    seen = {}
+    values = {}
 
-    def look() -> Any:
-        seen.update({v.name: os.environ[v.name] for v in npu_runtime.VARIABLES})
+    def record_values() -> Any:
+        values.update({v.name: os.environ[v.name] for v in npu_runtime.VARIABLES})
         return types.SimpleNamespace(npu=npu)
 
-    monkeypatch.setattr(npu_runtime, "import_torch_npu", look)
+    monkeypatch.setattr(npu_runtime, "import_torch_npu", record_values)
     open_device("npu")
-    assert seen == {v.name: v.value for v in npu_runtime.VARIABLES}
+    assert values == {v.name: v.value for v in npu_runtime.VARIABLES}
 
 
-def test_no_such_card(npu):
+def test_a_missing_card_is_refused(npu):
     with pytest.raises(EnvironmentProblem, match="npu:2: this machine has 2 such devices"):
         open_device("npu:2")
 
 
-def test_torch_npu_is_absent(monkeypatch):
+def test_a_missing_torch_npu_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_npu", None)
     for v in npu_runtime.VARIABLES:
         monkeypatch.setenv(v.name, "x")

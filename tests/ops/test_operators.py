@@ -1,11 +1,11 @@
-"""Fast operators against `reference`, and what is bound."""
+"""Bound operators against `reference`, and their selection."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from ops.given import S, arguments
-from ops.layers import decoded, exact, on_disk, tokens_of, weight_of
+from ops.arguments import S, arguments
+from ops.layers import activation_of, decoded, exact, on_disk, weight_of
 from torch import Tensor
 
 from ascendit import mx
@@ -29,11 +29,13 @@ def relative(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("spans", [(S,), (5, S - 5)])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("name", OPERATOR_NAMES)
-def test_cpu_form_gives_the_reference_numbers(name: str, dtype: torch.dtype, spans: tuple[int, ...]) -> None:
-    given = arguments(name, dtype, spans)
-    got, wanted = getattr(bind("cpu"), name)(*given), getattr(reference, name)(*given)
-    assert got.shape == wanted.shape and got.dtype == wanted.dtype == dtype
-    assert relative(got, wanted) < TOLERANCE[dtype]
+def test_cpu_operators_give_the_reference_numbers(
+    name: str, dtype: torch.dtype, spans: tuple[int, ...]
+) -> None:
+    args = arguments(name, dtype, spans)
+    actual, expected = getattr(bind("cpu"), name)(*args), getattr(reference, name)(*args)
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype == dtype
+    assert relative(actual, expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -51,7 +53,7 @@ def test_two_phases_of_rms_norm_give_the_fused_numbers(dtype: torch.dtype) -> No
     assert forced.rms_scale is reference.rms_scale and forced.mean_square is reference.mean_square
 
 
-def test_attention_kernels_have_names_where_there_are_several() -> None:
+def test_attention_kernels_are_named_if_there_are_several() -> None:
     assert bind("cpu").attention_kernels == bind("twin:a5", "reference").attention_kernels == {}
     ops = bind("twin:a2")
     assert set(ops.attention_kernels) == {"fusion", "fused_infer"}
@@ -87,51 +89,51 @@ K = 544  # 17 blocks of 32, one group of 512 and a short one
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
-def test_within_the_order_of_the_sums(scheme, bias):
+def test_float32_outputs_equal_float64_up_to_summation_order(scheme, bias):
     ops = bind("cpu").quantized
     encoded, b = weight_of(scheme, 24, K, bias=bias)
-    x = tokens_of(5, K, torch.float32)
+    x = activation_of(5, K, torch.float32)
     weight = ops.prepare_weight(*on_disk(encoded, b), scheme)
     out = ops.quantized_linear(ops.quantize_activation(x, scheme), weight)
-    wanted = exact(x, scheme, encoded, b)
+    expected = exact(x, scheme, encoded, b)
     assert out.dtype == torch.float32 and out.shape == (2, 5, 24)
-    assert float((out - wanted).norm() / wanted.norm()) < 2e-6
+    assert float((out - expected).norm() / expected.norm()) < 2e-6
 
 
 @pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_bfloat16_rounds_once(scheme):
     ops = bind("cpu").quantized
     encoded, bias = weight_of(scheme, 24, K)
-    x = tokens_of(5, K)
+    x = activation_of(5, K)
     a = ops.quantize_activation(x, scheme)
     out = ops.quantized_linear(a, ops.prepare_weight(*on_disk(encoded, bias), scheme))
     assert out.dtype == torch.bfloat16
     assert bias is not None
-    wanted = decoded(a) @ mx.decode(encoded).t() + bias
-    torch.testing.assert_close(out.flatten(0, 1), wanted.to(torch.bfloat16), rtol=0, atol=0)
+    expected = decoded(a) @ mx.decode(encoded).t() + bias
+    torch.testing.assert_close(out.flatten(0, 1), expected.to(torch.bfloat16), rtol=0, atol=0)
 
 
 def test_one_activation_serves_several_weights_and_w4a8_shares_the_weight_of_mxfp4():
     ops = bind("cpu").quantized
-    x = tokens_of(4, 64)
+    x = activation_of(4, 64)
     weights = [weight_of("mxfp4", 24, 64) for _ in range(3)]
-    ready = [ops.prepare_weight(*on_disk(*w), "mxfp4") for w in weights]
+    prepared = [ops.prepare_weight(*on_disk(*w), "mxfp4") for w in weights]
     w4a4, w4a8 = ops.quantize_activation(x, "mxfp4"), ops.quantize_activation(x, "w4a8")
-    for (encoded, bias), weight in zip(weights, ready, strict=True):
+    for (encoded, bias), weight in zip(weights, prepared, strict=True):
         for scheme, a in (("mxfp4", w4a4), ("w4a8", w4a8)):
-            wanted = exact(x, scheme, encoded, bias)
-            assert mx.sqnr(wanted, ops.quantized_linear(a, weight)) > 50
+            expected = exact(x, scheme, encoded, bias)
+            assert mx.sqnr(expected, ops.quantized_linear(a, weight)) > 50
     assert ops.prepare_weight(*on_disk(*weights[0]), "w4a8").scheme == "mxfp4"
 
 
-def test_q_k_and_v_joined_are_their_outputs_side_by_side():
+def test_fused_q_k_and_v_give_their_concatenated_outputs():
     ops = bind("cpu").quantized
     parts = [weight_of("mxfp4_dualscale", n, 544) for n in (8, 8, 4)]
-    a = ops.quantize_activation(tokens_of(3, 544), "mxfp4_dualscale")
+    a = ops.quantize_activation(activation_of(3, 544), "mxfp4_dualscale")
     singles = [ops.quantized_linear(a, ops.prepare_weight(*on_disk(*p), "mxfp4_dualscale")) for p in parts]
     encoded = [p[0] for p in parts]
     qdata, scale, dual = (
-        torch.cat([getattr(e, part) for e in encoded]) for part in ("qdata", "scale", "dual_scale")
+        torch.cat([getattr(e, role) for e in encoded]) for role in ("qdata", "scale", "dual_scale")
     )
     bias = torch.cat([p[1] for p in parts if p[1] is not None])
     whole = ops.quantized_linear(a, ops.prepare_weight(qdata, scale, dual, bias, "mxfp4_dualscale"))
@@ -139,9 +141,9 @@ def test_q_k_and_v_joined_are_their_outputs_side_by_side():
 
 
 @pytest.mark.parametrize("scheme", ["int8", "mxfp4"])
-def test_mul_scale_multiplies_the_tokens_first(scheme):
+def test_mul_scale_multiplies_the_activation_first(scheme):
     ops = bind("cpu").quantized
-    x, mul_scale = tokens_of(3, 64), torch.rand(64) + 0.1
+    x, mul_scale = activation_of(3, 64), torch.rand(64) + 0.1
     a = ops.quantize_activation(x, scheme, mul_scale)
     assert torch.equal(decoded(a), decoded(ops.quantize_activation(smooth_input(x, mul_scale), scheme)))
     assert not torch.equal(decoded(a), decoded(ops.quantize_activation(x, scheme)))
@@ -149,30 +151,30 @@ def test_mul_scale_multiplies_the_tokens_first(scheme):
 
 def test_the_rule_of_the_activation_can_be_chosen():
     ops = bind("cpu").quantized
-    x = tokens_of(3, 64)
+    x = activation_of(3, 64)
     for rule in ("floor", "max:7"):
-        wanted = mx.encode(x.flatten(0, 1), "mxfp4", scale_rule=rule)
-        assert torch.equal(ops.quantize_activation(x, "mxfp4", rule=rule).qdata, wanted.qdata)
+        expected = mx.encode(x.flatten(0, 1), "mxfp4", scale_rule=rule)
+        assert torch.equal(ops.quantize_activation(x, "mxfp4", rule=rule).qdata, expected.qdata)
     with pytest.raises(UsageError, match="scale rule 'ceil_x'"):
         ops.quantize_activation(x, "mxfp4", rule="ceil_x")
 
 
 @pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
-def test_what_was_prepared_comes_back(scheme):
+def test_stored_weights_are_recovered(scheme):
     encoded, bias = weight_of(scheme, 8, 544)
     ops = bind("cpu").quantized
     weight = ops.prepare_weight(*on_disk(encoded, bias), scheme)
     back = ops.stored(weight)
     assert torch.equal(back.qdata.view(torch.uint8), encoded.qdata.view(torch.uint8))
     assert torch.equal(back.scale, encoded.scale) and weight.shape == (8, 544)
-    assert weight.nbytes < 8 * 544 * 1.2 + 8 * 20  # codes, not numbers
+    assert weight.nbytes < 8 * 544 * 1.2 + 8 * 20  # not decoded
 
 
-def test_misfits_are_named():
+def test_an_activation_or_scale_that_does_not_fit_is_refused():
     ops = bind("cpu").quantized
     encoded, bias = weight_of("mxfp8", 8, 64)
     weight = ops.prepare_weight(*on_disk(encoded, bias), "mxfp8")
-    x = tokens_of(3, 64)
+    x = activation_of(3, 64)
     for scheme, width in (("mxfp4", 64), ("mxfp8", 32)):
         with pytest.raises(UsageError) as e:
             ops.quantized_linear(ops.quantize_activation(x[..., :width], scheme), weight)
@@ -184,7 +186,7 @@ def test_misfits_are_named():
     assert e.value.code == "E-USE-01" and "w4a8" in e.value.needs
 
 
-# ---- which device runs what ---------------------------------------------------------------------
+# ---- schemes by device --------------------------------------------------------------------------
 
 
 def test_native_schemes_by_chip():
@@ -197,17 +199,17 @@ def test_native_schemes_by_chip():
 @pytest.mark.usefixtures("twin")
 @pytest.mark.parametrize("chip", ["a2", "a3"])
 @pytest.mark.parametrize("scheme", [s for s in LINEAR_SCHEMES if not s.startswith("int8")])
-def test_a_scheme_that_the_chip_lacks_says_who_has_it(chip, scheme):
+def test_a_scheme_without_a_matmul_on_the_chip_is_refused(chip, scheme):
     ops = bind(f"twin:{chip}").quantized
     encoded, bias = weight_of(scheme, 8, 64)
     for call in (
         lambda: ops.prepare_weight(*on_disk(encoded, bias), scheme),
-        lambda: ops.quantize_activation(tokens_of(2, 64), scheme),
+        lambda: ops.quantize_activation(activation_of(2, 64), scheme),
     ):
         with pytest.raises(EnvironmentProblem) as e:
             call()
         assert e.value.code == "E-CAP-01" and f"scheme {scheme} on twin:{chip}" in e.value.got
-        assert "Ascend 950" in e.value.needs and f"{chip} has bf16 and int8" in e.value.needs
+        assert "Ascend 950" in e.value.needs and f"{chip} has bf16, int8, int8_block" in e.value.needs
         assert "--emulate" in e.value.fix and "int8" in e.value.fix
 
 
@@ -216,7 +218,7 @@ def test_emulation_is_the_reference_and_is_logged(caplog):
     with caplog.at_level("INFO", logger="ascendit"):
         free, forced = bind("twin:a2", emulate=True).quantized, bind("cpu").quantized
         encoded, bias = weight_of("mxfp8", 8, 64)
-        x = tokens_of(3, 64)
+        x = activation_of(3, 64)
         outs = []
         for ops in (free, forced):
             weight = ops.prepare_weight(*on_disk(encoded, bias), "mxfp8")
@@ -229,6 +231,6 @@ def test_emulation_is_the_reference_and_is_logged(caplog):
 
 
 @pytest.mark.usefixtures("twin")
-def test_the_oracle_can_be_forced():
+def test_the_reference_can_be_forced_for_quantized_layers():
     ops = bind("twin:a5", "reference").quantized
     assert {ops.kernel(s).backend for s in LINEAR_SCHEMES} == {"reference"}

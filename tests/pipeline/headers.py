@@ -1,4 +1,4 @@
-"""Checkpoints of headers alone: right names, shapes, dtypes and JSON files, and zeros, sparse on disk."""
+"""Checkpoints without real weights: valid names, shapes, dtypes and JSON files; the data are sparse zeros."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ascendit.quant.schemes import SCHEMES
 BYTES = {"F32": 4, "BF16": 2, "I64": 8, "U8": 1, "I8": 1, "F8_E4M3": 1}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Stored = dict[str, tuple[str, tuple[int, ...]]]
-"""Name -> dtype in safetensors' spelling, shape."""
+"""Name -> (safetensors dtype, shape)."""
 
 CONFIG: dict[str, Any] = {
     "_class_name": "WanTransformer3DModel",
@@ -56,14 +56,14 @@ def quantized(
     schemes: Mapping[str, str],
     config: Mapping[str, Any] = CONFIG,
     *,
-    container: str = "packed",
+    packing: str = "packed",
     smoothed: Iterable[str] = (),
 ) -> Stored:
-    """The same with the layers of `schemes` as codes and scales; written by hand, not with `convert`."""
+    """The same with the layers of `schemes` quantized; written out here, not with `convert`."""
     tensors = floats(config)
     for layer, scheme in schemes.items():
         n, k = tensors[f"{layer}.weight"][1]
-        fp4 = ("U8", (n, k // 2)) if container == "packed" else (container, (n, k))
+        fp4 = ("U8", (n, k // 2)) if packing == "packed" else (packing, (n, k))
         int8 = dict.fromkeys(("int8", "int8_block"), ("I8", (n, k)))
         qdata = {**int8, "mxfp4": fp4, "mxfp4_dualscale": fp4}.get(scheme, ("F8_E4M3", (n, k)))
         tensors[f"{layer}.weight"] = qdata
@@ -87,13 +87,13 @@ def manifest(
     tensors: Stored, schemes: Mapping[str, str], attention: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """`quant_model_description.json` for `quantized(schemes)`."""
-    found = {}
+    entries = {}
     for name in tensors:
         layer, _, role = name.rpartition(".")
-        coded = layer in schemes and role not in ("bias", "mul_scale")
-        found[name] = SCHEMES[schemes[layer]].manifest if coded else "FLOAT"
+        is_quantized = layer in schemes and role not in ("bias", "mul_scale")
+        entries[name] = SCHEMES[schemes[layer]].manifest if is_quantized else "FLOAT"
     types = [SCHEMES[s].manifest for s in schemes.values()] or ["FLOAT"]
-    return {**found, **(attention or {}), "model_quant_type": types[-1]}
+    return {**entries, **(attention or {}), "model_quant_type": types[-1]}
 
 
 def write_expert(folder: Path, tensors: Stored, config: Mapping[str, Any] = CONFIG, **files: object) -> Path:
@@ -106,7 +106,7 @@ def write_expert(folder: Path, tensors: Stored, config: Mapping[str, Any] = CONF
 
 
 def write_export(folder: Path, tensors: Stored, described: Mapping[str, str]) -> Path:
-    """What msModelSlim writes: original names, one file by the type, smoothed layers wrapped."""
+    """An msModelSlim export: original names, one file named after the type, smoothed layers wrapped."""
 
     def wan(name: str) -> str:
         layer, _, role = name.rpartition(".")
@@ -114,10 +114,10 @@ def write_export(folder: Path, tensors: Stored, described: Mapping[str, str]) ->
             return to_wan(name) or name
         return f"{to_wan(layer)}.{'div' if role == 'mul_scale' else 'linear'}.{role}"
 
-    kind = described["model_quant_type"].lower()
-    weights = folder / f"quant_model_weight_{kind}.safetensors"
+    suffix = described["model_quant_type"].lower()
+    weights = folder / f"quant_model_weight_{suffix}.safetensors"
     write_weights(weights, {wan(name): stored for name, stored in tensors.items()})
-    description = folder / f"quant_model_description_{kind}.json"
+    description = folder / f"quant_model_description_{suffix}.json"
     write_json(description, {wan(name) if "." in name else name: v for name, v in described.items()})
     for file in (weights, description):
         file.chmod(0o640)
@@ -146,7 +146,7 @@ CLASSES = {
 
 
 def write_pipeline(root: Path, experts: int = 1) -> Path:
-    """All of a Diffusers folder but the transformers."""
+    """A Diffusers folder without its transformers."""
     classes = {name: entry for name, entry in CLASSES.items() if experts == 2 or name != "transformer_2"}
     boundary = {"boundary_ratio": 0.875} if experts == 2 else {}
     write_json(root / "model_index.json", {"_class_name": "WanPipeline", **boundary, **classes})

@@ -1,4 +1,4 @@
-"""What `Video.save` wrote inside a file."""
+"""Read the metadata that `Video.save` stores in a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
-    """Of an mp4, webm, gif, png or folder of frames; {} if there is nothing."""
+    """Metadata of an mp4, webm, gif, png or folder of frames; {} if absent."""
     file = Path(path) / "frame_0000.png" if Path(path).is_dir() else Path(path)
     if file.suffix.lower() == ".png":
         with Image.open(file) as image:
@@ -20,6 +20,6 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
         with av.open(str(file)) as container:
             tags = dict(container.metadata)
     [comment] = [value for key, value in tags.items() if key.lower() == "comment"] or ["{}"]
-    found = json.loads(comment)
-    assert isinstance(found, dict)
-    return found
+    metadata = json.loads(comment)
+    assert isinstance(metadata, dict)
+    return metadata

@@ -1,4 +1,4 @@
-"""A context that expects an error of ascendit: its class, its code and words of its text."""
+"""A context that expects an ascendit error: its class, code and parts of its text."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ascendit.errors import AscenditError
 
 
 @contextmanager
-def refused(kind: type[AscenditError], code: str, *texts: str) -> Iterator[None]:
-    with pytest.raises(kind) as caught:
+def refused(error: type[AscenditError], code: str, *texts: str) -> Iterator[None]:
+    with pytest.raises(error) as caught:
         yield
     assert caught.value.code == code
     for text in texts:

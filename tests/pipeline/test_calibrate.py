@@ -1,4 +1,4 @@
-"""Calibration: what is seen is what Diffusers' model sees, the factors are msModelSlim's, and they help."""
+"""Calibration: its statistics match hooks on Diffusers' model, its factors msModelSlim's; smoothing helps."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def calibrator(prompts: Any = PROMPTS, **options: Any) -> Calibrator:
     return Calibrator(prompts=prompts, fields=SMALL | options.pop("fields", {}), **options)
 
 
-def seen(folder: Path, to: Path, rows: int = 0, **options: Any) -> Any:
+def statistics_of(folder: Path, to: Path, rows: int = 0, **options: Any) -> Any:
     journal = Journal(to / "journal.json", to, "")
     return calibrator(**options)(recognise(folder), (), rows, journal)
 
@@ -71,13 +71,13 @@ def bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smoothed(bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that MXFP4 with calibration makes of it."""
+    """`bf16` quantized to MXFP4 with calibration."""
     to = tmp_path_factory.mktemp("smoothed") / "out"
     quantize(bf16, to, scheme="mxfp4", calibrate=calibrator())
     return to
 
 
-# ---- what is seen -------------------------------------------------------------------------------
+# ---- statistics ---------------------------------------------------------------------------------
 
 
 def test_statistics_are_those_of_hooks_on_diffusers_model(tiny_t2v_single: Path) -> None:
@@ -88,14 +88,14 @@ def test_statistics_are_those_of_hooks_on_diffusers_model(tiny_t2v_single: Path)
     with_recording = calibrate.with_recording(pipe, inputs, torch.Generator().manual_seed(0))
     with torch.inference_mode():
         ours = model(x, 700.0, model.prepare(model.grid_of(x), text, make=with_recording.make_state))
-    inputs = {name.removeprefix("transformer."): found for name, found in inputs.items()}
+    inputs = {name.removeprefix("transformer."): recorded for name, recorded in inputs.items()}
 
     theirs = WanTransformer3DModel.from_pretrained(tiny_t2v_single / "transformer").eval()
-    found: dict[str, Tensor] = {}
+    input_amax: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            found[name] = args[0].abs().flatten(0, -2).amax(0)
+            input_amax[name] = args[0].abs().flatten(0, -2).amax(0)
 
         return hook
 
@@ -105,53 +105,54 @@ def test_statistics_are_those_of_hooks_on_diffusers_model(tiny_t2v_single: Path)
     for name, module in linears.items():
         module.register_forward_hook(watch(name))
     with torch.inference_mode():
-        wanted = theirs(x, torch.tensor([700.0]), text, return_dict=False)[0]
-    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
-    assert len(found) == 20 and len(inputs) == 2 * 7
-    for name, amax in found.items():
-        got = inputs[first_in_group(name)].statistics()
-        torch.testing.assert_close(got.input_amax, amax, rtol=1e-4, atol=1e-5)
-        assert got.rows.shape == (8, linears[name].in_features)
-        assert bool((got.rows.abs().amax(0) <= got.input_amax).all())
-    for leader in inputs:
-        group = [m.weight for n, m in linears.items() if first_in_group(n) == leader]
-        assert torch.equal(inputs[leader].weight_amax, torch.cat(group).detach().abs().amax(0)), leader
+        expected = theirs(x, torch.tensor([700.0]), text, return_dict=False)[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert len(input_amax) == 20 and len(inputs) == 2 * 7
+    for name, amax in input_amax.items():
+        stats = inputs[first_in_group(name)].statistics()
+        torch.testing.assert_close(stats.input_amax, amax, rtol=1e-4, atol=1e-5)
+        assert stats.rows.shape == (8, linears[name].in_features)
+        assert bool((stats.rows.abs().amax(0) <= stats.input_amax).all())
+    for first in inputs:
+        group = [m.weight for n, m in linears.items() if first_in_group(n) == first]
+        assert torch.equal(inputs[first].weight_amax, torch.cat(group).detach().abs().amax(0)), first
 
 
-def test_all_prompts_steps_and_branches_are_seen(bf16: Path, tmp_path: Path) -> None:
-    """Each of them alone sees less than all of them together."""
-    everything = seen(bf16, tmp_path)
+def test_all_prompts_steps_and_branches_are_recorded(bf16: Path, tmp_path: Path) -> None:
+    """One prompt or one branch alone has other statistics than all together."""
+    everything = statistics_of(bf16, tmp_path)
     assert set(everything) == set(EXPERTS) and all(len(inputs) == 14 for inputs in everything.values())
-    less = [
-        seen(bf16, tmp_path, prompts=PROMPTS[:1]),
-        seen(bf16, tmp_path, fields={"guidance_scale": 1.0}),
+    partial = [
+        statistics_of(bf16, tmp_path, prompts=PROMPTS[:1]),
+        statistics_of(bf16, tmp_path, fields={"guidance_scale": 1.0}),
     ]
-    for part in less:
+    for experts in partial:
         pairs = [
-            (part[expert][leader].input_amax, stats.input_amax)
+            (experts[expert][first].input_amax, stats.input_amax)
             for expert, inputs in everything.items()
-            for leader, stats in inputs.items()
+            for first, stats in inputs.items()
         ]
         assert not all(torch.equal(a, b) for a, b in pairs)
-    one = less[0]["transformer"]["blocks.0.attn2.to_k"].input_amax  # the text: not a matter of the noise
-    assert bool((one <= everything["transformer"]["blocks.0.attn2.to_k"].input_amax).all())
+    # The input of attn2.to_k is the text, which does not depend on the noise.
+    one_prompt = partial[0]["transformer"]["blocks.0.attn2.to_k"].input_amax
+    assert bool((one_prompt <= everything["transformer"]["blocks.0.attn2.to_k"].input_amax).all())
 
 
-def test_the_sample_is_even_and_bounded() -> None:
+def test_rows_are_sampled_evenly_up_to_a_limit() -> None:
     drawn = torch.zeros(1000)
     for seed in range(200):
         generator = torch.Generator().manual_seed(seed)
-        tokens = Input(torch.ones(1), 50)
+        sample = Input(torch.ones(1), 50)
         for part in torch.arange(1000.0)[:, None].split([7, 400, 93, 500]):
-            tokens.add(part, generator)
-        assert tokens.rows.shape == (50, 1) and tokens.amax == 999
-        drawn[tokens.rows[:, 0].long()] += 1
+            sample.add(part, generator)
+        assert sample.rows.shape == (50, 1) and sample.amax == 999
+        drawn[sample.rows[:, 0].long()] += 1
     assert int(drawn.sum()) == 200 * 50
-    thirds = [float(part.mean()) for part in drawn.split([7, 400, 93, 500])]
-    assert all(9 < mean < 11 for mean in thirds[1:]) and 6 < thirds[0] < 14
+    means = [float(part.mean()) for part in drawn.split([7, 400, 93, 500])]
+    assert all(9 < mean < 11 for mean in means[1:]) and 6 < means[0] < 14
 
 
-def test_image_tokens_have_a_group_of_their_own(tiny_i2v_21: Path, tmp_path: Path) -> None:
+def test_layers_on_image_tokens_are_a_group_of_their_own(tiny_i2v_21: Path, tmp_path: Path) -> None:
     Image.new("RGB", (60, 40), (200, 30, 60)).save(tmp_path / "first.png")
     (tmp_path / "prompts.txt").write_text("first.png\ta cat\n\n", encoding="utf-8")
     quantize(tiny_i2v_21, tmp_path / "out", scheme="int8", calibrate=calibrator(tmp_path / "prompts.txt"))
@@ -160,8 +161,8 @@ def test_image_tokens_have_a_group_of_their_own(tiny_i2v_21: Path, tmp_path: Pat
     assert same(k, v) and not same(k, tensors["blocks.0.attn2.to_k.mul_scale"])
 
 
-def test_groups_are_those_of_a_real_export() -> None:
-    """Where msModelSlim wrote one `mul_scale` twice, the layers have one leader, and nowhere else."""
+def test_groups_match_a_real_export() -> None:
+    """Two layers have the same `mul_scale` in the export exactly if they are in one group here."""
     expert = read_expert(recognise(SMOOTH).experts[0])
     with_scale = {
         n: layer.tensors["mul_scale"] for n, layer in expert.layers.items() if "mul_scale" in layer.tensors
@@ -185,9 +186,9 @@ def factors(x: Tensor, w: Tensor, alpha: float) -> Tensor:
 
 
 @pytest.mark.parametrize("alpha", [0.9, 0.5])
-def test_mul_scale_and_weight_are_msmodelslims(bf16: Path, tmp_path: Path, alpha: float) -> None:
+def test_mul_scale_and_weight_equal_msmodelslims(bf16: Path, tmp_path: Path, alpha: float) -> None:
     quantize(bf16, tmp_path / "out", scheme="mxfp4_dualscale", calibrate=calibrator(alpha=alpha))
-    stats = seen(bf16, tmp_path)
+    stats = statistics_of(bf16, tmp_path)
     for expert in EXPERTS:
         source, written = read(bf16 / expert), read(tmp_path / "out" / expert)
         layers = [n.removesuffix(".mul_scale") for n in written if n.endswith(".mul_scale")]
@@ -202,7 +203,7 @@ def test_mul_scale_and_weight_are_msmodelslims(bf16: Path, tmp_path: Path, alpha
             assert same(written[f"{layer}.weight_dual_scale"], qdata.dual_scale)
 
 
-def test_kept_layers_are_left_alone(bf16: Path, tmp_path: Path) -> None:
+def test_excluded_layers_are_unchanged(bf16: Path, tmp_path: Path) -> None:
     quantize(
         bf16, tmp_path / "out", scheme="mxfp4", keep=["*.attn1.to_q", "*.1.ffn.*"], calibrate=calibrator()
     )
@@ -213,17 +214,17 @@ def test_kept_layers_are_left_alone(bf16: Path, tmp_path: Path) -> None:
     assert same(written["blocks.0.attn1.to_k.mul_scale"], written["blocks.0.attn1.to_v.mul_scale"])
 
 
-# ---- what it is good for ------------------------------------------------------------------------
+# ---- the benefit --------------------------------------------------------------------------------
 
 
-def snr(wanted: Tensor, found: Tensor) -> float:
-    return float(10 * (wanted.square().sum() / (wanted - found).square().sum()).log10())
+def snr(expected: Tensor, actual: Tensor) -> float:
+    return float(10 * (expected.square().sum() / (expected - actual).square().sum()).log10())
 
 
 @pytest.mark.parametrize("scheme", ["mxfp4", "mxfp4_dualscale"])
-def test_outliers_cost_less_when_smoothed(bf16: Path, tmp_path: Path, scheme: str) -> None:
+def test_smoothing_reduces_the_error_of_outliers(bf16: Path, tmp_path: Path, scheme: str) -> None:
     report = quantize(bf16, tmp_path / "out", scheme=scheme, calibrate=calibrator(), report=True)
-    rows = seen(bf16, tmp_path, rows=256)["transformer"][LAYER].rows
+    rows = statistics_of(bf16, tmp_path, rows=256)["transformer"][LAYER].rows
     source, written = read(bf16 / "transformer"), read(tmp_path / "out" / "transformer")
     outputs = report.experts[0].outputs
     assert len(outputs.layers) == 20
@@ -239,9 +240,9 @@ def test_outliers_cost_less_when_smoothed(bf16: Path, tmp_path: Path, scheme: st
     stored = decode(Encoded(qdata, scale, dual, scheme, -1, tuple(weight.shape)))
     smooth = (x * written[f"{LAYER}.mul_scale"]).to(torch.bfloat16)
     after = decode(encode(smooth, scheme, scale_rule=rule)) @ stored.t()
-    wanted = x @ weight.float().t()
-    assert quality.plain == pytest.approx(snr(wanted, plain), abs=0.01)
-    assert quality.smoothed == pytest.approx(snr(wanted, after), abs=0.01)
+    expected = x @ weight.float().t()
+    assert quality.plain == pytest.approx(snr(expected, plain), abs=0.01)
+    assert quality.smoothed == pytest.approx(snr(expected, after), abs=0.01)
 
 
 def test_the_table_has_both_columns(bf16: Path, tmp_path: Path) -> None:
@@ -262,7 +263,7 @@ def test_the_table_has_both_columns(bf16: Path, tmp_path: Path) -> None:
     assert "| layers | without smoothing | smoothed |" in card and "| mean of attn2.to_q |" in card
 
 
-def test_tokens_are_quantized_as_at_run_time() -> None:
+def test_schemes_of_weights_quantize_activations_in_the_same_format() -> None:
     for name, scheme in LINEAR_SCHEMES.items():
         if name == scheme.weight:
             assert scheme.activation == name
@@ -272,7 +273,7 @@ def test_tokens_are_quantized_as_at_run_time() -> None:
 # ---- the folder ---------------------------------------------------------------------------------
 
 
-def test_the_folder_is_whole_and_tells_how_it_was_made(bf16: Path, smoothed: Path) -> None:
+def test_the_folder_is_complete_and_records_the_calibration(bf16: Path, smoothed: Path) -> None:
     expert = read_expert(recognise(smoothed).experts[1])
     assert all("mul_scale" in layer.tensors for layer in expert.layers.values()) and len(expert.layers) == 20
     assert json.loads((smoothed / "transformer" / "config.json").read_text())["quantization_config"][
@@ -303,15 +304,16 @@ def test_msmodelslim_names_for_mindie(smoothed: Path, tmp_path: Path) -> None:
     ascendit.repack(smoothed, tmp_path / "mindie", engine="mindie")
     (file,) = (tmp_path / "mindie" / "high_noise_model").glob("*.safetensors")
     wrapped, canonical = load_file(file), read(smoothed / "transformer")
-    found = wrapped["blocks.1.cross_attn.q.div.mul_scale"]
-    assert same(found, canonical["blocks.1.attn2.to_q.mul_scale"]) and found.dtype == torch.float32
+    mul_scale = wrapped["blocks.1.cross_attn.q.div.mul_scale"]
+    assert same(mul_scale, canonical["blocks.1.attn2.to_q.mul_scale"])
+    assert mul_scale.dtype == torch.float32
 
 
 def test_a_dry_run_runs_nothing(bf16: Path, smoothed: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(calibrate, "load", None)
     report = quantize(bf16, tmp_path / "out", scheme="mxfp4", calibrate=calibrator(), dry_run=True)
-    whole = sum(t.nbytes for name in EXPERTS for t in read(smoothed / name).values())
-    assert report.bytes_after == whole and report.calibration["steps"] == 5
+    total = sum(t.nbytes for name in EXPERTS for t in read(smoothed / name).values())
+    assert report.bytes_after == total and report.calibration["steps"] == 5
     assert not list(tmp_path.iterdir())
 
 
@@ -329,24 +331,22 @@ def test_a_lora_is_folded_in_before_the_run(bf16: Path, tmp_path: Path) -> None:
         weight = tensors[f"{layer}.weight"]
         tensors[f"{layer}.weight"] = (weight.double() + 0.5 * (up.double() @ down.double())).to(weight.dtype)
         save_file(tensors, baked / name / tiny.WEIGHTS, metadata={"format": "pt"})
-    made: dict[str, Any] = {"scheme": "mxfp4", "calibrate": calibrator(PROMPTS[:1])}
-    quantize(bf16, tmp_path / "lora", **made, loras=[f"{tmp_path / 'lora.safetensors'}:0.5"])
-    quantize(baked, tmp_path / "wanted", **made)
-    quantize(bf16, tmp_path / "without", **made)
+    options: dict[str, Any] = {"scheme": "mxfp4", "calibrate": calibrator(PROMPTS[:1])}
+    quantize(bf16, tmp_path / "lora", **options, loras=[f"{tmp_path / 'lora.safetensors'}:0.5"])
+    quantize(baked, tmp_path / "expected", **options)
+    quantize(bf16, tmp_path / "without", **options)
     for name in EXPERTS:
-        ours, wanted, without = (read(tmp_path / x / name) for x in ("lora", "wanted", "without"))
-        assert all(same(ours[n], tensor) for n, tensor in wanted.items())
-        after = (
-            "blocks.1.attn1.to_q.mul_scale"  # a layer that the LoRA does not name, and whose input it moves
-        )
-        assert not same(ours[after], without[after])
+        ours, expected, without = (read(tmp_path / x / name) for x in ("lora", "expected", "without"))
+        assert all(same(ours[n], tensor) for n, tensor in expected.items())
+        later = "blocks.1.attn1.to_q.mul_scale"  # not a layer of the LoRA, but its input changes
+        assert not same(ours[later], without[later])
 
 
-# ---- killed and taken up again ------------------------------------------------------------------
+# ---- interrupted and resumed --------------------------------------------------------------------
 
 
 class Stopper:
-    """A calibration that ends by Ctrl-C before step `last`, and counts its steps."""
+    """Interrupts a calibration at step `last`, and counts its steps."""
 
     def __init__(self, last: int) -> None:
         self.last, self.steps = last, 0
@@ -358,7 +358,7 @@ class Stopper:
                 raise KeyboardInterrupt
 
 
-def test_a_calibration_goes_on_with_the_prompt_it_was_at(bf16: Path, tmp_path: Path) -> None:
+def test_a_calibration_resumes_at_the_interrupted_prompt(bf16: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"scheme": "mxfp4", "report": True}
     quantize(bf16, tmp_path / "whole" / "out", **options, calibrate=calibrator())
     with pytest.raises(KeyboardInterrupt):
@@ -367,11 +367,11 @@ def test_a_calibration_goes_on_with_the_prompt_it_was_at(bf16: Path, tmp_path: P
     assert [p.name for p in partial.iterdir()] == [STATISTICS]
     stopper = Stopper(0)
     quantize(bf16, tmp_path / "out", **options, calibrate=calibrator(on_progress=stopper), resume=True)
-    assert stopper.steps == 5  # of ten
+    assert stopper.steps == 5  # of 10
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
 
 
-def test_what_was_calibrated_is_not_run_again(
+def test_a_finished_calibration_is_not_repeated(
     bf16: Path, smoothed: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     def stop(event: Any) -> None:
@@ -388,7 +388,7 @@ def test_what_was_calibrated_is_not_run_again(
     assert contents(tmp_path / "out") == contents(smoothed)
 
 
-# ---- what cannot be done ------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------
 
 
 def refused(code: str, folder: Path, to: Path, **options: Any) -> str:
@@ -400,7 +400,7 @@ def refused(code: str, folder: Path, to: Path, **options: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "said"),
+    ("content", "code", "text"),
     [
         ("", "E-USE-01", "no prompts in"),
         (" \n\n\t\n", "E-USE-01", "no prompts in"),
@@ -410,18 +410,18 @@ def refused(code: str, folder: Path, to: Path, **options: Any) -> str:
         ("first.png\ta cat", "E-REQ-04", "takes no image"),
     ],
 )
-def test_prompts_that_are_none(
-    bf16: Path, tmp_path: Path, text: str | bytes | None, code: str, said: str
+def test_invalid_prompts(
+    bf16: Path, tmp_path: Path, content: str | bytes | None, code: str, text: str
 ) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "first.png")
     file = tmp_path / "prompts.txt"
-    if text is not None:
-        file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert said in refused(code, bf16, tmp_path, calibrate=calibrator(file))
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert text in refused(code, bf16, tmp_path, calibrate=calibrator(file))
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "text"),
     [
         ({"alpha": 1.5}, "alpha 1.5"),
         ({"alpha": -0.1}, "alpha -0.1"),
@@ -432,13 +432,15 @@ def test_prompts_that_are_none(
         ({"device": "tpu"}, "tpu"),
     ],
 )
-def test_options_that_do_not_go(bf16: Path, tmp_path: Path, options: dict[str, Any], said: str) -> None:
-    assert said in refused("E-USE-01", bf16, tmp_path, calibrate=calibrator(**options))
+def test_invalid_options(bf16: Path, tmp_path: Path, options: dict[str, Any], text: str) -> None:
+    assert text in refused("E-USE-01", bf16, tmp_path, calibrate=calibrator(**options))
 
 
-def test_models_that_do_not_go(bf16: Path, smoothed: Path, tiny_i2v_cascade: Path, tmp_path: Path) -> None:
-    bare = bf16 / "transformer"
-    assert "it cannot generate videos alone" in refused("E-CKP-01", bare, tmp_path, calibrate=calibrator())
+def test_models_that_cannot_be_calibrated(
+    bf16: Path, smoothed: Path, tiny_i2v_cascade: Path, tmp_path: Path
+) -> None:
+    text = refused("E-CKP-01", bf16 / "transformer", tmp_path, calibrate=calibrator())
+    assert "it cannot generate videos alone" in text
     assert "already quantized" in refused("E-QNT-01", smoothed, tmp_path, calibrate=calibrator())
     text = refused("E-REQ-04", tiny_i2v_cascade, tmp_path, calibrate=calibrator())
     assert "prompt 1 has no image" in text and "<tab>" in text
@@ -453,7 +455,7 @@ def test_an_expert_that_never_ran(bf16: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_model_that_gives_nan(bf16: Path, tmp_path: Path) -> None:
+def test_a_model_that_computes_nan(bf16: Path, tmp_path: Path) -> None:
     broken = tiny.damage(tiny.copy(bf16, tmp_path / "broken"), "nan_weights")
     with pytest.raises((CheckpointError, AscenditError), match="E-OUT-01"):
         quantize(broken, tmp_path / "out", scheme="mxfp4", calibrate=calibrator())

@@ -1,4 +1,4 @@
-"""Decoded values become pixels as in Diffusers; black and broken videos are refused."""
+"""Decoded values become the same pixels as in Diffusers; black and broken videos are refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_to_uint8_of_an_array() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite(bad: float) -> None:
+def test_values_that_are_not_finite_are_refused(bad: float) -> None:
     x = np.zeros((3, 5, 8, 8), np.float32)
     x[0, 1, 0, 0] = x[1, 4, 2, 2] = x[2, 4, 2, 2] = bad
     with refused(QualityError, "E-OUT-01", "3 of 960 values", "in 2 of 5 frames (1, 4)", "ascendit inspect"):
@@ -93,13 +93,13 @@ def test_one_colour_is_a_warning(frames: Frames, text: str, caplog: pytest.LogCa
         np.stack([np.full((64, 64, 3), v, np.uint8) for v in (0, 40, 0)]),  # a flash
     ],
 )
-def test_plain_backgrounds_with_a_small_thing_pass(frames: Frames, caplog: pytest.LogCaptureFixture) -> None:
+def test_small_objects_on_plain_backgrounds_pass(frames: Frames, caplog: pytest.LogCaptureFixture) -> None:
     check_not_flat(frames)
     assert not caplog.records
 
 
 def test_every_plain_scene_of_the_world_passes(caplog: pytest.LogCaptureFixture) -> None:
     motion = Motion(radius=9, travel=18, centre=(32, 32))
-    for each in world.scenes():
-        check_not_flat(render(each, motion, 17, only=range(0, 17, 8)))
+    for item in world.scenes():
+        check_not_flat(render(item, motion, 17, only=range(0, 17, 8)))
     assert not caplog.records

@@ -1,4 +1,4 @@
-"""Whole runs on tiny models: equal to Diffusers' pipelines, repeatable, cancellable, honest when bad."""
+"""Complete runs on tiny models: equal to Diffusers' pipelines, repeatable, cancellable; bad ones fail."""
 
 from __future__ import annotations
 
@@ -67,22 +67,22 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 )
 def test_cascade_equals_wan_pipeline(tiny_t2v_cascade: Path, fields: dict[str, Any]) -> None:
     fields = SMALL | fields
-    wanted = theirs(WanPipeline, tiny_t2v_cascade, 7, **fields)
-    assert relative(ours(tiny_t2v_cascade, seed=7, **fields), wanted) < 1e-4
+    expected = theirs(WanPipeline, tiny_t2v_cascade, 7, **fields)
+    assert relative(ours(tiny_t2v_cascade, seed=7, **fields), expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["t2v_single", "ti2v"])
 def test_one_expert_equals_wan_pipeline(tiny_folder: Any, name: str) -> None:
     fields = SMALL | {"guidance_scale": 5.0, "height": 64, "width": 96}
-    wanted = theirs(WanPipeline, tiny_folder(name), 1, **fields)
-    assert relative(ours(tiny_folder(name), seed=1, **fields), wanted) < 1e-4
+    expected = theirs(WanPipeline, tiny_folder(name), 1, **fields)
+    assert relative(ours(tiny_folder(name), seed=1, **fields), expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["i2v_cascade", "i2v_21", "ti2v_image"])
 def test_image_to_video_equals_diffusers(tiny_folder: Any, name: str) -> None:
     fields = SMALL | {"guidance_scale": 3.5, "height": 64, "width": 96}
-    wanted = theirs(WanImageToVideoPipeline, tiny_folder(name), 5, image=picture(), **fields)
-    assert relative(ours(tiny_folder(name), picture(), seed=5, **fields), wanted) < 1e-4
+    expected = theirs(WanImageToVideoPipeline, tiny_folder(name), 5, image=picture(), **fields)
+    assert relative(ours(tiny_folder(name), picture(), seed=5, **fields), expected) < 1e-4
 
 
 def test_frames_equal_wan_pipeline(tiny_t2v_cascade: Path) -> None:
@@ -91,9 +91,9 @@ def test_frames_equal_wan_pipeline(tiny_t2v_cascade: Path) -> None:
     pipe = WanPipeline.from_pretrained(tiny_t2v_cascade)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(7)
-    wanted = pipe(PROMPT, generator=generator, output_type="np", **fields).frames[0]
+    expected = pipe(PROMPT, generator=generator, output_type="np", **fields).frames[0]
     assert video.frames.shape == (9, 32, 48, 3) and video.frames.dtype == np.uint8
-    assert np.abs(video.frames.astype(int) - (wanted * 255).round().astype(int)).max() <= 1
+    assert np.abs(video.frames.astype(int) - (expected * 255).round().astype(int)).max() <= 1
 
 
 def test_same_seed_same_bytes_and_another_seed_another_video(tiny_t2v_cascade: Path) -> None:
@@ -128,29 +128,29 @@ def test_guidance_of_one_runs_no_unconditional_pass(
     )
 
 
-# ---- the seams of the loop ----------------------------------------------------------------------
+# ---- the hooks of the loop ----------------------------------------------------------------------
 
 
 def latents_of(pipe: generate.Pipeline, **fields: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The last latents, and those that each step left."""
+    """The last latents, and those after each step."""
     request = pipe.request(PROMPT, seed=1, **(SMALL | fields))
-    left: list[torch.Tensor] = []
+    steps: list[torch.Tensor] = []
 
     def on_step(i: int, latents: torch.Tensor) -> None:
-        assert i == len(left)
-        left.append(latents.clone())
+        assert i == len(steps)
+        steps.append(latents.clone())
 
-    return generate.denoise(pipe, request, None, lambda event: None, None, on_step), left
+    return generate.denoise(pipe, request, None, lambda event: None, None, on_step), steps
 
 
-def test_on_step_has_what_each_step_leaves(tiny_t2v_cascade: Path) -> None:
-    last, left = latents_of(ascendit.load(tiny_t2v_cascade))
-    assert len(left) == 5 and torch.equal(left[-1], last)
-    assert not any(torch.equal(a, b) for a, b in zip(left, left[1:], strict=False))
+def test_on_step_receives_the_latents_of_each_step(tiny_t2v_cascade: Path) -> None:
+    last, steps = latents_of(ascendit.load(tiny_t2v_cascade))
+    assert len(steps) == 5 and torch.equal(steps[-1], last)
+    assert not any(torch.equal(a, b) for a, b in zip(steps, steps[1:], strict=False))
 
 
 def test_predict_can_be_replaced(tiny_t2v_cascade: Path) -> None:
-    """By one that leaves out the branch without the prompt: no guidance."""
+    """A `predict` that omits the unconditional branch computes the video without guidance."""
     pipe = ascendit.load(tiny_t2v_cascade)
     calls = []
 
@@ -161,9 +161,10 @@ def test_predict_can_be_replaced(tiny_t2v_cascade: Path) -> None:
         return generate.predict(experts, x, timesteps, spans, states[:1], guidance)
 
     fields = {"guidance_scale": 4.0, "guidance_scale_2": 3.0}
-    one, _ = latents_of(replace(pipe, predict=predict), **fields)
-    wanted, _ = latents_of(pipe, guidance_scale=1.0)
-    assert torch.equal(one, wanted) and not torch.equal(latents_of(pipe, **fields)[0], one)
+    conditional, _ = latents_of(replace(pipe, predict=predict), **fields)
+    expected, _ = latents_of(pipe, guidance_scale=1.0)
+    assert torch.equal(conditional, expected)
+    assert not torch.equal(latents_of(pipe, **fields)[0], conditional)
     assert [step for _, _, step, _ in calls] == [0, 1, 2, 3, 4]
     assert {(name, *branches, g) for name, branches, _, g in calls} == {
         ("transformer", 0, 1, 4.0),
@@ -171,8 +172,8 @@ def test_predict_can_be_replaced(tiny_t2v_cascade: Path) -> None:
     }
 
 
-def test_all_ranks_act_on_the_float_of_one(tiny_t2v_cascade: Path) -> None:
-    """A cache that would use a step again asks; with the answer of another rank it does as that one."""
+def test_all_ranks_follow_the_value_of_one_rank(tiny_t2v_cascade: Path) -> None:
+    """A cache calls `agree` before it reuses a step, and follows the value of another rank."""
 
     class Reuse(DenoiseState):
         last: torch.Tensor | None = None
@@ -182,45 +183,45 @@ def test_all_ranks_act_on_the_float_of_one(tiny_t2v_cascade: Path) -> None:
                 self.last = forward(x, t)
             return self.last
 
-    pipe, asked = ascendit.load(tiny_t2v_cascade), []
+    pipe, values = ascendit.load(tiny_t2v_cascade), []
 
     def other_rank(value: float) -> float:
-        asked.append(value)
+        values.append(value)
         return 0.0
 
     plain, _ = latents_of(pipe, guidance_scale=1.0)
     cached, _ = latents_of(replace(pipe, make_state=Reuse), guidance_scale=1.0)
     predict = partial(generate.predict, agree=other_rank)
-    both, _ = latents_of(replace(pipe, make_state=Reuse, predict=predict), guidance_scale=1.0)
-    assert not torch.equal(cached, plain) and torch.equal(both, plain)
-    of_others = [i % 2 for i in range(5) if i not in (0, asked_first(pipe))]
-    assert asked == of_others
+    agreed, _ = latents_of(replace(pipe, make_state=Reuse, predict=predict), guidance_scale=1.0)
+    assert not torch.equal(cached, plain) and torch.equal(agreed, plain)
+    sent = [i % 2 for i in range(5) if i not in (0, first_step_of_second_expert(pipe))]
+    assert values == sent
     own, _ = latents_of(replace(pipe, make_state=partial(Reuse, agree=other_rank)), guidance_scale=1.0)
-    assert torch.equal(own, plain) and asked == 2 * of_others
+    assert torch.equal(own, plain) and values == 2 * sent
 
 
-def asked_first(pipe: generate.Pipeline) -> int:
+def first_step_of_second_expert(pipe: generate.Pipeline) -> int:
     """The first step of the second expert."""
     request = pipe.request(PROMPT, seed=1, **SMALL)
     timesteps = make_solver(request).schedule.timesteps
     return next(i for i, t in enumerate(timesteps) if t < 1000 * (request.boundary_ratio or 0))
 
 
-def test_rope_is_drawn_up_once_for_both_experts_and_branches(
+def test_rope_is_computed_once_for_both_experts_and_branches(
     tiny_t2v_cascade: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = []
+    calls = []
 
-    def counted(*given: Any, **named: Any) -> Any:
-        made.append(given)
-        return rope_table(*given, **named)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return rope_table(*args, **kwargs)
 
     monkeypatch.setattr(wan, "rope_table", counted)
     latents_of(ascendit.load(tiny_t2v_cascade), guidance_scale=4.0)
-    assert len(made) == 1
+    assert len(calls) == 1
 
 
-def test_progress_tells_stage_expert_and_step(tiny_t2v_cascade: Path) -> None:
+def test_progress_has_stage_expert_and_step(tiny_t2v_cascade: Path) -> None:
     events: list[Progress] = []
     pipe = ascendit.load(tiny_t2v_cascade, on_progress=events.append)
     assert [e.step for e in events] == list(range(6)) and {e.stage for e in events} == {"load"}
@@ -234,17 +235,17 @@ def test_progress_tells_stage_expert_and_step(tiny_t2v_cascade: Path) -> None:
 
 
 def test_cancel_between_steps(tiny_t2v_cascade: Path) -> None:
-    pipe, stop, seen = ascendit.load(tiny_t2v_cascade), threading.Event(), []
+    pipe, stop, steps = ascendit.load(tiny_t2v_cascade), threading.Event(), []
 
     def watch(event: Progress) -> None:
         if event.stage == "denoise":
-            seen.append(event.step)
+            steps.append(event.step)
             if event.step == 2:
                 stop.set()
 
     with pytest.raises(Cancelled) as e:
         pipe.generate(PROMPT, seed=1, on_progress=watch, cancel=stop, **SMALL)
-    assert seen == [1, 2] and e.value.exit_code == 130
+    assert steps == [1, 2] and e.value.exit_code == 130
 
 
 def test_nan_weights_are_refused_as_not_finite(tiny_t2v_cascade: Path, tmp_path: Path) -> None:
@@ -258,8 +259,8 @@ def test_nan_weights_are_refused_as_not_finite(tiny_t2v_cascade: Path, tmp_path:
 def test_text_encoder_policies_give_the_same_video(tiny_t2v_cascade: Path, text_on: Any) -> None:
     pipe = ascendit.load(tiny_t2v_cascade, text_on=text_on)
     assert (pipe.text.model is None) == (text_on == "drop")
-    wanted = ascendit.load(tiny_t2v_cascade).generate(PROMPT, seed=2, **SMALL).frames
-    assert np.array_equal(pipe.generate(PROMPT, seed=2, **SMALL).frames, wanted)
+    expected = ascendit.load(tiny_t2v_cascade).generate(PROMPT, seed=2, **SMALL).frames
+    assert np.array_equal(pipe.generate(PROMPT, seed=2, **SMALL).frames, expected)
 
 
 def test_reference_operators_give_nearly_the_same_video(tiny_t2v_cascade: Path) -> None:
@@ -285,27 +286,27 @@ def test_bfloat16_run_is_near_float32(tiny_t2v_cascade: Path) -> None:
         ({"image": "x.png"}, "E-REQ-04", "text-to-video"),
     ],
 )
-def test_illegal_requests(tiny_t2v_cascade: Path, fields: dict[str, Any], code: str, text: str) -> None:
+def test_invalid_requests(tiny_t2v_cascade: Path, fields: dict[str, Any], code: str, text: str) -> None:
     pipe = ascendit.load(tiny_t2v_cascade)
     with pytest.raises(RequestError) as e:
         pipe.generate(PROMPT, **(SMALL | fields))
     assert e.value.code == code and text in str(e.value)
 
 
-def test_image_models_need_an_image_that_is_one(tiny_i2v_cascade: Path, tmp_path: Path) -> None:
+def test_image_models_need_a_valid_image(tiny_i2v_cascade: Path, tmp_path: Path) -> None:
     pipe = ascendit.load(tiny_i2v_cascade)
     with pytest.raises(RequestError, match="no image"):
         pipe.generate(PROMPT, **SMALL)
     bad = tmp_path / "photo.png"
     bad.write_text("not a picture")
-    with pytest.raises(UsageError, match="no image that can be read") as e:
+    with pytest.raises(UsageError, match="is not a readable image") as e:
         pipe.generate(PROMPT, image=bad, **SMALL)
     assert e.value.code == "E-USE-04"
     with pytest.raises(UsageError, match=r"an array \[4, 4\]"):
         pipe.generate(PROMPT, image=np.zeros((4, 4), np.uint8), **SMALL)
 
 
-def test_image_forms_give_the_same_video(tiny_i2v_cascade: Path, tmp_path: Path) -> None:
+def test_image_path_array_and_tensor_give_the_same_video(tiny_i2v_cascade: Path, tmp_path: Path) -> None:
     pipe = ascendit.load(tiny_i2v_cascade)
     image = picture()
     path = tmp_path / "first.png"
@@ -330,13 +331,13 @@ def test_image_forms_give_the_same_video(tiny_i2v_cascade: Path, tmp_path: Path)
         (lambda f: ascendit.load(f).generate("x", strength=2), "E-USE-01"),
     ],
 )
-def test_illegal_calls(tiny_t2v_single: Path, call: Any, code: str) -> None:
+def test_invalid_calls(tiny_t2v_single: Path, call: Any, code: str) -> None:
     with pytest.raises(AscenditError) as e:
         call(tiny_t2v_single)
     assert e.value.code == code
 
 
-def test_warm_up_runs_one_step_and_leaves_nothing_behind(tiny_t2v_cascade: Path) -> None:
+def test_warm_up_runs_one_step_and_does_not_change_the_next_video(tiny_t2v_cascade: Path) -> None:
     pipe = ascendit.load(tiny_t2v_cascade)
     request = pipe.request(PROMPT, seed=1, **SMALL)
     assert pipe.warm_up(request) > 0
@@ -347,16 +348,16 @@ def test_warm_up_runs_one_step_and_leaves_nothing_behind(tiny_t2v_cascade: Path)
 def test_warm_up_of_a_model_that_needs_an_image(tiny_i2v_21: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, images = ascendit.load(tiny_i2v_21), []
 
-    def seen(task: Any, image: Any, *rest: Any) -> Any:
+    def recorded(task: Any, image: Any, *args: Any) -> Any:
         images.append((image.mode, image.size))
-        return make_condition(task, image, *rest)
+        return make_condition(task, image, *args)
 
-    monkeypatch.setattr(generate, "make_condition", seen)
+    monkeypatch.setattr(generate, "make_condition", recorded)
     request = pipe.request(PROMPT, image="black", **SMALL)
     assert pipe.warm_up(request) > 0 and images == [("RGB", (48, 32))]
 
 
-def test_loop_waits_for_nothing(tiny_t2v_cascade: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loop_does_not_synchronize(tiny_t2v_cascade: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No value is read back from a tensor between the first and the last step."""
     pipe = ascendit.load(tiny_t2v_cascade)
     inside = False

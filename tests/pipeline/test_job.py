@@ -1,4 +1,4 @@
-"""From options and a request to a video: what is checked first, what is read once, what ran out."""
+"""From options and a request to a video: early checks, headers read once, out of memory."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ CUDA = (
 # ---- prepare and run ----------------------------------------------------------------------------
 
 
-def test_run_makes_the_video_that_load_and_generate_make(tiny_t2v_cascade: Path) -> None:
-    how: dict[str, Any] = {"scheme": "mxfp4", "step_policy": "0:w4a8"}
+def test_run_makes_the_same_video_as_load_and_generate(tiny_t2v_cascade: Path) -> None:
+    options: dict[str, Any] = {"scheme": "mxfp4", "step_policy": "0:w4a8"}
     shape = {"width": 32, "height": 32, **SMALL}
-    prepared = prepare(LoadOptions(model=str(tiny_t2v_cascade), **how), PROMPT, **shape)
+    prepared = prepare(LoadOptions(model=str(tiny_t2v_cascade), **options), PROMPT, **shape)
     events: list[Progress] = []
     video = run(prepared, events.append)
-    again = ascendit.load(tiny_t2v_cascade, **how).generate(PROMPT, **shape)
+    again = ascendit.load(tiny_t2v_cascade, **options).generate(PROMPT, **shape)
     assert np.array_equal(video.frames, again.frames)
     assert video.describe() | {"seconds": 0} == again.describe() | {"seconds": 0}
     assert video.describe()["replay"] == prepared.replay
     assert [e.stage for e in events if e.step == e.total] == ["load", "encode", "denoise", "decode"]
 
 
-def test_a_run_builds_from_what_was_prepared() -> None:
+def test_prepare_returns_layers_dtype_and_device() -> None:
     prepared = prepare(LoadOptions(model="demo", scheme="int8"), PROMPT)
     assert [name for name, applied in prepared.model.experts if applied is None] == []
     assert prepared.model.dtype is None and prepared.model.vae_dtype == "float32"
@@ -55,12 +55,12 @@ def test_a_run_builds_from_what_was_prepared() -> None:
     assert on_a5.model.dtype == "bfloat16" and on_a5.model.device.chip == "a5"
 
 
-def test_seconds_in_place_of_frames() -> None:
+def test_seconds_set_the_number_of_frames() -> None:
     assert prepare(LoadOptions(model="demo"), PROMPT, seconds=1.0).request.num_frames == 9
     assert prepare(LoadOptions(model="demo"), PROMPT, seconds=1.0, fps=16).request.num_frames == 17
 
 
-def test_a_damaged_header_and_a_step_too_many_are_found_without_weights(
+def test_damaged_headers_and_invalid_steps_are_refused_without_weights(
     tiny_folder: Any, tmp_path: Path
 ) -> None:
     import tiny
@@ -78,7 +78,7 @@ def test_a_damaged_header_and_a_step_too_many_are_found_without_weights(
         prepare(LoadOptions(model="demo"), PROMPT, steps=4)
 
 
-def test_pixels_travel_beside_the_request(tiny_folder: Any) -> None:
+def test_pixels_are_passed_beside_the_request(tiny_folder: Any) -> None:
     options = LoadOptions(model=str(tiny_folder("i2v_cascade")))
     name, pixels = name_image(torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)))
     with pytest.raises(RequestError, match="no pixels for image"):
@@ -91,19 +91,19 @@ def test_pixels_travel_beside_the_request(tiny_folder: Any) -> None:
     assert np.array_equal(video.frames, again.frames) and again.request == video.request
 
 
-@pytest.mark.parametrize("words", [[], ["--scheme", "mxfp8", "--set", "keep=blocks.0.*"]])
-def test_no_header_is_read_twice(words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Over a whole `generate`: of the transformers, whose files are read by us."""
+@pytest.mark.parametrize("flags", [[], ["--scheme", "mxfp8", "--set", "keep=blocks.0.*"]])
+def test_no_header_is_read_twice(flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the transformers, whose files ascendit reads, in one `generate`."""
     read: Counter[str] = Counter()
     real = reader._read_json_header
 
-    def counted(path: Path, *more: Any) -> Any:
+    def counted(path: Path, *args: Any) -> Any:
         read[str(path)] += 1
-        return real(path, *more)
+        return real(path, *args)
 
     monkeypatch.setattr(reader, "_read_json_header", counted)
-    flags = ["--frames", "5", "--steps", "1", "-q", "-o", str(tmp_path / "a.png")]
-    assert main(["generate", "--demo", PROMPT, *flags, *words]) == 0
+    args = ["--frames", "5", "--steps", "1", "-q", "-o", str(tmp_path / "a.png")]
+    assert main(["generate", "--demo", PROMPT, *args, *flags]) == 0
     assert len(read) >= 2 and set(read.values()) == {1}
 
 

@@ -1,4 +1,4 @@
-"""`ascendit.load` with quantized folders and recipes: what runs, what is equal, what is refused first."""
+"""`ascendit.load` with quantized folders and recipes: results, equality, early errors."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def video(pipe: Any, **kw: Any) -> np.ndarray:
 
 
 def image_for(pipe: Any) -> dict[str, Any]:
-    wants = pipe.defaults.task == "i2v"
-    return {"image": torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))} if wants else {}
+    needs_image = pipe.defaults.task == "i2v"
+    return {"image": torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))} if needs_image else {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", ["int8", "mxfp8", "mxfp4_dualscale"])
-def test_online_is_offline_in_every_kind_of_model(kind, scheme, tiny_folder, tmp_path):
+def test_online_equals_offline_for_every_kind_of_model(kind, scheme, tiny_folder, tmp_path):
     force = kind.startswith("ti2v")
     ascendit.quantize(tiny_folder(kind), tmp_path / "q", scheme=scheme, force=force)
     online = ascendit.load(tiny_folder(kind), scheme=scheme, force=force)
@@ -51,7 +51,7 @@ def mxfp4() -> Any:
     return ascendit.load("demo", scheme="mxfp4")
 
 
-def test_two_sizes_one_after_the_other_and_with_and_without_cfg(mxfp4):
+def test_one_pipeline_makes_two_sizes_with_and_without_guidance(mxfp4):
     first = video(mxfp4)
     other = video(mxfp4, num_frames=13)
     assert other.shape == (13, 64, 64, 3) and np.array_equal(video(mxfp4), first)
@@ -59,7 +59,7 @@ def test_two_sizes_one_after_the_other_and_with_and_without_cfg(mxfp4):
     assert plain.shape == first.shape and not np.array_equal(plain, first)
 
 
-def test_a_step_policy_changes_its_steps_and_no_others(mxfp4):
+def test_a_step_policy_changes_only_its_steps(mxfp4):
     w4a4 = video(mxfp4)
     assert np.array_equal(video(ascendit.load("demo", scheme="mxfp4", step_policy="default:w4a4")), w4a4)
     mixed = ascendit.load("demo", scheme="mxfp4", step_policy="0:w4a8,default:w4a4")
@@ -75,7 +75,7 @@ def test_a_step_policy_changes_its_steps_and_no_others(mxfp4):
     assert e.value.code == "E-REQ-03"
 
 
-def test_the_step_policy_of_a_recipe_goes_with_the_folder(tmp_path):
+def test_the_step_policy_of_a_recipe_is_stored_in_the_folder(tmp_path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text('step_policy = "0:w4a8"\n[[rules]]\nlayers = "*"\nscheme = "mxfp4"\n')
     ascendit.quantize("demo", tmp_path / "q", recipe=str(recipe))
@@ -92,8 +92,8 @@ def test_experts_whose_recipes_differ(tmp_path):
     (a / "transformer_2").rename(tmp_path / "old")
     (b / "transformer_2").rename(a / "transformer_2")
     pipe = ascendit.load(a)
-    found = [{m.scheme for m in e.modules() if isinstance(m, QuantLinear)} for e in pipe.experts.values()]
-    assert found == [{"mxfp8"}, {"mxfp4"}] and video(pipe).shape[0] == 17
+    schemes = [{m.scheme for m in e.modules() if isinstance(m, QuantLinear)} for e in pipe.experts.values()]
+    assert schemes == [{"mxfp8"}, {"mxfp4"}] and video(pipe).shape[0] == 17
 
 
 @pytest.mark.parametrize(
@@ -116,14 +116,14 @@ def test_experts_whose_recipes_differ(tmp_path):
         ({"activation_rule": "mxfp4=max:7"}, UsageError, "E-USE-01", "for mxfp4, which no layer"),
     ],
 )
-def test_mistakes_are_told_before_a_weight_is_read(options, error, code, text):
-    seen: list[object] = []
+def test_mistakes_are_refused_before_a_weight_is_read(options, error, code, text):
+    events: list[object] = []
     with pytest.raises(error) as e:
-        ascendit.load("demo", on_progress=seen.append, **options)
-    assert e.value.code == code and text in e.value.got and not seen
+        ascendit.load("demo", on_progress=events.append, **options)
+    assert e.value.code == code and text in e.value.got and not events
 
 
-def test_codes_are_not_quantized_again_and_fp4_on_ti2v_wants_force(tmp_path, tiny_folder):
+def test_quantizing_twice_and_fp4_on_ti2v_without_force_are_refused(tmp_path, tiny_folder):
     ascendit.quantize("demo", tmp_path / "q", scheme="mxfp8")
     for scheme in ("int8", "bf16"):
         with pytest.raises(UsageError, match="already quantized") as e:
@@ -153,7 +153,7 @@ def test_a_missing_scale_and_a_manifest_of_another_model_are_named(tmp_path):
     assert e.value.code == "E-CKP-07"
 
 
-def test_a_fp8_checkpoint_in_tiles_loads_as_bf16(tmp_path):
+def test_a_tiled_fp8_checkpoint_loads_as_bf16(tmp_path):
     from ascendit import mx
 
     source = tiny.copy(tiny.build_t2v_single(tmp_path / "m", dtype=torch.bfloat16), tmp_path / "fp8")
@@ -166,16 +166,16 @@ def test_a_fp8_checkpoint_in_tiles_loads_as_bf16(tmp_path):
     e = mx.Encoded(qdata, scale, None, "fp8_128x128", -1, tuple(qdata.shape))
     save_file(tensors | {name: qdata, f"{name}_scale_inv": scale}, file)
     model: Any = ascendit.load(source).transformer
-    wanted = mx.decode(e, torch.bfloat16)
-    assert torch.equal(model.get_submodule(name.removesuffix(".weight")).weight, wanted)
+    expected = mx.decode(e, torch.bfloat16)
+    assert torch.equal(model.get_submodule(name.removesuffix(".weight")).weight, expected)
     online = ascendit.load(source, scheme="int8").transformer
     layer = online.get_submodule(name.removesuffix(".weight"))
     assert isinstance(layer, QuantLinear) and torch.equal(
-        layer.state_dict()["weight"], mx.encode(wanted, "int8").qdata
+        layer.state_dict()["weight"], mx.encode(expected, "int8").qdata
     )
 
 
-def test_layouts_are_recognised_alike(tmp_path):
+def test_a_repacked_folder_makes_the_same_video(tmp_path):
     ascendit.quantize("demo", tmp_path / "q", scheme="mxfp4", engine="vllm-omni")
     ascendit.repack(tmp_path / "q", tmp_path / "r")
     a, b = ascendit.load(tmp_path / "q"), ascendit.load(tmp_path / "r")
@@ -186,8 +186,8 @@ def test_layouts_are_recognised_alike(tmp_path):
 
 
 def test_the_vae_in_bfloat16_is_near_the_one_in_float32():
-    wide, narrow = (video(ascendit.load("demo", vae_dtype=d)).astype(float) for d in (None, "bfloat16"))
-    assert 50 < 10 * np.log10(255**2 / np.square(wide - narrow).mean()) < 90
+    float32, bfloat16 = (video(ascendit.load("demo", vae_dtype=d)).astype(float) for d in (None, "bfloat16"))
+    assert 50 < 10 * np.log10(255**2 / np.square(float32 - bfloat16).mean()) < 90
 
 
 def test_a_refused_cast_changes_nothing(mxfp4):

@@ -1,4 +1,4 @@
-"""LoadOptions: one table, from which flags, keys, arguments of `load`, records and replay lines come."""
+"""LoadOptions: one table of the flags, keys, arguments of `load`, records and replay lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ascendit.pipeline.options import FLAGS, OPTIONS, LoadOptions, load_args
 from ascendit.pipeline.request import resolve
 from ascendit.schedule import Step, StepSchedule
 
-GIVEN: dict[str, Any] = {
+ARGUMENTS: dict[str, Any] = {
     "model": Path("elsewhere"),
     "device": torch.device("cuda:1"),
     "dtype": torch.bfloat16,
@@ -37,8 +37,8 @@ GIVEN: dict[str, Any] = {
 }
 
 
-def test_the_load_options_of_a_python_call_are_words() -> None:
-    options = LoadOptions(**GIVEN)
+def test_the_load_options_of_a_python_call_become_text() -> None:
+    options = LoadOptions(**ARGUMENTS)
     record = options.record
     assert json.loads(json.dumps(record)) == record
     assert record == {
@@ -61,14 +61,14 @@ def test_the_load_options_of_a_python_call_are_words() -> None:
 
 
 def test_json_round_trip() -> None:
-    options = LoadOptions(**GIVEN)
+    options = LoadOptions(**ARGUMENTS)
     assert options.model == "elsewhere" and options.ops is None and options.emulate == "decode-on-use"
     assert LoadOptions.from_json(options.to_json()) == options
     assert LoadOptions(model="elsewhere", **options.record) == options
     assert set(json.loads(options.to_json())) == set(OPTIONS)
 
 
-def test_defaults_of_load_are_recorded_but_no_words_of_the_line() -> None:
+def test_defaults_of_load_are_recorded_but_not_in_the_replay_line() -> None:
     record = LoadOptions(model="demo").record
     request = resolve(SINGLE, "a cat", seed=7)
     assert record == {"device": "cpu", "text_on": "device"} and load_args(record) == []
@@ -76,14 +76,15 @@ def test_defaults_of_load_are_recorded_but_no_words_of_the_line() -> None:
 
 
 def test_load_has_the_arguments_of_the_table() -> None:
-    found = inspect.signature(ascendit.load).parameters
-    assert list(found) == [*LoadOptions.model_fields, "on_progress"]
-    assert found["model"].default is inspect.Parameter.empty
-    assert found["device"].default == "cpu" and found["nz"].default is False and found["keep"].default == ()
+    parameters = inspect.signature(ascendit.load).parameters
+    assert list(parameters) == [*LoadOptions.model_fields, "on_progress"]
+    assert parameters["model"].default is inspect.Parameter.empty
+    assert parameters["device"].default == "cpu" and parameters["nz"].default is False
+    assert parameters["keep"].default == ()
     assert all(f"`{name}`: {row.help}" in str(ascendit.load.__doc__) for name, row in OPTIONS.items())
 
 
-def test_generate_has_a_flag_for_each_row_that_names_one() -> None:
+def test_generate_has_the_flags_of_the_table() -> None:
     from ascendit.cli.generate import generate
 
     names = set(inspect.signature(generate).parameters)
@@ -99,12 +100,12 @@ def test_generate_has_a_flag_for_each_row_that_names_one() -> None:
         (StepSchedule(((0, Step("w4a8")),)), "0:w4a8"),
     ],
 )
-def test_a_schedule_is_the_text_that_means_the_same(schedule: StepSchedule, text: str) -> None:
+def test_a_schedule_becomes_its_text(schedule: StepSchedule, text: str) -> None:
     assert LoadOptions(model="demo", step_policy=schedule).step_policy == text  # type: ignore[arg-type]
     assert StepSchedule.parse(text) == schedule
 
 
-def test_an_empty_schedule_switches_the_policy_of_a_recipe_off(tmp_path: Path) -> None:
+def test_an_empty_schedule_overrides_the_policy_of_a_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text('step_policy = "0:w4a8"\n[[rules]]\nlayers = "*"\nscheme = "mxfp4"\n')
     options = LoadOptions(model="demo", recipe=str(recipe), step_policy=StepSchedule())  # type: ignore[arg-type]
@@ -120,7 +121,7 @@ def test_an_empty_schedule_switches_the_policy_of_a_recipe_off(tmp_path: Path) -
         StepSchedule(((1, Step("w4a8")), (0, Step("bf16")))),
     ],
 )
-def test_a_schedule_that_text_cannot_say_is_refused(schedule: StepSchedule) -> None:
+def test_a_schedule_that_text_cannot_express_is_refused(schedule: StepSchedule) -> None:
     with pytest.raises(UsageError, match="step_policy=StepSchedule") as error:
         LoadOptions(model="demo", step_policy=schedule)  # type: ignore[arg-type]
     assert error.value.code == "E-USE-01" and "without attention or cache" in error.value.needs
@@ -138,7 +139,7 @@ def test_patterns_are_text_or_a_sequence(keep: Any) -> None:
         (
             {"scheme": "mxfp6"},
             "scheme=mxfp6",
-            "scheme: bf16 or int8 or fp8 or mxfp8 or mxfp4 or mxfp4_dualscale",
+            "scheme: bf16 or int8 or int8_block or fp8 or mxfp8 or mxfp4 or mxfp4_dualscale",
         ),
         ({"emulate": "often"}, "emulate=often", "emulate: decode-on-use or decode-once"),
         ({"device": "gpu"}, "device 'gpu'", "cpu, cuda, cuda:N, npu, npu:N, twin:a2, twin:a3, twin:a5"),
@@ -173,25 +174,25 @@ def test_max_memory_is_bytes_in_the_options_the_record_and_the_replay_line(text:
     assert load_args(options.record) == ["--max-memory", str(size)]
     flags = {"max_memory": str(text)}
     for layer in ({"flags": flags, "settings": []}, {"flags": {}, "settings": [f"max_memory={text}"]}):
-        asked = read_call(["a"], demo=True, config=None, **layer)  # type: ignore[arg-type]
-        assert asked.options == options
+        call = read_call(["a"], demo=True, config=None, **layer)  # type: ignore[arg-type]
+        assert call.options == options
 
 
 @pytest.mark.parametrize("text", ["much", "0", "-1", "24GiBs", "3 XB", "1e999", "9" * 400, "", "0.4", True])
-def test_max_memory_that_is_no_size(text: Any) -> None:
+def test_an_invalid_max_memory_is_refused(text: Any) -> None:
     with pytest.raises(UsageError) as error:
         LoadOptions(model="demo", max_memory=text)
     assert (error.value.got, error.value.fix) == (f"max_memory={text}", "--max-memory 24GiB")
 
 
-def test_a_dtype_that_no_flag_gives_is_left_to_the_device() -> None:
+def test_dtypes_are_checked_by_the_device() -> None:
     assert LoadOptions(model="demo", dtype=torch.float64).record["dtype"] == "float64"  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="dtype=int8 on cpu") as error:
         ascendit.load("demo", dtype="int8")
     assert error.value.needs == "float32 or bfloat16 or float16"
 
 
-def test_what_reads_checkpoints_needs_no_pydantic() -> None:
+def test_modules_that_read_checkpoints_import_no_pydantic() -> None:
     modules = (
         "inspect.checkpoint",
         "inspect.report",

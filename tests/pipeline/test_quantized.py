@@ -28,8 +28,11 @@ PROMPT = "a red circle moves right on a black background"
 SHORT: dict[str, Any] = {"num_inference_steps": 3, "num_frames": 5}
 MX = ("mxfp8", "mxfp4", "mxfp4_dualscale", "w4a8")
 SCHEMES = ("int8", "int8_block", "fp8", *MX)
-PLACES = [(s, d) for s in SCHEMES for d in ("cpu", "twin:a5")] + [("int8", "twin:a2"), ("int8", "twin:a3")]
-PLACES += [("int8_block", "twin:a2")]
+SCHEMES_AND_DEVICES = [
+    *((s, d) for s in SCHEMES for d in ("cpu", "twin:a5")),
+    *(("int8", d) for d in ("twin:a2", "twin:a3")),
+    ("int8_block", "twin:a2"),
+]
 CLOSE_DB, LAYER_DB = 45.0, 50.0
 
 
@@ -41,7 +44,7 @@ def _one_thread(_repeatable: None) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Scheme -> the demo, quantized into a folder; made when it is first asked for."""
+    """Scheme -> folder of the quantized demo, made at the first call."""
     root = tmp_path_factory.mktemp("quantized")
 
     def folder(scheme: str) -> Path:
@@ -59,7 +62,7 @@ def policy_of(scheme: str) -> str | None:
 
 @cache
 def online(scheme: str, device: str) -> Pipeline:
-    """`scheme`: also bf16, and w4a8, which is mxfp4 by a step policy."""
+    """`scheme` may be bf16, or w4a8: mxfp4 with a step policy."""
     name = {"bf16": None, "w4a8": "mxfp4"}.get(scheme, scheme)
     policy = policy_of(scheme)
     return ascendit.load("demo", device=device, dtype="bfloat16", scheme=name, step_policy=policy)
@@ -71,16 +74,16 @@ def frames(pipe: Pipeline, prompt: str = PROMPT, **fields: Any) -> Any:
 
 @cache
 def short(scheme: str, device: str) -> Any:
-    """The frames of `online`, for a few steps; each made once."""
+    """The frames of a short run of `online`, cached."""
     return frames(online(scheme, device), **SHORT)
 
 
 # ---- online and offline -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scheme", "device"), PLACES)
-def test_online_and_offline_are_one(scheme: str, device: str, folders: Any) -> None:
-    """From a folder on codes and from floats: the same video, byte for byte."""
+@pytest.mark.parametrize(("scheme", "device"), SCHEMES_AND_DEVICES)
+def test_online_and_offline_are_equal(scheme: str, device: str, folders: Any) -> None:
+    """Loading quantized weights and quantizing while loading make the same video, byte for byte."""
     offline = ascendit.load(folders(scheme), device=device, dtype="bfloat16", step_policy=policy_of(scheme))
     a, b = frames(offline, **SHORT), short(scheme, device)
     assert np.array_equal(a, b)
@@ -88,7 +91,7 @@ def test_online_and_offline_are_one(scheme: str, device: str, folders: Any) -> N
 
 
 @pytest.mark.parametrize("scheme", ["mxfp8", "mxfp4"])
-def test_a_chip_without_the_matmul_says_so_or_emulates(scheme: str) -> None:
+def test_a_chip_without_the_matmul_refuses_or_emulates(scheme: str) -> None:
     with pytest.raises(EnvironmentProblem, match=f"scheme {scheme} on twin:a2") as e:
         ascendit.load("demo", device="twin:a2", scheme=scheme)
     assert e.value.code == "E-CAP-01" and "--emulate" in e.value.fix
@@ -100,7 +103,7 @@ def test_a_chip_without_the_matmul_says_so_or_emulates(scheme: str) -> None:
 
 
 SAME = [*((s, "a5") for s in ("bf16", *SCHEMES)), ("bf16", "a2"), ("int8_block", "a2")]
-"""(scheme, chip) of the same bytes as on the CPU. On a2 and a3 the quantizer of int8 divides otherwise."""
+"""(scheme, chip) with the same bytes as the CPU. The int8 quantizer of a2 and a3 divides differently."""
 compiled = pytest.mark.skipif(
     not attention.list_kernels()[0].needs, reason="without the C++ attention a CPU rounds its weights to BF16"
 )
@@ -109,30 +112,30 @@ compiled = pytest.mark.skipif(
 @compiled
 @pytest.mark.parametrize(("scheme", "chip"), SAME)
 def test_the_cpu_and_the_twin_make_the_same_bytes(scheme: str, chip: str) -> None:
-    """So whatever differs on a twin is a fault of the Ascend path, never of the arithmetic."""
+    """A difference on a twin is therefore a bug of the Ascend path, not of the arithmetic."""
     cpu, twin = (short(scheme, d) for d in ("cpu", f"twin:{chip}"))
     assert np.array_equal(cpu, twin)
 
 
 def on_a2(prompts: int) -> float:
-    """Median PSNR of the CPU's videos in int8 and those of a2."""
+    """Median PSNR between the int8 videos of the CPU and of a2."""
     texts = [scene.prompt() for scene in pick(prompts)]
     cpu, twin = ([frames(online("int8", d), text) for text in texts] for d in ("cpu", "twin:a2"))
-    found = [psnr(a, b) for a, b in zip(cpu, twin, strict=True)]
-    print([round(x, 1) for x in found])
-    return median(found)
+    decibels = [psnr(a, b) for a, b in zip(cpu, twin, strict=True)]
+    print([round(x, 1) for x in decibels])
+    return median(decibels)
 
 
 def test_int8_on_the_cpu_and_on_a2_agree() -> None:
     assert on_a2(3) >= CLOSE_DB
 
 
-def layers_between(scheme: str) -> dict[str, float]:
-    """Layer -> dB between what the CPU and the twin make of one input."""
+def compare_layers(scheme: str) -> dict[str, float]:
+    """Layer -> SQNR in dB between its outputs on the CPU and on the twin for one input."""
     floats = online("bf16", "cpu")
     inputs = layer_inputs(floats, floats.request(PROMPT, seed=3, **SHORT))
     pipes = [online(scheme, device) for device in ("cpu", "twin:a5")]
-    found = {}
+    decibels = {}
     for name in floats.experts:
         experts = [pipe.experts[name] for pipe in pipes]
         for layer, module in experts[0].named_modules():
@@ -141,18 +144,18 @@ def layers_between(scheme: str) -> dict[str, float]:
                 outs = []
                 for pipe, expert in zip(pipes, experts, strict=True):
                     activate(pipe.device)
-                    made: Any = expert.get_submodule(layer)
-                    outs.append(made(x, pipe.policy.default.precision).cpu())
-                found[f"{name}/{layer}"] = output_sqnr(outs[1], outs[0])
-    assert len(found) == 160
-    return found
+                    linear: Any = expert.get_submodule(layer)
+                    outs.append(linear(x, pipe.policy.default.precision).cpu())
+                decibels[f"{name}/{layer}"] = output_sqnr(outs[1], outs[0])
+    assert len(decibels) == 160
+    return decibels
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_layers_on_the_same_input_agree(scheme: str) -> None:
-    found = layers_between(scheme)
-    worst = min(found, key=lambda name: found[name])
-    assert found[worst] >= LAYER_DB, (worst, found[worst])
+    decibels = compare_layers(scheme)
+    worst = min(decibels, key=lambda name: decibels[name])
+    assert decibels[worst] >= LAYER_DB, (worst, decibels[worst])
 
 
 @compiled
@@ -173,21 +176,21 @@ def test_twelve_prompts_in_int8_on_a2() -> None:
 
 
 def test_a_step_policy_changes_the_steps_that_it_names() -> None:
-    def made(policy: str | None) -> Any:
+    def run(policy: str | None) -> Any:
         return frames(ascendit.load("demo", scheme="mxfp4", step_policy=policy), **SHORT)
 
-    plain, first, every = made(None), made("0:w4a8"), made("default:w4a8")
-    assert np.array_equal(plain, made("default:w4a4"))
+    plain, first, every = run(None), run("0:w4a8"), run("default:w4a8")
+    assert np.array_equal(plain, run("default:w4a4"))
     assert not np.array_equal(plain, first) and not np.array_equal(first, every)
-    assert np.array_equal(every, made("0-2:w4a8"))
+    assert np.array_equal(every, run("0-2:w4a8"))
 
 
-def test_steps_in_bf16_are_those_of_the_floats() -> None:
+def test_steps_in_bf16_equal_the_float_model() -> None:
     pipe = ascendit.load("demo", dtype="bfloat16", scheme="mxfp4", step_policy="0-2:bf16")
     assert np.array_equal(frames(pipe, **SHORT), short("bf16", "cpu"))
 
 
-def test_a_policy_beyond_the_last_step_or_without_its_weights() -> None:
+def test_a_policy_beyond_the_last_step_or_without_mxfp4_is_refused() -> None:
     pipe = ascendit.load("demo", scheme="mxfp4", step_policy="0-9:w4a8")
     with pytest.raises(UsageError, match="names step 3, but there are 3 steps") as e:
         frames(pipe, **SHORT)

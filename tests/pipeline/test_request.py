@@ -55,7 +55,7 @@ def test_defaults_fill_every_field() -> None:
     }
 
 
-def test_given_values_win_and_none_means_not_given() -> None:
+def test_arguments_win_and_none_means_default() -> None:
     request = resolve(
         CASCADE, "a", seed=1, width=832, height=480, num_frames=17, flow_shift=7.5, fps=None, solver="euler"
     )
@@ -71,7 +71,7 @@ def test_shift_follows_the_size() -> None:
     assert resolve(unknown, "a", width=832, height=480).flow_shift == 9.0
 
 
-def test_a_seed_is_drawn_when_none_is_given() -> None:
+def test_a_seed_is_drawn_by_default() -> None:
     seeds = {resolve(CASCADE, "a").seed for _ in range(8)}
     assert len(seeds) > 1 and all(0 <= s < 2**31 for s in seeds)
 
@@ -100,7 +100,7 @@ def test_a_request_is_frozen() -> None:
 # --- guidance
 
 
-def test_one_guidance_number_is_for_both_experts() -> None:
+def test_one_guidance_scale_applies_to_both_experts() -> None:
     request = resolve(CASCADE, "a", guidance_scale=6.0)
     assert (request.guidance_for(high=True), request.guidance_for(high=False)) == (6.0, 6.0)
     request = resolve(CASCADE, "a", guidance_scale=6.0, guidance_scale_2=2.0)
@@ -185,7 +185,7 @@ def test_a_bad_value_is_named_with_its_rule(name: str, value: Any, needs: str) -
         assert got == f"{name} is {value!r}"
 
 
-def test_every_field_with_a_rule_is_tried() -> None:
+def test_every_field_with_a_rule_is_tested() -> None:
     assert {name for name, _, _ in BAD} == FIELDS - {"prompt"}
 
 
@@ -224,7 +224,7 @@ def test_timesteps_and_another_number_of_steps_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("frames", "low", "high"), [(80, 77, 81), (2, 1, 5), (120, 117, 121), (16, 13, 17)])
-def test_frames_off_the_rule_name_the_two_nearest(frames: int, low: int, high: int) -> None:
+def test_an_invalid_number_of_frames_names_the_two_nearest(frames: int, low: int, high: int) -> None:
     with pytest.raises(RequestError) as error:
         resolve(CASCADE, "a", num_frames=frames)
     assert text_of(error) == (
@@ -246,7 +246,7 @@ def test_both_frames_in_the_message_are_legal_and_nearest(frames: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("defaults", "asked", "low", "high"),
+    ("defaults", "size", "low", "high"),
     [
         (CASCADE, (850, 480), "848x480", "864x480"),
         (CASCADE, (832, 490), "832x480", "832x496"),
@@ -256,13 +256,13 @@ def test_both_frames_in_the_message_are_legal_and_nearest(frames: int) -> None:
         (CASCADE, (7, 480), "16x480", "32x480"),
     ],
 )
-def test_sizes_off_the_multiple_name_the_two_nearest(
-    defaults: Defaults, asked: tuple[int, int], low: str, high: str
+def test_an_invalid_size_names_the_two_nearest(
+    defaults: Defaults, size: tuple[int, int], low: str, high: str
 ) -> None:
     with pytest.raises(RequestError) as error:
-        resolve(defaults, "a", width=asked[0], height=asked[1])
+        resolve(defaults, "a", width=size[0], height=size[1])
     assert text_of(error) == (
-        f"size {asked[0]}x{asked[1]}",
+        f"size {size[0]}x{size[1]}",
         f"width and height in multiples of {defaults.size_multiple} ({defaults.model})",
         f"--size {low} or --size {high}",
         "E-REQ-02",
@@ -306,7 +306,7 @@ def test_image_rules() -> None:
 
 
 @pytest.mark.parametrize("extra", [{"guidance_scale_2": 3.0}, {"boundary_ratio": 0.9}])
-def test_one_expert_takes_nothing_for_a_second(extra: dict[str, float]) -> None:
+def test_one_expert_refuses_fields_of_a_second(extra: dict[str, float]) -> None:
     with pytest.raises(RequestError) as error:
         resolve(SINGLE, "a", **extra)
     got, needs, fix, code = text_of(error)
@@ -315,12 +315,12 @@ def test_one_expert_takes_nothing_for_a_second(extra: dict[str, float]) -> None:
 
 
 def test_two_experts_need_a_boundary() -> None:
-    bare = defaults_of("Wan2.2-T2V-A14B", boundary_ratio=None)
+    defaults = defaults_of("Wan2.2-T2V-A14B", boundary_ratio=None)
     with pytest.raises(RequestError) as error:
-        resolve(bare, "a")
+        resolve(defaults, "a")
     assert error.value.got == "no boundary between the two experts"
     assert (error.value.fix, error.value.code) == ("--set boundary_ratio=0.875", "E-REQ-03")
-    assert resolve(bare, "a", boundary_ratio=0.9).boundary_ratio == 0.9
+    assert resolve(defaults, "a", boundary_ratio=0.9).boundary_ratio == 0.9
 
 
 # ---- replay --------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ some_text = st.text(max_size=30)
 
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[Defaults, GenerateRequest]:
-    """A model and a request it takes."""
+    """A model and a valid request for it."""
     defaults = draw(st.sampled_from([CASCADE, SINGLE, TI2V, I2V]))
     m = defaults.size_multiple
     fields: dict[str, Any] = {
@@ -369,13 +369,13 @@ def test_json_round_trip(case: tuple[Defaults, GenerateRequest]) -> None:
 
 
 def parse_replay(line: str) -> tuple[list[str], dict[str, Any]]:
-    """Read a replay line the way a shell and a command-line parser do: positional words, fields."""
-    words = shlex.split(line)
-    assert words[:2] == ["ascendit", "generate"]
-    rest = words[2:]
+    """Read a replay line the way a shell and a command-line parser do: positional arguments, fields."""
+    args = shlex.split(line)
+    assert args[:2] == ["ascendit", "generate"]
+    remaining = args[2:]
     positional: list[str] = []
     fields: dict[str, Any] = {}
-    plain: dict[str, Any] = {
+    flags: dict[str, Any] = {
         "--seed": ("seed", int),
         "--frames": ("num_frames", int),
         "--fps": ("fps", int),
@@ -386,26 +386,26 @@ def parse_replay(line: str) -> tuple[list[str], dict[str, Any]]:
         "-o": ("output", str),
     }
     typed = {"boundary_ratio": float, "max_sequence_length": int, "solver": str}
-    while rest:
-        word = rest.pop(0)
+    while remaining:
+        word = remaining.pop(0)
         if word == "--":
-            positional, rest = positional + rest, []
+            positional, remaining = positional + remaining, []
         elif word == "--demo":
             fields["demo"] = True
         elif not word.startswith("-"):
             positional.append(word)
-        elif word in plain:
-            name, kind = plain[word]
-            fields[name] = kind(rest.pop(0))
+        elif word in flags:
+            name, type_ = flags[word]
+            fields[name] = type_(remaining.pop(0))
         elif word == "--size":
-            fields["width"], fields["height"] = map(int, rest.pop(0).split("x"))
+            fields["width"], fields["height"] = map(int, remaining.pop(0).split("x"))
         elif word == "--timesteps":
-            fields["timesteps"] = [float(t) for t in rest.pop(0).split(",")]
+            fields["timesteps"] = [float(t) for t in remaining.pop(0).split(",")]
         elif word == "--guidance":
-            scales = [float(g) for g in rest.pop(0).split(",")]
+            scales = [float(g) for g in remaining.pop(0).split(",")]
             fields |= dict(zip(("guidance_scale", "guidance_scale_2"), scales, strict=False))
         elif word == "--set":
-            name, value = rest.pop(0).split("=", 1)
+            name, value = remaining.pop(0).split("=", 1)
             fields[name] = typed[name](value)
         else:
             raise AssertionError(f"no such flag: {word}")
@@ -446,7 +446,7 @@ def test_a_replay_line_as_a_user_sees_it() -> None:
         ('{"timesteps": ["x"]}', "timesteps is ['x']"),
     ],
 )
-def test_from_json_refuses_what_to_json_never_wrote(text: str, got: str) -> None:
+def test_from_json_refuses_invalid_json(text: str, got: str) -> None:
     with pytest.raises(UsageError) as error:
         GenerateRequest.from_json(text)
     assert error.value.got.startswith(got)
@@ -475,14 +475,14 @@ def test_from_json_checks_values() -> None:
 def test_pixels_are_named_by_their_content(tmp_path: Path) -> None:
     array = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
     tensor = torch.from_numpy(array).permute(2, 0, 1) / 255
-    forms = (array, tensor, Image.fromarray(array))
-    names = {name_image(form)[0] for form in forms}
+    images = (array, tensor, Image.fromarray(array))
+    names = {name_image(image)[0] for image in images}
     assert len(names) == 1 and re.fullmatch("sha256:[0-9a-f]{64}", str(*names))
     assert name_image(array.reshape(4, 6, 3))[0] not in names and name_image(array // 2)[0] not in names
     assert name_image(None) == (None, {}) and name_image(tmp_path / "a.png") == (str(tmp_path / "a.png"), {})
 
 
-def test_a_request_with_pixels_is_json_and_finds_them_by_their_name() -> None:
+def test_a_request_with_pixels_is_json_and_names_them() -> None:
     array = np.zeros((6, 4, 3), np.uint8)
     name, pixels = name_image(array)
     request = GenerateRequest.from_json(resolve(I2V, "a", image=name).to_json())

@@ -83,7 +83,7 @@ def test_distilled_timesteps_equal_diffusers_custom_sigmas() -> None:
     assert euler.timesteps == pytest.approx((1000.0, 937.5, 833.3333, 625.0))
 
 
-def test_coefficients_are_plain_floats_made_before_the_loop() -> None:
+def test_coefficients_are_floats_computed_before_the_loop() -> None:
     solver = UniPC(unipc_schedule(7, 5.0))
     assert len(solver.predict) == 7 and len(solver.correct) == 6
     assert all(type(v) is float for u in solver.predict + solver.correct for v in vars(u).values())

@@ -1,4 +1,4 @@
-"""A video becomes a file, whole or not at all; what comes back is what went in."""
+"""Saving videos: round trips, metadata, refusals; a failure leaves no incomplete file."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def names(folder: Path) -> list[str]:
         [[1]],
     ],
 )
-def test_frames_that_are_no_video_are_refused(bad: Any) -> None:
+def test_invalid_frames_are_refused(bad: Any) -> None:
     with refused(UsageError, "E-USE-01", "frames are", "uint8 [F, H, W, 3]", "to_uint8"):
         Video(bad, 8)
 
@@ -106,14 +106,14 @@ def test_fps_is_a_whole_number(fps: Any) -> None:
         Video(scene(), fps)
 
 
-def test_repr_says_what_it_is_and_no_pixels() -> None:
+def test_repr_has_size_and_no_pixels() -> None:
     assert repr(make()) == "Video(5 frames, 64x64, 8 fps, model='demo')"
 
 
-def test_versions_name_what_is_installed() -> None:
-    found = installed_versions()
-    assert found["av"] == av.__version__ and {"torch", "diffusers", "python"} <= set(found)
-    assert make().versions == found
+def test_versions_are_those_installed() -> None:
+    versions = installed_versions()
+    assert versions["av"] == av.__version__ and {"torch", "diffusers", "python"} <= set(versions)
+    assert make().versions == versions
 
 
 # ---- round trips
@@ -124,19 +124,19 @@ def test_versions_name_what_is_installed() -> None:
 @pytest.mark.parametrize("suffix", STREAMS)
 def test_frame_count_size_rate_and_duration(tmp_path: Path, suffix: str, frames: int, fps: int) -> None:
     path = make(frames, fps).save(tmp_path / f"out{suffix}")
-    got, _, duration = decode(path)
-    assert path == tmp_path / f"out{suffix}" and got.shape == (frames, 64, 64, 3)
-    # webm counts in 1/1000 s, gif in 1/100 s; a gif of one frame rounds that one up
+    decoded, _, duration = decode(path)
+    assert path == tmp_path / f"out{suffix}" and decoded.shape == (frames, 64, 64, 3)
+    # webm counts in 1/1000 s, gif in 1/100 s; a gif of one frame rounds up
     assert duration == pytest.approx(frames / fps, abs={".mp4": 1e-5, ".webm": 1e-3, ".gif": 1.01e-2}[suffix])
     with av.open(str(path)) as container:
         rate = container.streams.video[0].average_rate
         assert suffix == ".gif" or rate == fps
     if suffix != ".gif":
-        error = np.abs(got.astype(int) - scene(frames)).mean()
+        error = np.abs(decoded.astype(int) - scene(frames)).mean()
         assert error < 1.5, error
 
 
-def test_mp4_is_h264_yuv420p_and_says_its_colours(tmp_path: Path) -> None:
+def test_mp4_is_h264_yuv420p_and_declares_its_colours(tmp_path: Path) -> None:
     path = make().save(tmp_path / "out.mp4")
     with av.open(str(path)) as container:
         c = container.streams.video[0].codec_context
@@ -145,14 +145,14 @@ def test_mp4_is_h264_yuv420p_and_says_its_colours(tmp_path: Path) -> None:
     assert b"crf=18.0" in path.read_bytes()
 
 
-def test_webm_is_vp9_and_says_its_colours(tmp_path: Path) -> None:
+def test_webm_is_vp9_and_declares_its_colours(tmp_path: Path) -> None:
     with av.open(str(make().save(tmp_path / "out.webm"))) as container:
         c = container.streams.video[0].codec_context
         assert (c.name, c.pix_fmt) == ("vp9", "yuv420p")
         assert (c.color_range, c.colorspace, c.color_primaries, c.color_trc) == (1, 1, 1, 1)
 
 
-def test_mp4_starts_fast(tmp_path: Path) -> None:
+def test_mp4_has_its_index_first(tmp_path: Path) -> None:
     data, at, boxes = make().save(tmp_path / "out.mp4").read_bytes(), 0, []
     while at < len(data):
         size, name = struct.unpack_from(">I4s", data, at)
@@ -164,15 +164,15 @@ def test_mp4_starts_fast(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm"])
 def test_saturated_colours_survive(tmp_path: Path, suffix: str) -> None:
-    got, _, _ = decode(Video(patches(), 8).save(tmp_path / f"out{suffix}"))
+    decoded, _, _ = decode(Video(patches(), 8).save(tmp_path / f"out{suffix}"))
     for i, colour in enumerate(world.COLOURS.values()):
-        inner = got[:, :, 16 * i + 4 : 16 * i + 12].astype(float)  # away from the edges of the chroma blocks
+        inner = decoded[:, :, 16 * i + 4 : 16 * i + 12].astype(float)  # off the edges of chroma blocks
         assert np.abs(inner - colour).mean(axis=(0, 1, 2)).max() < COLOUR_TOLERANCE
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm"])
 def test_luma_is_bt709_in_limited_range(tmp_path: Path, suffix: str) -> None:
-    """Against the formula of the standard, not against the library that wrote the file."""
+    """Compared with the formula of the standard, not with the library that wrote the file."""
     planes, _, _ = decode(Video(patches(), 8).save(tmp_path / f"out{suffix}"), "yuv420p")
     for i, (r, g, b) in enumerate(world.COLOURS.values()):
         y = 16 + 219 * (0.2126 * r + 0.7152 * g + 0.0722 * b) / 255
@@ -180,7 +180,7 @@ def test_luma_is_bt709_in_limited_range(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("frames", [1, 17])
-def test_gif_has_one_palette_and_keeps_plain_colours(tmp_path: Path, frames: int) -> None:
+def test_gif_has_one_palette_and_preserves_plain_colours(tmp_path: Path, frames: int) -> None:
     path = Video(patches(frames), 8, request(), "demo").save(tmp_path / "out.gif")
     with Image.open(path) as image:
         assert getattr(image, "n_frames", 1) == frames and image.info["loop"] == 0
@@ -189,7 +189,7 @@ def test_gif_has_one_palette_and_keeps_plain_colours(tmp_path: Path, frames: int
             assert np.abs(np.array(image.convert("RGB")).astype(int) - patches(1)[0]).max() <= 1
 
 
-def test_gif_keeps_frames_that_do_not_change_and_its_rate(tmp_path: Path) -> None:
+def test_gif_preserves_repeated_frames_and_the_rate(tmp_path: Path) -> None:
     x = scene(16)
     x[6] = x[5]
     with Image.open(Video(x, 24).save(tmp_path / "out.gif")) as image:
@@ -205,25 +205,25 @@ def test_gif_frames_are_near_the_source(tmp_path: Path) -> None:
     y, x = np.mgrid[:96, :128]
     shades = [np.stack([(2 * x + 4 * i) % 256, 2.6 * y, (x + y + 8 * i) % 256], -1) for i in range(9)]
     frames = np.stack(shades).astype(np.uint8)
-    got, _, _ = decode(Video(frames, 16).save(tmp_path / "out.gif"))
-    assert 10 * np.log10(255**2 / np.square(got - frames.astype(float)).mean()) > 25.9
+    decoded, _, _ = decode(Video(frames, 16).save(tmp_path / "out.gif"))
+    assert 10 * np.log10(255**2 / np.square(decoded - frames.astype(float)).mean()) > 25.9
 
 
-def test_a_small_thing_keeps_its_colour_in_a_gif(tmp_path: Path) -> None:
-    """One pixel of 512,000, which a sample of them does not meet."""
+def test_a_single_pixel_keeps_its_colour_in_a_gif(tmp_path: Path) -> None:
+    """One pixel of 512,000, which a sample would miss."""
     fog = np.random.default_rng(0).normal(128, 20, (64, 64, 3)).astype(np.uint8)
     frames = fog.repeat(5, 0).repeat(5, 1)[None].repeat(5, 0)
     frames[2, 101, 202] = (255, 0, 0)
-    got, _, _ = decode(Video(frames, 16).save(tmp_path / "out.gif"))
-    assert np.abs(got[2, 101, 202].astype(int) - (255, 0, 0)).max() <= 8
+    decoded, _, _ = decode(Video(frames, 16).save(tmp_path / "out.gif"))
+    assert np.abs(decoded[2, 101, 202].astype(int) - (255, 0, 0)).max() <= 8
 
 
-def test_black_is_black_in_a_gif_without_black_elsewhere(tmp_path: Path) -> None:
+def test_black_in_one_frame_of_a_gif_stays_black(tmp_path: Path) -> None:
     """No opaque pixel gets the index that means transparent."""
     frames = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     frames[1, :8] = 0
-    got, _, _ = decode(Video(frames, 8).save(tmp_path / "out.gif"))
-    assert got[1, :8].mean() < 8 and got[0, :8].mean() > 60
+    decoded, _, _ = decode(Video(frames, 8).save(tmp_path / "out.gif"))
+    assert decoded[1, :8].mean() < 8 and decoded[0, :8].mean() > 60
 
 
 @pytest.mark.parametrize("name", ["out.png", "out/"])
@@ -243,17 +243,17 @@ def test_one_frame_png_is_a_file(tmp_path: Path) -> None:
         assert np.array_equal(np.array(image), scene(1)[0])
 
 
-def test_a_view_that_is_not_contiguous_is_written_as_it_looks(tmp_path: Path) -> None:
-    turned = patches()[:, ::-1, ::-1]
-    with Image.open(Video(turned, 8).save(tmp_path / "out.gif")) as image:
-        assert np.abs(np.array(image.convert("RGB")).astype(int) - turned[0]).max() <= 1
+def test_a_view_that_is_not_contiguous_is_written_correctly(tmp_path: Path) -> None:
+    rotated = patches()[:, ::-1, ::-1]
+    with Image.open(Video(rotated, 8).save(tmp_path / "out.gif")) as image:
+        assert np.abs(np.array(image.convert("RGB")).astype(int) - rotated[0]).max() <= 1
 
 
 # ---- metadata
 
 
 @pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif", "out.png", "out/"])
-def test_metadata_inside_and_beside(tmp_path: Path, name: str) -> None:
+def test_metadata_in_the_file_and_beside_it(tmp_path: Path, name: str) -> None:
     video = make()
     path = video.save(f"{tmp_path}/{name}")
     inside, beside = read_metadata(path), json.loads((tmp_path / "out.json").read_text("utf-8"))
@@ -266,12 +266,12 @@ def test_metadata_inside_and_beside(tmp_path: Path, name: str) -> None:
     assert GenerateRequest.from_json(json.dumps(beside["request"])) == request()
 
 
-def test_how_the_model_was_loaded_is_told() -> None:
+def test_metadata_has_the_load_options() -> None:
     loaded = {"device": "twin:a5", "scheme": "mxfp4", "keep": ["blocks.0.*"]}
-    found = Video(scene(), 8, request(), "ascendit-demo", source="demo", loaded=loaded).describe()
-    assert (found["model"], found["source"], found["load"]) == ("ascendit-demo", "demo", loaded)
+    data = Video(scene(), 8, request(), "ascendit-demo", source="demo", loaded=loaded).describe()
+    assert (data["model"], data["source"], data["load"]) == ("ascendit-demo", "demo", loaded)
     flags = "--device twin:a5 --scheme mxfp4 --set 'keep=blocks.0.*' --demo "
-    assert found["replay"].startswith(f"ascendit generate {flags}")
+    assert data["replay"].startswith(f"ascendit generate {flags}")
 
 
 @pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif"])
@@ -282,7 +282,7 @@ def test_same_frames_make_the_same_bytes(tmp_path: Path, name: str) -> None:
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_prompt_that_is_no_valid_text_is_kept(tmp_path: Path) -> None:
+def test_a_prompt_with_invalid_unicode_is_stored(tmp_path: Path) -> None:
     odd = request(prompt="caf\udce9")
     path = Video(scene(), 8, odd, "demo").save(tmp_path / "out.mp4")
     assert (
@@ -293,7 +293,7 @@ def test_a_prompt_that_is_no_valid_text_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif", "out.png"])
-def test_no_metadata_means_none(tmp_path: Path, name: str) -> None:
+def test_metadata_can_be_omitted(tmp_path: Path, name: str) -> None:
     path = make().save(tmp_path / name, metadata=False)
     assert read_metadata(path) == {} and not (tmp_path / "out.json").exists()
     for file in [path] if path.is_file() else path.iterdir():
@@ -301,11 +301,11 @@ def test_no_metadata_means_none(tmp_path: Path, name: str) -> None:
 
 
 def test_video_without_request(tmp_path: Path) -> None:
-    found = read_metadata(Video(scene(), 8).save(tmp_path / "out.mp4"))
-    assert (found["prompt"], found["seed"], found["request"], found["replay"]) == (None,) * 4
+    data = read_metadata(Video(scene(), 8).save(tmp_path / "out.mp4"))
+    assert (data["prompt"], data["seed"], data["request"], data["replay"]) == (None,) * 4
 
 
-# ---- names, and what is refused
+# ---- names and refusals
 
 
 def test_default_name() -> None:
@@ -342,13 +342,13 @@ def test_odd_sizes_are_never_changed(tmp_path: Path, width: int, height: int) ->
         assert decode(video.save(tmp_path / f"out{suffix}"))[0].shape == (5, height, width, 3)
 
 
-def test_gif_cannot_be_faster_than_its_clock(tmp_path: Path) -> None:
+def test_gif_refuses_rates_above_its_clock(tmp_path: Path) -> None:
     with refused(UsageError, "E-USE-01", "60 fps in a gif", "out.mp4"):
         make(fps=60).save(tmp_path / "out.gif")
 
 
 @pytest.mark.parametrize("name", ["out.mp4", "out.png", "out/"])
-def test_nothing_is_clobbered(tmp_path: Path, name: str) -> None:
+def test_existing_files_are_not_overwritten(tmp_path: Path, name: str) -> None:
     first = make()
     path = first.save(f"{tmp_path}/{name}")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -365,7 +365,7 @@ def test_nothing_is_clobbered(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "out/frame_0003.png").exists()
 
 
-def test_the_json_beside_is_not_clobbered_either(tmp_path: Path) -> None:
+def test_an_existing_json_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out.json").write_text("mine")
     (tmp_path / "out-2.mp4").write_text("mine")
     with refused(UsageError, "E-USE-03", "out.json", "out-3.mp4"):
@@ -382,7 +382,7 @@ def test_one_video_in_two_formats_shares_its_json(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out.gif", "out.json", "out.mp4"]
 
 
-def test_folders_with_other_files_are_left_alone(tmp_path: Path) -> None:
+def test_folders_with_other_files_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/thesis.tex").write_text("mine")
     (tmp_path / "dir.mp4").mkdir()
@@ -394,7 +394,7 @@ def test_folders_with_other_files_are_left_alone(tmp_path: Path) -> None:
     assert make().save(tmp_path / "empty") == tmp_path / "empty"
 
 
-def test_a_name_taken_during_the_run_is_not_clobbered(
+def test_a_file_created_during_the_run_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process writes the same name while this one encodes."""
@@ -410,12 +410,12 @@ def test_a_name_taken_during_the_run_is_not_clobbered(
     assert path.read_text() == "theirs" and names(tmp_path) == ["out.mp4"]
 
 
-def test_missing_folders_are_made(tmp_path: Path) -> None:
+def test_missing_folders_are_created(tmp_path: Path) -> None:
     assert make().save(tmp_path / "a/b/out.mp4").is_file()
 
 
 @pytest.mark.parametrize("folder", ["file", "file/deeper", "/proc", "/proc/none"])
-def test_a_place_that_cannot_be_written(tmp_path: Path, folder: str) -> None:
+def test_a_folder_that_cannot_be_written(tmp_path: Path, folder: str) -> None:
     (tmp_path / "file").write_text("a regular file")
     path = tmp_path / folder / "out.mp4"
     for call in (check_writable, make().save):
@@ -452,13 +452,13 @@ def test_missing_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         make().save(tmp_path / "out.mp4")
 
 
-# ---- whole or not at all
+# ---- no incomplete files
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif", "out.png"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_failure_in_mid_encode_leaves_nothing(
+def test_a_failure_while_encoding_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, failure: type[BaseException], overwrite: bool
 ) -> None:
     if overwrite:
@@ -481,7 +481,7 @@ def test_failure_in_mid_encode_leaves_nothing(
 
 
 @pytest.mark.parametrize("name", ["out.mp4", "out.webm", "out.gif", "out.png"])
-def test_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+def test_a_full_disk_is_an_error_and_leaves_no_file(tmp_path: Path, name: str) -> None:
     noise = Video(np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8), 8)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
@@ -493,7 +493,7 @@ def test_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, name: str) -> 
     assert names(tmp_path) == []
 
 
-def test_failure_of_the_last_rename_takes_the_json_back(
+def test_a_failure_of_the_last_rename_removes_the_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def breaks(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""The same frames are the same file, whatever else the process keeps in memory."""
+"""The same frames make the same file, independent of other allocations of the process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ for i, frame in enumerate(frames):
     frame[(rows - 32) ** 2 + (columns - 16 - 2 * i) ** 2 < 100] += np.array([190, 30, 20], np.uint8)
 ballast, files = [], set()
 for i in range(int(count)):
-    ballast.append(bytearray(draw.integers(1, 200_000)))  # moves what the encoder allocates
+    ballast.append(bytearray(draw.integers(1, 200_000)))  # moves the allocations of the encoder
     path = Video(frames, 8).save(f"{folder}/{i}.{kind}", metadata=False)
     files.add(hashlib.sha256(path.read_bytes()).hexdigest())
 print(len(files))
@@ -29,8 +29,8 @@ print(len(files))
 
 
 @pytest.mark.parametrize(("kind", "count"), [("mp4", 20), ("webm", 5), ("gif", 5)])
-def test_the_same_frames_are_the_same_file(kind: str, count: int, tmp_path: Path) -> None:
-    """In a small process: there x264 without `cpu-independent` writes a dozen different files."""
+def test_the_same_frames_make_the_same_file(kind: str, count: int, tmp_path: Path) -> None:
+    """In a small process, x264 without `cpu-independent` writes a dozen different files."""
     command = [sys.executable, "-c", CODE, kind, str(tmp_path), str(count)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "1", done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Which engine runs which scheme, once more as a literal table."""
+"""The schemes that each engine runs, as a literal table."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from ascendit.quant.schemes import SCHEMES, STORED_SCHEMES
         ({"int8_block"}, set()),
         ({"fp8_128x128"}, set()),
     ],
-    ids=lambda names: "+".join(sorted(names)) or "none",  # the own order of a set differs by process
+    ids=lambda names: "+".join(sorted(names)) or "none",  # the order of a set differs by process
 )
-def test_which_engine_runs_which_scheme(schemes: set[str], runs: set[str]) -> None:
-    found = engines_for(schemes)
-    assert found.keys() == ENGINES.keys() == {"vllm-omni", "sglang", "mindie"}
-    assert {name for name, why in found.items() if not why} == runs
+def test_engines_for_schemes(schemes: set[str], runs: set[str]) -> None:
+    compatibility = engines_for(schemes)
+    assert compatibility.keys() == ENGINES.keys() == {"vllm-omni", "sglang", "mindie"}
+    assert {name for name, problem in compatibility.items() if not problem} == runs
 
 
-def test_kept_layers_and_smoothing() -> None:
+def test_excluded_layers_and_smoothing() -> None:
     assert engines_for({"mxfp8", "bf16", "float_block_linears"})["sglang"].startswith("it looks up excluded")
     assert engines_for({"bf16", "float_block_linears"})["sglang"] == "", "nothing is quantized"
     for scheme in SCHEMES:
-        found = engines_for({scheme, f"smoothed:{scheme}"})
-        assert (found["vllm-omni"] == "") == (scheme in ("mxfp4", "mxfp4_dualscale")), scheme
-        assert (found["sglang"] == "") == (scheme == "mxfp4"), scheme
+        compatibility = engines_for({scheme, f"smoothed:{scheme}"})
+        assert (compatibility["vllm-omni"] == "") == (scheme in ("mxfp4", "mxfp4_dualscale")), scheme
+        assert (compatibility["sglang"] == "") == (scheme == "mxfp4"), scheme
     assert "silently ignores" in engines_for({"mxfp4", "bf16", "smoothed:bf16"})["vllm-omni"]
 
 
-def test_versions_of_engines() -> None:
+def test_engine_versions() -> None:
     assert {name: e.version for name, e in ENGINES.items()} == {
         "vllm-omni": "0.30.0",
         "sglang": "0.5.23",
@@ -51,7 +51,7 @@ def test_versions_of_engines() -> None:
         assert engine.name == name and all(engine.refuses.values())
 
 
-def test_an_engine_names_schemes_of_the_table() -> None:
+def test_engines_refer_to_schemes_of_the_table() -> None:
     traits = {
         "mixed",
         "split_qkv",

@@ -19,7 +19,7 @@ from ascendit.quant.fusion import (
 CONFIG = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 3, "added_kv_proj_dim": 64}
 
 
-def test_names_of_the_tables_are_layers() -> None:
+def test_the_tables_have_names_of_layers() -> None:
     layers = [layer for group in (*GROUPS, *VLLM_OMNI.values()) for layer in group]
     assert all(is_block_linear(f"blocks.0.{layer}") for layer in layers)
     grouped = [layer for group in GROUPS for layer in group]
@@ -27,7 +27,7 @@ def test_names_of_the_tables_are_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "leader"),
+    ("layer", "first"),
     [
         ("blocks.2.attn1.to_v", "blocks.2.attn1.to_q"),
         ("blocks.2.attn1.to_q", "blocks.2.attn1.to_q"),
@@ -38,13 +38,13 @@ def test_names_of_the_tables_are_layers() -> None:
         ("proj_out", "proj_out"),
     ],
 )
-def test_leader(layer: str, leader: str) -> None:
-    assert first_in_group(layer) == leader
+def test_first_in_group(layer: str, first: str) -> None:
+    assert first_in_group(layer) == first
 
 
 def test_modules_of_vllm_omni() -> None:
-    kept = [name for name in block_linears(CONFIG) if name.startswith("blocks.2.")]
-    assert vllm_omni_modules(kept, ()) == [
+    names = [name for name in block_linears(CONFIG) if name.startswith("blocks.2.")]
+    assert vllm_omni_modules(names, ()) == [
         *("blocks.2.attn1.to_qkv", "blocks.2.attn1.to_out"),
         *(f"blocks.2.attn2.{x}" for x in ("to_q", "to_k", "to_v", "to_out", "add_k_proj", "add_v_proj")),
         *("blocks.2.ffn.net_0.proj", "blocks.2.ffn.net_2"),
@@ -59,5 +59,5 @@ def test_a_module_and_its_layers_are_inverse() -> None:
 
 
 @pytest.mark.parametrize("name", ["blocks.0.attn2.to_qkv", "*.to_out", "blocks.0.ffn.net_2.x", "to_qkv"])
-def test_a_name_that_is_no_module_stays_as_it_is(name: str) -> None:
+def test_a_name_that_is_not_a_module_is_unchanged(name: str) -> None:
     assert layers_of_module(name) == (name,)

@@ -1,4 +1,4 @@
-"""Recipes: which layer gets which scheme, from data files and patterns."""
+"""Recipes: the scheme of each layer, from data files and patterns."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
-# ---- what comes with ascendit -------------------------------------------------------------------
+# ---- packaged recipes ---------------------------------------------------------------------------
 
 
-def test_the_recipes_that_come_with_ascendit():
+def test_packaged_recipes():
     names = [
         "default",
         "ascend-w4a4",
@@ -59,23 +59,23 @@ def test_the_recipes_that_come_with_ascendit():
         ("fp8", "amax"),
     ],
 )
-def test_default_takes_the_linears_of_the_blocks_and_nothing_else(scheme, rule):
-    found = schemes(load_recipe("default", scheme))
-    inside = {n: p for n, p in found.items() if n.startswith("blocks.")}
+def test_default_quantizes_the_linears_of_the_blocks_only(scheme, rule):
+    layers = schemes(load_recipe("default", scheme))
+    inside = {n: p for n, p in layers.items() if n.startswith("blocks.")}
     assert len(inside) == 70 and set(inside.values()) == {(scheme, rule)}
-    outside = {n: p for n, p in found.items() if not n.startswith("blocks.")}
+    outside = {n: p for n, p in layers.items() if not n.startswith("blocks.")}
     assert "proj_out" in outside and "condition_embedder.time_proj" in outside
     assert set(outside.values()) == {("bf16", None)}
 
 
 def test_default_in_a_model_with_image_tokens():
     config = I2V | {"added_kv_proj_dim": 64, "image_dim": 32}
-    found = schemes(load_recipe("default", "int8"), config, "i2v")
-    assert found["blocks.3.attn2.add_k_proj"] == ("int8", "amax")
-    assert found["condition_embedder.image_embedder.ff.net.2"] == ("bf16", None)
+    layers = schemes(load_recipe("default", "int8"), config, "i2v")
+    assert layers["blocks.3.attn2.add_k_proj"] == ("int8", "amax")
+    assert layers["condition_embedder.image_embedder.ff.net.2"] == ("bf16", None)
 
 
-def test_w8a8f8_rounds_by_the_kind_of_model():
+def test_w8a8f8_has_a_scale_rule_for_each_kind_of_model():
     recipe = load_recipe("ascend-w8a8f8")
     for config, kind, rule in ((T2V, "t2v", "mse_round"), (I2V, "i2v", "minmax"), (TI2V, "ti2v", "minmax")):
         inside = {p for n, p in schemes(recipe, config, kind).items() if n.startswith("blocks.")}
@@ -84,67 +84,67 @@ def test_w8a8f8_rounds_by_the_kind_of_model():
 
 def test_w8a8f8_attention():
     recipe = load_recipe("ascend-w8a8f8")
-    found = recipe.attention_schemes(T2V, model_kind="t2v")
-    assert [p.name for p in found] == [f"blocks.{i}.attn1" for i in range(1, 7)]
-    assert {(p.quant_type, p.rotate) for p in found} == {("FP8_DYNAMIC", True)}
+    attention = recipe.attention_schemes(T2V, model_kind="t2v")
+    assert [p.name for p in attention] == [f"blocks.{i}.attn1" for i in range(1, 7)]
+    assert {(p.quant_type, p.rotate) for p in attention} == {("FP8_DYNAMIC", True)}
     for kind in ("i2v", "ti2v"):
         assert len(recipe.attention_schemes(T2V, model_kind=kind)) == 7
 
 
 @pytest.mark.parametrize(
-    ("name", "first", "rest"),
+    ("name", "first", "others"),
     [("ascend-w4a4", "", "FP8_DYNAMIC"), ("ascend-w4a4f4", "FP8_DYNAMIC", "MXFP4_DYNAMIC")],
 )
-def test_w4a4_is_mxfp8_in_five_blocks_and_rotates_all(name, first, rest):
+def test_w4a4_is_mxfp8_in_five_blocks_and_rotates_all(name, first, others):
     recipe = load_recipe(name)
-    found = schemes(recipe)
-    assert found["blocks.4.ffn.net.2"] == ("mxfp8", "msms:mse_round")
-    assert found["blocks.5.ffn.net.2"] == ("mxfp4", "msms:ceil_x:search")
+    layers = schemes(recipe)
+    assert layers["blocks.4.ffn.net.2"] == ("mxfp8", "msms:mse_round")
+    assert layers["blocks.5.ffn.net.2"] == ("mxfp4", "msms:ceil_x:search")
     attention = recipe.attention_schemes(T2V, model_kind="t2v")
-    assert [p.quant_type for p in attention] == [first] + [rest] * 6
+    assert [p.quant_type for p in attention] == [first] + [others] * 6
     assert all(p.rotate for p in attention) and recipe.kinds == ("t2v",)
 
 
-def test_blocks_of_two_digits_are_no_first_blocks():
-    found = schemes(load_recipe("ascend-w4a4"), T2V | {"num_layers": 42})
-    assert Counter(found[f"blocks.{i}.ffn.net.2"][0] for i in range(42)) == {"mxfp8": 5, "mxfp4": 37}
+def test_blocks_of_two_digits_are_not_first_blocks():
+    layers = schemes(load_recipe("ascend-w4a4"), T2V | {"num_layers": 42})
+    assert Counter(layers[f"blocks.{i}.ffn.net.2"][0] for i in range(42)) == {"mxfp8": 5, "mxfp4": 37}
 
 
-def test_recommended_fp4_keeps_self_attention_in_mxfp8():
-    found = schemes(load_recipe("recommended-fp4"))
-    assert found["blocks.0.attn1.to_v"][0] == found["blocks.6.attn1.to_out.0"][0] == "mxfp8"
-    assert found["blocks.0.attn2.to_v"] == found["blocks.6.ffn.net.2"] == ("mxfp4", "max:7")
+def test_recommended_fp4_has_self_attention_in_mxfp8():
+    layers = schemes(load_recipe("recommended-fp4"))
+    assert layers["blocks.0.attn1.to_v"][0] == layers["blocks.6.attn1.to_out.0"][0] == "mxfp8"
+    assert layers["blocks.0.attn2.to_v"] == layers["blocks.6.ffn.net.2"] == ("mxfp4", "max:7")
 
 
-def test_dualscale_keeps_five_blocks():
-    found = schemes(load_recipe("dualscale-bf16-5"))
-    assert found["blocks.4.attn2.to_out.0"] == ("bf16", None)
-    assert found["blocks.5.attn2.to_out.0"] == ("mxfp4_dualscale", "floor")
+def test_dualscale_excludes_five_blocks():
+    layers = schemes(load_recipe("dualscale-bf16-5"))
+    assert layers["blocks.4.attn2.to_out.0"] == ("bf16", None)
+    assert layers["blocks.5.attn2.to_out.0"] == ("mxfp4_dualscale", "floor")
 
 
 # ---- patterns -----------------------------------------------------------------------------------
 
 
-def test_keep_wins_over_every_rule_and_says_so():
+def test_keep_overrides_every_rule_and_is_the_reason():
     recipe = load_recipe("default", "mxfp8")
-    found = {
+    layers = {
         p.name: p for p in recipe.layer_schemes(T2V, model_kind="t2v", keep=["blocks.0.*", "*.ffn.net.2"])
     }
-    assert found["blocks.0.attn1.to_q"].reason == "--keep blocks.0.*"
-    assert found["blocks.6.ffn.net.2"].scheme == "bf16"
-    assert found["blocks.1.attn1.to_q"].reason == "default: *"
-    assert found["proj_out"].reason == "not a linear of the blocks"
+    assert layers["blocks.0.attn1.to_q"].reason == "--keep blocks.0.*"
+    assert layers["blocks.6.ffn.net.2"].scheme == "bf16"
+    assert layers["blocks.1.attn1.to_q"].reason == "default: *"
+    assert layers["proj_out"].reason == "not a linear of the blocks"
 
 
-def test_keep_takes_original_names_and_layers_that_are_kept_anyhow():
+def test_keep_accepts_wan_names_and_layers_that_are_excluded_already():
     recipe = load_recipe("default", "mxfp8")
-    found = schemes(recipe, keep=["blocks.3.cross_attn.o", "proj_out"])
-    assert [n for n, p in found.items() if p[0] == "bf16" and n.startswith("blocks")] == [
+    layers = schemes(recipe, keep=["blocks.3.cross_attn.o", "proj_out"])
+    assert [n for n, p in layers.items() if p[0] == "bf16" and n.startswith("blocks")] == [
         "blocks.3.attn2.to_out.0"
     ]
 
 
-def test_a_pattern_that_matches_nothing_names_the_nearest():
+def test_the_error_for_a_pattern_without_match_names_the_nearest_layer():
     recipe = load_recipe("default", "mxfp8")
     with pytest.raises(UsageError) as e:
         recipe.layer_schemes(T2V, model_kind="t2v", keep=["blocks.0.attn1.to_qq"])
@@ -162,7 +162,7 @@ def test_an_attention_pattern_that_matches_nothing(tmp_path):
     assert e.value.code == "E-USE-05" and "attn3" in e.value.got and "attn1" in e.value.needs
 
 
-def test_the_last_rule_wins_and_star_means_the_blocks(tmp_path):
+def test_the_last_rule_wins_and_a_star_means_the_blocks(tmp_path):
     text = """
 [[rules]]
 layers = ["*"]
@@ -179,33 +179,33 @@ layers = "blocks.2.*"
 scheme = "bf16"
 kinds = ["i2v"]
 """
-    found = schemes(load_recipe(write(tmp_path, text)))
-    assert found["blocks.0.ffn.net.0.proj"] == ("int8", "msms:int8")
-    assert found["blocks.1.attn1.to_k"] == ("int8", "msms:int8")
-    assert found["blocks.2.attn1.to_k"] == ("mxfp8", "ceil")
-    assert found["condition_embedder.time_embedder.linear_1"] == ("int8", "amax")
-    assert found["proj_out"] == ("bf16", None)
+    layers = schemes(load_recipe(write(tmp_path, text)))
+    assert layers["blocks.0.ffn.net.0.proj"] == ("int8", "msms:int8")
+    assert layers["blocks.1.attn1.to_k"] == ("int8", "msms:int8")
+    assert layers["blocks.2.attn1.to_k"] == ("mxfp8", "ceil")
+    assert layers["condition_embedder.time_embedder.linear_1"] == ("int8", "amax")
+    assert layers["proj_out"] == ("bf16", None)
 
 
-def test_layers_that_no_rule_names_stay(tmp_path):
+def test_layers_without_a_rule_are_excluded(tmp_path):
     recipe = load_recipe(write(tmp_path, '[[rules]]\nlayers = "*.ffn.*"\nscheme = "fp8"\n'))
-    found = {p.name: p for p in recipe.layer_schemes(T2V, model_kind="t2v")}
-    assert found["blocks.0.attn1.to_q"].scheme == "bf16"
-    assert found["blocks.0.attn1.to_q"].reason == "no rule names it"
+    layers = {p.name: p for p in recipe.layer_schemes(T2V, model_kind="t2v")}
+    assert layers["blocks.0.attn1.to_q"].scheme == "bf16"
+    assert layers["blocks.0.attn1.to_q"].reason == "no rule names it"
 
 
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def test_scheme_and_scale_rule_fill_open_rules(tmp_path):
+def test_scheme_and_scale_rule_complete_rules_without_them(tmp_path):
     assert schemes(load_recipe("default", "mxfp4", "msms:minmax"))["blocks.0.attn1.to_q"] == (
         "mxfp4",
         "msms:minmax",
     )
     path = write(tmp_path, '[[rules]]\nlayers="*"\n[[rules]]\nlayers="blocks.0.*"\nscheme="int8"\n')
-    found = schemes(load_recipe(path, "mxfp8", "floor"))
-    assert found["blocks.0.attn1.to_q"] == ("int8", "amax")
-    assert found["blocks.1.attn1.to_q"] == ("mxfp8", "floor")
+    layers = schemes(load_recipe(path, "mxfp8", "floor"))
+    assert layers["blocks.0.attn1.to_q"] == ("int8", "amax")
+    assert layers["blocks.1.attn1.to_q"] == ("mxfp8", "floor")
 
 
 def refused(code: str, *args) -> str:
@@ -215,7 +215,7 @@ def refused(code: str, *args) -> str:
     return str(e.value)
 
 
-def test_what_is_missing_is_said():
+def test_a_missing_scheme_or_file_is_an_error():
     text = refused("E-USE-01", "default")
     assert "without a scheme" in text and "mxfp4_dualscale" in text and "ascend-w8a8f8" in text
     text = refused("E-USE-02", "asend-w8a8f8")
@@ -223,7 +223,7 @@ def test_what_is_missing_is_said():
     assert "TOML file" in refused("E-USE-02", "folder/none.toml")
 
 
-def test_what_contradicts_is_said():
+def test_a_contradicting_scheme_or_scale_rule_is_an_error():
     assert "mxfp4 for the recipe ascend-w8a8f8" in refused("E-USE-01", "ascend-w8a8f8", "mxfp4")
     assert "scheme 'w8a8'" in refused("E-USE-01", "default", "w8a8")
     assert "max:" in refused("E-USE-01", "default", "mxfp4", "max:99")
@@ -251,12 +251,12 @@ def test_what_contradicts_is_said():
         ("[[rules]]\nlayers='*'\nscheme='int8'\n[[attention]]\nlayers='*'\nquant_type='X'\n", "'X' is not"),
     ],
 )
-def test_a_file_that_is_no_recipe(tmp_path, text, problem):
+def test_a_file_that_is_not_a_recipe(tmp_path, text, problem):
     path = write(tmp_path, text)
     assert problem in refused("E-USE-01", path)
 
 
-def test_the_record_of_a_recipe_reads_back(tmp_path):
+def test_a_recipe_can_be_read_from_its_record(tmp_path):
     recipe = load_recipe("ascend-w8a8f8")
     data = recipe.as_dict()
     assert data["rules"][0] == {
@@ -275,14 +275,14 @@ def test_the_record_of_a_recipe_reads_back(tmp_path):
     assert Recipe.model_validate(data) == recipe == Recipe.model_validate_json(recipe.model_dump_json())
 
 
-def test_a_file_may_name_its_recipe(tmp_path):
+def test_a_file_may_set_the_name_of_its_recipe(tmp_path):
     text = 'name = "mine"\nstep_policy = "0:w4a8"\n[[rules]]\nlayers = "*"\nscheme = "mxfp4"\n'
     recipe = load_recipe(write(tmp_path, text))
     assert recipe.name == "mine" and str(recipe.step_policy) == "0:w4a8"
     assert recipe.layer_schemes(T2V, model_kind="t2v")[5].reason.startswith("mine: ")
 
 
-def test_what_a_recipe_says_stays_as_it_is():
+def test_a_recipe_is_immutable():
     recipe = load_recipe("default", "mxfp8")
     with pytest.raises(ValidationError, match="frozen"):
         recipe.rules = ()
@@ -294,5 +294,5 @@ def test_what_a_recipe_says_stays_as_it_is():
     ("channels", "kind"), [((16, 16), "t2v"), ((36, 16), "i2v"), ((48, 48), "ti2v"), ((8, 8), "t2v")]
 )
 def test_model_kind(channels, kind):
-    """What the `kinds` of a rule are compared with."""
+    """The value that is compared with the `kinds` of a rule."""
     assert model_kind({"in_channels": channels[0], "out_channels": channels[1]}) == kind

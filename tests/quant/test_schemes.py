@@ -1,4 +1,4 @@
-"""The scheme table once more as literals; its rows are complete, and there is no second table."""
+"""The scheme table against literals; its rows are complete, and there is no second table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ascendit.quant.schemes import (
 
 SRC = Path(__file__).resolve().parents[2] / "src" / "ascendit"
 
-# name: weight, activation, its rule, msModelSlim's word, vLLM-Omni's key, smoothing there
+# name: weight, activation, its rule, msModelSlim's type, vLLM-Omni's key, its smoothing
 PUBLISHED: dict[str, tuple[Any, ...]] = {
     "bf16": ("", "", "", "FLOAT", "", False),
     "int8": ("int8", "int8", "amax", "W8A8_DYNAMIC", "is_checkpoint_int8_serialized", False),
@@ -44,9 +44,9 @@ PUBLISHED: dict[str, tuple[Any, ...]] = {
 
 
 def test_rows() -> None:
-    found = {**STORED_SCHEMES, **LINEAR_SCHEMES}
-    assert found.keys() == PUBLISHED.keys()
-    for name, s in found.items():
+    table = {**STORED_SCHEMES, **LINEAR_SCHEMES}
+    assert table.keys() == PUBLISHED.keys()
+    for name, s in table.items():
         row = (s.weight, s.activation, s.rule, s.manifest, s.vllm_omni_key, s.vllm_omni_smooth)
         assert (s.name, row) == (name, PUBLISHED[name])
 
@@ -69,12 +69,14 @@ def test_a_row_is_complete(name: str) -> None:
     assert s.weight in FORMATS and s.activation in FORMATS and s.manifest and s.text
     assert resolve_rule(FORMATS[s.activation], s.rule) == s.rule
     assert s.roles[:2] == ("weight", "weight_scale")
-    assert list(s.roles) == [role for role in QUANTIZED_ROLES if role in s.roles], "the order of writing"
+    assert list(s.roles) == [role for role in QUANTIZED_ROLES if role in s.roles], (
+        "the order of the tensors in a file"
+    )
     assert FORMATS[s.activation].packed == (name in FP4)
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "tensors"),
     [
         ("bf16", {}),
         (
@@ -96,8 +98,8 @@ def test_a_row_is_complete(name: str) -> None:
         ("fp8_128x128", {"weight": ("F8_E4M3", (3, 1041)), "weight_scale_inv": ("F32", (1, 9))}),
     ],
 )
-def test_tensors(name: str, wanted: dict[str, Any]) -> None:
-    assert STORED_SCHEMES[name].tensors(3, 1041) == wanted
+def test_tensors(name: str, tensors: dict[str, Any]) -> None:
+    assert STORED_SCHEMES[name].tensors(3, 1041) == tensors
 
 
 def test_block_and_group() -> None:
@@ -120,34 +122,34 @@ def test_the_table_needs_no_torch() -> None:
 
 NAMES = {*STORED_SCHEMES, *LINEAR_SCHEMES}
 KERNELS = ("ops", "kernels", "twin")
-"""They say which function computes a scheme."""
-SPELLED = {"integrations/diffusers/__init__.py"}
-"""A type that a checker reads; held to the table below."""
+"""They name the function that computes a scheme."""
+LITERALS = {"integrations/diffusers/__init__.py"}
+"""A type for a type checker; a test below compares it with the table."""
 
 
 def groups_of_names(tree: ast.AST) -> list[tuple[int, list[str]]]:
-    """Dicts, tuples and lists that spell three schemes or more, and `Literal`s."""
-    found = []
+    """(line, names) of dicts, tuples, lists and `Literal`s with three schemes or more."""
+    groups = []
     for node in ast.walk(tree):
         members: list[Any] = node.keys if isinstance(node, ast.Dict) else getattr(node, "elts", [])
         names = [m.value for m in members if isinstance(m, ast.Constant) and m.value in NAMES]
         if len(set(names)) >= 3:
-            found.append((members[0].lineno, names))
-    return found
+            groups.append((members[0].lineno, names))
+    return groups
 
 
 def test_no_other_file_lists_the_schemes() -> None:
-    found = []
+    lists = []
     for path in sorted(SRC.rglob("*.py")):
-        place = path.relative_to(SRC).as_posix()
-        if place.startswith(KERNELS) or place in SPELLED or place == "mx/formats.py":
+        name = path.relative_to(SRC).as_posix()
+        if name.startswith(KERNELS) or name in LITERALS or name == "mx/formats.py":
             continue
-        found += [(place, *group) for group in groups_of_names(ast.parse(path.read_text(encoding="utf-8")))]
-    assert found == [], "a decision that depends on the scheme is a column of quant/schemes.py"
+        lists += [(name, *group) for group in groups_of_names(ast.parse(path.read_text(encoding="utf-8")))]
+    assert lists == [], "a decision that depends on the scheme is a column of quant/schemes.py"
 
 
 def test_the_tiles_have_one_name() -> None:
-    places = [
+    files = [
         path.relative_to(SRC).as_posix()
         for path in sorted(SRC.rglob("*.py"))
         if any(
@@ -155,10 +157,10 @@ def test_the_tiles_have_one_name() -> None:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         )
     ]
-    assert places == ["mx/formats.py", "quant/schemes.py"]
+    assert files == ["mx/formats.py", "quant/schemes.py"]
 
 
-def test_types_that_spell_the_schemes_agree_with_the_table() -> None:
+def test_literal_types_agree_with_the_table() -> None:
     from ascendit.integrations.diffusers import AscenditMethod
     from ascendit.pipeline.options import LoadOptions
 

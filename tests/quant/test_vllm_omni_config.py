@@ -1,4 +1,4 @@
-"""vLLM-Omni's own JSON as a recipe."""
+"""vLLM-Omni's JSON as a recipe."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def schemes(config, **keys):
     return {p.name: p.scheme for p in recipe.layer_schemes(CONFIG, model_kind="t2v")}, recipe
 
 
-def test_five_leading_blocks_stay_floats_in_dual_scale_by_default():
-    found, _ = schemes({"method": "mxfp4_dualscale"})
-    assert {found[f"blocks.{n}.attn1.to_q"] for n in range(5)} == {"bf16"}
-    assert {found[f"blocks.{n}.ffn.net.2"] for n in range(5, 8)} == {"mxfp4_dualscale"}
-    found, _ = schemes({"quant_method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0})
-    assert found["blocks.0.attn1.to_q"] == "mxfp4_dualscale" and found["proj_out"] == "bf16"
+def test_dual_scale_excludes_the_first_five_blocks_by_default():
+    layers, _ = schemes({"method": "mxfp4_dualscale"})
+    assert {layers[f"blocks.{n}.attn1.to_q"] for n in range(5)} == {"bf16"}
+    assert {layers[f"blocks.{n}.ffn.net.2"] for n in range(5, 8)} == {"mxfp4_dualscale"}
+    layers, _ = schemes({"quant_method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0})
+    assert layers["blocks.0.attn1.to_q"] == "mxfp4_dualscale" and layers["proj_out"] == "bf16"
 
 
-def test_names_are_those_of_its_modules():
+def test_ignored_layers_are_names_of_modules():
     assert patterns_of_module("*.to_out") == ("*.to_out.0",)
     assert patterns_of_module("blocks.*.ffn.net_2") == ("blocks.*.ffn.net.2",)
     assert patterns_of_module("blocks.0.attn1.to_qkv") == tuple(f"blocks.0.attn1.to_{x}" for x in "qkv")
@@ -34,9 +34,13 @@ def test_names_are_those_of_its_modules():
     assert patterns_of_module("blocks.3.ffn.net_0.proj") == ("blocks.3.ffn.net.0.proj",)
     assert patterns_of_module("blocks.3.ffn.net_2") == ("blocks.3.ffn.net.2",)
     ignored = ["blocks.7.attn1.to_qkv", "blocks.6.ffn.net_2", "blocks.5.attn2.to_q"]
-    found, _ = schemes({"method": "mxfp8", "ignored_layers": ignored})
-    kept = {name for name, scheme in found.items() if scheme == "bf16" and name.startswith("blocks")}
-    assert kept == {*(f"blocks.7.attn1.to_{x}" for x in "qkv"), "blocks.6.ffn.net.2", "blocks.5.attn2.to_q"}
+    layers, _ = schemes({"method": "mxfp8", "ignored_layers": ignored})
+    excluded = {name for name, scheme in layers.items() if scheme == "bf16" and name.startswith("blocks")}
+    assert excluded == {
+        *(f"blocks.7.attn1.to_{x}" for x in "qkv"),
+        "blocks.6.ffn.net.2",
+        "blocks.5.attn2.to_q",
+    }
 
 
 def test_steps_and_scale_rule():
@@ -60,20 +64,20 @@ def test_steps_and_scale_rule():
         ({"ignored_layers": []}, "method: Field required"),
     ],
 )
-def test_what_it_cannot_mean_is_told(config, problem):
+def test_an_invalid_config_is_an_error(config, problem):
     with pytest.raises(UsageError) as e:
         load_recipe(json.dumps(config))
     assert problem in e.value.got and e.value.code == "E-USE-01"
 
 
-def test_its_other_names_and_null():
-    found, _ = schemes({"quant_method": "mxfp8", "modules_to_not_convert": ["blocks.1.ffn.net_2"]})
-    assert found["blocks.1.ffn.net.2"] == "bf16" and found["blocks.0.ffn.net.2"] == "mxfp8"
-    found, recipe = schemes({"method": "mxfp4", "ignored_layers": None, "w4a8_fallback_steps": None})
-    assert set(found.values()) == {"mxfp4", "bf16"} and str(recipe.step_policy) == ""
+def test_alternative_names_and_null():
+    layers, _ = schemes({"quant_method": "mxfp8", "modules_to_not_convert": ["blocks.1.ffn.net_2"]})
+    assert layers["blocks.1.ffn.net.2"] == "bf16" and layers["blocks.0.ffn.net.2"] == "mxfp8"
+    layers, recipe = schemes({"method": "mxfp4", "ignored_layers": None, "w4a8_fallback_steps": None})
+    assert set(layers.values()) == {"mxfp4", "bf16"} and str(recipe.step_policy) == ""
 
 
-def test_a_name_that_fits_no_layer_is_an_error_where_vllm_omni_passes_it_over():
+def test_a_name_without_layer_is_an_error_though_vllm_omni_ignores_it():
     for name in ("blocks.9.attn1.to_qkv", "blocks.0.attn1.to_qvk"):
         with pytest.raises(UsageError) as e:
             schemes({"method": "mxfp8", "ignored_layers": [name]})

@@ -1,4 +1,4 @@
-"""What the demo model is trained on: videos show what the words say, and captions mean one scene."""
+"""Training data of the demo model: videos match their scenes, and a caption means one scene."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ some_scene = st.sampled_from(list(world.scenes()))
 
 
 def share(video: np.ndarray, scene: Scene) -> np.ndarray:
-    """How much of each pixel the thing covers, read back from the colours: [frames, size, size] in 0..1."""
+    """Coverage of each pixel by the object, computed from the colours: [frames, size, size] in 0..1."""
     fg = np.array(world.COLOURS[scene.colour], float)
     bg = np.array(world.BACKGROUNDS[scene.background], float)
     return (video.astype(float) - bg) @ (fg - bg) / ((fg - bg) @ (fg - bg))
 
 
 def centroids(video: np.ndarray, scene: Scene) -> np.ndarray:
-    """Centre of the thing in each frame, (x, y) in pixels: [frames, 2]."""
+    """Centre of the object in each frame, (x, y) in pixels: [frames, 2]."""
     a = share(video, scene)
     grid = np.arange(video.shape[1]) + 0.5
     total = a.sum((1, 2))
@@ -42,16 +42,18 @@ def middle(shape: str = "circle", direction: str = "right", **motion: float) -> 
 
 
 @pytest.mark.parametrize("name", EIGHT)
-def test_the_thing_moves_the_way_the_word_says(name: str) -> None:
+def test_the_object_moves_in_its_direction(name: str) -> None:
     shape, direction = name.split("-")
     scene, motion = middle(shape, direction)
     path = centroids(render(scene, motion), scene)
     moved = path[-1] - path[0]
-    words = direction.split(" and ")
-    wanted = np.array([("right" in words) - ("left" in words), ("down" in words) - ("up" in words)], float)
-    wanted *= motion.travel / np.linalg.norm(wanted)
-    np.testing.assert_allclose(moved, wanted, atol=0.15)
-    np.testing.assert_allclose(np.diff(path, axis=0), np.tile(moved / 16, (16, 1)), atol=0.15)  # at one speed
+    ends = direction.split(" and ")
+    expected = np.array([("right" in ends) - ("left" in ends), ("down" in ends) - ("up" in ends)], float)
+    expected *= motion.travel / np.linalg.norm(expected)
+    np.testing.assert_allclose(moved, expected, atol=0.15)
+    np.testing.assert_allclose(
+        np.diff(path, axis=0), np.tile(moved / 16, (16, 1)), atol=0.15
+    )  # constant speed
     np.testing.assert_allclose(path[8], motion.centre, atol=0.15)
 
 
@@ -64,13 +66,13 @@ AREAS = {  # of radius 1: disc, square of side 1.84, equilateral triangle of inr
 
 @pytest.mark.parametrize("shape", world.SHAPES)
 @pytest.mark.parametrize("radius", [9.0, 12.0])
-def test_area_is_that_of_the_shape(shape: str, radius: float) -> None:
+def test_the_area_is_that_of_the_shape(shape: str, radius: float) -> None:
     scene, motion = middle(shape, "up", radius=radius, travel=6.0)
     area = share(render(scene, motion), scene).sum((1, 2))
     np.testing.assert_allclose(area, AREAS[shape] * radius**2, rtol=0.03)
 
 
-def test_shapes_look_alike_in_size() -> None:
+def test_shapes_have_similar_areas() -> None:
     assert max(AREAS.values()) / min(AREAS.values()) < 1.3
 
 
@@ -87,7 +89,9 @@ def test_random_motions_stay_inside_the_picture(scene: Scene, seed: int, size: i
 
 
 @given(some_scene, seeds)
-def test_a_motion_comes_from_its_seed_and_shows_its_colours(scene: Scene, seed: int) -> None:
+def test_a_motion_depends_on_its_seed_and_frames_have_the_colours_of_the_scene(
+    scene: Scene, seed: int
+) -> None:
     motion = draw_motion(np.random.default_rng(seed), scene.direction)
     assert motion == draw_motion(np.random.default_rng(seed), scene.direction)
     assert 9 <= motion.radius <= 12 and 18 <= motion.travel <= 26
@@ -100,11 +104,11 @@ def test_a_motion_comes_from_its_seed_and_shows_its_colours(scene: Scene, seed: 
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 17), (0, 1), (3, 9), (16, 17), (5, 5)])
-def test_a_part_of_the_frames_is_that_part(start: int, stop: int) -> None:
+def test_a_range_of_frames_equals_that_part_of_the_video(start: int, stop: int) -> None:
     scene, motion = middle("triangle", "down and left")
-    whole = render(scene, motion)
-    assert whole.shape == (17, 64, 64, 3)
-    assert np.array_equal(render(scene, motion, only=range(start, stop)), whole[start:stop])
+    video = render(scene, motion)
+    assert video.shape == (17, 64, 64, 3)
+    assert np.array_equal(render(scene, motion, only=range(start, stop)), video[start:stop])
 
 
 def test_one_frame_can_be_rendered() -> None:
@@ -137,7 +141,7 @@ def test_a_wording_has_every_slot_once_and_a_verb_of_motion(wording: str) -> Non
     assert "background" in wording
 
 
-def test_moves_is_among_the_verbs_and_leads() -> None:
+def test_the_first_wording_is_that_of_the_prompt() -> None:
     assert WORDINGS[0] == "a {c} {s} moves {d} on a {b} background"
     scene = Scene("red", "circle", "right", "black")
     assert scene.prompt() == caption(scene, 0, 0) == "a red circle moves right on a black background"
@@ -145,18 +149,18 @@ def test_moves_is_among_the_verbs_and_leads() -> None:
     assert caption(scene, 8, 3) == caption(scene, 0, 0)
 
 
-def test_a_direction_word_holds_its_directions() -> None:
+def test_direction_words_name_their_directions() -> None:
     assert set(DIRECTION_WORDS) == set(world.DIRECTIONS)
     ends = {"up": ("up", "top"), "down": ("down", "bottom"), "left": ("left",), "right": ("right",)}
-    for direction, words in DIRECTION_WORDS.items():
-        assert len(words) == 3
-        for word in words:
-            for end, marks in ends.items():
-                assert any(m in word for m in marks) == (end in direction.split(" and ")), word
+    for direction, phrases in DIRECTION_WORDS.items():
+        assert len(phrases) == 3
+        for word in phrases:
+            for end, names in ends.items():
+                assert any(name in word for name in names) == (end in direction.split(" and ")), word
 
 
 def test_the_calibration_prompts_are_those_of_the_training_set() -> None:
-    """All of them, in all wordings, in an order in which neighbours differ (gcd(157, 366) = 1)."""
+    """All scenes and all wordings, in an order in which neighbours differ (gcd(157, 366) = 1)."""
     shown = [scene for scene in world.scenes() if scene.triple not in world.held_out()]
     lines = (DEMO.parent / "calibration_prompts.txt").read_text(encoding="utf-8").splitlines()
     assert lines == [caption(shown[i * 157 % len(shown)], i, i) for i in range(len(shown))]

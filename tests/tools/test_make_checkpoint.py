@@ -1,4 +1,4 @@
-"""Synthetic checkpoints: every layout is known, holds the same numbers, and loads."""
+"""Synthetic checkpoints: every layout is recognised, has the same numbers, and loads."""
 
 import argparse
 import importlib.util
@@ -44,7 +44,7 @@ def tool() -> ModuleType:
         ("file", False, "file", ["."]),
     ],
 )
-def test_every_layout_is_known(
+def test_every_layout_is_recognised(
     tmp_path: Path, tool: ModuleType, layout: str, cascade: bool, kind: str, folders: list[str]
 ) -> None:
     dst = tmp_path / "out"
@@ -52,12 +52,12 @@ def test_every_layout_is_known(
     config = tool.config_for(**SHAPE, demo_parts=layout == "diffusers")
     assert total == len(folders) * 2 * sum(map(math.prod, expected_tensors(config).values()))
     path = dst / "diffusion_pytorch_model.safetensors" if layout == "file" else dst
-    found = recognise(path)
-    assert found.kind == kind
-    assert [part.path.resolve() for part in found.experts] == [
+    recognised = recognise(path)
+    assert recognised.kind == kind
+    assert [part.path.resolve() for part in recognised.experts] == [
         path if layout == "file" else (dst / f).resolve() for f in folders
     ]
-    for part in found.experts:
+    for part in recognised.experts:
         expert = read_expert(part)
         assert expert.config_problem is None and expert.origin == "float"
         assert {key: expert.config.get(key) for key in config if key != "eps"} == {
@@ -77,17 +77,17 @@ def test_one_seed_gives_the_same_numbers_in_every_layout(tmp_path: Path, tool: M
         stored_tensors(tmp_path / "a" / "transformer_2"),
     )
     for noise, expected in (("high_noise_model", high), ("low_noise_model", low)):
-        found = stored_tensors(tmp_path / "b" / noise)
+        stored = stored_tensors(tmp_path / "b" / noise)
         assert len(list((tmp_path / "b" / noise).glob("*.safetensors"))) > 2
-        assert found.keys() == {to_wan(name) for name in expected}
-        assert all(torch.equal(found[str(to_wan(name))], t) for name, t in expected.items())
-    one = load_file(tmp_path / "c" / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(one[str(to_wan(name))], tensor) for name, tensor in high.items())
+        assert stored.keys() == {to_wan(name) for name in expected}
+        assert all(torch.equal(stored[str(to_wan(name))], t) for name, t in expected.items())
+    single = load_file(tmp_path / "c" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(single[str(to_wan(name))], tensor) for name, tensor in high.items())
     for other in (low, stored_tensors(tmp_path / "d" / "transformer")):
         assert not any(torch.equal(high[name], other[name]) for name in high)
 
 
-def test_the_numbers_are_like_those_of_a_model(tmp_path: Path, tool: ModuleType) -> None:
+def test_the_numbers_are_distributed_as_in_a_model(tmp_path: Path, tool: ModuleType) -> None:
     tool.make(tmp_path / "a", blocks=1, dim=512, ffn=2048)
     weights = stored_tensors(tmp_path / "a" / "transformer")
     assert all(tensor.isfinite().all() for tensor in weights.values())
@@ -96,7 +96,7 @@ def test_the_numbers_are_like_those_of_a_model(tmp_path: Path, tool: ModuleType)
     assert 0.5 < x.std() * math.sqrt(x.shape[1]) < 1.5
     assert len(x.unique()) > 1000
     kurtosis = (x**4).mean() / (x**2).mean() ** 2
-    assert kurtosis > 10, "outliers, unlike a normal distribution, which has 3"
+    assert kurtosis > 10, "outliers; a normal distribution has 3"
     zero = (x.reshape(-1, 32) == 0).all(1).sum()
     assert 16 <= zero <= 32 == x.numel() // 32 // 1024
     assert (x == 0).sum() == 32 * zero
@@ -108,7 +108,7 @@ def test_the_numbers_are_like_those_of_a_model(tmp_path: Path, tool: ModuleType)
     assert abs(bias.mean()) < 0.02 and 0.03 < bias.std() < 0.07
 
 
-def test_diffusers_loads_it(tmp_path: Path, tool: ModuleType) -> None:
+def test_diffusers_loads_the_checkpoint(tmp_path: Path, tool: ModuleType) -> None:
     tool.make(tmp_path / "a", layout="diffusers", **SHAPE)
     model = WanTransformer3DModel.from_pretrained(tmp_path / "a" / "transformer", torch_dtype=torch.bfloat16)
     assert {n: tuple(t.shape) for n, t in model.state_dict().items()} == expected_tensors(dict(model.config))

@@ -1,4 +1,4 @@
-"""The twin is switched on once for these tests, and off again for those of other folders."""
+"""The twin is enabled for these tests, and disabled for those of other folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _twin() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def on() -> Callable[[str], None]:
-    """`on("a2")` changes the chip for one test; without it the chip is a5. Counts start at nothing."""
+    """`on("a2")` changes the chip for one test; the default is a5. Launch counts start at zero."""
     ascendit.twin.enable("a5")
     ascendit.twin.allow_internal_format(False)
     ascendit.twin.reset()

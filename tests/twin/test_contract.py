@@ -1,4 +1,4 @@
-"""Wrong calls are refused, each with a message that says what to do; no launch is counted for them."""
+"""Wrong calls are refused, each with an error that names a fix; they count no launch."""
 
 from __future__ import annotations
 
@@ -22,35 +22,37 @@ from ascendit.twin.registry import OPERATORS, signature
 
 npu = torch.ops.npu
 
-CASES = [("a5", *c) for c in (*wrong.MX_QUANT, *MATMUL, *wrong.REST, *wrong.A5)] + [
+CASES = [("a5", *c) for c in (*wrong.MX_QUANT, *MATMUL, *wrong.OTHERS, *wrong.A5)] + [
     (chip, *c) for chip in ("a2", "a3") for c in wrong.A2
 ]
 
 
 @pytest.mark.parametrize(
-    ("chip", "call", "got", "fix"),
-    [(c, *rest) for c, _, *rest in CASES],
+    ("chip", "call", "refusal", "fix"),
+    [(c, *fields) for c, _, *fields in CASES],
     ids=[f"{c}-{n}" for c, n, *_ in CASES],
 )
-def test_refused(on: Callable[[str], None], chip: str, call: Callable[[], Any], got: str, fix: str) -> None:
+def test_a_wrong_call_is_refused(
+    on: Callable[[str], None], chip: str, call: Callable[[], Any], refusal: str, fix: str
+) -> None:
     on(chip)
-    got = got.replace(" on a2", f" on {chip}") if chip == "a3" and "fp8 on" in got else got
+    refusal = refusal.replace(" on a2", f" on {chip}") if chip == "a3" and "fp8 on" in refusal else refusal
     with pytest.raises(TwinError) as caught:
         call()
     error = caught.value
-    assert isinstance(error, RuntimeError) and re.search(got, error.got), error.got
+    assert isinstance(error, RuntimeError) and re.search(refusal, error.got), error.got
     assert re.search(fix, error.fix), error.fix
     assert error.needs and str(error).startswith(f"[{error.code}] {error.got}\n  needs  ")
-    refused = {"npu_quant_matmul", "npu_dual_level_quant_matmul", "npu_fusion_attention", "npu_rotary_mul"}
-    assert not refused & set(ascendit.twin.launches())
+    operators = {"npu_quant_matmul", "npu_dual_level_quant_matmul", "npu_fusion_attention", "npu_rotary_mul"}
+    assert not operators & set(ascendit.twin.launches())
 
 
-def test_there_are_enough_of_them() -> None:
+def test_there_are_enough_cases() -> None:
     assert len(CASES) >= 40 and len({n for _, n, *_ in CASES}) >= 100
 
 
-def test_the_builders_themselves_are_right_calls() -> None:
-    """Else a refusal above might have another cause than the one it names."""
+def test_the_builders_without_changes_are_correct_calls() -> None:
+    """Otherwise a refusal above might have another cause."""
     for name in (
         "mx_quant",
         "mxfp8",
@@ -59,7 +61,7 @@ def test_the_builders_themselves_are_right_calls() -> None:
         "int8",
         "int8_blocks",
         "dual",
-        "turn",
+        "rotate",
         "fusion",
         "infer",
         "adaln",
@@ -69,9 +71,7 @@ def test_the_builders_themselves_are_right_calls() -> None:
 
 
 @pytest.mark.parametrize("mode", ["mxfp8", "mxfp4", "w4a8", "fp8"])
-def test_fp8_and_fp4_matmuls_on_a2_are_refused_with_both_ways_out(
-    on: Callable[[str], None], mode: str
-) -> None:
+def test_fp8_and_fp4_matmuls_on_a2_are_refused_with_both_fixes(on: Callable[[str], None], mode: str) -> None:
     calls = {"mxfp8": wrong.mxfp8, "mxfp4": wrong.fp4, "w4a8": wrong.w4a8}
     (q, s), (w, ws) = (npu.npu_dynamic_quant(rand(4, 64), dst_type=E4M3) for _ in range(2))
 
@@ -94,7 +94,7 @@ def test_unknown_arguments_are_named() -> None:
         npu.npu_dynamic_mx_quant(x, dtype=E4M3)
     with pytest.raises(TwinError, match=text):
         ascendit.twin.call("npu_dynamic_mx_quant", x, dtype=E4M3)
-    with pytest.raises(TwinError, match="pre_tokens.*npu_fusion_attention"):  # it is spelled tockens
+    with pytest.raises(TwinError, match="pre_tokens.*npu_fusion_attention"):  # torch_npu has pre_tockens
         ascendit.twin.call("npu_fusion_attention", x, x, x, 1, "BNSD", pre_tokens=5)
     with pytest.raises(TwinError, match="is missing value for argument 'gamma'"):
         ascendit.twin.call("npu_rms_norm", x)
@@ -108,7 +108,7 @@ def test_unknown_arguments_are_named() -> None:
 
 
 def test_each_refusal_has_a_text_and_each_text_the_values_it_names() -> None:
-    """A refusal that no call of a test reaches would else fail when it is made."""
+    """A refusal that no test reaches would otherwise fail at run time."""
     texts = {
         f"{family}.{name}": row for family, rows in contract.refusals().items() for name, row in rows.items()
     }
@@ -120,12 +120,12 @@ def test_each_refusal_has_a_text_and_each_text_the_values_it_names() -> None:
             if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith(("require", "refuse")):
                 continue
             keys = [c.value for a in node.args for c in ast.walk(a) if isinstance(c, ast.Constant)]
-            given = {k.arg for k in node.keywords}
+            passed = {k.arg for k in node.keywords}
             for key in (k for k in keys if k in texts):
                 fields = {f for t in texts[key].values() for _, f, _, _ in Formatter().parse(t) if f}
-                named = {re.split(r"[.\[]", f)[0] for f in fields}
+                placeholders = {re.split(r"[.\[]", f)[0] for f in fields}
                 of_call = arguments if isinstance(node.func, ast.Attribute) else set()
-                assert None in given or named <= given | of_call, (path.name, key)
+                assert None in passed or placeholders <= passed | of_call, (path.name, key)
     assert all(row.keys() == {"got", "needs", "fix"} for row in texts.values())
     assert used == set(texts)
 

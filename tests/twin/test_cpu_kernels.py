@@ -1,4 +1,4 @@
-"""The twin computes as a CPU does: the operators of both on the same tokens, to the bit."""
+"""The twin and the CPU give the same bits: their operators on the same inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ascendit.quant.schemes import LINEAR_SCHEMES
 from ascendit.twin import cpu_kernels
 
 compiled = pytest.mark.skipif(
-    not attention.list_kernels()[0].needs, reason="the C++ attention is not built here"
+    not attention.list_kernels()[0].needs, reason="the C++ attention is not built on this machine"
 )
 EPS = 1e-6
 
@@ -28,7 +28,7 @@ def bf16(*shape: int) -> Tensor:
     return torch.randn(shape).bfloat16()
 
 
-def both() -> tuple[Ops, Ops]:
+def cpu_and_twin() -> tuple[Ops, Ops]:
     return bind("cpu"), bind("twin:a5")
 
 
@@ -37,45 +37,45 @@ def both() -> tuple[Ops, Ops]:
 def test_modulation(batch: int, spans: tuple[int, ...]) -> None:
     x, y = bf16(batch, 37, 192), bf16(batch, 37, 192)
     scale, shift, gate = torch.randn(3, len(spans), 192)
-    made = []
-    for ops in both():
+    results = []
+    for ops in cpu_and_twin():
         rows = ops.prepare("adaln", scale, shift, dtype=x.dtype)
         (gates,) = ops.prepare("gated_residual", gate, dtype=x.dtype)
-        made.append((ops.adaln(x, *rows, spans, EPS), ops.gated_residual(x, y, gates, spans)))
-    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
-    assert not torch.equal(made[0][0], bind("cpu").adaln(x, scale, shift, spans, EPS))  # rows in float32
+        results.append((ops.adaln(x, *rows, spans, EPS), ops.gated_residual(x, y, gates, spans)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not torch.equal(results[0][0], bind("cpu").adaln(x, scale, shift, spans, EPS))  # with float32 rows
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_norms_rotation_and_gelu(batch: int) -> None:
     x, weight, angle = bf16(batch, 37, 192), torch.rand(192), torch.rand(37, 32) * 7
     for dtype in (torch.bfloat16, torch.float32):
-        tokens, made = x.to(dtype), []
-        for ops in both():
+        hidden, results = x.to(dtype), []
+        for ops in cpu_and_twin():
             table = ops.prepare("rope", angle.cos(), angle.sin(), dtype=dtype)
-            turned = ops.rope(tokens.unflatten(2, (3, 64)), *table)
-            norms = ops.rms_norm(tokens, weight, EPS), ops.layer_norm(tokens, weight, weight, 1e-5)
-            made.append((*norms, turned, ops.gelu_tanh(tokens), ops.gelu(tokens)))
-        assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
-        assert torch.equal(mindiesd_layer_norm(tokens, weight, weight, 1e-5), made[0][1])
+            rotated = ops.rope(hidden.unflatten(2, (3, 64)), *table)
+            norms = ops.rms_norm(hidden, weight, EPS), ops.layer_norm(hidden, weight, weight, 1e-5)
+            results.append((*norms, rotated, ops.gelu_tanh(hidden), ops.gelu(hidden)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert torch.equal(mindiesd_layer_norm(hidden, weight, weight, 1e-5), results[0][1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
-def test_every_dtype_that_a_chip_takes(dtype: torch.dtype) -> None:
+def test_every_dtype_that_a_chip_supports(dtype: torch.dtype) -> None:
     x, weight = bf16(2, 5, 64).to(dtype), torch.rand(64)
     scale, shift = bf16(2, 2, 1, 64).to(dtype).unbind()
     samples = [
         reference.adaln(x[i : i + 1].float(), scale[i].float(), shift[i].float(), (5,), EPS) for i in (0, 1)
     ]
-    for got, wanted in (
+    for actual, expected in (
         (cpu_kernels.adaln(x, scale, shift, EPS), torch.cat(samples)),
         (cpu_kernels.rms_norm(x, weight, EPS), reference.rms_norm(x.float(), weight, EPS)),
         (cpu_kernels.layer_norm(x, weight, None, EPS), reference.layer_norm(x.float(), weight, None, EPS)),
         (cpu_kernels.gelu(x, "tanh"), reference.gelu_tanh(x.float())),
         (cpu_kernels.gelu(x, "none"), reference.gelu(x.float())),
     ):
-        assert got.dtype == dtype
-        torch.testing.assert_close(got.float(), wanted, rtol=torch.finfo(dtype).eps, atol=2e-6)
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.float(), expected, rtol=torch.finfo(dtype).eps, atol=2e-6)
 
 
 @compiled
@@ -89,7 +89,7 @@ def test_attention(kernel: Any, batch: int) -> None:
 
 def test_other_attention_is_computed_in_float32() -> None:
     q, k = bf16(1, 4, 9, 64), bf16(1, 2, 9, 64)
-    assert not cpu_kernels.can_attend(q, k, k, 0.125)  # a head of keys for two of queries
+    assert not cpu_kernels.can_attend(q, k, k, 0.125)  # two query heads per key head
     assert not cpu_kernels.can_attend(k, k, k, 1.0)
     assert not cpu_kernels.can_attend(k.half(), k.half(), k.half(), 0.125)
     assert not cpu_kernels.can_attend(k[..., :20], k[..., :20], k[..., :20], 20**-0.5)
@@ -98,25 +98,25 @@ def test_other_attention_is_computed_in_float32() -> None:
 
 @pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 @pytest.mark.parametrize("k", [192, 1024, 1056])
-def test_linear_layers_on_codes(scheme: str, k: int) -> None:
+def test_quantized_linear_layers(scheme: str, k: int) -> None:
     x, w, bias = bf16(1, 50, k), bf16(100, k), torch.randn(100).bfloat16().float()
     e = mx.encode(w, LINEAR_SCHEMES[scheme].weight)
-    made = []
-    for ops in (o.quantized for o in both()):
+    results = []
+    for ops in (o.quantized for o in cpu_and_twin()):
         weight = ops.prepare_weight(e.qdata, e.scale, e.dual_scale, bias, scheme)
-        made.append(ops.quantized_linear(ops.quantize_activation(x, scheme), weight))
-    assert torch.equal(*made)
+        results.append(ops.quantized_linear(ops.quantize_activation(x, scheme), weight))
+    assert torch.equal(*results)
 
 
-def test_a_weight_in_fractal_nz_gives_the_same() -> None:
+def test_a_weight_in_fractal_nz_gives_the_same_output() -> None:
     x, e = bf16(1, 50, 192), mx.encode(bf16(96, 192), "mxfp4")
-    made = []
-    for ops, nz in zip((o.quantized for o in both()), (False, True), strict=True):
+    results = []
+    for ops, nz in zip((o.quantized for o in cpu_and_twin()), (False, True), strict=True):
         weight = ops.prepare_weight(e.qdata, e.scale, None, None, "mxfp4", nz=nz)
-        made.append(ops.quantized_linear(ops.quantize_activation(x, "mxfp4"), weight))
-    assert torch.equal(*made)
+        results.append(ops.quantized_linear(ops.quantize_activation(x, "mxfp4"), weight))
+    assert torch.equal(*results)
 
 
-def test_an_npu_takes_no_other_rows_than_a_cpu() -> None:
+def test_an_npu_and_a_cpu_cast_the_same_rows() -> None:
     rounded = {k.operator for k in KERNELS if k.prepare is in_dtype}
     assert rounded == {k.operator for k in elementwise.list_kernels() if k.prepare is in_dtype}

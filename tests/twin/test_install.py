@@ -1,4 +1,4 @@
-"""What is defined, what is counted, and that torch_npu and the twin exclude each other."""
+"""Defined operators, counted launches, and that torch_npu and the twin exclude each other."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SRC = Path(ascendit.twin.__file__).parents[2]
 
 def caller(name: str, *args: Any, **kwargs: Any) -> Any:
     """An operator through the dispatcher."""
-    namespace, _, rest = name.rpartition("::")
-    return getattr(getattr(torch.ops, namespace or "npu"), rest)(*args, **kwargs)
+    namespace, _, operator = name.rpartition("::")
+    return getattr(getattr(torch.ops, namespace or "npu"), operator)(*args, **kwargs)
 
 
-def told(result: Any) -> list[Any]:
-    """Shapes and dtypes."""
+def properties(result: Any) -> list[Any]:
+    """Shape and dtype of each tensor."""
     parts = result if isinstance(result, tuple | list) else (result,)
     return [(tuple(t.shape), t.dtype) if isinstance(t, Tensor) else t for t in parts]
 
@@ -35,26 +35,26 @@ def told(result: Any) -> list[Any]:
 # ---- schemas ----------------------------------------------------------------------------------
 
 
-def test_every_frozen_schema_is_defined_and_spelled_as_it_is_frozen() -> None:
+def test_every_frozen_schema_is_defined_unchanged() -> None:
     assert len(registry.frozen("npu")) == 424 and len(registry.frozen("mindiesd")) == 16
     for namespace in ("npu", "mindiesd"):
         for name, text in registry.frozen(namespace).items():
             packet, _, overload = name.partition(".")
             defined = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
-            wanted = torch._C.parse_schema(f"{namespace}::{text}")
-            assert str(defined._schema) == str(wanted)
+            expected = torch._C.parse_schema(f"{namespace}::{text}")
+            assert str(defined._schema) == str(expected)
 
 
 def test_every_operator_that_is_computed_has_a_schema_and_its_arguments() -> None:
     for name in registry.OPERATORS:
-        known = registry.signature(name)
+        signature = registry.signature(name)
         code = registry.OPERATORS[name].__code__
         own = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        assert set(own) <= set(known.names), name
-        assert code.co_flags & 0x08 or set(own) == set(known.names), name  # ** takes the others
+        assert set(own) <= set(signature.names), name
+        assert code.co_flags & 0x08 or set(own) == set(signature.names), name  # ** accepts the others
 
 
-def test_what_is_not_computed_says_so_by_name() -> None:
+def test_an_operator_that_is_not_computed_is_named() -> None:
     with pytest.raises(
         TwinError, match=r"torch.ops.npu.npu_silu_ is defined but not computed.*\n.*npu_rms_norm"
     ):
@@ -63,17 +63,17 @@ def test_what_is_not_computed_says_so_by_name() -> None:
         ascendit.twin.call("npu_grouped_matmul_add", *[torch.ones(2, 2)] * 4)
 
 
-# ---- right calls ------------------------------------------------------------------------------
+# ---- correct calls ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chip", ["a2", "a3", "a5"])
-def test_right_calls_are_taken_and_fakes_agree(on: Callable[[str], None], chip: str) -> None:
+def test_correct_calls_are_accepted_and_fakes_agree(on: Callable[[str], None], chip: str) -> None:
     on(chip)
     names, operators = set(), set()
     for sample in example_calls.samples():
         plain, dispatched = sample.run(ascendit.twin.call), sample.run(caller)
         meta = sample.run(caller, lambda t: t.to("meta"))
-        assert told(plain) == told(dispatched) == told(meta), sample.name
+        assert properties(plain) == properties(dispatched) == properties(meta), sample.name
         names.add(sample.name)
         operators.add(sample.operator)
     assert len(names) >= 30
@@ -82,12 +82,12 @@ def test_right_calls_are_taken_and_fakes_agree(on: Callable[[str], None], chip: 
 
 
 def test_every_operator_has_a_sample() -> None:
-    taken = set()
+    sampled = set()
     for chip in ("a2", "a5"):
         ascendit.twin.use(chip)
-        taken |= {sample.operator for sample in example_calls.samples()}
+        sampled |= {sample.operator for sample in example_calls.samples()}
     others = {"_npu_dtype_cast", "fast_gelu", "npu_interleave_rope", "npu_ring_attention_update"}
-    assert set(registry.OPERATORS) - taken == others | {"npu_trans_quant_param"}
+    assert set(registry.OPERATORS) - sampled == others | {"npu_trans_quant_param"}
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_opcheck(name: str) -> None:
 
 
 def caller_of(name: str) -> Any:
-    namespace, _, rest = name.rpartition("::")
-    return getattr(getattr(torch.ops, namespace or "npu"), rest).default
+    namespace, _, operator = name.rpartition("::")
+    return getattr(getattr(torch.ops, namespace or "npu"), operator).default
 
 
 def test_torch_compile_sees_the_fakes() -> None:
@@ -123,7 +123,7 @@ def test_launches_are_counted_by_operator() -> None:
         torch.ops.npu.npu_rms_norm(x, gamma)
     torch.ops.mindiesd.adaln_v2(x[None], x[:1], x[:1])
     ascendit.twin.call("npu_gelu", x)
-    torch.ops.npu.npu_gelu(x.to("meta"))  # a fake is no launch
+    torch.ops.npu.npu_gelu(x.to("meta"))  # a fake call is no launch
     with pytest.raises(TwinError):
         torch.ops.npu.npu_rms_norm(x, gamma[:3])
     assert ascendit.twin.launches() == {"npu_rms_norm": 3, "mindiesd::adaln_v2": 1, "npu_gelu": 1}
@@ -145,7 +145,7 @@ def test_the_chip_can_be_changed_and_must_be_one_of_three() -> None:
     assert caught.value.code == "E-USE-01" and ascendit.twin.chip() == "a2"
 
 
-def test_off_and_on_again() -> None:
+def test_the_twin_can_be_disabled_and_enabled_again() -> None:
     ascendit.twin.disable()
     assert ascendit.twin.chip() is None and not hasattr(torch.ops.npu, "npu_rms_norm")
     with pytest.raises(TwinError, match=r"the twin is not enabled.*\n.*\n.*enable\(\"a5\"\)"):
@@ -164,12 +164,12 @@ def test_there_are_no_gradients() -> None:
 
 
 def python(code: str, *folders: Path) -> str:
-    """What a Python of its own prints; warnings are errors."""
+    """Output of code in a new Python process; warnings are errors."""
     head = f"import sys; sys.path[:0] = {[str(f) for f in (SRC, *folders)]!r}\n"
     command = [sys.executable, "-W", "error", "-c", head + code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
 
 
 def test_importing_the_twin_imports_no_torch() -> None:
@@ -181,7 +181,7 @@ def test_importing_the_twin_imports_no_torch() -> None:
 
 @pytest.fixture
 def torch_npu(tmp_path: Path) -> Path:
-    """A folder with a package of that name."""
+    """A folder with a fake torch_npu package."""
     (tmp_path / "torch_npu").mkdir()
     (tmp_path / "torch_npu" / "__init__.py").write_text("print('real')\n")
     return tmp_path
@@ -191,7 +191,7 @@ def test_torch_npu_cannot_be_imported_afterwards(torch_npu: Path) -> None:
     code = """
 import importlib.util, ascendit.twin
 ascendit.twin.enable("a3")
-print(importlib.util.find_spec("torch_npu") is not None)   # only asking is no import
+print(importlib.util.find_spec("torch_npu") is not None)   # find_spec imports nothing
 for _ in range(2):
     try:
         import torch_npu
@@ -207,7 +207,7 @@ import torch_npu
     )
 
 
-def test_the_twin_cannot_be_enabled_beside_torch_npu_but_used(torch_npu: Path) -> None:
+def test_beside_torch_npu_the_twin_can_be_used_but_not_enabled(torch_npu: Path) -> None:
     code = """
 import torch, torch_npu, ascendit.twin
 try:
@@ -222,7 +222,7 @@ print(ascendit.twin.call("npu_gelu", torch.zeros(1)).tolist(), hasattr(torch.ops
     assert text.endswith("[0.0] False")
 
 
-def test_torch_is_told_not_to_load_its_plugins() -> None:
+def test_enabling_the_twin_disables_torch_plugins() -> None:
     code = """
 import os, ascendit.twin
 os.environ.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
@@ -232,7 +232,7 @@ print(os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"])
     assert python(code) == "0"
 
 
-def test_operators_that_others_defined_first_are_named() -> None:
+def test_operators_that_other_packages_define_are_named() -> None:
     code = """
 import torch, ascendit.twin
 other = torch.library.Library("mindiesd", "DEF")
@@ -246,7 +246,7 @@ except ImportError as e:
     assert "torch.ops.mindiesd cannot be defined" in text and "enable the twin before other packages" in text
 
 
-def test_a_torch_npu_for_other_peoples_code() -> None:
+def test_a_fake_torch_npu_module_for_other_packages() -> None:
     code = """
 import importlib.util
 import ascendit.twin

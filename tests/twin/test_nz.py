@@ -1,4 +1,4 @@
-"""FRACTAL_NZ: real bytes, a tag that outlives views, and wrong numbers for who reads it as ND."""
+"""FRACTAL_NZ: the order of the bytes, a tag on the storage, and wrong numbers when read as ND."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cast(t: torch.Tensor) -> torch.Tensor:
     return npu.npu_format_cast(t, 29)
 
 
-def test_the_bytes_lie_as_the_vendor_says() -> None:
+def test_the_order_of_the_bytes_is_the_vendors() -> None:
     """[R, C] of one byte -> [C / 32, R / 16, 16, 32]."""
     w = torch.randint(-128, 128, (32, 64), dtype=torch.int8)
     raw = torch.empty(0, dtype=torch.int8).set_(cast(w).untyped_storage()).view(2, 2, 16, 32)
@@ -28,7 +28,7 @@ def test_the_bytes_lie_as_the_vendor_says() -> None:
 
 @pytest.mark.parametrize("shape", [(16, 32), (33, 70), (5, 6), (2, 20, 40)])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bfloat16])
-def test_there_and_back(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_a_cast_back_restores_the_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     w = (torch.randn(shape) * 20).to(dtype)
     packed = cast(w)
     assert packed.shape == w.shape and packed.stride() == w.stride() and packed.dtype == dtype
@@ -36,11 +36,12 @@ def test_there_and_back(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert torch.equal(back.view(torch.uint8), w.view(torch.uint8)) and npu.get_npu_format(back) != 29
 
 
-def test_a_plain_read_gives_other_numbers() -> None:
+def test_reading_nz_as_nd_gives_other_numbers() -> None:
     w = torch.randn(48, 96).bfloat16()
     packed = cast(w)
     assert not torch.equal(packed, w) and not torch.equal(packed.clone(), w)
-    assert torch.equal(packed.flatten().sort().values, w.flatten().sort().values)  # the same ones, elsewhere
+    # The same values in another order:
+    assert torch.equal(packed.flatten().sort().values, w.flatten().sort().values)
     x = torch.randn(4, 96).bfloat16()
     right, wrong = x.float() @ w.float().t(), x.float() @ packed.float().t()
     assert (right - wrong).norm() > right.norm()
@@ -56,32 +57,32 @@ def test_the_tag_is_on_the_storage() -> None:
     assert [npu.get_npu_format(torch.empty([1] * n)) for n in (2, 3, 4, 5)] == [2, 2, 0, 30]
 
 
-def test_a_matmul_reads_it_transposed_and_refuses_parts() -> None:
+def test_a_matmul_reads_nz_transposed_and_refuses_slices() -> None:
     w, x = torch.randn(32, 64).bfloat16(), torch.randn(4, 64).bfloat16()
     (q, s), (wq, ws) = npu.npu_dynamic_quant(x), npu.npu_dynamic_quant(w)
-    plain = npu.npu_quant_matmul(q, wq.t(), ws, pertoken_scale=s, output_dtype=torch.bfloat16)
+    expected = npu.npu_quant_matmul(q, wq.t(), ws, pertoken_scale=s, output_dtype=torch.bfloat16)
     for weight in (cast(wq).t(), cast(wq.t().contiguous())):
-        assert torch.equal(plain, npu.npu_quant_matmul(q, weight, ws, pertoken_scale=s, output_dtype=15))
-    lost = npu.npu_quant_matmul(q, cast(wq).clone().t(), ws, pertoken_scale=s, output_dtype=15)
-    assert (lost - plain).float().norm() > 0.5 * plain.float().norm()
+        assert torch.equal(expected, npu.npu_quant_matmul(q, weight, ws, pertoken_scale=s, output_dtype=15))
+    misread = npu.npu_quant_matmul(q, cast(wq).clone().t(), ws, pertoken_scale=s, output_dtype=15)
+    assert (misread - expected).float().norm() > 0.5 * expected.float().norm()
     with pytest.raises(
         TwinError, match=r"a view \(64, 16\).*FRACTAL_NZ.*\n.*whole tensor.*\n.*slice or reshape before"
     ):
         npu.npu_quant_matmul(q, cast(wq)[:16].t(), ws[:16], pertoken_scale=s, output_dtype=15)
 
 
-def test_mx_weights_in_both_widths() -> None:
+def test_mxfp8_and_mxfp4_weights() -> None:
     x, w = torch.randn(4, 128).bfloat16(), torch.randn(32, 128).bfloat16()
     mx = {"scale_dtype": 293, "pertoken_scale_dtype": 293, "group_sizes": [1, 1, 32], "output_dtype": 15}
     (q, s), (wq, ws) = (npu.npu_dynamic_mx_quant(t, dst_type=292) for t in (x, w))
-    plain = npu.npu_quant_matmul(q, wq.t(), ws.transpose(0, 1), pertoken_scale=s, **mx)
+    expected = npu.npu_quant_matmul(q, wq.t(), ws.transpose(0, 1), pertoken_scale=s, **mx)
     blocked = npu.npu_quant_matmul(q, cast(wq).t(), ws.transpose(0, 1), pertoken_scale=s, **mx)
-    assert torch.equal(plain, blocked)
+    assert torch.equal(expected, blocked)
     (q, s), (wq, ws) = (npu.npu_dynamic_mx_quant(t) for t in (x, w))
     fp4 = {**mx, "x1_dtype": 296, "x2_dtype": 296, "pertoken_scale": s}
-    plain = npu.npu_quant_matmul(q, wq.t(), ws.transpose(0, 1), **fp4)
+    expected = npu.npu_quant_matmul(q, wq.t(), ws.transpose(0, 1), **fp4)
     weight = npu.npu_format_cast(wq.view(torch.int8), 29, customize_dtype=torch.int8)
-    assert torch.equal(plain, npu.npu_quant_matmul(q, weight.t(), ws.transpose(0, 1), **fp4))
+    assert torch.equal(expected, npu.npu_quant_matmul(q, weight.t(), ws.transpose(0, 1), **fp4))
     with pytest.raises(TwinError, match=r"cast without customize_dtype"):
         npu.npu_quant_matmul(q, cast(wq).t(), ws.transpose(0, 1), **fp4)
 
@@ -93,8 +94,8 @@ def test_a2_and_a3_need_the_internal_format(on: Callable[[str], None], chip: str
     on(chip)
     w = torch.randn(16, 32).half()
     with pytest.warns(UserWarning, match=r"returns ND.*allow_internal_format"):
-        kept = cast(w)
-    assert npu.get_npu_format(kept) == 2 and torch.equal(kept, w)
+        unchanged = cast(w)
+    assert npu.get_npu_format(unchanged) == 2 and torch.equal(unchanged, w)
     ascendit.twin.allow_internal_format(True)
     assert npu.get_npu_format(cast(w)) == 29
 

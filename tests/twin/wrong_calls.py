@@ -1,4 +1,4 @@
-"""Wrong calls, for test_contract: right ones with one thing changed."""
+"""Wrong calls for test_contract: correct calls with one change."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def rand(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.randn(*shape).to(dtype)
 
 
-def mx_quant(**rest: Any) -> Any:
-    """A right MXFP8 quantization with something changed."""
-    x = rest.pop("input", None)
-    return npu.npu_dynamic_mx_quant(rand(4, 96) if x is None else x, **{"dst_type": E4M3, **rest})
+def mx_quant(**kwargs: Any) -> Any:
+    """A correct MXFP8 quantization with changes."""
+    x = kwargs.pop("input", None)
+    return npu.npu_dynamic_mx_quant(rand(4, 96) if x is None else x, **{"dst_type": E4M3, **kwargs})
 
 
-def mxfp8(change: Callable[[dict[str, Any]], Any] = lambda a: None, **rest: Any) -> Any:
-    """A right MXFP8 matmul [6, 160] x [32, 160] with something changed."""
+def mxfp8(change: Callable[[dict[str, Any]], Any] = lambda a: None, **kwargs: Any) -> Any:
+    """A correct MXFP8 matmul [6, 160] x [32, 160] with changes."""
     (q, s), (w, ws) = (npu.npu_dynamic_mx_quant(rand(n, 160), dst_type=E4M3) for n in (6, 32))
     arguments = {
         "x1": q,
@@ -35,50 +35,50 @@ def mxfp8(change: Callable[[dict[str, Any]], Any] = lambda a: None, **rest: Any)
         "pertoken_scale_dtype": E8M0,
         "output_dtype": BF16,
         "group_sizes": [1, 1, 32],
-    } | rest
+    } | kwargs
     change(arguments)
     return npu.npu_quant_matmul(**arguments)
 
 
-def fp4(change: Callable[[dict[str, Any]], Any] = lambda a: None, **rest: Any) -> Any:
-    """A right MXFP4 matmul with something changed."""
+def fp4(change: Callable[[dict[str, Any]], Any] = lambda a: None, **kwargs: Any) -> Any:
+    """A correct MXFP4 matmul with changes."""
     (q, s), (w, ws) = (npu.npu_dynamic_mx_quant(rand(n, 160)) for n in (6, 32))
-    right = {"x1": q, "x2": w.t(), "scale": ws.transpose(0, 1), "pertoken_scale": s}
-    return mxfp8(change, **{**right, "x1_dtype": E2M1, "x2_dtype": E2M1, **rest})
+    correct = {"x1": q, "x2": w.t(), "scale": ws.transpose(0, 1), "pertoken_scale": s}
+    return mxfp8(change, **{**correct, "x1_dtype": E2M1, "x2_dtype": E2M1, **kwargs})
 
 
-def w4a8(change: Callable[[dict[str, Any]], Any] = lambda a: None, **rest: Any) -> Any:
-    """A right W4A8 matmul with something changed."""
+def w4a8(change: Callable[[dict[str, Any]], Any] = lambda a: None, **kwargs: Any) -> Any:
+    """A correct W4A8 matmul with changes."""
     w, ws = npu.npu_dynamic_mx_quant(rand(32, 160))
-    right = {"x2": w.t(), "scale": ws.transpose(0, 1), "x2_dtype": E2M1, "group_sizes": [0, 0, 32]}
-    return mxfp8(change, **{**right, **rest})
+    correct = {"x2": w.t(), "scale": ws.transpose(0, 1), "x2_dtype": E2M1, "group_sizes": [0, 0, 32]}
+    return mxfp8(change, **{**correct, **kwargs})
 
 
-def int8(change: Callable[[dict[str, Any]], Any] = lambda a: None, **rest: Any) -> Any:
-    """A right int8 matmul with something changed."""
+def int8(change: Callable[[dict[str, Any]], Any] = lambda a: None, **kwargs: Any) -> Any:
+    """A correct int8 matmul with changes."""
     (q, s), (w, ws) = (npu.npu_dynamic_quant(rand(n, 64)) for n in (6, 32))
-    arguments = {"x1": q, "x2": w.t(), "scale": ws, "pertoken_scale": s, "output_dtype": BF16} | rest
+    arguments = {"x1": q, "x2": w.t(), "scale": ws, "pertoken_scale": s, "output_dtype": BF16} | kwargs
     change(arguments)
     return npu.npu_quant_matmul(**arguments)
 
 
-def int8_blocks(change: Callable[[dict[str, Any]], Any] = lambda a: None, **rest: Any) -> Any:
-    """A right int8 matmul with a scale per 128 x 128, with something changed."""
+def int8_blocks(change: Callable[[dict[str, Any]], Any] = lambda a: None, **kwargs: Any) -> Any:
+    """A correct int8 matmul with a scale per 128 x 128, with changes."""
     q, w = (torch.ones(n, 512, dtype=torch.int8) for n in (6, 256))
     arguments: dict[str, Any] = {"x1": q, "x2": w.t(), "scale": torch.ones(2, 4).t()}
     arguments["pertoken_scale"] = torch.ones(6, 4)
-    arguments |= {"bias": torch.zeros(256), "output_dtype": BF16, "group_sizes": [1, 128, 128]} | rest
+    arguments |= {"bias": torch.zeros(256), "output_dtype": BF16, "group_sizes": [1, 128, 128]} | kwargs
     change(arguments)
     return npu.npu_quant_matmul(**arguments)
 
 
-def dual(change: Callable[[list[Any]], Any] = lambda a: None, **rest: Any) -> Any:
-    """A right dual-level matmul with something changed."""
+def dual(change: Callable[[list[Any]], Any] = lambda a: None, **kwargs: Any) -> Any:
+    """A correct dual-level matmul with changes."""
     (q, s0, s1), (w, w0, w1) = (npu.npu_dynamic_dual_level_mx_quant(rand(n, 640)) for n in (6, 32))
     weight = npu.npu_format_cast(w.view(torch.int8), 29, customize_dtype=torch.int8)
     arguments = [q, weight, s0, w0.t().contiguous(), s1, w1]
     change(arguments)
-    return npu.npu_dual_level_quant_matmul(*arguments, **rest)
+    return npu.npu_dual_level_quant_matmul(*arguments, **kwargs)
 
 
 def nd_weight() -> Any:
@@ -86,31 +86,31 @@ def nd_weight() -> Any:
     return npu.npu_dual_level_quant_matmul(q, w, s0, w0.t().contiguous(), s1, w1)
 
 
-def turn(x: Tensor | None = None, cos: Tensor | None = None, mode: str = "interleave") -> Any:
+def rotate(x: Tensor | None = None, cos: Tensor | None = None, mode: str = "interleave") -> Any:
     x, cos = rand(1, 5, 2, 32) if x is None else x, rand(1, 5, 1, 32) if cos is None else cos
     return npu.npu_rotary_mul(x, cos, cos, rotary_mode=mode)
 
 
-def fusion(q: Tensor | None = None, heads: int = 2, layout: str = "BNSD", **rest: Any) -> Any:
+def fusion(q: Tensor | None = None, heads: int = 2, layout: str = "BNSD", **kwargs: Any) -> Any:
     q = rand(1, 2, 6, 32) if q is None else q
-    return npu.npu_fusion_attention(q, q, q, heads, layout, **{"scale": 32**-0.5, **rest})
+    return npu.npu_fusion_attention(q, q, q, heads, layout, **{"scale": 32**-0.5, **kwargs})
 
 
-def infer(q: Tensor | None = None, **rest: Any) -> Any:
+def infer(q: Tensor | None = None, **kwargs: Any) -> Any:
     q = rand(1, 2, 6, 32) if q is None else q
-    named = {"num_query_heads": 2, "softmax_scale": 32**-0.5, "input_layout": "BNSD"}
-    return npu.npu_fused_infer_attention_score_v2(q, q, q, **{**named, **rest})
+    defaults = {"num_query_heads": 2, "softmax_scale": 32**-0.5, "input_layout": "BNSD"}
+    return npu.npu_fused_infer_attention_score_v2(q, q, q, **{**defaults, **kwargs})
 
 
-def adaln(**rest: Any) -> Any:
-    right = {"x": rand(2, 6, 32), "scale": rand(2, 32), "shift": rand(2, 32), "epsilon": 1e-6}
-    return mindie.adaln_v2(**{**right, **rest})
+def adaln(**kwargs: Any) -> Any:
+    correct = {"x": rand(2, 6, 32), "scale": rand(2, 32), "shift": rand(2, 32), "epsilon": 1e-6}
+    return mindie.adaln_v2(**{**correct, **kwargs})
 
 
-def sparse(**rest: Any) -> Any:
+def sparse(**kwargs: Any) -> Any:
     q, mask = rand(1, 2, 300, 64), torch.ones(1, 2, 3, 3, dtype=torch.int8)
-    right = {"block_sparse_mask": mask, "num_key_value_heads": 2, "scale_value": 0.125, "inner_precise": 4}
-    return mindie.block_sparse_attention(q, q, q, **{**right, **rest})
+    correct = {"block_sparse_mask": mask, "num_key_value_heads": 2, "scale_value": 0.125, "inner_precise": 4}
+    return mindie.block_sparse_attention(q, q, q, **{**correct, **kwargs})
 
 
 def set_to(key: Any, change: Callable[[Any], Any]) -> Callable[[Any], None]:
@@ -126,7 +126,7 @@ def contiguous(t: Tensor) -> Tensor:
 
 Case = tuple[str, Callable[[], Any], str, str]
 
-# (name, the call, text of the refusal, text of what to do)
+# (name, call, pattern of the refusal, pattern of the fix)
 MX_QUANT: list[Case] = [
     (
         "axis",
@@ -229,7 +229,7 @@ MX_QUANT: list[Case] = [
     ),
 ]
 
-REST: list[Case] = [
+OTHERS: list[Case] = [
     (
         "gamma",
         lambda: npu.npu_rms_norm(rand(2, 64), rand(32)),
@@ -244,19 +244,19 @@ REST: list[Case] = [
     ),
     (
         "mode string",
-        lambda: turn(mode="interleaved"),
+        lambda: rotate(mode="interleaved"),
         "should be half or interleave, but got interleaved",
         '"interleave"',
     ),
     (
         "half table",
-        lambda: turn(cos=rand(1, 5, 1, 16)),
+        lambda: rotate(cos=rand(1, 5, 1, 16)),
         r"cos \(1, 5, 1, 16\) for heads of 32",
         "repeat_interleave",
     ),
-    ("table of heads", lambda: turn(cos=rand(1, 5, 2, 32)), "varies along 2 axes", "one table for all"),
-    ("heads not split", lambda: turn(x=rand(5, 64), cos=rand(5, 64)), "self .5, 64.", "unflatten"),
-    ("batch x heads", lambda: turn(rand(50, 5, 20, 32)), "batch x heads = 1000", "one sample at a time"),
+    ("table of heads", lambda: rotate(cos=rand(1, 5, 2, 32)), "varies along 2 axes", "one table for all"),
+    ("heads not split", lambda: rotate(x=rand(5, 64), cos=rand(5, 64)), "self .5, 64.", "unflatten"),
+    ("batch x heads", lambda: rotate(rand(50, 5, 20, 32)), "batch x heads = 1000", "one sample at a time"),
     (
         "default scale",
         lambda: fusion(scale=1.0),
@@ -390,7 +390,7 @@ REST: list[Case] = [
         "card",
     ),
     (
-        "in another place",
+        "in the other namespace",
         lambda: mindie.frequency_regulator(1),
         "mindiesd.frequency_regulator is defined but",
         "card",

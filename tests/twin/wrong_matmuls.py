@@ -1,4 +1,4 @@
-"""Wrong matmuls, for test_contract: (name, the call, text of the refusal, text of what to do)."""
+"""Wrong matmuls for test_contract: (name, call, pattern of the refusal, pattern of the fix)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The runner of the adherence check: limits, verdicts, and the control with swapped experts."""
+"""The adherence check: limits, verdicts, and the control with swapped experts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from ascendit.errors import QualityError, UsageError
 from ascendit.verify.adherence import adherence_error, check_adherence, verdict_lines
 
 
-def result(seen: int, back: int, of: int = 10) -> Adherence:
-    return Adherence(trained=Counts(total=of, everything=seen), held_out=Counts(total=of, everything=back))
+def result(trained: int, held_out: int, total: int = 10) -> Adherence:
+    return Adherence(
+        trained=Counts(total=total, everything=trained), held_out=Counts(total=total, everything=held_out)
+    )
 
 
 def test_each_group_has_its_limit() -> None:
@@ -49,14 +51,16 @@ def pipeline(transformer_2: object) -> Any:
     return SimpleNamespace(transformer="high", transformer_2=transformer_2, request=request, run=run)
 
 
-def test_a_video_that_is_refused_is_a_wrong_answer() -> None:
-    told: list[bool] = []
-    found = check_adherence(pipeline("low"), pick(2), [0, 1], on_video=lambda case, right: told.append(right))
-    assert found.overall.total == 4 and found.overall.everything == 0 and told == [False] * 4
-    assert [f.reading.reasons for f in found.failures if f.seed == 1] == [("black",)] * 2
+def test_a_refused_video_counts_as_wrong() -> None:
+    reported: list[bool] = []
+    adherence = check_adherence(
+        pipeline("low"), pick(2), [0, 1], on_video=lambda case, right: reported.append(right)
+    )
+    assert adherence.overall.total == 4 and adherence.overall.everything == 0 and reported == [False] * 4
+    assert [f.reading.reasons for f in adherence.failures if f.seed == 1] == [("black",)] * 2
 
 
-def test_the_control_swaps_two_experts() -> None:
+def test_the_control_swaps_the_experts() -> None:
     pipe = pipeline("low")
     check_adherence(pipe, pick(1), [0], swap_experts=True)
     assert (pipe.transformer, pipe.transformer_2) == ("low", "high")

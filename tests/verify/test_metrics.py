@@ -1,4 +1,4 @@
-"""Similarity against definitions written out, and against figures of scikit-image."""
+"""Metrics compared with their definitions and with a value from scikit-image."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def videos(seed: int = 0, shape: tuple[int, ...] = (2, 20, 24, 3)) -> tuple[np.n
 
 
 def ssim_by_definition(a: np.ndarray, b: np.ndarray) -> float:
-    """Wang et al. 2004, window by window, weighted sums as they stand there."""
+    """Wang et al. 2004, with explicit sums over each window."""
     at = np.arange(-5, 6)
     w = np.exp(-(at[:, None] ** 2 + at[None] ** 2) / (2 * 1.5**2))
     w /= w.sum()
-    c1, c2, found = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
+    c1, c2, values = (0.01 * 255) ** 2, (0.03 * 255) ** 2, []
     for x, y in zip(a.astype(float), b.astype(float), strict=True):
         for i in range(x.shape[0] - 10):
             for j in range(x.shape[1] - 10):
@@ -34,14 +34,14 @@ def ssim_by_definition(a: np.ndarray, b: np.ndarray) -> float:
                     p, q = x[i : i + 11, j : j + 11, c], y[i : i + 11, j : j + 11, c]
                     mp, mq = (w * p).sum(), (w * q).sum()
                     vp, vq = (w * (p - mp) ** 2).sum(), (w * (q - mq) ** 2).sum()
-                    both = (w * (p - mp) * (q - mq)).sum()
-                    found.append(
-                        (2 * mp * mq + c1) * (2 * both + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2))
+                    covariance = (w * (p - mp) * (q - mq)).sum()
+                    values.append(
+                        (2 * mp * mq + c1) * (2 * covariance + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2))
                     )
-    return float(np.mean(found))
+    return float(np.mean(values))
 
 
-def test_ssim_is_that_of_the_paper() -> None:
+def test_ssim_follows_the_paper() -> None:
     a, b = videos()
     assert ssim(a, b) == pytest.approx(ssim_by_definition(a, b), abs=1e-9)
     assert ssim(a, b) == pytest.approx(SKIMAGE, abs=1e-6)
@@ -69,7 +69,7 @@ def test_tensors() -> None:
     assert output_sqnr(a, a) == EQUAL_DB and relative_l2(a, a) == 0 and cosine(a, a) == pytest.approx(1)
 
 
-def test_zeros_are_no_division() -> None:
+def test_zeros_do_not_divide_by_zero() -> None:
     zero, one = torch.zeros(2), torch.ones(2)
     assert cosine(zero, zero) == 1 and cosine(zero, one) == 0
     assert relative_l2(zero, zero) == 0 and relative_l2(one, zero) == math.inf

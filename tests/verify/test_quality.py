@@ -1,4 +1,4 @@
-"""The quality table on short runs of the demo: what it measures, and that it would see a loss."""
+"""The quality table on short runs of the demo: its measurements, and that it detects a loss."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def short_quality(jobs: int = 1) -> Quality:
 
 
 def test_every_scheme_and_every_recipe_has_a_row() -> None:
-    given = [case.options for case in default_cases()]
-    assert {o["scheme"] for o in given if "scheme" in o} == set(SCHEMES) - {"bf16"}
-    assert {o["recipe"] for o in given if "recipe" in o} == set(recipe_names()) - {"default"}
-    assert sum("step_policy" in o for o in given) >= 2
+    options = [case.options for case in default_cases()]
+    assert {o["scheme"] for o in options if "scheme" in o} == set(SCHEMES) - {"bf16"}
+    assert {o["recipe"] for o in options if "recipe" in o} == set(recipe_names()) - {"default"}
+    assert sum("step_policy" in o for o in options) >= 2
     assert {c.name: c.most_lost for c in default_cases() if c.most_lost is not None} == {
         "int8": 2,
         "int8_block": 2,
@@ -82,7 +82,7 @@ def test_choose() -> None:
 # ---- a short measurement ------------------------------------------------------------------------
 
 
-def test_more_bits_are_nearer() -> None:
+def test_more_bits_have_smaller_errors() -> None:
     base, mxfp8, mxfp4 = short_quality().rows
     assert [base.name, mxfp8.name, mxfp4.name] == ["bf16", "mxfp8", "mxfp4"]
     assert (base.bits, mxfp8.bits, mxfp4.bits) == (16, 8.25, 4.25)
@@ -99,7 +99,7 @@ def test_more_bits_are_nearer() -> None:
         assert 0.5 < row.per_step["cosine"][-1] < row.per_step["cosine"][0] <= 1
 
 
-def test_two_threads_find_what_one_finds() -> None:
+def test_two_threads_measure_the_same_as_one() -> None:
     assert short_quality(jobs=2) == short_quality()
 
 
@@ -108,44 +108,44 @@ def test_table_and_json() -> None:
     lines = quality.table().splitlines()
     assert len(lines) == 2 + 3 and len({line.count("|") for line in lines}) == 1
     assert "right of 2" in lines[0] and lines[3].startswith("| mxfp8 | 8.25 |")
-    told = json.loads(json.dumps(quality.as_dict()))
-    found = told["cases"][1]
-    assert found["layer_sqnr"]["layers"][found["layer_sqnr"]["worst_layer"]] == found["layer_sqnr"]["worst"]
-    assert told["videos"] == 2 and len(found["steps"]["cosine"]) == 3
-    assert found["steps"]["worst_cosine"] <= min(found["steps"]["cosine"])
+    data = json.loads(json.dumps(quality.as_dict()))
+    case = data["cases"][1]
+    assert case["layer_sqnr"]["layers"][case["layer_sqnr"]["worst_layer"]] == case["layer_sqnr"]["worst"]
+    assert data["videos"] == 2 and len(case["steps"]["cosine"]) == 3
+    assert case["steps"]["worst_cosine"] <= min(case["steps"]["cosine"])
 
 
-def test_the_same_weights_are_run_once() -> None:
-    """The two recipes differ in the attention alone, which is in BF16 here."""
-    told: list[str] = []
+def test_equal_cases_are_run_once() -> None:
+    """The two recipes differ only in attention, which is BF16 here."""
+    reported: list[str] = []
     same = choose_cases(["ascend-w4a4", "ascend-w4a4f4"])
     fields = {**SHORT, "num_inference_steps": 1}
-    quality = measure_quality("demo", same, pick(1), [0], on_video=lambda c, _: told.append(c), **fields)
-    assert told == ["bf16", "ascend-w4a4"]
+    quality = measure_quality("demo", same, pick(1), [0], on_video=lambda c, _: reported.append(c), **fields)
+    assert reported == ["bf16", "ascend-w4a4"]
     assert [row.name for row in quality.rows] == ["bf16", "ascend-w4a4", "ascend-w4a4f4"]
     assert quality.rows[2] == replace(quality.rows[1], name="ascend-w4a4f4", options=same[1].options)
 
 
-def test_a_policy_or_a_weight_makes_another_mark() -> None:
+def test_the_fingerprint_depends_on_policy_and_weights() -> None:
     one = fingerprint(demo("mxfp4"))
     assert one == fingerprint(ascendit.load("demo", dtype="bfloat16", scheme="mxfp4"))
     other = ascendit.load("demo", dtype="bfloat16", scheme="mxfp4", step_policy="0:w4a8")
-    kept = ascendit.load("demo", dtype="bfloat16", scheme="mxfp4", keep=["blocks.7.ffn.net.2"])
-    assert len({one, fingerprint(other), fingerprint(kept), fingerprint(demo())}) == 4
+    partial = ascendit.load("demo", dtype="bfloat16", scheme="mxfp4", keep=["blocks.7.ffn.net.2"])
+    assert len({one, fingerprint(other), fingerprint(partial), fingerprint(demo())}) == 4
 
 
-def test_every_video_is_told_and_a_stop_is_heard() -> None:
-    told: list[tuple[str, bool]] = []
+def test_every_video_is_reported_and_a_cancellation_stops() -> None:
+    reported: list[tuple[str, bool]] = []
     stop = threading.Event()
 
     def on_video(case: str, right: bool) -> None:
-        told.append((case, right))
+        reported.append((case, right))
         assert threading.current_thread() is threading.main_thread()
         stop.set()
 
     with pytest.raises(Cancelled):
         measure_quality("demo", choose_cases(["int8"]), pick(2), [0], cancel=stop, on_video=on_video, **SHORT)
-    assert [case for case, _ in told] == ["bf16"]
+    assert [case for case, _ in reported] == ["bf16"]
 
 
 def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
@@ -158,65 +158,65 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
 # ---- one video ----------------------------------------------------------------------------------
 
 
-def test_trace_has_what_each_step_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    left: list[torch.Tensor] = []
+def test_trace_has_the_latents_of_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    latents: list[torch.Tensor] = []
     make = solver.make_solver
 
-    def spied(request: Any) -> Any:
-        made = make(request)
-        step = made.step
+    def make_recorded(request: Any) -> Any:
+        recorded = make(request)
+        step = recorded.step
 
-        def stepped(*given: Any) -> torch.Tensor:
-            left.append(step(*given))
-            return left[-1]
+        def record(*args: Any) -> torch.Tensor:
+            latents.append(step(*args))
+            return latents[-1]
 
-        made.step = stepped  # type: ignore[assignment]
-        return made
+        recorded.step = record  # type: ignore[assignment]
+        return recorded
 
-    monkeypatch.setattr(generate, "make_solver", spied)
+    monkeypatch.setattr(generate, "make_solver", make_recorded)
     request = demo().request(PROMPT, seed=3, **SHORT)
-    found = trace(demo(), request)
-    assert torch.equal(found.latents, torch.cat(left))
-    assert np.array_equal(found.frames, demo().run(request).frames)
+    traced = trace(demo(), request)
+    assert torch.equal(traced.latents, torch.cat(latents))
+    assert np.array_equal(traced.frames, demo().run(request).frames)
     assert not any(expert._forward_pre_hooks for expert in demo().experts.values())
 
 
-def test_numbers_that_are_not_finite_are_a_wrong_video() -> None:
+def test_a_video_that_is_not_finite_is_wrong() -> None:
     pipe = ascendit.load("demo", dtype="bfloat16")
     pipe.transformer.proj_out.weight.data.fill_(float("nan"))
-    found = trace(pipe, pipe.request(PROMPT, seed=3, **SHORT))
-    assert found.latents.shape[0] == 3 and bool(found.latents.isfinite().all())
-    assert not found.frames.any()
+    traced = trace(pipe, pipe.request(PROMPT, seed=3, **SHORT))
+    assert traced.latents.shape[0] == 3 and bool(traced.latents.isfinite().all())
+    assert not traced.frames.any()
 
 
 # ---- layers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("scheme", "rule"), [("int8", "amax"), ("mxfp8", "ceil"), ("mxfp4", "floor")])
-def test_a_layer_is_measured_as_written(scheme: str, rule: str) -> None:
+def test_the_sqnr_of_a_layer_equals_its_formula(scheme: str, rule: str) -> None:
     plain, pipe = demo(), demo(scheme)
     inputs = layer_inputs(plain, plain.request(PROMPT, seed=3, **SHORT))
-    found = layer_sqnr(plain, pipe, inputs)
+    measured = layer_sqnr(plain, pipe, inputs)
     x, w = inputs[f"transformer.{LAYER}"], plain.transformer.get_submodule(LAYER).weight
     y = x.double() @ w.double().t()  # type: ignore[operator]
-    coded = decode(encode(w, scheme)).double()  # type: ignore[arg-type]
-    tokens = decode(encode(x, scheme, scale_rule=rule)).double()
-    noise = (tokens @ coded.t() - y).square().sum()
-    assert found[f"transformer/{LAYER}"] == pytest.approx(
+    weight = decode(encode(w, scheme)).double()  # type: ignore[arg-type]
+    activation = decode(encode(x, scheme, scale_rule=rule)).double()
+    noise = (activation @ weight.t() - y).square().sum()
+    assert measured[f"transformer/{LAYER}"] == pytest.approx(
         float(10 * torch.log10(y.square().sum() / noise)), abs=0.15
     )
     assert x.shape == (512, 192) and float(x.float().std()) > 0.1
 
 
-def test_inputs_are_those_of_the_run() -> None:
-    """Each kept token of the first layer is one that the layer was given."""
+def test_layer_inputs_come_from_the_run() -> None:
+    """Every sampled row is one of the inputs of the layer."""
     request = demo().request(PROMPT, seed=3, **SHORT)
-    seen: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
     plain, weight = demo().transformer.ops, demo().transformer.get_submodule(LAYER).weight
 
     def linear(x: torch.Tensor, w: Any, b: Any = None) -> torch.Tensor:
         if w is weight:
-            seen.append(x.flatten(0, -2))
+            inputs.append(x.flatten(0, -2))
         return plain.linear(x, w, b)
 
     demo().transformer.ops = replace(plain, linear=linear)
@@ -224,12 +224,12 @@ def test_inputs_are_those_of_the_run() -> None:
         demo().run(request)
     finally:
         demo().transformer.ops = plain
-    kept = layer_inputs(demo(), request)[f"transformer.{LAYER}"]
-    given = {tuple(token) for token in torch.cat(seen).tolist()}
-    assert len(kept) == 512 and all(tuple(token) in given for token in kept.tolist())
+    sampled = layer_inputs(demo(), request)[f"transformer.{LAYER}"]
+    rows = {tuple(row) for row in torch.cat(inputs).tolist()}
+    assert len(sampled) == 512 and all(tuple(row) in rows for row in sampled.tolist())
 
 
-def test_bits_count_what_is_stored() -> None:
+def test_bits_per_weight_count_stored_tensors() -> None:
     weights = 8 * 192**2 + 2 * 192 * 448  # of one block
     scales = 8 * 192 + 448 + 192  # int8: one float32 for each row
     assert bits_per_weight(demo("int8")) == pytest.approx(8 + 32 * scales / weights)
@@ -259,7 +259,7 @@ def test_lost_won_and_the_limit() -> None:
     quality = Quality(model="m", device="cpu", prompts=6, seeds=(0,), rows=(base, good, bad))
     assert (good.lost(base), good.won(base), bad.lost(base), bad.won(base)) == (1, 1, 2, 0)
     assert good.allowed() == 1 and base.allowed() is None  # 2 of 192: of 6, rounded up
-    assert [(r.name, kept) for r, kept in quality.verdicts()] == [("x", True), ("y", False)]
+    assert [(r.name, passed) for r, passed in quality.verdicts()] == [("x", True), ("y", False)]
     assert good.cells(base)[1:] == [
         "8.25",
         "28.0 / 30.0",
@@ -272,5 +272,5 @@ def test_lost_won_and_the_limit() -> None:
     ]
 
 
-def test_the_base_is_plain() -> None:
+def test_the_base_has_no_options() -> None:
     assert BASE.options == {} and isinstance(BASE, QualityCase)

@@ -1,4 +1,4 @@
-"""The on-disk contract, once more as literal tables."""
+"""The on-disk format, compared with literal tables."""
 
 from __future__ import annotations
 
@@ -44,46 +44,49 @@ TABLE = {
 
 @pytest.mark.parametrize("scheme", TABLE)
 def test_tensors_of_a_layer(scheme: str) -> None:
-    def found(bias: bool = True, mul_scale: bool = False) -> list[tuple[str, str, tuple[int, ...]]]:
+    def specs_of(bias: bool = True, mul_scale: bool = False) -> list[tuple[str, str, tuple[int, ...]]]:
         specs = layer_specs("a.b", scheme, (6, 1040), bias=bias, mul_scale=mul_scale)
         return [(spec.name, spec.dtype, spec.shape) for spec in specs]
 
-    wanted = [(f"a.b.{role}", dtype, shape) for role, dtype, shape in TABLE[scheme]]
-    assert found() == wanted
-    assert found(bias=False) == wanted[:-1]
-    assert found(mul_scale=True) == [*wanted[:-1], ("a.b.mul_scale", "F32", (1040,)), wanted[-1]]
+    expected = [(f"a.b.{role}", dtype, shape) for role, dtype, shape in TABLE[scheme]]
+    assert specs_of() == expected
+    assert specs_of(bias=False) == expected[:-1]
+    assert specs_of(mul_scale=True) == [*expected[:-1], ("a.b.mul_scale", "F32", (1040,)), expected[-1]]
 
 
-def test_a_kept_layer_has_the_type_of_its_source() -> None:
+def test_an_excluded_layer_has_the_dtype_of_its_source() -> None:
     weight, bias = layer_specs("x", "bf16", (4, 8), bias=True, float_dtype="F16")
     assert (weight.dtype, bias.dtype) == ("F16", "F16")
 
 
-def test_order_is_that_of_the_model() -> None:
+def test_names_have_the_order_of_the_model() -> None:
     names = list(expected_tensors(CONFIG))
-    found = sort_names(reversed(names))
-    assert sorted(found) == sorted(names)
-    inside = [name for name in found if name.startswith("blocks.")]
+    sorted_names = sort_names(reversed(names))
+    assert sorted(sorted_names) == sorted(names)
+    inside = [name for name in sorted_names if name.startswith("blocks.")]
     assert inside == [name for name in names if name.startswith("blocks.")], "blocks 2 to 11 follow 1"
-    assert found[0] == "scale_shift_table" and found[-2:] == ["proj_out.weight", "proj_out.bias"]
-    assert found.index("patch_embedding.bias") < found.index("blocks.0.scale_shift_table")
+    assert sorted_names[0] == "scale_shift_table" and sorted_names[-2:] == [
+        "proj_out.weight",
+        "proj_out.bias",
+    ]
+    assert sorted_names.index("patch_embedding.bias") < sorted_names.index("blocks.0.scale_shift_table")
 
 
 @given(st.randoms(use_true_random=False))
-def test_order_hangs_on_the_names_alone(draw: random.Random) -> None:
+def test_the_order_depends_only_on_the_names(draw: random.Random) -> None:
     layer = "blocks.3.attn1.to_out.0"
     roles = [f"{layer}.{role}" for role in ROLES]
-    known = [*roles, "blocks.3.attn1.norm_q.weight", "blocks.3.attn1.q_rot", "blocks.3.attn1.k_rot"]
-    wanted = [
-        *known,
+    of_attention = [*roles, "blocks.3.attn1.norm_q.weight", "blocks.3.attn1.q_rot", "blocks.3.attn1.k_rot"]
+    expected = [
+        *of_attention,
         "blocks.3.attn2.to_q.weight",
         "blocks.3.attn1.fa3_q.scale",
         "blocks.10.norm2.bias",
         "zzz",
     ]
-    mixed = list(wanted)
+    mixed = list(expected)
     draw.shuffle(mixed)
-    assert sort_names(mixed) == wanted
+    assert sort_names(mixed) == expected
 
 
 def test_manifest() -> None:
@@ -100,13 +103,13 @@ def test_manifest() -> None:
         "blocks.0.attn1.fa3_q.scale",
         *(f"blocks.0.ffn.net.2.{r}" for r in ("weight", "weight_scale", "weight_dual_scale", "mul_scale")),
     ]
-    found = {
+    stored_types = {
         "blocks.0.attn1.fa3_q.scale": "FAQuant",
         "blocks.0.attn1.to_q.bias": "W8A8_DYNAMIC",
         "model_quant_type": "W4A4_MXFP4",
         "version": "1.0.0",
     }
-    manifest = manifest_for(layers, names, {"blocks.0.attn1.quant_type": "FP8_DYNAMIC"}, found)
+    manifest = manifest_for(layers, names, {"blocks.0.attn1.quant_type": "FP8_DYNAMIC"}, stored_types)
     assert list(manifest) == [*names, "blocks.0.attn1.quant_type", "version", "model_quant_type"]
     assert list(manifest.values()) == [
         "FLOAT",
@@ -122,7 +125,7 @@ def test_manifest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "wanted"),
+    ("layers", "expected"),
     [
         ({"blocks.10.ffn.net.2": "mxfp4", "blocks.9.ffn.net.2": "mxfp8"}, "W4A4_MXFP4"),
         ({"blocks.0.ffn.net.2": "mxfp8", "proj_out": "int8"}, "W8A8_MXFP8"),
@@ -130,15 +133,15 @@ def test_manifest() -> None:
         ({"blocks.0.ffn.net.2": "bf16"}, "FLOAT"),
     ],
 )
-def test_type_of_the_whole(layers: dict[str, str], wanted: str) -> None:
-    assert model_quant_type(layers) == wanted
+def test_quant_type_of_the_model(layers: dict[str, str], expected: str) -> None:
+    assert model_quant_type(layers) == expected
 
 
-# ---- marker -------------------------------------------------------------------------------------
+# ---- quantization_config ------------------------------------------------------------------------
 
 
-def all_in(scheme: str, *kept: str) -> dict[str, str]:
-    return {name: "bf16" if name in kept else scheme for name in block_linears(CONFIG)}
+def all_in(scheme: str, *excluded: str) -> dict[str, str]:
+    return {name: "bf16" if name in excluded else scheme for name in block_linears(CONFIG)}
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,7 @@ def all_in(scheme: str, *kept: str) -> dict[str, str]:
         ("mxfp4_dualscale", "is_checkpoint_serialized"),
     ],
 )
-def test_marker_of_one_scheme(scheme: str, key: str) -> None:
+def test_config_of_one_scheme(scheme: str, key: str) -> None:
     assert quantization_config_for(all_in(scheme)) == {
         "quant_method": scheme,
         key: True,
@@ -162,12 +165,12 @@ def test_marker_of_one_scheme(scheme: str, key: str) -> None:
     ]
 
 
-def test_marker_of_smoothed_layers() -> None:
+def test_config_of_smoothed_layers() -> None:
     layers = all_in("mxfp4", "blocks.0.ffn.net.2")
-    coded = [name for name, scheme in layers.items() if scheme == "mxfp4"]
-    assert (quantization_config_for(layers, coded) or {})["require_smooth_scale"] is True
-    assert "require_smooth_scale" not in (quantization_config_for(layers, coded[:-1]) or {})
-    assert "require_smooth_scale" not in (quantization_config_for(all_in("mxfp4_dualscale"), coded) or {})
+    smoothed = [name for name, scheme in layers.items() if scheme == "mxfp4"]
+    assert (quantization_config_for(layers, smoothed) or {})["require_smooth_scale"] is True
+    assert "require_smooth_scale" not in (quantization_config_for(layers, smoothed[:-1]) or {})
+    assert "require_smooth_scale" not in (quantization_config_for(all_in("mxfp4_dualscale"), smoothed) or {})
 
 
 @pytest.mark.parametrize(
@@ -180,16 +183,16 @@ def test_marker_of_smoothed_layers() -> None:
         (all_in("mxfp8"), ("blocks.0.ffn.net.2",)),
         (all_in("mxfp4", "blocks.0.ffn.net.2"), ("blocks.0.ffn.net.2",)),
     ],
-    ids=["fp8", "mixed", "embedder", "half of qkv", "smoothed mxfp8", "smoothed and kept"],
+    ids=["fp8", "mixed", "embedder", "half of qkv", "smoothed mxfp8", "smoothed and excluded"],
 )
-def test_what_the_marker_cannot_say(layers: dict[str, str], smoothed: tuple[str, ...]) -> None:
+def test_models_that_vllm_omni_cannot_describe(layers: dict[str, str], smoothed: tuple[str, ...]) -> None:
     assert quantization_config_for(layers, smoothed) == {"quant_method": "ascendit"}
 
 
-def test_floats_have_no_marker() -> None:
+def test_float_models_have_no_config() -> None:
     assert quantization_config_for(all_in("bf16")) is None
 
 
-def test_block_linears_are_known_by_name() -> None:
-    every = {name.removesuffix(".weight") for name in expected_tensors(CONFIG) if name.endswith(".weight")}
-    assert {name for name in every if is_block_linear(name)} == set(block_linears(CONFIG))
+def test_block_linears_are_recognised_by_name() -> None:
+    layers = {name.removesuffix(".weight") for name in expected_tensors(CONFIG) if name.endswith(".weight")}
+    assert {name for name in layers if is_block_linear(name)} == set(block_linears(CONFIG))

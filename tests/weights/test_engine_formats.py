@@ -1,4 +1,4 @@
-"""The format of each engine against the loaders of `engines.py`, and checkpoints that engines cannot load."""
+"""The format of each engine against the loaders in `engines.py`, and checkpoints that engines cannot load."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ REFUSED = {
 
 
 def problems(folder: Path, engine: str, blocks: int = 6) -> list[str]:
-    """What `engine` would stumble over."""
+    """Problems that `engine` would have with a folder."""
     if engine == "mindie":
         return [
-            p for place in exports.experts(folder).values() for p in engines.mindie_problems(place, blocks)
+            p for expert in exports.experts(folder).values() for p in engines.mindie_problems(expert, blocks)
         ]
-    look = engines.omni_problems if engine == "vllm-omni" else engines.sglang_problems
-    return [p for place in sorted(folder.glob("transformer*")) for p in look(place)]
+    load = engines.omni_problems if engine == "vllm-omni" else engines.sglang_problems
+    return [p for expert in sorted(folder.glob("transformer*")) for p in load(expert)]
 
 
 @pytest.mark.parametrize("canonical_first", [True, False], ids=["canonical", "export"])
@@ -43,8 +43,8 @@ def test_real_exports(source: Path, engine: str, canonical_first: bool, tmp_path
     if canonical_first:
         repack(source, tmp_path / "canonical")
     start = tmp_path / "canonical" if canonical_first else source
-    if why := REFUSED.get((source, engine)):
-        with pytest.raises(UsageError, match=why) as e:
+    if reason := REFUSED.get((source, engine)):
+        with pytest.raises(UsageError, match=reason) as e:
             repack(start, tmp_path / "out", engine=engine)
         assert e.value.code == "E-ENG-01"
         assert f"{engine} {ENGINES[engine].version} cannot run transformer" in e.value.got
@@ -55,67 +55,69 @@ def test_real_exports(source: Path, engine: str, canonical_first: bool, tmp_path
     assert problems(tmp_path / "out", engine, 6 if exports.CASCADE in source.name else 1) == []
 
 
-def test_the_loaders_see_what_is_wrong(tmp_path: Path) -> None:
+def test_the_loaders_detect_problems(tmp_path: Path) -> None:
     """Each loader rejects the canonical folder."""
     repack(exports.DUAL, tmp_path / "dual")
     repack(exports.INT8, tmp_path / "int8")
     repack(exports.MXFP4, tmp_path / "fp4")
-    found = problems(tmp_path / "dual", "vllm-omni")
-    assert "blocks.1.attn1.to_qkv/q.weight is [64, 32], not [64, 64]" in found
-    assert "blocks.1.ffn.net_2.mul_scale is missing" in found
+    detected = problems(tmp_path / "dual", "vllm-omni")
+    assert "blocks.1.attn1.to_qkv/q.weight is [64, 32], not [64, 64]" in detected
+    assert "blocks.1.ffn.net_2.mul_scale is missing" in detected
     assert "blocks.0.ffn.net_2.weight_offset is not read" in problems(tmp_path / "int8", "vllm-omni")
-    assert any("no scheme was found for blocks.0" in p for p in problems(tmp_path / "dual", "sglang"))
+    assert any("no scheme matches blocks.0" in p for p in problems(tmp_path / "dual", "sglang"))
     repack(exports.MXFP4, tmp_path / "mindie", engine="mindie")
     for file in (tmp_path / "mindie").glob("quant_*"):
         file.chmod(0o644)
     assert [p.rpartition(" has ")[2] for p in problems(tmp_path / "mindie", "mindie", 1)] == [
-        "too many rights"
+        "too many permissions"
     ] * 2
 
 
-# ---- recipes that no real export has ------------------------------------------------------------
+# ---- recipes without a real export --------------------------------------------------------------
 
 Change = Callable[[dict[str, Tensor], dict[str, Any]], None]
 
 
-def keep(*names: str) -> Change:
-    """Layers as BF16, as if they had been excluded."""
+def excluding(*names: str) -> Change:
+    """Convert layers to BF16, as if they had been excluded."""
 
-    def change(found: dict[str, Tensor], told: dict[str, Any]) -> None:
+    def change(tensors: dict[str, Tensor], types: dict[str, Any]) -> None:
         for name in names:
-            roles = {r: found.pop(f"{name}.{r}") for r in ("weight", "weight_scale")}
-            found[f"{name}.weight"] = exports.decoded(roles).bfloat16()
-            found[f"{name}.bias"] = found[f"{name}.bias"].bfloat16()
-            told[f"{name}.weight"] = "FLOAT"
-            del told[f"{name}.weight_scale"]
+            roles = {r: tensors.pop(f"{name}.{r}") for r in ("weight", "weight_scale")}
+            tensors[f"{name}.weight"] = exports.decoded(roles).bfloat16()
+            tensors[f"{name}.bias"] = tensors[f"{name}.bias"].bfloat16()
+            types[f"{name}.weight"] = "FLOAT"
+            del types[f"{name}.weight_scale"]
 
     return change
 
 
 def smooth(*, alike: bool = True, only: str = "") -> Change:
-    """Wrap every quantized layer as iter_smooth does; `alike`: Q, K and V share their factors."""
+    """Wrap every quantized layer like iter_smooth; `alike`: Q, K and V share their factors."""
 
-    def change(found: dict[str, Tensor], told: dict[str, Any]) -> None:
-        layers = [n.removesuffix(".weight_scale") for n in found if n.endswith(".weight_scale") and only in n]
+    def change(tensors: dict[str, Tensor], types: dict[str, Any]) -> None:
+        layers = [
+            n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale") and only in n
+        ]
         for index, layer in enumerate(sorted(layers)):
             columns = 256 if layer.endswith("ffn.2") else 128
             torch.manual_seed(0 if alike and "self_attn" in layer else index)
-            for name in [n for n in found if n.startswith(f"{layer}.")]:
+            for name in [n for n in tensors if n.startswith(f"{layer}.")]:
                 new = name.replace(layer, f"{layer}.linear")
-                found[new], told[new] = found.pop(name), told.pop(name)
-            found[f"{layer}.div.mul_scale"] = torch.rand(columns) + 0.5
-            told[f"{layer}.div.mul_scale"] = "FLOAT"
+                tensors[new], types[new] = tensors.pop(name), types.pop(name)
+            tensors[f"{layer}.div.mul_scale"] = torch.rand(columns) + 0.5
+            types[f"{layer}.div.mul_scale"] = "FLOAT"
 
     return change
 
 
-def test_kept_layers_for_vllm_omni(tmp_path: Path) -> None:
-    kept = [f"blocks.0.self_attn.{x}" for x in "qkvo"] + [
+def test_excluded_layers_for_vllm_omni(tmp_path: Path) -> None:
+    excluded = [f"blocks.0.self_attn.{x}" for x in "qkvo"] + [
         "blocks.0.cross_attn.k",
         "blocks.0.ffn.0",
         "blocks.0.ffn.2",
     ]
-    source = exports.changed(exports.MXFP8, tmp_path / "source", keep(*kept))
+    source = exports.changed(exports.MXFP8, tmp_path / "source", excluding(*excluded))
     repack(source, tmp_path / "out", engine="vllm-omni", check=True)
     assert problems(tmp_path / "out", "vllm-omni") == []
     config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_bytes())
@@ -148,21 +150,26 @@ def test_smoothed_layers(engine: str, tmp_path: Path) -> None:
 
 
 def test_smoothed_layers_for_sglang(tmp_path: Path) -> None:
-    """It reads `mul_scale` only where the manifest has the name before its own renaming as well."""
+    """It reads `mul_scale` only if the manifest also has the name before SGLang's renaming."""
     source = exports.changed(exports.MXFP4, tmp_path / "source", smooth())
     repack(source, tmp_path / "out", engine="sglang")
     assert problems(tmp_path / "out", "sglang") == []
-    told = exports.manifest(tmp_path / "out" / "transformer")
-    assert told["blocks.0.ffn.net.2.mul_scale"] == told["blocks.0.ffn.net.2.div.mul_scale"] == "FLOAT"
-    assert list(told)[-1] == "model_quant_type"
+    types = exports.manifest(tmp_path / "out" / "transformer")
+    assert types["blocks.0.ffn.net.2.mul_scale"] == types["blocks.0.ffn.net.2.div.mul_scale"] == "FLOAT"
+    assert list(types)[-1] == "model_quant_type"
     repack(tmp_path / "out", tmp_path / "again", check=True)
 
 
 @pytest.mark.parametrize(
-    ("export", "change", "engine", "why"),
+    ("export", "change", "engine", "reason"),
     [
-        (exports.MXFP8, keep("blocks.0.ffn.0"), "sglang", "excluded layers of a block under other names"),
-        (exports.MXFP8, keep("blocks.0.self_attn.q"), "vllm-omni", "only some of them are quantized"),
+        (
+            exports.MXFP8,
+            excluding("blocks.0.ffn.0"),
+            "sglang",
+            "excluded layers of a block under other names",
+        ),
+        (exports.MXFP8, excluding("blocks.0.self_attn.q"), "vllm-omni", "only some of them are quantized"),
         (exports.MXFP8, smooth(), "vllm-omni", "it silently ignores mul_scale in layers that are not MXFP4"),
         (exports.MXFP8, smooth(), "sglang", "it reads mul_scale only in mxfp4 layers"),
         (
@@ -187,22 +194,22 @@ def test_smoothed_layers_for_sglang(tmp_path: Path) -> None:
     ],
 )
 def test_recipes_that_an_engine_cannot_load(
-    export: Path, change: Change, engine: str, why: str, tmp_path: Path
+    export: Path, change: Change, engine: str, reason: str, tmp_path: Path
 ) -> None:
     source = exports.changed(export, tmp_path / "source", change)
-    with pytest.raises(UsageError, match=why) as e:
+    with pytest.raises(UsageError, match=reason) as e:
         repack(source, tmp_path / "out", engine=engine)
     assert e.value.code == "E-ENG-01" and not (tmp_path / "out").exists()
 
 
 def test_two_schemes_in_one_model(tmp_path: Path) -> None:
-    """As the vendor's W4A4 recipes: vLLM-Omni has one method for a file, the others go layer by layer."""
+    """As in the vendor's W4A4 recipes: vLLM-Omni has one method per file, the others one per layer."""
 
-    def mix(found: dict[str, Tensor], told: dict[str, Any]) -> None:
+    def mix(tensors: dict[str, Tensor], types: dict[str, Any]) -> None:
         other, others = exports.tensors(exports.MXFP8), exports.manifest(exports.MXFP8)
         for role in ("weight", "weight_scale", "bias"):
             name = f"blocks.0.ffn.0.{role}"
-            found[name], told[name] = other[name], others[name]
+            tensors[name], types[name] = other[name], others[name]
 
     source = exports.changed(exports.MXFP4, tmp_path / "source", mix)
     repack(source, tmp_path / "canonical", check=True)
@@ -216,7 +223,7 @@ def test_two_schemes_in_one_model(tmp_path: Path) -> None:
     assert "(mxfp4, mxfp8)" in e.value.got
 
 
-def test_nothing_quantized_is_nothing_for_mindie(tmp_path: Path) -> None:
+def test_mindie_refuses_a_model_that_is_not_quantized(tmp_path: Path) -> None:
     source = exports.EXPORTS.parent / "source_models" / exports.SINGLE
     with pytest.raises(UsageError, match=r"\(no quantized layer\): it reads only quantized models"):
         repack(source, tmp_path / "out", engine="mindie")
@@ -234,8 +241,8 @@ def test_nothing_quantized_is_nothing_for_mindie(tmp_path: Path) -> None:
     ],
 )
 def test_traits(layers: dict[str, str], trait: str) -> None:
-    found = traits_of(layers, dict.fromkeys(layers, (64, 96 if "odd" in trait else 128)), {})
-    assert found - {*layers.values(), "float_block_linears"} == {trait}
+    traits = traits_of(layers, dict.fromkeys(layers, (64, 96 if "odd" in trait else 128)), {})
+    assert traits - {*layers.values(), "float_block_linears"} == {trait}
     plain = traits_of({"blocks.0.ffn.net.2": "mxfp8"}, {"blocks.0.ffn.net.2": (64, 128)}, {})
     assert plain == {"mxfp8"}
     check_engine("sglang", plain, "transformer")
@@ -255,7 +262,7 @@ def test_target_formats() -> None:
         target_format(None, "comfy")
 
 
-def test_kind_and_config_of_the_original() -> None:
+def test_model_kind_and_wan_config() -> None:
     common = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
     config = {**common, "in_channels": 36, "out_channels": 16, "freq_dim": 256, "image_dim": None}
     assert model_kind(config) == "i2v"

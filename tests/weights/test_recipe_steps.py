@@ -1,4 +1,4 @@
-"""What reaches the file is what `mx.encode` makes of the whole weight, whatever the scheme and the rule."""
+"""The file has the result of `mx.encode` of the complete weight, for every scheme and rule."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RULES = [
 
 
 class Late(ShardWriter):
-    """Takes its time, so that codes wait while the next rows are encoded."""
+    """Writes slowly, so that qdata waits while the next rows are encoded."""
 
     def append(self, name, data):
         time.sleep(0.0005)
@@ -41,13 +41,13 @@ def test_every_rule(tmp_path, monkeypatch, scheme, rule, dtype):
     monkeypatch.setattr("ascendit.convert.expert_folder.ShardWriter", Late)
     folder = write_transformer(tmp_path / "model", dtype=dtype, num_layers=1)
     quantize(folder, tmp_path / "out", scheme=scheme, scale_rule=rule)
-    found, compared = read(tmp_path / "out" / "transformer"), 0
+    written, compared = read(tmp_path / "out" / "transformer"), 0
     for name, weight in tensors(CONFIG | {"num_layers": 1}, dtype=dtype).items():
-        if f"{name}_scale" in found:
+        if f"{name}_scale" in written:
             encoded = mx.encode(weight, SCHEMES[scheme].weight, scale_rule=rule)
-            assert same(found[name], encoded.qdata) and same(found[f"{name}_scale"], encoded.scale)
+            assert same(written[name], encoded.qdata) and same(written[f"{name}_scale"], encoded.scale)
             if encoded.dual_scale is not None:
-                assert same(found[f"{name}_dual_scale"], encoded.dual_scale)
+                assert same(written[f"{name}_dual_scale"], encoded.dual_scale)
             compared += 1
     assert compared == 10
 
@@ -56,7 +56,7 @@ def test_every_rule(tmp_path, monkeypatch, scheme, rule, dtype):
 def test_without_a_compiler_the_folder_is_the_same(tmp_path: Path, monkeypatch, scheme: str) -> None:
     folder = write_transformer(tmp_path / "model")
     quantize(folder, tmp_path / "a", scheme=scheme)
-    encoders.take("pytorch", monkeypatch)
+    encoders.use("pytorch", monkeypatch)
     quantize(folder, tmp_path / "b", scheme=scheme, report=True)
     encoders.forget()
     ours, theirs = read(tmp_path / "a" / "transformer"), read(tmp_path / "b" / "transformer")

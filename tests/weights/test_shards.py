@@ -1,4 +1,4 @@
-"""Loading one rank's part: equal to slicing what was loaded whole, and no other byte of a weight is read."""
+"""Loading one rank's shards equals slicing the complete model, and reads no other byte of a weight."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ascendit.weights.shards import LayerShards, cut_steps, shard_of
 from ascendit.weights.tensor_steps import run_steps
 
 WIDTH, HIDDEN = 64, 1216
-"""Channels, and those inside a feed-forward: two groups of 512 and one of 192."""
+"""Channels of the model, and of a feed-forward layer: two groups of 512 and one of 192."""
 UP, DOWN, QKV = "blocks.0.ffn.net.0.proj", "blocks.0.ffn.net.2", "blocks.0.attn1.to_"
 ROWS = {UP: ShardSpec(0, 300, 500)} | {f"{QKV}{x}": ShardSpec(0, 32, 32) for x in "qkv"}
 ROWS |= {f"blocks.0.attn1.norm_{x}": ShardSpec(0, 32, 32) for x in "qk"}
@@ -69,9 +69,9 @@ class Reads:
         self.count, real = 0, os.preadv
 
         def counted(*args: Any) -> int:
-            got = real(*args)
-            self.count += got
-            return got
+            count = real(*args)
+            self.count += count
+            return count
 
         monkeypatch.setattr(os, "preadv", counted)
 
@@ -80,34 +80,34 @@ class Reads:
         return load().state_dict(), self.count
 
 
-def cut(name: str, whole: Tensor, shards: dict[str, ShardSpec]) -> Tensor:
-    """The part of a tensor, by the rules of its role."""
+def cut(name: str, tensor: Tensor, shards: dict[str, ShardSpec]) -> Tensor:
+    """The shard of a tensor, by the rules of its role."""
     layer, _, role = name.rpartition(".")
     if layer not in shards:
-        return whole
+        return tensor
     start, count = shards[layer].start, shards[layer].count
     assert count is not None
     stop = start + count
-    if role == "weight_scale" and len(whole) < WIDTH:  # one per 128 x 128
+    if role == "weight_scale" and len(tensor) < WIDTH:  # one per 128 x 128
         tiles = slice(start // 128, -(-stop // 128))
-        return whole[tiles] if shards[layer].axis == 0 else whole[:, tiles]
+        return tensor[tiles] if shards[layer].axis == 0 else tensor[:, tiles]
     if shards[layer].axis == 0:
-        return whole if role == "mul_scale" else whole[start:stop]
+        return tensor if role == "mul_scale" else tensor[start:stop]
     if role == "mul_scale":
-        return whole[start:stop]
-    if role in ("bias", "weight_offset") or (role == "weight_scale" and whole.shape[1] == 1):
-        return whole
-    unit = {"weight": HIDDEN // whole.shape[1], "weight_scale": 32, "weight_dual_scale": 512}[role]
-    return whole[:, start // unit : -(-stop // unit)]
+        return tensor[start:stop]
+    if role in ("bias", "weight_offset") or (role == "weight_scale" and tensor.shape[1] == 1):
+        return tensor
+    unit = {"weight": HIDDEN // tensor.shape[1], "weight_scale": 32, "weight_dual_scale": 512}[role]
+    return tensor[:, start // unit : -(-stop // unit)]
 
 
 def model_of(recipe: RecipeSteps, shards: LayerShards) -> WanTransformer:
-    """As `load_expert`, of a recipe that folds LoRA files too."""
+    """Like `load_expert`, for a recipe that folds LoRA files."""
     expert, ops = recipe.applied.expert, bind("cpu")
     with torch.device("meta"):
         model = WanTransformer(WanConfig.from_dict(expert.config), ops)
-    whole = applied_layers(recipe.applied)
-    layers = {name: sharded(layer, shard_of(shards, name)) for name, layer in whole.items()}
+    layers_of_recipe = applied_layers(recipe.applied)
+    layers = {name: sharded(layer, shard_of(shards, name)) for name, layer in layers_of_recipe.items()}
     schemes = {name: layer.scheme for name, layer in layers.items()}
     steps = cut_steps(recipe.plan(), expert, schemes, shards)
     with RowReader() as reader:
@@ -119,24 +119,24 @@ def model_of(recipe: RecipeSteps, shards: LayerShards) -> WanTransformer:
 
 
 def check(load: Any, monkeypatch: pytest.MonkeyPatch, shards: dict[str, ShardSpec]) -> tuple[int, int]:
-    """Compare; return what was read, of the whole and of the part."""
+    """Compare; return the bytes read for the complete model and for the shards."""
     reads = Reads(monkeypatch)
-    whole, all_bytes = reads.of(load)
-    part, part_bytes = reads.of(lambda: load(shards=shards))
-    assert part.keys() == whole.keys()
-    for name, tensor in whole.items():
-        assert same(part[name], cut(name, tensor, shards)), name
-    return all_bytes, part_bytes
+    tensors, total_bytes = reads.of(load)
+    shard_tensors, shard_bytes = reads.of(lambda: load(shards=shards))
+    assert shard_tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert same(shard_tensors[name], cut(name, tensor, shards)), name
+    return total_bytes, shard_bytes
 
 
-def spared(expert: Expert, shards: dict[str, ShardSpec]) -> int:
-    """Bytes on disk outside the part; a `mul_scale` is checked whole, and read once."""
+def unread_bytes(expert: Expert, shards: dict[str, ShardSpec]) -> int:
+    """Bytes on disk outside the shards; a `mul_scale` is read and checked completely."""
     count = 0
     for name, info in expert.tensors.items():
         if name.endswith(".mul_scale"):
             continue
-        whole = torch.empty(info.shape, dtype=torch.uint8)
-        count += info.nbytes - info.nbytes * cut(name, whole, shards).numel() // whole.numel()
+        placeholder = torch.empty(info.shape, dtype=torch.uint8)
+        count += info.nbytes - info.nbytes * cut(name, placeholder, shards).numel() // placeholder.numel()
     return count
 
 
@@ -145,7 +145,7 @@ def spared(expert: Expert, shards: dict[str, ShardSpec]) -> int:
     ("scheme", "engine"),
     [*((s, None) for s in ("bf16", *QUANTIZED)), *((s, "vllm-omni") for s in FP4)],
 )
-def test_stored_codes(
+def test_stored_schemes(
     scheme: str,
     engine: str | None,
     shards: dict[str, ShardSpec],
@@ -154,7 +154,7 @@ def test_stored_codes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In both containers of FP4, and with a `mul_scale` where the engine takes one."""
+    """For both packings of FP4, and with `mul_scale` where the engine reads it."""
     shards = TILE_ROWS if SCHEMES[scheme].tile and shards is ROWS else shards
     folder = floats
     if scheme != "bf16":
@@ -165,14 +165,14 @@ def test_stored_codes(
     def load(**kw: Any) -> Any:
         return load_expert(expert, None, bind("cpu"), **kw)
 
-    whole, part = check(load, monkeypatch, shards)
-    assert whole - part == spared(expert, shards)
+    total_bytes, shard_bytes = check(load, monkeypatch, shards)
+    assert total_bytes - shard_bytes == unread_bytes(expert, shards)
 
 
 @pytest.mark.parametrize("shards", [ROWS, COLUMNS], ids=["rows", "columns"])
 @pytest.mark.parametrize("scheme", QUANTIZED)
 @pytest.mark.parametrize("changed", [False, True], ids=["plain", "folded and smoothed"])
-def test_encoded_while_it_is_read(
+def test_encoded_during_loading(
     scheme: str,
     shards: dict[str, ShardSpec],
     changed: bool,
@@ -181,7 +181,7 @@ def test_encoded_while_it_is_read(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A scale for each row needs whole rows: columns of int8 and fp8 are read whole."""
+    """A scale per row needs complete rows: for columns of int8 and fp8 all bytes are read."""
     monkeypatch.setattr("ascendit.weights.recipe_steps.BLOCK_BYTES", 100 * 2 * WIDTH)
     shards = TILE_ROWS if SCHEMES[scheme].tile and shards is ROWS else shards
     expert = expert_in(floats)
@@ -203,14 +203,14 @@ def test_encoded_while_it_is_read(
             return load_expert(expert, applied, bind("cpu"), shards=shards or {})
         return model_of(RecipeSteps(applied, folds=folds), shards or {})
 
-    whole, part = check(load, monkeypatch, shards)
+    total_bytes, shard_bytes = check(load, monkeypatch, shards)
     by_rows = shards is COLUMNS and not (SCHEMES[scheme].block or SCHEMES[scheme].tile)
-    assert whole - part == (0 if by_rows else spared(expert, shards))
+    assert total_bytes - shard_bytes == (0 if by_rows else unread_bytes(expert, shards))
 
 
 @pytest.mark.parametrize("scheme", ["mxfp8", "int8"])
-def test_floats_beside_codes(scheme: str, floats: Path, smoothing: dict[str, Tensor]) -> None:
-    """For steps in BF16: the part of the weight before smoothing."""
+def test_floats_of_quantized_layers(scheme: str, floats: Path, smoothing: dict[str, Tensor]) -> None:
+    """For steps in BF16: the shard of the weight before smoothing."""
     expert, stored = expert_in(floats), load_file(floats / "diffusion_pytorch_model.safetensors")
     applied = apply_recipe(expert, load_recipe("default", scheme), "t2v", smoothing=smoothing)
     shards = {UP: ROWS[UP]} | COLUMNS
@@ -223,31 +223,31 @@ def test_floats_beside_codes(scheme: str, floats: Path, smoothing: dict[str, Ten
         assert bias is not None and same(bias, cut(f"{name}.bias", stored[f"{name}.bias"], shards))
 
 
-def test_the_parts_compute_the_whole(floats: Path) -> None:
-    """Rows are pieces of the output, columns add up to it; the bias is in each part."""
+def test_the_shards_compute_the_complete_output(floats: Path) -> None:
+    """Row shards give slices of the output, column shards sums; the bias is in each shard."""
     expert = expert_in(floats)
     applied = apply_recipe(expert, load_recipe("default", "mxfp8"), "t2v")
-    whole = load_expert(expert, applied, bind("cpu"))
+    complete = load_expert(expert, applied, bind("cpu"))
     x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
-    wanted, total = whole.get_submodule(DOWN)(x).float(), torch.zeros(5, WIDTH)
+    expected, total = complete.get_submodule(DOWN)(x).float(), torch.zeros(5, WIDTH)
     for start, count in ((0, 608), (608, 608)):
         model = load_expert(expert, applied, bind("cpu"), shards={DOWN: ShardSpec(1, start, count)})
         module: Any = model.get_submodule(DOWN)
         assert (module.in_features, module.out_features) == (count, WIDTH)
         total += module(x[:, start : start + count]).float() - module.bias
-    assert torch.allclose(total + module.bias, wanted, atol=2e-2)
+    assert torch.allclose(total + module.bias, expected, atol=2e-2)
     model = load_expert(expert, applied, bind("cpu"), shards=lambda name: ROWS.get(name, ShardSpec()))
     module = model.get_submodule(UP)
     assert (module.in_features, module.out_features) == (WIDTH, 500)
     y = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert torch.equal(module(y), whole.get_submodule(UP)(y)[:, 300:800])
+    assert torch.equal(module(y), complete.get_submodule(UP)(y)[:, 300:800])
 
 
 @pytest.mark.parametrize("shards", [{DOWN: ShardSpec(1, 192, 320)}, {DOWN: ShardSpec(0, 30, 20)}])
 def test_fp8_in_tiles(
     shards: dict[str, ShardSpec], floats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They become BF16, which may be divided anywhere, stored or quantized on the way."""
+    """They become BF16, which can be divided anywhere, stored or quantized during loading."""
     source = tmp_path / "model"
     repack(floats, tmp_path / "whole")
     (tmp_path / "whole" / "transformer").rename(source)
@@ -265,10 +265,10 @@ def test_fp8_in_tiles(
 
 
 @pytest.mark.parametrize(
-    ("scheme", "shard", "words"),
+    ("scheme", "shard", "message"),
     [
-        ("mxfp8", ShardSpec(1, 16, 608), "columns 0 to 1216, in complete blocks of 32"),
-        ("mxfp4_dualscale", ShardSpec(1, 512, 512 + 32), "columns 0 to 1216, in complete blocks of 512"),
+        ("mxfp8", ShardSpec(1, 16, 608), "blocks of 32, of which it has 38"),
+        ("mxfp4_dualscale", ShardSpec(1, 512, 512 + 32), "blocks of 512, of which it has 3"),
         ("mxfp4", ShardSpec(1, 1216, 32), "columns 0 to 1216"),
         ("int8", ShardSpec(0, 60, 32), "rows 0 to 64"),
         ("int8_block", ShardSpec(0, 32, 32), "rows 0 to 64, in complete blocks of 128"),
@@ -276,9 +276,9 @@ def test_fp8_in_tiles(
         ("bf16", ShardSpec(0, 3, 0), "rows 0 to 64"),
     ],
 )
-def test_parts_that_a_layer_does_not_have(scheme: str, shard: ShardSpec, words: str, floats: Path) -> None:
+def test_invalid_shards_of_a_layer(scheme: str, shard: ShardSpec, message: str, floats: Path) -> None:
     expert = expert_in(floats)
     applied = None if scheme == "bf16" else apply_recipe(expert, load_recipe("default", scheme), "t2v")
-    with pytest.raises(UsageError, match=words) as e:
+    with pytest.raises(UsageError, match=message) as e:
         load_expert(expert, applied, bind("cpu"), shards={DOWN: shard})
     assert e.value.code == "E-USE-05" and DOWN in e.value.got

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from behaviour.sources import TINY
-from behaviour.values import ENGINES, RECIPES, RULES, SCHEMES, Place, Records, folder, made, told
+from behaviour.values import ENGINES, RECIPES, RULES, SCHEMES, Context, Records, cli_outcome, folder, written
 
 
-def quantize(place: Place) -> Records:
-    """Folders of every scheme, recipe, engine and scale rule: of the demo, tiny models, exports' sources."""
+def quantize(context: Context) -> Records:
+    """Folders of every scheme, recipe, engine and scale rule, from the demo, tiny models and Wan models."""
     import ascendit
 
-    s, toml = place.sources, str(place.sources / "mixed.toml")
+    s, toml = context.sources, str(context.sources / "mixed.toml")
     cases: dict[str, tuple[Any, dict[str, Any]]] = {}
     for scheme in SCHEMES:
         for engine in (None, *ENGINES):
@@ -29,9 +29,9 @@ def quantize(place: Place) -> Records:
                 model,
                 options | {"engine": "mindie"},
             )
-    for form, rules in RULES.items():
-        for rule in rules[1:] if form in SCHEMES else ():
-            cases[f"rule {form} {rule}"] = s / "wan_t2v_d64_l6", {"scheme": form, "scale_rule": rule}
+    for fmt, rules in RULES.items():
+        for rule in rules[1:] if fmt in SCHEMES else ():
+            cases[f"rule {fmt} {rule}"] = s / "wan_t2v_d64_l6", {"scheme": fmt, "scale_rule": rule}
     small = s / "t2v_cascade"
     cases |= {
         "keep": (small, {"scheme": "mxfp8", "keep": ["blocks.0.*", "*.to_out.0", "blocks.1.ffn.2"]}),
@@ -39,34 +39,34 @@ def quantize(place: Place) -> Records:
         "copy": (small, {"scheme": "int8", "copy": True, "report": True}),
     }
     for case, (model, options) in cases.items():
-        yield from made(f"quantize/{case}", place, ascendit.quantize, model, **options)
-    words = ("quantize", "demo", "--scheme", "mxfp4_dualscale", "--report", "--hash")
-    yield from told("quantize/report", place, *words, "-o", "report")
+        yield from written(f"quantize/{case}", context, ascendit.quantize, model, **options)
+    args = ("quantize", "demo", "--scheme", "mxfp4_dualscale", "--report", "--hash")
+    yield from cli_outcome("quantize/report", context, *args, "-o", "report")
     smooth = ("--calibrate", 1, "--alpha", 0.8, "--set", "num_inference_steps=2")
-    yield from told("quantize/calibrated", place, *words, *smooth, "-o", "smooth")
-    yield from folder("quantize/calibrated", place.work / "smooth", place)
+    yield from cli_outcome("quantize/calibrated", context, *args, *smooth, "-o", "smooth")
+    yield from folder("quantize/calibrated", context.work / "smooth", context)
 
 
-def lora(place: Place) -> Records:
-    """LoRA files of every spelling folded in, alone, weighted, together and into one expert."""
+def lora(context: Context) -> Records:
+    """LoRA files of every name style merged: alone, weighted, together and into one expert."""
     import ascendit
 
-    files = {f.stem: str(f) for f in sorted((place.sources / "lora").glob("*.safetensors"))}
+    files = {f.stem: str(f) for f in sorted((context.sources / "lora").glob("*.safetensors"))}
     cases = {name: [f"{file}:0.7"] for name, file in files.items()}
     cases["all"] = [files[name] for name in ("comfyui", "kohya", "diffusers", "lokr")]
     cases["each"] = [f"high={files['kohya']}", f"low={files['loha']}:-0.5"]
     for name, loras in cases.items():
         for scheme in ("mxfp8", "bf16") if name == "all" else ("int8",):
             key = f"lora/{name} {scheme}"
-            yield from made(key, place, ascendit.quantize, "demo", scheme=scheme, loras=loras)
+            yield from written(key, context, ascendit.quantize, "demo", scheme=scheme, loras=loras)
 
 
-def repack(place: Place) -> Records:
+def repack(context: Context) -> Records:
     """Exports, floats and quantized folders into every layout, and back into Diffusers'."""
     import ascendit
 
-    s, ways = place.sources, {"diffusers": {"to": "diffusers"}, "wan": {"to": "wan"}}
-    targets: dict[str, dict[str, Any]] = {**ways, **{engine: {"engine": engine} for engine in ENGINES}}
+    s, layouts = context.sources, {"diffusers": {"to": "diffusers"}, "wan": {"to": "wan"}}
+    targets: dict[str, dict[str, Any]] = {**layouts, **{engine: {"engine": engine} for engine in ENGINES}}
     sources: dict[str, tuple[Any, Any]] = {
         export.name: (export, None) for export in sorted(s.glob("export_*"))
     }
@@ -75,27 +75,29 @@ def repack(place: Place) -> Records:
     sources["demo"] = "demo", "demo"
     for model, schemes in (("t2v_cascade", SCHEMES), ("demo", ("mxfp4", "int8"))):
         for scheme in schemes:
-            source, new = s / model if model != "demo" else model, place.work / f"from_{model}_{scheme}"
+            source, new = s / model if model != "demo" else model, context.work / f"from_{model}_{scheme}"
             ascendit.quantize(source, new, scheme=scheme)
             sources[f"{model} {scheme}"] = new, source
     for name, (source, base) in sources.items():
         for target, options in targets.items():
             key = f"repack/{name} to {target}"
-            yield from made(key, place, ascendit.repack, source, check=True, **options)
-            written = place.work / key.replace("/", "_")
-            if written.is_dir() and target != "diffusers":
-                yield from made(f"{key} and back", place, ascendit.repack, written, base=base)
-    whole = a_base(place, place.work / "repack_wan_t2v_d64_l6 to diffusers")
+            yield from written(key, context, ascendit.repack, source, check=True, **options)
+            folder_of_key = context.work / key.replace("/", "_")
+            if folder_of_key.is_dir() and target != "diffusers":
+                yield from written(f"{key} and back", context, ascendit.repack, folder_of_key, base=base)
+    base_model = make_base(context, context.work / "repack_wan_t2v_d64_l6 to diffusers")
     for export in sorted(s.glob("export_t2v*")):
         key = f"repack/{export.name} with a base"
-        yield from made(key, place, ascendit.repack, export, base=whole, copy=True)
-    yield from told("repack/report", place, "repack", whole, "-o", "report", "--to", "wan", "--check")
+        yield from written(key, context, ascendit.repack, export, base=base_model, copy=True)
+    yield from cli_outcome(
+        "repack/report", context, "repack", base_model, "-o", "report", "--to", "wan", "--check"
+    )
 
 
-def a_base(place: Place, transformers: Path) -> Path:
+def make_base(context: Context, transformers: Path) -> Path:
     """A Diffusers folder with the configs of these transformers and the demo's other parts."""
-    base = place.work / "base"
-    shutil.copytree(place.demo, base)
+    base = context.work / "base"
+    shutil.copytree(context.demo, base)
     for expert in ("transformer", "transformer_2"):
         shutil.rmtree(base / expert)
         (base / expert).mkdir()

@@ -1,4 +1,4 @@
-"""What the areas work on: tiny models, damaged copies, LoRA files and exports, made anew from seeds."""
+"""Inputs of the areas: tiny models, damaged copies, LoRA files and exports, made from seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from behaviour.values import Place, Records, sha
+from behaviour.values import Context, Records, sha
 
 TINY = {
     "t2v_cascade": "bfloat16",
@@ -19,30 +19,30 @@ TINY = {
     "i2v_cascade": "bfloat16",
     "i2v_21": "float16",
 }
-"""Models that tests/tiny.py builds, and in which dtype."""
+"""Models built by tests/tiny.py -> their dtype."""
 DAMAGED = "t2v_single"
 
 
-def make_sources(place: Place) -> Records:
-    """Tiny models, damaged copies of one, LoRA files, a bare file, an image; their content is recorded."""
+def make_sources(context: Context) -> Records:
+    """Tiny models, damaged copies, LoRA files, a single weight file, an image. Records their hashes."""
     import torch
 
-    sys.path.insert(0, str(place.tests))
+    sys.path.insert(0, str(context.tests))
     tiny = importlib.import_module("tiny")
-    root = place.sources
+    root = context.sources
     for name, dtype in TINY.items():
         tiny.BUILDERS[name](root / name, dtype=getattr(torch, dtype))
-    for how in tiny.DAMAGES:
-        tiny.damage(tiny.copy(root / DAMAGED, root / f"damaged_{how}"), how)
+    for damage in tiny.DAMAGES:
+        tiny.damage(tiny.copy(root / DAMAGED, root / f"damaged_{damage}"), damage)
     shutil.copytree(root / "ti2v", root / "black")
     edit_tensors(root / "black" / "vae" / tiny.WEIGHTS, blacken)
     make_loras(root)
-    fixtures = place.tests / "fixtures" / "msmodelslim" / "source_models"
+    fixtures = context.tests / "fixtures" / "msmodelslim" / "source_models"
     for model in sorted(fixtures.iterdir()):
         shutil.copytree(model, root / f"wan_{model.name}")
-    bare = root / f"wan_{model.name}" / "diffusion_pytorch_model.safetensors"
-    shutil.copyfile(bare, root / "bare.safetensors")
-    for export in sorted((place.tests / "fixtures" / "msmodelslim" / "exports").glob("*/*")):
+    standalone = root / f"wan_{model.name}" / "diffusion_pytorch_model.safetensors"
+    shutil.copyfile(standalone, root / "bare.safetensors")
+    for export in sorted((context.tests / "fixtures" / "msmodelslim" / "exports").glob("*/*")):
         shutil.copytree(export, root / f"export_{export.name}")
     make_image(root / "image.png")
     for name in ("text.png", "taken.mp4"):
@@ -70,7 +70,7 @@ scheme = "int8"
 
 
 def hashed(root: Path) -> Records:
-    """sha256 of all files of a folder together, for each entry of it."""
+    """(name, sha256 of all its files together) of each entry of a folder."""
     for entry in sorted(root.iterdir()):
         files = sorted(f for f in entry.rglob("*") if f.is_file()) if entry.is_dir() else [entry]
         yield entry.name, sha(*(part for f in files for part in (str(f.relative_to(root)), f.read_bytes())))
@@ -86,10 +86,10 @@ def edit_tensors(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def damage_exports(root: Path) -> None:
-    """Quantized folders whose manifest, scales or names do not fit."""
+    """Quantized folders with a wrong manifest, wrong scales or wrong names."""
     import torch
 
-    whole = root / "export_ti2v_d128_l1__minmax"
+    export = root / "export_ti2v_d128_l1__minmax"
     layer = "blocks.0.self_attn.q"
     edits: dict[str, Callable[[dict[str, Any]], Any]] = {
         "no_scale": lambda t: t.pop(f"{layer}.weight_scale"),
@@ -98,13 +98,13 @@ def damage_exports(root: Path) -> None:
         "two_names": lambda t: t.update({"blocks.0.attn1.to_q.bias": t[f"{layer}.bias"].clone()}),
     }
     for name, edit in edits.items():
-        shutil.copytree(whole, root / f"damaged_export_{name}")
+        shutil.copytree(export, root / f"damaged_export_{name}")
         (file,) = (root / f"damaged_export_{name}").glob("*.safetensors")
         edit_tensors(file, edit)
 
 
 def blacken(tensors: dict[str, Any]) -> None:
-    """A VAE that makes a black video of anything."""
+    """Make a VAE decode everything to black."""
     tensors["decoder.conv_out.weight"].zero_()
     tensors["decoder.conv_out.bias"].fill_(-2)
 
@@ -121,13 +121,13 @@ def make_image(file: Path) -> None:
 
 
 def make_loras(root: Path) -> None:
-    """LoRA files for the demo model, in the names of several tools, and two that fit nothing."""
+    """LoRA files for the demo model with the names of several tools, and two invalid ones."""
     from safetensors.torch import save_file
 
-    q, ffn, wide = "blocks.0.self_attn.q", "blocks.1.ffn.0", demo_width(root)
+    q, ffn = "blocks.0.self_attn.q", "blocks.1.ffn.0"
     flat = "lora_unet_" + ffn.replace(".", "_")
     diffusers = "transformer.blocks.2.attn2.to_v"
-    width, hidden = wide
+    width, hidden = demo_width(root)
     files = {
         "comfyui": {
             f"diffusion_model.{q}.lora_down.weight": draw(1, 4, width),
@@ -167,7 +167,7 @@ def demo_width(root: Path) -> tuple[int, int]:
 
 
 def draw(seed: int, *shape: int) -> Any:
-    """Small random numbers, the same for one seed."""
+    """Small random numbers from a seed."""
     import torch
 
     return 0.05 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

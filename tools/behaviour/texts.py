@@ -1,4 +1,4 @@
-"""What does not depend on kernels: names, flags, error codes, reports and dry runs."""
+"""Areas that do not depend on kernels: names, flags, error codes, reports and dry runs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import re
 from typing import Any
 
 from behaviour.sources import TINY
-from behaviour.values import ENGINES, PROMPT, RECIPES, SCHEMES, Place, Records, cli, items, told
+from behaviour.values import ENGINES, PROMPT, RECIPES, SCHEMES, Context, Records, cli, cli_outcome, items
 
 
-def names(place: Place) -> Records:
-    """Public names and their arguments with defaults. Annotations are left out: they name internal types."""
+def names(context: Context) -> Records:
+    """Public names and their parameters with defaults. Annotations are omitted: they name internal types."""
     import ascendit
 
     for module in ("ascendit", "ascendit.mx", "ascendit.twin"):
@@ -27,33 +27,33 @@ def names(place: Place) -> Records:
 
 
 def signature(value: Any) -> str:
-    """Arguments of a callable, without annotations; else the type. `FORMATS`: its keys and their rules."""
+    """Parameters of a callable without annotations, else its type; for `FORMATS` the keys and their rules."""
     if isinstance(value, dict):
         return " ".join(f"{key}: {getattr(v, 'rules', '')}" for key, v in value.items())
     if not callable(value):
         return type(value).__name__
-    found = inspect.signature(value)
+    full = inspect.signature(value)
     empty = inspect.Parameter.empty
-    plain = [p.replace(annotation=empty) for p in found.parameters.values()]
-    return str(found.replace(parameters=plain, return_annotation=inspect.Signature.empty))
+    plain = [p.replace(annotation=empty) for p in full.parameters.values()]
+    return str(full.replace(parameters=plain, return_annotation=inspect.Signature.empty))
 
 
-def flags(place: Place) -> Records:
-    """Commands, and the flags of each with their words, from --help."""
-    top = cli(place, "--help").stdout
+def flags(context: Context) -> Records:
+    """Commands and their flags with their help texts, from --help."""
+    top = cli(context, "--help").stdout
     yield "flags/ascendit/help", top
     for command in re.findall(r"(?m)^  ([a-z]+)  ", top.partition("Commands:")[2]):
-        text = cli(place, command, "--help").stdout
+        text = cli(context, command, "--help").stdout
         about, _, options = text.partition("Options:")
         yield f"flags/{command}/:about", about
         yield f"flags/{command}/:order", " ".join(re.findall(r"(?m)^  (-\S.*?)(?:  |$)", options))
         for entry in re.split(r"\n  (?=-)", options)[1:]:
-            words = " ".join(entry.split())
-            yield f"flags/{command}/{words.partition(' ')[0].rstrip(',')}", words
+            line = " ".join(entry.split())
+            yield f"flags/{command}/{line.partition(' ')[0].rstrip(',')}", line
 
 
-def codes(place: Place) -> Records:
-    """Error codes and what they mean; classes with their bases and exit codes."""
+def codes(context: Context) -> Records:
+    """Error codes and their meanings; classes with their bases and exit codes."""
     errors: Any = importlib.import_module("ascendit.errors")
     for code, meaning in errors.ERROR_CODES.items():
         yield f"codes/{code}/meaning", meaning
@@ -63,9 +63,9 @@ def codes(place: Place) -> Records:
             yield f"codes/{name}/class", f"exit {value.exit_code}, below {bases}"
 
 
-def wrong_calls(place: Place) -> dict[str, tuple[Any, ...]]:
-    """Calls that a user gets wrong, or that meet a damaged model."""
-    s, demo = place.sources, ("generate", "--demo", PROMPT)
+def wrong_calls(context: Context) -> dict[str, tuple[Any, ...]]:
+    """Calls with a mistake, or with a damaged model."""
+    s, demo = context.sources, ("generate", "--demo", PROMPT)
     q = ("quantize", "demo", "-o", "new")
     lora = [
         (*q, "--scheme", "int8", "--lora", s / "lora" / f)
@@ -99,7 +99,7 @@ def wrong_calls(place: Place) -> dict[str, tuple[Any, ...]]:
         "black": ("generate", s / "black", PROMPT, "--size", "32x32", "--frames", 5, "--steps", 1),
         "no model": ("inspect", "nowhere"),
         "no hub": ("inspect", "hf:no/such"),
-        "empty folder": ("inspect", place.work),
+        "empty folder": ("inspect", context.work),
         "no scheme": q,
         "quantize scheme": (*q, "--scheme", "mxfp9"),
         "quantize rule": (*q, "--scheme", "int8", "--scale-rule", "ceil"),
@@ -123,46 +123,48 @@ def wrong_calls(place: Place) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def errors(place: Place) -> Records:
-    """Exit status and code of wrong calls, and of damaged models; their texts are below `messages/`."""
-    for case, words in wrong_calls(place).items():
-        yield from told(f"errors/{case}", place, *words)
-    for broken in sorted(place.sources.glob("damaged_*")):
-        yield from told(f"errors/inspect {broken.name}", place, "inspect", broken)
+def errors(context: Context) -> Records:
+    """Exit status and error code for wrong calls and damaged models; the texts are under `messages/`."""
+    for case, args in wrong_calls(context).items():
+        yield from cli_outcome(f"errors/{case}", context, *args)
+    for broken in sorted(context.sources.glob("damaged_*")):
+        yield from cli_outcome(f"errors/inspect {broken.name}", context, "inspect", broken)
         exported = broken.name.startswith("damaged_export")
-        command, *rest = ("repack", "--check") if exported else ("quantize", "--scheme", "mxfp8")
-        yield from told(f"errors/{command} {broken.name}", place, command, broken, "-o", "new", *rest)
-    nan = ("generate", place.sources / "damaged_nan_weights", PROMPT, "--size", "32x32", "--steps", 1)
-    yield from told("errors/not finite", place, *nan, "--frames", 5)
+        command, *flags_of_command = ("repack", "--check") if exported else ("quantize", "--scheme", "mxfp8")
+        yield from cli_outcome(
+            f"errors/{command} {broken.name}", context, command, broken, "-o", "new", *flags_of_command
+        )
+    nan = ("generate", context.sources / "damaged_nan_weights", PROMPT, "--size", "32x32", "--steps", 1)
+    yield from cli_outcome("errors/not finite", context, *nan, "--frames", 5)
 
 
-def reports(place: Place) -> Records:
-    """`inspect`, as JSON and as text, of every source and of what was quantized; `--layers` and `--diff`."""
+def reports(context: Context) -> Records:
+    """`inspect`, as JSON and as text, of every source and of quantized models; `--layers` and `--diff`."""
     import ascendit
 
     for scheme in ("mxfp8", "mxfp4"):
-        ascendit.quantize("demo", place.work / scheme, scheme=scheme)
-    ascendit.repack(place.work / "mxfp8", place.work / "mindie", engine="mindie")
-    s = place.sources
-    found = [s / name for name in (*TINY, "bare.safetensors")] + sorted(
+        ascendit.quantize("demo", context.work / scheme, scheme=scheme)
+    ascendit.repack(context.work / "mxfp8", context.work / "mindie", engine="mindie")
+    s = context.sources
+    folders = [s / name for name in (*TINY, "bare.safetensors")] + sorted(
         [*s.glob("wan_*"), *s.glob("export_*")]
     )
-    models: list[Any] = ["demo", "mxfp8", "mxfp4", "mindie", *found]
+    models: list[Any] = ["demo", "mxfp8", "mxfp4", "mindie", *folders]
     for model in models:
         case = f"inspect/{getattr(model, 'name', model)}"
-        yield from told(case, place, "inspect", model)
+        yield from cli_outcome(case, context, "inspect", model)
         yield from items(f"{case}/text", "\n".join(ascendit.inspect(model).lines()))
     for model in ("demo", "mxfp8", s / "export_t2v_d64_l6__dualscale_smooth_bf16fallback"):
-        yield from told(
-            f"inspect/{getattr(model, 'name', model)} layers", place, "inspect", model, "--layers"
+        yield from cli_outcome(
+            f"inspect/{getattr(model, 'name', model)} layers", context, "inspect", model, "--layers"
         )
-    yield from told("inspect/diff", place, "inspect", "mxfp8", "--diff", "mxfp4")
-    yield from told("inspect/diff of the same", place, "inspect", "mxfp8", "--diff", "mindie")
+    yield from cli_outcome("inspect/diff", context, "inspect", "mxfp8", "--diff", "mxfp4")
+    yield from cli_outcome("inspect/diff of the same", context, "inspect", "mxfp8", "--diff", "mindie")
 
 
-def dry_runs(place: Place) -> Records:
-    """`--dry-run --json` of the three commands that have it."""
-    s = place.sources
+def dry_runs(context: Context) -> Records:
+    """`--dry-run --json` of the three commands that have the flag."""
+    s = context.sources
     run = ("--seed", 1, "-o", "video.mp4", "--dry-run")
     generate: dict[str, tuple[Any, ...]] = {
         "demo": ("--demo", PROMPT),
@@ -183,16 +185,18 @@ def dry_runs(place: Place) -> Records:
             for name in TINY
         },
     }
-    for case, words in generate.items():
-        yield from told(f"dry-run/generate {case}", place, "generate", *words, *run)
+    for case, args in generate.items():
+        yield from cli_outcome(f"dry-run/generate {case}", context, "generate", *args, *run)
     for model in ("demo", *(s / name for name in TINY), *sorted(s.glob("wan_*"))):
         for scheme in SCHEMES if model == "demo" else ("mxfp4",):
-            words = ("quantize", model, "-o", "new", "--scheme", scheme, "--dry-run", "--force")
-            yield from told(f"dry-run/quantize {getattr(model, 'name', model)} {scheme}", place, *words)
+            args = ("quantize", model, "-o", "new", "--scheme", scheme, "--dry-run", "--force")
+            yield from cli_outcome(
+                f"dry-run/quantize {getattr(model, 'name', model)} {scheme}", context, *args
+            )
     for recipe in (*RECIPES, s / "mixed.toml"):
-        words = ("quantize", "demo", "-o", "new", "--recipe", recipe, "--dry-run")
-        yield from told(f"dry-run/quantize demo {getattr(recipe, 'name', recipe)}", place, *words)
+        args = ("quantize", "demo", "-o", "new", "--recipe", recipe, "--dry-run")
+        yield from cli_outcome(f"dry-run/quantize demo {getattr(recipe, 'name', recipe)}", context, *args)
     for export in sorted(s.glob("export_*")):
         for to in (("--to", "diffusers"), ("--to", "wan"), *(("--for", engine) for engine in ENGINES)):
-            words = ("repack", export, "-o", "new", *to, "--dry-run")
-            yield from told(f"dry-run/repack {export.name} {to[1]}", place, *words)
+            args = ("repack", export, "-o", "new", *to, "--dry-run")
+            yield from cli_outcome(f"dry-run/repack {export.name} {to[1]}", context, *args)

@@ -1,4 +1,4 @@
-"""Operators of the twin of each chip, as `torch.ops` has them."""
+"""The operators of `torch.ops` on the twin of each chip."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 from behaviour.sources import draw
-from behaviour.values import Place, Records, items, outcome, sha
+from behaviour.values import Context, Records, items, outcome, sha
 
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 """Operator, arguments, options."""
 MX, E4M3, E8M0, E2M1 = "npu_dynamic_mx_quant", 292, 293, 296
 
 
-def twin(place: Place) -> Records:
-    """The twin of each chip: its schemas, right calls and refused ones, and a fresh count of launches."""
+def twin(context: Context) -> Records:
+    """The twin of each chip: its schemas, valid and refused calls, and the count of launches."""
     import torch
 
     import ascendit.twin
@@ -28,37 +28,37 @@ def twin(place: Place) -> Records:
         yield f"twin/{chip}/schemas", f"{len(schemas)}, sha256 {sha(*schemas)}"
         ascendit.twin.reset()
         for case, (name, args, options) in twin_calls().items():
-            yield from outcome(f"twin/{chip}/{case}", launched, name, args, options)
+            yield from outcome(f"twin/{chip}/{case}", call_operator, name, args, options)
         yield from items(f"twin/{chip}/launches", json.dumps(ascendit.twin.launches(), sort_keys=True))
 
 
-def launched(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """One operator by its name below `torch.ops`. Arguments may be functions, for what another one makes."""
+def call_operator(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Call an operator of `torch.ops` by name. An argument may be a function that computes it."""
     import torch
 
     space, _, short = name.rpartition(".")
     values = [a() if callable(a) else a for a in args]
-    given = {key: a() if callable(a) else a for key, a in options.items()}
-    return getattr(getattr(torch.ops, space or "npu"), short)(*values, **given)
+    keywords = {key: a() if callable(a) else a for key, a in options.items()}
+    return getattr(getattr(torch.ops, space or "npu"), short)(*values, **keywords)
 
 
 def rand(*shape: int, seed: int = 0) -> Any:
-    """BF16 around one."""
+    """Random BF16 values with a standard deviation of 1."""
     return (20 * draw(seed + 9, *shape)).bfloat16()
 
 
 def part(index: int, name: str, *args: Any, **options: Any) -> Callable[[], Any]:
-    """One of the results of an operator, computed when the twin is on."""
-    return lambda: launched(name, args, options)[index]
+    """One result of an operator, computed later, while the twin is enabled."""
+    return lambda: call_operator(name, args, options)[index]
 
 
-def turned(value: Callable[[], Any]) -> Callable[[], Any]:
-    """The same with its first two axes exchanged."""
+def transposed(value: Callable[[], Any]) -> Callable[[], Any]:
+    """`value` with its first two axes exchanged."""
     return lambda: value().transpose(0, 1)
 
 
 def twin_calls() -> dict[str, Call]:
-    """Right and wrong calls. Some are refused by some chips, which is recorded as well."""
+    """Valid and wrong calls. Some chips refuse some of them, which is recorded as well."""
     return elementwise() | attention() | quantizers() | matmuls()
 
 
@@ -102,7 +102,7 @@ def attention() -> dict[str, Call]:
 
 
 def quantizers() -> dict[str, Call]:
-    """Tokens to codes."""
+    """Quantization of activations."""
     import torch
 
     x, smooth = rand(6, 160), rand(160, seed=2).abs()
@@ -124,21 +124,21 @@ def quantizers() -> dict[str, Call]:
 
 
 def matmuls() -> dict[str, Call]:
-    """Codes times codes."""
+    """Quantized matmuls."""
     import torch
 
     x, w, bias = rand(6, 160), rand(32, 160, seed=1), rand(32, seed=3).float()
     row, matmul = "npu_dynamic_quant", "npu_quant_matmul"
-    codes, weight, scale = part(0, row, x), part(0, row, w), part(1, row, w)
+    qdata, weight, scale = part(0, row, x), part(0, row, w), part(1, row, w)
     token = {"pertoken_scale": part(1, row, x), "output_dtype": 15}
     calls: dict[str, Call] = {
-        "int8 matmul": (matmul, (codes, turned(weight), scale), {**token, "bias": bias}),
-        "int8 matmul, not turned": (matmul, (codes, weight, scale), token),
+        "int8 matmul": (matmul, (qdata, transposed(weight), scale), {**token, "bias": bias}),
+        "int8 matmul, not turned": (matmul, (qdata, weight, scale), token),
     }
     blocks = {"scale_dtype": E8M0, "pertoken_scale_dtype": E8M0, "group_sizes": [1, 1, 32], "bias": bias}
     blocks["output_dtype"] = torch.bfloat16
-    for case, kind, more in (("mxfp8", E4M3, {}), ("mxfp4", E2M1, {"x1_dtype": E2M1, "x2_dtype": E2M1})):
-        args = part(0, MX, x, dst_type=kind), *(turned(part(i, MX, w, dst_type=kind)) for i in (0, 1))
-        given = {**blocks, **more, "pertoken_scale": part(1, MX, x, dst_type=kind)}
-        calls[f"{case} matmul"] = matmul, args, given
+    for case, dtype, dtypes in (("mxfp8", E4M3, {}), ("mxfp4", E2M1, {"x1_dtype": E2M1, "x2_dtype": E2M1})):
+        args = part(0, MX, x, dst_type=dtype), *(transposed(part(i, MX, w, dst_type=dtype)) for i in (0, 1))
+        options = {**blocks, **dtypes, "pertoken_scale": part(1, MX, x, dst_type=dtype)}
+        calls[f"{case} matmul"] = matmul, args, options
     return calls

@@ -1,4 +1,4 @@
-"""How values become lines of a recording, without what changes from run to run."""
+"""From values to entries of a recording, without parts that change from run to run."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ VOLATILE = {
     "machine": "kernel of the system",
     "versions": "of Python and the libraries",
 }
-"""Keys of JSON objects whose value is replaced by `-`, and what they hold."""
+"""Keys of JSON objects whose values are replaced by `-` -> their content."""
 FREE = ("memory", "this folder", "platform")
-"""Rows of `doctor` whose finding changes from run to run: free memory, free disk, kernel of the system."""
+"""Rows of `doctor` whose result changes from run to run: free memory, free disk, kernel of the system."""
 NUMBER = re.compile(r"\b\d+(\.\d+)+\S*")
-"""Versions of libraries, in what `doctor` found and in the table of a model card."""
+"""Versions of libraries, in results of `doctor` and in the table of a model card."""
 SOURCE_FILE = re.compile(r"\(\w+\.py\)")
-"""A file of the package that a text names, as where defaults come from: files may move."""
+"""A source file named in a text, such as the origin of defaults: files may move."""
 LONG = 20_000
-"""Characters. A longer text is recorded as its sha256."""
+"""Longer texts, in characters, are recorded as their sha256."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where one area works. `names`: folders whose paths are replaced in texts, and by what."""
+class Context:
+    """Folders of one area. `names`: folders whose paths are replaced in texts -> the replacement."""
 
     work: Path
     sources: Path
@@ -62,39 +62,39 @@ class Place:
     names: Mapping[str, str]
 
     def text(self, text: str) -> str:
-        """Paths of folders that differ from run to run by name; then what else is volatile in any text."""
+        """`text` with names for paths that differ from run to run, and without other volatile parts."""
         for path, name in sorted(self.names.items(), key=lambda pair: -len(pair[0])):
             text = text.replace(path, name)
         text = SOURCE_FILE.sub("(<file>)", text)
         return re.sub(r"(?m)^(\| (?:ascendit|torch) \|) \S+ \|$", r"\1 - |", text)
 
     def json(self, value: Any) -> str:
-        """A JSON value as text, without what is volatile."""
+        """A JSON value as text, without volatile parts."""
         return self.text(json.dumps(scrubbed(value), indent=1, ensure_ascii=False))
 
 
 def scrubbed(value: Any) -> Any:
-    """A JSON value without what is in VOLATILE, and without what `doctor` measured."""
+    """A JSON value without the keys in VOLATILE and the measurements of `doctor`."""
     if isinstance(value, list):
         return [scrubbed(v) for v in value]
     if not isinstance(value, dict):
         return value
-    kept = {key: "-" if key in VOLATILE else scrubbed(v) for key, v in value.items()}
-    if {"item", "found", "status"} <= kept.keys():
-        kept["found"] = "-" if kept["item"] in FREE else NUMBER.sub("-", str(kept["found"]))
-    return kept
+    clean = {key: "-" if key in VOLATILE else scrubbed(v) for key, v in value.items()}
+    if {"item", "found", "status"} <= clean.keys():
+        clean["found"] = "-" if clean["item"] in FREE else NUMBER.sub("-", str(clean["found"]))
+    return clean
 
 
 def sha(*parts: bytes | str) -> str:
-    """sha256 of the parts, one after the other."""
-    found = hashlib.sha256()
+    """sha256 of the concatenated parts."""
+    digest = hashlib.sha256()
     for part in parts:
-        found.update(part.encode() if isinstance(part, str) else part)
-    return found.hexdigest()
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()
 
 
 def items(key: str, value: Any) -> Records:
-    """A value and what is in it: tensors and arrays as sha256 of dtype, shape and bytes, the rest as text."""
+    """A value and its items: tensors and arrays as sha256 of dtype, shape and bytes, others as text."""
     if isinstance(value, Mapping):
         for name, part in value.items():
             yield from items(f"{key}.{name}", part)
@@ -114,7 +114,7 @@ def items(key: str, value: Any) -> Records:
 
 
 def outcome(key: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Records:
-    """The items of what a call returns; for an error its class and code, and its text below `messages/`."""
+    """The items of the result of a call; for an error its class and code, and its text under `messages/`."""
     try:
         value = call(*args, **kwargs)
     except Exception as error:
@@ -125,7 +125,7 @@ def outcome(key: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Re
 
 
 def safetensors(key: str, file: Path) -> Records:
-    """Every tensor of a file by name, its bytes unread by any library; then their order and the metadata."""
+    """Every tensor of a file by name, read without a library; then their order and the metadata."""
     data = file.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
@@ -138,10 +138,10 @@ def safetensors(key: str, file: Path) -> Records:
     yield f"{key}/:metadata", json.dumps(metadata, sort_keys=True)
 
 
-def folder(key: str, path: Path, place: Place) -> Records:
-    """Every file below `path`. Links by their targets, JSON and text by content, other files by sha256.
+def folder(key: str, path: Path, context: Context) -> Records:
+    """Every file below `path`: links by target, JSON and text by content, other files by sha256.
 
-    An mp4 by what its header says: x264 does not always write the same bytes for the same pictures.
+    An mp4 is recorded by its header: x264 does not always write the same bytes for the same frames.
     """
     for file in sorted(path.rglob("*")):
         name = f"{key}/{file.relative_to(path)}"
@@ -151,9 +151,9 @@ def folder(key: str, path: Path, place: Place) -> Records:
             yield f"{name}/:mode", oct(file.stat().st_mode & 0o777)
             yield from safetensors(name, file)
         elif file.suffix == ".json":
-            yield from items(name, place.json(json.loads(file.read_bytes())))
+            yield from items(name, context.json(json.loads(file.read_bytes())))
         elif file.suffix in (".md", ".toml", ".yaml", ".txt"):
-            yield from items(name, place.text(file.read_text(encoding="utf-8")))
+            yield from items(name, context.text(file.read_text(encoding="utf-8")))
         elif file.suffix == ".mp4":
             yield from items(name, stream(file))
         elif file.is_file():
@@ -161,7 +161,7 @@ def folder(key: str, path: Path, place: Place) -> Records:
 
 
 def stream(file: Path) -> dict[str, Any]:
-    """What a video file says of its pictures."""
+    """Format of a video file, from its header."""
     import av
 
     with av.open(str(file)) as container:
@@ -169,27 +169,27 @@ def stream(file: Path) -> dict[str, Any]:
         codec = video.codec_context
         count = sum(packet.size > 0 for packet in container.demux(video))
         colours = codec.color_range, codec.colorspace, codec.color_primaries, codec.color_trc
-    found = {"codec": codec.name, "size": f"{codec.width}x{codec.height}", "pixels": codec.pix_fmt}
-    return found | {"rate": video.average_rate, "frames": count, "colours": [int(c) for c in colours]}
+    properties = {"codec": codec.name, "size": f"{codec.width}x{codec.height}", "pixels": codec.pix_fmt}
+    return properties | {"rate": video.average_rate, "frames": count, "colours": [int(c) for c in colours]}
 
 
-def made(key: str, place: Place, call: Callable[..., Any], source: Any, **options: Any) -> Records:
-    """What `quantize` or `repack` writes into a new folder, named after the case, or how it refuses."""
-    target = place.work / key.replace("/", "_")
+def written(key: str, context: Context, call: Callable[..., Any], source: Any, **options: Any) -> Records:
+    """The folder that `quantize` or `repack` writes, named after the case, or the error."""
+    target = context.work / key.replace("/", "_")
     yield from outcome(f"{key}/:end", lambda: call(source, target, **options) and "done")
     if target.is_dir():
-        yield from folder(key, target, place)
+        yield from folder(key, target, context)
 
 
-def cli(place: Place, *words: Any) -> subprocess.CompletedProcess[str]:
-    """One call of the command line, in the folder of the area."""
-    command = [sys.executable, "-m", "ascendit", *map(str, words)]
-    return subprocess.run(command, cwd=place.work, capture_output=True, text=True, timeout=900)
+def cli(context: Context, *args: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line in the folder of the area."""
+    command = [sys.executable, "-m", "ascendit", *map(str, args)]
+    return subprocess.run(command, cwd=context.work, capture_output=True, text=True, timeout=900)
 
 
-def told(key: str, place: Place, *words: Any) -> Records:
-    """The exit status of a call with --json, and its object; errors as in `outcome`."""
-    done = cli(place, *words, "--json")
+def cli_outcome(key: str, context: Context, *args: Any) -> Records:
+    """The exit status of a command with --json, and its object; errors as in `outcome`."""
+    done = cli(context, *args, "--json")
     try:
         value = json.loads(done.stdout)
     except ValueError:
@@ -197,6 +197,6 @@ def told(key: str, place: Place, *words: Any) -> Records:
     error = value.pop("error", None) if isinstance(value, dict) else None
     yield f"{key}/exit", f"{done.returncode} {error['code'] if error else ''}".rstrip()
     if error:
-        yield f"messages/{key}", place.json(error)
+        yield f"messages/{key}", context.json(error)
     if value:
-        yield from items(f"{key}/json", place.json(value))
+        yield from items(f"{key}/json", context.json(value))

@@ -1,4 +1,4 @@
-"""What a shared library asks of others, read from the file itself: 64-bit ELF, little end first."""
+"""Libraries and symbols that a shared library needs, read from its file (64-bit little-endian ELF)."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class Section:
 
 @dataclass(frozen=True)
 class Library:
-    """`needed`: names of libraries. `undefined`: symbols that others must have. `data`: the whole file."""
+    """`needed`: names of libraries. `undefined`: symbols from other libraries. `data`: the complete file."""
 
     name: str
     needed: tuple[str, ...]
     undefined: frozenset[str]
     data: bytes
 
-    def words(self, pattern: bytes) -> frozenset[str]:
-        """Whole strings in the file that match, which is where names for dlsym are."""
+    def strings(self, pattern: bytes) -> frozenset[str]:
+        """The zero-terminated strings of the file that match `pattern`, such as names for dlsym."""
         return frozenset(m.decode() for m in re.findall(rb"(?<=\0)" + pattern + rb"(?=\0)", self.data))
 
 
 def read(path: Path) -> Library:
-    """ValueError if it is not such a library."""
+    """Read a library. Raises ValueError for another kind of file."""
     data = path.read_bytes()
     if data[:6] != b"\x7fELF\x02\x01":
         raise ValueError(f"{path} is not a 64-bit little-endian ELF file")
@@ -48,7 +48,7 @@ def read(path: Path) -> Library:
         elif section.kind == DYNSYM:
             names = sections[section.link].data
             for name, info, _, index, _, _ in struct.iter_unpack("<IBBHQQ", section.data):
-                if index == 0 and info >> 4 == 1:  # undefined, and global: a weak one may stay missing
+                if index == 0 and info >> 4 == 1:  # undefined and global; weak symbols may be missing
                     undefined.add(_text(names, name))
     return Library(path.name, tuple(needed), frozenset(undefined), data)
 

@@ -1,9 +1,9 @@
-/* The part of a stub CANN that has to answer: memory, devices, streams, events, tensor descriptions, NZ shapes.
+/* The functions of the stub CANN with results: memory, devices, streams, events, tensor descriptions, NZ shapes.
 
-   Everything else is generated (stubs.c) and says "success". Device memory is host memory, every stream is
-   already done, and a kernel does nothing but leave its name in the trace:
+   All other functions are generated (stubs.c) and return success. Device memory is host memory, every stream is
+   always finished, and a kernel only adds its name to the trace:
 
-       launch aclnnAdd        an aclnn kernel, or `launch aclop:TransData` by way of the old interface
+       launch aclnnAdd        an aclnn kernel, or `launch aclop:TransData` through the old interface
        sync aclrtSynchronizeStream      the host waited
        copy D2H 4096          bytes that crossed between host and device (D2D copies are `launch memcpy:D2D`)
        strided 18x64/192x1    an aclnn kernel is about to get a tensor of this shape with these strides
@@ -31,10 +31,10 @@ static size_t trace_length, trace_room;
 
 void fake_cann_record(const char *format, ...) {
     char line[256];
-    va_list given;
-    va_start(given, format);
-    vsnprintf(line, sizeof line, format, given);
-    va_end(given);
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
     size_t length = strlen(line) + 1;
     pthread_mutex_lock(&trace_lock);
     if (trace_length + length + 1 > trace_room) {
@@ -46,7 +46,7 @@ void fake_cann_record(const char *format, ...) {
     pthread_mutex_unlock(&trace_lock);
 }
 
-/* Every line since the last call; the caller frees it by fake_cann_free. */
+/* All lines since the last call; the caller frees them with fake_cann_free. */
 char *fake_cann_take(void) {
     pthread_mutex_lock(&trace_lock);
     char *taken = trace ? trace : calloc(1, 1);
@@ -61,7 +61,7 @@ void fake_cann_free(char *taken) { free(taken); }
 /* ---- devices --------------------------------------------------------------------------------- */
 
 static __thread int32_t device;
-static int context; /* its address is the one context there is */
+static int context; /* its address is the only context */
 
 const char *aclrtGetSocName(void) {
     const char *name = getenv("FAKE_CANN_SOC");
@@ -83,7 +83,7 @@ int aclrtGetMemInfo(int attribute, size_t *available, size_t *total) {
 }
 int aclGetDeviceCapability(uint32_t id, int info, int64_t *value) {
     (void)id, (void)info;
-    return *value = 24, OK; /* cores; bytes of L2, which nothing here depends on */
+    return *value = 24, OK; /* cores; also used for the bytes of L2, which nothing depends on */
 }
 int aclrtGetDeviceInfo(uint32_t id, int attribute, int64_t *value) {
     (void)id, (void)attribute;
@@ -119,10 +119,10 @@ int aclrtMallocHostWithCfg(void **out, uint64_t size, void *config) {
 int aclrtFree(void *memory) { return free(memory), OK; }
 int aclrtFreeHost(void *memory) { return free(memory), OK; }
 
-/* Expandable segments: reserved addresses are host pages that come into being when they are touched. */
+/* Expandable segments: reserved addresses are host pages, allocated when they are first accessed. */
 static const size_t HEADER = 1 << 21;
-int aclrtReserveMemAddress(void **out, size_t size, size_t alignment, void *wanted, uint64_t flags) {
-    (void)alignment, (void)wanted, (void)flags;
+int aclrtReserveMemAddress(void **out, size_t size, size_t alignment, void *hint, uint64_t flags) {
+    (void)alignment, (void)hint, (void)flags;
     int mode = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     char *memory = mmap(NULL, size + HEADER, PROT_READ | PROT_WRITE, mode, -1, 0);
     if (memory == MAP_FAILED) return FAILED;
@@ -170,22 +170,22 @@ int aclrtMemsetAsync(void *to, size_t room, int32_t value, size_t count, void *s
 }
 int aclrtPointerGetAttributes(const void *memory, uint32_t *attributes) {
     (void)memory;
-    return attributes[1] = 2, OK; /* location.type: no host memory that the device knows */
+    return attributes[1] = 2, OK; /* location.type: host memory that is not registered */
 }
 
 /* ---- streams and events ---------------------------------------------------------------------- */
 
-static int one(void **out) { return *out = malloc(8), OK; }
-int aclrtCreateStream(void **out) { return one(out); }
+static int handle(void **out) { return *out = malloc(8), OK; }
+int aclrtCreateStream(void **out) { return handle(out); }
 int aclrtCreateStreamWithConfig(void **out, uint32_t priority, uint32_t flag) {
-    return (void)priority, (void)flag, one(out);
+    return (void)priority, (void)flag, handle(out);
 }
 int aclrtDestroyStream(void *stream) { return free(stream), OK; }
 int aclrtDestroyStreamForce(void *stream) { return free(stream), OK; }
 int aclrtStreamGetId(void *stream, int32_t *id) { return (void)stream, *id = 0, OK; }
 int aclrtStreamQuery(void *stream, int *status) { return (void)stream, *status = 0, OK; }
-int aclrtCreateEventExWithFlag(void **out, uint32_t flag) { return (void)flag, one(out); }
-int aclrtCreateEventWithFlag(void **out, uint32_t flag) { return (void)flag, one(out); }
+int aclrtCreateEventExWithFlag(void **out, uint32_t flag) { return (void)flag, handle(out); }
+int aclrtCreateEventWithFlag(void **out, uint32_t flag) { return (void)flag, handle(out); }
 int aclrtDestroyEvent(void *event) { return free(event), OK; }
 int aclrtQueryEventStatus(void *event, int *status) { return (void)event, *status = 1, OK; }
 int aclQueryEventRecordedStatus(void *event, int *status) { return (void)event, *status = 1, OK; }
@@ -212,7 +212,7 @@ typedef struct {
     int dtype, format;
 } Tensor;
 
-/* The tensor has gaps or another order: kernels that want it plain copy it first, inside of CANN. */
+/* Record a tensor that is not contiguous: some kernels copy it first, inside CANN. */
 static void record_strides(const int64_t *dims, const int64_t *strides, uint64_t count) {
     char line[200] = "";
     size_t used = 0;
@@ -257,7 +257,7 @@ int aclDestroyIntArray(void *p) { return free(p), OK; }
 int aclDestroyFloatArray(void *p) { return free(p), OK; }
 int aclDestroyBoolArray(void *p) { return free(p), OK; }
 int aclDestroyScalarList(void *p) { return free(p), OK; }
-/* A list owns its tensors, as CANN's does. */
+/* A list owns its tensors, as in CANN. */
 typedef struct {
     uint64_t size;
     Tensor *tensors[];
@@ -298,10 +298,10 @@ static int bytes_of(int dtype) {
     }
 }
 
-/* The storage of [.., r, c] in NZ: [.., c / C0, r / 16, 16, C0] where C0 numbers are 32 bytes. */
+/* The storage of [.., r, c] in NZ: [.., c / C0, r / 16, 16, C0] where C0 elements are 32 bytes. */
 int aclnnNpuFormatCastCalculateSizeAndFormat(const Tensor *source, int format, int dtype, int64_t **dims,
                                              uint64_t *count, int *actual) {
-    (void)dtype; /* customize_dtype: packed FP4 goes in as int8, so the bytes of the source decide */
+    (void)dtype; /* customize_dtype: packed FP4 is passed as int8, so the dtype of the source decides */
     uint64_t n = source->count;
     int64_t *out = *dims = malloc((MAX_DIMS + 2) * sizeof *out);
     memcpy(out, source->dims, n * sizeof *out);

@@ -1,7 +1,7 @@
 """Every way in which ascendit calls an operator of an NPU: `ops/npu/kernels.py`, then `ops/npu/linear.py`.
 
-They are calls of ascendit's own functions, so the same list runs on the twin, where what they pass on is
-recorded, and on the real dispatcher.
+The list consists of calls of ascendit's own functions. It runs on the twin, where the operators that they
+call are recorded, and on the real dispatcher.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ S, TEXT, HEADS, HEAD = 20, 12, 2, 32
 D = HEADS * HEAD
 BF16 = torch.bfloat16
 OURS = "ops: "
-"""Before the names of these calls in reports."""
+"""Prefix of the names of these calls in reports."""
 RULES = {"mxfp8": ("floor", "ceil"), "mxfp4": ("floor", "max:6.0", "max:7.25"), "w4a8": ("floor", "ceil")}
 
 
 @dataclass(frozen=True)
 class Call:
-    """`run` calls one of ascendit's functions; `quantized` names the scheme if it is one on codes."""
+    """`run` calls one of ascendit's functions. `scheme`: of a quantized layer, else bf16."""
 
     name: str
     run: Callable[[], Any]
@@ -38,7 +38,7 @@ class Call:
 
 
 def calls(device: Device) -> Iterator[Call]:
-    """On the device that is open now."""
+    """Calls on the device that is open."""
     yield from _dense(bind(device), device)
     fast = bind(device, fast_layernorm=True)
     x, row = (t.to(device.torch_name) for t in (rand(1, S, D), rand(D).float()))
@@ -53,15 +53,15 @@ def rand(*shape: int) -> Tensor:
 
 
 def _dense(ops: Ops, device: Device) -> Iterator[Call]:
-    def put(*tensors: Tensor) -> Any:
+    def move(*tensors: Tensor) -> Any:
         moved = tuple(t.to(device.torch_name) for t in tensors)
         return moved if len(moved) > 1 else moved[0]
 
-    x, y, weight, bias = put(rand(1, S, D), rand(1, S, D), rand(40, D), rand(40))
-    gamma = put(rand(D).float())
-    q, k = put(rand(1, S, HEADS, HEAD), rand(1, TEXT, HEADS, HEAD))
+    x, y, weight, bias = move(rand(1, S, D), rand(1, S, D), rand(40, D), rand(40))
+    gamma = move(rand(D).float())
+    q, k = move(rand(1, S, HEADS, HEAD), rand(1, TEXT, HEADS, HEAD))
     angle = rand(S, HEAD // 2).float()
-    cos, sin = ops.prepare("rope", *put(angle.cos(), angle.sin()), dtype=BF16)
+    cos, sin = ops.prepare("rope", *move(angle.cos(), angle.sin()), dtype=BF16)
     yield Call("linear", lambda: ops.linear(x, weight, bias))
     yield Call("rms_norm", lambda: ops.rms_norm(x, gamma, 1e-6))
     yield Call("layer_norm", lambda: ops.layer_norm(x, gamma, gamma, 1e-6))
@@ -73,7 +73,7 @@ def _dense(ops: Ops, device: Device) -> Iterator[Call]:
     infer = bind(device, attention="fused_infer")
     yield Call("attention, fused_infer", lambda: infer.attention(q, k, k))
     for spans in ((S,), (5, S - 5)):
-        rows = put(rand(len(spans), D).float())
+        rows = move(rand(len(spans), D).float())
         (scale,) = ops.prepare("adaln", rows, dtype=BF16)
         (gate,) = ops.prepare("gated_residual", rows, dtype=BF16)
         name = f"{len(spans)} span" + "s" * (len(spans) > 1)
@@ -82,48 +82,48 @@ def _dense(ops: Ops, device: Device) -> Iterator[Call]:
 
 
 def _quantized(ops: Ops, device: Device, scheme: str) -> Iterator[Call]:
-    """Prepare a weight, quantize tokens, multiply: in each layout, with and without smoothing and bias."""
+    """Prepare a weight, quantize an activation, multiply: each layout, with and without smoothing, bias."""
     q = ops.quantized
     k, n = (1024 if scheme == "mxfp4_dualscale" else 128), 32
-    form = LINEAR_SCHEMES[scheme].weight
-    w = mx.encode(rand(n, k), form)
+    fmt = LINEAR_SCHEMES[scheme].weight
+    w = mx.encode(rand(n, k), fmt)
     x, smooth = rand(1, S, k).to(device.torch_name), rand(k).abs().float().to(device.torch_name)
     bias = rand(n).float()
-    for nz in (False, True) if form in NZ_SCHEMES else (False,):
+    for nz in (False, True) if fmt in NZ_SCHEMES else (False,):
         for b in (None, bias):
-            given = (w.qdata, w.scale, w.dual_scale, b, form)
-            words = f"{scheme}{', NZ' * nz}{', bias' * (b is not None)}"
-            yield Call(f"{words}: weight", lambda g=given, z=nz: q.prepare_weight(*g, nz=z), scheme)
-            weight, tokens = q.prepare_weight(*given, nz=nz), q.quantize_activation(x, scheme)
-            yield Call(f"{words}: matmul", lambda t=tokens, v=weight: q.quantized_linear(t, v), scheme)
-            yield Call(f"{words}: weight back", lambda v=weight: q.stored(v), scheme)
-    yield Call(f"{scheme}: tokens", lambda: q.quantize_activation(x, scheme), scheme)
-    yield Call(f"{scheme}: smoothed tokens", lambda: q.quantize_activation(x, scheme, smooth), scheme)
+            args = (w.qdata, w.scale, w.dual_scale, b, fmt)
+            label = f"{scheme}{', NZ' * nz}{', bias' * (b is not None)}"
+            yield Call(f"{label}: weight", lambda a=args, z=nz: q.prepare_weight(*a, nz=z), scheme)
+            weight, activation = q.prepare_weight(*args, nz=nz), q.quantize_activation(x, scheme)
+            yield Call(f"{label}: matmul", lambda a=activation, w=weight: q.quantized_linear(a, w), scheme)
+            yield Call(f"{label}: weight back", lambda w=weight: q.stored(w), scheme)
+    yield Call(f"{scheme}: quantize", lambda: q.quantize_activation(x, scheme), scheme)
+    yield Call(f"{scheme}: quantize, smoothed", lambda: q.quantize_activation(x, scheme, smooth), scheme)
     for rule in RULES.get(scheme, ()):
         yield Call(
-            f"{scheme}: tokens, {rule}", lambda r=rule: q.quantize_activation(x, scheme, None, r), scheme
+            f"{scheme}: quantize, {rule}", lambda r=rule: q.quantize_activation(x, scheme, None, r), scheme
         )
 
 
 class Recorder(TorchDispatchMode):
-    """The operators of torch.ops.npu and torch.ops.mindiesd that are called: name, arguments, result."""
+    """Record calls of torch.ops.npu and torch.ops.mindiesd: name, arguments, keyword arguments, result."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.namespace in ("npu", "mindiesd"):
             name = f"{func.namespace}::{func.overloadpacket.__name__}".removeprefix("npu::")
-            self.seen.append((name, tuple(args), dict(kwargs or {}), result))
+            self.calls.append((name, tuple(args), dict(kwargs or {}), result))
         return result
 
 
 def described(result: Any) -> list[Any]:
-    """Shape and dtype of every tensor in a result; other values as they are."""
+    """Shape and dtype of every tensor in a result; other values unchanged."""
     if isinstance(result, Tensor):
         return [[list(result.shape), str(result.dtype).removeprefix("torch.")]]
     if isinstance(result, tuple | list):
-        return [one for part in result for one in described(part)]
+        return [item for part in result for item in described(part)]
     return [result]

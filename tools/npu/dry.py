@@ -1,9 +1,9 @@
-"""The dry run: ascendit's NPU path on the real torch_npu over the stub CANN. A process of its own:
+"""The dry run: ascendit's NPU path on the real torch_npu over the stub CANN, in a process of its own:
 
     FAKE_CANN_SOC=Ascend950PR_9589 LD_LIBRARY_PATH=.. PYTHONPATH=.. python -m npu.dry OUT.json
 
-Everything is real but the kernels: the import, the settings, the dispatcher, the adapters with their checks,
-the choice of the aclnn interface. No number that comes out means anything.
+Everything except the kernels is real: the import, the settings, the dispatcher, the adapters with their
+checks, the choice of the aclnn interface. The computed numbers have no meaning.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def by_dispatcher(operator: str, *args: Any, **kwargs: Any) -> Any:
     return getattr(getattr(torch.ops, namespace or "npu"), name)(*args, **kwargs)
 
 
-def run_sample(sample: Sample, stub: Stub, put: str) -> dict[str, Any]:
-    """`dry`: "same" as the twin's shapes and dtypes, or what is different."""
+def run_sample(sample: Sample, stub: Stub, device: str) -> dict[str, Any]:
+    """`dry`: "same" for the twin's shapes and dtypes, else the difference."""
     row: dict[str, Any] = {"name": sample.name, "operator": sample.operator, "launched": []}
-    wanted = tensors(sample.run(ascendit.twin.call))
+    expected = tensors(sample.run(ascendit.twin.call))
     launched: list[str] = []
 
     def caller(operator: str, *args: Any, **kwargs: Any) -> Any:
@@ -46,25 +46,25 @@ def run_sample(sample: Sample, stub: Stub, put: str) -> dict[str, Any]:
         return result
 
     def move(t: Tensor) -> Tensor:
-        moved = t.to(put)
+        moved = t.to(device)
         assert moved.stride() == t.stride() or t.numel() < 2, (t.stride(), moved.stride())
         return moved
 
     try:
-        got = tensors(sample.run(caller, move))
-        dry = "same" if got == wanted else f"gives {got}, the twin {wanted}"
+        actual = tensors(sample.run(caller, move))
+        dry = "same" if actual == expected else f"gives {actual}, the twin {expected}"
     except Exception as e:
         dry = f"{type(e).__name__}: {str(e).splitlines()[0]}"
     return row | {"dry": dry, "launched": launched}
 
 
 def tensors(result: Any) -> list[Any]:
-    """As `described`, without numbers: seeds and offsets of a random generator are no contract."""
-    return [one for one in described(result) if isinstance(one, list)]
+    """`described` without numbers: seeds and offsets of a random generator may differ."""
+    return [item for item in described(result) if isinstance(item, list)]
 
 
 def run_calls(device: Device, stub: Stub) -> list[dict[str, Any]]:
-    """Every function of ascendit that calls operators, with the kernels it launched."""
+    """Every function of ascendit that calls operators, with the kernels that it launched."""
     rows = []
     for call in calls(device):
         try:
@@ -76,19 +76,19 @@ def run_calls(device: Device, stub: Stub) -> list[dict[str, Any]]:
 
 
 def _row(call: Call, trace: Trace, dry: str) -> dict[str, Any]:
-    given = {"name": OURS + call.name, "scheme": call.scheme, "dry": dry}
-    return given | {"launched": list(trace.launched), "host": trace.host}
+    row = {"name": OURS + call.name, "scheme": call.scheme, "dry": dry}
+    return row | {"launched": list(trace.launched), "host": trace.host}
 
 
 def controls(device: Device, stub: Stub) -> dict[str, list[str]]:
-    """A wait that must be in the trace, and an operator without a kernel, which stderr must tell."""
+    """A wait that must be in the trace, and an operator without a kernel, which must be in stderr."""
     x = torch.ones(3, device=device.torch_name)
     torch.special.bessel_j0(x)
     return {"item": stub.during(x.sum().item)[1].host}
 
 
 def _mindiesd_schemas() -> dict[str, bool]:
-    """Operator of MindIE-SD -> whether the real one has the frozen schema."""
+    """Operator of MindIE-SD -> whether its real schema equals the frozen one."""
     same = {}
     for name, text in frozen("mindiesd").items():
         real = getattr(getattr(torch.ops.mindiesd, name), "default", None)
@@ -102,11 +102,11 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     device = open_device("npu:0")
     stub = Stub()
-    ascendit.twin.use(str(device.chip))  # the twin's functions beside torch_npu: it defines nothing
+    ascendit.twin.use(str(device.chip))  # the twin's functions beside torch_npu, without defining operators
     import torch_npu
 
     with torch.no_grad():
-        found = {
+        report = {
             "chip": device.chip,
             "soc": torch.npu.get_device_name(0),
             "torch_npu": torch_npu.__version__,
@@ -115,9 +115,9 @@ def main(out: Path) -> None:
             "model": model.forward(device, stub) | model.diffusers_forward(device, stub),
             "mindiesd": _mindiesd_schemas(),
         }
-    found["video"] = model.videos(device, stub)
-    found["controls"] = controls(device, stub)
-    out.write_text(json.dumps(found))
+    report["video"] = model.videos(device, stub)
+    report["controls"] = controls(device, stub)
+    out.write_text(json.dumps(report))
 
 
 if __name__ == "__main__":

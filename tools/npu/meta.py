@@ -1,10 +1,10 @@
-"""(b, c) Every right call against the Meta kernels in the torch_npu wheel. Run as a process of its own:
+"""(b, c) Compare every valid call with the Meta kernels in the torch_npu wheel, in a process of its own:
 
     python -m npu.meta WHEEL OUT.json
 
-The calls are made on the twin first, where their arguments and results are kept. Then the twin goes, the
-wheel's own schemas are defined and its `_meta_registrations.py` is executed as it is, beside a module of a
-few lines that stands for torch_npu; and each call is made again, on tensors without storage.
+The calls run first on the twin, which records their arguments and results. Then the twin is disabled, the
+wheel's own schemas are defined, its `_meta_registrations.py` is executed unchanged with a minimal module
+instead of torch_npu, and each call is repeated on tensors without storage.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from ascendit.twin.registry import UNDEFINABLE
 
 META = "torch_npu/op_plugin/meta/_meta_registrations.py"
 CANN = "9.1.0"
-"""Some Meta kernels ask for the version."""
+"""Some Meta kernels read the version."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call on one chip, and what the twin gave for it."""
+    """One call on one chip, and the twin's result."""
 
     chip: str
     name: str
     sample: Sample
-    wanted: list[Any]
+    expected: list[Any]
 
 
 class NoMeta(Exception):
@@ -50,52 +50,52 @@ class NoMeta(Exception):
 
 
 def cases(chip: str) -> Iterator[Case]:
-    """The samples of the twin, then what ascendit's operators call."""
+    """The samples of the twin, then the calls of ascendit's operators."""
     device = open_device(f"twin:{chip}")
     for sample in example_calls.samples():
         yield Case(chip, sample.name, sample, described(sample.run(ascendit.twin.call)))
     for call in calls(device):
-        with torch.no_grad(), Recorder() as seen:
+        with torch.no_grad(), Recorder() as recorder:
             call.run()
-        for name, args, kwargs, result in seen.seen:
+        for name, args, kwargs, result in recorder.calls:
             sample = Sample(call.name, name, args, kwargs)
             yield Case(chip, f"{OURS}{call.name}", sample, described(result))
 
 
 def install(wheel: Path) -> dict[str, str]:
-    """Define the wheel's schemas and its Meta kernels. Returns a dict whose `chip` they are for."""
-    now = {"chip": "a5"}
+    """Define the wheel's schemas and Meta kernels. Returns a dict with the `chip` that they assume."""
+    current = {"chip": "a5"}
     library = torch.library.Library("npu", "FRAGMENT")
     for name, schema in schemas.of_torch_npu(wheel).items():
         if name not in UNDEFINABLE:
             library.define(schema)
-    keep.append(library)
+    libraries.append(library)
 
     def module(name: str, **attributes: Any) -> None:
-        made = types.ModuleType(name)
-        made.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-        vars(made).update(__path__=[], **attributes)
-        sys.modules[name] = made
+        new = types.ModuleType(name)
+        new.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        vars(new).update(__path__=[], **attributes)
+        sys.modules[name] = new
 
-    qdata = type("ErrCode", (), {"__getattr__": lambda self, name: name})()
+    error_codes = type("ErrCode", (), {"__getattr__": lambda self, name: name})()
     module("torch_npu", **contract.DTYPE_NUMBERS)
     module("torch_npu.utils")
-    module("torch_npu.utils._error_code", ErrCode=qdata, ops_error=lambda code: "")
+    module("torch_npu.utils._error_code", ErrCode=error_codes, ops_error=lambda code: "")
     module("torch_npu.npu")
-    module("torch_npu.npu.utils", get_cann_version=lambda *given: CANN)
+    module("torch_npu.npu.utils", get_cann_version=lambda *args: CANN)
     soc = {chip.name: chip.soc_versions[0] for chip in CHIPS.values()}
-    module("torch_npu.npu._backends", get_soc_version=lambda: soc[now["chip"]])
-    source = compile(wheels.member(wheel, META), META, "exec")
+    module("torch_npu.npu._backends", get_soc_version=lambda: soc[current["chip"]])
+    source = compile(wheels.read_text(wheel, META), META, "exec")
     exec(source, {"__name__": "torch_npu.op_plugin.meta._meta_registrations"})
-    return now
+    return current
 
 
-keep: list[torch.library.Library] = []
-"""A library that is collected takes its operators away."""
+libraries: list[torch.library.Library] = []
+"""Operators disappear when their library is garbage-collected."""
 
 
 def by_meta(operator: str, *args: Any, **kwargs: Any) -> Any:
-    """One call of a Meta kernel. A cast of an argument to NZ, which has none, changes no shape."""
+    """Call a Meta kernel. The cast of an argument to NZ has none, and changes no shape."""
     if operator == "npu_format_cast":
         return args[0]
     if "::" in operator or not torch._C._dispatch_has_kernel_for_dispatch_key(f"npu::{operator}", "Meta"):
@@ -104,12 +104,12 @@ def by_meta(operator: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def verdict(case: Case) -> dict[str, Any]:
-    """`meta`: "same", "none" (no such kernel), or what is different."""
+    """`meta`: "same", "none" (no such kernel), or the difference."""
     try:
         if case.sample.operator == "npu_format_cast":
             raise NoMeta
-        got = described(case.sample.run(by_meta, lambda t: t.to("meta")))
-        meta = "same" if got == case.wanted else f"gives {got}, the twin {case.wanted}"
+        actual = described(case.sample.run(by_meta, lambda t: t.to("meta")))
+        meta = "same" if actual == case.expected else f"gives {actual}, the twin {case.expected}"
     except NoMeta:
         meta = "none"
     except Exception as e:
@@ -118,20 +118,20 @@ def verdict(case: Case) -> dict[str, Any]:
 
 
 def controls() -> list[str]:
-    """Wrong calls, each with what the Meta kernel says of it: "accepted" would make the rest worth little."""
+    """Wrong calls, each with the answer of its Meta kernel, which must not be "accepted"."""
     qdata = torch.empty(6, 64, dtype=torch.float8_e4m3fn, device="meta")
     scale = torch.empty(6, 1, 2, dtype=torch.uint8, device="meta")
     right = {"pertoken_scale": scale, "scale_dtype": 293, "pertoken_scale_dtype": 293, "output_dtype": 15}
-    tokens = torch.empty(6, 64, dtype=torch.bfloat16, device="meta")
+    activation = torch.empty(6, 64, dtype=torch.bfloat16, device="meta")
     wrong = {
         "MX matmul without group_sizes": lambda: matmul(**right),
         "x1_dtype for native float8": lambda: matmul(**right, group_sizes=[1, 1, 32], x1_dtype=292),
-        "blocks of 33": lambda: by_meta("npu_dynamic_mx_quant", tokens, block_size=33),
-        "an unknown keyword": lambda: by_meta("npu_dynamic_mx_quant", tokens, dtype=292),
+        "blocks of 33": lambda: by_meta("npu_dynamic_mx_quant", activation, block_size=33),
+        "an unknown keyword": lambda: by_meta("npu_dynamic_mx_quant", activation, dtype=292),
     }
 
-    def matmul(**given: Any) -> Any:
-        return by_meta("npu_quant_matmul", qdata, qdata.t(), scale.transpose(0, 1), **given)
+    def matmul(**kwargs: Any) -> Any:
+        return by_meta("npu_quant_matmul", qdata, qdata.t(), scale.transpose(0, 1), **kwargs)
 
     return [f"{name}: {_refusal(call)}" for name, call in wrong.items()]
 
@@ -146,12 +146,12 @@ def _refusal(call: Callable[[], Any]) -> str:
 
 def main(wheel: Path, out: Path) -> None:
     warnings.simplefilter("ignore")
-    found = [case for chip in CHIPS for case in cases(chip)]
+    all_cases = [case for chip in CHIPS for case in cases(chip)]
     ascendit.twin.disable()
-    now = install(wheel)
+    current = install(wheel)
     rows = []
-    for case in found:
-        now["chip"] = case.chip
+    for case in all_cases:
+        current["chip"] = case.chip
         rows.append(verdict(case))
     out.write_text(json.dumps({"calls": rows, "controls": controls()}))
 

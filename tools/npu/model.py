@@ -1,4 +1,4 @@
-"""A Wan model of two layers and the demo's whole way to latents and frames, traced over the stub CANN."""
+"""A Wan model of two layers and the demo's run to latents and frames, traced over the stub CANN."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ LATENTS = (1, 16, 3, 6, 4)
 
 
 def counted(trace: Trace) -> dict[str, Any]:
-    """For the report."""
-    found = {"launches": len(trace.launched), "kernels": trace.counts, "host": trace.host}
-    return found | {"strided": list(trace.strided)}
+    """A trace as data for the report."""
+    data = {"launches": len(trace.launched), "kernels": trace.counts, "host": trace.host}
+    return data | {"strided": list(trace.strided)}
 
 
 def forward(device: Device, stub: Stub) -> dict[str, Any]:
-    """Launches of one forward of two layers whose modulation is new, and of one block in it."""
+    """Launches of one forward of two layers that computes its modulation, and of one of its blocks."""
     with torch.device("meta"):
         model = WanTransformer(CONFIG, bind(device))
     for name, p in list(model.named_parameters()):
-        kept = any(k in name.split(".") for k in model.KEEP_FP32)
-        value = torch.full(p.shape, 0.01, dtype=torch.float32 if kept else torch.bfloat16)
+        is_float32 = any(k in name.split(".") for k in model.KEEP_FP32)
+        value = torch.full(p.shape, 0.01, dtype=torch.float32 if is_float32 else torch.bfloat16)
         owner, _, leaf = name.rpartition(".")
-        put = nn.Parameter(value.to(device.torch_name), requires_grad=False)
-        model.get_submodule(owner).register_parameter(leaf, put)
+        parameter = nn.Parameter(value.to(device.torch_name), requires_grad=False)
+        model.get_submodule(owner).register_parameter(leaf, parameter)
     model.eval()
     x = torch.zeros(LATENTS, device=device.torch_name)
     text = torch.zeros(1, 8, CONFIG.text_dim, device=device.torch_name)
     state, prepared = stub.during(lambda: model.prepare(model.grid_of(x), text, timesteps=(500.0,)))
-    _, whole = stub.during(lambda: model(x, 500.0, state))
+    _, trace = stub.during(lambda: model(x, 500.0, state))
     mod = model.modulation((500.0,), (len(state.shared.part),))
-    tokens = torch.zeros(
+    hidden = torch.zeros(
         1, len(state.shared.part), CONFIG.dim, device=device.torch_name, dtype=torch.bfloat16
     )
-    _, block = stub.during(lambda: model.blocks[0](0, tokens, mod, state))
-    return {"prepare": counted(prepared), "forward": counted(whole), "block": counted(block)}
+    _, block = stub.during(lambda: model.blocks[0](0, hidden, mod, state))
+    return {"prepare": counted(prepared), "forward": counted(trace), "block": counted(block)}
 
 
 def diffusers_forward(device: Device, stub: Stub) -> dict[str, Any]:
-    """The same with Diffusers' model, for comparison."""
+    """The same forward with Diffusers' model, for comparison."""
     from diffusers import WanTransformer3DModel
 
     names = ("num_attention_heads", "attention_head_dim", "text_dim", "freq_dim", "ffn_dim", "num_layers")
@@ -66,38 +66,38 @@ def diffusers_forward(device: Device, stub: Stub) -> dict[str, Any]:
     model = model.to(device.torch_name, torch.bfloat16).eval()
     x = torch.zeros(LATENTS, device=device.torch_name, dtype=torch.bfloat16)
     text = torch.zeros(1, 8, CONFIG.text_dim, device=device.torch_name, dtype=torch.bfloat16)
-    at = torch.tensor([500], device=device.torch_name)
-    _, trace = stub.during(lambda: model(x, at, text, return_dict=False))
+    t = torch.tensor([500], device=device.torch_name)
+    _, trace = stub.during(lambda: model(x, t, text, return_dict=False))
     return {"diffusers": counted(trace)}
 
 
 def videos(device: Device, stub: Stub) -> dict[str, Any]:
-    """The demo in every way of this chip, both experts cut to two layers, and its VAE once."""
+    """The demo in every variant of this chip, both experts cut to two layers, and its VAE once."""
     pipe = ascendit.load("demo", device=device.torch_name, dtype="bfloat16")
-    found: dict[str, Any] = {"ways": {}}
+    report: dict[str, Any] = {"ways": {}}
     for way in ways.on(pipe.device):
         first, second = ways.experts(pipe, way, LAYERS)
-        one = replace(pipe, transformer=first, transformer_2=second, policy=ways.policy(way))
-        latents, steps = denoise(one, stub)
-        of = {"quantized": bool(way.schemes), "texts": LAYERS if way.smooth else 1, "nz": way.in_nz}
-        found["ways"][way.name] = {**of, "layers": LAYERS, "steps": steps}
+        small = replace(pipe, transformer=first, transformer_2=second, policy=ways.policy(way))
+        latents, steps = denoise(small, stub)
+        traits = {"quantized": bool(way.schemes), "texts": LAYERS if way.smooth else 1, "nz": way.in_nz}
+        report["ways"][way.name] = {**traits, "layers": LAYERS, "steps": steps}
         if way.in_nz:
-            found["ways"][way.name]["round_trip"] = round_trip(first, device)
+            report["ways"][way.name]["round_trip"] = round_trip(first, device)
     with torch.no_grad():
         frames, decoding = stub.during(lambda: pipe.vae.decode(latents))
-    return found | {"decode": counted(decoding), "frames": list(frames.shape)}
+    return report | {"decode": counted(decoding), "frames": list(frames.shape)}
 
 
 def denoise(pipe: Pipeline, stub: Stub) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """Each step of the loop by itself; what is before it, up to the tables of both experts, is left out."""
+    """The trace of each step of the loop; the preparation of both experts before it is left out."""
     request = pipe.request("a red circle", seed=1, num_inference_steps=STEPS, num_frames=5)
     steps: list[dict[str, Any]] = []
     share = generate.share
 
-    def shared(*given: Any) -> Any:
-        made = share(*given)
+    def shared(*args: Any) -> Any:
+        result = share(*args)
         stub.take()
-        return made
+        return result
 
     def report(event: Any) -> None:
         trace = stub.take()
@@ -111,7 +111,7 @@ def denoise(pipe: Pipeline, stub: Stub) -> tuple[torch.Tensor, list[dict[str, An
     refuse = AssertionError("a weight is prepared in the loop")
     with (
         mock.patch.object(generate, "share", shared),
-        mock.patch.object(generate, "finite", lambda latents: latents),  # no number here means anything
+        mock.patch.object(generate, "finite", lambda latents: latents),  # the numbers have no meaning
         mock.patch.object(Schemes, "prepare_weight", side_effect=refuse),
     ):
         latents = generate.denoise(pipe, request, None, report, None)
@@ -119,7 +119,7 @@ def denoise(pipe: Pipeline, stub: Stub) -> tuple[torch.Tensor, list[dict[str, An
 
 
 def round_trip(model: WanTransformer, device: Device) -> list[int]:
-    """The layouts of a block's weights after a way to the host and back."""
+    """The layouts of a block's weights after a round trip to the host."""
     block = model.blocks[0].to("cpu").to(device.torch_name)
     weights = [m.group.weight.qdata for m in block.modules() if isinstance(m, QuantLinear)]
     return sorted({int(torch.ops.npu.get_npu_format(qdata)) for qdata in weights})

@@ -1,4 +1,4 @@
-"""The report: one row for each call, the launches per scheme and chip, and what is wrong."""
+"""The report: one row for each call, the launches per scheme and chip, and the problems."""
 
 from __future__ import annotations
 
@@ -12,162 +12,165 @@ from npu.calls import OURS
 from ascendit.device.chip import CHIPS
 
 FORWARD, BLOCK = 100, 26
-"""At most so many launches: a forward of two layers in BF16, a block with MindIE-SD's operators."""
+"""Limits of launches: a forward of two layers in BF16, a block with MindIE-SD's operators."""
 CONTROL = "aten::special_bessel_j0"
-"""Without a kernel: the dry run calls it last, to see that a fall-back is seen."""
-KNOWN = {
-    "npu_rms_norm_dynamic_mx_quant": "the adapter gives rstd empty, its Meta kernel does not",
-    "npu_add_rms_norm_dynamic_mx_quant": "the adapter gives rstd empty, its Meta kernel does not",
-    "mindiesd::rainfusionattention": "the adapter gives the second result the shape and dtype of the first",
+"""An operator without a kernel. The dry run calls it last, to test that a fall-back is detected."""
+EXPECTED = {
+    "npu_rms_norm_dynamic_mx_quant": "the adapter returns an empty rstd, its Meta kernel does not",
+    "npu_add_rms_norm_dynamic_mx_quant": "the adapter returns an empty rstd, its Meta kernel does not",
+    "mindiesd::rainfusionattention": "the second result of the adapter has the shape and dtype of the first",
 }
-"""Operators whose results differ in the dry run, and why that may be. ascendit calls none of them."""
+"""Operators whose results may differ in the dry run -> the reason. ascendit calls none of them."""
 
 
-PLACE = re.compile(r"(<!-- dry run: (\w+) -->\n).*?(<!-- end of the table -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- dry run: (\w+) -->\n).*?(<!-- end of the table -->)", re.DOTALL)
 
 
 def make(*, schemas: dict[str, Any], meta: dict[str, Any], dry: dict[str, Any]) -> dict[str, Any]:
-    """Everything in one, with `problems`: what is wrong, nothing if all is well."""
+    """The complete report. `problems`: one text for each, empty if there are none."""
     rows = merged(meta["calls"], dry)
-    found = {"schemas": schemas, "controls": meta["controls"], "calls": rows, "dry": dry}
-    return found | {"accepted": accepted(rows), "problems": list(problems(found))}
+    report = {"schemas": schemas, "controls": meta["controls"], "calls": rows, "dry": dry}
+    return report | {"accepted": accepted(rows), "problems": list(problems(report))}
 
 
 def merged(meta: Sequence[Mapping[str, str]], dry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each call and chip. `meta`, `dry`: "same" as the twin, "none" (no kernel), or not."""
+    """A row for each call and chip. `meta`, `dry`: "same" as the twin, "none" (no kernel) or a difference."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for chip, one in dry.items():
-        for call in [*one["samples"], *one["calls"]]:
+    for chip, run in dry.items():
+        for call in [*run["samples"], *run["calls"]]:
             row = {"chip": chip, "operators": [], **call}
             if operator := row.pop("operator", None):
                 row["operators"] = [operator]
             rows[chip, call["name"]] = row
-    for one in meta:
-        row = rows[one["chip"], one["name"]]
-        row["operators"] = list(dict.fromkeys([*row["operators"], one["operator"]]))
-        row["meta"] = worse(row.get("meta", "same"), one["meta"])
+    for call in meta:
+        row = rows[call["chip"], call["name"]]
+        row["operators"] = list(dict.fromkeys([*row["operators"], call["operator"]]))
+        row["meta"] = worse(row.get("meta", "same"), call["meta"])
     return [{"meta": "none", **row} for row in rows.values()]
 
 
 def worse(a: str, b: str) -> str:
-    """A difference before no kernel before the same."""
+    """The worse result: a difference, then no kernel, then "same"."""
     return max(a, b, key=lambda v: {"same": 0, "none": 1}.get(v, 2))
 
 
 def accepted(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Chip -> calls that twin, Meta kernel and dry run accept alike."""
+    """Chip -> number of calls that twin, Meta kernel and dry run accept with equal results."""
     alike = [row["chip"] for row in rows if row["meta"] == row["dry"] == "same"]
     return {chip: alike.count(chip) for chip in CHIPS}
 
 
-def problems(found: Mapping[str, Any]) -> Iterator[str]:
-    """One line for each thing that is wrong."""
-    for package, one in found["schemas"].items():
-        yield from (f"schema of {package}: {line}" for line in one["different"])
-    yield from (f"the Meta kernels took a wrong call: {c}" for c in found["controls"] if "refused" not in c)
-    for row in found["calls"]:
+def problems(report: Mapping[str, Any]) -> Iterator[str]:
+    """One line for each problem."""
+    for package, result in report["schemas"].items():
+        yield from (f"schema of {package}: {line}" for line in result["different"])
+    yield from (
+        f"the Meta kernels accepted a wrong call: {c}" for c in report["controls"] if "refused" not in c
+    )
+    for row in report["calls"]:
         where = f"{row['name']} on {row['chip']}"
         if row["meta"] not in ("same", "none"):
             yield f"{where}: the Meta kernel {row['meta']}"
-        known = row["dry"].startswith("gives") and set(row["operators"]) & set(KNOWN)
-        if row["dry"] != "same" and not known:
+        excused = row["dry"].startswith("gives") and set(row["operators"]) & set(EXPECTED)
+        if row["dry"] != "same" and not excused:
             yield f"{where}: the dry run {row['dry']}"
         yield from (f"{where}: {line}" for line in _call_problems(row))
-    for chip, one in found["dry"].items():
-        yield from (f"{chip}: {line}" for line in _run_problems(one))
+    for chip, run in report["dry"].items():
+        yield from (f"{chip}: {line}" for line in _run_problems(run))
 
 
 def _call_problems(row: Mapping[str, Any]) -> Iterator[str]:
-    """What the loop calls waits for nothing, and codes are one kernel to make, one to multiply."""
+    """Calls in the loop must not wait; a quantization and a quantized matmul must be one kernel each."""
     if not row["name"].startswith(OURS) or row["dry"] != "same" or ": weight" in row["name"]:
         return
     if row["host"]:
         yield f"the host waits or copies: {', '.join(row['host'])}"
-    most = 3 if row["scheme"] == "bf16" else 2 if ": smoothed" in row["name"] else 1
+    most = 3 if row["scheme"] == "bf16" else 2 if ", smoothed" in row["name"] else 1
     if len(row["launched"]) > most:
         yield f"{len(row['launched'])} kernels instead of {most}: {', '.join(row['launched'])}"
 
 
-def _run_problems(one: Mapping[str, Any]) -> Iterator[str]:
-    """Of a whole model on one chip."""
-    control = [line for line in one["fallbacks"] if CONTROL in line]
-    yield from (line for line in one["fallbacks"] if line not in control)
-    if not control or not one["controls"]["item"]:
-        yield f"a fall-back or a wait goes unseen: {control}, {one['controls']}"
-    yield from (f"schema of mindiesd::{name}" for name, same in one["mindiesd"].items() if not same)
+def _run_problems(run: Mapping[str, Any]) -> Iterator[str]:
+    """Problems of a complete model on one chip."""
+    control = [line for line in run["fallbacks"] if CONTROL in line]
+    yield from (line for line in run["fallbacks"] if line not in control)
+    if not control or not run["controls"]["item"]:
+        yield f"a fall-back or a wait is not detected: {control}, {run['controls']}"
+    yield from (f"schema of mindiesd::{name}" for name, same in run["mindiesd"].items() if not same)
     for part, most in (("forward", FORWARD), ("block", BLOCK)):
-        if (count := one["model"][part]["launches"]) > most:
+        if (count := run["model"][part]["launches"]) > most:
             yield f"{part}: {count} launches, at most {most} are allowed"
-        if one["model"][part]["host"]:
-            yield f"{part}: the host waits or copies: {', '.join(one['model'][part]['host'])}"
-    yield from loop.problems(one["video"])
+        if run["model"][part]["host"]:
+            yield f"{part}: the host waits or copies: {', '.join(run['model'][part]['host'])}"
+    yield from loop.problems(run["video"])
 
 
 # ---- as text ------------------------------------------------------------------------------------
 
 
-def text(found: Mapping[str, Any]) -> str:
-    """What the tool prints."""
-    lines = [f"{p}: {s['count']} schemas, {len(s['different'])} differ" for p, s in found["schemas"].items()]
-    lines += ["", *table(("call", "operators", "Meta", "dry run", "kernels of the last chip"), _rows(found))]
-    total = found["accepted"]
+def text(report: Mapping[str, Any]) -> str:
+    """The report as text."""
+    lines = [f"{p}: {s['count']} schemas, {len(s['different'])} differ" for p, s in report["schemas"].items()]
+    lines += ["", *table(("call", "operators", "Meta", "dry run", "kernels of the last chip"), _rows(report))]
+    total = report["accepted"]
     counts = ", ".join(f"{n} on {chip}" for chip, n in total.items())
-    lines += ["", f"accepted by twin, Meta kernels and dry run alike: {sum(total.values())} calls ({counts})"]
-    lines += ["", *launches(found), "", *table(*loop.rows(found["dry"])), ""]
-    known = {r["operators"][0] for r in found["calls"] if r["dry"] != "same"} & set(KNOWN)
-    lines += [f"known: {name}: {KNOWN[name]}" for name in sorted(known)]
-    lines += [f"control: {line}" for line in found["controls"]]
+    lines += ["", f"accepted by twin, Meta kernels and dry run: {sum(total.values())} calls ({counts})"]
+    lines += ["", *launches(report), "", *table(*loop.rows(report["dry"])), ""]
+    excused = {r["operators"][0] for r in report["calls"] if r["dry"] != "same"} & set(EXPECTED)
+    lines += [f"expected: {name}: {EXPECTED[name]}" for name in sorted(excused)]
+    lines += [f"control: {line}" for line in report["controls"]]
     return "\n".join(
-        [*lines, *(f"WRONG {p}" for p in found["problems"]), f"{len(found['problems'])} problems"]
+        [*lines, *(f"WRONG {p}" for p in report["problems"]), f"{len(report['problems'])} problems"]
     )
 
 
-def _rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    names = list(dict.fromkeys(row["name"] for row in found["calls"]))
+def _rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    names = list(dict.fromkeys(row["name"] for row in report["calls"]))
     rows = []
     for name in names:
-        of = [row for row in found["calls"] if row["name"] == name]
-        marks = (" ".join(_mark(row, part) for row in of) for part in ("meta", "dry"))
-        operators = ", ".join(of[-1]["operators"]) or "aten"
-        rows.append((name, operators, *marks, ", ".join(k.removeprefix("aclnn") for k in of[-1]["launched"])))
+        calls = [row for row in report["calls"] if row["name"] == name]
+        marks = (" ".join(_mark(row, part) for row in calls) for part in ("meta", "dry"))
+        operators = ", ".join(calls[-1]["operators"]) or "aten"
+        kernels = ", ".join(k.removeprefix("aclnn") for k in calls[-1]["launched"])
+        rows.append((name, operators, *marks, kernels))
     return rows
 
 
 def _mark(row: Mapping[str, Any], part: str) -> str:
-    """The chip where it is the same, `-` where there is no kernel, `!` and the chip where it differs."""
+    """The chip for "same", `-` for no kernel, `!` and the chip for a difference."""
     if row[part] == "none":
         return " -"
     return row["chip"] if row[part] == "same" else f"!{row['chip']}"
 
 
-def launches(found: Mapping[str, Any]) -> list[str]:
+def launches(report: Mapping[str, Any]) -> list[str]:
     """Kernels per scheme and chip, as a Markdown table."""
-    runs = found["dry"]
+    runs = report["dry"]
     rows: list[tuple[str, ...]] = []
-    for part, words in (
+    for part, label in (
         ("forward", "bf16: a forward of two layers"),
         ("diffusers", "bf16: the same by Diffusers"),
         ("block", "bf16: a block of it"),
     ):
-        rows.append((words, *(str(one["model"][part]["launches"]) for one in runs.values())))
-    decode = (one["video"]["decode"] for one in runs.values())
+        rows.append((label, *(str(run["model"][part]["launches"]) for run in runs.values())))
+    decode = (run["video"]["decode"] for run in runs.values())
     rows.append(("decoding by the demo's VAE", *(f"{d['launches']}, {len(d['host'])} waits" for d in decode)))
-    names = [r["name"] for r in found["calls"] if r["name"].endswith((": tokens", ": matmul"))]
+    names = [r["name"] for r in report["calls"] if r["name"].endswith((": quantize", ": matmul"))]
     for name in dict.fromkeys(n for n in names if "bias" not in n):
-        of = {
+        kernels = {
             r["chip"]: "+".join(k.removeprefix("aclnn") for k in r["launched"])
-            for r in found["calls"]
+            for r in report["calls"]
             if r["name"] == name
         }
-        rows.append((name.removeprefix(OURS), *(of.get(chip, "no matmul") for chip in runs)))
+        rows.append((name.removeprefix(OURS), *(kernels.get(chip, "no matmul") for chip in runs)))
     return list(table(("launches", *runs), rows))
 
 
-def renewed(page: str, found: Mapping[str, Any]) -> str:
-    """A page with its tables made new, each from `<!-- dry run: NAME -->` to `<!-- end of the table -->`."""
-    made = {"launches": launches(found), "loop": table(*loop.rows(found["dry"]))}
-    lines = {name: "".join(f"{line}\n" for line in of) for name, of in made.items()}
-    return PLACE.sub(lambda m: f"{m[1]}{lines[m[2]]}{m[3]}", page)
+def renew(page: str, report: Mapping[str, Any]) -> str:
+    """`page` with renewed tables, each from `<!-- dry run: NAME -->` to `<!-- end of the table -->`."""
+    tables = {"launches": launches(report), "loop": table(*loop.rows(report["dry"]))}
+    lines = {name: "".join(f"{line}\n" for line in rows) for name, rows in tables.items()}
+    return TABLE.sub(lambda m: f"{m[1]}{lines[m[2]]}{m[3]}", page)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

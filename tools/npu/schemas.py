@@ -1,4 +1,4 @@
-"""(a) The schemas of the twin against those in the wheels."""
+"""(a) Compare the schemas of the twin with those in the wheels."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ NATIVE_FUNCTIONS = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 
 
 def of_torch_npu(wheel: Path) -> dict[str, str]:
-    """Operator name with overload -> schema, of everything the wheel adds under torch.ops.npu."""
-    entries = yaml.safe_load(wheels.member(wheel, NATIVE_FUNCTIONS))
-    found: dict[str, str] = {}
+    """Operator name with overload -> schema, of everything that the wheel adds to torch.ops.npu."""
+    entries = yaml.safe_load(wheels.read_text(wheel, NATIVE_FUNCTIONS))
+    schemas: dict[str, str] = {}
     for section in ("custom", "symint"):
         for entry in entries[section]:
             schema = entry["func"] if isinstance(entry, dict) else entry
-            found[schema.partition("(")[0]] = schema
-    return found
+            schemas[schema.partition("(")[0]] = schema
+    return schemas
 
 
 def frozen(package: str) -> dict[str, str]:
@@ -33,14 +33,14 @@ def frozen(package: str) -> dict[str, str]:
 
 
 def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
-    """One line for each schema that is not the same in both."""
+    """One line for each schema that differs."""
     lines = [f"only in the twin: {ours[n]}" for n in ours if n not in theirs]
     lines += [f"only in the wheel: {theirs[n]}" for n in theirs if n not in ours]
     return lines + [f"{ours[n]} is {theirs[n]}" for n in ours if n in theirs and ours[n] != theirs[n]]
 
 
 def absent(ours: Mapping[str, str], plugin: Path) -> list[str]:
-    """Those of MindIE-SD's schemas that its library does not contain, spaces aside."""
+    """One line for each of MindIE-SD's schemas that its library does not contain, ignoring spaces."""
     text = re.sub(rb"\s+", b" ", plugin.read_bytes())
     return [
         f"not in {plugin.name}: {s}" for s in ours.values() if re.sub(r"\s+", " ", s).encode() not in text

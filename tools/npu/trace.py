@@ -1,4 +1,4 @@
-"""What the stub CANN saw: kernels launched, bytes copied, waits. In the process that runs over it."""
+"""The trace of the stub CANN in this process: launched kernels, copied bytes, waits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIBRARY = "libascendcl.so"
 
 @dataclass(frozen=True)
 class Trace:
-    """`launched`: kernels in order. `copied`: `H2D 512` and such. `waited`: where the host stood still.
+    """`launched`: kernels in order. `copied`: `H2D 512` and such. `waited`: where the host waited.
 
     `strided`: (kernel, `18x64/192x1`) for each argument that is not contiguous.
     """
@@ -27,17 +27,17 @@ class Trace:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Kernel -> how often, the most frequent first."""
+        """Kernel -> launches, the most frequent first."""
         return dict(Counter(self.launched).most_common())
 
     @property
     def host(self) -> list[str]:
-        """Everything for which the host stood still or touched the device's memory."""
+        """All waits of the host and copies between host and device."""
         return [*self.copied, *self.waited]
 
 
 class Stub:
-    """The stub as it is loaded in this process."""
+    """The stub CANN loaded in this process."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(LIBRARY)
@@ -45,29 +45,29 @@ class Stub:
         self._library.fake_cann_free.argtypes = [ctypes.c_void_p]
 
     def take(self) -> Trace:
-        """Since the last call, everything queued included; the wait for that is left out."""
+        """The trace since the last call, after a synchronization, which is left out."""
         torch.npu.synchronize()
         taken = self._library.fake_cann_take()
         text = ctypes.string_at(taken).decode()
         self._library.fake_cann_free(taken)
         lines = [(line.partition(" ")[0], line.partition(" ")[2]) for line in text.splitlines()]
         assert lines.pop() == ("sync", "aclrtSynchronizeDevice"), lines
-        kinds = {kind: tuple(rest for k, rest in lines if k == kind) for kind in ("launch", "copy", "sync")}
+        kinds = {kind: tuple(text for k, text in lines if k == kind) for kind in ("launch", "copy", "sync")}
         return Trace(kinds["launch"], kinds["copy"], kinds["sync"], tuple(_strided(lines)))
 
     def during(self, run: Callable[[], Any]) -> tuple[Any, Trace]:
-        """What `run` gives, and its trace."""
+        """The result of `run`, and its trace."""
         self.take()
         result = run()
         return result, self.take()
 
 
 def _strided(lines: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Arguments are described before their kernel is launched."""
-    waiting: list[str] = []
-    for kind, rest in lines:
+    """(kernel, argument) pairs; arguments are recorded before their kernel."""
+    pending: list[str] = []
+    for kind, text in lines:
         if kind == "strided":
-            waiting.append(rest)
+            pending.append(text)
         elif kind == "launch":
-            yield from ((rest, shape) for shape in waiting)
-            waiting = []
+            yield from ((text, shape) for shape in pending)
+            pending = []

@@ -1,4 +1,4 @@
-"""The ways in which the linear layers of a model compute: every scheme, and what combines them."""
+"""The variants of the linear layers of a model: every scheme, and combinations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ scheme = "mxfp8"
 
 @dataclass(frozen=True)
 class Way:
-    """`schemes`: what the chip must have. `smooth`: each joint weight has a `mul_scale` of its own."""
+    """`schemes`: matmuls that the chip must have. `smooth`: each fused weight has its own `mul_scale`."""
 
     name: str
     schemes: frozenset[str] = frozenset()
@@ -44,7 +44,7 @@ class Way:
 
     @property
     def in_nz(self) -> bool:
-        """Its weights are FRACTAL_NZ."""
+        """Whether its weights are in FRACTAL_NZ."""
         return self.nz or self.scheme == "mxfp4_dualscale"
 
 
@@ -70,35 +70,35 @@ WAYS = (
 
 
 def on(device: Device) -> Iterator[Way]:
-    """Those that this chip has every matmul for."""
+    """The variants for which this chip has every matmul."""
     yield from (way for way in WAYS if way.schemes <= device.native_schemes)
 
 
 def experts(pipe: Pipeline, way: Way, layers: int) -> list[WanTransformer]:
     """Both experts of a float model, quantized while they load, cut to their first blocks."""
-    made = []
+    models = []
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.toml"
         recipe.write_text(way.recipe)
         online = Online.from_options(way.scheme, str(recipe) if way.recipe else None)
         for expert in map(read_expert, pipe.layout.experts):
             applied = online.apply(expert) if online else None
-            ops, put = bind(pipe.device, nz=way.nz), pipe.device.torch_name
-            model = load_expert(expert, applied, ops, device=put, dtype=torch.bfloat16)
+            ops, device = bind(pipe.device, nz=way.nz), pipe.device.torch_name
+            model = load_expert(expert, applied, ops, device=device, dtype=torch.bfloat16)
             model.blocks = model.blocks[:layers]
             if way.smooth:
                 smooth(model)
-            made.append(model)
-    return made
+            models.append(model)
+    return models
 
 
 def smooth(model: torch.nn.Module) -> None:
-    """Give every joint weight its own `mul_scale`."""
-    known: dict[int, torch.nn.Parameter] = {}
+    """Give every fused weight its own `mul_scale`."""
+    scales: dict[int, torch.nn.Parameter] = {}
     for m in model.modules():
         if isinstance(m, QuantLinear):
             ones = torch.nn.Parameter(torch.ones(m.in_features, device=m.device), requires_grad=False)
-            m.mul_scale = known.setdefault(id(m.group), ones)
+            m.mul_scale = scales.setdefault(id(m.group), ones)
 
 
 def policy(way: Way) -> StepSchedule:

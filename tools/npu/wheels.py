@@ -1,7 +1,7 @@
-"""Wheels of packages that must not lie beside the torch of this environment, in a cache of their own.
+"""Wheels of packages that must not be installed beside torch, in a cache of their own.
 
 An installed torch_npu breaks `import torch` on a machine without CANN, so it is never installed: pip
-downloads it, and what is wanted of it is read from the file or unpacked where only a subprocess sees it.
+downloads it, and its files are read from the wheel or unpacked into a folder for a subprocess.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ CACHE = Path("~/.cache/ascendit").expanduser()
 TORCH_NPU = "torch_npu==2.13.0"
 MINDIESD = "mindiesd==3.1.0"
 EINOPS = "einops==0.8.2"
-"""MindIE-SD imports it and does not say so."""
+"""MindIE-SD imports it without declaring it."""
 
 
 class NoWheel(Exception):
-    """A wheel cannot be had; the text says why."""
+    """A wheel is not available; the text has the reason."""
 
 
 def download(requirement: str, cache: Path = CACHE) -> Path:
-    """The wheel of `name==version` for this Python, by pip, unless it is in the cache."""
+    """The wheel of `name==version` for this Python, from the cache or downloaded by pip."""
     folder = cache / "wheels"
-    if not (found := _cached(folder, requirement)):
+    if not (matches := _cached(folder, requirement)):
         folder.mkdir(parents=True, exist_ok=True)
         _pip("download", requirement, "--no-deps", "--only-binary=:all:", "--dest", str(folder))
-        found = _cached(folder, requirement)
-    if not found:
+        matches = _cached(folder, requirement)
+    if not matches:
         raise NoWheel(f"pip downloaded no wheel of {requirement}")
-    return found[0]
+    return matches[0]
 
 
 def _cached(folder: Path, requirement: str) -> list[Path]:
-    here = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    found = folder.glob(f"{requirement.replace('==', '-')}-*.whl")
-    return [path for path in found if path.name.split("-")[2] in (here, "py3")]
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    paths = folder.glob(f"{requirement.replace('==', '-')}-*.whl")
+    return [path for path in paths if path.name.split("-")[2] in (python, "py3")]
 
 
 def unpack(wheels: Sequence[Path], cache: Path = CACHE) -> Path:
@@ -67,8 +67,8 @@ def unpack(wheels: Sequence[Path], cache: Path = CACHE) -> Path:
     return target
 
 
-def member(wheel: Path, path: str) -> str:
-    """One text file in a wheel."""
+def read_text(wheel: Path, path: str) -> str:
+    """The text of one file in a wheel."""
     with zipfile.ZipFile(wheel) as archive:
         return archive.read(path).decode()
 
@@ -78,7 +78,7 @@ def _pip(*arguments: str) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     except subprocess.TimeoutExpired as e:
-        raise NoWheel(f"pip {arguments[0]} {arguments[1]}: no answer in 15 minutes") from e
+        raise NoWheel(f"pip {arguments[0]} {arguments[1]}: no result in 15 minutes") from e
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
             done.stderr.strip()

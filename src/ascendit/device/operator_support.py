@@ -267,9 +267,10 @@ def no_matmul_for(device: object, chip: str, scheme: str) -> EnvironmentProblem:
     """The error E-CAP-01 for a scheme without a matmul on `chip`; lists the chips that have one."""
     chips = [c for c in CHIPS.values() if scheme in native_on(c.name)]
     native = ["bf16", *(s for s in SCHEMES if s in native_on(chip))]
+    allowed = " or ".join(f"{c.product}, {c.name}" for c in chips) or "another scheme"
     return EnvironmentProblem(
         f"scheme {scheme} on {device}: the {CHIPS[chip].product} has no matmul for it",
-        needs=f"{' or '.join(f'{c.product}, {c.name}' for c in chips)}; {chip} has " + " and ".join(native),
+        needs=f"{allowed}; {chip} has {', '.join(native)}",
         fix="quantize to int8, or use --emulate decode-on-use: the same numbers, slower",
         code="E-CAP-01",
     )

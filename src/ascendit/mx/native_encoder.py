@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ascendit.mx import msmodelslim, reference, scales
-from ascendit.mx.formats import E2M1, Element, Format
+from ascendit.mx.formats import E2M1, E4M3, Element, Format
 from ascendit.mx.reference import Encoder, Parts
 from ascendit.native.build import Built, declared, native
 
@@ -48,6 +48,8 @@ def encoder(
     """A compiled encoder, or None if unsupported. `threads`: default: PyTorch's number of threads."""
     lib = library().library
     if lib is None or not (rounding == "rint" or rule.startswith("msms:")):
+        return None
+    if fmt.kind in ("row", "tile") and (fmt.element not in (None, E4M3) or fmt.block not in (0, 128)):
         return None
     if fmt.kind == "tile":
         return _by_numbers(lib.encode_tiles, threads, 1 if fmt.element else 0)

@@ -1,4 +1,4 @@
-"""Stock Diffusers on folders that ascendit wrote, and on BF16 ones that are quantized as they load."""
+"""Stock Diffusers with folders written by ascendit, and with BF16 folders quantized while loading."""
 
 from __future__ import annotations
 
@@ -49,25 +49,25 @@ SMALL: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 9, "num_infere
 
 
 @pytest.fixture(scope="session")
-def named(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`named(recipe)`: the scheme, or the file of the recipe."""
+def scheme_or_file(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`scheme_or_file(recipe)`: a scheme unchanged, or the file of the mixed recipe."""
     file = tmp_path_factory.mktemp("recipes") / "mixed.toml"
     file.write_text(MIXED)
     return lambda recipe: str(file) if recipe == "mixed" else recipe
 
 
 @pytest.fixture(scope="session")
-def folder(named: Any, tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`folder(recipe, model)`: the quantized folder of a tiny model, made once."""
-    made: dict[tuple[str, str], Path] = {}
+def folder(scheme_or_file: Any, tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`folder(recipe, model)`: the quantized folder of a tiny model, written once."""
+    folders: dict[tuple[str, str], Path] = {}
 
     def make(recipe: str, model: str = "t2v_cascade") -> Path:
-        if (recipe, model) not in made:
+        if (recipe, model) not in folders:
             dst = tmp_path_factory.mktemp("quantized") / recipe
-            how = {"recipe" if recipe == "mixed" else "scheme": named(recipe)}
-            ascendit.quantize(tiny_folder(model), dst, **how)
-            made[recipe, model] = dst
-        return made[recipe, model]
+            kwargs = {"recipe" if recipe == "mixed" else "scheme": scheme_or_file(recipe)}
+            ascendit.quantize(tiny_folder(model), dst, **kwargs)
+            folders[recipe, model] = dst
+        return folders[recipe, model]
 
     return make
 
@@ -75,11 +75,11 @@ def folder(named: Any, tiny_folder: Any, tmp_path_factory: pytest.TempPathFactor
 def load(path: Path, config: AscenditConfig | None = None, **options: Any) -> Any:
     if config is not None:
         options["quantization_config"] = config
-    return settled(WanTransformer3DModel.from_pretrained(path, **options))
+    return copied_from_file(WanTransformer3DModel.from_pretrained(path, **options))
 
 
-def settled(model: Any) -> Any:
-    """With parameters in memory of their own: float sums hang a little on places in a mapped file."""
+def copied_from_file(model: Any) -> Any:
+    """Copy every parameter: float sums depend slightly on the alignment in a memory-mapped file."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
@@ -114,7 +114,7 @@ def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_quantized_folder_computes_as_ours_does(recipe: str, folder: Any) -> None:
+def test_a_quantized_folder_gives_the_outputs_of_our_transformer(recipe: str, folder: Any) -> None:
     path = folder(recipe)
     stock = load(path / "transformer")
     layers = [m for m in stock.modules() if isinstance(m, QuantLinear)]
@@ -124,22 +124,24 @@ def test_a_quantized_folder_computes_as_ours_does(recipe: str, folder: Any) -> N
     for seed in range(3):
         x, text = inputs(stock, seed)
         with torch.inference_mode():
-            wanted = ours(x, 431.0, ours.prepare(ours.grid_of(x), text))
-        differences.append(relative(output(stock, seed), wanted))
-    # Sums in another order move a value over the edge between two codes now and then: so the median.
+            expected = ours(x, 431.0, ours.prepare(ours.grid_of(x), text))
+        differences.append(relative(output(stock, seed), expected))
+    # A different summation order sometimes rounds a value to the next quantized one; hence the median.
     assert sorted(differences)[1] < 1e-5 and max(differences) < 2e-2
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_online_is_offline_and_the_tensors_are_those_of_the_disk(
-    recipe: str, folder: Any, named: Any, tiny_t2v_cascade: Path
+def test_online_and_offline_quantization_give_the_stored_tensors(
+    recipe: str, folder: Any, scheme_or_file: Any, tiny_t2v_cascade: Path
 ) -> None:
     path = folder(recipe) / "transformer"
     offline = load(path)
-    online = load(tiny_t2v_cascade / "transformer", AscenditConfig(named(recipe)))
+    online = load(tiny_t2v_cascade / "transformer", AscenditConfig(scheme_or_file(recipe)))
     stored = load_file(path / tiny.WEIGHTS)
-    wide = {n: t.float() if t.dtype == torch.bfloat16 else t for n, t in stored.items() if "_rot" not in n}
-    assert same_tensors(offline.state_dict(), wide) and same_tensors(online.state_dict(), wide)
+    as_float32 = {
+        n: t.float() if t.dtype == torch.bfloat16 else t for n, t in stored.items() if "_rot" not in n
+    }
+    assert same_tensors(offline.state_dict(), as_float32) and same_tensors(online.state_dict(), as_float32)
     assert torch.equal(output(online), output(offline))
     config = json.loads((path / "config.json").read_text()).get("quantization_config")
     for model in (online, offline):
@@ -147,12 +149,12 @@ def test_online_is_offline_and_the_tensors_are_those_of_the_disk(
 
 
 @pytest.mark.parametrize(("name", "recipe"), [("t2v_single", "int8"), ("i2v_21", "mxfp8"), ("ti2v", "fp8")])
-def test_other_kinds_of_wan_load(name: str, recipe: str, folder: Any) -> None:
+def test_other_wan_models_load(name: str, recipe: str, folder: Any) -> None:
     path = folder(recipe, name) / "transformer"
     model = load(path, torch_dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16 and model.scale_shift_table.dtype == torch.float32
-    coded = {n for n, m in model.named_modules() if isinstance(m, QuantLinear)}
-    assert coded == {
+    quantized = {n for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert quantized == {
         n[: -len(".weight_scale")] for n in load_file(path / tiny.WEIGHTS) if "weight_scale" in n
     }
 
@@ -165,12 +167,14 @@ def test_several_shards_and_a_device_map(folder: Any, tmp_path: Path) -> None:
         assert torch.equal(output(load(tmp_path / "m", **options)), output(model))
 
 
-def test_a_single_file_is_quantized_as_it_loads(tiny_t2v_cascade: Path) -> None:
+def test_a_single_file_is_quantized_while_it_loads(tiny_t2v_cascade: Path) -> None:
     path = tiny_t2v_cascade / "transformer"
     model = WanTransformer3DModel.from_single_file(
         str(path / tiny.WEIGHTS), config=str(path), quantization_config=AscenditConfig("ascend-w4a4")
     )
-    assert torch.equal(output(settled(model)), output(load(path, AscenditConfig(recipe="ascend-w4a4"))))
+    assert torch.equal(
+        output(copied_from_file(model)), output(load(path, AscenditConfig(recipe="ascend-w4a4")))
+    )
 
 
 def test_smoothed_layers(folder: Any, tiny_t2v_cascade: Path, tmp_path: Path) -> None:
@@ -184,8 +188,8 @@ def test_smoothed_layers(folder: Any, tiny_t2v_cascade: Path, tmp_path: Path) ->
     ours = load_transformer(recognise(tmp_path / "s").parts["transformer"], bind("cpu"))
     x, text = inputs(stock, 0)
     with torch.inference_mode():
-        wanted = ours(x, 431.0, ours.prepare(ours.grid_of(x), text))
-    assert relative(output(stock), wanted) < 1e-5
+        expected = ours(x, 431.0, ours.prepare(ours.grid_of(x), text))
+    assert relative(output(stock), expected) < 1e-5
     stock.save_pretrained(tmp_path / "again")
     assert torch.equal(output(load(tmp_path / "again")), output(stock))
 
@@ -195,13 +199,15 @@ def test_other_models_are_quantized_saved_and_loaded(name: str, tmp_path: Path) 
     model, call = other_models.build(name)
     model.save_pretrained(tmp_path / "float", max_shard_size="500KB")
     ascendit.quantize_(model, "mxfp4", keep=["*.to_out.0"])
-    wanted = other_models.output(settled(model), call)
+    expected = other_models.output(copied_from_file(model), call)
     config = AscenditConfig("mxfp4", keep=["*.to_out.0"])
     online = type(model).from_pretrained(tmp_path / "float", quantization_config=config)
-    assert torch.equal(other_models.output(settled(online), call), wanted)
-    for path, one in ((tmp_path / "a", model), (tmp_path / "b", online)):
-        one.save_pretrained(path, max_shard_size="200KB")
-        assert torch.equal(other_models.output(settled(type(model).from_pretrained(path)), call), wanted)
+    assert torch.equal(other_models.output(copied_from_file(online), call), expected)
+    for path, source in ((tmp_path / "a", model), (tmp_path / "b", online)):
+        source.save_pretrained(path, max_shard_size="200KB")
+        assert torch.equal(
+            other_models.output(copied_from_file(type(model).from_pretrained(path)), call), expected
+        )
 
 
 # ---- pipelines ----------------------------------------------------------------------------------
@@ -220,35 +226,35 @@ def our_latents(path: Path, **fields: Any) -> Tensor:
     return generate.denoise(pipe, request, None, lambda event: None, None)
 
 
-def test_the_stock_pipeline_makes_our_video(folder: Any, tiny_t2v_cascade: Path, tmp_path: Path) -> None:
-    """Guided, with both experts; one prompt and two; and again from what the pipeline saves."""
+def test_the_stock_pipeline_gives_our_video(folder: Any, tiny_t2v_cascade: Path, tmp_path: Path) -> None:
+    """With guidance and both experts, for one and two prompts, and after saving the pipeline."""
     pipe = WanPipeline.from_pretrained(folder("mxfp8"))
-    one = stock_latents(pipe, guidance_scale=4.0)
-    wanted = our_latents(folder("mxfp8"), guidance_scale=4.0)
-    lost = relative(our_latents(tiny_t2v_cascade, guidance_scale=4.0), wanted)
-    assert relative(one, wanted) < 0.3 * lost < 0.03
-    two = stock_latents(pipe, ["a cat", "a dog"], guidance_scale=4.0)
-    assert relative(two[:1], one) < 0.5 * relative(two[1:], one)
+    single = stock_latents(pipe, guidance_scale=4.0)
+    expected = our_latents(folder("mxfp8"), guidance_scale=4.0)
+    quantization_error = relative(our_latents(tiny_t2v_cascade, guidance_scale=4.0), expected)
+    assert relative(single, expected) < 0.3 * quantization_error < 0.03
+    pair = stock_latents(pipe, ["a cat", "a dog"], guidance_scale=4.0)
+    assert relative(pair[:1], single) < 0.5 * relative(pair[1:], single)
     pipe.save_pretrained(tmp_path / "saved")
-    assert torch.equal(our_latents(tmp_path / "saved", guidance_scale=4.0), wanted)
-    marks = [
+    assert torch.equal(our_latents(tmp_path / "saved", guidance_scale=4.0), expected)
+    configs = [
         json.loads((p / "transformer/config.json").read_text()) for p in (folder("mxfp8"), tmp_path / "saved")
     ]
-    assert marks[0]["quantization_config"] == marks[1]["quantization_config"]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
     report = "\n".join(ascendit.inspect(tmp_path / "saved").lines())
     assert "mxfp8   20 layers" in report and "0 missing, 0 unexpected, 0 misshapen, 0 mistyped   ok" in report
 
 
 def test_a_mixed_recipe_in_a_pipeline(folder: Any, tmp_path: Path) -> None:
     pipe = WanPipeline.from_pretrained(folder("mixed"))
-    wanted = stock_latents(pipe)
+    expected = stock_latents(pipe)
     pipe.save_pretrained(tmp_path / "saved")
-    assert relative(stock_latents(WanPipeline.from_pretrained(tmp_path / "saved")), wanted) < 0.1
+    assert relative(stock_latents(WanPipeline.from_pretrained(tmp_path / "saved")), expected) < 0.1
     assert torch.equal(our_latents(tmp_path / "saved"), our_latents(folder("mixed")))
 
 
-def test_a_folder_without_a_marker(folder: Any, tmp_path: Path) -> None:
-    """As SGLang wants it: the user says that it holds codes."""
+def test_a_folder_without_a_quantization_config(folder: Any, tmp_path: Path) -> None:
+    """SGLang's format has none: the user passes a config for the quantized folder."""
     ascendit.repack(folder("int8"), tmp_path / "s", engine="sglang")
     assert "quantization_config" not in json.loads((tmp_path / "s/transformer/config.json").read_text())
     config = PipelineQuantizationConfig(
@@ -260,52 +266,54 @@ def test_a_folder_without_a_marker(folder: Any, tmp_path: Path) -> None:
 
 def test_model_offload(folder: Any) -> None:
     pipe = WanPipeline.from_pretrained(folder("mxfp8"))
-    wanted = stock_latents(pipe)
+    expected = stock_latents(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
-    assert relative(stock_latents(pipe), wanted) < 2e-2
+    assert relative(stock_latents(pipe), expected) < 2e-2
     model = load(folder("mxfp8") / "transformer")
-    wanted = output(model)
+    expected = output(model)
     _, hook = accelerate.cpu_offload_with_hook(model, execution_device="cpu")
-    assert torch.equal(output(model), wanted)
+    assert torch.equal(output(model), expected)
     hook.offload()
     accelerate.hooks.remove_hook_from_module(model)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    assert torch.equal(output(model), wanted)
+    assert torch.equal(output(model), expected)
 
 
 @pytest.mark.parametrize("recipe", ["int8", "mxfp8", "mxfp4_dualscale"])
-@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
-def test_group_offload(kind: str, recipe: str, folder: Any) -> None:
-    """Hooks move the parameters of a few layers at a time; the numbers stay."""
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+def test_group_offload(offload_type: str, recipe: str, folder: Any) -> None:
+    """Hooks move the parameters of a few layers at a time; the output is unchanged."""
     model = load(folder(recipe) / "transformer")
-    wanted, cpu = output(model), torch.device("cpu")
-    model.enable_group_offload(cpu, cpu, offload_type=kind, num_blocks_per_group=1)
-    assert torch.equal(output(model), wanted)
+    expected, cpu = output(model), torch.device("cpu")
+    model.enable_group_offload(cpu, cpu, offload_type=offload_type, num_blocks_per_group=1)
+    assert torch.equal(output(model), expected)
 
 
 @pytest.mark.parametrize("recipe", ["int8", "fp8", "mxfp4", "mxfp4_dualscale"])
 def test_sequential_offload(recipe: str, folder: Any) -> None:
-    """accelerate puts each parameter back before the layer computes, and away afterwards."""
+    """accelerate loads each parameter before the layer computes, and offloads it afterwards."""
     model = load(folder(recipe) / "transformer")
-    wanted, layer = output(model), model.blocks[0].ffn.net[2]
+    expected, layer = output(model), model.blocks[0].ffn.net[2]
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    assert torch.equal(output(model), wanted)
+    assert torch.equal(output(model), expected)
     assert all(p.is_meta for p in layer.parameters()) and layer.group.extra_nbytes == 0
     accelerate.hooks.remove_hook_from_submodules(model)
-    assert torch.equal(output(model), wanted) and layer.weight.dtype == layer.compute_dtype
+    assert torch.equal(output(model), expected) and layer.weight.dtype == layer.compute_dtype
 
 
-# ---- what is refused ----------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------
 
 
-def test_without_our_import_diffusers_refuses(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diffusers_refuses_the_folder_if_ascendit_is_not_registered(
+    folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "mxfp8")
     monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "mxfp8")
     with pytest.raises(ValueError, match="Unknown quantization type, got mxfp8"):
         load(folder("mxfp8") / "transformer")
 
 
-def test_a_method_of_another_library_stays_theirs(
+def test_a_quant_method_of_another_library_is_not_replaced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "mxfp8", object)
@@ -313,36 +321,36 @@ def test_a_method_of_another_library_stays_theirs(
     assert auto.AUTO_QUANTIZER_MAPPING["mxfp8"] is object and "quant_method mxfp8" in caplog.text
 
 
-def test_an_older_diffusers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_diffusers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(DiffusersQuantizer, "maybe_update_loaded_keys")
     with pytest.raises(EnvironmentProblem, match=r"0\.39 or newer") as e:
         register()
     assert e.value.code == "E-ENV-01"
 
 
-def test_casts_are_refused_before_anything_is_cast(folder: Any) -> None:
+def test_casts_are_refused_before_any_tensor_is_cast(folder: Any) -> None:
     model = load(folder("mxfp8") / "transformer")
-    wanted = output(model)
+    expected = output(model)
     for cast in (lambda: model.to(torch.bfloat16), model.half, model.float):
         with pytest.raises(ValueError, match="quantized"):
             cast()
-    assert torch.equal(output(model), wanted)
+    assert torch.equal(output(model), expected)
     with pytest.raises(UsageError, match="mxfp8 to torch.float8_e4m3fn"):
         model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
 
 
 def test_fusing_into_quantized_weights_is_refused(folder: Any) -> None:
-    """It would be lost, or make floats of them; looking at a weight is no harm."""
+    """The change would be lost, or the layer would no longer be quantized; reading a weight is allowed."""
     model = load(folder("mxfp8") / "transformer")
-    wanted, layer = output(model), model.blocks[0].attn1.to_q
+    expected, layer = output(model), model.blocks[0].attn1.to_q
     for fuse in (model.fuse_qkv_projections, lambda: layer.weight.data.add_(1)):
         with pytest.raises(UsageError, match="weight.data of a quantized layer") as e:
             fuse()
         assert e.value.code == "E-QNT-03" and "fuse before" in e.value.fix
-    assert torch.equal(output(model), wanted)
+    assert torch.equal(output(model), expected)
     x = torch.randn(3, layer.in_features)
-    made = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    assert type(made) is Tensor and relative(layer(x), made) < 0.05
+    reference = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    assert type(reference) is Tensor and relative(layer(x), reference) < 0.05
 
 
 def edit(path: Path, how: str) -> None:
@@ -365,13 +373,13 @@ def edit(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "code", "text"),
     [
-        ("nan", "E-CKP-08", "blocks.1.ffn.net.0.proj.weight_scale has 1 scales of NaN"),
+        ("nan", "E-CKP-08", "blocks.1.ffn.net.0.proj.weight_scale has 1 NaN scales"),
         ("lost", "E-CKP-04", "blocks.1.ffn.net.0.proj.bias"),
         ("half", "E-CKP-08", "blocks.1.ffn.net.0.proj"),
         ("manifest", "E-CKP-07", "blocks.0.attn1.to_q"),
     ],
 )
-def test_damage_is_named(how: str, code: str, text: str, folder: Any, tmp_path: Path) -> None:
+def test_a_damaged_folder_is_refused(how: str, code: str, text: str, folder: Any, tmp_path: Path) -> None:
     path = tmp_path / "m"
     shutil.copytree(folder("mxfp8") / "transformer", path)
     edit(path, how)
@@ -380,7 +388,7 @@ def test_damage_is_named(how: str, code: str, text: str, folder: Any, tmp_path: 
     assert e.value.code == code
 
 
-def test_a_float_folder_without_a_tensor_is_named(tiny_t2v_cascade: Path, tmp_path: Path) -> None:
+def test_a_float_folder_without_a_tensor_is_refused(tiny_t2v_cascade: Path, tmp_path: Path) -> None:
     path = tmp_path / "m"
     shutil.copytree(tiny_t2v_cascade / "transformer", path)
     edit(path, "lost")
@@ -389,7 +397,7 @@ def test_a_float_folder_without_a_tensor_is_named(tiny_t2v_cascade: Path, tmp_pa
     assert e.value.code == "E-CKP-04"
 
 
-def test_another_layout_is_sent_to_repack(folder: Any, tmp_path: Path) -> None:
+def test_another_layout_is_refused_with_repack_as_the_fix(folder: Any, tmp_path: Path) -> None:
     ascendit.repack(folder("mxfp4"), tmp_path / "omni", engine="vllm-omni")
     with pytest.raises(CheckpointError, match="F8_E4M3") as e:
         load(tmp_path / "omni/transformer")
@@ -408,7 +416,7 @@ def test_another_layout_is_sent_to_repack(folder: Any, tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("twin")
-def test_calls_that_make_no_sense(
+def test_invalid_arguments_are_refused(
     recipe: str, config: dict[str, Any], code: str, text: str, folder: Any, tiny_t2v_cascade: Path
 ) -> None:
     path = folder(recipe) if recipe else tiny_t2v_cascade

@@ -1,6 +1,6 @@
-"""Compile the Triton kernels for a card that need not be here: `python compiled.py 90` for sm90.
+"""Compile the Triton kernels for a GPU that need not be present: `python compiled.py 90` for sm90.
 
-Prints, for each of them, which instructions for tensor cores it came to. Triton brings NVIDIA's assembler."""
+Print the tensor core instructions of each kernel. Triton includes NVIDIA's assembler."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ MULTIPLIERS = ("wgmma", "mma.sync", "tcgen05")
 def compiled(
     capability: int, kernel: Any, constants: dict[str, Any], options: dict[str, Any], **types: str
 ) -> str:
-    """PTX for tokens in bfloat16; pointers and lengths are multiples of 16."""
+    """PTX for a bfloat16 activation; pointers and lengths are multiples of 16."""
     names = kernel.arg_names
-    given = {n: "constexpr" if n in constants else {**POINTERS, **types}.get(n, "i32") for n in names}
+    signature = {n: "constexpr" if n in constants else {**POINTERS, **types}.get(n, "i32") for n in names}
     source = compiler.ASTSource(
         fn=kernel,
-        signature=given,
+        signature=signature,
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in {*constants, "eps"}},
     )
@@ -45,38 +45,47 @@ def compiled(
     return str(built.asm["ptx"])
 
 
-def kinds(capability: int) -> dict[str, str]:
-    """Name -> PTX."""
+def compile_all(capability: int) -> dict[str, str]:
+    """PTX of each kernel, by name."""
 
-    def blocks(element: Any, rule: str, **more: Any) -> str:
+    def blocks(element: Any, rule: str, **changes: Any) -> str:
         shift, threshold = scales.thresholds(rule, element)
-        given = {
+        constants = {
             "DUAL": False,
             "QDATA": False,
             "ONES": 3,
             "SMOOTH": True,
             "GROUPS": triton_linear.GROUPS_PER_PROGRAM,
-            **more,
+            **changes,
         }
-        given |= {"SHIFT": shift, "THRESHOLD": threshold, "MASK": scales.fraction_mask(rule, element)}
-        given |= triton_linear._constants(element)
+        constants |= {"SHIFT": shift, "THRESHOLD": threshold, "MASK": scales.fraction_mask(rule, element)}
+        constants |= triton_linear._constants(element)
         return compiled(
             capability,
             triton_kernels.quantize_blocks,
-            given,
+            constants,
             {},
-            **({"out_ptr": "*u8"} if given["QDATA"] else {}),
+            **({"out_ptr": "*u8"} if constants["QDATA"] else {}),
         )
 
     def matmul(kind: str, group: int, tile: tuple[int, int, int]) -> str:
-        given = {"KIND": kind, "GROUP": group, "BIAS": True, "EVEN": True, "DOT": tl.bfloat16, "GROUP_M": 8}
-        given |= dict(zip(("BM", "BN", "BK"), tile, strict=True))
+        constants = {
+            "KIND": kind,
+            "GROUP": group,
+            "BIAS": True,
+            "EVEN": True,
+            "DOT": tl.bfloat16,
+            "GROUP_M": 8,
+        }
+        constants |= dict(zip(("BM", "BN", "BK"), tile, strict=True))
         types = {"qdata_ptr": "*bf16"} if kind == "bf16" else {}
-        return compiled(capability, triton_kernels.matmul, given, {"num_warps": 8, "num_stages": 3}, **types)
+        return compiled(
+            capability, triton_kernels.matmul, constants, {"num_warps": 8, "num_stages": 3}, **types
+        )
 
-    def dense(name: str, **given: Any) -> str:
+    def dense(name: str, **constants: Any) -> str:
         kernel = getattr(triton_kernels, name)
-        return compiled(capability, kernel, {**given, "BLOCK": 8192}, {"num_warps": 8}, scale_ptr="*fp32")
+        return compiled(capability, kernel, {**constants, "BLOCK": 8192}, {"num_warps": 8}, scale_ptr="*fp32")
 
     rows = {"STEP": 1 / 127, "FP8": False, "QDATA": True, "SMOOTH": False, "BLOCK": 1024}
     decode = {"KIND": "e2m1", "SCALED": True, "BIAS": True, "BLOCKS": 32}
@@ -100,5 +109,5 @@ def kinds(capability: int) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    for name, ptx in kinds(int(sys.argv[1])).items():
+    for name, ptx in compile_all(int(sys.argv[1])).items():
         print(f"{name}: {' '.join(i for i in MULTIPLIERS if re.search(re.escape(i), ptx))}")

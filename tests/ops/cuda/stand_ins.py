@@ -1,4 +1,4 @@
-"""The matmuls of a CUDA card on a CPU, with the rules that the card has for shapes and strides."""
+"""CPU stand-ins for the matmuls of a GPU, with the GPU's rules for shapes and strides."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from ascendit.ops.cuda.matmul import DequantizedMatmul, ScaledMatmul
 from ascendit.ops.cuda.steps import LinearSteps
 
 
-def _rows(a: Tensor, b: Tensor, multiple: int) -> None:
-    """Both K-major, K the same; K and N multiples (of 8 for _int_mm, of 16 for scaled_mm)."""
+def _check_operands(a: Tensor, b: Tensor, multiple: int) -> None:
+    """Both are K-major with the same K; K and N are multiples (of 8 for _int_mm, of 16 for scaled_mm)."""
     assert a.dim() == b.dim() == 2 and a.stride(1) == b.stride(1) == 1
     assert a.shape[1] == b.shape[1] and a.shape[1] % multiple == 0 == b.shape[0] % multiple
     assert a.stride(0) % multiple == 0 == b.stride(0) % multiple
 
 
 def int8(a: Tensor, b: Tensor) -> Tensor:
-    _rows(a, b, 8)
+    _check_operands(a, b, 8)
     assert a.dtype == b.dtype == torch.int8 and a.shape[0] > 16, "self.size(0) needs to be greater than 16"
     return (a.to(torch.int32) @ b.to(torch.int32).t()).to(torch.int32)
 
 
 def fp8(a: Tensor, b: Tensor) -> Tensor:
-    _rows(a, b, 16)
+    _check_operands(a, b, 16)
     assert a.dtype == b.dtype == torch.float8_e4m3fn
     return a.float() @ b.float().t()
 
 
 def mxfp8(a: Tensor, b: Tensor, a_tiles: Tensor, b_tiles: Tensor) -> Tensor:
-    _rows(a, b, 16)
+    _check_operands(a, b, 16)
     assert a.dtype == b.dtype == torch.float8_e4m3fn and a.shape[1] % 32 == 0
     values = []
     for qdata, tiles in ((a, a_tiles), (b, b_tiles)):
@@ -44,7 +44,7 @@ def mxfp8(a: Tensor, b: Tensor, a_tiles: Tensor, b_tiles: Tensor) -> Tensor:
     return values[0] @ values[1].t()
 
 
-def wide(a: Tensor, b: Tensor) -> Tensor:
+def bf16(a: Tensor, b: Tensor) -> Tensor:
     assert a.dtype == b.dtype == torch.bfloat16 and a.shape[1] == b.shape[1]
     return a.float() @ b.float().t()
 
@@ -54,4 +54,4 @@ def scaled(steps: LinearSteps, *, once: bool = False) -> ScaledMatmul:
 
 
 def dequantized(steps: LinearSteps, *, once: bool = False) -> DequantizedMatmul:
-    return DequantizedMatmul(steps, once, wide, lambda a, b: wide(a, b).to(torch.bfloat16))
+    return DequantizedMatmul(steps, once, bf16, lambda a, b: bf16(a, b).to(torch.bfloat16))

@@ -1,4 +1,4 @@
-"""Dense operators by Triton: when they are taken. Their numbers are in `test_triton_kernels.py`."""
+"""Selection of the dense Triton operators; `test_triton_kernels.py` tests their numbers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ascendit.ops.cuda import kernels
 NAMES = ("rms_norm", "layer_norm", "adaln", "gated_residual", "rope")
 
 
-def test_without_a_card_there_are_none(monkeypatch):
+def test_there_are_no_triton_kernels_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert kernels.triton_kernels_on("cuda") == ()
 
 
-def test_none_is_tried_before_it_is_chosen(monkeypatch):
+def test_a_kernel_is_tried_only_when_it_is_selected(monkeypatch):
     tried: list[str] = []
 
-    def problem(function, place):
+    def problem(function, device):
         tried.append(function.__name__)
         return "wrong"
 
@@ -31,7 +31,7 @@ def test_none_is_tried_before_it_is_chosen(monkeypatch):
     assert listed["rope"].missing() == "wrong" and tried == ["rope"]
 
 
-def test_one_that_is_wrong_or_breaks_is_not_taken_and_named(monkeypatch, caplog):
+def test_a_wrong_or_failing_kernel_is_logged_and_not_used(monkeypatch, caplog):
     def adaln(x, scale, shift, spans, eps):
         return reference.adaln(x, scale, shift + 1, spans, eps)
 
@@ -49,5 +49,5 @@ def test_one_that_is_wrong_or_breaks_is_not_taken_and_named(monkeypatch, caplog)
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
-def test_on_a_card_all_are_right():
+def test_all_kernels_are_correct_on_a_gpu():
     assert {k.operator: k.missing() for k in kernels.triton_kernels_on("cuda")} == dict.fromkeys(NAMES, "")

@@ -1,4 +1,4 @@
-"""The Triton kernels, without a card: their numbers in Triton's interpreter, and that they compile."""
+"""The Triton kernels without a GPU: their numbers in Triton's interpreter, and that they compile."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ from ascendit.ops.cuda import triton_kernels, triton_linear
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
-    find_spec("triton") is None, reason="needs Triton, which PyTorch for CUDA brings"
+    find_spec("triton") is None, reason="needs Triton, which PyTorch for CUDA includes"
 )
 
 
-def run(script: str, *words: str, **environment: str) -> str:
-    """Standard output of a script in this folder, in a process of its own."""
-    given = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment}
-    done = subprocess.run(
-        [sys.executable, str(HERE / script), *words], capture_output=True, text=True, env=given, timeout=280
+def run(script: str, *args: str, **environment: str) -> str:
+    """Standard output of a script of this folder, run in its own process."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment}
+    result = subprocess.run(
+        [sys.executable, str(HERE / script), *args], capture_output=True, text=True, env=env, timeout=280
     )
-    if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
+    if "only 0-dimensional arrays can be converted to Python scalars" in result.stderr:
         pytest.skip("the interpreter of this Triton cannot loop with this NumPy")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize("check", ["tokens", "strided", "weights", "products", "ends", "forms", "dense"])
-def test_the_kernels_have_the_numbers_of_the_plain_steps(check):
+@pytest.mark.parametrize(
+    "check", ["activations", "strided", "weights", "products", "epilogues", "layers", "dense"]
+)
+def test_the_kernels_equal_the_pytorch_steps(check):
     run("interpreted.py", check, TRITON_INTERPRET="1")
 
 
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("capability", ["80", "90", "100"])
-def test_the_kernels_compile_and_multiply_on_tensor_cores(capability):
+def test_the_kernels_compile_and_matmuls_use_tensor_cores(capability):
     lines = dict(line.split(": ") for line in run("compiled.py", capability).splitlines())
     assert set(lines) == {
         "quantize_blocks", "quantize_blocks dual", "quantize_blocks qdata", "quantize_rows", "decode_weight",

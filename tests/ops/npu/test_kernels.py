@@ -1,11 +1,11 @@
-"""The NPU's operators, on its twin: the reference's numbers, and the choice of each by what a chip has."""
+"""The NPU's operators on the twin: the reference's numbers, and the kernels selected on each chip."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.given import D_HEAD, D, H, S, arguments
+from ops.arguments import D_HEAD, D, H, S, arguments
 from ops.recorder import Recorder
 from torch import Tensor
 
@@ -23,84 +23,88 @@ pytestmark = pytest.mark.usefixtures("twin")
 LEAST_DB = 50.0
 
 
-def db(wanted: Tensor, got: Tensor) -> float:
-    assert got.shape == wanted.shape and got.dtype == wanted.dtype
-    return mx.sqnr(wanted, got)
+def db(expected: Tensor, actual: Tensor) -> float:
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    return mx.sqnr(expected, actual)
 
 
 @pytest.mark.parametrize("chip", ["a2", "a3", "a5"])
 @pytest.mark.parametrize("spans", [(S,), (5, S - 5)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", OPERATOR_NAMES)
-def test_reference_numbers(name, dtype, spans, chip):
-    given = arguments(name, dtype, spans)
-    wanted = getattr(reference, name)(*given)
-    assert db(wanted, getattr(bind(f"twin:{chip}"), name)(*given)) > LEAST_DB
-    # The bound that a card must keep is 50 dB; what is computed in float32 is better than that in float32.
+def test_every_operator_gives_the_reference_numbers(name, dtype, spans, chip):
+    args = arguments(name, dtype, spans)
+    expected = getattr(reference, name)(*args)
+    assert db(expected, getattr(bind(f"twin:{chip}"), name)(*args)) > LEAST_DB
+    # A card must reach 50 dB; operators that compute in float32 are better.
     rounds_rows = name in ("adaln", "gated_residual")
     if dtype == torch.float32 or not rounds_rows:
         least = {torch.bfloat16: 52, torch.float16: 65, torch.float32: 110}[dtype]
-        assert db(wanted, getattr(bind(f"twin:{chip}"), name)(*given)) > least
+        assert db(expected, getattr(bind(f"twin:{chip}"), name)(*args)) > least
 
 
 @pytest.mark.parametrize("name", ["rope", "adaln", "gated_residual"])
-def test_what_is_prepared_gives_the_same_numbers_in_fewer_kernels(name):
+def test_prepared_arguments_give_the_same_numbers_in_fewer_kernels(name):
     ops = bind("twin:a5")
-    given = arguments(name, torch.bfloat16, (S,))
+    args = arguments(name, torch.bfloat16, (S,))
     at = {"rope": (1, 3), "adaln": (1, 3), "gated_residual": (2, 3)}[name]
-    ready = list(given)
-    ready[slice(*at)] = ops.prepare(name, *given[slice(*at)], dtype=torch.bfloat16)
+    prepared_args = list(args)
+    prepared_args[slice(*at)] = ops.prepare(name, *args[slice(*at)], dtype=torch.bfloat16)
     with torch.no_grad(), Recorder() as plain:
-        wanted = getattr(ops, name)(*given)
+        expected = getattr(ops, name)(*args)
     with torch.no_grad(), Recorder() as prepared:
-        got = getattr(ops, name)(*ready)
-    assert torch.equal(got, wanted)
+        actual = getattr(ops, name)(*prepared_args)
+    assert torch.equal(actual, expected)
     assert prepared.launched.total() == (3 if name == "rope" else 1) < plain.launched.total()
 
 
-def test_preparing_is_nothing_where_nothing_is_gained():
+def test_prepare_changes_nothing_where_it_saves_no_kernel():
     rows = torch.randn(2, 3)
     assert bind("cpu").prepare("rope", rows, dtype=torch.bfloat16) == (rows,)
     assert bind("twin:a5", "reference").prepare("rope", rows, dtype=torch.bfloat16) == (rows,)
 
 
-def test_samples_of_a_batch_share_their_rows():
+def test_samples_of_a_batch_share_the_modulation_rows():
     x = torch.randn(2, 6, D)
     scale, shift = torch.randn(2, 2, D).unbind()
-    wanted = reference.adaln(x, scale, shift, (2, 4), 1e-6)
-    for form in (elementwise.layer_norm_adaln, elementwise.mindiesd_adaln_v2):
+    expected = reference.adaln(x, scale, shift, (2, 4), 1e-6)
+    for adaln in (elementwise.layer_norm_adaln, elementwise.mindiesd_adaln_v2):
         bind("twin:a5")
-        assert db(wanted, form(x, scale, shift, (2, 4), 1e-6)) > 110
+        assert db(expected, adaln(x, scale, shift, (2, 4), 1e-6)) > 110
 
 
-def test_linear_sees_two_axes():
+def test_linear_flattens_its_input_to_two_axes():
     x, weight = torch.randn(2, 3, 8).to(torch.bfloat16), torch.randn(5, 8).to(torch.bfloat16)
-    with torch.no_grad(), Recorder() as seen:
+    with torch.no_grad(), Recorder() as recorder:
         out = elementwise.linear(x, weight, None)
-    assert torch.equal(out, F.linear(x, weight)) and seen.launched == {"mm": 1}
+    assert torch.equal(out, F.linear(x, weight)) and recorder.launched == {"mm": 1}
 
 
 @pytest.mark.parametrize("keys", [S, 21])
-def test_the_other_attention_kernel(keys):
+def test_fused_infer_attention(keys):
     bind("twin:a5")
     q, k, v = (torch.randn(1, n, H, D_HEAD).to(torch.bfloat16) for n in (S, keys, keys))
-    k = k.transpose(1, 2).contiguous().transpose(1, 2)  # it takes contiguous ones only
+    k = k.transpose(1, 2).contiguous().transpose(1, 2)  # strided; the operator takes contiguous keys only
     assert db(reference.attention(q, k, v), fused_infer_attention(q, k, v)) > 52
 
 
 @pytest.mark.parametrize("chip", ["a2", "a3", "a5"])
-def test_attention_by_its_word(chip):
-    plain, fusion, infer = (bind(f"twin:{chip}", attention=w) for w in (None, "fusion", "fused_infer"))
+def test_attention_by_name(chip):
+    plain, fusion, infer = (bind(f"twin:{chip}", attention=name) for name in (None, "fusion", "fused_infer"))
     assert plain.attention is fusion.attention is fusion_attention
     assert infer.attention is fused_infer_attention
     assert infer.choices["attention"].startswith("npu: npu_fused_infer_attention_score_v2: on request")
     q, k, v = arguments("attention", torch.bfloat16, (S,))
-    with torch.no_grad(), Recorder() as seen:
+    with torch.no_grad(), Recorder() as recorder:
         assert db(fusion.attention(q, k, v), infer.attention(q, k, v)) > 50
-    assert seen.launched["npu_fused_infer_attention_score_v2"] == seen.launched["npu_fusion_attention"] == 1
+    assert (
+        recorder.launched["npu_fused_infer_attention_score_v2"]
+        == recorder.launched["npu_fusion_attention"]
+        == 1
+    )
 
 
-def test_attention_that_cannot_be_had(monkeypatch):
+def test_unavailable_attention_is_refused(monkeypatch):
     with pytest.raises(UsageError, match="attention=laser") as e:
         bind("twin:a2", attention="laser")
     assert e.value.needs == "fusion or fused_infer" and e.value.code == "E-USE-01"
@@ -108,21 +112,24 @@ def test_attention_that_cannot_be_had(monkeypatch):
         with pytest.raises(UsageError, match=f"attention=fusion with {'ops=ref' if force else 'device cpu'}"):
             bind(device, force, attention="fusion")
     monkeypatch.setattr(kernels, "missing", lambda call, chip: "not here" if "infer" in call else "")
-    with pytest.raises(EnvironmentProblem, match="attention=fused_infer: not here") as problem:
+    with pytest.raises(EnvironmentProblem, match="attention=fused_infer: not here") as error:
         bind("twin:a5", attention="fused_infer")
-    assert problem.value.code == "E-CAP-01" and problem.value.needs == "npu_fused_infer_attention_score_v2"
+    assert error.value.code == "E-CAP-01" and error.value.needs == "npu_fused_infer_attention_score_v2"
 
 
 @pytest.mark.parametrize(("head", "dtype"), [(24, torch.bfloat16), (32, torch.float32), (528, torch.float16)])
-def test_heads_that_the_infer_kernel_does_not_take(head, dtype):
+def test_unsupported_heads_of_the_infer_kernel_are_refused(head, dtype):
     q = torch.randn(1, 3, 1, head).to(dtype)
-    with Recorder() as seen, pytest.raises(UsageError, match=f"head size {head} in {str(dtype)[6:]}") as e:
+    with (
+        Recorder() as recorder,
+        pytest.raises(UsageError, match=f"head size {head} in {str(dtype)[6:]}") as e,
+    ):
         bind("twin:a5", attention="fused_infer").attention(q, q, q)
     assert e.value.fix == "use --set attention=fusion, which supports it"
-    assert not {n for n in seen.launched if n.startswith("npu_")}
+    assert not {n for n in recorder.launched if n.startswith("npu_")}
 
 
-# ---- choices ------------------------------------------------------------------------------------
+# ---- selection ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("chip", "adaln"), [("a2", "adaln"), ("a3", "adaln"), ("a5", "adaln_v2")])
@@ -143,24 +150,24 @@ def test_without_mindiesd(monkeypatch):
     assert "adaln" not in ops.prepared  # its rows stay float32
 
 
-def test_an_operator_that_is_not_defined_is_not_chosen():
+def test_an_operator_that_is_not_defined_is_not_selected():
     assert kernels.missing("mindiesd::adaln_v2", "a2") == "mindiesd::adaln_v2 does not run on a2"
     assert kernels.missing("npu_rms_norm", "a5") == "npu_rms_norm is not installed"  # the twin is off here
     assert kernels.missing("aten::layer_norm", "a5") == ""
 
 
-def test_fast_layernorm_takes_mindiesds(caplog):
+def test_fast_layernorm_uses_mindiesd(caplog):
     assert bind("twin:a5").layer_norm is elementwise.layer_norm
     ops = bind("twin:a5", fast_layernorm=True)
     assert (
         ops.layer_norm is elementwise.mindiesd_layer_norm
         and "only with fast_layernorm" in ops.choices["layer_norm"]
     )
-    given = arguments("layer_norm", torch.bfloat16, (S,))
-    with torch.no_grad(), Recorder() as seen:
-        got = ops.layer_norm(*given)
-    assert db(reference.layer_norm(*given), got) > 52
-    assert seen.launched == {"mindiesd::layernorm": 1}
+    args = arguments("layer_norm", torch.bfloat16, (S,))
+    with torch.no_grad(), Recorder() as recorder:
+        actual = ops.layer_norm(*args)
+    assert db(reference.layer_norm(*args), actual) > 52
+    assert recorder.launched == {"mindiesd::layernorm": 1}
     assert "default layer norm" not in caplog.text
     assert bind("cpu", fast_layernorm=True).layer_norm is bind("cpu").layer_norm
     assert "MindIE-SD has no operators on cpu" in caplog.text
@@ -172,19 +179,19 @@ def test_fast_layernorm_where_mindiesd_is_absent(monkeypatch, caplog):
     assert "fast_layernorm: not here; using the default layer norm" in caplog.text
 
 
-def test_the_oracle_can_be_forced():
+def test_the_reference_can_be_forced():
     ops = bind("twin:a5", "reference")
     assert all(getattr(ops, n) is getattr(reference, n) for n in OPERATOR_NAMES) and not ops.prepared
 
 
-def test_every_operator_has_a_form_on_every_chip():
+def test_every_operator_has_a_kernel_on_every_chip():
     for chip in CHIPS:
         assert set(bind(f"twin:{chip}").choices) == set(OPERATOR_NAMES)
     calls = [k.needs for k in kernels.KERNELS if not k.needs.startswith("aten::")]
     assert all(capability(c).support_on("a5") == "yes" or "adaln" in c for c in calls)
 
 
-def test_a_bound_operator_obeys_the_chip_that_is_active():
+def test_a_bound_operator_checks_the_active_chip():
     ops = bind("twin:a5")
     bind("twin:a2")
     with pytest.raises(TwinError, match="adaln_v2"):

@@ -25,9 +25,11 @@ def exact(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None = None) -> tuple[
     return torch.softmax(scores, -1) @ v, torch.logsumexp(scores, -1)
 
 
-def close(ours: Tensor, wanted: Tensor) -> None:
-    limit = wanted.abs() * STEP[ours.dtype] + 1e-5
-    assert ((ours.double() - wanted).abs() <= limit).all(), float((ours.double() - wanted).abs().max())
+def close(actual: Tensor, expected: Tensor) -> None:
+    limit = expected.abs() * STEP[actual.dtype] + 1e-5
+    assert ((actual.double() - expected).abs() <= limit).all(), float(
+        (actual.double() - expected).abs().max()
+    )
 
 
 def qkv(
@@ -40,8 +42,8 @@ def qkv(
 def test_fusion_attention_and_its_statistics(dtype: torch.dtype) -> None:
     q, k, v = qkv(dtype)
     out, top, total, empty, *numbers = npu.npu_fusion_attention(q, k, v, 3, "BNSD", scale=32**-0.5)
-    wanted, lse = exact(q, k, v)
-    close(out, wanted)
+    expected, lse = exact(q, k, v)
+    close(out, expected)
     assert top.shape == total.shape == (2, 3, 300, 8) and empty.shape == (0,) and numbers == [0, 0, 0]
     assert torch.allclose((top + torch.log(total)).double(), lse[..., None].expand(-1, -1, -1, 8), atol=1e-5)
 
@@ -51,21 +53,21 @@ def test_layouts(layout: str) -> None:
     q, k, v = qkv(torch.float32)
     order = {"BSND": (0, 2, 1, 3), "BSH": (0, 2, 1, 3), "SBH": (2, 0, 1, 3)}[layout]
 
-    def there(t: Tensor) -> Tensor:
+    def to_layout(t: Tensor) -> Tensor:
         t = t.permute(order)
         return t.flatten(2) if "H" in layout else t
 
-    out = npu.npu_fusion_attention(there(q), there(k), there(v), 3, layout, scale=32**-0.5)[0]
-    close(out, there(exact(q, k, v)[0]))
+    out = npu.npu_fusion_attention(to_layout(q), to_layout(k), to_layout(v), 3, layout, scale=32**-0.5)[0]
+    close(out, to_layout(exact(q, k, v)[0]))
     if layout == "BSND":
-        assert torch.allclose(out, reference.attention(there(q), there(k), there(v)), atol=1e-5)
+        assert torch.allclose(out, reference.attention(to_layout(q), to_layout(k), to_layout(v)), atol=1e-5)
 
 
 def test_grouped_heads() -> None:
     q, k, v = (torch.randn(1, n, 9, 16).half() for n in (4, 2, 2))
     close(npu.npu_fusion_attention(q, k, v, 4, "BNSD", scale=0.25)[0], exact(q, k, v)[0])
-    named = {"num_query_heads": 4, "num_key_value_heads": 2, "softmax_scale": 0.25, "input_layout": "BNSD"}
-    close(npu.npu_fused_infer_attention_score_v2(q, k, v, **named)[0], exact(q, k, v)[0])
+    kwargs = {"num_query_heads": 4, "num_key_value_heads": 2, "softmax_scale": 0.25, "input_layout": "BNSD"}
+    close(npu.npu_fused_infer_attention_score_v2(q, k, v, **kwargs)[0], exact(q, k, v)[0])
 
 
 @pytest.mark.parametrize("shape", ["SS", "11SS", "B1SS", "BNSS"])
@@ -78,9 +80,9 @@ def test_a_mask_is_true_where_keys_are_masked_out(shape: str) -> None:
     close(out, exact(q, k, v, keep)[0])
     sdpa = F.scaled_dot_product_attention(q, k, v, keep)
     assert torch.allclose(out, sdpa, atol=1e-5)
-    named = {"num_query_heads": 3, "softmax_scale": 32**-0.5, "input_layout": "BNSD", "atten_mask": ~keep}
+    kwargs = {"num_query_heads": 3, "softmax_scale": 32**-0.5, "input_layout": "BNSD", "atten_mask": ~keep}
     half = [t.half() for t in (q, k, v)]
-    out = npu.npu_fused_infer_attention_score_v2(*half, **named)[0]
+    out = npu.npu_fused_infer_attention_score_v2(*half, **kwargs)[0]
     close(out, exact(half[0], half[1], half[2], keep)[0])
 
 
@@ -89,53 +91,53 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     ends = {"actual_seq_qlen": [3, 7], "actual_seq_kvlen": [4, 9]}
     out, top, total = npu.npu_fusion_attention(q, k, v, 2, "TND", scale=0.25, **ends)[:3]
     parts = [(slice(0, 3), slice(0, 4)), (slice(3, 7), slice(4, 9))]
-    both = [exact(*(t[None, s].transpose(1, 2) for t, s in ((q, a), (k, b), (v, b)))) for a, b in parts]
-    close(out, torch.cat([o[0].transpose(0, 1) for o, _ in both]))
+    separate = [exact(*(t[None, s].transpose(1, 2) for t, s in ((q, a), (k, b), (v, b)))) for a, b in parts]
+    close(out, torch.cat([o[0].transpose(0, 1) for o, _ in separate]))
     assert top.shape == (7, 2, 8)
-    lse = torch.cat([x[0].t() for _, x in both])
+    lse = torch.cat([x[0].t() for _, x in separate])
     assert torch.allclose((top + torch.log(total))[..., 0].double(), lse, atol=1e-5)
-    named = {"num_query_heads": 2, "softmax_scale": 0.25, "input_layout": "TND", "return_softmax_lse": True}
-    again, ours = npu.npu_fused_infer_attention_score_v2(q, k, v, **named, **ends)
-    close(again, torch.cat([o[0].transpose(0, 1) for o, _ in both]))
+    kwargs = {"num_query_heads": 2, "softmax_scale": 0.25, "input_layout": "TND", "return_softmax_lse": True}
+    again, ours = npu.npu_fused_infer_attention_score_v2(q, k, v, **kwargs, **ends)
+    close(again, torch.cat([o[0].transpose(0, 1) for o, _ in separate]))
     assert ours.shape == (7, 2, 1) and torch.allclose(ours[..., 0].double(), lse, atol=1e-5)
 
 
-def test_infer_attention_transposes_for_nothing() -> None:
+def test_infer_attention_can_transpose_its_output() -> None:
     q, k, v = qkv()
-    named = {"num_query_heads": 3, "softmax_scale": 32**-0.5}
+    kwargs = {"num_query_heads": 3, "softmax_scale": 32**-0.5}
     plain, lse = npu.npu_fused_infer_attention_score_v2(
-        q, k, v, input_layout="BNSD", return_softmax_lse=True, **named
+        q, k, v, input_layout="BNSD", return_softmax_lse=True, **kwargs
     )
-    wanted, exact_lse = exact(q, k, v)
-    close(plain, wanted)
+    expected, exact_lse = exact(q, k, v)
+    close(plain, expected)
     assert lse.shape == (2, 3, 300, 1) and torch.allclose(lse[..., 0].double(), exact_lse, atol=1e-5)
-    turned, nothing = npu.npu_fused_infer_attention_score_v2(q, k, v, input_layout="BNSD_BSND", **named)
-    assert torch.equal(turned, plain.transpose(1, 2)) and nothing.shape == (0,)
+    transposed, no_lse = npu.npu_fused_infer_attention_score_v2(q, k, v, input_layout="BNSD_BSND", **kwargs)
+    assert torch.equal(transposed, plain.transpose(1, 2)) and no_lse.shape == (0,)
     first, _ = npu.npu_fused_infer_attention_score(q, k, v, num_heads=3, scale=32**-0.5, input_layout="BNSD")
     assert torch.equal(first, plain)
 
 
 def test_key_lengths() -> None:
     q, k, v = qkv(torch.float16, s=5, keys=12)
-    named = {
+    kwargs = {
         "num_query_heads": 3,
         "softmax_scale": 32**-0.5,
         "input_layout": "BNSD",
         "actual_seq_kvlen": [12, 4],
     }
     keep = torch.arange(12) < torch.tensor([12, 4])[:, None, None, None]
-    close(npu.npu_fused_infer_attention_score_v2(q, k, v, **named)[0], exact(q, k, v, keep)[0])
+    close(npu.npu_fused_infer_attention_score_v2(q, k, v, **kwargs)[0], exact(q, k, v, keep)[0])
 
 
-def test_prompt_attention_turns_causal_when_a_mask_meets_its_default(on: Callable[[str], None]) -> None:
+def test_prompt_attention_with_a_mask_is_causal_by_default(on: Callable[[str], None]) -> None:
     on("a2")
     q, k, v = qkv(torch.float16, s=10, keys=10)
-    named = {"num_heads": 3, "scale_value": 32**-0.5, "input_layout": "BNSD"}
-    close(npu.npu_prompt_flash_attention(q, k, v, **named), exact(q, k, v)[0])
-    none = torch.zeros(10, 10, dtype=torch.bool)
-    causal = npu.npu_prompt_flash_attention(q, k, v, atten_mask=none, **named)
+    kwargs = {"num_heads": 3, "scale_value": 32**-0.5, "input_layout": "BNSD"}
+    close(npu.npu_prompt_flash_attention(q, k, v, **kwargs), exact(q, k, v)[0])
+    no_mask = torch.zeros(10, 10, dtype=torch.bool)
+    causal = npu.npu_prompt_flash_attention(q, k, v, atten_mask=no_mask, **kwargs)
     close(causal, exact(q, k, v, torch.ones(10, 10).tril().bool())[0])
-    full = npu.npu_prompt_flash_attention(q, k, v, atten_mask=none, next_tokens=2147483647, **named)
+    full = npu.npu_prompt_flash_attention(q, k, v, atten_mask=no_mask, next_tokens=2147483647, **kwargs)
     close(full, exact(q, k, v)[0])
 
 
@@ -148,29 +150,29 @@ def sqnr(a: Tensor, b: Tensor) -> float:
 
 def test_fp8_attention_in_blocks() -> None:
     q, k, v = qkv(b=1, n=2, s=300, keys=520, d=128)
-    coded = [
+    quantized = [
         npu.npu_dynamic_block_quant(t[0], dst_type=292, row_block_size=rows, col_block_size=128)
         for t, rows in ((q, 128), (k, 256), (v, 256))
     ]
     modes = {f"{n}_quant_mode": 7 for n in ("query", "key", "value")}
-    scaled = {
-        f"dequant_scale_{n}": s[None] for n, (_, s) in zip(("query", "key", "value"), coded, strict=True)
+    scales = {
+        f"dequant_scale_{n}": s[None] for n, (_, s) in zip(("query", "key", "value"), quantized, strict=True)
     }
-    named = {
+    kwargs = {
         "num_query_heads": 2,
         "softmax_scale": 128**-0.5,
         "input_layout": "BNSD",
         "out_dtype": torch.bfloat16,
     }
-    qdata = [c[None] for c, _ in coded]
-    out = npu.npu_fused_infer_attention_score_v2(*qdata, **modes, **scaled, **named)[0]
+    qdata = [c[None] for c, _ in quantized]
+    out = npu.npu_fused_infer_attention_score_v2(*qdata, **modes, **scales, **kwargs)[0]
     decoded = [
         c.double() * s[None].double().repeat_interleave(r, 2)[:, :, : c.shape[2]]
-        for (c, (_, s), r) in zip(qdata, coded, (128, 256, 256), strict=True)
+        for (c, (_, s), r) in zip(qdata, quantized, (128, 256, 256), strict=True)
     ]
     close(out, exact(*decoded)[0])
     assert 20 < sqnr(exact(q, k, v)[0], out) < 60
-    again = mindie.fused_infer_attention_score_v2(*qdata, **modes, **scaled, **named)[0]
+    again = mindie.fused_infer_attention_score_v2(*qdata, **modes, **scales, **kwargs)[0]
     assert torch.equal(out, again)
 
 
@@ -217,18 +219,18 @@ def sparse_mask() -> Tensor:
 def test_block_sparse_attention(on: Callable[[str], None]) -> None:
     q, k, v = qkv(b=1, n=2, s=300, keys=290, d=64)
     mask = sparse_mask()
-    wanted, lse = exact(q, k, v, spread(mask, 300, 290))
-    rest = {"num_key_value_heads": 2, "scale_value": 0.125}
-    out, ours = mindie.block_sparse_attention(q, k, v, mask, inner_precise=4, **rest)
-    close(out, wanted)
+    expected, lse = exact(q, k, v, spread(mask, 300, 290))
+    kwargs = {"num_key_value_heads": 2, "scale_value": 0.125}
+    out, ours = mindie.block_sparse_attention(q, k, v, mask, inner_precise=4, **kwargs)
+    close(out, expected)
     assert ours.shape == (1, 2, 300, 1) and torch.allclose(ours[..., 0].double(), lse, atol=1e-5)
     on("a2")
     layouts = {"q_input_layout": "BNSD", "kv_input_layout": "BNSD"}
-    again = npu.npu_block_sparse_attention(q, k, v, mask, [128, 128], inner_precise=0, **layouts, **rest)[0]
+    again = npu.npu_block_sparse_attention(q, k, v, mask, [128, 128], inner_precise=0, **layouts, **kwargs)[0]
     assert torch.equal(again, out)
 
 
-def test_rain_fusion_takes_numbers_of_blocks(on: Callable[[str], None]) -> None:
+def test_rain_fusion_takes_block_indices(on: Callable[[str], None]) -> None:
     on("a2")
     q, k, v = (torch.randn(300, 2, 64).bfloat16() for _ in range(3))
     mask = sparse_mask()
@@ -236,19 +238,19 @@ def test_rain_fusion_takes_numbers_of_blocks(on: Callable[[str], None]) -> None:
     order = torch.argsort(mask[0], dim=-1, descending=True, stable=True).transpose(0, 1)
     out, lse = mindie.rainfusionattention(q, k, v, order, count, [128, 128], head_num=2, scale=0.125)
     bnsd = [t[None].transpose(1, 2) for t in (q, k, v)]
-    wanted = exact(bnsd[0], bnsd[1], bnsd[2], spread(mask, 300, 300))
-    close(out, wanted[0][0].transpose(0, 1))
+    expected = exact(bnsd[0], bnsd[1], bnsd[2], spread(mask, 300, 300))
+    close(out, expected[0][0].transpose(0, 1))
     assert lse.shape == (300, 2, 1)
 
 
-def test_laser_attention_leaves_out_what_was_filled_up(on: Callable[[str], None]) -> None:
+def test_laser_attention_ignores_padding(on: Callable[[str], None]) -> None:
     on("a3")
     q, k, v = (torch.randn(1, 2, 256, 128).half() for _ in range(3))
     lse, out = mindie.la(q, k, v, scale_value=128**-0.5, head_num=2, pre_tokens=56)
     keep = torch.arange(256) < 200
-    wanted, log = exact(q, k, v, keep)
+    expected, log = exact(q, k, v, keep)
     assert lse.dtype == out.dtype == torch.float32
-    assert torch.allclose(out.double(), wanted, atol=1e-5)
+    assert torch.allclose(out.double(), expected, atol=1e-5)
     assert torch.allclose(lse.double(), log, atol=1e-5)
 
 
@@ -256,25 +258,25 @@ def test_laser_attention_leaves_out_what_was_filled_up(on: Callable[[str], None]
 
 
 def halves() -> tuple[list[Tensor], list[Any], Tensor, Tensor]:
-    """Attention over two halves of the keys, and over all."""
+    """Attention over each half of the keys, and over all keys."""
     q, k, v = qkv(torch.float32, b=1, s=6, keys=40)
     parts = [(k[:, :, :25], v[:, :, :25]), (k[:, :, 25:], v[:, :, 25:])]
-    done = [npu.npu_fusion_attention(q, a, b, 3, "BNSD", scale=32**-0.5)[:3] for a, b in parts]
-    return [d[0] for d in done], done, *exact(q, k, v)
+    results = [npu.npu_fusion_attention(q, a, b, 3, "BNSD", scale=32**-0.5)[:3] for a, b in parts]
+    return [d[0] for d in results], results, *exact(q, k, v)
 
 
 def test_partial_results_merge_by_lse() -> None:
-    outs, done, wanted, lse = halves()
-    logs = [(top + torch.log(total))[..., 0].flatten() for _, top, total in done]
+    outs, results, expected, lse = halves()
+    logs = [(top + torch.log(total))[..., 0].flatten() for _, top, total in results]
     merged, log = npu.npu_attention_update(logs, [o.flatten(0, 2) for o in outs], 1)
-    close(merged, wanted.flatten(0, 2))
+    close(merged, expected.flatten(0, 2))
     assert torch.allclose(log.double(), lse.flatten(), atol=1e-5)
 
 
 def test_partial_results_merge_in_a_ring() -> None:
-    outs, done, wanted, lse = halves()
+    outs, results, expected, lse = halves()
     sbh = [o.permute(2, 0, 1, 3).flatten(2) for o in outs]
-    (_, top0, sum0), (_, top1, sum1) = done
+    (_, top0, sum0), (_, top1, sum1) = results
     out, top, total = npu.npu_ring_attention_update(sbh[0], top0, sum0, sbh[1], top1, sum1)
-    close(out, wanted.permute(2, 0, 1, 3).flatten(2))
+    close(out, expected.permute(2, 0, 1, 3).flatten(2))
     assert torch.allclose((top + torch.log(total))[..., 0].double(), lse, atol=1e-5)

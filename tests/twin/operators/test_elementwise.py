@@ -18,10 +18,10 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 STEP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 1e-6}
 
 
-def close(ours: Tensor, exact: Tensor) -> None:
+def close(actual: Tensor, exact: Tensor) -> None:
     """Rounded once: within half a step of the dtype."""
-    limit = exact.abs() * STEP[ours.dtype] + 1e-6
-    assert ((ours.double() - exact).abs() <= limit).all(), float((ours.double() - exact).abs().max())
+    limit = exact.abs() * STEP[actual.dtype] + 1e-6
+    assert ((actual.double() - exact).abs() <= limit).all(), float((actual.double() - exact).abs().max())
 
 
 def layer_norm(x: Tensor, eps: float) -> Tensor:
@@ -29,9 +29,9 @@ def layer_norm(x: Tensor, eps: float) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("wide", [False, True])
-def test_rms_norm(dtype: torch.dtype, wide: bool) -> None:
-    x, gamma = torch.randn(2, 5, 96).to(dtype), torch.randn(96).to(torch.float32 if wide else dtype)
+@pytest.mark.parametrize("float32_gamma", [False, True])
+def test_rms_norm(dtype: torch.dtype, float32_gamma: bool) -> None:
+    x, gamma = torch.randn(2, 5, 96).to(dtype), torch.randn(96).to(torch.float32 if float32_gamma else dtype)
     y, rstd = npu.npu_rms_norm(x, gamma, epsilon=1e-5)
     exact = torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5)
     close(y, x.double() * exact * gamma.double())
@@ -52,11 +52,13 @@ def test_add_rms_norm_normalizes_the_sum() -> None:
 def test_norm_and_quantizer_in_one_launch() -> None:
     x, gamma = torch.randn(4, 96).bfloat16(), torch.randn(96)
     y, scale, rstd = npu.npu_rms_norm_dynamic_mx_quant(x, gamma, dst_type=292)
-    normed, wanted = npu.npu_rms_norm(x, gamma)
+    normed, expected = npu.npu_rms_norm(x, gamma)
     qdata, scales = npu.npu_dynamic_mx_quant(normed, dst_type=292)
-    assert torch.equal(y.float(), qdata.float()) and torch.equal(scale, scales) and torch.equal(rstd, wanted)
+    assert (
+        torch.equal(y.float(), qdata.float()) and torch.equal(scale, scales) and torch.equal(rstd, expected)
+    )
     y, total, scale, rstd = npu.npu_add_rms_norm_dynamic_mx_quant(x, x, gamma.bfloat16())
-    normed, wanted, added = npu.npu_add_rms_norm(x, x, gamma.bfloat16())
+    normed, expected, added = npu.npu_add_rms_norm(x, x, gamma.bfloat16())
     qdata, scales = npu.npu_dynamic_mx_quant(normed)
     assert torch.equal(y, qdata) and torch.equal(total, added) and torch.equal(scale, scales)
 
@@ -99,7 +101,7 @@ def test_layer_norms(on: Callable[[str], None]) -> None:
 
 
 def table(length: int, d: int, layout: str = "1S1D") -> tuple[Tensor, Tensor, Tensor]:
-    """cos and sin, each number twice, and the angles [S, d / 2]."""
+    """cos and sin with each value twice, and the angles [S, d / 2]."""
     angle = torch.randn(length, d // 2)
     shape = {
         "1S1D": (1, length, 1, d),
@@ -127,22 +129,22 @@ def test_interleaved_rotation_is_a_complex_product() -> None:
 def test_rotation_in_every_layout(layout: str, order: tuple[int, ...]) -> None:
     x = torch.randn(1, 9, 3, 32)
     cos, sin, angle = table(9, 32, layout)
-    there = x[0] if layout == "T1D" else x.permute(order)
-    y = npu.npu_rotary_mul(there, cos, sin, rotary_mode="interleave")
-    wanted = reference.rope(x, angle.cos(), angle.sin())
-    assert torch.allclose(y, wanted[0] if layout == "T1D" else wanted.permute(order), atol=1e-6)
+    permuted = x[0] if layout == "T1D" else x.permute(order)
+    y = npu.npu_rotary_mul(permuted, cos, sin, rotary_mode="interleave")
+    expected = reference.rope(x, angle.cos(), angle.sin())
+    assert torch.allclose(y, expected[0] if layout == "T1D" else expected.permute(order), atol=1e-6)
 
 
-def test_tables_are_cut_to_the_dtype_of_the_input() -> None:
+def test_tables_are_cast_to_the_dtype_of_the_input() -> None:
     x = torch.randn(1, 5, 2, 16).bfloat16()
     cos, sin, _ = table(5, 16)
     y = npu.npu_rotary_mul(x, cos, sin, "interleave")
     assert torch.equal(y, npu.npu_rotary_mul(x, cos.bfloat16(), sin.bfloat16(), "interleave"))
-    wide = npu.npu_rotary_mul(x.float(), cos, sin, "interleave").bfloat16()
-    assert not torch.equal(y, wide)
+    in_float32 = npu.npu_rotary_mul(x.float(), cos, sin, "interleave").bfloat16()
+    assert not torch.equal(y, in_float32)
 
 
-def test_rotation_by_halves_of_query_and_key_in_place() -> None:
+def test_rotation_by_halves_and_of_query_and_key() -> None:
     x, cos, sin = torch.randn(1, 5, 2, 16), torch.randn(1, 5, 1, 16), torch.randn(1, 5, 1, 16)
     first, second = x.double().chunk(2, -1)
     exact = x.double() * cos.double() + torch.cat((-second, first), -1) * sin.double()
@@ -153,7 +155,7 @@ def test_rotation_by_halves_of_query_and_key_in_place() -> None:
     close(k, exact)
 
 
-def test_interleave_rope_is_not_wans_order() -> None:
+def test_interleave_rope_has_another_order_than_wans() -> None:
     x = torch.randn(1, 2, 5, 64)
     cos, sin, _ = table(5, 64, "11SD")
     ours, wans = npu.npu_interleave_rope(x, cos, sin), npu.npu_rotary_mul(x, cos, sin, "interleave")
@@ -166,23 +168,23 @@ def test_interleave_rope_is_not_wans_order() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activations(on: Callable[[str], None], dtype: torch.dtype) -> None:
     x = (torch.randn(5, 64) * 3).to(dtype)
-    wide = x.double()
-    close(npu.npu_gelu(x, approximate="tanh"), F.gelu(wide, approximate="tanh"))
-    close(npu.npu_gelu(x), F.gelu(wide))
-    close(npu.npu_fast_gelu(x), wide * torch.sigmoid(1.702 * wide))
+    x64 = x.double()
+    close(npu.npu_gelu(x, approximate="tanh"), F.gelu(x64, approximate="tanh"))
+    close(npu.npu_gelu(x), F.gelu(x64))
+    close(npu.npu_fast_gelu(x), x64 * torch.sigmoid(1.702 * x64))
     assert torch.equal(npu.npu_fast_gelu(x), npu.fast_gelu(x))
-    a, b = wide.chunk(2, -1)
+    a, b = x64.chunk(2, -1)
     close(npu.npu_swiglu(x), F.silu(a) * b)
     close(npu.npu_geglu(x)[0], a * F.gelu(b, approximate="tanh"))
     close(npu.npu_geglu(x, -1, 0, True)[1], F.gelu(a))
     on("a2")
-    close(npu.npu_silu(x), F.silu(wide))
+    close(npu.npu_silu(x), F.silu(x64))
 
 
 def test_fast_gelu_is_another_function() -> None:
     x = torch.linspace(-6, 6, 4001)
-    apart = (npu.npu_fast_gelu(x) - npu.npu_gelu(x, approximate="tanh")).abs().max()
-    assert apart.item() == pytest.approx(0.0207, abs=2e-4)
+    difference = (npu.npu_fast_gelu(x) - npu.npu_gelu(x, approximate="tanh")).abs().max()
+    assert difference.item() == pytest.approx(0.0207, abs=2e-4)
 
 
 # ---- casts -----------------------------------------
@@ -204,11 +206,11 @@ def test_fp4_is_packed_low_nibble_first() -> None:
     assert back.tolist() == [[0.0, 0.5, -1.0, 6.0, 0.0, 1.0, 6.0, -0.0]]
 
 
-def test_fp8_containers_of_fp4_become_packed() -> None:
-    """How MindIE-SD takes MXFP4 weights that are stored one number to a byte."""
+def test_fp4_in_fp8_is_packed() -> None:
+    """MindIE-SD converts MXFP4 weights with one element per byte in this way."""
     qdata = torch.randint(0, 16, (4, 32), dtype=torch.uint8)
-    container = elements.decode(qdata, FP4).to(torch.float8_e4m3fn)
-    assert torch.equal(npu.npu_dtype_cast(container, 296), elements.pack(qdata))
+    unpacked = elements.decode(qdata, FP4).to(torch.float8_e4m3fn)
+    assert torch.equal(npu.npu_dtype_cast(unpacked, 296), elements.pack(qdata))
 
 
 def test_int4_is_packed_eight_to_an_int32() -> None:

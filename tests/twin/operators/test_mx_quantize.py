@@ -16,11 +16,11 @@ npu = torch.ops.npu
 E5M2, E4M3, E2M1, E1M2 = 291, 292, 296, 297
 
 
-# ---- an oracle that shares no code: magnitudes by code, one block at a time ---------------------
+# ---- an independent oracle: magnitudes by bit pattern, one block at a time ----------------------
 
 
 def magnitudes(target: int) -> list[float]:
-    """The numbers of codes 0, 1, 2, .. without sign, rising."""
+    """Values of the bit patterns 0, 1, 2, .. without sign, ascending."""
     if target == E2M1:
         return [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     if target == E1M2:
@@ -33,8 +33,8 @@ EMAX = {E4M3: 8, E5M2: 15, E2M1: 2, E1M2: 0}
 SIGN = {E4M3: 0x80, E5M2: 0x80, E2M1: 8, E1M2: 8}
 
 
-def code_of(value: float, target: int, rounding: str) -> int:
-    """The code of a scaled value."""
+def bits_of(value: float, target: int, rounding: str) -> int:
+    """The bit pattern of a scaled value."""
     table = magnitudes(target)
     negative, size = math.copysign(1, value) < 0, min(abs(value), table[-1])
     above = next(i for i, m in enumerate(table) if m >= size)
@@ -56,7 +56,7 @@ def biased(value: float) -> int:
 def oracle(
     block: list[float], target: int, algorithm: int, top: float, rounding: str
 ) -> tuple[int, list[int]]:
-    """Scale byte and codes of one block of finite values."""
+    """Scale byte and bit patterns of one block of finite values."""
     amax = max(abs(v) for v in block)
     if algorithm == 0:
         byte = max(biased(amax) - EMAX[target], 0)
@@ -70,11 +70,11 @@ def oracle(
         byte = 0 if amax == 0 else max(math.ceil(math.log2(quotient)) + 127, 0)
         zero = amax == 0
     scale = 0.0 if zero else 2.0 ** (127 - byte)
-    return byte, [code_of(v * scale, target, rounding) for v in block]
+    return byte, [bits_of(v * scale, target, rounding) for v in block]
 
 
 def bytes_of(y: Tensor, target: int) -> Tensor:
-    """One code per number."""
+    """One bit pattern per element."""
     raw = y.contiguous().view(torch.uint8)
     return torch.stack((raw & 15, raw >> 4), -1).flatten(-2) if target in (E2M1, E1M2) else raw
 
@@ -107,20 +107,22 @@ RULES: list[tuple[int, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("target", "rest"), RULES, ids=str)
-def test_codes_and_scales_are_the_oracles(target: int, rest: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("target", "kwargs"), RULES, ids=str)
+def test_elements_and_scales_equal_the_oracles(
+    target: int, kwargs: dict[str, Any], dtype: torch.dtype
+) -> None:
     x = blocks(dtype, spread=8 if dtype == torch.float16 else 20)
-    y, scale = npu.npu_dynamic_mx_quant(x, dst_type=target, **rest)
+    y, scale = npu.npu_dynamic_mx_quant(x, dst_type=target, **kwargs)
     qdata = bytes_of(y, target).view(-1, 32)
-    algorithm, top = rest.get("scale_alg", 0), rest.get("dst_type_max", 0.0)
+    algorithm, top = kwargs.get("scale_alg", 0), kwargs.get("dst_type_max", 0.0)
     for i, block in enumerate(x.view(-1, 32).double().tolist()):
-        byte, wanted = oracle(block, target, algorithm, top, rest.get("round_mode", "rint"))
+        byte, expected = oracle(block, target, algorithm, top, kwargs.get("round_mode", "rint"))
         assert scale.flatten()[i].item() == byte, i
-        assert qdata[i].tolist() == wanted, i
+        assert qdata[i].tolist() == expected, i
 
 
 @pytest.mark.parametrize(
-    ("target", "rest", "form", "rule"),
+    ("target", "kwargs", "format", "rule"),
     [
         (E4M3, {}, "mxfp8", "floor"),
         (E4M3, {"scale_alg": 1}, "mxfp8", "ceil"),
@@ -134,7 +136,7 @@ def test_codes_and_scales_are_the_oracles(target: int, rest: dict[str, Any], dty
     ids=str,
 )
 def test_bits_are_those_of_mx_for_every_mantissa_of_the_maximum(
-    target: int, rest: dict[str, Any], form: str, rule: str
+    target: int, kwargs: dict[str, Any], format: str, rule: str
 ) -> None:
     exponents = torch.tensor([*range(20), 100, 126, 127, 128, 200, *range(250, 255)])
     bits = (exponents[:, None] * 128 + torch.arange(128)).flatten()  # every mantissa
@@ -142,19 +144,19 @@ def test_bits_are_those_of_mx_for_every_mantissa_of_the_maximum(
     share = torch.rand(amax.numel(), 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     x = (share * amax.float()[:, None]).to(torch.bfloat16)
     x[:, 5] = amax
-    y, scale = npu.npu_dynamic_mx_quant(x, dst_type=target, **rest)
-    wanted = mx.encode(x, form, scale_rule=rule)
-    if rule == "max:7.25":  # other than algorithm 1 this one has no rule for subnormal quotients
-        kept = wanted.scale[:, 0] > 1
-        y, scale = y[kept], scale[kept]
-        wanted = mx.encode(x[kept], form, scale_rule=rule)
-    assert torch.equal(layouts.from_pairs(scale, 1), wanted.scale)
-    qdata, theirs = bytes_of(y, target), bytes_of(wanted.qdata, target)
-    if rest.get("scale_alg") == 1 or rest.get("dst_type_max") == 7.25:
-        assert torch.equal(qdata, theirs)
+    y, scale = npu.npu_dynamic_mx_quant(x, dst_type=target, **kwargs)
+    expected = mx.encode(x, format, scale_rule=rule)
+    if rule == "max:7.25":  # unlike algorithm 1, it has no rule for subnormal quotients
+        rows = expected.scale[:, 0] > 1
+        y, scale = y[rows], scale[rows]
+        expected = mx.encode(x[rows], format, scale_rule=rule)
+    assert torch.equal(layouts.from_pairs(scale, 1), expected.scale)
+    qdata, expected_qdata = bytes_of(y, target), bytes_of(expected.qdata, target)
+    if kwargs.get("scale_alg") == 1 or kwargs.get("dst_type_max") == 7.25:
+        assert torch.equal(qdata, expected_qdata)
     else:  # a block of byte 0 is multiplied by 0
-        tiny = wanted.scale[:, 0] == 0
-        assert torch.equal(qdata[~tiny], theirs[~tiny])
+        tiny = expected.scale[:, 0] == 0
+        assert torch.equal(qdata[~tiny], expected_qdata[~tiny])
         assert not (qdata[tiny] & (SIGN[target] - 1)).any() and tiny.any()
 
 
@@ -175,12 +177,12 @@ def test_scales_come_in_pairs_along_any_axis(shape: tuple[int, ...], axis: int, 
         pair = scale.select(at, j // 2)[..., j % 2]
         assert torch.equal(pair, plain.flatten(-2)[..., j])
     if count % 2:
-        assert not scale.select(at, count // 2)[..., 1].any()  # filling
+        assert not scale.select(at, count // 2)[..., 1].any()  # padding
     ours = bytes_of(y, target).movedim(axis, -1)
     assert torch.equal(ours, bytes_of(whole, target)[..., : x.shape[axis]])
 
 
-def test_a_block_that_is_not_finite_spoils_only_itself() -> None:
+def test_a_block_that_is_not_finite_affects_only_itself() -> None:
     x = torch.ones(4, 96).bfloat16()
     x[0, 0], x[1, 40], x[2, 95] = math.inf, -math.inf, math.nan
     for target in (E4M3, E2M1):
@@ -195,15 +197,15 @@ def test_a_block_that_is_not_finite_spoils_only_itself() -> None:
 def test_zeros_and_subnormal_blocks_become_zeros() -> None:
     x = torch.zeros(1, 64).bfloat16()
     x[0, 32:] = -(2.0**-125)  # below 2^(emax - 126)
-    for target, rest in ((E4M3, {}), (E2M1, {}), (E2M1, {"scale_alg": 2})):
-        y, scale = npu.npu_dynamic_mx_quant(x, dst_type=target, **rest)
+    for target, kwargs in ((E4M3, {}), (E2M1, {}), (E2M1, {"scale_alg": 2})):
+        y, scale = npu.npu_dynamic_mx_quant(x, dst_type=target, **kwargs)
         assert scale.flatten().tolist() == [0, 0]
         assert set(bytes_of(y, target).flatten()[32:].tolist()) == {SIGN[target]}  # minus zero
     y, scale = npu.npu_dynamic_mx_quant(x, dst_type=E4M3, scale_alg=1)
     assert y.float()[0, 32:].eq(-4.0).all() and scale.flatten().tolist() == [0, 0]
 
 
-def test_algorithm_0_saturates_between_the_largest_code_and_the_next_power() -> None:
+def test_algorithm_0_saturates_between_the_largest_value_and_the_next_power() -> None:
     x = torch.full((1, 32), 7.5).bfloat16()
     y, scale = npu.npu_dynamic_mx_quant(x, dst_type=E2M1)
     assert set(bytes_of(y, E2M1)[0].tolist()) == {7} and scale[0, 0, 0] == 127
@@ -211,12 +213,12 @@ def test_algorithm_0_saturates_between_the_largest_code_and_the_next_power() -> 
     assert y.float().eq(448).all() and scale[0, 0, 0] == 127
 
 
-def test_float16_is_rounded_to_bfloat16_before_algorithm_2_looks() -> None:
-    value = 1.5 + 0.75 * 2**-7  # bfloat16: up to 1.5 + 2^-7, or cut to 1.5
+def test_float16_is_rounded_to_bfloat16_before_algorithm_2() -> None:
+    value = 1.5 + 0.75 * 2**-7  # bfloat16: rounded up to 1.5 + 2^-7, or truncated to 1.5
     x = torch.full((1, 32), value, dtype=torch.float16)
-    rest = {"dst_type": E2M1, "scale_alg": 2}
-    assert npu.npu_dynamic_mx_quant(x, **rest)[1][0, 0, 0] == 126
-    assert npu.npu_dynamic_mx_quant(x.float(), **rest)[1][0, 0, 0] == 125
+    kwargs = {"dst_type": E2M1, "scale_alg": 2}
+    assert npu.npu_dynamic_mx_quant(x, **kwargs)[1][0, 0, 0] == 126
+    assert npu.npu_dynamic_mx_quant(x.float(), **kwargs)[1][0, 0, 0] == 125
 
 
 def test_the_example_of_the_vendors_document() -> None:
@@ -233,19 +235,19 @@ def test_larger_blocks() -> None:
     y, scale = npu.npu_dynamic_mx_quant(x, dst_type=E4M3, block_size=64)
     assert tuple(scale.shape) == (2, 2, 2)
     for j in range(4):
-        wanted = npu.npu_dynamic_mx_quant(x[:, 64 * j : 64 * j + 64], dst_type=E4M3, block_size=64)
-        assert torch.equal(y[:, 64 * j : 64 * j + 64].float(), wanted[0].float())
-        assert torch.equal(scale.flatten(1)[:, j], wanted[1][:, 0, 0])
+        expected = npu.npu_dynamic_mx_quant(x[:, 64 * j : 64 * j + 64], dst_type=E4M3, block_size=64)
+        assert torch.equal(y[:, 64 * j : 64 * j + 64].float(), expected[0].float())
+        assert torch.equal(scale.flatten(1)[:, j], expected[1][:, 0, 0])
 
 
-@pytest.mark.parametrize(("target", "form"), [(E4M3, "mxfp8"), (E2M1, "mxfp4"), (E5M2, "mxfp8_e5m2")])
-def test_the_values_come_back(target: int, form: str) -> None:
+@pytest.mark.parametrize(("target", "format"), [(E4M3, "mxfp8"), (E2M1, "mxfp4"), (E5M2, "mxfp8_e5m2")])
+def test_dequantization_gives_the_values_of_mx(target: int, format: str) -> None:
     x = torch.randn(3, 160).bfloat16()
     y, scale = npu.npu_dynamic_mx_quant(x, dst_type=target)
     back = npu.npu_anti_mx_quant(y, scale, src_type=target, dst_type=6)
-    assert torch.equal(back, mx.decode(mx.encode(x, form, scale_rule="floor")))
-    along = npu.npu_dynamic_mx_quant(x.t(), dst_type=E4M3, axis=0)
-    back = npu.npu_anti_mx_quant(*along, axis=0, dst_type=6)
+    assert torch.equal(back, mx.decode(mx.encode(x, format, scale_rule="floor")))
+    quantized = npu.npu_dynamic_mx_quant(x.t(), dst_type=E4M3, axis=0)
+    back = npu.npu_anti_mx_quant(*quantized, axis=0, dst_type=6)
     assert torch.equal(back.t(), mx.decode(mx.encode(x, "mxfp8", scale_rule="floor")))
 
 
@@ -253,7 +255,7 @@ def test_the_values_come_back(target: int, form: str) -> None:
 
 
 def test_dual_level_is_the_vendors_vector() -> None:
-    """op-plugin's test: 8.0 everywhere."""
+    """The test of op-plugin: 8.0 everywhere."""
     y, coarse, fine = npu.npu_dynamic_dual_level_mx_quant(torch.full((1, 512), 8.0).bfloat16())
     assert set(y.flatten().tolist()) == {0x77} and set(fine.flatten().tolist()) == {127}
     assert coarse.tolist() == [[pytest.approx(4 / 3)]]
@@ -264,18 +266,18 @@ def test_dual_level_is_the_vendors_vector() -> None:
 def test_dual_level_bits_are_those_of_mx(length: int, dtype: torch.dtype) -> None:
     x = (torch.randn(5, length) * torch.exp2(torch.randn(5, length) * 2)).to(dtype)
     y, coarse, fine = npu.npu_dynamic_dual_level_mx_quant(x)
-    wanted = mx.encode(x, "mxfp4_dualscale", scale_rule="floor")
-    assert wanted.dual_scale is not None
-    assert torch.equal(coarse, wanted.dual_scale.squeeze(-1))
-    assert torch.equal(layouts.from_pairs(fine, math.ceil(length / 32)), wanted.scale)
-    assert torch.equal(y, wanted.qdata)
+    expected = mx.encode(x, "mxfp4_dualscale", scale_rule="floor")
+    assert expected.dual_scale is not None
+    assert torch.equal(coarse, expected.dual_scale.squeeze(-1))
+    assert torch.equal(layouts.from_pairs(fine, math.ceil(length / 32)), expected.scale)
+    assert torch.equal(y, expected.qdata)
 
 
 def test_dual_level_smooths_in_the_dtype_of_the_input() -> None:
     x, smooth = torch.randn(3, 640).bfloat16(), torch.rand(640).bfloat16()
     ours = npu.npu_dynamic_dual_level_mx_quant(x, smooth_scale=smooth)
-    wanted = npu.npu_dynamic_dual_level_mx_quant(x * smooth)
-    assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+    expected = npu.npu_dynamic_dual_level_mx_quant(x * smooth)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_dual_level_of_zeros_and_of_infinities() -> None:

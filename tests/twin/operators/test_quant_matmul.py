@@ -23,14 +23,14 @@ MX = {"scale_dtype": E8M0, "pertoken_scale_dtype": E8M0, "group_sizes": [1, 1, 3
 LIMIT = 2e-6  # relative, before the output cast
 
 
-def apart(ours: Tensor, exact: Tensor) -> float:
+def relative_error(actual: Tensor, exact: Tensor) -> float:
     """Relative difference of two matrices."""
-    return float((ours.double() - exact).norm() / exact.norm())
+    return float((actual.double() - exact).norm() / exact.norm())
 
 
-def coded(x: Tensor, form: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, paired scales and float64 values, by `mx` alone."""
-    encoded = mx.encode(x, form, scale_rule="floor")
+def quantized(x: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantized data, paired scales and float64 values, from `mx`."""
+    encoded = mx.encode(x, format, scale_rule="floor")
     return encoded.qdata, layouts.to_pairs(encoded.scale), mx.decode(encoded).double()
 
 
@@ -40,51 +40,53 @@ def operands(m: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(5, 16, 64), (3, 8, 1024), (7, 24, 160), (2, 4, 13824)])
-@pytest.mark.parametrize("form", ["mxfp8", "mxfp8_e5m2", "mxfp4"])
-def test_mx_modes(form: str, m: int, n: int, k: int) -> None:
+@pytest.mark.parametrize("format", ["mxfp8", "mxfp8_e5m2", "mxfp4"])
+def test_mx_modes(format: str, m: int, n: int, k: int) -> None:
     x, w, bias = operands(m, n, k)
-    (q, s, a), (wq, ws, b) = coded(x, form), coded(w, form)
-    fp4: dict[str, Any] = {"x1_dtype": E2M1, "x2_dtype": E2M1} if form == "mxfp4" else {}
-    rest = {**MX, **fp4, "pertoken_scale": s, "bias": bias, "output_dtype": torch.float32}
-    y = npu.npu_quant_matmul(q, wq.t(), ws.transpose(0, 1), **rest)
-    assert apart(y, a @ b.t() + bias) < LIMIT
-    rounded = npu.npu_quant_matmul(q, wq.t(), ws.transpose(0, 1), **{**rest, "output_dtype": torch.bfloat16})
+    (q, s, a), (wq, ws, b) = quantized(x, format), quantized(w, format)
+    fp4: dict[str, Any] = {"x1_dtype": E2M1, "x2_dtype": E2M1} if format == "mxfp4" else {}
+    kwargs = {**MX, **fp4, "pertoken_scale": s, "bias": bias, "output_dtype": torch.float32}
+    y = npu.npu_quant_matmul(q, wq.t(), ws.transpose(0, 1), **kwargs)
+    assert relative_error(y, a @ b.t() + bias) < LIMIT
+    rounded = npu.npu_quant_matmul(
+        q, wq.t(), ws.transpose(0, 1), **{**kwargs, "output_dtype": torch.bfloat16}
+    )
     assert torch.equal(rounded, y.bfloat16())
 
 
 def test_mx_activation_of_three_axes_and_a_plain_weight() -> None:
     x, w, _ = operands(6, 10, 96)
-    (q, s, a), (wq, ws, b) = coded(x, "mxfp8"), coded(w, "mxfp8")
-    rest = {**MX, "output_dtype": torch.float32}
+    (q, s, a), (wq, ws, b) = quantized(x, "mxfp8"), quantized(w, "mxfp8")
+    kwargs = {**MX, "output_dtype": torch.float32}
     y = npu.npu_quant_matmul(
-        q.view(2, 3, 96), wq.t(), ws.transpose(0, 1), pertoken_scale=s.view(2, 3, 2, 2), **rest
+        q.view(2, 3, 96), wq.t(), ws.transpose(0, 1), pertoken_scale=s.view(2, 3, 2, 2), **kwargs
     )
-    assert y.shape == (2, 3, 10) and apart(y.view(6, 10), a @ b.t()) < LIMIT
+    assert y.shape == (2, 3, 10) and relative_error(y.view(6, 10), a @ b.t()) < LIMIT
     plain = npu.npu_quant_matmul(
-        q, wq.t().contiguous(), ws.transpose(0, 1).contiguous(), pertoken_scale=s, **rest
+        q, wq.t().contiguous(), ws.transpose(0, 1).contiguous(), pertoken_scale=s, **kwargs
     )
-    assert apart(plain, a @ b.t()) < LIMIT
+    assert relative_error(plain, a @ b.t()) < LIMIT
 
 
 def test_mxfp4_weight_packed_along_its_rows() -> None:
     x, w, _ = operands(3, 8, 64)
-    (q, s, a), (_, ws, b) = coded(x, "mxfp4"), coded(w, "mxfp4")
+    (q, s, a), (_, ws, b) = quantized(x, "mxfp4"), quantized(w, "mxfp4")
     nibbles = mx.encode(w, "mxfp4", scale_rule="floor").qdata
     qdata = torch.stack((nibbles & 15, nibbles >> 4), -1).flatten(-2).t()  # [K, N]
     packed = (qdata[:, 0::2] | (qdata[:, 1::2] << 4)).contiguous()  # [K, N / 2]
-    rest = {**MX, "x1_dtype": E2M1, "x2_dtype": E2M1, "pertoken_scale": s, "output_dtype": torch.float32}
-    y = npu.npu_quant_matmul(q, packed, ws.transpose(0, 1).contiguous(), **rest)
-    assert apart(y, a @ b.t()) < LIMIT
+    kwargs = {**MX, "x1_dtype": E2M1, "x2_dtype": E2M1, "pertoken_scale": s, "output_dtype": torch.float32}
+    y = npu.npu_quant_matmul(q, packed, ws.transpose(0, 1).contiguous(), **kwargs)
+    assert relative_error(y, a @ b.t()) < LIMIT
 
 
 @pytest.mark.parametrize("groups", [[0, 0, 32], [1, 1, 32]])
 def test_w4a8(groups: list[int]) -> None:
     x, w, bias = operands(5, 16, 1024)
-    (q, s, a), (wq, ws, b) = coded(x, "mxfp8"), coded(w, "mxfp4")
-    rest = {**MX, "x2_dtype": E2M1, "group_sizes": groups, "output_dtype": torch.bfloat16}
-    line = bias.bfloat16()[None]
-    y = npu.npu_quant_matmul(q, wq.t(), ws.transpose(0, 1), pertoken_scale=s, bias=line, **rest)
-    exact = a @ b.t() + line.double()
+    (q, s, a), (wq, ws, b) = quantized(x, "mxfp8"), quantized(w, "mxfp4")
+    kwargs = {**MX, "x2_dtype": E2M1, "group_sizes": groups, "output_dtype": torch.bfloat16}
+    bias_row = bias.bfloat16()[None]
+    y = npu.npu_quant_matmul(q, wq.t(), ws.transpose(0, 1), pertoken_scale=s, bias=bias_row, **kwargs)
+    exact = a @ b.t() + bias_row.double()
     assert ((y.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
 
 
@@ -96,14 +98,14 @@ def test_int8(on: Callable[[str], None], chip: str, k: int) -> None:
     (q, s), (wq, ws) = npu.npu_dynamic_quant(x), npu.npu_dynamic_quant(w)
     exact = (q.double() @ wq.double().t()) * ws.double() * s.double()[:, None]
     y = npu.npu_quant_matmul(q, wq.t(), ws, pertoken_scale=s, bias=bias, output_dtype=torch.bfloat16)
-    wanted = exact + bias
-    assert ((y.double() - wanted).abs() <= wanted.abs() * 2**-8 + 1e-6).all()
+    expected = exact + bias
+    assert ((y.double() - expected).abs() <= expected.abs() * 2**-8 + 1e-6).all()
     half = npu.npu_quant_matmul(q, wq.t(), ws, pertoken_scale=s, output_dtype=torch.float16)
     assert ((half.double() - exact).abs() <= exact.abs() * 2**-11 + 1e-6).all()
     ints = torch.randint(-1000, 1000, (12,), dtype=torch.int32)
     y = npu.npu_quant_matmul(q, wq.t(), ws.bfloat16(), pertoken_scale=s, bias=ints, output_dtype=15)
-    wanted = (q.double() @ wq.double().t() + ints) * ws.bfloat16().double() * s.double()[:, None]
-    assert ((y.double() - wanted).abs() <= wanted.abs() * 2**-8 + 1e-6).all()
+    expected = (q.double() @ wq.double().t() + ints) * ws.bfloat16().double() * s.double()[:, None]
+    assert ((y.double() - expected).abs() <= expected.abs() * 2**-8 + 1e-6).all()
 
 
 def test_int8_sums_are_exact_beyond_float32() -> None:
@@ -126,7 +128,7 @@ def test_float32_before_the_output_cast() -> None:
     }
     call = Call(**arguments | {"pertoken_scale": s, "bias": bias})
     exact = (q.double() @ wq.double().t()) * ws.double() * s.double()[:, None] + bias
-    assert apart(quant_matmul.MODES["int8"](call, wq.t()), exact) < LIMIT
+    assert relative_error(quant_matmul.MODES["int8"](call, wq.t()), exact) < LIMIT
 
 
 def test_static_int8_keeps_19_bits_of_the_scale() -> None:
@@ -157,15 +159,15 @@ def test_static_int8_keeps_19_bits_of_the_scale() -> None:
 def test_fp8_per_token_and_in_blocks() -> None:
     x, w, bias = operands(5, 150, 200)
     (q, s), (wq, ws) = (npu.npu_dynamic_quant(t, dst_type=E4M3) for t in (x, w))
-    rest = {"output_dtype": torch.float32}
-    y = npu.npu_quant_matmul(q, wq.t(), ws, pertoken_scale=s, bias=bias, **rest)
+    kwargs = {"output_dtype": torch.float32}
+    y = npu.npu_quant_matmul(q, wq.t(), ws, pertoken_scale=s, bias=bias, **kwargs)
     exact = (q.double() * s.double()[:, None]) @ (wq.double() * ws.double()[:, None]).t() + bias
-    assert apart(y, exact) < LIMIT
+    assert relative_error(y, exact) < LIMIT
     tiles, rows = torch.rand(2, 2), torch.rand(5, 2)
-    y = npu.npu_quant_matmul(q, wq.t(), tiles.t(), pertoken_scale=rows, group_sizes=[1, 128, 128], **rest)
-    big = tiles.repeat_interleave(128, 0)[:150].repeat_interleave(128, 1)[:, :200].double()
-    wide = rows.repeat_interleave(128, 1)[:, :200].double()
-    assert apart(y, (q.double() * wide) @ (wq.double() * big).t()) < LIMIT
+    y = npu.npu_quant_matmul(q, wq.t(), tiles.t(), pertoken_scale=rows, group_sizes=[1, 128, 128], **kwargs)
+    tile_scales = tiles.repeat_interleave(128, 0)[:150].repeat_interleave(128, 1)[:, :200].double()
+    row_scales = rows.repeat_interleave(128, 1)[:, :200].double()
+    assert relative_error(y, (q.double() * row_scales) @ (wq.double() * tile_scales).t()) < LIMIT
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_int8_in_blocks(on: Callable[[str], None], chip: str, m: int, n: int, k:
 
 def test_a_nan_scale_makes_its_row_nan() -> None:
     x, w, _ = operands(3, 4, 64)
-    (q, s, _), (wq, ws, _) = coded(x, "mxfp8"), coded(w, "mxfp8")
+    (q, s, _), (wq, ws, _) = quantized(x, "mxfp8"), quantized(w, "mxfp8")
     s[1, 0, 0] = 255
     y = npu.npu_quant_matmul(
         q, wq.t(), ws.transpose(0, 1), pertoken_scale=s, output_dtype=torch.float32, **MX
@@ -208,7 +210,7 @@ def test_a_nan_scale_makes_its_row_nan() -> None:
 
 
 def dual(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, coarse [N, G], fine pairs, float64 values, by `mx` alone."""
+    """Quantized data, coarse scales [N, G], paired fine scales and float64 values, from `mx`."""
     encoded = mx.encode(x, "mxfp4_dualscale", scale_rule="floor")
     assert encoded.dual_scale is not None
     values = mx.decode(encoded).double()
@@ -223,8 +225,8 @@ def test_dual_level(m: int, n: int, k: int) -> None:
     y = npu.npu_dual_level_quant_matmul(q, weight, s0, w0.t().contiguous(), s1, w1, bias=bias)
     exact = a @ b.t() + bias
     assert y.dtype == torch.bfloat16 and ((y.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
-    tokens, channels = (mx.encode(t, "mxfp4_dualscale", scale_rule="floor") for t in (x, w))
-    assert apart(cpu_kernels.linear(tokens, channels, None, torch.float32), a @ b.t()) < LIMIT
+    encoded_x, encoded_w = (mx.encode(t, "mxfp4_dualscale", scale_rule="floor") for t in (x, w))
+    assert relative_error(cpu_kernels.linear(encoded_x, encoded_w, None, torch.float32), a @ b.t()) < LIMIT
 
 
 def test_weight_only() -> None:

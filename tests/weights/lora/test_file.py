@@ -1,4 +1,4 @@
-"""What is no LoRA file, and settings of PEFT that cannot be followed."""
+"""Files that are not LoRA files, and unsupported settings of PEFT."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def error(path: Path, code: str) -> AscenditError:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    found = error(tmp_path / "hihg=a.safetensors", "E-USE-02")
-    assert "transformer_2=FILE" in found.needs
+    problem = error(tmp_path / "hihg=a.safetensors", "E-USE-02")
+    assert "transformer_2=FILE" in problem.needs
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin"])
-def test_a_pickle_is_refused_unread(tmp_path: Path, suffix: str) -> None:
+def test_a_pickle_is_refused_without_reading_it(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b"cos\nsystem\n")
-    found = error(path, "E-USE-01")
-    assert isinstance(found, UsageError)
-    assert "a pickle can run arbitrary code" in found.got
-    assert "safetensors.torch.save_file" in found.fix
+    problem = error(path, "E-USE-01")
+    assert isinstance(problem, UsageError)
+    assert "a pickle can run arbitrary code" in problem.got
+    assert "safetensors.torch.save_file" in problem.fix
 
 
-def test_a_folder_is_refused_and_its_files_named(tmp_path: Path) -> None:
+def test_a_folder_is_refused_and_its_files_listed(tmp_path: Path) -> None:
     save(tmp_path / "pytorch_lora_weights.safetensors", PAIR)
     assert "is a folder with pytorch_lora_weights.safetensors" in error(tmp_path, "E-USE-01").got
 
 
-def test_another_ending(tmp_path: Path) -> None:
+def test_another_file_extension(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     assert "is not a .safetensors file" in error(tmp_path / "a.gguf", "E-USE-01").got
 
@@ -64,7 +64,7 @@ SETTINGS = {
     "nested too deep": ("[" * 100_000, "not JSON"),
     "dora": ({"transformer.use_dora": True}, "DoRA is not supported"),
     "lokr": ({"transformer.peft_type": "LOKR"}, "PEFT's LOKR is not supported"),
-    "alpha is a word": ({"transformer.lora_alpha": "8"}, "lora_alpha = '8'"),
+    "alpha is a string": ({"transformer.lora_alpha": "8"}, "lora_alpha = '8'"),
     "alpha is nan": ('{"transformer.lora_alpha": NaN}', "lora_alpha = nan"),
     "alpha is zero": ({"transformer.lora_alpha": 0}, "lora_alpha = 0"),
     "pattern is a list": (
@@ -83,14 +83,14 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_settings_that_cannot_be_followed(tmp_path: Path, case: str) -> None:
-    settings, words = SETTINGS[case]
+def test_unsupported_settings(tmp_path: Path, case: str) -> None:
+    settings, message = SETTINGS[case]
     text = settings if isinstance(settings, str) else json.dumps(settings)
     source = save(tmp_path / "a.safetensors", PAIR, {"lora_adapter_metadata": text})
-    assert words in error(source.path, "E-LRA-01").got
+    assert message in error(source.path, "E-LRA-01").got
 
 
-def test_settings_beside_the_file(tmp_path: Path) -> None:
+def test_settings_in_adapter_config(tmp_path: Path) -> None:
     source = save(tmp_path / "adapter_model.safetensors", PAIR)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true}')
     assert "DoRA is not supported" in error(source.path, "E-LRA-01").got
@@ -102,7 +102,7 @@ def test_settings_beside_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings", ["{}", "[]", "3", '{"text_encoder.lora_alpha": 7}', '{"transformer.r": 2}']
 )
-def test_settings_that_say_nothing(tmp_path: Path, settings: str) -> None:
+def test_settings_without_effect(tmp_path: Path, settings: str) -> None:
     source = save(tmp_path / "a.safetensors", PAIR, {"lora_adapter_metadata": settings})
     folds = Folds.open([source], "transformer", shapes())
     after = folds.fold("blocks.0.attn1.to_q.weight", torch.zeros(24, 24), 0)

@@ -1,4 +1,4 @@
-"""Folding. Oracles: Diffusers' own key conversion, PEFT where it is installed, and float64 in NumPy."""
+"""Folding. Oracles: Diffusers' key conversion, PEFT where it is installed, and float64 in NumPy."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_every_style_folds_to_the_same_weights(tmp_path: Path, style: str, image
 
 @pytest.mark.parametrize("style", ["comfyui", "comfyui with lora_A", "musubi"])
 @pytest.mark.parametrize("image", [False, True])
-def test_the_names_are_those_of_diffusers_own_conversion(tmp_path: Path, style: str, image: bool) -> None:
+def test_names_equal_those_of_diffusers_conversion(tmp_path: Path, style: str, image: bool) -> None:
     from diffusers.loaders import lora_conversion_utils as theirs
 
     key, down, up, alpha = STYLES[style]
@@ -182,7 +182,7 @@ DROPPED = {
 
 
 @pytest.mark.parametrize("key", DROPPED)
-def test_differences_that_other_tools_drop_change_their_tensor(tmp_path: Path, key: str) -> None:
+def test_differences_that_other_tools_drop_are_folded(tmp_path: Path, key: str) -> None:
     shape, target = shapes(**IMAGE), DROPPED[key]
     difference = torch.randn(shape[target])
     source = save(tmp_path / "a.safetensors", {key: difference})
@@ -192,16 +192,16 @@ def test_differences_that_other_tools_drop_change_their_tensor(tmp_path: Path, k
     assert torch.equal(after[target], before[target] + 0.5 * difference)
 
 
-def test_diffusers_does_drop_them() -> None:
+def test_diffusers_drops_them() -> None:
     from diffusers.loaders.lora_conversion_utils import (
         _convert_non_diffusers_wan_lora_to_diffusers as convert,
     )
 
     shape = shapes()
-    kept = write(matrices(shape, WAN), comfyui, ".lora_down.weight", ".lora_up.weight")
+    base = write(matrices(shape, WAN), comfyui, ".lora_down.weight", ".lora_up.weight")
     dropped = ["blocks.0.diff_m", "head.diff_m", "blocks.0.norm3.diff", "patch_embedding.diff"]
-    tensors = kept | {f"diffusion_model.{name}": torch.ones(1) for name in dropped}
-    assert len(convert(dict(tensors))) == len(kept)
+    tensors = base | {f"diffusion_model.{name}": torch.ones(1) for name in dropped}
+    assert len(convert(dict(tensors))) == len(base)
 
 
 def test_modulation_may_lack_its_first_axis(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_convolution(tmp_path: Path, key: str) -> None:
     source = save(tmp_path / "a.safetensors", tensors)
     before = weights(shape)["patch_embedding.weight"]
     after = Folds.open([source], "transformer", shape).fold("patch_embedding.weight", before, 0)
-    x = torch.randn(1, 8, 2, 4, 4)  # the convolution with the two small ones beside it
+    x = torch.randn(1, 8, 2, 4, 4)  # the input of the convolution plus the two low-rank ones
 
     def conv(weight: Tensor) -> Tensor:
         return torch.nn.functional.conv3d(x, weight, stride=weight.shape[2:])
@@ -233,7 +233,7 @@ def conv3d_pair(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return torch.nn.functional.conv3d(torch.nn.functional.conv3d(x, down, stride=down.shape[2:]), up)
 
 
-def test_the_bias_of_up_is_scaled_like_it(tmp_path: Path) -> None:
+def test_the_bias_of_up_is_scaled_like_up(tmp_path: Path) -> None:
     shape, bias = shapes(), torch.randn(24)
     down, up = torch.randn(2, 24), torch.randn(24, 2)
     key = "transformer.blocks.0.attn1.to_q"
@@ -263,9 +263,9 @@ LOKR = {  # which factors are decomposed -> the rank that alpha is divided by
 }
 
 
-@pytest.mark.parametrize("which", LOKR)
-def test_lokr(tmp_path: Path, which: str) -> None:
-    sizes, rank = LOKR[which]
+@pytest.mark.parametrize("decomposed", LOKR)
+def test_lokr(tmp_path: Path, decomposed: str) -> None:
+    sizes, rank = LOKR[decomposed]
     key = "lora_unet_blocks_1_ffn_0"
     factors = {name: torch.randn(size) for name, size in sizes.items()}
     tensors = {f"{key}.{name}": tensor for name, tensor in factors.items()}
@@ -297,7 +297,7 @@ def test_files_add_up_and_are_rounded_once(tmp_path: Path) -> None:
     second = save(tmp_path / "b.safetensors", {f"transformer.{layer}.diff": torch.full((24, 24), 2.0**-9)})
     folds = Folds.open([first, second, LoraSource(second.path, 2.0)], "transformer", shape)
     ones = torch.ones(24, 24, dtype=torch.bfloat16)
-    # Each difference alone is lost in bfloat16 (1 + 2^-9 is 1), their sum 2^-7 is not.
+    # Each difference alone vanishes in bfloat16 (1 + 2^-9 is 1), their sum 2^-7 does not.
     assert torch.equal(folds.fold(f"{layer}.weight", ones, 0), torch.full_like(ones, 1 + 2**-7))
     assert folds.names == {f"{layer}.weight"}
 
@@ -305,11 +305,13 @@ def test_files_add_up_and_are_rounded_once(tmp_path: Path) -> None:
 def test_bf16_weights_are_the_nearest_to_the_exact_sum(tmp_path: Path) -> None:
     shape = shapes()
     factors, others = matrices(shape, WAN), matrices(shape, WAN, rank=7, seed=2)
-    one = save(
+    first = save(
         tmp_path / "a.safetensors", write(factors, comfyui, ".lora_down.weight", ".lora_up.weight", 1.0)
     )
-    two = save(tmp_path / "b.safetensors", write(others, kohya, ".lora_down.weight", ".lora_up.weight", 14.0))
-    folds = Folds.open([LoraSource(one.path, 0.3), LoraSource(two.path, -0.7)], "transformer", shape)
+    second = save(
+        tmp_path / "b.safetensors", write(others, kohya, ".lora_down.weight", ".lora_up.weight", 14.0)
+    )
+    folds = Folds.open([LoraSource(first.path, 0.3), LoraSource(second.path, -0.7)], "transformer", shape)
     before = weights(shape, torch.bfloat16)
     after = fold_all(folds, before)
     differing = 0
@@ -324,7 +326,7 @@ def test_bf16_weights_are_the_nearest_to_the_exact_sum(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folds, Tensor, Tensor]:
-    """A tall tensor with a LoRA, a LoHa, a LoKr and a difference on it; the weight, and the whole folded."""
+    """Folds of a LoRA, a LoHa, a LoKr and a difference for one tall weight; the weight; the folded weight."""
     rank, rows, columns = 24, 5 * PRODUCT_ROWS + 7, 333
     name = "blocks.0.ffn.net.0.proj.weight"
     key = f"transformer.{name.removesuffix('.weight')}"
@@ -356,22 +358,22 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folds, Tensor, Tens
 def test_blocks_of_any_size_get_the_same_bits(
     large: tuple[Folds, Tensor, Tensor], block: int, threads: int
 ) -> None:
-    folds, weight, whole = large
+    folds, weight, folded_weight = large
     name = "blocks.0.ffn.net.0.proj.weight"
     torch.set_num_threads(threads)
-    parts = [folds.fold(name, weight[i : i + block], i) for i in range(0, len(weight), block)]
-    assert torch.equal(torch.cat(parts), whole)
+    pieces = [folds.fold(name, weight[i : i + block], i) for i in range(0, len(weight), block)]
+    assert torch.equal(torch.cat(pieces), folded_weight)
 
 
-def test_columns_get_the_bits_they_have_in_the_whole(large: tuple[Folds, Tensor, Tensor]) -> None:
-    folds, weight, whole = large
+def test_columns_have_the_bits_of_the_complete_tensor(large: tuple[Folds, Tensor, Tensor]) -> None:
+    folds, weight, folded_weight = large
     name, columns = "blocks.0.ffn.net.0.proj.weight", slice(32, 97)
-    part = folds.fold(name, weight[50:120, columns], 50, columns)
-    assert torch.equal(part, whole[50:120, columns])
+    folded = folds.fold(name, weight[50:120, columns], 50, columns)
+    assert torch.equal(folded, folded_weight[50:120, columns])
 
 
 @pytest.mark.parametrize("columns", [None, slice(None)])
-def test_a_part_of_the_columns_must_say_so(
+def test_a_slice_of_columns_needs_its_range(
     large: tuple[Folds, Tensor, Tensor], columns: slice | None
 ) -> None:
     folds, weight, _ = large
@@ -379,16 +381,16 @@ def test_a_part_of_the_columns_must_say_so(
         folds.fold("blocks.0.ffn.net.0.proj.weight", weight[:, :32], 0, columns)
 
 
-def test_the_rows_given_are_not_changed(large: tuple[Folds, Tensor, Tensor]) -> None:
-    folds, weight, whole = large
+def test_the_input_rows_are_not_changed(large: tuple[Folds, Tensor, Tensor]) -> None:
+    folds, weight, folded_weight = large
     name = "blocks.0.ffn.net.0.proj.weight"
     before = weight.clone()
-    assert torch.equal(folds.fold(name, weight[10:20].T.contiguous().T, 10), whole[10:20])
+    assert torch.equal(folds.fold(name, weight[10:20].T.contiguous().T, 10), folded_weight[10:20])
     assert torch.equal(weight, before)
     assert folds.fold(name, weight[:0], 0).shape == (0, weight.shape[1])
 
 
-def test_a_tensor_that_no_file_changes_comes_back_itself(tmp_path: Path) -> None:
+def test_a_tensor_without_change_is_returned_itself(tmp_path: Path) -> None:
     shape = shapes()
     source = save(tmp_path / "a.safetensors", {"diffusion_model.head.diff_m": torch.ones(1, 2, 24)})
     folds = Folds.open([source], "transformer", shape)
@@ -411,7 +413,7 @@ def test_factors_in_half_precision(tmp_path: Path) -> None:
         torch.testing.assert_close(after, merged(before, (1.0, down, up)), rtol=2e-6, atol=2e-6)
 
 
-# ---- what PEFT keeps outside the tensors ----------------------------------------------------------
+# ---- settings of PEFT outside the tensors ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("root", [False, True])
@@ -430,7 +432,7 @@ def test_diffusers_metadata_scales(tmp_path: Path, root: bool) -> None:
         )
 
 
-def test_the_configuration_beside_a_peft_adapter_scales(tmp_path: Path) -> None:
+def test_the_adapter_config_of_peft_scales(tmp_path: Path) -> None:
     shape, layer = shapes(), "blocks.0.attn1.to_q"
     factors = matrices(shape, {layer: ""})
     tensors = write(factors, "base_model.model.{}".format, ".lora_A.weight", ".lora_B.weight")
@@ -442,10 +444,10 @@ def test_the_configuration_beside_a_peft_adapter_scales(tmp_path: Path) -> None:
     )
 
 
-# ---- which expert ----------------------------------------------------------------------------------
+# ---- experts ---------------------------------------------------------------------------------------
 
 
-def both(tmp_path: Path) -> LoraSource:
+def two_experts(tmp_path: Path) -> LoraSource:
     key = "blocks.0.attn1.to_q.diff"
     return save(
         tmp_path / "both.safetensors",
@@ -453,16 +455,16 @@ def both(tmp_path: Path) -> LoraSource:
     )
 
 
-def test_prefixes_lead_to_the_experts(tmp_path: Path) -> None:
-    source = both(tmp_path)
+def test_prefixes_select_the_experts(tmp_path: Path) -> None:
+    source = two_experts(tmp_path)
     for expert, value in (("transformer", 1.0), ("transformer_2", 2.0)):
         folds = Folds.open([source], expert, shapes())
         after = folds.fold("blocks.0.attn1.to_q.weight", torch.zeros(24, 24), 0)
         assert torch.equal(after, torch.full((24, 24), value))
 
 
-def test_a_file_for_one_expert_leaves_the_other_alone(tmp_path: Path) -> None:
-    key = "transformer.blocks.0.attn1.to_q.diff"  # what Diffusers writes, for either expert
+def test_a_file_for_one_expert_does_not_change_the_other(tmp_path: Path) -> None:
+    key = "transformer.blocks.0.attn1.to_q.diff"  # written by Diffusers for either expert
     source = save(tmp_path / "a.safetensors", {key: torch.ones(24, 24)})
     for expert in ("transformer", "transformer_2"):
         assert Folds.open([source], expert, shapes()).names == {"blocks.0.attn1.to_q.weight"}
@@ -475,7 +477,7 @@ def test_a_file_for_one_expert_leaves_the_other_alone(tmp_path: Path) -> None:
 
 
 def test_quantize_folds_before_it_quantizes(tmp_path: Path) -> None:
-    """The same bytes as from weights that were merged by hand, in both experts."""
+    """The bytes equal those of weights merged by hand, in both experts."""
     from convert.models import CONFIG, read, same, write_model
     from safetensors.torch import load_file, save_file
 
@@ -504,9 +506,9 @@ def test_quantize_folds_before_it_quantizes(tmp_path: Path) -> None:
         )
 
 
-# ---- the command line's words -----------------------------------------------------------------------
+# ---- command line values ----------------------------------------------------------------------------
 
-WORDS = {
+OPTIONS = {
     "x.safetensors": ("x.safetensors", 1.0, None),
     "x.safetensors:0.5": ("x.safetensors", 0.5, None),
     "x.safetensors:-1": ("x.safetensors", -1.0, None),
@@ -521,14 +523,14 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("text", WORDS)
+@pytest.mark.parametrize("text", OPTIONS)
 def test_parse(text: str) -> None:
-    path, weight, expert = WORDS[text]
+    path, weight, expert = OPTIONS[text]
     assert parse_lora(text) == LoraSource(Path(path), weight, expert)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("", "no LoRA file"),
         (":0.5", "no LoRA file"),
@@ -540,11 +542,11 @@ def test_parse(text: str) -> None:
         ("x.safetensors:0", "weight 0.0"),
     ],
 )
-def test_parse_refuses(text: str, words: str) -> None:
+def test_parse_refuses(text: str, message: str) -> None:
     with pytest.raises(UsageError) as e:
         parse_lora(text)
     assert e.value.code == "E-USE-01"
-    assert words in e.value.got
+    assert message in e.value.got
     assert "transformer_2=FILE" in e.value.fix
 
 
@@ -553,7 +555,7 @@ def test_an_expert_of_another_name_is_refused() -> None:
         LoraSource(Path("x.safetensors"), 1.0, "middle")
 
 
-def test_the_modules_are_light() -> None:
+def test_the_modules_do_not_import_torch() -> None:
     import subprocess
 
     code = (

@@ -39,7 +39,7 @@ def role_of(name: str) -> str:
     return "diff_b" if name.endswith(".bias") else "diff"
 
 
-def test_every_tensor_is_found_under_every_name(shapes: Shapes, targets: Targets) -> None:
+def test_every_tensor_has_a_match_for_every_name_style(shapes: Shapes, targets: Targets) -> None:
     for name in shapes:
         wan = to_wan(name)
         assert wan is not None, name
@@ -58,7 +58,7 @@ def test_every_tensor_is_found_under_every_name(shapes: Shapes, targets: Targets
                 assert targets.find(key) == name, key
 
 
-def test_no_two_tensors_have_one_flat_name(shapes: Shapes) -> None:
+def test_flat_names_are_unique(shapes: Shapes) -> None:
     flat: dict[tuple[str, str], str] = {}
     for name in shapes:
         for alias in {name, to_wan(name) or name}:
@@ -85,7 +85,7 @@ FLAT = {
 
 
 @pytest.mark.parametrize("name", FLAT)
-def test_known_names(name: str) -> None:
+def test_supported_names(name: str) -> None:
     assert Targets(expected_tensors({})).find(split_key(name)) == FLAT[name]
 
 
@@ -99,7 +99,7 @@ def test_image_layers_of_kohya() -> None:
     assert targets.find(key) == "condition_embedder.image_embedder.ff.net.2.weight"
 
 
-def test_only_these_prefixes_name_an_expert() -> None:
+def test_prefixes_that_name_an_expert() -> None:
     named = {prefix: split_key(f"{prefix}blocks.0.diff_m").expert for prefix in WRAPPERS}
     assert named["transformer."] == "transformer"
     assert named["transformer_2."] == "transformer_2"
@@ -115,14 +115,14 @@ def test_suffixes(suffix: str) -> None:
     assert (flat.path, flat.role, flat.flat) == ("blocks_0_self_attn_q", SUFFIXES[suffix], True)
 
 
-def test_adapter_names_are_left_out() -> None:
+def test_adapter_names_are_removed() -> None:
     key = split_key("transformer.blocks.0.attn1.to_q.lora_A.my-style_2.weight")
     assert (key.path, key.role) == ("blocks.0.attn1.to_q", "down")
     assert split_key("transformer.proj_out.lora_B.default.bias").role == "up_bias"
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
         ("x.dora_scale", "DoRA"),
         ("x.lora_magnitude_vector.default.weight", "DoRA"),
@@ -133,16 +133,16 @@ def test_adapter_names_are_left_out() -> None:
         ("x.weight", "complete tensor"),
     ],
 )
-def test_kinds_that_are_not_folded(name: str, words: str) -> None:
-    assert words in str(refusal(name))
+def test_unsupported_kinds(name: str, message: str) -> None:
+    assert message in str(refusal(name))
     assert split_key(name).role is None
 
 
-def test_no_suffix_is_refused_and_used() -> None:
+def test_no_suffix_is_both_refused_and_used() -> None:
     assert [s for s in SUFFIXES for pattern, _ in REFUSED[:-1] if re.search(pattern, f"x{s}")] == []
 
 
-def test_the_nearest_name_is_of_the_same_block() -> None:
+def test_the_nearest_name_is_in_the_same_block() -> None:
     targets = Targets(expected_tensors({}))
     assert targets.reason_missing(split_key("blocks.7.attn1.to_w.lora_A.weight")).endswith(
         "similar: blocks.7.attn1.to_v"

@@ -1,4 +1,4 @@
-"""Every key is used, or E-LRA-01 names it and says why."""
+"""Every key is used, or E-LRA-01 names it with the reason."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
         {"lora_unet_blocks_0_self_attn_qq.diff": DOWN},
         "lora_unet_blocks_0_self_attn_qq.diff: no such layer; similar: blocks_0_self_attn_q",
     ),
-    "nothing alike": ({"foo.diff": DOWN}, "foo.diff: no such layer"),
+    "no similar name": ({"foo.diff": DOWN}, "foo.diff: no such layer"),
     "another model": ({"double_blocks.0.img_attn.qkv.lora_A.weight": DOWN}, "no such layer"),
     "block too high": ({"transformer.blocks.2.attn1.to_q.lora_A.weight": DOWN}, "the model has 2 blocks"),
     "text encoder": ({"lora_te1_encoder_q.lora_down.weight": DOWN}, "LoRAs of text encoders are not"),
     "text encoder of diffusers": ({"text_encoder.q.lora_A.weight": DOWN}, "LoRAs of text encoders"),
     "no suffix": ({"diffusion_model.blocks": DOWN}, "not a key of a supported kind of LoRA"),
-    "whole tensor": ({f"{Q}.weight": DOWN}, "a complete tensor, not a change"),
+    "complete tensor": ({f"{Q}.weight": DOWN}, "a complete tensor, not a change"),
     "dora of kohya": (PAIR | {f"{Q}.dora_scale": DOWN}, "q.dora_scale: DoRA is not supported"),
     "dora of peft": (PAIR | {f"{Q}.lora_magnitude_vector": DOWN}, "DoRA is not supported"),
     "dora of peft, newer": (PAIR | {f"{Q}.lora_magnitude_vector.weight": DOWN}, "DoRA is not supported"),
@@ -65,7 +65,7 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
         {f"{Q}.lokr_w1": UP, f"{Q}.lokr_w2_a": UP},
         "lokr_w2_b of this layer is missing",
     ),
-    "too much lokr": (
+    "redundant lokr": (
         {f"{Q}.lokr_w1": UP, f"{Q}.lokr_w1_a": UP, f"{Q}.lokr_w1_b": UP, f"{Q}.lokr_w2": UP},
         "either lokr_w1 or its halves",
     ),
@@ -74,7 +74,7 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
         {f"{Q}.diff": torch.ones(24, 24), f"{Q}.alpha": torch.tensor(1.0)},
         "q.alpha: the factors that it scales are missing",
     ),
-    "bias of no up": ({f"{Q}.lora_B.bias": torch.ones(24)}, "the factors of this layer are missing"),
+    "bias without up": ({f"{Q}.lora_B.bias": torch.ones(24)}, "the factors of this layer are missing"),
     "alpha of two": (PAIR | {f"{Q}.alpha": torch.ones(2)}, "q.alpha: F32 [2] is not a valid scale"),
     "alpha zero": (PAIR | {f"{Q}.alpha": torch.zeros(1)}, "is not a valid scale"),
     "alpha nan": (PAIR | {f"{Q}.alpha": torch.tensor(torch.nan)}, "is not a valid scale"),
@@ -97,7 +97,7 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
         {f"{Q}.diff_b": torch.ones(25)},
         "q.diff_b: [25] does not match the [24] of blocks.0.attn1.to_q.bias",
     ),
-    "difference turned round": (
+    "transposed difference": (
         {"diffusion_model.blocks.0.ffn.0.diff": torch.ones(24, 200)},
         "[24, 200] does not match the [200, 24]",
     ),
@@ -126,7 +126,7 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
         "[24, 36, 1, 2, 2] does not match the [24, 8, 1, 2, 2] of patch_embedding.weight",
     ),
     "bias of another width": (PAIR | {f"{Q}.lora_B.bias": torch.ones(2)}, "F32 [2] does not match"),
-    "no bias there": (
+    "layer without bias": (
         {"diffusion_model.blocks.0.self_attn.norm_q.diff_b": torch.ones(24)},
         "this layer has no bias",
     ),
@@ -143,12 +143,12 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_key_that_cannot_be_used_is_named(tmp_path: Path, case: str) -> None:
-    tensors, words = BAD[case]
-    assert words in refused(tmp_path, tensors).got
+    tensors, message = BAD[case]
+    assert message in refused(tmp_path, tensors).got
 
 
 @pytest.mark.parametrize("name", IMAGE_LAYERS.values())
-def test_image_layers_on_a_model_that_takes_no_image(tmp_path: Path, name: str) -> None:
+def test_image_layers_on_a_model_without_image_input(tmp_path: Path, name: str) -> None:
     key = f"diffusion_model.blocks.1.{name}"
     tensors = {f"{key}.lora_down.weight": DOWN, f"{key}.lora_up.weight": UP}
     error = refused(tmp_path, tensors)
@@ -159,17 +159,17 @@ def test_image_layers_on_a_model_that_takes_no_image(tmp_path: Path, name: str) 
     assert len(Folds.open([source], "transformer", shapes(**IMAGE)).names) == 1
 
 
-def test_five_keys_are_named_and_the_rest_counted(tmp_path: Path) -> None:
+def test_five_keys_are_listed_and_the_others_counted(tmp_path: Path) -> None:
     tensors = {f"diffusion_model.blocks.{i}.self_attn.q.diff": torch.ones(24, 24) for i in range(2, 10)}
     error = refused(tmp_path, tensors | PAIR)
     assert "8 of 10 keys" in error.got
     assert error.got.endswith("blocks.6.self_attn.q.diff: the model has 2 blocks; and 3 more")
 
 
-def test_a_lora_for_another_width_says_so(tmp_path: Path) -> None:
-    wide = shapes(num_attention_heads=4)
+def test_a_lora_for_another_width(tmp_path: Path) -> None:
+    wider = shapes(num_attention_heads=4)
     layers = block_layers(LAYERS)
-    factors = matrices(wide, layers)
+    factors = matrices(wider, layers)
     tensors = write(factors, "transformer.{}".format, ".lora_A.weight", ".lora_B.weight")
     error = refused(tmp_path, tensors)
     assert "its product [48, 48] does not match the [24, 24]" in error.got
@@ -200,7 +200,7 @@ def two_experts(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("expert", ["transformer", "transformer_2"])
-def test_keys_for_the_other_expert_than_the_file_is_given_for(tmp_path: Path, expert: str) -> None:
+def test_keys_for_another_expert_than_the_option(tmp_path: Path, expert: str) -> None:
     other = {"transformer": "transformer_2", "transformer_2": "transformer"}[expert]
     with pytest.raises(CheckpointError) as e:
         Folds.open([LoraSource(two_experts(tmp_path), 1.0, expert)], expert, shapes())

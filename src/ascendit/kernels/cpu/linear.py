@@ -90,7 +90,9 @@ def list_kernels(emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:
         return tuple(_torch_kernel(scheme, emulate, built.reason) for scheme in LINEAR_SCHEMES)
     method = "decoded once to BF16" if once else "decoded tile by tile to BF16 on each use"
     return tuple(
-        QuantLinearKernel(
+        _torch_kernel(scheme, emulate, "not in native/linear.cpp")
+        if scheme not in VARIANTS
+        else QuantLinearKernel(
             scheme,
             "cpu",
             quantized_linear,
@@ -111,7 +113,7 @@ def _torch_kernel(scheme: str, emulate: Emulate | None, absence: str) -> QuantLi
     prepare = reference.prepare_weight
     if scheme in INT8_LINEARS:
         reason = f"native: {INT8_LINEARS[scheme][0]}, {absence}"
-    elif VARIANTS[scheme].bf16_exact and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    elif scheme in VARIANTS and VARIANTS[scheme].bf16_exact and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         reason, prepare = f"{method} BF16 by PyTorch, {absence}", prepare_columns if once else prepare
     else:
         return reference.quant_linear_kernel(scheme, emulate, f"{method} float32 by PyTorch, {absence}")

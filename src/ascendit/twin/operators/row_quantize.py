@@ -109,7 +109,7 @@ def npu_dynamic_block_quant(x: Tensor, min_scale: float, dst_type: int, **option
     yield Out(tuple(x.shape), _qdata_dtype(dst_type)), Out((*x.shape[:-2], m_tiles, k_tiles), torch.float32)
     padded = torch.nn.functional.pad(x.to(torch.float32), (0, -x.shape[-1] % column, 0, -x.shape[-2] % row))
     # [.., m_tiles, row, k_tiles, column]
-    tiles = padded.unflatten(-1, (k_tiles, -1)).unflatten(-3, (m_tiles, -1))
+    tiles = padded.unflatten(-1, (k_tiles, column)).unflatten(-3, (m_tiles, row))
     amax = tiles.where(tiles.isfinite(), 0).abs().amax((-3, -1))
     scale = amax / _largest(dst_type)
     if min_scale > 0:

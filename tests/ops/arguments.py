@@ -1,4 +1,4 @@
-"""Arguments for each operator, as the model gives them."""
+"""Arguments for each operator, with the dtypes that the model passes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def arguments(name: str, dtype: torch.dtype, spans: tuple[int, ...]) -> list[Any]:
-    """Arguments of each operator, tokens in `dtype`, the rest as the model gives it."""
-    x, rows = draw(B, S, D, dtype=dtype), len(spans)
+    """Arguments of one operator: hidden states and linear weights in `dtype`, the others in float32."""
+    x, segments = draw(B, S, D, dtype=dtype), len(spans)
     heads = [draw(B, n, H, D_HEAD, dtype=dtype) for n in (S, 21, 21)]
     angle = torch.rand(S, D_HEAD // 2) * 6
     table: dict[str, list[Any]] = {
         "linear": [x, draw(40, D, dtype=dtype), draw(40, dtype=dtype)],
         "rms_norm": [3 * x, draw(D), 1e-6],
         "layer_norm": [3 * x + 1, draw(D), draw(D), 1e-6],
-        "adaln": [3 * x + 1, draw(rows, D), draw(rows, D), spans, 1e-6],
-        "gated_residual": [x, draw(B, S, D, dtype=dtype), draw(rows, D), spans],
+        "adaln": [3 * x + 1, draw(segments, D), draw(segments, D), spans, 1e-6],
+        "gated_residual": [x, draw(B, S, D, dtype=dtype), draw(segments, D), spans],
         "rope": [heads[0], angle.cos(), angle.sin()],
         "gelu_tanh": [3 * x],
         "gelu": [3 * x],
