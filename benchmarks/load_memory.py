@@ -27,7 +27,7 @@ torch.set_num_threads(2)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 folder, scheme = sys.argv[1:]
 ops = bind("cpu")
-part, online = recognise(Path(folder)).experts[0], Online.of(scheme or None, None)
+part, online = recognise(Path(folder)).experts[0], Online.from_options(scheme or None, None)
 before, start = peak(), time.perf_counter()
 expert = read_expert(part)
 model = load_expert(expert, online.apply(expert) if online else None, ops, dtype=torch.bfloat16)

@@ -57,7 +57,7 @@ def cases(layers: int, schemes: list[str], emulate: Any) -> tuple[dict[str, Forw
         ops = bind("cpu", emulate=emulate)
         ours = {}
         for scheme in ["bf16", *schemes]:
-            online = Online.of(scheme, None)
+            online = Online.from_options(scheme, None)
             applied = online.apply(expert) if online else None
             ours[f"ascendit {scheme}"] = load_expert(expert, applied, ops, dtype=torch.bfloat16)
     x, text = torch.randn(1, 16, *GRID).bfloat16(), torch.randn(1, 512, 4096).bfloat16()

@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
         from ascendit.native import build
 
         with ThreadPoolExecutor() as pool:
-            list(pool.map(build.native, build.NEEDS))
+            list(pool.map(build.native, build.REQUIRED_FEATURES))
 
 
 LONG = ("cli", "demo", "docs")

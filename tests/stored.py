@@ -158,7 +158,7 @@ def refused(path: Path, code: str) -> str:
 def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a component, read with `RowReader`."""
     with RowReader() as reader:
-        return {name: reader.tensor(info) for name, info in Shards.open(folder).tensors.items()}
+        return {name: reader.read_tensor(info) for name, info in Shards.open(folder).tensors.items()}
 
 
 def load_transformer(part: Part, ops: Ops, *, online: Online | None = None, **options: Any) -> WanTransformer:

@@ -52,7 +52,7 @@ def test_speed_of_steps() -> None:
 def test_the_meter_counts_over_stages() -> None:
     events: list[Progress] = []
     meter = Meter(10, events.append)
-    first, second = meter.advance_in("transformer"), meter.advance_in("check")
+    first, second = meter.stage_counter("transformer"), meter.stage_counter("check")
     first("a", 3, skipped=True)
     second("b", 4)
     assert [(p.stage, p.name, p.step, p.skipped) for p in events] == [
@@ -62,7 +62,7 @@ def test_the_meter_counts_over_stages() -> None:
     assert {(p.total, p.unit) for p in events} == {(10, "byte")} and events[1].seconds >= events[
         0
     ].seconds > 0
-    Meter(1, None).advance_in("quiet")("a", 1)
+    Meter(1, None).stage_counter("quiet")("a", 1)
 
 
 def test_the_module_imports_no_torch() -> None:

@@ -14,8 +14,8 @@ def test_spans_single_steps_and_default():
     policy = StepSchedule.parse("0-1:w4a8,default:w4a4")
     assert [step.precision for step in policy.resolve(4)] == ["w4a8", "w4a8", "w4a4", "w4a4"]
     policy = StepSchedule.parse("0,47-49:bf16, 3:w4a8")
-    assert [i for i in range(60) if policy.at(i).precision == "bf16"] == [0, 47, 48, 49]
-    assert policy.at(3) == Step("w4a8") and policy.at(4) == Step("stored")
+    assert [i for i in range(60) if policy.settings_of(i).precision == "bf16"] == [0, 47, 48, 49]
+    assert policy.settings_of(3) == Step("w4a8") and policy.settings_of(4) == Step("stored")
     assert policy.precisions == {"bf16", "w4a8", "stored"}
 
 
@@ -23,7 +23,7 @@ def test_a_schedule_resolves_to_one_record_per_step():
     sparse = Step(attention="sparse", cache="reuse")
     schedule = StepSchedule(((1, sparse), (2, Step("w4a8"))), Step("bf16"))
     assert schedule.resolve(4) == (Step("bf16"), sparse, Step("w4a8"), Step("bf16"))
-    assert schedule.resolve(2) == (schedule.at(0), schedule.at(1))
+    assert schedule.resolve(2) == (schedule.settings_of(0), schedule.settings_of(1))
     assert StepSchedule().resolve(2) == (Step("stored", None, None),) * 2
 
 

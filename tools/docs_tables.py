@@ -321,7 +321,7 @@ def npu_operators_table() -> str:
     from ascendit.ops.npu.kernels import KERNELS
 
     def row(k: Any) -> tuple[object, ...]:
-        chips = ", ".join(c for c in CHIPS if capability(k.needs).on(c) == "yes")
+        chips = ", ".join(c for c in CHIPS if capability(k.needs).support_on(c) == "yes")
         return f"`{k.operator}`", f"`{k.needs}`", chips, k.reason
 
     return table(("operator", "kernel", "chips", "reason"), (row(k) for k in KERNELS))
@@ -338,7 +338,7 @@ def npu_capabilities_table() -> str:
         return (
             name,
             c.used_for or "-",
-            *(answers[c.on(chip)] for chip in CHIPS),
+            *(answers[c.support_on(chip)] for chip in CHIPS),
             c.dtypes or "-",
             c.layout or "-",
         )

@@ -62,7 +62,7 @@ def read_environment(
 
 
 def set_missing(values: Mapping[str, str]) -> dict[str, str]:
-    """Set the variables that are unset or empty; return the values of the others."""
+    """Set the variables that are unset or empty; return the values that the others already have."""
     existing = {name: os.environ[name] for name in values if os.environ.get(name)}
     os.environ.update({name: value for name, value in values.items() if name not in existing})
     return existing
@@ -78,7 +78,7 @@ def toolkit_folder(environ: Mapping[str, str] | None = None) -> Path | None:
 
 
 def library_folders(environ: Mapping[str, str] | None = None) -> tuple[Path, ...]:
-    """The folders of LD_LIBRARY_PATH."""
+    """The folders listed in LD_LIBRARY_PATH."""
     environ = os.environ if environ is None else environ
     return tuple(Path(p) for p in environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if p)
 

@@ -4,13 +4,13 @@ AscenditError                 exit code
   x UsageError                2    invalid call: flags, request values, wrong type of file
     + RequestError            2    a request value that this model cannot run
   x CheckpointError           1    files of a model are damaged, incomplete or of another class
-  x QualityError              1    the video is not finite, black or of wrong length
+  x QualityError              1    the video has NaN or infinite values, is black, or has the wrong length
   x EnvironmentProblem        3    the machine: library missing, no write permission, no device
     + OutOfMemory             4    reports needed and free memory, and the flag to change
   x Cancelled                 130  stopped between two steps; no partial output
 
-Each error has the value received, the rule, an action that fixes it, and a code from `ERROR_CODES`. A class
-with a default code uses it for most of its errors.
+Each error has the value received, the rule, an action that fixes it, and a code from `ERROR_CODES`. Some
+classes have a default code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ERROR_CODES: dict[str, str] = {
     "E-CKP-01": "folder contains no known model",
     "E-CKP-02": "shard missing, truncated or not safetensors",
     "E-CKP-03": "index names a missing file, or a file outside the folder",
-    "E-CKP-04": "tensors missing, unexpected, or of wrong shape or dtype",
+    "E-CKP-04": "tensors missing, unexpected, or of the wrong shape or dtype",
     "E-CKP-05": "config of another model class",
     "E-CKP-06": "config missing or unreadable",
     "E-CKP-07": "manifest, config and tensors disagree on a layer",
@@ -46,8 +46,8 @@ ERROR_CODES: dict[str, str] = {
     "E-ENG-01": "engine cannot run this checkpoint",
     "E-LRA-01": "LoRA key matches no layer, or its pair is incomplete",
     "E-HUB-01": "hub model, revision or file is not available",
-    "E-OUT-01": "video is not finite",
-    "E-OUT-02": "video is black or flat",
+    "E-OUT-01": "video has NaN or infinite values",
+    "E-OUT-02": "video is black",
     "E-OUT-03": "quality check below its limit",
     "E-ENV-01": "library missing",
     "E-ENV-02": "output folder is not writable",
@@ -78,12 +78,12 @@ class AscenditError(Exception):
         return f"[{self.code}] {self.got}\n  needs  {self.needs}\n  try    {self.fix}"
 
     def as_dict(self) -> dict[str, str]:
-        """As JSON data, for `--json` and the server."""
+        """Plain data for `--json` and the server."""
         return {"code": self.code, "got": self.got, "needs": self.needs, "try": self.fix}
 
 
 class UsageError(AscenditError):
-    """The call is invalid or cannot be carried out."""
+    """The call is invalid, or cannot be carried out as requested."""
 
     exit_code = 2
 
@@ -161,7 +161,7 @@ def out_of_memory(error: BaseException, stage: str = "", device: str = "cpu") ->
 
 
 def _gib(size: str) -> str:
-    """`68719476736 bytes` or kB as `64.0 GiB`; other texts unchanged."""
+    """Convert a text such as `68719476736 bytes` (or kB) to `64.0 GiB`; other texts are unchanged."""
     match = re.fullmatch(r"(\d+) (bytes|kB)\w*", size)
     return f"{int(match[1]) / (2**30 if match[2] == 'bytes' else 2**20):.1f} GiB" if match else size
 

@@ -1,7 +1,7 @@
 """The Wan family as data, one row per model, and the configs of transformer and VAE.
 
 Sources: `wan/configs/*.py` and `generate.py` of Wan-Video/Wan2.2 and Wan-Video/Wan2.1; Diffusers'
-WanTransformer3DModel. No torch here.
+WanTransformer3DModel. Does not import torch.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class WanSpec:
     num_inference_steps: int = 50
     flow_shift: float = 5.0
     guidance_scale: float = 5.0
-    """Of the only expert, or of the high-noise expert."""
+    """Guidance scale of the only expert, or of the high-noise expert."""
     guidance_scale_2: float | None = None
-    """Of the low-noise expert."""
+    """Guidance scale of the low-noise expert."""
     boundary_ratio: float | None = None
     """Timestep / 1000 below which the low-noise expert runs."""
     image_cross_attention: bool = False
@@ -161,9 +161,9 @@ def match_spec(
     image_cross_attention: bool,
     folder_name: str = "",
 ) -> WanSpec | None:
-    """The model with these dimensions, or None; if there are several, the one named in `folder_name`.
+    """Find the model with these dimensions, else None; if several match, the one named in `folder_name`.
 
-    The name alone never decides: dimensions, channels and number of experts must match.
+    Dimensions, channels and number of experts must match; the name alone never decides.
     """
     matches = [
         s
@@ -204,14 +204,14 @@ class WanConfig:
 
     @property
     def dim(self) -> int:
-        """Width D."""
+        """Hidden size D: heads x head size."""
         return self.num_attention_heads * self.attention_head_dim
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> WanConfig:
-        """From parsed JSON, without the keys that Diffusers adds (with a leading underscore).
+        """Make a config from parsed JSON, without the keys that Diffusers adds (with a leading underscore).
 
-        Raises CheckpointError (E-CKP-06) for an unknown key or another `qk_norm`.
+        Raises CheckpointError (E-CKP-06) for an unknown key or an unsupported `qk_norm`.
         """
         allowed = {f.name for f in fields(cls)}
         values = {k: v for k, v in data.items() if not k.startswith("_") and k != "quantization_config"}
@@ -249,5 +249,5 @@ class VaeConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> VaeConfig:
-        """From parsed JSON; ignores all other keys."""
+        """Make a config from parsed JSON; all other keys are ignored."""
         return cls(**{f.name: int(data.get(f.name, f.default)) for f in fields(cls)})

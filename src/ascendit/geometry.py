@@ -1,4 +1,4 @@
-"""Shapes of a run: pixels and frames -> latents -> patches -> tokens. No torch.
+"""Shapes of a run: pixels and frames -> latents -> patches -> tokens. Does not import torch.
 
 A VAE with temporal stride s encodes s * n + 1 frames to n + 1 latent frames. The transformer divides latents
 [C, F, H, W] into patches; each patch is one token.
@@ -37,13 +37,13 @@ def size_multiple(stride: int, patch_size: Sequence[int]) -> int:
 
 
 def nearest_frames(num_frames: int, frame_stride: int = 4) -> tuple[int, int]:
-    """The two valid frame counts (frame_stride x n + 1) around an invalid one, at least 1."""
+    """The two valid frame counts (frame_stride x n + 1, at least 1) closest to an invalid one."""
     low = max(1, (num_frames - 1) // frame_stride * frame_stride + 1)
     return low, low + frame_stride
 
 
 def nearest_sizes(pixels: int, multiple: int) -> tuple[int, int]:
-    """The two valid widths or heights around an invalid one, at least `multiple`."""
+    """The two valid widths or heights (at least `multiple`) closest to an invalid one."""
     low = max(multiple, pixels // multiple * multiple)
     return low, low + multiple
 

@@ -1,9 +1,9 @@
-"""Names, order and shapes of the tensors of a Wan transformer, in several name styles. No torch.
+"""Names, order and shapes of the tensors of a Wan transformer, in several name styles.
 
 `expected_tensors` lists the tensors of a config. `to_diffusers` and `to_wan` translate one name and are exact
-inverses. Their tables are from Diffusers' `scripts/convert_wan_to_diffusers.py`, but match complete parts
-between dots instead of substrings. `canonical` also removes prefixes and wrappers that tools add. `grouped`,
-`ranges` and `listed` shorten lists of names for messages.
+inverses. Their tables are from Diffusers' `scripts/convert_wan_to_diffusers.py`, but match complete
+components between dots instead of substrings. `canonical` also removes prefixes and wrappers that tools add.
+`grouped`, `ranges` and `listed` shorten lists of names for messages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ascendit.family import WanConfig
 Shapes = dict[str, tuple[int, ...]]
 
 MAX_LAYERS = 10_000
-TOLERATED = ("norm_added_q",)
+IGNORED_PARTS = ("norm_added_q",)
 """Parts of names in Wan2.1 I2V folders that the model does not use; Diffusers ignores them too."""
 
 
@@ -119,14 +119,17 @@ def _patch_size(config: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def whole_number(key: str, value: object) -> int:
-    """A dimension in a config. Raises CheckpointError (E-CKP-06) unless it is a whole number above 0."""
+    """Return a dimension from a config.
+
+    Raises CheckpointError (E-CKP-06) unless it is a whole number above 0.
+    """
     if type(value) is not int or not 0 < value < 2**31:
         raise bad_value(key, value, "a whole number above 0")
     return value
 
 
 def bad_value(key: str, value: object, needs: str) -> CheckpointError:
-    """E-CKP-06 for a `key` of config.json whose value is invalid for a Wan transformer."""
+    """The error E-CKP-06 for a `key` of config.json whose value is invalid for a Wan transformer."""
     return CheckpointError(
         f"config.json of a transformer has {key} = {value!r:.60}",
         needs=f"{key}: {needs}",
@@ -327,7 +330,7 @@ def canonical(name: str, naming: Naming) -> str:
 
 
 def unwrapped(name: str) -> str:
-    """`name` without the prefix of a transformer and the wrapper of a smoothed layer."""
+    """`name` without the prefixes in `PREFIXES` and without msModelSlim's wrapper of a smoothed layer."""
     for prefix in PREFIXES:
         if name.startswith(prefix):
             name = name[len(prefix) :]
@@ -407,12 +410,14 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def problem_counts(kinds: Mapping[str, Collection[str]], limit: int = 5) -> str:
-    """`2 missing: a, b; 1 unexpected: c`: for each kind with names, their number and the first `limit`."""
+    """`2 missing: a, b; 1 unexpected: c`: for each kind that has names, their number and the first `limit` of
+    them.
+    """
     return "; ".join(f"{len(names)} {kind}: {listed(names, limit)}" for kind, names in kinds.items() if names)
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:
-    """The first `limit` names, sorted, and how many more there are."""
+    """The first `limit` names, sorted, and the number of remaining ones."""
     ordered = sorted(names)
     more = len(ordered) - limit
     return ", ".join(itertools.islice(ordered, limit)) + (f" and {more} more" if more > 0 else "")

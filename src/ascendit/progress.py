@@ -13,7 +13,7 @@ class Progress:
     """One event: `step` of `total` are done in this stage; both are 0 in a stage without steps."""
 
     stage: str
-    """Of a run: `load`, `encode`, `denoise`, `decode`; of a conversion: `transformer`, `check`, ..."""
+    """Stage of a run: `load`, `encode`, `denoise`, `decode`; of a conversion: `transformer`, `check`, ..."""
     name: str = ""
     """The last tensor or file processed."""
     step: int = 0
@@ -64,8 +64,8 @@ class Meter:
         self._on_progress = on_progress
         self._start = time.perf_counter()
 
-    def advance_in(self, stage: str) -> Advance:
-        """The function that counts bytes of this stage."""
+    def stage_counter(self, stage: str) -> Advance:
+        """Return the function that counts the bytes of this stage."""
 
         def advance(name: str, count: int, skipped: bool = False) -> None:
             self._done += count

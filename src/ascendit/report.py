@@ -1,4 +1,4 @@
-"""Helpers of reports: columns for a terminal, sizes and counts as text, data for JSON. No torch."""
+"""Helpers of reports: columns for a terminal, sizes and counts as text, data for JSON."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def titled(blocks: Iterable[tuple[str, Iterable[str]]]) -> Iterator[tuple[str, s
 
 
 def human_bytes(nbytes: int) -> str:
-    """`10.6 GiB`, `14.1 MiB`, `512 B`."""
+    """Bytes as text: `10.6 GiB`, `14.1 MiB`, `512 B`."""
     for unit, exponent in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if nbytes >= 1 << exponent:
             return f"{nbytes / (1 << exponent):.1f} {unit}"
@@ -40,7 +40,7 @@ def human_bytes(nbytes: int) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 file`, `2 files`."""
+    """A count with its noun: `1 file`, `2 files`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
@@ -62,7 +62,7 @@ def totals(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def json_data(value: Any) -> Any:
-    """`value` as JSON data: records by `as_dict` or by their fields, paths as text, tuples as lists."""
+    """Convert `value` to JSON data: records by `as_dict` or their fields, paths to text, tuples to lists."""
     if hasattr(value, "as_dict"):
         return value.as_dict()
     if is_dataclass(value):

@@ -1,4 +1,4 @@
-"""Step schedule: precision, attention kernel and cache of each denoising step. No torch.
+"""Step schedule: precision, attention kernel and cache of each denoising step. Does not import torch.
 
     schedule = StepSchedule.parse("0-1:w4a8,default:w4a4")   # the first two steps with 8-bit activations
     schedule = StepSchedule.parse("0,47-49:bf16")            # these in BF16; needs BF16 weights in memory too
@@ -40,7 +40,7 @@ class StepSchedule:
     """Settings by step; the first step is 0."""
 
     steps: tuple[tuple[int, Step], ...] = ()
-    """In ascending order, each step once."""
+    """(step, settings) in ascending order, each step once."""
     default: Step = Step()
 
     @classmethod
@@ -71,13 +71,13 @@ class StepSchedule:
         default = settings.pop("default", Step())
         return cls(tuple(sorted(settings.items())), default)
 
-    def at(self, step: int) -> Step:
+    def settings_of(self, step: int) -> Step:
         """The settings of this step."""
         return dict(self.steps).get(step, self.default)
 
     def resolve(self, count: int) -> tuple[Step, ...]:
         """The settings of each of `count` steps."""
-        return tuple(self.at(step) for step in range(count))
+        return tuple(self.settings_of(step) for step in range(count))
 
     @property
     def precisions(self) -> frozenset[Precision]:
@@ -85,7 +85,9 @@ class StepSchedule:
         return frozenset(step.precision for step in (self.default, *dict(self.steps).values()))
 
     def check_steps(self, count: int) -> None:
-        """Raises RequestError (E-REQ-03) if the schedule names a step beyond the last of `count`."""
+        """Raise RequestError (E-REQ-03) if the schedule names a step that a run of `count` steps does not
+        have.
+        """
         beyond = [step for step, _ in self.steps if step >= count]
         if beyond:
             raise RequestError(
@@ -95,9 +97,9 @@ class StepSchedule:
             )
 
     def check_schemes(self, schemes: Iterable[str], *, floats: bool) -> None:
-        """Raises UsageError (E-USE-01) for a precision that this model has no weights for.
+        """Raise UsageError (E-USE-01) for a precision that this model has no weights for.
 
-        `schemes`: of its layers. `floats`: whether BF16 weights of all layers are available.
+        `schemes`: schemes of its layers. `floats`: whether BF16 weights of all layers are available.
         """
         schemes = set(schemes)
         if schemes <= {"bf16"}:
@@ -121,7 +123,7 @@ class StepSchedule:
 
     def __str__(self) -> str:
         spans: list[tuple[int, int, Precision]] = []
-        for step, precision in ((step, self.at(step).precision) for step, _ in self.steps):
+        for step, precision in ((step, self.settings_of(step).precision) for step, _ in self.steps):
             if spans and spans[-1][1:] == (step - 1, precision):
                 spans[-1] = (spans[-1][0], step, precision)
             else:

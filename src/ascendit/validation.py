@@ -43,7 +43,7 @@ TYPE_LABELS: dict[Any, tuple[str, str]] = {
 
 
 class Model(BaseModel):
-    """Frozen; rejects keys that are not fields."""
+    """Base class of frozen models that reject unknown keys."""
 
     model_config = ConfigDict(frozen=True)
     title: ClassVar[str] = "it"
@@ -112,7 +112,8 @@ def problem(text: str, **context: Any) -> PydanticCustomError:
 
 
 def described(text: str) -> WrapValidator:
-    """For `Annotated`: `text` replaces the ValidationError for a value of wrong type; `{got}` is the value.
+    """For `Annotated`: `text` replaces the ValidationError for a value of the wrong type; `{got}` is the
+    value.
 
     Nested errors keep their own messages.
     """
@@ -129,7 +130,9 @@ def described(text: str) -> WrapValidator:
 
 
 def usage_error(error: ValueError, *, source: str, needs: str, fix: str, syntax: str = "") -> UsageError:
-    """E-USE-01 with `<source>: <problem>`: pydantic's first error, or a text that is not `syntax`."""
+    """The error E-USE-01 `<source>: <problem>`: pydantic's first error, or the parse error of a text in
+    `syntax`.
+    """
     text = f"it is not {syntax} ({error})"
     if isinstance(error, ValidationError):
         first = error.errors()[0]
@@ -139,7 +142,10 @@ def usage_error(error: ValueError, *, source: str, needs: str, fix: str, syntax:
 
 
 def bad_value(name: str, value: object, hint: Any, source: str = "") -> UsageError:
-    """E-USE-01 for a value that is not of the type `hint`. `source`: the file or flag that it comes from."""
+    """The error E-USE-01 for a value that is not of the type `hint`.
+
+    `source`: the file or flag it comes from.
+    """
     value_type = non_optional(hint)
     choices = get_args(value_type) if get_origin(value_type) is Literal else ()
     label, example = (" or ".join(choices), choices[0]) if choices else TYPE_LABELS[value_type]

@@ -98,7 +98,7 @@ def test_the_models_are_valid_before_they_are_broken(
 ) -> None:
     """Otherwise the errors above would prove little."""
     if verb == "quantize" and name in ("mxfp8", "int8", "dualscale", "export"):
-        with pytest.raises(UsageError, match="is quantized already"):
+        with pytest.raises(UsageError, match="is already quantized"):
             VERBS[verb](models[name], tmp_path / "out")
         return
     before = snapshot(models[name])

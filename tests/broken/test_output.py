@@ -57,7 +57,7 @@ def dangling(path: Path) -> None:
 def test_the_output_exists(source: Path, verb: str, create: Callable[[Path], None]) -> None:
     dst = source.parent / "out"
     create(dst)
-    assert "exists already" in refused(verb, source, dst, "E-USE-03").got
+    assert "already exists" in refused(verb, source, dst, "E-USE-03").got
 
 
 @pytest.mark.parametrize("verb", WRITERS)

@@ -213,7 +213,7 @@ def test_an_output_that_exists_is_refused(tmp_path: Path, kind: str, monkeypatch
         monkeypatch.chdir(tmp_path)
         dst = Path(".")
     e = refused(dst, "E-USE-03")
-    assert "exists already" in e.got and "nothing is overwritten" in e.needs
+    assert "already exists" in e.got and "nothing is overwritten" in e.needs
 
 
 @pytest.mark.parametrize("name", ["", "/", "..", "missing/..", "a\0b"])
@@ -257,7 +257,7 @@ def test_output_and_input_inside_each_other(tmp_path: Path, position: str) -> No
     if position == "a partial output":
         killed_run(dst)
     e = refused(dst, "E-USE-06", sources=(tmp_path / "elsewhere", source))
-    assert e.needs == "an output folder that is not inside a source, nor around it"
+    assert e.needs == "an output folder that neither is inside a source folder nor contains one"
     assert source.exists() and (model / "transformer").is_dir()
 
 
@@ -314,7 +314,7 @@ def test_two_runs_of_one_output(tmp_path: Path) -> None:
             assert e.value.got == f"another run is writing .out.partial in {tmp_path}"
         staging.publish()
     assert kill.contents(dst) == {"f": b"x"}
-    assert "exists already" in refused(dst, "E-USE-03").got
+    assert "already exists" in refused(dst, "E-USE-03").got
 
 
 def test_one_of_many_simultaneous_runs_wins(tmp_path: Path) -> None:

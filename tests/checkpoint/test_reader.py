@@ -368,9 +368,9 @@ def test_a_file_that_shrinks_after_its_header_was_read(tmp_path: Path) -> None:
     tensors = Shards.open(tmp_path).tensors
     os.truncate(tmp_path / f"{STEM}.safetensors", tensors["b"].end - 4)
     with RowReader() as reader:
-        assert same(reader.tensor(tensors["a"]), torch.ones(8))
+        assert same(reader.read_tensor(tensors["a"]), torch.ones(8))
         with pytest.raises(CheckpointError, match="truncated during the read of b") as e:
-            reader.tensor(tensors["b"])
+            reader.read_tensor(tensors["b"])
     assert e.value.code == "E-CKP-02"
 
 
@@ -379,7 +379,7 @@ def test_a_file_that_disappears_after_its_header_was_read(tmp_path: Path) -> Non
     info = read_header(tmp_path / "x.safetensors")["a"]
     info.file.unlink()
     with RowReader() as reader, pytest.raises(CheckpointError, match="x.safetensors: No such file") as e:
-        reader.whole(info)
+        reader.read_all(info)
     assert e.value.code == "E-CKP-02"
 
 
@@ -387,12 +387,12 @@ def test_a_tensor_does_not_need_its_file_and_owns_its_memory(tmp_path: Path) -> 
     save_file({"a": torch.arange(4.0), "b": torch.ones(1000)}, tmp_path / "x.safetensors")
     info = read_header(tmp_path / "x.safetensors")["a"]
     with RowReader() as reader:
-        a, again = reader.tensor(info), reader.tensor(info)
+        a, again = reader.read_tensor(info), reader.read_tensor(info)
     assert not reader._files
     a += 1
     assert again.tolist() == [0, 1, 2, 3]
     assert a.untyped_storage().nbytes() == 16  # it keeps no other tensor alive
-    assert reader.tensor(info).tolist() == [0, 1, 2, 3]  # opens its file again
+    assert reader.read_tensor(info).tolist() == [0, 1, 2, 3]  # opens its file again
     reader.close()
 
 
@@ -416,7 +416,7 @@ def test_reading_one_tensor_reads_only_its_bytes(tmp_path: Path, spans: list[tup
     info = read_header(tmp_path / "x.safetensors")["b"]
     with RowReader() as reader:
         assert spans == []
-        reader.tensor(info)
+        reader.read_tensor(info)
     assert spans == [(info.start, info.end)]
 
 
@@ -433,16 +433,16 @@ def test_a_slice_of_a_tensor(
     info = read_header(tmp_path / "x.safetensors")["w"]
     end = None if shard.count is None else shard.start + shard.count
     expected = tensor[shard.start : end] if shard.axis == 0 else tensor[:, shard.start : end]
-    assert shard.of(info.shape) == tuple(expected.shape)
+    assert shard.shape_of(info.shape) == tuple(expected.shape)
     with RowReader() as reader:
         view = torch.empty(expected.shape, dtype=dtype)
-        reader.into(info, as_bytes(view), shard)
+        reader.read_into(info, as_bytes(view), shard)
         blocks = list(
-            (start, bytes(view)) for start, view in reader.blocks(info, shard=shard, block_bytes=1000)
+            (start, bytes(view)) for start, view in reader.read_blocks(info, shard=shard, block_bytes=1000)
         )
-        for result in (view, reader.tensor(info, shard)):
+        for result in (view, reader.read_tensor(info, shard)):
             assert same(result, expected)
-        for data in (reader.whole(info, shard), b"".join(data for _, data in blocks)):
+        for data in (reader.read_all(info, shard), b"".join(data for _, data in blocks)):
             assert data == bytes(as_bytes(expected))
         assert blocks[0][0] == (shard.start if shard.axis == 0 else 0) and len(blocks) > 1
     assert sum(end - start for start, end in spans) == 4 * expected.nbytes
@@ -460,12 +460,12 @@ def test_a_file_that_shrinks_in_the_slice(tmp_path: Path, shard: ShardSpec) -> N
     info = read_header(tmp_path / "x.safetensors")["w"]
     os.truncate(info.file, info.start + 70 * 64 * 4)
     with RowReader() as reader:
-        for read in (reader.whole, reader.tensor):
+        for read in (reader.read_all, reader.read_tensor):
             with pytest.raises(CheckpointError, match="truncated during the read of w") as e:
                 read(info, shard)
             assert e.value.code == "E-CKP-02"
         if shard.axis == 0:
-            assert len(reader.whole(info, ShardSpec(0, 30, 40))) == 40 * 64 * 4
+            assert len(reader.read_all(info, ShardSpec(0, 30, 40))) == 40 * 64 * 4
 
 
 def test_a_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,11 +507,11 @@ def test_files_without_an_index(tmp_path: Path) -> None:
     files = [tmp_path / f"{name}.safetensors" for name in "ab"]
     for file in files:
         save_file({file.stem: torch.zeros(2)}, file)
-    shards = Shards.of_files(files)
+    shards = Shards.from_files(files)
     assert (set(shards.tensors), shards.files) == ({"a", "b"}, tuple(files))
     save_file({"a": torch.zeros(2)}, files[1])
     with pytest.raises(CheckpointError, match="a is in both a.safetensors and b.safetensors") as e:
-        Shards.of_files(files)
+        Shards.from_files(files)
     assert e.value.code == "E-CKP-09"
 
 
@@ -536,28 +536,28 @@ def test_concatenated_blocks_equal_the_tensor(stored):
     with RowReader() as reader:
         for name, tensor in values.items():
             blocks: list[torch.Tensor] = []
-            for start, view in reader.blocks(infos[name], block_bytes=128):
+            for start, view in reader.read_blocks(infos[name], block_bytes=128):
                 assert start == sum(len(block) for block in blocks)
                 blocks.append(as_tensor(view, infos[name]).clone())
             joined = torch.cat(blocks).view(tensor.shape)
             assert torch.equal(joined.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), name
-            assert reader.whole(infos[name]) == bytes(as_bytes(tensor))
+            assert reader.read_all(infos[name]) == bytes(as_bytes(tensor))
 
 
 def test_blocks_are_multiples_and_grow_if_necessary(stored, monkeypatch):
     values, infos = stored
     monkeypatch.setattr("ascendit.checkpoint.reader.BLOCK_BYTES", 1000)
     with RowReader() as reader:
-        starts = [start for start, _ in reader.blocks(infos["fp8"], multiple=128)]
+        starts = [start for start, _ in reader.read_blocks(infos["fp8"], multiple=128)]
         assert starts == [0, 128, 256]
-        assert [start for start, _ in reader.blocks(infos["fp8"])] == list(range(0, 300, 14))
+        assert [start for start, _ in reader.read_blocks(infos["fp8"])] == list(range(0, 300, 14))
 
 
 def test_a_file_that_shrinks_is_an_error(stored):
     _, infos = stored
     file = infos["matrix"].file
     with RowReader() as reader:
-        blocks = reader.blocks(infos["matrix"], block_bytes=40)
+        blocks = reader.read_blocks(infos["matrix"], block_bytes=40)
         next(blocks)
         with open(file, "r+b") as f:
             f.truncate(infos["matrix"].start + 50)

@@ -219,7 +219,7 @@ Q = f"{FIRST}.weight"
         (lambda t: t.update({Q: ("U8", (64, 16))}), "E-CKP-04", f"{FIRST}.weight_scale is U8 [64, 2], not"),
         (lambda t: t.update({Q: ("U8", (64, 64))}), "E-CKP-04", f"{FIRST}.weight_scale is U8 [64, 2], not"),
         (lambda t: t.update({Q: ("U8", (4096,))}), "E-CKP-04", f"{FIRST}.weight is [4096], not a matrix"),
-        (lambda t: t.update({f"{FIRST}.weight_scale": ("U8", (2, 64))}), "E-CKP-04", "misshapen"),
+        (lambda t: t.update({f"{FIRST}.weight_scale": ("U8", (2, 64))}), "E-CKP-04", "wrong shape"),
         (
             lambda t: t.update({f"{FIRST}.bias": ("F32", (65,))}),
             "E-CKP-04",

@@ -108,7 +108,7 @@ def omni_problems(expert: Path) -> list[str]:
             if not excluded and method in ("mxfp4", "mxfp4_dualscale") and f"{layer}.weight" in loaded:
                 numbers = loaded[f"{layer}.weight"].float()
                 if not bool(torch.isin(numbers, E2M1).all()):
-                    problems.append(f"{layer}.weight has values that are not in FP4")
+                    problems.append(f"{layer}.weight has values that FP4 cannot represent")
     modules = {
         name.partition("/")[0].rpartition(".")[0] if "/" not in name else name.partition("/")[0]
         for name in expected

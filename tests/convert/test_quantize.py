@@ -472,7 +472,7 @@ def test_a_dry_run_writes_nothing(model, dst):
     assert (report.bytes_after, report.schemes) == (done.bytes_after, done.schemes)
     assert "nothing written" in "\n".join(report.lines()) and report.warnings == ()
     again = quantize(model, dst, scheme="mxfp8", dry_run=True)
-    assert again.warnings == (f"{dst} exists already: without --dry-run this is an error",)
+    assert again.warnings == (f"{dst} already exists: without --dry-run this is an error",)
 
 
 def test_progress_counts_every_byte_of_the_source(model, dst):

@@ -186,7 +186,7 @@ def test_exactly_the_wrong_attribute_is_reported() -> None:
     }
     for scene, (name, values) in itertools.product(pick(6, rng_seed=4), choices.items()):
         for value in set(values) - {getattr(scene, name)}:
-            right = judge(true_video(scene._replace(**{name: value}), 4)).right(scene)
+            right = judge(true_video(scene._replace(**{name: value}), 4)).matches(scene)
             assert right == {a: a != name for a in ATTRIBUTES}, (scene, name, value)
 
 

@@ -106,7 +106,7 @@ def test_it_follows_other_wordings(demo: Pipeline) -> None:
     right = 0
     for i, scene in enumerate(scenes):
         frames = demo.generate(caption(scene, 1 + i % 7, i % 3), seed=5).frames
-        right += all(adherence.judge(frames).right(scene).values())
+        right += all(adherence.judge(frames).matches(scene).values())
     assert right >= 0.7 * len(scenes), right
 
 

@@ -31,7 +31,7 @@ def test_every_chip_has_plausible_figures() -> None:
         assert 500 <= v.memory_gbps <= 8000 and (v.link_gbps is None or v.link_gbps <= 2000), v.name
     for chip in CHIPS.values():
         assert chip.variants[0].name.startswith(chip.name)
-        mx = "mxfp8" in {row.scheme for row in CAPABILITIES if row.on(chip.name) == "yes"}
+        mx = "mxfp8" in {row.scheme for row in CAPABILITIES if row.support_on(chip.name) == "yes"}
         for v in chip.variants:
             assert v.name.partition("-")[0] == chip.name
             assert (v.fp8_tflops is not None) == (v.fp4_tflops is not None) == mx, v.name
@@ -51,7 +51,7 @@ def test_every_row_names_an_operator_and_an_alternative_for_other_chips() -> Non
     for row in CAPABILITIES:
         namespace, name = registry.split(row.operator)
         assert name in registry.frozen(namespace), row.operator
-        answers = {row.on(chip) for chip in CHIPS}
+        answers = {row.support_on(chip) for chip in CHIPS}
         assert row.chips and (answers == {"yes"} or row.instead), row
         assert ("adapter" in answers) == bool(row.message), row
     keys = [(row.operator, row.mode) for row in CAPABILITIES]
@@ -63,7 +63,7 @@ def test_rows_follow_the_vendor_documents() -> None:
     for mode in ("mxfp8", "mxfp4", "w4a8", "fp8"):
         assert capability("npu_quant_matmul", mode).chips == ("a5",)
     assert capability("npu_prompt_flash_attention").chips == ("a2", "a3")
-    assert capability("npu_block_sparse_attention").on("a5") == "unknown"
+    assert capability("npu_block_sparse_attention").support_on("a5") == "unknown"
     assert capability("npu_rms_norm").chips == tuple(CHIPS)  # not in the table: on every chip
 
 

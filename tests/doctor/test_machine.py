@@ -38,7 +38,7 @@ def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         return dict(next((v for k, v in answers.items() if k and k in code), answers[""]))
 
     machine._torch.cache_clear()
-    monkeypatch.setattr(machine, "child", answer)
+    monkeypatch.setattr(machine, "run_child", answer)
     yield answers
     machine._torch.cache_clear()
 
@@ -114,17 +114,17 @@ def test_a_missing_and_an_old_library_are_reported(monkeypatch):
 
 
 def test_the_answer_of_a_child_process():
-    assert probe.child("print('noise'); print('{\"a\": 1}')") == {"a": 1}
-    assert probe.child(
+    assert probe.run_child("print('noise'); print('{\"a\": 1}')") == {"a": 1}
+    assert probe.run_child(
         "import os; print('{\"v\": \"' + os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] + '\"}')"
     ) == {"v": "0"}
-    assert probe.child("raise ValueError('bad')") == {"error": "ValueError: bad"}
-    assert probe.child("import os; os.kill(os.getpid(), 11)")["error"] == "ended with code -11"
+    assert probe.run_child("raise ValueError('bad')") == {"error": "ValueError: bad"}
+    assert probe.run_child("import os; os.kill(os.getpid(), 11)")["error"] == "ended with code -11"
 
 
 def test_a_child_that_hangs(monkeypatch):
     monkeypatch.setattr(probe, "PROBE_SECONDS", 0.2)
-    assert probe.child("import time; time.sleep(60)") == {"error": "no answer in 0.2 s", "late": True}
+    assert probe.run_child("import time; time.sleep(60)") == {"error": "no answer in 0.2 s", "late": True}
 
 
 def test_torch_works(child):
@@ -204,5 +204,9 @@ def test_the_report_shows_the_encoder_that_runs():
 def test_every_source_has_a_row():
     from ascendit.native import build
 
-    assert set(machine.NATIVE_SOURCES) == set(build.NEEDS) == {p.stem for p in build.SOURCES.glob("*.cpp")}
+    assert (
+        set(machine.NATIVE_SOURCES)
+        == set(build.REQUIRED_FEATURES)
+        == {p.stem for p in build.SOURCES.glob("*.cpp")}
+    )
     assert machine.compiled_kernels in machine.PROBES

@@ -41,7 +41,7 @@ class Machine:
         monkeypatch.setattr(
             npu, "installed", lambda *names: {n: self.packages[n] for n in names if n in self.packages}
         )
-        monkeypatch.setattr(probe, "command", lambda args: "")
+        monkeypatch.setattr(probe, "run_command", lambda args: "")
         monkeypatch.setattr(npu, "npu_in_a_child", lambda: self.answers)
 
     def write(self, path: str, text: str = "") -> Path:
@@ -103,7 +103,7 @@ def test_a_complete_machine(complete: Machine) -> None:
     assert items["NPU device"].detected == "8 x Ascend950PR, 112 GiB, Atlas 350 (Ascend 950): a5"
     assert items["NPU device"].data["chip"] == "a5"
     assert items["versions together"].detected == "torch 2.10.0, torch_npu 2.10.0.post4, CANN 9.1.0"
-    assert items["torch_npu operators"].detected == "11 of 11"
+    assert items["torch_npu operators"].detected == "12 of 12"
     assert items["MindIE-SD operators"].data["needed"] == ["mindiesd::layernorm", "mindiesd::adaln_v2"]
     report = examine(npu.NPU_PROBES)
     assert report.npu is True
@@ -210,7 +210,7 @@ def test_the_driver_version_comes_from_npu_smi_if_its_file_is_missing(
     (complete.root / "Ascend" / "driver" / "version.info").unlink()
     assert rows()["Ascend driver"].status == "unlisted"
     text = "+----+\n| npu-smi 25.5.1                   Version: 25.5.1                |\n"
-    monkeypatch.setattr(probe, "command", lambda args: text if args == ("npu-smi", "info") else "")
+    monkeypatch.setattr(probe, "run_command", lambda args: text if args == ("npu-smi", "info") else "")
     items = rows()
     assert items["Ascend driver"].detected == "25.5.1"
     assert "driver 25.5.1 is not among those published for CANN 9.1.0" in items["versions together"].detected
@@ -219,7 +219,7 @@ def test_the_driver_version_comes_from_npu_smi_if_its_file_is_missing(
 def test_missing_operators_of_torch_npu_are_reported(complete: Machine) -> None:
     complete.answers["operators"] = [n for n in complete.answers["operators"] if "dual_level" not in n]
     row = rows()["torch_npu operators"]
-    assert row.status == "broken" and row.detected.startswith("9 of 11: no npu_dynamic_dual_level_mx_quant")
+    assert row.status == "broken" and row.detected.startswith("10 of 12: no npu_dynamic_dual_level_mx_quant")
     assert len(row.data["missing"]) == 2
     complete.answers["soc"] = 220  # a2 needs none of them
     assert rows()["torch_npu operators"].status == "ok"

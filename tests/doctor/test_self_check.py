@@ -54,16 +54,16 @@ def by_name(check: SelfCheck) -> dict[str, Result]:
 def test_every_twin_passes(chip: str) -> None:
     check = self_check(f"twin:{chip}")
     assert check.ok and check.chip == chip and check.failed == []
-    assert {r.verdict for r in check.part("operator")} == {"exact"}
-    assert {r.verdict for r in check.part("question")} == {"answered"}
-    assert {r.verdict for r in check.part("function")} <= {"exact", "close"}
-    assert all(r.arguments and r.microseconds for r in check.part("operator"))
+    assert {r.verdict for r in check.results_of("operator")} == {"exact"}
+    assert {r.verdict for r in check.results_of("question")} == {"answered"}
+    assert {r.verdict for r in check.results_of("function")} <= {"exact", "close"}
+    assert all(r.arguments and r.microseconds for r in check.results_of("operator"))
 
 
 @pytest.mark.parametrize("chip", ["a2", "a5"])
 def test_the_cases_cover_every_operator_that_ascendit_calls(chip: str) -> None:
     """The rows of `device/operator_support.py` with `used_for` are the operators that are launched."""
-    used = {r.operator for r in CAPABILITIES if r.used_for and r.on(chip) == "yes"}
+    used = {r.operator for r in CAPABILITIES if r.used_for and r.support_on(chip) == "yes"}
     device = open_device(f"twin:{chip}")
     assert used == {c.base.operator for c in operator_cases(device) if c.base.used}
     twin.reset()
@@ -177,7 +177,9 @@ def test_answers_about_the_order_of_sums() -> None:
 
 
 def test_questions_for_a_card_have_no_answer_on_a_twin() -> None:
-    unanswered = [r for r in self_check("twin:a5").part("question") if r.answer == hardware_questions.NO_TWIN]
+    unanswered = [
+        r for r in self_check("twin:a5").results_of("question") if r.answer == hardware_questions.NO_TWIN
+    ]
     assert len(unanswered) == sum(q.card_only is not None for q in hardware_questions.QUESTIONS) == 3
 
 
@@ -202,7 +204,12 @@ def test_inputs_are_copied_with_their_strides() -> None:
 
 def test_on_the_cpu_the_bound_functions_are_checked() -> None:
     check = self_check("cpu")
-    assert check.ok and check.chip is None and not check.part("operator") and not check.part("question")
+    assert (
+        check.ok
+        and check.chip is None
+        and not check.results_of("operator")
+        and not check.results_of("question")
+    )
     names = {r.name for r in check.results}
     assert {"attention", "adaln", "int8 linear", "w4a8 linear, smoothed"} <= names
     assert all(r.how for r in check.results) and not list(operator_cases(parse_device("cpu")))

@@ -27,7 +27,10 @@ Run = Callable[[], Tensor]
 
 def ours(folder: str, scheme: str) -> tuple[WanTransformer, Run]:
     """Our transformer, quantized while it loads, and a forward of it."""
-    expert, online = read_expert(recognise(Path(folder)).parts["transformer"]), Online.of(scheme, None)
+    expert, online = (
+        read_expert(recognise(Path(folder)).parts["transformer"]),
+        Online.from_options(scheme, None),
+    )
     applied = online.apply(expert) if online else None
     model = load_expert(expert, applied, bind("cpu"), dtype=torch.bfloat16)
     x, text = torch.randn(1, 16, 3, 6, 4), torch.randn(1, 32, model.config.text_dim)

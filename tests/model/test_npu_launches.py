@@ -155,7 +155,7 @@ def quantized_launches(launched: Counter[str]) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("chip", "scheme"), ON_CHIPS)
 def test_every_scheme(chip: str, scheme: str, tiny_t2v_single: Path) -> None:
-    model = quantized_model(tiny_t2v_single, chip, Online.of(scheme, None))
+    model = quantized_model(tiny_t2v_single, chip, Online.from_options(scheme, None))
     first, second = two_steps(model)
     assert first[QUANTIZERS[scheme]] == 6 * LAYERS + 1 and first[matmul(scheme)] == 7 * LAYERS
     assert second[QUANTIZERS[scheme]] == second[matmul(scheme)] == 6 * LAYERS
@@ -165,19 +165,19 @@ def test_every_scheme(chip: str, scheme: str, tiny_t2v_single: Path) -> None:
 
 
 def test_steps_in_w4a8_cost_the_same(tiny_t2v_single: Path) -> None:
-    model = quantized_model(tiny_t2v_single, "a5", Online.of("mxfp4", None))
+    model = quantized_model(tiny_t2v_single, "a5", Online.from_options("mxfp4", None))
     stored = two_steps(model)
     assert two_steps(model, "default:w4a8") == stored
 
 
 def test_text_keys_are_recomputed_if_the_precision_changes_them(tiny_t2v_single: Path) -> None:
-    model = quantized_model(tiny_t2v_single, "a5", Online.of("mxfp4", None))
+    model = quantized_model(tiny_t2v_single, "a5", Online.from_options("mxfp4", None))
     first, second = two_steps(model, "0:w4a8,default:w4a4")
     assert quantized_launches(first) == quantized_launches(second) == (6 * LAYERS + 1, 7 * LAYERS)
     assert (
         second.total() == LAYERS * QUANTIZED + OUTSIDE + 1 + 3 * LAYERS
     )  # the text; K and V, norm, a copy of V
-    int8 = quantized_model(tiny_t2v_single, "a5", Online.of("int8", None))
+    int8 = quantized_model(tiny_t2v_single, "a5", Online.from_options("int8", None))
     assert two_steps(int8, "0:w4a8") == two_steps(int8)  # W4A8 is for MXFP4 weights: nothing is recomputed
 
 
@@ -185,14 +185,14 @@ def test_a_mixed_recipe(tiny_t2v_single: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "mixed.toml"
     rules = {"*": "mxfp4", "*.attn*": "mxfp8", "blocks.1.attn2.*": "mxfp4_dualscale", "*.1.ffn.*": "int8"}
     recipe.write_text("".join(f'[[rules]]\nlayers = "{n}"\nscheme = "{s}"\n\n' for n, s in rules.items()))
-    first, second = two_steps(quantized_model(tiny_t2v_single, "a5", Online.of(None, str(recipe))))
+    first, second = two_steps(quantized_model(tiny_t2v_single, "a5", Online.from_options(None, str(recipe))))
     assert quantized_launches(second) == (6 * LAYERS, 6 * LAYERS)
     assert quantized_launches(first) == (6 * LAYERS + 2, 7 * LAYERS)  # the text in mxfp8 and in dual scale
     assert second["npu_dynamic_quant"] == 2 and second["npu_dual_level_quant_matmul"] == 2
 
 
 def test_a_group_of_two_schemes_is_two_matmuls(tiny_t2v_single: Path) -> None:
-    online = Online.of("mxfp8", None, ["blocks.0.attn1.to_v"])
+    online = Online.from_options("mxfp8", None, ["blocks.0.attn1.to_v"])
     _, second = two_steps(quantized_model(tiny_t2v_single, "a5", online))
     assert quantized_launches(second) == (6 * LAYERS, 6 * LAYERS)  # Q and K in one, V in BF16 beside it
     assert second.total() == LAYERS * QUANTIZED + OUTSIDE + 1
@@ -258,7 +258,7 @@ def velocity(model: WanTransformer) -> torch.Tensor:
 
 @pytest.mark.parametrize(("chip", "scheme"), [("a2", "int8"), ("a5", "mxfp8"), ("a5", "mxfp4")])
 def test_fractal_nz_on_request(chip: str, scheme: str, tiny_t2v_single: Path) -> None:
-    online = Online.of(scheme, None)
+    online = Online.from_options(scheme, None)
     nd = quantized_model(tiny_t2v_single, chip, online)
     blocked = quantized_model(tiny_t2v_single, chip, online, nz=True)
     assert formats(nd) == {2} and formats(blocked) == {29}
@@ -267,7 +267,7 @@ def test_fractal_nz_on_request(chip: str, scheme: str, tiny_t2v_single: Path) ->
 
 def test_nz_weights_save_and_load_the_stored_state_dict(tiny_t2v_single: Path) -> None:
     """They replace the parameters of their group, so that no weight is in memory twice."""
-    online = Online.of("mxfp4_dualscale", None)
+    online = Online.from_options("mxfp4_dualscale", None)
     model = quantized_model(tiny_t2v_single, "a5", online)
     on_cpu = load_transformer(
         recognise(tiny_t2v_single).parts["transformer"], bind("cpu"), dtype=torch.bfloat16, online=online
@@ -289,7 +289,9 @@ def test_the_layout_is_restored_after_a_move_to_the_host_and_back(
     scheme: str, nz: bool, tiny_t2v_single: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rule = "mxfp4=max:7" if scheme == "mxfp4" else None
-    model = quantized_model(tiny_t2v_single, "a5", Online.of(scheme, None), nz=nz, activation_rule=rule)
+    model = quantized_model(
+        tiny_t2v_single, "a5", Online.from_options(scheme, None), nz=nz, activation_rule=rule
+    )
     before, layout = velocity(model), formats(model)
     assert layout == ({29} if nz or "dual" in scheme else {2})
     original = operators._device

@@ -27,4 +27,4 @@ def test_each_rank_holds_half_and_the_output_is_the_same(
 
 def test_mixed_precision_is_refused(gloo: Gloo, tiny_t2v_single: Path) -> None:
     for text, same in gloo("model.sharded:mixed_precision", str(tiny_t2v_single)):
-        assert text == "E-QNT-03 a layer in fp8 to torch.bfloat16" and same
+        assert text == "E-QNT-03 a cast of a layer in fp8 to torch.bfloat16" and same

@@ -24,7 +24,7 @@ TOKENS, BLOCKS = 18, 2
 
 
 def load(folder: Path, scheme: str | None = None, **kw: Any) -> WanTransformer:
-    online = Online.of(scheme, None) if scheme else None
+    online = Online.from_options(scheme, None) if scheme else None
     return load_transformer(recognise(folder).parts["transformer"], bind("cpu"), online=online, **kw)
 
 

@@ -81,7 +81,7 @@ def _emulated() -> build.Built:
     if compiler is None or emulator is None or platform.machine() == "aarch64":
         return build.Built(None, "no aarch64-linux-gnu-g++, or no qemu-aarch64")
     target = Path(mkdtemp()) / "encode-aarch64"
-    flags = [f for f in (*build.FLAGS, *build.EXTRA["encode"]) if f not in ("-shared", "-fPIC")]
+    flags = [f for f in (*build.FLAGS, *build.EXTRA_FLAGS["encode"]) if f not in ("-shared", "-fPIC")]
     command = [compiler, *flags, "-static", f"-I{build.SOURCES}", str(HARNESS), "-o", str(target)]
     subprocess.run(command, check=True, timeout=300)
     library: Any = Emulated([emulator, str(target)])

@@ -207,10 +207,10 @@ def test_the_search_is_not_a_rule_for_rows() -> None:
 @pytest.mark.parametrize(
     ("rows", "text"),
     [
-        (torch.zeros(3, 64).bfloat16(), r"rows torch.bfloat16 \(3, 64\)"),
+        (torch.zeros(3, 64).bfloat16(), r"rows of shape \(3, 64\) and dtype torch.bfloat16"),
         (torch.zeros(0, 64).bfloat16(), r"needs  torch.bfloat16 \[1 to 2, 64\]"),
-        (torch.zeros(2, 64), r"rows torch.float32 \(2, 64\)"),
-        (torch.zeros(64).bfloat16(), r"rows torch.bfloat16 \(64,\)"),
+        (torch.zeros(2, 64), r"rows of shape \(2, 64\) and dtype torch.float32"),
+        (torch.zeros(64).bfloat16(), r"rows of shape \(64,\) and dtype torch.bfloat16"),
         (torch.zeros(2, 32).bfloat16(), "needs  rows of 64"),
     ],
 )

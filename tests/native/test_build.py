@@ -69,7 +69,7 @@ def test_a_changed_header_gives_another_file(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.usefixtures("unoptimized")
 def test_flags_unsupported_by_the_compiler_are_omitted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as OpenMP. The results are the same, see `tests/mx/test_encoder.py`."""
-    monkeypatch.setattr(build, "OPTIONAL", (("-fno-such-flag", "-fopenmp"), ("-march=native",)))
+    monkeypatch.setattr(build, "OPTIONAL_FLAGS", (("-fno-such-flag", "-fopenmp"), ("-march=native",)))
     built = build.native("encode")
     assert built.library is not None and not hasattr(built.library, "omp_get_max_threads")
 
@@ -107,14 +107,14 @@ def old_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
 def broken_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     (tmp_path / "attention.cpp").write_text("this is not C++")
     monkeypatch.setattr(build, "SOURCES", tmp_path)
-    monkeypatch.setattr(build, "processor_flags", lambda: build.NEEDS["attention"])
+    monkeypatch.setattr(build, "processor_flags", lambda: build.REQUIRED_FEATURES["attention"])
     return "failed"
 
 
 def closed_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(build, "CACHE", tmp_path / "file" / "cache")
-    monkeypatch.setattr(build, "processor_flags", lambda: build.NEEDS["attention"])
+    monkeypatch.setattr(build, "processor_flags", lambda: build.REQUIRED_FEATURES["attention"])
     return "Not a directory"
 
 
@@ -123,7 +123,7 @@ def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "expanduser", expanduser)
-    monkeypatch.setattr(build, "processor_flags", lambda: build.NEEDS["attention"])
+    monkeypatch.setattr(build, "processor_flags", lambda: build.REQUIRED_FEATURES["attention"])
     return "home directory"
 
 
@@ -135,7 +135,7 @@ def test_a_problem_is_a_reason_and_not_an_error(
         pytest.skip("no C++ compiler on this machine")
     text = problem(monkeypatch, tmp_path)
     if problem is no_compiler:
-        monkeypatch.setattr(build, "processor_flags", lambda: build.NEEDS["attention"])
+        monkeypatch.setattr(build, "processor_flags", lambda: build.REQUIRED_FEATURES["attention"])
     with caplog.at_level("INFO", logger="ascendit"):
         built, again = build.native("attention"), build.native("attention")
     assert built.library is None and text in built.reason and again is built

@@ -405,7 +405,7 @@ def test_a_file_created_during_the_run_is_not_overwritten(
         return real(x)
 
     monkeypatch.setattr(np, "ascontiguousarray", taken)
-    with refused(UsageError, "E-USE-03", "exists already"):
+    with refused(UsageError, "E-USE-03", "already exists"):
         make().save(path)
     assert path.read_text() == "theirs" and names(tmp_path) == ["out.mp4"]
 

@@ -138,13 +138,13 @@ MX_QUANT: list[Case] = [
         "block",
         lambda: mx_quant(block_size=48),
         r"Parameter block_size must be divisible by 32 and no great",
-        "leave",
+        "omit",
     ),
     (
         "block 64 of float32",
         lambda: mx_quant(input=rand(4, 96).float(), block_size=64),
         "block_size=64 for",
-        "leave",
+        "omit",
     ),
     (
         "algorithm 2 of fp8",
@@ -181,13 +181,13 @@ MX_QUANT: list[Case] = [
         "dst_type_max",
         lambda: mx_quant(dst_type=E2M1, scale_alg=2, dst_type_max=5.0),
         "dst_type_max=5 for",
-        "leave",
+        "omit",
     ),
     (
         "low bound",
         lambda: mx_quant(max_low_bound=1.0),
         "max_low_bound=1 with scale_alg=0",
-        "leave max_low_bound",
+        "omit max_low_bound",
     ),
     ("integers", lambda: mx_quant(input=torch.ones(4, 96).int()), "input .* of torch.int32", "bfloat16"),
     (
@@ -285,7 +285,7 @@ OTHERS: list[Case] = [
     ("heads", lambda: fusion(heads=4), "head_num=4", "number of heads"),
     ("layout", lambda: fusion(layout="BSNH"), "input_layout should be BSH/SBH/BNSD/BSND/TND", "BNSD"),
     ("axes", lambda: fusion(layout="BSH"), r"queryDims\(4\) must be 3", "pass the layout"),
-    ("dropout", lambda: fusion(keep_prob=0.9), "keep_prob=0.9", "leave keep_prob"),
+    ("dropout", lambda: fusion(keep_prob=0.9), "keep_prob=0.9", "omit keep_prob"),
     (
         "packed without ends",
         lambda: fusion(rand(6, 2, 32), layout="TND"),
@@ -315,7 +315,7 @@ OTHERS: list[Case] = [
         "modes of bf16",
         lambda: infer(query_quant_mode=7),
         r"quant modes \(7, 0, 0\)",
-        "leave the quant modes out",
+        "omit the quant modes",
     ),
     (
         "modulation dtype",

@@ -84,7 +84,7 @@ MATMUL: list[Case] = [
         "x1_dtype of fp8",
         lambda: mxfp8(x1_dtype=E4M3),
         "Pass x1_dtype only when x1 is not a native",
-        "leave x1_dtype",
+        "omit x1_dtype",
     ),
     (
         "bf16 bias",
@@ -123,7 +123,7 @@ MATMUL: list[Case] = [
         "when the pertoken_scale is None",
         r"group_sizes=\[1",
     ),
-    ("offset", lambda: mxfp8(offset=torch.ones(32)), "offset is set", "leave offset out"),
+    ("offset", lambda: mxfp8(offset=torch.ones(32)), "offset is set", "omit offset"),
     (
         "fp4 without dtype",
         lambda: fp4(x1_dtype=None),
@@ -175,7 +175,7 @@ MATMUL: list[Case] = [
         "fl",
     ),
     ("int8 without dtype", lambda: int8(output_dtype=None), "which means int8", "output_dtype=x.dtype"),
-    ("int8 groups", lambda: int8(group_sizes=[1, 1, 32]), r"group_sizes=\[1, 1, 32\]", "leave group_sizes"),
+    ("int8 groups", lambda: int8(group_sizes=[1, 1, 32]), r"group_sizes=\[1, 1, 32\]", "omit group_sizes"),
     (
         "int8 not transposed",
         lambda: int8(set_to("x2", lambda t: t.t())),

@@ -24,7 +24,7 @@ from ascendit.quant.schemes import SCHEMES
 from ascendit.verify.quality import (
     BASE,
     bits_per_weight,
-    choose,
+    choose_cases,
     default_cases,
     fingerprint,
     layer_inputs,
@@ -51,7 +51,7 @@ def demo(scheme: str | None = None) -> Pipeline:
 
 @cache
 def short_quality(jobs: int = 1) -> Quality:
-    chosen = choose(["mxfp8", "mxfp4"])
+    chosen = choose_cases(["mxfp8", "mxfp4"])
     return measure_quality("demo", chosen, pick(2), [0], jobs=jobs, **SHORT)
 
 
@@ -72,10 +72,10 @@ def test_every_scheme_and_every_recipe_has_a_row() -> None:
 
 
 def test_choose() -> None:
-    assert [c.name for c in choose(["mxfp8", "own/mine.toml"])] == ["mxfp8", "own/mine.toml"]
-    assert choose(["own/mine.toml"])[0].options == {"recipe": "own/mine.toml"}
+    assert [c.name for c in choose_cases(["mxfp8", "own/mine.toml"])] == ["mxfp8", "own/mine.toml"]
+    assert choose_cases(["own/mine.toml"])[0].options == {"recipe": "own/mine.toml"}
     with pytest.raises(UsageError, match="case 'mxfp6'") as e:
-        choose(["mxfp6"])
+        choose_cases(["mxfp6"])
     assert e.value.code == "E-USE-01" and "mxfp4_dualscale" in e.value.needs
 
 
@@ -118,7 +118,7 @@ def test_table_and_json() -> None:
 def test_equal_cases_are_run_once() -> None:
     """The two recipes differ only in attention, which is BF16 here."""
     reported: list[str] = []
-    same = choose(["ascend-w4a4", "ascend-w4a4f4"])
+    same = choose_cases(["ascend-w4a4", "ascend-w4a4f4"])
     fields = {**SHORT, "num_inference_steps": 1}
     quality = measure_quality("demo", same, pick(1), [0], on_video=lambda c, _: reported.append(c), **fields)
     assert reported == ["bf16", "ascend-w4a4"]
@@ -144,7 +144,7 @@ def test_every_video_is_reported_and_a_cancellation_stops() -> None:
         stop.set()
 
     with pytest.raises(Cancelled):
-        measure_quality("demo", choose(["int8"]), pick(2), [0], cancel=stop, on_video=on_video, **SHORT)
+        measure_quality("demo", choose_cases(["int8"]), pick(2), [0], cancel=stop, on_video=on_video, **SHORT)
     assert [case for case, _ in reported] == ["bf16"]
 
 

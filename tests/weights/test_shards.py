@@ -267,13 +267,13 @@ def test_fp8_in_tiles(
 @pytest.mark.parametrize(
     ("scheme", "shard", "message"),
     [
-        ("mxfp8", ShardSpec(1, 16, 608), "blocks of 32, of which it has 38"),
-        ("mxfp4_dualscale", ShardSpec(1, 512, 512 + 32), "blocks of 512, of which it has 3"),
-        ("mxfp4", ShardSpec(1, 1216, 32), "its 1216 columns"),
-        ("int8", ShardSpec(0, 60, 32), "its 64 rows"),
-        ("int8_block", ShardSpec(0, 32, 32), "its 64 rows in groups of 128, of which it has 1"),
-        ("int8_block", ShardSpec(1, 64, 128), "groups of 128, of which it has 10"),
-        ("bf16", ShardSpec(0, 3, 0), "its 64 rows"),
+        ("mxfp8", ShardSpec(1, 16, 608), "columns 0 to 1216, in complete blocks of 32"),
+        ("mxfp4_dualscale", ShardSpec(1, 512, 512 + 32), "columns 0 to 1216, in complete blocks of 512"),
+        ("mxfp4", ShardSpec(1, 1216, 32), "columns 0 to 1216"),
+        ("int8", ShardSpec(0, 60, 32), "rows 0 to 64"),
+        ("int8_block", ShardSpec(0, 32, 32), "rows 0 to 64, in complete blocks of 128"),
+        ("int8_block", ShardSpec(1, 64, 128), "columns 0 to 1216, in complete blocks of 128"),
+        ("bf16", ShardSpec(0, 3, 0), "rows 0 to 64"),
     ],
 )
 def test_invalid_shards_of_a_layer(scheme: str, shard: ShardSpec, message: str, floats: Path) -> None:

@@ -103,7 +103,7 @@ def denoise(pipe: Pipeline, stub: Stub) -> tuple[torch.Tensor, list[dict[str, An
         trace = stub.take()
         if event.stage == "denoise":
             branches = 2 if request.guidance_for(high=event.expert == "transformer") > 1 else 1
-            precision = pipe.policy.at(event.step - 1).precision
+            precision = pipe.policy.settings_of(event.step - 1).precision
             steps.append(
                 {"expert": event.expert, "precision": precision, "branches": branches, **counted(trace)}
             )

@@ -80,7 +80,7 @@ def experts(pipe: Pipeline, way: Way, layers: int) -> list[WanTransformer]:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.toml"
         recipe.write_text(way.recipe)
-        online = Online.of(way.scheme, str(recipe) if way.recipe else None)
+        online = Online.from_options(way.scheme, str(recipe) if way.recipe else None)
         for expert in map(read_expert, pipe.layout.experts):
             applied = online.apply(expert) if online else None
             ops, device = bind(pipe.device, nz=way.nz), pipe.device.torch_name

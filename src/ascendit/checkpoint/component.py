@@ -1,4 +1,4 @@
-"""One component of a model, and the JSON reader and errors that the other modules of `checkpoint` use."""
+"""A component of a model; the JSON reader and the errors shared by the modules of `checkpoint`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Part:
 
     @property
     def stem(self) -> str:
-        """Prefix of the names of its weight files, for `Shards.open`."""
+        """Common prefix of the names of its weight files, for `Shards.open`."""
         return "model" if self.library == "transformers" else STEM
 
     @property
@@ -63,7 +63,7 @@ class Part:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`.
 
-    Raises CheckpointError E-CKP-06 if it is missing, unreadable, not a JSON object or has duplicate keys.
+    Raises CheckpointError (E-CKP-06) if it is missing, unreadable, not a JSON object or has duplicate keys.
     """
     try:
         status = path.stat()
@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def loads(text: str) -> Any:
-    """Parse JSON. ValueError or RecursionError for invalid JSON, duplicate keys and lone surrogates."""
+    """Parse JSON. Raises ValueError or RecursionError: invalid JSON, duplicate keys, lone surrogates."""
     data = json.loads(text, object_pairs_hook=_unique_keys)
     if "\\ud" in text.lower():
         json.dumps(data, ensure_ascii=False).encode()
@@ -89,7 +89,7 @@ def loads(text: str) -> Any:
 
 
 def is_file_or_folder(status: os.stat_result) -> bool:
-    """Opening a file or folder returns at once; opening a pipe or device may block."""
+    """Whether this is the status of a file or folder; opening anything else, such as a pipe, may block."""
     return stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
 
 
@@ -110,18 +110,18 @@ def stays_inside(name: str) -> bool:
 def unsupported_class(
     file: Path, class_name: object, supported: tuple[str, ...], part: str = ""
 ) -> CheckpointError:
-    """E-CKP-05: the config in `file` names an unsupported class."""
+    """The error E-CKP-05 for a config in `file` that names an unsupported class."""
     return CheckpointError(
         f"{file}: {part or 'the pipeline'} "
         + (f"is {class_name}" if isinstance(class_name, str) else "has no class name"),
         needs=f"{' or '.join(supported)}: ascendit runs Wan text-to-video and image-to-video models",
-        fix="give the folder of a supported Wan model",
+        fix="pass the folder of a supported Wan model",
         code="E-CKP-05",
     )
 
 
 def unreadable(file: Path | str, problem: str) -> CheckpointError:
-    """E-CKP-02: a weight file has changed since its header was read."""
+    """The error E-CKP-02 for a weight file that changed after its header was read."""
     return CheckpointError(
         f"{file}: {problem}",
         needs="source files that do not change during the run",

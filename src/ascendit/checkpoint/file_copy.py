@@ -1,4 +1,4 @@
-"""Copy bytes between files in the kernel, reserve disk space, and explain write errors."""
+"""Copy bytes between files without passing them through Python, reserve disk space, explain write errors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any
 from ascendit.checkpoint.component import unreadable
 from ascendit.errors import EnvironmentProblem
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""The disk is full, or the quota or the maximum file size is reached."""
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The disk is full, or a quota or the maximum file size has been reached."""
 PAGE = 4096  # bytes; the block size of most file systems
-_UNABLE = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
+_UNSUPPORTED_ERRNOS = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 """copy_file_range does not support these two files. EPERM: containers that forbid the call."""
 _LARGE = 1 << 30  # bytes in one call; no call moves 2 GiB
 _BUFFER = 1 << 20  # bytes; fits into the CPU cache
@@ -38,8 +38,8 @@ def move_bytes(
     """Copy `count` bytes from one open file to an offset in another; the target grows if needed.
 
     Uses copy_file_range (a file system may share the blocks, a file server may copy them), and a small buffer
-    where the call is not supported. Raises CheckpointError E-CKP-02, which names `source`, if that file ends
-    too early; OSError if the target cannot be written.
+    where the call is not supported. Raises CheckpointError (E-CKP-02), which names `source`, if that file
+    ends too early; OSError if the target cannot be written.
     """
     shift, end = dst_offset - src_offset, src_offset + count
     if (
@@ -56,7 +56,7 @@ def move_bytes(
                 break
             src_offset += done
     except OSError as e:
-        if e.errno not in _UNABLE:
+        if e.errno not in _UNSUPPORTED_ERRNOS:
             raise
     _by_buffer(src_fd, src_offset, end, dst_fd, shift, source)
 
@@ -70,7 +70,7 @@ def _by_buffer(src_fd: int, start: int, end: int, dst_fd: int, shift: int, sourc
 def read_pieces(fd: int, start: int, end: int, source: Path | str) -> Iterator[memoryview]:
     """Yield the bytes from `start` to `end` in pieces of at most 1 MiB, all in the same buffer.
 
-    Raises CheckpointError E-CKP-02, which names `source`, if the file ends before `end`.
+    Raises CheckpointError (E-CKP-02), which names `source`, if the file ends before `end`.
     """
     buffer = memoryview(bytearray(min(_BUFFER, max(end - start, 0))))
     while start < end:
@@ -88,7 +88,7 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
 
 
 def copy_file(src: Path, dst: Path) -> None:
-    """Copy a file to a new regular file, never a hard link. Raises OSError, CheckpointError E-CKP-02."""
+    """Copy a file to a new regular file, never a hard link. Raises OSError, CheckpointError (E-CKP-02)."""
     with open(src, "rb", buffering=0) as old, open(dst, "wb", buffering=0) as new:
         size = os.fstat(old.fileno()).st_size
         move_bytes(old.fileno(), 0, new.fileno(), 0, size, source=src)
@@ -98,10 +98,10 @@ def reserve(fd: int, count: int) -> None:
     """Reserve `count` bytes of disk for a file, without changing its size, to detect a full disk early.
 
     Writing into reserved space is also faster (1.7 x on ext4). Does nothing if the file system does not
-    support it (posix_fallocate would write the bytes). Raises OSError with an errno of `FULL`.
+    support it (posix_fallocate would write the bytes). Raises OSError with an errno of `DISK_FULL_ERRNOS`.
     """
     if count > 0 and (call := _fallocate()):
-        if call(fd, _KEEP_SIZE, 0, count) and (number := ctypes.get_errno()) in FULL:
+        if call(fd, _KEEP_SIZE, 0, count) and (number := ctypes.get_errno()) in DISK_FULL_ERRNOS:
             raise OSError(number, os.strerror(number))
 
 
@@ -127,7 +127,7 @@ def available_bytes(folder: Path) -> int:
 
 @contextmanager
 def writing(folder: Path, needed: int) -> Iterator[None]:
-    """Convert an OSError by `write_error`. `needed`: bytes that this run writes below `folder`."""
+    """Convert an OSError with `write_error`. `needed`: bytes that this run writes below `folder`."""
     try:
         yield
     except OSError as e:
@@ -135,8 +135,8 @@ def writing(folder: Path, needed: int) -> Iterator[None]:
 
 
 def write_error(folder: Path, error: OSError, needed: int = 0) -> EnvironmentProblem:
-    """E-ENV-04 for a full disk, with the bytes needed and free; E-ENV-02 for any other error."""
-    if error.errno not in FULL:
+    """The error E-ENV-04 for a full disk, with the bytes needed and free; E-ENV-02 for other write errors."""
+    if error.errno not in DISK_FULL_ERRNOS:
         return EnvironmentProblem(
             f"cannot write in {folder}: {error.strerror or error}",
             needs="a writable folder",

@@ -1,7 +1,9 @@
-"""Resolve the name of a model to its folder: a path, "demo", or a download pinned to a revision. No torch.
+"""Resolve the name of a model to its folder: a path, "demo", or a download pinned to a revision.
 
-    hf:org/name[@revision]      by `huggingface_hub`, which reads HF_ENDPOINT, HF_HOME and the token
-    ms:org/name[@revision]      file list from ModelScope's HTTP API, files downloaded as above
+Does not import torch.
+
+    hf:org/name[@revision]      downloaded with `huggingface_hub`, which reads HF_ENDPOINT, HF_HOME, the token
+    ms:org/name[@revision]      downloaded from ModelScope's HTTP API
 
 Both caches use the layout `<cache>/models--org--name/snapshots/<revision>/`, so the path of a folder names
 its source. This module reads no environment variables.
@@ -40,8 +42,8 @@ _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 def model_folder(model: str | Path, *, experts: bool = True) -> Path:
     """Return the folder of a path, "demo", hf:org/name or ms:org/name (with optional "@revision").
 
-    `experts`: False to skip the download of the transformers' weights. Raises UsageError E-USE-02 for a
-    missing path, EnvironmentProblem E-ENV-01 for a missing demo model, and the errors of `fetch`.
+    `experts`: False skips the download of the transformers' weights. Raises UsageError (E-USE-02) for a
+    missing path, EnvironmentProblem (E-ENV-01) for a missing demo model, and the errors of `fetch`.
     """
     name = str(model)
     if name == "demo":
@@ -77,11 +79,11 @@ def fetch(
 ) -> Path:
     """Download the files that are not in the cache, and return the folder. Its name is the pinned revision.
 
-    `revision`: branch, tag or commit; also as `@revision` in `name`. `cache`: folder; default: the cache of
-    `huggingface_hub`, or `~/.cache/ascendit/modelscope`. `endpoint`: another server with the same API.
+    `revision`: branch, tag or commit, which may also be part of `name`. `cache`: folder; default: the cache
+    of `huggingface_hub`, or `~/.cache/ascendit/modelscope`. `endpoint`: another server with the same API.
     `experts`: False skips the transformers' weights (Hugging Face only; ModelScope downloads all files).
-    Without network, a complete cached copy is used. Raises UsageError E-HUB-01 for an unknown name or
-    revision, EnvironmentProblem E-HUB-01 for network errors, missing access and damaged downloads.
+    Without network, a complete cached copy is used. Raises UsageError (E-HUB-01) for an unknown name or
+    revision, EnvironmentProblem (E-HUB-01) for network errors, missing access and damaged downloads.
     """
     from huggingface_hub import errors
 
@@ -166,7 +168,7 @@ def _huggingface(
 
 
 def _check(model: str, name: str, file: Path, sha256: str, *links: Path) -> None:
-    """Remove a damaged file and the links to it. Raises EnvironmentProblem E-HUB-01."""
+    """Remove a damaged file and the links to it. Raises EnvironmentProblem (E-HUB-01)."""
     with open(file, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     if digest != sha256:

@@ -35,9 +35,9 @@ class Layer:
     """A linear layer that is quantized, or whose input is smoothed."""
 
     name: str
-    """`blocks.0.attn1.to_q`."""
+    """Diffusers name, for example `blocks.0.attn1.to_q`."""
     scheme: str
-    """A key of `STORED_SCHEMES`; `bf16`: smoothed but not quantized."""
+    """A key of `STORED_SCHEMES`; `bf16` if smoothed but not quantized."""
     shape: tuple[int, int]
     """(N, K) of the decoded weight."""
     packing: Packing
@@ -51,7 +51,7 @@ class DeclaredScheme:
 
     scheme: str
     label: str
-    """`quant_model_description.json says W8A8_MXFP8`."""
+    """Text for messages, for example `quant_model_description.json says W8A8_MXFP8`."""
 
 
 def read_layers(
@@ -59,7 +59,7 @@ def read_layers(
 ) -> dict[str, Layer]:
     """Return the quantized and smoothed layers among `tensors`, in the order of `tensors`.
 
-    Raises CheckpointError E-CKP-08 for a weight without scales or the reverse, E-CKP-07 if a declared scheme
+    Raises CheckpointError: E-CKP-08 for a weight without scales or the reverse, E-CKP-07 if a declared scheme
     does not match the dtypes, E-CKP-04 for inconsistent shapes.
     """
     groups = _groups(tensors)
@@ -95,8 +95,8 @@ def read_layers(
         text for x in layers.values() for text in _misshapen(x.name, x.scheme, x.packing, x.tensors)
     ]:
         raise CheckpointError(
-            f"{len(wrong)} tensors of quantized layers are misshapen: {listed(wrong)}",
-            needs="scales and biases of the shapes that follow from their weight",
+            f"{len(wrong)} tensors of quantized layers have the wrong shape: {listed(wrong)}",
+            needs="scales and biases that match the shape of their weight",
             fix="download or export the model again",
             code="E-CKP-04",
         )
@@ -160,7 +160,7 @@ def _unpaired_tensors(name: str, roles: Mapping[str, TensorInfo]) -> list[str]:
 
 
 def _decoded(roles: Mapping[str, TensorInfo], packing: Packing) -> tuple[int, int]:
-    """(N, K); (0, 0) for a weight that is not a matrix. Only `mul_scale` shows that a packed K is odd."""
+    """(N, K); (0, 0) for a weight that is not a matrix. Only `mul_scale` reveals that a packed K is odd."""
     shape = roles["weight"].shape
     rows, columns = shape if len(shape) == 2 else (0, 0)
     if packing == "packed":
@@ -203,13 +203,13 @@ def _allowed(scheme: str, role: str, rows: int, columns: int) -> tuple[list[tupl
 
 
 def _dtypes(roles: Mapping[str, TensorInfo]) -> str:
-    """`weight I8 [64, 64], weight_scale F32 [64, 1]`."""
+    """Dtypes and shapes as text, for example `weight I8 [64, 64], weight_scale F32 [64, 1]`."""
     shown = [role for role in STORED_ROLES if role in roles and role != "bias"]
     return ", ".join(f"{role} {roles[role].dtype} {list(roles[role].shape)}" for role in shown)
 
 
 def disagreement(problems: list[str]) -> CheckpointError:
-    """E-CKP-07: two sources contradict each other about a layer."""
+    """The error E-CKP-07 for sources that contradict each other about the scheme of a layer."""
     return CheckpointError(
         f"contradictory schemes for {len(problems)} layers: {listed(problems, 3)}",
         needs="manifest, quantization_config and tensor dtypes that agree",
@@ -239,7 +239,7 @@ _NOT_ZERO = re.compile(rb"[^\x00]")
 
 
 def check_scale_bytes(data: Buffer, name: str) -> None:
-    """Raise CheckpointError E-CKP-08 if a byte of E8M0 scales is 255, which is NaN."""
+    """Raise CheckpointError (E-CKP-08) if a byte of E8M0 scales is 255, which is NaN."""
     if match := _NAN_SCALE.search(data):
         count = bytes(data).count(255)
         raise _invalid(
@@ -249,7 +249,7 @@ def check_scale_bytes(data: Buffer, name: str) -> None:
 
 
 def check_zero(data: Buffer, dtype: str, name: str) -> None:
-    """Raise CheckpointError E-CKP-08 unless all offsets are 0 or -0. `dtype`: safetensors name."""
+    """Raise CheckpointError (E-CKP-08) unless all offsets are 0 or -0. `dtype`: safetensors name."""
     if not _NOT_ZERO.search(data):
         return
     raw = bytearray(data)
@@ -265,7 +265,7 @@ def check_zero(data: Buffer, dtype: str, name: str) -> None:
 
 
 def check_positive(data: Buffer, dtype: str, name: str) -> None:
-    """Raise CheckpointError E-CKP-08 unless all values are finite and above 0. `dtype`: of floats."""
+    """Raise CheckpointError (E-CKP-08) unless all values are finite and above 0. `dtype`: a float dtype."""
     values = memoryview(data).cast("B").cast(_UNSIGNED[dtype])
     if not values or 0 < min(values) and max(values) < _INFINITY[dtype]:
         return
@@ -277,8 +277,7 @@ def check_positive(data: Buffer, dtype: str, name: str) -> None:
 
 
 def check_float_scale(data: Buffer, dtype: str, name: str) -> None:
-    """Raise CheckpointError E-CKP-08 unless all scales are finite and at least 0, for rows of zeros.
-
+    """Raise CheckpointError (E-CKP-08) unless all scales are finite and at least 0 (0: a row of zeros).
 
     `dtype`: BF16, F16, F32 or F64.
     """
@@ -298,6 +297,6 @@ def _invalid(got: str, needs: str) -> CheckpointError:
     return CheckpointError(
         got,
         needs=needs,
-        fix="download the model again, or quantize it again if the source has the same values",
+        fix="download the model again; if the published file is damaged too, quantize it again",
         code="E-CKP-08",
     )

@@ -1,4 +1,4 @@
-"""Detect the kind of model in a folder or file, from JSON and file names. Opens no weights, no torch.
+"""Detect the kind of model in a folder or file from its JSON files and file names. Opens no weights.
 
 `recognise` looks for a Diffusers pipeline folder, then for transformers without the other components:
 original Wan folders, msModelSlim exports, Diffusers transformers and single files.
@@ -73,7 +73,7 @@ class Layout:
         return f"{snapshot[0]}/{snapshot[1]}@{self.root.name}" if snapshot else None
 
     def part(self, name: str) -> Part:
-        """Return the component `name`. Raises CheckpointError E-CKP-02 if it is missing."""
+        """Return the component `name`. Raises CheckpointError (E-CKP-02) if it is missing."""
         if name not in self.parts:
             raise CheckpointError(
                 f"{self.root} has no {name}",
@@ -84,10 +84,10 @@ class Layout:
         return self.parts[name]
 
     def require_pipeline(self) -> None:
-        """Raise CheckpointError E-CKP-01 unless this is a complete pipeline, which can generate videos."""
+        """Raise CheckpointError (E-CKP-01) unless this is a complete pipeline, which can generate videos."""
         if self.kind != "diffusers":
             raise CheckpointError(
-                f"{self.root} is {KIND_LABELS[self.kind]}; it cannot generate videos alone",
+                f"{self.root} is {KIND_LABELS[self.kind]}; it cannot generate videos on its own",
                 needs=f"a Diffusers folder with {INDEX_FILE}, text encoder and VAE",
                 fix=f"ascendit repack {self.root} --base MODEL -o DST, where MODEL is the Diffusers folder "
                 "of the same model, then use DST",
@@ -98,7 +98,7 @@ class Layout:
 def recognise(path: Path | str) -> Layout:
     """Return the layout of the folder or file at `path`.
 
-    Raises UsageError E-USE-02 if `path` does not exist; CheckpointError E-CKP-01 for an unknown kind,
+    Raises UsageError (E-USE-02) if `path` does not exist; CheckpointError: E-CKP-01 for an unknown kind,
     E-CKP-05 for an unsupported model class, E-CKP-06 for a missing or unreadable config, E-CKP-02 and
     E-CKP-03 for missing folders or weight files, E-CKP-07 for experts in different formats.
     """
@@ -340,7 +340,7 @@ def _export_part(folder: Path, name: str, files: Sequence[str], config: dict[str
 
 
 def _named_by(index: Path) -> set[str]:
-    """The file names in an index; `Shards.of_index` reports invalid ones."""
+    """The file names in an index; `Shards.from_index` reports invalid ones."""
     weight_map = read_json(index).get("weight_map")
     return {v for v in weight_map.values() if isinstance(v, str)} if isinstance(weight_map, dict) else set()
 

@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from ascendit.checkpoint.file_copy import FULL, check_free_space, copy_file, write_error, writing
+from ascendit.checkpoint.file_copy import DISK_FULL_ERRNOS, check_free_space, copy_file, write_error, writing
 from ascendit.errors import Cancelled, CheckpointError, UsageError
 
 logger = logging.getLogger("ascendit")
@@ -48,8 +48,10 @@ class Journal:
 
     @classmethod
     def read(cls, path: Path, root: Path) -> Self | None:
-        """Read the journal of a killed run. None if it is invalid or the machine has restarted since: a power
-        failure loses written bytes that were still in the page cache."""
+        """Read the journal of a killed run; None if it is invalid or from an earlier boot.
+
+        A power failure may have lost bytes that were still in the page cache.
+        """
         try:
             data = json.loads(path.read_bytes())
             journal = cls(path, root, str(data["fingerprint"]))
@@ -97,11 +99,11 @@ class Staging:
 
     `sources`: files and folders that are read. `fingerprint`: identifies sources, options and version;
     `resume` reuses the complete files of a killed run with the same fingerprint. `needs_bytes`: size of the
-    output. Complete files are kept for `resume` after Ctrl-C; after other errors only if `keep` is set.
+    output. After Ctrl-C, complete files are kept for `resume`; after other errors, only if `keep` is set.
 
-    Raises UsageError E-USE-03 if `dst` exists or another run is writing it, E-USE-06 if `dst` and a source
+    Raises UsageError: E-USE-03 if `dst` exists or another run is writing it, E-USE-06 if `dst` and a source
     are nested, E-USE-01 if `dst` has no name, or for `resume` with other options or sources;
-    EnvironmentProblem E-ENV-04 for a full disk, E-ENV-02 if the folder is not writable.
+    EnvironmentProblem: E-ENV-04 for a full disk, E-ENV-02 if the folder is not writable.
     """
 
     def __init__(
@@ -165,7 +167,7 @@ class Staging:
         return journal
 
     def publish(self) -> None:
-        """Rename the folder to `dst`. Raises UsageError E-USE-03 if it exists; the output is not lost."""
+        """Rename the folder to `dst`. Raises UsageError (E-USE-03) if it exists; the output is not lost."""
         with writing(self._folder, self._needs):
             if os.path.lexists(self.dst):  # os.rename would replace an empty folder
                 self.keep = True
@@ -187,7 +189,7 @@ class Staging:
         if self._lock < 0:  # published
             return
         problem = None
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
             problem = write_error(self._folder, error, self._needs)
         stopped = isinstance(error, KeyboardInterrupt | Cancelled) and self.journal.count > 0
         if self.keep or stopped:
@@ -232,7 +234,7 @@ def _check_free(dst: Path) -> None:
         return
     kind = "link" if dst.is_symlink() else "folder" if dst.is_dir() else "file"
     raise UsageError(
-        f"the output {dst} exists already: a {kind}",
+        f"the output {dst} already exists: a {kind}",
         needs="a name that does not exist: nothing is overwritten",
         fix=f"choose another name with -o, or remove the {kind}",
         code="E-USE-03",
@@ -252,7 +254,7 @@ def _check_apart(dst: Path, folder: Path, sources: Sequence[Path]) -> None:
             continue
         raise UsageError(
             problem,
-            needs="an output folder that is not inside a source, nor around it",
+            needs="an output folder that neither is inside a source folder nor contains one",
             fix=f"for example -o {real.parent / (real.name + '-new')}",
             code="E-USE-06",
         )
@@ -310,7 +312,7 @@ def link_or_copy(src: Path, dst: Path, *, copy: bool) -> None:
     """Make `dst` a link to the resolved path of the file or folder `src`, or a copy of it.
 
     A copy follows every link (hub caches link to their blobs), so it is self-contained; complete files of a
-    killed run are not copied again. Raises CheckpointError E-CKP-03 for cyclic and dangling links and for
+    killed run are not copied again. Raises CheckpointError (E-CKP-03) for cyclic and dangling links and for
     anything but files and folders; OSError if `dst` cannot be written.
     """
     real = _real(src)

@@ -5,8 +5,8 @@ The manifest, `quant_model_description*.json`, is a flat JSON object. Tensor nam
 `version`, `group_size`, ...) describe the file.
 
 The `quantization_config` of config.json, as in vLLM-Omni and FP8 checkpoints, sets one scheme for all linear
-layers of the blocks except `ignored_layers`. It is ignored unless it says that the weights on disk are
-quantized already.
+layers of the blocks except `ignored_layers`. It is ignored unless it states that the weights on disk are
+already quantized.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Manifest:
     """Keys that describe the file; values that are not strings, as JSON."""
 
     def entries(self) -> dict[str, str]:
-        """All entries in one dict."""
+        """All entries in one dict, as in the file."""
         return {**self.tensors, **self.attention, **self.metadata}
 
     def declared_schemes(self) -> dict[str, DeclaredScheme]:
@@ -73,7 +73,9 @@ class Manifest:
         }
 
     def check(self, tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]) -> None:
-        """Raise CheckpointError unless it lists exactly `tensors` (E-CKP-04) with their types (E-CKP-07)."""
+        """Raise CheckpointError unless the manifest lists exactly `tensors` (E-CKP-04), with their types
+        (E-CKP-07).
+        """
         unlisted = [name for name in tensors if name not in self.tensors]
         absent = [name for name in self.tensors if name not in tensors]
         parents = _parents(tensors)
@@ -92,7 +94,7 @@ class Manifest:
             raise disagreement(wrong)
 
     def _mismatch(self, name: str, kind: str, layers: Mapping[str, Layer]) -> str:
-        """The problem with one entry, or ""."""
+        """Describe the problem with one entry; "" if it is valid."""
         owner, _, role = name.rpartition(".")
         layer = layers.get(owner)
         scheme = layer.scheme if layer else "bf16"
@@ -113,12 +115,12 @@ def _parents(tensors: Iterable[str]) -> set[str]:
 
 
 def find_manifest(folder: Path) -> Path | None:
-    """The manifest in `folder`, if any. Raises CheckpointError E-CKP-07 if there are several."""
+    """The manifest in `folder`, if any. Raises CheckpointError (E-CKP-07) if there are several."""
     manifests = sorted(p for p in folder.glob(MANIFEST_GLOB) if p.is_file())
     if len(manifests) > 1:
         raise CheckpointError(
             f"{folder} has {len(manifests)} manifests: {', '.join(p.name for p in manifests)}",
-            needs="one manifest, that of the weights in the folder",
+            needs="one manifest, for the weights in the folder",
             fix="move the manifests of other exports to separate folders",
             code="E-CKP-07",
         )
@@ -128,7 +130,7 @@ def find_manifest(folder: Path) -> Path | None:
 def read_manifest(path: Path, naming: Naming) -> Manifest:
     """Read a manifest.
 
-    Raises CheckpointError E-CKP-06 if it is damaged, E-CKP-04, which names the layers, for unknown types,
+    Raises CheckpointError: E-CKP-06 if it is damaged, E-CKP-04, which names the layers, for unknown types,
     E-CKP-09 if two entries map to the same tensor.
     """
     tensors: dict[str, str] = {}
@@ -196,7 +198,9 @@ def manifest_for(
 
 
 def model_quant_type(layers: Mapping[str, str]) -> str:
-    """Type of the last quantized layer, as in msModelSlim: of the blocks, else of any; FLOAT if none."""
+    """Type of the last quantized layer, preferably of the blocks, as in msModelSlim; FLOAT if none is
+    quantized.
+    """
     quantized = [name for name, scheme in layers.items() if scheme in QUANTIZED]
     last = sort_names([name for name in quantized if is_block_linear(name)] or quantized)[-1:]
     return SCHEMES[layers[last[0]]].manifest if last else FLOAT
@@ -215,7 +219,7 @@ class QuantizationConfig:
     scheme: str
     method: str
     ignored: frozenset[str]
-    """Diffusers names of layers, and other names that it lists."""
+    """`ignored_layers`: layers by their Diffusers names, other names unchanged."""
 
     def declared_schemes(self, tensors: Iterable[str]) -> dict[str, DeclaredScheme]:
         """Layer -> scheme of each linear layer of the blocks among `tensors`."""
@@ -231,7 +235,7 @@ class QuantizationConfig:
     def check(
         self, tensors: Iterable[str], layers: Mapping[str, Layer], others: Mapping[str, DeclaredScheme]
     ) -> None:
-        """Raise CheckpointError E-CKP-07 unless the layers have these schemes and the ignored layers exist.
+        """Raise CheckpointError (E-CKP-07) unless the layers have these schemes and the ignored layers exist.
 
         `others`: schemes declared by the manifest, for the message.
         """
@@ -258,7 +262,7 @@ class QuantizationConfig:
 def read_quantization_config(config: Mapping[str, Any], *, tolerant: bool) -> QuantizationConfig | None:
     """Read the `quantization_config`; None if absent, or if the weights on disk are not quantized.
 
-    `tolerant`: ignore an unknown method, because a manifest exists. Raises CheckpointError E-CKP-06 if it is
+    `tolerant`: ignore an unknown method, because a manifest exists. Raises CheckpointError: E-CKP-06 if it is
     damaged, E-CKP-04 for an unknown method.
     """
     raw = config.get(CONFIG_KEY)

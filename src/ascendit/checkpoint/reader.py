@@ -80,7 +80,7 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a safetensors file by name, in the order of their bytes.
 
-    Raises CheckpointError E-CKP-02, with the reason, for an invalid length, a header that is not a JSON
+    Raises CheckpointError (E-CKP-02), with the reason, for an invalid length, a header that is not a JSON
     object, sizes that do not match shape and dtype, overlaps, gaps, and truncated files.
     """
     try:
@@ -162,14 +162,14 @@ class Shards:
     """The headers of all weight files of one component, as one set of tensors."""
 
     tensors: dict[str, TensorInfo]
-    """In the order of the files, and of the bytes in each file."""
+    """All tensors, in the order of the files and of the bytes in each file."""
     files: tuple[Path, ...]
 
     @classmethod
     def open(cls, folder: Path, stem: str = STEM) -> Self:
         """Read and check the headers of `<stem>.safetensors`, or of the shards in its `.index.json`.
 
-        Raises CheckpointError E-CKP-02 for a missing or damaged file, E-CKP-03 for an index that lists a
+        Raises CheckpointError: E-CKP-02 for a missing or damaged file, E-CKP-03 for an index that lists a
         missing file or one outside the folder, E-CKP-04 for an index that does not match the shards, E-CKP-06
         for an index that is not JSON.
         """
@@ -179,7 +179,7 @@ class Shards:
             if not single.exists():
                 raise _no_weights(single)
             return cls(read_header(single), (single,))
-        shards = cls.of_index(index)
+        shards = cls.from_index(index)
         if single.exists() and single not in shards.files:
             raise CheckpointError(
                 f"{folder} has both {single.name} and {index.name}",
@@ -190,8 +190,8 @@ class Shards:
         return shards
 
     @classmethod
-    def of_index(cls, index: Path) -> Self:
-        """Read the shards listed in an index file. Raises CheckpointError as `open`."""
+    def from_index(cls, index: Path) -> Self:
+        """Read the shards listed in an index file. Raises CheckpointError as in `open`."""
         weight_map = _weight_map(index)
         names = sorted(set(weight_map.values()))
         files = tuple(dict.fromkeys(index.parent / name for name in names))  # `a` and `./a` are one file
@@ -207,8 +207,11 @@ class Shards:
         return cls(_join(index, weight_map, files), files)
 
     @classmethod
-    def of_files(cls, files: Sequence[Path]) -> Self:
-        """Read files without an index. CheckpointError E-CKP-02 if damaged, E-CKP-09 for duplicates."""
+    def from_files(cls, files: Sequence[Path]) -> Self:
+        """Read files without an index.
+
+        Raises CheckpointError: E-CKP-02 if damaged, E-CKP-09 for duplicates.
+        """
         tensors: dict[str, TensorInfo] = {}
         for path in files:
             for name, info in read_header(path).items():
@@ -224,11 +227,11 @@ class Shards:
         return cls(tensors, tuple(files))
 
     @classmethod
-    def of_part(cls, part: Part) -> Self:
-        """Read the weight files of `part`. Raises as `open` and `of_files`."""
+    def from_part(cls, part: Part) -> Self:
+        """Read the weight files of `part`. Raises the errors of `open` and `from_files`."""
         if part.index is not None:
-            return cls.of_index(part.index)
-        return cls.of_files(part.files) if part.files else cls.open(part.path, part.stem)
+            return cls.from_index(part.index)
+        return cls.from_files(part.files) if part.files else cls.open(part.path, part.stem)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -301,7 +304,7 @@ _LARGE = 1 << 30  # bytes in one call; no system reads 2 GiB
 class ShardSpec:
     """One rank's shard of a tensor: `count` rows (axis 0) or columns (axis 1) from `start`; default: all.
 
-    Counted in elements of the stored tensor.
+    `start` and `count` are in elements of the stored tensor.
     """
 
     axis: int = 0
@@ -309,8 +312,8 @@ class ShardSpec:
     count: int | None = None
     """None: to the end."""
 
-    def of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the shard of a tensor of `shape`."""
+    def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of this shard of a tensor with the shape `shape`."""
         if self == WHOLE:
             return shape
         count = shape[self.axis] - self.start if self.count is None else self.count
@@ -324,14 +327,15 @@ WHOLE = ShardSpec()
 class RowReader:
     """Read tensors, or one rank's shard of them, from files that stay open until `close`.
 
-    Every method raises CheckpointError E-CKP-02 if a file was truncated or removed after its header was read.
+    Every method raises CheckpointError (E-CKP-02) if a file was truncated or removed after its header was
+    read.
     """
 
     def __init__(self) -> None:
         self._buffer: memoryview | None = None
         self._files: dict[Path, int] = {}
 
-    def blocks(
+    def read_blocks(
         self,
         info: TensorInfo,
         *,
@@ -353,28 +357,28 @@ class RowReader:
             self._read_rows(info, shard, start, rows, view)
             yield start, view
 
-    def whole(self, info: TensorInfo, shard: ShardSpec = WHOLE) -> bytes:
+    def read_all(self, info: TensorInfo, shard: ShardSpec = WHOLE) -> bytes:
         """Return all bytes of a small tensor, or of a shard of it, as a copy."""
         _, count, row_bytes = _shard_rows(info, shard)
         data = bytearray(count * row_bytes)
-        self.into(info, memoryview(data), shard)
+        self.read_into(info, memoryview(data), shard)
         return bytes(data)
 
-    def into(self, info: TensorInfo, view: memoryview, shard: ShardSpec = WHOLE) -> None:
+    def read_into(self, info: TensorInfo, view: memoryview, shard: ShardSpec = WHOLE) -> None:
         """Read all bytes of a tensor, or of a shard of it, into `view`."""
         first, count, row_bytes = _shard_rows(info, shard)
         self._read_rows(info, shard, first, count, view[: count * row_bytes])
 
-    def tensor(self, info: TensorInfo, shard: ShardSpec = WHOLE) -> torch.Tensor:
+    def read_tensor(self, info: TensorInfo, shard: ShardSpec = WHOLE) -> torch.Tensor:
         """Return a tensor, or a shard of it, in a new CPU tensor of the stored dtype and shape [N, ...]."""
         import torch
 
-        shape = shard.of(info.shape)
+        shape = shard.shape_of(info.shape)
         if info.dtype == "F4":
             shape = (*shape[:-1], shape[-1] // 2)
         tensor = torch.empty(shape, dtype=getattr(torch, TORCH_DTYPES[info.dtype]))
         if tensor.numel():
-            self.into(info, as_bytes(tensor), shard)
+            self.read_into(info, as_bytes(tensor), shard)
         return tensor
 
     def _read_rows(self, info: TensorInfo, shard: ShardSpec, start: int, rows: int, view: memoryview) -> None:
@@ -396,7 +400,7 @@ class RowReader:
             view, offset = view[count:], offset + count
 
     def open(self, file: Path) -> int:
-        """Return the descriptor of a file. Raises CheckpointError E-CKP-02 if it cannot be opened."""
+        """Return the descriptor of a file. Raises CheckpointError (E-CKP-02) if it cannot be opened."""
         if file not in self._files:
             try:
                 fd = self._files[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
@@ -423,7 +427,7 @@ def _shard_rows(info: TensorInfo, shard: ShardSpec) -> tuple[int, int, int]:
     count, row_bytes = rows_of(info)
     if shard == WHOLE:
         return 0, count, row_bytes
-    shape = shard.of(info.shape)
+    shape = shard.shape_of(info.shape)
     if shard.axis == 0:
         return shard.start, shape[0], row_bytes
     return 0, count, row_bytes // info.shape[1] * shape[1]
@@ -449,7 +453,7 @@ def as_tensor(view: memoryview, info: TensorInfo) -> torch.Tensor:
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor [...] of any dtype, which must outlive the view."""
+    """Return the bytes of a contiguous tensor [..] of any dtype. The tensor must outlive the view."""
     import torch
 
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -1,4 +1,4 @@
-"""Read one transformer in any layout and describe it with Diffusers names. Headers and JSON only, no torch.
+"""Read one transformer in any layout and describe it with Diffusers names, from headers and JSON files only.
 
 `read_expert` reads the formats of several tools and returns one `Expert`. The scheme of a layer is declared
 by the manifest, else by `quantization_config` in config.json, else by the dtypes of its tensors; a
@@ -32,8 +32,8 @@ from ascendit.checkpoint.reader import Shards, TensorInfo
 from ascendit.errors import CheckpointError
 from ascendit.family import WanConfig
 from ascendit.names import (
+    IGNORED_PARTS,
     MAX_LAYERS,
-    TOLERATED,
     Naming,
     Shapes,
     bad_value,
@@ -48,7 +48,7 @@ from ascendit.quant.schemes import FP8_TILES
 
 Origin = Literal["float", "msmodelslim", "vllm-omni", "sglang", "ascendit", "fp8-block"]
 ATTENTION_TENSOR = re.compile(r"(blocks\.[0-9]+\.attn[12]\.)(?:[qk]_rot|fa3?_[qkv]\.(?:scale|offset))")
-"""Tensors of a quantized attention that do not follow from the config: rotations and static scales."""
+"""Tensors of a quantized attention that the config does not imply: rotations and static scales."""
 
 HEAD_DIM = WanConfig.attention_head_dim
 """Head size of every published Wan model."""
@@ -86,7 +86,7 @@ class Expert:
 
 
 class TensorMismatch(CheckpointError):
-    """E-CKP-04: the tensors do not match the config. `checks` has all their names."""
+    """The error E-CKP-04 for tensors that do not match the config. `checks` has all their names."""
 
     def __init__(self, got: str, *, needs: str, checks: Mapping[str, tuple[str, ...]]) -> None:
         fix = "download the weights and config.json again, both from the same revision"
@@ -98,12 +98,12 @@ class TensorMismatch(CheckpointError):
 def read_expert(part: Part) -> Expert:
     """Read the headers and JSON files of one transformer, and check that they are consistent.
 
-    Raises CheckpointError: E-CKP-02, -03, -04, -06 for damaged files as `Shards.open` does; E-CKP-01 for
+    Raises CheckpointError: E-CKP-02, -03, -04 and -06 for damaged files, as in `Shards.open`; E-CKP-01 for
     tensors of another model; E-CKP-09 if two tensors map to one name; E-CKP-08 for unpaired weights and
     scales; E-CKP-07 if manifest, quantization_config and dtypes contradict each other; E-CKP-04 for tensors
-    that are missing, unexpected, misshapen, mistyped, or not listed in the manifest.
+    that are missing, unexpected, of the wrong shape or dtype, or not listed in the manifest.
     """
-    stored = Shards.of_part(part).tensors
+    stored = Shards.from_part(part).tensors
     if (naming := naming_of(stored)) is None:
         raise CheckpointError(
             f"{part.path} is not a Wan transformer; it has {len(stored)} tensors: {listed(stored, 3)}",
@@ -146,7 +146,7 @@ def _canonical(stored: Mapping[str, TensorInfo], naming: Naming) -> dict[str, Te
     tensors: dict[str, TensorInfo] = {}
     for name, info in stored.items():
         new = canonical(name, naming)
-        if any(f".{word}." in new for word in TOLERATED):
+        if any(f".{word}." in new for word in IGNORED_PARTS):
             continue
         if new in tensors:
             raise CheckpointError(
@@ -212,7 +212,9 @@ def _check_tensors(
 
 
 def _with_odd_columns(layer: Layer, expected: Shapes) -> Layer:
-    """The layer with an odd K if the model has one: the last packed byte of each row then has one element."""
+    """The layer with its odd K, if the model has one: the last packed byte of each row then holds one
+    element.
+    """
     rows, columns = layer.shape
     if layer.packing == "packed" and expected.get(f"{layer.name}.weight") == (rows, columns - 1):
         return replace(layer, shape=(rows, columns - 1))
@@ -229,7 +231,7 @@ def _config_with_heads(config: Mapping[str, Any], tensors: Mapping[str, TensorIn
 
 
 def _rotation_problems(rotations: Mapping[str, TensorInfo], head_dim: object) -> list[str]:
-    """Rotation matrices that are not [D, D] with D the head size, or lack the one of Q or K."""
+    """Problems with rotation matrices: not [D, D] for head size D, or missing for Q or K."""
     wrong = []
     for name, info in rotations.items():
         if not name.endswith("_rot"):
@@ -297,7 +299,7 @@ def diffusers_config(raw: Mapping[str, Any], shapes: Shapes) -> tuple[dict[str, 
     """Return (config of a WanTransformer3DModel, reason why a value could not be determined).
 
     `raw`: an original Wan config, or empty. `shapes`: decoded shapes by Diffusers name. Raises
-    CheckpointError E-CKP-04 if the two contradict each other, E-CKP-06 for a value that is not a number.
+    CheckpointError: E-CKP-04 if the two contradict each other, E-CKP-06 for a value that is not a number.
     """
     derived = _from_shapes(shapes)
     stored = _from_wan(raw)

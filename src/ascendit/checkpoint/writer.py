@@ -1,12 +1,12 @@
-"""Write safetensors shards as a stream: headers first, then the bytes of the tensors in order. No torch.
+"""Write safetensors shards as a stream: headers first, then the bytes of the tensors in order.
 
     with ShardWriter(folder, specs) as writer:
         for spec in specs:
             if not writer.done(spec.name):
                 writer.append(spec.name, data)      # in any number of pieces
 
-File names, index and metadata are the same as Diffusers'. Like `cp`, it does not call fsync: written bytes
-survive a killed process, but perhaps not a power failure.
+File names, index and metadata follow Diffusers. This module does not import torch. Like `cp`, it does not
+call fsync: written bytes survive a killed process, but perhaps not a power failure.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ascendit.checkpoint.reader import DTYPE_BITS, RowReader, TensorInfo
 MAX_SHARD_BYTES = 5_000_000_000
 
 Data = bytes | bytearray | memoryview | mmap.mmap
-"""For a NumPy array, pass `array.data`."""
+"""Bytes to write. For a NumPy array, pass `array.data`."""
 
 
 # ---- the layout of the files --------------------------------------------------------------------
@@ -40,7 +40,7 @@ Data = bytes | bytearray | memoryview | mmap.mmap
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written."""
+    """Name, dtype and shape of a tensor to be written."""
 
     name: str
     dtype: str
@@ -57,7 +57,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """One file to be written."""
+    """Name, header and tensors of a file to be written."""
 
     file: Path
     specs: tuple[TensorSpec, ...]
@@ -128,8 +128,8 @@ class ShardWriter:
     """Write the files of one expert. Reserves the disk space of all files before the first tensor.
 
     `hash`: compute the sha256 of each file, in a thread. `journal`: its files are not written again; complete
-    files are added to it. Raises EnvironmentProblem E-ENV-04 if the disk is full, E-ENV-02 if it is not
-    writable.
+    files are added to it. Raises EnvironmentProblem: E-ENV-04 if the disk is full, E-ENV-02 if the folder is
+    not writable.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class ShardWriter:
                     self._complete(shard)
 
     def done(self, name: str) -> bool:
-        """Whether an earlier run has completed the file of this tensor; it must not be appended again."""
+        """Whether an earlier run has completed the file of this tensor, which must then not be appended."""
         return name not in self._missing
 
     def append(self, name: str, data: Data) -> None:
@@ -180,9 +180,9 @@ class ShardWriter:
             self._write(name, len(view), lambda fd, offset: self._write_and_hash(fd, view, offset))
 
     def move(self, info: TensorInfo, name: str) -> None:
-        """Copy tensor `name` from its source `info`, in the kernel if possible.
+        """Copy tensor `name` from its source `info`, by a system call if possible.
 
-        Raises CheckpointError E-CKP-02 if the source is truncated or cannot be read.
+        Raises CheckpointError (E-CKP-02) if the source is truncated or cannot be read.
         """
         if info.nbytes:
             source = self._sources.open(info.file)
@@ -295,7 +295,7 @@ class ShardWriter:
 
 
 def _tensor_offsets(shards: Sequence[ShardLayout]) -> Iterator[tuple[ShardLayout, TensorSpec, int]]:
-    """Each non-empty tensor with its file and its offset in the file."""
+    """Each non-empty tensor, with its file and its offset in that file."""
     for shard in shards:
         offset = len(shard.header)
         for spec in shard.specs:

@@ -30,7 +30,7 @@ KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 def _flag(
     name: str, kind: Any, help: str, metavar: str | None = None, names: str = "", *, hidden: bool = False
 ) -> inspect.Parameter:
-    """A parameter of `generate` with its flag."""
+    """Declare a parameter of `generate` with its flag."""
     names = names or f"--{name.replace('_', '-')}"
     option = typer.Option(*names.split(), metavar=metavar, help=help, hidden=hidden)
     default, hint = (False, bool) if kind is bool else (None, kind | None)

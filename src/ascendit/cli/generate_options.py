@@ -1,6 +1,6 @@
 """The options of one `generate` call, from arguments, flags, `--set`, environment and `--config`.
 
-Each source gives a layer: a dict of known keys, with values of the types of LoadOptions and GenerateRequest.
+Each source gives a dict of known keys, with values of the types of LoadOptions and GenerateRequest.
 Precedence: flags > --set > environment > --config (`merge`).
 """
 
@@ -33,7 +33,7 @@ KEYS: dict[str, Any] = {
 }
 """Every key of `--set` and `--config`, with its type. `none` resets a key whose type includes None."""
 
-# A key in a higher layer removes these keys from the lower layers.
+# A key removes these keys from sources of lower precedence.
 _REPLACES = {
     "guidance_scale": ("guidance_scale_2",),
     "timesteps": ("num_inference_steps",),
@@ -94,7 +94,7 @@ def read_call(
 
 
 def _model_and_prompt(args: list[str], demo: bool, model: str | None, prompt: str | None) -> tuple[str, str]:
-    """Model and prompt from the arguments, `--demo` and the config, which `model` and `prompt` come from."""
+    """Model and prompt from the arguments and `--demo`, else `model` and `prompt` of the config."""
     default = "demo" if demo else model
     needed = [name for name, value in (("MODEL", default), ("PROMPT", prompt)) if value is None]
     if len(args) == len(needed):
@@ -112,7 +112,7 @@ def _model_and_prompt(args: list[str], demo: bool, model: str | None, prompt: st
 
 
 def merge(*layers: dict[str, Any]) -> dict[str, Any]:
-    """All layers in one dict; later ones override earlier ones."""
+    """Combine dicts of options; later ones override earlier ones."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for name in [k for k, v in layer.items() if v is not None]:
@@ -123,7 +123,7 @@ def merge(*layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_size(text: str) -> dict[str, int]:
-    """Width and height from `832x480` or `832*480`. Raises UsageError (E-USE-01)."""
+    """Parse width and height: `832x480` or `832*480`. Raises UsageError (E-USE-01)."""
     match = re.fullmatch(r"\s*(\d+)\s*[xX*×]\s*(\d+)\s*", text)
     if not match:
         raise UsageError(f"--size {text}", needs="width x height in pixels", fix="--size 832x480")
@@ -131,7 +131,7 @@ def parse_size(text: str) -> dict[str, int]:
 
 
 def parse_guidance(text: str) -> dict[str, float]:
-    """Guidance scales from `4`, or from `4,3` for high and low noise. Raises UsageError (E-USE-01)."""
+    """Parse guidance scales: `4`, or `4,3` for high and low noise. Raises UsageError (E-USE-01)."""
     parts = text.split(",")
     try:
         numbers = [float(p) for p in parts]
@@ -144,7 +144,7 @@ def parse_guidance(text: str) -> dict[str, float]:
 
 
 def parse_timesteps(text: str) -> dict[str, tuple[float, ...]]:
-    """Timesteps from `1000,750,500,250`. Raises UsageError (E-USE-01)."""
+    """Parse timesteps such as `1000,750,500,250`. Raises UsageError (E-USE-01)."""
     try:
         return {"timesteps": tuple(float(t) for t in text.split(","))}
     except ValueError:
@@ -161,7 +161,7 @@ SPLIT: dict[str, Callable[[str], dict[str, Any]]] = {
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
-    """The layer of `KEY=VALUE` settings. Raises UsageError (E-USE-01) for bad syntax, keys or values."""
+    """Parse `KEY=VALUE` settings. Raises UsageError (E-USE-01) for bad syntax, keys or values."""
     layer: dict[str, Any] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -172,7 +172,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The layer of a TOML file, or of the JSON beside a video.
+    """Read the options in a TOML file, or in the JSON beside a video.
 
     JSON files of older versions have `model` only, without `source` and `load`.
     Raises UsageError: E-USE-02 for a missing or unreadable file, E-USE-01 for bad syntax, keys or values.
@@ -197,7 +197,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def typed_layer(layer: dict[str, Any], *, source: str) -> dict[str, Any]:
-    """`layer` with values converted to their types. Raises UsageError (E-USE-01) for bad keys or values."""
+    """Convert the values of `layer` to the types of their keys.
+
+    Raises UsageError (E-USE-01) for bad keys or values.
+    """
     if unknown := sorted(set(layer) - set(KEYS)):
         close = get_close_matches(unknown[0], KEYS, n=1)
         fix = f"did you mean {close[0]}?" if close else "see ascendit generate --help"

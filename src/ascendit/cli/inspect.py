@@ -42,7 +42,7 @@ def _inspect(out: Output, path: str, layers: bool) -> bool:
 
 def _diff(out: Output, path: str, other: str, layers: bool) -> bool:
     if layers:
-        raise UsageError("--layers and --diff", needs="one of them", fix="omit one; --json has all")
+        raise UsageError("--layers and --diff", needs="one of them", fix="omit one; --diff --json lists all")
     from ascendit.inspect.diff import diff
 
     with out.work():

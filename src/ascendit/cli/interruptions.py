@@ -15,7 +15,7 @@ def cancelled() -> Cancelled:
     """The error that ends a command after Ctrl-C."""
     return Cancelled(
         "cancelled",
-        needs="nothing: no file was written",
+        needs="no cleanup: no file was written",
         fix="run the same command again",
     )
 
@@ -42,7 +42,7 @@ class Interrupt:
             signal.signal(signal.SIGINT, before)
 
     def check(self) -> None:
-        """Raise Cancelled (E-CAN-01) after a Ctrl-C."""
+        """Raise Cancelled (E-CAN-01) if Ctrl-C was pressed."""
         if self.event.is_set():
             raise cancelled()
 

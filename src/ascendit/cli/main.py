@@ -34,7 +34,10 @@ ANY_MODEL = "Model folder or file in any layout, demo, hf:org/name or ms:org/nam
 
 
 def flag(shown: str, help: str) -> Any:
-    """A flag for `Annotated`. `shown`: its names and metavar as in the help, like `-o, --output DST`."""
+    """Make a flag for `Annotated`.
+
+    `shown`: names and metavar as in the help, for example `-o, --output DST`.
+    """
     names = shown.replace(",", "").split()
     metavar = None if names[-1].startswith("-") else names.pop()
     return typer.Option(*names, metavar=metavar, help=help)
@@ -107,15 +110,15 @@ def common(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script: run `argv` (default: the command line) and return the exit code."""
+    """Entry point of the console script: run `argv` (default: the command line) and return the exit code."""
     args, output = common_flags(list(sys.argv[1:] if argv is None else argv))
     command = typer.main.get_command(app)
     try:
         code = command.main(args, "ascendit", standalone_mode=False, obj=output)
     except (Exception, KeyboardInterrupt) as error:
-        return end(error, output)
+        return report_error(error, output)
     if code == 130:  # typer's exit code after Ctrl-C
-        return end(KeyboardInterrupt(), output)
+        return report_error(KeyboardInterrupt(), output)
     return code or 0
 
 
@@ -129,7 +132,7 @@ def common_flags(args: list[str]) -> tuple[list[str], Output]:
     return flags + remaining, output
 
 
-def end(error: BaseException, output: Output) -> int:
+def report_error(error: BaseException, output: Output) -> int:
     """Print the error and return its exit code."""
     from ascendit.cli.interruptions import cancelled
 

@@ -17,7 +17,7 @@ from ascendit.version import __version__, installed
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """The amount of output, and whether it is text or JSON."""
+    """Prints results, notes and errors: how much, and as text or JSON, depends on the flags."""
 
     quiet: bool = False
     verbose: bool = False
@@ -69,7 +69,7 @@ class Output:
             print_error(error)
 
     def work(self) -> AbstractContextManager[object]:
-        """Redirect output of libraries to stderr, so that stdout has the result only."""
+        """Redirect output of libraries to stderr, so that stdout has only the result."""
         return redirect_stdout(sys.stderr)
 
 
@@ -92,13 +92,14 @@ def to_json(data: dict[str, Any]) -> str:
 def check_report(flag: str, file: Path) -> None:
     """Check before a long run that the report can be written.
 
-    Raises UsageError (E-USE-03) if `file` exists, EnvironmentProblem (E-ENV-02) without a writable folder.
+    Raises UsageError (E-USE-03) if `file` exists, EnvironmentProblem (E-ENV-02) if the folder is not
+    writable.
     """
     from ascendit.pipeline.video import check_writable
 
     if file.exists():
         raise UsageError(
-            f"{flag} {file} exists already",
+            f"{flag} {file} already exists",
             needs="a new name: reports are not overwritten",
             fix="use another name, or remove the file",
             code="E-USE-03",
@@ -150,7 +151,7 @@ def report_internal_error(error: BaseException, output: Output) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, ascendit and its main libraries, without importing them."""
+    """Versions of Python, ascendit and its main libraries, read without importing them."""
     import platform
 
     packages = ("torch", "diffusers", "transformers")

@@ -50,7 +50,7 @@ class ProgressView:
         self.show(event)
 
     def show(self, event: Progress, text: str = "") -> None:
-        """Show the event. `text`: replaces its own text."""
+        """Show the event. `text`: shown instead of the event's own text."""
 
     def text(self, event: Progress) -> str:
         """`denoise (low-noise expert) 23/40  4.1 s/step  eta 1:10  38.2 GiB`; for bytes, see `_bytes`."""
@@ -79,7 +79,7 @@ class LineView(ProgressView):
         self._last: tuple[object, ...] = ()
 
     def show(self, event: Progress, text: str = "") -> None:
-        """Print a line if the stage, the expert or the share in steps of 10 % has changed."""
+        """Print a line if the stage or the expert has changed, or another 10 % is done."""
         counted = event.unit == "byte" or event.total > 1
         state = (event.stage, event.expert, 10 * event.step // max(event.total, 1) if counted else 0)
         if state != self._last and (event.step or event.unit == "byte" or not counted):
@@ -126,12 +126,12 @@ def _bytes(event: Progress) -> str:
 
 
 def show_seconds(seconds: float) -> str:
-    """`0:07`, `1:10`, `1:02:03`."""
+    """Seconds as text: `0:07`, `1:10`, `1:02:03`."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
 def show_bytes(size: int) -> str:
-    """`38.2 GiB`, or `412 MiB` below one GiB."""
+    """Bytes as text: `38.2 GiB`; below one GiB, `412 MiB`."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -131,13 +131,13 @@ def _fields(settings: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def _ended_early(view: ProgressView) -> Iterator[None]:
-    """Convert Ctrl-C and out-of-memory during calibration to errors that say how to continue."""
+    """Convert Ctrl-C and out-of-memory errors during calibration to errors that say how to continue."""
     try:
         yield
     except KeyboardInterrupt as e:
         raise Cancelled(
             "cancelled",
-            needs="nothing: no output was written; completed files are stored for --resume",
+            needs="no cleanup: no output was written; completed files are stored for --resume",
             fix="run the same command with --resume to continue, without it to start over",
         ) from e
     except Exception as e:

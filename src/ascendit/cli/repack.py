@@ -30,7 +30,7 @@ def repack(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a checkpoint to another layout. Values do not change; bytes are copied by the kernel.
+    """Convert a checkpoint to another layout. Values do not change; the operating system copies the bytes.
 
     ascendit repack msmodelslim-export -o Wan2.2-T2V-A14B-mxfp8 --base hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers
     """

@@ -109,7 +109,7 @@ class Tally:
 def verify_adherence(
     out: Output, model: str, seeds: Sequence[int], limit: int | None, report: Path | None, swap_experts: bool
 ) -> None:
-    """Judge the videos, print counts and verdicts. Exits with code 1 if a group is below its limit."""
+    """Judge the videos, and print counts and verdicts. Exits with code 1 if a group is below its limit."""
     from ascendit.demo import world
     from ascendit.demo.adherence import pick
     from ascendit.pipeline.job import load
@@ -148,12 +148,14 @@ def verify_quality(
     jobs: int,
     report: Path | None,
 ) -> None:
-    """Measure, print the table and the verdicts. Exits with code 1 if a case is over its limit.
+    """Measure every case, and print the table and the verdicts.
+
+    Exits with code 1 if a case is over its limit.
 
     `report` is rewritten after each row, so that an interrupted run keeps its results.
     """
     from ascendit.demo.adherence import pick
-    from ascendit.verify.quality import choose, default_cases, measure_quality
+    from ascendit.verify.quality import choose_cases, default_cases, measure_quality
 
     start = time.perf_counter()
 
@@ -165,7 +167,7 @@ def verify_quality(
         if report is not None:
             write_report(report, report_data(quality))
 
-    scenes, cases = pick(limit), choose(names) if names else default_cases()
+    scenes, cases = pick(limit), choose_cases(names) if names else default_cases()
     quiet_libraries()
     with out.work(), progress_view(silent=out.silent) as view, Interrupt(silent=out.silent) as interrupt:
         tally = Tally(view, len(scenes) * len(seeds) * (1 + len(cases)))

@@ -30,7 +30,7 @@ from ascendit.weights.recipe_steps import RecipeSteps
 ALPHA = 0.9
 """The value in msModelSlim's recipe for Wan."""
 SAMPLED_ROWS = 256
-"""Sampled rows of each input, if the outputs are measured."""
+"""Sampled rows of each input, if outputs are measured."""
 STATISTICS = "calibration.safetensors"
 """Intermediate statistics in the unfinished output, for `--resume`."""
 
@@ -42,7 +42,7 @@ class Statistics:
     input_amax: torch.Tensor
     """max|x|, float32 [K]."""
     weight_amax: torch.Tensor
-    """max|w| over the rows of all layers, float32 [K]."""
+    """max|w| over the rows of all these layers, float32 [K]."""
     rows: torch.Tensor
     """Uniformly sampled rows of the input, [n, K] in the dtype of the run; n is 0 if not requested."""
 
@@ -52,7 +52,7 @@ ExpertStatistics = Mapping[str, Mapping[str, Statistics]]
 
 
 class Calibrate(Protocol):
-    """Runs the model of a layout on several prompts."""
+    """A callable that runs a model on several prompts."""
 
     @property
     def alpha(self) -> float: ...
@@ -62,7 +62,7 @@ class Calibrate(Protocol):
         """Its flags for the command line in the model card."""
 
     def record(self, layout: Layout) -> Mapping[str, Any]:
-        """Settings of the run for `ascendit.json`. Raises the errors that need no weights."""
+        """Settings of the run for `ascendit.json`. Raises all errors that can be detected without weights."""
 
     def __call__(
         self, layout: Layout, loras: Sequence[LoraSource], rows: int, journal: Journal
@@ -88,7 +88,7 @@ def mul_scales(
 ) -> dict[str, torch.Tensor]:
     """Return layer -> mul_scale, float32 [K]: msModelSlim's 1 / s, computed in the dtype that is quantized.
 
-    Raises UsageError E-QNT-01 for a layer without inputs in the calibration, or with non-finite ones.
+    Raises UsageError (E-QNT-01) for a layer that the calibration did not use, or that had non-finite inputs.
     """
     scales: dict[str, torch.Tensor] = {}
     for name in smoothable(applied):
@@ -111,7 +111,7 @@ def mul_scales(
 
 
 def check_alpha(alpha: float) -> None:
-    """Raise UsageError E-USE-01 unless 0 <= alpha <= 1."""
+    """Raise UsageError (E-USE-01) unless 0 <= alpha <= 1."""
     if not 0 <= alpha <= 1:
         raise UsageError(
             f"alpha {alpha:g}",

@@ -1,4 +1,7 @@
-"""Write one expert as a folder: run its steps into weight files, and write its JSON files. No torch."""
+"""Write one expert as a folder: run its steps into weight files, and write its JSON files.
+
+Does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ class ExpertOutput:
 
 
 def fingerprint(outputs: Iterable[ExpertOutput], parts: Sequence[object], more: Iterable[Path] = ()) -> str:
-    """A hash that is equal for two runs that write the same bytes from the same files.
+    """A hash that is the same for two runs that write the same bytes from the same files.
 
     `parts`: other values that determine the bytes, hashed by their `repr`. `more`: other source files.
     """
@@ -72,20 +75,20 @@ def fingerprint(outputs: Iterable[ExpertOutput], parts: Sequence[object], more: 
 
 
 class WriteBehind(Sink):
-    """Calls `append` and `move` of a writer from a separate thread, in the same order.
+    """Calls `append` and `move` of a writer from a separate thread, in order.
 
     The next rows are encoded while the previous ones are written. An error in the thread is raised by a later
     call. As a context manager it ends the thread; the caller closes the writer.
     """
 
     def __init__(self, writer: ShardWriter, names: Mapping[str, str] | None = None) -> None:
-        """`names`: Diffusers name -> stored name, for names that differ."""
+        """`names`: Diffusers name -> stored name, where they differ."""
         self._writer, self._names = writer, names or {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ascendit-write")
         self._waiting: deque[Future[None]] = deque()
 
     def done(self, name: str) -> bool:
-        """Whether the tensor is complete from an earlier run."""
+        """Whether an earlier run has completed the tensor."""
         return self._writer.done(self._names.get(name, name))
 
     def append(self, name: str, data: Data) -> None:
@@ -93,7 +96,7 @@ class WriteBehind(Sink):
         self._submit(self._writer.append, self._names.get(name, name), data)
 
     def move(self, step: TensorStep) -> None:
-        """Copy a complete tensor from its source, in the kernel if possible."""
+        """Copy a complete tensor from its source, by a system call if possible."""
         self._submit(self._writer.move, step.sources[0], self._names.get(step.name, step.name))
 
     def flush(self) -> None:

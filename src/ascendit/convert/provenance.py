@@ -1,7 +1,9 @@
-"""Write the record `ascendit.json`, the model card and the other components of a model. No torch.
+"""Write the record `ascendit.json`, the model card and the other components of a model.
+
+Does not import torch.
 
 Record and card contain no dates, local paths or anything else that differs between two runs of the same
-command, so equal inputs give equal folders. The other components of a repacked transformer are those of its
+command, so equal inputs give equal folders. The other components of a repacked transformer come from its
 base, the published Diffusers folder.
 """
 
@@ -24,7 +26,7 @@ from ascendit.checkpoint.quant_metadata import CONFIG_KEY
 from ascendit.checkpoint.transformer import Expert, shapes_of
 from ascendit.convert.report import Outputs
 from ascendit.errors import CheckpointError, UsageError
-from ascendit.names import TOLERATED, expected_tensors, problem_counts
+from ascendit.names import IGNORED_PARTS, expected_tensors, problem_counts
 from ascendit.version import __version__, installed
 
 CARD_FILE = "README.md"
@@ -79,7 +81,7 @@ def ascendit_json(record: ConversionRecord) -> dict[str, Any]:
 
 
 def model_card(record: ConversionRecord, name: str) -> str:
-    """The content of README.md for a hub: YAML front matter and a description. `name`: of the folder."""
+    """The content of README.md for a hub: YAML front matter and a description. `name`: name of the folder."""
     from huggingface_hub import CardData  # 0.1 s
 
     base = record.layout.source
@@ -183,8 +185,8 @@ _LICENCE = re.compile(r"(?:LICEN[CS]E|NOTICE)\b", re.IGNORECASE)
 def read_base(base: Path | str, source: Layout) -> Layout:
     """Read the layout of `--base`.
 
-    Raises UsageError E-USE-01 if it is not a pipeline folder, CheckpointError E-CKP-04 for another number of
-    experts, and the errors of `model_folder` and `recognise`.
+    Raises UsageError (E-USE-01) if it is not a pipeline folder, CheckpointError (E-CKP-04) if the number of
+    experts differs, and the errors of `model_folder` and `recognise`.
     """
     layout = recognise(model_folder(base, experts=False))
     if layout.kind != "diffusers":
@@ -207,7 +209,7 @@ def _experts(layout: Layout) -> str:
 def config_from(base: Layout, expert: Expert) -> dict[str, Any]:
     """Return the config of this expert in `base`.
 
-    Raises CheckpointError E-CKP-04, which names both, if the shapes of the base differ.
+    Raises CheckpointError (E-CKP-04), which names both, if the shapes of the base differ.
     """
     config = base.part(expert.name).config
     expected, shapes = expected_tensors(config), shapes_of(expert)
@@ -216,7 +218,7 @@ def config_from(base: Layout, expert: Expert) -> dict[str, Any]:
     ]
     missing = [name for name in expected if name not in shapes]
     model = {n for n in shapes if n.endswith((".weight", ".bias", "scale_shift_table", ".pos_embed"))}
-    extra = [n for n in model - expected.keys() if not any(part in n for part in TOLERATED)]
+    extra = [n for n in model - expected.keys() if not any(part in n for part in IGNORED_PARTS)]
     kinds = {"with another shape": misshapen, "missing": missing, "not in the base": extra}
     if problems := problem_counts(kinds, 2):
         raise _other_model(f"{expert.path} does not match --base {base.root}: {problems}")

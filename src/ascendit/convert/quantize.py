@@ -77,7 +77,7 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize the transformers of the model at `src` into the new folder `dst`.
 
-    `scheme`: one of `quant.schemes.QUANTIZED`, for a recipe without a fixed scheme (such as
+    `scheme`: one of `quant.schemes.QUANTIZED`, for a recipe that does not fix one (such as
     `default`). `recipe`: a name of `recipe_names()` or a TOML file. `scale_rule`: one of the scheme's in
     `mx.formats`. `keep`: patterns of layers that are not quantized. `loras`: LoRA files that are folded
     first, in order. `smoothing`: expert -> layer -> mul_scale, float32 [K], which is stored; weights are
@@ -90,7 +90,7 @@ def quantize(
     Raises UsageError: E-USE-01 for incompatible arguments, E-USE-02 for a missing source or recipe, E-USE-03
     and E-USE-06 for `dst`, E-USE-05 for patterns that match nothing, E-QNT-01 for a model or layer that
     cannot be quantized, E-QNT-02 for a known loss of accuracy without `force`, E-ENG-01 for the engine;
-    CheckpointError for damaged sources and LoRA files; EnvironmentProblem E-ENV-04 for a full disk.
+    CheckpointError for damaged sources and LoRA files; EnvironmentProblem (E-ENV-04) for a full disk.
     """
     if scheme is None and recipe is None:
         raise no_scheme("quantize")
@@ -136,7 +136,7 @@ def quantize(
 
 @dataclass
 class QuantizeJob:
-    """One run, with everything that is decided before the first byte is written."""
+    """One run of `quantize`, with everything that is decided before the first byte is written."""
 
     layout: Layout
     dst: Path
@@ -191,7 +191,7 @@ class QuantizeJob:
     def check(self, force: bool) -> None:
         """Check the run and plan its outputs.
 
-        Raises UsageError E-QNT-01 if nothing would be quantized, E-QNT-02 for a known loss of accuracy
+        Raises UsageError: E-QNT-01 if nothing would be quantized, E-QNT-02 for a known loss of accuracy
         without `force`, E-ENG-01 if the engine cannot run the output, and the errors of `calibrate.record`.
         """
         used = {scheme for applied in self.applied for scheme in applied.schemes}
@@ -232,7 +232,7 @@ class QuantizeJob:
         start = time.perf_counter()
         sources = [self.layout.root, *(x.expert.path for x in self.applied), *(x.path for x in self.loras)]
         needed = sum(output.nbytes for output in self.planned.values())
-        needed += sum(_size(path) for path, _ in self._others() if self.copy or path.is_file())
+        needed += sum(_size(path) for path, _ in self._other_files() if self.copy or path.is_file())
         with Staging(
             self.dst,
             sources=list(dict.fromkeys(sources)),
@@ -247,7 +247,7 @@ class QuantizeJob:
             meter = Meter(total, on_progress)
             for expert in self.experts:
                 self._write(expert, staging, meter, statistics)
-            for source, name in self._others():
+            for source, name in self._other_files():
                 link_or_copy(source, staging.path / name, copy=self.copy or source.is_file())
             provenance.write_record_and_card(staging.path, self.record(), self.dst.name)
             (staging.path / STATISTICS).unlink(missing_ok=True)
@@ -273,7 +273,7 @@ class QuantizeJob:
         self.files |= write_expert(
             self.output_of(expert),
             staging,
-            meter.advance_in(name),
+            meter.stage_counter(name),
             hash=self.hash,
             hash_json=self.hash,
             max_shard_bytes=self.max_shard_bytes,
@@ -281,10 +281,10 @@ class QuantizeJob:
         )
         if self.measure and statistics:
             with RowReader() as reader:
-                advance = meter.advance_in(f"outputs of {name}")
+                advance = meter.stage_counter(f"outputs of {name}")
                 self.outputs[name] = output_quality(expert, statistics[name], reader, advance)
 
-    def _others(self) -> list[tuple[Path, str]]:
+    def _other_files(self) -> list[tuple[Path, str]]:
         """Other components and small files to link or copy, as (path, name in the folder)."""
         if self.layout.kind != "diffusers" or self.target.naming != "diffusers":
             return []
@@ -302,7 +302,7 @@ class QuantizeJob:
     # ---- reports --------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
-        """A hash that is equal for two runs that write the same bytes."""
+        """A hash that is the same for two runs that write the same bytes."""
         parts: list[Any] = [self.recipe.as_dict(), self.keep, self.max_shard_bytes, self.loras]
         if self.calibrate is not None:  # a resumed run reads the saved statistics
             parts += [dict(self.calibration), self.measure]
@@ -338,7 +338,7 @@ class QuantizeJob:
         loras = [{"file": x.path.name, "weight": x.weight, "expert": x.expert or "all"} for x in self.loras]
         warnings = warnings_for(self.applied, self.recipe, self.kind)
         if dry_run and os.path.lexists(self.dst):
-            warnings.append(f"{self.dst} exists already: without --dry-run this is an error")
+            warnings.append(f"{self.dst} already exists: without --dry-run this is an error")
         return QuantizeReport(
             path=self.dst,
             source=provenance.source_name(self.layout),
@@ -347,7 +347,7 @@ class QuantizeJob:
             experts=tuple(self._expert_report(expert) for expert in self.experts),
             dry_run=dry_run,
             seconds=seconds,
-            linked=tuple(name for _, name in self._others()),
+            linked=tuple(name for _, name in self._other_files()),
             loras=tuple(loras),
             calibration=self.calibration,
             engine=self.target.engine,

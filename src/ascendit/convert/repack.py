@@ -2,11 +2,11 @@
 
     repack("wan22_w8a8_mxfp8_export", "wan22-mxfp8", base="hf:Wan-AI/Wan2.2-T2V-A14B-Diffusers")
 
-Unchanged bytes are copied between files, in the kernel if possible; other tensors are converted some rows at
-a time by `weights.tensor_steps`. A format that an engine cannot load is an error before anything is written.
-torch is imported only for FP8 in tiles and for `check`.
+Unchanged bytes are copied between files, by system calls if possible; other tensors are converted a few rows
+at a time, see `weights.tensor_steps`. If the engine cannot load the result, an error is raised before
+anything is written. torch is imported only for FP8 in tiles and for `check`.
 
-`check` decodes source and output, some rows at a time, and compares hashes of the values. It shares no code
+`check` decodes source and output, a few rows at a time, and compares hashes of the values. It shares no code
 with `tensor_steps`: it decodes packed values and scales from the stored bytes.
 """
 
@@ -84,9 +84,9 @@ def repack(
     copy other components instead of linking them. `resume`: continue a killed run. `dry_run`: only check and
     report.
 
-    Raises UsageError E-ENG-01 if the engine cannot load the checkpoint, E-USE-01/02/03/06 for arguments and
-    paths; CheckpointError E-CKP-.. for the source and the base; EnvironmentProblem E-ENV-02, E-ENV-04 for the
-    disk.
+    Raises UsageError: E-ENG-01 if the engine cannot load the checkpoint, E-USE-01, -02, -03 and -06 for
+    arguments and paths; CheckpointError (E-CKP-..) for the source and the base; EnvironmentProblem (E-ENV-02,
+    E-ENV-04) for the disk.
     """
     started = time.monotonic()
     dst = Path(dst).expanduser()
@@ -122,7 +122,7 @@ def repack(
         meter = Meter(sum(step.source_bytes() for output in outputs for step in output.steps), on_progress)
         files: dict[str, str] = {}
         for output in outputs:
-            advance = meter.advance_in(output.source.name)
+            advance = meter.stage_counter(output.source.name)
             files |= write_expert(output, staging, advance, hash=check, align=True)
         if pipeline:
             report = replace(report, linked=provenance.add_components(pipeline, staging.path, copy=copy))
@@ -140,7 +140,7 @@ def repack(
 
 
 def _outputs(source: Layout, target: TargetFormat, base: Layout | None) -> list[ExpertOutput]:
-    """Plan the output of every expert. All checks of the source are here, before anything is written."""
+    """Plan the output of every expert. All checks of the source happen here, before anything is written."""
     outputs = []
     for part in source.experts:
         expert = read_expert(part)
@@ -173,7 +173,7 @@ def _check(
 ) -> RepackReport:
     """Compare source and output, and add the digests to the report."""
     read = sum(step.source_bytes() for output in outputs for step in output.steps)
-    advance = Meter(read + report.bytes_after, on_progress).advance_in("check")
+    advance = Meter(read + report.bytes_after, on_progress).stage_counter("check")
     experts = []
     for expert, output, part in zip(report.experts, outputs, recognise(folder).experts, strict=True):
         sums = compare_numbers(output.source, read_expert(part), advance)
@@ -245,7 +245,7 @@ _TILE, _GROUP = FORMATS[FP8_TILES].block, SCHEMES["mxfp4_dualscale"].group
 
 
 def compare_numbers(source: Expert, written: Expert, advance: Advance = no_progress) -> dict[str, str]:
-    """Return the digests, equal for both, or raise CheckpointError E-CKP-10, which names the tensors."""
+    """Return the digests, equal for both, or raise CheckpointError (E-CKP-10), which names the tensors."""
     before, after = digests(source, advance), digests(written, advance)
     wrong = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if wrong:
@@ -273,7 +273,7 @@ def digests(expert: Expert, advance: Advance = no_progress) -> dict[str, str]:
     """Return name -> sha256 of the decoded values, as little-endian float32 in row order.
 
     A quantized layer has one entry for its decoded weight, which includes its scales. Offsets, which are
-    zero, and a `mul_scale` of ones have no entry. Calls `advance(name, bytes read)` after some rows.
+    zero, and a `mul_scale` of ones have no entry. Calls `advance(name, bytes read)` as rows are read.
     """
     checker = Checker()
     with RowReader() as reader:
@@ -311,7 +311,7 @@ def combined(digests_by_name: dict[str, str]) -> str:
 def _as_float32(info: TensorInfo, reader: RowReader) -> Iterator[Tensor]:
     import torch
 
-    for _, view in reader.blocks(info):
+    for _, view in reader.read_blocks(info):
         rows = as_tensor(view, info)
         yield rows.to(torch.float32) if info.dtype in FLOAT_DTYPES else rows
 
@@ -335,7 +335,7 @@ def decoded(layer: Layer, reader: RowReader) -> Iterator[Tensor]:
     scale, dual = scales["weight_scale_inv" if tiled else "weight_scale"], scales.get("weight_dual_scale")
     if not scheme.block and not scheme.tile:
         scale = scale.reshape(-1, 1).expand(layer.shape[0], 1)
-    for start, view in reader.blocks(weight, multiple=_TILE):
+    for start, view in reader.read_blocks(weight, multiple=_TILE):
         qdata = as_tensor(view, weight)
         stop, step = start + len(qdata), scheme.tile or 1
         row_scale = scale[start // step : -(-stop // step)]
@@ -352,6 +352,6 @@ def _read_scale(info: TensorInfo, reader: RowReader) -> Tensor:
     """Read a scale: E8M0 as uint8, others as float32."""
     import torch
 
-    data = bytearray(reader.whole(info))
+    data = bytearray(reader.read_all(info))
     values = as_tensor(memoryview(data), info).reshape(info.shape)
     return values.to(torch.float32) if info.dtype in FLOAT_DTYPES else values.view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Reports of `quantize` and `repack`: plain data, for a terminal and for `--json`. No torch."""
+"""Reports of `quantize` and `repack`: plain data, for a terminal and for `--json`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedExpert:
-    """One transformer. Subclasses add `bytes_after`, the bytes of all written tensors."""
+    """Results for one transformer. Subclasses add `bytes_after`, the bytes of all written tensors."""
 
     name: str
     schemes: Mapping[str, int]
@@ -31,13 +31,13 @@ class ConvertedExpert:
     num_weights: int
 
     def counts(self) -> str:
-        """`20 mxfp8, 12 bf16`."""
+        """Layers per scheme as text: `20 mxfp8, 12 bf16`."""
         return ", ".join(f"{count} {scheme}" for scheme, count in self.schemes.items())
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """One run of `quantize` or `repack`."""
+    """Results of one run of `quantize` or `repack`."""
 
     path: Path
     """The output folder; with `dry_run` it was not written."""
@@ -66,7 +66,7 @@ class ConversionReport:
 
     @property
     def bytes_done(self) -> int:
-        """Bytes for the throughput."""
+        """Bytes processed, from which the throughput is computed."""
         return self.bytes_after
 
     @property
@@ -75,7 +75,7 @@ class ConversionReport:
         return 0.0 if self.dry_run else self.bytes_done / 2**30 / max(self.seconds, 1e-9)
 
     def measured(self) -> dict[str, float]:
-        """Rounded measurements, for `--json`."""
+        """Measurements, rounded for `--json`."""
         return {name: round(getattr(self, name), 3) for name in ("bits_per_weight", "seconds", "gib_per_s")}
 
     def closing(self, also: Sequence[str], engine: str | None = None, speed: bool = True) -> list[list[str]]:
@@ -96,13 +96,13 @@ WORST = 10
 
 @dataclass(frozen=True, kw_only=True)
 class OutputQuality:
-    """SQNR in dB of a layer's output on captured activations, with weight and activation quantized."""
+    """SQNR in dB of a layer's output on captured activations, with both weight and activation quantized."""
 
     plain: float
     smoothed: float
 
     def as_dict(self) -> dict[str, float]:
-        """For `--json`."""
+        """Plain data for `--json`."""
         return {"plain": round(self.plain, 2), "smoothed": round(self.smoothed, 2)}
 
 
@@ -139,7 +139,7 @@ def _mean(layers: Sequence[OutputQuality]) -> OutputQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedExpert(ConvertedExpert):
-    """One quantized transformer."""
+    """Results for one quantized transformer."""
 
     kept: Mapping[str, tuple[str, ...]]
     """Reason -> layers that were not quantized, abbreviated (`blocks.0-4`)."""
@@ -161,7 +161,7 @@ class QuantizedExpert(ConvertedExpert):
         return sorted(self.sqnr.items(), key=lambda item: item[1])[:WORST]
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Plain data for `--json`."""
         data = {"name": self.name, "layers": json_data(self.schemes)}
         data |= selected(self, "kept", "bytes_before", "bytes_after")
         data["bits_per_weight"] = round(self.bits_per_weight, 3)
@@ -205,7 +205,7 @@ class QuantizedExpert(ConvertedExpert):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeReport(ConversionReport):
-    """One run of `quantize`."""
+    """Results of one run of `quantize`."""
 
     recipe: str
     model_kind: str
@@ -223,11 +223,11 @@ class QuantizeReport(ConversionReport):
 
     @property
     def bytes_done(self) -> int:
-        """Bytes of the source."""
+        """Bytes of the source, from which the throughput is computed."""
         return self.bytes_before
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Plain data for `--json`."""
         data = selected(self, "path", "source", "recipe", "model_kind", "dry_run", "engine")
         data |= {"layers": self.schemes, **selected(self, "bytes_before", "bytes_after"), **self.measured()}
         return data | selected(self, "experts", "linked", "loras", "calibration", "warnings")
@@ -258,7 +258,7 @@ def calibration_text(record: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RepackedExpert(ConvertedExpert):
-    """One repacked transformer."""
+    """Results for one repacked transformer."""
 
     folder: str
     """Relative to the output; `.` for the output itself."""
@@ -283,7 +283,7 @@ class RepackedExpert(ConvertedExpert):
         return self.moved_bytes + self.rewritten_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Plain data for `--json`."""
         data = selected(self, "name", "folder", "origin")
         data |= {"layers": json_data(self.schemes), "tensors": self.num_tensors, "renamed": self.num_renamed}
         data |= selected(self, "moved_bytes", "rewritten_bytes", "rewritten")
@@ -304,7 +304,10 @@ class RepackedExpert(ConvertedExpert):
 
 @dataclass(frozen=True, kw_only=True)
 class RepackReport(ConversionReport):
-    """One run of `repack`. It covers every tensor of the source: an unexpected tensor is an error."""
+    """Results of one run of `repack`.
+
+    It covers every tensor of the source: an unexpected tensor is an error.
+    """
 
     layout: str
     """Label of the layout of the source."""
@@ -319,7 +322,7 @@ class RepackReport(ConversionReport):
         return all(expert.decoded_sha256 for expert in self.experts)
 
     def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Plain data for `--json`."""
         data = selected(self, "path", "source", "layout", "to", "engine", "dry_run", "checked")
         data |= {"layers": self.schemes, "bytes": self.bytes_after, **self.measured()}
         data |= selected(self, "experts", "linked", "warnings")

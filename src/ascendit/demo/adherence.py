@@ -1,8 +1,8 @@
 """Prompt adherence: whether a video shows its prompt, measured from pixels without a neural judge.
 
-`judge` names the attributes of one video of the synthetic world (`world.py`), or gives reasons why it cannot.
+`judge` reads the attributes of one video of the synthetic world (`world.py`), or explains why it cannot.
 `measure_adherence` generates and judges many prompts; `score` counts existing readings. `judge` never sees
-the prompt, so shuffled prompts must score chance.
+the prompt, so shuffled prompts must score at chance level.
 
 Method: the background is the median of the border. Pixels that differ from it are the object, as a soft mask
 per frame. The mask's centroid gives the path, its middle the colour, and the mean of the masks, aligned by
@@ -54,13 +54,13 @@ class Reading:
     reasons: tuple[str, ...] = ()
     """One sentence per unreadable attribute."""
 
-    def right(self, scene: Scene) -> dict[str, bool]:
+    def matches(self, scene: Scene) -> dict[str, bool]:
         """Attribute -> whether it matches the scene."""
         return {name: getattr(self, name) == getattr(scene, name) for name in ATTRIBUTES}
 
 
 class Mask(NamedTuple):
-    """The object in the frames that show it."""
+    """Where the object is, in the frames that show it."""
 
     weight: Floats  # [F, h, w], share of the pixel, 0 to 1
     area: Floats  # [F]
@@ -69,7 +69,9 @@ class Mask(NamedTuple):
     complete: NDArray[np.bool_]  # [F], whether the object is clear of the frame's edge
 
     def only_complete(self, least: int) -> Mask:
-        """The frames with the complete object, if at least `least`: at the edge, its centroid is wrong."""
+        """Only the frames that show the complete object, if at least `least` do: at the edge, its centroid
+        is wrong.
+        """
         k = self.complete
         if k.sum() < least:
             return self
@@ -77,7 +79,7 @@ class Mask(NamedTuple):
 
 
 def judge(frames: NDArray[np.uint8]) -> Reading:
-    """Read one video, uint8 [F, H, W, 3] with F >= 5. Raises UsageError (E-USE-01) for another array."""
+    """Read one video, uint8 [F, H, W, 3] with F >= 5. Raises UsageError (E-USE-01) for any other array."""
     video = _shrink(_checked(frames))
     edge = np.concatenate([video[:, (0, -1)].reshape(-1, 3), video[:, :, (0, -1)].reshape(-1, 3)])
     ground = np.median(edge, axis=0)
@@ -136,7 +138,7 @@ def _ramp(x: Floats) -> Floats:
 
 
 def _find_object(smooth: Floats, ground: Floats) -> Mask | str:
-    """The one object in front of the background, or the reason for finding none."""
+    """The object in front of the background, or the reason why there is not exactly one."""
     n, h, w, _ = smooth.shape
     off = smooth - ground
     far = np.sqrt(np.einsum("fhwc,fhwc->fhw", off, off))
@@ -271,7 +273,7 @@ class Counts:
     everything: int = 0
 
     def share(self, name: str = "everything") -> float:
-        """Share of right videos, 0 to 1; 0 without videos."""
+        """Share of right videos, 0 to 1; 0 if there are no videos."""
         return float(getattr(self, name)) / self.total if self.total else 0.0
 
     def __add__(self, other: Counts) -> Counts:
@@ -296,7 +298,7 @@ class Adherence:
 
     @property
     def overall(self) -> Counts:
-        """Trained and held-out triples together."""
+        """The counts over trained and held-out triples."""
         return self.trained + self.held_out
 
     def as_dict(self) -> dict[str, Any]:
@@ -328,7 +330,7 @@ def measure_adherence(
 ) -> Adherence:
     """Generate `make(prompt, seed)` -> uint8 [F, H, W, 3] for every scene and seed, and judge the videos.
 
-    A video that the pipeline refuses (QualityError: black, not finite) counts as wrong in everything.
+    A video that the pipeline refuses (QualityError: black, or NaN) counts as wrong in every attribute.
     """
     videos = [(scene, seed) for seed in seeds for scene in scenes]
     readings = []
@@ -344,12 +346,12 @@ def measure_adherence(
 
 
 def score(readings: Iterable[Reading], scenes: Sequence[Scene], seeds: Sequence[int] = ()) -> Adherence:
-    """Count right readings of `scenes`, in the same order. All lengths must be equal."""
+    """Count the readings that match `scenes`, which are in the same order. All lengths must be equal."""
     held_out = world.held_out()
     numbers: Sequence[int | None] = seeds or [None] * len(scenes)
     counts, failures = [Counts(), Counts()], []
     for reading, scene, seed in zip(readings, scenes, numbers, strict=True):
-        right = reading.right(scene)
+        right = reading.matches(scene)
         all_right = all(right.values())
         counts[scene.triple in held_out] += Counts(
             total=1, everything=int(all_right), **{k: int(v) for k, v in right.items()}

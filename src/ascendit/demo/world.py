@@ -47,7 +47,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 
 
 class Scene(NamedTuple):
-    """The content of a prompt."""
+    """A scene as a prompt describes it: colour, shape, direction and background."""
 
     colour: str
     shape: str

@@ -1,4 +1,4 @@
-"""Ascend chips as data: SoC numbers, and memory and published peak rates per variant. Imports no torch."""
+"""Ascend chips as data: SoC numbers; memory and published peak rates per variant. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class ChipVariant:
-    """A row of `chips.toml`; memory in GiB, bandwidths in GB/s."""
+    """One product variant of a chip, a row of `chips.toml`. Memory in GiB, bandwidths in GB/s."""
 
     name: str
     product: str
@@ -29,7 +29,10 @@ class ChipVariant:
 
 @dataclass(frozen=True)
 class Chip:
-    """`soc_versions`: values of `torch_npu.npu.get_soc_version()`. `soc_name`: a device name of this chip."""
+    """One Ascend chip.
+
+    `soc_versions`: values of `torch_npu.npu.get_soc_version()`. `soc_name`: a device name of this chip.
+    """
 
     name: str
     product: str
@@ -58,5 +61,5 @@ CHIPS: dict[str, Chip] = {
 
 
 def chip_of(soc_version: int) -> Chip | None:
-    """The chip with this SoC number, None if Wan does not run on it."""
+    """The chip with this SoC number; None if Wan does not run on it."""
     return next((c for c in CHIPS.values() if soc_version in c.soc_versions), None)

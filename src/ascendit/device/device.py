@@ -25,7 +25,7 @@ DENOISER_DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """Properties of a kind of device."""
+    """Properties shared by all devices of one kind."""
 
     operators: str
     """Family of operators: cpu, cuda or npu."""
@@ -48,14 +48,14 @@ DEVICE_NAMES = "cpu, cuda, cuda:N, npu, npu:N, " + ", ".join(f"twin:{chip}" for 
 
 @dataclass(frozen=True)
 class Device:
-    """A device. `chip`: a2, a3 or a5; for an NPU it is set when the device is opened."""
+    """A device to run on. `chip`: a2, a3 or a5; for an NPU it is set when the device is opened."""
 
     kind: str
     index: int | None = None
     chip: str | None = None
 
     def __str__(self) -> str:
-        """The device name that `parse_device` accepts."""
+        """The device name, which `parse_device` accepts."""
         suffix = self.chip if self.kind == "twin" else self.index
         return self.kind if suffix is None else f"{self.kind}:{suffix}"
 
@@ -65,7 +65,7 @@ class Device:
 
     @property
     def operators(self) -> str:
-        """cpu, cuda or npu."""
+        """Its family of operators: cpu, cuda or npu."""
         return self.backend.operators
 
     @property
@@ -84,7 +84,9 @@ class Device:
         return native_on(self.chip) if self.chip else frozenset()
 
     def check_schemes(self, schemes: Iterable[str]) -> None:
-        """EnvironmentProblem (E-CAP-01) for a scheme without a matmul on its chip, if known."""
+        """Raise EnvironmentProblem (E-CAP-01) if the chip is known and has no matmul for one of these
+        schemes.
+        """
         for scheme in sorted(set(schemes) & set(QUANTIZED)):
             if self.chip is not None and scheme not in self.native_schemes:
                 raise no_matmul_for(self, self.chip, scheme)
@@ -95,10 +97,10 @@ class Device:
         return self.operators == "npu"
 
     def dtype_name(self, dtype: object) -> str | None:
-        """torch's name of the denoiser's dtype, None for the stored dtype.
+        """torch's name of the denoiser's dtype; None for the stored dtype.
 
-        `dtype`: such a name, a torch.dtype, or None for this device's default. UsageError (E-USE-01) unless
-        it is one of `DENOISER_DTYPES`.
+        `dtype`: such a name, a torch.dtype, or None for this device's default. Raises UsageError (E-USE-01)
+        for a dtype not in `DENOISER_DTYPES`.
         """
         if dtype is None:
             name = self.backend.dtype
@@ -116,7 +118,7 @@ class Device:
 
 
 def parse_device(name: object) -> Device:
-    """The device of this name, not opened. UsageError (E-USE-01) for an invalid name."""
+    """Parse a device name; the device is not opened. Raises UsageError (E-USE-01) for an invalid name."""
     text = str(name)
     match = re.fullmatch(r"(cuda|npu)(?::(\d+))?", text)
     if match:

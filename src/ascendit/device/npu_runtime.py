@@ -1,4 +1,4 @@
-"""NPU runtime settings: import torch_npu, apply its settings, detect the chip. No other file changes these.
+"""NPU runtime: import torch_npu, apply its settings, detect the chip. No other module changes these settings.
 
 `ops/open_device.py` calls these functions in order. Environment variables are set before torch_npu is
 imported, and only if the user has not set them. Each setting is logged with its reason.
@@ -74,7 +74,7 @@ def set_variables() -> None:
 
 
 def apply(npu: Any) -> None:
-    """Apply `SETTINGS` to torch.npu, and log each of them; a setting that it does not have is a warning."""
+    """Apply `SETTINGS` to torch.npu, and log each of them; logs a warning for a setting that it lacks."""
     for s in SETTINGS:
         *parents, name = (s.call or s.path).split(".")
         owner = npu
@@ -113,7 +113,10 @@ def import_torch_npu() -> Any:
 
 
 def find_chip(npu: Any) -> Chip:
-    """The chip by its SoC number. EnvironmentProblem (E-ENV-03) if ascendit does not support it."""
+    """Detect the chip from its SoC number.
+
+    Raises EnvironmentProblem (E-ENV-03) if ascendit does not support it.
+    """
     number = int(npu.get_soc_version())
     chip = chip_of(number)
     if chip is None:
@@ -129,7 +132,7 @@ def find_chip(npu: Any) -> Chip:
 
 
 def load_mindiesd() -> None:
-    """Import MindIE-SD if installed, which defines torch.ops.mindiesd. It is optional."""
+    """Import MindIE-SD, which defines torch.ops.mindiesd, if it is installed."""
     try:
         module = importlib.import_module("mindiesd")
     except ModuleNotFoundError as e:

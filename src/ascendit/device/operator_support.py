@@ -1,4 +1,4 @@
-"""Table of the operators of each chip, and the quantized schemes that follow from it. Imports no torch.
+"""Table of the operators of each chip, and the quantized schemes they allow. Does not import torch.
 
 The twin's checks, the documentation and `doctor` read this table. Check it instead of `hasattr`: torch_npu
 has the name of every operator on every chip, and many calls fail only inside CANN.
@@ -39,13 +39,13 @@ class Capability:
     dtypes: str = ""
     layout: str = ""
     message: str = ""
-    """Error of the adapter on chips where it refuses the call."""
+    """Error text of the adapter on chips where it refuses the call."""
     instead: str = ""
     """The alternative on chips where it does not run."""
     used_for: str = ""
-    """Its use in ascendit; empty if ascendit does not call it."""
+    """How ascendit uses it; empty if ascendit does not call it."""
 
-    def on(self, chip: str) -> Answer:
+    def support_on(self, chip: str) -> Answer:
         """Support on `chip`: a2, a3 or a5."""
         answer: Answer = getattr(self, chip)
         return answer
@@ -53,7 +53,7 @@ class Capability:
     @property
     def chips(self) -> tuple[str, ...]:
         """The chips that it runs on."""
-        return tuple(c for c in CHIPS if self.on(c) == "yes")
+        return tuple(c for c in CHIPS if self.support_on(c) == "yes")
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def _matmul(scheme: str, **fields: str) -> Capability:
 
 
 def _only_torch(operator: str, function: str) -> Capability:
-    """An operator without a CANN kernel on a5, which torch.nn.functional has as `function`."""
+    """An operator without a CANN kernel on a5; `function` of torch.nn.functional replaces it."""
     instead = f"torch.nn.functional.{function}, which every chip has"
     return _row(operator, message=_NO_ACLNN.format(operator), instead=instead, **_NOT_A5_ADAPTER)
 
@@ -253,7 +253,7 @@ def native_on(chip: str) -> frozenset[str]:
     """The quantized schemes, including `w4a8`, with kernels for all of their operators on this chip."""
     rows: dict[str, list[Answer]] = {}
     for row in CAPABILITIES:
-        rows.setdefault(row.scheme, []).append(row.on(chip))
+        rows.setdefault(row.scheme, []).append(row.support_on(chip))
     return frozenset(s for s in LINEAR_SCHEMES if s in rows and set(rows[s]) == {"yes"})
 
 
@@ -264,7 +264,7 @@ def chips_for(schemes: Collection[str]) -> dict[str, Support]:
 
 
 def no_matmul_for(device: object, chip: str, scheme: str) -> EnvironmentProblem:
-    """EnvironmentProblem (E-CAP-01) for a scheme without a matmul on `chip`, with the chips that have one."""
+    """The error E-CAP-01 for a scheme without a matmul on `chip`; lists the chips that have one."""
     chips = [c for c in CHIPS.values() if scheme in native_on(c.name)]
     native = ["bf16", *(s for s in SCHEMES if s in native_on(chip))]
     allowed = " or ".join(f"{c.product}, {c.name}" for c in chips) or "another scheme"

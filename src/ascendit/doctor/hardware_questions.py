@@ -2,7 +2,7 @@
 
 `ask` takes a function that calls operators on CPU inputs, and returns the answer as text. It runs on the card
 and on the twin, so a report shows where the twin is wrong. Answers are coarse, so that only relevant
-differences show. Questions with `card_only` have no answer on the twin.
+differences are reported. Questions with `card_only` have no answer on the twin.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from ascendit import mx, twin
 from ascendit.device.device import Device
-from ascendit.doctor.operator_cases import Caller, CheckCase, CheckedDevice, Result, seeded, shorter
+from ascendit.doctor.operator_cases import Caller, CheckCase, CheckedDevice, Result, seeded, shortened
 from ascendit.ops.operators import bind
 from ascendit.twin.contract import FP4_E2M1, FP8_E4M3, SCALE_E8M0
 
 FP32, BF16 = torch.float32, torch.bfloat16
 ONE, NO_TWIN = 127, "answered only by a card"
-EVERY, A5 = ("a2", "a3", "a5"), ("a5",)
+ALL_CHIPS, A5 = ("a2", "a3", "a5"), ("a5",)
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about `operator`. `card_only`: computes the answer from the card, without the twin."""
+    """A question about `operator`. `card_only`: computes the answer on the card; the twin has none."""
 
     text: str
     operator: str
@@ -112,7 +112,7 @@ def _dst_type_max(call: Caller) -> str:
         try:
             scale = call("npu_dynamic_mx_quant", x, dst_type=FP4_E2M1, **options)[1]
         except RuntimeError as e:
-            answers.append(f"{dst_type_max:g} refused ({shorter(str(e), 60)})")
+            answers.append(f"{dst_type_max:g} refused ({shortened(str(e), 60)})")
             continue
         default = call("npu_dynamic_mx_quant", x, dst_type=FP4_E2M1)[1]
         rise = tuple(int(a) - int(b) for a, b in zip(scale[:, 0, 0], default[:, 0, 0], strict=True))
@@ -157,7 +157,7 @@ def _fp8_once(call: Caller, batch: int, tokens: int) -> str:
         named = {"num_query_heads": 2, "softmax_scale": 128**-0.5, "input_layout": "BNSD", "out_dtype": BF16}
         out = call("npu_fused_infer_attention_score_v2", *qdata, **options, **named)[0]
     except RuntimeError as e:
-        return f"refused ({shorter(str(e), 80)})"
+        return f"refused ({shortened(str(e), 80)})"
     q, k, v = (t.float() for t in floats)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     noise = (out.float() - expected).square().mean() / expected.square().mean()
@@ -189,7 +189,7 @@ def _captured(card: CheckedDevice, name: str, *args: Any, **kwargs: Any) -> str:
         same = torch.equal(card.to_cpu(out)[0], expected)
         return f"{name} captured" if same else f"{name} captured, but replays other numbers"
     except (RuntimeError, AttributeError, NotImplementedError) as e:
-        return f"{name} refused ({shorter(str(e), 160)})"
+        return f"{name} refused ({shortened(str(e), 160)})"
 
 
 # ---- speed and cards ----------------------------------------------------------------------------
@@ -230,16 +230,18 @@ _INFER = "npu_fused_infer_attention_score_v2"
 QUESTIONS: tuple[Question, ...] = (
     Question("In which order and dtype does the MX matmul sum?", "npu_quant_matmul", _order_of_sums),
     Question("How does the MX matmul treat the scale bytes 255 and 0?", "npu_quant_matmul", _odd_scales),
-    Question("How does the int8 quantizer treat zeros, inf and nan?", _INT8, _odd_rows, chips=EVERY),
+    Question("How does the int8 quantizer treat zeros, inf and nan?", _INT8, _odd_rows, chips=ALL_CHIPS),
     Question("Are scale_alg=2 and dst_type_max supported?", "npu_dynamic_mx_quant", _dst_type_max),
     Question("How does the dual-level quantizer apply smooth_scale?", _DUAL, _smooth_scale),
     Question("Which batches and lengths does FP8 attention (mode 7) accept?", _INFER, _fp8_attention),
-    Question("Can a graph capture these operators?", "npu_fusion_attention", card_only=_graphs, chips=EVERY),
+    Question(
+        "Can a graph capture these operators?", "npu_fusion_attention", card_only=_graphs, chips=ALL_CHIPS
+    ),
     Question(
         "From how many tokens on is FRACTAL_NZ faster for MXFP8?", "npu_quant_matmul", card_only=_formats
     ),
     Question(
-        "How many devices does the card have, and which?", "get_npu_format", card_only=_cards, chips=EVERY
+        "How many devices does the card have, and which?", "get_npu_format", card_only=_cards, chips=ALL_CHIPS
     ),
 )
 
@@ -266,4 +268,4 @@ def _ask(ask: Callable[[Caller], str], call: Caller) -> str:
     try:
         return ask(call)
     except RuntimeError as e:
-        return f"refused ({shorter(str(e), 120)})"
+        return f"refused ({shortened(str(e), 120)})"

@@ -26,9 +26,9 @@ from ascendit.doctor.probe import (
     ProbeRow,
     Status,
     at_least,
-    child,
-    failed,
-    read,
+    failed_row,
+    read_text,
+    run_child,
 )
 from ascendit.native.build import native
 from ascendit.version import installed
@@ -72,7 +72,7 @@ def _python() -> list[ProbeRow]:
 
 
 def _cpu() -> list[ProbeRow]:
-    text = read(Path("/proc/cpuinfo"))
+    text = read_text(Path("/proc/cpuinfo"))
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.M)
     useful = [name for name in CPU_FEATURES if flags and name in flags[1].split()]
     model = re.search(r"^model name\s*:\s*(.*)$", text, re.M)
@@ -82,10 +82,10 @@ def _cpu() -> list[ProbeRow]:
 
 def _memory() -> list[ProbeRow]:
     sizes = {
-        k: int(v) * 1024 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", read(Path("/proc/meminfo")), re.M)
+        k: int(v) * 1024 for k, v in re.findall(r"^(\w+):\s+(\d+) kB", read_text(Path("/proc/meminfo")), re.M)
     }
     total = sizes.get("MemTotal", 0) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = read(Path("/sys/fs/cgroup/memory.max")).strip()
+    limit = read_text(Path("/sys/fs/cgroup/memory.max")).strip()
     total = min(total, int(limit)) if limit.isdigit() else total
     free = min(sizes.get("MemAvailable", total), total)
     detected, needed = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free", f"{MEMORY_GIB:g} GiB for the demo"
@@ -138,14 +138,14 @@ def _torch_imports() -> list[ProbeRow]:
     row = ProbeRow("import torch", "works", needed="works", required=True)
     answer = _torch()
     if "error" in answer:
-        return [failed(row, answer, fix="pip install --force-reinstall torch")]
+        return [failed_row(row, answer, fix="pip install --force-reinstall torch")]
     row = replace(row, detected=f"works, {answer['threads']} threads, CPU kernels {answer['capability']}")
     if find_spec("torch_npu") is None:
         return [row]
-    with_plugins = child("import json, torch; print(json.dumps({}))", plugins=True)
+    with_plugins = run_child("import json, torch; print(json.dumps({}))", plugins=True)
     if "error" in with_plugins:  # torch loads torch_npu automatically, which needs CANN
         fix = f"{npu.source_line()}, or export TORCH_DEVICE_BACKEND_AUTOLOAD=0 to run without the NPU"
-        row = failed(row, {**with_plugins, "error": f"with torch_npu: {with_plugins['error']}"}, fix=fix)
+        row = failed_row(row, {**with_plugins, "error": f"with torch_npu: {with_plugins['error']}"}, fix=fix)
     return [row]
 
 
@@ -154,9 +154,9 @@ def _video_codec() -> list[ProbeRow]:
     fix = "pip install --force-reinstall av"
     if find_spec("av") is None:
         return [replace(row, detected="no PyAV", status="missing", fix=fix)]
-    answer = child("import json, av; print(json.dumps({'x264': 'libx264' in av.codecs_available}))")
+    answer = run_child("import json, av; print(json.dumps({'x264': 'libx264' in av.codecs_available}))")
     if "error" in answer:
-        return [failed(row, answer, fix=fix)]
+        return [failed_row(row, answer, fix=fix)]
     return [row if answer["x264"] else replace(row, detected="none", status="missing", fix=fix)]
 
 
@@ -203,7 +203,7 @@ print(json.dumps({"cuda": names, "capability": capability, "threads": torch.get_
 
 @cache
 def _torch() -> dict[str, Any]:
-    return child(_TORCH_CODE)
+    return run_child(_TORCH_CODE)
 
 
 PROBES: tuple[Probe, ...] = (

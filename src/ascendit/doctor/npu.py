@@ -107,7 +107,11 @@ class InstalledVersions:
 
 @dataclass(frozen=True)
 class VersionMatch:
-    """`stack`: the row of this torch_npu. `wrong`: versions of other rows. `unlisted`: versions of no row."""
+    """Result of `match_versions`.
+
+    `stack`: the row of this torch_npu. `wrong`: installed versions that contradict it. `unlisted`: installed
+    versions that are in no row.
+    """
 
     stack: VersionSet | None
     wrong: tuple[str, ...] = ()
@@ -115,7 +119,7 @@ class VersionMatch:
 
 
 def match_versions(versions: InstalledVersions) -> VersionMatch:
-    """The row of the installed torch_npu, and the other versions that do not belong to it."""
+    """Find the row of the installed torch_npu and the other installed versions that contradict it."""
     public = (versions.torch_npu or "").partition("+")[0]  # 2.10.0+cpu -> 2.10.0
     stack = next((s for s in VERSION_SETS if s.torch_npu == public), None)
     wrong, unlisted = [], []
@@ -144,7 +148,7 @@ def advise(versions: InstalledVersions) -> VersionSet:
 
 
 def _same_minor(version: str | None, other: str) -> bool:
-    """Whether major and minor version are equal, as of 2.13.0+cpu and 2.13.1."""
+    """Whether major and minor version are equal, as in 2.13.0+cpu and 2.13.1."""
     return version_numbers(version or "")[:2] == version_numbers(other)[:2]
 
 
@@ -217,15 +221,17 @@ def _group(path: str) -> str:
 
 
 def driver_version() -> str | None:
-    """From the driver's version.info, else from npu-smi; containers often have only one of them."""
-    match = re.search(r"^Version\s*=\s*([\w.]+)", probe.read(ASCEND / "driver" / "version.info"), re.M | re.I)
+    """Read the version from the driver's version.info, else from npu-smi: containers often have only one."""
+    match = re.search(
+        r"^Version\s*=\s*([\w.]+)", probe.read_text(ASCEND / "driver" / "version.info"), re.M | re.I
+    )
     if match is None and cards():
-        match = re.search(r"Version:\s*([\w.]+)", probe.command(("npu-smi", "info")))
+        match = re.search(r"Version:\s*([\w.]+)", probe.run_command(("npu-smi", "info")))
     return match[1] if match else None
 
 
 def driver() -> list[ProbeRow]:
-    """The kernel driver of the cards."""
+    """The driver of the cards."""
     if not cards():
         return []
     version = driver_version()
@@ -238,9 +244,12 @@ def driver() -> list[ProbeRow]:
 
 
 def cann_version(folder: Path) -> str | None:
-    """The version, as 9.1.0. In `version.cfg` it follows an internal number: [7.6.0.1.220:8.2.RC1]."""
+    """The version of CANN, such as 9.1.0.
+
+    In `version.cfg` it follows an internal number: [7.6.0.1.220:8.2.RC1].
+    """
     for name in VERSION_FILES:
-        text = probe.read(folder / name.format(arch=platform.machine()))
+        text = probe.read_text(folder / name.format(arch=platform.machine()))
         if match := re.search(r"version\s*=\s*\[?([^\s\]]+)", text, re.I):
             versions = [item for item in match[1].split(":") if item[:1].isdigit()]
             return versions[-1] if versions else match[1]
@@ -394,7 +403,7 @@ def operators() -> list[ProbeRow]:
 
 def used_operators(chip: str | None) -> list[str]:
     """The operators that ascendit calls, all of them or only those of `chip`, from the capability table."""
-    rows = [r for r in CAPABILITIES if r.used_for and (chip is None or r.on(chip) == "yes")]
+    rows = [r for r in CAPABILITIES if r.used_for and (chip is None or r.support_on(chip) == "yes")]
     return list(dict.fromkeys(r.operator for r in rows))
 
 
@@ -423,7 +432,7 @@ print(json.dumps({"cards": cards, "soc": soc, "mindiesd": problem, "operators": 
 @cache
 def npu_in_a_child() -> dict[str, Any]:
     """Cards, SoC number, operators, and the import error of MindIE-SD; or `{"error": ...}`."""
-    return probe.child(f"NAMES = {used_operators(None)!r}\n{_CODE}")
+    return probe.run_child(f"NAMES = {used_operators(None)!r}\n{_CODE}")
 
 
 NPU_PROBES: tuple[Probe, ...] = (

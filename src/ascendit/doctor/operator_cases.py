@@ -47,9 +47,10 @@ ORDER: tuple[Verdict, ...] = (
 )  # fmt: skip
 """Worst first."""
 DECIBELS = {"bfloat16": 50.0, "float16": 60.0, "float32": 80.0}
-"""Minimum signal-to-noise ratio for each dtype: power of the expected result over that of the difference."""
+"""Minimum signal-to-noise ratio in dB for each dtype: power of the expected result over power of the
+difference."""
 ATTENTION_DECIBELS = 40.0
-"""Lower, because attention kernels may store probabilities in 16 bits."""
+"""Lower limits, because attention kernels may store probabilities in 16 bits."""
 INT8_SHARE, BYTE_SHARE = 0.01, 0.001
 """Share of int8 values that may be off by one; of other elements and E8M0 scales that may differ."""
 
@@ -74,7 +75,7 @@ class Result:
     """Share of elements that differ, for quantized results."""
     microseconds: float | None = None
     how: str = ""
-    """For functions: the selected kernel and the reason."""
+    """The selected kernel and the reason; "" for operators."""
     answer: str = ""
     expected: str = ""
     error: str = ""
@@ -85,12 +86,14 @@ class Result:
 
 
 def worst(results: Iterable[Result]) -> Result:
-    """The first result with the worst verdict. ValueError if `results` is empty."""
+    """The first result with the worst verdict. Raises ValueError if `results` is empty."""
     return min(results, key=lambda r: ORDER.index(r.verdict))
 
 
 def compare_results(base: Result, actual: Any, expected: Any, *, db: float | None = None) -> Result:
-    """`base` with the verdict on `actual`. Both results are on the CPU: tensors, tuples of tensors, or ints.
+    """Return `base` with the verdict on `actual`.
+
+    Both results are on the CPU: tensors, tuples of tensors, or ints.
 
     `db`: limit for float tensors instead of the limit of their dtype. Ints are compared only if they are the
     only result; next to tensors they are ignored, since they may be random seeds.
@@ -162,12 +165,12 @@ def _compare_floats(base: Result, actual: Tensor, expected: Tensor, limit: float
 
 
 def largest(values: Iterable[float | None]) -> float | None:
-    """The largest value, ignoring None; None if there is no other."""
+    """The largest value, ignoring None; None if there are no values."""
     return max((v for v in values if v is not None), default=None)
 
 
 def smallest(values: Iterable[float | None]) -> float | None:
-    """The smallest value, ignoring None; None if there is no other."""
+    """The smallest value, ignoring None; None if there are no values."""
     return min((v for v in values if v is not None), default=None)
 
 
@@ -255,10 +258,10 @@ def run_case(card: CheckedDevice, case: CheckCase) -> Result:
         return case.run(card, case.base)
     except Exception as e:
         log.info("self-check: %s raised", case.base.name, exc_info=True)
-        return replace(case.base, verdict="error", error=shorter(f"{type(e).__name__}: {e}"))
+        return replace(case.base, verdict="error", error=shortened(f"{type(e).__name__}: {e}"))
 
 
-def shorter(text: str, size: int = 300) -> str:
+def shortened(text: str, size: int = 300) -> str:
     """The first line of an error, cut to `size` characters."""
     line = next((line for line in text.splitlines() if line.strip()), "")
     return re.sub(r"\s+", " ", line)[:size]

@@ -1,4 +1,4 @@
-"""Shared by the probes of `doctor`: the row of a probe, the report, and helpers to run commands.
+"""Shared code of the probes of `doctor`: the row of a probe, the report, helpers to run commands.
 
 Probes read versions and files that may be absent. A library that may crash or hang the process is imported in
 a child process with a time limit.
@@ -20,7 +20,7 @@ from ascendit import environment
 Status = Literal[
     "ok", "missing", "too old", "too little", "broken", "unlisted", "absent", "not checked", "probe failed"
 ]
-"""`unlisted`: in no public table, may work. `absent`: not installed and not needed."""
+"""`unlisted`: in no public table, but may work. `absent`: not installed and not needed."""
 NO_FIX = ("ok", "absent")
 """Statuses that need no fix."""
 
@@ -93,7 +93,7 @@ def at_least(version: str, needed: str) -> bool:
     return version_numbers(version) >= version_numbers(needed)
 
 
-def read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The text of a file, "" if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
@@ -101,7 +101,7 @@ def read(path: Path) -> str:
         return ""
 
 
-def command(args: Sequence[str]) -> str:
+def run_command(args: Sequence[str]) -> str:
     """The output of a command, "" if it is not installed, fails or takes too long."""
     try:
         result = _run(args, COMMAND_SECONDS)
@@ -119,7 +119,7 @@ def _run(
 PROBE_SECONDS = 120.0
 
 
-def child(code: str, *, plugins: bool = False) -> dict[str, Any]:
+def run_child(code: str, *, plugins: bool = False) -> dict[str, Any]:
     """Run `code` in a new Python process; return the JSON of its last line, or `{"error": ...}`.
 
     `plugins`: let `import torch` load torch_npu automatically, which is torch's default.
@@ -136,8 +136,8 @@ def child(code: str, *, plugins: bool = False) -> dict[str, Any]:
     return answer
 
 
-def failed(row: ProbeRow, answer: dict[str, Any], *, fix: str) -> ProbeRow:
-    """The row for a child process that failed."""
+def failed_row(row: ProbeRow, answer: dict[str, Any], *, fix: str) -> ProbeRow:
+    """Make the row for a child process that failed."""
     if answer.get("late"):
         again = "run ascendit doctor again when the machine is less busy"
         return replace(row, detected=answer["error"], status="probe failed", fix=again)

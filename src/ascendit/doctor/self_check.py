@@ -65,25 +65,26 @@ class SelfCheck:
     def ok(self) -> bool:
         return bool(self.results) and not self.failed
 
-    def part(self, name: str) -> list[Result]:
+    def results_of(self, name: str) -> list[Result]:
         return [r for r in self.results if r.part == name]
 
     def by_operator(self) -> dict[str, list[Result]]:
         """Results by operator, those that ascendit calls first."""
-        return group_by(sorted(self.part("operator"), key=lambda r: not r.used), lambda r: r.operator)
+        return group_by(sorted(self.results_of("operator"), key=lambda r: not r.used), lambda r: r.operator)
 
     def as_dict(self) -> dict[str, Any]:
         """The report for JSON; has no paths, user names or host names."""
         head = {"format": FORMAT, "verdict": "passed" if self.ok else "failed", "device": self.device}
         failed = list(dict.fromkeys(r.operator for r in self.failed))
-        parts = {f"{part}s": [asdict(r) for r in self.part(part)] for part in PARTS}
+        parts = {f"{part}s": [asdict(r) for r in self.results_of(part)] for part in PARTS}
         return {**head, "chip": self.chip, "failed": failed, **self.about, **parts}
 
 
 def self_check(name: str) -> SelfCheck:
-    """Run every case on the device of this name.
+    """Run every case on the device with this name.
 
-    UsageError (E-USE-01) for an invalid name, EnvironmentProblem (E-ENV-03) if the device is not available.
+    Raises UsageError (E-USE-01) for an invalid name, EnvironmentProblem (E-ENV-03) if the device is not
+    available.
     """
     parsed = parse_device(name)
     if parsed.backend.tensors == "cpu":
@@ -103,7 +104,7 @@ def all_cases(device: Device) -> list[CheckCase]:
 
 
 def summary(results: list[Result]) -> Result:
-    """Results of one operator as one: the worst verdict, the lowest dB, the longest time."""
+    """Merge the results of one operator: the worst verdict, the lowest dB, the longest time."""
     longest = largest(r.microseconds for r in results)
     return replace(worst(results), db=smallest(r.db for r in results), microseconds=longest)
 
@@ -125,9 +126,10 @@ Command = Callable[[int], Sequence[str]]
 
 
 def in_children(name: str, command: Command | None = None) -> tuple[str | None, list[Result]]:
-    """The chip of device `name` and the results of all cases; if a child ends, a new one continues.
+    """Run all cases in child processes; if one dies, a new one continues. Returns the chip and the results.
 
-    EnvironmentProblem: E-ENV-03 if the device does not start, or the error of `open_device` in the child.
+    Raises EnvironmentProblem: E-ENV-03 if the device does not start, or the error of `open_device` in the
+    child.
     """
     command = command or (
         lambda first: (sys.executable, "-m", "ascendit.doctor.self_check", name, str(first))

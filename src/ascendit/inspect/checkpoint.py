@@ -1,4 +1,4 @@
-"""Inspect a checkpoint of any layout: contents, formats, completeness. Headers and JSON only, no torch."""
+"""Inspect a checkpoint of any layout: contents, formats, completeness. Reads only headers and JSON files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ NEEDED_FOR_IMAGE_TOKENS = ("image_encoder", "image_processor")
 def inspect(path: Path | str) -> ModelReport:
     """Read the configs and headers of a checkpoint: a folder, a file, "demo", hf:org/name or ms:org/name.
 
-    Problems of a recognised model are in the report; raises as `recognise` for anything else. A layout with
-    transformers only is complete without the other parts of a pipeline.
+    Problems of a recognised model are listed in the report; other problems raise the errors of `recognise`. A
+    layout with only transformers counts as complete without the other parts of a pipeline.
     """
     layout = recognise(model_folder(path))
     problems = _missing_parts(layout) if layout.kind == "diffusers" else []
@@ -65,7 +65,7 @@ def _inspect_part(part: Part) -> PartReport:
     if not part.has_weights:
         return PartReport(**fields)
     try:
-        shards = Shards.of_part(part)
+        shards = Shards.from_part(part)
         fields["tensors"] = tuple(shards.tensors.values())
         fields["files"] = len(shards.files)
         if part.name in EXPERTS:

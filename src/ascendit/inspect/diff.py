@@ -1,7 +1,7 @@
 """Compare two checkpoints of any layout, by the Diffusers names of their tensors.
 
-Reads headers and configs only, no torch. Equal headers do not imply equal numbers: these are compared by the
-sha256 in `ascendit.json`, if both checkpoints have them (`Diff.hashes`).
+Reads only headers and configs. Equal headers do not imply equal numbers: those are compared by the sha256 in
+`ascendit.json`, if both checkpoints have it (`Diff.hashes`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _Changes = Iterator[tuple[ChangeKind, str, Any, Any]]
 
 @dataclass(frozen=True)
 class Change:
-    """One difference. `a`, `b`: the plain values of both sides; None if a side has none."""
+    """One difference. `a`, `b`: the values on both sides as plain data; None if absent."""
 
     part: str
     kind: ChangeKind
@@ -60,7 +60,7 @@ class Diff:
 
     @property
     def same(self) -> bool:
-        """Whether no difference was detected."""
+        """Whether there are no differences."""
         return not self.changes and self.hashes != "different"
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,9 +93,10 @@ class Diff:
 
 
 def diff(a: Path | str | ModelReport, b: Path | str | ModelReport) -> Diff:
-    """Compare two checkpoints of any layout: paths as for `inspect`, or its reports.
+    """Compare two checkpoints of any layout: paths as accepted by `inspect`, or its reports.
 
-    Raises as `inspect`. An expert that could not be read as a Wan transformer is compared by names on disk.
+    Raises the errors of `inspect`. An expert that could not be read as a Wan transformer is compared by its
+    names on disk.
     """
     a = a if isinstance(a, ModelReport) else inspect(a)
     b = b if isinstance(b, ModelReport) else inspect(b)
@@ -149,13 +150,16 @@ def _expert_changes(one: ExpertSummary, other: ExpertSummary) -> _Changes:
                 yield kind, f"{name}.weight" if kind == "shape" else name, x[kind], y[kind]
         if x["scheme"] == y["scheme"]:
             alike.add(name)
-    yield from _tensor_changes(_others(a, shared, alike), _others(b, shared, alike))
+    yield from _tensor_changes(_other_tensors(a, shared, alike), _other_tensors(b, shared, alike))
     for key, xs, ys in _differing(a.attention, b.attention):
         yield "attention", key.removesuffix(QUANT_TYPE), xs, ys
 
 
 def _linear(expert: Expert, name: str) -> dict[ChangeKind, Any]:
-    """The compared facts of a linear layer. Scheme: `mxfp4`, `mxfp4 unpacked to FP8`, `bf16`, `fp32`."""
+    """The properties of a linear layer that are compared.
+
+    Scheme: `mxfp4`, `mxfp4 unpacked to FP8`, `bf16`, `fp32`.
+    """
     layer, weight = expert.layers.get(name), expert.tensors[f"{name}.weight"]
     if layer is None:
         return {"scheme": dtype_name(weight.dtype), "smoothing": None, "shape": list(weight.shape)}
@@ -166,7 +170,7 @@ def _linear(expert: Expert, name: str) -> dict[ChangeKind, Any]:
     return {"scheme": scheme, "smoothing": smoothing, "shape": list(layer.shape)}
 
 
-def _others(expert: Expert, shared: Mapping[str, None], alike: set[str]) -> dict[str, TensorInfo]:
+def _other_tensors(expert: Expert, shared: Mapping[str, None], alike: set[str]) -> dict[str, TensorInfo]:
     """Tensors to compare one by one: no quantized weights, and scales only of layers with the same scheme."""
     others = {}
     for name, info in expert.tensors.items():

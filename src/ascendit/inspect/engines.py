@@ -1,4 +1,6 @@
-"""Engines and chips that can run a checkpoint: unchanged, after a repack, or not at all. No torch.
+"""Engines and chips that can run a checkpoint: unchanged, after a repack, or not at all.
+
+Does not import torch.
 
 `quant.engines` lists the schemes that an engine can run, `weights.engine_formats` the files that it expects.
 vLLM-Omni needs equal `mul_scale` for Q, K and V; headers do not show that, so only `repack` checks it.
@@ -30,7 +32,7 @@ Verdict = Literal["runs", "repack", "no"]
 
 @dataclass(frozen=True)
 class Compatibility:
-    """Whether one engine can run the checkpoint."""
+    """Whether, and how, one engine can run the checkpoint."""
 
     engine: str
     version: str

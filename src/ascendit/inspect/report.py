@@ -1,4 +1,4 @@
-"""The report of `inspect`: plain data, lines for a terminal, a dict for `--json`. No torch."""
+"""The report of `inspect`: plain data, lines for a terminal, a dict for `--json`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ EXPERT_TITLES = ("Excluded", "Smoothed", "Attention", "Origin")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelReport:
-    """A model on disk."""
+    """Contents of a model on disk."""
 
     layout: Layout
     family: WanSpec | None
     """The row of `family.py` with these dimensions."""
     defaults: Defaults | None
-    """None without a pipeline, or with damaged configs (see `problems`)."""
+    """None if the checkpoint is not a pipeline or its configs are damaged (see `problems`)."""
     parts: tuple[PartReport, ...]
     problems: tuple[AscenditError, ...]
     """All problems, including those of the parts."""
@@ -61,7 +61,7 @@ class ModelReport:
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Over all experts; None if no header could be read."""
+        """Bits per weight over all experts; None if no header could be read."""
         total = sum(p.values for p in self.experts)
         return 8 * sum(p.nbytes for p in self.experts) / total if total else None
 
@@ -80,7 +80,7 @@ class ModelReport:
         }
 
     def as_dict(self, *, layers: bool = False) -> dict[str, Any]:
-        """Plain data for `--json`. `layers`: with every layer and tensor."""
+        """Plain data for `--json`. `layers`: include every layer and tensor."""
         data = {
             "name": self.layout.name,
             "ok": self.ok,
@@ -116,7 +116,7 @@ class ModelReport:
         return columns(titled(blocks), first_width=9)
 
     def problem_texts(self) -> list[str]:
-        """Code, part and description of each problem."""
+        """Each problem as text: code, part and description."""
         owners = {id(p.problem): p.name for p in self.parts}
         texts = []
         for problem in self.problems:
@@ -212,7 +212,7 @@ def _most_first(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class PartReport:
-    """One part of a model: transformer, VAE, text encoder, ..."""
+    """Contents of one part of a model: transformer, VAE, text encoder, ..."""
 
     name: str
     library: str
@@ -223,7 +223,7 @@ class PartReport:
     """Tensors that the class needs and the files lack. This field and the next three: experts only."""
     unexpected: tuple[str, ...] = ()
     misshapen: tuple[str, ...] = ()
-    """`name [actual], not [expected]`; decoded shapes for quantized weights."""
+    """`name [actual], not [expected]`; shapes of quantized weights are decoded shapes."""
     mistyped: tuple[str, ...] = ()
     """`name dtype`, for tensors of unquantized layers whose dtype is not a float."""
     problem: AscenditError | None = None

@@ -1,4 +1,4 @@
-"""The summary of one transformer: schemes, bits, layers excluded from quantization. No torch."""
+"""The summary of one transformer: schemes, bits, layers excluded from quantization."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SchemeCount:
     values: int
     """Decoded weights."""
     nbytes: int
-    """Of quantized weights and scales, without biases."""
+    """Bytes of quantized weights and scales, without biases."""
 
     @property
     def bits(self) -> float:
@@ -100,7 +100,7 @@ class StoredRow:
         return dtype_name(self.tensors[0][1].dtype) if self.scheme in ("float", "bf16") else self.scheme
 
     def stored(self) -> str:
-        """`e4m3, weight_scale uint8 [5120, 160]`."""
+        """Dtypes and scales as text, for example `e4m3, weight_scale uint8 [5120, 160]`."""
         texts = []
         for role, info in self.tensors:
             dtype = dtype_name(info.dtype)
@@ -133,7 +133,7 @@ class ExpertSummary:
 
     @cached_property
     def linears(self) -> tuple[str, ...]:
-        """Every layer with a weight matrix, in model order; so no norms."""
+        """Every layer with a weight matrix, in model order; norms have none."""
         names: dict[str, None] = {}
         for name, info in self.expert.tensors.items():
             layer, _, role = name.rpartition(".")
@@ -143,7 +143,7 @@ class ExpertSummary:
 
     @cached_property
     def rows(self) -> tuple[StoredRow, ...]:
-        """Every layer with a scheme (with its scales) and every other tensor, in model order."""
+        """One row per layer with a scheme (scales included) and per other tensor, in model order."""
         layers = self.expert.layers.values()
         layer_of = {info.name: layer for layer in layers for info in layer.tensors.values()}
         rows: dict[str, StoredRow] = {}
@@ -231,7 +231,7 @@ class ExpertSummary:
         return grouped(names, self.attentions)
 
     def texts(self) -> dict[str, list[str]]:
-        """Title -> lines for a terminal."""
+        """Title of a block -> its lines for a terminal."""
         expert = self.expert
         attention = [f"{value}: {', '.join(names)}" for value, names in self.attention.items()]
         attention += [f"rotated: {', '.join(self.rotated)}"] if self.rotated else []

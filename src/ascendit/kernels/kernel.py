@@ -26,7 +26,7 @@ from ascendit.quant.schemes import Scheme
 Function = Callable[..., Tensor]
 Prepare = Callable[..., Any]
 Emulate = Literal["decode-on-use", "decode-once"]
-"""When weights of schemes without a matmul are dequantized: on each call, or once, which takes memory."""
+"""When to dequantize weights of a scheme without a matmul: on each call, or once, which takes memory."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class PreparedWeight:
     bias: Tensor | None = None
     """float32 [N]."""
     row_bias: Tensor | None = None
-    """The bias as W4A8 on an NPU needs it, bfloat16 [1, N]."""
+    """The bias in the layout of W4A8 on an NPU, bfloat16 [1, N]."""
     decoded: Tensor | None = None
     """The dequantized weight [N, K] of decode-once; dtype and layout depend on the kernel."""
 

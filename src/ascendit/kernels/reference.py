@@ -130,7 +130,7 @@ def prepare_weight(
 def prepare_decoded(
     encoded: Encoded, bias: Tensor | None, device: torch.device, *, nz: bool = False
 ) -> PreparedWeight:
-    """`prepare_weight`, with `decoded` [N, K] float32 as well: four to eight times the memory."""
+    """`prepare_weight`, and `decoded` [N, K] in float32: four to eight times the memory."""
     weight = prepare_weight(encoded, bias, device)
     return replace(weight, decoded=decode(stored(weight)))
 

@@ -18,7 +18,7 @@ from ascendit.names import listed
 
 
 def default_dtype(specs: Iterable[TensorSpec | TensorInfo], device: str) -> torch.dtype:
-    """On a CPU the dtype that most bytes of `specs` have; on other devices bfloat16."""
+    """On a CPU, the dtype of most bytes of `specs`; on other devices, bfloat16."""
     if device != "cpu":
         return torch.bfloat16
     count: Counter[str] = Counter()
@@ -47,8 +47,8 @@ def quiet() -> Iterator[None]:
 def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
     """Load a text encoder, image encoder or VAE on the CPU through transformers or Diffusers.
 
-    `dtype`: None for the stored one. CheckpointError E-CKP-04 for missing, unexpected or mismatched tensors:
-    the libraries initialize missing weights randomly and only log it.
+    `dtype`: None for the stored dtype. Raises CheckpointError (E-CKP-04) for missing, unexpected or
+    mismatched tensors: the libraries initialize missing weights randomly and only log it.
     """
     stored = Shards.open(part.path, part.stem).tensors.values()
     dtype = dtype or default_dtype(stored, "cpu")

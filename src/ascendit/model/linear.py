@@ -57,7 +57,7 @@ class LinearInput:
         return quantized
 
     def smoothed(self, mul_scale: Tensor) -> Tensor:
-        """The input times `mul_scale` (float32 [K]): [.., K] in its own dtype."""
+        """The input times `mul_scale` (float32 [K]): [.., K] in the dtype of the input."""
         key = ("smoothed", _address(mul_scale))
         if key not in self._cache:
             self._cache[key] = smooth_input(self.x, mul_scale)
@@ -118,7 +118,10 @@ class FusedGroup:
         return sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in owned)
 
     def weight_for(self, layer: QuantLinear) -> tuple[PreparedWeight, Sequence[QuantLinear]]:
-        """A weight and the layers of its rows. See `PreparedWeight`. UsageError E-QNT-03 for a cast."""
+        """The prepared weight and the layers whose rows it holds.
+
+        See `PreparedWeight`. Raises UsageError (E-QNT-03) if a parameter was cast.
+        """
         if self._copied:
             self._copied = False
             self.fuse()
@@ -225,7 +228,7 @@ class FusedGroup:
 
 
 class DecodedWeight(Tensor):
-    """A read-only dequantized copy of a quantized weight. `data` is refused: writes to it would be lost.
+    """A read-only dequantized copy of a quantized weight. Access to `data` is refused: writes would be lost.
 
     Results of computations with it are plain tensors.
     """
@@ -234,9 +237,11 @@ class DecodedWeight(Tensor):
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
-        """Always raises UsageError E-QNT-03: PEFT and Diffusers fuse through `data` [N, K], in any dtype."""
+        """Always raises UsageError (E-QNT-03): PEFT and Diffusers fuse a LoRA through `data` ([N, K], any
+        dtype).
+        """
         raise UsageError(
-            "weight.data of a quantized layer",
+            "access to weight.data of a quantized layer",
             needs="a floating-point weight, to fuse a LoRA or projections into it",
             fix="fuse before quantizing, or use the LoRA without fusing it",
             code="E-QNT-03",
@@ -272,7 +277,10 @@ class QuantLinear(nn.Linear):
     def from_encoded(
         cls, encoded: Encoded, bias: Tensor | None, *, schemes: Schemes, **options: Any
     ) -> QuantLinear:
-        """Layer of a weight [N, K] quantized along K, dtypes as `Encoded`. `options`: of `fused_linears`."""
+        """Layer of a weight [N, K] quantized along K, dtypes as in `Encoded`.
+
+        `options`: arguments of `fused_linears`.
+        """
         (n, k), tensors = encoded.shape, stored_tensors(encoded, bias)
         options = {"compute_dtype": torch.bfloat16} | options
         return fused_linears(tensors, [n], encoded.format, schemes, width=k, **options)[0]
@@ -291,7 +299,10 @@ class QuantLinear(nn.Linear):
     def forward(
         self, x: Tensor | LinearInput, precision: Precision = "stored", multiply: Multiply = F.linear
     ) -> Tensor:
-        """x [.., K] -> [.., N] in x's dtype. `multiply`: for BF16 steps. UsageError for another device."""
+        """x [.., K] -> [.., N] in x's dtype.
+
+        `multiply`: for BF16 steps. Raises UsageError if x is on another device.
+        """
         source, precision = x if isinstance(x, LinearInput) else LinearInput(x), precision_of(self, precision)
         if precision == "bf16" and self.floats is not None:
             return multiply(source.x, *self.floats)
@@ -346,7 +357,10 @@ class QuantLinear(nn.Linear):
     # ---- moving and state dicts -----------------------------------------------------------------
 
     def check_apply(self, fn: Callable[[Tensor], Tensor]) -> torch.device:
-        """The device that `fn` moves tensors [..] to. UsageError E-QNT-03 for another dtype, or meta."""
+        """The device that `fn` moves tensors [..] to.
+
+        Raises UsageError (E-QNT-03) if it changes the dtype or moves to meta.
+        """
         floats = fn(torch.empty(0, dtype=self.compute_dtype, device=self.device))
         integers = fn(torch.empty(0, dtype=torch.uint8, device=self.device))
         if floats.device.type == "meta":
@@ -356,7 +370,7 @@ class QuantLinear(nn.Linear):
         return floats.device
 
     def check_dtypes(self) -> None:
-        """UsageError E-QNT-03 if a parameter was cast, as FSDP2's mixed precision does."""
+        """Raise UsageError (E-QNT-03) if a parameter was cast, as FSDP2's mixed precision does."""
         fmt = lookup(self.scheme)
         names = {"weight": fmt.qdata_dtype, "weight_scale": fmt.scale_dtype}
         dtypes = {role: getattr(torch, name) for role, name in names.items()}
@@ -366,7 +380,7 @@ class QuantLinear(nn.Linear):
 
     def _refused(self, to: object) -> UsageError:
         return UsageError(
-            f"a layer in {self.scheme} to {to}",
+            f"a cast of a layer in {self.scheme} to {to}",
             needs=f"a device only: a quantized layer cannot be cast; it computes in {self.compute_dtype}",
             fix="move it without a dtype, and choose the dtype when loading",
             code="E-QNT-03",
@@ -394,7 +408,7 @@ class QuantLinear(nn.Linear):
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,
         missing: list[str], unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
-        """Load nothing if the state dict lacks a tensor of the layer or has an invalid one."""
+        """Load nothing if a tensor of the layer is missing from the state dict or invalid."""
         expected = self.state_dict()
         tensors = {role: t for role in expected if (t := state_dict.get(f"{prefix}{role}")) is not None}
         problems = {
@@ -429,8 +443,9 @@ class QuantLinear(nn.Linear):
 
 
 def check_values(name: str, tensor: Tensor) -> None:
-    """Raises CheckpointError (E-CKP-08) for invalid values of a scale, an offset or mul_scale [..], float32
-    or uint8. Weights and biases are not checked."""
+    """Raise CheckpointError (E-CKP-08) for invalid values of a scale, an offset or mul_scale [..], float32 or
+    uint8. Weights and biases are not checked.
+    """
     role = name.rpartition(".")[2]
     if role in ("weight", "bias"):
         return
@@ -462,7 +477,8 @@ def fused_linears(
 
     `tensors`: role -> rows of all layers concatenated, as stored: weight [sum of N, K], weight_scale and, if
     the scheme has them, weight_dual_scale and bias. `sizes`: N of each layer, multiples of `Format.tile`.
-    `width`: K. `mul_scale`: float32 [K] on the device. UsageError if the tensors do not match `scheme`.
+    `width`: K. `mul_scale`: float32 [K] on the device. Raises UsageError if the tensors do not match
+    `scheme`.
     """
     fmt = lookup(scheme_of(scheme).weight)
     dual, shape = tensors.get("weight_dual_scale"), (sum(sizes), width)

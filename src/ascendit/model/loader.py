@@ -2,7 +2,7 @@
 
     expert = read_expert(part)
     model = load_expert(expert, None, bind("cpu"))          # as stored: floats, or quantized layers
-    model = load_expert(expert, Online.of("mxfp8", None).apply(expert), bind("cpu"))
+    model = load_expert(expert, Online.from_options("mxfp8", None).apply(expert), bind("cpu"))
 
 Names, shapes and dtypes are checked from the headers before any tensor is read. Weights are quantized while
 they are read, so memory holds the model and at most one float tensor, or a few rows of one.
@@ -48,14 +48,14 @@ def load_expert(
     floats: bool = False,
     shards: LayerShards = MappingProxyType({}),
 ) -> WanTransformer:
-    """Load the transformer of `expert`, quantized by `applied` or, with None, as stored.
+    """Load the transformer of `expert`, quantized by `applied` or as stored if `applied` is None.
 
-    `dtype`: of the hidden states and of parameters that are not quantized; None = the stored dtype on a CPU,
-    else bfloat16. Parameters that Diffusers keeps in float32 are float32 for any dtype. `floats`: store BF16
+    `dtype`: dtype of the hidden states and of parameters that are not quantized; None: the stored dtype on a
+    CPU, else bfloat16. Parameters that Diffusers keeps in float32 are always float32. `floats`: store BF16
     weights of quantized layers too. `shards`: layer -> the rows or columns of this rank (`weights.shards`);
-    only these are read, with the exception in `RecipeSteps`. Raises CheckpointError E-CKP-06 for a config
-    that is not a Wan transformer's and E-CKP-08 for invalid scales; UsageError E-USE-05 for a shard outside
-    its layer; EnvironmentProblem E-CAP-01 for a scheme without a matmul on this chip.
+    only these are read, except for columns of int8 and fp8 (see `RecipeSteps`). Raises CheckpointError:
+    E-CKP-06 for a config of another model, E-CKP-08 for invalid scales; UsageError (E-USE-05) for a shard
+    outside its layer; EnvironmentProblem (E-CAP-01) for a scheme without a matmul on this chip.
     """
     if expert.config.get("num_attention_heads", 1) is None:
         raise CheckpointError(
@@ -101,12 +101,15 @@ def applied_layers(applied: AppliedRecipe) -> dict[str, StoredLinear]:
 
 
 def stored_layers(expert: Expert, reader: RowReader) -> dict[str, StoredLinear]:
-    """Layers that are stored quantized or smoothed. CheckpointError E-CKP-08 for an invalid `mul_scale`."""
+    """Layers that are stored quantized or smoothed.
+
+    Raises CheckpointError (E-CKP-08) for an invalid `mul_scale`.
+    """
     layers = {}
     for name, layer in expert.layers.items():
         scheme, scale = scheme_after_reading(layer.scheme), None
         if (info := layer.tensors.get("mul_scale")) is not None:
-            data = reader.whole(info)
+            data = reader.read_all(info)
             check_positive(data, info.dtype, info.name)
             scale = torch.frombuffer(bytearray(to_float32(data, info.dtype, info.name)), dtype=torch.float32)
         if scheme != "bf16" or scale is not None:

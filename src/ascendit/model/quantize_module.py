@@ -55,7 +55,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)", re.ASCII)
 
 @dataclass(frozen=True)
 class ModuleSchemes(LayerSchemes):
-    """The scheme of every linear layer of a module, in its order."""
+    """The scheme of every linear layer of a module, in module order."""
 
     layers: tuple[LayerScheme, ...]
     round_to: str
@@ -76,7 +76,10 @@ class ModuleSchemes(LayerSchemes):
 
 
 def as_recipe(recipe_or_scheme: str | Path | Recipe) -> Recipe:
-    """A `Recipe`, or the one of a name, TOML file or scheme. Errors of `load_recipe`."""
+    """Return a `Recipe` unchanged; load one from a name, TOML file or scheme.
+
+    Raises the errors of `load_recipe`.
+    """
     if isinstance(recipe_or_scheme, Recipe):
         return recipe_or_scheme
     name = str(recipe_or_scheme)
@@ -88,8 +91,8 @@ def module_schemes(
 ) -> ModuleSchemes:
     """Apply `recipe` to the names and shapes of `module`. `keep`: patterns of layers to exclude.
 
-    UsageError: E-QNT-01 if the module is already quantized or no layer can be quantized, E-USE-05 for a
-    pattern that matches no layer, E-QNT-02 for FP4 on TI2V-5B without `force`.
+    Raises UsageError: E-QNT-01 if the module is already quantized or no layer can be, E-USE-05 for a pattern
+    that matches no layer, E-QNT-02 for FP4 on TI2V-5B without `force`.
     """
     linears = linears_of(module)
     if not linears:
@@ -203,7 +206,7 @@ def quantize_(
     activation_rule: str | None = None,
     force: bool = False,
 ) -> ModuleReport:
-    """Quantize linear layers of `module` in place and report which.
+    """Quantize linear layers of `module` in place; return a report.
 
     `recipe_or_scheme`: one of `quant.schemes.QUANTIZED`; or a recipe, by name or TOML file. `keep`:
     patterns of layers to exclude. `device`: the device to run on ("cuda", "npu", "twin:a5"); None: the
@@ -212,7 +215,7 @@ def quantize_(
 
     The module is unchanged if a check fails. Raises UsageError: E-USE-01 and E-USE-02 as `load_recipe`,
     E-USE-05 for patterns that match nothing, E-QNT-01 for a module that cannot be quantized, E-QNT-02 for FP4
-    on TI2V-5B; EnvironmentProblem E-CAP-01 for a scheme without a matmul on the device.
+    on TI2V-5B; EnvironmentProblem (E-CAP-01) for a scheme without a matmul on the device.
     """
     chosen = module_schemes(module, as_recipe(recipe_or_scheme), keep, force=force)
     linears = linears_of(module)
@@ -266,8 +269,8 @@ def bind_(
 ) -> None:
     """Change how the quantized layers of `module` compute, for a model loaded by another library.
 
-    `device`: such as "twin:a5"; None: the current device of each layer. Other arguments and errors as in
-    `quantize_`.
+    `device`: a name such as "twin:a5"; None: the current device of each layer. Other arguments and errors are
+    those of `quantize_`.
     """
     groups = {id(m.group): m.group for m in module.modules() if isinstance(m, QuantLinear)}
     names = dict.fromkeys(device or str(group.schemes.device) for group in groups.values())
@@ -282,9 +285,9 @@ def bind_(
 
 
 def check_weight(chosen: ModuleSchemes, layer: str, weight: Tensor) -> None:
-    """UsageError E-QNT-01 for a weight [N, K] that is not loaded, not finite or not of a float dtype.
+    """Raise UsageError (E-QNT-01) unless a weight [N, K] is loaded, finite and of a float dtype.
 
-    E-USE-01 for a dtype that the scale rule does not support.
+    E-USE-01 if the scale rule does not support the dtype.
     """
     problem = ""
     if weight.is_meta:

@@ -1,4 +1,4 @@
-"""Quantization while a model loads, with the same checks as `quantize`. No torch."""
+"""Quantization while a model loads, with the same checks as `quantize`. Does not import torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("ascendit")
 
 @dataclass(frozen=True)
 class Online:
-    """How the layers of a float checkpoint are quantized while they are loaded."""
+    """How to quantize the layers of a float checkpoint while they load."""
 
     recipe: Recipe | None
     """None: load every layer unquantized, which needs a float checkpoint."""
@@ -29,24 +29,30 @@ class Online:
     force: bool = False
 
     @classmethod
-    def of(
+    def from_options(
         cls, scheme: str | None, recipe: str | None, keep: Sequence[str] | None = (), *, force: bool = False
     ) -> Online | None:
-        """From options; None to load as stored. UsageError E-USE-01 for `keep` alone, or as `load_recipe`."""
+        """Parse the options; None means that weights are loaded as stored.
+
+        Raises UsageError (E-USE-01) for `keep` without a scheme or recipe, and the errors of `load_recipe`.
+        """
         keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
         if recipe is None and scheme in (None, "bf16"):
             if keep:
                 raise UsageError(
                     f"keep {' '.join(keep)} without a scheme",
                     needs="a scheme or a recipe: without one, every layer is loaded as stored",
-                    fix="add --scheme mxfp8, or leave keep out",
+                    fix="add --scheme mxfp8, or omit keep",
                 )
             return None if scheme is None else cls(None)
         return cls(load_recipe(recipe or "default", scheme), keep, force)
 
     def apply(self, expert: Expert) -> AppliedRecipe | None:
-        """Apply the recipe to a checkpoint. UsageError: E-QNT-01 for weights that are already quantized,
-        E-QNT-02 for FP4 on TI2V without force, E-USE-05 for a pattern that matches no layer."""
+        """Apply the recipe to a checkpoint.
+
+        Raises UsageError: E-QNT-01 for weights that are already quantized, E-QNT-02 for FP4 on TI2V without
+        force, E-USE-05 for a pattern that matches no layer.
+        """
         if self.recipe is None:
             check_source(expert)
             return None
@@ -72,9 +78,9 @@ def policy_for(
     layout: Layout,
     experts: Sequence[tuple[Expert, AppliedRecipe | None]],
 ) -> StepSchedule:
-    """The requested schedule, else that of this load's recipe, else that of the recipe of the folder.
+    """Choose the step schedule: the requested one, else the recipe's, else the one stored in the folder.
 
-    UsageError E-USE-01 for a precision that the weights of the model do not have.
+    Raises UsageError (E-USE-01) for a precision that the weights of the model do not support.
     """
     if requested is not None:
         policy = StepSchedule.parse(requested)

@@ -39,7 +39,7 @@ class RopeTable:
     cos: Tensor
     sin: Tensor
     key: tuple[Any, ...] = ()
-    """All that the values depend on; experts with equal keys share a table."""
+    """Everything that the values depend on; experts with equal keys share a table."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,10 @@ class Shared:
         return x[:, self.part.start : self.part.stop]
 
     def rows(self, timesteps: Timesteps, spans: Spans | None) -> tuple[Timesteps, Spans]:
-        """The timesteps that occur in `part`, and their spans. `spans`: of the sequence; None means one."""
+        """The timesteps that occur in `part`, and the spans in `part`.
+
+        `spans`: those of the whole sequence; None means a single span.
+        """
         length = num_tokens(self.grid)
         spans = spans or (length,)
         assert len(spans) == len(timesteps) and sum(spans) == length, (spans, timesteps)
@@ -157,13 +160,13 @@ class DenoiseState:
         return forward(hidden)
 
     def attend(self, kind: AttentionKind, block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`reference.attention` by the kernel of the current step: q [B, S, H, d] -> same shape and dtype."""
+        """`reference.attention` with the kernel of this step: q [B, S, H, d] -> same shape and dtype."""
         name = self.current.attention
         kernel = self.ops.attention if name is None else self.ops.attention_kernels[name]
         return kernel(q, k, v)
 
     def linear(self, layer: Any, x: Tensor | LinearInput) -> Tensor:
-        """A linear layer of a block in the precision of the current step: x [.., K] -> [.., N], x's dtype."""
+        """Apply a linear layer in the precision of the current step: x [.., K] -> [.., N], x's dtype."""
         return linear(self.ops, layer, x, self.current.precision)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -173,7 +176,9 @@ class DenoiseState:
         return self.ops.rms_scale(x, self.reduce_mean(self.ops.mean_square(x)), weight, eps)
 
     def gather(self, x: Tensor) -> Tensor:
-        """Velocity patches [B, S, ..] of this rank's part -> those of the whole sequence, same dtype."""
+        """Gather velocity patches: [B, S, ..] of this rank's part -> [B, S, ..] of the whole sequence, same
+        dtype.
+        """
         return x
 
 

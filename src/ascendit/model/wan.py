@@ -159,7 +159,7 @@ class WanTransformer(nn.Module):
     """Predicts the velocity of the latents. Built on the meta device and filled by `model/loader.py`."""
 
     KEEP_FP32 = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
-    """Stored in float32 for any dtype, as Diffusers' `_keep_in_fp32_modules`."""
+    """Always stored in float32, like Diffusers' `_keep_in_fp32_modules`."""
 
     def __init__(self, config: WanConfig, ops: Ops) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class WanTransformer(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def grid_of(self, x: Tensor) -> Grid:
-        """Patches along frames, height and width of latents [B, C, F, H, W], any dtype."""
+        """Number of patches along frames, height and width of latents [B, C, F, H, W] of any dtype."""
         return patch_grid(x.shape[2:], self.config.patch_size)
 
     # ---- once for each prompt -------------------------------------------------------------------
@@ -199,8 +199,8 @@ class WanTransformer(nn.Module):
     ) -> Shared:
         """Tensors shared by the CFG branches: RoPE tables and, later, the modulation of the current step.
 
-        `timesteps`: those of the run, embedded here so that no step waits for a copy. `part`:
-        the tokens to compute. `other`: from the other expert, to share an equal RoPE table.
+        `timesteps`: all timesteps of the run, embedded here so that no step waits for a copy. `part`: the
+        tokens to compute. `other`: the result for the other expert, whose RoPE table is reused if equal.
         """
         part = part or range(num_tokens(grid))
         key = (grid, part, self.config.attention_head_dim, self.dtype, self.device)
@@ -227,8 +227,8 @@ class WanTransformer(nn.Module):
         """The state of one CFG branch, with text keys and values for its first step.
 
         `grid`: a grid, or the result of `share` that another branch uses too. text [B, L, text_dim] and image
-        [B, T, image_dim] (CLIP tokens, or None) in any float dtype. `timesteps`: as for `share`. `make`: the
-        class of the state; `run`: its `steps`, `step`, `expert`, `branch`.
+        [B, T, image_dim] (CLIP tokens, or None) in any float dtype. `timesteps`: see `share`. `make`: the
+        class of the state; `run`: its `steps`, `step`, `expert` and `branch`.
         """
         shared = grid if isinstance(grid, Shared) else self.share(grid, timesteps)
         state = make(self.ops, shared, **run)

@@ -60,12 +60,12 @@ class _Group:
         return self.tensors[role][sum(sizes[:index]) : sum(sizes[: index + 1])]
 
     def linears(self, schemes: Schemes, compute_dtype: torch.dtype) -> list[QuantLinear]:
-        """Move the layers to their device and release the host tensors. CheckpointError E-CKP-08."""
+        """Move the layers to their device and release the host tensors. Raises CheckpointError (E-CKP-08)."""
         tensors, self.tensors = self.tensors, {}
         names = ", ".join(self.specs)
         if (bias := tensors.get("bias")) is not None and not bool(bias.isfinite().all()):
             raise CheckpointError(
-                f"{names}: a bias that is not finite",
+                f"{names}: the bias has NaN or infinite values",
                 needs="finite values",
                 fix="download or export the model again",
                 code="E-CKP-08",
@@ -87,10 +87,10 @@ class _Group:
 
 
 class ModelSink(Sink):
-    """Writes the tensors of a plan into `model` and ignores those it does not have, such as rotations.
+    """Writes the tensors of a plan into `model`; ignores tensors that the model lacks, such as rotations.
 
-    `layers`: the quantized or smoothed layers. `dtype`: of the other parameters, except those whose name has
-    a component in `float32`.
+    `layers`: the quantized or smoothed layers. `dtype`: dtype of the other parameters, except those with a
+    part of their name in `float32`.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class ModelSink(Sink):
     def move(self, step: TensorStep) -> None:
         """Read a tensor, or its shard, from its file directly into the model's memory."""
         if (buffer := self._buffer(step.name)) is not None:
-            self._reader.into(step.sources[0], buffer, step.shard)
+            self._reader.read_into(step.sources[0], buffer, step.shard)
             self._advance(len(buffer))
 
     def _grouped(self, layers: Mapping[str, StoredLinear]) -> dict[str, _Group]:

@@ -32,7 +32,7 @@ class Encoded:
     `scale`: E8M0 uint8 [.., ceil(K / 32)]; int8 and fp8: float32 [.., 1]; tiles: float32
     [ceil(N / 128), ceil(K / 128)].
     `dual_scale`: float32 [.., ceil(K / 512), 1] for mxfp4_dualscale, else None.
-    `shape`: of the decoded tensor. `axis`: the one that blocks run along, of length K.
+    `shape`: shape of the decoded tensor. `axis`: the axis that blocks run along, of length K.
     Raises UsageError (E-USE-01) if a shape or dtype does not match the format.
     """
 
@@ -66,7 +66,7 @@ class Encoded:
 
 
 def checked_axis(axis: int, ndim: int) -> int:
-    """`axis` as an index from the front. Raises UsageError (E-USE-01) if it is out of range."""
+    """Return `axis` counted from the front. Raises UsageError (E-USE-01) if it is out of range."""
     if not -ndim <= axis < ndim:
         raise UsageError(
             f"axis {axis} of a tensor with {ndim} axes",
@@ -81,12 +81,12 @@ def encode(
 ) -> Encoded:
     """Quantize `x` [.., K, ..], bfloat16, float16 or float32, with K at `axis`.
 
-    Returns an `Encoded`, whose tensors have the shapes and dtypes listed there.
-    `format`: a name in `formats.FORMATS`. `scale_rule`: one of its rules, the first by default.
-    `rounding`: rint (default), half_away or floor; msModelSlim's rules fix their own.
-    float16 is encoded directly; the NPU converts it to bfloat16 first (other ties with max:6 and max:7).
-    Raises UsageError (E-USE-01) for an unknown format, a rule, rounding or dtype that the format does not
-    support, an `axis` out of range, or an empty axis.
+    Returns an `Encoded`, whose tensors have the shapes and dtypes listed there. `format`: a name in
+    `formats.FORMATS`. `scale_rule`: one of its rules, the first by default. `rounding`: rint (default),
+    half_away or floor; msModelSlim's rules have a fixed rounding. float16 is encoded directly; the NPU
+    converts it to bfloat16 first (other ties with max:6 and max:7). Raises UsageError (E-USE-01) for an
+    unknown format, a rule, rounding or dtype that the format does not support, an `axis` out of range, or an
+    empty axis.
     """
     fmt = lookup(format)
     rule = resolve_rule(fmt, scale_rule)
@@ -97,7 +97,7 @@ def encode(
         raise UsageError(
             f"axis {axis} of a tensor {tuple(x.shape)} is empty",
             needs="at least one value",
-            fix="leave empty tensors out",
+            fix="skip empty tensors",
         )
     if fmt.tile and x.ndim != 2:
         raise UsageError(
@@ -113,7 +113,7 @@ def encode(
 
 
 def check_dtype(dtype: torch.dtype, fmt: Format, rule: str) -> None:
-    """Raises UsageError (E-USE-01) if the rule does not support this dtype."""
+    """Raise UsageError (E-USE-01) if the rule does not support this dtype."""
     allowed = (torch.bfloat16, torch.float32) if rule.startswith("msms:") else INPUT_DTYPES
     if dtype not in allowed:
         raise UsageError(
@@ -150,7 +150,7 @@ def decode(encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _decode_tiles(encoded: Encoded, fmt: Format) -> Tensor:
-    """A matrix [N, K] -> float32: element x scale of its tile. The last tiles may be short."""
+    """Dequantize a matrix [N, K] to float32: element x scale of its tile. The last tiles may be short."""
     values = _elements(encoded.qdata, fmt, encoded.shape[-1])
     scale = encoded.scale
     for axis, length in enumerate(encoded.shape):
@@ -166,10 +166,10 @@ def _elements(qdata: Tensor, fmt: Format, length: int) -> Tensor:
 
 
 def sqnr(a: Tensor, b: Tensor) -> float:
-    """Signal to quantization noise ratio in dB, 10 log10(sum a^2 / sum (a - b)^2), of a signal `a` [..].
+    """Signal-to-quantization-noise ratio in dB, 10 log10(sum a^2 / sum (a - b)^2), of a signal `a` [..].
 
-    `b` has the same shape; any dtype. Sums are float32. inf if they are equal, -inf if only `a` is zero, nan
-    if either is not finite. Raises UsageError (E-USE-01) if the shapes differ.
+    `b` has the same shape; both may have any dtype. Sums are float32. inf if they are equal, -inf if only `a`
+    is zero, nan if either is not finite. Raises UsageError (E-USE-01) if the shapes differ.
     """
     signal, other = a.detach().to(torch.float32), b.detach().to(torch.float32)
     if signal.shape != other.shape:

@@ -60,7 +60,8 @@ def empty_parts(fmt: Format, rows: int, length: int) -> Parts:
 def encoder(fmt: Format, rule: str, rounding: str, dtype: torch.dtype, threads: int | None = None) -> Encoder:
     """The fastest encoder on this machine; cached.
 
-    `threads`: of the compiled kernels; default: PyTorch's number of threads, which all other encoders use.
+    `threads`: threads of the compiled kernels; default: PyTorch's number of threads, which all other encoders
+    use.
     """
     if rule == SEARCH:
         return functools.partial(_encode_after_search, fmt, rounding)
@@ -101,7 +102,7 @@ def _encode_by_reference(fmt: Format, rule: str, rounding: str, rows: Tensor, ou
 
 
 def piece_encoder(fmt: Format, rule: str, rounding: str, dtype: torch.dtype) -> Encoder | None:
-    """A PyTorch encoder, or None: other rounding, msModelSlim's rules, tiles, blocks not of bfloat16."""
+    """A PyTorch encoder; None for other roundings, msModelSlim's rules, tiles, and blocks not in bfloat16."""
     if rounding != "rint" or rule.startswith("msms:") or fmt.kind == "tile":
         return None
     if fmt.kind != "row" and dtype != torch.bfloat16:

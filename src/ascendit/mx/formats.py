@@ -1,4 +1,4 @@
-"""The number formats as one table: element, block, scale rules, bits per value. No torch here.
+"""The number formats as one table: element, block, scale rules, bits per value. Does not import torch.
 
 Sources: OCP Microscaling Formats (MX) v1.0 for the elements, the block of 32 and E8M0; the Ascend operators
 npu_dynamic_mx_quant and npu_dynamic_dual_level_mx_quant for the rules `floor`, `ceil`, `max` and the two
@@ -190,7 +190,7 @@ FORMATS: dict[str, Format] = {
 
 
 def lookup(name: str) -> Format:
-    """The format of this name. Raises UsageError (E-USE-01) if it is unknown."""
+    """Return the format with this name. Raises UsageError (E-USE-01) if it is unknown."""
     if name not in FORMATS:
         raise UsageError(
             f"number format {name!r}",

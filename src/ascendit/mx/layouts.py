@@ -100,5 +100,5 @@ def _misshapen(label: str, tensor: Tensor, needs: str) -> UsageError:
     return UsageError(
         f"{label} of shape {tuple(tensor.shape)}",
         needs=needs,
-        fix="check the layout of this tensor",
+        fix="pass the layout that this function converts; ascendit/mx/layouts.py lists them",
     )

@@ -1,4 +1,4 @@
-"""Encoding by the compiled `native/encode.cpp`, with scale rules as tables computed by the reference.
+"""Encoding with the compiled `native/encode.cpp`; scale rules are tables computed by the reference.
 
 The scale of a bfloat16 block depends only on its largest magnitude, which has 32640 finite values, so that a
 table of scale bytes represents any rule.
@@ -38,14 +38,14 @@ ENCODER_SIGNATURES = {
 
 @functools.cache
 def library() -> Built:
-    """The compiled kernels, or the reason why there are none. The first call compiles them."""
+    """The compiled kernels, or the reason why they are unavailable. The first call compiles them."""
     return declared(native("encode"), ENCODER_SIGNATURES)
 
 
 def encoder(
     fmt: Format, rule: str, rounding: str, dtype: torch.dtype, threads: int | None = None
 ) -> Encoder | None:
-    """A compiled encoder, or None if unsupported. `threads`: default PyTorch's number of threads."""
+    """A compiled encoder, or None if unsupported. `threads`: default: PyTorch's number of threads."""
     lib = library().library
     if lib is None or not (rounding == "rint" or rule.startswith("msms:")):
         return None
@@ -67,7 +67,10 @@ def encoder(
 
 
 def prefer_large_pages(fresh: Tensor) -> Tensor:
-    """Return `fresh` [..], any dtype, unwritten. Above 4 MB large pages speed up its first write 4 x."""
+    """Return the unwritten tensor `fresh` ([..] of any dtype).
+
+    Above 4 MB, large pages make its first write 4 x as fast.
+    """
     lib = library().library
     if lib is not None and fresh.nbytes > LARGE:
         lib.prefer_large_pages(fresh.data_ptr(), fresh.nbytes)

@@ -37,7 +37,10 @@ Encoder = Callable[[Tensor, Parts], None]
 
 
 def encode_rows(rows: Tensor, fmt: Format, rule: str, rounding: str) -> Parts:
-    """Encode rows [.., K], bfloat16, float16 or float32. `mx.formats` resolves rule and rounding."""
+    """Encode rows [.., K], bfloat16, float16 or float32.
+
+    `rule` and `rounding`: as resolved by `mx.formats`.
+    """
     dual = None
     if fmt.kind == "block":
         qdata, scale = _encode_blocks(rows, fmt, rule, rounding)
@@ -51,9 +54,10 @@ def encode_rows(rows: Tensor, fmt: Format, rule: str, rounding: str) -> Parts:
 
 
 def encode_marked(rows: Tensor, out: Parts, mask: Tensor, fmt: Format, rule: str, rounding: str) -> None:
-    """Encode again, into `out`, the units of rows [n, K] with nonzero `mask`, bool or uint8 [n, units].
+    """Encode the marked units of rows [n, K] again, into `out`.
 
-    A unit is encoded independently of all others: a group, a block, or a row.
+    `mask`: bool or uint8 [n, units], nonzero if marked. A unit is a group, a block or a row: the values that
+    are encoded independently of all others.
     """
     size = fmt.coarse or fmt.block or rows.shape[1]
     row, unit = mask.nonzero(as_tuple=True)

@@ -1,4 +1,4 @@
-"""Encode a weight in blocks of rows, into reused buffers, so that it is never in memory completely."""
+"""Encode a weight in blocks of rows, into reused buffers, so that it is never completely in memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from ascendit.mx.scales import NAN_BYTE
 class RowEncoder:
     """Encodes rows of a weight [N, K] on the CPU, bit-identical to `mx.encode` of those rows.
 
-    `length`: K. `buffers`: how many results are valid at a time. `threads`: of the compiled kernels, default
-    PyTorch's number. With `measure`, `sums`, float64 [2], are those of x^2 and (x - decoded)^2 over all rows
-    since the last `restart`. Raises UsageError (E-USE-01) if format, rule, rounding or dtype do not fit, and
-    for `msms:ceil_x:search`, which needs the complete weight: use the rule from `ScaleSearch` instead.
+    `length`: K. `buffers`: how many results are valid at a time. `threads`: threads of the compiled kernels;
+    default: PyTorch's number. With `measure`, `sums` (float64 [2]) holds the sums of x^2 and (x - decoded)^2
+    over all rows since the last `restart`. Raises UsageError (E-USE-01) for an invalid combination of format,
+    rule, rounding and dtype, and for `msms:ceil_x:search`, which needs the complete weight: use the rule from
+    `ScaleSearch` instead.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class RowEncoder:
         check_dtype(dtype, fmt, rule)
         if rule == SEARCH:
             raise UsageError(
-                f"scale rule {rule!r} for some rows of a weight",
+                f"scale rule {rule!r} for part of a weight",
                 needs="a rule with one constant for the whole weight",
                 fix="find it with mx.row_encoder.ScaleSearch, and pass its rule",
             )
@@ -88,12 +89,17 @@ class RowEncoder:
 
     @property
     def sqnr(self) -> float:
-        """Signal to quantization noise ratio in dB since `restart`: inf without noise, NaN if not finite."""
+        """Signal-to-quantization-noise ratio in dB since `restart`: inf if there is no noise, NaN if a sum is
+        not finite.
+        """
         return decibels(*self.sums.tolist())
 
 
 def first_bad_row(encoded: Encoded, rows: Tensor) -> int | None:
-    """Index of the first of `rows` [n, K] with an infinity or a NaN, or None. `encoded`: the same rows."""
+    """Index of the first of `rows` [n, K] with an infinity or a NaN; None if all are finite.
+
+    `encoded`: the same rows, quantized (any dtype).
+    """
     scale = encoded.scale
     if scale.is_floating_point():
         bad = bool(scale.isnan().any())
@@ -119,7 +125,7 @@ class ScaleSearch:
 
 def _wrong_rows(rows: Tensor, needs: str) -> UsageError:
     return UsageError(
-        f"rows {rows.dtype} {tuple(rows.shape)}",
+        f"rows of shape {tuple(rows.shape)} and dtype {rows.dtype}",
         needs=needs,
         fix="pass rows of the dtype and length that this RowEncoder was created for",
     )

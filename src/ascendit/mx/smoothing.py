@@ -81,5 +81,5 @@ def _check_mul_scale(mul_scale: Tensor, channels: int) -> None:
         raise UsageError(
             f"mul_scale of shape {tuple(mul_scale.shape)}, minimum {float(mul_scale.min())}",
             needs=f"{channels} finite values above zero",
-            fix="mul_scale of this layer is damaged: use a weight without smoothing",
+            fix="quantize the layer again, or without smoothing: its mul_scale is damaged",
         )

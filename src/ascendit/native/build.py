@@ -29,11 +29,17 @@ FLAGS: tuple[str, ...] = (
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-w"),
     *("-fno-math-errno", "-fno-trapping-math"),  # otherwise rounding is not vectorized
 )
-EXTRA: dict[str, tuple[str, ...]] = dict.fromkeys(("elementwise", "encode"), ("-ffp-contract=off",))
+EXTRA_FLAGS: dict[str, tuple[str, ...]] = dict.fromkeys(("elementwise", "encode"), ("-ffp-contract=off",))
 """Source -> additional flags. This one rounds a product and a sum separately, as PyTorch does."""
-OPTIONAL: tuple[tuple[str, ...], ...] = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
-"""Tried in this order, since some compilers lack a flag. Without OpenMP the kernels are single-threaded."""
-NEEDS: dict[str, frozenset[str]] = {
+OPTIONAL_FLAGS: tuple[tuple[str, ...], ...] = (
+    ("-march=native", "-fopenmp"),
+    ("-march=native",),
+    ("-fopenmp",),
+    (),
+)
+"""Sets of flags, tried in this order, since some compilers lack a flag. Without OpenMP the kernels are
+single-threaded."""
+REQUIRED_FEATURES: dict[str, frozenset[str]] = {
     "attention": frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
     "elementwise": frozenset(),
     "encode": frozenset(),
@@ -45,7 +51,7 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 @dataclass(frozen=True)
 class Built:
-    """A loaded library, or the reason why there is none."""
+    """A loaded library, or the reason why it is unavailable."""
 
     library: ctypes.CDLL | None
     reason: str
@@ -89,7 +95,7 @@ class _Unavailable(Exception):
 
 
 def _compiled(name: str) -> Path:
-    missing = sorted(NEEDS[name] - processor_flags())
+    missing = sorted(REQUIRED_FEATURES[name] - processor_flags())
     if missing:
         raise _Unavailable(f"this processor has no {', '.join(missing)}")
     compiler = find_compiler()
@@ -97,14 +103,14 @@ def _compiled(name: str) -> Path:
         raise _Unavailable(f"no C++ compiler ({', '.join(COMPILERS)}) on PATH")
     source = SOURCES / f"{name}.cpp"
     version = subprocess.run([compiler, "-dumpfullversion"], capture_output=True, timeout=30).stdout
-    key = hashlib.sha256(version + repr((FLAGS, EXTRA.get(name), OPTIONAL)).encode())
+    key = hashlib.sha256(version + repr((FLAGS, EXTRA_FLAGS.get(name), OPTIONAL_FLAGS)).encode())
     for path in (source, *sorted(SOURCES.glob("*.h"))):
         key.update(path.read_bytes())
     key.update(" ".join(sorted(processor_flags())).encode())
     target = CACHE.expanduser() / f"{name}-{key.hexdigest()[:16]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, source, target, OPTIONAL)
+        _compile(compiler, source, target, OPTIONAL_FLAGS)
     return target
 
 
@@ -124,7 +130,15 @@ def _compile(compiler: str, source: Path, target: Path, optional: tuple[tuple[st
     problem = "?"
     try:
         for flags in optional:
-            command = [compiler, *FLAGS, *EXTRA.get(source.stem, ()), *flags, str(source), "-o", temporary]
+            command = [
+                compiler,
+                *FLAGS,
+                *EXTRA_FLAGS.get(source.stem, ()),
+                *flags,
+                str(source),
+                "-o",
+                temporary,
+            ]
             result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
             if result.returncode == 0:
                 os.chmod(temporary, 0o755)

@@ -31,7 +31,8 @@ log = logging.getLogger("ascendit")
 def open_device(name: object) -> Device:
     """Open a device by name, or an open one again: check that it is present, and set it up.
 
-    UsageError E-USE-01 for an unknown name, EnvironmentProblem E-ENV-03 if this machine does not have it.
+    Raises UsageError (E-USE-01) for an unknown name, EnvironmentProblem (E-ENV-03) if this machine does not
+    have it.
     """
     device = name if isinstance(name, Device) else parse_device(name)
     if device.kind == "npu":
@@ -71,7 +72,10 @@ def memory_bytes(device: Device) -> int:
 
 
 def to_dtype(device: Device, dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The torch dtype of the denoiser, None for the stored one. UsageError for one it does not run in."""
+    """The torch dtype of the denoiser; None for the stored dtype.
+
+    Raises UsageError for a dtype that the denoiser does not support.
+    """
     name = device.dtype_name(dtype)
     torch_dtype: torch.dtype | None = None if name is None else getattr(torch, name)
     return torch_dtype
@@ -102,7 +106,7 @@ def internal_format(device: Device, allowed: bool) -> Iterator[None]:
 
 
 def hide_torch_npu(device: Device) -> None:
-    """Prevent the import of an installed torch_npu if it conflicts with `device` or cannot be loaded.
+    """Block the import of an installed torch_npu if it conflicts with `device` or cannot be loaded.
 
     accelerate, Diffusers and transformers import it if it is installed, which fails without CANN. With CANN
     it may be loaded together with a CPU, but not with the twin.
@@ -120,7 +124,7 @@ def show_torch_npu() -> None:
 
 
 def check_index(device: Device, count: int) -> None:
-    """EnvironmentProblem E-ENV-03 if the index of `device` is not below `count`."""
+    """Raise EnvironmentProblem (E-ENV-03) if the index of `device` is not below `count`."""
     if (device.index or 0) >= count:
         raise EnvironmentProblem(
             f"device {device}: this machine has {count} such devices",
@@ -144,7 +148,7 @@ def _check_cuda(device: Device) -> None:
 def _start_npu(device: Device) -> Device:
     """Import torch_npu, apply all settings, select the card; returns the device with its chip.
 
-    EnvironmentProblem E-ENV-03 if torch_npu, CANN, the card or a supported chip is missing.
+    Raises EnvironmentProblem (E-ENV-03) if torch_npu, CANN, the card or a supported chip is missing.
     """
     npu_runtime.set_variables()
     show_torch_npu()

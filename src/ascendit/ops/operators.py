@@ -67,7 +67,10 @@ class Schemes:
     _selected: dict[str, QuantLinearKernel] = field(default_factory=dict, init=False)
 
     def kernel(self, scheme: str) -> QuantLinearKernel:
-        """The kernel of `scheme`. UsageError if unknown, EnvironmentProblem E-CAP-01 if not on this chip."""
+        """The kernel of `scheme`.
+
+        Raises UsageError if it is unknown, EnvironmentProblem (E-CAP-01) if this chip does not support it.
+        """
         if (kernel := self._selected.get(scheme)) is None:
             scheme_of(scheme)
             kernel = cast(QuantLinearKernel, select(scheme, self.device, self.wish))
@@ -80,8 +83,8 @@ class Schemes:
     def check(self, used: Iterable[str]) -> None:
         """Check the schemes `used` by a model (w4a8 included) before it is loaded.
 
-        EnvironmentProblem E-CAP-01 for a scheme not on this chip; UsageError E-USE-01 for a scale rule of an
-        unused scheme.
+        Raises EnvironmentProblem (E-CAP-01) for a scheme that this chip does not support, UsageError
+        (E-USE-01) for a scale rule of an unused scheme.
         """
         schemes = set(used) - {"bf16"}
         for scheme in sorted(schemes):
@@ -90,7 +93,7 @@ class Schemes:
             raise UsageError(
                 f"activation_rule for {', '.join(unused)}, which no layer uses",
                 needs=f"rules for {', '.join(sorted(schemes)) or 'a quantized model'}",
-                fix="leave it out, or name a scheme of the model",
+                fix="omit it, or name a scheme of the model",
             )
 
     def prepare_weight(
@@ -108,8 +111,8 @@ class Schemes:
 
         `qdata` [N, K] (packed FP4 [N, K / 2]), `scale` and `dual_scale`: shapes and dtypes of `mx.Encoded`;
         `bias` [N] of any float dtype, or None. The rows of Q, K and V may be concatenated along N. `width`:
-        K, needed if it is odd and packed. `nz`: FRACTAL_NZ for this weight. UsageError if the tensors do not
-        match `scheme`, E-QNT-01 if the kernel does not support the shape.
+        K, needed if it is odd and packed. `nz`: FRACTAL_NZ for this weight. Raises UsageError if the tensors
+        do not match `scheme`, E-QNT-01 if the kernel does not support the shape.
         """
         weight = scheme_of(scheme).weight
         shape = (qdata.shape[0], width or qdata.shape[1] * (2 if lookup(weight).packed else 1))
@@ -118,7 +121,7 @@ class Schemes:
         return self.kernel(scheme).prepare(encoded, bias, device, nz=nz or self.nz)
 
     def stored(self, weight: PreparedWeight) -> Encoded:
-        """The inverse of `prepare_weight`: qdata [N, K] and scales in the dtypes and layout of the disk."""
+        """The inverse of `prepare_weight`: qdata [N, K] and scales, in dtypes and layout as on disk."""
         return self.kernel(weight.scheme).stored(weight)
 
     def quantize_activation(
@@ -127,14 +130,17 @@ class Schemes:
         """Quantize an activation x [.., K] in bfloat16 or float16, and on CPU and CUDA also float32.
 
         `mul_scale`: float32 [K] that multiplies x first, rounded to x's dtype. `rule`: a scale rule of the
-        format; None: the one in `rules`, else the default of the scheme. UsageError E-USE-01 for a rule or
-        dtype that the kernel does not support.
+        format; None: the rule in `rules`, else the default of the scheme. Raises UsageError (E-USE-01) for a
+        rule or dtype that the kernel does not support.
         """
         rule = rule or self.rules.get(scheme)
         return self.kernel(scheme).quantize_activation(x, scheme, mul_scale, rule)
 
     def quantized_linear(self, a: Activation, weight: PreparedWeight) -> Tensor:
-        """x @ weight.T + bias -> [.., N] in x's dtype. UsageError E-USE-01 if scheme or K do not match."""
+        """x @ weight.T + bias -> [.., N] in x's dtype.
+
+        Raises UsageError (E-USE-01) if scheme or K do not match.
+        """
         if a.scheme.weight != weight.scheme or a.width != weight.shape[1]:
             raise UsageError(
                 f"K = {a.width} in {a.scheme.name} with a weight {weight.shape} in {weight.scheme}",
@@ -150,7 +156,7 @@ def schemes_on(device: str, like: Schemes) -> Schemes:
 
 
 def to_emulate(value: object) -> Emulate | None:
-    """Parse True, False, None or the name of a mode. UsageError E-USE-01 for another value."""
+    """Parse True, False, None or the name of a mode. Raises UsageError (E-USE-01) for any other value."""
     modes = get_args(Emulate)
     mode: Emulate | None = modes[0] if value is True else None if value is False else value  # type: ignore[assignment]
     if mode is not None and mode not in modes:
@@ -159,13 +165,16 @@ def to_emulate(value: object) -> Emulate | None:
 
 
 def parse_rules(text: str | None) -> dict[str, str]:
-    """Parse `mxfp8=floor,mxfp4=max:7` to scheme -> scale rule. UsageError E-USE-01 for an unknown one."""
+    """Parse `mxfp8=floor,mxfp4=max:7` to scheme -> scale rule.
+
+    Raises UsageError (E-USE-01) for an unknown scheme or rule.
+    """
     rules = {}
     if text is not None and not isinstance(text, str):
         raise UsageError(
             f"activation_rule {text!r}",
             needs="text such as mxfp8=floor,mxfp4=max:7",
-            fix="leave it out for the defaults",
+            fix="omit it for the defaults",
         )
     for item in text.split(",") if text else ():
         name, _, rule = item.partition("=")
@@ -191,7 +200,7 @@ class Ops:
     gelu: Function
     attention: Function
     mean_square: Function = reference.mean_square
-    """With `rms_scale`, `rms_norm` in two phases, so that ranks that divide the heads can reduce between."""
+    """With `rms_scale`, `rms_norm` in two phases: ranks that divide the heads can reduce in between."""
     rms_scale: Function = reference.rms_scale
     attention_kernels: Mapping[str, Function] = dataclasses.field(default_factory=dict)
     """Name -> attention kernel that a step of the schedule can select."""
@@ -202,7 +211,8 @@ class Ops:
     """Operator -> `backend: reason`."""
 
     def prepare(self, operator: str, *tensors: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Convert arguments of `operator` once to the layout of its kernel; `dtype`: of the hidden states.
+        """Convert arguments of `operator` once to the layout of its kernel; `dtype`: dtype of the hidden
+        states.
 
         cos and sin [S, d/2] of `rope`; scale and shift [.., D] of `adaln`; gate [.., D] of `gated_residual`.
         Unprepared tensors work too, but are converted on every call.
@@ -234,8 +244,8 @@ def bind(
     `fast_layernorm`: use MindIE-SD's layer norm if the device has it. `emulate`: dequantize weights of
     schemes without a matmul, which Ascend chips refuse otherwise. `activation_rule`: scale rules that differ
     from the default, such as `mxfp8=floor,mxfp4=max:7`. `attention`: an NPU kernel of `ops/npu/kernels.py`,
-    None for the best. `nz`: weights in FRACTAL_NZ if the NPU supports both layouts. UsageError E-USE-01 for
-    an invalid option, EnvironmentProblem if the device is missing.
+    None for the best. `nz`: weights in FRACTAL_NZ if the NPU supports both layouts. Raises UsageError
+    (E-USE-01) for an invalid option, EnvironmentProblem if the device is missing.
     """
     if force not in (None, "reference"):
         raise UsageError(
@@ -248,7 +258,7 @@ def bind(
         raise UsageError(
             f"attention={attention} with {'ops=reference' if force else f'device {device}'}",
             needs="an NPU or a twin, whose kernels it names",
-            fix="leave attention out",
+            fix="omit attention",
         )
     wish = _wish(device, force, to_emulate(emulate), fast_layernorm, attention)
     chosen = {name: select(name, device, wish) for name in OPERATOR_NAMES}

@@ -38,12 +38,12 @@ def kernels_of(device: Device, wish: Wish) -> Sequence[Kernel]:
 
 
 def select(operator: str, device: Device, wish: Wish) -> Kernel:
-    """The first kernel of `operator` that works on `device`, plain PyTorch if there is none.
+    """The first kernel of `operator` that works on `device`; plain PyTorch if none does.
 
     `operator`: a field of `Ops`, or the scheme of a quantized linear layer. The reason of the result includes
-    the problems of skipped kernels. UsageError E-USE-01 if no kernel has the name in `wish`.
-    EnvironmentProblem E-CAP-01 if that kernel does not work on this device, or if the chip has no matmul for
-    the scheme and `wish.emulate` is None.
+    the problems of skipped kernels. Raises UsageError (E-USE-01) if no kernel has the name in `wish`. Raises
+    EnvironmentProblem (E-CAP-01) if that kernel does not work on this device, or if the chip has no matmul
+    for the scheme and `wish.emulate` is None.
     """
     requested = None if wish.reference else wish.names.get(operator)
     listed = () if wish.reference else [k for k in kernels_of(device, wish) if k.operator == operator]
@@ -77,7 +77,7 @@ def _unknown_name(operator: str, requested: str, listed: Sequence[Kernel]) -> No
     raise UsageError(
         f"{operator}={requested}",
         needs=" or ".join(names),
-        fix=f"--set {operator}={names[0]}, or leave it out" if names else "leave it out",
+        fix=f"--set {operator}={names[0]}, or omit it" if names else "omit it",
     )
 
 
@@ -89,6 +89,6 @@ def _not_on_this_device(kernel: Kernel, problem: str) -> None:
     raise EnvironmentProblem(
         f"{kernel.operator}={kernel.name}: {problem}",
         needs=kernel.needs,
-        fix=f"leave {kernel.operator} out to use the best kernel of the chip",
+        fix=f"omit {kernel.operator} to use the best kernel of the chip",
         code="E-CAP-01",
     )

@@ -52,7 +52,7 @@ PARTS = ("weight_amax", "amax", "keys", "rows")
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrator:
-    """The calibration run of `quantize(calibrate=)`."""
+    """Runs the float model for `quantize(calibrate=)`."""
 
     prompts: str | Path | int | Sequence[str]
     """A file with one prompt per line, the prompts themselves, or a number of the demo model's prompts."""
@@ -78,7 +78,7 @@ class Calibrator:
     def record(self, layout: Layout) -> dict[str, Any]:
         """The settings of the run, for `ascendit.json`.
 
-        Raises UsageError and CheckpointError as `requests`, before any weight is read.
+        Raises the errors of `requests`, before any weight is read.
         """
         check_alpha(self.alpha)
         device = parse_device(self.device)
@@ -106,8 +106,8 @@ class Calibrator:
     def requests(self, layout: Layout) -> list[GenerateRequest]:
         """One request per prompt, with the model's defaults; the seed is the number of the prompt.
 
-        Raises CheckpointError (E-CKP-01) if the folder holds transformers only, UsageError (E-REQ-04) for a
-        missing or superfluous image, and as `read_prompts`.
+        Raises CheckpointError (E-CKP-01) if the folder holds only transformers, UsageError (E-REQ-04) for a
+        missing or unexpected image, and the errors of `read_prompts`.
         """
         layout.require_pipeline()
         defaults = defaults_for(layout)
@@ -150,7 +150,7 @@ class Calibrator:
         return statistics
 
     def _report(self, prompt: int, prompts: int, event: Progress) -> None:
-        """Report the steps of all prompts as one run."""
+        """Report the steps of all prompts as if they were one run."""
         if self.on_progress is not None and event.stage == "denoise":
             step = prompt * event.total + event.step
             self.on_progress(replace(event, step=step, total=prompts * event.total))
@@ -186,7 +186,7 @@ class Input:
     rows: Tensor = torch.empty(0)
 
     def add(self, x: Tensor, generator: torch.Generator) -> None:
-        """Record hidden states [.., K], any float dtype and device."""
+        """Record hidden states [.., K] of any float dtype, on any device."""
         x = x.detach().reshape(-1, x.shape[-1])
         amax = torch.maximum(x.amax(0), -x.amin(0)).to(torch.float32)  # x.abs() would copy x
         self.amax = torch.maximum(self.amax.to(amax.device), amax) if len(self.amax) else amax
@@ -259,7 +259,7 @@ def _read(file: Path, limit: int) -> tuple[int, dict[str, Input]]:
 def read_prompts(source: str | Path | int | Sequence[str], defaults: Defaults) -> list[Prompt]:
     """Prompts and their first frames from a file, `demo`, a number of demo prompts, or a list of prompts.
 
-    Raises UsageError: E-USE-01 without prompts, or for demo prompts with another model; E-USE-02 for a
+    Raises UsageError: E-USE-01 if there are no prompts, or for demo prompts and another model; E-USE-02 for a
     missing file or image.
     """
     text = str(source) if isinstance(source, str | Path | int) else ""

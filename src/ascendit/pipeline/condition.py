@@ -31,7 +31,9 @@ class Condition:
     """[1, T, image_dim]: CLIP tokens for the image cross-attention."""
 
     def model_input(self, latents: Tensor) -> Tensor:
-        """The input of the model, float32, from `latents` [1, z, F, h, w]."""
+        """The model's input [1, C, F, h, w], float32: `latents` [1, z, F, h, w] combined with the image, if
+        any.
+        """
         if self.channels is not None:
             return torch.cat([latents, self.channels], dim=1)
         return self.finish(latents)
@@ -43,7 +45,7 @@ class Condition:
         return torch.cat([self.first, latents[:, :, 1:]], dim=2)
 
     def timesteps(self, t: float, grid: Grid) -> tuple[tuple[float, ...], tuple[int, ...]]:
-        """(timesteps, token counts): one segment, or the image's frame at 0 and the other frames at `t`."""
+        """(timesteps, token counts): one segment; or the image's frame at 0, then the other frames at `t`."""
         f, h, w = grid
         if self.first is None or f == 1:
             return ((t,) if self.first is None else (0.0,)), (f * h * w,)

@@ -1,6 +1,6 @@
 """Default request values of a model: from its row in `family.py`, else from the folder's own files.
 
-Reads configs only; no weights, no torch.
+Reads only configs, and does not import torch.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Defaults:
 
 
 def defaults_for(layout: Layout) -> Defaults:
-    """Defaults of a recognised folder; logs their origin. Raises CheckpointError as `scheduler_of`."""
+    """Defaults of a recognised folder; logs their origin. Raises the errors of `scheduler_of`."""
     config = layout.experts[0].config
     experts, vae = len(layout.experts), VaeConfig.from_dict(layout.part("vae").config)
     channels = config.get("in_channels", WanConfig.in_channels)
@@ -132,9 +132,9 @@ def spec_of(config: dict[str, Any], num_experts: int, folder_name: str) -> WanSp
 
 
 def scheduler_of(layout: Layout) -> tuple[Solver, float, list[str]]:
-    """(solver, shift, notes) from the folder's scheduler.
+    """(solver, shift, notes for the log) from the folder's scheduler.
 
-    Raises CheckpointError: E-CKP-05 for another scheduler class, E-CKP-06 for an unsupported setting.
+    Raises CheckpointError: E-CKP-05 for an unsupported scheduler class, E-CKP-06 for an unsupported setting.
     """
     if "scheduler" not in layout.parts:
         return "unipc", 5.0, ["solver, shift: UniPC, 5 (the folder has no scheduler)"]

@@ -1,4 +1,4 @@
-"""Decoded values to pixels, and the checks that fail a run: values that are not finite, a black video."""
+"""Convert decoded values to pixels, and fail the run if values are NaN or infinite, or the video is black."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def to_uint8(x: Any) -> Frames:
 def check_not_flat(frames: Frames) -> None:
     """Raise QualityError (E-OUT-02) if the video is black (`BLACK_LEVEL`); warn if it is a single colour.
 
-    `frames`: uint8 [F, H, W, 3]. A single colour is no failure: models with random weights produce it.
+    `frames`: uint8 [F, H, W, 3]. A single colour is not an error: models with random weights produce it.
     """
     counts = np.zeros((3, 256), np.int64)
     for frame in frames:

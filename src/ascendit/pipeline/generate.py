@@ -1,4 +1,4 @@
-"""From a request to frames. The algorithm is `denoise`.
+"""Generate the frames of a request. `denoise` is the algorithm.
 
 pipe = ascendit.load("demo")
 video = pipe.generate("a red circle moves right on a black background", seed=7)
@@ -79,7 +79,10 @@ class Pipeline:
         return {name: expert for name, expert in experts.items() if expert is not None}
 
     def request(self, prompt: str, **fields: Any) -> GenerateRequest:
-        """A complete request; omitted fields get the model's defaults. Raises as `request.resolve`."""
+        """Make a complete request; omitted fields get the model's defaults.
+
+        Raises the errors of `request.resolve`.
+        """
         return resolve(self.defaults, prompt, **fields)
 
     def generate(
@@ -103,7 +106,7 @@ class Pipeline:
         """Generate one video. None means the model's default; names follow Diffusers.
 
         `image`: path, PIL image, uint8 array [H, W, 3] or float tensor [3, H, W] in [0, 1]. `more`: other
-        fields of GenerateRequest. Raises as `request` and `run`.
+        fields of GenerateRequest. Raises the errors of `request` and `run`.
         """
         name, pixels = name_image(image)
         request = self.request(
@@ -130,10 +133,10 @@ class Pipeline:
         on_progress: OnProgress | None = None,
         cancel: Stop | None = None,
     ) -> Video:
-        """Generate the video of a complete request. `pixels`: image by name, for one named by its content.
+        """Generate the video of a complete request. `pixels`: image name -> image, if passed as pixels.
 
         Raises RequestError (E-REQ-04) if the pixels of its image are missing, Cancelled between two steps,
-        QualityError (E-OUT-01, E-OUT-02) if the frames are not finite or are black.
+        QualityError: E-OUT-01 if frames have NaN or infinite values, E-OUT-02 if they are black.
         """
         check(request, self.defaults)
         self.policy.check_steps(request.num_inference_steps)
@@ -158,7 +161,10 @@ class Pipeline:
         )
 
     def warm_up(self, request: GenerateRequest | None = None) -> float:
-        """Run one step at the request's size, so that the first video starts warm. Returns seconds."""
+        """Run one step at the request's size, so that the first video is not slowed by initialization.
+
+        Returns seconds.
+        """
         request = request or self.request("", image="black" if self.defaults.task == "i2v" else None)
         one = GenerateRequest(**{**vars(request), "num_inference_steps": 1, "timesteps": None})
         start = time.perf_counter()
@@ -179,8 +185,8 @@ def predict(
 ) -> Tensor:
     """Velocity of one step, float32 [1, z, F, h, w], from the model input `x` [1, C, F, h, w].
 
-    Two states: with classifier-free guidance. CFG parallelism replaces this function: one branch per
-    rank. `agree` maps a float of this rank to that of rank 0, for the one decision per step of a cache.
+    Two states mean classifier-free guidance. CFG parallelism replaces this function: one branch per rank.
+    `agree` maps a float of this rank to the one of rank 0, for the decision of a cache once per step.
     """
     velocities: list[Tensor] = []
     for state in states:
@@ -202,10 +208,10 @@ def denoise(
     cancel: Stop | None,
     on_step: OnStep = lambda i, latents: None,
 ) -> Tensor:
-    """Clean latents [1, z, F, h, w], float32, from noise: encode, then one solver step per timestep.
+    """Compute clean latents [1, z, F, h, w], float32, from noise: encode, then one solver step per timestep.
 
     Steps, noise levels, coefficients and the switch of experts are Python numbers, computed before the loop,
-    so that the loop never synchronises with the device. Raises Cancelled, and QualityError (E-OUT-01).
+    so that the loop never synchronizes with the device. Raises Cancelled, and QualityError (E-OUT-01).
     """
     report(Progress(stage="encode", total=1, memory_bytes=memory_bytes(pipe.device)))
     prompts = [request.prompt] + [request.negative_prompt] * request.do_classifier_free_guidance
@@ -248,7 +254,7 @@ def denoise(
         seconds, memory = time.perf_counter() - start, memory_bytes(pipe.device)
         event = Progress(stage="denoise", step=i + 1, total=len(timesteps), expert=name, timestep=t)
         report(replace(event, seconds=seconds, memory_bytes=memory))
-    return finite(condition.finish(latents))
+    return check_finite(condition.finish(latents))
 
 
 def noise(pipe: Pipeline, request: GenerateRequest) -> Tensor:
@@ -270,7 +276,7 @@ def share(
     return shared
 
 
-def finite(latents: Tensor) -> Tensor:
+def check_finite(latents: Tensor) -> Tensor:
     """The latents [1, z, F, h, w], float32. Raises QualityError (E-OUT-01) if one is NaN or infinite."""
     bad = int((~latents.isfinite()).sum())
     if bad:
@@ -286,4 +292,4 @@ def finite(latents: Tensor) -> Tensor:
 def stop_if(cancel: Stop | None) -> None:
     """Raise Cancelled (E-CAN-01) if the caller has cancelled the run."""
     if cancel is not None and cancel.is_set():
-        raise Cancelled("cancelled", needs="nothing: no file was written", fix="run the command again")
+        raise Cancelled("cancelled", needs="no cleanup: no file was written", fix="run the command again")

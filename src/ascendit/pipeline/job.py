@@ -39,7 +39,7 @@ class Prepared:
     model: PreparedModel
     request: GenerateRequest
     pixels: Mapping[str, Any] = field(default_factory=dict)
-    """The first image, by its name in the request."""
+    """Name in the request -> first image, if passed as pixels."""
 
     @property
     def replay(self) -> str:
@@ -66,7 +66,7 @@ def prepare_model(options: LoadOptions) -> PreparedModel:
     device = parse_device(options.device)
     layout = recognise(model_folder(options.model))
     layout.require_pipeline()
-    online = Online.of(options.scheme, options.recipe, options.keep, force=options.force)
+    online = Online.from_options(options.scheme, options.recipe, options.keep, force=options.force)
     headers = [read_expert(part) for part in layout.experts]
     experts = tuple((expert, online.apply(expert) if online else None) for expert in headers)
     schedule = policy_for(options.step_policy, online, layout, experts)
@@ -94,8 +94,9 @@ def prepare(
 ) -> Prepared:
     """Check one video as far as possible without weights.
 
-    `fields`: of GenerateRequest; omitted ones get the model's defaults. `seconds`: instead of `num_frames`.
-    `pixels`: image by name, for one named by its content. Raises as `prepare_model` and `request.resolve`.
+    `fields`: fields of GenerateRequest; omitted ones get the model's defaults. `seconds`: replaces
+    `num_frames`. `pixels`: image name -> image, if passed as pixels. Raises the errors of `prepare_model` and
+    `request.resolve`.
     """
     model = prepare_model(options)
     defaults = model.defaults
@@ -112,8 +113,8 @@ def load(model: Any, *, on_progress: OnProgress | None = None, **options: Any) -
     """Load a model: a folder, "demo", "hf:org/name" or "ms:org/name" (with "@revision").
 
     A quantized folder needs no option. `scheme`, or `recipe` by name or TOML file, quantizes a float model
-    while it loads, as `ascendit.quantize` does. `on_progress` is called with each Progress event. Raises as
-    `prepare_model` before any weight is read, and as `load.build`.
+    while it loads, as `ascendit.quantize` does. `on_progress` is called with each Progress event. Raises the
+    errors of `prepare_model` before any weight is read, and those of `load.build`.
     """
     prepared = prepare_model(LoadOptions.model_validate({"model": model, **options}))
     from ascendit.pipeline.load import build
@@ -130,7 +131,7 @@ load.__doc__ = f"{load.__doc__}\n" + "\n".join(f"    `{name}`: {row.help}" for n
 def run(prepared: Prepared, events: OnProgress | None = None, cancel: Stop | None = None) -> Video:
     """Load the model and generate the video. `events` gets each Progress event; `cancel` stops between steps.
 
-    Raises as `load.build` and `Pipeline.run`, and OutOfMemory (E-MEM-01) with the stage that failed.
+    Raises the errors of `load.build` and `Pipeline.run`, and OutOfMemory (E-MEM-01), which names the stage.
     """
     from ascendit.pipeline.load import build
 

@@ -18,8 +18,9 @@ from ascendit.vae.autoencoder import VideoCoder
 def build(model: PreparedModel, on_progress: OnProgress | None = None) -> Pipeline:
     """Load the weights of a prepared model onto its device.
 
-    Raises EnvironmentProblem: E-ENV-03 without the device, E-CAP-01 for a scheme without a matmul on it;
-    UsageError (E-USE-01) for an operator or scale rule that it lacks; CheckpointError for damaged weights.
+    Raises EnvironmentProblem: E-ENV-03 if the device is missing, E-CAP-01 for a scheme without a matmul on
+    it; UsageError (E-USE-01) for an operator or scale rule that it lacks; CheckpointError for damaged
+    weights.
     """
     options, layout, experts, schedule = model.options, model.layout, model.experts, model.schedule
     device = open_device(model.device)

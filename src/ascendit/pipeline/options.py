@@ -1,4 +1,4 @@
-"""LoadOptions: the one table of options for loading a model. Validated, frozen, JSON round trip. No torch.
+"""LoadOptions: the only table of options for loading a model. Validated, frozen, JSON round trip.
 
 Each row has the type, default, help, flag and environment variable of an option. From them come the flags of
 `generate`, the keys of `--set` and `--config`, the arguments of `ascendit.load`, the record beside a video
@@ -83,7 +83,10 @@ def _schedule(value: object) -> object:
 
 
 def _bytes(value: object) -> object:
-    """Bytes from a number or text such as 24GiB, 16 GB or 8e9. Raises UsageError for other text and for 0."""
+    """Parse bytes: a number, or text such as 24GiB, 16 GB or 8e9.
+
+    Raises UsageError for any other text and for 0.
+    """
     if value is None:
         return None
     match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?(?:e\+?\d\d?)?) ?(?:([KMGT])(i?))?B?", str(value).strip())

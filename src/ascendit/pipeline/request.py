@@ -1,4 +1,4 @@
-"""GenerateRequest: one video, with every value explicit. Frozen, validated, JSON round trip. No torch.
+"""GenerateRequest: one video, with every value explicit. Frozen, validated, JSON round trip.
 
 `resolve` fills omitted fields from a model's `Defaults` and checks the request against the model. An image
 passed as pixels is named by the hash of its content, so that a request is plain JSON.
@@ -41,7 +41,7 @@ def _number(rule: str, **limits: Any) -> Any:
 
 
 def _timesteps(value: Any) -> Any:
-    """A sequence of decreasing numbers as floats. Raises ValueError for other values."""
+    """Convert a sequence of decreasing numbers to floats. Raises ValueError for other values."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -84,9 +84,10 @@ class GenerateRequest(Checked):
     """Decreasing positions in the unshifted schedule, in (0, 1000]; `flow_shift` is applied to them.
     Four-step distilled Wan models use `1000,750,500,250`."""
     guidance_scale: Annotated[float, Guidance]
-    """For the only or the high-noise expert. At 1 or below, no unconditional pass runs, as in Diffusers."""
+    """Guidance of the only expert or the high-noise expert. At 1 or below, no unconditional pass runs, as in
+    Diffusers."""
     guidance_scale_2: Annotated[float | None, Guidance] = None
-    """For the low-noise expert; None: `guidance_scale`."""
+    """Guidance of the low-noise expert; None: `guidance_scale`."""
     flow_shift: Annotated[float, _number("a number above 0", gt=0)]
     boundary_ratio: Annotated[float | None, _number("a number between 0 and 1", gt=0, lt=1)] = None
     solver: Annotated[Solver, Field(description="unipc or euler")] = "unipc"
@@ -152,13 +153,13 @@ def _text(value: float) -> str:
 
 
 DEFAULTED = {field.name for field in fields_of(Defaults)} & set(GenerateRequest.model_fields) - {"flow_shift"}
-"""Fields with a default from the model; that of the shift depends on the size."""
+"""Fields with a default from the model; the default of the shift depends on the size."""
 
 
 def resolve(defaults: Defaults, prompt: str, **fields: Any) -> GenerateRequest:
     """Fill the fields of GenerateRequest that are omitted or None from `defaults`, and check the request.
 
-    Raises UsageError (E-USE-01) for an unknown field, and RequestError as `check`.
+    Raises UsageError (E-USE-01) for an unknown field, and the errors of `check`.
     """
     allowed = set(GenerateRequest.model_fields) - {"prompt"}
     if unknown := sorted(set(fields) - allowed):
@@ -184,7 +185,7 @@ def check(request: GenerateRequest, defaults: Defaults) -> None:
     """Check the request against the model; nothing is rounded.
 
     Raises RequestError: E-REQ-01 and E-REQ-02 with the nearest allowed frames and sizes, E-REQ-04 for a
-    missing or superfluous image, E-REQ-03 for guidance or a boundary that does not fit the experts.
+    missing or unexpected image, E-REQ-03 for guidance or a boundary that does not fit the experts.
     """
     model, multiple, stride = defaults.model, defaults.size_multiple, defaults.frame_stride
     size = (request.width, request.height)
@@ -222,7 +223,7 @@ def check(request: GenerateRequest, defaults: Defaults) -> None:
 def name_image(image: Any) -> tuple[str | None, dict[str, Any]]:
     """(`image` field of a request, pixels by that name). A path is its own name; pixels are named by a hash.
 
-    `image`: None, a path, or pixels of any type that `open_image` accepts. Raises as `open_image`.
+    `image`: None, a path, or pixels of any type that `open_image` accepts. Raises the errors of `open_image`.
     """
     if image is None or isinstance(image, (str, Path)):
         return (None if image is None else str(image)), {}
@@ -235,7 +236,8 @@ def name_image(image: Any) -> tuple[str | None, dict[str, Any]]:
 def image_of(request: GenerateRequest, pixels: Mapping[str, Any]) -> Any:
     """The first image of `request` as a PIL image in RGB, or None. `pixels`: images by name.
 
-    Raises RequestError (E-REQ-04) if the pixels of this image are missing or different, and as `open_image`.
+    Raises RequestError (E-REQ-04) if the pixels of this image are missing or different, and the errors of
+    `open_image`.
     """
     name = request.image
     if name is None:
@@ -252,7 +254,7 @@ def image_of(request: GenerateRequest, pixels: Mapping[str, Any]) -> Any:
 def open_image(image: Any) -> Any:
     """A PIL image in RGB from a path, a PIL image, uint8 [H, W, 3] or a float tensor [3, H, W] in [0, 1].
 
-    Raises UsageError: E-USE-02 for a missing file, E-USE-04 for an unreadable one or another type.
+    Raises UsageError: E-USE-02 for a missing file, E-USE-04 for an unreadable file or any other type.
     """
     import numpy as np
     from PIL import Image

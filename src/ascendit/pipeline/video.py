@@ -34,7 +34,7 @@ AnyPath = str | os.PathLike[str]
 EXTENSIONS = ".mp4, .webm, .gif, .png (one frame: a file; more: a folder of frames), or / for a folder"
 
 
-class Target(NamedTuple):
+class OutputTarget(NamedTuple):
     """Output path of a video: `kind` is mp4, webm, gif, png (one file) or folder (of png)."""
 
     path: Path
@@ -50,7 +50,10 @@ def installed_versions() -> dict[str, str]:
 
 @dataclass(eq=False, repr=False)
 class Video:
-    """The result of a run. Raises UsageError (E-USE-01) for invalid `frames` or `fps`."""
+    """A generated video: frames, frame rate and metadata.
+
+    Raises UsageError (E-USE-01) for invalid `frames` or `fps`.
+    """
 
     frames: Frames
     """uint8 [F, H, W, 3], RGB."""
@@ -108,8 +111,8 @@ class Video:
         writes nothing about the request, in the file or beside it; a gif has it beside only.
 
         Raises UsageError: E-USE-01 for an unsupported extension, size or fps, E-USE-03 for an existing
-        output; EnvironmentProblem: E-ENV-01 without the library, E-ENV-02 without a writable folder. After a
-        failure, including Ctrl-C, no partial file remains.
+        output; EnvironmentProblem: E-ENV-01 if the library is missing, E-ENV-02 if the folder is not
+        writable. After a failure, including Ctrl-C, no partial file remains.
         """
         record = self.describe() if metadata else None
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
@@ -126,7 +129,7 @@ class Video:
                 write(self.frames, self.fps, new, target.kind, inside)
                 _publish(target, new, sidecar, overwrite)
         except FileExistsError as e:
-            raise _taken(target, "exists already") from e
+            raise _taken(target, "already exists") from e
         except OSError as e:
             raise _not_writable(folder, e) from e
         return target.path
@@ -155,7 +158,7 @@ def check_output(
     *,
     sidecar: bytes | None = b"",
     overwrite: bool = False,
-) -> Target:
+) -> OutputTarget:
     """The target of `Video.save`. Raises the UsageError or EnvironmentProblem that `save` would raise.
 
     `shape`: (frames, height, width). `sidecar`: content of the `.json` beside the video, None for no `.json`.
@@ -185,21 +188,21 @@ def check_writable(path: AnyPath) -> None:
         raise _not_writable(folder, e) from e
 
 
-def _locate(path: AnyPath, num_frames: int) -> Target:
+def _locate(path: AnyPath, num_frames: int) -> OutputTarget:
     file, suffix = Path(path), Path(path).suffix.lower()
     is_format = suffix == ".png" or suffix[1:] in CODECS
     if file.name and (os.fspath(path).endswith("/") or (file.is_dir() and not is_format)):
-        return Target(file, "folder", file.with_name(f"{file.name}.json"))
+        return OutputTarget(file, "folder", file.with_name(f"{file.name}.json"))
     if suffix == ".png" and num_frames > 1:
-        return Target(file.with_suffix(""), "folder", file.with_suffix(".json"))
+        return OutputTarget(file.with_suffix(""), "folder", file.with_suffix(".json"))
     if is_format:
-        return Target(file, suffix[1:], file.with_suffix(".json"))
+        return OutputTarget(file, suffix[1:], file.with_suffix(".json"))
     name = file.with_suffix(".mp4") if file.name else "out.mp4"
     rule = f"a name that ends in {EXTENSIONS}"
     raise UsageError(f"unknown video format of {os.fspath(path)!r}", needs=rule, fix=f"-o {name}")
 
 
-def _check_format(target: Target, shape: tuple[int, ...], fps: int) -> None:
+def _check_format(target: OutputTarget, shape: tuple[int, ...], fps: int) -> None:
     """Check that the format supports this size and rate, and that its encoder is installed."""
     _, height, width = shape
     if target.kind == "mp4" and (width % 2 or height % 2):
@@ -225,7 +228,7 @@ def _check_format(target: Target, shape: tuple[int, ...], fps: int) -> None:
         ) from e
 
 
-def _check_free(target: Target, sidecar: bytes | None, overwrite: bool) -> None:
+def _check_free(target: OutputTarget, sidecar: bytes | None, overwrite: bool) -> None:
     """Refuse an existing output. An equal `.json` is allowed: `a.mp4` and `a.gif` of one video share it."""
     path = target.path
     if target.kind == "folder" and path.is_dir():
@@ -234,13 +237,13 @@ def _check_free(target: Target, sidecar: bytes | None, overwrite: bool) -> None:
         if others or (names and not overwrite):
             raise _taken(target, f"contains {', '.join((others or names)[:3])}")
     elif os.path.lexists(path) and (not overwrite or path.is_dir() or target.kind == "folder"):
-        raise _taken(target, "is a folder" if path.is_dir() else "exists already")
+        raise _taken(target, "is a folder" if path.is_dir() else "already exists")
     if sidecar is not None and not overwrite and os.path.lexists(target.sidecar):
         if not target.sidecar.is_file() or target.sidecar.read_bytes() != sidecar:
-            raise _taken(target, f"needs {target.sidecar} beside it, which exists already")
+            raise _taken(target, f"needs {target.sidecar} beside it, which already exists")
 
 
-def _taken(target: Target, reason: str) -> UsageError:
+def _taken(target: OutputTarget, reason: str) -> UsageError:
     path, slash = target.path, "/" if target.kind == "folder" else ""
     names = (path.with_name(f"{path.stem}-{n}{path.suffix}") for n in count(2))
     free = next(p for p in names if not (os.path.lexists(p) or os.path.lexists(p.with_suffix(".json"))))
@@ -260,7 +263,7 @@ def _not_writable(folder: Path, e: OSError) -> EnvironmentProblem:
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def _publish(target: Target, new: Path, sidecar: bytes | None, overwrite: bool) -> None:
+def _publish(target: OutputTarget, new: Path, sidecar: bytes | None, overwrite: bool) -> None:
     """Move the files to the target, the `.json` first, so that a visible video is complete."""
     if not overwrite and os.path.lexists(target.sidecar):
         sidecar = None  # an equal file exists, and must survive a failure below

@@ -1,4 +1,4 @@
-"""Engines as data: version, and the schemes and layouts that each cannot load. No torch."""
+"""Engines as data: version, and the schemes and layouts that each cannot load. Does not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Fused groups of linear layers in a Wan block, and the names of fused modules in engines. No torch.
+"""Fused groups of linear layers in a Wan block, and the names of fused modules in engines.
+
+Does not import torch.
 
 Layers of a group have the same input: they share smoothing factors and one quantization of the activation,
 and those with the same scheme are one matmul. The groups are those of msModelSlim's `iter_smooth` for Wan.

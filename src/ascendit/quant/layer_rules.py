@@ -1,4 +1,4 @@
-"""Rules of a recipe, and how their patterns match layer names. No torch."""
+"""Rules of a recipe, and how their patterns match layer names. Does not import torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LIST_LAYERS = "correct the pattern; `*` crosses dots, and `ascendit inspect SRC 
 
 @dataclass(frozen=True)
 class LayerScheme:
-    """The scheme of one linear layer, and the reason."""
+    """The scheme of one linear layer, and the rule that determined it."""
 
     name: str
     scheme: str
@@ -46,7 +46,7 @@ class AttentionScheme:
     """The entries stored for one attention."""
 
     name: str
-    """For example `blocks.0.attn1`."""
+    """Diffusers name, for example `blocks.0.attn1`."""
     quant_type: str
     """Value of `<name>.quant_type` in the manifest; "": no entry."""
     rotate: bool
@@ -76,7 +76,7 @@ class LayerRule(Model):
     title = "a rule"
     layers: Patterns
     scheme: str | None = None
-    """None: open, filled in by the scheme that the user requests."""
+    """None: the scheme that the user requests is filled in."""
     scale_rule: ScaleRule | None = Field(default=None, validate_default=True)
     """If omitted, the default of the scheme; None for bf16."""
     kinds: Kinds = ()

@@ -1,4 +1,4 @@
-"""Recipes: ordered rules that assign schemes to layers by name. No torch.
+"""Recipes: ordered rules that assign schemes to layers by name. Does not import torch.
 
 A recipe is a TOML file, either a built-in one in `recipes/` or any other path.
 
@@ -102,7 +102,7 @@ class Recipe(Model):
     def layer_schemes(
         self, config: Mapping[str, Any], *, model_kind: Task, keep: Sequence[str] = ()
     ) -> tuple[LayerScheme, ...]:
-        """All linear layers of the model in its order. `keep`: patterns of layers that stay in BF16.
+        """The scheme of every linear layer, in model order. `keep`: patterns of layers that stay in BF16.
 
         Raises UsageError (E-USE-05) for a pattern that matches no layer.
         """
@@ -124,8 +124,8 @@ class Recipe(Model):
     ) -> dict[str, LayerScheme]:
         """Name -> scheme of the layers that the rules, and then `keep`, match; the last match wins.
 
-        A pattern is matched against `inside`, and only without a match there against all `linears`.
-        Raises UsageError (E-USE-05), with `fix`, for a pattern that matches no layer.
+        A pattern is matched against `inside`; only if nothing there matches, against all `linears`. Raises
+        UsageError (E-USE-05), with `fix`, for a pattern that matches no layer.
         """
         rules = [(rule, self.name) for rule in self.rules if not rule.kinds or model_kind in rule.kinds]
         rules += [(LayerRule(layers=(pattern,), scheme="bf16"), "--keep") for pattern in keep]
@@ -149,7 +149,7 @@ class Recipe(Model):
         return tuple(a for a in schemes.values() if a.quant_type or a.rotate)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON data for `ascendit.json`, enough to recreate the TOML."""
+        """JSON data for `ascendit.json`, sufficient to recreate the TOML file."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
@@ -212,13 +212,13 @@ def _check_no_scheme(name: str, scheme: str | None, scale_rule: str | None) -> N
     if (scheme, scale_rule) != (None, None):
         raise UsageError(
             f"scheme {scheme}{f' with scale rule {scale_rule}' if scale_rule else ''} for the recipe {name}",
-            needs="a recipe with a rule without a scheme; all rules of this one have a scheme",
+            needs="a recipe with a rule that names no scheme; every rule of this one names its scheme",
             fix="omit --scheme and --scale-rule, or use the recipe default",
         )
 
 
 def no_scheme(subject: str) -> UsageError:
-    """E-USE-01: neither a scheme nor a recipe with schemes."""
+    """The error E-USE-01 for a call with neither a scheme nor a recipe with schemes."""
     return UsageError(
         f"{subject} without a scheme",
         needs=f"a scheme ({', '.join(QUANTIZED)}), or a recipe with schemes"
@@ -228,5 +228,7 @@ def no_scheme(subject: str) -> UsageError:
 
 
 def _without_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without unknown values, such as the number of heads of some files; layers do not depend on them."""
+    """The config without unknown values (some files lack the number of heads), which layers do not depend
+    on.
+    """
     return {key: value for key, value in config.items() if value is not None}

@@ -1,4 +1,6 @@
-"""The table of schemes: storage and computation of a linear layer, and its names in other tools. No torch.
+"""The table of schemes: storage and computation of a linear layer, and its names in other tools.
+
+Does not import torch.
 
 A new scheme is a row here and a row in `mx.formats`; apart from them, only kernels depend on it.
 """

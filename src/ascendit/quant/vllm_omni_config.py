@@ -1,4 +1,4 @@
-"""vLLM-Omni's `quantization_config`: read as a recipe, written for quantized weights. No torch.
+"""vLLM-Omni's `quantization_config`: read as a recipe, written for quantized weights. Does not import torch.
 
     {"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 5, "ignored_layers": ["blocks.7.ffn.net_2"]}
 
@@ -45,7 +45,7 @@ ScaleAlgorithm = Annotated[
 
 
 class OmniConfig(Model):
-    """The JSON, with aliases replaced."""
+    """The parsed JSON, with aliases replaced."""
 
     method: str
     ignored_layers: Names | None = None
@@ -113,7 +113,7 @@ def quantization_config_for(
 
     vLLM-Omni's schema cannot represent two schemes, rowwise FP8, quantized layers outside the blocks, partly
     quantized Q, K and V, or smoothing of excluded layers or in some schemes. The method is then `ascendit`:
-    Diffusers loads it by ascendit, and vLLM-Omni stops instead of reading quantized weights as floats.
+    Diffusers then loads it with ascendit, and vLLM-Omni stops instead of reading quantized weights as floats.
     """
     own = {"quant_method": METHOD}
     quantized = {name: scheme for name, scheme in layers.items() if scheme in QUANTIZED}

@@ -27,8 +27,8 @@ def clean_prompt(text: str) -> str:
 class TextEncoder:
     """UMT5: prompts to embeddings [1, max_sequence_length, text_dim], zero after the last token.
 
-    `text_on`: `cpu` stays in host memory (T5_LOAD_CPU=1), `device` is on the device of the denoiser, `drop`
-    loads the model for each new prompt and frees it.
+    `text_on`: `cpu` keeps the model in host memory (T5_LOAD_CPU=1), `device` on the device of the denoiser,
+    `drop` loads it for each new prompt and frees it.
     """
 
     def __init__(self, layout: Layout, *, device: str, text_on: Literal["cpu", "device", "drop"]) -> None:
@@ -45,7 +45,7 @@ class TextEncoder:
     def encode(self, prompts: list[str], max_sequence_length: int) -> list[Tensor]:
         """Embeddings [1, max_sequence_length, text_dim] in the encoder's dtype and device, one per prompt.
 
-        Those of the last eight prompts are cached.
+        The embeddings of the last eight prompts are cached.
         """
         keys = [(clean_prompt(p), max_sequence_length) for p in prompts]
         new = [key for key in dict.fromkeys(keys) if key not in self._cache]

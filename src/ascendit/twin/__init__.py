@@ -25,7 +25,7 @@ __all__ = ["allow_internal_format", "call", "chip", "disable", "enable", "launch
 
 
 @dataclass
-class State:
+class TwinState:
     """State of the process: the operators under torch.ops exist once per process too."""
 
     chip: str | None = None
@@ -36,7 +36,7 @@ class State:
     """Operator -> number of computed calls."""
 
 
-STATE = State()
+STATE = TwinState()
 
 
 def enable(chip: str, *, fake_module: bool = False) -> None:
@@ -44,7 +44,7 @@ def enable(chip: str, *, fake_module: bool = False) -> None:
 
     `fake_module`: also provide a minimal `torch_npu`, for other code written for NPUs; see
     `ascendit.twin.install`. While the twin is enabled, `import torch_npu` fails. Raises UsageError (E-USE-01)
-    for an unknown chip, TwinImportError (E-TWN-02) if torch_npu is loaded already.
+    for an unknown chip, TwinImportError (E-TWN-02) if torch_npu is already loaded.
     """
     _check(chip)
     _disable_torch_npu()
@@ -52,7 +52,10 @@ def enable(chip: str, *, fake_module: bool = False) -> None:
 
 
 def use(chip: str) -> None:
-    """Set the chip for `call` only; torch_npu may be loaded. UsageError (E-USE-01) for an unknown chip."""
+    """Set the chip for `call` only; torch_npu may be loaded.
+
+    Raises UsageError (E-USE-01) for an unknown chip.
+    """
     _check(chip)
     STATE.chip = chip
 
@@ -64,12 +67,15 @@ def disable() -> None:
 
 
 def chip() -> str | None:
-    """The current chip, None if the twin is not enabled."""
+    """The current chip; None if the twin is not enabled."""
     return STATE.chip
 
 
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
-    """Call an operator, `npu_rms_norm` or `mindiesd::adaln`. TwinError (E-TWN-01, E-CAP-01) if refused."""
+    """Call an operator, `npu_rms_norm` or `mindiesd::adaln`.
+
+    Raises TwinError (E-TWN-01, E-CAP-01) if refused.
+    """
     return _module("operators").call(name, *args, **kwargs)
 
 

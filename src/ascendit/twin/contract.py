@@ -1,4 +1,4 @@
-"""Shared by the argument checks of all operators: the errors, and the numbers of dtypes.
+"""Shared code of the argument checks of all operators: errors, and the numbers of dtypes.
 
 Errors are RuntimeErrors, like torch_npu's, with a fix; their texts are in `data/refusals.toml`. An `int`
 argument of an operator takes the number of a dtype: one of torch's or one of torch_npu's.
@@ -128,7 +128,10 @@ HALF_DTYPES = FLOAT_DTYPES[:2]
 
 
 def number_of(dtype: torch.dtype) -> int:
-    """The number that torch's binding passes for a torch.dtype. KeyError for a dtype without one."""
+    """The number that torch's binding passes for a torch.dtype.
+
+    Raises KeyError for a dtype without a number.
+    """
     return _NUMBER_OF_DTYPE[dtype]
 
 
@@ -141,7 +144,10 @@ def dtype_label(number: int | None) -> str:
 
 
 def output_dtype(number: int | None, allowed: tuple[torch.dtype, ...], operator: str) -> torch.dtype:
-    """The torch dtype of an `output_dtype`. TwinError (E-TWN-01) if not `allowed`, or None (int8)."""
+    """The torch dtype of an `output_dtype`.
+
+    Raises TwinError (E-TWN-01) if it is not `allowed`, or is None (int8).
+    """
     dtype = None if number is None else DTYPE_OF_NUMBER.get(number)
     got = "None, which means int8" if number is None else dtype_label(number)
     require(dtype in allowed, "call.output_dtype", got=got, operator=operator, allowed=allowed)

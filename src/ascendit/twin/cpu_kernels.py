@@ -1,4 +1,4 @@
-"""Arithmetic of the twin's dense operators, done by the CPU kernels of `kernels/cpu`.
+"""Arithmetic of the twin's dense operators, with the kernels of `kernels/cpu`.
 
 The CPU kernels round where the chips do, so a model makes the same frames on the CPU and on the twin, and a
 difference between the two is a bug in the NPU path. Both are tested against plain PyTorch.
@@ -40,7 +40,7 @@ def rms_norm(x: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
-    """Over the last axis, in x's dtype. weight, bias [D] in x's dtype or float32."""
+    """Layer norm over the last axis, in x's dtype. weight, bias [D] in x's dtype or float32."""
     affine = (t if t is None else t.to(torch.float32) for t in (weight, bias))
     return _cpu_kernel("layer_norm")(x, *affine, epsilon)
 

@@ -29,9 +29,9 @@ _LIBRARIES: list[torch.library.Library] = []
 
 
 def install(chip: str, *, with_module: bool) -> None:
-    """Define every frozen schema; if installed already, only change the chip.
+    """Define every frozen schema; if already installed, only change the chip.
 
-    Raises TwinImportError (E-TWN-02) if torch_npu is loaded or the operators are defined already.
+    Raises TwinImportError (E-TWN-02) if torch_npu is loaded or the operators are already defined.
     """
     real = sys.modules.get("torch_npu")
     if real is not None and not is_ours(real):
@@ -88,7 +88,7 @@ class Guard(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Raises TwinImportError (E-TWN-02) for `import torch_npu`."""
+        """Raise TwinImportError (E-TWN-02) for `import torch_npu`."""
         if fullname != "torch_npu":
             return None
         # Diffusers and accelerate call importlib.util.find_spec on import. Frames: 0 this function,
@@ -116,7 +116,7 @@ def is_ours(module: Any) -> bool:
 
 
 def add_module() -> None:
-    """Install `torch_npu`, `torch_npu.npu` and `torch.npu`, unless they are installed already."""
+    """Install `torch_npu`, `torch_npu.npu` and `torch.npu`, unless they are already installed."""
     if is_ours(sys.modules.get("torch_npu")):
         return
     npu = _torch_npu_npu()

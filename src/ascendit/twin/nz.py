@@ -31,18 +31,18 @@ class Fractal:
 
 
 def fractal(t: Tensor) -> Fractal | None:
-    """The tag of the storage of `t` [..], any dtype; None for ND storages and for meta and fake tensors."""
+    """The tag of the storage of `t` ([..] of any dtype); None for ND storages, meta and fake tensors."""
     tag = None if is_fake(t) else getattr(t.untyped_storage(), _TAG, None)
     return tag if isinstance(tag, Fractal) else None
 
 
 def is_fake(t: Tensor) -> bool:
-    """Whether `t` [..], any dtype, is a meta or fake tensor, whose layout is unknown."""
+    """Whether `t` ([..] of any dtype) is a meta or fake tensor, whose layout is unknown."""
     return t.device.type == "meta" or isinstance(t, torch._subclasses.FakeTensor)
 
 
 def format_of(t: Tensor) -> int:
-    """Format of `t` [..], any dtype: 29 for FRACTAL_NZ, else ND, NCHW or NCDHW by its number of axes."""
+    """Format of `t` ([..] of any dtype): 29 for FRACTAL_NZ, else ND, NCHW or NCDHW by its number of axes."""
     if fractal(t) is not None:
         return FRACTAL_NZ
     return {4: NCHW, 5: NCDHW}.get(t.dim(), ND)
@@ -63,7 +63,10 @@ def to_nz(t: Tensor, customized: bool) -> Tensor:
 
 
 def from_nz(t: Tensor) -> Tensor:
-    """`t` [.., R, C], any dtype, in ND. TwinError (E-TWN-01) for views other than its transpose."""
+    """Convert `t` ([.., R, C] of any dtype) to ND.
+
+    Raises TwinError (E-TWN-01) for views other than its transpose.
+    """
     tag = fractal(t)
     assert tag is not None
     *batch, rows, columns = tag.shape

@@ -62,7 +62,10 @@ class Signature:
     """Arguments of type int, which also take a torch.dtype, as in torch's binding."""
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """All arguments by name. TwinError (E-TWN-01) for unknown, missing or surplus ones, as in torch."""
+        """All arguments by name.
+
+        Raises TwinError (E-TWN-01) for unknown, missing or too many arguments, as in torch.
+        """
         unknown = [k for k in kwargs if k not in self.names or k in self.names[: len(args)]]
         if unknown or len(args) > self.positional:
             problem = f"{len(args)} positional arguments"
@@ -78,7 +81,10 @@ class Signature:
 
 @functools.cache
 def signature(name: str) -> Signature:
-    """The signature of `npu_rms_norm` or `mindiesd::adaln`. TwinError (E-TWN-01) for an unknown name."""
+    """The signature of `npu_rms_norm` or `mindiesd::adaln`.
+
+    Raises TwinError (E-TWN-01) for an unknown name.
+    """
     namespace, base = split(name)
     if namespace not in VERSIONS or base not in frozen(namespace):
         refuse("call.name", name=name)
@@ -121,7 +127,7 @@ def operator(name: str) -> Callable[[Body], Body]:
 
 
 def current_chip() -> str:
-    """The chip that calls are checked for. TwinError (E-CAP-01) if the twin is not enabled."""
+    """The chip that calls are checked for. Raises TwinError (E-CAP-01) if the twin is not enabled."""
     if STATE.chip is None:
         raise TwinError(
             "the twin is not enabled", needs="a chip", fix='ascendit.twin.enable("a5")', code=CHIP
@@ -130,10 +136,12 @@ def current_chip() -> str:
 
 
 def check_capability(name: str, mode: str = "") -> None:
-    """TwinError (E-CAP-01) if the chip has no kernel for this, by `operator_support.CAPABILITIES`."""
+    """Raise TwinError (E-CAP-01) if the chip has no kernel for this call, see
+    `operator_support.CAPABILITIES`.
+    """
     chip = current_chip()
     row = capability(name, mode)
-    answer = row.on(chip)
+    answer = row.support_on(chip)
     if answer == "yes":
         return
     label = f"{name} {mode}".strip()
@@ -147,7 +155,10 @@ def check_capability(name: str, mode: str = "") -> None:
 
 
 def run(name: str, /, *args: Any, **kwargs: Any) -> Any:
-    """Check and compute a call, and count it as a launch. TwinError (E-TWN-01, E-CAP-01) if it is refused."""
+    """Check and compute a call, and count it as a launch.
+
+    Raises TwinError (E-TWN-01, E-CAP-01) if it is refused.
+    """
     bound = signature(name).bind(args, kwargs)
     if name not in OPERATORS:
         refuse_uncomputed(name)
@@ -162,7 +173,7 @@ def run(name: str, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def fake(name: str, /, *args: Any, **kwargs: Any) -> Any:
-    """Check a call on meta or fake tensors and return empty outputs. TwinError as in `run`."""
+    """Check a call on meta or fake tensors and return empty outputs. Raises the errors of `run`."""
     bound = signature(name).bind(args, kwargs)
     check_capability(name)
     outs: Outs = next(OPERATORS[name](**bound))
@@ -176,7 +187,7 @@ def fake(name: str, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def refuse_uncomputed(name: str, /, *args: Any, **kwargs: Any) -> None:
-    """TwinError (E-TWN-01) for an operator of the frozen schemas that the twin does not compute."""
+    """Raise TwinError (E-TWN-01) for an operator of the frozen schemas that the twin does not compute."""
     namespace, base = split(name)
     refuse("call.uncomputed", namespace=namespace, base=base, computed=sorted(OPERATORS))
 

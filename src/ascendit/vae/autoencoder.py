@@ -35,7 +35,9 @@ class VideoCoder:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [1, z_dim, f, h, w] -> video [1, 3, F, H, W], about [-1, 1], in its dtype."""
+        """Normalised latents [1, z_dim, f, h, w] -> video [1, 3, F, H, W], roughly in [-1, 1], in the VAE's
+        dtype.
+        """
         dtype = self.model.dtype
         z = latents.to(self.device, dtype) / self.inverse_std.to(dtype) + self.mean.to(dtype)
         return self.model.decode(z, return_dict=False)[0]  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ from ascendit.pipeline.generate import Pipeline, Stop
 from ascendit.verify.quality import OnVideo
 
 LIMITS = {"overall": 0.90, "kept_back": 0.85}
-"""Minimum share of videos that are right in everything, by the JSON key of their group."""
+"""JSON key of a group of videos -> minimum share that must be right in every attribute."""
 TITLES = {"overall": "all videos", "kept_back": "held out"}
 
 
@@ -27,7 +27,7 @@ def check_adherence(
 ) -> Adherence:
     """Generate and judge a video for every scene and seed. `swap_experts`: exchange the two experts first.
 
-    Raises UsageError (E-USE-01) for `swap_experts` with a single expert, and Cancelled.
+    Raises UsageError (E-USE-01) if `swap_experts` is set and the model has one expert, and Cancelled.
     """
     if swap_experts:
         if pipe.transformer_2 is None:
@@ -43,7 +43,7 @@ def check_adherence(
 
     def on_result(scene: Scene, seed: int, reading: Reading) -> None:
         if on_video:
-            on_video("", all(reading.right(scene).values()))
+            on_video("", all(reading.matches(scene).values()))
 
     return measure_adherence(make, scenes, seeds, on_result)
 
@@ -58,7 +58,7 @@ def verdict_lines(result: Adherence) -> Iterator[str]:
 
 
 def adherence_error(result: Adherence) -> QualityError | None:
-    """The QualityError (E-OUT-03) if a group is below its limit."""
+    """The error E-OUT-03 if a group is below its limit, else None."""
     if not (below := _below(result)):
         return None
     groups = _groups(result)

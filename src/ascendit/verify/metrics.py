@@ -53,14 +53,14 @@ def _blur(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Cosine similarity of two tensors [...] of one shape, any dtype; 1 if both are zero, 0 if one is."""
+    """Cosine similarity of two tensors [..] of one shape and any dtype; 1 if both are zero, 0 if one is."""
     a, b = a.double().flatten(), b.double().flatten()
     norms = float(a.norm()) * float(b.norm())
     return float(a @ b) / norms if norms else float(torch.equal(a, b))
 
 
 def relative_l2(a: Tensor, reference: Tensor) -> float:
-    """|a - reference| / |reference| of two tensors [...] of one shape, any dtype."""
+    """|a - reference| / |reference| of two tensors [..] of one shape and any dtype."""
     reference = reference.double()
     norm = float(reference.norm())
     distance = float((a.double() - reference).norm())
@@ -68,7 +68,7 @@ def relative_l2(a: Tensor, reference: Tensor) -> float:
 
 
 def output_sqnr(a: Tensor, reference: Tensor) -> float:
-    """Signal-to-quantization-noise ratio in dB, |reference|^2 / |a - reference|^2; [...], any dtype."""
+    """Signal-to-quantization-noise ratio in dB, |reference|^2 / |a - reference|^2, of [..] in any dtype."""
     reference = reference.double()
     noise = float((a.double() - reference).square().sum())
     return decibels(float(reference.square().sum()), noise, cap=EQUAL_DB)

@@ -39,7 +39,7 @@ from ascendit.verify.metrics import cosine, output_sqnr, psnr, relative_l2, ssim
 from ascendit.verify.quality_table import Quality, QualityCase, QualityRow
 
 LAYER_ROWS = 512
-"""Sampled rows of its input that a layer is measured on."""
+"""Number of sampled input rows that each layer is measured on."""
 STORED = ("weight", "weight_scale", "weight_dual_scale")
 """Tensors that count towards the bits per weight."""
 
@@ -65,7 +65,7 @@ def default_cases() -> tuple[QualityCase, ...]:
     return tuple(QualityCase(name=n, options=o, most_lost=_LIMITS.get(n)) for n, o in options.items())
 
 
-def choose(names: Sequence[str]) -> tuple[QualityCase, ...]:
+def choose_cases(names: Sequence[str]) -> tuple[QualityCase, ...]:
     """The cases of these names: default cases, or TOML files of recipes. Raises UsageError (E-USE-01)."""
     defaults = {case.name: case for case in default_cases()}
     cases = []
@@ -98,9 +98,9 @@ def measure_quality(
 ) -> Quality:
     """Generate every scene and seed with BF16 and each of `cases`, and compare.
 
-    `jobs`: threads that generate videos, each with its share of the CPU cores. `fields`: request fields
-    that override the model's defaults. Raises as `load`, UsageError (E-USE-01) for a quantized model, and
-    Cancelled.
+    `jobs`: threads that generate videos, each with its share of the CPU cores. `fields`: request fields that
+    override the model's defaults. Raises the errors of `load`, UsageError (E-USE-01) for a quantized model,
+    and Cancelled.
     """
     videos = [(scene, seed) for seed in seeds for scene in scenes]
     rows: list[QualityRow] = []
@@ -129,7 +129,7 @@ def measure_quality(
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One video with its latents."""
+    """A video, and the latents of its steps."""
 
     latents: Tensor
     """After each step, float32 [steps, C, F, H, W]; zeros in place of values that are not finite."""
@@ -145,7 +145,7 @@ def make_videos(
     cancel: Stop | None,
     on_result: Callable[[bool], None] | None,
 ) -> list[Trace]:
-    """The video of each request. Every pipeline has its own thread and share of the CPU cores."""
+    """Make the video of each request. Every pipeline has its own thread and share of the CPU cores."""
     jobs, threads, lock = len(pipes), torch.get_num_threads(), threading.Lock()
 
     def run_job(job: int) -> list[Trace]:
@@ -153,7 +153,7 @@ def make_videos(
         traces = []
         for request, scene in zip(requests[job::jobs], scenes[job::jobs], strict=True):
             video = trace(pipes[job], request, cancel)
-            traces.append(replace(video, right=all(judge(video.frames).right(scene).values())))
+            traces.append(replace(video, right=all(judge(video.frames).matches(scene).values())))
             with lock:
                 if on_result:
                     on_result(traces[-1].right)
@@ -170,7 +170,7 @@ def make_videos(
 
 
 def fingerprint(pipe: Pipeline) -> bytes:
-    """Hash of all weights and of the step schedule: equal for pipelines that make the same videos."""
+    """Hash of all weights and of the step schedule: the same for pipelines that make the same videos."""
     digest = hashlib.sha256(str(pipe.policy).encode())
     for name, tensor in nn.ModuleDict(pipe.experts).state_dict().items():
         digest.update(f"{name} {tensor.dtype}".encode())
@@ -196,7 +196,7 @@ def compare_traces(
 
 
 def check_float(pipe: Pipeline, model: str) -> Pipeline:
-    """The pipeline. Raises UsageError (E-USE-01) if it is quantized."""
+    """Return the pipeline. Raises UsageError (E-USE-01) if it is quantized."""
     if any(isinstance(m, QuantLinear) for m in nn.ModuleDict(pipe.experts).modules()):
         raise UsageError(
             f"{model} is quantized",
@@ -210,7 +210,10 @@ def check_float(pipe: Pipeline, model: str) -> Pipeline:
 
 
 def trace(pipe: Pipeline, request: GenerateRequest, cancel: Stop | None = None) -> Trace:
-    """Generate a video and record the latents of its steps. If it is not finite, its frames are black."""
+    """Generate a video and record the latents of its steps.
+
+    If it has NaN or infinite values, its frames are black.
+    """
     steps: list[Tensor] = []
     try:
         activate(pipe.device)
@@ -238,7 +241,7 @@ def layer_inputs(pipe: Pipeline, request: GenerateRequest, cancel: Stop | None =
 def layer_sqnr(float_pipe: Pipeline, pipe: Pipeline, inputs: Mapping[str, Tensor]) -> dict[str, float]:
     """`expert/layer` -> SQNR in dB of a quantized layer's output, against x W^T with the float weight.
 
-    `inputs`: rows [n, K], bf16. In the schedule's default precision, and without the bias.
+    `inputs`: rows [n, K], bf16. Computed in the schedule's default precision, without the bias.
     """
     sqnr = {}
     floats = nn.ModuleDict(float_pipe.experts)

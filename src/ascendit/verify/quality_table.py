@@ -1,4 +1,4 @@
-"""The quality table: one row per quantization case, as Markdown and as JSON. No torch."""
+"""The quality table: one row per quantization case, as Markdown and as JSON. Does not import torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MEASURES = (
 
 @dataclass(frozen=True, kw_only=True)
 class QualityCase:
-    """One way to quantize. `options`: of `ascendit.load`, besides model and device."""
+    """One way to quantize. `options`: options of `ascendit.load` other than model and device."""
 
     name: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
@@ -38,14 +38,14 @@ class QualityRow(QualityCase):
     """The measurements of one case. Tuples have one entry per video, in the same order for all cases."""
 
     bits: float
-    """Per weight of the blocks' linear layers, with scales."""
+    """Bits per weight of the blocks' linear layers, with scales."""
     layers: Mapping[str, float] = field(default_factory=dict)
     """Quantized layer -> SQNR of its output in dB."""
     right: tuple[bool, ...]
     psnr: tuple[float, ...]
     ssim: tuple[float, ...]
     cosine: tuple[tuple[float, ...], ...]
-    """Per video and step: cosine similarity of the latents after the step with those of BF16."""
+    """Per video and step: cosine similarity of the latents after the step to the latents of BF16."""
     distance: tuple[tuple[float, ...], ...]
     """Per video and step: relative L2 distance of the latents, |difference| / |latents of BF16|."""
 

@@ -1,4 +1,4 @@
-"""A recipe applied to one expert: the scheme of each layer, and checks. Headers only, no torch."""
+"""A recipe applied to one expert: the scheme of each layer, and checks. Reads only headers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class AppliedRecipe(LayerSchemes):
 
     @property
     def bytes_before(self) -> int:
-        """Bytes of the tensors of the source."""
+        """Bytes of all tensors of the source."""
         return sum(info.nbytes for info in self.expert.tensors.values())
 
     @property
@@ -84,9 +84,9 @@ def apply_recipe(
 ) -> AppliedRecipe:
     """Apply `recipe` to `expert`. `smoothing`: layer -> mul_scale, float32 [K].
 
-    Raises UsageError E-QNT-01 for a source that is quantized already, rotations without a known number of
-    heads, or a layer that its scale rule does not support; E-USE-05 for patterns and smoothing that match no
-    layer.
+    Raises UsageError: E-QNT-01 for a source that is already quantized, rotations if the number of heads is
+    unknown, or a layer that its scale rule does not support; E-USE-05 for patterns and smoothing that match
+    no layer.
     """
     check_source(expert)
     layers = recipe.layer_schemes(expert.config, model_kind=kind, keep=keep)
@@ -102,13 +102,13 @@ def apply_recipe(
 
 
 def check_source(expert: Expert) -> None:
-    """Raise UsageError E-QNT-01 unless the weights are floats, or FP8 in tiles, which is read as BF16."""
+    """Raise UsageError (E-QNT-01) unless the weights are floats, or FP8 in tiles, which is read as BF16."""
     quantized = {layer.scheme for layer in expert.layers.values()} - {FP8_TILES}
     if not quantized:
         return
     schemes = ", ".join(sorted(quantized - {"bf16"})) or "smoothed weights"
     raise UsageError(
-        f"{expert.path} is quantized already ({schemes}, {expert.origin})",
+        f"{expert.path} is already quantized ({schemes}, {expert.origin})",
         needs="weights in BF16, float16 or float32: re-quantizing quantized weights compounds the error",
         fix="pass the BF16 original; `ascendit repack` converts quantized weights to another layout",
         code="E-QNT-01",
@@ -118,7 +118,7 @@ def check_source(expert: Expert) -> None:
 def check_kind(
     kind: str | None, schemes: Iterable[str], name: str, *, force: bool, way: str = "--force"
 ) -> None:
-    """Raise UsageError E-QNT-02 for W4A4 on a TI2V-5B model unless `force`, set by the option `way`."""
+    """Raise UsageError (E-QNT-02) for W4A4 on a TI2V-5B model unless `force`, set by the option `way`."""
     if kind == "ti2v" and (w4a4 := sorted(set(schemes) & set(FP4))) and not force:
         raise UsageError(
             f"{name} is a TI2V-5B model, and {', '.join(w4a4)} is W4A4",

@@ -1,4 +1,6 @@
-"""The format of output folders: ascendit's own (`--to diffusers`, `--to wan`) and of each engine. No torch.
+"""The format of output folders: ascendit's own (`--to diffusers`, `--to wan`) and of each engine.
+
+Does not import torch.
 
 From the source of the wheels of vLLM-Omni 0.30.0, SGLang 0.5.23 and MindIE-SD 3.1.0; not run on a card:
 
@@ -47,7 +49,7 @@ class TargetFormat:
     offset: bool = True
     """int8 layers have a `weight_offset`."""
     unit_mul_scale: tuple[str, ...] = ()
-    """Schemes whose layers without a `mul_scale` get one of ones."""
+    """Schemes whose layers get a `mul_scale` of ones if they have none."""
     manifest_only: bool = False
     """No `quantization_config` in config.json; the manifest also lists `<layer>.div.mul_scale`."""
     export: bool = False
@@ -89,7 +91,7 @@ class TargetFormat:
         attention: Mapping[str, str],
         source_entries: Mapping[str, str],
     ) -> dict[str, str]:
-        """The manifest with the stored names; arguments as for `checkpoint.quant_metadata.manifest_for`."""
+        """The manifest with the stored names; arguments as in `checkpoint.quant_metadata.manifest_for`."""
         smoothed = {name.removesuffix(".mul_scale") for name in names if name.endswith(".mul_scale")}
         entries = manifest_for(layers, names, attention, source_entries)
         quant_type = entries.pop("model_quant_type")
@@ -150,13 +152,16 @@ ENGINE_FORMATS: dict[str, TargetFormat] = {
 
 
 def target_format(engine: str | None, to: str | None = None) -> TargetFormat:
-    """The format of `--for` and `--to`. UsageError E-USE-01 if one is unknown or they are incompatible."""
+    """The format of `--for` and `--to`.
+
+    Raises UsageError (E-USE-01) if one is unknown or they are incompatible.
+    """
     namings = {None: ("diffusers", "wan"), "mindie": ("wan",)}.get(engine, ("diffusers",))
     if engine is not None and engine not in ENGINE_FORMATS:
         raise UsageError(
             f"--for {engine}",
             needs=f"one of {', '.join(ENGINE_FORMATS)}",
-            fix="omit --for to write the folder that ascendit runs",
+            fix="omit --for to write ascendit's own format",
         )
     if to is not None and to not in namings:
         reader = f"{engine} {ENGINES[engine].version} reads" if engine else "ascendit writes"
@@ -201,7 +206,7 @@ def traits_of(
 
 
 def check_engine(engine: str | None, traits: frozenset[str], expert: str) -> None:
-    """Raise UsageError E-ENG-01 if `engine` cannot run an expert with these traits."""
+    """Raise UsageError (E-ENG-01) if `engine` cannot run an expert with these traits."""
     reasons = engines_for(traits)
     if engine is None or not (reason := reasons[engine]):
         return
@@ -211,8 +216,7 @@ def check_engine(engine: str | None, traits: frozenset[str], expert: str) -> Non
     raise UsageError(
         f"{program} cannot run {expert} ({schemes}): {reason}",
         needs=f"layers that {program} can load",
-        fix="omit --for to write the folder that ascendit runs"
-        + (f"; {others} can run it" if others else ""),
+        fix="omit --for to write ascendit's own format" + (f"; {others} can run it" if others else ""),
         code="E-ENG-01",
     )
 
@@ -241,7 +245,7 @@ def wan_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def task_config(config: Mapping[str, Any]) -> dict[str, str]:
-    """configuration.json of the original models."""
+    """The content of configuration.json, as in the original models."""
     task = "image-to-video" if model_kind(config) == "i2v" else "text-to-video-synthesis"
     return {"framework": "Pytorch", "task": task}
 

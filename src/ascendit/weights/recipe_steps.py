@@ -70,7 +70,7 @@ class RecipeSteps:
         self._encoder = functools.lru_cache(maxsize=1)(self._new_encoder)
 
     def plan(self) -> list[TensorStep]:
-        """Return the steps in output order."""
+        """Return the steps in the order of the output."""
         expert, quantized = self.applied.expert, self.applied.quantized
         steps: dict[str, TensorStep] = {}
         for step in stored_steps(expert, self.target):
@@ -132,15 +132,15 @@ class RecipeSteps:
 
         Decodes FP8 in tiles to BF16, folds LoRA files, rounds to the recipe's dtype and multiplies smoothed
         weights. `small`: smaller blocks, for a caller that copies rows in float32. `multiple`: the rows of
-        each block but the last are a multiple of this. Raises CheckpointError E-CKP-08 for invalid tile
+        each block but the last are a multiple of this. Raises CheckpointError: E-CKP-08 for invalid tile
         scales, E-LRA-01 for LoRA values that are not finite.
         """
         info, columns = self.applied.expert.tensors[name], columns_of(shard)
         inverse = self.applied.expert.tensors.get(f"{name}_scale_inv")
         tiles = None if inverse is None else tile_scales(inverse, reader)
         smoothing = self.applied.smoothing.get(name.removesuffix(".weight"))
-        part = replace(info, shape=shard.of(info.shape))
-        for start, view in reader.blocks(
+        part = replace(info, shape=shard.shape_of(info.shape))
+        for start, view in reader.read_blocks(
             info,
             shard=shard,
             multiple=math.lcm(multiple, FP8_TILE if info.dtype == TILES else 1),
@@ -217,7 +217,7 @@ def _constant(tensor: Tensor, step: TensorStep, reader: RowReader) -> Iterator[P
 
 
 def not_finite(expert: str, name: str, row: int) -> CheckpointError:
-    """E-QNT-01: a weight that cannot be quantized."""
+    """The error E-QNT-01 for a weight with NaN or infinite values."""
     return CheckpointError(
         f"{expert}: {name} has NaN or infinity in row {row}",
         needs="finite weights: every reader rejects a block with a NaN scale (byte 255)",

@@ -1,8 +1,10 @@
-"""Map one rank's shard of a linear layer to shards of its tensors: weight, scales and bias. No torch.
+"""Map one rank's shard of a linear layer to shards of its tensors: weight, scales and bias.
+
+Does not import torch.
 
 A shard is a range of output features (axis 0, N) or input features (axis 1, K) of the layer. Ranges of K must
-begin and end at the blocks that share a scale. A bias is sharded only along N: for ranges of K each rank
-reads all of it, and the caller adds it on one rank.
+begin and end at boundaries of the blocks that share a scale. A bias is sharded only along N: for ranges of K
+each rank reads all of it, and the caller adds it on one rank.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from ascendit.quant.schemes import STORED_SCHEMES, scheme_after_reading
 from ascendit.weights.tensor_steps import TensorStep
 
 LayerShards = Callable[[str], ShardSpec] | Mapping[str, ShardSpec]
-"""Layer -> its shard; layers that are missing from a mapping are complete."""
+"""Layer -> its shard; layers that are not in the mapping are complete."""
 
 
 def shard_of(shards: LayerShards, layer: str) -> ShardSpec:
@@ -30,7 +32,7 @@ def cut_steps(
 ) -> list[TensorStep]:
     """Restrict steps to shards, so that they read no other bytes where possible.
 
-    `schemes`: layer -> output scheme; default bf16. Raises UsageError E-USE-05 for an invalid shard.
+    `schemes`: layer -> output scheme; default bf16. Raises UsageError (E-USE-05) for an invalid shard.
     """
     cut = []
     for step in steps:
@@ -47,7 +49,7 @@ def _cut(step: TensorStep, shard: ShardSpec, shape: tuple[int, ...], scheme: str
     def tensor_shard(name: str, stored: tuple[int, ...]) -> ShardSpec:
         return role_shard(shard, name.rpartition(".")[2], stored, shape, scheme)
 
-    specs = (replace(s, shape=tensor_shard(s.name, s.shape).of(s.shape)) for s in step.specs)
+    specs = (replace(s, shape=tensor_shard(s.name, s.shape).shape_of(s.shape)) for s in step.specs)
     source = step.sources[0].shape if step.sources else ()
     return replace(step, specs=tuple(specs), shard=tensor_shard(step.name, source))
 
@@ -56,8 +58,8 @@ def check_shard(layer: str, scheme: str, shape: tuple[int, ...], shard: ShardSpe
     """Return the shard of a layer with a weight of `shape`, with its count filled in.
 
     `scheme`: a key of `quant.schemes.STORED_SCHEMES`. Ranges of K are multiples of 32 in MX schemes and of
-    512 in `mxfp4_dualscale`; in schemes with tiles, ranges of both axes are multiples of the tile. The end of
-    the last range is free. Raises UsageError E-USE-05 for an invalid shard.
+    512 in `mxfp4_dualscale`; in schemes with tiles, ranges of both axes are multiples of the tile. The last
+    range may end at any row or column. Raises UsageError (E-USE-05) for an invalid shard.
     """
     if shard == WHOLE:
         return shard
@@ -70,8 +72,8 @@ def check_shard(layer: str, scheme: str, shape: tuple[int, ...], shard: ShardSpe
         axis = "rows" if shard.axis == 0 else "columns"
         raise UsageError(
             f"{axis} {shard.start} to {stop} of {layer} ({scheme}, {list(shape)})",
-            needs=f"a range of its {size} {axis}"
-            + (f" in blocks of {unit}, of which it has {-(-size // unit)}" if unit > 1 else ""),
+            needs=f"a range within {axis} 0 to {size}"
+            + (f", in complete blocks of {unit}" if unit > 1 else ""),
             fix=f"begin and end at multiples of {unit}"
             if unit > 1
             else "use a start and a count in this range",
@@ -83,7 +85,7 @@ def check_shard(layer: str, scheme: str, shape: tuple[int, ...], shard: ShardSpe
 def role_shard(
     shard: ShardSpec, role: str, stored: tuple[int, ...], shape: tuple[int, ...], scheme: str
 ) -> ShardSpec:
-    """The shard of one tensor of a layer. `stored`: its shape on disk, `shape`: of the decoded weight.
+    """The shard of one tensor of a layer. `stored`: its shape on disk. `shape`: shape of the decoded weight.
 
     Complete for columns: scales per row and the bias. Complete for rows: `mul_scale`. A single scale for all
     rows is always complete.

@@ -2,8 +2,8 @@
 
 `stored_steps` plans an expert without changing its numbers: it changes the packing, converts floats to
 float32 and repeats single scales. `weights.recipe_steps` plans an expert that is quantized. `run_steps`
-passes the tensors to a `Sink`: a folder, a model or a checker. A step processes some rows at a time, so no
-tensor is ever complete in memory. No torch at import: functions import numpy, and torch for FP8 in tiles.
+passes the tensors to a `Sink`: a folder, a model or a checker. A step processes a few rows at a time, so no
+tensor is ever complete in memory. Functions import numpy, and torch only for FP8 in tiles.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class TensorStep:
     name: str
     """Diffusers name of the first tensor."""
     how: How
-    """move: unchanged, copied in the kernel if possible; copy: unchanged, but checked; widen: to float32;
-    repeat: one value for all rows; recode: FP4 in another packing; untile: FP8 in tiles to bfloat16;
-    fill: without a source; rows: folded, rounded or smoothed; encode: quantized weight and scales."""
+    """move: unchanged, copied by a system call if possible; copy: unchanged, but checked; widen: to float32;
+    repeat: one value for all rows; recode: FP4 in another packing; untile: FP8 in tiles to bfloat16; fill:
+    without a source; rows: folded, rounded or smoothed; encode: quantized weight and scales."""
     specs: tuple[TensorSpec, ...]
     """The tensors in the order they are produced; empty: the source is only checked."""
     sources: tuple[TensorInfo, ...] = ()
@@ -77,18 +77,18 @@ class TensorStep:
     """Produces the bytes; None: the bytes of the source, checked, and converted for `widen`."""
 
     def output_bytes(self) -> int:
-        """Bytes of all its tensors."""
+        """Bytes of all tensors that it produces."""
         return sum(spec.nbytes for spec in self.specs)
 
     def source_bytes(self) -> int:
-        """Bytes of all its sources, including those outside the shard."""
+        """Bytes of all source tensors, including bytes outside the shard."""
         return sum(info.nbytes for info in self.sources)
 
     def produce(self, reader: RowReader) -> Iterator[Piece]:
         """Yield the bytes of its tensors in order.
 
         A piece of `encode` is valid until WAITING more are produced, other pieces until the next one. Raises
-        CheckpointError E-CKP-08 for an invalid scale, offset or smoothing factor, E-CKP-04 for an element
+        CheckpointError: E-CKP-08 for an invalid scale, offset or smoothing factor, E-CKP-04 for an element
         that is not an FP4 value.
         """
         return (self.make or _copy)(self, reader)
@@ -107,7 +107,7 @@ class Sink:
     """Receives tensors with Diffusers names, in the order of the plan."""
 
     def done(self, name: str) -> bool:
-        """Whether the tensor is complete from an earlier run."""
+        """Whether an earlier run has completed the tensor."""
         return False
 
     def append(self, name: str, data: Data) -> None:
@@ -119,7 +119,7 @@ class Sink:
         raise NotImplementedError
 
     def flush(self) -> None:
-        """Return once no received piece is in use."""
+        """Wait until no received piece is in use."""
 
 
 def no_progress(name: str, count: int, skipped: bool = False) -> None:
@@ -136,9 +136,10 @@ def run_steps(
 ) -> None:
     """Produce every tensor that the sink does not have yet.
 
-    `advance`: receives the number of source bytes processed. `encode_all`: encode layers written by an
-    earlier run again, to measure them. Raises CheckpointError E-CKP-08 for invalid scales, E-CKP-04 for
-    values that are not in FP4, E-CKP-02 for truncated files, E-QNT-01 for weights that are not finite.
+    `advance`: receives the number of source bytes processed. `encode_all`: also encode layers that an
+    earlier run has written, to measure them. Raises CheckpointError: E-CKP-08 for invalid scales, E-CKP-04
+    for values that FP4 cannot represent, E-CKP-02 for truncated files, E-QNT-01 for weights that are not
+    finite.
     """
     for step in steps:
         done = bool(step.specs) and all(sink.done(spec.name) for spec in step.specs)
@@ -190,7 +191,7 @@ def stored_steps(expert: Expert, target: TargetFormat = CANONICAL) -> list[Tenso
 
 
 def moved(name: str, info: TensorInfo) -> TensorStep:
-    """A step for a tensor that does not change."""
+    """Plan a tensor that does not change."""
     spec = TensorSpec(name, info.dtype, info.shape)
     return TensorStep(name=name, how="move", specs=(spec,), sources=(info,))
 
@@ -258,10 +259,10 @@ def schemes_of(expert: Expert) -> dict[str, str]:
 
 
 def smoothing_of(expert: Expert) -> dict[str, bytes]:
-    """Layer -> the bytes of its stored `mul_scale`, as float32 [K]. Raises as `to_float32`."""
+    """Layer -> the bytes of its stored `mul_scale`, as float32 [K]. Raises the errors of `to_float32`."""
     infos = {name: expert.layers[name].tensors["mul_scale"] for name in expert.smoothed}
     with RowReader() as reader:
-        return {n: to_float32(reader.whole(x), x.dtype, x.name) for n, x in infos.items()}
+        return {n: to_float32(reader.read_all(x), x.dtype, x.name) for n, x in infos.items()}
 
 
 # ---- the bytes of a step ------------------------------------------------------------------------
@@ -269,7 +270,7 @@ def smoothing_of(expert: Expert) -> dict[str, bytes]:
 
 def _copy(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     (info,) = step.sources
-    for _, view in reader.blocks(info, shard=step.shard):
+    for _, view in reader.read_blocks(info, shard=step.shard):
         data = _checked(step, info, view)
         if step.specs:
             yield step.name, data
@@ -277,7 +278,7 @@ def _copy(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
 
 def _repeat(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     (info,) = step.sources
-    yield step.name, _checked(step, info, reader.whole(info)) * math.prod(step.specs[0].shape)
+    yield step.name, _checked(step, info, reader.read_all(info)) * math.prod(step.specs[0].shape)
 
 
 def _fill(value: float, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
@@ -300,7 +301,10 @@ def _check_e8m0(data: Any, dtype: str, name: str) -> None:
 
 
 def to_float32(data: bytes | memoryview, dtype: str, name: str) -> bytes:
-    """Convert float bytes to float32. CheckpointError E-CKP-04 for float64 that float32 cannot represent."""
+    """Convert float bytes to float32.
+
+    Raises CheckpointError (E-CKP-04) for float64 that float32 cannot represent.
+    """
     if dtype != "F64":
         return float_bytes(bytes(data), dtype)
     import numpy as np
@@ -328,8 +332,8 @@ _NAN, _NO_BYTE = 0x7F, 0xFFFF
 
 def _recode(source: str, target: str, step: TensorStep, reader: RowReader) -> Iterator[Piece]:
     (info,) = step.sources
-    length = step.specs[0].shape[-1] if source == "packed" else step.shard.of(info.shape)[-1]
-    for _, view in reader.blocks(info, shard=step.shard):
+    length = step.specs[0].shape[-1] if source == "packed" else step.shard.shape_of(info.shape)[-1]
+    for _, view in reader.read_blocks(info, shard=step.shard):
         yield step.name, recode(view, length, source, target, info.name)
 
 
@@ -337,7 +341,7 @@ def recode(rows: bytes | memoryview, length: int, source: str, target: str, name
     """Convert FP4 rows of `length` values between packings: `packed`, `e4m3`, `bf16` (source only).
 
     Packed: two elements per byte, the even index in the low nibble; a row of odd length ends with a zero
-    nibble. Raises CheckpointError E-CKP-04 for values that are not in FP4.
+    nibble. Raises CheckpointError (E-CKP-04) for values that FP4 cannot represent.
     """
     import numpy as np
 
@@ -357,7 +361,7 @@ def recode(rows: bytes | memoryview, length: int, source: str, target: str, name
     if bad:
         count = int((~np.isin(numbers, _E4M3)).sum())
         raise CheckpointError(
-            f"{name} has {count} values that are not in FP4",
+            f"{name} has {count} values that FP4 cannot represent",
             needs="0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, because the manifest says FP4",
             fix="export the model again; this file and its manifest are from different exports",
             code="E-CKP-04",
@@ -406,17 +410,20 @@ def _untile(step: TensorStep, reader: RowReader) -> Iterator[Piece]:
 
     weight, inverse = step.sources
     scale, column = tile_scales(inverse, reader), step.shard.start if step.shard.axis else 0
-    shard = replace(weight, shape=step.shard.of(weight.shape))
-    for start, view in reader.blocks(weight, shard=step.shard, multiple=FP8_TILE):
+    shard = replace(weight, shape=step.shard.shape_of(weight.shape))
+    for start, view in reader.read_blocks(weight, shard=step.shard, multiple=FP8_TILE):
         values = tile_values(as_tensor(view, shard), scale, start, column)
         yield step.name, as_bytes(values.to(torch.bfloat16))
 
 
 def tile_scales(info: TensorInfo, reader: RowReader) -> torch.Tensor:
-    """Read and check `weight_scale_inv`, float32 [ceil(N / 128), ceil(K / 128)]. CheckpointError E-CKP-08."""
+    """Read and check `weight_scale_inv`, float32 [ceil(N / 128), ceil(K / 128)].
+
+    Raises CheckpointError (E-CKP-08).
+    """
     import torch
 
-    data = reader.whole(info)
+    data = reader.read_all(info)
     check_float_scale(data, info.dtype, info.name)
     values = bytearray(to_float32(data, info.dtype, info.name))
     return torch.frombuffer(values, dtype=torch.float32).view(info.shape)

@@ -291,7 +291,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.mark.parametrize("scheme", list(LINEAR_SCHEMES))
 def test_every_candidate_is_correct_on_a_gpu(scheme, emulate):
     device, fast = parse_device("cuda"), triton_linear.triton_steps()
-    card = CudaCard.of(device)
+    card = CudaCard.from_device(device)
     assert card is not None
     row = [k for k in candidates(card, emulate, *fast) if k.operator == LINEAR_SCHEMES[scheme].weight]
     wrong = {k.reason: p for k in row if (p := problem_of_kernel(scheme, k, torch.device(device.torch_name)))}

@@ -188,7 +188,7 @@ def test_every_operator_has_a_kernel_on_every_chip():
     for chip in CHIPS:
         assert set(bind(f"twin:{chip}").choices) == set(OPERATOR_NAMES)
     calls = [k.needs for k in kernels.KERNELS if not k.needs.startswith("aten::")]
-    assert all(capability(c).on("a5") == "yes" or "adaln" in c for c in calls)
+    assert all(capability(c).support_on("a5") == "yes" or "adaln" in c for c in calls)
 
 
 def test_a_bound_operator_checks_the_active_chip():

@@ -6,7 +6,7 @@
     config = AscenditConfig("mxfp8")                                 # quantizes any model while it loads
     model = FluxTransformer2DModel.from_pretrained(folder, quantization_config=config)
 
-A folder without `quantization_config` in config.json, as SGLang's, needs
+A folder without `quantization_config` in config.json, such as SGLang's, needs
 `quantization_config=AscenditConfig()`, for a pipeline in a `PipelineQuantizationConfig(quant_mapping=..)`.
 Diffusers prefers the folder's config to the argument; use `bind_` after loading to change how layers compute.
 """
@@ -56,7 +56,7 @@ log = logging.getLogger("ascendit")
 
 
 class AscenditMethod(StrEnum):
-    """The `quant_method` in config.json: the scheme, for folders that vLLM-Omni can read, else `ascendit`."""
+    """The `quant_method` in config.json: the scheme if vLLM-Omni can read the folder, else `ascendit`."""
 
     ASCENDIT = METHOD
     INT8 = "int8"
@@ -86,7 +86,10 @@ class AscenditConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_method: str = METHOD,
         **stored: Any,
     ) -> None:
-        """`quant_method` and `stored`: from config.json. UsageError E-USE-01 for unknown arguments."""
+        """`quant_method` and `stored` come from config.json.
+
+        Raises UsageError (E-USE-01) for unknown arguments.
+        """
         recipes = [x for x in (recipe_or_scheme, scheme, recipe) if x is not None]
         if len(recipes) > 1:
             raise UsageError(
@@ -135,7 +138,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """Every linear layer -> scheme."""
         self._smoothed: list[str] = []
         self._chosen: ModuleSchemes | None = None
-        """The schemes of a float model by the recipe; None for a quantized folder."""
+        """The schemes that the recipe assigns to a float model; None for a quantized folder."""
         self._awaited: set[str] = set()
         """Tensors of quantized and smoothed layers that are not loaded yet."""
         self._schemes: dict[str, Schemes] = {}
@@ -143,13 +146,13 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     # ---- hooks of Diffusers, in the order of their calls ----------------------------------------
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """UsageError E-USE-01 for a device map that offloads."""
+        """Raise UsageError (E-USE-01) for a device map that offloads."""
         devices = {str(x) for x in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
             raise UsageError(
                 f"a device map with {', '.join(sorted(devices))}",
                 needs="no offloading while the model is loaded",
-                fix="leave device_map out and call pipe.enable_model_cpu_offload()",
+                fix="omit device_map and call pipe.enable_model_cpu_offload()",
             )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
@@ -163,7 +166,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return [key for key in loaded_keys if not ATTENTION_TENSOR.fullmatch(key)]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        """Replace the layers to load. Errors as `read_stored_layers` and `module_schemes`."""
+        """Replace the layers to load. Raises the errors of `read_stored_layers` and `module_schemes`."""
         stored = read_stored_layers(model, self._files)
         self._check_recipe(bool(stored))
         linears = linears_of(model)
@@ -183,13 +186,13 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             self._schemes_on(self._config.device or "cpu").kernel(scheme)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        """CheckpointError E-CKP-04 if a quantized layer lacks a tensor."""
+        """Raise CheckpointError (E-CKP-04) if a quantized layer lacks a tensor."""
         if lost := sorted(self._awaited.intersection(missing_keys)):
             raise _incomplete(lost)
         return missing_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Round the tensors ([..], any dtype) to bfloat16 if the recipe says so."""
+        """Round the tensors ([..] of any dtype) to bfloat16 if the recipe requires it."""
         if self._config.recipe and self._config.recipe.round_to:
             return {name: rounded(tensor) for name, tensor in state_dict.items()}
         return state_dict
@@ -197,7 +200,7 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Any, **kwargs: Any
     ) -> bool:
-        """Whether this tensor ([..], any dtype) belongs to a quantized layer."""
+        """Whether this tensor ([..] of any dtype) belongs to a quantized layer."""
         return param_name in self._awaited
 
     def create_quantized_param(
@@ -210,7 +213,10 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         unexpected_keys: list[str],
         **kwargs: Any,
     ) -> None:
-        """Load a tensor [..] of `state_dict` in its stored dtype. As `check_values` and `check_weight`."""
+        """Load a tensor [..] of `state_dict` in its stored dtype.
+
+        Raises the errors of `check_values` and `check_weight`.
+        """
         name, _, role = param_name.rpartition(".")
         tensor, layer = state_dict[param_name], model.get_submodule(name)
         if self._chosen is None:
@@ -274,7 +280,9 @@ class AscenditQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         model.set_submodule(name, layer)
 
     def _check_recipe(self, stored: bool) -> None:
-        """UsageError: E-QNT-01 for a recipe with quantized weights, E-USE-01 for none with float weights."""
+        """Raise UsageError: E-QNT-01 for a recipe and quantized weights, E-USE-01 for float weights and no
+        recipe.
+        """
         recipe = self._config.recipe
         source = str(self._files[0].parent) if self._files else "this file"
         if stored and recipe:
@@ -309,9 +317,10 @@ def _incomplete(names: Sequence[str]) -> CheckpointError:
 
 
 def register() -> None:
-    """Register the methods with Diffusers; a name that another library has registered is logged and left.
+    """Register the methods with Diffusers. A name that another library has registered is logged and skipped.
 
-    EnvironmentProblem E-ENV-01 for a Diffusers that does not pass the checkpoint files to the quantizer.
+    Raises EnvironmentProblem (E-ENV-01) if this Diffusers does not pass the checkpoint files to the
+    quantizer.
     """
     if not hasattr(DiffusersQuantizer, "maybe_update_loaded_keys"):
         raise EnvironmentProblem(

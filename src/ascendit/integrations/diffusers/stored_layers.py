@@ -24,8 +24,8 @@ from ascendit.quant.schemes import FP8_TILES, SCHEMES
 def read_stored_layers(model: nn.Module, files: Sequence[Path]) -> dict[str, Layer]:
     """The quantized and smoothed layers by name; {} if all weights are floats.
 
-    CheckpointError: as `read_expert` for a Wan transformer; E-CKP-04 for layers in another layout, and for
-    quantized weights that are not of a linear layer of `model`.
+    Raises the errors of `read_expert` for a Wan transformer; CheckpointError (E-CKP-04) for layers in another
+    layout, and for quantized weights that do not belong to a linear layer of `model`.
     """
     if not files or any(file.suffix != ".safetensors" for file in files):
         return {}
@@ -38,7 +38,7 @@ def read_stored_layers(model: nn.Module, files: Sequence[Path]) -> dict[str, Lay
         warn_about_attention(expert.name, expert.attention.values(), expert.path)
         layers = expert.layers
     else:
-        layers = _by_dtype(model, Shards.of_files(files).tensors)
+        layers = _by_dtype(model, Shards.from_files(files).tensors)
     for layer in layers.values():
         _check_canonical(layer)
     return dict(layers)
@@ -61,7 +61,9 @@ def _by_dtype(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> dict[str, 
 
 
 def _check_canonical(layer: Layer) -> None:
-    """CheckpointError E-CKP-04 unless all tensors have the names, shapes and dtypes of a canonical folder."""
+    """Raise CheckpointError (E-CKP-04) unless all tensors have the names, shapes and dtypes of a canonical
+    folder.
+    """
     if layer.scheme == FP8_TILES:
         raise _unsupported(layer.name, "FP8 in tiles of 128 x 128")
     (n, k), floats = layer.shape, layer.tensors["weight"].dtype

@@ -32,7 +32,7 @@ def list_kernels() -> tuple[Kernel, ...]:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `reference.attention`, by PyTorch's blocked kernel: float32 scores that are never stored."""
+    """As `reference.attention`, with PyTorch's blocked kernel: scores are float32 and never stored."""
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
 

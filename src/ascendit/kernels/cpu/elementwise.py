@@ -4,8 +4,8 @@ In PyTorch: the CPU layer norm accepts BF16 hidden states with float32 weights i
 norm with the weight `1 + scale`, and a rotation is one complex product. In C++ (`native/elementwise.cpp`),
 for BF16: one pass over memory, computed in float32 and rounded once; other dtypes use PyTorch.
 
-The twin computes with these too (`twin/cpu_kernels.py`), so a video of the CPU path and one of the Ascend
-path differ by the path and not by the arithmetic.
+The twin computes with these too (`twin/cpu_kernels.py`), so any difference between a video of the CPU path
+and one of the Ascend path is due to the path, not to the arithmetic.
 """
 
 from __future__ import annotations

@@ -139,7 +139,9 @@ class FallbackWeight(PreparedWeight):
 def prepare_weight(
     encoded: Encoded, bias: Tensor | None, device: torch.device, *, nz: bool = False
 ) -> PreparedWeight:
-    """Weight [N, K] and scales as stored, bias [N] float32; `FallbackWeight` if linear.cpp cannot use it."""
+    """Keep weight [N, K] and scales as stored, bias [N] as float32; `FallbackWeight` if linear.cpp cannot
+    use it.
+    """
     weight = reference.prepare_weight(encoded, bias, device)
     weight = replace(weight, qdata=weight.qdata.contiguous(), scale=weight.scale.contiguous())
     if _is_supported(weight):
@@ -150,7 +152,7 @@ def prepare_weight(
 def prepare_tiles(
     encoded: Encoded, bias: Tensor | None, device: torch.device, *, nz: bool = False
 ) -> PreparedWeight:
-    """`prepare_weight` with `decoded`, bfloat16 tiles [N rounded up to 64, K]: 3 to 5 times the memory."""
+    """`prepare_weight`, and `decoded` as bfloat16 tiles [N rounded up to 64, K]: 3 to 5 times the memory."""
     weight = prepare_weight(encoded, bias, device)
     if isinstance(weight, FallbackWeight) or all(
         VARIANTS[s.name].int8_dot for s in LINEAR_SCHEMES.values() if s.weight == weight.scheme

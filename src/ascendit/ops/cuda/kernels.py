@@ -53,7 +53,7 @@ def triton_kernels_on(device: str) -> tuple[Kernel, ...]:
 
 @functools.cache
 def problem_of_operator(function: Function, device: str) -> str:
-    """Describe and log the problem of an operator on a device; "" if it reproduces `reference`."""
+    """Describe and log how an operator fails on a device; "" if it reproduces `reference`."""
     args = _sample(device)[function.__name__]
     expected = getattr(reference, function.__name__)(*args).double()
     problem = linear.problem_of(lambda: function(*args), expected, ERROR_LIMIT)
@@ -116,7 +116,7 @@ def _normalize(
     x = dense_rows(x)
     batch, length, d = x.shape
     launch(
-        triton_kernels.layer_norm, (length, batch), x, _or(scale, x), _or(shift, x), out, d, x.stride(0),
+        triton_kernels.layer_norm, (length, batch), x, _ptr(scale, x), _ptr(shift, x), out, d, x.stride(0),
         x.stride(1), out.stride(0), eps, SCALE=scale is not None, ONE=one, SHIFT=shift is not None,
         **_size(d),
     )  # fmt: skip
@@ -154,7 +154,7 @@ def _flat(x: Tensor) -> Tensor:
     return dense_rows(x.reshape(-1, x.shape[-1]))
 
 
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+def _ptr(tensor: Tensor | None, other: Tensor) -> Tensor:
     """A launch needs a pointer even for an absent tensor."""
     return other if tensor is None else tensor.contiguous()
 

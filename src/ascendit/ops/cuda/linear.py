@@ -67,8 +67,8 @@ class CudaCard:
     """An AMD GPU, whose capability numbers have another meaning."""
 
     @classmethod
-    def of(cls, device: Device) -> CudaCard | None:
-        """The GPU of a `cuda` device, None without CUDA."""
+    def from_device(cls, device: Device) -> CudaCard | None:
+        """The GPU of a `cuda` device; None if CUDA is not available."""
         if not torch.cuda.is_available():
             return None
         gpu = torch.device(device.torch_name)
@@ -79,7 +79,7 @@ class CudaCard:
 
 def list_kernels(device: Device, emulate: Emulate | None) -> tuple[QuantLinearKernel, ...]:
     """The kernels of a GPU, best first. Each is checked before its first use, once per GPU and process."""
-    card = CudaCard.of(device)
+    card = CudaCard.from_device(device)
     return () if card is None else _kernels(card, torch.device(device.torch_name), emulate)
 
 
@@ -120,7 +120,7 @@ def candidates(
 
 
 def _native(scheme: str, card: CudaCard) -> str | None:
-    """The name of this GPU's matmul for a scheme, None without one."""
+    """The name of this GPU's matmul for a scheme; None if it has none."""
     required, name = NATIVE.get(scheme, ((99, 0), ""))
     if card.hip or card.capability < required or (scheme.startswith("mx") and not card.scaled_mm):
         return None

@@ -1,4 +1,4 @@
-"""Quantized linear layers for CUDA: by the quantized matmuls of the GPU, or dequantized to bfloat16.
+"""Quantized linear layers for CUDA: with the quantized matmuls of the GPU, or dequantized to bfloat16.
 
 The contract is in `kernels/reference.py`. Each matmul returns float32 or int32 sums; a last step multiplies
 them by the scales, adds the float32 bias and rounds once. (The matmuls could add a bias themselves, but only
@@ -89,7 +89,9 @@ class DequantizedMatmul:
     def prepare_weight(
         self, encoded: Encoded, bias: Tensor | None, device: torch.device, *, nz: bool = False
     ) -> PreparedWeight:
-        """qdata [N, K] and scales as stored; with `once`, `decoded` bfloat16 [N, width_of(K)]."""
+        """Move qdata [N, K] and scales as stored; with `once`, also make `decoded`, bfloat16 [N,
+        width_of(K)].
+        """
         weight = reference.prepare_weight(encoded, bias, device)
         return replace(weight, decoded=self._decode(weight)) if self.once else weight
 
@@ -165,17 +167,22 @@ def fp8_product(a: Tensor, b: Tensor) -> Tensor:
 
     Scales are applied later: PyTorch's row-wise matmul would round before the bias.
     """
-    one = _one(a.device)
-    return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.float32, use_fast_accum=False)
+    unit = _unit_scale(a.device)
+    return torch._scaled_mm(
+        a, b.t(), scale_a=unit, scale_b=unit, out_dtype=torch.float32, use_fast_accum=False
+    )
 
 
 @functools.cache
-def _one(device: torch.device) -> Tensor:
+def _unit_scale(device: torch.device) -> Tensor:
     return torch.ones((), device=device)
 
 
 def mxfp8_product(a: Tensor, b: Tensor, a_tiles: Tensor, b_tiles: Tensor) -> Tensor:
-    """float8_e4m3fn a [M, K] @ b [N, K].T -> float32 [M, N]. E8M0 scales as by `mx.layouts.to_cuda_tiles`."""
+    """float8_e4m3fn a [M, K] @ b [N, K].T -> float32 [M, N].
+
+    E8M0 scales in the layout of `mx.layouts.to_cuda_tiles`.
+    """
     functional: Any = F
     blocks = functional.ScalingType.BlockWise1x32
     swizzle = functional.SwizzleType.SWIZZLE_32_4_4
@@ -225,7 +232,9 @@ class ScaledMatmul:
     def prepare_weight(
         self, encoded: Encoded, bias: Tensor | None, device: torch.device, *, nz: bool = False
     ) -> PreparedWeight:
-        """qdata [padded(N), padded(K)], FP4 two per byte; scales float32 [N], or E8M0 in CUDA's tiles."""
+        """Pad qdata to [padded(N), padded(K)], FP4 two per byte; scales become float32 [N], or E8M0 in
+        CUDA's tiles.
+        """
         n, k = encoded.shape
         fmt, scale = lookup(encoded.format), encoded.scale.to(device)
         padding = padded(k) // (2 if fmt.packed else 1) - encoded.qdata.shape[1]
@@ -242,7 +251,7 @@ class ScaledMatmul:
         return replace(weight, decoded=_e4m3(weight)) if self.once and fmt.packed else weight
 
     def stored(self, weight: PreparedWeight) -> Encoded:
-        """The inverse of `prepare_weight`: qdata [N, K] and scales in the dtypes and layout of the disk."""
+        """The inverse of `prepare_weight`: qdata [N, K] and scales, in dtypes and layout as on disk."""
         n, k = weight.shape
         fmt, scale = lookup(weight.scheme), weight.scale
         width = -(-k // 2) if fmt.packed else k

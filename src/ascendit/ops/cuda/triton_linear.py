@@ -69,7 +69,10 @@ def quantize(x: Tensor, format: str, rule: str, mul_scale: Tensor | None) -> tup
 
 
 def _has_kernel(format: str, rule: str) -> bool:
-    """Whether Triton implements a scale rule: all but msModelSlim's. UsageError for an unknown rule."""
+    """Whether Triton implements a scale rule: all but msModelSlim's.
+
+    Raises UsageError for an unknown rule.
+    """
     return not resolve_rule(lookup(format), rule).startswith("msms:")
 
 
@@ -89,8 +92,8 @@ def _quantize_blocks(
     programs = -(-width // (GROUP * GROUPS_PER_PROGRAM))
     shift, threshold = scales.thresholds(rule, element)
     launch(
-        triton_kernels.quantize_blocks, (x.shape[0], programs), x, _or(mul, x), out, _or(scale, x),
-        _or(dual, x), x.shape[1], width, x.stride(0), -(-x.shape[1] // 32), groups,
+        triton_kernels.quantize_blocks, (x.shape[0], programs), x, _ptr(mul, x), out, _ptr(scale, x),
+        _ptr(dual, x), x.shape[1], width, x.stride(0), -(-x.shape[1] // 32), groups,
         SHIFT=shift, THRESHOLD=threshold, MASK=scales.fraction_mask(rule, element), **_constants(element),
         SMOOTH=mul is not None, DUAL=dual is not None, QDATA=scale is not None,
         ONES=0 if has_outer_scales(format) else BIAS_PARTS, GROUPS=GROUPS_PER_PROGRAM,
@@ -101,7 +104,7 @@ def _quantize_rows(x: Tensor, format: str, mul: Tensor | None, out: Tensor, *, q
     x, scale = dense_rows(x), torch.empty(x.shape[0], device=x.device)
     element = lookup(format).element
     launch(
-        triton_kernels.quantize_rows, (x.shape[0],), x, _or(mul, x), out, scale, x.shape[1],
+        triton_kernels.quantize_rows, (x.shape[0],), x, _ptr(mul, x), out, scale, x.shape[1],
         out.shape[1], x.stride(0), STEP=1 / (element.max if element else 127), FP8=element is not None,
         QDATA=qdata, SMOOTH=mul is not None, BLOCK=ROW_BLOCK,
     )  # fmt: skip
@@ -117,7 +120,7 @@ def decode_weight(encoded: Encoded, bias: Tensor | None) -> Tensor:
     scaled = lookup(encoded.format).kind != "row"
     launch(
         triton_kernels.decode_weight, (n, -(-width // (GROUP * GROUPS_PER_PROGRAM))), qdata, encoded.scale,
-        _or(bias, qdata), values, k, width, qdata.stride(0), encoded.scale.shape[1], KIND=_kind(encoded),
+        _ptr(bias, qdata), values, k, width, qdata.stride(0), encoded.scale.shape[1], KIND=_element(encoded),
         SCALED=scaled, BIAS=bias is not None, BLOCKS=GROUP * GROUPS_PER_PROGRAM // 32,
     )  # fmt: skip
     return values
@@ -128,8 +131,8 @@ def finish(sums: Tensor, row: Tensor | None, column: Tensor | None, bias: Tensor
     m, n = out.shape
     assert out.is_contiguous() and sums.stride(1) == 1
     launch(
-        triton_kernels.finish, (m, -(-n // ROW_BLOCK)), sums, _or(row, sums), _or(column, sums),
-        _or(bias, sums), out, n, sums.stride(0), ROW=row is not None, COLUMN=column is not None,
+        triton_kernels.finish, (m, -(-n // ROW_BLOCK)), sums, _ptr(row, sums), _ptr(column, sums),
+        _ptr(bias, sums), out, n, sums.stride(0), ROW=row is not None, COLUMN=column is not None,
         BIAS=bias is not None, BLOCK=ROW_BLOCK,
     )  # fmt: skip
 
@@ -154,16 +157,16 @@ def matmul(
     rows, channels, depth = LARGE_MATMUL_TILE if outer is None and m > MANY_ROWS else MATMUL_TILE
     launch(
         triton_kernels.matmul, (-(-m // rows) * -(-n // channels),), values, weight, encoded.scale,
-        _or(outer, values), _or(dual, values), _or(bias, values), out, m, n, k, values.stride(0),
+        _ptr(outer, values), _ptr(dual, values), _ptr(bias, values), out, m, n, k, values.stride(0),
         weight.stride(0), encoded.scale.shape[1], -(-k // GROUP),
-        KIND=_kind(encoded) if decoded is None else "bf16", GROUP=0 if outer is None else GROUP,
+        KIND=_element(encoded) if decoded is None else "bf16", GROUP=0 if outer is None else GROUP,
         BIAS=bias is not None, EVEN=k % depth == 0, DOT=getattr(triton_kernels.tl, DOT),
         BM=rows, BN=channels, BK=depth, GROUP_M=GROUP_M, num_warps=8, num_stages=3,
     )  # fmt: skip
     return out
 
 
-def _kind(encoded: Encoded) -> str:
+def _element(encoded: Encoded) -> str:
     element = lookup(encoded.format).element
     return element.name if element else "int8"
 
@@ -178,7 +181,7 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+def _ptr(tensor: Tensor | None, other: Tensor) -> Tensor:
     """A launch needs a pointer even for an absent tensor."""
     return other if tensor is None else tensor
 

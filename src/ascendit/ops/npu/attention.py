@@ -17,7 +17,7 @@ INFER_HEADS = 512
 
 
 def fusion_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `reference.attention`, by npu_fusion_attention: every chip, head sizes up to 768.
+    """As `reference.attention`, with npu_fusion_attention: every chip, head sizes up to 768.
 
     Accepts any strides; CANN copies inputs that are not contiguous with an extra kernel.
     """
@@ -27,10 +27,10 @@ def fusion_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def fused_infer_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `reference.attention`, by npu_fused_infer_attention_score_v2, which supports graph capture.
+    """As `reference.attention`, with npu_fused_infer_attention_score_v2, which supports graph capture.
 
-    Every chip. UsageError E-USE-01 unless the dtype is float16 or bfloat16 and the head size a multiple of
-    16, at most 512. Inputs that are not contiguous are copied.
+    Runs on every chip. Raises UsageError (E-USE-01) unless the dtype is float16 or bfloat16 and the head size
+    a multiple of 16, at most 512. Inputs that are not contiguous are copied.
     """
     head = q.shape[-1]
     if q.dtype not in (torch.bfloat16, torch.float16) or head % 16 or head > INFER_HEADS:

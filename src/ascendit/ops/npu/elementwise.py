@@ -1,4 +1,4 @@
-"""Linear, norms, AdaLN, RoPE and GELU on an Ascend NPU, by torch.ops.npu, torch.ops.mindiesd and aten.
+"""Linear, norms, AdaLN, RoPE and GELU on an Ascend NPU, with torch.ops.npu, torch.ops.mindiesd and aten.
 
 Differences between an NPU and a CPU:
 - F.gelu always computes the tanh approximation on a2 and a3; npu_gelu computes the requested one.
@@ -33,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """As `reference.layer_norm`. Weight and bias have one dtype: that of x, or float32."""
+    """As `reference.layer_norm`. Weight and bias are both in x's dtype or both in float32."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 

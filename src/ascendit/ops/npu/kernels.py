@@ -76,10 +76,10 @@ KERNELS: tuple[Kernel, ...] = (
 def list_kernels(device: Device, wish: Wish) -> Sequence[Kernel]:
     """`KERNELS`, and the quantized linear kernels of this chip."""
     chip = str(device.chip)
-    return (*(_on(chip, k) for k in KERNELS), *linear.list_kernels(device))
+    return (*(_for_chip(chip, k) for k in KERNELS), *linear.list_kernels(device))
 
 
-def _on(chip: str, kernel: Kernel) -> Kernel:
+def _for_chip(chip: str, kernel: Kernel) -> Kernel:
     reason = f"npu: {kernel.needs}: {kernel.reason}"
     return replace(kernel, reason=reason, missing=lambda: missing(kernel.needs, chip))
 
@@ -89,7 +89,7 @@ def missing(call: str, chip: str) -> str:
     namespace, _, name = call.rpartition("::")
     if namespace == "aten":
         return ""
-    if capability(call).on(chip) != "yes":
+    if capability(call).support_on(chip) != "yes":
         return f"{call} does not run on {chip}"
     if not hasattr(getattr(torch.ops, namespace or "npu"), name):
         return f"{call} is not installed"

@@ -1,4 +1,4 @@
-"""Quantized linear layers by the matmuls of an Ascend NPU; the contract is in `kernels/reference.py`.
+"""Quantized linear layers with the matmuls of an Ascend NPU; the contract is in `kernels/reference.py`.
 
 `prepare_weight` converts the layouts once: a weight [N, K] and its paired scales [N, K / 64, 2] become
 transposed views (a contiguous scale is refused), packed FP4 is uint8, level 0 of the dual scale is
@@ -53,8 +53,9 @@ def prepare_weight(
 ) -> PreparedWeight:
     """See `Schemes.prepare_weight`. Dual-scale weights are always FRACTAL_NZ, which their matmul requires.
 
-    `internal_format`: context that allows FRACTAL_NZ during the cast. UsageError E-QNT-01 for a shape that
-    the matmul does not support, before anything is moved; EnvironmentProblem E-CAP-01 if the cast fails.
+    `internal_format`: context that allows FRACTAL_NZ during the cast. Raises UsageError (E-QNT-01) for a
+    shape that the matmul does not support, before anything is moved; EnvironmentProblem (E-CAP-01) if the
+    cast fails.
     """
     scheme = encoded.format
     _check_shape(scheme, *encoded.shape)
@@ -76,7 +77,7 @@ def prepare_weight(
 
 
 def stored(weight: PreparedWeight) -> Encoded:
-    """The inverse of `prepare_weight`: qdata [N, K] and scales in the dtypes and layout of the disk."""
+    """The inverse of `prepare_weight`: qdata [N, K] and scales, in dtypes and layout as on disk."""
     qdata, scale = weight.qdata, weight.scale
     if weight.scheme != "mxfp4_dualscale":
         qdata = qdata.transpose(0, 1)
@@ -137,7 +138,7 @@ def quantize_activation(
 ) -> Activation:
     """See `Schemes.quantize_activation`. One kernel, two with `mul_scale`.
 
-    UsageError E-QNT-01 for a K that W4A8 does not support, E-USE-01 for another dtype or scale rule.
+    Raises UsageError: E-QNT-01 for a K that W4A8 does not support, E-USE-01 for another dtype or scale rule.
     """
     resolved = scheme_of(scheme)
     if scheme == "w4a8" and x.shape[-1] % W4A8_K:
@@ -194,7 +195,7 @@ QUANTIZERS: Mapping[str, Callable[[Tensor, str], tuple[Tensor, ...]]] = {
 def scale_algorithm(rule: str, dst_type: int) -> dict[str, Any]:
     """Arguments of npu_dynamic_mx_quant for a scale rule of `mx.formats`.
 
-    UsageError E-USE-01 for a rule that the operator does not have.
+    Raises UsageError (E-USE-01) for a rule that the operator does not support.
     """
     if rule == "floor":
         return {"scale_alg": 0}
@@ -214,7 +215,7 @@ def _unsupported_rule(rule: str, supported: str) -> UsageError:
     return UsageError(
         f"scale rule {rule!r} for an activation on an NPU",
         needs=supported,
-        fix="leave the rule out",
+        fix="omit the rule",
     )
 
 

@@ -28,7 +28,7 @@ from ascendit.twin.registry import current_chip, run, signature
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
     """Call an operator without the dispatcher: `call("npu_rms_norm", x, gamma)`.
 
-    A torch.dtype may be passed for an int argument, as in torch.ops. TwinError as in `registry.run`.
+    A torch.dtype may be passed for an int argument, as in torch.ops. Raises the errors of `registry.run`.
     """
     current_chip()
     schema = signature(name)

@@ -1,4 +1,4 @@
-"""Shared by the attention operators: layouts, masks, lengths, and softmax attention in float32.
+"""Shared code of the attention operators: layouts, masks, lengths, and softmax attention in float32.
 
 A mask is True, or 1, where a key is masked OUT, the opposite of F.scaled_dot_product_attention.
 """
@@ -39,7 +39,10 @@ def _axis(t: Tensor, layout: str, name: str) -> int | None:
 
 
 def sizes(query: Tensor, key: Tensor, value: Tensor, layout: str, heads: int, kv_heads: int) -> Sizes:
-    """Sizes of query, key, value [..], any dtype. TwinError (E-TWN-01) if layout or heads do not fit."""
+    """Sizes of query, key and value ([..] of any dtype).
+
+    Raises TwinError (E-TWN-01) if layout or heads do not fit.
+    """
     call = Call(query=query, key=key, value=value, layout=layout, heads=heads)
     call.require(layout in _LAYOUTS, "attention.layout")
     call.require(heads > 0, "attention.heads")
@@ -59,7 +62,7 @@ def sizes(query: Tensor, key: Tensor, value: Tensor, layout: str, heads: int, kv
 
 
 def to_bnsd(t: Tensor, layout: str, heads: int) -> Tensor:
-    """Any layout -> [B, N, S, D], same dtype; B is 1 for a packed layout."""
+    """Convert from any layout to [B, N, S, D], same dtype; B is 1 for a packed layout."""
     if layout in ("BSH", "SBH"):
         t, layout = t.unflatten(-1, (heads, -1)), layout.replace("H", "ND")
     if layout in ("NSD", "TND", "NTD"):
@@ -68,7 +71,7 @@ def to_bnsd(t: Tensor, layout: str, heads: int) -> Tensor:
 
 
 def from_bnsd(t: Tensor, layout: str) -> Tensor:
-    """[B, N, S, D] -> any layout, contiguous, same dtype."""
+    """Convert [B, N, S, D] to any layout: contiguous, same dtype."""
     if layout in ("BSH", "SBH"):
         return t.permute(["BNSD".index(a) for a in layout.replace("H", "ND")]).flatten(-2).contiguous()
     if layout in ("NSD", "TND", "NTD"):
@@ -83,12 +86,14 @@ def shape_of(z: Sizes, layout: str) -> tuple[int, ...]:
 
 
 def check_attention_scale(name: str, value: float, default: float, d: int) -> None:
-    """TwinError (E-TWN-01) for the operators' default scale, which is wrong for attention."""
+    """Raise TwinError (E-TWN-01) for the operators' default scale, which is wrong for attention."""
     require(value != default or d == 1, "attention.scale", name=name, value=value, d=d, root=d**-0.5)
 
 
 def check_mask(mask: Tensor | None, z: Sizes, dtypes: tuple[torch.dtype, ...]) -> None:
-    """TwinError (E-TWN-01) unless None or one of `dtypes`, and [S, keys], [B, S, keys] or [B, N, S, keys]."""
+    """Raise TwinError (E-TWN-01) unless the mask is None, or of one of `dtypes` and a shape that the
+    operators take: [S, keys], [B, S, keys] or [B, N, S, keys].
+    """
     if mask is None:
         return
     require(mask.dtype in dtypes, "attention.mask_dtype", mask=mask, dtypes=dtypes)
@@ -97,7 +102,10 @@ def check_mask(mask: Tensor | None, z: Sizes, dtypes: tuple[torch.dtype, ...]) -
 
 
 def masked_out(mask: Tensor | None, z: Sizes) -> Tensor | None:
-    """bool, broadcast to [B, N, S, keys]. TwinError (E-TWN-01) if a query has no key left."""
+    """The mask as bool, broadcast to [B, N, S, keys].
+
+    Raises TwinError (E-TWN-01) if a query has no key left.
+    """
     if mask is None:
         return None
     out = mask.to(torch.bool)
@@ -107,7 +115,10 @@ def masked_out(mask: Tensor | None, z: Sizes) -> Tensor | None:
 
 
 def length_mask(z: Sizes, lengths: Sequence[int] | None) -> Tensor | None:
-    """bool [B, 1, 1, keys], True beyond each sample's length. TwinError (E-TWN-01) for invalid lengths."""
+    """bool [B, 1, 1, keys], True beyond each sample's length.
+
+    Raises TwinError (E-TWN-01) for invalid lengths.
+    """
     if lengths is None:
         return None
     fits = len(lengths) in (1, z.b) and all(0 < n <= z.keys for n in lengths)
@@ -119,7 +130,10 @@ def length_mask(z: Sizes, lengths: Sequence[int] | None) -> Tensor | None:
 def packed_sequences(
     z: Sizes, ends_q: Sequence[int] | None, ends_kv: Sequence[int] | None
 ) -> list[tuple[slice, slice]]:
-    """Query and key slices of each sequence, from cumulative lengths. TwinError (E-TWN-01) if invalid."""
+    """Query and key slices of each sequence, from cumulative lengths.
+
+    Raises TwinError (E-TWN-01) if invalid.
+    """
     ends_q, ends_kv = ends_q or (), ends_kv or ()
     require(0 < len(ends_q) == len(ends_kv), "attention.packed_lengths")
     for name, ends, total in (("q", ends_q, z.s), ("kv", ends_kv, z.keys)):

@@ -20,7 +20,7 @@ _FP4 = (contract.FP4_E2M1, contract.FP4_E1M2)
 
 @operator("npu_dtype_cast")
 def npu_dtype_cast(self: Tensor, dtype: int, input_dtype: int | None) -> Iterator[Any]:
-    """`self` [.., K] in another dtype; FP4 (296, 297) is packed [.., K / 2], even index in the low nibble."""
+    """Cast `self` [.., K] to a dtype; FP4 (296, 297) is packed [.., K / 2], even index in the low nibble."""
     shape = list(self.shape)
     if input_dtype in _FP4:
         require(bool(shape) and self.element_size() == 1, "cast.fp4_scalar")
@@ -49,7 +49,7 @@ def _npu_dtype_cast(self: Tensor, dtype: torch.dtype) -> Iterator[Any]:
 
 @operator("get_npu_format")
 def get_npu_format(self: Tensor) -> Iterator[Any]:
-    """Format of `self` [..], any dtype: 29 for FRACTAL_NZ, else 2, 0 or 30 by its number of axes."""
+    """Format of `self` ([..] of any dtype): 29 for FRACTAL_NZ, else 2, 0 or 30 by its number of axes."""
     number = nz.format_of(self)
     yield number
     yield number
@@ -59,7 +59,7 @@ def get_npu_format(self: Tensor) -> Iterator[Any]:
 def npu_format_cast(
     self: Tensor, acl_format: int, customize_dtype: int | None, input_dtype: int | None
 ) -> Iterator[Any]:
-    """`self` [.., R, C], any dtype, in FRACTAL_NZ (29) or back in ND (2, 0, 30)."""
+    """`self` ([.., R, C] of any dtype) in FRACTAL_NZ (29) or back in ND (2, 0, 30)."""
     if customize_dtype is not None:
         check_capability("npu_format_cast", "customize_dtype")
     if acl_format != nz.FRACTAL_NZ:

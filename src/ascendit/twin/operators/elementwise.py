@@ -16,7 +16,7 @@ from ascendit.twin.operators.mx_quantize import ScaleRule
 from ascendit.twin.registry import Out, operator
 
 
-def _same(x: Tensor) -> Out:
+def _out_like(x: Tensor) -> Out:
     """The shape and dtype of x."""
     return Out(tuple(x.shape), x.dtype)
 
@@ -52,7 +52,7 @@ def inverse_root(x: Tensor, axes: int, epsilon: float) -> Tensor:
 def npu_rms_norm(self: Tensor, gamma: Tensor, epsilon: float) -> Iterator[Any]:
     """(y, rstd [.., 1]) of `self` [.., D]. gamma [D] in the dtype of `self` or float32."""
     _check_gamma(self, gamma, allow_float32=True)
-    yield _same(self), _rstd(self, gamma)
+    yield _out_like(self), _rstd(self, gamma)
     if gamma.dim() == 1:
         yield cpu_kernels.rms_norm(self, gamma, epsilon), inverse_root(self, 1, epsilon)
     else:
@@ -65,7 +65,7 @@ def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float) -> I
     """(y, float32 rstd [.., 1], x1 + x2) of x1, x2 [.., D]: the norm of the sum before it is rounded."""
     _check_pair(x1, x2)
     _check_gamma(x1, gamma, allow_float32=False)
-    yield _same(x1), _rstd(x1, gamma), _same(x1)
+    yield _out_like(x1), _rstd(x1, gamma), _out_like(x1)
     total = x1.to(torch.float32) + x2.to(torch.float32)
     y, rstd = rms(total, gamma, epsilon)
     yield y.to(x1.dtype), rstd, total.to(x1.dtype)
@@ -114,7 +114,7 @@ def npu_add_rms_norm_dynamic_mx_quant(**arguments: Any) -> Iterator[Any]:
     _check_pair(x, a.x2)
     axis, target, rule = _mx_rule(a, x)
     qdata, scale = mx_quantize.outs(tuple(x.shape), axis, target, 32)
-    yield qdata, _same(x), scale, _rstd(x, a.gamma)
+    yield qdata, _out_like(x), scale, _rstd(x, a.gamma)
     total = x.to(torch.float32) + a.x2.to(torch.float32)
     quantized, scales, rstd = _rms_in_mx(a, total, x.dtype, axis, target, rule)
     yield quantized, total.to(x.dtype), scales, rstd
@@ -142,7 +142,7 @@ def moments(x: Tensor, axes: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def check_layer(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> None:
-    """TwinError (E-TWN-01) unless x is [.., *shape] in a float dtype, and weight and bias are [*shape]."""
+    """Raise TwinError (E-TWN-01) unless x is [.., *shape] in a float dtype, weight and bias [*shape]."""
     last = 0 < len(shape) <= x.dim() and tuple(x.shape[-len(shape) :]) == shape
     require(x.dtype in FLOAT_DTYPES and last, "norm.normalized_shape", shape=shape, x=x)
     for name, tensor in (("weight", weight), ("bias", bias)):
@@ -157,7 +157,7 @@ def npu_layer_norm_eval(
 ) -> Iterator[Any]:
     """Layer norm of `input` [.., *normalized_shape], in its dtype."""
     check_layer(input, tuple(normalized_shape), weight, bias)
-    yield _same(input)
+    yield _out_like(input)
     yield layer(input, len(normalized_shape), weight, bias, eps)[0].to(input.dtype)
 
 
@@ -169,7 +169,7 @@ def npu_add_layer_norm(
     _check_pair(x1, x2)
     check_layer(x1, tuple(gamma.shape), gamma, beta)
     row = _rstd(x1, gamma)
-    yield _same(x1), row, row, _same(x1)
+    yield _out_like(x1), row, row, _out_like(x1)
     total = x1.to(torch.float32) + x2.to(torch.float32)
     y, mean, rstd = layer(total, gamma.dim(), gamma, beta, epsilon)
     added = total.to(x1.dtype) if additional_output else torch.zeros_like(x1)
@@ -185,14 +185,14 @@ def npu_gelu(self: Tensor, approximate: str) -> Iterator[Any]:
     """GELU of `self` [..], float dtype: exact (`none`) or tanh. F.gelu always computes tanh on a2 and a3."""
     _check_float(self)
     require(approximate in ("none", "tanh"), "norm.approximate", approximate=approximate)
-    yield _same(self)
+    yield _out_like(self)
     yield cpu_kernels.gelu(self, approximate)
 
 
 def _fast_gelu(self: Tensor) -> Iterator[Any]:
     """x * sigmoid(1.702 x), which differs from GELU by up to 0.021."""
     _check_float(self)
-    yield _same(self)
+    yield _out_like(self)
     x = self.to(torch.float32)
     yield (x * torch.sigmoid(1.702 * x)).to(self.dtype)
 
@@ -205,7 +205,7 @@ operator("fast_gelu")(_fast_gelu)
 def npu_silu(self: Tensor) -> Iterator[Any]:
     """SiLU of `self` [..], float dtype."""
     _check_float(self)
-    yield _same(self)
+    yield _out_like(self)
     yield F.silu(self.to(torch.float32)).to(self.dtype)
 
 

@@ -121,7 +121,7 @@ def _dequantizer(a: Call, modes: tuple[int, ...]) -> Any:
 
 
 def dequantize_blocks(t: Tensor, scale: Tensor) -> Tensor:
-    """float32 of qdata [.., S, D] with a scale per tile, [.., blocks of S, blocks of D].
+    """Dequantize qdata [.., S, D] to float32, with one scale per tile: [.., blocks of S, blocks of D].
 
     The tile size follows from the shapes: 128, 256 or 512 rows, 64 or 128 columns.
     """

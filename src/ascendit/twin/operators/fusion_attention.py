@@ -80,11 +80,11 @@ def npu_attention_update(lse: list[Tensor], local_out: list[Tensor], update_type
     stacked = torch.stack([t.to(torch.float32) for t in lse])
     total = torch.logsumexp(stacked, 0)
     weights = torch.exp(stacked - total)
-    weighted = [t.to(torch.float32) * _like(w, t) for w, t in zip(weights, local_out, strict=True)]
+    weighted = [t.to(torch.float32) * _broadcast_to(w, t) for w, t in zip(weights, local_out, strict=True)]
     yield torch.stack(weighted).sum(0).to(local_out[0].dtype), total.to(lse[0].dtype)
 
 
-def _like(weight: Tensor, out: Tensor) -> Tensor:
+def _broadcast_to(weight: Tensor, out: Tensor) -> Tensor:
     return weight if weight.dim() == out.dim() else weight.unsqueeze(-1)
 
 

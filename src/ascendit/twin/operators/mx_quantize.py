@@ -1,6 +1,6 @@
 """MX quantizers of the Ascend 950: elements and E8M0 scales, bit-identical to its kernels.
 
-They encode by `mx`, with three rules of the NPU: algorithms 0 and 2 multiply a block by 0 if its scale byte
+They encode with `mx` and three rules of the NPU: algorithms 0 and 2 multiply a block by 0 if its scale byte
 is 0, algorithm 2 rounds float16 to bfloat16 before it takes the largest value, and a block with an infinity
 or a NaN gets scale byte 255 and elements 0 (the cast saturates and turns NaN into 0).
 """
@@ -72,13 +72,16 @@ class ScaleRule:
 
 
 def target_of(dst_type: int) -> TargetFormat:
-    """The format of a `dst_type`. TwinError (E-TWN-01) for others, including torch.float4_e2m1fn_x2."""
+    """The format of a `dst_type`.
+
+    Raises TwinError (E-TWN-01) for any other, including torch.float4_e2m1fn_x2.
+    """
     require(dst_type in TARGETS, "mx.dst_type", dst_type=dst_type)
     return TARGETS[dst_type]
 
 
 def check_rule(rule: ScaleRule, target: TargetFormat, dtype: torch.dtype) -> None:
-    """TwinError (E-TWN-01) for a combination that aclnnDynamicMxQuantV3 does not have."""
+    """Raise TwinError (E-TWN-01) for a combination that aclnnDynamicMxQuantV3 does not support."""
     name = target.element.name
     modes = tuple(ROUND_MODES) if target.packed else ("rint",)
     require(rule.rounding in modes, "mx.round_mode", rule=rule, name=name, modes=modes)
@@ -93,7 +96,10 @@ def check_rule(rule: ScaleRule, target: TargetFormat, dtype: torch.dtype) -> Non
 
 
 def check_input(x: Tensor, axis: int, target: TargetFormat) -> int:
-    """`axis` counted from 0; x [..] of a float dtype. TwinError (E-TWN-01) for other inputs."""
+    """Return `axis` counted from 0, after checking x ([..] of a float dtype).
+
+    Raises TwinError (E-TWN-01) for other inputs.
+    """
     require(x.dtype in FLOAT_DTYPES and 1 <= x.dim() <= 7, "mx.input", x=x)
     require(-x.dim() <= axis < x.dim(), "mx.axis", first=-x.dim(), last=x.dim() - 1)
     require(not target.packed or x.shape[-1] % 2 == 0, "mx.fp4_odd")

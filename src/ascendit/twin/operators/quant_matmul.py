@@ -42,7 +42,7 @@ OPERAND_FORMATS = {
 def npu_quant_matmul(**arguments: Any) -> Iterator[Any]:
     """x1 [.., M, K] @ x2 [K, N] -> [.., M, N] (aclnnQuantMatmulV5, ...WeightNz).
 
-    `scale` belongs to x2, `pertoken_scale` to x1. TwinError: see `quant_matmul_contract`.
+    `scale` belongs to x2, `pertoken_scale` to x1. Raises the errors of `quant_matmul_contract`.
     """
     call = Call(**arguments)
     mode = mode_of(call)
@@ -208,7 +208,9 @@ def npu_dual_level_quant_matmul(**arguments: Any) -> Iterator[Any]:
 
 
 def _dual_level_encoded(qdata: Tensor, pairs: Tensor, coarse: Tensor) -> Encoded:
-    """From packed qdata [R, K / 2], paired scales [R, K / 64, 2] and coarse scales [R, K / 512, 1]."""
+    """Make an `Encoded` from packed qdata [R, K / 2], paired scales [R, K / 64, 2] and coarse scales [R, K /
+    512, 1].
+    """
     k = 2 * qdata.shape[1]
     fine = layouts.from_pairs(pairs.view(torch.uint8), -(-k // 32))
     return Encoded(qdata.view(torch.uint8), fine, coarse, "mxfp4_dualscale", -1, (len(qdata), k))

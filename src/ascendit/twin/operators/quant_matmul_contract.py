@@ -26,7 +26,10 @@ Checked = tuple[Shape, torch.dtype]
 
 
 def mode_of(c: Call) -> str:
-    """A key of `quant_matmul.MODES`. TwinError (E-TWN-01) for pairs of dtypes without a mode."""
+    """The mode of a call, a key of `quant_matmul.MODES`.
+
+    Raises TwinError (E-TWN-01) for pairs of dtypes without a mode.
+    """
     fp4, sides = contract.FP4_E2M1, (("x1", c.x1, c.x1_dtype), ("x2", c.x2, c.x2_dtype))
     for name, tensor, dtype in sides:
         native = dtype is not None and (dtype != fp4 or tensor.dtype in (*FP8, *OUTPUT_DTYPES))
@@ -69,7 +72,7 @@ def is_transposed(t: Tensor) -> bool:
 
 
 def check(c: Call, mode: str) -> Checked:
-    """Shape and dtype of the output. TwinError (E-TWN-01) for arguments that `mode` does not take."""
+    """Shape and dtype of the output. Raises TwinError (E-TWN-01) for arguments that are invalid in `mode`."""
     if mode in SCALE_AND_BIAS:
         return _check_channels(c, mode)
     return _check_block(c, mode) if mode in ("block", "int8_block") else _check_mx(c, mode)

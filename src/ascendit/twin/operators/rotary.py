@@ -82,7 +82,7 @@ def npu_apply_rotary_pos_emb(
 
 @operator("npu_interleave_rope")
 def npu_interleave_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Iterator[Any]:
-    """Deinterleave x [B, N, S, 64], any dtype, then rotate halves: not the order that Wan needs."""
+    """Deinterleave x ([B, N, S, 64] of any dtype), then rotate halves: not the order that Wan needs."""
     require(x.dim() == 4 and x.shape[-1] == 64 and cos.shape[-1] == 64, "rope.interleave_shape", x=x)
     yield Out(tuple(x.shape), x.dtype)
     halves = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

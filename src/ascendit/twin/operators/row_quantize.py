@@ -23,7 +23,7 @@ _INT8 = (1, 12)
 
 
 def _mode(name: str, dst_type: int | None) -> str:
-    """`int8` or `fp8`. TwinError if the chip has no kernel for it."""
+    """`int8` or `fp8`. Raises TwinError if the chip has no kernel for it."""
     dst_type = 1 if dst_type is None else dst_type
     mode = "int8" if dst_type in _INT8 else "fp8"
     require(mode == "int8" or dst_type in _FP8, "rows.dst_type", dst_type=dst_type, name=name)
@@ -52,7 +52,9 @@ def _largest(dst_type: int | None) -> float:
 
 @operator("npu_dynamic_quant")
 def npu_dynamic_quant(input: Tensor, smooth_scales: Tensor | None, **options: Any) -> Iterator[Any]:
-    """int8 or FP8 of `input` [.., K], and float32 scales per row, tensor or channel (aclnnDynamicQuantV2)."""
+    """int8 or FP8 qdata of `input` [.., K], and float32 scales per row, tensor or channel
+    (aclnnDynamicQuantV2).
+    """
     a = Call(**options)
     _mode("npu_dynamic_quant", a.dst_type)
     require(input.dim() > 1, "rows.axes")
@@ -120,7 +122,7 @@ def npu_dynamic_block_quant(x: Tensor, min_scale: float, dst_type: int, **option
 def npu_quantize(
     self: Tensor, scales: Tensor, zero_points: Tensor | None, dtype: int, axis: int, div_mode: bool
 ) -> Iterator[Any]:
-    """int8 of `self` [..] with static scales and zero points [N] or [1] along `axis` (aclnnQuantize)."""
+    """int8 qdata of `self` [..] with static scales, zero points [N] or [1] along `axis` (aclnnQuantize)."""
     require(dtype in _INT8, "rows.static_dtype", dtype=dtype)
     length = self.shape[axis]
     valid = scales.dim() == 1 and scales.shape[0] in (1, length)
@@ -138,6 +140,6 @@ def npu_quantize(
 
 
 def dequantize_tiles(qdata: Tensor, scale: Tensor, rows: int, columns: int) -> Tensor:
-    """float32 of qdata [.., R, C] times `scale` [.., tiles, tiles], one per tile of `rows` x `columns`."""
+    """Dequantize qdata [.., R, C] to float32; `scale` [.., tiles, tiles]: one per `rows` x `columns` tile."""
     full = scale.repeat_interleave(rows, -2)[..., : qdata.shape[-2], :].repeat_interleave(columns, -1)
     return qdata.to(torch.float32) * full[..., : qdata.shape[-1]]

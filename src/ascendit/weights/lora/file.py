@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from ascendit.checkpoint.component import EXPERTS, read_json
 from ascendit.checkpoint.reader import RowReader, ShardSpec, TensorInfo, read_header
 from ascendit.errors import CheckpointError, UsageError
-from ascendit.weights.lora.keys import IGNORED, Key, split_key
+from ascendit.weights.lora.keys import IGNORED, LoraKey, split_key
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +59,10 @@ class Scaling:
     over_root: bool = False
     """Divide by sqrt(rank), as rsLoRA does."""
 
-    def of(self, path: str, rank: int) -> float:
-        """The scale of a layer without an `alpha` tensor."""
+    def scale_of(self, path: str, rank: int) -> float:
+        """alpha / rank (rsLoRA: alpha / sqrt(rank)) of a layer without an `alpha` tensor; 1 if no alpha is
+        set.
+        """
         named = (a for end, a in self.exceptions.items() if path == end or path.endswith(f".{end}"))
         alpha = next(named, self.alpha)
         return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.over_root else rank)
@@ -72,7 +74,7 @@ class LoraFile:
 
     path: Path
     infos: Mapping[str, TensorInfo]
-    keys: tuple[Key, ...]
+    keys: tuple[LoraKey, ...]
     scalings: Mapping[str | None, Scaling]
     """Expert in the prefix of a key -> its settings."""
 
@@ -80,7 +82,7 @@ class LoraFile:
 def open_file(path: Path) -> LoraFile:
     """Read the header of a LoRA file.
 
-    Raises UsageError E-USE-02 for a missing file, E-USE-01 for one that is not safetensors; CheckpointError
+    Raises UsageError: E-USE-02 for a missing file, E-USE-01 for one that is not safetensors; CheckpointError:
     E-CKP-02 for a damaged file, E-LRA-01 for a file without keys or with unsupported settings.
     """
     if not path.exists():
@@ -112,7 +114,7 @@ def _not_safetensors(path: Path) -> UsageError:
 
 
 def unusable_keys(path: Path, total: int, problems: list[Problem]) -> CheckpointError:
-    """E-LRA-01: the first keys that cannot be used, and the number of others."""
+    """The error E-LRA-01 with the first keys that cannot be used, and the number of others."""
     problems = sorted(problems, key=lambda problem: problem.key)
     shown = "; ".join(f"{p.key}: {p.reason}" for p in problems[:MAX_SHOWN_KEYS])
     more = f"; and {len(problems) - MAX_SHOWN_KEYS} more" if len(problems) > MAX_SHOWN_KEYS else ""
@@ -153,7 +155,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 
 def _scaling(path: Path, config: dict[str, Any]) -> Scaling:
-    """Read a PEFT configuration. Raises CheckpointError E-LRA-01 for unsupported settings."""
+    """Read a PEFT configuration. Raises CheckpointError (E-LRA-01) for unsupported settings."""
     alpha, exceptions = config.get("lora_alpha"), config.get("alpha_pattern") or {}
     kind = config.get("peft_type") or "LORA"
     if kind != "LORA":
@@ -207,18 +209,24 @@ class Delta:
     """WEIGHT x alpha / rank."""
 
     def open(self) -> Rows:
-        """Read the factors. Raises CheckpointError E-LRA-01 for a value that is not finite."""
+        """Read the factors; return a function that computes rows of the change.
+
+        Raises CheckpointError (E-LRA-01) for a value that is not finite.
+        """
         rows = _kronecker(self.tensors) if self.kind == "lokr" else _product(self.tensors, self.kind)
         return lambda start, stop: rows(start, stop).mul_(self.scale)
 
 
 def read_rows(info: TensorInfo, start: int, stop: int) -> torch.Tensor:
-    """Read rows as [stop - start, K] float64. CheckpointError E-LRA-01 for values that are not finite."""
+    """Read rows as [stop - start, K] float64.
+
+    Raises CheckpointError (E-LRA-01) for values that are not finite.
+    """
     import torch
 
     shard = ShardSpec(0, start, stop - start)
     with RowReader() as reader:
-        rows = reader.tensor(info, shard).to(torch.float64).reshape(stop - start, -1)
+        rows = reader.read_tensor(info, shard).to(torch.float64).reshape(stop - start, -1)
     if not torch.isfinite(rows).all():
         raise CheckpointError(
             f"{info.file}: {info.name} has values that are not finite",

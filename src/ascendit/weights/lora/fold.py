@@ -1,4 +1,4 @@
-"""Fold LoRA files into float weights, some rows at a time, before they are quantized.
+"""Fold LoRA files into float weights, a few rows at a time, before they are quantized.
 
 `Folds.open` reads the headers of all files and determines the changed tensors of an expert; `fold` adds the
 changes in the order of the files, and rounds once. A key that cannot be used is an error. The factors of a
@@ -36,7 +36,7 @@ from ascendit.weights.lora.file import (
     shape_problem,
     unusable_keys,
 )
-from ascendit.weights.lora.keys import Key, Targets, refusal
+from ascendit.weights.lora.keys import LoraKey, Targets, refusal
 
 if TYPE_CHECKING:
     import torch
@@ -55,12 +55,15 @@ _SYNTAX = (
 
 @dataclass(frozen=True)
 class LoraSource:
-    """A LoRA file, its weight and its expert. Raises UsageError E-USE-01 for an invalid weight or expert."""
+    """A LoRA file, its weight and its expert.
+
+    Raises UsageError (E-USE-01) for an invalid weight or expert.
+    """
 
     path: Path
     weight: float = 1.0
     expert: str | None = None
-    """`transformer` or `transformer_2`; None: every expert, or the one in the prefix of each key."""
+    """`transformer` or `transformer_2`; None: every expert, or the expert named in the prefix of each key."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight) or self.weight == 0:
@@ -70,7 +73,10 @@ class LoraSource:
 
 
 def parse_lora(text: str) -> LoraSource:
-    """Parse `FILE[:WEIGHT]` or `EXPERT=FILE[:WEIGHT]`; FILE may contain `:` and `=`. UsageError E-USE-01."""
+    """Parse `FILE[:WEIGHT]` or `EXPERT=FILE[:WEIGHT]`; FILE may contain `:` and `=`.
+
+    Raises UsageError (E-USE-01).
+    """
     head, equals, tail = text.partition("=")
     expert = EXPERT_NAMES.get(head.strip()) if equals else None
     path = tail if expert else text
@@ -114,9 +120,9 @@ class Folds:
     ) -> Self:
         """Read the headers of `sources` and match their keys with `shapes`, the tensors of `expert`.
 
-        `experts`: all experts of the model. Raises CheckpointError E-LRA-01 for keys that cannot be used (the
-        first five, and the number of others), E-CKP-02 for a damaged file; UsageError E-USE-01 for another
-        file type, or a file for an expert that the model does not have, E-USE-02 for a missing file.
+        `experts`: all experts of the model. Raises CheckpointError: E-LRA-01 for keys that cannot be used
+        (the first five, and the number of others), E-CKP-02 for a damaged file; UsageError: E-USE-01 for
+        another file type, or a file for an expert that the model does not have, E-USE-02 for a missing file.
         """
         targets = Targets(shapes)
         deltas = [delta for source in sources for delta in _read(source, expert, targets, experts)]
@@ -127,7 +133,7 @@ class Folds:
 
         `columns`: the range of the second axis in `rows`; default: all. Computed in float64 and rounded once
         to the dtype of `rows`. The bits of an element do not depend on rows and columns. Returns a new
-        tensor, or `rows` itself if no file changes the tensor. Raises CheckpointError E-LRA-01 for values
+        tensor, or `rows` itself if no file changes the tensor. Raises CheckpointError (E-LRA-01) for values
         that are not finite.
         """
         if name not in self.names or not len(rows):
@@ -149,7 +155,7 @@ class Folds:
         return result
 
     def _open(self, name: str) -> list[Rows]:
-        """Read the factors of one tensor; those of the previous tensor are freed."""
+        """Read the factors of one tensor, and free the factors of the previous tensor."""
         if name not in self._opened:
             self._opened = {}
             self._opened = {name: [delta.open() for delta in self._deltas[name]]}
@@ -157,7 +163,10 @@ class Folds:
 
 
 def _read(source: LoraSource, expert: str, targets: Targets, experts: Collection[str]) -> list[Delta]:
-    """Read the changes of `expert` in one file. CheckpointError E-LRA-01 for keys that cannot be used."""
+    """Read the changes of `expert` in one file.
+
+    Raises CheckpointError (E-LRA-01) for keys that cannot be used.
+    """
     if source.expert is not None and source.expert not in experts:
         raise _bad_source(
             f"LoRA {source.path} is for {source.expert}",
@@ -205,13 +214,13 @@ class DeltaReader:
         self.problems: list[Problem] = []
         self.deltas: list[Delta] = []
 
-    def problem(self, key: Key, reason: str, fix: str = Problem.fix) -> None:
+    def problem(self, key: LoraKey, reason: str, fix: str = Problem.fix) -> None:
         """Record that `key` cannot be used."""
         self.problems.append(Problem(key.name, reason, fix))
 
-    def groups(self, keys: Iterable[Key]) -> dict[str, dict[str, Key]]:
+    def groups(self, keys: Iterable[LoraKey]) -> dict[str, dict[str, LoraKey]]:
         """Target -> role -> key. `diff_b` and `diff_m` become the `diff` of another tensor of the layer."""
-        groups: dict[str, dict[str, Key]] = {}
+        groups: dict[str, dict[str, LoraKey]] = {}
         for key in keys:
             if key.role is None:
                 self.problem(key, refusal(key.name) or "not a key of a supported kind of LoRA")
@@ -224,7 +233,7 @@ class DeltaReader:
                     self.problem(key, f"means the same as {first.name}")
         return groups
 
-    def read_group(self, target: str, group: dict[str, Key]) -> None:
+    def read_group(self, target: str, group: dict[str, LoraKey]) -> None:
         """Add the changes of one tensor: factors with `alpha`, a difference, or both."""
         alpha, up_bias = group.get("alpha"), group.get("up_bias")
         modules = {kind: {role: group[role] for role in roles_of(kind) if role in group} for kind in FACTORS}
@@ -239,7 +248,7 @@ class DeltaReader:
                 if kind == "lora" and up_bias:
                     self._add_bias(target, up_bias, scale)
 
-    def _checked(self, kind: str, keys: dict[str, Key], target: str) -> dict[str, TensorInfo] | None:
+    def _checked(self, kind: str, keys: dict[str, LoraKey], target: str) -> dict[str, TensorInfo] | None:
         """The header entries of a module; None, and problems, if one is missing or does not match."""
         infos = {role: self.file.infos[key.name] for role, key in keys.items()}
         if missing := missing_roles(kind, keys):
@@ -262,7 +271,7 @@ class DeltaReader:
         return {"diff": replace(infos["diff"], shape=shape)} if kind == "diff" else infos
 
     def _scale(
-        self, kind: str, keys: dict[str, Key], infos: dict[str, TensorInfo], alpha: Key | None
+        self, kind: str, keys: dict[str, LoraKey], infos: dict[str, TensorInfo], alpha: LoraKey | None
     ) -> float:
         """alpha / rank, or 1. Differences and a LoKr of two complete factors have no rank: no scaling."""
         if (rank := rank_of(kind, infos)) is None:
@@ -270,19 +279,19 @@ class DeltaReader:
         if alpha is not None:
             return self._alpha(alpha) / rank
         key, scalings = next(iter(keys.values())), self.file.scalings
-        return scalings.get(key.expert, scalings[None]).of(key.path, rank) if kind == "lora" else 1.0
+        return scalings.get(key.expert, scalings[None]).scale_of(key.path, rank) if kind == "lora" else 1.0
 
-    def _alpha(self, key: Key) -> float:
+    def _alpha(self, key: LoraKey) -> float:
         info = self.file.infos[key.name]
         value = 0.0
         if math.prod(info.shape) == 1 and info.dtype in FACTOR_DTYPES + _INTEGERS:
             with RowReader() as reader:
-                value = float(reader.tensor(info).item())
+                value = float(reader.read_tensor(info).item())
         if not math.isfinite(value) or value == 0:
             self.problem(key, f"{info.dtype} {list(info.shape)} is not a valid scale")
         return value
 
-    def _add_bias(self, weight: str, key: Key, scale: float) -> None:
+    def _add_bias(self, weight: str, key: LoraKey, scale: float) -> None:
         """Add PEFT's `lora_B.bias`, part of the output of `up` and scaled like it."""
         bias = weight.removesuffix(".weight") + ".bias"
         info = self.file.infos[key.name]

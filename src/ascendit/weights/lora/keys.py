@@ -1,8 +1,8 @@
 """Keys of LoRA files: their prefixes and suffixes, and the tensor of a Wan transformer that they change.
 
-Tables and look-ups, no torch. A key is `<prefix><path><suffix>`. The path is the original Wan or Diffusers
-name of a layer, in kohya's files with `_` for each dot. It is looked up among the tensors of the model, so
-that `cross_attn_k_img` and `time_embedding_0` are unambiguous.
+Tables and look-ups. A key is `<prefix><path><suffix>`. The path is the original Wan or Diffusers name of a
+layer, in kohya's files with `_` for each dot. It is looked up among the tensors of the model, so that
+`cross_attn_k_img` and `time_embedding_0` are unambiguous.
 
 Sources: `comfy/lora.py`, `comfy/lora_convert.py` and `comfy/weight_adapter` of ComfyUI, `convert_lora.py`
 and `networks/` of musubi-tuner, `loaders/lora_conversion_utils.py` of Diffusers, PEFT's saved adapters.
@@ -72,8 +72,8 @@ _BLOCK = re.compile(r"blocks[._](\d+)(?:[._]|$)")
 
 
 @dataclass(frozen=True)
-class Key:
-    """A parsed key of a LoRA file."""
+class LoraKey:
+    """A key of a LoRA file, split into its parts."""
 
     name: str
     """The complete key."""
@@ -86,7 +86,7 @@ class Key:
     """A value of `SUFFIXES`; None if unknown."""
 
 
-def split_key(name: str) -> Key:
+def split_key(name: str) -> LoraKey:
     """Split a key into prefix, path and suffix, without PEFT's adapter name (`.lora_A.default.weight`)."""
     text = _ADAPTER.sub(r".\1.\2", name)
     suffix = next((s for s in _BY_LENGTH if text.endswith(s)), "")
@@ -94,12 +94,12 @@ def split_key(name: str) -> Key:
     role = SUFFIXES.get(suffix)
     for prefix in FLAT_PREFIXES:
         if path.startswith(prefix):
-            return Key(name, None, path.removeprefix(prefix), True, role)
+            return LoraKey(name, None, path.removeprefix(prefix), True, role)
     expert = None
     while wrapper := next((w for w in WRAPPERS if path.startswith(w)), None):
         path = path.removeprefix(wrapper)
         expert = WRAPPERS[wrapper] or expert
-    return Key(name, expert, path, False, role)
+    return LoraKey(name, expert, path, False, role)
 
 
 def refusal(name: str) -> str | None:
@@ -123,7 +123,7 @@ class Targets:
                 table[False][path] = name
                 table[True][path.replace(".", "_")] = name
 
-    def find(self, key: Key) -> str | None:
+    def find(self, key: LoraKey) -> str | None:
         """The Diffusers name of the tensor that `key` changes; None if the model has no such tensor.
 
         For `up_bias` and `alpha`, the weight of their layer.
@@ -136,7 +136,7 @@ class Targets:
             return next((weights[table] for table in tables if table in weights), None)
         return weights.get(key.path)
 
-    def reason_missing(self, key: Key) -> str:
+    def reason_missing(self, key: LoraKey) -> str:
         """Why `find` returns None, with the most similar name of the model."""
         if _TEXT_ENCODER.match(key.name):
             return "LoRAs of text encoders are not supported"
@@ -144,13 +144,13 @@ class Targets:
             return f"the model has {self.num_blocks} blocks"
         if re.search(r"(k_img|v_img|add_k_proj|add_v_proj|norm_added_k)$|^img_emb|image_embedder", key.path):
             return "the model has no CLIP image input; this LoRA is for a Wan2.1 image-to-video model"
-        if key.role == "diff_b" and self.find(Key(key.name, None, key.path, key.flat, "diff")):
+        if key.role == "diff_b" and self.find(LoraKey(key.name, None, key.path, key.flat, "diff")):
             return "this layer has no bias"
         if near := self._near(key):
             return f"no such layer; similar: {near}"
         return "no such layer"
 
-    def _near(self, key: Key) -> str | None:
+    def _near(self, key: LoraKey) -> str | None:
         names: Iterable[str] = self._weights[key.flat]
         if block := _BLOCK.match(key.path):
             names = [name for name in names if name.startswith(block[0])]
