@@ -300,7 +300,7 @@ def _edit_json(name: str, edit: Callable[[dict[str, Any]], Any]) -> Callable[[Pa
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "truncate_shard": _truncate,
     "not_safetensors": lambda expert_folder: max(expert_folder.glob("*.safetensors")).write_text(
-        "<html>404</html>"
+        "<html>not found</html>"
     ),
     "no_weights": _no_weights,
     "drop_tensor": _edit_tensors(lambda w: w.pop(DAMAGED)),
