@@ -286,18 +286,18 @@ MATMULS: Mapping[str, Callable[[Activation, PreparedWeight], Tensor]] = {
 
 @dataclass(frozen=True)
 class TileMatmul:
-    """Kernel of int8_block: npu_quant_matmul with group_sizes [1, 128, 128], which gives bfloat16.
+    """The kernel of int8_block: npu_quant_matmul with group_sizes [1, 128, 128]; the output is bfloat16.
 
-    No chip takes an int8 activation with one scale per 128 x 128: each scale is repeated for its 128 rows.
-    a2 and a3 require K in multiples of 512, N in multiples of 256 and a bias, so qdata, scales and bias are
-    padded with zeros. Only a5 quantizes 128 x 128 values by one operator; a2 and a3 use PyTorch's.
+    No chip accepts an int8 activation with one scale per 128 x 128 values: each scale is repeated for its 128
+    rows. a2 and a3 require K in multiples of 512, N in multiples of 256 and a bias, so qdata, scales and bias
+    are padded with zeros. Only a5 has an operator that quantizes 128 x 128 values; a2 and a3 use PyTorch.
     """
 
     chip: str
 
     @property
     def multiples(self) -> tuple[int, int]:
-        """Of N and K."""
+        """The multiples of (N, K) that the chip requires."""
         return (1, 1) if self.chip == "a5" else (256, 512)
 
     def kernel(self, scheme: str) -> QuantLinearKernel:
@@ -339,7 +339,7 @@ class TileMatmul:
     ) -> Activation:
         """See `Schemes.quantize_activation`. int8 [M, K], float32 scale [M, ceil(K / 128)], padded along K.
 
-        UsageError E-USE-01 for another dtype than bfloat16, or another scale rule.
+        Raises UsageError (E-USE-01) for any other dtype than bfloat16, or any other scale rule.
         """
         resolved = scheme_of(scheme)
         _check_rule(resolved.rule, rule or resolved.rule)
