@@ -56,7 +56,7 @@ def load(expert: Expert, **kw: Any) -> Any:
 
 def test_each_mul_scale_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
-    for method in ("blocks", "into"):
+    for method in ("read_blocks", "read_into"):
         real = getattr(RowReader, method)
 
         def read(self: RowReader, info: TensorInfo, *args: Any, real: Any = real, **kw: Any) -> Any:

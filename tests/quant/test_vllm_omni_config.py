@@ -84,5 +84,5 @@ def test_a_name_without_layer_is_an_error_though_vllm_omni_ignores_it():
         assert e.value.code == "E-USE-05"
     with pytest.raises(UsageError, match="not JSON"):
         load_recipe("{method: mxfp8}")
-    with pytest.raises(UsageError, match="all rules of this one have a scheme"):
+    with pytest.raises(UsageError, match="every rule of this one names its scheme"):
         load_recipe('{"method": "mxfp8"}', "int8")
