@@ -111,7 +111,7 @@ def denoise(pipe: Pipeline, stub: Stub) -> tuple[torch.Tensor, list[dict[str, An
     refuse = AssertionError("a weight is prepared in the loop")
     with (
         mock.patch.object(generate, "share", shared),
-        mock.patch.object(generate, "finite", lambda latents: latents),  # the numbers have no meaning
+        mock.patch.object(generate, "check_finite", lambda latents: latents),  # the numbers have no meaning
         mock.patch.object(Schemes, "prepare_weight", side_effect=refuse),
     ):
         latents = generate.denoise(pipe, request, None, report, None)
