@@ -161,7 +161,9 @@ def launches(report: Mapping[str, Any]) -> list[str]:
     names = [r["name"] for r in report["calls"] if r["name"].endswith((": quantize", ": matmul"))]
     for name in dict.fromkeys(n for n in names if "bias" not in n):
         kernels = {
-            r["chip"]: "+".join(k.removeprefix("aclnn") for k in r["launched"])
+            r["chip"]: f"{len(r['launched'])} of PyTorch"
+            if len(r["launched"]) > 3
+            else "+".join(k.removeprefix("aclnn") for k in r["launched"])
             for r in report["calls"]
             if r["name"] == name
         }
