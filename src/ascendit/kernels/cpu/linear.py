@@ -37,6 +37,7 @@ from ascendit.kernels.kernel import Activation, Emulate, PreparedWeight, QuantLi
 from ascendit.mx import elements, scales
 from ascendit.mx.codec import Encoded
 from ascendit.mx.formats import lookup
+from ascendit.mx.native_encoder import prefer_large_pages
 from ascendit.native.build import Built, declared, native
 from ascendit.quant.schemes import LINEAR_SCHEMES
 
@@ -201,7 +202,7 @@ def quantized_linear(a: Activation, weight: PreparedWeight) -> Tensor:
     if isinstance(weight, FallbackWeight):
         return torch_linear(a, weight)
     to_float32 = a.dtype != torch.bfloat16
-    out = torch.empty(m, n, dtype=torch.float32 if to_float32 else torch.bfloat16)
+    out = prefer_large_pages(torch.empty(m, n, dtype=torch.float32 if to_float32 else torch.bfloat16))
     scheme = a.scheme.name
     variant, int8 = VARIANTS[scheme], scheme == "int8"
     workspace = _workspace(min(m, CHUNK) * -(-k // STRETCH) * STRETCH * 2)
