@@ -168,7 +168,7 @@ Int8Product = Callable[[Tensor, Tensor], Tensor]
 """int8 [M, k] times int8 [N, k].T, k up to 128 -> exact sums [M, N], int32 or float32."""
 
 
-def int8_product(a: Tensor, b: Tensor) -> Tensor:
+def float32_int8_product(a: Tensor, b: Tensor) -> Tensor:
     """int8 [M, k] times int8 [N, k].T -> float32 [M, N], exact: 128 products of int8 stay below 2^24."""
     return a.to(torch.float32) @ b.to(torch.float32).t()
 
@@ -179,7 +179,7 @@ def int8_tile_matmul(
     b: Tensor,
     b_scale: Tensor,
     bias: Tensor | None,
-    product: Int8Product = int8_product,
+    product: Int8Product = float32_int8_product,
 ) -> Tensor:
     """int8 `a` [M, K] times int8 `b` [N, K].T, both with a scale per 128 of K, plus bias -> float32 [M, N].
 
@@ -195,6 +195,14 @@ def int8_tile_matmul(
             total += product(x, y).to(torch.float64) * (a_rows[rows, i, None] * b_rows[:, i])
         out[rows] = total if bias is None else total + bias
     return out
+
+
+def int8_tile_linear(
+    a: Activation, weight: PreparedWeight, product: Int8Product = float32_int8_product
+) -> Tensor:
+    """`quantized_linear` of int8_block by `int8_tile_matmul`: [.., N] in the dtype of the activation."""
+    out = int8_tile_matmul(a.qdata, a.scale, weight.qdata, weight.scale, weight.bias, product)
+    return out.to(a.dtype).view(*a.lead, weight.shape[0])
 
 
 def _scale_of_rows(scale: Tensor, rows: int) -> Tensor:

@@ -267,15 +267,9 @@ def _int8_linear(a: Activation, weight: PreparedWeight) -> Tensor:
     return out.to(a.dtype).view(*a.lead, weight.shape[0])
 
 
-def _int8_block_linear(a: Activation, weight: PreparedWeight) -> Tensor:
-    """See `reference.int8_tile_matmul`."""
-    out = reference.int8_tile_matmul(a.qdata, a.scale, weight.qdata, weight.scale, weight.bias)
-    return out.to(a.dtype).view(*a.lead, weight.shape[0])
-
-
 INT8_LINEARS: Mapping[str, tuple[str, Callable[[Activation, PreparedWeight], Tensor]]] = {
     "int8": ("torch._int_mm", _int8_linear),
-    "int8_block": ("exact float32 products of 128 of K", _int8_block_linear),
+    "int8_block": ("exact float32 products of 128 of K", reference.int8_tile_linear),
 }
 """Scheme -> the integer product of PyTorch: its name and the function."""
 

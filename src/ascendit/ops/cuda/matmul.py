@@ -316,10 +316,7 @@ class TileMatmul:
 
     def quantized_linear(self, a: Activation, weight: PreparedWeight) -> Tensor:
         """See `Schemes.quantized_linear`."""
-        out = reference.int8_tile_matmul(
-            a.qdata, a.scale, weight.qdata, weight.scale, weight.bias, self._padded_product
-        )
-        return out.to(a.dtype).view(*a.lead, weight.shape[0])
+        return reference.int8_tile_linear(a, weight, self._padded_product)
 
     def _padded_product(self, a: Tensor, b: Tensor) -> Tensor:
         """int8 [M, k] times int8 [N, k].T -> int32 [M, N]; torch._int_mm takes only some sizes."""
