@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ascendit.device.device import Device
+from ascendit.device.operator_support import capability
 from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.kernels.kernel import Activation, PreparedWeight, QuantLinearKernel
 from ascendit.kernels.reference import INT8_TILE
@@ -298,10 +299,20 @@ class TileMatmul:
     @property
     def multiples(self) -> tuple[int, int]:
         """The multiples of (N, K) that the chip requires."""
-        return (1, 1) if self.chip == "a5" else (256, 512)
+        return (256, 512) if self.restricted else (1, 1)
+
+    @property
+    def restricted(self) -> bool:
+        """Whether the chip requires a bias and multiples of N and K."""
+        return self.chip != "a5"
+
+    @property
+    def has_quantizer(self) -> bool:
+        """Whether the chip has an operator that quantizes 128 x 128 values."""
+        return capability("npu_dynamic_block_quant", "int8_block").support_on(self.chip) == "yes"
 
     def kernel(self, scheme: str) -> QuantLinearKernel:
-        quantizer = "npu_dynamic_block_quant" if self.chip == "a5" else "PyTorch"
+        quantizer = "npu_dynamic_block_quant" if self.has_quantizer else "PyTorch"
         return QuantLinearKernel(
             scheme,
             "npu",
@@ -322,7 +333,7 @@ class TileMatmul:
         (n, k), (rows, columns) = encoded.shape, map(_padded_size, encoded.shape, self.multiples)
         qdata = _padded(encoded.qdata.to(device), rows, columns)
         scale = _padded(encoded.scale.to(device), -(-rows // INT8_TILE), -(-columns // INT8_TILE))
-        if bias is not None or self.chip != "a5":
+        if bias is not None or self.restricted:
             values = torch.zeros(n) if bias is None else bias
             bias = F.pad(values.to(device, torch.float32), (0, rows - n))
         return PreparedWeight(encoded.format, (n, k), qdata.t(), scale.t(), bias=bias)
@@ -351,7 +362,7 @@ class TileMatmul:
             )
         rows = _smoothed(x, mul_scale)
         (m, k), columns = rows.shape, _padded_size(x.shape[-1], self.multiples[1])
-        if self.chip == "a5":
+        if self.has_quantizer:
             qdata, scale = torch.ops.npu.npu_dynamic_block_quant(
                 rows, dst_type=torch.int8, row_block_size=INT8_TILE, col_block_size=INT8_TILE
             )
