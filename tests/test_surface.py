@@ -64,3 +64,9 @@ def test_the_version_is_consistent() -> None:
 
 def test_the_package_has_py_typed() -> None:
     assert (Path(ascendit.__file__).parent / "py.typed").is_file()
+
+
+def test_a_renamed_module_is_still_found() -> None:
+    with pytest.warns(DeprecationWarning, match="ascendit.family"):
+        from ascendit import spec  # type: ignore[attr-defined]
+    assert spec is importlib.import_module("ascendit.family")

@@ -10,6 +10,7 @@ Importing this package does not import torch; names are imported on first use.
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from ascendit.version import __version__
@@ -38,6 +39,8 @@ _MODULES = {
 }
 
 _PACKAGES = ("mx",)  # also reached as `ascendit.mx.encode`, without importing the package
+_RENAMED = {"spec": "family"}
+"""Former name of a module -> its name; the former name still works, with a DeprecationWarning."""
 
 for _folder in (
     "inspect",
@@ -62,6 +65,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return importlib.import_module(f"ascendit.{name}")
+    if name in _RENAMED:
+        warnings.warn(f"ascendit.{name} is now ascendit.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+        return importlib.import_module(f"ascendit.{_RENAMED[name]}")
     if name not in _MODULES:
         raise AttributeError(f"module 'ascendit' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)
