@@ -41,6 +41,8 @@ LIBRARY_CONFIGS: dict[str, type[PartConfig]] = {
     "CLIPVisionModelWithProjection": ImageEncoderConfig,
 }
 """Class of a part that a library runs -> the model of its config."""
+BUFFER = "embeddings.position_ids"
+"""A constant in files of older versions of transformers, which ignores it."""
 LIBRARY_PARTS = ("vae", "text_encoder", "image_encoder")
 
 
@@ -54,7 +56,8 @@ def check_part(part: Part) -> Shards | None:
         config = library_config(part) if part.name in LIBRARY_PARTS else None
         shards = Shards.from_part(part)
         if config is not None:
-            _check_tensors(part, _expected_tensors(part, config, shards.tensors), shards.tensors)
+            stored = {n: info for n, info in shards.tensors.items() if not n.endswith(BUFFER)}
+            _check_tensors(part, _expected_tensors(part, config, stored), stored)
         return shards
     if part.name == "scheduler":
         SchedulerConfig.read(_config_file(part), part.config)
@@ -106,11 +109,9 @@ def _expected_tensors(part: Part, config: PartConfig, stored: Collection[str]) -
         embedding = shapes.pop(EMBEDDINGS[0])
         return shapes | dict.fromkeys(used, embedding)
     if isinstance(config, ImageEncoderConfig):
+        prefix = VISION_PREFIX if any(name.startswith(VISION_PREFIX) for name in stored) else ""
+        shapes = {f"{prefix}{name}": shape for name, shape in image_encoder_tensors(config).items()}
         projected = part.class_name == "CLIPVisionModelWithProjection"
-        prefixed = projected or any(name.startswith(VISION_PREFIX) for name in stored)
-        shapes = image_encoder_tensors(config)
-        if prefixed:
-            shapes = {f"{VISION_PREFIX}{name}": shape for name, shape in shapes.items()}
         return shapes | (image_projection(config) if projected else {})
     assert isinstance(config, AutoencoderConfig)
     return autoencoder_tensors(config)

@@ -8,7 +8,7 @@ from typing import Any
 from ascendit.checkpoint.component import EXPERTS, Part, read_json
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import RECORD_FILE, Layout, recognise
-from ascendit.checkpoint.reader import Shards
+from ascendit.checkpoint.part_check import check_index, check_part
 from ascendit.checkpoint.transformer import TensorMismatch, read_expert
 from ascendit.errors import AscenditError, CheckpointError
 from ascendit.family import WanSpec
@@ -33,6 +33,7 @@ def inspect(path: Path | str) -> ModelReport:
     problems += [p.problem for p in parts if p.problem is not None]
     defaults: Defaults | None = None
     try:
+        check_index(layout)
         defaults = defaults_for(layout) if layout.kind == "diffusers" and "vae" in layout.parts else None
     except (AscenditError, TypeError, ValueError, LookupError, AttributeError) as e:
         problems.append(e if isinstance(e, AscenditError) else _bad_config(layout, e))
@@ -62,10 +63,9 @@ def _missing_parts(layout: Layout) -> list[AscenditError]:
 
 def _inspect_part(part: Part) -> PartReport:
     fields: dict[str, Any] = {"name": part.name, "library": part.library, "class_name": part.class_name}
-    if not part.has_weights:
-        return PartReport(**fields)
     try:
-        shards = Shards.from_part(part)
+        if (shards := check_part(part)) is None:
+            return PartReport(**fields)
         fields["tensors"] = tuple(shards.tensors.values())
         fields["files"] = len(shards.files)
         if part.name in EXPERTS:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ascendit import geometry
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import recognise
+from ascendit.checkpoint.part_check import check_index, check_part
 from ascendit.checkpoint.transformer import read_expert
 from ascendit.device.device import parse_device
 from ascendit.errors import is_out_of_memory, out_of_memory
@@ -67,6 +68,9 @@ def prepare_model(options: LoadOptions) -> PreparedModel:
     layout = recognise(model_folder(options.model))
     layout.require_pipeline()
     online = Online.from_options(options.scheme, options.recipe, options.keep, force=options.force)
+    check_index(layout)
+    for part in layout.parts.values():
+        check_part(part)
     headers = [read_expert(part) for part in layout.experts]
     experts = tuple((expert, online.apply(expert) if online else None) for expert in headers)
     schedule = policy_for(options.step_policy, online, layout, experts)
