@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ascendit.checkpoint.part_configs import AutoencoderConfig, TextEncoderConfig
+from ascendit.checkpoint.part_tensors import autoencoder_tensors, text_encoder_tensors
 from ascendit.names import expected_tensors, to_wan
 from ascendit.quant.schemes import SCHEMES
 
@@ -131,9 +133,14 @@ PIPELINE: dict[str, Any] = {
         "use_flow_sigmas": True,
         "flow_shift": 4.0,
     },
-    "text_encoder/config.json": {"architectures": ["UMT5EncoderModel"]},
+    "text_encoder/config.json": {"vocab_size": 10, "d_model": 64, "d_kv": 2, "d_ff": 3, "num_layers": 1},
     "tokenizer/tokenizer_config.json": {},
-    "vae/config.json": {"_class_name": "AutoencoderKLWan", "z_dim": 16},
+    "tokenizer/tokenizer.json": {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "</s>": 1}, "unk_token": "<unk>"},
+    },
+    "vae/config.json": {"_class_name": "AutoencoderKLWan", "base_dim": 2, "num_res_blocks": 1},
 }
 CLASSES = {
     "scheduler": ["diffusers", "UniPCMultistepScheduler"],
@@ -152,6 +159,17 @@ def write_pipeline(root: Path, experts: int = 1) -> Path:
     write_json(root / "model_index.json", {"_class_name": "WanPipeline", **boundary, **classes})
     for name, config in PIPELINE.items():
         write_json(root / name, config)
-    write_weights(root / "vae" / WEIGHTS, {"encoder.weight": ("F32", (2, 3))})
-    write_weights(root / "text_encoder" / "model.safetensors", {"shared.weight": ("BF16", (10, 64))})
+    for name, tensors in library_tensors().items():
+        write_weights(root / name, tensors)
     return root
+
+
+def library_tensors() -> dict[str, Stored]:
+    """Weight file -> tensors of the VAE and of the text encoder of `PIPELINE`."""
+    file = Path("config.json")
+    vae = autoencoder_tensors(AutoencoderConfig.read(file, PIPELINE["vae/config.json"]))
+    text = text_encoder_tensors(TextEncoderConfig.read(file, PIPELINE["text_encoder/config.json"]))
+    return {
+        f"vae/{WEIGHTS}": {name: ("F32", shape) for name, shape in vae.items()},
+        "text_encoder/model.safetensors": {name: ("BF16", shape) for name, shape in text.items()},
+    }

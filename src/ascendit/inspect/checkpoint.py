@@ -32,11 +32,13 @@ def inspect(path: Path | str) -> ModelReport:
     parts = tuple(_inspect_part(part) for part in layout.parts.values())
     problems += [p.problem for p in parts if p.problem is not None]
     defaults: Defaults | None = None
+    readable_configs = not any(problem.code in ("E-CKP-05", "E-CKP-06") for problem in problems)
     try:
         check_index(layout)
-        defaults = defaults_for(layout) if layout.kind == "diffusers" and "vae" in layout.parts else None
-    except (AscenditError, TypeError, ValueError, LookupError, AttributeError) as e:
-        problems.append(e if isinstance(e, AscenditError) else _bad_config(layout, e))
+        if layout.kind == "diffusers" and "vae" in layout.parts and readable_configs:
+            defaults = defaults_for(layout)
+    except AscenditError as e:
+        problems.append(e)
     experts = [p.summary for p in parts if p.summary is not None]
     readable = len(experts) == len(layout.experts)
     return ModelReport(
@@ -94,12 +96,3 @@ def _record(layout: Layout) -> dict[str, Any] | None:
         return read_json(folder / RECORD_FILE)
     except CheckpointError:
         return None
-
-
-def _bad_config(layout: Layout, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"a config of {layout.root} has a value of the wrong type: {error}",
-        needs="the original configs of the model's authors",
-        fix="download the JSON files again",
-        code="E-CKP-06",
-    )
