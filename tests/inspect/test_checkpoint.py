@@ -51,7 +51,7 @@ def expert_tensors() -> dict[str, tuple[str, tuple[int, ...]]]:
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
     """The demo's shape without its weights."""
-    root = write_pipeline(tmp_path / "demo", experts=2)
+    root = write_pipeline(tmp_path / "demo", experts=2, config=DEMO)
     for expert in ("transformer", "transformer_2"):
         write_expert(root / expert, expert_tensors(), DEMO)
     return root
@@ -157,6 +157,7 @@ def test_only_headers_of_a_large_model_are_read(demo: Path) -> None:
     """Two experts of 26.6 GiB each, sparse on disk: reading them would be slow."""
     big = {**DEMO, "num_attention_heads": 40, "attention_head_dim": 128, "num_layers": 40, "ffn_dim": 13824}
     big |= {"in_channels": 16, "out_channels": 16, "text_dim": 4096}
+    write_pipeline(demo, experts=2, config=big)
     for expert in ("transformer", "transformer_2"):
         write_json(demo / expert / "config.json", big)
         try:

@@ -131,7 +131,7 @@ PIPELINE: dict[str, Any] = {
         "use_flow_sigmas": True,
         "flow_shift": 4.0,
     },
-    "text_encoder/config.json": {"architectures": ["UMT5EncoderModel"]},
+    "text_encoder/config.json": {"architectures": ["UMT5EncoderModel"], "d_model": 64},
     "tokenizer/tokenizer_config.json": {},
     "vae/config.json": {"_class_name": "AutoencoderKLWan", "z_dim": 16},
 }
@@ -145,13 +145,16 @@ CLASSES = {
 }
 
 
-def write_pipeline(root: Path, experts: int = 1) -> Path:
-    """A Diffusers folder without its transformers."""
+def write_pipeline(root: Path, experts: int = 1, config: Mapping[str, Any] = CONFIG) -> Path:
+    """A Diffusers folder for transformers of this config, without them."""
     classes = {name: entry for name, entry in CLASSES.items() if experts == 2 or name != "transformer_2"}
     boundary = {"boundary_ratio": 0.875} if experts == 2 else {}
     write_json(root / "model_index.json", {"_class_name": "WanPipeline", **boundary, **classes})
-    for name, config in PIPELINE.items():
-        write_json(root / name, config)
+    for name, values in PIPELINE.items():
+        write_json(root / name, values)
+    fitting = {"vae": {"z_dim": config["out_channels"]}, "text_encoder": {"d_model": config["text_dim"]}}
+    for name, values in fitting.items():
+        write_json(root / name / "config.json", PIPELINE[f"{name}/config.json"] | values)
     write_weights(root / "vae" / WEIGHTS, {"encoder.weight": ("F32", (2, 3))})
     write_weights(root / "text_encoder" / "model.safetensors", {"shared.weight": ("BF16", (10, 64))})
     return root

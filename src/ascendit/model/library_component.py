@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ascendit.checkpoint.component import Part
-from ascendit.checkpoint.reader import TORCH_DTYPES, Shards, TensorInfo
-from ascendit.checkpoint.writer import TensorSpec
+from ascendit.checkpoint.reader import Shards, common_dtype
 from ascendit.errors import CheckpointError
 from ascendit.names import listed
-
-
-def default_dtype(specs: Iterable[TensorSpec | TensorInfo], device: str) -> torch.dtype:
-    """On a CPU, the dtype of most bytes of `specs`; on other devices, bfloat16."""
-    if device != "cpu":
-        return torch.bfloat16
-    count: Counter[str] = Counter()
-    for spec in specs:
-        count[spec.dtype] += spec.nbytes
-    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[count.most_common(1)[0][0]])
-    return dtype
 
 
 @contextmanager
@@ -47,11 +34,12 @@ def quiet() -> Iterator[None]:
 def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
     """Load a text encoder, image encoder or VAE on the CPU through transformers or Diffusers.
 
-    `dtype`: None for the stored dtype. Raises CheckpointError (E-CKP-04) for missing, unexpected or
-    mismatched tensors: the libraries initialize missing weights randomly and only log it.
+    `dtype`: None for the dtype of most stored bytes. Raises CheckpointError (E-CKP-04) for missing,
+    unexpected or mismatched tensors: the libraries initialize missing weights randomly and only log it.
     """
-    stored = Shards.open(part.path, part.stem).tensors.values()
-    dtype = dtype or default_dtype(stored, "cpu")
+    if dtype is None:
+        stored = Shards.open(part.path, part.stem).tensors.values()
+        dtype = getattr(torch, common_dtype((info.dtype, info.nbytes) for info in stored))
     cls = getattr(importlib.import_module(part.library), part.class_name)
     options: dict[str, Any] = {"torch_dtype": dtype}
     if part.library == "transformers":  # else it stops at a mismatched tensor without naming it
