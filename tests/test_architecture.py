@@ -83,7 +83,17 @@ SAME_NAME = {
     "cli": {"inspect", "doctor", "verify"},
 }
 # Imports of ascendit's modules inside a function, except in `cli`: (importer, imported) -> reason.
-LATE = {("pipeline.job", "pipeline.load.build"): "start-up: a call is checked before torch is imported"}
+LATE = {
+    ("pipeline.job", "pipeline.load.build"): "start-up: a call is checked before torch is imported",
+    (
+        "pipeline.job",
+        "pipeline.load.open_accelerator",
+    ): "start-up: only CUDA and NPUs need torch to be checked",
+    (
+        "pipeline.memory",
+        "ops.open_device.free_bytes",
+    ): "start-up: only CUDA and NPUs need torch to be checked",
+}
 
 HEAVY = ("torch", "diffusers", "transformers", "av")
 LIGHT = (
@@ -104,6 +114,9 @@ LIGHT = (
     "model.quantize_on_load",
     "pipeline.defaults",
     "pipeline.options",
+    "pipeline.model_check",
+    "pipeline.memory",
+    "pipeline.estimate",
     "pipeline.request",
     "pipeline.job",
     "demo.world",
