@@ -83,7 +83,11 @@ SAME_NAME = {
     "cli": {"inspect", "doctor", "verify"},
 }
 # Imports of ascendit's modules inside a function, except in `cli`: (importer, imported) -> reason.
-LATE = {("pipeline.job", "pipeline.load.build"): "start-up: a call is checked before torch is imported"}
+LATE = {
+    ("pipeline.job", "pipeline.load.build"): "start-up: a call is checked before torch is imported",
+    ("checkpoint.hub", "checkpoint.modelscope.ENDPOINT"): "start-up: pydantic is needed for ms: names only",
+    ("checkpoint.hub", "checkpoint.modelscope.download_model"): "start-up: pydantic is for ms: names only",
+}
 
 HEAVY = ("torch", "diffusers", "transformers", "av")
 LIGHT = (
