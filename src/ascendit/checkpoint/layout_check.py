@@ -136,7 +136,7 @@ def _disagreements(layout: Layout, parts: Mapping[str, CheckedPart]) -> list[Asc
     if not experts:
         return []
     name, first = experts[0], _config_of(parts[experts[0]])
-    problems = []
+    problems: list[AscenditError] = []
     for other in experts[1:]:
         config = _config_of(parts[other])
         wrong = [key for key in EQUAL_KEYS if config[key] != first[key]]

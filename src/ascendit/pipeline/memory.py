@@ -166,8 +166,7 @@ def prepared_bytes(layer: QuantizedLayer, device: Device, options: LoadOptions) 
     _, scheme, (n, k) = layer
     reference = options.ops == "reference"
     if device.operators == "npu" and not reference and scheme in device.native_schemes:
-        pairs = 2 * n * -(-k // 64) if SCHEMES[scheme].block else 0
-        return pairs + {"mxfp4": 2 * n, "mxfp4_dualscale": 4 * n * -(-k // 512)}.get(scheme, 0)
+        return _npu_bytes(scheme, n, k, restricted=device.chip != "a5")
     if options.emulate != "decode-once":
         return 0
     if reference or device.operators == "npu":
@@ -175,3 +174,18 @@ def prepared_bytes(layer: QuantizedLayer, device: Device, options: LoadOptions) 
     if device.operators == "cpu":
         return 0 if scheme in _INT8_ON_CPU else 2 * -(-n // 64) * 64 * k
     return 2 * n * k
+
+
+def _npu_bytes(scheme: str, n: int, k: int, *, restricted: bool) -> int:
+    """Bytes that the layouts of an NPU add: scales in pairs, biases, int8_block padded on a2 and a3."""
+    blocks, groups = -(-k // 32), -(-k // 512)
+    total = n * (blocks + 1) if SCHEMES[scheme].block and blocks % 2 else 0
+    total += 4 * n * groups if scheme == "mxfp4_dualscale" and groups > 1 else 0
+    total += 2 * n if scheme == "mxfp4" else 0
+    if SCHEMES[scheme].tile:
+        rows, columns = (-(-n // 256) * 256, groups * 512) if restricted else (n, k)
+        padded = (rows, columns) != (n, k)
+        total += 4 * rows + (rows * columns - n * k if padded else 0)
+        tiles = -(-rows // 128) * -(-columns // 128)
+        total += 4 * tiles if tiles != -(-n // 128) * -(-k // 128) else 0
+    return total
