@@ -83,7 +83,13 @@ SAME_NAME = {
     "cli": {"inspect", "doctor", "verify"},
 }
 # Imports of ascendit's modules inside a function, except in `cli`: (importer, imported) -> reason.
-LATE = {("pipeline.job", "pipeline.load.build"): "start-up: a call is checked before torch is imported"}
+LATE = {
+    ("pipeline.job", "pipeline.load.build"): "start-up: a call is checked before torch is imported",
+    ("pipeline.job", "pipeline.load.open_accelerator"): "start-up: only CUDA and NPUs need torch",
+    ("pipeline.memory", "ops.open_device.free_bytes"): "start-up: only CUDA and NPUs need torch",
+    ("checkpoint.hub", "checkpoint.modelscope.ENDPOINT"): "start-up: pydantic is needed for ms: names only",
+    ("checkpoint.hub", "checkpoint.modelscope.download_model"): "start-up: pydantic is for ms: names only",
+}
 
 HEAVY = ("torch", "diffusers", "transformers", "av")
 LIGHT = (
@@ -104,6 +110,9 @@ LIGHT = (
     "model.quantize_on_load",
     "pipeline.defaults",
     "pipeline.options",
+    "pipeline.model_check",
+    "pipeline.memory",
+    "pipeline.estimate",
     "pipeline.request",
     "pipeline.job",
     "demo.world",

@@ -152,24 +152,32 @@ CLASSES = {
 }
 
 
-def write_pipeline(root: Path, experts: int = 1) -> Path:
-    """A Diffusers folder without its transformers."""
+def write_pipeline(root: Path, experts: int = 1, config: Mapping[str, Any] = CONFIG) -> Path:
+    """A Diffusers folder for transformers of this config, without them."""
     classes = {name: entry for name, entry in CLASSES.items() if experts == 2 or name != "transformer_2"}
     boundary = {"boundary_ratio": 0.875} if experts == 2 else {}
     write_json(root / "model_index.json", {"_class_name": "WanPipeline", **boundary, **classes})
-    for name, config in PIPELINE.items():
-        write_json(root / name, config)
-    for name, tensors in library_tensors().items():
+    for name, values in (PIPELINE | library_configs(config)).items():
+        write_json(root / name, values)
+    for name, tensors in library_tensors(config).items():
         write_weights(root / name, tensors)
     return root
 
 
-def library_tensors() -> dict[str, Stored]:
-    """Weight file -> tensors of the VAE and of the text encoder of `PIPELINE`."""
-    file = Path("config.json")
-    vae = autoencoder_tensors(AutoencoderConfig.read(file, PIPELINE["vae/config.json"]))
-    text = text_encoder_tensors(TextEncoderConfig.read(file, PIPELINE["text_encoder/config.json"]))
+def library_configs(config: Mapping[str, Any] = CONFIG) -> dict[str, dict[str, Any]]:
+    """The configs of a VAE and a text encoder that fit the transformer `config`."""
+    z = config["out_channels"]
+    latents = {"z_dim": z, "latents_mean": [0.0] * z, "latents_std": [1.0] * z}
+    fitting = {"vae/config.json": latents, "text_encoder/config.json": {"d_model": config["text_dim"]}}
+    return {name: PIPELINE[name] | values for name, values in fitting.items()}
+
+
+def library_tensors(config: Mapping[str, Any] = CONFIG) -> dict[str, Stored]:
+    """Weight file -> tensors of the parts of `library_configs`."""
+    file, (vae, text) = Path("config.json"), library_configs(config).values()
+    shapes = autoencoder_tensors(AutoencoderConfig.read(file, vae))
+    encoder = text_encoder_tensors(TextEncoderConfig.read(file, text))
     return {
-        f"vae/{WEIGHTS}": {name: ("F32", shape) for name, shape in vae.items()},
-        "text_encoder/model.safetensors": {name: ("BF16", shape) for name, shape in text.items()},
+        f"vae/{WEIGHTS}": {name: ("F32", shape) for name, shape in shapes.items()},
+        "text_encoder/model.safetensors": {name: ("BF16", shape) for name, shape in encoder.items()},
     }

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,20 +18,8 @@ from ascendit.checkpoint.part_check import (
     processor_config,
     tensor_mismatch,
 )
-from ascendit.checkpoint.reader import TORCH_DTYPES, TensorInfo
-from ascendit.checkpoint.writer import TensorSpec
+from ascendit.checkpoint.reader import common_dtype
 from ascendit.errors import CheckpointError, is_out_of_memory
-
-
-def default_dtype(specs: Iterable[TensorSpec | TensorInfo], device: str) -> torch.dtype:
-    """On a CPU, the dtype of most bytes of `specs`; on other devices, bfloat16."""
-    if device != "cpu":
-        return torch.bfloat16
-    count: Counter[str] = Counter()
-    for spec in specs:
-        count[spec.dtype] += spec.nbytes
-    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[count.most_common(1)[0][0]])
-    return dtype
 
 
 @contextmanager
@@ -54,13 +41,15 @@ def quiet() -> Iterator[None]:
 def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
     """Load a text encoder, image encoder or VAE on the CPU through transformers or Diffusers.
 
-    `dtype`: None for the stored dtype. The library gets the checked values of config.json only. Raises
-    CheckpointError: the errors of `check_part`, and E-CKP-04 for tensors that the library misses: it
-    initializes missing weights randomly and only logs it.
+    `dtype`: None for the dtype of most stored bytes. The library gets the checked values of config.json
+    only. Raises CheckpointError: the errors of `check_part`, and E-CKP-04 for tensors that the library
+    misses: it initializes missing weights randomly and only logs it.
     """
     shards = check_part(part)
     assert shards is not None, part.name
-    dtype = dtype or default_dtype(shards.tensors.values(), "cpu")
+    if dtype is None:
+        stored = ((info.dtype, info.nbytes) for info in shards.tensors.values())
+        dtype = getattr(torch, common_dtype(stored))
     values = library_config(part).model_dump()
     cls = getattr(importlib.import_module(part.library), part.class_name)
     options: dict[str, Any] = {"torch_dtype": dtype, **values}

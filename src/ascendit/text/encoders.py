@@ -28,18 +28,25 @@ class TextEncoder:
     """UMT5: prompts to embeddings [1, max_sequence_length, text_dim], zero after the last token.
 
     `text_on`: `cpu` keeps the model in host memory (T5_LOAD_CPU=1), `device` on the device of the denoiser,
-    `drop` loads it for each new prompt and frees it.
+    `drop` loads it for each new prompt and frees it. `dtype`: None for the stored dtype.
     """
 
-    def __init__(self, layout: Layout, *, device: str, text_on: Literal["cpu", "device", "drop"]) -> None:
-        self.part, self.text_on = layout.part("text_encoder"), text_on
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        device: str,
+        text_on: Literal["cpu", "device", "drop"],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.part, self.text_on, self.dtype = layout.part("text_encoder"), text_on, dtype
         self.device = device if text_on != "cpu" else "cpu"
         self.tokenizer = load_processor(layout.part("tokenizer"))
         self.model = None if text_on == "drop" else self._load()
         self._cache: dict[tuple[str, int], Tensor] = {}
 
     def _load(self) -> Any:
-        return load_library_part(self.part).to(self.device)
+        return load_library_part(self.part, dtype=self.dtype).to(self.device)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str], max_sequence_length: int) -> list[Tensor]:
@@ -80,16 +87,23 @@ class TextEncoder:
 class ImageEncoder:
     """CLIP image encoder (Wan2.1 I2V): an image to the hidden states of the second-to-last layer.
 
-    `gelu`: exact GELU for devices whose F.gelu is not exact; None: F.gelu.
+    `gelu`: exact GELU for devices whose F.gelu is not exact; None: F.gelu. `dtype`: None for the stored
+    dtype.
     """
 
     def __init__(
-        self, layout: Layout, *, device: str, gelu: Callable[[Tensor], Tensor] | None = None
+        self,
+        layout: Layout,
+        *,
+        device: str,
+        gelu: Callable[[Tensor], Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         from transformers.activations import GELUActivation
 
         self.processor = load_processor(layout.part("image_processor"))
-        self.model, self.device = load_library_part(layout.part("image_encoder")).to(device), device
+        model = load_library_part(layout.part("image_encoder"), dtype=dtype)
+        self.model, self.device = model.to(device), device
         if gelu is not None:
             for module in self.model.modules():
                 if type(module) is GELUActivation:
