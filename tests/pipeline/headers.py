@@ -138,7 +138,7 @@ PIPELINE: dict[str, Any] = {
     "tokenizer/tokenizer.json": {
         "version": "1.0",
         "added_tokens": [],
-        "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "</s>": 1}, "unk_token": "<unk>"},
+        "model": {"type": "WordLevel", "vocab": {"<pad>": 0, "</s>": 1, "<unk>": 2}, "unk_token": "<unk>"},
     },
     "vae/config.json": {"_class_name": "AutoencoderKLWan", "base_dim": 2, "num_res_blocks": 1},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -155,13 +156,15 @@ TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 def _check_tokenizer(part: Part) -> None:
     """Check every JSON file that transformers reads for a tokenizer; the library parses `tokenizer.json`."""
     files = {file.name: read_json(file) for file in sorted(part.folder.glob("*.json"))}
-    TokenizerConfig.read(part.folder / "tokenizer_config.json", part.config)
-    TokenMapConfig.read(part.folder / "special_tokens_map.json", files.get("special_tokens_map.json", {}))
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    config = TokenizerConfig.read(part.folder / names[0], part.config)
+    special = TokenMapConfig.read(part.folder / names[1], files.get(names[1], {}))
     for token, number in files.get("added_tokens.json", {}).items():
         if type(number) is not int or not 0 <= number < 2**31:
             raise bad_config_value(part.folder / "added_tokens.json", token, number, "the number of a token")
     if "tokenizer.json" in files:
-        _parse_tokenizer(part.folder / "tokenizer.json")
+        tokenizer = _parse_tokenizer(part.folder / "tokenizer.json")
+        _check_padding(part, (config.pad_token, special.pad_token), tokenizer)
     elif not any((part.folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
             f"{part.folder} has neither {' nor '.join(TOKENIZER_FILES)}",
@@ -171,9 +174,21 @@ def _check_tokenizer(part: Part) -> None:
         )
 
 
-def _parse_tokenizer(file: Path) -> None:
+def _check_padding(part: Part, declared: tuple[Any, ...], tokenizer: Tokenizer) -> None:
+    """Prompts are padded: the pad token must be named, and in the vocabulary."""
+    tokens = [token["content"] if isinstance(token, dict) else token for token in declared if token]
+    if not tokens and tokenizer.padding:
+        tokens = [tokenizer.padding["pad_token"]]
+    if not tokens and "pad_token" not in part.config and part.class_name.startswith("T5Tokenizer"):
+        tokens = ["<pad>"]  # the default of these classes
+    if not tokens or any(tokenizer.token_to_id(token) is None for token in tokens):
+        rule = "a token of tokenizer.json"
+        raise bad_config_value(_config_file(part), "pad_token", tokens[0] if tokens else None, rule)
+
+
+def _parse_tokenizer(file: Path) -> Tokenizer:
     try:
-        Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
+        return Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
     except BaseException as e:
         raise library_refusal(file, e) from e
 

@@ -365,6 +365,11 @@ def _null(value: Any) -> None:
         raise problem("null; ascendit reads only tokenizer.json and the files of transformers beside it")
 
 
+def _tokens(value: Any) -> Any:
+    """Tokens by name; a list is checked by the type."""
+    return list(value.values()) if isinstance(value, dict) else value
+
+
 Token = Annotated[Any, BeforeValidator(_token)]
 Tokens = Annotated[list[Token], Field(max_length=10_000)]
 Unused = Annotated[Any, BeforeValidator(_null)]
@@ -382,6 +387,7 @@ class TokenMapConfig(PartConfig):
     cls_token: Token | None = None
     mask_token: Token | None = None
     additional_special_tokens: Tokens | None = None
+    extra_special_tokens: Annotated[Tokens | None, BeforeValidator(_tokens)] = None
 
 
 class TokenizerConfig(TokenMapConfig):

@@ -51,9 +51,9 @@ def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
         stored = ((info.dtype, info.nbytes) for info in shards.tensors.values())
         dtype = getattr(torch, common_dtype(stored))
     values = library_config(part).model_dump()
-    cls = getattr(importlib.import_module(part.library), part.class_name)
     options: dict[str, Any] = {"torch_dtype": dtype, **values}
     try:
+        cls = getattr(importlib.import_module(part.library), part.class_name)
         if part.library == "transformers":  # without the option it stops without a name
             options = {"dtype": dtype, "ignore_mismatched_sizes": True, "config": cls.config_class(**values)}
         with quiet():
@@ -82,8 +82,8 @@ def load_processor(part: Part) -> Any:
     Raises CheckpointError (E-CKP-06) as `check_part` does, and for files that the library refuses.
     """
     check_part(part)
-    cls = getattr(importlib.import_module(part.library), part.class_name)
     try:
+        cls = getattr(importlib.import_module(part.library), part.class_name)
         with quiet():
             if part.name == "image_processor":
                 return cls(**processor_config(part).model_dump(exclude_none=True))
