@@ -27,7 +27,9 @@ numbers = st.one_of(
 )
 strings = st.one_of(
     st.sampled_from(["", "x", "1", "1.0", "true", "null", "é", "\0", "\ud800", "\x1b[2J", "\n", LONG]),
-    st.sampled_from(["../x", "/", "/dev/stdin", "/proc/self/environ", "../../secret.txt", "https://x.invalid"]),
+    st.sampled_from(
+        ["../x", "/", "/dev/stdin", "/proc/self/environ", "../../secret.txt", "https://x.invalid"]
+    ),
     st.sampled_from(["relu", "gelu", "silu", "gated-x", "rms_norm", "epsilon", "left", "bfloat16", "int8"]),
     st.text(max_size=8),
 )

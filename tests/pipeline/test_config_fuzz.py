@@ -71,7 +71,8 @@ def limits() -> Iterator[None]:
 
     previous = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    OPENED = opened = []
+    opened: list[str] = []
+    OPENED = opened
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -96,7 +97,7 @@ def attempt(call: Callable[[], Any]) -> Any:
 def prepare_one(folder: Path, name: str) -> Prepared:
     """One step of a small video, or of a first image."""
     image: dict[str, Any] = {"image": "picture", "pixels": {"picture": PICTURE}} if name == "image" else {}
-    fields = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 1, "seed": 1}
+    fields: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 1, "seed": 1}
     return prepare(LoadOptions(model=str(folder)), "a red circle", **image, **fields)
 
 
@@ -155,4 +156,3 @@ def test_changed_configs_of_models_that_run(models: dict[str, Path]) -> None:
     changed()
     print(*outcomes.most_common(), sep="\n")
     assert outcomes["runs"] > 500
-

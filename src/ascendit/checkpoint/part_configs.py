@@ -134,7 +134,11 @@ class TransformerConfig(PartConfig):
     def _check_relations(self) -> Self:
         width = self.num_attention_heads * self.attention_head_dim
         image = None if self.image_dim is None else width
-        rule = f"{width}, heads x head size, because there is an image_dim" if image else "null without image_dim"
+        rule = (
+            f"{width}, heads x head size, because there is an image_dim"
+            if image
+            else "null without image_dim"
+        )
         self._require(self.added_kv_proj_dim == image, "added_kv_proj_dim", rule)
         return self
 
@@ -253,9 +257,7 @@ class TextEncoderConfig(PartConfig):
     def _check_relations(self) -> Self:
         exact = self.relative_attention_num_buckets // 4
         rule = f"more than {exact}, a quarter of relative_attention_num_buckets"
-        self._require(
-            self.relative_attention_max_distance > exact, "relative_attention_max_distance", rule
-        )
+        self._require(self.relative_attention_max_distance > exact, "relative_attention_max_distance", rule)
         return self
 
 
@@ -339,7 +341,9 @@ class ImageProcessorConfig(PartConfig):
     @property
     def output_size(self) -> tuple[int, int] | None:
         """(height, width) of every processed image; None if it depends on the image."""
-        size = self.crop_size if self.do_center_crop else self.size if self.do_resize else Size.model_construct()
+        size = (
+            self.crop_size if self.do_center_crop else self.size if self.do_resize else Size.model_construct()
+        )
         return None if size.height is None or size.width is None else (size.height, size.width)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.layout_check import CheckedLayout, check_layout
-from ascendit.errors import AscenditError, CheckpointError
+from ascendit.errors import AscenditError
 from ascendit.pipeline.defaults import Defaults, defaults_for
 
 
