@@ -14,7 +14,8 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeGuard
@@ -53,6 +54,14 @@ TORCH_DTYPES = {
 """safetensors dtype -> torch dtype. F4 stores two elements per byte, so its last axis is halved in torch."""
 DTYPE_BITS = {name: 8 if name == "BOOL" else int(re.findall(r"\d+", name)[0]) for name in TORCH_DTYPES}
 """safetensors dtype -> bits per element."""
+
+
+def common_dtype(sizes: Iterable[tuple[str, int]]) -> str:
+    """The torch dtype of most bytes. `sizes`: (safetensors dtype, bytes) of each tensor."""
+    count: Counter[str] = Counter()
+    for dtype, nbytes in sizes:
+        count[dtype] += nbytes
+    return TORCH_DTYPES[count.most_common(1)[0][0]] if count else "float32"
 
 
 # ---- headers ------------------------------------------------------------------------------------
