@@ -76,7 +76,10 @@ def _check_call(model: str | None, *, demo: bool, checks: int, seeds: int, repor
 
 
 def _check_model(out: Output, name: str) -> str:
-    """A first line about the model, checked before torch is imported. Raises the errors of `prepare_model`."""
+    """A first line about the model, which is checked before torch is imported.
+
+    Raises the errors of `prepare_model`.
+    """
     from ascendit.pipeline.job import prepare_model
     from ascendit.pipeline.options import LoadOptions
 
