@@ -16,7 +16,6 @@ from typing import Any, Literal
 from ascendit.checkpoint.component import (
     CONFIG_FILES,
     EXPERTS,
-    PART_CLASSES,
     STEM,
     TRANSFORMER,
     Part,
@@ -25,6 +24,7 @@ from ascendit.checkpoint.component import (
     unsupported_class,
 )
 from ascendit.checkpoint.quant_metadata import MANIFEST_GLOB
+from ascendit.checkpoint.trust import PART_CLASSES, check_part_files, supported_class
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.names import listed, naming_of
 
@@ -41,6 +41,8 @@ PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 INDEX_FILE = "model_index.json"
 RECORD_FILE = "ascendit.json"
 """Record of how `quantize` or `repack` created the folder, see `convert.provenance`."""
+_ABSENT: tuple[object, ...] = (None, [None, None])
+"""Values of `model_index.json` for an optional component that the model does not have."""
 _SNAPSHOT = re.compile(r"models--(.+?)--(.+)/snapshots/[^/]+")
 
 
@@ -174,9 +176,10 @@ def _diffusers(root: Path) -> Layout | None:
         raise unsupported_class(root / INDEX_FILE, class_name, PIPELINES)
     parts: dict[str, Part] = {}
     for name, entry in index.items():
-        match entry:  # [null, null] and plain values are not components
-            case [str(library), str(part_class)] if not name.startswith("_"):
-                parts[name] = _read_part(root, name, library, part_class)
+        # [null, null] and plain values are not components
+        listed = isinstance(entry, list) and len(entry) == 2 and all(isinstance(x, str) for x in entry)
+        if not name.startswith("_") and (listed or (name in PART_CLASSES and entry not in _ABSENT)):
+            parts[name] = _read_part(root, name, entry)
     if "transformer" not in parts:
         raise CheckpointError(
             f"{root / INDEX_FILE} lists no transformer",
@@ -187,7 +190,7 @@ def _diffusers(root: Path) -> Layout | None:
     return Layout("diffusers", root, _model_name(root), index, parts)
 
 
-def _read_part(root: Path, name: str, library: str, class_name: str) -> Part:
+def _read_part(root: Path, name: str, entry: object) -> Part:
     folder = root / name
     if not stays_inside(name) or Path(name).name != name:
         raise CheckpointError(
@@ -196,20 +199,19 @@ def _read_part(root: Path, name: str, library: str, class_name: str) -> Part:
             fix="download the model from a trusted source",
             code="E-CKP-03",
         )
-    if not folder.is_dir():
+    config: dict[str, Any] = {}
+    if present := folder.is_dir():
+        check_part_files(folder, name)
+        config = _read_config(folder, name)
+    library, class_name = supported_class(root / INDEX_FILE, name, entry, config)
+    if not present:
         raise CheckpointError(
             f"{root / INDEX_FILE} lists {name}, but the folder {folder} is missing",
             needs=f"one folder per component; {name} is a {class_name}",
             fix="download all files of the model again",
             code="E-CKP-02",
         )
-    supported = PART_CLASSES.get(name)
-    if supported and class_name != supported:
-        raise unsupported_class(root / INDEX_FILE, class_name, (supported,), part=name)
-    part = Part(name, folder, library, class_name, _read_config(folder, name))
-    if supported and (config_class := part.config.get("_class_name", supported)) != supported:
-        raise unsupported_class(folder / "config.json", config_class, (supported,), part=name)
-    return part
+    return Part(name, folder, library, class_name, config)
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:

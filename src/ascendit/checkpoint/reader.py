@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeGuard
 from ascendit.checkpoint.component import (
     STEM,
     Part,
-    is_file_or_folder,
+    irregular,
     loads,
     read_json,
     stays_inside,
@@ -84,9 +84,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     object, sizes that do not match shape and dtype, overlaps, gaps, and truncated files.
     """
     try:
-        if not is_file_or_folder(os.stat(path)):
-            raise _broken(path, "not a regular file")
-        with open(path, "rb") as f:
+        if problem := irregular(path, os.stat(path)):
+            raise _broken(path, problem)
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as f:
             size = os.fstat(f.fileno()).st_size
             header = _read_json_header(path, f, size)
             position = f.tell()
