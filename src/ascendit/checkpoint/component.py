@@ -81,7 +81,7 @@ def read_small(path: Path) -> bytes:
     """
     try:
         check_regular(path)
-        # A pipe in the place of the file checked above would block without O_NONBLOCK.
+        # Without O_NONBLOCK, a pipe that has replaced the file since the check would block.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise _bad_json(path, "not a regular file")

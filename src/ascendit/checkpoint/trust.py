@@ -1,7 +1,7 @@
-"""What the files of a checkpoint may do: no code of it is imported or run, and no file outside of it is copied.
+"""Limits for the files of a checkpoint: none of its code runs, and no file outside of it is copied.
 
-`PART_CLASSES` is the only source of classes: a name in a file chooses a row of it, and is never imported
-itself. `check_part_files` refuses the config keys by which Diffusers and transformers load other code or files.
+`PART_CLASSES` is the only source of classes: a name in a file chooses from it, and is never imported itself.
+`check_part_files` refuses the config keys by which Diffusers and transformers load other code or files.
 `Home` decides which links stay in a checkpoint.
 """
 
@@ -47,9 +47,7 @@ PART_CLASSES: dict[str, PartClasses] = {
     "vae": PartClasses("diffusers", ("AutoencoderKLWan",), {"_class_name": ("AutoencoderKLWan",)}),
     "scheduler": PartClasses("diffusers", ()),
     "text_encoder": PartClasses("transformers", ("UMT5EncoderModel",), {"model_type": ("umt5",)}),
-    "tokenizer": PartClasses(
-        "transformers", TOKENIZERS, {"tokenizer_class": (*TOKENIZERS, AUTO_TOKENIZER)}
-    ),
+    "tokenizer": PartClasses("transformers", TOKENIZERS, {"tokenizer_class": (*TOKENIZERS, AUTO_TOKENIZER)}),
     "image_encoder": PartClasses("transformers", _CLIP, {"model_type": ("clip_vision_model", "clip")}),
     "image_processor": PartClasses(
         "transformers",
@@ -68,8 +66,8 @@ LIBRARIES = ("diffusers", "transformers")
 def supported_class(file: Path, name: str, entry: object, config: Mapping[str, Any]) -> tuple[str, str]:
     """(library, class) of the component `name`, from its `entry` in the index `file` and its config.
 
-    Raises CheckpointError: E-CKP-05 unless both are in `PART_CLASSES`, E-CKP-06 for an entry that is not a pair
-    of names. AutoTokenizer becomes the class in the tokenizer's config.
+    AutoTokenizer becomes the class in the tokenizer's config. Raises CheckpointError: E-CKP-05 unless both
+    are in `PART_CLASSES`, E-CKP-06 for an entry that is not a pair of names.
     """
     match entry:
         case [str(library), str(class_name)]:
@@ -86,8 +84,7 @@ def supported_class(file: Path, name: str, entry: object, config: Mapping[str, A
     if library not in libraries or not class_name.isidentifier():
         raise unsupported_class(file, f"{library}.{class_name}", _pairs(libraries, classes), part=name)
     if name == "tokenizer" and class_name == AUTO_TOKENIZER:
-        class_name = config.get("tokenizer_class")
-        class_name = class_name if class_name in TOKENIZERS else AUTO_TOKENIZER
+        class_name = str(config.get("tokenizer_class", AUTO_TOKENIZER))
     if classes and class_name not in classes:
         raise unsupported_class(file, f"{library}.{class_name}", _pairs(libraries, classes), part=name)
     return library, class_name
@@ -107,7 +104,7 @@ OTHER_CODE: dict[str, str] = {
     "transformers_weights": "another weight file",
     "gguf_file": "another weight file",
 }
-"""Keys of a config, at any depth -> what the library would load for them."""
+"""Keys of a config, at any depth -> the thing that a library would load for them."""
 _KERNEL_KEYS = re.compile(r"_?(?:attn|experts)_implementation(?:_internal)?")
 _CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json", "generation_config.json")
 TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -166,8 +163,8 @@ def _check_entry(file: Path, name: str, key: str, value: object) -> None:
     method = value.get("quant_method") if isinstance(value, dict) else None
     raise CheckpointError(
         f"{file}: {key} of {name} asks for {loads}: {str(method or value)[:80]}",
-        needs="a config without this key: ascendit runs only its own code and that of the installed libraries",
-        fix=f"use the original {name} of the model's authors; if its files do not need the code, remove {key}",
+        needs="a config without this key: ascendit runs no code of a checkpoint and loads no other files",
+        fix=f"use the original {name} of the model's authors; remove {key} if the model works without it",
         code="E-CKP-05",
     )
 

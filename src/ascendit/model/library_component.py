@@ -1,7 +1,7 @@
 """Strict loading of Diffusers and transformers components: text encoder, image encoder, VAE, tokenizer.
 
-The libraries get values and tensors, not the folder of a checkpoint: `from_pretrained` with a folder would also
-follow keys of its configs to other files, libraries and hubs. Only the keys listed here reach a library.
+The libraries get values and tensors, not the folder of a checkpoint: `from_pretrained` with a folder would
+also follow keys of its configs to other files, libraries and hubs. Only the keys listed here reach a library.
 """
 
 from __future__ import annotations
@@ -28,24 +28,27 @@ from ascendit.errors import AscenditError, CheckpointError, is_out_of_memory
 from ascendit.names import listed
 
 _UMT5 = (
-    "vocab_size d_model d_kv d_ff num_layers num_decoder_layers num_heads relative_attention_num_buckets "
-    "relative_attention_max_distance dropout_rate classifier_dropout layer_norm_epsilon initializer_factor "
-    "feed_forward_proj dense_act_fn is_gated_act is_encoder_decoder is_decoder use_cache pad_token_id "
-    "eos_token_id decoder_start_token_id tie_word_embeddings"
+    "vocab_size d_model d_kv d_ff num_layers num_decoder_layers num_heads "
+    "relative_attention_num_buckets relative_attention_max_distance dropout_rate classifier_dropout "
+    "layer_norm_epsilon initializer_factor feed_forward_proj dense_act_fn is_gated_act "
+    "is_encoder_decoder is_decoder use_cache pad_token_id eos_token_id decoder_start_token_id "
+    "tie_word_embeddings"
 )
 _CLIP = (
-    "hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads num_channels image_size "
-    "patch_size hidden_act layer_norm_eps attention_dropout initializer_range initializer_factor"
+    "hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads num_channels "
+    "image_size patch_size hidden_act layer_norm_eps attention_dropout initializer_range "
+    "initializer_factor"
 )
 _IMAGES = (
-    "do_resize size default_to_square resample do_center_crop crop_size do_rescale rescale_factor do_normalize "
-    "image_mean image_std do_convert_rgb"
+    "do_resize size default_to_square resample do_center_crop crop_size do_rescale rescale_factor "
+    "do_normalize image_mean image_std do_convert_rgb"
 )
 _TOKENIZER = (
-    "added_tokens_decoder additional_special_tokens extra_special_tokens extra_ids bos_token eos_token unk_token "
-    "pad_token sep_token cls_token mask_token add_prefix_space clean_up_tokenization_spaces do_lower_case legacy "
-    "max_length model_input_names model_max_length pad_to_multiple_of pad_token_type_id padding_side "
-    "split_special_tokens stride truncation_side truncation_strategy"
+    "added_tokens_decoder additional_special_tokens extra_special_tokens extra_ids bos_token "
+    "eos_token unk_token pad_token sep_token cls_token mask_token add_prefix_space "
+    "clean_up_tokenization_spaces do_lower_case legacy max_length model_input_names model_max_length "
+    "pad_to_multiple_of pad_token_type_id padding_side split_special_tokens stride truncation_side "
+    "truncation_strategy"
 )
 CONFIG_KEYS: dict[str, frozenset[str]] = {
     "text_encoder": frozenset(_UMT5.split()),
