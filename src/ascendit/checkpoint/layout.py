@@ -24,6 +24,7 @@ from ascendit.checkpoint.component import (
     unsupported_class,
 )
 from ascendit.checkpoint.quant_metadata import MANIFEST_GLOB
+from ascendit.checkpoint.reader import PICKLED, convert_command
 from ascendit.checkpoint.trust import PART_CLASSES, check_part_files, supported_class
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.names import listed, naming_of
@@ -122,12 +123,15 @@ def recognise(path: Path | str) -> Layout:
         if recognised is not None:
             kind, parts = recognised
             return Layout(kind, root, _model_name(root), {}, {part.name: part for part in parts})
+        fix = "pass the folder of the complete model, or the path of the file"
+        if root.suffix in PICKLED:
+            fix = f"convert it: {convert_command(root, root.with_suffix('.safetensors'))}"
         raise CheckpointError(
             f"no model recognised at {root}: {_hint(root)}",
             needs=f"a Diffusers folder with {INDEX_FILE} at its top; a folder with only transformers; "
             "an original Wan folder (config.json, or high_noise_model and low_noise_model); an msModelSlim "
             "export (quant_model_description*.json); or one .safetensors file of a Wan transformer",
-            fix="pass the folder of the complete model, or the path of the file",
+            fix=fix,
             code="E-CKP-01",
         )
     except OSError as e:
@@ -142,7 +146,10 @@ def recognise(path: Path | str) -> Layout:
 def _hint(root: Path) -> str:
     """Why the kind of `root` is unknown."""
     if root.is_file():
-        return "the name of the file does not end in .safetensors"
+        pickled = root.suffix in PICKLED
+        return (
+            "pickled files are not read" if pickled else "the name of the file does not end in .safetensors"
+        )
     if below := sorted(p.parent.name for p in root.glob(f"*/{INDEX_FILE}")):
         return f"{INDEX_FILE} is in a subfolder: {', '.join(below[:3])}"
     if (root / "config.json").exists():
@@ -405,9 +412,13 @@ def weights_in(folder: Path) -> list[str]:
 
 def _no_weights(folder: Path) -> CheckpointError:
     names = sorted(p.name for p in folder.iterdir())
+    fix = "copy or download the weight files, in safetensors format"
+    if pickled := [name for name in names if name.endswith(PICKLED)]:
+        command = convert_command(folder / pickled[0], folder / f"{STEM}.safetensors")
+        fix += f"; or convert {pickled[0]}: {command}"
     return CheckpointError(
         f"{folder} has no transformer weights" + (f" (it has {listed(names)})" if names else ""),
         needs=f"{STEM}.safetensors or its index, or quant_model_weight*.safetensors",
-        fix="copy or download the weight files, in safetensors format",
+        fix=fix,
         code="E-CKP-02",
     )

@@ -15,13 +15,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from ascendit.checkpoint.component import (
+    CONFIG_FILES,
     EXPERTS,
     TRANSFORMER,
+    Part,
     check_regular,
     read_json,
     unsupported_class,
 )
+from ascendit.checkpoint.quant_metadata import MANIFEST_GLOB
+from ascendit.checkpoint.reader import read_header
 from ascendit.errors import CheckpointError
+from ascendit.report import shell_line
 
 # ---- classes ------------------------------------------------------------------------------------
 
@@ -169,6 +174,9 @@ def _check_entry(file: Path, name: str, key: str, value: object) -> None:
     )
 
 
+_NEEDED = {*_CONFIGS, *TOKENIZER_CONFIGS, *TOKENIZER_FILES, *(f for v in CONFIG_FILES.values() for f in v)}
+_WEIGHT_FILES = (".safetensors", ".safetensors.index.json")
+
 # ---- links --------------------------------------------------------------------------------------
 
 _BLOB = re.compile(r"/models--[^/]+/blobs/[0-9a-f]{40,64}$")
@@ -182,33 +190,71 @@ class Home:
     folders: tuple[Path, ...]
 
     @classmethod
-    def of(cls, root: Path, part: Path | None = None) -> Self:
-        """The home of the checkpoint at `root`.
+    def of(cls, root: Path, part: Part | None = None) -> Self:
+        """The home of the checkpoint at `root`, or of one of its components.
 
-        `part`: a component, which may be a link to the same component of another Diffusers folder: `quantize`
-        and `repack` write such links.
+        The folder of an expert may be a link, because only its weights and validated JSON files are read.
+        Another component may be a link to the same component of a Diffusers folder: `quantize` and `repack`
+        write such links.
         """
         folders = [Path(os.path.realpath(root if root.is_dir() else root.parent))]
-        real = Path(os.path.realpath(part)) if part else folders[0]
-        if part and real.name == part.name and (real.parent / "model_index.json").is_file():
-            folders.append(real.parent)
+        if part is not None:
+            real = Path(os.path.realpath(part.folder))
+            if part.name in EXPERTS:
+                folders.append(real)
+            elif real.name == part.name and (real.parent / "model_index.json").is_file():
+                folders.append(real.parent)
         return cls(tuple(folders))
 
     def contains(self, path: Path) -> bool:
         """Whether `path`, with all links resolved, is in the checkpoint or a blob of a hub cache."""
         real = os.path.realpath(path)
-        if _BLOB.search(real):
-            return True
-        return any(Path(real).is_relative_to(folder) for folder in self.folders)
+        return bool(_BLOB.search(real)) or any(Path(real).is_relative_to(folder) for folder in self.folders)
+
+    def copies(self, path: Path) -> bool:
+        """Whether an output may get a copy of `path`: links to other disks may lead to weights only."""
+        return self.contains(path) or (path.suffix == ".safetensors" and _is_weights(path))
 
     def require(self, path: Path) -> None:
         """Raise CheckpointError (E-CKP-03) if `path`, which an output needs, leads out of the checkpoint."""
-        if not self.contains(path):
-            real = os.path.realpath(path)
-            raise CheckpointError(
-                f"{path} is a link that leads out of the checkpoint, to {real}",
-                needs="files of the checkpoint itself: an output gets nothing from other folders",
-                fix=f"if the file belongs to the model, replace the link: cp -rL {path} {path}.copy, "
-                f"rm {path}, mv {path}.copy {path}",
-                code="E-CKP-03",
-            )
+        if self.copies(path):
+            return
+        old, new = shell_line([str(path)]), shell_line([f"{path}.copy"])
+        raise CheckpointError(
+            f"{path} is a link that leads out of the checkpoint, to {os.path.realpath(path)}",
+            needs="files of the checkpoint itself: an output gets nothing from other folders",
+            fix=f"if it is of the model, make it a copy: cp -rL {old} {new} && rm {old} && mv {new} {old}",
+            code="E-CKP-03",
+        )
+
+
+def _is_weights(path: Path) -> bool:
+    try:
+        return bool(read_header(path))
+    except CheckpointError:
+        return False
+
+
+def outside_links(root: Path, part: Part, *, copied: bool) -> list[Path]:
+    """The links in the folder of `part` that lead out of the checkpoint at `root` and are not needed.
+
+    `copied`: the output gets a copy of the folder, not a link to it. Raises CheckpointError (E-CKP-03) if a
+    file that the output needs leads out of the checkpoint.
+    """
+    home = Home.of(root, part)
+    if part.name in EXPERTS:
+        for pattern in ("config.json", "*.index.json", MANIFEST_GLOB):
+            for file in part.folder.glob(pattern):
+                home.require(file)
+        return []
+    home.require(part.folder)
+    if not copied:
+        return []
+    top, skipped = os.path.realpath(part.folder), []
+    for folder, folders, files in os.walk(top):
+        for path in (Path(folder) / name for name in sorted(folders + files)):
+            if path.is_symlink() and not home.copies(path):
+                if folder == top and (path.name in _NEEDED or path.name.endswith(_WEIGHT_FILES)):
+                    home.require(path)
+                skipped.append(path)
+    return skipped

@@ -1,4 +1,4 @@
-"""Write the record `ascendit.json`, the model card and the other components of a model.
+"""Write the record `ascendit.json` and the model card; check the base of a repacked transformer.
 
 Does not import torch.
 
@@ -10,7 +10,6 @@ base, the published Diffusers folder.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +17,16 @@ from typing import Any
 
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import INDEX_FILE, KIND_LABELS, RECORD_FILE, Layout, recognise
-from ascendit.checkpoint.output_folder import link_or_copy
 from ascendit.checkpoint.quant_metadata import CONFIG_KEY
 from ascendit.checkpoint.transformer import Expert, shapes_of
+from ascendit.checkpoint.trust import Home
+from ascendit.convert.other_files import CARD_FILE
 from ascendit.convert.report import Outputs
 from ascendit.errors import CheckpointError, UsageError, escaped
 from ascendit.names import IGNORED_PARTS, expected_tensors, problem_counts
 from ascendit.report import json_text, shell_line
 from ascendit.version import __version__, installed
 
-CARD_FILE = "README.md"
 RECORD_VERSION = 1
 PIPELINE_TAGS = {"t2v": "text-to-video", "i2v": "image-to-video", "ti2v": "text-to-video"}
 _LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -166,7 +165,8 @@ def _licence(root: Path) -> dict[str, Any]:
 
     card = root / CARD_FILE
     try:
-        data = metadata_load(card) if card.stat().st_size <= _CARD_LIMIT else None
+        own = Home.of(root).contains(card) and card.stat().st_size <= _CARD_LIMIT
+        data = metadata_load(card) if own else None
     except Exception:  # no card, not text, or invalid YAML
         return {}
     texts = {key: value for key, value in (data or {}).items() if key in _LICENCE_KEYS and value}
@@ -176,9 +176,6 @@ def _licence(root: Path) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     """Versions that can change the numbers."""
     return {"ascendit": __version__, **installed("torch")}
-
-
-_LICENCE = re.compile(r"(?:LICEN[CS]E|NOTICE)\b", re.IGNORECASE)
 
 
 def read_base(base: Path | str, source: Layout) -> Layout:
@@ -231,20 +228,3 @@ def _other_model(got: str) -> CheckpointError:
         fix="pass the Diffusers folder of the model that was quantized, or omit --base",
         code="E-CKP-04",
     )
-
-
-def add_components(base: Layout, folder: Path, *, copy: bool) -> tuple[str, ...]:
-    """Link, or copy if `copy`, all components except the transformers into `folder`. Returns their names.
-
-    `model_index.json` and licences are always copied.
-    """
-    added = []
-    for name, part in base.parts.items():
-        if part not in base.experts:
-            link_or_copy(part.path, folder / name, copy=copy)
-            added.append(name)
-    licences = sorted(p.name for p in base.root.iterdir() if p.is_file() and _LICENCE.match(p.name))
-    for file in [INDEX_FILE, *licences]:
-        shutil.copyfile(base.root / file, folder / file)
-        added.append(file)
-    return tuple(added)
