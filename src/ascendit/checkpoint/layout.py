@@ -176,7 +176,7 @@ def _snapshot(root: Path) -> tuple[str, str] | None:
 
 def _diffusers(root: Path) -> Layout | None:
     """A Diffusers pipeline folder: `model_index.json` and one folder per component."""
-    if not (root / INDEX_FILE).exists():
+    if not os.path.lexists(root / INDEX_FILE):
         return None
     index = read_json(root / INDEX_FILE)
     if (class_name := index.get("_class_name")) not in PIPELINES:

@@ -94,7 +94,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             position = f.tell()
     except OSError as e:
         raise _broken(path, "missing" if isinstance(e, FileNotFoundError) else str(e.strerror)) from e
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _broken(path, "__metadata__ is not an object of texts")
     infos = [_entry(path, name, entry, position) for name, entry in header.items()]

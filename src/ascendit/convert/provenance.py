@@ -165,7 +165,7 @@ def _licence(root: Path) -> dict[str, Any]:
 
     card = root / CARD_FILE
     try:
-        own = Home.of(root).contains(card) and card.stat().st_size <= _CARD_LIMIT
+        own = card.is_file() and Home.of(root).contains(card) and card.stat().st_size <= _CARD_LIMIT
         data = metadata_load(card) if own else None
     except Exception:  # no card, not text, or invalid YAML
         return {}
