@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from ascendit.checkpoint.sources import record_source
 from ascendit.errors import CheckpointError
 
 TRANSFORMER = "WanTransformer3DModel"
@@ -69,6 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
         status = path.stat()
         if status.st_size > MAX_JSON or not is_file_or_folder(status):
             raise _bad_json(path, "not a regular file, or too large")
+        record_source(path, status)
         data = loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as e:
         problem = "missing" if isinstance(e, FileNotFoundError) else f"unreadable ({e.strerror})"
@@ -117,16 +119,6 @@ def unsupported_class(
         needs=f"{' or '.join(supported)}: ascendit runs Wan text-to-video and image-to-video models",
         fix="pass the folder of a supported Wan model",
         code="E-CKP-05",
-    )
-
-
-def unreadable(file: Path | str, problem: str) -> CheckpointError:
-    """The error E-CKP-02 for a weight file that changed after its header was read."""
-    return CheckpointError(
-        f"{file}: {problem}",
-        needs="source files that do not change during the run",
-        fix="stop the program that changes the file; download it again if it is damaged",
-        code="E-CKP-02",
     )
 
 

@@ -6,6 +6,7 @@ A run that writes DST works in `<parent>/.<name>.partial/<name>`, with `journal.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from ascendit.checkpoint.file_copy import DISK_FULL_ERRNOS, check_free_space, copy_file, write_error, writing
-from ascendit.errors import Cancelled, CheckpointError, UsageError
+from ascendit.checkpoint.sources import check_sources
+from ascendit.errors import Cancelled, CheckpointError, EnvironmentProblem, UsageError
+from ascendit.names import listed
 
 logger = logging.getLogger("ascendit")
 
@@ -69,6 +72,10 @@ class Journal:
         """The entry of `file`, if it exists and its size on disk matches."""
         done = self._done.get(os.path.relpath(file, self.root))
         return done if done and file.is_file() and file.stat().st_size == done.nbytes else None
+
+    def missing(self) -> list[str]:
+        """The complete files that have been removed or have another size."""
+        return [name for name in self._done if self.complete(self.root / name) is None]
 
     def add(self, file: Path, nbytes: int, sha256: str | None = None) -> None:
         """Record that `file` is completely written. Raises OSError."""
@@ -130,6 +137,7 @@ class Staging:
             self._lock = _lock(self._folder)
             _check_free(self.dst)  # again: another run may have published it before the lock
             self.journal = self._open_journal(fingerprint, resume)
+            self._identity = os.lstat(self.path)
             if not self.journal.count:
                 undo.callback(self._clear)
             check_free_space(self._folder, needs_bytes)
@@ -167,7 +175,13 @@ class Staging:
         return journal
 
     def publish(self) -> None:
-        """Rename the folder to `dst`. Raises UsageError (E-USE-03) if it exists; the output is not lost."""
+        """Rename the folder to `dst`, if the sources that `recording` collected are unchanged.
+
+        Raises CheckpointError (E-CKP-02) if a source has changed, UsageError (E-USE-03) if `dst` exists, with
+        the output kept, EnvironmentProblem (E-ENV-02) if the folder or a file was removed during the run.
+        """
+        check_sources()
+        self._check_intact()
         with writing(self._folder, self._needs):
             if os.path.lexists(self.dst):  # os.rename would replace an empty folder
                 self.keep = True
@@ -182,6 +196,31 @@ class Staging:
         self._clear()
         self._release()
 
+    def _check_intact(self) -> None:
+        """Raise EnvironmentProblem (E-ENV-02) unless folder and complete files are those of this run."""
+        try:
+            intact = os.path.samestat(os.fstat(self._lock), os.lstat(self._folder))
+            intact = intact and os.path.samestat(self._identity, os.lstat(self.path))
+        except FileNotFoundError:
+            intact = False
+        if not intact:
+            raise write_error(self._folder, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+        if missing := self.journal.missing():
+            raise EnvironmentProblem(
+                f"{listed(missing)} in {self.path}: removed or changed by another program during this run",
+                needs="an output folder that only this run changes",
+                fix="stop the program that changes the folder, then run the same command again",
+                code="E-ENV-02",
+            )
+
+    def _is_own(self, error: BaseException | None) -> bool:
+        """Whether this is an error of writing the output, which has no code yet."""
+        if not isinstance(error, OSError):
+            return False
+        names = [os.fsdecode(x) for x in (error.filename, error.filename2) if isinstance(x, str | bytes)]
+        inside = any(Path(name).is_relative_to(self._folder) for name in names)
+        return error.errno in DISK_FULL_ERRNOS or inside or not self.path.is_dir()
+
     def __enter__(self) -> Self:
         return self
 
@@ -189,7 +228,7 @@ class Staging:
         if self._lock < 0:  # published
             return
         problem = None
-        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
+        if isinstance(error, OSError) and self._is_own(error):
             problem = write_error(self._folder, error, self._needs)
         stopped = isinstance(error, KeyboardInterrupt | Cancelled) and self.journal.count > 0
         if self.keep or stopped:

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import INDEX_FILE, KIND_LABELS, RECORD_FILE, Layout, recognise
-from ascendit.checkpoint.output_folder import link_or_copy
 from ascendit.checkpoint.quant_metadata import CONFIG_KEY
 from ascendit.checkpoint.transformer import Expert, shapes_of
 from ascendit.convert.report import Outputs
@@ -234,18 +232,8 @@ def _other_model(got: str) -> CheckpointError:
     )
 
 
-def add_components(base: Layout, folder: Path, *, copy: bool) -> tuple[str, ...]:
-    """Link, or copy if `copy`, all components except the transformers into `folder`. Returns their names.
-
-    `model_index.json` and licences are always copied.
-    """
-    added = []
-    for name, part in base.parts.items():
-        if part not in base.experts:
-            link_or_copy(part.path, folder / name, copy=copy)
-            added.append(name)
-    licences = sorted(p.name for p in base.root.iterdir() if p.is_file() and _LICENCE.match(p.name))
-    for file in [INDEX_FILE, *licences]:
-        shutil.copyfile(base.root / file, folder / file)
-        added.append(file)
-    return tuple(added)
+def other_files(base: Layout) -> list[Path]:
+    """The components of a pipeline except the transformers, `model_index.json` and the licences."""
+    parts = [part.path for part in base.parts.values() if part not in base.experts]
+    licences = sorted(p for p in base.root.iterdir() if p.is_file() and _LICENCE.match(p.name))
+    return [*parts, base.root / INDEX_FILE, *licences]

@@ -22,6 +22,7 @@ from ascendit.checkpoint.layout import INDEX_FILE, RECORD_FILE, Layout, recognis
 from ascendit.checkpoint.output_folder import Staging, link_or_copy
 from ascendit.checkpoint.quant_metadata import MANIFEST_FILE, QUANT_TYPE
 from ascendit.checkpoint.reader import RowReader
+from ascendit.checkpoint.sources import record_folder, record_source, recording
 from ascendit.checkpoint.transformer import num_weights, read_expert
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES
 from ascendit.convert import provenance
@@ -54,6 +55,7 @@ _NOT_COPIED = {provenance.CARD_FILE, RECORD_FILE, MANIFEST_FILE}
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".index.json")
 
 
+@recording()
 def quantize(
     src: Path | str,
     dst: Path | str,
@@ -113,6 +115,8 @@ def quantize(
         ("--report", report),
         ("--hash", hash),
     ]
+    if recipe and recipe.endswith(".toml") and Path(recipe).is_file():
+        record_source(Path(os.path.abspath(recipe)))
     job = QuantizeJob(
         layout=recognise(model_folder(src)),
         dst=Path(os.path.abspath(Path(dst).expanduser())),
@@ -157,6 +161,8 @@ class QuantizeJob:
     experts: list[RecipeSteps] = field(init=False)
     planned: dict[str, ExpertOutput] = field(init=False)
     """Expert -> its output before a calibration, which changes smoothing factors but not sizes."""
+    others: list[tuple[Path, str]] = field(init=False)
+    """Other components and small files to link or copy, as (path, name in the folder)."""
     outputs: dict[str, Outputs] = field(init=False, default_factory=dict)
     files: dict[str, str] = field(init=False, default_factory=dict)
     """Path in the folder -> sha256, with `hash`."""
@@ -182,6 +188,9 @@ class QuantizeJob:
             shapes = {name: info.shape for name, info in expert.tensors.items()}
             folds = Folds.open(self.loras, expert.name, shapes, experts=names)
             self.experts.append(RecipeSteps(applied, self.target, folds, measure=self.measure))
+        self.others = self._other_files()
+        for path, _ in self.others:
+            (record_folder if path.is_dir() else record_source)(path)
 
     @property
     def applied(self) -> list[AppliedRecipe]:
@@ -232,7 +241,7 @@ class QuantizeJob:
         start = time.perf_counter()
         sources = [self.layout.root, *(x.expert.path for x in self.applied), *(x.path for x in self.loras)]
         needed = sum(output.nbytes for output in self.planned.values())
-        needed += sum(_size(path) for path, _ in self._other_files() if self.copy or path.is_file())
+        needed += sum(_size(path) for path in self._copied())
         with Staging(
             self.dst,
             sources=list(dict.fromkeys(sources)),
@@ -247,7 +256,7 @@ class QuantizeJob:
             meter = Meter(total, on_progress)
             for expert in self.experts:
                 self._write(expert, staging, meter, statistics)
-            for source, name in self._other_files():
+            for source, name in self.others:
                 link_or_copy(source, staging.path / name, copy=self.copy or source.is_file())
             provenance.write_record_and_card(staging.path, self.record(), self.dst.name)
             (staging.path / STATISTICS).unlink(missing_ok=True)
@@ -285,7 +294,6 @@ class QuantizeJob:
                 self.outputs[name] = output_quality(expert, statistics[name], reader, advance)
 
     def _other_files(self) -> list[tuple[Path, str]]:
-        """Other components and small files to link or copy, as (path, name in the folder)."""
         if self.layout.kind != "diffusers" or self.target.naming != "diffusers":
             return []
         experts = {part.name for part in self.layout.experts}
@@ -299,6 +307,9 @@ class QuantizeJob:
                 others.append((path, path.name))
         return others
 
+    def _copied(self) -> list[Path]:
+        return [path for path, _ in self.others if self.copy or path.is_file()]
+
     # ---- reports --------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
@@ -308,7 +319,8 @@ class QuantizeJob:
             parts += [dict(self.calibration), self.measure]
         for expert, layers in self.smoothing.items():
             parts += [(expert, name, scale.tolist()) for name, scale in layers.items()]
-        return fingerprint(self.planned.values(), parts, more=[lora.path for lora in self.loras])
+        more = [lora.path for lora in self.loras]
+        return fingerprint(self.planned.values(), parts, more=[*more, *self._copied()])
 
     def record(self) -> provenance.ConversionRecord:
         """The record of this run for `ascendit.json` and the model card."""
@@ -347,7 +359,7 @@ class QuantizeJob:
             experts=tuple(self._expert_report(expert) for expert in self.experts),
             dry_run=dry_run,
             seconds=seconds,
-            linked=tuple(name for _, name in self._other_files()),
+            linked=tuple(name for _, name in self.others),
             loras=tuple(loras),
             calibration=self.calibration,
             engine=self.target.engine,

@@ -26,8 +26,9 @@ from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer
 from ascendit.checkpoint.layout import KIND_LABELS, RECORD_FILE, Layout, recognise
-from ascendit.checkpoint.output_folder import Staging
+from ascendit.checkpoint.output_folder import Staging, link_or_copy
 from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes, as_tensor
+from ascendit.checkpoint.sources import record_folder, record_source, recording
 from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
 from ascendit.checkpoint.writer import Data, TensorSpec
 from ascendit.convert import provenance
@@ -63,6 +64,7 @@ REWRITE_LABELS = {
 }
 
 
+@recording()
 def repack(
     src: Path | str,
     dst: Path | str,
@@ -96,6 +98,10 @@ def repack(
     pipeline = base_layout or (source if source.kind == "diffusers" else None)  # a pipeline is its own base
     pipeline = pipeline if target.naming == "diffusers" else None
     outputs = _outputs(source, target, base_layout)
+    others = provenance.other_files(pipeline) if pipeline else []
+    for path in others:
+        (record_folder if path.is_dir() else record_source)(path)
+    copied = [path for path in others if copy or path.is_file()]
     report = RepackReport(
         path=dst,
         source=provenance.source_name(source),
@@ -103,9 +109,7 @@ def repack(
         to=target.naming,
         engine=engine,
         experts=tuple(_expert_report(output) for output in outputs),
-        linked=tuple(name for name, part in pipeline.parts.items() if part not in pipeline.experts)
-        if pipeline
-        else (),
+        linked=tuple(path.name for path in others if path.is_dir()),
         warnings=_warnings(outputs, target, pipeline),
         dry_run=dry_run,
         seconds=0.0,
@@ -115,7 +119,7 @@ def repack(
     with Staging(
         dst,
         sources=[layout.root for layout in (source, base_layout) if layout],
-        fingerprint=fingerprint(outputs, (check, copy)),
+        fingerprint=fingerprint(outputs, (check, copy), copied),
         resume=resume,
         needs_bytes=report.bytes_after,
     ) as staging:
@@ -124,8 +128,9 @@ def repack(
         for output in outputs:
             advance = meter.stage_counter(output.source.name)
             files |= write_expert(output, staging, advance, hash=check, align=True)
-        if pipeline:
-            report = replace(report, linked=provenance.add_components(pipeline, staging.path, copy=copy))
+        for path in others:
+            link_or_copy(path, staging.path / path.name, copy=path in copied)
+        report = replace(report, linked=tuple(path.name for path in others))
         if check:
             report = _check(report, outputs, staging.path, on_progress)
         flags = [("--base", base), ("--to", to), ("--for", engine), ("--check", check)]

@@ -69,7 +69,7 @@ def _inspect_part(part: Part) -> PartReport:
         fields["tensors"] = tuple(shards.tensors.values())
         fields["files"] = len(shards.files)
         if part.name in EXPERTS:
-            fields["expert"] = read_expert(part)
+            fields["expert"] = read_expert(part, shards)
     except AscenditError as e:
         fields["problem"] = e
         if isinstance(e, TensorMismatch):

@@ -140,7 +140,8 @@ def _changes(a: ModelReport, b: ModelReport) -> Iterator[Change]:
 
 def _expert_changes(one: ExpertSummary, other: ExpertSummary) -> _Changes:
     a, b = one.expert, other.expert
-    shared = dict.fromkeys(name for name in one.linears if name in set(other.linears))
+    others = set(other.linears)
+    shared = dict.fromkeys(name for name in one.linears if name in others)
     alike: set[str] = set()
     for name in shared:
         x, y = _linear(a, name), _linear(b, name)
@@ -248,9 +249,9 @@ def _blocks(changes: Iterable[Change], result: Diff) -> Iterator[tuple[str, list
     """Title and lines: equal changes of many layers share a line; changes of a config have one each."""
     alike = group_by(changes, _line_key)
     for title, keys in group_by(alike, lambda key: key[0]).items():
-        texts = [_alike_text(alike[key], result) for key in keys]
-        more = [f"and {len(texts) - MAX_LINES} more; --json has all"] if len(texts) > MAX_LINES else []
-        yield title, texts[:MAX_LINES] + more
+        texts = [_alike_text(alike[key], result) for key in keys[:MAX_LINES]]
+        more = [f"and {len(keys) - MAX_LINES} more; --json has all"] if len(keys) > MAX_LINES else []
+        yield title, texts + more
 
 
 def _line_key(change: Change) -> tuple[str, ...]:

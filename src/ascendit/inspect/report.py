@@ -231,7 +231,7 @@ class PartReport:
     expert: Expert | None = None
     """The transformer by Diffusers names; None for other parts, and if it could not be read."""
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
 
@@ -246,7 +246,7 @@ class PartReport:
             return self.summary.values
         return sum(math.prod(t.shape) for t in self.tensors)
 
-    @property
+    @cached_property
     def dtypes(self) -> dict[str, int]:
         """safetensors' dtype name -> bytes, most first."""
         return _most_first({t.dtype: t.nbytes} for t in self.tensors)
