@@ -137,13 +137,6 @@ def writing(folder: Path, needed: int) -> Iterator[None]:
 
 def write_error(folder: Path, error: OSError, needed: int = 0) -> EnvironmentProblem:
     """The error E-ENV-04 for a full disk, with the bytes needed (0: unknown) and free; else E-ENV-02."""
-    if error.errno == errno.ENOENT and not folder.is_dir():
-        return EnvironmentProblem(
-            f"the folder {folder} was removed during the run",
-            needs="an output folder that only this run changes",
-            fix="stop the program that removes it, then run the same command again",
-            code="E-ENV-02",
-        )
     if error.errno not in DISK_FULL_ERRNOS:
         return EnvironmentProblem(
             f"cannot write in {folder}: {error.strerror or error}",

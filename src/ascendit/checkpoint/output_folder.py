@@ -6,7 +6,6 @@ A run that writes DST works in `<parent>/.<name>.partial/<name>`, with `journal.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import logging
@@ -198,28 +197,38 @@ class Staging:
 
     def _check_intact(self) -> None:
         """Raise EnvironmentProblem (E-ENV-02) unless folder and complete files are those of this run."""
+        if not self._exists():
+            raise self._tampered(f"{self.path} was removed")
+        if missing := self.journal.missing():
+            raise self._tampered(f"{listed(missing)} in {self.path}: removed or changed by another program")
+
+    def _exists(self) -> bool:
         try:
             intact = os.path.samestat(os.fstat(self._lock), os.lstat(self._folder))
-            intact = intact and os.path.samestat(self._identity, os.lstat(self.path))
-        except FileNotFoundError:
-            intact = False
-        if not intact:
-            raise write_error(self._folder, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
-        if missing := self.journal.missing():
-            raise EnvironmentProblem(
-                f"{listed(missing)} in {self.path}: removed or changed by another program during this run",
-                needs="an output folder that only this run changes",
-                fix="stop the program that changes the folder, then run the same command again",
-                code="E-ENV-02",
-            )
-
-    def _is_own(self, error: BaseException | None) -> bool:
-        """Whether this is an error of writing the output, which has no code yet."""
-        if not isinstance(error, OSError):
+            return intact and os.path.samestat(self._identity, os.lstat(self.path))
+        except OSError:
             return False
+
+    def _tampered(self, problem: str) -> EnvironmentProblem:
+        return EnvironmentProblem(
+            f"{problem} during this run",
+            needs="an output folder that only this run changes",
+            fix="stop the program that changes the folder, then run the same command again",
+            code="E-ENV-02",
+        )
+
+    def _problem(self, error: BaseException | None) -> EnvironmentProblem | None:
+        """The error of writing the output that `error` means; None if it is another one."""
+        failed = isinstance(error, OSError) or getattr(error, "code", "") == "E-ENV-02"
+        if failed and not self._exists():
+            return self._tampered(f"{self.path} was removed")
+        if not isinstance(error, OSError):
+            return None
         names = [os.fsdecode(x) for x in (error.filename, error.filename2) if isinstance(x, str | bytes)]
         inside = any(Path(name).is_relative_to(self._folder) for name in names)
-        return error.errno in DISK_FULL_ERRNOS or inside or not self.path.is_dir()
+        if error.errno in DISK_FULL_ERRNOS or inside:
+            return write_error(self._folder, error, self._needs)
+        return None
 
     def __enter__(self) -> Self:
         return self
@@ -227,9 +236,7 @@ class Staging:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._lock < 0:  # published
             return
-        problem = None
-        if isinstance(error, OSError) and self._is_own(error):
-            problem = write_error(self._folder, error, self._needs)
+        problem = self._problem(error)
         stopped = isinstance(error, KeyboardInterrupt | Cancelled) and self.journal.count > 0
         if self.keep or stopped:
             logger.info("kept %s: the resume option continues it", self._folder)

@@ -96,7 +96,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             position = f.tell()
     except OSError as e:
         raise _broken(path, "missing" if isinstance(e, FileNotFoundError) else str(e.strerror)) from e
-    infos = [_entry(path, name, entry, position, state) for name, entry in header.items() if name != "__metadata__"]
+    infos = [
+        _entry(path, name, entry, position, state) for name, entry in header.items() if name != "__metadata__"
+    ]
     infos.sort(key=lambda info: (info.start, info.end))
     for info in infos:
         if info.end > size:
