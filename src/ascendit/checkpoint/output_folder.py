@@ -81,6 +81,12 @@ class Journal:
         self._done[os.path.relpath(file, self.root)] = CompleteFile(nbytes, sha256)
         self.write()
 
+    def remove(self, file: Path) -> None:
+        """Remove a complete file that is not part of the output. Does nothing without it. Raises OSError."""
+        if self._done.pop(os.path.relpath(file, self.root), None) is not None:
+            self.write()
+            file.unlink(missing_ok=True)
+
     def write(self) -> None:
         """Replace the journal file. Raises OSError."""
         data = {"fingerprint": self.fingerprint, "boot": _boot(), "files": self._done}

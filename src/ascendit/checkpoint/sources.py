@@ -7,6 +7,7 @@ when there are many, and notices a file that is not the one whose header was rea
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 from collections import OrderedDict
@@ -47,6 +48,12 @@ def unreadable(file: Path | str, problem: str) -> CheckpointError:
         fix="stop the program that changes the file; download it again if it is damaged",
         code="E-CKP-02",
     )
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal. Raises OSError."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---- the sources of a run -----------------------------------------------------------------------

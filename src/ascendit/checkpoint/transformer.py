@@ -98,7 +98,9 @@ class TensorMismatch(CheckpointError):
 def read_expert(part: Part, shards: Shards | None = None) -> Expert:
     """Read the headers and JSON files of one transformer, and check that they are consistent.
 
-    `shards`: the headers, if they have been read. Raises CheckpointError: E-CKP-02, -03, -04 and -06 for damaged files, as in `Shards.open`; E-CKP-01 for
+    `shards`: the headers, if they have been read.
+
+    Raises CheckpointError: E-CKP-02, -03, -04 and -06 for damaged files, as in `Shards.open`; E-CKP-01 for
     tensors of another model; E-CKP-09 if two tensors map to one name; E-CKP-08 for unpaired weights and
     scales; E-CKP-07 if manifest, quantization_config and dtypes contradict each other; E-CKP-04 for tensors
     that are missing, unexpected, of the wrong shape or dtype, or not listed in the manifest.

@@ -29,6 +29,7 @@ from ascendit.checkpoint.component import STEM
 from ascendit.checkpoint.file_copy import PAGE, move_bytes, read_pieces, reserve, write_at, writing
 from ascendit.checkpoint.output_folder import Journal
 from ascendit.checkpoint.reader import DTYPE_BITS, RowReader, TensorInfo
+from ascendit.checkpoint.sources import sha256_of
 
 logger = logging.getLogger("ascendit")
 
@@ -228,9 +229,7 @@ class ShardWriter:
         try:
             with open(shard.file, "rb") as f:
                 same = f.read(len(shard.header)) == shard.header
-                if same and entry.sha256:
-                    f.seek(0)
-                    same = hashlib.file_digest(f, "sha256").hexdigest() == entry.sha256
+            same = same and (not entry.sha256 or sha256_of(shard.file) == entry.sha256)
         except OSError:
             return False
         if not same:

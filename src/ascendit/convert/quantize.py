@@ -258,8 +258,8 @@ class QuantizeJob:
                 self._write(expert, staging, meter, statistics)
             for source, name in self.others:
                 link_or_copy(source, staging.path / name, copy=self.copy or source.is_file())
-            provenance.write_record_and_card(staging.path, self.record(), self.dst.name)
-            (staging.path / STATISTICS).unlink(missing_ok=True)
+            staging.journal.remove(staging.path / STATISTICS)
+            provenance.write_record_and_card(staging.path, self.record(), self.dst.name, hash=self.hash)
             staging.publish()
         return self.report(time.perf_counter() - start)
 

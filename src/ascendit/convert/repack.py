@@ -133,7 +133,7 @@ def repack(
         flags = [("--base", base), ("--to", to), ("--for", engine), ("--check", check)]
         command = provenance.command_line("repack", source, dst, flags)
         record = _record(source, report, command, files, model_kind(outputs[0].config))
-        provenance.write_record_and_card(staging.path, record, dst.name)
+        provenance.write_record_and_card(staging.path, record, dst.name, hash=check)
         staging.publish()
     return replace(report, seconds=time.monotonic() - started)
 

@@ -1,4 +1,4 @@
-"""Inspect a checkpoint of any layout: contents, formats, completeness. Reads only headers and JSON files."""
+"""Inspect a checkpoint of any layout: contents, formats, completeness, from its headers and JSON files."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ from ascendit.checkpoint.transformer import TensorMismatch, read_expert
 from ascendit.errors import AscenditError, CheckpointError
 from ascendit.family import WanSpec
 from ascendit.inspect.engines import runs_on
+from ascendit.inspect.file_check import check_files
 from ascendit.inspect.report import ModelReport, PartReport
 from ascendit.inspect.transformer_report import ExpertSummary
 from ascendit.pipeline.defaults import Defaults, defaults_for, spec_of
+from ascendit.progress import OnProgress
 
 NEEDED = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 NEEDED_FOR_IMAGE_TOKENS = ("image_encoder", "image_processor")
 
 
-def inspect(path: Path | str) -> ModelReport:
+def inspect(path: Path | str, *, check: bool = False, on_progress: OnProgress | None = None) -> ModelReport:
     """Read the configs and headers of a checkpoint: a folder, a file, "demo", hf:org/name or ms:org/name.
 
-    Problems of a recognised model are listed in the report; other problems raise the errors of `recognise`. A
-    layout with only transformers counts as complete without the other parts of a pipeline.
+    `check`: also read all files and compare them with their recorded sizes and sha256, see `file_check`.
+    Problems of a recognised model are listed in the report; other problems raise the errors of `recognise`
+    and `check_files`. A layout with only transformers counts as complete without the other parts of a
+    pipeline.
     """
     layout = recognise(model_folder(path))
+    files = check_files(layout, on_progress) if check else None
     problems = _missing_parts(layout) if layout.kind == "diffusers" else []
     parts = tuple(_inspect_part(part) for part in layout.parts.values())
     problems += [p.problem for p in parts if p.problem is not None]
@@ -36,6 +41,7 @@ def inspect(path: Path | str) -> ModelReport:
         defaults = defaults_for(layout) if layout.kind == "diffusers" and "vae" in layout.parts else None
     except (AscenditError, TypeError, ValueError, LookupError, AttributeError) as e:
         problems.append(e if isinstance(e, AscenditError) else _bad_config(layout, e))
+    problems += [files.problem] if files and files.problem else []
     experts = [p.summary for p in parts if p.summary is not None]
     readable = len(experts) == len(layout.experts)
     return ModelReport(
@@ -46,6 +52,7 @@ def inspect(path: Path | str) -> ModelReport:
         problems=tuple(problems),
         runs_on=runs_on(layout, experts) if readable and not problems else None,
         record=_record(layout),
+        files=files,
     )
 
 

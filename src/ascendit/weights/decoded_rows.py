@@ -77,7 +77,7 @@ class NonFinite:
     _rows: int = 0
 
     def add(self, rows: Tensor) -> None:
-        """Count the values of the next rows [n, ...]."""
+        """Count the values of the next rows [n, ...], of any dtype."""
         if rows.is_floating_point() and (bad := int((~rows.isfinite()).sum())):
             if not self.count:
                 index = (~rows.isfinite()).nonzero()[0].tolist()
