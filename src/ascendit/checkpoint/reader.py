@@ -27,7 +27,7 @@ from ascendit.checkpoint.component import (
     read_json,
     stays_inside,
 )
-from ascendit.checkpoint.sources import FileState, OpenFiles, record_source, unreadable
+from ascendit.checkpoint.sources import FileState, OpenFiles, check_state, record_source, unreadable
 from ascendit.errors import CheckpointError
 from ascendit.names import listed, problem_counts
 
@@ -238,6 +238,12 @@ class Shards:
         if part.index is not None:
             return cls.from_index(part.index)
         return cls.from_files(part.files) if part.files else cls.open(part.path, part.stem)
+
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError (E-CKP-02) if a file has changed since its header was read."""
+        for file, state in {info.file: info.state for info in self.tensors.values()}.items():
+            check_state(file, state)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -50,6 +50,12 @@ def unreadable(file: Path | str, problem: str) -> CheckpointError:
     )
 
 
+def check_state(file: Path, expected: FileState | None) -> None:
+    """Raise CheckpointError (E-CKP-02) unless a file has the state that it had when its header was read."""
+    if expected is not None and _state(file) != expected:
+        raise _changed(file)
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file, in hexadecimal. Raises OSError."""
     with open(path, "rb") as f:

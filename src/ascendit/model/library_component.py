@@ -47,11 +47,12 @@ def quiet() -> Iterator[None]:
 def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
     """Load a text encoder, image encoder or VAE on the CPU through transformers or Diffusers.
 
-    `dtype`: None for the stored dtype. Raises CheckpointError (E-CKP-04) for missing, unexpected or
-    mismatched tensors: the libraries initialize missing weights randomly and only log it.
+    `dtype`: None for the stored dtype. Raises CheckpointError: E-CKP-04 for missing, unexpected or mismatched
+    tensors (the libraries initialize missing weights randomly and only log it), E-CKP-02 for a file that
+    changed meanwhile.
     """
-    stored = Shards.open(part.path, part.stem).tensors.values()
-    dtype = dtype or default_dtype(stored, "cpu")
+    shards = Shards.open(part.path, part.stem)
+    dtype = dtype or default_dtype(shards.tensors.values(), "cpu")
     cls = getattr(importlib.import_module(part.library), part.class_name)
     options: dict[str, Any] = {"torch_dtype": dtype}
     if part.library == "transformers":  # else it stops at a mismatched tensor without naming it
@@ -68,6 +69,7 @@ def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
             fix="download the component again",
             code="E-CKP-04",
         ) from e
+    shards.check_unchanged()
     kinds = ("missing keys", "unexpected keys", "mismatched keys")
     problems = {kind: [str(name) for name in info.get(kind.replace(" ", "_")) or ()] for kind in kinds}
     if any(problems.values()):
