@@ -239,7 +239,6 @@ class Shards:
             return cls.from_index(part.index)
         return cls.from_files(part.files) if part.files else cls.open(part.path, part.stem)
 
-
     def check_unchanged(self) -> None:
         """Raise CheckpointError (E-CKP-02) if a file has changed since its header was read."""
         for file, state in {info.file: info.state for info in self.tensors.values()}.items():
