@@ -58,15 +58,18 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_recorded_file_that_changes(change: Callable[[Path], Any], tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
-    a.write_text("one file"), b.write_text("another")
+    for path in (a, b):
+        path.write_text("text")
     with recording():
-        record_source(a), record_source(b)
+        record_source(a)
+        record_source(b)
         check_sources()
         change(b)
         with pytest.raises(CheckpointError, match="1 source file changed during the run: .*/b") as e:
             check_sources()
         assert e.value.code == "E-CKP-02"
-    check_sources(), record_source(tmp_path / "none")  # nothing is recorded outside
+    check_sources()
+    record_source(tmp_path / "none")  # outside, nothing is recorded
 
 
 def test_a_file_that_changes_between_two_reads(tmp_path: Path) -> None:

@@ -140,13 +140,18 @@ def test_resume_refuses_another_source(change: Change, model: Path, tmp_path: Pa
 # ---- the unfinished output ----------------------------------------------------------------------
 
 
+def make_again(folder: Path) -> None:
+    shutil.rmtree(folder)
+    (folder / "out" / "transformer_2").mkdir(parents=True)
+
+
 @pytest.mark.parametrize("run", [quantize, repack])
 @pytest.mark.parametrize(
     "damage",
     [
         shutil.rmtree,
         lambda folder: shutil.rmtree(folder / "out"),
-        lambda folder: (shutil.rmtree(folder), (folder / "out" / "transformer_2").mkdir(parents=True)),
+        make_again,
         lambda folder: (folder / "out" / "transformer" / WEIGHTS).unlink(),
     ],
     ids=["all", "inner folder", "made again", "one file"],

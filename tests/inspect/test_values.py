@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ def by_hand(export: Path, expert: str) -> dict[str, Array]:
     return numbers
 
 
+@functools.cache
 def compared(a: Path, b: Path) -> ValueDiff:
     return compare_values(inspect(a), inspect(b))
 
@@ -67,7 +69,7 @@ def test_sqnr_of_every_tensor(a: Path, b: Path) -> None:
                 assert row.sqnr_db is None
 
 
-@pytest.mark.parametrize("source", [exports.DUAL, exports.SMOOTH, exports.MXFP4], ids=lambda x: x.name)
+@pytest.mark.parametrize("source", [exports.SMOOTH, exports.MXFP4], ids=lambda x: x.name)
 def test_another_layout_has_equal_numbers(source: Path, tmp_path: Path) -> None:
     repack(source, tmp_path / "out")
     result = diff(source, tmp_path / "out", values=True)
@@ -118,10 +120,13 @@ def test_nan_and_infinity_are_counted_and_excluded_from_the_sums(tmp_path: Path)
 
 
 def test_minus_zero_equals_zero_and_a_zero_tensor_has_no_sqnr(tmp_path: Path) -> None:
-    zero = exports.changed(exports.MXFP8, tmp_path / "z", lambda t, types: t["head.head.bias"].zero_())
-    minus = exports.changed(
-        exports.MXFP8, tmp_path / "m", lambda t, types: t["head.head.bias"].zero_().neg_()
-    )
+    def fill(value: float) -> exports.Change:
+        return lambda tensors, types: tensors.update({"head.head.bias": torch.full((192,), value)})
+
+    shape = exports.tensors(exports.MXFP8)["head.head.bias"].shape
+    assert shape == (192,)
+    zero = exports.changed(exports.MXFP8, tmp_path / "zero", fill(0.0))
+    minus = exports.changed(exports.MXFP8, tmp_path / "minus", fill(-0.0))
     assert compared(zero, minus).same
     (row,) = compared(zero, exports.MXFP8).worst
     assert row.sqnr_db is None and row.status == "different" and row.signal == 0

@@ -170,10 +170,11 @@ class OpenFiles:
             descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
             raise unreadable(file, str(e.strerror)) from e
-        self._descriptors[file] = descriptor
         state = FileState.of(os.fstat(descriptor))
         if self._states.setdefault(file, expected or state) != state:
+            os.close(descriptor)
             raise _changed(file)
+        self._descriptors[file] = descriptor
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return descriptor

@@ -31,13 +31,7 @@ MAX_LINES = 12  # printed per kind of difference; --json has all
 MAX_WIDTH = 100
 TITLE_WIDTH = 9
 NOT_COMPARED = "not compared: headers only (both need the sha256 of the same files in ascendit.json)"
-HASHES = {
-    ("same", False): "recorded hashes are equal; files not read (see --check and --values)",
-    ("same", True): "equal sha256, of the records and of the files on disk",
-    ("different", False): "recorded hashes differ; files not read",
-    ("different", True): "different sha256, of the records and of the files on disk",
-}
-"""(`Diff.hashes`, files on disk agree with the records) -> text."""
+HASHES = {"same": "recorded hashes are equal", "different": "recorded hashes differ"}
 SAME_HEADERS = "same headers and configs, different sha256"
 
 HEAD_KEYS = ("num_attention_heads", "attention_head_dim")
@@ -83,6 +77,13 @@ class Diff:
         reports = (self.a, self.b)
         return all(r.files is not None and r.files.problem is None for r in reports)
 
+    def _hash_text(self) -> str:
+        if self.hashes not in HASHES:
+            return self.hashes
+        read = self.a.files is not None and self.b.files is not None
+        files = "not read (see --check and --values)" if not read else "not as recorded"
+        return f"{HASHES[self.hashes]}; files {'read, they agree with them' if self.checked else files}"
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for `--json`."""
         sides = {"a": _side(self.a), "b": _side(self.b)}
@@ -111,7 +112,7 @@ class Diff:
         before, after = (_side(report)["nbytes"] for report in sides.values())
         ratio = f"   {after / before:.3f} x" if before else ""
         size = f"{human_bytes(before)} -> {human_bytes(after)} in the transformers{ratio}"
-        hashes = HASHES.get((self.hashes, self.checked), self.hashes)
+        hashes = self._hash_text()
         result = counted(len(self.changes), "difference")
         if not self.changes:
             result = SAME_HEADERS if self.hashes == "different" else "same headers and configs"
