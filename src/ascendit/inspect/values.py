@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Status = Literal["equal", "different", "only in A", "only in B", "other shape"]
 MAX_ROWS = 12  # printed per part; --json has all
-_CHUNK = 1 << 20  # values that are compared at a time
+_CHUNK = 1 << 17  # values that are compared at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,14 +270,22 @@ class _Totals:
 
         if left.is_complex():
             left, right = torch.view_as_real(left), torch.view_as_real(right.to(left.dtype))
-        x, y = left.to(torch.float64), right.to(torch.float64)
-        exact = left.dtype == right.dtype and not left.is_floating_point()  # float64 rounds large integers
-        same = left == right if exact else (x == y) | (x.isnan() & y.isnan())
-        self.differing += int((~same).sum())
-        self.invalid_a += int((~x.isfinite()).sum())
-        self.invalid_b += int((~y.isfinite()).sum())
-        finite = x.isfinite() & y.isfinite()
-        difference = (x - y).where(finite, 0.0)
-        self.signal += float(x.where(finite, 0.0).square().sum())
-        self.noise += float(difference.square().sum())
-        self.max_difference = max(self.max_difference, float(difference.abs().max()))
+        x, y = (side.reshape(-1).to(torch.float64) for side in (left, right))
+        difference = x - y
+        signal, noise = float(x.dot(x)), float(difference.dot(difference))
+        if not left.is_floating_point() and left.dtype == right.dtype:  # float64 rounds large integers
+            differing = int((left != right).sum())
+        elif math.isfinite(signal) and math.isfinite(noise):
+            differing = int(difference.count_nonzero())
+        else:
+            differing = int(((x != y) & ~(x.isnan() & y.isnan())).sum())
+            self.invalid_a += int((~x.isfinite()).sum())
+            self.invalid_b += int((~y.isfinite()).sum())
+            finite = x.isfinite() & y.isfinite()
+            x, difference = x[finite], difference[finite]
+            signal, noise = float(x.dot(x)), float(difference.dot(difference))
+        self.differing += differing
+        self.signal += signal
+        self.noise += noise
+        if differing and difference.numel():
+            self.max_difference = max(self.max_difference, float(difference.abs().max()))
