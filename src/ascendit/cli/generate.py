@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import shlex
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,12 +16,15 @@ import typer
 
 from ascendit.cli.output import Output, quiet_libraries
 from ascendit.errors import UsageError
+from ascendit.family import PRESETS
 from ascendit.pipeline.options import FLAGS, OPTIONS
+from ascendit.pipeline.sigmas import TRAIN_STEPS
 from ascendit.report import columns
 
 if TYPE_CHECKING:
     from ascendit.cli.generate_options import Call
     from ascendit.pipeline.job import Prepared
+    from ascendit.pipeline.request import GenerateRequest
     from ascendit.pipeline.video import Video
     from ascendit.progress import Progress
 
@@ -39,7 +44,9 @@ def _flag(
 
 FILES = ".mp4, .webm, .gif or .png (frames); default outputs/<time>_<prompt>_s<seed>.mp4."
 SETTINGS = "Any other setting, for example solver=euler or metadata=false; repeatable."
-TIMESTEPS = "Custom schedule, for example 1000,750,500,250 for distilled models."
+TIMESTEPS = "Positions of the steps before the shift, for example 1000,750,500,250."
+PRESET = f"Settings of distilled weights: {', '.join(PRESETS)}."
+NEGATIVE = "Negative prompt; the model's own if omitted, none if empty."
 ARGS = typer.Argument(metavar="[MODEL] PROMPT", hidden=True)  # explained in the text above the options
 PARAMETERS = (
     inspect.Parameter("ctx", KEYWORD_ONLY, annotation=typer.Context),
@@ -55,7 +62,8 @@ PARAMETERS = (
     _flag("guidance", str, "Guidance scale, or two: high-noise,low-noise.", "G[,G2]"),
     _flag("flow_shift", float, "Flow shift of the schedule.", "X", "--shift", hidden=True),
     _flag("own_timesteps", str, TIMESTEPS, "T,T,..", "--timesteps", hidden=True),
-    _flag("negative_prompt", str, "Negative prompt.", "TEXT", "--negative"),
+    _flag("preset", str, PRESET, "NAME"),
+    _flag("negative_prompt", str, NEGATIVE, "TEXT", "--negative"),
     _flag("image", str, "First frame, for models that accept an image.", "FILE"),
     *(_flag(name, str, x.help, x.metavar, hidden=x.hidden) for name, x in OPTIONS.items() if x.metavar),
     _flag("settings", list[str], SETTINGS, "KEY=VALUE", "--set"),
@@ -172,27 +180,31 @@ def _print_result(prepared: Prepared, out: Output, video: Video, path: Path, sec
 
 def _print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> None:
     request, options, model = prepared.request, prepared.model.options, prepared.model
+    schedule, shown = request.denoising_schedule, request.model_dump(exclude_none=True)
+    origin = _origins(call, request)
     data = {
         "dry_run": True,
         "model": options.model,
         "folder": str(model.layout.root),
         "output": str(output),
         "request": request.model_dump(),
-        "given": sorted({*call.fields} - {"seconds"}),
+        "given": sorted({*call.fields} - {"seconds", "preset"}),
+        "preset": call.fields.get("preset"),
         "defaults_from": list(model.defaults.sources),
+        "difference": model.defaults.difference or None,
+        "schedule": asdict(schedule),
         "video_tokens": prepared.video_tokens,
         "text_tokens": request.max_sequence_length,
         **{name: getattr(options, name) for name in FLAGS},
         "replay": prepared.replay,
     }
-    explicit = {*call.fields, "prompt"} | ({"num_frames"} if "seconds" in call.fields else set())
-    shown = [(k, v) for k, v in request.model_dump().items() if v is not None]
     passes = "two passes" if request.do_classifier_free_guidance else "one pass"
     tokens = f"{prepared.video_tokens} video and {request.max_sequence_length} text tokens"
     lines = [
         f"would run  {model.defaults.model} in {model.layout.root}",
         "request",
-        *columns(((k, f"{v}" if k in explicit else f"{v}  (default)") for k, v in shown), indent="  "),
+        *columns(((k, f"{v}{origin(k)}") for k, v in shown.items()), indent="  "),
+        f"timesteps  {_timesteps(request, schedule.timesteps)}",
         "defaults from",
         *(f"  {source}" for source in model.defaults.sources),
         f"work       {tokens}, {passes} per step",
@@ -200,3 +212,29 @@ def _print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) ->
         f"replay     {prepared.replay}",
     ]
     out.result(data, lines)
+
+
+def _origins(call: Call, request: GenerateRequest) -> Callable[[str], str]:
+    """Field -> the note behind its value: a preset or the model's default; empty for what the call sets."""
+    explicit = {*call.fields, "prompt"} | ({"num_frames"} if "seconds" in call.fields else set())
+    preset = call.fields.get("preset")
+    by_preset = (
+        {k for k, v in PRESETS[preset].fields.items() if getattr(request, k) == v} if preset else set()
+    )
+
+    def origin(name: str) -> str:
+        text = "" if name in explicit else f"  (preset {preset})" if name in by_preset else "  (default)"
+        unused = name == "negative_prompt" and not request.do_classifier_free_guidance
+        return text + ("  (not used: guidance is at most 1)" if unused and request.negative_prompt else "")
+
+    return origin
+
+
+def _timesteps(request: GenerateRequest, timesteps: Sequence[float]) -> str:
+    """The timesteps of a run, the first and last few of many, and the expert of each."""
+    texts = [f"{t:.6g}" for t in timesteps]
+    text = ", ".join(texts if len(texts) <= 12 else [*texts[:6], "..", *texts[-3:]])
+    if request.boundary_ratio is None:
+        return text
+    high = sum(t >= TRAIN_STEPS * request.boundary_ratio for t in timesteps)
+    return f"{text} ({high} high-noise, {len(timesteps) - high} low-noise)"

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from ascendit.device.device import parse_device
 from ascendit.environment import read_environment
 from ascendit.errors import UsageError
+from ascendit.family import PRESETS
 from ascendit.pipeline.options import VARIABLES, LoadOptions
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.validation import bad_value, non_optional
@@ -29,12 +30,14 @@ KEYS: dict[str, Any] = {
     **{name: field.annotation for name, field in GenerateRequest.model_fields.items()},
     **{name: field.annotation for name, field in LoadOptions.model_fields.items()},
     "seconds": float,
+    "preset": str,
     "metadata": bool,
 }
 """Every key of `--set` and `--config`, with its type. `none` resets a key whose type includes None."""
 
 # A key removes these keys from sources of lower precedence.
 _REPLACES = {
+    "preset": tuple(next(iter(PRESETS.values())).fields) + ("guidance_scale_2",),
     "guidance_scale": ("guidance_scale_2",),
     "timesteps": ("num_inference_steps",),
     "num_inference_steps": ("timesteps",),
@@ -50,7 +53,7 @@ class Call:
     options: LoadOptions
     prompt: str
     fields: dict[str, Any]
-    """The fields of GenerateRequest that were set, without the prompt; also `seconds`."""
+    """The fields of GenerateRequest that were set, without the prompt; also `seconds` and `preset`."""
     metadata: bool = True
     model_from: Path | None = None
     """The config file that names the model; None if the command line does."""

@@ -9,6 +9,7 @@ torch is imported only when a pipeline is built.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import Parameter
@@ -26,6 +27,8 @@ from ascendit.pipeline.defaults import defaults_for
 from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_signature
 from ascendit.pipeline.request import GenerateRequest, image_of, resolve
 from ascendit.progress import OnProgress, Progress
+
+log = logging.getLogger("ascendit")
 
 if TYPE_CHECKING:
     from ascendit.pipeline.generate import Pipeline, Stop
@@ -72,10 +75,13 @@ def prepare_model(options: LoadOptions) -> PreparedModel:
     schedule = policy_for(options.step_policy, online, layout, experts)
     if options.emulate is None and options.ops is None:
         device.check_schemes(schemes_in(experts))
+    defaults = defaults_for(layout, options.defaults)
+    if defaults.difference:
+        log.warning("%s: %s", layout.name, defaults.difference)
     return PreparedModel(
         options=options,
         layout=layout,
-        defaults=defaults_for(layout),
+        defaults=defaults,
         device=device,
         dtype=device.dtype_name(options.dtype),
         vae_dtype=device.dtype_name(options.vae_dtype or "float32") or "",
@@ -94,9 +100,9 @@ def prepare(
 ) -> Prepared:
     """Check one video as far as possible without weights.
 
-    `fields`: fields of GenerateRequest; omitted ones get the model's defaults. `seconds`: replaces
-    `num_frames`. `pixels`: image name -> image, if passed as pixels. Raises the errors of `prepare_model` and
-    `request.resolve`.
+    `fields`: fields of GenerateRequest, and `preset`; omitted ones get the model's defaults. `seconds`:
+    replaces `num_frames`. `pixels`: image name -> image, if passed as pixels. Raises the errors of
+    `prepare_model` and `request.resolve`.
     """
     model = prepare_model(options)
     defaults = model.defaults
