@@ -220,6 +220,7 @@ def test_the_config_of_a_video_whose_model_is_missing(run, fake, tmp_path):
 
 EXCLUDED = ["blocks.0.*", "blocks.7.*"]
 EVERY_LOAD_OPTION = {
+    "defaults": "folder",
     "device": "twin:a5",
     "text_on": "cpu",
     "scheme": "mxfp4",

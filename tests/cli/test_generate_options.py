@@ -232,7 +232,7 @@ def test_settings_are_typed():
 @pytest.mark.parametrize(
     ("setting", "needs"),
     [
-        ("solver=dpm", "solver: unipc or euler"),
+        ("solver=dpm", "solver: unipc or dpm++ or euler or renoise"),
         ("num_inference_steps=2.5", "num_inference_steps: a whole number"),
         ("flow_shift=much", "flow_shift: a number"),
         ("metadata=maybe", "metadata: true or false"),
