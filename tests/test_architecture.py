@@ -103,6 +103,7 @@ LIGHT = (
     "convert.repack",
     "model.quantize_on_load",
     "pipeline.defaults",
+    "pipeline.sigmas",
     "pipeline.options",
     "pipeline.request",
     "pipeline.job",

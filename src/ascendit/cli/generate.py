@@ -203,7 +203,7 @@ def _print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) ->
     lines = [
         f"would run  {model.defaults.model} in {model.layout.root}",
         "request",
-        *columns(((k, f"{v}{origin(k)}") for k, v in shown.items()), indent="  "),
+        *columns(((k, f"{v if v != '' else repr('')}{origin(k)}") for k, v in shown.items()), indent="  "),
         f"timesteps  {_timesteps(request, schedule.timesteps)}",
         "defaults from",
         *(f"  {source}" for source in model.defaults.sources),
