@@ -316,7 +316,7 @@ def command(name: str) -> Any:
     return group.get_command(None, name) if name else group
 
 
-def flags_table(name: str) -> str:
+def flags_table(name: str, *, hidden: bool = False) -> str:
     def row(param: Any) -> tuple[str, str]:
         names = ", ".join(f"`{opt}`" for opt in param.opts)
         value = f" `{param.metavar}`" if param.metavar else ""
@@ -325,7 +325,7 @@ def flags_table(name: str) -> str:
 
     params = command(name).params
     return table(
-        ("flag", "meaning"), (row(p) for p in params if p.param_type_name == "option" and not p.hidden)
+        ("flag", "meaning"), (row(p) for p in params if p.param_type_name == "option" and p.hidden == hidden)
     )
 
 
@@ -476,6 +476,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "commands": commands_table,
     "flags": lambda: flags_table(""),
     "flags-generate": lambda: flags_table("generate"),
+    "more-flags-generate": lambda: flags_table("generate", hidden=True),
     "flags-quantize": lambda: flags_table("quantize"),
     "flags-repack": lambda: flags_table("repack"),
     "flags-inspect": lambda: flags_table("inspect"),

@@ -61,6 +61,7 @@ PARAMETERS = (
     _flag("fps", int, "Frames per second of the file.", "N", hidden=True),
     _flag("guidance", str, "Guidance scale, or two: high-noise,low-noise.", "G[,G2]"),
     _flag("flow_shift", float, "Flow shift of the schedule.", "X", "--shift", hidden=True),
+    _flag("solver", str, "Solver: unipc, dpm++, euler or renoise.", "NAME", hidden=True),
     _flag("own_timesteps", str, TIMESTEPS, "T,T,..", "--timesteps", hidden=True),
     _flag("preset", str, PRESET, "NAME"),
     _flag("negative_prompt", str, NEGATIVE, "TEXT", "--negative"),
@@ -215,7 +216,7 @@ def _print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) ->
 
 
 def _origins(call: Call, request: GenerateRequest) -> Callable[[str], str]:
-    """Field -> the note behind its value: a preset or the model's default; empty for what the call sets."""
+    """Field -> the note behind its value: a preset or the model's default; empty for values of the call."""
     explicit = {*call.fields, "prompt"} | ({"num_frames"} if "seconds" in call.fields else set())
     preset = call.fields.get("preset")
     by_preset = (

@@ -46,6 +46,19 @@ _REPLACES = {
 }
 
 
+OTHER_NAMES = {
+    "num_inference_steps": "steps sample_steps infer_steps",
+    "flow_shift": "shift sample_shift",
+    "guidance_scale": "guidance cfg cfg_scale guide_scale sample_guide_scale",
+    "solver": "sampler scheduler sample_solver",
+    "negative_prompt": "negative n_prompt",
+    "num_frames": "frames frame_num target_video_length",
+    "boundary_ratio": "boundary",
+    "image": "image_path",
+}
+"""Key -> its names in other tools and in flags, for the fix of an unknown key."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """A parsed call, not yet checked against a model."""
@@ -205,7 +218,8 @@ def typed_layer(layer: dict[str, Any], *, source: str) -> dict[str, Any]:
     Raises UsageError (E-USE-01) for bad keys or values.
     """
     if unknown := sorted(set(layer) - set(KEYS)):
-        close = get_close_matches(unknown[0], KEYS, n=1)
+        close = [key for key, others in OTHER_NAMES.items() if unknown[0] in others.split()]
+        close = close or get_close_matches(unknown[0], KEYS, n=1)
         fix = f"did you mean {close[0]}?" if close else "see ascendit generate --help"
         needs = f"one of {', '.join(sorted(KEYS))}"
         raise UsageError(f"{source}: unknown key {', '.join(unknown)}", needs=needs, fix=fix)

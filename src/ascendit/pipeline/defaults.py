@@ -119,7 +119,7 @@ def defaults_for(layout: Layout, source: Source = "model") -> Defaults:
     patch_size = config.get("patch_size", WanConfig.patch_size)
     multiple = geometry.size_multiple(vae.scale_factor_spatial, patch_size)
     if spec is not None:
-        values, notes = _known(spec, folder, source)
+        values, notes = _of_row(spec, folder, source)
     else:
         notes.append("size, frames, steps, guidance: generic, no published Wan model has these dimensions")
         if "solver" not in folder:
@@ -143,7 +143,7 @@ def defaults_for(layout: Layout, source: Source = "model") -> Defaults:
     )
 
 
-def _known(spec: WanSpec, folder: Mapping[str, Any], source: Source) -> tuple[dict[str, Any], list[str]]:
+def _of_row(spec: WanSpec, folder: Mapping[str, Any], source: Source) -> tuple[dict[str, Any], list[str]]:
     """(values, notes for the log) of a model with a row."""
     values: dict[str, Any] = {name: getattr(spec, name) for name in FAMILY_FIELDS}
     values |= {"solver": "unipc", "flow_shift_by_size": spec.flow_shift_by_size}

@@ -113,7 +113,9 @@ class LoadOptions(Checked):
     model: Annotated[str, BeforeValidator(_path), Option("Folder, demo, hf:org/name or ms:org/name.")]
     defaults: Annotated[
         Source,
-        Option("Solver, shift, boundary of a known model: model (its authors') or folder.", "SOURCE"),
+        Option(
+            "Solver, shift, boundary of a known model: model (its authors') or folder.", "SOURCE", hidden=True
+        ),
     ] = "model"
     device: Annotated[
         str,
