@@ -25,7 +25,7 @@ def folder(
     """A pipeline folder with the configs of a published model, without weights."""
     s = SPECS[name]
     root = root / name
-    expert = {
+    expert: dict[str, Any] = {
         "_class_name": "WanTransformer3DModel",
         "num_attention_heads": s.dim // 64 if s.dim < 256 else s.dim // 128,
         "attention_head_dim": 64 if s.dim < 256 else 128,
@@ -35,7 +35,7 @@ def folder(
         **({"image_dim": 1280} if s.image_cross_attention else {}),
     }
     spatial = 16 if s.task == "ti2v" else 8
-    configs = {
+    configs: dict[str, dict[str, Any]] = {
         "transformer": expert,
         "vae": {"_class_name": "AutoencoderKLWan", "scale_factor_spatial": spatial},
     }
@@ -64,7 +64,7 @@ def triple(d: Defaults) -> tuple[Any, ...]:
 @pytest.mark.parametrize("name", SPECS)
 def test_a_folder_that_agrees_says_nothing(name: str, tmp_path: Path) -> None:
     s = SPECS[name]
-    index = {"boundary_ratio": s.boundary_ratio} if s.num_experts == 2 else {}
+    index: dict[str, Any] = {"boundary_ratio": s.boundary_ratio} if s.num_experts == 2 else {}
     d = defaults(folder(tmp_path, name, {**UNIPC, "flow_shift": s.flow_shift}, **index))
     assert d.spec is s and d.difference == "" and d.negative_prompt == s.negative_prompt
     assert triple(d) == ("unipc", s.flow_shift, s.boundary_ratio)
