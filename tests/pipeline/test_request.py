@@ -390,6 +390,9 @@ def test_an_unknown_preset_and_one_without_a_row_are_refused() -> None:
         with_preset("Wan2.2-T2V-A14B", "turbo")
     assert error.value.needs == "one of lightning, lightx2v, fastwan, causvid"
     assert (error.value.fix, error.value.code) == ("--preset lightning", "E-USE-01")
+    for other in ("", 5, ["lightning"]):
+        with pytest.raises(UsageError, match="preset "):
+            with_preset("Wan2.2-T2V-A14B", other)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="preset lightning with mine"):
         resolve(defaults_of("Wan2.1-T2V-14B", spec=None, model="mine"), "a", preset="lightning")
 

@@ -203,7 +203,7 @@ def preset_fields(defaults: Defaults, name: str) -> dict[str, Any]:
     Raises UsageError (E-USE-01) for an unknown name, RequestError (E-REQ-03) for one of another model.
     """
     allowed = presets_of(defaults.spec)
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         names = ", ".join(PRESETS)
         fix = f"--preset {allowed[0]}" if allowed else "omit --preset"
         raise UsageError(f"preset {name!r}", needs=f"one of {names}", fix=fix)
