@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import shlex
 import time
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,14 +14,12 @@ import typer
 from ascendit.cli.output import Output, quiet_libraries
 from ascendit.errors import UsageError
 from ascendit.family import PRESETS
-from ascendit.pipeline.options import FLAGS, OPTIONS
-from ascendit.pipeline.sigmas import TRAIN_STEPS
-from ascendit.report import columns
+from ascendit.pipeline.options import OPTIONS
+from ascendit.report import shell_line
 
 if TYPE_CHECKING:
     from ascendit.cli.generate_options import Call
     from ascendit.pipeline.job import Prepared
-    from ascendit.pipeline.request import GenerateRequest
     from ascendit.pipeline.video import Video
     from ascendit.progress import Progress
 
@@ -99,8 +94,12 @@ def generate(ctx: typer.Context, **params: Any) -> None:
     with out.work():
         prepared, output = _prepare(call, params["output"], overwrite=params["overwrite"])
     if params["dry_run"]:
-        _print_dry_run(prepared, call, output, out)
+        from ascendit.cli.dry_run import print_dry_run
+
+        print_dry_run(prepared, call, output, out)
         return
+    if warning := prepared.size_warning:
+        out.note(warning)
     start = time.perf_counter()
     video = _run(prepared, out)
     with out.work():
@@ -142,7 +141,7 @@ def _find_model(call: Call, config: Path) -> None:
         model_folder(call.options.model)
     except UsageError as e:
         if e.code == "E-USE-02":
-            args = shlex.join([call.prompt, "--config", str(config)])
+            args = shell_line([call.prompt, "--config", str(config)])
             e.got += f", named in {config}"
             e.fix = f"pass MODEL on the command line: ascendit generate MODEL {args}; or add --demo"
         raise
@@ -177,65 +176,3 @@ def _print_result(prepared: Prepared, out: Output, video: Video, path: Path, sec
     )
     out.detail(f"  replay  {prepared.replay}")
     out.emit({"output": str(path), **video.describe(), "seconds": round(seconds, 3)})
-
-
-def _print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> None:
-    request, options, model = prepared.request, prepared.model.options, prepared.model
-    schedule, shown = request.denoising_schedule, request.model_dump(exclude_none=True)
-    origin = _origins(call, request)
-    data = {
-        "dry_run": True,
-        "model": options.model,
-        "folder": str(model.layout.root),
-        "output": str(output),
-        "request": request.model_dump(),
-        "given": sorted({*call.fields} - {"seconds", "preset"}),
-        "preset": call.fields.get("preset"),
-        "defaults_from": list(model.defaults.sources),
-        "difference": model.defaults.difference or None,
-        "schedule": asdict(schedule),
-        "video_tokens": prepared.video_tokens,
-        "text_tokens": request.max_sequence_length,
-        **{name: getattr(options, name) for name in FLAGS},
-        "replay": prepared.replay,
-    }
-    passes = "two passes" if request.do_classifier_free_guidance else "one pass"
-    tokens = f"{prepared.video_tokens} video and {request.max_sequence_length} text tokens"
-    lines = [
-        f"would run  {model.defaults.model} in {model.layout.root}",
-        "request",
-        *columns(((k, f"{v if v != '' else repr('')}{origin(k)}") for k, v in shown.items()), indent="  "),
-        f"timesteps  {_timesteps(request, schedule.timesteps)}",
-        "defaults from",
-        *(f"  {source}" for source in model.defaults.sources),
-        f"work       {tokens}, {passes} per step",
-        f"output     {output}",
-        f"replay     {prepared.replay}",
-    ]
-    out.result(data, lines)
-
-
-def _origins(call: Call, request: GenerateRequest) -> Callable[[str], str]:
-    """Field -> the note behind its value: a preset or the model's default; empty for values of the call."""
-    explicit = {*call.fields, "prompt"} | ({"num_frames"} if "seconds" in call.fields else set())
-    preset = call.fields.get("preset")
-    by_preset = (
-        {k for k, v in PRESETS[preset].fields.items() if getattr(request, k) == v} if preset else set()
-    )
-
-    def origin(name: str) -> str:
-        text = "" if name in explicit else f"  (preset {preset})" if name in by_preset else "  (default)"
-        unused = name == "negative_prompt" and not request.do_classifier_free_guidance
-        return text + ("  (not used: guidance is at most 1)" if unused and request.negative_prompt else "")
-
-    return origin
-
-
-def _timesteps(request: GenerateRequest, timesteps: Sequence[float]) -> str:
-    """The timesteps of a run, the first and last few of many, and the expert of each."""
-    texts = [f"{t:.6g}" for t in timesteps]
-    text = ", ".join(texts if len(texts) <= 12 else [*texts[:6], "..", *texts[-3:]])
-    if request.boundary_ratio is None:
-        return text
-    high = sum(t >= TRAIN_STEPS * request.boundary_ratio for t in timesteps)
-    return f"{text} ({high} high-noise, {len(timesteps) - high} low-noise)"

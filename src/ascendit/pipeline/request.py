@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import shlex
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -24,6 +23,7 @@ from ascendit.geometry import nearest_frames, nearest_sizes
 from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.options import load_args
 from ascendit.pipeline.sigmas import Schedule, make_schedule
+from ascendit.report import shell_line
 from ascendit.validation import Checked
 
 MAX_SEED = 2**63 - 1
@@ -154,7 +154,7 @@ class GenerateRequest(Checked):
         stated = [(f, v) for f, v in flags if v != "" or f == "--negative"]  # the model may have a default
         args += [arg for flag, value in stated for arg in (flag, str(value))]
         args += ["--", *positional] if dashed else []
-        return shlex.join(args)
+        return shell_line(args)
 
 
 def _text(value: float) -> str:
