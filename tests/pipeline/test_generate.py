@@ -21,7 +21,7 @@ from ascendit.model import wan
 from ascendit.model.state import DenoiseState, rope_table
 from ascendit.pipeline import generate
 from ascendit.pipeline.condition import make_condition
-from ascendit.pipeline.request import name_image
+from ascendit.pipeline.images import name_image
 from ascendit.pipeline.solver import make_solver
 from ascendit.progress import Progress
 

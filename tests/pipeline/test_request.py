@@ -20,7 +20,8 @@ from wan_defaults import CASCADE, I2V, I2V_21, SINGLE, TI2V, defaults_of
 
 from ascendit.errors import RequestError, UsageError
 from ascendit.pipeline.defaults import Defaults
-from ascendit.pipeline.request import MAX_SEED, GenerateRequest, image_of, name_image, resolve
+from ascendit.pipeline.images import image_of, name_image
+from ascendit.pipeline.request import MAX_SEED, GenerateRequest, resolve
 
 FIELDS = set(GenerateRequest.model_fields)
 

@@ -35,8 +35,9 @@ from ascendit.model.wan import WanTransformer
 from ascendit.names import is_block_linear
 from ascendit.pipeline.defaults import Defaults, defaults_for
 from ascendit.pipeline.generate import Pipeline, denoise
+from ascendit.pipeline.images import open_image
 from ascendit.pipeline.job import load
-from ascendit.pipeline.request import GenerateRequest, open_image, resolve
+from ascendit.pipeline.request import GenerateRequest, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.quant.fusion import first_in_group
 from ascendit.weights.lora.fold import Folds, LoraSource

@@ -27,7 +27,8 @@ from ascendit.ops.operators import Ops
 from ascendit.pipeline.condition import Condition, make_condition
 from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.frame_checks import check_not_flat, to_uint8
-from ascendit.pipeline.request import GenerateRequest, check, image_of, name_image, open_image, resolve
+from ascendit.pipeline.images import image_of, name_image, open_image
+from ascendit.pipeline.request import GenerateRequest, check, resolve
 from ascendit.pipeline.solver import TRAIN_STEPS, make_solver
 from ascendit.pipeline.video import Video
 from ascendit.progress import OnProgress, Progress

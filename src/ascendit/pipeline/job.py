@@ -23,8 +23,9 @@ from ascendit.errors import is_out_of_memory, out_of_memory
 from ascendit.family import VaeConfig, WanConfig
 from ascendit.model.quantize_on_load import Online, policy_for, schemes_in
 from ascendit.pipeline.defaults import defaults_for
+from ascendit.pipeline.images import image_of
 from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_signature
-from ascendit.pipeline.request import GenerateRequest, image_of, resolve
+from ascendit.pipeline.request import GenerateRequest, resolve
 from ascendit.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
