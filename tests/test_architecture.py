@@ -103,6 +103,8 @@ LIGHT = (
     "convert.repack",
     "model.quantize_on_load",
     "pipeline.defaults",
+    "pipeline.fit",
+    "pipeline.images",
     "pipeline.options",
     "pipeline.request",
     "pipeline.job",

@@ -40,6 +40,8 @@ def _flag(
 FILES = ".mp4, .webm, .gif or .png (frames); default outputs/<time>_<prompt>_s<seed>.mp4."
 SETTINGS = "Any other setting, for example solver=euler or metadata=false; repeatable."
 TIMESTEPS = "Custom schedule, for example 1000,750,500,250 for distilled models."
+SIZE = "Width and height in pixels: 832x480; default: the model's area in the ratio of --image."
+FIT = "Images of another ratio than --size: crop (default), pad or stretch."
 ARGS = typer.Argument(metavar="[MODEL] PROMPT", hidden=True)  # explained in the text above the options
 PARAMETERS = (
     inspect.Parameter("ctx", KEYWORD_ONLY, annotation=typer.Context),
@@ -48,7 +50,7 @@ PARAMETERS = (
     _flag("output", Path, FILES, "FILE", "-o --output"),
     _flag("seed", int, "The same seed gives the same video; default: random, and printed.", "N"),
     _flag("num_inference_steps", int, "Number of denoising steps.", "N", "--steps"),
-    _flag("size", str, "Width and height in pixels: 832x480 or 832*480.", "WxH"),
+    _flag("size", str, SIZE, "WxH"),
     _flag("num_frames", int, "Number of frames, 4n+1.", "N", "--frames"),
     _flag("seconds", float, "Length in seconds, instead of --frames.", "S"),
     _flag("fps", int, "Frames per second of the file.", "N", hidden=True),
@@ -57,6 +59,8 @@ PARAMETERS = (
     _flag("own_timesteps", str, TIMESTEPS, "T,T,..", "--timesteps", hidden=True),
     _flag("negative_prompt", str, "Negative prompt.", "TEXT", "--negative"),
     _flag("image", str, "First frame, for models that accept an image.", "FILE"),
+    _flag("last_image", str, "Last frame, for FLF2V models and Wan2.2 I2V.", "FILE"),
+    _flag("fit", str, FIT, "HOW"),
     *(_flag(name, str, x.help, x.metavar, hidden=x.hidden) for name, x in OPTIONS.items() if x.metavar),
     _flag("settings", list[str], SETTINGS, "KEY=VALUE", "--set"),
     _flag("config", Path, "TOML file with the keys of --set, or the .json beside a video.", "FILE"),
@@ -180,6 +184,7 @@ def _print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) ->
         "request": request.model_dump(),
         "given": sorted({*call.fields} - {"seconds"}),
         "defaults_from": list(model.defaults.sources),
+        "images": prepared.images,
         "video_tokens": prepared.video_tokens,
         "text_tokens": request.max_sequence_length,
         **{name: getattr(options, name) for name in FLAGS},
@@ -187,12 +192,19 @@ def _print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) ->
     }
     explicit = {*call.fields, "prompt"} | ({"num_frames"} if "seconds" in call.fields else set())
     shown = [(k, v) for k, v in request.model_dump().items() if v is not None]
+    origin = dict.fromkeys(("width", "height"), "(from the image)")
+    if request.image is None:
+        shown, origin = [(k, v) for k, v in shown if k != "fit"], {}
     passes = "two passes" if request.do_classifier_free_guidance else "one pass"
     tokens = f"{prepared.video_tokens} video and {request.max_sequence_length} text tokens"
     lines = [
         f"would run  {model.defaults.model} in {model.layout.root}",
         "request",
-        *columns(((k, f"{v}" if k in explicit else f"{v}  (default)") for k, v in shown), indent="  "),
+        *columns(
+            ((k, f"{v}" if k in explicit else f"{v}  {origin.get(k, '(default)')}") for k, v in shown),
+            indent="  ",
+        ),
+        *(f"{field:<10} {text}" for field, text in prepared.images.items()),
         "defaults from",
         *(f"  {source}" for source in model.defaults.sources),
         f"work       {tokens}, {passes} per step",

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ascendit.errors import RequestError, UsageError
 from ascendit.geometry import nearest_frames, nearest_sizes
 from ascendit.pipeline.defaults import Defaults, Solver
+from ascendit.pipeline.fit import Fit, size_for
 from ascendit.pipeline.options import load_args
 from ascendit.validation import Checked
 
@@ -64,6 +65,10 @@ class GenerateRequest(Checked):
     negative_prompt: Text = ""
     image: Annotated[str | None, Field(strict=True, description="the path of an image")] = None
     """Path of the first frame, or `sha256:<hex>` of its pixels, which are passed separately."""
+    last_image: Annotated[str | None, Field(strict=True, description="the path of an image")] = None
+    """The last frame, named as `image` is."""
+    fit: Annotated[Fit, Field(description="crop, pad or stretch")] = "crop"
+    """How images of another ratio than the video are fitted."""
     width: Annotated[int, _integer(1)]
     height: Annotated[int, _integer(1)]
     num_frames: Annotated[int, _integer(1)]
@@ -127,6 +132,8 @@ class GenerateRequest(Checked):
             ("--shift", _text(self.flow_shift)),
             ("--negative", self.negative_prompt),
             ("--image", self.image or ""),
+            ("--last-image", self.last_image or ""),
+            ("--fit", "" if self.fit == "crop" or self.image is None else self.fit),
         ]
         boundary, length = self.boundary_ratio, self.max_sequence_length
         flags += [] if boundary is None else [("--set", f"boundary_ratio={_text(boundary)}")]
@@ -150,10 +157,11 @@ DEFAULTED = {field.name for field in fields_of(Defaults)} & set(GenerateRequest.
 """Fields with a default from the model; the default of the shift depends on the size."""
 
 
-def resolve(defaults: Defaults, prompt: str, **fields: Any) -> GenerateRequest:
+def resolve(defaults: Defaults, prompt: str, *, picture: Any = None, **fields: Any) -> GenerateRequest:
     """Fill the fields of GenerateRequest that are omitted or None from `defaults`, and check the request.
 
-    Raises UsageError (E-USE-01) for an unknown field, and the errors of `check`.
+    `picture`: (width, height) of the first frame, whose ratio the video gets if both are omitted.
+    Raises UsageError (E-USE-01) for an unknown field, and the errors of `check` and `fit.size_for`.
     """
     allowed = set(GenerateRequest.model_fields) - {"prompt"}
     if unknown := sorted(set(fields) - allowed):
@@ -168,6 +176,8 @@ def resolve(defaults: Defaults, prompt: str, **fields: Any) -> GenerateRequest:
     if "guidance_scale" in fields:  # one number applies to both experts, as in Diffusers
         fields.setdefault("guidance_scale_2", fields["guidance_scale"] if defaults.num_experts == 2 else None)
     values = {name: getattr(defaults, name) for name in DEFAULTED} | fields
+    if picture is not None and not {"width", "height"} & set(fields):
+        values["width"], values["height"] = size_for(defaults, picture)
     values.setdefault("flow_shift", defaults.shift_for(values["width"], values["height"]))
     values.setdefault("seed", secrets.randbelow(2**31))
     request = GenerateRequest(prompt=prompt, **values)
@@ -179,7 +189,8 @@ def check(request: GenerateRequest, defaults: Defaults) -> None:
     """Check the request against the model; nothing is rounded.
 
     Raises RequestError: E-REQ-01 and E-REQ-02 with the nearest allowed frames and sizes, E-REQ-04 for a
-    missing or unexpected image, E-REQ-03 for guidance or a boundary that does not fit the experts.
+    missing or unexpected image, E-REQ-03 for guidance or a boundary that does not fit the experts, or one
+    frame with a last image.
     """
     model, multiple, stride = defaults.model, defaults.size_multiple, defaults.frame_stride
     size = (request.width, request.height)
@@ -194,13 +205,7 @@ def check(request: GenerateRequest, defaults: Defaults) -> None:
         needs = f"width and height in multiples of {multiple} ({model})"
         fix = f"--size {w}x{h} or --size {w2}x{h2}"
         raise RequestError(f"size {size[0]}x{size[1]}", needs=needs, fix=fix, code="E-REQ-02")
-    if defaults.task == "i2v" and request.image is None:
-        fix = "--image FILE, or a text-to-video model"
-        raise RequestError("no image", needs=f"{model} starts from an image", fix=fix, code="E-REQ-04")
-    if defaults.task == "t2v" and request.image is not None:
-        needs = f"{model} is text-to-video and takes no image"
-        fix = "omit the image, or use an I2V or TI2V model"
-        raise RequestError(f"image {request.image}", needs=needs, fix=fix, code="E-REQ-04")
+    _check_images(request, defaults)
     second = (request.guidance_scale_2, request.boundary_ratio)
     if defaults.num_experts == 1 and second != (None, None):
         fix = "pass one guidance scale and no boundary"
@@ -209,3 +214,27 @@ def check(request: GenerateRequest, defaults: Defaults) -> None:
         needs = "boundary_ratio between 0 and 1 (the folder's model_index.json has no value)"
         fix = "--set boundary_ratio=0.875"
         raise RequestError("no boundary between the two experts", needs=needs, fix=fix)
+
+
+def _check_images(request: GenerateRequest, defaults: Defaults) -> None:
+    """Raise RequestError (E-REQ-04) for a missing or unexpected image, and E-REQ-03 for too few frames."""
+    model, last = defaults.model, request.last_image
+    if defaults.task == "i2v" and request.image is None:
+        fix = "--image FILE, or a text-to-video model"
+        raise RequestError("no image", needs=f"{model} starts from an image", fix=fix, code="E-REQ-04")
+    if defaults.task == "t2v" and request.image is not None:
+        needs = f"{model} is text-to-video and takes no image"
+        fix = "omit the image, or use an I2V or TI2V model"
+        raise RequestError(f"image {request.image}", needs=needs, fix=fix, code="E-REQ-04")
+    if defaults.last_frame == "refused" and last is not None:
+        fix = "omit the last image, or use Wan2.2-I2V-A14B or Wan2.1-FLF2V-14B-720P"
+        needs = f"{model} takes no last image"
+        raise RequestError(f"last image {last}", needs=needs, fix=fix, code="E-REQ-04")
+    if defaults.last_frame == "required" and last is None:
+        needs = f"{model} makes a video between a first and a last image"
+        fix = "--last-image FILE, or an I2V model"
+        raise RequestError("no last image", needs=needs, fix=fix, code="E-REQ-04")
+    if last is not None and request.num_frames == 1:
+        least = defaults.frame_stride + 1
+        needs = f"at least {least} frames between a first and a last image"
+        raise RequestError("1 frame and a last image", needs=needs, fix=f"--frames {least}")
