@@ -30,6 +30,8 @@ FLAGS = {
         "--guidance",
         "--negative",
         "--image",
+        "--last-image",
+        "--fit",
         "--device",
         "--scheme",
         "--recipe",

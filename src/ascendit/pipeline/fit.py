@@ -39,7 +39,7 @@ def size_for(defaults: Defaults, picture: Size) -> Size:
 def has_ratio(picture: Size, size: Size) -> bool:
     """Whether `picture` has the ratio of `size`, to the nearest whole pixel."""
     (w, h), (width, height) = picture, size
-    return w == max(1, round(h * width / height)) or h == max(1, round(w * height / width))
+    return 2 * abs(w * height - h * width) <= max(width, height)
 
 
 def fit_picture(picture: Any, size: Size, fit: Fit) -> Any:

@@ -154,9 +154,10 @@ def _file(name: str) -> Path:
         path = path.expanduser()
         is_file, reason = path.is_file(), "is a folder" if path.is_dir() else "no file"
     except (OSError, RuntimeError, ValueError) as e:
-        is_file, reason = False, f"no file ({e})"
+        is_file, reason = False, f"no file ({getattr(e, 'strerror', None) or e})"
     if not is_file:
-        got = f"{name} {reason}" if reason == "is a folder" else f"{reason} {name}"
+        shown = name if len(name) < 300 else name[:100] + "..."
+        got = f"{shown} {reason}" if reason == "is a folder" else f"{reason} {shown}"
         raise UsageError(got, needs="the path of an image", fix="correct the path", code="E-USE-02")
     return path
 
@@ -170,7 +171,7 @@ def _refused(name: str, source: Any = None) -> Iterator[None]:
         yield
     except (UsageError, MemoryError):
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+    except Image.DecompressionBombError as e:
         raise _too_large(f"{name}: {str(e).partition(',')[0]}") from e
     except Exception as e:  # the decoders raise errors of almost every class
         kind, fix = _kind_of(source)
