@@ -89,9 +89,7 @@ def test_image_to_video_equals_diffusers(tiny_folder: Any, name: str) -> None:
 def test_first_and_last_image_equal_diffusers(tiny_folder: Any, name: str) -> None:
     fields = SMALL | {"guidance_scale": 3.5, "height": 64, "width": 96}
     first, last = picture(), Image.fromarray(np.asarray(picture())[::-1, ::-1])
-    expected = theirs(
-        WanImageToVideoPipeline, tiny_folder(name), 5, image=first, last_image=last, **fields
-    )
+    expected = theirs(WanImageToVideoPipeline, tiny_folder(name), 5, image=first, last_image=last, **fields)
     pipe = ascendit.load(tiny_folder(name))
     request = pipe.request(PROMPT, image="a", last_image="z", seed=5, **fields)
     run = partial(generate.denoise, pipe, request, first, lambda event: None, None)
