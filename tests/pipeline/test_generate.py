@@ -21,7 +21,7 @@ from ascendit.model import wan
 from ascendit.model.state import DenoiseState, rope_table
 from ascendit.pipeline import generate
 from ascendit.pipeline.condition import make_condition
-from ascendit.pipeline.images import name_image
+from ascendit.pipeline.images import name_image, open_image
 from ascendit.pipeline.solver import make_solver
 from ascendit.progress import Progress
 
@@ -103,7 +103,7 @@ def test_a_video_between_two_images(tiny_flf2v: Path, tmp_path: Path) -> None:
     Image.new("RGB", (40, 40), "red").save(path)
     video = pipe.generate(PROMPT, image=first, last_image=path, seed=1, **size)
     assert video.request and video.request.last_image == str(path) and video.frames.shape == (9, 64, 96, 3)
-    by_hand = [generate.open_image(i) for i in (first, path)]
+    by_hand = [open_image(i) for i in (first, path)]
     fitted = [ImageOps.fit(i, (96, 64), Image.Resampling.LANCZOS) for i in by_hand]
     again = pipe.generate(PROMPT, image=fitted[0], last_image=np.asarray(fitted[1]), seed=1, **size)
     assert np.array_equal(video.frames, again.frames)
@@ -115,7 +115,7 @@ def test_a_video_between_two_images(tiny_flf2v: Path, tmp_path: Path) -> None:
 def test_without_a_size_the_video_has_the_ratio_of_the_image(tiny_i2v_cascade: Path) -> None:
     pipe = ascendit.load(tiny_i2v_cascade)
     pipe.defaults = replace(pipe.defaults, width=64, height=64)
-    few = {"num_frames": 5, "num_inference_steps": 1, "seed": 1}
+    few: dict[str, Any] = {"num_frames": 5, "num_inference_steps": 1, "seed": 1}
     video = pipe.generate(PROMPT, image=Image.new("RGB", (200, 100), "red"), **few)
     assert video.frames.shape == (5, 32, 80, 3)
     assert video.request and "--size 80x32" in video.request.replay_line("m")

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 from ascendit import geometry
 from ascendit.errors import RequestError
 from ascendit.family import Size
 from ascendit.pipeline.defaults import Defaults
+
+log = logging.getLogger("ascendit")
 
 Fit = Literal["crop", "pad", "stretch"]
 LOUD = 0.05
@@ -33,6 +36,7 @@ def size_for(defaults: Defaults, picture: Size) -> Size:
             fix=f"--size {default}, which crops the image, or --size {default} --fit pad",
             code="E-REQ-02",
         )
+    log.info("size %dx%d: the model's area in the ratio of the image; --size overrides it", *size)
     return size
 
 

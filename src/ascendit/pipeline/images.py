@@ -46,7 +46,7 @@ _TURNS = {
     8: "ROTATE_90",
 }
 _NOT_LOADED = {"EPS"}
-"""Formats that Pillow opens by running another program."""
+"""Formats that Pillow decodes by running another program."""
 
 # ---- the pictures of a request ------------------------------------------------------------------
 
@@ -185,8 +185,9 @@ def _decode(source: Any, name: str) -> Any:
 
     with _refused(name, source), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        Image.init()
-        with Image.open(source, formats=sorted(set(Image.OPEN) - _NOT_LOADED)) as file:
+        with Image.open(source) as file:
+            if file.format in _NOT_LOADED:
+                raise ValueError(f"{file.format} is not decoded")
             if file.width * file.height > MAX_PIXELS:
                 raise _too_large(f"{name} has {file.width}x{file.height} pixels")
             return _rgb(file, name)
