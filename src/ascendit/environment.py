@@ -77,6 +77,13 @@ def toolkit_folder(environ: Mapping[str, str] | None = None) -> Path | None:
     return None
 
 
+def cache_home(environ: Mapping[str, str] | None = None) -> Path:
+    """The folder for caches, XDG_CACHE_HOME or `~/.cache`. Raises RuntimeError if the user has no home."""
+    environ = os.environ if environ is None else environ
+    folder = Path(environ.get("XDG_CACHE_HOME", ""))
+    return folder if folder.is_absolute() else Path("~/.cache").expanduser()
+
+
 def library_folders(environ: Mapping[str, str] | None = None) -> tuple[Path, ...]:
     """The folders listed in LD_LIBRARY_PATH."""
     environ = os.environ if environ is None else environ
