@@ -3,9 +3,10 @@
     python benchmarks/busy.py                                            # beside 0, 4 and 8 busy processes
     python benchmarks/busy.py --with OMP_WAIT_POLICY=ACTIVE --with GOMP_SPINCOUNT=300000,OMP_NUM_THREADS=1
 
-The plain loop is slowed down by sharing the cores alone, so it is the peer: `x loop` is the slowdown of the video
-against the same video beside no process, divided by the slowdown of the loop in the same minutes. Every round runs
-the loop and each set of variables once beside each number of processes. Whole processes, including their imports.
+The plain loop is slowed down by sharing the cores alone, so it is the peer: `x loop` is the slowdown of the
+video against the same video beside no process, divided by the slowdown of the loop in the same minutes. Every
+round runs the loop and each set of variables once beside each number of processes. Whole processes, including
+their imports.
 """
 
 from __future__ import annotations
@@ -63,7 +64,15 @@ def main() -> None:
     times: dict[tuple[str, int], list[float]] = {}
     with tempfile.TemporaryDirectory() as work:
         command = [sys.executable, "-m", "ascendit", "-q", "generate", "--demo", PROMPT, "--seed", "1"]
-        command += ["--steps", str(args.steps), "--frames", str(args.frames), "--overwrite", "-o", f"{work}/x.mp4"]
+        command += [
+            "--steps",
+            str(args.steps),
+            "--frames",
+            str(args.frames),
+            "--overwrite",
+            "-o",
+            f"{work}/x.mp4",
+        ]
         seconds(command, {})  # compiles the kernels, fills the page cache
         for _ in range(args.reps):
             for count in args.busy:
@@ -75,11 +84,15 @@ def main() -> None:
     print_table(times, list(sets), args)
 
 
-def print_table(times: dict[tuple[str, int], list[float]], names: list[str], args: argparse.Namespace) -> None:
+def print_table(
+    times: dict[tuple[str, int], list[float]], names: list[str], args: argparse.Namespace
+) -> None:
     """One row for each set of variables, beside each number of processes."""
     cores = len(os.sched_getaffinity(0))
     print(f"{time.strftime('%Y-%m-%d')} torch {torch.__version__}, {platform.machine()}, {cores} cores")
-    print(f"{args.steps} steps, {args.frames} frames, n={args.reps}, load {os.getloadavg()[0]:.1f} at the end")
+    print(
+        f"{args.steps} steps, {args.frames} frames, n={args.reps}, load {os.getloadavg()[0]:.1f} at the end"
+    )
     medians = {key: statistics.median(values) for key, values in times.items()}
     base = args.busy[0]
     print("| run | busy | median s | min s | max s | slowdown | x loop |")
@@ -88,8 +101,8 @@ def print_table(times: dict[tuple[str, int], list[float]], names: list[str], arg
         for count in args.busy:
             values, slowdown = times[name, count], medians[name, count] / medians[name, base]
             fair = slowdown / (medians["loop", count] / medians["loop", base])
-            row = f"{medians[name, count]:.2f} | {min(values):.2f} | {max(values):.2f} | {slowdown:.2f} | {fair:.2f}"
-            print(f"| {name} | {count} | {row} |")
+            row = (medians[name, count], min(values), max(values), slowdown, fair)
+            print(f"| {name} | {count} | {' | '.join(f'{value:.2f}' for value in row)} |")
 
 
 if __name__ == "__main__":

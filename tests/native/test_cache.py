@@ -198,12 +198,19 @@ def test_the_folder_follows_the_environment(home: Path, environ: dict[str, str],
 
 
 def test_files_are_synced_before_they_are_renamed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    for name in ("fsync", "replace"):
+    calls: list[str] = []
+
+    def recorded(name: str) -> Callable[..., Any]:
         call = getattr(os, name)
-        monkeypatch.setattr(
-            os, name, lambda *args, name=name, call=call, **kw: (calls.append(name), call(*args, **kw))
-        )
+
+        def record(*args: Any, **settings: Any) -> Any:
+            calls.append(name)
+            return call(*args, **settings)
+
+        return record
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, recorded(name))
     with cache.open_folder(home / "cache") as folder:
         folder.store("x.so", b"content")
     assert calls == ["fsync", "replace", "fsync"]
@@ -223,19 +230,19 @@ def test_a_full_disk_leaves_no_file(home: Path, monkeypatch: pytest.MonkeyPatch)
 # ---- several processes --------------------------------------------------------------------------
 
 
-def slow_compiler(home: Path, seconds: float) -> dict[str, str]:
+def slow_compiler(home: Path, seconds: float) -> str:
     """PATH with a compiler that takes longer, and writes a line to `calls` for each library."""
     script = home / "bin" / "g++"
     script.parent.mkdir()
     line = f'echo call >> "{home}/calls"; sleep {seconds}'
     script.write_text(f'#!/bin/sh\ncase "$*" in *-shared*) {line};; esac\nexec "{COMPILER}" "$@"\n')
     script.chmod(0o755)
-    return {"PATH": f"{script.parent}{os.pathsep}{os.environ['PATH']}"}
+    return f"{script.parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def test_processes_that_start_together_compile_once(home: Path) -> None:
     path = slow_compiler(home, 0.5)
-    children = [start(home, **path) for _ in range(4)]
+    children = [start(home, PATH=path) for _ in range(4)]
     assert [finish(child) for child in children] == [("42", "")] * 4
     assert (home / "calls").read_text() == "call\n"
     assert not list(folder_of(home).glob("*.tmp"))
@@ -243,12 +250,12 @@ def test_processes_that_start_together_compile_once(home: Path) -> None:
 
 def test_a_process_that_is_killed_blocks_no_other(home: Path) -> None:
     path = slow_compiler(home, 1)
-    child = start(home, **path)
+    child = start(home, PATH=path)
     while not (home / "calls").exists():
         time.sleep(0.01)
     child.kill()
     child.communicate()
-    assert run(home, **path) == ("42", "")
+    assert run(home, PATH=path) == ("42", "")
     assert {file.suffix for file in folder_of(home).iterdir()} == {".so", ".lock"}
 
 

@@ -1,9 +1,9 @@
 """Threads on a CPU: how many there are, and what they do while they wait for one another.
 
-OpenMP runtimes let a thread that waits spin for milliseconds. If other programs use the cores, the thread that it
-waits for is often the one that it keeps from running: a video then takes up to ten times as long. And they start
-a thread for each core that they see, also in a container with a quota of fewer. OpenMP reads its variables when
-it is loaded, so `import ascendit` sets them, unless the user has.
+OpenMP runtimes let a thread that waits spin for milliseconds. If other programs use the cores, the thread
+that it waits for is often the one that it keeps from running: a video then takes up to ten times as long.
+They also start a thread for each core, even in a container with a quota of fewer. OpenMP reads its variables
+when it is loaded, so `import ascendit` sets them, unless the user has.
 """
 
 from __future__ import annotations
@@ -68,11 +68,15 @@ def report() -> None:
     """Log the settings; as a warning if they came too late and other programs use the cores."""
     threads = set_variables()
     log.info("threads: %s", threads)
-    if threads.late and "OMP_WAIT_POLICY" in threads.set and os.getloadavg()[0] > threads.cores:
+    if threads.late and "OMP_WAIT_POLICY" in threads.set and _load() > threads.cores:
         log.warning(
-            "this machine is busy, and torch was imported before ascendit, so its threads spin while they wait, "
-            "which is slow; import ascendit first, or export OMP_WAIT_POLICY=PASSIVE"
+            "this machine is busy, and torch was imported before ascendit, so its threads spin while they "
+            "wait, which is slow; import ascendit first, or export OMP_WAIT_POLICY=PASSIVE"
         )
+
+
+def _load() -> float:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def available_cores() -> int:
@@ -100,8 +104,8 @@ def _limits(root: Path) -> Iterator[tuple[str, str]]:
         if controllers and "cpu" not in controllers.split(","):
             continue
         base = mounts / controllers if controllers else mounts
-        folder = base / group.strip("/")
-        for folder in (folder, *folder.parents):
+        own = base / group.strip("/")
+        for folder in (own, *own.parents):
             limit, _, period = _read(folder / "cpu.max").partition(" ")
             yield limit, period.strip()
             yield _read(folder / "cpu.cfs_quota_us").strip(), _read(folder / "cpu.cfs_period_us").strip()

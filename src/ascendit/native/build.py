@@ -1,8 +1,9 @@
 """Compile the C++ sources of this folder on first use, into a cache.
 
-Failures never raise: without a compiler or the required instructions, the reason is logged once and callers use
-PyTorch. If the cache cannot be used, or others can write to it, that is logged once with a fix, and a private
-folder for temporary files is used. Files of former versions and compilers stay; the cache can be deleted anytime.
+Failures never raise: without a compiler or the required instructions, the reason is logged once and callers
+use PyTorch. If the cache cannot be used, or others can write to it, that is logged once with a fix, and a
+folder among the temporary files is used. Files of former versions and compilers stay in the cache, which can
+be deleted at any time.
 """
 
 from __future__ import annotations
@@ -83,13 +84,14 @@ _requested: dict[str, Built] = {}
 
 
 def describe_requested() -> str:
-    """The compiled libraries that this process uses, and those that it lacks; "" if it has requested none.
+    """Which compiled libraries this process uses, and which PyTorch replaces; "" if it needs none.
 
-    Numbers may differ between the two in the last bit.
+    The two round differently, so a video depends on it.
     """
-    used = [name for name, built in sorted(_requested.items()) if built.library is not None]
-    lacking = [f"no {name}: {built.reason}" for name, built in sorted(_requested.items()) if not built.library]
-    return "; ".join((*([", ".join(used)] if used else []), *lacking))
+    items = sorted(_requested.items())
+    compiled = ", ".join(name for name, built in items if built.library is not None)
+    replaced = [f"PyTorch for {name}: {built.reason}" for name, built in items if built.library is None]
+    return "; ".join(filter(None, (compiled and f"compiled {compiled}", *replaced)))
 
 
 def declared(built: Built, signatures: Mapping[str, str], result: Any = ctypes.c_int64) -> Built:
@@ -206,7 +208,9 @@ def _compile(compiler: str, source: Path, optional: tuple[tuple[str, ...], ...])
         for flags in optional:
             command = [compiler, *FLAGS, *EXTRA_FLAGS.get(source.stem, ()), *flags]
             command += [str(source), "-o", str(target)]
-            result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS)
+            result = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=COMPILE_SECONDS
+            )
             if result.returncode == 0:
                 return target.read_bytes()
             problem = problem or (result.stderr.strip().splitlines() or ["?"])[0]

@@ -1,8 +1,8 @@
 """The folder of compiled libraries: private to its user, and every file is verified before it is loaded.
 
 A file is a library followed by its SHA-256, which loaders ignore. The folder is opened once and every access
-goes through that handle, so that a folder or link that somebody else puts in its way is not followed. Files are
-written under another name, synced and renamed: other processes see a complete file or none.
+goes through that handle, so that folders and links that somebody else puts in the way are not followed. Files
+are written under another name, synced and renamed: other processes see a complete file or none.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class CacheFolder:
 def open_folder(path: Path) -> Iterator[CacheFolder]:
     """Open the folder, and make it (mode 0700) if it is absent.
 
-    Raises CacheProblem if it cannot be made or read, does not belong to this user, can be written by others, is
-    a link, or is on a file system that does not run code.
+    Raises CacheProblem if it cannot be made or read, does not belong to this user, can be written by others,
+    is a link, or is on a file system that does not run code.
     """
     try:
         fd = _open(path)
