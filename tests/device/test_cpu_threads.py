@@ -52,6 +52,8 @@ def test_importing_ascendit_sets_what_openmp_reads() -> None:
     answer, log = child("torch", OMP_DISPLAY_ENV="VERBOSE")
     assert answer["variables"]["OMP_WAIT_POLICY"] == "PASSIVE"
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in log
+    if "GOMP" in log:
+        assert "GOMP_SPINCOUNT = '1000'" in log
 
 
 @pytest.mark.parametrize(

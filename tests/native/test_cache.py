@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_no_file(home: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(os, "fsync", full)
     with cache.open_folder(home / "cache") as folder:
-        with pytest.raises(cache.CacheProblem, match="No space left"):
+        with pytest.raises(cache.CacheError, match="No space left"):
             folder.store("x.so", b"content")
     assert not list((home / "cache").iterdir())
 

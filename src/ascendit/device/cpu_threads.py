@@ -1,4 +1,4 @@
-"""Threads on a CPU: how many there are, and what they do while they wait for one another.
+"""Threads on a CPU: their number, and how they wait for one another.
 
 OpenMP runtimes let a thread that waits spin for milliseconds. If other programs use the cores, the thread
 that it waits for is often the one that it keeps from running: a video then takes up to ten times as long.
@@ -21,8 +21,9 @@ from ascendit import environment
 
 log = logging.getLogger("ascendit")
 
-WAIT = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Waiting threads sleep."""
+WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+"""Waiting threads soon sleep. The second is for GNU's runtime, the one of torch, which would let them sleep at
+once: waking a thread takes longer than most waits of a small model."""
 SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables by which users choose how long threads spin, if at all."""
 COUNT = "OMP_NUM_THREADS"
@@ -31,7 +32,7 @@ ROOT = Path("/")
 
 @dataclass(frozen=True)
 class Threads:
-    """What `set_variables` has decided."""
+    """The result of `set_variables`."""
 
     cores: int
     """Cores on which this process may run."""

@@ -32,7 +32,7 @@ from ascendit.doctor.probe import (
     run_child,
 )
 from ascendit.native.build import cache_folder, native, temporary_folder
-from ascendit.native.cache import CacheProblem, open_folder
+from ascendit.native.cache import CacheError, open_folder
 from ascendit.version import installed
 
 PYTHON = "3.11"
@@ -187,7 +187,7 @@ def _cache() -> list[ProbeRow]:
             sizes = [path.stat().st_size for path in cache.path.glob("*.so")]
             detected = f"{len(sizes)} libraries, {sum(sizes) / 2**20:.1f} MiB, in {cache.path}"
             return [replace(row, detected=detected)]
-    except CacheProblem as e:
+    except CacheError as e:
         detected = f"not used, {temporary_folder()} instead: {e}"
         return [replace(row, detected=detected, status="broken", fix=e.fix)]
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendit import environment
-from ascendit.native.cache import SHARED, CacheFolder, CacheProblem, open_folder
+from ascendit.native.cache import SHARED, CacheError, CacheFolder, open_folder
 
 log = logging.getLogger("ascendit")
 
@@ -135,7 +135,7 @@ def _library(name: str) -> ctypes.CDLL:
         try:
             with open_folder(folder()) as cache:
                 return _from_cache(cache, file, source, compiler)
-        except CacheProblem as e:
+        except CacheError as e:
             problem = str(e)
             _report(problem, e.fix)
     raise _Unavailable(problem)
@@ -150,20 +150,20 @@ def _from_cache(cache: CacheFolder, file: str, source: Path, compiler: str) -> c
                 cache.store(file, _compile(compiler, source, OPTIONAL_FLAGS))
                 library = cache.load(file)
     if library is None:
-        raise CacheProblem(f"{cache.path / file}: changed after it was written")
+        raise CacheError(f"{cache.path / file}: changed after it was written")
     return library
 
 
 def cache_folder() -> Path:
-    """The folder of compiled libraries. Raises CacheProblem if this user has no home folder."""
+    """The folder of compiled libraries. Raises CacheError if this user has no home folder."""
     try:
         return environment.cache_home() / CACHE
     except RuntimeError as e:
-        raise CacheProblem(f"~/.cache: {e}") from e
+        raise CacheError(f"~/.cache: {e}") from e
 
 
 def temporary_folder() -> Path:
-    """The folder that is used if `cache_folder` cannot be."""
+    """The folder to use when `cache_folder` is unusable."""
     return Path(tempfile.gettempdir(), f"ascendit-{os.geteuid()}", "native").absolute()
 
 

@@ -1,13 +1,14 @@
 """The folder of compiled libraries: private to its user, and every file is verified before it is loaded.
 
 A file is a library followed by its SHA-256, which loaders ignore. The folder is opened once and every access
-goes through that handle, so that folders and links that somebody else puts in the way are not followed. Files
+goes through that handle, so that a folder or link with which another user replaces it is not followed. Files
 are written under another name, synced and renamed: other processes see a complete file or none.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import logging
 import os
@@ -29,7 +30,7 @@ SHARED = stat.S_IWGRP | stat.S_IWOTH
 ANOTHER_FOLDER = "export XDG_CACHE_HOME=/a/folder/of/your/own"
 
 
-class CacheProblem(Exception):
+class CacheError(Exception):
     """The reason why the folder cannot be used, and `fix`, a command that changes that."""
 
     def __init__(self, reason: str, fix: str = ANOTHER_FOLDER) -> None:
@@ -54,14 +55,14 @@ class CacheFolder:
         except FileNotFoundError:
             return None
         except OSError as e:
-            problem = e.strerror or str(e)
+            problem = "a link" if e.errno == errno.ELOOP else e.strerror or str(e)
         if problem:
             log.log(level, "%s: %s; it is compiled again", self.path / name, problem)
             return None
         return ctypes.CDLL(str(self._location() / name))
 
     def store(self, name: str, content: bytes) -> None:
-        """Write a library. Raises CacheProblem, for example if the disk is full."""
+        """Write a library. Raises CacheError, for example if the disk is full."""
         temporary = f"{name}.{secrets.token_hex(4)}.tmp"
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700, dir_fd=self.fd)
@@ -75,7 +76,7 @@ class CacheFolder:
             finally:
                 self._remove(temporary)
         except OSError as e:
-            raise CacheProblem(f"{self.path}: cannot be written: {e.strerror or e}") from e
+            raise CacheError(f"{self.path}: cannot be written: {e.strerror or e}") from e
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
@@ -124,22 +125,22 @@ class CacheFolder:
 def open_folder(path: Path) -> Iterator[CacheFolder]:
     """Open the folder, and make it (mode 0700) if it is absent.
 
-    Raises CacheProblem if it cannot be made or read, does not belong to this user, can be written by others,
+    Raises CacheError if it cannot be made or read, does not belong to this user, can be written by others,
     is a link, or is on a file system that does not run code.
     """
     try:
         fd = _open(path)
-    except CacheProblem:
+    except CacheError:
         raise
     except OSError as e:
-        raise CacheProblem(f"{e.filename or path}: {e.strerror or e}") from e
+        raise CacheError(f"{e.filename or path}: {e.strerror or e}") from e
     try:
         status = os.fstat(fd)
         if reason := _not_private(status):
             fix = f"chmod 700 {path}" if status.st_uid == os.geteuid() else ANOTHER_FOLDER
-            raise CacheProblem(f"{path}: {reason}", fix)
+            raise CacheError(f"{path}: {reason}", fix)
         if os.fstatvfs(fd).f_flag & getattr(os, "ST_NOEXEC", 0):
-            raise CacheProblem(f"{path}: its file system is mounted with noexec")
+            raise CacheError(f"{path}: its file system is mounted with noexec")
         yield CacheFolder(path, fd)
     finally:
         os.close(fd)
@@ -147,12 +148,12 @@ def open_folder(path: Path) -> Iterator[CacheFolder]:
 
 def _open(path: Path) -> int:
     if not path.is_absolute():
-        raise CacheProblem(f"{path}: the home folder is not an absolute path")
+        raise CacheError(f"{path}: the home folder is not an absolute path")
     for folder in (*reversed(path.parents), path):
         if not folder.is_dir():
             folder.mkdir(0o700, exist_ok=True)
     if path.is_symlink():
-        raise CacheProblem(f"{path}: a link", f"rm {path}")
+        raise CacheError(f"{path}: a link", f"rm {path}")
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
 

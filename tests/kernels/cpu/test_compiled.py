@@ -142,6 +142,30 @@ def test_float32_and_odd_heads_use_pytorch() -> None:
     assert torch.equal(compiled("attention")(odd, odd, odd), attention.attention(odd, odd, odd))
 
 
+THREADS_CODE = """
+import os, torch
+from ascendit.native.build import native
+threads, library = lambda: len(os.listdir("/proc/self/task")), native("elementwise").library
+x = torch.zeros(1000, dtype=torch.bfloat16)
+count = [threads()]
+for n in (1, 3):
+    library.gelu_tanh_bf16(*map(ctypes.c_void_p, (x.data_ptr(), x.data_ptr())), *map(ctypes.c_int64, (1000, n)))
+    count.append(threads() - count[0])
+assert count[1:] == [0, 2], count
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the threads of a process are not listed")
+def test_kernels_use_the_number_of_threads_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that is torch's number, also in a thread that has not used torch before."""
+    subprocess.run([sys.executable, "-c", f"import ctypes{THREADS_CODE}"], check=True)
+    numbers: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: numbers.append(1) or 1)
+    x = bf16(2, 8, 2, 32)
+    compiled("attention")(x, x, x), compiled("gelu_tanh")(x)
+    assert len(numbers) == 2 + 1
+
+
 def test_same_bytes_on_any_number_of_threads() -> None:
     q, k, v = bf16(1, 200, 3, 64), bf16(1, 300, 3, 64), bf16(1, 300, 3, 64)
     torch.set_num_threads(2)
