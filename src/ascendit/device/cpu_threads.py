@@ -22,8 +22,8 @@ from ascendit import environment
 log = logging.getLogger("ascendit")
 
 WAIT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
-"""Waiting threads soon sleep. The second is for GNU's runtime, the one of torch, which would let them sleep at
-once: waking a thread takes longer than most waits of a small model."""
+"""Waiting threads soon sleep. With the first alone they sleep at once in GNU's runtime, the one of torch, but
+waking a thread takes longer than most waits of a small model."""
 SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables by which users choose how long threads spin, if at all."""
 COUNT = "OMP_NUM_THREADS"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -142,28 +146,41 @@ def test_float32_and_odd_heads_use_pytorch() -> None:
     assert torch.equal(compiled("attention")(odd, odd, odd), attention.attention(odd, odd, odd))
 
 
-THREADS_CODE = """
-import os, torch
-from ascendit.native.build import native
-threads, library = lambda: len(os.listdir("/proc/self/task")), native("elementwise").library
-x = torch.zeros(1000, dtype=torch.bfloat16)
-count = [threads()]
-for n in (1, 3):
-    library.gelu_tanh_bf16(*map(ctypes.c_void_p, (x.data_ptr(), x.data_ptr())), *map(ctypes.c_int64, (1000, n)))
-    count.append(threads() - count[0])
-assert count[1:] == [0, 2], count
-"""
+TASKS = Path("/proc/self/task")
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the threads of a process are not listed")
-def test_kernels_use_the_number_of_threads_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And that is torch's number, also in a thread that has not used torch before."""
-    subprocess.run([sys.executable, "-c", f"import ctypes{THREADS_CODE}"], check=True)
-    numbers: list[int] = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: numbers.append(1) or 1)
-    x = bf16(2, 8, 2, 32)
-    compiled("attention")(x, x, x), compiled("gelu_tanh")(x)
-    assert len(numbers) == 2 + 1
+@pytest.mark.skipif(not TASKS.is_dir(), reason="the threads of a process are not listed")
+def test_kernels_use_the_number_of_threads_of_the_call() -> None:
+    """Counted in a new thread, for which OpenMP starts its own."""
+    x, added = bf16(64, 64), []
+
+    def count() -> None:
+        for threads in (1, 3):
+            before = set(TASKS.iterdir())
+            with mock.patch.object(torch, "get_num_threads", lambda threads=threads: threads):
+                compiled("gelu_tanh")(x)
+            added.append(len(set(TASKS.iterdir()) - before))
+
+    compiled("gelu_tanh")
+    thread = Thread(target=count)
+    thread.start()
+    thread.join()
+    assert added == [0, 2]
+
+
+@pytest.mark.parametrize("operator", ["attention", "gelu_tanh", "rms_norm", "rope", "gated_residual"])
+def test_kernels_take_the_number_of_threads_from_torch(operator: str) -> None:
+    x, half = bf16(1, 8, 2, 32), torch.zeros(8, 16)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "attention": (x, x, x),
+        "gelu_tanh": (x,),
+        "rms_norm": (x, x[0, 0, 0], 1e-6),
+        "rope": (x, half, half),
+        "gated_residual": (x.flatten(2), x.flatten(2), torch.zeros(1, 64), (8,)),
+    }
+    with mock.patch.object(torch, "get_num_threads", mock.Mock(return_value=1)) as number:
+        compiled(operator)(*arguments[operator])
+    assert number.call_count == 1
 
 
 def test_same_bytes_on_any_number_of_threads() -> None:
