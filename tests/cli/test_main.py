@@ -75,7 +75,7 @@ FLAGS = {
         "--dry-run",
         "--json",
     ],
-    "inspect": ["--layers", "--diff", "--json"],
+    "inspect": ["--layers", "--check", "--diff", "--values", "--json"],
     "verify": [
         "--demo",
         "--adherence",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> None:
-    """Print what the run would do: every value of the request, device, work, memory, output and replay."""
+    """Print the plan of a run: every value of the request, device, work, memory, output and replay."""
     request, options, model = prepared.request, prepared.model.options, prepared.model
     with out.work():
         estimate = prepared.estimate
