@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> None:
-    """Print what the run would do: every value of the request, device, work, memory, output and replay."""
+    """Print the plan of the run: every value of the request, device, work, memory, output and replay."""
     request, options, model = prepared.request, prepared.model.options, prepared.model
     with out.work():
         estimate = prepared.estimate

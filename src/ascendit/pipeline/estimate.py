@@ -102,10 +102,7 @@ def estimate_run(model: PreparedModel, request: GenerateRequest) -> Estimate:
 def work_of(model: PreparedModel, request: GenerateRequest) -> Work:
     """FLOPs of the denoiser, as `torch.utils.flop_counter` counts those of plain PyTorch."""
     config = model_config(model.experts[0][0])
-    vae = VaeConfig.from_dict(model.layout.part("vae").config)
-    strides = {"frame_stride": vae.scale_factor_temporal, "stride": vae.scale_factor_spatial}
-    latents = geometry.latent_grid(request.num_frames, request.height, request.width, **strides)
-    tokens = geometry.num_tokens(geometry.patch_grid(latents, config.patch_size))
+    latents, tokens = latent_size(model, request)
     image_tokens = _clip_tokens(model) if request.image else 0
     flops = geometry.transformer_flops(config, tokens, request.max_sequence_length, image_tokens)
     branches = 2 if request.do_classifier_free_guidance else 1
@@ -121,6 +118,15 @@ def work_of(model: PreparedModel, request: GenerateRequest) -> Work:
         flops=steps * step + starts * branches * flops.context,
         attention_flops=steps * branches * flops.attention,
     )
+
+
+def latent_size(model: PreparedModel, request: GenerateRequest) -> tuple[geometry.Grid, int]:
+    """(latent grid, tokens) of the video."""
+    vae = VaeConfig.from_dict(model.layout.part("vae").config)
+    strides = {"frame_stride": vae.scale_factor_temporal, "stride": vae.scale_factor_spatial}
+    latents = geometry.latent_grid(request.num_frames, request.height, request.width, **strides)
+    patch_size = model_config(model.experts[0][0]).patch_size
+    return latents, geometry.num_tokens(geometry.patch_grid(latents, patch_size))
 
 
 def _clip_tokens(model: PreparedModel) -> int:
