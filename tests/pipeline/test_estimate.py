@@ -22,7 +22,6 @@ from ascendit.pipeline.job import prepare, prepare_model
 from ascendit.pipeline.load import build
 from ascendit.pipeline.memory import memory_of
 from ascendit.pipeline.options import LoadOptions
-from ascendit.pipeline.request import resolve
 
 SMALL: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 2, "seed": 1}
 
@@ -43,8 +42,9 @@ def test_flops_are_those_of_plain_pytorch(
     if picture is not None:
         picture.save(tmp_path / "red.png")
         fields = fields | {"image": str(tmp_path / "red.png")}
-    model = prepare_model(LoadOptions(model=str(tiny_folder(name)), ops="reference"))
-    request = resolve(model.defaults, "a", **SMALL | {"max_sequence_length": 64} | fields)
+    fields = SMALL | {"max_sequence_length": 64} | fields
+    prepared = prepare(LoadOptions(model=str(tiny_folder(name)), ops="reference"), "a", **fields)
+    model, request = prepared.model, prepared.request
     pipe = build(model)
     pipe.text.encode([request.prompt, request.negative_prompt], request.max_sequence_length)
 
@@ -55,7 +55,7 @@ def test_flops_are_those_of_plain_pytorch(
 
     total = counted(lambda: denoise(pipe, request, picture, lambda event: None, None))
     total -= counted(lambda: make_condition(model.defaults.task, picture, request, pipe.vae, pipe.clip))
-    assert work_of(model, request).flops == total
+    assert work_of(prepared).flops == total
 
 
 def real_bytes(module: nn.Module) -> int:
@@ -159,7 +159,7 @@ def test_a_dry_run_shows_work_memory_and_warnings(
 def test_frames_that_do_not_fit_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ascendit.pipeline.memory.host_memory", lambda: 1 << 30)
     prepared = prepare(LoadOptions(model="demo"), "a", width=2048, height=2048, num_frames=401)
-    texts = estimate_run(prepared.model, prepared.request).warnings
+    texts = estimate_run(prepared).warnings
     assert "20.6 MiB of weights and 18.8 GiB of decoded frames do not fit into the 1.0 GiB" in texts[0]
 
 
@@ -172,12 +172,11 @@ def test_a_run_above_the_published_sizes_says_so_once(capsys: Any, monkeypatch: 
 
 
 def test_sizes_near_the_published_ones_are_quiet() -> None:
-    defaults = prepare_model(LoadOptions(model="demo")).defaults
     work = Work(tokens=1, passes=1, flops_per_step=1, flops=1, attention_flops=3 * 10**15)
     for frames, said in ((17, False), (21, False), (41, True)):
-        request = resolve(defaults, "a", num_frames=frames)
-        assert bool(size_warning(defaults, request, work)) == said
-    assert "attention alone is 3.00 PFLOP" in size_warning(defaults, request, work)
+        prepared = prepare(LoadOptions(model="demo"), "a", num_frames=frames)
+        assert bool(size_warning(prepared, work)) == said
+    assert "attention alone is 3.00 PFLOP" in size_warning(prepared, work)
     assert [human_flops(x) for x in (5 * 10**8, 12 * 10**12, 10**21)] == [
         "500 MFLOP",
         "12.0 TFLOP",

@@ -18,6 +18,8 @@ EXPERTS = ("transformer", "transformer_2")
 STEM = "diffusion_pytorch_model"
 MAX_JSON = 100_000_000
 """Size limit of a JSON file in bytes. The index of the largest Wan model has 150 kB."""
+MAX_DEPTH = 100
+"""Limit of nested objects and lists; deeper ones exhaust the stack of a later reader."""
 CONFIG_FILES = {
     "scheduler": ("scheduler_config.json",),
     "tokenizer": ("tokenizer_config.json",),
@@ -81,8 +83,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def loads(text: str) -> Any:
-    """Parse JSON. Raises ValueError or RecursionError: invalid JSON, duplicate keys, lone surrogates."""
+    """Parse JSON.
+
+    Raises ValueError or RecursionError: invalid JSON, duplicate keys, lone surrogates, deep nesting.
+    """
     data = json.loads(text, object_pairs_hook=_unique_keys)
+    level = [data] if isinstance(data, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        inner = [c.values() if isinstance(c, dict) else c for c in level]
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+    if level:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if "\\ud" in text.lower():
         json.dumps(data, ensure_ascii=False).encode()
     return data

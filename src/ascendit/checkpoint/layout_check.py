@@ -13,7 +13,14 @@ from typing import Any
 
 from ascendit.checkpoint.component import EXPERTS, Part, read_json
 from ascendit.checkpoint.layout import RECORD_FILE, Layout
-from ascendit.checkpoint.part_check import check_part
+from ascendit.checkpoint.part_check import (
+    LIBRARY_PARTS,
+    check_index,
+    check_part,
+    library_config,
+    processor_config,
+)
+from ascendit.checkpoint.part_configs import AutoencoderConfig, ImageEncoderConfig, TextEncoderConfig
 from ascendit.checkpoint.reader import Shards
 from ascendit.checkpoint.transformer import Expert, model_config, read_expert
 from ascendit.errors import AscenditError, CheckpointError
@@ -25,12 +32,6 @@ NEEDED = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
 NEEDED_FOR_IMAGE_TOKENS = ("image_encoder", "image_processor")
 EQUAL_KEYS = ("in_channels", "out_channels", "text_dim", "patch_size", "image_dim")
 """Keys in which the configs of two experts agree: they take turns on the same latents."""
-LIBRARY_DEFAULTS: Mapping[str, Mapping[str, int]] = {
-    "vae": {"z_dim": 16, "scale_factor_temporal": 4},
-    "text_encoder": {"d_model": 512},
-    "image_encoder": {"hidden_size": 768},
-}
-"""Values of keys that a config omits, from the classes of Diffusers and transformers."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def check_layout(layout: Layout) -> CheckedLayout:
     problems = list(_missing_parts(layout)) if pipeline else []
     parts = tuple(_check(part, to_run=pipeline) for part in layout.parts.values())
     problems += [checked.problem for checked in parts if checked.problem is not None]
+    problems += _index_problems(layout)
     problems += _record_problems(layout, [x.expert for x in parts if x.expert is not None])
     sound = {x.part.name: x for x in parts if x.problem is None}
     problems += _disagreements(layout, sound)
@@ -107,6 +109,14 @@ def _check(part: Part, *, to_run: bool) -> CheckedPart:
     except AscenditError as e:
         return replace(checked, problem=e)
     return checked
+
+
+def _index_problems(layout: Layout) -> list[AscenditError]:
+    try:
+        check_index(layout)
+    except CheckpointError as e:
+        return [e]
+    return []
 
 
 # ---- the record of the folder -------------------------------------------------------------------
@@ -158,25 +168,27 @@ def _around_the_transformer(
     layout: Layout, name: str, config: Mapping[str, Any], parts: Mapping[str, CheckedPart]
 ) -> Iterator[AscenditError]:
     """Problems between the first expert and the other parts."""
-    configs = {
-        part: _values_of(parts[part].part, defaults)
-        for part, defaults in LIBRARY_DEFAULTS.items()
-        if part in parts
-    }
-    if "vae" in configs:
-        z, (inputs, outputs) = configs["vae"]["z_dim"], (config["in_channels"], config["out_channels"])
-        stride = configs["vae"]["scale_factor_temporal"]
-        allowed = (z,) if layout.index.get("expand_timesteps") else (z, 2 * z + stride)
-        if outputs != z or inputs not in allowed:
-            channels = f"{inputs} input and {outputs} output channels"
-            yield _disagree(layout, name, channels, "vae", f"latents of {z} channels")
-    if "text_encoder" in configs and config["text_dim"] != (width := configs["text_encoder"]["d_model"]):
-        yield _disagree(layout, name, f"text_dim {config['text_dim']}", "text_encoder", f"d_model {width}")
-    if "image_encoder" in configs and config["image_dim"] is not None:
-        width = configs["image_encoder"]["hidden_size"]
-        if config["image_dim"] != width:
+    configs = {part: library_config(parts[part].part) for part in LIBRARY_PARTS if part in parts}
+    match configs.get("vae"):
+        case AutoencoderConfig(z_dim=z, scale_factor_temporal=stride):
+            inputs, outputs = config["in_channels"], config["out_channels"]
+            allowed = (z,) if layout.index.get("expand_timesteps") else (z, 2 * z + stride)
+            if outputs != z or inputs not in allowed:
+                channels = f"{inputs} input and {outputs} output channels"
+                yield _disagree(layout, name, channels, "vae", f"latents of {z} channels")
+    match configs.get("text_encoder"):
+        case TextEncoderConfig(d_model=width) if width != config["text_dim"]:
+            text = f"text_dim {config['text_dim']}"
+            yield _disagree(layout, name, text, "text_encoder", f"d_model {width}")
+    match configs.get("image_encoder"):
+        case ImageEncoderConfig(hidden_size=width) if config["image_dim"] not in (None, width):
             image = f"image_dim {config['image_dim']}"
             yield _disagree(layout, name, image, "image_encoder", f"hidden_size {width}")
+        case ImageEncoderConfig(image_size=edge) if "image_processor" in parts:
+            size = processor_config(parts["image_processor"].part).output_size
+            if size != (edge, edge):
+                images = "images of " + ("any size" if size is None else f"{size[1]}x{size[0]}")
+                yield _disagree(layout, "image_processor", images, "image_encoder", f"image_size {edge}")
 
 
 def _config_of(checked: CheckedPart) -> dict[str, Any]:
@@ -186,12 +198,6 @@ def _config_of(checked: CheckedPart) -> dict[str, Any]:
     values = {key: config.get(key, getattr(WanConfig, key)) for key in EQUAL_KEYS}
     values["out_channels"] = values["out_channels"] or values["in_channels"]
     return values | {"patch_size": list(values["patch_size"])}
-
-
-def _values_of(part: Part, defaults: Mapping[str, int]) -> dict[str, Any]:
-    nested = part.config.get("vision_config")
-    config = nested if isinstance(nested, dict) else part.config
-    return {key: config.get(key, default) for key, default in defaults.items()}
 
 
 def _disagree(layout: Layout, a: str, a_has: str, b: str, b_has: str) -> CheckpointError:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from ascendit.checkpoint.component import TRANSFORMER, Part
 from ascendit.checkpoint.layer_format import FLOAT_DTYPES, Layer, read_layers
+from ascendit.checkpoint.part_configs import TransformerConfig
 from ascendit.checkpoint.quant_metadata import (
     CONFIG_KEY,
     Manifest,
@@ -179,10 +180,13 @@ def _canonical(stored: Mapping[str, TensorInfo], naming: Naming) -> dict[str, Te
 def _config(
     part: Part, tensors: Mapping[str, TensorInfo], layers: Mapping[str, Layer]
 ) -> tuple[dict[str, Any], str | None]:
-    """(Diffusers config, problem). A stored Diffusers config is used unchanged."""
+    """(Diffusers config, problem). A stored Diffusers config is checked, and used unchanged."""
     original = not part.config or part.config.get("_class_name", TRANSFORMER) != TRANSFORMER
     if not original:
-        return {key: value for key, value in part.config.items() if key != CONFIG_KEY}, None
+        config = {key: value for key, value in part.config.items() if key != CONFIG_KEY}
+        TransformerConfig.read(part.folder / "config.json", config)
+        WanConfig.from_dict(config)
+        return config, None
     return diffusers_config(part.config, _decoded_shapes(tensors, layers))
 
 

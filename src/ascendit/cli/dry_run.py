@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ascendit.pipeline.estimate import Estimate, human_flops
+from ascendit.pipeline.estimate import Estimate, estimate_run, human_flops
 from ascendit.pipeline.options import FLAGS
 from ascendit.report import columns, human_bytes
 
@@ -19,7 +19,7 @@ def print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> 
     """Print the plan of the run: every value of the request, device, work, memory, output and replay."""
     request, options, model = prepared.request, prepared.model.options, prepared.model
     with out.work():
-        estimate = prepared.estimate
+        estimate = estimate_run(prepared)
     denoiser = estimate.memory.parts["transformer"]
     schemes = sorted({x for part in estimate.memory.parts.values() for x in part.schemes}) or ["bf16"]
     data = {

@@ -10,9 +10,16 @@ from typing import Any
 import torch
 
 from ascendit.checkpoint.component import Part
-from ascendit.checkpoint.reader import Shards, common_dtype
-from ascendit.errors import CheckpointError
-from ascendit.names import listed
+from ascendit.checkpoint.part_check import (
+    check_part,
+    first_line,
+    library_config,
+    library_refusal,
+    processor_config,
+    tensor_mismatch,
+)
+from ascendit.checkpoint.reader import common_dtype
+from ascendit.errors import CheckpointError, is_out_of_memory
 
 
 @contextmanager
@@ -34,24 +41,30 @@ def quiet() -> Iterator[None]:
 def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
     """Load a text encoder, image encoder or VAE on the CPU through transformers or Diffusers.
 
-    `dtype`: None for the dtype of most stored bytes. Raises CheckpointError (E-CKP-04) for missing,
-    unexpected or mismatched tensors: the libraries initialize missing weights randomly and only log it.
+    `dtype`: None for the dtype of most stored bytes. The library gets the checked values of config.json
+    only. Raises CheckpointError: the errors of `check_part`, and E-CKP-04 for tensors that the library
+    misses: it initializes missing weights randomly and only logs it.
     """
+    shards = check_part(part)
+    assert shards is not None, part.name
     if dtype is None:
-        stored = Shards.open(part.path, part.stem).tensors.values()
-        dtype = getattr(torch, common_dtype((info.dtype, info.nbytes) for info in stored))
-    cls = getattr(importlib.import_module(part.library), part.class_name)
-    options: dict[str, Any] = {"torch_dtype": dtype}
-    if part.library == "transformers":  # else it stops at a mismatched tensor without naming it
-        options = {"dtype": dtype, "ignore_mismatched_sizes": True}
+        stored = ((info.dtype, info.nbytes) for info in shards.tensors.values())
+        dtype = getattr(torch, common_dtype(stored))
+    values = library_config(part).model_dump()
+    options: dict[str, Any] = {"torch_dtype": dtype, **values}
     try:
+        cls = getattr(importlib.import_module(part.library), part.class_name)
+        if part.library == "transformers":  # without the option it stops without a name
+            options = {"dtype": dtype, "ignore_mismatched_sizes": True, "config": cls.config_class(**values)}
         with quiet():
             model, info = cls.from_pretrained(
                 part.path, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
             )
-    except (OSError, ValueError, RuntimeError) as e:
+    except Exception as e:
+        if is_out_of_memory(e):
+            raise
         raise CheckpointError(
-            f"{part.path}: {str(e).splitlines()[0]}",
+            f"{part.path}: {first_line(e)}",
             needs=f"a folder that {part.library} loads as {part.class_name}",
             fix="download the component again",
             code="E-CKP-04",
@@ -59,18 +72,21 @@ def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
     kinds = ("missing keys", "unexpected keys", "mismatched keys")
     problems = {kind: [str(name) for name in info.get(kind.replace(" ", "_")) or ()] for kind in kinds}
     if any(problems.values()):
-        raise CheckpointError(
-            f"{part.path}: "
-            + "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names),
-            needs=f"exactly the tensors of this {part.class_name}",
-            fix="download the component again, or check that config.json matches the weights",
-            code="E-CKP-04",
-        )
+        raise tensor_mismatch(part, problems)
     return model.eval().requires_grad_(False)
 
 
 def load_processor(part: Part) -> Any:
-    """Load a tokenizer or image processor, which have no weights."""
-    cls = getattr(importlib.import_module(part.library), part.class_name)
-    with quiet():
-        return cls.from_pretrained(part.path, local_files_only=True)
+    """Load a tokenizer or image processor, which have no weights.
+
+    Raises CheckpointError (E-CKP-06) as `check_part` does, and for files that the library refuses.
+    """
+    check_part(part)
+    try:
+        cls = getattr(importlib.import_module(part.library), part.class_name)
+        with quiet():
+            if part.name == "image_processor":
+                return cls(**processor_config(part).model_dump(exclude_none=True))
+            return cls.from_pretrained(part.path, local_files_only=True)
+    except BaseException as e:
+        raise library_refusal(part.path, e) from e

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ascendit.checkpoint.layout import Layout
 from ascendit.checkpoint.layout_check import CheckedLayout, check_layout
-from ascendit.errors import AscenditError, CheckpointError
+from ascendit.errors import AscenditError
 from ascendit.pipeline.defaults import Defaults, defaults_for
 
 
@@ -28,13 +28,12 @@ def check_model(layout: Layout) -> CheckedModel:
     """Check a recognised model: every part, whether the parts fit each other, scheduler and defaults."""
     checked = check_layout(layout)
     defaults, problems = None, list(checked.problems)
-    if layout.kind == "diffusers" and "vae" in layout.parts:
+    valid = not any(problem.code in ("E-CKP-05", "E-CKP-06") for problem in problems)
+    if layout.kind == "diffusers" and "vae" in layout.parts and valid:
         try:
             defaults = defaults_for(layout)
         except AscenditError as e:
-            problems += [e] if e.got not in [problem.got for problem in problems] else []
-        except (TypeError, ValueError, LookupError, AttributeError) as e:
-            problems += [] if problems else [_bad_config(layout, e)]
+            problems.append(e)
     return CheckedModel(checked, defaults, tuple(problems))
 
 
@@ -50,12 +49,3 @@ def require_model(layout: Layout) -> tuple[CheckedLayout, Defaults]:
         raise model.problems[0]
     assert model.defaults is not None
     return model.checked, model.defaults
-
-
-def _bad_config(layout: Layout, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"a config of {layout.root} has a value of the wrong type: {error}",
-        needs="the original configs of the model's authors",
-        fix="download the JSON files again",
-        code="E-CKP-06",
-    )
