@@ -82,7 +82,11 @@ def test_bytes_are_those_of_the_loaded_parts(options: dict[str, Any], tiny_i2v_2
     memory = memory_of(model)
     pipe = build(model)
     assert pipe.clip is not None
-    modules = {"text_encoder": pipe.text.model, "vae": pipe.vae.model, "image_encoder": pipe.clip.model}
+    modules: dict[str, Any] = {
+        "text_encoder": pipe.text.model,
+        "vae": pipe.vae.model,
+        "image_encoder": pipe.clip.model,
+    }
     modules |= pipe.experts
     assert {name: part.bytes for name, part in memory.parts.items()} == {
         name: real_bytes(module) for name, module in modules.items()
@@ -96,7 +100,8 @@ def test_a_float16_text_encoder_keeps_layers_in_float32(tmp_path: Path) -> None:
     folder = tiny.build_t2v_single(tmp_path / "m", dtype=torch.float16)
     model = prepare_model(LoadOptions(model=str(folder)))
     part = memory_of(model).parts["text_encoder"]
-    assert part.dtype == "float16" and part.bytes == real_bytes(build(model).text.model)
+    encoder: Any = build(model).text.model
+    assert part.dtype == "float16" and part.bytes == real_bytes(encoder)
 
 
 def test_where_the_text_encoder_is() -> None:
