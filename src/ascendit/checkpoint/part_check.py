@@ -32,6 +32,7 @@ from ascendit.checkpoint.part_tensors import (
     text_encoder_tensors,
 )
 from ascendit.checkpoint.reader import Shards, TensorInfo
+from ascendit.checkpoint.trust import TOKENIZER_FILES
 from ascendit.errors import AscenditError, CheckpointError, is_out_of_memory
 from ascendit.names import Shapes, listed
 
@@ -90,7 +91,9 @@ def library_config(part: Part) -> PartConfig:
 
 def processor_config(part: Part) -> ImageProcessorConfig:
     """The checked config of an image processor. Raises CheckpointError (E-CKP-06)."""
-    return ImageProcessorConfig.read(_config_file(part), part.config)
+    file, config = _config_file(part), part.config
+    inner = config.get("image_processor")  # in the config of a processor of several inputs
+    return ImageProcessorConfig.read(file, inner if isinstance(inner, dict) else config)
 
 
 def _config_file(part: Part) -> Path:
@@ -149,8 +152,12 @@ def tensor_mismatch(part: Part, problems: Mapping[str, Collection[str]]) -> Chec
 
 # ---- tokenizer ----------------------------------------------------------------------------------
 
-TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
-"""One of these has the vocabulary."""
+
+TOKENIZER_KEYS: dict[str, type[TokenMapConfig]] = {
+    "tokenizer_config.json": TokenizerConfig,
+    "special_tokens_map.json": TokenMapConfig,
+}
+"""Config file of a tokenizer -> its model, whose keys are the only ones that reach the library."""
 
 
 def _check_tokenizer(part: Part) -> None:
@@ -167,8 +174,8 @@ def _check_tokenizer(part: Part) -> None:
         _check_padding(part, (config.pad_token, special.pad_token), tokenizer)
     elif not any((part.folder / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
-            f"{part.folder} has neither {' nor '.join(TOKENIZER_FILES)}",
-            needs="the vocabulary of the tokenizer",
+            f"{part.folder} has no vocabulary",
+            needs=" or ".join(TOKENIZER_FILES),
             fix="download the component again",
             code="E-CKP-02",
         )
@@ -211,5 +218,5 @@ def library_refusal(path: Path, error: BaseException) -> BaseException:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error of a library, or the name of its class."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    """The class and first line of an error of a library."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

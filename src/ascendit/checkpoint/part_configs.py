@@ -364,11 +364,6 @@ def _token(value: Any) -> Any:
     raise problem("a token: its text, or an object with content and flags")
 
 
-def _null(value: Any) -> None:
-    if value:
-        raise problem("null; ascendit reads only tokenizer.json and the files of transformers beside it")
-
-
 def _tokens(value: Any) -> Any:
     """Tokens by name; a list is checked by the type."""
     return list(value.values()) if isinstance(value, dict) else value
@@ -376,8 +371,6 @@ def _tokens(value: Any) -> Any:
 
 Token = Annotated[Any, BeforeValidator(_token)]
 Tokens = Annotated[list[Token], Field(max_length=10_000)]
-Unused = Annotated[Any, BeforeValidator(_null)]
-"""A key by which transformers opens another file, or calls its tokenizer with other arguments."""
 
 
 class TokenMapConfig(PartConfig):
@@ -395,7 +388,7 @@ class TokenMapConfig(PartConfig):
 
 
 class TokenizerConfig(TokenMapConfig):
-    """`tokenizer_config.json`."""
+    """`tokenizer_config.json`: the keys that reach the library; others name files or another vocabulary."""
 
     model_max_length: Annotated[float, Field(gt=0)] | None = None
     extra_ids: Annotated[int, Field(ge=0, le=10_000)] = 0
@@ -403,19 +396,7 @@ class TokenizerConfig(TokenMapConfig):
     truncation_side: Literal["right"] = "right"
     clean_up_tokenization_spaces: bool | None = None
     split_special_tokens: Literal[False] = False
+    legacy: bool | None = None
+    add_prefix_space: bool | None = None
     model_input_names: list[Literal["input_ids", "token_type_ids", "attention_mask"]] = ["input_ids"]
     added_tokens_decoder: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Token] = {}
-    sp_model_kwargs: Unused = None
-    backend: Literal["tokenizers"] | None = None
-    init_inputs: Unused = None
-    tokenizer_object: Unused = None
-    tokenizer_file: Unused = None
-    vocab_file: Unused = None
-    merges_file: Unused = None
-    fast_tokenizer_files: Unused = None
-    gguf_file: Unused = None
-    tokenizer_truncation: Unused = None
-    tokenizer_padding: Unused = None
-    post_processor: Unused = None
-    vocab: Unused = None
-    merges: Unused = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import shlex
 import time
 from contextlib import ExitStack
 from datetime import datetime
@@ -15,6 +14,7 @@ import typer
 from ascendit.cli.output import Output, quiet_libraries
 from ascendit.errors import UsageError
 from ascendit.pipeline.options import OPTIONS
+from ascendit.report import shell_line
 
 if TYPE_CHECKING:
     from ascendit.cli.generate_options import Call
@@ -142,7 +142,7 @@ def _find_model(call: Call, config: Path) -> None:
         model_folder(call.options.model)
     except UsageError as e:
         if e.code == "E-USE-02":
-            args = shlex.join([call.prompt, "--config", str(config)])
+            args = shell_line([call.prompt, "--config", str(config)])
             e.got += f", named in {config}"
             e.fix = f"pass MODEL on the command line: ascendit generate MODEL {args}; or add --demo"
         raise

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ascendit.environment import read_environment
 from ascendit.errors import UsageError
 from ascendit.pipeline.options import VARIABLES, LoadOptions
 from ascendit.pipeline.request import GenerateRequest
+from ascendit.report import shell_line
 from ascendit.validation import bad_value, non_optional
 
 KEYS: dict[str, Any] = {
@@ -104,7 +104,7 @@ def _model_and_prompt(args: list[str], demo: bool, model: str | None, prompt: st
     elif len(args) == 2 and not demo:
         named = {"MODEL": args[0], "PROMPT": args[1]}
     else:
-        got = f"{len(args)} arguments: {shlex.join(args)}" if args else "no model and no prompt"
+        got = f"{len(args)} arguments: {shell_line(args)}" if args else "no model and no prompt"
         needs = " and ".join(needed or ["at most PROMPT"]) + ", with the prompt in quotes"
         fix = 'ascendit generate --demo "a red circle moves right on a black background"'
         raise UsageError(got, needs=needs, fix=fix)

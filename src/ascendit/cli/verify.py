@@ -151,7 +151,7 @@ def verify_adherence(
     }
     if report is not None:
         write_report(report, data)
-    out.result(data, [result.table(), *verdict_lines(result)], error)
+    out.result(data, [*result.table().split("\n"), *verdict_lines(result)], error)
 
 
 def verify_quality(
@@ -199,7 +199,7 @@ def verify_quality(
 
 
 def _quality_lines(quality: Quality) -> Iterator[str]:
-    yield quality.table()
+    yield from quality.table().split("\n")
     for row, within in quality.verdicts():
         verdict = "PASS" if within else "FAIL"
         yield f"{verdict:<6}{row.name:<18}{row.lost(quality.base):>4} lost   at most {row.allowed()}"

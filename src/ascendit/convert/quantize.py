@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from ascendit.checkpoint.hub import model_folder
-from ascendit.checkpoint.layout import INDEX_FILE, RECORD_FILE, Layout, recognise
+from ascendit.checkpoint.layout import Layout, recognise
 from ascendit.checkpoint.layout_check import check_experts
-from ascendit.checkpoint.output_folder import Staging, link_or_copy
-from ascendit.checkpoint.quant_metadata import MANIFEST_FILE, QUANT_TYPE
+from ascendit.checkpoint.output_folder import Staging
+from ascendit.checkpoint.quant_metadata import QUANT_TYPE
 from ascendit.checkpoint.reader import RowReader
 from ascendit.checkpoint.transformer import num_weights
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES
@@ -37,6 +37,7 @@ from ascendit.convert.calibration import (
     smoothable,
 )
 from ascendit.convert.expert_folder import ExpertOutput, fingerprint, write_expert
+from ascendit.convert.other_files import OtherFiles, require_inside
 from ascendit.convert.report import Outputs, QuantizedExpert, QuantizeReport, calibration_text
 from ascendit.errors import UsageError
 from ascendit.family import Task
@@ -49,10 +50,6 @@ from ascendit.weights.recipe_steps import RecipeSteps
 
 Smoothing = Mapping[str, Mapping[str, torch.Tensor]]
 """Expert -> layer -> mul_scale, float32 [K]."""
-MAX_COPIED_BYTES = 1 << 20
-"""Larger files at the top of the source folder are not copied."""
-_NOT_COPIED = {provenance.CARD_FILE, RECORD_FILE, MANIFEST_FILE}
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".index.json")
 
 
 def quantize(
@@ -156,6 +153,8 @@ class QuantizeJob:
     """The flags of the command line for the model card, with file names instead of paths."""
     kind: Task = field(init=False)
     experts: list[RecipeSteps] = field(init=False)
+    others: OtherFiles | None = field(init=False, default=None)
+    """None if the output has only transformers."""
     planned: dict[str, ExpertOutput] = field(init=False)
     """Expert -> its output before a calibration, which changes smoothing factors but not sizes."""
     outputs: dict[str, Outputs] = field(init=False, default_factory=dict)
@@ -164,6 +163,9 @@ class QuantizeJob:
     calibration: Mapping[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        require_inside(self.layout)
+        if self.layout.kind == "diffusers" and self.target.naming == "diffusers":
+            self.others = OtherFiles.of(self.layout, copy=self.copy)
         experts = check_experts(self.layout)
         names = [expert.name for expert in experts]
         if unknown := sorted(set(self.smoothing) - set(names)):
@@ -233,7 +235,7 @@ class QuantizeJob:
         start = time.perf_counter()
         sources = [self.layout.root, *(x.expert.path for x in self.applied), *(x.path for x in self.loras)]
         needed = sum(output.nbytes for output in self.planned.values())
-        needed += sum(_size(path) for path, _ in self._other_files() if self.copy or path.is_file())
+        needed += self.others.nbytes if self.others else 0
         with Staging(
             self.dst,
             sources=list(dict.fromkeys(sources)),
@@ -248,8 +250,8 @@ class QuantizeJob:
             meter = Meter(total, on_progress)
             for expert in self.experts:
                 self._write(expert, staging, meter, statistics)
-            for source, name in self._other_files():
-                link_or_copy(source, staging.path / name, copy=self.copy or source.is_file())
+            if self.others:
+                self.others.write(staging.path)
             provenance.write_record_and_card(staging.path, self.record(), self.dst.name)
             (staging.path / STATISTICS).unlink(missing_ok=True)
             staging.publish()
@@ -284,21 +286,6 @@ class QuantizeJob:
             with RowReader() as reader:
                 advance = meter.stage_counter(f"outputs of {name}")
                 self.outputs[name] = output_quality(expert, statistics[name], reader, advance)
-
-    def _other_files(self) -> list[tuple[Path, str]]:
-        """Other components and small files to link or copy, as (path, name in the folder)."""
-        if self.layout.kind != "diffusers" or self.target.naming != "diffusers":
-            return []
-        experts = {part.name for part in self.layout.experts}
-        others = [(part.path, part.name) for part in self.layout.parts.values() if part.name not in experts]
-        for path in sorted(self.layout.root.iterdir()):
-            if not path.is_file() or path.name.startswith(".") or path.name in _NOT_COPIED:
-                continue
-            if path.name == INDEX_FILE or (
-                not path.name.endswith(_WEIGHTS) and path.stat().st_size <= MAX_COPIED_BYTES
-            ):
-                others.append((path, path.name))
-        return others
 
     # ---- reports --------------------------------------------------------------------------------
 
@@ -348,7 +335,8 @@ class QuantizeJob:
             experts=tuple(self._expert_report(expert) for expert in self.experts),
             dry_run=dry_run,
             seconds=seconds,
-            linked=tuple(name for _, name in self._other_files()),
+            linked=self.others.names if self.others else (),
+            omitted=self.others.omitted if self.others else (),
             loras=tuple(loras),
             calibration=self.calibration,
             engine=self.target.engine,
@@ -367,12 +355,6 @@ class QuantizeJob:
             sqnr=expert.sqnr,
             outputs=self.outputs.get(applied.expert.name, Outputs()),
         )
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder, with links followed."""
-    files = [path] if path.is_file() else path.rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _notes(report: QuantizeReport) -> list[str]:

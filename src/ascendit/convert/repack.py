@@ -30,9 +30,11 @@ from ascendit.checkpoint.layout_check import check_experts
 from ascendit.checkpoint.output_folder import Staging
 from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes, as_tensor
 from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
+from ascendit.checkpoint.trust import Home
 from ascendit.checkpoint.writer import Data, TensorSpec
 from ascendit.convert import provenance
 from ascendit.convert.expert_folder import ExpertOutput, fingerprint, write_expert
+from ascendit.convert.other_files import OtherFiles, require_inside
 from ascendit.convert.report import RepackedExpert, RepackReport, add_up
 from ascendit.errors import CheckpointError
 from ascendit.family import Task
@@ -96,6 +98,11 @@ def repack(
     base_layout = None if base is None else provenance.read_base(base, source)
     pipeline = base_layout or (source if source.kind == "diffusers" else None)  # a pipeline is its own base
     pipeline = pipeline if target.naming == "diffusers" else None
+    require_inside(source)
+    others = None
+    if pipeline:
+        require_inside(pipeline)
+        others = OtherFiles.of(pipeline, copy=copy, licences_only=True)
     outputs = _outputs(source, target, base_layout)
     report = RepackReport(
         path=dst,
@@ -104,9 +111,8 @@ def repack(
         to=target.naming,
         engine=engine,
         experts=tuple(_expert_report(output) for output in outputs),
-        linked=tuple(name for name, part in pipeline.parts.items() if part not in pipeline.experts)
-        if pipeline
-        else (),
+        linked=others.names if others else (),
+        omitted=others.omitted if others else (),
         warnings=_warnings(outputs, target, pipeline),
         dry_run=dry_run,
         seconds=0.0,
@@ -125,8 +131,8 @@ def repack(
         for output in outputs:
             advance = meter.stage_counter(output.source.name)
             files |= write_expert(output, staging, advance, hash=check, align=True)
-        if pipeline:
-            report = replace(report, linked=provenance.add_components(pipeline, staging.path, copy=copy))
+        if others:
+            others.write(staging.path)
         if check:
             report = _check(report, outputs, staging.path, on_progress)
         flags = [("--base", base), ("--to", to), ("--for", engine), ("--check", check)]
@@ -203,7 +209,7 @@ def _record(
 def _recipe_of(source: Layout) -> dict[str, Any]:
     """The recipe in the source's `ascendit.json`, which is still valid."""
     file = source.root / RECORD_FILE
-    recipe = read_json(file).get("recipe") if file.is_file() else None
+    recipe = read_json(file).get("recipe") if file.is_file() and Home.of(source.root).contains(file) else None
     return recipe if isinstance(recipe, dict) and isinstance(recipe.get("name"), str) else {}
 
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from ascendit.checkpoint.component import Part
+from ascendit.checkpoint.component import Part, read_json
 from ascendit.checkpoint.part_check import (
+    TOKENIZER_KEYS,
     check_part,
-    first_line,
     library_config,
     library_refusal,
     processor_config,
     tensor_mismatch,
 )
-from ascendit.checkpoint.reader import common_dtype
-from ascendit.errors import CheckpointError, is_out_of_memory
+from ascendit.checkpoint.reader import Shards, common_dtype
+from ascendit.checkpoint.trust import TOKENIZER_CONFIGS, TOKENIZER_FILES, supported_class
 
 
 @contextmanager
@@ -38,37 +42,45 @@ def quiet() -> Iterator[None]:
             library_log.enable_progress_bar()
 
 
+def library_class(part: Part) -> Any:
+    """The class of `part` in its library; only classes of `trust.PART_CLASSES` are imported.
+
+    Raises CheckpointError (E-CKP-05) for another class.
+    """
+    library, name = supported_class(part.path, part.name, [part.library, part.class_name], part.config)
+    return getattr(importlib.import_module(library), name)
+
+
+@contextmanager
+def _library_errors(part: Part) -> Iterator[None]:
+    """Convert an error of a library with `library_refusal`; a library that is not installed stays one."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except BaseException as e:
+        raise library_refusal(part.path, e) from e
+
+
 def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
     """Load a text encoder, image encoder or VAE on the CPU through transformers or Diffusers.
 
     `dtype`: None for the dtype of most stored bytes. The library gets the checked values of config.json
-    only. Raises CheckpointError: the errors of `check_part`, and E-CKP-04 for tensors that the library
-    misses: it initializes missing weights randomly and only logs it.
+    only. Raises CheckpointError: the errors of `library_config`, E-CKP-06 for files that the library refuses,
+    E-CKP-04 for tensors that it misses: it initializes missing weights randomly and only logs it.
     """
-    shards = check_part(part)
-    assert shards is not None, part.name
     if dtype is None:
-        stored = ((info.dtype, info.nbytes) for info in shards.tensors.values())
-        dtype = getattr(torch, common_dtype(stored))
+        stored = Shards.from_part(part).tensors.values()
+        dtype = getattr(torch, common_dtype((info.dtype, info.nbytes) for info in stored))
     values = library_config(part).model_dump()
     options: dict[str, Any] = {"torch_dtype": dtype, **values}
-    try:
-        cls = getattr(importlib.import_module(part.library), part.class_name)
+    with _library_errors(part), quiet():
+        cls = library_class(part)
         if part.library == "transformers":  # without the option it stops without a name
             options = {"dtype": dtype, "ignore_mismatched_sizes": True, "config": cls.config_class(**values)}
-        with quiet():
-            model, info = cls.from_pretrained(
-                part.path, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
-            )
-    except Exception as e:
-        if is_out_of_memory(e):
-            raise
-        raise CheckpointError(
-            f"{part.path}: {first_line(e)}",
-            needs=f"a folder that {part.library} loads as {part.class_name}",
-            fix="download the component again",
-            code="E-CKP-04",
-        ) from e
+        model, info = cls.from_pretrained(
+            part.path, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
+        )
     kinds = ("missing keys", "unexpected keys", "mismatched keys")
     problems = {kind: [str(name) for name in info.get(kind.replace(" ", "_")) or ()] for kind in kinds}
     if any(problems.values()):
@@ -81,12 +93,26 @@ def load_processor(part: Part) -> Any:
 
     Raises CheckpointError (E-CKP-06) as `check_part` does, and for files that the library refuses.
     """
-    check_part(part)
-    try:
-        cls = getattr(importlib.import_module(part.library), part.class_name)
-        with quiet():
-            if part.name == "image_processor":
-                return cls(**processor_config(part).model_dump(exclude_none=True))
-            return cls.from_pretrained(part.path, local_files_only=True)
-    except BaseException as e:
-        raise library_refusal(part.path, e) from e
+    with _library_errors(part), quiet():
+        cls = library_class(part)
+        if part.name == "image_processor":
+            return cls(**processor_config(part).model_dump(exclude_none=True))
+        check_part(part)
+        with TemporaryDirectory(prefix="ascendit-") as folder:
+            _copy_tokenizer(part, Path(folder))
+            tokenizer = cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer.name_or_path = str(part.path)
+        return tokenizer
+
+
+def _copy_tokenizer(part: Part, folder: Path) -> None:
+    """Write JSON with the keys of the models only, and links to the vocabulary, for the library to read."""
+    for name in TOKENIZER_CONFIGS:
+        if (part.path / name).exists():
+            config = read_json(part.path / name)
+            if keys := TOKENIZER_KEYS.get(name):
+                config = {key: value for key, value in config.items() if key in keys.model_fields}
+            (folder / name).write_text(json.dumps(config), encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if (part.path / name).exists():
+            os.symlink(os.path.realpath(part.path / name), folder / name)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import shlex
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -22,6 +21,7 @@ from ascendit.errors import RequestError, UsageError
 from ascendit.geometry import nearest_frames, nearest_sizes
 from ascendit.pipeline.defaults import Defaults, Solver
 from ascendit.pipeline.options import load_args
+from ascendit.report import shell_line
 from ascendit.validation import Checked
 
 MAX_SEED = 2**63 - 1
@@ -141,7 +141,7 @@ class GenerateRequest(Checked):
         flags += [("-o", output or "")]
         args += [arg for flag, value in flags if value != "" for arg in (flag, str(value))]
         args += ["--", *positional] if dashed else []
-        return shlex.join(args)
+        return shell_line(args)
 
 
 def _text(value: float) -> str:

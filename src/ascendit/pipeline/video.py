@@ -27,6 +27,7 @@ from ascendit.errors import EnvironmentProblem, UsageError
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video_codecs import CODECS, WRITERS, import_library
+from ascendit.report import json_text
 from ascendit.version import installed
 
 AnyPath = str | os.PathLike[str]
@@ -115,7 +116,7 @@ class Video:
         writable. After a failure, including Ctrl-C, no partial file remains.
         """
         record = self.describe() if metadata else None
-        text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
+        text = json_text(record) + "\n"
         # Lone surrogates, from a prompt that is not valid text, become JSON escapes.
         sidecar = text.encode("utf-8", "backslashreplace") if metadata else None
         # The duration is stored beside the file only, so that equal frames give equal bytes.
