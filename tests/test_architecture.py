@@ -109,6 +109,7 @@ LIGHT = (
     "convert.repack",
     "model.quantize_on_load",
     "pipeline.defaults",
+    "pipeline.sigmas",
     "pipeline.options",
     "pipeline.model_check",
     "pipeline.memory",

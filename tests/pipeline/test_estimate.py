@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 5, "num_infere
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("t2v_cascade", {"num_inference_steps": 3}),
+        ("t2v_cascade", {"num_inference_steps": 3, "guidance_scale": 3.0, "guidance_scale_2": 1.0}),
         pytest.param("t2v_single", {"guidance_scale": 1.0}, marks=pytest.mark.slow),
         pytest.param("ti2v", {"image": "red.png"}, marks=pytest.mark.slow),
         pytest.param("i2v_21", {"image": "red.png"}, marks=pytest.mark.slow),

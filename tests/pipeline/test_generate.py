@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+)
 from PIL import Image
 
 import ascendit
@@ -69,6 +74,24 @@ def test_cascade_equals_wan_pipeline(tiny_t2v_cascade: Path, fields: dict[str, A
     fields = SMALL | fields
     expected = theirs(WanPipeline, tiny_t2v_cascade, 7, **fields)
     assert relative(ours(tiny_t2v_cascade, seed=7, **fields), expected) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+@pytest.mark.parametrize("solver", ["dpm++", "euler"])
+def test_the_other_solvers_equal_wan_pipeline(
+    tiny_t2v_single: Path, solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    scheduler = {
+        "dpm++": lambda: DPMSolverMultistepScheduler(**flow),
+        "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }[solver]
+    load = WanPipeline.from_pretrained
+    monkeypatch.setattr(WanPipeline, "from_pretrained", lambda folder: load(folder, scheduler=scheduler()))
+    fields = SMALL | {"guidance_scale": 4.0}
+    expected = theirs(WanPipeline, tiny_t2v_single, 7, **fields)
+    latents = ours(tiny_t2v_single, seed=7, solver=solver, flow_shift=3.0, **fields)
+    assert relative(latents, expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["t2v_single", "ti2v"])

@@ -13,6 +13,7 @@ import typer
 
 from ascendit.cli.output import Output, quiet_libraries
 from ascendit.errors import UsageError
+from ascendit.family import PRESETS
 from ascendit.pipeline.options import OPTIONS
 from ascendit.report import shell_line
 
@@ -38,7 +39,9 @@ def _flag(
 
 FILES = ".mp4, .webm, .gif or .png (frames); default outputs/<time>_<prompt>_s<seed>.mp4."
 SETTINGS = "Any other setting, for example solver=euler or metadata=false; repeatable."
-TIMESTEPS = "Custom schedule, for example 1000,750,500,250 for distilled models."
+TIMESTEPS = "Positions of the steps before the shift, for example 1000,750,500,250."
+PRESET = f"Settings of distilled weights: {', '.join(PRESETS)}."
+NEGATIVE = "Negative prompt; the model's own if omitted, none if empty."
 ARGS = typer.Argument(metavar="[MODEL] PROMPT", hidden=True)  # explained in the text above the options
 PARAMETERS = (
     inspect.Parameter("ctx", KEYWORD_ONLY, annotation=typer.Context),
@@ -53,8 +56,10 @@ PARAMETERS = (
     _flag("fps", int, "Frames per second of the file.", "N", hidden=True),
     _flag("guidance", str, "Guidance scale, or two: high-noise,low-noise.", "G[,G2]"),
     _flag("flow_shift", float, "Flow shift of the schedule.", "X", "--shift", hidden=True),
+    _flag("solver", str, "Solver: unipc, dpm++, euler or renoise.", "NAME", hidden=True),
     _flag("own_timesteps", str, TIMESTEPS, "T,T,..", "--timesteps", hidden=True),
-    _flag("negative_prompt", str, "Negative prompt.", "TEXT", "--negative"),
+    _flag("preset", str, PRESET, "NAME"),
+    _flag("negative_prompt", str, NEGATIVE, "TEXT", "--negative"),
     _flag("image", str, "First frame, for models that accept an image.", "FILE"),
     *(_flag(name, str, x.help, x.metavar, hidden=x.hidden) for name, x in OPTIONS.items() if x.metavar),
     _flag("settings", list[str], SETTINGS, "KEY=VALUE", "--set"),

@@ -12,8 +12,9 @@ from ascendit.checkpoint.layout import KIND_LABELS, Layout
 from ascendit.checkpoint.reader import TensorInfo
 from ascendit.checkpoint.transformer import Expert
 from ascendit.errors import AscenditError
-from ascendit.family import WanSpec
+from ascendit.family import WanSpec, presets_of
 from ascendit.inspect.engines import RunsOn
+from ascendit.inspect.file_check import FileCheck
 from ascendit.inspect.transformer_report import ExpertSummary, StoredRow, dtype_name, tensor_row
 from ascendit.pipeline.defaults import Defaults
 from ascendit.report import columns, counted, human_bytes, json_data, selected, titled, totals
@@ -38,6 +39,8 @@ class ModelReport:
     """None if an expert could not be read as a Wan transformer, or there are problems."""
     record: dict[str, Any] | None = None
     """`ascendit.json`, if ascendit wrote the folder."""
+    files: FileCheck | None = None
+    """The comparison of the files with their record, with `check`."""
 
     @property
     def ok(self) -> bool:
@@ -76,6 +79,8 @@ class ModelReport:
             **selected(d, "task", "frame_stride", "num_frames", "size_multiple", "fps"),
             **selected(d, "num_inference_steps", "flow_shift", "solver", "guidance_scale"),
             **selected(d, "guidance_scale_2", "boundary_ratio", "max_sequence_length"),
+            **selected(d, "negative_prompt", "difference"),
+            "presets": presets_of(d.spec),
             "sizes": [f"{w}x{h}" for w, h in sizes],
         }
 
@@ -90,6 +95,7 @@ class ModelReport:
             "pipeline": self.layout.pipeline if self.is_pipeline else None,
             **selected(self, "spec", "bits_per_weight", "parts", "runs_on", "limits"),
             "ascendit": self.record,
+            "check": json_data(self.files),
             "problems": json_data(self.problems),
         }
         if layers:
@@ -109,9 +115,10 @@ class ModelReport:
             *((title, _per_expert(self.experts, title)) for title in EXPERT_TITLES),
             ("Made by", self._made_by()),
             ("Runs on", self.runs_on.lines() if self.runs_on else []),
+            ("Files", self.files.lines() if self.files else []),
         ]
         if self.defaults is not None:
-            blocks += [("Limits", [_limits(self.defaults)]), ("Defaults", [_defaults(self.defaults)])]
+            blocks += [("Limits", [_limits(self.defaults)]), ("Defaults", _defaults(self.defaults))]
         blocks += [("Checks", self._checks()), *(("Problem", [text]) for text in self.problem_texts())]
         return columns(titled(blocks), first_width=9)
 
@@ -191,7 +198,8 @@ def _limits(d: Defaults) -> str:
     return text + (f", sizes {' '.join(f'{w}x{h}' for w, h in d.spec.sizes)}" if d.spec else "")
 
 
-def _defaults(d: Defaults) -> str:
+def _defaults(d: Defaults) -> list[str]:
+    """Default values, then lines about the negative prompt, presets and the folder's own values, if any."""
     guidance = f"guidance {d.guidance_scale:g}"
     if d.guidance_scale_2 is not None:
         guidance += f" (high noise) / {d.guidance_scale_2:g} (low noise)"
@@ -199,7 +207,11 @@ def _defaults(d: Defaults) -> str:
     values.append(f"{d.num_inference_steps} steps")
     values += [guidance, f"shift {d.shift_for(d.width, d.height):g}", d.solver]
     values += [f"boundary {d.boundary_ratio:g}"] if d.boundary_ratio is not None else []
-    return ", ".join(values)
+    lines = [", ".join(values)]
+    lines += [f"negative prompt {d.negative_prompt}"] if d.negative_prompt else []
+    presets = presets_of(d.spec)
+    lines += [f"presets for distilled weights: {', '.join(presets)}"] if presets else []
+    return lines + ([d.difference] if d.difference else [])
 
 
 def _most_first(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
@@ -231,7 +243,7 @@ class PartReport:
     expert: Expert | None = None
     """The transformer by Diffusers names; None for other parts, and if it could not be read."""
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
 
@@ -246,7 +258,7 @@ class PartReport:
             return self.summary.values
         return sum(math.prod(t.shape) for t in self.tensors)
 
-    @property
+    @cached_property
     def dtypes(self) -> dict[str, int]:
         """safetensors' dtype name -> bytes, most first."""
         return _most_first({t.dtype: t.nbytes} for t in self.tensors)

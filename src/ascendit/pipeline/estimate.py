@@ -17,6 +17,8 @@ from ascendit.checkpoint.transformer import model_config
 from ascendit.pipeline.job import Prepared
 from ascendit.pipeline.memory import Memory, memory_of
 from ascendit.pipeline.options import PreparedModel
+from ascendit.pipeline.request import GenerateRequest
+from ascendit.pipeline.sigmas import TRAIN_STEPS
 from ascendit.report import human_bytes
 
 MAX_RATIO = 1.5
@@ -30,7 +32,7 @@ class Work:
     tokens: int
     """Tokens of the video in one forward pass."""
     passes: int
-    """Forward passes in all steps, at most: a guidance of 1 in one of two experts saves some."""
+    """Forward passes in all steps: two per step with a guidance above 1, else one."""
     flops_per_step: int
     """Of the largest step."""
     flops: int
@@ -103,19 +105,25 @@ def work_of(prepared: Prepared) -> Work:
     config = model_config(model.experts[0][0])
     image_tokens = _clip_tokens(model) if request.image else 0
     flops = geometry.transformer_flops(config, tokens, request.max_sequence_length, image_tokens)
-    branches = 2 if request.do_classifier_free_guidance else 1
-    steps = request.num_inference_steps
     # TI2V: the frame of the image has a timestep of its own.
     rows = 2 if model.defaults.task == "ti2v" and request.image and prepared.latent_grid[0] > 1 else 1
-    step = branches * flops.forward + rows * flops.modulation
-    starts = min(len(model.experts), steps)
+    branches = [(high, 2 if request.guidance_for(high=high) > 1 else 1) for high in _high_noise(request)]
+    passes = sum(count for _, count in branches)
     return Work(
         tokens=tokens,
-        passes=branches * steps,
-        flops_per_step=step,
-        flops=steps * step + starts * branches * flops.context,
-        attention_flops=steps * branches * flops.attention,
+        passes=passes,
+        flops_per_step=max(count for _, count in branches) * flops.forward + rows * flops.modulation,
+        flops=passes * flops.forward
+        + len(branches) * rows * flops.modulation
+        + sum(count for _, count in set(branches)) * flops.context,
+        attention_flops=passes * flops.attention,
     )
+
+
+def _high_noise(request: GenerateRequest) -> list[bool]:
+    """Whether each step runs the first expert."""
+    boundary = TRAIN_STEPS * (request.boundary_ratio or 0)
+    return [t >= boundary for t in request.denoising_schedule.timesteps]
 
 
 def _clip_tokens(model: PreparedModel) -> int:

@@ -28,7 +28,8 @@ from ascendit.pipeline.condition import Condition, make_condition
 from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.frame_checks import check_not_flat, to_uint8
 from ascendit.pipeline.request import GenerateRequest, check, image_of, name_image, open_image, resolve
-from ascendit.pipeline.solver import TRAIN_STEPS, make_solver
+from ascendit.pipeline.sigmas import TRAIN_STEPS
+from ascendit.pipeline.solver import make_solver
 from ascendit.pipeline.video import Video
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
@@ -79,7 +80,7 @@ class Pipeline:
         return {name: expert for name, expert in experts.items() if expert is not None}
 
     def request(self, prompt: str, **fields: Any) -> GenerateRequest:
-        """Make a complete request; omitted fields get the model's defaults.
+        """Make a complete request; omitted fields get the values of `preset`, else the model's defaults.
 
         Raises the errors of `request.resolve`.
         """
@@ -106,7 +107,7 @@ class Pipeline:
         """Generate one video. None means the model's default; names follow Diffusers.
 
         `image`: path, PIL image, uint8 array [H, W, 3] or float tensor [3, H, W] in [0, 1]. `more`: other
-        fields of GenerateRequest. Raises the errors of `request` and `run`.
+        fields of GenerateRequest, and `preset`. Raises the errors of `request` and `run`.
         """
         name, pixels = name_image(image)
         request = self.request(

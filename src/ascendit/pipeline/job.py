@@ -9,6 +9,7 @@ torch is imported only when a pipeline is built.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter
@@ -29,6 +30,8 @@ from ascendit.pipeline.options import OPTIONS, LoadOptions, PreparedModel, load_
 from ascendit.pipeline.request import GenerateRequest, image_of, resolve
 from ascendit.progress import OnProgress, Progress
 from ascendit.schedule import StepSchedule
+
+log = logging.getLogger("ascendit")
 
 if TYPE_CHECKING:
     from ascendit.checkpoint.transformer import Expert
@@ -75,10 +78,12 @@ def prepare_model(options: LoadOptions) -> PreparedModel:
     """
     device = parse_device(options.device)
     layout = recognise(model_folder(options.model))
-    checked, defaults = require_model(layout)
+    checked, defaults = require_model(layout, options.defaults)
     online = Online.from_options(options.scheme, options.recipe, options.keep, force=options.force)
     experts = tuple((expert, online.apply(expert) if online else None) for expert in checked.experts)
     schedule = policy_for(options.step_policy, online, layout, experts)
+    if defaults.difference:
+        log.warning("%s: %s", layout.name, defaults.difference)
     shards = {x.part.name: x.shards for x in checked.parts if x.shards is not None}
     dtype, vae_dtype = device.dtype_name(options.dtype), device.dtype_name(options.vae_dtype or "float32")
     return PreparedModel(
@@ -134,9 +139,9 @@ def prepare(
 ) -> Prepared:
     """Check one video as far as possible without weights.
 
-    `fields`: fields of GenerateRequest; omitted ones get the model's defaults. `seconds`: replaces
-    `num_frames`. `pixels`: image name -> image, if passed as pixels. Raises the errors of `prepare_model` and
-    `request.resolve`.
+    `fields`: fields of GenerateRequest, and `preset`; omitted ones get the model's defaults. `seconds`:
+    replaces `num_frames`. `pixels`: image name -> image, if passed as pixels. Raises the errors of
+    `prepare_model` and `request.resolve`.
     """
     model = prepare_model(options)
     defaults = model.defaults

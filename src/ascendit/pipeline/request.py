@@ -18,9 +18,11 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ascendit.errors import RequestError, UsageError
+from ascendit.family import PRESETS, ScheduleName, Solver, presets_of
 from ascendit.geometry import nearest_frames, nearest_sizes
-from ascendit.pipeline.defaults import Defaults, Solver
+from ascendit.pipeline.defaults import Defaults
 from ascendit.pipeline.options import load_args
+from ascendit.pipeline.sigmas import Schedule, make_schedule
 from ascendit.report import shell_line
 from ascendit.validation import Checked
 
@@ -68,6 +70,7 @@ class GenerateRequest(Checked):
 
     prompt: Text
     negative_prompt: Text = ""
+    """Text of the unconditional pass; may be empty."""
     image: Annotated[str | None, Field(strict=True, description="the path of an image")] = None
     """Path of the first frame, or `sha256:<hex>` of its pixels, which are passed separately."""
     width: Annotated[int, _integer(1)]
@@ -82,7 +85,7 @@ class GenerateRequest(Checked):
         Field(description="decreasing numbers above 0, at most 1000, for example 1000,750,500,250"),
     ] = None
     """Decreasing positions in the unshifted schedule, in (0, 1000]; `flow_shift` is applied to them.
-    Four-step distilled Wan models use `1000,750,500,250`."""
+    Four-step distilled Wan models use `1000,750,500,250` with shift 5."""
     guidance_scale: Annotated[float, Guidance]
     """Guidance of the only expert or the high-noise expert. At 1 or below, no unconditional pass runs, as in
     Diffusers."""
@@ -90,7 +93,9 @@ class GenerateRequest(Checked):
     """Guidance of the low-noise expert; None: `guidance_scale`."""
     flow_shift: Annotated[float, _number("a number above 0", gt=0)]
     boundary_ratio: Annotated[float | None, _number("a number between 0 and 1", gt=0, lt=1)] = None
-    solver: Annotated[Solver, Field(description="unipc or euler")] = "unipc"
+    solver: Annotated[Solver, Field(description="unipc, dpm++, euler or renoise")] = "unipc"
+    schedule: Annotated[ScheduleName, Field(description="diffusers or official")] = "diffusers"
+    """Whose timesteps for this number of steps; see docs/models.md."""
     seed: Annotated[int, _integer(0, MAX_SEED)]
     max_sequence_length: Annotated[int, _integer(1, 512)] = 512
 
@@ -105,6 +110,12 @@ class GenerateRequest(Checked):
     def do_classifier_free_guidance(self) -> bool:
         """Whether any expert needs the unconditional pass."""
         return self.guidance_for(high=True) > 1 or self.guidance_for(high=False) > 1
+
+    @property
+    def denoising_schedule(self) -> Schedule:
+        """Timesteps and noise levels. Raises RequestError (E-REQ-03), see `make_schedule`."""
+        rule, positions = self.schedule, self.timesteps
+        return make_schedule(self.solver, self.num_inference_steps, self.flow_shift, positions, rule)
 
     def guidance_for(self, *, high: bool) -> float:
         """The guidance scale of one expert."""
@@ -137,9 +148,11 @@ class GenerateRequest(Checked):
         boundary, length = self.boundary_ratio, self.max_sequence_length
         flags += [] if boundary is None else [("--set", f"boundary_ratio={_text(boundary)}")]
         flags += [("--set", f"solver={self.solver}")]
+        flags += [] if self.schedule == "diffusers" else [("--set", f"schedule={self.schedule}")]
         flags += [] if length == 512 else [("--set", f"max_sequence_length={length}")]
         flags += [("-o", output or "")]
-        args += [arg for flag, value in flags if value != "" for arg in (flag, str(value))]
+        stated = [(f, v) for f, v in flags if v != "" or f == "--negative"]  # the model may have a default
+        args += [arg for flag, value in stated for arg in (flag, str(value))]
         args += ["--", *positional] if dashed else []
         return shell_line(args)
 
@@ -156,10 +169,11 @@ DEFAULTED = {field.name for field in fields_of(Defaults)} & set(GenerateRequest.
 """Fields with a default from the model; the default of the shift depends on the size."""
 
 
-def resolve(defaults: Defaults, prompt: str, **fields: Any) -> GenerateRequest:
+def resolve(defaults: Defaults, prompt: str, *, preset: str | None = None, **fields: Any) -> GenerateRequest:
     """Fill the fields of GenerateRequest that are omitted or None from `defaults`, and check the request.
 
-    Raises UsageError (E-USE-01) for an unknown field, and the errors of `check`.
+    `preset`: name of a row of `family.PRESETS`, whose values replace defaults; `fields` override them.
+    Raises UsageError (E-USE-01) for an unknown field, and the errors of `preset_fields` and `check`.
     """
     allowed = set(GenerateRequest.model_fields) - {"prompt"}
     if unknown := sorted(set(fields) - allowed):
@@ -168,6 +182,8 @@ def resolve(defaults: Defaults, prompt: str, **fields: Any) -> GenerateRequest:
     fields = {k: v.item() if getattr(v, "ndim", None) == 0 else v for k, v in fields.items() if v is not None}
     if isinstance(fields.get("timesteps"), Iterator):
         fields["timesteps"] = tuple(fields["timesteps"])
+    if preset is not None:
+        fields = override(preset_fields(defaults, preset), fields)
     if "timesteps" in fields:
         with suppress(TypeError):  # not a sequence: GenerateRequest refuses it
             fields.setdefault("num_inference_steps", len(fields["timesteps"]) or 1)
@@ -181,12 +197,42 @@ def resolve(defaults: Defaults, prompt: str, **fields: Any) -> GenerateRequest:
     return request
 
 
+def preset_fields(defaults: Defaults, name: str) -> dict[str, Any]:
+    """The fields of GenerateRequest that a preset sets.
+
+    Raises UsageError (E-USE-01) for an unknown name, RequestError (E-REQ-03) for one of another model.
+    """
+    allowed = presets_of(defaults.spec)
+    if not isinstance(name, str) or name not in PRESETS:
+        names = ", ".join(PRESETS)
+        fix = f"--preset {allowed[0]}" if allowed else "omit --preset"
+        raise UsageError(f"preset {name!r}", needs=f"one of {names}", fix=fix)
+    preset = PRESETS[name]
+    if name not in allowed:
+        flags = f"--timesteps {','.join(map(_text, preset.timesteps))} --shift {_text(preset.flow_shift)}"
+        raise RequestError(
+            f"preset {name} with {defaults.model}",
+            needs=f"one of {', '.join(preset.models)}: {preset.weights}",
+            fix=f"for weights of your own, {flags} --guidance 1 --set solver={preset.solver}",
+        )
+    return preset.fields
+
+
+def override(base: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `fields`, and without its values that those make invalid."""
+    replaced = {"num_inference_steps": "timesteps", "timesteps": "num_inference_steps"}
+    dropped = {replaced.get(name) for name in fields}
+    return {name: value for name, value in base.items() if name not in dropped} | dict(fields)
+
+
 def check(request: GenerateRequest, defaults: Defaults) -> None:
     """Check the request against the model; nothing is rounded.
 
     Raises RequestError: E-REQ-01 and E-REQ-02 with the nearest allowed frames and sizes, E-REQ-04 for a
-    missing or unexpected image, E-REQ-03 for guidance or a boundary that does not fit the experts.
+    missing or unexpected image, E-REQ-03 for guidance or a boundary that does not fit the experts, or for
+    a schedule with equal noise levels.
     """
+    _ = request.denoising_schedule
     model, multiple, stride = defaults.model, defaults.size_multiple, defaults.frame_stride
     size = (request.width, request.height)
     if (request.num_frames - 1) % stride:
