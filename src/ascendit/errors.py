@@ -36,7 +36,7 @@ ERROR_CODES: dict[str, str] = {
     "E-CKP-04": "tensors missing, unexpected, or of the wrong shape or dtype",
     "E-CKP-05": "config of another model class, or one that asks for other code",
     "E-CKP-06": "config missing or unreadable",
-    "E-CKP-07": "manifest, config and tensors disagree on a layer",
+    "E-CKP-07": "manifest, config and tensors disagree on a layer, or two parts do not fit each other",
     "E-CKP-08": "weight and scale do not match, or a scale is invalid",
     "E-CKP-09": "two tensors map to the same name",
     "E-CKP-10": "data differs from its source or from its record",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.headers import BYTES, PIPELINE, library_tensors
+from pipeline.headers import BYTES, PIPELINE, library_configs, library_tensors
 
 from ascendit.names import block_linears, expected_tensors, to_wan
 
@@ -242,9 +242,10 @@ def pipeline(folder: Path) -> None:
         "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5Tokenizer"],
     }
-    for file in ("vae/config.json", "text_encoder/config.json", "tokenizer/tokenizer.json"):
-        write_json(folder / file, PIPELINE[file])
-    for file, tensors in library_tensors().items():
+    for file, config in library_configs(CONFIG).items():
+        write_json(folder / file, config)
+    write_json(folder / "tokenizer/tokenizer.json", PIPELINE["tokenizer/tokenizer.json"])
+    for file, tensors in library_tensors(CONFIG).items():
         sizes = {name: math.prod(shape) * BYTES[dtype] for name, (dtype, shape) in tensors.items()}
         save(folder / file, {name: (*stored, bytes(sizes[name])) for name, stored in tensors.items()})
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}

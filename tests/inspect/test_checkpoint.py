@@ -114,7 +114,7 @@ def test_the_screen(demo: Path) -> None:
     assert titles == "Model Source Matches Parts Format Runs Limits Defaults Checks".split()
     text = "\n".join(lines)
     count = len(expert_tensors())
-    others = sum(map(len, library_tensors().values()))
+    others = sum(map(len, library_tensors(DEMO).values()))
     for part in (
         "demo   layout diffusers   WanPipeline",
         "ascendit-demo of the Wan family",
@@ -143,7 +143,7 @@ def test_json_is_plain_data(demo: Path) -> None:
         "ascendit-demo",
     )
     [vae] = [p for p in data["parts"] if p["name"] == "vae"]
-    tensors = library_tensors()[f"vae/{WEIGHTS}"]
+    tensors = library_tensors(DEMO)[f"vae/{WEIGHTS}"]
     size = 4 * sum(math.prod(shape) for _, shape in tensors.values())
     expected = (size, len(tensors), {"F32": size}, None)
     assert (vae["nbytes"], vae["tensors"], vae["dtypes"], vae["problem"]) == expected

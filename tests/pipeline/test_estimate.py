@@ -21,7 +21,6 @@ from ascendit.pipeline.job import prepare, prepare_model
 from ascendit.pipeline.load import build
 from ascendit.pipeline.memory import memory_of
 from ascendit.pipeline.options import LoadOptions
-from ascendit.pipeline.request import resolve
 
 SMALL: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 5, "num_inference_steps": 2, "seed": 1}
 
@@ -29,7 +28,7 @@ SMALL: dict[str, Any] = {"width": 32, "height": 32, "num_frames": 5, "num_infere
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("t2v_cascade", {"num_inference_steps": 3}),
+        ("t2v_cascade", {"num_inference_steps": 3, "guidance_scale": 3.0, "guidance_scale_2": 1.0}),
         pytest.param("t2v_single", {"guidance_scale": 1.0}, marks=pytest.mark.slow),
         pytest.param("ti2v", {"image": "red.png"}, marks=pytest.mark.slow),
         pytest.param("i2v_21", {"image": "red.png"}, marks=pytest.mark.slow),
@@ -42,8 +41,9 @@ def test_flops_are_those_of_plain_pytorch(
     if picture is not None:
         picture.save(tmp_path / "red.png")
         fields = fields | {"image": str(tmp_path / "red.png")}
-    model = prepare_model(LoadOptions(model=str(tiny_folder(name)), ops="reference"))
-    request = resolve(model.defaults, "a", **SMALL | {"max_sequence_length": 64} | fields)
+    fields = SMALL | {"max_sequence_length": 64} | fields
+    prepared = prepare(LoadOptions(model=str(tiny_folder(name)), ops="reference"), "a", **fields)
+    model, request = prepared.model, prepared.request
     pipe = build(model)
     pipe.text.encode([request.prompt, request.negative_prompt], request.max_sequence_length)
 
@@ -54,7 +54,7 @@ def test_flops_are_those_of_plain_pytorch(
 
     total = counted(lambda: denoise(pipe, request, picture, lambda event: None, None))
     total -= counted(lambda: make_condition(model.defaults.task, picture, request, pipe.vae, pipe.clip))
-    assert work_of(model, request).flops == total
+    assert work_of(prepared).flops == total
 
 
 def real_bytes(module: Any) -> int:
@@ -81,7 +81,11 @@ def test_bytes_are_those_of_the_loaded_parts(options: dict[str, Any], tiny_i2v_2
     memory = memory_of(model)
     pipe = build(model)
     assert pipe.clip is not None
-    modules = {"text_encoder": pipe.text.model, "vae": pipe.vae.model, "image_encoder": pipe.clip.model}
+    modules: dict[str, Any] = {
+        "text_encoder": pipe.text.model,
+        "vae": pipe.vae.model,
+        "image_encoder": pipe.clip.model,
+    }
     modules |= pipe.experts
     assert {name: part.bytes for name, part in memory.parts.items()} == {
         name: real_bytes(module) for name, module in modules.items()
@@ -95,7 +99,8 @@ def test_a_float16_text_encoder_keeps_layers_in_float32(tmp_path: Path) -> None:
     folder = tiny.build_t2v_single(tmp_path / "m", dtype=torch.float16)
     model = prepare_model(LoadOptions(model=str(folder)))
     part = memory_of(model).parts["text_encoder"]
-    assert part.dtype == "float16" and part.bytes == real_bytes(build(model).text.model)
+    encoder: Any = build(model).text.model
+    assert part.dtype == "float16" and part.bytes == real_bytes(encoder)
 
 
 def test_where_the_text_encoder_is() -> None:
@@ -158,7 +163,7 @@ def test_a_dry_run_shows_work_memory_and_warnings(
 def test_frames_that_do_not_fit_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ascendit.pipeline.memory.host_memory", lambda: 1 << 30)
     prepared = prepare(LoadOptions(model="demo"), "a", width=2048, height=2048, num_frames=401)
-    texts = estimate_run(prepared.model, prepared.request).warnings
+    texts = estimate_run(prepared).warnings
     assert "20.6 MiB of weights and 18.8 GiB of decoded frames do not fit into the 1.0 GiB" in texts[0]
 
 
@@ -171,12 +176,11 @@ def test_a_run_above_the_published_sizes_says_so_once(capsys: Any, monkeypatch: 
 
 
 def test_sizes_near_the_published_ones_are_quiet() -> None:
-    defaults = prepare_model(LoadOptions(model="demo")).defaults
     work = Work(tokens=1, passes=1, flops_per_step=1, flops=1, attention_flops=3 * 10**15)
     for frames, said in ((17, False), (21, False), (41, True)):
-        request = resolve(defaults, "a", num_frames=frames)
-        assert bool(size_warning(defaults, request, work)) == said
-    assert "attention alone is 3.00 PFLOP" in size_warning(defaults, request, work)
+        prepared = prepare(LoadOptions(model="demo"), "a", num_frames=frames)
+        assert bool(size_warning(prepared, work)) == said
+    assert "attention alone is 3.00 PFLOP" in size_warning(prepared, work)
     assert [human_flops(x) for x in (5 * 10**8, 12 * 10**12, 10**21)] == [
         "500 MFLOP",
         "12.0 TFLOP",

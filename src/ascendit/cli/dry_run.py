@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ascendit.family import PRESETS
-from ascendit.pipeline.estimate import Estimate, human_flops
+from ascendit.pipeline.estimate import Estimate, estimate_run, human_flops
 from ascendit.pipeline.options import FLAGS
 from ascendit.pipeline.sigmas import TRAIN_STEPS
 from ascendit.report import columns, human_bytes
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> None:
-    """Print the plan of a run: every value of the request, device, work, memory, output and replay."""
+    """Print the plan of the run: every value of the request, device, work, memory, output and replay."""
     request, options, model = prepared.request, prepared.model.options, prepared.model
     with out.work():
-        estimate = prepared.estimate
+        estimate = estimate_run(prepared)
     schedule = request.denoising_schedule
     denoiser = estimate.memory.parts["transformer"]
     schemes = sorted({x for part in estimate.memory.parts.values() for x in part.schemes}) or ["bf16"]
@@ -61,7 +61,7 @@ def print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> 
         "defaults from",
         *(f"  {source}" for source in model.defaults.sources),
         f"device     {model.device}; denoiser in {denoiser.dtype}, {quantized}",
-        *_size_lines(estimate, request.max_sequence_length, request.do_classifier_free_guidance),
+        *_size_lines(estimate, request.max_sequence_length, request.num_inference_steps),
         f"output     {output}",
         f"replay     {prepared.replay}",
     ]
@@ -95,13 +95,14 @@ def _timesteps(request: GenerateRequest, timesteps: Sequence[float]) -> str:
     return f"{text} ({high} high-noise, {len(timesteps) - high} low-noise)"
 
 
-def _size_lines(estimate: Estimate, text_tokens: int, guided: bool) -> list[str]:
+def _size_lines(estimate: Estimate, text_tokens: int, steps: int) -> list[str]:
     """Work, memory and warnings."""
     work, memory = estimate.work, estimate.memory
-    passes = "two passes" if guided else "one pass"
+    counts = {steps: "one pass per step", 2 * steps: "two passes per step"}
+    passes = counts.get(work.passes, f"{work.passes} passes in {steps} steps")
     size = f"{human_flops(work.flops_per_step)} per step, {human_flops(work.flops)} in all"
     lines = [
-        f"work       {work.tokens} video and {text_tokens} text tokens, {passes} per step: {size}",
+        f"work       {work.tokens} video and {text_tokens} text tokens, {passes}: {size}",
         f"memory     {human_bytes(memory.weights_bytes)} of weights; activations come on top",
     ]
     parts: list[tuple[Any, ...]] = [

@@ -102,8 +102,7 @@ def generate(ctx: typer.Context, **params: Any) -> None:
 
         print_dry_run(prepared, call, output, out)
         return
-    if warning := prepared.size_warning:
-        out.note(warning)
+    _warn_about_size(prepared, out)
     start = time.perf_counter()
     video = _run(prepared, out)
     with out.work():
@@ -135,6 +134,13 @@ def _prepare(call: Call, output: Path | None, *, overwrite: bool) -> tuple[Prepa
     sidecar = b"" if call.metadata else None
     video.check_output(output, shape, request.fps, sidecar=sidecar, overwrite=overwrite)
     return prepared, output
+
+
+def _warn_about_size(prepared: Prepared, out: Output) -> None:
+    from ascendit.pipeline.estimate import size_warning, work_of
+
+    if warning := size_warning(prepared, work_of(prepared)):
+        out.note(warning)
 
 
 def _find_model(call: Call, config: Path) -> None:

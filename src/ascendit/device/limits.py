@@ -1,6 +1,6 @@
 """Limits of the operators of a device: checked before a model is loaded, and by the kernels at each call.
 
-Does not import torch, so that a dry run has the errors that the run would have at its first step.
+Does not import torch, so that a dry run refuses everything that the run would refuse at its first step.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ SELF_CGROUP = Path("/proc/self/cgroup")
 def host_memory() -> int | None:
     """Bytes that a process of this host can still allocate; None if the system does not report it.
 
-    The smallest of MemAvailable and the memory that the limit of each control group leaves.
+    The smallest of MemAvailable and the free part of the limit of each control group.
     """
     match = re.search(r"MemAvailable:\s+(\d+) kB", _read(MEMINFO))
     limits = [int(match[1]) * 1024] if match else []

@@ -1,6 +1,6 @@
 """Size of a run before it starts: FLOPs of the denoiser, and memory of the weights.
 
-    estimate = estimate_run(prepared.model, prepared.request)
+    estimate = estimate_run(prepared)
     estimate.work.flops, estimate.memory.weights_bytes, estimate.warnings
 
 Text encoder and VAE are not counted in the FLOPs. Does not import torch for a device on the host.
@@ -14,11 +14,11 @@ from typing import Any
 
 from ascendit import geometry
 from ascendit.checkpoint.transformer import model_config
-from ascendit.family import VaeConfig
-from ascendit.pipeline.defaults import Defaults
+from ascendit.pipeline.job import Prepared
 from ascendit.pipeline.memory import Memory, memory_of
 from ascendit.pipeline.options import PreparedModel
 from ascendit.pipeline.request import GenerateRequest
+from ascendit.pipeline.sigmas import TRAIN_STEPS
 from ascendit.report import human_bytes
 
 MAX_RATIO = 1.5
@@ -32,7 +32,7 @@ class Work:
     tokens: int
     """Tokens of the video in one forward pass."""
     passes: int
-    """Forward passes in all steps, at most: a guidance of 1 in one of two experts saves some."""
+    """Forward passes in all steps: two per step with a guidance above 1, else one."""
     flops_per_step: int
     """Of the largest step."""
     flops: int
@@ -88,39 +88,42 @@ class Estimate:
         }
 
 
-def estimate_run(model: PreparedModel, request: GenerateRequest) -> Estimate:
+def estimate_run(prepared: Prepared) -> Estimate:
     """Work and memory of one checked request."""
-    work = work_of(model, request)
+    model, request, work = prepared.model, prepared.request, work_of(prepared)
     return Estimate(
         work=work,
         memory=memory_of(model),
         video_bytes=12 * request.num_frames * request.height * request.width,
-        size_warning=size_warning(model.defaults, request, work),
+        size_warning=size_warning(prepared, work),
     )
 
 
-def work_of(model: PreparedModel, request: GenerateRequest) -> Work:
+def work_of(prepared: Prepared) -> Work:
     """FLOPs of the denoiser, as `torch.utils.flop_counter` counts those of plain PyTorch."""
+    model, request, tokens = prepared.model, prepared.request, prepared.video_tokens
     config = model_config(model.experts[0][0])
-    vae = VaeConfig.from_dict(model.layout.part("vae").config)
-    strides = {"frame_stride": vae.scale_factor_temporal, "stride": vae.scale_factor_spatial}
-    latents = geometry.latent_grid(request.num_frames, request.height, request.width, **strides)
-    tokens = geometry.num_tokens(geometry.patch_grid(latents, config.patch_size))
     image_tokens = _clip_tokens(model) if request.image else 0
     flops = geometry.transformer_flops(config, tokens, request.max_sequence_length, image_tokens)
-    branches = 2 if request.do_classifier_free_guidance else 1
-    steps = request.num_inference_steps
     # TI2V: the frame of the image has a timestep of its own.
-    rows = 2 if model.defaults.task == "ti2v" and request.image and latents[0] > 1 else 1
-    step = branches * flops.forward + rows * flops.modulation
-    starts = min(len(model.experts), steps)
+    rows = 2 if model.defaults.task == "ti2v" and request.image and prepared.latent_grid[0] > 1 else 1
+    branches = [(high, 2 if request.guidance_for(high=high) > 1 else 1) for high in _high_noise(request)]
+    passes = sum(count for _, count in branches)
     return Work(
         tokens=tokens,
-        passes=branches * steps,
-        flops_per_step=step,
-        flops=steps * step + starts * branches * flops.context,
-        attention_flops=steps * branches * flops.attention,
+        passes=passes,
+        flops_per_step=max(count for _, count in branches) * flops.forward + rows * flops.modulation,
+        flops=passes * flops.forward
+        + len(branches) * rows * flops.modulation
+        + sum(count for _, count in set(branches)) * flops.context,
+        attention_flops=passes * flops.attention,
     )
+
+
+def _high_noise(request: GenerateRequest) -> list[bool]:
+    """Whether each step runs the first expert."""
+    boundary = TRAIN_STEPS * (request.boundary_ratio or 0)
+    return [t >= boundary for t in request.denoising_schedule.timesteps]
 
 
 def _clip_tokens(model: PreparedModel) -> int:
@@ -132,8 +135,9 @@ def _clip_tokens(model: PreparedModel) -> int:
     return (int(config.get("image_size", 224)) // int(config.get("patch_size", 32))) ** 2 + 1
 
 
-def size_warning(defaults: Defaults, request: GenerateRequest, work: Work) -> str:
+def size_warning(prepared: Prepared, work: Work) -> str:
     """A text if the video has far more pixels than the largest published one, else ""."""
+    defaults, request = prepared.model.defaults, prepared.request
     sizes = defaults.spec.sizes if defaults.spec else ((defaults.width, defaults.height),)
     width, height = max(sizes, key=math.prod)
     ratio = request.width * request.height * request.num_frames / (width * height * defaults.num_frames)

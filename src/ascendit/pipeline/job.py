@@ -23,8 +23,8 @@ from ascendit.checkpoint.reader import common_dtype
 from ascendit.device.device import Device, parse_device
 from ascendit.device.limits import check_attention, check_layers, check_rules, parse_rules
 from ascendit.errors import is_out_of_memory, out_of_memory
+from ascendit.family import VaeConfig, WanConfig
 from ascendit.model.quantize_on_load import Online, policy_for, quantized_layers, schemes_in
-from ascendit.pipeline.estimate import Estimate, estimate_run, size_warning, work_of
 from ascendit.pipeline.fit import describe_fit
 from ascendit.pipeline.images import FIELDS, pictures_of, size_source
 from ascendit.pipeline.model_check import require_model
@@ -67,19 +67,17 @@ class Prepared:
         return {field: describe_fit(picture, size, request.fit)[0] for field, picture in sizes.items()}
 
     @property
+    def latent_grid(self) -> geometry.Grid:
+        """Frames, rows and columns of the latents."""
+        request, vae = self.request, VaeConfig.from_dict(self.model.layout.part("vae").config)
+        strides = {"frame_stride": vae.scale_factor_temporal, "stride": vae.scale_factor_spatial}
+        return geometry.latent_grid(request.num_frames, request.height, request.width, **strides)
+
+    @property
     def video_tokens(self) -> int:
         """Tokens of the video in one pass of a transformer."""
-        return work_of(self.model, self.request).tokens
-
-    @property
-    def size_warning(self) -> str:
-        """A text if the video has far more pixels than the largest published one, else ""."""
-        return size_warning(self.model.defaults, self.request, work_of(self.model, self.request))
-
-    @property
-    def estimate(self) -> Estimate:
-        """Work and memory of the run."""
-        return estimate_run(self.model, self.request)
+        patch_size = self.model.layout.experts[0].config.get("patch_size", WanConfig.patch_size)
+        return geometry.num_tokens(geometry.patch_grid(self.latent_grid, patch_size))
 
 
 def prepare_model(options: LoadOptions) -> PreparedModel:

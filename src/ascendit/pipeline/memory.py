@@ -162,7 +162,7 @@ def expert_bytes(
 
 
 def prepared_bytes(layer: QuantizedLayer, device: Device, options: LoadOptions) -> int:
-    """Bytes of a prepared weight besides its parameters: decoded copies, scales of an NPU."""
+    """Bytes that a kernel stores besides the parameters: decoded copies, scales in the layout of an NPU."""
     _, scheme, (n, k) = layer
     reference = options.ops == "reference"
     if device.operators == "npu" and not reference and scheme in device.native_schemes:
