@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from ascendit import errors
-from ascendit.errors import OutOfMemory, is_out_of_memory, out_of_memory
+from ascendit.errors import OutOfMemory, escaped, is_out_of_memory, out_of_memory
 
 SOURCES = Path(errors.__file__).parent
 # In the table but not raised yet.
@@ -188,3 +189,25 @@ def test_the_error_has_the_required_and_the_free_memory() -> None:
 
 def test_without_numbers() -> None:
     assert out_of_memory(MemoryError(), "denoise", "cuda").needs == "more memory"
+
+
+# ---- control characters -------------------------------------------------------------------------
+
+UNPRINTED = [*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
+
+
+def test_no_character_that_controls_a_terminal_or_the_direction_of_text_is_left() -> None:
+    for number in [*UNPRINTED, 0xD800, 0xDC80, 0xDFFF, 0xFEFF, 0x61C]:
+        text = escaped(f"a{chr(number)}b")
+        assert text.isprintable() and text.startswith("a\\") and text.endswith("b"), hex(number)
+        assert escaped(text) == text
+    for text in ("", "plain", "é 猫 ▁ 👩‍🚀 — “x”", "a\\nb", "a b"):
+        assert escaped(text) == text
+    assert escaped("a\nb\tc\rd\x1b[2J\x9b\u202e") == "a\\nb\\tc\\rd\\x1b[2J\\x9b\\u202e"
+    assert escaped(os.fsdecode(b"caf\xe9")) == "caf\\xe9"
+
+
+def test_the_text_of_an_error_has_three_lines_and_no_control_characters() -> None:
+    error = errors.CheckpointError("a\x1b[2J\nb", needs="c\u202e", fix="d\r", code="E-CKP-04")
+    assert str(error) == "[E-CKP-04] a\\x1b[2J\\nb\n  needs  c\\u202e\n  try    d\\r"
+    assert error.as_dict()["got"] == "a\x1b[2J\nb"

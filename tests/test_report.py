@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 import pytest
 
-from ascendit.report import columns, counted, group_by, human_bytes, json_data, selected, titled, totals
+from ascendit.report import (
+    columns,
+    counted,
+    group_by,
+    human_bytes,
+    json_data,
+    json_text,
+    selected,
+    shell_line,
+    titled,
+    totals,
+)
 
 
 def test_columns_have_the_width_of_their_widest_cell_and_no_trailing_blanks() -> None:
@@ -78,3 +91,30 @@ def test_json_data() -> None:
     assert json_data(record) == {"inner": expected, "verdict": "runs"}
     assert selected(record, "bits", "inner") == {"bits": 4.25, "inner": expected}
     assert json.dumps(json_data([record, True, 1.5, "text"]))
+
+
+def test_json_is_valid_and_has_no_control_characters() -> None:
+    data = {"a\x1b\n": ["\x9b\u202e\x7f", "\ud800", "é 猫", {"b": Path("c\udce9")}], "n": 1.5}
+    text = json_text(data)
+    assert text.replace("\n", "").isprintable() and "é 猫" in text and text.count("\n") == 10
+    assert json.loads(text) == {**data, "a\x1b\n": [*data["a\x1b\n"][:3], {"b": "c\udce9"}]}  # type: ignore[index]
+    plain = {"a": [1, "x\n", None], "b": {}}
+    assert json_text(plain) == json.dumps(plain, indent=2, ensure_ascii=False)
+
+
+def test_a_shell_reads_the_arguments_of_a_printed_line(tmp_path: Path) -> None:
+    arguments = [
+        "a b",
+        "it's",
+        "two\nlines\t\x1b[2J",
+        "back\\slash\n'q'",
+        "\x7f0",
+        "\x9b1",
+        "\u202ex",
+        "a\udce9f\n",
+    ]
+    line = shell_line(["printf", "%s\\0", *arguments])
+    assert line.isprintable()
+    out = subprocess.run(["bash", "-c", line], capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"})
+    assert out.stdout.decode(errors="surrogateescape").split("\0")[:-1] == arguments
+    assert shell_line(["a b", "it's"]) == shlex.join(["a b", "it's"])

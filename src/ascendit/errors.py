@@ -32,9 +32,9 @@ ERROR_CODES: dict[str, str] = {
     "E-REQ-04": "image missing for this model, or not supported by it",
     "E-CKP-01": "folder contains no known model",
     "E-CKP-02": "shard missing, truncated or not safetensors",
-    "E-CKP-03": "index names a missing file, or a file outside the folder",
+    "E-CKP-03": "index or link leads to a missing file, or out of the folder",
     "E-CKP-04": "tensors missing, unexpected, or of the wrong shape or dtype",
-    "E-CKP-05": "config of another model class",
+    "E-CKP-05": "config of another model class, or one that asks for other code",
     "E-CKP-06": "config missing or unreadable",
     "E-CKP-07": "manifest, config and tensors disagree on a layer",
     "E-CKP-08": "weight and scale do not match, or a scale is invalid",
@@ -76,10 +76,11 @@ class AscenditError(Exception):
         self.got, self.needs, self.fix, self.code = got, needs, fix, code
 
     def __str__(self) -> str:
-        return f"[{self.code}] {self.got}\n  needs  {self.needs}\n  try    {self.fix}"
+        got, needs, fix = map(escaped, (self.got, self.needs, self.fix))
+        return f"[{self.code}] {got}\n  needs  {needs}\n  try    {fix}"
 
     def as_dict(self) -> dict[str, str]:
-        """Plain data for `--json` and the server."""
+        """Plain data for `--json` and the server; the texts are not escaped."""
         return {"code": self.code, "got": self.got, "needs": self.needs, "try": self.fix}
 
 
@@ -129,6 +130,27 @@ class Cancelled(AscenditError):
 
     def __init__(self, got: str, *, needs: str, fix: str, code: str = "E-CAN-01") -> None:
         super().__init__(got, needs=needs, fix=fix, code=code)
+
+
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+"""Characters that change how a terminal or a page shows other text: C0, DEL, C1, line separators, marks that
+change the direction of text, and lone surrogates."""
+
+
+def escaped(text: str) -> str:
+    """`text` on one line, with `UNSAFE` characters as `\\n`, `\\x1b` or `\\u202e`.
+
+    File names may contain any bytes; those that are not UTF-8 become `\\xe9`.
+    """
+    return UNSAFE.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    number = ord(match[0])
+    if 0xDC80 <= number <= 0xDCFF:  # a byte of a file name
+        number -= 0xDC00
+    short = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(match[0])
+    return short or (f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}")
 
 
 _MEMORY_PHRASES = ("not enough memory", "can't allocate memory", "out of memory", "cannot allocate memory")

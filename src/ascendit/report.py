@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
+
+from ascendit.errors import UNSAFE
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -79,3 +84,24 @@ def json_data(value: Any) -> Any:
 def selected(record: object, *names: str) -> dict[str, Any]:
     """The attributes `names` of a record as JSON data."""
     return {name: json_data(getattr(record, name)) for name in names}
+
+
+def json_text(data: Any) -> str:
+    """Indented JSON, with paths and other objects as text, and `errors.UNSAFE` characters escaped."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, default=str)
+    return UNSAFE.sub(lambda m: m[0] if m[0] == "\n" else f"\\u{ord(m[0]):04x}", text)
+
+
+def shell_line(args: Iterable[str]) -> str:
+    """A command line for bash and zsh; arguments with `errors.UNSAFE` characters become `$'a\\nb'`."""
+    return " ".join(_ansi_quoted(arg) if UNSAFE.search(arg) else shlex.quote(arg) for arg in args)
+
+
+def _ansi_quoted(arg: str) -> str:
+    def escape(match: re.Match[str]) -> str:
+        number = ord(match[0])
+        byte = number - 0xDC00 if 0xDC80 <= number <= 0xDCFF else number if number < 0x80 else None
+        return f"\\u{number:04x}" if byte is None else f"\\x{byte:02x}"
+
+    quoted = re.sub(r"[\\']", r"\\\g<0>", arg)
+    return f"$'{UNSAFE.sub(escape, quoted)}'"

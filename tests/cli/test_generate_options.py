@@ -79,7 +79,7 @@ def test_prepare_fills_in_defaults(model):
     prepared = prepare(read([str(model), "a cat"], flags={"seed": 3, "seconds": 1.0}))
     r = prepared.request
     assert (r.width, r.height, r.num_frames, r.fps, r.num_inference_steps) == (64, 64, 9, 8, 16)
-    assert prepared.video_tokens == 3 * 4 * 4
+    assert prepared.video_tokens == 3 * 8 * 8
 
 
 def test_the_default_output_has_time_prompt_and_seed(model, tmp_path, monkeypatch):
@@ -116,7 +116,7 @@ FLAGS = st.fixed_dictionaries(
 
 @given(FLAGS, st.text("ab -'\"=,ü$\n", max_size=12))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_replay_line_makes_the_same_request(model, flags, prompt):
+def test_the_replay_line_makes_the_same_request(model, fake, flags, prompt):
     if flags.keys() >= {"timesteps", "num_inference_steps"}:
         del flags["num_inference_steps"]
     if "guidance_scale" not in flags:
@@ -232,7 +232,7 @@ def test_settings_are_typed():
 @pytest.mark.parametrize(
     ("setting", "needs"),
     [
-        ("solver=dpm", "solver: unipc or euler"),
+        ("solver=dpm", "solver: unipc or dpm++ or euler or renoise"),
         ("num_inference_steps=2.5", "num_inference_steps: a whole number"),
         ("flow_shift=much", "flow_shift: a number"),
         ("metadata=maybe", "metadata: true or false"),
@@ -255,6 +255,24 @@ def test_an_unknown_key_lists_the_known_ones():
     assert "unknown key flow_shif" in e.value.got
     assert "boundary_ratio" in e.value.needs and "metadata" in e.value.needs and "solver" in e.value.needs
     assert e.value.fix == "did you mean flow_shift?"
+
+
+@pytest.mark.parametrize(
+    ("other", "key"),
+    [
+        ("steps", "num_inference_steps"),
+        ("cfg", "guidance_scale"),
+        ("sample_shift", "flow_shift"),
+        ("n_prompt", "negative_prompt"),
+    ],
+)
+def test_the_key_of_another_tool_is_named(other, key):
+    with pytest.raises(UsageError, match=f"unknown key {other}") as e:
+        generate_options.parse_settings([f"{other}=3"])
+    assert e.value.fix == f"did you mean {key}?"
+    names = [n for others in generate_options.OTHER_NAMES.values() for n in others.split()]
+    assert len(names) == len(set(names)) and not set(names) & set(generate_options.KEYS)
+    assert set(generate_options.OTHER_NAMES) <= set(generate_options.KEYS)
 
 
 def test_config_toml(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import stat
@@ -13,12 +14,13 @@ from ascendit.checkpoint.sources import record_source
 from ascendit.errors import CheckpointError
 
 TRANSFORMER = "WanTransformer3DModel"
-PART_CLASSES = {"transformer": TRANSFORMER, "transformer_2": TRANSFORMER, "vae": "AutoencoderKLWan"}
-"""Components that ascendit runs itself -> the only supported class."""
 EXPERTS = ("transformer", "transformer_2")
 STEM = "diffusion_pytorch_model"
 MAX_JSON = 100_000_000
 """Size limit of a JSON file in bytes. The index of the largest Wan model has 150 kB."""
+MAX_DEPTH = 100
+"""Limit of nested objects and lists; deeper ones exhaust the stack of a later reader."""
+_SYSTEM = ("/proc/", "/sys/")
 CONFIG_FILES = {
     "scheduler": ("scheduler_config.json",),
     "tokenizer": ("tokenizer_config.json",),
@@ -67,14 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises CheckpointError (E-CKP-06) if it is missing, unreadable, not a JSON object or has duplicate keys.
     """
     try:
-        status = path.stat()
-        if status.st_size > MAX_JSON or not is_file_or_folder(status):
-            raise _bad_json(path, "not a regular file, or too large")
-        record_source(path, status)
-        data = loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as e:
-        problem = "missing" if isinstance(e, FileNotFoundError) else f"unreadable ({e.strerror})"
-        raise _bad_json(path, problem) from e
+        data = loads(read_small(path).decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:
         raise _bad_json(path, f"not JSON ({e})") from e
     if not isinstance(data, dict):
@@ -82,17 +77,75 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def loads(text: str) -> Any:
-    """Parse JSON. Raises ValueError or RecursionError: invalid JSON, duplicate keys, lone surrogates."""
-    data = json.loads(text, object_pairs_hook=_unique_keys)
-    if "\\ud" in text.lower():
-        json.dumps(data, ensure_ascii=False).encode()
+def read_small(path: Path) -> bytes:
+    """Return the bytes of a JSON or text file.
+
+    Raises CheckpointError (E-CKP-06) if it is missing, unreadable, not a regular file, or too large.
+    """
+    try:
+        check_regular(path)
+        # Without O_NONBLOCK, a pipe that has replaced the file since the check would block.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise _bad_json(path, "not a regular file")
+            record_source(path, status)
+            data = file.read(MAX_JSON + 1)
+    except OSError as e:
+        raise _bad_json(path, f"unreadable ({e.strerror})") from e
+    if len(data) > MAX_JSON:
+        raise _bad_json(path, "too large")
     return data
 
 
-def is_file_or_folder(status: os.stat_result) -> bool:
-    """Whether this is the status of a file or folder; opening anything else, such as a pipe, may block."""
-    return stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+def check_regular(path: Path) -> None:
+    """Raise CheckpointError (E-CKP-06) unless `path` is a regular, readable file of at most `MAX_JSON` bytes.
+
+    A device or a pipe may block or never end; the files of procfs and sysfs show the state of this machine.
+    """
+    try:
+        status = path.stat()
+    except OSError as e:
+        problem = "missing" if isinstance(e, FileNotFoundError) else f"unreadable ({e.strerror})"
+        raise _bad_json(path, problem) from e
+    if problem := irregular(path, status):
+        raise _bad_json(path, problem)
+    if status.st_size > MAX_JSON:
+        raise _bad_json(path, f"too large: {status.st_size:,} bytes")
+    if not os.access(path, os.R_OK):
+        raise _bad_json(path, "unreadable (permission denied)")
+
+
+def irregular(path: Path, status: os.stat_result) -> str:
+    """The reason why a file of a model cannot be this one: not a regular file, or of the system; or ""."""
+    if not stat.S_ISREG(status.st_mode):
+        return "a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+    if status.st_dev in _system_devices() or os.path.realpath(path).startswith(_SYSTEM):
+        return "a file of the system, not of a model"
+    return ""
+
+
+@functools.cache
+def _system_devices() -> frozenset[int]:
+    """Device numbers of procfs and sysfs, which may also be mounted elsewhere."""
+    return frozenset(os.stat(folder).st_dev for folder in _SYSTEM if os.path.ismount(folder))
+
+
+def loads(text: str) -> Any:
+    """Parse JSON.
+
+    Raises ValueError or RecursionError: invalid JSON, duplicate keys, lone surrogates, deep nesting.
+    """
+    data = json.loads(text, object_pairs_hook=_unique_keys)
+    level = [data] if isinstance(data, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        inner = [c.values() if isinstance(c, dict) else c for c in level]
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+    if level:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    if "\\ud" in text.lower():
+        json.dumps(data, ensure_ascii=False).encode()
+    return data
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

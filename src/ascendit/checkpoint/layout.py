@@ -16,7 +16,6 @@ from typing import Any, Literal
 from ascendit.checkpoint.component import (
     CONFIG_FILES,
     EXPERTS,
-    PART_CLASSES,
     STEM,
     TRANSFORMER,
     Part,
@@ -25,6 +24,8 @@ from ascendit.checkpoint.component import (
     unsupported_class,
 )
 from ascendit.checkpoint.quant_metadata import MANIFEST_GLOB
+from ascendit.checkpoint.reader import PICKLED, convert_command
+from ascendit.checkpoint.trust import PART_CLASSES, check_part_files, supported_class
 from ascendit.errors import CheckpointError, UsageError
 from ascendit.names import listed, naming_of
 
@@ -41,6 +42,8 @@ PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 INDEX_FILE = "model_index.json"
 RECORD_FILE = "ascendit.json"
 """Record of how `quantize` or `repack` created the folder, see `convert.provenance`."""
+_ABSENT: tuple[object, ...] = (None, [None, None])
+"""Values of `model_index.json` for an optional component that the model does not have."""
 _SNAPSHOT = re.compile(r"models--(.+?)--(.+)/snapshots/[^/]+")
 
 
@@ -120,12 +123,15 @@ def recognise(path: Path | str) -> Layout:
         if recognised is not None:
             kind, parts = recognised
             return Layout(kind, root, _model_name(root), {}, {part.name: part for part in parts})
+        fix = "pass the folder of the complete model, or the path of the file"
+        if root.suffix in PICKLED:
+            fix = f"convert it: {convert_command(root, root.with_suffix('.safetensors'))}"
         raise CheckpointError(
             f"no model recognised at {root}: {_hint(root)}",
             needs=f"a Diffusers folder with {INDEX_FILE} at its top; a folder with only transformers; "
             "an original Wan folder (config.json, or high_noise_model and low_noise_model); an msModelSlim "
             "export (quant_model_description*.json); or one .safetensors file of a Wan transformer",
-            fix="pass the folder of the complete model, or the path of the file",
+            fix=fix,
             code="E-CKP-01",
         )
     except OSError as e:
@@ -140,7 +146,10 @@ def recognise(path: Path | str) -> Layout:
 def _hint(root: Path) -> str:
     """Why the kind of `root` is unknown."""
     if root.is_file():
-        return "the name of the file does not end in .safetensors"
+        pickled = root.suffix in PICKLED
+        return (
+            "pickled files are not read" if pickled else "the name of the file does not end in .safetensors"
+        )
     if below := sorted(p.parent.name for p in root.glob(f"*/{INDEX_FILE}")):
         return f"{INDEX_FILE} is in a subfolder: {', '.join(below[:3])}"
     if (root / "config.json").exists():
@@ -167,16 +176,17 @@ def _snapshot(root: Path) -> tuple[str, str] | None:
 
 def _diffusers(root: Path) -> Layout | None:
     """A Diffusers pipeline folder: `model_index.json` and one folder per component."""
-    if not (root / INDEX_FILE).exists():
+    if not os.path.lexists(root / INDEX_FILE):
         return None
     index = read_json(root / INDEX_FILE)
     if (class_name := index.get("_class_name")) not in PIPELINES:
         raise unsupported_class(root / INDEX_FILE, class_name, PIPELINES)
     parts: dict[str, Part] = {}
     for name, entry in index.items():
-        match entry:  # [null, null] and plain values are not components
-            case [str(library), str(part_class)] if not name.startswith("_"):
-                parts[name] = _read_part(root, name, library, part_class)
+        # [null, null] and plain values are not components
+        is_pair = isinstance(entry, list) and len(entry) == 2 and all(isinstance(x, str) for x in entry)
+        if not name.startswith("_") and (is_pair or (name in PART_CLASSES and entry not in _ABSENT)):
+            parts[name] = _read_part(root, name, entry)
     if "transformer" not in parts:
         raise CheckpointError(
             f"{root / INDEX_FILE} lists no transformer",
@@ -187,7 +197,7 @@ def _diffusers(root: Path) -> Layout | None:
     return Layout("diffusers", root, _model_name(root), index, parts)
 
 
-def _read_part(root: Path, name: str, library: str, class_name: str) -> Part:
+def _read_part(root: Path, name: str, entry: object) -> Part:
     folder = root / name
     if not stays_inside(name) or Path(name).name != name:
         raise CheckpointError(
@@ -196,20 +206,19 @@ def _read_part(root: Path, name: str, library: str, class_name: str) -> Part:
             fix="download the model from a trusted source",
             code="E-CKP-03",
         )
-    if not folder.is_dir():
+    config: dict[str, Any] = {}
+    if present := folder.is_dir():
+        check_part_files(folder, name)
+        config = _read_config(folder, name)
+    library, class_name = supported_class(root / INDEX_FILE, name, entry, config)
+    if not present:
         raise CheckpointError(
             f"{root / INDEX_FILE} lists {name}, but the folder {folder} is missing",
             needs=f"one folder per component; {name} is a {class_name}",
             fix="download all files of the model again",
             code="E-CKP-02",
         )
-    supported = PART_CLASSES.get(name)
-    if supported and class_name != supported:
-        raise unsupported_class(root / INDEX_FILE, class_name, (supported,), part=name)
-    part = Part(name, folder, library, class_name, _read_config(folder, name))
-    if supported and (config_class := part.config.get("_class_name", supported)) != supported:
-        raise unsupported_class(folder / "config.json", config_class, (supported,), part=name)
-    return part
+    return Part(name, folder, library, class_name, config)
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -403,9 +412,13 @@ def weights_in(folder: Path) -> list[str]:
 
 def _no_weights(folder: Path) -> CheckpointError:
     names = sorted(p.name for p in folder.iterdir())
+    fix = "copy or download the weight files, in safetensors format"
+    if pickled := [name for name in names if name.endswith(PICKLED)]:
+        command = convert_command(folder / pickled[0], folder / f"{STEM}.safetensors")
+        fix += f"; or convert {pickled[0]}: {command}"
     return CheckpointError(
         f"{folder} has no transformer weights" + (f" (it has {listed(names)})" if names else ""),
         needs=f"{STEM}.safetensors or its index, or quant_model_weight*.safetensors",
-        fix="copy or download the weight files, in safetensors format",
+        fix=fix,
         code="E-CKP-02",
     )

@@ -19,6 +19,7 @@ from typing import NamedTuple, Self
 
 from ascendit.checkpoint.file_copy import DISK_FULL_ERRNOS, check_free_space, copy_file, write_error, writing
 from ascendit.checkpoint.sources import check_sources
+from ascendit.checkpoint.trust import Home
 from ascendit.errors import Cancelled, CheckpointError, EnvironmentProblem, UsageError
 from ascendit.names import listed
 
@@ -360,16 +361,17 @@ MAX_FILES = 100_000
 """Limit for one copied folder; only nested links exceed it."""
 
 
-def link_or_copy(src: Path, dst: Path, *, copy: bool) -> None:
+def link_or_copy(src: Path, dst: Path, *, copy: bool, home: Home | None = None) -> None:
     """Make `dst` a link to the resolved path of the file or folder `src`, or a copy of it.
 
-    A copy follows every link (hub caches link to their blobs), so it is self-contained; complete files of a
-    killed run are not copied again. Raises CheckpointError (E-CKP-03) for cyclic and dangling links and for
-    anything but files and folders; OSError if `dst` cannot be written.
+    A copy follows every link (hub caches link to their blobs), so it is self-contained; `home`: except links
+    that lead out of it, which are omitted. Complete files of a killed run are not copied again. Raises
+    CheckpointError (E-CKP-03) for cyclic and dangling links and for anything but files and folders; OSError
+    if `dst` cannot be written.
     """
     real = _real(src)
     if copy:
-        _copy(real, dst, (), [0])
+        _copy(real, dst, (), [0], home)
         return
     if dst.is_symlink() or dst.is_file():
         dst.unlink()
@@ -378,7 +380,9 @@ def link_or_copy(src: Path, dst: Path, *, copy: bool) -> None:
     os.symlink(real, dst)
 
 
-def _copy(real: Path, dst: Path, above: tuple[tuple[int, int], ...], count: list[int]) -> None:
+def _copy(
+    real: Path, dst: Path, above: tuple[tuple[int, int], ...], count: list[int], home: Home | None
+) -> None:
     """`above`: device and inode of the parent folders."""
     state = real.stat()
     count[0] += 1
@@ -396,7 +400,8 @@ def _copy(real: Path, dst: Path, above: tuple[tuple[int, int], ...], count: list
     else:
         dst.mkdir(exist_ok=True)
         for name in sorted(os.listdir(real)):
-            _copy(_real(real / name), dst / name, (*above, own), count)
+            if home is None or home.copies(real / name):
+                _copy(_real(real / name), dst / name, (*above, own), count, home)
 
 
 def _real(path: Path) -> Path:

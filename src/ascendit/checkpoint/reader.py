@@ -14,7 +14,8 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeGuard
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeGuard
 from ascendit.checkpoint.component import (
     STEM,
     Part,
-    is_file_or_folder,
+    irregular,
     loads,
     read_json,
     stays_inside,
@@ -30,6 +31,7 @@ from ascendit.checkpoint.component import (
 from ascendit.checkpoint.sources import FileState, OpenFiles, check_state, record_source, unreadable
 from ascendit.errors import CheckpointError
 from ascendit.names import listed, problem_counts
+from ascendit.report import shell_line
 
 if TYPE_CHECKING:
     import torch
@@ -55,9 +57,18 @@ DTYPE_BITS = {name: 8 if name == "BOOL" else int(re.findall(r"\d+", name)[0]) fo
 """safetensors dtype -> bits per element."""
 
 
+def common_dtype(sizes: Iterable[tuple[str, int]]) -> str:
+    """The torch dtype of most bytes. `sizes`: (safetensors dtype, bytes) of each tensor."""
+    count: Counter[str] = Counter()
+    for dtype, nbytes in sizes:
+        count[dtype] += nbytes
+    return TORCH_DTYPES[count.most_common(1)[0][0]] if count else "float32"
+
+
 # ---- headers ------------------------------------------------------------------------------------
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04", b"\x80\x05")  # first bytes of files of torch.save
 
 
 @dataclass(frozen=True)
@@ -86,9 +97,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     object, sizes that do not match shape and dtype, overlaps, gaps, and truncated files.
     """
     try:
-        if not is_file_or_folder(os.stat(path)):
-            raise _broken(path, "not a regular file")
-        with open(path, "rb") as f:
+        if problem := irregular(path, os.stat(path)):
+            raise _broken(path, problem)
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as f:
             status = os.fstat(f.fileno())
             size, state = status.st_size, FileState.of(status)
             record_source(path, status)
@@ -96,9 +107,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             position = f.tell()
     except OSError as e:
         raise _broken(path, "missing" if isinstance(e, FileNotFoundError) else str(e.strerror)) from e
-    infos = [
-        _entry(path, name, entry, position, state) for name, entry in header.items() if name != "__metadata__"
-    ]
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(path, "__metadata__ is not an object of texts")
+    infos = [_entry(path, name, entry, position, state) for name, entry in header.items()]
     infos.sort(key=lambda info: (info.start, info.end))
     for info in infos:
         if info.end > size:
@@ -118,7 +132,8 @@ def _read_json_header(path: Path, file: BinaryIO, size: int) -> dict[str, Any]:
         raise _broken(path, f"{size} bytes long, too short for a header" if size else "empty")
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER:
-        raise _broken(path, f"not a safetensors file (header of {length} bytes)")
+        kind = "a PyTorch pickle" if prefix.startswith(_PICKLES) else f"header of {length} bytes"
+        raise _broken(path, f"not a safetensors file ({kind})")
     if 8 + length > size:
         raise _broken(path, f"truncated: header of {length} bytes in a file of {size}")
     try:
@@ -299,11 +314,27 @@ def _no_weights(file: Path) -> CheckpointError:
             code="E-CKP-03",
         )
     got = f"no {file.name} in {folder}" if folder.is_dir() else f"no folder {folder}"
-    others = [p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin", ".pth", ".pt")]
+    others = sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", *PICKLED))
+    if pickled := [name for name in others if name.endswith(PICKLED)]:
+        fix += f"; or convert {pickled[0]}: {convert_command(folder / pickled[0], file)}"
     needs = f"{file.name}, or {file.name}.index.json and its shards"
     return CheckpointError(
         got + (f" (it has {listed(others)})" if others else ""), needs=needs, fix=fix, code="E-CKP-02"
     )
+
+
+PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
+"""Endings of files of torch.save. They are never opened: unpickling can run code."""
+
+
+def convert_command(pickled: Path, file: Path) -> str:
+    """A command that writes the tensors of a pickle to a safetensors file, without running code."""
+    code = (
+        "import sys, torch; from safetensors.torch import save_file; "
+        "d = torch.load(sys.argv[1], weights_only=True, mmap=True); d = d.get('state_dict', d); "
+        "save_file({k: v.clone().contiguous() for k, v in d.items()}, sys.argv[2])"
+    )
+    return shell_line(["python", "-c", code, str(pickled), str(file)])
 
 
 # ---- blocks of rows -----------------------------------------------------------------------------

@@ -102,19 +102,19 @@ def page(check: SelfCheck) -> Iterator[str]:
     shown = "   ".join(f"{name} {versions[name]}" for name in SHOWN_VERSIONS if versions[name])
     yield f"Self-check of {check.device}{f', chip {check.chip}' if check.chip else ''}   {shown}"
     if questions := check.results_of("question"):
-        yield "\nUndocumented behaviour"
+        yield from ("", "Undocumented behaviour")
         for r in questions:
-            yield f"  {r.name}\n    {r.answer or r.error}"
+            yield from (f"  {r.name}", f"    {r.answer or r.error}")
             if r.verdict == "differs":
                 yield f"    the twin assumes: {r.expected}"
     if check.results_of("operator"):
-        yield "\nOperators, compared with the twin"
+        yield from ("", "Operators, compared with the twin")
         yield from _rows("operator", _operators(check))
-    yield "\nSelected kernels and layers, compared with plain PyTorch"
+    yield from ("", "Selected kernels and layers, compared with plain PyTorch")
     yield from _rows(
         "function", ((r.name, "1", *_numbers(r), r.error or r.how) for r in check.results_of("function"))
     )
-    yield f"\n{_verdict(check)}"
+    yield from ("", _verdict(check))
 
 
 def _rows(first: str, rows: Iterable[tuple[str, ...]]) -> list[str]:

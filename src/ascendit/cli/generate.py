@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import shlex
 import time
 from contextlib import ExitStack
 from datetime import datetime
@@ -14,8 +13,9 @@ import typer
 
 from ascendit.cli.output import Output, quiet_libraries
 from ascendit.errors import UsageError
-from ascendit.pipeline.options import FLAGS, OPTIONS
-from ascendit.report import columns
+from ascendit.family import PRESETS
+from ascendit.pipeline.options import OPTIONS
+from ascendit.report import shell_line
 
 if TYPE_CHECKING:
     from ascendit.cli.generate_options import Call
@@ -39,7 +39,11 @@ def _flag(
 
 FILES = ".mp4, .webm, .gif or .png (frames); default outputs/<time>_<prompt>_s<seed>.mp4."
 SETTINGS = "Any other setting, for example solver=euler or metadata=false; repeatable."
-TIMESTEPS = "Custom schedule, for example 1000,750,500,250 for distilled models."
+TIMESTEPS = "Positions of the steps before the shift, for example 1000,750,500,250."
+PRESET = f"Settings of distilled weights: {', '.join(PRESETS)}."
+NEGATIVE = "Negative prompt; the model's own if omitted, none if empty."
+SIZE = "Width and height in pixels: 832x480; default: the model's area in the ratio of --image."
+FIT = "Images of another ratio than --size: crop (default), pad or stretch."
 ARGS = typer.Argument(metavar="[MODEL] PROMPT", hidden=True)  # explained in the text above the options
 PARAMETERS = (
     inspect.Parameter("ctx", KEYWORD_ONLY, annotation=typer.Context),
@@ -48,15 +52,19 @@ PARAMETERS = (
     _flag("output", Path, FILES, "FILE", "-o --output"),
     _flag("seed", int, "The same seed gives the same video; default: random, and printed.", "N"),
     _flag("num_inference_steps", int, "Number of denoising steps.", "N", "--steps"),
-    _flag("size", str, "Width and height in pixels: 832x480 or 832*480.", "WxH"),
+    _flag("size", str, SIZE, "WxH"),
     _flag("num_frames", int, "Number of frames, 4n+1.", "N", "--frames"),
     _flag("seconds", float, "Length in seconds, instead of --frames.", "S"),
     _flag("fps", int, "Frames per second of the file.", "N", hidden=True),
     _flag("guidance", str, "Guidance scale, or two: high-noise,low-noise.", "G[,G2]"),
     _flag("flow_shift", float, "Flow shift of the schedule.", "X", "--shift", hidden=True),
+    _flag("solver", str, "Solver: unipc, dpm++, euler or renoise.", "NAME", hidden=True),
     _flag("own_timesteps", str, TIMESTEPS, "T,T,..", "--timesteps", hidden=True),
-    _flag("negative_prompt", str, "Negative prompt.", "TEXT", "--negative"),
+    _flag("preset", str, PRESET, "NAME"),
+    _flag("negative_prompt", str, NEGATIVE, "TEXT", "--negative"),
     _flag("image", str, "First frame, for models that accept an image.", "FILE"),
+    _flag("last_image", str, "Last frame, for FLF2V models and Wan2.2 I2V.", "FILE"),
+    _flag("fit", str, FIT, "HOW"),
     *(_flag(name, str, x.help, x.metavar, hidden=x.hidden) for name, x in OPTIONS.items() if x.metavar),
     _flag("settings", list[str], SETTINGS, "KEY=VALUE", "--set"),
     _flag("config", Path, "TOML file with the keys of --set, or the .json beside a video.", "FILE"),
@@ -90,8 +98,12 @@ def generate(ctx: typer.Context, **params: Any) -> None:
     with out.work():
         prepared, output = _prepare(call, params["output"], overwrite=params["overwrite"])
     if params["dry_run"]:
-        _print_dry_run(prepared, call, output, out)
+        from ascendit.cli.dry_run import print_dry_run
+
+        print_dry_run(prepared, call, output, out)
         return
+    if warning := prepared.size_warning:
+        out.note(warning)
     start = time.perf_counter()
     video = _run(prepared, out)
     with out.work():
@@ -133,7 +145,7 @@ def _find_model(call: Call, config: Path) -> None:
         model_folder(call.options.model)
     except UsageError as e:
         if e.code == "E-USE-02":
-            args = shlex.join([call.prompt, "--config", str(config)])
+            args = shell_line([call.prompt, "--config", str(config)])
             e.got += f", named in {config}"
             e.fix = f"pass MODEL on the command line: ascendit generate MODEL {args}; or add --demo"
         raise
@@ -168,35 +180,3 @@ def _print_result(prepared: Prepared, out: Output, video: Video, path: Path, sec
     )
     out.detail(f"  replay  {prepared.replay}")
     out.emit({"output": str(path), **video.describe(), "seconds": round(seconds, 3)})
-
-
-def _print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> None:
-    request, options, model = prepared.request, prepared.model.options, prepared.model
-    data = {
-        "dry_run": True,
-        "model": options.model,
-        "folder": str(model.layout.root),
-        "output": str(output),
-        "request": request.model_dump(),
-        "given": sorted({*call.fields} - {"seconds"}),
-        "defaults_from": list(model.defaults.sources),
-        "video_tokens": prepared.video_tokens,
-        "text_tokens": request.max_sequence_length,
-        **{name: getattr(options, name) for name in FLAGS},
-        "replay": prepared.replay,
-    }
-    explicit = {*call.fields, "prompt"} | ({"num_frames"} if "seconds" in call.fields else set())
-    shown = [(k, v) for k, v in request.model_dump().items() if v is not None]
-    passes = "two passes" if request.do_classifier_free_guidance else "one pass"
-    tokens = f"{prepared.video_tokens} video and {request.max_sequence_length} text tokens"
-    lines = [
-        f"would run  {model.defaults.model} in {model.layout.root}",
-        "request",
-        *columns(((k, f"{v}" if k in explicit else f"{v}  (default)") for k, v in shown), indent="  "),
-        "defaults from",
-        *(f"  {source}" for source in model.defaults.sources),
-        f"work       {tokens}, {passes} per step",
-        f"output     {output}",
-        f"replay     {prepared.replay}",
-    ]
-    out.result(data, lines)

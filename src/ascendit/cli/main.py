@@ -15,9 +15,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ascendit.cli.output import Output, report_internal_error
+from ascendit.cli.output import Output, report_internal_error, traceback_text
 from ascendit.environment import disable_device_plugins
-from ascendit.errors import AscenditError, EnvironmentProblem, UsageError, is_out_of_memory, out_of_memory
+from ascendit.errors import (
+    AscenditError,
+    EnvironmentProblem,
+    UsageError,
+    escaped,
+    is_out_of_memory,
+    out_of_memory,
+)
 from ascendit.version import __version__
 
 COMMANDS = {
@@ -151,9 +158,7 @@ def report_error(error: BaseException, output: Output) -> int:
         )
     if isinstance(error, AscenditError):
         if output.verbose:
-            import traceback
-
-            traceback.print_exception(error, file=sys.stderr)
+            print(traceback_text(error), file=sys.stderr, end="")
         output.fail(error.as_dict())
         return error.exit_code
     return report_internal_error(error, output)
@@ -162,7 +167,7 @@ def report_error(error: BaseException, output: Output) -> int:
 def _usage(error: Any) -> UsageError:
     ctx = getattr(error, "ctx", None)
     command = ctx.command_path if ctx else "ascendit"
-    usage = ctx.get_usage().removeprefix("Usage: ") if ctx else "ascendit COMMAND"
+    usage = " ".join(ctx.get_usage().removeprefix("Usage: ").split()) if ctx else "ascendit COMMAND"
     return UsageError(error.format_message(), needs=usage, fix=f"{command} --help")
 
 
@@ -170,6 +175,18 @@ def _set_up_log(output: Output) -> None:
     """Log to stderr: warnings and errors; with -v also decisions, with -q errors only."""
     import logging
 
+    class Escaping(logging.Formatter):
+        """Escapes the messages of ascendit and of the libraries, and the lines of tracebacks."""
+
+        def formatMessage(self, record: logging.LogRecord) -> str:
+            return escaped(super().formatMessage(record))
+
+        def formatException(self, ei: Any) -> str:
+            return "\n".join(map(escaped, super().formatException(ei).split("\n")))
+
     level = logging.INFO if output.verbose else logging.ERROR if output.quiet else logging.WARNING
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(Escaping("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.captureWarnings(True)
     logging.getLogger("ascendit").setLevel(level)

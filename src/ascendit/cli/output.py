@@ -1,4 +1,7 @@
-"""Output of the commands: results on stdout, everything else on stderr."""
+"""Output of the commands: results on stdout, everything else on stderr.
+
+Only this module and the views of `progress` print, so every text of a file passes through `escaped`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from typing import Any
 
 import typer
 
-from ascendit.errors import AscenditError, UsageError
+from ascendit.errors import AscenditError, UsageError, escaped
+from ascendit.report import json_text
 from ascendit.version import __version__, installed
 
 
@@ -29,9 +33,9 @@ class Output:
         return self.quiet or self.json
 
     def line(self, text: str = "") -> None:
-        """Print one line of the result."""
+        """Print one line of the result; line breaks in `text` are escaped."""
         if not self.json:
-            print(text)
+            print(escaped(text))
 
     def detail(self, text: str) -> None:
         """Print a line of the result, except with `--quiet`."""
@@ -41,12 +45,12 @@ class Output:
     def note(self, text: str) -> None:
         """Print a note on stderr."""
         if not self.silent:
-            print(f"note: {text}", file=sys.stderr)
+            print(f"note: {escaped(text)}", file=sys.stderr)
 
     def emit(self, data: dict[str, Any]) -> None:
         """Print the JSON object of a `--json` run."""
         if self.json:
-            print(to_json(data))
+            print(json_text(data))
 
     def result(self, data: dict[str, Any], lines: Iterable[str], error: AscenditError | None = None) -> None:
         """Print the result of a command: `data` with `--json`, else `lines`.
@@ -82,13 +86,6 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def to_json(data: dict[str, Any]) -> str:
-    """Indented JSON, with paths and other objects as text."""
-    import json
-
-    return json.dumps(data, indent=2, ensure_ascii=False, default=str)
-
-
 def check_report(flag: str, file: Path) -> None:
     """Check before a long run that the report can be written.
 
@@ -110,13 +107,13 @@ def check_report(flag: str, file: Path) -> None:
 def write_report(file: Path, data: dict[str, Any]) -> None:
     """Write `data` as JSON; creates the folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(to_json(data) + "\n", encoding="utf-8")
+    file.write_text(json_text(data) + "\n", encoding="utf-8")
 
 
 def print_error(error: dict[str, str]) -> None:
     """Print got / needs / try on stderr. `error`: from `AscenditError.as_dict`."""
-    head, first = f"error[{error['code']}]", error["got"]
-    details = f"  needs  {error['needs']}\n  try    {error['try']}"
+    head, first = f"error[{error['code']}]", escaped(error["got"])
+    details = f"  needs  {escaped(error['needs'])}\n  try    {escaped(error['try'])}"
     if not sys.stderr.isatty():
         print(f"{head}: {first}\n{details}", file=sys.stderr)
         return
@@ -127,12 +124,19 @@ def print_error(error: dict[str, str]) -> None:
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 
+def traceback_text(error: BaseException) -> str:
+    """The traceback of `error`, with its lines escaped."""
+    import traceback
+
+    lines = "".join(traceback.format_exception(error)).split("\n")
+    return "\n".join(map(escaped, lines))
+
+
 def report_internal_error(error: BaseException, output: Output) -> int:
     """Print an unexpected exception briefly and write its traceback to a log file. Returns exit code 1."""
     import tempfile
-    import traceback
 
-    trace = "".join(traceback.format_exception(error))
+    trace = traceback_text(error)
     with tempfile.NamedTemporaryFile(
         "w", prefix="ascendit-error-", suffix=".log", delete=False, encoding="utf-8"
     ) as log:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
 
+from ascendit.errors import escaped
 from ascendit.progress import Progress
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class LineView(ProgressView):
         state = (event.stage, event.expert, 10 * event.step // max(event.total, 1) if counted else 0)
         if state != self._last and (event.step or event.unit == "byte" or not counted):
             self._last = state
-            print(text or self.text(event), file=self._file or sys.stderr, flush=True)
+            print(escaped(text or self.text(event)), file=self._file or sys.stderr, flush=True)
 
 
 class BarView(ProgressView):
@@ -110,7 +111,7 @@ class BarView(ProgressView):
             return
         self._drawn = (event.stage, seconds)
         total = event.total if event.total > 1 else None
-        description = escape(text or self.text(event))
+        description = escape(escaped(text or self.text(event)))
         self.bars.update(self._task, description=description, completed=event.step, total=total)
 
 

@@ -1,4 +1,4 @@
-"""Write the record `ascendit.json`, the model card and the other components of a model.
+"""Write the record `ascendit.json` and the model card; check the base of a repacked transformer.
 
 Does not import torch.
 
@@ -9,10 +9,7 @@ base, the published Diffusers folder.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,12 +20,14 @@ from ascendit.checkpoint.layout import INDEX_FILE, KIND_LABELS, RECORD_FILE, Lay
 from ascendit.checkpoint.quant_metadata import CONFIG_KEY
 from ascendit.checkpoint.sources import files_below, sha256_of
 from ascendit.checkpoint.transformer import Expert, shapes_of
+from ascendit.checkpoint.trust import Home
+from ascendit.convert.other_files import CARD_FILE
 from ascendit.convert.report import Outputs
-from ascendit.errors import CheckpointError, UsageError
+from ascendit.errors import CheckpointError, UsageError, escaped
 from ascendit.names import IGNORED_PARTS, expected_tensors, problem_counts
+from ascendit.report import json_text, shell_line
 from ascendit.version import __version__, installed
 
-CARD_FILE = "README.md"
 RECORD_VERSION = 1
 PIPELINE_TAGS = {"t2v": "text-to-video", "i2v": "image-to-video", "ti2v": "text-to-video"}
 _LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -88,7 +87,7 @@ def model_card(record: ConversionRecord, name: str) -> str:
 
     base = record.layout.source
     front = {
-        "base_model": base.rsplit("@", 1)[0] if base else printable(record.layout.name),
+        "base_model": base.rsplit("@", 1)[0] if base else escaped(record.layout.name),
         "base_model_relation": "quantized",
         "library_name": "diffusers",
         "pipeline_tag": PIPELINE_TAGS[record.model_kind],
@@ -102,7 +101,7 @@ def model_card(record: ConversionRecord, name: str) -> str:
         rows.insert(1, ("Recipe", f"{record.recipe['name']}: {about}"))
     rows += [("LoRA", f"{lora['file']} with weight {lora['weight']:g}") for lora in record.loras]
     rows += [(key, version) for key, version in _versions().items()]
-    lines = ["---", CardData(**front).to_yaml(), "---", "", f"# {name}", ""]
+    lines = ["---", CardData(**front).to_yaml(), "---", "", f"# {_markdown(name)}", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows), ""]
     lines += ["Created with:", "", "```bash", record.command, "```", ""]
     for note in record.notes:
@@ -120,7 +119,7 @@ def write_record_and_card(folder: Path, record: ConversionRecord, name: str, *, 
 
     `hash`: with the sha256 of those that `record.files` lacks. `name`: final name of the folder.
     """
-    (folder / CARD_FILE).write_text(model_card(record, printable(name)), encoding="utf-8")
+    (folder / CARD_FILE).write_text(model_card(record, escaped(name)), encoding="utf-8")
     sizes, digests = {}, dict(record.files)
     for path in files_below(folder):
         relative = path.relative_to(folder).as_posix()
@@ -134,17 +133,12 @@ def write_record_and_card(folder: Path, record: ConversionRecord, name: str, *, 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write indented JSON with a newline at the end."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(data) + "\n", encoding="utf-8")
 
 
 def source_name(layout: Layout) -> str:
     """`org/name@revision` from a hub, else the name of the folder."""
-    return layout.source or printable(layout.name)
-
-
-def printable(name: str) -> str:
-    """A file name as valid text: bytes that are not UTF-8 become `\\xe9`."""
-    return os.fsencode(name).decode(errors="backslashreplace")
+    return layout.source or escaped(layout.name)
 
 
 def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str, object]]) -> str:
@@ -153,15 +147,15 @@ def command_line(verb: str, layout: Layout, dst: Path, flags: Iterable[tuple[str
     A flag with None or False is omitted, True adds the flag without a value, a list repeats the flag.
     """
     hub = "ms" if "modelscope" in layout.root.parts else "hf"
-    source = f"{hub}:{layout.source}" if layout.source else printable(layout.name)
-    args = ["ascendit", verb, source, "-o", printable(dst.name)]
+    source = f"{hub}:{layout.source}" if layout.source else escaped(layout.name)
+    args = ["ascendit", verb, source, "-o", escaped(dst.name)]
     for flag, setting in flags:
         for value in setting if isinstance(setting, list | tuple) else [setting]:
             if value is True:
                 args.append(flag)
             elif value is not None and value is not False:
                 args += [flag, str(value)]
-    return shlex.join(args)
+    return shell_line(args)
 
 
 def outputs_table(expert: str, outputs: Outputs) -> str:
@@ -172,7 +166,12 @@ def outputs_table(expert: str, outputs: Outputs) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _markdown(text.replace("\n", " "))
+
+
+def _markdown(name: str) -> str:
+    """A name as Markdown: it starts no link, tag, cell or code."""
+    return re.sub(r"[<>\[\]|`]", r"\\\g<0>", escaped(name))
 
 
 def _licence(root: Path) -> dict[str, Any]:
@@ -181,18 +180,17 @@ def _licence(root: Path) -> dict[str, Any]:
 
     card = root / CARD_FILE
     try:
-        data = metadata_load(card) if card.stat().st_size <= _CARD_LIMIT else None
+        own = card.is_file() and Home.of(root).contains(card) and card.stat().st_size <= _CARD_LIMIT
+        data = metadata_load(card) if own else None
     except Exception:  # no card, not text, or invalid YAML
         return {}
-    return {key: value for key, value in (data or {}).items() if key in _LICENCE_KEYS and value}
+    texts = {key: value for key, value in (data or {}).items() if key in _LICENCE_KEYS and value}
+    return {key: escaped(value) for key, value in texts.items() if isinstance(value, str)}
 
 
 def _versions() -> dict[str, str]:
     """Versions that can change the numbers."""
     return {"ascendit": __version__, **installed("torch")}
-
-
-_LICENCE = re.compile(r"(?:LICEN[CS]E|NOTICE)\b", re.IGNORECASE)
 
 
 def read_base(base: Path | str, source: Layout) -> Layout:
@@ -245,10 +243,3 @@ def _other_model(got: str) -> CheckpointError:
         fix="pass the Diffusers folder of the model that was quantized, or omit --base",
         code="E-CKP-04",
     )
-
-
-def other_files(base: Layout) -> list[Path]:
-    """The components of a pipeline except the transformers, `model_index.json` and the licences."""
-    parts = [part.path for part in base.parts.values() if part not in base.experts]
-    licences = sorted(p for p in base.root.iterdir() if p.is_file() and _LICENCE.match(p.name))
-    return [*parts, base.root / INDEX_FILE, *licences]

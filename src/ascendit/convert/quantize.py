@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from ascendit.checkpoint.hub import model_folder
-from ascendit.checkpoint.layout import INDEX_FILE, RECORD_FILE, Layout, recognise
-from ascendit.checkpoint.output_folder import Staging, link_or_copy
-from ascendit.checkpoint.quant_metadata import MANIFEST_FILE, QUANT_TYPE
+from ascendit.checkpoint.layout import Layout, recognise
+from ascendit.checkpoint.layout_check import check_experts
+from ascendit.checkpoint.output_folder import Staging
+from ascendit.checkpoint.quant_metadata import QUANT_TYPE
 from ascendit.checkpoint.reader import RowReader
-from ascendit.checkpoint.sources import record_folder, record_source, recording
-from ascendit.checkpoint.transformer import num_weights, read_expert
+from ascendit.checkpoint.sources import record_source, recording
+from ascendit.checkpoint.transformer import num_weights
 from ascendit.checkpoint.writer import MAX_SHARD_BYTES
 from ascendit.convert import provenance
 from ascendit.convert.calibration import (
@@ -37,6 +38,7 @@ from ascendit.convert.calibration import (
     smoothable,
 )
 from ascendit.convert.expert_folder import ExpertOutput, fingerprint, write_expert
+from ascendit.convert.other_files import OtherFiles, require_inside
 from ascendit.convert.report import Outputs, QuantizedExpert, QuantizeReport, calibration_text
 from ascendit.errors import UsageError
 from ascendit.family import Task
@@ -49,10 +51,6 @@ from ascendit.weights.recipe_steps import RecipeSteps
 
 Smoothing = Mapping[str, Mapping[str, torch.Tensor]]
 """Expert -> layer -> mul_scale, float32 [K]."""
-MAX_COPIED_BYTES = 1 << 20
-"""Larger files at the top of the source folder are not copied."""
-_NOT_COPIED = {provenance.CARD_FILE, RECORD_FILE, MANIFEST_FILE}
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".index.json")
 
 
 @recording()
@@ -159,17 +157,20 @@ class QuantizeJob:
     """The flags of the command line for the model card, with file names instead of paths."""
     kind: Task = field(init=False)
     experts: list[RecipeSteps] = field(init=False)
+    others: OtherFiles | None = field(init=False, default=None)
+    """None if the output has only transformers."""
     planned: dict[str, ExpertOutput] = field(init=False)
     """Expert -> its output before a calibration, which changes smoothing factors but not sizes."""
-    others: list[tuple[Path, str]] = field(init=False)
-    """Other components and small files to link or copy, as (path, name in the folder)."""
     outputs: dict[str, Outputs] = field(init=False, default_factory=dict)
     files: dict[str, str] = field(init=False, default_factory=dict)
     """Path in the folder -> sha256, with `hash`."""
     calibration: Mapping[str, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        experts = [read_expert(part) for part in self.layout.experts]
+        require_inside(self.layout)
+        if self.layout.kind == "diffusers" and self.target.naming == "diffusers":
+            self.others = OtherFiles.of(self.layout, copy=self.copy)
+        experts = check_experts(self.layout)
         names = [expert.name for expert in experts]
         if unknown := sorted(set(self.smoothing) - set(names)):
             raise UsageError(
@@ -188,9 +189,8 @@ class QuantizeJob:
             shapes = {name: info.shape for name, info in expert.tensors.items()}
             folds = Folds.open(self.loras, expert.name, shapes, experts=names)
             self.experts.append(RecipeSteps(applied, self.target, folds, measure=self.measure))
-        self.others = self._other_files()
-        for path, _ in self.others:
-            (record_folder if path.is_dir() else record_source)(path)
+        if self.others:
+            self.others.record()
 
     @property
     def applied(self) -> list[AppliedRecipe]:
@@ -241,7 +241,7 @@ class QuantizeJob:
         start = time.perf_counter()
         sources = [self.layout.root, *(x.expert.path for x in self.applied), *(x.path for x in self.loras)]
         needed = sum(output.nbytes for output in self.planned.values())
-        needed += sum(_size(path) for path in self._copied())
+        needed += self.others.nbytes if self.others else 0
         with Staging(
             self.dst,
             sources=list(dict.fromkeys(sources)),
@@ -256,8 +256,8 @@ class QuantizeJob:
             meter = Meter(total, on_progress)
             for expert in self.experts:
                 self._write(expert, staging, meter, statistics)
-            for source, name in self.others:
-                link_or_copy(source, staging.path / name, copy=self.copy or source.is_file())
+            if self.others:
+                self.others.write(staging.path)
             staging.journal.remove(staging.path / STATISTICS)
             provenance.write_record_and_card(staging.path, self.record(), self.dst.name, hash=self.hash)
             staging.publish()
@@ -293,23 +293,6 @@ class QuantizeJob:
                 advance = meter.stage_counter(f"outputs of {name}")
                 self.outputs[name] = output_quality(expert, statistics[name], reader, advance)
 
-    def _other_files(self) -> list[tuple[Path, str]]:
-        if self.layout.kind != "diffusers" or self.target.naming != "diffusers":
-            return []
-        experts = {part.name for part in self.layout.experts}
-        others = [(part.path, part.name) for part in self.layout.parts.values() if part.name not in experts]
-        for path in sorted(self.layout.root.iterdir()):
-            if not path.is_file() or path.name.startswith(".") or path.name in _NOT_COPIED:
-                continue
-            if path.name == INDEX_FILE or (
-                not path.name.endswith(_WEIGHTS) and path.stat().st_size <= MAX_COPIED_BYTES
-            ):
-                others.append((path, path.name))
-        return others
-
-    def _copied(self) -> list[Path]:
-        return [path for path, _ in self.others if self.copy or path.is_file()]
-
     # ---- reports --------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
@@ -320,7 +303,8 @@ class QuantizeJob:
         for expert, layers in self.smoothing.items():
             parts += [(expert, name, scale.tolist()) for name, scale in layers.items()]
         more = [lora.path for lora in self.loras]
-        return fingerprint(self.planned.values(), parts, more=[*more, *self._copied()])
+        more += self.others.copied if self.others else ()
+        return fingerprint(self.planned.values(), parts, more=more)
 
     def record(self) -> provenance.ConversionRecord:
         """The record of this run for `ascendit.json` and the model card."""
@@ -359,7 +343,8 @@ class QuantizeJob:
             experts=tuple(self._expert_report(expert) for expert in self.experts),
             dry_run=dry_run,
             seconds=seconds,
-            linked=tuple(name for _, name in self.others),
+            linked=self.others.names if self.others else (),
+            omitted=self.others.omitted if self.others else (),
             loras=tuple(loras),
             calibration=self.calibration,
             engine=self.target.engine,
@@ -378,12 +363,6 @@ class QuantizeJob:
             sqnr=expert.sqnr,
             outputs=self.outputs.get(applied.expert.name, Outputs()),
         )
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder, with links followed."""
-    files = [path] if path.is_file() else path.rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _notes(report: QuantizeReport) -> list[str]:

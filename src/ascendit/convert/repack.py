@@ -24,13 +24,16 @@ from typing import TYPE_CHECKING, Any
 from ascendit.checkpoint.component import read_json
 from ascendit.checkpoint.hub import model_folder
 from ascendit.checkpoint.layout import KIND_LABELS, RECORD_FILE, Layout, recognise
-from ascendit.checkpoint.output_folder import Staging, link_or_copy
+from ascendit.checkpoint.layout_check import check_experts
+from ascendit.checkpoint.output_folder import Staging
 from ascendit.checkpoint.reader import RowReader, TensorInfo, as_bytes
-from ascendit.checkpoint.sources import record_folder, record_source, recording
+from ascendit.checkpoint.sources import recording
 from ascendit.checkpoint.transformer import Expert, num_weights, read_expert
+from ascendit.checkpoint.trust import Home
 from ascendit.checkpoint.writer import Data, TensorSpec
 from ascendit.convert import provenance
 from ascendit.convert.expert_folder import ExpertOutput, fingerprint, write_expert
+from ascendit.convert.other_files import OtherFiles, require_inside
 from ascendit.convert.report import RepackedExpert, RepackReport, add_up
 from ascendit.errors import CheckpointError
 from ascendit.family import Task
@@ -94,11 +97,13 @@ def repack(
     base_layout = None if base is None else provenance.read_base(base, source)
     pipeline = base_layout or (source if source.kind == "diffusers" else None)  # a pipeline is its own base
     pipeline = pipeline if target.naming == "diffusers" else None
+    require_inside(source)
+    others = None
+    if pipeline:
+        require_inside(pipeline)
+        others = OtherFiles.of(pipeline, copy=copy, licences_only=True)
+        others.record()
     outputs = _outputs(source, target, base_layout)
-    others = provenance.other_files(pipeline) if pipeline else []
-    for path in others:
-        (record_folder if path.is_dir() else record_source)(path)
-    copied = [path for path in others if copy or path.is_file()]
     report = RepackReport(
         path=dst,
         source=provenance.source_name(source),
@@ -106,7 +111,8 @@ def repack(
         to=target.naming,
         engine=engine,
         experts=tuple(_expert_report(output) for output in outputs),
-        linked=tuple(path.name for path in others if path.is_dir()),
+        linked=others.names if others else (),
+        omitted=others.omitted if others else (),
         warnings=_warnings(outputs, target, pipeline),
         dry_run=dry_run,
         seconds=0.0,
@@ -116,7 +122,7 @@ def repack(
     with Staging(
         dst,
         sources=[layout.root for layout in (source, base_layout) if layout],
-        fingerprint=fingerprint(outputs, (check, copy), copied),
+        fingerprint=fingerprint(outputs, (check, copy), others.copied if others else ()),
         resume=resume,
         needs_bytes=report.bytes_after,
     ) as staging:
@@ -125,9 +131,8 @@ def repack(
         for output in outputs:
             advance = meter.stage_counter(output.source.name)
             files |= write_expert(output, staging, advance, hash=check, align=True)
-        for path in others:
-            link_or_copy(path, staging.path / path.name, copy=path in copied)
-        report = replace(report, linked=tuple(path.name for path in others))
+        if others:
+            others.write(staging.path)
         if check:
             report = _check(report, outputs, staging.path, on_progress)
         flags = [("--base", base), ("--to", to), ("--for", engine), ("--check", check)]
@@ -144,8 +149,7 @@ def repack(
 def _outputs(source: Layout, target: TargetFormat, base: Layout | None) -> list[ExpertOutput]:
     """Plan the output of every expert. All checks of the source happen here, before anything is written."""
     outputs = []
-    for part in source.experts:
-        expert = read_expert(part)
+    for expert in check_experts(source):
         config = provenance.config_from(base, expert) if base else expert.config
         layers, steps = schemes_of(expert), stored_steps(expert, target)
         if target.engine is not None:
@@ -205,7 +209,7 @@ def _record(
 def _recipe_of(source: Layout) -> dict[str, Any]:
     """The recipe in the source's `ascendit.json`, which is still valid."""
     file = source.root / RECORD_FILE
-    recipe = read_json(file).get("recipe") if file.is_file() else None
+    recipe = read_json(file).get("recipe") if file.is_file() and Home.of(source.root).contains(file) else None
     return recipe if isinstance(recipe, dict) and isinstance(recipe.get("name"), str) else {}
 
 

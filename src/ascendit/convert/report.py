@@ -47,6 +47,8 @@ class ConversionReport:
     seconds: float
     engine: str | None = None
     warnings: tuple[str, ...] = ()
+    omitted: tuple[str, ...] = ()
+    """Links that lead out of the checkpoint and are not in the output, as `name -> path`."""
 
     @property
     def schemes(self) -> dict[str, int]:
@@ -81,6 +83,7 @@ class ConversionReport:
     def closing(self, also: Sequence[str], engine: str | None = None, speed: bool = True) -> list[list[str]]:
         """The last rows for a terminal: other components and files, warnings, time."""
         rows = [["Also", ", ".join(also)]] if also else []
+        rows += [["Not copied", f"{link}  (a link out of the checkpoint)"] for link in self.omitted]
         rows += [["Engine", engine]] if engine else []
         rows += [["Warning", warning] for warning in self.warnings]
         if self.dry_run:
@@ -230,7 +233,7 @@ class QuantizeReport(ConversionReport):
         """Plain data for `--json`."""
         data = selected(self, "path", "source", "recipe", "model_kind", "dry_run", "engine")
         data |= {"layers": self.schemes, **selected(self, "bytes_before", "bytes_after"), **self.measured()}
-        return data | selected(self, "experts", "linked", "loras", "calibration", "warnings")
+        return data | selected(self, "experts", "linked", "omitted", "loras", "calibration", "warnings")
 
     def lines(self) -> list[str]:
         """Lines for a terminal: titled rows, then the ten worst layers of each expert."""
@@ -325,7 +328,7 @@ class RepackReport(ConversionReport):
         """Plain data for `--json`."""
         data = selected(self, "path", "source", "layout", "to", "engine", "dry_run", "checked")
         data |= {"layers": self.schemes, "bytes": self.bytes_after, **self.measured()}
-        data |= selected(self, "experts", "linked", "warnings")
+        data |= selected(self, "experts", "linked", "omitted", "warnings")
         return {"placed" if key == "linked" else key: value for key, value in data.items()}
 
     def lines(self) -> list[str]:

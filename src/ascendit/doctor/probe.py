@@ -126,7 +126,7 @@ def run_child(code: str, *, plugins: bool = False) -> dict[str, Any]:
     """
     env = None if plugins else environment.without_device_plugins()
     try:
-        result = _run((sys.executable, "-W", "ignore", "-c", code), PROBE_SECONDS, env)
+        result = _run((sys.executable, "-P", "-W", "ignore", "-c", code), PROBE_SECONDS, env)
     except subprocess.TimeoutExpired:
         return {"error": f"no answer in {PROBE_SECONDS:g} s", "late": True}
     if result.returncode:

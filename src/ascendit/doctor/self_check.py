@@ -132,7 +132,7 @@ def in_children(name: str, command: Command | None = None) -> tuple[str | None, 
     child.
     """
     command = command or (
-        lambda first: (sys.executable, "-m", "ascendit.doctor.self_check", name, str(first))
+        lambda first: (sys.executable, "-P", "-m", "ascendit.doctor.self_check", name, str(first))
     )
     chip: str | None = None
     results: list[Result] = []

@@ -9,7 +9,6 @@ vLLM-Omni needs equal `mul_scale` for Q, K and V; headers do not show that, so o
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from ascendit.device.operator_support import Support, chips_for
 from ascendit.inspect.transformer_report import ExpertSummary
 from ascendit.quant.engines import ENGINES, engines_for
 from ascendit.quant.schemes import FP8_TILES, METHOD, STORED_SCHEMES, scheme_after_reading
-from ascendit.report import columns, group_by
+from ascendit.report import columns, group_by, shell_line
 from ascendit.weights.engine_formats import ENGINE_FORMATS, TargetFormat, traits_of
 
 Verdict = Literal["runs", "repack", "no"]
@@ -94,7 +93,7 @@ def traits(summary: ExpertSummary) -> frozenset[str]:
 def _command(layout: Layout, engine: str, target: TargetFormat) -> str:
     """The repack command for the engine, with `--base` if the other parts are missing."""
     base = " --base MODEL" if layout.kind != "diffusers" and target.naming == "diffusers" else ""
-    return f"ascendit repack {shlex.quote(str(layout.root))} -o DST --for {engine}{base}"
+    return f"ascendit repack {shell_line([str(layout.root)])} -o DST --for {engine}{base}"
 
 
 def _obstacles(target: TargetFormat, layout: Layout, experts: Sequence[Expert]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ascendit.checkpoint.component import is_file_or_folder, read_json, stays_inside
+from ascendit.checkpoint.component import irregular, read_json, stays_inside
 from ascendit.checkpoint.layout import RECORD_FILE, Layout
 from ascendit.checkpoint.sources import FileState
 from ascendit.errors import AscenditError, CheckpointError
@@ -213,4 +213,4 @@ def _size(path: Path) -> int | None:
         status = path.stat()
     except OSError:
         return None
-    return status.st_size if is_file_or_folder(status) and not path.is_dir() else None
+    return None if irregular(path, status) else status.st_size

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import importlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import json
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from ascendit.checkpoint.component import Part
-from ascendit.checkpoint.reader import TORCH_DTYPES, Shards, TensorInfo
-from ascendit.checkpoint.writer import TensorSpec
-from ascendit.errors import CheckpointError
-from ascendit.names import listed
-
-
-def default_dtype(specs: Iterable[TensorSpec | TensorInfo], device: str) -> torch.dtype:
-    """On a CPU, the dtype of most bytes of `specs`; on other devices, bfloat16."""
-    if device != "cpu":
-        return torch.bfloat16
-    count: Counter[str] = Counter()
-    for spec in specs:
-        count[spec.dtype] += spec.nbytes
-    dtype: torch.dtype = getattr(torch, TORCH_DTYPES[count.most_common(1)[0][0]])
-    return dtype
+from ascendit.checkpoint.component import Part, read_json
+from ascendit.checkpoint.part_check import (
+    TOKENIZER_KEYS,
+    check_part,
+    library_config,
+    library_refusal,
+    processor_config,
+    tensor_mismatch,
+)
+from ascendit.checkpoint.reader import Shards, common_dtype
+from ascendit.checkpoint.trust import TOKENIZER_CONFIGS, TOKENIZER_FILES, supported_class
 
 
 @contextmanager
@@ -44,47 +42,77 @@ def quiet() -> Iterator[None]:
             library_log.enable_progress_bar()
 
 
+def library_class(part: Part) -> Any:
+    """The class of `part` in its library; only classes of `trust.PART_CLASSES` are imported.
+
+    Raises CheckpointError (E-CKP-05) for another class.
+    """
+    library, name = supported_class(part.path, part.name, [part.library, part.class_name], part.config)
+    return getattr(importlib.import_module(library), name)
+
+
+@contextmanager
+def _library_errors(part: Part) -> Iterator[None]:
+    """Convert an error of a library with `library_refusal`; a library that is not installed stays one."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except BaseException as e:
+        raise library_refusal(part.path, e) from e
+
+
 def load_library_part(part: Part, *, dtype: torch.dtype | None = None) -> Any:
     """Load a text encoder, image encoder or VAE on the CPU through transformers or Diffusers.
 
-    `dtype`: None for the stored dtype. Raises CheckpointError: E-CKP-04 for missing, unexpected or mismatched
-    tensors (the libraries initialize missing weights randomly and only log it), E-CKP-02 for a file that
-    changed meanwhile.
+    `dtype`: None for the dtype of most stored bytes. The library gets the checked values of config.json
+    only. Raises CheckpointError: the errors of `library_config`, E-CKP-06 for files that the library refuses,
+    E-CKP-04 for tensors that it misses: it initializes missing weights randomly and only logs it.
     """
-    shards = Shards.open(part.path, part.stem)
-    dtype = dtype or default_dtype(shards.tensors.values(), "cpu")
-    cls = getattr(importlib.import_module(part.library), part.class_name)
-    options: dict[str, Any] = {"torch_dtype": dtype}
-    if part.library == "transformers":  # else it stops at a mismatched tensor without naming it
-        options = {"dtype": dtype, "ignore_mismatched_sizes": True}
-    try:
-        with quiet():
-            model, info = cls.from_pretrained(
-                part.path, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
-            )
-    except (OSError, ValueError, RuntimeError) as e:
-        raise CheckpointError(
-            f"{part.path}: {str(e).splitlines()[0]}",
-            needs=f"a folder that {part.library} loads as {part.class_name}",
-            fix="download the component again",
-            code="E-CKP-04",
-        ) from e
-    shards.check_unchanged()
+    if dtype is None:
+        stored = Shards.from_part(part).tensors.values()
+        dtype = getattr(torch, common_dtype((info.dtype, info.nbytes) for info in stored))
+    values = library_config(part).model_dump()
+    options: dict[str, Any] = {"torch_dtype": dtype, **values}
+    with _library_errors(part), quiet():
+        cls = library_class(part)
+        if part.library == "transformers":  # without the option it stops without a name
+            options = {"dtype": dtype, "ignore_mismatched_sizes": True, "config": cls.config_class(**values)}
+        model, info = cls.from_pretrained(
+            part.path, output_loading_info=True, local_files_only=True, use_safetensors=True, **options
+        )
     kinds = ("missing keys", "unexpected keys", "mismatched keys")
     problems = {kind: [str(name) for name in info.get(kind.replace(" ", "_")) or ()] for kind in kinds}
     if any(problems.values()):
-        raise CheckpointError(
-            f"{part.path}: "
-            + "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names),
-            needs=f"exactly the tensors of this {part.class_name}",
-            fix="download the component again, or check that config.json matches the weights",
-            code="E-CKP-04",
-        )
+        raise tensor_mismatch(part, problems)
     return model.eval().requires_grad_(False)
 
 
 def load_processor(part: Part) -> Any:
-    """Load a tokenizer or image processor, which have no weights."""
-    cls = getattr(importlib.import_module(part.library), part.class_name)
-    with quiet():
-        return cls.from_pretrained(part.path, local_files_only=True)
+    """Load a tokenizer or image processor, which have no weights.
+
+    Raises CheckpointError (E-CKP-06) as `check_part` does, and for files that the library refuses.
+    """
+    with _library_errors(part), quiet():
+        cls = library_class(part)
+        if part.name == "image_processor":
+            return cls(**processor_config(part).model_dump(exclude_none=True))
+        check_part(part)
+        with TemporaryDirectory(prefix="ascendit-") as folder:
+            _copy_tokenizer(part, Path(folder))
+            tokenizer = cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer.name_or_path = str(part.path)
+        return tokenizer
+
+
+def _copy_tokenizer(part: Part, folder: Path) -> None:
+    """Write JSON with the keys of the models only, and links to the vocabulary, for the library to read."""
+    for name in TOKENIZER_CONFIGS:
+        if (part.path / name).exists():
+            config = read_json(part.path / name)
+            if keys := TOKENIZER_KEYS.get(name):
+                config = {key: value for key, value in config.items() if key in keys.model_fields}
+            (folder / name).write_text(json.dumps(config), encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if (part.path / name).exists():
+            os.symlink(os.path.realpath(part.path / name), folder / name)

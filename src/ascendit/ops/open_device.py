@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ascendit import environment, twin
-from ascendit.device import npu_runtime
+from ascendit.device import cpu_threads, npu_runtime
 from ascendit.device.device import Device, parse_device
 from ascendit.errors import EnvironmentProblem
 from ascendit.twin import STATE
@@ -41,6 +41,8 @@ def open_device(name: object) -> Device:
         hide_torch_npu(device)
     if device.kind == "cuda":
         _check_cuda(device)
+    if device.kind in ("cpu", "twin"):
+        cpu_threads.report()
     activate(device)
     return device
 
@@ -69,6 +71,12 @@ def memory_bytes(device: Device) -> int:
     except (OSError, ValueError, IndexError):
         return 0
     return pages * 4096
+
+
+def free_bytes(device: Device) -> int | None:
+    """Free memory of an open accelerator; None if its library does not report it."""
+    mem_get_info = getattr(_api(device), "mem_get_info", None)
+    return None if mem_get_info is None else int(mem_get_info(device.index)[0])
 
 
 def to_dtype(device: Device, dtype: str | torch.dtype | None) -> torch.dtype | None:

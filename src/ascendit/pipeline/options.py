@@ -19,12 +19,14 @@ from pydantic import BeforeValidator, PlainValidator
 from ascendit.device.device import Device, parse_device
 from ascendit.environment import Variable
 from ascendit.errors import UsageError
+from ascendit.pipeline.defaults import Source
 from ascendit.quant.schemes import SchemeName
 from ascendit.schedule import StepSchedule
 from ascendit.validation import Checked
 
 if TYPE_CHECKING:
     from ascendit.checkpoint.layout import Layout
+    from ascendit.checkpoint.reader import Shards
     from ascendit.checkpoint.transformer import Expert
     from ascendit.pipeline.defaults import Defaults
     from ascendit.weights.applied_recipe import AppliedRecipe
@@ -110,6 +112,12 @@ class LoadOptions(Checked):
     title = "load"
 
     model: Annotated[str, BeforeValidator(_path), Option("Folder, demo, hf:org/name or ms:org/name.")]
+    defaults: Annotated[
+        Source,
+        Option(
+            "Solver, shift, boundary of a known model: model (its authors') or folder.", "SOURCE", hidden=True
+        ),
+    ] = "model"
     device: Annotated[
         str,
         BeforeValidator(_device),
@@ -196,7 +204,8 @@ class LoadOptions(Checked):
     @property
     def record(self) -> dict[str, Any]:
         """The options that affect a video, for the JSON beside it; without empty and false ones."""
-        values = self.model_dump(mode="json", exclude={"model"})
+        unrecorded = {"model"} | ({"defaults"} if self.defaults == "model" else set())
+        values = self.model_dump(mode="json", exclude=unrecorded)
         return {name: value for name, value in values.items() if value not in (None, False, [])}
 
 
@@ -211,10 +220,18 @@ class PreparedModel:
     """Parsed from its name, not opened."""
     dtype: str | None
     """dtype of the denoiser; None: as stored."""
-    vae_dtype: str
+    part_dtypes: Mapping[str, str]
+    """dtype of the VAE and of the text and image encoders."""
+    shards: Mapping[str, Shards]
+    """The headers of each part with weights."""
     experts: tuple[tuple[Expert, AppliedRecipe | None], ...]
     """Each expert with the recipe that quantizes it while loading, or None."""
     schedule: StepSchedule
+
+    @property
+    def needs_image_encoder(self) -> bool:
+        """Whether the transformer takes CLIP tokens of an image (Wan2.1 I2V)."""
+        return self.layout.experts[0].config.get("image_dim") is not None
 
 
 def _rows(kind: type[Row]) -> dict[str, Row]:

@@ -25,9 +25,11 @@ import numpy as np
 
 from ascendit.checkpoint.file_copy import write_error
 from ascendit.errors import EnvironmentProblem, UsageError
+from ascendit.native.build import describe_requested
 from ascendit.pipeline.frame_checks import Frames
 from ascendit.pipeline.request import GenerateRequest
 from ascendit.pipeline.video_codecs import CODECS, WRITERS, import_library
+from ascendit.report import json_text
 from ascendit.version import installed
 
 AnyPath = str | os.PathLike[str]
@@ -44,9 +46,11 @@ class OutputTarget(NamedTuple):
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python and the installed packages that affect a video."""
+    """Versions of Python and the installed packages that affect a video, and its compiled kernels, if any."""
+    kernels = describe_requested()
     packages = ("ascendit", "torch", "torch_npu", "diffusers", "transformers", "numpy", "av")
-    return {"python": platform.python_version(), **installed(*packages)}
+    versions = {"python": platform.python_version(), **installed(*packages)}
+    return versions | ({"kernels": kernels} if kernels else {})
 
 
 @dataclass(eq=False, repr=False)
@@ -116,7 +120,7 @@ class Video:
         writable, E-ENV-04 if the disk is full. After a failure, including Ctrl-C, no partial file remains.
         """
         record = self.describe() if metadata else None
-        text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
+        text = json_text(record) + "\n"
         # Lone surrogates, from a prompt that is not valid text, become JSON escapes.
         sidecar = text.encode("utf-8", "backslashreplace") if metadata else None
         # The duration is stored beside the file only, so that equal frames give equal bytes.

@@ -1,0 +1,123 @@
+"""The output of `ascendit generate --dry-run`: the resolved request, its work and its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ascendit.family import PRESETS
+from ascendit.pipeline.estimate import Estimate, human_flops
+from ascendit.pipeline.options import FLAGS
+from ascendit.pipeline.sigmas import TRAIN_STEPS
+from ascendit.report import columns, human_bytes
+
+if TYPE_CHECKING:
+    from ascendit.cli.generate_options import Call
+    from ascendit.cli.output import Output
+    from ascendit.pipeline.job import Prepared
+    from ascendit.pipeline.request import GenerateRequest
+
+
+def print_dry_run(prepared: Prepared, call: Call, output: Path, out: Output) -> None:
+    """Print what the run would do: every value of the request, device, work, memory, output and replay."""
+    request, options, model = prepared.request, prepared.model.options, prepared.model
+    with out.work():
+        estimate = prepared.estimate
+    schedule = request.denoising_schedule
+    denoiser = estimate.memory.parts["transformer"]
+    schemes = sorted({x for part in estimate.memory.parts.values() for x in part.schemes}) or ["bf16"]
+    data = {
+        "dry_run": True,
+        "model": options.model,
+        "folder": str(model.layout.root),
+        "output": str(output),
+        "request": request.model_dump(),
+        "given": sorted({*call.fields} - {"seconds", "preset"}),
+        "preset": call.fields.get("preset"),
+        "defaults_from": list(model.defaults.sources),
+        "difference": model.defaults.difference or None,
+        "images": prepared.images,
+        "schedule": asdict(schedule),
+        "video_tokens": estimate.work.tokens,
+        "text_tokens": request.max_sequence_length,
+        **{name: getattr(options, name) for name in FLAGS},
+        "dtype": denoiser.dtype,
+        "schemes": schemes,
+        **estimate.as_dict(),
+        "replay": prepared.replay,
+    }
+    shown, origin = request.model_dump(exclude_none=True), _origins(call, request)
+    if request.image is None:
+        del shown["fit"]
+    quantized = ", ".join(schemes) if denoiser.schemes else "not quantized"
+    lines = [
+        f"would run  {model.defaults.model} in {model.layout.root}",
+        "request",
+        *columns(((k, f"{v if v != '' else repr('')}{origin(k)}") for k, v in shown.items()), indent="  "),
+        *(f"{field:<10} {text}" for field, text in prepared.images.items()),
+        f"timesteps  {_timesteps(request, schedule.timesteps)}",
+        "defaults from",
+        *(f"  {source}" for source in model.defaults.sources),
+        f"device     {model.device}; denoiser in {denoiser.dtype}, {quantized}",
+        *_size_lines(estimate, request.max_sequence_length, request.do_classifier_free_guidance),
+        f"output     {output}",
+        f"replay     {prepared.replay}",
+    ]
+    out.result(data, lines)
+
+
+def _origins(call: Call, request: GenerateRequest) -> Callable[[str], str]:
+    """Field -> the note behind its value: a preset or the model's default; empty for values of the call."""
+    explicit = {*call.fields, "prompt"} | ({"num_frames"} if "seconds" in call.fields else set())
+    preset = call.fields.get("preset")
+    values = PRESETS[preset].fields if preset else {}
+    by_preset = {name for name, value in values.items() if getattr(request, name) == value}
+
+    def origin(name: str) -> str:
+        text = "" if name in explicit else f"  (preset {preset})" if name in by_preset else "  (default)"
+        if name in ("width", "height") and request.image is not None and text:
+            text = "  (from the image)"
+        unused = name == "negative_prompt" and not request.do_classifier_free_guidance
+        return text + ("  (not used: guidance is at most 1)" if unused and request.negative_prompt else "")
+
+    return origin
+
+
+def _timesteps(request: GenerateRequest, timesteps: Sequence[float]) -> str:
+    """The timesteps of a run, the first and last few of many, and the expert of each."""
+    texts = [f"{t:.6g}" for t in timesteps]
+    text = ", ".join(texts if len(texts) <= 12 else [*texts[:6], "..", *texts[-3:]])
+    if request.boundary_ratio is None:
+        return text
+    high = sum(t >= TRAIN_STEPS * request.boundary_ratio for t in timesteps)
+    return f"{text} ({high} high-noise, {len(timesteps) - high} low-noise)"
+
+
+def _size_lines(estimate: Estimate, text_tokens: int, guided: bool) -> list[str]:
+    """Work, memory and warnings."""
+    work, memory = estimate.work, estimate.memory
+    passes = "two passes" if guided else "one pass"
+    size = f"{human_flops(work.flops_per_step)} per step, {human_flops(work.flops)} in all"
+    lines = [
+        f"work       {work.tokens} video and {text_tokens} text tokens, {passes} per step: {size}",
+        f"memory     {human_bytes(memory.weights_bytes)} of weights; activations come on top",
+    ]
+    parts: list[tuple[Any, ...]] = [
+        (
+            name,
+            human_bytes(part.bytes),
+            ", ".join((part.dtype, *part.schemes)),
+            _where(part.device, part.until),
+        )
+        for name, part in memory.parts.items()
+    ]
+    free = ((device, x) for device, x in memory.available.items() if x is not None)
+    parts += [("free", human_bytes(x), f"on {device}", "") for device, x in free]
+    lines += columns(parts, indent="  ")
+    return lines + [f"warning    {text}" for text in estimate.warnings]
+
+
+def _where(device: str, until: str) -> str:
+    return f"on {device}" + (f" until {until}" if until else "")
