@@ -368,10 +368,10 @@ def test_a_file_that_shrinks_after_its_header_was_read(tmp_path: Path) -> None:
     tensors = Shards.open(tmp_path).tensors
     os.truncate(tmp_path / f"{STEM}.safetensors", tensors["b"].end - 4)
     with RowReader() as reader:
-        assert same(reader.read_tensor(tensors["a"]), torch.ones(8))
-        with pytest.raises(CheckpointError, match="truncated during the read of b") as e:
-            reader.read_tensor(tensors["b"])
-    assert e.value.code == "E-CKP-02"
+        for info in tensors.values():  # also the complete one: the file is another one
+            with pytest.raises(CheckpointError, match="truncated since its header was read") as e:
+                reader.read_tensor(info)
+            assert e.value.code == "E-CKP-02"
 
 
 def test_a_file_that_disappears_after_its_header_was_read(tmp_path: Path) -> None:
@@ -388,7 +388,7 @@ def test_a_tensor_does_not_need_its_file_and_owns_its_memory(tmp_path: Path) -> 
     info = read_header(tmp_path / "x.safetensors")["a"]
     with RowReader() as reader:
         a, again = reader.read_tensor(info), reader.read_tensor(info)
-    assert not reader._files
+    assert not reader._files._descriptors
     a += 1
     assert again.tolist() == [0, 1, 2, 3]
     assert a.untyped_storage().nbytes() == 16  # it keeps no other tensor alive
@@ -461,11 +461,9 @@ def test_a_file_that_shrinks_in_the_slice(tmp_path: Path, shard: ShardSpec) -> N
     os.truncate(info.file, info.start + 70 * 64 * 4)
     with RowReader() as reader:
         for read in (reader.read_all, reader.read_tensor):
-            with pytest.raises(CheckpointError, match="truncated during the read of w") as e:
+            with pytest.raises(CheckpointError, match="truncated since its header was read") as e:
                 read(info, shard)
             assert e.value.code == "E-CKP-02"
-        if shard.axis == 0:
-            assert len(reader.read_all(info, ShardSpec(0, 30, 40))) == 40 * 64 * 4
 
 
 def test_a_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,13 +554,13 @@ def test_blocks_are_multiples_and_grow_if_necessary(stored, monkeypatch):
 def test_a_file_that_shrinks_is_an_error(stored):
     _, infos = stored
     file = infos["matrix"].file
-    with RowReader() as reader:
+    match = "truncated during the read of matrix"
+    with pytest.raises(CheckpointError, match=match) as e, RowReader() as reader:
         blocks = reader.read_blocks(infos["matrix"], block_bytes=40)
         next(blocks)
         with open(file, "r+b") as f:
             f.truncate(infos["matrix"].start + 50)
-        with pytest.raises(CheckpointError, match="truncated during the read of matrix") as e:
-            list(blocks)
+        list(blocks)
     assert e.value.code == "E-CKP-02"
 
 

@@ -52,8 +52,8 @@ def unreadable(file: Path | str, problem: str) -> CheckpointError:
 
 def check_state(file: Path, expected: FileState | None) -> None:
     """Raise CheckpointError (E-CKP-02) unless a file has the state that it had when its header was read."""
-    if expected is not None and _state(file) != expected:
-        raise _changed(file)
+    if expected is not None and (state := _state(file)) != expected:
+        raise _changed(file, state, expected)
 
 
 def sha256_of(path: Path) -> str:
@@ -171,9 +171,9 @@ class OpenFiles:
         except OSError as e:
             raise unreadable(file, str(e.strerror)) from e
         state = FileState.of(os.fstat(descriptor))
-        if self._states.setdefault(file, expected or state) != state:
+        if (first := self._states.setdefault(file, expected or state)) != state:
             os.close(descriptor)
-            raise _changed(file)
+            raise _changed(file, state, first)
         self._descriptors[file] = descriptor
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -182,8 +182,8 @@ class OpenFiles:
     def check(self) -> None:
         """Raise CheckpointError (E-CKP-02) if an open file has been written since its header was read."""
         for file, descriptor in self._descriptors.items():
-            if FileState.of(os.fstat(descriptor)) != self._states[file]:
-                raise _changed(file)
+            if (state := FileState.of(os.fstat(descriptor))) != self._states[file]:
+                raise _changed(file, state, self._states[file])
 
     def close(self) -> None:
         """Close all files. Later calls open them again."""
@@ -194,8 +194,10 @@ class OpenFiles:
         state = FileState.of(os.fstat(descriptor))
         os.close(descriptor)
         if state != self._states[file]:
-            raise _changed(file)
+            raise _changed(file, state, self._states[file])
 
 
-def _changed(file: Path) -> CheckpointError:
+def _changed(file: Path, state: FileState | None, expected: FileState) -> CheckpointError:
+    if state is not None and state.nbytes < expected.nbytes:
+        return unreadable(file, f"truncated since its header was read, from {expected.nbytes:,} bytes")
     return unreadable(file, "changed since its header was read: written, or replaced by another file")
