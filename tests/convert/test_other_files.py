@@ -41,7 +41,7 @@ def leaked(folder: Path) -> bool:
 def test_links_out_of_the_checkpoint_are_named_and_omitted(verb: str, model: Path, tmp_path: Path) -> None:
     private = tmp_path / "private"
     (model / "text_encoder/deep/er").mkdir(parents=True)
-    targets = {
+    targets: dict[str, Path | str] = {
         "LICENSE.md": private / "id_rsa",
         "notes.txt": "../../private/id_rsa",
         "more": private,
